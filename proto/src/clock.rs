@@ -1,0 +1,93 @@
+//! Hybrid logical clock (Kulkarni et al., "Logical Physical Clocks", 2014): stamps that grow
+//! along every chain of cause and effect and stay near the wall clock.
+
+use serde::{Deserialize, Serialize};
+
+use crate::id::NodeId;
+
+/// When a cluster object was written. Orders all writes in the cluster; equal only for the same
+/// write.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize)]
+pub struct Stamp {
+    /// Milliseconds since 1970, or ahead of the writer's own clock where it had seen later ones.
+    pub wall_ms: u64,
+    /// Tells writes of one millisecond apart.
+    pub count: u32,
+    /// The writer.
+    pub node: NodeId,
+}
+
+/// The clock of one node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Clock {
+    wall_ms: u64,
+    count: u32,
+}
+
+impl Clock {
+    /// A stamp later than all that this clock gave or saw.
+    pub fn tick(&mut self, now_ms: u64, node: NodeId) -> Stamp {
+        if now_ms > self.wall_ms {
+            *self = Self { wall_ms: now_ms, count: 0 };
+        } else if self.count == u32::MAX {
+            *self = Self { wall_ms: self.wall_ms.saturating_add(1), count: 0 };
+        } else {
+            self.count += 1;
+        }
+        Stamp { wall_ms: self.wall_ms, count: self.count, node }
+    }
+
+    /// Takes note of another node's stamp. One that is more than `MAX_AHEAD_MS` in the future is
+    /// refused, so that a host with a broken clock cannot drag the cluster's along.
+    pub fn observe(&mut self, stamp: Stamp, now_ms: u64) -> Result<(), TooFarAhead> {
+        if stamp.wall_ms > now_ms.saturating_add(MAX_AHEAD_MS) {
+            return Err(TooFarAhead { by_ms: stamp.wall_ms - now_ms });
+        }
+        if (stamp.wall_ms, stamp.count) > (self.wall_ms, self.count) {
+            *self = Self { wall_ms: stamp.wall_ms, count: stamp.count };
+        }
+        Ok(())
+    }
+}
+
+/// How far ahead of ours another host's clock may be.
+pub const MAX_AHEAD_MS: u64 = 24 * 60 * 60 * 1000;
+
+/// A stamp from the future.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("stamped {by_ms} ms in the future; check the clocks of the hosts")]
+pub struct TooFarAhead {
+    /// Distance to our own clock.
+    pub by_ms: u64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stamps_grow_even_if_the_wall_clock_goes_back() {
+        let mut clock = Clock::default();
+        let node = NodeId::default();
+        let first = clock.tick(1000, node);
+        let second = clock.tick(900, node);
+        let third = clock.tick(1001, node);
+        assert!(first < second && second < third);
+    }
+
+    #[test]
+    fn a_stamp_follows_what_was_seen() {
+        let mut clock = Clock::default();
+        let seen = Stamp { wall_ms: 5000, count: 7, node: NodeId([9; 10]) };
+        assert_eq!(clock.observe(seen, 4000), Ok(()));
+        assert!(clock.tick(4000, NodeId::default()) > seen);
+    }
+
+    #[test]
+    fn a_stamp_from_the_far_future_is_refused() {
+        let mut clock = Clock::default();
+        let stamp = Stamp { wall_ms: u64::MAX, count: 0, node: NodeId::default() };
+        assert!(clock.observe(stamp, 0).is_err());
+        assert_eq!(clock, Clock::default());
+    }
+}

@@ -1,0 +1,362 @@
+//! What ovld answers. Everything here is printed by `ovlctl -o json` as it stands.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr};
+
+use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
+
+use crate::id::{Mac, NetworkId, NodeId};
+use crate::object::{Driver, Mode};
+
+/// One reply.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "reply", content = "value", rename_all = "kebab-case")]
+pub enum Reply {
+    /// It was done.
+    Done,
+    /// It was not done.
+    Error(Failure),
+    /// Text to be printed as it is.
+    Text(String),
+    /// How the daemon is.
+    Status(Box<Status>),
+    /// All hosts, the own one first.
+    Peers(Vec<Peer>),
+    /// All blocks.
+    Subnets(Vec<SubnetUse>),
+    /// What the kernel holds.
+    Fdb(Vec<FdbRow>),
+    /// What the kernel holds.
+    Routes(Vec<RouteRow>),
+    /// Commands that the loop would run now; none when all is as it should be.
+    Plan(Vec<String>),
+    /// The outcome of a comparison.
+    Verify(Verify),
+    /// Events, oldest first.
+    Events(Vec<Event>),
+    /// One network.
+    Network(Box<NetworkInfo>),
+    /// All networks, by name.
+    Networks(Vec<NetworkInfo>),
+    /// One endpoint.
+    Endpoint(Box<EndpointInfo>),
+    /// All endpoints of the cluster, by network and name.
+    Endpoints(Vec<EndpointInfo>),
+}
+
+/// Why a request failed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Failure {
+    /// For programs.
+    pub kind: FailureKind,
+    /// For people: what is wrong, and what to do.
+    pub message: String,
+}
+
+/// The kinds of failure.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum FailureKind {
+    /// The request itself is wrong.
+    Invalid,
+    /// What it names is not there.
+    NotFound,
+    /// What it wants is taken, or in use.
+    Conflict,
+    /// No address is left.
+    Exhausted,
+    /// It cannot be done now: no majority, not yet ready.
+    Unavailable,
+    /// The kernel refused.
+    Kernel,
+    /// A fault of ours.
+    Internal,
+}
+
+/// How a daemon is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DaemonState {
+    /// Not yet a member, or not yet caught up with gossip: nothing is pruned.
+    Starting,
+    /// All is as it should be.
+    Ready,
+    /// At work, and something is wrong: see the problems.
+    Degraded,
+}
+
+/// `ovlctl status`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Status {
+    /// The node's name.
+    pub node: String,
+    /// The node's id.
+    pub id: NodeId,
+    /// The release.
+    pub version: String,
+    /// See [`DaemonState`].
+    pub state: DaemonState,
+    /// One sentence each.
+    pub problems: Vec<String>,
+    /// Where gossip and sync reach this node.
+    pub address: SocketAddr,
+    /// Where its VXLAN packets come from.
+    pub vtep: IpAddr,
+    /// Seconds since the daemon started.
+    pub uptime_s: u64,
+    /// Members of the cluster, this one included.
+    pub members: u32,
+    /// Those that are alive, this one included.
+    pub alive: u32,
+    /// Endpoints on this host.
+    pub endpoints: u32,
+    /// Networks in the cluster.
+    pub networks: u32,
+    /// Counters of gossip and sync.
+    pub gossip: GossipCounters,
+    /// The reconcile loop.
+    pub reconcile: ReconcileStatus,
+}
+
+/// Datagrams by what became of them.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GossipCounters {
+    /// Sent.
+    pub sent: u64,
+    /// Received and good.
+    pub received: u64,
+    /// Dropped: not sealed with a key that we have.
+    pub dropped_unauthenticated: u64,
+    /// Dropped: seen before, or too old.
+    pub dropped_replayed: u64,
+    /// Dropped: sealed well, and not to be understood.
+    pub dropped_malformed: u64,
+    /// Where the unauthenticated ones came from lately.
+    pub strangers: Vec<IpAddr>,
+}
+
+/// The reconcile loop.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct ReconcileStatus {
+    /// Whole passes, each with a kernel dump.
+    pub passes: u64,
+    /// Operations carried out.
+    pub operations: u64,
+    /// Of those, repairs of what somebody else had changed.
+    pub repairs: u64,
+    /// Objects that the kernel refuses, with its reason.
+    pub failing: Vec<String>,
+}
+
+/// What is known of a host's liveness.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PeerState {
+    /// Gossips.
+    Alive,
+    /// Does not gossip, and its kernel still answers, or it said that it restarts: its entries stay.
+    Suspect,
+    /// Neither gossips nor answers: its entries are withdrawn.
+    Dead,
+    /// Withdrew by itself.
+    Left,
+}
+
+impl std::fmt::Display for PeerState {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Alive => "alive",
+            Self::Suspect => "suspect",
+            Self::Dead => "dead",
+            Self::Left => "left",
+        })
+    }
+}
+
+/// `ovlctl peers`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Peer {
+    /// The host's name.
+    pub name: String,
+    /// Its id.
+    pub id: NodeId,
+    /// Where gossip and sync reach it.
+    pub address: SocketAddr,
+    /// Where its VXLAN packets come from.
+    pub vtep: IpAddr,
+    /// See [`PeerState`].
+    pub state: PeerState,
+    /// Since anything came from it directly; nothing for the own node and for one never heard.
+    pub last_heard_ms: Option<u64>,
+    /// Round trip to its daemon, smoothed.
+    pub rtt_us: Option<u64>,
+    /// How many it owns.
+    pub endpoints: u32,
+    /// Its release.
+    pub version: String,
+    /// What protects traffic to it: `none` as yet.
+    pub encryption: String,
+    /// Whether this line is the node that answers.
+    #[serde(rename = "self")]
+    pub own: bool,
+    /// Whether a majority has admitted it.
+    pub member: bool,
+    /// Whether packets of gossip arrive from it directly, and not only through others.
+    pub reachable: bool,
+    /// What the path to it carries, outer IP header included, in bytes.
+    pub path_mtu: Option<u16>,
+}
+
+/// `ovlctl subnets`: one block.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct SubnetUse {
+    /// The network's name.
+    pub network: String,
+    /// The block.
+    pub prefix: IpNet,
+    /// The name of its holder.
+    pub node: String,
+    /// Addresses in use.
+    pub used: u64,
+    /// Addresses that can be used.
+    pub size: u64,
+}
+
+/// `ovlctl fdb`: where the kernel sends frames.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct FdbRow {
+    /// The network's name.
+    pub network: String,
+    /// The destination; all zeroes: broadcast, multicast and what is unknown.
+    pub mac: Mac,
+    /// The device that it leaves by.
+    pub device: String,
+    /// The VTEP, for a remote one.
+    pub destination: Option<IpAddr>,
+    /// The host.
+    pub node: Option<String>,
+    /// The endpoint.
+    pub endpoint: Option<String>,
+    /// The addresses that the kernel holds for it in the neighbour table.
+    pub addresses: Vec<IpAddr>,
+}
+
+/// `ovlctl routes`: routes and addresses of our devices.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct RouteRow {
+    /// The network's name.
+    pub network: String,
+    /// Where to.
+    pub destination: IpNet,
+    /// The next hop.
+    pub via: Option<IpAddr>,
+    /// The device.
+    pub device: String,
+    /// The host behind it; nothing where it is this one.
+    pub node: Option<String>,
+}
+
+/// `ovlctl verify`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Verify {
+    /// No differences.
+    pub clean: bool,
+    /// Each names the object.
+    pub differences: Vec<String>,
+}
+
+/// Something that happened.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Event {
+    /// Milliseconds since 1970.
+    pub time_ms: u64,
+    /// `peer`, `network`, `endpoint`, `block`, `kernel`, `problem`.
+    pub kind: String,
+    /// What it happened to.
+    pub object: String,
+    /// What happened.
+    pub message: String,
+}
+
+/// `ovlctl network ls` and `inspect`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct NetworkInfo {
+    /// The name.
+    pub name: String,
+    /// The id.
+    pub id: NetworkId,
+    /// How it is built.
+    pub driver: Driver,
+    /// What it carries.
+    pub mode: Mode,
+    /// VXLAN network identifier.
+    pub vni: u32,
+    /// The ranges.
+    pub subnets: Vec<IpNet>,
+    /// The gateway in each range; none on an internal network.
+    pub gateways: Vec<IpAddr>,
+    /// In force now, in bytes.
+    pub mtu: u16,
+    /// Only ever through the tunnel.
+    pub encrypted: bool,
+    /// Without a gateway.
+    pub internal: bool,
+    /// Removed, and waiting for its last endpoints to go.
+    pub removing: bool,
+    /// Endpoints in the whole cluster.
+    pub endpoints: u32,
+    /// Hosts that have endpoints on it.
+    pub nodes: Vec<String>,
+    /// The bridge on this host, if it has one.
+    pub bridge: Option<String>,
+}
+
+/// How an endpoint is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum EndpointState {
+    /// In use.
+    Ready,
+    /// Its host is dead: the entry waits for it.
+    Suspended,
+    /// Its address belongs to another host now: it is cut off.
+    Isolated,
+}
+
+impl std::fmt::Display for EndpointState {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Ready => "ready",
+            Self::Suspended => "suspended",
+            Self::Isolated => "isolated",
+        })
+    }
+}
+
+/// `ovlctl endpoints`, and what `attach` answers.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct EndpointInfo {
+    /// The name.
+    pub name: String,
+    /// The Kubernetes namespace.
+    pub namespace: String,
+    /// The network's name.
+    pub network: String,
+    /// The host's name.
+    pub node: String,
+    /// Of the interface.
+    pub mac: Mac,
+    /// Each with the length of its subnet.
+    pub addresses: Vec<IpNet>,
+    /// More names.
+    pub aliases: Vec<String>,
+    /// What selectors match.
+    pub labels: BTreeMap<String, String>,
+    /// See [`EndpointState`].
+    pub state: EndpointState,
+    /// The interface's name in the workload's namespace; only known on its own host.
+    pub ifname: Option<String>,
+    /// The host's end of the pair; only known on its own host.
+    pub device: Option<String>,
+}

@@ -1,0 +1,155 @@
+//! What can be asked of ovld.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::path::PathBuf;
+
+use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
+
+use crate::id::Mac;
+use crate::object::{Driver, Mode};
+
+/// One request.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "request", rename_all = "kebab-case", deny_unknown_fields)]
+pub enum Request {
+    /// Answered with [`super::Reply::Status`].
+    Status,
+    /// Answered with [`super::Reply::Peers`].
+    Peers,
+    /// Take a dead host out of the cluster and free its blocks. Answered with
+    /// [`super::Reply::Done`] when a majority has agreed.
+    PeersForget {
+        /// Name or id.
+        node: String,
+    },
+    /// Withdraw this host from the cluster and end the daemon. [`super::Reply::Done`].
+    Leave,
+    /// The same, and remove every kernel object of ours. [`super::Reply::Done`].
+    Teardown,
+    /// Answered with [`super::Reply::Subnets`].
+    Subnets,
+    /// Answered with [`super::Reply::Fdb`].
+    Fdb,
+    /// Answered with [`super::Reply::Routes`].
+    Routes,
+    /// Answered with [`super::Reply::Plan`].
+    Plan,
+    /// Answered with [`super::Reply::Verify`].
+    Verify,
+    /// The latest events; with `follow`, then each new one as it happens.
+    Events {
+        /// Go on until the client closes the connection.
+        follow: bool,
+    },
+    /// In Prometheus' text format: [`super::Reply::Text`].
+    Metrics,
+    /// Answered with [`super::Reply::Network`].
+    NetworkCreate(NetworkCreate),
+    /// Answered with [`super::Reply::Networks`].
+    NetworkLs,
+    /// Answered with [`super::Reply::Network`].
+    NetworkInspect {
+        /// Name or id.
+        name: String,
+    },
+    /// Answered with [`super::Reply::Network`].
+    NetworkUpdate {
+        /// Name or id.
+        name: String,
+        /// Larger ranges, each of which holds one that the network has.
+        #[serde(default)]
+        subnets: Vec<IpNet>,
+        /// A fixed MTU; 0 means what the paths carry.
+        #[serde(default)]
+        mtu: Option<u16>,
+    },
+    /// Refused while the network has endpoints. [`super::Reply::Done`].
+    NetworkRm {
+        /// Name or id.
+        name: String,
+    },
+    /// Answered with [`super::Reply::Endpoint`] when the kernel holds it.
+    Attach(Attach),
+    /// Succeeds where nothing is attached. [`super::Reply::Done`].
+    Detach {
+        /// The endpoint's name.
+        name: String,
+        /// Only from this network.
+        #[serde(default)]
+        network: Option<String>,
+        /// Its Kubernetes namespace.
+        #[serde(default)]
+        namespace: Option<String>,
+    },
+    /// Answered with [`super::Reply::Endpoints`].
+    Endpoints,
+}
+
+/// A network to be made.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NetworkCreate {
+    /// Letters, digits, `-`, `_` and `.`, at most 63.
+    pub name: String,
+    /// How it is built.
+    pub driver: Driver,
+    /// What it carries.
+    pub mode: Mode,
+    /// Nothing: a free range of the configured pool.
+    #[serde(default)]
+    pub subnets: Vec<IpNet>,
+    /// Nothing: a free one.
+    #[serde(default)]
+    pub vni: Option<u32>,
+    /// Only ever through the tunnel.
+    #[serde(default)]
+    pub encrypted: bool,
+    /// Without a gateway.
+    #[serde(default)]
+    pub internal: bool,
+    /// Nothing: what the paths carry.
+    #[serde(default)]
+    pub mtu: Option<u16>,
+}
+
+/// An endpoint to be made.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Attach {
+    /// The endpoint's name, unique on its network.
+    pub name: String,
+    /// Name or id.
+    pub network: String,
+    /// Where the interface goes.
+    pub netns: NetnsRef,
+    /// These addresses and no others; one an address family.
+    #[serde(default)]
+    pub addresses: Vec<IpAddr>,
+    /// This MAC address; nothing: one made from the address.
+    #[serde(default)]
+    pub mac: Option<Mac>,
+    /// The interface's name; nothing: the first free one of eth0, eth1, ...
+    #[serde(default)]
+    pub ifname: Option<String>,
+    /// More names.
+    #[serde(default)]
+    pub aliases: Vec<String>,
+    /// The Kubernetes namespace; nothing: `default`.
+    #[serde(default)]
+    pub namespace: Option<String>,
+    /// What selectors match.
+    #[serde(default)]
+    pub labels: BTreeMap<String, String>,
+}
+
+/// A network namespace.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum NetnsRef {
+    /// A file such as `/run/netns/blue`.
+    Path(PathBuf),
+    /// That of a process, by its id as ovld sees it.
+    Pid(u32),
+}

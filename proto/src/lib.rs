@@ -1,0 +1,30 @@
+//! What ovl's binaries say to each other and to the person at the terminal.
+//!
+//! | module | what is in it |
+//! | --- | --- |
+//! | [`id`] | node, network and endpoint ids, MAC addresses |
+//! | [`clock`] | the hybrid logical clock that orders cluster objects |
+//! | [`record`] | the signed node record that travels in gossip |
+//! | [`table`] | owner tables: what one node owns, with one writer |
+//! | [`object`] | cluster objects: networks; many writers, the last one wins |
+//! | [`alloc`] | the map of members and address blocks that a majority agrees on |
+//! | [`sync`] | messages of the encrypted stream between two daemons |
+//! | [`wire`] | the binary codec all of the above share |
+//! | [`control`] | requests and replies on ovld's Unix socket, and a blocking client |
+
+pub mod alloc;
+pub mod clock;
+pub mod control;
+pub mod id;
+pub mod object;
+pub mod record;
+pub mod sync;
+pub mod table;
+pub mod wire;
+
+/// The port of gossip (UDP) and of the sync streams (TCP). 7946 is Docker's.
+pub const DEFAULT_PORT: u16 = 7940;
+/// The VXLAN port that IANA assigned (RFC 7348).
+pub const DEFAULT_VXLAN_PORT: u16 = 4789;
+/// Where `ovlctl` finds the daemon unless told otherwise.
+pub const DEFAULT_SOCKET: &str = "/run/ovl/ovld.sock";
