@@ -1,1 +1,15 @@
+//! ovl's decisions, as pure functions: no clock, no I/O, no async. What the cluster says
+//! ([`view`]) gives what the kernel should hold ([`desired`]); the difference to what it does hold
+//! ([`kernel`]) gives the operations ([`diff`], [`op`]).
 
+pub mod alloc;
+pub mod desired;
+pub mod device;
+pub mod diff;
+pub mod filter;
+pub mod ipam;
+pub mod kernel;
+pub mod networks;
+pub mod op;
+pub mod table;
+pub mod view;

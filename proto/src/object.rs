@@ -1,6 +1,8 @@
 //! Cluster objects: many writers, the last one wins (by [`Stamp`]), tombstones included, kept by
 //! every node.
 
+use std::net::IpAddr;
+
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
@@ -37,6 +39,9 @@ pub enum Mode {
 pub struct Subnet {
     /// The range.
     pub prefix: IpNet,
+    /// The gateway's address: the first one of the range as it was when the network was made, so
+    /// that it stays when the range grows. Set aside on an internal network too.
+    pub gateway: IpAddr,
     /// The prefix length of the blocks that hosts claim from it; fixed when the network is made,
     /// so that blocks stay aligned when the range grows.
     pub block_length: u8,

@@ -1,0 +1,205 @@
+//! What the kernel should hold, from what the cluster says. One network at a time, so that a
+//! change costs what its own network costs.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use ovl_proto::id::{Mac, NetworkId, NodeId};
+use ovl_proto::object::Network;
+use ovl_proto::table::{Entry, Key};
+
+use crate::device::Device;
+use crate::filter;
+use crate::kernel::{Kernel, Link, Remote};
+use crate::view::{Local, Node, Placed, View};
+
+/// The smallest MTU that IPv6 allows (RFC 8200, section 5), and what a network gets at the least.
+pub const MIN_MTU: u16 = 1280;
+
+/// Bytes that VXLAN puts before an IP packet: inner Ethernet 14, VXLAN 8, UDP 8, outer IP.
+fn overhead(vtep: IpAddr) -> u16 {
+    14 + 8 + 8 + if vtep.is_ipv4() { 20 } else { 40 }
+}
+
+/// All of it: every network that has something here, and what concerns the host as a whole.
+pub fn desired(view: &View, local: &Local) -> Kernel {
+    let mut kernel = host(view, local);
+    for network in view.networks.keys() {
+        kernel.merge(network_part(view, local, *network));
+    }
+    kernel
+}
+
+/// Whether this host builds a network's devices: it has, or is about to have, an endpoint there.
+pub fn is_built(view: &View, local: &Local, network: NetworkId) -> bool {
+    local.wanted.contains_key(&network)
+        || view.own().is_some_and(|own| {
+            own.table.entries().any(|entry| matches!(entry, Entry::Endpoint(e) if e.network == network))
+        })
+}
+
+/// What concerns no single network: the packet filter, and the settings that it needs.
+pub fn host(view: &View, local: &Local) -> Kernel {
+    let built: Vec<&Network> = view
+        .networks
+        .values()
+        .map(|state| &state.network)
+        .filter(|network| is_built(view, local, network.id))
+        .collect();
+    let mut kernel = Kernel::default();
+    if built.is_empty() {
+        // Nothing of ours is here; a table left over still refuses strangers, and does no harm.
+        return kernel;
+    }
+    let vteps: BTreeSet<IpAddr> = view
+        .nodes
+        .values()
+        .filter(|node| node.record.id != view.me && view.alloc.members.contains(&node.record.id))
+        .map(|node| node.record.vtep)
+        .collect();
+    let port = view.own().map_or(ovl_proto::DEFAULT_VXLAN_PORT, |own| own.record.vxlan_port);
+    kernel.filter = Some(filter::render(&built, &vteps, port, local.masquerade));
+    for network in built.iter().filter(|network| !network.internal) {
+        for subnet in &network.subnets {
+            let name = match subnet.prefix {
+                IpNet::V4(_) => "net.ipv4.ip_forward",
+                IpNet::V6(_) => "net.ipv6.conf.all.forwarding",
+            };
+            kernel.sysctls.insert(name.to_owned(), "1".to_owned());
+        }
+    }
+    kernel
+}
+
+/// What one network needs on this host.
+pub fn network_part(view: &View, local: &Local, id: NetworkId) -> Kernel {
+    let mut kernel = Kernel::default();
+    let (Some(state), Some(own)) = (view.networks.get(&id), view.own()) else { return kernel };
+    if !is_built(view, local, id) {
+        return kernel;
+    }
+    let network = &state.network;
+    let placed: Vec<Placed<'_>> = view.endpoints(id).collect();
+    let mtu = mtu(view, network, &placed);
+    devices(&mut kernel, network, own, mtu);
+    let winners = winners(network, &placed);
+    for Placed { node, endpoint } in &placed {
+        if winners.get(&endpoint.mac) != Some(&(node.record.id, endpoint.id)) {
+            continue;
+        }
+        let (bridge, vxlan) = (Device::bridge(id), Device::vxlan(id));
+        let port = if node.record.id == view.me {
+            if local.isolated.contains_key(&endpoint.id) {
+                continue;
+            }
+            Device::endpoint(endpoint.id)
+        } else {
+            // A VXLAN device sends to one address family only; `status` names such a host.
+            if node.record.vtep.is_ipv4() != own.record.vtep.is_ipv4() {
+                continue;
+            }
+            let remote = Remote { vtep: node.record.vtep, port: node.record.vxlan_port };
+            kernel.remotes.insert((vxlan, endpoint.mac), remote);
+            kernel.floods.insert((vxlan, remote));
+            vxlan
+        };
+        kernel.ports.insert((port, endpoint.mac));
+        for address in &endpoint.addresses {
+            kernel.neighbours.insert((bridge, address.addr()), endpoint.mac);
+        }
+    }
+    own_endpoints(&mut kernel, view, local, own, id, mtu);
+    kernel
+}
+
+fn devices(kernel: &mut Kernel, network: &Network, own: &Node, mtu: u16) {
+    let (bridge, vxlan) = (Device::bridge(network.id), Device::vxlan(network.id));
+    kernel.links.insert(bridge, Link::Bridge { mac: Mac::of_gateway(network.id), mtu, up: true, tuned: true });
+    kernel.links.insert(
+        vxlan,
+        Link::Vxlan {
+            vni: network.vni,
+            local: own.record.vtep,
+            port: own.record.vxlan_port,
+            mtu,
+            master: Some(bridge),
+            up: true,
+            tuned: true,
+        },
+    );
+    if !network.internal {
+        for subnet in &network.subnets {
+            if let Ok(address) = IpNet::new(subnet.gateway, subnet.prefix.prefix_len()) {
+                kernel.addresses.insert((bridge, address));
+            }
+        }
+    }
+}
+
+/// The host's ends: all that the table names, isolated or not, so that none is swept away.
+fn own_endpoints(kernel: &mut Kernel, view: &View, local: &Local, own: &Node, id: NetworkId, mtu: u16) {
+    for entry in own.table.entries() {
+        let Entry::Endpoint(endpoint) = entry else { continue };
+        if endpoint.network != id {
+            continue;
+        }
+        let silent = local.isolated.contains_key(&endpoint.id)
+            || (view.alloc.members.contains(&view.me) && view.address_conflict(view.me, endpoint).is_some());
+        let master = (!silent).then(|| Device::bridge(id));
+        kernel
+            .links
+            .insert(Device::endpoint(endpoint.id), Link::Endpoint { mtu, master, up: !silent, tuned: !silent });
+    }
+}
+
+/// Which endpoint a MAC address belongs to where several claim it: the one whose own address makes
+/// it (nobody else can hold that), then the one on the host with the smaller id. The same on all
+/// hosts, so that a frame never wanders.
+fn winners(
+    network: &Network,
+    placed: &[Placed<'_>],
+) -> BTreeMap<Mac, (NodeId, ovl_proto::id::EndpointId)> {
+    let mut winners = BTreeMap::new();
+    for Placed { node, endpoint } in placed {
+        let by_right = endpoint
+            .addresses
+            .iter()
+            .any(|address| crate::ipam::mac_of(network.id, address.addr()) == endpoint.mac);
+        let claim = (!by_right, node.record.id, endpoint.id);
+        winners.entry(endpoint.mac).and_modify(|best| *best = claim.min(*best)).or_insert(claim);
+    }
+    winners.into_iter().map(|(mac, (_, node, endpoint))| (mac, (node, endpoint))).collect()
+}
+
+/// The MTU of a network: what every pair of its hosts can carry, so that it is the same on all of
+/// them; less if the user asked for less.
+pub fn mtu(view: &View, network: &Network, placed: &[Placed<'_>]) -> u16 {
+    let mut hosts: BTreeMap<NodeId, &Node> =
+        placed.iter().map(|placed| (placed.node.record.id, placed.node)).collect();
+    if let Some(own) = view.own() {
+        hosts.insert(view.me, own);
+    }
+    let carried = hosts
+        .values()
+        .map(|node| {
+            let outer = hosts
+                .keys()
+                .filter(|peer| **peer != node.record.id)
+                .filter_map(|peer| match node.table.get(&Key::PathMtu(*peer)) {
+                    Some(Entry::PathMtu { mtu, .. }) => Some(*mtu),
+                    _ => None,
+                })
+                .fold(node.record.link_mtu, u16::min);
+            outer.saturating_sub(overhead(node.record.vtep))
+        })
+        .min()
+        .unwrap_or(MIN_MTU);
+    carried.min(network.mtu.unwrap_or(u16::MAX)).max(MIN_MTU)
+}
+
+/// The MTU of a network, and nothing else of it.
+pub fn network_mtu(view: &View, network: &Network) -> u16 {
+    let placed: Vec<Placed<'_>> = view.endpoints(network.id).collect();
+    mtu(view, network, &placed)
+}

@@ -1,0 +1,150 @@
+//! `desired - actual = operations`.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use crate::device::Device;
+use crate::kernel::{Kernel, Link};
+use crate::op::Op;
+
+/// What to do so that `actual` becomes `desired`.
+///
+/// Order: settings and the packet filter before any device that they protect; devices before what
+/// hangs on them. With `prune` false nothing is taken away: before gossip has caught up, what the
+/// last run left is better than nothing. A device that must be made anew is the exception.
+///
+/// An endpoint's link that is missing is not made: see [`lost_endpoints`].
+pub fn diff(actual: &Kernel, desired: &Kernel, prune: bool) -> Vec<Op> {
+    let mut ops = Vec::new();
+    for (name, value) in &desired.sysctls {
+        if actual.sysctls.get(name) != Some(value) {
+            ops.push(Op::Sysctl { name: name.clone(), value: value.clone() });
+        }
+    }
+    if let Some(filter) = &desired.filter
+        && actual.filter.as_ref() != Some(filter)
+    {
+        ops.push(Op::Filter(filter.clone()));
+    }
+    let gone = links(actual, desired, prune, &mut ops);
+    let there = |device: &Device| !gone.contains(device);
+
+    let addresses = actual.addresses.iter().filter(|(device, _)| there(device)).copied().collect();
+    set(&addresses, &desired.addresses, prune, &mut ops, |(d, a)| Op::AddAddress(d, a), |(d, a)| Op::DelAddress(d, a));
+    let ports = actual.ports.iter().filter(|(device, _)| there(device)).copied().collect();
+    set(&ports, &desired.ports, prune, &mut ops, |(d, m)| Op::AddPort(d, m), |(d, m)| Op::DelPort(d, m));
+    let remotes = actual.remotes.iter().filter(|((device, _), _)| there(device)).map(copied).collect();
+    map(&remotes, &desired.remotes, prune, &mut ops, |(d, m), r| Op::SetRemote(d, m, r), |(d, m)| Op::DelRemote(d, m));
+    let neighbours = actual.neighbours.iter().filter(|((device, _), _)| there(device)).map(copied).collect();
+    map(
+        &neighbours,
+        &desired.neighbours,
+        prune,
+        &mut ops,
+        |(d, a), m| Op::SetNeighbour(d, a, m),
+        |(d, a)| Op::DelNeighbour(d, a),
+    );
+    let floods = actual.floods.iter().filter(|(device, _)| there(device)).copied().collect();
+    set(&floods, &desired.floods, prune, &mut ops, |(d, r)| Op::AddFlood(d, r), |(d, r)| Op::DelFlood(d, r));
+    // Entries of an endpoint whose namespace is gone would only fail.
+    let missing: BTreeSet<Device> = lost_endpoints(actual, desired).collect();
+    ops.retain(|op| op.device().is_none_or(|device| !missing.contains(&device)));
+    ops
+}
+
+/// Endpoints whose host's end is not in the kernel any more: their namespaces are gone, and they
+/// are to be withdrawn.
+pub fn lost_endpoints<'a>(actual: &'a Kernel, desired: &'a Kernel) -> impl Iterator<Item = Device> + 'a {
+    desired
+        .links
+        .iter()
+        .filter(|(device, link)| matches!(link, Link::Endpoint { .. }) && !actual.links.contains_key(device))
+        .map(|(device, _)| *device)
+}
+
+fn copied<K: Copy, V: Copy>((key, value): (&K, &V)) -> (K, V) {
+    (*key, *value)
+}
+
+/// Adds the operations on links; returns the devices that are deleted, or made anew, on the way.
+fn links(actual: &Kernel, desired: &Kernel, prune: bool, ops: &mut Vec<Op>) -> BTreeSet<Device> {
+    let mut gone = BTreeSet::new();
+    for (device, link) in &actual.links {
+        let remove = match desired.links.get(device) {
+            None => prune,
+            Some(wanted) => !can_become(link, wanted),
+        };
+        if remove {
+            ops.push(Op::DelLink(*device));
+            gone.insert(*device);
+        }
+    }
+    // Bridges first: they are the others' masters.
+    let mut wanted: Vec<_> = desired.links.iter().collect();
+    wanted.sort_by_key(|(_, link)| !matches!(link, Link::Bridge { .. }));
+    for (device, link) in wanted {
+        match actual.links.get(device).filter(|_| !gone.contains(device)) {
+            None if matches!(link, Link::Endpoint { .. }) => {}
+            None => ops.push(Op::AddLink(*device, *link)),
+            Some(found) => {
+                let found = without_masters(*found, &gone);
+                if found != *link {
+                    ops.push(Op::SetLink(*device, found, *link));
+                }
+            }
+        }
+    }
+    gone
+}
+
+/// A port whose bridge was deleted has none.
+fn without_masters(mut link: Link, gone: &BTreeSet<Device>) -> Link {
+    match &mut link {
+        Link::Vxlan { master, .. } | Link::Endpoint { master, .. } => {
+            *master = master.filter(|bridge| !gone.contains(bridge));
+        }
+        Link::Bridge { .. } => {}
+    }
+    link
+}
+
+/// Whether a device can be changed into what is wanted; else it must be made anew.
+fn can_become(found: &Link, wanted: &Link) -> bool {
+    match (found, wanted) {
+        (
+            Link::Vxlan { vni, local, port, .. },
+            Link::Vxlan { vni: vni_wanted, local: local_wanted, port: port_wanted, .. },
+        ) => (vni, local, port) == (vni_wanted, local_wanted, port_wanted),
+        (Link::Bridge { .. }, Link::Bridge { .. }) | (Link::Endpoint { .. }, Link::Endpoint { .. }) => true,
+        _ => false,
+    }
+}
+
+fn set<T: Ord + Copy>(
+    actual: &BTreeSet<T>,
+    desired: &BTreeSet<T>,
+    prune: bool,
+    ops: &mut Vec<Op>,
+    add: impl Fn(T) -> Op,
+    del: impl Fn(T) -> Op,
+) {
+    if prune {
+        ops.extend(actual.difference(desired).map(|item| del(*item)));
+    }
+    ops.extend(desired.difference(actual).map(|item| add(*item)));
+}
+
+fn map<K: Ord + Copy, V: PartialEq + Copy>(
+    actual: &BTreeMap<K, V>,
+    desired: &BTreeMap<K, V>,
+    prune: bool,
+    ops: &mut Vec<Op>,
+    put: impl Fn(K, V) -> Op,
+    del: impl Fn(K) -> Op,
+) {
+    if prune {
+        ops.extend(actual.keys().filter(|key| !desired.contains_key(key)).map(|key| del(*key)));
+    }
+    ops.extend(
+        desired.iter().filter(|(key, value)| actual.get(key) != Some(value)).map(|(key, value)| put(*key, *value)),
+    );
+}

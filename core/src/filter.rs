@@ -1,0 +1,77 @@
+//! Our nftables table, as text for `nft -f -`: one transaction replaces all of it.
+
+use std::collections::BTreeSet;
+use std::fmt::Write as _;
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use ovl_proto::object::Network;
+
+use crate::device::Device;
+
+/// The name of our table, in the family `inet`. No other table is ever touched.
+pub const TABLE: &str = "ovl";
+
+/// The table for a host that has these networks.
+///
+/// * `input`: the VXLAN socket listens on every address of the host and takes packets from
+///   anybody; only members' VTEPs may use it.
+/// * `forward`: networks do not reach each other, and an internal one reaches nothing.
+/// * `postrouting`: what leaves the cluster gets the host's address.
+pub fn render(networks: &[&Network], vteps: &BTreeSet<IpAddr>, vxlan_port: u16, masquerade: bool) -> String {
+    let mut text = String::new();
+    // Adding before deleting makes the deletion succeed where there is no table yet.
+    let _ = writeln!(text, "table inet {TABLE}\ndelete table inet {TABLE}\ntable inet {TABLE} {{");
+    set(&mut text, "vteps4", "ipv4_addr", vteps.iter().filter(|vtep| vtep.is_ipv4()));
+    set(&mut text, "vteps6", "ipv6_addr", vteps.iter().filter(|vtep| vtep.is_ipv6()));
+    let _ = writeln!(
+        text,
+        "\tchain input {{\n\
+         \t\ttype filter hook input priority filter - 10; policy accept;\n\
+         \t\tudp dport {vxlan_port} ip saddr @vteps4 accept\n\
+         \t\tudp dport {vxlan_port} ip6 saddr @vteps6 accept\n\
+         \t\tudp dport {vxlan_port} counter drop\n\t}}"
+    );
+    let _ = writeln!(
+        text,
+        "\tchain forward {{\n\t\ttype filter hook forward priority filter - 10; policy accept;"
+    );
+    for network in networks {
+        let bridge = Device::bridge(network.id);
+        if network.internal {
+            let _ = writeln!(text, "\t\tiifname \"{bridge}\" oifname != \"{bridge}\" counter drop");
+            let _ = writeln!(text, "\t\toifname \"{bridge}\" iifname != \"{bridge}\" counter drop");
+        } else {
+            let _ = writeln!(
+                text,
+                "\t\tiifname \"{bridge}\" oifname \"ovb-*\" oifname != \"{bridge}\" counter reject with icmpx admin-prohibited"
+            );
+        }
+    }
+    let _ = writeln!(text, "\t}}");
+    let _ = writeln!(
+        text,
+        "\tchain postrouting {{\n\t\ttype nat hook postrouting priority srcnat; policy accept;"
+    );
+    for network in networks.iter().filter(|network| masquerade && !network.internal) {
+        for subnet in &network.subnets {
+            let (family, prefix) = match subnet.prefix {
+                IpNet::V4(_) => ("ip", subnet.prefix),
+                IpNet::V6(_) => ("ip6", subnet.prefix),
+            };
+            let bridge = Device::bridge(network.id);
+            let _ = writeln!(text, "\t\t{family} saddr {prefix} oifname != \"{bridge}\" masquerade");
+        }
+    }
+    let _ = writeln!(text, "\t}}\n}}");
+    text
+}
+
+fn set<'a>(text: &mut String, name: &str, kind: &str, elements: impl Iterator<Item = &'a IpAddr>) {
+    let elements: Vec<String> = elements.map(IpAddr::to_string).collect();
+    let _ = writeln!(text, "\tset {name} {{\n\t\ttype {kind}");
+    if !elements.is_empty() {
+        let _ = writeln!(text, "\t\telements = {{ {} }}", elements.join(", "));
+    }
+    let _ = writeln!(text, "\t}}");
+}

@@ -1,0 +1,119 @@
+//! What of ours is, or should be, in the kernel: the one shape that `desired` computes, the
+//! daemon's dump reads, and `diff` compares.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use ovl_proto::id::Mac;
+
+use crate::device::Device;
+
+/// Our part of the kernel's state.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Kernel {
+    /// Bridges, VXLAN devices and the host's ends of endpoints.
+    pub links: BTreeMap<Device, Link>,
+    /// Addresses of our bridges.
+    pub addresses: BTreeSet<(Device, IpNet)>,
+    /// Where a VXLAN device sends frames for a MAC address (`bridge fdb ... self`).
+    pub remotes: BTreeMap<(Device, Mac), Remote>,
+    /// Where a VXLAN device sends broadcast and multicast: the entries of the all-zero MAC.
+    pub floods: BTreeSet<(Device, Remote)>,
+    /// Behind which port of its bridge a MAC address is (`bridge fdb ... master`).
+    pub ports: BTreeSet<(Device, Mac)>,
+    /// Permanent neighbours on our bridges.
+    pub neighbours: BTreeMap<(Device, IpAddr), Mac>,
+    /// Settings under `net.`, by their names with dots.
+    pub sysctls: BTreeMap<String, String>,
+    /// Our nftables table, as the text that makes it; see [`crate::filter`].
+    pub filter: Option<String>,
+}
+
+/// A device of ours.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Link {
+    /// A network's bridge.
+    Bridge {
+        /// The gateway's address.
+        mac: Mac,
+        /// In bytes.
+        mtu: u16,
+        /// Administratively up.
+        up: bool,
+        /// Multicast snooping, spanning tree, and calls into the host's iptables are off, and the
+        /// kernel makes no link-local address (it would be the same on every host).
+        tuned: bool,
+    },
+    /// A network's VXLAN device, a port of its bridge.
+    Vxlan {
+        /// VXLAN network identifier.
+        vni: u32,
+        /// The underlay address that it sends from.
+        local: IpAddr,
+        /// The UDP port.
+        port: u16,
+        /// In bytes.
+        mtu: u16,
+        /// The bridge.
+        master: Option<Device>,
+        /// Administratively up.
+        up: bool,
+        /// Learning is off on the device and on the port, neighbour suppression on.
+        tuned: bool,
+    },
+    /// The host's end of an endpoint. Made by an attach, never by the loop: when it is gone, the
+    /// namespace is.
+    Endpoint {
+        /// In bytes; both ends get it.
+        mtu: u16,
+        /// The bridge; none while the endpoint is isolated.
+        master: Option<Device>,
+        /// Administratively up.
+        up: bool,
+        /// Learning is off: the one MAC address behind it is in [`Kernel::ports`].
+        tuned: bool,
+    },
+}
+
+/// A VTEP and the port of its VXLAN device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Remote {
+    /// Underlay address.
+    pub vtep: IpAddr,
+    /// UDP port.
+    pub port: u16,
+}
+
+impl Kernel {
+    /// Takes all of `other` in. The two have no device in common.
+    pub fn merge(&mut self, other: Self) {
+        let Self { links, addresses, remotes, floods, ports, neighbours, sysctls, filter } = other;
+        self.links.extend(links);
+        self.addresses.extend(addresses);
+        self.remotes.extend(remotes);
+        self.floods.extend(floods);
+        self.ports.extend(ports);
+        self.neighbours.extend(neighbours);
+        self.sysctls.extend(sysctls);
+        self.filter = filter.or_else(|| self.filter.take());
+    }
+
+    /// Forgets a device and all that hangs on it, as the kernel does when one is deleted.
+    pub fn forget_device(&mut self, device: Device) {
+        self.links.remove(&device);
+        self.addresses.retain(|(on, _)| *on != device);
+        self.remotes.retain(|(on, _), _| *on != device);
+        self.floods.retain(|(on, _)| *on != device);
+        self.ports.retain(|(on, _)| *on != device);
+        self.neighbours.retain(|(on, _), _| *on != device);
+        for link in self.links.values_mut() {
+            match link {
+                Link::Vxlan { master, .. } | Link::Endpoint { master, .. } if *master == Some(device) => {
+                    *master = None;
+                }
+                Link::Bridge { .. } | Link::Vxlan { .. } | Link::Endpoint { .. } => {}
+            }
+        }
+    }
+}

@@ -1,0 +1,175 @@
+//! Networks out of cluster objects: names, VNIs and ranges without collision, also after a split
+//! in which both sides made some.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use ipnet::IpNet;
+use ovl_proto::id::NetworkId;
+use ovl_proto::object::{Body, Network, Object};
+
+use crate::view::NetworkState;
+
+/// The largest VXLAN network identifier.
+pub const MAX_VNI: u32 = (1 << 24) - 1;
+/// Automatic VNIs begin here, as Docker's do; smaller ones are left to people.
+pub const FIRST_AUTO_VNI: u32 = 4096;
+
+/// What the objects say, with conflicts settled.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Resolution {
+    /// All networks that exist, those being removed included.
+    pub networks: BTreeMap<NetworkId, NetworkState>,
+    /// Networks whose name or VNI had to change: whoever resolves writes them, and since every
+    /// host comes to the same result it does not matter who is first.
+    pub rewritten: Vec<Network>,
+    /// Networks of which ranges overlap; the later one of each pair first.
+    pub overlaps: Vec<(NetworkId, NetworkId)>,
+}
+
+/// Settles conflicts: of two networks with one name or one VNI the older keeps it, then the one
+/// with the smaller id. The other gets a name with its id in it, or the next free VNI.
+///
+/// `in_use` tells whether a network that was removed still has endpoints anywhere.
+pub fn resolve<'a>(
+    objects: impl Iterator<Item = &'a Object>,
+    in_use: impl Fn(NetworkId) -> bool,
+) -> Resolution {
+    let mut all: Vec<(&Network, bool)> = objects
+        .map(|object| match &object.body {
+            Body::Network(network) => (network, object.deleted),
+        })
+        .filter(|(network, deleted)| !deleted || in_use(network.id))
+        .collect();
+    all.sort_by_key(|(network, _)| (network.created, network.id));
+    let mut result = Resolution::default();
+    let asked_for: BTreeSet<u32> = all.iter().map(|(network, _)| network.vni).collect();
+    let (mut names, mut vnis) = (BTreeSet::new(), BTreeSet::new());
+    for (network, removing) in all {
+        let mut settled = network.clone();
+        if !names.insert(settled.name.clone()) {
+            settled.name = format!("{}-{}", settled.name.chars().take(54).collect::<String>(), settled.id);
+            names.insert(settled.name.clone());
+        }
+        if !vnis.insert(settled.vni) {
+            // Not one that another network asked for, or that one would have to move too.
+            while asked_for.contains(&settled.vni) || vnis.contains(&settled.vni) {
+                settled.vni = next_vni(settled.vni);
+            }
+            vnis.insert(settled.vni);
+        }
+        for other in result.networks.values() {
+            if overlap(&other.network, &settled) {
+                result.overlaps.push((settled.id, other.network.id));
+            }
+        }
+        if settled != *network && !removing {
+            result.rewritten.push(settled.clone());
+        }
+        result.networks.insert(settled.id, NetworkState { network: settled, removing });
+    }
+    result
+}
+
+fn next_vni(vni: u32) -> u32 {
+    if vni >= MAX_VNI { FIRST_AUTO_VNI } else { vni + 1 }
+}
+
+fn overlap(a: &Network, b: &Network) -> bool {
+    a.subnets.iter().any(|a| b.subnets.iter().any(|b| overlaps(a.prefix, b.prefix)))
+}
+
+/// Whether two ranges have an address in common.
+pub fn overlaps(a: IpNet, b: IpNet) -> bool {
+    a.contains(&b) || b.contains(&a)
+}
+
+/// A VNI for a new network that none of these has. Begins at a place that depends on the id, so
+/// that hosts which make networks at the same instant seldom choose the same one.
+pub fn choose_vni(networks: &BTreeMap<NetworkId, NetworkState>, id: NetworkId) -> u32 {
+    let [_, a, b, c, d] = id.0;
+    let span = MAX_VNI - FIRST_AUTO_VNI + 1;
+    let mut vni = FIRST_AUTO_VNI + u32::from_be_bytes([a, b, c, d]) % span;
+    let taken: BTreeSet<u32> = networks.values().map(|state| state.network.vni).collect();
+    while taken.contains(&vni) {
+        vni = next_vni(vni);
+    }
+    vni
+}
+
+/// A range of `length` out of `pool` that overlaps none of `taken`.
+pub fn choose_subnet(pool: IpNet, length: u8, taken: &[IpNet]) -> Option<IpNet> {
+    // Each range that is taken rules out at most a few candidates in a row, so a bounded walk of a
+    // large pool is enough to find a free one if there are any worth finding.
+    pool.subnets(length).ok()?.take(1 << 16).find(|candidate| !taken.iter().any(|other| overlaps(*candidate, *other)))
+}
+
+#[cfg(test)]
+mod tests {
+    use ovl_proto::clock::Stamp;
+    use ovl_proto::object::{Driver, Mode};
+
+    use super::*;
+
+    fn network(id: u8, name: &str, vni: u32, made_at: u64) -> Object {
+        let created = Stamp { wall_ms: made_at, ..Stamp::default() };
+        Object {
+            stamp: created,
+            deleted: false,
+            body: Body::Network(Network {
+                id: NetworkId([id; 5]),
+                name: name.to_owned(),
+                created,
+                driver: Driver::Overlay,
+                mode: Mode::L2,
+                vni,
+                subnets: vec![],
+                mtu: None,
+                encrypted: false,
+                internal: false,
+            }),
+        }
+    }
+
+    #[test]
+    fn the_older_network_keeps_its_name_and_vni() {
+        let objects = [network(1, "blue", 5000, 20), network(2, "blue", 5000, 10)];
+        let result = resolve(objects.iter(), |_| false);
+        assert_eq!(result.networks[&NetworkId([2; 5])].network.name, "blue");
+        assert_eq!(result.networks[&NetworkId([2; 5])].network.vni, 5000);
+        let other = &result.networks[&NetworkId([1; 5])].network;
+        assert_eq!(other.name, format!("blue-{}", other.id));
+        assert_eq!(other.vni, 5001);
+        assert_eq!(result.rewritten, [other.clone()]);
+    }
+
+    #[test]
+    fn the_result_does_not_depend_on_the_order() {
+        let mut objects = vec![
+            network(3, "a", 7, 1),
+            network(1, "a", 7, 1),
+            network(2, "a", 8, 1),
+            network(4, "b", 7, 0),
+        ];
+        let first = resolve(objects.iter(), |_| false);
+        objects.reverse();
+        assert_eq!(resolve(objects.iter(), |_| false), first);
+        let vnis: BTreeSet<_> = first.networks.values().map(|state| state.network.vni).collect();
+        assert_eq!(vnis.len(), 4);
+    }
+
+    #[test]
+    fn a_removed_network_stays_while_it_is_used() {
+        let mut object = network(1, "a", 7, 1);
+        object.deleted = true;
+        assert!(resolve([&object].into_iter(), |_| false).networks.is_empty());
+        assert!(resolve([&object].into_iter(), |_| true).networks[&NetworkId([1; 5])].removing);
+    }
+
+    #[test]
+    fn a_free_subnet_is_found() {
+        let pool = "10.0.0.0/8".parse().unwrap();
+        let taken = ["10.0.0.0/15".parse().unwrap(), "10.2.3.0/24".parse().unwrap()];
+        assert_eq!(choose_subnet(pool, 16, &taken), "10.3.0.0/16".parse().ok());
+        assert_eq!(choose_subnet("10.0.0.0/16".parse().unwrap(), 24, &taken), None);
+    }
+}

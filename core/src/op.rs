@@ -1,0 +1,205 @@
+//! One change of the kernel. Printed, it is the command that would do the same: logs, tests and
+//! `ovlctl plan` speak the language that operators know.
+
+use std::fmt;
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use ovl_proto::id::Mac;
+
+use crate::device::Device;
+use crate::filter;
+use crate::kernel::{Link, Remote};
+
+/// One change. Every one of them can be repeated, and deleting what is gone succeeds.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Op {
+    /// Set a sysctl.
+    Sysctl {
+        /// By its name with dots.
+        name: String,
+        /// The value.
+        value: String,
+    },
+    /// Replace our nftables table in one transaction.
+    Filter(String),
+    /// Make a bridge or a VXLAN device.
+    AddLink(Device, Link),
+    /// Bring a device that is there to the second state; the first is what was found.
+    SetLink(Device, Link, Link),
+    /// Delete a device, and all that hangs on it.
+    DelLink(Device),
+    /// Give a bridge an address.
+    AddAddress(Device, IpNet),
+    /// Take it away.
+    DelAddress(Device, IpNet),
+    /// Send frames for a MAC address to a VTEP.
+    SetRemote(Device, Mac, Remote),
+    /// No more.
+    DelRemote(Device, Mac),
+    /// Send broadcast and multicast to a VTEP too.
+    AddFlood(Device, Remote),
+    /// No more.
+    DelFlood(Device, Remote),
+    /// A MAC address is behind this port of its bridge.
+    AddPort(Device, Mac),
+    /// No more.
+    DelPort(Device, Mac),
+    /// An address has this MAC address.
+    SetNeighbour(Device, IpAddr, Mac),
+    /// No more.
+    DelNeighbour(Device, IpAddr),
+}
+
+impl Op {
+    /// The device that it is about, for the status of objects and for the scope of a pass.
+    pub fn device(&self) -> Option<Device> {
+        match self {
+            Self::Sysctl { .. } | Self::Filter(_) => None,
+            Self::AddLink(device, _)
+            | Self::SetLink(device, _, _)
+            | Self::DelLink(device)
+            | Self::AddAddress(device, _)
+            | Self::DelAddress(device, _)
+            | Self::SetRemote(device, _, _)
+            | Self::DelRemote(device, _)
+            | Self::AddFlood(device, _)
+            | Self::DelFlood(device, _)
+            | Self::AddPort(device, _)
+            | Self::DelPort(device, _)
+            | Self::SetNeighbour(device, _, _)
+            | Self::DelNeighbour(device, _) => Some(*device),
+        }
+    }
+}
+
+impl fmt::Display for Op {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Sysctl { name, value } => write!(f, "sysctl -w {name}={value}"),
+            Self::Filter(_) => write!(f, "nft -f - # table inet {}", filter::TABLE),
+            Self::AddLink(device, link) => add_link(f, *device, link),
+            Self::SetLink(device, from, to) => set_link(f, *device, from, to),
+            Self::DelLink(device) => write!(f, "ip link del {device}"),
+            Self::AddAddress(device, address) => write!(f, "ip addr replace {address} dev {device}"),
+            Self::DelAddress(device, address) => write!(f, "ip addr del {address} dev {device}"),
+            Self::SetRemote(device, mac, remote) => {
+                write!(f, "bridge fdb replace {mac} dev {device} self static {}", To(*remote))
+            }
+            Self::DelRemote(device, mac) => write!(f, "bridge fdb del {mac} dev {device} self"),
+            Self::AddFlood(device, remote) => {
+                write!(f, "bridge fdb append 00:00:00:00:00:00 dev {device} self static {}", To(*remote))
+            }
+            Self::DelFlood(device, remote) => {
+                write!(f, "bridge fdb del 00:00:00:00:00:00 dev {device} self {}", To(*remote))
+            }
+            Self::AddPort(device, mac) => write!(f, "bridge fdb replace {mac} dev {device} master static"),
+            Self::DelPort(device, mac) => write!(f, "bridge fdb del {mac} dev {device} master"),
+            Self::SetNeighbour(device, address, mac) => {
+                write!(f, "ip neigh replace {address} lladdr {mac} dev {device} nud permanent")
+            }
+            Self::DelNeighbour(device, address) => write!(f, "ip neigh del {address} dev {device}"),
+        }
+    }
+}
+
+/// `dst` and `port` of a VXLAN entry.
+struct To(Remote);
+
+impl fmt::Display for To {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "dst {} port {}", self.0.vtep, self.0.port)
+    }
+}
+
+fn up_word(up: bool) -> &'static str {
+    if up { "up" } else { "down" }
+}
+
+fn add_link(f: &mut fmt::Formatter<'_>, device: Device, link: &Link) -> fmt::Result {
+    match link {
+        Link::Bridge { mac, mtu, up, .. } => write!(
+            f,
+            "ip link add {device} address {mac} mtu {mtu} {} type bridge stp_state 0 mcast_snooping 0 \
+             nf_call_iptables 0 nf_call_ip6tables 0",
+            up_word(*up)
+        ),
+        Link::Vxlan { vni, local, port, mtu, master, up, .. } => {
+            write!(f, "ip link add {device} mtu {mtu}")?;
+            if let Some(master) = master {
+                write!(f, " master {master}")?;
+            }
+            write!(
+                f,
+                " {} type vxlan id {vni} local {local} dstport {port} nolearning && \
+                 bridge link set dev {device} learning off neigh_suppress on",
+                up_word(*up)
+            )
+        }
+        Link::Endpoint { .. } => write!(f, "# {device} is made by `ovlctl attach`"),
+    }
+}
+
+fn set_link(f: &mut fmt::Formatter<'_>, device: Device, from: &Link, to: &Link) -> fmt::Result {
+    let mut words = format!("ip link set dev {device}");
+    let mut also = "";
+    match (from, to) {
+        (
+            Link::Bridge { mac: mac_was, mtu: mtu_was, up: up_was, tuned: tuned_was },
+            Link::Bridge { mac, mtu, up, tuned },
+        ) => {
+            if mac != mac_was {
+                words += &format!(" address {mac}");
+            }
+            mtu_and_up(&mut words, (*mtu_was, *up_was), (*mtu, *up));
+            if tuned != tuned_was {
+                words += " type bridge stp_state 0 mcast_snooping 0 nf_call_iptables 0 nf_call_ip6tables 0";
+            }
+        }
+        (
+            Link::Vxlan { mtu: mtu_was, up: up_was, master: master_was, tuned: tuned_was, .. },
+            Link::Vxlan { mtu, up, master, tuned, .. },
+        ) => {
+            mtu_and_up(&mut words, (*mtu_was, *up_was), (*mtu, *up));
+            set_master(&mut words, *master_was, *master);
+            if tuned != tuned_was {
+                also = "learning off neigh_suppress on";
+            }
+        }
+        (
+            Link::Endpoint { mtu: mtu_was, up: up_was, master: master_was, tuned: tuned_was },
+            Link::Endpoint { mtu, up, master, tuned },
+        ) => {
+            mtu_and_up(&mut words, (*mtu_was, *up_was), (*mtu, *up));
+            set_master(&mut words, *master_was, *master);
+            if tuned != tuned_was {
+                also = "learning off";
+            }
+        }
+        _ => words += " # of another kind",
+    }
+    f.write_str(&words)?;
+    if !also.is_empty() {
+        write!(f, " && bridge link set dev {device} {also}")?;
+    }
+    Ok(())
+}
+
+fn mtu_and_up(words: &mut String, was: (u16, bool), is: (u16, bool)) {
+    if is.0 != was.0 {
+        *words += &format!(" mtu {}", is.0);
+    }
+    if is.1 != was.1 {
+        *words += " ";
+        *words += up_word(is.1);
+    }
+}
+
+fn set_master(words: &mut String, was: Option<Device>, is: Option<Device>) {
+    if was != is {
+        match is {
+            Some(master) => *words += &format!(" master {master}"),
+            None => *words += " nomaster",
+        }
+    }
+}

@@ -1,0 +1,164 @@
+//! All that is known: the cluster as gossip tells it, and this host's own part.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use ovl_proto::alloc::AllocMap;
+use ovl_proto::control::PeerState;
+use ovl_proto::id::{EndpointId, NetworkId, NodeId};
+use ovl_proto::object::Network;
+use ovl_proto::record::NodeRecord;
+use ovl_proto::table::{Endpoint, Entry, Key};
+
+use crate::table::Table;
+
+/// One host.
+#[derive(Debug, Clone)]
+pub struct Node {
+    /// As it describes itself.
+    pub record: NodeRecord,
+    /// As we find it; [`PeerState::Alive`] for the own one.
+    pub state: PeerState,
+    /// What it owns.
+    pub table: Table,
+}
+
+/// The cluster as one host sees it.
+#[derive(Debug, Clone)]
+pub struct View {
+    /// The host that looks.
+    pub me: NodeId,
+    /// All hosts known, the own one included.
+    pub nodes: BTreeMap<NodeId, Node>,
+    /// All networks after conflicts are resolved, those being removed included.
+    pub networks: BTreeMap<NetworkId, NetworkState>,
+    /// Members and blocks.
+    pub alloc: AllocMap,
+}
+
+/// A network, and whether it is on its way out.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NetworkState {
+    /// As asked for.
+    pub network: Network,
+    /// Removed while it had endpoints somewhere: it is served until they are gone.
+    pub removing: bool,
+}
+
+/// This host's own part, beside its table.
+#[derive(Debug, Clone, Default)]
+pub struct Local {
+    /// Endpoints of this host that must not talk: their addresses belong to others now.
+    pub isolated: BTreeMap<EndpointId, String>,
+    /// Networks whose devices are needed although no endpoint is in the table yet: an attach is
+    /// under way.
+    pub wanted: BTreeMap<NetworkId, u32>,
+    /// Whether traffic that leaves the cluster gets this host's address.
+    pub masquerade: bool,
+}
+
+/// An endpoint that counts, with its host.
+#[derive(Debug, Clone, Copy)]
+pub struct Placed<'a> {
+    /// Its host.
+    pub node: &'a Node,
+    /// The endpoint.
+    pub endpoint: &'a Endpoint,
+}
+
+impl View {
+    /// The own host.
+    pub fn own(&self) -> Option<&Node> {
+        self.nodes.get(&self.me)
+    }
+
+    /// A host's name, or its id where no record is known.
+    pub fn name_of(&self, node: NodeId) -> String {
+        self.nodes.get(&node).map_or_else(|| node.to_string(), |node| node.record.name.clone())
+    }
+
+    /// Whether what a host says it owns is used: a member's is, while it lives or is expected back.
+    pub fn counts(&self, node: &Node) -> bool {
+        self.alloc.members.contains(&node.record.id)
+            && match node.state {
+                PeerState::Alive | PeerState::Suspect => true,
+                PeerState::Dead | PeerState::Left => false,
+            }
+    }
+
+    /// All endpoints that any host says it has, whether they count or not.
+    pub fn all_endpoints(&self) -> impl Iterator<Item = Placed<'_>> {
+        self.nodes.values().flat_map(|node| {
+            node.table.entries().filter_map(move |entry| match entry {
+                Entry::Endpoint(endpoint) => Some(Placed { node, endpoint }),
+                Entry::Lease { .. } | Entry::PathMtu { .. } => None,
+            })
+        })
+    }
+
+    /// The endpoints of a network that count: those of members that are there, with addresses
+    /// which the host may use.
+    pub fn endpoints(&self, network: NetworkId) -> impl Iterator<Item = Placed<'_>> {
+        self.nodes.values().filter(|node| self.counts(node)).flat_map(move |node| {
+            node.table.entries().filter_map(move |entry| match entry {
+                Entry::Endpoint(endpoint)
+                    if endpoint.network == network && self.address_conflict(node.record.id, endpoint).is_none() =>
+                {
+                    Some(Placed { node, endpoint })
+                }
+                Entry::Endpoint(_) | Entry::Lease { .. } | Entry::PathMtu { .. } => None,
+            })
+        })
+    }
+
+    /// The first address of an endpoint that its host has no right to.
+    pub fn address_conflict(&self, owner: NodeId, endpoint: &Endpoint) -> Option<IpAddr> {
+        endpoint
+            .addresses
+            .iter()
+            .map(IpNet::addr)
+            .find(|address| !self.may_use(owner, endpoint.network, *address))
+    }
+
+    /// Whether a host may use an address: it holds the block, or leased it from the holder.
+    pub fn may_use(&self, node: NodeId, network: NetworkId, address: IpAddr) -> bool {
+        match self.holder_of(network, address) {
+            Some(holder) if holder == node => true,
+            Some(holder) => self.nodes.get(&holder).is_some_and(|holder| {
+                matches!(
+                    holder.table.get(&Key::Lease(network, address)),
+                    Some(Entry::Lease { to, .. }) if *to == node
+                )
+            }),
+            None => false,
+        }
+    }
+
+    /// Who holds the block that an address is in.
+    pub fn holder_of(&self, network: NetworkId, address: IpAddr) -> Option<NodeId> {
+        use ovl_proto::alloc::Block;
+        let host = IpNet::from(address);
+        // Blocks do not overlap, so the one that holds the address sorts last of those before it.
+        let last = Block { network, prefix: host };
+        self.alloc
+            .blocks
+            .range(..=last)
+            .next_back()
+            .filter(|(block, _)| block.network == network && block.prefix.contains(&host))
+            .map(|(_, holder)| *holder)
+    }
+
+    /// The endpoint that has an address on a network, if it counts.
+    pub fn endpoint_by_address(&self, network: NetworkId, address: IpAddr) -> Option<Placed<'_>> {
+        self.endpoints(network).find(|placed| placed.endpoint.addresses.iter().any(|net| net.addr() == address))
+    }
+
+    /// A network by name or id.
+    pub fn network(&self, name: &str) -> Option<&NetworkState> {
+        self.networks
+            .values()
+            .find(|state| state.network.name == name)
+            .or_else(|| name.parse().ok().and_then(|id: NetworkId| self.networks.get(&id)))
+    }
+}
