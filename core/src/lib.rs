@@ -9,6 +9,7 @@ pub mod diff;
 pub mod filter;
 pub mod ipam;
 pub mod kernel;
+pub mod liveness;
 pub mod networks;
 pub mod op;
 pub mod table;

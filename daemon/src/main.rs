@@ -1,1 +1,89 @@
-fn main() {}
+//! ovld: builds overlay networks on this host and shares them with its peers by gossip.
+
+mod config;
+mod control;
+mod crypto;
+mod gossip;
+mod kernel;
+mod links;
+mod node;
+mod store;
+
+use std::fs::{File, OpenOptions};
+use std::io::IsTerminal as _;
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::path::Path;
+use std::process::ExitCode;
+
+use anyhow::{Context, Result, bail};
+use clap::Parser as _;
+use nix::fcntl::{Flock, FlockArg};
+
+use crate::config::{Args, Config};
+
+fn main() -> ExitCode {
+    match start(Args::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("ovld: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn start(args: Args) -> Result<()> {
+    let config = Config::load(args)?;
+    log_to_stderr(config.log);
+    if !nix::unistd::geteuid().is_root() {
+        bail!("ovld makes network devices, which only root may: start it by systemd, or with sudo");
+    }
+    for dir in [&config.state_dir, &config.run_dir] {
+        std::fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(dir)
+            .with_context(|| format!("making {}", dir.display()))?;
+    }
+    let _lock = lock(&config.run_dir)?;
+    // Everything that counts runs on one thread; the kernel's worker and the disk have their own.
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("starting the event loop")?;
+    tokio::task::LocalSet::new().block_on(&runtime, node::run(config))
+}
+
+/// One daemon for each run directory: held until the process ends, however it ends.
+fn lock(run_dir: &Path) -> Result<Flock<File>> {
+    let path = run_dir.join("lock");
+    let file = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .open(&path)
+        .with_context(|| format!("opening {}", path.display()))?;
+    match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+        Ok(lock) => Ok(lock),
+        Err((_, nix::errno::Errno::EWOULDBLOCK)) => bail!(
+            "another ovld is running with the run directory {}: stop it, or give this one its own with --run-dir",
+            run_dir.display()
+        ),
+        Err((_, error)) => Err(error).with_context(|| format!("locking {}", path.display())),
+    }
+}
+
+/// The journal adds the time itself.
+fn log_to_stderr(level: tracing::Level) {
+    let journal = std::env::var_os("JOURNAL_STREAM").is_some();
+    let builder = tracing_subscriber::fmt()
+        .with_max_level(level)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_target(false);
+    if journal {
+        builder.without_time().init();
+    } else {
+        builder.init();
+    }
+}

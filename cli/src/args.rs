@@ -1,0 +1,205 @@
+//! The global options and the list of commands.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand, ValueEnum};
+use ovl_proto::DEFAULT_SOCKET;
+
+use crate::command::{
+    attach, completions, detach, endpoints, events, fdb, key, lifecycle, metrics, network, peers, plan,
+    routes, status, subnets, verify,
+};
+use crate::context::Context;
+use crate::error::Result;
+
+/// Keeps what every command has apart from what one has.
+const GLOBAL: &str = "Global options";
+
+/// The command line of ovl, an overlay network for containers on many hosts.
+#[derive(Debug, Parser)]
+#[command(name = "ovlctl", version, after_help = "Exit status: 0 done, 1 failed, 2 wrong usage.")]
+pub(crate) struct Cli {
+    /// Where ovld listens
+    #[arg(long, value_name = "PATH", env = "OVL_SOCKET", default_value = DEFAULT_SOCKET)]
+    #[arg(global = true, help_heading = GLOBAL)]
+    socket: PathBuf,
+    /// What to print: for people, or for programs
+    #[arg(short, long, global = true, value_enum, default_value_t = Output::Table, help_heading = GLOBAL)]
+    output: Output,
+    #[command(subcommand)]
+    command: Command,
+}
+
+/// How answers are printed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Output {
+    // A doc comment on a value would make every command's --help a page longer.
+    Table,
+    Json,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Show how this host's daemon is, and what is wrong
+    Status,
+    /// Show all hosts of the cluster, or forget a dead one
+    Peers(peers::Args),
+    /// Withdraw this host from the cluster and end the daemon
+    Leave,
+    /// Leave, and remove every device, route and rule that ovl made here
+    Teardown(lifecycle::TeardownArgs),
+    /// Show the blocks of addresses and who holds them
+    Subnets,
+    /// Show where the kernel sends frames
+    Fdb,
+    /// Show the routes and addresses of ovl's devices
+    Routes,
+    /// Show the commands that would bring the kernel to what it should hold
+    Plan,
+    /// Compare the kernel with what it should hold; exit status 1 on any difference
+    Verify,
+    /// Show what happened lately
+    Events(events::Args),
+    /// Print the daemon's counters in Prometheus' text format
+    Metrics,
+    /// Create, show, change and remove networks
+    Network(network::Args),
+    /// Put an interface into a network namespace
+    Attach(attach::Args),
+    /// Take an endpoint's interface away
+    Detach(detach::Args),
+    /// Show the endpoints of all hosts
+    Endpoints(endpoints::Args),
+    /// Make a cluster key
+    Key(key::Args),
+    /// Print a completion script for a shell
+    Completions(completions::Args),
+}
+
+impl Cli {
+    /// Carries the command out.
+    pub(crate) fn run(self) -> Result<ExitCode> {
+        let context = Context { socket: self.socket, output: self.output };
+        match self.command {
+            // The one command whose findings show in the exit status.
+            Command::Verify => return verify::run(&context),
+            Command::Status => status::run(&context),
+            Command::Peers(args) => peers::run(&context, args),
+            Command::Leave => lifecycle::leave(&context),
+            Command::Teardown(args) => lifecycle::teardown(&context, &args),
+            Command::Subnets => subnets::run(&context),
+            Command::Fdb => fdb::run(&context),
+            Command::Routes => routes::run(&context),
+            Command::Plan => plan::run(&context),
+            Command::Events(args) => events::run(&context, &args),
+            Command::Metrics => metrics::run(&context),
+            Command::Network(args) => network::run(&context, args),
+            Command::Attach(args) => attach::run(&context, args),
+            Command::Detach(args) => detach::run(&context, args),
+            Command::Endpoints(args) => endpoints::run(&context, &args),
+            Command::Key(args) => key::run(&context, &args),
+            Command::Completions(args) => completions::run(&context, &args),
+        }?;
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    fn parse(line: &str) -> std::result::Result<Cli, clap::Error> {
+        Cli::try_parse_from(line.split_whitespace())
+    }
+
+    #[test]
+    fn the_definition_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn global_options_go_before_or_after_the_command() {
+        for line in [
+            "ovlctl -o json --socket /tmp/s status",
+            "ovlctl status --socket /tmp/s --output json",
+            "ovlctl --socket=/tmp/s status -ojson",
+        ] {
+            let cli = parse(line).expect(line);
+            assert_eq!((cli.socket, cli.output), (PathBuf::from("/tmp/s"), Output::Json), "{line}");
+        }
+    }
+
+    #[test]
+    fn every_promised_command_line_is_understood() {
+        for line in [
+            "peers",
+            "peers forget host2",
+            "leave",
+            "teardown --yes",
+            "subnets",
+            "fdb",
+            "routes",
+            "plan",
+            "verify",
+            "events --follow",
+            "metrics",
+            "network create blue",
+            "network create blue --driver overlay --mode l2 --subnet 10.1.0.0/16 --subnet fd00::/64 --vni 7 --encrypted --internal --mtu 1400",
+            "network ls",
+            "network list",
+            "network inspect blue",
+            "network update blue --subnet 10.0.0.0/8",
+            "network update blue --mtu 0",
+            "network rm blue",
+            "network remove blue",
+            "attach a --network blue --netns x",
+            "attach a --network blue --pid 7 --ip 10.1.0.9 --ip fd00::9 --mac 02:00:00:00:00:01 --ifname e0 --alias b --alias c --namespace ns --label k=v --label l=",
+            "detach a --network blue --namespace ns",
+            "endpoints --network blue --node host1",
+            "key generate",
+            "completions bash",
+        ] {
+            if let Err(error) = parse(&format!("ovlctl {line}")) {
+                panic!("{line}: {error}");
+            }
+        }
+    }
+
+    #[test]
+    fn wrong_usage_is_refused() {
+        for line in [
+            "",
+            "stauts",
+            "status now",
+            "-o yaml status",
+            "--socket",
+            "peers forget",
+            "network",
+            "network create",
+            "network create blue --driver carrier-pigeon",
+            "network create blue --mode l7",
+            "network create blue --vni 0",
+            "network create blue --vni 16777216",
+            "network create blue --mtu 65536",
+            "network update blue",
+            "attach a --network blue",
+            "attach a --netns x",
+            "attach a --network blue --netns x --pid 7",
+            "attach a --network blue --pid 0",
+            "attach a --network blue --pid 7 --ip 10.1.0.9/16",
+            "attach a --network blue --pid 7 --mac 01:00:00:00:00:01",
+            "attach a --network blue --pid 7 --mac 02:00",
+            "attach a --network blue --pid 7 --label k",
+            "attach a --network blue --pid 7 --label =v",
+            "attach a --network blue --netns ..",
+            "detach",
+            "key",
+            "completions tcl",
+        ] {
+            assert!(parse(&format!("ovlctl {line}")).is_err(), "{line}");
+        }
+    }
+}

@@ -1,0 +1,18 @@
+//! The commands: each file has the arguments, the request and the table of one group.
+
+pub(crate) mod attach;
+pub(crate) mod completions;
+pub(crate) mod detach;
+pub(crate) mod endpoints;
+pub(crate) mod events;
+pub(crate) mod fdb;
+pub(crate) mod key;
+pub(crate) mod lifecycle;
+pub(crate) mod metrics;
+pub(crate) mod network;
+pub(crate) mod peers;
+pub(crate) mod plan;
+pub(crate) mod routes;
+pub(crate) mod status;
+pub(crate) mod subnets;
+pub(crate) mod verify;

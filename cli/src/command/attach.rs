@@ -1,0 +1,200 @@
+//! `ovlctl attach`
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+use std::process;
+
+use clap::ArgGroup;
+use ovl_proto::control::{Attach, EndpointInfo, NetnsRef, Reply, Request};
+use ovl_proto::id::Mac;
+
+use crate::context::Context;
+use crate::error::{Error, Result};
+use crate::text::{Table, list, maybe};
+
+/// Where `ip netns add` puts its namespaces.
+const NETNS_DIR: &str = "/run/netns";
+
+/// Arguments of `attach`.
+#[derive(Debug, clap::Args)]
+#[command(group = ArgGroup::new("where").args(["netns", "pid"]).required(true))]
+pub(crate) struct Args {
+    /// The endpoint's name, unique on its network
+    name: String,
+    /// The network's name or id
+    #[arg(long, value_name = "NET")]
+    network: String,
+    /// The namespace: a file, or a name as `ip netns` has them
+    #[arg(long, value_name = "PATH", value_parser = netns)]
+    netns: Option<PathBuf>,
+    /// The namespace of this process
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    pid: Option<u32>,
+    /// This address and no other; once for IPv4, once for IPv6
+    #[arg(long = "ip", value_name = "ADDR")]
+    addresses: Vec<IpAddr>,
+    /// The interface's MAC address [default: made from the address]
+    #[arg(long, value_parser = unicast)]
+    mac: Option<Mac>,
+    /// The interface's name [default: the first free one of eth0, eth1, ...]
+    #[arg(long, value_name = "IF")]
+    ifname: Option<String>,
+    /// One more name for the endpoint; may be repeated
+    #[arg(long = "alias", value_name = "A")]
+    aliases: Vec<String>,
+    /// Its Kubernetes namespace [default: default]
+    #[arg(long, value_name = "NS")]
+    namespace: Option<String>,
+    /// What selectors match; may be repeated
+    #[arg(long = "label", value_name = "K=V", value_parser = label)]
+    labels: Vec<(String, String)>,
+}
+
+/// Asks, and prints what came of it.
+pub(crate) fn run(context: &Context, args: Args) -> Result<()> {
+    let Reply::Endpoint(endpoint) = context.ask(&Request::Attach(args.request()?))? else {
+        return Err(Error::unexpected_reply());
+    };
+    context.print(&*endpoint, render)
+}
+
+impl Args {
+    fn request(self) -> Result<Attach> {
+        let netns = match (self.netns, self.pid) {
+            (Some(path), _) => NetnsRef::Path(path),
+            (None, Some(pid)) => NetnsRef::Pid(pid),
+            (None, None) => {
+                return Err(Error::Usage("--netns or --pid is missing. Give one of them".to_owned()));
+            }
+        };
+        Ok(Attach {
+            name: self.name,
+            network: self.network,
+            netns,
+            addresses: self.addresses,
+            mac: self.mac,
+            ifname: self.ifname,
+            aliases: self.aliases,
+            namespace: self.namespace,
+            labels: BTreeMap::from_iter(self.labels),
+        })
+    }
+}
+
+/// A path that means to ovld what it means here.
+fn netns(text: &str) -> std::result::Result<PathBuf, String> {
+    if matches!(text, "" | "." | "..") {
+        return Err("not a namespace: give a file, or a name that `ip netns list` shows".to_owned());
+    }
+    if !text.contains('/') {
+        return Ok(Path::new(NETNS_DIR).join(text));
+    }
+    // To ovld, "self" would be ovld. This process waits for the answer, so its own id holds that long.
+    for own in ["/proc/self/", "/proc/thread-self/"] {
+        if let Some(rest) = text.strip_prefix(own) {
+            return Ok(format!("/proc/{}/{rest}", process::id()).into());
+        }
+    }
+    std::path::absolute(text).map_err(|error| error.to_string())
+}
+
+fn unicast(text: &str) -> std::result::Result<Mac, String> {
+    let mac: Mac = text.parse().map_err(|_| "a MAC address looks like 02:42:0a:01:00:05".to_owned())?;
+    if mac.is_unicast() {
+        Ok(mac)
+    } else {
+        Err("an interface cannot have a group or zero address".to_owned())
+    }
+}
+
+fn label(text: &str) -> std::result::Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
+        _ => Err("a label looks like app=shop".to_owned()),
+    }
+}
+
+fn render(endpoint: &EndpointInfo) -> String {
+    let one = |cell: String| std::iter::once(cell);
+    Table::new()
+        .column("NAME", one(endpoint.name.clone()))
+        .column("ADDRESSES", one(list(&endpoint.addresses)))
+        .column("MAC", one(endpoint.mac.to_string()))
+        .column("IFNAME", one(maybe(endpoint.ifname.as_ref())))
+        .column("DEVICE", one(maybe(endpoint.device.as_ref())))
+        .render()
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::{Args as _, FromArgMatches};
+    use ovl_proto::control::EndpointState;
+
+    use super::*;
+
+    fn request(line: &str) -> Attach {
+        let command = Args::augment_args(clap::Command::new("attach"));
+        let matches = command.try_get_matches_from(line.split_whitespace()).unwrap();
+        Args::from_arg_matches(&matches).unwrap().request().unwrap()
+    }
+
+    #[test]
+    fn everything_given_is_asked_for() {
+        let line = "attach web --network blue --pid 7 --ip 10.1.0.9 --ip fd00::9 --mac 02:00:00:00:00:01 \
+                    --ifname e0 --alias b --alias c --namespace shop --label app=a=b --label tier=";
+        let expected = Attach {
+            name: "web".into(),
+            network: "blue".into(),
+            netns: NetnsRef::Pid(7),
+            addresses: vec!["10.1.0.9".parse().unwrap(), "fd00::9".parse().unwrap()],
+            mac: Some(Mac([2, 0, 0, 0, 0, 1])),
+            ifname: Some("e0".into()),
+            aliases: vec!["b".into(), "c".into()],
+            namespace: Some("shop".into()),
+            labels: [("app".into(), "a=b".into()), ("tier".into(), String::new())].into(),
+        };
+        assert_eq!(request(line), expected);
+    }
+
+    #[test]
+    fn a_namespace_is_named_as_ovld_sees_it() {
+        let here = std::env::current_dir().unwrap();
+        let own = format!("/proc/{}/ns/net", process::id());
+        for (given, meant) in [
+            ("blue", PathBuf::from("/run/netns/blue")),
+            ("/run/netns/blue", "/run/netns/blue".into()),
+            ("./blue", here.join("blue")),
+            ("ns/blue", here.join("ns/blue")),
+            ("/proc/7/ns/net", "/proc/7/ns/net".into()),
+            ("/proc/self/ns/net", own.clone().into()),
+            ("/proc/thread-self/ns/net", own.into()),
+        ] {
+            assert_eq!(netns(given), Ok(meant));
+        }
+    }
+
+    #[test]
+    fn the_new_endpoint_is_one_row() {
+        let endpoint = EndpointInfo {
+            name: "web".into(),
+            namespace: "default".into(),
+            network: "blue".into(),
+            node: "host1".into(),
+            mac: Mac([2, 0, 10, 1, 0, 2]),
+            addresses: vec!["10.1.0.2/16".parse().unwrap()],
+            aliases: Vec::new(),
+            labels: BTreeMap::new(),
+            state: EndpointState::Ready,
+            ifname: Some("eth0".into()),
+            device: Some("ovle1a2b3c4d".into()),
+        };
+        assert_eq!(
+            render(&endpoint),
+            "\
+NAME  ADDRESSES    MAC                IFNAME  DEVICE
+web   10.1.0.2/16  02:00:0a:01:00:02  eth0    ovle1a2b3c4d
+"
+        );
+    }
+}

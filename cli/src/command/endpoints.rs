@@ -1,0 +1,111 @@
+//! `ovlctl endpoints`
+
+use ovl_proto::control::{EndpointInfo, Reply, Request};
+
+use crate::context::Context;
+use crate::error::{Error, Result};
+use crate::text::{Table, list};
+
+/// Arguments of `endpoints`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// Only on the network of this name
+    #[arg(long, value_name = "NET")]
+    network: Option<String>,
+    /// Only on the host of this name
+    #[arg(long)]
+    node: Option<String>,
+}
+
+/// Asks and prints.
+pub(crate) fn run(context: &Context, args: &Args) -> Result<()> {
+    let Reply::Endpoints(mut endpoints) = context.ask(&Request::Endpoints)? else {
+        return Err(Error::unexpected_reply());
+    };
+    endpoints.retain(|endpoint| args.matches(endpoint));
+    context.print(&endpoints, |endpoints| render(endpoints))
+}
+
+impl Args {
+    fn matches(&self, endpoint: &EndpointInfo) -> bool {
+        self.network.as_ref().is_none_or(|network| *network == endpoint.network)
+            && self.node.as_ref().is_none_or(|node| *node == endpoint.node)
+    }
+}
+
+fn render(endpoints: &[EndpointInfo]) -> String {
+    Table::new()
+        .column("NAME", endpoints.iter().map(|endpoint| &endpoint.name))
+        .unusual("NAMESPACE", "default", endpoints.iter().map(|endpoint| &endpoint.namespace))
+        .column("NETWORK", endpoints.iter().map(|endpoint| &endpoint.network))
+        .column("NODE", endpoints.iter().map(|endpoint| &endpoint.node))
+        .column("ADDRESSES", endpoints.iter().map(|endpoint| list(&endpoint.addresses)))
+        .column("MAC", endpoints.iter().map(|endpoint| endpoint.mac))
+        .column("STATE", endpoints.iter().map(|endpoint| endpoint.state))
+        .unusual("ALIASES", "", endpoints.iter().map(|endpoint| list(&endpoint.aliases)))
+        .render()
+}
+
+#[cfg(test)]
+mod tests {
+    use ovl_proto::control::EndpointState;
+
+    use super::*;
+
+    fn endpoint(name: &str, number: u8) -> EndpointInfo {
+        EndpointInfo {
+            name: name.into(),
+            namespace: "default".into(),
+            network: "blue".into(),
+            node: format!("host{number}"),
+            mac: format!("02:00:0a:01:00:{number:02x}").parse().unwrap(),
+            addresses: vec![format!("10.1.0.{number}/16").parse().unwrap()],
+            aliases: Vec::new(),
+            labels: [("app".to_owned(), "shop".to_owned())].into(),
+            state: EndpointState::Ready,
+            ifname: None,
+            device: None,
+        }
+    }
+
+    #[test]
+    fn usual_endpoints() {
+        let suspended = EndpointInfo { state: EndpointState::Suspended, ..endpoint("db", 3) };
+        assert_eq!(
+            render(&[endpoint("web", 2), suspended]),
+            "\
+NAME  NETWORK  NODE   ADDRESSES    MAC                STATE
+web   blue     host2  10.1.0.2/16  02:00:0a:01:00:02  ready
+db    blue     host3  10.1.0.3/16  02:00:0a:01:00:03  suspended
+"
+        );
+    }
+
+    #[test]
+    fn namespaces_and_aliases_show_where_there_are_any() {
+        let mut pod = endpoint("web", 2);
+        pod.namespace = "shop".into();
+        pod.aliases = vec!["www".into(), "front".into()];
+        pod.addresses.push("fd00::2/64".parse().unwrap());
+        assert_eq!(
+            render(&[pod]),
+            "\
+NAME  NAMESPACE  NETWORK  NODE   ADDRESSES               MAC                STATE  ALIASES
+web   shop       blue     host2  10.1.0.2/16,fd00::2/64  02:00:0a:01:00:02  ready  www,front
+"
+        );
+    }
+
+    #[test]
+    fn filters_must_all_match() {
+        let args = |network: Option<&str>, node: Option<&str>| Args {
+            network: network.map(str::to_owned),
+            node: node.map(str::to_owned),
+        };
+        let web = endpoint("web", 2);
+        assert!(args(None, None).matches(&web));
+        assert!(args(Some("blue"), Some("host2")).matches(&web));
+        assert!(!args(Some("blue"), Some("host3")).matches(&web));
+        assert!(!args(Some("red"), None).matches(&web));
+    }
+}

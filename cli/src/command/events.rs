@@ -1,0 +1,80 @@
+//! `ovlctl events`
+
+use std::ops::ControlFlow;
+
+use ovl_proto::control::{Client, ClientError, Event, Reply, Request};
+
+use crate::args::Output;
+use crate::context::{Context, json_text, write_out};
+use crate::error::{Error, Result};
+use crate::text::printable;
+use crate::time::timestamp;
+
+/// Arguments of `events`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// Go on with each new event as it happens
+    #[arg(short, long)]
+    follow: bool,
+}
+
+/// Asks and prints.
+pub(crate) fn run(context: &Context, args: &Args) -> Result<()> {
+    if args.follow {
+        return follow(context);
+    }
+    let events = events(context.ask(&Request::Events { follow: false })?)?;
+    context.print(&events, |events| events.iter().map(line).collect())
+}
+
+/// Prints until the daemon goes away, which is an error, or the reader, which is not.
+fn follow(context: &Context) -> Result<()> {
+    // The next event may be a day away: there is no time after which silence is wrong.
+    let failed = |error: ClientError| Error::no_reply(error, 0);
+    let mut client = Client::connect(&context.socket, None).map_err(failed)?;
+    let mut reply = client.request(&Request::Events { follow: true }).map_err(failed)?;
+    loop {
+        for event in events(reply)? {
+            let text = match context.output {
+                Output::Table => line(&event),
+                // An array would never end: one object a line instead.
+                Output::Json => json_text(serde_json::to_string(&event))?,
+            };
+            if let ControlFlow::Break(()) = write_out(&text)? {
+                return Ok(());
+            }
+        }
+        reply = client.next_reply().map_err(failed)?;
+    }
+}
+
+fn events(reply: Reply) -> Result<Vec<Event>> {
+    let Reply::Events(events) = reply else { return Err(Error::unexpected_reply()) };
+    Ok(events)
+}
+
+/// The kinds are short and few: a fixed width aligns a stream as well as a list.
+fn line(event: &Event) -> String {
+    let (kind, object, message) =
+        (printable(&event.kind), printable(&event.object), printable(&event.message));
+    format!("{}  {kind:8}  {object}  {message}\n", timestamp(event.time_ms))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_event_is_one_line() {
+        let event = Event {
+            time_ms: 1_735_689_599_007,
+            kind: "peer".into(),
+            object: "host2".into(),
+            message: "is suspect:\nno gossip for 4s".into(),
+        };
+        assert_eq!(
+            line(&event),
+            "2024-12-31T23:59:59.007Z  peer      host2  is suspect:\\nno gossip for 4s\n"
+        );
+    }
+}

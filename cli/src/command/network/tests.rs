@@ -1,0 +1,120 @@
+//! Tests of `ovlctl network`.
+
+use super::*;
+
+fn blue() -> NetworkInfo {
+    NetworkInfo {
+        name: "blue".into(),
+        id: "04gc3g8k".parse().unwrap(),
+        driver: Driver::Overlay,
+        mode: Mode::L2,
+        vni: 4097,
+        subnets: vec!["10.1.0.0/16".parse().unwrap()],
+        gateways: vec!["10.1.0.1".parse().unwrap()],
+        mtu: 1450,
+        encrypted: false,
+        internal: false,
+        removing: false,
+        endpoints: 5,
+        nodes: vec!["host1".into(), "host2".into()],
+        bridge: Some("ovlb04gc3g8k".into()),
+    }
+}
+
+#[test]
+fn one_row_a_network() {
+    assert_eq!(
+        rows(&[blue()]),
+        "\
+NAME  DRIVER   MODE  VNI   SUBNETS      MTU   ENDPOINTS  NODES
+blue  overlay  l2    4097  10.1.0.0/16  1450  5          2
+"
+    );
+}
+
+#[test]
+fn options_show_where_there_are_any() {
+    let mut red = blue();
+    red.name = "red".into();
+    red.subnets.push("fd00:1::/64".parse().unwrap());
+    (red.encrypted, red.internal, red.removing) = (true, true, true);
+    assert_eq!(
+        rows(&[blue(), red]),
+        "\
+NAME  DRIVER   MODE  VNI   SUBNETS                  MTU   ENDPOINTS  NODES  OPTIONS
+blue  overlay  l2    4097  10.1.0.0/16              1450  5          2      -
+red   overlay  l2    4097  10.1.0.0/16,fd00:1::/64  1450  5          2      encrypted,internal,removing
+"
+    );
+}
+
+#[test]
+fn inspect_shows_everything() {
+    assert_eq!(
+        inspect(&blue()),
+        "\
+Name       blue
+Id         04gc3g8k
+Driver     overlay
+Mode       l2
+VNI        4097
+Subnets    10.1.0.0/16
+Gateways   10.1.0.1
+MTU        1450
+Encrypted  no
+Internal   no
+Removing   no
+Endpoints  5
+Nodes      host1,host2
+Bridge     ovlb04gc3g8k
+"
+    );
+}
+
+fn create(line: &str) -> Result<NetworkCreate> {
+    use clap::{Args as _, FromArgMatches};
+
+    let command = CreateArgs::augment_args(clap::Command::new("create"));
+    let matches = command.try_get_matches_from(line.split_whitespace()).unwrap();
+    CreateArgs::from_arg_matches(&matches).unwrap().request()
+}
+
+#[test]
+fn what_is_not_given_is_left_to_ovld() {
+    let expected = NetworkCreate {
+        name: "blue".into(),
+        driver: Driver::Overlay,
+        mode: Mode::L2,
+        subnets: Vec::new(),
+        vni: None,
+        encrypted: false,
+        internal: false,
+        mtu: None,
+    };
+    assert_eq!(create("create blue"), Ok(expected));
+}
+
+#[test]
+fn everything_given_is_asked_for() {
+    let line = "create blue --driver overlay --mode l2 --subnet 10.1.0.0/16 --subnet fd00::/64 --vni 16777215 \
+                --encrypted --internal --mtu 1400";
+    let expected = NetworkCreate {
+        name: "blue".into(),
+        driver: Driver::Overlay,
+        mode: Mode::L2,
+        subnets: vec!["10.1.0.0/16".parse().unwrap(), "fd00::/64".parse().unwrap()],
+        vni: Some(16_777_215),
+        encrypted: true,
+        internal: true,
+        mtu: Some(1400),
+    };
+    assert_eq!(create(line), Ok(expected));
+}
+
+#[test]
+fn what_is_no_range_is_wrong_usage() {
+    for text in ["10.1.0.0", "10.1.0.0/33", "blue", "10.1.0.0/16,10.2.0.0/16"] {
+        let result = create(&format!("create blue --subnet {text}"));
+        assert!(matches!(result, Err(Error::Usage(message)) if message.starts_with('\'')), "{text}");
+    }
+}

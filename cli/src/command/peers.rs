@@ -1,0 +1,124 @@
+//! `ovlctl peers`
+
+use clap::Subcommand;
+use ovl_proto::control::{Peer, PeerState, Reply, Request};
+
+use crate::context::Context;
+use crate::error::{Error, Result};
+use crate::text::{Table, maybe};
+use crate::time::{micros, millis};
+
+/// Arguments of `peers`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    #[command(subcommand)]
+    action: Option<Action>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Action {
+    /// Take a dead host out of the cluster and free its blocks of addresses
+    ///
+    /// Done when a majority of the hosts has agreed. The forgotten host still knows the cluster
+    /// key.
+    Forget {
+        /// Name or id
+        node: String,
+    },
+}
+
+/// Asks and prints.
+pub(crate) fn run(context: &Context, args: Args) -> Result<()> {
+    if let Some(Action::Forget { node }) = args.action {
+        return context.ask_done(&Request::PeersForget { node });
+    }
+    let Reply::Peers(peers) = context.ask(&Request::Peers)? else { return Err(Error::unexpected_reply()) };
+    context.print(&peers, |peers| render(peers))
+}
+
+fn render(peers: &[Peer]) -> String {
+    Table::new()
+        .column("NAME", peers.iter().map(|peer| format!("{}{}", peer.name, if peer.own { " *" } else { "" })))
+        .column("ADDRESS", peers.iter().map(|peer| peer.address))
+        .column("VTEP", peers.iter().map(|peer| peer.vtep))
+        .column("STATE", peers.iter().map(|peer| peer.state))
+        .column("HEARD", peers.iter().map(|peer| maybe(peer.last_heard_ms.map(millis))))
+        .column("RTT", peers.iter().map(|peer| maybe(peer.rtt_us.map(micros))))
+        .column("ENDPOINTS", peers.iter().map(|peer| peer.endpoints))
+        .column("VERSION", peers.iter().map(|peer| &peer.version))
+        .unusual("ENCRYPTION", "none", peers.iter().map(|peer| &peer.encryption))
+        .unusual("NOTE", "", peers.iter().map(note))
+        .render()
+}
+
+/// What is odd about a host beyond its state.
+fn note(peer: &Peer) -> String {
+    let mut notes = Vec::new();
+    if !peer.member {
+        notes.push("not a member");
+    }
+    // In any other state nothing arrives from it, directly or not.
+    if !peer.own && !peer.reachable && peer.state == PeerState::Alive {
+        notes.push("heard only through others");
+    }
+    notes.join(", ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn peer(number: u8) -> Peer {
+        Peer {
+            name: format!("host{number}"),
+            id: "0410c3g8kt7o2s00".parse().unwrap(),
+            address: format!("192.0.2.{number}:7940").parse().unwrap(),
+            vtep: format!("192.0.2.{number}").parse().unwrap(),
+            state: PeerState::Alive,
+            last_heard_ms: Some(120),
+            rtt_us: Some(412),
+            endpoints: 4,
+            version: "0.1.0".into(),
+            encryption: "none".into(),
+            own: false,
+            member: true,
+            reachable: true,
+            path_mtu: Some(1500),
+        }
+    }
+
+    #[test]
+    fn the_own_node_is_marked_and_unusual_columns_are_left_out() {
+        let own = Peer { own: true, last_heard_ms: None, rtt_us: None, ..peer(1) };
+        let dead = Peer { state: PeerState::Dead, last_heard_ms: Some(72_000), reachable: false, ..peer(3) };
+        assert_eq!(
+            render(&[own, peer(2), dead]),
+            "\
+NAME     ADDRESS         VTEP       STATE  HEARD  RTT    ENDPOINTS  VERSION
+host1 *  192.0.2.1:7940  192.0.2.1  alive  -      -      4          0.1.0
+host2    192.0.2.2:7940  192.0.2.2  alive  120ms  0.4ms  4          0.1.0
+host3    192.0.2.3:7940  192.0.2.3  dead   1m12s  0.4ms  4          0.1.0
+"
+        );
+    }
+
+    #[test]
+    fn what_is_odd_has_a_note() {
+        let odd = Peer { reachable: false, encryption: "wireguard".into(), ..peer(2) };
+        let new = Peer { member: false, reachable: false, ..peer(3) };
+        let text = render(&[odd, new]);
+        let ends: Vec<_> = text
+            .lines()
+            .filter_map(|line| line.split_once("ENDPOINTS  ").or(line.split_once(" 4  ")))
+            .map(|(_, end)| end.trim_start())
+            .collect();
+        assert_eq!(
+            ends,
+            [
+                "VERSION  ENCRYPTION  NOTE",
+                "0.1.0    wireguard   heard only through others",
+                "0.1.0    none        not a member, heard only through others",
+            ]
+        );
+    }
+}

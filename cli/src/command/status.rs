@@ -1,0 +1,138 @@
+//! `ovlctl status`
+
+use std::fmt::Write as _;
+
+use ovl_proto::control::{DaemonState, GossipCounters, ReconcileStatus, Reply, Request, Status};
+
+use crate::context::Context;
+use crate::error::{Error, Result};
+use crate::text::{block, count, lines, list};
+use crate::time::seconds;
+
+/// Asks and prints.
+pub(crate) fn run(context: &Context) -> Result<()> {
+    let Reply::Status(status) = context.ask(&Request::Status)? else { return Err(Error::unexpected_reply()) };
+    context.print(&*status, render)
+}
+
+fn render(status: &Status) -> String {
+    let state = match status.state {
+        DaemonState::Starting => "starting",
+        DaemonState::Ready => "ready",
+        DaemonState::Degraded => "degraded",
+    };
+    let mut text = block(&[
+        ("Node", format!("{} ({})", status.node, status.id)),
+        ("State", state.to_owned()),
+        ("Version", status.version.clone()),
+        ("Address", status.address.to_string()),
+        ("VTEP", status.vtep.to_string()),
+        ("Uptime", seconds(status.uptime_s)),
+        ("Members", format!("{}, {} alive", status.members, status.alive)),
+        ("Endpoints", format!("{} on this host", status.endpoints)),
+        ("Networks", status.networks.to_string()),
+        ("Gossip", gossip(&status.gossip)),
+        ("Reconcile", reconcile(&status.reconcile)),
+    ]);
+    section(&mut text, "Refused by the kernel", &status.reconcile.failing);
+    section(&mut text, "Problems", &status.problems);
+    text
+}
+
+fn section(text: &mut String, title: &str, items: &[String]) {
+    if !items.is_empty() {
+        let _ = write!(text, "{title}:\n{}", lines("  - ", items));
+    }
+}
+
+fn gossip(counters: &GossipCounters) -> String {
+    let mut text = format!("{} sent, {} received", counters.sent, counters.received);
+    for (number, what) in [
+        (counters.dropped_unauthenticated, "unauthenticated"),
+        (counters.dropped_replayed, "replayed"),
+        (counters.dropped_malformed, "malformed"),
+    ] {
+        if number > 0 {
+            let _ = write!(text, ", {number} {what}");
+        }
+    }
+    if !counters.strangers.is_empty() {
+        let _ = write!(text, " (strangers: {})", list(&counters.strangers));
+    }
+    text
+}
+
+fn reconcile(status: &ReconcileStatus) -> String {
+    let passes = if status.passes == 1 { "1 pass".to_owned() } else { format!("{} passes", status.passes) };
+    format!("{passes}, {}, {}", count(status.operations, "operation"), count(status.repairs, "repair"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn status() -> Status {
+        Status {
+            node: "host1".into(),
+            id: "0410c3g8kt7o2s00".parse().unwrap(),
+            version: "0.1.0".into(),
+            state: DaemonState::Ready,
+            problems: Vec::new(),
+            address: "192.0.2.1:7940".parse().unwrap(),
+            vtep: "192.0.2.1".parse().unwrap(),
+            uptime_s: 11_520,
+            members: 3,
+            alive: 3,
+            endpoints: 4,
+            networks: 2,
+            gossip: GossipCounters { sent: 1204, received: 1187, ..GossipCounters::default() },
+            reconcile: ReconcileStatus { passes: 31, operations: 42, repairs: 1, failing: Vec::new() },
+        }
+    }
+
+    #[test]
+    fn a_healthy_daemon() {
+        assert_eq!(
+            render(&status()),
+            "\
+Node       host1 (0410c3g8kt7o2s00)
+State      ready
+Version    0.1.0
+Address    192.0.2.1:7940
+VTEP       192.0.2.1
+Uptime     3h12m
+Members    3, 3 alive
+Endpoints  4 on this host
+Networks   2
+Gossip     1204 sent, 1187 received
+Reconcile  31 passes, 42 operations, 1 repair
+"
+        );
+    }
+
+    #[test]
+    fn problems_come_last() {
+        let mut status = status();
+        status.state = DaemonState::Degraded;
+        status.alive = 2;
+        status.gossip.dropped_unauthenticated = 5;
+        status.gossip.strangers = vec!["192.0.2.9".parse().unwrap()];
+        status.reconcile.failing = vec!["link ovl-b1: operation not supported".into()];
+        status.problems = vec!["host2 is dead.".into(), "The key of 192.0.2.9 is another.".into()];
+        let text = render(&status);
+        assert!(text.contains("\nMembers    3, 2 alive\n"), "{text}");
+        assert!(text.contains("received, 5 unauthenticated (strangers: 192.0.2.9)\n"), "{text}");
+        assert!(
+            text.ends_with(
+                "
+Refused by the kernel:
+  - link ovl-b1: operation not supported
+Problems:
+  - host2 is dead.
+  - The key of 192.0.2.9 is another.
+"
+            ),
+            "{text}"
+        );
+    }
+}

@@ -1,0 +1,78 @@
+//! The agreement on the allocation map under everything that a network and hosts do: messages are
+//! lost, doubled and overtaken, hosts crash before and after they wrote to disk, the network splits,
+//! hosts join and are forgotten, and all of them claim at once. Deterministic: a failure names the
+//! seed, and `OVL_SIM_SEED=n` runs that one alone; `OVL_SIM_SEEDS=n` runs so many.
+
+mod storm;
+mod world;
+
+use ovl_proto::alloc::Refusal;
+
+use world::{Stats, World, network};
+
+fn number(variable: &str) -> Option<u64> {
+    std::env::var(variable).ok().and_then(|text| text.parse().ok())
+}
+
+#[test]
+fn no_block_has_two_holders_whatever_happens() {
+    let only = number("OVL_SIM_SEED");
+    let many = number("OVL_SIM_SEEDS").unwrap_or(500);
+    let seeds = only.map_or(0..many, |seed| seed..seed + 1);
+    let mut total = Stats::default();
+    for seed in seeds {
+        let mut world = World::new(seed, 1 + (seed % 7) as usize);
+        // The panic's own message does not say which run it was.
+        let run = std::panic::AssertUnwindSafe(|| {
+            world.storm(5000);
+            world.heal_and_claim();
+        });
+        if std::panic::catch_unwind(run).is_err() {
+            panic!("seed {seed} failed");
+        }
+        total.add(&world.stats);
+    }
+    println!("{total:?}");
+    if only.is_none() && many >= 500 {
+        // The storm must be one: all that it is about has happened, and often.
+        assert!(total.decrees > 10_000 && total.done > 15_000, "{total:?}");
+        assert!(total.no_majority > 2000 && total.crashes > 3000 && total.forgets > 3000, "{total:?}");
+    }
+}
+
+#[test]
+fn the_smaller_side_of_a_split_says_that_it_has_no_majority() {
+    for seed in 0..20 {
+        let mut world = World::new(seed, 5);
+        world.heal_and_claim();
+        world.split(&[0, 0, 1, 1, 1]);
+        for node in 0..5 {
+            world.claim(node, network(9), "10.50.0.0/16", 24, 1);
+        }
+        world.run(3100);
+        for node in 0..2 {
+            let refusal = Refusal::NoMajority { answered: 2, needed: 3, members: 5 };
+            assert_eq!(world.nodes[node].last, Some(Err(refusal)), "seed {seed}");
+        }
+        for node in 2..5 {
+            assert!(matches!(world.nodes[node].last, Some(Ok(_))), "seed {seed}");
+        }
+        world.split(&[0; 5]);
+        world.claim(0, network(9), "10.50.0.0/16", 24, 1);
+        world.run(500);
+        assert!(matches!(world.nodes[0].last, Some(Ok(_))), "seed {seed}");
+    }
+}
+
+#[test]
+fn hosts_that_start_at_the_same_instant_claim_in_few_decrees() {
+    let mut world = World::new(1, 7);
+    world.heal_and_claim();
+    let before = world.agreed.len();
+    for node in 0..7 {
+        world.claim(node, network(9), "10.50.0.0/16", 24, 1);
+    }
+    world.run(500);
+    assert!(world.nodes.iter().all(|node| matches!(node.last, Some(Ok(_)))));
+    assert!(world.agreed.len() - before <= 3, "{} decrees", world.agreed.len() - before);
+}

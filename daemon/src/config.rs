@@ -1,0 +1,307 @@
+//! Flags and the configuration file. A flag wins over the file; `--join` adds to it.
+
+use std::net::{IpAddr, SocketAddr, ToSocketAddrs, UdpSocket};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use clap::Parser;
+use ipnet::IpNet;
+use ovl_proto::{DEFAULT_PORT, DEFAULT_VXLAN_PORT};
+use serde::Deserialize;
+
+/// Where the configuration is looked for unless `--config` says otherwise.
+const DEFAULT_CONFIG: &str = "/etc/ovl/ovld.toml";
+
+/// The ovl daemon: builds overlay networks on this host and shares them with its peers by gossip.
+#[derive(Debug, Parser)]
+#[command(name = "ovld", version)]
+pub struct Args {
+    /// Configuration file; the default one may be missing
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// This host's name in the cluster [default: the host name]
+    #[arg(long, value_name = "NAME")]
+    node: Option<String>,
+    /// What must outlive a reboot [default: /var/lib/ovl]
+    #[arg(long, value_name = "DIR")]
+    state_dir: Option<PathBuf>,
+    /// Socket, lock, and what ends with the kernel [default: /run/ovl]
+    #[arg(long, value_name = "DIR")]
+    run_dir: Option<PathBuf>,
+    /// The address that peers reach this host by [default: the one that leads to the first --join]
+    #[arg(long, value_name = "ADDR[:PORT]")]
+    advertise: Option<String>,
+    /// A host to join by; may be repeated
+    #[arg(long, value_name = "ADDR[:PORT]")]
+    join: Vec<String>,
+    /// Begin a new cluster if this host is in none, even with --join
+    #[arg(long)]
+    bootstrap: bool,
+    /// The key that all hosts of the cluster share; `ovlctl key generate` makes one
+    #[arg(long, value_name = "FILE")]
+    cluster_key: Option<PathBuf>,
+    /// Run without a cluster key: anybody who reaches the port can join and listen
+    #[arg(long)]
+    insecure: bool,
+    /// error, warn, info, debug or trace
+    #[arg(long, value_name = "LEVEL")]
+    log: Option<String>,
+}
+
+/// The configuration file. The names are those of the flags.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct File {
+    node: Option<String>,
+    state_dir: Option<PathBuf>,
+    run_dir: Option<PathBuf>,
+    advertise: Option<String>,
+    #[serde(default)]
+    join: Vec<String>,
+    #[serde(default)]
+    bootstrap: bool,
+    cluster_key: Option<PathBuf>,
+    #[serde(default)]
+    insecure: bool,
+    log: Option<String>,
+    vxlan_port: Option<u16>,
+    #[serde(default, with = "humantime_serde::option")]
+    gossip_interval: Option<Duration>,
+    #[serde(default, with = "humantime_serde::option")]
+    keep: Option<Duration>,
+    #[serde(default, with = "humantime_serde::option")]
+    forget_after: Option<Duration>,
+    pool: Option<IpNet>,
+    masquerade: Option<bool>,
+}
+
+/// All settings, checked.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// This host's name in the cluster.
+    pub node: String,
+    /// What must outlive a reboot.
+    pub state_dir: PathBuf,
+    /// Socket, lock, and what ends with the kernel.
+    pub run_dir: PathBuf,
+    /// Where peers reach this host.
+    pub advertise: SocketAddr,
+    /// Hosts to join by, as `host:port`.
+    pub join: Vec<String>,
+    /// Begin a new cluster if this host is in none.
+    pub bootstrap: bool,
+    /// The file with the cluster key; nothing with `insecure`.
+    pub cluster_key: Option<PathBuf>,
+    /// The least level that is logged.
+    pub log: tracing::Level,
+    /// UDP port of the VXLAN devices.
+    pub vxlan_port: u16,
+    /// Between two rounds of gossip.
+    pub gossip_interval: Duration,
+    /// How long the entries of a host are kept whose daemon is silent while its kernel answers.
+    pub keep: Duration,
+    /// After how long a dead host is forgotten and its blocks are free; zero: never.
+    pub forget_after: Duration,
+    /// Where the ranges of networks come from that are made without `--subnet`.
+    pub pool: IpNet,
+    /// Whether what leaves the cluster gets this host's address.
+    pub masquerade: bool,
+}
+
+impl Config {
+    /// Reads the file that the flags name and puts the two together.
+    pub fn load(args: Args) -> Result<Self> {
+        let file = read_file(args.config.as_deref())?;
+        let join: Vec<String> =
+            file.join.iter().chain(&args.join).map(|peer| with_port(peer)).collect::<Result<_>>()?;
+        let advertise = match args.advertise.or(file.advertise) {
+            Some(text) => parse_advertise(&text)?,
+            None => SocketAddr::new(own_address(&join)?, DEFAULT_PORT),
+        };
+        let insecure = args.insecure || file.insecure;
+        let cluster_key = args.cluster_key.or(file.cluster_key);
+        match (&cluster_key, insecure) {
+            (None, false) => bail!(
+                "no cluster key: make one with `ovlctl key generate`, give the same file to all hosts with \
+                 --cluster-key FILE, or say --insecure to run without protection"
+            ),
+            (Some(_), true) => bail!("both a cluster key and --insecure are given: choose one"),
+            (Some(_), false) | (None, true) => {}
+        }
+        let config = Self {
+            node: match args.node.or(file.node) {
+                Some(name) => name,
+                None => nix::unistd::gethostname()
+                    .context("reading the host name")?
+                    .into_string()
+                    .map_err(|name| anyhow::anyhow!("the host name {name:?} is not UTF-8: use --node"))?,
+            },
+            state_dir: args.state_dir.or(file.state_dir).unwrap_or_else(|| "/var/lib/ovl".into()),
+            run_dir: args.run_dir.or(file.run_dir).unwrap_or_else(|| "/run/ovl".into()),
+            advertise,
+            bootstrap: args.bootstrap || file.bootstrap || join.is_empty(),
+            join,
+            cluster_key,
+            log: args
+                .log
+                .or(file.log)
+                .as_deref()
+                .unwrap_or("info")
+                .parse()
+                .map_err(|_| anyhow::anyhow!("log: use error, warn, info, debug or trace"))?,
+            vxlan_port: file.vxlan_port.unwrap_or(DEFAULT_VXLAN_PORT),
+            gossip_interval: file.gossip_interval.unwrap_or(Duration::from_millis(200)),
+            keep: file.keep.unwrap_or(Duration::from_secs(300)),
+            forget_after: file.forget_after.unwrap_or(Duration::from_secs(7 * 24 * 3600)),
+            pool: match file.pool {
+                Some(pool) => pool,
+                None => "10.128.0.0/9".parse().context("the default pool")?,
+            },
+            masquerade: file.masquerade.unwrap_or(true),
+        };
+        config.check()?;
+        Ok(config)
+    }
+
+    fn check(&self) -> Result<()> {
+        if !is_name(&self.node) {
+            bail!("node: '{}' is no name: letters, digits, '-', '_' and '.', at most 63", self.node);
+        }
+        if self.advertise.ip().is_unspecified() || self.advertise.ip().is_multicast() {
+            bail!("advertise: {} is not an address of one host", self.advertise.ip());
+        }
+        if self.vxlan_port == 0 {
+            bail!("vxlan_port: 0 is not a port");
+        }
+        if !(Duration::from_millis(50)..=Duration::from_secs(5)).contains(&self.gossip_interval) {
+            bail!("gossip_interval: between 50ms and 5s");
+        }
+        if self.pool.prefix_len() > if self.pool.addr().is_ipv4() { 24 } else { 64 } {
+            bail!("pool: {} is too small to cut networks from", self.pool);
+        }
+        Ok(())
+    }
+}
+
+/// Names of hosts, networks and endpoints: what fits a DNS label, a file name and a column.
+pub fn is_name(name: &str) -> bool {
+    (1..=63).contains(&name.len())
+        && name.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'))
+        && name.starts_with(|c: char| c.is_ascii_alphanumeric())
+}
+
+fn read_file(path: Option<&Path>) -> Result<File> {
+    let (path, required) = path.map_or((Path::new(DEFAULT_CONFIG), false), |path| (path, true));
+    let text = match std::fs::read_to_string(path) {
+        Ok(text) => text,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound && !required => return Ok(File::default()),
+        Err(error) => return Err(error).with_context(|| format!("reading {}", path.display())),
+    };
+    // The error of the TOML reader shows the line.
+    toml::from_str(&text).with_context(|| format!("in {}", path.display()))
+}
+
+/// `host`, `host:port`, `addr`, `[addr]:port` or a bare IPv6 address, with the port made explicit.
+fn with_port(text: &str) -> Result<String> {
+    if let Ok(ip) = text.trim_matches(['[', ']']).parse::<IpAddr>() {
+        return Ok(SocketAddr::new(ip, DEFAULT_PORT).to_string());
+    }
+    let has_port = text.rsplit_once(':').is_some_and(|(_, port)| port.parse::<u16>().is_ok());
+    let full = if has_port { text.to_owned() } else { format!("{text}:{DEFAULT_PORT}") };
+    if text.is_empty() || full.contains(char::is_whitespace) {
+        bail!("join: '{text}' is not ADDR[:PORT]");
+    }
+    Ok(full)
+}
+
+fn parse_advertise(text: &str) -> Result<SocketAddr> {
+    with_port(text)?
+        .parse()
+        .map_err(|_| anyhow::anyhow!("advertise: '{text}' is not ADDR[:PORT]; host names are not taken here"))
+}
+
+/// The address that this host would use towards the first peer; towards the world if there is
+/// none. Connecting a UDP socket asks the routing table and sends nothing.
+fn own_address(join: &[String]) -> Result<IpAddr> {
+    let target = join
+        .first()
+        .and_then(|peer| peer.to_socket_addrs().ok()?.next())
+        .unwrap_or_else(|| SocketAddr::from(([192, 0, 2, 1], DEFAULT_PORT)));
+    let any: SocketAddr =
+        if target.is_ipv4() { ([0, 0, 0, 0], 0).into() } else { (std::net::Ipv6Addr::UNSPECIFIED, 0).into() };
+    let local = UdpSocket::bind(any).and_then(|socket| {
+        socket.connect(target)?;
+        socket.local_addr()
+    });
+    local.map(|addr| addr.ip()).with_context(|| {
+        format!("no route to {target}, so the address of this host is not clear: give it with --advertise")
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn load(args: &[&str], file: &str) -> Result<Config> {
+        let dir = std::env::temp_dir().join(format!("ovl-config-{}-{:p}", std::process::id(), &args));
+        std::fs::create_dir_all(&dir).unwrap();
+        let path = dir.join("ovld.toml");
+        std::fs::write(&path, file).unwrap();
+        let mut all = vec!["ovld", "--config", path.to_str().unwrap()];
+        all.extend(args);
+        let result = Config::load(Args::parse_from(all));
+        std::fs::remove_dir_all(&dir).unwrap();
+        result
+    }
+
+    #[test]
+    fn flags_win_over_the_file() {
+        let file = "node = 'a'\nadvertise = '10.0.0.1'\njoin = ['10.0.0.2']\ninsecure = true\nkeep = '1m'\n";
+        let config = load(&["--node", "b", "--join", "c:7000"], file).unwrap();
+        assert_eq!(config.node, "b");
+        assert_eq!(config.join, ["10.0.0.2:7940", "c:7000"]);
+        assert_eq!(config.advertise, "10.0.0.1:7940".parse().unwrap());
+        assert_eq!(config.keep, Duration::from_secs(60));
+        assert!(!config.bootstrap);
+    }
+
+    #[test]
+    fn an_unknown_key_is_named_with_its_line() {
+        let error = format!("{:#}", load(&[], "insecure = true\nnodes = 'a'\n").unwrap_err());
+        assert!(error.contains("line 2") && error.contains("nodes"), "{error}");
+        let error = format!("{:#}", load(&[], "insecure = true\n\nvxlan_port = 'x'\n").unwrap_err());
+        assert!(error.contains("line 3"), "{error}");
+    }
+
+    #[test]
+    fn no_key_is_refused_with_advice() {
+        let error = load(&["--advertise", "10.0.0.1"], "").unwrap_err().to_string();
+        assert!(error.contains("ovlctl key generate") && error.contains("--insecure"), "{error}");
+    }
+
+    #[test]
+    fn bad_values_are_refused() {
+        for args in [
+            ["--advertise", "0.0.0.0"],
+            ["--advertise", "host"],
+            ["--node", "a b"],
+            ["--log", "loud"],
+            ["--join", ""],
+        ] {
+            let mut all = vec!["--insecure"];
+            all.extend(args);
+            if args[0] != "--advertise" {
+                all.extend(["--advertise", "10.0.0.1"]);
+            }
+            assert!(load(&all, "").is_err(), "{args:?}");
+        }
+    }
+
+    #[test]
+    fn join_addresses_get_the_port() {
+        assert_eq!(with_port("fd00::1").unwrap(), "[fd00::1]:7940");
+        assert_eq!(with_port("[fd00::1]:80").unwrap(), "[fd00::1]:80");
+        assert_eq!(with_port("host").unwrap(), "host:7940");
+    }
+}

@@ -1,0 +1,105 @@
+//! The Unix socket that `ovlctl` and the CNI plugin talk to. The protocol is in `ovl_proto::control`.
+
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::Path;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+use ovl_proto::control::{Event, Failure, FailureKind, MAX_REQUEST, Reply, Request};
+use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::Semaphore;
+use tokio::sync::broadcast::error::RecvError;
+
+use crate::node::Node;
+
+/// Clients at one time; more of them wait.
+const MAX_CLIENTS: usize = 256;
+
+/// Makes the socket, for root and its group alone. One that is left over belongs to no daemon: the
+/// lock on the run directory is ours.
+pub(crate) fn listen(path: &Path) -> Result<UnixListener> {
+    if let Err(error) = std::fs::remove_file(path)
+        && error.kind() != std::io::ErrorKind::NotFound
+    {
+        return Err(error).with_context(|| format!("removing {}", path.display()));
+    }
+    let listener = UnixListener::bind(path).with_context(|| format!("listening on {}", path.display()))?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o660))
+        .with_context(|| format!("protecting {}", path.display()))?;
+    Ok(listener)
+}
+
+/// Serves clients for ever.
+pub(crate) async fn serve(node: Rc<Node>, listener: UnixListener) {
+    let places = Arc::new(Semaphore::new(MAX_CLIENTS));
+    loop {
+        let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
+        match listener.accept().await {
+            Ok((stream, _)) => {
+                let node = Rc::clone(&node);
+                tokio::task::spawn_local(async move {
+                    if let Err(error) = client(&node, stream).await {
+                        tracing::debug!(%error, "a client of the socket went away");
+                    }
+                    drop(place);
+                });
+            }
+            Err(error) => {
+                // Out of descriptors, most likely: clients that end give some back.
+                tracing::warn!(%error, "cannot accept a client");
+                tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+            }
+        }
+    }
+}
+
+async fn client(node: &Rc<Node>, stream: UnixStream) -> std::io::Result<()> {
+    let (read, mut write) = stream.into_split();
+    let mut read = BufReader::new(read);
+    let mut line = Vec::new();
+    loop {
+        line.clear();
+        // One byte more than allowed tells a line that is too long from one that just fits.
+        let length = (&mut read).take(MAX_REQUEST as u64 + 1).read_until(b'\n', &mut line).await?;
+        if length == 0 {
+            return Ok(());
+        }
+        if length > MAX_REQUEST {
+            let message = format!("a request is at most {MAX_REQUEST} bytes long");
+            return send(&mut write, &Reply::Error(Failure { kind: FailureKind::Invalid, message })).await;
+        }
+        match serde_json::from_slice::<Request>(&line) {
+            Ok(Request::Events { follow: true }) => return follow(node, &mut write).await,
+            Ok(request) => {
+                let reply = node.answer(request).await;
+                send(&mut write, &reply).await?;
+            }
+            Err(error) => {
+                let message = format!("not a request that this release understands: {error}");
+                send(&mut write, &Reply::Error(Failure { kind: FailureKind::Invalid, message })).await?;
+            }
+        }
+    }
+}
+
+async fn follow(node: &Rc<Node>, write: &mut (impl tokio::io::AsyncWrite + Unpin)) -> std::io::Result<()> {
+    let (all, mut live) = node.events.follow();
+    send(write, &Reply::Events(all)).await?;
+    loop {
+        let events: Vec<Event> = match live.recv().await {
+            Ok(event) => vec![event],
+            // A client that reads too slowly misses some, and goes on with the next.
+            Err(RecvError::Lagged(_)) => continue,
+            Err(RecvError::Closed) => return Ok(()),
+        };
+        send(write, &Reply::Events(events)).await?;
+    }
+}
+
+async fn send(write: &mut (impl tokio::io::AsyncWrite + Unpin), reply: &Reply) -> std::io::Result<()> {
+    let mut line = serde_json::to_vec(reply)?;
+    line.push(b'\n');
+    write.write_all(&line).await
+}

@@ -1,0 +1,246 @@
+//! Who a node is (an Ed25519 key pair), what it signs, and the keys that all nodes of a cluster share.
+//!
+//! Nothing secret has a `Debug` that shows it, and every file with a secret is refused when others
+//! can read it: such a secret must be taken for known.
+
+mod cluster;
+
+use std::fs;
+use std::io::{Read, Write};
+use std::net::IpAddr;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, bail};
+use ovl_proto::id::NodeId;
+use ovl_proto::record::{Domain, NodeRecord, PublicKey, Signature, SignedRecord};
+use ovl_proto::wire::{self, WireError};
+use ring::rand::SystemRandom;
+use ring::signature::{ED25519, Ed25519KeyPair, KeyPair, UnparsedPublicKey};
+
+pub(crate) use cluster::{ClusterKey, KeyId, Keyring};
+
+/// A file with a secret is never larger than this.
+const MAX_SECRET_FILE: u64 = 4096;
+
+/// The node's key pair.
+pub(crate) struct Identity {
+    pair: Ed25519KeyPair,
+    public: PublicKey,
+    id: NodeId,
+}
+
+impl std::fmt::Debug for Identity {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Identity({})", self.id)
+    }
+}
+
+impl Identity {
+    /// Reads the key pair, or makes it where there is no file yet. A file that is there and is not
+    /// good is an error, and never replaced: the node would become another one.
+    pub(crate) fn load_or_create(path: &Path) -> anyhow::Result<Self> {
+        if let Some(document) = read_secret(path)? {
+            return Self::from_pkcs8(&document).with_context(|| {
+                format!(
+                    "{} does not hold this node's key pair (cut short, or overwritten); restore it, or remove \
+                     it to make this host a new node",
+                    path.display()
+                )
+            });
+        }
+        let document = Ed25519KeyPair::generate_pkcs8(&SystemRandom::new())
+            .map_err(|_| anyhow::anyhow!("the kernel gave no random numbers"))?;
+        create_secret(path, document.as_ref()).with_context(|| format!("cannot write {}", path.display()))?;
+        // Read back what is there: if two daemons start at once, the first one's file counts.
+        let Some(document) = read_secret(path)? else { bail!("{} vanished", path.display()) };
+        Self::from_pkcs8(&document)
+    }
+
+    /// One that is kept nowhere, for tests.
+    #[cfg(test)]
+    pub(crate) fn ephemeral() -> Self {
+        Self::from_pkcs8(Ed25519KeyPair::generate_pkcs8(&SystemRandom::new()).unwrap().as_ref()).unwrap()
+    }
+
+    /// The hash of the public key.
+    pub(crate) fn id(&self) -> NodeId {
+        self.id
+    }
+
+    /// What checks this node's signatures.
+    pub(crate) fn public_key(&self) -> &PublicKey {
+        &self.public
+    }
+
+    /// Signs for one purpose.
+    pub(crate) fn sign(&self, domain: Domain, body: &[u8]) -> Signature {
+        let signature = self.pair.sign(&domain.message(body));
+        let mut bytes = [0; 64];
+        for (to, from) in bytes.iter_mut().zip(signature.as_ref()) {
+            *to = *from;
+        }
+        Signature(bytes)
+    }
+
+    /// Encodes and signs the node's own record.
+    pub(crate) fn sign_record(&self, record: &NodeRecord) -> Result<SignedRecord, WireError> {
+        let body = wire::encode_body(record)?;
+        let signature = self.sign(Domain::Record, &body);
+        Ok(SignedRecord { body, signature })
+    }
+
+    fn from_pkcs8(document: &[u8]) -> anyhow::Result<Self> {
+        // Checks that the public key in the file belongs to the private one.
+        let pair = Ed25519KeyPair::from_pkcs8(document)
+            .map_err(|error| anyhow::anyhow!("no Ed25519 key: {error}"))?;
+        let public: PublicKey = pair.public_key().as_ref().try_into()?;
+        Ok(Self { id: node_id(&public), pair, public })
+    }
+}
+
+/// Whether the signature is by that key, over that body, for that purpose.
+pub(crate) fn verify(key: &PublicKey, domain: Domain, body: &[u8], signature: &Signature) -> bool {
+    UnparsedPublicKey::new(&ED25519, key).verify(&domain.message(body), &signature.0).is_ok()
+}
+
+/// The id that belongs to a public key.
+pub(crate) fn node_id(key: &PublicKey) -> NodeId {
+    let [a, b, c, d, e, f, g, h, i, j, ..] = sha256(key);
+    NodeId([a, b, c, d, e, f, g, h, i, j])
+}
+
+/// SHA-256.
+pub(crate) fn sha256(bytes: &[u8]) -> [u8; 32] {
+    let digest = ring::digest::digest(&ring::digest::SHA256, bytes);
+    let mut out = [0; 32];
+    for (to, from) in out.iter_mut().zip(digest.as_ref()) {
+        *to = *from;
+    }
+    out
+}
+
+/// Why a node record is not believed.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum RecordError {
+    /// Not a record.
+    #[error(transparent)]
+    Wire(#[from] WireError),
+    /// The id is not that of the key.
+    #[error("the node id {0} does not belong to the key in the record")]
+    Id(NodeId),
+    /// Not signed by the key inside.
+    #[error("the record of {0} is not signed by its key")]
+    Signature(NodeId),
+    /// Signed, and nonsense all the same.
+    #[error("the record of {0} is not usable: {1}")]
+    Field(NodeId, &'static str),
+}
+
+/// Decodes a record and checks all that can be checked without knowing anything else.
+pub(crate) fn open_record(signed: &SignedRecord) -> Result<NodeRecord, RecordError> {
+    let record = signed.record()?;
+    let id = record.id;
+    if node_id(&record.public_key) != id {
+        return Err(RecordError::Id(id));
+    }
+    if !verify(&record.public_key, Domain::Record, &signed.body, &signed.signature) {
+        return Err(RecordError::Signature(id));
+    }
+    match nonsense(&record) {
+        Some(what) => Err(RecordError::Field(id, what)),
+        None => Ok(record),
+    }
+}
+
+/// Whether a node may be called so: 1 to 63 letters, digits, dots, underscores and hyphens.
+pub(crate) fn is_node_name(name: &str) -> bool {
+    (1..=63).contains(&name.len()) && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b))
+}
+
+fn nonsense(record: &NodeRecord) -> Option<&'static str> {
+    if !is_node_name(&record.name) {
+        return Some("its name is not 1 to 63 letters, digits, '.', '_' and '-'");
+    }
+    if !is_host(record.vtep) {
+        return Some("its VTEP is not the address of a host");
+    }
+    if !is_host(record.address.ip()) || record.address.port() == 0 {
+        return Some("its gossip address is not that of a host");
+    }
+    if record.vxlan_port == 0 {
+        return Some("its VXLAN port is 0");
+    }
+    // IPv4 asks of every host that it takes 576 bytes.
+    if record.link_mtu < 576 {
+        return Some("its link MTU is below 576");
+    }
+    if record.version.len() > 32 || !record.version.bytes().all(|b| b.is_ascii_graphic()) {
+        return Some("its version is not short plain text");
+    }
+    None
+}
+
+fn is_host(ip: IpAddr) -> bool {
+    let broadcast = matches!(ip, IpAddr::V4(v4) if v4.is_broadcast());
+    !ip.is_unspecified() && !ip.is_multicast() && !broadcast
+}
+
+/// The content of a file that only its owner can read; nothing if there is no such file.
+fn read_secret(path: &Path) -> anyhow::Result<Option<Vec<u8>>> {
+    let file = match fs::File::open(path) {
+        Ok(file) => file,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(error).with_context(|| format!("cannot open {}", path.display())),
+    };
+    let metadata = file.metadata().with_context(|| format!("cannot inspect {}", path.display()))?;
+    if !metadata.is_file() {
+        bail!("{} is not a regular file", path.display());
+    }
+    let mode = metadata.permissions().mode() & 0o7777;
+    if mode & 0o077 != 0 {
+        bail!(
+            "{path} can be read or written by others (mode {mode:04o}): run 'chmod 600 {path}', and make a new key if \
+             anybody may have read it",
+            path = path.display()
+        );
+    }
+    let mut content = Vec::new();
+    file.take(MAX_SECRET_FILE + 1)
+        .read_to_end(&mut content)
+        .with_context(|| format!("cannot read {}", path.display()))?;
+    if content.len() as u64 > MAX_SECRET_FILE {
+        bail!("{} is too large to be a key", path.display());
+    }
+    Ok(Some(content))
+}
+
+/// Makes a file with mode 0600 that is whole and on disk, or not there at all. Leaves a file alone
+/// that somebody else made meanwhile.
+fn create_secret(path: &Path, content: &[u8]) -> std::io::Result<()> {
+    let directory = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    let mut temporary = path.as_os_str().to_owned();
+    temporary.push(format!(".{}.tmp", std::process::id()));
+    let temporary = PathBuf::from(temporary);
+    // Left behind by a daemon of the same number that was killed here.
+    match fs::remove_file(&temporary) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&temporary)?;
+    let written = file.write_all(content).and_then(|()| file.sync_all());
+    // A link, and not a rename: it does not replace what is there.
+    let linked = written.and_then(|()| match fs::hard_link(&temporary, path) {
+        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => Ok(()),
+        result => result,
+    });
+    fs::remove_file(&temporary)?;
+    linked?;
+    fs::File::open(directory)?.sync_all()
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,84 @@
+use ovl_proto::record::Presence;
+
+use super::*;
+
+pub(crate) fn record_of(identity: &Identity) -> NodeRecord {
+    NodeRecord {
+        id: identity.id(),
+        public_key: *identity.public_key(),
+        name: "alpha".to_owned(),
+        generation: 1,
+        revision: 1,
+        cluster: 0,
+        address: "127.0.0.1:7940".parse().unwrap(),
+        vtep: "127.0.0.1".parse().unwrap(),
+        vxlan_port: 4789,
+        link_mtu: 1500,
+        presence: Presence::Running,
+        version: "0.1.0".to_owned(),
+    }
+}
+
+#[test]
+fn an_identity_is_made_once_and_kept() {
+    let dir = std::env::temp_dir().join(format!("ovl-identity-{}", std::process::id()));
+    fs::create_dir_all(&dir).unwrap();
+    let path = dir.join("node.key");
+    let id = Identity::load_or_create(&path).unwrap().id();
+    assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+    assert_eq!(fs::read_dir(&dir).unwrap().count(), 1);
+    assert_eq!(Identity::load_or_create(&path).unwrap().id(), id);
+
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o640)).unwrap();
+    assert!(Identity::load_or_create(&path).unwrap_err().to_string().contains("chmod 600"));
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
+
+    let good = fs::read(&path).unwrap();
+    let mut damaged = good.clone();
+    *damaged.last_mut().unwrap() ^= 1;
+    for bad in [&b""[..], &good[..good.len() - 1], b"garbage", &damaged, &[0; 5000]] {
+        fs::write(&path, bad).unwrap();
+        assert!(Identity::load_or_create(&path).is_err());
+        assert_eq!(fs::read(&path).unwrap(), bad, "a bad file is never replaced");
+    }
+    fs::remove_dir_all(&dir).unwrap();
+}
+
+#[test]
+fn a_signature_serves_one_purpose() {
+    let identity = Identity::ephemeral();
+    let signature = identity.sign(Domain::Table, b"body");
+    assert!(verify(identity.public_key(), Domain::Table, b"body", &signature));
+    assert!(!verify(identity.public_key(), Domain::Object, b"body", &signature));
+    assert!(!verify(identity.public_key(), Domain::Table, b"bodY", &signature));
+    assert!(!verify(Identity::ephemeral().public_key(), Domain::Table, b"body", &signature));
+    assert_eq!(node_id(identity.public_key()), identity.id());
+}
+
+#[test]
+fn only_good_records_are_opened() {
+    let identity = Identity::ephemeral();
+    let good = record_of(&identity);
+    assert_eq!(open_record(&identity.sign_record(&good).unwrap()).unwrap(), good);
+
+    let mut tampered = identity.sign_record(&good).unwrap();
+    *tampered.body.last_mut().unwrap() ^= 1;
+    assert!(matches!(open_record(&tampered), Err(RecordError::Signature(_))));
+    let stolen = NodeRecord { id: Identity::ephemeral().id(), ..good.clone() };
+    assert!(matches!(open_record(&identity.sign_record(&stolen).unwrap()), Err(RecordError::Id(_))));
+    let garbage = SignedRecord { body: vec![1, 2, 3], signature: Signature([0; 64]) };
+    assert!(matches!(open_record(&garbage), Err(RecordError::Wire(_))));
+
+    for bad in [
+        NodeRecord { name: String::new(), ..good.clone() },
+        NodeRecord { name: "a b".to_owned(), ..good.clone() },
+        NodeRecord { name: "n".repeat(64), ..good.clone() },
+        NodeRecord { vtep: "0.0.0.0".parse().unwrap(), ..good.clone() },
+        NodeRecord { vtep: "ff02::1".parse().unwrap(), ..good.clone() },
+        NodeRecord { address: "127.0.0.1:0".parse().unwrap(), ..good.clone() },
+        NodeRecord { link_mtu: 10, ..good.clone() },
+        NodeRecord { version: "\u{1b}[31m".to_owned(), ..good.clone() },
+    ] {
+        assert!(matches!(open_record(&identity.sign_record(&bad).unwrap()), Err(RecordError::Field(..))));
+    }
+}

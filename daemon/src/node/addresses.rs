@@ -1,0 +1,256 @@
+//! Addresses for endpoints: out of our blocks, out of a new block, or leased from another host.
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use ovl_core::ipam;
+use ovl_proto::alloc::{Block, Change, Refusal};
+use ovl_proto::id::{NetworkId, NodeId};
+use ovl_proto::object::{Network, Subnet};
+use ovl_proto::sync::LeaseWish;
+use tokio::sync::oneshot;
+
+use super::state::State;
+use super::{Failed, Node};
+
+/// An address that is set aside for an attach, and free again when this is dropped.
+pub(super) struct Reserved<'a> {
+    node: &'a Node,
+    network: NetworkId,
+    /// The address, with the length of its subnet.
+    pub(super) net: IpNet,
+}
+
+impl Drop for Reserved<'_> {
+    fn drop(&mut self) {
+        self.node.state.borrow_mut().pending.addresses.remove(&(self.network, self.net.addr()));
+    }
+}
+
+impl Node {
+    /// Sets a free address of a subnet aside.
+    pub(super) async fn reserve_any(&self, network: &Network, subnet: &Subnet) -> Result<Reserved<'_>, Failed> {
+        if let Some(reserved) = self.try_pick(network, subnet) {
+            return Ok(reserved);
+        }
+        // Another attach may take what a claim brought in before this one comes to it.
+        for _ in 0..16 {
+            match self.claim_block(network, subnet).await? {
+                Ok(()) => {
+                    if let Some(reserved) = self.try_pick(network, subnet) {
+                        return Ok(reserved);
+                    }
+                }
+                Err(Refusal::Full { .. }) => return self.lease_any(network, subnet).await,
+                Err(refusal) => return Err(self.explain(&refusal)),
+            }
+        }
+        Err(self.full(network, subnet))
+    }
+
+    fn try_pick(&self, network: &Network, subnet: &Subnet) -> Option<Reserved<'_>> {
+        let mut state = self.state.borrow_mut();
+        let address = pick(&mut state, network.id, subnet)?;
+        drop(state);
+        self.set_aside(network.id, subnet, address)
+    }
+
+    fn set_aside(&self, network: NetworkId, subnet: &Subnet, address: IpAddr) -> Option<Reserved<'_>> {
+        let net = IpNet::new(address, subnet.prefix.prefix_len()).ok()?;
+        let fresh = self.state.borrow_mut().pending.addresses.insert((network, address));
+        fresh.then_some(Reserved { node: self, network, net })
+    }
+
+    /// One more block than we hold.
+    async fn claim_block(&self, network: &Network, subnet: &Subnet) -> Result<Result<(), Refusal>, Failed> {
+        let (me, held) = {
+            let state = self.state.borrow();
+            (state.view.me, blocks(&state, network.id, subnet).len())
+        };
+        let change = Change::Claim {
+            network: network.id,
+            subnet: subnet.prefix,
+            block_length: subnet.block_length,
+            owner: me,
+            blocks: u32::try_from(held).unwrap_or(u32::MAX).saturating_add(1),
+        };
+        let (tell, answer) = oneshot::channel();
+        self.request_change(change, Some(tell));
+        let result = answer.await.map_err(|_| Failed::unavailable("ovld is stopping"))?;
+        if result.is_ok() {
+            self.event("block", &network.name, &format!("claimed a block of {}", subnet.prefix));
+        }
+        Ok(result.map(|_| ()))
+    }
+
+    /// Every block has a holder: one of them may have an address to spare.
+    async fn lease_any(&self, network: &Network, subnet: &Subnet) -> Result<Reserved<'_>, Failed> {
+        let holders: BTreeSet<NodeId> = {
+            let state = self.state.borrow();
+            let alive = state.alive();
+            holders(&state, network.id, subnet).filter(|holder| alive.contains(holder) && *holder != state.view.me).collect()
+        };
+        for holder in holders {
+            if let Ok(address) = self.lease(holder, network.id, LeaseWish::AnyOf(subnet.prefix)).await
+                && let Some(reserved) = self.set_aside(network.id, subnet, address)
+            {
+                return Ok(reserved);
+            }
+        }
+        Err(self.full(network, subnet))
+    }
+
+    /// Says how full a subnet is and how to make it larger.
+    fn full(&self, network: &Network, subnet: &Subnet) -> Failed {
+        let state = self.state.borrow();
+        let used: usize = state
+            .view
+            .all_endpoints()
+            .filter(|placed| placed.endpoint.network == network.id)
+            .flat_map(|placed| &placed.endpoint.addresses)
+            .filter(|net| subnet.prefix.contains(&net.addr()))
+            .count();
+        let dead: Vec<String> = holders(&state, network.id, subnet)
+            .filter(|holder| !state.alive().contains(holder))
+            .map(|holder| state.view.name_of(holder))
+            .collect::<BTreeSet<_>>()
+            .into_iter()
+            .collect();
+        let dead = if dead.is_empty() {
+            String::new()
+        } else {
+            format!(" Blocks are also held by hosts that do not answer: {}; `ovlctl peers forget` frees them.", dead.join(", "))
+        };
+        Failed::exhausted(format!(
+            "no address is free in {} of network {}: {used} of {} are in use.{dead} `ovlctl network update {} --subnet \
+             LARGER` makes it larger while it is in use; LARGER must contain {}",
+            subnet.prefix,
+            network.name,
+            ipam::usable(subnet),
+            network.name,
+            subnet.prefix
+        ))
+    }
+
+    /// Sets one particular address aside.
+    pub(super) async fn reserve_exact(&self, network: &Network, address: IpAddr) -> Result<Reserved<'_>, Failed> {
+        let Some(subnet) = network.subnets.iter().find(|subnet| subnet.prefix.contains(&address)) else {
+            let ranges: Vec<String> = network.subnets.iter().map(|subnet| subnet.prefix.to_string()).collect();
+            return Err(Failed::invalid(format!(
+                "{address} is not in network {}, which has {}",
+                network.name,
+                ranges.join(", ")
+            )));
+        };
+        if !ipam::is_usable(address, subnet) {
+            return Err(Failed::invalid(format!(
+                "{address} is set aside in {}: it is the gateway, the network's own, or the broadcast address",
+                subnet.prefix
+            )));
+        }
+        self.check_free(network.id, address)?;
+        let (me, holder, block) = {
+            let state = self.state.borrow();
+            (state.view.me, state.view.holder_of(network.id, address), block_of(&state, network.id, address))
+        };
+        match (holder, block) {
+            (Some(holder), _) if holder == me => {}
+            (Some(holder), _) => {
+                self.lease(holder, network.id, LeaseWish::Exact(address)).await.map_err(|error| {
+                    let name = self.state.borrow().view.name_of(holder);
+                    Failed::conflict(format!("{address} is in a block of host {name}, which does not give it: {error}"))
+                })?;
+            }
+            (None, Some(prefix)) => {
+                let claim = Change::ClaimExact { block: Block { network: network.id, prefix }, owner: me };
+                self.change(claim).await?;
+            }
+            (None, None) => return Err(Failed::invalid(format!("{address} is in no block of {}", subnet.prefix))),
+        }
+        self.check_free(network.id, address)?;
+        self.set_aside(network.id, subnet, address).ok_or_else(|| {
+            Failed::conflict(format!("{address} is being given to another endpoint at this moment"))
+        })
+    }
+
+    fn check_free(&self, network: NetworkId, address: IpAddr) -> Result<(), Failed> {
+        let state = self.state.borrow();
+        let foreign = state.view.endpoint_by_address(network, address).is_some();
+        if foreign || in_use(&state, network).contains(&address) {
+            return Err(Failed::conflict(describe_use(&state, network, address)));
+        }
+        Ok(())
+    }
+}
+
+/// Our blocks of a subnet.
+fn blocks(state: &State, network: NetworkId, subnet: &Subnet) -> Vec<IpNet> {
+    held(state, network, subnet).filter(|(_, holder)| *holder == state.view.me).map(|(prefix, _)| prefix).collect()
+}
+
+fn holders<'a>(state: &'a State, network: NetworkId, subnet: &'a Subnet) -> impl Iterator<Item = NodeId> + 'a {
+    held(state, network, subnet).map(|(_, holder)| holder)
+}
+
+fn held<'a>(
+    state: &'a State,
+    network: NetworkId,
+    subnet: &'a Subnet,
+) -> impl Iterator<Item = (IpNet, NodeId)> + 'a {
+    state
+        .view
+        .alloc
+        .blocks
+        .iter()
+        .filter(move |(block, _)| block.network == network && subnet.prefix.contains(&block.prefix))
+        .map(|(block, holder)| (block.prefix, *holder))
+}
+
+/// Addresses of a network that this host has given out: to its endpoints, to other hosts, and to
+/// attaches under way.
+pub(super) fn in_use(state: &State, network: NetworkId) -> BTreeSet<IpAddr> {
+    let own = state
+        .own_endpoints()
+        .filter(|endpoint| endpoint.network == network)
+        .flat_map(|endpoint| endpoint.addresses.iter().map(IpNet::addr));
+    let lent = state.lent.keys().filter(|(on, _)| *on == network).map(|(_, address)| *address);
+    let pending = state.pending.addresses.iter().filter(|(on, _)| *on == network).map(|(_, address)| *address);
+    own.chain(lent).chain(pending).collect()
+}
+
+/// A free address of our blocks.
+pub(super) fn pick(state: &mut State, network: NetworkId, subnet: &Subnet) -> Option<IpAddr> {
+    let cursor = (network, subnet.gateway);
+    let address = ipam::allocate(
+        &blocks(state, network, subnet),
+        subnet,
+        &in_use(state, network),
+        state.cursors.get(&cursor).copied(),
+    )?;
+    state.cursors.insert(cursor, address);
+    Some(address)
+}
+
+/// The block that an address belongs to, held or not.
+pub(super) fn block_of(state: &State, network: NetworkId, address: IpAddr) -> Option<IpNet> {
+    let network = &state.view.networks.get(&network)?.network;
+    let subnet = network.subnets.iter().find(|subnet| subnet.prefix.contains(&address))?;
+    IpNet::new(address, subnet.block_length).ok().map(|net| net.trunc())
+}
+
+/// Who has an address.
+pub(super) fn describe_use(state: &State, network: NetworkId, address: IpAddr) -> String {
+    let holder = state.view.all_endpoints().find(|placed| {
+        placed.endpoint.network == network && placed.endpoint.addresses.iter().any(|net| net.addr() == address)
+    });
+    match holder {
+        Some(placed) => {
+            format!("{address} is in use by endpoint {} on host {}", placed.endpoint.name, placed.node.record.name)
+        }
+        None => match state.lent.get(&(network, address)) {
+            Some(lent) => format!("{address} is set aside for an endpoint of host {}", state.view.name_of(lent.to)),
+            None => format!("{address} is being given to another endpoint at this moment"),
+        },
+    }
+}

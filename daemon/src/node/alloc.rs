@@ -1,0 +1,482 @@
+//! The allocator's shell: its messages, its promises on disk, and those who wait for it. Also
+//! leases: addresses out of another host's block.
+
+use std::net::IpAddr;
+use std::rc::Rc;
+use std::time::Duration;
+
+use ovl_core::alloc::{Event, Output};
+use ovl_proto::alloc::{AllocMessage, Block, Change, Refusal};
+use ovl_proto::id::{NetworkId, NodeId};
+use ovl_proto::record::Presence;
+use ovl_proto::sync::{LeaseWish, Message};
+use ovl_proto::table::Entry;
+use tokio::sync::oneshot;
+
+use super::state::{Durable, Lent, State};
+use super::{Failed, Node, wall_ms};
+use crate::store;
+
+/// A host that does not answer a request for a lease is given up after this time.
+const LEASE_TIMEOUT: Duration = Duration::from_secs(3);
+
+impl Node {
+    /// A message of another host's allocator.
+    pub(super) fn on_alloc(&self, from: NodeId, message: AllocMessage) {
+        let output = {
+            let mut state = self.state.borrow_mut();
+            let now = state.now();
+            state.allocator.handle(now, from, message)
+        };
+        self.carry_out(output);
+    }
+
+    /// Time for the allocator; also asks for admission as long as this host is no member.
+    pub(super) fn tick_alloc(&self) {
+        let output = {
+            let mut state = self.state.borrow_mut();
+            let (now, alive) = (state.now(), state.alive());
+            state.allocator.tick(now, &alive)
+        };
+        self.carry_out(output);
+    }
+
+    /// Asks for a change; the answer goes to `waiting`.
+    pub(super) fn request_change(&self, change: Change, waiting: Option<oneshot::Sender<Result<u64, Refusal>>>) {
+        let output = {
+            let mut state = self.state.borrow_mut();
+            let (now, alive) = (state.now(), state.alive());
+            let (id, output) = state.allocator.request(now, change, &alive);
+            if let Some(waiting) = waiting {
+                state.claims.insert(id, waiting);
+            }
+            output
+        };
+        self.carry_out(output);
+    }
+
+    /// Asks for a change and waits for the answer.
+    pub(super) async fn change(&self, change: Change) -> Result<(), Failed> {
+        let (tell, answer) = oneshot::channel();
+        self.request_change(change, Some(tell));
+        match answer.await {
+            Ok(Ok(_)) => Ok(()),
+            Ok(Err(refusal)) => Err(self.explain(&refusal)),
+            Err(_) => Err(Failed::unavailable("ovld is stopping")),
+        }
+    }
+
+    /// A refusal in words for the user.
+    pub(super) fn explain(&self, refusal: &Refusal) -> Failed {
+        let state = self.state.borrow();
+        match refusal {
+            Refusal::NoMajority { answered, needed, members } => {
+                let silent: Vec<String> = state
+                    .view
+                    .alloc
+                    .members
+                    .iter()
+                    .filter(|id| !state.alive().contains(id))
+                    .map(|id| state.view.name_of(*id))
+                    .collect();
+                let silent = if silent.is_empty() { String::new() } else { format!(" Silent: {}.", silent.join(", ")) };
+                Failed::unavailable(format!(
+                    "no majority of the cluster can be reached: {answered} of {members} hosts answered and {needed} \
+                     are needed.{silent} Bring hosts back, or take dead ones out with `ovlctl peers forget NODE` on \
+                     the side that has a majority"
+                ))
+            }
+            Refusal::Held { prefix, holder } => Failed::conflict(format!(
+                "block {prefix} is held by host {}",
+                state.view.name_of(*holder)
+            )),
+            Refusal::NotMember(node) => Failed::unavailable(format!(
+                "{} is not a member of the cluster yet; `ovlctl status` says what it waits for",
+                state.view.name_of(*node)
+            )),
+            Refusal::LastMember(_) => Failed::conflict("this is the last host of the cluster: it cannot be forgotten"),
+            Refusal::Full { .. } | Refusal::NotABlock(_) => Failed::exhausted(refusal.to_string()),
+        }
+    }
+
+    /// Carries out what the allocator says, after its promises are on the disk.
+    pub(super) fn carry_out(&self, output: Output) {
+        if output.persist {
+            let mut state = self.state.borrow_mut();
+            self.save_then(&mut state, Durable::Alloc(output));
+            return;
+        }
+        self.carry_out_now(output);
+    }
+
+    fn carry_out_now(&self, output: Output) {
+        for (to, message) in output.send {
+            self.links().send(to, &Message::Alloc(message));
+        }
+        for event in output.events {
+            match event {
+                Event::Learned => self.on_learned(),
+                Event::Done { id, result } => {
+                    if let Some(waiting) = self.state.borrow_mut().claims.remove(&id) {
+                        // Whoever asked may have given up.
+                        waiting.send(result).ok();
+                    }
+                }
+                // The record says so too, with a name: see `note_cluster`.
+                Event::ForeignCluster { from, cluster } => {
+                    tracing::debug!(%from, cluster, "a map of another cluster");
+                }
+            }
+        }
+    }
+
+    /// The map is a later one.
+    fn on_learned(&self) {
+        {
+            let mut guard = self.state.borrow_mut();
+            let state = &mut *guard;
+            let was_member = state.is_member();
+            state.view.alloc = state.allocator.map().clone();
+            if state.is_member() && !was_member {
+                tracing::info!(cluster = state.view.alloc.cluster, "admitted to the cluster");
+                self.event("peer", &self.config.node, "admitted to the cluster");
+            }
+            self.drop_forgotten(state);
+            // Which entries count depends on the map.
+            state.touch_all();
+            self.publish_hints(state);
+        }
+        self.publish_record(Presence::Running);
+        self.recompute_networks();
+        self.work.notify_one();
+        self.membership.notify_waiters();
+    }
+
+    /// Marks the state file as out of date, and keeps `then` until it is on the disk.
+    pub(super) fn save_then(&self, state: &mut State, then: Durable) {
+        let number = state.save.handed + 1;
+        state.save.waiting.push((number, then));
+        state.save.wanted = true;
+        self.saver.notify_one();
+    }
+
+    /// The same, with nothing that waits.
+    pub(super) fn save_soon(&self) {
+        self.state.borrow_mut().save.wanted = true;
+        self.saver.notify_one();
+    }
+
+    /// Returns when all that is known now is on the disk.
+    pub(super) async fn saved(&self) -> Result<(), Failed> {
+        let (tell, done) = oneshot::channel();
+        self.save_then(&mut self.state.borrow_mut(), Durable::Tell(tell));
+        done.await.map_err(|_| Failed::unavailable("ovld is stopping"))
+    }
+
+    /// What goes into the state file.
+    pub(super) fn snapshot(&self) -> store::State {
+        let state = self.state.borrow();
+        store::State {
+            generation: state.record().map_or(0, |record| record.generation),
+            clock: state.clock,
+            objects: state.objects.values().map(|(signed, _)| signed.clone()).collect(),
+            peers: state.peers.values().map(|peer| (peer.signed.clone(), peer.last_alive_ms)).collect(),
+            leases: state.lent.iter().map(|((network, address), lent)| (*network, *address, lent.to)).collect(),
+            alloc: Some(state.allocator.durable().clone()),
+        }
+    }
+
+    /// Hands states to the writer and lets go what waited for them. Runs for ever.
+    pub(super) async fn save_loop(
+        self: Rc<Self>,
+        mut done: tokio::sync::mpsc::UnboundedReceiver<(u64, anyhow::Result<()>)>,
+    ) {
+        loop {
+            let wanted = {
+                let mut state = self.state.borrow_mut();
+                let wanted = std::mem::take(&mut state.save.wanted);
+                if wanted {
+                    state.save.handed += 1;
+                }
+                wanted.then_some(state.save.handed)
+            };
+            if let Some(number) = wanted
+                && let Err(error) = self.writer.save(number, &self.snapshot())
+            {
+                tracing::error!(%error, "cannot save the state");
+            }
+            tokio::select! {
+                () = self.saver.notified() => {}
+                result = done.recv() => match result {
+                    Some((number, Ok(()))) => {
+                        self.state.borrow_mut().problem("state file", None);
+                        self.let_go(number);
+                    }
+                    Some((_, Err(error))) => {
+                        // What waits goes on waiting: nothing is promised that is not on the disk.
+                        let sentence = format!("the state cannot be saved, and nothing new is promised: {error:#}");
+                        self.state.borrow_mut().problem("state file", Some(sentence));
+                        tokio::time::sleep(Duration::from_secs(1)).await;
+                        self.state.borrow_mut().save.wanted = true;
+                    }
+                    None => return,
+                },
+            }
+        }
+    }
+
+    fn let_go(&self, number: u64) {
+        let ready: Vec<Durable> = {
+            let mut state = self.state.borrow_mut();
+            let waiting = std::mem::take(&mut state.save.waiting);
+            let (ready, rest): (Vec<_>, Vec<_>) = waiting.into_iter().partition(|(at, _)| *at <= number);
+            state.save.waiting = rest;
+            ready.into_iter().map(|(_, durable)| durable).collect()
+        };
+        for durable in ready {
+            match durable {
+                Durable::Alloc(output) => self.carry_out_now(output),
+                Durable::Send(to, message) => {
+                    self.links().send(to, &message);
+                }
+                // Whoever waits may have given up.
+                Durable::Tell(tell) => drop(tell.send(())),
+            }
+        }
+    }
+
+    /// Asks the holder of a block for one of its addresses.
+    pub(super) async fn lease(&self, holder: NodeId, network: NetworkId, wish: LeaseWish) -> Result<IpAddr, String> {
+        let (tell, answer) = oneshot::channel();
+        let (id, name) = {
+            let mut state = self.state.borrow_mut();
+            state.next_request += 1;
+            let id = state.next_request;
+            state.leases.insert(id, tell);
+            (id, state.view.name_of(holder))
+        };
+        let sent = self.links().send(holder, &Message::LeaseRequest { id, network, wish });
+        let answer = if sent { tokio::time::timeout(LEASE_TIMEOUT, answer).await.ok() } else { None };
+        self.state.borrow_mut().leases.remove(&id);
+        match answer {
+            Some(Ok(result)) => result,
+            Some(Err(_)) | None => Err(format!("host {name}, which holds the block, does not answer")),
+        }
+    }
+
+    /// Answers [`Message::LeaseRequest`]; a lease is on the disk before it is given.
+    pub(super) fn grant_lease(&self, to: NodeId, id: u64, network: NetworkId, wish: LeaseWish) {
+        let result = self.find_lease(to, network, wish);
+        let reply = Message::LeaseReply { id, result: result.clone() };
+        match result {
+            Ok(address) => {
+                self.write_table(vec![Entry::Lease { network, address, to }], Vec::new());
+                let mut state = self.state.borrow_mut();
+                self.save_then(&mut state, Durable::Send(to, reply));
+            }
+            Err(_) => {
+                self.links().send(to, &reply);
+            }
+        }
+    }
+
+    fn find_lease(&self, to: NodeId, network: NetworkId, wish: LeaseWish) -> Result<IpAddr, String> {
+        let mut guard = self.state.borrow_mut();
+        let state = &mut *guard;
+        if !state.view.alloc.members.contains(&to) {
+            return Err("the host that asks is not a member of the cluster".to_owned());
+        }
+        let Some(spec) = state.view.networks.get(&network).map(|state| state.network.clone()) else {
+            return Err("the holder of the block does not know the network yet".to_owned());
+        };
+        let address = match wish {
+            LeaseWish::Exact(address) => {
+                if state.view.holder_of(network, address) != Some(state.view.me) {
+                    return Err(format!("{address} is not in a block of this host"));
+                }
+                if state.lent.get(&(network, address)).is_some_and(|lent| lent.to == to) {
+                    return Ok(address);
+                }
+                if super::addresses::in_use(state, network).contains(&address) {
+                    return Err(super::addresses::describe_use(state, network, address));
+                }
+                if !spec.subnets.iter().any(|subnet| ovl_core::ipam::is_usable(address, subnet)) {
+                    return Err(format!("{address} is no address for an endpoint"));
+                }
+                address
+            }
+            LeaseWish::AnyOf(prefix) => {
+                let subnet = spec
+                    .subnets
+                    .iter()
+                    .find(|subnet| subnet.prefix == prefix)
+                    .ok_or("the holder of the block does not know the subnet yet")?;
+                super::addresses::pick(state, network, subnet).ok_or("no address of its blocks is free")?
+            }
+        };
+        let at = state.now();
+        state.lent.insert((network, address), Lent { to, at, seen: false });
+        Ok(address)
+    }
+
+    /// Asks for admission until it is given, then sees to it that our addresses are still ours.
+    pub(super) async fn admission_loop(self: Rc<Self>) {
+        loop {
+            let (me, member, blocked) = {
+                let state = self.state.borrow();
+                (state.view.me, state.is_member(), self.stands_aside(&state))
+            };
+            if !member {
+                match blocked {
+                    Some(reason) => self.state.borrow_mut().problem("admission", Some(reason)),
+                    None => match self.change(Change::Admit(me)).await {
+                        Ok(()) => {}
+                        Err(failed) => {
+                            let sentence = self.why_not_admitted(&failed);
+                            self.state.borrow_mut().problem("admission", Some(sentence));
+                        }
+                    },
+                }
+            }
+            if self.state.borrow().is_member() {
+                self.state.borrow_mut().problem("admission", None);
+                self.reclaim().await;
+                // Until the map changes again: it may say that we were forgotten.
+                self.membership.notified().await;
+            } else {
+                tokio::time::sleep(Duration::from_millis(200)).await;
+            }
+        }
+    }
+
+    /// A host with another's name stands aside until it gets its own.
+    fn stands_aside(&self, state: &State) -> Option<String> {
+        let double = state.view.nodes.values().find(|node| {
+            node.record.id != state.view.me
+                && node.record.name == self.config.node
+                && state.view.alloc.members.contains(&node.record.id)
+        })?;
+        Some(format!(
+            "not admitted: the host {} at {} is already named {}. Give this one another name with --node; or, if \
+             that one is gone for good, run `ovlctl peers forget {}` on another host",
+            double.record.id, double.record.address, self.config.node, double.record.id
+        ))
+    }
+
+    fn why_not_admitted(&self, failed: &Failed) -> String {
+        let state = self.state.borrow();
+        if state.view.alloc.cluster == 0 {
+            let whom = if self.config.join.is_empty() { "peers".to_owned() } else { self.config.join.join(", ") };
+            return format!(
+                "not admitted: no member of a cluster was found at {whom}. Check that ovld runs there with the same \
+                 cluster key and that UDP and TCP port {} is open; to begin a new cluster start one host with \
+                 --bootstrap",
+                self.config.advertise.port()
+            );
+        }
+        format!("not admitted yet: {}", failed.0.message)
+    }
+
+    /// Endpoints that were here before this host was (again) a member: their blocks are claimed
+    /// anew, and those whose addresses went to others are cut off and named.
+    async fn reclaim(&self) {
+        let wanted: Vec<(NetworkId, IpAddr)> = {
+            let state = self.state.borrow();
+            state
+                .own_endpoints()
+                .flat_map(|endpoint| endpoint.addresses.iter().map(|net| (endpoint.network, net.addr())))
+                .filter(|(network, address)| !state.view.may_use(state.view.me, *network, *address))
+                .collect()
+        };
+        for (network, address) in wanted {
+            let block = {
+                let state = self.state.borrow();
+                super::addresses::block_of(&state, network, address)
+            };
+            let Some(prefix) = block else { continue };
+            let (me, held) = {
+                let state = self.state.borrow();
+                (state.view.me, state.view.holder_of(network, address))
+            };
+            match held {
+                None => {
+                    let claim = Change::ClaimExact { block: Block { network, prefix }, owner: me };
+                    if let Err(failed) = self.change(claim).await {
+                        tracing::warn!(%address, error = failed.0.message, "cannot claim a block again");
+                    }
+                }
+                Some(holder) if holder != me => {
+                    let reply = self.lease(holder, network, LeaseWish::Exact(address)).await;
+                    if let Err(error) = reply {
+                        tracing::warn!(%address, error, "cannot lease an address again");
+                    }
+                }
+                Some(_) => {}
+            }
+        }
+        self.note_isolated();
+    }
+
+    /// Cuts off endpoints of ours whose addresses belong to others, and says which.
+    pub(super) fn note_isolated(&self) {
+        let mut guard = self.state.borrow_mut();
+        let state = &mut *guard;
+        if !state.is_member() {
+            return;
+        }
+        let isolated: std::collections::BTreeMap<_, _> = state
+            .own_endpoints()
+            .filter_map(|endpoint| {
+                let address = state.view.address_conflict(state.view.me, endpoint)?;
+                let holder = state
+                    .view
+                    .holder_of(endpoint.network, address)
+                    .map_or_else(|| "nobody".to_owned(), |holder| state.view.name_of(holder));
+                let sentence = format!(
+                    "endpoint {} is cut off: its address {address} is in a block of {holder} now. Detach it and attach \
+                     it again to give it another one",
+                    endpoint.name
+                );
+                Some((endpoint.id, sentence))
+            })
+            .collect();
+        if isolated == state.local.isolated {
+            return;
+        }
+        state.problems.retain(|key, _| !key.starts_with("isolated "));
+        for (id, sentence) in &isolated {
+            state.problem(format!("isolated {id}"), Some(sentence.clone()));
+        }
+        state.local.isolated = isolated;
+        state.touch_all();
+        self.work.notify_one();
+    }
+
+    /// Hosts that were dead for very long are forgotten by the coordinator.
+    pub(super) fn forget_long_dead(&self) {
+        if self.config.forget_after.is_zero() {
+            return;
+        }
+        let over: Vec<NodeId> = {
+            let state = self.state.borrow();
+            if !state.is_coordinator() {
+                return;
+            }
+            let limit = super::peers::millis(self.config.forget_after);
+            state
+                .peers
+                .iter()
+                .filter(|(id, peer)| {
+                    !peer.signs.gossip
+                        && state.view.alloc.members.contains(id)
+                        && wall_ms().saturating_sub(peer.last_alive_ms) > limit
+                })
+                .map(|(id, _)| *id)
+                .collect()
+        };
+        for node in over {
+            tracing::info!(%node, "dead for longer than forget_after: asking to forget it");
+            self.request_change(Change::Forget(node), None);
+        }
+    }
+}

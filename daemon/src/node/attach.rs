@@ -1,0 +1,432 @@
+//! Endpoints of this host: attach, detach, and those that vanish with their namespaces.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+
+use anyhow::Context as _;
+use ovl_core::desired;
+use ovl_core::device::{Device, Role};
+use ovl_core::ipam;
+use ovl_core::kernel::Link;
+use ovl_core::op::Op;
+use ovl_proto::control::{Attach, EndpointInfo, EndpointState, NetnsRef};
+use ovl_proto::id::{EndpointId, Mac, NetworkId};
+use ovl_proto::object::Network;
+use ovl_proto::table::{Endpoint, Entry, Key};
+use serde::{Deserialize, Serialize};
+
+use super::addresses::Reserved;
+use super::state::LocalEndpoint;
+use super::{Failed, Node, random, remove_if_there};
+use crate::config::is_name;
+use crate::kernel::{EndpointSpec, open_netns};
+
+/// What is kept of an endpoint while the kernel runs: a daemon that is started anew finds it here.
+#[derive(Debug, Serialize, Deserialize)]
+struct Kept {
+    boot_id: String,
+    endpoint: Endpoint,
+    ifname: String,
+}
+
+/// Takes an attach's place among the pending ones, and gives it back when dropped.
+struct Place<'a> {
+    node: &'a Node,
+    network: NetworkId,
+    name: (NetworkId, String, String),
+    device: Device,
+}
+
+impl Drop for Place<'_> {
+    fn drop(&mut self) {
+        let mut state = self.node.state.borrow_mut();
+        state.pending.names.remove(&self.name);
+        state.pending.devices.remove(&self.device);
+        if let Some(count) = state.local.wanted.get_mut(&self.network) {
+            *count -= 1;
+            if *count == 0 {
+                state.local.wanted.remove(&self.network);
+            }
+        }
+        // If nothing came of it the network's devices may be of no use any more.
+        state.dirty.networks.insert(self.network);
+        state.dirty.host = true;
+        self.node.work.notify_one();
+    }
+}
+
+impl Node {
+    /// Makes an endpoint; returns when the kernel holds it and all peers were told.
+    pub(super) async fn attach(&self, request: Attach) -> Result<EndpointInfo, Failed> {
+        let network = self.check_attach(&request)?;
+        let netns = open_netns(&netns_path(&request.netns)).map_err(Failed::from)?;
+        let place = self.take_place(&request, &network)?;
+        let reserved = self.reserve(&request, &network).await?;
+        let Some(first) = reserved.first() else {
+            return Err(Failed::invalid(format!("network {} has no addresses", network.name)));
+        };
+        let mac = request.mac.unwrap_or_else(|| ipam::mac_of(network.id, first.net.addr()));
+        self.check_mac(network.id, mac)?;
+        let Some(Role::Endpoint(id)) = place.device.role() else {
+            return Err(Failed::internal("an endpoint's device without an id"));
+        };
+        let endpoint = Endpoint {
+            id,
+            name: request.name.clone(),
+            namespace: request.namespace.clone().unwrap_or_else(|| "default".to_owned()),
+            network: network.id,
+            mac,
+            addresses: reserved.iter().map(|reserved| reserved.net).collect(),
+            aliases: request.aliases.clone(),
+            labels: request.labels.clone(),
+        };
+        let gateways = gateways(&network, &reserved);
+        let (mut ops, mtu) = self.prepare(&network);
+        ops.push(Op::AddPort(place.device, mac));
+        ops.extend(
+            endpoint.addresses.iter().map(|net| Op::SetNeighbour(Device::bridge(network.id), net.addr(), mac)),
+        );
+        let spec = EndpointSpec {
+            device: place.device,
+            name: request.name.clone(),
+            netns,
+            ifname: request.ifname.clone(),
+            mac,
+            mtu,
+            bridge: Device::bridge(network.id),
+            addresses: endpoint.addresses.clone(),
+            gateways,
+        };
+        let (outcomes, made) = self.kernel.prepare_and_create(ops, spec).await;
+        let refused = self.note_outcomes(&outcomes, Some(network.id));
+        let ifname = match (made, refused) {
+            (Ok(ifname), None) => ifname,
+            (made, refused) => {
+                if made.is_ok() {
+                    self.kernel.delete_links(vec![place.device]).await.map_err(Failed::from)?;
+                }
+                let error = refused.or_else(|| made.err().map(|error| error.to_string())).unwrap_or_default();
+                return Err(Failed::kernel(format!("cannot attach {} to {}: {error}", request.name, network.name)));
+            }
+        };
+        if let Err(error) = self.keep_endpoint(&endpoint, &ifname) {
+            self.kernel.delete_links(vec![place.device]).await.map_err(Failed::from)?;
+            return Err(Failed::internal(format!("{error:#}")));
+        }
+        self.commit(endpoint, ifname, mtu)
+    }
+
+    /// The endpoint is in the kernel: from here on it counts.
+    fn commit(&self, endpoint: Endpoint, ifname: String, mtu: u16) -> Result<EndpointInfo, Failed> {
+        let (id, network, name) = (endpoint.id, endpoint.network, endpoint.name.clone());
+        {
+            let mut guard = self.state.borrow_mut();
+            let state = &mut *guard;
+            state.endpoints.insert(id, LocalEndpoint { ifname });
+            let applied = state.applied.entry(network).or_default();
+            let (device, bridge) = (Device::endpoint(id), Device::bridge(network));
+            applied.links.insert(device, Link::Endpoint { mtu, master: Some(bridge), up: true, tuned: true });
+            applied.ports.insert((device, endpoint.mac));
+            for net in &endpoint.addresses {
+                applied.neighbours.insert((bridge, net.addr()), endpoint.mac);
+            }
+        }
+        self.write_table(vec![Entry::Endpoint(endpoint)], Vec::new());
+        self.event("endpoint", &name, "attached");
+        let state = self.state.borrow();
+        state
+            .view
+            .all_endpoints()
+            .find(|placed| placed.endpoint.id == id && placed.node.record.id == state.view.me)
+            .map(|placed| self.endpoint_info(&state, placed))
+            .ok_or_else(|| Failed::internal("the endpoint is not in our own table"))
+    }
+
+    fn check_attach(&self, request: &Attach) -> Result<Network, Failed> {
+        for name in std::iter::once(&request.name).chain(&request.aliases).chain(&request.namespace) {
+            if !is_name(name) {
+                return Err(Failed::invalid(format!(
+                    "'{name}' is no name: letters, digits, '-', '_' and '.', at most 63, a letter or digit first"
+                )));
+            }
+        }
+        if let Some(ifname) = &request.ifname
+            && (ifname.is_empty() || ifname.len() > 15 || ifname.contains(|c: char| c == '/' || c.is_whitespace()))
+        {
+            return Err(Failed::invalid(format!("'{ifname}' is no name for an interface")));
+        }
+        let labels: usize = request.labels.iter().map(|(key, value)| key.len() + value.len()).sum();
+        if request.aliases.len() > 64 || request.labels.len() > 64 || labels > 8192 {
+            return Err(Failed::invalid("at most 64 aliases, and 64 labels of 8 KiB together, are allowed"));
+        }
+        let state = self.state.borrow();
+        if !state.is_member() {
+            let why = state.problems.get("admission").cloned().unwrap_or_else(|| "not admitted yet".to_owned());
+            return Err(Failed::unavailable(why));
+        }
+        let Some(found) = state.view.network(&request.network) else {
+            return Err(Failed::no_network(&state, &request.network));
+        };
+        if found.removing {
+            return Err(Failed::conflict(format!(
+                "network {} was removed and waits for its last endpoints to go",
+                found.network.name
+            )));
+        }
+        Ok(found.network.clone())
+    }
+
+    /// Takes the name, before anything is awaited.
+    fn take_place(&self, request: &Attach, network: &Network) -> Result<Place<'_>, Failed> {
+        let namespace = request.namespace.clone().unwrap_or_else(|| "default".to_owned());
+        let mut guard = self.state.borrow_mut();
+        let state = &mut *guard;
+        let taken = state.view.endpoints(network.id).find(|placed| {
+            placed.endpoint.name == request.name && placed.endpoint.namespace == namespace
+        });
+        if let Some(placed) = taken {
+            return Err(Failed::conflict(format!(
+                "network {} has an endpoint {} already, on host {}",
+                network.name, request.name, placed.node.record.name
+            )));
+        }
+        let name = (network.id, namespace, request.name.clone());
+        if !state.pending.names.insert(name.clone()) {
+            return Err(Failed::conflict(format!("endpoint {} is being attached at this moment", request.name)));
+        }
+        let used: BTreeSet<EndpointId> = state.own_endpoints().map(|endpoint| endpoint.id).collect();
+        let device = loop {
+            let id = EndpointId(random());
+            if !used.contains(&id) && state.pending.devices.insert(Device::endpoint(id)) {
+                break Device::endpoint(id);
+            }
+        };
+        *state.local.wanted.entry(network.id).or_default() += 1;
+        Ok(Place { node: self, network: network.id, name, device })
+    }
+
+    /// Addresses as asked for, or one of each subnet.
+    async fn reserve(&self, request: &Attach, network: &Network) -> Result<Vec<Reserved<'_>>, Failed> {
+        let mut reserved = Vec::new();
+        for address in &request.addresses {
+            reserved.push(self.reserve_exact(network, *address).await?);
+        }
+        for subnet in &network.subnets {
+            let given = |reserved: &Reserved<'_>| subnet.prefix.contains(&reserved.net.addr());
+            if !reserved.iter().any(given) {
+                reserved.push(self.reserve_any(network, subnet).await?);
+            }
+        }
+        Ok(reserved)
+    }
+
+    fn check_mac(&self, network: NetworkId, mac: Mac) -> Result<(), Failed> {
+        if !mac.is_unicast() {
+            return Err(Failed::invalid(format!("{mac} is not the address of one interface")));
+        }
+        if mac == Mac::of_gateway(network) {
+            return Err(Failed::conflict(format!("{mac} is the gateway's")));
+        }
+        let state = self.state.borrow();
+        match state.view.endpoints(network).find(|placed| placed.endpoint.mac == mac) {
+            Some(placed) => Err(Failed::conflict(format!(
+                "{mac} is in use by endpoint {} on host {}",
+                placed.endpoint.name, placed.node.record.name
+            ))),
+            None => Ok(()),
+        }
+    }
+
+    /// What has to be done before an endpoint can be made: the network's devices and entries; and
+    /// the MTU.
+    fn prepare(&self, network: &Network) -> (Vec<Op>, u16) {
+        let mut guard = self.state.borrow_mut();
+        let state = &mut *guard;
+        let ops = self.plan_network(state, network.id);
+        let mut all = self.plan_host(state);
+        all.extend(ops);
+        (all, desired::network_mtu(&state.view, network))
+    }
+
+    /// Takes an endpoint away. One that is not there is fine.
+    pub(super) async fn detach(
+        &self,
+        name: &str,
+        network: Option<&str>,
+        namespace: Option<&str>,
+    ) -> Result<(), Failed> {
+        let ids: Vec<EndpointId> = {
+            let state = self.state.borrow();
+            let network = match network {
+                Some(name) => {
+                    let found = state.view.network(name).map(|found| found.network.id);
+                    Some(found.ok_or_else(|| Failed::no_network(&state, name))?)
+                }
+                None => None,
+            };
+            let fits = |endpoint: &Endpoint| {
+                endpoint.name == name
+                    && network.is_none_or(|network| endpoint.network == network)
+                    && endpoint.namespace == namespace.unwrap_or("default")
+            };
+            let ids: Vec<_> = state.own_endpoints().filter(|e| fits(e)).map(|e| e.id).collect();
+            if ids.is_empty()
+                && let Some(elsewhere) = state.view.all_endpoints().find(|placed| fits(placed.endpoint))
+            {
+                return Err(Failed::conflict(format!(
+                    "endpoint {name} is on host {}: detach it there",
+                    elsewhere.node.record.name
+                )));
+            }
+            ids
+        };
+        self.withdraw(&ids, "detached")?;
+        self.kernel.delete_links(ids.into_iter().map(Device::endpoint).collect()).await.map_err(Failed::from)
+    }
+
+    /// Takes endpoints out of the table, and what is kept of them off the disk.
+    pub(super) fn withdraw(&self, ids: &[EndpointId], why: &str) -> Result<(), Failed> {
+        let mut names = Vec::new();
+        {
+            let mut state = self.state.borrow_mut();
+            for id in ids {
+                names.extend(state.own_endpoints().find(|endpoint| endpoint.id == *id).map(|e| e.name.clone()));
+                state.endpoints.remove(id);
+                state.local.isolated.remove(id);
+                state.problem(format!("isolated {id}"), None);
+            }
+        }
+        for id in ids {
+            remove_if_there(&self.kept_path(*id)).map_err(|error| Failed::internal(format!("{error:#}")))?;
+        }
+        if names.is_empty() {
+            return Ok(());
+        }
+        self.write_table(Vec::new(), ids.iter().map(|id| Key::Endpoint(*id)).collect());
+        for name in names {
+            self.event("endpoint", &name, why);
+        }
+        self.recompute_networks();
+        Ok(())
+    }
+
+    /// The host's ends of these endpoints are gone, so their namespaces are.
+    pub(super) fn lost(&self, devices: impl IntoIterator<Item = Device>) {
+        let ids: Vec<EndpointId> = {
+            let state = self.state.borrow();
+            devices
+                .into_iter()
+                .filter(|device| !state.pending.devices.contains(device))
+                .filter_map(|device| match device.role() {
+                    Some(Role::Endpoint(id)) => Some(id),
+                    Some(Role::Bridge(_) | Role::Vxlan(_)) | None => None,
+                })
+                .filter(|id| state.own_endpoints().any(|endpoint| endpoint.id == *id))
+                .collect()
+        };
+        if ids.is_empty() {
+            return;
+        }
+        if let Err(failed) = self.withdraw(&ids, "gone with its namespace") {
+            tracing::error!(error = failed.0.message, "cannot withdraw an endpoint");
+        }
+    }
+
+    fn kept_path(&self, id: EndpointId) -> PathBuf {
+        self.run_dir.endpoints().join(format!("{id}.json"))
+    }
+
+    fn keep_endpoint(&self, endpoint: &Endpoint, ifname: &str) -> anyhow::Result<()> {
+        let kept =
+            Kept { boot_id: self.boot_id.clone(), endpoint: endpoint.clone(), ifname: ifname.to_owned() };
+        let path = self.kept_path(endpoint.id);
+        let beside = path.with_extension("new");
+        fs::write(&beside, serde_json::to_vec(&kept)?)
+            .and_then(|()| fs::rename(&beside, &path))
+            .with_context(|| format!("writing {}", path.display()))
+    }
+
+    /// Reads what the last run kept. Files of an earlier boot go: the kernel has forgotten them too.
+    /// A damaged one is set aside and named.
+    pub(super) fn read_kept(&self) -> anyhow::Result<Vec<Endpoint>> {
+        let dir = self.run_dir.endpoints();
+        let mut endpoints = Vec::new();
+        for file in fs::read_dir(&dir).with_context(|| format!("reading {}", dir.display()))? {
+            let path = file?.path();
+            if path.extension().is_none_or(|extension| extension != "json") {
+                continue;
+            }
+            match fs::read(&path).ok().and_then(|bytes| serde_json::from_slice::<Kept>(&bytes).ok()) {
+                Some(kept) if kept.boot_id == self.boot_id => {
+                    let local = LocalEndpoint { ifname: kept.ifname };
+                    self.state.borrow_mut().endpoints.insert(kept.endpoint.id, local);
+                    endpoints.push(kept.endpoint);
+                }
+                Some(_) => remove_if_there(&path)?,
+                None => {
+                    let aside = path.with_extension("damaged");
+                    fs::rename(&path, &aside).with_context(|| format!("setting {} aside", path.display()))?;
+                    let sentence = format!(
+                        "the file of an endpoint is damaged and was set aside as {}; the endpoint's interface goes, \
+                         attach it again",
+                        aside.display()
+                    );
+                    self.state.borrow_mut().problem(format!("kept {}", path.display()), Some(sentence));
+                }
+            }
+        }
+        Ok(endpoints)
+    }
+
+    /// An endpoint as users see it.
+    pub(super) fn endpoint_info(
+        &self,
+        state: &super::state::State,
+        placed: ovl_core::view::Placed<'_>,
+    ) -> EndpointInfo {
+        let ovl_core::view::Placed { node, endpoint } = placed;
+        let own = node.record.id == state.view.me;
+        let local = own.then(|| state.endpoints.get(&endpoint.id)).flatten();
+        let isolated = state.local.isolated.contains_key(&endpoint.id)
+            || state.view.address_conflict(node.record.id, endpoint).is_some();
+        EndpointInfo {
+            name: endpoint.name.clone(),
+            namespace: endpoint.namespace.clone(),
+            network: state
+                .view
+                .networks
+                .get(&endpoint.network)
+                .map_or_else(|| endpoint.network.to_string(), |state| state.network.name.clone()),
+            node: node.record.name.clone(),
+            mac: endpoint.mac,
+            addresses: endpoint.addresses.clone(),
+            aliases: endpoint.aliases.clone(),
+            labels: endpoint.labels.clone().into_iter().collect::<BTreeMap<_, _>>(),
+            state: if !own && !state.view.counts(node) {
+                EndpointState::Suspended
+            } else if isolated {
+                EndpointState::Isolated
+            } else {
+                EndpointState::Ready
+            },
+            ifname: local.map(|local| local.ifname.clone()),
+            device: own.then(|| Device::endpoint(endpoint.id).to_string()),
+        }
+    }
+}
+
+fn netns_path(netns: &NetnsRef) -> PathBuf {
+    match netns {
+        NetnsRef::Path(path) => path.clone(),
+        NetnsRef::Pid(pid) => Path::new("/proc").join(pid.to_string()).join("ns/net"),
+    }
+}
+
+/// The gateway of each subnet that the endpoint has an address in.
+fn gateways(network: &Network, reserved: &[Reserved<'_>]) -> Vec<IpAddr> {
+    let subnets = network.subnets.iter().filter(|_| !network.internal);
+    let used = subnets.filter(|subnet| reserved.iter().any(|r| subnet.prefix.contains(&r.net.addr())));
+    used.map(|subnet| subnet.gateway).collect()
+}

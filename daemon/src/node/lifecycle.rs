@@ -1,0 +1,203 @@
+//! From start to stop: the tasks, the clock, and the ways to end.
+
+use std::rc::Rc;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use ovl_core::device::Device;
+use ovl_proto::alloc::Change;
+use ovl_proto::control::PeerState;
+use ovl_proto::record::Presence;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::task::spawn_local;
+use tokio::time::{MissedTickBehavior, interval};
+
+use super::{Failed, Inbox, Node, Stop};
+use crate::config::Config;
+use crate::control;
+
+/// Between two looks at everything that depends on time.
+const TICK: Duration = Duration::from_millis(200);
+/// A daemon that has not heard all that is announced takes what it has for good after this time.
+const CATCH_UP_MS: u64 = 30_000;
+
+/// Runs the daemon until it is told to end.
+pub(crate) async fn run(config: Config) -> Result<()> {
+    let (node, inbox) = Node::boot(config).await?;
+    let listener = control::listen(&node.run_dir.socket())?;
+    let Inbox { mut gossip, mut links, mut kernel, saved } = inbox;
+    let mut tasks = tokio::task::JoinSet::new();
+    tasks.spawn_local(control::serve(Rc::clone(&node), listener));
+    tasks.spawn_local(Rc::clone(&node).save_loop(saved));
+    tasks.spawn_local(Rc::clone(&node).reconcile_loop());
+    tasks.spawn_local(Rc::clone(&node).admission_loop());
+    tasks.spawn_local(Rc::clone(&node).underlay_loop());
+    tasks.spawn_local(Rc::clone(&node).tick_loop());
+    let (on_gossip, on_links, on_kernel) = (Rc::clone(&node), Rc::clone(&node), Rc::clone(&node));
+    tasks.spawn_local(async move {
+        while let Some(event) = gossip.recv().await {
+            on_gossip.on_gossip(event);
+        }
+    });
+    tasks.spawn_local(async move {
+        while let Some(event) = links.recv().await {
+            on_links.on_link(event);
+        }
+    });
+    tasks.spawn_local(async move {
+        while let Some(event) = kernel.recv().await {
+            on_kernel.on_kernel(event);
+        }
+    });
+    notify(&[sd_notify::NotifyState::Ready]);
+    tracing::info!(node = %node.config.node, id = %node.identity.id(), address = %node.config.advertise, "ovld is up");
+
+    let mut terminate = signal(SignalKind::terminate()).context("listening for SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("listening for SIGINT")?;
+    tokio::select! {
+        _ = terminate.recv() => node.stop.set(Some(Stop::Restart)),
+        _ = interrupt.recv() => node.stop.set(Some(Stop::Restart)),
+        () = node.stopping.notified() => {}
+        ended = tasks.join_next() => {
+            anyhow::bail!("a task of the daemon ended, which none should: {ended:?}");
+        }
+    }
+    notify(&[sd_notify::NotifyState::Stopping]);
+    let result = node.end().await;
+    // The answer to the request that ended us is written by a task; the socket goes with the
+    // process, and a client that reads until the end gets it first.
+    tasks.shutdown().await;
+    super::remove_if_there(&node.run_dir.socket())?;
+    result
+}
+
+fn notify(states: &[sd_notify::NotifyState<'_>]) {
+    if let Err(error) = sd_notify::notify(states) {
+        tracing::debug!(%error, "no service manager to notify");
+    }
+}
+
+impl Node {
+    async fn tick_loop(self: Rc<Self>) {
+        let mut ticks = interval(TICK);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut count = 0u64;
+        loop {
+            ticks.tick().await;
+            count += 1;
+            self.judge_all(&mut self.state.borrow_mut());
+            self.probe_silent();
+            self.tick_alloc();
+            self.check_caught_up();
+            if count.is_multiple_of(5) {
+                self.pull_missing();
+                self.expire_leases();
+                self.drop_forgotten(&mut self.state.borrow_mut());
+                if let Err(error) = self.cache_tables() {
+                    tracing::warn!("{error:#}");
+                }
+                notify(&[sd_notify::NotifyState::Watchdog]);
+            }
+            if count.is_multiple_of(300) {
+                self.forget_long_dead();
+                // When each host was last alive outlives a restart only by this.
+                self.save_soon();
+            }
+        }
+    }
+
+    /// Gossip has caught up when all that live peers announce is here. Only from then on is
+    /// anything removed from the kernel.
+    fn check_caught_up(&self) {
+        let mut guard = self.state.borrow_mut();
+        let state = &mut *guard;
+        if state.caught_up || !state.is_member() {
+            return;
+        }
+        let others: Vec<_> = state
+            .view
+            .alloc
+            .members
+            .iter()
+            .filter(|id| **id != state.view.me)
+            .map(|id| (state.view.nodes.get(id), state.peers.get(id)))
+            .collect();
+        let settled = others.iter().all(|(node, peer)| match (node, peer) {
+            (Some(node), Some(peer)) => match node.state {
+                PeerState::Alive => {
+                    peer.hints.table != ovl_proto::table::Revision::default()
+                        && node.table.revision() >= peer.hints.table
+                }
+                // It is silent: what was cached of it is all there is.
+                PeerState::Suspect => state.now() > 5_000,
+                PeerState::Dead | PeerState::Left => true,
+            },
+            _ => false,
+        });
+        let alone = !others.iter().any(|(node, _)| node.is_some_and(|node| node.state == PeerState::Alive));
+        let done = settled && (state.objects_seen || alone) && (!alone || others.is_empty() || state.now() > 5_000);
+        if done || state.now() > CATCH_UP_MS {
+            tracing::info!(complete = done, "gossip has caught up");
+            state.caught_up = true;
+            state.dirty.full = true;
+            self.work.notify_one();
+        }
+    }
+
+    /// Withdraws this host: `ovlctl leave` and `teardown`. The daemon ends afterwards.
+    pub(super) async fn leave(self: &Rc<Self>, how: Stop) -> Result<(), Failed> {
+        let (me, alone) = {
+            let mut state = self.state.borrow_mut();
+            state.leaving = true;
+            (state.view.me, state.view.alloc.members.len() <= 1 || !state.is_member())
+        };
+        if !alone && let Err(failed) = self.change(Change::Forget(me)).await {
+            // Withdrawn all the same; its blocks stay with it until the others forget it.
+            tracing::warn!(error = failed.0.message, "the cluster cannot be asked to forget this host");
+        }
+        if how == Stop::Teardown {
+            self.remove_all().await?;
+        }
+        self.stop.set(Some(how));
+        let node = Rc::clone(self);
+        spawn_local(async move {
+            // The answer goes out first.
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            node.stopping.notify_one();
+        });
+        Ok(())
+    }
+
+    /// Removes every kernel object of ours and what is kept of endpoints.
+    async fn remove_all(&self) -> Result<(), Failed> {
+        let ids: Vec<_> = self.state.borrow().own_endpoints().map(|endpoint| endpoint.id).collect();
+        self.withdraw(&ids, "detached by teardown")?;
+        // The loop must not build again what is removed here.
+        self.state.borrow_mut().view.networks.clear();
+        let devices: Vec<Device> =
+            self.kernel.dump().await.map_err(Failed::from)?.links.keys().copied().collect();
+        self.kernel.delete_links(devices).await.map_err(Failed::from)?;
+        self.kernel.remove_filter().await.map_err(Failed::from)
+    }
+
+    /// The last words, within two seconds.
+    async fn end(self: &Rc<Self>) -> Result<()> {
+        let how = self.stop.get().unwrap_or(Stop::Restart);
+        tracing::info!(?how, "ovld ends");
+        self.state.borrow_mut().leaving = true;
+        let presence = match how {
+            Stop::Restart => Presence::Restarting,
+            Stop::Leave | Stop::Teardown => Presence::Left,
+        };
+        self.publish_record(presence);
+        let signed = self.state.borrow().own_record.clone();
+        let gossip = self.gossip();
+        if tokio::time::timeout(Duration::from_millis(500), gossip.announce_now(signed)).await.is_err() {
+            tracing::warn!("peers could not be told in time; they notice by themselves");
+        }
+        if let Err(error) = self.cache_tables() {
+            tracing::warn!("{error:#}");
+        }
+        crate::store::write(&self.config.state_dir.join("state"), &self.snapshot())
+    }
+}

@@ -1,0 +1,70 @@
+//! Metrics in Prometheus' text format (exposition format 0.0.4).
+
+use std::fmt::Write as _;
+
+use ovl_proto::control::{DaemonState, Peer, PeerState, Status};
+
+/// All of them.
+pub(super) fn render(status: &Status, peers: &[Peer]) -> String {
+    let mut text = String::new();
+    let ready = u64::from(status.state == DaemonState::Ready);
+    gauge(&mut text, "ovl_ready", "1 if the daemon is ready and nothing is wrong", ready);
+    gauge(&mut text, "ovl_problems", "Problems that `ovlctl status` lists", status.problems.len() as u64);
+    gauge(&mut text, "ovl_members", "Members of the cluster", status.members.into());
+    gauge(&mut text, "ovl_endpoints", "Endpoints on this host", status.endpoints.into());
+    gauge(&mut text, "ovl_networks", "Networks in the cluster", status.networks.into());
+    let gossip = &status.gossip;
+    counter(&mut text, "ovl_gossip_sent_total", "Datagrams sent", gossip.sent);
+    counter(&mut text, "ovl_gossip_received_total", "Good datagrams received", gossip.received);
+    head(&mut text, "ovl_gossip_dropped_total", "Datagrams dropped, by reason", "counter");
+    for (reason, count) in [
+        ("unauthenticated", gossip.dropped_unauthenticated),
+        ("replayed", gossip.dropped_replayed),
+        ("malformed", gossip.dropped_malformed),
+    ] {
+        line(&mut text, "ovl_gossip_dropped_total", &[("reason", reason)], count);
+    }
+    let reconcile = &status.reconcile;
+    counter(&mut text, "ovl_reconcile_passes_total", "Comparisons with a kernel dump", reconcile.passes);
+    counter(&mut text, "ovl_reconcile_operations_total", "Changes of the kernel", reconcile.operations);
+    counter(&mut text, "ovl_reconcile_repairs_total", "Changes that undid somebody else's", reconcile.repairs);
+    gauge(&mut text, "ovl_reconcile_failing", "Changes that the kernel refuses", reconcile.failing.len() as u64);
+    let others = || peers.iter().filter(|peer| !peer.own);
+    head(&mut text, "ovl_peer_alive", "1 if the host is alive", "gauge");
+    for peer in others() {
+        line(&mut text, "ovl_peer_alive", &[("peer", &peer.name)], u64::from(peer.state == PeerState::Alive));
+    }
+    head(&mut text, "ovl_peer_reachable", "1 if packets of gossip arrive from the host directly", "gauge");
+    for peer in others() {
+        line(&mut text, "ovl_peer_reachable", &[("peer", &peer.name)], u64::from(peer.reachable));
+    }
+    head(&mut text, "ovl_peer_rtt_microseconds", "Round trip to the host's daemon", "gauge");
+    for peer in others() {
+        if let Some(rtt) = peer.rtt_us {
+            line(&mut text, "ovl_peer_rtt_microseconds", &[("peer", &peer.name)], rtt);
+        }
+    }
+    text
+}
+
+fn gauge(text: &mut String, name: &str, help: &str, value: u64) {
+    head(text, name, help, "gauge");
+    line(text, name, &[], value);
+}
+
+fn counter(text: &mut String, name: &str, help: &str, value: u64) {
+    head(text, name, help, "counter");
+    line(text, name, &[], value);
+}
+
+// Writing into a string cannot fail.
+fn head(text: &mut String, name: &str, help: &str, kind: &str) {
+    let _ = writeln!(text, "# HELP {name} {help}\n# TYPE {name} {kind}");
+}
+
+/// Names of hosts need no escapes: see `is_name`.
+fn line(text: &mut String, name: &str, labels: &[(&str, &str)], value: u64) {
+    let labels: Vec<String> = labels.iter().map(|(key, value)| format!("{key}=\"{value}\"")).collect();
+    let labels = if labels.is_empty() { String::new() } else { format!("{{{}}}", labels.join(",")) };
+    let _ = writeln!(text, "{name}{labels} {value}");
+}

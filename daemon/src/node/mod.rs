@@ -1,0 +1,416 @@
+//! The node: one state, and the tasks that keep it, the peers and the kernel in step.
+//!
+//! Everything runs on one thread. A task borrows the state, decides, and gives it back before it
+//! awaits anything. What it learns from the kernel, a peer or the disk, it learns by awaiting.
+
+mod addresses;
+mod alloc;
+mod attach;
+mod events;
+mod lifecycle;
+mod metrics;
+mod network;
+mod objects;
+mod peers;
+mod reconcile;
+mod requests;
+mod state;
+mod tables;
+mod underlay;
+
+use std::cell::{Cell, Ref, RefCell};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::net::SocketAddr;
+use std::path::Path;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, Result, bail};
+use ovl_core::alloc::Allocator;
+use ovl_core::table::Table;
+use ovl_core::view::{self, Local, View};
+use ovl_proto::control::{Event, Failure, PeerState};
+use ovl_proto::id::NodeId;
+use ovl_proto::record::{NodeRecord, Presence, SignedRecord};
+use tokio::sync::{Notify, mpsc};
+
+use self::events::Events;
+use self::state::{RunDir, State};
+use crate::config::Config;
+use crate::crypto::{ClusterKey, Identity, Keyring};
+use crate::gossip::{Gossip, GossipConfig, GossipEvent, Hints};
+use crate::kernel::{self, KernelEvent, KernelHandle, Prober};
+use crate::links::{LinkEvent, Links, LinksConfig};
+use crate::store;
+
+/// A request that failed.
+#[derive(Debug)]
+pub(crate) struct Failed(pub(crate) Failure);
+
+/// How the daemon ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Stop {
+    /// To be started again: peers keep our entries, the kernel goes on forwarding.
+    Restart,
+    /// Withdrawn.
+    Leave,
+    /// Withdrawn, and every kernel object of ours is removed.
+    Teardown,
+}
+
+/// This host.
+pub(crate) struct Node {
+    config: Config,
+    run_dir: RunDir,
+    boot_id: String,
+    identity: Arc<Identity>,
+    keyring: Arc<Keyring>,
+    kernel: KernelHandle,
+    prober: Prober,
+    gossip: RefCell<Gossip>,
+    links: RefCell<Links>,
+    gossip_events: mpsc::Sender<GossipEvent>,
+    link_events: mpsc::Sender<LinkEvent>,
+    writer: store::Writer,
+    state: RefCell<State>,
+    /// Whom gossip and streams were last told to talk to.
+    pointed: RefCell<BTreeMap<NodeId, SocketAddr>>,
+    /// What happened lately.
+    pub(crate) events: Events,
+    /// There is something to reconcile.
+    work: Notify,
+    /// There is something to save.
+    saver: Notify,
+    /// The allocation map changed.
+    membership: Notify,
+    /// The device with our address changed, or the address did.
+    underlay: Notify,
+    /// How to end, once it is time to.
+    stop: Cell<Option<Stop>>,
+    stopping: Notify,
+}
+
+/// The receiving ends of what a node is told.
+struct Inbox {
+    gossip: mpsc::Receiver<GossipEvent>,
+    links: mpsc::Receiver<LinkEvent>,
+    kernel: mpsc::Receiver<KernelEvent>,
+    saved: mpsc::UnboundedReceiver<(u64, Result<()>)>,
+}
+
+/// How many events of one kind may wait. Streams are held back beyond it.
+const INBOX: usize = 256;
+
+impl Node {
+    /// Reads what is on the disk, opens the sockets, and adopts what stands in the kernel.
+    async fn boot(config: Config) -> Result<(Rc<Self>, Inbox)> {
+        let state_path = config.state_dir.join("state");
+        let saved = store::read(&state_path)?;
+        let identity_path = config.state_dir.join("identity");
+        if saved.is_some() && !identity_path.exists() {
+            bail!(
+                "{} is missing while {} is there: restore it from a backup, or remove the whole directory to begin \
+                 anew under another identity",
+                identity_path.display(),
+                state_path.display()
+            );
+        }
+        let identity = Arc::new(Identity::load_or_create(&identity_path)?);
+        let saved = saved.unwrap_or_default();
+        let key = match &config.cluster_key {
+            Some(path) => ClusterKey::read(path)?,
+            None => ClusterKey::insecure(),
+        };
+        let keyring = Arc::new(Keyring::new(key, Vec::new()));
+        let run_dir = RunDir(config.run_dir.clone());
+        for dir in [run_dir.endpoints(), run_dir.tables()] {
+            std::fs::create_dir_all(&dir).with_context(|| format!("making {}", dir.display()))?;
+        }
+        let (kernel_tell, kernel_events) = mpsc::channel(INBOX);
+        let kernel = kernel::start(kernel_tell).context("opening netlink")?;
+        let link = kernel.underlay(config.advertise.ip()).await.with_context(|| {
+            format!("{} is not an address of this host: give one that is with --advertise", config.advertise.ip())
+        })?;
+        let record = NodeRecord {
+            id: identity.id(),
+            public_key: *identity.public_key(),
+            name: config.node.clone(),
+            generation: next_generation(saved.generation),
+            revision: 1,
+            cluster: saved.alloc.as_ref().map_or(0, |alloc| alloc.learned.cluster),
+            address: config.advertise,
+            vtep: config.advertise.ip(),
+            vxlan_port: config.vxlan_port,
+            link_mtu: link.mtu,
+            presence: Presence::Running,
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+        };
+        let signed = identity.sign_record(&record)?;
+        let state = first_state(&record, &signed, &saved);
+        let (gossip_tell, gossip_events) = mpsc::channel(INBOX);
+        let (link_tell, link_events) = mpsc::channel(INBOX);
+        let (gossip, links) =
+            open(&config, &identity, &keyring, &record, &signed, gossip_tell.clone(), link_tell.clone()).await?;
+        let (saved_tell, saved_events) = mpsc::unbounded_channel();
+        let node = Rc::new(Self {
+            boot_id: boot_id()?,
+            run_dir,
+            identity,
+            keyring,
+            kernel,
+            prober: Prober::new().context("opening a socket for ICMP")?,
+            gossip: RefCell::new(gossip),
+            links: RefCell::new(links),
+            gossip_events: gossip_tell,
+            link_events: link_tell,
+            writer: store::Writer::start(state_path.clone(), saved_tell)?,
+            state: RefCell::new(state),
+            pointed: RefCell::default(),
+            events: Events::default(),
+            work: Notify::new(),
+            saver: Notify::new(),
+            membership: Notify::new(),
+            underlay: Notify::new(),
+            stop: Cell::new(None),
+            stopping: Notify::new(),
+            config,
+        });
+        node.recall(saved);
+        // A generation is on the disk before anybody hears of it.
+        store::write(&state_path, &node.snapshot())?;
+        node.adopt().await?;
+        Ok((
+            node,
+            Inbox { gossip: gossip_events, links: link_events, kernel: kernel_events, saved: saved_events },
+        ))
+    }
+
+    /// Peers, objects and tables of the last run.
+    fn recall(&self, saved: store::State) {
+        for (signed, last_alive_ms) in saved.peers {
+            match crate::crypto::open_record(&signed) {
+                Ok(record) => {
+                    let id = record.id;
+                    self.take_record(record, signed);
+                    if let Some(peer) = self.state.borrow_mut().peers.get_mut(&id) {
+                        peer.last_alive_ms = last_alive_ms;
+                    }
+                }
+                Err(error) => tracing::error!(%error, "passed over a host of the state file"),
+            }
+        }
+        self.load_objects(saved.objects);
+        self.read_cached_tables();
+        let bootstrap = {
+            let state = self.state.borrow();
+            self.config.bootstrap && state.allocator.map().cluster == 0
+        };
+        if bootstrap {
+            let mut state = self.state.borrow_mut();
+            let cluster = u64::from_le_bytes(random()).max(1);
+            tracing::info!(cluster, "began a new cluster");
+            // The state is written before anything is sent: see `boot`.
+            let output = state.allocator.bootstrap(cluster);
+            debug_assert!(output.send.is_empty());
+            state.view.alloc = state.allocator.map().clone();
+        }
+        self.recompute_networks();
+    }
+
+    /// Takes over what the last run left in the kernel, and learns what is gone.
+    async fn adopt(&self) -> Result<()> {
+        let kept = self.read_kept()?;
+        let leases: Vec<_> = {
+            let state = self.state.borrow();
+            let lent = state.lent.iter();
+            lent.map(|((network, address), lent)| ovl_proto::table::Entry::Lease {
+                network: *network,
+                address: *address,
+                to: lent.to,
+            })
+            .collect()
+        };
+        let entries = kept.into_iter().map(ovl_proto::table::Entry::Endpoint).chain(leases).collect();
+        self.write_table(entries, Vec::new());
+        self.whole_pass().await;
+        self.publish_record(Presence::Running);
+        Ok(())
+    }
+
+    fn gossip(&self) -> Ref<'_, Gossip> {
+        self.gossip.borrow()
+    }
+
+    fn links(&self) -> Ref<'_, Links> {
+        self.links.borrow()
+    }
+
+    /// Tells gossip which states we have, so that peers notice what they missed.
+    fn publish_hints(&self, state: &State) {
+        let table = state.view.own().map(|own| own.table.revision()).unwrap_or_default();
+        self.gossip().set_hints(Hints {
+            table,
+            objects: state.objects_digest,
+            alloc: state.view.alloc.version,
+        });
+    }
+
+    /// Signs the own record anew and gives it to gossip and streams.
+    fn publish_record(&self, presence: Presence) {
+        let signed = {
+            let mut guard = self.state.borrow_mut();
+            let state = &mut *guard;
+            let cluster = state.view.alloc.cluster;
+            let me = state.view.me;
+            let Some(own) = state.view.nodes.get_mut(&me) else { return };
+            let mut record = own.record.clone();
+            record.cluster = cluster;
+            record.presence = presence;
+            if record == own.record {
+                return;
+            }
+            record.revision += 1;
+            let signed = match self.identity.sign_record(&record) {
+                Ok(signed) => signed,
+                Err(error) => {
+                    tracing::error!(%error, "cannot sign our record");
+                    return;
+                }
+            };
+            own.record = record;
+            state.own_record = signed.clone();
+            signed
+        };
+        self.gossip().set_record(signed.clone());
+        self.links().set_record(signed);
+    }
+
+    /// Takes note of something that happened.
+    fn event(&self, kind: &str, object: &str, message: &str) {
+        tracing::info!(kind, object, "{message}");
+        self.events.push(Event {
+            time_ms: wall_ms(),
+            kind: kind.to_owned(),
+            object: object.to_owned(),
+            message: message.to_owned(),
+        });
+    }
+}
+
+/// Opens the sockets of gossip and streams at the record's address.
+async fn open(
+    config: &Config,
+    identity: &Arc<Identity>,
+    keyring: &Arc<Keyring>,
+    record: &NodeRecord,
+    signed: &SignedRecord,
+    gossip: mpsc::Sender<GossipEvent>,
+    links: mpsc::Sender<LinkEvent>,
+) -> Result<(Gossip, Links)> {
+    let taken = || {
+        format!(
+            "listening on {}: is another daemon using the port? `ss -lnup sport = :{}` shows it",
+            record.address,
+            record.address.port()
+        )
+    };
+    let links_config = LinksConfig {
+        listen: record.address,
+        identity: Arc::clone(identity),
+        keyring: Arc::clone(keyring),
+        record: signed.clone(),
+    };
+    let links = Links::start(links_config, links).await.with_context(taken)?;
+    let gossip_config = GossipConfig {
+        listen: record.address,
+        keyring: Arc::clone(keyring),
+        record: signed.clone(),
+        hints: Hints::default(),
+        join: config.join.clone(),
+        interval: config.gossip_interval,
+    };
+    let gossip = Gossip::start(gossip_config, gossip).await.with_context(taken)?;
+    gossip.set_link_mtu(record.link_mtu);
+    Ok((gossip, links))
+}
+
+fn first_state(record: &NodeRecord, signed: &SignedRecord, saved: &store::State) -> State {
+    let me = record.id;
+    let durable = saved.alloc.clone().unwrap_or_default();
+    let alloc = durable.learned.clone();
+    let own = view::Node { record: record.clone(), state: PeerState::Alive, table: Table::new(me) };
+    State {
+        view: View { me, nodes: BTreeMap::from([(me, own)]), networks: BTreeMap::new(), alloc },
+        local: Local { masquerade: true, ..Local::default() },
+        own_record: signed.clone(),
+        peers: BTreeMap::new(),
+        objects: BTreeMap::new(),
+        objects_digest: [0; 32],
+        clock: saved.clock,
+        allocator: Allocator::new(me, durable, u64::from_le_bytes(random())),
+        claims: HashMap::new(),
+        leases: HashMap::new(),
+        lent: saved
+            .leases
+            .iter()
+            .map(|(network, address, to)| ((*network, *address), state::Lent { to: *to, at: 0, seen: true }))
+            .collect(),
+        next_request: u64::from_le_bytes(random()),
+        endpoints: BTreeMap::new(),
+        cursors: BTreeMap::new(),
+        pending: state::Pending::default(),
+        dirty: state::Dirty::default(),
+        applied: BTreeMap::new(),
+        applied_host: ovl_core::kernel::Kernel::default(),
+        failing: BTreeMap::new(),
+        counts: state::Counts::default(),
+        caught_up: false,
+        objects_seen: false,
+        problems: BTreeMap::new(),
+        save: state::Save::default(),
+        uncached: BTreeSet::new(),
+        epoch: Instant::now(),
+        leaving: false,
+    }
+}
+
+/// Higher than that of any earlier run, also where the state directory is an old copy.
+fn next_generation(last: u64) -> u64 {
+    (last + 1).max(wall_ms() / 1000)
+}
+
+/// Milliseconds since 1970.
+fn wall_ms() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// Random bytes of the system.
+fn random<const N: usize>() -> [u8; N] {
+    use ring::rand::SecureRandom as _;
+    let mut bytes = [0; N];
+    if ring::rand::SystemRandom::new().fill(&mut bytes).is_err() {
+        // The kernel's generator cannot fail once it is seeded, which it is long before any daemon
+        // starts; ids that collide are refused anyway.
+        tracing::error!("the system gives no random numbers");
+    }
+    bytes
+}
+
+/// Names this run of the kernel: what is kept beside the socket ends with it.
+fn boot_id() -> Result<String> {
+    let path = "/proc/sys/kernel/random/boot_id";
+    Ok(std::fs::read_to_string(path).with_context(|| format!("reading {path}"))?.trim().to_owned())
+}
+
+/// Removes a file; one that is not there is fine.
+fn remove_if_there(path: &Path) -> Result<()> {
+    match std::fs::remove_file(path) {
+        Ok(()) => Ok(()),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(error).with_context(|| format!("removing {}", path.display())),
+    }
+}
+
+pub(crate) use lifecycle::run;

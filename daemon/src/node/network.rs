@@ -1,0 +1,277 @@
+//! Networks: made, changed, removed and described.
+
+use std::collections::BTreeSet;
+
+use ipnet::IpNet;
+use ovl_core::device::Device;
+use ovl_core::view::NetworkState;
+use ovl_core::{desired, ipam, networks};
+use ovl_proto::clock::Stamp;
+use ovl_proto::control::{NetworkCreate, NetworkInfo};
+use ovl_proto::id::NetworkId;
+use ovl_proto::object::Network;
+
+use super::state::State;
+use super::{Failed, Node, random, wall_ms};
+use crate::config::is_name;
+
+/// The prefix length of a range that is chosen for the user.
+const AUTO_LENGTH_V4: u8 = 20;
+const AUTO_LENGTH_V6: u8 = 64;
+
+impl Node {
+    /// Makes a network; returns when it is on this host's disk and all live peers were told.
+    pub(super) async fn network_create(&self, request: NetworkCreate) -> Result<NetworkInfo, Failed> {
+        if !is_name(&request.name) {
+            return Err(Failed::invalid(format!(
+                "'{}' is no name for a network: letters, digits, '-', '_' and '.', at most 63, a letter or digit first",
+                request.name
+            )));
+        }
+        if request.encrypted {
+            return Err(Failed::invalid("encrypted networks are not in this release yet"));
+        }
+        check_mtu(request.mtu)?;
+        let taken = self.kernel.prefixes().await.map_err(Failed::from)?;
+        let network = {
+            let mut state = self.state.borrow_mut();
+            let network = self.plan_create(&state, &request, &taken)?;
+            Network { created: stamp(&mut state), ..network }
+        };
+        let id = network.id;
+        self.write_network(network, false).map_err(|error| Failed::internal(error.to_string()))?;
+        self.event("network", &request.name, "created");
+        self.saved().await?;
+        self.network_info_by_id(id)
+    }
+
+    /// Everything but the stamp.
+    fn plan_create(&self, state: &State, request: &NetworkCreate, taken: &[IpNet]) -> Result<Network, Failed> {
+        if !state.is_member() {
+            let why = state.problems.get("admission").cloned().unwrap_or_else(|| "not admitted yet".to_owned());
+            return Err(Failed::unavailable(why));
+        }
+        if let Some(other) = state.view.networks.values().find(|other| other.network.name == request.name) {
+            let id = other.network.id;
+            return Err(Failed::conflict(format!("network {} exists already, with id {id}", request.name)));
+        }
+        let id = loop {
+            let id = NetworkId(random());
+            if !state.view.networks.contains_key(&id) {
+                break id;
+            }
+        };
+        let vni = match request.vni {
+            Some(vni) if !(1..=networks::MAX_VNI).contains(&vni) => {
+                return Err(Failed::invalid(format!("VNI {vni}: from 1 to {}", networks::MAX_VNI)));
+            }
+            Some(vni) => match state.view.networks.values().find(|other| other.network.vni == vni) {
+                Some(other) => {
+                    return Err(Failed::conflict(format!("VNI {vni} belongs to network {}", other.network.name)));
+                }
+                None => vni,
+            },
+            None => networks::choose_vni(&state.view.networks, id),
+        };
+        let prefixes = if request.subnets.is_empty() {
+            vec![self.choose_subnet(state, taken)?]
+        } else {
+            request.subnets.clone()
+        };
+        let mut subnets = Vec::new();
+        for (index, prefix) in prefixes.iter().enumerate() {
+            let subnet = ipam::new_subnet(*prefix).map_err(|error| Failed::invalid(error.to_string()))?;
+            if let Some(other) = prefixes.iter().take(index).find(|other| networks::overlaps(**other, *prefix)) {
+                return Err(Failed::invalid(format!("{prefix} overlaps {other}")));
+            }
+            check_overlap(state, None, *prefix)?;
+            subnets.push(subnet);
+        }
+        Ok(Network {
+            id,
+            name: request.name.clone(),
+            created: Stamp::default(),
+            driver: request.driver,
+            mode: request.mode,
+            vni,
+            subnets,
+            mtu: request.mtu,
+            encrypted: request.encrypted,
+            internal: request.internal,
+        })
+    }
+
+    /// A range of the pool that collides with no network and with nothing that this host reaches.
+    fn choose_subnet(&self, state: &State, taken: &[IpNet]) -> Result<IpNet, Failed> {
+        let used = state.view.networks.values().flat_map(|other| other.network.subnets.iter().map(|s| s.prefix));
+        let taken: Vec<IpNet> = used.chain(taken.iter().copied().filter(|net| net.prefix_len() > 0)).collect();
+        let pool = self.config.pool;
+        let length = if pool.addr().is_ipv4() { AUTO_LENGTH_V4 } else { AUTO_LENGTH_V6 }.max(pool.prefix_len());
+        networks::choose_subnet(pool, length, &taken).ok_or_else(|| {
+            Failed::exhausted(format!("no range of the pool {pool} is free: give one with --subnet"))
+        })
+    }
+
+    /// Makes ranges larger, or changes the MTU, while the network is in use.
+    pub(super) async fn network_update(
+        &self,
+        name: &str,
+        larger: &[IpNet],
+        mtu: Option<u16>,
+    ) -> Result<NetworkInfo, Failed> {
+        let network = {
+            let state = self.state.borrow();
+            let mut network = live_network(&state, name)?.clone();
+            for prefix in larger {
+                let Some(subnet) = network.subnets.iter_mut().find(|subnet| prefix.contains(&subnet.prefix)) else {
+                    let ranges: Vec<String> = network.subnets.iter().map(|s| s.prefix.to_string()).collect();
+                    return Err(Failed::invalid(format!(
+                        "{prefix} contains no range of network {}, which has {}",
+                        network.name,
+                        ranges.join(", ")
+                    )));
+                };
+                *subnet = ipam::can_grow(subnet, *prefix).map_err(|error| Failed::invalid(error.to_string()))?;
+                check_overlap(&state, Some(network.id), *prefix)?;
+            }
+            for (index, subnet) in network.subnets.iter().enumerate() {
+                if network.subnets.iter().skip(index + 1).any(|other| networks::overlaps(subnet.prefix, other.prefix)) {
+                    return Err(Failed::invalid(format!("{} would overlap another range of its own", subnet.prefix)));
+                }
+            }
+            match mtu {
+                Some(0) => network.mtu = None,
+                Some(_) => {
+                    check_mtu(mtu)?;
+                    network.mtu = mtu;
+                }
+                None => {}
+            }
+            network
+        };
+        let id = network.id;
+        self.write_network(network, false).map_err(|error| Failed::internal(error.to_string()))?;
+        self.event("network", name, "updated");
+        self.saved().await?;
+        self.network_info_by_id(id)
+    }
+
+    /// Removes a network that has no endpoints.
+    pub(super) async fn network_rm(&self, name: &str) -> Result<(), Failed> {
+        let network = {
+            let state = self.state.borrow();
+            let network = live_network(&state, name)?;
+            let users: Vec<String> = state
+                .view
+                .all_endpoints()
+                .filter(|placed| placed.endpoint.network == network.id)
+                .map(|placed| format!("{} on {}", placed.endpoint.name, placed.node.record.name))
+                .collect();
+            if !users.is_empty() {
+                let shown = users.iter().take(8).cloned().collect::<Vec<_>>().join(", ");
+                let more = users.len().saturating_sub(8);
+                let more = if more > 0 { format!(" and {more} more") } else { String::new() };
+                return Err(Failed::conflict(format!(
+                    "network {} has endpoints: {shown}{more}. Detach them first; those of a host that is gone for \
+                     good go with `ovlctl peers forget`",
+                    network.name
+                )));
+            }
+            if state.local.wanted.contains_key(&network.id) {
+                return Err(Failed::conflict(format!("an endpoint is being attached to network {name}")));
+            }
+            network.clone()
+        };
+        self.write_network(network, true).map_err(|error| Failed::internal(error.to_string()))?;
+        self.event("network", name, "removed");
+        self.saved().await
+    }
+
+    /// One network.
+    pub(super) fn network_inspect(&self, name: &str) -> Result<NetworkInfo, Failed> {
+        let state = self.state.borrow();
+        match state.view.network(name) {
+            Some(found) => Ok(self.network_info(&state, found)),
+            None => Err(Failed::no_network(&state, name)),
+        }
+    }
+
+    fn network_info_by_id(&self, id: NetworkId) -> Result<NetworkInfo, Failed> {
+        let state = self.state.borrow();
+        match state.view.networks.get(&id) {
+            Some(found) => Ok(self.network_info(&state, found)),
+            None => Err(Failed::not_found("the network is gone again")),
+        }
+    }
+
+    /// A network as users see it.
+    pub(super) fn network_info(&self, state: &State, found: &NetworkState) -> NetworkInfo {
+        let network = &found.network;
+        let placed: Vec<_> =
+            state.view.all_endpoints().filter(|placed| placed.endpoint.network == network.id).collect();
+        let nodes: BTreeSet<String> = placed.iter().map(|placed| placed.node.record.name.clone()).collect();
+        NetworkInfo {
+            name: network.name.clone(),
+            id: network.id,
+            driver: network.driver,
+            mode: network.mode,
+            vni: network.vni,
+            subnets: network.subnets.iter().map(|subnet| subnet.prefix).collect(),
+            gateways: if network.internal {
+                Vec::new()
+            } else {
+                network.subnets.iter().map(|subnet| subnet.gateway).collect()
+            },
+            mtu: desired::network_mtu(&state.view, network),
+            encrypted: network.encrypted,
+            internal: network.internal,
+            removing: found.removing,
+            endpoints: u32::try_from(placed.len()).unwrap_or(u32::MAX),
+            nodes: nodes.into_iter().collect(),
+            bridge: desired::is_built(&state.view, &state.local, network.id)
+                .then(|| Device::bridge(network.id).to_string()),
+        }
+    }
+}
+
+fn live_network<'a>(state: &'a State, name: &str) -> Result<&'a Network, Failed> {
+    match state.view.network(name) {
+        Some(found) if found.removing => {
+            Err(Failed::conflict(format!("network {name} was removed and waits for its last endpoints to go")))
+        }
+        Some(found) => Ok(&found.network),
+        None => Err(Failed::no_network(state, name)),
+    }
+}
+
+fn check_overlap(state: &State, own: Option<NetworkId>, prefix: IpNet) -> Result<(), Failed> {
+    for other in state.view.networks.values().filter(|other| Some(other.network.id) != own) {
+        if let Some(subnet) = other.network.subnets.iter().find(|s| networks::overlaps(s.prefix, prefix)) {
+            return Err(Failed::conflict(format!(
+                "{prefix} overlaps {} of network {}",
+                subnet.prefix, other.network.name
+            )));
+        }
+    }
+    for node in state.view.nodes.values().filter(|node| prefix.contains(&node.record.vtep)) {
+        return Err(Failed::conflict(format!(
+            "{prefix} contains {}, the underlay address of host {}",
+            node.record.vtep, node.record.name
+        )));
+    }
+    Ok(())
+}
+
+fn check_mtu(mtu: Option<u16>) -> Result<(), Failed> {
+    match mtu {
+        Some(mtu) if mtu < desired::MIN_MTU => {
+            Err(Failed::invalid(format!("MTU {mtu}: at least {}, the smallest that IPv6 allows", desired::MIN_MTU)))
+        }
+        Some(_) | None => Ok(()),
+    }
+}
+
+fn stamp(state: &mut State) -> Stamp {
+    let me = state.view.me;
+    state.clock.tick(wall_ms(), me)
+}

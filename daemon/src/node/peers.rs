@@ -1,0 +1,382 @@
+//! Peers: what gossip says of them, and what we make of it.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::time::Duration;
+
+use ovl_core::liveness::{self, Signs};
+use ovl_core::table::Table;
+use ovl_core::view;
+use ovl_proto::control::PeerState;
+use ovl_proto::id::NodeId;
+use ovl_proto::record::{NodeRecord, Presence, SignedRecord};
+use ovl_proto::sync::Message;
+use ovl_proto::table::{Entry, Key};
+
+use super::state::{Peer, State};
+use super::{Node, wall_ms};
+use crate::gossip::{GossipEvent, Hints};
+use crate::links::LinkEvent;
+
+/// A peer that gossip counts among the living and that was not heard directly for this long is
+/// reported as not reachable.
+pub(super) const UNREACHABLE: Duration = Duration::from_secs(5);
+
+impl Node {
+    /// One event of gossip.
+    pub(super) fn on_gossip(&self, event: GossipEvent) {
+        match event {
+            GossipEvent::Peer { record, signed, hints, alive } => {
+                let id = record.id;
+                self.take_record(record, signed);
+                self.take_signs(id, hints, alive);
+            }
+            GossipEvent::Announced { record, signed } => self.take_record(record, signed),
+            GossipEvent::Gone(node) => {
+                self.set_gossip_alive(node, false);
+            }
+            GossipEvent::PathMtu { node, mtu } => self.note_path_mtu(node, mtu),
+            GossipEvent::Clash { node, addresses, generations } => {
+                let sentence = format!(
+                    "two hosts run with the identity {node}: at {} (generation {}) and {} (generation {}). One state \
+                     directory was copied: stop ovld on the copy, remove its state directory, and start it again",
+                    addresses[0], generations[0], addresses[1], generations[1]
+                );
+                self.state.borrow_mut().problem(format!("clash {node}"), Some(sentence));
+            }
+        }
+    }
+
+    /// One event of the sync streams.
+    pub(super) fn on_link(&self, event: LinkEvent) {
+        match event {
+            LinkEvent::Up(peer) => self.greet(peer),
+            LinkEvent::Down(peer) => tracing::debug!(%peer, "stream down"),
+            LinkEvent::Record { record, signed } => self.take_record(record, signed),
+            LinkEvent::Message { from, message, .. } => self.on_message(from, message),
+        }
+    }
+
+    fn on_message(&self, from: NodeId, message: Message) {
+        match message {
+            Message::Record(signed) => match crate::crypto::open_record(&signed) {
+                Ok(record) => self.take_record(record, signed),
+                Err(error) => tracing::warn!(%from, %error, "refused a record"),
+            },
+            Message::Table(update) => self.take_table(from, update),
+            Message::TablePull(owner) => self.send_table(from, owner),
+            Message::TableUnknown(owner) => tracing::debug!(%from, %owner, "has not that table either"),
+            Message::Objects(objects) => self.take_objects(from, objects),
+            Message::ObjectIndex { index, reply } => self.compare_objects(from, &index, reply),
+            Message::Alloc(message) => self.on_alloc(from, message),
+            Message::LeaseRequest { id, network, wish } => self.grant_lease(from, id, network, wish),
+            Message::LeaseReply { id, result } => {
+                if let Some(waiting) = self.state.borrow_mut().leases.remove(&id) {
+                    // Whoever asked may have given up.
+                    waiting.send(result).ok();
+                }
+            }
+        }
+    }
+
+    /// A stream is up: the peer gets our table, and both compare the rest.
+    fn greet(&self, peer: NodeId) {
+        let (whole, known) = {
+            let state = self.state.borrow();
+            (state.view.own().and_then(|own| own.table.whole()), state.view.alloc.version)
+        };
+        if let Some(whole) = whole {
+            self.links().send(peer, &Message::Table(whole));
+        }
+        self.ask_objects(peer);
+        self.links().send(peer, &Message::Alloc(ovl_proto::alloc::AllocMessage::Ask { known }));
+        self.pull_missing();
+    }
+
+    /// Takes in a record that was checked, if it is later than the one at hand.
+    pub(super) fn take_record(&self, record: NodeRecord, signed: SignedRecord) {
+        let mut guard = self.state.borrow_mut();
+        let state = &mut *guard;
+        let (id, now) = (record.id, state.now());
+        if id == state.view.me {
+            return;
+        }
+        let old = state.view.nodes.get(&id).map(|node| node.record.clone());
+        if old.as_ref().is_some_and(|old| old.order() >= record.order()) {
+            return;
+        }
+        match state.peers.get_mut(&id) {
+            Some(peer) => peer.signed = signed,
+            None => {
+                state.peers.insert(
+                    id,
+                    Peer {
+                        signed,
+                        signs: Signs { gossip: false, silent_since: now, probed_at: None },
+                        hints: Hints::default(),
+                        last_alive_ms: wall_ms(),
+                        pulled_at: None,
+                        probe_sent_at: 0,
+                    },
+                );
+            }
+        }
+        let moved = old.as_ref().is_none_or(|old| {
+            (old.address, old.vtep, old.vxlan_port, old.link_mtu, old.presence)
+                != (record.address, record.vtep, record.vxlan_port, record.link_mtu, record.presence)
+        });
+        match state.view.nodes.get_mut(&id) {
+            Some(node) => node.record = record.clone(),
+            None => {
+                let node = view::Node { record: record.clone(), state: PeerState::Suspect, table: Table::new(id) };
+                state.view.nodes.insert(id, node);
+                state.uncached.insert(id);
+            }
+        }
+        if let Some(old) = &old
+            && old.vtep != record.vtep
+        {
+            self.event("peer", &record.name, &format!("moved from {} to {}", old.vtep, record.vtep));
+        }
+        note_names(state);
+        note_cluster(state, &record);
+        state.save.wanted = true;
+        if moved {
+            state.touch_networks_of(id);
+            state.dirty.host = true;
+            self.work.notify_one();
+            self.saver.notify_one();
+        }
+        self.judge_all(state);
+        self.point_links(state);
+    }
+
+    /// Liveness and hints of a peer. What it has and we have not is asked for.
+    fn take_signs(&self, id: NodeId, hints: Hints, alive: bool) {
+        self.set_gossip_alive(id, alive);
+        let (objects_differ, alloc_known) = {
+            let mut state = self.state.borrow_mut();
+            let digest = state.objects_digest;
+            let Some(peer) = state.peers.get_mut(&id) else { return };
+            let news = peer.hints != hints;
+            peer.hints = hints;
+            let known = state.view.alloc.version;
+            (news && hints.objects != digest, (hints.alloc > known).then_some(known))
+        };
+        if objects_differ {
+            self.ask_objects(id);
+        }
+        if let Some(known) = alloc_known {
+            self.links().send(id, &Message::Alloc(ovl_proto::alloc::AllocMessage::Ask { known }));
+        }
+        self.pull_missing();
+    }
+
+    fn set_gossip_alive(&self, node: NodeId, alive: bool) {
+        let mut guard = self.state.borrow_mut();
+        let state = &mut *guard;
+        let now = state.now();
+        if let Some(peer) = state.peers.get_mut(&node) {
+            peer.signs = next_signs(peer.signs, alive, now);
+        }
+        self.judge_all(state);
+    }
+
+    /// Judges every peer anew. Called on every event, and several times a second for those whose
+    /// time has come.
+    pub(super) fn judge_all(&self, state: &mut State) {
+        let (now, keep) = (state.now(), millis(self.config.keep));
+        // A daemon that was just started has heard nobody yet: it keeps what it found for a while.
+        let settling = now < liveness::PROBE_VALID_MS * 3;
+        let mut changed = Vec::new();
+        for (id, peer) in &mut state.peers {
+            let Some(node) = state.view.nodes.get_mut(id) else { continue };
+            let mut verdict = liveness::judge(peer.signs, node.record.presence, now, keep);
+            if settling && verdict == PeerState::Dead {
+                verdict = PeerState::Suspect;
+            }
+            if peer.signs.gossip {
+                peer.last_alive_ms = wall_ms();
+            }
+            if node.state != verdict {
+                changed.push((*id, node.record.name.clone(), node.state, verdict));
+                node.state = verdict;
+            }
+        }
+        for (id, name, was, is) in changed {
+            tracing::info!(peer = %name, %id, %was, %is, "peer");
+            self.event("peer", &name, &format!("{was} -> {is}"));
+            if is == PeerState::Alive {
+                self.links().kick(id);
+            }
+            state.touch_networks_of(id);
+            state.dirty.host = true;
+            self.work.notify_one();
+        }
+    }
+
+    /// Tells gossip and streams whom to talk to: every host ever known, for ever.
+    pub(super) fn point_links(&self, state: &State) {
+        let known: BTreeMap<NodeId, SocketAddr> = state
+            .view
+            .nodes
+            .values()
+            .filter(|node| node.record.id != state.view.me && node.record.presence != Presence::Left)
+            .map(|node| (node.record.id, node.record.address))
+            .collect();
+        if *self.pointed.borrow() == known {
+            return;
+        }
+        self.gossip().set_known(known.iter().map(|(id, address)| (*id, *address)).collect());
+        self.links().set_peers(known.clone());
+        *self.pointed.borrow_mut() = known;
+    }
+
+    /// Sends probes to the kernels of hosts that have been silent for a while.
+    pub(super) fn probe_silent(self: &Rc<Self>) {
+        let contacts = self.gossip().contacts();
+        let targets: Vec<_> = {
+            let mut guard = self.state.borrow_mut();
+            let state = &mut *guard;
+            let now = state.now();
+            let mut targets = Vec::new();
+            for (id, peer) in &mut state.peers {
+                let Some(node) = state.view.nodes.get(id) else { continue };
+                let heard = contacts.get(id).is_some_and(|contact| {
+                    millis(contact.last_heard.elapsed()) < liveness::PROBE_AFTER_MS
+                });
+                let expired = !peer.signs.gossip
+                    && now.saturating_sub(peer.signs.silent_since) > millis(self.config.keep);
+                let quiet = peer.signs.gossip && heard && node.record.presence == Presence::Running;
+                if quiet || expired || node.record.presence == Presence::Left {
+                    continue;
+                }
+                if now.saturating_sub(peer.probe_sent_at) >= liveness::PROBE_INTERVAL_MS {
+                    peer.probe_sent_at = now;
+                    targets.push((*id, node.record.vtep));
+                }
+            }
+            targets
+        };
+        for (id, vtep) in targets {
+            let node = Rc::clone(self);
+            tokio::task::spawn_local(async move {
+                if !node.prober.probe(vtep, Duration::from_millis(liveness::PROBE_VALID_MS)).await {
+                    return;
+                }
+                let mut guard = node.state.borrow_mut();
+                let now = guard.now();
+                if let Some(peer) = guard.peers.get_mut(&id) {
+                    peer.signs.probed_at = Some(now);
+                }
+            });
+        }
+    }
+
+    /// What the path to a peer carries, if that is less than our own link does.
+    fn note_path_mtu(&self, peer: NodeId, mtu: u16) {
+        let key = Key::PathMtu(peer);
+        let (known, link) = {
+            let state = self.state.borrow();
+            let Some(own) = state.view.own() else { return };
+            let known = match own.table.get(&key) {
+                Some(Entry::PathMtu { mtu, .. }) => Some(*mtu),
+                Some(Entry::Endpoint(_) | Entry::Lease { .. }) | None => None,
+            };
+            (known, own.record.link_mtu)
+        };
+        let wanted = (mtu < link).then_some(mtu);
+        if wanted == known {
+            return;
+        }
+        let name = self.state.borrow().view.name_of(peer);
+        self.event("peer", &name, &format!("the path carries {mtu} bytes"));
+        match wanted {
+            Some(mtu) => self.write_table(vec![Entry::PathMtu { peer, mtu }], Vec::new()),
+            None => self.write_table(Vec::new(), vec![key]),
+        }
+        let mut state = self.state.borrow_mut();
+        state.touch_all();
+        self.work.notify_one();
+    }
+
+    /// Drops what is known of hosts that a majority has forgotten, unless they are back.
+    pub(super) fn drop_forgotten(&self, state: &mut State) {
+        let gone: Vec<NodeId> = state
+            .view
+            .alloc
+            .forgotten
+            .iter()
+            .copied()
+            .filter(|id| {
+                *id != state.view.me
+                    && state.view.nodes.get(id).is_some_and(|node| node.state != PeerState::Alive)
+            })
+            .collect();
+        for id in gone {
+            state.touch_networks_of(id);
+            if let Some(node) = state.view.nodes.remove(&id) {
+                self.event("peer", &node.record.name, "forgotten; its blocks are free");
+            }
+            state.peers.remove(&id);
+            state.problem(format!("cluster {id}"), None);
+            state.uncached.insert(id);
+            state.save.wanted = true;
+        }
+        note_names(state);
+        self.point_links(state);
+    }
+}
+
+fn next_signs(signs: Signs, alive: bool, now: u64) -> Signs {
+    let silent_since = if signs.gossip && !alive { now } else { signs.silent_since };
+    Signs { gossip: alive, silent_since, probed_at: signs.probed_at }
+}
+
+/// A duration in milliseconds.
+pub(super) fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// Two hosts with one name are both named.
+fn note_names(state: &mut State) {
+    let mut by_name: BTreeMap<&str, Vec<&view::Node>> = BTreeMap::new();
+    for node in state.view.nodes.values() {
+        if node.record.presence != Presence::Left && node.state != PeerState::Dead {
+            by_name.entry(&node.record.name).or_default().push(node);
+        }
+    }
+    let sentences: Vec<(String, String)> = by_name
+        .into_iter()
+        .filter(|(_, nodes)| nodes.len() > 1)
+        .map(|(name, nodes)| {
+            let all: Vec<String> =
+                nodes.iter().map(|node| format!("{} at {}", node.record.id, node.record.address)).collect();
+            (
+                format!("name {name}"),
+                format!("several hosts are named {name}: {}. Give each its own name with --node", all.join(", ")),
+            )
+        })
+        .collect();
+    let keep: Vec<&String> = sentences.iter().map(|(key, _)| key).collect();
+    state.problems.retain(|key, _| !key.starts_with("name ") || keep.contains(&key));
+    for (key, sentence) in sentences {
+        state.problem(key, Some(sentence));
+    }
+}
+
+/// A host that was bootstrapped into a cluster of its own can never be one of ours.
+fn note_cluster(state: &mut State, record: &NodeRecord) {
+    let ours = state.view.alloc.cluster;
+    let foreign = ours != 0 && record.cluster != 0 && record.cluster != ours;
+    let sentence = foreign.then(|| {
+        format!(
+            "host {} at {} has our cluster key and belongs to another cluster: both were started with --bootstrap, \
+             or without --join. Stop ovld on the side that is to join, remove its state directory, and start it \
+             with --join",
+            record.name, record.address
+        )
+    });
+    state.problem(format!("cluster {}", record.id), sentence);
+}

@@ -1,0 +1,208 @@
+//! The reconcile loop. Events mark what may have changed; this loop works out what the kernel
+//! should hold, and sends it the difference.
+//!
+//! Two kinds of pass. A *quick* one compares with what was last sent to the kernel, for the
+//! networks that changed, and costs what the change costs. A *whole* one compares with a dump: at
+//! the start, when somebody else has touched our objects, after a refusal, and from time to time.
+//! The kernel's worker does everything in the order in which it was handed in, so a whole pass
+//! compares with the very state that all earlier work left.
+
+use std::collections::BTreeSet;
+use std::rc::Rc;
+use std::time::Duration;
+
+use ovl_core::desired;
+use ovl_core::device::{Device, Role};
+use ovl_core::diff::diff;
+use ovl_core::kernel::Kernel;
+use ovl_core::op::Op;
+use ovl_proto::id::NetworkId;
+
+use super::Node;
+use super::state::State;
+use crate::kernel::{KernelEvent, Outcome};
+
+/// A whole pass is made at the latest after this time, whatever happened.
+const RESYNC: Duration = Duration::from_secs(60);
+/// After a refusal the next whole pass comes after this time, then later and later.
+const RETRY_FIRST: Duration = Duration::from_millis(500);
+const RETRY_LAST: Duration = Duration::from_secs(30);
+/// Others' changes come in bursts: wait for the end of one, but not for long.
+const SETTLE: Duration = Duration::from_millis(30);
+
+impl Node {
+    /// Runs for ever.
+    pub(super) async fn reconcile_loop(self: Rc<Self>) {
+        let mut retry = RETRY_FIRST;
+        loop {
+            let failing = !self.state.borrow().failing.is_empty();
+            let idle = if failing { retry } else { RESYNC };
+            if tokio::time::timeout(idle, self.work.notified()).await.is_err() {
+                self.state.borrow_mut().dirty.full = true;
+                if failing {
+                    retry = (retry * 2).min(RETRY_LAST);
+                }
+            }
+            if !failing {
+                retry = RETRY_FIRST;
+            }
+            self.note_isolated();
+            if self.state.borrow().dirty.full {
+                self.whole_pass().await;
+            } else {
+                self.quick_pass().await;
+            }
+        }
+    }
+
+    async fn quick_pass(&self) {
+        let (ops, networks) = {
+            let mut guard = self.state.borrow_mut();
+            let state = &mut *guard;
+            let networks: Vec<NetworkId> = state.dirty.networks.iter().copied().collect();
+            let mut ops = if state.dirty.host { self.plan_host(state) } else { Vec::new() };
+            for network in &networks {
+                ops.extend(self.plan_network(state, *network));
+            }
+            (ops, networks)
+        };
+        if ops.is_empty() {
+            return;
+        }
+        tracing::debug!(networks = networks.len(), operations = ops.len(), "quick pass");
+        let outcomes = self.kernel.apply(ops).await;
+        self.note_outcomes(&outcomes, None);
+    }
+
+    /// What one network needs beyond what was last sent. The plan counts as sent.
+    pub(super) fn plan_network(&self, state: &mut State, network: NetworkId) -> Vec<Op> {
+        state.dirty.networks.remove(&network);
+        let desired = desired::network_part(&state.view, &state.local, network);
+        let applied = state.applied.entry(network).or_default();
+        let ops = diff(applied, &desired, state.caught_up);
+        let empty = desired == Kernel::default();
+        if state.caught_up {
+            *applied = desired;
+        } else {
+            applied.merge(desired);
+        }
+        if empty && state.caught_up {
+            state.applied.remove(&network);
+        }
+        ops
+    }
+
+    /// The same for what concerns the host as a whole.
+    pub(super) fn plan_host(&self, state: &mut State) -> Vec<Op> {
+        state.dirty.host = false;
+        let desired = desired::host(&state.view, &state.local);
+        let ops = diff(&state.applied_host, &desired, state.caught_up);
+        state.applied_host = desired;
+        ops
+    }
+
+    /// Compares everything with a dump, and repairs it.
+    pub(super) async fn whole_pass(&self) {
+        let (desired, prune, ignored) = self.plan_all();
+        let pass = match self.kernel.reconcile(desired, prune, ignored, true).await {
+            Ok(pass) => pass,
+            Err(error) => {
+                let sentence = format!("the kernel's state cannot be read: {error}");
+                let mut state = self.state.borrow_mut();
+                state.problem("kernel", Some(sentence.clone()));
+                state.failing.insert("dump".to_owned(), sentence);
+                return;
+            }
+        };
+        {
+            let mut state = self.state.borrow_mut();
+            state.problem("kernel", None);
+            state.failing.clear();
+            state.counts.passes += 1;
+            if state.counts.passes > 1 {
+                state.counts.repairs += pass.outcomes.len() as u64;
+            }
+        }
+        for outcome in &pass.outcomes {
+            tracing::info!(op = %outcome.op, "repair");
+            self.event("kernel", &outcome.op.device().map_or_else(String::new, |d| d.to_string()), &outcome.op.to_string());
+        }
+        self.note_outcomes(&pass.outcomes, None);
+        self.lost(pass.lost);
+    }
+
+    /// All that should be, whether things may be removed, and which devices are being made.
+    pub(super) fn plan_all(&self) -> (Kernel, bool, BTreeSet<Device>) {
+        let mut guard = self.state.borrow_mut();
+        let state = &mut *guard;
+        state.dirty.full = false;
+        state.dirty.host = false;
+        state.dirty.networks.clear();
+        state.applied.clear();
+        state.applied_host = desired::host(&state.view, &state.local);
+        let mut all = state.applied_host.clone();
+        let networks: Vec<NetworkId> = state.view.networks.keys().copied().collect();
+        for network in networks {
+            let part = desired::network_part(&state.view, &state.local, network);
+            if part != Kernel::default() {
+                all.merge(part.clone());
+                state.applied.insert(network, part);
+            }
+        }
+        (all, state.caught_up, state.pending.devices.clone())
+    }
+
+    /// Counts operations and keeps those that were refused; says the first refusal that concerns
+    /// `network`, or the host as a whole.
+    pub(super) fn note_outcomes(&self, outcomes: &[Outcome], network: Option<NetworkId>) -> Option<String> {
+        let mut state = self.state.borrow_mut();
+        state.counts.operations += outcomes.len() as u64;
+        let mut first = None;
+        for outcome in outcomes {
+            let Err(error) = &outcome.result else { continue };
+            let op = outcome.op.to_string();
+            tracing::warn!(%op, %error, "the kernel refused");
+            let concerned = match outcome.op.device().and_then(|device| device.role()) {
+                Some(Role::Bridge(id) | Role::Vxlan(id)) => network == Some(id),
+                Some(Role::Endpoint(_)) => network.is_some(),
+                None => false,
+            };
+            if concerned && first.is_none() {
+                first = Some(error.to_string());
+            }
+            // The loop comes back with a whole pass as long as anything is failing.
+            state.failing.insert(op.clone(), format!("{op}: {error}"));
+        }
+        first
+    }
+
+    /// One event of the kernel.
+    pub(super) fn on_kernel(self: &Rc<Self>, event: KernelEvent) {
+        match event {
+            KernelEvent::EndpointGone(device) => self.lost([device]),
+            KernelEvent::Changed | KernelEvent::Overrun | KernelEvent::FilterChanged => {
+                let mut state = self.state.borrow_mut();
+                if state.dirty.full {
+                    return;
+                }
+                state.dirty.full = true;
+                let node = Rc::clone(self);
+                tokio::task::spawn_local(async move {
+                    tokio::time::sleep(SETTLE).await;
+                    node.work.notify_one();
+                });
+            }
+            KernelEvent::Underlay => self.underlay.notify_one(),
+        }
+    }
+
+    /// What the loop would do now, and endpoints whose host's ends are missing.
+    pub(super) async fn compare(&self) -> Result<(Vec<Op>, Vec<Device>), super::Failed> {
+        let (desired, ignored) = {
+            let state = self.state.borrow();
+            (desired::desired(&state.view, &state.local), state.pending.devices.clone())
+        };
+        let pass = self.kernel.reconcile(desired, true, ignored, false).await.map_err(super::Failed::from)?;
+        Ok((pass.outcomes.into_iter().map(|outcome| outcome.op).collect(), pass.lost))
+    }
+}

@@ -1,0 +1,444 @@
+//! Requests of the control socket.
+
+use std::collections::BTreeMap;
+use std::rc::Rc;
+
+use ovl_core::device::Device;
+use ovl_core::ipam;
+use ovl_core::kernel::Kernel;
+use ovl_proto::alloc::Change;
+use ovl_proto::control::{
+    DaemonState, Failure, FailureKind, FdbRow, Peer, PeerState, ReconcileStatus, Reply, Request, RouteRow, Status,
+    SubnetUse, Verify,
+};
+use ovl_proto::id::{Mac, NetworkId, NodeId};
+use ovl_proto::table::Entry;
+
+use super::peers::{UNREACHABLE, millis};
+use super::state::State;
+use super::{Failed, Node, Stop};
+
+impl Node {
+    /// Answers one request; [`Request::Events`] is the control socket's own.
+    pub(crate) async fn answer(self: &Rc<Self>, request: Request) -> Reply {
+        match self.try_answer(request).await {
+            Ok(reply) => reply,
+            Err(Failed(failure)) => Reply::Error(failure),
+        }
+    }
+
+    async fn try_answer(self: &Rc<Self>, request: Request) -> Result<Reply, Failed> {
+        if self.state.borrow().leaving {
+            return Err(Failed::unavailable("ovld is stopping"));
+        }
+        Ok(match request {
+            Request::Status => Reply::Status(Box::new(self.status())),
+            Request::Peers => Reply::Peers(self.peers()),
+            Request::PeersForget { node } => {
+                self.forget(&node).await?;
+                Reply::Done
+            }
+            Request::Leave => {
+                self.leave(Stop::Leave).await?;
+                Reply::Done
+            }
+            Request::Teardown => {
+                self.leave(Stop::Teardown).await?;
+                Reply::Done
+            }
+            Request::Subnets => Reply::Subnets(self.subnets()),
+            Request::Fdb => Reply::Fdb(self.fdb().await?),
+            Request::Routes => Reply::Routes(self.routes().await?),
+            Request::Plan => Reply::Plan(self.compare().await?.0.iter().map(ToString::to_string).collect()),
+            Request::Verify => Reply::Verify(self.verify().await?),
+            Request::Events { .. } => Reply::Events(self.events.all()),
+            Request::Metrics => Reply::Text(super::metrics::render(&self.status(), &self.peers())),
+            Request::NetworkCreate(create) => Reply::Network(Box::new(self.network_create(create).await?)),
+            Request::NetworkLs => {
+                let state = self.state.borrow();
+                let mut all: Vec<_> =
+                    state.view.networks.values().map(|found| self.network_info(&state, found)).collect();
+                all.sort_by(|a, b| a.name.cmp(&b.name));
+                Reply::Networks(all)
+            }
+            Request::NetworkInspect { name } => Reply::Network(Box::new(self.network_inspect(&name)?)),
+            Request::NetworkUpdate { name, subnets, mtu } => {
+                Reply::Network(Box::new(self.network_update(&name, &subnets, mtu).await?))
+            }
+            Request::NetworkRm { name } => {
+                self.network_rm(&name).await?;
+                Reply::Done
+            }
+            Request::Attach(attach) => Reply::Endpoint(Box::new(self.attach(attach).await?)),
+            Request::Detach { name, network, namespace } => {
+                self.detach(&name, network.as_deref(), namespace.as_deref()).await?;
+                Reply::Done
+            }
+            Request::Endpoints => {
+                let state = self.state.borrow();
+                let mut all: Vec<_> =
+                    state.view.all_endpoints().map(|placed| self.endpoint_info(&state, placed)).collect();
+                all.sort_by(|a, b| (&a.network, &a.name, &a.node).cmp(&(&b.network, &b.name, &b.node)));
+                Reply::Endpoints(all)
+            }
+        })
+    }
+
+    /// How the daemon is.
+    pub(super) fn status(&self) -> Status {
+        let state = self.state.borrow();
+        let mut problems: Vec<String> = state.problems.values().cloned().collect();
+        problems.extend(self.unreachable(&state));
+        problems.extend(state.failing.values().map(|failing| format!("the kernel refuses: {failing}")));
+        let starting = !state.is_member() || !state.caught_up;
+        Status {
+            node: self.config.node.clone(),
+            id: state.view.me,
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            state: match (starting, problems.is_empty()) {
+                (true, _) => DaemonState::Starting,
+                (false, true) => DaemonState::Ready,
+                (false, false) => DaemonState::Degraded,
+            },
+            problems,
+            address: state.record().map_or(self.config.advertise, |record| record.address),
+            vtep: state.record().map_or(self.config.advertise.ip(), |record| record.vtep),
+            uptime_s: state.epoch.elapsed().as_secs(),
+            members: count(state.view.alloc.members.len()),
+            alive: count(state.alive().intersection(&state.view.alloc.members).count()),
+            endpoints: count(state.own_endpoints().count()),
+            networks: count(state.view.networks.len()),
+            gossip: self.gossip().counters(),
+            reconcile: ReconcileStatus {
+                passes: state.counts.passes,
+                operations: state.counts.operations,
+                repairs: state.counts.repairs,
+                failing: state.failing.values().cloned().collect(),
+            },
+        }
+    }
+
+    /// Members that gossip says are alive and from which nothing comes directly, and those that
+    /// cannot be reached by the kernel of this host at all.
+    fn unreachable(&self, state: &State) -> Vec<String> {
+        let contacts = self.gossip().contacts();
+        let Some(own) = state.record() else { return Vec::new() };
+        let mut sentences = Vec::new();
+        for node in state.view.nodes.values().filter(|node| node.record.id != state.view.me) {
+            let record = &node.record;
+            if node.state != PeerState::Alive {
+                continue;
+            }
+            if !contacts.get(&record.id).is_some_and(|contact| contact.last_heard.elapsed() < UNREACHABLE)
+                && state.epoch.elapsed() > UNREACHABLE
+            {
+                sentences.push(format!(
+                    "host {} at {} is alive, as others say, and nothing comes from it directly: check the path and \
+                     the firewalls for UDP and TCP port {}",
+                    record.name,
+                    record.address,
+                    record.address.port()
+                ));
+            }
+            if record.vtep.is_ipv4() != own.vtep.is_ipv4() {
+                sentences.push(format!(
+                    "host {} has the VTEP {} and this one {}: overlay traffic between them needs one address family",
+                    record.name, record.vtep, own.vtep
+                ));
+            }
+        }
+        sentences
+    }
+
+    /// All hosts, the own one first, then by name.
+    pub(super) fn peers(&self) -> Vec<Peer> {
+        let contacts = self.gossip().contacts();
+        let paths = self.gossip().path_mtus();
+        let state = self.state.borrow();
+        let mut peers: Vec<Peer> = state
+            .view
+            .nodes
+            .values()
+            .map(|node| {
+                let record = &node.record;
+                let own = record.id == state.view.me;
+                let contact = contacts.get(&record.id);
+                let endpoints =
+                    node.table.entries().filter(|entry| matches!(entry, Entry::Endpoint(_))).count();
+                Peer {
+                    name: record.name.clone(),
+                    id: record.id,
+                    address: record.address,
+                    vtep: record.vtep,
+                    state: node.state,
+                    last_heard_ms: contact.map(|contact| millis(contact.last_heard.elapsed())),
+                    rtt_us: contact
+                        .and_then(|contact| contact.rtt)
+                        .map(|rtt| u64::try_from(rtt.as_micros()).unwrap_or(u64::MAX)),
+                    endpoints: count(endpoints),
+                    version: record.version.clone(),
+                    encryption: "none".to_owned(),
+                    own,
+                    member: state.view.alloc.members.contains(&record.id),
+                    reachable: own
+                        || contact.is_some_and(|contact| contact.last_heard.elapsed() < UNREACHABLE),
+                    path_mtu: if own { Some(record.link_mtu) } else { paths.get(&record.id).copied() },
+                }
+            })
+            .collect();
+        peers.sort_by(|a, b| (!a.own, &a.name, a.id).cmp(&(!b.own, &b.name, b.id)));
+        peers
+    }
+
+    /// Takes a host out of the cluster by the agreement of a majority.
+    async fn forget(&self, name: &str) -> Result<(), Failed> {
+        let node = {
+            let state = self.state.borrow();
+            let by_id = name.parse::<NodeId>().ok();
+            let mut found: Vec<_> = state
+                .view
+                .nodes
+                .values()
+                .filter(|node| node.record.name == name || Some(node.record.id) == by_id)
+                .collect();
+            // A host that came back with a new identity has the name of the one that is dead.
+            if found.len() > 1 {
+                found.retain(|node| node.state != PeerState::Alive);
+            }
+            match found.as_slice() {
+                [] => match by_id {
+                    Some(id) if state.view.alloc.members.contains(&id) => id,
+                    Some(id) if state.view.alloc.forgotten.contains(&id) => return Ok(()),
+                    _ => return Err(Failed::not_found(format!("there is no host {name}; `ovlctl peers` lists them"))),
+                },
+                [one] if one.record.id == state.view.me => {
+                    return Err(Failed::invalid("this is the host itself: `ovlctl leave` withdraws it"));
+                }
+                [one] if one.state == PeerState::Alive => {
+                    return Err(Failed::conflict(format!(
+                        "host {name} is alive: run `ovlctl leave` there; only hosts that are gone can be forgotten"
+                    )));
+                }
+                [one] => one.record.id,
+                _ => {
+                    return Err(Failed::conflict(format!("several hosts are named {name}: give the id, see `ovlctl peers`")));
+                }
+            }
+        };
+        self.change(Change::Forget(node)).await?;
+        self.drop_forgotten(&mut self.state.borrow_mut());
+        self.event("peer", name, "forgotten by request");
+        Ok(())
+    }
+
+    fn subnets(&self) -> Vec<SubnetUse> {
+        let state = self.state.borrow();
+        let mut used: BTreeMap<(NetworkId, ipnet::IpNet), u64> = BTreeMap::new();
+        for placed in state.view.all_endpoints() {
+            for net in &placed.endpoint.addresses {
+                if let Some(block) = super::addresses::block_of(&state, placed.endpoint.network, net.addr()) {
+                    *used.entry((placed.endpoint.network, block)).or_default() += 1;
+                }
+            }
+        }
+        let mut rows: Vec<SubnetUse> = state
+            .view
+            .alloc
+            .blocks
+            .iter()
+            .filter_map(|(block, holder)| {
+                let network = &state.view.networks.get(&block.network)?.network;
+                let subnet = network.subnets.iter().find(|subnet| subnet.prefix.contains(&block.prefix))?;
+                Some(SubnetUse {
+                    network: network.name.clone(),
+                    prefix: block.prefix,
+                    node: state.view.name_of(*holder),
+                    used: used.get(&(block.network, block.prefix)).copied().unwrap_or(0),
+                    size: u64::try_from(ipam::usable_in_block(block.prefix, subnet)).unwrap_or(u64::MAX),
+                })
+            })
+            .collect();
+        rows.sort_by(|a, b| (&a.network, a.prefix).cmp(&(&b.network, b.prefix)));
+        rows
+    }
+
+    async fn fdb(&self) -> Result<Vec<FdbRow>, Failed> {
+        let kernel = self.kernel.dump().await.map_err(Failed::from)?;
+        let state = self.state.borrow();
+        let mut rows = Vec::new();
+        let network_of = |device: &Device| network_of(&state, device);
+        let owner = |network: Option<NetworkId>, mac: Mac| {
+            let placed = state.view.endpoints(network?).find(|placed| placed.endpoint.mac == mac)?;
+            Some((placed.node.record.name.clone(), placed.endpoint.name.clone()))
+        };
+        let row = |device: &Device, mac: Mac, destination: Option<std::net::IpAddr>| {
+            let network = network_of(device);
+            let owner = owner(network, mac);
+            let addresses = kernel
+                .neighbours
+                .iter()
+                .filter(|((bridge, _), lladdr)| Some(*bridge) == network.map(Device::bridge) && **lladdr == mac)
+                .map(|((_, address), _)| *address)
+                .collect();
+            FdbRow {
+                network: network_name(&state, network),
+                mac,
+                device: device.to_string(),
+                destination,
+                node: owner.as_ref().map(|(node, _)| node.clone()).or_else(|| {
+                    let vtep = destination?;
+                    let node = state.view.nodes.values().find(|node| node.record.vtep == vtep)?;
+                    Some(node.record.name.clone())
+                }),
+                endpoint: owner.map(|(_, endpoint)| endpoint),
+                addresses,
+            }
+        };
+        for ((device, mac), remote) in &kernel.remotes {
+            rows.push(row(device, *mac, Some(remote.vtep)));
+        }
+        for (device, mac) in kernel.ports.iter().filter(|(device, mac)| !kernel.remotes.contains_key(&(*device, *mac))) {
+            rows.push(row(device, *mac, None));
+        }
+        for (device, remote) in &kernel.floods {
+            rows.push(row(device, Mac::default(), Some(remote.vtep)));
+        }
+        rows.sort_by(|a, b| (&a.network, a.destination, a.mac).cmp(&(&b.network, b.destination, b.mac)));
+        Ok(rows)
+    }
+
+    async fn routes(&self) -> Result<Vec<RouteRow>, Failed> {
+        let kernel: Kernel = self.kernel.dump().await.map_err(Failed::from)?;
+        let state = self.state.borrow();
+        Ok(kernel
+            .addresses
+            .iter()
+            .map(|(device, net)| RouteRow {
+                network: network_name(&state, network_of(&state, device)),
+                destination: net.trunc(),
+                via: None,
+                device: device.to_string(),
+                node: None,
+            })
+            .collect())
+    }
+
+    /// Compares gossip, what should be, and the kernel. What is under way is given a moment.
+    async fn verify(&self) -> Result<Verify, Failed> {
+        let mut differences = self.differences().await?;
+        for _ in 0..10 {
+            if differences.is_empty() {
+                break;
+            }
+            tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+            differences = self.differences().await?;
+        }
+        Ok(Verify { clean: differences.is_empty(), differences })
+    }
+
+    async fn differences(&self) -> Result<Vec<String>, Failed> {
+        let (ops, lost) = self.compare().await?;
+        let mut differences: Vec<String> = ops.iter().map(|op| format!("kernel: needs `{op}`")).collect();
+        differences.extend(lost.iter().map(|device| format!("kernel: endpoint device {device} is gone")));
+        let state = self.state.borrow();
+        for (id, peer) in &state.peers {
+            let Some(node) = state.view.nodes.get(id).filter(|node| node.state == PeerState::Alive) else { continue };
+            let name = &node.record.name;
+            if node.table.revision() < peer.hints.table {
+                differences.push(format!(
+                    "gossip: the table of {name} is at {} and {} is announced",
+                    node.table.revision(),
+                    peer.hints.table
+                ));
+            }
+            if peer.hints.objects != state.objects_digest {
+                differences.push(format!("gossip: {name} has other networks than this host, or other states of them"));
+            }
+            if peer.hints.alloc > state.view.alloc.version {
+                differences.push(format!(
+                    "gossip: {name} has version {} of the allocation map and this host {}",
+                    peer.hints.alloc, state.view.alloc.version
+                ));
+            }
+        }
+        for placed in state.view.all_endpoints().filter(|placed| state.view.counts(placed.node)) {
+            if let Some(address) = state.view.address_conflict(placed.node.record.id, placed.endpoint) {
+                differences.push(format!(
+                    "addresses: endpoint {} on {} uses {address}, which is in no block of that host",
+                    placed.endpoint.name, placed.node.record.name
+                ));
+            }
+        }
+        Ok(differences)
+    }
+}
+
+fn network_of(state: &State, device: &Device) -> Option<NetworkId> {
+    use ovl_core::device::Role;
+    match device.role()? {
+        Role::Bridge(id) | Role::Vxlan(id) => Some(id),
+        Role::Endpoint(id) => {
+            state.own_endpoints().find(|endpoint| endpoint.id == id).map(|endpoint| endpoint.network)
+        }
+    }
+}
+
+fn network_name(state: &State, network: Option<NetworkId>) -> String {
+    network.map_or_else(String::new, |id| {
+        state.view.networks.get(&id).map_or_else(|| id.to_string(), |found| found.network.name.clone())
+    })
+}
+
+fn count(n: usize) -> u32 {
+    u32::try_from(n).unwrap_or(u32::MAX)
+}
+
+impl Failed {
+    fn new(kind: FailureKind, message: impl Into<String>) -> Self {
+        Self(Failure { kind, message: message.into() })
+    }
+
+    pub(super) fn invalid(message: impl Into<String>) -> Self {
+        Self::new(FailureKind::Invalid, message)
+    }
+
+    pub(super) fn not_found(message: impl Into<String>) -> Self {
+        Self::new(FailureKind::NotFound, message)
+    }
+
+    pub(super) fn conflict(message: impl Into<String>) -> Self {
+        Self::new(FailureKind::Conflict, message)
+    }
+
+    pub(super) fn exhausted(message: impl Into<String>) -> Self {
+        Self::new(FailureKind::Exhausted, message)
+    }
+
+    pub(super) fn unavailable(message: impl Into<String>) -> Self {
+        Self::new(FailureKind::Unavailable, message)
+    }
+
+    pub(super) fn kernel(message: impl Into<String>) -> Self {
+        Self::new(FailureKind::Kernel, message)
+    }
+
+    pub(super) fn internal(message: impl Into<String>) -> Self {
+        Self::new(FailureKind::Internal, message)
+    }
+
+    pub(super) fn no_network(state: &State, name: &str) -> Self {
+        let names: Vec<&str> = state.view.networks.values().map(|found| found.network.name.as_str()).collect();
+        let known = if names.is_empty() {
+            "there are none yet: `ovlctl network create NAME` makes one".to_owned()
+        } else {
+            format!("there are: {}", names.join(", "))
+        };
+        Self::not_found(format!("there is no network {name}; {known}"))
+    }
+}
+
+impl From<crate::kernel::KernelError> for Failed {
+    fn from(error: crate::kernel::KernelError) -> Self {
+        Self::kernel(error.to_string())
+    }
+}

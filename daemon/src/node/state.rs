@@ -1,0 +1,268 @@
+//! All that the daemon knows, in one place and without any I/O of its own.
+//!
+//! Everything runs on one thread. Tasks borrow the state between two awaits and never across one.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::time::Instant;
+
+use ovl_core::alloc::{Allocator, Output};
+use ovl_core::device::Device;
+use ovl_core::kernel::Kernel;
+use ovl_core::liveness::Signs;
+use ovl_core::view::{Local, View};
+use ovl_proto::alloc::Refusal;
+use ovl_proto::clock::Clock;
+use ovl_proto::id::{EndpointId, NetworkId, NodeId};
+use ovl_proto::object::{Object, ObjectKey, SignedObject};
+use ovl_proto::record::{NodeRecord, SignedRecord};
+use ovl_proto::sync::Message;
+use ovl_proto::table::{Endpoint, Entry};
+use tokio::sync::oneshot;
+
+use crate::gossip::Hints;
+
+/// What is known of a peer beside its record and table.
+#[derive(Debug)]
+pub struct Peer {
+    /// Its record with the proof, to be passed on and kept.
+    pub signed: SignedRecord,
+    /// Alive or not.
+    pub signs: Signs,
+    /// What it says it has.
+    pub hints: Hints,
+    /// Milliseconds since 1970 when gossip last counted it among the living.
+    pub last_alive_ms: u64,
+    /// A whole table was asked for at this time and did not come yet.
+    pub pulled_at: Option<u64>,
+    /// When a probe was last sent to it.
+    pub probe_sent_at: u64,
+}
+
+/// What is known of an endpoint of this host beside its entry in the table.
+#[derive(Debug, Clone)]
+pub struct LocalEndpoint {
+    /// The interface's name inside the namespace.
+    pub ifname: String,
+}
+
+/// Which parts of the kernel have to be looked at.
+#[derive(Debug, Default)]
+pub struct Dirty {
+    /// These networks, by what changed since the last time.
+    pub networks: BTreeSet<NetworkId>,
+    /// What concerns the host as a whole.
+    pub host: bool,
+    /// Everything, against a dump.
+    pub full: bool,
+}
+
+/// Names, addresses and MACs of attaches under way.
+#[derive(Debug, Default)]
+pub struct Pending {
+    /// Network, Kubernetes namespace, name.
+    pub names: BTreeSet<(NetworkId, String, String)>,
+    /// Addresses chosen and not yet in the table.
+    pub addresses: BTreeSet<(NetworkId, IpAddr)>,
+    /// Devices being made: no pass may sweep them.
+    pub devices: BTreeSet<Device>,
+}
+
+/// What waits for the state file to be on the disk.
+#[derive(Debug)]
+pub enum Durable {
+    /// What the allocator said: its messages are promises.
+    Alloc(Output),
+    /// A message that promises something.
+    Send(NodeId, Message),
+    /// A request that may be answered.
+    Tell(oneshot::Sender<()>),
+}
+
+/// All that the daemon knows.
+pub struct State {
+    /// The cluster.
+    pub view: View,
+    /// This host's own part.
+    pub local: Local,
+    /// The own record is `view.own()`; this one is signed.
+    pub own_record: SignedRecord,
+    /// All other hosts, by id; each has its entry in `view.nodes`.
+    pub peers: BTreeMap<NodeId, Peer>,
+    /// All cluster objects, with their proofs.
+    pub objects: BTreeMap<ObjectKey, (SignedObject, Object)>,
+    /// Digest of the stamps of all objects, for the hints.
+    pub objects_digest: [u8; 32],
+    /// Stamps new objects.
+    pub clock: Clock,
+    /// Agreement on members and blocks.
+    pub allocator: Allocator,
+    /// Requests to the allocator that somebody waits for.
+    pub claims: HashMap<u64, oneshot::Sender<Result<u64, Refusal>>>,
+    /// Lease requests that somebody waits for.
+    pub leases: HashMap<u64, oneshot::Sender<Result<IpAddr, String>>>,
+    /// Addresses lent to others, and whether the borrower was seen using each.
+    pub lent: BTreeMap<(NetworkId, IpAddr), Lent>,
+    /// Numbers requests to peers.
+    pub next_request: u64,
+    /// Endpoints of this host.
+    pub endpoints: BTreeMap<EndpointId, LocalEndpoint>,
+    /// The address given out last on each subnet.
+    pub cursors: BTreeMap<(NetworkId, IpAddr), IpAddr>,
+    /// Attaches under way.
+    pub pending: Pending,
+    /// To be looked at.
+    pub dirty: Dirty,
+    /// What was last sent to the kernel for each network, and for the host.
+    pub applied: BTreeMap<NetworkId, Kernel>,
+    /// The same for the host as a whole.
+    pub applied_host: Kernel,
+    /// Operations that the kernel refused, with its reason.
+    pub failing: BTreeMap<String, String>,
+    /// Whole passes so far, operations, repairs.
+    pub counts: Counts,
+    /// Gossip has told all there is to know: from here on things may be removed.
+    pub caught_up: bool,
+    /// At least one peer has sent its objects, or there is none to send any.
+    pub objects_seen: bool,
+    /// What is wrong, by a key of ours.
+    pub problems: BTreeMap<String, String>,
+    /// The next number of a saved state, the last one on the disk, and what waits.
+    pub save: Save,
+    /// Peers whose tables changed since they were last cached in the run directory.
+    pub uncached: BTreeSet<NodeId>,
+    /// Zero of the milliseconds that liveness counts.
+    pub epoch: Instant,
+    /// This daemon is on its way out.
+    pub leaving: bool,
+}
+
+/// An address lent to another host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Lent {
+    /// The borrower.
+    pub to: NodeId,
+    /// Since when, in milliseconds of this run.
+    pub at: u64,
+    /// The borrower's table had it at some time.
+    pub seen: bool,
+}
+
+/// Counters of the reconcile loop.
+#[derive(Debug, Default, Clone, Copy)]
+pub struct Counts {
+    /// Whole passes.
+    pub passes: u64,
+    /// Operations carried out.
+    pub operations: u64,
+    /// Of those, repairs of what somebody else had changed.
+    pub repairs: u64,
+}
+
+/// The state file's bookkeeping.
+#[derive(Debug, Default)]
+pub struct Save {
+    /// The number of the state that was last handed to the writer.
+    pub handed: u64,
+    /// The state has changed since.
+    pub wanted: bool,
+    /// What waits for which number.
+    pub waiting: Vec<(u64, Durable)>,
+}
+
+impl State {
+    /// Milliseconds of the clock that never goes back.
+    pub fn now(&self) -> u64 {
+        u64::try_from(self.epoch.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+
+    /// Members that are alive, this host included.
+    pub fn alive(&self) -> BTreeSet<NodeId> {
+        use ovl_proto::control::PeerState;
+        self.view
+            .nodes
+            .values()
+            .filter(|node| node.state == PeerState::Alive)
+            .map(|node| node.record.id)
+            .collect()
+    }
+
+    /// Whether a majority has admitted this host.
+    pub fn is_member(&self) -> bool {
+        self.view.alloc.members.contains(&self.view.me)
+    }
+
+    /// The member that acts for all where one is enough: the live one with the smallest id.
+    pub fn is_coordinator(&self) -> bool {
+        self.alive().iter().find(|id| self.view.alloc.members.contains(id)) == Some(&self.view.me)
+    }
+
+    /// The own record.
+    pub fn record(&self) -> Option<&NodeRecord> {
+        self.view.own().map(|own| &own.record)
+    }
+
+    /// Endpoints of this host, with their entries.
+    pub fn own_endpoints(&self) -> impl Iterator<Item = &Endpoint> {
+        self.view.own().into_iter().flat_map(|own| own.table.entries()).filter_map(|entry| match entry {
+            Entry::Endpoint(endpoint) => Some(endpoint),
+            Entry::Lease { .. } | Entry::PathMtu { .. } => None,
+        })
+    }
+
+    /// Marks every network: something changed that may concern each.
+    pub fn touch_all(&mut self) {
+        self.dirty.networks.extend(self.view.networks.keys());
+        self.dirty.networks.extend(self.applied.keys());
+        self.dirty.host = true;
+    }
+
+    /// Marks the networks on which a host has endpoints.
+    pub fn touch_networks_of(&mut self, node: NodeId) {
+        if let Some(node) = self.view.nodes.get(&node) {
+            self.dirty.networks.extend(node.table.entries().filter_map(|entry| match entry {
+                Entry::Endpoint(endpoint) => Some(endpoint.network),
+                Entry::Lease { network, .. } => Some(*network),
+                Entry::PathMtu { .. } => None,
+            }));
+        }
+    }
+
+    /// Raises a problem, or takes it back.
+    pub fn problem(&mut self, key: impl Into<String>, sentence: Option<String>) {
+        let key = key.into();
+        match sentence {
+            Some(sentence) => {
+                if self.problems.get(&key) != Some(&sentence) {
+                    tracing::warn!("{sentence}");
+                    self.problems.insert(key, sentence);
+                }
+            }
+            None => {
+                self.problems.remove(&key);
+            }
+        }
+    }
+}
+
+/// Files of the run directory.
+#[derive(Debug, Clone)]
+pub struct RunDir(pub PathBuf);
+
+impl RunDir {
+    /// The control socket.
+    pub fn socket(&self) -> PathBuf {
+        self.0.join("ovld.sock")
+    }
+
+    /// One file for each endpoint of this host.
+    pub fn endpoints(&self) -> PathBuf {
+        self.0.join("endpoints")
+    }
+
+    /// One file for each other host's table.
+    pub fn tables(&self) -> PathBuf {
+        self.0.join("tables")
+    }
+}

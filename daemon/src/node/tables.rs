@@ -1,0 +1,238 @@
+//! Owner tables: writing our own, taking in those of others.
+
+use std::fs;
+
+use anyhow::{Context, Result};
+use ovl_core::table::{Rejected, Table};
+use ovl_proto::id::{NetworkId, NodeId};
+use ovl_proto::record::{Domain, Signature};
+use ovl_proto::sync::Message;
+use ovl_proto::table::{Entry, Head, Key, Update};
+use ovl_proto::wire;
+
+use super::Node;
+use super::state::State;
+use crate::crypto;
+
+/// A borrower that never showed a leased address in its table loses it after this time.
+const UNUSED_LEASE_MS: u64 = 60_000;
+/// A pull that was not answered is repeated after this time.
+const PULL_AGAIN_MS: u64 = 1_000;
+
+impl Node {
+    /// Changes our own table and pushes the change to all peers at once.
+    pub(super) fn write_table(&self, set: Vec<Entry>, unset: Vec<Key>) {
+        let mut guard = self.state.borrow_mut();
+        let state = &mut *guard;
+        let me = state.view.me;
+        let Some(own) = state.view.nodes.get_mut(&me) else { return };
+        let removed = unset.iter().filter_map(|key| own.table.get(key));
+        for entry in removed.chain(&set) {
+            if let Entry::Endpoint(endpoint) = entry {
+                state.dirty.networks.insert(endpoint.network);
+                state.dirty.host = true;
+            }
+        }
+        let epoch = own.record.generation;
+        let update = own.table.write(epoch, set, unset, |head| self.sign_head(head));
+        self.links().broadcast(&Message::Table(update));
+        self.publish_hints(state);
+        self.work.notify_one();
+    }
+
+    fn sign_head(&self, head: &Head) -> Signature {
+        match wire::encode_body(head) {
+            Ok(body) => self.identity.sign(Domain::Table, &body),
+            // Fixed fields only: it always can be encoded. Peers would refuse this one.
+            Err(_) => Signature([0; 64]),
+        }
+    }
+
+    /// Takes in an update of another node's table; pulls the whole table if changes are missing.
+    pub(super) fn take_table(&self, from: NodeId, update: Update) {
+        let owner = update.head.owner;
+        let outcome = self.apply_update(from, update);
+        match outcome {
+            Ok(returned) => {
+                self.return_leases(returned);
+                self.recompute_networks();
+                self.work.notify_one();
+            }
+            Err(Some(Rejected::Gap { .. })) => self.pull_table(owner),
+            Err(Some(Rejected::Stale(_)) | None) => {}
+            Err(Some(error @ Rejected::Digest)) => {
+                tracing::warn!(%owner, %from, %error, "refused a table");
+                self.pull_table(owner);
+            }
+        }
+    }
+
+    /// The leases that the update gives back; an error without a reason for one that is not for us
+    /// or not signed.
+    fn apply_update(&self, from: NodeId, update: Update) -> Result<Vec<Key>, Option<Rejected>> {
+        let mut guard = self.state.borrow_mut();
+        let state = &mut *guard;
+        let owner = update.head.owner;
+        if owner == state.view.me {
+            return Err(None);
+        }
+        // Without a record there is no key to check the signature with: it comes by gossip, and the
+        // table is pulled then.
+        let node = state.view.nodes.get_mut(&owner).ok_or(None)?;
+        let signed = wire::encode_body(&update.head)
+            .is_ok_and(|body| crypto::verify(&node.record.public_key, Domain::Table, &body, &update.signature));
+        if !signed {
+            tracing::warn!(%owner, %from, "refused a table that its owner did not sign");
+            return Err(None);
+        }
+        let before = networks_of(&node.table);
+        node.table.apply(update).map_err(Some)?;
+        tracing::debug!(%owner, revision = %node.table.revision(), "table");
+        let after = networks_of(&node.table);
+        state.dirty.networks.extend(before);
+        state.dirty.networks.extend(after);
+        state.uncached.insert(owner);
+        if let Some(peer) = state.peers.get_mut(&owner) {
+            peer.pulled_at = None;
+        }
+        Ok(returned_leases(state, owner))
+    }
+
+    /// Asks for a node's whole table: the node itself, or else anyone.
+    pub(super) fn pull_table(&self, owner: NodeId) {
+        let mut state = self.state.borrow_mut();
+        let now = state.now();
+        let Some(peer) = state.peers.get_mut(&owner) else { return };
+        let again = peer.pulled_at.is_some();
+        if peer.pulled_at.is_some_and(|at| now.saturating_sub(at) < PULL_AGAIN_MS) {
+            return;
+        }
+        peer.pulled_at = Some(now);
+        let connected = self.links().connected();
+        // Where the owner did not answer, somebody else is asked, another one each time.
+        let others: Vec<NodeId> = connected.iter().copied().filter(|id| *id != owner).collect();
+        let turn = usize::try_from(now / PULL_AGAIN_MS).unwrap_or(0) % others.len().max(1);
+        let target = if connected.contains(&owner) && !again { owner } else { *others.get(turn).unwrap_or(&owner) };
+        self.links().send(target, &Message::TablePull(owner));
+    }
+
+    /// Answers [`Message::TablePull`].
+    pub(super) fn send_table(&self, to: NodeId, owner: NodeId) {
+        let whole = self.state.borrow().view.nodes.get(&owner).and_then(|node| node.table.whole());
+        let answer = whole.map_or(Message::TableUnknown(owner), Message::Table);
+        self.links().send(to, &answer);
+    }
+
+    /// Pulls every table that is behind what its owner announces.
+    pub(super) fn pull_missing(&self) {
+        let behind: Vec<NodeId> = {
+            let state = self.state.borrow();
+            let is_behind = |id: &NodeId, announced| {
+                state.view.nodes.get(id).is_some_and(|node| node.table.revision() < announced)
+            };
+            let peers = state.peers.iter();
+            peers.filter(|(id, peer)| is_behind(id, peer.hints.table)).map(|(id, _)| *id).collect()
+        };
+        for owner in behind {
+            self.pull_table(owner);
+        }
+    }
+
+    /// Takes leases out of our table whose borrowers are done with them.
+    fn return_leases(&self, returned: Vec<Key>) {
+        if !returned.is_empty() {
+            self.write_table(Vec::new(), returned);
+            self.save_soon();
+        }
+    }
+
+    /// Takes back leases that were given and never used.
+    pub(super) fn expire_leases(&self) {
+        let expired: Vec<Key> = {
+            let mut guard = self.state.borrow_mut();
+            let state = &mut *guard;
+            let (now, alive) = (state.now(), state.alive());
+            let mut expired = Vec::new();
+            state.lent.retain(|(network, address), lease| {
+                let over = !lease.seen
+                    && alive.contains(&lease.to)
+                    && now.saturating_sub(lease.at) > UNUSED_LEASE_MS;
+                if over {
+                    expired.push(Key::Lease(*network, *address));
+                }
+                !over
+            });
+            expired
+        };
+        self.return_leases(expired);
+    }
+
+    /// Writes the tables of other nodes beside the socket: a daemon that is started while a peer's
+    /// is down finds there what that peer owns. No sync: it ends with the kernel.
+    pub(super) fn cache_tables(&self) -> Result<()> {
+        let mut state = self.state.borrow_mut();
+        for node in std::mem::take(&mut state.uncached) {
+            let path = self.run_dir.tables().join(node.to_string());
+            match state.view.nodes.get(&node).and_then(|node| node.table.whole()) {
+                Some(update) => {
+                    let beside = path.with_extension("new");
+                    fs::write(&beside, wire::encode(&update)?)
+                        .and_then(|()| fs::rename(&beside, &path))
+                        .with_context(|| format!("writing {}", path.display()))?;
+                }
+                None => super::remove_if_there(&path)?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads what [`Self::cache_tables`] of the last run wrote. What cannot be used is passed over:
+    /// the peers have it too.
+    pub(super) fn read_cached_tables(&self) {
+        let Ok(files) = fs::read_dir(self.run_dir.tables()) else { return };
+        for file in files.flatten() {
+            let owner = file.file_name().to_str().and_then(|name| name.parse::<NodeId>().ok());
+            let update = fs::read(file.path()).ok().and_then(|bytes| wire::decode::<Update>(&bytes).ok());
+            match (owner, update) {
+                (Some(owner), Some(update)) if update.head.owner == owner => self.take_table(owner, update),
+                _ => tracing::warn!(file = %file.path().display(), "passed over a damaged table; peers have it"),
+            }
+        }
+    }
+}
+
+fn networks_of(table: &Table) -> Vec<NetworkId> {
+    let mut networks: Vec<_> = table
+        .entries()
+        .filter_map(|entry| match entry {
+            Entry::Endpoint(endpoint) => Some(endpoint.network),
+            Entry::Lease { network, .. } => Some(*network),
+            Entry::PathMtu { .. } => None,
+        })
+        .collect();
+    networks.sort_unstable();
+    networks.dedup();
+    networks
+}
+
+/// Which of the addresses lent to a node it has stopped using, now that its table has changed.
+fn returned_leases(state: &mut State, borrower: NodeId) -> Vec<Key> {
+    let Some(node) = state.view.nodes.get(&borrower) else { return Vec::new() };
+    let mut returned = Vec::new();
+    state.lent.retain(|(network, address), lease| {
+        if lease.to != borrower {
+            return true;
+        }
+        let used = node.table.entries().any(|entry| {
+            matches!(entry, Entry::Endpoint(e)
+                if e.network == *network && e.addresses.iter().any(|net| net.addr() == *address))
+        });
+        let over = lease.seen && !used;
+        lease.seen |= used;
+        if over {
+            returned.push(Key::Lease(*network, *address));
+        }
+        !over
+    });
+    returned
+}

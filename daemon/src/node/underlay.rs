@@ -1,0 +1,151 @@
+//! The device that carries our address: its MTU, and the address itself, may change under us.
+
+use std::net::{IpAddr, SocketAddr};
+use std::rc::Rc;
+use std::time::Duration;
+
+use super::{Node, next_generation, open};
+
+/// Changes of addresses come in bursts: an address is often taken away before the next is given.
+const SETTLE: Duration = Duration::from_millis(100);
+/// While the address is gone and there is no other, it is looked for this often.
+const LOOK_AGAIN: Duration = Duration::from_secs(2);
+
+impl Node {
+    /// Runs for ever.
+    pub(super) async fn underlay_loop(self: Rc<Self>) {
+        let mut device = None;
+        loop {
+            let vtep = self.state.borrow().record().map_or(self.config.advertise.ip(), |record| record.vtep);
+            let found = self.kernel.underlay(vtep).await;
+            let mut wait = None;
+            match found {
+                Ok(link) => {
+                    self.state.borrow_mut().problem("address", None);
+                    self.set_link_mtu(link.mtu);
+                    device = Some(link.device);
+                }
+                Err(_) => match device.as_deref().and_then(|device| address_of(device, vtep)) {
+                    Some(address) => {
+                        if let Err(error) = self.move_to(address).await {
+                            let sentence = format!("this host's address is {address} now and {error:#}");
+                            self.state.borrow_mut().problem("address", Some(sentence));
+                            wait = Some(LOOK_AGAIN);
+                        }
+                    }
+                    None => {
+                        let sentence = format!(
+                            "{vtep}, the address of this host in the cluster, is on no device any more: peers cannot \
+                             reach it. Give it back, or start ovld with another --advertise"
+                        );
+                        self.state.borrow_mut().problem("address", Some(sentence));
+                        wait = Some(LOOK_AGAIN);
+                    }
+                },
+            }
+            match wait {
+                Some(wait) => {
+                    // Either is reason enough to look again.
+                    tokio::select! {
+                        () = tokio::time::sleep(wait) => {}
+                        () = self.underlay.notified() => {}
+                    }
+                }
+                None => self.underlay.notified().await,
+            }
+            tokio::time::sleep(SETTLE).await;
+        }
+    }
+
+    fn set_link_mtu(&self, mtu: u16) {
+        let changed = {
+            let mut guard = self.state.borrow_mut();
+            let state = &mut *guard;
+            let me = state.view.me;
+            let Some(own) = state.view.nodes.get_mut(&me).filter(|own| own.record.link_mtu != mtu) else { return };
+            let mut record = own.record.clone();
+            record.link_mtu = mtu;
+            record.revision += 1;
+            match self.identity.sign_record(&record) {
+                Ok(signed) => {
+                    own.record = record;
+                    state.own_record = signed.clone();
+                    state.touch_all();
+                    signed
+                }
+                Err(error) => {
+                    tracing::error!(%error, "cannot sign our record");
+                    return;
+                }
+            }
+        };
+        self.event("peer", &self.config.node, &format!("the underlay's MTU is {mtu} now"));
+        self.gossip().set_link_mtu(mtu);
+        self.gossip().set_record(changed.clone());
+        self.links().set_record(changed);
+        self.work.notify_one();
+    }
+
+    /// Follows to another address: new sockets, a new generation, and new devices by the loop.
+    async fn move_to(&self, address: IpAddr) -> anyhow::Result<()> {
+        let (record, signed) = {
+            let state = self.state.borrow();
+            let Some(own) = state.view.own() else { return Ok(()) };
+            let mut record = own.record.clone();
+            record.generation = next_generation(record.generation);
+            record.revision = 1;
+            record.address = SocketAddr::new(address, record.address.port());
+            record.vtep = address;
+            let signed = self.identity.sign_record(&record)?;
+            (record, signed)
+        };
+        let (gossip, links) = open(
+            &self.config,
+            &self.identity,
+            &self.keyring,
+            &record,
+            &signed,
+            self.gossip_events.clone(),
+            self.link_events.clone(),
+        )
+        .await?;
+        let (old_gossip, old_links) = (self.gossip.replace(gossip), self.links.replace(links));
+        self.event("peer", &self.config.node, &format!("follows its address to {address}"));
+        {
+            let mut guard = self.state.borrow_mut();
+            let state = &mut *guard;
+            let me = state.view.me;
+            if let Some(own) = state.view.nodes.get_mut(&me) {
+                own.record = record;
+            }
+            state.own_record = signed;
+            state.touch_all();
+            self.pointed.borrow_mut().clear();
+            self.point_links(state);
+        }
+        // A new generation begins the table anew.
+        self.write_table(Vec::new(), Vec::new());
+        self.saved().await.map_err(|failed| anyhow::anyhow!(failed.0.message))?;
+        self.work.notify_one();
+        old_gossip.shutdown().await;
+        old_links.shutdown().await;
+        Ok(())
+    }
+}
+
+/// Another address of the device, of the same family and not link-local.
+fn address_of(device: &str, old: IpAddr) -> Option<IpAddr> {
+    let all = nix::ifaddrs::getifaddrs().ok()?;
+    all.filter(|entry| entry.interface_name == device)
+        .filter_map(|entry| {
+            let address = entry.address?;
+            match old {
+                IpAddr::V4(_) => address.as_sockaddr_in().map(|v4| IpAddr::V4(v4.ip())),
+                IpAddr::V6(_) => address.as_sockaddr_in6().map(|v6| IpAddr::V6(v6.ip())),
+            }
+        })
+        .find(|address| match address {
+            IpAddr::V4(v4) => !v4.is_link_local() && !v4.is_loopback(),
+            IpAddr::V6(v6) => !v6.is_unicast_link_local() && !v6.is_loopback(),
+        })
+}

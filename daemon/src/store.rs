@@ -1,0 +1,152 @@
+//! What must outlive a reboot, in one file that is replaced whole: written beside, synced, renamed.
+//!
+//! The file is `ovl state 1`, the SHA-256 of what follows, and the encoded [`State`]. One that is
+//! cut short or changed is refused with its name: to go on with an empty one would forget promises
+//! that other hosts rely on.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{ErrorKind, Write as _};
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use ovl_core::alloc;
+use ovl_proto::clock::Clock;
+use ovl_proto::id::{NetworkId, NodeId};
+use ovl_proto::object::SignedObject;
+use ovl_proto::record::SignedRecord;
+use ovl_proto::wire;
+use serde::{Deserialize, Serialize};
+use tokio::sync::mpsc;
+
+use crate::crypto::sha256;
+
+const MAGIC: &[u8] = b"ovl state 1\n";
+
+/// What must outlive a reboot.
+#[derive(Debug, Default, Serialize, Deserialize)]
+pub struct State {
+    /// Of the last run; the next one's is higher.
+    pub generation: u64,
+    /// The clock of cluster objects.
+    pub clock: Clock,
+    /// All cluster objects.
+    pub objects: Vec<SignedObject>,
+    /// Every host ever known, with the milliseconds since 1970 when it was last alive.
+    pub peers: Vec<(SignedRecord, u64)>,
+    /// Addresses lent to other hosts.
+    pub leases: Vec<(NetworkId, std::net::IpAddr, NodeId)>,
+    /// Promises made, the map accepted and the map learned.
+    pub alloc: Option<alloc::Durable>,
+}
+
+/// Reads the file; nothing where there is none yet.
+pub fn read(path: &Path) -> Result<Option<State>> {
+    let bytes = match fs::read(path) {
+        Ok(bytes) => bytes,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(error).with_context(|| format!("reading {}", path.display())),
+    };
+    match decode(&bytes) {
+        Ok(state) => Ok(Some(state)),
+        Err(error) => bail!(
+            "the state file {} is damaged ({error}), and to start without it could hand out addresses twice. \
+             Restore it from a backup; or, if this host is to begin anew, run `ovlctl peers forget` for it on \
+             another host, then remove {} and start again",
+            path.display(),
+            path.parent().unwrap_or(path).display()
+        ),
+    }
+}
+
+fn decode(bytes: &[u8]) -> Result<State> {
+    let Some(rest) = bytes.strip_prefix(MAGIC) else { bail!("it does not begin as a state file does") };
+    let Some((sum, body)) = rest.split_at_checked(32) else { bail!("it is cut short") };
+    if sha256(body) != sum {
+        bail!("its checksum is wrong");
+    }
+    Ok(wire::decode_body(body)?)
+}
+
+/// Encodes and writes the file, and does not return before it is on the disk.
+pub fn write(path: &Path, state: &State) -> Result<()> {
+    let body = wire::encode_body(state)?;
+    replace(path, &[MAGIC, &sha256(&body), &body].concat())
+}
+
+/// Replaces a file whole, mode 0600: after a crash it is the old one or the new one.
+pub fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
+    let beside = path.with_extension("new");
+    let work = || -> std::io::Result<()> {
+        let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&beside)?;
+        file.write_all(bytes)?;
+        file.sync_all()?;
+        fs::rename(&beside, path)?;
+        // The rename itself is on the disk only with its directory.
+        File::open(path.parent().unwrap_or(Path::new(".")))?.sync_all()
+    };
+    work().with_context(|| format!("writing {}", path.display()))
+}
+
+/// A request to the writer: the state's bytes, and its number.
+type Job = (u64, Vec<u8>);
+
+/// Writes in a thread of its own; of several states that wait, only the last one.
+#[derive(Debug)]
+pub struct Writer {
+    jobs: std::sync::mpsc::Sender<Job>,
+}
+
+impl Writer {
+    /// Each number that was handed in, or a later one, comes back on `done` when that state is on
+    /// the disk; an error when it could not be written, and is to be tried again.
+    pub fn start(path: PathBuf, done: mpsc::UnboundedSender<(u64, Result<()>)>) -> Result<Self> {
+        let (jobs, queue) = std::sync::mpsc::channel::<Job>();
+        std::thread::Builder::new().name("store".to_owned()).spawn(move || {
+            while let Ok(mut job) = queue.recv() {
+                while let Ok(later) = queue.try_recv() {
+                    job = later;
+                }
+                let (number, body) = job;
+                let result = replace(&path, &body);
+                if done.send((number, result)).is_err() {
+                    return;
+                }
+            }
+        })?;
+        Ok(Self { jobs })
+    }
+
+    /// Queues a state.
+    pub fn save(&self, number: u64, state: &State) -> Result<()> {
+        let body = wire::encode_body(state)?;
+        let file = [MAGIC, &sha256(&body), &body].concat();
+        self.jobs.send((number, file)).context("the thread that writes the state has ended")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_state_reads_back_and_damage_is_refused() {
+        let dir = std::env::temp_dir().join(format!("ovl-store-{}", std::process::id()));
+        fs::create_dir_all(&dir).unwrap();
+        let path = dir.join("state");
+        assert!(read(&path).unwrap().is_none());
+        write(&path, &State { generation: 7, ..State::default() }).unwrap();
+        assert_eq!(read(&path).unwrap().unwrap().generation, 7);
+        let good = fs::read(&path).unwrap();
+        for bad in [&good[..good.len() - 1], &good[..20], b"", b"garbage"] {
+            fs::write(&path, bad).unwrap();
+            let error = read(&path).unwrap_err().to_string();
+            assert!(error.contains(path.to_str().unwrap()), "{error}");
+        }
+        let mut flipped = good.clone();
+        *flipped.last_mut().unwrap() ^= 1;
+        fs::write(&path, flipped).unwrap();
+        assert!(read(&path).is_err());
+        fs::remove_dir_all(&dir).unwrap();
+    }
+}

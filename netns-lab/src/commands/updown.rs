@@ -1,0 +1,83 @@
+//! `up`, `down`, `preflight`, `sweep`.
+
+use std::fs;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, bail};
+use netns_lab::{Lab, LabConfig, Underlay};
+
+/// What `up` is asked for.
+pub(crate) struct Wanted {
+    pub(crate) hosts: usize,
+    pub(crate) underlay: Underlay,
+    pub(crate) mtu: u32,
+    pub(crate) config: Option<PathBuf>,
+    pub(crate) start: bool,
+}
+
+pub(crate) fn up(name: &str, wanted: &Wanted) -> Result<()> {
+    let mut config = LabConfig::hosts(wanted.hosts).name(name).underlay(wanted.underlay).mtu(wanted.mtu);
+    if let Some(path) = &wanted.config {
+        let text = fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+        config = config.config(&text);
+    }
+    config.persistent = true;
+    let lab = Lab::new(config)?;
+    if wanted.start {
+        let took = lab.start_all().inspect_err(|_| {
+            eprintln!("netns-lab: lab {name} stays up for a look, until `netns-lab --lab {name} down`");
+        })?;
+        println!("{} hosts ready in {} ms", lab.hosts().len(), took.as_millis());
+    }
+    super::status::print(&lab);
+    Ok(())
+}
+
+pub(crate) fn down(name: &str, all: bool) -> Result<()> {
+    if !all {
+        netns_lab::remove(name)?;
+        println!("lab {name} is removed");
+        return Ok(());
+    }
+    let mut failed = 0;
+    for name in netns_lab::lab_names()? {
+        match netns_lab::remove(&name) {
+            Ok(()) => println!("lab {name} is removed"),
+            Err(error) => {
+                failed += 1;
+                eprintln!("netns-lab: {error:#}");
+            }
+        }
+    }
+    if failed > 0 {
+        bail!("{failed} of the labs stay");
+    }
+    Ok(())
+}
+
+pub(crate) fn preflight() -> Result<()> {
+    match netns_lab::preflight() {
+        Ok(()) => {
+            println!("this machine can hold a lab");
+            Ok(())
+        }
+        Err(failures) => bail!("this machine cannot hold a lab:\n  {}", failures.join("\n  ")),
+    }
+}
+
+pub(crate) fn sweep() -> Result<()> {
+    let swept = netns_lab::sweep()?;
+    for lab in &swept {
+        match &lab.failure {
+            None => println!("lab {} is removed", lab.name),
+            Some(failure) => eprintln!("netns-lab: lab {} stays: {failure}", lab.name),
+        }
+    }
+    if swept.is_empty() {
+        println!("nothing to sweep");
+    }
+    if swept.iter().any(|lab| lab.failure.is_some()) {
+        bail!("not everything could be removed");
+    }
+    Ok(())
+}

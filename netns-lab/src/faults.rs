@@ -1,0 +1,199 @@
+//! Faults on the wire: an nftables table in the switch's namespace, replaced as a whole.
+
+use std::collections::BTreeMap;
+use std::fmt::{self, Display, Formatter, Write as _};
+
+use anyhow::{Result, bail, ensure};
+use serde::{Deserialize, Serialize};
+
+use crate::lab::Lab;
+use crate::netns::Netns;
+use crate::state::LabState;
+use crate::switch::switch_namespace;
+
+const TABLE: &str = "bridge netns_lab";
+
+/// Loss is decided in steps of a hundredth of a per cent.
+const STEPS: f64 = 10_000.0;
+
+/// What goes wrong on the wire at present.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Faults {
+    /// Hosts of different groups do not reach each other.
+    pub groups: Vec<Vec<String>>,
+    /// The share of all frames that is lost, in per cent.
+    pub loss: f64,
+    /// The share of the datagrams to a UDP port that is lost, in per cent.
+    pub udp_loss: BTreeMap<u16, f64>,
+}
+
+impl Lab {
+    /// Drops everything between hosts of different groups. A host in no group reaches all.
+    /// Replaces an earlier partition.
+    pub fn partition(&self, groups: &[&[&str]]) -> Result<()> {
+        let groups: Vec<Vec<String>> =
+            groups.iter().map(|group| group.iter().map(|&name| name.to_owned()).collect()).collect();
+        let mut seen = Vec::new();
+        for name in groups.iter().flatten() {
+            self.host(name)?;
+            ensure!(!seen.contains(&name), "{name} is in two groups: a host is in one or in none");
+            seen.push(name);
+        }
+        self.change_faults(|faults| faults.groups = groups)
+    }
+
+    /// Ends the partition. Loss stays: see [`clear_faults`](Self::clear_faults).
+    pub fn heal(&self) -> Result<()> {
+        self.change_faults(|faults| faults.groups.clear())
+    }
+
+    /// Loses that share of all frames (ARP included) between hosts, at random. 0 ends it.
+    ///
+    /// A frame here may be one of 64 KiB that a TCP sender left to its link to cut.
+    pub fn loss(&self, percent: f64) -> Result<()> {
+        check_percent(percent)?;
+        self.change_faults(|faults| faults.loss = percent)
+    }
+
+    /// Loses that share of the datagrams to one UDP port, beside [`loss`](Self::loss). 0 ends it.
+    pub fn loss_udp_port(&self, percent: f64, port: u16) -> Result<()> {
+        check_percent(percent)?;
+        self.change_faults(|faults| {
+            if percent > 0.0 {
+                faults.udp_loss.insert(port, percent);
+            } else {
+                faults.udp_loss.remove(&port);
+            }
+        })
+    }
+
+    /// Ends partition and loss.
+    pub fn clear_faults(&self) -> Result<()> {
+        self.change_faults(|faults| *faults = Faults::default())
+    }
+
+    /// What goes wrong on the wire at present.
+    pub fn faults(&self) -> Faults {
+        self.shared().state().faults.clone()
+    }
+
+    fn change_faults(&self, change: impl FnOnce(&mut Faults)) -> Result<()> {
+        self.shared().update(|state: &mut LabState| {
+            let mut faults = state.faults.clone();
+            change(&mut faults);
+            let switch = Netns::new(switch_namespace(&state.name));
+            switch.exec_input(["nft", "-f", "-"], Some(&faults.script()))?;
+            state.faults = faults;
+            Ok(())
+        })
+    }
+}
+
+fn check_percent(percent: f64) -> Result<()> {
+    if !(0.0..=100.0).contains(&percent) {
+        bail!("loss is 0 to 100 per cent, not {percent}");
+    }
+    Ok(())
+}
+
+impl Faults {
+    /// One transaction. The first line makes sure that there is a table to delete.
+    fn script(&self) -> String {
+        let rules: Vec<String> =
+            [self.partition_rules(), self.udp_rules(), drop_rule("", self.loss).into_iter().collect()]
+                .concat();
+        let mut script = format!("add table {TABLE}\ndelete table {TABLE}\n");
+        if !rules.is_empty() {
+            let chain = "type filter hook forward priority 0; policy accept;";
+            // Writing to a String does not fail.
+            writeln!(script, "table {TABLE} {{\nchain forward {{ {chain}\n{}\n}}\n}}", rules.join("\n")).ok();
+        }
+        script
+    }
+
+    fn partition_rules(&self) -> Vec<String> {
+        let set = |hosts: &[&String]| {
+            format!("{{ {} }}", hosts.iter().map(|host| format!("\"{host}\"")).collect::<Vec<_>>().join(", "))
+        };
+        let mut rules = Vec::new();
+        for (index, group) in self.groups.iter().enumerate() {
+            let own: Vec<&String> = group.iter().collect();
+            let others: Vec<&String> = self
+                .groups
+                .iter()
+                .enumerate()
+                .filter(|(other, _)| *other != index)
+                .flat_map(|(_, group)| group)
+                .collect();
+            if !own.is_empty() && !others.is_empty() {
+                rules.push(format!("iifname {} oifname {} drop", set(&own), set(&others)));
+            }
+        }
+        rules
+    }
+
+    fn udp_rules(&self) -> Vec<String> {
+        self.udp_loss
+            .iter()
+            .filter_map(|(port, percent)| drop_rule(&format!("udp dport {port} "), *percent))
+            .collect()
+    }
+}
+
+fn drop_rule(condition: &str, percent: f64) -> Option<String> {
+    let steps = (percent / 100.0 * STEPS).round();
+    if steps <= 0.0 {
+        return None;
+    }
+    // nft refuses a comparison that always holds.
+    let share = if steps < STEPS { format!("numgen random mod {STEPS} < {steps} ") } else { String::new() };
+    Some(format!("{condition}{share}drop"))
+}
+
+impl Display for Faults {
+    fn fmt(&self, out: &mut Formatter) -> fmt::Result {
+        let mut parts = Vec::new();
+        if !self.groups.is_empty() {
+            let groups: Vec<String> = self.groups.iter().map(|group| group.join(",")).collect();
+            parts.push(format!("partition {}", groups.join(" | ")));
+        }
+        if self.loss > 0.0 {
+            parts.push(format!("loss {} %", self.loss));
+        }
+        parts.extend(
+            self.udp_loss.iter().map(|(port, percent)| format!("loss {percent} % to UDP port {port}")),
+        );
+        out.write_str(if parts.is_empty() { "none" } else { "" })?;
+        out.write_str(&parts.join(", "))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn faults_compose_into_one_table() {
+        let names = |names: &[&str]| names.iter().map(|&name| name.to_owned()).collect::<Vec<_>>();
+        let faults = Faults {
+            groups: vec![names(&["h1", "h2"]), names(&["h3"])],
+            loss: 2.5,
+            udp_loss: BTreeMap::from([(4789, 100.0)]),
+        };
+        let script = faults.script();
+        for rule in [
+            "iifname { \"h1\", \"h2\" } oifname { \"h3\" } drop",
+            "iifname { \"h3\" } oifname { \"h1\", \"h2\" } drop",
+            "udp dport 4789 drop",
+            "\nnumgen random mod 10000 < 250 drop",
+        ] {
+            assert!(script.contains(rule), "{rule} in {script}");
+        }
+        assert_eq!(faults.to_string(), "partition h1,h2 | h3, loss 2.5 %, loss 100 % to UDP port 4789");
+    }
+
+    #[test]
+    fn no_fault_no_table() {
+        assert!(!Faults::default().script().contains("chain"));
+    }
+}

@@ -1,0 +1,158 @@
+//! Processes: who they are, whether they live, what they use, and which live in a namespace.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::process;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use nix::errno::Errno;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde::{Deserialize, Serialize};
+
+use crate::wait::wait_until;
+
+/// The kernel reports times in hundredths of a second to programs, whatever its own clock.
+const TICKS_PER_SECOND: u64 = 100;
+
+const KILL_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// A process, told from a later one with the same number by its start time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct ProcId {
+    pub(crate) pid: i32,
+    pub(crate) start: u64,
+}
+
+impl ProcId {
+    /// The living process with that number.
+    pub(crate) fn of(pid: i32) -> Option<Self> {
+        let stat = Stat::read(pid)?;
+        stat.is_alive().then_some(ProcId { pid, start: stat.start })
+    }
+
+    /// This process.
+    pub(crate) fn own() -> Option<Self> {
+        ProcId::of(process::id().cast_signed())
+    }
+
+    /// Whether it lives; a zombie does not.
+    pub(crate) fn is_alive(self) -> bool {
+        ProcId::of(self.pid) == Some(self)
+    }
+
+    /// Sends a signal. One that has ended is no error: false.
+    pub(crate) fn signal(self, signal: Signal) -> Result<bool> {
+        if !self.is_alive() {
+            return Ok(false);
+        }
+        match kill(Pid::from_raw(self.pid), signal) {
+            Ok(()) => Ok(true),
+            Err(Errno::ESRCH) => Ok(false),
+            Err(error) => Err(error).with_context(|| format!("cannot send {signal} to process {}", self.pid)),
+        }
+    }
+
+    /// Processor time used, user and system.
+    pub(crate) fn cpu_time(self) -> Result<Duration> {
+        let stat = Stat::read(self.pid).with_context(|| format!("process {} is gone", self.pid))?;
+        Ok(Duration::from_millis(stat.ticks * 1000 / TICKS_PER_SECOND))
+    }
+
+    /// Resident memory.
+    pub(crate) fn rss_kib(self) -> Result<u64> {
+        let text = fs::read_to_string(format!("/proc/{}/status", self.pid))
+            .with_context(|| format!("process {} is gone", self.pid))?;
+        text.lines()
+            .find_map(|line| line.strip_prefix("VmRSS:"))
+            .and_then(|rest| rest.split_whitespace().next())
+            .and_then(|number| number.parse().ok())
+            .with_context(|| format!("no VmRSS in /proc/{}/status", self.pid))
+    }
+}
+
+struct Stat {
+    state: char,
+    ticks: u64,
+    start: u64,
+}
+
+impl Stat {
+    fn read(pid: i32) -> Option<Self> {
+        Stat::parse(&fs::read_to_string(format!("/proc/{pid}/stat")).ok()?)
+    }
+
+    /// The second field is the name in brackets and may hold anything, so count from its end.
+    fn parse(text: &str) -> Option<Self> {
+        let (_, rest) = text.rsplit_once(')')?;
+        let fields: Vec<&str> = rest.split_whitespace().collect();
+        let number = |field: usize| fields.get(field - 3)?.parse::<u64>().ok();
+        Some(Stat {
+            state: fields.first()?.chars().next()?,
+            ticks: number(14)? + number(15)?,
+            start: number(22)?,
+        })
+    }
+
+    fn is_alive(&self) -> bool {
+        !matches!(self.state, 'Z' | 'X')
+    }
+}
+
+/// Kills every process in these namespaces and waits until none is left.
+pub(crate) fn kill_all_in(namespaces: &[String]) -> Result<()> {
+    let inodes: Vec<(u64, u64)> =
+        namespaces.iter().filter_map(|name| namespace_id(&crate::netns::path_of(name))).collect();
+    if inodes.is_empty() {
+        return Ok(());
+    }
+    wait_until(KILL_TIMEOUT, "the end of the processes in the lab's namespaces", || -> Result<bool> {
+        let found = processes_in(&inodes)?;
+        for process in &found {
+            process.signal(Signal::SIGKILL)?;
+        }
+        Ok(found.is_empty())
+    })
+}
+
+fn processes_in(namespaces: &[(u64, u64)]) -> Result<Vec<ProcId>> {
+    let own = process::id().cast_signed();
+    let mut found = Vec::new();
+    for entry in fs::read_dir("/proc").context("cannot list /proc")? {
+        let Some(pid) = entry?.file_name().to_str().and_then(|name| name.parse::<i32>().ok()) else {
+            continue;
+        };
+        let inside = namespace_id(Path::new(&format!("/proc/{pid}/ns/net")))
+            .is_some_and(|id| namespaces.contains(&id));
+        if inside && pid != own {
+            found.extend(ProcId::of(pid));
+        }
+    }
+    Ok(found)
+}
+
+fn namespace_id(path: &Path) -> Option<(u64, u64)> {
+    let metadata = fs::metadata(path).ok()?;
+    Some((metadata.dev(), metadata.ino()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_with_brackets_do_not_confuse() {
+        let text = "42 (a) b) S 1 42 42 0 -1 4194560 100 0 0 0 7 5 0 0 20 0 1 0 999 1000 10 0";
+        let stat = Stat::parse(text).unwrap();
+        assert_eq!((stat.state, stat.ticks, stat.start), ('S', 12, 999));
+    }
+
+    #[test]
+    fn own_process_lives() {
+        let own = ProcId::own().unwrap();
+        assert!(own.is_alive() && own.rss_kib().unwrap() > 0);
+        assert!(!ProcId { start: own.start + 1, ..own }.is_alive());
+    }
+}

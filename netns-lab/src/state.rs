@@ -1,0 +1,180 @@
+//! What is known of a lab, kept in its directory so that the script's next call, or the
+//! next sweep, finds it.
+
+use std::fs::{self, File};
+use std::io::Write;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use serde::{Deserialize, Serialize};
+
+use crate::config::{LabConfig, Underlay};
+use crate::faults::Faults;
+use crate::procs::ProcId;
+
+const STATE_FILE: &str = "state.json";
+const MOST_HOSTS: usize = 250;
+
+/// Everything about a lab that its directory remembers.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct LabState {
+    pub(crate) name: String,
+    /// The process whose lab it is; `None` for one that stays up until it is taken down.
+    pub(crate) owner: Option<ProcId>,
+    pub(crate) underlay: Underlay,
+    pub(crate) mtu: u32,
+    pub(crate) ovld: Option<PathBuf>,
+    pub(crate) ovlctl: Option<PathBuf>,
+    pub(crate) config: String,
+    pub(crate) args: Vec<String>,
+    pub(crate) ready_timeout: Duration,
+    pub(crate) hosts: Vec<HostState>,
+    pub(crate) faults: Faults,
+}
+
+/// Everything about a host.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct HostState {
+    pub(crate) name: String,
+    /// Counted from 1.
+    pub(crate) number: usize,
+    pub(crate) v4: Option<Ipv4Addr>,
+    pub(crate) v6: Option<Ipv6Addr>,
+    /// Overrides the choice between the two.
+    pub(crate) advertise: Option<IpAddr>,
+    pub(crate) mtu: u32,
+    pub(crate) port_mtu: u32,
+    pub(crate) link_up: bool,
+    /// False while the machine is lost.
+    pub(crate) present: bool,
+    pub(crate) bootstrap: bool,
+    /// `None`: the first host, except for that one itself.
+    pub(crate) join: Option<Vec<String>>,
+    pub(crate) config: String,
+    pub(crate) args: Vec<String>,
+    pub(crate) daemon: Option<ProcId>,
+    pub(crate) workloads: Vec<String>,
+}
+
+impl LabState {
+    pub(crate) fn new(config: &LabConfig, name: String) -> Result<Self> {
+        if !(1..=MOST_HOSTS).contains(&config.hosts) {
+            bail!("a lab has 1 to {MOST_HOSTS} hosts, not {}", config.hosts);
+        }
+        if !(1280..=65535).contains(&config.mtu) {
+            bail!("an MTU is 1280 (IPv6 needs that) to 65535, not {}", config.mtu);
+        }
+        // A lab without daemons is in order, so missing binaries show at the first start.
+        let ovld = crate::binaries::find("ovld", config.ovld.as_deref()).ok();
+        let ovlctl = crate::binaries::find("ovlctl", config.ovlctl.as_deref()).ok();
+        Ok(LabState {
+            name,
+            owner: if config.persistent { None } else { ProcId::own() },
+            underlay: config.underlay,
+            mtu: config.mtu,
+            ovld: ovld.or_else(|| config.ovld.clone()),
+            ovlctl: ovlctl.or_else(|| config.ovlctl.clone()),
+            config: config.config.clone(),
+            args: config.args.clone(),
+            ready_timeout: config.ready_timeout,
+            hosts: (1..=config.hosts).map(|number| HostState::new(config, number)).collect(),
+            faults: Faults::default(),
+        })
+    }
+
+    pub(crate) fn load(dir: &Path) -> Result<Self> {
+        let path = dir.join(STATE_FILE);
+        let text = fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+        serde_json::from_str(&text)
+            .with_context(|| format!("{} is damaged or of another version", path.display()))
+    }
+
+    /// Replaced as a whole, so that a reader never sees half of it.
+    pub(crate) fn save(&self, dir: &Path) -> Result<()> {
+        let path = dir.join(STATE_FILE);
+        let temporary = dir.join(".state.json.new");
+        let write = || -> Result<()> {
+            let mut file = File::create(&temporary)?;
+            file.write_all(&serde_json::to_vec_pretty(self)?)?;
+            fs::rename(&temporary, &path)?;
+            Ok(())
+        };
+        write().with_context(|| format!("cannot write {}", path.display()))
+    }
+
+    pub(crate) fn is_saved_in(dir: &Path) -> bool {
+        dir.join(STATE_FILE).exists()
+    }
+
+    /// Whether a frame that fits one link may not fit another one.
+    pub(crate) fn mtus_differ(&self) -> bool {
+        self.hosts.iter().any(|host| host.mtu != self.mtu || host.port_mtu != self.mtu)
+    }
+}
+
+impl HostState {
+    fn new(config: &LabConfig, number: usize) -> Self {
+        // At most 250, so that both conversions keep the number. The IPv6 address shows the
+        // same digits as the IPv4 one: fd77::10 is h10.
+        let last_octet = u8::try_from(number).unwrap_or(u8::MAX);
+        let last_group = u16::from_str_radix(&number.to_string(), 16).unwrap_or(u16::MAX);
+        HostState {
+            name: format!("h{number}"),
+            number,
+            v4: config.underlay.has_v4().then_some(Ipv4Addr::new(192, 168, 77, last_octet)),
+            v6: config.underlay.has_v6().then_some(Ipv6Addr::new(0xfd77, 0, 0, 0, 0, 0, 0, last_group)),
+            advertise: None,
+            mtu: config.mtu,
+            port_mtu: config.mtu,
+            link_up: true,
+            present: true,
+            bootstrap: number == 1,
+            join: None,
+            config: String::new(),
+            args: Vec::new(),
+            daemon: None,
+            workloads: Vec::new(),
+        }
+    }
+
+    /// The address that the daemon advertises and others join.
+    pub(crate) fn address(&self) -> Result<IpAddr> {
+        self.advertise
+            .or(self.v4.map(IpAddr::V4))
+            .or(self.v6.map(IpAddr::V6))
+            .with_context(|| format!("{} has no address", self.name))
+    }
+}
+
+/// A lab's state, shared by its handles and saved after each change.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    pub(crate) name: String,
+    pub(crate) dir: PathBuf,
+    state: Mutex<LabState>,
+    /// Held while the cluster key is made.
+    pub(crate) making_key: Mutex<()>,
+}
+
+impl Shared {
+    pub(crate) fn new(dir: PathBuf, state: LabState) -> Self {
+        Shared { name: state.name.clone(), dir, state: Mutex::new(state), making_key: Mutex::new(()) }
+    }
+
+    pub(crate) fn state(&self) -> MutexGuard<'_, LabState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Changes the state and saves it, one change at a time. A change that fails is none.
+    pub(crate) fn update<T>(&self, change: impl FnOnce(&mut LabState) -> Result<T>) -> Result<T> {
+        let mut state = self.state();
+        let mut changed = state.clone();
+        let value = change(&mut changed)?;
+        changed.save(&self.dir)?;
+        *state = changed;
+        Ok(value)
+    }
+}
