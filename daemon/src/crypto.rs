@@ -63,6 +63,12 @@ impl Identity {
         Self::from_pkcs8(Ed25519KeyPair::generate_pkcs8(&SystemRandom::new()).unwrap().as_ref()).unwrap()
     }
 
+    /// From the content of a file, for tests.
+    #[cfg(test)]
+    pub(crate) fn from_pkcs8_for_tests(document: &[u8]) -> Self {
+        Self::from_pkcs8(document).unwrap()
+    }
+
     /// The hash of the public key.
     pub(crate) fn id(&self) -> NodeId {
         self.id

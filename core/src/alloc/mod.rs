@@ -75,6 +75,8 @@ mod allocator;
 mod attempt;
 mod change;
 mod queue;
+#[cfg(test)]
+mod tests;
 
 pub use acceptor::Durable;
 pub use allocator::Allocator;

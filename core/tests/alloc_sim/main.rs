@@ -3,6 +3,8 @@
 //! hosts join and are forgotten, and all of them claim at once. Deterministic: a failure names the
 //! seed, and `OVL_SIM_SEED=n` runs that one alone; `OVL_SIM_SEEDS=n` runs so many.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
 mod storm;
 mod world;
 
@@ -17,7 +19,7 @@ fn number(variable: &str) -> Option<u64> {
 #[test]
 fn no_block_has_two_holders_whatever_happens() {
     let only = number("OVL_SIM_SEED");
-    let many = number("OVL_SIM_SEEDS").unwrap_or(500);
+    let many = number("OVL_SIM_SEEDS").unwrap_or(1200);
     let seeds = only.map_or(0..many, |seed| seed..seed + 1);
     let mut total = Stats::default();
     for seed in seeds {
@@ -33,10 +35,10 @@ fn no_block_has_two_holders_whatever_happens() {
         total.add(&world.stats);
     }
     println!("{total:?}");
-    if only.is_none() && many >= 500 {
+    if only.is_none() && many >= 1200 {
         // The storm must be one: all that it is about has happened, and often.
-        assert!(total.decrees > 10_000 && total.done > 15_000, "{total:?}");
-        assert!(total.no_majority > 2000 && total.crashes > 3000 && total.forgets > 3000, "{total:?}");
+        assert!(total.decrees > 20_000 && total.done > 40_000, "{total:?}");
+        assert!(total.no_majority > 4000 && total.crashes > 6000 && total.forgets > 6000, "{total:?}");
     }
 }
 

@@ -11,21 +11,21 @@ use super::storm::Weather;
 const STEP_MS: u64 = 5;
 const CLUSTER: u64 = 77;
 
-pub fn network(number: u8) -> NetworkId {
+pub(crate) fn network(number: u8) -> NetworkId {
     NetworkId([number; 5])
 }
 
 #[derive(Debug, Default)]
-pub struct Stats {
-    pub decrees: usize,
-    pub done: usize,
-    pub no_majority: usize,
-    pub crashes: usize,
-    pub forgets: usize,
+pub(crate) struct Stats {
+    pub(crate) decrees: usize,
+    pub(crate) done: usize,
+    pub(crate) no_majority: usize,
+    pub(crate) crashes: usize,
+    pub(crate) forgets: usize,
 }
 
 impl Stats {
-    pub fn add(&mut self, other: &Self) {
+    pub(crate) fn add(&mut self, other: &Self) {
         self.decrees += other.decrees;
         self.done += other.done;
         self.no_majority += other.no_majority;
@@ -35,10 +35,10 @@ impl Stats {
 }
 
 /// SplitMix64.
-pub struct Random(u64);
+pub(crate) struct Random(u64);
 
 impl Random {
-    pub fn below(&mut self, limit: u64) -> u64 {
+    pub(crate) fn below(&mut self, limit: u64) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -46,26 +46,26 @@ impl Random {
         (z ^ (z >> 31)) % limit
     }
 
-    pub fn percent(&mut self, chance: u64) -> bool {
+    pub(crate) fn percent(&mut self, chance: u64) -> bool {
         self.below(100) < chance
     }
 
-    pub fn pick<const N: usize>(&mut self, from: [u64; N]) -> u64 {
+    pub(crate) fn pick<const N: usize>(&mut self, from: [u64; N]) -> u64 {
         from[self.below(N as u64) as usize]
     }
 }
 
-pub struct Node {
-    pub id: NodeId,
-    pub up: Option<Allocator>,
-    pub disk: Durable,
+pub(crate) struct Node {
+    pub(crate) id: NodeId,
+    pub(crate) up: Option<Allocator>,
+    pub(crate) disk: Durable,
     /// Requests without an answer.
-    pub open: BTreeMap<u64, Change>,
+    pub(crate) open: BTreeMap<u64, Change>,
     /// The last answer.
-    pub last: Option<Result<u64, Refusal>>,
+    pub(crate) last: Option<Result<u64, Refusal>>,
     /// Blocks that it asked to release, and does not use until it is told that it did.
-    pub giving_up: BTreeSet<Block>,
-    pub has_released: bool,
+    pub(crate) giving_up: BTreeSet<Block>,
+    pub(crate) has_released: bool,
 }
 
 struct Letter {
@@ -75,26 +75,26 @@ struct Letter {
     message: AllocMessage,
 }
 
-pub struct World {
-    pub random: Random,
+pub(crate) struct World {
+    pub(crate) random: Random,
     /// Fair if there is none.
-    pub weather: Option<Weather>,
-    pub now: u64,
-    pub nodes: Vec<Node>,
+    pub(crate) weather: Option<Weather>,
+    pub(crate) now: u64,
+    pub(crate) nodes: Vec<Node>,
     /// Whether what one sends to another is lost; from × to.
-    pub cut: Vec<bool>,
+    pub(crate) cut: Vec<bool>,
     /// Every map that anybody ever learned.
-    pub agreed: BTreeMap<u64, AllocMap>,
+    pub(crate) agreed: BTreeMap<u64, AllocMap>,
     /// Whoever forgets a host says that it is gone, so what these believe to hold does not count.
-    pub ever_forgotten: BTreeSet<NodeId>,
-    pub stats: Stats,
+    pub(crate) ever_forgotten: BTreeSet<NodeId>,
+    pub(crate) stats: Stats,
     wire: Vec<Letter>,
     /// Somebody's map, or use of it, changed since the last look.
     news: bool,
 }
 
 impl World {
-    pub fn new(seed: u64, count: usize) -> Self {
+    pub(crate) fn new(seed: u64, count: usize) -> Self {
         let node = |number: usize| Node {
             id: NodeId([number as u8 + 1; 10]),
             up: None,
@@ -122,21 +122,21 @@ impl World {
         world
     }
 
-    pub fn start_all(&mut self) {
+    pub(crate) fn start_all(&mut self) {
         for node in self.nodes.iter_mut().filter(|node| node.up.is_none()) {
             let seed = self.random.below(u64::MAX);
             node.up = Some(Allocator::new(node.id, node.disk.clone(), seed));
         }
     }
 
-    pub fn crash(&mut self, node: usize) {
+    pub(crate) fn crash(&mut self, node: usize) {
         self.stats.crashes += 1;
         self.nodes[node].up = None;
         self.nodes[node].open.clear();
     }
 
     /// Only those on the same side reach each other.
-    pub fn split(&mut self, side: &[u64]) {
+    pub(crate) fn split(&mut self, side: &[u64]) {
         let pairs = side.iter().flat_map(|from| side.iter().map(move |to| from != to));
         self.cut = pairs.collect();
     }
@@ -145,7 +145,7 @@ impl World {
         !self.cut[from * self.nodes.len() + to]
     }
 
-    pub fn ask(&mut self, node: usize, change: Change) {
+    pub(crate) fn ask(&mut self, node: usize, change: Change) {
         let alive = self.alive(node);
         let Node { up: Some(up), open, .. } = &mut self.nodes[node] else { return };
         let (id, out) = up.request(self.now, change.clone(), &alive);
@@ -154,7 +154,7 @@ impl World {
         self.absorb(node, out);
     }
 
-    pub fn step(&mut self) {
+    pub(crate) fn step(&mut self) {
         self.now += STEP_MS;
         while let Some(next) = self.next_letter() {
             let Letter { from, to, message, .. } = self.wire.swap_remove(next);

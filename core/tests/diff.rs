@@ -1,0 +1,177 @@
+//! `diff` against a fake kernel that holds state and deletes as the real one does: applying the
+//! operations reaches what is desired, and a second difference is empty.
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+
+use ovl_core::device::Device;
+use ovl_core::diff::{diff, lost_endpoints};
+use ovl_core::kernel::{Kernel, Link, Remote};
+use ovl_core::op::Op;
+use ovl_proto::id::{EndpointId, Mac, NetworkId};
+use proptest::prelude::*;
+
+/// Applies one operation as the kernel would, and refuses what the kernel would refuse.
+fn apply(kernel: &mut Kernel, op: &Op) -> Result<(), String> {
+    let there = |kernel: &Kernel, device: &Device| {
+        if kernel.links.contains_key(device) { Ok(()) } else { Err(format!("no device for: {op}")) }
+    };
+    if !matches!(op, Op::AddLink(..) | Op::Sysctl { .. } | Op::Filter(_)) {
+        there(kernel, &op.device().unwrap())?;
+    }
+    match op.clone() {
+        Op::Sysctl { name, value } => drop(kernel.sysctls.insert(name, value)),
+        Op::Filter(text) => kernel.filter = Some(text),
+        Op::AddLink(device, link) => {
+            if let Link::Vxlan { master: Some(master), .. } | Link::Endpoint { master: Some(master), .. } = link {
+                there(kernel, &master)?;
+            }
+            if kernel.links.insert(device, link).is_some() {
+                return Err(format!("exists: {op}"));
+            }
+        }
+        Op::SetLink(device, from, to) => {
+            if kernel.links.insert(device, to) != Some(from) {
+                return Err(format!("not what was found: {op}"));
+            }
+        }
+        Op::DelLink(device) => kernel.forget_device(device),
+        Op::AddAddress(device, address) => drop(kernel.addresses.insert((device, address))),
+        Op::DelAddress(device, address) => drop(kernel.addresses.remove(&(device, address))),
+        Op::SetRemote(device, mac, remote) => drop(kernel.remotes.insert((device, mac), remote)),
+        Op::DelRemote(device, mac) => drop(kernel.remotes.remove(&(device, mac))),
+        Op::AddFlood(device, remote) => drop(kernel.floods.insert((device, remote))),
+        Op::DelFlood(device, remote) => drop(kernel.floods.remove(&(device, remote))),
+        Op::AddPort(device, mac) => drop(kernel.ports.insert((device, mac))),
+        Op::DelPort(device, mac) => drop(kernel.ports.remove(&(device, mac))),
+        Op::SetNeighbour(device, address, mac) => drop(kernel.neighbours.insert((device, address), mac)),
+        Op::DelNeighbour(device, address) => drop(kernel.neighbours.remove(&(device, address))),
+    }
+    Ok(())
+}
+
+fn network(n: u8) -> NetworkId {
+    NetworkId([n; 5])
+}
+
+fn mac() -> impl Strategy<Value = Mac> {
+    (0u8..6).prop_map(|n| Mac([2, 0, 0, 0, 0, n]))
+}
+
+fn ip() -> impl Strategy<Value = IpAddr> {
+    prop_oneof![
+        (1u8..6).prop_map(|n| IpAddr::from([10, 0, 0, n])),
+        (1u16..4).prop_map(|n| IpAddr::from([0xfd00, 0, 0, 0, 0, 0, 0, n])),
+    ]
+}
+
+fn remote() -> impl Strategy<Value = Remote> {
+    ((1u8..4).prop_map(|n| IpAddr::from([192, 168, 0, n])), prop_oneof![Just(4789u16), Just(8472)])
+        .prop_map(|(vtep, port)| Remote { vtep, port })
+}
+
+/// What may stand in the kernel for one network. What hangs on a device is there only with it.
+fn part(n: u8) -> impl Strategy<Value = Kernel> {
+    let links = (any::<(bool, bool, bool, bool, bool)>(), 0u32..2, prop_oneof![Just(1450u16), Just(1400)]);
+    let entries = (
+        proptest::collection::btree_set((1u8..4).prop_map(|n| format!("10.0.{n}.1/24").parse().unwrap()), 0..3),
+        proptest::collection::btree_map(mac(), remote(), 0..5),
+        proptest::collection::btree_set(remote(), 0..3),
+        proptest::collection::btree_set(mac(), 0..5),
+        proptest::collection::btree_map(ip(), mac(), 0..5),
+    );
+    (links, entries).prop_map(move |((flags, vni, mtu), (addresses, remotes, floods, ports, neighbours))| {
+        let (has_bridge, has_vxlan, has_endpoint, up, tuned) = flags;
+        let (bridge, vxlan) = (Device::bridge(network(n)), Device::vxlan(network(n)));
+        let endpoint = Device::endpoint(EndpointId([n; 5]));
+        let mut kernel = Kernel::default();
+        let master = has_bridge.then_some(bridge);
+        if has_bridge {
+            kernel.links.insert(bridge, Link::Bridge { mac: Mac([10, n, 0, 0, 0, 0]), mtu, up, tuned });
+            kernel.addresses.extend(addresses.into_iter().map(|address| (bridge, address)));
+            kernel.neighbours.extend(neighbours.into_iter().map(|(address, mac)| ((bridge, address), mac)));
+        }
+        if has_vxlan {
+            let local = IpAddr::from([192, 168, 0, 9]);
+            let link = Link::Vxlan { vni: 4096 + vni, local, port: 4789, mtu, master, up, tuned };
+            kernel.links.insert(vxlan, link);
+            kernel.remotes.extend(remotes.into_iter().map(|(mac, remote)| ((vxlan, mac), remote)));
+            kernel.floods.extend(floods.into_iter().map(|remote| (vxlan, remote)));
+            kernel.ports.extend(ports.iter().map(|mac| (vxlan, *mac)));
+        }
+        if has_endpoint {
+            kernel.links.insert(endpoint, Link::Endpoint { mtu, master, up, tuned });
+            kernel.ports.extend(ports.iter().take(1).map(|mac| (endpoint, *mac)));
+        }
+        kernel
+    })
+}
+
+fn kernel() -> impl Strategy<Value = Kernel> {
+    (part(1), part(2), proptest::option::of("[ab]"), proptest::option::of("[01]")).prop_map(
+        |(mut kernel, other, filter, forward)| {
+            kernel.merge(other);
+            kernel.filter = filter;
+            kernel.sysctls.extend(forward.map(|value| ("net.ipv4.ip_forward".to_owned(), value)));
+            kernel
+        },
+    )
+}
+
+/// What the loop cannot make, and what it never takes back.
+fn reachable(actual: &Kernel, desired: &Kernel) -> Kernel {
+    let mut reached = desired.clone();
+    for device in lost_endpoints(actual, desired).collect::<BTreeSet<_>>() {
+        reached.forget_device(device);
+    }
+    if reached.filter.is_none() {
+        reached.filter.clone_from(&actual.filter);
+    }
+    for (name, value) in &actual.sysctls {
+        reached.sysctls.entry(name.clone()).or_insert_with(|| value.clone());
+    }
+    reached
+}
+
+proptest! {
+    #[test]
+    fn applying_the_difference_reaches_what_is_desired(actual in kernel(), desired in kernel()) {
+        let mut after = actual.clone();
+        for op in diff(&actual, &desired, true) {
+            apply(&mut after, &op).map_err(TestCaseError::fail)?;
+        }
+        prop_assert_eq!(&after, &reachable(&actual, &desired));
+        prop_assert_eq!(diff(&after, &desired, true), vec![]);
+    }
+
+    #[test]
+    fn without_pruning_nothing_is_lost_and_all_that_is_desired_is_there(actual in kernel(), desired in kernel()) {
+        let mut after = actual.clone();
+        for op in diff(&actual, &desired, false) {
+            if let Op::DelLink(device) = &op {
+                prop_assert!(desired.links.contains_key(device), "only to make it anew: {}", op);
+            }
+            apply(&mut after, &op).map_err(TestCaseError::fail)?;
+        }
+        let reached = reachable(&actual, &desired);
+        for (device, link) in &reached.links {
+            prop_assert_eq!(after.links.get(device), Some(link));
+        }
+        prop_assert!(reached.addresses.is_subset(&after.addresses));
+        prop_assert!(reached.ports.is_subset(&after.ports));
+        prop_assert!(reached.floods.is_subset(&after.floods));
+        prop_assert!(reached.remotes.iter().all(|(key, remote)| after.remotes.get(key) == Some(remote)));
+        prop_assert!(actual.links.keys().all(|device| after.links.contains_key(device)));
+    }
+
+    #[test]
+    fn every_operation_prints_as_a_command(actual in kernel(), desired in kernel()) {
+        for op in diff(&actual, &desired, true) {
+            let text = op.to_string();
+            prop_assert!(
+                ["ip ", "bridge ", "nft ", "sysctl "].iter().any(|word| text.starts_with(word)),
+                "{}", text
+            );
+        }
+    }
+}

@@ -1,0 +1,173 @@
+//! The one timer: pings, path probes, and dialling whoever does not answer.
+
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use tokio::sync::Notify;
+use tracing::{debug, warn};
+
+use super::cluster::Cluster;
+use super::hub::Hub;
+
+const TICK: Duration = Duration::from_millis(200);
+/// While a path is being searched.
+const SHORT_TICK: Duration = Duration::from_millis(20);
+/// Dials in one tick: 20 a second.
+const DIALS: usize = 4;
+const DIAL_EVERY: Duration = Duration::from_secs(1);
+/// Names may come to mean other hosts.
+const RESOLVE_EVERY: Duration = Duration::from_secs(30);
+const RESOLVE_AGAIN: Duration = Duration::from_secs(3);
+/// Addresses that one name may have.
+const MAX_ADDRESSES: usize = 16;
+
+/// Where to find the cluster, by configuration.
+pub(super) struct Seeds {
+    own: SocketAddr,
+    addresses: Mutex<Vec<Seed>>,
+    changed: Notify,
+}
+
+struct Seed {
+    name: String,
+    addr: SocketAddr,
+    next_dial: Instant,
+}
+
+impl Seeds {
+    pub(super) fn new(own: SocketAddr) -> Self {
+        Self { own, addresses: Mutex::new(Vec::new()), changed: Notify::new() }
+    }
+
+    pub(super) fn addresses(&self) -> Vec<SocketAddr> {
+        let seeds = self.addresses.lock().unwrap_or_else(PoisonError::into_inner);
+        seeds.iter().map(|seed| seed.addr).collect()
+    }
+
+    /// Those to dial now, where nobody alive is known to be.
+    fn due(&self, hub: &Hub, now: Instant, most: usize) -> Vec<SocketAddr> {
+        let mut seeds = self.addresses.lock().unwrap_or_else(PoisonError::into_inner);
+        let state = hub.lock();
+        let due = seeds.iter_mut().filter(|seed| now >= seed.next_dial && !state.book.is_alive_at(seed.addr));
+        let mut due: Vec<&mut Seed> = due.collect();
+        due.sort_by_key(|seed| seed.next_dial);
+        let dial = |seed: &mut Seed| {
+            seed.next_dial = now + DIAL_EVERY;
+            seed.addr
+        };
+        due.into_iter().take(most).map(dial).collect()
+    }
+
+    fn set(&self, name: &str, found: impl Iterator<Item = SocketAddr>) {
+        let mut seeds = self.addresses.lock().unwrap_or_else(PoisonError::into_inner);
+        seeds.retain(|seed| seed.name != name);
+        let now = Instant::now();
+        let mut found = found.filter(|addr| addr.is_ipv4() == self.own.is_ipv4()).peekable();
+        if found.peek().is_none() {
+            let family = if self.own.is_ipv4() { "IPv4" } else { "IPv6" };
+            warn!(%name, "an address to join is not {family}, as this host's own address is: it is not used");
+        }
+        let usable = found.filter(|addr| *addr != self.own);
+        seeds.extend(usable.take(MAX_ADDRESSES).map(|addr| Seed {
+            name: name.to_owned(),
+            addr,
+            next_dial: now,
+        }));
+        drop(seeds);
+        self.changed.notify_one();
+    }
+
+    /// Keeps looking up one entry; ends at once for an address.
+    pub(super) async fn resolve(self: Arc<Self>, name: String) {
+        loop {
+            let wait = match tokio::net::lookup_host(&name).await {
+                Ok(found) => {
+                    self.set(&name, found);
+                    RESOLVE_EVERY
+                }
+                Err(error) => {
+                    // What it meant before is better than nothing.
+                    warn!(%name, %error, "an address to join is not found; it is looked up again");
+                    RESOLVE_AGAIN
+                }
+            };
+            if name.parse::<SocketAddr>().is_ok() {
+                return;
+            }
+            tokio::time::sleep(wait).await;
+        }
+    }
+}
+
+/// Ticks for ever.
+pub(super) async fn run(hub: Arc<Hub>, cluster: Arc<Cluster>, seeds: Arc<Seeds>) {
+    let mut next_tick = Instant::now();
+    loop {
+        let now = Instant::now();
+        let (due, searching) = {
+            let mut state = hub.lock();
+            (state.book.due(now), state.book.is_searching())
+        };
+        if !due.is_empty() {
+            hub.send_due(due);
+        }
+        if now >= next_tick {
+            next_tick = now + TICK;
+            dial(&hub, &cluster, &seeds, now);
+            hub.lock().expire(now);
+            hub.news.notify_one();
+        }
+        let wait = if searching { SHORT_TICK } else { next_tick.saturating_duration_since(now) };
+        tokio::select! {
+            () = tokio::time::sleep(wait) => {}
+            () = seeds.changed.notified() => {}
+        }
+    }
+}
+
+fn dial(hub: &Hub, cluster: &Cluster, seeds: &Seeds, now: Instant) {
+    let known = hub.lock().book.dials(now, DIALS);
+    let more = seeds.due(hub, now, DIALS.saturating_sub(known.len()));
+    for to in known.iter().map(|(to, _)| *to).chain(more) {
+        debug!(%to, "dialling");
+        cluster.gossip(to);
+    }
+    hub.send_due(known.into_iter().map(|(_, ping)| ping).collect());
+}
+
+/// The host and port of an entry; the default port where there is none.
+pub(super) fn with_port(entry: &str) -> String {
+    use std::net::IpAddr;
+    let default = ovl_proto::DEFAULT_PORT;
+    if let Ok(addr) = entry.parse::<SocketAddr>() {
+        return addr.to_string();
+    }
+    if let Ok(ip) = entry.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>() {
+        return SocketAddr::new(ip, default).to_string();
+    }
+    match entry.rsplit_once(':') {
+        Some((_, port)) if port.parse::<u16>().is_ok() => entry.to_owned(),
+        _ => format!("{entry}:{default}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn entries_get_the_default_port() {
+        for (entry, expected) in [
+            ("10.0.0.1", "10.0.0.1:7940"),
+            ("10.0.0.1:80", "10.0.0.1:80"),
+            ("fd00::1", "[fd00::1]:7940"),
+            ("[fd00::1]", "[fd00::1]:7940"),
+            ("[fd00::1]:80", "[fd00::1]:80"),
+            ("host.example", "host.example:7940"),
+            ("host.example:80", "host.example:80"),
+        ] {
+            assert_eq!(with_port(entry), expected);
+        }
+    }
+}

@@ -1,0 +1,48 @@
+//! The UDP socket: one for everything, never fragmenting.
+
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+
+use nix::libc;
+use nix::sys::socket::{setsockopt, sockopt};
+use nix::{setsockopt_impl, sockopt_impl};
+use socket2::{Domain, Protocol, Socket, Type};
+use tokio::net::UdpSocket;
+
+/// Gossip comes in bursts: a whole cluster may answer at once.
+const BUFFER: usize = 4 << 20;
+
+// Sets DF, and goes by the MTU of the device alone: what routers say of the path is not
+// authenticated, and we measure it ourselves.
+sockopt_impl!(MtuDiscover4, SetOnly, libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, libc::c_int);
+sockopt_impl!(MtuDiscover6, SetOnly, libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER, libc::c_int);
+
+/// Opens it on exactly that address.
+pub(super) fn open(listen: SocketAddr) -> io::Result<UdpSocket> {
+    let socket = Socket::new(Domain::for_address(listen), Type::DGRAM, Some(Protocol::UDP))?;
+    socket.set_nonblocking(true)?;
+    match listen {
+        SocketAddr::V4(_) => setsockopt(&socket, MtuDiscover4, &libc::IP_PMTUDISC_PROBE)?,
+        SocketAddr::V6(_) => {
+            socket.set_only_v6(true)?;
+            setsockopt(&socket, MtuDiscover6, &libc::IPV6_PMTUDISC_PROBE)?;
+        }
+    }
+    // Beyond the system's limit if we may, up to it otherwise.
+    if setsockopt(&socket, sockopt::RcvBufForce, &BUFFER).is_err() {
+        socket.set_recv_buffer_size(BUFFER)?;
+    }
+    if setsockopt(&socket, sockopt::SndBufForce, &BUFFER).is_err() {
+        socket.set_send_buffer_size(BUFFER)?;
+    }
+    socket.bind(&listen.into())?;
+    UdpSocket::from_std(socket.into())
+}
+
+/// Bytes of IP and UDP headers around a datagram to that address.
+pub(super) fn header_len(to: IpAddr) -> usize {
+    match to {
+        IpAddr::V4(_) => 20 + 8,
+        IpAddr::V6(_) => 40 + 8,
+    }
+}
