@@ -5,18 +5,40 @@
 //! where it disagrees with that. So what ovld itself changes causes no event, whatever port id the
 //! kernel writes into the message (for most of them it writes none).
 
+mod apply;
+mod attribute;
+mod dump;
+mod endpoint;
 mod error;
+mod fact;
+mod filter;
+mod known;
+mod link;
+mod message;
+mod monitor;
 mod netns;
+mod outbox;
 mod probe;
+mod socket;
+mod sys;
+mod sysctl;
+mod worker;
 
+use std::io::Write;
+use std::collections::BTreeSet;
 use std::net::IpAddr;
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, mpsc as queue};
 
 use ipnet::IpNet;
 use ovl_core::device::Device;
 use ovl_core::kernel::Kernel;
 use ovl_core::op::Op;
 use ovl_proto::id::Mac;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
+
+use self::outbox::Outbox;
+use self::worker::{Request, Worker};
 
 pub use error::{KernelError, Result};
 pub use netns::{Netns, open_netns};
@@ -70,6 +92,28 @@ pub struct Outcome {
     pub result: Result<()>,
 }
 
+/// What should be, to be compared with what is.
+#[derive(Debug)]
+pub struct Goal {
+    /// All of ours that should be in the kernel.
+    pub desired: Kernel,
+    /// Whether what should not be there may be removed.
+    pub prune: bool,
+    /// Devices that are left alone: they are being made.
+    pub ignored: BTreeSet<Device>,
+    /// Whether the difference is applied, or only told.
+    pub apply: bool,
+}
+
+/// What a comparison of everything with a dump found.
+#[derive(Debug)]
+pub struct Pass {
+    /// The difference, and what became of each operation; all well if none was applied.
+    pub outcomes: Vec<Outcome>,
+    /// Endpoints whose host's ends are missing.
+    pub lost: Vec<Device>,
+}
+
 /// The device that has an address of this host.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Underlay {
@@ -85,23 +129,44 @@ pub struct Underlay {
 
 /// Starts the worker, in the network namespace of the calling thread.
 pub fn start(events: mpsc::Sender<KernelEvent>) -> Result<KernelHandle> {
-    drop(events);
-    Ok(KernelHandle {})
+    let error = |error| KernelError::io("cannot start the thread that talks to the kernel", &error);
+    let (bell, wake) = UnixStream::pair().map_err(error)?;
+    // A full socket means that the worker has enough to wake up for.
+    bell.set_nonblocking(true).map_err(error)?;
+    wake.set_nonblocking(true).map_err(error)?;
+    let worker = Worker::new(Outbox::new(events))?;
+    let (requests, queue) = queue::channel();
+    std::thread::Builder::new().name("kernel".to_owned()).spawn(move || worker.run(&queue, wake)).map_err(error)?;
+    Ok(KernelHandle(Arc::new(Way { requests, bell })))
 }
 
 /// The way to the worker. It ends with the last handle.
 #[derive(Debug, Clone)]
-pub struct KernelHandle {}
+pub struct KernelHandle(Arc<Way>);
+
+// The queue is dropped before the bell: hearing that, the worker finds the queue closed.
+#[derive(Debug)]
+struct Way {
+    requests: queue::Sender<Request>,
+    bell: UnixStream,
+}
 
 impl KernelHandle {
     /// All of ours that is in the kernel.
     pub async fn dump(&self) -> Result<Kernel> {
-        Err(KernelError::Stopped)
+        self.ask(Request::Dump).await?
+    }
+
+    /// Dumps, compares and applies in one go, so that nothing handed in later comes between.
+    pub async fn reconcile(&self, goal: Goal) -> Result<Pass> {
+        self.ask(|reply| Request::Reconcile(Box::new(goal), reply)).await?
     }
 
     /// Does all of them in order, whatever becomes of each.
     pub async fn apply(&self, ops: Vec<Op>) -> Vec<Outcome> {
-        ops.into_iter().map(|op| Outcome { op, result: Err(KernelError::Stopped) }).collect()
+        // For the answer where there is no worker to give one.
+        let asked = ops.clone();
+        self.ask(|reply| Request::Apply(ops, reply)).await.unwrap_or_else(|error| failed(asked, &error))
     }
 
     /// Makes an endpoint's pair, all or nothing. Gives the name of the other end.
@@ -111,35 +176,43 @@ impl KernelHandle {
 
     /// [`Self::apply`] and [`Self::create_endpoint`] in one go. Operations on the endpoint's own
     /// device are done after it is made, and not at all if it is not; all others before.
-    pub async fn prepare_and_create(
-        &self,
-        ops: Vec<Op>,
-        spec: EndpointSpec,
-    ) -> (Vec<Outcome>, Result<String>) {
-        drop(spec);
-        (self.apply(ops).await, Err(KernelError::Stopped))
+    pub async fn prepare_and_create(&self, ops: Vec<Op>, spec: EndpointSpec) -> (Vec<Outcome>, Result<String>) {
+        let asked = ops.clone();
+        match self.ask(|reply| Request::Create(ops, Box::new(spec), reply)).await {
+            Ok(answer) => answer,
+            Err(error) => (failed(asked, &error), Err(error)),
+        }
     }
 
     /// Deletes devices of ours; what is gone already is fine.
     pub async fn delete_links(&self, devices: Vec<Device>) -> Result<()> {
-        drop(devices);
-        Err(KernelError::Stopped)
+        self.ask(|reply| Request::Delete(devices, reply)).await?
     }
 
     /// The device that has this address.
     pub async fn underlay(&self, vtep: IpAddr) -> Result<Underlay> {
-        let _ = vtep;
-        Err(KernelError::Stopped)
+        self.ask(|reply| Request::Underlay(vtep, reply)).await?
     }
 
     /// The prefixes that this host has addresses in or routes to, our own devices' aside: a new
     /// network's subnet should collide with none.
     pub async fn prefixes(&self) -> Result<Vec<IpNet>> {
-        Err(KernelError::Stopped)
+        self.ask(Request::Prefixes).await?
     }
 
     /// Removes our nftables table, for a teardown.
     pub async fn remove_filter(&self) -> Result<()> {
-        Err(KernelError::Stopped)
+        self.ask(Request::RemoveFilter).await?
     }
+
+    async fn ask<T>(&self, request: impl FnOnce(oneshot::Sender<T>) -> Request) -> Result<T> {
+        let (reply, answer) = oneshot::channel();
+        self.0.requests.send(request(reply)).map_err(|_| KernelError::Stopped)?;
+        let _ = (&self.0.bell).write(&[0]);
+        answer.await.map_err(|_| KernelError::Stopped)
+    }
+}
+
+fn failed(ops: Vec<Op>, error: &KernelError) -> Vec<Outcome> {
+    ops.into_iter().map(|op| Outcome { op, result: Err(error.clone()) }).collect()
 }

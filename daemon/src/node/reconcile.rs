@@ -20,7 +20,7 @@ use ovl_proto::id::NetworkId;
 
 use super::Node;
 use super::state::State;
-use crate::kernel::{KernelEvent, Outcome};
+use crate::kernel::{Goal, KernelEvent, Outcome};
 
 /// A whole pass is made at the latest after this time, whatever happened.
 const RESYNC: Duration = Duration::from_secs(60);
@@ -104,7 +104,7 @@ impl Node {
     /// Compares everything with a dump, and repairs it.
     pub(super) async fn whole_pass(&self) {
         let (desired, prune, ignored) = self.plan_all();
-        let pass = match self.kernel.reconcile(desired, prune, ignored, true).await {
+        let pass = match self.kernel.reconcile(Goal { desired, prune, ignored, apply: true }).await {
             Ok(pass) => pass,
             Err(error) => {
                 let sentence = format!("the kernel's state cannot be read: {error}");
@@ -202,7 +202,11 @@ impl Node {
             let state = self.state.borrow();
             (desired::desired(&state.view, &state.local), state.pending.devices.clone())
         };
-        let pass = self.kernel.reconcile(desired, true, ignored, false).await.map_err(super::Failed::from)?;
+        let pass = self
+            .kernel
+            .reconcile(Goal { desired, prune: true, ignored, apply: false })
+            .await
+            .map_err(super::Failed::from)?;
         Ok((pass.outcomes.into_iter().map(|outcome| outcome.op).collect(), pass.lost))
     }
 }

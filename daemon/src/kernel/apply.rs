@@ -1,0 +1,361 @@
+//! Operations, done.
+
+use std::collections::HashMap;
+
+use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
+use netlink_packet_route::link::LinkAttribute;
+use nix::libc::{EADDRINUSE, EADDRNOTAVAIL, EEXIST, ENODEV, ENOENT};
+use ovl_core::device::{Device, Role};
+use ovl_core::kernel::Link;
+use ovl_core::op::Op;
+
+use super::dump;
+use super::error::{KernelError, Result};
+use super::link::LinkView;
+use super::message::{self, Target};
+use super::socket::{Batch, Refusal, Route};
+
+/// A device of ours that is there.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Located {
+    pub(super) index: u32,
+    pub(super) peer: Option<u32>,
+    pub(super) peer_netns: Option<i32>,
+}
+
+/// Devices looked up during one request. What is there is asked of the kernel each time, so that
+/// no entry is ever written to a device that took over an index, or that is not ours.
+#[derive(Debug, Default)]
+pub(super) struct Devices(HashMap<Device, Result<Located>>);
+
+impl Devices {
+    /// Looks up those that are not looked up yet, all in one go.
+    pub(super) fn find(&mut self, route: &mut Route, devices: impl Iterator<Item = Device>) -> Result<()> {
+        let mut wanted: Vec<Device> = devices.filter(|device| !self.0.contains_key(device)).collect();
+        wanted.sort();
+        wanted.dedup();
+        let mut batch = Batch::default();
+        for device in &wanted {
+            batch.push(message::get_link(*device), 0);
+        }
+        let (results, answers) = route.execute(batch)?;
+        for (device, result) in wanted.iter().zip(results) {
+            let result = match result {
+                Ok(()) => Err(KernelError::NoDevice(*device)),
+                Err(refusal) if refusal.errno == ENODEV => Err(KernelError::NoDevice(*device)),
+                Err(refusal) => Err(refusal.into_error(format!("cannot look up {device}"))),
+            };
+            self.0.insert(*device, result);
+        }
+        for answer in answers {
+            let Some((device, view)) = wanted.get(answer.request).zip(LinkView::parse(&answer.payload)) else {
+                continue;
+            };
+            let found = if view.ours() == Some(*device) {
+                Ok(Located { index: view.index, peer: view.peer, peer_netns: view.peer_netns })
+            } else {
+                Err(KernelError::Foreign(*device))
+            };
+            self.0.insert(*device, found);
+        }
+        Ok(())
+    }
+
+    /// One of them.
+    pub(super) fn get(&mut self, route: &mut Route, device: Device) -> Result<Located> {
+        self.find(route, std::iter::once(device))?;
+        self.0.get(&device).cloned().unwrap_or(Err(KernelError::NoDevice(device)))
+    }
+
+    /// It was made or deleted.
+    pub(super) fn forget(&mut self, device: Device) {
+        self.0.remove(&device);
+    }
+}
+
+/// Whether [`entries`] does it.
+pub(super) fn is_entry(op: &Op) -> bool {
+    !matches!(op, Op::Sysctl { .. } | Op::Filter(_) | Op::AddLink(..) | Op::SetLink(..) | Op::DelLink(_))
+}
+
+/// Does operations on entries, all in one batch.
+pub(super) fn entries(route: &mut Route, devices: &mut Devices, ops: &[Op]) -> Result<Vec<Result<()>>> {
+    devices.find(route, ops.iter().filter_map(Op::device))?;
+    let mut batch = Batch::default();
+    // What is not in the batch has its result already.
+    let mut results: Vec<Option<Result<()>>> = Vec::with_capacity(ops.len());
+    for op in ops {
+        let located = op.device().map(|device| devices.get(route, device));
+        results.push(match located {
+            Some(Ok(located)) => {
+                if let Some((message, flags)) = message::entry(op, located.index) {
+                    batch.push(message, flags);
+                }
+                None
+            }
+            Some(Err(KernelError::NoDevice(_))) if takes_away(op) => Some(Ok(())),
+            Some(Err(error)) => Some(Err(error)),
+            None => Some(Ok(())),
+        });
+    }
+    let (sent, _) = route.execute(batch)?;
+    let mut sent = sent.into_iter();
+    Ok(ops
+        .iter()
+        .zip(results)
+        .map(|(op, result)| result.unwrap_or_else(|| verdict(route, op, sent.next().unwrap_or(Ok(())))))
+        .collect())
+}
+
+fn takes_away(op: &Op) -> bool {
+    matches!(
+        op,
+        Op::DelAddress(..) | Op::DelRemote(..) | Op::DelFlood(..) | Op::DelPort(..) | Op::DelNeighbour(..)
+    )
+}
+
+/// What has the wanted effect already is no error.
+fn verdict(route: &mut Route, op: &Op, result: Result<(), Refusal>) -> Result<()> {
+    let Err(refusal) = result else { return Ok(()) };
+    match (op, refusal.errno) {
+        (op, ENOENT | ENODEV | EADDRNOTAVAIL) if takes_away(op) => Ok(()),
+        (Op::AddFlood(..) | Op::AddAddress(..), EEXIST) => Ok(()),
+        (Op::AddAddress(device, net), nix::libc::EACCES) if net.addr().is_ipv6() => {
+            // The host turns IPv6 off on new devices; this one needs it.
+            let again = super::sysctl::allow_v6(device.as_str()).is_ok();
+            let located = Devices::default().get(route, *device)?;
+            match message::entry(op, located.index) {
+                Some((message, flags)) if again => {
+                    route.request(message, flags)?.map_err(|refusal| refusal.into_error(op.to_string()))
+                }
+                _ => Err(refusal.into_error(op.to_string())),
+            }
+        }
+        _ => Err(refusal.into_error(op.to_string())),
+    }
+}
+
+/// Makes a bridge or a VXLAN device, or leaves nothing behind. One that is there is left as it is:
+/// the next dump shows what is to be changed on it.
+pub(super) fn add_link(route: &mut Route, devices: &mut Devices, op: &Op, device: Device, link: &Link) -> Result<()> {
+    let Some(new) = message::new_link(device, link) else {
+        return Err(KernelError::Other(format!("{device} is made by an attach, not by the loop")));
+    };
+    let (alias, master, up) = match link {
+        Link::Bridge { up, .. } => ("bridge", None, *up),
+        Link::Vxlan { master, up, .. } => ("vxlan", *master, *up),
+        Link::Endpoint { .. } => return Ok(()),
+    };
+    let master = master.map(|bridge| devices.get(route, bridge)).transpose()?;
+    devices.forget(device);
+    if let Err(refusal) = route.request(new, NLM_F_CREATE | NLM_F_EXCL)? {
+        return match (refusal.errno, devices.get(route, device)) {
+            (EEXIST, Ok(_)) => Ok(()),
+            (EEXIST, Err(error @ KernelError::Foreign(_))) => Err(error),
+            _ => Err(explain(route, device, link, refusal, op)),
+        };
+    }
+    devices.forget(device);
+    let target = Target::Name(device);
+    let mut attributes = vec![message::alias(alias)];
+    if has_inet6() {
+        attributes.push(message::no_link_local());
+    }
+    if let Link::Bridge { mtu, .. } = link {
+        attributes.push(LinkAttribute::Mtu(u32::from(*mtu)));
+    }
+    if let Some(master) = master {
+        attributes.push(LinkAttribute::Controller(master.index));
+    }
+    let mut batch = Batch::default();
+    batch.push(message::set(target, attributes), 0);
+    if master.is_some() {
+        batch.push(message::set(target, vec![message::port(device)]), 0);
+    }
+    if up {
+        batch.push(message::set_up(target, true), 0);
+    }
+    let (results, _) = route.execute(batch)?;
+    let Some(refusal) = results.into_iter().find_map(Result::err) else { return Ok(()) };
+    let error = explain(route, device, link, refusal, op);
+    // By name: it may not have the alias yet. Nobody else made one in the meantime.
+    let mut delete = message::change(target, Vec::new());
+    delete.header.index = 0;
+    let _ = route.request(netlink_packet_route::RouteNetlinkMessage::DelLink(delete), 0)?;
+    Err(error)
+}
+
+/// Brings a device from the first state to the second, as far as they differ.
+pub(super) fn set_link(
+    route: &mut Route,
+    devices: &mut Devices,
+    op: &Op,
+    device: Device,
+    from: &Link,
+    to: &Link,
+) -> Result<Located> {
+    let located = devices.get(route, device)?;
+    let target = Target::Index(located.index);
+    let was = Common::of(from);
+    let is = Common::of(to);
+    let mut batch = Batch::default();
+    let mut attributes = Vec::new();
+    if let Link::Bridge { mac, .. } = to {
+        attributes.push(message::hardware_address(*mac));
+    }
+    if was.mtu != is.mtu {
+        attributes.push(LinkAttribute::Mtu(u32::from(is.mtu)));
+    }
+    if was.master != is.master {
+        let master = is.master.map(|bridge| devices.get(route, bridge)).transpose()?;
+        attributes.push(LinkAttribute::Controller(master.map_or(0, |bridge| bridge.index)));
+    }
+    let tune = is.tuned && (!was.tuned || was.master != is.master);
+    if tune && has_inet6() {
+        attributes.push(message::no_link_local());
+    }
+    if tune {
+        match to {
+            Link::Bridge { .. } => attributes.push(LinkAttribute::LinkInfo(message::bridge_info())),
+            Link::Vxlan { .. } => attributes.push(LinkAttribute::LinkInfo(message::no_learning())),
+            Link::Endpoint { .. } => {}
+        }
+    }
+    if !attributes.is_empty() {
+        batch.push(message::set(target, attributes), 0);
+    }
+    if tune && is.master.is_some() {
+        batch.push(message::set(target, vec![message::port(device)]), 0);
+    }
+    if was.up != is.up {
+        batch.push(message::set_up(target, is.up), 0);
+    }
+    let (results, _) = route.execute(batch)?;
+    match results.into_iter().find_map(Result::err) {
+        Some(refusal) => Err(explain(route, device, to, refusal, op)),
+        None => Ok(located),
+    }
+}
+
+/// What all kinds of devices have.
+struct Common {
+    mtu: u16,
+    master: Option<Device>,
+    up: bool,
+    tuned: bool,
+}
+
+impl Common {
+    fn of(link: &Link) -> Self {
+        match *link {
+            Link::Bridge { mtu, up, tuned, .. } => Self { mtu, master: None, up, tuned },
+            Link::Vxlan { mtu, master, up, tuned, .. } | Link::Endpoint { mtu, master, up, tuned } => {
+                Self { mtu, master, up, tuned }
+            }
+        }
+    }
+}
+
+/// An error with a VXLAN device whose VNI or port is taken names who has it.
+fn explain(route: &mut Route, device: Device, link: &Link, refusal: Refusal, op: &Op) -> KernelError {
+    let Link::Vxlan { vni, port, .. } = link else { return refusal.into_error(op.to_string()) };
+    let holder = |route: &mut Route, vni: Option<u32>| {
+        dump::all_links(route).ok()?.messages().filter_map(|message| LinkView::parse(message.payload)).find_map(|view| {
+            let (its_vni, its_port) = view.vxlan()?;
+            let conflicts = its_port == *port && (vni.is_none() || its_vni.is_none() || its_vni == vni);
+            (conflicts && view.name != device.as_str()).then(|| view.name.to_owned())
+        })
+    };
+    match refusal.errno {
+        EEXIST => match holder(route, Some(*vni)) {
+            Some(name) => KernelError::Other(format!("VNI {vni} on port {port} is in use by device {name}")),
+            None => refusal.into_error(op.to_string()),
+        },
+        EADDRINUSE => match holder(route, None) {
+            Some(name) => KernelError::Other(format!(
+                "UDP port {port} is in use by device {name}, which is set up in a way that does not go with ours"
+            )),
+            None => KernelError::Other(format!(
+                "UDP port {port}, which VXLAN needs, is in use by another program (`ss -ulnp sport = :{port}` shows it)"
+            )),
+        },
+        _ => refusal.into_error(op.to_string()),
+    }
+}
+
+/// Whether this kernel has IPv6; `ipv6.disable=1` takes it away.
+pub(super) fn has_inet6() -> bool {
+    std::path::Path::new("/proc/sys/net/ipv6").exists()
+}
+
+/// A group for devices that are about to be deleted together; "ovld".
+const DOOMED: u32 = 0x6f76_6c64;
+
+/// Deletes devices of ours; gives each one's result. The kernel waits for all processors once for
+/// each request, not for each device: many together take as long as one.
+pub(super) fn delete(route: &mut Route, devices: &mut Devices, doomed: &[Device]) -> Result<Vec<Result<()>>> {
+    for device in doomed {
+        devices.forget(*device);
+    }
+    devices.find(route, doomed.iter().copied())?;
+    let mut results = Vec::new();
+    let mut there = Vec::new();
+    for device in doomed {
+        results.push(match devices.get(route, *device) {
+            Ok(located) => {
+                there.push(located.index);
+                Ok(())
+            }
+            Err(KernelError::NoDevice(_)) => Ok(()),
+            Err(error) => Err(error),
+        });
+        devices.forget(*device);
+    }
+    there.sort_unstable();
+    there.dedup();
+    if there.len() > 1 && delete_group(route, &there)? {
+        return Ok(results);
+    }
+    for (device, result) in doomed.iter().zip(&mut results).filter(|(_, result)| result.is_ok()) {
+        *result = match devices.get(route, *device) {
+            Ok(located) => match route.request(message::del_link(located.index), 0)? {
+                Err(refusal) if refusal.errno != ENODEV => {
+                    Err(refusal.into_error(Op::DelLink(*device).to_string()))
+                }
+                Ok(()) | Err(_) => Ok(()),
+            },
+            Err(KernelError::NoDevice(_)) => Ok(()),
+            Err(error) => Err(error),
+        };
+        devices.forget(*device);
+    }
+    Ok(results)
+}
+
+/// Gives false if it did nothing.
+fn delete_group(route: &mut Route, there: &[u32]) -> Result<bool> {
+    let mut batch = Batch::default();
+    for index in there {
+        batch.push(message::set(Target::Index(*index), vec![LinkAttribute::Group(DOOMED)]), 0);
+    }
+    route.execute(batch)?;
+    // Nobody else should have chosen this number, but what is deleted is gone.
+    let mut members: Vec<u32> = dump::all_links(route)?
+        .messages()
+        .filter_map(|message| LinkView::parse(message.payload))
+        .filter(|view| view.group == DOOMED)
+        .map(|view| view.index)
+        .collect();
+    members.sort_unstable();
+    if members.iter().any(|index| there.binary_search(index).is_err()) {
+        return Ok(false);
+    }
+    Ok(members.is_empty() || route.request(message::del_group(DOOMED), 0)?.is_ok())
+}
+
+/// Whether an endpoint's MTU changes: then the other end needs the same.
+pub(super) fn peer_mtu(device: Device, from: &Link, to: &Link) -> Option<u16> {
+    let Some(Role::Endpoint(_)) = device.role() else { return None };
+    let (was, is) = (Common::of(from).mtu, Common::of(to).mtu);
+    (was != is).then_some(is)
+}

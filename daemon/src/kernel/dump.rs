@@ -1,0 +1,201 @@
+//! All of ours that is in the kernel.
+
+use std::collections::HashMap;
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use netlink_packet_route::address::AddressMessage;
+use netlink_packet_route::link::{LinkAttribute, LinkExtentMask, LinkMessage};
+use netlink_packet_route::neighbour::NeighbourMessage;
+use netlink_packet_route::route::RouteMessage;
+use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
+use ovl_core::device::{Device, Role};
+use ovl_core::kernel::Kernel;
+
+use super::Underlay;
+use super::attribute::{attributes, ip, u8_at};
+use super::error::{KernelError, Result};
+use super::fact;
+use super::link::{LinkView, Neighbour};
+use super::socket::{Dump, Route};
+use super::sysctl;
+
+const RTM_NEWLINK: u16 = 16;
+const RTM_NEWADDR: u16 = 20;
+const RTM_NEWROUTE: u16 = 24;
+const RTM_NEWNEIGH: u16 = 28;
+
+/// What a dump gives beside the model.
+#[derive(Debug, Default)]
+pub(super) struct Names {
+    /// All devices of the host by index.
+    pub(super) all: HashMap<u32, Device>,
+    /// Those that are ours.
+    pub(super) ours: HashMap<u32, Device>,
+    /// MTU and state of those that are not.
+    pub(super) others: HashMap<u32, (u32, bool)>,
+}
+
+/// Everything except the packet filter.
+pub(super) fn kernel(route: &mut Route) -> Result<(Kernel, Names)> {
+    let mut kernel = Kernel::default();
+    let names = links(route, &mut kernel)?;
+    for message in addresses(route)?.messages().filter(|message| message.kind == RTM_NEWADDR) {
+        if let Some((index, net)) = fact::address(message.payload)
+            && let Some(device) = names.ours.get(&index)
+            && let Some(Role::Bridge(_)) = device.role()
+        {
+            kernel.addresses.insert((*device, net));
+        }
+    }
+    for family in [AddressFamily::Bridge, AddressFamily::Unspec] {
+        let dump = neighbours(route, family)?;
+        for message in dump.messages().filter(|message| message.kind == RTM_NEWNEIGH) {
+            if let Some(entry) = Neighbour::parse(message.payload)
+                && let Some(device) = names.ours.get(&entry.index)
+                && let Some((place, value)) = fact::of_neighbour(&entry, *device, kernel.links.get(device))
+            {
+                fact::set(&mut kernel, place, value);
+            }
+        }
+    }
+    for name in sysctl::WATCHED {
+        if let Some(value) = sysctl::read(name) {
+            kernel.sysctls.insert(name.to_owned(), value);
+        }
+    }
+    Ok((kernel, names))
+}
+
+fn links(route: &mut Route, kernel: &mut Kernel) -> Result<Names> {
+    let dump = all_links(route)?;
+    let mut names = Names::default();
+    let views = || {
+        dump.messages()
+            .filter(|message| message.kind == RTM_NEWLINK)
+            .filter_map(|message| LinkView::parse(message.payload))
+    };
+    for view in views() {
+        if let Some(device) = view.device() {
+            names.all.insert(view.index, device);
+        }
+    }
+    for view in views() {
+        match view.ours().zip(view.model(&names.all)) {
+            Some((device, link)) => {
+                kernel.links.insert(device, link);
+                names.ours.insert(view.index, device);
+            }
+            None => {
+                names.others.insert(view.index, (view.mtu, view.up));
+            }
+        }
+    }
+    Ok(names)
+}
+
+/// All devices, ours or not, without their counters.
+pub(super) fn all_links(route: &mut Route) -> Result<Dump> {
+    let mut message = LinkMessage::default();
+    message.attributes = vec![LinkAttribute::ExtMask(vec![LinkExtentMask::SkipStats])];
+    route.dump(&RouteNetlinkMessage::GetLink(message))
+}
+
+fn addresses(route: &mut Route) -> Result<Dump> {
+    route.dump(&RouteNetlinkMessage::GetAddress(AddressMessage::default()))
+}
+
+fn neighbours(route: &mut Route, family: AddressFamily) -> Result<Dump> {
+    let mut message = NeighbourMessage::default();
+    message.header.family = family;
+    route.dump(&RouteNetlinkMessage::GetNeighbour(message))
+}
+
+/// The device that has an address.
+pub(super) fn underlay(route: &mut Route, vtep: IpAddr) -> Result<Underlay> {
+    let dump = addresses(route)?;
+    let (index, prefix) = dump
+        .messages()
+        .filter(|message| message.kind == RTM_NEWADDR)
+        .filter_map(|message| fact::address(message.payload))
+        .find(|(_, net)| net.addr() == vtep)
+        .ok_or_else(|| KernelError::Other(format!("no device of this host has the address {vtep}")))?;
+    let links = all_links(route)?;
+    links
+        .messages()
+        .filter_map(|message| LinkView::parse(message.payload))
+        .find(|view| view.index == index)
+        .map(|view| Underlay {
+            device: view.name.to_owned(),
+            index,
+            mtu: view.mtu.try_into().unwrap_or(u16::MAX),
+            prefix,
+        })
+        .ok_or_else(|| KernelError::Other(format!("the device with the address {vtep} is gone")))
+}
+
+/// Prefixes of addresses and of routes, those of our devices and those that every host has aside.
+pub(super) fn prefixes(route: &mut Route) -> Result<Vec<IpNet>> {
+    let names = links(route, &mut Kernel::default())?;
+    let mut prefixes = Vec::new();
+    let dump = addresses(route)?;
+    for message in dump.messages().filter(|message| message.kind == RTM_NEWADDR) {
+        if let Some((index, net)) = fact::address(message.payload)
+            && !names.ours.contains_key(&index)
+        {
+            prefixes.push(net.trunc());
+        }
+    }
+    for family in [AddressFamily::Inet, AddressFamily::Inet6] {
+        let mut message = RouteMessage::default();
+        message.header.address_family = family;
+        let dump = route.dump(&RouteNetlinkMessage::GetRoute(message))?;
+        for message in dump.messages().filter(|message| message.kind == RTM_NEWROUTE) {
+            if let Some((net, device)) = destination(message.payload)
+                && device.is_none_or(|index| !names.ours.contains_key(&index))
+            {
+                prefixes.push(net);
+            }
+        }
+    }
+    prefixes.retain(|net| net.prefix_len() > 0 && !is_everywhere(net.addr()));
+    prefixes.sort();
+    prefixes.dedup();
+    Ok(prefixes)
+}
+
+/// A unicast route's destination, and its device if it has only one.
+fn destination(payload: &[u8]) -> Option<(IpNet, Option<u32>)> {
+    /// `rtm_type`: local, broadcast, anycast, multicast: they repeat the addresses.
+    const NOT_DESTINATIONS: std::ops::RangeInclusive<u8> = 2..=5;
+    if NOT_DESTINATIONS.contains(&u8_at(payload, 7)?) {
+        return None;
+    }
+    let (mut to, mut device) = (None, None);
+    for (kind, value) in attributes(payload, 12) {
+        match kind {
+            1 => to = ip(value),
+            4 => device = super::attribute::u32_at(value, 0),
+            _ => {}
+        }
+    }
+    // A default route has no destination.
+    Some((IpNet::new(to?, u8_at(payload, 1)?).ok()?, device))
+}
+
+fn is_everywhere(address: IpAddr) -> bool {
+    address.is_loopback()
+        || address.is_multicast()
+        || matches!(address, IpAddr::V6(address) if address.is_unicast_link_local())
+}
+
+/// Whether a namespace has a default route of the address's family, in the main table.
+pub(super) fn has_default_route(route: &mut Route, family: AddressFamily) -> Result<bool> {
+    let mut message = RouteMessage::default();
+    message.header.address_family = family;
+    message.header.table = 254;
+    let dump = route.dump(&RouteNetlinkMessage::GetRoute(message))?;
+    Ok(dump.messages().any(|message| {
+        message.kind == RTM_NEWROUTE && u8_at(message.payload, 1) == Some(0) && u8_at(message.payload, 7) == Some(1)
+    }))
+}

@@ -1,0 +1,198 @@
+//! An endpoint's pair of interfaces: made in one batch here and one inside of its namespace, or not
+//! at all.
+
+use std::net::IpAddr;
+use std::os::fd::{AsFd, OwnedFd};
+
+use ipnet::IpNet;
+use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
+use netlink_packet_route::link::LinkAttribute;
+use nix::libc::{EACCES, EEXIST};
+use ovl_core::kernel::Link;
+
+use super::EndpointSpec;
+use super::apply::{Devices, delete, has_inet6};
+use super::dump::has_default_route;
+use super::error::{KernelError, Result};
+use super::link::LinkView;
+use super::message::{self, Target};
+use super::netns::Visitor;
+use super::socket::{Batch, Refusal, Route};
+use super::sysctl;
+
+/// The kernel puts the first free number in.
+const ANY_NAME: &str = "eth%d";
+
+/// Every namespace's loopback device has this index.
+const LOOPBACK: u32 = 1;
+
+/// What was made.
+#[derive(Debug)]
+pub(super) struct Created {
+    pub(super) index: u32,
+    pub(super) link: Link,
+    /// The name of the other end.
+    pub(super) ifname: String,
+}
+
+/// Makes the pair.
+pub(super) fn create(
+    route: &mut Route,
+    devices: &mut Devices,
+    visitor: &mut Visitor,
+    spec: EndpointSpec,
+) -> Result<Created> {
+    let EndpointSpec { device, name, netns, ifname, mac, mtu, bridge, addresses, gateways } = spec;
+    if let Some(name) = &ifname
+        && !is_plain_name(name)
+    {
+        return Err(KernelError::Other(format!("'{name}' cannot be the name of an interface")));
+    }
+    let bridge_index = devices.get(route, bridge)?.index;
+    let wanted = ifname.as_deref().unwrap_or(ANY_NAME);
+    let target = Target::Name(device);
+    let mut batch = Batch::default();
+    let pair = message::new_pair(device, bridge_index, mtu, netns.fd.as_fd(), wanted, mac);
+    batch.push(pair, NLM_F_CREATE | NLM_F_EXCL);
+    let mut attributes = vec![message::alias(&format!("endpoint {name}")), message::port(device)];
+    if has_inet6() {
+        attributes.push(message::no_link_local());
+    }
+    batch.push(message::set(target, attributes), 0);
+    // Only now: the kernel would make a link-local address at once.
+    batch.push(message::set_up(target, true), 0);
+    batch.push(message::get_link(device), 0);
+    devices.forget(device);
+    // Nothing is changed if a device of this name is there: the first request would fail, and the
+    // others would be for that device.
+    match devices.get(route, device) {
+        Err(KernelError::NoDevice(_)) => devices.forget(device),
+        Err(error) => return Err(error),
+        Ok(_) => return Err(KernelError::Other(format!("the device {device} is there already"))),
+    }
+    let (results, answers) = route.execute(batch)?;
+    let mut results = results.into_iter();
+    if let Some(Err(refusal)) = results.next() {
+        return Err(explain(refusal, wanted));
+    }
+    let view = answers.first().and_then(|answer| LinkView::parse(&answer.payload));
+    let done = match (results.find_map(Result::err), view) {
+        (Some(refusal), _) => Err(refusal.into_error(format!("cannot set up {device}"))),
+        (None, Some(view)) => finish(view, Inside { ifname, addresses, gateways }, visitor, netns.fd),
+        (None, None) => Err(KernelError::NoDevice(device)),
+    };
+    match done {
+        Ok((index, ifname)) => {
+            let link = Link::Endpoint { mtu, master: Some(bridge), up: true, tuned: true };
+            Ok(Created { index, link, ifname })
+        }
+        Err(error) => {
+            // With its one end the other goes too.
+            if let Err(left) = delete(route, devices, &[device]).and_then(|results| results.into_iter().collect::<Result<()>>()) {
+                tracing::warn!("{device} is left over from an attach that failed: {left}");
+            }
+            Err(error)
+        }
+    }
+}
+
+/// What is to be done inside.
+#[derive(Debug)]
+struct Inside {
+    ifname: Option<String>,
+    addresses: Vec<IpNet>,
+    gateways: Vec<IpAddr>,
+}
+
+fn finish(
+    view: LinkView<'_>,
+    inside: Inside,
+    visitor: &mut Visitor,
+    netns: OwnedFd,
+) -> Result<(u32, String)> {
+    let peer = view.peer.ok_or_else(|| KernelError::Other("the kernel does not tell the other end".to_owned()))?;
+    let ifname = visitor.visit(netns, move |route| configure(route, peer, inside))?;
+    Ok((view.index, ifname))
+}
+
+/// Inside of the namespace: addresses, and default routes where there are none.
+fn configure(route: &mut Route, index: u32, inside: Inside) -> Result<String> {
+    let mut batch = Batch::default();
+    batch.push(message::set_up(Target::Index(LOOPBACK), true), 0);
+    batch.push(message::get_link_at(index), 0);
+    for net in &inside.addresses {
+        batch.push(message::new_address(index, *net), NLM_F_CREATE | NLM_F_EXCL);
+    }
+    let (results, answers) = route.execute(batch)?;
+    let ifname = answers
+        .first()
+        .and_then(|answer| LinkView::parse(&answer.payload))
+        .map(|view| view.name.to_owned())
+        .or(inside.ifname)
+        .ok_or_else(|| KernelError::Other("the namespace lost the interface at once".to_owned()))?;
+    let mut results = results.into_iter();
+    if let Some(Err(refusal)) = results.next() {
+        return Err(refusal.into_error("cannot set lo up in the namespace"));
+    }
+    results.next();
+    for (net, result) in inside.addresses.iter().zip(results) {
+        if let Err(refusal) = result {
+            add_again(route, index, &ifname, *net, refusal)?;
+        }
+    }
+    for gateway in inside.gateways {
+        if has_default_route(route, message::family(gateway))? {
+            continue;
+        }
+        route
+            .request(message::default_route(index, gateway), NLM_F_CREATE | NLM_F_EXCL)?
+            .map_err(|refusal| refusal.into_error(format!("cannot set the default route via {gateway} in the namespace")))?;
+    }
+    Ok(ifname)
+}
+
+/// Runtimes turn IPv6 off in namespaces that shall have none; this one shall.
+fn add_again(route: &mut Route, index: u32, ifname: &str, net: IpNet, refusal: Refusal) -> Result<()> {
+    let action = || format!("cannot give {ifname} the address {net}");
+    if refusal.errno != EACCES || net.addr().is_ipv4() {
+        return Err(refusal.into_error(action()));
+    }
+    sysctl::allow_v6(ifname)
+        .map_err(|error| KernelError::io(format!("cannot turn on IPv6 on {ifname} in the namespace"), &error))?;
+    route
+        .request(message::new_address(index, net), NLM_F_CREATE | NLM_F_EXCL)?
+        .map_err(|refusal| refusal.into_error(action()))
+}
+
+/// That the host's end was not there before is known: it is the other end whose name is taken.
+fn explain(refusal: Refusal, ifname: &str) -> KernelError {
+    match refusal.errno {
+        EEXIST => KernelError::Other(format!("the namespace already has an interface {ifname}")),
+        _ => refusal.into_error(format!("cannot make the interface {ifname} in the namespace")),
+    }
+}
+
+/// The kernel's rules, and no `%`, which it would replace.
+fn is_plain_name(name: &str) -> bool {
+    !name.is_empty()
+        && name.len() <= 15
+        && name != "."
+        && name != ".."
+        && !name.contains(|c: char| c == '/' || c == ':' || c == '%' || c.is_whitespace() || c.is_control())
+}
+
+/// Gives other ends of pairs an MTU, each in its namespace.
+pub(super) fn set_peer_mtu(visitor: &mut Visitor, netns: OwnedFd, peers: Vec<(u32, u16)>) -> Result<Vec<Result<()>>> {
+    visitor.visit(netns, move |route| {
+        let mut batch = Batch::default();
+        for (index, mtu) in &peers {
+            let mtu = LinkAttribute::Mtu(u32::from(*mtu));
+            batch.push(message::set(Target::Index(*index), vec![mtu]), 0);
+        }
+        let (results, _) = route.execute(batch)?;
+        Ok(results
+            .into_iter()
+            .map(|result| result.map_err(|refusal| refusal.into_error("cannot set the MTU inside of the namespace")))
+            .collect())
+    })
+}

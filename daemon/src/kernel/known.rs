@@ -1,0 +1,247 @@
+//! What we believe the kernel holds, and what a notification says that is new.
+
+use std::collections::HashMap;
+
+use ipnet::IpNet;
+use ovl_core::device::{Device, Role};
+use ovl_core::kernel::{Kernel, Link};
+use ovl_core::op::Op;
+
+use super::attribute::{Message, attributes, u8_at, u32_at};
+use super::dump::Names;
+use super::fact::{self, Place, Value};
+use super::link::{LinkView, Neighbour};
+
+const RTM_NEWLINK: u16 = 16;
+const RTM_DELLINK: u16 = 17;
+const RTM_NEWADDR: u16 = 20;
+const RTM_DELADDR: u16 = 21;
+const RTM_NEWNEIGH: u16 = 28;
+const RTM_DELNEIGH: u16 = 29;
+const RTM_NEWNETCONF: u16 = 80;
+
+/// What notifications said that was not known.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct News {
+    pub(super) changed: bool,
+    pub(super) underlay: bool,
+    pub(super) gone: Vec<Device>,
+}
+
+/// The last dump, with our operations and the notifications since.
+#[derive(Debug, Default)]
+pub(super) struct Known {
+    kernel: Kernel,
+    names: Names,
+    news: News,
+    /// Devices of ours that notifications were about, and what the last one said.
+    told: HashMap<u32, Told>,
+}
+
+#[derive(Debug, Default)]
+struct Told {
+    link: Option<Link>,
+    port_is_tuned: Option<bool>,
+}
+
+impl Known {
+    /// After a dump.
+    pub(super) fn load(&mut self, kernel: Kernel, names: Names) {
+        self.kernel = kernel;
+        self.names = names;
+        self.told.clear();
+    }
+
+    /// After an operation that succeeded.
+    pub(super) fn applied(&mut self, op: &Op) {
+        let kernel = &mut self.kernel;
+        match op {
+            Op::Sysctl { name, value } => {
+                kernel.sysctls.insert(name.clone(), value.clone());
+            }
+            Op::Filter(_) => {}
+            Op::AddLink(device, link) | Op::SetLink(device, _, link) => {
+                kernel.links.insert(*device, *link);
+            }
+            Op::DelLink(device) => self.deleted(*device),
+            Op::AddAddress(device, net) => {
+                kernel.addresses.insert((*device, *net));
+            }
+            Op::DelAddress(device, net) => {
+                kernel.addresses.remove(&(*device, *net));
+            }
+            Op::SetRemote(device, mac, remote) => {
+                kernel.remotes.insert((*device, *mac), *remote);
+            }
+            Op::DelRemote(device, mac) => {
+                kernel.remotes.remove(&(*device, *mac));
+            }
+            Op::AddFlood(device, remote) => {
+                kernel.floods.insert((*device, *remote));
+            }
+            Op::DelFlood(device, remote) => {
+                kernel.floods.remove(&(*device, *remote));
+            }
+            Op::AddPort(device, mac) => {
+                kernel.ports.insert((*device, *mac));
+            }
+            Op::DelPort(device, mac) => {
+                kernel.ports.remove(&(*device, *mac));
+            }
+            Op::SetNeighbour(device, address, mac) => {
+                kernel.neighbours.insert((*device, *address), *mac);
+            }
+            Op::DelNeighbour(device, address) => {
+                kernel.neighbours.remove(&(*device, *address));
+            }
+        }
+    }
+
+    /// After we deleted a device.
+    pub(super) fn deleted(&mut self, device: Device) {
+        self.kernel.forget_device(device);
+        self.names.ours.retain(|_, name| *name != device);
+    }
+
+    /// After we made one.
+    pub(super) fn created(&mut self, index: u32, device: Device, link: Link) {
+        self.kernel.links.insert(device, link);
+        self.names.ours.insert(index, device);
+        self.names.all.insert(index, device);
+    }
+
+    /// Takes in one notification.
+    pub(super) fn note(&mut self, message: &Message<'_>) {
+        let payload = message.payload;
+        match message.kind {
+            RTM_NEWLINK => self.note_link(payload),
+            RTM_DELLINK => self.note_deletion(payload),
+            RTM_NEWADDR | RTM_DELADDR => {
+                if let Some((index, net)) = fact::address(payload) {
+                    self.note_address(index, net, message.kind == RTM_NEWADDR);
+                }
+            }
+            RTM_NEWNEIGH | RTM_DELNEIGH => self.note_neighbour(payload, message.kind == RTM_NEWNEIGH),
+            RTM_NEWNETCONF => self.note_forwarding(payload),
+            _ => {}
+        }
+    }
+
+    /// Once all notifications that were waiting are noted: an operation of ours can pass through
+    /// states that are not the one it leaves, so only the last state of a device counts.
+    pub(super) fn news(&mut self) -> News {
+        for (index, told) in self.told.drain() {
+            let Some(device) = self.names.ours.get(&index).copied() else { continue };
+            let known = self.kernel.links.get(&device).copied();
+            let Some(mut now) = told.link.or(known) else { continue };
+            let was_tuned = is_tuned(&mut now);
+            if let Some(port) = told.port_is_tuned {
+                // Of the bridge's message we learn about the port alone. If that is as it should
+                // be and the device was not, a dump tells.
+                self.news.changed |= port != *was_tuned;
+                *was_tuned &= port;
+            }
+            if known != Some(now) {
+                self.kernel.links.insert(device, now);
+                self.news.changed = true;
+            }
+        }
+        std::mem::take(&mut self.news)
+    }
+
+    fn note_link(&mut self, payload: &[u8]) {
+        let Some(view) = LinkView::parse(payload) else { return };
+        if view.is_port_message {
+            if let Some(device) = self.names.ours.get(&view.index) {
+                let is_vxlan = matches!(device.role(), Some(Role::Vxlan(_)));
+                let told = self.told.entry(view.index).or_default();
+                told.port_is_tuned = view.port_is_tuned(is_vxlan).or(told.port_is_tuned);
+            }
+            return;
+        }
+        let Some(name) = view.device() else { return };
+        self.names.all.insert(view.index, name);
+        if let Some((device, link)) = view.ours().zip(view.model(&self.names.all)) {
+            if let Some(renamed) = self.names.ours.insert(view.index, device).filter(|old| *old != device) {
+                self.lost(renamed);
+            }
+            self.told.insert(view.index, Told { link: Some(link), port_is_tuned: None });
+            return;
+        }
+        if let Some(device) = self.names.ours.remove(&view.index) {
+            self.lost(device);
+        }
+        // One with our name and without our alias is about to get it.
+        let state = (view.mtu, view.up);
+        if name.role().is_none() && self.names.others.insert(view.index, state) != Some(state) {
+            self.news.underlay = true;
+        }
+    }
+
+    fn note_deletion(&mut self, payload: &[u8]) {
+        let Some(view) = LinkView::parse(payload) else { return };
+        if view.is_port_message {
+            return; // It is no port any more; a message about the device itself says the same.
+        }
+        self.names.all.remove(&view.index);
+        self.told.remove(&view.index);
+        self.news.underlay |= self.names.others.remove(&view.index).is_some();
+        if let Some(device) = self.names.ours.remove(&view.index) {
+            self.lost(device);
+        }
+    }
+
+    fn lost(&mut self, device: Device) {
+        if self.kernel.links.contains_key(&device) {
+            self.kernel.forget_device(device);
+            self.news.changed = true;
+            if let Some(Role::Endpoint(_)) = device.role() {
+                self.news.gone.push(device);
+            }
+        }
+    }
+
+    fn note_address(&mut self, index: u32, net: IpNet, new: bool) {
+        let Some(device) = self.names.ours.get(&index) else {
+            self.news.underlay = true;
+            return;
+        };
+        if let Some(Role::Bridge(_)) = device.role() {
+            self.note_fact(Place::Address(*device, net), Value::There, new);
+        }
+    }
+
+    fn note_neighbour(&mut self, payload: &[u8], new: bool) {
+        let Some(entry) = Neighbour::parse(payload) else { return };
+        let Some(device) = self.names.ours.get(&entry.index) else { return };
+        if let Some((place, value)) = fact::of_neighbour(&entry, *device, self.kernel.links.get(device)) {
+            self.note_fact(place, value, new);
+        }
+    }
+
+    fn note_fact(&mut self, place: Place, value: Value, new: bool) {
+        self.news.changed |= if new {
+            fact::set(&mut self.kernel, place, value)
+        } else {
+            fact::unset(&mut self.kernel, place)
+        };
+    }
+
+    fn note_forwarding(&mut self, payload: &[u8]) {
+        const ALL: u32 = u32::MAX;
+        let find = |wanted| attributes(payload, 4).find(|(kind, _)| *kind == wanted).and_then(|(_, v)| u32_at(v, 0));
+        let (Some(ALL), Some(forwarding)) = (find(1), find(2)) else { return };
+        let name = if u8_at(payload, 0) == Some(10) { "net.ipv6.conf.all.forwarding" } else { "net.ipv4.ip_forward" };
+        let value = forwarding.to_string();
+        if self.kernel.sysctls.get(name) != Some(&value) {
+            self.kernel.sysctls.insert(name.to_owned(), value);
+            self.news.changed = true;
+        }
+    }
+}
+
+fn is_tuned(link: &mut Link) -> &mut bool {
+    match link {
+        Link::Bridge { tuned, .. } | Link::Vxlan { tuned, .. } | Link::Endpoint { tuned, .. } => tuned,
+    }
+}

@@ -1,0 +1,314 @@
+//! Requests for the kernel, built.
+
+use std::net::IpAddr;
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+use ipnet::IpNet;
+use netlink_packet_core::{NLM_F_APPEND, NLM_F_CREATE, NLM_F_REPLACE};
+use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressMessage, AddressScope};
+use netlink_packet_route::link::{
+    AfSpecInet6, AfSpecUnspec, BridgeStpState, In6AddrGenMode, InfoBridge, InfoBridgePort, InfoData, InfoKind,
+    InfoPortData, InfoPortKind, InfoVeth, InfoVxlan, LinkAttribute, LinkExtentMask, LinkFlags, LinkInfo, LinkMessage,
+};
+use netlink_packet_route::neighbour::{
+    NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState,
+};
+use netlink_packet_route::route::{
+    RouteAddress, RouteAttribute, RouteMessage, RouteProtocol, RouteScope, RouteType,
+};
+use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
+use ovl_core::device::{ALIAS, Device, Role};
+use ovl_core::kernel::{Link, Remote};
+use ovl_core::op::Op;
+use ovl_proto::id::Mac;
+
+/// NUD_NOARP and NUD_REACHABLE: what `bridge` calls static.
+const STATIC: NeighbourState = NeighbourState::Other(0x42);
+
+/// The longest alias (IFALIASZ less the zero byte).
+const MAX_ALIAS: usize = 255;
+
+/// The family of an address.
+pub(super) fn family(address: IpAddr) -> AddressFamily {
+    if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 }
+}
+
+/// The request for an operation on an entry of a device, with its flags; nothing for those on
+/// devices themselves and for settings.
+pub(super) fn entry(op: &Op, index: u32) -> Option<(RouteNetlinkMessage, u16)> {
+    const PUT: u16 = NLM_F_CREATE | NLM_F_REPLACE;
+    let new = |message| RouteNetlinkMessage::NewNeighbour(message);
+    let del = |message| RouteNetlinkMessage::DelNeighbour(message);
+    Some(match op {
+        Op::AddAddress(_, net) => (new_address(index, *net), PUT),
+        Op::DelAddress(_, net) => (RouteNetlinkMessage::DelAddress(address(index, *net)), 0),
+        Op::SetRemote(_, mac, remote) => (new(remote_entry(index, *mac, Some(*remote))), PUT),
+        Op::DelRemote(_, mac) => (del(remote_entry(index, *mac, None)), 0),
+        Op::AddFlood(_, remote) => {
+            (new(remote_entry(index, Mac::default(), Some(*remote))), NLM_F_CREATE | NLM_F_APPEND)
+        }
+        Op::DelFlood(_, remote) => (del(remote_entry(index, Mac::default(), Some(*remote))), 0),
+        Op::AddPort(_, mac) => (new(port_entry(index, *mac)), PUT),
+        Op::DelPort(_, mac) => (del(port_entry(index, *mac)), 0),
+        Op::SetNeighbour(_, address, mac) => {
+            let mut message = neighbour(index, *address);
+            message.header.state = NeighbourState::Permanent;
+            message.attributes.push(NeighbourAttribute::LinkLayerAddress(mac.0.to_vec()));
+            (new(message), PUT)
+        }
+        Op::DelNeighbour(_, address) => (del(neighbour(index, *address)), 0),
+        Op::Sysctl { .. } | Op::Filter(_) | Op::AddLink(..) | Op::SetLink(..) | Op::DelLink(_) => return None,
+    })
+}
+
+fn remote_entry(index: u32, mac: Mac, remote: Option<Remote>) -> NeighbourMessage {
+    let mut message = NeighbourMessage::default();
+    message.header.family = AddressFamily::Bridge;
+    message.header.ifindex = index;
+    message.header.state = STATIC;
+    message.header.flags = NeighbourFlags::Own;
+    message.attributes.push(NeighbourAttribute::LinkLayerAddress(mac.0.to_vec()));
+    if let Some(remote) = remote {
+        message.attributes.push(NeighbourAttribute::Destination(remote.vtep.into()));
+        message.attributes.push(NeighbourAttribute::Port(remote.port));
+    }
+    message
+}
+
+fn port_entry(index: u32, mac: Mac) -> NeighbourMessage {
+    let mut message = remote_entry(index, mac, None);
+    message.header.flags = NeighbourFlags::Controller;
+    message
+}
+
+fn neighbour(index: u32, at: IpAddr) -> NeighbourMessage {
+    let mut message = NeighbourMessage::default();
+    message.header.family = family(at);
+    message.header.ifindex = index;
+    message.attributes.push(NeighbourAttribute::Destination(NeighbourAddress::from(at)));
+    message
+}
+
+/// An address on a device; for IPv6 without the duplicate address detection, during which it
+/// could not be used: ovl hands out no address twice.
+pub(super) fn new_address(index: u32, net: IpNet) -> RouteNetlinkMessage {
+    let mut message = address(index, net);
+    if net.addr().is_ipv6() {
+        message.attributes.push(AddressAttribute::Flags(AddressFlags::Nodad));
+    }
+    RouteNetlinkMessage::NewAddress(message)
+}
+
+fn address(index: u32, net: IpNet) -> AddressMessage {
+    let mut message = AddressMessage::default();
+    message.header.family = family(net.addr());
+    message.header.prefix_len = net.prefix_len();
+    message.header.scope = AddressScope::Universe;
+    message.header.index = index;
+    message.attributes = vec![AddressAttribute::Local(net.addr()), AddressAttribute::Address(net.addr())];
+    message
+}
+
+/// A default route in the main table.
+pub(super) fn default_route(index: u32, gateway: IpAddr) -> RouteNetlinkMessage {
+    let mut message = RouteMessage::default();
+    message.header.address_family = family(gateway);
+    message.header.table = 254;
+    message.header.protocol = RouteProtocol::Boot;
+    message.header.scope = RouteScope::Universe;
+    message.header.kind = RouteType::Unicast;
+    message.attributes =
+        vec![RouteAttribute::Gateway(RouteAddress::from(gateway)), RouteAttribute::Oif(index)];
+    RouteNetlinkMessage::NewRoute(message)
+}
+
+/// A question about one device.
+pub(super) fn get_link(device: Device) -> RouteNetlinkMessage {
+    let mut message = LinkMessage::default();
+    message.attributes = vec![
+        LinkAttribute::IfName(device.as_str().to_owned()),
+        LinkAttribute::ExtMask(vec![LinkExtentMask::SkipStats]),
+    ];
+    RouteNetlinkMessage::GetLink(message)
+}
+
+/// The same by index.
+pub(super) fn get_link_at(index: u32) -> RouteNetlinkMessage {
+    let mut message = LinkMessage::default();
+    message.header.index = index;
+    message.attributes = vec![LinkAttribute::ExtMask(vec![LinkExtentMask::SkipStats])];
+    RouteNetlinkMessage::GetLink(message)
+}
+
+pub(super) fn del_link(index: u32) -> RouteNetlinkMessage {
+    let mut message = LinkMessage::default();
+    message.header.index = index;
+    RouteNetlinkMessage::DelLink(message)
+}
+
+/// Deletes all devices of a group at once.
+pub(super) fn del_group(group: u32) -> RouteNetlinkMessage {
+    let mut message = LinkMessage::default();
+    message.attributes = vec![LinkAttribute::Group(group)];
+    RouteNetlinkMessage::DelLink(message)
+}
+
+/// Which device a change is for: one that was just made has no index that we know.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Target {
+    Name(Device),
+    Index(u32),
+}
+
+/// A change of a device that is there.
+pub(super) fn change(target: Target, attributes: Vec<LinkAttribute>) -> LinkMessage {
+    let mut message = LinkMessage::default();
+    match target {
+        Target::Name(device) => message.attributes.push(LinkAttribute::IfName(device.as_str().to_owned())),
+        Target::Index(index) => message.header.index = index,
+    }
+    message.attributes.extend(attributes);
+    message
+}
+
+/// Sets it up or down.
+pub(super) fn set_up(target: Target, up: bool) -> RouteNetlinkMessage {
+    let mut message = change(target, Vec::new());
+    message.header.flags = if up { LinkFlags::Up } else { LinkFlags::empty() };
+    message.header.change_mask = LinkFlags::Up;
+    RouteNetlinkMessage::NewLink(message)
+}
+
+pub(super) fn set(target: Target, attributes: Vec<LinkAttribute>) -> RouteNetlinkMessage {
+    RouteNetlinkMessage::NewLink(change(target, attributes))
+}
+
+pub(super) fn alias(text: &str) -> LinkAttribute {
+    let mut text = format!("{ALIAS}{text}");
+    text.truncate(text.floor_char_boundary(MAX_ALIAS));
+    LinkAttribute::IfAlias(text)
+}
+
+/// The kernel makes no link-local IPv6 address on it.
+pub(super) fn no_link_local() -> LinkAttribute {
+    LinkAttribute::AfSpecUnspec(vec![AfSpecUnspec::Inet6(vec![AfSpecInet6::AddrGenMode(In6AddrGenMode::None)])])
+}
+
+pub(super) fn hardware_address(mac: Mac) -> LinkAttribute {
+    LinkAttribute::Address(mac.0.to_vec())
+}
+
+/// Makes a bridge or a VXLAN device, down and bare.
+pub(super) fn new_link(device: Device, link: &Link) -> Option<RouteNetlinkMessage> {
+    let mut attributes = vec![LinkAttribute::IfName(device.as_str().to_owned())];
+    let info = match link {
+        Link::Bridge { mac, mtu, .. } => {
+            attributes.push(hardware_address(*mac));
+            // The bridge stops taking over its ports' MTU when its own is changed, and only then:
+            // so it is made with another one than it gets.
+            attributes.push(LinkAttribute::Mtu(u32::from(mtu ^ 1)));
+            bridge_info()
+        }
+        Link::Vxlan { vni, local, port, mtu, .. } => {
+            attributes.push(hardware_address(own_mac(device)));
+            attributes.push(LinkAttribute::Mtu(u32::from(*mtu)));
+            let local = match local {
+                IpAddr::V4(local) => InfoVxlan::Local(*local),
+                IpAddr::V6(local) => InfoVxlan::Local6(*local),
+            };
+            vec![
+                LinkInfo::Kind(InfoKind::Vxlan),
+                LinkInfo::Data(InfoData::Vxlan(vec![
+                    InfoVxlan::Id(*vni),
+                    local,
+                    InfoVxlan::Port(*port),
+                    InfoVxlan::Learning(false),
+                ])),
+            ]
+        }
+        Link::Endpoint { .. } => return None,
+    };
+    attributes.push(LinkAttribute::LinkInfo(info));
+    let mut message = LinkMessage::default();
+    message.attributes = attributes;
+    Some(RouteNetlinkMessage::NewLink(message))
+}
+
+/// A bridge without spanning tree, multicast snooping and detours through iptables.
+pub(super) fn bridge_info() -> Vec<LinkInfo> {
+    vec![
+        LinkInfo::Kind(InfoKind::Bridge),
+        LinkInfo::Data(InfoData::Bridge(vec![
+            InfoBridge::StpState(BridgeStpState::Disabled),
+            InfoBridge::MulticastSnooping(false),
+            InfoBridge::NfCallIpTables(false),
+            InfoBridge::NfCallIp6Tables(false),
+            InfoBridge::NfCallArpTables(false),
+        ])),
+    ]
+}
+
+/// Makes a VXLAN device forget nothing and learn nothing.
+pub(super) fn no_learning() -> Vec<LinkInfo> {
+    vec![
+        LinkInfo::Kind(InfoKind::Vxlan),
+        LinkInfo::Data(InfoData::Vxlan(vec![InfoVxlan::Learning(false)])),
+    ]
+}
+
+/// How a port of ours behaves: it learns nothing, and on the VXLAN device questions about
+/// neighbours that are known are answered here.
+pub(super) fn port(device: Device) -> LinkAttribute {
+    let mut flags = vec![InfoBridgePort::Learning(false)];
+    if let Some(Role::Vxlan(_)) = device.role() {
+        flags.push(InfoBridgePort::NeighSupress(true));
+    }
+    LinkAttribute::LinkInfo(vec![
+        LinkInfo::PortKind(InfoPortKind::Bridge),
+        LinkInfo::PortData(InfoPortData::BridgePort(flags)),
+    ])
+}
+
+/// An endpoint's pair, the other end straight in its namespace and up.
+pub(super) fn new_pair(
+    device: Device,
+    bridge: u32,
+    mtu: u16,
+    netns: BorrowedFd<'_>,
+    ifname: &str,
+    mac: Mac,
+) -> RouteNetlinkMessage {
+    let mut peer = LinkMessage::default();
+    peer.header.flags = LinkFlags::Up;
+    peer.header.change_mask = LinkFlags::Up;
+    peer.attributes = vec![
+        LinkAttribute::IfName(ifname.to_owned()),
+        hardware_address(mac),
+        LinkAttribute::Mtu(u32::from(mtu)),
+        LinkAttribute::NetNsFd(netns.as_raw_fd()),
+    ];
+    let mut message = LinkMessage::default();
+    message.attributes = vec![
+        LinkAttribute::IfName(device.as_str().to_owned()),
+        hardware_address(own_mac(device)),
+        LinkAttribute::Mtu(u32::from(mtu)),
+        LinkAttribute::Controller(bridge),
+        LinkAttribute::LinkInfo(vec![
+            LinkInfo::Kind(InfoKind::Veth),
+            LinkInfo::Data(InfoData::Veth(InfoVeth::Peer(peer))),
+        ]),
+    ];
+    RouteNetlinkMessage::NewLink(message)
+}
+
+/// The address of a port itself. Nothing is ever sent from it; it is set so that udev sets no
+/// other. The first byte keeps it apart from those of endpoints and gateways.
+fn own_mac(device: Device) -> Mac {
+    let (first, [a, b, c, d, e]) = match device.role() {
+        Some(Role::Bridge(network)) => (0x0a, network.0),
+        Some(Role::Vxlan(network)) => (0x0e, network.0),
+        Some(Role::Endpoint(endpoint)) => (0x12, endpoint.0),
+        None => (0x16, [0; 5]),
+    };
+    Mac([first, a, b, c, d, e])
+}

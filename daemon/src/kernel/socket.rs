@@ -1,0 +1,265 @@
+//! A netlink socket for requests: many in one send, answers matched by sequence number.
+
+use std::io;
+
+use netlink_packet_core::{NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkMessage};
+use netlink_packet_route::RouteNetlinkMessage;
+use netlink_sys::protocols::NETLINK_ROUTE;
+use netlink_sys::{Socket, SocketAddr};
+use nix::sys::socket::{setsockopt, sockopt};
+use nix::sys::time::{TimeVal, TimeValLike};
+
+use super::attribute::{HEADER, Message, attributes, messages, text, u16_at, u32_at};
+use super::error::{KernelError, Result};
+
+const NLMSG_ERROR: u16 = 2;
+const NLMSG_DONE: u16 = 3;
+const NLM_F_DUMP_INTR: u16 = 0x10;
+const NLM_F_CAPPED: u16 = 0x100;
+const NLM_F_ACK_TLVS: u16 = 0x200;
+const NLMSGERR_ATTR_MSG: u16 = 1;
+
+/// The kernel writes at most 32 KiB at once in a dump; a single answer can be somewhat longer.
+const RECEIVE: usize = 64 * 1024;
+
+/// How often a dump that changed under our eyes is repeated.
+const REPEATS: usize = 5;
+
+/// The kernel answers within the call that asks; this is for what cannot happen.
+const PATIENCE_SECONDS: i64 = 20;
+
+/// Why the kernel refused one request.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Refusal {
+    pub(super) errno: i32,
+    pub(super) reason: Option<String>,
+}
+
+impl Refusal {
+    /// With what was tried.
+    pub(super) fn into_error(self, action: impl Into<String>) -> KernelError {
+        KernelError::Refused { action: action.into(), errno: self.errno, reason: self.reason }
+    }
+}
+
+/// Requests that go to the kernel together. It handles them in order, each for itself.
+#[derive(Debug, Default)]
+pub(super) struct Batch {
+    bytes: Vec<u8>,
+    starts: Vec<usize>,
+}
+
+impl Batch {
+    /// Adds a request; NLM_F_REQUEST is implied.
+    pub(super) fn push(&mut self, message: RouteNetlinkMessage, flags: u16) {
+        let mut message = NetlinkMessage::from(message);
+        message.header.flags = NLM_F_REQUEST | flags;
+        message.finalize();
+        let start = self.bytes.len();
+        self.bytes.resize(start + message.buffer_len().next_multiple_of(4), 0);
+        if let Some(room) = self.bytes.get_mut(start..) {
+            message.serialize(room);
+        }
+        self.starts.push(start);
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.starts.len()
+    }
+}
+
+/// One answer that carries something: a device that was asked for.
+pub(super) struct Answer {
+    /// Which request of the batch asked for it.
+    pub(super) request: usize,
+    /// The message after its header.
+    pub(super) payload: Vec<u8>,
+}
+
+/// A dump's messages.
+pub(super) struct Dump(Vec<u8>);
+
+impl Dump {
+    pub(super) fn messages(&self) -> impl Iterator<Item = Message<'_>> {
+        messages(&self.0)
+    }
+}
+
+/// A socket of the family NETLINK_ROUTE.
+#[derive(Debug)]
+pub(super) struct Route {
+    socket: Socket,
+    sequence: u32,
+    buffer: Vec<u8>,
+}
+
+impl Route {
+    /// In the network namespace of the calling thread.
+    pub(super) fn open() -> Result<Self> {
+        Self::try_open().map_err(|error| KernelError::io("cannot open a netlink socket", &error))
+    }
+
+    fn try_open() -> io::Result<Self> {
+        let mut socket = Socket::new(NETLINK_ROUTE)?;
+        socket.bind_auto()?;
+        socket.connect(&SocketAddr::new(0, 0))?;
+        // An acknowledgement need not repeat the request, and says in words what was wrong.
+        socket.set_cap_ack(true)?;
+        socket.set_ext_ack(true)?;
+        socket.set_netlink_get_strict_chk(true)?;
+        // Both are for safety: a batch has one acknowledgement unless something fails.
+        setsockopt(&socket, sockopt::RcvBufForce, &(2 << 20)).or_else(|_| setsockopt(&socket, sockopt::RcvBuf, &(2 << 20)))?;
+        setsockopt(&socket, sockopt::ReceiveTimeout, &TimeVal::seconds(PATIENCE_SECONDS))?;
+        Ok(Self { socket, sequence: 0, buffer: Vec::with_capacity(RECEIVE) })
+    }
+
+    /// Sends all requests and gives each one's result, and the answers to questions.
+    ///
+    /// Only the last request asks for an acknowledgement: an error is reported in any case, and the
+    /// kernel handles requests in order, so that silence about the others is success.
+    pub(super) fn execute(&mut self, mut batch: Batch) -> Result<(Vec<Result<(), Refusal>>, Vec<Answer>)> {
+        let count = batch.len();
+        let mut results = vec![Ok(()); count];
+        let mut answers = Vec::new();
+        if count == 0 {
+            return Ok((results, answers));
+        }
+        let first = self.next_sequence(count);
+        for (i, start) in batch.starts.iter().enumerate() {
+            put(&mut batch.bytes, start + 8, first.wrapping_add(i as u32).to_ne_bytes());
+        }
+        if let Some(last) = batch.starts.last() {
+            let flags = u16_at(&batch.bytes, last + 6).unwrap_or(NLM_F_REQUEST) | NLM_F_ACK;
+            put(&mut batch.bytes, last + 6, flags.to_ne_bytes());
+        }
+        self.send(&batch.bytes)?;
+        loop {
+            self.receive()?;
+            for message in messages(&self.buffer) {
+                let request = message.sequence.wrapping_sub(first) as usize;
+                let Some(result) = results.get_mut(request) else {
+                    continue; // An answer to something given up earlier.
+                };
+                if message.kind != NLMSG_ERROR {
+                    answers.push(Answer { request, payload: message.payload.to_vec() });
+                    continue;
+                }
+                if let Some(refusal) = refusal(&message) {
+                    *result = Err(refusal);
+                }
+                if request + 1 == count {
+                    return Ok((results, answers));
+                }
+            }
+        }
+    }
+
+    /// One request.
+    pub(super) fn request(&mut self, message: RouteNetlinkMessage, flags: u16) -> Result<Result<(), Refusal>> {
+        let mut batch = Batch::default();
+        batch.push(message, flags);
+        let (mut results, _) = self.execute(batch)?;
+        Ok(results.pop().unwrap_or(Ok(())))
+    }
+
+    /// All objects of a kind.
+    pub(super) fn dump(&mut self, message: &RouteNetlinkMessage) -> Result<Dump> {
+        let mut bytes = Vec::new();
+        for _ in 0..REPEATS {
+            bytes.clear();
+            let whole = self.dump_once(message.clone(), &mut bytes)?;
+            if whole {
+                break;
+            }
+        }
+        // If it still changes: what is wrong in this one, the notifications of the change put right.
+        Ok(Dump(bytes))
+    }
+
+    /// Gives false if objects were added or removed meanwhile, so that some may be missing.
+    fn dump_once(&mut self, message: RouteNetlinkMessage, bytes: &mut Vec<u8>) -> Result<bool> {
+        let mut batch = Batch::default();
+        batch.push(message, NLM_F_DUMP);
+        let sequence = self.next_sequence(1);
+        put(&mut batch.bytes, 8, sequence.to_ne_bytes());
+        self.send(&batch.bytes)?;
+        let mut whole = true;
+        loop {
+            self.receive()?;
+            let mut done = None;
+            for message in messages(&self.buffer).filter(|message| message.sequence == sequence) {
+                whole &= message.flags & NLM_F_DUMP_INTR == 0;
+                match message.kind {
+                    NLMSG_ERROR => done = Some(refusal(&message)),
+                    // A dump that fails half-way says so in its last message.
+                    NLMSG_DONE => done = Some(errno_of(&message).map(|errno| Refusal { errno, reason: None })),
+                    _ => {}
+                }
+            }
+            match done {
+                Some(Some(refusal)) => return Err(refusal.into_error("cannot read the kernel's state")),
+                Some(None) => {
+                    bytes.extend_from_slice(&self.buffer);
+                    return Ok(whole);
+                }
+                None => bytes.extend_from_slice(&self.buffer),
+            }
+        }
+    }
+
+    fn next_sequence(&mut self, count: usize) -> u32 {
+        let first = self.sequence.wrapping_add(1);
+        self.sequence = self.sequence.wrapping_add(count as u32);
+        first
+    }
+
+    fn send(&self, bytes: &[u8]) -> Result<()> {
+        loop {
+            match self.socket.send(bytes, 0) {
+                Ok(_) => return Ok(()),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(KernelError::io("cannot ask the kernel", &error)),
+            }
+        }
+    }
+
+    fn receive(&mut self) -> Result<()> {
+        loop {
+            self.buffer.clear();
+            match self.socket.recv(&mut self.buffer, 0) {
+                Ok(_) => return Ok(()),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(KernelError::io("cannot read the kernel's answer", &error)),
+            }
+        }
+    }
+}
+
+/// Nothing if it is an acknowledgement.
+fn refusal(message: &Message<'_>) -> Option<Refusal> {
+    let errno = errno_of(message)?;
+    let request = if message.flags & NLM_F_CAPPED == 0 {
+        u32_at(message.payload, 4).map_or(HEADER, |length| (length as usize).next_multiple_of(4))
+    } else {
+        HEADER
+    };
+    let reason = (message.flags & NLM_F_ACK_TLVS != 0)
+        .then(|| {
+            attributes(message.payload, 4 + request)
+                .find(|(kind, _)| *kind == NLMSGERR_ATTR_MSG)
+                .map(|(_, value)| text(value).to_owned())
+        })
+        .flatten();
+    Some(Refusal { errno, reason })
+}
+
+fn errno_of(message: &Message<'_>) -> Option<i32> {
+    let code = u32_at(message.payload, 0)? as i32;
+    (code != 0).then(|| code.saturating_abs())
+}
+
+fn put<const N: usize>(bytes: &mut [u8], at: usize, value: [u8; N]) {
+    if let Some(room) = bytes.get_mut(at..at + N) {
+        room.copy_from_slice(&value);
+    }
+}

@@ -1,0 +1,35 @@
+//! The system calls that no crate of ours wraps.
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::time::Duration;
+
+use nix::libc;
+
+/// `NS_GET_NSTYPE` of `linux/nsfs.h`.
+const NS_GET_NSTYPE: libc::c_ulong = 0xb703;
+
+/// Waits until one of the descriptors can be read or its other end is closed; says which.
+pub(super) fn poll<const N: usize>(fds: [Option<RawFd>; N], timeout: Option<Duration>) -> io::Result<[bool; N]> {
+    // The kernel skips negative descriptors.
+    let mut entries = fds.map(|fd| libc::pollfd { fd: fd.unwrap_or(-1), events: libc::POLLIN, revents: 0 });
+    let timeout = timeout.map_or(-1, |time| libc::c_int::try_from(time.as_millis()).unwrap_or(libc::c_int::MAX));
+    // SAFETY: the pointer and the count describe `entries`.
+    let ready = unsafe { libc::poll(entries.as_mut_ptr(), N as libc::nfds_t, timeout) };
+    if ready >= 0 {
+        return Ok(entries.map(|entry| entry.revents != 0));
+    }
+    match io::Error::last_os_error() {
+        error if error.kind() == io::ErrorKind::Interrupted => Ok([false; N]),
+        error => Err(error),
+    }
+}
+
+/// What kind of namespace a descriptor of the namespace file system is: a `CLONE_NEW...` number.
+pub(super) fn namespace_type(fd: BorrowedFd<'_>) -> io::Result<i32> {
+    // SAFETY: the request takes no argument.
+    match unsafe { libc::ioctl(fd.as_raw_fd(), NS_GET_NSTYPE as _) } {
+        -1 => Err(io::Error::last_os_error()),
+        kind => Ok(kind),
+    }
+}

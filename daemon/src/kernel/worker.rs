@@ -1,0 +1,328 @@
+//! The thread that does all work on the kernel, in order.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::Read;
+use std::net::IpAddr;
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
+use std::sync::mpsc::{Receiver, TryRecvError};
+
+use ipnet::IpNet;
+use ovl_core::device::Device;
+use ovl_core::diff::{diff, lost_endpoints};
+use ovl_core::kernel::Kernel;
+use ovl_core::op::Op;
+use tokio::sync::oneshot;
+
+use super::apply::{self, Devices};
+use super::error::{KernelError, Result};
+use super::filter::Filter;
+use super::known::Known;
+use super::monitor::Monitor;
+use super::netns::{self, Visitor};
+use super::outbox::Outbox;
+use super::socket::Route;
+use super::{EndpointSpec, Goal, KernelEvent, Outcome, Pass, Underlay, dump, endpoint, sysctl};
+
+/// So many entries go to the kernel at once.
+const BATCH: usize = 256;
+
+/// What the worker is asked to do, and where the answer goes.
+#[derive(Debug)]
+pub(super) enum Request {
+    Dump(oneshot::Sender<Result<Kernel>>),
+    Reconcile(Box<Goal>, oneshot::Sender<Result<Pass>>),
+    Apply(Vec<Op>, oneshot::Sender<Vec<Outcome>>),
+    Create(Vec<Op>, Box<EndpointSpec>, oneshot::Sender<(Vec<Outcome>, Result<String>)>),
+    Delete(Vec<Device>, oneshot::Sender<Result<()>>),
+    Underlay(IpAddr, oneshot::Sender<Result<Underlay>>),
+    Prefixes(oneshot::Sender<Result<Vec<IpNet>>>),
+    RemoveFilter(oneshot::Sender<Result<()>>),
+}
+
+#[derive(Debug)]
+pub(super) struct Worker {
+    route: Route,
+    monitor: Monitor,
+    filter: Filter,
+    known: Known,
+    visitor: Visitor,
+    outbox: Outbox,
+}
+
+impl Worker {
+    /// In the network namespace of the calling thread.
+    pub(super) fn new(outbox: Outbox) -> Result<Self> {
+        // First the ears, then the first look: so nothing falls between.
+        let monitor = Monitor::open()?;
+        let filter = Filter::new();
+        let mut route = Route::open()?;
+        let mut known = Known::default();
+        let (kernel, names) = dump::kernel(&mut route)?;
+        known.load(kernel, names);
+        Ok(Self { route, monitor, filter, known, visitor: Visitor::default(), outbox })
+    }
+
+    /// Until all senders of requests are gone.
+    pub(super) fn run(mut self, requests: &Receiver<Request>, mut wake: UnixStream) {
+        let mut waiting = None;
+        loop {
+            let again = self.outbox.flush();
+            let fds = [Some(wake.as_raw_fd()), Some(self.monitor.descriptor()), self.filter.descriptor()];
+            let Ok([_, changes, tables]) = super::sys::poll(fds, again) else { return };
+            let mut bytes = [0; 64];
+            while wake.read(&mut bytes).is_ok_and(|length| length == bytes.len()) {}
+            loop {
+                match waiting.take().map_or_else(|| requests.try_recv(), Ok) {
+                    Ok(request) => waiting = self.serve(request, requests),
+                    Err(TryRecvError::Empty) => break,
+                    Err(TryRecvError::Disconnected) => return,
+                }
+            }
+            if changes {
+                self.listen();
+            }
+            if tables && self.filter.drain() {
+                self.outbox.add(KernelEvent::FilterChanged);
+            }
+        }
+    }
+
+    /// Gives back a request that was taken from the queue and is not for it.
+    fn serve(&mut self, request: Request, requests: &Receiver<Request>) -> Option<Request> {
+        // Who asked may have gone away: then nobody wants the answer.
+        match request {
+            Request::Dump(reply) => {
+                let _ = reply.send(self.dump());
+            }
+            Request::Reconcile(goal, reply) => {
+                let _ = reply.send(self.reconcile(&goal));
+            }
+            Request::Apply(ops, reply) => {
+                let _ = reply.send(self.apply(ops));
+            }
+            Request::Create(ops, spec, reply) => {
+                let _ = reply.send(self.create(ops, *spec));
+            }
+            Request::Delete(devices, reply) => return self.delete(devices, reply, requests),
+            Request::Underlay(vtep, reply) => {
+                let _ = reply.send(dump::underlay(&mut self.route, vtep));
+            }
+            Request::Prefixes(reply) => {
+                let _ = reply.send(dump::prefixes(&mut self.route));
+            }
+            Request::RemoveFilter(reply) => {
+                let _ = reply.send(self.filter.remove());
+            }
+        }
+        None
+    }
+
+    /// Reads what the kernel says has changed, and passes on what we did not know.
+    fn listen(&mut self) {
+        if self.monitor.drain(&mut self.known) {
+            self.outbox.add(KernelEvent::Overrun);
+        }
+        let news = self.known.news();
+        self.outbox.add_gone(news.gone);
+        if news.changed {
+            self.outbox.add(KernelEvent::Changed);
+        }
+        if news.underlay {
+            self.outbox.add(KernelEvent::Underlay);
+        }
+    }
+
+    fn dump(&mut self) -> Result<Kernel> {
+        self.listen();
+        let (mut kernel, names) = dump::kernel(&mut self.route)?;
+        self.known.load(kernel.clone(), names);
+        if self.filter.drain() {
+            self.outbox.add(KernelEvent::FilterChanged);
+        }
+        kernel.filter = self.filter.current()?;
+        Ok(kernel)
+    }
+
+    fn reconcile(&mut self, goal: &Goal) -> Result<Pass> {
+        let mut actual = self.dump()?;
+        actual.links.retain(|device, _| !goal.ignored.contains(device));
+        actual.ports.retain(|(device, _)| !goal.ignored.contains(device));
+        let ops = diff(&actual, &goal.desired, goal.prune);
+        let lost = lost_endpoints(&actual, &goal.desired).collect();
+        let outcomes = if goal.apply {
+            self.apply(ops)
+        } else {
+            ops.into_iter().map(|op| Outcome { op, result: Ok(()) }).collect()
+        };
+        Ok(Pass { outcomes, lost })
+    }
+
+    fn apply(&mut self, ops: Vec<Op>) -> Vec<Outcome> {
+        let mut devices = Devices::default();
+        let mut outcomes = Vec::with_capacity(ops.len());
+        let mut peers = Vec::new();
+        let mut ops = ops.into_iter().peekable();
+        while let Some(op) = ops.next() {
+            let mut run = vec![op];
+            let same = |first: &Op, next: &Op| {
+                (apply::is_entry(first) && apply::is_entry(next))
+                    || matches!((first, next), (Op::DelLink(_), Op::DelLink(_)))
+            };
+            while run.len() < BATCH
+                && let Some(op) = ops.next_if(|next| run.first().is_some_and(|first| same(first, next)))
+            {
+                run.push(op);
+            }
+            let results = self.run_of(&run, &mut devices, &mut peers);
+            for (op, result) in run.into_iter().zip(results) {
+                if result.is_ok() {
+                    self.known.applied(&op);
+                }
+                outcomes.push(Outcome { op, result });
+            }
+            self.listen();
+        }
+        self.set_peers(peers, &mut outcomes);
+        outcomes
+    }
+
+    /// Operations of one kind; `peers` takes the MTUs of other ends that are still to be set.
+    fn run_of(&mut self, run: &[Op], devices: &mut Devices, peers: &mut Vec<Peer>) -> Vec<Result<()>> {
+        let route = &mut self.route;
+        let for_all = |results: Result<Vec<Result<()>>>| {
+            results.unwrap_or_else(|error| run.iter().map(|_| Err(error.clone())).collect())
+        };
+        let one = match run {
+            [Op::DelLink(_), ..] => {
+                let doomed: Vec<Device> = run.iter().filter_map(Op::device).collect();
+                return for_all(apply::delete(route, devices, &doomed));
+            }
+            [Op::Sysctl { name, value }] => sysctl::write(name, value),
+            [Op::Filter(text)] => match self.filter.replace(text) {
+                Ok(disturbed) => {
+                    if disturbed {
+                        self.outbox.add(KernelEvent::FilterChanged);
+                    }
+                    Ok(())
+                }
+                Err(error) => Err(error),
+            },
+            [op @ Op::AddLink(device, link)] => apply::add_link(route, devices, op, *device, link),
+            [op @ Op::SetLink(device, from, to)] => {
+                apply::set_link(route, devices, op, *device, from, to).and_then(|located| {
+                    let Some(mtu) = apply::peer_mtu(*device, from, to) else { return Ok(()) };
+                    let peer = located.peer.zip(located.peer_netns);
+                    let (index, netns) =
+                        peer.ok_or_else(|| KernelError::Other(format!("the other end of {device} is unknown")))?;
+                    peers.push(Peer { device: *device, index, netns, mtu });
+                    Ok(())
+                })
+            }
+            _ => return for_all(apply::entries(route, devices, run)),
+        };
+        vec![one]
+    }
+
+    /// Gives the other ends of endpoints their MTU, namespace by namespace.
+    fn set_peers(&mut self, peers: Vec<Peer>, outcomes: &mut [Outcome]) {
+        if peers.is_empty() {
+            return;
+        }
+        let mut by_netns: BTreeMap<i32, Vec<Peer>> = BTreeMap::new();
+        for peer in peers {
+            by_netns.entry(peer.netns).or_default().push(peer);
+        }
+        let wanted: BTreeSet<i32> = by_netns.keys().copied().collect();
+        let mut found = netns::by_id(&mut self.route, &wanted).unwrap_or_default();
+        for (id, peers) in by_netns {
+            let results = match found.remove(&id) {
+                Some(netns) => {
+                    let mtus = peers.iter().map(|peer| (peer.index, peer.mtu)).collect();
+                    endpoint::set_peer_mtu(&mut self.visitor, netns, mtus)
+                }
+                None => Err(KernelError::Other(
+                    "cannot set the MTU inside of a namespace that has neither a name nor a process".to_owned(),
+                )),
+            };
+            let results = results.unwrap_or_else(|error| peers.iter().map(|_| Err(error.clone())).collect());
+            for (peer, result) in peers.iter().zip(results) {
+                let Err(error) = result else { continue };
+                let of_peer = |outcome: &&mut Outcome| {
+                    outcome.result.is_ok() && matches!(outcome.op, Op::SetLink(device, ..) if device == peer.device)
+                };
+                if let Some(outcome) = outcomes.iter_mut().find(of_peer) {
+                    outcome.result = Err(error);
+                }
+            }
+        }
+    }
+
+    fn create(&mut self, ops: Vec<Op>, spec: EndpointSpec) -> (Vec<Outcome>, Result<String>) {
+        let device = spec.device;
+        let (after, before): (Vec<Op>, Vec<Op>) = ops.into_iter().partition(|op| op.device() == Some(device));
+        let mut outcomes = self.apply(before);
+        let mut devices = Devices::default();
+        let created = endpoint::create(&mut self.route, &mut devices, &mut self.visitor, spec);
+        let result = match created {
+            Ok(created) => {
+                self.known.created(created.index, device, created.link);
+                self.listen();
+                outcomes.extend(self.apply(after));
+                Ok(created.ifname)
+            }
+            Err(error) => {
+                self.listen();
+                outcomes.extend(after.into_iter().map(|op| Outcome { op, result: Err(error.clone()) }));
+                Err(error)
+            }
+        };
+        (outcomes, result)
+    }
+
+    /// Takes along further requests of the kind that wait already: together they take no longer.
+    fn delete(
+        &mut self,
+        devices: Vec<Device>,
+        reply: oneshot::Sender<Result<()>>,
+        requests: &Receiver<Request>,
+    ) -> Option<Request> {
+        let mut other = None;
+        let mut together = vec![(devices, reply)];
+        loop {
+            match requests.try_recv() {
+                Ok(Request::Delete(devices, reply)) => together.push((devices, reply)),
+                Ok(request) => {
+                    other = Some(request);
+                    break;
+                }
+                Err(_) => break,
+            }
+        }
+        let all: Vec<Device> = together.iter().flat_map(|(devices, _)| devices).copied().collect();
+        let results = match apply::delete(&mut self.route, &mut Devices::default(), &all) {
+            Ok(results) => results,
+            Err(error) => all.iter().map(|_| Err(error.clone())).collect(),
+        };
+        for (device, _) in all.iter().zip(&results).filter(|(_, result)| result.is_ok()) {
+            self.known.deleted(*device);
+        }
+        self.listen();
+        let mut results = results.into_iter();
+        for (devices, reply) in together {
+            // Each takes as many as it asked for, also where one of them failed.
+            let its: Vec<Result<()>> = results.by_ref().take(devices.len()).collect();
+            let _ = reply.send(its.into_iter().collect());
+        }
+        other
+    }
+}
+
+/// The other end of an endpoint whose MTU changes.
+#[derive(Debug)]
+struct Peer {
+    device: Device,
+    index: u32,
+    netns: i32,
+    mtu: u16,
+}
