@@ -16,7 +16,7 @@ const DEFAULT_CONFIG: &str = "/etc/ovl/ovld.toml";
 /// The ovl daemon: builds overlay networks on this host and shares them with its peers by gossip.
 #[derive(Debug, Parser)]
 #[command(name = "ovld", version)]
-pub struct Args {
+pub(crate) struct Args {
     /// Configuration file; the default one may be missing
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
@@ -78,7 +78,7 @@ struct File {
 
 /// All settings, checked.
 #[derive(Debug, Clone)]
-pub struct Config {
+pub(crate) struct Config {
     /// This host's name in the cluster.
     pub node: String,
     /// What must outlive a reboot.
@@ -111,7 +111,7 @@ pub struct Config {
 
 impl Config {
     /// Reads the file that the flags name and puts the two together.
-    pub fn load(args: Args) -> Result<Self> {
+    pub(crate) fn load(args: Args) -> Result<Self> {
         let file = read_file(args.config.as_deref())?;
         let join: Vec<String> =
             file.join.iter().chain(&args.join).map(|peer| with_port(peer)).collect::<Result<_>>()?;
@@ -185,7 +185,7 @@ impl Config {
 }
 
 /// Names of hosts, networks and endpoints: what fits a DNS label, a file name and a column.
-pub fn is_name(name: &str) -> bool {
+pub(crate) fn is_name(name: &str) -> bool {
     (1..=63).contains(&name.len())
         && name.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'))
         && name.starts_with(|c: char| c.is_ascii_alphanumeric())

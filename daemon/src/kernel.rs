@@ -22,10 +22,12 @@ mod probe;
 mod socket;
 mod sys;
 mod sysctl;
+#[cfg(test)]
+mod tests;
 mod worker;
 
-use std::io::Write;
 use std::collections::BTreeSet;
+use std::io::Write;
 use std::net::IpAddr;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, mpsc as queue};
@@ -40,14 +42,14 @@ use tokio::sync::{mpsc, oneshot};
 use self::outbox::Outbox;
 use self::worker::{Request, Worker};
 
-pub use error::{KernelError, Result};
-pub use netns::{Netns, open_netns};
-pub use probe::Prober;
+pub(crate) use error::{KernelError, Result};
+pub(crate) use netns::{Netns, open_netns};
+pub(crate) use probe::Prober;
 
 /// What happened in the kernel that ovld did not do itself. At most one of each kind waits in the
 /// channel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum KernelEvent {
+pub(crate) enum KernelEvent {
     /// Somebody else changed something of ours: dump again.
     Changed,
     /// The host's end of an endpoint was deleted by somebody else, or its namespace is gone.
@@ -62,73 +64,73 @@ pub enum KernelEvent {
 
 /// An endpoint's pair of interfaces.
 #[derive(Debug)]
-pub struct EndpointSpec {
+pub(crate) struct EndpointSpec {
     /// The host's end.
-    pub device: Device,
+    pub(crate) device: Device,
     /// For the alias of the host's end: `ovl endpoint NAME`.
-    pub name: String,
+    pub(crate) name: String,
     /// Where the other end goes; closed when the work is done, for it keeps the namespace alive.
-    pub netns: Netns,
+    pub(crate) netns: Netns,
     /// The name of the other end; without one, the first free `ethN`.
-    pub ifname: Option<String>,
+    pub(crate) ifname: Option<String>,
     /// Of the other end.
-    pub mac: Mac,
+    pub(crate) mac: Mac,
     /// Of both ends.
-    pub mtu: u16,
+    pub(crate) mtu: u16,
     /// The host's end becomes a port of it.
-    pub bridge: Device,
+    pub(crate) bridge: Device,
     /// Of the other end.
-    pub addresses: Vec<IpNet>,
+    pub(crate) addresses: Vec<IpNet>,
     /// Default routes; one is only set if the namespace has no default route of its family.
-    pub gateways: Vec<IpAddr>,
+    pub(crate) gateways: Vec<IpAddr>,
 }
 
 /// What became of one operation.
 #[derive(Debug)]
-pub struct Outcome {
+pub(crate) struct Outcome {
     /// As it was asked for.
-    pub op: Op,
+    pub(crate) op: Op,
     /// How it ended.
-    pub result: Result<()>,
+    pub(crate) result: Result<()>,
 }
 
 /// What should be, to be compared with what is.
 #[derive(Debug)]
-pub struct Goal {
+pub(crate) struct Goal {
     /// All of ours that should be in the kernel.
-    pub desired: Kernel,
+    pub(crate) desired: Kernel,
     /// Whether what should not be there may be removed.
-    pub prune: bool,
+    pub(crate) prune: bool,
     /// Devices that are left alone: they are being made.
-    pub ignored: BTreeSet<Device>,
+    pub(crate) ignored: BTreeSet<Device>,
     /// Whether the difference is applied, or only told.
-    pub apply: bool,
+    pub(crate) apply: bool,
 }
 
 /// What a comparison of everything with a dump found.
 #[derive(Debug)]
-pub struct Pass {
+pub(crate) struct Pass {
     /// The difference, and what became of each operation; all well if none was applied.
-    pub outcomes: Vec<Outcome>,
+    pub(crate) outcomes: Vec<Outcome>,
     /// Endpoints whose host's ends are missing.
-    pub lost: Vec<Device>,
+    pub(crate) lost: Vec<Device>,
 }
 
 /// The device that has an address of this host.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Underlay {
+pub(crate) struct Underlay {
     /// Its name.
-    pub device: String,
+    pub(crate) device: String,
     /// Its index.
-    pub index: u32,
+    pub(crate) index: u32,
     /// Its MTU.
-    pub mtu: u16,
+    pub(crate) mtu: u16,
     /// The address and its prefix.
-    pub prefix: IpNet,
+    pub(crate) prefix: IpNet,
 }
 
 /// Starts the worker, in the network namespace of the calling thread.
-pub fn start(events: mpsc::Sender<KernelEvent>) -> Result<KernelHandle> {
+pub(crate) fn start(events: mpsc::Sender<KernelEvent>) -> Result<KernelHandle> {
     let error = |error| KernelError::io("cannot start the thread that talks to the kernel", &error);
     let (bell, wake) = UnixStream::pair().map_err(error)?;
     // A full socket means that the worker has enough to wake up for.
@@ -136,13 +138,16 @@ pub fn start(events: mpsc::Sender<KernelEvent>) -> Result<KernelHandle> {
     wake.set_nonblocking(true).map_err(error)?;
     let worker = Worker::new(Outbox::new(events))?;
     let (requests, queue) = queue::channel();
-    std::thread::Builder::new().name("kernel".to_owned()).spawn(move || worker.run(&queue, wake)).map_err(error)?;
+    std::thread::Builder::new()
+        .name("kernel".to_owned())
+        .spawn(move || worker.run(&queue, wake))
+        .map_err(error)?;
     Ok(KernelHandle(Arc::new(Way { requests, bell })))
 }
 
 /// The way to the worker. It ends with the last handle.
 #[derive(Debug, Clone)]
-pub struct KernelHandle(Arc<Way>);
+pub(crate) struct KernelHandle(Arc<Way>);
 
 // The queue is dropped before the bell: hearing that, the worker finds the queue closed.
 #[derive(Debug)]
@@ -153,30 +158,34 @@ struct Way {
 
 impl KernelHandle {
     /// All of ours that is in the kernel.
-    pub async fn dump(&self) -> Result<Kernel> {
+    pub(crate) async fn dump(&self) -> Result<Kernel> {
         self.ask(Request::Dump).await?
     }
 
     /// Dumps, compares and applies in one go, so that nothing handed in later comes between.
-    pub async fn reconcile(&self, goal: Goal) -> Result<Pass> {
+    pub(crate) async fn reconcile(&self, goal: Goal) -> Result<Pass> {
         self.ask(|reply| Request::Reconcile(Box::new(goal), reply)).await?
     }
 
     /// Does all of them in order, whatever becomes of each.
-    pub async fn apply(&self, ops: Vec<Op>) -> Vec<Outcome> {
+    pub(crate) async fn apply(&self, ops: Vec<Op>) -> Vec<Outcome> {
         // For the answer where there is no worker to give one.
         let asked = ops.clone();
         self.ask(|reply| Request::Apply(ops, reply)).await.unwrap_or_else(|error| failed(asked, &error))
     }
 
     /// Makes an endpoint's pair, all or nothing. Gives the name of the other end.
-    pub async fn create_endpoint(&self, spec: EndpointSpec) -> Result<String> {
+    pub(crate) async fn create_endpoint(&self, spec: EndpointSpec) -> Result<String> {
         self.prepare_and_create(Vec::new(), spec).await.1
     }
 
     /// [`Self::apply`] and [`Self::create_endpoint`] in one go. Operations on the endpoint's own
     /// device are done after it is made, and not at all if it is not; all others before.
-    pub async fn prepare_and_create(&self, ops: Vec<Op>, spec: EndpointSpec) -> (Vec<Outcome>, Result<String>) {
+    pub(crate) async fn prepare_and_create(
+        &self,
+        ops: Vec<Op>,
+        spec: EndpointSpec,
+    ) -> (Vec<Outcome>, Result<String>) {
         let asked = ops.clone();
         match self.ask(|reply| Request::Create(ops, Box::new(spec), reply)).await {
             Ok(answer) => answer,
@@ -185,23 +194,23 @@ impl KernelHandle {
     }
 
     /// Deletes devices of ours; what is gone already is fine.
-    pub async fn delete_links(&self, devices: Vec<Device>) -> Result<()> {
+    pub(crate) async fn delete_links(&self, devices: Vec<Device>) -> Result<()> {
         self.ask(|reply| Request::Delete(devices, reply)).await?
     }
 
     /// The device that has this address.
-    pub async fn underlay(&self, vtep: IpAddr) -> Result<Underlay> {
+    pub(crate) async fn underlay(&self, vtep: IpAddr) -> Result<Underlay> {
         self.ask(|reply| Request::Underlay(vtep, reply)).await?
     }
 
     /// The prefixes that this host has addresses in or routes to, our own devices' aside: a new
     /// network's subnet should collide with none.
-    pub async fn prefixes(&self) -> Result<Vec<IpNet>> {
+    pub(crate) async fn prefixes(&self) -> Result<Vec<IpNet>> {
         self.ask(Request::Prefixes).await?
     }
 
     /// Removes our nftables table, for a teardown.
-    pub async fn remove_filter(&self) -> Result<()> {
+    pub(crate) async fn remove_filter(&self) -> Result<()> {
         self.ask(Request::RemoveFilter).await?
     }
 

@@ -25,7 +25,7 @@ const MAGIC: &[u8] = b"ovl state 1\n";
 
 /// What must outlive a reboot.
 #[derive(Debug, Default, Serialize, Deserialize)]
-pub struct State {
+pub(crate) struct State {
     /// Of the last run; the next one's is higher.
     pub generation: u64,
     /// The clock of cluster objects.
@@ -41,7 +41,7 @@ pub struct State {
 }
 
 /// Reads the file; nothing where there is none yet.
-pub fn read(path: &Path) -> Result<Option<State>> {
+pub(crate) fn read(path: &Path) -> Result<Option<State>> {
     let bytes = match fs::read(path) {
         Ok(bytes) => bytes,
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
@@ -69,13 +69,13 @@ fn decode(bytes: &[u8]) -> Result<State> {
 }
 
 /// Encodes and writes the file, and does not return before it is on the disk.
-pub fn write(path: &Path, state: &State) -> Result<()> {
+pub(crate) fn write(path: &Path, state: &State) -> Result<()> {
     let body = wire::encode_body(state)?;
     replace(path, &[MAGIC, &sha256(&body), &body].concat())
 }
 
 /// Replaces a file whole, mode 0600: after a crash it is the old one or the new one.
-pub fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
+pub(crate) fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
     let beside = path.with_extension("new");
     let work = || -> std::io::Result<()> {
         let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&beside)?;
@@ -93,14 +93,14 @@ type Job = (u64, Vec<u8>);
 
 /// Writes in a thread of its own; of several states that wait, only the last one.
 #[derive(Debug)]
-pub struct Writer {
+pub(crate) struct Writer {
     jobs: std::sync::mpsc::Sender<Job>,
 }
 
 impl Writer {
     /// Each number that was handed in, or a later one, comes back on `done` when that state is on
     /// the disk; an error when it could not be written, and is to be tried again.
-    pub fn start(path: PathBuf, done: mpsc::UnboundedSender<(u64, Result<()>)>) -> Result<Self> {
+    pub(crate) fn start(path: PathBuf, done: mpsc::UnboundedSender<(u64, Result<()>)>) -> Result<Self> {
         let (jobs, queue) = std::sync::mpsc::channel::<Job>();
         std::thread::Builder::new().name("store".to_owned()).spawn(move || {
             while let Ok(mut job) = queue.recv() {
@@ -118,7 +118,7 @@ impl Writer {
     }
 
     /// Queues a state.
-    pub fn save(&self, number: u64, state: &State) -> Result<()> {
+    pub(crate) fn save(&self, number: u64, state: &State) -> Result<()> {
         let body = wire::encode_body(state)?;
         let file = [MAGIC, &sha256(&body), &body].concat();
         self.jobs.send((number, file)).context("the thread that writes the state has ended")

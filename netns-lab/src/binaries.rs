@@ -5,6 +5,11 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Result, anyhow, bail};
 
+/// `ovld` or `ovlctl`, where a lab without further configuration finds it.
+pub fn find_binary(name: &str) -> Result<PathBuf> {
+    find(name, None)
+}
+
 /// The binary `name`: what was configured, else the environment variable of that name in
 /// capitals, else the file beside the current executable (a test's is in `target/debug/deps`,
 /// so its parent counts too), else PATH.

@@ -215,26 +215,48 @@ impl Host {
 
     /// Makes a workload: a namespace with nothing but a loopback interface.
     pub fn workload(&self, name: &str) -> Result<Workload> {
-        let proper = !name.is_empty()
-            && name.len() <= 40
-            && name.chars().all(|each| each.is_ascii_lowercase() || each.is_ascii_digit() || each == '-');
-        ensure!(
-            proper,
-            "a workload's name has lower-case letters, digits and hyphens, at most 40: not {name:?}"
-        );
-        self.shared.update(|lab| {
-            let host = &mut lab.hosts[self.index];
-            ensure!(host.present, "{} is lost: no workload can run there", self.name);
-            if host.workloads.iter().any(|each| each == name) {
-                bail!("there is a workload {name} on {} already", self.name);
-            }
-            host.workloads.push(name.to_owned());
-            Ok(())
-        })?;
+        self.add_workloads(&[name.to_owned()])?;
         let workload = Workload::new(self.clone(), name);
         switch::build_workload(workload.netns_name())
             .with_context(|| format!("cannot make workload {name} on {}", self.name))?;
         Ok(workload)
+    }
+
+    /// Makes many workloads at once, named `stem1`, `stem2` and so on. Their loopback interfaces
+    /// stay down: nothing is done in them.
+    pub fn bare_workloads(&self, stem: &str, count: usize) -> Result<Vec<Workload>> {
+        let names: Vec<String> = (1..=count).map(|number| format!("{stem}{number}")).collect();
+        self.add_workloads(&names)?;
+        let workloads: Vec<Workload> = names.iter().map(|name| Workload::new(self.clone(), name)).collect();
+        let namespaces: Vec<String> =
+            workloads.iter().map(|workload| workload.netns_name().to_owned()).collect();
+        switch::add_namespaces(&namespaces)
+            .with_context(|| format!("cannot make {count} workloads on {}", self.name))?;
+        Ok(workloads)
+    }
+
+    /// Notes the names, before there is anything to be removed.
+    fn add_workloads(&self, names: &[String]) -> Result<()> {
+        for name in names {
+            let proper = !name.is_empty()
+                && name.len() <= 40
+                && name.chars().all(|each| each.is_ascii_lowercase() || each.is_ascii_digit() || each == '-');
+            ensure!(
+                proper,
+                "a workload's name has lower-case letters, digits and hyphens, at most 40: not {name:?}"
+            );
+        }
+        self.shared.update(|lab| {
+            let host = &mut lab.hosts[self.index];
+            ensure!(host.present, "{} is lost: no workload can run there", self.name);
+            for name in names {
+                if host.workloads.iter().any(|each| each == name) {
+                    bail!("there is a workload {name} on {} already", self.name);
+                }
+                host.workloads.push(name.clone());
+            }
+            Ok(())
+        })
     }
 
     /// A workload that was made before.

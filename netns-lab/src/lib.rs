@@ -50,6 +50,7 @@ mod tool;
 mod wait;
 mod workload;
 
+pub use binaries::find_binary;
 pub use config::{LabConfig, Underlay};
 pub use echo::EchoServer;
 pub use faults::Faults;

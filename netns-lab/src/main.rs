@@ -1,5 +1,6 @@
 //! `netns-lab`: simulated hosts for people. Each command is in a file of its own.
 
+mod bench;
 mod commands;
 
 use std::ffi::OsString;
@@ -107,6 +108,8 @@ enum Command {
         #[arg(long, value_name = "PORT")]
         udp_port: Option<u16>,
     },
+    /// Take the figures that ovl is measured by, in labs of their own
+    Bench(commands::bench::BenchArgs),
     /// Check that this machine can hold a lab
     Preflight,
     /// Remove the labs of processes that died
@@ -159,13 +162,14 @@ fn main() -> ExitCode {
 }
 
 fn run(lab: &str, command: Command) -> Result<ExitCode> {
-    use commands::{control, exec, fault, pairs, status, updown};
+    use commands::{bench, control, exec, fault, pairs, status, updown};
     match command {
         Command::Up { hosts, underlay, mtu, config, no_start } => {
             let wanted = updown::Wanted { hosts, underlay: underlay.into(), mtu, config, start: !no_start };
             updown::up(lab, &wanted)?;
         }
         Command::Down { all } => updown::down(lab, all)?,
+        Command::Bench(args) => return bench::bench(args),
         Command::Preflight => updown::preflight()?,
         Command::Sweep => updown::sweep()?,
         Command::Status => status::status(lab)?,

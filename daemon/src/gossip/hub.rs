@@ -34,7 +34,6 @@ const CHALLENGE_EVERY: Duration = Duration::from_secs(1);
 /// See the module.
 pub(super) struct Hub {
     pub(super) node: NodeId,
-    pub(super) local_addr: SocketAddr,
     socket: UdpSocket,
     state: Mutex<State>,
     /// Wakes the monitor: something changed that it has to look at.
@@ -80,8 +79,7 @@ impl Hub {
             inbox: None,
             datagram: Vec::new(),
         };
-        let local_addr = socket.local_addr()?;
-        Ok(Self { node, local_addr, socket, state: Mutex::new(state), news: Notify::new() })
+        Ok(Self { node, socket, state: Mutex::new(state), news: Notify::new() })
     }
 
     /// Never held across an await.

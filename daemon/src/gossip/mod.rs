@@ -241,11 +241,6 @@ impl Gossip {
         self.hub.counters()
     }
 
-    /// Where it listens.
-    pub(crate) fn local_addr(&self) -> SocketAddr {
-        self.hub.local_addr
-    }
-
     /// Stops, and gives the socket back.
     pub(crate) async fn shutdown(mut self) {
         self.tasks.shutdown().await;

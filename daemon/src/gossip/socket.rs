@@ -46,3 +46,19 @@ pub(super) fn header_len(to: IpAddr) -> usize {
         IpAddr::V6(_) => 40 + 8,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn both_families_are_opened_on_their_own() {
+        let four = open(SocketAddr::from(([127, 0, 0, 1], 0))).unwrap();
+        let Ok(six) = open(SocketAddr::new("::1".parse().unwrap(), four.local_addr().unwrap().port())) else {
+            // No IPv6 here.
+            return;
+        };
+        six.send_to(b"x", six.local_addr().unwrap()).await.unwrap();
+        assert_eq!(six.recv(&mut [0; 10]).await.unwrap(), 1);
+    }
+}

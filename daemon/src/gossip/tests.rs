@@ -10,6 +10,8 @@ struct Node {
     record: NodeRecord,
     gossip: Gossip,
     events: mpsc::Receiver<GossipEvent>,
+    /// What the events have told so far.
+    peers: HashMap<NodeId, (NodeRecord, Hints, bool)>,
 }
 
 fn free_port() -> SocketAddr {
@@ -51,7 +53,7 @@ async fn node_of(
         interval: Duration::from_millis(200),
     };
     let gossip = Gossip::start(config, sender).await.unwrap();
-    Node { identity, record, gossip, events }
+    Node { identity, record, gossip, events, peers: HashMap::new() }
 }
 
 async fn node(join: &[SocketAddr]) -> Node {
@@ -59,19 +61,31 @@ async fn node(join: &[SocketAddr]) -> Node {
 }
 
 impl Node {
-    /// The first event that fits, and how long it took.
-    async fn wait(&mut self, fits: impl Fn(&GossipEvent) -> bool) -> Duration {
+    async fn next(&mut self) -> GossipEvent {
+        let event = timeout(Duration::from_secs(20), self.events.recv()).await;
+        let event = event.expect("the event does not come").expect("gossip ended");
+        if let GossipEvent::Peer { record, hints, alive, .. } = &event {
+            self.peers.insert(record.id, (record.clone(), *hints, *alive));
+        }
+        event
+    }
+
+    /// Until an event comes that fits.
+    async fn wait(&mut self, fits: impl Fn(&GossipEvent) -> bool) {
+        while !fits(&self.next().await) {}
+    }
+
+    /// Until what was told of a peer fits; says how long that took.
+    async fn wait_peer(&mut self, id: NodeId, fits: impl Fn(&NodeRecord, &Hints, bool) -> bool) -> Duration {
         let start = Instant::now();
-        let found = async { while !fits(&self.events.recv().await.expect("gossip ended")) {} };
-        timeout(Duration::from_secs(20), found).await.expect("the event does not come");
+        while !self.peers.get(&id).is_some_and(|(record, hints, alive)| fits(record, hints, *alive)) {
+            self.next().await;
+        }
         start.elapsed()
     }
 
-    async fn wait_alive(&mut self, other: NodeId) -> Duration {
-        self.wait(
-            |event| matches!(event, GossipEvent::Peer { record, alive: true, .. } if record.id == other),
-        )
-        .await
+    async fn wait_alive(&mut self, id: NodeId) -> Duration {
+        self.wait_peer(id, |_, _, alive| alive).await
     }
 }
 
@@ -81,21 +95,16 @@ async fn three_nodes_find_each_other_and_learn_what_changes() {
     let mut b = node(&[a.record.address]).await;
     let mut c = node(&[a.record.address, b.record.address]).await;
     let (ida, idb, idc) = (a.record.id, b.record.id, c.record.id);
-    for (node, others) in [(&mut a, [idb, idc]), (&mut b, [ida, idc])] {
-        for _ in 0..2 {
-            node.wait(|event| matches!(event, GossipEvent::Peer { record, alive: true, .. } if others.contains(&record.id)))
-                .await;
+    for (node, others) in [(&mut a, [idb, idc]), (&mut b, [ida, idc]), (&mut c, [ida, idb])] {
+        for other in others {
+            node.wait_alive(other).await;
         }
     }
-    c.wait_alive(ida).await;
-    c.wait_alive(idb).await;
 
     let hints = Hints { table: Revision { epoch: 1, change: 7 }, objects: [9; 32], alloc: 3 };
     a.gossip.set_hints(hints);
     for node in [&mut b, &mut c] {
-        let took = node
-            .wait(|event| matches!(event, GossipEvent::Peer { record, hints: h, .. } if record.id == ida && *h == hints))
-            .await;
+        let took = node.wait_peer(ida, |_, told, _| *told == hints).await;
         assert!(took < Duration::from_millis(500), "{took:?}");
     }
 
@@ -104,7 +113,7 @@ async fn three_nodes_find_each_other_and_learn_what_changes() {
     let signed = a.identity.sign_record(&a.record).unwrap();
     a.gossip.set_record(signed.clone());
     for node in [&mut b, &mut c] {
-        node.wait(|event| matches!(event, GossipEvent::Peer { record, .. } if *record == a.record)).await;
+        node.wait_peer(ida, |record, _, _| *record == a.record).await;
     }
 
     a.record.revision = 3;
@@ -122,15 +131,13 @@ async fn three_nodes_find_each_other_and_learn_what_changes() {
 
     // Killed: nothing is said.
     drop(c);
-    let dead = |event: &GossipEvent| matches!(event, GossipEvent::Peer { record, alive: false, .. } if record.id == idc);
-    let took = a.wait(dead).await;
-    assert!(took > Duration::from_millis(1900) && took < Duration::from_millis(3300), "{took:?}");
-    assert!(b.wait(dead).await < Duration::from_millis(500));
+    let took = a.wait_peer(idc, |_, _, alive| !alive).await;
+    assert!(took > Duration::from_millis(1900) && took < Duration::from_secs(4), "{took:?}");
+    assert!(b.wait_peer(idc, |_, _, alive| !alive).await < Duration::from_millis(500));
 
     for node in [a, b] {
-        let address = node.gossip.local_addr();
         node.gossip.shutdown().await;
-        std::net::UdpSocket::bind(address).expect("the socket is given back");
+        std::net::UdpSocket::bind(node.record.address).expect("the socket is given back");
     }
 }
 
@@ -142,7 +149,7 @@ async fn a_restarted_node_is_the_same_one() {
     a.wait_alive(id).await;
     b.gossip.shutdown().await;
     let mut b = node_of(b.identity, address, 2, &[], 1).await;
-    a.wait(|event| matches!(event, GossipEvent::Peer { record, .. } if record.id == id && record.generation == 2)).await;
+    a.wait_peer(id, |record, _, _| record.generation == 2).await;
     b.wait_alive(a.record.id).await;
     let later = timeout(
         Duration::from_secs(4),

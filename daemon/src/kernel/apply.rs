@@ -4,10 +4,11 @@ use std::collections::HashMap;
 
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
 use netlink_packet_route::link::LinkAttribute;
-use nix::libc::{EADDRINUSE, EADDRNOTAVAIL, EEXIST, ENODEV, ENOENT};
+use nix::libc::{EACCES, EADDRINUSE, EADDRNOTAVAIL, EEXIST, ENODEV, ENOENT, EOPNOTSUPP};
 use ovl_core::device::{Device, Role};
 use ovl_core::kernel::Link;
 use ovl_core::op::Op;
+use ovl_proto::id::Mac;
 
 use super::dump;
 use super::error::{KernelError, Result};
@@ -48,7 +49,8 @@ impl Devices {
             self.0.insert(*device, result);
         }
         for answer in answers {
-            let Some((device, view)) = wanted.get(answer.request).zip(LinkView::parse(&answer.payload)) else {
+            let Some((device, view)) = wanted.get(answer.request).zip(LinkView::parse(&answer.payload))
+            else {
                 continue;
             };
             let found = if view.ours() == Some(*device) {
@@ -119,8 +121,10 @@ fn verdict(route: &mut Route, op: &Op, result: Result<(), Refusal>) -> Result<()
     let Err(refusal) = result else { return Ok(()) };
     match (op, refusal.errno) {
         (op, ENOENT | ENODEV | EADDRNOTAVAIL) if takes_away(op) => Ok(()),
+        // No port of a bridge any more: its entries went with that.
+        (Op::DelPort(..), EOPNOTSUPP) => Ok(()),
         (Op::AddFlood(..) | Op::AddAddress(..), EEXIST) => Ok(()),
-        (Op::AddAddress(device, net), nix::libc::EACCES) if net.addr().is_ipv6() => {
+        (Op::AddAddress(device, net), EACCES) if net.addr().is_ipv6() => {
             // The host turns IPv6 off on new devices; this one needs it.
             let again = super::sysctl::allow_v6(device.as_str()).is_ok();
             let located = Devices::default().get(route, *device)?;
@@ -137,7 +141,13 @@ fn verdict(route: &mut Route, op: &Op, result: Result<(), Refusal>) -> Result<()
 
 /// Makes a bridge or a VXLAN device, or leaves nothing behind. One that is there is left as it is:
 /// the next dump shows what is to be changed on it.
-pub(super) fn add_link(route: &mut Route, devices: &mut Devices, op: &Op, device: Device, link: &Link) -> Result<()> {
+pub(super) fn add_link(
+    route: &mut Route,
+    devices: &mut Devices,
+    op: &Op,
+    device: Device,
+    link: &Link,
+) -> Result<()> {
     let Some(new) = message::new_link(device, link) else {
         return Err(KernelError::Other(format!("{device} is made by an attach, not by the loop")));
     };
@@ -200,8 +210,11 @@ pub(super) fn set_link(
     let is = Common::of(to);
     let mut batch = Batch::default();
     let mut attributes = Vec::new();
-    if let Link::Bridge { mac, .. } = to {
-        attributes.push(message::hardware_address(*mac));
+    if was.mac != is.mac
+        && let Some(mac) = is.mac
+    {
+        // Only then: it makes the kernel forget all neighbours.
+        attributes.push(message::hardware_address(mac));
     }
     if was.mtu != is.mtu {
         attributes.push(LinkAttribute::Mtu(u32::from(is.mtu)));
@@ -237,8 +250,9 @@ pub(super) fn set_link(
     }
 }
 
-/// What all kinds of devices have.
+/// What devices of all kinds, or most of them, have.
 struct Common {
+    mac: Option<Mac>,
     mtu: u16,
     master: Option<Device>,
     up: bool,
@@ -248,9 +262,9 @@ struct Common {
 impl Common {
     fn of(link: &Link) -> Self {
         match *link {
-            Link::Bridge { mtu, up, tuned, .. } => Self { mtu, master: None, up, tuned },
+            Link::Bridge { mac, mtu, up, tuned } => Self { mac: Some(mac), mtu, master: None, up, tuned },
             Link::Vxlan { mtu, master, up, tuned, .. } | Link::Endpoint { mtu, master, up, tuned } => {
-                Self { mtu, master, up, tuned }
+                Self { mac: None, mtu, master, up, tuned }
             }
         }
     }
@@ -260,11 +274,15 @@ impl Common {
 fn explain(route: &mut Route, device: Device, link: &Link, refusal: Refusal, op: &Op) -> KernelError {
     let Link::Vxlan { vni, port, .. } = link else { return refusal.into_error(op.to_string()) };
     let holder = |route: &mut Route, vni: Option<u32>| {
-        dump::all_links(route).ok()?.messages().filter_map(|message| LinkView::parse(message.payload)).find_map(|view| {
-            let (its_vni, its_port) = view.vxlan()?;
-            let conflicts = its_port == *port && (vni.is_none() || its_vni.is_none() || its_vni == vni);
-            (conflicts && view.name != device.as_str()).then(|| view.name.to_owned())
-        })
+        dump::all_links(route)
+            .ok()?
+            .messages()
+            .filter_map(|message| LinkView::parse(message.payload))
+            .find_map(|view| {
+                let (its_vni, its_port) = view.vxlan()?;
+                let conflicts = its_port == *port && (vni.is_none() || its_vni.is_none() || its_vni == vni);
+                (conflicts && view.name != device.as_str()).then(|| view.name.to_owned())
+            })
     };
     match refusal.errno {
         EEXIST => match holder(route, Some(*vni)) {

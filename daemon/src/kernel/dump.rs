@@ -196,6 +196,8 @@ pub(super) fn has_default_route(route: &mut Route, family: AddressFamily) -> Res
     message.header.table = 254;
     let dump = route.dump(&RouteNetlinkMessage::GetRoute(message))?;
     Ok(dump.messages().any(|message| {
-        message.kind == RTM_NEWROUTE && u8_at(message.payload, 1) == Some(0) && u8_at(message.payload, 7) == Some(1)
+        message.kind == RTM_NEWROUTE
+            && u8_at(message.payload, 1) == Some(0)
+            && u8_at(message.payload, 7) == Some(1)
     }))
 }

@@ -88,7 +88,9 @@ pub(super) fn create(
         }
         Err(error) => {
             // With its one end the other goes too.
-            if let Err(left) = delete(route, devices, &[device]).and_then(|results| results.into_iter().collect::<Result<()>>()) {
+            if let Err(left) = delete(route, devices, &[device])
+                .and_then(|results| results.into_iter().collect::<Result<()>>())
+            {
                 tracing::warn!("{device} is left over from an attach that failed: {left}");
             }
             Err(error)
@@ -110,7 +112,8 @@ fn finish(
     visitor: &mut Visitor,
     netns: OwnedFd,
 ) -> Result<(u32, String)> {
-    let peer = view.peer.ok_or_else(|| KernelError::Other("the kernel does not tell the other end".to_owned()))?;
+    let peer =
+        view.peer.ok_or_else(|| KernelError::Other("the kernel does not tell the other end".to_owned()))?;
     let ifname = visitor.visit(netns, move |route| configure(route, peer, inside))?;
     Ok((view.index, ifname))
 }
@@ -119,6 +122,7 @@ fn finish(
 fn configure(route: &mut Route, index: u32, inside: Inside) -> Result<String> {
     let mut batch = Batch::default();
     batch.push(message::set_up(Target::Index(LOOPBACK), true), 0);
+    batch.push(message::set_up(Target::Index(index), true), 0);
     batch.push(message::get_link_at(index), 0);
     for net in &inside.addresses {
         batch.push(message::new_address(index, *net), NLM_F_CREATE | NLM_F_EXCL);
@@ -131,8 +135,8 @@ fn configure(route: &mut Route, index: u32, inside: Inside) -> Result<String> {
         .or(inside.ifname)
         .ok_or_else(|| KernelError::Other("the namespace lost the interface at once".to_owned()))?;
     let mut results = results.into_iter();
-    if let Some(Err(refusal)) = results.next() {
-        return Err(refusal.into_error("cannot set lo up in the namespace"));
+    for (name, result) in ["lo", &ifname].into_iter().zip(&mut results) {
+        result.map_err(|refusal| refusal.into_error(format!("cannot set {name} up in the namespace")))?;
     }
     results.next();
     for (net, result) in inside.addresses.iter().zip(results) {
@@ -144,9 +148,11 @@ fn configure(route: &mut Route, index: u32, inside: Inside) -> Result<String> {
         if has_default_route(route, message::family(gateway))? {
             continue;
         }
-        route
-            .request(message::default_route(index, gateway), NLM_F_CREATE | NLM_F_EXCL)?
-            .map_err(|refusal| refusal.into_error(format!("cannot set the default route via {gateway} in the namespace")))?;
+        route.request(message::default_route(index, gateway), NLM_F_CREATE | NLM_F_EXCL)?.map_err(
+            |refusal| {
+                refusal.into_error(format!("cannot set the default route via {gateway} in the namespace"))
+            },
+        )?;
     }
     Ok(ifname)
 }
@@ -157,8 +163,9 @@ fn add_again(route: &mut Route, index: u32, ifname: &str, net: IpNet, refusal: R
     if refusal.errno != EACCES || net.addr().is_ipv4() {
         return Err(refusal.into_error(action()));
     }
-    sysctl::allow_v6(ifname)
-        .map_err(|error| KernelError::io(format!("cannot turn on IPv6 on {ifname} in the namespace"), &error))?;
+    sysctl::allow_v6(ifname).map_err(|error| {
+        KernelError::io(format!("cannot turn on IPv6 on {ifname} in the namespace"), &error)
+    })?;
     route
         .request(message::new_address(index, net), NLM_F_CREATE | NLM_F_EXCL)?
         .map_err(|refusal| refusal.into_error(action()))
@@ -182,7 +189,11 @@ fn is_plain_name(name: &str) -> bool {
 }
 
 /// Gives other ends of pairs an MTU, each in its namespace.
-pub(super) fn set_peer_mtu(visitor: &mut Visitor, netns: OwnedFd, peers: Vec<(u32, u16)>) -> Result<Vec<Result<()>>> {
+pub(super) fn set_peer_mtu(
+    visitor: &mut Visitor,
+    netns: OwnedFd,
+    peers: Vec<(u32, u16)>,
+) -> Result<Vec<Result<()>>> {
     visitor.visit(netns, move |route| {
         let mut batch = Batch::default();
         for (index, mtu) in &peers {
@@ -192,7 +203,9 @@ pub(super) fn set_peer_mtu(visitor: &mut Visitor, netns: OwnedFd, peers: Vec<(u3
         let (results, _) = route.execute(batch)?;
         Ok(results
             .into_iter()
-            .map(|result| result.map_err(|refusal| refusal.into_error("cannot set the MTU inside of the namespace")))
+            .map(|result| {
+                result.map_err(|refusal| refusal.into_error("cannot set the MTU inside of the namespace"))
+            })
             .collect())
     })
 }

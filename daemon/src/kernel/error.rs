@@ -6,7 +6,7 @@ use ovl_core::device::Device;
 
 /// Why something could not be done to the kernel.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum KernelError {
+pub(crate) enum KernelError {
     /// The kernel refused a request.
     #[error("{action}: {}{}", io::Error::from_raw_os_error(*errno), reason.as_deref().map(|text| format!(" ({text})")).unwrap_or_default())]
     Refused {
@@ -32,7 +32,7 @@ pub enum KernelError {
 }
 
 /// Short for this module.
-pub type Result<T, E = KernelError> = std::result::Result<T, E>;
+pub(crate) type Result<T, E = KernelError> = std::result::Result<T, E>;
 
 impl KernelError {
     pub(super) fn io(action: impl Into<String>, error: &io::Error) -> Self {
@@ -44,7 +44,7 @@ impl KernelError {
     }
 
     /// The kernel's error number, if it was the kernel that refused.
-    pub fn errno(&self) -> Option<i32> {
+    pub(crate) fn errno(&self) -> Option<i32> {
         match self {
             Self::Refused { errno, .. } => Some(*errno),
             Self::Foreign(_) | Self::NoDevice(_) | Self::Other(_) | Self::Stopped => None,

@@ -205,7 +205,9 @@ impl Done {
 
 fn run(arguments: &[&str], input: &str) -> Result<Done> {
     try_run(arguments, input).map_err(|error| match error.kind() {
-        io::ErrorKind::NotFound => KernelError::Other("the program nft is missing: install nftables".to_owned()),
+        io::ErrorKind::NotFound => {
+            KernelError::Other("the program nft is missing: install nftables".to_owned())
+        }
         _ => KernelError::Other(format!("cannot run nft: {error}")),
     })
 }
@@ -244,7 +246,10 @@ fn read_both(child: &mut Child, deadline: Instant) -> io::Result<(Vec<u8>, Vec<u
         let fds = [stdout.as_ref().map(AsRawFd::as_raw_fd), stderr.as_ref().map(AsRawFd::as_raw_fd)];
         let [out_ready, err_ready] = sys::poll(fds, Some(left))?;
         if left.is_zero() {
-            return Err(io::Error::new(io::ErrorKind::TimedOut, format!("no end after {} s", PATIENCE.as_secs())));
+            return Err(io::Error::new(
+                io::ErrorKind::TimedOut,
+                format!("no end after {} s", PATIENCE.as_secs()),
+            ));
         }
         if out_ready {
             read_some(&mut stdout, &mut output)?;

@@ -40,13 +40,24 @@ pub(super) struct Known {
 
 #[derive(Debug, Default)]
 struct Told {
-    link: Option<Link>,
+    device: Option<State>,
+    /// By the bridge, after that.
     port_is_tuned: Option<bool>,
+}
+
+#[derive(Debug)]
+enum State {
+    Ours(Link),
+    /// It has lost its name or alias, or has not got them yet.
+    NotOurs,
 }
 
 impl Known {
     /// After a dump.
     pub(super) fn load(&mut self, kernel: Kernel, names: Names) {
+        // Their notifications were lost, or come only now and find nothing that they could end.
+        let gone = self.kernel.links.keys().filter(|device| !kernel.links.contains_key(device));
+        self.news.gone.extend(gone.filter(|device| matches!(device.role(), Some(Role::Endpoint(_)))));
         self.kernel = kernel;
         self.names = names;
         self.told.clear();
@@ -130,10 +141,18 @@ impl Known {
     /// Once all notifications that were waiting are noted: an operation of ours can pass through
     /// states that are not the one it leaves, so only the last state of a device counts.
     pub(super) fn news(&mut self) -> News {
-        for (index, told) in self.told.drain() {
+        for (index, told) in std::mem::take(&mut self.told) {
             let Some(device) = self.names.ours.get(&index).copied() else { continue };
             let known = self.kernel.links.get(&device).copied();
-            let Some(mut now) = told.link.or(known) else { continue };
+            let mut now = match (told.device, known) {
+                (Some(State::Ours(link)), _) | (None, Some(link)) => link,
+                (Some(State::NotOurs), _) => {
+                    self.names.ours.remove(&index);
+                    lost(&mut self.kernel, &mut self.news, device);
+                    continue;
+                }
+                (None, None) => continue,
+            };
             let was_tuned = is_tuned(&mut now);
             if let Some(port) = told.port_is_tuned {
                 // Of the bridge's message we learn about the port alone. If that is as it should
@@ -163,13 +182,13 @@ impl Known {
         self.names.all.insert(view.index, name);
         if let Some((device, link)) = view.ours().zip(view.model(&self.names.all)) {
             if let Some(renamed) = self.names.ours.insert(view.index, device).filter(|old| *old != device) {
-                self.lost(renamed);
+                lost(&mut self.kernel, &mut self.news, renamed);
             }
-            self.told.insert(view.index, Told { link: Some(link), port_is_tuned: None });
+            self.told.insert(view.index, Told { device: Some(State::Ours(link)), port_is_tuned: None });
             return;
         }
-        if let Some(device) = self.names.ours.remove(&view.index) {
-            self.lost(device);
+        if self.names.ours.contains_key(&view.index) {
+            self.told.insert(view.index, Told { device: Some(State::NotOurs), port_is_tuned: None });
         }
         // One with our name and without our alias is about to get it.
         let state = (view.mtu, view.up);
@@ -187,17 +206,7 @@ impl Known {
         self.told.remove(&view.index);
         self.news.underlay |= self.names.others.remove(&view.index).is_some();
         if let Some(device) = self.names.ours.remove(&view.index) {
-            self.lost(device);
-        }
-    }
-
-    fn lost(&mut self, device: Device) {
-        if self.kernel.links.contains_key(&device) {
-            self.kernel.forget_device(device);
-            self.news.changed = true;
-            if let Some(Role::Endpoint(_)) = device.role() {
-                self.news.gone.push(device);
-            }
+            lost(&mut self.kernel, &mut self.news, device);
         }
     }
 
@@ -229,13 +238,28 @@ impl Known {
 
     fn note_forwarding(&mut self, payload: &[u8]) {
         const ALL: u32 = u32::MAX;
-        let find = |wanted| attributes(payload, 4).find(|(kind, _)| *kind == wanted).and_then(|(_, v)| u32_at(v, 0));
+        let find =
+            |wanted| attributes(payload, 4).find(|(kind, _)| *kind == wanted).and_then(|(_, v)| u32_at(v, 0));
         let (Some(ALL), Some(forwarding)) = (find(1), find(2)) else { return };
-        let name = if u8_at(payload, 0) == Some(10) { "net.ipv6.conf.all.forwarding" } else { "net.ipv4.ip_forward" };
+        let name = if u8_at(payload, 0) == Some(10) {
+            "net.ipv6.conf.all.forwarding"
+        } else {
+            "net.ipv4.ip_forward"
+        };
         let value = forwarding.to_string();
         if self.kernel.sysctls.get(name) != Some(&value) {
             self.kernel.sysctls.insert(name.to_owned(), value);
             self.news.changed = true;
+        }
+    }
+}
+
+fn lost(kernel: &mut Kernel, news: &mut News, device: Device) {
+    if kernel.links.contains_key(&device) {
+        kernel.forget_device(device);
+        news.changed = true;
+        if let Some(Role::Endpoint(_)) = device.role() {
+            news.gone.push(device);
         }
     }
 }

@@ -114,7 +114,9 @@ impl<'a> LinkView<'a> {
         let quiet = self.address_mode.is_none_or(|mode| mode == 1);
         let data = || attributes(self.data, 0);
         Some(match self.ours()?.role()? {
-            Role::Bridge(_) => Link::Bridge { mac: self.mac?, mtu, up, tuned: quiet && data().all(is_bridge_tuned) },
+            Role::Bridge(_) => {
+                Link::Bridge { mac: self.mac?, mtu, up, tuned: quiet && data().all(is_bridge_tuned) }
+            }
             Role::Vxlan(_) => {
                 let mut learning = false;
                 let (mut vni, mut port) = (0, 0);
@@ -140,7 +142,9 @@ impl<'a> LinkView<'a> {
     /// Whether it behaves as a port should; none if it is no port, or the message does not say.
     pub(super) fn port_is_tuned(&self, is_vxlan: bool) -> Option<bool> {
         let port = self.port?;
-        let flag = |wanted| attributes(port, 0).find(|(kind, _)| *kind == wanted).and_then(|(_, value)| u8_at(value, 0));
+        let flag = |wanted| {
+            attributes(port, 0).find(|(kind, _)| *kind == wanted).and_then(|(_, value)| u8_at(value, 0))
+        };
         let (learning, suppress) = (flag(8)?, flag(32)?);
         Some(learning == 0 && (suppress != 0 || !is_vxlan))
     }
@@ -150,7 +154,8 @@ impl<'a> LinkView<'a> {
         if self.kind != "vxlan" {
             return None;
         }
-        let find = |wanted| attributes(self.data, 0).find(|(kind, _)| *kind == wanted).map(|(_, value)| value);
+        let find =
+            |wanted| attributes(self.data, 0).find(|(kind, _)| *kind == wanted).map(|(_, value)| value);
         let takes_all = find(25).and_then(|value| u8_at(value, 0)).is_some_and(|flag| flag != 0);
         let vni = find(1).and_then(|value| u32_at(value, 0));
         Some((vni.filter(|_| !takes_all), find(15).and_then(u16_be)?))

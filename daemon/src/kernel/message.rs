@@ -7,8 +7,9 @@ use ipnet::IpNet;
 use netlink_packet_core::{NLM_F_APPEND, NLM_F_CREATE, NLM_F_REPLACE};
 use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressMessage, AddressScope};
 use netlink_packet_route::link::{
-    AfSpecInet6, AfSpecUnspec, BridgeStpState, In6AddrGenMode, InfoBridge, InfoBridgePort, InfoData, InfoKind,
-    InfoPortData, InfoPortKind, InfoVeth, InfoVxlan, LinkAttribute, LinkExtentMask, LinkFlags, LinkInfo, LinkMessage,
+    AfSpecInet6, AfSpecUnspec, BridgeStpState, In6AddrGenMode, InfoBridge, InfoBridgePort, InfoData,
+    InfoKind, InfoPortData, InfoPortKind, InfoVeth, InfoVxlan, LinkAttribute, LinkExtentMask, LinkFlags,
+    LinkInfo, LinkMessage,
 };
 use netlink_packet_route::neighbour::{
     NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState,
@@ -57,7 +58,9 @@ pub(super) fn entry(op: &Op, index: u32) -> Option<(RouteNetlinkMessage, u16)> {
             (new(message), PUT)
         }
         Op::DelNeighbour(_, address) => (del(neighbour(index, *address)), 0),
-        Op::Sysctl { .. } | Op::Filter(_) | Op::AddLink(..) | Op::SetLink(..) | Op::DelLink(_) => return None,
+        Op::Sysctl { .. } | Op::Filter(_) | Op::AddLink(..) | Op::SetLink(..) | Op::DelLink(_) => {
+            return None;
+        }
     })
 }
 
@@ -191,7 +194,9 @@ pub(super) fn alias(text: &str) -> LinkAttribute {
 
 /// The kernel makes no link-local IPv6 address on it.
 pub(super) fn no_link_local() -> LinkAttribute {
-    LinkAttribute::AfSpecUnspec(vec![AfSpecUnspec::Inet6(vec![AfSpecInet6::AddrGenMode(In6AddrGenMode::None)])])
+    LinkAttribute::AfSpecUnspec(vec![AfSpecUnspec::Inet6(vec![AfSpecInet6::AddrGenMode(
+        In6AddrGenMode::None,
+    )])])
 }
 
 pub(super) fn hardware_address(mac: Mac) -> LinkAttribute {
@@ -250,10 +255,7 @@ pub(super) fn bridge_info() -> Vec<LinkInfo> {
 
 /// Makes a VXLAN device forget nothing and learn nothing.
 pub(super) fn no_learning() -> Vec<LinkInfo> {
-    vec![
-        LinkInfo::Kind(InfoKind::Vxlan),
-        LinkInfo::Data(InfoData::Vxlan(vec![InfoVxlan::Learning(false)])),
-    ]
+    vec![LinkInfo::Kind(InfoKind::Vxlan), LinkInfo::Data(InfoData::Vxlan(vec![InfoVxlan::Learning(false)]))]
 }
 
 /// How a port of ours behaves: it learns nothing, and on the VXLAN device questions about
@@ -269,7 +271,8 @@ pub(super) fn port(device: Device) -> LinkAttribute {
     ])
 }
 
-/// An endpoint's pair, the other end straight in its namespace and up.
+/// An endpoint's pair, the other end straight in its namespace. Both are down: the kernel can only
+/// set an end up that has another.
 pub(super) fn new_pair(
     device: Device,
     bridge: u32,
@@ -279,8 +282,6 @@ pub(super) fn new_pair(
     mac: Mac,
 ) -> RouteNetlinkMessage {
     let mut peer = LinkMessage::default();
-    peer.header.flags = LinkFlags::Up;
-    peer.header.change_mask = LinkFlags::Up;
     peer.attributes = vec![
         LinkAttribute::IfName(ifname.to_owned()),
         hardware_address(mac),

@@ -24,24 +24,26 @@ const OWN: &str = "/proc/thread-self/ns/net";
 
 /// An open network namespace that is not ovld's own.
 #[derive(Debug)]
-pub struct Netns {
+pub(crate) struct Netns {
     /// The descriptor.
-    pub fd: OwnedFd,
+    pub(crate) fd: OwnedFd,
     /// The number that names it while it exists (as in `net:[4026531840]`).
-    pub inode: u64,
+    pub(crate) inode: u64,
 }
 
 /// Opens `/run/netns/NAME`, `/proc/PID/ns/net` or the like.
-pub fn open_netns(path: &Path) -> Result<Netns> {
+pub(crate) fn open_netns(path: &Path) -> Result<Netns> {
     let text = path.display();
     // What is not a namespace might be a FIFO, and hold up the one who opens it.
     let file =
-        OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path).map_err(|error| {
-            match error.kind() {
-                io::ErrorKind::NotFound => KernelError::Other(format!("there is no network namespace {text}")),
+        OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path).map_err(
+            |error| match error.kind() {
+                io::ErrorKind::NotFound => {
+                    KernelError::Other(format!("there is no network namespace {text}"))
+                }
                 _ => KernelError::io(format!("cannot open the network namespace {text}"), &error),
-            }
-        })?;
+            },
+        )?;
     let no_namespace = || KernelError::Other(format!("{text} is not a network namespace"));
     let system = nix::sys::statfs::fstatfs(&file).map_err(|_| no_namespace())?;
     // On another file system the request below could mean something else.
@@ -65,7 +67,8 @@ fn own() -> Result<File> {
 }
 
 fn inode(file: &File) -> Result<u64> {
-    let metadata = file.metadata().map_err(|error| KernelError::io("cannot look at a network namespace", &error))?;
+    let metadata =
+        file.metadata().map_err(|error| KernelError::io("cannot look at a network namespace", &error))?;
     Ok(metadata.ino())
 }
 
@@ -195,13 +198,13 @@ fn unescape(word: &str) -> String {
 /// Namespaces of processes.
 fn of_processes() -> impl Iterator<Item = (u64, PathBuf)> {
     let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
-    entries.filter(|entry| entry.file_name().to_string_lossy().starts_with(|c: char| c.is_ascii_digit())).filter_map(
-        |entry| {
+    entries
+        .filter(|entry| entry.file_name().to_string_lossy().starts_with(|c: char| c.is_ascii_digit()))
+        .filter_map(|entry| {
             let path = entry.path().join("ns/net");
             let link = std::fs::read_link(&path).ok()?;
             Some((inode_in(link.to_str()?)?, path))
-        },
-    )
+        })
 }
 
 /// Of `net:[4026531840]`.

@@ -2,15 +2,14 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::mem::MaybeUninit;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use etherparse::{Icmpv4Header, Icmpv4Type, Icmpv6Header, Icmpv6Type, IcmpEchoHeader, Ipv4HeaderSlice};
+use etherparse::{IcmpEchoHeader, Icmpv4Header, Icmpv4Type, Icmpv6Header, Icmpv6Type, Ipv4HeaderSlice};
 use socket2::{Domain, Protocol, Socket, Type};
-use tokio::io::unix::AsyncFd;
+use tokio::net::UdpSocket;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
@@ -21,7 +20,7 @@ const PAYLOAD: &[u8] = b"ovl: is this host up?";
 
 /// Sends echo requests. Clones share the sockets.
 #[derive(Debug, Clone)]
-pub struct Prober(Arc<Inner>);
+pub(crate) struct Prober(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
@@ -34,7 +33,7 @@ struct Inner {
 
 #[derive(Debug)]
 struct Family {
-    socket: Arc<AsyncFd<Socket>>,
+    socket: Arc<UdpSocket>,
     waiting: Waiting,
     reader: JoinHandle<()>,
 }
@@ -44,7 +43,7 @@ type Waiting = Arc<Mutex<HashMap<(IpAddr, u16, u16), oneshot::Sender<()>>>>;
 
 impl Prober {
     /// Within a tokio runtime; needs CAP_NET_RAW.
-    pub fn new() -> Result<Self> {
+    pub(crate) fn new() -> Result<Self> {
         let error = |error| KernelError::io("cannot open a socket for ICMP", &error);
         let v4 = Family::open(Domain::IPV4, Protocol::ICMPV4, echo_reply_v4).map_err(error)?;
         let v6 = Family::open(Domain::IPV6, Protocol::ICMPV6, echo_reply_v6).ok();
@@ -54,7 +53,7 @@ impl Prober {
     }
 
     /// Whether an answer came in time. Many may run at once.
-    pub async fn probe(&self, address: IpAddr, timeout: Duration) -> bool {
+    pub(crate) async fn probe(&self, address: IpAddr, timeout: Duration) -> bool {
         let inner = &*self.0;
         let family = match address {
             IpAddr::V4(_) => Some(&inner.v4),
@@ -66,9 +65,7 @@ impl Prober {
         let key = (address, echo.id, echo.seq);
         let (sender, answer) = oneshot::channel();
         lock(&family.waiting).insert(key, sender);
-        let answered = async {
-            family.send(address, echo).await.is_ok() && answer.await.is_ok()
-        };
+        let answered = async { family.send(address, echo).await.is_ok() && answer.await.is_ok() };
         let answered = tokio::time::timeout(timeout, answered).await.unwrap_or(false);
         lock(&family.waiting).remove(&key);
         answered
@@ -76,10 +73,15 @@ impl Prober {
 }
 
 impl Family {
-    fn open(domain: Domain, protocol: Protocol, parse: fn(&[u8]) -> Option<IcmpEchoHeader>) -> io::Result<Self> {
+    fn open(
+        domain: Domain,
+        protocol: Protocol,
+        parse: fn(&[u8]) -> Option<IcmpEchoHeader>,
+    ) -> io::Result<Self> {
         let socket = Socket::new(domain, Type::RAW, Some(protocol))?;
         socket.set_nonblocking(true)?;
-        let socket = Arc::new(AsyncFd::new(socket)?);
+        // It is no UDP socket, but is read and written like one.
+        let socket = Arc::new(UdpSocket::from_std(socket.into())?);
         let waiting = Waiting::default();
         let reader = tokio::spawn(read(Arc::clone(&socket), Arc::clone(&waiting), parse));
         Ok(Self { socket, waiting, reader })
@@ -95,14 +97,7 @@ impl Family {
             IpAddr::V6(_) => Icmpv6Header::new(Icmpv6Type::EchoRequest(echo)).write(&mut packet)?,
         }
         packet.extend_from_slice(PAYLOAD);
-        let to = SocketAddr::new(to, 0).into();
-        loop {
-            let mut guard = self.socket.writable().await?;
-            match guard.try_io(|socket| socket.get_ref().send_to(&packet, &to)) {
-                Ok(sent) => return sent.map(drop),
-                Err(_) => continue,
-            }
-        }
+        self.socket.send_to(&packet, SocketAddr::new(to, 0)).await.map(drop)
     }
 }
 
@@ -112,19 +107,12 @@ impl Drop for Family {
     }
 }
 
-async fn read(socket: Arc<AsyncFd<Socket>>, waiting: Waiting, parse: fn(&[u8]) -> Option<IcmpEchoHeader>) {
+async fn read(socket: Arc<UdpSocket>, waiting: Waiting, parse: fn(&[u8]) -> Option<IcmpEchoHeader>) {
+    let mut packet = [0; 512];
     loop {
-        let Ok(mut guard) = socket.readable().await else { return };
-        let mut packet = [MaybeUninit::uninit(); 512];
-        // Errors such as "no route to host" belong to packets that were sent: they are not ours.
-        let Ok(Ok((length, from))) = guard.try_io(|socket| socket.get_ref().recv_from(&mut packet)) else { continue };
-        let bytes: Vec<u8> = packet
-            .iter()
-            .take(length)
-            // SAFETY: the kernel has written this many bytes.
-            .map(|byte| unsafe { byte.assume_init() })
-            .collect();
-        if let (Some(from), Some(echo)) = (from.as_socket(), parse(&bytes))
+        // Errors such as "no route to host" belong to packets that were sent, and end nothing.
+        let Ok((length, from)) = socket.recv_from(&mut packet).await else { continue };
+        if let Some(echo) = packet.get(..length).and_then(parse)
             && let Some(sender) = lock(&waiting).remove(&(from.ip(), echo.id, echo.seq))
         {
             let _ = sender.send(());

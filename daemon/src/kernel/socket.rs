@@ -108,7 +108,8 @@ impl Route {
         socket.set_ext_ack(true)?;
         socket.set_netlink_get_strict_chk(true)?;
         // Both are for safety: a batch has one acknowledgement unless something fails.
-        setsockopt(&socket, sockopt::RcvBufForce, &(2 << 20)).or_else(|_| setsockopt(&socket, sockopt::RcvBuf, &(2 << 20)))?;
+        setsockopt(&socket, sockopt::RcvBufForce, &(2 << 20))
+            .or_else(|_| setsockopt(&socket, sockopt::RcvBuf, &(2 << 20)))?;
         setsockopt(&socket, sockopt::ReceiveTimeout, &TimeVal::seconds(PATIENCE_SECONDS))?;
         Ok(Self { socket, sequence: 0, buffer: Vec::with_capacity(RECEIVE) })
     }
@@ -155,7 +156,11 @@ impl Route {
     }
 
     /// One request.
-    pub(super) fn request(&mut self, message: RouteNetlinkMessage, flags: u16) -> Result<Result<(), Refusal>> {
+    pub(super) fn request(
+        &mut self,
+        message: RouteNetlinkMessage,
+        flags: u16,
+    ) -> Result<Result<(), Refusal>> {
         let mut batch = Batch::default();
         batch.push(message, flags);
         let (mut results, _) = self.execute(batch)?;
@@ -192,7 +197,9 @@ impl Route {
                 match message.kind {
                     NLMSG_ERROR => done = Some(refusal(&message)),
                     // A dump that fails half-way says so in its last message.
-                    NLMSG_DONE => done = Some(errno_of(&message).map(|errno| Refusal { errno, reason: None })),
+                    NLMSG_DONE => {
+                        done = Some(errno_of(&message).map(|errno| Refusal { errno, reason: None }))
+                    }
                     _ => {}
                 }
             }

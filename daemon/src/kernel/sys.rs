@@ -10,10 +10,14 @@ use nix::libc;
 const NS_GET_NSTYPE: libc::c_ulong = 0xb703;
 
 /// Waits until one of the descriptors can be read or its other end is closed; says which.
-pub(super) fn poll<const N: usize>(fds: [Option<RawFd>; N], timeout: Option<Duration>) -> io::Result<[bool; N]> {
+pub(super) fn poll<const N: usize>(
+    fds: [Option<RawFd>; N],
+    timeout: Option<Duration>,
+) -> io::Result<[bool; N]> {
     // The kernel skips negative descriptors.
     let mut entries = fds.map(|fd| libc::pollfd { fd: fd.unwrap_or(-1), events: libc::POLLIN, revents: 0 });
-    let timeout = timeout.map_or(-1, |time| libc::c_int::try_from(time.as_millis()).unwrap_or(libc::c_int::MAX));
+    let timeout =
+        timeout.map_or(-1, |time| libc::c_int::try_from(time.as_millis()).unwrap_or(libc::c_int::MAX));
     // SAFETY: the pointer and the count describe `entries`.
     let ready = unsafe { libc::poll(entries.as_mut_ptr(), N as libc::nfds_t, timeout) };
     if ready >= 0 {

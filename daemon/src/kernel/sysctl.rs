@@ -22,7 +22,8 @@ pub(super) fn write(name: &str, value: &str) -> Result<()> {
     if name == FORWARDING_V6 && value != "0" {
         keep_router_advertisements();
     }
-    std::fs::write(path(name), value).map_err(|error| KernelError::io(format!("cannot set {name} to {value}"), &error))
+    std::fs::write(path(name), value)
+        .map_err(|error| KernelError::io(format!("cannot set {name} to {value}"), &error))
 }
 
 /// Lets a device have IPv6 addresses.

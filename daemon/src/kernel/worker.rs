@@ -137,6 +137,7 @@ impl Worker {
         self.listen();
         let (mut kernel, names) = dump::kernel(&mut self.route)?;
         self.known.load(kernel.clone(), names);
+        self.listen();
         if self.filter.drain() {
             self.outbox.add(KernelEvent::FilterChanged);
         }
@@ -209,16 +210,15 @@ impl Worker {
                 Err(error) => Err(error),
             },
             [op @ Op::AddLink(device, link)] => apply::add_link(route, devices, op, *device, link),
-            [op @ Op::SetLink(device, from, to)] => {
-                apply::set_link(route, devices, op, *device, from, to).and_then(|located| {
+            [op @ Op::SetLink(device, from, to)] => apply::set_link(route, devices, op, *device, from, to)
+                .and_then(|located| {
                     let Some(mtu) = apply::peer_mtu(*device, from, to) else { return Ok(()) };
                     let peer = located.peer.zip(located.peer_netns);
-                    let (index, netns) =
-                        peer.ok_or_else(|| KernelError::Other(format!("the other end of {device} is unknown")))?;
+                    let (index, netns) = peer
+                        .ok_or_else(|| KernelError::Other(format!("the other end of {device} is unknown")))?;
                     peers.push(Peer { device: *device, index, netns, mtu });
                     Ok(())
-                })
-            }
+                }),
             _ => return for_all(apply::entries(route, devices, run)),
         };
         vec![one]
@@ -242,14 +242,16 @@ impl Worker {
                     endpoint::set_peer_mtu(&mut self.visitor, netns, mtus)
                 }
                 None => Err(KernelError::Other(
-                    "cannot set the MTU inside of a namespace that has neither a name nor a process".to_owned(),
+                    "cannot set the MTU inside of a namespace that has neither a name nor a process"
+                        .to_owned(),
                 )),
             };
             let results = results.unwrap_or_else(|error| peers.iter().map(|_| Err(error.clone())).collect());
             for (peer, result) in peers.iter().zip(results) {
                 let Err(error) = result else { continue };
                 let of_peer = |outcome: &&mut Outcome| {
-                    outcome.result.is_ok() && matches!(outcome.op, Op::SetLink(device, ..) if device == peer.device)
+                    outcome.result.is_ok()
+                        && matches!(outcome.op, Op::SetLink(device, ..) if device == peer.device)
                 };
                 if let Some(outcome) = outcomes.iter_mut().find(of_peer) {
                     outcome.result = Err(error);

@@ -5,7 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use anyhow::{bail, ensure};
+use anyhow::{Context, bail, ensure};
 use bytes::BytesMut;
 use ovl_proto::id::NodeId;
 use ovl_proto::wire;
@@ -142,6 +142,10 @@ async fn connection(mut stream: TcpStream, from: SocketAddr, shared: Arc<Shared>
     };
     shared.inbound.leave(node, &replaced);
     if let Err(error) = ended {
+        if error.is::<wire::WireError>() {
+            // It will dial again and say it again: somebody must hear of it.
+            shared.inbound.stranger(from, &error);
+        }
         debug!(peer = %node, "incoming stream: {error:#}");
     }
 }
@@ -156,7 +160,7 @@ async fn read(mut stream: TcpStream, secured: Secured, shared: &Shared) -> anyho
     loop {
         while let Some(bytes) = opening.next(&mut noise, &mut arrived)? {
             let size = bytes.len();
-            let message = wire::decode(&bytes)?;
+            let message = wire::decode(&bytes).context("it says what this version does not understand")?;
             shared.events.send(LinkEvent::Message { from, message, size }).await.map_err(|_| gone())?;
         }
         arrived.reserve(4096);

@@ -84,6 +84,7 @@ pub(crate) struct Links {
     shared: Arc<Shared>,
     peers: Mutex<Peers>,
     listener: JoinHandle<()>,
+    #[cfg(test)]
     local_addr: SocketAddr,
 }
 
@@ -114,11 +115,18 @@ impl Links {
         let LinksConfig { listen, identity, keyring, record } = config;
         let listener =
             open(listen).with_context(|| format!("cannot listen for sync streams on {listen} (TCP)"))?;
+        #[cfg(test)]
         let local_addr = listener.local_addr()?;
         let (record, inbound) = (Mutex::new(record), Inbound::default());
         let shared = Arc::new(Shared { identity, keyring, record, events, inbound });
         let listener = tokio::spawn(inbound::run(listener, Arc::clone(&shared)));
-        Ok(Self { shared, peers: Mutex::default(), listener, local_addr })
+        Ok(Self {
+            shared,
+            peers: Mutex::default(),
+            listener,
+            #[cfg(test)]
+            local_addr,
+        })
     }
 
     /// What later handshakes say of us.
@@ -184,8 +192,9 @@ impl Links {
         peers.outbound.iter().filter(|(_, peer)| peer.is_connected()).map(|(node, _)| *node).collect()
     }
 
-    /// Where it listens.
-    pub(crate) fn local_addr(&self) -> SocketAddr {
+    /// Where it listens, for tests that let the kernel choose.
+    #[cfg(test)]
+    fn local_addr(&self) -> SocketAddr {
         self.local_addr
     }
 

@@ -147,7 +147,7 @@ impl Node {
             version: env!("CARGO_PKG_VERSION").to_owned(),
         };
         let signed = identity.sign_record(&record)?;
-        let state = first_state(&record, &signed, &saved);
+        let state = first_state(&config, &record, &signed, &saved);
         let (gossip_tell, gossip_events) = mpsc::channel(INBOX);
         let (link_tell, link_events) = mpsc::channel(INBOX);
         let (gossip, links) =
@@ -335,14 +335,14 @@ async fn open(
     Ok((gossip, links))
 }
 
-fn first_state(record: &NodeRecord, signed: &SignedRecord, saved: &store::State) -> State {
+fn first_state(config: &Config, record: &NodeRecord, signed: &SignedRecord, saved: &store::State) -> State {
     let me = record.id;
     let durable = saved.alloc.clone().unwrap_or_default();
     let alloc = durable.learned.clone();
     let own = view::Node { record: record.clone(), state: PeerState::Alive, table: Table::new(me) };
     State {
         view: View { me, nodes: BTreeMap::from([(me, own)]), networks: BTreeMap::new(), alloc },
-        local: Local { masquerade: true, ..Local::default() },
+        local: Local { masquerade: config.masquerade, ..Local::default() },
         own_record: signed.clone(),
         peers: BTreeMap::new(),
         objects: BTreeMap::new(),

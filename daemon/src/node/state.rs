@@ -25,7 +25,7 @@ use crate::gossip::Hints;
 
 /// What is known of a peer beside its record and table.
 #[derive(Debug)]
-pub struct Peer {
+pub(crate) struct Peer {
     /// Its record with the proof, to be passed on and kept.
     pub signed: SignedRecord,
     /// Alive or not.
@@ -42,14 +42,14 @@ pub struct Peer {
 
 /// What is known of an endpoint of this host beside its entry in the table.
 #[derive(Debug, Clone)]
-pub struct LocalEndpoint {
+pub(crate) struct LocalEndpoint {
     /// The interface's name inside the namespace.
     pub ifname: String,
 }
 
 /// Which parts of the kernel have to be looked at.
 #[derive(Debug, Default)]
-pub struct Dirty {
+pub(crate) struct Dirty {
     /// These networks, by what changed since the last time.
     pub networks: BTreeSet<NetworkId>,
     /// What concerns the host as a whole.
@@ -60,7 +60,7 @@ pub struct Dirty {
 
 /// Names, addresses and MACs of attaches under way.
 #[derive(Debug, Default)]
-pub struct Pending {
+pub(crate) struct Pending {
     /// Network, Kubernetes namespace, name.
     pub names: BTreeSet<(NetworkId, String, String)>,
     /// Addresses chosen and not yet in the table.
@@ -71,7 +71,7 @@ pub struct Pending {
 
 /// What waits for the state file to be on the disk.
 #[derive(Debug)]
-pub enum Durable {
+pub(crate) enum Durable {
     /// What the allocator said: its messages are promises.
     Alloc(Output),
     /// A message that promises something.
@@ -81,7 +81,7 @@ pub enum Durable {
 }
 
 /// All that the daemon knows.
-pub struct State {
+pub(crate) struct State {
     /// The cluster.
     pub view: View,
     /// This host's own part.
@@ -140,7 +140,7 @@ pub struct State {
 
 /// An address lent to another host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Lent {
+pub(crate) struct Lent {
     /// The borrower.
     pub to: NodeId,
     /// Since when, in milliseconds of this run.
@@ -151,7 +151,7 @@ pub struct Lent {
 
 /// Counters of the reconcile loop.
 #[derive(Debug, Default, Clone, Copy)]
-pub struct Counts {
+pub(crate) struct Counts {
     /// Whole passes.
     pub passes: u64,
     /// Operations carried out.
@@ -162,7 +162,7 @@ pub struct Counts {
 
 /// The state file's bookkeeping.
 #[derive(Debug, Default)]
-pub struct Save {
+pub(crate) struct Save {
     /// The number of the state that was last handed to the writer.
     pub handed: u64,
     /// The state has changed since.
@@ -173,12 +173,12 @@ pub struct Save {
 
 impl State {
     /// Milliseconds of the clock that never goes back.
-    pub fn now(&self) -> u64 {
+    pub(crate) fn now(&self) -> u64 {
         u64::try_from(self.epoch.elapsed().as_millis()).unwrap_or(u64::MAX)
     }
 
     /// Members that are alive, this host included.
-    pub fn alive(&self) -> BTreeSet<NodeId> {
+    pub(crate) fn alive(&self) -> BTreeSet<NodeId> {
         use ovl_proto::control::PeerState;
         self.view
             .nodes
@@ -189,22 +189,22 @@ impl State {
     }
 
     /// Whether a majority has admitted this host.
-    pub fn is_member(&self) -> bool {
+    pub(crate) fn is_member(&self) -> bool {
         self.view.alloc.members.contains(&self.view.me)
     }
 
     /// The member that acts for all where one is enough: the live one with the smallest id.
-    pub fn is_coordinator(&self) -> bool {
+    pub(crate) fn is_coordinator(&self) -> bool {
         self.alive().iter().find(|id| self.view.alloc.members.contains(id)) == Some(&self.view.me)
     }
 
     /// The own record.
-    pub fn record(&self) -> Option<&NodeRecord> {
+    pub(crate) fn record(&self) -> Option<&NodeRecord> {
         self.view.own().map(|own| &own.record)
     }
 
     /// Endpoints of this host, with their entries.
-    pub fn own_endpoints(&self) -> impl Iterator<Item = &Endpoint> {
+    pub(crate) fn own_endpoints(&self) -> impl Iterator<Item = &Endpoint> {
         self.view.own().into_iter().flat_map(|own| own.table.entries()).filter_map(|entry| match entry {
             Entry::Endpoint(endpoint) => Some(endpoint),
             Entry::Lease { .. } | Entry::PathMtu { .. } => None,
@@ -212,14 +212,14 @@ impl State {
     }
 
     /// Marks every network: something changed that may concern each.
-    pub fn touch_all(&mut self) {
+    pub(crate) fn touch_all(&mut self) {
         self.dirty.networks.extend(self.view.networks.keys());
         self.dirty.networks.extend(self.applied.keys());
         self.dirty.host = true;
     }
 
     /// Marks the networks on which a host has endpoints.
-    pub fn touch_networks_of(&mut self, node: NodeId) {
+    pub(crate) fn touch_networks_of(&mut self, node: NodeId) {
         if let Some(node) = self.view.nodes.get(&node) {
             self.dirty.networks.extend(node.table.entries().filter_map(|entry| match entry {
                 Entry::Endpoint(endpoint) => Some(endpoint.network),
@@ -230,7 +230,7 @@ impl State {
     }
 
     /// Raises a problem, or takes it back.
-    pub fn problem(&mut self, key: impl Into<String>, sentence: Option<String>) {
+    pub(crate) fn problem(&mut self, key: impl Into<String>, sentence: Option<String>) {
         let key = key.into();
         match sentence {
             Some(sentence) => {
@@ -248,21 +248,21 @@ impl State {
 
 /// Files of the run directory.
 #[derive(Debug, Clone)]
-pub struct RunDir(pub PathBuf);
+pub(crate) struct RunDir(pub PathBuf);
 
 impl RunDir {
     /// The control socket.
-    pub fn socket(&self) -> PathBuf {
+    pub(crate) fn socket(&self) -> PathBuf {
         self.0.join("ovld.sock")
     }
 
     /// One file for each endpoint of this host.
-    pub fn endpoints(&self) -> PathBuf {
+    pub(crate) fn endpoints(&self) -> PathBuf {
         self.0.join("endpoints")
     }
 
     /// One file for each other host's table.
-    pub fn tables(&self) -> PathBuf {
+    pub(crate) fn tables(&self) -> PathBuf {
         self.0.join("tables")
     }
 }

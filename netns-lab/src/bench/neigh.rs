@@ -1,7 +1,6 @@
 //! Watches kernels: tells when a VXLAN device's forwarding entry (FDB) comes or goes, by the
 //! kernel's own notification (RTNLGRP_NEIGH), in many namespaces at once.
 
-use std::io::Read;
 use std::net::IpAddr;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -63,7 +62,7 @@ impl Watcher {
         let (sender, seen) = channel();
         // One thread for all: to wake one per host would take processor time from the daemons.
         let thread = thread::Builder::new().name("watcher".to_owned()).spawn(move || {
-            if let Err(error) = watch(&sockets, stop, &sender) {
+            if let Err(error) = watch(&sockets, &stop, &sender) {
                 // Nobody listens any more: then nobody misses it.
                 sender.send(Err(error)).ok();
             }
@@ -104,7 +103,7 @@ fn listen() -> Result<OwnedFd> {
     Ok(socket)
 }
 
-fn watch(sockets: &[OwnedFd], mut stop: UnixStream, seen: &Sender<Result<Seen>>) -> Result<()> {
+fn watch(sockets: &[OwnedFd], stop: &UnixStream, seen: &Sender<Result<Seen>>) -> Result<()> {
     let mut buffer = vec![0; 65536];
     loop {
         let mut fds: Vec<PollFd> =
@@ -116,8 +115,7 @@ fn watch(sockets: &[OwnedFd], mut stop: UnixStream, seen: &Sender<Result<Seen>>)
         }
         let ready: Vec<bool> = fds.iter().map(|fd| fd.any().unwrap_or(false)).collect();
         if ready.last() == Some(&true) {
-            // Nothing is ever sent here: this is the end.
-            stop.read(&mut [0]).ok();
+            // Nothing is ever sent here: it is the other end's end.
             return Ok(());
         }
         for (host, socket) in sockets.iter().enumerate().filter(|(host, _)| ready[*host]) {

@@ -1,5 +1,6 @@
 //! The script's commands.
 
+pub(crate) mod bench;
 pub(crate) mod control;
 pub(crate) mod exec;
 pub(crate) mod fault;

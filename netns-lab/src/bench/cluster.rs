@@ -1,0 +1,170 @@
+//! A lab with daemons and one network: what most figures are measured in.
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, ensure};
+use netns_lab::{Host, Lab, Workload, wait_until, without_prefix_length};
+use serde_json::{Value, json};
+
+use super::client::{self, Client, Mac, parse_mac};
+use super::neigh::Watcher;
+
+/// The one network.
+pub(crate) const NETWORK: &str = "bench";
+/// Room for thousands of endpoints.
+pub(crate) const SUBNET: &str = "10.99.0.0/16";
+/// For whatever should take milliseconds.
+const SETTLE_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// A lab whose daemons are up and know the network.
+pub(crate) struct Cluster {
+    pub(crate) lab: Lab,
+}
+
+/// Where an entry of the kernel's sends a MAC's frames.
+pub(crate) type Entry = (Mac, IpAddr);
+
+impl Cluster {
+    /// Starts the daemons and makes the network.
+    pub(crate) fn start(lab: Lab) -> Result<Self> {
+        lab.start_all()?;
+        let cluster = Cluster { lab };
+        cluster.client(0)?.ask(&json!({
+            "request": "network-create", "name": NETWORK, "driver": "overlay", "mode": "l2", "subnets": [SUBNET],
+        }))?;
+        for host in cluster.hosts() {
+            let what = format!("the network on {}", host.name());
+            let inspect = json!({"request": "network-inspect", "name": NETWORK});
+            wait_until(SETTLE_TIMEOUT, &what, || Client::connect(&host.socket())?.ask(&inspect).map(drop))?;
+        }
+        Ok(cluster)
+    }
+
+    pub(crate) fn hosts(&self) -> &[Host] {
+        self.lab.hosts()
+    }
+
+    pub(crate) fn host(&self, index: usize) -> Result<&Host> {
+        self.hosts().get(index).with_context(|| format!("no host of index {index}"))
+    }
+
+    pub(crate) fn client(&self, index: usize) -> Result<Client> {
+        Client::connect(&self.host(index)?.socket())
+    }
+
+    /// A new workload, attached under its own name. Gives it and its address.
+    pub(crate) fn workload(&self, index: usize, name: &str) -> Result<(Workload, IpAddr)> {
+        let workload = self.host(index)?.workload(name)?;
+        let request = client::attach(name, NETWORK, workload.path(), None);
+        let endpoint = self.client(index)?.ask(&request)?;
+        Ok((workload, address_of(&endpoint)?))
+    }
+
+    /// One workload on each host, so that each builds the network's devices; named after its host.
+    pub(crate) fn one_workload_each(&self) -> Result<Vec<(Workload, IpAddr)>> {
+        let names = self.hosts().iter().map(|host| format!("{}w", host.name()));
+        let workloads =
+            names.enumerate().map(|(index, name)| self.workload(index, &name)).collect::<Result<_>>()?;
+        let everyone: Vec<usize> = (0..self.hosts().len()).collect();
+        for (index, host) in self.hosts().iter().enumerate() {
+            let others: Vec<usize> = everyone.iter().copied().filter(|other| *other != index).collect();
+            let what = format!("{}'s endpoint in the kernels of the others", host.name());
+            wait_until(SETTLE_TIMEOUT, &what, || self.each_holds(&others, index, 1))?;
+        }
+        Ok(workloads)
+    }
+
+    /// Whether these hosts' kernels hold just so many endpoints of a host (floods apart).
+    pub(crate) fn each_holds(&self, hosts: &[usize], of: usize, count: usize) -> Result<()> {
+        let destination = self.host(of)?.address()?;
+        for index in hosts {
+            let held = self.entries(*index, destination)?;
+            let endpoints = held.iter().filter(|(mac, _)| *mac != Mac::default()).count();
+            ensure!(endpoints == count, "{} holds {endpoints} of {count}", self.host(*index)?.name());
+        }
+        Ok(())
+    }
+
+    /// Waits for that.
+    pub(crate) fn wait_each_holds(&self, hosts: &[usize], of: usize, count: usize) -> Result<()> {
+        let what = format!("{count} endpoints of {} in other kernels", self.host(of)?.name());
+        wait_until(SETTLE_TIMEOUT, &what, || self.each_holds(hosts, of, count))
+    }
+
+    /// What a host's VXLAN devices send to a destination, floods (of MAC zero) included.
+    pub(crate) fn entries(&self, index: usize, destination: IpAddr) -> Result<BTreeSet<Entry>> {
+        let dump = self.host(index)?.bridge_json(&["fdb", "show"])?;
+        let entries = dump.as_array().into_iter().flatten().filter_map(|entry| {
+            let to: IpAddr = entry["dst"].as_str()?.parse().ok()?;
+            Some((parse_mac(entry["mac"].as_str()?)?, to))
+        });
+        Ok(entries.filter(|(_, to)| *to == destination).collect())
+    }
+
+    /// Attaches an endpoint in each namespace, at most `at_once` at a time. Gives the callers' times.
+    pub(crate) fn attach_all(
+        &self,
+        index: usize,
+        workloads: &[Workload],
+        mac: impl Fn(usize) -> Mac + Sync,
+        at_once: usize,
+    ) -> Result<Vec<Duration>> {
+        self.ask_all(index, workloads.len(), at_once, |number| {
+            let workload = &workloads[number];
+            client::attach(workload.name(), NETWORK, workload.path(), Some(mac(number)))
+        })
+    }
+
+    pub(crate) fn detach_all(&self, index: usize, workloads: &[Workload], at_once: usize) -> Result<()> {
+        self.ask_all(index, workloads.len(), at_once, |number| client::detach(workloads[number].name()))
+            .map(drop)
+    }
+
+    /// Asks so many requests of a daemon, each as soon as a connection is free.
+    fn ask_all(
+        &self,
+        index: usize,
+        count: usize,
+        at_once: usize,
+        request: impl Fn(usize) -> Value + Sync,
+    ) -> Result<Vec<Duration>> {
+        let next = AtomicUsize::new(0);
+        let clients = (0..at_once).map(|_| self.client(index)).collect::<Result<Vec<_>>>()?;
+        let work = |mut client: Client| -> Result<Vec<Duration>> {
+            let mut times = Vec::new();
+            loop {
+                let number = next.fetch_add(1, Ordering::Relaxed);
+                if number >= count {
+                    return Ok(times);
+                }
+                let request = request(number);
+                let start = Instant::now();
+                client.ask(&request)?;
+                times.push(start.elapsed());
+            }
+        };
+        thread::scope(|scope| {
+            let threads: Vec<_> = clients.into_iter().map(|client| scope.spawn(|| work(client))).collect();
+            let times = threads
+                .into_iter()
+                .map(|thread| thread.join().unwrap_or_else(|_| Err(anyhow!("a client panicked"))));
+            times.collect::<Result<Vec<_>>>().map(|times| times.concat())
+        })
+    }
+
+    /// A watcher of the kernels of all hosts but one, in the order of their indices.
+    pub(crate) fn watch_others(&self, index: usize) -> Result<Watcher> {
+        let others = self.hosts().iter().enumerate().filter(|(other, _)| *other != index);
+        Watcher::start(&others.map(|(_, host)| host).collect::<Vec<_>>())
+    }
+}
+
+/// The first address of an endpoint as ovld names it.
+fn address_of(endpoint: &Value) -> Result<IpAddr> {
+    let text = endpoint["addresses"][0].as_str().with_context(|| format!("no address in {endpoint}"))?;
+    without_prefix_length(text).parse().with_context(|| format!("{text:?} is no address"))
+}

@@ -1,0 +1,97 @@
+//! `dead`: a host is lost with all that runs on it; how soon its entries are gone elsewhere.
+
+use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::json;
+
+use super::cluster::{Cluster, Entry};
+use super::report::{Bar, Figure, Row};
+use super::stats::{Samples, ms};
+use super::Bench;
+
+const HOSTS: usize = 3;
+/// On the host that is lost.
+const ENDPOINTS: usize = 10;
+/// Swarm once took 38 s.
+const TIMEOUT: Duration = Duration::from_secs(60);
+
+pub(crate) fn measure(bench: &Bench) -> Result<Figure> {
+    let cluster = Cluster::start(bench.lab(HOSTS)?)?;
+    for index in 0..HOSTS {
+        for number in 0..ENDPOINTS {
+            cluster.workload(index, &format!("r0h{}e{number}", index + 1))?;
+        }
+    }
+    let mut times = Vec::new();
+    for round in 1..=bench.plan.deaths {
+        // All of them, the one that the others joined by too.
+        let index = HOSTS - 1 - (round - 1) % HOSTS;
+        times.push(lose(&cluster, index)?);
+        if round < bench.plan.deaths {
+            bring_back(&cluster, index, round)?;
+        }
+    }
+
+    let seconds = Samples::new(times.iter().map(|time| time / 1000.0).collect());
+    Ok(Figure {
+        setup: format!(
+            "{HOSTS} hosts with {ENDPOINTS} endpoints each, default settings; each host in turn loses its daemon \
+             (SIGKILL), its link, its namespace and its workloads, {} times; from just before that until the last \
+             entry to it is gone from the last other kernel. Swarm: 5.2 to 6.0 s",
+            bench.plan.deaths
+        ),
+        rows: vec![
+            Row::with_bar("entries of a lost host withdrawn, max", seconds.max(), "s", Bar::AtMost(4.0)),
+            Row::context("entries of a lost host withdrawn, median", seconds.median(), "s"),
+        ],
+        notes: Vec::new(),
+        details: json!({"withdrawn_s": times.iter().map(|time| time / 1000.0).collect::<Vec<_>>()}),
+    })
+}
+
+/// Milliseconds until the others' kernels hold nothing of the host any more.
+fn lose(cluster: &Cluster, index: usize) -> Result<f64> {
+    let host = cluster.host(index)?;
+    let destination = host.address()?;
+    let others: Vec<usize> = (0..HOSTS).filter(|other| *other != index).collect();
+    cluster.wait_each_holds(&others, index, ENDPOINTS)?;
+    let watcher = cluster.watch_others(index)?;
+    let mut held: Vec<BTreeSet<Entry>> =
+        others.iter().map(|other| cluster.entries(*other, destination)).collect::<Result<_>>()?;
+
+    let start = Instant::now();
+    host.destroy()?;
+    let mut last = start;
+    while held.iter().any(|entries| !entries.is_empty()) {
+        let Some(seen) = watcher.next(start + TIMEOUT)? else {
+            let left: Vec<usize> = held.iter().map(BTreeSet::len).collect();
+            bail!("{TIMEOUT:?} after the loss of {} the others still hold {left:?} entries", host.name());
+        };
+        let entry = (seen.change.mac, seen.change.destination);
+        let entries = held.get_mut(seen.host).context("a notification of no host")?;
+        if seen.change.added {
+            if entry.1 == destination {
+                entries.insert(entry);
+            }
+        } else if entries.remove(&entry) {
+            last = seen.at;
+        }
+    }
+    for other in others {
+        let left = cluster.entries(other, destination)?;
+        ensure!(left.is_empty(), "{} entries of {} came back on h{}", left.len(), host.name(), other + 1);
+    }
+    Ok(ms(last.saturating_duration_since(start)))
+}
+
+/// With endpoints of other names: those that it had are lost with it.
+fn bring_back(cluster: &Cluster, index: usize, round: usize) -> Result<()> {
+    cluster.host(index)?.restore()?;
+    cluster.lab.start_all()?;
+    for number in 0..ENDPOINTS {
+        cluster.workload(index, &format!("r{round}h{}e{number}", index + 1))?;
+    }
+    Ok(())
+}

@@ -1,0 +1,86 @@
+//! How much is measured.
+
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+/// Counts and durations of all figures.
+#[derive(Clone, Debug)]
+pub(crate) struct Plan {
+    pub(crate) quick: bool,
+    /// Of one TCP stream.
+    pub(crate) stream: Duration,
+    /// How often each path gets its turn.
+    pub(crate) turns: usize,
+    pub(crate) announces: usize,
+    pub(crate) bulk: usize,
+    pub(crate) bulk_rounds: usize,
+    pub(crate) attaches: usize,
+    /// Those by `ovlctl`.
+    pub(crate) attach_processes: usize,
+    pub(crate) deaths: usize,
+    pub(crate) loss: Duration,
+    pub(crate) settle: Duration,
+    pub(crate) idle: Duration,
+    /// How long the daemon is away, in each round.
+    pub(crate) away: Vec<Duration>,
+}
+
+impl Plan {
+    /// What the figures are to be taken with.
+    pub(crate) fn full() -> Self {
+        Plan {
+            quick: false,
+            stream: Duration::from_secs(5),
+            turns: 8,
+            announces: 240,
+            bulk: 1000,
+            bulk_rounds: 3,
+            attaches: 300,
+            attach_processes: 30,
+            deaths: 5,
+            loss: Duration::from_secs(300),
+            settle: Duration::from_secs(20),
+            idle: Duration::from_secs(30),
+            // Longer than a host is silent before it is judged, too.
+            away: [0, 200, 1000, 3000, 8000].map(Duration::from_millis).to_vec(),
+        }
+    }
+
+    /// All of it once, in less than a minute: whether it works, not how well.
+    pub(crate) fn quick() -> Self {
+        Plan {
+            quick: true,
+            stream: Duration::from_secs(1),
+            turns: 1,
+            announces: 16,
+            bulk: 50,
+            bulk_rounds: 1,
+            attaches: 20,
+            attach_processes: 3,
+            deaths: 1,
+            loss: Duration::from_secs(5),
+            settle: Duration::from_secs(1),
+            idle: Duration::from_secs(2),
+            away: vec![Duration::from_millis(200)],
+        }
+    }
+
+    pub(crate) fn to_json(&self) -> Value {
+        json!({
+            "quick": self.quick,
+            "stream_s": self.stream.as_secs_f64(),
+            "turns": self.turns,
+            "announces": self.announces,
+            "bulk_endpoints": self.bulk,
+            "bulk_rounds": self.bulk_rounds,
+            "attaches": self.attaches,
+            "attach_processes": self.attach_processes,
+            "deaths": self.deaths,
+            "loss_s": self.loss.as_secs_f64(),
+            "settle_s": self.settle.as_secs_f64(),
+            "idle_s": self.idle.as_secs_f64(),
+            "away_s": self.away.iter().map(Duration::as_secs_f64).collect::<Vec<_>>(),
+        })
+    }
+}

@@ -1,0 +1,80 @@
+//! One TCP stream by iperf3 between two namespaces.
+
+use std::fs;
+use std::net::IpAddr;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use netns_lab::{Netns, Spawned, wait_until};
+use serde_json::Value;
+
+const PORT: u16 = 5201;
+const START_TIMEOUT: Duration = Duration::from_secs(5);
+/// What iperf3 needs beside the time that it is told to send.
+const GRACE: Duration = Duration::from_secs(20);
+
+/// Two namespaces and a server in the second one.
+pub(crate) struct Path {
+    client: Netns,
+    target: IpAddr,
+    /// Held until the last run.
+    _server: Spawned,
+}
+
+/// What one run gave.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Speed {
+    pub(crate) gbit_s: f64,
+    pub(crate) retransmits: u64,
+}
+
+/// Whether iperf3 is here, and what to do if not.
+pub(crate) fn check(netns: &Netns) -> Result<()> {
+    let advice = "iperf3 is needed for this figure: apt-get install iperf3";
+    let output = netns.exec(["iperf3", "--version"]).context(advice)?;
+    ensure!(output.success(), "`iperf3 --version` failed; {advice}");
+    Ok(())
+}
+
+impl Path {
+    pub(crate) fn new(client: &Netns, server: &Netns, target: IpAddr) -> Result<Self> {
+        let address = target.to_string();
+        let spawned = server.spawn(["iperf3", "-s", "-B", &address, "-p", &PORT.to_string()])?;
+        // Asking it by a connection would be a test to it.
+        wait_until(START_TIMEOUT, "iperf3's server to listen", || server.run(listens)?)?;
+        Ok(Path { client: client.clone(), target, _server: spawned })
+    }
+
+    /// `cubic` wherever the machine's default is another: so that figures compare.
+    pub(crate) fn run(&self, length: Duration) -> Result<Speed> {
+        let seconds = length.as_secs().max(1).to_string();
+        let (target, port) = (self.target.to_string(), PORT.to_string());
+        let args = ["iperf3", "-c", &target, "-p", &port, "-C", "cubic", "-t", &seconds, "-J"];
+        let output = self.client.exec_for(length + GRACE, args)?;
+        let report: Value = serde_json::from_str(&output.stdout)
+            .with_context(|| format!("iperf3 gave no JSON: {}{}", output.stdout, output.stderr))?;
+        if let Some(error) = report["error"].as_str() {
+            bail!("iperf3 from {} to {target}: {error}", self.client.netns_name());
+        }
+        let bits = report["end"]["sum_received"]["bits_per_second"].as_f64().context("no speed from iperf3")?;
+        let retransmits = report["end"]["sum_sent"]["retransmits"].as_u64().unwrap_or(0);
+        Ok(Speed { gbit_s: bits / 1e9, retransmits })
+    }
+}
+
+/// Whether somebody listens on the port, in the calling thread's namespace.
+fn listens() -> Result<bool> {
+    // "local_address rem_address st": 0A is LISTEN.
+    let wanted = format!(":{PORT:04X}");
+    for file in ["/proc/thread-self/net/tcp", "/proc/thread-self/net/tcp6"] {
+        let text = fs::read_to_string(file).unwrap_or_default();
+        let listening = text.lines().any(|line| {
+            let fields: Vec<&str> = line.split_whitespace().collect();
+            fields.get(1).is_some_and(|local| local.ends_with(&wanted)) && fields.get(3) == Some(&"0A")
+        });
+        if listening {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
