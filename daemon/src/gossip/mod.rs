@@ -198,17 +198,9 @@ impl Gossip {
         self.hub.lock().book.set_link_mtu(mtu, Instant::now());
     }
 
-    /// Sends a record to everybody right away, in the background: gossip is not waited for.
-    pub(crate) fn announce(&self, record: SignedRecord) {
-        tokio::spawn(self.announcing(record));
-    }
-
-    /// The same, and returns when the last copy is out, after about 50 ms.
-    pub(crate) async fn announce_now(&self, record: SignedRecord) {
-        self.announcing(record).await;
-    }
-
-    fn announcing(&self, record: SignedRecord) -> impl Future<Output = ()> + Send + use<> {
+    /// Sends a record to everybody right away, several times: gossip is not waited for. Done when the
+    /// last copy is out, after about 50 ms.
+    pub(crate) fn announce(&self, record: SignedRecord) -> impl Future<Output = ()> + Send + use<> {
         let mut to: HashSet<SocketAddr> = self.hub.lock().book.addresses(false).into_iter().collect();
         to.extend(self.seeds.addresses());
         let hub = Arc::clone(&self.hub);

@@ -118,7 +118,7 @@ async fn three_nodes_find_each_other_and_learn_what_changes() {
 
     a.record.revision = 3;
     let signed = a.identity.sign_record(&a.record).unwrap();
-    a.gossip.announce_now(signed).await;
+    a.gossip.announce(signed).await;
     for node in [&mut b, &mut c] {
         node.wait(|event| matches!(event, GossipEvent::Announced { record, .. } if record.revision == 3))
             .await;

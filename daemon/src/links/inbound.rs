@@ -159,9 +159,8 @@ async fn read(mut stream: TcpStream, secured: Secured, shared: &Shared) -> anyho
     let mut opening = Opening::default();
     loop {
         while let Some(bytes) = opening.next(&mut noise, &mut arrived)? {
-            let size = bytes.len();
             let message = wire::decode(&bytes).context("it says what this version does not understand")?;
-            shared.events.send(LinkEvent::Message { from, message, size }).await.map_err(|_| gone())?;
+            shared.events.send(LinkEvent::Message { from, message }).await.map_err(|_| gone())?;
         }
         arrived.reserve(4096);
         let length = stream.read_buf(&mut arrived).await?;

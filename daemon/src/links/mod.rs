@@ -67,8 +67,6 @@ pub(crate) enum LinkEvent {
         from: NodeId,
         /// What.
         message: Message,
-        /// In bytes, as it was sent.
-        size: usize,
     },
     /// A peer has dialled us.
     Record {

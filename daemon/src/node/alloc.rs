@@ -101,10 +101,19 @@ impl Node {
 
     /// Carries out what the allocator says, after its promises are on the disk.
     pub(super) fn carry_out(&self, output: Output) {
-        if output.persist {
+        {
             let mut state = self.state.borrow_mut();
-            self.save_then(&mut state, Durable::Alloc(output));
-            return;
+            if output.persist {
+                self.save_then(&mut state, Durable::Alloc(output));
+                return;
+            }
+            // Not before what was said earlier and still waits for the disk.
+            let waiting = &mut state.save.waiting;
+            let last = waiting.iter().rev().find(|(_, durable)| matches!(durable, Durable::Alloc(_)));
+            if let Some(number) = last.map(|(number, _)| *number) {
+                waiting.push((number, Durable::Alloc(output)));
+                return;
+            }
         }
         self.carry_out_now(output);
     }
@@ -272,7 +281,7 @@ impl Node {
             Ok(address) => {
                 self.write_table(vec![Entry::Lease { network, address, to }], Vec::new());
                 let mut state = self.state.borrow_mut();
-                self.save_then(&mut state, Durable::Send(to, reply));
+                self.save_then(&mut state, Durable::Send(to, Box::new(reply)));
             }
             Err(_) => {
                 self.links().send(to, &reply);

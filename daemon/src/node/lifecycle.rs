@@ -191,8 +191,8 @@ impl Node {
         };
         self.publish_record(presence);
         let signed = self.state.borrow().own_record.clone();
-        let gossip = self.gossip();
-        if tokio::time::timeout(Duration::from_millis(500), gossip.announce_now(signed)).await.is_err() {
+        let announcing = self.gossip().announce(signed);
+        if tokio::time::timeout(Duration::from_millis(500), announcing).await.is_err() {
             tracing::warn!("peers could not be told in time; they notice by themselves");
         }
         if let Err(error) = self.cache_tables() {

@@ -253,7 +253,7 @@ fn check_overlap(state: &State, own: Option<NetworkId>, prefix: IpNet) -> Result
             )));
         }
     }
-    for node in state.view.nodes.values().filter(|node| prefix.contains(&node.record.vtep)) {
+    if let Some(node) = state.view.nodes.values().find(|node| prefix.contains(&node.record.vtep)) {
         return Err(Failed::conflict(format!(
             "{prefix} contains {}, the underlay address of host {}",
             node.record.vtep, node.record.name

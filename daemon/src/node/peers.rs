@@ -54,7 +54,7 @@ impl Node {
             LinkEvent::Up(peer) => self.greet(peer),
             LinkEvent::Down(peer) => tracing::debug!(%peer, "stream down"),
             LinkEvent::Record { record, signed } => self.take_record(record, signed),
-            LinkEvent::Message { from, message, .. } => self.on_message(from, message),
+            LinkEvent::Message { from, message } => self.on_message(from, message),
         }
     }
 

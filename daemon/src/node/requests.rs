@@ -129,7 +129,7 @@ impl Node {
             if node.state != PeerState::Alive {
                 continue;
             }
-            if !contacts.get(&record.id).is_some_and(|contact| contact.last_heard.elapsed() < UNREACHABLE)
+            if contacts.get(&record.id).is_none_or(|contact| contact.last_heard.elapsed() >= UNREACHABLE)
                 && state.epoch.elapsed() > UNREACHABLE
             {
                 sentences.push(format!(

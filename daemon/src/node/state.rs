@@ -75,7 +75,7 @@ pub(crate) enum Durable {
     /// What the allocator said: its messages are promises.
     Alloc(Output),
     /// A message that promises something.
-    Send(NodeId, Message),
+    Send(NodeId, Box<Message>),
     /// A request that may be answered.
     Tell(oneshot::Sender<()>),
 }
