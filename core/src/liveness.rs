@@ -13,6 +13,10 @@ pub const PROBE_INTERVAL_MS: u64 = 400;
 /// up, so that the answer is at hand then.
 pub const PROBE_AFTER_MS: u64 = 1200;
 
+/// A host that said it restarts is believed for this long, in milliseconds, even where a firewall
+/// keeps its kernel from answering probes.
+pub const RESTART_MS: u64 = 10_000;
+
 /// What is known about one peer. Times are in milliseconds of one clock that never goes back.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Signs {
@@ -37,8 +41,10 @@ pub fn judge(signs: Signs, presence: Presence, now: u64, keep_ms: u64) -> PeerSt
     if signs.gossip {
         return PeerState::Suspect;
     }
+    let silent = now.saturating_sub(signs.silent_since);
     let answers = signs.probed_at.is_some_and(|at| now.saturating_sub(at) <= PROBE_VALID_MS);
-    if answers && now.saturating_sub(signs.silent_since) <= keep_ms {
+    let believed = presence == Presence::Restarting && silent <= RESTART_MS;
+    if (answers || believed) && silent <= keep_ms {
         PeerState::Suspect
     } else {
         PeerState::Dead
@@ -58,6 +64,14 @@ mod tests {
         signs = Signs { gossip: false, silent_since: 2000, probed_at: Some(4000) };
         assert_eq!(judge(signs, Presence::Running, 4500, KEEP), PeerState::Suspect);
         assert_eq!(judge(signs, Presence::Running, 4000 + PROBE_VALID_MS + 1, KEEP), PeerState::Dead);
+    }
+
+    #[test]
+    fn a_restart_that_was_announced_is_believed_for_a_while() {
+        let signs = Signs { gossip: false, silent_since: 1000, probed_at: None };
+        assert_eq!(judge(signs, Presence::Restarting, 1000 + RESTART_MS, KEEP), PeerState::Suspect);
+        assert_eq!(judge(signs, Presence::Restarting, 1001 + RESTART_MS, KEEP), PeerState::Dead);
+        assert_eq!(judge(signs, Presence::Running, 1001, KEEP), PeerState::Dead);
     }
 
     #[test]

@@ -174,13 +174,8 @@ impl KernelHandle {
         self.ask(|reply| Request::Apply(ops, reply)).await.unwrap_or_else(|error| failed(asked, &error))
     }
 
-    /// Makes an endpoint's pair, all or nothing. Gives the name of the other end.
-    pub(crate) async fn create_endpoint(&self, spec: EndpointSpec) -> Result<String> {
-        self.prepare_and_create(Vec::new(), spec).await.1
-    }
-
-    /// [`Self::apply`] and [`Self::create_endpoint`] in one go. Operations on the endpoint's own
-    /// device are done after it is made, and not at all if it is not; all others before.
+    /// Makes an endpoint's pair, all or nothing, and gives the name of the other end. Operations on
+    /// the pair's device are done after that, and not at all if it failed; all others before.
     pub(crate) async fn prepare_and_create(
         &self,
         ops: Vec<Op>,

@@ -21,12 +21,16 @@ use nix::fcntl::{Flock, FlockArg};
 
 use crate::config::{Args, Config};
 
+/// To start again would not help (sysexits.h): the unit does not.
+const EX_CONFIG: u8 = 78;
+
 fn main() -> ExitCode {
     match start(Args::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("ovld: {error:#}");
-            ExitCode::FAILURE
+            let aside = error.downcast_ref::<node::StoodAside>().is_some();
+            if aside { ExitCode::from(EX_CONFIG) } else { ExitCode::FAILURE }
         }
     }
 }

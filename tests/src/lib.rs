@@ -22,6 +22,19 @@ pub fn started_with(config: LabConfig) -> Result<Lab> {
     Ok(lab)
 }
 
+/// Makes a network on the first host whose daemon runs, and waits until all such hosts have it.
+pub fn make_network(lab: &Lab, name: &str, more: &[&str]) -> Result<()> {
+    let running: Vec<&Host> = lab.hosts().iter().filter(|host| host.is_running()).collect();
+    let first = running.first().context("no daemon runs")?;
+    first.ctl_ok(&[&["network", "create", name], more].concat())?;
+    for host in running {
+        wait_until(SOON, &format!("network {name} on {}", host.name()), || {
+            host.ctl_ok(&["network", "inspect", name]).map(drop)
+        })?;
+    }
+    Ok(())
+}
+
 /// A workload that is attached.
 #[derive(Debug, Clone)]
 pub struct Attached {
@@ -102,6 +115,13 @@ pub fn assert_says(text: &str, parts: &[&str]) {
     }
 }
 
+/// Waits until a host knows a network, which another one made.
+pub fn wait_network(host: &Host, name: &str) -> Result<()> {
+    wait_until(SOON, &format!("the network {name} on {}", host.name()), || {
+        host.ctl_ok(&["network", "inspect", name]).map(drop)
+    })
+}
+
 /// Waits until `ovlctl verify` finds no difference on any of these hosts.
 pub fn wait_clean(hosts: &[Host], timeout: Duration) -> Result<()> {
     for host in hosts.iter().filter(|host| host.is_running()) {
@@ -169,7 +189,7 @@ pub fn wait_problem(host: &Host, parts: &[&str], timeout: Duration) -> Result<St
     wait_until(timeout, &format!("a problem on {} that says {parts:?}", host.name()), || {
         let all = problems(host)?;
         let found = all.iter().find(|each| parts.iter().all(|part| each.contains(part)));
-        found.cloned().with_context(|| format!("{all:?}"))
+        found.cloned().map(Some).with_context(|| format!("{all:?}"))
     })
 }
 

@@ -24,6 +24,9 @@ pub(super) struct Located {
     pub(super) peer_netns: Option<i32>,
 }
 
+/// So many devices are asked for at once: the answers, some KiB each, wait in the socket.
+const QUESTIONS: usize = 128;
+
 /// Devices looked up during one request. What is there is asked of the kernel each time, so that
 /// no entry is ever written to a device that took over an index, or that is not ours.
 #[derive(Debug, Default)]
@@ -35,8 +38,12 @@ impl Devices {
         let mut wanted: Vec<Device> = devices.filter(|device| !self.0.contains_key(device)).collect();
         wanted.sort();
         wanted.dedup();
+        wanted.chunks(QUESTIONS).try_for_each(|some| self.ask(route, some))
+    }
+
+    fn ask(&mut self, route: &mut Route, wanted: &[Device]) -> Result<()> {
         let mut batch = Batch::default();
-        for device in &wanted {
+        for device in wanted {
             batch.push(message::get_link(*device), 0);
         }
         let (results, answers) = route.execute(batch)?;
@@ -67,6 +74,11 @@ impl Devices {
     pub(super) fn get(&mut self, route: &mut Route, device: Device) -> Result<Located> {
         self.find(route, std::iter::once(device))?;
         self.0.get(&device).cloned().unwrap_or(Err(KernelError::NoDevice(device)))
+    }
+
+    /// It was made, and looked at.
+    pub(super) fn add(&mut self, device: Device, located: Located) {
+        self.0.insert(device, Ok(located));
     }
 
     /// It was made or deleted.
@@ -188,10 +200,7 @@ pub(super) fn add_link(
     let (results, _) = route.execute(batch)?;
     let Some(refusal) = results.into_iter().find_map(Result::err) else { return Ok(()) };
     let error = explain(route, device, link, refusal, op);
-    // By name: it may not have the alias yet. Nobody else made one in the meantime.
-    let mut delete = message::change(target, Vec::new());
-    delete.header.index = 0;
-    let _ = route.request(netlink_packet_route::RouteNetlinkMessage::DelLink(delete), 0)?;
+    let _ = route.request(message::del_link_named(device), 0)?;
     Err(error)
 }
 
@@ -242,6 +251,8 @@ pub(super) fn set_link(
     }
     if was.up != is.up {
         batch.push(message::set_up(target, is.up), 0);
+        // For the effect, as when an endpoint is made.
+        batch.push(message::get_link_at(located.index), 0);
     }
     let (results, _) = route.execute(batch)?;
     match results.into_iter().find_map(Result::err) {

@@ -11,7 +11,7 @@ use nix::libc::{EACCES, EEXIST};
 use ovl_core::kernel::Link;
 
 use super::EndpointSpec;
-use super::apply::{Devices, delete, has_inet6};
+use super::apply::{Devices, Located, has_inet6};
 use super::dump::has_default_route;
 use super::error::{KernelError, Result};
 use super::link::LinkView;
@@ -48,7 +48,15 @@ pub(super) fn create(
     {
         return Err(KernelError::Other(format!("'{name}' cannot be the name of an interface")));
     }
+    devices.forget(device);
+    devices.find(route, [bridge, device].into_iter())?;
     let bridge_index = devices.get(route, bridge)?.index;
+    // With a device of this name there, all requests but the first would be for that device.
+    match devices.get(route, device) {
+        Err(KernelError::NoDevice(_)) => devices.forget(device),
+        Err(error) => return Err(error),
+        Ok(_) => return Err(KernelError::Other(format!("the device {device} is there already"))),
+    }
     let wanted = ifname.as_deref().unwrap_or(ANY_NAME);
     let target = Target::Name(device);
     let mut batch = Batch::default();
@@ -62,14 +70,6 @@ pub(super) fn create(
     // Only now: the kernel would make a link-local address at once.
     batch.push(message::set_up(target, true), 0);
     batch.push(message::get_link(device), 0);
-    devices.forget(device);
-    // Nothing is changed if a device of this name is there: the first request would fail, and the
-    // others would be for that device.
-    match devices.get(route, device) {
-        Err(KernelError::NoDevice(_)) => devices.forget(device),
-        Err(error) => return Err(error),
-        Ok(_) => return Err(KernelError::Other(format!("the device {device} is there already"))),
-    }
     let (results, answers) = route.execute(batch)?;
     let mut results = results.into_iter();
     if let Some(Err(refusal)) = results.next() {
@@ -82,16 +82,18 @@ pub(super) fn create(
         (None, None) => Err(KernelError::NoDevice(device)),
     };
     match done {
-        Ok((index, ifname)) => {
+        Ok((located, ifname)) => {
+            devices.add(device, located);
+            // Asking is for the effect: the kernel brings a port that has just got its carrier into
+            // use before it answers, and else whenever it gets round to that.
+            let _ = route.request(message::get_link_at(located.index), 0)?;
             let link = Link::Endpoint { mtu, master: Some(bridge), up: true, tuned: true };
-            Ok(Created { index, link, ifname })
+            Ok(Created { index: located.index, link, ifname })
         }
         Err(error) => {
             // With its one end the other goes too.
-            if let Err(left) = delete(route, devices, &[device])
-                .and_then(|results| results.into_iter().collect::<Result<()>>())
-            {
-                tracing::warn!("{device} is left over from an attach that failed: {left}");
+            if let Err(refusal) = route.request(message::del_link_named(device), 0)? {
+                tracing::warn!("{device} is left over from an attach that failed: {refusal:?}");
             }
             Err(error)
         }
@@ -111,11 +113,11 @@ fn finish(
     inside: Inside,
     visitor: &mut Visitor,
     netns: OwnedFd,
-) -> Result<(u32, String)> {
+) -> Result<(Located, String)> {
     let peer =
         view.peer.ok_or_else(|| KernelError::Other("the kernel does not tell the other end".to_owned()))?;
     let ifname = visitor.visit(netns, move |route| configure(route, peer, inside))?;
-    Ok((view.index, ifname))
+    Ok((Located { index: view.index, peer: view.peer, peer_netns: view.peer_netns }, ifname))
 }
 
 /// Inside of the namespace: addresses, and default routes where there are none.

@@ -42,12 +42,4 @@ impl KernelError {
             None => Self::Other(format!("{action}: {error}")),
         }
     }
-
-    /// The kernel's error number, if it was the kernel that refused.
-    pub(crate) fn errno(&self) -> Option<i32> {
-        match self {
-            Self::Refused { errno, .. } => Some(*errno),
-            Self::Foreign(_) | Self::NoDevice(_) | Self::Other(_) | Self::Stopped => None,
-        }
-    }
 }

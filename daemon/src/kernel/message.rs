@@ -149,6 +149,11 @@ pub(super) fn del_link(index: u32) -> RouteNetlinkMessage {
     RouteNetlinkMessage::DelLink(message)
 }
 
+/// For a device that we have just made: it may not have its alias yet.
+pub(super) fn del_link_named(device: Device) -> RouteNetlinkMessage {
+    RouteNetlinkMessage::DelLink(change(Target::Name(device), Vec::new()))
+}
+
 /// Deletes all devices of a group at once.
 pub(super) fn del_group(group: u32) -> RouteNetlinkMessage {
     let mut message = LinkMessage::default();
@@ -187,9 +192,11 @@ pub(super) fn set(target: Target, attributes: Vec<LinkAttribute>) -> RouteNetlin
 }
 
 pub(super) fn alias(text: &str) -> LinkAttribute {
-    let mut text = format!("{ALIAS}{text}");
-    text.truncate(text.floor_char_boundary(MAX_ALIAS));
-    LinkAttribute::IfAlias(text)
+    let mut whole = format!("{ALIAS}{text}");
+    while whole.len() > MAX_ALIAS {
+        whole.pop();
+    }
+    LinkAttribute::IfAlias(whole)
 }
 
 /// The kernel makes no link-local IPv6 address on it.

@@ -155,7 +155,8 @@ pub(super) fn by_id(route: &mut Route, wanted: &BTreeSet<i32>) -> Result<BTreeMa
         if !seen.insert(inode) {
             continue;
         }
-        let Ok(netns) = open_netns(&path) else { continue };
+        // What was read a moment ago may have ended, and its path lead to another.
+        let Some(netns) = open_netns(&path).ok().filter(|netns| netns.inode == inode) else { continue };
         if let Some(id) = id_of(route, &netns)?.filter(|id| wanted.contains(id)) {
             found.insert(id, netns.fd);
         }

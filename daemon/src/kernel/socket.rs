@@ -76,6 +76,9 @@ pub(super) struct Answer {
     pub(super) payload: Vec<u8>,
 }
 
+/// Each request's result, and the answers to questions.
+pub(super) type Replies = (Vec<Result<(), Refusal>>, Vec<Answer>);
+
 /// A dump's messages.
 pub(super) struct Dump(Vec<u8>);
 
@@ -118,7 +121,7 @@ impl Route {
     ///
     /// Only the last request asks for an acknowledgement: an error is reported in any case, and the
     /// kernel handles requests in order, so that silence about the others is success.
-    pub(super) fn execute(&mut self, mut batch: Batch) -> Result<(Vec<Result<(), Refusal>>, Vec<Answer>)> {
+    pub(super) fn execute(&mut self, mut batch: Batch) -> Result<Replies> {
         let count = batch.len();
         let mut results = vec![Ok(()); count];
         let mut answers = Vec::new();

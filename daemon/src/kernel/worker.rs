@@ -99,7 +99,7 @@ impl Worker {
                 let _ = reply.send(self.reconcile(&goal));
             }
             Request::Apply(ops, reply) => {
-                let _ = reply.send(self.apply(ops));
+                let _ = reply.send(self.apply(ops, &mut Devices::default()));
             }
             Request::Create(ops, spec, reply) => {
                 let _ = reply.send(self.create(ops, *spec));
@@ -152,15 +152,14 @@ impl Worker {
         let ops = diff(&actual, &goal.desired, goal.prune);
         let lost = lost_endpoints(&actual, &goal.desired).collect();
         let outcomes = if goal.apply {
-            self.apply(ops)
+            self.apply(ops, &mut Devices::default())
         } else {
             ops.into_iter().map(|op| Outcome { op, result: Ok(()) }).collect()
         };
         Ok(Pass { outcomes, lost })
     }
 
-    fn apply(&mut self, ops: Vec<Op>) -> Vec<Outcome> {
-        let mut devices = Devices::default();
+    fn apply(&mut self, ops: Vec<Op>, devices: &mut Devices) -> Vec<Outcome> {
         let mut outcomes = Vec::with_capacity(ops.len());
         let mut peers = Vec::new();
         let mut ops = ops.into_iter().peekable();
@@ -175,7 +174,7 @@ impl Worker {
             {
                 run.push(op);
             }
-            let results = self.run_of(&run, &mut devices, &mut peers);
+            let results = self.run_of(&run, devices, &mut peers);
             for (op, result) in run.into_iter().zip(results) {
                 if result.is_ok() {
                     self.known.applied(&op);
@@ -263,14 +262,14 @@ impl Worker {
     fn create(&mut self, ops: Vec<Op>, spec: EndpointSpec) -> (Vec<Outcome>, Result<String>) {
         let device = spec.device;
         let (after, before): (Vec<Op>, Vec<Op>) = ops.into_iter().partition(|op| op.device() == Some(device));
-        let mut outcomes = self.apply(before);
         let mut devices = Devices::default();
+        let mut outcomes = self.apply(before, &mut devices);
         let created = endpoint::create(&mut self.route, &mut devices, &mut self.visitor, spec);
         let result = match created {
             Ok(created) => {
                 self.known.created(created.index, device, created.link);
                 self.listen();
-                outcomes.extend(self.apply(after));
+                outcomes.extend(self.apply(after, &mut devices));
                 Ok(created.ifname)
             }
             Err(error) => {

@@ -77,7 +77,17 @@ fn notify(states: &[sd_notify::NotifyState<'_>]) {
     }
 }
 
+/// Another daemon runs with our identity, and was there first. To be started again would not help.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub(crate) struct StoodAside(String);
+
 impl Node {
+    fn clash_sentence(&self) -> String {
+        let state = self.state.borrow();
+        state.problems.get(&format!("clash {}", state.view.me)).cloned().unwrap_or_default()
+    }
+
     async fn tick_loop(self: Rc<Self>) {
         let mut ticks = interval(TICK);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -92,6 +102,7 @@ impl Node {
             if count.is_multiple_of(5) {
                 self.pull_missing();
                 self.expire_leases();
+                self.end_clashes();
                 self.drop_forgotten(&mut self.state.borrow_mut());
                 if let Err(error) = self.cache_tables() {
                     tracing::warn!("{error:#}");
@@ -188,6 +199,8 @@ impl Node {
         let presence = match how {
             Stop::Restart => Presence::Restarting,
             Stop::Leave | Stop::Teardown => Presence::Left,
+            // Whatever was said now would be said in the other's name.
+            Stop::Aside => return Err(StoodAside(self.clash_sentence()).into()),
         };
         self.publish_record(presence);
         let signed = self.state.borrow().own_record.clone();

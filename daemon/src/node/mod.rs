@@ -57,6 +57,8 @@ pub(crate) enum Stop {
     Leave,
     /// Withdrawn, and every kernel object of ours is removed.
     Teardown,
+    /// Another daemon has this identity, and was there first.
+    Aside,
 }
 
 /// This host.
@@ -256,26 +258,44 @@ impl Node {
         });
     }
 
-    /// Signs the own record anew and gives it to gossip and streams.
+    /// Says what we are about to do, or which cluster we are in.
     fn publish_record(&self, presence: Presence) {
+        let cluster = self.state.borrow().view.alloc.cluster;
+        self.change_record(|record| {
+            record.cluster = cluster;
+            record.presence = presence;
+        });
+    }
+
+    /// Gives the own record a generation beyond `last`, and begins the table anew with it.
+    fn renew_generation(&self, last: u64) {
+        self.change_record(|record| {
+            record.generation = next_generation(record.generation.max(last));
+            record.revision = 0;
+        });
+        self.write_table(Vec::new(), Vec::new());
+        self.save_soon();
+    }
+
+    /// Changes the own record, signs it anew, and gives it to gossip and streams. Says whether
+    /// there was anything to change.
+    fn change_record(&self, change: impl FnOnce(&mut NodeRecord)) -> bool {
         let signed = {
             let mut guard = self.state.borrow_mut();
             let state = &mut *guard;
-            let cluster = state.view.alloc.cluster;
             let me = state.view.me;
-            let Some(own) = state.view.nodes.get_mut(&me) else { return };
+            let Some(own) = state.view.nodes.get_mut(&me) else { return false };
             let mut record = own.record.clone();
-            record.cluster = cluster;
-            record.presence = presence;
+            change(&mut record);
             if record == own.record {
-                return;
+                return false;
             }
             record.revision += 1;
             let signed = match self.identity.sign_record(&record) {
                 Ok(signed) => signed,
                 Err(error) => {
                     tracing::error!(%error, "cannot sign our record");
-                    return;
+                    return false;
                 }
             };
             own.record = record;
@@ -284,6 +304,7 @@ impl Node {
         };
         self.gossip().set_record(signed.clone());
         self.links().set_record(signed);
+        true
     }
 
     /// Takes note of something that happened.
@@ -345,6 +366,7 @@ fn first_state(config: &Config, record: &NodeRecord, signed: &SignedRecord, save
         local: Local { masquerade: config.masquerade, ..Local::default() },
         own_record: signed.clone(),
         peers: BTreeMap::new(),
+        clashes: BTreeMap::new(),
         objects: BTreeMap::new(),
         objects_digest: [0; 32],
         clock: saved.clock,
@@ -413,4 +435,4 @@ fn remove_if_there(path: &Path) -> Result<()> {
     }
 }
 
-pub(crate) use lifecycle::run;
+pub(crate) use lifecycle::{StoodAside, run};

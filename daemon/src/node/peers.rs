@@ -14,14 +14,17 @@ use ovl_proto::record::{NodeRecord, Presence, SignedRecord};
 use ovl_proto::sync::Message;
 use ovl_proto::table::{Entry, Key};
 
-use super::state::{Peer, State};
-use super::{Node, wall_ms};
+use super::state::{Clash, Peer, State};
+use super::{Node, Stop, wall_ms};
 use crate::gossip::{GossipEvent, Hints};
 use crate::links::LinkEvent;
 
 /// A peer that gossip counts among the living and that was not heard directly for this long is
 /// reported as not reachable.
 pub(super) const UNREACHABLE: Duration = Duration::from_secs(5);
+
+/// A clash is told again every ten seconds while it lasts.
+const CLASH_OVER_MS: u64 = 15_000;
 
 impl Node {
     /// One event of gossip.
@@ -37,13 +40,56 @@ impl Node {
                 self.set_gossip_alive(node, false);
             }
             GossipEvent::PathMtu { node, mtu } => self.note_path_mtu(node, mtu),
-            GossipEvent::Clash { node, addresses, generations } => {
-                let sentence = format!(
-                    "two hosts run with the identity {node}: at {} (generation {}) and {} (generation {}). One state \
-                     directory was copied: stop ovld on the copy, remove its state directory, and start it again",
-                    addresses[0], generations[0], addresses[1], generations[1]
-                );
-                self.state.borrow_mut().problem(format!("clash {node}"), Some(sentence));
+            GossipEvent::Clash { node, addresses, generations } => self.on_clash(node, addresses, generations),
+        }
+    }
+
+    /// Two daemons run with one identity: a state directory was copied. Both are named, and the one
+    /// that was started later ends.
+    fn on_clash(&self, node: NodeId, addresses: [SocketAddr; 2], generations: [u64; 2]) {
+        let [(first, began), (second, later)] = {
+            let mut both = [(addresses[0], generations[0]), (addresses[1], generations[1])];
+            both.sort_by_key(|(_, generation)| *generation);
+            both
+        };
+        let sentence = format!(
+            "two hosts run with the identity {node}: at {first}, and since later at {second}. A state directory was \
+             copied: on the second one stop ovld, remove its state directory, and start it again"
+        );
+        let mut state = self.state.borrow_mut();
+        let now = state.now();
+        state.problem(format!("clash {node}"), Some(sentence));
+        state.clashes.insert(node, Clash { seen: now, later });
+        let own = state.record().map(|record| record.address);
+        if node == state.view.me && began != later && own == Some(second) {
+            self.stop.set(Some(Stop::Aside));
+            self.stopping.notify_one();
+        }
+    }
+
+    /// A clash that is over is no problem any more. If it was about this host, its record gets a
+    /// generation beyond the copy's: peers go by the latest one.
+    pub(super) fn end_clashes(&self) {
+        let ended: Vec<(NodeId, u64)> = {
+            let mut guard = self.state.borrow_mut();
+            let state = &mut *guard;
+            let now = state.now();
+            let mut ended = Vec::new();
+            state.clashes.retain(|node, clash| {
+                let over = now.saturating_sub(clash.seen) > CLASH_OVER_MS;
+                if over {
+                    ended.push((*node, clash.later));
+                }
+                !over
+            });
+            for (node, _) in &ended {
+                state.problem(format!("clash {node}"), None);
+            }
+            ended
+        };
+        for (node, later) in ended {
+            if node == self.identity.id() {
+                self.renew_generation(later);
             }
         }
     }
@@ -59,6 +105,14 @@ impl Node {
     }
 
     fn on_message(&self, from: NodeId, message: Message) {
+        let foreign = {
+            let state = self.state.borrow();
+            state.view.nodes.get(&from).is_some_and(|node| is_foreign(&state, &node.record))
+        };
+        if foreign && !matches!(message, Message::Record(_)) {
+            // Two clusters with one key: `status` says so, and nothing of theirs mixes with ours.
+            return;
+        }
         match message {
             Message::Record(signed) => match crate::crypto::open_record(&signed) {
                 Ok(record) => self.take_record(record, signed),
@@ -205,7 +259,6 @@ impl Node {
             }
         }
         for (id, name, was, is) in changed {
-            tracing::info!(peer = %name, %id, %was, %is, "peer");
             self.event("peer", &name, &format!("{was} -> {is}"));
             if is == PeerState::Alive {
                 self.links().kick(id);
@@ -366,11 +419,14 @@ fn note_names(state: &mut State) {
     }
 }
 
+fn is_foreign(state: &State, record: &NodeRecord) -> bool {
+    let ours = state.view.alloc.cluster;
+    ours != 0 && record.cluster != 0 && record.cluster != ours
+}
+
 /// A host that was bootstrapped into a cluster of its own can never be one of ours.
 fn note_cluster(state: &mut State, record: &NodeRecord) {
-    let ours = state.view.alloc.cluster;
-    let foreign = ours != 0 && record.cluster != 0 && record.cluster != ours;
-    let sentence = foreign.then(|| {
+    let sentence = is_foreign(state, record).then(|| {
         format!(
             "host {} at {} has our cluster key and belongs to another cluster: both were started with --bootstrap, \
              or without --join. Stop ovld on the side that is to join, remove its state directory, and start it \

@@ -47,6 +47,15 @@ pub(crate) struct LocalEndpoint {
     pub ifname: String,
 }
 
+/// Two daemons with one identity.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Clash {
+    /// When it was told last, in milliseconds of this run.
+    pub seen: u64,
+    /// The generation of the one that was started later.
+    pub later: u64,
+}
+
 /// Which parts of the kernel have to be looked at.
 #[derive(Debug, Default)]
 pub(crate) struct Dirty {
@@ -90,6 +99,8 @@ pub(crate) struct State {
     pub own_record: SignedRecord,
     /// All other hosts, by id; each has its entry in `view.nodes`.
     pub peers: BTreeMap<NodeId, Peer>,
+    /// Identities that two daemons use.
+    pub clashes: BTreeMap<NodeId, Clash>,
     /// All cluster objects, with their proofs.
     pub objects: BTreeMap<ObjectKey, (SignedObject, Object)>,
     /// Digest of the stamps of all objects, for the hints.

@@ -58,31 +58,12 @@ impl Node {
     }
 
     fn set_link_mtu(&self, mtu: u16) {
-        let changed = {
-            let mut guard = self.state.borrow_mut();
-            let state = &mut *guard;
-            let me = state.view.me;
-            let Some(own) = state.view.nodes.get_mut(&me).filter(|own| own.record.link_mtu != mtu) else { return };
-            let mut record = own.record.clone();
-            record.link_mtu = mtu;
-            record.revision += 1;
-            match self.identity.sign_record(&record) {
-                Ok(signed) => {
-                    own.record = record;
-                    state.own_record = signed.clone();
-                    state.touch_all();
-                    signed
-                }
-                Err(error) => {
-                    tracing::error!(%error, "cannot sign our record");
-                    return;
-                }
-            }
-        };
+        if !self.change_record(|record| record.link_mtu = mtu) {
+            return;
+        }
         self.event("peer", &self.config.node, &format!("the underlay's MTU is {mtu} now"));
         self.gossip().set_link_mtu(mtu);
-        self.gossip().set_record(changed.clone());
-        self.links().set_record(changed);
+        self.state.borrow_mut().touch_all();
         self.work.notify_one();
     }
 

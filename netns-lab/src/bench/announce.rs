@@ -8,12 +8,12 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, ensure};
 use serde_json::json;
 
+use super::Bench;
 use super::client::{self, Client, Mac, mac_text};
 use super::cluster::{Cluster, NETWORK};
 use super::neigh::Watcher;
 use super::report::{Bar, Figure, Row};
 use super::stats::{Samples, ms};
-use super::Bench;
 
 pub(crate) const HOSTS: usize = 8;
 /// Longer than anything but a fault.

@@ -6,11 +6,11 @@ use anyhow::{Result, ensure};
 use netns_lab::Workload;
 use serde_json::json;
 
+use super::Bench;
 use super::client::{self, Client};
 use super::cluster::{Cluster, NETWORK};
 use super::report::{Bar, Figure, Row};
 use super::stats::{Samples, ms};
-use super::Bench;
 
 const HOSTS: usize = 3;
 /// Samples of which the median is given apart: whether it grows with the endpoints that are there.

@@ -13,13 +13,13 @@ use anyhow::{Context, Result, ensure};
 use netns_lab::{Workload, wait_until};
 use serde_json::json;
 
+use super::Bench;
 use super::announce::HOSTS;
 use super::client::Mac;
 use super::cluster::Cluster;
 use super::neigh::Watcher;
 use super::report::{Bar, Figure, Row};
 use super::stats::{Samples, ms, round};
-use super::Bench;
 
 /// The host that they are on.
 const SENDER: usize = 0;
@@ -77,10 +77,22 @@ pub(crate) fn measure(bench: &Bench) -> Result<Figure> {
                 "ms",
                 Bar::AtMost(150.0),
             ),
-            Row::context("the slowest of 7 kernels, its first to its last", median(of_healed(|each| each.slowest)), "ms"),
-            Row::context("from the end of the cut, reunion included", median(of_healed(|each| each.last)), "ms"),
+            Row::context(
+                "the slowest of 7 kernels, its first to its last",
+                median(of_healed(|each| each.slowest)),
+                "ms",
+            ),
+            Row::context(
+                "from the end of the cut, reunion included",
+                median(of_healed(|each| each.last)),
+                "ms",
+            ),
             Row::context("by attaches: attached", median(of_attached(|each| each.rate)), "a second"),
-            Row::context("by attaches: last reply to last kernel", median(of_attached(|each| each.lag)), "ms"),
+            Row::context(
+                "by attaches: last reply to last kernel",
+                median(of_attached(|each| each.lag)),
+                "ms",
+            ),
         ],
         notes: Vec::new(),
         details: json!({

@@ -6,10 +6,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::json;
 
+use super::Bench;
 use super::cluster::{Cluster, Entry};
 use super::report::{Bar, Figure, Row};
 use super::stats::{Samples, ms};
-use super::Bench;
 
 const HOSTS: usize = 3;
 /// On the host that is lost.

@@ -8,10 +8,10 @@ use anyhow::{Context, Result};
 use netns_lab::Host;
 use serde_json::json;
 
+use super::Bench;
 use super::cluster::Cluster;
 use super::report::{Bar, Figure, Row};
 use super::stats::{Samples, round};
-use super::Bench;
 
 const HOSTS: usize = 3;
 
@@ -33,7 +33,8 @@ pub(crate) fn measure(bench: &Bench) -> Result<Figure> {
     let pairs = || before.iter().zip(&after);
     let percent: Vec<f64> =
         pairs().map(|(before, after)| (after.cpu_s - before.cpu_s) / window * 100.0).collect();
-    let wakeups: Vec<f64> = pairs().map(|(before, after)| (after.switches - before.switches) / window).collect();
+    let wakeups: Vec<f64> =
+        pairs().map(|(before, after)| (after.switches - before.switches) / window).collect();
     let resident = Samples::new(after.iter().map(|each| each.rss_mib).collect());
     let proportional = Samples::new(after.iter().map(|each| each.pss_mib).collect());
     let processor = Samples::new(percent.clone());
@@ -48,7 +49,11 @@ pub(crate) fn measure(bench: &Bench) -> Result<Figure> {
             Row::with_bar("resident memory", resident.max(), "MiB", Bar::AtMost(16.0)),
             Row::with_bar("processor", processor.max(), "% of a core", Bar::AtMost(0.5)),
             Row::context("proportional memory (Pss)", proportional.max(), "MiB"),
-            Row::context("waits (voluntary context switches)", Samples::new(wakeups.clone()).max(), "a second"),
+            Row::context(
+                "waits (voluntary context switches)",
+                Samples::new(wakeups.clone()).max(),
+                "a second",
+            ),
         ],
         notes: Vec::new(),
         details: json!({

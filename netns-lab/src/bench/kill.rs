@@ -7,11 +7,11 @@ use anyhow::Result;
 use netns_lab::Host;
 use serde_json::{Value, json};
 
+use super::Bench;
 use super::cluster::Cluster;
 use super::flow::{self, Datagrams, PERIOD, Party, Traffic};
 use super::report::{Bar, Figure, Row};
 use super::stats::ms;
-use super::Bench;
 
 const HOSTS: usize = 3;
 const READY: Duration = Duration::from_secs(20);
@@ -56,7 +56,10 @@ pub(crate) fn measure(bench: &Bench) -> Result<Figure> {
     let mut rounds = Vec::new();
     let mut notes = Vec::new();
     if lost(&control) > 0 {
-        notes.push(format!("{} packets were lost while nothing happened: the machine is busy", lost(&control)));
+        notes.push(format!(
+            "{} packets were lost while nothing happened: the machine is busy",
+            lost(&control)
+        ));
     }
     for end in [End::Kill, End::Terminate] {
         let mut total = 0;
@@ -67,11 +70,20 @@ pub(crate) fn measure(bench: &Bench) -> Result<Figure> {
             longest = longest.max(traffic.stream.longest_gap);
             if lost(&traffic) > 0 {
                 let sent = traffic.there.sent + traffic.back.sent;
-                notes.push(format!("{}, away {away:?}: {} of {sent} packets lost", end.name(), lost(&traffic)));
+                notes.push(format!(
+                    "{}, away {away:?}: {} of {sent} packets lost",
+                    end.name(),
+                    lost(&traffic)
+                ));
             }
             rounds.push(to_json(end.name(), Some(*away), &traffic));
         }
-        rows.push(Row::with_bar(&format!("packets lost, {}", end.name()), total as f64, "", Bar::AtMost(0.0)));
+        rows.push(Row::with_bar(
+            &format!("packets lost, {}", end.name()),
+            total as f64,
+            "",
+            Bar::AtMost(0.0),
+        ));
         rows.push(Row::context(&format!("longest pause of TCP, {}", end.name()), ms(longest), "ms"));
     }
     rounds.push(to_json("nothing happens", None, &control));

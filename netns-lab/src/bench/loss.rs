@@ -10,10 +10,10 @@ use anyhow::{Result, anyhow};
 use netns_lab::Host;
 use serde_json::{Value, json};
 
+use super::Bench;
 use super::client::Client;
 use super::cluster::Cluster;
 use super::report::{Bar, Figure, Row};
-use super::Bench;
 
 const HOSTS: usize = 5;
 const PERCENT: f64 = 30.0;
@@ -35,8 +35,7 @@ struct Verdicts {
 pub(crate) fn measure(bench: &Bench) -> Result<Figure> {
     let cluster = Cluster::start(bench.lab(HOSTS)?)?;
     cluster.one_workload_each()?;
-    let began_ms =
-        SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64);
+    let began_ms = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64);
     cluster.lab.loss_udp_port(PERCENT, GOSSIP_PORT)?;
 
     let (length, hosts) = (bench.plan.loss, cluster.hosts());
@@ -135,7 +134,8 @@ fn declares(message: &str, state: &str) -> bool {
 }
 
 fn note_peers(peers: &Value, verdicts: &Mutex<Verdicts>) {
-    let count = |state: &str| peers.as_array().into_iter().flatten().filter(|peer| peer["state"] == state).count();
+    let count =
+        |state: &str| peers.as_array().into_iter().flatten().filter(|peer| peer["state"] == state).count();
     let mut verdicts = verdicts.lock().unwrap_or_else(PoisonError::into_inner);
     verdicts.looks += 1;
     verdicts.seen_dead += count("dead");

@@ -155,6 +155,10 @@ fn binary(dir: Option<&Path>, name: &str) -> Result<PathBuf> {
         return netns_lab::find_binary(name);
     };
     let path = env::current_dir().context("no current directory")?.join(dir).join(name);
-    ensure!(path.is_file(), "no {} : build it with `cargo build --release -p ovld -p ovlctl`", path.display());
+    ensure!(
+        path.is_file(),
+        "no {} : build it with `cargo build --release -p ovld -p ovlctl`",
+        path.display()
+    );
     Ok(path)
 }

@@ -56,7 +56,9 @@ impl Watcher {
         // A socket stays in the namespace that it was opened in.
         let sockets = hosts
             .iter()
-            .map(|host| host.run(listen)?.with_context(|| format!("cannot watch the kernel of {}", host.name())))
+            .map(|host| {
+                host.run(listen)?.with_context(|| format!("cannot watch the kernel of {}", host.name()))
+            })
             .collect::<Result<Vec<OwnedFd>>>()?;
         let (alive, stop) = UnixStream::pair()?;
         let (sender, seen) = channel();

@@ -116,7 +116,12 @@ pub(crate) fn table(setup: &Setup, outcomes: &[Outcome]) -> String {
                 let [what, value, bar, met] = row.cells();
                 [format!("{name}: {what}"), value, bar, met]
             })),
-            Err(_) => lines.push([format!("{name}: failed, see below"), "-".to_owned(), String::new(), "NO".to_owned()]),
+            Err(_) => lines.push([
+                format!("{name}: failed, see below"),
+                "-".to_owned(),
+                String::new(),
+                "NO".to_owned(),
+            ]),
         }
     }
     let mut text = String::new();

@@ -56,7 +56,8 @@ impl Path {
         if let Some(error) = report["error"].as_str() {
             bail!("iperf3 from {} to {target}: {error}", self.client.netns_name());
         }
-        let bits = report["end"]["sum_received"]["bits_per_second"].as_f64().context("no speed from iperf3")?;
+        let bits =
+            report["end"]["sum_received"]["bits_per_second"].as_f64().context("no speed from iperf3")?;
         let retransmits = report["end"]["sum_sent"]["retransmits"].as_u64().unwrap_or(0);
         Ok(Speed { gbit_s: bits / 1e9, retransmits })
     }

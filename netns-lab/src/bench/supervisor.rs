@@ -35,30 +35,38 @@ pub(crate) fn supervise() -> Result<ExitCode> {
         .env(VARIABLE, "1")
         .spawn()
         .context("cannot start the process that measures")?;
-    let status = wait(&mut child)?;
+    let (status, asked) = wait(&mut child)?;
     if status.success() {
         return Ok(ExitCode::SUCCESS);
     }
-    for lab in sweep()?.iter().filter_map(|lab| Some((&lab.name, lab.failure.as_ref()?))) {
-        eprintln!("netns-lab: lab {} stays: {}", lab.0, lab.1);
+    for lab in sweep()? {
+        if let Some(failure) = lab.failure {
+            eprintln!("netns-lab: lab {} stays: {failure}", lab.name);
+        }
     }
-    if let Some(signal) = status.signal() {
-        eprintln!("netns-lab: the benchmark was ended by signal {signal}; its labs are removed");
-        return Ok(ExitCode::from(u8::try_from(128 + signal).unwrap_or(1)));
+    match asked.map(|signal| signal as i32).or_else(|| status.signal()) {
+        Some(signal) => {
+            eprintln!("netns-lab: the benchmark was ended by signal {signal}; its labs are removed");
+            // As a shell tells it.
+            Ok(ExitCode::from(u8::try_from(128 + signal).unwrap_or(1)))
+        }
+        None => Ok(ExitCode::FAILURE),
     }
-    Ok(ExitCode::FAILURE)
 }
 
-/// Waits for the child's end. An interrupt ends it at once.
-fn wait(child: &mut Child) -> Result<ExitStatus> {
+/// Waits for the child's end. A signal that asks for an end kills it; gives that too.
+fn wait(child: &mut Child) -> Result<(ExitStatus, Option<Signal>)> {
     let signals = SigSet::from_iter([Signal::SIGCHLD, Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP]);
     signals.thread_block().context("cannot block signals")?;
+    let mut asked = None;
     loop {
         // One that ended before SIGCHLD was blocked is found here.
         if let Some(status) = child.try_wait()? {
-            return Ok(status);
+            return Ok((status, asked));
         }
-        if signals.wait()? != Signal::SIGCHLD {
+        let signal = signals.wait()?;
+        if signal != Signal::SIGCHLD {
+            asked = Some(signal);
             child.kill()?;
         }
     }

@@ -43,7 +43,8 @@ pub(crate) fn measure(bench: &Bench) -> Result<Figure> {
         (0..bench.plan.turns.div_ceil(3)).map(|_| raw.run(bench.plan.stream)).collect::<Result<Vec<_>>>()?;
 
     let [overlay, hand, raw] = [&overlay_runs, &hand_runs, &raw_runs].map(|runs| gbit_s(runs).median());
-    let ratios = overlay_runs.iter().zip(&hand_runs).map(|(ours, theirs)| ours.gbit_s / theirs.gbit_s).collect();
+    let ratios =
+        overlay_runs.iter().zip(&hand_runs).map(|(ours, theirs)| ours.gbit_s / theirs.gbit_s).collect();
     Ok(Figure {
         setup: format!(
             "2 hosts, underlay MTU 1500, overlay MTU {mtu}, one iperf3 stream (cubic) of {} s, {} turns each, ovl \

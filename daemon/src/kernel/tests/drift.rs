@@ -15,7 +15,7 @@ fn every_kind_of_drift_is_repaired() {
         wanted.sysctls.insert("net.ipv4.ip_forward".to_owned(), "1".to_owned());
         lab.pass(&wanted).await;
         let container = Container::new();
-        lab.kernel.create_endpoint(container.spec(30)).await.expect("endpoint");
+        lab.create(container.spec(30)).await.expect("endpoint");
         add_endpoint(&mut wanted, 30);
         lab.pass(&wanted).await;
         lab.assert_settled(&wanted).await;

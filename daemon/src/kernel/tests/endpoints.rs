@@ -6,7 +6,7 @@ use ovl_core::kernel::Link;
 use ovl_core::op::Op;
 
 use super::lab::{Container, Lab, add_endpoint, bridge, desired, endpoint, in_namespace, ip, mac, net, run};
-use crate::kernel::{KernelEvent, open_netns};
+use crate::kernel::{Goal, KernelEvent, open_netns};
 
 async fn network(lab: &Lab) -> ovl_core::kernel::Kernel {
     let wanted = desired(ip("192.0.2.1"), 3);
@@ -43,7 +43,7 @@ fn an_endpoint_talks() {
         // A second network's interface leaves the default routes alone.
         let mut second = container.spec(31);
         second.gateways = vec![ip("10.1.0.7"), ip("fd00:1::7")];
-        assert_eq!(lab.kernel.create_endpoint(second).await.as_deref(), Ok("eth1"));
+        assert_eq!(lab.create(second).await.as_deref(), Ok("eth1"));
         assert_eq!(container.run("ip route show default").trim(), "default via 10.1.0.1 dev eth0");
         assert_eq!(container.run("ip -6 route show default").lines().count(), 1);
     });
@@ -73,7 +73,7 @@ fn an_endpoint_is_made_whole_or_not_at_all() {
             (bad, "'a/b' cannot be the name of an interface"),
             (homeless, "there is no device ove-"),
         ] {
-            let error = lab.kernel.create_endpoint(spec).await.unwrap_err().to_string();
+            let error = lab.create(spec).await.unwrap_err().to_string();
             assert!(error.starts_with(words), "{error}");
             assert_eq!(
                 container.run("ls /sys/class/net | wc -l; ip -o link | wc -l").lines().last(),
@@ -82,8 +82,8 @@ fn an_endpoint_is_made_whole_or_not_at_all() {
             lab.assert_settled(&wanted).await;
         }
         assert_eq!(lab.events().await, [], "nothing to see");
-        lab.kernel.create_endpoint(container.spec(30)).await.expect("at last");
-        let error = lab.kernel.create_endpoint(container.spec(30)).await.unwrap_err().to_string();
+        lab.create(container.spec(30)).await.expect("at last");
+        let error = lab.create(container.spec(30)).await.unwrap_err().to_string();
         assert_eq!(error, format!("the device {} is there already", endpoint(30)));
     });
 }
@@ -95,7 +95,7 @@ fn a_namespace_without_ipv6_gets_it_on_this_interface() {
         network(&lab).await;
         let container = Container::new();
         container.run("sysctl -qw net.ipv6.conf.default.disable_ipv6=1");
-        lab.kernel.create_endpoint(container.spec(30)).await.expect("endpoint");
+        lab.create(container.spec(30)).await.expect("endpoint");
         container.run("ping -c1 -W1 fd00:1::1");
     });
 }
@@ -106,7 +106,7 @@ fn the_end_of_a_namespace_is_noticed_and_it_is_not_held() {
         let mut lab = Lab::start();
         network(&lab).await;
         let container = Container::new();
-        lab.kernel.create_endpoint(container.spec(30)).await.expect("endpoint");
+        lab.create(container.spec(30)).await.expect("endpoint");
         lab.events().await;
         drop(container);
         let wait =
@@ -114,10 +114,10 @@ fn the_end_of_a_namespace_is_noticed_and_it_is_not_held() {
         tokio::time::timeout(Duration::from_secs(5), wait).await.expect("event");
         lab.events().await;
         let other = Container::new();
-        lab.kernel.create_endpoint(other.spec(31)).await.expect("endpoint");
+        lab.create(other.spec(31)).await.expect("endpoint");
         run(&format!("ip link del {}", endpoint(31)));
         assert!(lab.events().await.contains(&KernelEvent::EndpointGone(endpoint(31))));
-        lab.kernel.create_endpoint(other.spec(32)).await.expect("endpoint");
+        lab.create(other.spec(32)).await.expect("endpoint");
         lab.kernel.delete_links(vec![endpoint(32)]).await.expect("deleted");
         assert_eq!(lab.events().await, [], "we did that");
     });
@@ -130,7 +130,7 @@ fn both_ends_get_a_new_mtu() {
         let mut wanted = network(&lab).await;
         let containers = [Container::new(), Container::new()];
         for (n, container) in (40..).zip(&containers) {
-            lab.kernel.create_endpoint(container.spec(n)).await.expect("endpoint");
+            lab.create(container.spec(n)).await.expect("endpoint");
             add_endpoint(&mut wanted, n);
         }
         lab.pass(&wanted).await;
@@ -157,7 +157,7 @@ fn an_isolated_endpoint_is_off_and_comes_back() {
         let lab = Lab::start();
         let mut wanted = network(&lab).await;
         let container = Container::new();
-        lab.kernel.create_endpoint(container.spec(30)).await.expect("endpoint");
+        lab.create(container.spec(30)).await.expect("endpoint");
         add_endpoint(&mut wanted, 30);
         lab.pass(&wanted).await;
         let mut isolated = wanted.clone();
@@ -169,7 +169,35 @@ fn an_isolated_endpoint_is_off_and_comes_back() {
         lab.assert_settled(&isolated).await;
         lab.pass(&wanted).await;
         lab.assert_settled(&wanted).await;
-        container.run("ping -c1 -W1 10.1.0.1");
+        // The end in the container gets its carrier back when the kernel has time for it.
+        container.run("ping -c5 -i0.3 -W1 10.1.0.1");
+    });
+}
+
+#[test]
+fn a_pass_leaves_alone_what_is_being_made_and_can_be_a_plan() {
+    in_namespace(async || {
+        let lab = Lab::start();
+        let desired = network(&lab).await;
+        let container = Container::new();
+        lab.create(container.spec(30)).await.expect("endpoint");
+        let goal = |ignored: &[_], apply| Goal {
+            desired: desired.clone(),
+            prune: true,
+            ignored: ignored.iter().copied().collect(),
+            apply,
+        };
+        let pass = lab.kernel.reconcile(goal(&[endpoint(30)], true)).await.expect("pass");
+        assert!(pass.outcomes.is_empty() && pass.lost.is_empty(), "{pass:?}");
+        for apply in [false, true] {
+            let pass = lab.kernel.reconcile(goal(&[], apply)).await.expect("pass");
+            let ops: Vec<Op> = pass.outcomes.into_iter().map(|outcome| outcome.op).collect();
+            assert_eq!(ops, [Op::DelLink(endpoint(30))]);
+        }
+        let mut wanted = desired.clone();
+        add_endpoint(&mut wanted, 31);
+        let goal = Goal { desired: wanted, prune: true, ignored: Default::default(), apply: true };
+        assert_eq!(lab.kernel.reconcile(goal).await.expect("pass").lost, [endpoint(31)]);
     });
 }
 

@@ -14,7 +14,7 @@ use ovl_core::op::Op;
 use ovl_proto::id::{EndpointId, Mac, NetworkId};
 use tokio::sync::mpsc;
 
-use crate::kernel::{EndpointSpec, KernelEvent, KernelHandle, Netns, open_netns, start};
+use crate::kernel::{EndpointSpec, KernelEvent, KernelHandle, Netns, Result, open_netns, start};
 
 /// Runs the body on a thread that has a fresh network namespace with an underlay device `up0`, as
 /// the worker and all commands that it starts have.
@@ -55,6 +55,11 @@ impl Lab {
 
     pub(super) async fn dump(&self) -> Kernel {
         self.kernel.dump().await.expect("dump")
+    }
+
+    /// Makes an endpoint's pair and nothing else.
+    pub(super) async fn create(&self, spec: EndpointSpec) -> Result<String> {
+        self.kernel.prepare_and_create(Vec::new(), spec).await.1
     }
 
     /// One pass of the loop; gives what it did.
