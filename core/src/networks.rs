@@ -96,11 +96,15 @@ pub fn choose_vni(networks: &BTreeMap<NetworkId, NetworkState>, id: NetworkId) -
     vni
 }
 
-/// A range of `length` out of `pool` that overlaps none of `taken`.
-pub fn choose_subnet(pool: IpNet, length: u8, taken: &[IpNet]) -> Option<IpNet> {
+/// A range of `length` out of `pool` that overlaps none of `taken`. Of `hosts` hosts each one, by its
+/// `rank`, looks first at candidates that no other looks at: so those that choose at the same
+/// instant, or on two sides of a split, do not choose the same one.
+pub fn choose_subnet(pool: IpNet, length: u8, taken: &[IpNet], rank: usize, hosts: usize) -> Option<IpNet> {
     // Each range that is taken rules out at most a few candidates in a row, so a bounded walk of a
     // large pool is enough to find a free one if there are any worth finding.
-    pool.subnets(length).ok()?.take(1 << 16).find(|candidate| !taken.iter().any(|other| overlaps(*candidate, *other)))
+    let candidates = || Some(pool.subnets(length).ok()?.take(1 << 16));
+    let free = |candidate: &IpNet| !taken.iter().any(|other| overlaps(*candidate, *other));
+    candidates()?.skip(rank).step_by(hosts.max(1)).find(free).or_else(|| candidates()?.find(free))
 }
 
 #[cfg(test)]
@@ -169,7 +173,16 @@ mod tests {
     fn a_free_subnet_is_found() {
         let pool = "10.0.0.0/8".parse().unwrap();
         let taken = ["10.0.0.0/15".parse().unwrap(), "10.2.3.0/24".parse().unwrap()];
-        assert_eq!(choose_subnet(pool, 16, &taken), "10.3.0.0/16".parse().ok());
-        assert_eq!(choose_subnet("10.0.0.0/16".parse().unwrap(), 24, &taken), None);
+        assert_eq!(choose_subnet(pool, 16, &taken, 0, 1), "10.3.0.0/16".parse().ok());
+        assert_eq!(choose_subnet("10.0.0.0/16".parse().unwrap(), 24, &taken, 0, 1), None);
+    }
+
+    #[test]
+    fn hosts_that_choose_at_once_choose_different_subnets() {
+        let pool = "10.0.0.0/14".parse().unwrap();
+        let chosen: Vec<_> = (0..3).filter_map(|rank| choose_subnet(pool, 16, &[], rank, 3)).collect();
+        assert_eq!(chosen.iter().collect::<BTreeSet<_>>().len(), 3, "{chosen:?}");
+        // Where there is none left of its own, a host takes another's.
+        assert_eq!(choose_subnet(pool, 16, &chosen, 2, 3), "10.3.0.0/16".parse().ok());
     }
 }

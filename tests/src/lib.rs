@@ -1,7 +1,11 @@
 //! Helpers that the multi-host tests share. Nothing here knows ovl's insides: it is what a person
 //! would do with `ovlctl`, `ip` and `ping`.
 
+mod flow;
+
 use std::time::Duration;
+
+pub use flow::{Flow, FlowReport};
 
 use anyhow::{Context as _, Result, ensure};
 use netns_lab::{Host, Lab, LabConfig, Output, Workload, wait_until, without_prefix_length};

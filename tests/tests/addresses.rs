@@ -205,8 +205,9 @@ fn a_subnet_is_filled_to_its_last_address_then_grown_while_in_use() {
     assert_eq!(addresses, usable);
     wait_clean(lab.hosts(), SOON).unwrap();
     for host in lab.hosts() {
-        let extra = host.workload("extra").unwrap();
-        let error = refused(host, &["attach", "extra", "--network", "small", "--netns", extra.path_str()]).unwrap();
+        let name = format!("extra-{}", host.name());
+        let extra = host.workload(&name).unwrap();
+        let error = refused(host, &["attach", &name, "--network", "small", "--netns", extra.path_str()]).unwrap();
         assert_says(&error, &["10.1.0.16/28", "13 of 13", "ovlctl network update small --subnet"]);
         assert_eq!(extra.ip_json(&["link", "show"]).unwrap().as_array().map(Vec::len), Some(1));
     }
@@ -233,7 +234,7 @@ fn a_subnet_is_filled_to_its_last_address_then_grown_while_in_use() {
     for host in lab.hosts() {
         new.push(
             wait_until(SOON, "an address of the larger range", || {
-                let workload = host.find_workload("extra")?;
+                let workload = host.find_workload(&format!("extra-{}", host.name()))?;
                 attach_workload(workload, "small", &[]).map(Some)
             })
             .with_context(|| host.name().to_owned())
@@ -363,7 +364,8 @@ fn the_blocks_of_a_forgotten_host_are_used_again_and_it_isolates_duplicates_when
     wait_until(SOON, "the duplicate is isolated", || -> Result<()> {
         for host in [h1, h2, h3] {
             let all = rows(host, &["endpoints"])?;
-            let found = all.iter().find(|row| row["name"] == "doubled").context("it is not listed")?;
+            let found = all.iter().find(|row| row["name"] == "doubled");
+            let found = found.with_context(|| format!("not listed on {}: {all:?}", host.name()))?;
             ensure!(found["state"] == "isolated", "on {}: {found}", host.name());
         }
         Ok(())

@@ -207,8 +207,9 @@ fn held<'a>(
         .map(|(block, holder)| (block.prefix, *holder))
 }
 
-/// Addresses of a network that this host has given out: to its endpoints, to other hosts, and to
-/// attaches under way.
+/// Addresses of a network that this host does not give out: those of its endpoints, of other hosts
+/// and of attaches under way; and those that older endpoints take for a broadcast address, because
+/// the subnet has grown since they were attached.
 pub(super) fn in_use(state: &State, network: NetworkId) -> BTreeSet<IpAddr> {
     let own = state
         .own_endpoints()
@@ -216,7 +217,14 @@ pub(super) fn in_use(state: &State, network: NetworkId) -> BTreeSet<IpAddr> {
         .flat_map(|endpoint| endpoint.addresses.iter().map(IpNet::addr));
     let lent = state.lent.keys().filter(|(on, _)| *on == network).map(|(_, address)| *address);
     let pending = state.pending.addresses.iter().filter(|(on, _)| *on == network).map(|(_, address)| *address);
-    own.chain(lent).chain(pending).collect()
+    own.chain(lent).chain(pending).chain(edges(state, network)).collect()
+}
+
+/// The first and the last addresses of the ranges that the endpoints were attached with.
+fn edges(state: &State, network: NetworkId) -> impl Iterator<Item = IpAddr> {
+    let endpoints = state.view.all_endpoints().filter(move |placed| placed.endpoint.network == network);
+    let ranges: BTreeSet<IpNet> = endpoints.flat_map(|placed| &placed.endpoint.addresses).map(IpNet::trunc).collect();
+    ranges.into_iter().flat_map(|range| [range.network(), range.broadcast()])
 }
 
 /// A free address of our blocks.
@@ -250,6 +258,10 @@ pub(super) fn describe_use(state: &State, network: NetworkId, address: IpAddr) -
         }
         None => match state.lent.get(&(network, address)) {
             Some(lent) => format!("{address} is set aside for an endpoint of host {}", state.view.name_of(lent.to)),
+            None if edges(state, network).any(|edge| edge == address) => format!(
+                "{address} is the broadcast address, or the network's own, for endpoints that were attached before \
+                 the range was made larger"
+            ),
             None => format!("{address} is being given to another endpoint at this moment"),
         },
     }

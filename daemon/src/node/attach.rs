@@ -11,7 +11,7 @@ use ovl_core::device::{Device, Role};
 use ovl_core::ipam;
 use ovl_core::kernel::Link;
 use ovl_core::op::Op;
-use ovl_proto::control::{Attach, EndpointInfo, EndpointState, NetnsRef};
+use ovl_proto::control::{Attach, EndpointInfo, EndpointState, FailureKind, NetnsRef};
 use ovl_proto::id::{EndpointId, Mac, NetworkId};
 use ovl_proto::object::Network;
 use ovl_proto::table::{Endpoint, Entry, Key};
@@ -207,16 +207,35 @@ impl Node {
         Ok(Place { node: self, network: network.id, name, device })
     }
 
-    /// Addresses as asked for, or one of each subnet.
+    /// Addresses as asked for; of each family of which none was, a free one of the first subnet that
+    /// has any.
     async fn reserve(&self, request: &Attach, network: &Network) -> Result<Vec<Reserved<'_>>, Failed> {
-        let mut reserved = Vec::new();
+        let mut reserved: Vec<Reserved<'_>> = Vec::new();
         for address in &request.addresses {
+            if let Some(first) = reserved.iter().find(|first| first.net.addr().is_ipv4() == address.is_ipv4()) {
+                return Err(Failed::invalid(format!(
+                    "{} and {address} are of one family: an endpoint has one IPv4 and one IPv6 address on a network",
+                    first.net.addr()
+                )));
+            }
             reserved.push(self.reserve_exact(network, *address).await?);
         }
-        for subnet in &network.subnets {
-            let given = |reserved: &Reserved<'_>| subnet.prefix.contains(&reserved.net.addr());
-            if !reserved.iter().any(given) {
-                reserved.push(self.reserve_any(network, subnet).await?);
+        for v4 in [true, false] {
+            let has = |reserved: &Reserved<'_>| reserved.net.addr().is_ipv4() == v4;
+            if reserved.iter().any(has) {
+                continue;
+            }
+            let mut subnets =
+                network.subnets.iter().filter(|subnet| subnet.prefix.addr().is_ipv4() == v4).peekable();
+            while let Some(subnet) = subnets.next() {
+                match self.reserve_any(network, subnet).await {
+                    Ok(free) => {
+                        reserved.push(free);
+                        break;
+                    }
+                    Err(failed) if failed.0.kind == FailureKind::Exhausted && subnets.peek().is_some() => {}
+                    Err(failed) => return Err(failed),
+                }
             }
         }
         Ok(reserved)

@@ -107,7 +107,9 @@ impl Node {
         let taken: Vec<IpNet> = used.chain(taken.iter().copied().filter(|net| net.prefix_len() > 0)).collect();
         let pool = self.config.pool;
         let length = if pool.addr().is_ipv4() { AUTO_LENGTH_V4 } else { AUTO_LENGTH_V6 }.max(pool.prefix_len());
-        networks::choose_subnet(pool, length, &taken).ok_or_else(|| {
+        let members = &state.view.alloc.members;
+        let rank = members.iter().position(|member| *member == state.view.me).unwrap_or(0);
+        networks::choose_subnet(pool, length, &taken, rank, members.len()).ok_or_else(|| {
             Failed::exhausted(format!("no range of the pool {pool} is free: give one with --subnet"))
         })
     }

@@ -109,10 +109,13 @@ impl Node {
         }
         peer.pulled_at = Some(now);
         let connected = self.links().connected();
-        // Where the owner did not answer, somebody else is asked, another one each time.
+        // Where the owner did not answer it takes turns with the others: it may be the only one that
+        // has the table, and it may be the only one that cannot be reached.
         let others: Vec<NodeId> = connected.iter().copied().filter(|id| *id != owner).collect();
-        let turn = usize::try_from(now / PULL_AGAIN_MS).unwrap_or(0) % others.len().max(1);
-        let target = if connected.contains(&owner) && !again { owner } else { *others.get(turn).unwrap_or(&owner) };
+        let turn = usize::try_from(now / PULL_AGAIN_MS).unwrap_or(0);
+        let ask_owner = connected.contains(&owner) && (!again || turn.is_multiple_of(2));
+        let other = others.get(turn / 2 % others.len().max(1)).filter(|_| !ask_owner);
+        let target = *other.unwrap_or(&owner);
         self.links().send(target, &Message::TablePull(owner));
     }
 

@@ -1,0 +1,105 @@
+//! A flow of numbered datagrams, to see whether any of them is lost.
+
+use std::collections::BTreeSet;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, anyhow, ensure};
+use netns_lab::EchoServer;
+
+use crate::{Attached, SOON};
+
+/// Between two datagrams.
+const INTERVAL: Duration = Duration::from_millis(5);
+/// How long the last answers may take.
+const TAIL: Duration = Duration::from_secs(3);
+
+/// Datagrams from one workload to another and back, 200 a second, from its start to
+/// [`finish`](Flow::finish).
+#[derive(Debug)]
+pub struct Flow {
+    stop: Arc<AtomicBool>,
+    sender: Option<JoinHandle<FlowReport>>,
+    _echo: EchoServer,
+}
+
+/// What became of a flow.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FlowReport {
+    /// How many datagrams were sent.
+    pub sent: u32,
+    /// The numbers of those that were not answered.
+    pub lost: Vec<u32>,
+}
+
+impl Flow {
+    /// Begins once the way is open.
+    pub fn start(from: &Attached, to: &Attached) -> Result<Self> {
+        from.workload.ping_until(to.address(), SOON)?;
+        let address: IpAddr = to.address().parse()?;
+        let echo = to.workload.udp_echo_on(SocketAddr::new(address, 0))?;
+        let any = if address.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { IpAddr::from(Ipv6Addr::UNSPECIFIED) };
+        let socket = from.workload.run(|| UdpSocket::bind((any, 0)))??;
+        socket.connect((address, echo.port()))?;
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = Arc::clone(&stop);
+        let sender = std::thread::spawn(move || send(&socket, &stopped));
+        Ok(Self { stop, sender: Some(sender), _echo: echo })
+    }
+
+    /// Ends it, after the last answers are here or overdue.
+    pub fn finish(mut self) -> Result<FlowReport> {
+        self.stop.store(true, Ordering::Relaxed);
+        let sender = self.sender.take().context("a flow ends once")?;
+        sender.join().map_err(|_| anyhow!("the flow's thread panicked"))
+    }
+
+    /// Ends it, and fails if a datagram was lost or hardly any was sent.
+    pub fn finish_without_loss(self) -> Result<()> {
+        let report = self.finish()?;
+        ensure!(report.sent >= 50, "the flow did not flow: {} datagrams", report.sent);
+        ensure!(report.lost.is_empty(), "{} of {} are lost: {:?}", report.lost.len(), report.sent, report.lost);
+        Ok(())
+    }
+}
+
+impl Drop for Flow {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        if let Some(sender) = self.sender.take() {
+            sender.join().ok();
+        }
+    }
+}
+
+fn send(socket: &UdpSocket, stop: &AtomicBool) -> FlowReport {
+    let mut unanswered = BTreeSet::new();
+    let mut sent = 0_u32;
+    while !stop.load(Ordering::Relaxed) {
+        unanswered.insert(sent);
+        // One that the kernel refuses stays among the unanswered, as one that is lost later.
+        socket.send(&sent.to_be_bytes()).ok();
+        sent += 1;
+        collect(socket, &mut unanswered, Instant::now() + INTERVAL, false);
+    }
+    collect(socket, &mut unanswered, Instant::now() + TAIL, true);
+    FlowReport { sent, lost: unanswered.into_iter().collect() }
+}
+
+/// Takes answers until the deadline; or until all are there, if that is what is waited for.
+fn collect(socket: &UdpSocket, unanswered: &mut BTreeSet<u32>, deadline: Instant, until_all: bool) {
+    let mut buffer = [0; 4];
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() || (until_all && unanswered.is_empty()) {
+            return;
+        }
+        // Errors that are not the end of the time are those that an ICMP message left behind.
+        if socket.set_read_timeout(Some(left)).is_ok() && socket.recv(&mut buffer).is_ok() {
+            unanswered.remove(&u32::from_be_bytes(buffer));
+        }
+    }
+}
