@@ -115,7 +115,9 @@ pub fn network_part(view: &View, local: &Local, id: NetworkId) -> Kernel {
 
 fn devices(kernel: &mut Kernel, network: &Network, own: &Node, mtu: u16) {
     let (bridge, vxlan) = (Device::bridge(network.id), Device::vxlan(network.id));
-    kernel.links.insert(bridge, Link::Bridge { mac: Mac::of_gateway(network.id), mtu, up: true, tuned: true });
+    kernel
+        .links
+        .insert(bridge, Link::Bridge { mac: Mac::of_gateway(network.id), mtu, up: true, tuned: true });
     kernel.links.insert(
         vxlan,
         Link::Vxlan {
@@ -147,19 +149,17 @@ fn own_endpoints(kernel: &mut Kernel, view: &View, local: &Local, own: &Node, id
         let silent = local.isolated.contains_key(&endpoint.id)
             || (view.alloc.members.contains(&view.me) && view.address_conflict(view.me, endpoint).is_some());
         let master = (!silent).then(|| Device::bridge(id));
-        kernel
-            .links
-            .insert(Device::endpoint(endpoint.id), Link::Endpoint { mtu, master, up: !silent, tuned: !silent });
+        kernel.links.insert(
+            Device::endpoint(endpoint.id),
+            Link::Endpoint { mtu, master, up: !silent, tuned: !silent },
+        );
     }
 }
 
 /// Which endpoint a MAC address belongs to where several claim it: the one whose own address makes
 /// it (nobody else can hold that), then the one on the host with the smaller id. The same on all
 /// hosts, so that a frame never wanders.
-fn winners(
-    network: &Network,
-    placed: &[Placed<'_>],
-) -> BTreeMap<Mac, (NodeId, ovl_proto::id::EndpointId)> {
+fn winners(network: &Network, placed: &[Placed<'_>]) -> BTreeMap<Mac, (NodeId, ovl_proto::id::EndpointId)> {
     let mut winners = BTreeMap::new();
     for Placed { node, endpoint } in placed {
         let by_right = endpoint

@@ -29,11 +29,25 @@ pub fn diff(actual: &Kernel, desired: &Kernel, prune: bool) -> Vec<Op> {
     let there = |device: &Device| !gone.contains(device);
 
     let addresses = actual.addresses.iter().filter(|(device, _)| there(device)).copied().collect();
-    set(&addresses, &desired.addresses, prune, &mut ops, |(d, a)| Op::AddAddress(d, a), |(d, a)| Op::DelAddress(d, a));
+    set(
+        &addresses,
+        &desired.addresses,
+        prune,
+        &mut ops,
+        |(d, a)| Op::AddAddress(d, a),
+        |(d, a)| Op::DelAddress(d, a),
+    );
     let ports = actual.ports.iter().filter(|(device, _)| there(device)).copied().collect();
     set(&ports, &desired.ports, prune, &mut ops, |(d, m)| Op::AddPort(d, m), |(d, m)| Op::DelPort(d, m));
     let remotes = actual.remotes.iter().filter(|((device, _), _)| there(device)).map(copied).collect();
-    map(&remotes, &desired.remotes, prune, &mut ops, |(d, m), r| Op::SetRemote(d, m, r), |(d, m)| Op::DelRemote(d, m));
+    map(
+        &remotes,
+        &desired.remotes,
+        prune,
+        &mut ops,
+        |(d, m), r| Op::SetRemote(d, m, r),
+        |(d, m)| Op::DelRemote(d, m),
+    );
     let neighbours = actual.neighbours.iter().filter(|((device, _), _)| there(device)).map(copied).collect();
     map(
         &neighbours,
@@ -145,6 +159,9 @@ fn map<K: Ord + Copy, V: PartialEq + Copy>(
         ops.extend(actual.keys().filter(|key| !desired.contains_key(key)).map(|key| del(*key)));
     }
     ops.extend(
-        desired.iter().filter(|(key, value)| actual.get(key) != Some(value)).map(|(key, value)| put(*key, *value)),
+        desired
+            .iter()
+            .filter(|(key, value)| actual.get(key) != Some(value))
+            .map(|(key, value)| put(*key, *value)),
     );
 }

@@ -44,11 +44,7 @@ pub fn judge(signs: Signs, presence: Presence, now: u64, keep_ms: u64) -> PeerSt
     let silent = now.saturating_sub(signs.silent_since);
     let answers = signs.probed_at.is_some_and(|at| now.saturating_sub(at) <= PROBE_VALID_MS);
     let believed = presence == Presence::Restarting && silent <= RESTART_MS;
-    if (answers || believed) && silent <= keep_ms {
-        PeerState::Suspect
-    } else {
-        PeerState::Dead
-    }
+    if (answers || believed) && silent <= keep_ms { PeerState::Suspect } else { PeerState::Dead }
 }
 
 #[cfg(test)]

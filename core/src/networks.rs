@@ -148,12 +148,8 @@ mod tests {
 
     #[test]
     fn the_result_does_not_depend_on_the_order() {
-        let mut objects = vec![
-            network(3, "a", 7, 1),
-            network(1, "a", 7, 1),
-            network(2, "a", 8, 1),
-            network(4, "b", 7, 0),
-        ];
+        let mut objects =
+            vec![network(3, "a", 7, 1), network(1, "a", 7, 1), network(2, "a", 8, 1), network(4, "b", 7, 0)];
         let first = resolve(objects.iter(), |_| false);
         objects.reverse();
         assert_eq!(resolve(objects.iter(), |_| false), first);

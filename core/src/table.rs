@@ -138,8 +138,11 @@ impl Table {
         self.head.revision = Revision { epoch, change };
         self.head.digest = digest_of(&self.entries);
         self.signature = sign(&self.head);
-        let (base, set, unset) =
-            if begun { (Some(base), set, unset) } else { (None, self.entries().cloned().collect(), Vec::new()) };
+        let (base, set, unset) = if begun {
+            (Some(base), set, unset)
+        } else {
+            (None, self.entries().cloned().collect(), Vec::new())
+        };
         Update { head: self.head.clone(), signature: self.signature, base, set, unset }
     }
 }

@@ -103,7 +103,8 @@ impl View {
         self.nodes.values().filter(|node| self.counts(node)).flat_map(move |node| {
             node.table.entries().filter_map(move |entry| match entry {
                 Entry::Endpoint(endpoint)
-                    if endpoint.network == network && self.address_conflict(node.record.id, endpoint).is_none() =>
+                    if endpoint.network == network
+                        && self.address_conflict(node.record.id, endpoint).is_none() =>
                 {
                     Some(Placed { node, endpoint })
                 }
@@ -151,7 +152,8 @@ impl View {
 
     /// The endpoint that has an address on a network, if it counts.
     pub fn endpoint_by_address(&self, network: NetworkId, address: IpAddr) -> Option<Placed<'_>> {
-        self.endpoints(network).find(|placed| placed.endpoint.addresses.iter().any(|net| net.addr() == address))
+        self.endpoints(network)
+            .find(|placed| placed.endpoint.addresses.iter().any(|net| net.addr() == address))
     }
 
     /// A network by name or id.

@@ -151,12 +151,9 @@ fn only_members_that_are_there_count() {
     give(&mut view, 1, vec![endpoint(1, "10.9.0.9/24")]);
     give(&mut view, 2, vec![endpoint(2, "10.9.0.17/24")]);
     let remotes = |view: &View| desired(view, &local()).remotes.len();
-    for (state, expected) in [
-        (PeerState::Alive, 1),
-        (PeerState::Suspect, 1),
-        (PeerState::Dead, 0),
-        (PeerState::Left, 0),
-    ] {
+    for (state, expected) in
+        [(PeerState::Alive, 1), (PeerState::Suspect, 1), (PeerState::Dead, 0), (PeerState::Left, 0)]
+    {
         view.nodes.get_mut(&id(2)).unwrap().state = state;
         assert_eq!(remotes(&view), expected, "{state}");
     }
@@ -237,7 +234,8 @@ fn an_isolated_endpoint_is_cut_off_and_kept() {
     give(&mut view, 1, vec![endpoint(1, "10.9.0.9/24")]);
     view.alloc.blocks.clear();
     let kernel = desired(&view, &local());
-    let link = kernel.links.values().find(|link| matches!(link, ovl_core::kernel::Link::Endpoint { .. })).unwrap();
+    let link =
+        kernel.links.values().find(|link| matches!(link, ovl_core::kernel::Link::Endpoint { .. })).unwrap();
     assert!(matches!(link, ovl_core::kernel::Link::Endpoint { master: None, up: false, .. }), "{link:?}");
     assert!(kernel.neighbours.is_empty());
 }

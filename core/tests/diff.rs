@@ -23,7 +23,9 @@ fn apply(kernel: &mut Kernel, op: &Op) -> Result<(), String> {
         Op::Sysctl { name, value } => drop(kernel.sysctls.insert(name, value)),
         Op::Filter(text) => kernel.filter = Some(text),
         Op::AddLink(device, link) => {
-            if let Link::Vxlan { master: Some(master), .. } | Link::Endpoint { master: Some(master), .. } = link {
+            if let Link::Vxlan { master: Some(master), .. } | Link::Endpoint { master: Some(master), .. } =
+                link
+            {
                 there(kernel, &master)?;
             }
             if kernel.links.insert(device, link).is_some() {
@@ -74,7 +76,10 @@ fn remote() -> impl Strategy<Value = Remote> {
 fn part(n: u8) -> impl Strategy<Value = Kernel> {
     let links = (any::<(bool, bool, bool, bool, bool)>(), 0u32..2, prop_oneof![Just(1450u16), Just(1400)]);
     let entries = (
-        proptest::collection::btree_set((1u8..4).prop_map(|n| format!("10.0.{n}.1/24").parse().unwrap()), 0..3),
+        proptest::collection::btree_set(
+            (1u8..4).prop_map(|n| format!("10.0.{n}.1/24").parse().unwrap()),
+            0..3,
+        ),
         proptest::collection::btree_map(mac(), remote(), 0..5),
         proptest::collection::btree_set(remote(), 0..3),
         proptest::collection::btree_set(mac(), 0..5),

@@ -3,12 +3,12 @@
 use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow, ensure};
-use netns_lab::EchoServer;
+use netns_lab::{EchoServer, wait_until};
 
 use crate::{Attached, SOON};
 
@@ -16,12 +16,15 @@ use crate::{Attached, SOON};
 const INTERVAL: Duration = Duration::from_millis(5);
 /// How long the last answers may take.
 const TAIL: Duration = Duration::from_secs(3);
+/// How many more are sent before a flow ends that must be without loss.
+const MORE: u32 = 200;
 
 /// Datagrams from one workload to another and back, 200 a second, from its start to
 /// [`finish`](Flow::finish).
 #[derive(Debug)]
 pub struct Flow {
     stop: Arc<AtomicBool>,
+    sent: Arc<AtomicU32>,
     sender: Option<JoinHandle<FlowReport>>,
     _echo: EchoServer,
 }
@@ -41,13 +44,18 @@ impl Flow {
         from.workload.ping_until(to.address(), SOON)?;
         let address: IpAddr = to.address().parse()?;
         let echo = to.workload.udp_echo_on(SocketAddr::new(address, 0))?;
-        let any = if address.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { IpAddr::from(Ipv6Addr::UNSPECIFIED) };
+        let any = if address.is_ipv4() {
+            Ipv4Addr::UNSPECIFIED.into()
+        } else {
+            IpAddr::from(Ipv6Addr::UNSPECIFIED)
+        };
         let socket = from.workload.run(|| UdpSocket::bind((any, 0)))??;
         socket.connect((address, echo.port()))?;
         let stop = Arc::new(AtomicBool::new(false));
-        let stopped = Arc::clone(&stop);
-        let sender = std::thread::spawn(move || send(&socket, &stopped));
-        Ok(Self { stop, sender: Some(sender), _echo: echo })
+        let sent = Arc::new(AtomicU32::new(0));
+        let (stopped, count) = (Arc::clone(&stop), Arc::clone(&sent));
+        let sender = std::thread::spawn(move || send(&socket, &stopped, &count));
+        Ok(Self { stop, sent, sender: Some(sender), _echo: echo })
     }
 
     /// Ends it, after the last answers are here or overdue.
@@ -57,11 +65,18 @@ impl Flow {
         sender.join().map_err(|_| anyhow!("the flow's thread panicked"))
     }
 
-    /// Ends it, and fails if a datagram was lost or hardly any was sent.
+    /// Ends it after a second more, and fails if a datagram was lost.
     pub fn finish_without_loss(self) -> Result<()> {
+        let enough = self.sent.load(Ordering::Relaxed) + MORE;
+        wait_until(SOON, "more datagrams of a flow", || self.sent.load(Ordering::Relaxed) >= enough)?;
         let report = self.finish()?;
-        ensure!(report.sent >= 50, "the flow did not flow: {} datagrams", report.sent);
-        ensure!(report.lost.is_empty(), "{} of {} are lost: {:?}", report.lost.len(), report.sent, report.lost);
+        ensure!(
+            report.lost.is_empty(),
+            "{} of {} are lost: {:?}",
+            report.lost.len(),
+            report.sent,
+            report.lost
+        );
         Ok(())
     }
 }
@@ -75,7 +90,7 @@ impl Drop for Flow {
     }
 }
 
-fn send(socket: &UdpSocket, stop: &AtomicBool) -> FlowReport {
+fn send(socket: &UdpSocket, stop: &AtomicBool, count: &AtomicU32) -> FlowReport {
     let mut unanswered = BTreeSet::new();
     let mut sent = 0_u32;
     while !stop.load(Ordering::Relaxed) {
@@ -83,6 +98,7 @@ fn send(socket: &UdpSocket, stop: &AtomicBool) -> FlowReport {
         // One that the kernel refuses stays among the unanswered, as one that is lost later.
         socket.send(&sent.to_be_bytes()).ok();
         sent += 1;
+        count.store(sent, Ordering::Relaxed);
         collect(socket, &mut unanswered, Instant::now() + INTERVAL, false);
     }
     collect(socket, &mut unanswered, Instant::now() + TAIL, true);

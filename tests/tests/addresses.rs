@@ -8,8 +8,8 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use netns_lab::{Host, wait_until};
 use ovl_tests::{
-    Attached, SOON, assert_says, attach, attach_workload, peer, ping_all_pairs, refused, rows, started, strings,
-    text, wait_clean, wait_endpoints, wait_network, wait_problem,
+    Attached, SOON, assert_says, attach, attach_workload, peer, ping_all_pairs, refused, rows, started,
+    strings, text, wait_clean, wait_endpoints, wait_network, wait_problem,
 };
 use serde_json::Value;
 
@@ -27,7 +27,10 @@ fn at_once<T: Send>(work: Vec<impl FnOnce() -> T + Send>) -> Vec<T> {
                 })
             })
             .collect();
-        threads.into_iter().map(|thread| thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))).collect()
+        threads
+            .into_iter()
+            .map(|thread| thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+            .collect()
     })
 }
 
@@ -56,12 +59,16 @@ fn attaches_at_the_same_instant_on_all_hosts_never_share_an_address_or_mac() {
     for host in lab.hosts() {
         wait_network(host, "demo").unwrap();
     }
-    let workloads: Vec<_> =
-        lab.hosts().iter().flat_map(|host| host.bare_workloads(&format!("{}w", host.name()), 16).unwrap()).collect();
-    let attached: Vec<Attached> = at_once(workloads.into_iter().map(|each| || attach_workload(each, "demo", &[])).collect())
-        .into_iter()
-        .collect::<Result<_>>()
-        .unwrap();
+    let workloads: Vec<_> = lab
+        .hosts()
+        .iter()
+        .flat_map(|host| host.bare_workloads(&format!("{}w", host.name()), 16).unwrap())
+        .collect();
+    let attached: Vec<Attached> =
+        at_once(workloads.into_iter().map(|each| || attach_workload(each, "demo", &[])).collect())
+            .into_iter()
+            .collect::<Result<_>>()
+            .unwrap();
 
     let addresses: BTreeSet<String> = attached.iter().map(Attached::address).collect();
     let macs: BTreeSet<String> = attached.iter().map(Attached::mac).collect();
@@ -69,8 +76,11 @@ fn attaches_at_the_same_instant_on_all_hosts_never_share_an_address_or_mac() {
     wait_clean(lab.hosts(), SOON).unwrap();
     for host in lab.hosts() {
         let listed = rows(host, &["endpoints"]).unwrap();
-        let seen: BTreeSet<String> =
-            listed.iter().flat_map(|row| strings(&row["addresses"])).map(|each| each.replace("/24", "")).collect();
+        let seen: BTreeSet<String> = listed
+            .iter()
+            .flat_map(|row| strings(&row["addresses"]))
+            .map(|each| each.replace("/24", ""))
+            .collect();
         assert_eq!(seen, addresses, "on {}", host.name());
         let used: u64 = rows(host, &["subnets"]).unwrap().iter().filter_map(|row| row["used"].as_u64()).sum();
         assert_eq!(used, 48, "on {}", host.name());
@@ -80,7 +90,11 @@ fn attaches_at_the_same_instant_on_all_hosts_never_share_an_address_or_mac() {
     let prefixes: BTreeSet<String> = blocks.iter().map(|row| text(&row["prefix"])).collect();
     assert_eq!(prefixes.len(), blocks.len(), "{blocks:?}");
     for row in &blocks {
-        assert_eq!((text(&row["network"]), text(&row["prefix"]).contains("10.1.0.")), ("demo".to_owned(), true), "{row}");
+        assert_eq!(
+            (text(&row["network"]), text(&row["prefix"]).contains("10.1.0.")),
+            ("demo".to_owned(), true),
+            "{row}"
+        );
         assert!(row["used"].as_u64() <= row["size"].as_u64(), "{row}");
     }
     // Some of those that were made at once reach each other.
@@ -117,7 +131,12 @@ fn networks_made_at_the_same_instant_share_no_vni_subnet_or_name() {
     assert_eq!((vnis.len(), subnets.len(), names.len()), (made, made, made), "{networks:?}");
     assert_eq!(networks.iter().filter(|row| row["name"] == "same").count(), 1, "{names:?}");
     for host in lab.hosts() {
-        assert_eq!(host.ctl_json(&["status"]).unwrap()["problems"], serde_json::json!([]), "on {}", host.name());
+        assert_eq!(
+            host.ctl_json(&["status"]).unwrap()["problems"],
+            serde_json::json!([]),
+            "on {}",
+            host.name()
+        );
     }
     // All that had the name can be used, on every host.
     let alike: Vec<String> = names.into_iter().filter(|name| name.starts_with("same")).collect();
@@ -207,7 +226,8 @@ fn a_subnet_is_filled_to_its_last_address_then_grown_while_in_use() {
     for host in lab.hosts() {
         let name = format!("extra-{}", host.name());
         let extra = host.workload(&name).unwrap();
-        let error = refused(host, &["attach", &name, "--network", "small", "--netns", extra.path_str()]).unwrap();
+        let error =
+            refused(host, &["attach", &name, "--network", "small", "--netns", extra.path_str()]).unwrap();
         assert_says(&error, &["10.1.0.16/28", "13 of 13", "ovlctl network update small --subnet"]);
         assert_eq!(extra.ip_json(&["link", "show"]).unwrap().as_array().map(Vec::len), Some(1));
     }
@@ -226,10 +246,16 @@ fn a_subnet_is_filled_to_its_last_address_then_grown_while_in_use() {
         ("10.1.1.0/24", "10.1.0.16/28"),
         ("10.1.0.16/27", "host bits"),
     ] {
-        assert_says(&refused(&lab["h2"], &["network", "update", "small", "--subnet", larger]).unwrap(), &[words]);
+        assert_says(
+            &refused(&lab["h2"], &["network", "update", "small", "--subnet", larger]).unwrap(),
+            &[words],
+        );
     }
     let grown = lab["h2"].ctl_json(&["network", "update", "small", "--subnet", "10.1.0.0/26"]).unwrap();
-    assert_eq!((&grown["subnets"], &grown["gateways"]), (&serde_json::json!(["10.1.0.0/26"]), &made["gateways"]));
+    assert_eq!(
+        (&grown["subnets"], &grown["gateways"]),
+        (&serde_json::json!(["10.1.0.0/26"]), &made["gateways"])
+    );
     let mut new = Vec::new();
     for host in lab.hosts() {
         new.push(
@@ -248,8 +274,11 @@ fn a_subnet_is_filled_to_its_last_address_then_grown_while_in_use() {
     wait_clean(lab.hosts(), SOON).unwrap();
     // Old with old, old with new both ways, and both with the gateway.
     ping_all_pairs(&old[1..4], SOON).unwrap();
-    ping_all_pairs(&[old[4].clone(), old[5].clone(), Attached { name: "new".to_owned(), ..new[0].clone() }], SOON)
-        .unwrap();
+    ping_all_pairs(
+        &[old[4].clone(), old[5].clone(), Attached { name: "new".to_owned(), ..new[0].clone() }],
+        SOON,
+    )
+    .unwrap();
     new[1].workload.ping_until("10.1.0.17", SOON).unwrap();
     old[6].workload.ping_until("10.1.0.17", SOON).unwrap();
 }
@@ -273,7 +302,10 @@ fn overlapping_ranges_are_refused_and_ipv6_and_dual_stack_networks_work() {
         ("fe80::/64", "link-local"),
         ("224.0.0.0/24", "multicast"),
     ] {
-        assert_says(&refused(h2, &["network", "create", "bad", "--subnet", subnet]).unwrap(), &[subnet, words]);
+        assert_says(
+            &refused(h2, &["network", "create", "bad", "--subnet", subnet]).unwrap(),
+            &[subnet, words],
+        );
     }
     let own = ["network", "create", "bad", "--subnet", "10.3.0.0/24", "--subnet", "10.3.0.0/25"];
     assert_says(&refused(h1, &own).unwrap(), &["10.3.0.0/25", "overlaps"]);
@@ -316,7 +348,18 @@ fn overlapping_ranges_are_refused_and_ipv6_and_dual_stack_networks_work() {
     }
     // Two addresses of one family are one too many.
     let c = h1.workload("c").unwrap();
-    let two = ["attach", "c", "--network", "dual", "--netns", c.path_str(), "--ip", "10.5.0.50", "--ip", "10.5.0.51"];
+    let two = [
+        "attach",
+        "c",
+        "--network",
+        "dual",
+        "--netns",
+        c.path_str(),
+        "--ip",
+        "10.5.0.50",
+        "--ip",
+        "10.5.0.51",
+    ];
     assert_says(&refused(h1, &two).unwrap(), &["10.5.0.51"]);
     // Each row of `subnets` says what it says in docs/cli.md.
     for row in rows(h2, &["subnets"]).unwrap() {
@@ -388,6 +431,9 @@ fn the_blocks_of_a_forgotten_host_are_used_again_and_it_isolates_duplicates_when
     let again = attach_workload(h3.find_workload("doubled").unwrap(), "demo", &[]).unwrap();
     assert_ne!(again.address(), "10.1.0.5");
     again.workload.ping_until("10.1.0.4", SOON).unwrap();
-    wait_until(SOON, "nothing is wrong on h3", || -> Result<bool> { Ok(ovl_tests::problems(h3)?.is_empty()) }).unwrap();
+    wait_until(SOON, "nothing is wrong on h3", || -> Result<bool> {
+        Ok(ovl_tests::problems(h3)?.is_empty())
+    })
+    .unwrap();
     wait_clean(lab.hosts(), SOON).unwrap();
 }

@@ -47,7 +47,8 @@ fn everything_between(all: &[Attached]) {
             for from in all.iter().filter(|from| from.name != to.name) {
                 let way = format!("from {} to {} at {address}", from.name, to.name);
                 from.workload.ping_until(&address, SOON).context(way.clone()).unwrap();
-                let back = from.workload.tcp_roundtrip(&address, tcp.port(), &bulk).context(way.clone()).unwrap();
+                let back =
+                    from.workload.tcp_roundtrip(&address, tcp.port(), &bulk).context(way.clone()).unwrap();
                 assert!(back == bulk, "TCP {way}");
                 let back = from.workload.udp_roundtrip(&address, udp.port(), datagram).context(way.clone());
                 assert!(back.unwrap() == datagram, "UDP {way}");
@@ -103,7 +104,8 @@ fn fits(from: &Netns, address: &str, size: u32) -> bool {
 /// Checks that exactly the MTU fits between two workloads, and no byte more.
 fn assert_fits_exactly(from: &Attached, to: &Attached, mtu: u32) {
     for address in to.addresses() {
-        wait_until(SOON, &format!("{mtu} bytes to {address}"), || fits(&from.workload, &address, mtu)).unwrap();
+        wait_until(SOON, &format!("{mtu} bytes to {address}"), || fits(&from.workload, &address, mtu))
+            .unwrap();
         assert!(!fits(&from.workload, &address, mtu + 1), "{} bytes pass to {address}", mtu + 1);
     }
 }
@@ -189,7 +191,10 @@ fn an_ipv6_underlay_carries_ipv4_and_ipv6_networks() {
         everything_between(&all);
     }
     let peers = rows(&lab["h1"], &["peers"]).unwrap();
-    assert!(peers.iter().any(|peer| peer["address"] == "[fd77::2]:7940" && peer["vtep"] == "fd77::2"), "{peers:?}");
+    assert!(
+        peers.iter().any(|peer| peer["address"] == "[fd77::2]:7940" && peer["vtep"] == "fd77::2"),
+        "{peers:?}"
+    );
     wait_clean(lab.hosts(), SOON).unwrap();
 }
 
@@ -198,7 +203,8 @@ fn broadcast_reaches_all_endpoints_of_its_network_and_no_others() {
     let lab = started(2).unwrap();
     make_network(&lab, "blue", &["--subnet", "10.99.0.0/24"]).unwrap();
     make_network(&lab, "red", &["--subnet", "10.98.0.0/24"]).unwrap();
-    let blue = [("h1", "a"), ("h1", "b"), ("h2", "c")].map(|(h, name)| attach(&lab[h], name, "blue", &[]).unwrap());
+    let blue =
+        [("h1", "a"), ("h1", "b"), ("h2", "c")].map(|(h, name)| attach(&lab[h], name, "blue", &[]).unwrap());
     let red = [("h1", "x"), ("h2", "y")].map(|(h, name)| attach(&lab[h], name, "red", &[]).unwrap());
     ping_all_pairs(&blue, SOON).unwrap();
     ping_all_pairs(&red, SOON).unwrap();
@@ -225,7 +231,8 @@ fn broadcast_reaches_all_endpoints_of_its_network_and_no_others() {
 fn multicast_reaches_members_on_other_hosts() {
     let lab = started(2).unwrap();
     make_network(&lab, "blue", &["--subnet", "10.99.0.0/24", "--subnet", "fd99::/64"]).unwrap();
-    let all = [("h1", "a"), ("h1", "b"), ("h2", "c")].map(|(h, name)| attach(&lab[h], name, "blue", &[]).unwrap());
+    let all =
+        [("h1", "a"), ("h1", "b"), ("h2", "c")].map(|(h, name)| attach(&lab[h], name, "blue", &[]).unwrap());
     ping_all_pairs(&all, SOON).unwrap();
     wait_clean(lab.hosts(), SOON).unwrap();
     let group4: Ipv4Addr = "239.1.2.3".parse().unwrap();
@@ -381,7 +388,8 @@ fn assert_strangers_vxlan_reaches_nobody(underlay: Underlay, outside_address: &s
     let hears = listener(&target.workload, Ipv4Addr::UNSPECIFIED, PORT);
     let vtep = SocketAddr::new(lab["h2"].address().unwrap(), VXLAN_PORT);
     let inject = |from: &Netns, mac: [u8; 6], text: &str| {
-        let local: IpAddr = if vtep.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+        let local: IpAddr =
+            if vtep.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
         let socket = from.run(|| UdpSocket::bind((local, 0))).unwrap().unwrap();
         let to = target.address().parse().unwrap();
         socket.send_to(&vxlan_packet(777, mac, to, PORT, text.as_bytes()), vtep).unwrap();

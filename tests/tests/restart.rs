@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use netns_lab::{Host, Lab, LabConfig, Workload, wait_until};
 use ovl_tests::{
-    Attached, Flow, SOON, attach, endpoints, make_network, peer, ping_all_pairs, rows, started, started_with, text,
-    wait_clean, wait_endpoints,
+    Attached, Flow, SOON, attach, endpoints, make_network, peer, ping_all_pairs, rows, started, started_with,
+    text, wait_clean, wait_endpoints,
 };
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -99,7 +99,8 @@ fn all_daemons_restarted_at_once_keep_networks_endpoints_and_traffic() {
     let lab = started(3).unwrap();
     make_network(&lab, "blue", &["--subnet", "10.99.0.0/24"]).unwrap();
     make_network(&lab, "unused", &[]).unwrap();
-    let all = [("h1", "a"), ("h2", "b"), ("h3", "c")].map(|(h, name)| attach(&lab[h], name, "blue", &[]).unwrap());
+    let all =
+        [("h1", "a"), ("h2", "b"), ("h3", "c")].map(|(h, name)| attach(&lab[h], name, "blue", &[]).unwrap());
     ping_all_pairs(&all, SOON).unwrap();
     let before = rows(&lab["h2"], &["network", "ls"]).unwrap();
     let flows = [Flow::start(&all[0], &all[1]).unwrap(), Flow::start(&all[1], &all[2]).unwrap()];
@@ -164,7 +165,8 @@ fn killed_at_any_moment_of_attaching_and_detaching_it_leaves_nothing_half_done()
     make_network(&lab, "blue", &["--subnet", "10.99.0.0/24"]).unwrap();
     let host = &lab["h1"];
     let far = attach(&lab["h2"], "far", "blue", &[]).unwrap();
-    let workloads: Vec<Workload> = (0..6).map(|number| host.workload(&format!("w{number}")).unwrap()).collect();
+    let workloads: Vec<Workload> =
+        (0..6).map(|number| host.workload(&format!("w{number}")).unwrap()).collect();
     let mut random = Random(7);
     for round in 0..8 {
         let moment = Duration::from_micros(500 + random.below(60_000));
@@ -175,7 +177,8 @@ fn killed_at_any_moment_of_attaching_and_detaching_it_leaves_nothing_half_done()
                     // Until the daemon is gone: whatever fails then is what this is about.
                     for step in turn.. {
                         let worked = if step % 2 == 0 {
-                            let args = ["attach", each.name(), "--network", "blue", "--netns", each.path_str()];
+                            let args =
+                                ["attach", each.name(), "--network", "blue", "--netns", each.path_str()];
                             host.ctl(&args)
                         } else {
                             host.ctl(&["detach", each.name()])
@@ -198,7 +201,12 @@ fn killed_at_any_moment_of_attaching_and_detaching_it_leaves_nothing_half_done()
         assert_eq!(endpoint_devices(host).unwrap(), devices, "in round {round} after {moment:?}");
         for each in &workloads {
             let connected = is_connected(each).unwrap();
-            assert_eq!(connected, names.contains(each.name()), "{} in round {round} after {moment:?}", each.name());
+            assert_eq!(
+                connected,
+                names.contains(each.name()),
+                "{} in round {round} after {moment:?}",
+                each.name()
+            );
         }
         let addresses: BTreeSet<String> = listed.iter().map(|row| row["addresses"].to_string()).collect();
         assert_eq!(addresses.len(), listed.len(), "{listed:?}");
@@ -260,8 +268,10 @@ fn a_network_is_removed_though_its_maker_is_gone_and_stays_removed_when_that_is_
     lab["h1"].start().unwrap();
     wait_settled(&lab);
     for host in lab.hosts() {
-        wait_until(SOON, &format!("red alone on {}", host.name()), || Ok::<_, anyhow::Error>(names(host)? == ["red"]))
-            .unwrap();
+        wait_until(SOON, &format!("red alone on {}", host.name()), || {
+            Ok::<_, anyhow::Error>(names(host)? == ["red"])
+        })
+        .unwrap();
     }
     // Its range is free for another.
     make_network(&lab, "green", &["--subnet", "10.99.0.0/24"]).unwrap();

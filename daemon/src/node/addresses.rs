@@ -30,7 +30,11 @@ impl Drop for Reserved<'_> {
 
 impl Node {
     /// Sets a free address of a subnet aside.
-    pub(super) async fn reserve_any(&self, network: &Network, subnet: &Subnet) -> Result<Reserved<'_>, Failed> {
+    pub(super) async fn reserve_any(
+        &self,
+        network: &Network,
+        subnet: &Subnet,
+    ) -> Result<Reserved<'_>, Failed> {
         if let Some(reserved) = self.try_pick(network, subnet) {
             return Ok(reserved);
         }
@@ -89,7 +93,9 @@ impl Node {
         let holders: BTreeSet<NodeId> = {
             let state = self.state.borrow();
             let alive = state.alive();
-            holders(&state, network.id, subnet).filter(|holder| alive.contains(holder) && *holder != state.view.me).collect()
+            holders(&state, network.id, subnet)
+                .filter(|holder| alive.contains(holder) && *holder != state.view.me)
+                .collect()
         };
         for holder in holders {
             if let Ok(address) = self.lease(holder, network.id, LeaseWish::AnyOf(subnet.prefix)).await
@@ -120,7 +126,10 @@ impl Node {
         let dead = if dead.is_empty() {
             String::new()
         } else {
-            format!(" Blocks are also held by hosts that do not answer: {}; `ovlctl peers forget` frees them.", dead.join(", "))
+            format!(
+                " Blocks are also held by hosts that do not answer: {}; `ovlctl peers forget` frees them.",
+                dead.join(", ")
+            )
         };
         Failed::exhausted(format!(
             "no address is free in {} of network {}: {used} of {} are in use.{dead} `ovlctl network update {} --subnet \
@@ -134,9 +143,14 @@ impl Node {
     }
 
     /// Sets one particular address aside.
-    pub(super) async fn reserve_exact(&self, network: &Network, address: IpAddr) -> Result<Reserved<'_>, Failed> {
+    pub(super) async fn reserve_exact(
+        &self,
+        network: &Network,
+        address: IpAddr,
+    ) -> Result<Reserved<'_>, Failed> {
         let Some(subnet) = network.subnets.iter().find(|subnet| subnet.prefix.contains(&address)) else {
-            let ranges: Vec<String> = network.subnets.iter().map(|subnet| subnet.prefix.to_string()).collect();
+            let ranges: Vec<String> =
+                network.subnets.iter().map(|subnet| subnet.prefix.to_string()).collect();
             return Err(Failed::invalid(format!(
                 "{address} is not in network {}, which has {}",
                 network.name,
@@ -159,14 +173,18 @@ impl Node {
             (Some(holder), _) => {
                 self.lease(holder, network.id, LeaseWish::Exact(address)).await.map_err(|error| {
                     let name = self.state.borrow().view.name_of(holder);
-                    Failed::conflict(format!("{address} is in a block of host {name}, which does not give it: {error}"))
+                    Failed::conflict(format!(
+                        "{address} is in a block of host {name}, which does not give it: {error}"
+                    ))
                 })?;
             }
             (None, Some(prefix)) => {
                 let claim = Change::ClaimExact { block: Block { network: network.id, prefix }, owner: me };
                 self.change(claim).await?;
             }
-            (None, None) => return Err(Failed::invalid(format!("{address} is in no block of {}", subnet.prefix))),
+            (None, None) => {
+                return Err(Failed::invalid(format!("{address} is in no block of {}", subnet.prefix)));
+            }
         }
         self.check_free(network.id, address)?;
         self.set_aside(network.id, subnet, address).ok_or_else(|| {
@@ -186,10 +204,17 @@ impl Node {
 
 /// Our blocks of a subnet.
 fn blocks(state: &State, network: NetworkId, subnet: &Subnet) -> Vec<IpNet> {
-    held(state, network, subnet).filter(|(_, holder)| *holder == state.view.me).map(|(prefix, _)| prefix).collect()
+    held(state, network, subnet)
+        .filter(|(_, holder)| *holder == state.view.me)
+        .map(|(prefix, _)| prefix)
+        .collect()
 }
 
-fn holders<'a>(state: &'a State, network: NetworkId, subnet: &'a Subnet) -> impl Iterator<Item = NodeId> + 'a {
+fn holders<'a>(
+    state: &'a State,
+    network: NetworkId,
+    subnet: &'a Subnet,
+) -> impl Iterator<Item = NodeId> + 'a {
     held(state, network, subnet).map(|(_, holder)| holder)
 }
 
@@ -216,14 +241,16 @@ pub(super) fn in_use(state: &State, network: NetworkId) -> BTreeSet<IpAddr> {
         .filter(|endpoint| endpoint.network == network)
         .flat_map(|endpoint| endpoint.addresses.iter().map(IpNet::addr));
     let lent = state.lent.keys().filter(|(on, _)| *on == network).map(|(_, address)| *address);
-    let pending = state.pending.addresses.iter().filter(|(on, _)| *on == network).map(|(_, address)| *address);
+    let pending =
+        state.pending.addresses.iter().filter(|(on, _)| *on == network).map(|(_, address)| *address);
     own.chain(lent).chain(pending).chain(edges(state, network)).collect()
 }
 
 /// The first and the last addresses of the ranges that the endpoints were attached with.
 fn edges(state: &State, network: NetworkId) -> impl Iterator<Item = IpAddr> {
     let endpoints = state.view.all_endpoints().filter(move |placed| placed.endpoint.network == network);
-    let ranges: BTreeSet<IpNet> = endpoints.flat_map(|placed| &placed.endpoint.addresses).map(IpNet::trunc).collect();
+    let ranges: BTreeSet<IpNet> =
+        endpoints.flat_map(|placed| &placed.endpoint.addresses).map(IpNet::trunc).collect();
     ranges.into_iter().flat_map(|range| [range.network(), range.broadcast()])
 }
 
@@ -250,14 +277,20 @@ pub(super) fn block_of(state: &State, network: NetworkId, address: IpAddr) -> Op
 /// Who has an address.
 pub(super) fn describe_use(state: &State, network: NetworkId, address: IpAddr) -> String {
     let holder = state.view.all_endpoints().find(|placed| {
-        placed.endpoint.network == network && placed.endpoint.addresses.iter().any(|net| net.addr() == address)
+        placed.endpoint.network == network
+            && placed.endpoint.addresses.iter().any(|net| net.addr() == address)
     });
     match holder {
         Some(placed) => {
-            format!("{address} is in use by endpoint {} on host {}", placed.endpoint.name, placed.node.record.name)
+            format!(
+                "{address} is in use by endpoint {} on host {}",
+                placed.endpoint.name, placed.node.record.name
+            )
         }
         None => match state.lent.get(&(network, address)) {
-            Some(lent) => format!("{address} is set aside for an endpoint of host {}", state.view.name_of(lent.to)),
+            Some(lent) => {
+                format!("{address} is set aside for an endpoint of host {}", state.view.name_of(lent.to))
+            }
             None if edges(state, network).any(|edge| edge == address) => format!(
                 "{address} is the broadcast address, or the network's own, for endpoints that were attached before \
                  the range was made larger"

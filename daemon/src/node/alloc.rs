@@ -3,10 +3,11 @@
 
 use std::net::IpAddr;
 use std::rc::Rc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ovl_core::alloc::{Event, Output};
 use ovl_proto::alloc::{AllocMessage, Block, Change, Refusal};
+use ovl_proto::control::PeerState;
 use ovl_proto::id::{NetworkId, NodeId};
 use ovl_proto::record::Presence;
 use ovl_proto::sync::{LeaseWish, Message};
@@ -19,6 +20,12 @@ use crate::store;
 
 /// A host that does not answer a request for a lease is given up after this time.
 const LEASE_TIMEOUT: Duration = Duration::from_secs(3);
+/// Between two attempts to become a member.
+const ADMISSION_RETRY: Duration = Duration::from_millis(200);
+/// A host that has found no cluster says so after this time.
+const NOBODY_AFTER: Duration = Duration::from_secs(3);
+/// How long a new host waits for the records of all members before it asks for admission.
+const RECORDS_WITHIN: Duration = Duration::from_secs(2);
 
 impl Node {
     /// A message of another host's allocator.
@@ -42,7 +49,11 @@ impl Node {
     }
 
     /// Asks for a change; the answer goes to `waiting`.
-    pub(super) fn request_change(&self, change: Change, waiting: Option<oneshot::Sender<Result<u64, Refusal>>>) {
+    pub(super) fn request_change(
+        &self,
+        change: Change,
+        waiting: Option<oneshot::Sender<Result<u64, Refusal>>>,
+    ) {
         let output = {
             let mut state = self.state.borrow_mut();
             let (now, alive) = (state.now(), state.alive());
@@ -79,22 +90,27 @@ impl Node {
                     .filter(|id| !state.alive().contains(id))
                     .map(|id| state.view.name_of(*id))
                     .collect();
-                let silent = if silent.is_empty() { String::new() } else { format!(" Silent: {}.", silent.join(", ")) };
+                let silent = if silent.is_empty() {
+                    String::new()
+                } else {
+                    format!(" Silent: {}.", silent.join(", "))
+                };
                 Failed::unavailable(format!(
                     "no majority of the cluster can be reached: {answered} of {members} hosts answered and {needed} \
                      are needed.{silent} Bring hosts back, or take dead ones out with `ovlctl peers forget NODE` on \
                      the side that has a majority"
                 ))
             }
-            Refusal::Held { prefix, holder } => Failed::conflict(format!(
-                "block {prefix} is held by host {}",
-                state.view.name_of(*holder)
-            )),
+            Refusal::Held { prefix, holder } => {
+                Failed::conflict(format!("block {prefix} is held by host {}", state.view.name_of(*holder)))
+            }
             Refusal::NotMember(node) => Failed::unavailable(format!(
                 "{} is not a member of the cluster yet; `ovlctl status` says what it waits for",
                 state.view.name_of(*node)
             )),
-            Refusal::LastMember(_) => Failed::conflict("this is the last host of the cluster: it cannot be forgotten"),
+            Refusal::LastMember(_) => {
+                Failed::conflict("this is the last host of the cluster: it cannot be forgotten")
+            }
             Refusal::Full { .. } | Refusal::NotABlock(_) => Failed::exhausted(refusal.to_string()),
         }
     }
@@ -190,7 +206,11 @@ impl Node {
             clock: state.clock,
             objects: state.objects.values().map(|(signed, _)| signed.clone()).collect(),
             peers: state.peers.values().map(|peer| (peer.signed.clone(), peer.last_alive_ms)).collect(),
-            leases: state.lent.iter().map(|((network, address), lent)| (*network, *address, lent.to)).collect(),
+            leases: state
+                .lent
+                .iter()
+                .map(|((network, address), lent)| (*network, *address, lent.to))
+                .collect(),
             alloc: Some(state.allocator.durable().clone()),
         }
     }
@@ -255,7 +275,12 @@ impl Node {
     }
 
     /// Asks the holder of a block for one of its addresses.
-    pub(super) async fn lease(&self, holder: NodeId, network: NetworkId, wish: LeaseWish) -> Result<IpAddr, String> {
+    pub(super) async fn lease(
+        &self,
+        holder: NodeId,
+        network: NetworkId,
+        wish: LeaseWish,
+    ) -> Result<IpAddr, String> {
         let (tell, answer) = oneshot::channel();
         let (id, name) = {
             let mut state = self.state.borrow_mut();
@@ -330,40 +355,65 @@ impl Node {
 
     /// Asks for admission until it is given, then sees to it that our addresses are still ours.
     pub(super) async fn admission_loop(self: Rc<Self>) {
+        let mut known_since = None;
         loop {
-            let (me, member, blocked) = {
-                let state = self.state.borrow();
-                (state.view.me, state.is_member(), self.stands_aside(&state))
-            };
-            if !member {
-                match blocked {
-                    Some(reason) => self.state.borrow_mut().problem("admission", Some(reason)),
-                    None => match self.change(Change::Admit(me)).await {
-                        Ok(()) => {}
-                        Err(failed) => {
-                            let sentence = self.why_not_admitted(&failed);
-                            self.state.borrow_mut().problem("admission", Some(sentence));
-                        }
-                    },
-                }
-            }
+            // Made before the map is looked at, so that no change of it is missed.
+            let news = self.membership.notified();
             if self.state.borrow().is_member() {
                 self.state.borrow_mut().problem("admission", None);
                 self.reclaim().await;
                 // Until the map changes again: it may say that we were forgotten.
-                self.membership.notified().await;
-            } else {
-                tokio::time::sleep(Duration::from_millis(200)).await;
+                news.await;
+                continue;
+            }
+            self.seek_admission(&mut known_since).await;
+            if !self.state.borrow().is_member() {
+                tokio::time::timeout(ADMISSION_RETRY, news).await.ok();
             }
         }
     }
 
-    /// A host with another's name stands aside until it gets its own.
+    /// Asks for admission once it is known who the members are: one of them may have our name.
+    async fn seek_admission(&self, known_since: &mut Option<Instant>) {
+        let (me, fresh, strangers, blocked) = {
+            let state = self.state.borrow();
+            if state.leaving {
+                return;
+            }
+            let alloc = &state.view.alloc;
+            let strangers = alloc.members.iter().any(|member| !state.view.nodes.contains_key(member));
+            (state.view.me, alloc.cluster == 0, strangers, self.stands_aside(&state))
+        };
+        if fresh {
+            for peer in self.links().connected().into_iter().take(3) {
+                self.links().send(peer, &Message::Alloc(AllocMessage::Ask { known: 0 }));
+            }
+            if self.state.borrow().epoch.elapsed() > NOBODY_AFTER {
+                let sentence = self.nobody_found();
+                self.state.borrow_mut().problem("admission", Some(sentence));
+            }
+            return;
+        }
+        // Of members that are long dead nobody has a record any more.
+        let known_since = known_since.get_or_insert_with(Instant::now);
+        if let Some(reason) = blocked {
+            self.state.borrow_mut().problem("admission", Some(reason));
+        } else if (!strangers || known_since.elapsed() > RECORDS_WITHIN)
+            && let Err(failed) = self.change(Change::Admit(me)).await
+        {
+            let sentence = format!("not admitted yet: {}", failed.0.message);
+            self.state.borrow_mut().problem("admission", Some(sentence));
+        }
+    }
+
+    /// A host with another's name stands aside until it gets its own: with a member's, or with that
+    /// of another one that waits, if both came at the same time.
     fn stands_aside(&self, state: &State) -> Option<String> {
         let double = state.view.nodes.values().find(|node| {
-            node.record.id != state.view.me
-                && node.record.name == self.config.node
-                && state.view.alloc.members.contains(&node.record.id)
+            let id = node.record.id;
+            let before = state.view.alloc.members.contains(&id)
+                || (node.state == PeerState::Alive && id < state.view.me);
+            id != state.view.me && node.record.name == self.config.node && before
         })?;
         Some(format!(
             "not admitted: the host {} at {} is already named {}. Give this one another name with --node; or, if \
@@ -372,18 +422,13 @@ impl Node {
         ))
     }
 
-    fn why_not_admitted(&self, failed: &Failed) -> String {
-        let state = self.state.borrow();
-        if state.view.alloc.cluster == 0 {
-            let whom = if self.config.join.is_empty() { "peers".to_owned() } else { self.config.join.join(", ") };
-            return format!(
-                "not admitted: no member of a cluster was found at {whom}. Check that ovld runs there with the same \
-                 cluster key and that UDP and TCP port {} is open; to begin a new cluster start one host with \
-                 --bootstrap",
-                self.config.advertise.port()
-            );
-        }
-        format!("not admitted yet: {}", failed.0.message)
+    fn nobody_found(&self) -> String {
+        let whom = if self.config.join.is_empty() { "peers".to_owned() } else { self.config.join.join(", ") };
+        format!(
+            "not admitted: no member of a cluster was found at {whom}. Check that ovld runs there with the same \
+             cluster key and that UDP and TCP port {} is open; to begin a new cluster start one host with --bootstrap",
+            self.config.advertise.port()
+        )
     }
 
     /// Endpoints that were here before this host was (again) a member: their blocks are claimed

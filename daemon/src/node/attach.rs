@@ -86,7 +86,10 @@ impl Node {
         let (mut ops, mtu) = self.prepare(&network);
         ops.push(Op::AddPort(place.device, mac));
         ops.extend(
-            endpoint.addresses.iter().map(|net| Op::SetNeighbour(Device::bridge(network.id), net.addr(), mac)),
+            endpoint
+                .addresses
+                .iter()
+                .map(|net| Op::SetNeighbour(Device::bridge(network.id), net.addr(), mac)),
         );
         let spec = EndpointSpec {
             device: place.device,
@@ -108,7 +111,10 @@ impl Node {
                     self.kernel.delete_links(vec![place.device]).await.map_err(Failed::from)?;
                 }
                 let error = refused.or_else(|| made.err().map(|error| error.to_string())).unwrap_or_default();
-                return Err(Failed::kernel(format!("cannot attach {} to {}: {error}", request.name, network.name)));
+                return Err(Failed::kernel(format!(
+                    "cannot attach {} to {}: {error}",
+                    request.name, network.name
+                )));
             }
         };
         if let Err(error) = self.keep_endpoint(&endpoint, &ifname) {
@@ -153,7 +159,9 @@ impl Node {
             }
         }
         if let Some(ifname) = &request.ifname
-            && (ifname.is_empty() || ifname.len() > 15 || ifname.contains(|c: char| c == '/' || c.is_whitespace()))
+            && (ifname.is_empty()
+                || ifname.len() > 15
+                || ifname.contains(|c: char| c == '/' || c.is_whitespace()))
         {
             return Err(Failed::invalid(format!("'{ifname}' is no name for an interface")));
         }
@@ -163,7 +171,8 @@ impl Node {
         }
         let state = self.state.borrow();
         if !state.is_member() {
-            let why = state.problems.get("admission").cloned().unwrap_or_else(|| "not admitted yet".to_owned());
+            let why =
+                state.problems.get("admission").cloned().unwrap_or_else(|| "not admitted yet".to_owned());
             return Err(Failed::unavailable(why));
         }
         let Some(found) = state.view.network(&request.network) else {
@@ -183,9 +192,10 @@ impl Node {
         let namespace = request.namespace.clone().unwrap_or_else(|| "default".to_owned());
         let mut guard = self.state.borrow_mut();
         let state = &mut *guard;
-        let taken = state.view.endpoints(network.id).find(|placed| {
-            placed.endpoint.name == request.name && placed.endpoint.namespace == namespace
-        });
+        let taken = state
+            .view
+            .endpoints(network.id)
+            .find(|placed| placed.endpoint.name == request.name && placed.endpoint.namespace == namespace);
         if let Some(placed) = taken {
             return Err(Failed::conflict(format!(
                 "network {} has an endpoint {} already, on host {}",
@@ -194,7 +204,10 @@ impl Node {
         }
         let name = (network.id, namespace, request.name.clone());
         if !state.pending.names.insert(name.clone()) {
-            return Err(Failed::conflict(format!("endpoint {} is being attached at this moment", request.name)));
+            return Err(Failed::conflict(format!(
+                "endpoint {} is being attached at this moment",
+                request.name
+            )));
         }
         let used: BTreeSet<EndpointId> = state.own_endpoints().map(|endpoint| endpoint.id).collect();
         let device = loop {
@@ -212,7 +225,8 @@ impl Node {
     async fn reserve(&self, request: &Attach, network: &Network) -> Result<Vec<Reserved<'_>>, Failed> {
         let mut reserved: Vec<Reserved<'_>> = Vec::new();
         for address in &request.addresses {
-            if let Some(first) = reserved.iter().find(|first| first.net.addr().is_ipv4() == address.is_ipv4()) {
+            if let Some(first) = reserved.iter().find(|first| first.net.addr().is_ipv4() == address.is_ipv4())
+            {
                 return Err(Failed::invalid(format!(
                     "{} and {address} are of one family: an endpoint has one IPv4 and one IPv6 address on a network",
                     first.net.addr()
@@ -311,7 +325,9 @@ impl Node {
         {
             let mut state = self.state.borrow_mut();
             for id in ids {
-                names.extend(state.own_endpoints().find(|endpoint| endpoint.id == *id).map(|e| e.name.clone()));
+                names.extend(
+                    state.own_endpoints().find(|endpoint| endpoint.id == *id).map(|e| e.name.clone()),
+                );
                 state.endpoints.remove(id);
                 state.local.isolated.remove(id);
                 state.problem(format!("isolated {id}"), None);

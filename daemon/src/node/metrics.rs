@@ -27,8 +27,18 @@ pub(super) fn render(status: &Status, peers: &[Peer]) -> String {
     let reconcile = &status.reconcile;
     counter(&mut text, "ovl_reconcile_passes_total", "Comparisons with a kernel dump", reconcile.passes);
     counter(&mut text, "ovl_reconcile_operations_total", "Changes of the kernel", reconcile.operations);
-    counter(&mut text, "ovl_reconcile_repairs_total", "Changes that undid somebody else's", reconcile.repairs);
-    gauge(&mut text, "ovl_reconcile_failing", "Changes that the kernel refuses", reconcile.failing.len() as u64);
+    counter(
+        &mut text,
+        "ovl_reconcile_repairs_total",
+        "Changes that undid somebody else's",
+        reconcile.repairs,
+    );
+    gauge(
+        &mut text,
+        "ovl_reconcile_failing",
+        "Changes that the kernel refuses",
+        reconcile.failing.len() as u64,
+    );
     let others = || peers.iter().filter(|peer| !peer.own);
     head(&mut text, "ovl_peer_alive", "1 if the host is alive", "gauge");
     for peer in others() {

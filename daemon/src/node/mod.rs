@@ -132,7 +132,10 @@ impl Node {
         let (kernel_tell, kernel_events) = mpsc::channel(INBOX);
         let kernel = kernel::start(kernel_tell).context("opening netlink")?;
         let link = kernel.underlay(config.advertise.ip()).await.with_context(|| {
-            format!("{} is not an address of this host: give one that is with --advertise", config.advertise.ip())
+            format!(
+                "{} is not an address of this host: give one that is with --advertise",
+                config.advertise.ip()
+            )
         })?;
         let record = NodeRecord {
             id: identity.id(),
@@ -153,7 +156,8 @@ impl Node {
         let (gossip_tell, gossip_events) = mpsc::channel(INBOX);
         let (link_tell, link_events) = mpsc::channel(INBOX);
         let (gossip, links) =
-            open(&config, &identity, &keyring, &record, &signed, gossip_tell.clone(), link_tell.clone()).await?;
+            open(&config, &identity, &keyring, &record, &signed, gossip_tell.clone(), link_tell.clone())
+                .await?;
         let (saved_tell, saved_events) = mpsc::unbounded_channel();
         let node = Rc::new(Self {
             boot_id: boot_id()?,
@@ -385,6 +389,7 @@ fn first_state(config: &Config, record: &NodeRecord, signed: &SignedRecord, save
         dirty: state::Dirty::default(),
         applied: BTreeMap::new(),
         applied_host: ovl_core::kernel::Kernel::default(),
+        refused: BTreeMap::new(),
         failing: BTreeMap::new(),
         counts: state::Counts::default(),
         caught_up: false,

@@ -46,9 +46,15 @@ impl Node {
     }
 
     /// Everything but the stamp.
-    fn plan_create(&self, state: &State, request: &NetworkCreate, taken: &[IpNet]) -> Result<Network, Failed> {
+    fn plan_create(
+        &self,
+        state: &State,
+        request: &NetworkCreate,
+        taken: &[IpNet],
+    ) -> Result<Network, Failed> {
         if !state.is_member() {
-            let why = state.problems.get("admission").cloned().unwrap_or_else(|| "not admitted yet".to_owned());
+            let why =
+                state.problems.get("admission").cloned().unwrap_or_else(|| "not admitted yet".to_owned());
             return Err(Failed::unavailable(why));
         }
         if let Some(other) = state.view.networks.values().find(|other| other.network.name == request.name) {
@@ -67,7 +73,10 @@ impl Node {
             }
             Some(vni) => match state.view.networks.values().find(|other| other.network.vni == vni) {
                 Some(other) => {
-                    return Err(Failed::conflict(format!("VNI {vni} belongs to network {}", other.network.name)));
+                    return Err(Failed::conflict(format!(
+                        "VNI {vni} belongs to network {}",
+                        other.network.name
+                    )));
                 }
                 None => vni,
             },
@@ -81,7 +90,9 @@ impl Node {
         let mut subnets = Vec::new();
         for (index, prefix) in prefixes.iter().enumerate() {
             let subnet = ipam::new_subnet(*prefix).map_err(|error| Failed::invalid(error.to_string()))?;
-            if let Some(other) = prefixes.iter().take(index).find(|other| networks::overlaps(**other, *prefix)) {
+            if let Some(other) =
+                prefixes.iter().take(index).find(|other| networks::overlaps(**other, *prefix))
+            {
                 return Err(Failed::invalid(format!("{prefix} overlaps {other}")));
             }
             check_overlap(state, None, *prefix)?;
@@ -103,10 +114,13 @@ impl Node {
 
     /// A range of the pool that collides with no network and with nothing that this host reaches.
     fn choose_subnet(&self, state: &State, taken: &[IpNet]) -> Result<IpNet, Failed> {
-        let used = state.view.networks.values().flat_map(|other| other.network.subnets.iter().map(|s| s.prefix));
-        let taken: Vec<IpNet> = used.chain(taken.iter().copied().filter(|net| net.prefix_len() > 0)).collect();
+        let used =
+            state.view.networks.values().flat_map(|other| other.network.subnets.iter().map(|s| s.prefix));
+        let taken: Vec<IpNet> =
+            used.chain(taken.iter().copied().filter(|net| net.prefix_len() > 0)).collect();
         let pool = self.config.pool;
-        let length = if pool.addr().is_ipv4() { AUTO_LENGTH_V4 } else { AUTO_LENGTH_V6 }.max(pool.prefix_len());
+        let length =
+            if pool.addr().is_ipv4() { AUTO_LENGTH_V4 } else { AUTO_LENGTH_V6 }.max(pool.prefix_len());
         let members = &state.view.alloc.members;
         let rank = members.iter().position(|member| *member == state.view.me).unwrap_or(0);
         networks::choose_subnet(pool, length, &taken, rank, members.len()).ok_or_else(|| {
@@ -125,7 +139,8 @@ impl Node {
             let state = self.state.borrow();
             let mut network = live_network(&state, name)?.clone();
             for prefix in larger {
-                let Some(subnet) = network.subnets.iter_mut().find(|subnet| prefix.contains(&subnet.prefix)) else {
+                let Some(subnet) = network.subnets.iter_mut().find(|subnet| prefix.contains(&subnet.prefix))
+                else {
                     let ranges: Vec<String> = network.subnets.iter().map(|s| s.prefix.to_string()).collect();
                     return Err(Failed::invalid(format!(
                         "{prefix} contains no range of network {}, which has {}",
@@ -133,12 +148,21 @@ impl Node {
                         ranges.join(", ")
                     )));
                 };
-                *subnet = ipam::can_grow(subnet, *prefix).map_err(|error| Failed::invalid(error.to_string()))?;
+                *subnet =
+                    ipam::can_grow(subnet, *prefix).map_err(|error| Failed::invalid(error.to_string()))?;
                 check_overlap(&state, Some(network.id), *prefix)?;
             }
             for (index, subnet) in network.subnets.iter().enumerate() {
-                if network.subnets.iter().skip(index + 1).any(|other| networks::overlaps(subnet.prefix, other.prefix)) {
-                    return Err(Failed::invalid(format!("{} would overlap another range of its own", subnet.prefix)));
+                if network
+                    .subnets
+                    .iter()
+                    .skip(index + 1)
+                    .any(|other| networks::overlaps(subnet.prefix, other.prefix))
+                {
+                    return Err(Failed::invalid(format!(
+                        "{} would overlap another range of its own",
+                        subnet.prefix
+                    )));
                 }
             }
             match mtu {
@@ -238,9 +262,9 @@ impl Node {
 
 fn live_network<'a>(state: &'a State, name: &str) -> Result<&'a Network, Failed> {
     match state.view.network(name) {
-        Some(found) if found.removing => {
-            Err(Failed::conflict(format!("network {name} was removed and waits for its last endpoints to go")))
-        }
+        Some(found) if found.removing => Err(Failed::conflict(format!(
+            "network {name} was removed and waits for its last endpoints to go"
+        ))),
         Some(found) => Ok(&found.network),
         None => Err(Failed::no_network(state, name)),
     }
@@ -266,9 +290,10 @@ fn check_overlap(state: &State, own: Option<NetworkId>, prefix: IpNet) -> Result
 
 fn check_mtu(mtu: Option<u16>) -> Result<(), Failed> {
     match mtu {
-        Some(mtu) if mtu < desired::MIN_MTU => {
-            Err(Failed::invalid(format!("MTU {mtu}: at least {}, the smallest that IPv6 allows", desired::MIN_MTU)))
-        }
+        Some(mtu) if mtu < desired::MIN_MTU => Err(Failed::invalid(format!(
+            "MTU {mtu}: at least {}, the smallest that IPv6 allows",
+            desired::MIN_MTU
+        ))),
         Some(_) | None => Ok(()),
     }
 }

@@ -9,8 +9,8 @@ use ovl_proto::record::Domain;
 use ovl_proto::sync::Message;
 use ovl_proto::wire;
 
-use super::{Node, wall_ms};
 use super::state::State;
+use super::{Node, wall_ms};
 use crate::crypto;
 
 /// Objects in one message: far from the largest frame.
@@ -131,7 +131,11 @@ impl Node {
             )
         };
         for network in rewrites {
-            self.event("network", &network.name, "renamed or renumbered: two networks made in a split had the same");
+            self.event(
+                "network",
+                &network.name,
+                "renamed or renumbered: two networks made in a split had the same",
+            );
             if let Err(error) = self.write_network(network, false) {
                 tracing::error!(%error, "cannot write a network");
             }
@@ -205,12 +209,16 @@ fn check_network(network: &Network) -> Result<(), String> {
         return Err(format!("network {} with {} subnets", network.name, network.subnets.len()));
     }
     for subnet in &network.subnets {
-        ovl_core::ipam::validate_subnet(subnet.prefix).map_err(|error| format!("{}: {error}", network.name))?;
+        ovl_core::ipam::validate_subnet(subnet.prefix)
+            .map_err(|error| format!("{}: {error}", network.name))?;
         if !subnet.prefix.contains(&subnet.gateway)
             || subnet.block_length < subnet.prefix.prefix_len()
             || subnet.block_length > subnet.prefix.max_prefix_len()
         {
-            return Err(format!("network {} with the subnet {} at odds with itself", network.name, subnet.prefix));
+            return Err(format!(
+                "network {} with the subnet {} at odds with itself",
+                network.name, subnet.prefix
+            ));
         }
     }
     Ok(())

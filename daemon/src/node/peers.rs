@@ -40,7 +40,9 @@ impl Node {
                 self.set_gossip_alive(node, false);
             }
             GossipEvent::PathMtu { node, mtu } => self.note_path_mtu(node, mtu),
-            GossipEvent::Clash { node, addresses, generations } => self.on_clash(node, addresses, generations),
+            GossipEvent::Clash { node, addresses, generations } => {
+                self.on_clash(node, addresses, generations)
+            }
         }
     }
 
@@ -183,7 +185,8 @@ impl Node {
         match state.view.nodes.get_mut(&id) {
             Some(node) => node.record = record.clone(),
             None => {
-                let node = view::Node { record: record.clone(), state: PeerState::Suspect, table: Table::new(id) };
+                let node =
+                    view::Node { record: record.clone(), state: PeerState::Suspect, table: Table::new(id) };
                 state.view.nodes.insert(id, node);
                 state.uncached.insert(id);
             }
@@ -296,9 +299,9 @@ impl Node {
             let mut targets = Vec::new();
             for (id, peer) in &mut state.peers {
                 let Some(node) = state.view.nodes.get(id) else { continue };
-                let heard = contacts.get(id).is_some_and(|contact| {
-                    millis(contact.last_heard.elapsed()) < liveness::PROBE_AFTER_MS
-                });
+                let heard = contacts
+                    .get(id)
+                    .is_some_and(|contact| millis(contact.last_heard.elapsed()) < liveness::PROBE_AFTER_MS);
                 let expired = !peer.signs.gossip
                     && now.saturating_sub(peer.signs.silent_since) > millis(self.config.keep);
                 let quiet = peer.signs.gossip && heard && node.record.presence == Presence::Running;
@@ -408,7 +411,10 @@ fn note_names(state: &mut State) {
                 nodes.iter().map(|node| format!("{} at {}", node.record.id, node.record.address)).collect();
             (
                 format!("name {name}"),
-                format!("several hosts are named {name}: {}. Give each its own name with --node", all.join(", ")),
+                format!(
+                    "several hosts are named {name}: {}. Give each its own name with --node",
+                    all.join(", ")
+                ),
             )
         })
         .collect();

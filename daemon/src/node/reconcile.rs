@@ -78,6 +78,10 @@ impl Node {
     pub(super) fn plan_network(&self, state: &mut State, network: NetworkId) -> Vec<Op> {
         state.dirty.networks.remove(&network);
         let desired = desired::network_part(&state.view, &state.local, network);
+        if !state.applied.contains_key(&network) {
+            // Everything is sent afresh.
+            state.refused.remove(&network);
+        }
         let applied = state.applied.entry(network).or_default();
         let ops = diff(applied, &desired, state.caught_up);
         let empty = desired == Kernel::default();
@@ -125,7 +129,11 @@ impl Node {
         }
         for outcome in &pass.outcomes {
             tracing::info!(op = %outcome.op, "repair");
-            self.event("kernel", &outcome.op.device().map_or_else(String::new, |d| d.to_string()), &outcome.op.to_string());
+            self.event(
+                "kernel",
+                &outcome.op.device().map_or_else(String::new, |d| d.to_string()),
+                &outcome.op.to_string(),
+            );
         }
         self.note_outcomes(&pass.outcomes, None);
         self.lost(pass.lost);
@@ -139,6 +147,7 @@ impl Node {
         state.dirty.host = false;
         state.dirty.networks.clear();
         state.applied.clear();
+        state.refused.clear();
         state.applied_host = desired::host(&state.view, &state.local);
         let mut all = state.applied_host.clone();
         let networks: Vec<NetworkId> = state.view.networks.keys().copied().collect();
@@ -163,7 +172,13 @@ impl Node {
             let op = outcome.op.to_string();
             tracing::warn!(%op, %error, "the kernel refused");
             let concerned = match outcome.op.device().and_then(|device| device.role()) {
-                Some(Role::Bridge(id) | Role::Vxlan(id)) => network == Some(id),
+                Some(Role::Bridge(id) | Role::Vxlan(id)) => {
+                    // An attach must not believe that the network stands: neither one that comes
+                    // next, nor one that was planned while these operations were under way.
+                    state.applied.remove(&id);
+                    state.refused.entry(id).or_insert_with(|| error.to_string());
+                    network == Some(id)
+                }
                 Some(Role::Endpoint(_)) => network.is_some(),
                 None => false,
             };
@@ -173,7 +188,7 @@ impl Node {
             // The loop comes back with a whole pass as long as anything is failing.
             state.failing.insert(op.clone(), format!("{op}: {error}"));
         }
-        first
+        first.or_else(|| state.refused.get(&network?).cloned())
     }
 
     /// One event of the kernel.

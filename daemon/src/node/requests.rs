@@ -8,8 +8,8 @@ use ovl_core::ipam;
 use ovl_core::kernel::Kernel;
 use ovl_proto::alloc::Change;
 use ovl_proto::control::{
-    DaemonState, Failure, FailureKind, FdbRow, Peer, PeerState, ReconcileStatus, Reply, Request, RouteRow, Status,
-    SubnetUse, Verify,
+    DaemonState, Failure, FailureKind, FdbRow, Peer, PeerState, ReconcileStatus, Reply, Request, RouteRow,
+    Status, SubnetUse, Verify,
 };
 use ovl_proto::id::{Mac, NetworkId, NodeId};
 use ovl_proto::table::Entry;
@@ -209,7 +209,11 @@ impl Node {
                 [] => match by_id {
                     Some(id) if state.view.alloc.members.contains(&id) => id,
                     Some(id) if state.view.alloc.forgotten.contains(&id) => return Ok(()),
-                    _ => return Err(Failed::not_found(format!("there is no host {name}; `ovlctl peers` lists them"))),
+                    _ => {
+                        return Err(Failed::not_found(format!(
+                            "there is no host {name}; `ovlctl peers` lists them"
+                        )));
+                    }
                 },
                 [one] if one.record.id == state.view.me => {
                     return Err(Failed::invalid("this is the host itself: `ovlctl leave` withdraws it"));
@@ -221,7 +225,9 @@ impl Node {
                 }
                 [one] => one.record.id,
                 _ => {
-                    return Err(Failed::conflict(format!("several hosts are named {name}: give the id, see `ovlctl peers`")));
+                    return Err(Failed::conflict(format!(
+                        "several hosts are named {name}: give the id, see `ovlctl peers`"
+                    )));
                 }
             }
         };
@@ -277,7 +283,9 @@ impl Node {
             let addresses = kernel
                 .neighbours
                 .iter()
-                .filter(|((bridge, _), lladdr)| Some(*bridge) == network.map(Device::bridge) && **lladdr == mac)
+                .filter(|((bridge, _), lladdr)| {
+                    Some(*bridge) == network.map(Device::bridge) && **lladdr == mac
+                })
                 .map(|((_, address), _)| *address)
                 .collect();
             FdbRow {
@@ -297,7 +305,9 @@ impl Node {
         for ((device, mac), remote) in &kernel.remotes {
             rows.push(row(device, *mac, Some(remote.vtep)));
         }
-        for (device, mac) in kernel.ports.iter().filter(|(device, mac)| !kernel.remotes.contains_key(&(*device, *mac))) {
+        for (device, mac) in
+            kernel.ports.iter().filter(|(device, mac)| !kernel.remotes.contains_key(&(*device, *mac)))
+        {
             rows.push(row(device, *mac, None));
         }
         for (device, remote) in &kernel.floods {
@@ -342,7 +352,9 @@ impl Node {
         differences.extend(lost.iter().map(|device| format!("kernel: endpoint device {device} is gone")));
         let state = self.state.borrow();
         for (id, peer) in &state.peers {
-            let Some(node) = state.view.nodes.get(id).filter(|node| node.state == PeerState::Alive) else { continue };
+            let Some(node) = state.view.nodes.get(id).filter(|node| node.state == PeerState::Alive) else {
+                continue;
+            };
             let name = &node.record.name;
             if node.table.revision() < peer.hints.table {
                 differences.push(format!(
@@ -352,7 +364,9 @@ impl Node {
                 ));
             }
             if peer.hints.objects != state.objects_digest {
-                differences.push(format!("gossip: {name} has other networks than this host, or other states of them"));
+                differences.push(format!(
+                    "gossip: {name} has other networks than this host, or other states of them"
+                ));
             }
             if peer.hints.alloc > state.view.alloc.version {
                 differences.push(format!(
@@ -427,7 +441,8 @@ impl Failed {
     }
 
     pub(super) fn no_network(state: &State, name: &str) -> Self {
-        let names: Vec<&str> = state.view.networks.values().map(|found| found.network.name.as_str()).collect();
+        let names: Vec<&str> =
+            state.view.networks.values().map(|found| found.network.name.as_str()).collect();
         let known = if names.is_empty() {
             "there are none yet: `ovlctl network create NAME` makes one".to_owned()
         } else {

@@ -129,6 +129,8 @@ pub(crate) struct State {
     pub applied: BTreeMap<NetworkId, Kernel>,
     /// The same for the host as a whole.
     pub applied_host: Kernel,
+    /// Networks of which something was refused since all of it was last sent, with the first reason.
+    pub refused: BTreeMap<NetworkId, String>,
     /// Operations that the kernel refused, with its reason.
     pub failing: BTreeMap<String, String>,
     /// Whole passes so far, operations, repairs.

@@ -79,8 +79,9 @@ impl Node {
         // Without a record there is no key to check the signature with: it comes by gossip, and the
         // table is pulled then.
         let node = state.view.nodes.get_mut(&owner).ok_or(None)?;
-        let signed = wire::encode_body(&update.head)
-            .is_ok_and(|body| crypto::verify(&node.record.public_key, Domain::Table, &body, &update.signature));
+        let signed = wire::encode_body(&update.head).is_ok_and(|body| {
+            crypto::verify(&node.record.public_key, Domain::Table, &body, &update.signature)
+        });
         if !signed {
             tracing::warn!(%owner, %from, "refused a table that its owner did not sign");
             return Err(None);
@@ -198,7 +199,9 @@ impl Node {
             let update = fs::read(file.path()).ok().and_then(|bytes| wire::decode::<Update>(&bytes).ok());
             match (owner, update) {
                 (Some(owner), Some(update)) if update.head.owner == owner => self.take_table(owner, update),
-                _ => tracing::warn!(file = %file.path().display(), "passed over a damaged table; peers have it"),
+                _ => {
+                    tracing::warn!(file = %file.path().display(), "passed over a damaged table; peers have it")
+                }
             }
         }
     }

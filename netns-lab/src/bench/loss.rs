@@ -37,6 +37,7 @@ pub(crate) fn measure(bench: &Bench) -> Result<Figure> {
     cluster.one_workload_each()?;
     let began_ms = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64);
     cluster.lab.loss_udp_port(PERCENT, GOSSIP_PORT)?;
+    let before = datagrams(&cluster)?;
 
     let (length, hosts) = (bench.plan.loss, cluster.hosts());
     let verdicts = thread::scope(|scope| {
@@ -45,8 +46,10 @@ pub(crate) fn measure(bench: &Bench) -> Result<Figure> {
         let joined = threads.into_iter().map(|each| each.join().unwrap_or_else(|_| Err(anyhow!("panicked"))));
         joined.collect::<Result<Vec<Verdicts>>>()
     })?;
+    let after = datagrams(&cluster)?;
     cluster.lab.clear_faults()?;
 
+    let arrived = (after.1 - before.1) / (after.0 - before.0) * 100.0;
     let sum = |of: fn(&Verdicts) -> usize| verdicts.iter().map(of).sum::<usize>();
     let events: Vec<&String> = verdicts.iter().flat_map(|each| &each.dead).collect();
     // Either may miss what the other one sees.
@@ -64,6 +67,8 @@ pub(crate) fn measure(bench: &Bench) -> Result<Figure> {
         rows: vec![
             Row::with_bar("hosts declared dead", dead as f64, "times", Bar::AtMost(0.0)),
             Row::context("hosts suspected", suspect as f64, "times"),
+            // By the daemons' own count: that there was a loss.
+            Row::context("datagrams of gossip that arrived", arrived, "%"),
         ],
         notes,
         details: json!({
@@ -74,6 +79,17 @@ pub(crate) fn measure(bench: &Bench) -> Result<Figure> {
             "suspect_in_looks": sum(|each| each.seen_suspect),
         }),
     })
+}
+
+/// How many datagrams of gossip all hosts have sent and received so far.
+fn datagrams(cluster: &Cluster) -> Result<(f64, f64)> {
+    let (mut sent, mut received) = (0.0, 0.0);
+    for index in 0..HOSTS {
+        let gossip = cluster.client(index)?.ask(&json!({"request": "status"}))?["gossip"].take();
+        sent += gossip["sent"].as_f64().unwrap_or(f64::NAN);
+        received += gossip["received"].as_f64().unwrap_or(f64::NAN);
+    }
+    Ok((sent, received))
 }
 
 /// Follows a daemon's events and asks for its peers until the time is over.

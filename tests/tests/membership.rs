@@ -1,0 +1,684 @@
+//! Who belongs to the cluster: joining, leaving, dying, coming back, and those who do not belong.
+
+use std::fs;
+use std::io::Write as _;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpStream, UdpSocket};
+use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use netns_lab::{Host, Lab, LabConfig, Spawned, Underlay, find_binary, wait_until};
+use ovl_tests::{
+    Flow, SOON, assert_says, attach, make_network, peer, ping_all_pairs, problems, refused, rows, started,
+    started_with, strings, text, wait_clean, wait_endpoints, wait_problem,
+};
+use serde_json::Value;
+
+const SECOND: Duration = Duration::from_secs(1);
+
+/// The port of gossip and streams.
+const PORT: u16 = 7940;
+
+/// Starts ovld in a host's place with these arguments alone, beside its directories and address.
+fn ovld(host: &Host, more: &[&str]) -> Spawned {
+    let binary = find_binary("ovld").unwrap();
+    let (state_dir, run_dir) = (host.state_dir(), host.run_dir());
+    let address = host.address().unwrap().to_string();
+    let own = [
+        binary.to_str().unwrap(),
+        "--config",
+        "/dev/null",
+        "--state-dir",
+        state_dir.to_str().unwrap(),
+        "--run-dir",
+        run_dir.to_str().unwrap(),
+        "--advertise",
+        &address,
+    ];
+    host.spawn([&own, more].concat()).unwrap()
+}
+
+/// Runs an ovld that must refuse to start, and gives its reason.
+fn refuses_to_start(host: &Host, more: &[&str]) -> String {
+    let output = ovld(host, more).finish(SOON).unwrap();
+    assert_eq!(output.code(), Some(1), "{}{}", output.stdout, output.stderr);
+    output.stderr
+}
+
+/// The file of the lab's key.
+fn lab_key(lab: &Lab) -> String {
+    lab.dir().join("cluster.key").to_str().unwrap().to_owned()
+}
+
+/// A fresh key in a file of its own.
+fn other_key(host: &Host) -> String {
+    let path = host.dir().join("other.key");
+    let text = host.ctl_ok(&["key", "generate"]).unwrap();
+    let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path).unwrap();
+    file.write_all(text.as_bytes()).unwrap();
+    path.to_str().unwrap().to_owned()
+}
+
+fn status(host: &Host) -> Result<Value> {
+    host.ctl_json(&["status"])
+}
+
+/// The names and states of all others in `ovlctl peers`, as `h2 alive`.
+fn others(host: &Host) -> Result<Vec<String>> {
+    let all = rows(host, &["peers"])?;
+    let others = all.iter().filter(|row| row["self"] != true);
+    Ok(others.map(|row| format!("{} {}", text(&row["name"]), text(&row["state"]))).collect())
+}
+
+fn wait_others(host: &Host, expected: &[&str], timeout: Duration) {
+    wait_until(timeout, &format!("{} to list {expected:?}", host.name()), || {
+        let found = others(host)?;
+        ensure!(found == expected, "{found:?}");
+        Ok(())
+    })
+    .unwrap();
+}
+
+/// Whether the kernel of a host has anything that leads to a VTEP.
+fn leads_to(host: &Host, vtep: &str) -> Result<bool> {
+    let entries = host.bridge_json(&["fdb", "show"])?;
+    Ok(entries.as_array().into_iter().flatten().any(|entry| entry["dst"] == vtep))
+}
+
+/// The owners of the blocks of addresses.
+fn block_owners(host: &Host) -> Result<Vec<String>> {
+    let mut owners: Vec<String> = rows(host, &["subnets"])?.iter().map(|row| text(&row["node"])).collect();
+    owners.sort();
+    owners.dedup();
+    Ok(owners)
+}
+
+#[test]
+fn a_late_joiner_gets_everything_and_is_reached_by_all() {
+    let lab = Lab::new(LabConfig::hosts(3)).unwrap();
+    for name in ["h1", "h2"] {
+        lab[name].start().unwrap();
+        lab[name].wait_ready(SOON).unwrap();
+    }
+    lab.wait_all_alive(SOON).unwrap();
+    make_network(&lab, "blue", &["--subnet", "10.99.0.0/24"]).unwrap();
+    make_network(&lab, "red", &["--subnet", "10.98.0.0/24", "--internal"]).unwrap();
+    let mut all = vec![
+        attach(&lab["h1"], "a", "blue", &["--alias", "web", "--label", "tier=front"]).unwrap(),
+        attach(&lab["h2"], "b", "blue", &[]).unwrap(),
+    ];
+    lab.start_all().unwrap();
+    let listing = |host: &Host, args: &[&str]| -> Vec<Value> {
+        let mut all = rows(host, args).unwrap();
+        for row in all.iter_mut().filter_map(Value::as_object_mut) {
+            // Known on the own host alone.
+            row.retain(|field, _| !["ifname", "device", "bridge"].contains(&field.as_str()));
+        }
+        all
+    };
+    wait_endpoints(&lab["h3"], &["a on h1 is ready", "b on h2 is ready"], SOON).unwrap();
+    for args in [["network", "ls"].as_slice(), &["endpoints"], &["subnets"]] {
+        assert_eq!(listing(&lab["h3"], args), listing(&lab["h1"], args));
+    }
+    all.push(attach(&lab["h3"], "c", "blue", &[]).unwrap());
+    ping_all_pairs(&all, SOON).unwrap();
+    wait_clean(lab.hosts(), SOON).unwrap();
+}
+
+#[test]
+fn leaving_withdraws_at_once_and_leaves_the_kernel_as_it_is() {
+    let lab = started(3).unwrap();
+    make_network(&lab, "blue", &["--subnet", "10.99.0.0/24"]).unwrap();
+    let all =
+        [("h1", "a"), ("h2", "b"), ("h3", "c")].map(|(h, name)| attach(&lab[h], name, "blue", &[]).unwrap());
+    ping_all_pairs(&all, SOON).unwrap();
+    lab["h2"].ctl_ok(&["leave"]).unwrap();
+    let left = Instant::now();
+    for name in ["h1", "h3"] {
+        let host = &lab[name];
+        wait_until(SOON, "nothing to lead to h2", || {
+            Ok::<_, anyhow::Error>(!leads_to(host, "192.168.77.2")?)
+        })
+        .unwrap();
+        let listed = rows(host, &["endpoints"]).unwrap();
+        assert!(listed.iter().all(|row| row["name"] != "b" || row["state"] != "ready"), "{listed:?}");
+    }
+    // At once: a host that is only missed is given up after three seconds and more.
+    assert!(left.elapsed() < SECOND * 2, "{:?}", left.elapsed());
+    lab["h2"].wait_exit(SOON).unwrap();
+    assert!(lab["h2"].exit_status().unwrap().success());
+    // Its kernel forwards on: nobody has removed a thing there.
+    assert!(leads_to(&lab["h2"], "192.168.77.1").unwrap());
+    wait_until(SOON, "its blocks to be free", || {
+        Ok::<_, anyhow::Error>(!block_owners(&lab["h1"])?.contains(&"h2".to_owned()))
+    })
+    .unwrap();
+    // It may come back.
+    lab["h2"].start().unwrap();
+    lab["h2"].wait_ready(SOON).unwrap();
+    lab.wait_all_alive(SOON).unwrap();
+    all[0].workload.ping_until(all[1].address(), SOON).unwrap();
+}
+
+/// All devices, addresses, routes, FDB entries and rules of a host, without what changes by itself.
+fn kernel_objects(host: &Host) -> Result<String> {
+    let mut all = String::new();
+    for args in [
+        ["ip", "-o", "link"].as_slice(),
+        // Of bridges the details have clocks.
+        &["ip", "-d", "-o", "link", "show", "type", "vxlan"],
+        &["ip", "-o", "addr"],
+        &["ip", "route"],
+        &["ip", "-6", "route"],
+        &["ip", "neigh", "show", "nud", "permanent"],
+        &["bridge", "fdb", "show"],
+        &["nft", "list", "ruleset"],
+    ] {
+        all += &host.exec_ok(args)?;
+    }
+    Ok(all)
+}
+
+#[test]
+fn teardown_removes_all_that_is_ours_and_nothing_else() {
+    let lab = Lab::new(LabConfig::hosts(2)).unwrap();
+    let host = &lab["h2"];
+    // Of others: also with names like ours, and with a VNI and a table of their own.
+    for command in [
+        "ip link add foreign0 type bridge",
+        "ip link add ovb-mine type bridge",
+        "ip link add vx9 type vxlan id 9 dstport 8472 local 192.168.77.2 nolearning",
+        "ip link set vx9 master foreign0",
+        "ip addr add 10.55.0.1/24 dev foreign0",
+        "ip link set foreign0 up",
+        "ip link set vx9 up",
+        "bridge fdb append 02:00:00:00:00:09 dev vx9 dst 192.168.77.1",
+        "ip neigh replace 10.55.0.9 lladdr 02:00:00:00:00:09 dev foreign0 nud permanent",
+        "ip route add 10.56.0.0/24 via 10.55.0.9",
+        "nft add table inet foreign",
+        "nft add chain inet foreign input { type filter hook input priority 0; policy accept; }",
+        "nft add rule inet foreign input udp dport 4790 drop",
+    ] {
+        host.exec_ok(command.split(' ')).unwrap();
+    }
+    // A bridge's port needs a moment to come to rest.
+    wait_until(SOON, "the foreign bridge to be up", || {
+        Ok::<_, anyhow::Error>(
+            host.exec_ok(["ip", "-o", "link", "show", "dev", "foreign0"])?.contains("LOWER_UP"),
+        )
+    })
+    .unwrap();
+    let mut before = kernel_objects(host).unwrap();
+    wait_until(SOON, "the kernel to come to rest", || {
+        let now = kernel_objects(host)?;
+        let same = now == before;
+        before = now;
+        Ok::<_, anyhow::Error>(same)
+    })
+    .unwrap();
+
+    lab.start_all().unwrap();
+    make_network(&lab, "blue", &["--subnet", "10.99.0.0/24", "--subnet", "fd99::/64"]).unwrap();
+    let all = [("h1", "a"), ("h2", "b")].map(|(h, name)| attach(&lab[h], name, "blue", &[]).unwrap());
+    ping_all_pairs(&all, SOON).unwrap();
+    assert_says(&kernel_objects(host).unwrap(), &["ovx-", "ove-", "table inet ovl"]);
+    host.ctl_ok(&["teardown", "--yes"]).unwrap();
+    host.wait_exit(SOON).unwrap();
+    let after = kernel_objects(host).unwrap();
+    assert_eq!(after, before, "after the teardown and before the start");
+    assert!(!all[1].workload.exec_ok(["ip", "-o", "link"]).unwrap().contains("eth0"));
+    wait_endpoints(&lab["h1"], &["a on h1 is ready"], SOON).unwrap();
+    assert!(!leads_to(&lab["h1"], "192.168.77.2").unwrap());
+}
+
+#[test]
+fn the_identity_is_made_once_and_kept() {
+    let lab = started(2).unwrap();
+    let id = |name: &str| text(&status(&lab[name]).unwrap()["id"]);
+    let before = [id("h1"), id("h2")];
+    assert!(before[0] != before[1] && !before[0].is_empty());
+    let file = lab["h2"].state_dir().join("identity");
+    assert_eq!(fs::metadata(&file).unwrap().permissions().mode() & 0o7777, 0o600);
+    let content = fs::read(&file).unwrap();
+    lab["h2"].restart().unwrap();
+    lab["h2"].wait_ready(SOON).unwrap();
+    lab["h1"].kill9().unwrap();
+    lab["h1"].start().unwrap();
+    lab["h1"].wait_ready(SOON).unwrap();
+    assert_eq!([id("h1"), id("h2")], before);
+    assert_eq!(fs::read(&file).unwrap(), content);
+    lab["h2"].destroy().unwrap();
+    lab["h2"].restore().unwrap();
+    lab["h2"].start().unwrap();
+    lab["h2"].wait_ready(SOON).unwrap();
+    assert_eq!(id("h2"), before[1]);
+    assert_eq!(rows(&lab["h1"], &["peers"]).unwrap().len(), 2);
+}
+
+#[test]
+fn a_host_with_another_key_is_dropped_counted_and_never_listed() {
+    let lab = Lab::new(LabConfig::hosts(3)).unwrap();
+    for name in ["h1", "h2"] {
+        lab[name].start().unwrap();
+        lab[name].wait_ready(SOON).unwrap();
+    }
+    lab.wait_all_alive(SOON).unwrap();
+    let key = other_key(&lab["h3"]);
+    let stranger = ovld(&lab["h3"], &["--node", "h3", "--join", "192.168.77.1", "--cluster-key", &key]);
+    let counted = wait_until(SOON, "h1 to count what h3 sends", || {
+        let gossip = status(&lab["h1"])?["gossip"].clone();
+        let dropped = gossip["dropped_unauthenticated"].as_u64().context("a number")?;
+        ensure!(dropped > 5 && strings(&gossip["strangers"]) == ["192.168.77.3"], "{gossip}");
+        Ok(Some(dropped))
+    })
+    .unwrap();
+    assert!(counted > 5);
+    wait_others(&lab["h1"], &["h2 alive"], SOON);
+    // It waits and says for what.
+    let of_stranger = status(&lab["h3"]).unwrap();
+    assert_eq!(of_stranger["state"], "starting");
+    wait_problem(&lab["h3"], &["not admitted", "192.168.77.1"], SOON).unwrap();
+    assert!(others(&lab["h3"]).unwrap().is_empty());
+    let said = lab["h1"].log().lines().filter(|line| line.contains("192.168.77.3")).count();
+    assert_eq!(said, 1, "{}", lab["h1"].log());
+    // With the right key it is welcome.
+    drop(stranger);
+    lab["h3"].start().unwrap();
+    lab["h3"].wait_ready(SOON).unwrap();
+    wait_others(&lab["h1"], &["h2 alive", "h3 alive"], SOON);
+}
+
+#[test]
+fn without_a_key_it_does_not_start_and_says_what_to_do() {
+    let lab = Lab::new(LabConfig::hosts(1)).unwrap();
+    assert_says(
+        &refuses_to_start(&lab["h1"], &["--node", "h1"]),
+        &["no cluster key", "ovlctl key generate", "--insecure"],
+    );
+    let missing = lab["h1"].dir().join("missing.key");
+    let error = refuses_to_start(&lab["h1"], &["--cluster-key", missing.to_str().unwrap()]);
+    assert_says(&error, &[missing.to_str().unwrap(), "ovlctl key generate"]);
+    assert!(!lab["h1"].socket().exists());
+}
+
+#[test]
+fn insecure_hosts_make_a_cluster_without_a_key() {
+    let lab = Lab::new(LabConfig::hosts(2)).unwrap();
+    let _first = ovld(&lab["h1"], &["--node", "h1", "--insecure"]);
+    let _second = ovld(&lab["h2"], &["--node", "h2", "--insecure", "--join", "192.168.77.1"]);
+    wait_others(&lab["h1"], &["h2 alive"], SOON);
+    wait_others(&lab["h2"], &["h1 alive"], SOON);
+    wait_until(SOON, "h2 to be ready", || Ok::<_, anyhow::Error>(status(&lab["h2"])?["state"] == "ready"))
+        .unwrap();
+    lab["h1"].ctl_ok(&["network", "create", "blue"]).unwrap();
+    wait_until(SOON, "blue on h2", || lab["h2"].ctl_ok(&["network", "inspect", "blue"]).map(drop)).unwrap();
+    let all = [("h1", "a"), ("h2", "b")].map(|(h, name)| attach(&lab[h], name, "blue", &[]).unwrap());
+    ping_all_pairs(&all, SOON).unwrap();
+}
+
+#[test]
+fn a_second_daemon_on_one_run_directory_is_refused() {
+    let lab = started(1).unwrap();
+    let elsewhere = lab["h1"].dir().join("elsewhere");
+    let binary = find_binary("ovld").unwrap();
+    let (key, run_dir) = (lab_key(&lab), lab["h1"].run_dir());
+    let output = lab["h1"]
+        .exec([
+            binary.as_os_str(),
+            "--config".as_ref(),
+            "/dev/null".as_ref(),
+            "--state-dir".as_ref(),
+            elsewhere.as_os_str(),
+            "--run-dir".as_ref(),
+            run_dir.as_os_str(),
+            "--advertise".as_ref(),
+            "192.168.77.1:7941".as_ref(),
+            "--cluster-key".as_ref(),
+            key.as_ref(),
+        ])
+        .unwrap();
+    assert_eq!(output.code(), Some(1), "{}", output.stderr);
+    assert_says(&output.stderr, &["another ovld", run_dir.to_str().unwrap(), "--run-dir"]);
+    assert_eq!(status(&lab["h1"]).unwrap()["state"], "ready");
+    assert!(lab["h1"].is_running());
+}
+
+#[test]
+fn with_the_seed_dead_the_others_work_and_one_more_can_join_by_another() {
+    let lab = Lab::new(LabConfig::hosts(4)).unwrap();
+    for name in ["h1", "h2", "h3"] {
+        lab[name].start().unwrap();
+        lab[name].wait_ready(SOON).unwrap();
+    }
+    lab.wait_all_alive(SOON).unwrap();
+    make_network(&lab, "blue", &["--subnet", "10.99.0.0/24"]).unwrap();
+    lab["h1"].destroy().unwrap();
+    wait_others(&lab["h2"], &["h1 dead", "h3 alive"], SOON);
+    make_network(&lab, "red", &["--subnet", "10.98.0.0/24"]).unwrap();
+    let mut all =
+        vec![attach(&lab["h2"], "b", "red", &[]).unwrap(), attach(&lab["h3"], "c", "red", &[]).unwrap()];
+    ping_all_pairs(&all, SOON).unwrap();
+    lab["h4"].set_join(&["192.168.77.1", "192.168.77.3"]).unwrap();
+    lab["h4"].start().unwrap();
+    lab["h4"].wait_ready(SOON).unwrap();
+    wait_until(SOON, "red on h4", || lab["h4"].ctl_ok(&["network", "inspect", "red"]).map(drop)).unwrap();
+    all.push(attach(&lab["h4"], "d", "red", &[]).unwrap());
+    ping_all_pairs(&all, SOON).unwrap();
+    // One that knows no seed but the dead one finds back by those it has met.
+    lab["h3"].restart().unwrap();
+    lab["h3"].wait_ready(SOON).unwrap();
+    wait_others(&lab["h3"], &["h1 dead", "h2 alive", "h4 alive"], SOON);
+    ping_all_pairs(&all, SOON).unwrap();
+}
+
+#[test]
+fn peers_tells_what_is_to_be_known_of_each_host() {
+    let lab = started(2).unwrap();
+    make_network(&lab, "blue", &["--subnet", "10.99.0.0/24"]).unwrap();
+    for name in ["b1", "b2", "b3"] {
+        attach(&lab["h2"], name, "blue", &[]).unwrap();
+    }
+    let row = wait_until(SOON, "three endpoints and a round trip", || {
+        let row = peer(&lab["h1"], "h2")?;
+        ensure!(row["endpoints"] == 3 && row["rtt_us"].is_u64() && row["path_mtu"] == 1500, "{row}");
+        Ok(Some(row))
+    })
+    .unwrap();
+    let of_itself = status(&lab["h2"]).unwrap();
+    assert_eq!(row["id"], of_itself["id"]);
+    assert_eq!(row["version"], of_itself["version"]);
+    assert_eq!(row["address"], "192.168.77.2:7940");
+    assert_eq!(row["vtep"], "192.168.77.2");
+    assert_eq!((&row["state"], &row["encryption"]), (&"alive".into(), &"none".into()));
+    assert!(row["last_heard_ms"].as_u64().unwrap() < 3000, "{row}");
+    assert!(row["rtt_us"].as_u64().unwrap() < 1_000_000, "{row}");
+    assert_eq!(
+        (&row["self"], &row["member"], &row["reachable"]),
+        (&false.into(), &true.into(), &true.into())
+    );
+    let all = rows(&lab["h1"], &["peers"]).unwrap();
+    assert_eq!((&all[0]["name"], &all[0]["self"]), (&"h1".into(), &true.into()));
+    assert_eq!(all.len(), 2);
+    let table = lab["h1"].ctl_ok(&["peers"]).unwrap();
+    assert_says(&table, &["NAME", "VTEP", "HEARD", "RTT", "h1 *", "192.168.77.2:7940"]);
+    lab["h2"].kill9().unwrap();
+    wait_others(&lab["h1"], &["h2 suspect"], SOON);
+}
+
+#[test]
+fn a_pair_that_cannot_reach_each_other_is_named_though_both_live() {
+    let lab = started(3).unwrap();
+    lab.partition(&[&["h1"], &["h2"]]).unwrap();
+    for (host, other) in [("h1", "h2"), ("h2", "h1")] {
+        wait_problem(&lab[host], &[other, "nothing comes from it directly"], SOON).unwrap();
+        let row = peer(&lab[host], other).unwrap();
+        assert_eq!((&row["state"], &row["reachable"]), (&"alive".into(), &false.into()));
+    }
+    assert!(problems(&lab["h3"]).unwrap().is_empty());
+    lab.heal().unwrap();
+    for name in ["h1", "h2"] {
+        wait_until(SOON, "no problem left", || Ok::<_, anyhow::Error>(problems(&lab[name])?.is_empty()))
+            .unwrap();
+    }
+}
+
+#[test]
+fn of_two_hosts_with_one_name_the_later_stands_aside_and_both_are_named() {
+    let lab = Lab::new(LabConfig::hosts(3)).unwrap();
+    for name in ["h1", "h2"] {
+        lab[name].start().unwrap();
+        lab[name].wait_ready(SOON).unwrap();
+    }
+    lab.wait_all_alive(SOON).unwrap();
+    make_network(&lab, "blue", &["--subnet", "10.99.0.0/24"]).unwrap();
+    let all = [("h1", "a"), ("h2", "b")].map(|(h, name)| attach(&lab[h], name, "blue", &[]).unwrap());
+    let key = lab_key(&lab);
+    let double = ovld(&lab["h3"], &["--node", "h2", "--join", "192.168.77.1", "--cluster-key", &key]);
+    for name in ["h1", "h2", "h3"] {
+        wait_problem(&lab[name], &["named h2", "192.168.77.2", "192.168.77.3", "--node"], SOON).unwrap();
+    }
+    wait_problem(&lab["h3"], &["not admitted", "192.168.77.2"], SOON).unwrap();
+    let workload = lab["h3"].workload("c").unwrap();
+    let error =
+        refused(&lab["h3"], &["attach", "c", "--network", "blue", "--netns", workload.path_str()]).unwrap();
+    assert_says(&error, &["not admitted", "--node"]);
+    assert_eq!(status(&lab["h1"]).unwrap()["members"], 2);
+    ping_all_pairs(&all, SOON).unwrap();
+    // With a name of its own it is let in, and nothing is wrong any more.
+    drop(double);
+    lab["h3"].start().unwrap();
+    lab["h3"].wait_ready(SOON).unwrap();
+    for host in lab.hosts() {
+        wait_until(SOON, "no problem left", || {
+            let left = problems(host)?;
+            ensure!(left.is_empty(), "{left:?}");
+            Ok(())
+        })
+        .unwrap();
+    }
+    assert_eq!(status(&lab["h1"]).unwrap()["members"], 3);
+}
+
+fn assert_address_change_is_followed(underlay: Underlay, old: &str, new: &str) {
+    let lab = started_with(LabConfig::hosts(3).underlay(underlay)).unwrap();
+    make_network(&lab, "blue", &["--subnet", "10.99.0.0/24"]).unwrap();
+    let all =
+        [("h1", "a"), ("h2", "b"), ("h3", "c")].map(|(h, name)| attach(&lab[h], name, "blue", &[]).unwrap());
+    ping_all_pairs(&all, SOON).unwrap();
+    let address: IpAddr = new.parse().unwrap();
+    lab["h2"].set_address(address).unwrap();
+    for name in ["h1", "h3"] {
+        wait_until(SOON, &format!("{name} to know h2's new address"), || {
+            let row = peer(&lab[name], "h2")?;
+            ensure!(row["vtep"] == new && row["state"] == "alive" && row["reachable"] == true, "{row}");
+            Ok(())
+        })
+        .unwrap();
+    }
+    ping_all_pairs(&all, SOON).unwrap();
+    wait_clean(lab.hosts(), SOON).unwrap();
+    for name in ["h1", "h3"] {
+        assert!(!leads_to(&lab[name], old).unwrap());
+        assert!(leads_to(&lab[name], new).unwrap());
+    }
+    // And it goes on from there: a change still arrives, in both directions.
+    let more = [("h1", "d"), ("h2", "e")].map(|(h, name)| attach(&lab[h], name, "blue", &[]).unwrap());
+    ping_all_pairs(&more, SOON).unwrap();
+    assert!(problems(&lab["h2"]).unwrap().is_empty(), "{:?}", problems(&lab["h2"]));
+}
+
+#[test]
+fn a_host_that_changes_its_address_is_followed() {
+    assert_address_change_is_followed(Underlay::V4, "192.168.77.2", "192.168.77.52");
+}
+
+#[test]
+fn a_host_that_changes_its_ipv6_address_is_followed() {
+    assert_address_change_is_followed(Underlay::V6, "fd77::2", "fd77::52");
+}
+
+#[test]
+fn a_dead_host_can_be_forgotten_and_a_live_one_cannot() {
+    let lab = started(3).unwrap();
+    make_network(&lab, "blue", &["--subnet", "10.99.0.0/24"]).unwrap();
+    let gone = attach(&lab["h3"], "c", "blue", &[]).unwrap();
+    attach(&lab["h1"], "a", "blue", &[]).unwrap();
+    assert!(block_owners(&lab["h1"]).unwrap().contains(&"h3".to_owned()));
+    assert_says(&refused(&lab["h1"], &["peers", "forget", "h3"]).unwrap(), &["h3", "alive", "leave"]);
+    assert_says(&refused(&lab["h1"], &["peers", "forget", "h1"]).unwrap(), &["itself", "leave"]);
+    assert_says(&refused(&lab["h1"], &["peers", "forget", "h9"]).unwrap(), &["h9", "ovlctl peers"]);
+    lab["h3"].destroy().unwrap();
+    wait_others(&lab["h1"], &["h2 alive", "h3 dead"], SOON);
+    wait_others(&lab["h2"], &["h1 alive", "h3 dead"], SOON);
+    // A host's daemon may be away; its name is taken and its blocks are kept until it is forgotten.
+    assert!(block_owners(&lab["h1"]).unwrap().contains(&"h3".to_owned()));
+    lab["h1"].ctl_ok(&["peers", "forget", "h3"]).unwrap();
+    for name in ["h1", "h2"] {
+        let host = &lab[name];
+        wait_others(host, &[if name == "h1" { "h2 alive" } else { "h1 alive" }], SOON);
+        wait_until(SOON, "h3's blocks to be free", || {
+            let owners = block_owners(host)?;
+            ensure!(!owners.contains(&"h3".to_owned()), "{owners:?}");
+            Ok(())
+        })
+        .unwrap();
+        wait_endpoints(host, &["a on h1 is ready"], SOON).unwrap();
+        assert_eq!(status(host).unwrap()["members"], 2);
+    }
+    let again = attach(&lab["h2"], "b", "blue", &["--ip", &gone.address()]).unwrap();
+    assert_eq!(again.address(), gone.address());
+    // What comes back is a host like a new one.
+    lab["h3"].restore().unwrap();
+    lab["h3"].start().unwrap();
+    lab["h3"].wait_ready(SOON).unwrap();
+    let fresh = attach(&lab["h3"], "d", "blue", &[]).unwrap();
+    assert_ne!(fresh.address(), again.address());
+    ping_all_pairs(&[again, fresh], SOON).unwrap();
+}
+
+/// Bytes that look random and are the same in every run.
+fn garbage(seed: u64, length: usize) -> Vec<u8> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state >> 32) as u8
+    };
+    (0..length).map(|_| next()).collect()
+}
+
+#[test]
+fn garbage_at_the_port_is_counted_and_harms_nobody() {
+    let lab = started(2).unwrap();
+    make_network(&lab, "blue", &["--subnet", "10.99.0.0/24"]).unwrap();
+    let all = [("h1", "a"), ("h2", "b")].map(|(h, name)| attach(&lab[h], name, "blue", &[]).unwrap());
+    let flow = Flow::start(&all[0], &all[1]).unwrap();
+    let outside = lab.switch();
+    outside.exec_ok(["ip", "addr", "add", "192.168.77.250/24", "dev", "br0"]).unwrap();
+    let target = (lab["h1"].address().unwrap(), PORT);
+    let count = || -> Result<u64> {
+        let gossip = status(&lab["h1"])?["gossip"].clone();
+        gossip["dropped_unauthenticated"].as_u64().with_context(|| format!("{gossip}"))
+    };
+    let (before, memory) = (count().unwrap(), lab["h1"].rss_kib().unwrap());
+
+    let socket = outside.run(|| UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))).unwrap().unwrap();
+    let mut sent = 0;
+    for round in 0..500_u64 {
+        let length = [0, 1, 3, 16, 28, 60, 300, 1200, 1472][(round % 9) as usize];
+        let mut datagram = garbage(round, length);
+        // Some with the beginning of a good one: the version.
+        if let Some(first) = datagram.first_mut().filter(|_| round % 2 == 0) {
+            *first = 1;
+        }
+        socket.send_to(&datagram, target).unwrap();
+        sent += 1;
+        if round % 50 == 49 {
+            // Not faster than it reads: what its buffer has no room for is not counted.
+            wait_until(SOON, "h1 to count what came", || {
+                let counted = count()? - before;
+                ensure!(counted >= sent, "{counted} of {sent}");
+                Ok(())
+            })
+            .unwrap();
+        }
+    }
+    assert_eq!(strings(&status(&lab["h1"]).unwrap()["gossip"]["strangers"]), ["192.168.77.250"]);
+
+    // Streams: bytes without sense, far more than a frame may have, and silence.
+    let connect = || outside.run(|| TcpStream::connect(target)).unwrap().unwrap();
+    let _silent: Vec<TcpStream> = (0..8).map(|_| connect()).collect();
+    for round in 0..50 {
+        let mut stream = connect();
+        // It may be closed before all is written, which is the point.
+        stream.write_all(&garbage(round, 1 << (round % 21))).ok();
+    }
+    let mut huge = connect();
+    huge.write_all(&[0xff; 4]).ok();
+    huge.write_all(&garbage(99, 1 << 20)).ok();
+
+    for host in lab.hosts() {
+        assert!(host.is_running());
+        assert!(problems(host).unwrap().is_empty());
+    }
+    wait_others(&lab["h1"], &["h2 alive"], SECOND);
+    let more = [("h1", "c"), ("h2", "d")].map(|(h, name)| attach(&lab[h], name, "blue", &[]).unwrap());
+    ping_all_pairs(&more, SOON).unwrap();
+    flow.finish_without_loss().unwrap();
+    let grown = lab["h1"].rss_kib().unwrap().saturating_sub(memory);
+    assert!(grown < 8192, "it has grown by {grown} KiB");
+    let said = lab["h1"].log().lines().filter(|line| line.contains("192.168.77.250")).count();
+    assert!((1..=3).contains(&said), "{said} lines: {}", lab["h1"].log());
+}
+
+#[test]
+fn a_lost_hosts_entries_are_withdrawn_within_seconds() {
+    let lab = started(3).unwrap();
+    make_network(&lab, "blue", &["--subnet", "10.99.0.0/24"]).unwrap();
+    let all =
+        [("h1", "a"), ("h2", "b"), ("h3", "c")].map(|(h, name)| attach(&lab[h], name, "blue", &[]).unwrap());
+    ping_all_pairs(&all, SOON).unwrap();
+    lab["h3"].destroy().unwrap();
+    let lost = Instant::now();
+    for name in ["h1", "h2"] {
+        let host = &lab[name];
+        // The bar of four seconds is the benchmark's: here are two more for a busy machine.
+        wait_until((SECOND * 6).saturating_sub(lost.elapsed()), "nothing to lead to h3", || {
+            Ok::<_, anyhow::Error>(!leads_to(host, "192.168.77.3")?)
+        })
+        .unwrap();
+        let listed = rows(host, &["endpoints"]).unwrap();
+        assert!(listed.iter().any(|row| row["name"] == "c" && row["state"] == "suspended"), "{listed:?}");
+    }
+    wait_clean(lab.hosts(), SOON).unwrap();
+    // A lost machine that is back has no endpoints: the entry goes for good.
+    lab["h3"].restore().unwrap();
+    lab["h3"].start().unwrap();
+    for host in lab.hosts() {
+        wait_endpoints(host, &["a on h1 is ready", "b on h2 is ready"], SOON).unwrap();
+    }
+}
+
+#[test]
+fn a_copied_state_directory_is_noticed_and_both_hosts_are_named() {
+    let lab = Lab::new(LabConfig::hosts(3)).unwrap();
+    for name in ["h1", "h2"] {
+        lab[name].start().unwrap();
+        lab[name].wait_ready(SOON).unwrap();
+    }
+    lab.wait_all_alive(SOON).unwrap();
+    copy_files(&lab["h2"].state_dir(), &lab["h3"].state_dir()).unwrap();
+    let key = lab_key(&lab);
+    let _copy = ovld(&lab["h3"], &["--node", "h3", "--join", "192.168.77.1", "--cluster-key", &key]);
+    wait_problem(&lab["h1"], &["identity", "192.168.77.2", "192.168.77.3", "copied"], SOON).unwrap();
+}
+
+fn copy_files(from: &Path, to: &Path) -> Result<()> {
+    fs::create_dir_all(to)?;
+    for file in fs::read_dir(from)? {
+        let file = file?;
+        fs::copy(file.path(), to.join(file.file_name()))?;
+    }
+    Ok(())
+}
+
+#[test]
+fn an_ipv6_only_cluster_gossips_and_streams() {
+    let lab = started_with(LabConfig::hosts(2).underlay(Underlay::V6)).unwrap();
+    let row = peer(&lab["h1"], "h2").unwrap();
+    assert_eq!((&row["address"], &row["vtep"]), (&"[fd77::2]:7940".into(), &"fd77::2".into()));
+    // By a stranger there, too.
+    let outside = lab.switch();
+    outside.exec_ok(["ip", "addr", "add", "fd77::fa/64", "dev", "br0", "nodad"]).unwrap();
+    let socket = outside.run(|| UdpSocket::bind((Ipv6Addr::UNSPECIFIED, 0))).unwrap().unwrap();
+    let target = (lab["h1"].address().unwrap(), PORT);
+    wait_until(SOON, "the stranger to be counted", || {
+        socket.send_to(b"hello", target)?;
+        let gossip = status(&lab["h1"])?["gossip"].clone();
+        ensure!(strings(&gossip["strangers"]) == ["fd77::fa"], "{gossip}");
+        Ok(())
+    })
+    .unwrap();
+}
