@@ -7,7 +7,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use ovl_proto::id::{Mac, NetworkId, NodeId};
 use ovl_proto::object::Network;
-use ovl_proto::table::{Entry, Key};
+use ovl_proto::table::Entry;
 
 use crate::device::Device;
 use crate::filter;
@@ -49,7 +49,6 @@ pub fn host(view: &View, local: &Local) -> Kernel {
         .collect();
     let mut kernel = Kernel::default();
     if built.is_empty() {
-        // Nothing of ours is here; a table left over still refuses strangers, and does no harm.
         return kernel;
     }
     let vteps: BTreeSet<IpAddr> = view
@@ -85,7 +84,10 @@ pub fn network_part(view: &View, local: &Local, id: NetworkId) -> Kernel {
     devices(&mut kernel, network, own, mtu);
     let winners = winners(network, &placed);
     for Placed { node, endpoint } in &placed {
-        if winners.get(&endpoint.mac) != Some(&(node.record.id, endpoint.id)) {
+        let usable = endpoint.addresses.iter().all(|address| {
+            network.subnets.iter().any(|subnet| crate::ipam::is_usable(address.addr(), subnet))
+        });
+        if !usable || winners.get(&endpoint.mac) != Some(&(node.record.id, endpoint.id)) {
             continue;
         }
         let (bridge, vxlan) = (Device::bridge(id), Device::vxlan(id));
@@ -109,7 +111,7 @@ pub fn network_part(view: &View, local: &Local, id: NetworkId) -> Kernel {
             kernel.neighbours.insert((bridge, address.addr()), endpoint.mac);
         }
     }
-    own_endpoints(&mut kernel, view, local, own, id, mtu);
+    own_endpoints(&mut kernel, local, own, id, mtu);
     kernel
 }
 
@@ -140,14 +142,13 @@ fn devices(kernel: &mut Kernel, network: &Network, own: &Node, mtu: u16) {
 }
 
 /// The host's ends: all that the table names, isolated or not, so that none is swept away.
-fn own_endpoints(kernel: &mut Kernel, view: &View, local: &Local, own: &Node, id: NetworkId, mtu: u16) {
+fn own_endpoints(kernel: &mut Kernel, local: &Local, own: &Node, id: NetworkId, mtu: u16) {
     for entry in own.table.entries() {
         let Entry::Endpoint(endpoint) = entry else { continue };
         if endpoint.network != id {
             continue;
         }
-        let silent = local.isolated.contains_key(&endpoint.id)
-            || (view.alloc.members.contains(&view.me) && view.address_conflict(view.me, endpoint).is_some());
+        let silent = local.isolated.contains_key(&endpoint.id);
         let master = (!silent).then(|| Device::bridge(id));
         kernel.links.insert(
             Device::endpoint(endpoint.id),
@@ -183,13 +184,11 @@ pub fn mtu(view: &View, network: &Network, placed: &[Placed<'_>]) -> u16 {
     let carried = hosts
         .values()
         .map(|node| {
-            let outer = hosts
-                .keys()
-                .filter(|peer| **peer != node.record.id)
-                .filter_map(|peer| match node.table.get(&Key::PathMtu(*peer)) {
-                    Some(Entry::PathMtu { mtu, .. }) => Some(*mtu),
-                    _ => None,
-                })
+            let outer = node
+                .table
+                .path_mtus()
+                .filter(|(peer, _)| hosts.contains_key(peer))
+                .map(|(_, mtu)| mtu)
                 .fold(node.record.link_mtu, u16::min);
             outer.saturating_sub(overhead(node.record.vtep))
         })

@@ -20,10 +20,10 @@ pub fn diff(actual: &Kernel, desired: &Kernel, prune: bool) -> Vec<Op> {
             ops.push(Op::Sysctl { name: name.clone(), value: value.clone() });
         }
     }
-    if let Some(filter) = &desired.filter
-        && actual.filter.as_ref() != Some(filter)
-    {
-        ops.push(Op::Filter(filter.clone()));
+    match &desired.filter {
+        Some(filter) if actual.filter.as_ref() != Some(filter) => ops.push(Op::Filter(filter.clone())),
+        None if prune && actual.filter.is_some() => ops.push(Op::DelFilter),
+        Some(_) | None => {}
     }
     let gone = links(actual, desired, prune, &mut ops);
     let there = |device: &Device| !gone.contains(device);

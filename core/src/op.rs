@@ -23,6 +23,8 @@ pub enum Op {
     },
     /// Replace our nftables table in one transaction.
     Filter(String),
+    /// Remove our nftables table.
+    DelFilter,
     /// Make a bridge or a VXLAN device.
     AddLink(Device, Link),
     /// Bring a device that is there to the second state; the first is what was found.
@@ -55,7 +57,7 @@ impl Op {
     /// The device that it is about, for the status of objects and for the scope of a pass.
     pub fn device(&self) -> Option<Device> {
         match self {
-            Self::Sysctl { .. } | Self::Filter(_) => None,
+            Self::Sysctl { .. } | Self::Filter(_) | Self::DelFilter => None,
             Self::AddLink(device, _)
             | Self::SetLink(device, _, _)
             | Self::DelLink(device)
@@ -78,6 +80,7 @@ impl fmt::Display for Op {
         match self {
             Self::Sysctl { name, value } => write!(f, "sysctl -w {name}={value}"),
             Self::Filter(_) => write!(f, "nft -f - # table inet {}", filter::TABLE),
+            Self::DelFilter => write!(f, "nft delete table inet {}", filter::TABLE),
             Self::AddLink(device, link) => add_link(f, *device, link),
             Self::SetLink(device, from, to) => set_link(f, *device, from, to),
             Self::DelLink(device) => write!(f, "ip link del {device}"),

@@ -52,6 +52,15 @@ impl Table {
         self.entries.values().map(|(entry, _)| entry)
     }
 
+    /// The peers to which the path carries less than the owner's link, and how much: few entries, at
+    /// the end of the table.
+    pub fn path_mtus(&self) -> impl Iterator<Item = (NodeId, u16)> {
+        self.entries.range(Key::PathMtu(NodeId::default())..).filter_map(|(_, (entry, _))| match entry {
+            Entry::PathMtu { peer, mtu } => Some((*peer, *mtu)),
+            Entry::Endpoint(_) | Entry::Lease { .. } => None,
+        })
+    }
+
     /// One entry.
     pub fn get(&self, key: &Key) -> Option<&Entry> {
         self.entries.get(key).map(|(entry, _)| entry)

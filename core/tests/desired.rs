@@ -233,7 +233,8 @@ fn an_isolated_endpoint_is_cut_off_and_kept() {
     let mut view = view();
     give(&mut view, 1, vec![endpoint(1, "10.9.0.9/24")]);
     view.alloc.blocks.clear();
-    let kernel = desired(&view, &local());
+    let isolated = BTreeMap::from([(EndpointId([1; 5]), "its block went to another host".to_owned())]);
+    let kernel = desired(&view, &Local { isolated, ..local() });
     let link =
         kernel.links.values().find(|link| matches!(link, ovl_core::kernel::Link::Endpoint { .. })).unwrap();
     assert!(matches!(link, ovl_core::kernel::Link::Endpoint { master: None, up: false, .. }), "{link:?}");

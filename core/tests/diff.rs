@@ -16,12 +16,13 @@ fn apply(kernel: &mut Kernel, op: &Op) -> Result<(), String> {
     let there = |kernel: &Kernel, device: &Device| {
         if kernel.links.contains_key(device) { Ok(()) } else { Err(format!("no device for: {op}")) }
     };
-    if !matches!(op, Op::AddLink(..) | Op::Sysctl { .. } | Op::Filter(_)) {
+    if !matches!(op, Op::AddLink(..) | Op::Sysctl { .. } | Op::Filter(_) | Op::DelFilter) {
         there(kernel, &op.device().unwrap())?;
     }
     match op.clone() {
         Op::Sysctl { name, value } => drop(kernel.sysctls.insert(name, value)),
         Op::Filter(text) => kernel.filter = Some(text),
+        Op::DelFilter => kernel.filter = None,
         Op::AddLink(device, link) => {
             if let Link::Vxlan { master: Some(master), .. } | Link::Endpoint { master: Some(master), .. } =
                 link
@@ -128,9 +129,6 @@ fn reachable(actual: &Kernel, desired: &Kernel) -> Kernel {
     let mut reached = desired.clone();
     for device in lost_endpoints(actual, desired).collect::<BTreeSet<_>>() {
         reached.forget_device(device);
-    }
-    if reached.filter.is_none() {
-        reached.filter.clone_from(&actual.filter);
     }
     for (name, value) in &actual.sysctls {
         reached.sysctls.entry(name.clone()).or_insert_with(|| value.clone());

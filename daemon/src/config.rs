@@ -224,10 +224,15 @@ fn parse_advertise(text: &str) -> Result<SocketAddr> {
 /// The address that this host would use towards the first peer; towards the world if there is
 /// none. Connecting a UDP socket asks the routing table and sends nothing.
 fn own_address(join: &[String]) -> Result<IpAddr> {
-    let target = join
-        .first()
-        .and_then(|peer| peer.to_socket_addrs().ok()?.next())
-        .unwrap_or_else(|| SocketAddr::from(([192, 0, 2, 1], DEFAULT_PORT)));
+    let target = match join.first() {
+        // A name that cannot be resolved yet is no reason to choose another way out.
+        Some(peer) => peer
+            .to_socket_addrs()
+            .ok()
+            .and_then(|mut found| found.next())
+            .with_context(|| format!("join: {peer} cannot be resolved, and --advertise is not given"))?,
+        None => SocketAddr::from(([192, 0, 2, 1], DEFAULT_PORT)),
+    };
     let any: SocketAddr =
         if target.is_ipv4() { ([0, 0, 0, 0], 0).into() } else { (std::net::Ipv6Addr::UNSPECIFIED, 0).into() };
     let local = UdpSocket::bind(any).and_then(|socket| {

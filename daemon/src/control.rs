@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use ovl_proto::control::{Event, Failure, FailureKind, MAX_REQUEST, Reply, Request};
+use serde_json::{Map, Value};
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::Semaphore;
@@ -70,8 +71,15 @@ async fn client(node: &Rc<Node>, stream: UnixStream) -> std::io::Result<()> {
             let message = format!("a request is at most {MAX_REQUEST} bytes long");
             return send(&mut write, &Reply::Error(Failure { kind: FailureKind::Invalid, message })).await;
         }
-        match serde_json::from_slice::<Request>(&line) {
-            Ok(Request::Events { follow: true }) => return follow(node, &mut write).await,
+        match parse(&line) {
+            Ok(Request::Events { follow: true }) => {
+                // A client that goes away says so on its side of the connection alone.
+                let mut ignored = tokio::io::sink();
+                return tokio::select! {
+                    result = follow(node, &mut write) => result,
+                    _ = tokio::io::copy(&mut read, &mut ignored) => Ok(()),
+                };
+            }
             Ok(request) => {
                 let reply = node.answer(request).await;
                 send(&mut write, &reply).await?;
@@ -81,6 +89,18 @@ async fn client(node: &Rc<Node>, stream: UnixStream) -> std::io::Result<()> {
                 send(&mut write, &Reply::Error(Failure { kind: FailureKind::Invalid, message })).await?;
             }
         }
+    }
+}
+
+/// Reads a request, and nothing beside it.
+fn parse(line: &[u8]) -> Result<Request, String> {
+    let request: Request = serde_json::from_slice(line).map_err(|error| error.to_string())?;
+    // serde passes over what stands beside the name of a request that has no fields.
+    let given: Map<String, Value> = serde_json::from_slice(line).map_err(|error| error.to_string())?;
+    let known = serde_json::to_value(&request).map_err(|error| error.to_string())?;
+    match given.keys().find(|key| known.get(*key).is_none()) {
+        Some(key) => Err(format!("unknown field `{key}`")),
+        None => Ok(request),
     }
 }
 

@@ -48,7 +48,10 @@ fn start(args: Args) -> Result<()> {
             .create(dir)
             .with_context(|| format!("making {}", dir.display()))?;
     }
-    let _lock = lock(&config.run_dir)?;
+    let _locks = [
+        lock(&config.run_dir, "run directory", "--run-dir")?,
+        lock(&config.state_dir, "state directory", "--state-dir")?,
+    ];
     // Everything that counts runs on one thread; the kernel's worker and the disk have their own.
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -57,9 +60,9 @@ fn start(args: Args) -> Result<()> {
     tokio::task::LocalSet::new().block_on(&runtime, node::run(config))
 }
 
-/// One daemon for each run directory: held until the process ends, however it ends.
-fn lock(run_dir: &Path) -> Result<Flock<File>> {
-    let path = run_dir.join("lock");
+/// One daemon for each directory: held until the process ends, however it ends.
+fn lock(dir: &Path, what: &str, flag: &str) -> Result<Flock<File>> {
+    let path = dir.join("lock");
     let file = OpenOptions::new()
         .write(true)
         .create(true)
@@ -70,8 +73,8 @@ fn lock(run_dir: &Path) -> Result<Flock<File>> {
     match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
         Ok(lock) => Ok(lock),
         Err((_, nix::errno::Errno::EWOULDBLOCK)) => bail!(
-            "another ovld is running with the run directory {}: stop it, or give this one its own with --run-dir",
-            run_dir.display()
+            "another ovld is running with the {what} {}: stop it, or give this one its own with {flag}",
+            dir.display()
         ),
         Err((_, error)) => Err(error).with_context(|| format!("locking {}", path.display())),
     }

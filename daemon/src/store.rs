@@ -26,6 +26,8 @@ const MAGIC: &[u8] = b"ovl state 1\n";
 /// What must outlive a reboot.
 #[derive(Debug, Default, Serialize, Deserialize)]
 pub(crate) struct State {
+    /// When it was saved, in milliseconds since 1970.
+    pub saved_ms: u64,
     /// Of the last run; the next one's is higher.
     pub generation: u64,
     /// The clock of cluster objects.
@@ -65,12 +67,12 @@ fn decode(bytes: &[u8]) -> Result<State> {
     if sha256(body) != sum {
         bail!("its checksum is wrong");
     }
-    Ok(wire::decode_body(body)?)
+    Ok(wire::decode_stored(body)?)
 }
 
 /// Encodes and writes the file, and does not return before it is on the disk.
 pub(crate) fn write(path: &Path, state: &State) -> Result<()> {
-    let body = wire::encode_body(state)?;
+    let body = wire::encode_stored(state)?;
     replace(path, &[MAGIC, &sha256(&body), &body].concat())
 }
 
@@ -120,7 +122,7 @@ impl Writer {
 
     /// Queues a state.
     pub(crate) fn save(&self, number: u64, state: &State) -> Result<()> {
-        let body = wire::encode_body(state)?;
+        let body = wire::encode_stored(state)?;
         let file = [MAGIC, &sha256(&body), &body].concat();
         self.jobs.send((number, file)).context("the thread that writes the state has ended")
     }

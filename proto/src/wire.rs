@@ -27,20 +27,49 @@ pub enum WireError {
     Malformed(String),
 }
 
+/// Nothing that is kept in a file of ours is larger than this.
+pub const MAX_STORED: usize = 256 << 20;
+
 /// The body of a frame without its version byte: for what is nested in other frames, and signed.
 pub fn encode_body<T: Serialize>(value: &T) -> Result<Vec<u8>, WireError> {
-    bincode::serde::encode_to_vec(value, bincode::config::standard().with_limit::<MAX_FRAME>())
-        .map_err(|error| WireError::Malformed(error.to_string()))
+    within(MAX_FRAME, encode_stored(value)?)
+}
+
+/// For a file of ours: several things that each fit a frame.
+pub fn encode_stored<T: Serialize>(value: &T) -> Result<Vec<u8>, WireError> {
+    let bytes = bincode::serde::encode_to_vec(value, bincode::config::standard())
+        .map_err(|error| WireError::Malformed(error.to_string()))?;
+    within(MAX_STORED, bytes)
+}
+
+/// The reverse of [`encode_stored`].
+pub fn decode_stored<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, WireError> {
+    decode_with::<T, MAX_STORED>(bytes)
+}
+
+/// bincode applies its limit when it reads, and not when it writes.
+fn within(most: usize, bytes: Vec<u8>) -> Result<Vec<u8>, WireError> {
+    if bytes.len() > most {
+        return Err(too_long(bytes.len(), most));
+    }
+    Ok(bytes)
+}
+
+fn too_long(length: usize, most: usize) -> WireError {
+    WireError::Malformed(format!("{length} bytes, at most {most} are allowed"))
 }
 
 /// The reverse of [`encode_body`]; bytes left over are an error.
 pub fn decode_body<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, WireError> {
-    if bytes.len() > MAX_FRAME {
-        return Err(WireError::Malformed(format!("{} bytes, at most {MAX_FRAME} are allowed", bytes.len())));
+    decode_with::<T, MAX_FRAME>(bytes)
+}
+
+fn decode_with<T: DeserializeOwned, const MOST: usize>(bytes: &[u8]) -> Result<T, WireError> {
+    if bytes.len() > MOST {
+        return Err(too_long(bytes.len(), MOST));
     }
-    let (value, used) =
-        bincode::serde::decode_from_slice(bytes, bincode::config::standard().with_limit::<MAX_FRAME>())
-            .map_err(|error| WireError::Malformed(error.to_string()))?;
+    let (value, used) = bincode::serde::decode_from_slice(bytes, bincode::config::standard().with_limit::<MOST>())
+        .map_err(|error| WireError::Malformed(error.to_string()))?;
     if used != bytes.len() {
         return Err(WireError::Malformed(format!("{} bytes left over", bytes.len() - used)));
     }

@@ -16,7 +16,7 @@ use crate::{Attached, SOON};
 const INTERVAL: Duration = Duration::from_millis(5);
 /// How long the last answers may take.
 const TAIL: Duration = Duration::from_secs(3);
-/// How many more are sent before a flow ends that must be without loss.
+/// How many are sent in a second.
 const MORE: u32 = 200;
 
 /// Datagrams from one workload to another and back, 200 a second, from its start to
@@ -65,18 +65,18 @@ impl Flow {
         sender.join().map_err(|_| anyhow!("the flow's thread panicked"))
     }
 
+    /// Lets it go on for a second.
+    pub fn go_on(&self) -> Result<()> {
+        let enough = self.sent.load(Ordering::Relaxed) + MORE;
+        wait_until(SOON, "more datagrams of a flow", || self.sent.load(Ordering::Relaxed) >= enough)
+    }
+
     /// Ends it after a second more, and fails if a datagram was lost.
     pub fn finish_without_loss(self) -> Result<()> {
-        let enough = self.sent.load(Ordering::Relaxed) + MORE;
-        wait_until(SOON, "more datagrams of a flow", || self.sent.load(Ordering::Relaxed) >= enough)?;
-        let report = self.finish()?;
-        ensure!(
-            report.lost.is_empty(),
-            "{} of {} are lost: {:?}",
-            report.lost.len(),
-            report.sent,
-            report.lost
-        );
+        self.go_on()?;
+        let FlowReport { sent, lost } = self.finish()?;
+        let ends = (lost.first(), lost.last());
+        ensure!(lost.is_empty(), "{} of {sent} datagrams are lost, from {ends:?} on", lost.len());
         Ok(())
     }
 }

@@ -7,8 +7,8 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use netns_lab::{Host, Lab, LabConfig, Netns, PortMtu, Underlay, wait_until};
 use ovl_tests::{
-    Attached, SOON, attach, attach_workload, make_network, ping_all_pairs, rows, started, started_with, text,
-    wait_clean, wait_endpoints,
+    Attached, SOON, assert_says, attach, attach_workload, make_network, ping_all_pairs, refused, rows,
+    started, started_with, text, wait_clean, wait_endpoints,
 };
 use serde_json::Value;
 
@@ -214,9 +214,11 @@ fn broadcast_reaches_all_endpoints_of_its_network_and_no_others() {
         all.iter().map(|each| listener(&each.workload, Ipv4Addr::UNSPECIFIED, PORT)).collect()
     };
     let (hears_blue, hears_red) = (hear(&blue[1..]), hear(&red));
-    send(&blue[0].workload, "10.99.0.255:5000".parse().unwrap(), "to all in blue");
-    for socket in &hears_blue {
-        assert_eq!(next(socket).unwrap().0, "to all in blue");
+    for broadcast in ["10.99.0.255:5000", "255.255.255.255:5000"] {
+        send(&blue[0].workload, broadcast.parse().unwrap(), broadcast);
+        for socket in &hears_blue {
+            assert_eq!(next(socket).unwrap().0, broadcast);
+        }
     }
     // Whatever had come over from blue would have been there before this.
     for (socket, each) in hears_red.iter().zip(&red) {
@@ -542,4 +544,35 @@ fn a_path_that_becomes_narrower_is_found_out() {
     let third = attach(&lab["h3"], "c", "blue", &[]).unwrap();
     lab["h2"].ctl_ok(&["detach", "b"]).unwrap();
     wait_mtu("blue", &[all[0].clone(), third], 1450, SOON);
+}
+
+#[test]
+fn another_vxlan_port_can_be_configured() {
+    let lab = started_with(LabConfig::hosts(2).config("vxlan_port = 8472")).unwrap();
+    make_network(&lab, "blue", &["--subnet", "10.99.0.0/24"]).unwrap();
+    let all = [("h1", "a"), ("h2", "b")].map(|(h, name)| attach(&lab[h], name, "blue", &[]).unwrap());
+    let count = "table bridge watch {
+        counter crossed {}
+        chain forward { type filter hook forward priority -10; policy accept; udp dport 8472 counter name crossed; }
+    }";
+    lab.switch().exec_input(["nft", "-f", "-"], Some(count)).unwrap();
+    ping_all_pairs(&all, SOON).unwrap();
+    assert!(counted(&lab.switch(), "crossed") >= 4);
+}
+
+#[test]
+fn a_vni_that_a_foreign_device_has_is_reported_with_its_name() {
+    let lab = started(1).unwrap();
+    let host = &lab["h1"];
+    make_network(&lab, "blue", &["--subnet", "10.99.0.0/24", "--vni", "777"]).unwrap();
+    host.exec_ok("ip link add foreign7 type vxlan id 777 dstport 4789 nolearning".split(' ')).unwrap();
+    host.exec_ok(["ip", "link", "set", "foreign7", "up"]).unwrap();
+    let workload = host.workload("a").unwrap();
+    let error = refused(host, &["attach", "a", "--network", "blue", "--netns", workload.path_str()]).unwrap();
+    assert_says(&error, &["foreign7", "777"]);
+    assert!(!workload.exec_ok(["ip", "-o", "link"]).unwrap().contains("eth0"));
+    host.exec_ok(["ip", "link", "del", "foreign7"]).unwrap();
+    wait_until(SOON, "the attach to work", || attach_workload(workload.clone(), "blue", &[]).map(drop))
+        .unwrap();
+    wait_clean(lab.hosts(), SOON).unwrap();
 }

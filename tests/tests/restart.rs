@@ -1,10 +1,12 @@
 //! Daemons that are stopped, killed and started again, while what they built goes on.
 
 use std::collections::BTreeSet;
+use std::io::{Read as _, Write as _};
+use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use netns_lab::{Host, Lab, LabConfig, Workload, wait_until};
+use netns_lab::{Host, Lab, LabConfig, Signal, Workload, wait_until};
 use ovl_tests::{
     Attached, Flow, SOON, attach, endpoints, make_network, peer, ping_all_pairs, rows, started, started_with,
     text, wait_clean, wait_endpoints,
@@ -92,6 +94,65 @@ fn a_stopped_daemon_ends_soon_says_that_it_restarts_and_costs_no_packet() {
     for flow in flows {
         flow.finish_without_loss().unwrap();
     }
+}
+
+#[test]
+fn a_daemon_started_while_its_peers_is_down_keeps_what_that_peer_owns() {
+    let (lab, [a, b]) = pair(LabConfig::hosts(2));
+    let flow = Flow::start(&a, &b).unwrap();
+    // What was learnt less than a moment ago may be lost with the daemon.
+    flow.go_on().unwrap();
+    for host in lab.hosts() {
+        host.kill9().unwrap();
+    }
+    lab["h1"].start().unwrap();
+    // Ready: from here on it removes what should not be there.
+    lab["h1"].wait_ready(SOON).unwrap();
+    wait_state(&lab["h1"], "h2", "suspect");
+    assert_eq!(endpoints(&lab["h1"]).unwrap(), BOTH_READY);
+    wait_clean(lab.hosts(), SOON).unwrap();
+    lab["h2"].start().unwrap();
+    wait_settled(&lab);
+    flow.finish_without_loss().unwrap();
+}
+
+#[test]
+fn a_frozen_daemon_costs_no_packet_and_is_back_when_it_thaws() {
+    let (lab, [a, b]) = pair(LabConfig::hosts(2));
+    let flow = Flow::start(&a, &b).unwrap();
+    lab["h2"].signal(Signal::SIGSTOP).unwrap();
+    wait_state(&lab["h1"], "h2", "suspect");
+    assert_eq!(endpoints(&lab["h1"]).unwrap(), BOTH_READY);
+    let fresh = attach(&lab["h1"], "c", "blue", &[]).unwrap();
+    lab["h2"].signal(Signal::SIGCONT).unwrap();
+    wait_settled(&lab);
+    wait_endpoints(&lab["h2"], &["a on h1 is ready", "b on h2 is ready", "c on h1 is ready"], SOON).unwrap();
+    ping_all_pairs(&[fresh, b], SOON).unwrap();
+    flow.finish_without_loss().unwrap();
+}
+
+#[test]
+fn a_connection_to_the_outside_outlives_the_daemon() {
+    let (lab, [a, _]) = pair(LabConfig::hosts(2));
+    let outside = lab.switch();
+    outside.exec_ok(["ip", "addr", "add", "192.168.77.250/24", "dev", "br0"]).unwrap();
+    let echo = outside.tcp_echo(0).unwrap();
+    a.workload.ping_until("192.168.77.250", SOON).unwrap();
+    let connect = || TcpStream::connect(("192.168.77.250", echo.port()));
+    let mut stream = a.workload.run(connect).unwrap().unwrap();
+    stream.set_read_timeout(Some(SOON)).unwrap();
+    let mut exchange = |text: &[u8]| -> std::io::Result<bool> {
+        stream.write_all(text)?;
+        let mut back = vec![0; text.len()];
+        stream.read_exact(&mut back)?;
+        Ok(back == text)
+    };
+    assert!(exchange(b"before").unwrap());
+    lab["h1"].kill9().unwrap();
+    assert!(exchange(b"between").unwrap());
+    lab["h1"].start().unwrap();
+    wait_settled(&lab);
+    assert!(exchange(b"after").unwrap());
 }
 
 #[test]

@@ -70,7 +70,7 @@ impl Known {
             Op::Sysctl { name, value } => {
                 kernel.sysctls.insert(name.clone(), value.clone());
             }
-            Op::Filter(_) => {}
+            Op::Filter(_) | Op::DelFilter => {}
             Op::AddLink(device, link) | Op::SetLink(device, _, link) => {
                 kernel.links.insert(*device, *link);
             }

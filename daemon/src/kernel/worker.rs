@@ -199,6 +199,7 @@ impl Worker {
                 return for_all(apply::delete(route, devices, &doomed));
             }
             [Op::Sysctl { name, value }] => sysctl::write(name, value),
+            [Op::DelFilter] => self.filter.remove(),
             [Op::Filter(text)] => match self.filter.replace(text) {
                 Ok(disturbed) => {
                     if disturbed {

@@ -127,6 +127,19 @@ impl Links {
         })
     }
 
+    /// Whether whoever listens there has our own identity: a clash is believed only if so.
+    pub(crate) fn is_us(&self, addr: SocketAddr) -> impl Future<Output = bool> + Send + use<> {
+        let shared = Arc::clone(&self.shared);
+        async move {
+            let ask = async {
+                let mut stream = tokio::net::TcpStream::connect(addr).await?;
+                noise::dial(&mut stream, &shared.keyring, &shared.identity, &shared.record()).await
+            };
+            let answer = tokio::time::timeout(Duration::from_secs(5), ask).await;
+            matches!(answer, Ok(Ok(secured)) if secured.record.id == shared.identity.id())
+        }
+    }
+
     /// What later handshakes say of us.
     pub(crate) fn set_record(&self, record: SignedRecord) {
         *self.shared.record.lock().unwrap_or_else(PoisonError::into_inner) = record;

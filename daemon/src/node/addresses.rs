@@ -63,7 +63,8 @@ impl Node {
     fn set_aside(&self, network: NetworkId, subnet: &Subnet, address: IpAddr) -> Option<Reserved<'_>> {
         let net = IpNet::new(address, subnet.prefix.prefix_len()).ok()?;
         let fresh = self.state.borrow_mut().pending.addresses.insert((network, address));
-        fresh.then_some(Reserved { node: self, network, net })
+        // Not `then_some`: what is not handed out must not be dropped either.
+        fresh.then(|| Reserved { node: self, network, net })
     }
 
     /// One more block than we hold.
@@ -81,11 +82,11 @@ impl Node {
         };
         let (tell, answer) = oneshot::channel();
         self.request_change(change, Some(tell));
-        let result = answer.await.map_err(|_| Failed::unavailable("ovld is stopping"))?;
+        let result = self.agreed(answer).await?;
         if result.is_ok() {
             self.event("block", &network.name, &format!("claimed a block of {}", subnet.prefix));
         }
-        Ok(result.map(|_| ()))
+        Ok(result)
     }
 
     /// Every block has a holder: one of them may have an address to spare.

@@ -9,7 +9,6 @@ use ovl_core::alloc::{Event, Output};
 use ovl_proto::alloc::{AllocMessage, Block, Change, Refusal};
 use ovl_proto::control::PeerState;
 use ovl_proto::id::{NetworkId, NodeId};
-use ovl_proto::record::Presence;
 use ovl_proto::sync::{LeaseWish, Message};
 use ovl_proto::table::Entry;
 use tokio::sync::oneshot;
@@ -20,6 +19,10 @@ use crate::store;
 
 /// A host that does not answer a request for a lease is given up after this time.
 const LEASE_TIMEOUT: Duration = Duration::from_secs(3);
+/// What must be on the disk is there by then, or something is wrong with the disk.
+const DISK_TIMEOUT: Duration = Duration::from_secs(10);
+/// Between two attempts to get our addresses back: the others' streams may not be up yet.
+const RECLAIM_RETRY: Duration = Duration::from_secs(2);
 /// Between two attempts to become a member.
 const ADMISSION_RETRY: Duration = Duration::from_millis(200);
 /// A host that has found no cluster says so after this time.
@@ -27,9 +30,22 @@ const NOBODY_AFTER: Duration = Duration::from_secs(3);
 /// How long a new host waits for the records of all members before it asks for admission.
 const RECORDS_WITHIN: Duration = Duration::from_secs(2);
 
+fn fits(wish: LeaseWish, address: IpAddr) -> bool {
+    match wish {
+        LeaseWish::Exact(wanted) => wanted == address,
+        LeaseWish::AnyOf(prefix) => prefix.contains(&address),
+    }
+}
+
 impl Node {
     /// A message of another host's allocator.
     pub(super) fn on_alloc(&self, from: NodeId, message: AllocMessage) {
+        if let AllocMessage::Request { change: Change::DropNetwork(network), .. } = &message
+            && self.state.borrow().view.networks.contains_key(network)
+        {
+            tracing::warn!(%from, %network, "asks to free the blocks of a network that is there");
+            return;
+        }
         let output = {
             let mut state = self.state.borrow_mut();
             let now = state.now();
@@ -70,11 +86,26 @@ impl Node {
     pub(super) async fn change(&self, change: Change) -> Result<(), Failed> {
         let (tell, answer) = oneshot::channel();
         self.request_change(change, Some(tell));
-        match answer.await {
-            Ok(Ok(_)) => Ok(()),
-            Ok(Err(refusal)) => Err(self.explain(&refusal)),
-            Err(_) => Err(Failed::unavailable("ovld is stopping")),
+        self.agreed(answer).await?.map_err(|refusal| self.explain(&refusal))
+    }
+
+    /// Waits for the answer to a change. The allocator gives up by itself; beyond that only a disk
+    /// that takes nothing can hold it up.
+    pub(super) async fn agreed(
+        &self,
+        answer: oneshot::Receiver<Result<u64, Refusal>>,
+    ) -> Result<Result<(), Refusal>, Failed> {
+        match tokio::time::timeout(DISK_TIMEOUT, answer).await {
+            Ok(Ok(result)) => Ok(result.map(|_| ())),
+            Ok(Err(_)) => Err(Failed::unavailable("ovld is stopping")),
+            Err(_) => Err(self.disk_is_stuck()),
         }
+    }
+
+    fn disk_is_stuck(&self) -> Failed {
+        let state = self.state.borrow();
+        let why = state.problems.get("state file").cloned();
+        Failed::unavailable(why.unwrap_or_else(|| "the state cannot be saved in time: is the disk stuck?".to_owned()))
     }
 
     /// A refusal in words for the user.
@@ -171,7 +202,8 @@ impl Node {
             state.touch_all();
             self.publish_hints(state);
         }
-        self.publish_record(Presence::Running);
+        let cluster = self.state.borrow().view.alloc.cluster;
+        self.change_record(|record| record.cluster = cluster);
         self.recompute_networks();
         self.work.notify_one();
         self.membership.notify_waiters();
@@ -195,13 +227,18 @@ impl Node {
     pub(super) async fn saved(&self) -> Result<(), Failed> {
         let (tell, done) = oneshot::channel();
         self.save_then(&mut self.state.borrow_mut(), Durable::Tell(tell));
-        done.await.map_err(|_| Failed::unavailable("ovld is stopping"))
+        match tokio::time::timeout(DISK_TIMEOUT, done).await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(_)) => Err(Failed::unavailable("ovld is stopping")),
+            Err(_) => Err(self.disk_is_stuck()),
+        }
     }
 
     /// What goes into the state file.
     pub(super) fn snapshot(&self) -> store::State {
         let state = self.state.borrow();
         store::State {
+            saved_ms: wall_ms(),
             generation: state.record().map_or(0, |record| record.generation),
             clock: state.clock,
             objects: state.objects.values().map(|(signed, _)| signed.clone()).collect(),
@@ -286,13 +323,16 @@ impl Node {
             let mut state = self.state.borrow_mut();
             state.next_request += 1;
             let id = state.next_request;
-            state.leases.insert(id, tell);
+            state.leases.insert(id, (holder, tell));
             (id, state.view.name_of(holder))
         };
         let sent = self.links().send(holder, &Message::LeaseRequest { id, network, wish });
         let answer = if sent { tokio::time::timeout(LEASE_TIMEOUT, answer).await.ok() } else { None };
         self.state.borrow_mut().leases.remove(&id);
         match answer {
+            Some(Ok(Ok(address))) if !fits(wish, address) => {
+                Err(format!("host {name} offers {address}, which was not asked for"))
+            }
             Some(Ok(result)) => result,
             Some(Err(_)) | None => Err(format!("host {name}, which holds the block, does not answer")),
         }
@@ -361,9 +401,12 @@ impl Node {
             let news = self.membership.notified();
             if self.state.borrow().is_member() {
                 self.state.borrow_mut().problem("admission", None);
-                self.reclaim().await;
-                // Until the map changes again: it may say that we were forgotten.
-                news.await;
+                if self.reclaim().await {
+                    // Until the map changes again: it may say that we were forgotten.
+                    news.await;
+                } else {
+                    tokio::time::timeout(RECLAIM_RETRY, news).await.ok();
+                }
                 continue;
             }
             self.seek_admission(&mut known_since).await;
@@ -433,7 +476,8 @@ impl Node {
 
     /// Endpoints that were here before this host was (again) a member: their blocks are claimed
     /// anew, and those whose addresses went to others are cut off and named.
-    async fn reclaim(&self) {
+    /// Says whether nothing is left to be done.
+    async fn reclaim(&self) -> bool {
         let wanted: Vec<(NetworkId, IpAddr)> = {
             let state = self.state.borrow();
             state
@@ -442,6 +486,7 @@ impl Node {
                 .filter(|(network, address)| !state.view.may_use(state.view.me, *network, *address))
                 .collect()
         };
+        let mut done = true;
         for (network, address) in wanted {
             let block = {
                 let state = self.state.borrow();
@@ -456,12 +501,14 @@ impl Node {
                 None => {
                     let claim = Change::ClaimExact { block: Block { network, prefix }, owner: me };
                     if let Err(failed) = self.change(claim).await {
+                        done = false;
                         tracing::warn!(%address, error = failed.0.message, "cannot claim a block again");
                     }
                 }
                 Some(holder) if holder != me => {
                     let reply = self.lease(holder, network, LeaseWish::Exact(address)).await;
                     if let Err(error) = reply {
+                        done = false;
                         tracing::warn!(%address, error, "cannot lease an address again");
                     }
                 }
@@ -469,6 +516,7 @@ impl Node {
             }
         }
         self.note_isolated();
+        done
     }
 
     /// Cuts off endpoints of ours whose addresses belong to others, and says which.
@@ -482,10 +530,8 @@ impl Node {
             .own_endpoints()
             .filter_map(|endpoint| {
                 let address = state.view.address_conflict(state.view.me, endpoint)?;
-                let holder = state
-                    .view
-                    .holder_of(endpoint.network, address)
-                    .map_or_else(|| "nobody".to_owned(), |holder| state.view.name_of(holder));
+                // In nobody's block: it is claimed again at this moment, or when there is a majority.
+                let holder = state.view.name_of(state.view.holder_of(endpoint.network, address)?);
                 let sentence = format!(
                     "endpoint {} is cut off: its address {address} is in a block of {holder} now. Detach it and attach \
                      it again to give it another one",

@@ -39,6 +39,19 @@ struct Place<'a> {
     device: Device,
 }
 
+/// A MAC address of an attach under way, given back when dropped.
+struct TakenMac<'a> {
+    node: &'a Node,
+    network: NetworkId,
+    mac: Mac,
+}
+
+impl Drop for TakenMac<'_> {
+    fn drop(&mut self) {
+        self.node.state.borrow_mut().pending.macs.remove(&(self.network, self.mac));
+    }
+}
+
 impl Drop for Place<'_> {
     fn drop(&mut self) {
         let mut state = self.node.state.borrow_mut();
@@ -68,7 +81,7 @@ impl Node {
             return Err(Failed::invalid(format!("network {} has no addresses", network.name)));
         };
         let mac = request.mac.unwrap_or_else(|| ipam::mac_of(network.id, first.net.addr()));
-        self.check_mac(network.id, mac)?;
+        let _mac = self.take_mac(network.id, mac)?;
         let Some(Role::Endpoint(id)) = place.device.role() else {
             return Err(Failed::internal("an endpoint's device without an id"));
         };
@@ -103,7 +116,7 @@ impl Node {
             gateways,
         };
         let (outcomes, made) = self.kernel.prepare_and_create(ops, spec).await;
-        let refused = self.note_outcomes(&outcomes, Some(network.id));
+        let refused = self.note_outcomes(&outcomes, Some((network.id, place.device)));
         let ifname = match (made, refused) {
             (Ok(ifname), None) => ifname,
             (made, refused) => {
@@ -165,10 +178,7 @@ impl Node {
         {
             return Err(Failed::invalid(format!("'{ifname}' is no name for an interface")));
         }
-        let labels: usize = request.labels.iter().map(|(key, value)| key.len() + value.len()).sum();
-        if request.aliases.len() > 64 || request.labels.len() > 64 || labels > 8192 {
-            return Err(Failed::invalid("at most 64 aliases, and 64 labels of 8 KiB together, are allowed"));
-        }
+        check_sizes(&request.aliases, &request.labels).map_err(Failed::invalid)?;
         let state = self.state.borrow();
         if !state.is_member() {
             let why =
@@ -192,10 +202,11 @@ impl Node {
         let namespace = request.namespace.clone().unwrap_or_else(|| "default".to_owned());
         let mut guard = self.state.borrow_mut();
         let state = &mut *guard;
-        let taken = state
-            .view
-            .endpoints(network.id)
-            .find(|placed| placed.endpoint.name == request.name && placed.endpoint.namespace == namespace);
+        let taken = state.view.all_endpoints().find(|placed| {
+            let endpoint = placed.endpoint;
+            (endpoint.network, &endpoint.name, &endpoint.namespace) == (network.id, &request.name, &namespace)
+                && state.view.counts(placed.node)
+        });
         if let Some(placed) = taken {
             return Err(Failed::conflict(format!(
                 "network {} has an endpoint {} already, on host {}",
@@ -255,21 +266,28 @@ impl Node {
         Ok(reserved)
     }
 
-    fn check_mac(&self, network: NetworkId, mac: Mac) -> Result<(), Failed> {
+    /// Sets a MAC address aside that no endpoint has.
+    fn take_mac(&self, network: NetworkId, mac: Mac) -> Result<TakenMac<'_>, Failed> {
         if !mac.is_unicast() {
             return Err(Failed::invalid(format!("{mac} is not the address of one interface")));
         }
         if mac == Mac::of_gateway(network) {
             return Err(Failed::conflict(format!("{mac} is the gateway's")));
         }
-        let state = self.state.borrow();
-        match state.view.endpoints(network).find(|placed| placed.endpoint.mac == mac) {
-            Some(placed) => Err(Failed::conflict(format!(
+        let mut state = self.state.borrow_mut();
+        let holder = state.view.all_endpoints().find(|placed| {
+            (placed.endpoint.network, placed.endpoint.mac) == (network, mac) && state.view.counts(placed.node)
+        });
+        if let Some(placed) = holder {
+            return Err(Failed::conflict(format!(
                 "{mac} is in use by endpoint {} on host {}",
                 placed.endpoint.name, placed.node.record.name
-            ))),
-            None => Ok(()),
+            )));
         }
+        if !state.pending.macs.insert((network, mac)) {
+            return Err(Failed::conflict(format!("{mac} is being given to another endpoint at this moment")));
+        }
+        Ok(TakenMac { node: self, network, mac })
     }
 
     /// What has to be done before an endpoint can be made: the network's devices and entries; and
@@ -306,7 +324,10 @@ impl Node {
             };
             let ids: Vec<_> = state.own_endpoints().filter(|e| fits(e)).map(|e| e.id).collect();
             if ids.is_empty()
-                && let Some(elsewhere) = state.view.all_endpoints().find(|placed| fits(placed.endpoint))
+                && let Some(elsewhere) = state
+                    .view
+                    .all_endpoints()
+                    .find(|placed| fits(placed.endpoint) && state.view.counts(placed.node))
             {
                 return Err(Failed::conflict(format!(
                     "endpoint {name} is on host {}: detach it there",
@@ -450,6 +471,16 @@ impl Node {
             device: own.then(|| Device::endpoint(endpoint.id).to_string()),
         }
     }
+}
+
+/// What an endpoint may carry, so that thousands of them stay small.
+pub(super) fn check_sizes(aliases: &[String], labels: &BTreeMap<String, String>) -> Result<(), String> {
+    let length: usize = labels.iter().map(|(key, value)| key.len() + value.len()).sum();
+    let clean = labels.iter().all(|(key, value)| !key.chars().chain(value.chars()).any(char::is_control));
+    if aliases.len() > 64 || labels.len() > 64 || length > 8192 || !clean {
+        return Err("at most 64 aliases, and 64 labels of 8 KiB together without control characters, are allowed".to_owned());
+    }
+    Ok(())
 }
 
 fn netns_path(netns: &NetnsRef) -> PathBuf {

@@ -99,15 +99,19 @@ impl Node {
             self.probe_silent();
             self.tick_alloc();
             self.check_caught_up();
+            // Often: what is not there when we are killed is not known after a start without peers.
+            if let Err(error) = self.cache_tables() {
+                tracing::warn!("{error:#}");
+            }
             if count.is_multiple_of(5) {
                 self.pull_missing();
                 self.expire_leases();
                 self.end_clashes();
                 self.drop_forgotten(&mut self.state.borrow_mut());
-                if let Err(error) = self.cache_tables() {
-                    tracing::warn!("{error:#}");
-                }
                 notify(&[sd_notify::NotifyState::Watchdog]);
+            }
+            if count.is_multiple_of(25) {
+                self.ask_objects_again();
             }
             if count.is_multiple_of(300) {
                 self.forget_long_dead();
@@ -167,8 +171,13 @@ impl Node {
             // Withdrawn all the same; its blocks stay with it until the others forget it.
             tracing::warn!(error = failed.0.message, "the cluster cannot be asked to forget this host");
         }
-        if how == Stop::Teardown {
-            self.remove_all().await?;
+        if how == Stop::Teardown
+            && let Err(failed) = self.remove_all().await
+        {
+            // Still here, and ready to be asked again.
+            self.state.borrow_mut().leaving = false;
+            self.recompute_networks();
+            return Err(failed);
         }
         self.stop.set(Some(how));
         let node = Rc::clone(self);
@@ -212,6 +221,11 @@ impl Node {
         if let Err(error) = self.cache_tables() {
             tracing::warn!("{error:#}");
         }
-        crate::store::write(&self.config.state_dir.join("state"), &self.snapshot())
+        // By the writer, which may be at work on that very file.
+        match tokio::time::timeout(Duration::from_secs(1), self.saved()).await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(failed)) => anyhow::bail!("{}", failed.0.message),
+            Err(_) => anyhow::bail!("the state was not saved in time; the last one that was stands"),
+        }
     }
 }

@@ -110,13 +110,24 @@ impl Node {
         let state_path = config.state_dir.join("state");
         let saved = store::read(&state_path)?;
         let identity_path = config.state_dir.join("identity");
-        if saved.is_some() && !identity_path.exists() {
-            bail!(
+        match (&saved, identity_path.exists()) {
+            // An empty one was left by a first start that was cut short.
+            (Some(state), false) if state.generation > 0 => bail!(
                 "{} is missing while {} is there: restore it from a backup, or remove the whole directory to begin \
                  anew under another identity",
                 identity_path.display(),
                 state_path.display()
-            );
+            ),
+            (None, true) => bail!(
+                "the state file {} is missing while {} is there, and to start without it could hand out addresses \
+                 twice. Restore it from a backup; or, if this host is to begin anew, run `ovlctl peers forget` for it \
+                 on another host, then remove the whole directory and start again",
+                state_path.display(),
+                identity_path.display()
+            ),
+            // The state comes first, so that an identity never stands without one.
+            (None, false) => store::write(&state_path, &store::State::default())?,
+            (Some(_), _) => {}
         }
         let identity = Arc::new(Identity::load_or_create(&identity_path)?);
         let saved = saved.unwrap_or_default();
@@ -194,13 +205,15 @@ impl Node {
 
     /// Peers, objects and tables of the last run.
     fn recall(&self, saved: store::State) {
+        // Time in which this host was off is not held against the others.
+        let off = wall_ms().saturating_sub(saved.saved_ms);
         for (signed, last_alive_ms) in saved.peers {
             match crate::crypto::open_record(&signed) {
                 Ok(record) => {
                     let id = record.id;
                     self.take_record(record, signed);
                     if let Some(peer) = self.state.borrow_mut().peers.get_mut(&id) {
-                        peer.last_alive_ms = last_alive_ms;
+                        peer.last_alive_ms = last_alive_ms.saturating_add(off);
                     }
                 }
                 Err(error) => tracing::error!(%error, "passed over a host of the state file"),
@@ -239,6 +252,8 @@ impl Node {
         };
         let entries = kept.into_iter().map(ovl_proto::table::Entry::Endpoint).chain(leases).collect();
         self.write_table(entries, Vec::new());
+        // A network that was removed is served as long as it has endpoints, and these are some.
+        self.recompute_networks();
         self.whole_pass().await;
         self.publish_record(Presence::Running);
         Ok(())
@@ -271,8 +286,11 @@ impl Node {
         });
     }
 
-    /// Gives the own record a generation beyond `last`, and begins the table anew with it.
+    /// Gives the own record a generation beyond `last`, if it is not, and begins the table anew with it.
     fn renew_generation(&self, last: u64) {
+        if self.state.borrow().record().is_some_and(|record| record.generation > last) {
+            return;
+        }
         self.change_record(|record| {
             record.generation = next_generation(record.generation.max(last));
             record.revision = 0;

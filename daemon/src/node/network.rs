@@ -190,7 +190,9 @@ impl Node {
             let users: Vec<String> = state
                 .view
                 .all_endpoints()
-                .filter(|placed| placed.endpoint.network == network.id)
+                .filter(|placed| {
+                    placed.endpoint.network == network.id && state.view.alloc.members.contains(&placed.node.record.id)
+                })
                 .map(|placed| format!("{} on {}", placed.endpoint.name, placed.node.record.name))
                 .collect();
             if !users.is_empty() {

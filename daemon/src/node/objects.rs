@@ -92,6 +92,21 @@ impl Node {
         self.links().send(peer, &Message::ObjectIndex { index, reply: true });
     }
 
+    /// Asks peers whose objects differ from ours, in case an answer was lost or refused.
+    pub(super) fn ask_objects_again(&self) {
+        let differ: Vec<NodeId> = {
+            let state = self.state.borrow();
+            let peers = state.peers.iter();
+            peers
+                .filter(|(_, peer)| peer.signs.gossip && peer.hints.objects != state.objects_digest)
+                .map(|(id, _)| *id)
+                .collect()
+        };
+        for peer in differ {
+            self.ask_objects(peer);
+        }
+    }
+
     fn objects_changed(&self, state: &mut State) {
         state.objects_digest = digest(state);
         self.publish_hints(state);
@@ -104,8 +119,9 @@ impl Node {
         let (rewrites, drops) = {
             let mut guard = self.state.borrow_mut();
             let state = &mut *guard;
-            let used: std::collections::BTreeSet<NetworkId> =
+            let mut used: std::collections::BTreeSet<NetworkId> =
                 state.view.all_endpoints().map(|placed| placed.endpoint.network).collect();
+            used.extend(state.local.wanted.keys());
             let Resolution { networks, rewritten, overlaps } =
                 networks::resolve(state.objects.values().map(|(_, object)| object), |id| used.contains(&id));
             for (id, network) in &networks {
@@ -252,8 +268,9 @@ impl Node {
         let mut guard = self.state.borrow_mut();
         for signed in objects {
             match open_object(&signed) {
+                // Whatever the clock says now: it may not be set yet, and these were ours before.
                 Ok(object) => {
-                    insert(&mut guard, signed, object);
+                    guard.objects.insert(object.key(), (signed, object));
                 }
                 Err(error) => tracing::error!(error, "passed over an object of the state file"),
             }

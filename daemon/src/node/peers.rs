@@ -8,6 +8,7 @@ use std::time::Duration;
 use ovl_core::liveness::{self, Signs};
 use ovl_core::table::Table;
 use ovl_core::view;
+use ovl_proto::alloc::{AllocMessage, Change};
 use ovl_proto::control::PeerState;
 use ovl_proto::id::NodeId;
 use ovl_proto::record::{NodeRecord, Presence, SignedRecord};
@@ -23,12 +24,14 @@ use crate::links::LinkEvent;
 /// reported as not reachable.
 pub(super) const UNREACHABLE: Duration = Duration::from_secs(5);
 
+/// A host that is no member and not alive is not known any more after this time.
+const NEVER_ADMITTED_MS: u64 = 10 * 60 * 1000;
 /// A clash is told again every ten seconds while it lasts.
 const CLASH_OVER_MS: u64 = 15_000;
 
 impl Node {
     /// One event of gossip.
-    pub(super) fn on_gossip(&self, event: GossipEvent) {
+    pub(super) fn on_gossip(self: &Rc<Self>, event: GossipEvent) {
         match event {
             GossipEvent::Peer { record, signed, hints, alive } => {
                 let id = record.id;
@@ -48,7 +51,7 @@ impl Node {
 
     /// Two daemons run with one identity: a state directory was copied. Both are named, and the one
     /// that was started later ends.
-    fn on_clash(&self, node: NodeId, addresses: [SocketAddr; 2], generations: [u64; 2]) {
+    fn on_clash(self: &Rc<Self>, node: NodeId, addresses: [SocketAddr; 2], generations: [u64; 2]) {
         let [(first, began), (second, later)] = {
             let mut both = [(addresses[0], generations[0]), (addresses[1], generations[1])];
             both.sort_by_key(|(_, generation)| *generation);
@@ -63,14 +66,26 @@ impl Node {
         state.problem(format!("clash {node}"), Some(sentence));
         state.clashes.insert(node, Clash { seen: now, later });
         let own = state.record().map(|record| record.address);
-        if node == state.view.me && began != later && own == Some(second) {
-            self.stop.set(Some(Stop::Aside));
-            self.stopping.notify_one();
+        let mine = node == state.view.me && began != later;
+        drop(state);
+        if mine && own == Some(second) {
+            // Gossip's ids are not signed: whoever has the cluster key could make one up.
+            let node = Rc::clone(self);
+            let proof = self.links().is_us(first);
+            tokio::task::spawn_local(async move {
+                if proof.await {
+                    node.stop.set(Some(Stop::Aside));
+                    node.stopping.notify_one();
+                }
+            });
+        } else if mine && own == Some(first) {
+            // Peers go by the latest generation, which is the copy's up to here.
+            self.renew_generation(later);
         }
     }
 
-    /// A clash that is over is no problem any more. If it was about this host, its record gets a
-    /// generation beyond the copy's: peers go by the latest one.
+    /// A clash that is over is no problem any more. If it was about this host, its record is to have a
+    /// generation beyond the copy's, whatever that was.
     pub(super) fn end_clashes(&self) {
         let ended: Vec<(NodeId, u64)> = {
             let mut guard = self.state.borrow_mut();
@@ -107,12 +122,8 @@ impl Node {
     }
 
     fn on_message(&self, from: NodeId, message: Message) {
-        let foreign = {
-            let state = self.state.borrow();
-            state.view.nodes.get(&from).is_some_and(|node| is_foreign(&state, &node.record))
-        };
-        if foreign && !matches!(message, Message::Record(_)) {
-            // Two clusters with one key: `status` says so, and nothing of theirs mixes with ours.
+        if !self.may_say(from, &message) {
+            tracing::debug!(%from, "not from a member: passed over");
             return;
         }
         match message {
@@ -128,11 +139,46 @@ impl Node {
             Message::Alloc(message) => self.on_alloc(from, message),
             Message::LeaseRequest { id, network, wish } => self.grant_lease(from, id, network, wish),
             Message::LeaseReply { id, result } => {
-                if let Some(waiting) = self.state.borrow_mut().leases.remove(&id) {
-                    // Whoever asked may have given up.
+                let mut state = self.state.borrow_mut();
+                // Only of the holder that was asked. Whoever asked may have given up.
+                if state.leases.get(&id).is_some_and(|(holder, _)| *holder == from)
+                    && let Some((_, waiting)) = state.leases.remove(&id)
+                {
                     waiting.send(result).ok();
                 }
             }
+        }
+    }
+
+    /// Members may say anything. Whoever is none has the cluster key and no more: it may ask, be
+    /// admitted, and vote on its own admission. A host that is no member itself listens to all, since
+    /// it cannot know better. Nothing of another cluster mixes with ours.
+    fn may_say(&self, from: NodeId, message: &Message) -> bool {
+        let state = self.state.borrow();
+        let foreign = state.view.nodes.get(&from).is_some_and(|node| is_foreign(&state, &node.record));
+        let member = state.view.alloc.members.contains(&from) || !state.is_member();
+        match message {
+            Message::Record(_) => true,
+            _ if foreign => false,
+            _ if member => true,
+            Message::TablePull(_) | Message::ObjectIndex { .. } => true,
+            Message::Alloc(message) => match message {
+                AllocMessage::Ask { .. }
+                | AllocMessage::Promise { .. }
+                | AllocMessage::Accepted { .. }
+                | AllocMessage::Nack { .. } => true,
+                AllocMessage::Request { change: Change::Admit(node), .. } => *node == from,
+                AllocMessage::Request { .. }
+                | AllocMessage::Prepare { .. }
+                | AllocMessage::Accept { .. }
+                | AllocMessage::Learn(_)
+                | AllocMessage::Reply { .. } => false,
+            },
+            Message::Table(_)
+            | Message::TableUnknown(_)
+            | Message::Objects(_)
+            | Message::LeaseRequest { .. }
+            | Message::LeaseReply { .. } => false,
         }
     }
 
@@ -146,7 +192,7 @@ impl Node {
             self.links().send(peer, &Message::Table(whole));
         }
         self.ask_objects(peer);
-        self.links().send(peer, &Message::Alloc(ovl_proto::alloc::AllocMessage::Ask { known }));
+        self.links().send(peer, &Message::Alloc(AllocMessage::Ask { known }));
         self.pull_missing();
     }
 
@@ -225,7 +271,7 @@ impl Node {
             self.ask_objects(id);
         }
         if let Some(known) = alloc_known {
-            self.links().send(id, &Message::Alloc(ovl_proto::alloc::AllocMessage::Ask { known }));
+            self.links().send(id, &Message::Alloc(AllocMessage::Ask { known }));
         }
         self.pull_missing();
     }
@@ -359,16 +405,23 @@ impl Node {
 
     /// Drops what is known of hosts that a majority has forgotten, unless they are back.
     pub(super) fn drop_forgotten(&self, state: &mut State) {
+        let forgotten = |id: &NodeId| {
+            let alloc = &state.view.alloc;
+            // One that was never admitted, or not yet, is given some time to come back.
+            let never = state.is_member()
+                && !alloc.members.contains(id)
+                && state.peers.get(id).is_some_and(|peer| {
+                    wall_ms().saturating_sub(peer.last_alive_ms) > NEVER_ADMITTED_MS
+                });
+            alloc.forgotten.contains(id) || never
+        };
         let gone: Vec<NodeId> = state
             .view
-            .alloc
-            .forgotten
-            .iter()
-            .copied()
-            .filter(|id| {
-                *id != state.view.me
-                    && state.view.nodes.get(id).is_some_and(|node| node.state != PeerState::Alive)
-            })
+            .nodes
+            .values()
+            .filter(|node| node.state != PeerState::Alive && node.record.id != state.view.me)
+            .map(|node| node.record.id)
+            .filter(forgotten)
             .collect();
         for id in gone {
             state.touch_networks_of(id);

@@ -18,6 +18,8 @@ use ovl_core::kernel::Kernel;
 use ovl_core::op::Op;
 use ovl_proto::id::NetworkId;
 
+use tokio::time::Instant;
+
 use super::Node;
 use super::state::State;
 use crate::kernel::{Goal, KernelEvent, Outcome};
@@ -34,21 +36,23 @@ impl Node {
     /// Runs for ever.
     pub(super) async fn reconcile_loop(self: Rc<Self>) {
         let mut retry = RETRY_FIRST;
+        let mut last = Instant::now();
         loop {
             let failing = !self.state.borrow().failing.is_empty();
-            let idle = if failing { retry } else { RESYNC };
-            if tokio::time::timeout(idle, self.work.notified()).await.is_err() {
+            // Counted from the last whole pass, however often there was something small to do since.
+            let next = last + if failing { retry } else { RESYNC };
+            // Whether it was work or time that woke us is seen below.
+            tokio::time::timeout_at(next, self.work.notified()).await.ok();
+            if Instant::now() >= next {
                 self.state.borrow_mut().dirty.full = true;
-                if failing {
-                    retry = (retry * 2).min(RETRY_LAST);
-                }
-            }
-            if !failing {
+                retry = if failing { (retry * 2).min(RETRY_LAST) } else { RETRY_FIRST };
+            } else if !failing {
                 retry = RETRY_FIRST;
             }
             self.note_isolated();
             if self.state.borrow().dirty.full {
                 self.whole_pass().await;
+                last = Instant::now();
             } else {
                 self.quick_pass().await;
             }
@@ -161,9 +165,9 @@ impl Node {
         (all, state.caught_up, state.pending.devices.clone())
     }
 
-    /// Counts operations and keeps those that were refused; says the first refusal that concerns
-    /// `network`, or the host as a whole.
-    pub(super) fn note_outcomes(&self, outcomes: &[Outcome], network: Option<NetworkId>) -> Option<String> {
+    /// Counts operations and keeps those that were refused; says the first refusal that an attach of
+    /// this device to this network cannot do without.
+    pub(super) fn note_outcomes(&self, outcomes: &[Outcome], attached: Option<(NetworkId, Device)>) -> Option<String> {
         let mut state = self.state.borrow_mut();
         state.counts.operations += outcomes.len() as u64;
         let mut first = None;
@@ -171,24 +175,22 @@ impl Node {
             let Err(error) = &outcome.result else { continue };
             let op = outcome.op.to_string();
             tracing::warn!(%op, %error, "the kernel refused");
-            let concerned = match outcome.op.device().and_then(|device| device.role()) {
-                Some(Role::Bridge(id) | Role::Vxlan(id)) => {
-                    // An attach must not believe that the network stands: neither one that comes
-                    // next, nor one that was planned while these operations were under way.
-                    state.applied.remove(&id);
-                    state.refused.entry(id).or_insert_with(|| error.to_string());
-                    network == Some(id)
-                }
-                Some(Role::Endpoint(_)) => network.is_some(),
-                None => false,
-            };
+            if let Some(network) = broken_network(&outcome.op) {
+                // An attach must not believe that the network stands: neither one that comes next,
+                // nor one that was planned while these operations were under way.
+                state.applied.remove(&network);
+                state.refused.entry(network).or_insert_with(|| error.to_string());
+            }
+            let concerned = attached.is_some_and(|(network, device)| {
+                outcome.op.device() == Some(device) || broken_network(&outcome.op) == Some(network)
+            });
             if concerned && first.is_none() {
                 first = Some(error.to_string());
             }
             // The loop comes back with a whole pass as long as anything is failing.
             state.failing.insert(op.clone(), format!("{op}: {error}"));
         }
-        first.or_else(|| state.refused.get(&network?).cloned())
+        first.or_else(|| state.refused.get(&attached?.0).cloned())
     }
 
     /// One event of the kernel.
@@ -223,5 +225,28 @@ impl Node {
             .await
             .map_err(super::Failed::from)?;
         Ok((pass.outcomes.into_iter().map(|outcome| outcome.op).collect(), pass.lost))
+    }
+}
+
+/// The network that cannot be used if this operation is refused: one on its devices or their
+/// addresses. An entry for a single endpoint is the loop's to try again.
+fn broken_network(op: &Op) -> Option<NetworkId> {
+    let network = match op.device()?.role()? {
+        Role::Bridge(id) | Role::Vxlan(id) => id,
+        Role::Endpoint(_) => return None,
+    };
+    match op {
+        Op::AddLink(..) | Op::SetLink(..) | Op::DelLink(_) | Op::AddAddress(..) | Op::DelAddress(..) => Some(network),
+        Op::Sysctl { .. }
+        | Op::Filter(_)
+        | Op::DelFilter
+        | Op::SetRemote(..)
+        | Op::DelRemote(..)
+        | Op::AddFlood(..)
+        | Op::DelFlood(..)
+        | Op::AddPort(..)
+        | Op::DelPort(..)
+        | Op::SetNeighbour(..)
+        | Op::DelNeighbour(..) => None,
     }
 }

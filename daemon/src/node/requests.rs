@@ -232,6 +232,10 @@ impl Node {
             }
         };
         self.change(Change::Forget(node)).await?;
+        if let Some(peer) = self.state.borrow_mut().peers.get_mut(&node) {
+            // Also one that was never admitted, which the cluster has nothing to forget of.
+            peer.last_alive_ms = 0;
+        }
         self.drop_forgotten(&mut self.state.borrow_mut());
         self.event("peer", name, "forgotten by request");
         Ok(())
@@ -273,32 +277,35 @@ impl Node {
         let state = self.state.borrow();
         let mut rows = Vec::new();
         let network_of = |device: &Device| network_of(&state, device);
-        let owner = |network: Option<NetworkId>, mac: Mac| {
-            let placed = state.view.endpoints(network?).find(|placed| placed.endpoint.mac == mac)?;
-            Some((placed.node.record.name.clone(), placed.endpoint.name.clone()))
-        };
+        let mut owners = BTreeMap::new();
+        for network in state.view.networks.keys() {
+            for placed in state.view.endpoints(*network) {
+                let names = (placed.node.record.name.clone(), placed.endpoint.name.clone());
+                owners.insert((*network, placed.endpoint.mac), names);
+            }
+        }
+        let mut neighbours: BTreeMap<(Device, Mac), Vec<std::net::IpAddr>> = BTreeMap::new();
+        for ((bridge, address), mac) in &kernel.neighbours {
+            neighbours.entry((*bridge, *mac)).or_default().push(*address);
+        }
         let row = |device: &Device, mac: Mac, destination: Option<std::net::IpAddr>| {
             let network = network_of(device);
-            let owner = owner(network, mac);
-            let addresses = kernel
-                .neighbours
-                .iter()
-                .filter(|((bridge, _), lladdr)| {
-                    Some(*bridge) == network.map(Device::bridge) && **lladdr == mac
-                })
-                .map(|((_, address), _)| *address)
-                .collect();
+            let owner = network.and_then(|network| owners.get(&(network, mac)));
+            let addresses = network
+                .and_then(|network| neighbours.get(&(Device::bridge(network), mac)))
+                .cloned()
+                .unwrap_or_default();
             FdbRow {
                 network: network_name(&state, network),
                 mac,
                 device: device.to_string(),
                 destination,
-                node: owner.as_ref().map(|(node, _)| node.clone()).or_else(|| {
+                node: owner.map(|(node, _)| node.clone()).or_else(|| {
                     let vtep = destination?;
                     let node = state.view.nodes.values().find(|node| node.record.vtep == vtep)?;
                     Some(node.record.name.clone())
                 }),
-                endpoint: owner.map(|(_, endpoint)| endpoint),
+                endpoint: owner.map(|(_, endpoint)| endpoint.clone()),
                 addresses,
             }
         };

@@ -14,7 +14,7 @@ use ovl_core::liveness::Signs;
 use ovl_core::view::{Local, View};
 use ovl_proto::alloc::Refusal;
 use ovl_proto::clock::Clock;
-use ovl_proto::id::{EndpointId, NetworkId, NodeId};
+use ovl_proto::id::{EndpointId, Mac, NetworkId, NodeId};
 use ovl_proto::object::{Object, ObjectKey, SignedObject};
 use ovl_proto::record::{NodeRecord, SignedRecord};
 use ovl_proto::sync::Message;
@@ -72,6 +72,8 @@ pub(crate) struct Dirty {
 pub(crate) struct Pending {
     /// Network, Kubernetes namespace, name.
     pub names: BTreeSet<(NetworkId, String, String)>,
+    /// MAC addresses chosen and not yet in the table.
+    pub macs: BTreeSet<(NetworkId, Mac)>,
     /// Addresses chosen and not yet in the table.
     pub addresses: BTreeSet<(NetworkId, IpAddr)>,
     /// Devices being made: no pass may sweep them.
@@ -112,7 +114,7 @@ pub(crate) struct State {
     /// Requests to the allocator that somebody waits for.
     pub claims: HashMap<u64, oneshot::Sender<Result<u64, Refusal>>>,
     /// Lease requests that somebody waits for.
-    pub leases: HashMap<u64, oneshot::Sender<Result<IpAddr, String>>>,
+    pub leases: HashMap<u64, (NodeId, oneshot::Sender<Result<IpAddr, String>>)>,
     /// Addresses lent to others, and whether the borrower was seen using each.
     pub lent: BTreeMap<(NetworkId, IpAddr), Lent>,
     /// Numbers requests to peers.

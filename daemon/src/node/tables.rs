@@ -4,7 +4,7 @@ use std::fs;
 
 use anyhow::{Context, Result};
 use ovl_core::table::{Rejected, Table};
-use ovl_proto::id::{NetworkId, NodeId};
+use ovl_proto::id::{Mac, NetworkId, NodeId};
 use ovl_proto::record::{Domain, Signature};
 use ovl_proto::sync::Message;
 use ovl_proto::table::{Entry, Head, Key, Update};
@@ -12,10 +12,13 @@ use ovl_proto::wire;
 
 use super::Node;
 use super::state::State;
+use crate::config::is_name;
 use crate::crypto;
 
 /// A borrower that never showed a leased address in its table loses it after this time.
 const UNUSED_LEASE_MS: u64 = 60_000;
+/// As many as a network has subnets.
+const MAX_ADDRESSES: usize = 16;
 /// A pull that was not answered is repeated after this time.
 const PULL_AGAIN_MS: u64 = 1_000;
 
@@ -53,9 +56,11 @@ impl Node {
         let owner = update.head.owner;
         let outcome = self.apply_update(from, update);
         match outcome {
-            Ok(returned) => {
+            Ok((returned, moved)) => {
                 self.return_leases(returned);
-                self.recompute_networks();
+                if moved {
+                    self.recompute_networks();
+                }
                 self.work.notify_one();
             }
             Err(Some(Rejected::Gap { .. })) => self.pull_table(owner),
@@ -67,9 +72,9 @@ impl Node {
         }
     }
 
-    /// The leases that the update gives back; an error without a reason for one that is not for us
-    /// or not signed.
-    fn apply_update(&self, from: NodeId, update: Update) -> Result<Vec<Key>, Option<Rejected>> {
+    /// The leases that the update gives back, and whether it is about other networks than before; an
+    /// error without a reason for one that is not for us or not signed.
+    fn apply_update(&self, from: NodeId, update: Update) -> Result<(Vec<Key>, bool), Option<Rejected>> {
         let mut guard = self.state.borrow_mut();
         let state = &mut *guard;
         let owner = update.head.owner;
@@ -86,17 +91,22 @@ impl Node {
             tracing::warn!(%owner, %from, "refused a table that its owner did not sign");
             return Err(None);
         }
+        if let Some(error) = update.set.iter().find_map(|entry| check_entry(entry).err()) {
+            tracing::warn!(%owner, %from, error, "refused a table");
+            return Err(None);
+        }
         let before = networks_of(&node.table);
         node.table.apply(update).map_err(Some)?;
         tracing::debug!(%owner, revision = %node.table.revision(), "table");
         let after = networks_of(&node.table);
+        let moved = before != after;
         state.dirty.networks.extend(before);
         state.dirty.networks.extend(after);
         state.uncached.insert(owner);
         if let Some(peer) = state.peers.get_mut(&owner) {
             peer.pulled_at = None;
         }
-        Ok(returned_leases(state, owner))
+        Ok((returned_leases(state, owner), moved))
     }
 
     /// Asks for a node's whole table: the node itself, or else anyone.
@@ -155,12 +165,18 @@ impl Node {
         let expired: Vec<Key> = {
             let mut guard = self.state.borrow_mut();
             let state = &mut *guard;
-            let (now, alive) = (state.now(), state.alive());
+            let (now, alive, member) = (state.now(), state.alive(), state.is_member());
             let mut expired = Vec::new();
-            state.lent.retain(|(network, address), lease| {
-                let over = !lease.seen
+            let State { view, lent, .. } = state;
+            lent.retain(|(network, address), lease| {
+                let unused = !lease.seen
                     && alive.contains(&lease.to)
                     && now.saturating_sub(lease.at) > UNUSED_LEASE_MS;
+                // The borrower was forgotten, or the block is not ours any more.
+                let moot = member
+                    && (!view.alloc.members.contains(&lease.to)
+                        || view.holder_of(*network, *address) != Some(view.me));
+                let over = unused || moot;
                 if over {
                     expired.push(Key::Lease(*network, *address));
                 }
@@ -175,7 +191,7 @@ impl Node {
     /// is down finds there what that peer owns. No sync: it ends with the kernel.
     pub(super) fn cache_tables(&self) -> Result<()> {
         let mut state = self.state.borrow_mut();
-        for node in std::mem::take(&mut state.uncached) {
+        while let Some(node) = state.uncached.pop_first() {
             let path = self.run_dir.tables().join(node.to_string());
             match state.view.nodes.get(&node).and_then(|node| node.table.whole()) {
                 Some(update) => {
@@ -205,6 +221,23 @@ impl Node {
             }
         }
     }
+}
+
+/// What every host relies on when it reads another's entries: the same that an attach must keep to.
+fn check_entry(entry: &Entry) -> Result<(), String> {
+    let Entry::Endpoint(endpoint) = entry else { return Ok(()) };
+    for name in [&endpoint.name, &endpoint.namespace].into_iter().chain(&endpoint.aliases) {
+        if !is_name(name) {
+            return Err(format!("endpoint {}: a name that is none", endpoint.id));
+        }
+    }
+    if !endpoint.mac.is_unicast() || endpoint.mac == Mac::of_gateway(endpoint.network) {
+        return Err(format!("endpoint {} with the MAC address {}", endpoint.name, endpoint.mac));
+    }
+    if endpoint.addresses.is_empty() || endpoint.addresses.len() > MAX_ADDRESSES {
+        return Err(format!("endpoint {} with {} addresses", endpoint.name, endpoint.addresses.len()));
+    }
+    super::attach::check_sizes(&endpoint.aliases, &endpoint.labels)
 }
 
 fn networks_of(table: &Table) -> Vec<NetworkId> {

@@ -6,7 +6,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::Bench;
 use super::client::{self, Client, Mac, mac_text};
@@ -20,6 +20,9 @@ pub(crate) const HOSTS: usize = 8;
 const TIMEOUT: Duration = Duration::from_secs(10);
 /// For what a detach leaves to the kernel (a veth's end takes it about 20 ms).
 const PAUSE: Duration = Duration::from_millis(40);
+
+/// The slowest attaches are listed one by one: why they were slow is in the daemons' logs.
+const LISTED: usize = 5;
 
 /// What one attach gave, in milliseconds since just before the request was written.
 struct Sample {
@@ -109,6 +112,13 @@ impl Run<'_> {
 
 fn figure(samples: &[Sample]) -> Figure {
     let all = |of: fn(&Sample) -> f64| Samples::new(samples.iter().map(of).collect());
+    let mut slowest: Vec<(usize, &Sample)> = samples.iter().enumerate().collect();
+    slowest.sort_by(|(_, a), (_, b)| b.last.total_cmp(&a.last));
+    let listed = slowest.iter().take(LISTED).map(|(number, sample)| {
+        let host = format!("h{}", number % HOSTS + 1);
+        json!({"number": number, "host": host, "reply_ms": sample.reply, "first_ms": sample.first, "last_ms": sample.last})
+    });
+    let listed: Vec<Value> = listed.collect();
     let (first, last, reply) = (all(|each| each.first), all(|each| each.last), all(|each| each.reply));
     Figure {
         setup: format!(
@@ -131,6 +141,7 @@ fn figure(samples: &[Sample]) -> Figure {
             "last_ms": last.to_json(),
             "first_ms": first.to_json(),
             "reply_ms": reply.to_json(),
+            "slowest": listed,
         }),
     }
 }

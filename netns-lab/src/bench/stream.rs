@@ -21,6 +21,15 @@ pub(crate) struct Path {
     _server: Spawned,
 }
 
+/// Where iperf3's two processes run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Cores {
+    /// Both on the first core: nothing but the path's cost decides.
+    One,
+    /// Where the scheduler puts them, which changes a run's speed by half.
+    Any,
+}
+
 /// What one run gave.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Speed {
@@ -46,10 +55,14 @@ impl Path {
     }
 
     /// `cubic` wherever the machine's default is another: so that figures compare.
-    pub(crate) fn run(&self, length: Duration) -> Result<Speed> {
+    pub(crate) fn run(&self, length: Duration, cores: Cores) -> Result<Speed> {
         let seconds = length.as_secs().max(1).to_string();
         let (target, port) = (self.target.to_string(), PORT.to_string());
-        let args = ["iperf3", "-c", &target, "-p", &port, "-C", "cubic", "-t", &seconds, "-J"];
+        let mut args = vec!["iperf3", "-c", &target, "-p", &port, "-C", "cubic", "-t", &seconds, "-J"];
+        if cores == Cores::One {
+            // The client's, the server's.
+            args.extend(["-A", "0,0"]);
+        }
         let output = self.client.exec_for(length + GRACE, args)?;
         let report: Value = serde_json::from_str(&output.stdout)
             .with_context(|| format!("iperf3 gave no JSON: {}{}", output.stdout, output.stderr))?;

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use netns_lab::{Lab, LabConfig};
 
 use super::neigh::{Change, Watcher};
-use super::stream::Path;
+use super::stream::{Cores, Path};
 use super::{by_hand, flow};
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -45,8 +45,11 @@ fn traffic_through_the_hand_built_overlay() {
 fn iperf3_measures() {
     let lab = Lab::new(LabConfig::hosts(2)).unwrap();
     let [a, b] = by_hand::build(&lab, MTU).unwrap();
-    let speed = Path::new(&a.0, &b.0, b.1).unwrap().run(SECOND).unwrap();
-    assert!(speed.gbit_s > 0.1, "{speed:?}");
+    let path = Path::new(&a.0, &b.0, b.1).unwrap();
+    for cores in [Cores::One, Cores::Any] {
+        let speed = path.run(SECOND, cores).unwrap();
+        assert!(speed.gbit_s > 0.1, "{speed:?}");
+    }
 }
 
 #[test]

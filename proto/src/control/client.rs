@@ -31,7 +31,7 @@ pub enum ClientError {
 
 fn advice(error: &io::Error) -> &'static str {
     match error.kind() {
-        io::ErrorKind::PermissionDenied => "Run as root, or as a member of the socket's group",
+        io::ErrorKind::PermissionDenied => "Run as root",
         _ => "Is it running? `systemctl start ovld` starts it; --socket or OVL_SOCKET names another socket",
     }
 }

@@ -1,0 +1,255 @@
+//! Files that are damaged, missing or not to be written: refused or recovered as documented, and
+//! never silently emptied.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::Path;
+
+use anyhow::{Context as _, Result, ensure};
+use netns_lab::{Host, Lab, LabConfig, wait_until};
+use ovl_tests::{
+    SOON, assert_says, attach, attach_workload, endpoints, ping_all_pairs, problems, rows, started, text,
+    wait_clean, wait_endpoints, wait_network, wait_problem,
+};
+
+/// Starts a daemon that must not come up, and gives what it wrote.
+fn fails_to_start(host: &Host) -> Result<String> {
+    let before = host.log().len();
+    host.start()?;
+    host.wait_exit(SOON)?;
+    let status = host.exit_status().context("no exit status")?;
+    ensure!(status.code() == Some(1), "ended with {status}: {}", host.log());
+    Ok(host.log().split_off(before))
+}
+
+/// Kills the daemon, puts these bytes into a file of its state directory, and starts it: it must
+/// refuse, name the file and leave it as it is.
+fn refuses(host: &Host, path: &Path, bytes: &[u8], parts: &[&str]) -> Result<()> {
+    fs::write(path, bytes)?;
+    let said = fails_to_start(host)?;
+    assert_says(&said, &[&path.display().to_string()]);
+    assert_says(&said, parts);
+    ensure!(fs::read(path)? == bytes, "{} was changed", path.display());
+    Ok(())
+}
+
+/// `h1` of a lab of two, killed, with a network, an endpoint and a peer to lose; and what the
+/// endpoint can reach.
+fn killed() -> Result<(Lab, ovl_tests::Attached, ovl_tests::Attached)> {
+    let lab = started(2)?;
+    lab["h1"].ctl_ok(&["network", "create", "demo", "--subnet", "10.1.0.0/24"])?;
+    wait_network(&lab["h2"], "demo")?;
+    let a = attach(&lab["h1"], "a", "demo", &[])?;
+    let b = attach(&lab["h2"], "b", "demo", &[])?;
+    ping_all_pairs(&[a.clone(), b.clone()], SOON)?;
+    wait_endpoints(&lab["h1"], &["a on h1 is ready", "b on h2 is ready"], SOON)?;
+    lab["h1"].kill9()?;
+    Ok((lab, a, b))
+}
+
+/// Starts `h1` again and checks that nothing was lost.
+fn comes_back(lab: &Lab, a: &ovl_tests::Attached, b: &ovl_tests::Attached) -> Result<()> {
+    let h1 = &lab["h1"];
+    h1.start()?;
+    h1.wait_ready(SOON)?;
+    wait_endpoints(h1, &["a on h1 is ready", "b on h2 is ready"], SOON)?;
+    lab.wait_all_alive(SOON)?;
+    wait_clean(lab.hosts(), SOON)?;
+    ping_all_pairs(&[a.clone(), b.clone()], SOON)
+}
+
+#[test]
+fn a_damaged_state_file_is_refused_by_name_and_left_as_it_is() {
+    let (lab, a, b) = killed().unwrap();
+    let h1 = &lab["h1"];
+    let id = text(&ovl_tests::peer(&lab["h2"], "h1").unwrap()["id"]);
+    let path = h1.state_dir().join("state");
+    let good = fs::read(&path).unwrap();
+    assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+    let with_flipped = |at: usize| {
+        let mut bytes = good.clone();
+        bytes[at] ^= 0x10;
+        bytes
+    };
+    let other_version = [b"ovl state 9\n", &good[12..]].concat();
+    let longer = [&good[..], b"x"].concat();
+    for (what, bytes) in [
+        ("empty", Vec::new()),
+        ("garbage", vec![0x5a; 4096]),
+        ("zeroes", vec![0; good.len()]),
+        ("half of it", good[..good.len() / 2].to_vec()),
+        ("the last byte missing", good[..good.len() - 1].to_vec()),
+        ("the checksum cut", good[..20].to_vec()),
+        ("one byte more", longer),
+        ("a bit of the beginning", with_flipped(3)),
+        ("a bit of the checksum", with_flipped(20)),
+        ("a bit of the middle", with_flipped(good.len() / 2)),
+        ("a bit of the end", with_flipped(good.len() - 1)),
+        ("another version", other_version),
+    ] {
+        refuses(h1, &path, &bytes, &["state file", "ovlctl peers forget", "backup"])
+            .with_context(|| what)
+            .unwrap();
+    }
+    // A directory in its place, or nothing at all, is no reason to begin anew either.
+    fs::remove_file(&path).unwrap();
+    assert_says(&fails_to_start(h1).unwrap(), &[path.to_str().unwrap(), "missing", "ovlctl peers forget"]);
+    assert!(!path.exists());
+    fs::create_dir(&path).unwrap();
+    assert_says(&fails_to_start(h1).unwrap(), &[path.to_str().unwrap()]);
+    fs::remove_dir(&path).unwrap();
+    // All the while the kernel forwards.
+    a.workload.ping_until(b.address(), SOON).unwrap();
+
+    // A write that was cut short left this beside it: it is of no importance.
+    fs::write(&path, &good).unwrap();
+    fs::write(path.with_extension("new"), b"half").unwrap();
+    comes_back(&lab, &a, &b).unwrap();
+    assert_eq!(text(&ovl_tests::peer(&lab["h2"], "h1").unwrap()["id"]), id);
+    assert_eq!(rows(&lab["h2"], &["peers"]).unwrap().len(), 2);
+}
+
+#[test]
+fn a_missing_or_damaged_identity_is_refused_and_no_new_one_is_made() {
+    let (lab, a, b) = killed().unwrap();
+    let h1 = &lab["h1"];
+    let id = text(&ovl_tests::peer(&lab["h2"], "h1").unwrap()["id"]);
+    let path = h1.state_dir().join("identity");
+    let good = fs::read(&path).unwrap();
+    assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+    let mut flipped = good.clone();
+    let middle = flipped.len() / 2;
+    flipped[middle] ^= 0x10;
+    for bytes in
+        [Vec::new(), b"garbage".to_vec(), good[..good.len() / 2].to_vec(), vec![0; good.len()], flipped]
+    {
+        refuses(h1, &path, &bytes, &["restore"]).unwrap();
+    }
+    fs::remove_file(&path).unwrap();
+    let said = fails_to_start(h1).unwrap();
+    assert_says(&said, &[path.to_str().unwrap(), "missing", "backup"]);
+    assert!(!path.exists(), "a new identity was made");
+    fs::write(&path, &good).unwrap();
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
+    comes_back(&lab, &a, &b).unwrap();
+    assert_eq!(text(&ovl_tests::peer(&lab["h2"], "h1").unwrap()["id"]), id);
+}
+
+#[test]
+fn damaged_files_of_endpoints_are_set_aside_and_cached_tables_passed_over() {
+    let (lab, a, b) = killed().unwrap();
+    let h1 = &lab["h1"];
+    comes_back(&lab, &a, &b).unwrap();
+    let c = attach(h1, "c", "demo", &[]).unwrap();
+    ping_all_pairs(&[b.clone(), c.clone()], SOON).unwrap();
+    let dir = h1.run_dir().join("endpoints");
+    let file_of = |name: &str| -> Result<std::path::PathBuf> {
+        for file in fs::read_dir(&dir)? {
+            let path = file?.path();
+            if fs::read_to_string(&path)?.contains(&format!("\"name\":\"{name}\"")) {
+                return Ok(path);
+            }
+        }
+        anyhow::bail!("no file of {name} in {}", dir.display())
+    };
+    let tables = h1.run_dir().join("tables");
+    wait_until(SOON, "the other host's table is cached", || -> Result<bool> {
+        Ok(fs::read_dir(&tables)?.count() == 1)
+    })
+    .unwrap();
+    h1.kill9().unwrap();
+    let of_c = file_of("c").unwrap();
+    let bytes = fs::read(&of_c).unwrap();
+    fs::write(&of_c, &bytes[..bytes.len() / 2]).unwrap();
+    for file in fs::read_dir(&tables).unwrap() {
+        fs::write(file.unwrap().path(), b"garbage").unwrap();
+    }
+    fs::write(tables.join("no-id"), b"garbage").unwrap();
+
+    h1.start().unwrap();
+    h1.wait_ready(SOON).unwrap();
+    let aside = of_c.with_extension("damaged");
+    let sentence = wait_problem(h1, &["damaged", aside.to_str().unwrap()], SOON).unwrap();
+    assert_says(&sentence, &["attach it again"]);
+    assert_eq!(fs::read(&aside).unwrap(), bytes[..bytes.len() / 2]);
+    assert!(!of_c.exists());
+    // The other endpoints are as they were, and the table came from its owner.
+    for host in lab.hosts() {
+        wait_endpoints(host, &["a on h1 is ready", "b on h2 is ready"], SOON).unwrap();
+    }
+    wait_clean(lab.hosts(), SOON).unwrap();
+    ping_all_pairs(&[a, b.clone()], SOON).unwrap();
+    wait_until(SOON, "the interface without an endpoint is gone", || -> Result<bool> {
+        Ok(c.workload.ip_json(&["link", "show"])?.as_array().is_some_and(|links| links.len() == 1))
+    })
+    .unwrap();
+    let again = attach_workload(c.workload, "demo", &[]).unwrap();
+    ping_all_pairs(&[again, b], SOON).unwrap();
+}
+
+#[test]
+fn a_state_directory_that_cannot_be_written_promises_nothing_and_says_so() {
+    let lab = started(1).unwrap();
+    let h1 = &lab["h1"];
+    // Where the next state is to be written there is a directory.
+    let beside = h1.state_dir().join("state.new");
+    fs::create_dir(&beside).unwrap();
+    let mut create = h1.ctl_spawn(&["network", "create", "demo", "--subnet", "10.1.0.0/24"]).unwrap();
+    let sentence = wait_problem(h1, &["cannot be saved"], SOON).unwrap();
+    assert_says(&sentence, &[h1.state_dir().join("state").to_str().unwrap()]);
+    assert_eq!(h1.ctl_json(&["status"]).unwrap()["state"], "degraded");
+    assert!(
+        create.is_running(),
+        "acknowledged before it was on the disk: {}{}",
+        create.stdout(),
+        create.stderr()
+    );
+    fs::remove_dir(&beside).unwrap();
+    assert!(create.wait(SOON).unwrap().success(), "{}", create.stderr());
+    wait_until(SOON, "the problem is over", || -> Result<bool> { Ok(problems(h1)?.is_empty()) }).unwrap();
+    attach(h1, "a", "demo", &[]).unwrap();
+    h1.stop().unwrap();
+    // At the start it is a reason not to.
+    fs::create_dir(&beside).unwrap();
+    assert_says(&fails_to_start(h1).unwrap(), &[h1.state_dir().join("state").to_str().unwrap()]);
+    fs::remove_dir(&beside).unwrap();
+    h1.start().unwrap();
+    h1.wait_ready(SOON).unwrap();
+    assert_eq!(endpoints(h1).unwrap(), ["a on h1 is ready"]);
+}
+
+#[test]
+fn a_configuration_that_is_not_understood_is_refused_with_its_line() {
+    let lab = Lab::new(LabConfig::hosts(1)).unwrap();
+    let h1 = &lab["h1"];
+    let file = h1.dir().join("ovld.toml");
+    for (config, parts) in [
+        ("log = 'info'\nvxlan_prot = 4790\n", &["line 2", "vxlan_prot"][..]),
+        ("\n\nlog = [\n", &["line 3"]),
+        ("log = 'info'\nlog = 'warn'\n", &["line 2", "log"]),
+        ("vxlan_port = 'many'\n", &["line 1", "vxlan_port"]),
+        ("# fine\nvxlan_port = 70000\n", &["line 2", "vxlan_port"]),
+        ("keep = '5 parsecs'\n", &["line 1", "keep"]),
+        ("pool = '10.0.0.0'\n", &["line 1", "pool"]),
+        ("[section]\n", &["section"]),
+        ("log = 'loud'\n", &["log", "debug"]),
+        ("vxlan_port = 0\n", &["vxlan_port"]),
+        ("gossip_interval = '1ms'\n", &["gossip_interval", "50ms"]),
+        ("pool = '10.0.0.0/30'\n", &["pool", "10.0.0.0/30"]),
+    ] {
+        h1.set_config(config).unwrap();
+        let said = fails_to_start(h1).unwrap();
+        assert_says(&said, parts);
+        if config.contains("fine") {
+            assert_says(&said, &[file.to_str().unwrap()]);
+        }
+        assert_eq!(said.lines().filter(|line| line.starts_with("ovld: ")).count(), 1, "{said}");
+    }
+    // Nothing was made by a daemon that did not start; and with a good one it does.
+    assert!(!h1.state_dir().join("state").exists() && !h1.state_dir().join("identity").exists());
+    h1.set_config("vxlan_port = 4790\npool = '10.200.0.0/16'\n").unwrap();
+    h1.start().unwrap();
+    h1.wait_ready(SOON).unwrap();
+    let made = h1.ctl_json(&["network", "create", "demo"]).unwrap();
+    assert!(text(&made["subnets"][0]).starts_with("10.200."), "{made}");
+}
