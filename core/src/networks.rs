@@ -143,13 +143,13 @@ mod tests {
         let other = &result.networks[&NetworkId([1; 5])].network;
         assert_eq!(other.name, format!("blue-{}", other.id));
         assert_eq!(other.vni, 5001);
-        assert_eq!(result.rewritten, [other.clone()]);
+        assert_eq!(result.rewritten, std::slice::from_ref(other));
     }
 
     #[test]
     fn the_result_does_not_depend_on_the_order() {
         let mut objects =
-            vec![network(3, "a", 7, 1), network(1, "a", 7, 1), network(2, "a", 8, 1), network(4, "b", 7, 0)];
+            [network(3, "a", 7, 1), network(1, "a", 7, 1), network(2, "a", 8, 1), network(4, "b", 7, 0)];
         let first = resolve(objects.iter(), |_| false);
         objects.reverse();
         assert_eq!(resolve(objects.iter(), |_| false), first);

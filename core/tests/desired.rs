@@ -1,4 +1,5 @@
 //! What the kernel should hold, as the commands that would make it: a view goes in, text comes out.
+#![cfg(test)]
 
 use std::collections::{BTreeMap, BTreeSet};
 

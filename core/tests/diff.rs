@@ -1,5 +1,6 @@
 //! `diff` against a fake kernel that holds state and deletes as the real one does: applying the
 //! operations reaches what is desired, and a second difference is empty.
+#![cfg(test)]
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;

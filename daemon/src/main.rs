@@ -14,15 +14,19 @@ use std::io::IsTerminal as _;
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::Path;
 use std::process::ExitCode;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use clap::Parser as _;
+use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 
 use crate::config::{Args, Config};
 
 /// To start again would not help (sysexits.h): the unit does not.
 const EX_CONFIG: u8 = 78;
+/// How long another process may hold our lock before that is an error.
+const LOCK_WITHIN: Duration = Duration::from_secs(1);
 
 fn main() -> ExitCode {
     match start(Args::parse()) {
@@ -63,20 +67,26 @@ fn start(args: Args) -> Result<()> {
 /// One daemon for each directory: held until the process ends, however it ends.
 fn lock(dir: &Path, what: &str, flag: &str) -> Result<Flock<File>> {
     let path = dir.join("lock");
-    let file = OpenOptions::new()
+    let mut file = OpenOptions::new()
         .write(true)
         .create(true)
         .truncate(false)
         .mode(0o600)
         .open(&path)
         .with_context(|| format!("opening {}", path.display()))?;
-    match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-        Ok(lock) => Ok(lock),
-        Err((_, nix::errno::Errno::EWOULDBLOCK)) => bail!(
-            "another ovld is running with the {what} {}: stop it, or give this one its own with {flag}",
-            dir.display()
-        ),
-        Err((_, error)) => Err(error).with_context(|| format!("locking {}", path.display())),
+    let start = Instant::now();
+    loop {
+        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => return Ok(lock),
+            // A process that was killed a moment ago may not have let go of it yet.
+            Err((same, Errno::EWOULDBLOCK)) if start.elapsed() < LOCK_WITHIN => file = same,
+            Err((_, Errno::EWOULDBLOCK)) => bail!(
+                "another ovld is running with the {what} {}: stop it, or give this one its own with {flag}",
+                dir.display()
+            ),
+            Err((_, error)) => return Err(error).with_context(|| format!("locking {}", path.display())),
+        }
+        std::thread::sleep(Duration::from_millis(20));
     }
 }
 

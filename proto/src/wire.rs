@@ -68,8 +68,9 @@ fn decode_with<T: DeserializeOwned, const MOST: usize>(bytes: &[u8]) -> Result<T
     if bytes.len() > MOST {
         return Err(too_long(bytes.len(), MOST));
     }
-    let (value, used) = bincode::serde::decode_from_slice(bytes, bincode::config::standard().with_limit::<MOST>())
-        .map_err(|error| WireError::Malformed(error.to_string()))?;
+    let (value, used) =
+        bincode::serde::decode_from_slice(bytes, bincode::config::standard().with_limit::<MOST>())
+            .map_err(|error| WireError::Malformed(error.to_string()))?;
     if used != bytes.len() {
         return Err(WireError::Malformed(format!("{} bytes left over", bytes.len() - used)));
     }

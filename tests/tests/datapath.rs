@@ -1,5 +1,7 @@
 //! What goes over the overlay, what does not, and how large it may be.
 
+#![allow(clippy::unwrap_used, reason = "tests, and helpers of tests")]
+
 use std::io::ErrorKind;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6, UdpSocket};
 use std::time::Duration;

@@ -1,8 +1,11 @@
 //! Daemons that are stopped, killed and started again, while what they built goes on.
 
+#![allow(clippy::unwrap_used, reason = "tests, and helpers of tests")]
+
 use std::collections::BTreeSet;
 use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
@@ -229,55 +232,54 @@ fn killed_at_any_moment_of_attaching_and_detaching_it_leaves_nothing_half_done()
     let workloads: Vec<Workload> =
         (0..6).map(|number| host.workload(&format!("w{number}")).unwrap()).collect();
     let mut random = Random(7);
+    let mut left = 0;
     for round in 0..8 {
-        let moment = Duration::from_micros(500 + random.below(60_000));
-        let begun = Instant::now();
+        // So many attaches and detaches, and then somewhere in the next ones.
+        let (count, more) = (random.below(12), Duration::from_micros(random.below(8_000)));
+        let done = AtomicU64::new(0);
         std::thread::scope(|scope| {
-            for (turn, each) in workloads.iter().enumerate() {
+            for each in &workloads {
+                let done = &done;
                 scope.spawn(move || {
-                    // Until the daemon is gone: whatever fails then is what this is about.
-                    for step in turn.. {
-                        let worked = if step % 2 == 0 {
-                            let args =
-                                ["attach", each.name(), "--network", "blue", "--netns", each.path_str()];
-                            host.ctl(&args)
-                        } else {
-                            host.ctl(&["detach", each.name()])
-                        };
-                        if worked.is_err() || !host.is_running() {
-                            return;
-                        }
+                    let attach = ["attach", each.name(), "--network", "blue", "--netns", each.path_str()];
+                    let detach = ["detach", each.name()];
+                    let mut turn = is_connected(each).unwrap();
+                    // Until the daemon is gone: what fails then is what this is about.
+                    while host.is_running() {
+                        let output = host.ctl(if turn { &detach } else { &attach }).unwrap();
+                        done.fetch_add(u64::from(output.success()), Ordering::Relaxed);
+                        turn = !turn;
                     }
                 });
             }
-            wait_until(SECOND, "the moment", || begun.elapsed() >= moment).unwrap();
+            wait_until(SOON, "some attaches", || done.load(Ordering::Relaxed) >= count).unwrap();
+            let begun = Instant::now();
+            wait_until(SOON, "the moment", || begun.elapsed() >= more).unwrap();
             host.kill9().unwrap();
         });
+        let moment = format!("in round {round}, killed {more:?} after {count} of them");
         host.start().unwrap();
         wait_settled(&lab);
         // What the daemon lists, the host's ends and the workloads' interfaces are the same.
         let listed = rows(host, &["endpoints", "--node", "h1"]).unwrap();
         let devices: BTreeSet<String> = listed.iter().map(|row| text(&row["device"])).collect();
         let names: BTreeSet<String> = listed.iter().map(|row| text(&row["name"])).collect();
-        assert_eq!(endpoint_devices(host).unwrap(), devices, "in round {round} after {moment:?}");
+        assert_eq!(endpoint_devices(host).unwrap(), devices, "{moment}");
         for each in &workloads {
             let connected = is_connected(each).unwrap();
-            assert_eq!(
-                connected,
-                names.contains(each.name()),
-                "{} in round {round} after {moment:?}",
-                each.name()
-            );
+            assert_eq!(connected, names.contains(each.name()), "{} {moment}", each.name());
         }
         let addresses: BTreeSet<String> = listed.iter().map(|row| row["addresses"].to_string()).collect();
         assert_eq!(addresses.len(), listed.len(), "{listed:?}");
         let expected: Vec<String> = endpoints(host).unwrap();
         let expected: Vec<&str> = expected.iter().map(String::as_str).collect();
         wait_endpoints(&lab["h2"], &expected, SOON).unwrap();
+        left += names.len();
         for each in workloads.iter().filter(|each| names.contains(each.name())) {
             each.ping_until(far.address(), SOON).unwrap();
         }
     }
+    assert!(left > 0, "no endpoint was ever there when it was killed");
 }
 
 #[test]

@@ -1,14 +1,10 @@
-//! ovld as a service: what it tells its manager, and when it must not be started again.
+//! ovld as a service: what it tells its manager.
 
-use std::fs;
 use std::os::unix::net::UnixDatagram;
 use std::time::{Duration, Instant};
 
-use netns_lab::{Lab, LabConfig, Signal, find_binary, wait_until};
-use ovl_tests::{SOON, problems, started, wait_clean};
-
-/// The exit status that keeps the unit from starting ovld again.
-const STOOD_ASIDE: i32 = 78;
+use netns_lab::{Lab, LabConfig, Signal, find_binary};
+use ovl_tests::SOON;
 
 /// One datagram of sd_notify(3).
 fn told(manager: &UnixDatagram) -> Option<String> {
@@ -55,40 +51,4 @@ fn the_service_manager_hears_of_readiness_of_life_and_of_the_end() {
     let output = ovld.finish(SOON).unwrap();
     assert_eq!(output.code(), Some(0), "{}", output.stderr);
     assert!(asked.elapsed() < Duration::from_secs(2), "{:?}", asked.elapsed());
-}
-
-#[test]
-fn a_copied_state_directory_stands_aside_and_both_hosts_are_named() {
-    let lab = started(3).unwrap();
-    let (original, copy) = (&lab["h2"], &lab["h3"]);
-    copy.stop().unwrap();
-    fs::remove_dir_all(copy.state_dir()).unwrap();
-    fs::create_dir(copy.state_dir()).unwrap();
-    for file in fs::read_dir(original.state_dir()).unwrap() {
-        let file = file.unwrap();
-        fs::copy(file.path(), copy.state_dir().join(file.file_name())).unwrap();
-    }
-    copy.start().unwrap();
-    let ended = || copy.exit_status();
-    let status = wait_until(Duration::from_secs(40), "the copy to end", ended).unwrap();
-    assert_eq!(status.code(), Some(STOOD_ASIDE), "{}", copy.log());
-    let log = copy.log();
-    let addresses = [original.address().unwrap().to_string(), copy.address().unwrap().to_string()];
-    let last = log.lines().last().unwrap();
-    assert!(addresses.iter().all(|address| last.contains(address)), "{last}");
-    assert!(original.is_running(), "the one that was there first stays");
-    let named = problems(&lab["h1"]).unwrap();
-    assert!(named.iter().any(|problem| addresses.iter().all(|a| problem.contains(a))), "{named:?}");
-    // Once the copy is gone, the original is itself again.
-    let id = original.ctl_json(&["status"]).unwrap()["id"].clone();
-    wait_until(Duration::from_secs(60), "the first host to see the original again", || {
-        let peers = lab["h1"].ctl_json(&["peers"]).unwrap_or_default();
-        peers.as_array().is_some_and(|peers| {
-            peers.iter().any(|peer| {
-                peer["id"] == id && peer["address"].as_str().is_some_and(|a| a.starts_with(&addresses[0]))
-            })
-        })
-    })
-    .unwrap();
-    wait_clean(lab.hosts(), SOON).unwrap();
 }

@@ -89,7 +89,15 @@ impl Devices {
 
 /// Whether [`entries`] does it.
 pub(super) fn is_entry(op: &Op) -> bool {
-    !matches!(op, Op::Sysctl { .. } | Op::Filter(_) | Op::DelFilter | Op::AddLink(..) | Op::SetLink(..) | Op::DelLink(_))
+    !matches!(
+        op,
+        Op::Sysctl { .. }
+            | Op::Filter(_)
+            | Op::DelFilter
+            | Op::AddLink(..)
+            | Op::SetLink(..)
+            | Op::DelLink(_)
+    )
 }
 
 /// Does operations on entries, all in one batch.

@@ -58,7 +58,12 @@ pub(super) fn entry(op: &Op, index: u32) -> Option<(RouteNetlinkMessage, u16)> {
             (new(message), PUT)
         }
         Op::DelNeighbour(_, address) => (del(neighbour(index, *address)), 0),
-        Op::Sysctl { .. } | Op::Filter(_) | Op::DelFilter | Op::AddLink(..) | Op::SetLink(..) | Op::DelLink(_) => {
+        Op::Sysctl { .. }
+        | Op::Filter(_)
+        | Op::DelFilter
+        | Op::AddLink(..)
+        | Op::SetLink(..)
+        | Op::DelLink(_) => {
             return None;
         }
     })

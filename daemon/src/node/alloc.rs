@@ -105,7 +105,9 @@ impl Node {
     fn disk_is_stuck(&self) -> Failed {
         let state = self.state.borrow();
         let why = state.problems.get("state file").cloned();
-        Failed::unavailable(why.unwrap_or_else(|| "the state cannot be saved in time: is the disk stuck?".to_owned()))
+        Failed::unavailable(
+            why.unwrap_or_else(|| "the state cannot be saved in time: is the disk stuck?".to_owned()),
+        )
     }
 
     /// A refusal in words for the user.
@@ -188,11 +190,20 @@ impl Node {
 
     /// The map is a later one.
     fn on_learned(&self) {
-        {
+        let newly: Vec<NodeId> = {
             let mut guard = self.state.borrow_mut();
             let state = &mut *guard;
             let was_member = state.is_member();
-            state.view.alloc = state.allocator.map().clone();
+            let before = std::mem::replace(&mut state.view.alloc, state.allocator.map().clone());
+            // What was said before either side was a member was passed over: it is said again.
+            let all_new = state.is_member() && !was_member;
+            let news = |id: &&NodeId| all_new || !before.members.contains(*id);
+            let newly: Vec<NodeId> = state.view.alloc.members.iter().filter(news).copied().collect();
+            for id in &newly {
+                if let Some(peer) = state.peers.get_mut(id) {
+                    peer.pulled_at = None;
+                }
+            }
             if state.is_member() && !was_member {
                 tracing::info!(cluster = state.view.alloc.cluster, "admitted to the cluster");
                 self.event("peer", &self.config.node, "admitted to the cluster");
@@ -201,6 +212,10 @@ impl Node {
             // Which entries count depends on the map.
             state.touch_all();
             self.publish_hints(state);
+            newly
+        };
+        for peer in newly {
+            self.greet(peer);
         }
         let cluster = self.state.borrow().view.alloc.cluster;
         self.change_record(|record| record.cluster = cluster);

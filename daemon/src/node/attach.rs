@@ -478,7 +478,10 @@ pub(super) fn check_sizes(aliases: &[String], labels: &BTreeMap<String, String>)
     let length: usize = labels.iter().map(|(key, value)| key.len() + value.len()).sum();
     let clean = labels.iter().all(|(key, value)| !key.chars().chain(value.chars()).any(char::is_control));
     if aliases.len() > 64 || labels.len() > 64 || length > 8192 || !clean {
-        return Err("at most 64 aliases, and 64 labels of 8 KiB together without control characters, are allowed".to_owned());
+        return Err(
+            "at most 64 aliases, and 64 labels of 8 KiB together without control characters, are allowed"
+                .to_owned(),
+        );
     }
     Ok(())
 }

@@ -42,16 +42,31 @@ pub(super) fn render(status: &Status, peers: &[Peer]) -> String {
     let others = || peers.iter().filter(|peer| !peer.own);
     head(&mut text, "ovl_peer_alive", "1 if the host is alive", "gauge");
     for peer in others() {
-        line(&mut text, "ovl_peer_alive", &[("peer", &peer.name), ("id", &peer.id.to_string())], u64::from(peer.state == PeerState::Alive));
+        line(
+            &mut text,
+            "ovl_peer_alive",
+            &[("peer", &peer.name), ("id", &peer.id.to_string())],
+            u64::from(peer.state == PeerState::Alive),
+        );
     }
     head(&mut text, "ovl_peer_reachable", "1 if packets of gossip arrive from the host directly", "gauge");
     for peer in others() {
-        line(&mut text, "ovl_peer_reachable", &[("peer", &peer.name), ("id", &peer.id.to_string())], u64::from(peer.reachable));
+        line(
+            &mut text,
+            "ovl_peer_reachable",
+            &[("peer", &peer.name), ("id", &peer.id.to_string())],
+            u64::from(peer.reachable),
+        );
     }
     head(&mut text, "ovl_peer_rtt_microseconds", "Round trip to the host's daemon", "gauge");
     for peer in others() {
         if let Some(rtt) = peer.rtt_us {
-            line(&mut text, "ovl_peer_rtt_microseconds", &[("peer", &peer.name), ("id", &peer.id.to_string())], rtt);
+            line(
+                &mut text,
+                "ovl_peer_rtt_microseconds",
+                &[("peer", &peer.name), ("id", &peer.id.to_string())],
+                rtt,
+            );
         }
     }
     text

@@ -191,7 +191,8 @@ impl Node {
                 .view
                 .all_endpoints()
                 .filter(|placed| {
-                    placed.endpoint.network == network.id && state.view.alloc.members.contains(&placed.node.record.id)
+                    placed.endpoint.network == network.id
+                        && state.view.alloc.members.contains(&placed.node.record.id)
                 })
                 .map(|placed| format!("{} on {}", placed.endpoint.name, placed.node.record.name))
                 .collect();

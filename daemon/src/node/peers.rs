@@ -116,7 +116,12 @@ impl Node {
         match event {
             LinkEvent::Up(peer) => self.greet(peer),
             LinkEvent::Down(peer) => tracing::debug!(%peer, "stream down"),
-            LinkEvent::Record { record, signed } => self.take_record(record, signed),
+            LinkEvent::Record { record, signed } => {
+                let peer = record.id;
+                self.take_record(record, signed);
+                // It has just reached us: it can be reached, however long it was not.
+                self.links().kick(peer);
+            }
             LinkEvent::Message { from, message } => self.on_message(from, message),
         }
     }
@@ -183,7 +188,7 @@ impl Node {
     }
 
     /// A stream is up: the peer gets our table, and both compare the rest.
-    fn greet(&self, peer: NodeId) {
+    pub(super) fn greet(&self, peer: NodeId) {
         let (whole, known) = {
             let state = self.state.borrow();
             (state.view.own().and_then(|own| own.table.whole()), state.view.alloc.version)
@@ -410,9 +415,10 @@ impl Node {
             // One that was never admitted, or not yet, is given some time to come back.
             let never = state.is_member()
                 && !alloc.members.contains(id)
-                && state.peers.get(id).is_some_and(|peer| {
-                    wall_ms().saturating_sub(peer.last_alive_ms) > NEVER_ADMITTED_MS
-                });
+                && state
+                    .peers
+                    .get(id)
+                    .is_some_and(|peer| wall_ms().saturating_sub(peer.last_alive_ms) > NEVER_ADMITTED_MS);
             alloc.forgotten.contains(id) || never
         };
         let gone: Vec<NodeId> = state

@@ -36,9 +36,13 @@ impl Node {
     /// Runs for ever.
     pub(super) async fn reconcile_loop(self: Rc<Self>) {
         let mut retry = RETRY_FIRST;
-        let mut last = Instant::now();
+        let (mut last, mut was_failing) = (Instant::now(), false);
         loop {
             let failing = !self.state.borrow().failing.is_empty();
+            if failing && !was_failing {
+                last = Instant::now();
+            }
+            was_failing = failing;
             // Counted from the last whole pass, however often there was something small to do since.
             let next = last + if failing { retry } else { RESYNC };
             // Whether it was work or time that woke us is seen below.
@@ -82,10 +86,6 @@ impl Node {
     pub(super) fn plan_network(&self, state: &mut State, network: NetworkId) -> Vec<Op> {
         state.dirty.networks.remove(&network);
         let desired = desired::network_part(&state.view, &state.local, network);
-        if !state.applied.contains_key(&network) {
-            // Everything is sent afresh.
-            state.refused.remove(&network);
-        }
         let applied = state.applied.entry(network).or_default();
         let ops = diff(applied, &desired, state.caught_up);
         let empty = desired == Kernel::default();
@@ -126,6 +126,8 @@ impl Node {
             let mut state = self.state.borrow_mut();
             state.problem("kernel", None);
             state.failing.clear();
+            // Not before the pass: an attach that is under way was planned on what was refused.
+            state.refused.clear();
             state.counts.passes += 1;
             if state.counts.passes > 1 {
                 state.counts.repairs += pass.outcomes.len() as u64;
@@ -151,7 +153,6 @@ impl Node {
         state.dirty.host = false;
         state.dirty.networks.clear();
         state.applied.clear();
-        state.refused.clear();
         state.applied_host = desired::host(&state.view, &state.local);
         let mut all = state.applied_host.clone();
         let networks: Vec<NetworkId> = state.view.networks.keys().copied().collect();
@@ -167,10 +168,22 @@ impl Node {
 
     /// Counts operations and keeps those that were refused; says the first refusal that an attach of
     /// this device to this network cannot do without.
-    pub(super) fn note_outcomes(&self, outcomes: &[Outcome], attached: Option<(NetworkId, Device)>) -> Option<String> {
+    pub(super) fn note_outcomes(
+        &self,
+        outcomes: &[Outcome],
+        attached: Option<(NetworkId, Device)>,
+    ) -> Option<String> {
         let mut state = self.state.borrow_mut();
         state.counts.operations += outcomes.len() as u64;
         let mut first = None;
+        // The first reason stands until all of a network's devices were taken in one go.
+        let networks = |refused| {
+            let outcomes = outcomes.iter().filter(move |outcome| outcome.result.is_err() == refused);
+            outcomes.filter_map(|outcome| broken_network(&outcome.op)).collect::<BTreeSet<NetworkId>>()
+        };
+        for network in networks(false).difference(&networks(true)) {
+            state.refused.remove(network);
+        }
         for outcome in outcomes {
             let Err(error) = &outcome.result else { continue };
             let op = outcome.op.to_string();
@@ -236,7 +249,9 @@ fn broken_network(op: &Op) -> Option<NetworkId> {
         Role::Endpoint(_) => return None,
     };
     match op {
-        Op::AddLink(..) | Op::SetLink(..) | Op::DelLink(_) | Op::AddAddress(..) | Op::DelAddress(..) => Some(network),
+        Op::AddLink(..) | Op::SetLink(..) | Op::DelLink(_) | Op::AddAddress(..) | Op::DelAddress(..) => {
+            Some(network)
+        }
         Op::Sysctl { .. }
         | Op::Filter(_)
         | Op::DelFilter
