@@ -115,6 +115,7 @@ impl Node {
             }
             if count.is_multiple_of(300) {
                 self.forget_long_dead();
+                self.drop_old_tombstones();
                 // When each host was last alive outlives a restart only by this.
                 self.save_soon();
             }

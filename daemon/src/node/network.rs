@@ -57,6 +57,13 @@ impl Node {
                 state.problems.get("admission").cloned().unwrap_or_else(|| "not admitted yet".to_owned());
             return Err(Failed::unavailable(why));
         }
+        if state.objects.len() >= super::objects::MAX_OBJECTS {
+            return Err(Failed::exhausted(format!(
+                "the cluster has {} networks, removed ones included, and can have no more; removed ones are forgotten \
+                 after 30 days",
+                state.objects.len()
+            )));
+        }
         if let Some(other) = state.view.networks.values().find(|other| other.network.name == request.name) {
             let id = other.network.id;
             return Err(Failed::conflict(format!("network {} exists already, with id {id}", request.name)));

@@ -13,6 +13,11 @@ use super::state::State;
 use super::{Node, wall_ms};
 use crate::crypto;
 
+/// Networks, removed ones included: an index of all of them fits a frame many times.
+pub(super) const MAX_OBJECTS: usize = 65_536;
+/// A tombstone is kept this long, in milliseconds: a host that was away for longer may bring a
+/// removed network back.
+const TOMBSTONE_MS: u64 = 30 * 24 * 60 * 60 * 1000;
 /// Objects in one message: far from the largest frame.
 const OBJECTS_A_MESSAGE: usize = 1000;
 
@@ -47,6 +52,9 @@ impl Node {
             state.objects_seen = true;
             for signed in objects {
                 match open_object(&signed) {
+                    // One that we have forgotten, and the sender has not yet.
+                    Ok(object) if is_old_tombstone(&object) && !state.objects.contains_key(&object.key()) => {
+                    }
                     Ok(object) => changed |= insert(&mut state, signed, object),
                     Err(error) => tracing::warn!(%from, error, "refused an object"),
                 }
@@ -90,6 +98,22 @@ impl Node {
     pub(super) fn ask_objects(&self, peer: NodeId) {
         let index = object_index(&self.state.borrow());
         self.links().send(peer, &Message::ObjectIndex { index, reply: true });
+    }
+
+    /// Forgets tombstones that everybody has had time to hear of.
+    pub(super) fn drop_old_tombstones(&self) {
+        let mut guard = self.state.borrow_mut();
+        let state = &mut *guard;
+        let before = state.objects.len();
+        let (networks, blocks) = (&state.view.networks, &state.view.alloc.blocks);
+        state.objects.retain(|ObjectKey::Network(id), (_, object)| {
+            !is_old_tombstone(object)
+                || networks.contains_key(id)
+                || blocks.keys().any(|block| block.network == *id)
+        });
+        if state.objects.len() != before {
+            self.objects_changed(state);
+        }
     }
 
     /// Asks peers whose objects differ from ours, in case an answer was lost or refused.
@@ -160,6 +184,10 @@ impl Node {
             self.request_change(Change::DropNetwork(network), None);
         }
     }
+}
+
+fn is_old_tombstone(object: &Object) -> bool {
+    object.deleted && wall_ms().saturating_sub(object.stamp.wall_ms) > TOMBSTONE_MS
 }
 
 /// Networks that are gone and still have blocks.
@@ -247,6 +275,10 @@ pub(super) fn insert(state: &mut State, signed: SignedObject, object: Object) ->
         return false;
     }
     let key = object.key();
+    if state.objects.len() >= MAX_OBJECTS && !state.objects.contains_key(&key) {
+        tracing::warn!(writer = %object.stamp.node, "refused an object: there are {MAX_OBJECTS} already");
+        return false;
+    }
     if state.objects.get(&key).is_some_and(|(_, ours)| ours.stamp >= object.stamp) {
         return false;
     }

@@ -29,6 +29,8 @@ const RESYNC: Duration = Duration::from_secs(60);
 /// After a refusal the next whole pass comes after this time, then later and later.
 const RETRY_FIRST: Duration = Duration::from_millis(500);
 const RETRY_LAST: Duration = Duration::from_secs(30);
+/// Of one pass, so many repairs are told one by one.
+const REPAIRS_TOLD: usize = 50;
 /// Others' changes come in bursts: wait for the end of one, but not for long.
 const SETTLE: Duration = Duration::from_millis(30);
 
@@ -111,6 +113,7 @@ impl Node {
 
     /// Compares everything with a dump, and repairs it.
     pub(super) async fn whole_pass(&self) {
+        let drift = std::mem::take(&mut self.state.borrow_mut().dirty.drift);
         let (desired, prune, ignored) = self.plan_all();
         let pass = match self.kernel.reconcile(Goal { desired, prune, ignored, apply: true }).await {
             Ok(pass) => pass,
@@ -129,20 +132,25 @@ impl Node {
             // Not before the pass: an attach that is under way was planned on what was refused.
             state.refused.clear();
             state.counts.passes += 1;
-            if state.counts.passes > 1 {
+            if drift {
                 state.counts.repairs += pass.outcomes.len() as u64;
             }
         }
-        for outcome in &pass.outcomes {
-            tracing::info!(op = %outcome.op, "repair");
-            self.event(
-                "kernel",
-                &outcome.op.device().map_or_else(String::new, |d| d.to_string()),
-                &outcome.op.to_string(),
-            );
+        if drift {
+            self.tell_repairs(&pass.outcomes);
         }
         self.note_outcomes(&pass.outcomes, None);
         self.lost(pass.lost);
+    }
+
+    /// Each of a few repairs; of many, the first ones and how many more.
+    fn tell_repairs(&self, outcomes: &[Outcome]) {
+        for Outcome { op, .. } in outcomes.iter().take(REPAIRS_TOLD) {
+            self.event("kernel", &op.device().map_or_else(String::new, |d| d.to_string()), &op.to_string());
+        }
+        if let Some(more) = outcomes.len().checked_sub(REPAIRS_TOLD).filter(|more| *more > 0) {
+            self.event("kernel", "", &format!("{more} more repairs"));
+        }
     }
 
     /// All that should be, whether things may be removed, and which devices are being made.
@@ -212,6 +220,7 @@ impl Node {
             KernelEvent::EndpointGone(device) => self.lost([device]),
             KernelEvent::Changed | KernelEvent::Overrun | KernelEvent::FilterChanged => {
                 let mut state = self.state.borrow_mut();
+                state.dirty.drift = true;
                 if state.dirty.full {
                     return;
                 }

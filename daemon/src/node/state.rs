@@ -65,6 +65,8 @@ pub(crate) struct Dirty {
     pub host: bool,
     /// Everything, against a dump.
     pub full: bool,
+    /// Somebody else changed something of ours since the last whole pass.
+    pub drift: bool,
 }
 
 /// Names, addresses and MACs of attaches under way.

@@ -2,12 +2,16 @@
 
 use std::net::{IpAddr, SocketAddr};
 use std::rc::Rc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
+
+use ovl_proto::record::Presence;
 
 use super::{Node, next_generation, open};
 
 /// Changes of addresses come in bursts: an address is often taken away before the next is given.
 const SETTLE: Duration = Duration::from_millis(100);
+/// An address that is taken away for a moment (DHCP, a reload of the network) is waited for.
+const GONE_FOR_GOOD: Duration = Duration::from_secs(2);
 /// While the address is gone and there is no other, it is looked for this often.
 const LOOK_AGAIN: Duration = Duration::from_secs(2);
 
@@ -15,15 +19,20 @@ impl Node {
     /// Runs for ever.
     pub(super) async fn underlay_loop(self: Rc<Self>) {
         let mut device = None;
+        let mut gone_since = None;
         loop {
             let vtep = self.state.borrow().record().map_or(self.config.advertise.ip(), |record| record.vtep);
             let found = self.kernel.underlay(vtep).await;
             let mut wait = None;
             match found {
                 Ok(link) => {
+                    gone_since = None;
                     self.state.borrow_mut().problem("address", None);
                     self.set_link_mtu(link.mtu);
                     device = Some(link.device);
+                }
+                Err(_) if gone_since.get_or_insert_with(Instant::now).elapsed() < GONE_FOR_GOOD => {
+                    wait = Some(SETTLE);
                 }
                 Err(_) => match device.as_deref().and_then(|device| address_of(device, vtep)) {
                     Some(address) => {
@@ -100,10 +109,12 @@ impl Node {
                 own.record = record;
             }
             state.own_record = signed;
+            // What changed while the sockets were opened is told anew below.
             state.touch_all();
             self.pointed.borrow_mut().clear();
             self.point_links(state);
         }
+        self.publish_record(Presence::Running);
         // A new generation begins the table anew.
         self.write_table(Vec::new(), Vec::new());
         self.saved().await.map_err(|failed| anyhow::anyhow!(failed.0.message))?;

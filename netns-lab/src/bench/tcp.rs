@@ -41,23 +41,28 @@ pub(crate) fn measure(bench: &Bench) -> Result<Figure> {
         .map(|_| raw.run(bench.plan.stream, Cores::One))
         .collect::<Result<Vec<_>>>()?;
 
-    let (ours, by_hand) = (gbit_s(&one.overlay).median(), gbit_s(&one.hand).median());
+    let (ours, by_hand) = (gbit_s(&one.overlay).max(), gbit_s(&one.hand).max());
     Ok(Figure {
         setup: format!(
             "2 hosts, underlay MTU 1500, overlay MTU {mtu}, one iperf3 stream (cubic) of {} s, {} turns each, ovl \
-             and by hand alternating in two labs that stand side by side; medians. Both ends on one core, so that \
+             and by hand alternating in two labs that stand side by side; the best turn of each, because other work can only slow one down. Both ends on one core, so that \
              only the path's cost decides; also without that. By hand: bridge, VXLAN (nolearning), static FDB and \
              neighbours, no daemon, no packet filter",
             bench.plan.stream.as_secs(),
             bench.plan.turns
         ),
         rows: vec![
-            Row::with_bar("ovl's overlay : built by hand", one.ratio(), "", Bar::AtLeast(0.95)),
-            Row::context("the same, best turn to best turn", one.best_ratio(), ""),
+            Row::with_bar(
+                "ovl's overlay : built by hand, best turns",
+                one.best_ratio(),
+                "",
+                Bar::AtLeast(0.95),
+            ),
+            Row::context("the same by medians", one.ratio(), ""),
             Row::context("the same where the scheduler chooses cores", any.ratio(), ""),
             Row::context("ovl's overlay", ours, "Gbit/s"),
             Row::context("built by hand", by_hand, "Gbit/s"),
-            Row::context("underlay alone", gbit_s(&raw_runs).median(), "Gbit/s"),
+            Row::context("underlay alone", gbit_s(&raw_runs).max(), "Gbit/s"),
         ],
         notes: Vec::new(),
         details: json!({
@@ -89,7 +94,8 @@ impl Turns {
         gbit_s(&self.overlay).median() / gbit_s(&self.hand).median()
     }
 
-    /// Other work on the machine slows a turn down and never speeds it up.
+    /// Other work on the machine slows a turn down, to half if it gets the same core, and never
+    /// speeds it up. Where it hits one path more than the other, medians say 1.19 of what is 0.85.
     fn best_ratio(&self) -> f64 {
         gbit_s(&self.overlay).max() / gbit_s(&self.hand).max()
     }
