@@ -9,7 +9,6 @@ use ovl_proto::alloc::{Block, Change, Refusal};
 use ovl_proto::id::{NetworkId, NodeId};
 use ovl_proto::object::{Network, Subnet};
 use ovl_proto::sync::LeaseWish;
-use tokio::sync::oneshot;
 
 use super::state::State;
 use super::{Failed, Node};
@@ -80,9 +79,7 @@ impl Node {
             owner: me,
             blocks: u32::try_from(held).unwrap_or(u32::MAX).saturating_add(1),
         };
-        let (tell, answer) = oneshot::channel();
-        self.request_change(change, Some(tell));
-        let result = self.agreed(answer).await?;
+        let result = self.agree(&change).await?;
         if result.is_ok() {
             self.event("block", &network.name, &format!("claimed a block of {}", subnet.prefix));
         }

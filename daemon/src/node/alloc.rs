@@ -19,6 +19,8 @@ use crate::store;
 
 /// A host that does not answer a request for a lease is given up after this time.
 const LEASE_TIMEOUT: Duration = Duration::from_secs(3);
+/// So often a change is asked for while a majority is alive and does not answer in time.
+const AGREE_TRIES: u32 = 4;
 /// What must be on the disk is there by then, or something is wrong with the disk.
 const DISK_TIMEOUT: Duration = Duration::from_secs(10);
 /// Between two attempts to get our addresses back: the others' streams may not be up yet.
@@ -84,22 +86,33 @@ impl Node {
 
     /// Asks for a change and waits for the answer.
     pub(super) async fn change(&self, change: Change) -> Result<(), Failed> {
-        let (tell, answer) = oneshot::channel();
-        self.request_change(change, Some(tell));
-        self.agreed(answer).await?.map_err(|refusal| self.explain(&refusal))
+        self.agree(&change).await?.map_err(|refusal| self.explain(&refusal))
     }
 
-    /// Waits for the answer to a change. The allocator gives up by itself; beyond that only a disk
-    /// that takes nothing can hold it up.
-    pub(super) async fn agreed(
-        &self,
-        answer: oneshot::Receiver<Result<u64, Refusal>>,
-    ) -> Result<Result<(), Refusal>, Failed> {
-        match tokio::time::timeout(DISK_TIMEOUT, answer).await {
-            Ok(Ok(result)) => Ok(result.map(|_| ())),
-            Ok(Err(_)) => Err(Failed::unavailable("ovld is stopping")),
-            Err(_) => Err(self.disk_is_stuck()),
+    /// The same, with the refusal as it is. Too few answers in time while a majority is alive means
+    /// that packets are lost: it is tried again, for changes can be asked for twice.
+    pub(super) async fn agree(&self, change: &Change) -> Result<Result<(), Refusal>, Failed> {
+        let mut tries = 0;
+        loop {
+            let (tell, answer) = oneshot::channel();
+            self.request_change(change.clone(), Some(tell));
+            tries += 1;
+            // The allocator gives up by itself; beyond that only a disk that takes nothing can hold
+            // it up.
+            match tokio::time::timeout(DISK_TIMEOUT, answer).await {
+                Ok(Ok(Err(Refusal::NoMajority { .. })))
+                    if tries < AGREE_TRIES && self.majority_is_alive() => {}
+                Ok(Ok(result)) => return Ok(result.map(|_| ())),
+                Ok(Err(_)) => return Err(Failed::unavailable("ovld is stopping")),
+                Err(_) => return Err(self.disk_is_stuck()),
+            }
         }
+    }
+
+    fn majority_is_alive(&self) -> bool {
+        let state = self.state.borrow();
+        let members = &state.view.alloc.members;
+        state.alive().intersection(members).count() > members.len() / 2
     }
 
     fn disk_is_stuck(&self) -> Failed {
