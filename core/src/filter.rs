@@ -14,6 +14,9 @@ pub const TABLE: &str = "ovl";
 
 /// The table for a host that has these networks.
 ///
+/// * `prerouting`, `output`: neither the tunnels' own packets nor what stays within a network need
+///   connection tracking, which the translation below would switch on for them too (a seventh of
+///   the throughput). What goes to or from a gateway is tracked: the host's own rules may look at it.
 /// * `input`: the VXLAN socket listens on every address of the host and takes packets from
 ///   anybody; only members' VTEPs may use it.
 /// * `forward`: networks do not reach each other, and an internal one reaches nothing.
@@ -24,6 +27,23 @@ pub fn render(networks: &[&Network], vteps: &BTreeSet<IpAddr>, vxlan_port: u16, 
     let _ = writeln!(text, "table inet {TABLE}\ndelete table inet {TABLE}\ntable inet {TABLE} {{");
     set(&mut text, "vteps4", "ipv4_addr", vteps.iter().filter(|vtep| vtep.is_ipv4()));
     set(&mut text, "vteps6", "ipv6_addr", vteps.iter().filter(|vtep| vtep.is_ipv6()));
+    let _ = writeln!(
+        text,
+        "\tchain prerouting {{\n\t\ttype filter hook prerouting priority raw; policy accept;\n\
+         \t\tudp dport {vxlan_port} notrack"
+    );
+    for subnet in networks.iter().flat_map(|network| &network.subnets) {
+        let (family, prefix, gateway) = (family(subnet.prefix), subnet.prefix, subnet.gateway);
+        let _ = writeln!(
+            text,
+            "\t\t{family} saddr {prefix} {family} daddr {prefix} {family} saddr != {gateway} {family} daddr != {gateway} notrack"
+        );
+    }
+    let _ = writeln!(
+        text,
+        "\t}}\n\tchain output {{\n\t\ttype filter hook output priority raw; policy accept;\n\
+         \t\tudp dport {vxlan_port} notrack\n\t}}"
+    );
     let _ = writeln!(
         text,
         "\tchain input {{\n\
@@ -55,16 +75,20 @@ pub fn render(networks: &[&Network], vteps: &BTreeSet<IpAddr>, vxlan_port: u16, 
     );
     for network in networks.iter().filter(|network| masquerade && !network.internal) {
         for subnet in &network.subnets {
-            let (family, prefix) = match subnet.prefix {
-                IpNet::V4(_) => ("ip", subnet.prefix),
-                IpNet::V6(_) => ("ip6", subnet.prefix),
-            };
+            let (family, prefix) = (family(subnet.prefix), subnet.prefix);
             let bridge = Device::bridge(network.id);
             let _ = writeln!(text, "\t\t{family} saddr {prefix} oifname != \"{bridge}\" masquerade");
         }
     }
     let _ = writeln!(text, "\t}}\n}}");
     text
+}
+
+fn family(prefix: IpNet) -> &'static str {
+    match prefix {
+        IpNet::V4(_) => "ip",
+        IpNet::V6(_) => "ip6",
+    }
 }
 
 fn set<'a>(text: &mut String, name: &str, kind: &str, elements: impl Iterator<Item = &'a IpAddr>) {

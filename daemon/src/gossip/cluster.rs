@@ -187,12 +187,12 @@ async fn spawn(
 }
 
 /// With one sample and a threshold of 1 this is a time-out: five parts of the initial interval and
-/// one of the last one seen, over six; 2.3 to 2.6 s.
+/// one of the last one seen, over six; about 2 s.
 fn failure_detector(interval: Duration) -> FailureDetectorConfig {
     FailureDetectorConfig {
         phi_threshold: 1.0,
         sampling_window_size: 1,
-        initial_interval: (interval * 14).max(Duration::from_millis(2800)),
+        initial_interval: (interval * 12).max(Duration::from_millis(2400)),
         max_interval: (interval * 7).max(Duration::from_millis(1500)),
         dead_node_grace_period: GRACE,
     }

@@ -225,6 +225,7 @@ impl Node {
                         last_alive_ms: wall_ms(),
                         pulled_at: None,
                         probe_sent_at: 0,
+                        heard: false,
                     },
                 );
             }
@@ -301,7 +302,8 @@ impl Node {
         for (id, peer) in &mut state.peers {
             let Some(node) = state.view.nodes.get_mut(id) else { continue };
             let mut verdict = liveness::judge(peer.signs, node.record.presence, now, keep);
-            if settling && verdict == PeerState::Dead {
+            peer.heard |= peer.signs.gossip;
+            if settling && !peer.heard && verdict == PeerState::Dead {
                 verdict = PeerState::Suspect;
             }
             if peer.signs.gossip {

@@ -38,6 +38,8 @@ pub(crate) struct Peer {
     pub pulled_at: Option<u64>,
     /// When a probe was last sent to it.
     pub probe_sent_at: u64,
+    /// Gossip has counted it among the living in this run.
+    pub heard: bool,
 }
 
 /// What is known of an endpoint of this host beside its entry in the table.
