@@ -136,7 +136,7 @@ fn whatever_is_changed_by_hand_is_repaired_at_once() {
         format!("bridge link set dev {vxlan} learning on"),
         "nft flush table inet ovl".to_owned(),
         "nft delete table inet ovl".to_owned(),
-        "nft add rule inet ovl forward counter drop".to_owned(),
+        "nft add rule inet ovl postrouting counter".to_owned(),
         "RULE".to_owned(),
         "FORWARDING".to_owned(),
     ];
