@@ -16,14 +16,12 @@ use super::Underlay;
 use super::attribute::{attributes, ip, u8_at};
 use super::error::{KernelError, Result};
 use super::fact;
+use super::known::{RTM_NEWADDR, RTM_NEWLINK, RTM_NEWNEIGH};
 use super::link::{LinkView, Neighbour};
 use super::socket::{Dump, Route};
 use super::sysctl;
 
-const RTM_NEWLINK: u16 = 16;
-const RTM_NEWADDR: u16 = 20;
 const RTM_NEWROUTE: u16 = 24;
-const RTM_NEWNEIGH: u16 = 28;
 
 /// What a dump gives beside the model.
 #[derive(Debug, Default)]

@@ -50,7 +50,7 @@ fn what_others_do_to_it_is_noticed() {
             "nft delete element inet ovl vteps4 { 192.0.2.3 }",
             "nft add element inet ovl vteps4 { 192.0.2.9 }",
             "nft flush chain inet ovl input",
-            "nft insert rule inet ovl forward accept",
+            "nft insert rule inet ovl prerouting accept",
         ] {
             run(line);
             assert_eq!(lab.events().await, [KernelEvent::FilterChanged], "{line}");
