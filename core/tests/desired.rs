@@ -226,7 +226,7 @@ fn strangers_may_not_send_to_the_vxlan_port() {
     give(&mut view, 1, vec![endpoint(1, "10.9.0.9/24")]);
     let filter = desired(&view, &local()).filter.unwrap();
     assert!(filter.contains("elements = { 192.168.77.2, 192.168.77.3 }"), "{filter}");
-    assert!(filter.contains("udp dport 4789 counter drop"), "{filter}");
+    assert!(filter.contains("udp dport 4789 fib daddr type != unicast counter drop"), "{filter}");
 }
 
 #[test]

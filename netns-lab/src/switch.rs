@@ -68,6 +68,7 @@ pub(crate) fn build(lab: &LabState) -> Result<()> {
         .chain(lab.hosts.iter().map(|host| host_namespace(&lab.name, &host.name)))
         .collect();
     add_namespaces(&namespaces)?;
+    Netns::new(switch.clone()).run(plain_bridges)??;
 
     let mut lines = vec![
         "link set lo up".to_owned(),
@@ -164,6 +165,7 @@ fn configure_host(lab: &LabState, host: &HostState) -> Result<()> {
     Netns::new(namespace.clone()).run(|| -> Result<()> {
         set_sysctl("net/ipv4/ip_forward", "0")?;
         set_sysctl(&format!("net/ipv6/conf/{NIC}/accept_dad"), "0")?;
+        plain_bridges()?;
         enable_ipv6()
     })??;
 
@@ -211,6 +213,17 @@ pub(crate) fn build_workload(namespace: &str) -> Result<()> {
     add_namespaces(&[namespace.to_owned()])?;
     ip_batch(Some(namespace), &["link set lo up".to_owned()])?;
     Netns::new(namespace.to_owned()).run(enable_ipv6)?
+}
+
+/// Bridges that do not ask the packet filter, as on a host where nobody has loaded `br_netfilter`:
+/// the machine may have it for other reasons, and a new namespace begins with it switched on.
+fn plain_bridges() -> Result<()> {
+    if !Path::new("/proc/sys/net/bridge").exists() {
+        return Ok(());
+    }
+    ["arptables", "iptables", "ip6tables"]
+        .iter()
+        .try_for_each(|what| set_sysctl(&format!("net/bridge/bridge-nf-call-{what}"), "0"))
 }
 
 fn enable_ipv6() -> Result<()> {

@@ -145,11 +145,11 @@ fn whatever_is_changed_by_hand_is_repaired_at_once() {
         match drift.as_str() {
             // One rule, by its handle.
             "RULE" => {
-                let list = h1.exec_ok(["nft", "-a", "list", "chain", "inet", "ovl", "input"]).unwrap();
+                let list = h1.exec_ok(["nft", "-a", "list", "chain", "inet", "ovl", "prerouting"]).unwrap();
                 let rule =
                     list.lines().find(|line| line.contains("drop")).unwrap_or_else(|| panic!("{list}"));
                 let handle = rule.rsplit("handle ").next().unwrap().trim();
-                h1.exec_ok(["nft", "delete", "rule", "inet", "ovl", "input", "handle", handle]).unwrap();
+                h1.exec_ok(["nft", "delete", "rule", "inet", "ovl", "prerouting", "handle", handle]).unwrap();
             }
             "FORWARDING" => {
                 h1.run(|| std::fs::write("/proc/sys/net/ipv4/ip_forward", "0")).unwrap().unwrap();

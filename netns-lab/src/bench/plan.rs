@@ -32,7 +32,7 @@ impl Plan {
         Plan {
             quick: false,
             stream: Duration::from_secs(5),
-            turns: 8,
+            turns: 16,
             announces: 240,
             bulk: 1000,
             bulk_rounds: 3,

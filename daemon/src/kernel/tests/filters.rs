@@ -49,7 +49,7 @@ fn what_others_do_to_it_is_noticed() {
             "nft delete table inet ovl",
             "nft delete element inet ovl vteps4 { 192.0.2.3 }",
             "nft add element inet ovl vteps4 { 192.0.2.9 }",
-            "nft flush chain inet ovl input",
+            "nft flush chain inet ovl output",
             "nft insert rule inet ovl prerouting accept",
         ] {
             run(line);
