@@ -110,7 +110,7 @@ pub fn choose_subnet(pool: IpNet, length: u8, taken: &[IpNet], rank: usize, host
 #[cfg(test)]
 mod tests {
     use ovl_proto::clock::Stamp;
-    use ovl_proto::object::{Driver, Mode};
+    use ovl_proto::object::{Backend, Driver, Mode};
 
     use super::*;
 
@@ -125,6 +125,7 @@ mod tests {
                 created,
                 driver: Driver::Overlay,
                 mode: Mode::L2,
+                backend: Backend::Vxlan,
                 vni,
                 subnets: vec![],
                 mtu: None,

@@ -14,7 +14,7 @@ use ovl_proto::alloc::{AllocMap, Block};
 use ovl_proto::clock::Stamp;
 use ovl_proto::control::PeerState;
 use ovl_proto::id::{EndpointId, NetworkId, NodeId};
-use ovl_proto::object::{Driver, Mode, Network};
+use ovl_proto::object::{Backend, Driver, Mode, Network};
 use ovl_proto::record::{NodeRecord, Presence, Signature};
 use ovl_proto::table::{Endpoint, Entry};
 
@@ -59,6 +59,7 @@ fn view() -> View {
         mtu: None,
         encrypted: false,
         internal: false,
+        backend: Backend::Vxlan,
     };
     let block = |n: u8| Block { network: NET, prefix: format!("10.9.0.{}/29", 8 * n).parse().unwrap() };
     View {

@@ -32,6 +32,21 @@ pub enum Driver {
 pub enum Mode {
     /// Ethernet: one subnet on all hosts.
     L2,
+    /// IP: each host routes to the blocks of the others.
+    L3,
+}
+
+/// How packets of a routed network reach other hosts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Backend {
+    /// In VXLAN, whatever lies between the hosts.
+    #[default]
+    Vxlan,
+    /// As they are: all hosts are on one segment, or the routers between them know the blocks.
+    Direct,
+    /// As they are to hosts on our segment, in VXLAN to the others.
+    Auto,
 }
 
 /// One range of addresses of a network.
@@ -70,6 +85,8 @@ pub struct Network {
     pub encrypted: bool,
     /// Without a gateway.
     pub internal: bool,
+    /// See [`Backend`]; of use on a routed network.
+    pub backend: Backend,
 }
 
 /// An object at one moment.

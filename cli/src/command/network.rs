@@ -4,7 +4,7 @@ use std::str::FromStr;
 
 use clap::{ArgGroup, Subcommand, ValueEnum};
 use ovl_proto::control::{NetworkCreate, NetworkInfo, Reply, Request};
-use ovl_proto::object::{Driver, Mode};
+use ovl_proto::object::{Backend, Driver, Mode};
 
 use crate::context::Context;
 use crate::error::{Error, Result};
@@ -62,6 +62,13 @@ struct CreateArgs {
     /// A range of addresses, for instance one for IPv4 and one for IPv6 [default: a free one]
     #[arg(long = "subnet", value_name = "CIDR")]
     subnets: Vec<String>,
+    /// With --mode l3: the prefix length of each host's block; once for each --subnet, in their order
+    /// [default: 24, or 64 for IPv6, where that leaves room for 16 hosts]
+    #[arg(long = "block", value_name = "LENGTH")]
+    block_lengths: Vec<u8>,
+    /// With --mode l3: how packets reach other hosts [default: vxlan]
+    #[arg(long, value_enum)]
+    backend: Option<BackendArg>,
     /// VXLAN network identifier [default: a free one]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..1 << 24))]
     vni: Option<u32>,
@@ -86,6 +93,18 @@ enum DriverArg {
 enum ModeArg {
     // Ethernet: one subnet on all hosts.
     L2,
+    // IP: each host has blocks of its own, and routes to those of the others.
+    L3,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum BackendArg {
+    // In VXLAN.
+    Vxlan,
+    // As they are.
+    Direct,
+    // The one for hosts on our segment, the other for the rest.
+    Auto,
 }
 
 /// Asks and prints.
@@ -127,12 +146,19 @@ impl CreateArgs {
             },
             mode: match self.mode {
                 ModeArg::L2 => Mode::L2,
+                ModeArg::L3 => Mode::L3,
             },
             subnets: ranges(&self.subnets)?,
             vni: self.vni,
             encrypted: self.encrypted,
             internal: self.internal,
             mtu: self.mtu,
+            backend: self.backend.map(|backend| match backend {
+                BackendArg::Vxlan => Backend::Vxlan,
+                BackendArg::Direct => Backend::Direct,
+                BackendArg::Auto => Backend::Auto,
+            }),
+            block_lengths: self.block_lengths,
         })
     }
 }
@@ -158,7 +184,16 @@ fn driver(network: &NetworkInfo) -> &'static str {
 fn mode(network: &NetworkInfo) -> &'static str {
     match network.mode {
         Mode::L2 => "l2",
+        Mode::L3 => "l3",
     }
+}
+
+fn backend(network: &NetworkInfo) -> Option<&'static str> {
+    network.backend.map(|backend| match backend {
+        Backend::Vxlan => "vxlan",
+        Backend::Direct => "direct",
+        Backend::Auto => "auto",
+    })
 }
 
 /// What was asked for beside the usual, and whether it is on its way out.
@@ -188,6 +223,7 @@ fn inspect(network: &NetworkInfo) -> String {
         ("Id", network.id.to_string()),
         ("Driver", driver(network).to_owned()),
         ("Mode", mode(network).to_owned()),
+        ("Backend", maybe(backend(network))),
         ("VNI", network.vni.to_string()),
         ("Subnets", list(&network.subnets)),
         ("Gateways", list(&network.gateways)),

@@ -9,7 +9,7 @@ use ovl_core::{desired, ipam, networks};
 use ovl_proto::clock::Stamp;
 use ovl_proto::control::{NetworkCreate, NetworkInfo};
 use ovl_proto::id::NetworkId;
-use ovl_proto::object::Network;
+use ovl_proto::object::{Mode, Network};
 
 use super::state::State;
 use super::{Failed, Node, random, wall_ms};
@@ -116,6 +116,7 @@ impl Node {
             mtu: request.mtu,
             encrypted: request.encrypted,
             internal: request.internal,
+            backend: request.backend.unwrap_or_default(),
         })
     }
 
@@ -261,6 +262,7 @@ impl Node {
             mtu: desired::network_mtu(&state.view, network),
             encrypted: network.encrypted,
             internal: network.internal,
+            backend: (network.mode == Mode::L3).then_some(network.backend),
             removing: found.removing,
             endpoints: u32::try_from(placed.len()).unwrap_or(u32::MAX),
             nodes: nodes.into_iter().collect(),

@@ -81,6 +81,10 @@ impl Node {
                 all.sort_by(|a, b| (&a.network, &a.name, &a.node).cmp(&(&b.network, &b.name, &b.node)));
                 Reply::Endpoints(all)
             }
+            Request::Cni(_) => return Err(Failed::unavailable("container runtimes are not served yet")),
+            Request::SandboxCreate(_) | Request::SandboxRm { .. } | Request::SandboxLs => {
+                return Err(Failed::unavailable("sandboxes are not made yet"));
+            }
         })
     }
 

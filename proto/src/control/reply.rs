@@ -7,7 +7,7 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use crate::id::{Mac, NetworkId, NodeId};
-use crate::object::{Driver, Mode};
+use crate::object::{Backend, Driver, Mode};
 
 /// One reply.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -43,6 +43,41 @@ pub enum Reply {
     Endpoint(Box<EndpointInfo>),
     /// All endpoints of the cluster, by network and name.
     Endpoints(Vec<EndpointInfo>),
+    /// What the plugin prints; null where a call has no result.
+    Cni(serde_json::Value),
+    /// What the plugin prints when a call failed.
+    CniError(CniError),
+    /// One sandbox.
+    Sandbox(Box<SandboxInfo>),
+    /// All sandboxes of this host, by name.
+    Sandboxes(Vec<SandboxInfo>),
+}
+
+/// An error as container runtimes understand it (CNI specification 1.1.0, section 5, "Error").
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CniError {
+    /// One of the well-known ones, or one of ours from 100 on.
+    pub code: u32,
+    /// In a few words.
+    pub msg: String,
+    /// What is wrong and what to do.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub details: String,
+}
+
+/// `ovlctl sandbox ls`, and what `create` answers.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct SandboxInfo {
+    /// The name.
+    pub name: String,
+    /// The namespace's file; `ip netns exec` takes its last part.
+    pub netns: std::path::PathBuf,
+    /// The networks' names, or `host`, or `none`.
+    pub networks: Vec<String>,
+    /// Of all its endpoints.
+    pub addresses: Vec<IpNet>,
+    /// Ids of the processes inside.
+    pub processes: Vec<u32>,
 }
 
 /// Why a request failed.
@@ -302,6 +337,8 @@ pub struct NetworkInfo {
     pub encrypted: bool,
     /// Without a gateway.
     pub internal: bool,
+    /// How a routed network reaches other hosts; nothing on a switched one.
+    pub backend: Option<Backend>,
     /// Removed, and waiting for its last endpoints to go.
     pub removing: bool,
     /// Endpoints in the whole cluster.

@@ -8,7 +8,7 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use crate::id::Mac;
-use crate::object::{Driver, Mode};
+use crate::object::{Backend, Driver, Mode};
 
 /// One request.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -85,6 +85,81 @@ pub enum Request {
     },
     /// Answered with [`super::Reply::Endpoints`].
     Endpoints,
+    /// One call of a container runtime, passed on by `ovl-cni`. Answered with
+    /// [`super::Reply::Cni`] or [`super::Reply::CniError`].
+    Cni(Box<CniCall>),
+    /// Makes a network namespace that outlives its programs and this daemon, with an endpoint on
+    /// each network. Answered with [`super::Reply::Sandbox`].
+    SandboxCreate(SandboxCreate),
+    /// Succeeds where there is none. Refused while processes are inside. [`super::Reply::Done`].
+    SandboxRm {
+        /// The sandbox's name.
+        name: String,
+        /// Whatever is inside.
+        #[serde(default)]
+        force: bool,
+    },
+    /// Answered with [`super::Reply::Sandboxes`].
+    SandboxLs,
+}
+
+/// What a container runtime handed to the plugin (CNI specification 1.1.0, section 2), as it came:
+/// all that it means is decided in the daemon.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CniCall {
+    /// `CNI_COMMAND`; `VERSION` is answered by the plugin itself.
+    pub command: CniCommand,
+    /// `CNI_CONTAINERID`.
+    #[serde(default)]
+    pub container_id: String,
+    /// `CNI_NETNS`; empty where the runtime has none.
+    #[serde(default)]
+    pub netns: String,
+    /// `CNI_IFNAME`.
+    #[serde(default)]
+    pub ifname: String,
+    /// `CNI_ARGS`.
+    #[serde(default)]
+    pub args: String,
+    /// `CNI_PATH`.
+    #[serde(default)]
+    pub path: String,
+    /// The network configuration from standard input.
+    pub config: serde_json::Value,
+}
+
+/// What the runtime wants.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "UPPERCASE")]
+pub enum CniCommand {
+    /// Put a container on a network.
+    Add,
+    /// Take it off.
+    Del,
+    /// Say whether it is as it was.
+    Check,
+    /// Take off all that the runtime does not know any more.
+    Gc,
+    /// Say whether an `ADD` would work.
+    Status,
+}
+
+/// A sandbox to be made.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SandboxCreate {
+    /// As an endpoint's.
+    pub name: String,
+    /// Names or ids of networks, in the order of its interfaces; or only `host`, or only `none`.
+    #[serde(default)]
+    pub networks: Vec<String>,
+    /// The Kubernetes namespace; nothing: `default`.
+    #[serde(default)]
+    pub namespace: Option<String>,
+    /// What selectors match.
+    #[serde(default)]
+    pub labels: BTreeMap<String, String>,
 }
 
 /// A network to be made.
@@ -112,6 +187,12 @@ pub struct NetworkCreate {
     /// Nothing: what the paths carry.
     #[serde(default)]
     pub mtu: Option<u16>,
+    /// How a routed network reaches other hosts; nothing: in VXLAN.
+    #[serde(default)]
+    pub backend: Option<Backend>,
+    /// The prefix length of each host's block, one for each of `subnets`; none: what fits.
+    #[serde(default)]
+    pub block_lengths: Vec<u8>,
 }
 
 /// An endpoint to be made.

@@ -14,6 +14,7 @@ fn blue() -> NetworkInfo {
         mtu: 1450,
         encrypted: false,
         internal: false,
+        backend: None,
         removing: false,
         endpoints: 5,
         nodes: vec!["host1".into(), "host2".into()],
@@ -57,6 +58,7 @@ Name       blue
 Id         04gc3g8k
 Driver     overlay
 Mode       l2
+Backend    -
 VNI        4097
 Subnets    10.1.0.0/16
 Gateways   10.1.0.1
@@ -90,23 +92,27 @@ fn what_is_not_given_is_left_to_ovld() {
         encrypted: false,
         internal: false,
         mtu: None,
+        backend: None,
+        block_lengths: Vec::new(),
     };
     assert_eq!(create("create blue"), Ok(expected));
 }
 
 #[test]
 fn everything_given_is_asked_for() {
-    let line = "create blue --driver overlay --mode l2 --subnet 10.1.0.0/16 --subnet fd00::/64 --vni 16777215 \
+    let line = "create blue --driver overlay --mode l3 --block 24 --block 72 --backend auto --subnet 10.1.0.0/16 --subnet fd00::/64 --vni 16777215 \
                 --encrypted --internal --mtu 1400";
     let expected = NetworkCreate {
         name: "blue".into(),
         driver: Driver::Overlay,
-        mode: Mode::L2,
+        mode: Mode::L3,
         subnets: vec!["10.1.0.0/16".parse().unwrap(), "fd00::/64".parse().unwrap()],
         vni: Some(16_777_215),
         encrypted: true,
         internal: true,
         mtu: Some(1400),
+        backend: Some(Backend::Auto),
+        block_lengths: vec![24, 72],
     };
     assert_eq!(create(line), Ok(expected));
 }
