@@ -1,24 +1,25 @@
 //! What the kernel should hold, from what the cluster says. One network at a time, so that a
-//! change costs what its own network costs.
+//! change costs what its own network costs. Switched networks are here, routed ones in [`crate::routed`].
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use ipnet::IpNet;
 use ovl_proto::id::{Mac, NetworkId, NodeId};
-use ovl_proto::object::Network;
-use ovl_proto::table::Entry;
+use ovl_proto::object::{Mode, Network};
+use ovl_proto::table::{Endpoint, Entry};
 
 use crate::device::Device;
 use crate::filter;
 use crate::kernel::{Kernel, Link, Remote};
+use crate::routed;
 use crate::view::{Local, Node, Placed, View};
 
 /// The smallest MTU that IPv6 allows (RFC 8200, section 5), and what a network gets at the least.
 pub const MIN_MTU: u16 = 1280;
 
 /// Bytes that VXLAN puts before an IP packet: inner Ethernet 14, VXLAN 8, UDP 8, outer IP.
-fn overhead(vtep: IpAddr) -> u16 {
+pub(crate) fn overhead(vtep: IpAddr) -> u16 {
     14 + 8 + 8 + if vtep.is_ipv4() { 20 } else { 40 }
 }
 
@@ -31,9 +32,12 @@ pub fn desired(view: &View, local: &Local) -> Kernel {
     kernel
 }
 
-/// Whether this host builds a network's devices: it has, or is about to have, an endpoint there.
+/// Whether this host builds a network's devices: it has, or is about to have, an endpoint there; or
+/// a block of a routed network, whose addresses it answers for.
 pub fn is_built(view: &View, local: &Local, network: NetworkId) -> bool {
+    let is_routed = view.networks.get(&network).is_some_and(|state| state.network.mode == Mode::L3);
     local.wanted.contains_key(&network)
+        || (is_routed && routed::has_block(view, network))
         || view.own().is_some_and(|own| {
             own.table.entries().any(|entry| matches!(entry, Entry::Endpoint(e) if e.network == network))
         })
@@ -79,9 +83,18 @@ pub fn network_part(view: &View, local: &Local, id: NetworkId) -> Kernel {
         return kernel;
     }
     let network = &state.network;
+    match network.mode {
+        Mode::L2 => switched(&mut kernel, view, local, network, own),
+        Mode::L3 => routed::part(&mut kernel, view, local, network, own),
+    }
+    kernel
+}
+
+fn switched(kernel: &mut Kernel, view: &View, local: &Local, network: &Network, own: &Node) {
+    let id = network.id;
     let placed: Vec<Placed<'_>> = view.endpoints(id).collect();
     let mtu = mtu(view, network, &placed);
-    devices(&mut kernel, network, own, mtu);
+    devices(kernel, network, own, mtu);
     let winners = winners(network, &placed);
     for Placed { node, endpoint } in &placed {
         let usable = endpoint.addresses.iter().all(|address| {
@@ -111,8 +124,7 @@ pub fn network_part(view: &View, local: &Local, id: NetworkId) -> Kernel {
             kernel.neighbours.insert((bridge, address.addr()), endpoint.mac);
         }
     }
-    own_endpoints(&mut kernel, local, own, id, mtu);
-    kernel
+    own_endpoints(kernel, local, own, id, mtu);
 }
 
 fn devices(kernel: &mut Kernel, network: &Network, own: &Node, mtu: u16) {
@@ -128,6 +140,7 @@ fn devices(kernel: &mut Kernel, network: &Network, own: &Node, mtu: u16) {
             port: own.record.vxlan_port,
             mtu,
             master: Some(bridge),
+            mac: Mac::of_vxlan(network.id),
             up: true,
             tuned: true,
         },
@@ -197,8 +210,29 @@ pub fn mtu(view: &View, network: &Network, placed: &[Placed<'_>]) -> u16 {
     carried.min(network.mtu.unwrap_or(u16::MAX)).max(MIN_MTU)
 }
 
-/// The MTU of a network, and nothing else of it.
+/// The MTU of a network's endpoints on this host, and nothing else of it.
 pub fn network_mtu(view: &View, network: &Network) -> u16 {
-    let placed: Vec<Placed<'_>> = view.endpoints(network.id).collect();
-    mtu(view, network, &placed)
+    match network.mode {
+        Mode::L2 => mtu(view, network, &view.endpoints(network.id).collect::<Vec<_>>()),
+        Mode::L3 => view.own().map_or(MIN_MTU, |own| routed::endpoint_mtu(network, own)),
+    }
+}
+
+/// What one endpoint of this host needs beside its network's devices. Its link is made by an
+/// attach.
+pub fn endpoint_part(view: &View, network: &Network, endpoint: &Endpoint, mtu: u16) -> Kernel {
+    let mut kernel = Kernel::default();
+    let device = Device::endpoint(endpoint.id);
+    match network.mode {
+        Mode::L2 => {
+            let bridge = Device::bridge(network.id);
+            kernel.links.insert(device, Link::Endpoint { mtu, master: Some(bridge), up: true, tuned: true });
+            kernel.ports.insert((device, endpoint.mac));
+            for address in &endpoint.addresses {
+                kernel.neighbours.insert((bridge, address.addr()), endpoint.mac);
+            }
+        }
+        Mode::L3 => routed::endpoint_part(&mut kernel, view, network, endpoint, mtu),
+    }
+    kernel
 }

@@ -5,12 +5,17 @@ use std::fmt::Write as _;
 use std::net::IpAddr;
 
 use ipnet::IpNet;
-use ovl_proto::object::Network;
+use ovl_proto::object::{Mode, Network};
 
 use crate::device::Device;
 
 /// The name of our table, in the family `inet`. No other table is ever touched.
 pub const TABLE: &str = "ovl";
+
+/// Devices of ours that packets come from.
+const OURS: [&str; 3] = ["ovb-*", "ovx-*", "ove-*"];
+
+const REJECT: &str = "reject with icmpx admin-prohibited";
 
 /// The table for a host that has these networks.
 ///
@@ -19,6 +24,7 @@ pub const TABLE: &str = "ovl";
 /// * `prerouting`, `output`: neither the tunnels' own packets nor what stays within a network need
 ///   connection tracking, which the translation below would switch on for them too (a seventh of
 ///   the throughput). What goes to or from a gateway is tracked: the host's own rules may look at it.
+///   So is what is routed: an endpoint may answer a packet that was translated on its way to it.
 /// * `forward`: networks do not reach each other, and an internal one reaches nothing.
 /// * `postrouting`: what leaves the cluster gets the host's address.
 pub fn render(networks: &[&Network], vteps: &BTreeSet<IpAddr>, vxlan_port: u16, masquerade: bool) -> String {
@@ -35,7 +41,7 @@ pub fn render(networks: &[&Network], vteps: &BTreeSet<IpAddr>, vxlan_port: u16, 
          \t\tudp dport {vxlan_port} ip6 saddr @vteps6 notrack accept\n\
          \t\tudp dport {vxlan_port} fib daddr type != unicast counter drop"
     );
-    for subnet in networks.iter().flat_map(|network| &network.subnets) {
+    for subnet in switched(networks).flat_map(|network| &network.subnets) {
         let (family, prefix, gateway) = (family(subnet.prefix), subnet.prefix, subnet.gateway);
         let _ = writeln!(
             text,
@@ -58,21 +64,49 @@ pub fn render(networks: &[&Network], vteps: &BTreeSet<IpAddr>, vxlan_port: u16, 
     text
 }
 
+fn switched<'a>(networks: &'a [&'a Network]) -> impl Iterator<Item = &'a Network> {
+    networks.iter().copied().filter(|network| network.mode == Mode::L2)
+}
+
+fn routed<'a>(networks: &'a [&'a Network]) -> impl Iterator<Item = &'a Network> {
+    networks.iter().copied().filter(|network| network.mode == Mode::L3)
+}
+
+/// A switched network is behind its bridge. An endpoint of a routed one has a device of its own, so
+/// there addresses tell where a packet belongs.
 fn forward(text: &mut String, networks: &[&Network]) {
     let _ = writeln!(
         text,
         "\tchain forward {{\n\t\ttype filter hook forward priority filter - 10; policy accept;"
     );
-    for network in networks {
+    for network in switched(networks) {
         let bridge = Device::bridge(network.id);
         if network.internal {
             let _ = writeln!(text, "\t\tiifname \"{bridge}\" oifname != \"{bridge}\" counter drop");
             let _ = writeln!(text, "\t\toifname \"{bridge}\" iifname != \"{bridge}\" counter drop");
         } else {
-            let _ = writeln!(
-                text,
-                "\t\tiifname \"{bridge}\" oifname \"ovb-*\" oifname != \"{bridge}\" counter reject with icmpx admin-prohibited"
-            );
+            for from in OURS {
+                let _ = writeln!(
+                    text,
+                    "\t\toifname \"{bridge}\" iifname \"{from}\" iifname != \"{bridge}\" counter {REJECT}"
+                );
+            }
+        }
+    }
+    for network in routed(networks) {
+        for subnet in &network.subnets {
+            let (family, prefix) = (family(subnet.prefix), subnet.prefix);
+            if network.internal {
+                let _ = writeln!(text, "\t\t{family} daddr {prefix} {family} saddr != {prefix} counter drop");
+                let _ = writeln!(text, "\t\t{family} saddr {prefix} {family} daddr != {prefix} counter drop");
+            } else {
+                for from in OURS {
+                    let _ = writeln!(
+                        text,
+                        "\t\t{family} daddr {prefix} {family} saddr != {prefix} iifname \"{from}\" counter {REJECT}"
+                    );
+                }
+            }
         }
     }
     let _ = writeln!(text, "\t}}");
@@ -86,8 +120,15 @@ fn postrouting(text: &mut String, networks: &[&Network]) {
     for network in networks.iter().filter(|network| !network.internal) {
         for subnet in &network.subnets {
             let (family, prefix) = (family(subnet.prefix), subnet.prefix);
-            let bridge = Device::bridge(network.id);
-            let _ = writeln!(text, "\t\t{family} saddr {prefix} oifname != \"{bridge}\" masquerade");
+            let _ = match network.mode {
+                Mode::L2 => {
+                    let bridge = Device::bridge(network.id);
+                    writeln!(text, "\t\t{family} saddr {prefix} oifname != \"{bridge}\" masquerade")
+                }
+                Mode::L3 => {
+                    writeln!(text, "\t\t{family} saddr {prefix} {family} daddr != {prefix} masquerade")
+                }
+            };
         }
     }
     let _ = writeln!(text, "\t}}");

@@ -8,7 +8,7 @@ use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
-use ovl_proto::id::{Mac, NetworkId};
+use ovl_proto::id::{Mac, NetworkId, NodeId};
 use ovl_proto::object::Subnet;
 
 /// Why a range cannot be a network's subnet.
@@ -30,6 +30,16 @@ pub enum SubnetError {
         /// What these are for.
         what: &'static str,
     },
+    /// Blocks are part of the subnet and have room for a gateway and an endpoint.
+    #[error("blocks of /{length} in {prefix}: from /{from} to /{longest}", from = .prefix.prefix_len())]
+    BlockLength {
+        /// The subnet.
+        prefix: IpNet,
+        /// Of the blocks.
+        length: u8,
+        /// What is possible.
+        longest: u8,
+    },
     /// A subnet grows only into one that contains it.
     #[error("{new} does not contain {old}")]
     NotLarger {
@@ -43,7 +53,23 @@ pub enum SubnetError {
 /// A subnet as a network is made with: with its gateway and the usual length of blocks.
 pub fn new_subnet(prefix: IpNet) -> Result<Subnet, SubnetError> {
     validate_subnet(prefix)?;
-    Ok(Subnet { prefix, block_length: default_block_length(prefix), gateway: gateway(prefix) })
+    Ok(Subnet { prefix, block_length: default_block_length(prefix), gateway: gateway(prefix), routed: false })
+}
+
+/// A routed network's subnet, with blocks of that length, or of one that people know: a /24, or a
+/// /64 of IPv6, where that leaves room for 16 hosts.
+pub fn new_routed_subnet(prefix: IpNet, block_length: Option<u8>) -> Result<Subnet, SubnetError> {
+    validate_subnet(prefix)?;
+    let (usual, longest) = match prefix {
+        IpNet::V4(_) => (24, 30),
+        IpNet::V6(_) => (64, 126),
+    };
+    let block_length = match block_length {
+        Some(length) if (prefix.prefix_len()..=longest).contains(&length) => length,
+        Some(length) => return Err(SubnetError::BlockLength { prefix, length, longest }),
+        None => (prefix.prefix_len() + 4).max(usual).min(longest),
+    };
+    Ok(Subnet { prefix, block_length, gateway: gateway(prefix), routed: true })
 }
 
 /// The subnet grown to a range that contains it. Gateway and block length stay as they were: the
@@ -113,13 +139,17 @@ pub fn usable(subnet: &Subnet) -> u128 {
 /// got such a one claims another.
 pub fn usable_in_block(block: IpNet, subnet: &Subnet) -> u128 {
     let Some((first, last)) = common(block, subnet.prefix) else { return 0 };
-    let reserved = reserved(subnet).filter(|at| (first..=last).contains(at)).count() as u128;
-    (last - first).saturating_add(1).saturating_sub(reserved)
+    let size = (last - first).saturating_add(1);
+    let units =
+        if subnet.routed { size >> (subnet.prefix.max_prefix_len() - subnet.block_length) } else { 1 };
+    let of_first = reserved(unit(first, subnet), gateway_in_unit(first, subnet));
+    let of_first = of_first.filter(|at| (first..=last).contains(at)).count() as u128;
+    size.saturating_sub(of_first.saturating_mul(units))
 }
 
 /// Whether an endpoint may have the address.
 pub fn is_usable(at: IpAddr, subnet: &Subnet) -> bool {
-    subnet.prefix.contains(&at) && reserved(subnet).all(|reserved| reserved != number(at))
+    subnet.prefix.contains(&at) && !is_reserved(number(at), subnet)
 }
 
 /// The next free address of a node's blocks. It looks first behind `cursor`, the address that was
@@ -152,7 +182,7 @@ fn first_free(first: u128, last: u128, subnet: &Subnet, in_use: &BTreeSet<IpAddr
     let mut taken = in_use.range(address(subnet.prefix, first)..=address(subnet.prefix, last)).peekable();
     while at <= last {
         let used = taken.next_if(|used| number(**used) == at).is_some();
-        if !used && reserved(subnet).all(|reserved| reserved != at) {
+        if !used && !is_reserved(at, subnet) {
             return Some(address(subnet.prefix, at));
         }
         at = at.checked_add(1)?;
@@ -160,13 +190,29 @@ fn first_free(first: u128, last: u128, subnet: &Subnet, in_use: &BTreeSet<IpAddr
     None
 }
 
+fn is_reserved(at: u128, subnet: &Subnet) -> bool {
+    reserved(unit(at, subnet), gateway_in_unit(at, subnet)).any(|reserved| reserved == at)
+}
+
+/// What has a gateway of its own: the block on a routed network, else all of the subnet.
+fn unit(at: u128, subnet: &Subnet) -> IpNet {
+    if !subnet.routed {
+        return subnet.prefix;
+    }
+    IpNet::new(address(subnet.prefix, at), subnet.block_length).map_or(subnet.prefix, |block| block.trunc())
+}
+
+fn gateway_in_unit(at: u128, subnet: &Subnet) -> IpAddr {
+    if subnet.routed { gateway(unit(at, subnet)) } else { subnet.gateway }
+}
+
 /// What no endpoint gets: the network's address (IPv6: the subnet-router anycast address), the
 /// IPv4 broadcast address, and the gateway. The gateway also where there is none: an internal
 /// network that is opened later needs it.
-fn reserved(subnet: &Subnet) -> impl Iterator<Item = u128> {
-    let (first, last) = span(subnet.prefix);
-    let broadcast = matches!(subnet.prefix, IpNet::V4(_)).then_some(last);
-    [Some(first), Some(number(subnet.gateway)), broadcast].into_iter().flatten()
+fn reserved(unit: IpNet, gateway: IpAddr) -> impl Iterator<Item = u128> {
+    let (first, last) = span(unit);
+    let broadcast = matches!(unit, IpNet::V4(_)).then_some(last);
+    [Some(first), Some(number(gateway)), broadcast].into_iter().flatten()
 }
 
 /// An endpoint's MAC address, the same whoever computes it: locally administered, and for IPv4
@@ -184,6 +230,13 @@ pub fn mac_of(network: NetworkId, at: IpAddr) -> Mac {
             Mac([0x02, a, b, c, d, e])
         }
     }
+}
+
+/// The MAC address of a host's VXLAN device on a routed network, the same whoever computes it. The
+/// first byte keeps it apart from those of endpoints and gateways.
+pub fn mac_of_host(network: NetworkId, host: NodeId) -> Mac {
+    let [a, b, c, d, e, ..] = hash(&network.0, &host.0);
+    Mac([0x1a, a, b, c, d, e])
 }
 
 /// FNV-1a, then its bits mixed: the multiplication alone leaves the high bytes, which are the

@@ -14,7 +14,8 @@ use crate::device::Device;
 pub struct Kernel {
     /// Bridges, VXLAN devices and the host's ends of endpoints.
     pub links: BTreeMap<Device, Link>,
-    /// Addresses of our bridges.
+    /// Addresses of our bridges; on a routed network the bridge has no ports and carries the
+    /// gateways' addresses.
     pub addresses: BTreeSet<(Device, IpNet)>,
     /// Where a VXLAN device sends frames for a MAC address (`bridge fdb ... self`).
     pub remotes: BTreeMap<(Device, Mac), Remote>,
@@ -22,8 +23,11 @@ pub struct Kernel {
     pub floods: BTreeSet<(Device, Remote)>,
     /// Behind which port of its bridge a MAC address is (`bridge fdb ... master`).
     pub ports: BTreeSet<(Device, Mac)>,
-    /// Permanent neighbours on our bridges.
+    /// Permanent neighbours: on bridges the endpoints of switched networks, on VXLAN devices the
+    /// other hosts of a routed one, on an endpoint's device the endpoint.
     pub neighbours: BTreeMap<(Device, IpAddr), Mac>,
+    /// Routes of our protocol and metric ([`PROTOCOL`], [`METRIC`]) in the main table.
+    pub routes: BTreeMap<IpNet, Hop>,
     /// Settings under `net.`, by their names with dots.
     pub sysctls: BTreeMap<String, String>,
     /// Our nftables table, as the text that makes it; see [`crate::filter`].
@@ -57,9 +61,11 @@ pub enum Link {
         mtu: u16,
         /// The bridge.
         master: Option<Device>,
+        /// What frames from other hosts are addressed to, on a routed network.
+        mac: Mac,
         /// Administratively up.
         up: bool,
-        /// Learning is off on the device and on the port, neighbour suppression on.
+        /// Learning is off; on a port also there, and neighbour suppression is on.
         tuned: bool,
     },
     /// The host's end of an endpoint. Made by an attach, never by the loop: when it is gone, the
@@ -67,11 +73,11 @@ pub enum Link {
     Endpoint {
         /// In bytes; both ends get it.
         mtu: u16,
-        /// The bridge; none while the endpoint is isolated.
+        /// The bridge; none on a routed network, and while the endpoint is isolated.
         master: Option<Device>,
         /// Administratively up.
         up: bool,
-        /// Learning is off: the one MAC address behind it is in [`Kernel::ports`].
+        /// A port whose learning is off: the one MAC address behind it is in [`Kernel::ports`].
         tuned: bool,
     },
 }
@@ -85,16 +91,42 @@ pub struct Remote {
     pub port: u16,
 }
 
+/// Who made a route, as `ip route` shows it (`proto 79`). Others' routes are never touched: in
+/// `/etc/iproute2/rt_protos` the number belongs to nobody.
+pub const PROTOCOL: u8 = 79;
+
+/// Beside a route of somebody else's to the same destination, which then is preferred as a rule.
+pub const METRIC: u32 = 79;
+
+/// Where a route of ours leads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Hop {
+    /// A device of ours; none: the one through which the next hop is reached.
+    pub device: Option<Device>,
+    /// The next hop; none: the destination is behind the device itself.
+    pub gateway: Option<IpAddr>,
+    /// What this host sends from, when it is the sender.
+    pub source: Option<IpAddr>,
+    /// Where the path carries less than the device, in bytes.
+    pub mtu: Option<u16>,
+}
+
+impl Hop {
+    /// Nobody has such an address: it is said at once, and nothing wanders off to a default route.
+    pub const UNREACHABLE: Self = Self { device: None, gateway: None, source: None, mtu: None };
+}
+
 impl Kernel {
     /// Takes all of `other` in. The two have no device in common.
     pub fn merge(&mut self, other: Self) {
-        let Self { links, addresses, remotes, floods, ports, neighbours, sysctls, filter } = other;
+        let Self { links, addresses, remotes, floods, ports, neighbours, routes, sysctls, filter } = other;
         self.links.extend(links);
         self.addresses.extend(addresses);
         self.remotes.extend(remotes);
         self.floods.extend(floods);
         self.ports.extend(ports);
         self.neighbours.extend(neighbours);
+        self.routes.extend(routes);
         self.sysctls.extend(sysctls);
         self.filter = filter.or_else(|| self.filter.take());
     }
@@ -107,6 +139,7 @@ impl Kernel {
         self.floods.retain(|(on, _)| *on != device);
         self.ports.retain(|(on, _)| *on != device);
         self.neighbours.retain(|(on, _), _| *on != device);
+        self.routes.retain(|_, hop| hop.device != Some(device));
         for link in self.links.values_mut() {
             match link {
                 Link::Vxlan { master, .. } | Link::Endpoint { master, .. } if *master == Some(device) => {

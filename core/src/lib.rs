@@ -12,5 +12,6 @@ pub mod kernel;
 pub mod liveness;
 pub mod networks;
 pub mod op;
+pub mod routed;
 pub mod table;
 pub mod view;

@@ -9,7 +9,7 @@ use ovl_proto::id::Mac;
 
 use crate::device::Device;
 use crate::filter;
-use crate::kernel::{Link, Remote};
+use crate::kernel::{Hop, Link, METRIC, PROTOCOL, Remote};
 
 /// One change. Every one of them can be repeated, and deleting what is gone succeeds.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -51,13 +51,18 @@ pub enum Op {
     SetNeighbour(Device, IpAddr, Mac),
     /// No more.
     DelNeighbour(Device, IpAddr),
+    /// A destination is reached so.
+    SetRoute(IpNet, Hop),
+    /// No more.
+    DelRoute(IpNet),
 }
 
 impl Op {
     /// The device that it is about, for the status of objects and for the scope of a pass.
     pub fn device(&self) -> Option<Device> {
         match self {
-            Self::Sysctl { .. } | Self::Filter(_) | Self::DelFilter => None,
+            Self::Sysctl { .. } | Self::Filter(_) | Self::DelFilter | Self::DelRoute(_) => None,
+            Self::SetRoute(_, hop) => hop.device,
             Self::AddLink(device, _)
             | Self::SetLink(device, _, _)
             | Self::DelLink(device)
@@ -102,8 +107,32 @@ impl fmt::Display for Op {
                 write!(f, "ip neigh replace {address} lladdr {mac} dev {device} nud permanent")
             }
             Self::DelNeighbour(device, address) => write!(f, "ip neigh del {address} dev {device}"),
+            Self::SetRoute(to, hop) => set_route(f, *to, hop),
+            Self::DelRoute(to) => write!(f, "ip route del {to} proto {PROTOCOL} metric {METRIC}"),
         }
     }
+}
+
+fn set_route(f: &mut fmt::Formatter<'_>, to: IpNet, hop: &Hop) -> fmt::Result {
+    f.write_str("ip route replace ")?;
+    if *hop == Hop::UNREACHABLE {
+        f.write_str("unreachable ")?;
+    }
+    write!(f, "{to}")?;
+    if let Some(gateway) = hop.gateway {
+        write!(f, " via {gateway}")?;
+    }
+    if let Some(device) = hop.device {
+        write!(f, " dev {device}")?;
+        f.write_str(if hop.gateway.is_some() { " onlink" } else { " scope link" })?;
+    }
+    if let Some(source) = hop.source {
+        write!(f, " src {source}")?;
+    }
+    if let Some(mtu) = hop.mtu {
+        write!(f, " mtu {mtu}")?;
+    }
+    write!(f, " proto {PROTOCOL} metric {METRIC}")
 }
 
 /// `dst` and `port` of a VXLAN entry.
@@ -127,17 +156,16 @@ fn add_link(f: &mut fmt::Formatter<'_>, device: Device, link: &Link) -> fmt::Res
              nf_call_iptables 0 nf_call_ip6tables 0",
             up_word(*up)
         ),
-        Link::Vxlan { vni, local, port, mtu, master, up, .. } => {
-            write!(f, "ip link add {device} mtu {mtu}")?;
+        Link::Vxlan { vni, local, port, mtu, master, mac, up, .. } => {
+            write!(f, "ip link add {device} address {mac} mtu {mtu}")?;
             if let Some(master) = master {
                 write!(f, " master {master}")?;
             }
-            write!(
-                f,
-                " {} type vxlan id {vni} local {local} dstport {port} nolearning && \
-                 bridge link set dev {device} learning off neigh_suppress on",
-                up_word(*up)
-            )
+            write!(f, " {} type vxlan id {vni} local {local} dstport {port} nolearning", up_word(*up))?;
+            if master.is_some() {
+                write!(f, " && bridge link set dev {device} learning off neigh_suppress on")?;
+            }
+            Ok(())
         }
         Link::Endpoint { .. } => write!(f, "# {device} is made by `ovlctl attach`"),
     }
@@ -160,9 +188,14 @@ fn set_link(f: &mut fmt::Formatter<'_>, device: Device, from: &Link, to: &Link) 
             }
         }
         (
-            Link::Vxlan { mtu: mtu_was, up: up_was, master: master_was, tuned: tuned_was, .. },
-            Link::Vxlan { mtu, up, master, tuned, .. },
+            Link::Vxlan {
+                mtu: mtu_was, up: up_was, master: master_was, mac: mac_was, tuned: tuned_was, ..
+            },
+            Link::Vxlan { mtu, up, master, mac, tuned, .. },
         ) => {
+            if mac != mac_was {
+                words += &format!(" address {mac}");
+            }
             mtu_and_up(&mut words, (*mtu_was, *up_was), (*mtu, *up));
             set_master(&mut words, *master_was, *master);
             if tuned != tuned_was {

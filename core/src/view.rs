@@ -54,6 +54,9 @@ pub struct Local {
     /// Networks whose devices are needed although no endpoint is in the table yet: an attach is
     /// under way.
     pub wanted: BTreeMap<NetworkId, u32>,
+    /// The segment of the underlay that this host is on: other hosts' addresses in it are reached
+    /// without a router.
+    pub segment: Option<IpNet>,
     /// Whether traffic that leaves the cluster gets this host's address.
     pub masquerade: bool,
 }

@@ -7,7 +7,7 @@ use std::net::IpAddr;
 
 use ovl_core::device::Device;
 use ovl_core::diff::{diff, lost_endpoints};
-use ovl_core::kernel::{Kernel, Link, Remote};
+use ovl_core::kernel::{Hop, Kernel, Link, Remote};
 use ovl_core::op::Op;
 use ovl_proto::id::{EndpointId, Mac, NetworkId};
 use proptest::prelude::*;
@@ -17,8 +17,10 @@ fn apply(kernel: &mut Kernel, op: &Op) -> Result<(), String> {
     let there = |kernel: &Kernel, device: &Device| {
         if kernel.links.contains_key(device) { Ok(()) } else { Err(format!("no device for: {op}")) }
     };
-    if !matches!(op, Op::AddLink(..) | Op::Sysctl { .. } | Op::Filter(_) | Op::DelFilter) {
-        there(kernel, &op.device().unwrap())?;
+    if !matches!(op, Op::AddLink(..))
+        && let Some(device) = op.device()
+    {
+        there(kernel, &device)?;
     }
     match op.clone() {
         Op::Sysctl { name, value } => drop(kernel.sysctls.insert(name, value)),
@@ -50,6 +52,8 @@ fn apply(kernel: &mut Kernel, op: &Op) -> Result<(), String> {
         Op::DelPort(device, mac) => drop(kernel.ports.remove(&(device, mac))),
         Op::SetNeighbour(device, address, mac) => drop(kernel.neighbours.insert((device, address), mac)),
         Op::DelNeighbour(device, address) => drop(kernel.neighbours.remove(&(device, address))),
+        Op::SetRoute(to, hop) => drop(kernel.routes.insert(to, hop)),
+        Op::DelRoute(to) => drop(kernel.routes.remove(&to)),
     }
     Ok(())
 }
@@ -86,32 +90,53 @@ fn part(n: u8) -> impl Strategy<Value = Kernel> {
         proptest::collection::btree_set(remote(), 0..3),
         proptest::collection::btree_set(mac(), 0..5),
         proptest::collection::btree_map(ip(), mac(), 0..5),
+        (proptest::option::of(ip()), proptest::option::of(ip()), proptest::option::of(1300u16..1302)),
+        any::<bool>(),
     );
-    (links, entries).prop_map(move |((flags, vni, mtu), (addresses, remotes, floods, ports, neighbours))| {
-        let (has_bridge, has_vxlan, has_endpoint, up, tuned) = flags;
-        let (bridge, vxlan) = (Device::bridge(network(n)), Device::vxlan(network(n)));
-        let endpoint = Device::endpoint(EndpointId([n; 5]));
-        let mut kernel = Kernel::default();
-        let master = has_bridge.then_some(bridge);
-        if has_bridge {
-            kernel.links.insert(bridge, Link::Bridge { mac: Mac([10, n, 0, 0, 0, 0]), mtu, up, tuned });
-            kernel.addresses.extend(addresses.into_iter().map(|address| (bridge, address)));
-            kernel.neighbours.extend(neighbours.into_iter().map(|(address, mac)| ((bridge, address), mac)));
-        }
-        if has_vxlan {
-            let local = IpAddr::from([192, 168, 0, 9]);
-            let link = Link::Vxlan { vni: 4096 + vni, local, port: 4789, mtu, master, up, tuned };
-            kernel.links.insert(vxlan, link);
-            kernel.remotes.extend(remotes.into_iter().map(|(mac, remote)| ((vxlan, mac), remote)));
-            kernel.floods.extend(floods.into_iter().map(|remote| (vxlan, remote)));
-            kernel.ports.extend(ports.iter().map(|mac| (vxlan, *mac)));
-        }
-        if has_endpoint {
-            kernel.links.insert(endpoint, Link::Endpoint { mtu, master, up, tuned });
-            kernel.ports.extend(ports.iter().take(1).map(|mac| (endpoint, *mac)));
-        }
-        kernel
-    })
+    (links, entries).prop_map(
+        move |((flags, vni, mtu), (addresses, remotes, floods, ports, neighbours, hop, nowhere))| {
+            let (has_bridge, has_vxlan, has_endpoint, up, tuned) = flags;
+            let (bridge, vxlan) = (Device::bridge(network(n)), Device::vxlan(network(n)));
+            let endpoint = Device::endpoint(EndpointId([n; 5]));
+            let mut kernel = Kernel::default();
+            let (gateway, source, route_mtu) = hop;
+            let mut route = |to: String, device| {
+                let hop = Hop { device, gateway, source, mtu: route_mtu };
+                kernel.routes.insert(to.parse().unwrap(), hop);
+            };
+            if nowhere {
+                route(format!("10.7.{n}.0/24"), None);
+            }
+            if has_vxlan {
+                route(format!("10.8.{n}.0/24"), Some(vxlan));
+            }
+            if has_endpoint {
+                route(format!("10.9.{n}.1/32"), Some(endpoint));
+            }
+            let master = has_bridge.then_some(bridge);
+            if has_bridge {
+                kernel.links.insert(bridge, Link::Bridge { mac: Mac([10, n, 0, 0, 0, 0]), mtu, up, tuned });
+                kernel.addresses.extend(addresses.into_iter().map(|address| (bridge, address)));
+                kernel
+                    .neighbours
+                    .extend(neighbours.into_iter().map(|(address, mac)| ((bridge, address), mac)));
+            }
+            if has_vxlan {
+                let local = IpAddr::from([192, 168, 0, 9]);
+                let mac = Mac([14, vni as u8, 0, 0, 0, 0]);
+                let link = Link::Vxlan { vni: 4096 + vni, local, port: 4789, mtu, master, mac, up, tuned };
+                kernel.links.insert(vxlan, link);
+                kernel.remotes.extend(remotes.into_iter().map(|(mac, remote)| ((vxlan, mac), remote)));
+                kernel.floods.extend(floods.into_iter().map(|remote| (vxlan, remote)));
+                kernel.ports.extend(ports.iter().map(|mac| (vxlan, *mac)));
+            }
+            if has_endpoint {
+                kernel.links.insert(endpoint, Link::Endpoint { mtu, master, up, tuned });
+                kernel.ports.extend(ports.iter().take(1).map(|mac| (endpoint, *mac)));
+            }
+            kernel
+        },
+    )
 }
 
 fn kernel() -> impl Strategy<Value = Kernel> {
@@ -161,6 +186,7 @@ proptest! {
         for (device, link) in &reached.links {
             prop_assert_eq!(after.links.get(device), Some(link));
         }
+        prop_assert!(reached.routes.iter().all(|(to, hop)| after.routes.get(to) == Some(hop)));
         prop_assert!(reached.addresses.is_subset(&after.addresses));
         prop_assert!(reached.ports.is_subset(&after.ports));
         prop_assert!(reached.floods.is_subset(&after.floods));

@@ -77,12 +77,26 @@ pub(crate) struct EndpointSpec {
     pub(crate) mac: Mac,
     /// Of both ends.
     pub(crate) mtu: u16,
-    /// The host's end becomes a port of it.
-    pub(crate) bridge: Device,
+    /// What the host's end becomes.
+    pub(crate) attachment: Attachment,
     /// Of the other end.
     pub(crate) addresses: Vec<IpNet>,
     /// Default routes; one is only set if the namespace has no default route of its family.
     pub(crate) gateways: Vec<IpAddr>,
+}
+
+/// What the host's end of a pair becomes.
+#[derive(Debug, Clone)]
+pub(crate) enum Attachment {
+    /// A port of this bridge.
+    Port(Device),
+    /// The next hop of the other end.
+    Routed {
+        /// Its MAC address.
+        mac: Mac,
+        /// Each gateway that it stands for, and what is reached through it beside the default.
+        routes: Vec<(IpAddr, IpNet)>,
+    },
 }
 
 /// What became of one operation.

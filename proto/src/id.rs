@@ -100,6 +100,12 @@ impl Mac {
         Self([0x0a, a, b, c, d, e])
     }
 
+    /// A switched network's VXLAN device: only ever a port of its bridge, so it is the same everywhere.
+    pub fn of_vxlan(network: NetworkId) -> Self {
+        let [a, b, c, d, e] = network.0;
+        Self([0x0e, a, b, c, d, e])
+    }
+
     /// False for group addresses and for the all-zero one, which no interface may have.
     pub fn is_unicast(self) -> bool {
         self.0[0] & 1 == 0 && self.0 != [0; 6]

@@ -60,6 +60,8 @@ pub struct Subnet {
     /// The prefix length of the blocks that hosts claim from it; fixed when the network is made,
     /// so that blocks stay aligned when the range grows.
     pub block_length: u8,
+    /// Of a routed network: each block has a gateway of its own, its first host address.
+    pub routed: bool,
 }
 
 /// A network, as it was asked for.

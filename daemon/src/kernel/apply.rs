@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
 use netlink_packet_route::link::LinkAttribute;
-use nix::libc::{EACCES, EADDRINUSE, EADDRNOTAVAIL, EEXIST, ENODEV, ENOENT, EOPNOTSUPP};
+use nix::libc::{EACCES, EADDRINUSE, EADDRNOTAVAIL, EEXIST, ENODEV, ENOENT, EOPNOTSUPP, ESRCH};
 use ovl_core::device::{Device, Role};
 use ovl_core::kernel::Link;
 use ovl_core::op::Op;
@@ -117,7 +117,13 @@ pub(super) fn entries(route: &mut Route, devices: &mut Devices, ops: &[Op]) -> R
             }
             Some(Err(KernelError::NoDevice(_))) if takes_away(op) => Some(Ok(())),
             Some(Err(error)) => Some(Err(error)),
-            None => Some(Ok(())),
+            // A route that no device of ours is named in.
+            None => {
+                if let Some((message, flags)) = message::entry(op, 0) {
+                    batch.push(message, flags);
+                }
+                None
+            }
         });
     }
     let (sent, _) = route.execute(batch)?;
@@ -132,7 +138,12 @@ pub(super) fn entries(route: &mut Route, devices: &mut Devices, ops: &[Op]) -> R
 fn takes_away(op: &Op) -> bool {
     matches!(
         op,
-        Op::DelAddress(..) | Op::DelRemote(..) | Op::DelFlood(..) | Op::DelPort(..) | Op::DelNeighbour(..)
+        Op::DelAddress(..)
+            | Op::DelRemote(..)
+            | Op::DelFlood(..)
+            | Op::DelPort(..)
+            | Op::DelNeighbour(..)
+            | Op::DelRoute(_)
     )
 }
 
@@ -140,7 +151,7 @@ fn takes_away(op: &Op) -> bool {
 fn verdict(route: &mut Route, op: &Op, result: Result<(), Refusal>) -> Result<()> {
     let Err(refusal) = result else { return Ok(()) };
     match (op, refusal.errno) {
-        (op, ENOENT | ENODEV | EADDRNOTAVAIL) if takes_away(op) => Ok(()),
+        (op, ENOENT | ENODEV | EADDRNOTAVAIL | ESRCH) if takes_away(op) => Ok(()),
         // No port of a bridge any more: its entries went with that.
         (Op::DelPort(..), EOPNOTSUPP) => Ok(()),
         (Op::AddFlood(..) | Op::AddAddress(..), EEXIST) => Ok(()),
@@ -282,9 +293,10 @@ impl Common {
     fn of(link: &Link) -> Self {
         match *link {
             Link::Bridge { mac, mtu, up, tuned } => Self { mac: Some(mac), mtu, master: None, up, tuned },
-            Link::Vxlan { mtu, master, up, tuned, .. } | Link::Endpoint { mtu, master, up, tuned } => {
-                Self { mac: None, mtu, master, up, tuned }
+            Link::Vxlan { mtu, master, mac, up, tuned, .. } => {
+                Self { mac: Some(mac), mtu, master, up, tuned }
             }
+            Link::Endpoint { mtu, master, up, tuned } => Self { mac: None, mtu, master, up, tuned },
         }
     }
 }

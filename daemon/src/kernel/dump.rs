@@ -7,21 +7,19 @@ use ipnet::IpNet;
 use netlink_packet_route::address::AddressMessage;
 use netlink_packet_route::link::{LinkAttribute, LinkExtentMask, LinkMessage};
 use netlink_packet_route::neighbour::NeighbourMessage;
-use netlink_packet_route::route::RouteMessage;
+use netlink_packet_route::route::{RouteMessage, RouteProtocol};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use ovl_core::device::{Device, Role};
-use ovl_core::kernel::Kernel;
+use ovl_core::kernel::{Kernel, PROTOCOL};
 
 use super::Underlay;
 use super::attribute::{attributes, ip, u8_at};
 use super::error::{KernelError, Result};
 use super::fact;
-use super::known::{RTM_NEWADDR, RTM_NEWLINK, RTM_NEWNEIGH};
+use super::known::{RTM_NEWADDR, RTM_NEWLINK, RTM_NEWNEIGH, RTM_NEWROUTE};
 use super::link::{LinkView, Neighbour};
 use super::socket::{Dump, Route};
 use super::sysctl;
-
-const RTM_NEWROUTE: u16 = 24;
 
 /// What a dump gives beside the model.
 #[derive(Debug, Default)]
@@ -55,6 +53,16 @@ pub(super) fn kernel(route: &mut Route) -> Result<(Kernel, Names)> {
             {
                 fact::set(&mut kernel, place, value);
             }
+        }
+    }
+    for family in [AddressFamily::Inet, AddressFamily::Inet6] {
+        let mut message = RouteMessage::default();
+        message.header.address_family = family;
+        // Hosts may have the whole internet's: the kernel picks out ours.
+        message.header.protocol = RouteProtocol::Other(PROTOCOL);
+        let dump = route.dump(&RouteNetlinkMessage::GetRoute(message))?;
+        for message in dump.messages().filter(|message| message.kind == RTM_NEWROUTE) {
+            kernel.routes.extend(fact::route(message.payload, &names.ours));
         }
     }
     for name in sysctl::WATCHED {

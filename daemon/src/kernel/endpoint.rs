@@ -5,20 +5,21 @@ use std::net::IpAddr;
 use std::os::fd::{AsFd, OwnedFd};
 
 use ipnet::IpNet;
-use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
+use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
 use netlink_packet_route::link::LinkAttribute;
 use nix::libc::{EACCES, EEXIST};
 use ovl_core::kernel::Link;
+use ovl_proto::id::Mac;
 
-use super::EndpointSpec;
 use super::apply::{Devices, Located, has_inet6};
 use super::dump::has_default_route;
 use super::error::{KernelError, Result};
 use super::link::LinkView;
-use super::message::{self, Target};
+use super::message::{self, Outer, Target};
 use super::netns::Visitor;
 use super::socket::{Batch, Refusal, Route};
 use super::sysctl;
+use super::{Attachment, EndpointSpec};
 
 /// The kernel puts the first free number in.
 const ANY_NAME: &str = "eth%d";
@@ -42,15 +43,20 @@ pub(super) fn create(
     visitor: &mut Visitor,
     spec: EndpointSpec,
 ) -> Result<Created> {
-    let EndpointSpec { device, name, netns, ifname, mac, mtu, bridge, addresses, gateways } = spec;
+    let EndpointSpec { device, name, netns, ifname, mac, mtu, attachment, addresses, gateways } = spec;
     if let Some(name) = &ifname
         && !is_plain_name(name)
     {
         return Err(KernelError::Other(format!("'{name}' cannot be the name of an interface")));
     }
     devices.forget(device);
-    devices.find(route, [bridge, device].into_iter())?;
-    let bridge_index = devices.get(route, bridge)?.index;
+    let (outer, bridge) = match attachment {
+        Attachment::Port(bridge) => {
+            devices.find(route, [bridge, device].into_iter())?;
+            (Outer::Port(devices.get(route, bridge)?.index), Some(bridge))
+        }
+        Attachment::Routed { mac, .. } => (Outer::Alone(mac), None),
+    };
     // With a device of this name there, all requests but the first would be for that device.
     match devices.get(route, device) {
         Err(KernelError::NoDevice(_)) => devices.forget(device),
@@ -60,9 +66,12 @@ pub(super) fn create(
     let wanted = ifname.as_deref().unwrap_or(ANY_NAME);
     let target = Target::Name(device);
     let mut batch = Batch::default();
-    let pair = message::new_pair(device, bridge_index, mtu, netns.fd.as_fd(), wanted, mac);
+    let pair = message::new_pair(device, outer, mtu, netns.fd.as_fd(), wanted, mac);
     batch.push(pair, NLM_F_CREATE | NLM_F_EXCL);
-    let mut attributes = vec![message::alias(&format!("endpoint {name}")), message::port(device)];
+    let mut attributes = vec![message::alias(&format!("endpoint {name}"))];
+    if bridge.is_some() {
+        attributes.push(message::port(device));
+    }
     if has_inet6() {
         attributes.push(message::no_link_local());
     }
@@ -78,7 +87,9 @@ pub(super) fn create(
     let view = answers.first().and_then(|answer| LinkView::parse(&answer.payload));
     let done = match (results.find_map(Result::err), view) {
         (Some(refusal), _) => Err(refusal.into_error(format!("cannot set up {device}"))),
-        (None, Some(view)) => finish(view, Inside { ifname, addresses, gateways }, visitor, netns.fd),
+        (None, Some(view)) => {
+            finish(view, Inside { ifname, addresses, gateways, attachment }, visitor, netns.fd)
+        }
         (None, None) => Err(KernelError::NoDevice(device)),
     };
     match done {
@@ -87,7 +98,7 @@ pub(super) fn create(
             // Asking is for the effect: the kernel brings a port that has just got its carrier into
             // use before it answers, and else whenever it gets round to that.
             let _ = route.request(message::get_link_at(located.index), 0)?;
-            let link = Link::Endpoint { mtu, master: Some(bridge), up: true, tuned: true };
+            let link = Link::Endpoint { mtu, master: bridge, up: true, tuned: bridge.is_some() };
             Ok(Created { index: located.index, link, ifname })
         }
         Err(error) => {
@@ -106,6 +117,7 @@ struct Inside {
     ifname: Option<String>,
     addresses: Vec<IpNet>,
     gateways: Vec<IpAddr>,
+    attachment: Attachment,
 }
 
 fn finish(
@@ -146,6 +158,9 @@ fn configure(route: &mut Route, index: u32, inside: Inside) -> Result<String> {
             add_again(route, index, &ifname, *net, refusal)?;
         }
     }
+    if let Attachment::Routed { mac, routes } = inside.attachment {
+        reach_gateways(route, index, &ifname, mac, &routes)?;
+    }
     for gateway in inside.gateways {
         if has_default_route(route, message::family(gateway))? {
             continue;
@@ -157,6 +172,29 @@ fn configure(route: &mut Route, index: u32, inside: Inside) -> Result<String> {
         )?;
     }
     Ok(ifname)
+}
+
+/// The gateways are on the other end of the pair, and what is routed is behind them.
+fn reach_gateways(
+    route: &mut Route,
+    index: u32,
+    ifname: &str,
+    mac: Mac,
+    routes: &[(IpAddr, IpNet)],
+) -> Result<()> {
+    let mut batch = Batch::default();
+    for (gateway, behind) in routes {
+        // The interface may have been in use with another one.
+        let put = NLM_F_CREATE | NLM_F_REPLACE;
+        batch.push(message::permanent_neighbour(index, *gateway, mac), put);
+        batch.push(message::inner_route(index, IpNet::from(*gateway), None), NLM_F_CREATE | NLM_F_EXCL);
+        batch.push(message::inner_route(index, *behind, Some(*gateway)), NLM_F_CREATE | NLM_F_EXCL);
+    }
+    let (results, _) = route.execute(batch)?;
+    let refused = results.into_iter().find_map(Result::err);
+    refused.map_or(Ok(()), |refusal| {
+        Err(refusal.into_error(format!("cannot set the routes of {ifname} in the namespace")))
+    })
 }
 
 /// Runtimes turn IPv6 off in namespaces that shall have none; this one shall.

@@ -1,15 +1,17 @@
 //! What an FDB entry, a neighbour or an address says, in the model's terms.
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::collections::HashMap;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::IpNet;
 use ovl_core::device::{Device, Role};
-use ovl_core::kernel::{Kernel, Link, Remote};
+use ovl_core::kernel::{Hop, Kernel, Link, METRIC, PROTOCOL, Remote};
 use ovl_proto::id::Mac;
 
 use super::attribute::{attributes, ip, u8_at, u32_at};
 use super::link::Neighbour;
 
+const AF_INET: u8 = 2;
 const AF_BRIDGE: u8 = 7;
 const NTF_SELF: u8 = 2;
 const NUD_NOARP: u16 = 0x40;
@@ -23,6 +25,7 @@ pub(super) enum Place {
     Port(Device, Mac),
     Neighbour(Device, IpAddr),
     Address(Device, IpNet),
+    Route(IpNet),
 }
 
 /// What stands there; none if it is something that is not for the model, such as an entry that
@@ -31,6 +34,7 @@ pub(super) enum Place {
 pub(super) enum Value {
     Remote(Remote),
     Mac(Mac),
+    Hop(Hop),
     There,
     None,
 }
@@ -40,7 +44,6 @@ pub(super) fn of_neighbour(entry: &Neighbour, device: Device, link: Option<&Link
     let role = device.role()?;
     let fixed = entry.state & (NUD_NOARP | NUD_PERMANENT) != 0;
     if entry.family != AF_BRIDGE {
-        let Role::Bridge(_) = role else { return None };
         // Multicast addresses have entries that are NOARP; ours are permanent.
         let value = entry.mac.filter(|_| entry.state == NUD_PERMANENT).map_or(Value::None, Value::Mac);
         return Some((Place::Neighbour(device, entry.address?), value));
@@ -82,6 +85,53 @@ pub(super) fn address(payload: &[u8]) -> Option<(u32, IpNet)> {
     Some((u32_at(payload, 4)?, net))
 }
 
+/// A route of ours, in the main table; nothing if it is somebody else's.
+pub(super) fn route(payload: &[u8], ours: &HashMap<u32, Device>) -> Option<(IpNet, Hop)> {
+    const MAIN: u32 = 254;
+    const UNICAST: u8 = 1;
+    const UNREACHABLE: u8 = 7;
+    if u8_at(payload, 5)? != PROTOCOL {
+        return None;
+    }
+    let mut table = u32::from(u8_at(payload, 4)?);
+    let (mut to, mut metric, mut device) = (None, 0, None);
+    let mut hop = Hop::UNREACHABLE;
+    for (kind, value) in attributes(payload, 12) {
+        match kind {
+            1 => to = ip(value),
+            4 => device = u32_at(value, 0),
+            5 => hop.gateway = ip(value),
+            6 => metric = u32_at(value, 0)?,
+            7 => hop.source = ip(value),
+            8 => {
+                let mtu = attributes(value, 0).find(|(kind, _)| *kind == 2).and_then(|(_, v)| u32_at(v, 0));
+                hop.mtu = mtu.map(|mtu| mtu.try_into().unwrap_or(u16::MAX));
+            }
+            15 => table = u32_at(value, 0)?,
+            _ => {}
+        }
+    }
+    if table != MAIN || metric != METRIC {
+        return None;
+    }
+    let everywhere = if u8_at(payload, 0)? == AF_INET {
+        Ipv4Addr::UNSPECIFIED.into()
+    } else {
+        Ipv6Addr::UNSPECIFIED.into()
+    };
+    let to = IpNet::new(to.unwrap_or(everywhere), u8_at(payload, 1)?).ok()?;
+    match u8_at(payload, 7)? {
+        UNICAST => hop.device = device.and_then(|index| ours.get(&index).copied()),
+        UNREACHABLE => hop = Hop::UNREACHABLE,
+        // None that we make: it differs from all that we want, and is replaced.
+        _ => hop.mtu = Some(0),
+    }
+    if hop == Hop::UNREACHABLE && u8_at(payload, 7) == Some(UNICAST) {
+        hop.mtu = Some(0);
+    }
+    Some((to, hop))
+}
+
 /// Writes into the model; gives whether that changed it.
 pub(super) fn set(kernel: &mut Kernel, place: Place, value: Value) -> bool {
     match (place, value) {
@@ -92,10 +142,11 @@ pub(super) fn set(kernel: &mut Kernel, place: Place, value: Value) -> bool {
         (Place::Neighbour(device, address), Value::Mac(mac)) => {
             kernel.neighbours.insert((device, address), mac) != Some(mac)
         }
+        (Place::Route(to), Value::Hop(hop)) => kernel.routes.insert(to, hop) != Some(hop),
         (Place::Flood(device, remote), _) => kernel.floods.insert((device, remote)),
         (Place::Port(device, mac), _) => kernel.ports.insert((device, mac)),
         (Place::Address(device, net), _) => kernel.addresses.insert((device, net)),
-        (Place::Remote(..) | Place::Neighbour(..), _) => false,
+        (Place::Remote(..) | Place::Neighbour(..) | Place::Route(_), _) => false,
     }
 }
 
@@ -107,5 +158,6 @@ pub(super) fn unset(kernel: &mut Kernel, place: Place) -> bool {
         Place::Port(device, mac) => kernel.ports.remove(&(device, mac)),
         Place::Neighbour(device, address) => kernel.neighbours.remove(&(device, address)).is_some(),
         Place::Address(device, net) => kernel.addresses.remove(&(device, net)),
+        Place::Route(to) => kernel.routes.remove(&to).is_some(),
     }
 }

@@ -18,6 +18,8 @@ pub(super) const RTM_NEWADDR: u16 = 20;
 const RTM_DELADDR: u16 = 21;
 pub(super) const RTM_NEWNEIGH: u16 = 28;
 const RTM_DELNEIGH: u16 = 29;
+pub(super) const RTM_NEWROUTE: u16 = 24;
+const RTM_DELROUTE: u16 = 25;
 const RTM_NEWNETCONF: u16 = 80;
 
 /// What notifications said that was not known.
@@ -105,6 +107,12 @@ impl Known {
             Op::DelNeighbour(device, address) => {
                 kernel.neighbours.remove(&(*device, *address));
             }
+            Op::SetRoute(to, hop) => {
+                kernel.routes.insert(*to, *hop);
+            }
+            Op::DelRoute(to) => {
+                kernel.routes.remove(to);
+            }
         }
     }
 
@@ -133,6 +141,11 @@ impl Known {
                 }
             }
             RTM_NEWNEIGH | RTM_DELNEIGH => self.note_neighbour(payload, message.kind == RTM_NEWNEIGH),
+            RTM_NEWROUTE | RTM_DELROUTE => {
+                if let Some((to, hop)) = fact::route(payload, &self.names.ours) {
+                    self.note_fact(Place::Route(to), Value::Hop(hop), message.kind == RTM_NEWROUTE);
+                }
+            }
             RTM_NEWNETCONF => self.note_forwarding(payload),
             _ => {}
         }

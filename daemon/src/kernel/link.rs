@@ -130,8 +130,9 @@ impl<'a> LinkView<'a> {
                         _ => {}
                     }
                 }
-                let tuned = quiet && !learning && self.port_is_tuned(true) == Some(true);
-                Link::Vxlan { vni, local, port, mtu, master, up, tuned }
+                let port_tuned = master.is_none() || self.port_is_tuned(true) == Some(true);
+                let tuned = quiet && !learning && port_tuned;
+                Link::Vxlan { vni, local, port, mtu, master, mac: self.mac?, up, tuned }
             }
             Role::Endpoint(_) => {
                 Link::Endpoint { mtu, master, up, tuned: quiet && self.port_is_tuned(false) == Some(true) }

@@ -15,19 +15,21 @@ use netlink_packet_route::neighbour::{
     NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState,
 };
 use netlink_packet_route::route::{
-    RouteAddress, RouteAttribute, RouteMessage, RouteProtocol, RouteScope, RouteType,
+    RouteAddress, RouteAttribute, RouteFlags, RouteMessage, RouteMetric, RouteProtocol, RouteScope, RouteType,
 };
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use ovl_core::device::{ALIAS, Device, Role};
-use ovl_core::kernel::{Link, Remote};
+use ovl_core::kernel::{Hop, Link, METRIC, PROTOCOL, Remote};
 use ovl_core::op::Op;
-use ovl_proto::id::Mac;
+use ovl_proto::id::{EndpointId, Mac};
 
 /// NUD_NOARP and NUD_REACHABLE: what `bridge` calls static.
 const STATIC: NeighbourState = NeighbourState::Other(0x42);
 
 /// The longest alias (IFALIASZ less the zero byte).
 const MAX_ALIAS: usize = 255;
+
+const MAIN_TABLE: u8 = 254;
 
 /// The family of an address.
 pub(super) fn family(address: IpAddr) -> AddressFamily {
@@ -51,13 +53,10 @@ pub(super) fn entry(op: &Op, index: u32) -> Option<(RouteNetlinkMessage, u16)> {
         Op::DelFlood(_, remote) => (del(remote_entry(index, Mac::default(), Some(*remote))), 0),
         Op::AddPort(_, mac) => (new(port_entry(index, *mac)), PUT),
         Op::DelPort(_, mac) => (del(port_entry(index, *mac)), 0),
-        Op::SetNeighbour(_, address, mac) => {
-            let mut message = neighbour(index, *address);
-            message.header.state = NeighbourState::Permanent;
-            message.attributes.push(NeighbourAttribute::LinkLayerAddress(mac.0.to_vec()));
-            (new(message), PUT)
-        }
+        Op::SetNeighbour(_, address, mac) => (permanent_neighbour(index, *address, *mac), PUT),
         Op::DelNeighbour(_, address) => (del(neighbour(index, *address)), 0),
+        Op::SetRoute(to, hop) => (RouteNetlinkMessage::NewRoute(route(*to, Some((hop, index)))), PUT),
+        Op::DelRoute(to) => (RouteNetlinkMessage::DelRoute(route(*to, None)), 0),
         Op::Sysctl { .. }
         | Op::Filter(_)
         | Op::DelFilter
@@ -117,11 +116,78 @@ fn address(index: u32, net: IpNet) -> AddressMessage {
     message
 }
 
+/// A route of ours, in the main table; without a hop, enough to delete it.
+fn route(to: IpNet, hop: Option<(&Hop, u32)>) -> RouteMessage {
+    let mut message = RouteMessage::default();
+    message.header.address_family = family(to.addr());
+    message.header.destination_prefix_length = to.prefix_len();
+    message.header.table = MAIN_TABLE;
+    message.header.protocol = RouteProtocol::Other(PROTOCOL);
+    message.header.scope = RouteScope::Universe;
+    message.attributes =
+        vec![RouteAttribute::Destination(RouteAddress::from(to.addr())), RouteAttribute::Priority(METRIC)];
+    let Some((hop, index)) = hop else {
+        message.header.scope = RouteScope::NoWhere;
+        return message;
+    };
+    if *hop == Hop::UNREACHABLE {
+        message.header.kind = RouteType::Unreachable;
+        return message;
+    }
+    message.header.kind = RouteType::Unicast;
+    if hop.device.is_some() {
+        message.attributes.push(RouteAttribute::Oif(index));
+    }
+    match hop.gateway {
+        Some(gateway) => {
+            message.attributes.push(RouteAttribute::Gateway(RouteAddress::from(gateway)));
+            if hop.device.is_some() {
+                message.header.flags = RouteFlags::Onlink;
+            }
+        }
+        None if to.addr().is_ipv4() => message.header.scope = RouteScope::Link,
+        None => {}
+    }
+    if let Some(source) = hop.source {
+        message.attributes.push(RouteAttribute::PrefSource(RouteAddress::from(source)));
+    }
+    if let Some(mtu) = hop.mtu {
+        message.attributes.push(RouteAttribute::Metrics(vec![RouteMetric::Mtu(u32::from(mtu))]));
+    }
+    message
+}
+
+/// In a namespace: what is behind an interface, or behind a gateway there.
+pub(super) fn inner_route(index: u32, to: IpNet, gateway: Option<IpAddr>) -> RouteNetlinkMessage {
+    let mut message = RouteMessage::default();
+    message.header.address_family = family(to.addr());
+    message.header.destination_prefix_length = to.prefix_len();
+    message.header.table = MAIN_TABLE;
+    message.header.protocol = RouteProtocol::Boot;
+    message.header.kind = RouteType::Unicast;
+    message.header.scope =
+        if gateway.is_none() && to.addr().is_ipv4() { RouteScope::Link } else { RouteScope::Universe };
+    message.attributes =
+        vec![RouteAttribute::Destination(RouteAddress::from(to.addr())), RouteAttribute::Oif(index)];
+    if let Some(gateway) = gateway {
+        message.attributes.push(RouteAttribute::Gateway(RouteAddress::from(gateway)));
+    }
+    RouteNetlinkMessage::NewRoute(message)
+}
+
+/// A neighbour that stays.
+pub(super) fn permanent_neighbour(index: u32, at: IpAddr, mac: Mac) -> RouteNetlinkMessage {
+    let mut message = neighbour(index, at);
+    message.header.state = NeighbourState::Permanent;
+    message.attributes.push(NeighbourAttribute::LinkLayerAddress(mac.0.to_vec()));
+    RouteNetlinkMessage::NewNeighbour(message)
+}
+
 /// A default route in the main table.
 pub(super) fn default_route(index: u32, gateway: IpAddr) -> RouteNetlinkMessage {
     let mut message = RouteMessage::default();
     message.header.address_family = family(gateway);
-    message.header.table = 254;
+    message.header.table = MAIN_TABLE;
     message.header.protocol = RouteProtocol::Boot;
     message.header.scope = RouteScope::Universe;
     message.header.kind = RouteType::Unicast;
@@ -226,8 +292,8 @@ pub(super) fn new_link(device: Device, link: &Link) -> Option<RouteNetlinkMessag
             attributes.push(LinkAttribute::Mtu(u32::from(mtu ^ 1)));
             bridge_info()
         }
-        Link::Vxlan { vni, local, port, mtu, .. } => {
-            attributes.push(hardware_address(own_mac(device)));
+        Link::Vxlan { vni, local, port, mtu, mac, .. } => {
+            attributes.push(hardware_address(*mac));
             attributes.push(LinkAttribute::Mtu(u32::from(*mtu)));
             let local = match local {
                 IpAddr::V4(local) => InfoVxlan::Local(*local),
@@ -283,11 +349,20 @@ pub(super) fn port(device: Device) -> LinkAttribute {
     ])
 }
 
+/// The host's end of a pair.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Outer {
+    /// A port of the bridge with this index.
+    Port(u32),
+    /// A device by itself, with this address.
+    Alone(Mac),
+}
+
 /// An endpoint's pair, the other end straight in its namespace. Both are down: the kernel can only
 /// set an end up that has another.
 pub(super) fn new_pair(
     device: Device,
-    bridge: u32,
+    outer: Outer,
     mtu: u16,
     netns: BorrowedFd<'_>,
     ifname: &str,
@@ -303,25 +378,24 @@ pub(super) fn new_pair(
     let mut message = LinkMessage::default();
     message.attributes = vec![
         LinkAttribute::IfName(device.as_str().to_owned()),
-        hardware_address(own_mac(device)),
         LinkAttribute::Mtu(u32::from(mtu)),
-        LinkAttribute::Controller(bridge),
         LinkAttribute::LinkInfo(vec![
             LinkInfo::Kind(InfoKind::Veth),
             LinkInfo::Data(InfoData::Veth(InfoVeth::Peer(peer))),
         ]),
     ];
+    message.attributes.extend(match outer {
+        Outer::Port(bridge) => vec![hardware_address(port_mac(device)), LinkAttribute::Controller(bridge)],
+        Outer::Alone(mac) => vec![hardware_address(mac)],
+    });
     RouteNetlinkMessage::NewLink(message)
 }
 
 /// The address of a port itself. Nothing is ever sent from it; it is set so that udev sets no
 /// other. The first byte keeps it apart from those of endpoints and gateways.
-fn own_mac(device: Device) -> Mac {
-    let (first, [a, b, c, d, e]) = match device.role() {
-        Some(Role::Bridge(network)) => (0x0a, network.0),
-        Some(Role::Vxlan(network)) => (0x0e, network.0),
-        Some(Role::Endpoint(endpoint)) => (0x12, endpoint.0),
-        None => (0x16, [0; 5]),
-    };
-    Mac([first, a, b, c, d, e])
+fn port_mac(device: Device) -> Mac {
+    match device.role() {
+        Some(Role::Endpoint(EndpointId([a, b, c, d, e]))) => Mac([0x12, a, b, c, d, e]),
+        Some(Role::Bridge(_) | Role::Vxlan(_)) | None => Mac([0x16, 0, 0, 0, 0, 0]),
+    }
 }

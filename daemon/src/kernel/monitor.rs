@@ -11,8 +11,9 @@ use super::attribute::messages;
 use super::error::{KernelError, Result};
 use super::known::Known;
 
-/// RTNLGRP_LINK, _NEIGH, _IPV4_IFADDR, _IPV6_IFADDR, _IPV4_NETCONF, _IPV6_NETCONF.
-const GROUPS: [u32; 6] = [1, 3, 5, 9, 24, 25];
+/// RTNLGRP_LINK, _NEIGH, _IPV4_IFADDR, _IPV4_ROUTE, _IPV6_IFADDR, _IPV6_ROUTE, _IPV4_NETCONF,
+/// _IPV6_NETCONF.
+const GROUPS: [u32; 8] = [1, 3, 5, 7, 9, 11, 24, 25];
 
 /// Room for the notifications of a device that is deleted with ten thousand entries. The kernel
 /// counts about 1.3 KiB for each, and takes the memory only while they wait.

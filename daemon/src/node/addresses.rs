@@ -45,6 +45,8 @@ impl Node {
                         return Ok(reserved);
                     }
                 }
+                // An address that is routed to its block's host cannot be lent to another.
+                Err(Refusal::Full { .. }) if subnet.routed => return Err(self.full(network, subnet)),
                 Err(Refusal::Full { .. }) => return self.lease_any(network, subnet).await,
                 Err(refusal) => return Err(self.explain(&refusal)),
             }
@@ -60,14 +62,20 @@ impl Node {
     }
 
     fn set_aside(&self, network: NetworkId, subnet: &Subnet, address: IpAddr) -> Option<Reserved<'_>> {
-        let net = IpNet::new(address, subnet.prefix.prefix_len()).ok()?;
+        // On a routed network nobody else is on the link.
+        let length = if subnet.routed { subnet.prefix.max_prefix_len() } else { subnet.prefix.prefix_len() };
+        let net = IpNet::new(address, length).ok()?;
         let fresh = self.state.borrow_mut().pending.addresses.insert((network, address));
         // Not `then_some`: what is not handed out must not be dropped either.
         fresh.then(|| Reserved { node: self, network, net })
     }
 
     /// One more block than we hold.
-    async fn claim_block(&self, network: &Network, subnet: &Subnet) -> Result<Result<(), Refusal>, Failed> {
+    pub(super) async fn claim_block(
+        &self,
+        network: &Network,
+        subnet: &Subnet,
+    ) -> Result<Result<(), Refusal>, Failed> {
         let (me, held) = {
             let state = self.state.borrow();
             (state.view.me, blocks(&state, network.id, subnet).len())
@@ -168,6 +176,13 @@ impl Node {
         };
         match (holder, block) {
             (Some(holder), _) if holder == me => {}
+            (Some(holder), _) if subnet.routed => {
+                return Err(Failed::conflict(format!(
+                    "{address} is in a block of host {}, and on a routed network only endpoints of that host have such \
+                     addresses",
+                    self.state.borrow().view.name_of(holder)
+                )));
+            }
             (Some(holder), _) => {
                 self.lease(holder, network.id, LeaseWish::Exact(address)).await.map_err(|error| {
                     let name = self.state.borrow().view.name_of(holder);

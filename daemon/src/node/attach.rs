@@ -6,14 +6,17 @@ use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
+use ipnet::IpNet;
 use ovl_core::desired;
 use ovl_core::device::{Device, Role};
+use ovl_core::diff::diff;
 use ovl_core::ipam;
-use ovl_core::kernel::Link;
+use ovl_core::kernel::Kernel;
 use ovl_core::op::Op;
+use ovl_core::routed;
 use ovl_proto::control::{Attach, EndpointInfo, EndpointState, FailureKind, NetnsRef};
 use ovl_proto::id::{EndpointId, Mac, NetworkId};
-use ovl_proto::object::Network;
+use ovl_proto::object::{Mode, Network, Subnet};
 use ovl_proto::table::{Endpoint, Entry, Key};
 use serde::{Deserialize, Serialize};
 
@@ -21,7 +24,7 @@ use super::addresses::Reserved;
 use super::state::LocalEndpoint;
 use super::{Failed, Node, random, remove_if_there};
 use crate::config::is_name;
-use crate::kernel::{EndpointSpec, open_netns};
+use crate::kernel::{Attachment, EndpointSpec, open_netns};
 
 /// What is kept of an endpoint while the kernel runs: a daemon that is started anew finds it here.
 #[derive(Debug, Serialize, Deserialize)]
@@ -97,13 +100,10 @@ impl Node {
         };
         let gateways = gateways(&network, &reserved);
         let (mut ops, mtu) = self.prepare(&network);
-        ops.push(Op::AddPort(place.device, mac));
-        ops.extend(
-            endpoint
-                .addresses
-                .iter()
-                .map(|net| Op::SetNeighbour(Device::bridge(network.id), net.addr(), mac)),
-        );
+        let part = desired::endpoint_part(&self.state.borrow().view, &network, &endpoint, mtu);
+        // The pair itself is not the work of an operation.
+        let bare = Kernel { links: part.links.clone(), ..Kernel::default() };
+        ops.extend(diff(&bare, &part, false));
         let spec = EndpointSpec {
             device: place.device,
             name: request.name.clone(),
@@ -111,9 +111,9 @@ impl Node {
             ifname: request.ifname.clone(),
             mac,
             mtu,
-            bridge: Device::bridge(network.id),
+            attachment: attachment(&network, &endpoint),
             addresses: endpoint.addresses.clone(),
-            gateways,
+            gateways: if network.internal { Vec::new() } else { gateways },
         };
         let (outcomes, made) = self.kernel.prepare_and_create(ops, spec).await;
         let refused = self.note_outcomes(&outcomes, Some((network.id, place.device)));
@@ -134,23 +134,17 @@ impl Node {
             self.kernel.delete_links(vec![place.device]).await.map_err(Failed::from)?;
             return Err(Failed::internal(format!("{error:#}")));
         }
-        self.commit(endpoint, ifname, mtu)
+        self.commit(endpoint, ifname, part)
     }
 
     /// The endpoint is in the kernel: from here on it counts.
-    fn commit(&self, endpoint: Endpoint, ifname: String, mtu: u16) -> Result<EndpointInfo, Failed> {
+    fn commit(&self, endpoint: Endpoint, ifname: String, part: Kernel) -> Result<EndpointInfo, Failed> {
         let (id, network, name) = (endpoint.id, endpoint.network, endpoint.name.clone());
         {
             let mut guard = self.state.borrow_mut();
             let state = &mut *guard;
             state.endpoints.insert(id, LocalEndpoint { ifname });
-            let applied = state.applied.entry(network).or_default();
-            let (device, bridge) = (Device::endpoint(id), Device::bridge(network));
-            applied.links.insert(device, Link::Endpoint { mtu, master: Some(bridge), up: true, tuned: true });
-            applied.ports.insert((device, endpoint.mac));
-            for net in &endpoint.addresses {
-                applied.neighbours.insert((bridge, net.addr()), endpoint.mac);
-            }
+            state.applied.entry(network).or_default().merge(part);
         }
         self.write_table(vec![Entry::Endpoint(endpoint)], Vec::new());
         self.event("endpoint", &name, "attached");
@@ -493,9 +487,27 @@ fn netns_path(netns: &NetnsRef) -> PathBuf {
     }
 }
 
-/// The gateway of each subnet that the endpoint has an address in.
+/// The gateway of each address: that of its subnet, or on a routed network of its block.
 fn gateways(network: &Network, reserved: &[Reserved<'_>]) -> Vec<IpAddr> {
-    let subnets = network.subnets.iter().filter(|_| !network.internal);
-    let used = subnets.filter(|subnet| reserved.iter().any(|r| subnet.prefix.contains(&r.net.addr())));
-    used.map(|subnet| subnet.gateway).collect()
+    let addresses = reserved.iter().map(|reserved| reserved.net.addr());
+    match network.mode {
+        Mode::L3 => addresses.filter_map(|address| routed::gateway_of(network, address)).collect(),
+        Mode::L2 => {
+            let of = |address| network.subnets.iter().find(|subnet| subnet.prefix.contains(&address));
+            addresses.filter_map(of).map(|subnet| subnet.gateway).collect()
+        }
+    }
+}
+
+fn attachment(network: &Network, endpoint: &Endpoint) -> Attachment {
+    if network.mode == Mode::L2 {
+        return Attachment::Port(Device::bridge(network.id));
+    }
+    let mut routes = Vec::new();
+    for address in endpoint.addresses.iter().map(IpNet::addr) {
+        let Some(gateway) = routed::gateway_of(network, address) else { continue };
+        let same_family = |subnet: &&Subnet| subnet.prefix.addr().is_ipv4() == address.is_ipv4();
+        routes.extend(network.subnets.iter().filter(same_family).map(|subnet| (gateway, subnet.prefix)));
+    }
+    Attachment::Routed { mac: Mac::of_gateway(network.id), routes }
 }

@@ -32,6 +32,7 @@ pub(crate) async fn run(config: Config) -> Result<()> {
     tasks.spawn_local(Rc::clone(&node).reconcile_loop());
     tasks.spawn_local(Rc::clone(&node).admission_loop());
     tasks.spawn_local(Rc::clone(&node).underlay_loop());
+    tasks.spawn_local(Rc::clone(&node).claim_loop());
     tasks.spawn_local(Rc::clone(&node).tick_loop());
     let (on_gossip, on_links, on_kernel) = (Rc::clone(&node), Rc::clone(&node), Rc::clone(&node));
     tasks.spawn_local(async move {

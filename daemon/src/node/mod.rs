@@ -14,6 +14,7 @@ mod objects;
 mod peers;
 mod reconcile;
 mod requests;
+mod routed;
 mod state;
 mod tables;
 mod underlay;
@@ -86,6 +87,8 @@ pub(crate) struct Node {
     saver: Notify,
     /// The allocation map changed.
     membership: Notify,
+    /// The allocation map or the networks changed: a routed network may lack a block of ours.
+    routed: Notify,
     /// The device with our address changed, or the address did.
     underlay: Notify,
     /// How to end, once it is time to.
@@ -188,6 +191,7 @@ impl Node {
             work: Notify::new(),
             saver: Notify::new(),
             membership: Notify::new(),
+            routed: Notify::new(),
             underlay: Notify::new(),
             stop: Cell::new(None),
             stopping: Notify::new(),

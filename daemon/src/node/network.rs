@@ -1,15 +1,16 @@
 //! Networks: made, changed, removed and described.
 
 use std::collections::BTreeSet;
+use std::net::IpAddr;
 
 use ipnet::IpNet;
 use ovl_core::device::Device;
 use ovl_core::view::NetworkState;
-use ovl_core::{desired, ipam, networks};
+use ovl_core::{desired, ipam, networks, routed};
 use ovl_proto::clock::Stamp;
 use ovl_proto::control::{NetworkCreate, NetworkInfo};
 use ovl_proto::id::NetworkId;
-use ovl_proto::object::{Mode, Network};
+use ovl_proto::object::{Backend, Mode, Network};
 
 use super::state::State;
 use super::{Failed, Node, random, wall_ms};
@@ -32,6 +33,7 @@ impl Node {
             return Err(Failed::invalid("encrypted networks are not in this release yet"));
         }
         check_mtu(request.mtu)?;
+        check_routed(&request, self.config.advertise.ip())?;
         let taken = self.kernel.prefixes().await.map_err(Failed::from)?;
         let network = {
             let mut state = self.state.borrow_mut();
@@ -96,7 +98,11 @@ impl Node {
         };
         let mut subnets = Vec::new();
         for (index, prefix) in prefixes.iter().enumerate() {
-            let subnet = ipam::new_subnet(*prefix).map_err(|error| Failed::invalid(error.to_string()))?;
+            let subnet = match request.mode {
+                Mode::L2 => ipam::new_subnet(*prefix),
+                Mode::L3 => ipam::new_routed_subnet(*prefix, request.block_lengths.get(index).copied()),
+            };
+            let subnet = subnet.map_err(|error| Failed::invalid(error.to_string()))?;
             if let Some(other) =
                 prefixes.iter().take(index).find(|other| networks::overlaps(**other, *prefix))
             {
@@ -254,10 +260,10 @@ impl Node {
             mode: network.mode,
             vni: network.vni,
             subnets: network.subnets.iter().map(|subnet| subnet.prefix).collect(),
-            gateways: if network.internal {
-                Vec::new()
-            } else {
-                network.subnets.iter().map(|subnet| subnet.gateway).collect()
+            gateways: match network.mode {
+                _ if network.internal => Vec::new(),
+                Mode::L2 => network.subnets.iter().map(|subnet| subnet.gateway).collect(),
+                Mode::L3 => routed::gateways(&state.view, network.id, state.view.me).collect(),
             },
             mtu: desired::network_mtu(&state.view, network),
             encrypted: network.encrypted,
@@ -295,6 +301,28 @@ fn check_overlap(state: &State, own: Option<NetworkId>, prefix: IpNet) -> Result
         return Err(Failed::conflict(format!(
             "{prefix} contains {}, the underlay address of host {}",
             node.record.vtep, node.record.name
+        )));
+    }
+    Ok(())
+}
+
+/// What only a routed network can have.
+fn check_routed(request: &NetworkCreate, underlay: IpAddr) -> Result<(), Failed> {
+    let blocks = request.block_lengths.len();
+    if request.mode == Mode::L2 && (request.backend.is_some() || blocks > 0) {
+        return Err(Failed::invalid("a backend and the length of blocks are for routed networks: --mode l3"));
+    }
+    if blocks > 0 && blocks != request.subnets.len() {
+        return Err(Failed::invalid(format!(
+            "{blocks} lengths of blocks and {} subnets: give one for each, in their order",
+            request.subnets.len()
+        )));
+    }
+    let other = request.subnets.iter().find(|subnet| subnet.addr().is_ipv4() != underlay.is_ipv4());
+    if let (Some(Backend::Direct), Some(subnet)) = (request.backend, other) {
+        return Err(Failed::invalid(format!(
+            "{subnet} cannot be routed directly: the hosts' addresses, such as {underlay}, are of the other family. \
+             With --backend auto it goes in VXLAN"
         )));
     }
     Ok(())

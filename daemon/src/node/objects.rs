@@ -183,6 +183,7 @@ impl Node {
         for network in drops {
             self.request_change(Change::DropNetwork(network), None);
         }
+        self.routed.notify_one();
     }
 }
 

@@ -271,6 +271,8 @@ fn broken_network(op: &Op) -> Option<NetworkId> {
         | Op::AddPort(..)
         | Op::DelPort(..)
         | Op::SetNeighbour(..)
-        | Op::DelNeighbour(..) => None,
+        | Op::DelNeighbour(..)
+        | Op::SetRoute(..)
+        | Op::DelRoute(_) => None,
     }
 }

@@ -5,7 +5,7 @@ use std::rc::Rc;
 
 use ovl_core::device::Device;
 use ovl_core::ipam;
-use ovl_core::kernel::Kernel;
+use ovl_core::kernel::{Hop, Kernel};
 use ovl_proto::alloc::Change;
 use ovl_proto::control::{
     DaemonState, Failure, FailureKind, FdbRow, Peer, PeerState, ReconcileStatus, Reply, Request, RouteRow,
@@ -331,17 +331,36 @@ impl Node {
     async fn routes(&self) -> Result<Vec<RouteRow>, Failed> {
         let kernel: Kernel = self.kernel.dump().await.map_err(Failed::from)?;
         let state = self.state.borrow();
-        Ok(kernel
-            .addresses
-            .iter()
-            .map(|(device, net)| RouteRow {
-                network: network_name(&state, network_of(&state, device)),
-                destination: net.trunc(),
-                via: None,
-                device: device.to_string(),
-                node: None,
-            })
-            .collect())
+        let addresses = kernel.addresses.iter().map(|(device, net)| RouteRow {
+            network: network_name(&state, network_of(&state, device)),
+            destination: net.trunc(),
+            via: None,
+            device: device.to_string(),
+            node: None,
+        });
+        let routes = kernel.routes.iter().map(|(to, hop)| {
+            let network = state
+                .view
+                .networks
+                .values()
+                .map(|found| &found.network)
+                .find(|network| network.subnets.iter().any(|subnet| subnet.prefix.contains(to)));
+            let holder = network.and_then(|network| state.view.holder_of(network.id, to.addr()));
+            RouteRow {
+                network: network_name(&state, network.map(|network| network.id)),
+                destination: *to,
+                via: hop.gateway,
+                device: match hop.device {
+                    Some(device) => device.to_string(),
+                    None if *hop == Hop::UNREACHABLE => "unreachable".to_owned(),
+                    None => "underlay".to_owned(),
+                },
+                node: holder
+                    .filter(|holder| *holder != state.view.me && *hop != Hop::UNREACHABLE)
+                    .map(|holder| state.view.name_of(holder)),
+            }
+        });
+        Ok(addresses.chain(routes).collect())
     }
 
     /// Compares gossip, what should be, and the kernel. What is under way is given a moment.

@@ -4,6 +4,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
+use ipnet::IpNet;
 use ovl_proto::record::Presence;
 
 use super::{Node, next_generation, open};
@@ -29,6 +30,7 @@ impl Node {
                     gone_since = None;
                     self.state.borrow_mut().problem("address", None);
                     self.set_link_mtu(link.mtu);
+                    self.set_segment(link.prefix);
                     device = Some(link.device);
                 }
                 Err(_) if gone_since.get_or_insert_with(Instant::now).elapsed() < GONE_FOR_GOOD => {
@@ -74,6 +76,14 @@ impl Node {
         self.gossip().set_link_mtu(mtu);
         self.state.borrow_mut().touch_all();
         self.work.notify_one();
+    }
+
+    fn set_segment(&self, prefix: IpNet) {
+        let mut state = self.state.borrow_mut();
+        if state.local.segment.replace(prefix.trunc()) != Some(prefix.trunc()) {
+            state.touch_all();
+            self.work.notify_one();
+        }
     }
 
     /// Follows to another address: new sockets, a new generation, and new devices by the loop.

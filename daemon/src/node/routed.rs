@@ -1,0 +1,60 @@
+//! Routed networks: this host's blocks, and the segment of the underlay that it is on.
+
+use std::rc::Rc;
+use std::time::Duration;
+
+use ovl_core::routed;
+use ovl_proto::object::{Mode, Network, Subnet};
+
+use super::Node;
+use super::state::State;
+
+/// After a claim that failed: a majority may be back.
+const AGAIN: Duration = Duration::from_secs(1);
+
+impl Node {
+    /// Every host answers for a block of each subnet of every routed network from its making on, so
+    /// that its own programs have an address there, and a first endpoint waits for nobody. Runs for
+    /// ever.
+    pub(super) async fn claim_loop(self: Rc<Self>) {
+        loop {
+            let missing = missing(&self.state.borrow());
+            let mut failed = false;
+            for (network, subnet) in missing {
+                let key = format!("block {} {}", network.id, subnet.prefix);
+                let why = match self.claim_block(&network, &subnet).await {
+                    Ok(Ok(())) => None,
+                    Ok(Err(refusal)) => Some(self.explain(&refusal).0.message),
+                    Err(error) => Some(error.0.message),
+                };
+                failed |= why.is_some();
+                let sentence = why.map(|why| {
+                    format!("this host has no block of {} on network {}: {why}", subnet.prefix, network.name)
+                });
+                self.state.borrow_mut().problem(key, sentence);
+            }
+            if failed {
+                tokio::time::sleep(AGAIN).await;
+                self.state.borrow_mut().problems.retain(|key, _| !key.starts_with("block "));
+            } else {
+                self.routed.notified().await;
+            }
+        }
+    }
+}
+
+/// Subnets of routed networks of which this host has no block.
+fn missing(state: &State) -> Vec<(Network, Subnet)> {
+    if !state.is_member() {
+        return Vec::new();
+    }
+    let networks = state.view.networks.values().filter(|found| !found.removing).map(|found| &found.network);
+    networks
+        .filter(|network| network.mode == Mode::L3)
+        .flat_map(|network| network.subnets.iter().map(move |subnet| (network.clone(), *subnet)))
+        .filter(|(network, subnet)| {
+            !routed::blocks_of(&state.view, network.id, state.view.me)
+                .any(|block| subnet.prefix.contains(&block))
+        })
+        .collect()
+}
