@@ -61,14 +61,7 @@ pub fn diff(actual: &Kernel, desired: &Kernel, prune: bool) -> Vec<Op> {
     set(&floods, &desired.floods, prune, &mut ops, |(d, r)| Op::AddFlood(d, r), |(d, r)| Op::DelFlood(d, r));
     // After the addresses that they name as source, and the neighbours that they lead to.
     let routes = actual.routes.iter().filter(|(_, hop)| hop.device.is_none_or(|device| there(&device)));
-    map(
-        &routes.map(copied).collect(),
-        &desired.routes,
-        prune,
-        &mut ops,
-        |to, hop| Op::SetRoute(to, hop),
-        |to| Op::DelRoute(to),
-    );
+    map(&routes.map(copied).collect(), &desired.routes, prune, &mut ops, Op::SetRoute, Op::DelRoute);
     // Entries of an endpoint whose namespace is gone would only fail.
     let missing: BTreeSet<Device> = lost_endpoints(actual, desired).collect();
     ops.retain(|op| op.device().is_none_or(|device| !missing.contains(&device)));

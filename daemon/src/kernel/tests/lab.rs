@@ -14,7 +14,7 @@ use ovl_core::op::Op;
 use ovl_proto::id::{EndpointId, Mac, NetworkId};
 use tokio::sync::mpsc;
 
-use crate::kernel::{EndpointSpec, KernelEvent, KernelHandle, Netns, Result, open_netns, start};
+use crate::kernel::{Attachment, EndpointSpec, KernelEvent, KernelHandle, Netns, Result, open_netns, start};
 
 /// Runs the body on a thread that has a fresh network namespace with an underlay device `up0`, as
 /// the worker and all commands that it starts have.
@@ -125,7 +125,16 @@ pub(super) fn desired(local: IpAddr, remotes: u32) -> Kernel {
     let master = Some(bridge);
     kernel.links.insert(
         vxlan,
-        Link::Vxlan { vni: 4097, local, port: PORT, mtu: 1400, master, up: true, tuned: true },
+        Link::Vxlan {
+            vni: 4097,
+            local,
+            port: PORT,
+            mtu: 1400,
+            master,
+            mac: Mac::of_vxlan(NETWORK),
+            up: true,
+            tuned: true,
+        },
     );
     kernel.addresses.insert((bridge, net("10.1.0.1/16")));
     kernel.addresses.insert((bridge, net("fd00:1::1/64")));
@@ -181,7 +190,7 @@ impl Container {
             ifname: None,
             mac: mac(n.into()),
             mtu: 1400,
-            bridge: bridge(),
+            attachment: Attachment::Port(bridge()),
             addresses: vec![net(&format!("10.1.0.{n}/16")), net(&format!("fd00:1::{n:x}/64"))],
             gateways: vec![ip("10.1.0.1"), ip("fd00:1::1")],
         }
