@@ -159,6 +159,11 @@ pub(crate) fn start(events: mpsc::Sender<KernelEvent>) -> Result<KernelHandle> {
     Ok(KernelHandle(Arc::new(Way { requests, bell })))
 }
 
+/// A setting under `net.`, by its name with dots, in the network namespace of the calling thread.
+pub(crate) fn setting(name: &str) -> Option<String> {
+    sysctl::read(name)
+}
+
 /// The way to the worker. It ends with the last handle.
 #[derive(Debug, Clone)]
 pub(crate) struct KernelHandle(Arc<Way>);
@@ -210,6 +215,11 @@ impl KernelHandle {
     /// The device that has this address.
     pub(crate) async fn underlay(&self, vtep: IpAddr) -> Result<Underlay> {
         self.ask(|reply| Request::Underlay(vtep, reply)).await?
+    }
+
+    /// The index of the device by which packets to an address leave; nothing if there is no way.
+    pub(crate) async fn way_to(&self, address: IpAddr) -> Result<Option<u32>> {
+        self.ask(|reply| Request::WayTo(address, reply)).await?
     }
 
     /// The prefixes that this host has addresses in or routes to, our own devices' aside: a new

@@ -18,7 +18,8 @@ use super::error::{KernelError, Result};
 use super::fact;
 use super::known::{RTM_NEWADDR, RTM_NEWLINK, RTM_NEWNEIGH, RTM_NEWROUTE};
 use super::link::{LinkView, Neighbour};
-use super::socket::{Dump, Route};
+use super::message;
+use super::socket::{Batch, Dump, Route};
 use super::sysctl;
 
 /// What a dump gives beside the model.
@@ -140,6 +141,14 @@ pub(super) fn underlay(route: &mut Route, vtep: IpAddr) -> Result<Underlay> {
         .ok_or_else(|| KernelError::Other(format!("the device with the address {vtep} is gone")))
 }
 
+/// The device by which packets to an address leave.
+pub(super) fn way_to(route: &mut Route, address: IpAddr) -> Result<Option<u32>> {
+    let mut batch = Batch::default();
+    batch.push(message::get_route(address), 0);
+    let (_, answers) = route.execute(batch)?;
+    Ok(answers.first().and_then(|answer| destination_device(&answer.payload)))
+}
+
 /// Prefixes of addresses and of routes, those of our devices and those that every host has aside.
 pub(super) fn prefixes(route: &mut Route) -> Result<Vec<IpNet>> {
     let names = links(route, &mut Kernel::default())?;
@@ -187,6 +196,12 @@ fn destination(payload: &[u8]) -> Option<(IpNet, Option<u32>)> {
     }
     // A default route has no destination.
     Some((IpNet::new(to?, u8_at(payload, 1)?).ok()?, device))
+}
+
+fn destination_device(payload: &[u8]) -> Option<u32> {
+    attributes(payload, 12)
+        .find(|(kind, _)| *kind == 4)
+        .and_then(|(_, value)| super::attribute::u32_at(value, 0))
 }
 
 fn is_everywhere(address: IpAddr) -> bool {

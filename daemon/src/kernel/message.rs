@@ -196,6 +196,15 @@ pub(super) fn default_route(index: u32, gateway: IpAddr) -> RouteNetlinkMessage 
     RouteNetlinkMessage::NewRoute(message)
 }
 
+/// The question how packets to an address leave.
+pub(super) fn get_route(address: IpAddr) -> RouteNetlinkMessage {
+    let mut message = RouteMessage::default();
+    message.header.address_family = family(address);
+    message.header.destination_prefix_length = if address.is_ipv4() { 32 } else { 128 };
+    message.attributes = vec![RouteAttribute::Destination(RouteAddress::from(address))];
+    RouteNetlinkMessage::GetRoute(message)
+}
+
 /// A question about one device.
 pub(super) fn get_link(device: Device) -> RouteNetlinkMessage {
     let mut message = LinkMessage::default();

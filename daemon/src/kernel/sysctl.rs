@@ -31,8 +31,14 @@ pub(super) fn allow_v6(device: &str) -> io::Result<()> {
     std::fs::write(Path::new(CONF_V6).join(device).join("disable_ipv6"), "0")
 }
 
+/// As sysctl(8) has it: a dot within a device's name is written as a slash.
 fn path(name: &str) -> PathBuf {
-    Path::new("/proc/sys").join(name.replace('.', "/"))
+    let swapped = name.chars().map(|c| match c {
+        '.' => '/',
+        '/' => '.',
+        other => other,
+    });
+    Path::new("/proc/sys").join(swapped.collect::<String>())
 }
 
 /// A host that forwards ignores router advertisements, and with them loses its default route,

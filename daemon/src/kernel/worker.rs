@@ -36,6 +36,7 @@ pub(super) enum Request {
     Create(Vec<Op>, Box<EndpointSpec>, oneshot::Sender<(Vec<Outcome>, Result<String>)>),
     Delete(Vec<Device>, oneshot::Sender<Result<()>>),
     Underlay(IpAddr, oneshot::Sender<Result<Underlay>>),
+    WayTo(IpAddr, oneshot::Sender<Result<Option<u32>>>),
     Prefixes(oneshot::Sender<Result<Vec<IpNet>>>),
     RemoveFilter(oneshot::Sender<Result<()>>),
 }
@@ -107,6 +108,9 @@ impl Worker {
             Request::Delete(devices, reply) => return self.delete(devices, reply, requests),
             Request::Underlay(vtep, reply) => {
                 let _ = reply.send(dump::underlay(&mut self.route, vtep));
+            }
+            Request::WayTo(address, reply) => {
+                let _ = reply.send(dump::way_to(&mut self.route, address));
             }
             Request::Prefixes(reply) => {
                 let _ = reply.send(dump::prefixes(&mut self.route));

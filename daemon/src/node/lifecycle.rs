@@ -4,7 +4,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use ovl_core::device::Device;
+use ovl_core::op::Op;
 use ovl_proto::alloc::Change;
 use ovl_proto::control::PeerState;
 use ovl_proto::record::Presence;
@@ -33,6 +33,7 @@ pub(crate) async fn run(config: Config) -> Result<()> {
     tasks.spawn_local(Rc::clone(&node).admission_loop());
     tasks.spawn_local(Rc::clone(&node).underlay_loop());
     tasks.spawn_local(Rc::clone(&node).claim_loop());
+    tasks.spawn_local(Rc::clone(&node).limits_loop());
     tasks.spawn_local(Rc::clone(&node).tick_loop());
     let (on_gossip, on_links, on_kernel) = (Rc::clone(&node), Rc::clone(&node), Rc::clone(&node));
     tasks.spawn_local(async move {
@@ -197,9 +198,13 @@ impl Node {
         self.withdraw(&ids, "detached by teardown")?;
         // The loop must not build again what is removed here.
         self.state.borrow_mut().view.networks.clear();
-        let devices: Vec<Device> =
-            self.kernel.dump().await.map_err(Failed::from)?.links.keys().copied().collect();
-        self.kernel.delete_links(devices).await.map_err(Failed::from)?;
+        let found = self.kernel.dump().await.map_err(Failed::from)?;
+        // Not all of them go with a device.
+        let routes = found.routes.keys().map(|to| Op::DelRoute(*to)).collect();
+        for outcome in self.kernel.apply(routes).await {
+            outcome.result.map_err(Failed::from)?;
+        }
+        self.kernel.delete_links(found.links.keys().copied().collect()).await.map_err(Failed::from)?;
         self.kernel.remove_filter().await.map_err(Failed::from)
     }
 

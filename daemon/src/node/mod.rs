@@ -8,6 +8,7 @@ mod alloc;
 mod attach;
 mod events;
 mod lifecycle;
+mod limits;
 mod metrics;
 mod network;
 mod objects;

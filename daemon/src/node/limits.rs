@@ -1,0 +1,101 @@
+//! Settings of the host that are not ours to change and that would bite: they are named.
+
+use std::net::IpAddr;
+use std::rc::Rc;
+use std::time::Duration;
+
+use ovl_proto::control::PeerState;
+
+use super::Node;
+use crate::kernel;
+
+/// Between two looks.
+const EVERY: Duration = Duration::from_secs(30);
+const STRICT: u32 = 1;
+
+impl Node {
+    /// Runs for ever.
+    pub(super) async fn limits_loop(self: Rc<Self>) {
+        loop {
+            self.check_source_filter().await;
+            self.check_neighbour_table();
+            tokio::select! {
+                () = tokio::time::sleep(EVERY) => {}
+                () = self.membership.notified() => {}
+            }
+        }
+    }
+
+    /// Where the way back to a peer leaves by another device than its packets come in by, a strict
+    /// `rp_filter` (RFC 3704, section 2.2) drops them without a word.
+    async fn check_source_filter(&self) {
+        let (here, peers) = {
+            let state = self.state.borrow();
+            let Some(own) = state.record() else { return };
+            let alive = state.view.nodes.values().filter(|node| {
+                node.record.id != state.view.me
+                    && node.state == PeerState::Alive
+                    && node.record.vtep.is_ipv4()
+            });
+            let peers: Vec<(String, IpAddr)> =
+                alive.map(|node| (node.record.name.clone(), node.record.vtep)).collect();
+            (own.vtep, peers)
+        };
+        let mut sentence = None;
+        if here.is_ipv4()
+            && let Ok(underlay) = self.kernel.underlay(here).await
+            && source_filter(&underlay.device) == STRICT
+        {
+            for (name, vtep) in peers {
+                match self.kernel.way_to(vtep).await {
+                    Ok(Some(index)) if index != underlay.index => {
+                        sentence = Some(format!(
+                            "net.ipv4.conf.{0}.rp_filter is 1 (strict), and the way back to host {name} at {vtep} \
+                             does not leave by {0}: the kernel drops what comes from there. Set it to 2",
+                            underlay.device
+                        ));
+                        break;
+                    }
+                    Ok(_) | Err(_) => {}
+                }
+            }
+        }
+        self.state.borrow_mut().problem("rp_filter", sentence);
+    }
+
+    /// Entries of ours are permanent and not counted by the kernel. Those of the peers' underlay
+    /// addresses are.
+    fn check_neighbour_table(&self) {
+        let mut state = self.state.borrow_mut();
+        let peers = state.view.nodes.len();
+        let (family, is_v4) = match state.record() {
+            Some(own) if own.vtep.is_ipv4() => ("ipv4", true),
+            _ => ("ipv6", false),
+        };
+        let name = format!("net.{family}.neigh.default.gc_thresh3");
+        let most = kernel::setting(&name).and_then(|value| value.parse::<usize>().ok());
+        let near = state.view.nodes.values().filter(|node| node.record.vtep.is_ipv4() == is_v4);
+        let near = match state.local.segment {
+            Some(segment) => near.filter(|node| segment.contains(&node.record.vtep)).count(),
+            None => peers,
+        };
+        // Other programs need some, too.
+        let sentence = most.filter(|most| near.saturating_mul(2) > *most).map(|most| {
+            format!(
+                "{name} is {most}, and {near} hosts of the cluster are on this segment: set it to {} or more",
+                near * 4
+            )
+        });
+        state.problem("neighbour table", sentence);
+    }
+}
+
+/// The filter that is in force on a device: the larger of two settings (ip-sysctl, `rp_filter`).
+fn source_filter(device: &str) -> u32 {
+    // A device's name may have dots; sysctl writes them as slashes.
+    let of = |name: &str| {
+        let value = kernel::setting(&format!("net.ipv4.conf.{}.rp_filter", name.replace('.', "/")));
+        value.and_then(|value| value.parse().ok()).unwrap_or(0)
+    };
+    of("all").max(of(device))
+}
