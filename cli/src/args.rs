@@ -8,7 +8,7 @@ use ovl_proto::DEFAULT_SOCKET;
 
 use crate::command::{
     attach, completions, detach, endpoints, events, fdb, key, lifecycle, metrics, network, peers, plan,
-    routes, status, subnets, verify,
+    routes, sandbox, status, subnets, verify,
 };
 use crate::context::Context;
 use crate::error::Result;
@@ -71,6 +71,8 @@ enum Command {
     Detach(detach::Args),
     /// Show the endpoints of all hosts
     Endpoints(endpoints::Args),
+    /// Create, show and remove network namespaces that outlive the programs in them
+    Sandbox(sandbox::Args),
     /// Make a cluster key
     Key(key::Args),
     /// Print a completion script for a shell
@@ -98,6 +100,7 @@ impl Cli {
             Command::Attach(args) => attach::run(&context, args),
             Command::Detach(args) => detach::run(&context, args),
             Command::Endpoints(args) => endpoints::run(&context, &args),
+            Command::Sandbox(args) => sandbox::run(&context, args),
             Command::Key(args) => key::run(&context, &args),
             Command::Completions(args) => completions::run(&context, &args),
         }?;

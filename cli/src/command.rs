@@ -13,6 +13,7 @@ pub(crate) mod network;
 pub(crate) mod peers;
 pub(crate) mod plan;
 pub(crate) mod routes;
+pub(crate) mod sandbox;
 pub(crate) mod status;
 pub(crate) mod subnets;
 pub(crate) mod verify;

@@ -24,7 +24,11 @@ pub(crate) struct Context {
 /// How long ovld may take. Those that get longer wait for a majority, the kernel or other hosts.
 fn seconds(request: &Request) -> u64 {
     match request {
-        Request::Attach(_) | Request::Leave | Request::Teardown | Request::PeersForget { .. } => 60,
+        Request::Attach(_)
+        | Request::SandboxCreate(_)
+        | Request::Leave
+        | Request::Teardown
+        | Request::PeersForget { .. } => 60,
         _ => 30,
     }
 }

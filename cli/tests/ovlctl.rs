@@ -53,7 +53,14 @@ fn json_is_for_reading_too() {
 #[test]
 fn what_is_done_is_done_in_silence() {
     let fake = Fake::new(&[Reply::Done]);
-    let lines = ["peers forget host3", "leave", "teardown", "network rm blue", "detach web --network blue"];
+    let lines = [
+        "peers forget host3",
+        "leave",
+        "teardown",
+        "network rm blue",
+        "detach web --network blue",
+        "sandbox rm web",
+    ];
     for line in lines {
         fake.run(line).prints("");
         fake.run(&format!("{line} -o json")).prints("{\n  \"done\": true\n}\n");
@@ -61,9 +68,10 @@ fn what_is_done_is_done_in_silence() {
     let network_rm = Request::NetworkRm { name: "blue".into() };
     let forget = Request::PeersForget { node: "host3".into() };
     let detach = Request::Detach { name: "web".into(), network: Some("blue".into()), namespace: None };
+    let sandbox_rm = Request::SandboxRm { name: "web".into(), force: false };
     let mut asked = fake.asked();
     asked.dedup();
-    assert_eq!(asked, [forget, Request::Leave, Request::Teardown, network_rm, detach]);
+    assert_eq!(asked, [forget, Request::Leave, Request::Teardown, network_rm, detach, sandbox_rm]);
 }
 
 #[test]

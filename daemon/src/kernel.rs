@@ -19,6 +19,7 @@ mod monitor;
 mod netns;
 mod outbox;
 mod probe;
+mod sandbox;
 mod socket;
 mod sys;
 mod sysctl;
@@ -45,6 +46,10 @@ use self::worker::{Request, Worker};
 pub(crate) use error::{KernelError, Result};
 pub(crate) use netns::{Netns, open_netns};
 pub(crate) use probe::Prober;
+pub(crate) use sandbox::{
+    Cookie, Held, Place, Process, look_at, mount_netns, netns_file, new_netns, own_netns, processes_in,
+    unmount_netns,
+};
 
 /// What happened in the kernel that ovld did not do itself. At most one of each kind waits in the
 /// channel.

@@ -222,6 +222,13 @@ impl Host {
         Ok(workload)
     }
 
+    /// A workload whose namespace the daemon makes, under the name [`Netns::netns_name`]: the lab only
+    /// takes note of it, and removes it in the end.
+    pub fn promised_workload(&self, name: &str) -> Result<Workload> {
+        self.add_workloads(&[name.to_owned()])?;
+        Ok(Workload::new(self.clone(), name))
+    }
+
     /// Makes many workloads at once, named `stem1`, `stem2` and so on. Their loopback interfaces
     /// stay down: nothing is done in them.
     pub fn bare_workloads(&self, stem: &str, count: usize) -> Result<Vec<Workload>> {

@@ -108,7 +108,8 @@ fn unicast(text: &str) -> std::result::Result<Mac, String> {
     }
 }
 
-fn label(text: &str) -> std::result::Result<(String, String), String> {
+/// Of `--label`.
+pub(crate) fn label(text: &str) -> std::result::Result<(String, String), String> {
     match text.split_once('=') {
         Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
         _ => Err("a label looks like app=shop".to_owned()),

@@ -189,14 +189,12 @@ pub(super) fn add_link(
     };
     let master = master.map(|bridge| devices.get(route, bridge)).transpose()?;
     devices.forget(device);
-    if let Err(refusal) = route.request(new, NLM_F_CREATE | NLM_F_EXCL)? {
-        return match (refusal.errno, devices.get(route, device)) {
-            (EEXIST, Ok(_)) => Ok(()),
-            (EEXIST, Err(error @ KernelError::Foreign(_))) => Err(error),
-            _ => Err(explain(route, device, link, refusal, op)),
-        };
+    // With a device of this name there, all requests but the first would be for that device.
+    match devices.get(route, device) {
+        Ok(_) => return Ok(()),
+        Err(KernelError::NoDevice(_)) => devices.forget(device),
+        Err(error) => return Err(error),
     }
-    devices.forget(device);
     let target = Target::Name(device);
     let mut attributes = vec![message::alias(alias)];
     if has_inet6() {
@@ -208,7 +206,9 @@ pub(super) fn add_link(
     if let Some(master) = master {
         attributes.push(LinkAttribute::Controller(master.index));
     }
+    // In one go: a daemon that is killed in between would find a device that is not known as its own.
     let mut batch = Batch::default();
+    batch.push(new, NLM_F_CREATE | NLM_F_EXCL);
     batch.push(message::set(target, attributes), 0);
     if master.is_some() {
         batch.push(message::set(target, vec![message::port(device)]), 0);
@@ -217,9 +217,12 @@ pub(super) fn add_link(
         batch.push(message::set_up(target, true), 0);
     }
     let (results, _) = route.execute(batch)?;
+    let made = results.first().is_some_and(Result::is_ok);
     let Some(refusal) = results.into_iter().find_map(Result::err) else { return Ok(()) };
     let error = explain(route, device, link, refusal, op);
-    let _ = route.request(message::del_link_named(device), 0)?;
+    if made {
+        let _ = route.request(message::del_link_named(device), 0)?;
+    }
     Err(error)
 }
 

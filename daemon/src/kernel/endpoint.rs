@@ -25,7 +25,7 @@ use super::{Attachment, EndpointSpec};
 const ANY_NAME: &str = "eth%d";
 
 /// Every namespace's loopback device has this index.
-const LOOPBACK: u32 = 1;
+pub(super) const LOOPBACK: u32 = 1;
 
 /// What was made.
 #[derive(Debug)]

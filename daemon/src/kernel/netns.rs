@@ -45,12 +45,7 @@ pub(crate) fn open_netns(path: &Path) -> Result<Netns> {
             },
         )?;
     let no_namespace = || KernelError::Other(format!("{text} is not a network namespace"));
-    let system = nix::sys::statfs::fstatfs(&file).map_err(|_| no_namespace())?;
-    // On another file system the request below could mean something else.
-    if system.filesystem_type() != nix::sys::statfs::NSFS_MAGIC {
-        return Err(no_namespace());
-    }
-    if sys::namespace_type(file.as_fd()).map_err(|_| no_namespace())? != libc::CLONE_NEWNET {
+    if !is_netns(&file) {
         return Err(no_namespace());
     }
     let inode = inode(&file)?;
@@ -62,7 +57,16 @@ pub(crate) fn open_netns(path: &Path) -> Result<Netns> {
     Ok(Netns { fd: file.into(), inode })
 }
 
-fn own() -> Result<File> {
+/// Whether an open file is a network namespace.
+pub(super) fn is_netns(file: &File) -> bool {
+    // On another file system the request below could mean something else.
+    nix::sys::statfs::fstatfs(file)
+        .is_ok_and(|system| system.filesystem_type() == nix::sys::statfs::NSFS_MAGIC)
+        && sys::namespace_type(file.as_fd()).is_ok_and(|kind| kind == libc::CLONE_NEWNET)
+}
+
+/// The namespace of the calling thread.
+pub(super) fn own() -> Result<File> {
     File::open(OWN).map_err(|error| KernelError::io("cannot open ovld's own network namespace", &error))
 }
 
@@ -197,7 +201,7 @@ fn unescape(word: &str) -> String {
 }
 
 /// Namespaces of processes.
-fn of_processes() -> impl Iterator<Item = (u64, PathBuf)> {
+pub(super) fn of_processes() -> impl Iterator<Item = (u64, PathBuf)> {
     let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
     entries
         .filter(|entry| entry.file_name().to_string_lossy().starts_with(|c: char| c.is_ascii_digit()))

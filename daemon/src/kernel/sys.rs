@@ -5,6 +5,7 @@ use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::time::Duration;
 
 use nix::libc;
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 
 /// `NS_GET_NSTYPE` of `linux/nsfs.h`.
 const NS_GET_NSTYPE: libc::c_ulong = 0xb703;
@@ -36,4 +37,24 @@ pub(super) fn namespace_type(fd: BorrowedFd<'_>) -> io::Result<i32> {
         -1 => Err(io::Error::last_os_error()),
         kind => Ok(kind),
     }
+}
+
+/// The cookie of the network namespace that the calling thread is in: a number that no other namespace
+/// of this boot had or gets.
+pub(super) fn netns_cookie() -> io::Result<u64> {
+    // Sockets of every family belong to one.
+    let socket = socket(AddressFamily::Unix, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
+    let mut cookie = 0u64;
+    let mut length = size_of::<u64>() as libc::socklen_t;
+    // SAFETY: the pointers are to a value of that length and to the length.
+    let done = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_NETNS_COOKIE,
+            (&raw mut cookie).cast(),
+            &raw mut length,
+        )
+    };
+    if done == 0 { Ok(cookie) } else { Err(io::Error::last_os_error()) }
 }

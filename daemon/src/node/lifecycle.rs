@@ -194,6 +194,7 @@ impl Node {
 
     /// Removes every kernel object of ours and what is kept of endpoints.
     async fn remove_all(&self) -> Result<(), Failed> {
+        self.remove_sandboxes().await?;
         let ids: Vec<_> = self.state.borrow().own_endpoints().map(|endpoint| endpoint.id).collect();
         self.withdraw(&ids, "detached by teardown")?;
         // The loop must not build again what is removed here.

@@ -16,6 +16,7 @@ mod peers;
 mod reconcile;
 mod requests;
 mod routed;
+mod sandbox;
 mod state;
 mod tables;
 mod underlay;
@@ -141,7 +142,7 @@ impl Node {
         };
         let keyring = Arc::new(Keyring::new(key, Vec::new()));
         let run_dir = RunDir(config.run_dir.clone());
-        for dir in [run_dir.endpoints(), run_dir.tables()] {
+        for dir in [run_dir.endpoints(), run_dir.sandboxes(), run_dir.tables()] {
             std::fs::create_dir_all(&dir).with_context(|| format!("making {}", dir.display()))?;
         }
         let (kernel_tell, kernel_events) = mpsc::channel(INBOX);
@@ -260,6 +261,10 @@ impl Node {
         // A network that was removed is served as long as it has endpoints, and these are some.
         self.recompute_networks();
         self.whole_pass().await;
+        self.read_sandboxes()?;
+        if let Err(failed) = self.living_sandboxes().await {
+            tracing::error!(error = failed.0.message, "cannot look after sandboxes");
+        }
         self.publish_record(Presence::Running);
         Ok(())
     }
@@ -407,6 +412,7 @@ fn first_state(config: &Config, record: &NodeRecord, signed: &SignedRecord, save
             .collect(),
         next_request: u64::from_le_bytes(random()),
         endpoints: BTreeMap::new(),
+        sandboxes: BTreeMap::new(),
         cursors: BTreeMap::new(),
         pending: state::Pending::default(),
         dirty: state::Dirty::default(),

@@ -82,9 +82,12 @@ impl Node {
                 Reply::Endpoints(all)
             }
             Request::Cni(_) => return Err(Failed::unavailable("container runtimes are not served yet")),
-            Request::SandboxCreate(_) | Request::SandboxRm { .. } | Request::SandboxLs => {
-                return Err(Failed::unavailable("sandboxes are not made yet"));
+            Request::SandboxCreate(create) => Reply::Sandbox(Box::new(self.sandbox_create(create).await?)),
+            Request::SandboxRm { name, force } => {
+                self.sandbox_rm(&name, force).await?;
+                Reply::Done
             }
+            Request::SandboxLs => Reply::Sandboxes(self.sandbox_ls().await?),
         })
     }
 

@@ -21,6 +21,7 @@ use ovl_proto::sync::Message;
 use ovl_proto::table::{Endpoint, Entry};
 use tokio::sync::oneshot;
 
+use super::sandbox::Sandbox;
 use crate::gossip::Hints;
 
 /// What is known of a peer beside its record and table.
@@ -82,6 +83,8 @@ pub(crate) struct Pending {
     pub addresses: BTreeSet<(NetworkId, IpAddr)>,
     /// Devices being made: no pass may sweep them.
     pub devices: BTreeSet<Device>,
+    /// Names of sandboxes that are being made or removed.
+    pub sandboxes: BTreeSet<String>,
 }
 
 /// What waits for the state file to be on the disk.
@@ -125,6 +128,8 @@ pub(crate) struct State {
     pub next_request: u64,
     /// Endpoints of this host.
     pub endpoints: BTreeMap<EndpointId, LocalEndpoint>,
+    /// Sandboxes of this host, by name.
+    pub sandboxes: BTreeMap<String, Sandbox>,
     /// The address given out last on each subnet.
     pub cursors: BTreeMap<(NetworkId, IpAddr), IpAddr>,
     /// Attaches under way.
@@ -278,6 +283,11 @@ impl RunDir {
     /// One file for each endpoint of this host.
     pub(crate) fn endpoints(&self) -> PathBuf {
         self.0.join("endpoints")
+    }
+
+    /// One file for each sandbox.
+    pub(crate) fn sandboxes(&self) -> PathBuf {
+        self.0.join("sandboxes")
     }
 
     /// One file for each other host's table.
