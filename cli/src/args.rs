@@ -7,7 +7,7 @@ use clap::{Parser, Subcommand, ValueEnum};
 use ovl_proto::DEFAULT_SOCKET;
 
 use crate::command::{
-    attach, completions, detach, endpoints, events, fdb, key, lifecycle, metrics, network, peers, plan,
+    attach, cni, completions, detach, endpoints, events, fdb, key, lifecycle, metrics, network, peers, plan,
     routes, sandbox, status, subnets, verify,
 };
 use crate::context::Context;
@@ -73,6 +73,8 @@ enum Command {
     Endpoints(endpoints::Args),
     /// Create, show and remove network namespaces that outlive the programs in them
     Sandbox(sandbox::Args),
+    /// Set container runtimes up
+    Cni(cni::Args),
     /// Make a cluster key
     Key(key::Args),
     /// Print a completion script for a shell
@@ -101,6 +103,7 @@ impl Cli {
             Command::Detach(args) => detach::run(&context, args),
             Command::Endpoints(args) => endpoints::run(&context, &args),
             Command::Sandbox(args) => sandbox::run(&context, args),
+            Command::Cni(args) => cni::run(&context, args),
             Command::Key(args) => key::run(&context, &args),
             Command::Completions(args) => completions::run(&context, &args),
         }?;
@@ -162,6 +165,8 @@ mod tests {
             "attach a --network blue --pid 7 --ip 10.1.0.9 --ip fd00::9 --mac 02:00:00:00:00:01 --ifname e0 --alias b --alias c --namespace ns --label k=v --label l=",
             "detach a --network blue --namespace ns",
             "endpoints --network blue --node host1",
+            "cni install",
+            "cni install --network blue --name k8s --conf-dir /a --bin-dir /b --binary /c --portmap",
             "key generate",
             "completions bash",
         ] {
@@ -199,6 +204,8 @@ mod tests {
             "attach a --network blue --pid 7 --label =v",
             "attach a --network blue --netns ..",
             "detach",
+            "cni",
+            "cni install --name a/b",
             "key",
             "completions tcl",
         ] {

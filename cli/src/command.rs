@@ -1,6 +1,7 @@
 //! The commands: each file has the arguments, the request and the table of one group.
 
 pub(crate) mod attach;
+pub(crate) mod cni;
 pub(crate) mod completions;
 pub(crate) mod detach;
 pub(crate) mod endpoints;

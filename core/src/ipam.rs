@@ -9,7 +9,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use ovl_proto::id::{Mac, NetworkId, NodeId};
-use ovl_proto::object::Subnet;
+use ovl_proto::object::{Network, Subnet};
 
 /// Why a range cannot be a network's subnet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -200,6 +200,12 @@ fn unit(at: u128, subnet: &Subnet) -> IpNet {
         return subnet.prefix;
     }
     IpNet::new(address(subnet.prefix, at), subnet.block_length).map_or(subnet.prefix, |block| block.trunc())
+}
+
+/// The gateway of an address of a network: that of its subnet, or on a routed network of its block.
+pub fn gateway_on(network: &Network, at: IpAddr) -> Option<IpAddr> {
+    let subnet = network.subnets.iter().find(|subnet| subnet.prefix.contains(&at))?;
+    Some(gateway_in_unit(number(at), subnet))
 }
 
 fn gateway_in_unit(at: u128, subnet: &Subnet) -> IpAddr {

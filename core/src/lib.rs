@@ -3,6 +3,7 @@
 //! ([`kernel`]) gives the operations ([`diff`], [`op`]).
 
 pub mod alloc;
+pub mod cni;
 pub mod desired;
 pub mod device;
 pub mod diff;

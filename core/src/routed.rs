@@ -45,12 +45,6 @@ pub fn gateways(view: &View, network: NetworkId, node: NodeId) -> impl Iterator<
     blocks_of(view, network, node).map(ipam::gateway)
 }
 
-/// The gateway of an endpoint's address: that of its block.
-pub fn gateway_of(network: &Network, address: IpAddr) -> Option<IpAddr> {
-    let subnet = network.subnets.iter().find(|subnet| subnet.prefix.contains(&address))?;
-    Some(ipam::gateway(IpNet::new(address, subnet.block_length).ok()?.trunc()))
-}
-
 fn blocks(view: &View, network: NetworkId) -> impl Iterator<Item = (IpNet, NodeId)> {
     let all = view.alloc.blocks.iter().filter(move |(block, _)| block.network == network);
     all.map(|(block, holder)| (block.prefix, *holder))
@@ -208,8 +202,8 @@ pub(crate) fn endpoint_part(
         kernel.neighbours.insert((device, address), endpoint.mac);
         // The host speaks to its endpoints as their gateway. While an attach is under way its block
         // may be too new for the bridge to have the address.
-        let source =
-            gateway_of(network, address).filter(|at| gateways(view, network.id, view.me).any(|g| g == *at));
+        let source = ipam::gateway_on(network, address)
+            .filter(|at| gateways(view, network.id, view.me).any(|g| g == *at));
         let hop = Hop { device: Some(device), gateway: None, source, mtu: None };
         kernel.routes.insert(IpNet::from(address), hop);
     }

@@ -184,9 +184,17 @@ impl Config {
     }
 }
 
-/// Names of hosts, networks and endpoints: what fits a DNS label, a file name and a column.
+/// The longest name that people give: it fits a DNS label and a column.
+pub(crate) const MAX_NAME: usize = 63;
+
+/// Names of hosts, networks and endpoints.
 pub(crate) fn is_name(name: &str) -> bool {
-    (1..=63).contains(&name.len())
+    is_name_within(name, MAX_NAME)
+}
+
+/// The same with another length: Kubernetes gives pods longer ones.
+pub(crate) fn is_name_within(name: &str, longest: usize) -> bool {
+    (1..=longest).contains(&name.len())
         && name.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'))
         && name.starts_with(|c: char| c.is_ascii_alphanumeric())
 }

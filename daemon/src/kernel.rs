@@ -12,6 +12,7 @@ mod endpoint;
 mod error;
 mod fact;
 mod filter;
+mod inspect;
 mod known;
 mod link;
 mod message;
@@ -34,6 +35,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, mpsc as queue};
 
 use ipnet::IpNet;
+use ovl_core::cni::Inside;
 use ovl_core::device::Device;
 use ovl_core::kernel::Kernel;
 use ovl_core::op::Op;
@@ -44,6 +46,7 @@ use self::outbox::Outbox;
 use self::worker::{Request, Worker};
 
 pub(crate) use error::{KernelError, Result};
+pub(crate) use message::port_mac;
 pub(crate) use netns::{Netns, open_netns};
 pub(crate) use probe::Prober;
 pub(crate) use sandbox::{
@@ -83,7 +86,7 @@ pub(crate) struct EndpointSpec {
     /// Of both ends.
     pub(crate) mtu: u16,
     /// What the host's end becomes.
-    pub(crate) attachment: Attachment,
+    pub(crate) host_end: HostEnd,
     /// Of the other end.
     pub(crate) addresses: Vec<IpNet>,
     /// Default routes; one is only set if the namespace has no default route of its family.
@@ -92,7 +95,7 @@ pub(crate) struct EndpointSpec {
 
 /// What the host's end of a pair becomes.
 #[derive(Debug, Clone)]
-pub(crate) enum Attachment {
+pub(crate) enum HostEnd {
     /// A port of this bridge.
     Port(Device),
     /// The next hop of the other end.
@@ -210,6 +213,11 @@ impl KernelHandle {
             Ok(answer) => answer,
             Err(error) => (failed(asked, &error), Err(error)),
         }
+    }
+
+    /// What an interface in that namespace is like; nothing if it is not there.
+    pub(crate) async fn inspect(&self, netns: Netns, ifname: String) -> Result<Option<Inside>> {
+        self.ask(|reply| Request::Inspect(netns, ifname, reply)).await?
     }
 
     /// Deletes devices of ours; what is gone already is fine.

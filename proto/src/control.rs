@@ -7,10 +7,12 @@
 //! The types here are also what `ovlctl -o json` prints: field names are stable, see `docs/cli.md`.
 
 mod client;
+mod cni;
 mod reply;
 mod request;
 
 pub use client::{Client, ClientError};
+pub use cni::{CNI_VERSIONS, CniDeleted};
 pub use reply::*;
 pub use request::*;
 

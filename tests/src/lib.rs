@@ -1,6 +1,7 @@
 //! Helpers that the multi-host tests share. Nothing here knows ovl's insides: it is what a person
 //! would do with `ovlctl`, `ip` and `ping`.
 
+pub mod cni;
 mod flow;
 
 use std::time::Duration;

@@ -19,7 +19,7 @@ use super::message::{self, Outer, Target};
 use super::netns::Visitor;
 use super::socket::{Batch, Refusal, Route};
 use super::sysctl;
-use super::{Attachment, EndpointSpec};
+use super::{EndpointSpec, HostEnd};
 
 /// The kernel puts the first free number in.
 const ANY_NAME: &str = "eth%d";
@@ -43,19 +43,19 @@ pub(super) fn create(
     visitor: &mut Visitor,
     spec: EndpointSpec,
 ) -> Result<Created> {
-    let EndpointSpec { device, name, netns, ifname, mac, mtu, attachment, addresses, gateways } = spec;
+    let EndpointSpec { device, name, netns, ifname, mac, mtu, host_end, addresses, gateways } = spec;
     if let Some(name) = &ifname
         && !is_plain_name(name)
     {
         return Err(KernelError::Other(format!("'{name}' cannot be the name of an interface")));
     }
     devices.forget(device);
-    let (outer, bridge) = match attachment {
-        Attachment::Port(bridge) => {
+    let (outer, bridge) = match host_end {
+        HostEnd::Port(bridge) => {
             devices.find(route, [bridge, device].into_iter())?;
             (Outer::Port(devices.get(route, bridge)?.index), Some(bridge))
         }
-        Attachment::Routed { mac, .. } => (Outer::Alone(mac), None),
+        HostEnd::Routed { mac, .. } => (Outer::Alone(mac), None),
     };
     // With a device of this name there, all requests but the first would be for that device.
     match devices.get(route, device) {
@@ -88,7 +88,7 @@ pub(super) fn create(
     let done = match (results.find_map(Result::err), view) {
         (Some(refusal), _) => Err(refusal.into_error(format!("cannot set up {device}"))),
         (None, Some(view)) => {
-            finish(view, Inside { ifname, addresses, gateways, attachment }, visitor, netns.fd)
+            finish(view, Inside { ifname, addresses, gateways, host_end }, visitor, netns.fd)
         }
         (None, None) => Err(KernelError::NoDevice(device)),
     };
@@ -117,7 +117,7 @@ struct Inside {
     ifname: Option<String>,
     addresses: Vec<IpNet>,
     gateways: Vec<IpAddr>,
-    attachment: Attachment,
+    host_end: HostEnd,
 }
 
 fn finish(
@@ -158,7 +158,7 @@ fn configure(route: &mut Route, index: u32, inside: Inside) -> Result<String> {
             add_again(route, index, &ifname, *net, refusal)?;
         }
     }
-    if let Attachment::Routed { mac, routes } = inside.attachment {
+    if let HostEnd::Routed { mac, routes } = inside.host_end {
         reach_gateways(route, index, &ifname, mac, &routes)?;
     }
     for gateway in inside.gateways {

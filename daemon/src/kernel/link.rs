@@ -29,7 +29,7 @@ pub(super) struct LinkView<'a> {
     /// Of a pair: the other end's index, and its namespace as seen from here.
     pub(super) peer: Option<u32>,
     pub(super) peer_netns: Option<i32>,
-    mac: Option<Mac>,
+    pub(super) mac: Option<Mac>,
     kind: &'a str,
     data: &'a [u8],
     /// How it behaves as a port; in a port message the same under another name.

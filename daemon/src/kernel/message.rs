@@ -26,8 +26,8 @@ use ovl_proto::id::{EndpointId, Mac};
 /// NUD_NOARP and NUD_REACHABLE: what `bridge` calls static.
 const STATIC: NeighbourState = NeighbourState::Other(0x42);
 
-/// The longest alias (IFALIASZ less the zero byte).
-const MAX_ALIAS: usize = 255;
+/// The longest alias: with its zero byte it must be shorter than IFALIASZ.
+const MAX_ALIAS: usize = 254;
 
 const MAIN_TABLE: u8 = 254;
 
@@ -402,7 +402,7 @@ pub(super) fn new_pair(
 
 /// The address of a port itself. Nothing is ever sent from it; it is set so that udev sets no
 /// other. The first byte keeps it apart from those of endpoints and gateways.
-fn port_mac(device: Device) -> Mac {
+pub(crate) fn port_mac(device: Device) -> Mac {
     match device.role() {
         Some(Role::Endpoint(EndpointId([a, b, c, d, e]))) => Mac([0x12, a, b, c, d, e]),
         Some(Role::Bridge(_) | Role::Vxlan(_)) | None => Mac([0x16, 0, 0, 0, 0, 0]),

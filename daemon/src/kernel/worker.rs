@@ -8,6 +8,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::mpsc::{Receiver, TryRecvError};
 
 use ipnet::IpNet;
+use ovl_core::cni::Inside;
 use ovl_core::device::Device;
 use ovl_core::diff::{diff, lost_endpoints};
 use ovl_core::kernel::Kernel;
@@ -19,10 +20,10 @@ use super::error::{KernelError, Result};
 use super::filter::Filter;
 use super::known::Known;
 use super::monitor::Monitor;
-use super::netns::{self, Visitor};
+use super::netns::{self, Netns, Visitor};
 use super::outbox::Outbox;
 use super::socket::Route;
-use super::{EndpointSpec, Goal, KernelEvent, Outcome, Pass, Underlay, dump, endpoint, sysctl};
+use super::{EndpointSpec, Goal, KernelEvent, Outcome, Pass, Underlay, dump, endpoint, inspect, sysctl};
 
 /// So many entries go to the kernel at once.
 const BATCH: usize = 256;
@@ -34,6 +35,7 @@ pub(super) enum Request {
     Reconcile(Box<Goal>, oneshot::Sender<Result<Pass>>),
     Apply(Vec<Op>, oneshot::Sender<Vec<Outcome>>),
     Create(Vec<Op>, Box<EndpointSpec>, oneshot::Sender<(Vec<Outcome>, Result<String>)>),
+    Inspect(Netns, String, oneshot::Sender<Result<Option<Inside>>>),
     Delete(Vec<Device>, oneshot::Sender<Result<()>>),
     Underlay(IpAddr, oneshot::Sender<Result<Underlay>>),
     WayTo(IpAddr, oneshot::Sender<Result<Option<u32>>>),
@@ -104,6 +106,10 @@ impl Worker {
             }
             Request::Create(ops, spec, reply) => {
                 let _ = reply.send(self.create(ops, *spec));
+            }
+            Request::Inspect(netns, ifname, reply) => {
+                let look = move |route: &mut Route| inspect::inspect(route, &ifname);
+                let _ = reply.send(self.visitor.visit(netns.fd, look));
             }
             Request::Delete(devices, reply) => return self.delete(devices, reply, requests),
             Request::Underlay(vtep, reply) => {

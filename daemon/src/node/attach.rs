@@ -7,13 +7,13 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
 use ipnet::IpNet;
+use ovl_core::cni::{self, Attachment};
 use ovl_core::desired;
 use ovl_core::device::{Device, Role};
 use ovl_core::diff::diff;
 use ovl_core::ipam;
 use ovl_core::kernel::Kernel;
 use ovl_core::op::Op;
-use ovl_core::routed;
 use ovl_proto::control::{Attach, EndpointInfo, EndpointState, FailureKind, NetnsRef};
 use ovl_proto::id::{EndpointId, Mac, NetworkId};
 use ovl_proto::object::{Mode, Network, Subnet};
@@ -23,8 +23,8 @@ use serde::{Deserialize, Serialize};
 use super::addresses::Reserved;
 use super::state::LocalEndpoint;
 use super::{Failed, Node, random, remove_if_there};
-use crate::config::is_name;
-use crate::kernel::{Attachment, EndpointSpec, open_netns};
+use crate::config::{MAX_NAME, is_name_within};
+use crate::kernel::{EndpointSpec, HostEnd, open_netns};
 
 /// What is kept of an endpoint while the kernel runs: a daemon that is started anew finds it here.
 #[derive(Debug, Serialize, Deserialize)]
@@ -32,6 +32,8 @@ struct Kept {
     boot_id: String,
     endpoint: Endpoint,
     ifname: String,
+    #[serde(default)]
+    cni: Option<Attachment>,
 }
 
 /// Takes an attach's place among the pending ones, and gives it back when dropped.
@@ -76,7 +78,16 @@ impl Drop for Place<'_> {
 impl Node {
     /// Makes an endpoint; returns when the kernel holds it and all peers were told.
     pub(super) async fn attach(&self, request: Attach) -> Result<EndpointInfo, Failed> {
-        let network = self.check_attach(&request)?;
+        self.attach_for(request, None).await
+    }
+
+    /// The same for a container runtime, or for nobody in particular.
+    pub(super) async fn attach_for(
+        &self,
+        request: Attach,
+        cni: Option<Attachment>,
+    ) -> Result<EndpointInfo, Failed> {
+        let network = self.check_attach(&request, if cni.is_some() { cni::MAX_NAME } else { MAX_NAME })?;
         let netns = open_netns(&netns_path(&request.netns)).map_err(Failed::from)?;
         let place = self.take_place(&request, &network)?;
         let reserved = self.reserve(&request, &network).await?;
@@ -98,7 +109,10 @@ impl Node {
             aliases: request.aliases.clone(),
             labels: request.labels.clone(),
         };
-        let gateways = gateways(&network, &reserved);
+        let addresses = endpoint.addresses.iter().map(IpNet::addr);
+        let gateways =
+            addresses.filter(|_| !network.internal).filter_map(|at| ipam::gateway_on(&network, at));
+        let gateways: Vec<IpAddr> = gateways.collect();
         let (mut ops, mtu) = self.prepare(&network);
         let part = desired::endpoint_part(&self.state.borrow().view, &network, &endpoint, mtu);
         // The pair itself is not the work of an operation.
@@ -111,9 +125,9 @@ impl Node {
             ifname: request.ifname.clone(),
             mac,
             mtu,
-            attachment: attachment(&network, &endpoint),
+            host_end: host_end(&network, &endpoint),
             addresses: endpoint.addresses.clone(),
-            gateways: if network.internal { Vec::new() } else { gateways },
+            gateways,
         };
         let (outcomes, made) = self.kernel.prepare_and_create(ops, spec).await;
         let refused = self.note_outcomes(&outcomes, Some((network.id, place.device)));
@@ -130,20 +144,21 @@ impl Node {
                 )));
             }
         };
-        if let Err(error) = self.keep_endpoint(&endpoint, &ifname) {
+        let local = LocalEndpoint { ifname, cni };
+        if let Err(error) = self.keep_endpoint(&endpoint, &local) {
             self.kernel.delete_links(vec![place.device]).await.map_err(Failed::from)?;
             return Err(Failed::internal(format!("{error:#}")));
         }
-        self.commit(endpoint, ifname, part)
+        self.commit(endpoint, local, part)
     }
 
     /// The endpoint is in the kernel: from here on it counts.
-    fn commit(&self, endpoint: Endpoint, ifname: String, part: Kernel) -> Result<EndpointInfo, Failed> {
+    fn commit(&self, endpoint: Endpoint, local: LocalEndpoint, part: Kernel) -> Result<EndpointInfo, Failed> {
         let (id, network, name) = (endpoint.id, endpoint.network, endpoint.name.clone());
         {
             let mut guard = self.state.borrow_mut();
             let state = &mut *guard;
-            state.endpoints.insert(id, LocalEndpoint { ifname });
+            state.endpoints.insert(id, local);
             state.applied.entry(network).or_default().merge(part);
         }
         self.write_table(vec![Entry::Endpoint(endpoint)], Vec::new());
@@ -157,11 +172,12 @@ impl Node {
             .ok_or_else(|| Failed::internal("the endpoint is not in our own table"))
     }
 
-    fn check_attach(&self, request: &Attach) -> Result<Network, Failed> {
-        for name in std::iter::once(&request.name).chain(&request.aliases).chain(&request.namespace) {
-            if !is_name(name) {
+    fn check_attach(&self, request: &Attach, longest: usize) -> Result<Network, Failed> {
+        let others = request.aliases.iter().chain(&request.namespace).map(|name| (name, MAX_NAME));
+        for (name, longest) in std::iter::once((&request.name, longest)).chain(others) {
+            if !is_name_within(name, longest) {
                 return Err(Failed::invalid(format!(
-                    "'{name}' is no name: letters, digits, '-', '_' and '.', at most 63, a letter or digit first"
+                    "'{name}' is no name: letters, digits, '-', '_' and '.', at most {longest}, a letter or digit first"
                 )));
             }
         }
@@ -196,18 +212,13 @@ impl Node {
         let namespace = request.namespace.clone().unwrap_or_else(|| "default".to_owned());
         let mut guard = self.state.borrow_mut();
         let state = &mut *guard;
-        let taken = state.view.all_endpoints().find(|placed| {
-            let endpoint = placed.endpoint;
-            (endpoint.network, &endpoint.name, &endpoint.namespace) == (network.id, &request.name, &namespace)
-                && state.view.counts(placed.node)
-        });
-        if let Some(placed) = taken {
+        let name = (network.id, namespace, request.name.clone());
+        if let Some(placed) = state.endpoint_named(&name) {
             return Err(Failed::conflict(format!(
                 "network {} has an endpoint {} already, on host {}",
                 network.name, request.name, placed.node.record.name
             )));
         }
-        let name = (network.id, namespace, request.name.clone());
         if !state.pending.names.insert(name.clone()) {
             return Err(Failed::conflict(format!(
                 "endpoint {} is being attached at this moment",
@@ -330,8 +341,14 @@ impl Node {
             }
             ids
         };
-        self.withdraw(&ids, "detached")?;
-        self.kernel.delete_links(ids.into_iter().map(Device::endpoint).collect()).await.map_err(Failed::from)
+        self.take_away(&ids).await
+    }
+
+    /// Takes endpoints out of the table and the kernel.
+    pub(super) async fn take_away(&self, ids: &[EndpointId]) -> Result<(), Failed> {
+        self.withdraw(ids, "detached")?;
+        let devices = ids.iter().copied().map(Device::endpoint).collect();
+        self.kernel.delete_links(devices).await.map_err(Failed::from)
     }
 
     /// Takes endpoints out of the table, and what is kept of them off the disk.
@@ -388,9 +405,9 @@ impl Node {
         self.run_dir.endpoints().join(format!("{id}.json"))
     }
 
-    fn keep_endpoint(&self, endpoint: &Endpoint, ifname: &str) -> anyhow::Result<()> {
-        let kept =
-            Kept { boot_id: self.boot_id.clone(), endpoint: endpoint.clone(), ifname: ifname.to_owned() };
+    fn keep_endpoint(&self, endpoint: &Endpoint, local: &LocalEndpoint) -> anyhow::Result<()> {
+        let LocalEndpoint { ifname, cni } = local.clone();
+        let kept = Kept { boot_id: self.boot_id.clone(), endpoint: endpoint.clone(), ifname, cni };
         let path = self.kept_path(endpoint.id);
         let beside = path.with_extension("new");
         fs::write(&beside, serde_json::to_vec(&kept)?)
@@ -410,7 +427,7 @@ impl Node {
             }
             match fs::read(&path).ok().and_then(|bytes| serde_json::from_slice::<Kept>(&bytes).ok()) {
                 Some(kept) if kept.boot_id == self.boot_id => {
-                    let local = LocalEndpoint { ifname: kept.ifname };
+                    let local = LocalEndpoint { ifname: kept.ifname, cni: kept.cni };
                     self.state.borrow_mut().endpoints.insert(kept.endpoint.id, local);
                     endpoints.push(kept.endpoint);
                 }
@@ -428,6 +445,21 @@ impl Node {
             }
         }
         Ok(endpoints)
+    }
+
+    /// Removes what an attach left that was cut short: what is not kept was never told to anybody,
+    /// and its interface would be in the way of the next attach.
+    pub(super) async fn remove_unfinished(&self, kept: &[Endpoint]) {
+        let is_kept = |device: &Device| kept.iter().any(|endpoint| Device::endpoint(endpoint.id) == *device);
+        let removed = async {
+            let links = self.kernel.dump().await?.links.into_keys();
+            let ends = links.filter(|device| matches!(device.role(), Some(Role::Endpoint(_))));
+            self.kernel.delete_links(ends.filter(|device| !is_kept(device)).collect()).await
+        };
+        // The loop tries again once gossip has caught up.
+        if let Err(error) = removed.await {
+            tracing::warn!(%error, "cannot remove what was left of attaches");
+        }
     }
 
     /// An endpoint as users see it.
@@ -487,27 +519,15 @@ fn netns_path(netns: &NetnsRef) -> PathBuf {
     }
 }
 
-/// The gateway of each address: that of its subnet, or on a routed network of its block.
-fn gateways(network: &Network, reserved: &[Reserved<'_>]) -> Vec<IpAddr> {
-    let addresses = reserved.iter().map(|reserved| reserved.net.addr());
-    match network.mode {
-        Mode::L3 => addresses.filter_map(|address| routed::gateway_of(network, address)).collect(),
-        Mode::L2 => {
-            let of = |address| network.subnets.iter().find(|subnet| subnet.prefix.contains(&address));
-            addresses.filter_map(of).map(|subnet| subnet.gateway).collect()
-        }
-    }
-}
-
-fn attachment(network: &Network, endpoint: &Endpoint) -> Attachment {
+fn host_end(network: &Network, endpoint: &Endpoint) -> HostEnd {
     if network.mode == Mode::L2 {
-        return Attachment::Port(Device::bridge(network.id));
+        return HostEnd::Port(Device::bridge(network.id));
     }
     let mut routes = Vec::new();
     for address in endpoint.addresses.iter().map(IpNet::addr) {
-        let Some(gateway) = routed::gateway_of(network, address) else { continue };
+        let Some(gateway) = ipam::gateway_on(network, address) else { continue };
         let same_family = |subnet: &&Subnet| subnet.prefix.addr().is_ipv4() == address.is_ipv4();
         routes.extend(network.subnets.iter().filter(same_family).map(|subnet| (gateway, subnet.prefix)));
     }
-    Attachment::Routed { mac: Mac::of_gateway(network.id), routes }
+    HostEnd::Routed { mac: Mac::of_gateway(network.id), routes }
 }

@@ -25,6 +25,9 @@ const CATCH_UP_MS: u64 = 30_000;
 pub(crate) async fn run(config: Config) -> Result<()> {
     let (node, inbox) = Node::boot(config).await?;
     let listener = control::listen(&node.run_dir.socket())?;
+    // Between the two: a plugin that finds no socket finds its file carried out, and one that finds
+    // it is answered afterwards.
+    node.carry_out_all_deleted().await;
     let Inbox { mut gossip, mut links, mut kernel, saved } = inbox;
     let mut tasks = tokio::task::JoinSet::new();
     tasks.spawn_local(control::serve(Rc::clone(&node), listener));
@@ -35,6 +38,7 @@ pub(crate) async fn run(config: Config) -> Result<()> {
     tasks.spawn_local(Rc::clone(&node).claim_loop());
     tasks.spawn_local(Rc::clone(&node).limits_loop());
     tasks.spawn_local(Rc::clone(&node).tick_loop());
+    tasks.spawn_local(Rc::clone(&node).deleted_loop());
     let (on_gossip, on_links, on_kernel) = (Rc::clone(&node), Rc::clone(&node), Rc::clone(&node));
     tasks.spawn_local(async move {
         while let Some(event) = gossip.recv().await {

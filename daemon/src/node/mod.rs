@@ -6,6 +6,7 @@
 mod addresses;
 mod alloc;
 mod attach;
+mod cni;
 mod events;
 mod lifecycle;
 mod limits;
@@ -79,6 +80,8 @@ pub(crate) struct Node {
     link_events: mpsc::Sender<LinkEvent>,
     writer: store::Writer,
     state: RefCell<State>,
+    /// Calls of container runtimes that are under way.
+    containers: cni::Containers,
     /// Whom gossip and streams were last told to talk to.
     pointed: RefCell<BTreeMap<NodeId, SocketAddr>>,
     /// What happened lately.
@@ -188,6 +191,7 @@ impl Node {
             link_events: link_tell,
             writer: store::Writer::start(state_path.clone(), saved_tell)?,
             state: RefCell::new(state),
+            containers: cni::Containers::default(),
             pointed: RefCell::default(),
             events: Events::default(),
             work: Notify::new(),
@@ -246,6 +250,7 @@ impl Node {
     /// Takes over what the last run left in the kernel, and learns what is gone.
     async fn adopt(&self) -> Result<()> {
         let kept = self.read_kept()?;
+        self.remove_unfinished(&kept).await;
         let leases: Vec<_> = {
             let state = self.state.borrow();
             let lent = state.lent.iter();

@@ -81,7 +81,10 @@ impl Node {
                 all.sort_by(|a, b| (&a.network, &a.name, &a.node).cmp(&(&b.network, &b.name, &b.node)));
                 Reply::Endpoints(all)
             }
-            Request::Cni(_) => return Err(Failed::unavailable("container runtimes are not served yet")),
+            Request::Cni(call) => match self.cni(&call).await {
+                Ok(result) => Reply::Cni(result),
+                Err(error) => Reply::CniError(error),
+            },
             Request::SandboxCreate(create) => Reply::Sandbox(Box::new(self.sandbox_create(create).await?)),
             Request::SandboxRm { name, force } => {
                 self.sandbox_rm(&name, force).await?;

@@ -8,10 +8,11 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use ovl_core::alloc::{Allocator, Output};
+use ovl_core::cni::Attachment;
 use ovl_core::device::Device;
 use ovl_core::kernel::Kernel;
 use ovl_core::liveness::Signs;
-use ovl_core::view::{Local, View};
+use ovl_core::view::{Local, Placed, View};
 use ovl_proto::alloc::Refusal;
 use ovl_proto::clock::Clock;
 use ovl_proto::id::{EndpointId, Mac, NetworkId, NodeId};
@@ -48,6 +49,8 @@ pub(crate) struct Peer {
 pub(crate) struct LocalEndpoint {
     /// The interface's name inside the namespace.
     pub ifname: String,
+    /// Whose it is, if a container runtime asked for it.
+    pub cni: Option<Attachment>,
 }
 
 /// Two daemons with one identity.
@@ -232,6 +235,18 @@ impl State {
         self.view.own().into_iter().flat_map(|own| own.table.entries()).filter_map(|entry| match entry {
             Entry::Endpoint(endpoint) => Some(endpoint),
             Entry::Lease { .. } | Entry::PathMtu { .. } => None,
+        })
+    }
+
+    /// The endpoint of this network, Kubernetes namespace and name, on whichever host.
+    pub(crate) fn endpoint_named(
+        &self,
+        (network, namespace, name): &(NetworkId, String, String),
+    ) -> Option<Placed<'_>> {
+        self.view.all_endpoints().find(|placed| {
+            let endpoint = placed.endpoint;
+            (endpoint.network, &endpoint.namespace, &endpoint.name) == (*network, namespace, name)
+                && self.view.counts(placed.node)
         })
     }
 

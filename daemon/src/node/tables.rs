@@ -3,6 +3,7 @@
 use std::fs;
 
 use anyhow::{Context, Result};
+use ovl_core::cni::MAX_NAME;
 use ovl_core::table::{Rejected, Table};
 use ovl_proto::id::{Mac, NetworkId, NodeId};
 use ovl_proto::record::{Domain, Signature};
@@ -12,7 +13,7 @@ use ovl_proto::wire;
 
 use super::Node;
 use super::state::State;
-use crate::config::is_name;
+use crate::config::{is_name, is_name_within};
 use crate::crypto;
 
 /// A borrower that never showed a leased address in its table loses it after this time.
@@ -226,10 +227,9 @@ impl Node {
 /// What every host relies on when it reads another's entries: the same that an attach must keep to.
 fn check_entry(entry: &Entry) -> Result<(), String> {
     let Entry::Endpoint(endpoint) = entry else { return Ok(()) };
-    for name in [&endpoint.name, &endpoint.namespace].into_iter().chain(&endpoint.aliases) {
-        if !is_name(name) {
-            return Err(format!("endpoint {}: a name that is none", endpoint.id));
-        }
+    let others = endpoint.aliases.iter().chain([&endpoint.namespace]);
+    if !is_name_within(&endpoint.name, MAX_NAME) || !others.into_iter().all(|name| is_name(name)) {
+        return Err(format!("endpoint {}: a name that is none", endpoint.id));
     }
     if !endpoint.mac.is_unicast() || endpoint.mac == Mac::of_gateway(endpoint.network) {
         return Err(format!("endpoint {} with the MAC address {}", endpoint.name, endpoint.mac));

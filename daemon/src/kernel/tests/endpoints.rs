@@ -6,7 +6,7 @@ use ovl_core::kernel::Link;
 use ovl_core::op::Op;
 
 use super::lab::{Container, Lab, add_endpoint, bridge, desired, endpoint, in_namespace, ip, mac, net, run};
-use crate::kernel::{Attachment, Goal, KernelEvent, open_netns};
+use crate::kernel::{Goal, HostEnd, KernelEvent, open_netns};
 
 async fn network(lab: &Lab) -> ovl_core::kernel::Kernel {
     let wanted = desired(ip("192.0.2.1"), 3);
@@ -65,7 +65,7 @@ fn an_endpoint_is_made_whole_or_not_at_all() {
         let mut bad = container.spec(30);
         bad.ifname = Some("a/b".to_owned());
         let mut homeless = container.spec(30);
-        homeless.attachment = Attachment::Port(endpoint(200));
+        homeless.host_end = HostEnd::Port(endpoint(200));
         for (spec, words) in [
             (taken, "the namespace already has an interface eth7"),
             (twice, "cannot give eth0 the address 10.1.0.30/16: File exists"),

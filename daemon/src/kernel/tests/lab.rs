@@ -14,7 +14,7 @@ use ovl_core::op::Op;
 use ovl_proto::id::{EndpointId, Mac, NetworkId};
 use tokio::sync::mpsc;
 
-use crate::kernel::{Attachment, EndpointSpec, KernelEvent, KernelHandle, Netns, Result, open_netns, start};
+use crate::kernel::{EndpointSpec, HostEnd, KernelEvent, KernelHandle, Netns, Result, open_netns, start};
 
 /// Runs the body on a thread that has a fresh network namespace with an underlay device `up0`, as
 /// the worker and all commands that it starts have.
@@ -190,7 +190,7 @@ impl Container {
             ifname: None,
             mac: mac(n.into()),
             mtu: 1400,
-            attachment: Attachment::Port(bridge()),
+            host_end: HostEnd::Port(bridge()),
             addresses: vec![net(&format!("10.1.0.{n}/16")), net(&format!("fd00:1::{n:x}/64"))],
             gateways: vec![ip("10.1.0.1"), ip("fd00:1::1")],
         }

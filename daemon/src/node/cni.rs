@@ -1,0 +1,271 @@
+//! Calls of container runtimes. What they mean is decided in [`ovl_core::cni`]; here it is done, one
+//! call for a container at a time.
+
+mod alone;
+mod deleted;
+
+use std::path::Path;
+
+use ipnet::IpNet;
+use ovl_core::cni::{self, Add, Attachment, Call, Check, Gc, Inside, Made, Status, code, error};
+use ovl_core::device::Device;
+use ovl_core::ipam;
+use ovl_proto::control::{Attach, CniCall, CniError, EndpointInfo, FailureKind, NetnsRef, PeerState};
+use ovl_proto::id::{EndpointId, Mac};
+use ovl_proto::object::{Mode, Network};
+use serde_json::Value;
+
+pub(super) use self::alone::Containers;
+use super::peers::UNREACHABLE;
+use super::{Failed, Node};
+use crate::kernel::{KernelError, Netns, open_netns, port_mac};
+
+impl Node {
+    /// Does what a runtime asks for, and gives what the plugin prints.
+    pub(super) async fn cni(&self, call: &CniCall) -> Result<Value, CniError> {
+        match cni::parse(call)? {
+            Call::Add(add) => self.cni_add(&add).await,
+            Call::Del(attachment) => self.cni_del(&attachment).await.map(|()| Value::Null),
+            Call::Check(check) => self.cni_check(&check).await.map(|()| Value::Null),
+            Call::Gc(gc) => self.cni_gc(&gc).await.map(|()| Value::Null),
+            Call::Status(status) => self.cni_status(&status).map(|()| Value::Null),
+        }
+    }
+
+    async fn cni_add(&self, add: &Add) -> Result<Value, CniError> {
+        let _alone = self.containers.alone(&add.attachment.container_id).await;
+        // It came earlier than this.
+        self.carry_out_deleted(&add.attachment).await?;
+        if let Some(id) = self.attached(&add.attachment) {
+            return Err(error(
+                code::ATTACHED,
+                format!("{} is attached to {} already", add.attachment.ifname, add.attachment.network),
+                format!(
+                    "container {} has the endpoint {} there: a DEL must come before the next ADD",
+                    add.attachment.container_id,
+                    self.name_of(id)
+                ),
+            ));
+        }
+        let network = self.cni_network(&add.network)?;
+        // Told apart from what else may go wrong in there.
+        container_netns(&add.netns)?;
+        let request = Attach {
+            name: self.free_name(add, &network),
+            network: network.id.to_string(),
+            netns: NetnsRef::Path(add.netns.clone()),
+            addresses: add.addresses.clone(),
+            mac: add.mac,
+            ifname: Some(add.attachment.ifname.clone()),
+            aliases: Vec::new(),
+            namespace: add.namespace.clone(),
+            labels: add.labels.clone(),
+        };
+        let made = self.attach_for(request, Some(add.attachment.clone())).await.map_err(explain)?;
+        let why = match self.inside(&add.netns, &add.attachment.ifname).await {
+            Ok(Some(inside)) => return Ok(render(add, &network, &made, &inside)),
+            Ok(None) => {
+                let details = format!("somebody removed {} at once", add.attachment.ifname);
+                error(code::KERNEL, "the interface is gone", details)
+            }
+            Err(why) => why,
+        };
+        // The runtime takes it away as well; but it was told of nothing.
+        self.cni_take_away(&add.attachment).await?;
+        Err(why)
+    }
+
+    async fn cni_del(&self, attachment: &Attachment) -> Result<(), CniError> {
+        let _alone = self.containers.alone(&attachment.container_id).await;
+        self.cni_take_away(attachment).await?;
+        self.forget_deleted(attachment)
+    }
+
+    /// Succeeds where there is nothing. The caller has the container for itself.
+    async fn cni_take_away(&self, attachment: &Attachment) -> Result<(), CniError> {
+        match self.attached(attachment) {
+            Some(id) => self.take_away(&[id]).await.map_err(explain),
+            None => Ok(()),
+        }
+    }
+
+    async fn cni_check(&self, check: &Check) -> Result<(), CniError> {
+        let _alone = self.containers.alone(&check.attachment.container_id).await;
+        let difference = |details: String| {
+            Err(error(code::DIFFERENCE, "the container's network is not as it was made", details))
+        };
+        let endpoint = {
+            let state = self.state.borrow();
+            let id = self.attached(&check.attachment);
+            let Some(endpoint) = state.own_endpoints().find(|endpoint| Some(endpoint.id) == id) else {
+                return difference(format!(
+                    "{} of container {} is not attached to {}",
+                    check.attachment.ifname, check.attachment.container_id, check.attachment.network
+                ));
+            };
+            if let Some(address) = state.view.address_conflict(state.view.me, endpoint) {
+                return difference(format!(
+                    "{address} belongs to another host now, and the endpoint {} is cut off: attach it anew",
+                    endpoint.name
+                ));
+            }
+            endpoint.clone()
+        };
+        let inside = self.inside(&check.netns, &check.attachment.ifname).await?;
+        cni::check(check, &endpoint, inside.as_ref())
+    }
+
+    /// Goes on with the others where one cannot be taken away.
+    async fn cni_gc(&self, gc: &Gc) -> Result<(), CniError> {
+        let stale: Vec<Attachment> = {
+            let state = self.state.borrow();
+            let all = state.endpoints.values().filter_map(|local| local.cni.clone());
+            all.filter(|attachment| attachment.network == gc.network && !gc.keeps(attachment)).collect()
+        };
+        let mut failed = Vec::new();
+        for attachment in &stale {
+            if let Err(error) = self.cni_del(attachment).await {
+                failed
+                    .push(format!("{} of {}: {}", attachment.ifname, attachment.container_id, error.details));
+            }
+        }
+        if failed.is_empty() {
+            return Ok(());
+        }
+        let msg = format!("{} of {} stale attachments could not be taken away", failed.len(), stale.len());
+        Err(error(code::KERNEL, msg, failed.join("; ")))
+    }
+
+    fn cni_status(&self, status: &Status) -> Result<(), CniError> {
+        self.cni_network(&status.network).map_err(|mut error| {
+            error.code = code::UNAVAILABLE;
+            error
+        })?;
+        if self.state.borrow().epoch.elapsed() <= UNREACHABLE {
+            return Ok(());
+        }
+        let alive = self
+            .peers()
+            .into_iter()
+            .filter(|peer| !peer.own && peer.member && peer.state == PeerState::Alive);
+        let (near, far): (Vec<_>, Vec<_>) = alive.partition(|peer| peer.reachable);
+        // Where one host of many cannot be reached the fault is most likely there, and must not take
+        // all the others out of service.
+        if far.is_empty() || far.len() < near.len() {
+            return Ok(());
+        }
+        let names: Vec<String> = far.into_iter().map(|peer| peer.name).collect();
+        Err(error(
+            code::LIMITED,
+            "containers may not reach those on other hosts",
+            format!(
+                "nothing comes directly from {}, which others hear: check the paths and the firewalls of this host, see \
+                 `ovlctl status`",
+                names.join(", ")
+            ),
+        ))
+    }
+
+    /// The network, if an attachment could be made now.
+    fn cni_network(&self, name: &str) -> Result<Network, CniError> {
+        let state = self.state.borrow();
+        if !state.is_member() {
+            let why = state.problems.get("admission").cloned();
+            let why = why.unwrap_or_else(|| "this host is not admitted to the cluster yet".to_owned());
+            return Err(error(code::LATER, "ovld is not ready", why));
+        }
+        let Some(found) = state.view.network(name) else {
+            let details = format!(
+                "{}; the configuration's key `network`, or else its `name`, says which one is meant",
+                Failed::no_network(&state, name).0.message
+            );
+            return Err(error(code::CONFIG, format!("there is no network {name}"), details));
+        };
+        if found.removing {
+            let details = format!(
+                "it waits for its last endpoints to go; `ovlctl network create {name}` makes it anew"
+            );
+            return Err(error(code::CONFIG, format!("network {name} was removed"), details));
+        }
+        Ok(found.network.clone())
+    }
+
+    /// What a runtime attached.
+    fn attached(&self, attachment: &Attachment) -> Option<EndpointId> {
+        let state = self.state.borrow();
+        state.endpoints.iter().find(|(_, local)| local.cni.as_ref() == Some(attachment)).map(|(id, _)| *id)
+    }
+
+    fn name_of(&self, id: EndpointId) -> String {
+        let state = self.state.borrow();
+        let found = state.own_endpoints().find(|endpoint| endpoint.id == id);
+        found.map_or_else(|| id.to_string(), |endpoint| endpoint.name.clone())
+    }
+
+    /// The name that the container brings, or one beside it: pods come again under their names, maybe
+    /// on another host before the first one is gone.
+    fn free_name(&self, add: &Add, network: &Network) -> String {
+        let state = self.state.borrow();
+        let namespace = add.namespace.clone().unwrap_or_else(|| "default".to_owned());
+        let place = (network.id, namespace, add.name.clone());
+        if state.endpoint_named(&place).is_some() || state.pending.names.contains(&place) {
+            add.other_name()
+        } else {
+            place.2
+        }
+    }
+
+    async fn inside(&self, netns: &Path, ifname: &str) -> Result<Option<Inside>, CniError> {
+        let netns = container_netns(netns)?;
+        self.kernel.inspect(netns, ifname.to_owned()).await.map_err(|cause| kernel_error(&cause))
+    }
+}
+
+/// The result of an `ADD`.
+fn render(add: &Add, network: &Network, made: &EndpointInfo, inside: &Inside) -> Value {
+    let host = |device: Device, mac: Mac| (device.to_string(), mac);
+    let bridge =
+        (network.mode == Mode::L2).then(|| host(Device::bridge(network.id), Mac::of_gateway(network.id)));
+    let end_mac = |device| match network.mode {
+        Mode::L2 => port_mac(device),
+        Mode::L3 => Mac::of_gateway(network.id),
+    };
+    let end = made.device.as_deref().and_then(Device::new).map(|device| host(device, end_mac(device)));
+    let gateway = |net: &IpNet| ipam::gateway_on(network, net.addr()).filter(|_| !network.internal);
+    let made = Made {
+        host: bridge.into_iter().chain(end).collect(),
+        inside,
+        addresses: made.addresses.iter().map(|net| (*net, gateway(net))).collect(),
+    };
+    cni::render(add, &made)
+}
+
+/// Opens a container's namespace.
+fn container_netns(path: &Path) -> Result<Netns, CniError> {
+    open_netns(path).map_err(|cause| {
+        if path.exists() {
+            kernel_error(&cause)
+        } else {
+            error(code::NO_CONTAINER, "the container's network namespace does not exist", cause.to_string())
+        }
+    })
+}
+
+fn kernel_error(cause: &KernelError) -> CniError {
+    error(code::KERNEL, "the kernel refused", cause.to_string())
+}
+
+/// A failure of ours, as runtimes understand it.
+fn explain(Failed(failure): Failed) -> CniError {
+    let (code, msg) = match failure.kind {
+        FailureKind::Invalid | FailureKind::NotFound => {
+            (code::CONFIG, "the attachment cannot be made as it is asked for")
+        }
+        FailureKind::Conflict => (code::TAKEN, "what is asked for is taken"),
+        FailureKind::Exhausted => (code::EXHAUSTED, "no address is free"),
+        FailureKind::Unavailable => (code::LATER, "ovld cannot do this now"),
+        FailureKind::Kernel => (code::KERNEL, "the kernel refused"),
+        FailureKind::Internal => (code::INTERNAL, "ovld failed"),
+    };
+    error(code, msg, failure.message)
+}

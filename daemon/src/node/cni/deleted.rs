@@ -1,0 +1,118 @@
+//! `DEL`s that came while ovld was not there. The plugin left a file for each.
+//!
+//! ovld looks for them after it has begun to listen and before it answers anybody, before each `ADD`
+//! of the same attachment, and from time to time, for a plugin whose request came to no end.
+
+use std::fs::{self, File};
+use std::io::{ErrorKind, Read as _};
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use ovl_core::cni::{self, Attachment, Call, code, error};
+use ovl_proto::control::{CniDeleted, CniError, MAX_REQUEST};
+
+use super::super::{Node, remove_if_there};
+
+/// Between two looks for those whose plugin asked, and got no answer.
+const AGAIN: Duration = Duration::from_secs(2);
+
+impl Node {
+    /// Runs for ever.
+    pub(in crate::node) async fn deleted_loop(self: Rc<Self>) {
+        loop {
+            tokio::time::sleep(AGAIN).await;
+            self.carry_out_all_deleted().await;
+        }
+    }
+
+    /// Carries all of them out. One that fails stays for the next time.
+    pub(in crate::node) async fn carry_out_all_deleted(&self) {
+        let dir = CniDeleted::dir(&self.run_dir.socket());
+        let files = match fs::read_dir(&dir) {
+            Ok(files) => files,
+            Err(error) if error.kind() == ErrorKind::NotFound => return,
+            Err(error) => {
+                tracing::warn!(%error, dir = %dir.display(), "cannot look for DELs that were remembered");
+                return;
+            }
+        };
+        for file in files.flatten() {
+            // One that is hidden is still being written.
+            if file.file_name().to_string_lossy().starts_with('.') {
+                continue;
+            }
+            let path = file.path();
+            let Some(attachment) = self.read_deleted(&path) else {
+                if let Err(error) = remove_if_there(&path) {
+                    tracing::warn!("{error:#}");
+                }
+                continue;
+            };
+            let _alone = self.containers.alone(&attachment.container_id).await;
+            // A DEL and an ADD may have come in between.
+            if !path.exists() {
+                continue;
+            }
+            match self.cni_take_away(&attachment).await.and_then(|()| self.forget_deleted(&attachment)) {
+                Ok(()) => tracing::info!(
+                    container = attachment.container_id,
+                    ifname = attachment.ifname,
+                    network = attachment.network,
+                    "carried out a DEL that was remembered"
+                ),
+                Err(error) => {
+                    tracing::warn!("a DEL that was remembered fails: {}: {}", error.msg, error.details)
+                }
+            }
+        }
+    }
+
+    /// That of one attachment, if there is one. The caller has the container for itself.
+    pub(super) async fn carry_out_deleted(&self, attachment: &Attachment) -> Result<(), CniError> {
+        if self.deleted_path(attachment).is_some_and(|path| path.exists()) {
+            self.cni_take_away(attachment).await?;
+            self.forget_deleted(attachment)?;
+        }
+        Ok(())
+    }
+
+    /// It is done.
+    pub(super) fn forget_deleted(&self, attachment: &Attachment) -> Result<(), CniError> {
+        let removed = self.deleted_path(attachment).map_or(Ok(()), |path| remove_if_there(&path));
+        removed.map_err(|cause| {
+            error(code::INTERNAL, "a DEL that is done cannot be forgotten", format!("{cause:#}"))
+        })
+    }
+
+    fn deleted_path(&self, attachment: &Attachment) -> Option<PathBuf> {
+        let name = CniDeleted::file_name(&attachment.network, &attachment.container_id, &attachment.ifname)?;
+        Some(CniDeleted::dir(&self.run_dir.socket()).join(name))
+    }
+
+    /// What a file asks for; nothing if that is of no use any more, or was never of any.
+    fn read_deleted(&self, path: &Path) -> Option<Attachment> {
+        let read = || -> anyhow::Result<CniDeleted> {
+            let mut bytes = Vec::new();
+            File::open(path)?.take(2 * MAX_REQUEST as u64).read_to_end(&mut bytes)?;
+            serde_json::from_slice(&bytes).context("not a DEL")
+        };
+        match read() {
+            Ok(deleted) if deleted.boot_id != self.boot_id => None,
+            Ok(deleted) => match cni::parse(&deleted.call) {
+                Ok(Call::Del(attachment)) if self.deleted_path(&attachment).as_deref() == Some(path) => {
+                    Some(attachment)
+                }
+                _ => {
+                    tracing::warn!(file = %path.display(), "passed over a file that is no DEL of that attachment");
+                    None
+                }
+            },
+            Err(error) => {
+                tracing::warn!(file = %path.display(), "passed over a DEL that cannot be read: {error:#}");
+                None
+            }
+        }
+    }
+}

@@ -1,0 +1,585 @@
+//! The CNI plugin against a real daemon, called as container runtimes call it.
+
+#![allow(clippy::unwrap_used, reason = "tests, and helpers of tests")]
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::Path;
+use std::thread;
+
+use anyhow::ensure;
+use netns_lab::{Lab, wait_until};
+use ovl_tests::cni::{
+    self, Conflist, Container, Ran, addresses, assert_refused, interfaces, wait_nothing_left,
+};
+use ovl_tests::{SOON, assert_says, endpoints, make_network, rows, started, strings, text, wait_endpoints};
+use serde_json::{Value, json};
+
+/// Hosts with a network of both address families.
+fn lab(hosts: usize) -> Lab {
+    let lab = started(hosts).unwrap();
+    make_network(&lab, "pods", &["--subnet", "10.99.0.0/24", "--subnet", "fd99::/64"]).unwrap();
+    lab
+}
+
+#[test]
+fn containers_come_reach_each_other_and_go() {
+    let lab = lab(2);
+    let all: Vec<_> = ["h1", "h2"]
+        .into_iter()
+        .map(|name| {
+            let host = &lab[name];
+            let workload = host.workload("a").unwrap();
+            let list = Conflist::new(host, "pods");
+            let pod = format!(
+                "K8S_POD_NAME=web-{name};K8S_POD_NAMESPACE=shop;K8S_POD_UID=u;K8S_POD_INFRA_CONTAINER_ID=c"
+            );
+            let container = Container::of(&workload).args(&pod);
+            let result = list.add(host, &container).unwrap();
+            (host, workload, list, container, result)
+        })
+        .collect();
+    for (host, workload, list, container, result) in &all {
+        // What is told is what is so.
+        let inside = &result["interfaces"][2];
+        assert_eq!(
+            (&inside["name"], text(&inside["sandbox"]).as_str()),
+            (&json!("eth0"), workload.path_str())
+        );
+        let eth0 = &workload.ip_json(&["link", "show", "eth0"]).unwrap()[0];
+        assert_eq!((&eth0["address"], &eth0["mtu"]), (&inside["mac"], &inside["mtu"]));
+        for (at, prefix) in [(0, "ovb-"), (1, "ove-")] {
+            let device = &result["interfaces"][at];
+            let name = text(&device["name"]);
+            assert!(name.starts_with(prefix), "{result}");
+            assert_eq!(host.ip_json(&["link", "show", &name]).unwrap()[0]["address"], device["mac"]);
+        }
+        let told: Vec<Value> =
+            result["routes"].as_array().unwrap().iter().map(|route| route["gw"].clone()).collect();
+        let routes = ["-4", "-6"].map(|family| {
+            workload.ip_json(&[family, "route", "show", "default"]).unwrap()[0]["gateway"].clone()
+        });
+        assert_eq!(told, routes);
+        let row =
+            rows(host, &["endpoints"]).unwrap().into_iter().find(|row| row["node"] == host.name()).unwrap();
+        assert_eq!((text(&row["name"]), &row["namespace"]), (format!("web-{}", host.name()), &json!("shop")));
+        let listed: Vec<_> = strings(&row["addresses"])
+            .iter()
+            .map(|each| each.split('/').next().unwrap().to_owned())
+            .collect();
+        assert_eq!(listed, addresses(result));
+        list.check(host, container, result).unwrap();
+    }
+    for (from, to) in [(0, 1), (1, 0)] {
+        for address in addresses(&all[to].4) {
+            all[from].1.ping_until(address, SOON).unwrap();
+        }
+    }
+    for (host, workload, list, container, result) in &all {
+        list.del(host, container, Some(result)).unwrap();
+        assert!(interfaces(workload).unwrap().is_empty());
+        // As often as a runtime likes, also without a namespace, and with one that is gone.
+        list.del(host, container, None).unwrap();
+        list.del(host, &container.without_netns(), None).unwrap();
+        list.del(host, &Container { netns: "/run/netns/never".into(), ..container.clone() }, None).unwrap();
+    }
+    for (host, ..) in &all {
+        wait_nothing_left(host).unwrap();
+    }
+    // Also when the network is not there any more.
+    let (host, _, list, container, _) = &all[0];
+    host.ctl_ok(&["network", "rm", "pods"]).unwrap();
+    list.del(host, container, None).unwrap();
+}
+
+#[test]
+fn wishes_are_granted_and_names_never_in_the_way() {
+    let lab = lab(1);
+    let host = &lab["h1"];
+    let list = Conflist::new(host, "pods").with(
+        "capabilities",
+        json!({ "ips": true, "mac": true, "dns": true, "io.kubernetes.cri.pod-annotations": true }),
+    );
+    let a = Container::of(&host.workload("a").unwrap());
+    let wished = a
+        .args("IgnoreUnknown=1;K8S_POD_NAME=web;IP=10.99.0.50;COLOR=red")
+        .capability("mac", json!("02:aa:00:00:00:01"))
+        .capability("dns", json!({ "servers": ["10.99.0.1"] }))
+        .capability("io.kubernetes.cri.pod-annotations", json!({ "ovl.labels": "app=shop,tier=front" }));
+    let result = list.add(host, &wished).unwrap();
+    assert_eq!(
+        (addresses(&result)[0].as_str(), &result["interfaces"][2]["mac"]),
+        ("10.99.0.50", &json!("02:aa:00:00:00:01"))
+    );
+    assert_eq!(result["dns"], json!({ "nameservers": ["10.99.0.1"] }));
+    assert_eq!(rows(host, &["endpoints"]).unwrap()[0]["labels"], json!({ "app": "shop", "tier": "front" }));
+    // One more interface: the first one has the default routes.
+    let more = list.add(host, &a.args("K8S_POD_NAME=web").interface("net1")).unwrap();
+    assert_eq!(more["routes"], Value::Null);
+    assert_eq!(addresses(&more).len(), 2);
+    // A second pod of that name, one of a long name, one of an odd one, and a container without any.
+    let names = ["web".to_owned(), "p".repeat(253), "a/b c".to_owned()];
+    for (n, name) in names.iter().enumerate() {
+        let workload = host.workload(&format!("w{n}")).unwrap();
+        list.add(host, &Container::of(&workload).args(&format!("K8S_POD_NAME={name}"))).unwrap();
+    }
+    let nameless = Container::new("0123456789abcdef", host.workload("n").unwrap().path_str());
+    list.add(host, &nameless).unwrap();
+    let found: Vec<String> =
+        rows(host, &["endpoints"]).unwrap().iter().map(|row| text(&row["name"])).collect();
+    assert_eq!(found.iter().filter(|name| name.starts_with("web-")).count(), 2, "{found:?}");
+    for name in ["web", "0123456789ab", &"p".repeat(253)] {
+        assert!(found.iter().any(|each| each == name), "{name} in {found:?}");
+    }
+    assert!(found.iter().any(|name| name.starts_with("a-b-c-")), "{found:?}");
+    // A DEL takes its own interface alone.
+    list.del(host, &wished, None).unwrap();
+    assert_eq!(interfaces(&host.find_workload("a").unwrap()).unwrap(), ["net1".to_owned()].into());
+    host.ctl_ok(&["verify"]).unwrap();
+}
+
+#[test]
+fn results_come_in_the_version_asked_for() {
+    let lab = lab(1);
+    let host = &lab["h1"];
+    let container = Container::of(&host.workload("a").unwrap());
+    for version in ["0.3.1", "0.4.0", "1.0.0", "1.1.0"] {
+        let list = Conflist::new(host, "pods").version(version);
+        let result = list.add(host, &container).unwrap();
+        assert_eq!(result["cniVersion"], version);
+        let old = version.starts_with('0');
+        assert_eq!(result["ips"][0]["version"], if old { json!("4") } else { Value::Null }, "{result}");
+        assert_eq!(result["ips"][1]["version"], if old { json!("6") } else { Value::Null }, "{result}");
+        assert_eq!(result["interfaces"][2]["mtu"].is_u64(), version == "1.1.0", "{result}");
+        if version != "0.3.1" {
+            list.check(host, &container, &result).unwrap();
+        }
+        list.del(host, &container, Some(&result)).unwrap();
+    }
+    wait_nothing_left(host).unwrap();
+    // VERSION needs no daemon, and no input.
+    host.stop().unwrap();
+    for (input, version) in
+        [(&br#"{"cniVersion":"0.4.0"}"#[..], "0.4.0"), (b"", "1.1.0"), (b"nonsense", "1.1.0")]
+    {
+        let mut command = cni::plugin_command("ovl-cni").unwrap();
+        command.env("CNI_COMMAND", "VERSION");
+        let printed = cni::run(host, command, input).unwrap().result().unwrap();
+        let supported = json!(["0.3.1", "0.4.0", "1.0.0", "1.1.0"]);
+        assert_eq!(printed, json!({ "cniVersion": version, "supportedVersions": supported }));
+    }
+}
+
+#[test]
+fn each_error_has_its_code_and_leaves_nothing() {
+    let lab = lab(1);
+    let host = &lab["h1"];
+    make_network(&lab, "tiny", &["--subnet", "10.98.0.0/29"]).unwrap();
+    let workload = host.workload("a").unwrap();
+    let container = Container::of(&workload);
+    let list = Conflist::new(host, "pods");
+    let add = |list: &Conflist, container: &Container| list.ask(host, "ADD", container).unwrap();
+
+    let raw = |command: Option<&str>, input: &[u8]| {
+        let mut program = cni::plugin_command("ovl-cni").unwrap();
+        program.envs(command.map(|command| ("CNI_COMMAND", command)));
+        cni::run(host, program, input).unwrap()
+    };
+    assert_refused(raw(None, b"{}"), 4, &["CNI_COMMAND"]);
+    assert_refused(raw(Some("EXPLODE"), b"{}"), 4, &["EXPLODE"]);
+    assert_refused(raw(Some("ADD"), b""), 6, &["standard input"]);
+    assert_refused(raw(Some("ADD"), b"[]"), 6, &["no JSON object"]);
+    assert_refused(raw(Some("ADD"), &vec![b' '; 1 << 20]), 6, &["too long"]);
+
+    assert_refused(add(&list, &Container::new("", &container.netns)), 4, &["CNI_CONTAINERID"]);
+    assert_refused(add(&list, &container.without_netns()), 4, &["CNI_NETNS"]);
+    assert_refused(add(&list, &container.interface("")), 4, &["CNI_IFNAME"]);
+    assert_refused(add(&list, &container.args("COLOR=red")), 4, &["COLOR", "IgnoreUnknown"]);
+    assert_refused(add(&list.clone().version("0.2.0"), &container), 1, &["0.2.0", "0.3.1"]);
+    assert_refused(
+        add(&list.clone().with("ipam", json!({ "type": "host-local" })), &container),
+        2,
+        &["ipam"],
+    );
+    let ports = list
+        .clone()
+        .with("runtimeConfig", json!({ "portMappings": [{ "hostPort": 1, "containerPort": 1 }] }));
+    assert_refused(add(&ports, &container), 2, &["portmap"]);
+    let gone = Container { netns: "/run/netns/never".into(), ..container.clone() };
+    assert_refused(add(&list, &gone), 3, &["/run/netns/never"]);
+    let file = Container { netns: "/etc/passwd".into(), ..container.clone() };
+    assert_refused(add(&list, &file), 104, &["not a network namespace"]);
+    assert_refused(add(&Conflist::new(host, "none"), &container), 7, &["there is no network none", "pods"]);
+    assert_refused(add(&list, &container.args("IP=10.1.2.3")), 7, &["10.1.2.3"]);
+    assert_refused(add(&list, &container.args("K8S_POD_NAMESPACE=a/b")), 7, &["a/b"]);
+    workload.exec_ok(["ip", "link", "add", "eth0", "type", "bridge"]).unwrap();
+    assert_refused(add(&list, &container), 104, &["already has an interface eth0"]);
+    workload.exec_ok(["ip", "link", "del", "eth0"]).unwrap();
+    let long = vec!["x"; 200].join("=1,");
+    let labels = json!({ "io.kubernetes.cri.pod-annotations": { "ovl.labels": format!("{long}=1") } });
+    let many = (0..70).map(|n| format!("l{n}=1")).collect::<Vec<_>>().join(",");
+    add(&list.clone().with("runtimeConfig", labels), &container).result().unwrap();
+    list.del(host, &container, None).unwrap();
+    let labels = json!({ "io.kubernetes.cri.pod-annotations": { "ovl.labels": many } });
+    assert_refused(add(&list.clone().with("runtimeConfig", labels), &container), 7, &["64 labels"]);
+    wait_nothing_left(host).unwrap();
+
+    // Twice without a DEL: refused, and what is there stays as it is.
+    let result = list.add(host, &container).unwrap();
+    assert_refused(add(&list, &container), 101, &["already", &container.id]);
+    list.check(host, &container, &result).unwrap();
+    let other = Container::of(&host.workload("b").unwrap());
+    assert_refused(add(&list, &other.args(&format!("IP={}", addresses(&result)[0]))), 102, &["in use"]);
+    list.del(host, &container, None).unwrap();
+
+    // More containers than addresses.
+    let tiny = Conflist::new(host, "tiny");
+    let mut attached = Vec::new();
+    let full = (0..9).find_map(|n| {
+        let container = Container::of(&host.workload(&format!("t{n}")).unwrap());
+        let ran = add(&tiny, &container);
+        if ran.code == Some(0) {
+            attached.push(container);
+            return None;
+        }
+        Some(ran)
+    });
+    assert_refused(full.unwrap(), 103, &["network update"]);
+    assert_eq!(attached.len(), 5);
+    for container in &attached {
+        tiny.del(host, container, None).unwrap();
+    }
+    wait_nothing_left(host).unwrap();
+}
+
+#[test]
+fn check_names_what_changed() {
+    let lab = lab(1);
+    let host = &lab["h1"];
+    let workload = host.workload("a").unwrap();
+    let container = Container::of(&workload);
+    let list = Conflist::new(host, "pods");
+    let check =
+        |result: Option<&Value>| list.call(host, &list.plugins[0], "CHECK", &container, result).unwrap();
+    assert_refused(check(Some(&json!({}))), 100, &["is not attached to pods"]);
+    let result = list.add(host, &container).unwrap();
+    assert_refused(check(None), 7, &["prevResult"]);
+    assert_refused(list.clone().version("0.3.1").ask(host, "CHECK", &container).unwrap(), 1, &["CHECK"]);
+    let [v4, v6] = &addresses(&result)[..] else { panic!("{result}") };
+    let v4 = format!("{v4}/24");
+    for (change, back, part) in [
+        (vec!["link", "set", "eth0", "mtu", "1400"], vec!["link", "set", "eth0", "mtu", "1300"], ""),
+        (
+            vec!["-6", "route", "del", "default"],
+            vec!["-6", "route", "add", "default", "via", "fd99::1"],
+            "fd99::1",
+        ),
+        (
+            vec!["link", "set", "eth0", "address", "02:00:00:00:00:99"],
+            vec!["link", "set", "eth0", "address", &text(&result["interfaces"][2]["mac"])],
+            "02:00:00:00:00:99",
+        ),
+        (vec!["addr", "del", &v4, "dev", "eth0"], vec!["addr", "add", &v4, "dev", "eth0"], v4.as_str()),
+    ] {
+        workload.exec_ok([&["ip"], &change[..]].concat()).unwrap();
+        if part.is_empty() {
+            // The MTU follows the path: it is not the container's to keep.
+            check(Some(&result)).result().unwrap();
+        } else {
+            assert_refused(check(Some(&result)), 100, &[part]);
+        }
+        workload.exec_ok([&["ip"], &back[..]].concat()).unwrap();
+    }
+    // With the IPv4 address the default route went.
+    assert_refused(check(Some(&result)), 100, &["10.99.0.1"]);
+    workload.exec_ok(["ip", "route", "add", "default", "via", "10.99.0.1"]).unwrap();
+    check(Some(&result)).result().unwrap();
+    workload.exec_ok(["ip", "link", "set", "eth0", "down"]).unwrap();
+    assert_refused(check(Some(&result)), 100, &["eth0 is down"]);
+    let mut other = result.clone();
+    other["ips"][1]["address"] = json!("fd99::77/64");
+    workload.exec_ok(["ip", "link", "set", "eth0", "up"]).unwrap();
+    wait_until(SOON, "the address back", || {
+        workload.exec_ok(["ip", "addr", "replace", &format!("{v6}/64"), "dev", "eth0", "nodad"]).map(drop)
+    })
+    .unwrap();
+    assert_refused(check(Some(&other)), 100, &["prevResult"]);
+    workload.exec_ok(["ip", "link", "del", "eth0"]).unwrap();
+    let (code, _) = check(Some(&result)).error().unwrap();
+    assert_eq!(code, 100);
+    list.del(host, &container, Some(&result)).unwrap();
+    wait_nothing_left(host).unwrap();
+}
+
+#[test]
+fn gc_removes_what_the_runtime_does_not_know() {
+    let lab = lab(1);
+    let host = &lab["h1"];
+    let list = Conflist::new(host, "pods");
+    let other = list.clone().named("others");
+    let made: Vec<Container> =
+        ["a", "b", "c"].map(|name| Container::of(&host.workload(name).unwrap())).into();
+    for container in &made {
+        list.add(host, container).unwrap();
+    }
+    list.add(host, &made[0].interface("net1")).unwrap();
+    // The same network by another configuration, and by hand: neither is this one's.
+    other.add(host, &Container::of(&host.workload("d").unwrap())).unwrap();
+    ovl_tests::attach(host, "e", "pods", &[]).unwrap();
+    let gc = |valid: Value| {
+        list.clone()
+            .with("cni.dev/valid-attachments", valid)
+            .ask(host, "GC", &Container::new("", ""))
+            .unwrap()
+    };
+    assert_refused(list.ask(host, "GC", &made[0]).unwrap(), 7, &["cni.dev/valid-attachments"]);
+    assert_refused(gc(json!([{ "containerID": 7 }])), 7, &["containerID"]);
+    assert_refused(list.clone().version("1.0.0").ask(host, "GC", &made[0]).unwrap(), 1, &["GC"]);
+    assert_eq!(endpoints(host).unwrap().len(), 6);
+    let valid = json!([
+        { "containerID": made[0].id, "ifname": "eth0" },
+        { "containerID": made[2].id, "ifname": "eth0" },
+        { "containerID": "unheard-of", "ifname": "eth0" },
+    ]);
+    for _ in 0..2 {
+        assert_eq!(gc(valid.clone()), Ran { code: Some(0), printed: Value::Null });
+        let found = endpoints(host).unwrap();
+        assert_eq!(found.len(), 4, "{found:?}");
+    }
+    assert_eq!(interfaces(&host.find_workload("a").unwrap()).unwrap(), ["eth0".to_owned()].into());
+    assert!(interfaces(&host.find_workload("b").unwrap()).unwrap().is_empty());
+    // What survives is still known after a restart.
+    host.restart().unwrap();
+    host.wait_ready(SOON).unwrap();
+    gc(json!([])).result().unwrap();
+    wait_endpoints(host, &["d-container on h1 is ready", "e on h1 is ready"], SOON).unwrap();
+    host.ctl_ok(&["verify"]).unwrap();
+}
+
+#[test]
+fn status_says_whether_an_add_would_work() {
+    let lab = lab(3);
+    let (h1, h2) = (&lab["h1"], &lab["h2"]);
+    let none = Container::new("", "");
+    let list = Conflist::new(h1, "pods");
+    list.ask(h1, "STATUS", &none).unwrap().result().unwrap();
+    assert_refused(
+        Conflist::new(h1, "none").ask(h1, "STATUS", &none).unwrap(),
+        50,
+        &["there is no network none"],
+    );
+    assert_refused(list.clone().version("1.0.0").ask(h1, "STATUS", &none).unwrap(), 1, &["STATUS"]);
+    assert_refused(
+        list.clone().with("ipam", json!({ "type": "x" })).ask(h1, "STATUS", &none).unwrap(),
+        2,
+        &["ipam"],
+    );
+    // One path of this host's two is cut, both ways; the third host says that the second lives.
+    let cut = |verb: &str| {
+        for (host, other) in [(h1, h2), (h2, h1)] {
+            host.exec_ok(["ip", "route", verb, "blackhole", &other.address().unwrap().to_string()]).unwrap();
+        }
+    };
+    cut("add");
+    wait_until(SOON, "a host that cannot be reached", || {
+        let (code, says) = list.ask(h1, "STATUS", &none)?.error()?;
+        ensure!(code == 51 && says.contains("h2"), "{code}: {says}");
+        Ok(())
+    })
+    .unwrap();
+    // The third one reaches both.
+    Conflist::new(&lab["h3"], "pods").ask(&lab["h3"], "STATUS", &none).unwrap().result().unwrap();
+    cut("del");
+    wait_until(SOON, "the path again", || list.ask(h1, "STATUS", &none)?.result().map(drop)).unwrap();
+    // One that is gone for good is no fault of this host's.
+    h2.destroy().unwrap();
+    wait_until(SOON, "h2 to be dead", || {
+        Ok::<_, anyhow::Error>(ovl_tests::peer(h1, "h2")?["state"] == "dead")
+    })
+    .unwrap();
+    list.ask(h1, "STATUS", &none).unwrap().result().unwrap();
+}
+
+#[test]
+fn a_host_that_is_not_admitted_says_so() {
+    let lab = Lab::new(netns_lab::LabConfig::hosts(2)).unwrap();
+    let h2 = &lab["h2"];
+    h2.start().unwrap();
+    wait_until(SOON, "the socket", || h2.ctl_ok(&["status"]).map(drop)).unwrap();
+    let list = Conflist::new(h2, "pods");
+    assert_refused(list.ask(h2, "STATUS", &Container::new("", "")).unwrap(), 50, &["not ready"]);
+    let container = Container::of(&h2.workload("a").unwrap());
+    assert_refused(list.ask(h2, "ADD", &container).unwrap(), 11, &["not ready"]);
+    list.del(h2, &container, None).unwrap();
+}
+
+#[test]
+fn a_namespace_deleted_without_a_del_takes_its_attachment_along() {
+    let lab = lab(1);
+    let host = &lab["h1"];
+    let list = Conflist::new(host, "pods");
+    let workload = host.workload("a").unwrap();
+    let container = Container::of(&workload);
+    list.add(host, &container).unwrap();
+    workload.destroy().unwrap();
+    wait_endpoints(host, &[], SOON).unwrap();
+    wait_nothing_left(host).unwrap();
+    list.del(host, &container, None).unwrap();
+    // And its id can come again.
+    let workload = host.workload("a").unwrap();
+    list.add(host, &Container::of(&workload)).unwrap();
+    list.del(host, &container, None).unwrap();
+    wait_nothing_left(host).unwrap();
+}
+
+#[test]
+fn many_at_once_do_not_get_in_each_others_way() {
+    let lab = lab(1);
+    let host = &lab["h1"];
+    let list = Conflist::new(host, "pods");
+    let workloads = host.bare_workloads("w", 24).unwrap();
+    let containers: Vec<_> =
+        workloads.iter().map(|workload| Container::of(workload).args("K8S_POD_NAME=same")).collect();
+    for _ in 0..3 {
+        let results: Vec<Value> = thread::scope(|scope| {
+            let adds: Vec<_> = containers
+                .iter()
+                .map(|container| scope.spawn(|| list.add(host, container).unwrap()))
+                .collect();
+            adds.into_iter().map(|add| add.join().unwrap()).collect()
+        });
+        let all: BTreeSet<String> = results.iter().flat_map(addresses).collect();
+        assert_eq!(all.len(), 2 * containers.len());
+        thread::scope(|scope| {
+            for (container, result) in containers.iter().zip(&results) {
+                scope.spawn(|| list.check(host, container, result).unwrap());
+            }
+        });
+        thread::scope(|scope| {
+            for container in &containers {
+                // Two at once for each: both succeed.
+                scope.spawn(|| list.del(host, container, None).unwrap());
+                scope.spawn(|| list.del(host, &container.without_netns(), None).unwrap());
+            }
+        });
+        wait_nothing_left(host).unwrap();
+    }
+    // ADD and DEL of one container at the same time: whichever comes last has its way.
+    let container = &containers[0];
+    for _ in 0..10 {
+        thread::scope(|scope| {
+            let add = scope.spawn(|| list.ask(host, "ADD", container).unwrap());
+            scope.spawn(|| list.del(host, container, None).unwrap());
+            let add = add.join().unwrap();
+            add.result().unwrap();
+        });
+        let there = interfaces(&workloads[0]).unwrap().len();
+        assert_eq!(endpoints(host).unwrap().len(), there);
+        list.del(host, container, None).unwrap();
+        assert!(interfaces(&workloads[0]).unwrap().is_empty());
+    }
+    wait_nothing_left(host).unwrap();
+}
+
+#[test]
+fn the_reference_plugins_can_be_chained() {
+    let lab = lab(2);
+    let (h1, h2) = (&lab["h1"], &lab["h2"]);
+    let address = h1.address().unwrap();
+    let workload = h1.workload("a").unwrap();
+    let rate = json!({ "type": "bandwidth", "ingressRate": 80_000_000, "ingressBurst": 8_000_000,
+        "egressRate": 80_000_000, "egressBurst": 8_000_000 });
+    let list = Conflist::new(h1, "pods")
+        .version("1.0.0")
+        .after(json!({ "type": "loopback" }))
+        .then(json!({ "type": "portmap", "capabilities": { "portMappings": true } }))
+        .then(json!({ "type": "firewall", "backend": "iptables" }))
+        .then(json!({ "type": "tuning", "sysctl": { "net.core.somaxconn": "500" }, "promisc": true }))
+        .then(rate);
+    let ports = json!([{ "hostPort": 8080, "containerPort": 80, "protocol": "tcp" }]);
+    let container = Container::of(&workload).capability("portMappings", ports);
+    let result = list.add(h1, &container).unwrap();
+    let sandboxed =
+        result["interfaces"].as_array().unwrap().iter().filter(|each| each["sandbox"].is_string());
+    assert_eq!(sandboxed.map(|each| text(&each["name"])).collect::<Vec<_>>(), ["lo", "eth0"]);
+    let mut checked = list.clone();
+    // Debian's portmap 1.1.1 looks for its IPv4 rules in ip6tables too, and misses them.
+    checked.plugins.retain(|plugin| plugin["type"] != "portmap");
+    checked.check(h1, &container, &result).unwrap();
+    // The port is published to other hosts, through what all of them set up.
+    let echo = workload.tcp_echo(80).unwrap();
+    wait_until(SOON, "the published port", || {
+        let answer = h2.tcp_roundtrip(address, 8080, b"through")?;
+        ensure!(answer == b"through");
+        Ok(())
+    })
+    .unwrap();
+    drop(echo);
+    let link = workload.ip_json(&["-d", "link", "show", "eth0"]).unwrap();
+    assert_eq!(link[0]["promiscuity"], 1, "{link}");
+    // What they set up is no drift to us.
+    h1.ctl_ok(&["verify"]).unwrap();
+    list.del(h1, &container, Some(&result)).unwrap();
+    list.del(h1, &container.without_netns(), None).unwrap();
+    assert!(h2.tcp_roundtrip(address, 8080, b"through").is_err());
+    wait_nothing_left(h1).unwrap();
+}
+
+#[test]
+fn what_ovlctl_installs_is_what_a_runtime_needs() {
+    let lab = lab(1);
+    let host = &lab["h1"];
+    let dir = host.dir().join("cni");
+    let (conf, bin) = (dir.join("net.d"), dir.join("bin"));
+    let plugin = cni::binary().unwrap();
+    let args = [
+        "cni",
+        "install",
+        "--name",
+        "k8s",
+        "--portmap",
+        "--binary",
+        plugin.to_str().unwrap(),
+        "--conf-dir",
+        conf.to_str().unwrap(),
+        "--bin-dir",
+        bin.to_str().unwrap(),
+    ];
+    for _ in 0..2 {
+        let wrote = host.ctl_json(&args).unwrap();
+        assert_eq!(wrote, json!({ "conflist": conf.join("k8s.conflist"), "binary": bin.join("ovl-cni") }));
+    }
+    let names =
+        |dir: &Path| fs::read_dir(dir).unwrap().map(|file| file.unwrap().file_name()).collect::<Vec<_>>();
+    assert_eq!((names(&conf), names(&bin)), (vec!["k8s.conflist".into()], vec!["ovl-cni".into()]));
+    let mode = |path: &Path| {
+        use std::os::unix::fs::PermissionsExt as _;
+        fs::metadata(path).unwrap().permissions().mode() & 0o7777
+    };
+    assert_eq!((mode(&conf.join("k8s.conflist")), mode(&bin.join("ovl-cni"))), (0o644, 0o755));
+    assert_eq!(fs::read(bin.join("ovl-cni")).unwrap(), fs::read(plugin).unwrap());
+    let list = Conflist::read(&conf.join("k8s.conflist")).unwrap();
+    assert_eq!((list.name.as_str(), list.version.as_str()), ("k8s", "1.0.0"));
+    let container = Container::of(&host.workload("a").unwrap()).capability("portMappings", json!([]));
+    let result = list.add(host, &container).unwrap();
+    list.check(host, &container, &result).unwrap();
+    list.del(host, &container, Some(&result)).unwrap();
+    wait_nothing_left(host).unwrap();
+    // Nothing half done where it cannot be done.
+    let says = ovl_tests::refused(
+        host,
+        &[
+            "cni",
+            "install",
+            "--binary",
+            "/none",
+            "--conf-dir",
+            conf.to_str().unwrap(),
+            "--bin-dir",
+            bin.to_str().unwrap(),
+        ],
+    )
+    .unwrap();
+    assert_says(&says, &["/none", "--binary"]);
+    assert_eq!(names(&conf).len(), 1);
+}
