@@ -5,9 +5,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use ipnet::IpNet;
-use ovl_proto::id::{Mac, NetworkId, NodeId};
+use ovl_proto::id::{EndpointId, Mac, NetworkId, NodeId};
 use ovl_proto::object::{Mode, Network};
-use ovl_proto::table::{Endpoint, Entry};
+use ovl_proto::table::Endpoint;
 
 use crate::device::Device;
 use crate::filter;
@@ -38,9 +38,7 @@ pub fn is_built(view: &View, local: &Local, network: NetworkId) -> bool {
     let is_routed = view.networks.get(&network).is_some_and(|state| state.network.mode == Mode::L3);
     local.wanted.contains_key(&network)
         || (is_routed && routed::has_block(view, network))
-        || view.own().is_some_and(|own| {
-            own.table.entries().any(|entry| matches!(entry, Entry::Endpoint(e) if e.network == network))
-        })
+        || view.own().is_some_and(|own| own.table.endpoints_on(network).next().is_some())
 }
 
 /// What concerns no single network: the packet filter, and the settings that it needs.
@@ -92,42 +90,77 @@ pub fn network_part(view: &View, local: &Local, id: NetworkId) -> Kernel {
 
 fn switched(kernel: &mut Kernel, view: &View, local: &Local, network: &Network, own: &Node) {
     let id = network.id;
-    let placed: Vec<Placed<'_>> = view.endpoints(id).collect();
-    let mtu = mtu(view, network, &placed);
+    let mtu = network_mtu(view, network);
     devices(kernel, network, own, mtu);
-    let winners = winners(network, &placed);
-    for Placed { node, endpoint } in &placed {
-        let usable = endpoint.addresses.iter().all(|address| {
-            network.subnets.iter().any(|subnet| crate::ipam::is_usable(address.addr(), subnet))
-        });
-        if !usable || winners.get(&endpoint.mac) != Some(&(node.record.id, endpoint.id)) {
-            continue;
-        }
-        let (bridge, vxlan) = (Device::bridge(id), Device::vxlan(id));
-        let port = if node.record.id == view.me {
-            if local.isolated.contains_key(&endpoint.id) {
-                continue;
-            }
-            Device::endpoint(endpoint.id)
-        } else {
-            // A VXLAN device sends to one address family only; `status` names such a host.
-            if node.record.vtep.is_ipv4() != own.record.vtep.is_ipv4() {
-                continue;
-            }
-            let remote = Remote { vtep: node.record.vtep, port: node.record.vxlan_port };
-            kernel.remotes.insert((vxlan, endpoint.mac), remote);
-            kernel.floods.insert((vxlan, remote));
-            vxlan
-        };
-        kernel.ports.insert((port, endpoint.mac));
-        for address in &endpoint.addresses {
-            kernel.neighbours.insert((bridge, address.addr()), endpoint.mac);
+    let placed: Vec<Placed<'_>> = view.endpoints(id).collect();
+    let mut best = BTreeMap::new();
+    for rank in placed.iter().map(|placed| (placed.endpoint.mac, rank(network, placed))) {
+        best.entry(rank.0).and_modify(|best| *best = rank.1.min(*best)).or_insert(rank.1);
+    }
+    let wins = |placed: &Placed<'_>| best.get(&placed.endpoint.mac) == Some(&rank(network, placed));
+    for claim in placed.iter().filter_map(|placed| Claim::of(view, local, network, *placed, wins)) {
+        claim.mac(kernel);
+        kernel.floods.extend(claim.remote.map(|remote| (Device::vxlan(id), remote)));
+        for address in &claim.endpoint.addresses {
+            kernel.neighbours.insert((Device::bridge(id), address.addr()), claim.endpoint.mac);
         }
     }
-    own_endpoints(kernel, local, own, id, mtu);
+    // The host's ends: all that the table names, isolated or not, so that none is swept away.
+    for endpoint in own.table.endpoints_on(id) {
+        own_endpoint(kernel, local, endpoint, mtu);
+    }
 }
 
-fn devices(kernel: &mut Kernel, network: &Network, own: &Node, mtu: u16) {
+/// An endpoint that frames are sent to.
+#[derive(Debug)]
+pub(crate) struct Claim<'a> {
+    /// The endpoint.
+    pub(crate) endpoint: &'a Endpoint,
+    /// Where it is; nothing if it is here.
+    pub(crate) remote: Option<Remote>,
+}
+
+impl<'a> Claim<'a> {
+    /// Nothing for one of those that count which has no business on the network after all.
+    pub(crate) fn of(
+        view: &View,
+        local: &Local,
+        network: &Network,
+        placed: Placed<'a>,
+        wins: impl Fn(&Placed<'_>) -> bool,
+    ) -> Option<Self> {
+        let Placed { node, endpoint } = placed;
+        let usable =
+            |address: IpAddr| network.subnets.iter().any(|subnet| crate::ipam::is_usable(address, subnet));
+        if !endpoint.addresses.iter().all(|net| usable(net.addr())) || !wins(&placed) {
+            return None;
+        }
+        let mine = node.record.id == view.me;
+        // A VXLAN device sends to one address family only; `status` names such a host.
+        let reached =
+            mine || view.own().is_some_and(|own| own.record.vtep.is_ipv4() == node.record.vtep.is_ipv4());
+        if !reached || (mine && local.isolated.contains_key(&endpoint.id)) {
+            return None;
+        }
+        Some(Self { endpoint, remote: (!mine).then(|| remote_of(node)) })
+    }
+
+    /// Where frames for its MAC address go.
+    pub(crate) fn mac(&self, kernel: &mut Kernel) {
+        let Endpoint { id, network, mac, .. } = *self.endpoint;
+        let vxlan = Device::vxlan(network);
+        kernel.remotes.extend(self.remote.map(|remote| ((vxlan, mac), remote)));
+        kernel.ports.insert((if self.remote.is_some() { vxlan } else { Device::endpoint(id) }, mac));
+    }
+}
+
+/// Where a host receives frames.
+pub(crate) fn remote_of(node: &Node) -> Remote {
+    Remote { vtep: node.record.vtep, port: node.record.vxlan_port }
+}
+
+/// The network's bridge with its addresses, and its VXLAN device.
+pub(crate) fn devices(kernel: &mut Kernel, network: &Network, own: &Node, mtu: u16) {
     let (bridge, vxlan) = (Device::bridge(network.id), Device::vxlan(network.id));
     kernel
         .links
@@ -154,43 +187,36 @@ fn devices(kernel: &mut Kernel, network: &Network, own: &Node, mtu: u16) {
     }
 }
 
-/// The host's ends: all that the table names, isolated or not, so that none is swept away.
-fn own_endpoints(kernel: &mut Kernel, local: &Local, own: &Node, id: NetworkId, mtu: u16) {
-    for entry in own.table.entries() {
-        let Entry::Endpoint(endpoint) = entry else { continue };
-        if endpoint.network != id {
-            continue;
-        }
-        let silent = local.isolated.contains_key(&endpoint.id);
-        let master = (!silent).then(|| Device::bridge(id));
-        kernel.links.insert(
-            Device::endpoint(endpoint.id),
-            Link::Endpoint { mtu, master, up: !silent, tuned: !silent },
-        );
-    }
+/// The host's end of an endpoint's pair.
+pub(crate) fn own_endpoint(kernel: &mut Kernel, local: &Local, endpoint: &Endpoint, mtu: u16) {
+    let silent = local.isolated.contains_key(&endpoint.id);
+    let master = (!silent).then(|| Device::bridge(endpoint.network));
+    let link = Link::Endpoint { mtu, master, up: !silent, tuned: !silent };
+    kernel.links.insert(Device::endpoint(endpoint.id), link);
 }
 
-/// Which endpoint a MAC address belongs to where several claim it: the one whose own address makes
-/// it (nobody else can hold that), then the one on the host with the smaller id. The same on all
+/// Orders the endpoints that claim a MAC address; it belongs to the first: the one whose own address
+/// makes it (nobody else can hold that), then the one on the host with the smaller id. The same on all
 /// hosts, so that a frame never wanders.
-fn winners(network: &Network, placed: &[Placed<'_>]) -> BTreeMap<Mac, (NodeId, ovl_proto::id::EndpointId)> {
-    let mut winners = BTreeMap::new();
-    for Placed { node, endpoint } in placed {
-        let by_right = endpoint
-            .addresses
-            .iter()
-            .any(|address| crate::ipam::mac_of(network.id, address.addr()) == endpoint.mac);
-        let claim = (!by_right, node.record.id, endpoint.id);
-        winners.entry(endpoint.mac).and_modify(|best| *best = claim.min(*best)).or_insert(claim);
-    }
-    winners.into_iter().map(|(mac, (_, node, endpoint))| (mac, (node, endpoint))).collect()
+pub(crate) fn rank(network: &Network, placed: &Placed<'_>) -> (bool, NodeId, EndpointId) {
+    let makes = |net: &IpNet| crate::ipam::mac_of(network.id, net.addr()) == placed.endpoint.mac;
+    let by_right = placed.endpoint.addresses.iter().any(makes);
+    (!by_right, placed.node.record.id, placed.endpoint.id)
 }
 
-/// The MTU of a network: what every pair of its hosts can carry, so that it is the same on all of
-/// them; less if the user asked for less.
-pub fn mtu(view: &View, network: &Network, placed: &[Placed<'_>]) -> u16 {
+/// The MTU of a network's endpoints on this host, in bytes.
+pub fn network_mtu(view: &View, network: &Network) -> u16 {
+    match network.mode {
+        Mode::L2 => switched_mtu(view, network),
+        Mode::L3 => view.own().map_or(MIN_MTU, |own| routed::endpoint_mtu(network, own)),
+    }
+}
+
+/// What every pair of a network's hosts can carry, so that it is the same on all of them; less if
+/// the user asked for less.
+fn switched_mtu(view: &View, network: &Network) -> u16 {
     let mut hosts: BTreeMap<NodeId, &Node> =
-        placed.iter().map(|placed| (placed.node.record.id, placed.node)).collect();
+        view.hosts_on(network.id).map(|node| (node.record.id, node)).collect();
     if let Some(own) = view.own() {
         hosts.insert(view.me, own);
     }
@@ -208,14 +234,6 @@ pub fn mtu(view: &View, network: &Network, placed: &[Placed<'_>]) -> u16 {
         .min()
         .unwrap_or(MIN_MTU);
     carried.min(network.mtu.unwrap_or(u16::MAX)).max(MIN_MTU)
-}
-
-/// The MTU of a network's endpoints on this host, and nothing else of it.
-pub fn network_mtu(view: &View, network: &Network) -> u16 {
-    match network.mode {
-        Mode::L2 => mtu(view, network, &view.endpoints(network.id).collect::<Vec<_>>()),
-        Mode::L3 => view.own().map_or(MIN_MTU, |own| routed::endpoint_mtu(network, own)),
-    }
 }
 
 /// What one endpoint of this host needs beside its network's devices. Its link is made by an

@@ -4,7 +4,6 @@
 //! Addresses are counted as `u128`, of either family, and sets of them are never enumerated: an
 //! IPv6 block is as cheap as an IPv4 one.
 
-use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
@@ -158,12 +157,12 @@ pub fn is_usable(at: IpAddr, subnet: &Subnet) -> bool {
 pub fn allocate(
     blocks: &[IpNet],
     subnet: &Subnet,
-    in_use: &BTreeSet<IpAddr>,
+    in_use: impl Fn(IpAddr) -> bool,
     cursor: Option<IpAddr>,
 ) -> Option<IpAddr> {
     let mut spans: Vec<_> = blocks.iter().filter_map(|block| common(*block, subnet.prefix)).collect();
     spans.sort_unstable();
-    let free = |first, last| first_free(first, last, subnet, in_use);
+    let free = |first, last| first_free(first, last, subnet, &in_use);
     let behind = cursor.filter(|at| is_ipv4(*at) == is_ipv4(subnet.prefix.addr())).map(number);
     let Some(behind) = behind else {
         return spans.iter().find_map(|(first, last)| free(*first, *last));
@@ -177,17 +176,11 @@ pub fn allocate(
 }
 
 /// The first free address from `first` to `last`: one step for each taken one before it.
-fn first_free(first: u128, last: u128, subnet: &Subnet, in_use: &BTreeSet<IpAddr>) -> Option<IpAddr> {
-    let mut at = first;
-    let mut taken = in_use.range(address(subnet.prefix, first)..=address(subnet.prefix, last)).peekable();
-    while at <= last {
-        let used = taken.next_if(|used| number(**used) == at).is_some();
-        if !used && !is_reserved(at, subnet) {
-            return Some(address(subnet.prefix, at));
-        }
-        at = at.checked_add(1)?;
-    }
-    None
+fn first_free(first: u128, last: u128, subnet: &Subnet, in_use: impl Fn(IpAddr) -> bool) -> Option<IpAddr> {
+    (first..=last)
+        .filter(|at| !is_reserved(*at, subnet))
+        .map(|at| address(subnet.prefix, at))
+        .find(|at| !in_use(*at))
 }
 
 fn is_reserved(at: u128, subnet: &Subnet) -> bool {
@@ -295,6 +288,8 @@ fn host_bits(range: IpNet) -> u8 {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use proptest::prelude::*;
 
     use super::*;
@@ -310,7 +305,7 @@ mod tests {
     /// Gives out addresses until there is none left.
     fn exhaust(blocks: &[IpNet], subnet: &Subnet, mut cursor: Option<IpAddr>) -> BTreeSet<IpAddr> {
         let mut in_use = BTreeSet::new();
-        while let Some(at) = allocate(blocks, subnet, &in_use, cursor) {
+        while let Some(at) = allocate(blocks, subnet, |at| in_use.contains(&at), cursor) {
             assert!(is_usable(at, subnet), "{at} of {subnet:?}");
             assert!(blocks.iter().any(|block| block.contains(&at)), "{at} of {blocks:?}");
             assert!(in_use.insert(at), "{at} twice");
@@ -391,15 +386,15 @@ mod tests {
         let subnet = subnet("10.1.4.0/24");
         let blocks = [net("10.1.4.8/29"), net("10.1.4.0/29")];
         let mut in_use = BTreeSet::new();
-        let first = allocate(&blocks, &subnet, &in_use, None).unwrap();
+        let first = allocate(&blocks, &subnet, |at| in_use.contains(&at), None).unwrap();
         assert_eq!(first.to_string(), "10.1.4.2");
-        let next = allocate(&blocks, &subnet, &in_use, Some(first)).unwrap();
+        let next = allocate(&blocks, &subnet, |at| in_use.contains(&at), Some(first)).unwrap();
         assert_eq!(next.to_string(), "10.1.4.3");
         in_use.extend((3..16).map(|last| IpAddr::from([10, 1, 4, last])));
-        let again = allocate(&blocks, &subnet, &in_use, Some("10.1.4.15".parse().unwrap()));
+        let again = allocate(&blocks, &subnet, |at| in_use.contains(&at), Some("10.1.4.15".parse().unwrap()));
         assert_eq!(again, Some(first));
         in_use.insert(first);
-        assert_eq!(allocate(&blocks, &subnet, &in_use, Some(first)), None);
+        assert_eq!(allocate(&blocks, &subnet, |at| in_use.contains(&at), Some(first)), None);
     }
 
     #[test]
@@ -407,12 +402,12 @@ mod tests {
         let subnet = subnet("fd00::/64");
         let mut in_use = BTreeSet::new();
         for _ in 0..1000 {
-            let at = allocate(&[subnet.prefix], &subnet, &in_use, None).unwrap();
+            let at = allocate(&[subnet.prefix], &subnet, |at| in_use.contains(&at), None).unwrap();
             assert!(in_use.insert(at));
         }
         let last: IpAddr = "fd00::ffff:ffff:ffff:ffff".parse().unwrap();
         assert_eq!(
-            allocate(&[subnet.prefix], &subnet, &in_use, Some(last)).unwrap(),
+            allocate(&[subnet.prefix], &subnet, |at| in_use.contains(&at), Some(last)).unwrap(),
             "fd00::3ea".parse::<IpAddr>().unwrap()
         );
         assert_eq!(usable(&subnet), (1 << 64) - 2);

@@ -7,7 +7,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use ovl_proto::id::Mac;
 
-use crate::device::Device;
+use crate::device::{Device, Role};
 
 /// Our part of the kernel's state.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -134,10 +134,18 @@ impl Kernel {
     /// Forgets a device and all that hangs on it, as the kernel does when one is deleted.
     pub fn forget_device(&mut self, device: Device) {
         self.links.remove(&device);
+        let (first, last) = ((device, Mac([0; 6])), (device, Mac([u8::MAX; 6])));
+        let ports: Vec<_> = self.ports.range(first..=last).copied().collect();
+        for port in ports {
+            self.ports.remove(&port);
+        }
+        if let Some(Role::Endpoint(_)) = device.role() {
+            // Only bridges and VXLAN devices have more, and theirs may be thousands.
+            return;
+        }
         self.addresses.retain(|(on, _)| *on != device);
         self.remotes.retain(|(on, _), _| *on != device);
         self.floods.retain(|(on, _)| *on != device);
-        self.ports.retain(|(on, _)| *on != device);
         self.neighbours.retain(|(on, _), _| *on != device);
         self.routes.retain(|_, hop| hop.device != Some(device));
         for link in self.links.values_mut() {

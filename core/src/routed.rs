@@ -12,7 +12,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use ovl_proto::id::{Mac, NetworkId, NodeId};
 use ovl_proto::object::{Backend, Network};
-use ovl_proto::table::{Endpoint, Entry};
+use ovl_proto::table::Endpoint;
 
 use crate::desired::{MIN_MTU, overhead};
 use crate::device::Device;
@@ -87,8 +87,7 @@ pub(crate) fn endpoint_mtu(network: &Network, own: &Node) -> u16 {
 pub(crate) fn part(kernel: &mut Kernel, view: &View, local: &Local, network: &Network, own: &Node) {
     let mtu = endpoint_mtu(network, own);
     let bridge = Device::bridge(network.id);
-    let mac = Mac::of_gateway(network.id);
-    kernel.links.insert(bridge, Link::Bridge { mac, mtu, up: true, tuned: true });
+    devices(kernel, network, own, mtu);
     for gateway in gateways(view, network.id, view.me) {
         kernel.addresses.insert((bridge, IpNet::from(gateway)));
     }
@@ -98,7 +97,6 @@ pub(crate) fn part(kernel: &mut Kernel, view: &View, local: &Local, network: &Ne
         kernel.routes.insert(block, Hop::UNREACHABLE);
     }
     if network.backend != Backend::Direct {
-        kernel.links.insert(Device::vxlan(network.id), vxlan(network, own));
         for subnet in &network.subnets {
             kernel.routes.insert(subnet.prefix, Hop::UNREACHABLE);
         }
@@ -116,18 +114,34 @@ pub(crate) fn part(kernel: &mut Kernel, view: &View, local: &Local, network: &Ne
             to_peer(kernel, view, network, own, peer, block, way, mtu);
         }
     }
-    for entry in own.table.entries() {
-        let Entry::Endpoint(endpoint) = entry else { continue };
-        if endpoint.network != network.id {
-            continue;
-        }
-        let counts = view.address_conflict(view.me, endpoint).is_none();
-        if local.isolated.contains_key(&endpoint.id) || !counts {
-            let silent = Link::Endpoint { mtu, master: None, up: false, tuned: false };
-            kernel.links.insert(Device::endpoint(endpoint.id), silent);
-        } else {
-            endpoint_part(kernel, view, network, endpoint, mtu);
-        }
+    for endpoint in own.table.endpoints_on(network.id) {
+        own_endpoint(kernel, view, local, network, endpoint, mtu);
+    }
+}
+
+/// An endpoint of this host; one that must not talk is silent, and not swept away.
+pub(crate) fn own_endpoint(
+    kernel: &mut Kernel,
+    view: &View,
+    local: &Local,
+    network: &Network,
+    endpoint: &Endpoint,
+    mtu: u16,
+) {
+    if local.isolated.contains_key(&endpoint.id) || view.address_conflict(view.me, endpoint).is_some() {
+        let silent = Link::Endpoint { mtu, master: None, up: false, tuned: false };
+        kernel.links.insert(Device::endpoint(endpoint.id), silent);
+    } else {
+        endpoint_part(kernel, view, network, endpoint, mtu);
+    }
+}
+
+/// The network's bridge, and its VXLAN device if it has one.
+pub(crate) fn devices(kernel: &mut Kernel, network: &Network, own: &Node, mtu: u16) {
+    let mac = Mac::of_gateway(network.id);
+    kernel.links.insert(Device::bridge(network.id), Link::Bridge { mac, mtu, up: true, tuned: true });
+    if network.backend != Backend::Direct {
+        kernel.links.insert(Device::vxlan(network.id), vxlan(network, own));
     }
 }
 

@@ -1,12 +1,16 @@
 //! One node's owner table, as every node holds it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 
-use ovl_proto::id::NodeId;
+use ipnet::IpNet;
+use ovl_proto::id::{EndpointId, Mac, NetworkId, NodeId};
 use ovl_proto::record::Signature;
-use ovl_proto::table::{Entry, Head, Key, Revision, Update};
+use ovl_proto::table::{Endpoint, Entry, Head, Key, Revision, Update};
 use ovl_proto::wire;
 use ring::digest::{Context, SHA256, digest};
+
+use crate::index::Index;
 
 /// Why an update was not taken in.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -32,14 +36,31 @@ pub enum Rejected {
 pub struct Table {
     head: Head,
     signature: Signature,
-    entries: BTreeMap<Key, (Entry, [u8; 32])>,
+    contents: Contents,
+}
+
+/// What a table holds, with all that follows from it and is kept up with each entry.
+#[derive(Debug, Clone, Default)]
+struct Contents {
+    entries: BTreeMap<Key, (Entry, Hash)>,
+    index: Index,
+    digest: Digest,
+}
+
+type Hash = [u8; 32];
+
+/// See [`Head::digest`].
+#[derive(Debug, Clone)]
+struct Digest {
+    hashes: [BTreeSet<Hash>; Head::PARTS],
+    parts: [Hash; Head::PARTS],
 }
 
 impl Table {
     /// An empty table, older than any that was ever signed.
     pub fn new(owner: NodeId) -> Self {
         let head = Head { owner, revision: Revision::default(), digest: [0; 32] };
-        Self { head, signature: Signature([0; 64]), entries: BTreeMap::new() }
+        Self { head, signature: Signature([0; 64]), contents: Contents::default() }
     }
 
     /// Its state.
@@ -49,13 +70,61 @@ impl Table {
 
     /// All entries, by key.
     pub fn entries(&self) -> impl Iterator<Item = &Entry> {
-        self.entries.values().map(|(entry, _)| entry)
+        self.contents.entries.values().map(|(entry, _)| entry)
+    }
+
+    /// All endpoints, by id.
+    pub fn endpoints(&self) -> impl Iterator<Item = &Endpoint> {
+        self.entries().map_while(|entry| match entry {
+            Entry::Endpoint(endpoint) => Some(endpoint),
+            // They come first.
+            Entry::Lease { .. } | Entry::PathMtu { .. } => None,
+        })
+    }
+
+    /// One endpoint.
+    pub fn endpoint(&self, id: EndpointId) -> Option<&Endpoint> {
+        match self.get(&Key::Endpoint(id))? {
+            Entry::Endpoint(endpoint) => Some(endpoint),
+            Entry::Lease { .. } | Entry::PathMtu { .. } => None,
+        }
+    }
+
+    /// Networks with endpoints.
+    pub fn networks(&self) -> impl Iterator<Item = NetworkId> {
+        self.contents.index.networks()
+    }
+
+    /// The endpoints on a network, by id.
+    pub fn endpoints_on(&self, network: NetworkId) -> impl Iterator<Item = &Endpoint> {
+        self.contents.index.on(network).filter_map(|id| self.endpoint(id))
+    }
+
+    /// Those with an address.
+    pub fn with_address(&self, network: NetworkId, address: IpAddr) -> impl Iterator<Item = &Endpoint> {
+        self.contents.index.with_address(network, address).filter_map(|id| self.endpoint(id))
+    }
+
+    /// Those with a MAC address.
+    pub fn with_mac(&self, network: NetworkId, mac: Mac) -> impl Iterator<Item = &Endpoint> {
+        self.contents.index.with_mac(network, mac).filter_map(|id| self.endpoint(id))
+    }
+
+    /// Those of a name, on any network and in any namespace.
+    pub fn named(&self, name: &str) -> impl Iterator<Item = &Endpoint> {
+        self.contents.index.named(name).filter_map(|id| self.endpoint(id))
+    }
+
+    /// The ranges that endpoints on a network were attached with.
+    pub fn ranges(&self, network: NetworkId) -> impl Iterator<Item = IpNet> {
+        self.contents.index.ranges(network)
     }
 
     /// The peers to which the path carries less than the owner's link, and how much: few entries, at
     /// the end of the table.
     pub fn path_mtus(&self) -> impl Iterator<Item = (NodeId, u16)> {
-        self.entries.range(Key::PathMtu(NodeId::default())..).filter_map(|(_, (entry, _))| match entry {
+        let entries = self.contents.entries.range(Key::PathMtu(NodeId::default())..);
+        entries.filter_map(|(_, (entry, _))| match entry {
             Entry::PathMtu { peer, mtu } => Some((*peer, *mtu)),
             Entry::Endpoint(_) | Entry::Lease { .. } => None,
         })
@@ -63,7 +132,7 @@ impl Table {
 
     /// One entry.
     pub fn get(&self, key: &Key) -> Option<&Entry> {
-        self.entries.get(key).map(|(entry, _)| entry)
+        self.contents.entries.get(key).map(|(entry, _)| entry)
     }
 
     /// Takes in an update whose signature was checked.
@@ -71,44 +140,23 @@ impl Table {
         if update.head.revision <= self.head.revision {
             return Err(Rejected::Stale(update.head.revision));
         }
-        let mut next = match update.base {
-            None => BTreeMap::new(),
+        match update.base {
+            None => {
+                let mut next = Contents::default();
+                for entry in update.set {
+                    next.put(entry);
+                }
+                if next.digest.total() != update.head.digest {
+                    return Err(Rejected::Digest);
+                }
+                self.contents = next;
+            }
             Some(base) if base != self.head.revision => {
                 return Err(Rejected::Gap { has: self.head.revision, base });
             }
-            // The changes are undone if the digest does not fit; a copy of the keys touched is
+            // The changes are undone if the digest does not fit; a copy of the entries touched is
             // cheaper than one of the table.
-            Some(_) => return self.apply_change(update),
-        };
-        for entry in update.set {
-            insert(&mut next, entry);
-        }
-        if digest_of(&next) != update.head.digest {
-            return Err(Rejected::Digest);
-        }
-        self.entries = next;
-        self.head = update.head;
-        self.signature = update.signature;
-        Ok(())
-    }
-
-    fn apply_change(&mut self, update: Update) -> Result<(), Rejected> {
-        let mut before = Vec::with_capacity(update.set.len() + update.unset.len());
-        for key in &update.unset {
-            before.push((*key, self.entries.remove(key)));
-        }
-        for entry in update.set {
-            let key = entry.key();
-            before.push((key, insert(&mut self.entries, entry)));
-        }
-        if digest_of(&self.entries) != update.head.digest {
-            for (key, old) in before.into_iter().rev() {
-                match old {
-                    Some(old) => self.entries.insert(key, old),
-                    None => self.entries.remove(&key),
-                };
-            }
-            return Err(Rejected::Digest);
+            Some(_) => self.contents.change(update.set, &update.unset, &update.head.digest)?,
         }
         self.head = update.head;
         self.signature = update.signature;
@@ -137,15 +185,15 @@ impl Table {
     ) -> Update {
         let begun = self.head.revision.epoch == epoch;
         for key in &unset {
-            self.entries.remove(key);
+            self.contents.take(key);
         }
         for entry in &set {
-            insert(&mut self.entries, entry.clone());
+            self.contents.put(entry.clone());
         }
         let base = self.head.revision;
         let change = if begun { base.change + 1 } else { 1 };
         self.head.revision = Revision { epoch, change };
-        self.head.digest = digest_of(&self.entries);
+        self.head.digest = self.contents.digest.total();
         self.signature = sign(&self.head);
         let (base, set, unset) = if begun {
             (Some(base), set, unset)
@@ -156,22 +204,91 @@ impl Table {
     }
 }
 
-fn insert(entries: &mut BTreeMap<Key, (Entry, [u8; 32])>, entry: Entry) -> Option<(Entry, [u8; 32])> {
-    // An entry that cannot be encoded cannot have been received or sent either; its hash is then
-    // that of nothing, which no peer's is.
-    let hash = hash(&wire::encode_body(&entry).unwrap_or_default());
-    entries.insert(entry.key(), (entry, hash))
+impl Contents {
+    /// Adds or replaces an entry; gives the one that it replaces.
+    fn put(&mut self, entry: Entry) -> Option<Entry> {
+        // An entry that cannot be encoded cannot have been received or sent either; its hash is then
+        // that of nothing, which no peer's is.
+        let hash = hash(&wire::encode_body(&entry).unwrap_or_default());
+        let key = entry.key();
+        let old = self.take(&key);
+        if let Entry::Endpoint(endpoint) = &entry {
+            self.index.insert(endpoint);
+        }
+        self.digest.insert(hash);
+        self.entries.insert(key, (entry, hash));
+        old
+    }
+
+    fn take(&mut self, key: &Key) -> Option<Entry> {
+        let (entry, hash) = self.entries.remove(key)?;
+        if let Entry::Endpoint(endpoint) = &entry {
+            self.index.remove(endpoint);
+        }
+        self.digest.remove(&hash);
+        Some(entry)
+    }
+
+    /// All of it, or nothing if that is not what was signed.
+    fn change(&mut self, set: Vec<Entry>, unset: &[Key], signed: &Hash) -> Result<(), Rejected> {
+        let mut before = Vec::with_capacity(set.len() + unset.len());
+        for key in unset {
+            before.push((*key, self.take(key)));
+        }
+        for entry in set {
+            before.push((entry.key(), self.put(entry)));
+        }
+        if self.digest.total() == *signed {
+            return Ok(());
+        }
+        for (key, old) in before.into_iter().rev() {
+            match old {
+                Some(old) => self.put(old),
+                None => self.take(&key),
+            };
+        }
+        Err(Rejected::Digest)
+    }
 }
 
-fn hash(bytes: &[u8]) -> [u8; 32] {
+impl Default for Digest {
+    fn default() -> Self {
+        Self { hashes: std::array::from_fn(|_| BTreeSet::new()), parts: [[0; 32]; Head::PARTS] }
+    }
+}
+
+impl Digest {
+    fn insert(&mut self, hash: Hash) {
+        self.with_part(&hash, |part| part.insert(hash));
+    }
+
+    fn remove(&mut self, hash: &Hash) {
+        self.with_part(hash, |part| part.remove(hash));
+    }
+
+    fn with_part(&mut self, hash: &Hash, change: impl FnOnce(&mut BTreeSet<Hash>) -> bool) {
+        let [first, ..] = hash;
+        let number = usize::from(*first) % Head::PARTS;
+        if let (Some(hashes), Some(part)) = (self.hashes.get_mut(number), self.parts.get_mut(number)) {
+            change(hashes);
+            *part = if hashes.is_empty() { [0; 32] } else { hash_all(&*hashes) };
+        }
+    }
+
+    fn total(&self) -> Hash {
+        hash_all(&self.parts)
+    }
+}
+
+fn hash(bytes: &[u8]) -> Hash {
     let mut out = [0; 32];
     out.copy_from_slice(digest(&SHA256, bytes).as_ref());
     out
 }
 
-fn digest_of(entries: &BTreeMap<Key, (Entry, [u8; 32])>) -> [u8; 32] {
+fn hash_all<'a>(hashes: impl IntoIterator<Item = &'a Hash>) -> Hash {
     let mut context = Context::new(&SHA256);
-    for (_, hash) in entries.values() {
+    for hash in hashes {
         context.update(hash);
     }
     let mut out = [0; 32];

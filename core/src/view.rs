@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use ovl_proto::alloc::AllocMap;
 use ovl_proto::control::PeerState;
-use ovl_proto::id::{EndpointId, NetworkId, NodeId};
+use ovl_proto::id::{EndpointId, Mac, NetworkId, NodeId};
 use ovl_proto::object::Network;
 use ovl_proto::record::NodeRecord;
 use ovl_proto::table::{Endpoint, Entry, Key};
@@ -92,27 +92,64 @@ impl View {
 
     /// All endpoints that any host says it has, whether they count or not.
     pub fn all_endpoints(&self) -> impl Iterator<Item = Placed<'_>> {
-        self.nodes.values().flat_map(|node| {
-            node.table.entries().filter_map(move |entry| match entry {
-                Entry::Endpoint(endpoint) => Some(Placed { node, endpoint }),
-                Entry::Lease { .. } | Entry::PathMtu { .. } => None,
-            })
-        })
+        self.placed(Table::endpoints)
+    }
+
+    /// Those on a network.
+    pub fn all_endpoints_on(&self, network: NetworkId) -> impl Iterator<Item = Placed<'_>> {
+        self.placed(move |table| table.endpoints_on(network))
+    }
+
+    /// Those with an address on a network.
+    pub fn all_with_address(&self, network: NetworkId, address: IpAddr) -> impl Iterator<Item = Placed<'_>> {
+        self.placed(move |table| table.with_address(network, address))
+    }
+
+    /// Those with a MAC address on a network.
+    pub fn all_with_mac(&self, network: NetworkId, mac: Mac) -> impl Iterator<Item = Placed<'_>> {
+        self.placed(move |table| table.with_mac(network, mac))
+    }
+
+    /// Those of a name, on any network.
+    pub fn all_named<'a>(&'a self, name: &'a str) -> impl Iterator<Item = Placed<'a>> {
+        self.placed(move |table| table.named(name))
+    }
+
+    /// What `find` finds in each host's table.
+    fn placed<'a, I: Iterator<Item = &'a Endpoint> + 'a>(
+        &'a self,
+        find: impl Fn(&'a Table) -> I + 'a,
+    ) -> impl Iterator<Item = Placed<'a>> {
+        self.nodes
+            .values()
+            .flat_map(move |node| find(&node.table).map(move |endpoint| Placed { node, endpoint }))
     }
 
     /// The endpoints of a network that count: those of members that are there, with addresses
     /// which the host may use.
     pub fn endpoints(&self, network: NetworkId) -> impl Iterator<Item = Placed<'_>> {
-        self.nodes.values().filter(|node| self.counts(node)).flat_map(move |node| {
-            node.table.entries().filter_map(move |entry| match entry {
-                Entry::Endpoint(endpoint)
-                    if endpoint.network == network
-                        && self.address_conflict(node.record.id, endpoint).is_none() =>
-                {
-                    Some(Placed { node, endpoint })
-                }
-                Entry::Endpoint(_) | Entry::Lease { .. } | Entry::PathMtu { .. } => None,
+        self.nodes
+            .values()
+            .filter(|node| self.counts(node))
+            .flat_map(move |node| {
+                node.table.endpoints_on(network).map(move |endpoint| Placed { node, endpoint })
             })
+            .filter(|placed| self.address_conflict(placed.node.record.id, placed.endpoint).is_none())
+    }
+
+    /// Whether an endpoint is one of [`Self::endpoints`].
+    pub fn is_counted(&self, placed: &Placed<'_>) -> bool {
+        self.counts(placed.node) && self.address_conflict(placed.node.record.id, placed.endpoint).is_none()
+    }
+
+    /// The hosts with endpoints on a network that count.
+    pub fn hosts_on(&self, network: NetworkId) -> impl Iterator<Item = &Node> {
+        self.nodes.values().filter(move |node| {
+            self.counts(node)
+                && node
+                    .table
+                    .endpoints_on(network)
+                    .any(|endpoint| self.address_conflict(node.record.id, endpoint).is_none())
         })
     }
 
@@ -155,8 +192,7 @@ impl View {
 
     /// The endpoint that has an address on a network, if it counts.
     pub fn endpoint_by_address(&self, network: NetworkId, address: IpAddr) -> Option<Placed<'_>> {
-        self.endpoints(network)
-            .find(|placed| placed.endpoint.addresses.iter().any(|net| net.addr() == address))
+        self.all_with_address(network, address).find(|placed| self.is_counted(placed))
     }
 
     /// A network by name or id.

@@ -22,6 +22,7 @@ mod outbox;
 mod probe;
 mod sandbox;
 mod socket;
+mod sweep;
 mod sys;
 mod sysctl;
 #[cfg(test)]
@@ -105,6 +106,15 @@ pub(crate) enum HostEnd {
         /// Each gateway that it stands for, and what is reached through it beside the default.
         routes: Vec<(IpAddr, IpNet)>,
     },
+}
+
+/// An endpoint that goes.
+#[derive(Debug)]
+pub(crate) struct Retired {
+    /// The host's end.
+    pub(crate) device: Device,
+    /// Where the other end is; without it, or if it is another, a detach takes longer.
+    pub(crate) netns: Option<Netns>,
 }
 
 /// What became of one operation.
@@ -218,6 +228,21 @@ impl KernelHandle {
     /// What an interface in that namespace is like; nothing if it is not there.
     pub(crate) async fn inspect(&self, netns: Netns, ifname: String) -> Result<Option<Inside>> {
         self.ask(|reply| Request::Inspect(netns, ifname, reply)).await?
+    }
+
+    /// Takes endpoints away and does these operations after that. The names of their other ends are free
+    /// and nothing passes any more when this returns; the pairs are deleted later.
+    pub(crate) async fn retire(&self, retired: Vec<Retired>, ops: Vec<Op>) -> (Vec<Outcome>, Result<()>) {
+        let asked = ops.clone();
+        match self.ask(|reply| Request::Retire(retired, ops, reply)).await {
+            Ok(answer) => answer,
+            Err(error) => (failed(asked, &error), Err(error)),
+        }
+    }
+
+    /// Deletes what is left of endpoints that were taken away.
+    pub(crate) async fn sweep(&self) -> Result<()> {
+        self.ask(Request::Sweep).await?
     }
 
     /// Deletes devices of ours; what is gone already is fine.

@@ -109,8 +109,16 @@ pub struct Head {
     pub owner: NodeId,
     /// Its state.
     pub revision: Revision,
-    /// SHA-256 over the SHA-256 of every encoded entry, in the order of their keys.
+    /// Of all entries, in two steps, so that a change of one costs little however many there are: the
+    /// SHA-256 of each encoded entry belongs to the part that its first byte modulo [`Self::PARTS`]
+    /// names; each part has the SHA-256 over its hashes in ascending order, or zeros if it has none;
+    /// this is the SHA-256 over the parts.
     pub digest: [u8; 32],
+}
+
+impl Head {
+    /// Into how many parts the entries fall for the digest.
+    pub const PARTS: usize = 64;
 }
 
 /// A change of a table, or all of it.

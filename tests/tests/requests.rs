@@ -332,7 +332,10 @@ fn whatever_is_refused_is_refused_in_words_and_leaves_nothing_behind() {
     h1.ctl_ok(&["detach", "web"]).unwrap();
     h1.ctl_ok(&["detach", "web"]).unwrap();
     h1.ctl_ok(&["detach", "web", "--namespace", "shop"]).unwrap();
-    assert_eq!(web.ip_json(&["link", "show"]).unwrap(), before);
+    wait_until(SOON, "what the detaches left is swept", || -> Result<bool> {
+        Ok(web.ip_json(&["link", "show"])? == before)
+    })
+    .unwrap();
     assert_says(&refused(h1, &["peers", "forget", "nobody"]).unwrap(), &["nobody"]);
     assert_says(&refused(h1, &["peers", "forget", "h1"]).unwrap(), &["leave"]);
     assert_says(&refused(h1, &["peers", "forget", "h2"]).unwrap(), &["alive"]);
@@ -390,7 +393,10 @@ fn attaches_and_removals_at_once_end_in_one_state_that_all_agree_on() {
             })
             .unwrap();
         }
-        assert_eq!(a.ip_json(&["link", "show"]).unwrap().as_array().map(Vec::len), Some(1));
+        wait_until(SOON, "what the detach left is swept", || -> Result<bool> {
+            Ok(a.ip_json(&["link", "show"])?.as_array().is_some_and(|links| links.len() == 1))
+        })
+        .unwrap();
     }
     println!("{attached} of 8 attaches came first");
     wait_until(SOON, "no device is left", || -> Result<bool> { Ok(devices(h1)?.is_empty()) }).unwrap();

@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use netns_lab::{Host, Lab, LabConfig, Signal, Workload, wait_until};
 use ovl_tests::{
-    Attached, Flow, SOON, attach, endpoints, make_network, peer, ping_all_pairs, rows, started, started_with,
-    text, wait_clean, wait_endpoints,
+    Attached, Flow, SOON, attach, attach_workload, endpoints, make_network, peer, ping_all_pairs, rows,
+    started, started_with, text, wait_clean, wait_endpoints,
 };
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -46,17 +46,20 @@ fn wait_settled(lab: &Lab) {
     wait_clean(lab.hosts(), SOON).unwrap();
 }
 
-/// The host's ends of endpoints that are there.
+/// The host's ends of endpoints that are there; not those that a detach has left to be swept, which
+/// a group of their own tells.
 fn endpoint_devices(host: &Host) -> Result<BTreeSet<String>> {
     let links = host.ip_json(&["link", "show"])?;
-    let names = links.as_array().into_iter().flatten().map(|link| text(&link["ifname"]));
+    let links = links.as_array().into_iter().flatten().filter(|link| link["group"] == "default");
+    let names = links.map(|link| text(&link["ifname"]));
     Ok(names.filter(|name| name.starts_with("ove-")).collect())
 }
 
-/// Whether a workload has an interface beside its loopback.
+/// Whether a workload has an interface beside its loopback and what a detach has left to be swept.
 fn is_connected(workload: &Workload) -> Result<bool> {
     let links = workload.ip_json(&["link", "show"])?;
-    Ok(links.as_array().into_iter().flatten().any(|link| link["ifname"] != "lo"))
+    let mut names = links.as_array().into_iter().flatten().map(|link| text(&link["ifname"]));
+    Ok(names.any(|name| name != "lo" && !name.starts_with("ovd-")))
 }
 
 #[test]
@@ -78,6 +81,39 @@ fn a_killed_daemon_costs_no_packet_and_its_entries_stay() {
     // It has taken over what it finds, and can give it up.
     lab["h2"].ctl_ok(&["detach", "b"]).unwrap();
     assert!(!is_connected(&b.workload).unwrap() && endpoint_devices(&lab["h2"]).unwrap().is_empty());
+}
+
+#[test]
+fn a_detach_frees_the_name_at_once_and_leaves_nothing_for_long_whoever_is_killed() {
+    let (lab, [a, b]) = pair(LabConfig::hosts(2));
+    let h2 = &lab["h2"];
+    let only_lo = |workload: &Workload| -> Result<()> {
+        let links = workload.ip_json(&["link", "show"])?;
+        ensure!(links.as_array().is_some_and(|links| links.len() == 1), "{links}");
+        Ok(())
+    };
+    // Again and again: the name is free each time, and the pairs of before are in nobody's way.
+    for _ in 0..5 {
+        h2.ctl_ok(&["detach", "b"]).unwrap();
+        let links = b.workload.ip_json(&["link", "show"]).unwrap();
+        let up = links.as_array().unwrap().iter().filter(|link| link["flags"].to_string().contains("\"UP\""));
+        assert_eq!(up.map(|link| text(&link["ifname"])).collect::<Vec<_>>(), ["lo"], "{links}");
+        wait_clean(std::slice::from_ref(h2), SOON).unwrap();
+        let more = ["--ifname", "eth0"];
+        let again = attach_workload(b.workload.clone(), "blue", &more).unwrap();
+        again.workload.ping_until(a.address(), SOON).unwrap();
+    }
+    h2.ctl_ok(&["detach", "b"]).unwrap();
+    h2.kill9().unwrap();
+    h2.start().unwrap();
+    wait_settled(&lab);
+    wait_until(SOON, "the next daemon sweeps", || only_lo(&b.workload)).unwrap();
+    assert!(
+        h2.ip_json(&["link", "show"])
+            .unwrap()
+            .as_array()
+            .is_some_and(|links| { links.iter().all(|link| !text(&link["ifname"]).starts_with("ove-")) })
+    );
 }
 
 #[test]

@@ -12,7 +12,7 @@ use ovl_proto::id::Mac;
 
 use super::dump;
 use super::error::{KernelError, Result};
-use super::link::LinkView;
+use super::link::{DOOMED, LinkView};
 use super::message::{self, Target};
 use super::socket::{Batch, Refusal, Route};
 
@@ -25,7 +25,7 @@ pub(super) struct Located {
 }
 
 /// So many devices are asked for at once: the answers, some KiB each, wait in the socket.
-const QUESTIONS: usize = 128;
+pub(super) const QUESTIONS: usize = 128;
 
 /// Devices looked up during one request. What is there is asked of the kernel each time, so that
 /// no entry is ever written to a device that took over an index, or that is not ours.
@@ -62,6 +62,8 @@ impl Devices {
             };
             let found = if view.ours() == Some(*device) {
                 Ok(Located { index: view.index, peer: view.peer, peer_netns: view.peer_netns })
+            } else if view.is_doomed() {
+                Err(KernelError::NoDevice(*device))
             } else {
                 Err(KernelError::Foreign(*device))
             };
@@ -340,9 +342,6 @@ pub(super) fn has_inet6() -> bool {
     std::path::Path::new("/proc/sys/net/ipv6").exists()
 }
 
-/// A group for devices that are about to be deleted together; "ovld".
-const DOOMED: u32 = 0x6f76_6c64;
-
 /// Deletes devices of ours; gives each one's result. The kernel waits for all processors once for
 /// each request, not for each device: many together take as long as one.
 pub(super) fn delete(route: &mut Route, devices: &mut Devices, doomed: &[Device]) -> Result<Vec<Result<()>>> {
@@ -365,7 +364,7 @@ pub(super) fn delete(route: &mut Route, devices: &mut Devices, doomed: &[Device]
     }
     there.sort_unstable();
     there.dedup();
-    if there.len() > 1 && delete_group(route, &there)? {
+    if there.len() > 1 && delete_group(route, &there)?.is_ok() {
         return Ok(results);
     }
     for (device, result) in doomed.iter().zip(&mut results).filter(|(_, result)| result.is_ok()) {
@@ -384,25 +383,28 @@ pub(super) fn delete(route: &mut Route, devices: &mut Devices, doomed: &[Device]
     Ok(results)
 }
 
-/// Gives false if it did nothing.
-fn delete_group(route: &mut Route, there: &[u32]) -> Result<bool> {
+/// Deletes devices that were just looked at, in one request.
+pub(super) fn delete_group(route: &mut Route, there: &[u32]) -> Result<Result<(), Refusal>> {
+    if there.is_empty() {
+        return Ok(Ok(()));
+    }
+    // One that nothing else is in, for that would go too; and by which we know what we hear of them.
+    let mut random = [0; 2];
+    if ring::rand::SecureRandom::fill(&ring::rand::SystemRandom::new(), &mut random).is_err() {
+        return Err(KernelError::Other("the system gives no random numbers".to_owned()));
+    }
+    let group = DOOMED & !0xffff | u32::from(u16::from_ne_bytes(random));
+    let group = if group == DOOMED { group ^ 1 } else { group };
     let mut batch = Batch::default();
     for index in there {
-        batch.push(message::set(Target::Index(*index), vec![LinkAttribute::Group(DOOMED)]), 0);
+        batch.push(message::set(Target::Index(*index), vec![LinkAttribute::Group(group)]), 0);
     }
-    route.execute(batch)?;
-    // Nobody else should have chosen this number, but what is deleted is gone.
-    let mut members: Vec<u32> = dump::all_links(route)?
-        .messages()
-        .filter_map(|message| LinkView::parse(message.payload))
-        .filter(|view| view.group == DOOMED)
-        .map(|view| view.index)
-        .collect();
-    members.sort_unstable();
-    if members.iter().any(|index| there.binary_search(index).is_err()) {
-        return Ok(false);
+    let (results, _) = route.execute(batch)?;
+    // Those that are gone already are not in it; with none left there is no such group.
+    if results.iter().all(Result::is_err) {
+        return Ok(Ok(()));
     }
-    Ok(members.is_empty() || route.request(message::del_group(DOOMED), 0)?.is_ok())
+    route.request(message::del_group(group), 0)
 }
 
 /// Whether an endpoint's MTU changes: then the other end needs the same.

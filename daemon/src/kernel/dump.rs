@@ -29,6 +29,8 @@ pub(super) struct Names {
     pub(super) all: HashMap<u32, Device>,
     /// Those that are ours.
     pub(super) ours: HashMap<u32, Device>,
+    /// What is left of endpoints that are gone.
+    pub(super) doomed: Vec<u32>,
     /// MTU and state of those that are not.
     pub(super) others: HashMap<u32, (u32, bool)>,
 }
@@ -93,6 +95,7 @@ fn links(route: &mut Route, kernel: &mut Kernel) -> Result<Names> {
                 kernel.links.insert(device, link);
                 names.ours.insert(view.index, device);
             }
+            None if view.is_doomed() => names.doomed.push(view.index),
             None => {
                 names.others.insert(view.index, (view.mtu, view.up));
             }

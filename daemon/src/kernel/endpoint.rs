@@ -49,7 +49,6 @@ pub(super) fn create(
     {
         return Err(KernelError::Other(format!("'{name}' cannot be the name of an interface")));
     }
-    devices.forget(device);
     let (outer, bridge) = match host_end {
         HostEnd::Port(bridge) => {
             devices.find(route, [bridge, device].into_iter())?;

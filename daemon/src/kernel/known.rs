@@ -225,7 +225,9 @@ impl Known {
 
     fn note_address(&mut self, index: u32, net: IpNet, new: bool) {
         let Some(device) = self.names.ours.get(&index) else {
-            self.news.underlay = true;
+            // What was one of ours until a moment ago is not the underlay.
+            let name = self.names.all.get(&index);
+            self.news.underlay |= name.is_none_or(|name| name.role().is_none());
             return;
         };
         if let Some(Role::Bridge(_)) = device.role() {

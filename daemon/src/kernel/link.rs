@@ -14,6 +14,10 @@ const IFF_UP: u32 = 1;
 const AF_BRIDGE: u8 = 7;
 const AF_INET6: u16 = 10;
 
+/// The group of the host's ends of endpoints that are gone and still to be deleted; "ovld". Groups with
+/// the same upper half are for those that are being deleted.
+pub(super) const DOOMED: u32 = 0x6f76_6c64;
+
 /// What is needed of a device's description. What the message does not have is zero or empty.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct LinkView<'a> {
@@ -93,8 +97,22 @@ impl<'a> LinkView<'a> {
         Device::new(self.name)
     }
 
-    /// The device, if it is ours: one of our names, our alias, and the kind that goes with them.
+    /// The device, if it is ours: one of our names, our alias, and the kind that goes with them. One
+    /// that is about to be deleted is not.
     pub(super) fn ours(&self) -> Option<Device> {
+        self.made_by_us().filter(|_| !self.in_doomed_group())
+    }
+
+    /// Whether it is what is left of an endpoint that is gone.
+    pub(super) fn is_doomed(&self) -> bool {
+        self.in_doomed_group() && self.made_by_us().is_some()
+    }
+
+    fn in_doomed_group(&self) -> bool {
+        self.group >> 16 == DOOMED >> 16
+    }
+
+    fn made_by_us(&self) -> Option<Device> {
         let device = self.device()?;
         let kind = match device.role()? {
             Role::Bridge(_) => "bridge",
@@ -113,7 +131,7 @@ impl<'a> LinkView<'a> {
         let master = self.master.and_then(|index| names.get(&index).copied().or(unknown));
         let quiet = self.address_mode.is_none_or(|mode| mode == 1);
         let data = || attributes(self.data, 0);
-        Some(match self.ours()?.role()? {
+        Some(match self.made_by_us()?.role()? {
             Role::Bridge(_) => {
                 Link::Bridge { mac: self.mac?, mtu, up, tuned: quiet && data().all(is_bridge_tuned) }
             }

@@ -26,6 +26,10 @@ use ovl_proto::id::{EndpointId, Mac};
 /// NUD_NOARP and NUD_REACHABLE: what `bridge` calls static.
 const STATIC: NeighbourState = NeighbourState::Other(0x42);
 
+/// Of each end of a pair. The kernel makes one for each processor, then takes all but one out of use
+/// again and waits for its processors each time: a third of what a pair costs.
+const QUEUES: u32 = 1;
+
 /// The longest alias: with its zero byte it must be shorter than IFALIASZ.
 const MAX_ALIAS: usize = 254;
 
@@ -383,11 +387,15 @@ pub(super) fn new_pair(
         hardware_address(mac),
         LinkAttribute::Mtu(u32::from(mtu)),
         LinkAttribute::NetNsFd(netns.as_raw_fd()),
+        LinkAttribute::NumTxQueues(QUEUES),
+        LinkAttribute::NumRxQueues(QUEUES),
     ];
     let mut message = LinkMessage::default();
     message.attributes = vec![
         LinkAttribute::IfName(device.as_str().to_owned()),
         LinkAttribute::Mtu(u32::from(mtu)),
+        LinkAttribute::NumTxQueues(QUEUES),
+        LinkAttribute::NumRxQueues(QUEUES),
         LinkAttribute::LinkInfo(vec![
             LinkInfo::Kind(InfoKind::Veth),
             LinkInfo::Data(InfoData::Veth(InfoVeth::Peer(peer))),

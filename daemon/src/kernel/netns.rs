@@ -168,7 +168,8 @@ pub(super) fn by_id(route: &mut Route, wanted: &BTreeSet<i32>) -> Result<BTreeMa
     Ok(found)
 }
 
-fn id_of(route: &mut Route, netns: &Netns) -> Result<Option<i32>> {
+/// The id under which `route`'s namespace knows another, if it does.
+pub(super) fn id_of(route: &mut Route, netns: &Netns) -> Result<Option<i32>> {
     let mut message = NsidMessage::default();
     message.attributes.push(NsidAttribute::Fd(netns.fd.as_raw_fd().unsigned_abs()));
     let mut batch = Batch::default();

@@ -6,3 +6,4 @@ mod filters;
 mod lab;
 mod passes;
 mod probes;
+mod sweeping;

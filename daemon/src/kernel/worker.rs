@@ -23,7 +23,9 @@ use super::monitor::Monitor;
 use super::netns::{self, Netns, Visitor};
 use super::outbox::Outbox;
 use super::socket::Route;
-use super::{EndpointSpec, Goal, KernelEvent, Outcome, Pass, Underlay, dump, endpoint, inspect, sysctl};
+use super::sweep::{self, Sweeper};
+use super::{EndpointSpec, Goal, HostEnd, KernelEvent, Outcome, Pass, Retired, Underlay};
+use super::{dump, endpoint, inspect, sysctl};
 
 /// So many entries go to the kernel at once.
 const BATCH: usize = 256;
@@ -41,6 +43,8 @@ pub(super) enum Request {
     WayTo(IpAddr, oneshot::Sender<Result<Option<u32>>>),
     Prefixes(oneshot::Sender<Result<Vec<IpNet>>>),
     RemoveFilter(oneshot::Sender<Result<()>>),
+    Retire(Vec<Retired>, Vec<Op>, oneshot::Sender<(Vec<Outcome>, Result<()>)>),
+    Sweep(oneshot::Sender<Result<()>>),
 }
 
 #[derive(Debug)]
@@ -50,6 +54,7 @@ pub(super) struct Worker {
     filter: Filter,
     known: Known,
     visitor: Visitor,
+    sweeper: Sweeper,
     outbox: Outbox,
 }
 
@@ -62,8 +67,10 @@ impl Worker {
         let mut route = Route::open()?;
         let mut known = Known::default();
         let (kernel, names) = dump::kernel(&mut route)?;
+        let sweeper = Sweeper::start()?;
+        sweeper.doom(names.doomed.iter().copied());
         known.load(kernel, names);
-        Ok(Self { route, monitor, filter, known, visitor: Visitor::default(), outbox })
+        Ok(Self { route, monitor, filter, known, visitor: Visitor::default(), sweeper, outbox })
     }
 
     /// Until all senders of requests are gone.
@@ -93,6 +100,7 @@ impl Worker {
 
     /// Gives back a request that was taken from the queue and is not for it.
     fn serve(&mut self, request: Request, requests: &Receiver<Request>) -> Option<Request> {
+        self.sweeper.note_work();
         // Who asked may have gone away: then nobody wants the answer.
         match request {
             Request::Dump(reply) => {
@@ -106,6 +114,7 @@ impl Worker {
             }
             Request::Create(ops, spec, reply) => {
                 let _ = reply.send(self.create(ops, *spec));
+                self.listen();
             }
             Request::Inspect(netns, ifname, reply) => {
                 let look = move |route: &mut Route| inspect::inspect(route, &ifname);
@@ -121,6 +130,11 @@ impl Worker {
             Request::Prefixes(reply) => {
                 let _ = reply.send(dump::prefixes(&mut self.route));
             }
+            Request::Retire(retired, ops, reply) => {
+                let _ = reply.send(self.retire(retired, ops));
+                self.listen();
+            }
+            Request::Sweep(reply) => self.sweeper.all(reply),
             Request::RemoveFilter(reply) => {
                 let _ = reply.send(self.filter.remove());
             }
@@ -146,6 +160,7 @@ impl Worker {
     fn dump(&mut self) -> Result<Kernel> {
         self.listen();
         let (mut kernel, names) = dump::kernel(&mut self.route)?;
+        self.sweeper.doom(names.doomed.iter().copied());
         self.known.load(kernel.clone(), names);
         self.listen();
         if self.filter.drain() {
@@ -170,6 +185,13 @@ impl Worker {
     }
 
     fn apply(&mut self, ops: Vec<Op>, devices: &mut Devices) -> Vec<Outcome> {
+        let outcomes = self.carry_out(ops, devices);
+        self.listen();
+        outcomes
+    }
+
+    /// Leaves some of what the kernel says about it to be heard.
+    fn carry_out(&mut self, ops: Vec<Op>, devices: &mut Devices) -> Vec<Outcome> {
         let mut outcomes = Vec::with_capacity(ops.len());
         let mut peers = Vec::new();
         let mut ops = ops.into_iter().peekable();
@@ -191,7 +213,9 @@ impl Worker {
                 }
                 outcomes.push(Outcome { op, result });
             }
-            self.listen();
+            if ops.peek().is_some() {
+                self.listen();
+            }
         }
         self.set_peers(peers, &mut outcomes);
         outcomes
@@ -274,22 +298,37 @@ impl Worker {
         let device = spec.device;
         let (after, before): (Vec<Op>, Vec<Op>) = ops.into_iter().partition(|op| op.device() == Some(device));
         let mut devices = Devices::default();
-        let mut outcomes = self.apply(before, &mut devices);
+        // All in one go; what is wrong with one of them, its user hears.
+        let bridge = match spec.host_end {
+            HostEnd::Port(bridge) => Some(bridge),
+            HostEnd::Routed { .. } => None,
+        };
+        let _ = devices.find(&mut self.route, bridge.into_iter().chain([device]));
+        let mut outcomes = self.carry_out(before, &mut devices);
         let created = endpoint::create(&mut self.route, &mut devices, &mut self.visitor, spec);
         let result = match created {
             Ok(created) => {
                 self.known.created(created.index, device, created.link);
-                self.listen();
-                outcomes.extend(self.apply(after, &mut devices));
+                outcomes.extend(self.carry_out(after, &mut devices));
                 Ok(created.ifname)
             }
             Err(error) => {
-                self.listen();
                 outcomes.extend(after.into_iter().map(|op| Outcome { op, result: Err(error.clone()) }));
                 Err(error)
             }
         };
         (outcomes, result)
+    }
+
+    fn retire(&mut self, retired: Vec<Retired>, ops: Vec<Op>) -> (Vec<Outcome>, Result<()>) {
+        let mut all = Ok(());
+        for Retired { device, netns } in retired {
+            match sweep::retire(&mut self.route, &mut self.visitor, &self.sweeper, device, netns) {
+                Ok(()) => self.known.deleted(device),
+                Err(error) => all = Err(error),
+            }
+        }
+        (self.carry_out(ops, &mut Devices::default()), all)
     }
 
     /// Takes along further requests of the kind that wait already: together they take no longer.

@@ -118,8 +118,7 @@ impl Node {
         let state = self.state.borrow();
         let used: usize = state
             .view
-            .all_endpoints()
-            .filter(|placed| placed.endpoint.network == network.id)
+            .all_endpoints_on(network.id)
             .flat_map(|placed| &placed.endpoint.addresses)
             .filter(|net| subnet.prefix.contains(&net.addr()))
             .count();
@@ -208,7 +207,7 @@ impl Node {
     fn check_free(&self, network: NetworkId, address: IpAddr) -> Result<(), Failed> {
         let state = self.state.borrow();
         let foreign = state.view.endpoint_by_address(network, address).is_some();
-        if foreign || in_use(&state, network).contains(&address) {
+        if foreign || in_use(&state, network)(address) {
             return Err(Failed::conflict(describe_use(&state, network, address)));
         }
         Ok(())
@@ -240,31 +239,30 @@ fn held<'a>(
         .view
         .alloc
         .blocks
-        .iter()
-        .filter(move |(block, _)| block.network == network && subnet.prefix.contains(&block.prefix))
+        .range(Block { network, prefix: IpNet::default() }..)
+        .take_while(move |(block, _)| block.network == network)
+        .filter(|(block, _)| subnet.prefix.contains(&block.prefix))
         .map(|(block, holder)| (block.prefix, *holder))
 }
 
-/// Addresses of a network that this host does not give out: those of its endpoints, of other hosts
-/// and of attaches under way; and those that older endpoints take for a broadcast address, because
-/// the subnet has grown since they were attached.
-pub(super) fn in_use(state: &State, network: NetworkId) -> BTreeSet<IpAddr> {
-    let own = state
-        .own_endpoints()
-        .filter(|endpoint| endpoint.network == network)
-        .flat_map(|endpoint| endpoint.addresses.iter().map(IpNet::addr));
-    let lent = state.lent.keys().filter(|(on, _)| *on == network).map(|(_, address)| *address);
-    let pending =
-        state.pending.addresses.iter().filter(|(on, _)| *on == network).map(|(_, address)| *address);
-    own.chain(lent).chain(pending).chain(edges(state, network)).collect()
+/// Tells addresses of a network that this host does not give out: those of its endpoints, of other
+/// hosts and of attaches under way; and those that older endpoints take for a broadcast address,
+/// because the subnet has grown since they were attached.
+pub(super) fn in_use(state: &State, network: NetworkId) -> impl Fn(IpAddr) -> bool {
+    let edges = edges(state, network);
+    move |address| {
+        let own =
+            state.view.own().is_some_and(|own| own.table.with_address(network, address).next().is_some());
+        own || state.lent.contains_key(&(network, address))
+            || state.pending.addresses.contains(&(network, address))
+            || edges.contains(&address)
+    }
 }
 
 /// The first and the last addresses of the ranges that the endpoints were attached with.
-fn edges(state: &State, network: NetworkId) -> impl Iterator<Item = IpAddr> {
-    let endpoints = state.view.all_endpoints().filter(move |placed| placed.endpoint.network == network);
-    let ranges: BTreeSet<IpNet> =
-        endpoints.flat_map(|placed| &placed.endpoint.addresses).map(IpNet::trunc).collect();
-    ranges.into_iter().flat_map(|range| [range.network(), range.broadcast()])
+fn edges(state: &State, network: NetworkId) -> BTreeSet<IpAddr> {
+    let ranges = state.view.nodes.values().flat_map(|node| node.table.ranges(network));
+    ranges.flat_map(|range| [range.network(), range.broadcast()]).collect()
 }
 
 /// A free address of our blocks.
@@ -273,7 +271,7 @@ pub(super) fn pick(state: &mut State, network: NetworkId, subnet: &Subnet) -> Op
     let address = ipam::allocate(
         &blocks(state, network, subnet),
         subnet,
-        &in_use(state, network),
+        in_use(state, network),
         state.cursors.get(&cursor).copied(),
     )?;
     state.cursors.insert(cursor, address);
@@ -289,11 +287,7 @@ pub(super) fn block_of(state: &State, network: NetworkId, address: IpAddr) -> Op
 
 /// Who has an address.
 pub(super) fn describe_use(state: &State, network: NetworkId, address: IpAddr) -> String {
-    let holder = state.view.all_endpoints().find(|placed| {
-        placed.endpoint.network == network
-            && placed.endpoint.addresses.iter().any(|net| net.addr() == address)
-    });
-    match holder {
+    match state.view.all_with_address(network, address).next() {
         Some(placed) => {
             format!(
                 "{address} is in use by endpoint {} on host {}",
@@ -304,7 +298,7 @@ pub(super) fn describe_use(state: &State, network: NetworkId, address: IpAddr) -
             Some(lent) => {
                 format!("{address} is set aside for an endpoint of host {}", state.view.name_of(lent.to))
             }
-            None if edges(state, network).any(|edge| edge == address) => format!(
+            None if edges(state, network).contains(&address) => format!(
                 "{address} is the broadcast address, or the network's own, for endpoints that were attached before \
                  the range was made larger"
             ),

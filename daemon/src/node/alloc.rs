@@ -399,7 +399,7 @@ impl Node {
                 if state.lent.get(&(network, address)).is_some_and(|lent| lent.to == to) {
                     return Ok(address);
                 }
-                if super::addresses::in_use(state, network).contains(&address) {
+                if super::addresses::in_use(state, network)(address) {
                     return Err(super::addresses::describe_use(state, network, address));
                 }
                 if !spec.subnets.iter().any(|subnet| ovl_core::ipam::is_usable(address, subnet)) {

@@ -14,6 +14,7 @@ use ovl_core::diff::diff;
 use ovl_core::ipam;
 use ovl_core::kernel::Kernel;
 use ovl_core::op::Op;
+use ovl_core::view::Placed;
 use ovl_proto::control::{Attach, EndpointInfo, EndpointState, FailureKind, NetnsRef};
 use ovl_proto::id::{EndpointId, Mac, NetworkId};
 use ovl_proto::object::{Mode, Network, Subnet};
@@ -24,7 +25,7 @@ use super::addresses::Reserved;
 use super::state::LocalEndpoint;
 use super::{Failed, Node, random, remove_if_there};
 use crate::config::{MAX_NAME, is_name_within};
-use crate::kernel::{EndpointSpec, HostEnd, open_netns};
+use crate::kernel::{EndpointSpec, HostEnd, Retired, open_netns};
 
 /// What is kept of an endpoint while the kernel runs: a daemon that is started anew finds it here.
 #[derive(Debug, Serialize, Deserialize)]
@@ -34,6 +35,7 @@ struct Kept {
     ifname: String,
     #[serde(default)]
     cni: Option<Attachment>,
+    netns: PathBuf,
 }
 
 /// Takes an attach's place among the pending ones, and gives it back when dropped.
@@ -68,10 +70,12 @@ impl Drop for Place<'_> {
                 state.local.wanted.remove(&self.network);
             }
         }
-        // If nothing came of it the network's devices may be of no use any more.
-        state.dirty.networks.insert(self.network);
-        state.dirty.host = true;
-        self.node.work.notify_one();
+        if !desired::is_built(&state.view, &state.local, self.network) {
+            // Nothing came of it: the network's devices are of no use any more.
+            state.dirty.networks.insert(self.network);
+            state.dirty.host = true;
+            self.node.work.notify_one();
+        }
     }
 }
 
@@ -88,7 +92,8 @@ impl Node {
         cni: Option<Attachment>,
     ) -> Result<EndpointInfo, Failed> {
         let network = self.check_attach(&request, if cni.is_some() { cni::MAX_NAME } else { MAX_NAME })?;
-        let netns = open_netns(&netns_path(&request.netns)).map_err(Failed::from)?;
+        let path = netns_path(&request.netns);
+        let netns = open_netns(&path).map_err(Failed::from)?;
         let place = self.take_place(&request, &network)?;
         let reserved = self.reserve(&request, &network).await?;
         let Some(first) = reserved.first() else {
@@ -144,7 +149,7 @@ impl Node {
                 )));
             }
         };
-        let local = LocalEndpoint { ifname, cni };
+        let local = LocalEndpoint { ifname, netns: path, cni };
         if let Err(error) = self.keep_endpoint(&endpoint, &local) {
             self.kernel.delete_links(vec![place.device]).await.map_err(Failed::from)?;
             return Err(Failed::internal(format!("{error:#}")));
@@ -158,16 +163,21 @@ impl Node {
         {
             let mut guard = self.state.borrow_mut();
             let state = &mut *guard;
+            if state.view.address_conflict(state.view.me, &endpoint).is_some() {
+                // Its block was lost meanwhile: the loop is to see that.
+                state.dirty.networks.insert(network);
+            }
             state.endpoints.insert(id, local);
             state.applied.entry(network).or_default().merge(part);
         }
         self.write_table(vec![Entry::Endpoint(endpoint)], Vec::new());
         self.event("endpoint", &name, "attached");
         let state = self.state.borrow();
-        state
-            .view
-            .all_endpoints()
-            .find(|placed| placed.endpoint.id == id && placed.node.record.id == state.view.me)
+        let placed = state.view.own().and_then(|node| {
+            let endpoint = node.table.endpoint(id)?;
+            Some(Placed { node, endpoint })
+        });
+        placed
             .map(|placed| self.endpoint_info(&state, placed))
             .ok_or_else(|| Failed::internal("the endpoint is not in our own table"))
     }
@@ -225,13 +235,13 @@ impl Node {
                 request.name
             )));
         }
-        let used: BTreeSet<EndpointId> = state.own_endpoints().map(|endpoint| endpoint.id).collect();
         let device = loop {
             let id = EndpointId(random());
-            if !used.contains(&id) && state.pending.devices.insert(Device::endpoint(id)) {
+            if state.own_endpoint(id).is_none() && state.pending.devices.insert(Device::endpoint(id)) {
                 break Device::endpoint(id);
             }
         };
+        state.dirty.host |= !desired::is_built(&state.view, &state.local, network.id);
         *state.local.wanted.entry(network.id).or_default() += 1;
         Ok(Place { node: self, network: network.id, name, device })
     }
@@ -280,9 +290,7 @@ impl Node {
             return Err(Failed::conflict(format!("{mac} is the gateway's")));
         }
         let mut state = self.state.borrow_mut();
-        let holder = state.view.all_endpoints().find(|placed| {
-            (placed.endpoint.network, placed.endpoint.mac) == (network, mac) && state.view.counts(placed.node)
-        });
+        let holder = state.view.all_with_mac(network, mac).find(|placed| state.view.counts(placed.node));
         if let Some(placed) = holder {
             return Err(Failed::conflict(format!(
                 "{mac} is in use by endpoint {} on host {}",
@@ -301,7 +309,7 @@ impl Node {
         let mut guard = self.state.borrow_mut();
         let state = &mut *guard;
         let ops = self.plan_network(state, network.id);
-        let mut all = self.plan_host(state);
+        let mut all = if state.dirty.host { self.plan_host(state) } else { Vec::new() };
         all.extend(ops);
         (all, desired::network_mtu(&state.view, network))
     }
@@ -323,15 +331,15 @@ impl Node {
                 None => None,
             };
             let fits = |endpoint: &Endpoint| {
-                endpoint.name == name
-                    && network.is_none_or(|network| endpoint.network == network)
+                network.is_none_or(|network| endpoint.network == network)
                     && endpoint.namespace == namespace.unwrap_or("default")
             };
-            let ids: Vec<_> = state.own_endpoints().filter(|e| fits(e)).map(|e| e.id).collect();
+            let own = state.view.own().into_iter().flat_map(|own| own.table.named(name));
+            let ids: Vec<_> = own.filter(|e| fits(e)).map(|e| e.id).collect();
             if ids.is_empty()
                 && let Some(elsewhere) = state
                     .view
-                    .all_endpoints()
+                    .all_named(name)
                     .find(|placed| fits(placed.endpoint) && state.view.counts(placed.node))
             {
                 return Err(Failed::conflict(format!(
@@ -346,9 +354,35 @@ impl Node {
 
     /// Takes endpoints out of the table and the kernel.
     pub(super) async fn take_away(&self, ids: &[EndpointId]) -> Result<(), Failed> {
+        let (retired, networks) = self.retired(ids);
         self.withdraw(ids, "detached")?;
-        let devices = ids.iter().copied().map(Device::endpoint).collect();
-        self.kernel.delete_links(devices).await.map_err(Failed::from)
+        let ops = {
+            let mut guard = self.state.borrow_mut();
+            let state = &mut *guard;
+            // What is more than entries takes longer, and is the loop's.
+            let ops = networks.into_iter().filter_map(|network| self.plan_touched(state, network));
+            let is_theirs = |op: &Op| retired.iter().any(|one| op.device() == Some(one.device));
+            ops.flatten().filter(|op| !is_theirs(op)).collect()
+        };
+        let (outcomes, result) = self.kernel.retire(retired, ops).await;
+        self.note_outcomes(&outcomes, None);
+        result.map_err(|error| {
+            self.state.borrow_mut().dirty.full = true;
+            self.work.notify_one();
+            Failed::from(error)
+        })
+    }
+
+    /// What the kernel is told of endpoints that go, and their networks.
+    fn retired(&self, ids: &[EndpointId]) -> (Vec<Retired>, BTreeSet<NetworkId>) {
+        let state = self.state.borrow();
+        let path = |id| state.endpoints.get(id).map(|local| local.netns.as_path());
+        let retired = ids.iter().map(|id| Retired {
+            device: Device::endpoint(*id),
+            netns: path(id).and_then(|path| open_netns(path).ok()),
+        });
+        let networks = ids.iter().filter_map(|id| state.own_endpoint(*id)).map(|endpoint| endpoint.network);
+        (retired.collect(), networks.collect())
     }
 
     /// Takes endpoints out of the table, and what is kept of them off the disk.
@@ -357,9 +391,7 @@ impl Node {
         {
             let mut state = self.state.borrow_mut();
             for id in ids {
-                names.extend(
-                    state.own_endpoints().find(|endpoint| endpoint.id == *id).map(|e| e.name.clone()),
-                );
+                names.extend(state.own_endpoint(*id).map(|endpoint| endpoint.name.clone()));
                 state.endpoints.remove(id);
                 state.local.isolated.remove(id);
                 state.problem(format!("isolated {id}"), None);
@@ -371,12 +403,20 @@ impl Node {
         if names.is_empty() {
             return Ok(());
         }
+        let networks = self.own_networks();
         self.write_table(Vec::new(), ids.iter().map(|id| Key::Endpoint(*id)).collect());
         for name in names {
             self.event("endpoint", &name, why);
         }
-        self.recompute_networks();
+        if networks != self.own_networks() {
+            // One that was removed is served until its last endpoint goes.
+            self.recompute_networks();
+        }
         Ok(())
+    }
+
+    fn own_networks(&self) -> Vec<NetworkId> {
+        self.state.borrow().view.own().map_or_else(Vec::new, |own| own.table.networks().collect())
     }
 
     /// The host's ends of these endpoints are gone, so their namespaces are.
@@ -390,7 +430,7 @@ impl Node {
                     Some(Role::Endpoint(id)) => Some(id),
                     Some(Role::Bridge(_) | Role::Vxlan(_)) | None => None,
                 })
-                .filter(|id| state.own_endpoints().any(|endpoint| endpoint.id == *id))
+                .filter(|id| state.own_endpoint(*id).is_some())
                 .collect()
         };
         if ids.is_empty() {
@@ -406,8 +446,8 @@ impl Node {
     }
 
     fn keep_endpoint(&self, endpoint: &Endpoint, local: &LocalEndpoint) -> anyhow::Result<()> {
-        let LocalEndpoint { ifname, cni } = local.clone();
-        let kept = Kept { boot_id: self.boot_id.clone(), endpoint: endpoint.clone(), ifname, cni };
+        let LocalEndpoint { ifname, netns, cni } = local.clone();
+        let kept = Kept { boot_id: self.boot_id.clone(), endpoint: endpoint.clone(), ifname, netns, cni };
         let path = self.kept_path(endpoint.id);
         let beside = path.with_extension("new");
         fs::write(&beside, serde_json::to_vec(&kept)?)
@@ -427,7 +467,7 @@ impl Node {
             }
             match fs::read(&path).ok().and_then(|bytes| serde_json::from_slice::<Kept>(&bytes).ok()) {
                 Some(kept) if kept.boot_id == self.boot_id => {
-                    let local = LocalEndpoint { ifname: kept.ifname, cni: kept.cni };
+                    let local = LocalEndpoint { ifname: kept.ifname, netns: kept.netns, cni: kept.cni };
                     self.state.borrow_mut().endpoints.insert(kept.endpoint.id, local);
                     endpoints.push(kept.endpoint);
                 }

@@ -210,6 +210,7 @@ impl Node {
             outcome.result.map_err(Failed::from)?;
         }
         self.kernel.delete_links(found.links.keys().copied().collect()).await.map_err(Failed::from)?;
+        self.kernel.sweep().await.map_err(Failed::from)?;
         self.kernel.remove_filter().await.map_err(Failed::from)
     }
 
@@ -232,6 +233,11 @@ impl Node {
         }
         if let Err(error) = self.cache_tables() {
             tracing::warn!("{error:#}");
+        }
+        // For the case that no other daemon is started here; else that one would see to it.
+        let swept = tokio::time::timeout(Duration::from_millis(500), self.kernel.sweep()).await;
+        if let Ok(Err(error)) = swept {
+            tracing::warn!(%error, "interfaces of endpoints that are gone are left over");
         }
         // By the writer, which may be at work on that very file.
         match tokio::time::timeout(Duration::from_secs(1), self.saved()).await {

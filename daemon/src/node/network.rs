@@ -203,11 +203,8 @@ impl Node {
             let network = live_network(&state, name)?;
             let users: Vec<String> = state
                 .view
-                .all_endpoints()
-                .filter(|placed| {
-                    placed.endpoint.network == network.id
-                        && state.view.alloc.members.contains(&placed.node.record.id)
-                })
+                .all_endpoints_on(network.id)
+                .filter(|placed| state.view.alloc.members.contains(&placed.node.record.id))
                 .map(|placed| format!("{} on {}", placed.endpoint.name, placed.node.record.name))
                 .collect();
             if !users.is_empty() {
@@ -250,8 +247,7 @@ impl Node {
     /// A network as users see it.
     pub(super) fn network_info(&self, state: &State, found: &NetworkState) -> NetworkInfo {
         let network = &found.network;
-        let placed: Vec<_> =
-            state.view.all_endpoints().filter(|placed| placed.endpoint.network == network.id).collect();
+        let placed: Vec<_> = state.view.all_endpoints_on(network.id).collect();
         let nodes: BTreeSet<String> = placed.iter().map(|placed| placed.node.record.name.clone()).collect();
         NetworkInfo {
             name: network.name.clone(),

@@ -144,7 +144,7 @@ impl Node {
             let mut guard = self.state.borrow_mut();
             let state = &mut *guard;
             let mut used: std::collections::BTreeSet<NetworkId> =
-                state.view.all_endpoints().map(|placed| placed.endpoint.network).collect();
+                state.view.nodes.values().flat_map(|node| node.table.networks()).collect();
             used.extend(state.local.wanted.keys());
             let Resolution { networks, rewritten, overlaps } =
                 networks::resolve(state.objects.values().map(|(_, object)| object), |id| used.contains(&id));

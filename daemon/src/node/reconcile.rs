@@ -16,6 +16,7 @@ use ovl_core::device::{Device, Role};
 use ovl_core::diff::diff;
 use ovl_core::kernel::Kernel;
 use ovl_core::op::Op;
+use ovl_core::touched;
 use ovl_proto::id::NetworkId;
 
 use tokio::time::Instant;
@@ -55,7 +56,14 @@ impl Node {
             } else if !failing {
                 retry = RETRY_FIRST;
             }
-            self.note_isolated();
+            // Rights to addresses come and go with whole networks.
+            let rights = {
+                let dirty = &self.state.borrow().dirty;
+                dirty.full || !dirty.networks.is_empty()
+            };
+            if rights {
+                self.note_isolated();
+            }
             if self.state.borrow().dirty.full {
                 self.whole_pass().await;
                 last = Instant::now();
@@ -69,7 +77,9 @@ impl Node {
         let (ops, networks) = {
             let mut guard = self.state.borrow_mut();
             let state = &mut *guard;
-            let networks: Vec<NetworkId> = state.dirty.networks.iter().copied().collect();
+            let dirty = &state.dirty;
+            let networks: BTreeSet<NetworkId> =
+                dirty.networks.iter().chain(dirty.touched.keys()).copied().collect();
             let mut ops = if state.dirty.host { self.plan_host(state) } else { Vec::new() };
             for network in &networks {
                 ops.extend(self.plan_network(state, *network));
@@ -84,9 +94,30 @@ impl Node {
         self.note_outcomes(&outcomes, None);
     }
 
+    /// What the endpoints of a network that were touched need beyond what was last sent, which counts
+    /// as sent then. Nothing if the network must be looked at as a whole.
+    pub(super) fn plan_touched(&self, state: &mut State, network: NetworkId) -> Option<Vec<Op>> {
+        let State { view, local, dirty, applied, caught_up, .. } = state;
+        if dirty.networks.contains(&network) {
+            return None;
+        }
+        let touched = dirty.touched.remove(&network).unwrap_or_default();
+        let ops = applied
+            .get_mut(&network)
+            .and_then(|applied| touched::plan(view, local, network, touched, applied, *caught_up));
+        if ops.is_none() {
+            dirty.networks.insert(network);
+        }
+        ops
+    }
+
     /// What one network needs beyond what was last sent. The plan counts as sent.
     pub(super) fn plan_network(&self, state: &mut State, network: NetworkId) -> Vec<Op> {
+        if let Some(ops) = self.plan_touched(state, network) {
+            return ops;
+        }
         state.dirty.networks.remove(&network);
+        state.dirty.touched.remove(&network);
         let desired = desired::network_part(&state.view, &state.local, network);
         let applied = state.applied.entry(network).or_default();
         let ops = diff(applied, &desired, state.caught_up);
@@ -160,6 +191,7 @@ impl Node {
         state.dirty.full = false;
         state.dirty.host = false;
         state.dirty.networks.clear();
+        state.dirty.touched.clear();
         state.applied.clear();
         state.applied_host = desired::host(&state.view, &state.local);
         let mut all = state.applied_host.clone();
@@ -210,6 +242,7 @@ impl Node {
             }
             // The loop comes back with a whole pass as long as anything is failing.
             state.failing.insert(op.clone(), format!("{op}: {error}"));
+            self.work.notify_one();
         }
         first.or_else(|| state.refused.get(&attached?.0).cloned())
     }

@@ -12,6 +12,7 @@ use ovl_core::cni::Attachment;
 use ovl_core::device::Device;
 use ovl_core::kernel::Kernel;
 use ovl_core::liveness::Signs;
+use ovl_core::touched::Touched;
 use ovl_core::view::{Local, Placed, View};
 use ovl_proto::alloc::Refusal;
 use ovl_proto::clock::Clock;
@@ -51,6 +52,8 @@ pub(crate) struct LocalEndpoint {
     pub ifname: String,
     /// Whose it is, if a container runtime asked for it.
     pub cni: Option<Attachment>,
+    /// Where its namespace was found.
+    pub netns: PathBuf,
 }
 
 /// Two daemons with one identity.
@@ -65,8 +68,10 @@ pub(crate) struct Clash {
 /// Which parts of the kernel have to be looked at.
 #[derive(Debug, Default)]
 pub(crate) struct Dirty {
-    /// These networks, by what changed since the last time.
+    /// These networks, as a whole.
     pub networks: BTreeSet<NetworkId>,
+    /// Of these networks, single endpoints.
+    pub touched: BTreeMap<NetworkId, Touched>,
     /// What concerns the host as a whole.
     pub host: bool,
     /// Everything, against a dump.
@@ -232,21 +237,36 @@ impl State {
 
     /// Endpoints of this host, with their entries.
     pub(crate) fn own_endpoints(&self) -> impl Iterator<Item = &Endpoint> {
-        self.view.own().into_iter().flat_map(|own| own.table.entries()).filter_map(|entry| match entry {
-            Entry::Endpoint(endpoint) => Some(endpoint),
-            Entry::Lease { .. } | Entry::PathMtu { .. } => None,
-        })
+        self.view.own().into_iter().flat_map(|own| own.table.endpoints())
+    }
+
+    /// One of them.
+    pub(crate) fn own_endpoint(&self, id: EndpointId) -> Option<&Endpoint> {
+        self.view.own()?.table.endpoint(id)
+    }
+
+    /// Marks what an entry of a host's table, which comes or goes, is about.
+    pub(crate) fn touch(&mut self, host: NodeId, entry: &Entry) {
+        match entry {
+            Entry::Endpoint(endpoint) => {
+                let touched = self.dirty.touched.entry(endpoint.network).or_default();
+                touched.note(self.view.me, host, endpoint);
+            }
+            Entry::Lease { network, .. } => {
+                self.dirty.networks.insert(*network);
+            }
+            Entry::PathMtu { .. } => self.touch_networks_of(host),
+        }
     }
 
     /// The endpoint of this network, Kubernetes namespace and name, on whichever host.
-    pub(crate) fn endpoint_named(
-        &self,
-        (network, namespace, name): &(NetworkId, String, String),
-    ) -> Option<Placed<'_>> {
-        self.view.all_endpoints().find(|placed| {
+    pub(crate) fn endpoint_named<'a>(
+        &'a self,
+        (network, namespace, name): &'a (NetworkId, String, String),
+    ) -> Option<Placed<'a>> {
+        self.view.all_named(name).find(|placed| {
             let endpoint = placed.endpoint;
-            (endpoint.network, &endpoint.namespace, &endpoint.name) == (*network, namespace, name)
-                && self.view.counts(placed.node)
+            (endpoint.network, &endpoint.namespace) == (*network, namespace) && self.view.counts(placed.node)
         })
     }
 

@@ -30,15 +30,13 @@ impl Node {
         let state = &mut *guard;
         let me = state.view.me;
         let Some(own) = state.view.nodes.get_mut(&me) else { return };
-        let removed = unset.iter().filter_map(|key| own.table.get(key));
-        for entry in removed.chain(&set) {
-            if let Entry::Endpoint(endpoint) = entry {
-                state.dirty.networks.insert(endpoint.network);
-                state.dirty.host = true;
-            }
-        }
+        let before = entries_of(&own.table, &set, &unset);
+        let after = set.clone();
+        let networks: Vec<NetworkId> = own.table.networks().collect();
         let epoch = own.record.generation;
         let update = own.table.write(epoch, set, unset, |head| self.sign_head(head));
+        state.dirty.host |= !own.table.networks().eq(networks);
+        before.iter().chain(&after).for_each(|entry| state.touch(me, entry));
         self.links().broadcast(&Message::Table(update));
         self.publish_hints(state);
         self.work.notify_one();
@@ -96,13 +94,22 @@ impl Node {
             tracing::warn!(%owner, %from, error, "refused a table");
             return Err(None);
         }
-        let before = networks_of(&node.table);
+        let networks: Vec<NetworkId> = node.table.networks().collect();
+        let mut changed = Vec::new();
+        let whole = update.base.is_none();
+        if whole {
+            state.dirty.networks.extend(networks_of(&node.table));
+        } else {
+            changed = entries_of(&node.table, &update.set, &update.unset);
+            changed.extend_from_slice(&update.set);
+        }
         node.table.apply(update).map_err(Some)?;
         tracing::debug!(%owner, revision = %node.table.revision(), "table");
-        let after = networks_of(&node.table);
-        let moved = before != after;
-        state.dirty.networks.extend(before);
-        state.dirty.networks.extend(after);
+        let moved = !node.table.networks().eq(networks);
+        if whole {
+            state.dirty.networks.extend(networks_of(&node.table));
+        }
+        changed.iter().for_each(|entry| state.touch(owner, entry));
         state.uncached.insert(owner);
         if let Some(peer) = state.peers.get_mut(&owner) {
             peer.pulled_at = None;
@@ -240,6 +247,12 @@ fn check_entry(entry: &Entry) -> Result<(), String> {
     super::attach::check_sizes(&endpoint.aliases, &endpoint.labels)
 }
 
+/// What an update replaces or removes.
+fn entries_of(table: &Table, set: &[Entry], unset: &[Key]) -> Vec<Entry> {
+    let keys = set.iter().map(Entry::key).chain(unset.iter().copied());
+    keys.filter_map(|key| table.get(&key).cloned()).collect()
+}
+
 fn networks_of(table: &Table) -> Vec<NetworkId> {
     let mut networks: Vec<_> = table
         .entries()
@@ -262,10 +275,7 @@ fn returned_leases(state: &mut State, borrower: NodeId) -> Vec<Key> {
         if lease.to != borrower {
             return true;
         }
-        let used = node.table.entries().any(|entry| {
-            matches!(entry, Entry::Endpoint(e)
-                if e.network == *network && e.addresses.iter().any(|net| net.addr() == *address))
-        });
+        let used = node.table.with_address(*network, *address).next().is_some();
         let over = lease.seen && !used;
         lease.seen |= used;
         if over {

@@ -1,0 +1,211 @@
+//! What the change of single endpoints means for the kernel, at the cost of these alone.
+//!
+//! [`plan`] gives what [`crate::desired::network_part`] and [`crate::diff::diff`] give for the whole
+//! network, as long as the network's devices stay as they are. It looks at the entries that can
+//! have changed, and at the endpoints that have a say in them: those with the same MAC address or
+//! an address in common.
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use ovl_proto::id::{EndpointId, Mac, NetworkId, NodeId};
+use ovl_proto::object::{Mode, Network};
+use ovl_proto::table::Endpoint;
+
+use crate::desired::{self, Claim};
+use crate::device::Device;
+use crate::diff::diff;
+use crate::kernel::{Kernel, Remote};
+use crate::op::Op;
+use crate::routed;
+use crate::view::{Local, Node, Placed, View};
+
+/// Endpoints of one network that came, went or changed, by what they have or had.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Touched {
+    own: BTreeSet<EndpointId>,
+    hosts: BTreeSet<NodeId>,
+    macs: BTreeSet<Mac>,
+    addresses: BTreeSet<IpAddr>,
+}
+
+impl Touched {
+    /// Takes note of an endpoint as it was or as it is.
+    pub fn note(&mut self, me: NodeId, host: NodeId, endpoint: &Endpoint) {
+        if host == me {
+            self.own.insert(endpoint.id);
+        }
+        self.hosts.insert(host);
+        self.macs.insert(endpoint.mac);
+        self.addresses.extend(endpoint.addresses.iter().map(|net| net.addr()));
+    }
+
+    /// Takes in another's.
+    pub fn merge(&mut self, other: Self) {
+        let Self { own, hosts, macs, addresses } = other;
+        self.own.extend(own);
+        self.hosts.extend(hosts);
+        self.macs.extend(macs);
+        self.addresses.extend(addresses);
+    }
+}
+
+/// The operations that bring `applied`, what was last sent for the network, up to date, and does the
+/// same to `applied`. Nothing if the network must be looked at as a whole.
+pub fn plan(
+    view: &View,
+    local: &Local,
+    id: NetworkId,
+    touched: Touched,
+    applied: &mut Kernel,
+    prune: bool,
+) -> Option<Vec<Op>> {
+    let (network, own) = (&view.networks.get(&id)?.network, view.own()?);
+    if !desired::is_built(view, local, id) {
+        return None;
+    }
+    let mtu = desired::network_mtu(view, network);
+    let mut devices = Kernel::default();
+    match network.mode {
+        Mode::L2 => desired::devices(&mut devices, network, own, mtu),
+        Mode::L3 => routed::devices(&mut devices, network, own, mtu),
+    }
+    if devices.links.iter().any(|(device, link)| applied.links.get(device) != Some(link)) {
+        return None;
+    }
+
+    let (was, is) = match network.mode {
+        Mode::L2 => switched(view, local, network, own, touched, applied, mtu),
+        Mode::L3 => on_devices(view, local, network, own, &touched, applied, mtu),
+    };
+    let ops = diff(&was, &is, prune);
+    if prune {
+        take_out(applied, &was);
+    }
+    applied.merge(is);
+    Some(ops)
+}
+
+/// On a routed network, what hangs on the devices of this host's endpoints; others' concern nobody
+/// but their hosts.
+fn on_devices(
+    view: &View,
+    local: &Local,
+    network: &Network,
+    own: &Node,
+    touched: &Touched,
+    applied: &Kernel,
+    mtu: u16,
+) -> (Kernel, Kernel) {
+    let (mut was, mut is) = (Kernel::default(), Kernel::default());
+    for id in &touched.own {
+        let device = Device::endpoint(*id);
+        was.links.extend(applied.links.get(&device).map(|link| (device, *link)));
+        for address in &touched.addresses {
+            let key = (device, *address);
+            was.neighbours.extend(applied.neighbours.get(&key).map(|mac| (key, *mac)));
+            let to = IpNet::from(*address);
+            let hop = applied.routes.get(&to).filter(|hop| hop.device == Some(device));
+            was.routes.extend(hop.map(|hop| (to, *hop)));
+        }
+        if let Some(endpoint) = own.table.endpoint(*id).filter(|endpoint| endpoint.network == network.id) {
+            routed::own_endpoint(&mut is, view, local, network, endpoint, mtu);
+        }
+    }
+    (was, is)
+}
+
+/// What is there of the touched endpoints of a switched network, and what should be.
+fn switched(
+    view: &View,
+    local: &Local,
+    network: &Network,
+    own: &Node,
+    touched: Touched,
+    applied: &Kernel,
+    mtu: u16,
+) -> (Kernel, Kernel) {
+    let id = network.id;
+    let (bridge, vxlan) = (Device::bridge(id), Device::vxlan(id));
+    let Touched { own: ids, mut hosts, macs, mut addresses } = touched;
+    // Whoever shares a MAC address may have won or lost it, and all its entries with it.
+    for placed in macs.iter().flat_map(|mac| view.all_with_mac(id, *mac)) {
+        hosts.insert(placed.node.record.id);
+        addresses.extend(placed.endpoint.addresses.iter().map(|net| net.addr()));
+    }
+    let remotes: BTreeSet<Remote> =
+        hosts.iter().filter_map(|host| view.nodes.get(host)).map(desired::remote_of).collect();
+
+    let mut is = Kernel::default();
+    let wins = |placed: &Placed<'_>| {
+        let others = view.all_with_mac(id, placed.endpoint.mac).filter(|other| view.is_counted(other));
+        others.map(|other| desired::rank(network, &other)).min() == Some(desired::rank(network, placed))
+    };
+    let claim = |placed| Claim::of(view, local, network, placed, wins);
+    for mac in &macs {
+        let placed = view.all_with_mac(id, *mac).filter(|placed| view.is_counted(placed));
+        for claim in placed.filter_map(claim) {
+            claim.mac(&mut is);
+        }
+    }
+    for address in &addresses {
+        let placed = view.all_with_address(id, *address).filter(|placed| view.is_counted(placed));
+        for claim in placed.filter_map(claim) {
+            is.neighbours.insert((bridge, *address), claim.endpoint.mac);
+        }
+    }
+    for node in view.nodes.values().filter(|node| remotes.contains(&desired::remote_of(node))) {
+        let mut claims = node
+            .table
+            .endpoints_on(id)
+            .map(|endpoint| Placed { node, endpoint })
+            .filter(|placed| view.is_counted(placed))
+            .filter_map(claim);
+        if let Some(remote) = claims.next().and_then(|claim| claim.remote) {
+            is.floods.insert((vxlan, remote));
+        }
+    }
+    for endpoint in ids.iter().filter_map(|id| own.table.endpoint(*id)).filter(|own| own.network == id) {
+        desired::own_endpoint(&mut is, local, endpoint, mtu);
+    }
+
+    let mut was = Kernel::default();
+    for device in ids.iter().map(|id| Device::endpoint(*id)) {
+        was.links.extend(applied.links.get(&device).map(|link| (device, *link)));
+    }
+    for mac in &macs {
+        was.remotes.extend(applied.remotes.get(&(vxlan, *mac)).map(|remote| ((vxlan, *mac), *remote)));
+        let ports = view.all_with_mac(id, *mac).map(|placed| placed.endpoint.id).chain(ids.iter().copied());
+        let ports = ports.map(Device::endpoint).chain([vxlan]).map(|port| (port, *mac));
+        was.ports.extend(ports.filter(|port| applied.ports.contains(port)));
+    }
+    for key in addresses.iter().map(|address| (bridge, *address)) {
+        was.neighbours.extend(applied.neighbours.get(&key).map(|mac| (key, *mac)));
+    }
+    for key in remotes.iter().map(|remote| (vxlan, *remote)) {
+        was.floods.extend(applied.floods.get(&key));
+    }
+    (was, is)
+}
+
+fn take_out(applied: &mut Kernel, part: &Kernel) {
+    for device in part.links.keys() {
+        applied.links.remove(device);
+    }
+    for key in part.remotes.keys() {
+        applied.remotes.remove(key);
+    }
+    for to in part.routes.keys() {
+        applied.routes.remove(to);
+    }
+    for key in part.neighbours.keys() {
+        applied.neighbours.remove(key);
+    }
+    for key in &part.ports {
+        applied.ports.remove(key);
+    }
+    for key in &part.floods {
+        applied.floods.remove(key);
+    }
+}
