@@ -2,7 +2,7 @@
 //! daemon's dump reads, and `diff` compares.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::IpNet;
 use ovl_proto::id::Mac;
@@ -139,6 +139,13 @@ impl Kernel {
         for port in ports {
             self.ports.remove(&port);
         }
+        self.routes.retain(|_, hop| hop.device != Some(device));
+        let (first, last) = (Ipv4Addr::UNSPECIFIED.into(), Ipv6Addr::from_bits(u128::MAX).into());
+        let neighbours: Vec<_> =
+            self.neighbours.range((device, first)..=(device, last)).map(|(key, _)| *key).collect();
+        for neighbour in neighbours {
+            self.neighbours.remove(&neighbour);
+        }
         if let Some(Role::Endpoint(_)) = device.role() {
             // Only bridges and VXLAN devices have more, and theirs may be thousands.
             return;
@@ -146,8 +153,6 @@ impl Kernel {
         self.addresses.retain(|(on, _)| *on != device);
         self.remotes.retain(|(on, _), _| *on != device);
         self.floods.retain(|(on, _)| *on != device);
-        self.neighbours.retain(|(on, _), _| *on != device);
-        self.routes.retain(|_, hop| hop.device != Some(device));
         for link in self.links.values_mut() {
             match link {
                 Link::Vxlan { master, .. } | Link::Endpoint { master, .. } if *master == Some(device) => {
