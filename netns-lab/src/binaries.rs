@@ -1,20 +1,20 @@
-//! Where `ovld` and `ovlctl` are.
+//! Where `ovld`, `ovlctl` and `ovl-cni` are.
 
 use std::env;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, anyhow, bail};
 
-/// `ovld` or `ovlctl`, where a lab without further configuration finds it.
+/// `ovld`, `ovlctl` or `ovl-cni`, where a lab without further configuration finds it.
 pub fn find_binary(name: &str) -> Result<PathBuf> {
     find(name, None)
 }
 
 /// The binary `name`: what was configured, else the environment variable of that name in
-/// capitals, else the file beside the current executable (a test's is in `target/debug/deps`,
+/// capitals (`OVL_CNI` for `ovl-cni`), else the file beside the current executable (a test's is in `target/debug/deps`,
 /// so its parent counts too), else PATH.
 pub(crate) fn find(name: &str, configured: Option<&Path>) -> Result<PathBuf> {
-    let variable = name.to_uppercase();
+    let variable = name.to_uppercase().replace('-', "_");
     let explicit = configured.map(Path::to_owned).or_else(|| env::var_os(&variable).map(PathBuf::from));
     if let Some(path) = explicit {
         if !path.is_file() {

@@ -1,4 +1,5 @@
-//! `bench`: the figures that issue 2 asks for, measured in labs of its own.
+//! `bench`: the figures that ovl is measured by, taken in labs of its own; a suite of them for each issue
+//! that asks for figures.
 
 mod announce;
 mod attach;
@@ -6,6 +7,7 @@ mod bulk;
 mod by_hand;
 mod client;
 mod cluster;
+mod cni;
 mod dead;
 mod flow;
 mod idle;
@@ -21,6 +23,7 @@ mod supervisor;
 mod tcp;
 #[cfg(test)]
 mod tests;
+mod turns;
 
 use std::env;
 use std::path::{Path, PathBuf};
@@ -34,6 +37,24 @@ use netns_lab::{Lab, LabConfig};
 pub(crate) use plan::Plan;
 use report::{Figure, Outcome};
 use setup::Setup;
+
+/// What is measured together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Suite {
+    /// Workloads in networks: the figures of issue 2
+    Core,
+    /// Pods by container runtimes: the figures of issue 3
+    Cni,
+}
+
+impl Suite {
+    pub(crate) fn text(self) -> &'static str {
+        match self {
+            Suite::Core => "core",
+            Suite::Cni => "cni",
+        }
+    }
+}
 
 /// The figures, by the names that `--only` takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -54,6 +75,18 @@ pub(crate) enum Name {
     Idle,
     /// Packets lost when a daemon is killed and started again
     Kill,
+    /// cni: one ADD, one DEL at a time
+    Single,
+    /// cni: eight ADDs, eight DELs at once
+    AtOnce,
+    /// cni: a process of the plugin that asks nobody
+    Version,
+    /// cni: TCP from pod to pod against routes built by hand
+    PodTcp,
+    /// cni: what 250 pods are on other hosts
+    Routes,
+    /// cni: 10,000 ADDs and DELs in a row, and what is left of them
+    Soak,
 }
 
 impl Name {
@@ -67,6 +100,28 @@ impl Name {
             Name::Loss => "loss",
             Name::Idle => "idle",
             Name::Kill => "kill",
+            Name::Single => "single",
+            Name::AtOnce => "at-once",
+            Name::Version => "version",
+            Name::PodTcp => "pod-tcp",
+            Name::Routes => "routes",
+            Name::Soak => "soak",
+        }
+    }
+
+    fn suite(self) -> Suite {
+        match self {
+            Name::Tcp
+            | Name::Announce
+            | Name::Bulk
+            | Name::Attach
+            | Name::Dead
+            | Name::Loss
+            | Name::Idle
+            | Name::Kill => Suite::Core,
+            Name::Single | Name::AtOnce | Name::Version | Name::PodTcp | Name::Routes | Name::Soak => {
+                Suite::Cni
+            }
         }
     }
 
@@ -80,13 +135,20 @@ impl Name {
             Name::Loss => loss::measure(bench),
             Name::Idle => idle::measure(bench),
             Name::Kill => kill::measure(bench),
+            Name::Single => cni::single::measure(bench),
+            Name::AtOnce => cni::at_once::measure(bench),
+            Name::Version => cni::version::measure(bench),
+            Name::PodTcp => cni::pod_tcp::measure(bench),
+            Name::Routes => cni::routes::measure(bench),
+            Name::Soak => cni::soak::measure(bench),
         }
     }
 }
 
 /// What is asked for.
 pub(crate) struct Wanted {
-    /// None: all.
+    pub(crate) suite: Suite,
+    /// Figures of that suite. None: all.
     pub(crate) only: Vec<Name>,
     pub(crate) json: PathBuf,
     /// Where the binaries are; else as for every lab.
@@ -99,6 +161,7 @@ pub(crate) struct Bench {
     plan: Plan,
     ovld: PathBuf,
     ovlctl: PathBuf,
+    binaries: Option<PathBuf>,
 }
 
 impl Bench {
@@ -109,10 +172,24 @@ impl Bench {
         config.ovlctl = Some(self.ovlctl.clone());
         Lab::new(config)
     }
+
+    /// The plugin that container runtimes start.
+    fn ovl_cni(&self) -> Result<PathBuf> {
+        binary(self.binaries.as_deref(), "ovl-cni")
+    }
 }
 
 /// Measures, prints and writes. A missed bar is no failure, a figure that cannot be taken is one.
 pub(crate) fn run(wanted: Wanted) -> Result<ExitCode> {
+    for name in &wanted.only {
+        let (name, of, suite) = (name.text(), name.suite(), wanted.suite);
+        ensure!(
+            of == suite,
+            "{name} is no figure of `bench {}`: `bench {} --only {name}` takes it",
+            suite.text(),
+            of.text()
+        );
+    }
     if !supervisor::is_supervised() {
         return supervisor::supervise();
     }
@@ -121,12 +198,13 @@ pub(crate) fn run(wanted: Wanted) -> Result<ExitCode> {
         ovld: binary(wanted.binaries.as_deref(), "ovld")?,
         ovlctl: binary(wanted.binaries.as_deref(), "ovlctl")?,
         plan: wanted.plan,
+        binaries: wanted.binaries,
     };
     let setup = Setup::look(&bench.ovld, bench.plan.quick)?;
     for warning in setup.warnings() {
         eprintln!("netns-lab: {warning}");
     }
-    let names = Name::value_variants().iter().copied();
+    let names = Name::value_variants().iter().copied().filter(|name| name.suite() == wanted.suite);
     let outcomes: Vec<Outcome> = names
         .filter(|name| wanted.only.is_empty() || wanted.only.contains(name))
         .map(|name| {
@@ -143,7 +221,7 @@ pub(crate) fn run(wanted: Wanted) -> Result<ExitCode> {
         .collect();
 
     print!("{}", report::table(&setup, &outcomes));
-    report::write_json(&wanted.json, &setup, bench.plan.to_json(), &outcomes)?;
+    report::write_json(&wanted.json, wanted.suite.text(), &setup, bench.plan.to_json(), &outcomes)?;
     println!("Written to {}", wanted.json.display());
     let (_, failed) = report::failures(&outcomes);
     Ok(if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
@@ -155,10 +233,6 @@ fn binary(dir: Option<&Path>, name: &str) -> Result<PathBuf> {
         return netns_lab::find_binary(name);
     };
     let path = env::current_dir().context("no current directory")?.join(dir).join(name);
-    ensure!(
-        path.is_file(),
-        "no {} : build it with `cargo build --release -p ovld -p ovlctl`",
-        path.display()
-    );
+    ensure!(path.is_file(), "no {}: build it with `cargo build --release -p {name}`", path.display());
     Ok(path)
 }

@@ -24,6 +24,18 @@ pub(crate) struct Plan {
     pub(crate) idle: Duration,
     /// How long the daemon is away, in each round.
     pub(crate) away: Vec<Duration>,
+    /// Of `bench cni`: pods that stand at the same time when they come one by one, and how often
+    /// they come and go.
+    pub(crate) pods: usize,
+    pub(crate) pod_rounds: usize,
+    /// Those that come eight at once: no more than an empty host's first block holds.
+    pub(crate) at_once_pods: usize,
+    pub(crate) at_once_rounds: usize,
+    /// The reference plugins take their time.
+    pub(crate) reference_rounds: usize,
+    pub(crate) versions: usize,
+    /// Pods that come and go in a row.
+    pub(crate) soak: usize,
 }
 
 impl Plan {
@@ -31,7 +43,7 @@ impl Plan {
     pub(crate) fn full() -> Self {
         Plan {
             quick: false,
-            stream: Duration::from_secs(5),
+            stream: Duration::from_secs(2),
             turns: 16,
             announces: 240,
             bulk: 1000,
@@ -44,6 +56,13 @@ impl Plan {
             idle: Duration::from_secs(30),
             // Longer than a host is silent before it is judged, too.
             away: [0, 200, 1000, 3000, 8000].map(Duration::from_millis).to_vec(),
+            pods: 100,
+            pod_rounds: 6,
+            at_once_pods: 240,
+            at_once_rounds: 10,
+            reference_rounds: 1,
+            versions: 300,
+            soak: 10_000,
         }
     }
 
@@ -63,6 +82,13 @@ impl Plan {
             settle: Duration::from_secs(1),
             idle: Duration::from_secs(2),
             away: vec![Duration::from_millis(200)],
+            pods: 20,
+            pod_rounds: 1,
+            at_once_pods: 40,
+            at_once_rounds: 1,
+            reference_rounds: 1,
+            versions: 20,
+            soak: 200,
         }
     }
 
@@ -81,6 +107,13 @@ impl Plan {
             "settle_s": self.settle.as_secs_f64(),
             "idle_s": self.idle.as_secs_f64(),
             "away_s": self.away.iter().map(Duration::as_secs_f64).collect::<Vec<_>>(),
+            "pods": self.pods,
+            "pod_rounds": self.pod_rounds,
+            "at_once_pods": self.at_once_pods,
+            "at_once_rounds": self.at_once_rounds,
+            "reference_rounds": self.reference_rounds,
+            "versions": self.versions,
+            "soak": self.soak,
         })
     }
 }

@@ -159,7 +159,13 @@ pub(crate) fn table(setup: &Setup, outcomes: &[Outcome]) -> String {
     text
 }
 
-pub(crate) fn write_json(path: &Path, setup: &Setup, plan: Value, outcomes: &[Outcome]) -> Result<()> {
+pub(crate) fn write_json(
+    path: &Path,
+    suite: &str,
+    setup: &Setup,
+    plan: Value,
+    outcomes: &[Outcome],
+) -> Result<()> {
     let figures: Vec<Value> = outcomes
         .iter()
         .map(|(name, outcome)| match outcome {
@@ -175,7 +181,7 @@ pub(crate) fn write_json(path: &Path, setup: &Setup, plan: Value, outcomes: &[Ou
         .collect();
     let (missed, failed) = failures(outcomes);
     let report = json!({
-        "suite": "core",
+        "suite": suite,
         "setup": setup.to_json(),
         "plan": plan,
         "figures": figures,

@@ -1,23 +1,15 @@
 //! `tcp`: one stream through ovl's overlay, against the same built by hand, in turns.
 
-use anyhow::{Context, Result};
-use netns_lab::Netns;
-use serde_json::{Value, json};
+use anyhow::Result;
+use serde_json::json;
 
 use super::cluster::Cluster;
 use super::report::{Bar, Figure, Row};
-use super::stats::{Samples, round};
-use super::stream::{self, Cores, Path, Speed};
+use super::stream::{self, Cores, Path};
+use super::turns::{Turns, gbit_s, mtu_of, to_json};
 use super::{Bench, by_hand};
 
 const HOSTS: usize = 2;
-
-/// What both paths gave, turn by turn.
-#[derive(Default)]
-struct Turns {
-    overlay: Vec<Speed>,
-    hand: Vec<Speed>,
-}
 
 pub(crate) fn measure(bench: &Bench) -> Result<Figure> {
     let cluster = Cluster::start(bench.lab(HOSTS)?)?;
@@ -35,8 +27,8 @@ pub(crate) fn measure(bench: &Bench) -> Result<Figure> {
     let raw = Path::new(raw_from, raw_to, raw_to.address()?)?;
     // One that does not count: the first to run finds a cold machine.
     hand.run(bench.plan.stream, Cores::One)?;
-    let one = take_turns(bench, &overlay, &hand, Cores::One)?;
-    let any = take_turns(bench, &overlay, &hand, Cores::Any)?;
+    let one = Turns::take(&bench.plan, &overlay, &hand, Cores::One)?;
+    let any = Turns::take(&bench.plan, &overlay, &hand, Cores::Any)?;
     let raw_runs = (0..bench.plan.turns.div_ceil(3))
         .map(|_| raw.run(bench.plan.stream, Cores::One))
         .collect::<Result<Vec<_>>>()?;
@@ -44,9 +36,9 @@ pub(crate) fn measure(bench: &Bench) -> Result<Figure> {
     for host in cluster.hosts().iter().chain(other.hosts()) {
         host.exec_ok(["sysctl", "-qw", "net.bridge.bridge-nf-call-iptables=1"])?;
     }
-    let filtered = take_turns(bench, &overlay, &hand, Cores::One)?;
+    let filtered = Turns::take(&bench.plan, &overlay, &hand, Cores::One)?;
 
-    let (ours, by_hand) = (gbit_s(&one.overlay).max(), gbit_s(&one.hand).max());
+    let (ours, by_hand) = (one.overlay_gbit_s().max(), one.hand_gbit_s().max());
     Ok(Figure {
         setup: format!(
             "2 hosts, underlay MTU 1500, overlay MTU {mtu}, one iperf3 stream (cubic) of {} s, {} turns each, ovl \
@@ -79,58 +71,5 @@ pub(crate) fn measure(bench: &Bench) -> Result<Figure> {
             "one_core_bridge_nf": filtered.to_json(),
             "underlay": to_json(&raw_runs),
         }),
-    })
-}
-
-fn take_turns(bench: &Bench, overlay: &Path, hand: &Path, cores: Cores) -> Result<Turns> {
-    let mut turns = Turns::default();
-    for turn in 0..bench.plan.turns {
-        // Each is as often the first as the second of a pair.
-        if turn % 2 == 0 {
-            turns.overlay.push(overlay.run(bench.plan.stream, cores)?);
-            turns.hand.push(hand.run(bench.plan.stream, cores)?);
-        } else {
-            turns.hand.push(hand.run(bench.plan.stream, cores)?);
-            turns.overlay.push(overlay.run(bench.plan.stream, cores)?);
-        }
-    }
-    Ok(turns)
-}
-
-impl Turns {
-    fn ratio(&self) -> f64 {
-        gbit_s(&self.overlay).median() / gbit_s(&self.hand).median()
-    }
-
-    /// Other work on the machine slows a turn down, to half if it gets the same core, and never
-    /// speeds it up. Where it hits one path more than the other, medians say 1.19 of what is 0.85.
-    fn best_ratio(&self) -> f64 {
-        gbit_s(&self.overlay).max() / gbit_s(&self.hand).max()
-    }
-
-    fn to_json(&self) -> Value {
-        let pairs = self.overlay.iter().zip(&self.hand);
-        let ratios = Samples::new(pairs.map(|(ours, theirs)| ours.gbit_s / theirs.gbit_s).collect());
-        json!({
-            "overlay": to_json(&self.overlay),
-            "by_hand": to_json(&self.hand),
-            "ratio_of_each_turn": ratios.to_json(),
-        })
-    }
-}
-
-fn mtu_of(workload: &Netns) -> Result<u64> {
-    let link = workload.ip_json(&["link", "show", "eth0"])?;
-    link[0]["mtu"].as_u64().with_context(|| format!("no MTU in {link}"))
-}
-
-fn gbit_s(runs: &[Speed]) -> Samples {
-    Samples::new(runs.iter().map(|run| run.gbit_s).collect())
-}
-
-fn to_json(runs: &[Speed]) -> Value {
-    json!({
-        "gbit_s": runs.iter().map(|run| round(run.gbit_s)).collect::<Vec<_>>(),
-        "retransmits": runs.iter().map(|run| run.retransmits).collect::<Vec<_>>(),
     })
 }

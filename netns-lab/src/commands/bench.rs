@@ -5,9 +5,9 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use clap::{Args, ValueEnum};
+use clap::Args;
 
-use crate::bench::{self, Name, Plan, Wanted};
+use crate::bench::{self, Name, Plan, Suite, Wanted};
 
 /// Longer runs say no more.
 const LONGEST: u64 = 3600;
@@ -20,16 +20,16 @@ pub(crate) struct BenchArgs {
     /// This figure alone; may be repeated
     #[arg(long, value_enum, value_name = "NAME")]
     only: Vec<Name>,
-    /// Where to write the figures as JSON
-    #[arg(long, value_name = "FILE", default_value = "target/bench-core.json")]
-    json: PathBuf,
-    /// How long each TCP stream runs, in seconds [default: 5]
+    /// Where to write the figures as JSON [default: target/bench-SUITE.json]
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// How long each TCP stream runs, in seconds [default: 2]
     #[arg(long, value_name = "N")]
     seconds: Option<u64>,
     /// How long gossip loses datagrams, in seconds [default: 300]
     #[arg(long, value_name = "N")]
     loss_seconds: Option<u64>,
-    /// Where ovld and ovlctl are, such as target/release
+    /// Where ovld, ovlctl and ovl-cni are, such as target/release
     #[arg(long, value_name = "DIR")]
     release_dir: Option<PathBuf>,
     /// Everything once and briefly, to see that it works
@@ -37,14 +37,9 @@ pub(crate) struct BenchArgs {
     quick: bool,
 }
 
-#[derive(Clone, Copy, ValueEnum)]
-enum Suite {
-    /// The figures of issue 2
-    Core,
-}
-
 pub(crate) fn bench(args: BenchArgs) -> Result<ExitCode> {
-    let Suite::Core = args.suite;
+    let suite = args.suite;
+    let json = args.json.unwrap_or_else(|| format!("target/bench-{}.json", suite.text()).into());
     let mut plan = if args.quick { Plan::quick() } else { Plan::full() };
     for (seconds, setting) in [(args.seconds, &mut plan.stream), (args.loss_seconds, &mut plan.loss)] {
         if let Some(seconds) = seconds {
@@ -52,5 +47,5 @@ pub(crate) fn bench(args: BenchArgs) -> Result<ExitCode> {
             *setting = Duration::from_secs(seconds);
         }
     }
-    bench::run(Wanted { only: args.only, json: args.json, binaries: args.release_dir, plan })
+    bench::run(Wanted { suite, only: args.only, json, binaries: args.release_dir, plan })
 }

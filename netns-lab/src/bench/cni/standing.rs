@@ -1,0 +1,133 @@
+//! What stands on a host, in numbers: what is counted before and after shows what was left behind.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use netns_lab::{Host, Netns};
+use serde_json::Value;
+
+pub(crate) const VETHS: &str = "veths";
+pub(crate) const DESCRIPTORS: &str = "file descriptors of ovld";
+pub(crate) const NFT: &str = "nft objects and elements";
+
+/// Counts by what is counted.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Standing(BTreeMap<&'static str, i64>);
+
+impl Standing {
+    /// What the kernel has in a host's namespace.
+    pub(crate) fn of_kernel(host: &Netns) -> Result<Self> {
+        let count = |value: Value| value.as_array().map_or(0, Vec::len);
+        let nft = host.exec_ok(["nft", "-j", "list", "ruleset"])?;
+        let nft: Value = serde_json::from_str(&nft).context("`nft -j` gave no JSON")?;
+        Ok(Standing::from([
+            (VETHS, count(host.ip_json(&["link", "show", "type", "veth"])?)),
+            ("links", count(host.ip_json(&["link", "show"])?)),
+            ("addresses of the host", count(host.ip_json(&["address", "show"])?)),
+            ("routes", count(host.ip_json(&["-4", "route", "show", "table", "all"])?)),
+            ("IPv6 routes", count(host.ip_json(&["-6", "route", "show", "table", "all"])?)),
+            ("rules", count(host.ip_json(&["rule", "show"])?)),
+            ("permanent neighbours", count(host.ip_json(&["neigh", "show", "nud", "permanent"])?)),
+            ("FDB entries", count(host.bridge_json(&["fdb", "show"])?)),
+            (NFT, nft_count(&nft)),
+        ]))
+    }
+
+    /// That, and what its daemon has.
+    pub(crate) fn of_host(host: &Host) -> Result<Self> {
+        let endpoints = host.ctl_json(&["endpoints"])?;
+        let pid = host.pid().with_context(|| format!("ovld does not run on {}", host.name()))?;
+        Ok(Standing::of_kernel(host)?
+            .with("endpoints of ovld", endpoints.as_array().map_or(0, Vec::len))
+            .with(DESCRIPTORS, fs::read_dir(format!("/proc/{pid}/fd"))?.count())
+            .with("files of ovld", files_in(&host.state_dir())? + files_in(&host.run_dir())?))
+    }
+
+    /// That, and one count more.
+    pub(crate) fn with(mut self, name: &'static str, count: usize) -> Self {
+        self.0.insert(name, i64::try_from(count).unwrap_or(i64::MAX));
+        self
+    }
+
+    /// What there is more of than before, or (negative) less.
+    pub(crate) fn since(&self, before: &Standing) -> Standing {
+        let names = self.0.keys().chain(before.0.keys());
+        Standing(
+            names
+                .map(|name| (*name, self.get(name) - before.get(name)))
+                .filter(|(_, difference)| *difference != 0)
+                .collect(),
+        )
+    }
+
+    pub(crate) fn get(&self, name: &str) -> i64 {
+        self.0.get(name).copied().unwrap_or(0)
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// As `+2 veths, -1 routes`.
+    pub(crate) fn text(&self) -> String {
+        self.0.iter().map(|(name, count)| format!("{count:+} {name}")).collect::<Vec<_>>().join(", ")
+    }
+}
+
+impl<const N: usize> From<[(&'static str, usize); N]> for Standing {
+    fn from(counts: [(&'static str, usize); N]) -> Self {
+        counts.into_iter().fold(Standing::default(), |standing, (name, count)| standing.with(name, count))
+    }
+}
+
+/// Tables, chains, rules, sets, maps and what is in these.
+fn nft_count(ruleset: &Value) -> usize {
+    let objects = ruleset["nftables"].as_array().into_iter().flatten();
+    let objects = objects.filter_map(Value::as_object).flat_map(|object| object.iter());
+    objects
+        .filter(|(kind, _)| *kind != "metainfo")
+        .map(|(_, object)| 1 + object["elem"].as_array().map_or(0, Vec::len))
+        .sum()
+}
+
+fn files_in(dir: &Path) -> Result<usize> {
+    let mut count = 0;
+    for entry in fs::read_dir(dir).with_context(|| format!("cannot list {}", dir.display()))? {
+        let entry = entry?;
+        count += if entry.file_type()?.is_dir() { files_in(&entry.path())? } else { 1 };
+    }
+    Ok(count)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn differences() {
+        let before = Standing::from([("a", 1), ("b", 2), ("c", 3)]);
+        let after = Standing::from([("a", 1), ("b", 4), ("c", 1), ("d", 1)]);
+        let difference = after.since(&before);
+        assert_eq!(difference.text(), "+2 b, -2 c, +1 d");
+        assert_eq!((difference.get("b"), difference.get("a")), (2, 0));
+        assert!(before.since(&before).is_empty());
+    }
+
+    #[test]
+    fn elements_count() {
+        let ruleset = json!({"nftables": [
+            {"metainfo": {"version": "1.0.6"}},
+            {"table": {"name": "t"}},
+            {"set": {"name": "s", "elem": ["10.0.0.1", "10.0.0.2"]}},
+            {"map": {"name": "m", "elem": [["10.0.0.1", "x"]]}},
+            {"set": {"name": "empty"}},
+            {"rule": {"expr": []}},
+        ]});
+        assert_eq!(nft_count(&ruleset), 8);
+        assert_eq!(nft_count(&json!({})), 0);
+    }
+}
