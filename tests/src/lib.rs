@@ -3,6 +3,7 @@
 
 pub mod cni;
 mod flow;
+pub mod runtime;
 
 use std::time::Duration;
 
