@@ -279,7 +279,8 @@ pub fn run(host: &Host, mut command: Command, input: &[u8]) -> Result<Ran> {
 
 /// The interfaces in a workload, its loopback aside.
 pub fn interfaces(workload: &Workload) -> Result<BTreeSet<String>> {
-    Ok(links(workload)?.filter(|name| name != "lo").collect())
+    // What was taken away has another name until it is swept.
+    Ok(links(workload)?.filter(|name| name != "lo" && !name.starts_with("ovd-")).collect())
 }
 
 fn links(netns: &Netns) -> Result<impl Iterator<Item = String>> {

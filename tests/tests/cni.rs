@@ -22,9 +22,26 @@ fn lab(hosts: usize) -> Lab {
     lab
 }
 
+/// The same, with a routed network.
+fn routed_lab(hosts: usize) -> Lab {
+    let lab = started(hosts).unwrap();
+    make_network(&lab, "pods", &["--mode", "l3", "--subnet", "10.99.0.0/16", "--subnet", "fd99::/48"])
+        .unwrap();
+    lab
+}
+
 #[test]
 fn containers_come_reach_each_other_and_go() {
-    let lab = lab(2);
+    come_and_go(&lab(2), &["ovb-", "ove-"]);
+}
+
+#[test]
+fn containers_of_a_routed_network_come_reach_each_other_and_go() {
+    come_and_go(&routed_lab(2), &["ove-"]);
+}
+
+/// `outside`: what the names of the host's devices in a result begin with.
+fn come_and_go(lab: &Lab, outside: &[&str]) {
     let all: Vec<_> = ["h1", "h2"]
         .into_iter()
         .map(|name| {
@@ -41,14 +58,14 @@ fn containers_come_reach_each_other_and_go() {
         .collect();
     for (host, workload, list, container, result) in &all {
         // What is told is what is so.
-        let inside = &result["interfaces"][2];
+        let inside = &result["interfaces"][outside.len()];
         assert_eq!(
             (&inside["name"], text(&inside["sandbox"]).as_str()),
             (&json!("eth0"), workload.path_str())
         );
         let eth0 = &workload.ip_json(&["link", "show", "eth0"]).unwrap()[0];
         assert_eq!((&eth0["address"], &eth0["mtu"]), (&inside["mac"], &inside["mtu"]));
-        for (at, prefix) in [(0, "ovb-"), (1, "ove-")] {
+        for (at, prefix) in outside.iter().enumerate() {
             let device = &result["interfaces"][at];
             let name = text(&device["name"]);
             assert!(name.starts_with(prefix), "{result}");

@@ -14,7 +14,8 @@ use serde_json::{Value, json};
 /// Hosts with a network of both address families.
 fn lab(hosts: usize) -> Lab {
     let lab = started(hosts).unwrap();
-    make_network(&lab, "pods", &["--subnet", "10.99.0.0/24", "--subnet", "fd99::/64"]).unwrap();
+    make_network(&lab, "pods", &["--mode", "l3", "--subnet", "10.99.0.0/16", "--subnet", "fd99::/48"])
+        .unwrap();
     lab
 }
 

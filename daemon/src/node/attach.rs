@@ -1,6 +1,7 @@
 //! Endpoints of this host: attach, detach, and those that vanish with their namespaces.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::OsStr;
 use std::fs;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
@@ -462,8 +463,14 @@ impl Node {
         let mut endpoints = Vec::new();
         for file in fs::read_dir(&dir).with_context(|| format!("reading {}", dir.display()))? {
             let path = file?.path();
-            if path.extension().is_none_or(|extension| extension != "json") {
-                continue;
+            match path.extension().and_then(OsStr::to_str) {
+                Some("json") => {}
+                // A run that was killed had not finished writing it.
+                Some("new") => {
+                    remove_if_there(&path)?;
+                    continue;
+                }
+                Some(_) | None => continue,
             }
             match fs::read(&path).ok().and_then(|bytes| serde_json::from_slice::<Kept>(&bytes).ok()) {
                 Some(kept) if kept.boot_id == self.boot_id => {

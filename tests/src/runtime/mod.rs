@@ -34,7 +34,7 @@ pub const PORT: u16 = 8080;
 /// A lab of two hosts, and the network that the runtimes' configuration names.
 pub fn lab() -> Result<Lab> {
     let lab = started_with(LabConfig::hosts(2).underlay(Underlay::Dual))?;
-    make_network(&lab, NETWORK, &["--subnet", "10.60.0.0/16", "--subnet", "fd60::/64"])?;
+    make_network(&lab, NETWORK, &["--mode", "l3", "--subnet", "10.60.0.0/16", "--subnet", "fd60::/48"])?;
     Ok(lab)
 }
 
