@@ -133,8 +133,10 @@ pub(crate) struct Goal {
     pub(crate) desired: Kernel,
     /// Whether what should not be there may be removed.
     pub(crate) prune: bool,
-    /// Devices that are left alone: they are being made.
+    /// Devices that are left alone, with all that hangs on them: they are being made.
     pub(crate) ignored: BTreeSet<Device>,
+    /// Neighbours on bridges that come with such devices.
+    pub(crate) expected: BTreeSet<(Device, IpAddr)>,
     /// Whether the difference is applied, or only told.
     pub(crate) apply: bool,
 }

@@ -3,8 +3,11 @@
 
 pub mod cni;
 mod flow;
+pub mod routed;
 pub mod runtime;
 
+use std::sync::Barrier;
+use std::thread;
 use std::time::Duration;
 
 pub use flow::{Flow, FlowReport};
@@ -207,4 +210,25 @@ pub fn text(value: &Value) -> String {
 /// The strings of a JSON array.
 pub fn strings(value: &Value) -> Vec<String> {
     value.as_array().into_iter().flatten().map(text).collect()
+}
+
+/// Runs the closures at the same instant, each in a thread of its own.
+pub fn at_once<T: Send>(work: Vec<impl FnOnce() -> T + Send>) -> Vec<T> {
+    let barrier = Barrier::new(work.len());
+    thread::scope(|scope| {
+        let threads: Vec<_> = work
+            .into_iter()
+            .map(|each| {
+                let barrier = &barrier;
+                scope.spawn(move || {
+                    barrier.wait();
+                    each()
+                })
+            })
+            .collect();
+        threads
+            .into_iter()
+            .map(|thread| thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+            .collect()
+    })
 }

@@ -1,38 +1,15 @@
 //! Addresses and MACs are given out once, and what is asked for is honoured or refused by name.
 
 use std::collections::BTreeSet;
-use std::sync::Barrier;
-use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use netns_lab::{Host, wait_until};
 use ovl_tests::{
-    Attached, SOON, assert_says, attach, attach_workload, peer, ping_all_pairs, refused, rows, started,
-    strings, text, wait_clean, wait_endpoints, wait_network, wait_problem,
+    Attached, SOON, assert_says, at_once, attach, attach_workload, peer, ping_all_pairs, refused, rows,
+    started, strings, text, wait_clean, wait_endpoints, wait_network, wait_problem,
 };
 use serde_json::Value;
-
-/// Runs the closures at the same instant, each in a thread of its own.
-fn at_once<T: Send>(work: Vec<impl FnOnce() -> T + Send>) -> Vec<T> {
-    let barrier = Barrier::new(work.len());
-    thread::scope(|scope| {
-        let threads: Vec<_> = work
-            .into_iter()
-            .map(|each| {
-                let barrier = &barrier;
-                scope.spawn(move || {
-                    barrier.wait();
-                    each()
-                })
-            })
-            .collect();
-        threads
-            .into_iter()
-            .map(|thread| thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
-            .collect()
-    })
-}
 
 /// Waits until all hosts list the same networks, so many of them, and gives them.
 fn agreed_networks(hosts: &[Host], count: usize) -> Result<Vec<Value>> {

@@ -2,11 +2,11 @@
 
 use std::collections::HashMap;
 
-use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
+use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
 use netlink_packet_route::link::LinkAttribute;
-use nix::libc::{EACCES, EADDRINUSE, EADDRNOTAVAIL, EEXIST, ENODEV, ENOENT, EOPNOTSUPP, ESRCH};
+use nix::libc::{EACCES, EADDRINUSE, EADDRNOTAVAIL, EEXIST, EINVAL, ENODEV, ENOENT, EOPNOTSUPP, ESRCH};
 use ovl_core::device::{Device, Role};
-use ovl_core::kernel::Link;
+use ovl_core::kernel::{Link, METRIC};
 use ovl_core::op::Op;
 use ovl_proto::id::Mac;
 
@@ -106,6 +106,7 @@ pub(super) fn is_entry(op: &Op) -> bool {
 pub(super) fn entries(route: &mut Route, devices: &mut Devices, ops: &[Op]) -> Result<Vec<Result<()>>> {
     devices.find(route, ops.iter().filter_map(Op::device))?;
     let mut batch = Batch::default();
+    let mut asked = Vec::new();
     // What is not in the batch has its result already.
     let mut results: Vec<Option<Result<()>>> = Vec::with_capacity(ops.len());
     for op in ops {
@@ -114,6 +115,7 @@ pub(super) fn entries(route: &mut Route, devices: &mut Devices, ops: &[Op]) -> R
             Some(Ok(located)) => {
                 if let Some((message, flags)) = message::entry(op, located.index) {
                     batch.push(message, flags);
+                    asked.push((op, located.index));
                 }
                 None
             }
@@ -123,18 +125,59 @@ pub(super) fn entries(route: &mut Route, devices: &mut Devices, ops: &[Op]) -> R
             None => {
                 if let Some((message, flags)) = message::entry(op, 0) {
                     batch.push(message, flags);
+                    asked.push((op, 0));
                 }
                 None
             }
         });
     }
-    let (sent, _) = route.execute(batch)?;
+    let (mut sent, _) = route.execute(batch)?;
+    change_routes(route, &asked, &mut sent)?;
     let mut sent = sent.into_iter();
     Ok(ops
         .iter()
         .zip(results)
         .map(|(op, result)| result.unwrap_or_else(|| verdict(route, op, sent.next().unwrap_or(Ok(())))))
         .collect())
+}
+
+/// Routes to destinations that have one: ours are replaced, and nobody else's.
+fn change_routes(
+    route: &mut Route,
+    asked: &[(&Op, u32)],
+    results: &mut [std::result::Result<(), Refusal>],
+) -> Result<()> {
+    let mut again = Vec::new();
+    for ((op, index), result) in asked.iter().zip(results.iter_mut()) {
+        if let (Op::SetRoute(to, _), Err(Refusal { errno: EEXIST | EINVAL, .. })) = (op, &*result) {
+            again.push((*op, *to, *index, result));
+        }
+    }
+    if again.is_empty() {
+        return Ok(());
+    }
+    let ours = dump::routes(route, &HashMap::new())?;
+    again.retain(|(_, to, _, _)| ours.contains_key(to));
+    let mut batch = Batch::default();
+    for (op, to, index, result) in &again {
+        // A next hop inside of its own destination: what leads there elsewhere has to go first.
+        let blocked = matches!(result, Err(Refusal { errno: EINVAL, .. }));
+        if let Some((message, flags)) = message::entry(&Op::DelRoute(*to), *index).filter(|_| blocked) {
+            batch.push(message, flags);
+        }
+        if let Some((message, _)) = message::entry(op, *index) {
+            batch.push(message, NLM_F_CREATE | NLM_F_REPLACE);
+        }
+    }
+    let (sent, _) = route.execute(batch)?;
+    let mut sent = sent.into_iter();
+    for (_, _, _, result) in again {
+        if matches!(result, Err(Refusal { errno: EINVAL, .. })) {
+            sent.next();
+        }
+        *result = sent.next().unwrap_or(Ok(()));
+    }
+    Ok(())
 }
 
 fn takes_away(op: &Op) -> bool {
@@ -157,6 +200,9 @@ fn verdict(route: &mut Route, op: &Op, result: Result<(), Refusal>) -> Result<()
         // No port of a bridge any more: its entries went with that.
         (Op::DelPort(..), EOPNOTSUPP) => Ok(()),
         (Op::AddFlood(..) | Op::AddAddress(..), EEXIST) => Ok(()),
+        (Op::SetRoute(to, _), EEXIST) => Err(KernelError::Other(format!(
+            "somebody else has a route to {to} with metric {METRIC}, and ovl leaves it alone: give it another metric"
+        ))),
         (Op::AddAddress(device, net), EACCES) if net.addr().is_ipv6() => {
             // The host turns IPv6 off on new devices; this one needs it.
             let again = super::sysctl::allow_v6(device.as_str()).is_ok();

@@ -1,6 +1,6 @@
 //! All of ours that is in the kernel.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
 
 use ipnet::IpNet;
@@ -10,7 +10,7 @@ use netlink_packet_route::neighbour::NeighbourMessage;
 use netlink_packet_route::route::{RouteMessage, RouteProtocol};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use ovl_core::device::{Device, Role};
-use ovl_core::kernel::{Kernel, PROTOCOL};
+use ovl_core::kernel::{Hop, Kernel, PROTOCOL};
 
 use super::Underlay;
 use super::attribute::{attributes, ip, u8_at};
@@ -58,16 +58,7 @@ pub(super) fn kernel(route: &mut Route) -> Result<(Kernel, Names)> {
             }
         }
     }
-    for family in [AddressFamily::Inet, AddressFamily::Inet6] {
-        let mut message = RouteMessage::default();
-        message.header.address_family = family;
-        // Hosts may have the whole internet's: the kernel picks out ours.
-        message.header.protocol = RouteProtocol::Other(PROTOCOL);
-        let dump = route.dump(&RouteNetlinkMessage::GetRoute(message))?;
-        for message in dump.messages().filter(|message| message.kind == RTM_NEWROUTE) {
-            kernel.routes.extend(fact::route(message.payload, &names.ours));
-        }
-    }
+    kernel.routes = routes(route, &names.ours)?;
     for name in sysctl::WATCHED {
         if let Some(value) = sysctl::read(name) {
             kernel.sysctls.insert(name.to_owned(), value);
@@ -150,6 +141,22 @@ pub(super) fn way_to(route: &mut Route, address: IpAddr) -> Result<Option<u32>> 
     batch.push(message::get_route(address), 0);
     let (_, answers) = route.execute(batch)?;
     Ok(answers.first().and_then(|answer| destination_device(&answer.payload)))
+}
+
+/// The routes that are ours.
+pub(super) fn routes(route: &mut Route, ours: &HashMap<u32, Device>) -> Result<BTreeMap<IpNet, Hop>> {
+    let mut routes = BTreeMap::new();
+    for family in [AddressFamily::Inet, AddressFamily::Inet6] {
+        let mut message = RouteMessage::default();
+        message.header.address_family = family;
+        // Hosts may have the whole internet's: the kernel picks out ours.
+        message.header.protocol = RouteProtocol::Other(PROTOCOL);
+        let dump = route.dump(&RouteNetlinkMessage::GetRoute(message))?;
+        for message in dump.messages().filter(|message| message.kind == RTM_NEWROUTE) {
+            routes.extend(fact::route(message.payload, ours));
+        }
+    }
+    Ok(routes)
 }
 
 /// Prefixes of addresses and of routes, those of our devices and those that every host has aside.

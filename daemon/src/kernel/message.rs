@@ -4,7 +4,7 @@ use std::net::IpAddr;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
 use ipnet::IpNet;
-use netlink_packet_core::{NLM_F_APPEND, NLM_F_CREATE, NLM_F_REPLACE};
+use netlink_packet_core::{NLM_F_APPEND, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
 use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressMessage, AddressScope};
 use netlink_packet_route::link::{
     AfSpecInet6, AfSpecUnspec, BridgeStpState, In6AddrGenMode, InfoBridge, InfoBridgePort, InfoData,
@@ -59,7 +59,10 @@ pub(super) fn entry(op: &Op, index: u32) -> Option<(RouteNetlinkMessage, u16)> {
         Op::DelPort(_, mac) => (del(port_entry(index, *mac)), 0),
         Op::SetNeighbour(_, address, mac) => (permanent_neighbour(index, *address, *mac), PUT),
         Op::DelNeighbour(_, address) => (del(neighbour(index, *address)), 0),
-        Op::SetRoute(to, hop) => (RouteNetlinkMessage::NewRoute(route(*to, Some((hop, index)))), PUT),
+        // Not `PUT`: that would replace somebody else's of the same destination and metric.
+        Op::SetRoute(to, hop) => {
+            (RouteNetlinkMessage::NewRoute(route(*to, Some((hop, index)))), NLM_F_CREATE | NLM_F_EXCL)
+        }
         Op::DelRoute(to) => (RouteNetlinkMessage::DelRoute(route(*to, None)), 0),
         Op::Sysctl { .. }
         | Op::Filter(_)

@@ -174,6 +174,8 @@ impl Worker {
         let mut actual = self.dump()?;
         actual.links.retain(|device, _| !goal.ignored.contains(device));
         actual.ports.retain(|(device, _)| !goal.ignored.contains(device));
+        actual.routes.retain(|_, hop| hop.device.is_none_or(|device| !goal.ignored.contains(&device)));
+        actual.neighbours.retain(|key, _| !goal.ignored.contains(&key.0) && !goal.expected.contains(key));
         let ops = diff(&actual, &goal.desired, goal.prune);
         let lost = lost_endpoints(&actual, &goal.desired).collect();
         let outcomes = if goal.apply {

@@ -8,6 +8,7 @@
 //! compares with the very state that all earlier work left.
 
 use std::collections::BTreeSet;
+use std::net::IpAddr;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -18,6 +19,7 @@ use ovl_core::kernel::Kernel;
 use ovl_core::op::Op;
 use ovl_core::touched;
 use ovl_proto::id::NetworkId;
+use ovl_proto::object::{Backend, Mode, Network};
 
 use tokio::time::Instant;
 
@@ -145,8 +147,9 @@ impl Node {
     /// Compares everything with a dump, and repairs it.
     pub(super) async fn whole_pass(&self) {
         let drift = std::mem::take(&mut self.state.borrow_mut().dirty.drift);
-        let (desired, prune, ignored) = self.plan_all();
-        let pass = match self.kernel.reconcile(Goal { desired, prune, ignored, apply: true }).await {
+        let (desired, prune, ignored, expected) = self.plan_all();
+        let pass = match self.kernel.reconcile(Goal { desired, prune, ignored, expected, apply: true }).await
+        {
             Ok(pass) => pass,
             Err(error) => {
                 let sentence = format!("the kernel's state cannot be read: {error}");
@@ -184,8 +187,9 @@ impl Node {
         }
     }
 
-    /// All that should be, whether things may be removed, and which devices are being made.
-    pub(super) fn plan_all(&self) -> (Kernel, bool, BTreeSet<Device>) {
+    /// All that should be, whether things may be removed, and which devices and neighbours are being
+    /// made.
+    pub(super) fn plan_all(&self) -> (Kernel, bool, BTreeSet<Device>, BTreeSet<(Device, IpAddr)>) {
         let mut guard = self.state.borrow_mut();
         let state = &mut *guard;
         state.dirty.full = false;
@@ -203,7 +207,7 @@ impl Node {
                 state.applied.insert(network, part);
             }
         }
-        (all, state.caught_up, state.pending.devices.clone())
+        (all, state.caught_up, state.pending.devices.clone(), expected(state))
     }
 
     /// Counts operations and keeps those that were refused; says the first refusal that an attach of
@@ -251,32 +255,44 @@ impl Node {
     pub(super) fn on_kernel(self: &Rc<Self>, event: KernelEvent) {
         match event {
             KernelEvent::EndpointGone(device) => self.lost([device]),
-            KernelEvent::Changed | KernelEvent::Overrun | KernelEvent::FilterChanged => {
-                let mut state = self.state.borrow_mut();
-                state.dirty.drift = true;
-                if state.dirty.full {
-                    return;
+            KernelEvent::Changed | KernelEvent::Overrun | KernelEvent::FilterChanged => self.look_soon(),
+            KernelEvent::Underlay => {
+                self.underlay.notify_one();
+                // With a link that goes down the kernel drops the routes by it, and says nothing.
+                let direct =
+                    |network: &Network| network.mode == Mode::L3 && network.backend != Backend::Vxlan;
+                let routes = self.state.borrow().view.networks.values().any(|found| direct(&found.network));
+                if routes {
+                    self.look_soon();
                 }
-                state.dirty.full = true;
-                let node = Rc::clone(self);
-                tokio::task::spawn_local(async move {
-                    tokio::time::sleep(SETTLE).await;
-                    node.work.notify_one();
-                });
             }
-            KernelEvent::Underlay => self.underlay.notify_one(),
         }
+    }
+
+    /// Somebody may have changed what is ours.
+    fn look_soon(self: &Rc<Self>) {
+        let mut state = self.state.borrow_mut();
+        state.dirty.drift = true;
+        if state.dirty.full {
+            return;
+        }
+        state.dirty.full = true;
+        let node = Rc::clone(self);
+        tokio::task::spawn_local(async move {
+            tokio::time::sleep(SETTLE).await;
+            node.work.notify_one();
+        });
     }
 
     /// What the loop would do now, and endpoints whose host's ends are missing.
     pub(super) async fn compare(&self) -> Result<(Vec<Op>, Vec<Device>), super::Failed> {
-        let (desired, ignored) = {
+        let (desired, ignored, expected) = {
             let state = self.state.borrow();
-            (desired::desired(&state.view, &state.local), state.pending.devices.clone())
+            (desired::desired(&state.view, &state.local), state.pending.devices.clone(), expected(&state))
         };
         let pass = self
             .kernel
-            .reconcile(Goal { desired, prune: true, ignored, apply: false })
+            .reconcile(Goal { desired, prune: true, ignored, expected, apply: false })
             .await
             .map_err(super::Failed::from)?;
         Ok((pass.outcomes.into_iter().map(|outcome| outcome.op).collect(), pass.lost))
@@ -308,4 +324,10 @@ fn broken_network(op: &Op) -> Option<NetworkId> {
         | Op::SetRoute(..)
         | Op::DelRoute(_) => None,
     }
+}
+
+/// The neighbours that attaches under way have set or are about to.
+fn expected(state: &State) -> BTreeSet<(Device, IpAddr)> {
+    let pending = &state.pending.addresses;
+    pending.iter().map(|(network, address)| (Device::bridge(*network), *address)).collect()
 }

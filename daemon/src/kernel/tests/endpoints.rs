@@ -185,6 +185,7 @@ fn a_pass_leaves_alone_what_is_being_made_and_can_be_a_plan() {
             desired: desired.clone(),
             prune: true,
             ignored: ignored.iter().copied().collect(),
+            expected: Default::default(),
             apply,
         };
         let pass = lab.kernel.reconcile(goal(&[endpoint(30)], true)).await.expect("pass");
@@ -196,7 +197,13 @@ fn a_pass_leaves_alone_what_is_being_made_and_can_be_a_plan() {
         }
         let mut wanted = desired.clone();
         add_endpoint(&mut wanted, 31);
-        let goal = Goal { desired: wanted, prune: true, ignored: Default::default(), apply: true };
+        let goal = Goal {
+            desired: wanted,
+            prune: true,
+            ignored: Default::default(),
+            expected: Default::default(),
+            apply: true,
+        };
         assert_eq!(lab.kernel.reconcile(goal).await.expect("pass").lost, [endpoint(31)]);
     });
 }
