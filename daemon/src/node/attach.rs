@@ -501,7 +501,9 @@ impl Node {
         let removed = async {
             let links = self.kernel.dump().await?.links.into_keys();
             let ends = links.filter(|device| matches!(device.role(), Some(Role::Endpoint(_))));
-            self.kernel.delete_links(ends.filter(|device| !is_kept(device)).collect()).await
+            self.kernel.delete_links(ends.filter(|device| !is_kept(device)).collect()).await?;
+            // A detach that was cut short may have left the other end as it was.
+            self.kernel.sweep().await
         };
         // The loop tries again once gossip has caught up.
         if let Err(error) = removed.await {
