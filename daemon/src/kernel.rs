@@ -108,6 +108,17 @@ pub(crate) enum HostEnd {
     },
 }
 
+/// An endpoint that was made.
+#[derive(Debug)]
+pub(crate) struct Made {
+    /// The name of the other end.
+    pub(crate) ifname: String,
+    /// Of both ends, in bytes.
+    pub(crate) mtu: u16,
+    /// Of the default routes that were set.
+    pub(crate) gateways: Vec<IpAddr>,
+}
+
 /// An endpoint that goes.
 #[derive(Debug)]
 pub(crate) struct Retired {
@@ -213,13 +224,13 @@ impl KernelHandle {
         self.ask(|reply| Request::Apply(ops, reply)).await.unwrap_or_else(|error| failed(asked, &error))
     }
 
-    /// Makes an endpoint's pair, all or nothing, and gives the name of the other end. Operations on
+    /// Makes an endpoint's pair, all or nothing. Operations on
     /// the pair's device are done after that, and not at all if it failed; all others before.
     pub(crate) async fn prepare_and_create(
         &self,
         ops: Vec<Op>,
         spec: EndpointSpec,
-    ) -> (Vec<Outcome>, Result<String>) {
+    ) -> (Vec<Outcome>, Result<Made>) {
         let asked = ops.clone();
         match self.ask(|reply| Request::Create(ops, Box::new(spec), reply)).await {
             Ok(answer) => answer,

@@ -19,7 +19,7 @@ use super::message::{self, Outer, Target};
 use super::netns::Visitor;
 use super::socket::{Batch, Refusal, Route};
 use super::sysctl;
-use super::{EndpointSpec, HostEnd};
+use super::{EndpointSpec, HostEnd, Made};
 
 /// The kernel puts the first free number in.
 const ANY_NAME: &str = "eth%d";
@@ -32,8 +32,7 @@ pub(super) const LOOPBACK: u32 = 1;
 pub(super) struct Created {
     pub(super) index: u32,
     pub(super) link: Link,
-    /// The name of the other end.
-    pub(super) ifname: String,
+    pub(super) made: Made,
 }
 
 /// Makes the pair.
@@ -92,13 +91,15 @@ pub(super) fn create(
         (None, None) => Err(KernelError::NoDevice(device)),
     };
     match done {
-        Ok((located, ifname)) => {
+        Ok((located, ifname, gateways)) => {
             devices.add(device, located);
-            // Asking is for the effect: the kernel brings a port that has just got its carrier into
-            // use before it answers, and else whenever it gets round to that.
-            let _ = route.request(message::get_link_at(located.index), 0)?;
+            if bridge.is_some() {
+                // Asking is for the effect: the kernel brings a port that has just got its carrier
+                // into use before it answers, and else whenever it gets round to that.
+                let _ = route.request(message::get_link_at(located.index), 0)?;
+            }
             let link = Link::Endpoint { mtu, master: bridge, up: true, tuned: bridge.is_some() };
-            Ok(Created { index: located.index, link, ifname })
+            Ok(Created { index: located.index, link, made: Made { ifname, mtu, gateways } })
         }
         Err(error) => {
             // With its one end the other goes too.
@@ -124,15 +125,17 @@ fn finish(
     inside: Inside,
     visitor: &mut Visitor,
     netns: OwnedFd,
-) -> Result<(Located, String)> {
+) -> Result<(Located, String, Vec<IpAddr>)> {
     let peer =
         view.peer.ok_or_else(|| KernelError::Other("the kernel does not tell the other end".to_owned()))?;
-    let ifname = visitor.visit(netns, move |route| configure(route, peer, inside))?;
-    Ok((Located { index: view.index, peer: view.peer, peer_netns: view.peer_netns }, ifname))
+    let (ifname, gateways) = visitor.visit(netns, move |route| configure(route, peer, inside))?;
+    let located = Located { index: view.index, peer: view.peer, peer_netns: view.peer_netns };
+    Ok((located, ifname, gateways))
 }
 
-/// Inside of the namespace: addresses, and default routes where there are none.
-fn configure(route: &mut Route, index: u32, inside: Inside) -> Result<String> {
+/// Inside of the namespace: addresses, and default routes where there are none. Gives the
+/// interface's name and the gateways of these routes.
+fn configure(route: &mut Route, index: u32, inside: Inside) -> Result<(String, Vec<IpAddr>)> {
     let mut batch = Batch::default();
     batch.push(message::set_up(Target::Index(LOOPBACK), true), 0);
     batch.push(message::set_up(Target::Index(index), true), 0);
@@ -160,6 +163,7 @@ fn configure(route: &mut Route, index: u32, inside: Inside) -> Result<String> {
     if let HostEnd::Routed { mac, routes } = inside.host_end {
         reach_gateways(route, index, &ifname, mac, &routes)?;
     }
+    let mut gateways = Vec::new();
     for gateway in inside.gateways {
         if has_default_route(route, message::family(gateway))? {
             continue;
@@ -169,8 +173,9 @@ fn configure(route: &mut Route, index: u32, inside: Inside) -> Result<String> {
                 refusal.into_error(format!("cannot set the default route via {gateway} in the namespace"))
             },
         )?;
+        gateways.push(gateway);
     }
-    Ok(ifname)
+    Ok((ifname, gateways))
 }
 
 /// The gateways are on the other end of the pair, and what is routed is behind them.

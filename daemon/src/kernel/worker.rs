@@ -24,7 +24,7 @@ use super::netns::{self, Netns, Visitor};
 use super::outbox::Outbox;
 use super::socket::Route;
 use super::sweep::{self, Sweeper};
-use super::{EndpointSpec, Goal, HostEnd, KernelEvent, Outcome, Pass, Retired, Underlay};
+use super::{EndpointSpec, Goal, HostEnd, KernelEvent, Made, Outcome, Pass, Retired, Underlay};
 use super::{dump, endpoint, inspect, sysctl};
 
 /// So many entries go to the kernel at once.
@@ -36,7 +36,7 @@ pub(super) enum Request {
     Dump(oneshot::Sender<Result<Kernel>>),
     Reconcile(Box<Goal>, oneshot::Sender<Result<Pass>>),
     Apply(Vec<Op>, oneshot::Sender<Vec<Outcome>>),
-    Create(Vec<Op>, Box<EndpointSpec>, oneshot::Sender<(Vec<Outcome>, Result<String>)>),
+    Create(Vec<Op>, Box<EndpointSpec>, oneshot::Sender<(Vec<Outcome>, Result<Made>)>),
     Inspect(Netns, String, oneshot::Sender<Result<Option<Inside>>>),
     Delete(Vec<Device>, oneshot::Sender<Result<()>>),
     Underlay(IpAddr, oneshot::Sender<Result<Underlay>>),
@@ -296,7 +296,7 @@ impl Worker {
         }
     }
 
-    fn create(&mut self, ops: Vec<Op>, spec: EndpointSpec) -> (Vec<Outcome>, Result<String>) {
+    fn create(&mut self, ops: Vec<Op>, spec: EndpointSpec) -> (Vec<Outcome>, Result<Made>) {
         let device = spec.device;
         let (after, before): (Vec<Op>, Vec<Op>) = ops.into_iter().partition(|op| op.device() == Some(device));
         let mut devices = Devices::default();
@@ -312,7 +312,7 @@ impl Worker {
             Ok(created) => {
                 self.known.created(created.index, device, created.link);
                 outcomes.extend(self.carry_out(after, &mut devices));
-                Ok(created.ifname)
+                Ok(created.made)
             }
             Err(error) => {
                 outcomes.extend(after.into_iter().map(|op| Outcome { op, result: Err(error.clone()) }));

@@ -26,7 +26,7 @@ use super::addresses::Reserved;
 use super::state::LocalEndpoint;
 use super::{Failed, Node, random, remove_if_there};
 use crate::config::{MAX_NAME, is_name_within};
-use crate::kernel::{EndpointSpec, HostEnd, Retired, open_netns};
+use crate::kernel::{EndpointSpec, HostEnd, Made, Retired, open_netns};
 
 /// What is kept of an endpoint while the kernel runs: a daemon that is started anew finds it here.
 #[derive(Debug, Serialize, Deserialize)]
@@ -83,15 +83,15 @@ impl Drop for Place<'_> {
 impl Node {
     /// Makes an endpoint; returns when the kernel holds it and all peers were told.
     pub(super) async fn attach(&self, request: Attach) -> Result<EndpointInfo, Failed> {
-        self.attach_for(request, None).await
+        self.attach_for(request, None).await.map(|(endpoint, _)| endpoint)
     }
 
-    /// The same for a container runtime, or for nobody in particular.
+    /// The same for a container runtime, or for nobody in particular; tells also what was made.
     pub(super) async fn attach_for(
         &self,
         request: Attach,
         cni: Option<Attachment>,
-    ) -> Result<EndpointInfo, Failed> {
+    ) -> Result<(EndpointInfo, Made), Failed> {
         let network = self.check_attach(&request, if cni.is_some() { cni::MAX_NAME } else { MAX_NAME })?;
         let path = netns_path(&request.netns);
         let netns = open_netns(&path).map_err(Failed::from)?;
@@ -137,8 +137,8 @@ impl Node {
         };
         let (outcomes, made) = self.kernel.prepare_and_create(ops, spec).await;
         let refused = self.note_outcomes(&outcomes, Some((network.id, place.device)));
-        let ifname = match (made, refused) {
-            (Ok(ifname), None) => ifname,
+        let made = match (made, refused) {
+            (Ok(made), None) => made,
             (made, refused) => {
                 if made.is_ok() {
                     self.kernel.delete_links(vec![place.device]).await.map_err(Failed::from)?;
@@ -150,12 +150,12 @@ impl Node {
                 )));
             }
         };
-        let local = LocalEndpoint { ifname, netns: path, cni };
+        let local = LocalEndpoint { ifname: made.ifname.clone(), netns: path, cni };
         if let Err(error) = self.keep_endpoint(&endpoint, &local) {
             self.kernel.delete_links(vec![place.device]).await.map_err(Failed::from)?;
             return Err(Failed::internal(format!("{error:#}")));
         }
-        self.commit(endpoint, local, part)
+        Ok((self.commit(endpoint, local, part)?, made))
     }
 
     /// The endpoint is in the kernel: from here on it counts.

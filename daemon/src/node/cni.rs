@@ -18,7 +18,7 @@ use serde_json::Value;
 pub(super) use self::alone::Containers;
 use super::peers::UNREACHABLE;
 use super::{Failed, Node};
-use crate::kernel::{KernelError, Netns, open_netns, port_mac};
+use crate::kernel::{self, KernelError, Netns, open_netns, port_mac};
 
 impl Node {
     /// Does what a runtime asks for, and gives what the plugin prints.
@@ -61,18 +61,9 @@ impl Node {
             namespace: add.namespace.clone(),
             labels: add.labels.clone(),
         };
-        let made = self.attach_for(request, Some(add.attachment.clone())).await.map_err(explain)?;
-        let why = match self.inside(&add.netns, &add.attachment.ifname).await {
-            Ok(Some(inside)) => return Ok(render(add, &network, &made, &inside)),
-            Ok(None) => {
-                let details = format!("somebody removed {} at once", add.attachment.ifname);
-                error(code::KERNEL, "the interface is gone", details)
-            }
-            Err(why) => why,
-        };
-        // The runtime takes it away as well; but it was told of nothing.
-        self.cni_take_away(&add.attachment).await?;
-        Err(why)
+        let (endpoint, made) =
+            self.attach_for(request, Some(add.attachment.clone())).await.map_err(explain)?;
+        Ok(render(add, &network, &endpoint, made))
     }
 
     async fn cni_del(&self, attachment: &Attachment) -> Result<(), CniError> {
@@ -222,7 +213,7 @@ impl Node {
 }
 
 /// The result of an `ADD`.
-fn render(add: &Add, network: &Network, made: &EndpointInfo, inside: &Inside) -> Value {
+fn render(add: &Add, network: &Network, endpoint: &EndpointInfo, made: kernel::Made) -> Value {
     let host = |device: Device, mac: Mac| (device.to_string(), mac);
     let bridge =
         (network.mode == Mode::L2).then(|| host(Device::bridge(network.id), Mac::of_gateway(network.id)));
@@ -230,12 +221,19 @@ fn render(add: &Add, network: &Network, made: &EndpointInfo, inside: &Inside) ->
         Mode::L2 => port_mac(device),
         Mode::L3 => Mac::of_gateway(network.id),
     };
-    let end = made.device.as_deref().and_then(Device::new).map(|device| host(device, end_mac(device)));
+    let end = endpoint.device.as_deref().and_then(Device::new).map(|device| host(device, end_mac(device)));
     let gateway = |net: &IpNet| ipam::gateway_on(network, net.addr()).filter(|_| !network.internal);
+    let inside = Inside {
+        mac: endpoint.mac,
+        mtu: made.mtu.into(),
+        up: true,
+        addresses: endpoint.addresses.clone(),
+        gateways: made.gateways,
+    };
     let made = Made {
         host: bridge.into_iter().chain(end).collect(),
-        inside,
-        addresses: made.addresses.iter().map(|net| (*net, gateway(net))).collect(),
+        inside: &inside,
+        addresses: endpoint.addresses.iter().map(|net| (*net, gateway(net))).collect(),
     };
     cni::render(add, &made)
 }

@@ -26,7 +26,7 @@ fn an_endpoint_talks() {
             Op::SetNeighbour(bridge(), ip("fd00:1::1e"), mac(30)),
         ];
         let (outcomes, ifname) = lab.kernel.prepare_and_create(ops, container.spec(30)).await;
-        assert_eq!(ifname.as_deref(), Ok("eth0"));
+        assert_eq!(ifname.map(|made| made.ifname).as_deref(), Ok("eth0"));
         assert!(outcomes.iter().all(|outcome| outcome.result.is_ok()), "{outcomes:?}");
         add_endpoint(&mut wanted, 30);
         lab.assert_settled(&wanted).await;

@@ -59,7 +59,7 @@ impl Lab {
 
     /// Makes an endpoint's pair and nothing else.
     pub(super) async fn create(&self, spec: EndpointSpec) -> Result<String> {
-        self.kernel.prepare_and_create(Vec::new(), spec).await.1
+        self.kernel.prepare_and_create(Vec::new(), spec).await.1.map(|made| made.ifname)
     }
 
     /// One pass of the loop; gives what it did.
