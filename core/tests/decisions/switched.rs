@@ -1,99 +1,17 @@
 //! What the kernel should hold, as the commands that would make it: a view goes in, text comes out.
-#![cfg(test)]
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
-use ipnet::IpNet;
 use ovl_core::desired::{desired, network_mtu};
 use ovl_core::diff::diff;
 use ovl_core::ipam;
 use ovl_core::kernel::Kernel;
-use ovl_core::table::Table;
-use ovl_core::view::{Local, NetworkState, Node, View};
-use ovl_proto::alloc::{AllocMap, Block};
-use ovl_proto::clock::Stamp;
+use ovl_core::view::{Local, View};
 use ovl_proto::control::PeerState;
-use ovl_proto::id::{EndpointId, NetworkId, NodeId};
-use ovl_proto::object::{Backend, Driver, Mode, Network};
-use ovl_proto::record::{NodeRecord, Presence, Signature};
-use ovl_proto::table::{Endpoint, Entry};
+use ovl_proto::id::EndpointId;
+use ovl_proto::table::Entry;
 
-const NET: NetworkId = NetworkId([0; 5]);
-
-fn id(n: u8) -> NodeId {
-    NodeId([n; 10])
-}
-
-fn node(n: u8) -> Node {
-    Node {
-        record: NodeRecord {
-            id: id(n),
-            public_key: [n; 32],
-            name: format!("h{n}"),
-            generation: 1,
-            revision: 1,
-            cluster: 1,
-            address: ([192, 168, 77, n], 7940).into(),
-            vtep: [192, 168, 77, n].into(),
-            vxlan_port: 4789,
-            link_mtu: 1500,
-            presence: Presence::Running,
-            version: "0".to_owned(),
-        },
-        state: PeerState::Alive,
-        table: Table::new(id(n)),
-    }
-}
-
-/// Hosts h1 to h3, of which h1 looks; one network of which host n holds the block 10.9.0.8n/29.
-fn view() -> View {
-    let subnet = ipam::new_subnet("10.9.0.0/24".parse().unwrap()).unwrap();
-    let network = Network {
-        id: NET,
-        name: "blue".to_owned(),
-        created: Stamp::default(),
-        driver: Driver::Overlay,
-        mode: Mode::L2,
-        vni: 5000,
-        subnets: vec![subnet],
-        mtu: None,
-        encrypted: false,
-        internal: false,
-        backend: Backend::Vxlan,
-    };
-    let block = |n: u8| Block { network: NET, prefix: format!("10.9.0.{}/29", 8 * n).parse().unwrap() };
-    View {
-        me: id(1),
-        nodes: (1..=3).map(|n| (id(n), node(n))).collect(),
-        networks: BTreeMap::from([(NET, NetworkState { network, removing: false })]),
-        alloc: AllocMap {
-            cluster: 1,
-            version: 1,
-            members: (1..=3).map(id).collect(),
-            previous_members: BTreeSet::new(),
-            forgotten: BTreeSet::new(),
-            blocks: (1..=3).map(|n| (block(n), id(n))).collect(),
-        },
-    }
-}
-
-fn endpoint(n: u8, address: &str) -> Entry {
-    let net: IpNet = address.parse().unwrap();
-    Entry::Endpoint(Endpoint {
-        id: EndpointId([n; 5]),
-        name: format!("w{n}"),
-        namespace: "default".to_owned(),
-        network: NET,
-        mac: ipam::mac_of(NET, net.addr()),
-        addresses: vec![net],
-        aliases: vec![],
-        labels: BTreeMap::new(),
-    })
-}
-
-fn give(view: &mut View, n: u8, entries: Vec<Entry>) {
-    view.nodes.get_mut(&id(n)).unwrap().table.write(1, entries, vec![], |_| Signature([0; 64]));
-}
+use super::world::{NET, endpoint, give, id, switched};
 
 fn local() -> Local {
     Local { masquerade: true, ..Local::default() }
@@ -110,14 +28,14 @@ fn commands(view: &View) -> Vec<String> {
 
 #[test]
 fn a_network_without_an_endpoint_here_is_not_built() {
-    let mut view = view();
+    let mut view = switched();
     give(&mut view, 2, vec![endpoint(2, "10.9.0.17/24")]);
     assert_eq!(desired(&view, &local()), Kernel::default());
 }
 
 #[test]
 fn a_network_with_endpoints_here_and_there() {
-    let mut view = view();
+    let mut view = switched();
     give(&mut view, 1, vec![endpoint(1, "10.9.0.9/24")]);
     give(&mut view, 2, vec![endpoint(2, "10.9.0.17/24")]);
     assert_eq!(
@@ -139,7 +57,7 @@ fn a_network_with_endpoints_here_and_there() {
 
 #[test]
 fn floods_go_only_to_hosts_with_endpoints_there() {
-    let mut view = view();
+    let mut view = switched();
     give(&mut view, 1, vec![endpoint(1, "10.9.0.9/24")]);
     give(&mut view, 3, vec![endpoint(3, "10.9.0.25/24")]);
     let floods: Vec<String> =
@@ -149,7 +67,7 @@ fn floods_go_only_to_hosts_with_endpoints_there() {
 
 #[test]
 fn only_members_that_are_there_count() {
-    let mut view = view();
+    let mut view = switched();
     give(&mut view, 1, vec![endpoint(1, "10.9.0.9/24")]);
     give(&mut view, 2, vec![endpoint(2, "10.9.0.17/24")]);
     let remotes = |view: &View| desired(view, &local()).remotes.len();
@@ -166,7 +84,7 @@ fn only_members_that_are_there_count() {
 
 #[test]
 fn an_address_of_another_hosts_block_does_not_count_without_a_lease() {
-    let mut view = view();
+    let mut view = switched();
     give(&mut view, 1, vec![endpoint(1, "10.9.0.9/24")]);
     give(&mut view, 2, vec![endpoint(2, "10.9.0.26/24")]);
     assert!(desired(&view, &local()).remotes.is_empty());
@@ -177,7 +95,7 @@ fn an_address_of_another_hosts_block_does_not_count_without_a_lease() {
 
 #[test]
 fn a_stolen_mac_stays_with_whose_address_makes_it() {
-    let mut view = view();
+    let mut view = switched();
     give(&mut view, 1, vec![endpoint(1, "10.9.0.9/24")]);
     give(&mut view, 3, vec![endpoint(3, "10.9.0.25/24")]);
     let Entry::Endpoint(mut thief) = endpoint(2, "10.9.0.17/24") else { unreachable!() };
@@ -190,7 +108,7 @@ fn a_stolen_mac_stays_with_whose_address_makes_it() {
 
 #[test]
 fn the_mtu_is_what_every_pair_can_carry() {
-    let mut view = view();
+    let mut view = switched();
     for n in 1..=3 {
         give(&mut view, n, vec![endpoint(n, &format!("10.9.0.{}/24", 8 * n + 1))]);
     }
@@ -210,7 +128,7 @@ fn the_mtu_is_what_every_pair_can_carry() {
 
 #[test]
 fn an_internal_network_has_no_gateway_and_no_way_out() {
-    let mut view = view();
+    let mut view = switched();
     give(&mut view, 1, vec![endpoint(1, "10.9.0.9/24")]);
     view.networks.get_mut(&NET).unwrap().network.internal = true;
     let kernel = desired(&view, &local());
@@ -223,7 +141,7 @@ fn an_internal_network_has_no_gateway_and_no_way_out() {
 
 #[test]
 fn strangers_may_not_send_to_the_vxlan_port() {
-    let mut view = view();
+    let mut view = switched();
     give(&mut view, 1, vec![endpoint(1, "10.9.0.9/24")]);
     let filter = desired(&view, &local()).filter.unwrap();
     assert!(filter.contains("elements = { 192.168.77.2, 192.168.77.3 }"), "{filter}");
@@ -232,7 +150,7 @@ fn strangers_may_not_send_to_the_vxlan_port() {
 
 #[test]
 fn an_isolated_endpoint_is_cut_off_and_kept() {
-    let mut view = view();
+    let mut view = switched();
     give(&mut view, 1, vec![endpoint(1, "10.9.0.9/24")]);
     view.alloc.blocks.clear();
     let isolated = BTreeMap::from([(EndpointId([1; 5]), "its block went to another host".to_owned())]);

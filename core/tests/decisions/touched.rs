@@ -1,6 +1,5 @@
 //! The short way and the long one lead to the same: what [`ovl_core::touched`] makes of single changes
 //! is what looking at the whole network gives, and a table's index finds what a search finds.
-#![cfg(test)]
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -9,74 +8,14 @@ use ovl_core::ipam;
 use ovl_core::kernel::Kernel;
 use ovl_core::table::Table;
 use ovl_core::touched::{Touched, plan};
-use ovl_core::view::{Local, NetworkState, Node, View};
-use ovl_proto::alloc::{AllocMap, Block};
-use ovl_proto::clock::Stamp;
-use ovl_proto::control::PeerState;
-use ovl_proto::id::{EndpointId, Mac, NetworkId, NodeId};
-use ovl_proto::object::{Backend, Driver, Mode, Network};
-use ovl_proto::record::{NodeRecord, Presence, Signature};
+use ovl_core::view::{Local, View};
+use ovl_proto::id::{EndpointId, Mac};
+use ovl_proto::object::{Backend, Mode};
+use ovl_proto::record::Signature;
 use ovl_proto::table::{Endpoint, Entry, Key};
 use proptest::prelude::*;
 
-const NET: NetworkId = NetworkId([0; 5]);
-
-fn id(n: u8) -> NodeId {
-    NodeId([n; 10])
-}
-
-fn node(n: u8) -> Node {
-    Node {
-        record: NodeRecord {
-            id: id(n),
-            public_key: [n; 32],
-            name: format!("h{n}"),
-            generation: 1,
-            revision: 1,
-            cluster: 1,
-            address: ([192, 168, 77, n], 7940).into(),
-            vtep: [192, 168, 77, n].into(),
-            vxlan_port: 4789,
-            link_mtu: 1500,
-            presence: Presence::Running,
-            version: "0".to_owned(),
-        },
-        state: PeerState::Alive,
-        table: Table::new(id(n)),
-    }
-}
-
-/// Hosts h1 to h3, of which h1 looks; one network of which host n holds the block 10.9.0.8n/29.
-fn view() -> View {
-    let subnet = ipam::new_subnet("10.9.0.0/24".parse().unwrap()).unwrap();
-    let network = Network {
-        id: NET,
-        name: "blue".to_owned(),
-        created: Stamp::default(),
-        driver: Driver::Overlay,
-        mode: Mode::L2,
-        vni: 5000,
-        subnets: vec![subnet],
-        mtu: None,
-        encrypted: false,
-        internal: false,
-        backend: Backend::Vxlan,
-    };
-    let block = |n: u8| Block { network: NET, prefix: format!("10.9.0.{}/29", 8 * n).parse().unwrap() };
-    View {
-        me: id(1),
-        nodes: (1..=3).map(|n| (id(n), node(n))).collect(),
-        networks: BTreeMap::from([(NET, NetworkState { network, removing: false })]),
-        alloc: AllocMap {
-            cluster: 1,
-            version: 1,
-            members: (1..=3).map(id).collect(),
-            previous_members: BTreeSet::new(),
-            forgotten: BTreeSet::new(),
-            blocks: (1..=3).map(|n| (block(n), id(n))).collect(),
-        },
-    }
-}
+use super::world::{NET, id, net, switched, view_of};
 
 /// One endpoint of a host comes, changes or goes; of few, so that they meet.
 #[derive(Debug, Clone)]
@@ -158,18 +97,36 @@ fn check_index(table: &Table) {
     assert_eq!(table.ranges(NET).collect::<BTreeSet<_>>(), ranges);
 }
 
+/// A routed network with the blocks of the switched one.
+fn small_blocks() -> View {
+    let subnet = ipam::new_routed_subnet(net("10.9.0.0/24"), Some(29)).unwrap();
+    view_of(Mode::L3, Backend::Vxlan, subnet, |n| net(&format!("10.9.0.{}/29", 8 * n)))
+}
+
+fn is_taken(view: &View, step: &Step) -> bool {
+    let Some(new) = step.address.map(|address| entry(step, address)) else { return false };
+    let table = &view.nodes[&id(step.host)].table;
+    let mut others = new.addresses.iter().flat_map(|net| table.with_address(NET, net.addr()));
+    others.any(|other| other.id != new.id)
+}
+
 proptest! {
     #[test]
     fn single_changes_lead_to_what_the_whole_network_needs(
         steps in prop::collection::vec((step(), 1..4_usize), 1..40),
         isolated in prop::collection::btree_set(0..6_u8, 0..2),
+        routed: bool,
     ) {
-        let mut view = view();
+        let mut view = if routed { small_blocks() } else { switched() };
         let isolated = isolated.into_iter().map(|n| (EndpointId([n; 5]), String::new())).collect();
         let local = Local { isolated, wanted: BTreeMap::from([(NET, 1)]), ..Local::default() };
         let mut applied = Kernel::default();
         let mut left = Touched::default();
         for (step, together) in steps {
+            // No host gives an address to two of its endpoints.
+            if routed && is_taken(&view, &step) {
+                continue;
+            }
             let touched = write(&mut view, &step);
             check_index(&view.nodes[&id(step.host)].table);
             left.merge(touched);

@@ -1,5 +1,4 @@
 //! What the kernel of a host holds of a routed network, as the commands that would make it.
-#![cfg(test)]
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -10,94 +9,20 @@ use ovl_core::diff::diff;
 use ovl_core::ipam;
 use ovl_core::kernel::Kernel;
 use ovl_core::table::Table;
-use ovl_core::view::{Local, NetworkState, Node, View};
-use ovl_proto::alloc::{AllocMap, Block};
-use ovl_proto::clock::Stamp;
+use ovl_core::view::{Local, Node, View};
+use ovl_proto::alloc::Block;
 use ovl_proto::control::PeerState;
-use ovl_proto::id::{EndpointId, NetworkId, NodeId};
-use ovl_proto::object::{Backend, Driver, Mode, Network, Subnet};
-use ovl_proto::record::{NodeRecord, Presence, Signature};
-use ovl_proto::table::{Endpoint, Entry};
+use ovl_proto::id::EndpointId;
+use ovl_proto::object::{Backend, Mode, Subnet};
+use ovl_proto::table::Entry;
 use proptest::prelude::*;
 
-const NET: NetworkId = NetworkId([0; 5]);
+use super::world::{NET, endpoint, give, id, net, view_of};
 
-fn id(n: u8) -> NodeId {
-    NodeId([n; 10])
-}
-
-fn net(text: &str) -> IpNet {
-    text.parse().unwrap()
-}
-
-fn node(n: u8) -> Node {
-    Node {
-        record: NodeRecord {
-            id: id(n),
-            public_key: [n; 32],
-            name: format!("h{n}"),
-            generation: 1,
-            revision: 1,
-            cluster: 1,
-            address: ([192, 168, 77, n], 7940).into(),
-            vtep: [192, 168, 77, n].into(),
-            vxlan_port: 4789,
-            link_mtu: 1500,
-            presence: Presence::Running,
-            version: "0".to_owned(),
-        },
-        state: PeerState::Alive,
-        table: Table::new(id(n)),
-    }
-}
-
-/// Hosts h1 to h3, of which h1 looks; host n holds 10.60.n.0/24 of 10.60.0.0/16.
+/// Host n holds 10.60.n.0/24 of 10.60.0.0/16.
 fn view(backend: Backend) -> View {
-    let network = Network {
-        id: NET,
-        name: "pods".to_owned(),
-        created: Stamp::default(),
-        driver: Driver::Overlay,
-        mode: Mode::L3,
-        vni: 5000,
-        subnets: vec![ipam::new_routed_subnet(net("10.60.0.0/16"), None).unwrap()],
-        mtu: None,
-        encrypted: false,
-        internal: false,
-        backend,
-    };
-    let block = |n: u8| Block { network: NET, prefix: net(&format!("10.60.{n}.0/24")) };
-    View {
-        me: id(1),
-        nodes: (1..=3).map(|n| (id(n), node(n))).collect(),
-        networks: BTreeMap::from([(NET, NetworkState { network, removing: false })]),
-        alloc: AllocMap {
-            cluster: 1,
-            version: 1,
-            members: (1..=3).map(id).collect(),
-            previous_members: BTreeSet::new(),
-            forgotten: BTreeSet::new(),
-            blocks: (1..=3).map(|n| (block(n), id(n))).collect(),
-        },
-    }
-}
-
-fn endpoint(n: u8, address: &str) -> Entry {
-    let net = net(address);
-    Entry::Endpoint(Endpoint {
-        id: EndpointId([n; 5]),
-        name: format!("w{n}"),
-        namespace: "default".to_owned(),
-        network: NET,
-        mac: ipam::mac_of(NET, net.addr()),
-        addresses: vec![net],
-        aliases: vec![],
-        labels: BTreeMap::new(),
-    })
-}
-
-fn give(view: &mut View, n: u8, entries: Vec<Entry>) {
-    view.nodes.get_mut(&id(n)).unwrap().table.write(1, entries, vec![], |_| Signature([0; 64]));
+    let subnet = ipam::new_routed_subnet(net("10.60.0.0/16"), None).unwrap();
+    view_of(Mode::L3, backend, subnet, |n| net(&format!("10.60.{n}.0/24")))
 }
 
 fn peer(view: &mut View, n: u8) -> &mut Node {

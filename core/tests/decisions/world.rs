@@ -1,0 +1,100 @@
+//! Hosts and networks to decide about.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use ipnet::IpNet;
+use ovl_core::ipam;
+use ovl_core::table::Table;
+use ovl_core::view::{NetworkState, Node, View};
+use ovl_proto::alloc::{AllocMap, Block};
+use ovl_proto::clock::Stamp;
+use ovl_proto::control::PeerState;
+use ovl_proto::id::{EndpointId, NetworkId, NodeId};
+use ovl_proto::object::{Backend, Driver, Mode, Network, Subnet};
+use ovl_proto::record::{NodeRecord, Presence, Signature};
+use ovl_proto::table::{Endpoint, Entry};
+
+pub(crate) const NET: NetworkId = NetworkId([0; 5]);
+
+pub(crate) fn id(n: u8) -> NodeId {
+    NodeId([n; 10])
+}
+
+pub(crate) fn net(text: &str) -> IpNet {
+    text.parse().unwrap()
+}
+
+pub(crate) fn node(n: u8) -> Node {
+    Node {
+        record: NodeRecord {
+            id: id(n),
+            public_key: [n; 32],
+            name: format!("h{n}"),
+            generation: 1,
+            revision: 1,
+            cluster: 1,
+            address: ([192, 168, 77, n], 7940).into(),
+            vtep: [192, 168, 77, n].into(),
+            vxlan_port: 4789,
+            link_mtu: 1500,
+            presence: Presence::Running,
+            version: "0".to_owned(),
+        },
+        state: PeerState::Alive,
+        table: Table::new(id(n)),
+    }
+}
+
+/// Hosts h1 to h3, of which h1 looks; one network, of which host n holds that block.
+pub(crate) fn view_of(mode: Mode, backend: Backend, subnet: Subnet, block: impl Fn(u8) -> IpNet) -> View {
+    let network = Network {
+        id: NET,
+        name: "blue".to_owned(),
+        created: Stamp::default(),
+        driver: Driver::Overlay,
+        mode,
+        vni: 5000,
+        subnets: vec![subnet],
+        mtu: None,
+        encrypted: false,
+        internal: false,
+        backend,
+    };
+    View {
+        me: id(1),
+        nodes: (1..=3).map(|n| (id(n), node(n))).collect(),
+        networks: BTreeMap::from([(NET, NetworkState { network, removing: false })]),
+        alloc: AllocMap {
+            cluster: 1,
+            version: 1,
+            members: (1..=3).map(id).collect(),
+            previous_members: BTreeSet::new(),
+            forgotten: BTreeSet::new(),
+            blocks: (1..=3).map(|n| (Block { network: NET, prefix: block(n) }, id(n))).collect(),
+        },
+    }
+}
+
+/// A switched network of which host n holds the block 10.9.0.8n/29.
+pub(crate) fn switched() -> View {
+    let subnet = ipam::new_subnet(net("10.9.0.0/24")).unwrap();
+    view_of(Mode::L2, Backend::Vxlan, subnet, |n| net(&format!("10.9.0.{}/29", 8 * n)))
+}
+
+pub(crate) fn endpoint(n: u8, address: &str) -> Entry {
+    let net = net(address);
+    Entry::Endpoint(Endpoint {
+        id: EndpointId([n; 5]),
+        name: format!("w{n}"),
+        namespace: "default".to_owned(),
+        network: NET,
+        mac: ipam::mac_of(NET, net.addr()),
+        addresses: vec![net],
+        aliases: vec![],
+        labels: BTreeMap::new(),
+    })
+}
+
+pub(crate) fn give(view: &mut View, n: u8, entries: Vec<Entry>) {
+    view.nodes.get_mut(&id(n)).unwrap().table.write(1, entries, vec![], |_| Signature([0; 64]));
+}
