@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use std::net::IpAddr;
 
 use ipnet::IpNet;
-use ovl_proto::object::{Mode, Network};
+use ovl_proto::object::{Backend, Mode, Network};
 
 use crate::device::Device;
 
@@ -31,9 +31,25 @@ pub fn render(networks: &[&Network], vteps: &BTreeSet<IpAddr>, vxlan_port: u16, 
     let mut text = String::new();
     // Adding before deleting makes the deletion succeed where there is no table yet.
     let _ = writeln!(text, "table inet {TABLE}\ndelete table inet {TABLE}\ntable inet {TABLE} {{");
-    set(&mut text, "vteps4", "ipv4_addr", vteps.iter().filter(|vtep| vtep.is_ipv4()));
-    set(&mut text, "vteps6", "ipv6_addr", vteps.iter().filter(|vtep| vtep.is_ipv6()));
-    // One chain for both, because each that a packet passes costs a twentieth of the throughput.
+    // What has no work is left out: each chain that a packet passes costs a twentieth of the throughput.
+    if networks.iter().any(|network| network.mode == Mode::L2 || network.backend != Backend::Direct) {
+        tunnels(&mut text, networks, vteps, vxlan_port);
+    }
+    if networks.len() > 1 || networks.iter().any(|network| network.internal) {
+        forward(&mut text, networks);
+    }
+    if masquerade && networks.iter().any(|network| !network.internal) {
+        postrouting(&mut text, networks);
+    }
+    let _ = writeln!(text, "}}");
+    text
+}
+
+/// Whose VXLAN packets are taken, and what is not tracked.
+fn tunnels(text: &mut String, networks: &[&Network], vteps: &BTreeSet<IpAddr>, vxlan_port: u16) {
+    set(text, "vteps4", "ipv4_addr", vteps.iter().filter(|vtep| vtep.is_ipv4()));
+    set(text, "vteps6", "ipv6_addr", vteps.iter().filter(|vtep| vtep.is_ipv6()));
+    // One chain for both.
     let _ = writeln!(
         text,
         "\tchain prerouting {{\n\t\ttype filter hook prerouting priority raw; policy accept;\n\
@@ -53,15 +69,6 @@ pub fn render(networks: &[&Network], vteps: &BTreeSet<IpAddr>, vxlan_port: u16, 
         "\t}}\n\tchain output {{\n\t\ttype filter hook output priority raw; policy accept;\n\
          \t\tudp dport {vxlan_port} notrack\n\t}}"
     );
-    // What has no work is left out, for the same reason.
-    if networks.len() > 1 || networks.iter().any(|network| network.internal) {
-        forward(&mut text, networks);
-    }
-    if masquerade && networks.iter().any(|network| !network.internal) {
-        postrouting(&mut text, networks);
-    }
-    let _ = writeln!(text, "}}");
-    text
 }
 
 fn switched<'a>(networks: &'a [&'a Network]) -> impl Iterator<Item = &'a Network> {

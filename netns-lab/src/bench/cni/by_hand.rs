@@ -49,6 +49,18 @@ pub(crate) fn build(lab: &Lab, way: Way, mtu: u64) -> Result<[Party; 2]> {
     Ok(parties)
 }
 
+/// Gives pods' packets to the rest of the world their host's address, as a pod network does that
+/// is of use.
+pub(crate) fn masquerade(lab: &Lab, way: Way) -> Result<()> {
+    let [first, second] = way.network();
+    let subnet = format!("{first}.{second}.0.0/16");
+    let table = format!(
+        "table ip hand {{ chain out {{ type nat hook postrouting priority srcnat;\n\
+         ip saddr {subnet} ip daddr != {subnet} masquerade\n}}\n}}\n"
+    );
+    lab.hosts().iter().try_for_each(|host| host.exec_input(["nft", "-f", "-"], Some(&table)).map(drop))
+}
+
 struct Side<'a> {
     host: &'a Host,
     underlay: IpAddr,
