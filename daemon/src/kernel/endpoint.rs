@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use ipnet::IpNet;
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
 use netlink_packet_route::link::LinkAttribute;
-use nix::libc::{EACCES, EEXIST};
+use nix::libc::{EACCES, EEXIST, EXFULL};
 use ovl_core::kernel::Link;
 use ovl_proto::id::Mac;
 
@@ -18,6 +18,7 @@ use super::link::LinkView;
 use super::message::{self, Outer, Target};
 use super::netns::Visitor;
 use super::socket::{Batch, Refusal, Route};
+use super::sweep::Sweeper;
 use super::sysctl;
 use super::{EndpointSpec, HostEnd, Made};
 
@@ -40,6 +41,7 @@ pub(super) fn create(
     route: &mut Route,
     devices: &mut Devices,
     visitor: &mut Visitor,
+    sweeper: &Sweeper,
     spec: EndpointSpec,
 ) -> Result<Created> {
     let EndpointSpec { device, name, netns, ifname, mac, mtu, host_end, addresses, gateways } = spec;
@@ -62,22 +64,30 @@ pub(super) fn create(
         Ok(_) => return Err(KernelError::Other(format!("the device {device} is there already"))),
     }
     let wanted = ifname.as_deref().unwrap_or(ANY_NAME);
-    let target = Target::Name(device);
-    let mut batch = Batch::default();
-    let pair = message::new_pair(device, outer, mtu, netns.fd.as_fd(), wanted, mac);
-    batch.push(pair, NLM_F_CREATE | NLM_F_EXCL);
-    let mut attributes = vec![message::alias(&format!("endpoint {name}"))];
-    if bridge.is_some() {
-        attributes.push(message::port(device));
+    let make = |route: &mut Route| {
+        let target = Target::Name(device);
+        let mut batch = Batch::default();
+        let pair = message::new_pair(device, outer, mtu, netns.fd.as_fd(), wanted, mac);
+        batch.push(pair, NLM_F_CREATE | NLM_F_EXCL);
+        let mut attributes = vec![message::alias(&format!("endpoint {name}"))];
+        if bridge.is_some() {
+            attributes.push(message::port(device));
+        }
+        if has_inet6() {
+            attributes.push(message::no_link_local());
+        }
+        batch.push(message::set(target, attributes), 0);
+        // Only now: the kernel would make a link-local address at once.
+        batch.push(message::set_up(target, true), 0);
+        batch.push(message::get_link(device), 0);
+        route.execute(batch)
+    };
+    let (mut results, mut answers) = make(route)?;
+    if let Some(Err(Refusal { errno: EXFULL, .. })) = results.first() {
+        // Pairs that were taken away and not swept yet are ports of the bridge still.
+        sweeper.now()?;
+        (results, answers) = make(route)?;
     }
-    if has_inet6() {
-        attributes.push(message::no_link_local());
-    }
-    batch.push(message::set(target, attributes), 0);
-    // Only now: the kernel would make a link-local address at once.
-    batch.push(message::set_up(target, true), 0);
-    batch.push(message::get_link(device), 0);
-    let (results, answers) = route.execute(batch)?;
     let mut results = results.into_iter();
     if let Some(Err(refusal)) = results.next() {
         return Err(explain(refusal, wanted));
@@ -219,6 +229,11 @@ fn add_again(route: &mut Route, index: u32, ifname: &str, net: IpNet, refusal: R
 fn explain(refusal: Refusal, ifname: &str) -> KernelError {
     match refusal.errno {
         EEXIST => KernelError::Other(format!("the namespace already has an interface {ifname}")),
+        EXFULL => KernelError::Other(
+            "the network's bridge is full: the kernel takes 1,024 ports, endpoints and the VXLAN device together. Attach \
+             to it on another host, or to another network"
+                .to_owned(),
+        ),
         _ => refusal.into_error(format!("cannot make the interface {ifname} in the namespace")),
     }
 }

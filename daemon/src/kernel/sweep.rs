@@ -126,6 +126,13 @@ impl Sweeper {
     pub(super) fn all(&self, reply: oneshot::Sender<Result<()>>) {
         let _ = self.words.send(Word::All(reply));
     }
+
+    /// The same, and waits until it is done; not for the runtime's threads.
+    pub(super) fn now(&self) -> Result<()> {
+        let (reply, done) = oneshot::channel();
+        self.all(reply);
+        done.blocking_recv().map_err(|_| KernelError::Stopped)?
+    }
 }
 
 fn run(route: &mut Route, words: &mpsc::Receiver<Word>, work: &AtomicU64) {

@@ -307,7 +307,7 @@ impl Worker {
         };
         let _ = devices.find(&mut self.route, bridge.into_iter().chain([device]));
         let mut outcomes = self.carry_out(before, &mut devices);
-        let created = endpoint::create(&mut self.route, &mut devices, &mut self.visitor, spec);
+        let created = endpoint::create(&mut self.route, &mut devices, &mut self.visitor, &self.sweeper, spec);
         let result = match created {
             Ok(created) => {
                 self.known.created(created.index, device, created.link);
