@@ -2,14 +2,29 @@
 
 use std::time::Instant;
 
-use ovl_core::filter;
 use ovl_core::op::Op;
+use ovl_core::{filter, ipam};
+use ovl_proto::clock::Stamp;
+use ovl_proto::object::{Backend, Driver, Mode, Network};
 
-use super::lab::{Lab, in_namespace, ip, run};
+use super::lab::{Lab, NETWORK, in_namespace, ip, net, run};
 use crate::kernel::KernelEvent;
 
 fn text() -> String {
-    filter::render(&[], &[ip("192.0.2.2"), ip("192.0.2.3"), ip("2001:db8::1")].into(), 4789, true)
+    let network = Network {
+        id: NETWORK,
+        name: "blue".to_owned(),
+        created: Stamp::default(),
+        driver: Driver::Overlay,
+        mode: Mode::L2,
+        vni: 4097,
+        subnets: vec![ipam::new_subnet(net("10.1.0.0/16")).expect("subnet")],
+        mtu: None,
+        encrypted: false,
+        internal: false,
+        backend: Backend::Vxlan,
+    };
+    filter::render(&[&network], &[ip("192.0.2.2"), ip("192.0.2.3"), ip("2001:db8::1")].into(), 4789, true)
 }
 
 async fn write(lab: &Lab, text: &str) {
