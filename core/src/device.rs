@@ -27,6 +27,8 @@ pub enum Role {
     Vxlan(NetworkId),
     /// `ove-` and the endpoint's id: the host's end of the pair.
     Endpoint(EndpointId),
+    /// `ovt-` and 0 or 1: an end of the tunnel. There is a second one while keys are being rotated.
+    Tunnel(u8),
 }
 
 impl Device {
@@ -61,6 +63,11 @@ impl Device {
         Self::with_id("ove-", &endpoint)
     }
 
+    /// An end of the tunnel: the first one, or the second one (`true`) of a rotation.
+    pub fn tunnel(second: bool) -> Self {
+        Self::with_id("ovt-", &u8::from(second))
+    }
+
     /// What the name says that the device is for; nothing if it is not one of our names.
     pub fn role(&self) -> Option<Role> {
         let (prefix, id) = self.as_str().split_at_checked(4)?;
@@ -68,6 +75,7 @@ impl Device {
             "ovb-" => id.parse().ok().map(Role::Bridge),
             "ovx-" => id.parse().ok().map(Role::Vxlan),
             "ove-" => id.parse().ok().map(Role::Endpoint),
+            "ovt-" => matches!(id, "0" | "1").then(|| Role::Tunnel(u8::from(id == "1"))),
             _ => None,
         }
     }
@@ -103,11 +111,13 @@ mod tests {
         assert_eq!(Device::vxlan(network).role(), Some(Role::Vxlan(network)));
         assert_eq!(Device::endpoint(endpoint).role(), Some(Role::Endpoint(endpoint)));
         assert_eq!(Device::endpoint(endpoint).as_str().len(), 12);
+        assert_eq!(Device::tunnel(false).role(), Some(Role::Tunnel(0)));
+        assert_eq!(Device::tunnel(true).role(), Some(Role::Tunnel(1)));
     }
 
     #[test]
     fn other_names_are_not_ours() {
-        for name in ["eth0", "ovb-", "ovb-zzzzzzzz", "ovl0", "ové-"] {
+        for name in ["eth0", "ovb-", "ovb-zzzzzzzz", "ovt-2", "ovt-00", "ovl0", "ové-"] {
             assert_eq!(Device::new(name).and_then(|device| device.role()), None, "{name}");
         }
         assert_eq!(Device::new("a-name-too-long-"), None);

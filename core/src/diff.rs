@@ -59,6 +59,28 @@ pub fn diff(actual: &Kernel, desired: &Kernel, prune: bool) -> Vec<Op> {
     );
     let floods = actual.floods.iter().filter(|(device, _)| there(device)).copied().collect();
     set(&floods, &desired.floods, prune, &mut ops, |(d, r)| Op::AddFlood(d, r), |(d, r)| Op::DelFlood(d, r));
+    // What may send is known before anything can come.
+    let sources = actual.sources.iter().filter(|((device, _), _)| there(device)).map(cloned).collect();
+    map(
+        &sources,
+        &desired.sources,
+        prune,
+        &mut ops,
+        |(d, m), s| Op::SetSource(d, m, s),
+        |(d, m)| Op::DelSource(d, m),
+    );
+    let tunnels = actual.tunnels.iter().filter(|(device, _)| there(device)).map(copied).collect();
+    // A tunnel goes with its device.
+    map(&tunnels, &desired.tunnels, false, &mut ops, Op::SetTunnel, Op::DelLink);
+    let peers = actual.tunnel_peers.iter().filter(|((device, _), _)| there(device)).map(cloned).collect();
+    map(
+        &peers,
+        &desired.tunnel_peers,
+        prune,
+        &mut ops,
+        |(d, k), p| Op::SetTunnelPeer(d, k, p),
+        |(d, k)| Op::DelTunnelPeer(d, k),
+    );
     // After the addresses that they name as source, and the neighbours that they lead to.
     let routes = actual.routes.iter().filter(|(_, hop)| hop.device.is_none_or(|device| there(&device)));
     map(&routes.map(copied).collect(), &desired.routes, prune, &mut ops, Op::SetRoute, Op::DelRoute);
@@ -76,6 +98,10 @@ pub fn lost_endpoints<'a>(actual: &'a Kernel, desired: &'a Kernel) -> impl Itera
         .iter()
         .filter(|(device, link)| matches!(link, Link::Endpoint { .. }) && !actual.links.contains_key(device))
         .map(|(device, _)| *device)
+}
+
+fn cloned<K: Copy, V: Clone>((key, value): (&K, &V)) -> (K, V) {
+    (*key, value.clone())
 }
 
 fn copied<K: Copy, V: Copy>((key, value): (&K, &V)) -> (K, V) {
@@ -116,10 +142,10 @@ fn links(actual: &Kernel, desired: &Kernel, prune: bool, ops: &mut Vec<Op>) -> B
 /// A port whose bridge was deleted has none.
 fn without_masters(mut link: Link, gone: &BTreeSet<Device>) -> Link {
     match &mut link {
-        Link::Vxlan { master, .. } | Link::Endpoint { master, .. } => {
+        Link::Vxlan { master, .. } | Link::Tap { master, .. } | Link::Endpoint { master, .. } => {
             *master = master.filter(|bridge| !gone.contains(bridge));
         }
-        Link::Bridge { .. } => {}
+        Link::Bridge { .. } | Link::Tunnel { .. } => {}
     }
     link
 }
@@ -131,6 +157,8 @@ fn can_become(found: &Link, wanted: &Link) -> bool {
             Link::Vxlan { vni, local, port, .. },
             Link::Vxlan { vni: vni_wanted, local: local_wanted, port: port_wanted, .. },
         ) => (vni, local, port) == (vni_wanted, local_wanted, port_wanted),
+        (Link::Tap { vni, .. }, Link::Tap { vni: wanted, .. }) => vni == wanted,
+        (Link::Tunnel { kind, .. }, Link::Tunnel { kind: wanted, .. }) => kind == wanted,
         (Link::Bridge { .. }, Link::Bridge { .. }) | (Link::Endpoint { .. }, Link::Endpoint { .. }) => true,
         _ => false,
     }
@@ -150,7 +178,7 @@ fn set<T: Ord + Copy>(
     ops.extend(desired.difference(actual).map(|item| add(*item)));
 }
 
-fn map<K: Ord + Copy, V: PartialEq + Copy>(
+fn map<K: Ord + Copy, V: PartialEq + Clone>(
     actual: &BTreeMap<K, V>,
     desired: &BTreeMap<K, V>,
     prune: bool,
@@ -165,6 +193,6 @@ fn map<K: Ord + Copy, V: PartialEq + Copy>(
         desired
             .iter()
             .filter(|(key, value)| actual.get(key) != Some(value))
-            .map(|(key, value)| put(*key, *value)),
+            .map(|(key, value)| put(*key, value.clone())),
     );
 }

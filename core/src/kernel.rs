@@ -2,10 +2,10 @@
 //! daemon's dump reads, and `diff` compares.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use ipnet::IpNet;
-use ovl_proto::id::Mac;
+use ovl_proto::id::{Mac, TunnelKey};
 
 use crate::device::{Device, Role};
 
@@ -28,6 +28,13 @@ pub struct Kernel {
     pub neighbours: BTreeMap<(Device, IpAddr), Mac>,
     /// Routes of our protocol and metric ([`PROTOCOL`], [`METRIC`]) in the main table.
     pub routes: BTreeMap<IpNet, Hop>,
+    /// Ends of the tunnel, beside their links.
+    pub tunnels: BTreeMap<Device, Tunnel>,
+    /// Who is at the other end of each of these.
+    pub tunnel_peers: BTreeMap<(Device, TunnelKey), TunnelPeer>,
+    /// On an encrypted switched network, by its `ovx-` device: what another host may send from. Frames with
+    /// other source addresses are dropped, whoever sealed them.
+    pub sources: BTreeMap<(Device, Mac), Source>,
     /// Settings under `net.`, by their names with dots.
     pub sysctls: BTreeMap<String, String>,
     /// Our nftables table, as the text that makes it; see [`crate::filter`].
@@ -68,6 +75,29 @@ pub enum Link {
         /// Learning is off; on a port also there, and neighbour suppression is on.
         tuned: bool,
     },
+    /// The same as [`Link::Vxlan`] for an encrypted network where the tunnel is in this process: a TAP
+    /// device, to which the process writes what came out of VXLAN.
+    Tap {
+        /// VXLAN network identifier; 0 in a dump where no thread serves the device.
+        vni: u32,
+        /// In bytes.
+        mtu: u16,
+        /// The bridge.
+        master: Option<Device>,
+        /// Administratively up.
+        up: bool,
+        /// As [`Link::Vxlan::tuned`].
+        tuned: bool,
+    },
+    /// An end of the tunnel.
+    Tunnel {
+        /// Whose.
+        kind: TunnelKind,
+        /// In bytes.
+        mtu: u16,
+        /// Administratively up.
+        up: bool,
+    },
     /// The host's end of an endpoint. Made by an attach, never by the loop: when it is gone, the
     /// namespace is.
     Endpoint {
@@ -89,6 +119,42 @@ pub struct Remote {
     pub vtep: IpAddr,
     /// UDP port.
     pub port: u16,
+}
+
+/// Who does the work of a tunnel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TunnelKind {
+    /// The kernel's WireGuard device.
+    Kernel,
+    /// This process, behind a TUN device.
+    Userspace,
+}
+
+/// An end of the tunnel, beside its link.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Tunnel {
+    /// The public key that belongs to its private key. The private key itself is never in the model.
+    pub key: TunnelKey,
+    /// The UDP port.
+    pub port: u16,
+}
+
+/// The other end of a tunnel.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TunnelPeer {
+    /// Where its record says that it is.
+    pub endpoint: SocketAddr,
+    /// What it may send from, and what goes to it.
+    pub allowed: BTreeSet<IpNet>,
+}
+
+/// Who may use a MAC address as source on a switched network.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Source {
+    /// The tunnel address of the endpoint's host.
+    pub from: IpAddr,
+    /// The endpoint's addresses.
+    pub addresses: BTreeSet<IpAddr>,
 }
 
 /// Who made a route, as `ip route` shows it (`proto 79`). Others' routes are never touched: in
@@ -119,7 +185,20 @@ impl Hop {
 impl Kernel {
     /// Takes all of `other` in. The two have no device in common.
     pub fn merge(&mut self, other: Self) {
-        let Self { links, addresses, remotes, floods, ports, neighbours, routes, sysctls, filter } = other;
+        let Self {
+            links,
+            addresses,
+            remotes,
+            floods,
+            ports,
+            neighbours,
+            routes,
+            tunnels,
+            tunnel_peers,
+            sources,
+            sysctls,
+            filter,
+        } = other;
         self.links.extend(links);
         self.addresses.extend(addresses);
         self.remotes.extend(remotes);
@@ -127,6 +206,9 @@ impl Kernel {
         self.ports.extend(ports);
         self.neighbours.extend(neighbours);
         self.routes.extend(routes);
+        self.tunnels.extend(tunnels);
+        self.tunnel_peers.extend(tunnel_peers);
+        self.sources.extend(sources);
         self.sysctls.extend(sysctls);
         self.filter = filter.or_else(|| self.filter.take());
     }
@@ -153,12 +235,21 @@ impl Kernel {
         self.addresses.retain(|(on, _)| *on != device);
         self.remotes.retain(|(on, _), _| *on != device);
         self.floods.retain(|(on, _)| *on != device);
+        self.tunnels.remove(&device);
+        self.tunnel_peers.retain(|(on, _), _| *on != device);
+        self.sources.retain(|(on, _), _| *on != device);
         for link in self.links.values_mut() {
             match link {
-                Link::Vxlan { master, .. } | Link::Endpoint { master, .. } if *master == Some(device) => {
+                Link::Vxlan { master, .. } | Link::Tap { master, .. } | Link::Endpoint { master, .. }
+                    if *master == Some(device) =>
+                {
                     *master = None;
                 }
-                Link::Bridge { .. } | Link::Vxlan { .. } | Link::Endpoint { .. } => {}
+                Link::Bridge { .. }
+                | Link::Vxlan { .. }
+                | Link::Tap { .. }
+                | Link::Tunnel { .. }
+                | Link::Endpoint { .. } => {}
             }
         }
     }

@@ -17,4 +17,5 @@ pub mod op;
 pub mod routed;
 pub mod table;
 pub mod touched;
+pub mod tunnel;
 pub mod view;

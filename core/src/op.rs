@@ -5,11 +5,11 @@ use std::fmt;
 use std::net::IpAddr;
 
 use ipnet::IpNet;
-use ovl_proto::id::Mac;
+use ovl_proto::id::{Mac, TunnelKey};
 
 use crate::device::Device;
 use crate::filter;
-use crate::kernel::{Hop, Link, METRIC, PROTOCOL, Remote};
+use crate::kernel::{Hop, Link, METRIC, PROTOCOL, Remote, Source, Tunnel, TunnelKind, TunnelPeer};
 
 /// One change. Every one of them can be repeated, and deleting what is gone succeeds.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -55,6 +55,16 @@ pub enum Op {
     SetRoute(IpNet, Hop),
     /// No more.
     DelRoute(IpNet),
+    /// Give an end of the tunnel its key and port.
+    SetTunnel(Device, Tunnel),
+    /// Who is at the other end.
+    SetTunnelPeer(Device, TunnelKey, TunnelPeer),
+    /// No more: its sessions end at once.
+    DelTunnelPeer(Device, TunnelKey),
+    /// Who may use a MAC address as source.
+    SetSource(Device, Mac, Source),
+    /// No more.
+    DelSource(Device, Mac),
 }
 
 impl Op {
@@ -74,6 +84,11 @@ impl Op {
             | Self::DelFlood(device, _)
             | Self::AddPort(device, _)
             | Self::DelPort(device, _)
+            | Self::SetTunnel(device, _)
+            | Self::SetTunnelPeer(device, _, _)
+            | Self::DelTunnelPeer(device, _)
+            | Self::SetSource(device, _, _)
+            | Self::DelSource(device, _)
             | Self::SetNeighbour(device, _, _)
             | Self::DelNeighbour(device, _) => Some(*device),
         }
@@ -109,6 +124,20 @@ impl fmt::Display for Op {
             Self::DelNeighbour(device, address) => write!(f, "ip neigh del {address} dev {device}"),
             Self::SetRoute(to, hop) => set_route(f, *to, hop),
             Self::DelRoute(to) => write!(f, "ip route del {to} proto {PROTOCOL} metric {METRIC}"),
+            Self::SetTunnel(device, Tunnel { key, port }) => {
+                write!(f, "wg set {device} listen-port {port} private-key FILE # of {key}")
+            }
+            Self::SetTunnelPeer(device, key, TunnelPeer { endpoint, allowed }) => {
+                let allowed: Vec<String> = allowed.iter().map(IpNet::to_string).collect();
+                let allowed = allowed.join(",");
+                write!(f, "wg set {device} peer {key} endpoint {endpoint} allowed-ips {allowed}")
+            }
+            Self::DelTunnelPeer(device, key) => write!(f, "wg set {device} peer {key} remove"),
+            Self::SetSource(device, mac, Source { from, addresses }) => {
+                write!(f, "# {device}: frames from {mac} are {from}'s")?;
+                addresses.iter().try_for_each(|address| write!(f, " {address}"))
+            }
+            Self::DelSource(device, mac) => write!(f, "# {device}: frames from {mac} are nobody's"),
         }
     }
 }
@@ -167,6 +196,25 @@ fn add_link(f: &mut fmt::Formatter<'_>, device: Device, link: &Link) -> fmt::Res
             }
             Ok(())
         }
+        Link::Tap { mtu, master, up, .. } => {
+            write!(f, "ip tuntap add {device} mode tap vnet_hdr && ip link set {device} mtu {mtu}")?;
+            if let Some(master) = master {
+                write!(f, " master {master}")?;
+            }
+            write!(f, " {}", up_word(*up))?;
+            if master.is_some() {
+                write!(f, " && bridge link set dev {device} learning off neigh_suppress on")?;
+            }
+            Ok(())
+        }
+        Link::Tunnel { kind: TunnelKind::Kernel, mtu, up } => {
+            write!(f, "ip link add {device} mtu {mtu} {} type wireguard", up_word(*up))
+        }
+        Link::Tunnel { kind: TunnelKind::Userspace, mtu, up } => write!(
+            f,
+            "ip tuntap add {device} mode tun vnet_hdr && ip link set {device} mtu {mtu} {}",
+            up_word(*up)
+        ),
         Link::Endpoint { .. } => write!(f, "# {device} is made by `ovlctl attach`"),
     }
 }
@@ -211,6 +259,19 @@ fn set_link(f: &mut fmt::Formatter<'_>, device: Device, from: &Link, to: &Link) 
             if tuned != tuned_was {
                 also = "learning off";
             }
+        }
+        (
+            Link::Tap { mtu: mtu_was, up: up_was, master: master_was, tuned: tuned_was, .. },
+            Link::Tap { mtu, up, master, tuned, .. },
+        ) => {
+            mtu_and_up(&mut words, (*mtu_was, *up_was), (*mtu, *up));
+            set_master(&mut words, *master_was, *master);
+            if tuned != tuned_was {
+                also = "learning off neigh_suppress on";
+            }
+        }
+        (Link::Tunnel { mtu: mtu_was, up: up_was, .. }, Link::Tunnel { mtu, up, .. }) => {
+            mtu_and_up(&mut words, (*mtu_was, *up_was), (*mtu, *up));
         }
         _ => words += " # of another kind",
     }

@@ -27,8 +27,9 @@ fn apply(kernel: &mut Kernel, op: &Op) -> Result<(), String> {
         Op::Filter(text) => kernel.filter = Some(text),
         Op::DelFilter => kernel.filter = None,
         Op::AddLink(device, link) => {
-            if let Link::Vxlan { master: Some(master), .. } | Link::Endpoint { master: Some(master), .. } =
-                link
+            if let Link::Vxlan { master: Some(master), .. }
+            | Link::Tap { master: Some(master), .. }
+            | Link::Endpoint { master: Some(master), .. } = link
             {
                 there(kernel, &master)?;
             }
@@ -54,6 +55,11 @@ fn apply(kernel: &mut Kernel, op: &Op) -> Result<(), String> {
         Op::DelNeighbour(device, address) => drop(kernel.neighbours.remove(&(device, address))),
         Op::SetRoute(to, hop) => drop(kernel.routes.insert(to, hop)),
         Op::DelRoute(to) => drop(kernel.routes.remove(&to)),
+        Op::SetTunnel(device, tunnel) => drop(kernel.tunnels.insert(device, tunnel)),
+        Op::SetTunnelPeer(device, key, peer) => drop(kernel.tunnel_peers.insert((device, key), peer)),
+        Op::DelTunnelPeer(device, key) => drop(kernel.tunnel_peers.remove(&(device, key))),
+        Op::SetSource(device, mac, source) => drop(kernel.sources.insert((device, mac), source)),
+        Op::DelSource(device, mac) => drop(kernel.sources.remove(&(device, mac))),
     }
     Ok(())
 }

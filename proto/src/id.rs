@@ -3,7 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use data_encoding::BASE32_DNSSEC as TEXT;
+use data_encoding::{BASE32_DNSSEC as TEXT, BASE64};
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
@@ -144,6 +144,37 @@ impl FromStr for Mac {
 }
 
 text_or_bytes!(Mac, 6);
+
+/// The public half of a tunnel's key pair (X25519, RFC 7748); as text what `wg` shows.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct TunnelKey(pub [u8; 32]);
+
+impl fmt::Display for TunnelKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&BASE64.encode(&self.0))
+    }
+}
+
+impl fmt::Debug for TunnelKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+impl FromStr for TunnelKey {
+    type Err = ParseIdError;
+
+    fn from_str(text: &str) -> Result<Self, ParseIdError> {
+        BASE64
+            .decode(text.as_bytes())
+            .ok()
+            .and_then(|bytes| bytes.try_into().ok())
+            .map(Self)
+            .ok_or_else(|| ParseIdError { what: "WireGuard key", text: text.to_owned() })
+    }
+}
+
+text_or_bytes!(TunnelKey, 32);
 
 #[cfg(test)]
 mod tests {

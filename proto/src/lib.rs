@@ -26,5 +26,7 @@ pub mod wire;
 pub const DEFAULT_PORT: u16 = 7940;
 /// The VXLAN port that IANA assigned (RFC 7348).
 pub const DEFAULT_VXLAN_PORT: u16 = 4789;
+/// The tunnel's UDP port; 51820 is what people give to a WireGuard of their own.
+pub const DEFAULT_TUNNEL_PORT: u16 = 51940;
 /// Where `ovlctl` finds the daemon unless told otherwise.
 pub const DEFAULT_SOCKET: &str = "/run/ovl/ovld.sock";

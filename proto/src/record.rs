@@ -5,7 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use serde::{Deserialize, Serialize};
 
-use crate::id::NodeId;
+use crate::id::{NodeId, TunnelKey};
 use crate::wire::{self, WireError};
 
 /// An Ed25519 public key.
@@ -76,6 +76,20 @@ pub enum Presence {
     Left,
 }
 
+/// How a node's end of the tunnel is reached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Tunnel {
+    /// The public half of its key pair.
+    pub key: TunnelKey,
+    /// The UDP port, at the VTEP's address.
+    pub port: u16,
+    /// The key is new, and the one before it is still taken: peers keep what they have of the old one
+    /// until they have a session with the new one.
+    pub rotating: bool,
+    /// The kernel's WireGuard device does it; else ovld itself. The two speak the same protocol.
+    pub kernel: bool,
+}
+
 /// A node, as it describes itself.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NodeRecord {
@@ -99,6 +113,8 @@ pub struct NodeRecord {
     pub vxlan_port: u16,
     /// The MTU of the link that holds `vtep`, in bytes.
     pub link_mtu: u16,
+    /// Its end of the tunnel; none where it has none, and gets nothing of encrypted networks.
+    pub tunnel: Option<Tunnel>,
     /// See [`Presence`].
     pub presence: Presence,
     /// The release of its ovld.
@@ -159,13 +175,14 @@ mod tests {
             vtep: "fd00:1:2:3:4:5:6:7".parse().unwrap(),
             vxlan_port: 4789,
             link_mtu: 1500,
+            tunnel: Some(Tunnel { key: TunnelKey([4; 32]), port: 51940, rotating: true, kernel: true }),
             presence: Presence::Running,
             version: "100.100.100".to_owned(),
         };
         let signed =
             SignedRecord { body: wire::encode_body(&record).unwrap(), signature: Signature([3; 64]) };
         let text = signed.to_text().unwrap();
-        assert!(text.len() < 512, "{}", text.len());
+        assert!(text.len() < 576, "{}", text.len());
         assert_eq!(SignedRecord::from_text(&text).unwrap(), signed);
         assert_eq!(signed.record().unwrap(), record);
     }

@@ -37,6 +37,7 @@ pub(crate) fn node(n: u8) -> Node {
             vtep: [192, 168, 77, n].into(),
             vxlan_port: 4789,
             link_mtu: 1500,
+            tunnel: None,
             presence: Presence::Running,
             version: "0".to_owned(),
         },

@@ -30,6 +30,7 @@ fn record_at(identity: &Identity, address: SocketAddr, generation: u64) -> NodeR
         vtep: address.ip(),
         vxlan_port: 4789,
         link_mtu: 9000,
+        tunnel: None,
         presence: Presence::Running,
         version: "0.1.0".to_owned(),
     }

@@ -99,6 +99,11 @@ pub(super) fn is_entry(op: &Op) -> bool {
             | Op::AddLink(..)
             | Op::SetLink(..)
             | Op::DelLink(_)
+            | Op::SetTunnel(..)
+            | Op::SetTunnelPeer(..)
+            | Op::DelTunnelPeer(..)
+            | Op::SetSource(..)
+            | Op::DelSource(..)
     )
 }
 
@@ -233,6 +238,8 @@ pub(super) fn add_link(
     let (alias, master, up) = match link {
         Link::Bridge { up, .. } => ("bridge", None, *up),
         Link::Vxlan { master, up, .. } => ("vxlan", *master, *up),
+        Link::Tap { master, up, .. } => ("tap", *master, *up),
+        Link::Tunnel { up, .. } => ("tunnel", None, *up),
         Link::Endpoint { .. } => return Ok(()),
     };
     let master = master.map(|bridge| devices.get(route, bridge)).transpose()?;
@@ -310,7 +317,7 @@ pub(super) fn set_link(
         match to {
             Link::Bridge { .. } => attributes.push(LinkAttribute::LinkInfo(message::bridge_info())),
             Link::Vxlan { .. } => attributes.push(LinkAttribute::LinkInfo(message::no_learning())),
-            Link::Endpoint { .. } => {}
+            Link::Tap { .. } | Link::Tunnel { .. } | Link::Endpoint { .. } => {}
         }
     }
     if !attributes.is_empty() {
@@ -347,7 +354,10 @@ impl Common {
             Link::Vxlan { mtu, master, mac, up, tuned, .. } => {
                 Self { mac: Some(mac), mtu, master, up, tuned }
             }
-            Link::Endpoint { mtu, master, up, tuned } => Self { mac: None, mtu, master, up, tuned },
+            Link::Tunnel { mtu, up, .. } => Self { mac: None, mtu, master: None, up, tuned: true },
+            Link::Tap { mtu, master, up, tuned, .. } | Link::Endpoint { mtu, master, up, tuned } => {
+                Self { mac: None, mtu, master, up, tuned }
+            }
         }
     }
 }

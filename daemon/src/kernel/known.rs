@@ -107,6 +107,21 @@ impl Known {
             Op::DelNeighbour(device, address) => {
                 kernel.neighbours.remove(&(*device, *address));
             }
+            Op::SetTunnel(device, tunnel) => {
+                kernel.tunnels.insert(*device, *tunnel);
+            }
+            Op::SetTunnelPeer(device, key, peer) => {
+                kernel.tunnel_peers.insert((*device, *key), peer.clone());
+            }
+            Op::DelTunnelPeer(device, key) => {
+                kernel.tunnel_peers.remove(&(*device, *key));
+            }
+            Op::SetSource(device, mac, source) => {
+                kernel.sources.insert((*device, *mac), source.clone());
+            }
+            Op::DelSource(device, mac) => {
+                kernel.sources.remove(&(*device, *mac));
+            }
             Op::SetRoute(to, hop) => {
                 kernel.routes.insert(*to, *hop);
             }
@@ -166,8 +181,7 @@ impl Known {
                 }
                 (None, None) => continue,
             };
-            let was_tuned = is_tuned(&mut now);
-            if let Some(port) = told.port_is_tuned {
+            if let Some((port, was_tuned)) = told.port_is_tuned.zip(is_tuned(&mut now)) {
                 // Of the bridge's message we learn about the port alone. If that is as it should
                 // be and the device was not, a dump tells.
                 self.news.changed |= port != *was_tuned;
@@ -279,8 +293,12 @@ fn lost(kernel: &mut Kernel, news: &mut News, device: Device) {
     }
 }
 
-fn is_tuned(link: &mut Link) -> &mut bool {
+fn is_tuned(link: &mut Link) -> Option<&mut bool> {
     match link {
-        Link::Bridge { tuned, .. } | Link::Vxlan { tuned, .. } | Link::Endpoint { tuned, .. } => tuned,
+        Link::Bridge { tuned, .. }
+        | Link::Vxlan { tuned, .. }
+        | Link::Tap { tuned, .. }
+        | Link::Endpoint { tuned, .. } => Some(tuned),
+        Link::Tunnel { .. } => None,
     }
 }

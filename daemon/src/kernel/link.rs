@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr};
 
 use ovl_core::device::{ALIAS, Device, Role};
-use ovl_core::kernel::Link;
+use ovl_core::kernel::{Link, TunnelKind};
 use ovl_proto::id::Mac;
 
 use super::attribute::{attributes, ip, text, u8_at, u16_at, u16_be, u32_at};
@@ -114,12 +114,13 @@ impl<'a> LinkView<'a> {
 
     fn made_by_us(&self) -> Option<Device> {
         let device = self.device()?;
-        let kind = match device.role()? {
-            Role::Bridge(_) => "bridge",
-            Role::Vxlan(_) => "vxlan",
-            Role::Endpoint(_) => "veth",
+        let kinds: &[&str] = match device.role()? {
+            Role::Bridge(_) => &["bridge"],
+            Role::Vxlan(_) => &["vxlan", "tun"],
+            Role::Endpoint(_) => &["veth"],
+            Role::Tunnel(_) => &["wireguard", "tun"],
         };
-        (self.kind == kind && self.alias.starts_with(ALIAS)).then_some(device)
+        (kinds.contains(&self.kind) && self.alias.starts_with(ALIAS)).then_some(device)
     }
 
     /// A device of ours in the model's terms.
@@ -134,6 +135,15 @@ impl<'a> LinkView<'a> {
         Some(match self.made_by_us()?.role()? {
             Role::Bridge(_) => {
                 Link::Bridge { mac: self.mac?, mtu, up, tuned: quiet && data().all(is_bridge_tuned) }
+            }
+            Role::Vxlan(_) if self.kind == "tun" => {
+                let tuned = quiet && (master.is_none() || self.port_is_tuned(true) == Some(true));
+                // Whoever serves it knows the network.
+                Link::Tap { vni: 0, mtu, master, up, tuned }
+            }
+            Role::Tunnel(_) => {
+                let kind = if self.kind == "tun" { TunnelKind::Userspace } else { TunnelKind::Kernel };
+                Link::Tunnel { kind, mtu, up }
             }
             Role::Vxlan(_) => {
                 let mut learning = false;

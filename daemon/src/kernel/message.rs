@@ -69,7 +69,12 @@ pub(super) fn entry(op: &Op, index: u32) -> Option<(RouteNetlinkMessage, u16)> {
         | Op::DelFilter
         | Op::AddLink(..)
         | Op::SetLink(..)
-        | Op::DelLink(_) => {
+        | Op::DelLink(_)
+        | Op::SetTunnel(..)
+        | Op::SetTunnelPeer(..)
+        | Op::DelTunnelPeer(..)
+        | Op::SetSource(..)
+        | Op::DelSource(..) => {
             return None;
         }
     })
@@ -325,7 +330,8 @@ pub(super) fn new_link(device: Device, link: &Link) -> Option<RouteNetlinkMessag
                 ])),
             ]
         }
-        Link::Endpoint { .. } => return None,
+        // Made by the tunnel.
+        Link::Tap { .. } | Link::Tunnel { .. } | Link::Endpoint { .. } => return None,
     };
     attributes.push(LinkAttribute::LinkInfo(info));
     let mut message = LinkMessage::default();
@@ -416,6 +422,6 @@ pub(super) fn new_pair(
 pub(crate) fn port_mac(device: Device) -> Mac {
     match device.role() {
         Some(Role::Endpoint(EndpointId([a, b, c, d, e]))) => Mac([0x12, a, b, c, d, e]),
-        Some(Role::Bridge(_) | Role::Vxlan(_)) | None => Mac([0x16, 0, 0, 0, 0, 0]),
+        Some(Role::Bridge(_) | Role::Vxlan(_) | Role::Tunnel(_)) | None => Mac([0x16, 0, 0, 0, 0, 0]),
     }
 }

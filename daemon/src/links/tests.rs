@@ -26,6 +26,7 @@ fn record_of(identity: &Identity, name: &str) -> NodeRecord {
         vtep: "127.0.0.1".parse().unwrap(),
         vxlan_port: 4789,
         link_mtu: 1500,
+        tunnel: None,
         presence: Presence::Running,
         version: "0.1.0".to_owned(),
     }

@@ -429,7 +429,7 @@ impl Node {
                 .filter(|device| !state.pending.devices.contains(device))
                 .filter_map(|device| match device.role() {
                     Some(Role::Endpoint(id)) => Some(id),
-                    Some(Role::Bridge(_) | Role::Vxlan(_)) | None => None,
+                    Some(Role::Bridge(_) | Role::Vxlan(_) | Role::Tunnel(_)) | None => None,
                 })
                 .filter(|id| state.own_endpoint(*id).is_some())
                 .collect()

@@ -167,6 +167,7 @@ impl Node {
             vtep: config.advertise.ip(),
             vxlan_port: config.vxlan_port,
             link_mtu: link.mtu,
+            tunnel: None,
             presence: Presence::Running,
             version: env!("CARGO_PKG_VERSION").to_owned(),
         };

@@ -304,7 +304,7 @@ impl Node {
 fn broken_network(op: &Op) -> Option<NetworkId> {
     let network = match op.device()?.role()? {
         Role::Bridge(id) | Role::Vxlan(id) => id,
-        Role::Endpoint(_) => return None,
+        Role::Endpoint(_) | Role::Tunnel(_) => return None,
     };
     match op {
         Op::AddLink(..) | Op::SetLink(..) | Op::DelLink(_) | Op::AddAddress(..) | Op::DelAddress(..) => {
@@ -321,6 +321,11 @@ fn broken_network(op: &Op) -> Option<NetworkId> {
         | Op::DelPort(..)
         | Op::SetNeighbour(..)
         | Op::DelNeighbour(..)
+        | Op::SetTunnel(..)
+        | Op::SetTunnelPeer(..)
+        | Op::DelTunnelPeer(..)
+        | Op::SetSource(..)
+        | Op::DelSource(..)
         | Op::SetRoute(..)
         | Op::DelRoute(_) => None,
     }

@@ -427,6 +427,7 @@ fn network_of(state: &State, device: &Device) -> Option<NetworkId> {
     use ovl_core::device::Role;
     match device.role()? {
         Role::Bridge(id) | Role::Vxlan(id) => Some(id),
+        Role::Tunnel(_) => None,
         Role::Endpoint(id) => state.own_endpoint(id).map(|endpoint| endpoint.network),
     }
 }

@@ -136,9 +136,11 @@ fn both_ends_get_a_new_mtu() {
         lab.pass(&wanted).await;
         for link in wanted.links.values_mut() {
             match link {
-                Link::Bridge { mtu, .. } | Link::Vxlan { mtu, .. } | Link::Endpoint { mtu, .. } => {
-                    *mtu = 1380
-                }
+                Link::Bridge { mtu, .. }
+                | Link::Vxlan { mtu, .. }
+                | Link::Tap { mtu, .. }
+                | Link::Tunnel { mtu, .. }
+                | Link::Endpoint { mtu, .. } => *mtu = 1380,
             }
         }
         let start = Instant::now();

@@ -82,7 +82,8 @@ fn a_network_changes() {
         for link in wanted.links.values_mut() {
             match link {
                 Link::Bridge { mtu, .. } | Link::Endpoint { mtu, .. } => *mtu = 1350,
-                Link::Vxlan { vni, mtu, .. } => (*vni, *mtu) = (5000, 1350),
+                Link::Vxlan { vni, mtu, .. } | Link::Tap { vni, mtu, .. } => (*vni, *mtu) = (5000, 1350),
+                Link::Tunnel { .. } => {}
             }
         }
         lab.pass(&wanted).await;
