@@ -1,49 +1,94 @@
-//! The engine's control side.
+//! The engine's control side: what there is, and the threads that serve it.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::io;
-use std::net::Ipv6Addr;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::net::{Ipv6Addr, UdpSocket};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::thread::{Builder, JoinHandle};
+use std::time::Duration;
 
 use crate::api::{
-    Drops, InterfaceConfig, InterfaceState, Mac, PeerConfig, PeerStatus, PublicKey, Source, State, TapState,
-    public_key,
+    InterfaceConfig, InterfaceState, Mac, PeerConfig, PublicKey, Source, State, TapState, public_key,
 };
+use crate::interface::{Interface, run_tap};
+use crate::switch::{Switch, Table, Tap};
+use crate::sys::{self, Kind, interrupt};
+
+/// How often sessions are looked after.
+const TICK: Duration = Duration::from_millis(250);
 
 /// Interfaces and switched networks. All that it is asked can be repeated, and deleting what is gone
 /// succeeds. Clones are handles of the same engine; with the last one its devices go.
-#[derive(Debug, Clone, Default)]
-pub struct Engine(Arc<Mutex<Control>>);
+#[derive(Clone)]
+pub struct Engine(Arc<Shared>);
 
-#[derive(Debug, Default)]
+struct Shared {
+    switch: Arc<Switch>,
+    control: Mutex<Control>,
+}
+
+#[derive(Default)]
 struct Control {
-    interfaces: BTreeMap<String, Interface>,
-    taps: BTreeMap<String, Tap>,
-    paths: BTreeMap<Ipv6Addr, String>,
+    interfaces: BTreeMap<String, Served<Interface>>,
+    taps: BTreeMap<String, Served<Tap>>,
+    /// The thread that looks after sessions; it ends with the engine.
+    ticks: bool,
 }
 
-#[derive(Debug)]
-struct Interface {
-    config: InterfaceConfig,
-    peers: BTreeMap<PublicKey, PeerConfig>,
+/// With its threads.
+struct Served<T> {
+    it: Arc<T>,
+    config: Option<InterfaceConfig>,
+    threads: Vec<JoinHandle<()>>,
 }
 
-#[derive(Debug)]
-struct Tap {
-    vni: u32,
-    remotes: BTreeMap<Mac, Ipv6Addr>,
-    floods: BTreeSet<Ipv6Addr>,
-    sources: BTreeMap<Mac, Source>,
+impl std::fmt::Debug for Engine {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Engine(..)")
+    }
+}
+
+impl Default for Engine {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        let control = self.control.get_mut().unwrap_or_else(PoisonError::into_inner);
+        for (_, served) in std::mem::take(&mut control.interfaces) {
+            end_interface(served);
+        }
+        for (_, served) in std::mem::take(&mut control.taps) {
+            end_tap(served);
+        }
+    }
+}
+
+fn end_interface(served: Served<Interface>) {
+    served.it.stopped.store(true, Ordering::Relaxed);
+    served.threads.into_iter().for_each(interrupt::join);
+}
+
+fn end_tap(served: Served<Tap>) {
+    served.it.stopped.store(true, Ordering::Relaxed);
+    served.threads.into_iter().for_each(interrupt::join);
+}
+
+fn start(name: String, work: impl FnOnce() + Send + 'static) -> io::Result<JoinHandle<()>> {
+    Builder::new().name(name).spawn(work)
 }
 
 impl Engine {
     /// One without anything.
     pub fn new() -> Self {
-        Self::default()
+        Self(Arc::new(Shared { switch: Arc::default(), control: Mutex::default() }))
     }
 
     fn control(&self) -> MutexGuard<'_, Control> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.control.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Makes a TUN device of this name (in the network namespace of the calling thread, administratively
@@ -51,41 +96,89 @@ impl Engine {
     /// another key, its sessions end.
     pub fn set_interface(&self, name: &str, config: &InterfaceConfig) -> io::Result<()> {
         let mut control = self.control();
-        let peers = control.interfaces.remove(name).map(|old| old.peers).unwrap_or_default();
-        control.interfaces.insert(name.to_owned(), Interface { config: config.clone(), peers });
+        let there = control.interfaces.get_mut(name);
+        if let Some(served) = there
+            && let Some(old) = served.config.clone()
+            && !served.it.stopped.load(Ordering::Relaxed)
+            && (old.address, old.vxlan_port) == (config.address, config.vxlan_port)
+        {
+            if old.listen != config.listen {
+                let socket = served.it.listen_at(config.listen)?;
+                release(&socket, &served.threads);
+            }
+            if old.key.0 != config.key.0 {
+                served.it.set_key(config.key.0);
+            }
+            served.config = Some(config.clone());
+            return Ok(());
+        }
+        // What is left of one whose device is gone.
+        let old = control.interfaces.remove(name);
+        let peers = old.as_ref().map(|served| served.it.peers().status()).unwrap_or_default();
+        old.into_iter().for_each(end_interface);
+        let interface = Arc::new(Interface::open(name, config, &self.0.switch)?);
+        let mut served =
+            Served { it: Arc::clone(&interface), config: Some(config.clone()), threads: Vec::new() };
+        for (thread, work) in [("tx", Interface::run_device as fn(&Interface)), ("rx", Interface::run_socket)]
+        {
+            let it = Arc::clone(&interface);
+            match start(format!("{name} {thread}"), move || work(&it)) {
+                Ok(thread) => served.threads.push(thread),
+                Err(error) => {
+                    end_interface(served);
+                    return Err(error);
+                }
+            }
+        }
+        for peer in peers {
+            interface.set_peer(peer.key, &peer.config);
+        }
+        control.interfaces.insert(name.to_owned(), served);
+        if !control.ticks {
+            let shared = Arc::downgrade(&self.0);
+            start("tunnel timers".to_owned(), move || tick(&shared))?;
+            control.ticks = true;
+        }
         Ok(())
     }
 
     /// Ends it; its device goes.
     pub fn delete_interface(&self, name: &str) {
-        self.control().interfaces.remove(name);
+        let served = self.control().interfaces.remove(name);
+        served.into_iter().for_each(end_interface);
+    }
+
+    fn interface(&self, name: &str) -> io::Result<Arc<Interface>> {
+        let control = self.control();
+        let found = control.interfaces.get(name).map(|served| Arc::clone(&served.it));
+        found.ok_or_else(|| io::ErrorKind::NotFound.into())
     }
 
     /// Sets the other end. Its sessions stay as long as its key does.
     ///
     /// Fails with [`io::ErrorKind::NotFound`] where there is no such interface.
     pub fn set_peer(&self, interface: &str, key: PublicKey, config: &PeerConfig) -> io::Result<()> {
-        let mut control = self.control();
-        let found = control.interfaces.get_mut(interface).ok_or(io::ErrorKind::NotFound)?;
-        found.peers.insert(key, config.clone());
-        Ok(())
+        self.interface(interface).map(|interface| interface.set_peer(key, config))
     }
 
     /// Its sessions end at once.
     pub fn delete_peer(&self, interface: &str, key: PublicKey) {
-        if let Some(found) = self.control().interfaces.get_mut(interface) {
-            found.peers.remove(&key);
+        if let Ok(interface) = self.interface(interface) {
+            interface.delete_peer(&key);
         }
     }
 
     /// By which interface a host's tunnel address is reached; without one, frames to it are dropped.
-    pub fn set_path(&self, to: Ipv6Addr, interface: &str) {
-        self.control().paths.insert(to, interface.to_owned());
+    ///
+    /// Fails with [`io::ErrorKind::NotFound`] where there is no such interface.
+    pub fn set_path(&self, to: Ipv6Addr, interface: &str) -> io::Result<()> {
+        self.0.switch.put_path(to, &self.interface(interface)?);
+        Ok(())
     }
 
     /// No way leads there any more.
     pub fn delete_path(&self, to: Ipv6Addr) {
-        self.control().paths.remove(&to);
+        self.0.switch.remove_path(to);
     }
 
     /// Makes a TAP device of this name, administratively down, and serves it.
@@ -93,91 +186,121 @@ impl Engine {
     /// Fails with [`io::ErrorKind::AlreadyExists`] where the network identifier belongs to another.
     pub fn add_tap(&self, name: &str, vni: u32) -> io::Result<()> {
         let mut control = self.control();
-        if control.taps.iter().any(|(other, tap)| other != name && tap.vni == vni) {
+        if let Some(served) = control.taps.get(name)
+            && served.it.vni == vni
+            && !served.it.stopped.load(Ordering::Relaxed)
+        {
+            return Ok(());
+        }
+        if control.taps.iter().any(|(other, served)| other != name && served.it.vni == vni) {
             return Err(io::ErrorKind::AlreadyExists.into());
         }
-        control.taps.entry(name.to_owned()).or_insert_with(|| Tap {
-            vni,
-            remotes: BTreeMap::new(),
-            floods: BTreeSet::new(),
-            sources: BTreeMap::new(),
-        });
+        if let Some(old) = control.taps.remove(name) {
+            self.0.switch.remove_tap(old.it.vni);
+            end_tap(old);
+        }
+        let tap = Arc::new(Tap::new(name, vni, sys::open_device(name, Kind::Tap)?));
+        let (it, switch) = (Arc::clone(&tap), Arc::clone(&self.0.switch));
+        let thread = start(name.to_owned(), move || run_tap(&it, &switch))?;
+        self.0.switch.put_tap(&tap);
+        control.taps.insert(name.to_owned(), Served { it: tap, config: None, threads: vec![thread] });
         Ok(())
     }
 
     /// Ends it; its device goes.
     pub fn delete_tap(&self, name: &str) {
-        self.control().taps.remove(name);
+        let served = self.control().taps.remove(name);
+        if let Some(served) = served {
+            self.0.switch.remove_tap(served.it.vni);
+            end_tap(served);
+        }
     }
 
-    fn with_tap(&self, name: &str, change: impl FnOnce(&mut Tap)) -> io::Result<()> {
-        self.control().taps.get_mut(name).map(change).ok_or_else(|| io::ErrorKind::NotFound.into())
+    fn change(&self, name: &str, change: impl FnOnce(&mut Table)) -> io::Result<()> {
+        let control = self.control();
+        let served = control.taps.get(name).ok_or(io::ErrorKind::NotFound)?;
+        served.it.change(change);
+        Ok(())
     }
 
     /// Frames for a MAC address go to this host.
     pub fn set_remote(&self, tap: &str, mac: Mac, to: Ipv6Addr) -> io::Result<()> {
-        self.with_tap(tap, |tap| _ = tap.remotes.insert(mac, to))
+        self.change(tap, |table| _ = table.remotes.insert(mac, to))
     }
 
     /// No more.
     pub fn delete_remote(&self, tap: &str, mac: Mac) {
-        let _ = self.with_tap(tap, |tap| _ = tap.remotes.remove(&mac));
+        let _ = self.change(tap, |table| _ = table.remotes.remove(&mac));
     }
 
     /// Broadcast and multicast go to this host too.
     pub fn add_flood(&self, tap: &str, to: Ipv6Addr) -> io::Result<()> {
-        self.with_tap(tap, |tap| _ = tap.floods.insert(to))
+        self.change(tap, |table| _ = table.floods.insert(to))
     }
 
     /// No more.
     pub fn delete_flood(&self, tap: &str, to: Ipv6Addr) {
-        let _ = self.with_tap(tap, |tap| _ = tap.floods.remove(&to));
+        let _ = self.change(tap, |table| _ = table.floods.remove(&to));
     }
 
     /// Frames from this MAC address are taken, if they are what `source` says. Without one they are not.
     pub fn set_source(&self, tap: &str, mac: Mac, source: Source) -> io::Result<()> {
-        self.with_tap(tap, |tap| drop(tap.sources.insert(mac, source)))
+        self.change(tap, |table| drop(table.sources.insert(mac, source)))
     }
 
     /// No more.
     pub fn delete_source(&self, tap: &str, mac: Mac) {
-        let _ = self.with_tap(tap, |tap| drop(tap.sources.remove(&mac)));
+        let _ = self.change(tap, |table| drop(table.sources.remove(&mac)));
     }
 
-    /// All of it, to be compared with what is wanted and to be shown.
+    /// All of it, to be compared with what is wanted and to be shown. What lost its device is left out.
     pub fn state(&self) -> State {
         let control = self.control();
-        let peer = |(key, config): (&PublicKey, &PeerConfig)| PeerStatus {
-            key: *key,
-            config: config.clone(),
-            endpoint: config.endpoint,
-            last_handshake: None,
-            sent: 0,
-            received: 0,
-        };
+        let interfaces = control.interfaces.iter().filter_map(|(name, served)| {
+            let config = served.config.as_ref()?;
+            (!served.it.stopped.load(Ordering::Relaxed)).then(|| InterfaceState {
+                name: name.clone(),
+                public_key: public_key(&config.key),
+                listen: served.it.listen().unwrap_or(config.listen),
+                peers: served.it.peers().status(),
+            })
+        });
+        let taps = control.taps.iter().filter(|(_, served)| !served.it.stopped.load(Ordering::Relaxed));
         State {
-            interfaces: control
-                .interfaces
-                .iter()
-                .map(|(name, interface)| InterfaceState {
-                    name: name.clone(),
-                    public_key: public_key(&interface.config.key),
-                    listen: interface.config.listen,
-                    peers: interface.peers.iter().map(peer).collect(),
-                })
-                .collect(),
-            taps: control
-                .taps
-                .iter()
-                .map(|(name, tap)| TapState {
-                    name: name.clone(),
-                    vni: tap.vni,
-                    remotes: tap.remotes.iter().map(|(mac, to)| (*mac, *to)).collect(),
-                    floods: tap.floods.iter().copied().collect(),
-                    sources: tap.sources.iter().map(|(mac, source)| (*mac, source.clone())).collect(),
-                })
-                .collect(),
-            drops: Drops::default(),
+            interfaces: interfaces.collect(),
+            taps: taps.map(|(_, served)| tap_state(&served.it)).collect(),
+            drops: self.0.switch.counters.read(),
         }
+    }
+}
+
+fn tap_state(tap: &Tap) -> TapState {
+    let table = tap.table();
+    TapState {
+        name: tap.name.clone(),
+        vni: tap.vni,
+        remotes: table.remotes.iter().map(|(mac, to)| (*mac, *to)).collect(),
+        floods: table.floods.iter().copied().collect(),
+        sources: table.sources.iter().map(|(mac, source)| (*mac, source.clone())).collect(),
+    }
+}
+
+/// Until no thread waits at this socket any more.
+fn release(socket: &Arc<UdpSocket>, threads: &[JoinHandle<()>]) {
+    while Arc::strong_count(socket) > 1 {
+        threads.iter().for_each(interrupt::wake);
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+fn tick(shared: &Weak<Shared>) {
+    loop {
+        std::thread::sleep(TICK);
+        let Some(shared) = shared.upgrade() else { return };
+        let interfaces: Vec<Arc<Interface>> = {
+            let control = shared.control.lock().unwrap_or_else(PoisonError::into_inner);
+            control.interfaces.values().map(|served| Arc::clone(&served.it)).collect()
+        };
+        interfaces.iter().for_each(|interface| interface.tick());
     }
 }

@@ -9,7 +9,15 @@
 //! The engine knows nothing of clusters, records or netlink. Its devices live as long as it does.
 
 mod api;
+mod checksum;
+mod cut;
 mod engine;
+mod interface;
+mod join;
+mod packet;
+mod peers;
+mod switch;
+mod sys;
 
 pub use api::{
     Drops, InterfaceConfig, InterfaceState, Mac, PeerConfig, PeerStatus, PrivateKey, PublicKey, Source,

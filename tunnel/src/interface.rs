@@ -1,0 +1,596 @@
+//! One end of a tunnel: a TUN device, a socket and the peers behind it, and the threads that carry packets
+//! between the two.
+
+use std::fs::File;
+use std::io;
+use std::net::{IpAddr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, RwLock};
+
+use boringtun::noise::handshake::parse_handshake_anon;
+use boringtun::noise::rate_limiter::RateLimiter;
+use boringtun::noise::{Packet, Tunn, TunnResult};
+use boringtun::x25519::{PublicKey as Public, StaticSecret};
+
+use crate::api::{InterfaceConfig, PeerConfig, PublicKey};
+use crate::cut::{Whole, cut};
+use crate::join::Joiner;
+use crate::packet::{Inner, Ip, VXLAN, Vnet, put_vxlan};
+use crate::peers::{Peer, Peers, Session};
+use crate::switch::{Counters, Device, Switch, Tap, reading, writing};
+use crate::sys::{self, Kind, Received, Receiver, VNET};
+
+/// What WireGuard puts around a packet: a header of 16 bytes and a tag of 16.
+const OVERHEAD: usize = 32;
+/// Its first byte tells a message with data from the three kinds of a handshake.
+const DATA: u8 = 4;
+/// The largest message of a handshake.
+const HANDSHAKE: usize = 148;
+/// Handshakes begun by others that are answered in a second before they have to prove their address. The
+/// limiter sees each of them twice: here, and in the session that it is for.
+const HANDSHAKES: u64 = 2 * 500;
+/// Packets that waited for a session and are sent at once when there is one.
+const WAITING: usize = 256;
+
+/// Before a packet in a buffer: the device's header, or those of VXLAN.
+const HEAD: usize = 64;
+/// The largest packet of a device.
+const PACKET: usize = 65_536;
+/// After it, for padding.
+const TAIL: usize = 16;
+/// A super-packet, sealed: segments of 200 bytes still fit.
+const SEALED: usize = 96 * 1024;
+/// What one call sends: so many datagrams, in a UDP packet's length of 16 bits (udp(7)).
+const MAX_SEGMENTS: usize = 64;
+const MAX_DATAGRAM: usize = 65_487;
+
+/// Joined datagrams that are received at once.
+const SLOTS: usize = 32;
+/// Opened packets that wait to be joined.
+const OPENED: usize = 4 * PACKET;
+
+/// Who this end is.
+struct Identity {
+    secret: StaticSecret,
+    public: Public,
+    limiter: Arc<RateLimiter>,
+}
+
+impl Identity {
+    fn new(key: [u8; 32]) -> Self {
+        let secret = StaticSecret::from(key);
+        let public = Public::from(&secret);
+        Self { secret, public, limiter: Arc::new(RateLimiter::new(&public, HANDSHAKES)) }
+    }
+}
+
+/// One end of a tunnel.
+pub(crate) struct Interface {
+    pub(crate) name: String,
+    address: Ipv6Addr,
+    vxlan_port: u16,
+    file: File,
+    identity: RwLock<Identity>,
+    socket: RwLock<Arc<UdpSocket>>,
+    peers: RwLock<Peers>,
+    switch: Arc<Switch>,
+    /// The device's, as it was found a moment ago.
+    mtu: AtomicUsize,
+    /// The kernel cuts what we send.
+    cuts: AtomicBool,
+    pub(crate) stopped: AtomicBool,
+}
+
+impl Interface {
+    /// Makes the device and the socket.
+    pub(crate) fn open(name: &str, config: &InterfaceConfig, switch: &Arc<Switch>) -> io::Result<Self> {
+        let socket = sys::open_socket(config.listen)?;
+        let file = sys::open_device(name, Kind::Tun)?;
+        let mtu = sys::mtu(name, &socket)?;
+        Ok(Self {
+            name: name.to_owned(),
+            address: config.address,
+            vxlan_port: config.vxlan_port,
+            file,
+            identity: RwLock::new(Identity::new(config.key.0)),
+            socket: RwLock::new(Arc::new(socket)),
+            peers: RwLock::default(),
+            switch: Arc::clone(switch),
+            mtu: AtomicUsize::new(mtu),
+            cuts: AtomicBool::new(true),
+            stopped: AtomicBool::new(false),
+        })
+    }
+
+    /// The address of its socket.
+    pub(crate) fn listen(&self) -> io::Result<SocketAddr> {
+        self.socket().local_addr()
+    }
+
+    pub(crate) fn peers(&self) -> impl std::ops::Deref<Target = Peers> + '_ {
+        reading(&self.peers)
+    }
+
+    fn socket(&self) -> Arc<UdpSocket> {
+        Arc::clone(&reading(&self.socket))
+    }
+
+    /// Another socket; gives the old one, which is closed when the receiving thread has let go of it.
+    pub(crate) fn listen_at(&self, listen: SocketAddr) -> io::Result<Arc<UdpSocket>> {
+        let socket = Arc::new(sys::open_socket(listen)?);
+        self.cuts.store(true, Ordering::Relaxed);
+        Ok(std::mem::replace(&mut *writing(&self.socket), socket))
+    }
+
+    /// Another key: all sessions are new ones.
+    pub(crate) fn set_key(&self, key: [u8; 32]) {
+        *writing(&self.identity) = Identity::new(key);
+        let all: Vec<_> = self.peers().status().into_iter().map(|peer| (peer.key, peer.config)).collect();
+        for (key, config) in all {
+            writing(&self.peers).remove(&key);
+            self.set_peer(key, &config);
+        }
+    }
+
+    /// Adds a peer and says hello to it, or changes one.
+    pub(crate) fn set_peer(&self, key: PublicKey, config: &PeerConfig) {
+        let mut peers = writing(&self.peers);
+        if let Some(peer) = peers.by_key(&key).cloned() {
+            peer.session().endpoint = config.endpoint;
+            peers.put(&peer, config);
+            return;
+        }
+        let slot = peers.free_slot();
+        let identity = reading(&self.identity);
+        let limiter = Some(Arc::clone(&identity.limiter));
+        let tunn = Tunn::new(identity.secret.clone(), Public::from(key), None, None, slot, limiter);
+        let peer = Arc::new(Peer::new(key, slot, tunn, config.endpoint));
+        peers.put(&peer, config);
+        drop(peers);
+        // Not with the first packet: after a restart the peer has a session that we know nothing of, and
+        // would go on using it.
+        let mut message = [0; HANDSHAKE];
+        let mut session = peer.session();
+        if let TunnResult::WriteToNetwork(message) =
+            session.tunn.format_handshake_initiation(&mut message, false)
+        {
+            self.send_one(session.endpoint, message);
+        }
+    }
+
+    pub(crate) fn delete_peer(&self, key: &PublicKey) {
+        writing(&self.peers).remove(key);
+    }
+
+    /// What time makes necessary: new handshakes, the end of old sessions. Several times a second.
+    pub(crate) fn tick(&self) {
+        reading(&self.identity).limiter.reset_count();
+        if let Ok(mtu) = sys::mtu(&self.name, &self.socket()) {
+            self.mtu.store(mtu, Ordering::Relaxed);
+        }
+        let mut message = [0; HANDSHAKE];
+        for peer in reading(&self.peers).all() {
+            let mut session = peer.session();
+            if let TunnResult::WriteToNetwork(message) = session.tunn.update_timers(&mut message) {
+                self.send_one(session.endpoint, message);
+            }
+        }
+    }
+
+    fn send_one(&self, to: SocketAddr, datagram: &[u8]) {
+        if sys::send(&self.socket(), to, datagram, datagram.len()).is_err() {
+            Counters::count(&self.switch.counters.full);
+        }
+    }
+
+    /// Sends datagrams of one size, the last of which may be shorter.
+    fn send(&self, to: SocketAddr, datagrams: &[u8], size: usize) {
+        let socket = self.socket();
+        let at_once = size * (MAX_DATAGRAM / size.max(1)).clamp(1, MAX_SEGMENTS);
+        for part in datagrams.chunks(at_once.max(1)) {
+            if self.cuts.load(Ordering::Relaxed) {
+                match sys::send(&socket, to, part, size) {
+                    // A network card that computes no checksums: then the kernel does not cut.
+                    Err(error) if error.raw_os_error() == Some(nix::libc::EIO) => {
+                        self.cuts.store(false, Ordering::Relaxed);
+                    }
+                    Ok(_) => continue,
+                    Err(_) => {
+                        Counters::count(&self.switch.counters.full);
+                        continue;
+                    }
+                }
+            }
+            for datagram in part.chunks(size) {
+                self.send_one(to, datagram);
+            }
+        }
+    }
+
+    /// From the device to the peers, until told to stop or the device is gone.
+    pub(crate) fn run_device(&self) {
+        let mut sealer = Sealer::default();
+        let mut buffer = vec![0; HEAD + PACKET + TAIL];
+        while let Some((vnet, end)) = next(&self.file, &mut buffer, &self.stopped) {
+            let Some(vnet) = vnet else { continue };
+            let packet = buffer.get(HEAD..end).unwrap_or_default();
+            let peer = Ip::parse(packet).and_then(|ip| reading(&self.peers).holder(ip.destination).cloned());
+            let Some(peer) = peer else {
+                Counters::count(&self.switch.counters.no_peer);
+                continue;
+            };
+            let whole = Whole { start: HEAD, given: HEAD, end, is_frame: false, vnet };
+            sealer.seal(self, &peer, &mut buffer, &whole);
+        }
+        self.stopped.store(true, Ordering::Relaxed);
+    }
+
+    /// From the peers to the devices, until told to stop.
+    pub(crate) fn run_socket(&self) {
+        let mut receiver = Receiver::new(SLOTS);
+        let mut opener = Opener::new(self);
+        while !self.stopped.load(Ordering::Relaxed) {
+            let socket = self.socket();
+            // Interrupted, or told of an error of an earlier datagram: neither is a reason to stop.
+            let _ = receiver.receive(&socket, |received| opener.take(received));
+            opener.flush();
+        }
+    }
+}
+
+/// The next packet of a device, at `HEAD`: its header, if we understand it, and its end. None at the end.
+fn next(file: &File, buffer: &mut [u8], stopped: &AtomicBool) -> Option<(Option<Vnet>, usize)> {
+    loop {
+        if stopped.load(Ordering::Relaxed) {
+            return None;
+        }
+        match sys::read(file, buffer.get_mut(HEAD - VNET..HEAD + PACKET)?) {
+            Ok(length) => {
+                let vnet = buffer.get(HEAD - VNET..HEAD).and_then(Vnet::parse);
+                return Some((vnet, HEAD - VNET + length.max(VNET)));
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => {
+                tracing::warn!(%error, "a device of the tunnel is gone");
+                return None;
+            }
+        }
+    }
+}
+
+/// From a switched network to the peers, until told to stop or the device is gone.
+pub(crate) fn run_tap(tap: &Tap, switch: &Switch) {
+    let mut sealer = Sealer::default();
+    let mut buffer = vec![0; HEAD + PACKET + TAIL];
+    let mut copy = Vec::new();
+    let mut to = Vec::new();
+    while let Some((vnet, end)) = next(&tap.file, &mut buffer, &tap.stopped) {
+        let Some(vnet) = vnet else { continue };
+        tap.table().destinations(buffer.get(HEAD..end).unwrap_or_default(), &mut to);
+        if to.is_empty() {
+            Counters::count(&switch.counters.no_peer);
+        }
+        copy.clear();
+        if to.len() > 1 {
+            copy.extend_from_slice(buffer.get(HEAD..end).unwrap_or_default());
+        }
+        for host in &to {
+            let Some(interface) = switch.path(*host) else {
+                Counters::count(&switch.counters.no_peer);
+                continue;
+            };
+            let peer = reading(&interface.peers).holder(IpAddr::V6(*host)).cloned();
+            let Some(peer) = peer else {
+                Counters::count(&switch.counters.no_peer);
+                continue;
+            };
+            // Cutting writes over what it has handed out.
+            if let Some(place) = buffer.get_mut(HEAD..end).filter(|_| !copy.is_empty()) {
+                place.copy_from_slice(&copy);
+            }
+            let start = HEAD - VXLAN;
+            if let Some(place) = buffer.get_mut(start..HEAD) {
+                let ports = (interface.vxlan_port, interface.vxlan_port);
+                put_vxlan(place, interface.address, *host, ports, tap.vni, end - HEAD);
+            }
+            let whole = Whole { start, given: HEAD, end, is_frame: true, vnet };
+            sealer.seal(&interface, &peer, &mut buffer, &whole);
+        }
+    }
+    tap.stopped.store(true, Ordering::Relaxed);
+}
+
+/// Seals what a packet is cut into, and sends it with as few calls as can be.
+struct Sealer {
+    sealed: Vec<u8>,
+}
+
+impl Default for Sealer {
+    fn default() -> Self {
+        Self { sealed: vec![0; SEALED] }
+    }
+}
+
+impl Sealer {
+    fn seal(&mut self, interface: &Interface, peer: &Peer, buffer: &mut [u8], whole: &Whole) {
+        let mtu = interface.mtu.load(Ordering::Relaxed);
+        let counters = &interface.switch.counters;
+        let mut session = peer.session();
+        let Session { tunn, waiting, endpoint } = &mut *session;
+        let (mut used, mut size, mut bytes) = (0, 0, 0);
+        let mut handshake = None;
+        let result = cut(buffer, whole, |buffer, at| {
+            let (packet, restore) = pad(buffer, &at, mtu);
+            // As much as the library asks for; it would panic with less.
+            let room = self.sealed.get_mut(used..).filter(|room| room.len() >= HANDSHAKE + packet.len());
+            match room.map(|room| tunn.encapsulate(packet, room)) {
+                Some(TunnResult::WriteToNetwork(datagram)) if datagram.first() == Some(&DATA) => {
+                    size = size.max(datagram.len());
+                    used += datagram.len();
+                    bytes += at.len() as u64;
+                }
+                // No session: the packet waits for one, and the first of them asks for it.
+                Some(TunnResult::WriteToNetwork(message)) => {
+                    *waiting = true;
+                    handshake = <[u8; HANDSHAKE]>::try_from(&*message).ok();
+                }
+                Some(TunnResult::Done) => *waiting = true,
+                _ => Counters::count(&counters.full),
+            }
+            restore.undo(buffer);
+        });
+        let to = *endpoint;
+        drop(session);
+        if result.is_err() {
+            Counters::count(&counters.no_peer);
+        }
+        if let Some(message) = handshake {
+            interface.send_one(to, &message);
+        }
+        if used > 0 {
+            interface.send(to, self.sealed.get(..used).unwrap_or_default(), size);
+            peer.sent.fetch_add(bytes, Ordering::Relaxed);
+        }
+    }
+}
+
+/// What was where padding is now.
+struct Restore {
+    from: usize,
+    length: usize,
+    bytes: [u8; 16],
+}
+
+impl Restore {
+    fn undo(&self, buffer: &mut [u8]) {
+        if let Some(place) = buffer.get_mut(self.from..self.from + self.length) {
+            place.copy_from_slice(&self.bytes[..self.length]);
+        }
+    }
+}
+
+/// Packets are padded with zeroes to a multiple of 16 bytes, if the path takes it (the WireGuard paper,
+/// section 5.4.6). What comes after a packet may be the payload of the next one.
+fn pad<'a>(buffer: &'a mut [u8], at: &Range<usize>, mtu: usize) -> (&'a [u8], Restore) {
+    let padded = at.len().next_multiple_of(16).min(mtu).max(at.len());
+    let mut restore = Restore { from: at.end, length: padded - at.len(), bytes: [0; 16] };
+    if let Some(place) = buffer.get_mut(at.end..at.end + restore.length) {
+        restore.bytes[..place.len()].copy_from_slice(place);
+        place.fill(0);
+    }
+    (buffer.get(at.start..at.start + padded).unwrap_or_default(), restore)
+}
+
+/// Opens what comes from peers, checks whose it is, and writes it to the devices.
+struct Opener<'a> {
+    interface: &'a Interface,
+    opened: Vec<u8>,
+    used: usize,
+    /// Packets of one peer that are still to be looked at.
+    packets: Vec<Range<usize>>,
+    tun: Joiner,
+    taps: Vec<(Arc<Tap>, Joiner)>,
+}
+
+impl<'a> Opener<'a> {
+    fn new(interface: &'a Interface) -> Self {
+        Self {
+            interface,
+            opened: vec![0; OPENED],
+            used: 0,
+            packets: Vec::new(),
+            tun: Joiner::default(),
+            taps: Vec::new(),
+        }
+    }
+
+    fn device<'b>(&self, file: &'b File) -> Device<'b>
+    where
+        'a: 'b,
+    {
+        Device { file, counters: &self.interface.switch.counters }
+    }
+
+    /// Writes what waits, so that the buffer is free.
+    fn flush(&mut self) {
+        let device = self.device(&self.interface.file);
+        self.tun.flush(&mut self.opened, &device);
+        let counters = &self.interface.switch.counters;
+        for (tap, joiner) in &mut self.taps {
+            joiner.flush(&mut self.opened, &Device { file: &tap.file, counters });
+        }
+        self.taps.retain(|(tap, _)| !tap.stopped.load(Ordering::Relaxed));
+        self.used = 0;
+    }
+
+    /// Datagrams of one sender.
+    fn take(&mut self, received: Received<'_>) {
+        if OPENED - self.used < received.bytes.len() + HANDSHAKE {
+            self.flush();
+        }
+        let Received { from, bytes, size } = received;
+        let mut datagrams = bytes.chunks(size).peekable();
+        while let Some(datagram) = datagrams.next() {
+            let Some(slot) = slot_of_data(datagram) else {
+                self.handshake(from, datagram);
+                continue;
+            };
+            let Some(peer) = reading(&self.interface.peers).by_slot(slot).cloned() else {
+                Counters::count(&self.interface.switch.counters.unauthenticated);
+                continue;
+            };
+            {
+                let mut session = peer.session();
+                self.open(&mut session, &peer, from, datagram);
+                while let Some(datagram) = datagrams.next_if(|next| slot_of_data(next) == Some(slot)) {
+                    self.open(&mut session, &peer, from, datagram);
+                }
+            }
+            self.deliver(&peer);
+        }
+    }
+
+    /// A message with data.
+    fn open(&mut self, session: &mut Session, peer: &Peer, from: SocketAddr, datagram: &[u8]) {
+        let Some(room) = self.opened.get_mut(self.used..).filter(|room| room.len() >= datagram.len()) else {
+            return;
+        };
+        match session.tunn.decapsulate(Some(from.ip()), datagram, room) {
+            TunnResult::WriteToTunnelV4(packet, _) | TunnResult::WriteToTunnelV6(packet, _) => {
+                peer.received.fetch_add(packet.len() as u64, Ordering::Relaxed);
+                self.packets.push(self.used..self.used + packet.len());
+                self.used += packet.len();
+            }
+            // Without content: it says that the peer is there.
+            TunnResult::Done => {}
+            TunnResult::WriteToNetwork(_) => return,
+            TunnResult::Err(_) => {
+                Counters::count(&self.interface.switch.counters.unauthenticated);
+                return;
+            }
+        }
+        session.endpoint = from;
+        if session.waiting {
+            self.send_waiting(session);
+        }
+    }
+
+    /// There is a session: what waited for it goes out.
+    fn send_waiting(&self, session: &mut Session) {
+        session.waiting = false;
+        let mut room = vec![0; PACKET + OVERHEAD + TAIL];
+        for _ in 0..WAITING {
+            let TunnResult::WriteToNetwork(datagram) = session.tunn.decapsulate(None, &[], &mut room) else {
+                return;
+            };
+            self.interface.send_one(session.endpoint, datagram);
+        }
+    }
+
+    /// A message of a handshake, or nonsense.
+    fn handshake(&mut self, from: SocketAddr, datagram: &[u8]) {
+        let counters = &self.interface.switch.counters;
+        let mut reply = [0; HANDSHAKE];
+        let identity = reading(&self.interface.identity);
+        let verified = identity.limiter.verify_packet(Some(from.ip()), datagram, &mut reply);
+        let peers = reading(&self.interface.peers);
+        let peer = match verified {
+            Ok(Packet::HandshakeInit(message)) => {
+                parse_handshake_anon(&identity.secret, &identity.public, &message)
+                    .ok()
+                    .and_then(|half| peers.by_key(&half.peer_static_public).cloned())
+            }
+            Ok(Packet::HandshakeResponse(message)) => peers.by_slot(message.receiver_idx >> 8).cloned(),
+            Ok(Packet::PacketCookieReply(message)) => peers.by_slot(message.receiver_idx >> 8).cloned(),
+            Ok(Packet::PacketData(_)) => None,
+            // Many at once: whoever it is shall show that it is where it says.
+            Err(TunnResult::WriteToNetwork(cookie)) => {
+                self.interface.send_one(from, cookie);
+                return;
+            }
+            Err(_) => None,
+        };
+        drop(peers);
+        drop(identity);
+        let Some(peer) = peer else {
+            Counters::count(&counters.unauthenticated);
+            return;
+        };
+        let mut session = peer.session();
+        match session.tunn.decapsulate(Some(from.ip()), datagram, &mut reply) {
+            TunnResult::WriteToNetwork(message) => {
+                // Either the answer, which a stranger could not have asked for, or the first data.
+                session.endpoint = from;
+                let is_first_data = message.first() == Some(&DATA);
+                self.interface.send_one(from, message);
+                if is_first_data {
+                    self.send_waiting(&mut session);
+                }
+            }
+            TunnResult::Err(_) => Counters::count(&counters.unauthenticated),
+            _ => {}
+        }
+    }
+
+    /// Packets that this peer sealed: are they its own, and where do they go?
+    fn deliver(&mut self, peer: &Peer) {
+        let interface = self.interface;
+        let counters = &interface.switch.counters;
+        let mut last = None;
+        for at in std::mem::take(&mut self.packets) {
+            let Some(ip) = self.opened.get(at.clone()).and_then(Ip::parse) else {
+                Counters::count(&counters.spoofed);
+                continue;
+            };
+            if last != Some(ip.source) {
+                let is_own = reading(&interface.peers)
+                    .holder(ip.source)
+                    .is_some_and(|holder| holder.slot == peer.slot);
+                if !is_own {
+                    Counters::count(&counters.spoofed);
+                    continue;
+                }
+                last = Some(ip.source);
+            }
+            let packet = self.opened.get(at.clone()).unwrap_or_default();
+            match Inner::parse(packet, &ip, interface.address, interface.vxlan_port) {
+                Some(inner) => self.deliver_frame(at.start, inner),
+                None => {
+                    let device = self.device(&interface.file);
+                    self.tun.add(&mut self.opened, at, false, &device);
+                }
+            }
+        }
+    }
+
+    fn deliver_frame(&mut self, start: usize, inner: Inner) {
+        let counters = &self.interface.switch.counters;
+        let index = match self.taps.iter().position(|(tap, _)| tap.vni == inner.vni) {
+            Some(index) => index,
+            None => {
+                let Some(tap) = self.interface.switch.tap(inner.vni) else {
+                    Counters::count(&counters.no_peer);
+                    return;
+                };
+                self.taps.push((tap, Joiner::default()));
+                self.taps.len() - 1
+            }
+        };
+        let (tap, joiner) = &mut self.taps[index];
+        let at = start + inner.start..start + inner.end;
+        let frame = self.opened.get(at.clone()).unwrap_or_default();
+        if !tap.table().is_honest(frame, inner.from) {
+            Counters::count(&counters.spoofed);
+            return;
+        }
+        joiner.add(&mut self.opened, at, true, &Device { file: &tap.file, counters });
+    }
+}
+
+/// The upper bits of the receiver's index in a message with data.
+fn slot_of_data(datagram: &[u8]) -> Option<u32> {
+    let kind = datagram.first_chunk::<4>()?;
+    let index = u32::from_le_bytes(*datagram.get(4..)?.first_chunk()?);
+    (*kind == [DATA, 0, 0, 0] && datagram.len() >= OVERHEAD).then_some(index >> 8)
+}

@@ -1,0 +1,232 @@
+//! The other ends of an interface, and which addresses are whose.
+
+use std::collections::HashMap;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use boringtun::noise::Tunn;
+use ipnet::IpNet;
+
+use crate::api::{PeerConfig, PeerStatus, PublicKey};
+
+/// One other end.
+pub(crate) struct Peer {
+    pub(crate) key: PublicKey,
+    /// The upper 24 bits of the indexes of its sessions.
+    pub(crate) slot: u32,
+    session: Mutex<Session>,
+    pub(crate) sent: AtomicU64,
+    pub(crate) received: AtomicU64,
+}
+
+/// What changes with packets.
+pub(crate) struct Session {
+    pub(crate) tunn: Tunn,
+    pub(crate) endpoint: SocketAddr,
+    /// Packets wait in `tunn` for a session.
+    pub(crate) waiting: bool,
+}
+
+impl Peer {
+    pub(crate) fn new(key: PublicKey, slot: u32, tunn: Tunn, endpoint: SocketAddr) -> Self {
+        Self {
+            key,
+            slot,
+            session: Mutex::new(Session { tunn, endpoint, waiting: false }),
+            sent: AtomicU64::new(0),
+            received: AtomicU64::new(0),
+        }
+    }
+
+    pub(crate) fn session(&self) -> MutexGuard<'_, Session> {
+        self.session.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn status(&self, config: PeerConfig) -> PeerStatus {
+        let session = self.session();
+        PeerStatus {
+            key: self.key,
+            config,
+            endpoint: session.endpoint,
+            last_handshake: session.tunn.stats().0,
+            sent: self.sent.load(Ordering::Relaxed),
+            received: self.received.load(Ordering::Relaxed),
+        }
+    }
+}
+
+/// All peers of an interface.
+#[derive(Default)]
+pub(crate) struct Peers {
+    by_key: HashMap<PublicKey, (Arc<Peer>, PeerConfig)>,
+    by_slot: HashMap<u32, Arc<Peer>>,
+    v4: Prefixes,
+    v6: Prefixes,
+    next_slot: u32,
+}
+
+/// Prefixes by their lengths, the longest first. There are few lengths.
+#[derive(Default)]
+struct Prefixes(Vec<(u8, HashMap<u128, Arc<Peer>>)>);
+
+impl Peers {
+    pub(crate) fn by_key(&self, key: &PublicKey) -> Option<&Arc<Peer>> {
+        self.by_key.get(key).map(|(peer, _)| peer)
+    }
+
+    pub(crate) fn by_slot(&self, slot: u32) -> Option<&Arc<Peer>> {
+        self.by_slot.get(&slot)
+    }
+
+    pub(crate) fn all(&self) -> impl Iterator<Item = &Arc<Peer>> {
+        self.by_slot.values()
+    }
+
+    /// The peer that an address belongs to.
+    pub(crate) fn holder(&self, address: IpAddr) -> Option<&Arc<Peer>> {
+        match address {
+            IpAddr::V4(v4) => self.v4.find(u128::from(v4.to_bits()) << 96),
+            IpAddr::V6(v6) => self.v6.find(v6.to_bits()),
+        }
+    }
+
+    /// A number for a new peer that no other has, 24 bits.
+    pub(crate) fn free_slot(&mut self) -> u32 {
+        loop {
+            self.next_slot = (self.next_slot + 1) & 0xff_ffff;
+            if !self.by_slot.contains_key(&self.next_slot) {
+                return self.next_slot;
+            }
+        }
+    }
+
+    /// Adds it, or changes what it is allowed. A prefix that another has moves, as in the kernel.
+    pub(crate) fn put(&mut self, peer: &Arc<Peer>, config: &PeerConfig) {
+        self.release(&peer.key);
+        for net in &config.allowed {
+            let net = net.trunc();
+            let (prefixes, bits) = self.place(net);
+            if let Some(old) = prefixes.insert(net.prefix_len(), bits, Arc::clone(peer))
+                && let Some((_, config)) = self.by_key.get_mut(&old.key).filter(|_| old.key != peer.key)
+            {
+                config.allowed.retain(|other| other.trunc() != net);
+            }
+        }
+        self.by_slot.insert(peer.slot, Arc::clone(peer));
+        self.by_key.insert(peer.key, (Arc::clone(peer), config.clone()));
+    }
+
+    pub(crate) fn remove(&mut self, key: &PublicKey) {
+        self.release(key);
+        if let Some((peer, _)) = self.by_key.remove(key) {
+            self.by_slot.remove(&peer.slot);
+        }
+    }
+
+    pub(crate) fn status(&self) -> Vec<PeerStatus> {
+        let mut all: Vec<PeerStatus> =
+            self.by_key.values().map(|(peer, config)| peer.status(config.clone())).collect();
+        all.sort_by_key(|peer| peer.key);
+        all
+    }
+
+    fn release(&mut self, key: &PublicKey) {
+        let Some(held) = self.by_key.get_mut(key).map(|(_, config)| std::mem::take(&mut config.allowed))
+        else {
+            return;
+        };
+        for net in held {
+            let (prefixes, bits) = self.place(net.trunc());
+            prefixes.remove(net.prefix_len(), bits);
+        }
+    }
+
+    fn place(&mut self, net: IpNet) -> (&mut Prefixes, u128) {
+        match net {
+            IpNet::V4(net) => (&mut self.v4, u128::from(net.addr().to_bits()) << 96),
+            IpNet::V6(net) => (&mut self.v6, net.addr().to_bits()),
+        }
+    }
+}
+
+impl Prefixes {
+    /// Addresses of IPv4 are in the upper bits.
+    fn find(&self, bits: u128) -> Option<&Arc<Peer>> {
+        self.0.iter().find_map(|(length, prefixes)| prefixes.get(&(bits & mask(*length))))
+    }
+
+    fn insert(&mut self, length: u8, bits: u128, peer: Arc<Peer>) -> Option<Arc<Peer>> {
+        let index = self.0.partition_point(|(other, _)| *other > length);
+        if self.0.get(index).is_none_or(|(other, _)| *other != length) {
+            self.0.insert(index, (length, HashMap::new()));
+        }
+        self.0.get_mut(index)?.1.insert(bits, peer)
+    }
+
+    fn remove(&mut self, length: u8, bits: u128) {
+        if let Some((_, prefixes)) = self.0.iter_mut().find(|(other, _)| *other == length) {
+            prefixes.remove(&bits);
+        }
+        self.0.retain(|(_, prefixes)| !prefixes.is_empty());
+    }
+}
+
+fn mask(length: u8) -> u128 {
+    u128::MAX.checked_shl(128 - u32::from(length)).unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use boringtun::x25519::{PublicKey as Public, StaticSecret};
+
+    use super::*;
+
+    fn peer(n: u8) -> Arc<Peer> {
+        let tunn =
+            Tunn::new(StaticSecret::from([9; 32]), Public::from([n; 32]), None, None, u32::from(n), None);
+        Arc::new(Peer::new([n; 32], u32::from(n), tunn, "192.0.2.1:1".parse().unwrap()))
+    }
+
+    fn config(allowed: &[&str]) -> PeerConfig {
+        let allowed = allowed.iter().map(|net| net.parse().unwrap()).collect();
+        PeerConfig { endpoint: "192.0.2.1:1".parse().unwrap(), allowed }
+    }
+
+    fn holder(peers: &Peers, address: &str) -> Option<u8> {
+        peers.holder(address.parse().unwrap()).map(|peer| peer.key[0])
+    }
+
+    #[test]
+    fn the_longest_prefix_counts() {
+        let mut peers = Peers::default();
+        peers.put(&peer(1), &config(&["10.0.0.0/8", "fd00::/16"]));
+        peers.put(&peer(2), &config(&["10.1.0.0/16", "fd00::5/128"]));
+        assert_eq!(holder(&peers, "10.2.3.4"), Some(1));
+        assert_eq!(holder(&peers, "10.1.3.4"), Some(2));
+        assert_eq!(holder(&peers, "11.1.3.4"), None);
+        assert_eq!(holder(&peers, "fd00::4"), Some(1));
+        assert_eq!(holder(&peers, "fd00::5"), Some(2));
+        assert_eq!(holder(&peers, "::ffff:10.1.3.4"), None);
+    }
+
+    #[test]
+    fn a_prefix_has_one_holder_and_goes_with_it() {
+        let mut peers = Peers::default();
+        let (one, two) = (peer(1), peer(2));
+        peers.put(&one, &config(&["10.0.0.0/24", "10.0.1.0/24"]));
+        peers.put(&two, &config(&["10.0.0.0/24"]));
+        assert_eq!(holder(&peers, "10.0.0.1"), Some(2));
+        let allowed: Vec<_> = peers.status().into_iter().map(|peer| peer.config.allowed).collect();
+        assert_eq!(allowed, [config(&["10.0.1.0/24"]).allowed, config(&["10.0.0.0/24"]).allowed]);
+        // What it lost is not taken away from the new holder.
+        peers.put(&one, &config(&["10.0.1.0/24"]));
+        assert_eq!(holder(&peers, "10.0.0.1"), Some(2));
+        peers.remove(&two.key);
+        assert_eq!(holder(&peers, "10.0.0.1"), None);
+        assert!(peers.by_slot(2).is_none());
+        assert_eq!(holder(&peers, "10.0.1.1"), Some(1));
+        peers.put(&one, &config(&["0.0.0.0/0"]));
+        assert_eq!(holder(&peers, "10.0.0.1"), Some(1));
+    }
+}
