@@ -316,14 +316,16 @@ impl Sealer {
     fn seal(&mut self, interface: &Interface, peer: &Peer, buffer: &mut [u8], whole: &Whole) {
         let mtu = interface.mtu.load(Ordering::Relaxed);
         let counters = &interface.switch.counters;
-        let mut session = peer.session();
-        let Session { tunn, waiting, endpoint } = &mut *session;
         let (mut used, mut size, mut bytes) = (0, 0, 0);
         let mut handshake = None;
         let result = cut(buffer, whole, |buffer, at| {
             let (packet, restore) = pad(buffer, &at, mtu);
             // As much as the library asks for; it would panic with less.
             let room = self.sealed.get_mut(used..).filter(|room| room.len() >= HANDSHAKE + packet.len());
+            // For one packet and not for all: the other direction waits by turning round, and not in the
+            // kernel, which costs both more.
+            let mut session = peer.session();
+            let Session { tunn, waiting, .. } = &mut *session;
             match room.map(|room| tunn.encapsulate(packet, room)) {
                 Some(TunnResult::WriteToNetwork(datagram)) if datagram.first() == Some(&DATA) => {
                     size = size.max(datagram.len());
@@ -338,10 +340,10 @@ impl Sealer {
                 Some(TunnResult::Done) => *waiting = true,
                 _ => Counters::count(&counters.full),
             }
+            drop(session);
             restore.undo(buffer);
         });
-        let to = *endpoint;
-        drop(session);
+        let to = peer.session().endpoint;
         if result.is_err() {
             Counters::count(&counters.no_peer);
         }
@@ -440,22 +442,20 @@ impl<'a> Opener<'a> {
                 Counters::count(&self.interface.switch.counters.unauthenticated);
                 continue;
             };
-            {
-                let mut session = peer.session();
-                self.open(&mut session, &peer, from, datagram);
-                while let Some(datagram) = datagrams.next_if(|next| slot_of_data(next) == Some(slot)) {
-                    self.open(&mut session, &peer, from, datagram);
-                }
+            self.open(&peer, from, datagram);
+            while let Some(datagram) = datagrams.next_if(|next| slot_of_data(next) == Some(slot)) {
+                self.open(&peer, from, datagram);
             }
             self.deliver(&peer);
         }
     }
 
     /// A message with data.
-    fn open(&mut self, session: &mut Session, peer: &Peer, from: SocketAddr, datagram: &[u8]) {
+    fn open(&mut self, peer: &Peer, from: SocketAddr, datagram: &[u8]) {
         let Some(room) = self.opened.get_mut(self.used..).filter(|room| room.len() >= datagram.len()) else {
             return;
         };
+        let mut session = peer.session();
         match session.tunn.decapsulate(Some(from.ip()), datagram, room) {
             TunnResult::WriteToTunnelV4(packet, _) | TunnResult::WriteToTunnelV6(packet, _) => {
                 peer.received.fetch_add(packet.len() as u64, Ordering::Relaxed);
@@ -472,7 +472,7 @@ impl<'a> Opener<'a> {
         }
         session.endpoint = from;
         if session.waiting {
-            self.send_waiting(session);
+            self.send_waiting(&mut session);
         }
     }
 

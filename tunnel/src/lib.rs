@@ -16,6 +16,8 @@ mod interface;
 mod join;
 mod packet;
 mod peers;
+#[cfg(test)]
+mod roundtrip;
 mod switch;
 mod sys;
 
