@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::net::{Ipv6Addr, UdpSocket};
+use std::net::Ipv6Addr;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::{Builder, JoinHandle};
@@ -104,7 +104,7 @@ impl Engine {
         {
             if old.listen != config.listen {
                 let socket = served.it.listen_at(config.listen)?;
-                release(&socket, &served.threads);
+                release(&socket, &served.threads.iter().collect::<Vec<_>>());
             }
             if old.key.0 != config.key.0 {
                 served.it.set_key(config.key.0);
@@ -185,7 +185,7 @@ impl Engine {
     ///
     /// Fails with [`io::ErrorKind::AlreadyExists`] where the network identifier belongs to another.
     pub fn add_tap(&self, name: &str, vni: u32) -> io::Result<()> {
-        let mut control = self.control();
+        let control = self.control();
         if let Some(served) = control.taps.get(name)
             && served.it.vni == vni
             && !served.it.stopped.load(Ordering::Relaxed)
@@ -195,10 +195,9 @@ impl Engine {
         if control.taps.iter().any(|(other, served)| other != name && served.it.vni == vni) {
             return Err(io::ErrorKind::AlreadyExists.into());
         }
-        if let Some(old) = control.taps.remove(name) {
-            self.0.switch.remove_tap(old.it.vni);
-            end_tap(old);
-        }
+        drop(control);
+        self.delete_tap(name);
+        let mut control = self.control();
         let tap = Arc::new(Tap::new(name, vni, sys::open_device(name, Kind::Tap)?));
         let (it, switch) = (Arc::clone(&tap), Arc::clone(&self.0.switch));
         let thread = start(name.to_owned(), move || run_tap(&it, &switch))?;
@@ -209,10 +208,14 @@ impl Engine {
 
     /// Ends it; its device goes.
     pub fn delete_tap(&self, name: &str) {
-        let served = self.control().taps.remove(name);
-        if let Some(served) = served {
+        let mut control = self.control();
+        if let Some(served) = control.taps.remove(name) {
             self.0.switch.remove_tap(served.it.vni);
+            let tap = Arc::clone(&served.it);
             end_tap(served);
+            // The device goes with the last descriptor, and receiving threads may still hold it.
+            let threads = control.interfaces.values().flat_map(|served| &served.threads);
+            release(&tap, &threads.collect::<Vec<_>>());
         }
     }
 
@@ -285,10 +288,10 @@ fn tap_state(tap: &Tap) -> TapState {
     }
 }
 
-/// Until no thread waits at this socket any more.
-fn release(socket: &Arc<UdpSocket>, threads: &[JoinHandle<()>]) {
-    while Arc::strong_count(socket) > 1 {
-        threads.iter().for_each(interrupt::wake);
+/// Until none of these threads, which let go of it when they are interrupted, holds it any more.
+fn release<T>(it: &Arc<T>, threads: &[&JoinHandle<()>]) {
+    while Arc::strong_count(it) > 1 && threads.iter().any(|thread| !thread.is_finished()) {
+        threads.iter().copied().for_each(interrupt::wake);
         std::thread::sleep(Duration::from_millis(1));
     }
 }
