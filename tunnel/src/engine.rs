@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::net::Ipv6Addr;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::{Builder, JoinHandle};
 use std::time::Duration;
@@ -58,23 +58,29 @@ impl Default for Engine {
 impl Drop for Shared {
     fn drop(&mut self) {
         let control = self.control.get_mut().unwrap_or_else(PoisonError::into_inner);
+        // The interfaces' threads hold networks, and not the other way round.
         for (_, served) in std::mem::take(&mut control.interfaces) {
             end_interface(served);
         }
         for (_, served) in std::mem::take(&mut control.taps) {
-            end_tap(served);
+            self.switch.remove_tap(served.it.vni);
+            end(served, |tap| &tap.stopped);
         }
     }
 }
 
-fn end_interface(served: Served<Interface>) {
-    served.it.stopped.store(true, Ordering::Relaxed);
+/// Stops its threads and waits until nobody has it any more: then its device and socket are free.
+fn end<T>(served: Served<T>, stopped: impl Fn(&T) -> &AtomicBool) {
+    stopped(&served.it).store(true, Ordering::Relaxed);
     served.threads.into_iter().for_each(interrupt::join);
+    // Others hold it for a packet, or a round of the timers.
+    while Arc::strong_count(&served.it) > 1 {
+        std::thread::sleep(Duration::from_millis(1));
+    }
 }
 
-fn end_tap(served: Served<Tap>) {
-    served.it.stopped.store(true, Ordering::Relaxed);
-    served.threads.into_iter().for_each(interrupt::join);
+fn end_interface(served: Served<Interface>) {
+    end(served, |interface| &interface.stopped);
 }
 
 fn start(name: String, work: impl FnOnce() + Send + 'static) -> io::Result<JoinHandle<()>> {
@@ -104,7 +110,7 @@ impl Engine {
         {
             if old.listen != config.listen {
                 let socket = served.it.listen_at(config.listen)?;
-                release(&socket, &served.threads.iter().collect::<Vec<_>>());
+                release(&socket, 1, &served.threads.iter().collect::<Vec<_>>());
             }
             if old.key.0 != config.key.0 {
                 served.it.set_key(config.key.0);
@@ -211,11 +217,11 @@ impl Engine {
         let mut control = self.control();
         if let Some(served) = control.taps.remove(name) {
             self.0.switch.remove_tap(served.it.vni);
-            let tap = Arc::clone(&served.it);
-            end_tap(served);
-            // The device goes with the last descriptor, and receiving threads may still hold it.
-            let threads = control.interfaces.values().flat_map(|served| &served.threads);
-            release(&tap, &threads.collect::<Vec<_>>());
+            served.it.stopped.store(true, Ordering::Relaxed);
+            // Receiving threads may hold it, and its own thread does.
+            let receivers = control.interfaces.values().flat_map(|served| &served.threads);
+            release(&served.it, 2, &receivers.collect::<Vec<_>>());
+            end(served, |tap| &tap.stopped);
         }
     }
 
@@ -288,9 +294,10 @@ fn tap_state(tap: &Tap) -> TapState {
     }
 }
 
-/// Until none of these threads, which let go of it when they are interrupted, holds it any more.
-fn release<T>(it: &Arc<T>, threads: &[&JoinHandle<()>]) {
-    while Arc::strong_count(it) > 1 && threads.iter().any(|thread| !thread.is_finished()) {
+/// Until only so many hold it as are left when these threads, which let go of it when they are interrupted,
+/// do not.
+fn release<T>(it: &Arc<T>, left: usize, threads: &[&JoinHandle<()>]) {
+    while Arc::strong_count(it) > left && threads.iter().any(|thread| !thread.is_finished()) {
         threads.iter().copied().for_each(interrupt::wake);
         std::thread::sleep(Duration::from_millis(1));
     }

@@ -191,13 +191,14 @@ impl Segment {
                 segment.payload - segment.start,
             )
         };
-        let changing: &[Range<usize>] = match self.source {
+        let mut from = 0;
+        let changing = match self.source {
             // Length and identification; checksum.
-            IpAddr::V4(_) => &[network + 2..network + 6, network + 10..network + 12],
-            IpAddr::V6(_) => &[network + 4..network + 6],
+            IpAddr::V4(_) => [network + 2..network + 6, network + 10..network + 12],
+            // Length.
+            IpAddr::V6(_) => [network + 4..network + 6, network + 6..network + 6],
         };
         // Sequence; flags; checksum.
-        let mut from = 0;
         let tcp =
             [transport + 4..transport + 8, transport + 13..transport + 14, transport + 16..transport + 18];
         lengths(self) == lengths(other)

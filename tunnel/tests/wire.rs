@@ -1,7 +1,11 @@
 //! Interfaces over real sockets and devices, with a peer of the library's own protocol core at the other
 //! end that can do what an attacker or a bad network does.
 
+#![allow(clippy::unwrap_used, clippy::panic, clippy::expect_used, reason = "tests, and helpers of tests")]
+
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use boringtun::noise::{Tunn, TunnResult};
@@ -308,12 +312,17 @@ fn new_keys_under_load_cost_no_packet() {
     let (lab, _a, mut raw, service) = raw();
     let sender = service.try_clone().unwrap();
     const COUNT: u32 = 3_000;
+    /// Never more than any buffer on the way holds.
+    const ON_THE_WAY: u32 = 50;
+    let arrived = Arc::new(AtomicU32::new(0));
+    let so_far = Arc::clone(&arrived);
     let sending = std::thread::spawn(move || {
+        let until = Instant::now() + PATIENCE;
         for n in 0..COUNT {
-            sender.send_to(&n.to_be_bytes(), "10.9.2.1:99").unwrap();
-            if n % 20 == 0 {
-                std::thread::sleep(Duration::from_millis(1));
+            while n >= so_far.load(Ordering::Relaxed) + ON_THE_WAY && Instant::now() < until {
+                std::thread::yield_now();
             }
+            sender.send_to(&n.to_be_bytes(), "10.9.2.1:99").unwrap();
         }
     });
     let mut seen = vec![0_u32; COUNT as usize];
@@ -336,6 +345,7 @@ fn new_keys_under_load_cost_no_packet() {
             let number: [u8; 4] = packet[28..32].try_into().unwrap();
             seen[u32::from_be_bytes(number) as usize] += 1;
             count += 1;
+            arrived.store(count, Ordering::Relaxed);
         }
     }
     sending.join().unwrap();
