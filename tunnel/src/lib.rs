@@ -12,6 +12,8 @@ mod api;
 mod checksum;
 mod cut;
 mod engine;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 mod interface;
 mod join;
 mod packet;

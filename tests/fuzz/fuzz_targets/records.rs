@@ -1,0 +1,13 @@
+//! What daemons send one another: frames of streams, records out of gossip.
+
+#![no_main]
+
+use ovl_proto::record::{NodeRecord, SignedRecord};
+use ovl_proto::sync::Message;
+use ovl_proto::wire;
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
+    let _ = wire::decode::<Message>(bytes);
+    let _ = wire::decode::<SignedRecord>(bytes);
+    let _ = wire::decode_body::<NodeRecord>(bytes);
+});
