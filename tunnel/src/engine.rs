@@ -109,8 +109,9 @@ impl Engine {
             && (old.address, old.vxlan_port) == (config.address, config.vxlan_port)
         {
             if old.listen != config.listen {
-                let socket = served.it.listen_at(config.listen)?;
-                release(&socket, 1, &served.threads.iter().collect::<Vec<_>>());
+                let sockets = served.it.listen_at(config.listen)?;
+                let threads = served.threads.iter().collect::<Vec<_>>();
+                sockets.iter().for_each(|socket| release(socket, 1, &threads));
             }
             if old.key.0 != config.key.0 {
                 served.it.set_key(config.key.0);
@@ -125,10 +126,11 @@ impl Engine {
         let interface = Arc::new(Interface::open(name, config, &self.0.switch)?);
         let mut served =
             Served { it: Arc::clone(&interface), config: Some(config.clone()), threads: Vec::new() };
-        for (thread, work) in [("tx", Interface::run_device as fn(&Interface)), ("rx", Interface::run_socket)]
-        {
+        type Work = fn(&Interface, usize);
+        let both = [("tx", Interface::run_device as Work), ("rx", Interface::run_socket)];
+        for (number, (what, work)) in (0..interface.threads()).flat_map(|n| both.map(|it| (n, it))) {
             let it = Arc::clone(&interface);
-            match start(format!("{name} {thread}"), move || work(&it)) {
+            match start(format!("{name} {what}{number}"), move || work(&it, number)) {
                 Ok(thread) => served.threads.push(thread),
                 Err(error) => {
                     end_interface(served);
@@ -204,7 +206,8 @@ impl Engine {
         drop(control);
         self.delete_tap(name);
         let mut control = self.control();
-        let tap = Arc::new(Tap::new(name, vni, sys::open_device(name, Kind::Tap)?));
+        let file = sys::open_device(name, Kind::Tap, 1)?.pop().ok_or(io::ErrorKind::NotFound)?;
+        let tap = Arc::new(Tap::new(name, vni, file));
         let (it, switch) = (Arc::clone(&tap), Arc::clone(&self.0.switch));
         let thread = start(name.to_owned(), move || run_tap(&it, &switch))?;
         self.0.switch.put_tap(&tap);
@@ -270,7 +273,7 @@ impl Engine {
             (!served.it.stopped.load(Ordering::Relaxed)).then(|| InterfaceState {
                 name: name.clone(),
                 public_key: public_key(&config.key),
-                listen: served.it.listen().unwrap_or(config.listen),
+                listen: config.listen,
                 peers: served.it.peers().status(),
             })
         });

@@ -7,6 +7,7 @@ use std::net::{IpAddr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, RwLock};
+use std::thread::available_parallelism;
 
 use boringtun::noise::handshake::parse_handshake_anon;
 use boringtun::noise::rate_limiter::RateLimiter;
@@ -45,6 +46,9 @@ const SEALED: usize = 96 * 1024;
 const MAX_SEGMENTS: usize = 64;
 const MAX_DATAGRAM: usize = 65_487;
 
+/// Threads in each direction, where the machine has as many cores.
+const THREADS: usize = 4;
+
 /// Joined datagrams that are received at once.
 const SLOTS: usize = 32;
 /// Opened packets that wait to be joined.
@@ -70,9 +74,11 @@ pub(crate) struct Interface {
     pub(crate) name: String,
     address: Ipv6Addr,
     vxlan_port: u16,
-    file: File,
+    /// The queues of the device, one for each pair of threads.
+    files: Vec<File>,
     identity: RwLock<Identity>,
-    socket: RwLock<Arc<UdpSocket>>,
+    /// As many.
+    sockets: RwLock<Vec<Arc<UdpSocket>>>,
     peers: RwLock<Peers>,
     switch: Arc<Switch>,
     /// The device's, as it was found a moment ago.
@@ -85,16 +91,17 @@ pub(crate) struct Interface {
 impl Interface {
     /// Makes the device and the socket.
     pub(crate) fn open(name: &str, config: &InterfaceConfig, switch: &Arc<Switch>) -> io::Result<Self> {
-        let socket = sys::open_socket(config.listen)?;
-        let file = sys::open_device(name, Kind::Tun)?;
-        let mtu = sys::mtu(name, &socket)?;
+        let threads = available_parallelism().map_or(1, usize::from).min(THREADS);
+        let sockets = sys::open_sockets(config.listen, threads)?;
+        let files = sys::open_device(name, Kind::Tun, threads)?;
+        let mtu = sys::mtu(name, sockets.first().ok_or(io::ErrorKind::NotFound)?)?;
         Ok(Self {
             name: name.to_owned(),
             address: config.address,
             vxlan_port: config.vxlan_port,
-            file,
+            files,
             identity: RwLock::new(Identity::new(config.key.0)),
-            socket: RwLock::new(Arc::new(socket)),
+            sockets: RwLock::new(sockets),
             peers: RwLock::default(),
             switch: Arc::clone(switch),
             mtu: AtomicUsize::new(mtu),
@@ -103,24 +110,24 @@ impl Interface {
         })
     }
 
-    /// The address of its socket.
-    pub(crate) fn listen(&self) -> io::Result<SocketAddr> {
-        self.socket().local_addr()
+    /// How many threads serve it in each direction.
+    pub(crate) fn threads(&self) -> usize {
+        self.files.len()
     }
 
     pub(crate) fn peers(&self) -> impl std::ops::Deref<Target = Peers> + '_ {
         reading(&self.peers)
     }
 
-    fn socket(&self) -> Arc<UdpSocket> {
-        Arc::clone(&reading(&self.socket))
+    fn socket(&self, thread: usize) -> Option<Arc<UdpSocket>> {
+        reading(&self.sockets).get(thread).cloned()
     }
 
-    /// Another socket; gives the old one, which is closed when the receiving thread has let go of it.
-    pub(crate) fn listen_at(&self, listen: SocketAddr) -> io::Result<Arc<UdpSocket>> {
-        let socket = Arc::new(sys::open_socket(listen)?);
+    /// Other sockets; gives the old ones, which are closed when the receiving threads have let go of them.
+    pub(crate) fn listen_at(&self, listen: SocketAddr) -> io::Result<Vec<Arc<UdpSocket>>> {
+        let sockets = sys::open_sockets(listen, self.threads())?;
         self.cuts.store(true, Ordering::Relaxed);
-        Ok(std::mem::replace(&mut *writing(&self.socket), socket))
+        Ok(std::mem::replace(&mut *writing(&self.sockets), sockets))
     }
 
     /// Another key: all sessions are new ones.
@@ -166,7 +173,7 @@ impl Interface {
     /// What time makes necessary: new handshakes, the end of old sessions. Several times a second.
     pub(crate) fn tick(&self) {
         reading(&self.identity).limiter.reset_count();
-        if let Ok(mtu) = sys::mtu(&self.name, &self.socket()) {
+        if let Some(mtu) = self.socket(0).and_then(|socket| sys::mtu(&self.name, &socket).ok()) {
             self.mtu.store(mtu, Ordering::Relaxed);
         }
         let mut message = [0; HANDSHAKE];
@@ -179,14 +186,15 @@ impl Interface {
     }
 
     fn send_one(&self, to: SocketAddr, datagram: &[u8]) {
-        if sys::send(&self.socket(), to, datagram, datagram.len()).is_err() {
+        let sent = self.socket(0).map(|socket| sys::send(&socket, to, datagram, datagram.len()));
+        if !matches!(sent, Some(Ok(_))) {
             Counters::count(&self.switch.counters.full);
         }
     }
 
     /// Sends datagrams of one size, the last of which may be shorter.
     fn send(&self, to: SocketAddr, datagrams: &[u8], size: usize) {
-        let socket = self.socket();
+        let Some(socket) = self.socket(0) else { return };
         let at_once = size * (MAX_DATAGRAM / size.max(1)).clamp(1, MAX_SEGMENTS);
         for part in datagrams.chunks(at_once.max(1)) {
             if self.cuts.load(Ordering::Relaxed) {
@@ -209,10 +217,11 @@ impl Interface {
     }
 
     /// From the device to the peers, until told to stop or the device is gone.
-    pub(crate) fn run_device(&self) {
+    pub(crate) fn run_device(&self, thread: usize) {
         let mut sealer = Sealer::default();
         let mut buffer = vec![0; HEAD + PACKET + TAIL];
-        while let Some((vnet, end)) = next(&self.file, &mut buffer, &self.stopped) {
+        let Some(file) = self.files.get(thread) else { return };
+        while let Some((vnet, end)) = next(file, &mut buffer, &self.stopped) {
             let Some(vnet) = vnet else { continue };
             let packet = buffer.get(HEAD..end).unwrap_or_default();
             let peer = Ip::parse(packet).and_then(|ip| reading(&self.peers).holder(ip.destination).cloned());
@@ -227,11 +236,12 @@ impl Interface {
     }
 
     /// From the peers to the devices, until told to stop.
-    pub(crate) fn run_socket(&self) {
+    pub(crate) fn run_socket(&self, thread: usize) {
         let mut receiver = Receiver::new(SLOTS);
-        let mut opener = Opener::new(self);
+        let Some(file) = self.files.get(thread) else { return };
+        let mut opener = Opener::new(self, file);
         while !self.stopped.load(Ordering::Relaxed) {
-            let socket = self.socket();
+            let Some(socket) = self.socket(thread) else { return };
             // Interrupted, or told of an error of an earlier datagram: neither is a reason to stop.
             let _ = receiver.receive(&socket, |received| opener.take(received));
             opener.flush();
@@ -387,6 +397,8 @@ fn pad<'a>(buffer: &'a mut [u8], at: &Range<usize>, mtu: usize) -> (&'a [u8], Re
 /// Opens what comes from peers, checks whose it is, and writes it to the devices.
 struct Opener<'a> {
     interface: &'a Interface,
+    /// The queue of the device that is this thread's.
+    file: &'a File,
     opened: Vec<u8>,
     used: usize,
     /// Packets of one peer that are still to be looked at.
@@ -396,9 +408,10 @@ struct Opener<'a> {
 }
 
 impl<'a> Opener<'a> {
-    fn new(interface: &'a Interface) -> Self {
+    fn new(interface: &'a Interface, file: &'a File) -> Self {
         Self {
             interface,
+            file,
             opened: vec![0; OPENED],
             used: 0,
             packets: Vec::new(),
@@ -407,16 +420,13 @@ impl<'a> Opener<'a> {
         }
     }
 
-    fn device<'b>(&self, file: &'b File) -> Device<'b>
-    where
-        'a: 'b,
-    {
-        Device { file, counters: &self.interface.switch.counters }
+    fn device(&self) -> Device<'a> {
+        Device { file: self.file, counters: &self.interface.switch.counters }
     }
 
     /// Writes what waits, so that the buffer is free.
     fn flush(&mut self) {
-        let device = self.device(&self.interface.file);
+        let device = self.device();
         self.tun.flush(&mut self.opened, &device);
         let counters = &self.interface.switch.counters;
         for (tap, joiner) in &mut self.taps {
@@ -557,7 +567,7 @@ impl<'a> Opener<'a> {
             match Inner::parse(packet, &ip, interface.address, interface.vxlan_port) {
                 Some(inner) => self.deliver_frame(at.start, inner),
                 None => {
-                    let device = self.device(&interface.file);
+                    let device = self.device();
                     self.tun.add(&mut self.opened, at, false, &device);
                 }
             }

@@ -6,6 +6,7 @@ use std::io;
 use std::mem;
 use std::net::{SocketAddr, SocketAddrV4, SocketAddrV6, UdpSocket};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::sync::Arc;
 
 use nix::libc;
 
@@ -14,6 +15,7 @@ pub(crate) const VNET: usize = 10;
 
 const IFF_TUN: i32 = 0x0001;
 const IFF_TAP: i32 = 0x0002;
+const IFF_MULTI_QUEUE: i32 = 0x0100;
 const IFF_NO_PI: i32 = 0x1000;
 const IFF_VNET_HDR: i32 = 0x4000;
 const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
@@ -53,11 +55,16 @@ pub(crate) enum Kind {
     Tap,
 }
 
-/// Makes a device, administratively down, that ends with its last descriptor.
-pub(crate) fn open_device(name: &str, kind: Kind) -> io::Result<File> {
+/// Makes a device with so many queues, administratively down, that ends with its last descriptor. The kernel
+/// keeps the packets of a connection on one queue.
+pub(crate) fn open_device(name: &str, kind: Kind, queues: usize) -> io::Result<Vec<File>> {
+    (0..queues).map(|_| open_queue(name, kind)).collect()
+}
+
+fn open_queue(name: &str, kind: Kind) -> io::Result<File> {
     let file = File::options().read(true).write(true).open("/dev/net/tun")?;
     let mode = if kind == Kind::Tun { IFF_TUN } else { IFF_TAP };
-    let request = Request::new(name, mode | IFF_NO_PI | IFF_VNET_HDR)?;
+    let request = Request::new(name, mode | IFF_MULTI_QUEUE | IFF_NO_PI | IFF_VNET_HDR)?;
     // SAFETY: the request is a whole `struct ifreq` and outlives the call.
     check(unsafe { libc::ioctl(file.as_raw_fd(), TUNSETIFF, &raw const request) })?;
     // SAFETY: the argument is a number.
@@ -96,8 +103,13 @@ pub(crate) fn write(file: &File, pieces: &[io::IoSlice<'_>]) -> io::Result<usize
     check_length(result)
 }
 
+/// Sockets of one address and port: the kernel keeps the datagrams of a sender on one of them.
+pub(crate) fn open_sockets(listen: SocketAddr, count: usize) -> io::Result<Vec<Arc<UdpSocket>>> {
+    (0..count).map(|_| open_socket(listen).map(Arc::new)).collect()
+}
+
 /// A socket for tunnels: whole datagrams, never cut by the network, and several at a time.
-pub(crate) fn open_socket(listen: SocketAddr) -> io::Result<UdpSocket> {
+fn open_socket(listen: SocketAddr) -> io::Result<UdpSocket> {
     /// A burst of what the cipher needs a few milliseconds for.
     const BUFFER: i32 = 4 << 20;
     let family = if listen.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
@@ -117,6 +129,7 @@ pub(crate) fn open_socket(listen: SocketAddr) -> io::Result<UdpSocket> {
         }
     }
     set(libc::SOL_UDP, libc::UDP_GRO, 1)?;
+    set(libc::SOL_SOCKET, libc::SO_REUSEPORT, 1)?;
     // Beyond `rmem_max` only with the right to; a small buffer works too.
     for (forced, plain) in [(libc::SO_RCVBUFFORCE, libc::SO_RCVBUF), (libc::SO_SNDBUFFORCE, libc::SO_SNDBUF)]
     {
