@@ -59,6 +59,7 @@ pub use lab::Lab;
 pub use netns::Netns;
 pub use nix::sys::signal::Signal;
 pub use preflight::preflight;
+pub use procs::cpu_time;
 pub use registry::{Swept, lab_names, remove, sweep};
 pub use spawned::Spawned;
 pub use tool::Output;

@@ -73,6 +73,11 @@ impl ProcId {
     }
 }
 
+/// Processor time that a process has used, user and system.
+pub fn cpu_time(pid: u32) -> Result<Duration> {
+    ProcId::of(pid.cast_signed()).with_context(|| format!("process {pid} is gone"))?.cpu_time()
+}
+
 struct Stat {
     state: char,
     ticks: u64,

@@ -164,7 +164,7 @@ impl Cluster {
 }
 
 /// The first address of an endpoint as ovld names it.
-fn address_of(endpoint: &Value) -> Result<IpAddr> {
+pub(crate) fn address_of(endpoint: &Value) -> Result<IpAddr> {
     let text = endpoint["addresses"][0].as_str().with_context(|| format!("no address in {endpoint}"))?;
     without_prefix_length(text).parse().with_context(|| format!("{text:?} is no address"))
 }

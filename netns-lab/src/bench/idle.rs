@@ -95,7 +95,7 @@ impl Use {
 }
 
 /// The number after a name, at the beginning of a line of a file in /proc.
-fn field(path: &std::path::Path, name: &str) -> Result<f64> {
+pub(crate) fn field(path: &std::path::Path, name: &str) -> Result<f64> {
     let text = fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
     text.lines()
         .find_map(|line| line.strip_prefix(name)?.split_whitespace().next()?.parse().ok())

@@ -23,6 +23,7 @@ mod supervisor;
 mod tcp;
 #[cfg(test)]
 mod tests;
+mod tunnel;
 mod turns;
 
 use std::env;
@@ -35,8 +36,13 @@ use clap::ValueEnum;
 use netns_lab::{Lab, LabConfig};
 
 pub(crate) use plan::Plan;
-use report::{Figure, Outcome};
+use report::{Figure, Outcome, Tally};
 use setup::Setup;
+pub(crate) use tunnel::peers::Peer;
+use tunnel::peers::{self, Found};
+
+/// The exit status where a bar could not be held against anything, for want of a peer.
+const NO_PEER: u8 = 3;
 
 /// What is measured together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -45,6 +51,8 @@ pub(crate) enum Suite {
     Core,
     /// Pods by container runtimes: the figures of issue 3
     Cni,
+    /// Encrypted networks, beside other tunnels: the figures of issue 4
+    Tunnel,
 }
 
 impl Suite {
@@ -52,6 +60,7 @@ impl Suite {
         match self {
             Suite::Core => "core",
             Suite::Cni => "cni",
+            Suite::Tunnel => "tunnel",
         }
     }
 }
@@ -87,6 +96,18 @@ pub(crate) enum Name {
     Routes,
     /// cni: 10,000 ADDs and DELs in a row, and what is left of them
     Soak,
+    /// tunnel: one TCP stream
+    Streams,
+    /// tunnel: the same without the underlay's segmentation offloads
+    NoOffload,
+    /// tunnel: a datagram there and back on one core
+    RoundTrip,
+    /// tunnel: memory and retransmits of ten seconds of TCP
+    Load,
+    /// tunnel: one host that sends to seven
+    FanOut,
+    /// tunnel: small datagrams
+    Packets,
 }
 
 impl Name {
@@ -106,6 +127,12 @@ impl Name {
             Name::PodTcp => "pod-tcp",
             Name::Routes => "routes",
             Name::Soak => "soak",
+            Name::Streams => "streams",
+            Name::NoOffload => "no-offload",
+            Name::RoundTrip => "round-trip",
+            Name::Load => "load",
+            Name::FanOut => "fan-out",
+            Name::Packets => "packets",
         }
     }
 
@@ -121,6 +148,9 @@ impl Name {
             | Name::Kill => Suite::Core,
             Name::Single | Name::AtOnce | Name::Version | Name::PodTcp | Name::Routes | Name::Soak => {
                 Suite::Cni
+            }
+            Name::Streams | Name::NoOffload | Name::RoundTrip | Name::Load | Name::FanOut | Name::Packets => {
+                Suite::Tunnel
             }
         }
     }
@@ -141,6 +171,12 @@ impl Name {
             Name::PodTcp => cni::pod_tcp::measure(bench),
             Name::Routes => cni::routes::measure(bench),
             Name::Soak => cni::soak::measure(bench),
+            Name::Streams => tunnel::streams::measure(bench),
+            Name::NoOffload => tunnel::streams::measure_no_offload(bench),
+            Name::RoundTrip => tunnel::round_trip::measure(bench),
+            Name::Load => tunnel::load::measure(bench),
+            Name::FanOut => tunnel::fan_out::measure(bench),
+            Name::Packets => tunnel::packets::measure(bench),
         }
     }
 }
@@ -154,6 +190,10 @@ pub(crate) struct Wanted {
     /// Where the binaries are; else as for every lab.
     pub(crate) binaries: Option<PathBuf>,
     pub(crate) plan: Plan,
+    /// Those that ovl's tunnel is held against; none but for `bench tunnel`.
+    pub(crate) peers: Vec<Peer>,
+    /// Those of them that Debian has may be installed.
+    pub(crate) install: bool,
 }
 
 /// What every figure needs.
@@ -162,12 +202,18 @@ pub(crate) struct Bench {
     ovld: PathBuf,
     ovlctl: PathBuf,
     binaries: Option<PathBuf>,
+    peers: Vec<Found>,
 }
 
 impl Bench {
     /// Hosts of their own for one figure, without a daemon started.
     fn lab(&self, hosts: usize) -> Result<Lab> {
-        let mut config = LabConfig::hosts(hosts);
+        self.lab_with(hosts, "")
+    }
+
+    /// The same with TOML for the daemons' configuration.
+    fn lab_with(&self, hosts: usize, toml: &str) -> Result<Lab> {
+        let mut config = LabConfig::hosts(hosts).config(toml);
         config.ovld = Some(self.ovld.clone());
         config.ovlctl = Some(self.ovlctl.clone());
         Lab::new(config)
@@ -199,6 +245,7 @@ pub(crate) fn run(wanted: Wanted) -> Result<ExitCode> {
         ovlctl: binary(wanted.binaries.as_deref(), "ovlctl")?,
         plan: wanted.plan,
         binaries: wanted.binaries,
+        peers: peers::find(&wanted.peers, wanted.install),
     };
     let setup = Setup::look(&bench.ovld, bench.plan.quick)?;
     for warning in setup.warnings() {
@@ -223,8 +270,11 @@ pub(crate) fn run(wanted: Wanted) -> Result<ExitCode> {
     print!("{}", report::table(&setup, &outcomes));
     report::write_json(&wanted.json, wanted.suite.text(), &setup, bench.plan.to_json(), &outcomes)?;
     println!("Written to {}", wanted.json.display());
-    let (_, failed) = report::failures(&outcomes);
-    Ok(if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    Ok(match report::tally(&outcomes) {
+        Tally { failed: 1.., .. } => ExitCode::FAILURE,
+        Tally { unmeasured: 1.., .. } => ExitCode::from(NO_PEER),
+        Tally { .. } => ExitCode::SUCCESS,
+    })
 }
 
 /// Resolved here, once: the report names what was measured.

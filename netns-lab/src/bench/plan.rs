@@ -36,6 +36,13 @@ pub(crate) struct Plan {
     pub(crate) versions: usize,
     /// Pods that come and go in a row.
     pub(crate) soak: usize,
+    /// Of `bench tunnel`: how often each contender gets its turn.
+    pub(crate) tunnel_turns: usize,
+    /// In each of those turns.
+    pub(crate) round_trips: usize,
+    /// Of a stream under which memory is looked at, and how many there are.
+    pub(crate) load: Duration,
+    pub(crate) load_turns: usize,
 }
 
 impl Plan {
@@ -63,6 +70,10 @@ impl Plan {
             reference_rounds: 1,
             versions: 300,
             soak: 10_000,
+            tunnel_turns: 9,
+            round_trips: 10_000,
+            load: Duration::from_secs(10),
+            load_turns: 3,
         }
     }
 
@@ -89,6 +100,10 @@ impl Plan {
             reference_rounds: 1,
             versions: 20,
             soak: 200,
+            tunnel_turns: 1,
+            round_trips: 500,
+            load: Duration::from_secs(1),
+            load_turns: 1,
         }
     }
 
@@ -114,6 +129,10 @@ impl Plan {
             "reference_rounds": self.reference_rounds,
             "versions": self.versions,
             "soak": self.soak,
+            "tunnel_turns": self.tunnel_turns,
+            "round_trips": self.round_trips,
+            "load_s": self.load.as_secs_f64(),
+            "load_turns": self.load_turns,
         })
     }
 }

@@ -69,11 +69,15 @@ impl Path {
         if let Some(error) = report["error"].as_str() {
             bail!("iperf3 from {} to {target}: {error}", self.client.netns_name());
         }
-        let bits =
-            report["end"]["sum_received"]["bits_per_second"].as_f64().context("no speed from iperf3")?;
-        let retransmits = report["end"]["sum_sent"]["retransmits"].as_u64().unwrap_or(0);
-        Ok(Speed { gbit_s: bits / 1e9, retransmits })
+        speed_of(&report)
     }
+}
+
+fn speed_of(report: &Value) -> Result<Speed> {
+    let bits = report["end"]["sum_received"]["bits_per_second"].as_f64().context("no speed from iperf3")?;
+    let retransmits =
+        report["end"]["sum_sent"]["retransmits"].as_u64().context("no retransmits from iperf3")?;
+    Ok(Speed { gbit_s: bits / 1e9, retransmits })
 }
 
 /// Whether somebody listens on the port, in the calling thread's namespace.
@@ -91,4 +95,25 @@ fn listens() -> Result<bool> {
         }
     }
     Ok(false)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn reports_of_iperf3() {
+        let report = json!({"end": {
+            "sum_sent": {"bits_per_second": 4e9, "retransmits": 7},
+            "sum_received": {"bits_per_second": 3.5e9},
+        }});
+        let speed = speed_of(&report).unwrap();
+        assert_eq!((speed.gbit_s, speed.retransmits), (3.5, 7));
+
+        for broken in [json!({}), json!({"end": {"sum_received": {"bits_per_second": 1}}})] {
+            speed_of(&broken).unwrap_err();
+        }
+    }
 }

@@ -50,7 +50,11 @@ pub(crate) fn supervise() -> Result<ExitCode> {
             // As a shell tells it.
             Ok(ExitCode::from(u8::try_from(128 + signal).unwrap_or(1)))
         }
-        None => Ok(ExitCode::FAILURE),
+        // Its own statuses say what kind of failure it was.
+        None => Ok(status
+            .code()
+            .and_then(|code| u8::try_from(code).ok())
+            .map_or(ExitCode::FAILURE, ExitCode::from)),
     }
 }
 

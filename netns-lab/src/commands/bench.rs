@@ -7,10 +7,13 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 use clap::Args;
 
-use crate::bench::{self, Name, Plan, Suite, Wanted};
+use crate::bench::{self, Name, Peer, Plan, Suite, Wanted};
 
 /// Longer runs say no more.
 const LONGEST: u64 = 3600;
+
+/// Those that a bar or a figure of the issue needs.
+const PEERS: [Peer; 2] = [Peer::Gotatun, Peer::Boringtun];
 
 #[derive(Args)]
 pub(crate) struct BenchArgs {
@@ -35,6 +38,12 @@ pub(crate) struct BenchArgs {
     /// Everything once and briefly, to see that it works
     #[arg(long)]
     quick: bool,
+    /// tunnel: what ovl is held against, separated by commas [default: gotatun,boringtun]
+    #[arg(long, value_enum, value_delimiter = ',', value_name = "PEER,...")]
+    peers: Vec<Peer>,
+    /// tunnel: install those peers that Debian has
+    #[arg(long)]
+    install: bool,
 }
 
 pub(crate) fn bench(args: BenchArgs) -> Result<ExitCode> {
@@ -47,5 +56,14 @@ pub(crate) fn bench(args: BenchArgs) -> Result<ExitCode> {
             *setting = Duration::from_secs(seconds);
         }
     }
-    bench::run(Wanted { suite, only: args.only, json, binaries: args.release_dir, plan })
+    let peers = match (suite, args.peers.is_empty()) {
+        (Suite::Tunnel, true) => PEERS.to_vec(),
+        (Suite::Tunnel, false) => args.peers,
+        (Suite::Core | Suite::Cni, _) => {
+            ensure!(args.peers.is_empty() && !args.install, "only `bench tunnel` has --peers and --install");
+            Vec::new()
+        }
+    };
+    let binaries = args.release_dir;
+    bench::run(Wanted { suite, only: args.only, json, binaries, plan, peers, install: args.install })
 }
