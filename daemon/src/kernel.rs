@@ -22,11 +22,15 @@ mod outbox;
 mod probe;
 mod sandbox;
 mod socket;
+#[cfg_attr(not(test), expect(dead_code, reason = "the dispatch of tunnels takes it up"))]
+mod sources;
 mod sweep;
 mod sys;
 mod sysctl;
 #[cfg(test)]
 mod tests;
+#[cfg_attr(not(test), expect(dead_code, reason = "the dispatch of tunnels takes it up"))]
+mod wireguard;
 mod worker;
 
 use std::collections::BTreeSet;

@@ -6,15 +6,15 @@ use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
 use netlink_packet_route::link::LinkAttribute;
 use nix::libc::{EACCES, EADDRINUSE, EADDRNOTAVAIL, EEXIST, EINVAL, ENODEV, ENOENT, EOPNOTSUPP, ESRCH};
 use ovl_core::device::{Device, Role};
-use ovl_core::kernel::{Link, METRIC};
+use ovl_core::kernel::{Link, METRIC, TunnelKind};
 use ovl_core::op::Op;
 use ovl_proto::id::Mac;
 
-use super::dump;
 use super::error::{KernelError, Result};
 use super::link::{DOOMED, LinkView};
 use super::message::{self, Target};
 use super::socket::{Batch, Refusal, Route};
+use super::{dump, wireguard};
 
 /// A device of ours that is there.
 #[derive(Debug, Clone, Copy)]
@@ -362,8 +362,12 @@ impl Common {
     }
 }
 
-/// An error with a VXLAN device whose VNI or port is taken names who has it.
+/// An error with a VXLAN device whose VNI or port is taken names who has it; a kernel without WireGuard
+/// is called that.
 fn explain(route: &mut Route, device: Device, link: &Link, refusal: Refusal, op: &Op) -> KernelError {
+    if let (Link::Tunnel { kind: TunnelKind::Kernel, .. }, EOPNOTSUPP) = (link, refusal.errno) {
+        return wireguard::no_wireguard();
+    }
     let Link::Vxlan { vni, port, .. } = link else { return refusal.into_error(op.to_string()) };
     let holder = |route: &mut Route, vni: Option<u32>| {
         dump::all_links(route)

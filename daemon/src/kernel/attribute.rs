@@ -1,6 +1,7 @@
 //! Reading of netlink attributes, as far as a dump and the monitor need it. The crate's own parser
 //! decodes all of every message and fails on the first thing it does not know: neither is right
-//! for ten thousand entries, and for devices of others that a newer kernel describes.
+//! for ten thousand entries, and for devices of others that a newer kernel describes. And writing,
+//! for families that the crate does not know.
 
 /// A netlink message within a buffer: its header and what follows.
 #[derive(Debug, Clone, Copy)]
@@ -43,6 +44,59 @@ pub(super) fn attributes(payload: &[u8], fixed: usize) -> impl Iterator<Item = (
         bytes = bytes.get(aligned(length)..).unwrap_or_default();
         Some((kind, value))
     })
+}
+
+/// Attributes being written. The length of each, with all that is nested in it, has to fit 16 bits:
+/// who writes many cuts them.
+#[derive(Default)]
+pub(super) struct Attributes(Vec<u8>);
+
+impl Attributes {
+    /// After the fixed part of a message.
+    pub(super) fn after(fixed: &[u8]) -> Self {
+        Self(fixed.to_vec())
+    }
+
+    pub(super) fn put(&mut self, kind: u16, value: &[u8]) {
+        self.write(kind, |bytes| bytes.extend_from_slice(value));
+    }
+
+    /// A text with the zero byte after it.
+    pub(super) fn put_text(&mut self, kind: u16, value: &str) {
+        self.write(kind, |bytes| {
+            bytes.extend_from_slice(value.as_bytes());
+            bytes.push(0);
+        });
+    }
+
+    pub(super) fn nest(&mut self, kind: u16, inner: impl FnOnce(&mut Self)) {
+        const NESTED: u16 = 1 << 15;
+        self.write(kind | NESTED, |bytes| {
+            // Everything is aligned here, so that the inside can be written in place.
+            let mut nested = Self(std::mem::take(bytes));
+            inner(&mut nested);
+            *bytes = nested.0;
+        });
+    }
+
+    fn write(&mut self, kind: u16, value: impl FnOnce(&mut Vec<u8>)) {
+        let start = self.0.len();
+        self.0.extend_from_slice(&[0; 4]);
+        value(&mut self.0);
+        let length = self.0.len() - start;
+        debug_assert!(length <= usize::from(u16::MAX), "an attribute of {length} bytes");
+        for (byte, value) in self.0.iter_mut().skip(start).zip((length as u16).to_ne_bytes()) {
+            *byte = value;
+        }
+        for (byte, value) in self.0.iter_mut().skip(start + 2).zip(kind.to_ne_bytes()) {
+            *byte = value;
+        }
+        self.0.resize(start + length.next_multiple_of(4), 0);
+    }
+
+    pub(super) fn bytes(&self) -> &[u8] {
+        &self.0
+    }
 }
 
 /// Text that ends with a zero byte.

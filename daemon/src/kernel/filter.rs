@@ -187,7 +187,7 @@ fn list() -> Result<Option<String>> {
 
 /// What came of a run of `nft`.
 #[derive(Debug)]
-struct Done {
+pub(super) struct Done {
     pid: u32,
     success: bool,
     output: String,
@@ -195,7 +195,7 @@ struct Done {
 }
 
 impl Done {
-    fn check(self) -> Result<String> {
+    pub(super) fn check(self) -> Result<String> {
         if self.success {
             return Ok(self.output);
         }
@@ -203,7 +203,7 @@ impl Done {
     }
 }
 
-fn run(arguments: &[&str], input: &str) -> Result<Done> {
+pub(super) fn run(arguments: &[&str], input: &str) -> Result<Done> {
     try_run(arguments, input).map_err(|error| match error.kind() {
         io::ErrorKind::NotFound => {
             KernelError::Other("the program nft is missing: install nftables".to_owned())

@@ -19,7 +19,7 @@ use netlink_packet_route::route::{
 };
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use ovl_core::device::{ALIAS, Device, Role};
-use ovl_core::kernel::{Hop, Link, METRIC, PROTOCOL, Remote};
+use ovl_core::kernel::{Hop, Link, METRIC, PROTOCOL, Remote, TunnelKind};
 use ovl_core::op::Op;
 use ovl_proto::id::{EndpointId, Mac};
 
@@ -302,7 +302,7 @@ pub(super) fn hardware_address(mac: Mac) -> LinkAttribute {
     LinkAttribute::Address(mac.0.to_vec())
 }
 
-/// Makes a bridge or a VXLAN device, down and bare.
+/// Makes a bridge, a VXLAN device or the kernel's end of a tunnel, down and bare.
 pub(super) fn new_link(device: Device, link: &Link) -> Option<RouteNetlinkMessage> {
     let mut attributes = vec![LinkAttribute::IfName(device.as_str().to_owned())];
     let info = match link {
@@ -330,8 +330,14 @@ pub(super) fn new_link(device: Device, link: &Link) -> Option<RouteNetlinkMessag
                 ])),
             ]
         }
-        // Made by the tunnel.
-        Link::Tap { .. } | Link::Tunnel { .. } | Link::Endpoint { .. } => return None,
+        Link::Tunnel { kind: TunnelKind::Kernel, mtu, .. } => {
+            attributes.push(LinkAttribute::Mtu(u32::from(*mtu)));
+            vec![LinkInfo::Kind(InfoKind::Wireguard)]
+        }
+        // Made by the tunnel in this process, and by attaches.
+        Link::Tap { .. } | Link::Tunnel { kind: TunnelKind::Userspace, .. } | Link::Endpoint { .. } => {
+            return None;
+        }
     };
     attributes.push(LinkAttribute::LinkInfo(info));
     let mut message = LinkMessage::default();

@@ -1,6 +1,6 @@
 //! A netlink socket for requests: many in one send, answers matched by sequence number.
 
-use std::io;
+use std::{fmt, io};
 
 use netlink_packet_core::{NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkMessage};
 use netlink_packet_route::RouteNetlinkMessage;
@@ -21,6 +21,9 @@ const NLMSGERR_ATTR_MSG: u16 = 1;
 
 /// The kernel writes at most 32 KiB at once in a dump; a single answer can be somewhat longer.
 const RECEIVE: usize = 64 * 1024;
+
+/// What a socket takes at once by itself, with some room.
+const SEND: usize = 128 * 1024;
 
 /// How often a dump that changed under our eyes is repeated.
 const REPEATS: usize = 5;
@@ -43,10 +46,19 @@ impl Refusal {
 }
 
 /// Requests that go to the kernel together. It handles them in order, each for itself.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub(super) struct Batch {
     bytes: Vec<u8>,
     starts: Vec<usize>,
+    /// The first request opens a transaction: refused, it ends all of it.
+    is_transaction: bool,
+}
+
+/// The requests may hold a private key.
+impl fmt::Debug for Batch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Batch").field("requests", &self.starts.len()).finish_non_exhaustive()
+    }
 }
 
 impl Batch {
@@ -61,6 +73,30 @@ impl Batch {
             message.serialize(room);
         }
         self.starts.push(start);
+    }
+
+    /// The same with a payload that is built already.
+    pub(super) fn push_built(&mut self, kind: u16, flags: u16, payload: &[u8]) {
+        self.starts.push(self.bytes.len());
+        self.append(kind, flags, payload);
+    }
+
+    /// Ends what the first request has opened, with a message that is never answered.
+    pub(super) fn close_transaction(&mut self, kind: u16, payload: &[u8]) {
+        self.append(kind, 0, payload);
+        self.is_transaction = true;
+    }
+
+    fn append(&mut self, kind: u16, flags: u16, payload: &[u8]) {
+        let start = self.bytes.len();
+        let length = HEADER + payload.len();
+        self.bytes.extend_from_slice(&(length as u32).to_ne_bytes());
+        self.bytes.extend_from_slice(&kind.to_ne_bytes());
+        self.bytes.extend_from_slice(&(NLM_F_REQUEST | flags).to_ne_bytes());
+        // Its number is put in when it is sent; the kernel knows the sender.
+        self.bytes.extend_from_slice(&[0; 8]);
+        self.bytes.extend_from_slice(payload);
+        self.bytes.resize(start + length.next_multiple_of(4), 0);
     }
 
     pub(super) fn len(&self) -> usize {
@@ -88,22 +124,28 @@ impl Dump {
     }
 }
 
-/// A socket of the family NETLINK_ROUTE.
-#[derive(Debug)]
-pub(super) struct Route {
+/// A netlink socket of any family.
+pub(super) struct Netlink {
     socket: Socket,
     sequence: u32,
     buffer: Vec<u8>,
 }
 
-impl Route {
-    /// In the network namespace of the calling thread.
-    pub(super) fn open() -> Result<Self> {
-        Self::try_open().map_err(|error| KernelError::io("cannot open a netlink socket", &error))
+/// The buffer may hold a private key.
+impl fmt::Debug for Netlink {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Netlink").field("socket", &self.socket).finish_non_exhaustive()
+    }
+}
+
+impl Netlink {
+    /// In the network namespace of the calling thread; the family is a NETLINK_... number.
+    pub(super) fn open(family: isize) -> Result<Self> {
+        Self::try_open(family).map_err(|error| KernelError::io("cannot open a netlink socket", &error))
     }
 
-    fn try_open() -> io::Result<Self> {
-        let mut socket = Socket::new(NETLINK_ROUTE)?;
+    fn try_open(family: isize) -> io::Result<Self> {
+        let mut socket = Socket::new(family)?;
         socket.bind_auto()?;
         socket.connect(&SocketAddr::new(0, 0))?;
         // An acknowledgement need not repeat the request, and says in words what was wrong.
@@ -114,13 +156,19 @@ impl Route {
         setsockopt(&socket, sockopt::RcvBufForce, &(2 << 20))
             .or_else(|_| setsockopt(&socket, sockopt::RcvBuf, &(2 << 20)))?;
         setsockopt(&socket, sockopt::ReceiveTimeout, &TimeVal::seconds(PATIENCE_SECONDS))?;
-        Ok(Self { socket, sequence: 0, buffer: Vec::with_capacity(RECEIVE) })
+        Ok(Self::over(socket))
+    }
+
+    /// Of a socket with the kernel, or what stands for it, at its other end.
+    pub(super) fn over(socket: Socket) -> Self {
+        Self { socket, sequence: 0, buffer: Vec::with_capacity(RECEIVE) }
     }
 
     /// Sends all requests and gives each one's result, and the answers to questions.
     ///
     /// Only the last request asks for an acknowledgement: an error is reported in any case, and the
-    /// kernel handles requests in order, so that silence about the others is success.
+    /// kernel handles requests in order, so that silence about the others is success. In a transaction
+    /// one that is refused means that nothing was done.
     pub(super) fn execute(&mut self, mut batch: Batch) -> Result<Replies> {
         let count = batch.len();
         let mut results = vec![Ok(()); count];
@@ -148,46 +196,39 @@ impl Route {
                     answers.push(Answer { request, payload: message.payload.to_vec() });
                     continue;
                 }
-                if let Some(refusal) = refusal(&message) {
+                let refusal = refusal(&message);
+                let is_over = request + 1 == count || (batch.is_transaction && request == 0);
+                if let Some(refusal) = refusal {
                     *result = Err(refusal);
                 }
-                if request + 1 == count {
+                if is_over {
                     return Ok((results, answers));
                 }
             }
         }
     }
 
-    /// One request.
-    pub(super) fn request(
-        &mut self,
-        message: RouteNetlinkMessage,
-        flags: u16,
-    ) -> Result<Result<(), Refusal>> {
-        let mut batch = Batch::default();
-        batch.push(message, flags);
-        let (mut results, _) = self.execute(batch)?;
-        Ok(results.pop().unwrap_or(Ok(())))
-    }
-
-    /// All objects of a kind.
-    pub(super) fn dump(&mut self, message: &RouteNetlinkMessage) -> Result<Dump> {
+    /// All objects of a kind, for which the batch asks with one request.
+    pub(super) fn dump(&mut self, mut batch: Batch) -> Result<Result<Dump, Refusal>> {
         let mut bytes = Vec::new();
+        if let Some(start) = batch.starts.first() {
+            let flags = u16_at(&batch.bytes, start + 6).unwrap_or(NLM_F_REQUEST) | NLM_F_DUMP;
+            put(&mut batch.bytes, start + 6, flags.to_ne_bytes());
+        }
         for _ in 0..REPEATS {
             bytes.clear();
-            let whole = self.dump_once(message.clone(), &mut bytes)?;
-            if whole {
-                break;
+            match self.dump_once(&mut batch, &mut bytes)? {
+                Ok(true) => break,
+                Ok(false) => {}
+                Err(refusal) => return Ok(Err(refusal)),
             }
         }
         // If it still changes: what is wrong in this one, the notifications of the change put right.
-        Ok(Dump(bytes))
+        Ok(Ok(Dump(bytes)))
     }
 
     /// Gives false if objects were added or removed meanwhile, so that some may be missing.
-    fn dump_once(&mut self, message: RouteNetlinkMessage, bytes: &mut Vec<u8>) -> Result<bool> {
-        let mut batch = Batch::default();
-        batch.push(message, NLM_F_DUMP);
+    fn dump_once(&mut self, batch: &mut Batch, bytes: &mut Vec<u8>) -> Result<Result<bool, Refusal>> {
         let sequence = self.next_sequence(1);
         put(&mut batch.bytes, 8, sequence.to_ne_bytes());
         self.send(&batch.bytes)?;
@@ -207,10 +248,10 @@ impl Route {
                 }
             }
             match done {
-                Some(Some(refusal)) => return Err(refusal.into_error("cannot read the kernel's state")),
+                Some(Some(refusal)) => return Ok(Err(refusal)),
                 Some(None) => {
                     bytes.extend_from_slice(&self.buffer);
-                    return Ok(whole);
+                    return Ok(Ok(whole));
                 }
                 None => bytes.extend_from_slice(&self.buffer),
             }
@@ -224,6 +265,11 @@ impl Route {
     }
 
     fn send(&self, bytes: &[u8]) -> Result<()> {
+        if bytes.len() > SEND {
+            // The kernel takes what fits the buffer, and transactions cannot be cut.
+            setsockopt(&self.socket, sockopt::SndBufForce, &bytes.len())
+                .map_err(|error| KernelError::io("cannot ask the kernel", &error.into()))?;
+        }
         loop {
             match self.socket.send(bytes, 0) {
                 Ok(_) => return Ok(()),
@@ -242,6 +288,41 @@ impl Route {
                 Err(error) => return Err(KernelError::io("cannot read the kernel's answer", &error)),
             }
         }
+    }
+}
+
+/// A socket of the family NETLINK_ROUTE.
+#[derive(Debug)]
+pub(super) struct Route(Netlink);
+
+impl Route {
+    /// In the network namespace of the calling thread.
+    pub(super) fn open() -> Result<Self> {
+        Netlink::open(NETLINK_ROUTE).map(Self)
+    }
+
+    /// See [`Netlink::execute`].
+    pub(super) fn execute(&mut self, batch: Batch) -> Result<Replies> {
+        self.0.execute(batch)
+    }
+
+    /// One request.
+    pub(super) fn request(
+        &mut self,
+        message: RouteNetlinkMessage,
+        flags: u16,
+    ) -> Result<Result<(), Refusal>> {
+        let mut batch = Batch::default();
+        batch.push(message, flags);
+        let (mut results, _) = self.execute(batch)?;
+        Ok(results.pop().unwrap_or(Ok(())))
+    }
+
+    /// All objects of a kind.
+    pub(super) fn dump(&mut self, message: &RouteNetlinkMessage) -> Result<Dump> {
+        let mut batch = Batch::default();
+        batch.push(message.clone(), 0);
+        self.0.dump(batch)?.map_err(|refusal| refusal.into_error("cannot read the kernel's state"))
     }
 }
 
