@@ -8,6 +8,11 @@ use crate::checksum;
 
 pub(crate) const TCP: u8 = 6;
 pub(crate) const UDP: u8 = 17;
+const ICMPV6: u8 = 58;
+/// Of a neighbour.
+const ADVERTISEMENT: u8 = 136;
+/// Messages of multicast listeners.
+const LISTENER: [u8; 4] = [130, 131, 132, 143];
 /// Destination, source, type.
 pub(crate) const ETHERNET: usize = 14;
 /// Outer IPv6, UDP and VXLAN headers of a frame on its way through the tunnel.
@@ -216,31 +221,35 @@ pub(crate) fn macs(frame: &[u8]) -> Option<(Mac, Mac)> {
     Some((*frame.first_chunk()?, *frame.get(6..)?.first_chunk()?))
 }
 
-/// What a frame says that it comes from, beside its MAC address.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Sender {
-    /// An address of IP or ARP.
-    Address(IpAddr),
-    /// None is said: other protocols.
-    Nothing,
-    /// Cut short.
-    Broken,
-}
-
-/// Looks for the sender's address: of an IP packet its source, of an ARP message the sender's.
-pub(crate) fn sender(frame: &[u8]) -> Sender {
+/// Looks for the sender's address: of an IP packet its source, of an ARP message the sender's, which must be
+/// that of the frame too; of an advertisement of a neighbour the address that it is for (RFC 4861, section
+/// 4.4). None if it is neither, contradicts itself, or hides what it is behind extension headers.
+pub(crate) fn sender(frame: &[u8]) -> Option<IpAddr> {
     let v4 = |at| u32_at(frame, at).map(|bits| IpAddr::from(Ipv4Addr::from_bits(bits)));
-    let found = match u16_at(frame, 12) {
-        Some(0x0800) => v4(ETHERNET + 12),
-        Some(0x0806) => v4(ETHERNET + 14),
-        Some(0x86dd) => frame
-            .get(ETHERNET + 8..)
-            .and_then(|bytes| bytes.first_chunk::<16>())
-            .map(|bytes| IpAddr::from(Ipv6Addr::from(*bytes))),
-        Some(_) => return Sender::Nothing,
-        None => None,
-    };
-    found.map_or(Sender::Broken, Sender::Address)
+    let v6 = |at: usize| Some(IpAddr::from(Ipv6Addr::from(*frame.get(at..)?.first_chunk::<16>()?)));
+    match u16_at(frame, 12)? {
+        0x0800 => v4(ETHERNET + 12),
+        0x0806 => {
+            let is_own = frame.get(ETHERNET + 8..ETHERNET + 14) == frame.get(6..12);
+            v4(ETHERNET + 14).filter(|_| is_own)
+        }
+        0x86dd => {
+            let after = *frame.get(ETHERNET + 40)?;
+            match *frame.get(ETHERNET + 6)? {
+                ICMPV6 if after == ADVERTISEMENT => v6(ETHERNET + 48),
+                // Options for every hop: only multicast listeners' messages have them (RFC 3810).
+                0 if after == ICMPV6 => {
+                    let length = 8 + 8 * usize::from(*frame.get(ETHERNET + 41)?);
+                    let kind = frame.get(ETHERNET + 40 + length)?;
+                    v6(ETHERNET + 8).filter(|_| LISTENER.contains(kind))
+                }
+                // Those, options for the destination, and routing.
+                0 | 43 | 60 => None,
+                _ => v6(ETHERNET + 8),
+            }
+        }
+        _ => None,
+    }
 }
 
 #[cfg(test)]

@@ -10,7 +10,7 @@ use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Wea
 use crate::api::{Drops, Mac, Source};
 use crate::interface::Interface;
 use crate::join::Output;
-use crate::packet::{Sender, macs, sender};
+use crate::packet::{macs, sender};
 use crate::sys;
 
 /// What all threads of an engine share.
@@ -141,11 +141,7 @@ impl Table {
     pub(crate) fn is_honest(&self, frame: &[u8], host: Ipv6Addr) -> bool {
         let Some((_, source)) = macs(frame) else { return false };
         let Some(known) = self.sources.get(&source).filter(|known| known.from == host) else { return false };
-        match sender(frame) {
-            Sender::Address(address) => is_common(address) || known.addresses.contains(&address),
-            Sender::Nothing => true,
-            Sender::Broken => false,
-        }
+        sender(frame).is_some_and(|address| is_common(address) || known.addresses.contains(&address))
     }
 }
 
@@ -195,9 +191,29 @@ mod tests {
         assert!(table.is_honest(&frame(MAC, 0x86dd, 22, &v6("fe80::9")), host(1)));
         assert!(table.is_honest(&frame(MAC, 0x86dd, 22, &v6("::")), host(1)));
         assert!(!table.is_honest(&frame(MAC, 0x86dd, 22, &v6("fd00::2")), host(1)));
-        // ARP: the sender's address, whatever the Ethernet header says.
-        assert!(table.is_honest(&frame(MAC, 0x0806, 28, &[10, 0, 0, 1]), host(1)));
-        assert!(!table.is_honest(&frame(MAC, 0x0806, 28, &[10, 0, 0, 2]), host(1)));
+        // Where addresses are told: ARP, and advertisements of neighbours.
+        let arp = |mac: Mac, address: [u8; 4]| frame(MAC, 0x0806, 22, &[&mac[..], &address].concat());
+        assert!(table.is_honest(&arp(MAC, [10, 0, 0, 1]), host(1)));
+        assert!(!table.is_honest(&arp(MAC, [10, 0, 0, 2]), host(1)));
+        assert!(!table.is_honest(&arp([2, 0, 0, 0, 0, 2], [10, 0, 0, 1]), host(1)));
+        let advertisement = |target: &str| {
+            let mut frame = frame(MAC, 0x86dd, 22, &v6("fd00::1"));
+            frame.resize(100, 0);
+            (frame[20], frame[54]) = (58, 136);
+            frame[62..78].copy_from_slice(&v6(target));
+            frame
+        };
+        assert!(table.is_honest(&advertisement("fd00::1"), host(1)));
+        assert!(!table.is_honest(&advertisement("fd00::2"), host(1)));
+        // Hidden behind options, in another protocol, or with a tag.
+        let mut hidden = advertisement("fd00::2");
+        (hidden[20], hidden[54]) = (60, 58);
+        assert!(!table.is_honest(&hidden, host(1)));
+        hidden[20] = 0;
+        assert!(!table.is_honest(&hidden, host(1)));
+        hidden[62] = 143;
+        assert!(table.is_honest(&hidden, host(1)));
+        assert!(!table.is_honest(&frame(MAC, 0x8100, 26, &[10, 0, 0, 1]), host(1)));
         assert!(!table.is_honest(&good[..20], host(1)));
         assert!(!table.is_honest(&good[..7], host(1)));
     }
