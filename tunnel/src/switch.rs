@@ -174,6 +174,8 @@ mod tests {
         frame[..6].copy_from_slice(&[0xff; 6]);
         frame[6..12].copy_from_slice(&source);
         frame[12..14].copy_from_slice(&kind.to_be_bytes());
+        // UDP, where it is IPv6.
+        frame[20] = 17;
         frame[at..at + address.len()].copy_from_slice(address);
         frame
     }
