@@ -75,7 +75,7 @@ enum Command {
     Sandbox(sandbox::Args),
     /// Set container runtimes up
     Cni(cni::Args),
-    /// Make a cluster key
+    /// Make a cluster key, change the cluster's, or show which host has which
     Key(key::Args),
     /// Print a completion script for a shell
     Completions(completions::Args),
@@ -104,7 +104,7 @@ impl Cli {
             Command::Endpoints(args) => endpoints::run(&context, &args),
             Command::Sandbox(args) => sandbox::run(&context, args),
             Command::Cni(args) => cni::run(&context, args),
-            Command::Key(args) => key::run(&context, &args),
+            Command::Key(args) => key::run(&context, args),
             Command::Completions(args) => completions::run(&context, &args),
         }?;
         Ok(ExitCode::SUCCESS)
@@ -168,6 +168,9 @@ mod tests {
             "cni install",
             "cni install --network blue --name k8s --conf-dir /a --bin-dir /b --binary /c --portmap",
             "key generate",
+            "key rotate --cluster new.key",
+            "key rotate --cluster - --no-wait",
+            "key status",
             "completions bash",
         ] {
             if let Err(error) = parse(&format!("ovlctl {line}")) {
@@ -207,6 +210,8 @@ mod tests {
             "cni",
             "cni install --name a/b",
             "key",
+            "key rotate",
+            "key rotate --cluster",
             "completions tcl",
         ] {
             assert!(parse(&format!("ovlctl {line}")).is_err(), "{line}");

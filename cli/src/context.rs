@@ -11,6 +11,7 @@ use serde_json::json;
 
 use crate::args::Output;
 use crate::error::{Error, Result};
+use crate::text::printable_lines;
 
 /// What the global options say.
 #[derive(Debug)]
@@ -28,7 +29,8 @@ fn seconds(request: &Request) -> u64 {
         | Request::SandboxCreate(_)
         | Request::Leave
         | Request::Teardown
-        | Request::PeersForget { .. } => 60,
+        | Request::PeersForget { .. }
+        | Request::KeyRotateCluster { .. } => 60,
         _ => 30,
     }
 }
@@ -49,6 +51,14 @@ impl Context {
         match self.output {
             Output::Table => Ok(()),
             Output::Json => self.print(&json!({ "done": true }), |_| String::new()),
+        }
+    }
+
+    /// Tells a person something beside the answer, on standard error: nothing for programs.
+    pub(crate) fn say(&self, text: &str) {
+        if self.output == Output::Table {
+            // Without a standard error there is nobody to tell, and eprintln! would panic.
+            let _ = writeln!(io::stderr(), "{}", printable_lines(text));
         }
     }
 

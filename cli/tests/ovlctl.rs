@@ -7,10 +7,14 @@ mod fake;
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
+use std::os::unix::fs::PermissionsExt as _;
 use std::process::Stdio;
 
 use fake::{Dir, Fake, ovlctl, run};
-use ovl_proto::control::{Event, Failure, FailureKind, NetnsRef, Reply, Request, SubnetUse, Verify};
+use ovl_proto::control::{
+    Event, Failure, FailureKind, KeyRotation, KeyStatus, NetnsRef, Reply, Request, SubnetUse, Verify,
+};
+use ovl_proto::secret::Secret;
 use serde_json::json;
 
 fn block() -> Reply {
@@ -53,25 +57,61 @@ fn json_is_for_reading_too() {
 #[test]
 fn what_is_done_is_done_in_silence() {
     let fake = Fake::new(&[Reply::Done]);
-    let lines = [
-        "peers forget host3",
-        "leave",
-        "teardown",
-        "network rm blue",
-        "detach web --network blue",
-        "sandbox rm web",
-    ];
+    let lines = ["leave", "teardown", "network rm blue", "detach web --network blue", "sandbox rm web"];
     for line in lines {
         fake.run(line).prints("");
         fake.run(&format!("{line} -o json")).prints("{\n  \"done\": true\n}\n");
     }
     let network_rm = Request::NetworkRm { name: "blue".into() };
-    let forget = Request::PeersForget { node: "host3".into() };
     let detach = Request::Detach { name: "web".into(), network: Some("blue".into()), namespace: None };
     let sandbox_rm = Request::SandboxRm { name: "web".into(), force: false };
     let mut asked = fake.asked();
     asked.dedup();
-    assert_eq!(asked, [forget, Request::Leave, Request::Teardown, network_rm, detach, sandbox_rm]);
+    assert_eq!(asked, [Request::Leave, Request::Teardown, network_rm, detach, sandbox_rm]);
+}
+
+#[test]
+fn forgetting_a_host_ends_with_what_to_do_about_the_key() {
+    let fake = Fake::new(&[Reply::Done]);
+    let ran = fake.run("peers forget host3");
+    assert_eq!((ran.code, ran.out.as_str()), (Some(0), ""));
+    assert!(
+        ran.err.contains("still knows the cluster key") && ran.err.ends_with("key rotate --cluster FILE\n")
+    );
+    fake.run("peers forget host3 -o json").prints("{\n  \"done\": true\n}\n");
+    let forget = Request::PeersForget { node: "host3".into() };
+    assert_eq!(fake.asked(), [forget.clone(), forget]);
+}
+
+#[test]
+fn a_rotation_is_waited_for_or_not_and_the_key_is_read_from_a_private_file() {
+    let status =
+        |rotation: Option<KeyRotation>| Reply::Keys(Box::new(KeyStatus { rotation, hosts: Vec::new() }));
+    let under_way = KeyRotation {
+        key: "0410c3g".parse().unwrap(),
+        since_ms: 0,
+        hosts: 3,
+        have: 2,
+        seal: 0,
+        majority: true,
+        waits_for: vec!["host3".into()],
+    };
+    let dir = Dir::new();
+    let file = dir.0.join("new.key");
+    std::fs::write(&file, "secret\n").unwrap();
+    std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o600)).unwrap();
+    let line = format!("key rotate --cluster {}", file.display());
+
+    let fake = Fake::new(&[status(Some(under_way))]);
+    let ran = fake.run(&format!("{line} --no-wait"));
+    assert_eq!(ran.code, Some(0));
+    assert!(ran.out.starts_with("Changing to 0410c3g since") && ran.out.contains("host3"), "{}", ran.out);
+    let done = Fake::new(&[status(None)]);
+    assert!(done.run(&line).out.starts_with("No rotation is under way"));
+    assert_eq!(done.asked(), [Request::KeyRotateCluster { key: Secret("secret\n".into()) }]);
+    std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o640)).unwrap();
+    done.run(&line).fails(1, &format!("{} can be read", file.display()));
+    assert_eq!(done.asked().len(), 1);
 }
 
 #[test]

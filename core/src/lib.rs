@@ -11,6 +11,7 @@ pub mod filter;
 mod index;
 pub mod ipam;
 pub mod kernel;
+pub mod keys;
 pub mod liveness;
 pub mod networks;
 pub mod op;

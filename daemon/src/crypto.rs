@@ -4,6 +4,7 @@
 //! can read it: such a secret must be taken for known.
 
 mod cluster;
+mod keyfile;
 
 use std::fs;
 use std::io::{Read, Write};
@@ -13,12 +14,13 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
 use ovl_proto::id::NodeId;
-use ovl_proto::record::{Domain, NodeRecord, PublicKey, Signature, SignedRecord};
+use ovl_proto::record::{Domain, MOST_OTHER_KEYS, NodeRecord, PublicKey, Signature, SignedRecord};
 use ovl_proto::wire::{self, WireError};
 use ring::rand::SystemRandom;
 use ring::signature::{ED25519, Ed25519KeyPair, KeyPair, UnparsedPublicKey};
 
-pub(crate) use cluster::{ClusterKey, KeyId, Keyring};
+pub(crate) use cluster::{ClusterKey, Keyring};
+pub(crate) use keyfile::KeyFile;
 
 /// A file with a secret is never larger than this.
 const MAX_SECRET_FILE: u64 = 4096;
@@ -181,6 +183,9 @@ fn nonsense(record: &NodeRecord) -> Option<&'static str> {
     if record.link_mtu < 576 {
         return Some("its link MTU is below 576");
     }
+    if record.keys.opens.len() > MOST_OTHER_KEYS {
+        return Some("it has too many cluster keys");
+    }
     if record.version.len() > 32 || !record.version.bytes().all(|b| b.is_ascii_graphic()) {
         return Some("its version is not short plain text");
     }
@@ -224,6 +229,30 @@ fn read_secret(path: &Path) -> anyhow::Result<Option<Vec<u8>>> {
 /// Makes a file with mode 0600 that is whole and on disk, or not there at all. Leaves a file alone
 /// that somebody else made meanwhile.
 fn create_secret(path: &Path, content: &[u8]) -> std::io::Result<()> {
+    // A link, and not a rename: it does not replace what is there.
+    write_secret(path, content, |temporary, path| {
+        let linked = match fs::hard_link(temporary, path) {
+            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => Ok(()),
+            result => result,
+        };
+        fs::remove_file(temporary)?;
+        linked
+    })
+}
+
+/// Replaces a file by one with mode 0600: after a crash it is the old one or the new one.
+fn replace_secret(path: &Path, content: &[u8]) -> std::io::Result<()> {
+    write_secret(path, content, |temporary, path| {
+        fs::rename(temporary, path).inspect_err(|_| drop(fs::remove_file(temporary)))
+    })
+}
+
+/// Writes a file beside `path`, has it put into its place, and syncs the directory.
+fn write_secret(
+    path: &Path,
+    content: &[u8],
+    put: impl FnOnce(&Path, &Path) -> std::io::Result<()>,
+) -> std::io::Result<()> {
     let directory = match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
@@ -237,14 +266,11 @@ fn create_secret(path: &Path, content: &[u8]) -> std::io::Result<()> {
         _ => {}
     }
     let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&temporary)?;
-    let written = file.write_all(content).and_then(|()| file.sync_all());
-    // A link, and not a rename: it does not replace what is there.
-    let linked = written.and_then(|()| match fs::hard_link(&temporary, path) {
-        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => Ok(()),
-        result => result,
-    });
-    fs::remove_file(&temporary)?;
-    linked?;
+    if let Err(error) = file.write_all(content).and_then(|()| file.sync_all()) {
+        fs::remove_file(&temporary)?;
+        return Err(error);
+    }
+    put(&temporary, path)?;
     fs::File::open(directory)?.sync_all()
 }
 

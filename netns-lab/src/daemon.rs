@@ -166,8 +166,24 @@ impl Host {
         Ok(command)
     }
 
-    /// The lab's cluster key, made at the first start of any daemon.
+    /// The file with this host's cluster key. At its first start it gets the one that all hosts of the
+    /// lab begin with; a file that is there already stays as it is.
+    pub fn key_path(&self) -> PathBuf {
+        self.dir().join("cluster.key")
+    }
+
     fn cluster_key(&self) -> Result<PathBuf> {
+        let own = self.key_path();
+        if !own.exists() {
+            let text = fs::read(self.first_cluster_key()?)?;
+            let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&own)?;
+            file.write_all(&text)?;
+        }
+        Ok(own)
+    }
+
+    /// The lab's cluster key, made at the first start of any daemon.
+    fn first_cluster_key(&self) -> Result<PathBuf> {
         let _making = self.shared.making_key.lock().unwrap_or_else(PoisonError::into_inner);
         let path = self.shared.dir.join("cluster.key");
         if !path.exists() {

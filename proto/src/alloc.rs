@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
-use crate::id::{NetworkId, NodeId};
+use crate::id::{ClusterKeyId, NetworkId, NodeId};
 
 /// A block of addresses of a network.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -15,6 +15,15 @@ pub struct Block {
     pub network: NetworkId,
     /// The block itself: a multiple of its own size.
     pub prefix: IpNet,
+}
+
+/// The cluster key that all members have, or shall have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AgreedKey {
+    /// Its id.
+    pub id: ClusterKeyId,
+    /// When it was agreed on, by the clock of the host that was asked: milliseconds since 1970.
+    pub since_ms: u64,
 }
 
 /// The allocation map at one version.
@@ -32,6 +41,9 @@ pub struct AllocMap {
     pub forgotten: BTreeSet<NodeId>,
     /// Who holds what.
     pub blocks: BTreeMap<Block, NodeId>,
+    /// The last key that a rotation was begun to; none before the first one. So no two rotations are
+    /// ever under way, and hosts that are cut off from a majority begin none.
+    pub key: Option<AgreedKey>,
 }
 
 /// A wish to change the map. All of them are idempotent: asking twice changes nothing more.
@@ -70,6 +82,13 @@ pub enum Change {
     },
     /// Free all blocks of a network that is gone.
     DropNetwork(NetworkId),
+    /// Begin a rotation of the cluster key, unless another one was begun meanwhile.
+    Key {
+        /// The last one that was begun to, as far as the asker knows.
+        from: Option<ClusterKeyId>,
+        /// The new one.
+        to: AgreedKey,
+    },
 }
 
 /// Why a change was not made.
@@ -110,6 +129,9 @@ pub enum Refusal {
     /// A block that is not aligned, or not of the length that the subnet has.
     #[error("{0} is not a block")]
     NotABlock(IpNet),
+    /// Another rotation of the cluster key was begun.
+    #[error("the cluster key is being changed to {0}")]
+    AnotherKey(ClusterKeyId),
 }
 
 /// The number of an attempt to change the map; ordered by counter, then by proposer.

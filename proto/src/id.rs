@@ -87,6 +87,10 @@ id!(
     /// An endpoint, drawn at random by its host and unique there.
     EndpointId, 5, "endpoint id"
 );
+id!(
+    /// Names a cluster key and tells nothing about it: derived from the key by HKDF.
+    ClusterKeyId, 4, "cluster key id"
+);
 
 /// An Ethernet address.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]

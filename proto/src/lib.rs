@@ -9,6 +9,7 @@
 //! | [`object`] | cluster objects: networks; many writers, the last one wins |
 //! | [`alloc`] | the map of members and address blocks that a majority agrees on |
 //! | [`sync`] | messages of the encrypted stream between two daemons |
+//! | [`secret`] | what does not print |
 //! | [`wire`] | the binary codec all of the above share |
 //! | [`control`] | requests and replies on ovld's Unix socket, and a blocking client |
 
@@ -18,6 +19,7 @@ pub mod control;
 pub mod id;
 pub mod object;
 pub mod record;
+pub mod secret;
 pub mod sync;
 pub mod table;
 pub mod wire;

@@ -5,7 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use serde::{Deserialize, Serialize};
 
-use crate::id::{NodeId, TunnelKey};
+use crate::id::{ClusterKeyId, NodeId, TunnelKey};
 use crate::wire::{self, WireError};
 
 /// An Ed25519 public key.
@@ -90,6 +90,25 @@ pub struct Tunnel {
     pub kernel: bool,
 }
 
+/// Other cluster keys than the one that it seals with, at most, that a node opens with.
+pub const MOST_OTHER_KEYS: usize = 2;
+
+/// The cluster keys that a node has.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct ClusterKeys {
+    /// What it sends is sealed with this one.
+    pub seals: ClusterKeyId,
+    /// The others that it takes, at most [`MOST_OTHER_KEYS`]; none unless the key is being rotated.
+    pub opens: Vec<ClusterKeyId>,
+}
+
+impl ClusterKeys {
+    /// Whether it understands what is sealed with that key.
+    pub fn has(&self, key: ClusterKeyId) -> bool {
+        self.seals == key || self.opens.contains(&key)
+    }
+}
+
 /// A node, as it describes itself.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NodeRecord {
@@ -115,6 +134,8 @@ pub struct NodeRecord {
     pub link_mtu: u16,
     /// Its end of the tunnel; none where it has none, and gets nothing of encrypted networks.
     pub tunnel: Option<Tunnel>,
+    /// See [`ClusterKeys`].
+    pub keys: ClusterKeys,
     /// See [`Presence`].
     pub presence: Presence,
     /// The release of its ovld.
@@ -176,6 +197,10 @@ mod tests {
             vxlan_port: 4789,
             link_mtu: 1500,
             tunnel: Some(Tunnel { key: TunnelKey([4; 32]), port: 51940, rotating: true, kernel: true }),
+            keys: ClusterKeys {
+                seals: ClusterKeyId([5; 4]),
+                opens: vec![ClusterKeyId([6; 4]); MOST_OTHER_KEYS],
+            },
             presence: Presence::Running,
             version: "100.100.100".to_owned(),
         };

@@ -10,6 +10,7 @@ use crate::clock::Stamp;
 use crate::id::{NetworkId, NodeId};
 use crate::object::{ObjectKey, SignedObject};
 use crate::record::SignedRecord;
+use crate::secret::Secret;
 use crate::table::Update;
 
 /// Whatever one daemon has to say to another beside gossip.
@@ -51,6 +52,8 @@ pub enum Message {
         /// The address, or why not, in words for the user.
         result: Result<IpAddr, String>,
     },
+    /// The cluster key that the allocation map names, for a member that does not have it.
+    ClusterKey(Secret<[u8; 32]>),
 }
 
 /// Which address is wanted from another host's block.

@@ -2,15 +2,28 @@
 
 use std::fs::File;
 use std::io::{self, Read};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use clap::Subcommand;
+use ovl_proto::control::{HostKeys, KeyRotation, KeyStatus, Reply, Request};
+use ovl_proto::secret::Secret;
 use serde_json::json;
 
 use crate::context::Context;
 use crate::error::{Error, Result};
+use crate::text::{Table, list};
+use crate::time::timestamp;
 
 /// Where the kernel's random generator is a file; this process is too short-lived to want more.
 const RANDOM: &str = "/dev/urandom";
+/// A file with a key is much smaller.
+const MAX_FILE: u64 = 4096;
+/// Between two looks at a rotation.
+const LOOK: Duration = Duration::from_millis(300);
+/// A rotation that does not move is told anew after this time.
+const TELL_AGAIN: Duration = Duration::from_secs(10);
 
 /// Arguments of `key`.
 #[derive(Debug, clap::Args)]
@@ -25,10 +38,24 @@ enum Action {
     ///
     /// Give the same file to all hosts, readable by root alone. ovld is not asked.
     Generate,
+    /// Change the cluster key on all hosts, without a restart and without losing a packet
+    ///
+    /// Old and new key are valid side by side until all live hosts have the new one. Then it is in the
+    /// file that each host's configuration names. Waits for that; when interrupted, the rotation goes on.
+    Rotate {
+        /// A file with the new key, as `ovlctl key generate` writes it; - reads standard input
+        #[arg(long, value_name = "NEW")]
+        cluster: PathBuf,
+        /// Return as soon as a majority of the hosts has agreed
+        #[arg(long)]
+        no_wait: bool,
+    },
+    /// Show which host has which cluster key, and a rotation that is under way
+    Status,
 }
 
-/// Makes and prints.
-pub(crate) fn run(context: &Context, args: &Args) -> Result<()> {
+/// Makes, asks and prints.
+pub(crate) fn run(context: &Context, args: Args) -> Result<()> {
     match args.action {
         Action::Generate => {
             let key = generate().map_err(|error| {
@@ -36,7 +63,100 @@ pub(crate) fn run(context: &Context, args: &Args) -> Result<()> {
             })?;
             context.print(&json!({ "key": key }), |_| key.clone() + "\n")
         }
+        Action::Rotate { cluster, no_wait } => {
+            let key = Secret(read(&cluster)?);
+            let mut status = keys(context, &Request::KeyRotateCluster { key })?;
+            if !no_wait {
+                status = wait(context, status)?;
+            }
+            context.print(&status, render)
+        }
+        Action::Status => context.print(&keys(context, &Request::KeyStatus)?, render),
     }
+}
+
+fn keys(context: &Context, request: &Request) -> Result<KeyStatus> {
+    match context.ask(request)? {
+        Reply::Keys(status) => Ok(*status),
+        _ => Err(Error::unexpected_reply()),
+    }
+}
+
+/// Tells how far it is until it is done.
+fn wait(context: &Context, mut status: KeyStatus) -> Result<KeyStatus> {
+    let mut said: Option<(String, Instant)> = None;
+    while let Some(rotation) = &status.rotation {
+        let (news, who) = progress(rotation);
+        let stuck = said.as_ref().is_some_and(|(_, at)| at.elapsed() > TELL_AGAIN);
+        if stuck || said.as_ref().is_none_or(|(last, _)| *last != news) {
+            context.say(&if stuck { format!("{news}; waiting for {who}") } else { news.clone() });
+            said = Some((news, Instant::now()));
+        }
+        std::thread::sleep(LOOK);
+        status = keys(context, &Request::KeyStatus).map_err(|error| match error {
+            Error::Failed(why) | Error::Usage(why) => {
+                Error::Failed(format!("{why}. The rotation goes on: see `ovlctl key status`"))
+            }
+        })?;
+    }
+    Ok(status)
+}
+
+/// How far it is, and who holds it up.
+fn progress(rotation: &KeyRotation) -> (String, String) {
+    let KeyRotation { hosts, have, seal, .. } = rotation;
+    let news = if have < hosts {
+        format!("{have} of {hosts} hosts have the new key")
+    } else {
+        format!("{seal} of {hosts} hosts use the new key")
+    };
+    (news, list(&rotation.waits_for))
+}
+
+/// The content of a key file. Others must not be able to read it: the new key would be known.
+fn read(path: &Path) -> Result<String> {
+    let failed = |error: io::Error| Error::Failed(format!("cannot read {}: {error}", path.display()));
+    let mut text = String::new();
+    if path == Path::new("-") {
+        io::stdin().take(MAX_FILE).read_to_string(&mut text).map_err(failed)?;
+        return Ok(text);
+    }
+    let file = File::open(path).map_err(failed)?;
+    let mode = file.metadata().map_err(failed)?.permissions().mode() & 0o7777;
+    if mode & 0o077 != 0 {
+        return Err(Error::Failed(format!(
+            "{path} can be read or written by others (mode {mode:04o}): make another key with \
+             '(umask 077; ovlctl key generate > {path})'",
+            path = path.display()
+        )));
+    }
+    file.take(MAX_FILE).read_to_string(&mut text).map_err(failed)?;
+    Ok(text)
+}
+
+fn render(status: &KeyStatus) -> String {
+    let head = match &status.rotation {
+        None => "No rotation is under way.\n".to_owned(),
+        Some(rotation) => format!(
+            "Changing to {} since {}: {}. Waiting for {}.\n",
+            rotation.key,
+            timestamp(rotation.since_ms),
+            progress(rotation).0,
+            list(&rotation.waits_for)
+        ),
+    };
+    let hosts = &status.hosts;
+    head + &Table::new()
+        .column("NAME", hosts.iter().map(|host| format!("{}{}", host.name, if host.own { " *" } else { "" })))
+        .column("STATE", hosts.iter().map(|host| host.state))
+        .column("SEALS", hosts.iter().map(|host| host.seals))
+        .column("ALSO OPENS", hosts.iter().map(|host| list(&host.opens)))
+        .unusual("NOTE", "", hosts.iter().map(note))
+        .render()
+}
+
+fn note(host: &HostKeys) -> &'static str {
+    if host.member { "" } else { "not a member" }
 }
 
 fn generate() -> io::Result<String> {
@@ -79,6 +199,45 @@ mod tests {
             assert_eq!(base64(bytes.as_bytes()), text);
         }
         assert_eq!(base64(&[0xfb, 0xff, 0xfe]), "+//+");
+    }
+
+    fn host(number: u8, seals: u8, opens: &[u8]) -> HostKeys {
+        let key = |n: u8| ovl_proto::id::ClusterKeyId([n; 4]);
+        HostKeys {
+            name: format!("host{number}"),
+            id: "0410c3g8kt7o2s00".parse().unwrap(),
+            state: ovl_proto::control::PeerState::Alive,
+            member: number != 3,
+            seals: key(seals),
+            opens: opens.iter().copied().map(key).collect(),
+            own: number == 1,
+        }
+    }
+
+    #[test]
+    fn who_has_which_key() {
+        let rotation = KeyRotation {
+            key: ovl_proto::id::ClusterKeyId([2; 4]),
+            since_ms: 0,
+            hosts: 2,
+            have: 1,
+            seal: 0,
+            majority: true,
+            waits_for: vec!["host2".into()],
+        };
+        let hosts = vec![host(1, 1, &[2]), host(2, 1, &[]), host(3, 1, &[])];
+        assert_eq!(
+            render(&KeyStatus { rotation: Some(rotation), hosts }),
+            "\
+Changing to 081040g since 1970-01-01T00:00:00.000Z: 1 of 2 hosts have the new key. Waiting for host2.
+NAME     STATE  SEALS    ALSO OPENS  NOTE
+host1 *  alive  040g208  081040g     -
+host2    alive  040g208  -           -
+host3    alive  040g208  -           not a member
+"
+        );
+        let done = KeyStatus { rotation: None, hosts: vec![host(1, 2, &[])] };
+        assert!(render(&done).starts_with("No rotation is under way.\nNAME "));
     }
 
     #[test]

@@ -20,7 +20,7 @@ enum Action {
     /// Take a dead host out of the cluster and free its blocks of addresses
     ///
     /// Done when a majority of the hosts has agreed. The forgotten host still knows the cluster
-    /// key.
+    /// key: see `ovlctl key rotate`.
     Forget {
         /// Name or id
         node: String,
@@ -30,7 +30,12 @@ enum Action {
 /// Asks and prints.
 pub(crate) fn run(context: &Context, args: Args) -> Result<()> {
     if let Some(Action::Forget { node }) = args.action {
-        return context.ask_done(&Request::PeersForget { node });
+        context.ask_done(&Request::PeersForget { node })?;
+        context.say(
+            "The forgotten host still knows the cluster key. If you do not trust whoever has it now, make a new key and \
+             give it to all others:\n  (umask 077; ovlctl key generate > FILE)\n  ovlctl key rotate --cluster FILE",
+        );
+        return Ok(());
     }
     let Reply::Peers(peers) = context.ask(&Request::Peers)? else { return Err(Error::unexpected_reply()) };
     context.print(&peers, |peers| render(peers))

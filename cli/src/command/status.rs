@@ -2,12 +2,12 @@
 
 use std::fmt::Write as _;
 
-use ovl_proto::control::{DaemonState, GossipCounters, ReconcileStatus, Reply, Request, Status};
+use ovl_proto::control::{DaemonState, GossipCounters, KeyRotation, ReconcileStatus, Reply, Request, Status};
 
 use crate::context::Context;
 use crate::error::{Error, Result};
 use crate::text::{block, count, lines, list};
-use crate::time::seconds;
+use crate::time::{seconds, timestamp};
 
 /// Asks and prints.
 pub(crate) fn run(context: &Context) -> Result<()> {
@@ -21,7 +21,7 @@ fn render(status: &Status) -> String {
         DaemonState::Ready => "ready",
         DaemonState::Degraded => "degraded",
     };
-    let mut text = block(&[
+    let mut rows = vec![
         ("Node", format!("{} ({})", status.node, status.id)),
         ("State", state.to_owned()),
         ("Version", status.version.clone()),
@@ -33,7 +33,9 @@ fn render(status: &Status) -> String {
         ("Networks", status.networks.to_string()),
         ("Gossip", gossip(&status.gossip)),
         ("Reconcile", reconcile(&status.reconcile)),
-    ]);
+    ];
+    rows.extend(status.rotation.as_ref().map(|it| ("Cluster key", rotation(it))));
+    let mut text = block(&rows);
     section(&mut text, "Refused by the kernel", &status.reconcile.failing);
     section(&mut text, "Problems", &status.problems);
     text
@@ -43,6 +45,18 @@ fn section(text: &mut String, title: &str, items: &[String]) {
     if !items.is_empty() {
         let _ = write!(text, "{title}:\n{}", lines("  - ", items));
     }
+}
+
+fn rotation(rotation: &KeyRotation) -> String {
+    format!(
+        "changing to {} since {}: {} of {} hosts have it, {} seal with it; waits for {}",
+        rotation.key,
+        timestamp(rotation.since_ms),
+        rotation.have,
+        rotation.hosts,
+        rotation.seal,
+        list(&rotation.waits_for)
+    )
 }
 
 fn gossip(counters: &GossipCounters) -> String {
@@ -85,6 +99,7 @@ mod tests {
             alive: 3,
             endpoints: 4,
             networks: 2,
+            rotation: None,
             gossip: GossipCounters { sent: 1204, received: 1187, ..GossipCounters::default() },
             reconcile: ReconcileStatus { passes: 31, operations: 42, repairs: 1, failing: Vec::new() },
         }
@@ -107,6 +122,27 @@ Networks   2
 Gossip     1204 sent, 1187 received
 Reconcile  31 passes, 42 operations, 1 repair
 "
+        );
+    }
+
+    #[test]
+    fn a_rotation_of_the_cluster_key_is_shown() {
+        let rotation = KeyRotation {
+            key: "0410c3g".parse().unwrap(),
+            since_ms: 0,
+            hosts: 3,
+            have: 2,
+            seal: 0,
+            majority: true,
+            waits_for: vec!["host3".into()],
+        };
+        let text = render(&Status { rotation: Some(rotation), ..status() });
+        assert!(
+            text.ends_with(
+                "\nCluster key  changing to 0410c3g since 1970-01-01T00:00:00.000Z: 2 of 3 hosts have it, 0 seal \
+                 with it; waits for host3\n"
+            ),
+            "{text}"
         );
     }
 

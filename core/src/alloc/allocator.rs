@@ -352,7 +352,7 @@ impl Allocator {
 /// do no harm, which rules out what takes away; and a host claims for itself.
 fn may_be_forwarded(change: &Change, wanted_by: NodeId) -> bool {
     match change {
-        Change::Admit(_) | Change::DropNetwork(_) => true,
+        Change::Admit(_) | Change::DropNetwork(_) | Change::Key { .. } => true,
         Change::Claim { owner, .. } | Change::ClaimExact { owner, .. } => *owner == wanted_by,
         Change::Forget(_) | Change::Release { .. } => false,
     }

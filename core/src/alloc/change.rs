@@ -67,6 +67,14 @@ fn make(map: &mut AllocMap, change: &Change) -> Result<bool, Refusal> {
             map.blocks.retain(|block, _| block.network != *network);
             Ok(map.blocks.len() != before)
         }
+        Change::Key { from, to } => match map.key {
+            Some(agreed) if agreed.id == to.id => Ok(false),
+            Some(agreed) if Some(agreed.id) != *from => Err(Refusal::AnotherKey(agreed.id)),
+            _ => {
+                map.key = Some(*to);
+                Ok(true)
+            }
+        },
     }
 }
 

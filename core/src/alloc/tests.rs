@@ -4,8 +4,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use ipnet::IpNet;
-use ovl_proto::alloc::{AllocMap, AllocMessage, Ballot, Block, Change, Refusal};
-use ovl_proto::id::{NetworkId, NodeId};
+use ovl_proto::alloc::{AgreedKey, AllocMap, AllocMessage, Ballot, Block, Change, Refusal};
+use ovl_proto::id::{ClusterKeyId, NetworkId, NodeId};
 use proptest::prelude::*;
 
 use super::{Allocator, DEADLINE_MS, DELEGATE_MS, Durable, Event, MOST_REMOTE_REQUESTS, Output, apply};
@@ -121,6 +121,22 @@ fn a_forgotten_host_gives_its_blocks_back_and_may_return() {
     let back = apply(&next, &Change::Admit(B)).unwrap().unwrap();
     assert!(back.forgotten.is_empty() && back.members == map.members);
     assert_eq!(apply(&back, &Change::Admit(B)), Ok(None));
+}
+
+#[test]
+fn of_two_rotations_of_the_cluster_key_the_second_is_refused() {
+    let key = |n: u8| AgreedKey { id: ClusterKeyId([n; 4]), since_ms: u64::from(n) };
+    let map = map_of(&[A], &[]);
+    let first = Change::Key { from: None, to: key(1) };
+    let map = apply(&map, &first).unwrap().unwrap();
+    assert_eq!(map.key, Some(key(1)));
+    assert_eq!(apply(&map, &first), Ok(None), "idempotent");
+    let second = Change::Key { from: None, to: key(2) };
+    assert_eq!(apply(&map, &second), Err(Refusal::AnotherKey(ClusterKeyId([1; 4]))));
+    let later = Change::Key { from: Some(ClusterKeyId([1; 4])), to: key(2) };
+    let map = apply(&map, &later).unwrap().unwrap();
+    assert_eq!(map.key, Some(key(2)));
+    assert!(apply(&map, &first).is_err(), "a late copy changes nothing");
 }
 
 proptest! {

@@ -38,6 +38,7 @@ pub(crate) fn node(n: u8) -> Node {
             vxlan_port: 4789,
             link_mtu: 1500,
             tunnel: None,
+            keys: ovl_proto::record::ClusterKeys::default(),
             presence: Presence::Running,
             version: "0".to_owned(),
         },
@@ -72,6 +73,7 @@ pub(crate) fn view_of(mode: Mode, backend: Backend, subnet: Subnet, block: impl 
             previous_members: BTreeSet::new(),
             forgotten: BTreeSet::new(),
             blocks: (1..=3).map(|n| (Block { network: NET, prefix: block(n) }, id(n))).collect(),
+            key: None,
         },
     }
 }

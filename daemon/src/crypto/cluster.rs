@@ -3,18 +3,19 @@
 use std::path::Path;
 
 use anyhow::{Context, bail};
+use data_encoding::BASE64;
+use ovl_proto::id::ClusterKeyId;
+use ovl_proto::record::{ClusterKeys, MOST_OTHER_KEYS};
+use ovl_proto::secret::Secret;
 use ring::hmac;
 
 use super::{read_secret, sha256};
 
-/// Tells receivers which key of theirs a frame is sealed with.
-pub(crate) type KeyId = [u8; 4];
-
 /// 32 secret bytes that all nodes of a cluster share.
-#[derive(Clone)]
+#[derive(Clone, PartialEq, Eq)]
 pub(crate) struct ClusterKey {
     bytes: [u8; 32],
-    id: KeyId,
+    id: ClusterKeyId,
 }
 
 impl std::fmt::Debug for ClusterKey {
@@ -29,19 +30,30 @@ impl ClusterKey {
         let Some(content) = read_secret(path)? else {
             bail!("there is no cluster key at {}: make one with 'ovlctl key generate'", path.display())
         };
-        let text = content.strip_suffix(b"\n").unwrap_or(&content);
+        Self::parse(&content).with_context(|| format!("{} does not hold a cluster key", path.display()))
+    }
+
+    /// The content of such a file. The error shows nothing of it.
+    pub(crate) fn parse(content: &[u8]) -> anyhow::Result<Self> {
+        let text = content.strip_suffix(b"\n").unwrap_or(content);
         let text = text.strip_suffix(b"\r").unwrap_or(text);
-        let bytes = decode_base64(text).with_context(|| {
-            format!(
-                "{} does not hold a cluster key: 44 characters of base 64 are expected, as 'ovlctl key generate' and \
-                 'wg genkey' write them",
-                path.display()
-            )
-        })?;
+        let bytes = decode_base64(text).context(
+            "44 characters of base 64 are expected, as 'ovlctl key generate' and 'wg genkey' write them",
+        )?;
         if bytes == [0; 32] {
-            bail!("the cluster key in {} is all zeroes", path.display());
+            bail!("the key is all zeroes");
         }
         Ok(Self::new(bytes))
+    }
+
+    /// The content of a file with this key.
+    pub(crate) fn to_text(&self) -> Secret<String> {
+        Secret(BASE64.encode(&self.bytes) + "\n")
+    }
+
+    /// The key itself, to be kept or handed to a member.
+    pub(crate) fn secret(&self) -> Secret<[u8; 32]> {
+        Secret(self.bytes)
     }
 
     /// A key that everybody knows: `--insecure` runs the same code, and protects nothing.
@@ -52,11 +64,11 @@ impl ClusterKey {
     /// From the bytes themselves.
     pub(crate) fn new(bytes: [u8; 32]) -> Self {
         let [a, b, c, d, ..] = hkdf(&bytes, b"", b"ovl key id v1");
-        Self { bytes, id: [a, b, c, d] }
+        Self { bytes, id: ClusterKeyId([a, b, c, d]) }
     }
 
     /// What names the key on the wire, and tells nothing about it.
-    pub(crate) fn id(&self) -> KeyId {
+    pub(crate) fn id(&self) -> ClusterKeyId {
         self.id
     }
 
@@ -84,9 +96,50 @@ impl Keyring {
         &self.first
     }
 
+    /// All keys, the one that seals first.
+    pub(crate) fn all(&self) -> impl Iterator<Item = &ClusterKey> {
+        std::iter::once(&self.first).chain(&self.others)
+    }
+
     /// All keys of that id: ids are short, so two keys may share one.
-    pub(crate) fn opening(&self, id: KeyId) -> impl Iterator<Item = &ClusterKey> {
-        std::iter::once(&self.first).chain(&self.others).filter(move |key| key.id == id)
+    pub(crate) fn opening(&self, id: ClusterKeyId) -> impl Iterator<Item = &ClusterKey> {
+        self.all().filter(move |key| key.id == id)
+    }
+
+    /// The key of that id.
+    pub(crate) fn get(&self, id: ClusterKeyId) -> Option<&ClusterKey> {
+        self.opening(id).next()
+    }
+
+    /// What the node's record says of it.
+    pub(crate) fn ids(&self) -> ClusterKeys {
+        ClusterKeys { seals: self.first.id, opens: self.others.iter().map(|key| key.id).collect() }
+    }
+
+    /// One that opens with this key too. Where there are too many the oldest of the others goes: it is
+    /// left over from a rotation that the rest of the cluster has long finished.
+    pub(crate) fn opening_too(&self, key: ClusterKey) -> Self {
+        let mut others = self.others.clone();
+        others.push(key);
+        others.drain(..others.len().saturating_sub(MOST_OTHER_KEYS));
+        Self::new(self.first.clone(), others)
+    }
+
+    /// One that seals with that one of its keys, and still opens with all.
+    pub(crate) fn sealing_with(&self, id: ClusterKeyId) -> Option<Self> {
+        let first = self.get(id)?.clone();
+        let others = self.all().filter(|key| key.id != id).cloned().collect();
+        Some(Self::new(first, others))
+    }
+
+    /// One without that key, which is not the one that seals.
+    pub(crate) fn without(&self, id: ClusterKeyId) -> Self {
+        Self::new(self.first.clone(), self.others.iter().filter(|key| key.id != id).cloned().collect())
+    }
+
+    /// One without all keys but the one that seals.
+    pub(crate) fn alone(&self) -> Self {
+        Self::new(self.first.clone(), Vec::new())
     }
 }
 
@@ -105,39 +158,9 @@ fn hkdf(secret: &[u8], salt: &[u8], info: &[u8]) -> [u8; 32] {
 
 /// Standard base 64 of exactly 32 bytes.
 fn decode_base64(text: &[u8]) -> anyhow::Result<[u8; 32]> {
-    let Some((b"=", digits)) = text.split_last().map(|(last, rest)| (std::slice::from_ref(last), rest))
-    else {
-        bail!("{} characters, and no '=' at the end", text.len())
-    };
-    if digits.len() != 43 {
-        bail!("{} characters in place of 44", text.len());
-    }
-    let mut out = [0_u8; 32];
-    let mut bytes = out.iter_mut();
-    let (mut bits, mut count) = (0_u32, 0_u32);
-    for &digit in digits {
-        let value = match digit {
-            b'A'..=b'Z' => digit - b'A',
-            b'a'..=b'z' => digit - b'a' + 26,
-            b'0'..=b'9' => digit - b'0' + 52,
-            b'+' => 62,
-            b'/' => 63,
-            _ => bail!("a character that is not base 64"),
-        };
-        bits = bits << 6 | u32::from(value);
-        count += 6;
-        if count >= 8 {
-            count -= 8;
-            if let Some(byte) = bytes.next() {
-                *byte = (bits >> count) as u8;
-            }
-            bits &= (1 << count) - 1;
-        }
-    }
-    if bits != 0 {
-        bail!("bits left over at the end");
-    }
-    Ok(out)
+    let bytes = BASE64.decode(text).map_err(|_| anyhow::anyhow!("{} bytes that are not it", text.len()))?;
+    let length = bytes.len();
+    bytes.try_into().map_err(|_| anyhow::anyhow!("it is {length} bytes in place of 32"))
 }
 
 #[cfg(test)]
@@ -208,6 +231,12 @@ mod tests {
         assert_eq!(ring.sealing().id(), new.id());
         assert_eq!(ring.opening(old.id()).count(), 1);
         assert_eq!(ring.opening(ClusterKey::insecure().id()).count(), 0);
+        assert_eq!(ring.ids(), ClusterKeys { seals: new.id(), opens: vec![old.id()] });
+        assert_eq!(ring.sealing_with(old.id()).unwrap().ids().seals, old.id());
+        assert_eq!(ring.alone().ids().opens, []);
+        let more = ring.opening_too(ClusterKey::new([3; 32])).opening_too(ClusterKey::new([4; 32]));
+        assert_eq!((more.sealing().id(), more.all().count()), (new.id(), 1 + MOST_OTHER_KEYS));
+        assert!(more.get(old.id()).is_none(), "the oldest one made room");
         assert_eq!(format!("{ring:?}"), "Keyring { first: ClusterKey(..), others: [ClusterKey(..)] }");
     }
 }

@@ -15,6 +15,7 @@ pub(crate) fn record_of(identity: &Identity) -> NodeRecord {
         vxlan_port: 4789,
         link_mtu: 1500,
         tunnel: None,
+        keys: ovl_proto::record::ClusterKeys::default(),
         presence: Presence::Running,
         version: "0.1.0".to_owned(),
     }

@@ -3,13 +3,13 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use chitchat::{ChitchatMessage, Deserializable, Serializable};
 use ovl_proto::control::GossipCounters;
-use ovl_proto::id::NodeId;
+use ovl_proto::id::{ClusterKeyId, NodeId};
 use ovl_proto::record::SignedRecord;
 use socket2::SockRef;
 use tokio::net::UdpSocket;
@@ -22,7 +22,7 @@ use super::fragment::{Joiner, Splitter};
 use super::packet::{Fragment, Packet};
 use super::seal::{Opener, Refused, RunId, Sealer, Sender};
 use super::strangers::Strangers;
-use crate::crypto::{self, Keyring};
+use crate::crypto::{self, ClusterKey, Keyring};
 
 /// Announcements that wait for the engine, at most.
 const MAX_QUEUE: usize = 1024;
@@ -30,6 +30,40 @@ const MAX_QUEUE: usize = 1024;
 const MAX_ANNOUNCED: usize = 4096;
 /// A sender that has not yet proved to be there is asked again after this time.
 const CHALLENGE_EVERY: Duration = Duration::from_secs(1);
+
+/// Sources of datagrams that are sealed with another key, and addresses that sealed with one of ours:
+/// of each no more than this are remembered.
+const MAX_ADDRESSES: usize = 1024;
+/// How long such a source is remembered.
+const OTHER_KEY_FOR: Duration = Duration::from_secs(10);
+
+/// With which key to seal for whom, while there are several: whoever joins or comes back within a
+/// rotation does not have the new one yet.
+#[derive(Default)]
+struct Towards {
+    /// By what the hosts there say of their keys.
+    known: HashMap<SocketAddr, ClusterKeyId>,
+    /// By what last came from there.
+    heard: HashMap<SocketAddr, ClusterKeyId>,
+}
+
+impl Towards {
+    fn key(&self, to: SocketAddr, usual: ClusterKeyId) -> ClusterKeyId {
+        let heard = self.heard.get(&to).copied();
+        // Whoever seals with the usual one has it, whatever an old record says.
+        if heard == Some(usual) {
+            return usual;
+        }
+        self.known.get(&to).copied().or(heard).unwrap_or(usual)
+    }
+
+    fn heard(&mut self, from: SocketAddr, key: ClusterKeyId) {
+        if self.heard.len() >= MAX_ADDRESSES && !self.heard.contains_key(&from) {
+            self.heard.clear();
+        }
+        self.heard.insert(from, key);
+    }
+}
 
 /// See the module.
 pub(super) struct Hub {
@@ -47,7 +81,11 @@ pub(super) struct State {
     pub(super) queue: VecDeque<GossipEvent>,
     counters: GossipCounters,
     strangers: Strangers,
-    sealer: Sealer,
+    /// One for each key; the first one is for all that need no other.
+    sealers: Vec<Sealer>,
+    towards: Towards,
+    /// Who sends what is sealed with a key that we do not have.
+    other_keys: HashMap<IpAddr, Instant>,
     opener: Opener,
     splitter: Splitter,
     joiner: Joiner,
@@ -63,15 +101,17 @@ impl Hub {
         keyring: Arc<Keyring>,
         link_mtu: u16,
     ) -> anyhow::Result<Self> {
-        let sealer = Sealer::new(keyring.sealing())?;
-        let [a, b, c, d, e, f, g, h, ..] = sealer.run();
+        let sealers = keyring.all().map(Sealer::new).collect::<anyhow::Result<Vec<_>>>()?;
+        let [a, b, c, d, e, f, g, h, ..] = sealers.first().map(Sealer::run).unwrap_or_default();
         let state = State {
             // Random, and used by nobody else.
             book: Book::new(link_mtu, u64::from_be_bytes([a, b, c, d, e, f, g, h])),
             queue: VecDeque::new(),
             counters: GossipCounters::default(),
             strangers: Strangers::default(),
-            sealer,
+            sealers,
+            towards: Towards::default(),
+            other_keys: HashMap::new(),
             opener: Opener::new(keyring),
             splitter: Splitter::new()?,
             joiner: Joiner::default(),
@@ -90,6 +130,37 @@ impl Hub {
     pub(super) fn counters(&self) -> GossipCounters {
         let state = self.lock();
         GossipCounters { strangers: state.strangers.recent(), ..state.counters.clone() }
+    }
+
+    /// Seals with the first of these keys from now on, or with another one where `known` says so, and
+    /// opens with all of them.
+    pub(super) fn set_keys(
+        &self,
+        keyring: Arc<Keyring>,
+        known: HashMap<SocketAddr, ClusterKeyId>,
+    ) -> anyhow::Result<()> {
+        let mut guard = self.lock();
+        let state = &mut *guard;
+        // A run whose key stays goes on: peers have seen that it is there.
+        let lacking = keyring.all().filter(|key| state.sealer_of(key.id()).is_none());
+        let new = lacking.map(Sealer::new).collect::<anyhow::Result<Vec<_>>>()?;
+        state.sealers.extend(new);
+        let order: Vec<ClusterKeyId> = keyring.all().map(ClusterKey::id).collect();
+        state.sealers.retain(|sealer| order.contains(&sealer.key_id()));
+        state.sealers.sort_by_key(|sealer| order.iter().position(|id| *id == sealer.key_id()));
+        state.towards.known = known;
+        if keyring.ids().opens.is_empty() {
+            state.towards = Towards::default();
+        }
+        state.opener.set_keyring(keyring);
+        Ok(())
+    }
+
+    /// Where datagrams came from lately that are sealed with a key that we do not have.
+    pub(super) fn other_keys(&self) -> Vec<IpAddr> {
+        let mut state = self.lock();
+        state.other_keys.retain(|_, at| at.elapsed() < OTHER_KEY_FOR);
+        state.other_keys.keys().copied().collect()
     }
 
     /// Where messages for chitchat go from now on.
@@ -177,9 +248,14 @@ impl Hub {
             }
             Err(refused) => return state.stranger(from, refused, now),
         };
-        if run == state.sealer.run() {
+        if state.sealers.iter().any(|sealer| sealer.run() == run) {
             // One of the addresses to join is our own.
             return;
+        }
+        if state.sealers.len() > 1
+            && let Some(key) = state.opener.key_of(&run)
+        {
+            state.towards.heard(from, key);
         }
         let Ok(packet) = Packet::decode(plain) else {
             state.counters.dropped_malformed += 1;
@@ -242,9 +318,18 @@ impl State {
         self.joiner.expire(now);
     }
 
+    fn sealer_of(&self, key: ClusterKeyId) -> Option<usize> {
+        self.sealers.iter().position(|sealer| sealer.key_id() == key)
+    }
+
     fn send(&mut self, socket: &UdpSocket, to: SocketAddr, packet: &Packet) -> io::Result<()> {
         let plain = packet.encode().map_err(io::Error::other)?;
-        self.sealer
+        let usual = self.sealers.first().map(Sealer::key_id).unwrap_or_default();
+        let key = if self.sealers.len() > 1 { self.towards.key(to, usual) } else { usual };
+        let at = self.sealer_of(key).unwrap_or_default();
+        self.sealers
+            .get_mut(at)
+            .ok_or_else(|| io::Error::other("there is no key"))?
             .seal(&plain, &mut self.datagram)
             .ok_or_else(|| io::Error::other("the datagram cannot be sealed"))?;
         // Not through tokio, which would have to be told first that the socket is writable.
@@ -255,6 +340,11 @@ impl State {
 
     fn stranger(&mut self, from: SocketAddr, refused: Refused, now: Instant) {
         self.counters.dropped_unauthenticated += 1;
+        if refused == Refused::UnknownKey
+            && (self.other_keys.len() < MAX_ADDRESSES || self.other_keys.contains_key(&from.ip()))
+        {
+            self.other_keys.insert(from.ip(), now);
+        }
         if self.strangers.note(from.ip(), now) {
             let reason = match refused {
                 Refused::UnknownKey => "it is sealed with another cluster key",

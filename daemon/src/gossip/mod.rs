@@ -25,14 +25,14 @@ mod socket;
 mod strangers;
 
 use std::collections::{HashMap, HashSet};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use chitchat::ChitchatId;
 use ovl_proto::control::GossipCounters;
-use ovl_proto::id::NodeId;
+use ovl_proto::id::{ClusterKeyId, NodeId};
 use ovl_proto::record::{NodeRecord, SignedRecord};
 use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinSet;
@@ -196,6 +196,21 @@ impl Gossip {
     /// The MTU of the link to the underlay, where it has changed since the start.
     pub(crate) fn set_link_mtu(&self, mtu: u16) {
         self.hub.lock().book.set_link_mtu(mtu, Instant::now());
+    }
+
+    /// Seals with the first of these keys from now on, or with another one towards the addresses that
+    /// `known` has, and opens with all of them.
+    pub(crate) fn set_keys(
+        &self,
+        keyring: Arc<Keyring>,
+        known: HashMap<SocketAddr, ClusterKeyId>,
+    ) -> anyhow::Result<()> {
+        self.hub.set_keys(keyring, known)
+    }
+
+    /// Where datagrams came from lately that are sealed with a key that we do not have.
+    pub(crate) fn other_keys(&self) -> Vec<IpAddr> {
+        self.hub.other_keys()
     }
 
     /// Sends a record to everybody right away, several times: gossip is not waited for. Done when the

@@ -12,13 +12,13 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Instant;
 
-use ovl_proto::id::NodeId;
+use ovl_proto::id::{ClusterKeyId, NodeId};
 use ovl_proto::wire;
 use ring::aead::{AES_256_GCM, Aad, LessSafeKey, Nonce, UnboundKey};
 use ring::rand::{SecureRandom, SystemRandom};
 
 use super::replay::ReplayWindow;
-use crate::crypto::{ClusterKey, KeyId, Keyring};
+use crate::crypto::{ClusterKey, Keyring};
 
 /// Names a run of a sender.
 pub(super) type RunId = [u8; 16];
@@ -49,7 +49,7 @@ pub(super) enum Refused {
 /// Seals what this run sends.
 pub(super) struct Sealer {
     key: LessSafeKey,
-    key_id: KeyId,
+    key_id: ClusterKeyId,
     run: RunId,
     counter: u64,
 }
@@ -69,11 +69,16 @@ impl Sealer {
         self.run
     }
 
+    /// The cluster key that it was made from.
+    pub(super) fn key_id(&self) -> ClusterKeyId {
+        self.key_id
+    }
+
     /// Seals `plaintext` into `out`, whose former content is lost.
     pub(super) fn seal(&mut self, plaintext: &[u8], out: &mut Vec<u8>) -> Option<()> {
         out.clear();
         out.push(wire::VERSION);
-        out.extend_from_slice(&self.key_id);
+        out.extend_from_slice(&self.key_id.0);
         out.extend_from_slice(&self.run);
         out.extend_from_slice(&self.counter.to_be_bytes());
         out.extend_from_slice(plaintext);
@@ -93,6 +98,8 @@ pub(super) struct Opener {
 }
 
 struct Run {
+    /// The cluster key that it is sealed with.
+    cluster: ClusterKeyId,
     key: LessSafeKey,
     window: ReplayWindow,
     used: u64,
@@ -115,6 +122,17 @@ pub(super) enum Sender {
 impl Opener {
     pub(super) fn new(keyring: Arc<Keyring>) -> Self {
         Self { keyring, runs: HashMap::new(), clock: 0 }
+    }
+
+    /// Opens with these keys from now on. Runs that were sealed with another one are forgotten.
+    pub(super) fn set_keyring(&mut self, keyring: Arc<Keyring>) {
+        self.runs.retain(|_, run| keyring.get(run.cluster).is_some());
+        self.keyring = keyring;
+    }
+
+    /// The cluster key that a run is sealed with.
+    pub(super) fn key_of(&self, run: &RunId) -> Option<ClusterKeyId> {
+        self.runs.get(run).map(|run| run.cluster)
     }
 
     /// Opens a datagram in place. Nothing is remembered of one that is not authentic.
@@ -191,8 +209,11 @@ impl Opener {
             {
                 self.runs.remove(&oldest);
             }
-            self.runs
-                .insert(header.run, Run { key, window, used: self.clock, sender: Sender::New, asked: None });
+            let cluster = cluster.id();
+            self.runs.insert(
+                header.run,
+                Run { cluster, key, window, used: self.clock, sender: Sender::New, asked: None },
+            );
             return Ok((header.run, text.get(..length).unwrap_or_default()));
         }
         Err(Refused::BadSeal)
@@ -200,7 +221,7 @@ impl Opener {
 }
 
 struct Header {
-    key_id: KeyId,
+    key_id: ClusterKeyId,
     run: RunId,
     counter: u64,
 }
@@ -211,7 +232,7 @@ impl Header {
         let (key_id, rest) = rest.split_first_chunk()?;
         let (run, rest) = rest.split_first_chunk()?;
         let counter = u64::from_be_bytes(rest.try_into().ok()?);
-        (version == wire::VERSION).then_some(Self { key_id: *key_id, run: *run, counter })
+        (version == wire::VERSION).then_some(Self { key_id: ClusterKeyId(*key_id), run: *run, counter })
     }
 }
 
@@ -258,6 +279,16 @@ mod tests {
         let mut sealer = Sealer::new(&ClusterKey::new([2; 32])).unwrap();
         let mut datagram = sealed(&mut sealer, b"x");
         assert!(Opener::new(keyring(1)).open(&mut datagram).is_ok());
+    }
+
+    #[test]
+    fn a_key_that_is_dropped_opens_nothing_more_not_even_of_a_known_run() {
+        let mut opener = Opener::new(keyring(1));
+        let mut sealer = Sealer::new(&ClusterKey::new([2; 32])).unwrap();
+        assert!(opener.open(&mut sealed(&mut sealer, b"x")).is_ok());
+        assert_eq!(opener.key_of(&sealer.run()), Some(sealer.key_id()));
+        opener.set_keyring(Arc::new(Keyring::new(ClusterKey::new([1; 32]), Vec::new())));
+        assert_eq!(opener.open(&mut sealed(&mut sealer, b"x")), Err(Refused::UnknownKey));
     }
 
     #[test]

@@ -31,6 +31,7 @@ fn record_at(identity: &Identity, address: SocketAddr, generation: u64) -> NodeR
         vxlan_port: 4789,
         link_mtu: 9000,
         tunnel: None,
+        keys: ovl_proto::record::ClusterKeys::default(),
         presence: Presence::Running,
         version: "0.1.0".to_owned(),
     }
@@ -87,6 +88,45 @@ impl Node {
 
     async fn wait_alive(&mut self, id: NodeId) -> Duration {
         self.wait_peer(id, |_, _, alive| alive).await
+    }
+}
+
+#[tokio::test]
+async fn keys_change_without_a_word_lost_and_who_has_the_old_one_alone_is_understood() {
+    let key = |n: u8| ClusterKey::new([n; 32]);
+    let ring = |first, others: &[u8]| {
+        Arc::new(Keyring::new(key(first), others.iter().map(|other| key(*other)).collect()))
+    };
+    let mut a = node(&[]).await;
+    let mut b = node(&[a.record.address]).await;
+    let (ida, idb) = (a.record.id, b.record.id);
+    a.wait_alive(idb).await;
+    b.wait_alive(ida).await;
+    for gossip in [&a.gossip, &b.gossip] {
+        gossip.set_keys(ring(1, &[2]), HashMap::new()).unwrap();
+    }
+    for gossip in [&a.gossip, &b.gossip] {
+        gossip.set_keys(ring(2, &[1]), HashMap::new()).unwrap();
+    }
+    // Nobody knows anything of it: it is answered with the key that it seals with.
+    let mut c = node(&[a.record.address]).await;
+    let idc = c.record.id;
+    c.wait_alive(ida).await;
+    a.wait_alive(idc).await;
+    let hints = Hints { table: Revision { epoch: 1, change: 7 }, objects: [9; 32], alloc: 3 };
+    a.gossip.set_hints(hints);
+    b.wait_peer(ida, |_, told, _| *told == hints).await;
+    c.wait_peer(ida, |_, told, _| *told == hints).await;
+    // From here on it is a stranger, to whom nobody is known any more.
+    for gossip in [&a.gossip, &b.gossip] {
+        gossip.set_keys(ring(2, &[]), HashMap::new()).unwrap();
+    }
+    a.wait_peer(idc, |_, _, alive| !alive).await;
+    c.wait_peer(ida, |_, _, alive| !alive).await;
+    assert!(!a.gossip.other_keys().is_empty() && !c.gossip.other_keys().is_empty());
+    assert!(b.peers[&ida].2 && a.peers[&idb].2, "those two never lost each other");
+    for node in [a, b, c] {
+        node.gossip.shutdown().await;
     }
 }
 

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
 use bytes::BytesMut;
-use ovl_proto::id::NodeId;
+use ovl_proto::id::{ClusterKeyId, NodeId};
 use ovl_proto::wire;
 use tokio::io::AsyncReadExt;
 use tokio::net::{TcpListener, TcpStream};
@@ -19,6 +19,7 @@ use tracing::{debug, warn};
 use super::frame::Opening;
 use super::noise::Secured;
 use super::{HANDSHAKE, LinkEvent, Shared, noise, tune};
+use crate::crypto::Keyring;
 use crate::gossip::Strangers;
 
 /// Connections that have not yet said who they are: in all, and from one address.
@@ -30,8 +31,8 @@ const MAX_KNOWN: usize = 4096;
 /// Who is connected to us.
 #[derive(Default)]
 pub(super) struct Inbound {
-    /// Ends the connection of a node when a newer one replaces it.
-    known: Mutex<BTreeMap<NodeId, Arc<Notify>>>,
+    /// Ends the connection of a node when a newer one replaces it, or its cluster key is dropped.
+    known: Mutex<BTreeMap<NodeId, (ClusterKeyId, Arc<Notify>)>>,
     unknown: Mutex<HashMap<IpAddr, usize>>,
     strangers: Mutex<Strangers>,
 }
@@ -55,13 +56,13 @@ impl Inbound {
     }
 
     /// The connection of this node from now on; what it gets tells when it is no more.
-    fn enter(&self, node: NodeId) -> Option<Arc<Notify>> {
+    fn enter(&self, node: NodeId, key: ClusterKeyId) -> Option<Arc<Notify>> {
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         if known.len() >= MAX_KNOWN && !known.contains_key(&node) {
             return None;
         }
         let replaced = Arc::new(Notify::new());
-        if let Some(older) = known.insert(node, Arc::clone(&replaced)) {
+        if let Some((_, older)) = known.insert(node, (key, Arc::clone(&replaced))) {
             older.notify_one();
         }
         Some(replaced)
@@ -69,8 +70,16 @@ impl Inbound {
 
     fn leave(&self, node: NodeId, mine: &Arc<Notify>) {
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        if known.get(&node).is_some_and(|current| Arc::ptr_eq(current, mine)) {
+        if known.get(&node).is_some_and(|(_, current)| Arc::ptr_eq(current, mine)) {
             known.remove(&node);
+        }
+    }
+
+    /// Ends all connections that a key has opened which is not in use any more.
+    pub(super) fn set_keyring(&self, keyring: &Keyring) {
+        let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        for (_, ends) in known.values().filter(|(key, _)| keyring.get(*key).is_none()) {
+            ends.notify_one();
         }
     }
 
@@ -120,7 +129,7 @@ async fn connection(mut stream: TcpStream, from: SocketAddr, shared: Arc<Shared>
     };
     let handshake = async {
         tune(&stream)?;
-        noise::listen(&mut stream, &shared.keyring, &shared.identity, &shared.record()).await
+        noise::listen(&mut stream, &shared.keyring(), &shared.identity, &shared.record()).await
     };
     let secured = match timeout(HANDSHAKE, handshake).await {
         Ok(Ok(secured)) => secured,
@@ -132,9 +141,13 @@ async fn connection(mut stream: TcpStream, from: SocketAddr, shared: Arc<Shared>
     if node == shared.identity.id() {
         return shared.inbound.stranger(from, &anyhow::anyhow!("it has this node's own key"));
     }
-    let Some(replaced) = shared.inbound.enter(node) else {
+    let Some(replaced) = shared.inbound.enter(node, secured.key) else {
         return shared.inbound.stranger(from, &anyhow::anyhow!("too many nodes are connected"));
     };
+    if shared.keyring().get(secured.key).is_none() {
+        // Dropped while it shook hands.
+        replaced.notify_one();
+    }
     let ended = tokio::select! {
         biased;
         () = replaced.notified() => Ok(()),
@@ -151,7 +164,7 @@ async fn connection(mut stream: TcpStream, from: SocketAddr, shared: Arc<Shared>
 }
 
 async fn read(mut stream: TcpStream, secured: Secured, shared: &Shared) -> anyhow::Result<()> {
-    let Secured { mut noise, record, signed } = secured;
+    let Secured { mut noise, key, record, signed } = secured;
     let from = record.id;
     let gone = || anyhow::anyhow!("nobody listens to links any more");
     shared.events.send(LinkEvent::Record { record, signed }).await.map_err(|_| gone())?;
@@ -160,7 +173,7 @@ async fn read(mut stream: TcpStream, secured: Secured, shared: &Shared) -> anyho
     loop {
         while let Some(bytes) = opening.next(&mut noise, &mut arrived)? {
             let message = wire::decode(&bytes).context("it says what this version does not understand")?;
-            shared.events.send(LinkEvent::Message { from, message }).await.map_err(|_| gone())?;
+            shared.events.send(LinkEvent::Message { from, key, message }).await.map_err(|_| gone())?;
         }
         arrived.reserve(4096);
         let length = stream.read_buf(&mut arrived).await?;

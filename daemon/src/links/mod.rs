@@ -21,7 +21,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use bytes::Bytes;
-use ovl_proto::id::NodeId;
+use ovl_proto::id::{ClusterKeyId, NodeId};
 use ovl_proto::record::{NodeRecord, SignedRecord};
 use ovl_proto::sync::Message;
 use ovl_proto::wire;
@@ -65,6 +65,8 @@ pub(crate) enum LinkEvent {
     Message {
         /// Who, proved.
         from: NodeId,
+        /// The cluster key that it has.
+        key: ClusterKeyId,
         /// What.
         message: Message,
     },
@@ -95,7 +97,7 @@ struct Peers {
 /// What all streams need.
 struct Shared {
     identity: Arc<Identity>,
-    keyring: Arc<Keyring>,
+    keyring: Mutex<Arc<Keyring>>,
     record: Mutex<SignedRecord>,
     events: mpsc::Sender<LinkEvent>,
     inbound: Inbound,
@@ -104,6 +106,10 @@ struct Shared {
 impl Shared {
     fn record(&self) -> SignedRecord {
         self.record.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn keyring(&self) -> Arc<Keyring> {
+        Arc::clone(&self.keyring.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }
 
@@ -115,7 +121,7 @@ impl Links {
             open(listen).with_context(|| format!("cannot listen for sync streams on {listen} (TCP)"))?;
         #[cfg(test)]
         let local_addr = listener.local_addr()?;
-        let (record, inbound) = (Mutex::new(record), Inbound::default());
+        let (record, keyring, inbound) = (Mutex::new(record), Mutex::new(keyring), Inbound::default());
         let shared = Arc::new(Shared { identity, keyring, record, events, inbound });
         let listener = tokio::spawn(inbound::run(listener, Arc::clone(&shared)));
         Ok(Self {
@@ -133,7 +139,8 @@ impl Links {
         async move {
             let ask = async {
                 let mut stream = tokio::net::TcpStream::connect(addr).await?;
-                noise::dial(&mut stream, &shared.keyring, &shared.identity, &shared.record()).await
+                let keyring = shared.keyring();
+                noise::dial(&mut stream, keyring.sealing(), &shared.identity, &shared.record()).await
             };
             let answer = tokio::time::timeout(Duration::from_secs(5), ask).await;
             matches!(answer, Ok(Ok(secured)) if secured.record.id == shared.identity.id())
@@ -143,6 +150,17 @@ impl Links {
     /// What later handshakes say of us.
     pub(crate) fn set_record(&self, record: SignedRecord) {
         *self.shared.record.lock().unwrap_or_else(PoisonError::into_inner) = record;
+    }
+
+    /// The first of these keys opens new streams, and all of them are taken. Streams that another one
+    /// has opened are renewed where we dialled them, without losing anything; those that a key opened
+    /// which is not among these end.
+    pub(crate) fn set_keyring(&self, keyring: Arc<Keyring>) {
+        *self.shared.keyring.lock().unwrap_or_else(PoisonError::into_inner) = Arc::clone(&keyring);
+        self.shared.inbound.set_keyring(&keyring);
+        for peer in self.lock().outbound.values() {
+            peer.set_keyring(&keyring);
+        }
     }
 
     /// Those to be connected to, for ever; links to others end.

@@ -11,6 +11,7 @@
 //! ```
 
 use anyhow::{Context, bail, ensure};
+use ovl_proto::id::ClusterKeyId;
 use ovl_proto::record::{Domain, NodeRecord, Signature, SignedRecord};
 use ovl_proto::wire;
 use serde::{Deserialize, Serialize};
@@ -49,31 +50,32 @@ struct Hello {
 /// An authenticated stream.
 pub(super) struct Secured {
     pub(super) noise: TransportState,
+    /// The cluster key that opened the door.
+    pub(super) key: ClusterKeyId,
     pub(super) record: NodeRecord,
     pub(super) signed: SignedRecord,
 }
 
-/// The dialler's side.
+/// The dialler's side, with that key.
 pub(super) async fn dial(
     stream: &mut TcpStream,
-    keyring: &Keyring,
+    key: &ClusterKey,
     identity: &Identity,
     own: &SignedRecord,
 ) -> anyhow::Result<Secured> {
-    let key = keyring.sealing();
     let psk = psk(key);
     let mut noise = builder(&psk)?.build_initiator()?;
     let mut first = vec![0; NOISE_MESSAGE];
     let length = noise.write_message(&[], &mut first)?;
     first.truncate(length);
     let mut frame = vec![wire::VERSION];
-    frame.extend_from_slice(&key.id());
+    frame.extend_from_slice(&key.id().0);
     frame.append(&mut first);
     write_frame(stream, &frame).await?;
 
     let second = read_frame(stream, NOISE_MESSAGE).await.context("no answer to the handshake")?;
     noise.read_message(&second, &mut []).context("the peer does not have this cluster key")?;
-    introduce(stream, noise, Role::Dialler, identity, own).await
+    introduce(stream, noise, Role::Dialler, key, identity, own).await
 }
 
 /// The listener's side.
@@ -92,7 +94,7 @@ pub(super) async fn listen(
     );
     let Some((key_id, message)) = rest.split_first_chunk() else { bail!("a handshake cut short") };
     let mut known = false;
-    for key in keyring.opening(*key_id) {
+    for key in keyring.opening(ClusterKeyId(*key_id)) {
         known = true;
         let psk = psk(key);
         let mut noise = builder(&psk)?.build_responder()?;
@@ -103,7 +105,7 @@ pub(super) async fn listen(
         let length = noise.write_message(&[], &mut second)?;
         second.truncate(length);
         write_frame(stream, &second).await?;
-        return introduce(stream, noise, Role::Listener, identity, own).await;
+        return introduce(stream, noise, Role::Listener, key, identity, own).await;
     }
     ensure!(known, "it has another cluster key");
     bail!("its handshake is damaged or forged")
@@ -114,6 +116,7 @@ async fn introduce(
     stream: &mut TcpStream,
     noise: HandshakeState,
     role: Role,
+    key: &ClusterKey,
     identity: &Identity,
     own: &SignedRecord,
 ) -> anyhow::Result<Secured> {
@@ -139,7 +142,7 @@ async fn introduce(
         record.name,
         record.id
     );
-    Ok(Secured { noise, record, signed })
+    Ok(Secured { noise, key: key.id(), record, signed })
 }
 
 fn proof(role: Role, hash: &[u8]) -> Vec<u8> {

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, bail, ensure};
 use bytes::Bytes;
-use ovl_proto::id::NodeId;
+use ovl_proto::id::{ClusterKeyId, NodeId};
 use snow::TransportState;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -16,7 +16,9 @@ use tokio::time::timeout;
 use tracing::{debug, warn};
 
 use super::frame::Sealing;
-use super::{HANDSHAKE, LinkEvent, Shared, noise, tune};
+use super::noise::{self, Secured};
+use super::{HANDSHAKE, LinkEvent, Shared, tune};
+use crate::crypto::{ClusterKey, Keyring};
 
 /// Bytes that wait for one peer. One that does not keep up starts anew.
 const MAX_QUEUE: usize = 16 << 20;
@@ -45,6 +47,10 @@ pub(super) struct Outbound {
 struct Queue {
     addr: SocketAddr,
     connected: bool,
+    /// The cluster key that opened the connection.
+    key: ClusterKeyId,
+    /// The connection is to be replaced by one that another key opens, once all is written.
+    renew: bool,
     messages: VecDeque<Bytes>,
     bytes: usize,
     end: Option<End>,
@@ -61,7 +67,15 @@ pub(super) enum End {
 
 impl Outbound {
     pub(super) fn new(node: NodeId, addr: SocketAddr) -> Self {
-        let queue = Queue { addr, connected: false, messages: VecDeque::new(), bytes: 0, end: None };
+        let queue = Queue {
+            addr,
+            connected: false,
+            key: ClusterKeyId::default(),
+            renew: false,
+            messages: VecDeque::new(),
+            bytes: 0,
+            end: None,
+        };
         Self { node, queue: Mutex::new(queue), wake: Notify::new(), halt: Notify::new(), kick: Notify::new() }
     }
 
@@ -86,6 +100,21 @@ impl Outbound {
                 self.halt.notify_one();
             }
             self.kick.notify_one();
+        }
+    }
+
+    /// A connection that another key opened than the one that seals now is renewed; one whose key is
+    /// not in use any more ends.
+    pub(super) fn set_keyring(&self, keyring: &Keyring) {
+        let mut queue = self.lock();
+        if !queue.connected {
+            return;
+        }
+        if keyring.get(queue.key).is_none() {
+            self.halt.notify_one();
+        } else if queue.key != keyring.sealing().id() {
+            queue.renew = true;
+            self.wake.notify_one();
         }
     }
 
@@ -114,6 +143,19 @@ impl Outbound {
         queue.messages.push_back(message);
         self.wake.notify_one();
         true
+    }
+
+    /// A connection is there, which that key opened. The keys may have changed meanwhile.
+    fn connected(&self, shared: &Shared, key: ClusterKeyId) {
+        {
+            let mut queue = self.lock();
+            queue.connected = true;
+            queue.key = key;
+            queue.renew = false;
+        }
+        if shared.keyring().get(key).is_none() {
+            self.halt.notify_one();
+        }
     }
 
     fn pop(&self) -> Option<Bytes> {
@@ -155,8 +197,8 @@ pub(super) async fn run(peer: Arc<Outbound>, shared: Arc<Shared>) {
             () = peer.ended() => return,
         };
         let result = match dialled {
-            Ok(Ok((stream, noise))) => {
-                let result = serve(&peer, &shared, stream, noise).await;
+            Ok(Ok((stream, secured))) => {
+                let result = serve(&peer, &shared, stream, secured).await;
                 if start.elapsed() > GOOD_LINK {
                     backoff = MIN_BACKOFF;
                 }
@@ -191,11 +233,29 @@ enum Failed {
     Handshake(anyhow::Error),
 }
 
-async fn dial(
+/// With each key until the peer takes one: whoever joins late or was away has not all of them.
+async fn dial(peer: &Outbound, shared: &Shared, addr: SocketAddr) -> Result<(TcpStream, Secured), Failed> {
+    let keyring = shared.keyring();
+    let mut keys = keyring.all();
+    let mut result = dial_with(peer, shared, addr, keyring.sealing()).await;
+    keys.next();
+    for key in keys {
+        if !matches!(result, Err(Failed::Handshake(_))) {
+            break;
+        }
+        if let Ok(good) = dial_with(peer, shared, addr, key).await {
+            result = Ok(good);
+        }
+    }
+    result
+}
+
+async fn dial_with(
     peer: &Outbound,
     shared: &Shared,
     addr: SocketAddr,
-) -> Result<(TcpStream, TransportState), Failed> {
+    key: &ClusterKey,
+) -> Result<(TcpStream, Secured), Failed> {
     let connect = async {
         let stream = TcpStream::connect(addr).await?;
         tune(&stream)?;
@@ -203,30 +263,21 @@ async fn dial(
     };
     let mut stream = connect.await.map_err(Failed::Connect)?;
     let record = shared.record();
-    let secured = noise::dial(&mut stream, &shared.keyring, &shared.identity, &record)
-        .await
-        .map_err(Failed::Handshake)?;
+    let secured =
+        noise::dial(&mut stream, key, &shared.identity, &record).await.map_err(Failed::Handshake)?;
     if secured.record.id != peer.node {
         let other = format!("the node {} ({}) answers there", secured.record.name, secured.record.id);
         return Err(Failed::Handshake(anyhow::anyhow!(other)));
     }
-    Ok((stream, secured.noise))
+    Ok((stream, secured))
 }
 
 /// From up to down.
-async fn serve(
-    peer: &Outbound,
-    shared: &Shared,
-    stream: TcpStream,
-    noise: TransportState,
-) -> anyhow::Result<()> {
-    {
-        let mut queue = peer.lock();
-        queue.disconnect();
-        queue.connected = true;
-    }
+async fn serve(peer: &Outbound, shared: &Shared, stream: TcpStream, secured: Secured) -> anyhow::Result<()> {
+    peer.lock().disconnect();
+    peer.connected(shared, secured.key);
     let result = match shared.events.send(LinkEvent::Up(peer.node)).await {
-        Ok(()) => write(peer, stream, noise).await,
+        Ok(()) => write_on(peer, shared, stream, secured.noise).await,
         Err(_) => Ok(()),
     };
     peer.lock().disconnect();
@@ -236,7 +287,42 @@ async fn serve(
     result
 }
 
-async fn write(peer: &Outbound, mut stream: TcpStream, mut noise: TransportState) -> anyhow::Result<()> {
+/// Over one connection after the other: one is renewed when all is written to it and read by the peer,
+/// so that nothing is lost and nobody notices.
+async fn write_on(
+    peer: &Outbound,
+    shared: &Shared,
+    mut stream: TcpStream,
+    mut noise: TransportState,
+) -> anyhow::Result<()> {
+    while write(peer, stream, noise).await? == Written::Renew {
+        let addr = peer.lock().addr;
+        let secured = match timeout(HANDSHAKE, dial(peer, shared, addr)).await {
+            Ok(Ok((fresh, secured))) => {
+                stream = fresh;
+                secured
+            }
+            Ok(Err(Failed::Connect(error) | Failed::Handshake(error))) => {
+                return Err(error.context("renewed for another cluster key"));
+            }
+            Err(_) => bail!("no answer in {HANDSHAKE:?} when it was renewed for another cluster key"),
+        };
+        peer.connected(shared, secured.key);
+        noise = secured.noise;
+    }
+    Ok(())
+}
+
+/// Why nothing more is written to a connection.
+#[derive(Debug, PartialEq, Eq)]
+enum Written {
+    /// The task is to end.
+    All,
+    /// Another connection goes on.
+    Renew,
+}
+
+async fn write(peer: &Outbound, mut stream: TcpStream, mut noise: TransportState) -> anyhow::Result<Written> {
     let (mut reader, mut writer) = stream.split();
     let mut buffer = Vec::new();
     let mut current: Option<Sealing> = None;
@@ -257,9 +343,17 @@ async fn write(peer: &Outbound, mut stream: TcpStream, mut noise: TransportState
         }
         buffer.shrink_to(KEEP);
         if peer.ends() == Some(End::Flushed) {
-            return writer.shutdown().await.context("cannot close");
+            writer.shutdown().await.context("cannot close")?;
+            return Ok(Written::All);
         }
         let mut nothing = [0];
+        if peer.lock().renew {
+            writer.shutdown().await.context("cannot close")?;
+            let closed = timeout(HANDSHAKE, reader.read(&mut nothing)).await;
+            // It closes when it has read all that there is.
+            closed.context("the peer does not read what is left")?.context("the connection broke")?;
+            return Ok(Written::Renew);
+        }
         tokio::select! {
             () = peer.wake.notified() => {}
             () = peer.halt.notified() => bail!("ended by ourselves"),

@@ -27,14 +27,19 @@ fn record_of(identity: &Identity, name: &str) -> NodeRecord {
         vxlan_port: 4789,
         link_mtu: 1500,
         tunnel: None,
+        keys: ovl_proto::record::ClusterKeys::default(),
         presence: Presence::Running,
         version: "0.1.0".to_owned(),
     }
 }
 
-async fn node_at(listen: SocketAddr, identity: Arc<Identity>, keys: &[u8]) -> Node {
+fn keyring(keys: &[u8]) -> Arc<Keyring> {
     let mut keys = keys.iter().map(|byte| ClusterKey::new([*byte; 32]));
-    let keyring = Arc::new(Keyring::new(keys.next().unwrap(), keys.collect()));
+    Arc::new(Keyring::new(keys.next().unwrap(), keys.collect()))
+}
+
+async fn node_at(listen: SocketAddr, identity: Arc<Identity>, keys: &[u8]) -> Node {
+    let keyring = keyring(keys);
     let record = identity.sign_record(&record_of(&identity, "node")).unwrap();
     let (sender, events) = mpsc::channel(64);
     let id = identity.id();
@@ -76,7 +81,7 @@ impl Node {
 
     async fn wait_message(&mut self) -> (NodeId, Message) {
         self.wait(|event| match event {
-            LinkEvent::Message { from, message } => Some((from, message)),
+            LinkEvent::Message { from, message, .. } => Some((from, message)),
             _ => None,
         })
         .await
@@ -160,6 +165,56 @@ async fn another_cluster_key_is_refused_and_any_of_the_ring_will_do() {
 }
 
 #[tokio::test]
+async fn a_stream_is_renewed_for_another_key_without_losing_anything() {
+    let (mut a, mut b) = (node(&[1]).await, node(&[1]).await);
+    a.dial(&[&b]);
+    a.wait_up(b.id).await;
+    let new = ClusterKey::new([2; 32]).id();
+    b.links.set_keyring(keyring(&[1, 2]));
+    for number in 0..2000 {
+        assert!(a.links.send(b.id, &Message::LeaseReply { id: number, result: Err("x".repeat(100)) }));
+        if number == 500 {
+            a.links.set_keyring(keyring(&[2, 1]));
+        }
+        if number % 100 == 0 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+    let mut last = None;
+    for number in 0..2000 {
+        let next = |event| match event {
+            LinkEvent::Message { key, message, .. } => Some((key, message)),
+            _ => None,
+        };
+        let (key, message) = b.wait(next).await;
+        assert!(matches!(message, Message::LeaseReply { id, .. } if id == number), "in order");
+        last = Some(key);
+    }
+    assert_eq!(last, Some(new));
+    // The old key goes, and what it opened with it: that is nothing.
+    b.links.set_keyring(keyring(&[2]));
+    a.links.set_keyring(keyring(&[2]));
+    assert!(a.links.send(b.id, &text(1)));
+    b.wait_message().await;
+    assert!(a.events.try_recv().is_err(), "neither down nor up");
+}
+
+#[tokio::test]
+async fn a_key_that_is_dropped_closes_the_door_behind_those_who_have_no_other() {
+    let (mut a, mut b) = (node(&[1]).await, node(&[2, 1]).await);
+    // b has not seen that a lacks its first key.
+    b.dial(&[&a]);
+    a.dial(&[&b]);
+    b.wait_up(a.id).await;
+    a.wait_up(b.id).await;
+    b.links.set_keyring(keyring(&[2]));
+    a.wait_down(b.id).await;
+    b.wait_down(a.id).await;
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    assert!(a.links.connected().is_empty() && b.links.connected().is_empty());
+}
+
+#[tokio::test]
 async fn garbage_does_no_harm() {
     let (mut a, mut b) = (node(&[1]).await, node(&[1]).await);
     let mut slow = Vec::new();
@@ -171,7 +226,7 @@ async fn garbage_does_no_harm() {
     }
     // A handshake of the right size and key id, and random otherwise.
     let mut forged = vec![0, 53, wire::VERSION];
-    forged.extend_from_slice(&ClusterKey::new([1; 32]).id());
+    forged.extend_from_slice(&ClusterKey::new([1; 32]).id().0);
     forged.extend_from_slice(&[7; 48]);
     let mut stream = TcpStream::connect(b.addr()).await.unwrap();
     stream.write_all(&forged).await.unwrap();

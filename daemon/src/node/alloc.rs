@@ -157,6 +157,10 @@ impl Node {
             Refusal::LastMember(_) => {
                 Failed::conflict("this is the last host of the cluster: it cannot be forgotten")
             }
+            Refusal::AnotherKey(key) => Failed::conflict(format!(
+                "the cluster key is being changed to another one, {key}, which somebody began at the same time: wait \
+                 until `ovlctl key status` says that it is done"
+            )),
             Refusal::Full { .. } | Refusal::NotABlock(_) => Failed::exhausted(refusal.to_string()),
         }
     }
@@ -208,6 +212,9 @@ impl Node {
             let state = &mut *guard;
             let was_member = state.is_member();
             let before = std::mem::replace(&mut state.view.alloc, state.allocator.map().clone());
+            if before.members != state.view.alloc.members {
+                state.keys.map_changed = state.now();
+            }
             // What was said before either side was a member was passed over: it is said again.
             let all_new = state.is_member() && !was_member;
             let news = |id: &&NodeId| all_new || !before.members.contains(*id);
@@ -234,6 +241,7 @@ impl Node {
         self.change_record(|record| record.cluster = cluster);
         self.recompute_networks();
         self.work.notify_one();
+        self.keys.notify_one();
         self.membership.notify_waiters();
     }
 
@@ -453,7 +461,8 @@ impl Node {
             }
             let alloc = &state.view.alloc;
             let strangers = alloc.members.iter().any(|member| !state.view.nodes.contains_key(member));
-            (state.view.me, alloc.cluster == 0, strangers, self.stands_aside(&state))
+            let blocked = self.stands_aside(&state).or_else(|| self.shut_out(&state));
+            (state.view.me, alloc.cluster == 0, strangers, blocked)
         };
         if fresh {
             for peer in self.links().connected().into_iter().take(3) {
@@ -491,6 +500,21 @@ impl Node {
              that one is gone for good, run `ovlctl peers forget {}` on another host",
             double.record.id, double.record.address, self.config.node, double.record.id
         ))
+    }
+
+    /// A host that was taken out of the cluster gets in again with the last key only.
+    fn shut_out(&self, state: &State) -> Option<String> {
+        let file = self.config.cluster_key.as_ref()?;
+        let key = state.view.alloc.key?.id;
+        let out = state.view.alloc.forgotten.contains(&state.view.me)
+            && !state.record().is_some_and(|record| record.keys.has(key));
+        out.then(|| {
+            format!(
+                "not admitted: this host was taken out of the cluster, whose key is being changed to {key}. Put the \
+                 new key into {}, mode 0600, and restart ovld",
+                file.display()
+            )
+        })
     }
 
     fn nobody_found(&self) -> String {

@@ -37,6 +37,7 @@ pub(crate) async fn run(config: Config) -> Result<()> {
     tasks.spawn_local(Rc::clone(&node).underlay_loop());
     tasks.spawn_local(Rc::clone(&node).claim_loop());
     tasks.spawn_local(Rc::clone(&node).limits_loop());
+    tasks.spawn_local(Rc::clone(&node).key_loop());
     tasks.spawn_local(Rc::clone(&node).tick_loop());
     tasks.spawn_local(Rc::clone(&node).deleted_loop());
     let (on_gossip, on_links, on_kernel) = (Rc::clone(&node), Rc::clone(&node), Rc::clone(&node));

@@ -8,6 +8,7 @@ mod alloc;
 mod attach;
 mod cni;
 mod events;
+mod keys;
 mod lifecycle;
 mod limits;
 mod metrics;
@@ -42,7 +43,7 @@ use tokio::sync::{Notify, mpsc};
 use self::events::Events;
 use self::state::{RunDir, State};
 use crate::config::Config;
-use crate::crypto::{ClusterKey, Identity, Keyring};
+use crate::crypto::{ClusterKey, Identity, KeyFile, Keyring};
 use crate::gossip::{Gossip, GossipConfig, GossipEvent, Hints};
 use crate::kernel::{self, KernelEvent, KernelHandle, Prober};
 use crate::links::{LinkEvent, Links, LinksConfig};
@@ -71,7 +72,6 @@ pub(crate) struct Node {
     run_dir: RunDir,
     boot_id: String,
     identity: Arc<Identity>,
-    keyring: Arc<Keyring>,
     kernel: KernelHandle,
     prober: Prober,
     gossip: RefCell<Gossip>,
@@ -90,6 +90,9 @@ pub(crate) struct Node {
     work: Notify,
     /// There is something to save.
     saver: Notify,
+    /// The map names another cluster key, or somebody's keys are others.
+    keys: Notify,
+    key_turn: tokio::sync::Mutex<()>,
     /// The allocation map changed.
     membership: Notify,
     /// The allocation map or the networks changed: a routed network may lack a block of ours.
@@ -139,11 +142,13 @@ impl Node {
         }
         let identity = Arc::new(Identity::load_or_create(&identity_path)?);
         let saved = saved.unwrap_or_default();
-        let key = match &config.cluster_key {
-            Some(path) => ClusterKey::read(path)?,
-            None => ClusterKey::insecure(),
+        let (key_file, keyring) = match &config.cluster_key {
+            Some(path) => {
+                let (file, ring) = KeyFile::load(path.clone(), config.state_dir.join("cluster-keys"))?;
+                (Some(file), Arc::new(ring))
+            }
+            None => (None, Arc::new(Keyring::new(ClusterKey::insecure(), Vec::new()))),
         };
-        let keyring = Arc::new(Keyring::new(key, Vec::new()));
         let run_dir = RunDir(config.run_dir.clone());
         for dir in [run_dir.endpoints(), run_dir.sandboxes(), run_dir.tables()] {
             std::fs::create_dir_all(&dir).with_context(|| format!("making {}", dir.display()))?;
@@ -168,11 +173,13 @@ impl Node {
             vxlan_port: config.vxlan_port,
             link_mtu: link.mtu,
             tunnel: None,
+            keys: keyring.ids(),
             presence: Presence::Running,
             version: env!("CARGO_PKG_VERSION").to_owned(),
         };
         let signed = identity.sign_record(&record)?;
-        let state = first_state(&config, &record, &signed, &saved);
+        let keys = keys::Keys::new(Arc::clone(&keyring), key_file);
+        let state = first_state(&config, &record, &signed, &saved, keys);
         let (gossip_tell, gossip_events) = mpsc::channel(INBOX);
         let (link_tell, link_events) = mpsc::channel(INBOX);
         let (gossip, links) =
@@ -183,7 +190,6 @@ impl Node {
             boot_id: boot_id()?,
             run_dir,
             identity,
-            keyring,
             kernel,
             prober: Prober::new().context("opening a socket for ICMP")?,
             gossip: RefCell::new(gossip),
@@ -197,6 +203,8 @@ impl Node {
             events: Events::default(),
             work: Notify::new(),
             saver: Notify::new(),
+            keys: Notify::new(),
+            key_turn: tokio::sync::Mutex::default(),
             membership: Notify::new(),
             routed: Notify::new(),
             underlay: Notify::new(),
@@ -394,7 +402,13 @@ async fn open(
     Ok((gossip, links))
 }
 
-fn first_state(config: &Config, record: &NodeRecord, signed: &SignedRecord, saved: &store::State) -> State {
+fn first_state(
+    config: &Config,
+    record: &NodeRecord,
+    signed: &SignedRecord,
+    saved: &store::State,
+    keys: keys::Keys,
+) -> State {
     let me = record.id;
     let durable = saved.alloc.clone().unwrap_or_default();
     let alloc = durable.learned.clone();
@@ -408,6 +422,7 @@ fn first_state(config: &Config, record: &NodeRecord, signed: &SignedRecord, save
         objects: BTreeMap::new(),
         objects_digest: [0; 32],
         clock: saved.clock,
+        keys,
         allocator: Allocator::new(me, durable, u64::from_le_bytes(random())),
         claims: HashMap::new(),
         leases: HashMap::new(),

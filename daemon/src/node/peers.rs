@@ -10,7 +10,7 @@ use ovl_core::table::Table;
 use ovl_core::view;
 use ovl_proto::alloc::{AllocMessage, Change};
 use ovl_proto::control::PeerState;
-use ovl_proto::id::NodeId;
+use ovl_proto::id::{ClusterKeyId, NodeId};
 use ovl_proto::record::{NodeRecord, Presence, SignedRecord};
 use ovl_proto::sync::Message;
 use ovl_proto::table::{Entry, Key};
@@ -122,12 +122,12 @@ impl Node {
                 // It has just reached us: it can be reached, however long it was not.
                 self.links().kick(peer);
             }
-            LinkEvent::Message { from, message } => self.on_message(from, message),
+            LinkEvent::Message { from, key, message } => self.on_message(from, key, message),
         }
     }
 
-    fn on_message(&self, from: NodeId, message: Message) {
-        if !self.may_say(from, &message) {
+    fn on_message(&self, from: NodeId, key: ClusterKeyId, message: Message) {
+        if !self.may_say(from, key, &message) {
             tracing::debug!(%from, "not from a member: passed over");
             return;
         }
@@ -143,6 +143,12 @@ impl Node {
             Message::ObjectIndex { index, reply } => self.compare_objects(from, &index, reply),
             Message::Alloc(message) => self.on_alloc(from, message),
             Message::LeaseRequest { id, network, wish } => self.grant_lease(from, id, network, wish),
+            // A host that is no member has no majority's word for which key is the new one.
+            Message::ClusterKey(secret) => {
+                if self.state.borrow().is_member() {
+                    self.take_key(&secret);
+                }
+            }
             Message::LeaseReply { id, result } => {
                 let mut state = self.state.borrow_mut();
                 // Only of the holder that was asked. Whoever asked may have given up.
@@ -158,7 +164,7 @@ impl Node {
     /// Members may say anything. Whoever is none has the cluster key and no more: it may ask, be
     /// admitted, and vote on its own admission. A host that is no member itself listens to all, since
     /// it cannot know better. Nothing of another cluster mixes with ours.
-    fn may_say(&self, from: NodeId, message: &Message) -> bool {
+    fn may_say(&self, from: NodeId, key: ClusterKeyId, message: &Message) -> bool {
         let state = self.state.borrow();
         let foreign = state.view.nodes.get(&from).is_some_and(|node| is_foreign(&state, &node.record));
         let member = state.view.alloc.members.contains(&from) || !state.is_member();
@@ -172,7 +178,12 @@ impl Node {
                 | AllocMessage::Promise { .. }
                 | AllocMessage::Accepted { .. }
                 | AllocMessage::Nack { .. } => true,
-                AllocMessage::Request { change: Change::Admit(node), .. } => *node == from,
+                // Taken out, and then the key was changed: the new one must not go to it.
+                AllocMessage::Request { change: Change::Admit(node), .. } => {
+                    let alloc = &state.view.alloc;
+                    let last = alloc.key.is_none_or(|agreed| agreed.id == key);
+                    *node == from && (last || !alloc.forgotten.contains(node))
+                }
                 AllocMessage::Request { .. }
                 | AllocMessage::Prepare { .. }
                 | AllocMessage::Accept { .. }
@@ -183,7 +194,8 @@ impl Node {
             | Message::TableUnknown(_)
             | Message::Objects(_)
             | Message::LeaseRequest { .. }
-            | Message::LeaseReply { .. } => false,
+            | Message::LeaseReply { .. }
+            | Message::ClusterKey(_) => false,
         }
     }
 
@@ -234,6 +246,9 @@ impl Node {
             (old.address, old.vtep, old.vxlan_port, old.link_mtu, old.presence)
                 != (record.address, record.vtep, record.vxlan_port, record.link_mtu, record.presence)
         });
+        if old.as_ref().is_none_or(|old| old.keys != record.keys) {
+            self.keys.notify_one();
+        }
         match state.view.nodes.get_mut(&id) {
             Some(node) => node.record = record.clone(),
             None => {
@@ -322,6 +337,7 @@ impl Node {
             state.touch_networks_of(id);
             state.dirty.host = true;
             self.work.notify_one();
+            self.keys.notify_one();
         }
     }
 

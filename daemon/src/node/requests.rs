@@ -38,6 +38,8 @@ impl Node {
                 self.forget(&node).await?;
                 Reply::Done
             }
+            Request::KeyRotateCluster { key } => Reply::Keys(Box::new(self.rotate_cluster_key(&key).await?)),
+            Request::KeyStatus => Reply::Keys(Box::new(self.key_status()?)),
             Request::Leave => {
                 self.leave(Stop::Leave).await?;
                 Reply::Done
@@ -118,6 +120,7 @@ impl Node {
             alive: count(state.alive().intersection(&state.view.alloc.members).count()),
             endpoints: count(state.own_endpoints().count()),
             networks: count(state.view.networks.len()),
+            rotation: Self::key_rotation(&state),
             gossip: self.gossip().counters(),
             reconcile: ReconcileStatus {
                 passes: state.counts.passes,

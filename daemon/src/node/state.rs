@@ -124,6 +124,8 @@ pub(crate) struct State {
     pub objects_digest: [u8; 32],
     /// Stamps new objects.
     pub clock: Clock,
+    /// The cluster keys of this host.
+    pub keys: super::keys::Keys,
     /// Agreement on members and blocks.
     pub allocator: Allocator,
     /// Requests to the allocator that somebody waits for.

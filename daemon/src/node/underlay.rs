@@ -2,6 +2,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
@@ -88,7 +89,7 @@ impl Node {
 
     /// Follows to another address: new sockets, a new generation, and new devices by the loop.
     async fn move_to(&self, address: IpAddr) -> anyhow::Result<()> {
-        let (record, signed) = {
+        let (record, signed, keyring) = {
             let state = self.state.borrow();
             let Some(own) = state.view.own() else { return Ok(()) };
             let mut record = own.record.clone();
@@ -97,12 +98,12 @@ impl Node {
             record.address = SocketAddr::new(address, record.address.port());
             record.vtep = address;
             let signed = self.identity.sign_record(&record)?;
-            (record, signed)
+            (record, signed, Arc::clone(&state.keys.ring))
         };
         let (gossip, links) = open(
             &self.config,
             &self.identity,
-            &self.keyring,
+            &keyring,
             &record,
             &signed,
             self.gossip_events.clone(),
@@ -124,6 +125,8 @@ impl Node {
             self.pointed.borrow_mut().clear();
             self.point_links(state);
         }
+        // They may have changed while the sockets were opened.
+        self.use_keys()?;
         self.publish_record(Presence::Running);
         // A new generation begins the table anew.
         self.write_table(Vec::new(), Vec::new());

@@ -6,7 +6,7 @@ use std::net::{IpAddr, SocketAddr};
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
-use crate::id::{Mac, NetworkId, NodeId};
+use crate::id::{ClusterKeyId, Mac, NetworkId, NodeId};
 use crate::object::{Backend, Driver, Mode};
 
 /// One reply.
@@ -23,6 +23,8 @@ pub enum Reply {
     Status(Box<Status>),
     /// All hosts, the own one first.
     Peers(Vec<Peer>),
+    /// Who has which cluster key.
+    Keys(Box<KeyStatus>),
     /// All blocks.
     Subnets(Vec<SubnetUse>),
     /// What the kernel holds.
@@ -148,6 +150,8 @@ pub struct Status {
     pub endpoints: u32,
     /// Networks in the cluster.
     pub networks: u32,
+    /// The rotation of the cluster key that is under way.
+    pub rotation: Option<KeyRotation>,
     /// Counters of gossip and sync.
     pub gossip: GossipCounters,
     /// The reconcile loop.
@@ -207,6 +211,54 @@ impl std::fmt::Display for PeerState {
             Self::Left => "left",
         })
     }
+}
+
+/// `ovlctl key status`: ids of keys, never keys.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KeyStatus {
+    /// The rotation of the cluster key that is under way.
+    pub rotation: Option<KeyRotation>,
+    /// All hosts, the own one first, then by name.
+    pub hosts: Vec<HostKeys>,
+}
+
+/// A rotation of the cluster key.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KeyRotation {
+    /// The new key's id.
+    pub key: ClusterKeyId,
+    /// When it began, in milliseconds since 1970.
+    pub since_ms: u64,
+    /// Live members.
+    pub hosts: u32,
+    /// Of those, the ones that have the new key.
+    pub have: u32,
+    /// Of those, the ones that seal with it.
+    pub seal: u32,
+    /// Whether a majority of the members is alive; without one it goes no further.
+    pub majority: bool,
+    /// Names of the hosts that hold it up.
+    pub waits_for: Vec<String>,
+}
+
+/// The cluster keys of a host, as it says.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostKeys {
+    /// The host's name.
+    pub name: String,
+    /// Its id.
+    pub id: NodeId,
+    /// See [`PeerState`].
+    pub state: PeerState,
+    /// Whether a majority has admitted it.
+    pub member: bool,
+    /// The id of the key that it seals with.
+    pub seals: ClusterKeyId,
+    /// Ids of the others that it takes.
+    pub opens: Vec<ClusterKeyId>,
+    /// The host that answers.
+    #[serde(rename = "self")]
+    pub own: bool,
 }
 
 /// `ovlctl peers`.

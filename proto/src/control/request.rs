@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::id::Mac;
 use crate::object::{Backend, Driver, Mode};
+use crate::secret::Secret;
 
 /// One request.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -24,6 +25,14 @@ pub enum Request {
         /// Name or id.
         node: String,
     },
+    /// Begin to change the cluster key on all hosts. Answered with [`super::Reply::Keys`] when a
+    /// majority has agreed.
+    KeyRotateCluster {
+        /// The new key, as the content of a key file.
+        key: Secret<String>,
+    },
+    /// Answered with [`super::Reply::Keys`].
+    KeyStatus,
     /// Withdraw this host from the cluster and end the daemon. [`super::Reply::Done`].
     Leave,
     /// The same, and remove every kernel object of ours. [`super::Reply::Done`].

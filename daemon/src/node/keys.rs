@@ -1,0 +1,438 @@
+//! The cluster key, and its rotation: `ovl_core::keys` decides, and this carries it out. Whatever is
+//! sealed with a key, or said of it in the record, is on the disk before.
+
+use std::collections::HashMap;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use ovl_core::keys::{Live, Progress, Step, key_towards};
+use ovl_proto::alloc::{AgreedKey, Change};
+use ovl_proto::control::{FailureKind, HostKeys, KeyRotation, KeyStatus, PeerState};
+use ovl_proto::id::{ClusterKeyId, NodeId};
+use ovl_proto::secret::Secret;
+use ovl_proto::sync::Message;
+
+use super::state::State;
+use super::{Failed, Node, wall_ms};
+use crate::crypto::{ClusterKey, KeyFile, Keyring};
+
+/// Between two looks when nothing happens.
+const LOOK: Duration = Duration::from_secs(1);
+/// A member that lacks the key gets it again after this time.
+const GIVE_AGAIN_MS: u64 = 2000;
+/// Members whose records nobody has sent are waited for this long after the map named them.
+const UNKNOWN_FOR_MS: u64 = 10_000;
+/// A rotation that takes longer is a problem.
+const STALLED_MS: u64 = 15_000;
+
+/// Held from a look at the keys until what follows from it is done.
+type Turn<'a> = tokio::sync::MutexGuard<'a, ()>;
+
+/// Beside the keys themselves.
+#[derive(Debug)]
+pub(crate) struct Keys {
+    /// What this host seals and opens with. On the disk.
+    pub ring: Arc<Keyring>,
+    /// Where they are kept; nothing with `--insecure`. Taken out while the disk is at work.
+    file: Option<KeyFile>,
+    /// Handed to us, by a request or a member, before the map named it.
+    offered: Option<ClusterKey>,
+    /// A request is under way, so this key is kept although the map does not name it yet.
+    beginning: Option<ClusterKeyId>,
+    /// When each member was last given the key, or was first seen to lack it.
+    given: HashMap<NodeId, u64>,
+    /// When the map last changed.
+    pub map_changed: u64,
+    insecure: bool,
+}
+
+impl Keys {
+    pub(super) fn new(ring: Arc<Keyring>, file: Option<KeyFile>) -> Self {
+        Self {
+            ring,
+            insecure: file.is_none(),
+            file,
+            offered: None,
+            beginning: None,
+            given: HashMap::new(),
+            map_changed: 0,
+        }
+    }
+}
+
+impl State {
+    fn live(&self) -> Live {
+        let unknown = self.now().saturating_sub(self.keys.map_changed) < UNKNOWN_FOR_MS;
+        Live::of(&self.view, &self.keys.ring.ids(), unknown)
+    }
+}
+
+impl Node {
+    /// Takes every step as soon as it may be taken. Runs for ever.
+    pub(super) async fn key_loop(self: Rc<Self>) {
+        loop {
+            if !self.state.borrow().keys.insecure {
+                self.turn_keys().await;
+                self.use_keys_towards();
+                self.hand_out_key(GIVE_AGAIN_MS);
+                self.settle_key_file().await;
+                self.note_keys();
+            }
+            tokio::time::timeout(LOOK, self.keys.notified()).await.ok();
+        }
+    }
+
+    async fn turn_keys(&self) {
+        loop {
+            let turn = self.key_turn.lock().await;
+            let next = {
+                let state = self.state.borrow();
+                let keys = &state.keys;
+                let agreed = state.view.alloc.key.map(|key| key.id);
+                let offered = keys.offered.as_ref().filter(|key| Some(key.id()) == agreed);
+                match (offered, state.live().step(&keys.ring.ids())) {
+                    (Some(key), _) if keys.ring.get(key.id()).is_none() => {
+                        Some((keys.ring.opening_too(key.clone()), "this host has the new cluster key"))
+                    }
+                    (_, Step::Seal(id)) => keys
+                        .ring
+                        .sealing_with(id)
+                        .map(|ring| (ring, "all hosts have the new cluster key: it is used from now on")),
+                    (_, Step::Drop) if keys.beginning.is_none() => Some((
+                        keys.ring.alone(),
+                        "all hosts use the same cluster key: no other one is taken any more",
+                    )),
+                    (_, Step::Drop | Step::Wait) => None,
+                }
+            };
+            let Some((ring, what)) = next else { return };
+            let key = self.state.borrow().view.alloc.key.map(|key| key.id.to_string()).unwrap_or_default();
+            if let Err(error) = self.keep_keys(&turn, ring).await {
+                let sentence =
+                    format!("the rotation of the cluster key waits for this host's disk: {error:#}");
+                self.state.borrow_mut().problem("key disk", Some(sentence));
+                return;
+            }
+            self.state.borrow_mut().problem("key disk", None);
+            self.event("key", &key, what);
+        }
+    }
+
+    /// Puts the keys on the disk, then into use, then into the record.
+    async fn keep_keys(&self, turn: &Turn<'_>, ring: Keyring) -> anyhow::Result<()> {
+        let ring = Arc::new(ring);
+        let kept = Arc::clone(&ring);
+        self.with_key_file(turn, move |file| file.keep(&kept)).await?;
+        {
+            let keys = &mut self.state.borrow_mut().keys;
+            keys.offered.take_if(|key| ring.get(key.id()).is_some());
+            keys.ring = Arc::clone(&ring);
+        }
+        self.use_keys()?;
+        let ids = ring.ids();
+        self.change_record(|record| record.keys = ids);
+        Ok(())
+    }
+
+    /// Lets the disk work on the files in another thread: this one must not wait for it.
+    async fn with_key_file(
+        &self,
+        _: &Turn<'_>,
+        work: impl FnOnce(&mut KeyFile) -> anyhow::Result<()> + Send + 'static,
+    ) -> anyhow::Result<()> {
+        let file = self.state.borrow_mut().keys.file.take();
+        let mut file = file.context("this host has no cluster key file")?;
+        let (file, result) = tokio::task::spawn_blocking(move || {
+            let result = work(&mut file);
+            (file, result)
+        })
+        .await?;
+        self.state.borrow_mut().keys.file = Some(file);
+        result
+    }
+
+    /// Gives the keys to gossip and streams.
+    pub(super) fn use_keys(&self) -> anyhow::Result<()> {
+        let (ring, known) = {
+            let state = self.state.borrow();
+            let own = state.keys.ring.ids();
+            let others = state.view.nodes.values().filter(|node| node.record.id != state.view.me);
+            // One that is gone may have left its address to another one.
+            let others = others.filter(|node| node.state != PeerState::Left);
+            let known = others.map(|node| (node.record.address, key_towards(&own, &node.record.keys)));
+            (Arc::clone(&state.keys.ring), known.collect())
+        };
+        self.gossip().set_keys(Arc::clone(&ring), known)?;
+        self.links().set_keyring(ring);
+        Ok(())
+    }
+
+    /// What others have decides with which key we seal for them, as long as there are several.
+    fn use_keys_towards(&self) {
+        if !self.state.borrow().keys.ring.ids().opens.is_empty()
+            && let Err(error) = self.use_keys()
+        {
+            tracing::error!("{error:#}");
+        }
+    }
+
+    /// Gives the agreed key to the live members that lack it. One is given some time first, for
+    /// somebody else may be about to.
+    fn hand_out_key(&self, every: u64) {
+        let (lacking, key) = {
+            let mut guard = self.state.borrow_mut();
+            let state = &mut *guard;
+            let agreed = state.view.alloc.key;
+            let Some(key) = agreed.and_then(|key| state.keys.ring.get(key.id)).cloned() else {
+                state.keys.given.clear();
+                return;
+            };
+            let now = state.now();
+            let (view, given) = (&state.view, &mut state.keys.given);
+            let lacks = |node: &&ovl_core::view::Node| {
+                node.record.id != view.me
+                    && view.alloc.members.contains(&node.record.id)
+                    && !node.record.keys.has(key.id())
+            };
+            let lacking: Vec<NodeId> = view.nodes.values().filter(lacks).map(|node| node.record.id).collect();
+            given.retain(|id, _| lacking.contains(id));
+            let due = |id: &NodeId| {
+                let at = given.entry(*id).or_insert(now);
+                let due = now.saturating_sub(*at) >= every;
+                if due {
+                    *at = now;
+                }
+                due
+            };
+            (lacking.into_iter().filter(due).collect::<Vec<_>>(), key)
+        };
+        for id in lacking {
+            self.links().send(id, &Message::ClusterKey(key.secret()));
+        }
+    }
+
+    /// A member hands us the key. It is taken when the map names it.
+    pub(super) fn take_key(&self, secret: &Secret<[u8; 32]>) {
+        let key = ClusterKey::new(secret.0);
+        let mut state = self.state.borrow_mut();
+        if !state.keys.insecure && state.keys.ring.get(key.id()).is_none() {
+            state.keys.offered = Some(key);
+            self.keys.notify_one();
+        }
+    }
+
+    /// Gives the configured file the key, once it is the only one.
+    async fn settle_key_file(&self) {
+        let turn = self.key_turn.lock().await;
+        let ring = {
+            let state = self.state.borrow();
+            let due = state.keys.ring.ids().opens.is_empty()
+                && state.keys.file.as_ref().is_some_and(KeyFile::has_copy);
+            due.then(|| Arc::clone(&state.keys.ring))
+        };
+        let Some(ring) = ring else { return };
+        let settled = self.with_key_file(&turn, move |file| file.settle(&ring)).await;
+        let sentence = settled.err().map(|error| {
+            format!(
+                "the cluster key was rotated, and its file does not have the new one: {error:#}. Put the new key into \
+                 it, or let ovld write it (owned by root, mode 0600). Until then the copy in {} counts",
+                self.config.state_dir.display()
+            )
+        });
+        self.state.borrow_mut().problem("key file", sentence);
+    }
+
+    /// A rotation that is under way, and hosts that seal with keys that we do not have, are named.
+    fn note_keys(&self) {
+        let others = self.gossip().other_keys();
+        let mut guard = self.state.borrow_mut();
+        let state = &mut *guard;
+        let stalled = state
+            .live()
+            .progress()
+            .filter(|progress| wall_ms().saturating_sub(progress.key.since_ms) > STALLED_MS);
+        let sentence = stalled.map(|progress| rotation_sentence(&rotation_of(state, &progress)));
+        state.problem("key rotation", sentence);
+        let away: Vec<String> = state
+            .view
+            .nodes
+            .values()
+            .filter(|node| node.record.id != state.view.me && node.state != PeerState::Alive)
+            .filter(|node| others.contains(&node.record.address.ip()))
+            .map(|node| format!("{} ({})", node.record.name, node.record.address.ip()))
+            .collect();
+        let alone = state.alive().len() <= 1;
+        let file = self.config.cluster_key.as_deref().unwrap_or_else(|| std::path::Path::new(""));
+        let sentence = (!away.is_empty()).then(|| {
+            let (away, file) = (away.join(", "), file.display());
+            if alone && state.view.alloc.members.len() > 1 {
+                format!(
+                    "the cluster has another key: {away} seal with one that this host does not have. It was rotated \
+                     while this host was off: put the new key into {file}, mode 0600, and restart ovld"
+                )
+            } else {
+                format!(
+                    "{away}: sealed with another cluster key than this host's. If the key was rotated while that host \
+                     was off, put the new key into its cluster key file, mode 0600, and restart ovld there"
+                )
+            }
+        });
+        state.problem("key missed", sentence);
+    }
+
+    /// For `ovlctl status`.
+    pub(super) fn key_rotation(state: &State) -> Option<KeyRotation> {
+        state.live().progress().filter(|_| !state.keys.insecure).map(|progress| rotation_of(state, &progress))
+    }
+
+    /// `ovlctl key status`.
+    pub(super) fn key_status(&self) -> Result<KeyStatus, Failed> {
+        let state = self.state.borrow();
+        if state.keys.insecure {
+            return Err(no_key());
+        }
+        let own_keys = state.keys.ring.ids();
+        let mut hosts: Vec<HostKeys> = state
+            .view
+            .nodes
+            .values()
+            .map(|node| {
+                let own = node.record.id == state.view.me;
+                let keys = if own { &own_keys } else { &node.record.keys };
+                HostKeys {
+                    name: node.record.name.clone(),
+                    id: node.record.id,
+                    state: node.state,
+                    member: state.view.alloc.members.contains(&node.record.id),
+                    seals: keys.seals,
+                    opens: keys.opens.clone(),
+                    own,
+                }
+            })
+            .collect();
+        hosts.sort_by(|a, b| (!a.own, &a.name, a.id).cmp(&(!b.own, &b.name, b.id)));
+        let rotation = Self::key_rotation(&state);
+        Ok(KeyStatus { rotation, hosts })
+    }
+
+    /// `ovlctl key rotate --cluster`: done when a majority has agreed and the key is on this host's
+    /// disk. The rest goes by itself.
+    pub(super) async fn rotate_cluster_key(&self, text: &Secret<String>) -> Result<KeyStatus, Failed> {
+        if self.state.borrow().keys.insecure {
+            return Err(no_key());
+        }
+        let key = ClusterKey::parse(text.0.as_bytes())
+            .map_err(|error| Failed::invalid(format!("this is not a cluster key: {error:#}")))?;
+        let agreed = self.may_begin(&key)?;
+        let id = key.id();
+        self.state.borrow_mut().keys.beginning = Some(id);
+        let begun = self.begin_rotation(key, agreed).await;
+        self.state.borrow_mut().keys.beginning = None;
+        self.keys.notify_one();
+        begun?;
+        self.event("key", &id.to_string(), "the rotation of the cluster key begins, by request");
+        self.hand_out_key(0);
+        self.key_status()
+    }
+
+    /// Whether a rotation to this key can begin, or be taken up again; gives what the map says now.
+    fn may_begin(&self, key: &ClusterKey) -> Result<Option<AgreedKey>, Failed> {
+        let state = self.state.borrow();
+        if !state.is_member() {
+            return Err(Failed::unavailable(
+                "this host is not a member of the cluster yet; `ovlctl status` says what it waits for",
+            ));
+        }
+        if state.keys.beginning.is_some() {
+            return Err(Failed::conflict(
+                "another request to rotate the cluster key is at work on this host",
+            ));
+        }
+        let (id, agreed) = (key.id(), state.view.alloc.key);
+        if state.keys.ring.get(id).is_some_and(|known| known != key) {
+            return Err(Failed::invalid("by chance this key has the id of one in use: make another one"));
+        }
+        let progress = state.live().progress();
+        match &progress {
+            // Its key is handed out anew, also where no live host had it any more.
+            Some(progress) if progress.key.id == id => {}
+            Some(progress) if progress.have > 0 => {
+                return Err(Failed::conflict(format!(
+                    "the cluster key is being changed to another one already, {}: wait until `ovlctl key status` says \
+                     that it is done",
+                    progress.key.id
+                )));
+            }
+            Some(_) | None if state.keys.ring.sealing() == key => {
+                return Err(Failed::invalid(format!(
+                    "this key, {id}, is the one in use: make a new one with `ovlctl key generate`"
+                )));
+            }
+            Some(_) | None => {}
+        }
+        Ok(agreed)
+    }
+
+    async fn begin_rotation(&self, key: ClusterKey, agreed: Option<AgreedKey>) -> Result<(), Failed> {
+        let id = key.id();
+        {
+            // On the disk first: what is agreed on can be carried out whatever happens to this host then.
+            let turn = self.key_turn.lock().await;
+            let ring = Arc::clone(&self.state.borrow().keys.ring);
+            if ring.get(id).is_none() {
+                self.keep_keys(&turn, ring.opening_too(key))
+                    .await
+                    .map_err(|error| Failed::internal(format!("the new key cannot be kept: {error:#}")))?;
+            }
+        }
+        let to = AgreedKey { id, since_ms: wall_ms() };
+        let change = Change::Key { from: agreed.map(|key| key.id), to };
+        let result = self.change(change).await;
+        if result.as_ref().is_err_and(|failed| failed.0.kind == FailureKind::Conflict) {
+            // It is nobody's.
+            let turn = self.key_turn.lock().await;
+            let ring = self.state.borrow().keys.ring.without(id);
+            if let Err(error) = self.keep_keys(&turn, ring).await {
+                tracing::error!("{error:#}");
+            }
+        }
+        result
+    }
+}
+
+fn rotation_of(state: &State, progress: &Progress) -> KeyRotation {
+    let count = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
+    KeyRotation {
+        key: progress.key.id,
+        since_ms: progress.key.since_ms,
+        hosts: count(progress.hosts),
+        have: count(progress.have),
+        seal: count(progress.seal),
+        majority: progress.majority,
+        waits_for: progress.waits_for.iter().map(|id| state.view.name_of(*id)).collect(),
+    }
+}
+
+fn rotation_sentence(rotation: &KeyRotation) -> String {
+    let waits = if !rotation.majority {
+        "no majority of the hosts is alive, and without one it goes no further".to_owned()
+    } else if rotation.have == 0 {
+        "no live host has the new key: run `ovlctl key rotate --cluster FILE` again".to_owned()
+    } else {
+        format!("it waits for {}", rotation.waits_for.join(", "))
+    };
+    format!(
+        "the cluster key is being changed to {}: {} of {} hosts have the new one, {} seal with it; {waits}. See \
+         `ovlctl key status`",
+        rotation.key, rotation.have, rotation.hosts, rotation.seal
+    )
+}
+
+fn no_key() -> Failed {
+    Failed::invalid(
+        "this cluster runs with --insecure and has no key. To give it one, stop all hosts, and start them with \
+         --cluster-key FILE in place of --insecure",
+    )
+}
