@@ -36,6 +36,8 @@ pub(crate) struct Cli {
 pub(crate) enum Output {
     // A doc comment on a value would make every command's --help a page longer.
     Table,
+    // A table with all columns, also those that hold what is usual.
+    Wide,
     Json,
 }
 

@@ -49,7 +49,7 @@ impl Context {
     pub(crate) fn ask_done(&self, request: &Request) -> Result<()> {
         let Reply::Done = self.ask(request)? else { return Err(Error::unexpected_reply()) };
         match self.output {
-            Output::Table => Ok(()),
+            Output::Table | Output::Wide => Ok(()),
             Output::Json => self.print(&json!({ "done": true }), |_| String::new()),
         }
     }
@@ -65,7 +65,7 @@ impl Context {
     /// Prints a value: as JSON, or as what `text` makes of it.
     pub(crate) fn print<T: Serialize>(&self, value: &T, text: impl FnOnce(&T) -> String) -> Result<()> {
         let text = match self.output {
-            Output::Table => text(value),
+            Output::Table | Output::Wide => text(value),
             Output::Json => json_text(serde_json::to_string_pretty(value))?,
         };
         write_out(&text).map(drop)

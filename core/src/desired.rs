@@ -5,14 +5,17 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use ipnet::IpNet;
+use ovl_proto::SEALED_VXLAN_PORT;
 use ovl_proto::id::{EndpointId, Mac, NetworkId, NodeId};
 use ovl_proto::object::{Mode, Network};
+use ovl_proto::record::Tunnel;
 use ovl_proto::table::Endpoint;
 
 use crate::device::Device;
 use crate::filter;
-use crate::kernel::{Kernel, Link, Remote};
+use crate::kernel::{Kernel, Link, Remote, Source};
 use crate::routed;
+use crate::tunnel;
 use crate::view::{Local, Node, Placed, View};
 
 /// The smallest MTU that IPv6 allows (RFC 8200, section 5), and what a network gets at the least.
@@ -21,6 +24,12 @@ pub const MIN_MTU: u16 = 1280;
 /// Bytes that VXLAN puts before an IP packet: inner Ethernet 14, VXLAN 8, UDP 8, outer IP.
 pub(crate) fn overhead(vtep: IpAddr) -> u16 {
     14 + 8 + 8 + if vtep.is_ipv4() { 20 } else { 40 }
+}
+
+/// What is put around the packets of a switched network: VXLAN, which is inside the tunnel's IPv6 if the
+/// network is encrypted.
+fn switched_overhead(network: &Network, vtep: IpAddr) -> u16 {
+    if network.encrypted { 14 + 8 + 8 + 40 + tunnel::overhead(vtep) } else { overhead(vtep) }
 }
 
 /// All of it: every network that has something here, and what concerns the host as a whole.
@@ -50,7 +59,8 @@ pub fn host(view: &View, local: &Local) -> Kernel {
         .filter(|network| is_built(view, local, network.id))
         .collect();
     let mut kernel = Kernel::default();
-    if built.is_empty() {
+    tunnel::part(&mut kernel, view);
+    if built.is_empty() && kernel.links.is_empty() {
         return kernel;
     }
     let vteps: BTreeSet<IpAddr> = view
@@ -60,7 +70,13 @@ pub fn host(view: &View, local: &Local) -> Kernel {
         .map(|node| node.record.vtep)
         .collect();
     let port = view.own().map_or(ovl_proto::DEFAULT_VXLAN_PORT, |own| own.record.vxlan_port);
-    kernel.filter = Some(filter::render(&built, &vteps, port, local.masquerade));
+    let tunnel = kernel.tunnels.values().next().map(|end| filter::Tunnel {
+        port: end.port,
+        prefix: tunnel::prefix(view.alloc.cluster),
+        // The kernel's device has no socket of ours.
+        kernel: end.local.is_none(),
+    });
+    kernel.filter = Some(filter::render(&built, &vteps, port, tunnel, local.masquerade));
     for network in built.iter().filter(|network| !network.internal) {
         for subnet in &network.subnets {
             let name = match subnet.prefix {
@@ -91,14 +107,15 @@ pub fn network_part(view: &View, local: &Local, id: NetworkId) -> Kernel {
 fn switched(kernel: &mut Kernel, view: &View, local: &Local, network: &Network, own: &Node) {
     let id = network.id;
     let mtu = network_mtu(view, network);
-    devices(kernel, network, own, mtu);
+    let ways = Ways::of(view, network);
+    devices(kernel, view, network, own, mtu);
     let placed: Vec<Placed<'_>> = view.endpoints(id).collect();
     let mut best = BTreeMap::new();
     for rank in placed.iter().map(|placed| (placed.endpoint.mac, rank(network, placed))) {
         best.entry(rank.0).and_modify(|best| *best = rank.1.min(*best)).or_insert(rank.1);
     }
     let wins = |placed: &Placed<'_>| best.get(&placed.endpoint.mac) == Some(&rank(network, placed));
-    for claim in placed.iter().filter_map(|placed| Claim::of(view, local, network, *placed, wins)) {
+    for claim in placed.iter().filter_map(|placed| Claim::of(view, local, network, &ways, *placed, wins)) {
         claim.mac(kernel);
         kernel.floods.extend(claim.remote.map(|remote| (Device::vxlan(id), remote)));
         for address in &claim.endpoint.addresses {
@@ -111,6 +128,36 @@ fn switched(kernel: &mut Kernel, view: &View, local: &Local, network: &Network, 
     }
 }
 
+/// Where a switched network's frames for other hosts go.
+#[derive(Debug)]
+pub(crate) enum Ways {
+    /// To the VTEPs of this family: a VXLAN device sends to one only; `status` names other hosts.
+    Plain {
+        /// IPv4.
+        v4: bool,
+    },
+    /// Through the tunnel, to these hosts and no others.
+    Sealed(BTreeMap<NodeId, Remote>),
+}
+
+impl Ways {
+    pub(crate) fn of(view: &View, network: &Network) -> Self {
+        match network.encrypted {
+            true => Self::Sealed(tunnel::remotes(view)),
+            false => Self::Plain { v4: view.own().is_some_and(|own| own.record.vtep.is_ipv4()) },
+        }
+    }
+
+    /// Where a host receives frames; nothing if it cannot be reached.
+    pub(crate) fn to(&self, node: &Node) -> Option<Remote> {
+        let Remote { vtep, port } = Remote { vtep: node.record.vtep, port: node.record.vxlan_port };
+        match self {
+            Self::Plain { v4 } => (vtep.is_ipv4() == *v4).then_some(Remote { vtep, port }),
+            Self::Sealed(remotes) => remotes.get(&node.record.id).copied(),
+        }
+    }
+}
+
 /// An endpoint that frames are sent to.
 #[derive(Debug)]
 pub(crate) struct Claim<'a> {
@@ -118,6 +165,8 @@ pub(crate) struct Claim<'a> {
     pub(crate) endpoint: &'a Endpoint,
     /// Where it is; nothing if it is here.
     pub(crate) remote: Option<Remote>,
+    /// Whether frames from it must come from there.
+    sealed: bool,
 }
 
 impl<'a> Claim<'a> {
@@ -126,6 +175,7 @@ impl<'a> Claim<'a> {
         view: &View,
         local: &Local,
         network: &Network,
+        ways: &Ways,
         placed: Placed<'a>,
         wins: impl Fn(&Placed<'_>) -> bool,
     ) -> Option<Self> {
@@ -136,13 +186,11 @@ impl<'a> Claim<'a> {
             return None;
         }
         let mine = node.record.id == view.me;
-        // A VXLAN device sends to one address family only; `status` names such a host.
-        let reached =
-            mine || view.own().is_some_and(|own| own.record.vtep.is_ipv4() == node.record.vtep.is_ipv4());
-        if !reached || (mine && local.isolated.contains_key(&endpoint.id)) {
+        let remote = if mine { None } else { Some(ways.to(node)?) };
+        if mine && local.isolated.contains_key(&endpoint.id) {
             return None;
         }
-        Some(Self { endpoint, remote: (!mine).then(|| remote_of(node)) })
+        Some(Self { endpoint, remote, sealed: network.encrypted })
     }
 
     /// Where frames for its MAC address go.
@@ -151,33 +199,38 @@ impl<'a> Claim<'a> {
         let vxlan = Device::vxlan(network);
         kernel.remotes.extend(self.remote.map(|remote| ((vxlan, mac), remote)));
         kernel.ports.insert((if self.remote.is_some() { vxlan } else { Device::endpoint(id) }, mac));
+        if let Some(remote) = self.remote.filter(|_| self.sealed) {
+            let addresses = self.endpoint.addresses.iter().map(IpNet::addr).collect();
+            kernel.sources.insert((vxlan, mac), Source { from: remote.vtep, addresses });
+        }
     }
 }
 
-/// Where a host receives frames.
-pub(crate) fn remote_of(node: &Node) -> Remote {
-    Remote { vtep: node.record.vtep, port: node.record.vxlan_port }
-}
-
-/// The network's bridge with its addresses, and its VXLAN device.
-pub(crate) fn devices(kernel: &mut Kernel, network: &Network, own: &Node, mtu: u16) {
+/// The network's bridge with its addresses, and its VXLAN device. An encrypted network has one in the tunnel
+/// alone: without a tunnel, none.
+pub(crate) fn devices(kernel: &mut Kernel, view: &View, network: &Network, own: &Node, mtu: u16) {
     let (bridge, vxlan) = (Device::bridge(network.id), Device::vxlan(network.id));
     kernel
         .links
         .insert(bridge, Link::Bridge { mac: Mac::of_gateway(network.id), mtu, up: true, tuned: true });
-    kernel.links.insert(
-        vxlan,
-        Link::Vxlan {
-            vni: network.vni,
-            local: own.record.vtep,
-            port: own.record.vxlan_port,
-            mtu,
-            master: Some(bridge),
-            mac: Mac::of_vxlan(network.id),
-            up: true,
-            tuned: true,
-        },
-    );
+    let (vni, master, mac) = (network.vni, Some(bridge), Mac::of_vxlan(network.id));
+    let (up, tuned) = (true, true);
+    let plain = || {
+        let (local, port) = (own.record.vtep, own.record.vxlan_port);
+        Link::Vxlan { vni, local, port, mtu, master, mac, up, tuned, sealed: false }
+    };
+    let sealed = |end: Tunnel| {
+        let (local, port) = (tunnel::address(view.alloc.cluster, view.me).into(), SEALED_VXLAN_PORT);
+        match end.kernel {
+            true => Link::Vxlan { vni, local, port, mtu, master, mac, up, tuned, sealed: true },
+            false => Link::Tap { vni, mtu, master, up, tuned },
+        }
+    };
+    let link = match network.encrypted {
+        true => tunnel::own(view).map(|(_, end)| sealed(end)),
+        false => Some(plain()),
+    };
+    kernel.links.extend(link.map(|link| (vxlan, link)));
     if !network.internal {
         for subnet in &network.subnets {
             if let Ok(address) = IpNet::new(subnet.gateway, subnet.prefix.prefix_len()) {
@@ -229,7 +282,7 @@ fn switched_mtu(view: &View, network: &Network) -> u16 {
                 .filter(|(peer, _)| hosts.contains_key(peer))
                 .map(|(_, mtu)| mtu)
                 .fold(node.record.link_mtu, u16::min);
-            outer.saturating_sub(overhead(node.record.vtep))
+            outer.saturating_sub(switched_overhead(network, node.record.vtep))
         })
         .min()
         .unwrap_or(MIN_MTU);

@@ -73,10 +73,12 @@ pub fn diff(actual: &Kernel, desired: &Kernel, prune: bool) -> Vec<Op> {
     // A tunnel goes with its device.
     map(&tunnels, &desired.tunnels, false, &mut ops, Op::SetTunnel, Op::DelLink);
     let peers = actual.tunnel_peers.iter().filter(|((device, _), _)| there(device)).map(cloned).collect();
+    // Members and their keys are on the disk: nothing that gossip has still to say makes one of them again,
+    // and a host that was forgotten is out at once.
     map(
         &peers,
         &desired.tunnel_peers,
-        prune,
+        true,
         &mut ops,
         |(d, k), p| Op::SetTunnelPeer(d, k, p),
         |(d, k)| Op::DelTunnelPeer(d, k),
@@ -154,9 +156,15 @@ fn without_masters(mut link: Link, gone: &BTreeSet<Device>) -> Link {
 fn can_become(found: &Link, wanted: &Link) -> bool {
     match (found, wanted) {
         (
-            Link::Vxlan { vni, local, port, .. },
-            Link::Vxlan { vni: vni_wanted, local: local_wanted, port: port_wanted, .. },
-        ) => (vni, local, port) == (vni_wanted, local_wanted, port_wanted),
+            Link::Vxlan { vni, local, port, sealed, .. },
+            Link::Vxlan {
+                vni: vni_wanted,
+                local: local_wanted,
+                port: port_wanted,
+                sealed: sealed_wanted,
+                ..
+            },
+        ) => (vni, local, port, sealed) == (vni_wanted, local_wanted, port_wanted, sealed_wanted),
         (Link::Tap { vni, .. }, Link::Tap { vni: wanted, .. }) => vni == wanted,
         (Link::Tunnel { kind, .. }, Link::Tunnel { kind: wanted, .. }) => kind == wanted,
         (Link::Bridge { .. }, Link::Bridge { .. }) | (Link::Endpoint { .. }, Link::Endpoint { .. }) => true,

@@ -15,7 +15,7 @@ pub struct Kernel {
     /// Bridges, VXLAN devices and the host's ends of endpoints.
     pub links: BTreeMap<Device, Link>,
     /// Addresses of our bridges; on a routed network the bridge has no ports and carries the
-    /// gateways' addresses.
+    /// gateways' addresses. Also of the ends of the tunnel.
     pub addresses: BTreeSet<(Device, IpNet)>,
     /// Where a VXLAN device sends frames for a MAC address (`bridge fdb ... self`).
     pub remotes: BTreeMap<(Device, Mac), Remote>,
@@ -74,6 +74,9 @@ pub enum Link {
         up: bool,
         /// Learning is off; on a port also there, and neighbour suppression is on.
         tuned: bool,
+        /// Its packets are inside the tunnel, which vouches for them: they have no UDP checksums, and
+        /// need none.
+        sealed: bool,
     },
     /// The same as [`Link::Vxlan`] for an encrypted network where the tunnel is in this process: a TAP
     /// device, to which the process writes what came out of VXLAN.
@@ -137,6 +140,8 @@ pub struct Tunnel {
     pub key: TunnelKey,
     /// The UDP port.
     pub port: u16,
+    /// The address of its socket; none: all that the host has, as with the kernel's device.
+    pub local: Option<IpAddr>,
 }
 
 /// The other end of a tunnel.

@@ -124,7 +124,7 @@ impl fmt::Display for Op {
             Self::DelNeighbour(device, address) => write!(f, "ip neigh del {address} dev {device}"),
             Self::SetRoute(to, hop) => set_route(f, *to, hop),
             Self::DelRoute(to) => write!(f, "ip route del {to} proto {PROTOCOL} metric {METRIC}"),
-            Self::SetTunnel(device, Tunnel { key, port }) => {
+            Self::SetTunnel(device, Tunnel { key, port, .. }) => {
                 write!(f, "wg set {device} listen-port {port} private-key FILE # of {key}")
             }
             Self::SetTunnelPeer(device, key, TunnelPeer { endpoint, allowed }) => {
@@ -185,12 +185,15 @@ fn add_link(f: &mut fmt::Formatter<'_>, device: Device, link: &Link) -> fmt::Res
              nf_call_iptables 0 nf_call_ip6tables 0",
             up_word(*up)
         ),
-        Link::Vxlan { vni, local, port, mtu, master, mac, up, .. } => {
+        Link::Vxlan { vni, local, port, mtu, master, mac, up, sealed, .. } => {
             write!(f, "ip link add {device} address {mac} mtu {mtu}")?;
             if let Some(master) = master {
                 write!(f, " master {master}")?;
             }
             write!(f, " {} type vxlan id {vni} local {local} dstport {port} nolearning", up_word(*up))?;
+            if *sealed {
+                f.write_str(" udp6zerocsumtx udp6zerocsumrx")?;
+            }
             if master.is_some() {
                 write!(f, " && bridge link set dev {device} learning off neigh_suppress on")?;
             }

@@ -18,11 +18,14 @@ use crate::desired::{MIN_MTU, overhead};
 use crate::device::Device;
 use crate::ipam;
 use crate::kernel::{Hop, Kernel, Link, Remote};
+use crate::tunnel;
 use crate::view::{Local, Node, View};
 
 /// How packets get to another host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Way {
+    /// Through the tunnel, as they are.
+    Sealed,
     Vxlan,
     /// Over the segment.
     Direct,
@@ -45,7 +48,8 @@ pub fn gateways(view: &View, network: NetworkId, node: NodeId) -> impl Iterator<
     blocks_of(view, network, node).map(ipam::gateway)
 }
 
-fn blocks(view: &View, network: NetworkId) -> impl Iterator<Item = (IpNet, NodeId)> {
+/// All blocks of a network, with their holders.
+pub(crate) fn blocks(view: &View, network: NetworkId) -> impl Iterator<Item = (IpNet, NodeId)> {
     let all = view.alloc.blocks.iter().filter(move |(block, _)| block.network == network);
     all.map(|(block, holder)| (block.prefix, *holder))
 }
@@ -60,6 +64,9 @@ fn way(network: &Network, local: &Local, own: &Node, peer: &Node, block: IpNet) 
     // A VXLAN device sends to one address family only; `status` names such a host.
     if here.is_ipv4() != there.is_ipv4() {
         return None;
+    }
+    if network.encrypted {
+        return Some(Way::Sealed);
     }
     // A next hop is of the family of what it leads to.
     let is_near = local.segment.is_some_and(|segment| segment.contains(&there))
@@ -77,6 +84,7 @@ fn way(network: &Network, local: &Local, own: &Node, peer: &Node, block: IpNet) 
 /// carries less, the route says so, and senders are told by this host's kernel.
 pub(crate) fn endpoint_mtu(network: &Network, own: &Node) -> u16 {
     let around = match network.backend {
+        _ if network.encrypted => tunnel::overhead(own.record.vtep),
         Backend::Vxlan => overhead(own.record.vtep),
         Backend::Direct | Backend::Auto => 0,
     };
@@ -96,17 +104,18 @@ pub(crate) fn part(kernel: &mut Kernel, view: &View, local: &Local, network: &Ne
     for block in blocks_of(view, network.id, view.me) {
         kernel.routes.insert(block, Hop::UNREACHABLE);
     }
-    if network.backend != Backend::Direct {
+    if network.encrypted || network.backend != Backend::Direct {
         for subnet in &network.subnets {
             kernel.routes.insert(subnet.prefix, Hop::UNREACHABLE);
         }
     }
-    let peers: BTreeMap<NodeId, &Node> = view
-        .nodes
-        .iter()
-        .filter(|(id, node)| **id != view.me && view.counts(node))
-        .map(|(id, node)| (*id, node))
-        .collect();
+    let peers: BTreeMap<NodeId, &Node> = match network.encrypted {
+        true => tunnel::peers(view).into_iter().map(|(id, (node, _))| (id, node)).collect(),
+        false => {
+            let there = view.nodes.iter().filter(|(id, node)| **id != view.me && view.counts(node));
+            there.map(|(id, node)| (*id, node)).collect()
+        }
+    };
     for (block, holder) in blocks(view, network.id) {
         if let Some(peer) = peers.get(&holder)
             && let Some(way) = way(network, local, own, peer, block)
@@ -140,7 +149,7 @@ pub(crate) fn own_endpoint(
 pub(crate) fn devices(kernel: &mut Kernel, network: &Network, own: &Node, mtu: u16) {
     let mac = Mac::of_gateway(network.id);
     kernel.links.insert(Device::bridge(network.id), Link::Bridge { mac, mtu, up: true, tuned: true });
-    if network.backend != Backend::Direct {
+    if !network.encrypted && network.backend != Backend::Direct {
         kernel.links.insert(Device::vxlan(network.id), vxlan(network, own));
     }
 }
@@ -156,6 +165,7 @@ fn vxlan(network: &Network, own: &Node) -> Link {
         mac: ipam::mac_of_host(network.id, own.record.id),
         up: true,
         tuned: true,
+        sealed: false,
     }
 }
 
@@ -176,6 +186,12 @@ fn to_peer(
     let narrower = |carried: u16| Some(carried.max(MIN_MTU)).filter(|carried| *carried < mtu);
     match way {
         Way::Routers => {}
+        Way::Sealed => {
+            // The endpoints' MTU is what the own link carries in the tunnel, unless the user asked for less.
+            let mtu = tunnel::path_mtu(own, peer, mtu);
+            let device = Some(Device::tunnel(false));
+            kernel.routes.insert(block, Hop { device, gateway: None, source, mtu });
+        }
         Way::Direct => {
             let gateway = Some(peer.record.vtep);
             kernel.routes.insert(block, Hop { device: None, gateway, source, mtu: narrower(outer) });
@@ -193,7 +209,7 @@ fn to_peer(
 }
 
 /// What the path between two hosts carries, outer IP header included.
-fn path_mtu(own: &Node, peer: &Node) -> u16 {
+pub(crate) fn path_mtu(own: &Node, peer: &Node) -> u16 {
     let links = own.record.link_mtu.min(peer.record.link_mtu);
     let found = |from: &Node, to: NodeId| {
         from.table.path_mtus().find(|(peer, _)| *peer == to).map_or(u16::MAX, |(_, mtu)| mtu)

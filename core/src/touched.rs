@@ -13,7 +13,7 @@ use ovl_proto::id::{EndpointId, Mac, NetworkId, NodeId};
 use ovl_proto::object::{Mode, Network};
 use ovl_proto::table::Endpoint;
 
-use crate::desired::{self, Claim};
+use crate::desired::{self, Claim, Ways};
 use crate::device::Device;
 use crate::diff::diff;
 use crate::kernel::{Kernel, Remote};
@@ -68,7 +68,7 @@ pub fn plan(
     let mtu = desired::network_mtu(view, network);
     let mut devices = Kernel::default();
     match network.mode {
-        Mode::L2 => desired::devices(&mut devices, network, own, mtu),
+        Mode::L2 => desired::devices(&mut devices, view, network, own, mtu),
         Mode::L3 => routed::devices(&mut devices, network, own, mtu),
     }
     if devices.links.iter().any(|(device, link)| applied.links.get(device) != Some(link)) {
@@ -134,15 +134,15 @@ fn switched(
         hosts.insert(placed.node.record.id);
         addresses.extend(placed.endpoint.addresses.iter().map(|net| net.addr()));
     }
-    let remotes: BTreeSet<Remote> =
-        hosts.iter().filter_map(|host| view.nodes.get(host)).map(desired::remote_of).collect();
+    let ways = Ways::of(view, network);
+    let remotes: BTreeSet<Remote> = hosts.iter().filter_map(|host| ways.to(view.nodes.get(host)?)).collect();
 
     let mut is = Kernel::default();
     let wins = |placed: &Placed<'_>| {
         let others = view.all_with_mac(id, placed.endpoint.mac).filter(|other| view.is_counted(other));
         others.map(|other| desired::rank(network, &other)).min() == Some(desired::rank(network, placed))
     };
-    let claim = |placed| Claim::of(view, local, network, placed, wins);
+    let claim = |placed| Claim::of(view, local, network, &ways, placed, wins);
     for mac in &macs {
         let placed = view.all_with_mac(id, *mac).filter(|placed| view.is_counted(placed));
         for claim in placed.filter_map(claim) {
@@ -155,7 +155,7 @@ fn switched(
             is.neighbours.insert((bridge, *address), claim.endpoint.mac);
         }
     }
-    for node in view.nodes.values().filter(|node| remotes.contains(&desired::remote_of(node))) {
+    for node in view.nodes.values().filter(|node| ways.to(node).is_some_and(|way| remotes.contains(&way))) {
         let mut claims = node
             .table
             .endpoints_on(id)
@@ -176,6 +176,8 @@ fn switched(
     }
     for mac in &macs {
         was.remotes.extend(applied.remotes.get(&(vxlan, *mac)).map(|remote| ((vxlan, *mac), *remote)));
+        let source = applied.sources.get(&(vxlan, *mac)).cloned();
+        was.sources.extend(source.map(|source| ((vxlan, *mac), source)));
         let ports = view.all_with_mac(id, *mac).map(|placed| placed.endpoint.id).chain(ids.iter().copied());
         let ports = ports.map(Device::endpoint).chain([vxlan]).map(|port| (port, *mac));
         was.ports.extend(ports.filter(|port| applied.ports.contains(port)));
@@ -195,6 +197,9 @@ fn take_out(applied: &mut Kernel, part: &Kernel) {
     }
     for key in part.remotes.keys() {
         applied.remotes.remove(key);
+    }
+    for key in part.sources.keys() {
+        applied.sources.remove(key);
     }
     for to in part.routes.keys() {
         applied.routes.remove(to);

@@ -1,12 +1,29 @@
 //! The tunnel between hosts: what carries encrypted networks.
+//!
+//! There is one for all of them. Each host has an address in it, from and to which VXLAN goes; the blocks of
+//! routed networks go through it as they are. A peer may send from its own address and from its blocks alone.
 
-use std::net::Ipv6Addr;
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 
+use ipnet::{IpNet, Ipv6Net};
+use ovl_proto::SEALED_VXLAN_PORT;
 use ovl_proto::id::NodeId;
+use ovl_proto::object::Mode;
+use ovl_proto::record;
+
+use crate::desired::MIN_MTU;
+use crate::device::Device;
+use crate::kernel::{Hop, Kernel, Link, Remote, Tunnel, TunnelKind, TunnelPeer};
+use crate::routed;
+use crate::view::{Node, View};
 
 /// Bytes that WireGuard puts around an IP packet, the outer IP header aside: UDP 8, its own header 16,
 /// the tag 16.
 pub const OVERHEAD: u16 = 8 + 16 + 16;
+
+/// Of an address in the tunnel: what all hosts of a cluster have in common.
+const PREFIX_LENGTH: u8 = 48;
 
 /// A host's address inside the tunnel: a unique local one (RFC 4193) with the cluster's number as global
 /// id and the host's id after it, so nobody has to hand it out and it says whose it is.
@@ -19,6 +36,105 @@ pub fn address(cluster: u64, node: NodeId) -> Ipv6Addr {
     bytes.into()
 }
 
+/// Where the addresses of all hosts of a cluster are.
+pub fn prefix(cluster: u64) -> IpNet {
+    let any = address(cluster, NodeId::default());
+    IpNet::V6(Ipv6Net::new_assert(any, PREFIX_LENGTH).trunc())
+}
+
+/// Bytes around an IP packet in the tunnel, the outer IP header included.
+pub(crate) fn overhead(vtep: IpAddr) -> u16 {
+    OVERHEAD + if vtep.is_ipv4() { 20 } else { 40 }
+}
+
+/// Whether any network of the cluster needs the tunnel.
+pub fn is_wanted(view: &View) -> bool {
+    view.networks.values().any(|state| state.network.encrypted)
+}
+
+/// This host's end, if it is a member and has one.
+pub fn own(view: &View) -> Option<(&Node, record::Tunnel)> {
+    let own = view.own().filter(|own| view.alloc.members.contains(&own.record.id))?;
+    Some((own, own.record.tunnel?))
+}
+
+/// Hosts that publish a key which one with a smaller id publishes too: they are not talked to. Only one of
+/// them can have the other half of it.
+pub fn copies(view: &View) -> BTreeSet<NodeId> {
+    let mut seen = BTreeSet::new();
+    let hosts = view.nodes.values().filter(|node| node.record.id == view.me || view.counts(node));
+    hosts
+        .filter_map(|node| Some((node.record.id, node.record.tunnel?.key)))
+        .filter(|(_, key)| !seen.insert(*key))
+        .map(|(id, _)| id)
+        .collect()
+}
+
+/// Hosts that are reached through the tunnel, with their ends: members that are there, have an end, and an
+/// underlay address of our family.
+pub fn peers(view: &View) -> BTreeMap<NodeId, (&Node, record::Tunnel)> {
+    let Some((own, own_end)) = own(view) else { return BTreeMap::new() };
+    let copies = copies(view);
+    view.nodes
+        .iter()
+        .filter(|(id, node)| **id != view.me && view.counts(node) && !copies.contains(id))
+        .filter(|(_, node)| node.record.vtep.is_ipv4() == own.record.vtep.is_ipv4())
+        .filter_map(|(id, node)| Some((*id, (node, node.record.tunnel?))))
+        .filter(|(_, (_, end))| end.key != own_end.key)
+        .collect()
+}
+
+/// Where each of them receives the frames of encrypted switched networks.
+pub(crate) fn remotes(view: &View) -> BTreeMap<NodeId, Remote> {
+    let remote = |id| Remote { vtep: address(view.alloc.cluster, id).into(), port: SEALED_VXLAN_PORT };
+    peers(view).into_keys().map(|id| (id, remote(id))).collect()
+}
+
+/// The end of the tunnel on this host, and the ways into it.
+pub(crate) fn part(kernel: &mut Kernel, view: &View) {
+    let Some((own, tunnel)) = own(view).filter(|_| is_wanted(view)) else { return };
+    let device = Device::tunnel(false);
+    let mtu = mtu(own);
+    let (kind, local) = match tunnel.kernel {
+        true => (TunnelKind::Kernel, None),
+        false => (TunnelKind::Userspace, Some(own.record.vtep)),
+    };
+    let cluster = view.alloc.cluster;
+    let here = IpAddr::V6(address(cluster, view.me));
+    kernel.links.insert(device, Link::Tunnel { kind, mtu, up: true });
+    kernel.addresses.insert((device, IpNet::from(here)));
+    kernel.tunnels.insert(device, Tunnel { key: tunnel.key, port: tunnel.port, local });
+    // What is not a host that we have a way to never leaves by a default route.
+    kernel.routes.insert(prefix(cluster), Hop::UNREACHABLE);
+    let mut allowed: BTreeMap<NodeId, BTreeSet<IpNet>> = BTreeMap::new();
+    for state in view.networks.values().filter(|s| s.network.encrypted && s.network.mode == Mode::L3) {
+        for (block, holder) in routed::blocks(view, state.network.id) {
+            allowed.entry(holder).or_default().insert(block);
+        }
+    }
+    for (id, (peer, tunnel)) in peers(view) {
+        let to = IpNet::from(IpAddr::V6(address(cluster, id)));
+        let hop =
+            Hop { device: Some(device), gateway: None, source: Some(here), mtu: path_mtu(own, peer, mtu) };
+        kernel.routes.insert(to, hop);
+        let mut allowed = allowed.remove(&id).unwrap_or_default();
+        allowed.insert(to);
+        let endpoint = SocketAddr::new(peer.record.vtep, tunnel.port);
+        kernel.tunnel_peers.insert((device, tunnel.key), TunnelPeer { endpoint, allowed });
+    }
+}
+
+/// Of the device: what the own link carries.
+pub(crate) fn mtu(own: &Node) -> u16 {
+    own.record.link_mtu.saturating_sub(overhead(own.record.vtep)).max(MIN_MTU)
+}
+
+/// What the way to a host carries inside the tunnel, where that is less than `mtu`.
+pub(crate) fn path_mtu(own: &Node, peer: &Node, mtu: u16) -> Option<u16> {
+    let carried = routed::path_mtu(own, peer).saturating_sub(overhead(own.record.vtep)).max(MIN_MTU);
+    (carried < mtu).then_some(carried)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -27,5 +143,7 @@ mod tests {
     fn an_address_names_cluster_and_host() {
         let address = address(0x0102_0304_0506_0708, NodeId([9, 10, 11, 12, 13, 14, 15, 16, 17, 18]));
         assert_eq!(address.to_string(), "fd04:506:708:90a:b0c:d0e:f10:1112");
+        assert_eq!(prefix(0x0102_0304_0506_0708).to_string(), "fd04:506:708::/48");
+        assert!(prefix(0x0102_0304_0506_0708).contains(&IpAddr::V6(address)));
     }
 }

@@ -7,9 +7,9 @@ use std::net::IpAddr;
 
 use ovl_core::device::Device;
 use ovl_core::diff::{diff, lost_endpoints};
-use ovl_core::kernel::{Hop, Kernel, Link, Remote};
+use ovl_core::kernel::{Hop, Kernel, Link, Remote, Source, Tunnel, TunnelKind, TunnelPeer};
 use ovl_core::op::Op;
-use ovl_proto::id::{EndpointId, Mac, NetworkId};
+use ovl_proto::id::{EndpointId, Mac, NetworkId, TunnelKey};
 use proptest::prelude::*;
 
 /// Applies one operation as the kernel would, and refuses what the kernel would refuse.
@@ -120,6 +120,7 @@ fn part(n: u8) -> impl Strategy<Value = Kernel> {
                 route(format!("10.9.{n}.1/32"), Some(endpoint));
             }
             let master = has_bridge.then_some(bridge);
+            let neighbours_of = neighbours.clone();
             if has_bridge {
                 kernel.links.insert(bridge, Link::Bridge { mac: Mac([10, n, 0, 0, 0, 0]), mtu, up, tuned });
                 kernel.addresses.extend(addresses.into_iter().map(|address| (bridge, address)));
@@ -130,11 +131,31 @@ fn part(n: u8) -> impl Strategy<Value = Kernel> {
             if has_vxlan {
                 let local = IpAddr::from([192, 168, 0, 9]);
                 let mac = Mac([14, vni as u8, 0, 0, 0, 0]);
-                let link = Link::Vxlan { vni: 4096 + vni, local, port: 4789, mtu, master, mac, up, tuned };
+                let link = Link::Vxlan {
+                    vni: 4096 + vni,
+                    local,
+                    port: 4789,
+                    mtu,
+                    master,
+                    mac,
+                    up,
+                    tuned,
+                    sealed: false,
+                };
                 kernel.links.insert(vxlan, link);
                 kernel.remotes.extend(remotes.into_iter().map(|(mac, remote)| ((vxlan, mac), remote)));
                 kernel.floods.extend(floods.into_iter().map(|remote| (vxlan, remote)));
                 kernel.ports.extend(ports.iter().map(|mac| (vxlan, *mac)));
+            }
+            if has_bridge && !has_vxlan {
+                // The same in a tunnel.
+                let vni = 4096 + vni;
+                kernel.links.insert(vxlan, Link::Tap { vni, mtu, master, up, tuned });
+                let from = IpAddr::from([0xfd01, 0, 0, 0, 0, 0, 0, 1]);
+                let sources = neighbours_of
+                    .iter()
+                    .map(|(address, mac)| ((vxlan, *mac), Source { from, addresses: [*address].into() }));
+                kernel.sources.extend(sources);
             }
             if has_endpoint {
                 kernel.links.insert(endpoint, Link::Endpoint { mtu, master, up, tuned });
@@ -145,10 +166,34 @@ fn part(n: u8) -> impl Strategy<Value = Kernel> {
     )
 }
 
+/// An end of the tunnel, or none.
+fn tunnel() -> impl Strategy<Value = Kernel> {
+    let peer = (1u8..4, prop_oneof![Just(51940u16), Just(51941)], 0u8..3);
+    let peers = proptest::collection::vec(peer, 0..4);
+    (proptest::option::of((any::<bool>(), any::<bool>(), 1u8..3)), peers).prop_map(|(end, peers)| {
+        let mut kernel = Kernel::default();
+        let Some((in_kernel, up, key)) = end else { return kernel };
+        let device = Device::tunnel(false);
+        let kind = if in_kernel { TunnelKind::Kernel } else { TunnelKind::Userspace };
+        kernel.links.insert(device, Link::Tunnel { kind, mtu: 1420, up });
+        let local = (!in_kernel).then_some(IpAddr::from([192, 168, 0, 9]));
+        kernel.tunnels.insert(device, Tunnel { key: TunnelKey([key; 32]), port: 51940, local });
+        for (n, port, blocks) in peers {
+            let allowed = (0..blocks).map(|block| format!("10.{n}.{block}.0/24").parse().unwrap()).collect();
+            let peer = TunnelPeer { endpoint: ([192, 168, 0, n], port).into(), allowed };
+            kernel.tunnel_peers.insert((device, TunnelKey([n; 32])), peer);
+            let hop = Hop { device: Some(device), gateway: None, source: None, mtu: None };
+            kernel.routes.insert(format!("fd01::{n}/128").parse().unwrap(), hop);
+        }
+        kernel
+    })
+}
+
 fn kernel() -> impl Strategy<Value = Kernel> {
-    (part(1), part(2), proptest::option::of("[ab]"), proptest::option::of("[01]")).prop_map(
-        |(mut kernel, other, filter, forward)| {
+    (part(1), part(2), tunnel(), proptest::option::of("[ab]"), proptest::option::of("[01]")).prop_map(
+        |(mut kernel, other, tunnel, filter, forward)| {
             kernel.merge(other);
+            kernel.merge(tunnel);
             kernel.filter = filter;
             kernel.sysctls.extend(forward.map(|value| ("net.ipv4.ip_forward".to_owned(), value)));
             kernel
@@ -205,7 +250,7 @@ proptest! {
         for op in diff(&actual, &desired, true) {
             let text = op.to_string();
             prop_assert!(
-                ["ip ", "bridge ", "nft ", "sysctl "].iter().any(|word| text.starts_with(word)),
+                ["ip ", "bridge ", "nft ", "sysctl ", "wg ", "# ovx-"].iter().any(|word| text.starts_with(word)),
                 "{}", text
             );
         }

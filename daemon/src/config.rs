@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use clap::Parser;
 use ipnet::IpNet;
-use ovl_proto::{DEFAULT_PORT, DEFAULT_VXLAN_PORT};
+use ovl_proto::{DEFAULT_PORT, DEFAULT_TUNNEL_PORT, DEFAULT_VXLAN_PORT, SEALED_VXLAN_PORT};
 use serde::Deserialize;
 
 /// Where the configuration is looked for unless `--config` says otherwise.
@@ -44,6 +44,15 @@ pub(crate) struct Args {
     /// Run without a cluster key: anybody who reaches the port can join and listen
     #[arg(long)]
     insecure: bool,
+    /// Who carries encrypted networks [default: auto]
+    #[arg(long, value_name = "KIND")]
+    tunnel: Option<TunnelMode>,
+    /// UDP port of the tunnel [default: 51940]
+    #[arg(long, value_name = "PORT")]
+    tunnel_port: Option<u16>,
+    /// Networks that are made by this host are encrypted
+    #[arg(long)]
+    encrypt: bool,
     /// error, warn, info, debug or trace
     #[arg(long, value_name = "LEVEL")]
     log: Option<String>,
@@ -74,6 +83,24 @@ struct File {
     forget_after: Option<Duration>,
     pool: Option<IpNet>,
     masquerade: Option<bool>,
+    #[serde(default)]
+    tunnel: TunnelMode,
+    tunnel_port: Option<u16>,
+    #[serde(default)]
+    encrypt: bool,
+}
+
+/// Who carries encrypted networks between hosts.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum TunnelMode {
+    /// The kernel, if it can; found out once, at the start.
+    #[default]
+    Auto,
+    /// The kernel, or nobody.
+    Kernel,
+    /// This process.
+    Userspace,
 }
 
 /// All settings, checked.
@@ -107,6 +134,12 @@ pub(crate) struct Config {
     pub pool: IpNet,
     /// Whether what leaves the cluster gets this host's address.
     pub masquerade: bool,
+    /// Who carries encrypted networks.
+    pub tunnel: TunnelMode,
+    /// UDP port of the tunnel.
+    pub tunnel_port: u16,
+    /// Whether networks made by this host are encrypted, asked for or not.
+    pub encrypt: bool,
 }
 
 impl Config {
@@ -159,6 +192,9 @@ impl Config {
                 None => "10.128.0.0/9".parse().context("the default pool")?,
             },
             masquerade: file.masquerade.unwrap_or(true),
+            tunnel: args.tunnel.unwrap_or(file.tunnel),
+            tunnel_port: args.tunnel_port.or(file.tunnel_port).unwrap_or(DEFAULT_TUNNEL_PORT),
+            encrypt: args.encrypt || file.encrypt,
         };
         config.check()?;
         Ok(config)
@@ -173,6 +209,15 @@ impl Config {
         }
         if self.vxlan_port == 0 {
             bail!("vxlan_port: 0 is not a port");
+        }
+        if self.vxlan_port == SEALED_VXLAN_PORT {
+            bail!("vxlan_port: {SEALED_VXLAN_PORT} is for VXLAN inside the tunnel");
+        }
+        if self.tunnel_port == 0 {
+            bail!("tunnel_port: 0 is not a port");
+        }
+        if [self.vxlan_port, self.advertise.port(), SEALED_VXLAN_PORT].contains(&self.tunnel_port) {
+            bail!("tunnel_port: {} is in use by ovld for something else", self.tunnel_port);
         }
         if !(Duration::from_millis(50)..=Duration::from_secs(5)).contains(&self.gossip_interval) {
             bail!("gossip_interval: between 50ms and 5s");

@@ -13,10 +13,12 @@ use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
-use ovl_proto::id::NodeId;
+use data_encoding::BASE64;
+use ovl_proto::id::{NodeId, TunnelKey};
 use ovl_proto::record::{Domain, MOST_OTHER_KEYS, NodeRecord, PublicKey, Signature, SignedRecord};
 use ovl_proto::wire::{self, WireError};
-use ring::rand::SystemRandom;
+use ovl_tunnel::PrivateKey;
+use ring::rand::{SecureRandom as _, SystemRandom};
 use ring::signature::{ED25519, Ed25519KeyPair, KeyPair, UnparsedPublicKey};
 
 pub(crate) use cluster::{ClusterKey, Keyring};
@@ -107,6 +109,57 @@ impl Identity {
     }
 }
 
+/// The node's key pair for the tunnel: X25519, kept as `wg genkey` prints it.
+pub(crate) struct TunnelSecret(PrivateKey);
+
+impl std::fmt::Debug for TunnelSecret {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "TunnelSecret({})", self.public())
+    }
+}
+
+impl TunnelSecret {
+    /// Reads the key, or makes it where there is no file yet. One that is there and is not good is an error.
+    pub(crate) fn load_or_create(path: &Path) -> anyhow::Result<Self> {
+        if let Some(text) = read_secret(path)? {
+            return Self::from_text(&text).with_context(|| {
+                format!(
+                    "{} does not hold a tunnel key; restore it, or remove it: the other hosts learn the new one",
+                    path.display()
+                )
+            });
+        }
+        let mut bytes = [0; 32];
+        SystemRandom::new()
+            .fill(&mut bytes)
+            .map_err(|_| anyhow::anyhow!("the kernel gave no random numbers"))?;
+        // RFC 7748, section 5.
+        let [first, .., last] = &mut bytes;
+        *first &= 248;
+        *last = *last & 127 | 64;
+        let text = BASE64.encode(&bytes) + "\n";
+        create_secret(path, text.as_bytes()).with_context(|| format!("cannot write {}", path.display()))?;
+        let Some(text) = read_secret(path)? else { bail!("{} vanished", path.display()) };
+        Self::from_text(&text)
+    }
+
+    /// The public half.
+    pub(crate) fn public(&self) -> TunnelKey {
+        TunnelKey(ovl_tunnel::public_key(&self.0))
+    }
+
+    /// The private half, for who opens the tunnel.
+    pub(crate) fn private(&self) -> PrivateKey {
+        self.0.clone()
+    }
+
+    fn from_text(text: &[u8]) -> anyhow::Result<Self> {
+        // What is wrong with it is not said: it may be most of a key.
+        let bytes = BASE64.decode(text.trim_ascii()).ok().and_then(|bytes| bytes.try_into().ok());
+        bytes.map(|bytes| Self(PrivateKey(bytes))).context("not 32 bytes in base64")
+    }
+}
+
 /// Whether the signature is by that key, over that body, for that purpose.
 pub(crate) fn verify(key: &PublicKey, domain: Domain, body: &[u8], signature: &Signature) -> bool {
     UnparsedPublicKey::new(&ED25519, key).verify(&domain.message(body), &signature.0).is_ok()
@@ -178,6 +231,9 @@ fn nonsense(record: &NodeRecord) -> Option<&'static str> {
     }
     if record.vxlan_port == 0 {
         return Some("its VXLAN port is 0");
+    }
+    if record.tunnel.is_some_and(|tunnel| tunnel.port == 0 || tunnel.key.0 == [0; 32]) {
+        return Some("its end of the tunnel has no port or no key");
     }
     // IPv4 asks of every host that it takes 576 bytes.
     if record.link_mtu < 576 {

@@ -22,14 +22,13 @@ mod outbox;
 mod probe;
 mod sandbox;
 mod socket;
-#[cfg_attr(not(test), expect(dead_code, reason = "the dispatch of tunnels takes it up"))]
 mod sources;
 mod sweep;
 mod sys;
 mod sysctl;
 #[cfg(test)]
 mod tests;
-#[cfg_attr(not(test), expect(dead_code, reason = "the dispatch of tunnels takes it up"))]
+mod tunnel;
 mod wireguard;
 mod worker;
 
@@ -45,11 +44,14 @@ use ovl_core::device::Device;
 use ovl_core::kernel::Kernel;
 use ovl_core::op::Op;
 use ovl_proto::id::Mac;
+use ovl_tunnel::PrivateKey;
 use tokio::sync::{mpsc, oneshot};
 
 use self::outbox::Outbox;
+use self::tunnel::Tunnels;
 use self::worker::{Request, Worker};
 
+pub(crate) use apply::has_inet6;
 pub(crate) use error::{KernelError, Result};
 pub(crate) use message::port_mac;
 pub(crate) use netns::{Netns, open_netns};
@@ -58,6 +60,7 @@ pub(crate) use sandbox::{
     Cookie, Held, Place, Process, look_at, mount_netns, netns_file, new_netns, own_netns, processes_in,
     unmount_netns,
 };
+pub(crate) use tunnel::{TunnelPeerStatus, TunnelStatus};
 
 /// What happened in the kernel that ovld did not do itself. At most one of each kind waits in the
 /// channel.
@@ -178,14 +181,15 @@ pub(crate) struct Underlay {
     pub(crate) prefix: IpNet,
 }
 
-/// Starts the worker, in the network namespace of the calling thread.
-pub(crate) fn start(events: mpsc::Sender<KernelEvent>) -> Result<KernelHandle> {
+/// Starts the worker, in the network namespace of the calling thread; with the private keys that ends of the
+/// tunnel may get.
+pub(crate) fn start(events: mpsc::Sender<KernelEvent>, tunnel_keys: Vec<PrivateKey>) -> Result<KernelHandle> {
     let error = |error| KernelError::io("cannot start the thread that talks to the kernel", &error);
     let (bell, wake) = UnixStream::pair().map_err(error)?;
     // A full socket means that the worker has enough to wake up for.
     bell.set_nonblocking(true).map_err(error)?;
     wake.set_nonblocking(true).map_err(error)?;
-    let worker = Worker::new(Outbox::new(events))?;
+    let worker = Worker::new(Outbox::new(events), Tunnels::new(tunnel_keys))?;
     let (requests, queue) = queue::channel();
     std::thread::Builder::new()
         .name("kernel".to_owned())
@@ -281,6 +285,16 @@ impl KernelHandle {
     /// network's subnet should collide with none.
     pub(crate) async fn prefixes(&self) -> Result<Vec<IpNet>> {
         self.ask(Request::Prefixes).await?
+    }
+
+    /// Whether the kernel makes WireGuard devices.
+    pub(crate) async fn has_wireguard(&self) -> Result<bool> {
+        self.ask(Request::HasWireguard).await
+    }
+
+    /// How the ends of the tunnel do.
+    pub(crate) async fn tunnels(&self) -> Result<Vec<TunnelStatus>> {
+        self.ask(Request::Tunnels).await?
     }
 
     /// Removes our nftables table, for a teardown.

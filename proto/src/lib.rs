@@ -30,5 +30,8 @@ pub const DEFAULT_PORT: u16 = 7940;
 pub const DEFAULT_VXLAN_PORT: u16 = 4789;
 /// The tunnel's UDP port; 51820 is what people give to a WireGuard of their own.
 pub const DEFAULT_TUNNEL_PORT: u16 = 51940;
+/// The UDP port of VXLAN inside the tunnel, the same on all hosts: another one than outside, so that what
+/// comes in plain can never meet an encrypted network.
+pub const SEALED_VXLAN_PORT: u16 = 51941;
 /// Where `ovlctl` finds the daemon unless told otherwise.
 pub const DEFAULT_SOCKET: &str = "/run/ovl/ovld.sock";

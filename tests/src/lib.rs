@@ -1,6 +1,7 @@
 //! Helpers that the multi-host tests share. Nothing here knows ovl's insides: it is what a person
 //! would do with `ovlctl`, `ip` and `ping`.
 
+mod capture;
 pub mod cni;
 mod flow;
 pub mod routed;
@@ -10,6 +11,7 @@ use std::sync::Barrier;
 use std::thread;
 use std::time::Duration;
 
+pub use capture::Capture;
 pub use flow::{Flow, FlowReport};
 
 use anyhow::{Context as _, Result, ensure};

@@ -171,7 +171,10 @@ fn whatever_is_refused_is_refused_in_words_and_leaves_nothing_behind() {
     for (args, parts) in [
         (&["--mtu", "1279"][..], &["1279", "1280"][..]),
         (&["--mtu", "0"][..], &["0", "1280"][..]),
-        (&["--encrypted"][..], &["encrypted"][..]),
+        (
+            &["--encrypted", "--mode", "l3", "--backend", "direct"][..],
+            &["encrypted", "tunnel", "--backend"][..],
+        ),
         (&["--subnet", "10.1.0.5/24"][..], &["10.1.0.5/24", "10.1.0.0/24"][..]),
     ] {
         assert_says(&refused(h1, &[&["network", "create", "bad"], args].concat()).unwrap(), parts);

@@ -36,7 +36,7 @@ fn follow(context: &Context) -> Result<()> {
     loop {
         for event in events(reply)? {
             let text = match context.output {
-                Output::Table => line(&event),
+                Output::Table | Output::Wide => line(&event),
                 // An array would never end: one object a line instead.
                 Output::Json => json_text(serde_json::to_string(&event))?,
             };

@@ -1,12 +1,13 @@
 //! `ovlctl peers`
 
 use clap::Subcommand;
-use ovl_proto::control::{Peer, PeerState, Reply, Request};
+use ovl_proto::control::{Peer, PeerState, PeerTunnel, Reply, Request};
 
+use crate::args::Output;
 use crate::context::Context;
 use crate::error::{Error, Result};
 use crate::text::{Table, maybe};
-use crate::time::{micros, millis};
+use crate::time::{micros, millis, seconds};
 
 /// Arguments of `peers`.
 #[derive(Debug, clap::Args)]
@@ -38,11 +39,12 @@ pub(crate) fn run(context: &Context, args: Args) -> Result<()> {
         return Ok(());
     }
     let Reply::Peers(peers) = context.ask(&Request::Peers)? else { return Err(Error::unexpected_reply()) };
-    context.print(&peers, |peers| render(peers))
+    context.print(&peers, |peers| render(peers, context.output == Output::Wide))
 }
 
-fn render(peers: &[Peer]) -> String {
-    Table::new()
+fn render(peers: &[Peer], wide: bool) -> String {
+    let tunnels = || peers.iter().map(|peer| peer.tunnel.as_ref());
+    let table = Table::new()
         .column("NAME", peers.iter().map(|peer| format!("{}{}", peer.name, if peer.own { " *" } else { "" })))
         .column("ADDRESS", peers.iter().map(|peer| peer.address))
         .column("VTEP", peers.iter().map(|peer| peer.vtep))
@@ -51,9 +53,31 @@ fn render(peers: &[Peer]) -> String {
         .column("RTT", peers.iter().map(|peer| maybe(peer.rtt_us.map(micros))))
         .column("ENDPOINTS", peers.iter().map(|peer| peer.endpoints))
         .column("VERSION", peers.iter().map(|peer| &peer.version))
-        .unusual("ENCRYPTION", "none", peers.iter().map(|peer| &peer.encryption))
-        .unusual("NOTE", "", peers.iter().map(note))
-        .render()
+        .unusual("ENCRYPTION", if wide { "" } else { "none" }, peers.iter().map(|peer| &peer.encryption));
+    let table = if wide {
+        table
+            .column("ENDPOINT", tunnels().map(|tunnel| maybe(tunnel.and_then(|tunnel| tunnel.endpoint))))
+            .column(
+                "HANDSHAKE",
+                tunnels().map(|tunnel| maybe(tunnel.and_then(|t| t.last_handshake_s).map(seconds))),
+            )
+            .column("SENT", tunnels().map(|tunnel| maybe(tunnel.map(|tunnel| tunnel.sent_bytes))))
+            .column("RECEIVED", tunnels().map(|tunnel| maybe(tunnel.map(|tunnel| tunnel.received_bytes))))
+            .column("TUNNEL-RTT", tunnels().map(|tunnel| maybe(tunnel.and_then(|t| t.rtt_us).map(micros))))
+            .column("LOSS", tunnels().map(|tunnel| tunnel.map_or_else(String::new, loss)))
+    } else {
+        table.unusual("TUNNEL-LOSS", "", tunnels().map(|tunnel| tunnel.map_or_else(String::new, some_loss)))
+    };
+    table.unusual("NOTE", "", peers.iter().map(note)).render()
+}
+
+fn loss(tunnel: &PeerTunnel) -> String {
+    maybe(tunnel.loss_percent.map(|percent| format!("{percent}%")))
+}
+
+/// Only where there is any.
+fn some_loss(tunnel: &PeerTunnel) -> String {
+    if tunnel.loss_percent == Some(0) { String::new() } else { loss(tunnel) }
 }
 
 /// What is odd about a host beyond its state.
@@ -85,6 +109,7 @@ mod tests {
             endpoints: 4,
             version: "0.1.0".into(),
             encryption: "none".into(),
+            tunnel: None,
             own: false,
             member: true,
             reachable: true,
@@ -97,7 +122,7 @@ mod tests {
         let own = Peer { own: true, last_heard_ms: None, rtt_us: None, ..peer(1) };
         let dead = Peer { state: PeerState::Dead, last_heard_ms: Some(72_000), reachable: false, ..peer(3) };
         assert_eq!(
-            render(&[own, peer(2), dead]),
+            render(&[own, peer(2), dead], false),
             "\
 NAME     ADDRESS         VTEP       STATE  HEARD  RTT    ENDPOINTS  VERSION
 host1 *  192.0.2.1:7940  192.0.2.1  alive  -      -      4          0.1.0
@@ -108,10 +133,45 @@ host3    192.0.2.3:7940  192.0.2.3  dead   1m12s  0.4ms  4          0.1.0
     }
 
     #[test]
+    fn a_wide_table_tells_of_the_tunnel_and_a_narrow_one_of_loss() {
+        let tunnel = PeerTunnel {
+            endpoint: Some("192.0.2.2:51940".parse().unwrap()),
+            last_handshake_s: Some(72),
+            sent_bytes: 1200,
+            received_bytes: 900,
+            rtt_us: Some(412),
+            loss_percent: Some(5),
+        };
+        let own = Peer { own: true, encryption: "wireguard (userspace)".into(), ..peer(1) };
+        let other = Peer { tunnel: Some(tunnel.clone()), ..Peer { own: false, ..own.clone() } };
+        let last = |text: String| {
+            text.lines()
+                .map(|line| {
+                    line.split_once("ENCRYPTION").map_or_else(
+                        || line.split_once("(userspace)").unwrap().1.trim().to_owned(),
+                        |(_, end)| end.trim().to_owned(),
+                    )
+                })
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(
+            last(render(&[own.clone(), other.clone()], true)),
+            [
+                "ENDPOINT         HANDSHAKE  SENT  RECEIVED  TUNNEL-RTT  LOSS",
+                "-                -          -     -         -           -",
+                "192.0.2.2:51940  1m12s      1200  900       0.4ms       5%",
+            ]
+        );
+        assert_eq!(last(render(&[own.clone(), other.clone()], false)), ["TUNNEL-LOSS", "-", "5%"]);
+        let well = Peer { tunnel: Some(PeerTunnel { loss_percent: Some(0), ..tunnel }), ..other };
+        assert_eq!(last(render(&[own, well], false)), ["", "", ""]);
+    }
+
+    #[test]
     fn what_is_odd_has_a_note() {
         let odd = Peer { reachable: false, encryption: "wireguard".into(), ..peer(2) };
         let new = Peer { member: false, reachable: false, ..peer(3) };
-        let text = render(&[odd, new]);
+        let text = render(&[odd, new], false);
         let ends: Vec<_> = text
             .lines()
             .filter_map(|line| line.split_once("ENDPOINTS  ").or(line.split_once(" 4  ")))

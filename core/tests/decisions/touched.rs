@@ -15,7 +15,7 @@ use ovl_proto::record::Signature;
 use ovl_proto::table::{Endpoint, Entry, Key};
 use proptest::prelude::*;
 
-use super::world::{NET, id, net, switched, view_of};
+use super::world::{NET, encrypt, id, net, switched, view_of};
 
 /// One endpoint of a host comes, changes or goes; of few, so that they meet.
 #[derive(Debug, Clone)]
@@ -116,8 +116,18 @@ proptest! {
         steps in prop::collection::vec((step(), 1..4_usize), 1..40),
         isolated in prop::collection::btree_set(0..6_u8, 0..2),
         routed: bool,
+        // In the kernel, or not.
+        encrypted: Option<bool>,
+        // A host without a tunnel.
+        deaf in prop::option::weighted(0.2, 1..=3_u8),
     ) {
         let mut view = if routed { small_blocks() } else { switched() };
+        if let Some(kernel) = encrypted {
+            encrypt(&mut view, kernel);
+        }
+        if let Some(deaf) = deaf {
+            view.nodes.get_mut(&id(deaf)).unwrap().record.tunnel = None;
+        }
         let isolated = isolated.into_iter().map(|n| (EndpointId([n; 5]), String::new())).collect();
         let local = Local { isolated, wanted: BTreeMap::from([(NET, 1)]), ..Local::default() };
         let mut applied = Kernel::default();

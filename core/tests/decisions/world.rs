@@ -9,9 +9,9 @@ use ovl_core::view::{NetworkState, Node, View};
 use ovl_proto::alloc::{AllocMap, Block};
 use ovl_proto::clock::Stamp;
 use ovl_proto::control::PeerState;
-use ovl_proto::id::{EndpointId, NetworkId, NodeId};
+use ovl_proto::id::{EndpointId, NetworkId, NodeId, TunnelKey};
 use ovl_proto::object::{Backend, Driver, Mode, Network, Subnet};
-use ovl_proto::record::{NodeRecord, Presence, Signature};
+use ovl_proto::record::{NodeRecord, Presence, Signature, Tunnel};
 use ovl_proto::table::{Endpoint, Entry};
 
 pub(crate) const NET: NetworkId = NetworkId([0; 5]);
@@ -82,6 +82,18 @@ pub(crate) fn view_of(mode: Mode, backend: Backend, subnet: Subnet, block: impl 
 pub(crate) fn switched() -> View {
     let subnet = ipam::new_subnet(net("10.9.0.0/24")).unwrap();
     view_of(Mode::L2, Backend::Vxlan, subnet, |n| net(&format!("10.9.0.{}/29", 8 * n)))
+}
+
+pub(crate) fn tunnel_key(n: u8) -> TunnelKey {
+    TunnelKey([100 + n; 32])
+}
+
+/// Gives every host an end of the tunnel, and has the network encrypted.
+pub(crate) fn encrypt(view: &mut View, kernel: bool) {
+    for (n, node) in (1..).zip(view.nodes.values_mut()) {
+        node.record.tunnel = Some(Tunnel { key: tunnel_key(n), port: 51940, rotating: false, kernel });
+    }
+    view.networks.get_mut(&NET).unwrap().network.encrypted = true;
 }
 
 pub(crate) fn endpoint(n: u8, address: &str) -> Entry {

@@ -84,3 +84,38 @@ fn only_good_records_are_opened() {
         assert!(matches!(open_record(&identity.sign_record(&bad).unwrap()), Err(RecordError::Field(..))));
     }
 }
+
+#[test]
+fn a_tunnel_key_is_made_once_kept_as_wg_prints_it_and_never_shown() {
+    let dir = std::env::temp_dir().join(format!("ovl-tunnel-key-{}", std::process::id()));
+    fs::create_dir_all(&dir).unwrap();
+    let path = dir.join("tunnel.key");
+    let made = TunnelSecret::load_or_create(&path).unwrap();
+    let text = fs::read_to_string(&path).unwrap();
+    assert_eq!(text.trim_end().len(), 44);
+    assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+    assert_eq!(TunnelSecret::load_or_create(&path).unwrap().public(), made.public());
+    assert!(!format!("{made:?}").contains(text.trim_end()));
+    for bad in ["", "short", &text[1..]] {
+        fs::write(&path, bad).unwrap();
+        let error = format!("{:#}", TunnelSecret::load_or_create(&path).unwrap_err());
+        assert!(error.contains("tunnel.key") && !error.contains(text.trim_end()), "{error}");
+    }
+    fs::write(&path, &text).unwrap();
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o644)).unwrap();
+    assert!(TunnelSecret::load_or_create(&path).unwrap_err().to_string().contains("chmod 600"));
+    fs::remove_dir_all(&dir).unwrap();
+}
+
+#[test]
+fn a_record_with_an_end_of_the_tunnel_that_nobody_could_reach_is_refused() {
+    let identity = Identity::ephemeral();
+    let with = |key, port| {
+        let end = ovl_proto::record::Tunnel { key: TunnelKey(key), port, rotating: false, kernel: false };
+        let record = NodeRecord { tunnel: Some(end), ..record_of(&identity) };
+        open_record(&identity.sign_record(&record).unwrap()).is_ok()
+    };
+    assert!(with([1; 32], 51940));
+    assert!(!with([1; 32], 0));
+    assert!(!with([0; 32], 51940));
+}

@@ -14,6 +14,7 @@ use super::error::{KernelError, Result};
 use super::link::{DOOMED, LinkView};
 use super::message::{self, Target};
 use super::socket::{Batch, Refusal, Route};
+use super::tunnel::Tunnels;
 use super::{dump, wireguard};
 
 /// A device of ours that is there.
@@ -223,18 +224,19 @@ fn verdict(route: &mut Route, op: &Op, result: Result<(), Refusal>) -> Result<()
     }
 }
 
-/// Makes a bridge or a VXLAN device, or leaves nothing behind. One that is there is left as it is:
+/// Makes a device, or leaves nothing behind. One that is there is left as it is:
 /// the next dump shows what is to be changed on it.
 pub(super) fn add_link(
     route: &mut Route,
     devices: &mut Devices,
+    tunnels: &mut Tunnels,
     op: &Op,
     device: Device,
     link: &Link,
 ) -> Result<()> {
-    let Some(new) = message::new_link(device, link) else {
+    if let Link::Endpoint { .. } = link {
         return Err(KernelError::Other(format!("{device} is made by an attach, not by the loop")));
-    };
+    }
     let (alias, master, up) = match link {
         Link::Bridge { up, .. } => ("bridge", None, *up),
         Link::Vxlan { master, up, .. } => ("vxlan", *master, *up),
@@ -255,15 +257,23 @@ pub(super) fn add_link(
     if has_inet6() {
         attributes.push(message::no_link_local());
     }
-    if let Link::Bridge { mtu, .. } = link {
+    if let Link::Bridge { mtu, .. } | Link::Tap { mtu, .. } | Link::Tunnel { mtu, .. } = link {
         attributes.push(LinkAttribute::Mtu(u32::from(*mtu)));
+    }
+    if let (Link::Tap { .. }, Some(Role::Vxlan(network))) = (link, device.role()) {
+        attributes.push(message::hardware_address(Mac::of_vxlan(network)));
     }
     if let Some(master) = master {
         attributes.push(LinkAttribute::Controller(master.index));
     }
     // In one go: a daemon that is killed in between would find a device that is not known as its own.
     let mut batch = Batch::default();
-    batch.push(new, NLM_F_CREATE | NLM_F_EXCL);
+    let new = message::new_link(device, link);
+    let by_engine = new.is_none();
+    match new {
+        Some(new) => batch.push(new, NLM_F_CREATE | NLM_F_EXCL),
+        None => tunnels.make(device, link)?,
+    }
     batch.push(message::set(target, attributes), 0);
     if master.is_some() {
         batch.push(message::set(target, vec![message::port(device)]), 0);
@@ -272,9 +282,10 @@ pub(super) fn add_link(
         batch.push(message::set_up(target, true), 0);
     }
     let (results, _) = route.execute(batch)?;
-    let made = results.first().is_some_and(Result::is_ok);
+    let made = by_engine || results.first().is_some_and(Result::is_ok);
     let Some(refusal) = results.into_iter().find_map(Result::err) else { return Ok(()) };
     let error = explain(route, device, link, refusal, op);
+    tunnels.delete(device);
     if made {
         let _ = route.request(message::del_link_named(device), 0)?;
     }
@@ -398,7 +409,7 @@ fn explain(route: &mut Route, device: Device, link: &Link, refusal: Refusal, op:
 }
 
 /// Whether this kernel has IPv6; `ipv6.disable=1` takes it away.
-pub(super) fn has_inet6() -> bool {
+pub(crate) fn has_inet6() -> bool {
     std::path::Path::new("/proc/sys/net/ipv6").exists()
 }
 

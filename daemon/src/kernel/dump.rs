@@ -35,14 +35,14 @@ pub(super) struct Names {
     pub(super) others: HashMap<u32, (u32, bool)>,
 }
 
-/// Everything except the packet filter.
+/// Everything except the packet filter and what is inside of tunnels.
 pub(super) fn kernel(route: &mut Route) -> Result<(Kernel, Names)> {
     let mut kernel = Kernel::default();
     let names = links(route, &mut kernel)?;
     for message in addresses(route)?.messages().filter(|message| message.kind == RTM_NEWADDR) {
         if let Some((index, net)) = fact::address(message.payload)
             && let Some(device) = names.ours.get(&index)
-            && let Some(Role::Bridge(_)) = device.role()
+            && let Some(Role::Bridge(_) | Role::Tunnel(_)) = device.role()
         {
             kernel.addresses.insert((*device, net));
         }

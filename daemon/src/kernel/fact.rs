@@ -59,6 +59,8 @@ pub(super) fn of_neighbour(entry: &Neighbour, device: Device, link: Option<&Link
     let Role::Vxlan(_) = role else { return None };
     let own_port = match link {
         Some(Link::Vxlan { port, .. }) => *port,
+        // What it says of itself are multicast addresses that it listens to: where frames go, who serves it knows.
+        Some(Link::Tap { .. }) => return None,
         _ => ovl_proto::DEFAULT_VXLAN_PORT,
     };
     // An entry with another VNI or a device of its own is none that we make: with this VTEP it

@@ -65,6 +65,11 @@ impl Known {
         self.told.clear();
     }
 
+    /// What we believe.
+    pub(super) fn kernel(&self) -> &Kernel {
+        &self.kernel
+    }
+
     /// After an operation that succeeded.
     pub(super) fn applied(&mut self, op: &Op) {
         let kernel = &mut self.kernel;
@@ -181,6 +186,10 @@ impl Known {
                 }
                 (None, None) => continue,
             };
+            if let (Link::Tap { vni, .. }, Some(Link::Tap { vni: served, .. })) = (&mut now, known) {
+                // The kernel does not know it.
+                *vni = served;
+            }
             if let Some((port, was_tuned)) = told.port_is_tuned.zip(is_tuned(&mut now)) {
                 // Of the bridge's message we learn about the port alone. If that is as it should
                 // be and the device was not, a dump tells.
@@ -244,7 +253,7 @@ impl Known {
             self.news.underlay |= name.is_none_or(|name| name.role().is_none());
             return;
         };
-        if let Some(Role::Bridge(_)) = device.role() {
+        if let Some(Role::Bridge(_) | Role::Tunnel(_)) = device.role() {
             self.note_fact(Place::Address(*device, net), Value::There, new);
         }
     }

@@ -148,6 +148,7 @@ impl<'a> LinkView<'a> {
             Role::Vxlan(_) => {
                 let mut learning = false;
                 let (mut vni, mut port) = (0, 0);
+                let (mut bare_out, mut bare_in) = (false, false);
                 let mut local = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
                 for (kind, value) in data() {
                     match kind {
@@ -155,12 +156,15 @@ impl<'a> LinkView<'a> {
                         4 | 17 => local = ip(value)?,
                         7 => learning = u8_at(value, 0)? != 0,
                         15 => port = u16_be(value)?,
+                        19 => bare_out = u8_at(value, 0)? != 0,
+                        20 => bare_in = u8_at(value, 0)? != 0,
                         _ => {}
                     }
                 }
+                let sealed = bare_out && bare_in;
                 let port_tuned = master.is_none() || self.port_is_tuned(true) == Some(true);
                 let tuned = quiet && !learning && port_tuned;
-                Link::Vxlan { vni, local, port, mtu, master, mac: self.mac?, up, tuned }
+                Link::Vxlan { vni, local, port, mtu, master, mac: self.mac?, up, tuned, sealed }
             }
             Role::Endpoint(_) => {
                 Link::Endpoint { mtu, master, up, tuned: quiet && self.port_is_tuned(false) == Some(true) }

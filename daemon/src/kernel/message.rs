@@ -313,28 +313,25 @@ pub(super) fn new_link(device: Device, link: &Link) -> Option<RouteNetlinkMessag
             attributes.push(LinkAttribute::Mtu(u32::from(mtu ^ 1)));
             bridge_info()
         }
-        Link::Vxlan { vni, local, port, mtu, mac, .. } => {
+        Link::Vxlan { vni, local, port, mtu, mac, sealed, .. } => {
             attributes.push(hardware_address(*mac));
             attributes.push(LinkAttribute::Mtu(u32::from(*mtu)));
             let local = match local {
                 IpAddr::V4(local) => InfoVxlan::Local(*local),
                 IpAddr::V6(local) => InfoVxlan::Local6(*local),
             };
-            vec![
-                LinkInfo::Kind(InfoKind::Vxlan),
-                LinkInfo::Data(InfoData::Vxlan(vec![
-                    InfoVxlan::Id(*vni),
-                    local,
-                    InfoVxlan::Port(*port),
-                    InfoVxlan::Learning(false),
-                ])),
-            ]
+            let mut data =
+                vec![InfoVxlan::Id(*vni), local, InfoVxlan::Port(*port), InfoVxlan::Learning(false)];
+            if *sealed {
+                data.extend([InfoVxlan::UDPZeroCsumTX(true), InfoVxlan::UDPZeroCsumRX(true)]);
+            }
+            vec![LinkInfo::Kind(InfoKind::Vxlan), LinkInfo::Data(InfoData::Vxlan(data))]
         }
         Link::Tunnel { kind: TunnelKind::Kernel, mtu, .. } => {
             attributes.push(LinkAttribute::Mtu(u32::from(*mtu)));
             vec![LinkInfo::Kind(InfoKind::Wireguard)]
         }
-        // Made by the tunnel in this process, and by attaches.
+        // Made by the tunnel's engine, or by an attach.
         Link::Tap { .. } | Link::Tunnel { kind: TunnelKind::Userspace, .. } | Link::Endpoint { .. } => {
             return None;
         }

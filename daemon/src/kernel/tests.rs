@@ -10,4 +10,5 @@ mod passes;
 mod probes;
 mod sources;
 mod sweeping;
+mod tunnels;
 mod wireguard;

@@ -160,7 +160,7 @@ impl Wireguard {
             let endpoint = peer.endpoint.filter(|_| !peer.is_foreign).unwrap_or(NO_ENDPOINT);
             (key, TunnelPeer { endpoint, allowed: peer.allowed })
         });
-        Ok((Tunnel { key, port: read.port }, peers.collect()))
+        Ok((Tunnel { key, port: read.port, local: None }, peers.collect()))
     }
 
     /// How it goes with each peer.

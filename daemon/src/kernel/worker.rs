@@ -11,7 +11,7 @@ use ipnet::IpNet;
 use ovl_core::cni::Inside;
 use ovl_core::device::Device;
 use ovl_core::diff::{diff, lost_endpoints};
-use ovl_core::kernel::Kernel;
+use ovl_core::kernel::{Kernel, Link};
 use ovl_core::op::Op;
 use tokio::sync::oneshot;
 
@@ -24,6 +24,7 @@ use super::netns::{self, Netns, Visitor};
 use super::outbox::Outbox;
 use super::socket::Route;
 use super::sweep::{self, Sweeper};
+use super::tunnel::{self, TunnelStatus, Tunnels};
 use super::{EndpointSpec, Goal, HostEnd, KernelEvent, Made, Outcome, Pass, Retired, Underlay};
 use super::{dump, endpoint, inspect, sysctl};
 
@@ -45,6 +46,8 @@ pub(super) enum Request {
     RemoveFilter(oneshot::Sender<Result<()>>),
     Retire(Vec<Retired>, Vec<Op>, oneshot::Sender<(Vec<Outcome>, Result<()>)>),
     Sweep(oneshot::Sender<Result<()>>),
+    HasWireguard(oneshot::Sender<bool>),
+    Tunnels(oneshot::Sender<Result<Vec<TunnelStatus>>>),
 }
 
 #[derive(Debug)]
@@ -55,12 +58,13 @@ pub(super) struct Worker {
     known: Known,
     visitor: Visitor,
     sweeper: Sweeper,
+    tunnels: Tunnels,
     outbox: Outbox,
 }
 
 impl Worker {
     /// In the network namespace of the calling thread.
-    pub(super) fn new(outbox: Outbox) -> Result<Self> {
+    pub(super) fn new(outbox: Outbox, tunnels: Tunnels) -> Result<Self> {
         // First the ears, then the first look: so nothing falls between.
         let monitor = Monitor::open()?;
         let filter = Filter::new();
@@ -70,7 +74,7 @@ impl Worker {
         let sweeper = Sweeper::start()?;
         sweeper.doom(names.doomed.iter().copied());
         known.load(kernel, names);
-        Ok(Self { route, monitor, filter, known, visitor: Visitor::default(), sweeper, outbox })
+        Ok(Self { route, monitor, filter, known, visitor: Visitor::default(), sweeper, tunnels, outbox })
     }
 
     /// Until all senders of requests are gone.
@@ -135,8 +139,14 @@ impl Worker {
                 self.listen();
             }
             Request::Sweep(reply) => self.sweeper.all(reply),
+            Request::HasWireguard(reply) => {
+                let _ = reply.send(tunnel::kernel_has_wireguard());
+            }
+            Request::Tunnels(reply) => {
+                let _ = reply.send(self.tunnels.status(self.known.kernel()));
+            }
             Request::RemoveFilter(reply) => {
-                let _ = reply.send(self.filter.remove());
+                let _ = reply.send(self.tunnels.remove().and_then(|()| self.filter.remove()));
             }
         }
         None
@@ -161,6 +171,7 @@ impl Worker {
         self.listen();
         let (mut kernel, names) = dump::kernel(&mut self.route)?;
         self.sweeper.doom(names.doomed.iter().copied());
+        self.tunnels.fill(&mut kernel)?;
         self.known.load(kernel.clone(), names);
         self.listen();
         if self.filter.drain() {
@@ -196,11 +207,14 @@ impl Worker {
     fn carry_out(&mut self, ops: Vec<Op>, devices: &mut Devices) -> Vec<Outcome> {
         let mut outcomes = Vec::with_capacity(ops.len());
         let mut peers = Vec::new();
+        self.tunnels.expect(&ops);
         let mut ops = ops.into_iter().peekable();
         while let Some(op) = ops.next() {
             let mut run = vec![op];
+            let is_entry = |op: &Op| apply::is_entry(op) && !self.tunnels.takes(op);
             let same = |first: &Op, next: &Op| {
-                (apply::is_entry(first) && apply::is_entry(next))
+                (is_entry(first) && is_entry(next))
+                    || (self.tunnels.is_source(first) && self.tunnels.is_source(next))
                     || matches!((first, next), (Op::DelLink(_), Op::DelLink(_)))
             };
             while run.len() < BATCH
@@ -210,6 +224,7 @@ impl Worker {
             }
             let results = self.run_of(&run, devices, &mut peers);
             for (op, result) in run.into_iter().zip(results) {
+                let result = result.and_then(|()| self.tunnels.routed(&op));
                 if result.is_ok() {
                     self.known.applied(&op);
                 }
@@ -230,8 +245,14 @@ impl Worker {
             results.unwrap_or_else(|error| run.iter().map(|_| Err(error.clone())).collect())
         };
         let one = match run {
+            [first, ..] if self.tunnels.is_source(first) => {
+                let result = self.tunnels.change_sources(run);
+                return run.iter().map(|_| result.clone()).collect();
+            }
+            [op] if self.tunnels.takes(op) => self.tunnels.apply(op),
             [Op::DelLink(_), ..] => {
                 let doomed: Vec<Device> = run.iter().filter_map(Op::device).collect();
+                doomed.iter().for_each(|device| self.tunnels.delete(*device));
                 return for_all(apply::delete(route, devices, &doomed));
             }
             [Op::Sysctl { name, value }] => sysctl::write(name, value),
@@ -245,7 +266,13 @@ impl Worker {
                 }
                 Err(error) => Err(error),
             },
-            [op @ Op::AddLink(device, link)] => apply::add_link(route, devices, op, *device, link),
+            [op @ Op::AddLink(device, link)] => {
+                let guarded = match link {
+                    Link::Vxlan { vni, sealed: true, .. } => self.tunnels.guard(*device, *vni),
+                    _ => Ok(()),
+                };
+                guarded.and_then(|()| apply::add_link(route, devices, &mut self.tunnels, op, *device, link))
+            }
             [op @ Op::SetLink(device, from, to)] => apply::set_link(route, devices, op, *device, from, to)
                 .and_then(|located| {
                     let Some(mtu) = apply::peer_mtu(*device, from, to) else { return Ok(()) };
@@ -353,6 +380,7 @@ impl Worker {
             }
         }
         let all: Vec<Device> = together.iter().flat_map(|(devices, _)| devices).copied().collect();
+        all.iter().for_each(|device| self.tunnels.delete(*device));
         let results = match apply::delete(&mut self.route, &mut Devices::default(), &all) {
             Ok(results) => results,
             Err(error) => all.iter().map(|_| Err(error.clone())).collect(),

@@ -39,6 +39,7 @@ pub(crate) async fn run(config: Config) -> Result<()> {
     tasks.spawn_local(Rc::clone(&node).limits_loop());
     tasks.spawn_local(Rc::clone(&node).key_loop());
     tasks.spawn_local(Rc::clone(&node).tick_loop());
+    tasks.spawn_local(Rc::clone(&node).tunnel_loop());
     tasks.spawn_local(Rc::clone(&node).deleted_loop());
     let (on_gossip, on_links, on_kernel) = (Rc::clone(&node), Rc::clone(&node), Rc::clone(&node));
     tasks.spawn_local(async move {

@@ -2,10 +2,10 @@
 
 use std::fmt::Write as _;
 
-use ovl_proto::control::{DaemonState, Peer, PeerState, Status};
+use ovl_proto::control::{DaemonState, Peer, PeerState, PeerTunnel, Status};
 
 /// All of them.
-pub(super) fn render(status: &Status, peers: &[Peer]) -> String {
+pub(super) fn render(status: &Status, peers: &[Peer], drops: &[(&str, u64)]) -> String {
     let mut text = String::new();
     let ready = u64::from(status.state == DaemonState::Ready);
     gauge(&mut text, "ovl_ready", "1 if the daemon is ready and nothing is wrong", ready);
@@ -69,7 +69,41 @@ pub(super) fn render(status: &Status, peers: &[Peer]) -> String {
             );
         }
     }
+    tunnel(&mut text, peers, drops);
     text
+}
+
+/// Nothing where there is no tunnel.
+fn tunnel(text: &mut String, peers: &[Peer], drops: &[(&str, u64)]) {
+    let tunnels: Vec<_> = peers.iter().filter_map(|peer| Some((peer, peer.tunnel.as_ref()?))).collect();
+    let mut each = |name: &str, help: &str, kind: &str, value: &dyn Fn(&PeerTunnel) -> Option<u64>| {
+        if tunnels.is_empty() {
+            return;
+        }
+        head(text, name, help, kind);
+        for (peer, tunnel) in &tunnels {
+            if let Some(value) = value(tunnel) {
+                let labels =
+                    [("peer", peer.name.as_str()), ("id", &peer.id.to_string()), ("path", &peer.encryption)];
+                line(text, name, &labels, value);
+            }
+        }
+    };
+    each("ovl_tunnel_sent_bytes_total", "Bytes of packets for the host", "counter", &|t| Some(t.sent_bytes));
+    each("ovl_tunnel_received_bytes_total", "Bytes of packets from the host", "counter", &|t| {
+        Some(t.received_bytes)
+    });
+    each("ovl_tunnel_handshake_age_seconds", "Since the last handshake", "gauge", &|t| t.last_handshake_s);
+    each("ovl_tunnel_rtt_microseconds", "Round trip through the tunnel", "gauge", &|t| t.rtt_us);
+    each("ovl_tunnel_loss_percent", "Of the last probes, those without an answer", "gauge", &|t| {
+        t.loss_percent.map(u64::from)
+    });
+    if !drops.is_empty() {
+        head(text, "ovl_tunnel_dropped_total", "Packets that the tunnel dropped, by reason", "counter");
+        for (reason, count) in drops {
+            line(text, "ovl_tunnel_dropped_total", &[("reason", reason)], *count);
+        }
+    }
 }
 
 fn gauge(text: &mut String, name: &str, help: &str, value: u64) {

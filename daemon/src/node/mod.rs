@@ -21,6 +21,7 @@ mod routed;
 mod sandbox;
 mod state;
 mod tables;
+mod tunnel;
 mod underlay;
 
 use std::cell::{Cell, Ref, RefCell};
@@ -43,7 +44,7 @@ use tokio::sync::{Notify, mpsc};
 use self::events::Events;
 use self::state::{RunDir, State};
 use crate::config::Config;
-use crate::crypto::{ClusterKey, Identity, KeyFile, Keyring};
+use crate::crypto::{ClusterKey, Identity, KeyFile, Keyring, TunnelSecret};
 use crate::gossip::{Gossip, GossipConfig, GossipEvent, Hints};
 use crate::kernel::{self, KernelEvent, KernelHandle, Prober};
 use crate::links::{LinkEvent, Links, LinksConfig};
@@ -82,6 +83,8 @@ pub(crate) struct Node {
     state: RefCell<State>,
     /// Calls of container runtimes that are under way.
     containers: cni::Containers,
+    /// What is known of the tunnel.
+    tunnel: RefCell<tunnel::Tunnel>,
     /// Whom gossip and streams were last told to talk to.
     pointed: RefCell<BTreeMap<NodeId, SocketAddr>>,
     /// What happened lately.
@@ -154,7 +157,9 @@ impl Node {
             std::fs::create_dir_all(&dir).with_context(|| format!("making {}", dir.display()))?;
         }
         let (kernel_tell, kernel_events) = mpsc::channel(INBOX);
-        let kernel = kernel::start(kernel_tell).context("opening netlink")?;
+        let secret = TunnelSecret::load_or_create(&config.state_dir.join("tunnel.key"))?;
+        let kernel = kernel::start(kernel_tell, vec![secret.private()]).context("opening netlink")?;
+        let (end, missing) = tunnel::choose(&config, &secret, &kernel).await;
         let link = kernel.underlay(config.advertise.ip()).await.with_context(|| {
             format!(
                 "{} is not an address of this host: give one that is with --advertise",
@@ -172,7 +177,7 @@ impl Node {
             vtep: config.advertise.ip(),
             vxlan_port: config.vxlan_port,
             link_mtu: link.mtu,
-            tunnel: None,
+            tunnel: end,
             keys: keyring.ids(),
             presence: Presence::Running,
             version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -199,6 +204,7 @@ impl Node {
             writer: store::Writer::start(state_path.clone(), saved_tell)?,
             state: RefCell::new(state),
             containers: cni::Containers::default(),
+            tunnel: RefCell::new(tunnel::Tunnel::new(missing)),
             pointed: RefCell::default(),
             events: Events::default(),
             work: Notify::new(),

@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use ovl_core::device::Device;
 use ovl_core::view::NetworkState;
-use ovl_core::{desired, ipam, networks, routed};
+use ovl_core::{desired, ipam, networks, routed, tunnel};
 use ovl_proto::clock::Stamp;
 use ovl_proto::control::{NetworkCreate, NetworkInfo};
 use ovl_proto::id::NetworkId;
@@ -22,15 +22,13 @@ const AUTO_LENGTH_V6: u8 = 64;
 
 impl Node {
     /// Makes a network; returns when it is on this host's disk and all live peers were told.
-    pub(super) async fn network_create(&self, request: NetworkCreate) -> Result<NetworkInfo, Failed> {
+    pub(super) async fn network_create(&self, mut request: NetworkCreate) -> Result<NetworkInfo, Failed> {
+        request.encrypted |= self.config.encrypt;
         if !is_name(&request.name) {
             return Err(Failed::invalid(format!(
                 "'{}' is no name for a network: letters, digits, '-', '_' and '.', at most 63, a letter or digit first",
                 request.name
             )));
-        }
-        if request.encrypted {
-            return Err(Failed::invalid("encrypted networks are not in this release yet"));
         }
         check_mtu(request.mtu)?;
         check_routed(&request, self.config.advertise.ip())?;
@@ -293,6 +291,12 @@ fn check_overlap(state: &State, own: Option<NetworkId>, prefix: IpNet) -> Result
             )));
         }
     }
+    let tunnel = tunnel::prefix(state.view.alloc.cluster);
+    if networks::overlaps(tunnel, prefix) {
+        return Err(Failed::conflict(format!(
+            "{prefix} overlaps {tunnel}, where the hosts' addresses in the tunnel are"
+        )));
+    }
     if let Some(node) = state.view.nodes.values().find(|node| prefix.contains(&node.record.vtep)) {
         return Err(Failed::conflict(format!(
             "{prefix} contains {}, the underlay address of host {}",
@@ -313,6 +317,11 @@ fn check_routed(request: &NetworkCreate, underlay: IpAddr) -> Result<(), Failed>
             "{blocks} lengths of blocks and {} subnets: give one for each, in their order",
             request.subnets.len()
         )));
+    }
+    if let (true, Some(Backend::Direct | Backend::Auto)) = (request.encrypted, request.backend) {
+        let why = "an encrypted network goes through the tunnel, whatever the segment: leave --backend out, or make it \
+                   without --encrypted (and encrypt = true)";
+        return Err(Failed::invalid(why));
     }
     let other = request.subnets.iter().find(|subnet| subnet.addr().is_ipv4() != underlay.is_ipv4());
     if let (Some(Backend::Direct), Some(subnet)) = (request.backend, other) {

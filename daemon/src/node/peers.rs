@@ -249,6 +249,7 @@ impl Node {
         if old.as_ref().is_none_or(|old| old.keys != record.keys) {
             self.keys.notify_one();
         }
+        let rekeyed = old.as_ref().is_none_or(|old| old.tunnel != record.tunnel);
         match state.view.nodes.get_mut(&id) {
             Some(node) => node.record = record.clone(),
             None => {
@@ -266,7 +267,11 @@ impl Node {
         note_names(state);
         note_cluster(state, &record);
         state.save.wanted = true;
-        if moved {
+        if rekeyed {
+            // Whom a key belongs to decides for other hosts, too.
+            state.touch_encrypted();
+        }
+        if moved || rekeyed {
             state.touch_networks_of(id);
             state.dirty.host = true;
             self.work.notify_one();

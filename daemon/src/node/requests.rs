@@ -6,6 +6,7 @@ use std::rc::Rc;
 use ovl_core::device::Device;
 use ovl_core::ipam;
 use ovl_core::kernel::{Hop, Kernel};
+use ovl_core::tunnel::peers as sealed_to;
 use ovl_proto::alloc::Change;
 use ovl_proto::control::{
     DaemonState, Failure, FailureKind, FdbRow, Peer, PeerState, ReconcileStatus, Reply, Request, RouteRow,
@@ -16,7 +17,7 @@ use ovl_proto::table::Entry;
 
 use super::peers::{UNREACHABLE, millis};
 use super::state::State;
-use super::{Failed, Node, Stop};
+use super::{Failed, Node, Stop, tunnel};
 
 impl Node {
     /// Answers one request; [`Request::Events`] is the control socket's own.
@@ -33,7 +34,10 @@ impl Node {
         }
         Ok(match request {
             Request::Status => Reply::Status(Box::new(self.status())),
-            Request::Peers => Reply::Peers(self.peers()),
+            Request::Peers => {
+                self.look_at_tunnel().await;
+                Reply::Peers(self.peers())
+            }
             Request::PeersForget { node } => {
                 self.forget(&node).await?;
                 Reply::Done
@@ -54,7 +58,11 @@ impl Node {
             Request::Plan => Reply::Plan(self.compare().await?.0.iter().map(ToString::to_string).collect()),
             Request::Verify => Reply::Verify(self.verify().await?),
             Request::Events { .. } => Reply::Events(self.events.all()),
-            Request::Metrics => Reply::Text(super::metrics::render(&self.status(), &self.peers())),
+            Request::Metrics => {
+                self.look_at_tunnel().await;
+                let drops = self.tunnel_drops();
+                Reply::Text(super::metrics::render(&self.status(), &self.peers(), &drops))
+            }
             Request::NetworkCreate(create) => Reply::Network(Box::new(self.network_create(create).await?)),
             Request::NetworkLs => {
                 let state = self.state.borrow();
@@ -101,6 +109,7 @@ impl Node {
         let state = self.state.borrow();
         let mut problems: Vec<String> = state.problems.values().cloned().collect();
         problems.extend(self.unreachable(&state));
+        problems.extend(self.tunnel_problems(&state));
         problems.extend(state.failing.values().map(|failing| format!("the kernel refuses: {failing}")));
         let starting = !state.is_member() || !state.caught_up;
         Status {
@@ -168,6 +177,7 @@ impl Node {
         let contacts = self.gossip().contacts();
         let paths = self.gossip().path_mtus();
         let state = self.state.borrow();
+        let sealed = tunnel::kind(&state).map(|kind| (tunnel::name(kind), sealed_to(&state.view)));
         let mut peers: Vec<Peer> = state
             .view
             .nodes
@@ -190,7 +200,11 @@ impl Node {
                         .map(|rtt| u64::try_from(rtt.as_micros()).unwrap_or(u64::MAX)),
                     endpoints: count(endpoints),
                     version: record.version.clone(),
-                    encryption: "none".to_owned(),
+                    encryption: match &sealed {
+                        Some((name, to)) if own || to.contains_key(&record.id) => (*name).to_owned(),
+                        Some(_) | None => "none".to_owned(),
+                    },
+                    tunnel: self.peer_tunnel(record.id),
                     own,
                     member: state.view.alloc.members.contains(&record.id),
                     reachable: own

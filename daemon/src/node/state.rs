@@ -17,7 +17,7 @@ use ovl_core::view::{Local, Placed, View};
 use ovl_proto::alloc::Refusal;
 use ovl_proto::clock::Clock;
 use ovl_proto::id::{EndpointId, Mac, NetworkId, NodeId};
-use ovl_proto::object::{Object, ObjectKey, SignedObject};
+use ovl_proto::object::{Mode, Object, ObjectKey, SignedObject};
 use ovl_proto::record::{NodeRecord, SignedRecord};
 use ovl_proto::sync::Message;
 use ovl_proto::table::{Endpoint, Entry};
@@ -279,8 +279,20 @@ impl State {
         self.dirty.host = true;
     }
 
-    /// Marks the networks on which a host has endpoints.
+    /// Marks the encrypted ones.
+    pub(crate) fn touch_encrypted(&mut self) {
+        let encrypted = self.view.networks.values().map(|found| &found.network).filter(|n| n.encrypted);
+        self.dirty.networks.extend(encrypted.map(|network| network.id));
+        self.dirty.host = true;
+    }
+
+    /// Marks the networks on which a host has endpoints, or blocks that others have routes to.
     pub(crate) fn touch_networks_of(&mut self, node: NodeId) {
+        let routed =
+            |id: &NetworkId| self.view.networks.get(id).is_some_and(|found| found.network.mode == Mode::L3);
+        let blocks = self.view.alloc.blocks.iter().filter(|(_, holder)| **holder == node);
+        let held = blocks.map(|(block, _)| block.network).filter(routed);
+        self.dirty.networks.extend(held);
         if let Some(node) = self.view.nodes.get(&node) {
             self.dirty.networks.extend(node.table.entries().filter_map(|entry| match entry {
                 Entry::Endpoint(endpoint) => Some(endpoint.network),

@@ -282,8 +282,11 @@ pub struct Peer {
     pub endpoints: u32,
     /// Its release.
     pub version: String,
-    /// What protects traffic to it: `none` as yet.
+    /// What protects traffic of encrypted networks to it: `wireguard (kernel)` or `wireguard (userspace)`, by who
+    /// does it on this host; `none` where there is no such traffic.
     pub encryption: String,
+    /// The tunnel to it, where there is one.
+    pub tunnel: Option<PeerTunnel>,
     /// Whether this line is the node that answers.
     #[serde(rename = "self")]
     pub own: bool,
@@ -293,6 +296,23 @@ pub struct Peer {
     pub reachable: bool,
     /// What the path to it carries, outer IP header included, in bytes.
     pub path_mtu: Option<u16>,
+}
+
+/// The tunnel to a peer.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct PeerTunnel {
+    /// Where the last authenticated datagram came from, or where its record says that it is.
+    pub endpoint: Option<SocketAddr>,
+    /// Seconds since the last handshake; nothing before the first.
+    pub last_handshake_s: Option<u64>,
+    /// Bytes of packets for it.
+    pub sent_bytes: u64,
+    /// Bytes of packets from it.
+    pub received_bytes: u64,
+    /// Round trip through the tunnel, kernel to kernel, smoothed.
+    pub rtt_us: Option<u64>,
+    /// How many of the last probes through the tunnel were not answered.
+    pub loss_percent: Option<u8>,
 }
 
 /// `ovlctl subnets`: one block.

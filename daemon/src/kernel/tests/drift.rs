@@ -107,7 +107,7 @@ fn lost_notifications_are_reported() {
         let mut monitor = crate::kernel::monitor::Monitor::open().expect("monitor");
         monitor.shrink();
         let mut known = crate::kernel::known::Known::default();
-        let kernel = crate::kernel::start(sender).expect("worker");
+        let kernel = crate::kernel::start(sender, Vec::new()).expect("worker");
         let lab = Lab { kernel, events: tokio::sync::mpsc::channel(1).1 };
         lab.pass(&desired(ip("192.0.2.1"), 100)).await;
         assert!(monitor.drain(&mut known), "a small buffer overflows");

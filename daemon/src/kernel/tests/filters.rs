@@ -24,7 +24,13 @@ fn text() -> String {
         internal: false,
         backend: Backend::Vxlan,
     };
-    filter::render(&[&network], &[ip("192.0.2.2"), ip("192.0.2.3"), ip("2001:db8::1")].into(), 4789, true)
+    filter::render(
+        &[&network],
+        &[ip("192.0.2.2"), ip("192.0.2.3"), ip("2001:db8::1")].into(),
+        4789,
+        None,
+        true,
+    )
 }
 
 async fn write(lab: &Lab, text: &str) {

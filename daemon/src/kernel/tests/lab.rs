@@ -50,7 +50,7 @@ pub(super) struct Lab {
 impl Lab {
     pub(super) fn start() -> Self {
         let (sender, events) = mpsc::channel(16);
-        Self { kernel: start(sender).expect("worker"), events }
+        Self { kernel: start(sender, Vec::new()).expect("worker"), events }
     }
 
     pub(super) async fn dump(&self) -> Kernel {
@@ -134,6 +134,7 @@ pub(super) fn desired(local: IpAddr, remotes: u32) -> Kernel {
             mac: Mac::of_vxlan(NETWORK),
             up: true,
             tuned: true,
+            sealed: false,
         },
     );
     kernel.addresses.insert((bridge, net("10.1.0.1/16")));

@@ -56,7 +56,7 @@ fn key(n: u8) -> TunnelKey {
 /// What an operation of the loop does.
 fn apply(wireguard: &mut Wireguard, secrets: &BTreeMap<TunnelKey, [u8; 32]>, op: &Op) {
     match op {
-        Op::SetTunnel(device, Tunnel { key, port }) => wireguard.set(*device, &secrets[key], *port),
+        Op::SetTunnel(device, Tunnel { key, port, .. }) => wireguard.set(*device, &secrets[key], *port),
         Op::SetTunnelPeer(device, key, peer) => wireguard.set_peer(*device, *key, peer),
         Op::DelTunnelPeer(device, key) => wireguard.delete_peer(*device, *key),
         other => panic!("{other}"),
@@ -90,7 +90,7 @@ fn a_device_gets_its_key_its_port_and_its_peers() {
     let (fake, mut wireguard) = start(8192);
     assert!(wireguard.is_there().expect("answer"));
     let (tunnel, peers) = wireguard.dump(device()).expect("dump");
-    assert_eq!((tunnel, peers.len()), (Tunnel { key: TunnelKey([0; 32]), port: 0 }, 0));
+    assert_eq!((tunnel, peers.len()), (Tunnel { key: TunnelKey([0; 32]), port: 0, local: None }, 0));
 
     let secret = [7; 32];
     wireguard.set(device(), &secret, 51940).expect("set");
@@ -98,7 +98,7 @@ fn a_device_gets_its_key_its_port_and_its_peers() {
     wireguard.set_peer(device(), key(2), &there).expect("peer");
     wireguard.set_peer(device(), key(3), &peer("[2001:db8::3]:7", &["fd00::3/128"])).expect("peer");
     let (tunnel, peers) = wireguard.dump(device()).expect("dump");
-    assert_eq!(tunnel, Tunnel { key: TunnelKey(public_of(secret)), port: 51940 });
+    assert_eq!(tunnel, Tunnel { key: TunnelKey(public_of(secret)), port: 51940, local: None });
     assert_eq!(peers[&key(2)], there);
     assert_eq!(peers[&key(3)], peer("[2001:db8::3]:7", &["fd00::3/128"]));
     assert_eq!(wireguard.dump(Device::tunnel(true)).expect("dump").1.len(), 0, "the other is another");
@@ -174,7 +174,7 @@ fn what_others_set_is_seen_and_undone() {
     let (fake, mut wireguard) = start(8192);
     let secrets = BTreeMap::from([(TunnelKey(public_of([1; 32])), [1; 32])]);
     let mut desired = Kernel::default();
-    desired.tunnels.insert(device(), Tunnel { key: TunnelKey(public_of([1; 32])), port: 51940 });
+    desired.tunnels.insert(device(), Tunnel { key: TunnelKey(public_of([1; 32])), port: 51940, local: None });
     desired.tunnel_peers.insert((device(), key(2)), peer("192.0.2.2:1", &["10.0.2.0/24"]));
     desired.tunnel_peers.insert((device(), key(3)), peer("192.0.2.3:1", &["10.0.3.0/24"]));
     settle(&mut wireguard, &secrets, &desired);
@@ -290,9 +290,10 @@ fn world() -> impl Strategy<Value = Kernel> {
         let mut kernel = Kernel::default();
         for (second, other) in [false, true].into_iter().zip(keys) {
             let key = TunnelKey(public_of([100 + 2 * u8::from(second) + u8::from(other); 32]));
-            kernel
-                .tunnels
-                .insert(Device::tunnel(second), Tunnel { key, port: port + 1000 * u16::from(second) });
+            kernel.tunnels.insert(
+                Device::tunnel(second),
+                Tunnel { key, port: port + 1000 * u16::from(second), local: None },
+            );
         }
         for (n, second, port, is_v6) in peers {
             let host = if is_v6 { ip("2001:db8::2") } else { ip("192.0.2.2") };
@@ -502,7 +503,8 @@ fn assert_wg_agrees(world: &Kernel) {
         let fields: Vec<&str> = line.split('\t').collect();
         let device = Device::new(fields[0]).expect("name");
         if let [_, _, public, port, _] = fields[..] {
-            let tunnel = Tunnel { key: public.parse().expect("key"), port: port.parse().expect("port") };
+            let tunnel =
+                Tunnel { key: public.parse().expect("key"), port: port.parse().expect("port"), local: None };
             shown.tunnels.insert(device, tunnel);
         } else {
             let allowed = fields[4].split(',').filter(|text| *text != "(none)").map(net).collect();

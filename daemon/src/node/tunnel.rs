@@ -1,0 +1,243 @@
+//! The tunnel: which kind this host uses, how it does, and what is wrong with it.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::net::IpAddr;
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use ovl_core::kernel::TunnelKind;
+use ovl_core::tunnel;
+use ovl_proto::control::{PeerState, PeerTunnel};
+use ovl_proto::id::NodeId;
+use ovl_proto::record;
+
+use super::Node;
+use super::state::State;
+use crate::config::{Config, TunnelMode};
+use crate::crypto::TunnelSecret;
+use crate::kernel::{self, KernelHandle, TunnelPeerStatus, TunnelStatus};
+
+/// Between two probes of each peer. They keep sessions up, too: the first packet waits for no handshake.
+const EVERY: Duration = Duration::from_secs(3);
+/// An answer that comes later is as good as lost.
+const ANSWER_WITHIN: Duration = Duration::from_secs(2);
+/// Loss is counted over so many probes.
+const WINDOW: usize = 20;
+/// A peer that is new has so long for its first handshake.
+const FIRST_WITHIN: Duration = Duration::from_secs(15);
+/// WireGuard's sessions last three minutes, and are renewed after two.
+const RENEWED_WITHIN: Duration = Duration::from_secs(180);
+
+/// What is known of the tunnel.
+#[derive(Debug, Default)]
+pub(super) struct Tunnel {
+    /// Why this host has none.
+    missing: Option<String>,
+    /// What was dropped so far, by the reason.
+    drops: Vec<(&'static str, u64)>,
+    peers: BTreeMap<NodeId, Watched>,
+}
+
+/// A host that is reached through the tunnel, or should be.
+#[derive(Debug)]
+struct Watched {
+    since: Instant,
+    status: Option<TunnelPeerStatus>,
+    /// Whether each of the last probes was answered.
+    answered: VecDeque<bool>,
+    round_trip: Option<Duration>,
+}
+
+/// Which end this host publishes, or why it has none.
+pub(super) async fn choose(
+    config: &Config,
+    secret: &TunnelSecret,
+    kernel: &KernelHandle,
+) -> (Option<record::Tunnel>, Option<String>) {
+    if !kernel::has_inet6() {
+        let sentence = "this kernel has no IPv6 (ipv6.disable=1), which the tunnel needs inside, whatever the \
+                        underlay is: nothing passes between this host and others on encrypted networks. Start the \
+                        kernel with IPv6";
+        return (None, Some(sentence.to_owned()));
+    }
+    let has_wireguard = match config.tunnel {
+        TunnelMode::Userspace => false,
+        TunnelMode::Auto | TunnelMode::Kernel => kernel.has_wireguard().await.unwrap_or(false),
+    };
+    if config.tunnel == TunnelMode::Kernel && !has_wireguard {
+        let sentence = "tunnel = \"kernel\", and this kernel makes no WireGuard devices (`modprobe wireguard`): \
+                        nothing passes between this host and others on encrypted networks. Load the module and \
+                        restart ovld, or let ovld do it with tunnel = \"userspace\"";
+        return (None, Some(sentence.to_owned()));
+    }
+    let end = record::Tunnel {
+        key: secret.public(),
+        port: config.tunnel_port,
+        rotating: false,
+        kernel: has_wireguard,
+    };
+    (Some(end), None)
+}
+
+/// What `encryption` says of a kind of tunnel.
+pub(super) fn name(kind: TunnelKind) -> &'static str {
+    match kind {
+        TunnelKind::Kernel => "wireguard (kernel)",
+        TunnelKind::Userspace => "wireguard (userspace)",
+    }
+}
+
+/// The kind that this host uses while any network needs it.
+pub(super) fn kind(state: &State) -> Option<TunnelKind> {
+    let (_, end) = tunnel::own(&state.view).filter(|_| tunnel::is_wanted(&state.view))?;
+    Some(if end.kernel { TunnelKind::Kernel } else { TunnelKind::Userspace })
+}
+
+impl Tunnel {
+    /// Before anything is known of it but why there is none.
+    pub(super) fn new(missing: Option<String>) -> Self {
+        Self { missing, ..Self::default() }
+    }
+}
+
+impl Node {
+    /// Runs for ever.
+    pub(super) async fn tunnel_loop(self: Rc<Self>) {
+        loop {
+            self.look_at_tunnel().await;
+            for (id, address) in self.tunnel_targets() {
+                let node = Rc::clone(&self);
+                tokio::task::spawn_local(async move { node.probe_tunnel(id, address).await });
+            }
+            tokio::time::sleep(EVERY).await;
+        }
+    }
+
+    /// Asks the kernel's worker how each peer does.
+    pub(super) async fn look_at_tunnel(&self) {
+        let wanted = kind(&self.state.borrow()).is_some();
+        let ends = match wanted {
+            true => self.kernel.tunnels().await,
+            false => Ok(Vec::new()),
+        };
+        let ends = ends.unwrap_or_else(|error| {
+            tracing::warn!(%error, "cannot ask how the tunnel does");
+            Vec::new()
+        });
+        let state = self.state.borrow();
+        let reached = if wanted { tunnel::peers(&state.view) } else { BTreeMap::new() };
+        let mut guard = self.tunnel.borrow_mut();
+        let watch = &mut *guard;
+        watch.drops = ends.iter().flat_map(|end| end.drops.iter().copied()).collect();
+        watch.peers.retain(|id, _| reached.contains_key(id));
+        for (id, (_, end)) in reached {
+            let watched = watch.peers.entry(id).or_insert_with(|| Watched {
+                since: Instant::now(),
+                status: None,
+                answered: VecDeque::with_capacity(WINDOW),
+                round_trip: None,
+            });
+            let mut found = ends.iter().flat_map(|TunnelStatus { peers, .. }| peers);
+            watched.status = found.find(|status| status.key == end.key).cloned();
+        }
+    }
+
+    /// Who is probed, at which address.
+    fn tunnel_targets(&self) -> Vec<(NodeId, IpAddr)> {
+        let cluster = self.state.borrow().view.alloc.cluster;
+        let address = |id: &NodeId| (*id, tunnel::address(cluster, *id).into());
+        self.tunnel.borrow().peers.keys().map(address).collect()
+    }
+
+    async fn probe_tunnel(&self, id: NodeId, address: IpAddr) {
+        let start = Instant::now();
+        let answered = self.prober.probe(address, ANSWER_WITHIN).await;
+        let took = start.elapsed();
+        let mut watch = self.tunnel.borrow_mut();
+        let Some(watched) = watch.peers.get_mut(&id) else { return };
+        if watched.answered.len() == WINDOW {
+            watched.answered.pop_front();
+        }
+        watched.answered.push_back(answered);
+        if answered {
+            // As TCP smooths it (RFC 6298).
+            watched.round_trip = Some(watched.round_trip.map_or(took, |old| (old * 7 + took) / 8));
+        }
+    }
+
+    /// Sentences for `status`.
+    pub(super) fn tunnel_problems(&self, state: &State) -> Vec<String> {
+        let mut sentences = Vec::new();
+        let view = &state.view;
+        if self.config.encrypt {
+            for found in view.networks.values().filter(|found| !found.network.encrypted) {
+                sentences.push(format!(
+                    "encrypt = true, and network {} is not encrypted: make it anew to have it so",
+                    found.network.name
+                ));
+            }
+        }
+        if !tunnel::is_wanted(view) || !state.is_member() {
+            return sentences;
+        }
+        let watch = self.tunnel.borrow();
+        sentences.extend(watch.missing.clone());
+        let copies = tunnel::copies(view);
+        for node in view.nodes.values() {
+            let record = &node.record;
+            if record.id == view.me || !view.counts(node) {
+                continue;
+            }
+            if record.tunnel.is_none() {
+                sentences.push(format!(
+                    "host {} has no tunnel, and gets nothing of encrypted networks: `ovlctl status` there says why",
+                    record.name
+                ));
+            }
+            if copies.contains(&record.id) {
+                sentences.push(format!(
+                    "host {} publishes the tunnel key of another host, and gets nothing of encrypted networks: on \
+                     it, stop ovld, remove tunnel.key from its state directory, and start it again",
+                    record.name
+                ));
+            }
+        }
+        for (id, watched) in &watch.peers {
+            let Some(node) = view.nodes.get(id).filter(|node| node.state == PeerState::Alive) else {
+                continue;
+            };
+            let Some(end) = node.record.tunnel else { continue };
+            let last = watched.status.as_ref().and_then(|status| status.last_handshake);
+            if last.is_none_or(|last| last > RENEWED_WITHIN) && watched.since.elapsed() > FIRST_WITHIN {
+                sentences.push(format!(
+                    "the tunnel to host {} at {} port {} has no session: nothing passes on encrypted networks. \
+                     Check the path and the firewalls for UDP port {} there and {} here",
+                    node.record.name, node.record.vtep, end.port, end.port, self.config.tunnel_port
+                ));
+            }
+        }
+        sentences
+    }
+
+    /// How the tunnel to a host does.
+    pub(super) fn peer_tunnel(&self, id: NodeId) -> Option<PeerTunnel> {
+        let watch = self.tunnel.borrow();
+        let watched = watch.peers.get(&id)?;
+        let status = watched.status.as_ref();
+        let lost = watched.answered.iter().filter(|answered| !**answered).count();
+        Some(PeerTunnel {
+            endpoint: status.and_then(|status| status.endpoint),
+            last_handshake_s: status.and_then(|status| status.last_handshake).map(|last| last.as_secs()),
+            sent_bytes: status.map_or(0, |status| status.sent),
+            received_bytes: status.map_or(0, |status| status.received),
+            rtt_us: watched.round_trip.map(|took| u64::try_from(took.as_micros()).unwrap_or(u64::MAX)),
+            loss_percent: (!watched.answered.is_empty())
+                .then(|| u8::try_from(lost * 100 / watched.answered.len()).unwrap_or(100)),
+        })
+    }
+
+    /// What the tunnel dropped, by the reason.
+    pub(super) fn tunnel_drops(&self) -> Vec<(&'static str, u64)> {
+        self.tunnel.borrow().drops.clone()
+    }
+}

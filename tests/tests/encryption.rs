@@ -1,0 +1,517 @@
+//! Encrypted networks: what passes, what is seen of it on the wire, and what a stranger there can do.
+
+#![allow(clippy::unwrap_used, reason = "tests, and helpers of tests")]
+
+use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::os::fd::AsRawFd as _;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use netns_lab::{Host, Lab, LabConfig, Netns, Underlay, wait_until};
+use nix::libc;
+use ovl_tests::routed::{make_routed, routes};
+use ovl_tests::{
+    Attached, Capture, SOON, attach, make_network, peer, ping_all_pairs, started_with, text, wait_clean,
+    wait_problem,
+};
+use serde_json::Value;
+
+/// What must never be on the wire.
+const MARKER: &str = "the cat sat on the mat";
+/// What is, so that a capture that sees nothing is noticed.
+const OPEN: &str = "any dog may read this";
+/// What a stranger sends.
+const FORGED: &str = "forged by a stranger";
+/// UDP port of listeners in workloads.
+const PORT: u16 = 5000;
+const PLAIN_VXLAN: u16 = 4789;
+const SEALED_VXLAN: u16 = 51941;
+const SECOND: Duration = Duration::from_secs(1);
+
+/// Three hosts with an encrypted switched network `blue` and an encrypted routed one `pods`, each with both
+/// families, and a plain network `open`.
+struct World {
+    lab: Lab,
+    blue: Vec<Attached>,
+    pods: Vec<Attached>,
+    open: Vec<Attached>,
+}
+
+fn world(underlay: Underlay) -> World {
+    let lab = started_with(LabConfig::hosts(3).underlay(underlay)).unwrap();
+    let sealed = ["--encrypted", "--subnet", "10.99.0.0/24", "--subnet", "fd99::/64"];
+    make_network(&lab, "blue", &sealed).unwrap();
+    let sealed = ["--encrypted", "--subnet", "10.60.0.0/16", "--subnet", "fd60::/48"];
+    make_routed(&lab, "pods", &sealed).unwrap();
+    make_network(&lab, "open", &["--subnet", "10.98.0.0/24"]).unwrap();
+    let on = |network: &str, stem: &str| -> Vec<Attached> {
+        let hosts = lab.hosts().iter();
+        hosts.map(|h| attach(h, &format!("{stem}{}", h.name()), network, &[]).unwrap()).collect()
+    };
+    let (blue, pods, open) = (on("blue", "b"), on("pods", "p"), on("open", "o"));
+    let world = World { lab, blue, pods, open };
+    for all in [&world.blue, &world.pods, &world.open] {
+        ping_all_pairs(all, SOON).unwrap();
+    }
+    wait_clean(world.lab.hosts(), SOON).unwrap();
+    world
+}
+
+impl World {
+    fn host(&self, name: &str) -> &Host {
+        &self.lab[name]
+    }
+
+    fn encrypted(&self) -> [&Vec<Attached>; 2] {
+        [&self.blue, &self.pods]
+    }
+}
+
+/// A text and more around it, by UDP and TCP, from each to each other one and back.
+fn say_everywhere(all: &[Attached], said: &str) -> Result<()> {
+    let long = said.repeat(4000);
+    for to in all {
+        for address in to.addresses() {
+            let at = SocketAddr::new(address.parse()?, 0);
+            let (tcp, udp) = (to.workload.tcp_echo_on(at)?, to.workload.udp_echo_on(at)?);
+            for from in all.iter().filter(|from| from.name != to.name) {
+                let way = || format!("from {} to {} at {address}", from.name, to.name);
+                from.workload.ping_until(&address, SOON).with_context(way)?;
+                let back =
+                    from.workload.tcp_roundtrip(&address, tcp.port(), long.as_bytes()).with_context(way)?;
+                ensure!(back == long.as_bytes(), "TCP {}", way());
+                // More than one packet, too.
+                for times in [1, 200] {
+                    let datagram = said.repeat(times);
+                    let sent = datagram.as_bytes();
+                    let back = from.workload.udp_roundtrip(&address, udp.port(), sent).with_context(way)?;
+                    ensure!(back == sent, "UDP {}", way());
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+fn tunnel_of(host: &Host, name: &str) -> Result<Value> {
+    Ok(peer(host, name)?["tunnel"].clone())
+}
+
+/// Waits until a host has heard of another one in the tunnel.
+fn wait_session(host: &Host, name: &str) {
+    wait_until(SOON, &format!("the tunnel from {} to {name}", host.name()), || {
+        let tunnel = tunnel_of(host, name)?;
+        ensure!(tunnel["last_handshake_s"].is_u64() && tunnel["rtt_us"].is_u64(), "{tunnel}");
+        Ok(())
+    })
+    .unwrap();
+}
+
+fn traffic_is_sealed_and_passes(underlay: Underlay) {
+    let world = world(underlay);
+    let capture = Capture::start(&world.lab.switch(), &[MARKER, OPEN]).unwrap();
+    say_everywhere(&world.open, OPEN).unwrap();
+    wait_until(SOON, "what is said in plain", || capture.count(OPEN) > 0).unwrap();
+    let before = capture.frames();
+    for all in world.encrypted() {
+        say_everywhere(all, MARKER).unwrap();
+    }
+    // The host's own programs, too.
+    for address in world.pods[1].addresses() {
+        world.host("h1").ping_until(address, SOON).unwrap();
+    }
+    assert!(capture.frames() > before + 100, "nothing passed the switch");
+    assert_eq!(capture.count(MARKER), 0, "seen on the wire");
+    capture.finish().unwrap();
+
+    for host in world.lab.hosts() {
+        for other in world.lab.hosts().iter().filter(|other| other.name() != host.name()) {
+            wait_session(host, other.name());
+            let row = peer(host, other.name()).unwrap();
+            assert_eq!(row["encryption"], "wireguard (userspace)", "{row}");
+            assert!(row["tunnel"]["sent_bytes"].as_u64() > Some(10_000), "{row}");
+            assert!(row["tunnel"]["received_bytes"].as_u64() > Some(10_000), "{row}");
+        }
+        let wide = host.ctl_ok(&["peers", "-o", "wide"]).unwrap();
+        assert!(wide.contains("HANDSHAKE") && wide.contains("wireguard (userspace)"), "{wide}");
+        let metrics = host.ctl_ok(&["metrics"]).unwrap();
+        assert!(metrics.contains("ovl_tunnel_sent_bytes_total{peer="), "{metrics}");
+    }
+    nothing_fragments(&world);
+    wait_clean(world.lab.hosts(), SOON).unwrap();
+}
+
+/// Exactly the MTU passes uncut, and no byte more.
+fn nothing_fragments(world: &World) {
+    for (all, around) in [(&world.blue, 70 + 40), (&world.pods, 40)] {
+        let outer = if world.host("h1").address().unwrap().is_ipv4() { 20 } else { 40 };
+        let mtu = 1500 - around - outer;
+        for address in all[1].addresses() {
+            let headers = if address.contains(':') { 48 } else { 28 };
+            let fits = |size: u32| {
+                let payload = (size - headers).to_string();
+                let ping = ["ping", "-n", "-c1", "-W1", "-Mdo", "-s", &payload, &address];
+                all[0].workload.exec(ping).unwrap().success()
+            };
+            wait_until(SOON, &format!("{mtu} bytes to {address}"), || fits(mtu)).unwrap();
+            assert!(!fits(mtu + 1), "{} bytes pass to {address}", mtu + 1);
+        }
+    }
+}
+
+#[test]
+fn nothing_is_seen_on_an_ipv4_underlay() {
+    traffic_is_sealed_and_passes(Underlay::V4);
+}
+
+#[test]
+fn nothing_is_seen_on_an_ipv6_underlay() {
+    traffic_is_sealed_and_passes(Underlay::V6);
+}
+
+/// A socket that sends from an address that its host does not have.
+fn forging(at: &Netns, source: IpAddr) -> UdpSocket {
+    at.run(|| -> Result<UdpSocket> {
+        let (level, option) = match source {
+            IpAddr::V4(_) => (libc::SOL_IP, libc::IP_TRANSPARENT),
+            IpAddr::V6(_) => (libc::SOL_IPV6, libc::IPV6_TRANSPARENT),
+        };
+        let domain = if source.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
+        // SAFETY: the call takes three numbers, and what it gives is nobody else's.
+        let fd = unsafe { libc::socket(domain, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0) };
+        ensure!(fd >= 0, "{}", std::io::Error::last_os_error());
+        // SAFETY: as above.
+        let socket = unsafe { <UdpSocket as std::os::fd::FromRawFd>::from_raw_fd(fd) };
+        let on: libc::c_int = 1;
+        // SAFETY: the pointer is to a value of that length.
+        let done = unsafe {
+            let length = size_of::<libc::c_int>() as libc::socklen_t;
+            libc::setsockopt(socket.as_raw_fd(), level, option, (&raw const on).cast(), length)
+        };
+        ensure!(done == 0, "{}", std::io::Error::last_os_error());
+        let address = SocketAddr::new(source, 0);
+        let (v4, v6);
+        let (pointer, length): (*const libc::sockaddr, usize) = match address {
+            SocketAddr::V4(at) => {
+                v4 = libc::sockaddr_in {
+                    sin_family: libc::AF_INET as libc::sa_family_t,
+                    sin_port: 0,
+                    sin_addr: libc::in_addr { s_addr: u32::from_ne_bytes(at.ip().octets()) },
+                    sin_zero: [0; 8],
+                };
+                ((&raw const v4).cast(), size_of::<libc::sockaddr_in>())
+            }
+            SocketAddr::V6(at) => {
+                v6 = libc::sockaddr_in6 {
+                    sin6_family: libc::AF_INET6 as libc::sa_family_t,
+                    sin6_port: 0,
+                    sin6_flowinfo: 0,
+                    sin6_addr: libc::in6_addr { s6_addr: at.ip().octets() },
+                    sin6_scope_id: 0,
+                };
+                ((&raw const v6).cast(), size_of::<libc::sockaddr_in6>())
+            }
+        };
+        // SAFETY: the pointer is to an address of that length.
+        let done = unsafe { libc::bind(socket.as_raw_fd(), pointer, length as libc::socklen_t) };
+        ensure!(done == 0, "{}", std::io::Error::last_os_error());
+        Ok(socket)
+    })
+    .unwrap()
+    .unwrap()
+}
+
+fn mac_bytes(text: &str) -> Vec<u8> {
+    text.split(':').map(|byte| u8::from_str_radix(byte, 16).unwrap()).collect()
+}
+
+/// A VXLAN packet with a datagram for an endpoint, as from another one, both by IPv4.
+fn vxlan(vni: u64, from: &Attached, to: &Attached, said: &str) -> Vec<u8> {
+    let mut packet = vec![8, 0, 0, 0];
+    packet.extend((vni << 8).to_be_bytes()[4..].iter());
+    packet.extend(mac_bytes(&to.mac()));
+    packet.extend(mac_bytes(&from.mac()));
+    packet.extend([8, 0]);
+    let ip = |each: &Attached| each.address().parse::<std::net::Ipv4Addr>().unwrap().octets();
+    let udp_length = u16::try_from(8 + said.len()).unwrap();
+    let mut header = vec![0x45, 0];
+    header.extend((20 + udp_length).to_be_bytes());
+    header.extend([0, 1, 0, 0, 64, 17, 0, 0]);
+    header.extend(ip(from));
+    header.extend(ip(to));
+    let sum: u32 = header.chunks(2).map(|two| u32::from(u16::from_be_bytes([two[0], two[1]]))).sum();
+    let sum = !((sum & 0xffff) + (sum >> 16)) as u16;
+    header[10..12].copy_from_slice(&sum.to_be_bytes());
+    packet.extend(header);
+    packet.extend(4444_u16.to_be_bytes());
+    packet.extend(PORT.to_be_bytes());
+    packet.extend(udp_length.to_be_bytes());
+    packet.extend([0, 0]);
+    packet.extend(said.as_bytes());
+    packet
+}
+
+fn vni_of(host: &Host, network: &str) -> u64 {
+    host.ctl_json(&["network", "inspect", network]).unwrap()["vni"].as_u64().unwrap()
+}
+
+/// A socket in a workload whose reads end after a time.
+fn listener(at: &Attached, address: &str, within: Duration) -> UdpSocket {
+    let address = SocketAddr::new(address.parse().unwrap(), PORT);
+    let socket = at.workload.run(|| UdpSocket::bind(address)).unwrap().unwrap();
+    socket.set_read_timeout(Some(within)).unwrap();
+    socket
+}
+
+fn heard(socket: &UdpSocket) -> Option<String> {
+    let mut buffer = [0; 2048];
+    let (length, _) = socket.recv_from(&mut buffer).ok()?;
+    Some(String::from_utf8_lossy(&buffer[..length]).into_owned())
+}
+
+/// Has what is for an address go by way of a host; not for IPv6 over IPv4.
+fn lead(switch: &Netns, to: &str, vtep: IpAddr) -> bool {
+    let is_v6 = to.contains(':');
+    if is_v6 && vtep.is_ipv4() {
+        return false;
+    }
+    let via = vtep.to_string();
+    // IPv4 may have an IPv6 next hop.
+    let via = if vtep.is_ipv6() && !is_v6 { vec!["via", "inet6", &via] } else { vec!["via", &via] };
+    switch.exec_ok([&["ip", "route", "replace", to], via.as_slice(), &["dev", "br0"]].concat()).unwrap();
+    true
+}
+
+fn strangers_reach_nobody(underlay: Underlay) {
+    let world = world(underlay);
+    let (h1, h2) = (world.host("h1"), world.host("h2"));
+    let switch = world.lab.switch();
+    let (vtep, member) = (h1.address().unwrap(), h2.address().unwrap());
+    let (outside, length) = if vtep.is_ipv4() { ("192.168.77.250", 24) } else { ("fd77::fa", 64) };
+    let prefix = format!("{outside}/{length}");
+    let nodad = if vtep.is_ipv4() { &[][..] } else { &["nodad"][..] };
+    switch.exec_ok([&["ip", "addr", "add", &prefix, "dev", "br0"], nodad].concat()).unwrap();
+    let sources: [IpAddr; 2] = [outside.parse().unwrap(), member];
+
+    // What a stranger can do to a plain network, it can: so what follows proves something.
+    let hears = listener(&world.open[0], &world.open[0].address(), SECOND);
+    let packet = vxlan(vni_of(h1, "open"), &world.open[1], &world.open[0], FORGED);
+    wait_until(SOON, "what is forged to arrive on a plain network", || {
+        forging(&switch, member).send_to(&packet, (vtep, PLAIN_VXLAN))?;
+        anyhow::Ok(heard(&hears).as_deref() == Some(FORGED))
+    })
+    .unwrap();
+
+    make_routed(&world.lab, "bare", &["--subnet", "10.61.0.0/16", "--subnet", "fd61::/48"]).unwrap();
+    let bare = attach(h1, "bare", "bare", &[]).unwrap();
+    for address in bare.addresses() {
+        let hears = listener(&bare, &address, SECOND);
+        let (to, at): (IpAddr, _) = (address.parse().unwrap(), address.as_str());
+        wait_until(SOON, "what comes as it is to arrive on a plain network", || {
+            if !lead(&switch, at, vtep) {
+                return anyhow::Ok(true);
+            }
+            let source = sources.into_iter().find(|source| source.is_ipv4() == to.is_ipv4());
+            let source = source.unwrap_or([192, 0, 2, 77].into());
+            forging(&switch, source).send_to(FORGED.as_bytes(), (to, PORT))?;
+            Ok(heard(&hears).as_deref() == Some(FORGED))
+        })
+        .unwrap();
+    }
+
+    let mut ears = Vec::new();
+    for all in world.encrypted() {
+        for address in all[0].addresses() {
+            ears.push((&all[1], address.clone(), listener(&all[0], &address, SOON)));
+        }
+    }
+    // VXLAN, from a stranger and as from a member, at both ports and with the identifiers of all networks.
+    let vnis = ["blue", "pods", "open"].map(|network| vni_of(h1, network));
+    for source in sources {
+        let socket = forging(&switch, source);
+        for port in [PLAIN_VXLAN, SEALED_VXLAN] {
+            for vni in vnis {
+                for all in world.encrypted() {
+                    socket.send_to(&vxlan(vni, &all[1], &all[0], FORGED), (vtep, port)).unwrap();
+                }
+            }
+        }
+    }
+    // Through a plain network's gateway, as from an endpoint of an encrypted one.
+    let gateway = h1.ctl_json(&["network", "inspect", "open"]).unwrap();
+    assert_eq!(gateway["gateways"][0], "10.98.0.1");
+    let bridge = h1.ip_json(&["link", "show", "dev", &text(&gateway["bridge"])]).unwrap();
+    let gateway = mac_bytes(&text(&bridge[0]["address"]));
+    for all in world.encrypted() {
+        let mut packet = vxlan(vnis[2], &all[1], &all[0], FORGED);
+        packet[8..14].copy_from_slice(&gateway);
+        forging(&switch, member).send_to(&packet, (vtep, PLAIN_VXLAN)).unwrap();
+    }
+    // As they are: to the endpoints' addresses by way of the host, from the stranger, from a member, and as from
+    // an endpoint of another host; in both families if the underlay has both.
+    for (peer, address, _) in &ears {
+        let to: IpAddr = address.parse().unwrap();
+        if !lead(&switch, address, vtep) {
+            continue;
+        }
+        let own = peer.addresses().into_iter().map(|each| each.parse::<IpAddr>().unwrap());
+        let strange = [[192, 0, 2, 77].into()];
+        let all = sources.into_iter().chain(own).chain(strange);
+        for source in all.filter(|from| from.is_ipv4() == to.is_ipv4()) {
+            forging(&switch, source).send_to(FORGED.as_bytes(), (to, PORT)).unwrap();
+        }
+    }
+    // Whatever had passed would have been there before this.
+    for (from, address, hears) in &ears {
+        let to = SocketAddr::new(address.parse().unwrap(), PORT);
+        let any = if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
+        let socket = from.workload.run(|| UdpSocket::bind(any)).unwrap().unwrap();
+        socket.send_to(MARKER.as_bytes(), to).unwrap();
+        assert_eq!(heard(hears).as_deref(), Some(MARKER), "at {address}");
+    }
+    assert!(h1.exec_ok(["nft", "list", "table", "inet", "ovl"]).unwrap().contains("51941"));
+}
+
+#[test]
+fn strangers_on_an_ipv4_underlay_reach_nobody() {
+    strangers_reach_nobody(Underlay::V4);
+}
+
+#[test]
+fn strangers_on_an_ipv6_underlay_reach_nobody() {
+    strangers_reach_nobody(Underlay::V6);
+}
+
+#[test]
+fn without_ovld_nothing_passes_and_nothing_leaves_in_plain() {
+    let world = world(Underlay::V4);
+    let (h1, h2) = (world.host("h1"), world.host("h2"));
+    let capture = Capture::start(&world.lab.switch(), &[MARKER]).unwrap();
+    let speak = |said: &str| {
+        for all in world.encrypted() {
+            for address in all[1].addresses() {
+                let to: SocketAddr = SocketAddr::new(address.parse().unwrap(), PORT);
+                let any = if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
+                let socket = all[0].workload.run(|| UdpSocket::bind(any)).unwrap().unwrap();
+                // "Unreachable" is an answer, too.
+                socket.send_to(said.as_bytes(), to).ok();
+            }
+        }
+    };
+    let reached =
+        |all: &[Attached]| all[1].addresses().iter().any(|address| all[0].workload.ping(address, SECOND / 2));
+    h1.stop().unwrap();
+    speak(MARKER);
+    for all in world.encrypted() {
+        assert!(!reached(all), "{} reaches {} without a tunnel", all[0].name, all[1].name);
+    }
+    speak(MARKER);
+    // Routes are the kernel's affair, and somebody may flush them.
+    for family in ["-4", "-6"] {
+        h1.exec_ok(["ip", family, "route", "flush", "proto", "79"]).unwrap();
+    }
+    h1.exec_ok(["ip", "route", "replace", "default", "via", &h2.address().unwrap().to_string()]).unwrap();
+    speak(MARKER);
+    for all in world.encrypted() {
+        assert!(!reached(all), "{} reaches {} in plain", all[0].name, all[1].name);
+    }
+    h1.start().unwrap();
+    speak(MARKER);
+    h1.wait_ready(SOON).unwrap();
+    for all in world.encrypted() {
+        ping_all_pairs(all, SOON).unwrap();
+    }
+    h1.kill9().unwrap();
+    speak(MARKER);
+    h1.start().unwrap();
+    h1.wait_ready(SOON).unwrap();
+    for all in world.encrypted() {
+        say_everywhere(all, MARKER).unwrap();
+    }
+    assert_eq!(capture.count(MARKER), 0, "seen on the wire");
+    capture.finish().unwrap();
+    wait_clean(world.lab.hosts(), SOON).unwrap();
+}
+
+#[test]
+fn endpoints_reach_the_world_by_their_host() {
+    let world = world(Underlay::Dual);
+    let switch = world.lab.switch();
+    switch.exec_ok(["ip", "addr", "add", "192.168.77.250/24", "dev", "br0"]).unwrap();
+    switch.exec_ok(["ip", "addr", "add", "fd77::fa/64", "dev", "br0", "nodad"]).unwrap();
+    for outside in ["192.168.77.250", "fd77::fa"] {
+        let echo = switch.tcp_echo_on(SocketAddr::new(outside.parse().unwrap(), 0)).unwrap();
+        for all in world.encrypted() {
+            all[0].workload.ping_until(outside, SOON).unwrap();
+            assert_eq!(all[0].workload.tcp_roundtrip(outside, echo.port(), b"out").unwrap(), b"out");
+        }
+    }
+}
+
+#[test]
+fn a_host_that_is_forgotten_is_out_of_the_tunnel() {
+    let world = world(Underlay::V4);
+    let (h1, h3) = (world.host("h1"), world.host("h3"));
+    for name in ["h2", "h3"] {
+        wait_session(h1, name);
+    }
+    h3.kill9().unwrap();
+    h3.link_down().unwrap();
+    wait_until(SOON, "h3 dead on h1", || anyhow::Ok(peer(h1, "h3")?["state"] == "dead")).unwrap();
+    assert_eq!(peer(h1, "h3").unwrap()["encryption"], "none");
+    h1.ctl_ok(&["peers", "forget", "h3"]).unwrap();
+    // It comes back with its key, and nobody tells it yet that it is forgotten.
+    let blocked: Vec<String> = world.pods[2].addresses();
+    for host in ["h1", "h2"] {
+        wait_until(SOON, &format!("{host} without h3"), || {
+            let listed = routes(world.host(host))?;
+            ensure!(!listed.iter().any(|route| blocked.iter().any(|b| route.contains(b))), "{listed:?}");
+            ensure!(peer(world.host(host), "h3").is_err(), "it is listed");
+            Ok(())
+        })
+        .unwrap();
+    }
+    for all in world.encrypted() {
+        assert!(!all[0].workload.ping(all[2].address(), SECOND));
+        ping_all_pairs(&all[..2], SOON).unwrap();
+    }
+    wait_clean(&world.lab.hosts()[..2], SOON).unwrap();
+}
+
+#[test]
+fn without_a_tunnel_of_the_wanted_kind_nothing_passes_and_status_says_so() {
+    let lab = Lab::new(LabConfig::hosts(2)).unwrap();
+    lab["h2"].set_config("tunnel = 'kernel'\n").unwrap();
+    lab.start_all().unwrap();
+    if lab["h2"].exec(["ip", "link", "add", "probe0", "type", "wireguard"]).unwrap().success() {
+        lab["h2"].exec_ok(["ip", "link", "del", "probe0"]).unwrap();
+        eprintln!("this kernel has WireGuard: nothing to see here");
+        return;
+    }
+    make_network(&lab, "blue", &["--encrypted", "--subnet", "10.99.0.0/24"]).unwrap();
+    let all = [("h1", "a"), ("h2", "b"), ("h2", "c")]
+        .map(|(host, name)| attach(&lab[host], name, "blue", &[]).unwrap());
+    wait_problem(&lab["h2"], &["tunnel = \"kernel\"", "WireGuard"], SOON).unwrap();
+    wait_problem(&lab["h1"], &["host h2 has no tunnel"], SOON).unwrap();
+    assert_eq!(peer(&lab["h1"], "h2").unwrap()["encryption"], "none");
+    // Within a host nothing is between them.
+    ping_all_pairs(&all[1..], SOON).unwrap();
+    assert!(!all[0].workload.ping(all[1].address(), SECOND));
+    assert!(!all[1].workload.ping(all[0].address(), SECOND));
+}
+
+#[test]
+fn encrypt_makes_all_networks_encrypted_and_names_those_that_are_not() {
+    let lab = Lab::new(LabConfig::hosts(2)).unwrap();
+    lab["h2"].set_config("encrypt = true\n").unwrap();
+    lab.start_all().unwrap();
+    make_network(&lab, "blue", &[]).unwrap();
+    wait_problem(&lab["h2"], &["encrypt = true", "network blue is not encrypted"], SOON).unwrap();
+    lab["h2"].ctl_ok(&["network", "create", "red"]).unwrap();
+    let red = lab["h2"].ctl_json(&["network", "inspect", "red"]).unwrap();
+    assert_eq!(red["encrypted"], true, "{red}");
+    wait_until(SOON, "the tunnel on h1", || {
+        anyhow::Ok(peer(&lab["h1"], "h2")?["encryption"] == "wireguard (userspace)")
+    })
+    .unwrap();
+}
