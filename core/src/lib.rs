@@ -7,6 +7,7 @@ pub mod cni;
 pub mod desired;
 pub mod device;
 pub mod diff;
+pub mod ends;
 pub mod filter;
 mod index;
 pub mod ipam;
