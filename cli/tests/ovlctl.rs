@@ -85,8 +85,9 @@ fn forgetting_a_host_ends_with_what_to_do_about_the_key() {
 
 #[test]
 fn a_rotation_is_waited_for_or_not_and_the_key_is_read_from_a_private_file() {
-    let status =
-        |rotation: Option<KeyRotation>| Reply::Keys(Box::new(KeyStatus { rotation, hosts: Vec::new() }));
+    let status = |rotation: Option<KeyRotation>| {
+        Reply::Keys(Box::new(KeyStatus { rotation, tunnel_waits_for: None, hosts: Vec::new() }))
+    };
     let under_way = KeyRotation {
         key: "0410c3g".parse().unwrap(),
         since_ms: 0,

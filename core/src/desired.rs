@@ -59,7 +59,7 @@ pub fn host(view: &View, local: &Local) -> Kernel {
         .filter(|network| is_built(view, local, network.id))
         .collect();
     let mut kernel = Kernel::default();
-    tunnel::part(&mut kernel, view);
+    tunnel::part(&mut kernel, view, local);
     if built.is_empty() && kernel.links.is_empty() {
         return kernel;
     }

@@ -25,7 +25,7 @@ pub fn diff(actual: &Kernel, desired: &Kernel, prune: bool) -> Vec<Op> {
         None if prune && actual.filter.is_some() => ops.push(Op::DelFilter),
         Some(_) | None => {}
     }
-    let gone = links(actual, desired, prune, &mut ops);
+    let (gone, last) = links(actual, desired, prune, &mut ops);
     let there = |device: &Device| !gone.contains(device);
 
     let addresses = actual.addresses.iter().filter(|(device, _)| there(device)).copied().collect();
@@ -86,6 +86,7 @@ pub fn diff(actual: &Kernel, desired: &Kernel, prune: bool) -> Vec<Op> {
     // After the addresses that they name as source, and the neighbours that they lead to.
     let routes = actual.routes.iter().filter(|(_, hop)| hop.device.is_none_or(|device| there(&device)));
     map(&routes.map(copied).collect(), &desired.routes, prune, &mut ops, Op::SetRoute, Op::DelRoute);
+    ops.extend(last.into_iter().map(Op::DelLink));
     // Entries of an endpoint whose namespace is gone would only fail.
     let missing: BTreeSet<Device> = lost_endpoints(actual, desired).collect();
     ops.retain(|op| op.device().is_none_or(|device| !missing.contains(&device)));
@@ -110,17 +111,26 @@ fn copied<K: Copy, V: Copy>((key, value): (&K, &V)) -> (K, V) {
     (*key, *value)
 }
 
-/// Adds the operations on links; returns the devices that are deleted, or made anew, on the way.
-fn links(actual: &Kernel, desired: &Kernel, prune: bool, ops: &mut Vec<Op>) -> BTreeSet<Device> {
-    let mut gone = BTreeSet::new();
+/// Adds the operations on links; returns the devices that are deleted, or made anew, and of these the ones that
+/// are to be deleted in the end: an end of the tunnel goes when nothing leads through it any more.
+fn links(
+    actual: &Kernel,
+    desired: &Kernel,
+    prune: bool,
+    ops: &mut Vec<Op>,
+) -> (BTreeSet<Device>, Vec<Device>) {
+    let (mut gone, mut last) = (BTreeSet::new(), Vec::new());
     for (device, link) in &actual.links {
         let remove = match desired.links.get(device) {
             None => prune,
             Some(wanted) => !can_become(link, wanted),
         };
         if remove {
-            ops.push(Op::DelLink(*device));
             gone.insert(*device);
+            match (desired.links.get(device), link) {
+                (None, Link::Tunnel { .. }) => last.push(*device),
+                _ => ops.push(Op::DelLink(*device)),
+            }
         }
     }
     // Bridges first: they are the others' masters.
@@ -138,7 +148,7 @@ fn links(actual: &Kernel, desired: &Kernel, prune: bool, ops: &mut Vec<Op>) -> B
             }
         }
     }
-    gone
+    (gone, last)
 }
 
 /// A port whose bridge was deleted has none.

@@ -24,8 +24,8 @@ use crate::view::{Local, Node, View};
 /// How packets get to another host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Way {
-    /// Through the tunnel, as they are.
-    Sealed,
+    /// Through this end of the tunnel, as they are.
+    Sealed(Device),
     Vxlan,
     /// Over the segment.
     Direct,
@@ -64,9 +64,6 @@ fn way(network: &Network, local: &Local, own: &Node, peer: &Node, block: IpNet) 
     // A VXLAN device sends to one address family only; `status` names such a host.
     if here.is_ipv4() != there.is_ipv4() {
         return None;
-    }
-    if network.encrypted {
-        return Some(Way::Sealed);
     }
     // A next hop is of the family of what it leads to.
     let is_near = local.segment.is_some_and(|segment| segment.contains(&there))
@@ -109,17 +106,16 @@ pub(crate) fn part(kernel: &mut Kernel, view: &View, local: &Local, network: &Ne
             kernel.routes.insert(subnet.prefix, Hop::UNREACHABLE);
         }
     }
-    let peers: BTreeMap<NodeId, &Node> = match network.encrypted {
-        true => tunnel::peers(view).into_iter().map(|(id, (node, _))| (id, node)).collect(),
-        false => {
-            let there = view.nodes.iter().filter(|(id, node)| **id != view.me && view.counts(node));
-            there.map(|(id, node)| (*id, node)).collect()
-        }
-    };
+    let sealed = if network.encrypted { tunnel::ways(view, local) } else { BTreeMap::new() };
+    let there = view.nodes.iter().filter(|(id, node)| **id != view.me && view.counts(node));
+    let peers: BTreeMap<NodeId, &Node> = there.map(|(id, node)| (*id, node)).collect();
     for (block, holder) in blocks(view, network.id) {
-        if let Some(peer) = peers.get(&holder)
-            && let Some(way) = way(network, local, own, peer, block)
-        {
+        let Some(peer) = peers.get(&holder) else { continue };
+        let way = match network.encrypted {
+            true => sealed.get(&holder).map(|sealed| Way::Sealed(sealed.by)),
+            false => way(network, local, own, peer, block),
+        };
+        if let Some(way) = way {
             to_peer(kernel, view, network, own, peer, block, way, mtu);
         }
     }
@@ -186,11 +182,10 @@ fn to_peer(
     let narrower = |carried: u16| Some(carried.max(MIN_MTU)).filter(|carried| *carried < mtu);
     match way {
         Way::Routers => {}
-        Way::Sealed => {
+        Way::Sealed(device) => {
             // The endpoints' MTU is what the own link carries in the tunnel, unless the user asked for less.
             let mtu = tunnel::path_mtu(own, peer, mtu);
-            let device = Some(Device::tunnel(false));
-            kernel.routes.insert(block, Hop { device, gateway: None, source, mtu });
+            kernel.routes.insert(block, Hop { device: Some(device), gateway: None, source, mtu });
         }
         Way::Direct => {
             let gateway = Some(peer.record.vtep);

@@ -13,10 +13,10 @@ use ovl_proto::object::Mode;
 use ovl_proto::record;
 
 use crate::desired::MIN_MTU;
-use crate::device::Device;
+use crate::ends::{self, Way};
 use crate::kernel::{Hop, Kernel, Link, Remote, Tunnel, TunnelKind, TunnelPeer};
 use crate::routed;
-use crate::view::{Node, View};
+use crate::view::{Local, Node, View};
 
 /// Bytes that WireGuard puts around an IP packet, the outer IP header aside: UDP 8, its own header 16,
 /// the tag 16.
@@ -90,20 +90,34 @@ pub(crate) fn remotes(view: &View) -> BTreeMap<NodeId, Remote> {
     peers(view).into_keys().map(|id| (id, remote(id))).collect()
 }
 
-/// The end of the tunnel on this host, and the ways into it.
-pub(crate) fn part(kernel: &mut Kernel, view: &View) {
+/// The way to each of them.
+pub fn ways(view: &View, local: &Local) -> BTreeMap<NodeId, Way> {
+    let Some((_, own)) = own(view) else { return BTreeMap::new() };
+    let way = |(id, (_, end))| (id, ends::way(own, &local.ends, id, end));
+    peers(view).into_iter().map(way).collect()
+}
+
+/// The end of the tunnel on this host, two while keys are rotated, and the ways into it.
+pub(crate) fn part(kernel: &mut Kernel, view: &View, local: &Local) {
     let Some((own, tunnel)) = own(view).filter(|_| is_wanted(view)) else { return };
-    let device = Device::tunnel(false);
     let mtu = mtu(own);
-    let (kind, local) = match tunnel.kernel {
+    let (kind, listen) = match tunnel.kernel {
         true => (TunnelKind::Kernel, None),
         false => (TunnelKind::Userspace, Some(own.record.vtep)),
     };
     let cluster = view.alloc.cluster;
     let here = IpAddr::V6(address(cluster, view.me));
-    kernel.links.insert(device, Link::Tunnel { kind, mtu, up: true });
-    kernel.addresses.insert((device, IpNet::from(here)));
-    kernel.tunnels.insert(device, Tunnel { key: tunnel.key, port: tunnel.port, local });
+    let ways = ways(view, local);
+    let (first, second) = (ends::end_of(tunnel.port), ends::end_of(ends::other_port(tunnel.port)));
+    let meets_there = |way: &Way| way.ends.iter().any(|(device, ..)| *device == second);
+    let needs_second = tunnel.rotating || ways.values().any(meets_there);
+    let ports = [(first, tunnel.port), (second, ends::other_port(tunnel.port))];
+    for (device, port) in ports.into_iter().take(if needs_second { 2 } else { 1 }) {
+        let Some(key) = ends::key_of(tunnel, &local.ends, device) else { continue };
+        kernel.links.insert(device, Link::Tunnel { kind, mtu, up: true });
+        kernel.addresses.insert((device, IpNet::from(here)));
+        kernel.tunnels.insert(device, Tunnel { key, port, local: listen });
+    }
     // What is not a host that we have a way to never leaves by a default route.
     kernel.routes.insert(prefix(cluster), Hop::UNREACHABLE);
     let mut allowed: BTreeMap<NodeId, BTreeSet<IpNet>> = BTreeMap::new();
@@ -112,15 +126,19 @@ pub(crate) fn part(kernel: &mut Kernel, view: &View) {
             allowed.entry(holder).or_default().insert(block);
         }
     }
-    for (id, (peer, tunnel)) in peers(view) {
+    for (id, way) in ways {
+        let Some(peer) = view.nodes.get(&id) else { continue };
         let to = IpNet::from(IpAddr::V6(address(cluster, id)));
-        let hop =
-            Hop { device: Some(device), gateway: None, source: Some(here), mtu: path_mtu(own, peer, mtu) };
+        let device = Some(way.by);
+        let hop = Hop { device, gateway: None, source: Some(here), mtu: path_mtu(own, peer, mtu) };
         kernel.routes.insert(to, hop);
         let mut allowed = allowed.remove(&id).unwrap_or_default();
         allowed.insert(to);
-        let endpoint = SocketAddr::new(peer.record.vtep, tunnel.port);
-        kernel.tunnel_peers.insert((device, tunnel.key), TunnelPeer { endpoint, allowed });
+        for (device, key, port) in way.ends {
+            let endpoint = SocketAddr::new(peer.record.vtep, port);
+            let allowed = allowed.clone();
+            kernel.tunnel_peers.insert((device, key), TunnelPeer { endpoint, allowed });
+        }
     }
 }
 

@@ -11,6 +11,7 @@ use ovl_proto::object::Network;
 use ovl_proto::record::NodeRecord;
 use ovl_proto::table::{Endpoint, Entry, Key};
 
+use crate::ends::Ends;
 use crate::table::Table;
 
 /// One host.
@@ -59,6 +60,8 @@ pub struct Local {
     pub segment: Option<IpNet>,
     /// Whether traffic that leaves the cluster gets this host's address.
     pub masquerade: bool,
+    /// What is remembered and seen of tunnels while keys are rotated.
+    pub ends: Ends,
 }
 
 /// An endpoint that counts, with its host.

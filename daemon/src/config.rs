@@ -213,10 +213,17 @@ impl Config {
         if self.vxlan_port == SEALED_VXLAN_PORT {
             bail!("vxlan_port: {SEALED_VXLAN_PORT} is for VXLAN inside the tunnel");
         }
+        if self.tunnel_port & 1 == 1 {
+            bail!(
+                "tunnel_port: {} is odd: the tunnel has an even port, and the next one too while keys are rotated",
+                self.tunnel_port
+            );
+        }
         if self.tunnel_port == 0 {
             bail!("tunnel_port: 0 is not a port");
         }
-        if [self.vxlan_port, self.advertise.port(), SEALED_VXLAN_PORT].contains(&self.tunnel_port) {
+        let others = [self.vxlan_port, self.advertise.port(), SEALED_VXLAN_PORT];
+        if others.iter().any(|other| *other & !1 == self.tunnel_port) {
             bail!("tunnel_port: {} is in use by ovld for something else", self.tunnel_port);
         }
         if !(Duration::from_millis(50)..=Duration::from_secs(5)).contains(&self.gossip_interval) {

@@ -109,8 +109,15 @@ impl Identity {
     }
 }
 
-/// The node's key pair for the tunnel: X25519, kept as `wg genkey` prints it.
-pub(crate) struct TunnelSecret(PrivateKey);
+/// The private keys of this host's end of the tunnel, as they are on the disk: a line for the key, as `wg genkey`
+/// writes it, with `odd` after it where the end has the second of its two ports; while it is being rotated a line
+/// for the key before it.
+#[derive(Clone)]
+pub(crate) struct TunnelSecret {
+    current: PrivateKey,
+    odd: bool,
+    previous: Option<PrivateKey>,
+}
 
 impl std::fmt::Debug for TunnelSecret {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -119,7 +126,7 @@ impl std::fmt::Debug for TunnelSecret {
 }
 
 impl TunnelSecret {
-    /// Reads the key, or makes it where there is no file yet. One that is there and is not good is an error.
+    /// Reads the keys, or makes one where there is no file yet. One that is there and is not good is an error.
     pub(crate) fn load_or_create(path: &Path) -> anyhow::Result<Self> {
         if let Some(text) = read_secret(path)? {
             return Self::from_text(&text).with_context(|| {
@@ -129,35 +136,89 @@ impl TunnelSecret {
                 )
             });
         }
-        let mut bytes = [0; 32];
-        SystemRandom::new()
-            .fill(&mut bytes)
-            .map_err(|_| anyhow::anyhow!("the kernel gave no random numbers"))?;
-        // RFC 7748, section 5.
-        let [first, .., last] = &mut bytes;
-        *first &= 248;
-        *last = *last & 127 | 64;
-        let text = BASE64.encode(&bytes) + "\n";
-        create_secret(path, text.as_bytes()).with_context(|| format!("cannot write {}", path.display()))?;
+        let fresh = Self { current: new_private_key()?, odd: false, previous: None };
+        create_secret(path, fresh.to_text().as_bytes())
+            .with_context(|| format!("cannot write {}", path.display()))?;
         let Some(text) = read_secret(path)? else { bail!("{} vanished", path.display()) };
         Self::from_text(&text)
     }
 
-    /// The public half.
-    pub(crate) fn public(&self) -> TunnelKey {
-        TunnelKey(ovl_tunnel::public_key(&self.0))
+    /// Puts them on the disk.
+    pub(crate) fn keep(&self, path: &Path) -> anyhow::Result<()> {
+        replace_secret(path, self.to_text().as_bytes())
+            .with_context(|| format!("cannot write {}", path.display()))
     }
 
-    /// The private half, for who opens the tunnel.
-    pub(crate) fn private(&self) -> PrivateKey {
-        self.0.clone()
+    /// The beginning of a rotation: a new key, at the other port.
+    pub(crate) fn rotated(&self) -> anyhow::Result<Self> {
+        Ok(Self { current: new_private_key()?, odd: !self.odd, previous: Some(self.current.clone()) })
+    }
+
+    /// The end of one.
+    pub(crate) fn settled(&self) -> Self {
+        Self { previous: None, ..self.clone() }
+    }
+
+    /// The same port with a new key, for which nothing has to stand beside the old one.
+    pub(crate) fn replaced(&self) -> anyhow::Result<Self> {
+        Ok(Self { current: new_private_key()?, odd: self.odd, previous: None })
+    }
+
+    /// The public half.
+    pub(crate) fn public(&self) -> TunnelKey {
+        TunnelKey(ovl_tunnel::public_key(&self.current))
+    }
+
+    /// That of the key before, while it is being rotated.
+    pub(crate) fn previous(&self) -> Option<TunnelKey> {
+        self.previous.as_ref().map(|key| TunnelKey(ovl_tunnel::public_key(key)))
+    }
+
+    /// Which of two ports the end has, the first of which is even.
+    pub(crate) fn port(&self, first: u16) -> u16 {
+        first | u16::from(self.odd)
+    }
+
+    /// The private halves, for who opens the tunnel.
+    pub(crate) fn private(&self) -> Vec<PrivateKey> {
+        std::iter::once(&self.current).chain(&self.previous).cloned().collect()
+    }
+
+    fn to_text(&self) -> String {
+        let line = |key: &PrivateKey| BASE64.encode(&key.0);
+        let odd = if self.odd { " odd" } else { "" };
+        let previous = self.previous.as_ref().map(|key| line(key) + "\n").unwrap_or_default();
+        format!("{}{odd}\n{previous}", line(&self.current))
     }
 
     fn from_text(text: &[u8]) -> anyhow::Result<Self> {
         // What is wrong with it is not said: it may be most of a key.
-        let bytes = BASE64.decode(text.trim_ascii()).ok().and_then(|bytes| bytes.try_into().ok());
-        bytes.map(|bytes| Self(PrivateKey(bytes))).context("not 32 bytes in base64")
+        let key = |line: &[u8]| {
+            let bytes = BASE64.decode(line).ok().and_then(|bytes| bytes.try_into().ok());
+            bytes.map(PrivateKey).context("not 32 bytes in base64")
+        };
+        let mut lines = text.trim_ascii().split(|byte| *byte == b'\n').map(<[u8]>::trim_ascii);
+        let first = lines.next().unwrap_or_default();
+        let (current, odd) = match first.strip_suffix(b" odd") {
+            Some(current) => (key(current)?, true),
+            None => (key(first)?, false),
+        };
+        let previous = lines.next().map(key).transpose()?;
+        if lines.next().is_some() {
+            bail!("more than two lines");
+        }
+        Ok(Self { current, odd, previous })
     }
+}
+
+fn new_private_key() -> anyhow::Result<PrivateKey> {
+    let mut bytes = [0; 32];
+    SystemRandom::new().fill(&mut bytes).map_err(|_| anyhow::anyhow!("the kernel gave no random numbers"))?;
+    // RFC 7748, section 5.
+    let [first, .., last] = &mut bytes;
+    *first &= 248;
+    *last = *last & 127 | 64;
+    Ok(PrivateKey(bytes))
 }
 
 /// Whether the signature is by that key, over that body, for that purpose.

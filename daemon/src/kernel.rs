@@ -292,6 +292,11 @@ impl KernelHandle {
         self.ask(Request::HasWireguard).await
     }
 
+    /// Takes another private key that an end of the tunnel may get.
+    pub(crate) async fn learn_key(&self, key: PrivateKey) -> Result<()> {
+        self.ask(|reply| Request::LearnKey(key, reply)).await
+    }
+
     /// How the ends of the tunnel do.
     pub(crate) async fn tunnels(&self) -> Result<Vec<TunnelStatus>> {
         self.ask(Request::Tunnels).await?

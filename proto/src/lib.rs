@@ -28,10 +28,11 @@ pub mod wire;
 pub const DEFAULT_PORT: u16 = 7940;
 /// The VXLAN port that IANA assigned (RFC 7348).
 pub const DEFAULT_VXLAN_PORT: u16 = 4789;
-/// The tunnel's UDP port; 51820 is what people give to a WireGuard of their own.
+/// The tunnel's UDP port, and with the next one the second port that it has while keys are rotated; 51820 is what
+/// people give to a WireGuard of their own.
 pub const DEFAULT_TUNNEL_PORT: u16 = 51940;
 /// The UDP port of VXLAN inside the tunnel, the same on all hosts: another one than outside, so that what
 /// comes in plain can never meet an encrypted network.
-pub const SEALED_VXLAN_PORT: u16 = 51941;
+pub const SEALED_VXLAN_PORT: u16 = 51942;
 /// Where `ovlctl` finds the daemon unless told otherwise.
 pub const DEFAULT_SOCKET: &str = "/run/ovl/ovld.sock";

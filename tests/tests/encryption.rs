@@ -11,8 +11,8 @@ use netns_lab::{Host, Lab, LabConfig, Netns, Underlay, wait_until};
 use nix::libc;
 use ovl_tests::routed::{make_routed, routes};
 use ovl_tests::{
-    Attached, Capture, SOON, attach, make_network, peer, ping_all_pairs, started_with, text, wait_clean,
-    wait_problem,
+    Attached, Capture, Flow, SOON, assert_says, attach, make_network, peer, ping_all_pairs, refused,
+    started_with, text, wait_clean, wait_problem,
 };
 use serde_json::Value;
 
@@ -25,8 +25,10 @@ const FORGED: &str = "forged by a stranger";
 /// UDP port of listeners in workloads.
 const PORT: u16 = 5000;
 const PLAIN_VXLAN: u16 = 4789;
-const SEALED_VXLAN: u16 = 51941;
+const SEALED_VXLAN: u16 = 51942;
 const SECOND: Duration = Duration::from_secs(1);
+/// A rotation waits until nothing comes by the old end for seconds.
+const LATER: Duration = Duration::from_secs(60);
 
 /// Three hosts with an encrypted switched network `blue` and an encrypted routed one `pods`, each with both
 /// families, and a plain network `open`.
@@ -369,7 +371,7 @@ fn strangers_reach_nobody(underlay: Underlay) {
         socket.send_to(MARKER.as_bytes(), to).unwrap();
         assert_eq!(heard(hears).as_deref(), Some(MARKER), "at {address}");
     }
-    assert!(h1.exec_ok(["nft", "list", "table", "inet", "ovl"]).unwrap().contains("51941"));
+    assert!(h1.exec_ok(["nft", "list", "table", "inet", "ovl"]).unwrap().contains("51942"));
 }
 
 #[test]
@@ -514,4 +516,84 @@ fn encrypt_makes_all_networks_encrypted_and_names_those_that_are_not() {
         anyhow::Ok(peer(&lab["h1"], "h2")?["encryption"] == "wireguard (userspace)")
     })
     .unwrap();
+}
+
+/// The tunnel keys that a host says a host has, and whether it is changing them.
+fn tunnel_key(on: &Host, of: &str) -> Result<(String, bool)> {
+    let status = on.ctl_json(&["key", "status"])?;
+    let row = status["hosts"].as_array().into_iter().flatten().find(|row| row["name"] == of);
+    let row = row.with_context(|| format!("{of} is not in {status}"))?;
+    Ok((text(&row["tunnel"]), row["tunnel_rotating"] == true))
+}
+
+/// The ends of the tunnel that stand on a host.
+fn ends(host: &Host) -> Result<Vec<String>> {
+    let links = host.ip_json(&["link"])?;
+    let names = links.as_array().into_iter().flatten().map(|link| text(&link["ifname"]));
+    Ok(names.filter(|name| name.starts_with("ovt-")).collect())
+}
+
+#[test]
+fn new_tunnel_keys_cost_no_packet_and_show_nothing() {
+    let world = world(Underlay::V4);
+    let capture = Capture::start(&world.lab.switch(), &[MARKER]).unwrap();
+    let flows: Vec<Flow> = world
+        .encrypted()
+        .iter()
+        .flat_map(|all| [Flow::start(&all[0], &all[1]).unwrap(), Flow::start(&all[2], &all[1]).unwrap()])
+        .collect();
+    let hosts: Vec<&Host> = world.lab.hosts().iter().collect();
+    for (turn, name) in ["h2", "h1", "h2"].into_iter().enumerate() {
+        let host = world.host(name);
+        let (before, _) = tunnel_key(host, name).unwrap();
+        if turn == 0 {
+            // One at a time, also while nobody waits for it.
+            host.ctl_ok(&["key", "rotate", "--no-wait"]).unwrap();
+            let said = refused(host, &["key", "rotate"]).unwrap();
+            assert_says(&said, &["is being rotated", "key status"]);
+        } else {
+            host.ctl_ok(&["key", "rotate"]).unwrap();
+        }
+        for all in world.encrypted() {
+            say_everywhere(all, MARKER).unwrap();
+        }
+        wait_until(LATER, &format!("the new key of {name} everywhere, and one end on each host"), || {
+            let (after, _) = tunnel_key(host, name)?;
+            ensure!(after != before, "still {before}");
+            for on in &hosts {
+                ensure!(tunnel_key(on, name)? == (after.clone(), false), "on {}", on.name());
+                let ends = ends(on)?;
+                ensure!(ends.len() == 1, "{ends:?} on {}", on.name());
+            }
+            Ok(())
+        })
+        .unwrap();
+        let key = std::fs::read_to_string(host.state_dir().join("tunnel.key")).unwrap();
+        assert_eq!(key.lines().count(), 1, "the old key is still there");
+        assert!(!host.log().contains(key.split_whitespace().next().unwrap()), "a private key is in the log");
+    }
+    for flow in flows {
+        flow.finish_without_loss().unwrap();
+    }
+    assert_eq!(capture.count(MARKER), 0, "seen on the wire");
+    capture.finish().unwrap();
+}
+
+#[test]
+fn a_host_that_is_killed_while_its_key_changes_goes_on_with_it() {
+    let world = world(Underlay::V4);
+    let h1 = world.host("h1");
+    h1.ctl_ok(&["key", "rotate", "--no-wait"]).unwrap();
+    let (key, _) = tunnel_key(h1, "h1").unwrap();
+    h1.kill9().unwrap();
+    h1.start().unwrap();
+    wait_until(LATER, "the rotation at its end", || {
+        ensure!(tunnel_key(h1, "h1")? == (key.clone(), false), "{:?}", tunnel_key(h1, "h1")?);
+        ensure!(ends(h1)?.len() == 1, "{:?}", ends(h1)?);
+        Ok(())
+    })
+    .unwrap();
+    for all in world.encrypted() {
+        ping_all_pairs(all, SOON).unwrap();
+    }
 }

@@ -298,11 +298,11 @@ mod tests {
     fn a_frame_is_found_in_its_headers() {
         let (a, b) = (Ipv6Addr::from_bits(1), Ipv6Addr::from_bits(2));
         let mut packet = [0; VXLAN + 60];
-        put_vxlan(&mut packet, a, b, (50_000, 51_941), 4711, 60);
+        put_vxlan(&mut packet, a, b, (50_000, 51_942), 4711, 60);
         let ip = Ip::parse(&packet).unwrap();
-        let inner = Inner::parse(&packet, &ip, b, 51_941).unwrap();
+        let inner = Inner::parse(&packet, &ip, b, 51_942).unwrap();
         assert_eq!(inner, Inner { vni: 4711, from: a, start: VXLAN, end: VXLAN + 60 });
-        assert_eq!(Inner::parse(&packet, &ip, a, 51_941), None);
+        assert_eq!(Inner::parse(&packet, &ip, a, 51_942), None);
         assert_eq!(Inner::parse(&packet, &ip, b, 4789), None);
         put_vxlan_length(&mut packet, 61);
         assert_eq!(Ip::parse(&packet), None);

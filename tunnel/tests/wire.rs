@@ -46,7 +46,7 @@ fn engine(host: &Host, n: u8) -> Engine {
 }
 
 fn serve(engine: &Engine, host: &Host, n: u8) {
-    let config = InterfaceConfig { key: key(n), listen: at(host), address: inside(n), vxlan_port: 51941 };
+    let config = InterfaceConfig { key: key(n), listen: at(host), address: inside(n), vxlan_port: 51942 };
     host.run(|| engine.set_interface("ovt-0", &config)).unwrap().unwrap();
     ip(host, "link set ovt-0 mtu 1440 up");
     ip(host, &format!("addr add 10.9.{n}.1/32 dev ovt-0"));
@@ -385,7 +385,7 @@ fn another_port_and_another_key_need_no_new_device() {
     lab["h1"].ping_until("10.9.2.1", PATIENCE).unwrap();
     let index = lab["h1"].ip_json(&["link", "show", "ovt-0"]).unwrap()[0]["ifindex"].clone();
     let listen = SocketAddr::new(lab["h1"].address().unwrap(), PORT + 5);
-    let config = InterfaceConfig { key: key(1), listen, address: inside(1), vxlan_port: 51941 };
+    let config = InterfaceConfig { key: key(1), listen, address: inside(1), vxlan_port: 51942 };
     lab["h1"].run(|| a.set_interface("ovt-0", &config)).unwrap().unwrap();
     assert_eq!(a.state().interfaces[0].listen, listen);
     // The session goes on: the other end follows.

@@ -38,19 +38,21 @@ enum Action {
     ///
     /// Give the same file to all hosts, readable by root alone. ovld is not asked.
     Generate,
-    /// Change the cluster key on all hosts, without a restart and without losing a packet
+    /// Change this host's tunnel key, or the cluster key on all hosts, without losing a packet
     ///
-    /// Old and new key are valid side by side until all live hosts have the new one. Then it is in the
-    /// file that each host's configuration names. Waits for that; when interrupted, the rotation goes on.
+    /// No host is restarted. Old and new key are valid side by side until all live hosts use the new one;
+    /// a new cluster key is then in the file that each host's configuration names. Waits for that; when
+    /// interrupted, the rotation goes on.
     Rotate {
-        /// A file with the new key, as `ovlctl key generate` writes it; - reads standard input
+        /// The cluster key: a file with the new one, as `ovlctl key generate` writes it; - reads standard
+        /// input
         #[arg(long, value_name = "NEW")]
-        cluster: PathBuf,
-        /// Return as soon as a majority of the hosts has agreed
+        cluster: Option<PathBuf>,
+        /// Return as soon as the rotation has begun
         #[arg(long)]
         no_wait: bool,
     },
-    /// Show which host has which cluster key, and a rotation that is under way
+    /// Show which host has which keys, and a rotation that is under way
     Status,
 }
 
@@ -64,10 +66,14 @@ pub(crate) fn run(context: &Context, args: Args) -> Result<()> {
             context.print(&json!({ "key": key }), |_| key.clone() + "\n")
         }
         Action::Rotate { cluster, no_wait } => {
-            let key = Secret(read(&cluster)?);
-            let mut status = keys(context, &Request::KeyRotateCluster { key })?;
+            let request = match cluster {
+                Some(cluster) => Request::KeyRotateCluster { key: Secret(read(&cluster)?) },
+                None => Request::KeyRotateTunnel,
+            };
+            let is_tunnel = request == Request::KeyRotateTunnel;
+            let mut status = keys(context, &request)?;
             if !no_wait {
-                status = wait(context, status)?;
+                status = wait(context, status, if is_tunnel { tunnel_progress } else { cluster_progress })?;
             }
             context.print(&status, render)
         }
@@ -82,11 +88,27 @@ fn keys(context: &Context, request: &Request) -> Result<KeyStatus> {
     }
 }
 
+/// How far a rotation is, and who holds it up; none when it is done.
+type Progress = fn(&KeyStatus) -> Option<(String, String)>;
+
+fn cluster_progress(status: &KeyStatus) -> Option<(String, String)> {
+    status.rotation.as_ref().map(progress)
+}
+
+fn tunnel_progress(status: &KeyStatus) -> Option<(String, String)> {
+    let waits_for = status.tunnel_waits_for.as_ref()?;
+    let news = match waits_for.len() {
+        0 => "all hosts use the new tunnel key".to_owned(),
+        1 => "1 host does not use the new tunnel key yet".to_owned(),
+        many => format!("{many} hosts do not use the new tunnel key yet"),
+    };
+    Some((news, list(waits_for)))
+}
+
 /// Tells how far it is until it is done.
-fn wait(context: &Context, mut status: KeyStatus) -> Result<KeyStatus> {
+fn wait(context: &Context, mut status: KeyStatus, progress: Progress) -> Result<KeyStatus> {
     let mut said: Option<(String, Instant)> = None;
-    while let Some(rotation) = &status.rotation {
-        let (news, who) = progress(rotation);
+    while let Some((news, who)) = progress(&status) {
         let stuck = said.as_ref().is_some_and(|(_, at)| at.elapsed() > TELL_AGAIN);
         if stuck || said.as_ref().is_none_or(|(last, _)| *last != news) {
             context.say(&if stuck { format!("{news}; waiting for {who}") } else { news.clone() });
@@ -146,17 +168,34 @@ fn render(status: &KeyStatus) -> String {
         ),
     };
     let hosts = &status.hosts;
-    head + &Table::new()
-        .column("NAME", hosts.iter().map(|host| format!("{}{}", host.name, if host.own { " *" } else { "" })))
-        .column("STATE", hosts.iter().map(|host| host.state))
-        .column("SEALS", hosts.iter().map(|host| host.seals))
-        .column("ALSO OPENS", hosts.iter().map(|host| list(&host.opens)))
-        .unusual("NOTE", "", hosts.iter().map(note))
-        .render()
+    let own = match &status.tunnel_waits_for {
+        None => String::new(),
+        Some(waits_for) => format!("Changing this host's tunnel key. Waiting for {}.\n", list(waits_for)),
+    };
+    head + &own
+        + &Table::new()
+            .column(
+                "NAME",
+                hosts.iter().map(|host| format!("{}{}", host.name, if host.own { " *" } else { "" })),
+            )
+            .column("STATE", hosts.iter().map(|host| host.state))
+            .column("SEALS", hosts.iter().map(|host| host.seals))
+            .column("ALSO OPENS", hosts.iter().map(|host| list(&host.opens)))
+            .unusual("TUNNEL", "-", hosts.iter().map(tunnel))
+            .unusual("NOTE", "", hosts.iter().map(note))
+            .render()
+}
+
+fn tunnel(host: &HostKeys) -> String {
+    host.tunnel.map_or_else(|| "-".to_owned(), |key| key.to_string())
 }
 
 fn note(host: &HostKeys) -> &'static str {
-    if host.member { "" } else { "not a member" }
+    match (host.member, host.tunnel_rotating) {
+        (false, _) => "not a member",
+        (true, true) => "its tunnel key is new",
+        (true, false) => "",
+    }
 }
 
 fn generate() -> io::Result<String> {
@@ -210,6 +249,8 @@ mod tests {
             member: number != 3,
             seals: key(seals),
             opens: opens.iter().copied().map(key).collect(),
+            tunnel: None,
+            tunnel_rotating: false,
             own: number == 1,
         }
     }
@@ -227,7 +268,7 @@ mod tests {
         };
         let hosts = vec![host(1, 1, &[2]), host(2, 1, &[]), host(3, 1, &[])];
         assert_eq!(
-            render(&KeyStatus { rotation: Some(rotation), hosts }),
+            render(&KeyStatus { rotation: Some(rotation), tunnel_waits_for: None, hosts }),
             "\
 Changing to 081040g since 1970-01-01T00:00:00.000Z: 1 of 2 hosts have the new key. Waiting for host2.
 NAME     STATE  SEALS    ALSO OPENS  NOTE
@@ -236,7 +277,7 @@ host2    alive  040g208  -           -
 host3    alive  040g208  -           not a member
 "
         );
-        let done = KeyStatus { rotation: None, hosts: vec![host(1, 2, &[])] };
+        let done = KeyStatus { rotation: None, tunnel_waits_for: None, hosts: vec![host(1, 2, &[])] };
         assert!(render(&done).starts_with("No rotation is under way.\nNAME "));
     }
 

@@ -87,7 +87,7 @@ fn a_switched_network_has_a_tap_with_sources_or_a_vxlan_device_in_the_tunnel() {
         ),
         (
             true,
-            "ip link add ovx address 0e:00:00:00:00:00 mtu 1370 master ovb up type vxlan id 5000 local T1 dstport 51941 \
+            "ip link add ovx address 0e:00:00:00:00:00 mtu 1370 master ovb up type vxlan id 5000 local T1 dstport 51942 \
              nolearning udp6zerocsumtx udp6zerocsumrx && bridge link set dev ovx learning off neigh_suppress on",
         ),
     ] {
@@ -97,8 +97,8 @@ fn a_switched_network_has_a_tap_with_sources_or_a_vxlan_device_in_the_tunnel() {
             [
                 device,
                 "bridge fdb replace 02:f1:0a:09:00:11 dev ovx master static",
-                "bridge fdb replace 02:f1:0a:09:00:11 dev ovx self static dst T2 port 51941",
-                "bridge fdb append 00:00:00:00:00:00 dev ovx self static dst T2 port 51941",
+                "bridge fdb replace 02:f1:0a:09:00:11 dev ovx self static dst T2 port 51942",
+                "bridge fdb append 00:00:00:00:00:00 dev ovx self static dst T2 port 51942",
                 "# ovx: frames from 02:f1:0a:09:00:11 are T2's 10.9.0.17",
             ]
         );
@@ -138,7 +138,7 @@ fn without_a_tunnel_there_is_no_way() {
         let out = kernel.routes.iter().filter(|route| !own(route)).map(|(_, hop)| hop);
         assert!(out.clone().all(|hop| *hop == Hop::UNREACHABLE), "{:?}", kernel.routes);
         let filter = kernel.filter.unwrap();
-        assert!(filter.contains("udp dport 51941 fib daddr type != unicast counter drop"), "{filter}");
+        assert!(filter.contains("udp dport 51942 fib daddr type != unicast counter drop"), "{filter}");
     }
 }
 
@@ -222,5 +222,5 @@ fn nothing_in_plain_is_taken_or_sent() {
     view.networks.get_mut(&NET).unwrap().network.encrypted = false;
     let plain = desired(&view, &local());
     assert!(plain.tunnels.is_empty());
-    assert!(!plain.filter.unwrap().contains("51941"));
+    assert!(!plain.filter.unwrap().contains("51942"));
 }

@@ -21,6 +21,8 @@ use super::wireguard::Wireguard;
 /// One end of a tunnel, as it is.
 #[derive(Debug, Clone)]
 pub(crate) struct TunnelStatus {
+    /// Which.
+    pub(crate) device: Device,
     /// The other ends.
     pub(crate) peers: Vec<TunnelPeerStatus>,
     /// What was dropped so far, by the reason; the kernel's device does not tell.
@@ -59,14 +61,21 @@ pub(super) struct Tunnels {
 
 impl Tunnels {
     pub(super) fn new(keys: Vec<PrivateKey>) -> Self {
-        Self {
-            keys: keys.into_iter().map(|key| (TunnelKey(public_key(&key)), key)).collect(),
+        let mut tunnels = Self {
+            keys: BTreeMap::new(),
             engine: Engine::new(),
             served: BTreeSet::new(),
             in_kernel: InKernel::default(),
             wanted: BTreeMap::new(),
             addresses: BTreeMap::new(),
-        }
+        };
+        keys.into_iter().for_each(|key| tunnels.learn(key));
+        tunnels
+    }
+
+    /// Takes another private key that an end may get.
+    pub(super) fn learn(&mut self, key: PrivateKey) {
+        self.keys.insert(TunnelKey(public_key(&key)), key);
     }
 
     /// Takes note of operations that are about to be done.
@@ -293,7 +302,9 @@ impl Tunnels {
         let mut all: Vec<TunnelStatus> = state
             .interfaces
             .into_iter()
-            .map(|interface| TunnelStatus {
+            .filter_map(|interface| Device::new(&interface.name).map(|device| (device, interface)))
+            .map(|(device, interface)| TunnelStatus {
+                device,
                 peers: interface
                     .peers
                     .into_iter()
@@ -319,7 +330,7 @@ impl Tunnels {
         }
         for device in ends_in_kernel(kernel) {
             let peers = self.in_kernel.status(device)?;
-            all.push(TunnelStatus { peers, drops: Vec::new() });
+            all.push(TunnelStatus { device, peers, drops: Vec::new() });
         }
         if let Some(first) = all.first_mut().filter(|first| first.drops.is_empty()) {
             first.drops = self.in_kernel.drops()?;

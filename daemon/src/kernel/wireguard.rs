@@ -60,6 +60,10 @@ const ALLOWED_LENGTH: u16 = 3;
 /// 64 KiB.
 const ALLOWED_AT_ONCE: usize = 512;
 
+/// Seconds after which a session without traffic is kept up. With the first one, which is sent when the peer is
+/// set, the kernel makes the session: it would not without traffic, and a new end gets none before it has one.
+const KEEPALIVE: u16 = 25;
+
 /// What stands in a dump for a key, or an endpoint, that goes with settings which ovl never makes: it is
 /// different from all that is wanted, and what is set in its place undoes them.
 const NO_KEY: TunnelKey = TunnelKey([0; 32]);
@@ -129,7 +133,7 @@ impl Wireguard {
         let (first, more) = allowed.split_at(allowed.len().min(ALLOWED_AT_ONCE));
         let message = about_peer(device, key, REPLACE_ALLOWED, |attributes| {
             attributes.put(PEER_PRESHARED_KEY, &[0; 32]);
-            attributes.put(PEER_KEEPALIVE, &0u16.to_ne_bytes());
+            attributes.put(PEER_KEEPALIVE, &KEEPALIVE.to_ne_bytes());
             put_endpoint(attributes, peer.endpoint);
             put_allowed(attributes, first);
         });
@@ -325,7 +329,7 @@ struct ReadPeer {
     handshake: Option<Duration>,
     received: u64,
     sent: u64,
-    /// It has a preshared key, or a keepalive.
+    /// It has a preshared key, or another keepalive.
     is_foreign: bool,
 }
 
@@ -355,7 +359,7 @@ impl Read {
             match kind {
                 PEER_ENDPOINT => peer.endpoint = endpoint(value),
                 PEER_PRESHARED_KEY => peer.is_foreign |= value.iter().any(|byte| *byte != 0),
-                PEER_KEEPALIVE => peer.is_foreign |= u16_at(value, 0) != Some(0),
+                PEER_KEEPALIVE => peer.is_foreign |= u16_at(value, 0) != Some(KEEPALIVE),
                 PEER_HANDSHAKE => peer.handshake = handshake(value),
                 PEER_RECEIVED => peer.received = u64_of(value),
                 PEER_SENT => peer.sent = u64_of(value),

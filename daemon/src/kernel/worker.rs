@@ -13,6 +13,7 @@ use ovl_core::device::Device;
 use ovl_core::diff::{diff, lost_endpoints};
 use ovl_core::kernel::{Kernel, Link};
 use ovl_core::op::Op;
+use ovl_tunnel::PrivateKey;
 use tokio::sync::oneshot;
 
 use super::apply::{self, Devices};
@@ -47,6 +48,7 @@ pub(super) enum Request {
     Retire(Vec<Retired>, Vec<Op>, oneshot::Sender<(Vec<Outcome>, Result<()>)>),
     Sweep(oneshot::Sender<Result<()>>),
     HasWireguard(oneshot::Sender<bool>),
+    LearnKey(PrivateKey, oneshot::Sender<()>),
     Tunnels(oneshot::Sender<Result<Vec<TunnelStatus>>>),
 }
 
@@ -141,6 +143,10 @@ impl Worker {
             Request::Sweep(reply) => self.sweeper.all(reply),
             Request::HasWireguard(reply) => {
                 let _ = reply.send(tunnel::kernel_has_wireguard());
+            }
+            Request::LearnKey(key, reply) => {
+                self.tunnels.learn(key);
+                let _ = reply.send(());
             }
             Request::Tunnels(reply) => {
                 let _ = reply.send(self.tunnels.status(self.known.kernel()));

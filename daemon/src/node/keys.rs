@@ -290,9 +290,6 @@ impl Node {
     /// `ovlctl key status`.
     pub(super) fn key_status(&self) -> Result<KeyStatus, Failed> {
         let state = self.state.borrow();
-        if state.keys.insecure {
-            return Err(no_key());
-        }
         let own_keys = state.keys.ring.ids();
         let mut hosts: Vec<HostKeys> = state
             .view
@@ -308,13 +305,17 @@ impl Node {
                     member: state.view.alloc.members.contains(&node.record.id),
                     seals: keys.seals,
                     opens: keys.opens.clone(),
+                    tunnel: node.record.tunnel.map(|end| end.key),
+                    tunnel_rotating: node.record.tunnel.is_some_and(|end| end.rotating),
                     own,
                 }
             })
             .collect();
         hosts.sort_by(|a, b| (!a.own, &a.name, a.id).cmp(&(!b.own, &b.name, b.id)));
         let rotation = Self::key_rotation(&state);
-        Ok(KeyStatus { rotation, hosts })
+        let is_own = state.view.own().and_then(|own| own.record.tunnel).is_some_and(|end| end.rotating);
+        let awaited = || self.tunnel_awaits(&state).map(|id| state.view.name_of(id)).collect();
+        Ok(KeyStatus { rotation, tunnel_waits_for: is_own.then(awaited), hosts })
     }
 
     /// `ovlctl key rotate --cluster`: done when a majority has agreed and the key is on this host's

@@ -96,6 +96,8 @@ pub(crate) struct Node {
     /// The map names another cluster key, or somebody's keys are others.
     keys: Notify,
     key_turn: tokio::sync::Mutex<()>,
+    /// A key of the tunnel is about to change.
+    tunnel_turn: Notify,
     /// The allocation map changed.
     membership: Notify,
     /// The allocation map or the networks changed: a routed network may lack a block of ours.
@@ -158,7 +160,7 @@ impl Node {
         }
         let (kernel_tell, kernel_events) = mpsc::channel(INBOX);
         let secret = TunnelSecret::load_or_create(&config.state_dir.join("tunnel.key"))?;
-        let kernel = kernel::start(kernel_tell, vec![secret.private()]).context("opening netlink")?;
+        let kernel = kernel::start(kernel_tell, secret.private()).context("opening netlink")?;
         let (end, missing) = tunnel::choose(&config, &secret, &kernel).await;
         let link = kernel.underlay(config.advertise.ip()).await.with_context(|| {
             format!(
@@ -184,7 +186,8 @@ impl Node {
         };
         let signed = identity.sign_record(&record)?;
         let keys = keys::Keys::new(Arc::clone(&keyring), key_file);
-        let state = first_state(&config, &record, &signed, &saved, keys);
+        let mut state = first_state(&config, &record, &signed, &saved, keys);
+        state.local.ends.own_old = secret.previous();
         let (gossip_tell, gossip_events) = mpsc::channel(INBOX);
         let (link_tell, link_events) = mpsc::channel(INBOX);
         let (gossip, links) =
@@ -204,13 +207,14 @@ impl Node {
             writer: store::Writer::start(state_path.clone(), saved_tell)?,
             state: RefCell::new(state),
             containers: cni::Containers::default(),
-            tunnel: RefCell::new(tunnel::Tunnel::new(missing)),
+            tunnel: RefCell::new(tunnel::Tunnel::new(secret, missing)),
             pointed: RefCell::default(),
             events: Events::default(),
             work: Notify::new(),
             saver: Notify::new(),
             keys: Notify::new(),
             key_turn: tokio::sync::Mutex::default(),
+            tunnel_turn: Notify::new(),
             membership: Notify::new(),
             routed: Notify::new(),
             underlay: Notify::new(),

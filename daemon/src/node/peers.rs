@@ -11,7 +11,7 @@ use ovl_core::view;
 use ovl_proto::alloc::{AllocMessage, Change};
 use ovl_proto::control::PeerState;
 use ovl_proto::id::{ClusterKeyId, NodeId};
-use ovl_proto::record::{NodeRecord, Presence, SignedRecord};
+use ovl_proto::record::{self, NodeRecord, Presence, SignedRecord};
 use ovl_proto::sync::Message;
 use ovl_proto::table::{Entry, Key};
 
@@ -268,6 +268,8 @@ impl Node {
         note_cluster(state, &record);
         state.save.wanted = true;
         if rekeyed {
+            note_end(state, &record, old.as_ref().and_then(|old| old.tunnel));
+            self.tunnel_turn.notify_one();
             // Whom a key belongs to decides for other hosts, too.
             state.touch_encrypted();
         }
@@ -523,4 +525,18 @@ fn note_cluster(state: &mut State, record: &NodeRecord) {
         )
     });
     state.problem(format!("cluster {}", record.id), sentence);
+}
+
+/// What a peer published before it began to rotate its tunnel key: it is still taken.
+fn note_end(state: &mut State, record: &NodeRecord, before: Option<record::Tunnel>) {
+    let ends = &mut state.local.ends.old;
+    match (before, record.tunnel) {
+        (Some(old), Some(new)) if new.rotating && new.key != old.key => {
+            ends.insert(record.id, old);
+        }
+        (_, Some(new)) if new.rotating => {}
+        _ => {
+            ends.remove(&record.id);
+        }
+    }
 }

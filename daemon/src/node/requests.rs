@@ -43,6 +43,7 @@ impl Node {
                 Reply::Done
             }
             Request::KeyRotateCluster { key } => Reply::Keys(Box::new(self.rotate_cluster_key(&key).await?)),
+            Request::KeyRotateTunnel => Reply::Keys(Box::new(self.rotate_tunnel_key().await?)),
             Request::KeyStatus => Reply::Keys(Box::new(self.key_status()?)),
             Request::Leave => {
                 self.leave(Stop::Leave).await?;

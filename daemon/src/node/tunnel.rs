@@ -1,24 +1,30 @@
 //! The tunnel: which kind this host uses, how it does, and what is wrong with it.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::IpAddr;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
+use ovl_core::device::Device;
+use ovl_core::ends::{self, Ends};
 use ovl_core::kernel::TunnelKind;
 use ovl_core::tunnel;
-use ovl_proto::control::{PeerState, PeerTunnel};
-use ovl_proto::id::NodeId;
+use ovl_proto::control::{KeyStatus, PeerState, PeerTunnel};
+use ovl_proto::id::{NodeId, TunnelKey};
 use ovl_proto::record;
 
-use super::Node;
 use super::state::State;
+use super::{Failed, Node};
 use crate::config::{Config, TunnelMode};
 use crate::crypto::TunnelSecret;
 use crate::kernel::{self, KernelHandle, TunnelPeerStatus, TunnelStatus};
 
 /// Between two probes of each peer. They keep sessions up, too: the first packet waits for no handshake.
 const EVERY: Duration = Duration::from_secs(3);
+/// Between two looks while keys are rotated.
+const SOON: Duration = Duration::from_millis(250);
+/// An end by which nothing comes for so long has no sender any more: each host probes the others more often.
+const QUIET: Duration = Duration::from_secs(7);
 /// An answer that comes later is as good as lost.
 const ANSWER_WITHIN: Duration = Duration::from_secs(2);
 /// Loss is counted over so many probes.
@@ -29,8 +35,12 @@ const FIRST_WITHIN: Duration = Duration::from_secs(15);
 const RENEWED_WITHIN: Duration = Duration::from_secs(180);
 
 /// What is known of the tunnel.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Tunnel {
+    /// The keys on the disk.
+    secret: TunnelSecret,
+    /// What has come by each end from each key, and since when no more.
+    heard: BTreeMap<(Device, TunnelKey), (u64, Instant)>,
     /// Why this host has none.
     missing: Option<String>,
     /// What was dropped so far, by the reason.
@@ -72,8 +82,8 @@ pub(super) async fn choose(
     }
     let end = record::Tunnel {
         key: secret.public(),
-        port: config.tunnel_port,
-        rotating: false,
+        port: secret.port(config.tunnel_port),
+        rotating: secret.previous().is_some(),
         kernel: has_wireguard,
     };
     (Some(end), None)
@@ -95,22 +105,60 @@ pub(super) fn kind(state: &State) -> Option<TunnelKind> {
 
 impl Tunnel {
     /// Before anything is known of it but why there is none.
-    pub(super) fn new(missing: Option<String>) -> Self {
-        Self { missing, ..Self::default() }
+    pub(super) fn new(secret: TunnelSecret, missing: Option<String>) -> Self {
+        Self { secret, heard: BTreeMap::new(), missing, drops: Vec::new(), peers: BTreeMap::new() }
+    }
+
+    /// With whom each end has a session, and from whom nothing comes any more.
+    fn listen(
+        &mut self,
+        found: &[TunnelStatus],
+    ) -> (BTreeSet<(Device, TunnelKey)>, BTreeSet<(Device, TunnelKey)>) {
+        let all = || found.iter().flat_map(|end| end.peers.iter().map(|peer| ((end.device, peer.key), peer)));
+        let mut heard = BTreeMap::new();
+        for (place, peer) in all() {
+            let before = self.heard.get(&place).copied().filter(|(received, _)| *received == peer.received);
+            heard.insert(place, before.unwrap_or((peer.received, Instant::now())));
+        }
+        self.heard = heard;
+        let is_fresh =
+            |peer: &TunnelPeerStatus| peer.last_handshake.is_some_and(|last| last < RENEWED_WITHIN);
+        let sessions = all().filter(|(_, peer)| is_fresh(peer)).map(|(place, _)| place).collect();
+        let quiet = self.heard.iter().filter(|(_, (_, since))| since.elapsed() > QUIET);
+        (sessions, quiet.map(|(place, _)| *place).collect())
     }
 }
 
 impl Node {
     /// Runs for ever.
     pub(super) async fn tunnel_loop(self: Rc<Self>) {
+        let mut probed: Option<Instant> = None;
         loop {
             self.look_at_tunnel().await;
-            for (id, address) in self.tunnel_targets() {
-                let node = Rc::clone(&self);
-                tokio::task::spawn_local(async move { node.probe_tunnel(id, address).await });
+            self.settle_tunnel_key();
+            if probed.is_none_or(|at| at.elapsed() >= EVERY) {
+                probed = Some(Instant::now());
+                for (id, address) in self.tunnel_targets() {
+                    let node = Rc::clone(&self);
+                    tokio::task::spawn_local(async move { node.probe_tunnel(id, address).await });
+                }
             }
-            tokio::time::sleep(EVERY).await;
+            let pause = if self.is_tunnel_moving() { SOON } else { EVERY };
+            tokio::select! {
+                () = tokio::time::sleep(pause) => {}
+                () = self.tunnel_turn.notified() => {}
+            }
         }
+    }
+
+    /// Whether this host or a peer is about to change over to another key.
+    fn is_tunnel_moving(&self) -> bool {
+        let state = self.state.borrow();
+        let Some((_, own)) = tunnel::own(&state.view).filter(|_| tunnel::is_wanted(&state.view)) else {
+            return false;
+        };
+        let peers = tunnel::peers(&state.view).into_iter().map(|(id, (_, end))| (id, end));
+        own.rotating || ends::unsettled(own, &state.local.ends, peers).next().is_some()
     }
 
     /// Asks the kernel's worker how each peer does.
@@ -124,22 +172,125 @@ impl Node {
             tracing::warn!(%error, "cannot ask how the tunnel does");
             Vec::new()
         });
-        let state = self.state.borrow();
-        let reached = if wanted { tunnel::peers(&state.view) } else { BTreeMap::new() };
         let mut guard = self.tunnel.borrow_mut();
         let watch = &mut *guard;
+        let (sessions, quiet) = watch.listen(&ends);
+        {
+            let mut guard = self.state.borrow_mut();
+            let state = &mut *guard;
+            let before = tunnel::ways(&state.view, &state.local);
+            state.local.ends = Ends { sessions, quiet, ..std::mem::take(&mut state.local.ends) };
+            if tunnel::ways(&state.view, &state.local) != before {
+                state.touch_encrypted();
+                self.work.notify_one();
+            }
+        }
+        let state = self.state.borrow();
+        let reached = if wanted { tunnel::peers(&state.view) } else { BTreeMap::new() };
+        let ways = tunnel::ways(&state.view, &state.local);
         watch.drops = ends.iter().flat_map(|end| end.drops.iter().copied()).collect();
         watch.peers.retain(|id, _| reached.contains_key(id));
-        for (id, (_, end)) in reached {
+        for id in reached.into_keys() {
             let watched = watch.peers.entry(id).or_insert_with(|| Watched {
                 since: Instant::now(),
                 status: None,
                 answered: VecDeque::with_capacity(WINDOW),
                 round_trip: None,
             });
-            let mut found = ends.iter().flat_map(|TunnelStatus { peers, .. }| peers);
-            watched.status = found.find(|status| status.key == end.key).cloned();
+            // Of the end by which packets go there now.
+            let Some(way) = ways.get(&id) else { continue };
+            let here = ends.iter().filter(|end| end.device == way.by).flat_map(|end| &end.peers);
+            let keys: Vec<TunnelKey> =
+                way.ends.iter().filter(|(device, ..)| *device == way.by).map(|(_, key, _)| *key).collect();
+            watched.status = here.filter(|status| keys.contains(&status.key)).next_back().cloned();
         }
+    }
+
+    /// `ovlctl key rotate`: this host's tunnel key. Done when the new one is on the disk and published; the rest
+    /// goes by itself.
+    pub(super) async fn rotate_tunnel_key(&self) -> Result<KeyStatus, Failed> {
+        let io = |error: anyhow::Error| Failed::unavailable(format!("{error:#}"));
+        let path = self.config.state_dir.join("tunnel.key");
+        let stands = {
+            let state = self.state.borrow();
+            let Some((_, own)) = tunnel::own(&state.view) else {
+                return Err(Failed::unavailable(
+                    "this host has no tunnel, or is no member of the cluster yet; `ovlctl status` says why",
+                ));
+            };
+            if own.rotating {
+                return Err(Failed::conflict(
+                    "this host's tunnel key is being rotated; `ovlctl key status` says who is waited for",
+                ));
+            }
+            let peers = tunnel::peers(&state.view).into_iter().map(|(id, (_, end))| (id, end));
+            let busy: Vec<String> =
+                ends::unsettled(own, &state.local.ends, peers).map(|id| state.view.name_of(id)).collect();
+            let second = ends::end_of(ends::other_port(own.port));
+            if !busy.is_empty() || state.applied_host.links.contains_key(&second) {
+                return Err(Failed::conflict(format!(
+                    "the tunnel key of another host is being rotated ({}); try again in a few seconds",
+                    if busy.is_empty() { "about to end".to_owned() } else { busy.join(", ") }
+                )));
+            }
+            tunnel::is_wanted(&state.view)
+        };
+        let old = self.tunnel.borrow().secret.clone();
+        // Without an encrypted network there are no sessions that would have to go on.
+        let fresh = if stands { old.rotated() } else { old.replaced() }.map_err(io)?;
+        fresh.keep(&path).map_err(io)?;
+        for key in fresh.private() {
+            self.kernel.learn_key(key).await.map_err(Failed::from)?;
+        }
+        self.state.borrow_mut().local.ends.own_old = fresh.previous();
+        let (key, port) = (fresh.public(), fresh.port(self.config.tunnel_port));
+        self.tunnel.borrow_mut().secret = fresh;
+        self.change_record(|record| {
+            if let Some(end) = &mut record.tunnel {
+                (end.key, end.port, end.rotating) = (key, port, stands);
+            }
+        });
+        self.event("key", &key.to_string(), "this host has a new tunnel key, by request");
+        self.state.borrow_mut().touch_encrypted();
+        self.work.notify_one();
+        self.tunnel_turn.notify_one();
+        self.key_status()
+    }
+
+    /// Ends the rotation of the own key when nobody uses the old one any more.
+    fn settle_tunnel_key(&self) {
+        let own = {
+            let state = self.state.borrow();
+            let Some((_, own)) = tunnel::own(&state.view).filter(|(_, own)| own.rotating) else { return };
+            if self.tunnel_awaits(&state).next().is_some() {
+                return;
+            }
+            own
+        };
+        let settled = self.tunnel.borrow().secret.settled();
+        if let Err(error) = settled.keep(&self.config.state_dir.join("tunnel.key")) {
+            tracing::warn!("the rotation of the tunnel key cannot be ended: {error:#}");
+            return;
+        }
+        self.tunnel.borrow_mut().secret = settled;
+        self.state.borrow_mut().local.ends.own_old = None;
+        self.change_record(|record| {
+            if let Some(end) = &mut record.tunnel {
+                end.rotating = false;
+            }
+        });
+        self.event("key", &own.key.to_string(), "all hosts use this host's new tunnel key");
+        self.state.borrow_mut().touch_encrypted();
+        self.work.notify_one();
+    }
+
+    /// Hosts that the rotation of the own key waits for.
+    pub(super) fn tunnel_awaits<'a>(&self, state: &'a State) -> impl Iterator<Item = NodeId> + 'a {
+        let own = tunnel::own(&state.view).map(|(_, own)| own).filter(|own| own.rotating);
+        own.into_iter().flat_map(|own| {
+            let peers = tunnel::peers(&state.view).into_iter().map(|(id, (_, end))| (id, end));
+            ends::awaited(own, &state.local.ends, peers)
+        })
     }
 
     /// Who is probed, at which address.

@@ -6,7 +6,7 @@ use std::net::{IpAddr, SocketAddr};
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
-use crate::id::{ClusterKeyId, Mac, NetworkId, NodeId};
+use crate::id::{ClusterKeyId, Mac, NetworkId, NodeId, TunnelKey};
 use crate::object::{Backend, Driver, Mode};
 
 /// One reply.
@@ -218,6 +218,8 @@ impl std::fmt::Display for PeerState {
 pub struct KeyStatus {
     /// The rotation of the cluster key that is under way.
     pub rotation: Option<KeyRotation>,
+    /// Names of the hosts that the rotation of the own tunnel key still waits for; none: none is under way.
+    pub tunnel_waits_for: Option<Vec<String>>,
     /// All hosts, the own one first, then by name.
     pub hosts: Vec<HostKeys>,
 }
@@ -256,6 +258,10 @@ pub struct HostKeys {
     pub seals: ClusterKeyId,
     /// Ids of the others that it takes.
     pub opens: Vec<ClusterKeyId>,
+    /// Its tunnel key, as `wg` shows it; none where it has no tunnel.
+    pub tunnel: Option<TunnelKey>,
+    /// That is new, and the one before it is still taken.
+    pub tunnel_rotating: bool,
     /// The host that answers.
     #[serde(rename = "self")]
     pub own: bool,

@@ -31,6 +31,8 @@ pub enum Request {
         /// The new key, as the content of a key file.
         key: Secret<String>,
     },
+    /// Change this host's tunnel key. Answered with [`super::Reply::Keys`] when the new one is published.
+    KeyRotateTunnel,
     /// Answered with [`super::Reply::Keys`].
     KeyStatus,
     /// Withdraw this host from the cluster and end the daemon. [`super::Reply::Done`].

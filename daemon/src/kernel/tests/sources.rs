@@ -11,7 +11,7 @@ use ovl_proto::id::{Mac, NetworkId};
 use super::lab::{Container, in_namespace, ip, mac, run, vxlan};
 use crate::kernel::sources::{Change, Sources};
 
-const PORT: u16 = 51941;
+const PORT: u16 = 51942;
 const VNI: u32 = 4097;
 const OTHER: u32 = 4098;
 

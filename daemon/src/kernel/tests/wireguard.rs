@@ -185,7 +185,7 @@ fn what_others_set_is_seen_and_undone() {
         ("port", |device| device.port = 7),
         ("mark", |device| device.mark = 7),
         ("preshared key", |device| device.peers[0].preshared = [1; 32]),
-        ("keepalive", |device| device.peers[0].keepalive = 25),
+        ("keepalive", |device| device.peers[0].keepalive = 0),
         ("endpoint", |device| device.peers[0].endpoint = Some("192.0.2.99:1".parse().expect("endpoint"))),
         ("allowed", |device| device.peers[1].allowed.push(net("0.0.0.0/0"))),
         ("peer", |device| device.peers.push(fake::Peer { key: [77; 32], ..fake::Peer::default() })),
@@ -456,11 +456,11 @@ fn packets_pass_through_real_devices() {
         assert_eq!(status.endpoint, Some("192.0.2.2:51950".parse().expect("endpoint")));
 
         // A switched network through it, where the far end may send what is its own and nothing else.
-        let mut sources = Sources::open(51941).expect("socket");
+        let mut sources = Sources::open(51942).expect("socket");
         sources.ensure().expect("rules");
         for (n, other) in [(1, 2), (2, 1)] {
             let line = format!(
-                "ip link add vx address {} type vxlan id 4097 local fd00::{n} remote fd00::{other} dstport 51941; \
+                "ip link add vx address {} type vxlan id 4097 local fd00::{n} remote fd00::{other} dstport 51942; \
                  ip addr add 10.1.0.{n}/24 dev vx; ip link set vx up",
                 mac(n)
             );
