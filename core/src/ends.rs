@@ -1,11 +1,12 @@
 //! Which of a host's two ends of the tunnel leads to a peer. There are two only while a key is rotated: one end
-//! has one private key, and takes a peer's addresses from one key alone, so for a while the old and the new
-//! pair of keys need ends of their own on both hosts.
+//! has one private key, and takes a peer's addresses from one key alone, so for a while the old and the new keys
+//! need ends of their own on both hosts.
 //!
-//! A host that rotates makes a second end with the new key, and publishes that with the other port. Its peers
-//! make a second end with the key that they have, and meet it there. Each host sends by the new ends as soon as
-//! they have a session; the old ones still receive. When nothing comes by its old end any more, the host gives
-//! that up and says so; its peers move over to the end that they had before, and give up the second one.
+//! All hosts move together, from one epoch to the next. Each epoch has one of the two ports that a host has, and
+//! an end there. A host that rotates its key makes the next epoch's end with the new key, and publishes both;
+//! the others follow with the keys that they have. Two hosts meet in each epoch in which both have an end, and
+//! send by the later one as soon as it has a session; the earlier one still receives. A host gives its earlier
+//! end up when all peers have followed and nothing comes by it any more.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -17,10 +18,10 @@ use crate::device::Device;
 /// What a host remembers and sees, beside the records.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Ends {
-    /// The key before the published one, while that is being rotated.
+    /// The key before the published one, while this host rotates.
     pub own_old: Option<TunnelKey>,
-    /// Of peers that rotate: what they published before.
-    pub old: BTreeMap<NodeId, Tunnel>,
+    /// Of peers that rotate: the key that they published before.
+    pub old: BTreeMap<NodeId, TunnelKey>,
     /// Keys of peers with which an end has a session.
     pub sessions: BTreeSet<(Device, TunnelKey)>,
     /// Of those, the ones from which nothing has come for a while.
@@ -31,9 +32,10 @@ pub struct Ends {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Way {
     /// Where packets for it are received and, by one of them, sent: the end, the peer's key and port there.
+    /// None while the two have no epoch in common: then one of them is about to follow.
     pub ends: Vec<(Device, TunnelKey, u16)>,
     /// By which of these they are sent.
-    pub by: Device,
+    pub by: Option<Device>,
 }
 
 /// The end that has a port. A host has a pair of ports, the second one odd.
@@ -46,75 +48,61 @@ pub fn other_port(port: u16) -> u16 {
     port ^ 1
 }
 
+/// The port of a host in an epoch, of the pair that begins with `first`.
+pub fn port_in(first: u16, epoch: u32) -> u16 {
+    first & !1 | u16::from(epoch & 1 == 1)
+}
+
 /// The key of one of this host's ends; none if it has no such end.
 pub fn key_of(own: Tunnel, ends: &Ends, device: Device) -> Option<TunnelKey> {
-    let is_first = device == end_of(own.port);
-    if is_first || !own.rotating { Some(own.key) } else { ends.own_old }
+    match (device == end_of(own.port), own.rotating) {
+        (true, _) => Some(own.key),
+        (false, true) => Some(ends.own_old.unwrap_or(own.key)),
+        (false, false) => None,
+    }
 }
 
 /// The way to a peer that publishes `peer`.
 pub fn way(own: Tunnel, ends: &Ends, id: NodeId, peer: Tunnel) -> Way {
-    let (first, second) = (end_of(own.port), end_of(other_port(own.port)));
-    let met = |device| ends.sessions.contains(&(device, peer.key));
-    let old = ends.old.get(&id).copied();
-    let at_first = (first, peer.key, peer.port);
-    let (all, is_first) = match (own.rotating, peer.rotating) {
-        (false, false) => {
-            // It had rotated: until there is a session at the place where it belongs.
-            let is_late = met(second) && !met(first);
-            let late = is_late.then_some((second, peer.key, peer.port));
-            ([Some(at_first), late], !is_late)
+    let meet = |port: u16| {
+        let device = end_of(port);
+        key_of(own, ends, device)?;
+        if device == end_of(peer.port) {
+            return Some((device, peer.key, peer.port));
         }
-        // We had rotated together, and were ready before.
-        (false, true) if met(first) => ([Some(at_first), None], true),
-        (false, true) => {
-            let before = old.map(|old| (first, old.key, old.port));
-            ([Some((second, peer.key, peer.port)), before], before.is_some() && !met(second))
-        }
-        (true, false) => {
-            let there = (first, peer.key, other_port(peer.port));
-            ([Some(there), Some((second, peer.key, peer.port))], met(first))
-        }
-        (true, true) => {
-            let before = old.map(|old| (second, old.key, old.port));
-            ([Some(at_first), before], before.is_none() || met(first))
-        }
+        // Whoever does not know what it was takes it for one that follows, with the key that it has.
+        let old = ends.old.get(&id).copied().unwrap_or(peer.key);
+        peer.rotating.then_some((device, old, other_port(peer.port)))
     };
-    Way { ends: all.into_iter().flatten().collect(), by: if is_first { first } else { second } }
+    let (later, earlier) = (meet(own.port), meet(other_port(own.port)));
+    let has_session = |(device, key, _): &(Device, TunnelKey, u16)| ends.sessions.contains(&(*device, *key));
+    let by = match (&later, &earlier) {
+        (Some(later), Some(earlier)) if !has_session(later) => Some(earlier.0),
+        (Some(later), _) => Some(later.0),
+        (None, earlier) => earlier.as_ref().map(|earlier| earlier.0),
+    };
+    Way { ends: [later, earlier].into_iter().flatten().collect(), by }
 }
 
-/// Peers of whose rotation this host is not done yet: its second end is in use, and a rotation of its own key
-/// would need it.
-pub fn unsettled<'a>(
-    own: Tunnel,
-    ends: &'a Ends,
-    peers: impl Iterator<Item = (NodeId, Tunnel)> + 'a,
-) -> impl Iterator<Item = NodeId> + 'a {
-    let first = end_of(own.port);
-    peers
-        .filter(move |(id, peer)| {
-            let way = way(own, ends, *id, *peer);
-            peer.rotating || way.by != first || way.ends.len() != 1
-        })
-        .map(|(id, _)| id)
+/// The epoch that this host has to follow to, if any: a peer is there. Not before its own move is over.
+pub fn to_follow(own: Tunnel, peers: impl Iterator<Item = Tunnel>) -> Option<u32> {
+    let latest = peers.map(|peer| peer.epoch).max().filter(|epoch| *epoch > own.epoch)?;
+    (!own.rotating).then_some(latest)
 }
 
-/// The peers that a rotation of the own key still waits for.
+/// The peers that this host waits for, before it gives its earlier end up.
 pub fn awaited<'a>(
     own: Tunnel,
     ends: &'a Ends,
     peers: impl Iterator<Item = (NodeId, Tunnel)> + 'a,
 ) -> impl Iterator<Item = NodeId> + 'a {
-    let (first, second) = (end_of(own.port), end_of(other_port(own.port)));
+    let (later, earlier) = (end_of(own.port), end_of(other_port(own.port)));
     peers
         .filter(move |(id, peer)| {
-            let has_moved = ends.sessions.contains(&(first, peer.key));
-            let mut before = vec![peer.key];
-            before.extend(ends.old.get(id).map(|old| old.key));
-            let still_comes = before
-                .iter()
-                .any(|key| ends.sessions.contains(&(second, *key)) && !ends.quiet.contains(&(second, *key)));
-            !has_moved || still_comes
+            let has_moved = ends.sessions.contains(&(later, peer.key)) && end_of(peer.port) == later;
+            let old = ends.old.get(id).copied().unwrap_or(peer.key);
+            let place = (earlier, old);
+            !has_moved || (ends.sessions.contains(&place) && !ends.quiet.contains(&place))
         })
         .map(|(id, _)| id)
 }
@@ -199,22 +187,9 @@ mod tests {
             let mut quiet = BTreeSet::new();
             for b in (0..HOSTS).filter(|b| *b != a) {
                 for at in ENDS.map(Device::tunnel) {
-                    let comes = hosts[b].ways[a].as_ref().is_some_and(|way| meet(hosts, b, way.by, a, at));
-                    let keys = ENDS.map(|end| hosts[b].key(Device::tunnel(end)));
-                    if !comes {
-                        quiet.extend(keys.iter().flatten().map(|key| (at, *key)));
-                    }
-                }
-            }
-            // Whoever shares a key on both ends is heard if it comes by either.
-            for b in (0..HOSTS).filter(|b| *b != a) {
-                if let Some(way) = &hosts[b].ways[a] {
-                    for at in ENDS.map(Device::tunnel) {
-                        if meet(hosts, b, way.by, a, at) {
-                            let key = hosts[b].key(way.by);
-                            quiet.retain(|(device, other)| (*device, Some(*other)) != (at, key));
-                        }
-                    }
+                    let by = hosts[b].ways[a].as_ref().and_then(|way| way.by);
+                    let comes = by.is_some_and(|by| meet(hosts, b, by, a, at));
+                    quiet.extend(hosts[b].key(at).filter(|_| !comes).map(|key| (at, key)));
                 }
             }
             hosts[a].ends.quiet = quiet;
@@ -225,14 +200,20 @@ mod tests {
     fn lost(hosts: &[Host]) -> Option<(usize, usize)> {
         let pairs = (0..HOSTS).flat_map(|a| (0..HOSTS).map(move |b| (a, b))).filter(|(a, b)| a != b);
         pairs.into_iter().find(|(a, b)| {
-            let by = hosts[*a].ways[*b].as_ref().map(|way| way.by);
+            let by = hosts[*a].ways[*b].as_ref().and_then(|way| way.by);
             !ENDS.iter().any(|at| by.is_some_and(|by| meet(hosts, *a, by, *b, Device::tunnel(*at))))
         })
     }
 
     fn hosts() -> Vec<Host> {
         let tunnels: Vec<Tunnel> = (0..HOSTS)
-            .map(|n| Tunnel { key: TunnelKey([n as u8; 32]), port: 51940, rotating: false, kernel: true })
+            .map(|n| Tunnel {
+                key: TunnelKey([n as u8; 32]),
+                port: 51940,
+                epoch: 0,
+                rotating: false,
+                kernel: true,
+            })
             .collect();
         let mut hosts: Vec<Host> = tunnels
             .iter()
@@ -250,8 +231,8 @@ mod tests {
     fn hear(hosts: &mut [Host], from: usize, to: usize) {
         let (was, is) = (hosts[to].known[from], hosts[from].own);
         let old = &mut hosts[to].ends.old;
-        if is.rotating && was.key != is.key {
-            old.insert(id(from), was);
+        if is.rotating && was.epoch < is.epoch {
+            old.insert(id(from), was.key);
         } else if !is.rotating {
             old.remove(&id(from));
         }
@@ -263,22 +244,20 @@ mod tests {
         awaited(host.own, &host.ends, peers.map(|(peer, tunnel)| (id(peer), tunnel))).next().is_some()
     }
 
-    fn is_settled(host: &Host, n: usize) -> bool {
-        let peers = host.known.iter().copied().enumerate().filter(|(peer, _)| *peer != n);
-        let peers = peers.map(|(peer, tunnel)| (id(peer), tunnel));
-        // And the second end is gone from the kernel too.
-        let by_first = |way: &Way| way.by == end_of(host.own.port) && way.ends.len() == 1;
-        unsettled(host.own, &host.ends, peers).next().is_none() && host.ways.iter().flatten().all(by_first)
+    /// To the next epoch, with a new key or without.
+    fn move_on(host: &mut Host, epoch: u32, fresh: Option<u8>) {
+        host.ends.own_old = Some(host.own.key);
+        let key = fresh.map_or(host.own.key, |fresh| TunnelKey([fresh; 32]));
+        let rotating = (epoch ^ host.own.epoch) & 1 == 1;
+        host.own = Tunnel { key, epoch, port: port_in(51940, epoch), rotating, ..host.own };
     }
 
-    fn rotate(host: &mut Host, fresh: u8) {
-        host.ends.own_old = Some(host.own.key);
-        host.own = Tunnel {
-            key: TunnelKey([fresh; 32]),
-            port: other_port(host.own.port),
-            rotating: true,
-            ..host.own
-        };
+    fn follow(hosts: &mut [Host], n: usize) {
+        let peers = hosts[n].known.iter().copied().enumerate().filter(|(peer, _)| *peer != n);
+        if let Some(epoch) = to_follow(hosts[n].own, peers.map(|(_, peer)| peer)) {
+            move_on(&mut hosts[n], epoch, None);
+        }
+        settle(hosts, n);
     }
 
     #[derive(Debug, Clone, Copy)]
@@ -286,6 +265,7 @@ mod tests {
         Rotate(usize),
         Hear(usize, usize),
         Settle(usize),
+        Follow(usize),
         Finish(usize),
     }
 
@@ -295,6 +275,7 @@ mod tests {
             1 => host().prop_map(Event::Rotate),
             6 => (host(), host()).prop_map(|(a, b)| Event::Hear(a, b)),
             6 => host().prop_map(Event::Settle),
+            4 => host().prop_map(Event::Follow),
             3 => host().prop_map(Event::Finish),
         ]
     }
@@ -307,10 +288,12 @@ mod tests {
             let mut fresh = 100;
             for event in events {
                 match event {
-                    // A rotation that a host knows of is waited for by it.
-                    Event::Rotate(n) if !hosts[n].own.rotating && is_settled(&hosts[n], n) => {
+                    // One that a host knows of is waited for by it.
+                    Event::Rotate(n) if !hosts[n].own.rotating
+                        && hosts[n].known.iter().all(|known| !known.rotating && known.epoch == hosts[n].own.epoch) => {
                         fresh += 1;
-                        rotate(&mut hosts[n], fresh);
+                        let epoch = hosts[n].own.epoch + 1;
+                        move_on(&mut hosts[n], epoch, Some(fresh));
                         settle(&mut hosts, n);
                     }
                     Event::Hear(from, to) if from != to => {
@@ -318,6 +301,7 @@ mod tests {
                         settle(&mut hosts, to);
                     }
                     Event::Settle(n) => settle(&mut hosts, n),
+                    Event::Follow(n) => follow(&mut hosts, n),
                     Event::Finish(n) if hosts[n].own.rotating && !waits(&hosts[n], n) => {
                         hosts[n].own.rotating = false;
                         hosts[n].ends.own_old = None;
@@ -333,32 +317,59 @@ mod tests {
     #[test]
     fn a_rotation_comes_to_its_end() {
         let mut hosts = hosts();
-        for round in 0..3 {
-            rotate(&mut hosts[0], 50 + round);
-            settle(&mut hosts, 0);
-            assert!(waits(&hosts[0], 0));
-            for peer in 1..HOSTS {
-                hear(&mut hosts, 0, peer);
-                settle(&mut hosts, peer);
-                settle(&mut hosts, peer);
-                settle(&mut hosts, 0);
+        for round in 0..3_u32 {
+            move_on(&mut hosts[1], round + 1, Some(50 + round as u8));
+            settle(&mut hosts, 1);
+            assert!(waits(&hosts[1], 1));
+            for _ in 0..3 {
+                for (from, to) in
+                    (0..HOSTS).flat_map(|a| (0..HOSTS).map(move |b| (a, b))).filter(|(a, b)| a != b)
+                {
+                    hear(&mut hosts, from, to);
+                    follow(&mut hosts, to);
+                    assert_eq!(lost(&hosts), None);
+                }
+                for n in 0..HOSTS {
+                    settle(&mut hosts, n);
+                    if hosts[n].own.rotating && !waits(&hosts[n], n) {
+                        hosts[n].own.rotating = false;
+                        hosts[n].ends.own_old = None;
+                        settle(&mut hosts, n);
+                    }
+                    assert_eq!(lost(&hosts), None);
+                }
             }
-            assert!(!waits(&hosts[0], 0));
-            hosts[0].own.rotating = false;
-            hosts[0].ends.own_old = None;
-            settle(&mut hosts, 0);
-            for peer in 1..HOSTS {
-                hear(&mut hosts, 0, peer);
-                (0..3).for_each(|_| settle(&mut hosts, peer));
-            }
-            assert_eq!(lost(&hosts), None);
-            // One end each is left.
+            // One end each is left, and it is the new one.
             for (n, host) in hosts.iter().enumerate() {
+                assert!(!host.own.rotating, "host {n} in round {round}");
                 for way in host.ways.iter().flatten() {
-                    assert_eq!(way.ends.len(), 1, "host {n}: {way:?}");
-                    assert_eq!(way.by, end_of(host.own.port));
+                    assert_eq!(
+                        (way.ends.len(), way.by),
+                        (1, Some(end_of(host.own.port))),
+                        "host {n}: {way:?}"
+                    );
                 }
             }
         }
+    }
+
+    #[test]
+    fn a_host_that_was_away_meets_the_others_again() {
+        let mut hosts = hosts();
+        for other in &mut hosts[1..] {
+            move_on(other, 5, None);
+            other.own.rotating = false;
+        }
+        for (from, to) in [(1, 0), (2, 0), (0, 1), (0, 2), (1, 2), (2, 1)] {
+            hear(&mut hosts, from, to);
+            follow(&mut hosts, to);
+        }
+        (0..HOSTS).for_each(|n| settle(&mut hosts, n));
+        assert_eq!((hosts[0].own.epoch, hosts[0].own.port), (5, 51941));
+        assert_eq!(lost(&hosts), None);
+        // And two epochs later, at the port that it has.
+        let far = to_follow(hosts[0].own, [Tunnel { epoch: 7, ..hosts[1].own }].into_iter());
+        assert_eq!(far, Some(7));
+        assert_eq!(to_follow(Tunnel { rotating: true, ..hosts[0].own }, [hosts[1].own].into_iter()), None);
     }
 }

@@ -112,7 +112,7 @@ pub(crate) fn part(kernel: &mut Kernel, view: &View, local: &Local, network: &Ne
     for (block, holder) in blocks(view, network.id) {
         let Some(peer) = peers.get(&holder) else { continue };
         let way = match network.encrypted {
-            true => sealed.get(&holder).map(|sealed| Way::Sealed(sealed.by)),
+            true => sealed.get(&holder).and_then(|sealed| sealed.by).map(Way::Sealed),
             false => way(network, local, own, peer, block),
         };
         if let Some(way) = way {

@@ -107,12 +107,8 @@ pub(crate) fn part(kernel: &mut Kernel, view: &View, local: &Local) {
     };
     let cluster = view.alloc.cluster;
     let here = IpAddr::V6(address(cluster, view.me));
-    let ways = ways(view, local);
-    let (first, second) = (ends::end_of(tunnel.port), ends::end_of(ends::other_port(tunnel.port)));
-    let meets_there = |way: &Way| way.ends.iter().any(|(device, ..)| *device == second);
-    let needs_second = tunnel.rotating || ways.values().any(meets_there);
-    let ports = [(first, tunnel.port), (second, ends::other_port(tunnel.port))];
-    for (device, port) in ports.into_iter().take(if needs_second { 2 } else { 1 }) {
+    for port in [tunnel.port, ends::other_port(tunnel.port)] {
+        let device = ends::end_of(port);
         let Some(key) = ends::key_of(tunnel, &local.ends, device) else { continue };
         kernel.links.insert(device, Link::Tunnel { kind, mtu, up: true });
         kernel.addresses.insert((device, IpNet::from(here)));
@@ -126,12 +122,13 @@ pub(crate) fn part(kernel: &mut Kernel, view: &View, local: &Local) {
             allowed.entry(holder).or_default().insert(block);
         }
     }
-    for (id, way) in ways {
+    for (id, way) in ways(view, local) {
         let Some(peer) = view.nodes.get(&id) else { continue };
         let to = IpNet::from(IpAddr::V6(address(cluster, id)));
-        let device = Some(way.by);
-        let hop = Hop { device, gateway: None, source: Some(here), mtu: path_mtu(own, peer, mtu) };
-        kernel.routes.insert(to, hop);
+        if way.by.is_some() {
+            let mtu = path_mtu(own, peer, mtu);
+            kernel.routes.insert(to, Hop { device: way.by, gateway: None, source: Some(here), mtu });
+        }
         let mut allowed = allowed.remove(&id).unwrap_or_default();
         allowed.insert(to);
         for (device, key, port) in way.ends {

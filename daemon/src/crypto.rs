@@ -110,12 +110,11 @@ impl Identity {
 }
 
 /// The private keys of this host's end of the tunnel, as they are on the disk: a line for the key, as `wg genkey`
-/// writes it, with `odd` after it where the end has the second of its two ports; while it is being rotated a line
-/// for the key before it.
+/// writes it, with the epoch after it (0 is left out); while it moves to that epoch a line for the key before it.
 #[derive(Clone)]
 pub(crate) struct TunnelSecret {
     current: PrivateKey,
-    odd: bool,
+    epoch: u32,
     previous: Option<PrivateKey>,
 }
 
@@ -136,7 +135,7 @@ impl TunnelSecret {
                 )
             });
         }
-        let fresh = Self { current: new_private_key()?, odd: false, previous: None };
+        let fresh = Self { current: new_private_key()?, epoch: 0, previous: None };
         create_secret(path, fresh.to_text().as_bytes())
             .with_context(|| format!("cannot write {}", path.display()))?;
         let Some(text) = read_secret(path)? else { bail!("{} vanished", path.display()) };
@@ -149,19 +148,19 @@ impl TunnelSecret {
             .with_context(|| format!("cannot write {}", path.display()))
     }
 
-    /// The beginning of a rotation: a new key, at the other port.
-    pub(crate) fn rotated(&self) -> anyhow::Result<Self> {
-        Ok(Self { current: new_private_key()?, odd: !self.odd, previous: Some(self.current.clone()) })
+    /// A new key.
+    pub(crate) fn renewed(&self) -> anyhow::Result<Self> {
+        Ok(Self { current: new_private_key()?, ..self.clone() })
     }
 
-    /// The end of one.
+    /// In another epoch; where the one before is still there, its key is kept.
+    pub(crate) fn moved(&self, epoch: u32, before: Option<&Self>) -> Self {
+        Self { current: self.current.clone(), epoch, previous: before.map(|before| before.current.clone()) }
+    }
+
+    /// The end of a move.
     pub(crate) fn settled(&self) -> Self {
         Self { previous: None, ..self.clone() }
-    }
-
-    /// The same port with a new key, for which nothing has to stand beside the old one.
-    pub(crate) fn replaced(&self) -> anyhow::Result<Self> {
-        Ok(Self { current: new_private_key()?, odd: self.odd, previous: None })
     }
 
     /// The public half.
@@ -169,14 +168,14 @@ impl TunnelSecret {
         TunnelKey(ovl_tunnel::public_key(&self.current))
     }
 
-    /// That of the key before, while it is being rotated.
+    /// That of the key before, during a move.
     pub(crate) fn previous(&self) -> Option<TunnelKey> {
         self.previous.as_ref().map(|key| TunnelKey(ovl_tunnel::public_key(key)))
     }
 
-    /// Which of two ports the end has, the first of which is even.
-    pub(crate) fn port(&self, first: u16) -> u16 {
-        first | u16::from(self.odd)
+    /// See [`ovl_core::ends`].
+    pub(crate) fn epoch(&self) -> u32 {
+        self.epoch
     }
 
     /// The private halves, for who opens the tunnel.
@@ -186,9 +185,9 @@ impl TunnelSecret {
 
     fn to_text(&self) -> String {
         let line = |key: &PrivateKey| BASE64.encode(&key.0);
-        let odd = if self.odd { " odd" } else { "" };
+        let epoch = if self.epoch == 0 { String::new() } else { format!(" {}", self.epoch) };
         let previous = self.previous.as_ref().map(|key| line(key) + "\n").unwrap_or_default();
-        format!("{}{odd}\n{previous}", line(&self.current))
+        format!("{}{epoch}\n{previous}", line(&self.current))
     }
 
     fn from_text(text: &[u8]) -> anyhow::Result<Self> {
@@ -198,16 +197,17 @@ impl TunnelSecret {
             bytes.map(PrivateKey).context("not 32 bytes in base64")
         };
         let mut lines = text.trim_ascii().split(|byte| *byte == b'\n').map(<[u8]>::trim_ascii);
-        let first = lines.next().unwrap_or_default();
-        let (current, odd) = match first.strip_suffix(b" odd") {
-            Some(current) => (key(current)?, true),
-            None => (key(first)?, false),
+        let mut first = lines.next().unwrap_or_default().splitn(2, |byte| *byte == b' ');
+        let current = key(first.next().unwrap_or_default())?;
+        let epoch = match first.next() {
+            Some(epoch) => std::str::from_utf8(epoch)?.parse().context("no number after the key")?,
+            None => 0,
         };
         let previous = lines.next().map(key).transpose()?;
         if lines.next().is_some() {
             bail!("more than two lines");
         }
-        Ok(Self { current, odd, previous })
+        Ok(Self { current, epoch, previous })
     }
 }
 

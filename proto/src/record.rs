@@ -81,10 +81,11 @@ pub enum Presence {
 pub struct Tunnel {
     /// The public half of its key pair.
     pub key: TunnelKey,
-    /// The UDP port, at the VTEP's address.
+    /// The UDP port, at the VTEP's address: even in even epochs.
     pub port: u16,
-    /// The key is new, and the one before it is still taken: peers keep what they have of the old one
-    /// until they have a session with the new one.
+    /// Counts the rotations of any host's key: see `core`'s ends.
+    pub epoch: u32,
+    /// It has moved to this epoch, and the end of the one before is still there.
     pub rotating: bool,
     /// The kernel's WireGuard device does it; else ovld itself. The two speak the same protocol.
     pub kernel: bool,
@@ -196,7 +197,13 @@ mod tests {
             vtep: "fd00:1:2:3:4:5:6:7".parse().unwrap(),
             vxlan_port: 4789,
             link_mtu: 1500,
-            tunnel: Some(Tunnel { key: TunnelKey([4; 32]), port: 51940, rotating: true, kernel: true }),
+            tunnel: Some(Tunnel {
+                key: TunnelKey([4; 32]),
+                port: 51940,
+                epoch: u32::MAX,
+                rotating: true,
+                kernel: true,
+            }),
             keys: ClusterKeys {
                 seals: ClusterKeyId([5; 4]),
                 opens: vec![ClusterKeyId([6; 4]); MOST_OTHER_KEYS],

@@ -2,20 +2,26 @@
 
 /// Adds up bytes as 16-bit words in network order, on top of a sum so far. Bytes that follow must begin
 /// at an even place.
+#[inline]
 pub(crate) fn add(sum: u64, bytes: &[u8]) -> u64 {
-    // In the machine's order, four lanes at a time: the sum is the same but for its byte order (RFC 1071,
+    // In the machine's order, four sums at a time: the result is the same but for its byte order (RFC 1071,
     // section 2B).
-    let mut lanes = [0_u64; 4];
-    let mut chunks = bytes.chunks_exact(32);
-    for chunk in &mut chunks {
-        for (lane, word) in lanes.iter_mut().zip(chunk.chunks_exact(8)) {
-            let word =
-                u64::from_ne_bytes([word[0], word[1], word[2], word[3], word[4], word[5], word[6], word[7]]);
-            *lane += (word & 0xffff_ffff) + (word >> 32);
-        }
+    let (mut a, mut b, mut c, mut d) = (0, 0, 0, 0);
+    let (chunks, rest) = bytes.as_chunks::<32>();
+    let word = |chunk: &[u8; 32], at: usize| {
+        let mut bytes = [0; 8];
+        bytes.copy_from_slice(&chunk[at..at + 8]);
+        let word = u64::from_ne_bytes(bytes);
+        (word & 0xffff_ffff) + (word >> 32)
+    };
+    for chunk in chunks {
+        a += word(chunk, 0);
+        b += word(chunk, 8);
+        c += word(chunk, 16);
+        d += word(chunk, 24);
     }
-    let mut total: u64 = lanes.iter().sum();
-    for pair in chunks.remainder().chunks(2) {
+    let mut total: u64 = a + b + c + d;
+    for pair in rest.chunks(2) {
         let second = pair.get(1).copied().unwrap_or(0);
         total += u64::from(u16::from_ne_bytes([pair[0], second]));
     }
@@ -23,6 +29,7 @@ pub(crate) fn add(sum: u64, bytes: &[u8]) -> u64 {
 }
 
 /// The sum in 16 bits.
+#[inline]
 pub(crate) fn fold(mut sum: u64) -> u16 {
     while sum >> 16 != 0 {
         sum = (sum & 0xffff) + (sum >> 16);

@@ -236,6 +236,8 @@ pub(crate) struct Receiver {
     controls: Box<[Control]>,
     pieces: Box<[libc::iovec]>,
     headers: Box<[libc::mmsghdr]>,
+    /// So many are asked for next: where one comes at a time, to ask for more costs as much again.
+    wanted: usize,
 }
 
 // SAFETY: the pointers inside lead to boxes that belong to the same value, and nobody else has them.
@@ -260,6 +262,7 @@ impl Receiver {
             controls: vec![Control([0; 32]); slots].into_boxed_slice(),
             pieces: vec![piece; slots].into_boxed_slice(),
             headers: vec![header; slots].into_boxed_slice(),
+            wanted: 1,
         }
     }
 
@@ -269,8 +272,8 @@ impl Receiver {
         socket: &UdpSocket,
         mut each: impl FnMut(Received<'_>),
     ) -> io::Result<()> {
-        let slots = self.headers.len();
-        for (slot, memory) in self.memory.chunks_exact_mut(SLOT).enumerate().take(slots) {
+        let slots = self.wanted.clamp(1, self.headers.len());
+        for (slot, memory) in self.memory.chunks_exact_mut(SLOT).take(slots).enumerate() {
             self.pieces[slot] = libc::iovec { iov_base: memory.as_mut_ptr().cast(), iov_len: SLOT };
             let header = &mut self.headers[slot].msg_hdr;
             header.msg_name = (&raw mut self.addresses[slot]).cast();
@@ -291,7 +294,9 @@ impl Receiver {
                 std::ptr::null_mut(),
             )
         })?;
-        for slot in 0..usize::try_from(count).unwrap_or(0).min(slots) {
+        let count = usize::try_from(count).unwrap_or(0).min(slots);
+        self.wanted = if count == slots { slots * 2 } else { count };
+        for slot in 0..count {
             let length = (self.headers[slot].msg_len as usize).min(SLOT);
             // SAFETY: the kernel has filled this header in.
             let size = unsafe { segment_size(&self.headers[slot].msg_hdr) }.unwrap_or(length);

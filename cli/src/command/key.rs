@@ -170,7 +170,7 @@ fn render(status: &KeyStatus) -> String {
     let hosts = &status.hosts;
     let own = match &status.tunnel_waits_for {
         None => String::new(),
-        Some(waits_for) => format!("Changing this host's tunnel key. Waiting for {}.\n", list(waits_for)),
+        Some(waits_for) => format!("The tunnel moves to other keys. Waiting for {}.\n", list(waits_for)),
     };
     head + &own
         + &Table::new()
@@ -193,7 +193,7 @@ fn tunnel(host: &HostKeys) -> String {
 fn note(host: &HostKeys) -> &'static str {
     match (host.member, host.tunnel_rotating) {
         (false, _) => "not a member",
-        (true, true) => "its tunnel key is new",
+        (true, true) => "its tunnel moves",
         (true, false) => "",
     }
 }

@@ -91,7 +91,8 @@ pub(crate) fn tunnel_key(n: u8) -> TunnelKey {
 /// Gives every host an end of the tunnel, and has the network encrypted.
 pub(crate) fn encrypt(view: &mut View, kernel: bool) {
     for (n, node) in (1..).zip(view.nodes.values_mut()) {
-        node.record.tunnel = Some(Tunnel { key: tunnel_key(n), port: 51940, rotating: false, kernel });
+        node.record.tunnel =
+            Some(Tunnel { key: tunnel_key(n), port: 51940, epoch: 0, rotating: false, kernel });
     }
     view.networks.get_mut(&NET).unwrap().network.encrypted = true;
 }

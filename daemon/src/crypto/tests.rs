@@ -111,7 +111,8 @@ fn a_tunnel_key_is_made_once_kept_as_wg_prints_it_and_never_shown() {
 fn a_record_with_an_end_of_the_tunnel_that_nobody_could_reach_is_refused() {
     let identity = Identity::ephemeral();
     let with = |key, port| {
-        let end = ovl_proto::record::Tunnel { key: TunnelKey(key), port, rotating: false, kernel: false };
+        let end =
+            ovl_proto::record::Tunnel { key: TunnelKey(key), port, epoch: 0, rotating: false, kernel: false };
         let record = NodeRecord { tunnel: Some(end), ..record_of(&identity) };
         open_record(&identity.sign_record(&record).unwrap()).is_ok()
     };

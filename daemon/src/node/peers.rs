@@ -527,12 +527,12 @@ fn note_cluster(state: &mut State, record: &NodeRecord) {
     state.problem(format!("cluster {}", record.id), sentence);
 }
 
-/// What a peer published before it began to rotate its tunnel key: it is still taken.
+/// The tunnel key that a peer published before it moved to another epoch: it is still taken.
 fn note_end(state: &mut State, record: &NodeRecord, before: Option<record::Tunnel>) {
     let ends = &mut state.local.ends.old;
     match (before, record.tunnel) {
-        (Some(old), Some(new)) if new.rotating && new.key != old.key => {
-            ends.insert(record.id, old);
+        (Some(old), Some(new)) if new.rotating && new.epoch != old.epoch => {
+            ends.insert(record.id, old.key);
         }
         (_, Some(new)) if new.rotating => {}
         _ => {

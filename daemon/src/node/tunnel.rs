@@ -82,7 +82,8 @@ pub(super) async fn choose(
     }
     let end = record::Tunnel {
         key: secret.public(),
-        port: secret.port(config.tunnel_port),
+        port: ends::port_in(config.tunnel_port, secret.epoch()),
+        epoch: secret.epoch(),
         rotating: secret.previous().is_some(),
         kernel: has_wireguard,
     };
@@ -135,7 +136,8 @@ impl Node {
         let mut probed: Option<Instant> = None;
         loop {
             self.look_at_tunnel().await;
-            self.settle_tunnel_key();
+            self.settle_tunnel();
+            self.follow_tunnel().await;
             if probed.is_none_or(|at| at.elapsed() >= EVERY) {
                 probed = Some(Instant::now());
                 for (id, address) in self.tunnel_targets() {
@@ -151,14 +153,53 @@ impl Node {
         }
     }
 
-    /// Whether this host or a peer is about to change over to another key.
+    /// Whether this host or a peer is on its way to another epoch.
     fn is_tunnel_moving(&self) -> bool {
         let state = self.state.borrow();
-        let Some((_, own)) = tunnel::own(&state.view).filter(|_| tunnel::is_wanted(&state.view)) else {
-            return false;
+        let own = tunnel::own(&state.view).filter(|_| tunnel::is_wanted(&state.view));
+        own.is_some_and(|(_, own)| {
+            own.rotating || tunnel::peers(&state.view).values().any(|(_, end)| end.rotating)
+        })
+    }
+
+    /// Goes where a peer has gone to.
+    async fn follow_tunnel(&self) {
+        let (epoch, stands) = {
+            let state = self.state.borrow();
+            let Some((_, own)) = tunnel::own(&state.view) else { return };
+            let peers = tunnel::peers(&state.view);
+            let Some(epoch) = ends::to_follow(own, peers.values().map(|(_, end)| *end)) else { return };
+            // With the same port nothing has to stand beside it, and without a network nothing does.
+            (epoch, tunnel::is_wanted(&state.view) && (epoch ^ own.epoch) & 1 == 1)
         };
-        let peers = tunnel::peers(&state.view).into_iter().map(|(id, (_, end))| (id, end));
-        own.rotating || ends::unsettled(own, &state.local.ends, peers).next().is_some()
+        let before = self.tunnel.borrow().secret.clone();
+        let moved = before.moved(epoch, Some(&before).filter(|_| stands));
+        if let Err(failed) = self.move_tunnel(moved).await {
+            let sentence = failed.0.message;
+            tracing::warn!("the tunnel cannot follow to another epoch: {sentence}");
+        }
+    }
+
+    /// Publishes these keys and this epoch, when they are on the disk.
+    async fn move_tunnel(&self, secret: TunnelSecret) -> Result<(), Failed> {
+        let io = |error: anyhow::Error| Failed::unavailable(format!("{error:#}"));
+        secret.keep(&self.config.state_dir.join("tunnel.key")).map_err(io)?;
+        for key in secret.private() {
+            self.kernel.learn_key(key).await.map_err(Failed::from)?;
+        }
+        self.state.borrow_mut().local.ends.own_old = secret.previous();
+        self.change_record(|record| {
+            if let Some(end) = &mut record.tunnel {
+                (end.key, end.epoch, end.rotating) =
+                    (secret.public(), secret.epoch(), secret.previous().is_some());
+                end.port = ends::port_in(self.config.tunnel_port, end.epoch);
+            }
+        });
+        self.tunnel.borrow_mut().secret = secret;
+        self.state.borrow_mut().touch_encrypted();
+        self.work.notify_one();
+        self.tunnel_turn.notify_one();
+        Ok(())
     }
 
     /// Asks the kernel's worker how each peer does.
@@ -199,9 +240,13 @@ impl Node {
             });
             // Of the end by which packets go there now.
             let Some(way) = ways.get(&id) else { continue };
-            let here = ends.iter().filter(|end| end.device == way.by).flat_map(|end| &end.peers);
-            let keys: Vec<TunnelKey> =
-                way.ends.iter().filter(|(device, ..)| *device == way.by).map(|(_, key, _)| *key).collect();
+            let here = ends.iter().filter(|end| Some(end.device) == way.by).flat_map(|end| &end.peers);
+            let keys: Vec<TunnelKey> = way
+                .ends
+                .iter()
+                .filter(|(device, ..)| Some(*device) == way.by)
+                .map(|(_, key, _)| *key)
+                .collect();
             watched.status = here.filter(|status| keys.contains(&status.key)).next_back().cloned();
         }
     }
@@ -209,9 +254,7 @@ impl Node {
     /// `ovlctl key rotate`: this host's tunnel key. Done when the new one is on the disk and published; the rest
     /// goes by itself.
     pub(super) async fn rotate_tunnel_key(&self) -> Result<KeyStatus, Failed> {
-        let io = |error: anyhow::Error| Failed::unavailable(format!("{error:#}"));
-        let path = self.config.state_dir.join("tunnel.key");
-        let stands = {
+        let (epoch, stands) = {
             let state = self.state.borrow();
             let Some((_, own)) = tunnel::own(&state.view) else {
                 return Err(Failed::unavailable(
@@ -220,56 +263,41 @@ impl Node {
             };
             if own.rotating {
                 return Err(Failed::conflict(
-                    "this host's tunnel key is being rotated; `ovlctl key status` says who is waited for",
+                    "a tunnel key is being rotated, and this host takes part; `ovlctl key status` says who is waited for",
                 ));
             }
-            let peers = tunnel::peers(&state.view).into_iter().map(|(id, (_, end))| (id, end));
-            let busy: Vec<String> =
-                ends::unsettled(own, &state.local.ends, peers).map(|id| state.view.name_of(id)).collect();
-            let second = ends::end_of(ends::other_port(own.port));
-            if !busy.is_empty() || state.applied_host.links.contains_key(&second) {
+            let peers = tunnel::peers(&state.view);
+            let busy = peers.values().find(|(_, end)| end.rotating || end.epoch != own.epoch);
+            if let Some((node, _)) = busy {
                 return Err(Failed::conflict(format!(
-                    "the tunnel key of another host is being rotated ({}); try again in a few seconds",
-                    if busy.is_empty() { "about to end".to_owned() } else { busy.join(", ") }
+                    "a tunnel key is being rotated, and host {} takes part; try again in some seconds",
+                    node.record.name
                 )));
             }
-            tunnel::is_wanted(&state.view)
+            (own.epoch, tunnel::is_wanted(&state.view))
         };
-        let old = self.tunnel.borrow().secret.clone();
+        let before = self.tunnel.borrow().secret.clone();
+        let fresh = before.renewed().map_err(|error| Failed::unavailable(format!("{error:#}")))?;
         // Without an encrypted network there are no sessions that would have to go on.
-        let fresh = if stands { old.rotated() } else { old.replaced() }.map_err(io)?;
-        fresh.keep(&path).map_err(io)?;
-        for key in fresh.private() {
-            self.kernel.learn_key(key).await.map_err(Failed::from)?;
-        }
-        self.state.borrow_mut().local.ends.own_old = fresh.previous();
-        let (key, port) = (fresh.public(), fresh.port(self.config.tunnel_port));
-        self.tunnel.borrow_mut().secret = fresh;
-        self.change_record(|record| {
-            if let Some(end) = &mut record.tunnel {
-                (end.key, end.port, end.rotating) = (key, port, stands);
-            }
-        });
+        let moved = if stands { fresh.moved(epoch.wrapping_add(1), Some(&before)) } else { fresh };
+        let key = moved.public();
+        self.move_tunnel(moved).await?;
         self.event("key", &key.to_string(), "this host has a new tunnel key, by request");
-        self.state.borrow_mut().touch_encrypted();
-        self.work.notify_one();
-        self.tunnel_turn.notify_one();
         self.key_status()
     }
 
-    /// Ends the rotation of the own key when nobody uses the old one any more.
-    fn settle_tunnel_key(&self) {
-        let own = {
+    /// Gives the earlier end up when nobody uses it any more.
+    fn settle_tunnel(&self) {
+        {
             let state = self.state.borrow();
-            let Some((_, own)) = tunnel::own(&state.view).filter(|(_, own)| own.rotating) else { return };
-            if self.tunnel_awaits(&state).next().is_some() {
+            let is_moving = tunnel::own(&state.view).is_some_and(|(_, own)| own.rotating);
+            if !is_moving || self.tunnel_awaits(&state).next().is_some() {
                 return;
             }
-            own
-        };
+        }
         let settled = self.tunnel.borrow().secret.settled();
         if let Err(error) = settled.keep(&self.config.state_dir.join("tunnel.key")) {
-            tracing::warn!("the rotation of the tunnel key cannot be ended: {error:#}");
+            tracing::warn!("the old key of the tunnel cannot be given up: {error:#}");
             return;
         }
         self.tunnel.borrow_mut().secret = settled;
@@ -279,12 +307,12 @@ impl Node {
                 end.rotating = false;
             }
         });
-        self.event("key", &own.key.to_string(), "all hosts use this host's new tunnel key");
+        self.event("key", "", "the tunnel has moved: all hosts use the new keys");
         self.state.borrow_mut().touch_encrypted();
         self.work.notify_one();
     }
 
-    /// Hosts that the rotation of the own key waits for.
+    /// Hosts that this one waits for on its way to another epoch.
     pub(super) fn tunnel_awaits<'a>(&self, state: &'a State) -> impl Iterator<Item = NodeId> + 'a {
         let own = tunnel::own(&state.view).map(|(_, own)| own).filter(|own| own.rotating);
         own.into_iter().flat_map(|own| {

@@ -218,7 +218,7 @@ impl std::fmt::Display for PeerState {
 pub struct KeyStatus {
     /// The rotation of the cluster key that is under way.
     pub rotation: Option<KeyRotation>,
-    /// Names of the hosts that the rotation of the own tunnel key still waits for; none: none is under way.
+    /// Names of the hosts that this one waits for while a tunnel key, its own or another's, is rotated; none: none is.
     pub tunnel_waits_for: Option<Vec<String>>,
     /// All hosts, the own one first, then by name.
     pub hosts: Vec<HostKeys>,
@@ -260,7 +260,7 @@ pub struct HostKeys {
     pub opens: Vec<ClusterKeyId>,
     /// Its tunnel key, as `wg` shows it; none where it has no tunnel.
     pub tunnel: Option<TunnelKey>,
-    /// That is new, and the one before it is still taken.
+    /// It is on its way to other keys: what it had before is still there.
     pub tunnel_rotating: bool,
     /// The host that answers.
     #[serde(rename = "self")]
