@@ -7,8 +7,8 @@ use clap::{Parser, Subcommand, ValueEnum};
 use ovl_proto::DEFAULT_SOCKET;
 
 use crate::command::{
-    attach, cni, completions, detach, endpoints, events, fdb, key, lifecycle, metrics, network, peers, plan,
-    routes, sandbox, status, subnets, verify,
+    attach, cni, completions, detach, endpoints, events, fdb, key, lifecycle, man, metrics, network, peers,
+    plan, routes, sandbox, status, subnets, verify,
 };
 use crate::context::Context;
 use crate::error::Result;
@@ -18,7 +18,8 @@ const GLOBAL: &str = "Global options";
 
 /// The command line of ovl, an overlay network for containers on many hosts.
 #[derive(Debug, Parser)]
-#[command(name = "ovlctl", version, after_help = "Exit status: 0 done, 1 failed, 2 wrong usage.")]
+#[command(name = "ovlctl", version, long_version = ovl_proto::VERSION)]
+#[command(after_help = "Exit status: 0 done, 1 failed, 2 wrong usage.")]
 pub(crate) struct Cli {
     /// Where ovld listens
     #[arg(long, value_name = "PATH", env = "OVL_SOCKET", default_value = DEFAULT_SOCKET)]
@@ -81,6 +82,8 @@ enum Command {
     Key(key::Args),
     /// Print a completion script for a shell
     Completions(completions::Args),
+    /// Write the manual pages into a folder
+    Man(man::Args),
 }
 
 impl Cli {
@@ -108,6 +111,7 @@ impl Cli {
             Command::Cni(args) => cni::run(&context, args),
             Command::Key(args) => key::run(&context, args),
             Command::Completions(args) => completions::run(&context, &args),
+            Command::Man(args) => man::run(&context, &args),
         }?;
         Ok(ExitCode::SUCCESS)
     }
@@ -174,6 +178,7 @@ mod tests {
             "key rotate --cluster - --no-wait",
             "key status",
             "completions bash",
+            "man /a",
         ] {
             if let Err(error) = parse(&format!("ovlctl {line}")) {
                 panic!("{line}: {error}");

@@ -9,6 +9,7 @@ pub(crate) mod events;
 pub(crate) mod fdb;
 pub(crate) mod key;
 pub(crate) mod lifecycle;
+pub(crate) mod man;
 pub(crate) mod metrics;
 pub(crate) mod network;
 pub(crate) mod peers;

@@ -192,8 +192,10 @@ fn ovlctl_fails(line: &str, message: &str) {
 
 #[test]
 fn what_needs_no_daemon_works_without() {
-    let version = format!("ovlctl {}\n", env!("CARGO_PKG_VERSION"));
-    run(&mut ovlctl("--version")).prints(&version);
+    let release = concat!("ovlctl ", env!("CARGO_PKG_VERSION"), "\n");
+    run(&mut ovlctl("-V")).prints(release);
+    let version = run(&mut ovlctl("--version"));
+    assert!(version.out.starts_with(release) && version.out.contains("\ncommit: "), "{}", version.out);
     let key = run(&mut ovlctl("key generate"));
     assert_eq!((key.code, key.out.len(), key.err.as_str()), (Some(0), 45, ""));
     for shell in ["bash", "zsh", "fish"] {

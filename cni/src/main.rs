@@ -30,6 +30,12 @@ const UNAVAILABLE: u32 = 50;
 const MISMATCH: u32 = 105;
 
 fn main() -> ExitCode {
+    // Runtimes give no arguments: this is for people.
+    if std::env::args_os().nth(1).is_some_and(|argument| argument == "--version") {
+        let mut stdout = io::stdout().lock();
+        let written = writeln!(stdout, "ovl-cni {}\nCNI: {}", ovl_proto::VERSION, CNI_VERSIONS.join(", "));
+        return if written.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE };
+    }
     match call::read() {
         Ok(Asked::Version(version)) => print(&json!({
             "cniVersion": version,

@@ -15,7 +15,7 @@ const DEFAULT_CONFIG: &str = "/etc/ovl/ovld.toml";
 
 /// The ovl daemon: builds overlay networks on this host and shares them with its peers by gossip.
 #[derive(Debug, Parser)]
-#[command(name = "ovld", version)]
+#[command(name = "ovld", version, long_version = ovl_proto::VERSION)]
 pub(crate) struct Args {
     /// Configuration file; the default one may be missing
     #[arg(long, value_name = "FILE")]
@@ -56,6 +56,9 @@ pub(crate) struct Args {
     /// error, warn, info, debug or trace
     #[arg(long, value_name = "LEVEL")]
     log: Option<String>,
+    /// Print the manual page, for packages
+    #[arg(long, hide = true, exclusive = true)]
+    pub(crate) man: bool,
 }
 
 /// The configuration file. The names are those of the flags.
@@ -102,6 +105,12 @@ pub(crate) enum TunnelMode {
     /// This process.
     Userspace,
 }
+
+/// What may be otherwise in a moment: all other errors of [`Config::load`] stay until somebody changes the
+/// configuration.
+#[derive(Debug, thiserror::Error)]
+#[error("the address of this host is not clear")]
+pub(crate) struct NoAddress;
 
 /// All settings, checked.
 #[derive(Debug, Clone)]
@@ -150,7 +159,7 @@ impl Config {
             file.join.iter().chain(&args.join).map(|peer| with_port(peer)).collect::<Result<_>>()?;
         let advertise = match args.advertise.or(file.advertise) {
             Some(text) => parse_advertise(&text)?,
-            None => SocketAddr::new(own_address(&join)?, DEFAULT_PORT),
+            None => SocketAddr::new(own_address(&join).context(NoAddress)?, DEFAULT_PORT),
         };
         let insecure = args.insecure || file.insecure;
         let cluster_key = args.cluster_key.or(file.cluster_key);

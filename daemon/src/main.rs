@@ -17,11 +17,14 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use clap::Parser as _;
+use clap::{CommandFactory as _, Parser as _};
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
+use tracing_subscriber::fmt::format::Writer;
+use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
+use tracing_subscriber::registry::LookupSpan;
 
-use crate::config::{Args, Config};
+use crate::config::{Args, Config, NoAddress};
 
 /// To start again would not help (sysexits.h): the unit does not.
 const EX_CONFIG: u8 = 78;
@@ -29,18 +32,33 @@ const EX_CONFIG: u8 = 78;
 const LOCK_WITHIN: Duration = Duration::from_secs(1);
 
 fn main() -> ExitCode {
-    match start(Args::parse()) {
+    let args = Args::parse();
+    let result = if args.man { print_manual() } else { start(args) };
+    match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("ovld: {error:#}");
-            let aside = error.downcast_ref::<node::StoodAside>().is_some();
-            if aside { ExitCode::from(EX_CONFIG) } else { ExitCode::FAILURE }
+            let in_vain = error.is::<node::StoodAside>() || error.is::<Misconfigured>();
+            if in_vain { ExitCode::from(EX_CONFIG) } else { ExitCode::FAILURE }
         }
     }
 }
 
+/// The configuration says what cannot be, and will when started again.
+#[derive(Debug, thiserror::Error)]
+#[error("wrong configuration")]
+struct Misconfigured;
+
+fn print_manual() -> Result<()> {
+    clap_mangen::Man::new(Args::command()).section("8").render(&mut std::io::stdout())?;
+    Ok(())
+}
+
 fn start(args: Args) -> Result<()> {
-    let config = Config::load(args)?;
+    let config = Config::load(args).map_err(|error| match error.is::<NoAddress>() {
+        true => error,
+        false => error.context(Misconfigured),
+    })?;
     log_to_stderr(config.log);
     if !nix::unistd::geteuid().is_root() {
         bail!("ovld makes network devices, which only root may: start it by systemd, or with sudo");
@@ -90,17 +108,43 @@ fn lock(dir: &Path, what: &str, flag: &str) -> Result<Flock<File>> {
     }
 }
 
-/// The journal adds the time itself.
+/// The journal adds the time itself, and takes the level from the front of the line (sd-daemon(3)).
 fn log_to_stderr(level: tracing::Level) {
     let journal = std::env::var_os("JOURNAL_STREAM").is_some();
     let builder = tracing_subscriber::fmt()
         .with_max_level(level)
         .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal())
-        .with_target(false);
+        .with_ansi(!journal && std::io::stderr().is_terminal());
+    let format = tracing_subscriber::fmt::format().with_target(false);
     if journal {
-        builder.without_time().init();
+        builder.event_format(ForJournal(format.without_time().with_level(false))).init();
     } else {
-        builder.init();
+        builder.event_format(format).init();
+    }
+}
+
+/// Puts syslog's number of the level before what the format inside makes.
+struct ForJournal<F>(F);
+
+impl<S, N, F> FormatEvent<S, N> for ForJournal<F>
+where
+    S: tracing::Subscriber + for<'a> LookupSpan<'a>,
+    N: for<'a> FormatFields<'a> + 'static,
+    F: FormatEvent<S, N>,
+{
+    fn format_event(
+        &self,
+        context: &FmtContext<'_, S, N>,
+        mut writer: Writer<'_>,
+        event: &tracing::Event<'_>,
+    ) -> std::fmt::Result {
+        let number = match *event.metadata().level() {
+            tracing::Level::ERROR => 3,
+            tracing::Level::WARN => 4,
+            tracing::Level::INFO => 6,
+            tracing::Level::DEBUG | tracing::Level::TRACE => 7,
+        };
+        write!(writer, "<{number}>")?;
+        self.0.format_event(context, writer, event)
     }
 }

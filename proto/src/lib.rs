@@ -24,6 +24,15 @@ pub mod sync;
 pub mod table;
 pub mod wire;
 
+/// What `--version` prints behind a program's name: the release, the commit that it was built from, and what
+/// is built in.
+pub const VERSION: &str = concat!(
+    env!("CARGO_PKG_VERSION"),
+    "\ncommit: ",
+    env!("OVL_COMMIT"),
+    "\nfeatures: switched, routed, encrypted, cni, sandbox"
+);
+
 /// The port of gossip (UDP) and of the sync streams (TCP). 7946 is Docker's.
 pub const DEFAULT_PORT: u16 = 7940;
 /// The VXLAN port that IANA assigned (RFC 7348).

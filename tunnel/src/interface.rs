@@ -50,7 +50,7 @@ const MAX_DATAGRAM: usize = 65_487;
 const THREADS: usize = 4;
 
 /// Joined datagrams that are received at once.
-const SLOTS: usize = 32;
+const SLOTS: usize = 64;
 /// Opened packets that wait to be joined.
 const OPENED: usize = 4 * PACKET;
 
@@ -403,6 +403,8 @@ struct Opener<'a> {
     used: usize,
     /// Packets of one peer that are still to be looked at.
     packets: Vec<Range<usize>>,
+    /// The last sender, and an address that it may send from: until the next flush nothing is asked twice.
+    last: Option<(Arc<Peer>, Option<IpAddr>)>,
     tun: Joiner,
     taps: Vec<(Arc<Tap>, Joiner)>,
 }
@@ -415,6 +417,7 @@ impl<'a> Opener<'a> {
             opened: vec![0; OPENED],
             used: 0,
             packets: Vec::new(),
+            last: None,
             tun: Joiner::default(),
             taps: Vec::new(),
         }
@@ -434,6 +437,7 @@ impl<'a> Opener<'a> {
         }
         self.taps.retain(|(tap, _)| !tap.stopped.load(Ordering::Relaxed));
         self.used = 0;
+        self.last = None;
     }
 
     /// Datagrams of one sender.
@@ -448,7 +452,12 @@ impl<'a> Opener<'a> {
                 self.handshake(from, datagram);
                 continue;
             };
-            let Some(peer) = reading(&self.interface.peers).by_slot(slot).cloned() else {
+            let known = self.last.take().filter(|(peer, _)| peer.slot == slot);
+            let known = known.or_else(|| {
+                let peers = reading(&self.interface.peers);
+                peers.by_slot(slot).map(|peer| (Arc::clone(peer), None))
+            });
+            let Some((peer, source)) = known else {
                 Counters::count(&self.interface.switch.counters.unauthenticated);
                 continue;
             };
@@ -456,7 +465,8 @@ impl<'a> Opener<'a> {
             while let Some(datagram) = datagrams.next_if(|next| slot_of_data(next) == Some(slot)) {
                 self.open(&peer, from, datagram);
             }
-            self.deliver(&peer);
+            let source = self.deliver(&peer, source);
+            self.last = Some((peer, source));
         }
     }
 
@@ -544,11 +554,13 @@ impl<'a> Opener<'a> {
     }
 
     /// Packets that this peer sealed: are they its own, and where do they go?
-    fn deliver(&mut self, peer: &Peer) {
+    ///
+    /// Takes and gives an address that is known to be its own.
+    fn deliver(&mut self, peer: &Peer, mut last: Option<IpAddr>) -> Option<IpAddr> {
         let interface = self.interface;
         let counters = &interface.switch.counters;
-        let mut last = None;
-        for at in std::mem::take(&mut self.packets) {
+        let mut packets = std::mem::take(&mut self.packets);
+        for at in packets.drain(..) {
             let Some(ip) = self.opened.get(at.clone()).and_then(Ip::parse) else {
                 Counters::count(&counters.spoofed);
                 continue;
@@ -572,6 +584,8 @@ impl<'a> Opener<'a> {
                 }
             }
         }
+        self.packets = packets;
+        last
     }
 
     fn deliver_frame(&mut self, start: usize, inner: Inner) {

@@ -17,6 +17,8 @@ use crate::error::{Error, Result};
 
 /// What runtimes call us by.
 const PLUGIN: &str = "ovl-cni";
+/// Where our package has it.
+const PACKAGED: &str = "/usr/lib/cni/ovl-cni";
 /// Where else the reference plugins are: Debian's and Fedora's packages.
 const REFERENCE_DIRS: [&str; 2] = ["/usr/lib/cni", "/usr/libexec/cni"];
 /// For runtimes that know no list of versions, and are older than the latest one.
@@ -53,7 +55,7 @@ struct Install {
     /// Where the plugin goes
     #[arg(long, value_name = "DIR", default_value = "/opt/cni/bin")]
     bin_dir: PathBuf,
-    /// The plugin [default: the one beside ovlctl]
+    /// The plugin [default: the one beside ovlctl, or the package's]
     #[arg(long, value_name = "FILE")]
     binary: Option<PathBuf>,
     /// Chain the reference plugin portmap, which publishes ports
@@ -171,12 +173,13 @@ fn portmap_versions(bin_dir: &Path) -> Result<Vec<&'static str>> {
 fn beside_ovlctl() -> Result<PathBuf> {
     let own = std::env::current_exe()
         .map_err(|error| Error::Failed(format!("cannot tell where ovlctl is: {error}. Use --binary")))?;
-    let path = own.with_file_name(PLUGIN);
-    if path.is_file() {
-        Ok(path)
-    } else {
-        Err(Error::Failed(format!("there is no {PLUGIN} beside {}. Use --binary", own.display())))
-    }
+    let packaged = Path::new(PACKAGED);
+    [own.with_file_name(PLUGIN), packaged.to_owned()].into_iter().find(|path| path.is_file()).ok_or_else(
+        || {
+            let (own, packaged) = (own.display(), packaged.display());
+            Error::Failed(format!("there is no {PLUGIN} beside {own}, and no {packaged}. Use --binary"))
+        },
+    )
 }
 
 /// Puts a file in place as a whole, and to the disk.

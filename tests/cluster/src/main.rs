@@ -1,0 +1,143 @@
+//! Scenarios on whole machines: Debian's kernel and systemd, the package, and nothing simulated.
+//!
+//! | module | what is in it |
+//! | --- | --- |
+//! | [`machine`] | what a scenario may ask of a machine, whoever runs it |
+//! | [`qemu`] | machines under plain QEMU |
+//! | [`scenario`] | what is tried |
+//! | [`world`], [`flow`] | what scenarios share |
+//!
+//! `tests/cluster/qemu` builds what this needs, and runs it.
+
+mod flow;
+mod machine;
+mod packages;
+mod qemu;
+mod scenario;
+mod world;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Instant;
+
+use anyhow::{Context as _, Result, bail};
+use clap::Parser;
+
+use crate::machine::Machine;
+use crate::scenario::{ALL, NEEDED, Scenario};
+use crate::world::World;
+
+/// What is brought out of every machine when a scenario fails.
+const STATE: &[(&str, &str)] = &[
+    ("journal", "journalctl --no-pager -b -o short-precise"),
+    (
+        "ovlctl",
+        "for each in status peers 'network ls' endpoints subnets fdb routes plan verify 'events'; do echo \"# $each\"; timeout 20 ovlctl $each; done 2>&1",
+    ),
+    ("units", "systemctl --no-pager status ovld systemd-networkd 2>&1; systemctl --failed --no-pager"),
+    ("links", "ip -d link; ip address; ip netns; networkctl --no-pager"),
+    ("routes", "ip route show table all; ip -6 route show table all; ip neigh; ip -6 neigh; bridge fdb"),
+    ("rules", "nft list ruleset"),
+    ("tunnel", "wg show all"),
+];
+
+/// Runs the scenarios on machines that it starts.
+#[derive(Debug, Parser)]
+struct Args {
+    /// A folder with disk, kernel and initrd, as tests/cluster/image makes them
+    #[arg(long)]
+    image: PathBuf,
+    /// A tar archive with the packages
+    #[arg(long)]
+    files: PathBuf,
+    /// Where consoles, sockets and the state of failed scenarios go
+    #[arg(long)]
+    dir: PathBuf,
+    /// How many machines
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u8).range(3..=9))]
+    machines: u8,
+    /// Only scenarios whose names have this in them, besides those that make the cluster
+    #[arg(long, value_name = "PART")]
+    only: Vec<String>,
+}
+
+fn main() -> ExitCode {
+    match run(&Args::parse()) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("cluster: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Whether all went well.
+fn run(args: &Args) -> Result<bool> {
+    fs::create_dir_all(&args.dir)?;
+    let begin = Instant::now();
+    let machines = qemu::start(args.machines, &args.image, &args.files, &args.dir)
+        .with_context(|| format!("starting the machines; their consoles are in {}", args.dir.display()))?;
+    println!("{:<14} {:>6.1} s  {} machines", "boot", begin.elapsed().as_secs_f64(), machines.len());
+    let world = World { machines: machines.iter().map(|machine| machine as &dyn Machine).collect() };
+    let (mut passed, mut failed) = (0, Vec::new());
+    for (number, Scenario { name, run }) in ALL.iter().enumerate() {
+        let chosen = args.only.is_empty() || args.only.iter().any(|part| name.contains(part.as_str()));
+        if number >= NEEDED && !chosen {
+            continue;
+        }
+        let start = Instant::now();
+        let result = run(&world);
+        let seconds = start.elapsed().as_secs_f64();
+        let (word, note) = match result {
+            Ok(note) => {
+                passed += 1;
+                ("passed", note)
+            }
+            Err(error) => {
+                failed.push(*name);
+                let kept = args.dir.join(format!("failed-{name}"));
+                let note = match keep_state(&world, &kept) {
+                    Ok(()) => format!("{error:#}\n  state of the machines: {}", kept.display()),
+                    Err(also) => format!("{error:#}\n  and their state could not be read: {also:#}"),
+                };
+                ("FAILED", note)
+            }
+        };
+        println!("{name:<16} {seconds:>6.1} s  {word}  {note}");
+        if number < NEEDED && !failed.is_empty() {
+            println!("without a cluster there is nothing to try further");
+            break;
+        }
+    }
+    drop(world);
+    drop(machines);
+    let seconds = begin.elapsed().as_secs_f64();
+    println!("{passed} passed, {} failed; {seconds:.0} s", failed.len());
+    if !failed.is_empty() {
+        println!("failed: {}", failed.join(", "));
+    }
+    Ok(failed.is_empty())
+}
+
+/// Writes down what every machine says of itself, and shows the end of what ovld says.
+fn keep_state(world: &World<'_>, dir: &Path) -> Result<()> {
+    let written = world.on_all(|machine| {
+        let dir = dir.join(machine.name());
+        fs::create_dir_all(&dir)?;
+        for (name, script) in STATE {
+            fs::write(dir.join(name), machine.run(script)?.said())?;
+        }
+        machine.run("journalctl -u ovld --no-pager -n 15 -o short-precise").map(|ran| ran.said())
+    });
+    match written {
+        Ok(ends) => {
+            for (machine, end) in world.machines.iter().zip(ends) {
+                println!("--- ovld on {}\n{end}", machine.name());
+            }
+            Ok(())
+        }
+        Err(error) => bail!(error),
+    }
+}

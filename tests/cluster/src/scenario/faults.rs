@@ -1,0 +1,70 @@
+//! Machines go and come back.
+
+use anyhow::{Result, ensure};
+
+use super::network::DIRECT;
+use crate::flow::{Flow, none_lost};
+use crate::machine::Machine;
+use crate::world::World;
+
+/// In order: the others do not notice; it comes back with its networks.
+pub(super) fn reboot(world: &World<'_>) -> Result<String> {
+    without(world, |machine| machine.reboot())
+}
+
+/// From one instant to the next.
+pub(super) fn power(world: &World<'_>) -> Result<String> {
+    without(world, |machine| {
+        machine.power_off()?;
+        wait_state(world, machine, "dead")?;
+        machine.power_on()
+    })
+}
+
+/// The last machine goes and comes, while the first two ping each other.
+fn without(world: &World<'_>, go_and_come: impl Fn(&dyn Machine) -> Result<()>) -> Result<String> {
+    let last = world.machines[world.machines.len() - 1];
+    let (flat, pods) = (world.workloads("flat")?, world.workloads("pods")?);
+    let others = vec![Flow::start(&flat[0], &flat[1])?, Flow::start(&pods[0], &pods[1])?];
+    world.network("straight", DIRECT)?;
+    go_and_come(last)?;
+    last.wait("systemctl is-active ovld")?;
+    world.wait_settled()?;
+    // The block that it held, and its routes, without anybody's doing.
+    let blocks = last.ctl("subnets")?;
+    let own = blocks.as_array().into_iter().flatten();
+    ensure!(own.clone().any(|each| each["node"] == last.name() && each["network"] == "pods"), "{blocks}");
+    // Endpoints end with the kernel; new ones reach everybody.
+    for network in ["flat", "pods", "straight"] {
+        let all = world.workloads(network)?;
+        world.ping_all(&all)?;
+    }
+    Ok(format!("between the others {}", none_lost(others)?))
+}
+
+/// Cut off until the others give it up, and back with all that it had.
+pub(super) fn cut(world: &World<'_>) -> Result<String> {
+    let last = world.machines[world.machines.len() - 1];
+    let (flat, pods) = (world.workloads("flat")?, world.workloads("pods")?);
+    let others = vec![Flow::start(&flat[0], &flat[1])?, Flow::start(&pods[0], &pods[1])?];
+    last.cut()?;
+    wait_state(world, last, "dead")?;
+    last.heal()?;
+    wait_state(world, last, "alive")?;
+    world.wait_settled()?;
+    for all in [&flat, &pods] {
+        world.ping_all(all)?;
+    }
+    Ok(format!("between the others {}", none_lost(others)?))
+}
+
+/// Waits until the others call a machine this.
+fn wait_state(world: &World<'_>, machine: &dyn Machine, state: &str) -> Result<()> {
+    for other in world.machines.iter().filter(|other| other.name() != machine.name()) {
+        other.wait_ctl("peers", &format!("{} {state}", machine.name()), |peers| {
+            let all = peers.as_array()?;
+            all.iter().any(|peer| peer["name"] == machine.name() && peer["state"] == state).then_some(())
+        })?;
+    }
+    Ok(())
+}

@@ -1,0 +1,124 @@
+//! Networks on a stock kernel, beside udev and networkd.
+
+use anyhow::{Context as _, Result, ensure};
+use serde_json::{Value, json};
+
+use crate::flow::{Flow, at_most_lost, none_lost};
+use crate::machine::Machine;
+use crate::world::{World, ensure_says};
+
+/// Options of the network `straight`.
+pub(super) const DIRECT: &str = "--mode l3 --backend direct --subnet 10.72.0.0/16";
+/// Pings that may be lost until direct routes are back: 4 s.
+const REPAIR: usize = 100;
+
+pub(super) fn switched(world: &World<'_>) -> Result<String> {
+    connected(world, "flat", "--subnet 10.70.0.0/16 --subnet fd70::/64")
+}
+
+pub(super) fn routed(world: &World<'_>) -> Result<String> {
+    connected(world, "pods", "--mode l3 --subnet 10.71.0.0/16 --subnet fd71::/48")
+}
+
+/// Routes over the segment, which networkd manages, and whose foreign routes it removes when it feels like it.
+pub(super) fn direct(world: &World<'_>) -> Result<String> {
+    connected(world, "straight", DIRECT)
+}
+
+fn connected(world: &World<'_>, network: &str, options: &str) -> Result<String> {
+    world.network(network, options)?;
+    let all = world.workloads(network)?;
+    world.ping_all(&all)?;
+    if options.contains("fd7") {
+        six(world, network)?;
+    }
+    let rate = all[0].tcp(&all[1], 2)?;
+    world.wait_settled()?;
+    Ok(format!("TCP {rate:.0} Mbit/s"))
+}
+
+/// The same over IPv6, from the first machine to the others.
+fn six(world: &World<'_>, network: &str) -> Result<()> {
+    let endpoints = world.machines[0].ctl("endpoints")?;
+    let addresses = endpoints.as_array().into_iter().flatten();
+    for address in
+        addresses.filter(|each| each["network"] == network).filter_map(|each| each["addresses"][1].as_str())
+    {
+        let address = address.split('/').next().unwrap_or_default();
+        let from = format!("{network}-{}", world.machines[0].name());
+        world.machines[0].wait(&format!("ip netns exec {from} ping -n -c 1 -W 2 {address}"))?;
+    }
+    Ok(())
+}
+
+/// As a runtime does it: the configuration that `ovlctl cni install` wrote, a process for each call.
+pub(super) fn pods(world: &World<'_>) -> Result<String> {
+    let addresses = world.on_all(|machine| {
+        machine.ok("ovlctl cni install --network pods && ip netns add pod && ip -n pod link set lo up")?;
+        let result = cni(machine, "ADD", &Value::Null)?;
+        cni(machine, "CHECK", &result)?;
+        let address = result["ips"][0]["address"].as_str().context("no address")?;
+        Ok((address.split('/').next().unwrap_or_default().to_owned(), result))
+    })?;
+    world.on_all(|machine| {
+        for (address, _) in &addresses {
+            machine.wait(&format!("ip netns exec pod ping -n -c 1 -W 2 {address}"))?;
+        }
+        Ok(())
+    })?;
+    world.on_all(|machine| {
+        cni(machine, "DEL", &Value::Null)?;
+        machine.ok("ip netns del pod")?;
+        machine.wait("! ovlctl endpoints | grep -q cni-pod")
+    })?;
+    world.wait_settled()?;
+    Ok(String::new())
+}
+
+/// One call of the plugin.
+fn cni(machine: &dyn Machine, command: &str, previous: &Value) -> Result<Value> {
+    let list: Value = serde_json::from_str(&machine.ok("cat /etc/cni/net.d/pods.conflist")?)?;
+    let mut config = list["plugins"][0].clone();
+    config["cniVersion"] = list["cniVersion"].clone();
+    config["name"] = list["name"].clone();
+    if !previous.is_null() {
+        config["prevResult"] = previous.clone();
+    }
+    let text = machine.ok(&format!(
+        "CNI_COMMAND={command} CNI_CONTAINERID=cni-pod CNI_NETNS=/run/netns/pod CNI_IFNAME=eth0 CNI_PATH=/opt/cni/bin \
+         /opt/cni/bin/ovl-cni <<'END'\n{config}\nEND"
+    ))?;
+    Ok(if text.is_empty() { json!({}) } else { serde_json::from_str(&text)? })
+}
+
+/// udev and networkd look at everything again, and nothing of ours changes.
+pub(super) fn link_managers(world: &World<'_>) -> Result<String> {
+    let machine = world.machines[2];
+    world.network("straight", DIRECT)?;
+    let links = "for each in ovb- ovx- ove-; do grep -H . /sys/class/net/$each*/address; done";
+    let before = machine.ok(links)?;
+    let load = world.load()?;
+    machine.ok("udevadm trigger --action=add --subsystem-match=net && udevadm settle")?;
+    let by_udev = none_lost(load)?;
+    ensure_says(&machine.ok("udevadm info /sys/class/net/ovb-*")?, &["10-ovl.link"])?;
+
+    // Restarted, networkd takes eth0's address away and sets it again. What the underlay loses then, networks on
+    // it lose too, and no more; routes directly over it are gone with the address, until ovld has set them again.
+    let load = world.load()?;
+    let (hosts, straight) = (world.hosts(), world.workloads("straight")?);
+    let underlay = vec![Flow::start(&hosts[1], &hosts[2])?];
+    let direct = vec![Flow::start(&straight[1], &straight[2])?];
+    machine.ok("systemctl restart systemd-networkd")?;
+    machine.wait("networkctl --no-legend list eth0 | grep -q configured")?;
+    world.wait_settled()?;
+    let mut sent = 0;
+    let underlay = at_most_lost(underlay, usize::MAX, &mut sent)?;
+    let direct = at_most_lost(direct, underlay + REPAIR, &mut sent)?;
+    let networks = at_most_lost(load, underlay + 5, &mut sent)?;
+    ensure!(machine.ok(links)? == before, "MAC addresses or devices have changed");
+    let managed = machine.ok("networkctl --no-legend list 'ov*' | grep -v unmanaged || true")?;
+    ensure!(managed.is_empty(), "networkd manages {managed}");
+    Ok(format!(
+        "udev: {by_udev}; networkd restarted: the underlay {underlay}, networks {networks}, direct routes {direct}"
+    ))
+}

@@ -1,0 +1,94 @@
+//! The package comes, changes and goes.
+
+use anyhow::{Result, ensure};
+
+use crate::flow::none_lost;
+use crate::machine::Machine;
+use crate::packages::{FIRST, NEXT};
+use crate::world::{World, ensure_says};
+
+pub(super) fn install(world: &World<'_>) -> Result<String> {
+    let said = world.on_all(|machine| {
+        let said = dpkg(machine, FIRST)?;
+        // Without a key there is nothing to run, and somebody has to be told.
+        ensure_says(&said, &["ovlctl key generate", "/etc/ovl/ovld.toml"])?;
+        ensure!(machine.run("systemctl is-active ovld")?.out.trim() == "inactive", "it runs without a key");
+        ensure_says(&machine.ok("systemctl is-enabled ovld")?, &["enabled"])?;
+        for file in ["/usr/share/man/man8/ovld.8.gz", "/usr/share/man/man1/ovlctl-network-create.1.gz"] {
+            machine.ok(&format!("test -s {file}"))?;
+        }
+        machine.ok("dpkg --verify ovl && ovlctl completions bash | cmp - /usr/share/bash-completion/completions/ovlctl")?;
+        // A configuration that cannot work is not tried again and again.
+        let wrong = machine.run("echo nonsense = 1 >/tmp/wrong; ovld --config /tmp/wrong")?;
+        ensure!(wrong.code == 78, "{wrong}");
+        ensure_says(&wrong.err, &["nonsense"])?;
+        machine.ok("for each in ovld ovlctl /usr/lib/cni/ovl-cni; do $each --version; done")
+    })?;
+    ensure!(said[0].matches("commit: ").count() == 3, "{}", said[0]);
+    Ok(said[0].lines().take(2).collect::<Vec<_>>().join(", "))
+}
+
+/// One machine after the other, under load.
+pub(super) fn upgrade(world: &World<'_>) -> Result<String> {
+    let load = world.load()?;
+    for machine in &world.machines {
+        let before = machine.ok("systemctl show -P MainPID ovld")?;
+        dpkg(*machine, NEXT)?;
+        machine.ok("systemctl is-active ovld")?;
+        ensure!(machine.ok("systemctl show -P MainPID ovld")? != before, "the old daemon goes on");
+        // What was configured is still there.
+        machine.ok("grep -q ^advertise /etc/ovl/ovld.toml")?;
+        machine.ok("[ ! -e /opt/cni/bin/ovl-cni ] || cmp /usr/lib/cni/ovl-cni /opt/cni/bin/ovl-cni")?;
+    }
+    world.wait_settled()?;
+    none_lost(load)
+}
+
+/// Removed: the daemon is gone, what was attached goes on, and the package says what it leaves.
+pub(super) fn remove(world: &World<'_>) -> Result<String> {
+    let load = world.load()?;
+    let last = world.machines[world.machines.len() - 1];
+    let said = last.ok("apt-get remove -y ovl 2>&1")?;
+    ensure_says(&said, &["are still there", "ovlctl teardown"])?;
+    ensure!(last.run("systemctl is-active ovld")?.code != 0, "ovld still runs");
+    last.ok("test -e /etc/ovl/ovld.toml && test ! -e /usr/sbin/ovld")?;
+    let lost = none_lost(load)?;
+    // And back, as if nothing had been.
+    dpkg(last, NEXT)?;
+    last.ok("systemctl is-active ovld")?;
+    world.wait_settled()?;
+    Ok(lost)
+}
+
+/// Prints what a purge should not leave. `/opt/ovl` is where the packages lie.
+const LEFT: &str = r"
+find / -xdev \( -path /proc -o -path /sys -o -path /opt/ovl -o -path /var/log -o -path /tmp \) -prune \
+    -o \( -name 'ovl*' -o -name '*-ovl*' -o -name '_ovl*' \) -print
+find /run -path /run/netns -prune -o -name 'ovl*' -print
+nft list tables | grep ovl
+ip -o link | grep -E ' ov[a-z]-'
+ip route show table all proto 79
+ip -6 route show table all proto 79
+systemctl list-units --all --plain --no-legend 'ovl*'
+dpkg-query -W -f '${db:Status-Abbrev}' ovl 2>/dev/null
+";
+
+/// Purged on one machine after a teardown, on the others as it stands: nothing is left.
+pub(super) fn purge(world: &World<'_>) -> Result<String> {
+    world.machines[0].ok("ovlctl teardown --yes")?;
+    world.on_all(|machine| {
+        machine.ok("apt-get purge -y ovl 2>&1")?;
+        let left = machine.run(LEFT)?.said();
+        ensure!(left.is_empty(), "left on {}: {left}", machine.name());
+        Ok(())
+    })?;
+    Ok(String::new())
+}
+
+/// Without a network, so what the package depends on must be there.
+fn dpkg(machine: &dyn Machine, package: &str) -> Result<String> {
+    machine.ok(&format!(
+        "DEBIAN_FRONTEND=noninteractive dpkg --force-unsafe-io -i {}/{package} 2>&1",
+        machine.files()
+    ))
+}

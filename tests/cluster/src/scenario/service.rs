@@ -1,0 +1,134 @@
+//! ovld under systemd.
+
+use anyhow::{Context as _, Result, ensure};
+use netns_lab::wait_until;
+
+use crate::flow::none_lost;
+use crate::machine::{Machine, SOON};
+use crate::world::{World, ensure_says};
+
+/// docs/operations.md explains each of the points that make it up.
+const EXPOSURE: f64 = 3.1;
+
+/// The three become a cluster: key, configuration, start.
+pub(super) fn form(world: &World<'_>) -> Result<String> {
+    let first = world.machines[0];
+    let key = first.ok("ovlctl key generate")?;
+    world.on_all(|machine| {
+        let join = match machine.name() == first.name() {
+            true => String::new(),
+            false => format!("join = [\"{}\"]\n", first.address()),
+        };
+        machine.ok(&format!(
+            "umask 077; echo {key} >/etc/ovl/cluster.key; \
+             printf 'advertise = \"{}\"\\n{}' >>/etc/ovl/ovld.toml; systemctl start ovld",
+            machine.address(),
+            join.replace('\n', "\\n")
+        ))
+    })?;
+    world.wait_settled()?;
+    Ok(format!("{} members", world.machines.len()))
+}
+
+/// What the unit promises its manager.
+pub(super) fn unit(world: &World<'_>) -> Result<String> {
+    world.on_all(|machine| {
+        let shown = machine
+            .ok("systemctl show ovld -p Type -p WatchdogUSec -p Restart -p NRestarts -p After -p Before")?;
+        ensure_says(&shown, &["Type=notify", "WatchdogUSec=30s", "Restart=always", "NRestarts=0"])?;
+        ensure_says(&shown, &["network-online.target", "containerd.service"])?;
+        // Levels are the journal's, so that `journalctl -p warning` finds what there is.
+        machine.ok("journalctl -u ovld -o json --no-pager | grep -q '\"PRIORITY\":\"6\"'")?;
+        let said = machine.ok("journalctl -u ovld -p err -q --no-pager")?;
+        ensure!(said.is_empty(), "errors in the journal: {said}");
+        Ok(())
+    })?;
+    Ok(world.machines[0].ok("systemctl show -P MemoryCurrent ovld")? + " bytes of memory")
+}
+
+pub(super) fn security(world: &World<'_>) -> Result<String> {
+    let machine = world.machines[0];
+    let text = machine.ok("systemd-analyze security --no-pager ovld")?;
+    let score: f64 = text
+        .lines()
+        .find_map(|line| {
+            line.split_once("Overall exposure level for ovld.service:")?
+                .1
+                .split_whitespace()
+                .next()?
+                .parse()
+                .ok()
+        })
+        .with_context(|| format!("no score in {text}"))?;
+    ensure!(score <= EXPOSURE, "the exposure is {score}: {text}");
+    Ok(format!("exposure {score}"))
+}
+
+/// What the unit forbids does not blind ovld: it mounts a namespace that the host sees, sees processes of other
+/// users in it, and enters that of a process which is not root's.
+pub(super) fn sandbox(world: &World<'_>) -> Result<String> {
+    let machine = world.machines[0];
+    let flat = world.workloads("flat")?;
+    machine.ok("ovlctl sandbox create box --network flat")?;
+    machine.wait(&format!("ip netns exec box ping -n -c 1 -W 2 {}", flat[1].address))?;
+    let nobody =
+        "setpriv --reuid 65534 --regid 65534 --clear-groups sleep 1000 >/dev/null 2>&1 </dev/null & echo $!";
+    let inside = machine.ok(&format!("ip netns exec box {nobody}"))?;
+    machine.wait(&format!("readlink /proc/{inside}/exe | grep -q sleep"))?;
+    let refused = machine.run("ovlctl sandbox rm box")?;
+    ensure!(refused.code == 1, "removed with a process in it: {refused}");
+    ensure_says(&refused.err, &[&inside])?;
+    machine.ok(&format!("kill {inside}"))?;
+    machine.wait("ovlctl sandbox rm box && [ ! -e /run/netns/box ]")?;
+
+    let alone = machine.ok(&format!("unshare -n {nobody}"))?;
+    machine.wait(&format!("readlink /proc/{alone}/exe | grep -q sleep"))?;
+    machine.ok(&format!("ovlctl attach alone --network flat --pid {alone}"))?;
+    machine.wait(&format!("nsenter -t {alone} -n ping -n -c 1 -W 2 {}", flat[2].address))?;
+    machine.ok(&format!("ovlctl detach alone; kill {alone}"))?;
+    Ok(String::new())
+}
+
+/// Killed three times in the middle of everything.
+pub(super) fn kill(world: &World<'_>) -> Result<String> {
+    let load = world.load()?;
+    let machine = world.machines[1];
+    for _ in 0..3 {
+        let pid = machine.ok("systemctl show -P MainPID ovld")?;
+        machine.ok(&format!("kill -9 {pid}"))?;
+        wait_other_daemon(machine, &pid)?;
+    }
+    world.wait_settled()?;
+    none_lost(load)
+}
+
+/// One that does nothing any more is replaced. Its patience is cut down so that this does not take half a minute.
+pub(super) fn watchdog(world: &World<'_>) -> Result<String> {
+    let machine = world.machines[1];
+    let dir = "/run/systemd/system/ovld.service.d";
+    machine.ok(&format!(
+        "mkdir -p {dir}; printf '[Service]\\nWatchdogSec=5\\n' >{dir}/patience.conf; systemctl daemon-reload; \
+         systemctl restart ovld"
+    ))?;
+    world.wait_settled()?;
+    let load = world.load()?;
+    let pid = machine.ok("systemctl show -P MainPID ovld")?;
+    machine.ok(&format!("kill -STOP {pid}"))?;
+    wait_other_daemon(machine, &pid)?;
+    ensure_says(&machine.ok("journalctl -u ovld -q --no-pager -n 50")?, &["atchdog"])?;
+    machine.ok(&format!("rm -r {dir}; systemctl daemon-reload; systemctl restart ovld"))?;
+    world.wait_settled()?;
+    none_lost(load)
+}
+
+fn wait_other_daemon(machine: &dyn Machine, last: &str) -> Result<()> {
+    wait_until(SOON, "another ovld that is ready", || {
+        let shown = machine.ok("systemctl show -P MainPID -P ActiveState ovld")?;
+        ensure!(
+            shown.contains("active") && !shown.lines().any(|line| line == last || line == "0"),
+            "{shown}"
+        );
+        ensure!(!shown.contains("activating") && !shown.contains("inactive"), "{shown}");
+        Ok(())
+    })
+}
