@@ -34,6 +34,9 @@ const FIRST_WITHIN: Duration = Duration::from_secs(15);
 /// WireGuard's sessions last three minutes, and are renewed after two.
 const RENEWED_WITHIN: Duration = Duration::from_secs(180);
 
+/// Ends, each with the key of a peer there.
+type Places = BTreeSet<(Device, TunnelKey)>;
+
 /// What is known of the tunnel.
 #[derive(Debug)]
 pub(super) struct Tunnel {
@@ -111,10 +114,7 @@ impl Tunnel {
     }
 
     /// With whom each end has a session, and from whom nothing comes any more.
-    fn listen(
-        &mut self,
-        found: &[TunnelStatus],
-    ) -> (BTreeSet<(Device, TunnelKey)>, BTreeSet<(Device, TunnelKey)>) {
+    fn listen(&mut self, found: &[TunnelStatus]) -> (Places, Places) {
         let all = || found.iter().flat_map(|end| end.peers.iter().map(|peer| ((end.device, peer.key), peer)));
         let mut heard = BTreeMap::new();
         for (place, peer) in all() {
@@ -240,14 +240,14 @@ impl Node {
             });
             // Of the end by which packets go there now.
             let Some(way) = ways.get(&id) else { continue };
-            let here = ends.iter().filter(|end| Some(end.device) == way.by).flat_map(|end| &end.peers);
+            let mut here = ends.iter().filter(|end| Some(end.device) == way.by).flat_map(|end| &end.peers);
             let keys: Vec<TunnelKey> = way
                 .ends
                 .iter()
                 .filter(|(device, ..)| Some(*device) == way.by)
                 .map(|(_, key, _)| *key)
                 .collect();
-            watched.status = here.filter(|status| keys.contains(&status.key)).next_back().cloned();
+            watched.status = here.rfind(|status| keys.contains(&status.key)).cloned();
         }
     }
 
