@@ -131,6 +131,8 @@ fn raw(
 ///   the sender's;
 /// * from elsewhere, nothing whose source is an endpoint's unless it comes in where that endpoint is; and
 ///   nothing in plain to an endpoint. Answers to what was translated are for the host's address here.
+///
+/// ICMPv6 by its number: a minimal system has no /etc/protocols that nft could look into.
 fn sealed_in(text: &mut String, networks: &[&Network], tunnel: Option<Tunnel>) {
     let port = SEALED_VXLAN_PORT;
     if let Some(Tunnel { port: outer, prefix, .. }) = tunnel {
@@ -138,7 +140,7 @@ fn sealed_in(text: &mut String, networks: &[&Network], tunnel: Option<Tunnel>) {
             text,
             "\t\tudp dport {outer} fib daddr type local notrack\n\
              \t\tiifname \"ovt-*\" ip6 saddr {prefix} ip6 daddr {prefix} udp dport {port} notrack accept\n\
-             \t\tiifname \"ovt-*\" ip6 saddr {prefix} ip6 daddr {prefix} meta l4proto ipv6-icmp accept"
+             \t\tiifname \"ovt-*\" ip6 saddr {prefix} ip6 daddr {prefix} meta l4proto 58 accept"
         );
     }
     let _ = writeln!(text, "\t\tudp dport {port} fib daddr type != unicast counter drop");
