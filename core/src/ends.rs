@@ -368,8 +368,9 @@ mod tests {
         assert_eq!((hosts[0].own.epoch, hosts[0].own.port), (5, 51941));
         assert_eq!(lost(&hosts), None);
         // And two epochs later, at the port that it has.
-        let far = to_follow(hosts[0].own, [Tunnel { epoch: 7, ..hosts[1].own }].into_iter());
-        assert_eq!(far, Some(7));
-        assert_eq!(to_follow(Tunnel { rotating: true, ..hosts[0].own }, [hosts[1].own].into_iter()), None);
+        let far = || [Tunnel { epoch: 7, ..hosts[1].own }].into_iter();
+        assert_eq!(to_follow(Tunnel { rotating: false, ..hosts[0].own }, far()), Some(7));
+        // Not in the middle of a move.
+        assert_eq!(to_follow(Tunnel { rotating: true, ..hosts[0].own }, far()), None);
     }
 }
