@@ -174,6 +174,7 @@ mod tests {
             "cni install",
             "cni install --network blue --name k8s --conf-dir /a --bin-dir /b --binary /c --portmap",
             "key generate",
+            "key rotate",
             "key rotate --cluster new.key",
             "key rotate --cluster - --no-wait",
             "key status",
@@ -217,7 +218,6 @@ mod tests {
             "cni",
             "cni install --name a/b",
             "key",
-            "key rotate",
             "key rotate --cluster",
             "completions tcl",
         ] {
