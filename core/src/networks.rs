@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use ipnet::IpNet;
 use ovl_proto::id::NetworkId;
-use ovl_proto::object::{Body, Network, Object};
+use ovl_proto::object::Network;
 
 use crate::view::NetworkState;
 
@@ -29,17 +29,13 @@ pub struct Resolution {
 /// Settles conflicts: of two networks with one name or one VNI the older keeps it, then the one
 /// with the smaller id. The other gets a name with its id in it, or the next free VNI.
 ///
-/// `in_use` tells whether a network that was removed still has endpoints anywhere.
+/// `networks` says of each whether it was removed; `in_use` tells whether a network that was removed still has endpoints anywhere.
 pub fn resolve<'a>(
-    objects: impl Iterator<Item = &'a Object>,
+    networks: impl Iterator<Item = (&'a Network, bool)>,
     in_use: impl Fn(NetworkId) -> bool,
 ) -> Resolution {
-    let mut all: Vec<(&Network, bool)> = objects
-        .map(|object| match &object.body {
-            Body::Network(network) => (network, object.deleted),
-        })
-        .filter(|(network, deleted)| !deleted || in_use(network.id))
-        .collect();
+    let mut all: Vec<(&Network, bool)> =
+        networks.filter(|(network, deleted)| !deleted || in_use(network.id)).collect();
     all.sort_by_key(|(network, _)| (network.created, network.id));
     let mut result = Resolution::default();
     let asked_for: BTreeSet<u32> = all.iter().map(|(network, _)| network.vni).collect();
@@ -114,31 +110,30 @@ mod tests {
 
     use super::*;
 
-    fn network(id: u8, name: &str, vni: u32, made_at: u64) -> Object {
-        let created = Stamp { wall_ms: made_at, ..Stamp::default() };
-        Object {
-            stamp: created,
-            deleted: false,
-            body: Body::Network(Network {
-                id: NetworkId([id; 5]),
-                name: name.to_owned(),
-                created,
-                driver: Driver::Overlay,
-                mode: Mode::L2,
-                backend: Backend::Vxlan,
-                vni,
-                subnets: vec![],
-                mtu: None,
-                encrypted: false,
-                internal: false,
-            }),
+    fn network(id: u8, name: &str, vni: u32, made_at: u64) -> Network {
+        Network {
+            id: NetworkId([id; 5]),
+            name: name.to_owned(),
+            created: Stamp { wall_ms: made_at, ..Stamp::default() },
+            driver: Driver::Overlay,
+            mode: Mode::L2,
+            backend: Backend::Vxlan,
+            vni,
+            subnets: vec![],
+            mtu: None,
+            encrypted: false,
+            internal: false,
         }
+    }
+
+    fn settle(networks: &[Network]) -> Resolution {
+        resolve(networks.iter().map(|network| (network, false)), |_| false)
     }
 
     #[test]
     fn the_older_network_keeps_its_name_and_vni() {
-        let objects = [network(1, "blue", 5000, 20), network(2, "blue", 5000, 10)];
-        let result = resolve(objects.iter(), |_| false);
+        let networks = [network(1, "blue", 5000, 20), network(2, "blue", 5000, 10)];
+        let result = settle(&networks);
         assert_eq!(result.networks[&NetworkId([2; 5])].network.name, "blue");
         assert_eq!(result.networks[&NetworkId([2; 5])].network.vni, 5000);
         let other = &result.networks[&NetworkId([1; 5])].network;
@@ -149,21 +144,21 @@ mod tests {
 
     #[test]
     fn the_result_does_not_depend_on_the_order() {
-        let mut objects =
+        let mut networks =
             [network(3, "a", 7, 1), network(1, "a", 7, 1), network(2, "a", 8, 1), network(4, "b", 7, 0)];
-        let first = resolve(objects.iter(), |_| false);
-        objects.reverse();
-        assert_eq!(resolve(objects.iter(), |_| false), first);
+        let first = settle(&networks);
+        networks.reverse();
+        assert_eq!(settle(&networks), first);
         let vnis: BTreeSet<_> = first.networks.values().map(|state| state.network.vni).collect();
         assert_eq!(vnis.len(), 4);
     }
 
     #[test]
     fn a_removed_network_stays_while_it_is_used() {
-        let mut object = network(1, "a", 7, 1);
-        object.deleted = true;
-        assert!(resolve([&object].into_iter(), |_| false).networks.is_empty());
-        assert!(resolve([&object].into_iter(), |_| true).networks[&NetworkId([1; 5])].removing);
+        let removed = [network(1, "a", 7, 1)];
+        let removed = || removed.iter().map(|network| (network, true));
+        assert!(resolve(removed(), |_| false).networks.is_empty());
+        assert!(resolve(removed(), |_| true).networks[&NetworkId([1; 5])].removing);
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! One node's owner table, as every node holds it.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use ipnet::IpNet;
@@ -8,8 +8,8 @@ use ovl_proto::id::{EndpointId, Mac, NetworkId, NodeId};
 use ovl_proto::record::Signature;
 use ovl_proto::table::{Endpoint, Entry, Head, Key, Revision, Update};
 use ovl_proto::wire;
-use ring::digest::{Context, SHA256, digest};
 
+use crate::digest::{Digest, Hash, hash};
 use crate::index::Index;
 
 /// Why an update was not taken in.
@@ -45,15 +45,6 @@ struct Contents {
     entries: BTreeMap<Key, (Entry, Hash)>,
     index: Index,
     digest: Digest,
-}
-
-type Hash = [u8; 32];
-
-/// See [`Head::digest`].
-#[derive(Debug, Clone)]
-struct Digest {
-    hashes: [BTreeSet<Hash>; Head::PARTS],
-    parts: [Hash; Head::PARTS],
 }
 
 impl Table {
@@ -249,51 +240,6 @@ impl Contents {
         }
         Err(Rejected::Digest)
     }
-}
-
-impl Default for Digest {
-    fn default() -> Self {
-        Self { hashes: std::array::from_fn(|_| BTreeSet::new()), parts: [[0; 32]; Head::PARTS] }
-    }
-}
-
-impl Digest {
-    fn insert(&mut self, hash: Hash) {
-        self.with_part(&hash, |part| part.insert(hash));
-    }
-
-    fn remove(&mut self, hash: &Hash) {
-        self.with_part(hash, |part| part.remove(hash));
-    }
-
-    fn with_part(&mut self, hash: &Hash, change: impl FnOnce(&mut BTreeSet<Hash>) -> bool) {
-        let [first, ..] = hash;
-        let number = usize::from(*first) % Head::PARTS;
-        if let (Some(hashes), Some(part)) = (self.hashes.get_mut(number), self.parts.get_mut(number)) {
-            change(hashes);
-            *part = if hashes.is_empty() { [0; 32] } else { hash_all(&*hashes) };
-        }
-    }
-
-    fn total(&self) -> Hash {
-        hash_all(&self.parts)
-    }
-}
-
-fn hash(bytes: &[u8]) -> Hash {
-    let mut out = [0; 32];
-    out.copy_from_slice(digest(&SHA256, bytes).as_ref());
-    out
-}
-
-fn hash_all<'a>(hashes: impl IntoIterator<Item = &'a Hash>) -> Hash {
-    let mut context = Context::new(&SHA256);
-    for hash in hashes {
-        context.update(hash);
-    }
-    let mut out = [0; 32];
-    out.copy_from_slice(context.finish().as_ref());
-    out
 }
 
 #[cfg(test)]

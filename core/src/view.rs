@@ -12,6 +12,7 @@ use ovl_proto::record::NodeRecord;
 use ovl_proto::table::{Endpoint, Entry, Key};
 
 use crate::ends::Ends;
+use crate::resources::Resources;
 use crate::table::Table;
 
 /// One host.
@@ -36,6 +37,8 @@ pub struct View {
     pub networks: BTreeMap<NetworkId, NetworkState>,
     /// Members and blocks.
     pub alloc: AllocMap,
+    /// Kubernetes' objects.
+    pub resources: Resources,
 }
 
 /// A network, and whether it is on its way out.

@@ -61,6 +61,28 @@ pub struct TooFarAhead {
     pub by_ms: u64,
 }
 
+/// Milliseconds since 1970 in UTC as RFC 3339 has it: `2026-02-28T23:59:59.007Z`.
+pub fn timestamp(ms: u64) -> String {
+    let (second_of_day, day) = (ms / 1000 % 86_400, ms / 86_400_000);
+    let (year, month, day) = civil(day);
+    let (hour, minute, second) = (second_of_day / 3600, second_of_day / 60 % 60, second_of_day % 60);
+    format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{:03}Z", ms % 1000)
+}
+
+/// Year, month and day of a day since 1970: Howard Hinnant's `civil_from_days`, for days from
+/// 1970 on. Its years begin in March, so that the leap day is the last one, and its eras are the
+/// 400 years after which the calendar repeats.
+fn civil(days: u64) -> (u64, u64, u64) {
+    let days = days + 719_468; // from 0000-03-01
+    let (era, day_of_era) = (days / 146_097, days % 146_097);
+    let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let month_from_march = (5 * day_of_year + 2) / 153;
+    let day = day_of_year - (153 * month_from_march + 2) / 5 + 1;
+    let month = if month_from_march < 10 { month_from_march + 3 } else { month_from_march - 9 };
+    (era * 400 + year_of_era + u64::from(month <= 2), month, day)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -89,5 +111,24 @@ mod tests {
         let stamp = Stamp { wall_ms: u64::MAX, count: 0, node: NodeId::default() };
         assert!(clock.observe(stamp, 0).is_err());
         assert_eq!(clock, Clock::default());
+    }
+
+    #[test]
+    fn timestamps_agree_with_date() {
+        // Each from `date -u -d @SECONDS +%FT%TZ`.
+        for (s, text) in [
+            (0, "1970-01-01T00:00:00.000Z"),
+            (951_782_399, "2000-02-28T23:59:59.000Z"),
+            (951_782_400, "2000-02-29T00:00:00.000Z"),
+            (951_868_800, "2000-03-01T00:00:00.000Z"),
+            (1_709_164_800, "2024-02-29T00:00:00.000Z"),
+            (1_735_689_599, "2024-12-31T23:59:59.000Z"),
+            (4_107_542_400, "2100-03-01T00:00:00.000Z"),
+        ] {
+            assert_eq!(timestamp(s * 1000), text);
+        }
+        assert_eq!(timestamp(1_735_689_599_007), "2024-12-31T23:59:59.007Z");
+        // No clock is so wrong that this panics.
+        assert!(timestamp(u64::MAX).ends_with('Z'));
     }
 }

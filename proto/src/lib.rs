@@ -6,7 +6,8 @@
 //! | [`clock`] | the hybrid logical clock that orders cluster objects |
 //! | [`record`] | the signed node record that travels in gossip |
 //! | [`table`] | owner tables: what one node owns, with one writer |
-//! | [`object`] | cluster objects: networks; many writers, the last one wins |
+//! | [`object`] | cluster objects: networks and what manifests say; many writers, the last one wins |
+//! | [`resource`] | Kubernetes' objects |
 //! | [`alloc`] | the map of members and address blocks that a majority agrees on |
 //! | [`sync`] | messages of the encrypted stream between two daemons |
 //! | [`secret`] | what does not print |
@@ -19,6 +20,7 @@ pub mod control;
 pub mod id;
 pub mod object;
 pub mod record;
+pub mod resource;
 pub mod secret;
 pub mod sync;
 pub mod table;

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use crate::clock::Stamp;
 use crate::id::NetworkId;
 use crate::record::{PublicKey, Signature};
+use crate::resource::{Resource, ResourceKey};
 use crate::wire::{self, WireError};
 
 /// Which object.
@@ -16,6 +17,8 @@ use crate::wire::{self, WireError};
 pub enum ObjectKey {
     /// A network.
     Network(NetworkId),
+    /// One of Kubernetes' objects.
+    Resource(ResourceKey),
 }
 
 /// How a network is built.
@@ -107,6 +110,8 @@ pub struct Object {
 pub enum Body {
     /// A network.
     Network(Network),
+    /// One of Kubernetes' objects.
+    Resource(Resource),
 }
 
 impl Object {
@@ -114,6 +119,7 @@ impl Object {
     pub fn key(&self) -> ObjectKey {
         match &self.body {
             Body::Network(network) => ObjectKey::Network(network.id),
+            Body::Resource(resource) => ObjectKey::Resource(resource.key()),
         }
     }
 }

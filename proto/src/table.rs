@@ -51,8 +51,10 @@ pub struct Endpoint {
     pub addresses: Vec<IpNet>,
     /// More names that it answers to.
     pub aliases: Vec<String>,
-    /// What selectors match.
+    /// What selectors match; a v1 Pod of the same namespace and name may say more.
     pub labels: BTreeMap<String, String>,
+    /// Services send it connections. Set by whoever attached it.
+    pub ready: bool,
 }
 
 /// One thing that a node owns.

@@ -2,13 +2,13 @@
 
 use std::ops::ControlFlow;
 
+use ovl_proto::clock::timestamp;
 use ovl_proto::control::{Client, ClientError, Event, Reply, Request};
 
 use crate::args::Output;
 use crate::context::{Context, json_text, write_out};
 use crate::error::{Error, Result};
 use crate::text::printable;
-use crate::time::timestamp;
 
 /// Arguments of `events`.
 #[derive(Debug, clap::Args)]

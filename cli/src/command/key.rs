@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use clap::Subcommand;
+use ovl_proto::clock::timestamp;
 use ovl_proto::control::{HostKeys, KeyRotation, KeyStatus, Reply, Request};
 use ovl_proto::secret::Secret;
 use serde_json::json;
@@ -14,7 +15,6 @@ use serde_json::json;
 use crate::context::Context;
 use crate::error::{Error, Result};
 use crate::text::{Table, list};
-use crate::time::timestamp;
 
 /// Where the kernel's random generator is a file; this process is too short-lived to want more.
 const RANDOM: &str = "/dev/urandom";

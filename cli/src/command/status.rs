@@ -2,12 +2,13 @@
 
 use std::fmt::Write as _;
 
+use ovl_proto::clock::timestamp;
 use ovl_proto::control::{DaemonState, GossipCounters, KeyRotation, ReconcileStatus, Reply, Request, Status};
 
 use crate::context::Context;
 use crate::error::{Error, Result};
 use crate::text::{block, count, lines, list};
-use crate::time::{seconds, timestamp};
+use crate::time::seconds;
 
 /// Asks and prints.
 pub(crate) fn run(context: &Context) -> Result<()> {

@@ -338,6 +338,7 @@ fn checked(change: impl FnOnce(&mut Value, &mut Endpoint, &mut Inside)) -> Resul
         addresses: found.addresses.clone(),
         aliases: Vec::new(),
         labels: Default::default(),
+        ready: true,
     };
     change(&mut previous, &mut endpoint, &mut found);
     let Call::Check(call) =
@@ -394,6 +395,7 @@ fn a_check_names_the_difference() {
         addresses: Vec::new(),
         aliases: Vec::new(),
         labels: Default::default(),
+        ready: true,
     };
     assert_fails(check(&call, &endpoint, None), code::DIFFERENCE, "no interface eth0");
     assert_fails(parse(&self::call(CniCommand::Check, config(json!({})))), code::CONFIG, "prevResult");

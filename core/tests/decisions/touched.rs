@@ -48,6 +48,7 @@ fn entry(step: &Step, address: u8) -> Endpoint {
         addresses: [address].into_iter().chain(step.second).map(net).collect(),
         aliases: Vec::new(),
         labels: BTreeMap::new(),
+        ready: true,
     }
 }
 

@@ -75,6 +75,7 @@ pub(crate) fn view_of(mode: Mode, backend: Backend, subnet: Subnet, block: impl 
             blocks: (1..=3).map(|n| (Block { network: NET, prefix: block(n) }, id(n))).collect(),
             key: None,
         },
+        resources: Default::default(),
     }
 }
 
@@ -108,6 +109,7 @@ pub(crate) fn endpoint(n: u8, address: &str) -> Entry {
         addresses: vec![net],
         aliases: vec![],
         labels: BTreeMap::new(),
+        ready: true,
     })
 }
 

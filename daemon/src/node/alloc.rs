@@ -277,7 +277,7 @@ impl Node {
             saved_ms: wall_ms(),
             generation: state.record().map_or(0, |record| record.generation),
             clock: state.clock,
-            objects: state.objects.values().map(|(signed, _)| signed.clone()).collect(),
+            objects: state.objects.iter().map(|(_, stored)| stored.signed.clone()).collect(),
             peers: state.peers.values().map(|peer| (peer.signed.clone(), peer.last_alive_ms)).collect(),
             leases: state
                 .lent

@@ -114,6 +114,7 @@ impl Node {
             addresses: reserved.iter().map(|reserved| reserved.net).collect(),
             aliases: request.aliases.clone(),
             labels: request.labels.clone(),
+            ready: true,
         };
         let addresses = endpoint.addresses.iter().map(IpNet::addr);
         let gateways =

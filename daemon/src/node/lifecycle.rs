@@ -107,6 +107,7 @@ impl Node {
             self.probe_silent();
             self.tick_alloc();
             self.check_caught_up();
+            self.ask_missing_objects(count.is_multiple_of(25));
             // Often: what is not there when we are killed is not known after a start without peers.
             if let Err(error) = self.cache_tables() {
                 tracing::warn!("{error:#}");
@@ -117,9 +118,6 @@ impl Node {
                 self.end_clashes();
                 self.drop_forgotten(&mut self.state.borrow_mut());
                 notify(&[sd_notify::NotifyState::Watchdog]);
-            }
-            if count.is_multiple_of(25) {
-                self.ask_objects_again();
             }
             if count.is_multiple_of(300) {
                 self.forget_long_dead();

@@ -34,6 +34,8 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail};
 use ovl_core::alloc::Allocator;
+use ovl_core::objects::Objects;
+use ovl_core::resources::Resources;
 use ovl_core::table::Table;
 use ovl_core::view::{self, Local, View};
 use ovl_proto::control::{Event, Failure, PeerState};
@@ -424,13 +426,20 @@ fn first_state(
     let alloc = durable.learned.clone();
     let own = view::Node { record: record.clone(), state: PeerState::Alive, table: Table::new(me) };
     State {
-        view: View { me, nodes: BTreeMap::from([(me, own)]), networks: BTreeMap::new(), alloc },
+        view: View {
+            me,
+            nodes: BTreeMap::from([(me, own)]),
+            networks: BTreeMap::new(),
+            alloc,
+            resources: Resources::default(),
+        },
         local: Local { masquerade: config.masquerade, ..Local::default() },
         own_record: signed.clone(),
         peers: BTreeMap::new(),
         clashes: BTreeMap::new(),
-        objects: BTreeMap::new(),
+        objects: Objects::default(),
         objects_digest: [0; 32],
+        objects_taken_at: 0,
         clock: saved.clock,
         keys,
         allocator: Allocator::new(me, durable, u64::from_le_bytes(random())),

@@ -39,7 +39,7 @@ impl Node {
             Network { created: stamp(&mut state), ..network }
         };
         let id = network.id;
-        self.write_network(network, false).map_err(|error| Failed::internal(error.to_string()))?;
+        self.write_network(network, false)?;
         self.event("network", &request.name, "created");
         self.saved().await?;
         self.network_info_by_id(id)
@@ -57,9 +57,9 @@ impl Node {
                 state.problems.get("admission").cloned().unwrap_or_else(|| "not admitted yet".to_owned());
             return Err(Failed::unavailable(why));
         }
-        if state.objects.len() >= super::objects::MAX_OBJECTS {
+        if state.objects.len() >= ovl_core::objects::MAX_OBJECTS {
             return Err(Failed::exhausted(format!(
-                "the cluster has {} networks, removed ones included, and can have no more; removed ones are forgotten \
+                "the cluster has {} objects, removed ones included, and can have no more; removed ones are forgotten \
                  after 30 days",
                 state.objects.len()
             )));
@@ -188,7 +188,7 @@ impl Node {
             network
         };
         let id = network.id;
-        self.write_network(network, false).map_err(|error| Failed::internal(error.to_string()))?;
+        self.write_network(network, false)?;
         self.event("network", name, "updated");
         self.saved().await?;
         self.network_info_by_id(id)
@@ -220,7 +220,7 @@ impl Node {
             }
             network.clone()
         };
-        self.write_network(network, true).map_err(|error| Failed::internal(error.to_string()))?;
+        self.write_network(network, true)?;
         self.event("network", name, "removed");
         self.saved().await
     }

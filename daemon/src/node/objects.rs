@@ -1,71 +1,94 @@
 //! Cluster objects: writing them, taking in those of others, and what follows from them.
 
 use ovl_core::networks::{self, Resolution};
+use ovl_core::objects::{Full, MAX_OBJECT_BYTES};
 use ovl_proto::alloc::Change;
 use ovl_proto::clock::Stamp;
 use ovl_proto::id::{NetworkId, NodeId};
 use ovl_proto::object::{Body, Network, Object, ObjectKey, SignedObject};
 use ovl_proto::record::Domain;
+use ovl_proto::resource::ResourceKey;
 use ovl_proto::sync::Message;
 use ovl_proto::wire;
 
 use super::state::State;
-use super::{Node, wall_ms};
+use super::{Failed, Node, wall_ms};
 use crate::crypto;
 
-/// Networks, removed ones included: an index of all of them fits a frame many times.
-pub(super) const MAX_OBJECTS: usize = 65_536;
 /// A tombstone is kept this long, in milliseconds: a host that was away for longer may bring a
-/// removed network back.
+/// removed object back.
 const TOMBSTONE_MS: u64 = 30 * 24 * 60 * 60 * 1000;
-/// Objects in one message: far from the largest frame.
-const OBJECTS_A_MESSAGE: usize = 1000;
+/// Objects in one message: each costs the receiver a signature to check, and its loop does nothing else
+/// meanwhile.
+const OBJECTS_A_MESSAGE: usize = 250;
+/// And their size: with the largest object behind it, far from the largest frame.
+const BYTES_A_MESSAGE: usize = 1 << 20;
+/// While objects come in, those that are missing are probably on their way: a peer that has others is asked
+/// after this time without any, in milliseconds.
+const QUIET_MS: u64 = 300;
 
 impl Node {
     /// Writes a network, or its tombstone, and tells all peers.
-    pub(super) fn write_network(&self, network: Network, deleted: bool) -> Result<(), wire::WireError> {
+    pub(super) fn write_network(&self, network: Network, deleted: bool) -> Result<(), Failed> {
+        self.write_objects(vec![(Body::Network(network), deleted)])
+    }
+
+    /// Writes objects, or tombstones where `true` stands beside them, and tells all peers: all of them, or
+    /// none where there is no room.
+    pub(super) fn write_objects(&self, writes: Vec<(Body, bool)>) -> Result<(), Failed> {
         let signed = {
-            let mut state = self.state.borrow_mut();
+            let mut guard = self.state.borrow_mut();
+            let state = &mut *guard;
             let me = state.view.me;
-            let stamp = state.clock.tick(wall_ms(), me);
-            let object = Object { stamp, deleted, body: Body::Network(network) };
-            let body = wire::encode_body(&object)?;
-            let signed = SignedObject {
-                signature: self.identity.sign(Domain::Object, &body),
-                writer_key: *self.identity.public_key(),
-                body,
-            };
-            state.objects.insert(object.key(), (signed.clone(), object));
-            self.objects_changed(&mut state);
-            signed
+            let mut written = Vec::with_capacity(writes.len());
+            for (body, deleted) in writes {
+                let object = Object { stamp: state.clock.tick(wall_ms(), me), deleted, body };
+                let body = wire::encode_body(&object).map_err(|error| Failed::internal(error.to_string()))?;
+                let signed = SignedObject {
+                    signature: self.identity.sign(Domain::Object, &body),
+                    writer_key: *self.identity.public_key(),
+                    body,
+                };
+                written.push((signed, object));
+            }
+            let room = state.objects.has_room(written.iter().map(|(signed, object)| (object.key(), signed)));
+            room.map_err(|full| Failed::exhausted(full.to_string()))?;
+            let mut all = Vec::with_capacity(written.len());
+            let mut changes = Changes::default();
+            for (signed, object) in written {
+                all.push(signed.clone());
+                changes.put(state, signed, object).map_err(|full| Failed::exhausted(full.to_string()))?;
+            }
+            self.objects_changed(state, changes);
+            all
         };
-        self.links().broadcast(&Message::Objects(vec![signed]));
-        self.recompute_networks();
+        for part in messages(&signed) {
+            self.links().broadcast(&Message::Objects(part.to_vec()));
+        }
+        self.settle_objects();
         Ok(())
     }
 
     /// Takes in objects from a peer; keeps those that are later than ours.
     pub(super) fn take_objects(&self, from: NodeId, objects: Vec<SignedObject>) {
-        let mut changed = false;
+        let mut changes = Changes::default();
         {
-            let mut state = self.state.borrow_mut();
+            let mut guard = self.state.borrow_mut();
+            let state = &mut *guard;
             state.objects_seen = true;
             for signed in objects {
-                match open_object(&signed) {
-                    // One that we have forgotten, and the sender has not yet.
-                    Ok(object) if is_old_tombstone(&object) && !state.objects.contains_key(&object.key()) => {
-                    }
-                    Ok(object) => changed |= insert(&mut state, signed, object),
-                    Err(error) => tracing::warn!(%from, error, "refused an object"),
+                if let Err(error) = take_object(state, signed, &mut changes) {
+                    tracing::warn!(%from, error, "refused an object");
                 }
             }
-            if changed {
-                self.objects_changed(&mut state);
+            if changes.any {
+                state.objects_taken_at = state.now();
+                self.objects_changed(state, changes);
+            } else {
+                return;
             }
         }
-        if changed {
-            self.recompute_networks();
-        }
+        self.settle_objects();
     }
 
     /// Compares a peer's objects with ours: sends what it lacks, and our own index if it asked.
@@ -77,16 +100,16 @@ impl Node {
             let newer: Vec<SignedObject> = state
                 .objects
                 .iter()
-                .filter(|(key, (_, object))| theirs.get(key).is_none_or(|stamp| *stamp < object.stamp))
-                .map(|(_, (signed, _))| signed.clone())
+                .filter(|(key, ours)| theirs.get(key).is_none_or(|stamp| *stamp < ours.stamp))
+                .map(|(_, ours)| ours.signed.clone())
                 .collect();
-            (newer, reply.then(|| object_index(&state)))
+            (newer, reply.then(|| state.objects.index()))
         };
         // An empty answer says that the peer has all that there is.
         if newer.is_empty() {
             self.links().send(from, &Message::Objects(Vec::new()));
         }
-        for part in newer.chunks(OBJECTS_A_MESSAGE) {
+        for part in messages(&newer) {
             self.links().send(from, &Message::Objects(part.to_vec()));
         }
         if let Some(index) = index {
@@ -96,7 +119,7 @@ impl Node {
 
     /// Asks a peer to compare its objects with ours, both ways.
     pub(super) fn ask_objects(&self, peer: NodeId) {
-        let index = object_index(&self.state.borrow());
+        let index = self.state.borrow().objects.index();
         self.links().send(peer, &Message::ObjectIndex { index, reply: true });
     }
 
@@ -106,36 +129,59 @@ impl Node {
         let state = &mut *guard;
         let before = state.objects.len();
         let (networks, blocks) = (&state.view.networks, &state.view.alloc.blocks);
-        state.objects.retain(|ObjectKey::Network(id), (_, object)| {
-            !is_old_tombstone(object)
-                || networks.contains_key(id)
-                || blocks.keys().any(|block| block.network == *id)
+        state.objects.retain(|key, object| {
+            !is_old_tombstone(object.deleted, object.stamp)
+                || match key {
+                    ObjectKey::Network(id) => {
+                        networks.contains_key(id) || blocks.keys().any(|block| block.network == *id)
+                    }
+                    ObjectKey::Resource(_) => false,
+                }
         });
         if state.objects.len() != before {
-            self.objects_changed(state);
+            self.objects_changed(state, Changes::default());
         }
     }
 
-    /// Asks peers whose objects differ from ours, in case an answer was lost or refused.
-    pub(super) fn ask_objects_again(&self) {
+    /// Asks peers whose objects differ from ours: each once for what it says it has, or anew in case an
+    /// answer was lost or refused.
+    pub(super) fn ask_missing_objects(&self, anew: bool) {
         let differ: Vec<NodeId> = {
-            let state = self.state.borrow();
-            let peers = state.peers.iter();
-            peers
-                .filter(|(_, peer)| peer.signs.gossip && peer.hints.objects != state.objects_digest)
-                .map(|(id, _)| *id)
-                .collect()
+            let mut guard = self.state.borrow_mut();
+            let state = &mut *guard;
+            if state.now().saturating_sub(state.objects_taken_at) < QUIET_MS && state.objects_seen {
+                return;
+            }
+            let ours = state.objects_digest;
+            let mut differ = Vec::new();
+            for (id, peer) in state.peers.iter_mut().filter(|(_, peer)| peer.signs.gossip) {
+                let says = peer.hints.objects;
+                let asked = peer.objects_asked.replace(says) == Some(says);
+                if says != ours && (anew || !asked) {
+                    differ.push(*id);
+                }
+            }
+            differ
         };
         for peer in differ {
             self.ask_objects(peer);
         }
     }
 
-    fn objects_changed(&self, state: &mut State) {
-        state.objects_digest = digest(state);
+    fn objects_changed(&self, state: &mut State, changes: Changes) {
+        state.objects_digest = state.objects.digest();
         self.publish_hints(state);
         state.save.wanted = true;
         self.saver.notify_one();
+        self.resources_changed(state, changes.resources);
+    }
+
+    /// What hangs on Kubernetes' objects that came, went or changed.
+    fn resources_changed(&self, _state: &mut State, _keys: Vec<ResourceKey>) {}
+
+    /// Settles what objects made in a split may have in common.
+    fn settle_objects(&self) {
+        self.recompute_networks();
     }
 
     /// Settles names and VNIs anew, and marks what changed for the kernel.
@@ -147,7 +193,7 @@ impl Node {
                 state.view.nodes.values().flat_map(|node| node.table.networks()).collect();
             used.extend(state.local.wanted.keys());
             let Resolution { networks, rewritten, overlaps } =
-                networks::resolve(state.objects.values().map(|(_, object)| object), |id| used.contains(&id));
+                networks::resolve(state.objects.networks(), |id| used.contains(&id));
             for (id, network) in &networks {
                 if state.view.networks.get(id) != Some(network) {
                     state.dirty.networks.insert(*id);
@@ -176,8 +222,8 @@ impl Node {
                 &network.name,
                 "renamed or renumbered: two networks made in a split had the same",
             );
-            if let Err(error) = self.write_network(network, false) {
-                tracing::error!(%error, "cannot write a network");
+            if let Err(Failed(failure)) = self.write_network(network, false) {
+                tracing::error!(error = failure.message, "cannot write a network");
             }
         }
         for network in drops {
@@ -187,8 +233,60 @@ impl Node {
     }
 }
 
-fn is_old_tombstone(object: &Object) -> bool {
-    object.deleted && wall_ms().saturating_sub(object.stamp.wall_ms) > TOMBSTONE_MS
+/// What a number of writes changed.
+#[derive(Default)]
+struct Changes {
+    any: bool,
+    resources: Vec<ResourceKey>,
+}
+
+impl Changes {
+    /// Keeps the later of two writes.
+    fn put(&mut self, state: &mut State, signed: SignedObject, object: Object) -> Result<(), Full> {
+        let key = object.key();
+        if state.objects.put(signed, object, &mut state.view.resources)? {
+            self.any = true;
+            if let ObjectKey::Resource(key) = key {
+                self.resources.push(key);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Cuts objects into what one message each may carry.
+fn messages(objects: &[SignedObject]) -> impl Iterator<Item = &[SignedObject]> {
+    let mut rest = objects;
+    std::iter::from_fn(move || {
+        let mut bytes = 0;
+        let fit = rest.iter().take(OBJECTS_A_MESSAGE).take_while(|signed| {
+            let before = bytes;
+            bytes += signed.body.len();
+            before < BYTES_A_MESSAGE
+        });
+        let (part, behind) = rest.split_at_checked(fit.count())?;
+        rest = behind;
+        (!part.is_empty()).then_some(part)
+    })
+}
+
+/// Takes in another host's write.
+fn take_object(state: &mut State, signed: SignedObject, changes: &mut Changes) -> Result<(), String> {
+    let object = signed.object().map_err(|error| error.to_string())?;
+    let ours = state.objects.get(&object.key());
+    // One that we have, or have forgotten and the sender has not yet: no signature is checked for it.
+    if ours.is_some_and(|ours| ours.stamp >= object.stamp)
+        || (ours.is_none() && is_old_tombstone(object.deleted, object.stamp))
+    {
+        return Ok(());
+    }
+    check_object(&signed, &object)?;
+    state.clock.observe(object.stamp, wall_ms()).map_err(|error| error.to_string())?;
+    changes.put(state, signed, object).map_err(|full| full.to_string())
+}
+
+fn is_old_tombstone(deleted: bool, stamp: Stamp) -> bool {
+    deleted && wall_ms().saturating_sub(stamp.wall_ms) > TOMBSTONE_MS
 }
 
 /// Networks that are gone and still have blocks.
@@ -201,7 +299,7 @@ fn unused_blocks(state: &State) -> Vec<NetworkId> {
         .map(|block| block.network)
         .filter(|network| {
             !state.view.networks.contains_key(network)
-                && state.objects.get(&ObjectKey::Network(*network)).is_some_and(|(_, object)| object.deleted)
+                && state.objects.network(*network).is_some_and(|stored| stored.deleted)
         })
         .collect();
     gone.dedup();
@@ -223,13 +321,11 @@ fn note_overlaps(state: &mut State, overlaps: &[(NetworkId, NetworkId)]) {
     }
 }
 
-fn object_index(state: &State) -> Vec<(ObjectKey, Stamp)> {
-    state.objects.iter().map(|(key, (_, object))| (key.clone(), object.stamp)).collect()
-}
-
-/// Checks who wrote an object.
-fn open_object(signed: &SignedObject) -> Result<Object, String> {
-    let object = signed.object().map_err(|error| error.to_string())?;
+/// Checks who wrote an object, and that hosts can rely on what it says.
+fn check_object(signed: &SignedObject, object: &Object) -> Result<(), String> {
+    if signed.body.len() > MAX_OBJECT_BYTES {
+        return Err(Full::Object(signed.body.len()).to_string());
+    }
     if crypto::node_id(&signed.writer_key) != object.stamp.node {
         return Err(format!("its key is not that of its writer {}", object.stamp.node));
     }
@@ -237,9 +333,9 @@ fn open_object(signed: &SignedObject) -> Result<Object, String> {
         return Err(format!("not signed by its writer {}", object.stamp.node));
     }
     match &object.body {
-        Body::Network(network) => check_network(network)?,
+        Body::Network(network) => check_network(network),
+        Body::Resource(_) => Ok(()),
     }
-    Ok(object)
 }
 
 /// What every host relies on when it builds a network.
@@ -269,46 +365,23 @@ fn check_network(network: &Network) -> Result<(), String> {
     Ok(())
 }
 
-/// Keeps the later of two writes; says whether that was the new one.
-pub(super) fn insert(state: &mut State, signed: SignedObject, object: Object) -> bool {
-    if let Err(error) = state.clock.observe(object.stamp, wall_ms()) {
-        tracing::warn!(writer = %object.stamp.node, %error, "refused an object");
-        return false;
-    }
-    let key = object.key();
-    if state.objects.len() >= MAX_OBJECTS && !state.objects.contains_key(&key) {
-        tracing::warn!(writer = %object.stamp.node, "refused an object: there are {MAX_OBJECTS} already");
-        return false;
-    }
-    if state.objects.get(&key).is_some_and(|(_, ours)| ours.stamp >= object.stamp) {
-        return false;
-    }
-    state.objects.insert(key, (signed, object));
-    true
-}
-
-/// The digest of which objects there are, at which state.
-pub(super) fn digest(state: &State) -> [u8; 32] {
-    if state.objects.is_empty() {
-        return [0; 32];
-    }
-    crypto::sha256(&wire::encode_body(&object_index(state)).unwrap_or_default())
-}
-
 impl Node {
     /// Objects of the state file.
     pub(super) fn load_objects(&self, objects: Vec<SignedObject>) {
         let mut guard = self.state.borrow_mut();
+        let state = &mut *guard;
+        let mut changes = Changes::default();
         for signed in objects {
-            match open_object(&signed) {
-                // Whatever the clock says now: it may not be set yet, and these were ours before.
-                Ok(object) => {
-                    guard.objects.insert(object.key(), (signed, object));
-                }
-                Err(error) => tracing::error!(error, "passed over an object of the state file"),
+            // Whatever the clock says now: it may not be set yet, and these were ours before.
+            let loaded = signed.object().map_err(|error| error.to_string()).and_then(|object| {
+                check_object(&signed, &object)?;
+                changes.put(state, signed, object).map_err(|full| full.to_string())
+            });
+            if let Err(error) = loaded {
+                tracing::error!(error, "passed over an object of the state file");
             }
         }
-        let digest = digest(&guard);
-        guard.objects_digest = digest;
+        state.objects_digest = state.objects.digest();
+        self.resources_changed(state, changes.resources);
     }
 }

@@ -236,6 +236,7 @@ impl Node {
                         hints: Hints::default(),
                         last_alive_ms: wall_ms(),
                         pulled_at: None,
+                        objects_asked: None,
                         probe_sent_at: 0,
                         heard: false,
                     },
@@ -286,18 +287,14 @@ impl Node {
     /// Liveness and hints of a peer. What it has and we have not is asked for.
     fn take_signs(&self, id: NodeId, hints: Hints, alive: bool) {
         self.set_gossip_alive(id, alive);
-        let (objects_differ, alloc_known) = {
+        let alloc_known = {
             let mut state = self.state.borrow_mut();
-            let digest = state.objects_digest;
             let Some(peer) = state.peers.get_mut(&id) else { return };
-            let news = peer.hints != hints;
             peer.hints = hints;
             let known = state.view.alloc.version;
-            (news && hints.objects != digest, (hints.alloc > known).then_some(known))
+            (hints.alloc > known).then_some(known)
         };
-        if objects_differ {
-            self.ask_objects(id);
-        }
+        self.ask_missing_objects(false);
         if let Some(known) = alloc_known {
             self.links().send(id, &Message::Alloc(AllocMessage::Ask { known }));
         }

@@ -419,7 +419,7 @@ impl Node {
             }
             if peer.hints.objects != state.objects_digest {
                 differences.push(format!(
-                    "gossip: {name} has other networks than this host, or other states of them"
+                    "gossip: {name} has other cluster objects than this host, or other states of them"
                 ));
             }
             if peer.hints.alloc > state.view.alloc.version {

@@ -12,12 +12,13 @@ use ovl_core::cni::Attachment;
 use ovl_core::device::Device;
 use ovl_core::kernel::Kernel;
 use ovl_core::liveness::Signs;
+use ovl_core::objects::Objects;
 use ovl_core::touched::Touched;
 use ovl_core::view::{Local, Placed, View};
 use ovl_proto::alloc::Refusal;
 use ovl_proto::clock::Clock;
 use ovl_proto::id::{EndpointId, Mac, NetworkId, NodeId};
-use ovl_proto::object::{Mode, Object, ObjectKey, SignedObject};
+use ovl_proto::object::Mode;
 use ovl_proto::record::{NodeRecord, SignedRecord};
 use ovl_proto::sync::Message;
 use ovl_proto::table::{Endpoint, Entry};
@@ -39,6 +40,8 @@ pub(crate) struct Peer {
     pub last_alive_ms: u64,
     /// A whole table was asked for at this time and did not come yet.
     pub pulled_at: Option<u64>,
+    /// The digest of its objects for which it was last asked for what we lack.
+    pub objects_asked: Option<[u8; 32]>,
     /// When a probe was last sent to it.
     pub probe_sent_at: u64,
     /// Gossip has counted it among the living in this run.
@@ -118,10 +121,12 @@ pub(crate) struct State {
     pub peers: BTreeMap<NodeId, Peer>,
     /// Identities that two daemons use.
     pub clashes: BTreeMap<NodeId, Clash>,
-    /// All cluster objects, with their proofs.
-    pub objects: BTreeMap<ObjectKey, (SignedObject, Object)>,
+    /// All cluster objects, with their proofs. What is in `view.resources` follows.
+    pub objects: Objects,
     /// Digest of the stamps of all objects, for the hints.
     pub objects_digest: [u8; 32],
+    /// When objects last came from a peer, in milliseconds of this run.
+    pub objects_taken_at: u64,
     /// Stamps new objects.
     pub clock: Clock,
     /// The cluster keys of this host.
