@@ -92,6 +92,7 @@ impl Node {
         request: Attach,
         cni: Option<Attachment>,
     ) -> Result<(EndpointInfo, Made), Failed> {
+        self.settled().await;
         let network = self.check_attach(&request, if cni.is_some() { cni::MAX_NAME } else { MAX_NAME })?;
         let path = netns_path(&request.netns);
         let netns = open_netns(&path).map_err(Failed::from)?;

@@ -149,6 +149,8 @@ impl Node {
                 PeerState::Alive => {
                     peer.hints.table != ovl_proto::table::Revision::default()
                         && node.table.revision() >= peer.hints.table
+                        // We may have been forgotten while we were away, and our blocks be others'.
+                        && state.view.alloc.version >= peer.hints.alloc
                 }
                 // It is silent: what was cached of it is all there is.
                 PeerState::Suspect => state.now() > 5_000,
@@ -164,6 +166,24 @@ impl Node {
             state.caught_up = true;
             state.dirty.full = true;
             self.work.notify_one();
+            self.membership.notify_waiters();
+        }
+    }
+
+    /// Returns when gossip has caught up, or this host is no member: before that it may have been forgotten
+    /// without knowing it, and the addresses of its blocks be others'.
+    pub(super) async fn settled(&self) {
+        loop {
+            let settled = self.membership.notified();
+            tokio::pin!(settled);
+            settled.as_mut().enable();
+            {
+                let state = self.state.borrow();
+                if state.caught_up || !state.is_member() {
+                    return;
+                }
+            }
+            settled.await;
         }
     }
 

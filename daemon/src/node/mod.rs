@@ -100,7 +100,7 @@ pub(crate) struct Node {
     key_turn: tokio::sync::Mutex<()>,
     /// A key of the tunnel is about to change.
     tunnel_turn: Notify,
-    /// The allocation map changed.
+    /// The allocation map changed, or gossip has caught up.
     membership: Notify,
     /// The allocation map or the networks changed: a routed network may lack a block of ours.
     routed: Notify,
