@@ -1,9 +1,11 @@
 //! `desired - actual = operations`.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use crate::device::Device;
 use crate::kernel::{Kernel, Link};
+use crate::nft::{Contents, Element, Key, Table, Value};
 use crate::op::Op;
 
 /// What to do so that `actual` becomes `desired`.
@@ -25,6 +27,7 @@ pub fn diff(actual: &Kernel, desired: &Kernel, prune: bool) -> Vec<Op> {
         None if prune && actual.filter.is_some() => ops.push(Op::DelFilter),
         Some(_) | None => {}
     }
+    tables(actual, desired, prune, &mut ops);
     let (gone, last) = links(actual, desired, prune, &mut ops);
     let there = |device: &Device| !gone.contains(device);
 
@@ -91,6 +94,34 @@ pub fn diff(actual: &Kernel, desired: &Kernel, prune: bool) -> Vec<Op> {
     let missing: BTreeSet<Device> = lost_endpoints(actual, desired).collect();
     ops.retain(|op| op.device().is_none_or(|device| !missing.contains(&device)));
     ops
+}
+
+/// Tables, and then their elements: those may name chains. An element with another value is deleted and
+/// added, in one transaction.
+fn tables(actual: &Kernel, desired: &Kernel, prune: bool, ops: &mut Vec<Op>) {
+    for (table, skeleton) in &desired.tables {
+        if actual.tables.get(table) != Some(skeleton) {
+            ops.push(Op::Table(*table, Arc::clone(skeleton)));
+        }
+    }
+    let stays = |table: &Table| !prune || desired.tables.contains_key(table);
+    ops.extend(actual.tables.keys().filter(|table| !stays(table)).map(|table| Op::DelTable(*table)));
+    let none = Contents::new();
+    for (set, held) in actual.elements.sets().filter(|(set, _)| stays(&set.table)) {
+        let wanted = desired.elements.of(set).unwrap_or(&none);
+        let goes = |(key, value): &(&Key, &Value)| match wanted.get(*key) {
+            Some(wanted) => wanted != *value,
+            None => prune,
+        };
+        ops.extend(held.iter().filter(goes).map(|(key, _)| Op::DelElement(set.clone(), key.clone())));
+    }
+    for (set, wanted) in desired.elements.sets() {
+        let held = actual.elements.of(set).unwrap_or(&none);
+        let comes = |(key, value): &(&Key, &Value)| held.get(*key) != Some(*value);
+        ops.extend(wanted.iter().filter(comes).map(|(key, value)| {
+            Op::SetElement(Element { set: set.clone(), key: key.clone(), value: value.clone() })
+        }));
+    }
 }
 
 /// Endpoints whose host's end is not in the kernel any more: their namespaces are gone, and they

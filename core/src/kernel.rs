@@ -3,11 +3,13 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::Arc;
 
 use ipnet::IpNet;
 use ovl_proto::id::{Mac, TunnelKey};
 
 use crate::device::{Device, Role};
+use crate::nft::{Elements, Skeleton, Table};
 
 /// Our part of the kernel's state.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -39,6 +41,10 @@ pub struct Kernel {
     pub sysctls: BTreeMap<String, String>,
     /// Our nftables table, as the text that makes it; see [`crate::filter`].
     pub filter: Option<String>,
+    /// Our other nftables tables.
+    pub tables: BTreeMap<Table, Arc<Skeleton>>,
+    /// What is in their sets and maps.
+    pub elements: Elements,
 }
 
 /// A device of ours.
@@ -203,6 +209,8 @@ impl Kernel {
             sources,
             sysctls,
             filter,
+            tables,
+            elements,
         } = other;
         self.links.extend(links);
         self.addresses.extend(addresses);
@@ -216,6 +224,8 @@ impl Kernel {
         self.sources.extend(sources);
         self.sysctls.extend(sysctls);
         self.filter = filter.or_else(|| self.filter.take());
+        self.tables.extend(tables);
+        self.elements.merge(elements);
     }
 
     /// Forgets a device and all that hangs on it, as the kernel does when one is deleted.

@@ -16,6 +16,7 @@ pub mod kernel;
 pub mod keys;
 pub mod liveness;
 pub mod networks;
+pub mod nft;
 pub mod objects;
 pub mod op;
 pub mod resources;

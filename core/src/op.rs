@@ -3,6 +3,7 @@
 
 use std::fmt;
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use ipnet::IpNet;
 use ovl_proto::id::{Mac, TunnelKey};
@@ -10,6 +11,7 @@ use ovl_proto::id::{Mac, TunnelKey};
 use crate::device::Device;
 use crate::filter;
 use crate::kernel::{Hop, Link, METRIC, PROTOCOL, Remote, Source, Tunnel, TunnelKind, TunnelPeer};
+use crate::nft::{Element, Key, Set, Skeleton, Table, Value};
 
 /// One change. Every one of them can be repeated, and deleting what is gone succeeds.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -25,6 +27,14 @@ pub enum Op {
     Filter(String),
     /// Remove our nftables table.
     DelFilter,
+    /// Write the skeleton of another table of ours. Elements of sets that stay are kept.
+    Table(Table, Arc<Skeleton>),
+    /// Remove that table.
+    DelTable(Table),
+    /// Put an element into one of its sets, instead of one with the same key.
+    SetElement(Element),
+    /// Take one out.
+    DelElement(Set, Key),
     /// Make a bridge or a VXLAN device.
     AddLink(Device, Link),
     /// Bring a device that is there to the second state; the first is what was found.
@@ -71,7 +81,14 @@ impl Op {
     /// The device that it is about, for the status of objects and for the scope of a pass.
     pub fn device(&self) -> Option<Device> {
         match self {
-            Self::Sysctl { .. } | Self::Filter(_) | Self::DelFilter | Self::DelRoute(_) => None,
+            Self::Sysctl { .. }
+            | Self::Filter(_)
+            | Self::DelFilter
+            | Self::Table(..)
+            | Self::DelTable(_)
+            | Self::SetElement(_)
+            | Self::DelElement(..)
+            | Self::DelRoute(_) => None,
             Self::SetRoute(_, hop) => hop.device,
             Self::AddLink(device, _)
             | Self::SetLink(device, _, _)
@@ -101,6 +118,15 @@ impl fmt::Display for Op {
             Self::Sysctl { name, value } => write!(f, "sysctl -w {name}={value}"),
             Self::Filter(_) => write!(f, "nft -f - # table inet {}", filter::TABLE),
             Self::DelFilter => write!(f, "nft delete table inet {}", filter::TABLE),
+            Self::Table(table, _) => write!(f, "nft -f - # table {table}"),
+            Self::DelTable(table) => write!(f, "nft delete table {table}"),
+            Self::SetElement(element) => {
+                write!(f, "nft add element {} '{{ {element} }}'", element.set.path())
+            }
+            Self::DelElement(set, key) => {
+                let element = Element { set: set.clone(), key: key.clone(), value: Value::None };
+                write!(f, "nft delete element {} '{{ {element} }}'", set.path())
+            }
             Self::AddLink(device, link) => add_link(f, *device, link),
             Self::SetLink(device, from, to) => set_link(f, *device, from, to),
             Self::DelLink(device) => write!(f, "ip link del {device}"),

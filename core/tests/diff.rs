@@ -4,10 +4,12 @@
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use ovl_core::device::Device;
 use ovl_core::diff::{diff, lost_endpoints};
 use ovl_core::kernel::{Hop, Kernel, Link, Remote, Source, Tunnel, TunnelKind, TunnelPeer};
+use ovl_core::nft::{Chain, Data, Element, Field, Key, Set, Shape, Skeleton, Table, Type, Value};
 use ovl_core::op::Op;
 use ovl_proto::id::{EndpointId, Mac, NetworkId, TunnelKey};
 use proptest::prelude::*;
@@ -26,6 +28,24 @@ fn apply(kernel: &mut Kernel, op: &Op) -> Result<(), String> {
         Op::Sysctl { name, value } => drop(kernel.sysctls.insert(name, value)),
         Op::Filter(text) => kernel.filter = Some(text),
         Op::DelFilter => kernel.filter = None,
+        Op::Table(table, skeleton) => drop(kernel.tables.insert(table, skeleton)),
+        Op::DelTable(table) => {
+            kernel.tables.remove(&table);
+            kernel.elements.forget(table);
+        }
+        Op::SetElement(Element { set, key, value }) => {
+            if !kernel.tables.contains_key(&set.table) {
+                return Err(format!("no table for: {op}"));
+            }
+            if kernel.elements.insert(&set, key, value).is_some() {
+                return Err(format!("exists: {op}"));
+            }
+        }
+        Op::DelElement(set, key) => {
+            if kernel.elements.remove(&set, &key).is_none() {
+                return Err(format!("is not there: {op}"));
+            }
+        }
         Op::AddLink(device, link) => {
             if let Link::Vxlan { master: Some(master), .. }
             | Link::Tap { master: Some(master), .. }
@@ -189,11 +209,33 @@ fn tunnel() -> impl Strategy<Value = Kernel> {
     })
 }
 
+/// A table of ours with elements, or none.
+fn table(table: Table) -> impl Strategy<Value = Kernel> {
+    let shape = Shape { key: &[Type::Number], data: Data::Fields(&[Type::Port]), ranges: false };
+    let sets = [Set::new(table, "a", shape), Set::new(table, "b", shape)];
+    let elements = proptest::collection::btree_map((0usize..2, 0u32..4), 0u16..3, 0..6);
+    (proptest::option::of(0u8..3), elements).prop_map(move |(version, elements)| {
+        let mut kernel = Kernel::default();
+        let Some(version) = version else { return kernel };
+        let chain = Chain { name: format!("c{version}"), hook: None, rules: Vec::new() };
+        let skeleton = Skeleton { sets: sets.to_vec(), objects: Vec::new(), chains: vec![chain] };
+        kernel.tables.insert(table, Arc::new(skeleton));
+        for ((set, key), value) in elements {
+            let key = Key::of(&[Field::Number(key)]);
+            kernel.elements.insert(&sets[set], key, Value::of(&[Field::Port(value)]));
+        }
+        kernel
+    })
+}
+
 fn kernel() -> impl Strategy<Value = Kernel> {
-    (part(1), part(2), tunnel(), proptest::option::of("[ab]"), proptest::option::of("[01]")).prop_map(
-        |(mut kernel, other, tunnel, filter, forward)| {
-            kernel.merge(other);
-            kernel.merge(tunnel);
+    let tables = (table(Table::Services), table(Table::Divert));
+    let parts = (part(1), part(2), tunnel(), tables);
+    (parts, proptest::option::of("[ab]"), proptest::option::of("[01]")).prop_map(
+        |((mut kernel, other, tunnel, tables), filter, forward)| {
+            for more in [other, tunnel, tables.0, tables.1] {
+                kernel.merge(more);
+            }
             kernel.filter = filter;
             kernel.sysctls.extend(forward.map(|value| ("net.ipv4.ip_forward".to_owned(), value)));
             kernel
@@ -236,6 +278,10 @@ proptest! {
         let reached = reachable(&actual, &desired);
         for (device, link) in &reached.links {
             prop_assert_eq!(after.links.get(device), Some(link));
+        }
+        for (set, contents) in reached.elements.sets() {
+            let there = after.elements.of(set);
+            prop_assert!(contents.iter().all(|(key, value)| there.and_then(|t| t.get(key)) == Some(value)));
         }
         prop_assert!(reached.routes.iter().all(|(to, hop)| after.routes.get(to) == Some(hop)));
         prop_assert!(reached.addresses.is_subset(&after.addresses));

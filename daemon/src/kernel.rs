@@ -18,6 +18,7 @@ mod link;
 mod message;
 mod monitor;
 mod netns;
+mod nftables;
 mod outbox;
 mod probe;
 mod sandbox;
@@ -26,9 +27,11 @@ mod sources;
 mod sweep;
 mod sys;
 mod sysctl;
+mod tables;
 #[cfg(test)]
 mod tests;
 mod tunnel;
+mod watch;
 mod wireguard;
 mod worker;
 
@@ -74,7 +77,7 @@ pub(crate) enum KernelEvent {
     Underlay,
     /// Notifications were lost: dump again.
     Overrun,
-    /// Somebody else changed our nftables table.
+    /// Somebody else changed one of our nftables tables.
     FilterChanged,
 }
 
@@ -302,7 +305,7 @@ impl KernelHandle {
         self.ask(Request::Tunnels).await?
     }
 
-    /// Removes our nftables table, for a teardown.
+    /// Removes our nftables tables, for a teardown.
     pub(crate) async fn remove_filter(&self) -> Result<()> {
         self.ask(Request::RemoveFilter).await?
     }

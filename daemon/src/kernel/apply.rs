@@ -90,6 +90,11 @@ impl Devices {
     }
 }
 
+/// Whether it is about an element of a table.
+pub(super) fn is_element(op: &Op) -> bool {
+    matches!(op, Op::SetElement(_) | Op::DelElement(..))
+}
+
 /// Whether [`entries`] does it.
 pub(super) fn is_entry(op: &Op) -> bool {
     !matches!(
@@ -97,6 +102,10 @@ pub(super) fn is_entry(op: &Op) -> bool {
         Op::Sysctl { .. }
             | Op::Filter(_)
             | Op::DelFilter
+            | Op::Table(..)
+            | Op::DelTable(_)
+            | Op::SetElement(_)
+            | Op::DelElement(..)
             | Op::AddLink(..)
             | Op::SetLink(..)
             | Op::DelLink(_)

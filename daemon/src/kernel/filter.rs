@@ -1,19 +1,17 @@
-//! Our nftables table: written and read by `nft`, watched by netlink.
+//! Our base table of nftables: written and read by `nft`.
 
 use std::fs::File;
 use std::io::{self, Read, Seek, Write};
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::AsRawFd;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use netlink_sys::protocols::NETLINK_NETFILTER;
-use netlink_sys::{Socket, SocketAddr};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use ovl_core::filter::TABLE;
 
-use super::attribute::{Message, attributes, messages, text, u8_at};
 use super::error::{KernelError, Result};
 use super::sys;
+use super::watch::Watch;
 
 /// How long `nft` may take.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -24,19 +22,9 @@ const MAX_AGE: Duration = Duration::from_secs(30);
 /// What stands for a table in a dump that is not what we wrote: different from all that is wanted.
 const UNKNOWN: &str = "unknown";
 
-const NFNLGRP_NFTABLES: u32 = 7;
-const NFPROTO_INET: u8 = 1;
-/// NFNL_SUBSYS_NFTABLES, and NFT_MSG_NEWGEN, which ends a transaction.
-const SUBSYSTEM: u8 = 10;
-const NEW_GENERATION: u8 = 15;
-
 /// What is known about the table.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(super) struct Filter {
-    monitor: Option<Socket>,
-    buffer: Vec<u8>,
-    /// The transaction that is being read touches our table.
-    touched: bool,
     /// What was written last, and how `nft` lists it.
     written: Option<(String, String)>,
     /// What the last look found, and when; none if it has to be looked at.
@@ -44,52 +32,34 @@ pub(super) struct Filter {
 }
 
 impl Filter {
-    /// In the network namespace of the calling thread.
-    pub(super) fn new() -> Self {
-        let monitor = match monitor() {
-            Ok(socket) => Some(socket),
-            Err(error) => {
-                // A kernel without nftables: `nft` will say so when it is needed.
-                tracing::debug!("cannot watch nftables: {error}");
-                None
-            }
-        };
-        Self { monitor, buffer: Vec::with_capacity(64 * 1024), touched: false, written: None, seen: None }
-    }
-
-    /// Becomes readable when somebody changes tables.
-    pub(super) fn descriptor(&self) -> Option<RawFd> {
-        self.monitor.as_ref().map(AsRawFd::as_raw_fd)
-    }
-
-    /// Replaces the table; gives whether somebody else changed it meanwhile.
-    pub(super) fn replace(&mut self, wanted: &str) -> Result<bool> {
+    /// Replaces the table. What others do to it meanwhile, the watch tells.
+    pub(super) fn replace(&mut self, wanted: &str, watch: &mut Watch) -> Result<()> {
         self.written = None;
         self.seen = None;
         let done = run(&["-f", "-"], wanted);
         let pid = done.as_ref().map_or(0, |done| done.pid);
         let result = done.and_then(Done::check);
         if result.is_err() {
-            self.changed_by_others(pid);
-            return result.map(|_| false);
+            watch.drain(pid);
+            return result.map(drop);
         }
         let listing = list()?;
         // Between the two somebody else may have been there: then the listing is not of our text.
-        let disturbed = self.changed_by_others(pid);
-        if let Some(listing) = listing.filter(|_| !disturbed) {
+        watch.drain(pid);
+        if let Some(listing) = listing.filter(|_| !watch.is_filter_touched()) {
             self.written = Some((wanted.to_owned(), listing));
             self.seen = Some((Some(wanted.to_owned()), Instant::now()));
         }
-        Ok(disturbed)
+        Ok(())
     }
 
     /// Deletes the table.
-    pub(super) fn remove(&mut self) -> Result<()> {
+    pub(super) fn remove(&mut self, watch: &mut Watch) -> Result<()> {
         self.written = None;
         self.seen = None;
         // The first makes the second succeed where there is none.
         let done = run(&["-f", "-"], &format!("table inet {TABLE}\ndelete table inet {TABLE}\n"))?;
-        self.changed_by_others(done.pid);
+        watch.drain(done.pid);
         done.check().map(drop)
     }
 
@@ -113,67 +83,10 @@ impl Filter {
         Ok(current)
     }
 
-    /// Reads notifications; gives whether somebody changed our table.
-    pub(super) fn drain(&mut self) -> bool {
-        let changed = self.changed_by_others(0);
-        if changed {
-            self.seen = None;
-        }
-        changed
+    /// Somebody else has changed it, or may have.
+    pub(super) fn touched(&mut self) {
+        self.seen = None;
     }
-
-    fn changed_by_others(&mut self, own: u32) -> bool {
-        let Some(monitor) = &self.monitor else { return false };
-        let mut changed = false;
-        loop {
-            self.buffer.clear();
-            match monitor.recv(&mut self.buffer, nix::libc::MSG_DONTWAIT) {
-                Ok(_) => {}
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(error) if error.raw_os_error() == Some(nix::libc::ENOBUFS) => {
-                    changed = true;
-                    continue;
-                }
-                Err(_) => return changed,
-            }
-            for message in messages(&self.buffer) {
-                let [kind, subsystem] = message.kind.to_le_bytes();
-                if subsystem != SUBSYSTEM {
-                    continue;
-                }
-                if kind == NEW_GENERATION {
-                    // Seen from another process namespace the process has another number than its
-                    // socket, which is named after the number that it has for us.
-                    let is_own = message.sender == own || process(&message) == Some(own);
-                    changed |= self.touched && !is_own;
-                    self.touched = false;
-                } else {
-                    self.touched |= is_ours(&message);
-                }
-            }
-        }
-    }
-}
-
-fn monitor() -> io::Result<Socket> {
-    let mut socket = Socket::new(NETLINK_NETFILTER)?;
-    socket.bind(&SocketAddr::new(0, 0))?;
-    let size = 4 << 20;
-    let _ = nix::sys::socket::setsockopt(&socket, nix::sys::socket::sockopt::RcvBufForce, &size);
-    socket.add_membership(NFNLGRP_NFTABLES)?;
-    Ok(socket)
-}
-
-/// All objects name their table in their first attribute.
-fn is_ours(message: &Message<'_>) -> bool {
-    u8_at(message.payload, 0) == Some(NFPROTO_INET)
-        && attributes(message.payload, 4).any(|(kind, value)| kind == 1 && text(value) == TABLE)
-}
-
-/// Who made a generation.
-fn process(message: &Message<'_>) -> Option<u32> {
-    let (_, value) = attributes(message.payload, 4).find(|(kind, _)| *kind == 2)?;
-    Some(u32::from_be_bytes(value.try_into().ok()?))
 }
 
 /// How `nft` shows our table, without counters; none if there is none.
@@ -188,7 +101,7 @@ fn list() -> Result<Option<String>> {
 /// What came of a run of `nft`.
 #[derive(Debug)]
 pub(super) struct Done {
-    pid: u32,
+    pub(super) pid: u32,
     success: bool,
     output: String,
     errors: String,

@@ -77,7 +77,13 @@ impl Known {
             Op::Sysctl { name, value } => {
                 kernel.sysctls.insert(name.clone(), value.clone());
             }
-            Op::Filter(_) | Op::DelFilter => {}
+            // The tables know themselves.
+            Op::Filter(_)
+            | Op::DelFilter
+            | Op::Table(..)
+            | Op::DelTable(_)
+            | Op::SetElement(_)
+            | Op::DelElement(..) => {}
             Op::AddLink(device, link) | Op::SetLink(device, _, link) => {
                 kernel.links.insert(*device, *link);
             }

@@ -67,6 +67,10 @@ pub(super) fn entry(op: &Op, index: u32) -> Option<(RouteNetlinkMessage, u16)> {
         Op::Sysctl { .. }
         | Op::Filter(_)
         | Op::DelFilter
+        | Op::Table(..)
+        | Op::DelTable(_)
+        | Op::SetElement(_)
+        | Op::DelElement(..)
         | Op::AddLink(..)
         | Op::SetLink(..)
         | Op::DelLink(_)

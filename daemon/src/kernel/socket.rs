@@ -159,6 +159,13 @@ impl Netlink {
         Ok(Self::over(socket))
     }
 
+    /// Its address, by which notifications name who made a change.
+    pub(super) fn port(&self) -> u32 {
+        let mut address = SocketAddr::new(0, 0);
+        let _ = self.socket.get_address(&mut address);
+        address.port_number()
+    }
+
     /// Of a socket with the kernel, or what stands for it, at its other end.
     pub(super) fn over(socket: Socket) -> Self {
         Self { socket, sequence: 0, buffer: Vec::with_capacity(RECEIVE) }

@@ -10,5 +10,6 @@ mod passes;
 mod probes;
 mod sources;
 mod sweeping;
+mod tables;
 mod tunnels;
 mod wireguard;

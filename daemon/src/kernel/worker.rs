@@ -5,6 +5,7 @@ use std::io::Read;
 use std::net::IpAddr;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, TryRecvError};
 
 use ipnet::IpNet;
@@ -12,6 +13,7 @@ use ovl_core::cni::Inside;
 use ovl_core::device::Device;
 use ovl_core::diff::{diff, lost_endpoints};
 use ovl_core::kernel::{Kernel, Link};
+use ovl_core::nft::{Skeleton, Table};
 use ovl_core::op::Op;
 use ovl_tunnel::PrivateKey;
 use tokio::sync::oneshot;
@@ -25,7 +27,9 @@ use super::netns::{self, Netns, Visitor};
 use super::outbox::Outbox;
 use super::socket::Route;
 use super::sweep::{self, Sweeper};
+use super::tables::Tables;
 use super::tunnel::{self, TunnelStatus, Tunnels};
+use super::watch::Watch;
 use super::{EndpointSpec, Goal, HostEnd, KernelEvent, Made, Outcome, Pass, Retired, Underlay};
 use super::{dump, endpoint, inspect, sysctl};
 
@@ -56,7 +60,9 @@ pub(super) enum Request {
 pub(super) struct Worker {
     route: Route,
     monitor: Monitor,
+    watch: Watch,
     filter: Filter,
+    tables: Tables,
     known: Known,
     visitor: Visitor,
     sweeper: Sweeper,
@@ -69,14 +75,27 @@ impl Worker {
     pub(super) fn new(outbox: Outbox, tunnels: Tunnels) -> Result<Self> {
         // First the ears, then the first look: so nothing falls between.
         let monitor = Monitor::open()?;
-        let filter = Filter::new();
+        let tables = Tables::open()?;
+        let watch = Watch::new(vec![tables.port()]);
+        let filter = Filter::default();
         let mut route = Route::open()?;
         let mut known = Known::default();
         let (kernel, names) = dump::kernel(&mut route)?;
         let sweeper = Sweeper::start()?;
         sweeper.doom(names.doomed.iter().copied());
         known.load(kernel, names);
-        Ok(Self { route, monitor, filter, known, visitor: Visitor::default(), sweeper, tunnels, outbox })
+        Ok(Self {
+            route,
+            monitor,
+            watch,
+            filter,
+            tables,
+            known,
+            visitor: Visitor::default(),
+            sweeper,
+            tunnels,
+            outbox,
+        })
     }
 
     /// Until all senders of requests are gone.
@@ -84,8 +103,8 @@ impl Worker {
         let mut waiting = None;
         loop {
             let again = self.outbox.flush();
-            let fds = [Some(wake.as_raw_fd()), Some(self.monitor.descriptor()), self.filter.descriptor()];
-            let Ok([_, changes, tables]) = super::sys::poll(fds, again) else { return };
+            let fds = [Some(wake.as_raw_fd()), Some(self.monitor.descriptor()), self.watch.descriptor()];
+            let Ok([_, changes, nftables]) = super::sys::poll(fds, again) else { return };
             let mut bytes = [0; 64];
             while wake.read(&mut bytes).is_ok_and(|length| length == bytes.len()) {}
             loop {
@@ -98,8 +117,8 @@ impl Worker {
             if changes {
                 self.listen();
             }
-            if tables && self.filter.drain() {
-                self.outbox.add(KernelEvent::FilterChanged);
+            if nftables {
+                self.listen_to_tables();
             }
         }
     }
@@ -110,7 +129,7 @@ impl Worker {
         // Who asked may have gone away: then nobody wants the answer.
         match request {
             Request::Dump(reply) => {
-                let _ = reply.send(self.dump());
+                let _ = reply.send(self.dump(&BTreeMap::new()));
             }
             Request::Reconcile(goal, reply) => {
                 let _ = reply.send(self.reconcile(&goal));
@@ -152,7 +171,7 @@ impl Worker {
                 let _ = reply.send(self.tunnels.status(self.known.kernel()));
             }
             Request::RemoveFilter(reply) => {
-                let _ = reply.send(self.tunnels.remove().and_then(|()| self.filter.remove()));
+                let _ = reply.send(self.remove_tables());
             }
         }
         None
@@ -173,22 +192,43 @@ impl Worker {
         }
     }
 
-    fn dump(&mut self) -> Result<Kernel> {
+    /// The same for tables. What we change there ourselves is read too, so that it does not pile up.
+    fn listen_to_tables(&mut self) {
+        self.watch.drain(0);
+        let filter = self.watch.take_filter();
+        let tables = self.watch.take_tables();
+        if filter {
+            self.filter.touched();
+        }
+        self.tables.touched(&tables);
+        if filter || !tables.is_empty() {
+            self.outbox.add(KernelEvent::FilterChanged);
+        }
+    }
+
+    /// For a teardown.
+    fn remove_tables(&mut self) -> Result<()> {
+        self.tunnels.remove()?;
+        self.filter.remove(&mut self.watch)?;
+        Table::ALL.into_iter().try_for_each(|table| self.tables.remove(table))
+    }
+
+    /// Of our tables, what `wanted` says is looked for where we did not write it.
+    fn dump(&mut self, wanted: &BTreeMap<Table, Arc<Skeleton>>) -> Result<Kernel> {
         self.listen();
         let (mut kernel, names) = dump::kernel(&mut self.route)?;
         self.sweeper.doom(names.doomed.iter().copied());
         self.tunnels.fill(&mut kernel)?;
         self.known.load(kernel.clone(), names);
         self.listen();
-        if self.filter.drain() {
-            self.outbox.add(KernelEvent::FilterChanged);
-        }
+        self.listen_to_tables();
         kernel.filter = self.filter.current()?;
+        (kernel.tables, kernel.elements) = self.tables.dump(wanted)?;
         Ok(kernel)
     }
 
     fn reconcile(&mut self, goal: &Goal) -> Result<Pass> {
-        let mut actual = self.dump()?;
+        let mut actual = self.dump(&goal.desired.tables)?;
         actual.links.retain(|device, _| !goal.ignored.contains(device));
         actual.ports.retain(|(device, _)| !goal.ignored.contains(device));
         actual.routes.retain(|_, hop| hop.device.is_none_or(|device| !goal.ignored.contains(&device)));
@@ -206,6 +246,7 @@ impl Worker {
     fn apply(&mut self, ops: Vec<Op>, devices: &mut Devices) -> Vec<Outcome> {
         let outcomes = self.carry_out(ops, devices);
         self.listen();
+        self.listen_to_tables();
         outcomes
     }
 
@@ -218,12 +259,14 @@ impl Worker {
         while let Some(op) = ops.next() {
             let mut run = vec![op];
             let is_entry = |op: &Op| apply::is_entry(op) && !self.tunnels.takes(op);
+            let elements = run.first().is_some_and(apply::is_element);
             let same = |first: &Op, next: &Op| {
                 (is_entry(first) && is_entry(next))
+                    || (elements && apply::is_element(next))
                     || (self.tunnels.is_source(first) && self.tunnels.is_source(next))
                     || matches!((first, next), (Op::DelLink(_), Op::DelLink(_)))
             };
-            while run.len() < BATCH
+            while (elements || run.len() < BATCH)
                 && let Some(op) = ops.next_if(|next| run.first().is_some_and(|first| same(first, next)))
             {
                 run.push(op);
@@ -251,6 +294,7 @@ impl Worker {
             results.unwrap_or_else(|error| run.iter().map(|_| Err(error.clone())).collect())
         };
         let one = match run {
+            [first, ..] if apply::is_element(first) => return self.tables.apply(run),
             [first, ..] if self.tunnels.is_source(first) => {
                 let result = self.tunnels.change_sources(run);
                 return run.iter().map(|_| result.clone()).collect();
@@ -262,16 +306,10 @@ impl Worker {
                 return for_all(apply::delete(route, devices, &doomed));
             }
             [Op::Sysctl { name, value }] => sysctl::write(name, value),
-            [Op::DelFilter] => self.filter.remove(),
-            [Op::Filter(text)] => match self.filter.replace(text) {
-                Ok(disturbed) => {
-                    if disturbed {
-                        self.outbox.add(KernelEvent::FilterChanged);
-                    }
-                    Ok(())
-                }
-                Err(error) => Err(error),
-            },
+            [Op::DelFilter] => self.filter.remove(&mut self.watch),
+            [Op::Filter(text)] => self.filter.replace(text, &mut self.watch),
+            [Op::DelTable(table)] => self.tables.remove(*table),
+            [Op::Table(table, skeleton)] => self.tables.write(*table, skeleton, Some(&mut self.watch)),
             [op @ Op::AddLink(device, link)] => {
                 let guarded = match link {
                     Link::Vxlan { vni, sealed: true, .. } => self.tunnels.guard(*device, *vni),

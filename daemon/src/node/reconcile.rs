@@ -313,6 +313,10 @@ fn broken_network(op: &Op) -> Option<NetworkId> {
         Op::Sysctl { .. }
         | Op::Filter(_)
         | Op::DelFilter
+        | Op::Table(..)
+        | Op::DelTable(_)
+        | Op::SetElement(_)
+        | Op::DelElement(..)
         | Op::SetRemote(..)
         | Op::DelRemote(..)
         | Op::AddFlood(..)

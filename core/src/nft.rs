@@ -1,0 +1,277 @@
+//! Tables of ours whose contents change often: a skeleton of chains, sets and maps, written by `nft` when
+//! it differs, and elements, changed by netlink one by one. The base table is [`crate::filter`]'s.
+//!
+//! An element is kept as the bytes that the kernel compares, so that thousands cost little; its set's
+//! [`Shape`] says what they mean.
+
+mod bytes;
+mod skeleton;
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::Arc;
+
+pub use bytes::{Field, Key, Value, Verdict, length};
+pub use skeleton::{Chain, Object, Skeleton};
+
+/// A table of ours.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Table {
+    /// Who may send what inside of the kernel's tunnel; beside [`crate::kernel::Kernel::sources`].
+    Sources,
+    /// Which frames of switched networks go through the host's IP stack.
+    Divert,
+    /// Published ports.
+    Publish,
+    /// Services.
+    Services,
+    /// Network policies.
+    Policy,
+}
+
+impl Table {
+    /// Those in [`crate::kernel::Kernel::tables`].
+    pub const ALL: [Self; 4] = [Self::Divert, Self::Publish, Self::Services, Self::Policy];
+
+    /// Of packets: `inet` or `bridge`.
+    pub fn family(self) -> &'static str {
+        match self {
+            Self::Divert => "bridge",
+            Self::Sources | Self::Publish | Self::Services | Self::Policy => "inet",
+        }
+    }
+
+    /// Within its family.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Sources => "ovl-sources",
+            Self::Divert => "ovl-divert",
+            Self::Publish => "ovl-publish",
+            Self::Services => "ovl-services",
+            Self::Policy => "ovl-policy",
+        }
+    }
+}
+
+impl fmt::Display for Table {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", self.family(), self.name())
+    }
+}
+
+/// What one field of a key, or of a map's data, is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Type {
+    /// An IPv4 address.
+    Ipv4,
+    /// An IPv6 address.
+    Ipv6,
+    /// A MAC address.
+    Mac,
+    /// The number of a transport protocol.
+    Protocol,
+    /// A port of one.
+    Port,
+    /// A packet's mark.
+    Mark,
+    /// What `numgen` gives.
+    Number,
+    /// The name of the device that a packet comes from.
+    Device,
+    /// What this expression of nft's reads, so many bytes.
+    Expression(&'static str, usize),
+}
+
+impl Type {
+    /// An expression of this type, as `typeof` wants it.
+    fn expression(self) -> &'static str {
+        match self {
+            Self::Ipv4 => "ip saddr",
+            Self::Ipv6 => "ip6 saddr",
+            Self::Mac => "ether saddr",
+            Self::Protocol => "meta l4proto",
+            Self::Port => "th dport",
+            Self::Mark => "meta mark",
+            Self::Number => "numgen random mod 2",
+            Self::Device => "iifname",
+            Self::Expression(text, _) => text,
+        }
+    }
+
+    /// In bytes; a field takes the next multiple of four.
+    fn size(self) -> usize {
+        match self {
+            Self::Ipv4 | Self::Mark | Self::Number => 4,
+            Self::Ipv6 | Self::Device => 16,
+            Self::Mac => 6,
+            Self::Protocol => 1,
+            Self::Port => 2,
+            Self::Expression(_, size) => size,
+        }
+    }
+}
+
+/// What the elements of a set are like.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Shape {
+    /// The fields of keys.
+    pub key: &'static [Type],
+    /// What a key leads to.
+    pub data: Data,
+    /// Whether a field of a key can be a range.
+    pub ranges: bool,
+}
+
+/// What a key leads to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Data {
+    /// To nothing: a set.
+    None,
+    /// To these fields.
+    Fields(&'static [Type]),
+    /// To a verdict.
+    Verdict,
+}
+
+/// A set or a map whose elements are ours alone. What packets add to belongs into [`Skeleton::objects`].
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Set {
+    /// Where it is.
+    pub table: Table,
+    /// Within the table, at most 255 bytes.
+    pub name: Cow<'static, str>,
+    /// What its elements are like.
+    pub shape: Shape,
+}
+
+impl Set {
+    /// With a name that is fixed.
+    pub const fn new(table: Table, name: &'static str, shape: Shape) -> Self {
+        Self { table, name: Cow::Borrowed(name), shape }
+    }
+
+    /// As it is written in the table's skeleton.
+    pub fn definition(&self) -> String {
+        let fields = |fields: &[Type]| {
+            let fields: Vec<&str> = fields.iter().map(|field| field.expression()).collect();
+            fields.join(" . ")
+        };
+        let key = fields(self.shape.key);
+        let (kind, data) = match self.shape.data {
+            Data::None => ("set", String::new()),
+            Data::Fields(data) => ("map", format!(" : {}", fields(data))),
+            Data::Verdict => ("map", " : verdict".to_owned()),
+        };
+        let flags = if self.shape.ranges { "\n\t\tflags interval" } else { "" };
+        format!("\t{kind} {} {{\n\t\ttypeof {key}{data}{flags}\n\t}}\n", self.name)
+    }
+
+    /// `inet ovl-services name`.
+    pub fn path(&self) -> String {
+        format!("{} {}", self.table, self.name)
+    }
+}
+
+/// The elements of one set.
+pub type Contents = BTreeMap<Key, Value>;
+
+/// The elements of many sets. Cheap to clone: what is not changed is shared.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Elements(BTreeMap<Set, Arc<Contents>>);
+
+impl Elements {
+    /// Of one set; nothing if it has none.
+    pub fn of(&self, set: &Set) -> Option<&Contents> {
+        self.0.get(set).map(AsRef::as_ref)
+    }
+
+    /// All sets that have some.
+    pub fn sets(&self) -> impl Iterator<Item = (&Set, &Contents)> {
+        self.0.iter().map(|(set, contents)| (set, contents.as_ref()))
+    }
+
+    /// How many there are.
+    pub fn len(&self) -> usize {
+        self.0.values().map(|contents| contents.len()).sum()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Puts one in, instead of one with the same key; gives that.
+    pub fn insert(&mut self, set: &Set, key: Key, value: Value) -> Option<Value> {
+        let contents = match self.0.get_mut(set) {
+            Some(contents) => contents,
+            None => self.0.entry(set.clone()).or_default(),
+        };
+        Arc::make_mut(contents).insert(key, value)
+    }
+
+    /// Takes one out.
+    pub fn remove(&mut self, set: &Set, key: &Key) -> Option<Value> {
+        let contents = self.0.get_mut(set)?;
+        let removed = Arc::make_mut(contents).remove(key);
+        if contents.is_empty() {
+            self.0.remove(set);
+        }
+        removed
+    }
+
+    /// Takes all of a set's in, instead of those that are there.
+    pub fn set(&mut self, set: &Set, contents: Arc<Contents>) {
+        if contents.is_empty() {
+            self.0.remove(set);
+        } else {
+            self.0.insert(set.clone(), contents);
+        }
+    }
+
+    /// Takes all of `other` in.
+    pub fn merge(&mut self, other: Self) {
+        for (set, contents) in other.0 {
+            match self.0.get_mut(&set) {
+                Some(there) => {
+                    let more = contents.iter().map(|(key, value)| (key.clone(), value.clone()));
+                    Arc::make_mut(there).extend(more);
+                }
+                None => drop(self.0.insert(set, contents)),
+            }
+        }
+    }
+
+    /// Forgets a table's.
+    pub fn forget(&mut self, table: Table) {
+        self.0.retain(|set, _| set.table != table);
+    }
+}
+
+/// An element, as `nft` writes it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Element {
+    /// Where it is.
+    pub set: Set,
+    /// What is looked up.
+    pub key: Key,
+    /// What is found.
+    pub value: Value,
+}
+
+impl fmt::Display for Element {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { set, key, value } = self;
+        write!(f, "{}", key.show(set.shape.key))?;
+        match (value, set.shape.data) {
+            (Value::Data(bytes), Data::Fields(fields)) => {
+                write!(f, " : {}", bytes::show(fields, bytes, None))
+            }
+            (Value::Verdict(verdict), _) => write!(f, " : {verdict}"),
+            _ => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,464 @@
+//! nftables by netlink: how the kernel describes a table, and its elements. Rules and sets are written by
+//! `nft`, which knows how to say them.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use netlink_sys::protocols::NETLINK_NETFILTER;
+use nix::libc::ENOENT;
+use ovl_core::nft::{Contents, Data, Key, Set, Table, Value, Verdict, length};
+
+use super::attribute::{Attributes, attributes, text, u8_at};
+use super::error::Result;
+use super::socket::{Batch, Netlink, Refusal};
+
+/// NFNL_SUBSYS_NFTABLES, in the upper half of a message's kind.
+const SUBSYSTEM: u16 = 10;
+const BATCH_BEGIN: u16 = 0x10;
+const BATCH_END: u16 = 0x11;
+const GET_TABLE: u16 = SUBSYSTEM << 8 | 1;
+const DEL_TABLE: u16 = SUBSYSTEM << 8 | 2;
+const GET_CHAIN: u16 = SUBSYSTEM << 8 | 4;
+const DEL_CHAIN: u16 = SUBSYSTEM << 8 | 5;
+const GET_RULE: u16 = SUBSYSTEM << 8 | 7;
+const DEL_RULE: u16 = SUBSYSTEM << 8 | 8;
+const GET_SET: u16 = SUBSYSTEM << 8 | 10;
+const DEL_SET: u16 = SUBSYSTEM << 8 | 11;
+const NEW_ELEMENTS: u16 = SUBSYSTEM << 8 | 12;
+const GET_ELEMENTS: u16 = SUBSYSTEM << 8 | 13;
+const DEL_ELEMENTS: u16 = SUBSYSTEM << 8 | 14;
+const GET_OBJECT: u16 = SUBSYSTEM << 8 | 19;
+const DEL_OBJECT: u16 = SUBSYSTEM << 8 | 20;
+const NLM_F_CREATE: u16 = 0x400;
+
+/// The first attribute of all objects.
+const IN_TABLE: u16 = 1;
+const CHAIN_NAME: u16 = 3;
+const RULE_CHAIN: u16 = 2;
+const SET_NAME: u16 = 2;
+const SET_FLAGS: u16 = 3;
+const ELEMENTS_SET: u16 = 2;
+const ELEMENTS_LIST: u16 = 3;
+const ELEMENT: u16 = 1;
+const ELEMENT_KEY: u16 = 1;
+const ELEMENT_DATA: u16 = 2;
+const ELEMENT_FLAGS: u16 = 3;
+const ELEMENT_KEY_END: u16 = 10;
+const DATA_VALUE: u16 = 1;
+const DATA_VERDICT: u16 = 2;
+const VERDICT_CODE: u16 = 1;
+const VERDICT_CHAIN: u16 = 2;
+const OBJECT_NAME: u16 = 2;
+const OBJECT_TYPE: u16 = 3;
+const OBJECT_DATA: u16 = 4;
+const COUNTER: u32 = 1;
+const COUNTER_PACKETS: u16 = 2;
+
+/// NFT_SET_ANONYMOUS: a rule's own, which goes with it.
+const ANONYMOUS: u32 = 1;
+/// NFT_SET_ELEM_INTERVAL_END: the key is the first one after a range.
+const INTERVAL_END: u32 = 1;
+
+/// A list of elements is at most 64 KiB; a new one begins when so much is in it.
+const LIST: usize = 56 * 1024;
+
+/// The length of a message's fixed part, `nfgenmsg`.
+pub(super) const FIXED: usize = 4;
+
+/// The number of a table's family.
+pub(super) fn family(table: Table) -> u8 {
+    const INET: u8 = 1;
+    const BRIDGE: u8 = 7;
+    if table.family() == "bridge" { BRIDGE } else { INET }
+}
+
+/// What changes in one set.
+#[derive(Debug, Default)]
+pub(super) struct Change<'a> {
+    /// Goes.
+    pub(super) gone: Vec<(&'a Key, &'a Value)>,
+    /// Comes, after that.
+    pub(super) new: Vec<(&'a Key, &'a Value)>,
+}
+
+/// Names of what stands in a table: chains, sets, and other objects with their types.
+#[derive(Debug, Default)]
+pub(super) struct Names {
+    pub(super) chains: BTreeSet<String>,
+    pub(super) sets: BTreeSet<String>,
+    pub(super) objects: BTreeSet<(u32, String)>,
+}
+
+impl Names {
+    /// Whether there is nothing.
+    pub(super) fn is_empty(&self) -> bool {
+        self.chains.is_empty() && self.sets.is_empty() && self.objects.is_empty()
+    }
+}
+
+/// A socket for it.
+#[derive(Debug)]
+pub(super) struct Nftables(Netlink);
+
+impl Nftables {
+    /// In the network namespace of the calling thread.
+    pub(super) fn open() -> Result<Self> {
+        Netlink::open(NETLINK_NETFILTER).map(Self)
+    }
+
+    /// Who sends what we change, as notifications name it.
+    pub(super) fn port(&self) -> u32 {
+        self.0.port()
+    }
+
+    /// How the kernel describes a table, its chains, rules, sets and objects, by their handles, which are
+    /// never used again: other bytes where somebody has changed them, or written the same anew. Elements
+    /// and counts are not in it. None without the table.
+    pub(super) fn described(&mut self, table: Table) -> Result<Option<Vec<u8>>> {
+        const TABLE: &[u16] = &[2, 4];
+        const CHAIN: &[u16] = &[2, 3, 4, 5, 7, 10];
+        const RULE: &[u16] = &[2, 3];
+        const SET: &[u16] = &[2, 3, 5, 7, 16];
+        const OBJECT: &[u16] = &[2, 3, 6];
+        let Some(answer) = self.ask(GET_TABLE, table, &in_table(table))? else { return Ok(None) };
+        let mut bytes = Vec::new();
+        let mut take = |payload: &[u8], kinds: &[u16]| {
+            for (kind, value) in attributes(payload, FIXED).filter(|(kind, _)| kinds.contains(kind)) {
+                bytes.extend_from_slice(&kind.to_ne_bytes());
+                bytes.extend_from_slice(&(value.len() as u16).to_ne_bytes());
+                bytes.extend_from_slice(value);
+            }
+        };
+        take(&answer, TABLE);
+        for (kind, kinds) in [(GET_CHAIN, CHAIN), (GET_RULE, RULE), (GET_SET, SET), (GET_OBJECT, OBJECT)] {
+            self.all(kind, table, |payload| take(payload, kinds))?;
+        }
+        Ok(Some(bytes))
+    }
+
+    /// What has a name in the table.
+    pub(super) fn names(&mut self, table: Table) -> Result<Names> {
+        let mut names = Names::default();
+        self.all(GET_CHAIN, table, |payload| names.chains.extend(name_in(payload, CHAIN_NAME)))?;
+        self.all(GET_SET, table, |payload| {
+            if number_in(payload, SET_FLAGS).unwrap_or(0) & ANONYMOUS == 0 {
+                names.sets.extend(name_in(payload, SET_NAME));
+            }
+        })?;
+        self.all(GET_OBJECT, table, |payload| {
+            names.objects.extend(number_in(payload, OBJECT_TYPE).zip(name_in(payload, OBJECT_NAME)));
+        })?;
+        Ok(names)
+    }
+
+    /// All elements of a set that can be read as its shape says; none without the set.
+    pub(super) fn contents(&mut self, set: &Set) -> Result<Option<Contents>> {
+        let mut question = in_table(set.table);
+        question.put_text(ELEMENTS_SET, &set.name);
+        let mut batch = Batch::default();
+        batch.push_built(GET_ELEMENTS, 0, question.bytes());
+        let dump = match self.0.dump(batch)? {
+            Ok(dump) => dump,
+            Err(refusal) if refusal.errno == ENOENT => return Ok(None),
+            Err(refusal) => return Err(refusal.into_error(format!("cannot read {}", set.path()))),
+        };
+        let lists = dump.messages().filter(|message| message.kind == NEW_ELEMENTS).flat_map(|message| {
+            attributes(message.payload, FIXED)
+                .filter(|(kind, _)| *kind == ELEMENTS_LIST)
+                .map(|(_, list)| list)
+        });
+        let elements =
+            lists.flat_map(|list| attributes(list, 0)).filter_map(|(_, element)| Read::of(element));
+        let plain_ranges = set.shape.ranges && set.shape.key.len() == 1;
+        Ok(Some(if plain_ranges {
+            pair(elements.collect())
+        } else {
+            elements.map(|read| (Key::from_bytes(read.first, read.last), read.value)).collect()
+        }))
+    }
+
+    /// Changes elements of any tables, all or nothing.
+    pub(super) fn change(&mut self, changes: &BTreeMap<&Set, Change<'_>>) -> Result<Result<(), Refusal>> {
+        if changes.values().all(|change| change.gone.is_empty() && change.new.is_empty()) {
+            return Ok(Ok(()));
+        }
+        let mut batch = begin();
+        for (set, change) in changes {
+            lists(&mut batch, set, DEL_ELEMENTS, 0, &change.gone);
+        }
+        for (set, change) in changes {
+            lists(&mut batch, set, NEW_ELEMENTS, NLM_F_CREATE, &change.new);
+        }
+        self.commit(batch)
+    }
+
+    /// Deletes what has these names, all or nothing.
+    pub(super) fn delete(&mut self, table: Table, names: &Names) -> Result<Result<(), Refusal>> {
+        let mut batch = begin();
+        let mut push = |kind, attribute, name: &str, object: Option<u32>| {
+            let mut message = in_table(table);
+            message.put_text(attribute, name);
+            if let Some(object) = object {
+                message.put(OBJECT_TYPE, &object.to_be_bytes());
+            }
+            batch.push_built(kind, 0, message.bytes());
+        };
+        // Their rules first: they may lead to each other.
+        names.chains.iter().for_each(|chain| push(DEL_RULE, RULE_CHAIN, chain, None));
+        names.chains.iter().for_each(|chain| push(DEL_CHAIN, CHAIN_NAME, chain, None));
+        names.sets.iter().for_each(|set| push(DEL_SET, SET_NAME, set, None));
+        names.objects.iter().for_each(|(kind, name)| push(DEL_OBJECT, OBJECT_NAME, name, Some(*kind)));
+        self.commit(batch)
+    }
+
+    /// Deletes a table; where there is none that is done.
+    pub(super) fn remove(&mut self, table: Table) -> Result<()> {
+        let mut batch = begin();
+        batch.push_built(DEL_TABLE, 0, in_table(table).bytes());
+        match self.commit(batch)? {
+            Err(refusal) if refusal.errno != ENOENT => {
+                Err(refusal.into_error(format!("nft delete table {table}")))
+            }
+            Ok(()) | Err(_) => Ok(()),
+        }
+    }
+
+    /// How many packets a counter of a table has seen; none without it.
+    pub(super) fn counted(&mut self, table: Table, counter: &str) -> Result<Option<u64>> {
+        let mut question = in_table(table);
+        question.put_text(OBJECT_NAME, counter);
+        question.put(OBJECT_TYPE, &COUNTER.to_be_bytes());
+        let Some(answer) = self.ask(GET_OBJECT, table, &question)? else { return Ok(None) };
+        let packets = find(&answer, FIXED, OBJECT_DATA).and_then(|data| find(data, 0, COUNTER_PACKETS));
+        Ok(packets.and_then(|value| value.try_into().ok()).map(u64::from_be_bytes))
+    }
+
+    /// A question with one answer; none where there is no such thing.
+    fn ask(&mut self, kind: u16, table: Table, question: &Attributes) -> Result<Option<Vec<u8>>> {
+        let mut batch = Batch::default();
+        batch.push_built(kind, 0, question.bytes());
+        let (mut results, answers) = self.0.execute(batch)?;
+        match results.pop() {
+            Some(Err(refusal)) if refusal.errno == ENOENT => Ok(None),
+            Some(Err(refusal)) => Err(refusal.into_error(format!("cannot read the table {table}"))),
+            Some(Ok(())) | None => Ok(answers.into_iter().next().map(|answer| answer.payload)),
+        }
+    }
+
+    /// Everything of a kind in a table.
+    fn all(&mut self, kind: u16, table: Table, mut each: impl FnMut(&[u8])) -> Result<()> {
+        let mut batch = Batch::default();
+        batch.push_built(kind, 0, in_table(table).bytes());
+        let dump = match self.0.dump(batch)? {
+            Ok(dump) => dump,
+            Err(refusal) if refusal.errno == ENOENT => return Ok(()),
+            Err(refusal) => return Err(refusal.into_error(format!("cannot read the table {table}"))),
+        };
+        for message in dump.messages().filter(|message| message.kind >> 8 == SUBSYSTEM) {
+            // Some kernels tell of others' too.
+            if is_in(table, message.payload) {
+                each(message.payload);
+            }
+        }
+        Ok(())
+    }
+
+    fn commit(&mut self, mut batch: Batch) -> Result<Result<(), Refusal>> {
+        batch.close_transaction(BATCH_END, &about_tables());
+        let (results, _) = self.0.execute(batch)?;
+        Ok(results.into_iter().find_map(Result::err).map_or(Ok(()), Err))
+    }
+}
+
+/// The first attribute of a kind.
+fn find(payload: &[u8], fixed: usize, wanted: u16) -> Option<&[u8]> {
+    attributes(payload, fixed).find(|(kind, _)| *kind == wanted).map(|(_, value)| value)
+}
+
+fn name_in(payload: &[u8], wanted: u16) -> Option<String> {
+    find(payload, FIXED, wanted).map(|value| text(value).to_owned())
+}
+
+fn number_in(payload: &[u8], wanted: u16) -> Option<u32> {
+    find(payload, FIXED, wanted).and_then(|value| value.try_into().ok()).map(u32::from_be_bytes)
+}
+
+/// Whether a message is about something in a table.
+pub(super) fn is_in(table: Table, payload: &[u8]) -> bool {
+    u8_at(payload, 0) == Some(family(table))
+        && attributes(payload, FIXED).any(|(kind, value)| kind == IN_TABLE && text(value) == table.name())
+}
+
+fn in_table(table: Table) -> Attributes {
+    let mut message = Attributes::after(&[family(table), 0, 0, 0]);
+    message.put_text(IN_TABLE, table.name());
+    message
+}
+
+fn about_tables() -> [u8; FIXED] {
+    [0, 0, 0, SUBSYSTEM as u8]
+}
+
+fn begin() -> Batch {
+    let mut batch = Batch::default();
+    batch.push_built(BATCH_BEGIN, 0, &about_tables());
+    batch
+}
+
+/// Adds messages about elements of a set.
+fn lists(batch: &mut Batch, set: &Set, kind: u16, flags: u16, elements: &[(&Key, &Value)]) {
+    let mut elements = elements.iter().peekable();
+    while elements.peek().is_some() {
+        let mut message = in_table(set.table);
+        message.put_text(ELEMENTS_SET, &set.name);
+        message.nest(ELEMENTS_LIST, |list| {
+            while list.bytes().len() < LIST
+                && let Some((key, value)) = elements.next()
+            {
+                put_element(list, set, key, value);
+            }
+        });
+        batch.push_built(kind, flags, message.bytes());
+    }
+}
+
+fn put_element(list: &mut Attributes, set: &Set, key: &Key, value: &Value) {
+    let last = key.last().unwrap_or(key.first());
+    let plain_ranges = set.shape.ranges && set.shape.key.len() == 1;
+    list.nest(ELEMENT, |element| {
+        element.nest(ELEMENT_KEY, |data| data.put(DATA_VALUE, key.first()));
+        // Also where it is the same: `nft` could not show the set otherwise.
+        if set.shape.ranges && !plain_ranges {
+            element.nest(ELEMENT_KEY_END, |data| data.put(DATA_VALUE, last));
+        }
+        match value {
+            Value::None => {}
+            Value::Data(bytes) => element.nest(ELEMENT_DATA, |data| data.put(DATA_VALUE, bytes)),
+            Value::Verdict(verdict) => element.nest(ELEMENT_DATA, |data| {
+                data.nest(DATA_VERDICT, |data| put_verdict(data, verdict));
+            }),
+        }
+    });
+    if let Some(after) = plain_ranges.then(|| successor(last)).flatten() {
+        list.nest(ELEMENT, |element| {
+            element.nest(ELEMENT_KEY, |data| data.put(DATA_VALUE, &after));
+            element.put(ELEMENT_FLAGS, &INTERVAL_END.to_be_bytes());
+        });
+    }
+}
+
+/// Verdicts as in `uapi/linux/netfilter/nf_tables.h`.
+fn put_verdict(data: &mut Attributes, verdict: &Verdict) {
+    let (code, chain) = match verdict {
+        Verdict::Drop => (0, None),
+        Verdict::Accept => (1, None),
+        Verdict::Continue => (-1, None),
+        Verdict::Jump(chain) => (-3, Some(chain)),
+        Verdict::Goto(chain) => (-4, Some(chain)),
+        Verdict::Return => (-5_i32, None),
+    };
+    data.put(VERDICT_CODE, &code.to_be_bytes());
+    if let Some(chain) = chain {
+        data.put_text(VERDICT_CHAIN, chain);
+    }
+}
+
+fn read_verdict(data: &[u8]) -> Option<Verdict> {
+    let chain = || find(data, 0, VERDICT_CHAIN).map(|name| text(name).to_owned().into());
+    Some(match i32::from_be_bytes(find(data, 0, VERDICT_CODE)?.try_into().ok()?) {
+        0 => Verdict::Drop,
+        1 => Verdict::Accept,
+        -1 => Verdict::Continue,
+        -3 => Verdict::Jump(chain()?),
+        -4 => Verdict::Goto(chain()?),
+        -5 => Verdict::Return,
+        _ => return None,
+    })
+}
+
+/// An element as a dump shows it.
+struct Read {
+    first: Box<[u8]>,
+    last: Option<Box<[u8]>>,
+    value: Value,
+    is_end: bool,
+}
+
+impl Read {
+    fn of(element: &[u8]) -> Option<Self> {
+        let (mut first, mut last, mut value, mut is_end) = (None, None, Value::None, false);
+        for (kind, data) in attributes(element, 0) {
+            match kind {
+                ELEMENT_KEY => first = find(data, 0, DATA_VALUE),
+                ELEMENT_KEY_END => last = find(data, 0, DATA_VALUE),
+                ELEMENT_FLAGS => {
+                    let flags = data.try_into().map_or(0, u32::from_be_bytes);
+                    is_end = flags & INTERVAL_END != 0;
+                }
+                ELEMENT_DATA => {
+                    value = match find(data, 0, DATA_VERDICT) {
+                        Some(verdict) => Value::Verdict(read_verdict(verdict)?),
+                        None => Value::Data(find(data, 0, DATA_VALUE)?.into()),
+                    }
+                }
+                _ => {}
+            }
+        }
+        Some(Self { first: first?.into(), last: last.map(Into::into), value, is_end })
+    }
+}
+
+/// Ranges of a set with one field: each begins with an element and ends before the next one, which says
+/// that it is an end. The last one may have none.
+fn pair(mut elements: Vec<Read>) -> Contents {
+    elements.sort_by(|a, b| (&a.first, !a.is_end).cmp(&(&b.first, !b.is_end)));
+    let mut contents = Contents::new();
+    let mut open: Option<Read> = None;
+    for read in elements {
+        if let Some(Read { first, value, .. }) = open.take() {
+            contents.insert(Key::from_bytes(first, Some(predecessor(&read.first))), value);
+        }
+        open = (!read.is_end).then_some(read);
+    }
+    if let Some(Read { first, value, .. }) = open {
+        let last = vec![u8::MAX; first.len()];
+        contents.insert(Key::from_bytes(first, Some(last.into())), value);
+    }
+    contents
+}
+
+/// The key after this one; nothing after the last.
+fn successor(last: &[u8]) -> Option<Vec<u8>> {
+    let mut after = last.to_vec();
+    for byte in after.iter_mut().rev() {
+        let (sum, carries) = byte.overflowing_add(1);
+        *byte = sum;
+        if !carries {
+            return Some(after);
+        }
+    }
+    None
+}
+
+fn predecessor(after: &[u8]) -> Box<[u8]> {
+    let mut last = after.to_vec();
+    for byte in last.iter_mut().rev() {
+        let (difference, borrows) = byte.overflowing_sub(1);
+        *byte = difference;
+        if !borrows {
+            break;
+        }
+    }
+    last.into()
+}
+
+/// Whether what was read can be of this shape: another version's set of the same name may be another.
+pub(super) fn fits(set: &Set, contents: &Contents) -> bool {
+    contents.iter().all(|(key, value)| {
+        let value_fits = match (set.shape.data, value) {
+            (Data::None, Value::None) | (Data::Verdict, Value::Verdict(_)) => true,
+            (Data::Fields(fields), Value::Data(bytes)) => bytes.len() == length(fields),
+            _ => false,
+        };
+        key.first().len() == length(set.shape.key) && value_fits
+    })
+}
