@@ -3,6 +3,7 @@
 //! ([`kernel`]) gives the operations ([`diff`], [`op`]).
 
 pub mod alloc;
+pub mod backends;
 pub mod cni;
 pub mod desired;
 pub mod device;
@@ -15,6 +16,7 @@ pub mod ipam;
 pub mod kernel;
 pub mod keys;
 pub mod liveness;
+pub mod members;
 pub mod networks;
 pub mod nft;
 pub mod objects;

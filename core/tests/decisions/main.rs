@@ -1,6 +1,7 @@
 //! Decisions: what a host's kernel should hold, whatever way leads there.
 #![cfg(test)]
 
+mod backends;
 mod encrypted;
 mod routed;
 mod switched;

@@ -34,6 +34,7 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail};
 use ovl_core::alloc::Allocator;
+use ovl_core::backends::Backends;
 use ovl_core::objects::Objects;
 use ovl_core::resources::Resources;
 use ovl_core::table::Table;
@@ -440,6 +441,7 @@ fn first_state(
         objects: Objects::default(),
         objects_digest: [0; 32],
         objects_taken_at: 0,
+        backends: Backends::default(),
         clock: saved.clock,
         keys,
         allocator: Allocator::new(me, durable, u64::from_le_bytes(random())),

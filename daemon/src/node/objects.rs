@@ -1,5 +1,6 @@
 //! Cluster objects: writing them, taking in those of others, and what follows from them.
 
+use ovl_core::backends::Settled;
 use ovl_core::networks::{self, Resolution};
 use ovl_core::objects::{Full, MAX_OBJECT_BYTES};
 use ovl_proto::alloc::Change;
@@ -11,7 +12,7 @@ use ovl_proto::resource::ResourceKey;
 use ovl_proto::sync::Message;
 use ovl_proto::wire;
 
-use super::state::State;
+use super::state::{DirtyMembers, State};
 use super::{Failed, Node, wall_ms};
 use crate::crypto;
 
@@ -173,11 +174,35 @@ impl Node {
         self.publish_hints(state);
         state.save.wanted = true;
         self.saver.notify_one();
-        self.resources_changed(state, changes.resources);
+        self.resources_changed(state, &changes.resources);
     }
 
-    /// What hangs on Kubernetes' objects that came, went or changed.
-    fn resources_changed(&self, _state: &mut State, _keys: Vec<ResourceKey>) {}
+    /// What hangs on Kubernetes' objects that came, went or changed; the loop does the rest.
+    fn resources_changed(&self, state: &mut State, keys: &[ResourceKey]) {
+        for key in keys {
+            state.backends.touch_resource(&state.view, key);
+        }
+        self.work.notify_one();
+    }
+
+    /// Works out what changes of endpoints, hosts and objects mean for Services: what is planned after it
+    /// goes by it.
+    pub(super) fn settle_backends(&self, state: &mut State) {
+        let DirtyMembers { networks, endpoints, hosts } = std::mem::take(&mut state.dirty.members);
+        for network in networks {
+            state.backends.touch_network(&state.view, network);
+        }
+        for (host, id) in endpoints {
+            state.backends.touch_endpoint(&state.view, host, id);
+        }
+        for host in hosts {
+            state.backends.touch_host(&state.view, host);
+        }
+        let settled = state.backends.settle(&state.view);
+        if settled != Settled::default() {
+            tracing::debug!(services = settled.services.len(), members = settled.members.len(), "backends");
+        }
+    }
 
     /// Settles what objects made in a split may have in common.
     fn settle_objects(&self) {
@@ -382,6 +407,6 @@ impl Node {
             }
         }
         state.objects_digest = state.objects.digest();
-        self.resources_changed(state, changes.resources);
+        self.resources_changed(state, &changes.resources);
     }
 }

@@ -276,6 +276,7 @@ impl Node {
         }
         if moved || rekeyed {
             state.touch_networks_of(id);
+            state.dirty.members.hosts.insert(id);
             state.dirty.host = true;
             self.work.notify_one();
             self.saver.notify_one();
@@ -339,6 +340,7 @@ impl Node {
                 self.links().kick(id);
             }
             state.touch_networks_of(id);
+            state.dirty.members.hosts.insert(id);
             state.dirty.host = true;
             self.work.notify_one();
             self.keys.notify_one();

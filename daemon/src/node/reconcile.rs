@@ -58,6 +58,7 @@ impl Node {
             } else if !failing {
                 retry = RETRY_FIRST;
             }
+            self.settle_backends(&mut self.state.borrow_mut());
             // Rights to addresses come and go with whole networks.
             let rights = {
                 let dirty = &self.state.borrow().dirty;

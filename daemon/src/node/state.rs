@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use ovl_core::alloc::{Allocator, Output};
+use ovl_core::backends::Backends;
 use ovl_core::cni::Attachment;
 use ovl_core::device::Device;
 use ovl_core::kernel::Kernel;
@@ -75,12 +76,35 @@ pub(crate) struct Dirty {
     pub networks: BTreeSet<NetworkId>,
     /// Of these networks, single endpoints.
     pub touched: BTreeMap<NetworkId, Touched>,
+    /// What decides who stands behind Services.
+    pub members: DirtyMembers,
     /// What concerns the host as a whole.
     pub host: bool,
     /// Everything, against a dump.
     pub full: bool,
     /// Somebody else changed something of ours since the last whole pass.
     pub drift: bool,
+}
+
+/// What is to be looked at for Services, policies and names: see `core`'s backends.
+#[derive(Debug, Default)]
+pub(crate) struct DirtyMembers {
+    /// All endpoints of these networks: whether they count may have changed.
+    pub networks: BTreeSet<NetworkId>,
+    /// Single endpoints.
+    pub endpoints: BTreeSet<(NodeId, EndpointId)>,
+    /// Hosts that died or came back.
+    pub hosts: BTreeSet<NodeId>,
+}
+
+impl Dirty {
+    /// Marks whole networks: which of their endpoints count may have changed.
+    pub(crate) fn rights(&mut self, networks: impl IntoIterator<Item = NetworkId>) {
+        for network in networks {
+            self.networks.insert(network);
+            self.members.networks.insert(network);
+        }
+    }
 }
 
 /// Names, addresses and MACs of attaches under way.
@@ -125,6 +149,8 @@ pub(crate) struct State {
     pub objects: Objects,
     /// Digest of the stamps of all objects, for the hints.
     pub objects_digest: [u8; 32],
+    /// Who can be selected, and what stands behind each Service.
+    pub backends: Backends,
     /// When objects last came from a peer, in milliseconds of this run.
     pub objects_taken_at: u64,
     /// Stamps new objects.
@@ -258,10 +284,9 @@ impl State {
             Entry::Endpoint(endpoint) => {
                 let touched = self.dirty.touched.entry(endpoint.network).or_default();
                 touched.note(self.view.me, host, endpoint);
+                self.dirty.members.endpoints.insert((host, endpoint.id));
             }
-            Entry::Lease { network, .. } => {
-                self.dirty.networks.insert(*network);
-            }
+            Entry::Lease { network, .. } => self.dirty.rights([*network]),
             Entry::PathMtu { .. } => self.touch_networks_of(host),
         }
     }
@@ -279,8 +304,7 @@ impl State {
 
     /// Marks every network: something changed that may concern each.
     pub(crate) fn touch_all(&mut self) {
-        self.dirty.networks.extend(self.view.networks.keys());
-        self.dirty.networks.extend(self.applied.keys());
+        self.dirty.rights(self.view.networks.keys().chain(self.applied.keys()).copied());
         self.dirty.host = true;
     }
 
@@ -297,9 +321,9 @@ impl State {
             |id: &NetworkId| self.view.networks.get(id).is_some_and(|found| found.network.mode == Mode::L3);
         let blocks = self.view.alloc.blocks.iter().filter(|(_, holder)| **holder == node);
         let held = blocks.map(|(block, _)| block.network).filter(routed);
-        self.dirty.networks.extend(held);
+        self.dirty.rights(held);
         if let Some(node) = self.view.nodes.get(&node) {
-            self.dirty.networks.extend(node.table.entries().filter_map(|entry| match entry {
+            self.dirty.rights(node.table.entries().filter_map(|entry| match entry {
                 Entry::Endpoint(endpoint) => Some(endpoint.network),
                 Entry::Lease { network, .. } => Some(*network),
                 Entry::PathMtu { .. } => None,

@@ -98,7 +98,7 @@ impl Node {
         let mut changed = Vec::new();
         let whole = update.base.is_none();
         if whole {
-            state.dirty.networks.extend(networks_of(&node.table));
+            state.dirty.rights(networks_of(&node.table));
         } else {
             changed = entries_of(&node.table, &update.set, &update.unset);
             changed.extend_from_slice(&update.set);
@@ -107,7 +107,7 @@ impl Node {
         tracing::debug!(%owner, revision = %node.table.revision(), "table");
         let moved = !node.table.networks().eq(networks);
         if whole {
-            state.dirty.networks.extend(networks_of(&node.table));
+            state.dirty.rights(networks_of(&node.table));
         }
         changed.iter().for_each(|entry| state.touch(owner, entry));
         state.uncached.insert(owner);
