@@ -7,7 +7,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use ovl_proto::SEALED_VXLAN_PORT;
 use ovl_proto::id::{EndpointId, Mac, NetworkId, NodeId};
-use ovl_proto::object::{Mode, Network};
+use ovl_proto::object::{Driver, Mode, Network};
 use ovl_proto::record::Tunnel;
 use ovl_proto::table::Endpoint;
 
@@ -42,10 +42,11 @@ pub fn desired(view: &View, local: &Local) -> Kernel {
 }
 
 /// Whether this host builds a network's devices: it has, or is about to have, an endpoint there; or
-/// a block of a routed network, whose addresses it answers for.
+/// a block of a routed network, whose addresses it answers for; or the network is its own.
 pub fn is_built(view: &View, local: &Local, network: NetworkId) -> bool {
     let is_routed = view.networks.get(&network).is_some_and(|state| state.network.mode == Mode::L3);
     local.wanted.contains_key(&network)
+        || view.is_own(network)
         || (is_routed && routed::has_block(view, network))
         || view.own().is_some_and(|own| own.table.endpoints_on(network).next().is_some())
 }
@@ -206,7 +207,7 @@ impl<'a> Claim<'a> {
     }
 }
 
-/// The network's bridge with its addresses, and its VXLAN device. An encrypted network has one in the tunnel
+/// The network's bridge with its addresses, and its VXLAN device, if it has other hosts. An encrypted network has one in the tunnel
 /// alone: without a tunnel, none.
 pub(crate) fn devices(kernel: &mut Kernel, view: &View, network: &Network, own: &Node, mtu: u16) {
     let (bridge, vxlan) = (Device::bridge(network.id), Device::vxlan(network.id));
@@ -226,9 +227,10 @@ pub(crate) fn devices(kernel: &mut Kernel, view: &View, network: &Network, own: 
             false => Link::Tap { vni, mtu, master, up, tuned },
         }
     };
-    let link = match network.encrypted {
-        true => tunnel::own(view).map(|(_, end)| sealed(end)),
-        false => Some(plain()),
+    let link = match network.driver {
+        Driver::Bridge => None,
+        Driver::Overlay if network.encrypted => tunnel::own(view).map(|(_, end)| sealed(end)),
+        Driver::Overlay => Some(plain()),
     };
     kernel.links.extend(link.map(|link| (vxlan, link)));
     if !network.internal {
@@ -259,9 +261,14 @@ pub(crate) fn rank(network: &Network, placed: &Placed<'_>) -> (bool, NodeId, End
 
 /// The MTU of a network's endpoints on this host, in bytes.
 pub fn network_mtu(view: &View, network: &Network) -> u16 {
-    match network.mode {
-        Mode::L2 => switched_mtu(view, network),
-        Mode::L3 => view.own().map_or(MIN_MTU, |own| routed::endpoint_mtu(network, own)),
+    match (network.driver, network.mode) {
+        // Nothing is put around its packets.
+        (Driver::Bridge, _) => {
+            let link = view.own().map_or(MIN_MTU, |own| own.record.link_mtu);
+            link.min(network.mtu.unwrap_or(u16::MAX)).max(MIN_MTU)
+        }
+        (Driver::Overlay, Mode::L2) => switched_mtu(view, network),
+        (Driver::Overlay, Mode::L3) => view.own().map_or(MIN_MTU, |own| routed::endpoint_mtu(network, own)),
     }
 }
 

@@ -6,7 +6,7 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 use ovl_proto::SEALED_VXLAN_PORT;
-use ovl_proto::object::{Backend, Mode, Network};
+use ovl_proto::object::{Backend, Driver, Mode, Network};
 
 use crate::device::Device;
 
@@ -64,15 +64,24 @@ pub fn render(
     if networks.len() > 1 || networks.iter().any(|network| network.internal || network.encrypted) {
         forward(&mut text, networks, masquerade);
     }
-    if masquerade && networks.iter().any(|network| !network.internal) {
-        postrouting(&mut text, networks);
+    let translated: Vec<&Network> =
+        networks.iter().copied().filter(|n| is_translated(n, masquerade)).collect();
+    if !translated.is_empty() {
+        postrouting(&mut text, &translated);
     }
     let _ = writeln!(text, "}}");
     text
 }
 
 fn has_vxlan(network: &Network) -> bool {
-    !network.encrypted && (network.mode == Mode::L2 || network.backend != Backend::Direct)
+    !network.encrypted
+        && network.driver == Driver::Overlay
+        && (network.mode == Mode::L2 || network.backend != Backend::Direct)
+}
+
+/// Whether what leaves the network gets the host's address. Nobody else knows the addresses of a bridge network.
+fn is_translated(network: &Network, masquerade: bool) -> bool {
+    !network.internal && (masquerade || network.driver == Driver::Bridge)
 }
 
 /// Whose packets are taken, and what is not tracked. `sealed`: there are encrypted networks, and maybe an end of
@@ -216,34 +225,37 @@ fn forward(text: &mut String, networks: &[&Network], masquerade: bool) {
         let untranslated = if masquerade { "ct state invalid counter drop" } else { REJECT };
         let _ = writeln!(text, "\t\t{family} saddr {prefix} {TO_PLAIN} {untranslated}");
     }
-    for network in switched(networks) {
-        let bridge = Device::bridge(network.id);
-        if network.internal {
-            let _ = writeln!(text, "\t\tiifname \"{bridge}\" oifname != \"{bridge}\" counter drop");
-            let _ = writeln!(text, "\t\toifname \"{bridge}\" iifname != \"{bridge}\" counter drop");
-        } else {
-            for from in OURS {
-                let _ = writeln!(
-                    text,
-                    "\t\toifname \"{bridge}\" iifname \"{from}\" iifname != \"{bridge}\" counter {REJECT}"
-                );
-            }
+    let internal: Vec<&Network> = networks.iter().copied().filter(|network| network.internal).collect();
+    for bridge in switched(&internal).map(|network| Device::bridge(network.id)) {
+        let _ = writeln!(text, "\t\tiifname \"{bridge}\" oifname != \"{bridge}\" counter drop");
+        let _ = writeln!(text, "\t\toifname \"{bridge}\" iifname != \"{bridge}\" counter drop");
+    }
+    for subnet in routed(&internal).flat_map(|network| &network.subnets) {
+        let (family, prefix) = (family(subnet.prefix), subnet.prefix);
+        let _ = writeln!(text, "\t\t{family} daddr {prefix} {family} saddr != {prefix} counter drop");
+        let _ = writeln!(text, "\t\t{family} saddr {prefix} {family} daddr != {prefix} counter drop");
+    }
+    let open: Vec<&Network> = networks.iter().copied().filter(|network| !network.internal).collect();
+    if open.len() > 1 {
+        // It was sent to an address that the other network's endpoints do not have: one of this host's, at which a
+        // port is published, or a service's. Whoever translated it has decided.
+        let _ = writeln!(text, "\t\tct status dnat accept");
+    }
+    for bridge in switched(&open).map(|network| Device::bridge(network.id)) {
+        for from in OURS {
+            let _ = writeln!(
+                text,
+                "\t\toifname \"{bridge}\" iifname \"{from}\" iifname != \"{bridge}\" counter {REJECT}"
+            );
         }
     }
-    for network in routed(networks) {
-        for subnet in &network.subnets {
-            let (family, prefix) = (family(subnet.prefix), subnet.prefix);
-            if network.internal {
-                let _ = writeln!(text, "\t\t{family} daddr {prefix} {family} saddr != {prefix} counter drop");
-                let _ = writeln!(text, "\t\t{family} saddr {prefix} {family} daddr != {prefix} counter drop");
-            } else {
-                for from in OURS {
-                    let _ = writeln!(
-                        text,
-                        "\t\t{family} daddr {prefix} {family} saddr != {prefix} iifname \"{from}\" counter {REJECT}"
-                    );
-                }
-            }
+    for subnet in routed(&open).flat_map(|network| &network.subnets) {
+        let (family, prefix) = (family(subnet.prefix), subnet.prefix);
+        for from in OURS {
+            let _ = writeln!(
+                text,
+                "\t\t{family} daddr {prefix} {family} saddr != {prefix} iifname \"{from}\" counter {REJECT}"
+            );
         }
     }
     let _ = writeln!(text, "\t}}");
@@ -254,7 +266,7 @@ fn postrouting(text: &mut String, networks: &[&Network]) {
         text,
         "\tchain postrouting {{\n\t\ttype nat hook postrouting priority srcnat; policy accept;"
     );
-    for network in networks.iter().filter(|network| !network.internal) {
+    for network in networks {
         for subnet in &network.subnets {
             let (family, prefix) = (family(subnet.prefix), subnet.prefix);
             let _ = match network.mode {

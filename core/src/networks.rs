@@ -70,7 +70,8 @@ fn next_vni(vni: u32) -> u32 {
     if vni >= MAX_VNI { FIRST_AUTO_VNI } else { vni + 1 }
 }
 
-fn overlap(a: &Network, b: &Network) -> bool {
+/// Whether two networks have an address in common.
+pub fn overlap(a: &Network, b: &Network) -> bool {
     a.subnets.iter().any(|a| b.subnets.iter().any(|b| overlaps(a.prefix, b.prefix)))
 }
 
@@ -103,6 +104,13 @@ pub fn choose_subnet(pool: IpNet, length: u8, taken: &[IpNet], rank: usize, host
     candidates()?.skip(rank).step_by(hosts.max(1)).find(free).or_else(|| candidates()?.find(free))
 }
 
+/// The last such range, far from those that others choose.
+pub fn choose_last_subnet(pool: IpNet, length: u8, taken: &[IpNet]) -> Option<IpNet> {
+    let candidates: Vec<IpNet> = pool.subnets(length).ok()?.take(1 << 16).collect();
+    let free = |candidate: &IpNet| !taken.iter().any(|other| overlaps(*candidate, *other));
+    candidates.into_iter().rev().find(free)
+}
+
 #[cfg(test)]
 mod tests {
     use ovl_proto::clock::Stamp;
@@ -123,6 +131,7 @@ mod tests {
             mtu: None,
             encrypted: false,
             internal: false,
+            names: true,
         }
     }
 
@@ -167,6 +176,8 @@ mod tests {
         let taken = ["10.0.0.0/15".parse().unwrap(), "10.2.3.0/24".parse().unwrap()];
         assert_eq!(choose_subnet(pool, 16, &taken, 0, 1), "10.3.0.0/16".parse().ok());
         assert_eq!(choose_subnet("10.0.0.0/16".parse().unwrap(), 24, &taken, 0, 1), None);
+        let taken = ["10.255.0.0/17".parse().unwrap()];
+        assert_eq!(choose_last_subnet(pool, 16, &taken), "10.254.0.0/16".parse().ok());
     }
 
     #[test]

@@ -42,7 +42,8 @@ pub struct Table {
 /// What a table holds, with all that follows from it and is kept up with each entry.
 #[derive(Debug, Clone, Default)]
 struct Contents {
-    entries: BTreeMap<Key, (Entry, Hash)>,
+    /// Those without a hash are the owner's alone: they are in no digest and travel nowhere.
+    entries: BTreeMap<Key, (Entry, Option<Hash>)>,
     index: Index,
     digest: Digest,
 }
@@ -135,7 +136,7 @@ impl Table {
             None => {
                 let mut next = Contents::default();
                 for entry in update.set {
-                    next.put(entry);
+                    next.put(entry, true);
                 }
                 if next.digest.total() != update.head.digest {
                     return Err(Rejected::Digest);
@@ -160,7 +161,7 @@ impl Table {
             head: self.head.clone(),
             signature: self.signature,
             base: None,
-            set: self.entries().cloned().collect(),
+            set: self.contents.shared().cloned().collect(),
             unset: Vec::new(),
         })
     }
@@ -179,7 +180,7 @@ impl Table {
             self.contents.take(key);
         }
         for entry in &set {
-            self.contents.put(entry.clone());
+            self.contents.put(entry.clone(), true);
         }
         let base = self.head.revision;
         let change = if begun { base.change + 1 } else { 1 };
@@ -189,24 +190,46 @@ impl Table {
         let (base, set, unset) = if begun {
             (Some(base), set, unset)
         } else {
-            (None, self.entries().cloned().collect(), Vec::new())
+            (None, self.contents.shared().cloned().collect(), Vec::new())
         };
         Update { head: self.head.clone(), signature: self.signature, base, set, unset }
+    }
+
+    /// Makes a change that concerns the owner alone: nobody is told, and the state stays.
+    pub fn keep(&mut self, set: Vec<Entry>, unset: &[Key]) {
+        for key in unset {
+            self.contents.take(key);
+        }
+        for entry in set {
+            self.contents.put(entry, false);
+        }
+    }
+
+    /// Whether an entry is there that nobody else has.
+    pub fn is_kept(&self, key: &Key) -> bool {
+        self.contents.entries.get(key).is_some_and(|(_, hash)| hash.is_none())
     }
 }
 
 impl Contents {
+    /// What others have too.
+    fn shared(&self) -> impl Iterator<Item = &Entry> {
+        self.entries.values().filter(|(_, hash)| hash.is_some()).map(|(entry, _)| entry)
+    }
+
     /// Adds or replaces an entry; gives the one that it replaces.
-    fn put(&mut self, entry: Entry) -> Option<Entry> {
+    fn put(&mut self, entry: Entry, shared: bool) -> Option<Entry> {
         // An entry that cannot be encoded cannot have been received or sent either; its hash is then
         // that of nothing, which no peer's is.
-        let hash = hash(&wire::encode_body(&entry).unwrap_or_default());
+        let hash = shared.then(|| hash(&wire::encode_body(&entry).unwrap_or_default()));
         let key = entry.key();
         let old = self.take(&key);
         if let Entry::Endpoint(endpoint) = &entry {
             self.index.insert(endpoint);
         }
-        self.digest.insert(hash);
+        if let Some(hash) = hash {
+            self.digest.insert(hash);
+        }
         self.entries.insert(key, (entry, hash));
         old
     }
@@ -216,7 +239,9 @@ impl Contents {
         if let Entry::Endpoint(endpoint) = &entry {
             self.index.remove(endpoint);
         }
-        self.digest.remove(&hash);
+        if let Some(hash) = hash {
+            self.digest.remove(&hash);
+        }
         Some(entry)
     }
 
@@ -227,14 +252,14 @@ impl Contents {
             before.push((*key, self.take(key)));
         }
         for entry in set {
-            before.push((entry.key(), self.put(entry)));
+            before.push((entry.key(), self.put(entry, true)));
         }
         if self.digest.total() == *signed {
             return Ok(());
         }
         for (key, old) in before.into_iter().rev() {
             match old {
-                Some(old) => self.put(old),
+                Some(old) => self.put(old, true),
                 None => self.take(&key),
             };
         }
@@ -295,6 +320,23 @@ mod tests {
         let mut forged = here.whole().unwrap();
         forged.set.pop();
         assert_eq!(there.apply(forged), Err(Rejected::Digest));
+    }
+
+    #[test]
+    fn what_is_kept_is_the_owners_alone() {
+        let owner = NodeId([1; 10]);
+        let (mut here, mut there) = (Table::new(owner), Table::new(owner));
+        here.keep(vec![lease(9)], &[]);
+        assert!(here.whole().is_none());
+        there.apply(here.write(1, vec![lease(1)], vec![], sign)).unwrap();
+        let state = here.revision();
+        here.keep(vec![lease(8)], &[lease(9).key()]);
+        assert_eq!((here.revision(), here.is_kept(&lease(8).key())), (state, true));
+        assert_eq!(here.entries().count(), 2);
+        there.apply(here.write(2, vec![lease(2)], vec![], sign)).unwrap();
+        assert_eq!(there.entries().cloned().collect::<Vec<_>>(), [lease(1), lease(2)]);
+        here.keep(vec![], &[lease(8).key()]);
+        assert_eq!(here.whole(), there.whole());
     }
 
     #[test]

@@ -7,7 +7,7 @@ use ipnet::IpNet;
 use ovl_proto::alloc::AllocMap;
 use ovl_proto::control::PeerState;
 use ovl_proto::id::{EndpointId, Mac, NetworkId, NodeId};
-use ovl_proto::object::Network;
+use ovl_proto::object::{Driver, Network};
 use ovl_proto::record::NodeRecord;
 use ovl_proto::table::{Endpoint, Entry, Key};
 
@@ -96,6 +96,16 @@ impl View {
             }
     }
 
+    /// Whether a network is of this host alone: what is on it needs nobody's agreement, and others have no say.
+    pub fn is_own(&self, network: NetworkId) -> bool {
+        self.networks.get(&network).is_some_and(|found| found.network.driver == Driver::Bridge)
+    }
+
+    /// Whether what a host says it has on a network is used.
+    pub fn counts_on(&self, node: &Node, network: NetworkId) -> bool {
+        if self.is_own(network) { node.record.id == self.me } else { self.counts(node) }
+    }
+
     /// All endpoints that any host says it has, whether they count or not.
     pub fn all_endpoints(&self) -> impl Iterator<Item = Placed<'_>> {
         self.placed(Table::endpoints)
@@ -136,7 +146,7 @@ impl View {
     pub fn endpoints(&self, network: NetworkId) -> impl Iterator<Item = Placed<'_>> {
         self.nodes
             .values()
-            .filter(|node| self.counts(node))
+            .filter(move |node| self.counts_on(node, network))
             .flat_map(move |node| {
                 node.table.endpoints_on(network).map(move |endpoint| Placed { node, endpoint })
             })
@@ -145,13 +155,14 @@ impl View {
 
     /// Whether an endpoint is one of [`Self::endpoints`].
     pub fn is_counted(&self, placed: &Placed<'_>) -> bool {
-        self.counts(placed.node) && self.address_conflict(placed.node.record.id, placed.endpoint).is_none()
+        self.counts_on(placed.node, placed.endpoint.network)
+            && self.address_conflict(placed.node.record.id, placed.endpoint).is_none()
     }
 
     /// The hosts with endpoints on a network that count.
     pub fn hosts_on(&self, network: NetworkId) -> impl Iterator<Item = &Node> {
         self.nodes.values().filter(move |node| {
-            self.counts(node)
+            self.counts_on(node, network)
                 && node
                     .table
                     .endpoints_on(network)
@@ -168,8 +179,12 @@ impl View {
             .find(|address| !self.may_use(owner, endpoint.network, *address))
     }
 
-    /// Whether a host may use an address: it holds the block, or leased it from the holder.
+    /// Whether a host may use an address: it holds the block, or leased it from the holder; or the network is
+    /// its own.
     pub fn may_use(&self, node: NodeId, network: NetworkId, address: IpAddr) -> bool {
+        if self.is_own(network) {
+            return node == self.me;
+        }
         match self.holder_of(network, address) {
             Some(holder) if holder == node => true,
             Some(holder) => self.nodes.get(&holder).is_some_and(|holder| {
@@ -201,11 +216,13 @@ impl View {
         self.all_with_address(network, address).find(|placed| self.is_counted(placed))
     }
 
-    /// A network by name or id.
+    /// A network by name or id. Should the cluster have got one with the name of a network of this host, this
+    /// host's is meant, as it was before.
     pub fn network(&self, name: &str) -> Option<&NetworkState> {
-        self.networks
-            .values()
-            .find(|state| state.network.name == name)
+        let named = || self.networks.values().filter(|state| state.network.name == name);
+        named()
+            .find(|state| state.network.driver == Driver::Bridge)
+            .or_else(|| named().next())
             .or_else(|| name.parse().ok().and_then(|id: NetworkId| self.networks.get(&id)))
     }
 }

@@ -13,7 +13,7 @@ use anyhow::{Context, Result, bail};
 use ovl_core::alloc;
 use ovl_proto::clock::Clock;
 use ovl_proto::id::{NetworkId, NodeId};
-use ovl_proto::object::SignedObject;
+use ovl_proto::object::{Network, SignedObject};
 use ovl_proto::record::SignedRecord;
 use ovl_proto::wire;
 use serde::{Deserialize, Serialize};
@@ -40,6 +40,8 @@ pub(crate) struct State {
     pub leases: Vec<(NetworkId, std::net::IpAddr, NodeId)>,
     /// Promises made, the map accepted and the map learned.
     pub alloc: Option<alloc::Durable>,
+    /// Networks of this host alone.
+    pub bridges: Vec<Network>,
 }
 
 /// Reads the file; nothing where there is none yet.

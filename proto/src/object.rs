@@ -27,6 +27,8 @@ pub enum ObjectKey {
 pub enum Driver {
     /// Stretched over hosts.
     Overlay,
+    /// On one host alone, which keeps it for itself: never one of the cluster's objects.
+    Bridge,
 }
 
 /// What an overlay carries.
@@ -80,7 +82,7 @@ pub struct Network {
     pub driver: Driver,
     /// See [`Mode`].
     pub mode: Mode,
-    /// VXLAN network identifier, 1 to 2^24 - 1.
+    /// VXLAN network identifier, 1 to 2^24 - 1; 0 on a bridge network.
     pub vni: u32,
     /// At least one; at most one an address family is usual and not required.
     pub subnets: Vec<Subnet>,
@@ -92,6 +94,8 @@ pub struct Network {
     pub internal: bool,
     /// See [`Backend`]; of use on a routed network.
     pub backend: Backend,
+    /// Its endpoints have a resolver, which knows their names.
+    pub names: bool,
 }
 
 /// An object at one moment.

@@ -19,7 +19,7 @@ pub(crate) struct Args {
 
 #[derive(Debug, Subcommand)]
 enum Action {
-    /// Create a network, known to all hosts at once
+    /// Create a network, known to all hosts at once, or one of this host alone
     Create(CreateArgs),
     /// Show all networks
     #[command(visible_alias = "list")]
@@ -81,12 +81,17 @@ struct CreateArgs {
     /// Bytes [default: what the paths carry]
     #[arg(long, value_name = "N")]
     mtu: Option<u16>,
+    /// Let names resolve also on a bridge network that is called `default` or `bridge`
+    #[arg(long)]
+    dns: bool,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum DriverArg {
     // Stretched over hosts.
     Overlay,
+    // On this host alone.
+    Bridge,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -143,6 +148,7 @@ impl CreateArgs {
             name: self.name,
             driver: match self.driver {
                 DriverArg::Overlay => Driver::Overlay,
+                DriverArg::Bridge => Driver::Bridge,
             },
             mode: match self.mode {
                 ModeArg::L2 => Mode::L2,
@@ -159,6 +165,7 @@ impl CreateArgs {
                 BackendArg::Auto => Backend::Auto,
             }),
             block_lengths: self.block_lengths,
+            dns: self.dns,
         })
     }
 }
@@ -178,6 +185,7 @@ fn ranges<T: FromStr>(texts: &[String]) -> Result<Vec<T>> {
 fn driver(network: &NetworkInfo) -> &'static str {
     match network.driver {
         Driver::Overlay => "overlay",
+        Driver::Bridge => "bridge",
     }
 }
 
@@ -198,8 +206,12 @@ fn backend(network: &NetworkInfo) -> Option<&'static str> {
 
 /// What was asked for beside the usual, and whether it is on its way out.
 fn options(network: &NetworkInfo) -> String {
-    let options =
-        [(network.encrypted, "encrypted"), (network.internal, "internal"), (network.removing, "removing")];
+    let options = [
+        (network.encrypted, "encrypted"),
+        (network.internal, "internal"),
+        (!network.dns, "no-dns"),
+        (network.removing, "removing"),
+    ];
     list(options.iter().filter(|(set, _)| *set).map(|(_, name)| name))
 }
 
@@ -234,6 +246,7 @@ fn inspect(network: &NetworkInfo) -> String {
         ("Endpoints", network.endpoints.to_string()),
         ("Nodes", list(&network.nodes)),
         ("Bridge", maybe(network.bridge.as_ref())),
+        ("DNS", yes(network.dns)),
     ])
 }
 

@@ -61,6 +61,7 @@ pub(crate) fn view_of(mode: Mode, backend: Backend, subnet: Subnet, block: impl 
         encrypted: false,
         internal: false,
         backend,
+        names: true,
     };
     View {
         me: id(1),

@@ -7,7 +7,7 @@ use ipnet::IpNet;
 use ovl_core::ipam;
 use ovl_proto::alloc::{Block, Change, Refusal};
 use ovl_proto::id::{NetworkId, NodeId};
-use ovl_proto::object::{Network, Subnet};
+use ovl_proto::object::{Driver, Network, Subnet};
 use ovl_proto::sync::LeaseWish;
 
 use super::state::State;
@@ -36,6 +36,9 @@ impl Node {
     ) -> Result<Reserved<'_>, Failed> {
         if let Some(reserved) = self.try_pick(network, subnet) {
             return Ok(reserved);
+        }
+        if self.state.borrow().view.is_own(network.id) {
+            return Err(self.full(network, subnet));
         }
         // Another attach may take what a claim brought in before this one comes to it.
         for _ in 0..16 {
@@ -174,6 +177,7 @@ impl Node {
             (state.view.me, state.view.holder_of(network.id, address), block_of(&state, network.id, address))
         };
         match (holder, block) {
+            _ if network.driver == Driver::Bridge => {}
             (Some(holder), _) if holder == me => {}
             (Some(holder), _) if subnet.routed => {
                 return Err(Failed::conflict(format!(
@@ -214,8 +218,11 @@ impl Node {
     }
 }
 
-/// Our blocks of a subnet.
+/// Our blocks of a subnet; of a network of our own, all of it.
 fn blocks(state: &State, network: NetworkId, subnet: &Subnet) -> Vec<IpNet> {
+    if state.view.is_own(network) {
+        return vec![subnet.prefix];
+    }
     held(state, network, subnet)
         .filter(|(_, holder)| *holder == state.view.me)
         .map(|(prefix, _)| prefix)

@@ -285,6 +285,7 @@ impl Node {
                 .map(|((network, address), lent)| (*network, *address, lent.to))
                 .collect(),
             alloc: Some(state.allocator.durable().clone()),
+            bridges: state.bridges.values().cloned().collect(),
         }
     }
 

@@ -18,7 +18,7 @@ use ovl_core::op::Op;
 use ovl_core::view::Placed;
 use ovl_proto::control::{Attach, EndpointInfo, EndpointState, FailureKind, NetnsRef};
 use ovl_proto::id::{EndpointId, Mac, NetworkId};
-use ovl_proto::object::{Mode, Network, Subnet};
+use ovl_proto::object::{Driver, Mode, Network, Subnet};
 use ovl_proto::table::{Endpoint, Entry, Key};
 use serde::{Deserialize, Serialize};
 
@@ -203,12 +203,11 @@ impl Node {
         }
         check_sizes(&request.aliases, &request.labels).map_err(Failed::invalid)?;
         let state = self.state.borrow();
-        if !state.is_member() {
-            let why =
-                state.problems.get("admission").cloned().unwrap_or_else(|| "not admitted yet".to_owned());
-            return Err(Failed::unavailable(why));
+        let found = state.view.network(&request.network);
+        if found.is_none_or(|found| found.network.driver != Driver::Bridge) {
+            state.check_member()?;
         }
-        let Some(found) = state.view.network(&request.network) else {
+        let Some(found) = found else {
             return Err(Failed::no_network(&state, &request.network));
         };
         if found.removing {
@@ -293,7 +292,8 @@ impl Node {
             return Err(Failed::conflict(format!("{mac} is the gateway's")));
         }
         let mut state = self.state.borrow_mut();
-        let holder = state.view.all_with_mac(network, mac).find(|placed| state.view.counts(placed.node));
+        let holder =
+            state.view.all_with_mac(network, mac).find(|placed| state.view.counts_on(placed.node, network));
         if let Some(placed) = holder {
             return Err(Failed::conflict(format!(
                 "{mac} is in use by endpoint {} on host {}",

@@ -12,7 +12,7 @@ use ovl_core::device::Device;
 use ovl_core::ipam;
 use ovl_proto::control::{Attach, CniCall, CniError, EndpointInfo, FailureKind, NetnsRef, PeerState};
 use ovl_proto::id::{EndpointId, Mac};
-use ovl_proto::object::{Mode, Network};
+use ovl_proto::object::{Driver, Mode, Network};
 use serde_json::Value;
 
 pub(super) use self::alone::Containers;
@@ -160,12 +160,13 @@ impl Node {
     /// The network, if an attachment could be made now.
     fn cni_network(&self, name: &str) -> Result<Network, CniError> {
         let state = self.state.borrow();
-        if !state.is_member() {
+        let found = state.view.network(name);
+        if found.is_none_or(|found| found.network.driver != Driver::Bridge) && !state.is_member() {
             let why = state.problems.get("admission").cloned();
             let why = why.unwrap_or_else(|| "this host is not admitted to the cluster yet".to_owned());
             return Err(error(code::LATER, "ovld is not ready", why));
         }
-        let Some(found) = state.view.network(name) else {
+        let Some(found) = found else {
             let details = format!(
                 "{}; the configuration's key `network`, or else its `name`, says which one is meant",
                 Failed::no_network(&state, name).0.message

@@ -439,6 +439,7 @@ fn first_state(
         peers: BTreeMap::new(),
         clashes: BTreeMap::new(),
         objects: Objects::default(),
+        bridges: saved.bridges.iter().map(|network| (network.id, network.clone())).collect(),
         objects_digest: [0; 32],
         objects_taken_at: 0,
         backends: Backends::default(),

@@ -10,7 +10,7 @@ use ovl_core::{desired, ipam, networks, routed, tunnel};
 use ovl_proto::clock::Stamp;
 use ovl_proto::control::{NetworkCreate, NetworkInfo};
 use ovl_proto::id::NetworkId;
-use ovl_proto::object::{Backend, Mode, Network};
+use ovl_proto::object::{Backend, Driver, Mode, Network};
 
 use super::state::State;
 use super::{Failed, Node, random, wall_ms};
@@ -19,11 +19,15 @@ use crate::config::is_name;
 /// The prefix length of a range that is chosen for the user.
 const AUTO_LENGTH_V4: u8 = 20;
 const AUTO_LENGTH_V6: u8 = 64;
+/// What people call the network that containers are on unless they say otherwise: no names resolve there, as
+/// with Docker's.
+const UNNAMED: [&str; 2] = ["default", "bridge"];
 
 impl Node {
     /// Makes a network; returns when it is on this host's disk and all live peers were told.
     pub(super) async fn network_create(&self, mut request: NetworkCreate) -> Result<NetworkInfo, Failed> {
-        request.encrypted |= self.config.encrypt;
+        // There is nothing to encrypt between hosts of which there is one.
+        request.encrypted |= self.config.encrypt && request.driver == Driver::Overlay;
         if !is_name(&request.name) {
             return Err(Failed::invalid(format!(
                 "'{}' is no name for a network: letters, digits, '-', '_' and '.', at most 63, a letter or digit first",
@@ -31,6 +35,7 @@ impl Node {
             )));
         }
         check_mtu(request.mtu)?;
+        check_bridge(&request)?;
         check_routed(&request, self.config.advertise.ip())?;
         let taken = self.kernel.prefixes().await.map_err(Failed::from)?;
         let network = {
@@ -39,10 +44,21 @@ impl Node {
             Network { created: stamp(&mut state), ..network }
         };
         let id = network.id;
-        self.write_network(network, false)?;
+        self.put_network(network)?;
         self.event("network", &request.name, "created");
         self.saved().await?;
         self.network_info_by_id(id)
+    }
+
+    /// Writes a network where it belongs: among the cluster's objects, or among this host's own.
+    fn put_network(&self, network: Network) -> Result<(), Failed> {
+        match network.driver {
+            Driver::Overlay => self.write_network(network, false),
+            Driver::Bridge => {
+                self.put_bridge(network);
+                Ok(())
+            }
+        }
     }
 
     /// Everything but the stamp.
@@ -52,10 +68,9 @@ impl Node {
         request: &NetworkCreate,
         taken: &[IpNet],
     ) -> Result<Network, Failed> {
-        if !state.is_member() {
-            let why =
-                state.problems.get("admission").cloned().unwrap_or_else(|| "not admitted yet".to_owned());
-            return Err(Failed::unavailable(why));
+        let own = request.driver == Driver::Bridge;
+        if !own {
+            state.check_member()?;
         }
         if state.objects.len() >= ovl_core::objects::MAX_OBJECTS {
             return Err(Failed::exhausted(format!(
@@ -75,6 +90,7 @@ impl Node {
             }
         };
         let vni = match request.vni {
+            _ if own => 0,
             Some(vni) if !(1..=networks::MAX_VNI).contains(&vni) => {
                 return Err(Failed::invalid(format!("VNI {vni}: from 1 to {}", networks::MAX_VNI)));
             }
@@ -90,7 +106,7 @@ impl Node {
             None => networks::choose_vni(&state.view.networks, id),
         };
         let prefixes = if request.subnets.is_empty() {
-            vec![self.choose_subnet(state, taken)?]
+            vec![self.choose_subnet(state, taken, own)?]
         } else {
             request.subnets.clone()
         };
@@ -121,11 +137,14 @@ impl Node {
             encrypted: request.encrypted,
             internal: request.internal,
             backend: request.backend.unwrap_or_default(),
+            // As Docker's own default network has none.
+            names: request.dns || !(own && UNNAMED.contains(&request.name.as_str())),
         })
     }
 
-    /// A range of the pool that collides with no network and with nothing that this host reaches.
-    fn choose_subnet(&self, state: &State, taken: &[IpNet]) -> Result<IpNet, Failed> {
+    /// A range of the pool that collides with no network and with nothing that this host reaches. A network of
+    /// this host takes the last one: where another host's next one is, nobody can know.
+    fn choose_subnet(&self, state: &State, taken: &[IpNet], own: bool) -> Result<IpNet, Failed> {
         let used =
             state.view.networks.values().flat_map(|other| other.network.subnets.iter().map(|s| s.prefix));
         let taken: Vec<IpNet> =
@@ -133,11 +152,14 @@ impl Node {
         let pool = self.config.pool;
         let length =
             if pool.addr().is_ipv4() { AUTO_LENGTH_V4 } else { AUTO_LENGTH_V6 }.max(pool.prefix_len());
+        let full =
+            || Failed::exhausted(format!("no range of the pool {pool} is free: give one with --subnet"));
+        if own {
+            return networks::choose_last_subnet(pool, length, &taken).ok_or_else(full);
+        }
         let members = &state.view.alloc.members;
         let rank = members.iter().position(|member| *member == state.view.me).unwrap_or(0);
-        networks::choose_subnet(pool, length, &taken, rank, members.len()).ok_or_else(|| {
-            Failed::exhausted(format!("no range of the pool {pool} is free: give one with --subnet"))
-        })
+        networks::choose_subnet(pool, length, &taken, rank, members.len()).ok_or_else(full)
     }
 
     /// Makes ranges larger, or changes the MTU, while the network is in use.
@@ -188,7 +210,7 @@ impl Node {
             network
         };
         let id = network.id;
-        self.write_network(network, false)?;
+        self.put_network(network)?;
         self.event("network", name, "updated");
         self.saved().await?;
         self.network_info_by_id(id)
@@ -202,7 +224,10 @@ impl Node {
             let users: Vec<String> = state
                 .view
                 .all_endpoints_on(network.id)
-                .filter(|placed| state.view.alloc.members.contains(&placed.node.record.id))
+                .filter(|placed| {
+                    let host = placed.node.record.id;
+                    host == state.view.me || state.view.alloc.members.contains(&host)
+                })
                 .map(|placed| format!("{} on {}", placed.endpoint.name, placed.node.record.name))
                 .collect();
             if !users.is_empty() {
@@ -220,7 +245,9 @@ impl Node {
             }
             network.clone()
         };
-        self.write_network(network, true)?;
+        if !self.drop_bridge(network.id) {
+            self.write_network(network, true)?;
+        }
         self.event("network", name, "removed");
         self.saved().await
     }
@@ -268,6 +295,7 @@ impl Node {
             nodes: nodes.into_iter().collect(),
             bridge: desired::is_built(&state.view, &state.local, network.id)
                 .then(|| Device::bridge(network.id).to_string()),
+            dns: network.names,
         }
     }
 }
@@ -304,6 +332,25 @@ fn check_overlap(state: &State, own: Option<NetworkId>, prefix: IpNet) -> Result
         )));
     }
     Ok(())
+}
+
+/// What a network of one host cannot have.
+fn check_bridge(request: &NetworkCreate) -> Result<(), Failed> {
+    if request.driver != Driver::Bridge {
+        return Ok(());
+    }
+    let unfit = [
+        (request.mode == Mode::L3, "--mode l3"),
+        (request.vni.is_some(), "--vni"),
+        (request.encrypted, "--encrypted"),
+    ];
+    match unfit.iter().find(|(given, _)| *given) {
+        Some((_, option)) => Err(Failed::invalid(format!(
+            "{option} is for networks of several hosts, and a bridge network is on one: leave it out, or leave out \
+             --driver bridge"
+        ))),
+        None => Ok(()),
+    }
 }
 
 /// What only a routed network can have.

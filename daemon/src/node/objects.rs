@@ -1,12 +1,15 @@
 //! Cluster objects: writing them, taking in those of others, and what follows from them.
 
+use std::collections::BTreeMap;
+
 use ovl_core::backends::Settled;
 use ovl_core::networks::{self, Resolution};
 use ovl_core::objects::{Full, MAX_OBJECT_BYTES};
+use ovl_core::view::NetworkState;
 use ovl_proto::alloc::Change;
 use ovl_proto::clock::Stamp;
 use ovl_proto::id::{NetworkId, NodeId};
-use ovl_proto::object::{Body, Network, Object, ObjectKey, SignedObject};
+use ovl_proto::object::{Body, Driver, Network, Object, ObjectKey, SignedObject};
 use ovl_proto::record::Domain;
 use ovl_proto::resource::ResourceKey;
 use ovl_proto::sync::Message;
@@ -209,6 +212,23 @@ impl Node {
         self.recompute_networks();
     }
 
+    /// Keeps a network of this host alone.
+    pub(super) fn put_bridge(&self, network: Network) {
+        self.state.borrow_mut().bridges.insert(network.id, network);
+        self.save_soon();
+        self.recompute_networks();
+    }
+
+    /// Forgets one; says whether there was such a one.
+    pub(super) fn drop_bridge(&self, id: NetworkId) -> bool {
+        let was = self.state.borrow_mut().bridges.remove(&id).is_some();
+        if was {
+            self.save_soon();
+            self.recompute_networks();
+        }
+        was
+    }
+
     /// Settles names and VNIs anew, and marks what changed for the kernel.
     pub(super) fn recompute_networks(&self) {
         let (rewrites, drops) = {
@@ -219,6 +239,7 @@ impl Node {
             used.extend(state.local.wanted.keys());
             let Resolution { networks, rewritten, overlaps } =
                 networks::resolve(state.objects.networks(), |id| used.contains(&id));
+            let networks = with_bridges(state, networks);
             for (id, network) in &networks {
                 if state.view.networks.get(id) != Some(network) {
                     state.dirty.networks.insert(*id);
@@ -256,6 +277,40 @@ impl Node {
         }
         self.routed.notify_one();
     }
+}
+
+/// The cluster's networks and this host's own. What the cluster got after it may be in conflict with it, which
+/// no other host can know: that is said.
+fn with_bridges(
+    state: &mut State,
+    mut networks: BTreeMap<NetworkId, NetworkState>,
+) -> BTreeMap<NetworkId, NetworkState> {
+    state.problems.retain(|key, _| !key.starts_with("bridge "));
+    let bridges: Vec<Network> = state.bridges.values().cloned().collect();
+    for network in &bridges {
+        for NetworkState { network: other, .. } in networks.values() {
+            let (name, ours) = (&other.name, &network.name);
+            let clash = if name == ours {
+                format!(
+                    "is called like one: on this host {ours} means the bridge network, and {} the other",
+                    other.id
+                )
+            } else if networks::overlap(other, network) {
+                format!("overlaps {name}: endpoints of this host on the two cannot all be reached")
+            } else {
+                continue;
+            };
+            let sentence = format!(
+                "bridge network {ours} is older on this host than a network of the cluster, and {clash}. Remove one of \
+                 them"
+            );
+            state.problem(format!("bridge {} {}", network.id, other.id), Some(sentence));
+        }
+    }
+    for network in bridges {
+        networks.insert(network.id, NetworkState { network, removing: false });
+    }
+    networks
 }
 
 /// What a number of writes changed.
@@ -367,6 +422,9 @@ fn check_object(signed: &SignedObject, object: &Object) -> Result<(), String> {
 fn check_network(network: &Network) -> Result<(), String> {
     if !crate::config::is_name(&network.name) {
         return Err("a network with a name that is none".to_owned());
+    }
+    if network.driver != Driver::Overlay {
+        return Err(format!("network {}, which can only be its host's own", network.name));
     }
     if !(1..=networks::MAX_VNI).contains(&network.vni) {
         return Err(format!("network {} with the VNI {}", network.name, network.vni));

@@ -100,14 +100,15 @@ impl Node {
     /// What the endpoints of a network that were touched need beyond what was last sent, which counts
     /// as sent then. Nothing if the network must be looked at as a whole.
     pub(super) fn plan_touched(&self, state: &mut State, network: NetworkId) -> Option<Vec<Op>> {
-        let State { view, local, dirty, applied, caught_up, .. } = state;
+        let prune = state.may_prune(network);
+        let State { view, local, dirty, applied, .. } = state;
         if dirty.networks.contains(&network) {
             return None;
         }
         let touched = dirty.touched.remove(&network).unwrap_or_default();
         let ops = applied
             .get_mut(&network)
-            .and_then(|applied| touched::plan(view, local, network, touched, applied, *caught_up));
+            .and_then(|applied| touched::plan(view, local, network, touched, applied, prune));
         if ops.is_none() {
             dirty.networks.insert(network);
         }
@@ -122,15 +123,16 @@ impl Node {
         state.dirty.networks.remove(&network);
         state.dirty.touched.remove(&network);
         let desired = desired::network_part(&state.view, &state.local, network);
+        let prune = state.may_prune(network);
         let applied = state.applied.entry(network).or_default();
-        let ops = diff(applied, &desired, state.caught_up);
+        let ops = diff(applied, &desired, prune);
         let empty = desired == Kernel::default();
-        if state.caught_up {
+        if prune {
             *applied = desired;
         } else {
             applied.merge(desired);
         }
-        if empty && state.caught_up {
+        if empty && prune {
             state.applied.remove(&network);
         }
         ops

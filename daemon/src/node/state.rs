@@ -19,12 +19,13 @@ use ovl_core::view::{Local, Placed, View};
 use ovl_proto::alloc::Refusal;
 use ovl_proto::clock::Clock;
 use ovl_proto::id::{EndpointId, Mac, NetworkId, NodeId};
-use ovl_proto::object::Mode;
+use ovl_proto::object::{Mode, Network};
 use ovl_proto::record::{NodeRecord, SignedRecord};
 use ovl_proto::sync::Message;
 use ovl_proto::table::{Endpoint, Entry};
 use tokio::sync::oneshot;
 
+use super::Failed;
 use super::sandbox::Sandbox;
 use crate::gossip::Hints;
 
@@ -147,6 +148,8 @@ pub(crate) struct State {
     pub clashes: BTreeMap<NodeId, Clash>,
     /// All cluster objects, with their proofs. What is in `view.resources` follows.
     pub objects: Objects,
+    /// Networks of this host alone.
+    pub bridges: BTreeMap<NetworkId, Network>,
     /// Digest of the stamps of all objects, for the hints.
     pub objects_digest: [u8; 32],
     /// Who can be selected, and what stands behind each Service.
@@ -258,6 +261,20 @@ impl State {
         self.view.alloc.members.contains(&self.view.me)
     }
 
+    /// Whether what a network does not need any more may go: nobody has anything to say yet about it.
+    pub(crate) fn may_prune(&self, network: NetworkId) -> bool {
+        self.caught_up || self.view.is_own(network)
+    }
+
+    /// What needs the cluster's agreement has to wait for the admission.
+    pub(crate) fn check_member(&self) -> Result<(), Failed> {
+        if self.is_member() {
+            return Ok(());
+        }
+        let why = self.problems.get("admission").cloned();
+        Err(Failed::unavailable(why.unwrap_or_else(|| "not admitted yet".to_owned())))
+    }
+
     /// The member that acts for all where one is enough: the live one with the smallest id.
     pub(crate) fn is_coordinator(&self) -> bool {
         self.alive().iter().find(|id| self.view.alloc.members.contains(id)) == Some(&self.view.me)
@@ -298,7 +315,8 @@ impl State {
     ) -> Option<Placed<'a>> {
         self.view.all_named(name).find(|placed| {
             let endpoint = placed.endpoint;
-            (endpoint.network, &endpoint.namespace) == (*network, namespace) && self.view.counts(placed.node)
+            (endpoint.network, &endpoint.namespace) == (*network, namespace)
+                && self.view.counts_on(placed.node, endpoint.network)
         })
     }
 

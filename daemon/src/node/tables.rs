@@ -34,11 +34,24 @@ impl Node {
         let after = set.clone();
         let networks: Vec<NetworkId> = own.table.networks().collect();
         let epoch = own.record.generation;
-        let update = own.table.write(epoch, set, unset, |head| self.sign_head(head));
+        // What is on this host's own networks concerns nobody else.
+        let is_own = |entry: &Entry| match entry {
+            Entry::Endpoint(endpoint) => state.bridges.contains_key(&endpoint.network),
+            Entry::Lease { .. } | Entry::PathMtu { .. } => false,
+        };
+        let (kept, set): (Vec<Entry>, Vec<Entry>) = set.into_iter().partition(is_own);
+        let (dropped, unset): (Vec<Key>, Vec<Key>) =
+            unset.into_iter().partition(|key| own.table.is_kept(key));
+        let silent = set.is_empty() && unset.is_empty() && !(kept.is_empty() && dropped.is_empty());
+        own.table.keep(kept, &dropped);
+        let update = (!silent || own.table.revision().epoch != epoch)
+            .then(|| own.table.write(epoch, set, unset, |head| self.sign_head(head)));
         state.dirty.host |= !own.table.networks().eq(networks);
         before.iter().chain(&after).for_each(|entry| state.touch(me, entry));
-        self.links().broadcast(&Message::Table(update));
-        self.publish_hints(state);
+        if let Some(update) = update {
+            self.links().broadcast(&Message::Table(update));
+            self.publish_hints(state);
+        }
         self.work.notify_one();
     }
 

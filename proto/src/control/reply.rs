@@ -425,6 +425,8 @@ pub struct NetworkInfo {
     pub nodes: Vec<String>,
     /// The bridge on this host, if it has one.
     pub bridge: Option<String>,
+    /// Whether names resolve on it.
+    pub dns: bool,
 }
 
 /// How an endpoint is.

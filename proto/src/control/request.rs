@@ -204,6 +204,9 @@ pub struct NetworkCreate {
     /// The prefix length of each host's block, one for each of `subnets`; none: what fits.
     #[serde(default)]
     pub block_lengths: Vec<u8>,
+    /// Names resolve, also on a bridge network that is called `default` or `bridge`.
+    #[serde(default)]
+    pub dns: bool,
 }
 
 /// An endpoint to be made.

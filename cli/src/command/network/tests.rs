@@ -19,6 +19,7 @@ fn blue() -> NetworkInfo {
         endpoints: 5,
         nodes: vec!["host1".into(), "host2".into()],
         bridge: Some("ovlb04gc3g8k".into()),
+        dns: true,
     }
 }
 
@@ -69,6 +70,7 @@ Removing   no
 Endpoints  5
 Nodes      host1,host2
 Bridge     ovlb04gc3g8k
+DNS        yes
 "
     );
 }
@@ -94,6 +96,7 @@ fn what_is_not_given_is_left_to_ovld() {
         mtu: None,
         backend: None,
         block_lengths: Vec::new(),
+        dns: false,
     };
     assert_eq!(create("create blue"), Ok(expected));
 }
@@ -113,6 +116,7 @@ fn everything_given_is_asked_for() {
         mtu: Some(1400),
         backend: Some(Backend::Auto),
         block_lengths: vec![24, 72],
+        dns: false,
     };
     assert_eq!(create(line), Ok(expected));
 }

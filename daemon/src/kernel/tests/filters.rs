@@ -23,6 +23,7 @@ fn text() -> String {
         encrypted: false,
         internal: false,
         backend: Backend::Vxlan,
+        names: true,
     };
     filter::render(
         &[&network],

@@ -182,6 +182,7 @@ fn nft_takes_the_filter_of_encrypted_networks() {
             encrypted,
             internal,
             backend: Backend::Vxlan,
+            names: true,
         };
         let all = [
             network(1, Mode::L2, true, false, ["10.1.0.0/16", "fd01::/64"]),
