@@ -9,6 +9,7 @@ pub mod desired;
 pub mod device;
 pub mod diff;
 pub mod digest;
+pub mod docker;
 pub mod ends;
 pub mod filter;
 mod index;

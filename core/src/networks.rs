@@ -126,6 +126,7 @@ mod tests {
             driver: Driver::Overlay,
             mode: Mode::L2,
             backend: Backend::Vxlan,
+            on_demand: false,
             vni,
             subnets: vec![],
             mtu: None,

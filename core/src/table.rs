@@ -70,7 +70,7 @@ impl Table {
         self.entries().map_while(|entry| match entry {
             Entry::Endpoint(endpoint) => Some(endpoint),
             // They come first.
-            Entry::Lease { .. } | Entry::PathMtu { .. } => None,
+            Entry::Lease { .. } | Entry::PathMtu { .. } | Entry::Held(_) => None,
         })
     }
 
@@ -78,7 +78,7 @@ impl Table {
     pub fn endpoint(&self, id: EndpointId) -> Option<&Endpoint> {
         match self.get(&Key::Endpoint(id))? {
             Entry::Endpoint(endpoint) => Some(endpoint),
-            Entry::Lease { .. } | Entry::PathMtu { .. } => None,
+            Entry::Lease { .. } | Entry::PathMtu { .. } | Entry::Held(_) => None,
         }
     }
 
@@ -118,8 +118,13 @@ impl Table {
         let entries = self.contents.entries.range(Key::PathMtu(NodeId::default())..);
         entries.filter_map(|(_, (entry, _))| match entry {
             Entry::PathMtu { peer, mtu } => Some((*peer, *mtu)),
-            Entry::Endpoint(_) | Entry::Lease { .. } => None,
+            Entry::Endpoint(_) | Entry::Lease { .. } | Entry::Held(_) => None,
         })
+    }
+
+    /// Whether an engine of the owner's has a network among its own.
+    pub fn holds(&self, network: NetworkId) -> bool {
+        self.get(&Key::Held(network)).is_some()
     }
 
     /// One entry.

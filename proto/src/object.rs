@@ -96,6 +96,9 @@ pub struct Network {
     pub backend: Backend,
     /// Its endpoints have a resolver, which knows their names.
     pub names: bool,
+    /// Made by a container engine: it goes with the last engine's network that stands for it, see
+    /// [`crate::table::Entry::Held`].
+    pub on_demand: bool,
 }
 
 /// An object at one moment.

@@ -79,6 +79,8 @@ pub enum Entry {
         /// In bytes, the outer IP header included.
         mtu: u16,
     },
+    /// A container engine of this host has the network among its own: it is not to be removed.
+    Held(NetworkId),
 }
 
 /// Which entry of a table.
@@ -90,6 +92,8 @@ pub enum Key {
     Lease(NetworkId, IpAddr),
     /// [`Entry::PathMtu`].
     PathMtu(NodeId),
+    /// [`Entry::Held`].
+    Held(NetworkId),
 }
 
 impl Entry {
@@ -99,6 +103,7 @@ impl Entry {
             Self::Endpoint(endpoint) => Key::Endpoint(endpoint.id),
             Self::Lease { network, address, .. } => Key::Lease(*network, *address),
             Self::PathMtu { peer, .. } => Key::PathMtu(*peer),
+            Self::Held(network) => Key::Held(*network),
         }
     }
 }

@@ -62,6 +62,7 @@ pub(crate) fn view_of(mode: Mode, backend: Backend, subnet: Subnet, block: impl 
         internal: false,
         backend,
         names: true,
+        on_demand: false,
     };
     View {
         me: id(1),

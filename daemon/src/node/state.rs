@@ -305,6 +305,7 @@ impl State {
             }
             Entry::Lease { network, .. } => self.dirty.rights([*network]),
             Entry::PathMtu { .. } => self.touch_networks_of(host),
+            Entry::Held(_) => {}
         }
     }
 
@@ -344,7 +345,7 @@ impl State {
             self.dirty.rights(node.table.entries().filter_map(|entry| match entry {
                 Entry::Endpoint(endpoint) => Some(endpoint.network),
                 Entry::Lease { network, .. } => Some(*network),
-                Entry::PathMtu { .. } => None,
+                Entry::PathMtu { .. } | Entry::Held(_) => None,
             }));
         }
     }

@@ -272,7 +272,7 @@ fn networks_of(table: &Table) -> Vec<NetworkId> {
         .filter_map(|entry| match entry {
             Entry::Endpoint(endpoint) => Some(endpoint.network),
             Entry::Lease { network, .. } => Some(*network),
-            Entry::PathMtu { .. } => None,
+            Entry::PathMtu { .. } | Entry::Held(_) => None,
         })
         .collect();
     networks.sort_unstable();

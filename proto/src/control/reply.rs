@@ -53,6 +53,8 @@ pub enum Reply {
     Sandbox(Box<SandboxInfo>),
     /// All sandboxes of this host, by name.
     Sandboxes(Vec<SandboxInfo>),
+    /// What an Engine is answered, an error with `Err` included.
+    Docker(serde_json::Value),
 }
 
 /// An error as container runtimes understand it (CNI specification 1.1.0, section 5, "Error").

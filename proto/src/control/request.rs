@@ -112,6 +112,34 @@ pub enum Request {
     },
     /// Answered with [`super::Reply::Sandboxes`].
     SandboxLs,
+    /// One call of a Docker Engine, passed on by `ovl-docker`. Answered with [`super::Reply::Docker`].
+    Docker(DockerCall),
+    /// What an Engine calls one of its endpoints. [`super::Reply::Done`].
+    DockerName(DockerName),
+}
+
+/// A call as the Engine made it: all that it means is decided in the daemon.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DockerCall {
+    /// `NetworkDriver.Join` and the like.
+    pub method: String,
+    /// Null where it has none.
+    #[serde(default)]
+    pub body: serde_json::Value,
+}
+
+/// The names of an Engine's endpoint, which no call tells.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DockerName {
+    /// The Engine's id of the endpoint.
+    pub endpoint: String,
+    /// The container's name.
+    pub name: String,
+    /// What else it is to answer to.
+    #[serde(default)]
+    pub aliases: Vec<String>,
 }
 
 /// What a container runtime handed to the plugin (CNI specification 1.1.0, section 2), as it came:

@@ -183,6 +183,7 @@ fn nft_takes_the_filter_of_encrypted_networks() {
             internal,
             backend: Backend::Vxlan,
             names: true,
+            on_demand: false,
         };
         let all = [
             network(1, Mode::L2, true, false, ["10.1.0.0/16", "fd01::/64"]),
