@@ -18,12 +18,11 @@ use ipnet::IpNet;
 use ovl_proto::id::NetworkId;
 use serde::{Deserialize, Serialize};
 
-pub use answer::{
-    Joined, activated, address, address_spaces, described, driver_capabilities, endpoint, failed,
-    ipam_capabilities, joined, nothing, pool,
+pub use answer::{Joined, address, always, endpoint, failed, joined, nothing, pool};
+pub use call::{
+    AddressWish, Call, EndpointWish, MAX_NAME, NetworkWish, PoolWish, Port, Protocol, later, parse,
 };
-pub use call::{AddressWish, Call, EndpointWish, MAX_NAME, NetworkWish, PoolWish, Port, Protocol, parse};
-pub use decide::{Choice, Plan, choose_pool, plan_network, subnet_of, wanted_gateway};
+pub use decide::{Choice, Plan, choose_pool, network_id, plan_network, subnet_of, wanted_gateway};
 
 /// What our IPAM calls its pools' space; one that comes with another name is not ours.
 pub const SPACE: &str = "ovl";

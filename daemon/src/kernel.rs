@@ -89,7 +89,8 @@ pub(crate) struct EndpointSpec {
     /// For the alias of the host's end: `ovl endpoint NAME`.
     pub(crate) name: String,
     /// Where the other end goes; closed when the work is done, for it keeps the namespace alive.
-    pub(crate) netns: Netns,
+    /// Nothing: it stays here, down and without addresses, until somebody fetches and sets it up.
+    pub(crate) netns: Option<Netns>,
     /// The name of the other end; without one, the first free `ethN`.
     pub(crate) ifname: Option<String>,
     /// Of the other end.
@@ -134,8 +135,19 @@ pub(crate) struct Made {
 pub(crate) struct Retired {
     /// The host's end.
     pub(crate) device: Device,
-    /// Where the other end is; without it, or if it is another, a detach takes longer.
-    pub(crate) netns: Option<Netns>,
+    /// Where the other end is.
+    pub(crate) other: Other,
+}
+
+/// Where the other end of an endpoint's pair is.
+#[derive(Debug)]
+pub(crate) enum Other {
+    /// In this namespace.
+    In(Netns),
+    /// Nobody knows, and a detach takes longer. So it does if it is not where it should be.
+    Lost,
+    /// Whoever fetched it brings it back under a name that is in nobody's way.
+    Fetched,
 }
 
 /// What became of one operation.

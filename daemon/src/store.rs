@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use ovl_core::alloc;
+use ovl_core::docker::EngineNetwork;
 use ovl_proto::clock::Clock;
 use ovl_proto::id::{NetworkId, NodeId};
 use ovl_proto::object::{Network, SignedObject};
@@ -42,6 +43,8 @@ pub(crate) struct State {
     pub alloc: Option<alloc::Durable>,
     /// Networks of this host alone.
     pub bridges: Vec<Network>,
+    /// Networks of Docker Engines, by the Engine's id.
+    pub docker: Vec<(String, EngineNetwork)>,
 }
 
 /// Reads the file; nothing where there is none yet.

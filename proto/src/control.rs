@@ -8,11 +8,13 @@
 
 mod client;
 mod cni;
+mod docker;
 mod reply;
 mod request;
 
 pub use client::{Client, ClientError};
 pub use cni::{CNI_VERSIONS, CniDeleted};
+pub use docker::DockerDeleted;
 pub use reply::*;
 pub use request::*;
 

@@ -5,28 +5,25 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use serde_json::{Value, json};
 
-use super::{Pool, SPACE, same_family};
+use super::{Call, Pool, SPACE, same_family};
 
-/// Both of the plugin's parts.
-pub fn activated() -> Value {
-    json!({ "Implements": ["NetworkDriver", "IpamDriver"] })
-}
-
-/// `local`: without Swarm an Engine takes back networks that are global, and it is ovl that tells
-/// the hosts.
-pub fn driver_capabilities() -> Value {
-    json!({ "Scope": "local", "ConnectivityScope": "global" })
-}
-
-/// A MAC address with each request tells endpoints from auxiliary addresses. Nothing is to be
-/// repeated after a restart of the Engine: what it knows of us, we know too.
-pub fn ipam_capabilities() -> Value {
-    json!({ "RequiresMACAddress": true, "RequiresRequestReplay": false })
-}
-
-/// One space for all.
-pub fn address_spaces() -> Value {
-    json!({ "LocalDefaultAddressSpace": SPACE, "GlobalDefaultAddressSpace": SPACE })
+/// What is always answered in the same way, whatever the cluster is like.
+pub fn always(call: &Call) -> Option<Value> {
+    Some(match call {
+        Call::Activate => json!({ "Implements": ["NetworkDriver", "IpamDriver"] }),
+        // `local`: without Swarm an Engine takes back networks that are global, and it is ovl that
+        // tells the hosts.
+        Call::DriverCapabilities => json!({ "Scope": "local", "ConnectivityScope": "global" }),
+        // A MAC address with each request tells endpoints from auxiliary addresses. Nothing is to be
+        // repeated after a restart of the Engine: what it knows of us, we know too.
+        Call::IpamCapabilities => json!({ "RequiresMACAddress": true, "RequiresRequestReplay": false }),
+        Call::AddressSpaces => {
+            json!({ "LocalDefaultAddressSpace": SPACE, "GlobalDefaultAddressSpace": SPACE })
+        }
+        Call::Describe(_) => described(),
+        Call::Nothing => nothing(),
+        _ => return None,
+    })
 }
 
 /// A range.
@@ -45,7 +42,7 @@ pub fn endpoint() -> Value {
 }
 
 /// There is nothing to say about endpoints that the Engine would show.
-pub fn described() -> Value {
+fn described() -> Value {
     json!({ "Value": {} })
 }
 
@@ -64,9 +61,9 @@ pub fn failed(why: &str) -> Value {
 pub struct Joined {
     /// The interface's name in the host's namespace.
     pub device: String,
-    /// Of a network with a way out: one for each address.
+    /// One for each address.
     pub gateways: Vec<IpAddr>,
-    /// Of a routed network, or none: what is behind the gateways.
+    /// What is behind the gateways, if the addresses' own ranges do not say so: of a routed network.
     pub ranges: Vec<IpNet>,
 }
 

@@ -189,6 +189,16 @@ pub fn parse(method: &str, body: &Value) -> Result<Call, String> {
     })
 }
 
+/// What a call takes away for good, as the name of a file; nothing for any other call. That an address
+/// is free again follows from it.
+pub fn later(call: &Call) -> Option<String> {
+    match call {
+        Call::DeleteEndpoint(id) | Call::Leave(id) => Some(format!("endpoint-{}", id.endpoint)),
+        Call::DeleteNetwork(id) => Some(format!("network-{id}")),
+        _ => None,
+    }
+}
+
 /// Nothing stands for a body without fields.
 fn read<T: DeserializeOwned>(body: &Value) -> Result<T, String> {
     let empty = Value::Object(Map::new());

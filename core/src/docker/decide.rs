@@ -7,6 +7,7 @@ use ipnet::IpNet;
 use ovl_proto::control::NetworkCreate;
 use ovl_proto::id::NetworkId;
 use ovl_proto::object::{Driver, Mode, Network, Subnet};
+use ring::digest::{SHA256, digest};
 
 use super::{EngineNetwork, NetworkWish, Pool, PoolWish};
 use crate::ipam;
@@ -144,7 +145,9 @@ fn differences(wish: &NetworkWish, network: &Network) -> Option<String> {
         return Some(format!("network {name} has the VNI {}, not {vni}", network.vni));
     }
     if wish.mtu.is_some_and(|mtu| network.mtu != Some(mtu)) {
-        return Some(format!("network {name} has another MTU: `ovlctl network update {name} --mtu` changes it"));
+        return Some(format!(
+            "network {name} has another MTU: `ovlctl network update {name} --mtu` changes it"
+        ));
     }
     if wish.backend.is_some_and(|backend| network.mode != Mode::L3 || backend != network.backend) {
         return is_not("has another backend");
@@ -153,9 +156,8 @@ fn differences(wish: &NetworkWish, network: &Network) -> Option<String> {
 }
 
 fn create(wish: &NetworkWish) -> NetworkCreate {
-    let short: String = wish.id.chars().take(12).collect();
     NetworkCreate {
-        name: wish.name.clone().unwrap_or_else(|| format!("docker-{short}")),
+        name: wish.name.clone().unwrap_or_else(|| default_name(&wish.prefixes)),
         driver: Driver::Overlay,
         mode: wish.mode.unwrap_or(Mode::L2),
         subnets: wish.prefixes.clone(),
@@ -165,7 +167,23 @@ fn create(wish: &NetworkWish) -> NetworkCreate {
         mtu: wish.mtu,
         backend: wish.backend,
         block_lengths: Vec::new(),
+        dns: false,
     }
+}
+
+/// Of a network that nobody named: its range is the same on all hosts.
+fn default_name(prefixes: &[IpNet]) -> String {
+    let range = prefixes.first().map(ToString::to_string).unwrap_or_default();
+    format!("docker-{}", range.replace(['/', ':'], "-"))
+}
+
+/// The id of a network that is made for an Engine, the same wherever it is made: several hosts may be
+/// told to at one instant. `attempt` counts the ids that were networks before.
+pub fn network_id(name: &str, attempt: u32) -> NetworkId {
+    let hash = digest(&SHA256, format!("network {attempt} {name}").as_bytes());
+    let mut id = [0; 5];
+    id.iter_mut().zip(hash.as_ref()).for_each(|(to, from)| *to = *from);
+    NetworkId(id)
 }
 
 /// The network and the range of it that a pool stands for: that of the Engine's network which came
@@ -189,14 +207,22 @@ pub fn subnet_of<'a>(
             let subnet = subnets.iter().find(covers).or_else(|| subnets.iter().find(family))?;
             Some((&state.network, subnet))
         })
-        .ok_or_else(|| format!("no network of the cluster has the range {}, see `ovlctl network ls`", pool.prefix))
+        .ok_or_else(|| {
+            format!("no network of the cluster has the range {}, see `ovlctl network ls`", pool.prefix)
+        })
 }
 
 /// The gateway that an Engine shows for a range, with its length; an error if it wants another one.
-pub fn wanted_gateway(prefix: IpNet, subnet: Option<&Subnet>, wanted: Option<IpAddr>) -> Result<IpNet, String> {
+pub fn wanted_gateway(
+    prefix: IpNet,
+    subnet: Option<&Subnet>,
+    wanted: Option<IpAddr>,
+) -> Result<IpNet, String> {
     let gateway = subnet.map_or_else(|| ipam::gateway(prefix), |subnet| subnet.gateway);
     if let Some(wanted) = wanted.filter(|wanted| *wanted != gateway) {
-        return Err(format!("the gateway in {prefix} is {gateway} on all hosts: leave --gateway {wanted} out"));
+        return Err(format!(
+            "the gateway in {prefix} is {gateway} on all hosts: leave --gateway {wanted} out"
+        ));
     }
     IpNet::new(gateway, prefix.prefix_len()).map_err(|error| error.to_string())
 }

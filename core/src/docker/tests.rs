@@ -49,6 +49,7 @@ fn networks(all: &[(&str, &[&str])]) -> BTreeMap<NetworkId, NetworkState> {
             encrypted: false,
             internal: false,
             backend: Backend::Vxlan,
+            names: true,
             on_demand: false,
         };
         (network.id, NetworkState { network, removing: false })
@@ -178,9 +179,13 @@ fn options_of_networks_and_endpoints() {
     assert_eq!(wish.name.as_deref(), Some("blue"));
     assert_eq!((wish.encrypted, wish.mode, wish.vni), (Some(true), Some(Mode::L3), Some(42)));
     assert_eq!((wish.mtu, wish.backend), (Some(1400), Some(Backend::Auto)));
-    for (key, value) in
-        [("ovl.netwrok", "blue"), ("ovl.mode", "l4"), ("ovl.vni", "x"), ("encrypted", "maybe"), ("parent", "eth0")]
-    {
+    for (key, value) in [
+        ("ovl.netwrok", "blue"),
+        ("ovl.mode", "l4"),
+        ("ovl.vni", "x"),
+        ("encrypted", "maybe"),
+        ("parent", "eth0"),
+    ] {
         let body = json!({
             "NetworkID": "ab", "Options": { "com.docker.network.generic": { key: value } },
             "IPv4Data": [{ "AddressSpace": "ovl", "Pool": "10.1.0.0/16" }],
@@ -203,7 +208,10 @@ fn options_of_networks_and_endpoints() {
         panic!()
     };
     assert_eq!((named.name.as_str(), named.aliases.join("+").as_str()), ("web", "a+b"));
-    assert_eq!((named.namespace.as_deref(), named.labels.get("app.tier")), (Some("shop"), Some(&"front".to_owned())));
+    assert_eq!(
+        (named.namespace.as_deref(), named.labels.get("app.tier")),
+        (Some("shop"), Some(&"front".to_owned()))
+    );
     assert_eq!(named.addresses.len(), 2);
     assert!(endpoint(json!({ "ovl.nmae": "web" })).unwrap_err().contains("ovl.nmae"));
 }
@@ -253,16 +261,21 @@ fn a_network_is_joined_by_its_name_or_its_range_and_else_made() {
     assert_eq!(plan(json!({ "ovl.network": "blue" }), "10.77.0.0/16"), Ok(Plan::Join(BLUE)));
     assert_eq!(plan(json!({ "ovl.network": BLUE.to_string() }), "10.77.0.0/16"), Ok(Plan::Join(BLUE)));
     assert_eq!(plan(json!({}), "10.77.0.0/16"), Ok(Plan::Join(BLUE)));
-    let Ok(Plan::Make(made)) = plan(json!({ "ovl.network": "green", "encrypted": "true" }), "10.5.0.0/16") else {
+    let Ok(Plan::Make(made)) = plan(json!({ "ovl.network": "green", "encrypted": "true" }), "10.5.0.0/16")
+    else {
         panic!()
     };
     assert_eq!((made.name.as_str(), made.encrypted, made.mode), ("green", true, Mode::L2));
     assert_eq!(made.subnets, [net("10.5.0.0/16")]);
     let Ok(Plan::Make(made)) = plan(json!({}), "10.5.0.0/16") else { panic!() };
-    assert_eq!(made.name, "docker-0123456789ab");
+    assert_eq!(made.name, "docker-10.5.0.0-16");
 
     for (options, prefix, part) in [
-        (json!({ "ovl.network": "blue" }), "10.5.0.0/16", "has 10.77.0.0/16 and fd00:77::/64, not 10.5.0.0/16"),
+        (
+            json!({ "ovl.network": "blue" }),
+            "10.5.0.0/16",
+            "has 10.77.0.0/16 and fd00:77::/64, not 10.5.0.0/16",
+        ),
         (json!({ "ovl.network": "green" }), "10.77.0.0/16", "is the range of network blue"),
         (json!({ "ovl.network": "red", "encrypted": "" }), "10.78.0.0/24", "is not encrypted"),
         (json!({ "ovl.network": "red", "ovl.mode": "l3" }), "10.78.0.0/24", "is switched"),
@@ -306,6 +319,13 @@ fn a_pool_still_stands_for_a_range_that_has_grown() {
 }
 
 #[test]
+fn hosts_that_make_a_network_at_one_instant_make_the_same_one() {
+    assert_eq!(network_id("blue", 0), network_id("blue", 0));
+    let ids = [network_id("blue", 0), network_id("blue", 1), network_id("red", 0)];
+    assert_eq!(ids.iter().collect::<std::collections::BTreeSet<_>>().len(), 3);
+}
+
+#[test]
 fn the_gateway_is_where_it_is() {
     let prefix = net("10.77.0.0/16");
     let gateway = |wanted: &str| wanted_gateway(prefix, None, Some(wanted.parse().unwrap()));
@@ -327,8 +347,11 @@ fn pools_read_as_they_are_written() {
 #[test]
 fn what_an_engine_puts_into_a_container() {
     let ip = |text: &str| text.parse::<IpAddr>().unwrap();
-    let switched =
-        Joined { device: "ovc-1".to_owned(), gateways: vec![ip("10.77.0.1"), ip("fd00:77::1")], ranges: vec![] };
+    let switched = Joined {
+        device: "ovc-1".to_owned(),
+        gateways: vec![ip("10.77.0.1"), ip("fd00:77::1")],
+        ranges: vec![],
+    };
     let answer = joined(&switched, false);
     assert_eq!(answer["InterfaceName"], json!({ "SrcName": "ovc-1", "DstPrefix": "eth" }));
     assert_eq!((&answer["Gateway"], &answer["GatewayIPv6"]), (&json!("10.77.0.1"), &json!("fd00:77::1")));

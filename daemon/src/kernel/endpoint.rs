@@ -16,7 +16,7 @@ use super::dump::has_default_route;
 use super::error::{KernelError, Result};
 use super::link::LinkView;
 use super::message::{self, Outer, Target};
-use super::netns::Visitor;
+use super::netns::{self, Visitor};
 use super::socket::{Batch, Refusal, Route};
 use super::sweep::Sweeper;
 use super::sysctl;
@@ -64,10 +64,13 @@ pub(super) fn create(
         Ok(_) => return Err(KernelError::Other(format!("the device {device} is there already"))),
     }
     let wanted = ifname.as_deref().unwrap_or(ANY_NAME);
+    let here = if netns.is_none() { Some(netns::own()?) } else { None };
+    let place = netns.as_ref().map(|netns| netns.fd.as_fd()).or(here.as_ref().map(AsFd::as_fd));
+    let Some(place) = place else { return Err(KernelError::Other("no namespace".to_owned())) };
     let make = |route: &mut Route| {
         let target = Target::Name(device);
         let mut batch = Batch::default();
-        let pair = message::new_pair(device, outer, mtu, netns.fd.as_fd(), wanted, mac);
+        let pair = message::new_pair(device, outer, mtu, place, wanted, mac);
         batch.push(pair, NLM_F_CREATE | NLM_F_EXCL);
         let mut attributes = vec![message::alias(&format!("endpoint {name}"))];
         if bridge.is_some() {
@@ -95,9 +98,10 @@ pub(super) fn create(
     let view = answers.first().and_then(|answer| LinkView::parse(&answer.payload));
     let done = match (results.find_map(Result::err), view) {
         (Some(refusal), _) => Err(refusal.into_error(format!("cannot set up {device}"))),
-        (None, Some(view)) => {
-            finish(view, Inside { ifname, addresses, gateways, host_end }, visitor, netns.fd)
-        }
+        (None, Some(view)) => match netns {
+            Some(netns) => finish(view, Inside { ifname, addresses, gateways, host_end }, visitor, netns.fd),
+            None => Ok((located(&view), wanted.to_owned(), Vec::new())),
+        },
         (None, None) => Err(KernelError::NoDevice(device)),
     };
     match done {
@@ -139,8 +143,11 @@ fn finish(
     let peer =
         view.peer.ok_or_else(|| KernelError::Other("the kernel does not tell the other end".to_owned()))?;
     let (ifname, gateways) = visitor.visit(netns, move |route| configure(route, peer, inside))?;
-    let located = Located { index: view.index, peer: view.peer, peer_netns: view.peer_netns };
-    Ok((located, ifname, gateways))
+    Ok((located(&view), ifname, gateways))
+}
+
+fn located(view: &LinkView<'_>) -> Located {
+    Located { index: view.index, peer: view.peer, peer_netns: view.peer_netns }
 }
 
 /// Inside of the namespace: addresses, and default routes where there are none. Gives the

@@ -17,16 +17,15 @@ use std::time::{Duration, Instant};
 
 use netlink_packet_route::link::LinkAttribute;
 use nix::libc::ENODEV;
-use ovl_core::device::Device;
 use tokio::sync::oneshot;
 
-use super::Netns;
 use super::apply::{self, Devices, Located};
 use super::error::{KernelError, Result};
 use super::link::{DOOMED, LinkView};
 use super::message::{self, Target};
 use super::netns::{Visitor, id_of};
 use super::socket::{Batch, Route};
+use super::{Netns, Other, Retired};
 
 /// Nobody has asked for anything for so long: time to sweep.
 const QUIET: Duration = Duration::from_millis(50);
@@ -41,8 +40,7 @@ pub(super) fn retire(
     route: &mut Route,
     visitor: &mut Visitor,
     sweeper: &Sweeper,
-    device: Device,
-    netns: Option<Netns>,
+    Retired { device, other }: Retired,
 ) -> Result<()> {
     let mut devices = Devices::default();
     let located = match devices.get(route, device) {
@@ -50,7 +48,24 @@ pub(super) fn retire(
         Err(KernelError::NoDevice(_)) => return Ok(()),
         Err(error) => return Err(error),
     };
-    if let Some((netns, peer)) = other_end(route, netns, located)? {
+    if matches!(other, Other::Fetched) {
+        let mut batch = Batch::default();
+        batch.push(message::set(Target::Index(located.index), vec![LinkAttribute::Group(DOOMED)]), 0);
+        // Not the other end, which is somebody else's to handle: nothing passes all the same.
+        batch.push(message::set_up(Target::Index(located.index), false), 0);
+        let (results, _) = route.execute(batch)?;
+        return match results.into_iter().find_map(Result::err) {
+            // It went with the container's namespace a moment ago.
+            Some(refusal) if refusal.errno != ENODEV => {
+                Err(refusal.into_error(format!("cannot doom {device}")))
+            }
+            _ => {
+                sweeper.doom([located.index]);
+                Ok(())
+            }
+        };
+    }
+    if let Some((netns, peer)) = other_end(route, other, located)? {
         let group = message::set(Target::Index(located.index), vec![LinkAttribute::Group(DOOMED)]);
         route.request(group, 0)?.map_err(|refusal| refusal.into_error(format!("cannot doom {device}")))?;
         let name = device.as_str().replacen("ove-", "ovd-", 1);
@@ -76,8 +91,9 @@ pub(super) fn retire(
 }
 
 /// The namespace, if it is the one that the other end was put into, and that end's index.
-fn other_end(route: &mut Route, netns: Option<Netns>, located: Located) -> Result<Option<(Netns, u32)>> {
-    let Some(((netns, id), peer)) = netns.zip(located.peer_netns).zip(located.peer) else { return Ok(None) };
+fn other_end(route: &mut Route, other: Other, located: Located) -> Result<Option<(Netns, u32)>> {
+    let Other::In(netns) = other else { return Ok(None) };
+    let Some((id, peer)) = located.peer_netns.zip(located.peer) else { return Ok(None) };
     Ok((id_of(route, &netns)? == Some(id)).then_some((netns, peer)))
 }
 

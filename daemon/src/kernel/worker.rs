@@ -395,8 +395,9 @@ impl Worker {
 
     fn retire(&mut self, retired: Vec<Retired>, ops: Vec<Op>) -> (Vec<Outcome>, Result<()>) {
         let mut all = Ok(());
-        for Retired { device, netns } in retired {
-            match sweep::retire(&mut self.route, &mut self.visitor, &self.sweeper, device, netns) {
+        for one in retired {
+            let device = one.device;
+            match sweep::retire(&mut self.route, &mut self.visitor, &self.sweeper, one) {
                 Ok(()) => self.known.deleted(device),
                 Err(error) => all = Err(error),
             }

@@ -21,6 +21,15 @@ pub(super) struct Reserved<'a> {
     pub(super) net: IpNet,
 }
 
+impl Reserved<'_> {
+    /// Leaves it set aside, also without this.
+    pub(super) fn keep(self) -> IpNet {
+        let net = self.net;
+        std::mem::forget(self);
+        net
+    }
+}
+
 impl Drop for Reserved<'_> {
     fn drop(&mut self) {
         self.node.state.borrow_mut().pending.addresses.remove(&(self.network, self.net.addr()));
@@ -61,6 +70,13 @@ impl Node {
         let mut state = self.state.borrow_mut();
         let address = pick(&mut state, network.id, subnet)?;
         drop(state);
+        self.set_aside(network.id, subnet, address)
+    }
+
+    /// Takes over an address that was kept aside.
+    pub(super) fn reserve_kept(&self, network: &Network, address: IpAddr) -> Option<Reserved<'_>> {
+        let subnet = network.subnets.iter().find(|subnet| subnet.prefix.contains(&address))?;
+        self.state.borrow_mut().pending.addresses.remove(&(network.id, address));
         self.set_aside(network.id, subnet, address)
     }
 

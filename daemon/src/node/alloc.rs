@@ -286,6 +286,7 @@ impl Node {
                 .collect(),
             alloc: Some(state.allocator.durable().clone()),
             bridges: state.bridges.values().cloned().collect(),
+            docker: state.docker.kept(),
         }
     }
 

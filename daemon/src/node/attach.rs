@@ -12,6 +12,7 @@ use ovl_core::cni::{self, Attachment};
 use ovl_core::desired;
 use ovl_core::device::{Device, Role};
 use ovl_core::diff::diff;
+use ovl_core::docker::EngineEndpoint;
 use ovl_core::ipam;
 use ovl_core::kernel::Kernel;
 use ovl_core::op::Op;
@@ -26,7 +27,7 @@ use super::addresses::Reserved;
 use super::state::LocalEndpoint;
 use super::{Failed, Node, random, remove_if_there};
 use crate::config::{MAX_NAME, is_name_within};
-use crate::kernel::{EndpointSpec, HostEnd, Made, Retired, open_netns};
+use crate::kernel::{EndpointSpec, HostEnd, Made, Netns, Other, Retired, open_netns};
 
 /// What is kept of an endpoint while the kernel runs: a daemon that is started anew finds it here.
 #[derive(Debug, Serialize, Deserialize)]
@@ -36,15 +37,18 @@ struct Kept {
     ifname: String,
     #[serde(default)]
     cni: Option<Attachment>,
+    #[serde(default)]
+    docker: Option<EngineEndpoint>,
     netns: PathBuf,
 }
 
 /// Takes an attach's place among the pending ones, and gives it back when dropped.
-struct Place<'a> {
+pub(super) struct Place<'a> {
     node: &'a Node,
     network: NetworkId,
     name: (NetworkId, String, String),
-    device: Device,
+    /// The host's end.
+    pub(super) device: Device,
 }
 
 /// A MAC address of an attach under way, given back when dropped.
@@ -98,6 +102,21 @@ impl Node {
         let netns = open_netns(&path).map_err(Failed::from)?;
         let place = self.take_place(&request, &network)?;
         let reserved = self.reserve(&request, &network).await?;
+        let local = LocalEndpoint { ifname: String::new(), netns: path, cni, docker: None };
+        self.make(request, &network, place, reserved, local, Some(netns)).await
+    }
+
+    /// Makes an endpoint of which name and addresses are set aside. The other end goes into the
+    /// namespace, or waits here for whoever fetches it.
+    pub(super) async fn make(
+        &self,
+        request: Attach,
+        network: &Network,
+        place: Place<'_>,
+        reserved: Vec<Reserved<'_>>,
+        local: LocalEndpoint,
+        netns: Option<Netns>,
+    ) -> Result<(EndpointInfo, Made), Failed> {
         let Some(first) = reserved.first() else {
             return Err(Failed::invalid(format!("network {} has no addresses", network.name)));
         };
@@ -118,11 +137,10 @@ impl Node {
             ready: true,
         };
         let addresses = endpoint.addresses.iter().map(IpNet::addr);
-        let gateways =
-            addresses.filter(|_| !network.internal).filter_map(|at| ipam::gateway_on(&network, at));
+        let gateways = addresses.filter(|_| !network.internal).filter_map(|at| ipam::gateway_on(network, at));
         let gateways: Vec<IpAddr> = gateways.collect();
-        let (mut ops, mtu) = self.prepare(&network);
-        let part = desired::endpoint_part(&self.state.borrow().view, &network, &endpoint, mtu);
+        let (mut ops, mtu) = self.prepare(network);
+        let part = desired::endpoint_part(&self.state.borrow().view, network, &endpoint, mtu);
         // The pair itself is not the work of an operation.
         let bare = Kernel { links: part.links.clone(), ..Kernel::default() };
         ops.extend(diff(&bare, &part, false));
@@ -133,7 +151,7 @@ impl Node {
             ifname: request.ifname.clone(),
             mac,
             mtu,
-            host_end: host_end(&network, &endpoint),
+            host_end: host_end(network, &endpoint),
             addresses: endpoint.addresses.clone(),
             gateways,
         };
@@ -152,7 +170,7 @@ impl Node {
                 )));
             }
         };
-        let local = LocalEndpoint { ifname: made.ifname.clone(), netns: path, cni };
+        let local = LocalEndpoint { ifname: made.ifname.clone(), ..local };
         if let Err(error) = self.keep_endpoint(&endpoint, &local) {
             self.kernel.delete_links(vec![place.device]).await.map_err(Failed::from)?;
             return Err(Failed::internal(format!("{error:#}")));
@@ -185,7 +203,7 @@ impl Node {
             .ok_or_else(|| Failed::internal("the endpoint is not in our own table"))
     }
 
-    fn check_attach(&self, request: &Attach, longest: usize) -> Result<Network, Failed> {
+    pub(super) fn check_attach(&self, request: &Attach, longest: usize) -> Result<Network, Failed> {
         let others = request.aliases.iter().chain(&request.namespace).map(|name| (name, MAX_NAME));
         for (name, longest) in std::iter::once((&request.name, longest)).chain(others) {
             if !is_name_within(name, longest) {
@@ -220,7 +238,7 @@ impl Node {
     }
 
     /// Takes the name, before anything is awaited.
-    fn take_place(&self, request: &Attach, network: &Network) -> Result<Place<'_>, Failed> {
+    pub(super) fn take_place(&self, request: &Attach, network: &Network) -> Result<Place<'_>, Failed> {
         let namespace = request.namespace.clone().unwrap_or_else(|| "default".to_owned());
         let mut guard = self.state.borrow_mut();
         let state = &mut *guard;
@@ -379,11 +397,12 @@ impl Node {
     /// What the kernel is told of endpoints that go, and their networks.
     fn retired(&self, ids: &[EndpointId]) -> (Vec<Retired>, BTreeSet<NetworkId>) {
         let state = self.state.borrow();
-        let path = |id| state.endpoints.get(id).map(|local| local.netns.as_path());
-        let retired = ids.iter().map(|id| Retired {
-            device: Device::endpoint(*id),
-            netns: path(id).and_then(|path| open_netns(path).ok()),
-        });
+        let other = |id| match state.endpoints.get(id) {
+            Some(local) if local.docker.is_some() => Other::Fetched,
+            Some(local) => open_netns(&local.netns).map_or(Other::Lost, Other::In),
+            None => Other::Lost,
+        };
+        let retired = ids.iter().map(|id| Retired { device: Device::endpoint(*id), other: other(id) });
         let networks = ids.iter().filter_map(|id| state.own_endpoint(*id)).map(|endpoint| endpoint.network);
         (retired.collect(), networks.collect())
     }
@@ -448,9 +467,10 @@ impl Node {
         self.run_dir.endpoints().join(format!("{id}.json"))
     }
 
-    fn keep_endpoint(&self, endpoint: &Endpoint, local: &LocalEndpoint) -> anyhow::Result<()> {
-        let LocalEndpoint { ifname, netns, cni } = local.clone();
-        let kept = Kept { boot_id: self.boot_id.clone(), endpoint: endpoint.clone(), ifname, netns, cni };
+    pub(super) fn keep_endpoint(&self, endpoint: &Endpoint, local: &LocalEndpoint) -> anyhow::Result<()> {
+        let LocalEndpoint { ifname, netns, cni, docker } = local.clone();
+        let boot_id = self.boot_id.clone();
+        let kept = Kept { boot_id, endpoint: endpoint.clone(), ifname, netns, cni, docker };
         let path = self.kept_path(endpoint.id);
         let beside = path.with_extension("new");
         fs::write(&beside, serde_json::to_vec(&kept)?)
@@ -476,7 +496,8 @@ impl Node {
             }
             match fs::read(&path).ok().and_then(|bytes| serde_json::from_slice::<Kept>(&bytes).ok()) {
                 Some(kept) if kept.boot_id == self.boot_id => {
-                    let local = LocalEndpoint { ifname: kept.ifname, netns: kept.netns, cni: kept.cni };
+                    let Kept { ifname, netns, cni, docker, .. } = kept;
+                    let local = LocalEndpoint { ifname, netns, cni, docker };
                     self.state.borrow_mut().endpoints.insert(kept.endpoint.id, local);
                     endpoints.push(kept.endpoint);
                 }

@@ -28,6 +28,7 @@ pub(crate) async fn run(config: Config) -> Result<()> {
     // Between the two: a plugin that finds no socket finds its file carried out, and one that finds
     // it is answered afterwards.
     node.carry_out_all_deleted().await;
+    node.carry_out_docker().await;
     let Inbox { mut gossip, mut links, mut kernel, saved } = inbox;
     let mut tasks = tokio::task::JoinSet::new();
     tasks.spawn_local(control::serve(Rc::clone(&node), listener));
@@ -115,6 +116,7 @@ impl Node {
             if count.is_multiple_of(5) {
                 self.pull_missing();
                 self.expire_leases();
+                self.collect_docker();
                 self.end_clashes();
                 self.drop_forgotten(&mut self.state.borrow_mut());
                 notify(&[sd_notify::NotifyState::Watchdog]);

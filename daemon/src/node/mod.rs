@@ -7,6 +7,7 @@ mod addresses;
 mod alloc;
 mod attach;
 mod cni;
+mod docker;
 mod events;
 mod keys;
 mod lifecycle;
@@ -283,7 +284,9 @@ impl Node {
             })
             .collect()
         };
-        let entries = kept.into_iter().map(ovl_proto::table::Entry::Endpoint).chain(leases).collect();
+        let held = self.state.borrow().docker.held();
+        let entries =
+            kept.into_iter().map(ovl_proto::table::Entry::Endpoint).chain(leases).chain(held).collect();
         self.write_table(entries, Vec::new());
         // A network that was removed is served as long as it has endpoints, and these are some.
         self.recompute_networks();
@@ -456,6 +459,7 @@ fn first_state(
         next_request: u64::from_le_bytes(random()),
         endpoints: BTreeMap::new(),
         sandboxes: BTreeMap::new(),
+        docker: docker::Docker::recalled(&saved.docker),
         cursors: BTreeMap::new(),
         pending: state::Pending::default(),
         dirty: state::Dirty::default(),

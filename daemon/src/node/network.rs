@@ -6,11 +6,11 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use ovl_core::device::Device;
 use ovl_core::view::NetworkState;
-use ovl_core::{desired, ipam, networks, routed, tunnel};
+use ovl_core::{desired, docker, ipam, networks, routed, tunnel};
 use ovl_proto::clock::Stamp;
 use ovl_proto::control::{NetworkCreate, NetworkInfo};
 use ovl_proto::id::NetworkId;
-use ovl_proto::object::{Backend, Driver, Mode, Network};
+use ovl_proto::object::{Backend, Driver, Mode, Network, ObjectKey};
 
 use super::state::State;
 use super::{Failed, Node, random, wall_ms};
@@ -25,7 +25,16 @@ const UNNAMED: [&str; 2] = ["default", "bridge"];
 
 impl Node {
     /// Makes a network; returns when it is on this host's disk and all live peers were told.
-    pub(super) async fn network_create(&self, mut request: NetworkCreate) -> Result<NetworkInfo, Failed> {
+    pub(super) async fn network_create(&self, request: NetworkCreate) -> Result<NetworkInfo, Failed> {
+        self.network_create_for(request, false).await
+    }
+
+    /// The same for a container engine (`on_demand`), or for people.
+    pub(super) async fn network_create_for(
+        &self,
+        mut request: NetworkCreate,
+        on_demand: bool,
+    ) -> Result<NetworkInfo, Failed> {
         // There is nothing to encrypt between hosts of which there is one.
         request.encrypted |= self.config.encrypt && request.driver == Driver::Overlay;
         if !is_name(&request.name) {
@@ -40,7 +49,7 @@ impl Node {
         let taken = self.kernel.prefixes().await.map_err(Failed::from)?;
         let network = {
             let mut state = self.state.borrow_mut();
-            let network = self.plan_create(&state, &request, &taken)?;
+            let network = self.plan_create(&state, &request, &taken, on_demand)?;
             Network { created: stamp(&mut state), ..network }
         };
         let id = network.id;
@@ -67,6 +76,7 @@ impl Node {
         state: &State,
         request: &NetworkCreate,
         taken: &[IpNet],
+        on_demand: bool,
     ) -> Result<Network, Failed> {
         let own = request.driver == Driver::Bridge;
         if !own {
@@ -83,12 +93,15 @@ impl Node {
             let id = other.network.id;
             return Err(Failed::conflict(format!("network {} exists already, with id {id}", request.name)));
         }
-        let id = loop {
-            let id = NetworkId(random());
-            if !state.view.networks.contains_key(&id) {
-                break id;
-            }
+        let is_free = |id: &NetworkId| {
+            !state.view.networks.contains_key(id) && state.objects.get(&ObjectKey::Network(*id)).is_none()
         };
+        // Engines of several hosts are told to make one network at the same instant: then it is one.
+        let id = match on_demand {
+            true => (0..).map(|attempt| docker::network_id(&request.name, attempt)).find(is_free),
+            false => std::iter::repeat_with(|| NetworkId(random())).find(is_free),
+        };
+        let id = id.ok_or_else(|| Failed::internal("no id is free"))?;
         let vni = match request.vni {
             _ if own => 0,
             Some(vni) if !(1..=networks::MAX_VNI).contains(&vni) => {
@@ -139,12 +152,13 @@ impl Node {
             backend: request.backend.unwrap_or_default(),
             // As Docker's own default network has none.
             names: request.dns || !(own && UNNAMED.contains(&request.name.as_str())),
+            on_demand,
         })
     }
 
     /// A range of the pool that collides with no network and with nothing that this host reaches. A network of
     /// this host takes the last one: where another host's next one is, nobody can know.
-    fn choose_subnet(&self, state: &State, taken: &[IpNet], own: bool) -> Result<IpNet, Failed> {
+    pub(super) fn choose_subnet(&self, state: &State, taken: &[IpNet], own: bool) -> Result<IpNet, Failed> {
         let used =
             state.view.networks.values().flat_map(|other| other.network.subnets.iter().map(|s| s.prefix));
         let taken: Vec<IpNet> =

@@ -102,6 +102,11 @@ impl Node {
                 Reply::Done
             }
             Request::SandboxLs => Reply::Sandboxes(self.sandbox_ls().await?),
+            Request::Docker(call) => Reply::Docker(self.docker(&call).await?),
+            Request::DockerName(names) => {
+                self.name_docker(&names)?;
+                Reply::Done
+            }
         })
     }
 

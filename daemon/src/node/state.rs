@@ -11,6 +11,7 @@ use ovl_core::alloc::{Allocator, Output};
 use ovl_core::backends::Backends;
 use ovl_core::cni::Attachment;
 use ovl_core::device::Device;
+use ovl_core::docker::EngineEndpoint;
 use ovl_core::kernel::Kernel;
 use ovl_core::liveness::Signs;
 use ovl_core::objects::Objects;
@@ -26,6 +27,7 @@ use ovl_proto::table::{Endpoint, Entry};
 use tokio::sync::oneshot;
 
 use super::Failed;
+use super::docker::Docker;
 use super::sandbox::Sandbox;
 use crate::gossip::Hints;
 
@@ -57,6 +59,9 @@ pub(crate) struct LocalEndpoint {
     pub ifname: String,
     /// Whose it is, if a container runtime asked for it.
     pub cni: Option<Attachment>,
+    /// Which one it is for a Docker Engine, if that asked for it. Its other end is the Engine's to
+    /// put into a namespace and to bring back.
+    pub docker: Option<EngineEndpoint>,
     /// Where its namespace was found.
     pub netns: PathBuf,
 }
@@ -174,6 +179,8 @@ pub(crate) struct State {
     pub endpoints: BTreeMap<EndpointId, LocalEndpoint>,
     /// Sandboxes of this host, by name.
     pub sandboxes: BTreeMap<String, Sandbox>,
+    /// What is kept for Docker Engines.
+    pub docker: Docker,
     /// The address given out last on each subnet.
     pub cursors: BTreeMap<(NetworkId, IpAddr), IpAddr>,
     /// Attaches under way.

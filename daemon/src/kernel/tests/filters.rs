@@ -24,7 +24,7 @@ fn text() -> String {
         internal: false,
         backend: Backend::Vxlan,
         names: true,
-            on_demand: false,
+        on_demand: false,
     };
     filter::render(
         &[&network],

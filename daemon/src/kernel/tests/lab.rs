@@ -187,7 +187,7 @@ impl Container {
         EndpointSpec {
             device: endpoint(n),
             name: format!("web-{n}"),
-            netns: self.open(),
+            netns: Some(self.open()),
             ifname: None,
             mac: mac(n.into()),
             mtu: 1400,

@@ -7,10 +7,10 @@ use ovl_core::op::Op;
 
 use super::lab::{Container, Lab, bridge, desired, endpoint, in_namespace, ip, mac, run};
 use crate::kernel::link::DOOMED;
-use crate::kernel::{Netns, Retired};
+use crate::kernel::{Netns, Other, Retired};
 
 fn retired(n: u8, netns: Option<Netns>) -> Vec<Retired> {
-    vec![Retired { device: endpoint(n), netns }]
+    vec![Retired { device: endpoint(n), other: netns.map_or(Other::Lost, Other::In) }]
 }
 
 async fn wait_until_gone(n: u8) {

@@ -24,6 +24,7 @@ impl Node {
         loop {
             tokio::time::sleep(AGAIN).await;
             self.carry_out_all_deleted().await;
+            self.carry_out_docker().await;
         }
     }
 

@@ -1,0 +1,410 @@
+//! Calls of Docker Engines. What they mean is decided in [`ovl_core::docker`]; here it is done.
+//!
+//! An Engine does not repeat after its restart what it has made, and ignores it when it cannot take
+//! something away. So its networks are in the state file, its endpoints with all others in the run
+//! directory, and what it forgets is collected.
+
+mod collect;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use nix::net::if_::if_nametoindex;
+use ovl_core::device::Device;
+use ovl_core::docker::{
+    self, AddressWish, Call, Choice, EndpointWish, EngineEndpoint, EngineNetwork, Joined, NetworkWish, Plan,
+    Pool, PoolWish,
+};
+use ovl_core::ipam;
+use ovl_proto::control::{Attach, DockerCall, DockerName, FailureKind, NetnsRef};
+use ovl_proto::id::{EndpointId, NetworkId};
+use ovl_proto::object::{Mode, Network};
+use ovl_proto::table::{Endpoint, Entry, Key};
+use serde_json::Value;
+
+use super::state::{LocalEndpoint, State};
+use super::{Failed, Node, random};
+
+/// The host's own namespace: the Engine fetches interfaces there.
+const HERE: &str = "/proc/thread-self/ns/net";
+
+/// What is kept for Engines.
+#[derive(Debug, Default)]
+pub(crate) struct Docker {
+    /// Their networks, by the Engine's id.
+    networks: BTreeMap<String, EngineNetwork>,
+    /// Addresses given out for endpoints that are still to be made, since when.
+    reserved: BTreeMap<(NetworkId, IpAddr), u64>,
+    /// Ranges given out for networks that are still to be made, since when.
+    chosen: Vec<(Pool, u64)>,
+    /// Endpoints whose other ends are in this namespace, since when.
+    unfetched: BTreeMap<EndpointId, u64>,
+}
+
+impl Docker {
+    /// What the last run knew.
+    pub(super) fn recalled(networks: &[(String, EngineNetwork)]) -> Self {
+        Self { networks: networks.iter().cloned().collect(), ..Self::default() }
+    }
+
+    /// What is to outlive this one.
+    pub(super) fn kept(&self) -> Vec<(String, EngineNetwork)> {
+        self.networks.iter().map(|(id, kept)| (id.clone(), kept.clone())).collect()
+    }
+
+    /// For the table: what must not be removed.
+    pub(super) fn held(&self) -> Vec<Entry> {
+        let all: BTreeSet<NetworkId> = self.networks.values().map(|kept| kept.network).collect();
+        all.into_iter().map(Entry::Held).collect()
+    }
+}
+
+impl Node {
+    /// Does what an Engine asks for, and gives what it is answered. Only what may be otherwise in a
+    /// moment is a failure here: `ovl-docker` asks again.
+    pub(super) async fn docker(&self, call: &DockerCall) -> Result<Value, Failed> {
+        let outcome = match docker::parse(&call.method, &call.body) {
+            Ok(call) => self.docker_call(call).await,
+            Err(why) => Err(Failed::invalid(why)),
+        };
+        match outcome {
+            Err(failed) if failed.0.kind != FailureKind::Unavailable => {
+                tracing::warn!(
+                    call = call.method,
+                    error = failed.0.message,
+                    "refused a Docker Engine's call"
+                );
+                Ok(docker::failed(&failed.0.message))
+            }
+            outcome => outcome,
+        }
+    }
+
+    async fn docker_call(&self, call: Call) -> Result<Value, Failed> {
+        if let Some(answer) = docker::always(&call) {
+            return Ok(answer);
+        }
+        match call {
+            Call::RequestPool(wish) => self.docker_pool(&wish).await.map(docker::pool),
+            Call::RequestAddress(wish) => self.docker_address(wish).await.map(docker::address),
+            Call::ReleaseAddress { pool, address } => self.docker_release(pool, address).await,
+            Call::CreateNetwork(wish) => self.docker_network(*wish).await,
+            Call::DeleteNetwork(id) => self.docker_network_rm(&id).await,
+            Call::CreateEndpoint(wish) => self.docker_endpoint(*wish).await,
+            Call::DeleteEndpoint(id) | Call::Leave(id) => self.docker_endpoint_rm(&id).await,
+            Call::Join(id) => self.docker_join(&id),
+            Call::Publish(_, ports) if !ports.is_empty() => {
+                Err(Failed::invalid("this release publishes no ports for containers of an Engine"))
+            }
+            Call::Publish(..) | Call::Revoke(_) => Ok(docker::nothing()),
+            Call::Activate
+            | Call::DriverCapabilities
+            | Call::IpamCapabilities
+            | Call::AddressSpaces
+            | Call::Describe(_)
+            | Call::Nothing => Err(Failed::internal("this is answered before")),
+        }
+    }
+
+    /// A range, before it is known what for.
+    async fn docker_pool(&self, wish: &PoolWish) -> Result<Pool, Failed> {
+        let choice = {
+            let state = self.state.borrow();
+            state.check_member()?;
+            docker::choose_pool(wish, &state.view.networks).map_err(Failed::invalid)?
+        };
+        let v6 = match choice {
+            Choice::Range(prefix) => return Ok(Pool { prefix, chosen: None }),
+            Choice::Free { v6 } => v6,
+        };
+        if self.config.pool.addr().is_ipv4() == v6 {
+            let family = if v6 { "IPv6" } else { "IPv4" };
+            return Err(Failed::invalid(format!(
+                "the pool {}, from which ranges are chosen, has no {family} addresses: give a range with --subnet",
+                self.config.pool
+            )));
+        }
+        let mut taken = self.kernel.prefixes().await.map_err(Failed::from)?;
+        let mut guard = self.state.borrow_mut();
+        let state = &mut *guard;
+        taken.extend(state.docker.chosen.iter().map(|(pool, _)| pool.prefix));
+        let prefix = self.choose_subnet(state, &taken, false)?;
+        let pool = Pool { prefix, chosen: Some(u32::from_le_bytes(random())) };
+        let now = state.now();
+        state.docker.chosen.push((pool, now));
+        Ok(pool)
+    }
+
+    async fn docker_address(&self, wish: AddressWish) -> Result<IpNet, Failed> {
+        let (pool, wanted) = match wish {
+            AddressWish::Gateway(pool, wanted) => {
+                let state = self.state.borrow();
+                let subnet = subnet_of(&state, pool).ok().map(|(_, subnet)| subnet);
+                return docker::wanted_gateway(pool.prefix, subnet, wanted).map_err(Failed::invalid);
+            }
+            AddressWish::Endpoint(pool, wanted) => (pool, wanted),
+        };
+        let (network, subnet) = {
+            let state = self.state.borrow();
+            state.check_member()?;
+            let (network, subnet) = subnet_of(&state, pool)?;
+            (network.clone(), *subnet)
+        };
+        let reserved = match wanted {
+            Some(address) => self.reserve_exact(&network, address).await?,
+            None => self.reserve_any(&network, &subnet).await?,
+        };
+        let net = reserved.keep();
+        let mut state = self.state.borrow_mut();
+        let now = state.now();
+        state.docker.reserved.insert((network.id, net.addr()), now);
+        Ok(net)
+    }
+
+    /// Whatever of ours still has the address, the Engine has not.
+    async fn docker_release(&self, pool: Pool, address: IpAddr) -> Result<Value, Failed> {
+        let left: Vec<EndpointId> = {
+            let mut guard = self.state.borrow_mut();
+            let state = &mut *guard;
+            let Ok((network, _)) = subnet_of(state, pool) else { return Ok(docker::nothing()) };
+            let network = network.id;
+            if state.docker.reserved.remove(&(network, address)).is_some() {
+                state.pending.addresses.remove(&(network, address));
+            }
+            let own = state.view.own().into_iter().flat_map(|own| own.table.with_address(network, address));
+            own.map(|endpoint| endpoint.id).filter(|id| engine_endpoint(state, *id).is_some()).collect()
+        };
+        if !left.is_empty() {
+            self.take_away(&left).await?;
+        }
+        Ok(docker::nothing())
+    }
+
+    /// Makes or joins a network; returns when it is on this host's disk which one it is.
+    async fn docker_network(&self, wish: NetworkWish) -> Result<Value, Failed> {
+        let (plan, pools) = {
+            let mut guard = self.state.borrow_mut();
+            let state = &mut *guard;
+            state.check_member()?;
+            if state.docker.networks.contains_key(&wish.id) {
+                return Ok(docker::nothing());
+            }
+            let chosen = &state.docker.chosen;
+            let pool = |prefix: &IpNet| {
+                chosen.iter().find(|(pool, _)| pool.prefix == *prefix).map(|(pool, _)| *pool)
+            };
+            let pools: Vec<Pool> = wish.prefixes.iter().filter_map(pool).collect();
+            let is_chosen = |prefix| pools.iter().any(|pool| pool.prefix == prefix);
+            let plan =
+                docker::plan_network(&wish, &state.view.networks, is_chosen).map_err(Failed::invalid)?;
+            state.docker.chosen.retain(|(pool, _)| !pools.contains(pool));
+            (plan, pools)
+        };
+        let network = match plan {
+            Plan::Join(network) => network,
+            Plan::Make(create) => self.network_create_for(*create, true).await?.id,
+        };
+        let kept = EngineNetwork { network, pools };
+        self.state.borrow_mut().docker.networks.insert(wish.id.clone(), kept);
+        self.write_table(vec![Entry::Held(network)], Vec::new());
+        self.save_soon();
+        if let Err(failed) = self.saved().await {
+            self.leave_network(&wish.id)?;
+            return Err(failed);
+        }
+        self.event("network", &self.network_name(network), "joined by a Docker Engine");
+        Ok(docker::nothing())
+    }
+
+    /// Leaves a network, with what the Engine could not take away of its endpoints there.
+    async fn docker_network_rm(&self, id: &str) -> Result<Value, Failed> {
+        let left: Vec<EndpointId> = {
+            let state = self.state.borrow();
+            let is_there =
+                |local: &LocalEndpoint| local.docker.as_ref().is_some_and(|docker| docker.network == id);
+            state.endpoints.iter().filter(|(_, local)| is_there(local)).map(|(id, _)| *id).collect()
+        };
+        self.take_away(&left).await?;
+        self.leave_network(id)?;
+        self.saved().await?;
+        Ok(docker::nothing())
+    }
+
+    /// Forgets an Engine's network. The cluster's goes with the last one that stands for it, if it
+    /// was made for Engines.
+    fn leave_network(&self, id: &str) -> Result<(), Failed> {
+        let Some(network) = self.state.borrow_mut().docker.networks.remove(id).map(|kept| kept.network)
+        else {
+            return Ok(());
+        };
+        self.save_soon();
+        let others = self.state.borrow().docker.networks.values().any(|kept| kept.network == network);
+        if others {
+            return Ok(());
+        }
+        let name = self.network_name(network);
+        self.write_table(Vec::new(), vec![Key::Held(network)]);
+        self.event("network", &name, "left by a Docker Engine");
+        let unused = {
+            let state = self.state.borrow();
+            let members = || {
+                state.view.nodes.values().filter(|node| state.view.alloc.members.contains(&node.record.id))
+            };
+            let used = members()
+                .any(|node| node.table.holds(network) || node.table.endpoints_on(network).next().is_some())
+                || state.local.wanted.contains_key(&network);
+            let found =
+                state.view.networks.get(&network).filter(|found| found.network.on_demand && !found.removing);
+            found.filter(|_| !used).map(|found| found.network.clone())
+        };
+        match unused {
+            Some(network) => {
+                self.write_network(network, true)?;
+                self.event("network", &name, "removed: no Engine has it any more");
+                Ok(())
+            }
+            None => Ok(()),
+        }
+    }
+
+    async fn docker_endpoint(&self, wish: EndpointWish) -> Result<Value, Failed> {
+        let _alone = self.containers.alone(&wish.id.endpoint).await;
+        let network = {
+            let state = self.state.borrow();
+            state.check_member()?;
+            state.docker.networks.get(&wish.id.network).map(|kept| kept.network).ok_or_else(|| {
+                Failed::not_found(
+                    "ovl does not know this network of the Engine: was the state directory emptied? `docker network rm` it \
+                     and make it again",
+                )
+            })?
+        };
+        if let Some((id, there)) = self.of_engine(&wish.id) {
+            // The answer was lost, and the call comes again.
+            if there.addresses.iter().map(IpNet::addr).eq(wish.addresses.iter().copied()) {
+                return Ok(docker::endpoint());
+            }
+            self.take_away(&[id]).await?;
+        }
+        let EndpointWish { id, addresses, mac, name, aliases, namespace, labels } = wish;
+        let mut request = Attach {
+            name,
+            network: network.to_string(),
+            netns: NetnsRef::Path(HERE.into()),
+            addresses,
+            mac: Some(mac),
+            ifname: None,
+            aliases,
+            namespace,
+            labels,
+        };
+        let network = self.check_attach(&request, docker::MAX_NAME)?;
+        let place = self.take_place(&request, &network)?;
+        request.ifname = Some(docker::waiting_name(place.device.as_str()));
+        let mut reserved = Vec::new();
+        for address in &request.addresses {
+            let known = self.state.borrow_mut().docker.reserved.remove(&(network.id, *address));
+            let kept = known.and_then(|_| self.reserve_kept(&network, *address));
+            reserved.push(match kept {
+                Some(kept) => kept,
+                None => self.reserve_exact(&network, *address).await?,
+            });
+        }
+        let local = LocalEndpoint { ifname: String::new(), cni: None, docker: Some(id), netns: HERE.into() };
+        self.make(request, &network, place, reserved, local, None).await?;
+        Ok(docker::endpoint())
+    }
+
+    /// One that is not there is fine.
+    async fn docker_endpoint_rm(&self, id: &EngineEndpoint) -> Result<Value, Failed> {
+        let _alone = self.containers.alone(&id.endpoint).await;
+        if let Some((id, _)) = self.of_engine(id) {
+            self.take_away(&[id]).await?;
+        }
+        Ok(docker::nothing())
+    }
+
+    /// What the Engine is to put into the container.
+    fn docker_join(&self, id: &EngineEndpoint) -> Result<Value, Failed> {
+        let gone = || Failed::not_found("the endpoint is gone: start the container again");
+        let (_, endpoint) = self.of_engine(id).ok_or_else(gone)?;
+        let state = self.state.borrow();
+        let network: &Network = &state.view.networks.get(&endpoint.network).ok_or_else(gone)?.network;
+        let device = docker::waiting_name(Device::endpoint(endpoint.id).as_str());
+        if if_nametoindex(device.as_str()).is_err() {
+            return Err(gone());
+        }
+        let addresses = endpoint.addresses.iter().map(IpNet::addr);
+        let joined = Joined {
+            device,
+            gateways: addresses.filter_map(|address| ipam::gateway_on(network, address)).collect(),
+            ranges: match network.mode {
+                Mode::L2 => Vec::new(),
+                Mode::L3 => network.subnets.iter().map(|subnet| subnet.prefix).collect(),
+            },
+        };
+        Ok(docker::joined(&joined, network.internal))
+    }
+
+    /// Gives an endpoint the name that its container has in the Engine, or, where that is taken on the
+    /// network, lets it answer to it.
+    pub(super) fn name_docker(&self, names: &DockerName) -> Result<(), Failed> {
+        let found = {
+            let state = self.state.borrow();
+            let is_it = |local: &LocalEndpoint| {
+                local.docker.as_ref().is_some_and(|docker| docker.endpoint == names.endpoint)
+            };
+            let id = state.endpoints.iter().find(|(_, local)| is_it(local)).map(|(id, _)| *id);
+            id.and_then(|id| state.own_endpoint(id).cloned())
+        };
+        let Some(mut endpoint) = found else { return Err(Failed::not_found("no such endpoint")) };
+        let given = endpoint.name != names.endpoint.chars().take(12).collect::<String>();
+        let place = (endpoint.network, endpoint.namespace.clone(), names.name.clone());
+        let taken = {
+            let state = self.state.borrow();
+            state.endpoint_named(&place).is_some() || state.pending.names.contains(&place)
+        };
+        let mut aliases: Vec<String> = std::mem::take(&mut endpoint.aliases);
+        aliases.extend(names.aliases.iter().cloned());
+        if given || taken {
+            aliases.push(names.name.clone());
+        } else {
+            endpoint.name.clone_from(&names.name);
+        }
+        let mut seen = BTreeSet::from([endpoint.name.clone()]);
+        aliases.retain(|alias| {
+            crate::config::is_name_within(alias, docker::MAX_NAME) && seen.insert(alias.clone())
+        });
+        endpoint.aliases = aliases;
+        super::attach::check_sizes(&endpoint.aliases, &endpoint.labels).map_err(Failed::invalid)?;
+        let local = self.state.borrow().endpoints.get(&endpoint.id).cloned();
+        if let Some(local) = local {
+            self.keep_endpoint(&endpoint, &local).map_err(|error| Failed::internal(format!("{error:#}")))?;
+        }
+        self.event("endpoint", &endpoint.name, "named as its container");
+        self.write_table(vec![Entry::Endpoint(endpoint)], Vec::new());
+        Ok(())
+    }
+
+    /// An Engine's endpoint on this host.
+    fn of_engine(&self, id: &EngineEndpoint) -> Option<(EndpointId, Endpoint)> {
+        let state = self.state.borrow();
+        let found =
+            state.endpoints.iter().find(|(_, local)| local.docker.as_ref() == Some(id)).map(|(id, _)| *id)?;
+        Some((found, state.own_endpoint(found)?.clone()))
+    }
+
+    fn network_name(&self, id: NetworkId) -> String {
+        let state = self.state.borrow();
+        state.view.networks.get(&id).map_or_else(|| id.to_string(), |found| found.network.name.clone())
+    }
+}
+
+fn engine_endpoint(state: &State, id: EndpointId) -> Option<&EngineEndpoint> {
+    state.endpoints.get(&id)?.docker.as_ref()
+}
+
+fn subnet_of(state: &State, pool: Pool) -> Result<(&Network, &ovl_proto::object::Subnet), Failed> {
+    docker::subnet_of(pool, state.docker.networks.values(), &state.view.networks).map_err(Failed::not_found)
+}

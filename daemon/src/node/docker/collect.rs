@@ -1,0 +1,95 @@
+//! What Engines leave: calls that came while ovld was away, and what they never come for.
+
+use std::rc::Rc;
+
+use nix::net::if_::if_nametoindex;
+use ovl_core::device::Device;
+use ovl_core::docker;
+use ovl_proto::control::{DockerCall, DockerDeleted};
+use ovl_proto::id::EndpointId;
+
+use super::super::{Node, remove_if_there};
+
+/// What an Engine asks for first and names later, it names at once: after this time, in milliseconds,
+/// it has forgotten.
+const UNUSED_MS: u64 = 60_000;
+/// An interface that the Engine has not fetched, or has brought back and told nobody, is taken away
+/// after this time. Starting a container takes a second.
+const UNFETCHED_MS: u64 = 120_000;
+
+impl Node {
+    /// Carries out what was to be taken away while ovld was not there. What fails stays for the next
+    /// time.
+    pub(in crate::node) async fn carry_out_docker(&self) {
+        let calls = match DockerDeleted::all(&self.run_dir.socket()) {
+            Ok(calls) => calls,
+            Err(error) => {
+                tracing::warn!(%error, "cannot look for calls of Docker Engines that were kept");
+                return;
+            }
+        };
+        for (path, call) in calls {
+            let done = match call {
+                Ok(call) => self.carry_out_kept(&call).await,
+                Err(error) => {
+                    tracing::warn!(file = %path.display(), %error, "passed over a call of a Docker Engine that was kept");
+                    true
+                }
+            };
+            if done && let Err(error) = remove_if_there(&path) {
+                tracing::warn!("{error:#}");
+            }
+        }
+    }
+
+    async fn carry_out_kept(&self, call: &DockerCall) -> bool {
+        match self.docker(call).await {
+            Ok(answer) => {
+                tracing::info!(call = call.method, %answer, "carried out a call of a Docker Engine that was kept");
+                true
+            }
+            Err(failed) => {
+                tracing::warn!(call = call.method, error = failed.0.message, "a call that was kept fails");
+                false
+            }
+        }
+    }
+
+    /// Takes back what an Engine asked for and did not come for, and what it left. To be called now
+    /// and then.
+    pub(in crate::node) fn collect_docker(self: &Rc<Self>) {
+        let stale: Vec<EndpointId> = {
+            let mut guard = self.state.borrow_mut();
+            let state = &mut *guard;
+            let now = state.now();
+            state.docker.chosen.retain(|(_, since)| now < since + UNUSED_MS);
+            let pending = &mut state.pending.addresses;
+            state.docker.reserved.retain(|at, since| {
+                let keep = now < *since + UNUSED_MS;
+                if !keep {
+                    pending.remove(at);
+                }
+                keep
+            });
+            let here = |id: &EndpointId| {
+                if_nametoindex(docker::waiting_name(Device::endpoint(*id).as_str()).as_str()).is_ok()
+            };
+            let engines = state.endpoints.iter().filter(|(_, local)| local.docker.is_some());
+            let unfetched = engines.map(|(id, _)| *id).filter(here);
+            let before = std::mem::take(&mut state.docker.unfetched);
+            state.docker.unfetched =
+                unfetched.map(|id| (id, before.get(&id).copied().unwrap_or(now))).collect();
+            let old = state.docker.unfetched.iter().filter(|(_, since)| now >= **since + UNFETCHED_MS);
+            old.map(|(id, _)| *id).collect()
+        };
+        if stale.is_empty() {
+            return;
+        }
+        let node = Rc::clone(self);
+        tokio::task::spawn_local(async move {
+            if let Err(failed) = node.take_away(&stale).await {
+                tracing::warn!(error = failed.0.message, "cannot take away what a Docker Engine left");
+            }
+        });
+    }
+}

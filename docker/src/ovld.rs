@@ -1,0 +1,117 @@
+//! The way to ovld, and what is done without it.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use ovl_core::docker::{self, Call};
+use ovl_proto::control::{Client, ClientError, DockerCall, DockerDeleted, FailureKind, Reply, Request};
+use serde_json::Value;
+
+/// How long ovld may take for a call that it has taken: it may wait for other hosts.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// How long one that is down or not ready is waited for: to start it anew takes less.
+const RETRY: Duration = Duration::from_secs(3);
+/// Between two attempts.
+const PAUSE: Duration = Duration::from_millis(100);
+
+/// The way to ovld.
+#[derive(Debug, Clone)]
+pub(crate) struct Ovld {
+    socket: PathBuf,
+}
+
+impl Ovld {
+    pub(crate) fn new(socket: PathBuf) -> Self {
+        Self { socket }
+    }
+
+    /// What an Engine is answered.
+    pub(crate) async fn answer(&self, call: &DockerCall) -> Value {
+        let meaning = match docker::parse(&call.method, &call.body) {
+            Ok(meaning) => meaning,
+            Err(why) => return docker::failed(&why),
+        };
+        if let Some(answer) = docker::always(&meaning) {
+            return answer;
+        }
+        match self.ask(Request::Docker(call.clone()), RETRY).await {
+            Ok(Reply::Docker(answer)) => answer,
+            Ok(_) => docker::failed(
+                "ovld gave an answer that does not belong to the question: are both of one release?",
+            ),
+            Err(why) => self.without(&meaning, call, &why),
+        }
+    }
+
+    /// The Engine goes on whatever we say when it takes something away: that is kept for ovld.
+    fn without(&self, meaning: &Call, call: &DockerCall, why: &ClientError) -> Value {
+        eprintln!("ovl-docker: {}: {why}", call.method);
+        if let Some(key) = docker::later(meaning) {
+            return match DockerDeleted::keep(&self.socket, &key, call) {
+                Ok(()) => docker::nothing(),
+                Err(error) => docker::failed(&format!(
+                    "ovld is not running, and the call cannot be kept for it: {error}"
+                )),
+            };
+        }
+        docker::failed(&explain(why, &self.socket))
+    }
+
+    /// Asks until there is an answer, for that long.
+    pub(crate) async fn ask(&self, request: Request, retry: Duration) -> Result<Reply, ClientError> {
+        let socket = self.socket.clone();
+        let ask = move || {
+            let end = Instant::now() + retry;
+            loop {
+                let error = match Client::connect(&socket, Some(PATIENCE))
+                    .and_then(|mut client| client.request(&request))
+                {
+                    Ok(reply) => return Ok(reply),
+                    Err(error) => error,
+                };
+                if Instant::now() >= end || !is_for_a_moment(&error) {
+                    return Err(error);
+                }
+                std::thread::sleep(PAUSE);
+            }
+        };
+        match tokio::task::spawn_blocking(ask).await {
+            Ok(result) => result,
+            Err(error) => Err(ClientError::Io(io::Error::other(error))),
+        }
+    }
+}
+
+/// Whether it may be otherwise in a moment. To ask twice does no harm.
+fn is_for_a_moment(error: &ClientError) -> bool {
+    match error {
+        ClientError::Connect { error, .. } => error.kind() != io::ErrorKind::PermissionDenied,
+        ClientError::Io(error) => {
+            !matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut)
+        }
+        ClientError::Failed(failure) => failure.kind == FailureKind::Unavailable,
+        ClientError::Protocol(_) => false,
+    }
+}
+
+fn explain(error: &ClientError, socket: &Path) -> String {
+    match error {
+        ClientError::Connect { error, .. } => format!(
+            "ovld is not running on this host ({}: {error}); `systemctl start ovld` starts it",
+            socket.display()
+        ),
+        ClientError::Io(error)
+            if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) =>
+        {
+            format!(
+                "ovld did not answer within {} s: `ovlctl status` and `journalctl -u ovld` tell what holds it up",
+                PATIENCE.as_secs()
+            )
+        }
+        ClientError::Failed(failure) if failure.kind == FailureKind::Unavailable => {
+            format!("ovld is not ready: {}", failure.message)
+        }
+        ClientError::Io(_) | ClientError::Failed(_) | ClientError::Protocol(_) => error.to_string(),
+    }
+}
