@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 
 pub use answer::{Joined, address, always, endpoint, failed, joined, nothing, pool};
 pub use call::{
-    AddressWish, Call, EndpointWish, MAX_NAME, NetworkWish, PoolWish, Port, Protocol, later, parse,
+    AddressWish, Call, EndpointWish, Later, MAX_NAME, NetworkWish, PoolWish, Port, Protocol, later, parse,
 };
 pub use decide::{Choice, Plan, choose_pool, network_id, plan_network, subnet_of, wanted_gateway};
 

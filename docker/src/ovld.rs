@@ -4,7 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use ovl_core::docker::{self, Call};
+use ovl_core::docker::{self, Later};
 use ovl_proto::control::{Client, ClientError, DockerCall, DockerDeleted, FailureKind, Reply, Request};
 use serde_json::Value;
 
@@ -35,27 +35,31 @@ impl Ovld {
         if let Some(answer) = docker::always(&meaning) {
             return answer;
         }
-        match self.ask(Request::Docker(call.clone()), RETRY).await {
+        let later = docker::later(&meaning);
+        // Whoever takes something away is not held up.
+        let retry = if later == Later::No { RETRY } else { Duration::ZERO };
+        match self.ask(Request::Docker(call.clone()), retry).await {
             Ok(Reply::Docker(answer)) => answer,
             Ok(_) => docker::failed(
                 "ovld gave an answer that does not belong to the question: are both of one release?",
             ),
-            Err(why) => self.without(&meaning, call, &why),
+            Err(why) => self.without(later, call, &why),
         }
     }
 
     /// The Engine goes on whatever we say when it takes something away: that is kept for ovld.
-    fn without(&self, meaning: &Call, call: &DockerCall, why: &ClientError) -> Value {
+    fn without(&self, later: Later, call: &DockerCall, why: &ClientError) -> Value {
         eprintln!("ovl-docker: {}: {why}", call.method);
-        if let Some(key) = docker::later(meaning) {
-            return match DockerDeleted::keep(&self.socket, &key, call) {
+        match later {
+            Later::No => docker::failed(&explain(why, &self.socket)),
+            Later::Follows => docker::nothing(),
+            Later::Keep(key) => match DockerDeleted::keep(&self.socket, &key, call) {
                 Ok(()) => docker::nothing(),
                 Err(error) => docker::failed(&format!(
                     "ovld is not running, and the call cannot be kept for it: {error}"
                 )),
-            };
+            },
         }
-        docker::failed(&explain(why, &self.socket))
     }
 
     /// Asks until there is an answer, for that long.

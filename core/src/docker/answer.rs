@@ -51,9 +51,10 @@ pub fn nothing() -> Value {
     json!({})
 }
 
-/// It was not.
+/// It was not. The two protocols have another name for that.
 pub fn failed(why: &str) -> Value {
-    json!({ "Err": format!("ovl: {why}") })
+    let why = format!("ovl: {why}");
+    json!({ "Err": why, "Error": why })
 }
 
 /// What an Engine is to put into a container.

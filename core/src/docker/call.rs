@@ -189,13 +189,26 @@ pub fn parse(method: &str, body: &Value) -> Result<Call, String> {
     })
 }
 
-/// What a call takes away for good, as the name of a file; nothing for any other call. That an address
-/// is free again follows from it.
-pub fn later(call: &Call) -> Option<String> {
+/// Whether a call takes something away. An Engine that is told that it failed goes on all the same, so
+/// it can as well be done later.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Later {
+    /// It does not.
+    No,
+    /// It follows from others that come with it.
+    Follows,
+    /// It has to be kept, under this name.
+    Keep(String),
+}
+
+/// What can be done with a call while ovld is not there.
+pub fn later(call: &Call) -> Later {
     match call {
-        Call::DeleteEndpoint(id) | Call::Leave(id) => Some(format!("endpoint-{}", id.endpoint)),
-        Call::DeleteNetwork(id) => Some(format!("network-{id}")),
-        _ => None,
+        Call::DeleteEndpoint(id) | Call::Leave(id) => Later::Keep(format!("endpoint-{}", id.endpoint)),
+        Call::DeleteNetwork(id) => Later::Keep(format!("network-{id}")),
+        Call::Revoke(id) => Later::Keep(format!("revoke-{}", id.endpoint)),
+        Call::ReleaseAddress { .. } => Later::Follows,
+        _ => Later::No,
     }
 }
 

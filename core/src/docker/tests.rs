@@ -285,6 +285,8 @@ fn a_network_is_joined_by_its_name_or_its_range_and_else_made() {
         let error = plan(options, prefix).unwrap_err();
         assert!(error.contains(part), "{error}");
     }
+    let error = plan(json!({ "ovl.mode": "l3" }), "fd00:5::/64").unwrap_err();
+    assert!(error.contains("no IPv6 addresses on a routed network"), "{error}");
     let mut internal = wish(json!({}), "10.77.0.0/16");
     internal.internal = true;
     assert!(plan_network(&internal, &blue(), |_| false).unwrap_err().contains("is not internal"));

@@ -1,9 +1,10 @@
-//! Real container runtimes on a lab's hosts: Podman and containerd, each with everything that is
+//! Real container runtimes on a lab's hosts: Podman, containerd and Docker Engines, each with everything that is
 //! its own below a directory of its host, which goes with its guard. Nothing is pulled.
 
 mod cni;
 mod containerd;
 mod cri;
+mod docker;
 mod image;
 mod podman;
 
@@ -18,6 +19,7 @@ use nix::mount::{MntFlags, umount2};
 
 pub use cni::{Call, Cni};
 pub use containerd::{Containerd, Pod, PodOptions};
+pub use docker::{Docker, DockerContainer};
 pub use podman::{Container, Podman};
 
 use crate::{SOON, make_network, started_with};

@@ -1,0 +1,263 @@
+//! Real Docker Engines as clients: their networks are networks of the cluster.
+
+#![allow(clippy::unwrap_used, reason = "tests, and helpers of tests")]
+
+use std::net::IpAddr;
+use std::time::Instant;
+
+use netns_lab::{Host, Signal, wait_until};
+use ovl_tests::runtime::{Before, Docker, Place, reaches, wait_endpoint_count};
+use ovl_tests::{SOON, assert_says, rows, started, strings, text, wait_clean, wait_network};
+use serde_json::json;
+
+/// `docker network create` with ovl's driver and IPAM.
+fn create(docker: &Docker, name: &str, more: &[&str]) -> String {
+    docker
+        .call(&[&["network", "create", "-d", "ovl", "--ipam-driver", "ovl"], more, &[name]].concat())
+        .unwrap()
+}
+
+fn networks(host: &Host) -> Vec<String> {
+    rows(host, &["network", "ls"]).unwrap().iter().map(|row| text(&row["name"])).collect()
+}
+
+/// The endpoint of a container, as the cluster knows it.
+fn endpoint(host: &Host, address: IpAddr) -> Option<serde_json::Value> {
+    let own = format!("{address}/");
+    let all = rows(host, &["endpoints"]).unwrap();
+    all.into_iter().find(|row| strings(&row["addresses"]).iter().any(|each| each.starts_with(&own)))
+}
+
+#[test]
+fn containers_of_three_engines_reach_each_other() {
+    let lab = started(3).unwrap();
+    let hosts = [&lab["h1"], &lab["h2"], &lab["h3"]];
+    let before = hosts.map(|host| Before::of(host).unwrap());
+    let docker = hosts.map(|host| Docker::start(host, &[]).unwrap());
+    let [d1, d2, d3] = &docker;
+
+    // One makes the network, one joins it by its name and one by its range.
+    create(d1, "blue", &["-o", "ovl.network=blue", "--subnet", "10.77.0.0/16"]);
+    hosts.iter().for_each(|host| wait_network(host, "blue").unwrap());
+    create(d2, "other-name", &["-o", "ovl.network=blue"]);
+    create(d3, "blue", &["--subnet", "10.77.0.0/16"]);
+    assert_eq!(networks(hosts[2]), ["blue"]);
+    let told = d1.inspect("network", "blue").unwrap();
+    assert_eq!((text(&told["Driver"]), text(&told["Scope"])), ("ovl".to_owned(), "local".to_owned()));
+    assert_eq!(text(&told["IPAM"]["Config"][0]["Subnet"]), "10.77.0.0/16");
+
+    let a = d1.run("aa", &["--network", "blue"]).unwrap();
+    let b = d2.run("bb", &["--network", "other-name"]).unwrap();
+    let c = d3
+        .run("cc", &["--network", "blue", "--ip", "10.77.9.9", "--mac-address", "02:00:5e:00:00:07"])
+        .unwrap();
+    for (from, to) in [(&a, &b), (&a, &c), (&b, &a), (&b, &c), (&c, &a), (&c, &b)] {
+        reaches(from, to).unwrap();
+    }
+    let addresses: Vec<IpAddr> = [&a, &b, &c].iter().map(|each| each.addresses().unwrap()[0]).collect();
+    assert_eq!(a.told_address("blue").unwrap(), addresses[0]);
+    assert_eq!(addresses[2].to_string(), "10.77.9.9");
+    assert_eq!(text(&endpoint(hosts[0], addresses[2]).unwrap()["mac"]), "02:00:5e:00:00:07");
+    // Two of one Engine, past its own rules for what it forwards.
+    let near = d1.run("near", &["--network", "blue"]).unwrap();
+    reaches(&near, &a).unwrap();
+    // And out into the world, as far as there is one.
+    near.ping(hosts[1].address().unwrap()).unwrap();
+
+    // An address is given once, whichever Engine asks.
+    let taken =
+        d1.refused(&["run", "--rm", "--network", "blue", "--ip", "10.77.9.9", "localhost/ovl-test"]).unwrap();
+    assert_says(&taken, &["10.77.9.9"]);
+
+    // A container is taken off a network, put on another one, on both.
+    create(d1, "red", &["-o", "ovl.network=red", "--subnet", "10.78.0.0/24"]);
+    wait_network(hosts[1], "red").unwrap();
+    create(d2, "red", &["--subnet", "10.78.0.0/24"]);
+    let red = d2.run("red", &["--network", "red"]).unwrap();
+    let red_address = red.addresses().unwrap()[0];
+    near.ping(red_address).expect_err("networks do not reach each other");
+    d1.call(&["network", "connect", "red", "near"]).unwrap();
+    near.ping(red_address).unwrap();
+    reaches(&near, &a).unwrap();
+    d1.call(&["network", "disconnect", "blue", "near"]).unwrap();
+    near.ping(red_address).unwrap();
+    wait_until(SOON, "near off blue", || near.ping(addresses[0]).is_err()).unwrap();
+
+    // A restart is another endpoint for the Engine; an address that was asked for stays.
+    d3.call(&["restart", "--time", "0", "cc"]).unwrap();
+    reaches(&a, &c).unwrap();
+    assert_eq!(c.addresses().unwrap(), [addresses[2]]);
+    wait_clean(lab.hosts(), SOON).unwrap();
+
+    // A network in use stays; then each Engine removes its own, and the last one the cluster's.
+    assert_says(&d1.refused(&["network", "rm", "blue"]).unwrap(), &["active endpoints"]);
+    d1.call(&["rm", "--force", "aa", "near"]).unwrap();
+    d2.call(&["rm", "--force", "bb", "red"]).unwrap();
+    d1.call(&["network", "rm", "blue", "red"]).unwrap();
+    assert_eq!(networks(hosts[0]), ["blue", "red"], "others have them");
+    d2.call(&["network", "rm", "red", "other-name"]).unwrap();
+    reaches(&c, &c).unwrap();
+    d3.call(&["rm", "--force", "cc"]).unwrap();
+    d3.call(&["network", "rm", "blue"]).unwrap();
+    for host in hosts {
+        wait_until(SOON, "no networks", || networks(host).is_empty()).unwrap();
+    }
+    drop(docker);
+    for each in before {
+        each.wait_nothing_left(&addresses).unwrap();
+    }
+}
+
+#[test]
+fn what_does_not_fit_is_refused_with_a_reason() {
+    let lab = started(1).unwrap();
+    let h1 = &lab["h1"];
+    h1.ctl_ok(&["network", "create", "plain", "--subnet", "10.70.0.0/24"]).unwrap();
+    let docker = Docker::start(h1, &[]).unwrap();
+    let refused = |more: &[&str]| {
+        let driver = ["network", "create", "-d", "ovl", "--ipam-driver", "ovl"];
+        docker.refused(&[&driver, more, &["wrong"]].concat()).unwrap()
+    };
+    assert_says(&refused(&["-o", "ovl.netwrok=x"]), &["ovl.netwrok"]);
+    assert_says(&refused(&["--subnet", "10.70.0.0/25"]), &["overlaps 10.70.0.0/24 of network plain"]);
+    assert_says(&refused(&["-o", "ovl.network=plain", "-o", "encrypted"]), &["plain is not encrypted"]);
+    assert_says(&refused(&["--subnet", "10.70.0.0/24", "--internal"]), &["plain is not internal"]);
+    assert_says(&refused(&["--subnet", "10.71.0.0/24", "--ip-range", "10.71.0.0/25"]), &["--ip-range"]);
+    assert_says(&refused(&["--subnet", "10.71.0.0/24", "--gateway", "10.71.0.9"]), &["10.71.0.1"]);
+    assert_says(&refused(&["--subnet", "10.71.0.0/24", "--aux-address", "x=10.71.0.9"]), &["--aux-address"]);
+    let own =
+        docker.refused(&["network", "create", "-d", "ovl", "--subnet", "10.71.0.0/24", "wrong"]).unwrap();
+    assert_says(&own, &["--ipam-driver ovl"]);
+    assert_eq!(networks(h1), ["plain"], "nothing is left of them");
+
+    // A network that people made stays when the Engine leaves it.
+    create(&docker, "plain", &["--ipam-opt", "ovl.network=plain"]);
+    let told = docker.inspect("network", "plain").unwrap();
+    assert_eq!(text(&told["IPAM"]["Config"][0]["Subnet"]), "10.70.0.0/24");
+    docker.call(&["network", "rm", "plain"]).unwrap();
+    assert_eq!(networks(h1), ["plain"]);
+
+    // Names and labels that an Engine hands on.
+    create(&docker, "plain", &["-o", "ovl.network=plain"]);
+    let options = "name=plain,driver-opt=ovl.name=web,driver-opt=ovl.alias=www,driver-opt=ovl.label.app=shop";
+    docker.run("container", &["--network", options]).unwrap();
+    let row = &rows(h1, &["endpoints"]).unwrap()[0];
+    assert_eq!((text(&row["name"]), text(&row["labels"]["app"])), ("web".to_owned(), "shop".to_owned()));
+    assert!(strings(&row["aliases"]).contains(&"www".to_owned()), "{row}");
+    // And the container's own, which the Engine is asked for.
+    let named =
+        || strings(&rows(h1, &["endpoints"]).unwrap()[0]["aliases"]).contains(&"container".to_owned());
+    wait_until(SOON, "the container's name", named).unwrap();
+    let second = docker.run("second", &["--network", "plain", "--network-alias", "two"]).unwrap();
+    let address = second.addresses().unwrap()[0];
+    wait_until(SOON, "the container's name and alias", || {
+        let row = endpoint(h1, address).unwrap();
+        text(&row["name"]) == "second" && strings(&row["aliases"]).contains(&"two".to_owned())
+    })
+    .unwrap();
+}
+
+#[test]
+fn encrypted_internal_and_routed_networks() {
+    let lab = started(2).unwrap();
+    let hosts = [&lab["h1"], &lab["h2"]];
+    let docker = hosts.map(|host| Docker::start(host, &[]).unwrap());
+    let [d1, d2] = &docker;
+    for (name, options) in [
+        ("sealed", &["-o", "encrypted", "--subnet", "10.79.0.0/24", "--ipv6", "--subnet", "fd79::/64"][..]),
+        ("inside", &["--internal", "--subnet", "10.80.0.0/24"]),
+        ("routed", &["-o", "ovl.mode=l3", "--subnet", "10.60.0.0/16"]),
+    ] {
+        let named = format!("ovl.network={name}");
+        let options = [&["-o", &named], options].concat();
+        create(d1, name, &options);
+        wait_network(hosts[1], name).unwrap();
+        create(d2, name, &options);
+        let a = d1.run(&format!("{name}-a"), &["--network", name]).unwrap();
+        let b = d2.run(&format!("{name}-b"), &["--network", name]).unwrap();
+        reaches(&a, &b).unwrap();
+        reaches(&b, &a).unwrap();
+        let near = d1.run(&format!("{name}-near"), &["--network", name]).unwrap();
+        reaches(&near, &a).unwrap();
+        let told = hosts[0].ctl_json(&["network", "inspect", name]).unwrap();
+        assert_eq!(
+            (&told["encrypted"], &told["internal"]),
+            (&json!(name == "sealed"), &json!(name == "inside"))
+        );
+        // One interface beside the loopback, which leads out unless the network is internal.
+        let links = a.command(&["busybox", "ip", "-o", "link"]).unwrap();
+        assert_eq!(links.lines().count(), 2, "{links}");
+        let routes = a.command(&["busybox", "ip", "route"]).unwrap();
+        assert_eq!(routes.contains("default"), name != "inside", "{routes}");
+        assert_eq!(a.ping(hosts[1].address().unwrap()).is_ok(), name != "inside");
+    }
+    wait_clean(lab.hosts(), SOON).unwrap();
+}
+
+#[test]
+fn engines_and_daemons_end_and_come_back() {
+    let lab = started(2).unwrap();
+    let (h1, h2) = (&lab["h1"], &lab["h2"]);
+    let mut d1 = Docker::start(h1, &["--live-restore"]).unwrap();
+    let d2 = Docker::start(h2, &[]).unwrap();
+    create(&d1, "blue", &["-o", "ovl.network=blue", "--subnet", "10.77.0.0/16"]);
+    wait_network(h2, "blue").unwrap();
+    create(&d2, "blue", &["-o", "ovl.network=blue", "--subnet", "10.77.0.0/16"]);
+    d1.run("aa", &["--network", "blue"]).unwrap();
+    let b = d2.run("bb", &["--network", "blue"]).unwrap();
+    reaches(&d1.container("aa"), &b).unwrap();
+    let (own, other) = (d1.container("aa").addresses().unwrap()[0], b.addresses().unwrap()[0]);
+
+    // The Engine is started anew, then killed, with a container running; so is the plugin.
+    for signal in [Signal::SIGTERM, Signal::SIGKILL] {
+        d1.end_daemon(signal).unwrap();
+        b.ping(own).expect("the container runs on");
+        d1.end_plugin(signal).unwrap();
+        d1.start_plugin().unwrap();
+        d1.start_daemon().unwrap();
+        reaches(&d1.container("aa"), &b).unwrap();
+        let more = d1.run("more", &["--network", "blue"]).unwrap();
+        reaches(&more, &b).unwrap();
+        d1.call(&["rm", "--force", "more"]).unwrap();
+    }
+
+    // ovld is killed under a running Engine, and comes back.
+    h1.kill9().unwrap();
+    b.ping(own).expect("the kernel goes on");
+    let begun = Instant::now();
+    let refused = d1.refused(&["run", "--rm", "--network", "blue", "localhost/ovl-test", "true"]).unwrap();
+    assert_says(&refused, &["ovld is not running", "systemctl start ovld"]);
+    assert!(begun.elapsed().as_secs() < 10, "within seconds: {:?}", begun.elapsed());
+    d1.call(&["ps"]).expect("the Engine does not hang");
+    // What is taken away meanwhile is, and ovld hears of it later.
+    d1.call(&["rm", "--force", "aa"]).unwrap();
+    // An Engine starts also without it.
+    d1.end_daemon(Signal::SIGTERM).unwrap();
+    d1.start_daemon().unwrap();
+    h1.start().unwrap();
+    h1.wait_ready(SOON).unwrap();
+    wait_endpoint_count(h1, 1).unwrap();
+    d1.run("aa", &["--network", "blue"]).unwrap();
+    reaches(&b, &d1.container("aa")).unwrap();
+    reaches(&d1.container("aa"), &b).unwrap();
+
+    // While it is started anew, nobody is refused.
+    h1.restart().unwrap();
+    let more = d1.run("more", &["--network", "blue"]).unwrap();
+    h1.wait_ready(SOON).unwrap();
+    reaches(&more, &b).unwrap();
+    wait_clean(lab.hosts(), SOON).unwrap();
+    d1.call(&["rm", "--force", "aa", "more"]).unwrap();
+    wait_endpoint_count(h1, 1).unwrap();
+
+    // A network that is removed meanwhile is left when it is back.
+    h1.stop().unwrap();
+    d1.call(&["network", "rm", "blue"]).unwrap();
+    h1.start().unwrap();
+    h1.wait_ready(SOON).unwrap();
+    wait_until(SOON, "blue left", || h1.log().contains("left by a Docker Engine")).unwrap();
+    d2.call(&["rm", "--force", "bb"]).unwrap();
+    d2.call(&["network", "rm", "blue"]).unwrap();
+    wait_until(SOON, "no networks", || networks(h1).is_empty()).unwrap();
+    let _ = other;
+}
