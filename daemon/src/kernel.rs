@@ -5,6 +5,7 @@
 //! where it disagrees with that. So what ovld itself changes causes no event, whatever port id the
 //! kernel writes into the message (for most of them it writes none).
 
+mod announce;
 mod apply;
 mod attribute;
 mod dump;

@@ -18,6 +18,7 @@ use serde_json::Value;
 
 use crate::binaries;
 use crate::host::Host;
+use crate::netns::Netns;
 use crate::procs::ProcId;
 use crate::spawned::Spawned;
 use crate::tool::Output;
@@ -40,11 +41,18 @@ pub struct Engine {
     containerd: Spawned,
     daemon: Option<Spawned>,
     plugin: Option<Spawned>,
+    program: PathBuf,
 }
 
 impl Engine {
     /// Starts the plugin and the Engine, with further arguments, which stay with it.
     pub fn start(host: &Host, options: &[&str]) -> Result<Self> {
+        Self::start_with(host, options, None)
+    }
+
+    /// The same with a certain `ovl-docker`.
+    pub fn start_with(host: &Host, options: &[&str], program: Option<&Path>) -> Result<Self> {
+        let program = binaries::find("ovl-docker", program)?;
         for program in ["/usr/sbin/dockerd", "/usr/bin/docker", "/usr/bin/containerd", "/usr/sbin/iptables"] {
             ensure!(
                 Path::new(program).is_file(),
@@ -71,6 +79,7 @@ impl Engine {
             containerd,
             daemon: None,
             plugin: None,
+            program,
             dir,
         };
         let socket = engine.dir.join("containerd.sock");
@@ -99,12 +108,11 @@ impl Engine {
 
     /// Starts ovl's plugin.
     pub fn start_plugin(&mut self) -> Result<()> {
-        let program = binaries::find("ovl-docker", None)?;
         let socket = self.plugin_socket();
-        let mut command = Command::new(program);
+        let mut command = Command::new(&self.program);
         command.arg("--listen").arg(&socket).arg("--socket").arg(self.host.socket());
         command.args(["--engine", &self.path("docker.sock")]);
-        let plugin = self.host.start(command, "ovl-docker", None)?;
+        let plugin = Netns::start(&self.host, command, "ovl-docker", None)?;
         let plugin = self.plugin.insert(plugin);
         wait_until(PATIENCE, "ovl-docker", || {
             ensure!(plugin.is_running(), "it has ended: {}", plugin.stderr());

@@ -29,6 +29,35 @@ fn agreed_networks(hosts: &[Host], count: usize) -> Result<Vec<Value>> {
 }
 
 #[test]
+fn an_address_that_comes_back_under_another_mac_is_told_to_those_who_knew_it() {
+    let lab = started(2).unwrap();
+    let (h1, h2) = (&lab["h1"], &lab["h2"]);
+    h1.ctl_ok(&["network", "create", "demo", "--subnet", "10.1.0.0/24", "--subnet", "fd01::/64"]).unwrap();
+    wait_network(h2, "demo").unwrap();
+    let near = attach(h1, "near", "demo", &[]).unwrap();
+    let far = attach(h2, "far", "demo", &[]).unwrap();
+    let web = |name: &str, mac: &str| {
+        attach(h1, name, "demo", &["--ip", "10.1.0.6", "--ip", "fd01::6", "--mac", mac]).unwrap()
+    };
+    let first = web("first", "02:00:5e:00:00:01");
+    for (each, address) in [(&near, "10.1.0.6"), (&far, "10.1.0.6"), (&near, "fd01::6"), (&far, "fd01::6")] {
+        each.workload.ping_until(address, SOON).unwrap();
+    }
+    h1.ctl_ok(&["detach", &first.name]).unwrap();
+    let second = web("second", "02:00:5e:00:00:02");
+    for each in [&near, &far] {
+        for address in second.addresses() {
+            wait_until(SOON, &format!("the new MAC address of {address} for {}", each.name), || {
+                let known = each.workload.ip_json(&["neigh", "show", "to", &address])?;
+                ensure!(known[0]["lladdr"] == "02:00:5e:00:00:02", "{known}");
+                Ok(())
+            })
+            .unwrap();
+        }
+    }
+}
+
+#[test]
 fn attaches_at_the_same_instant_on_all_hosts_never_share_an_address_or_mac() {
     let lab = started(3).unwrap();
     // A /24 has blocks of 8, so that hosts need several each, at the same time.

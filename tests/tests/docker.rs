@@ -61,8 +61,6 @@ fn containers_of_three_engines_reach_each_other() {
     // Two of one Engine, past its own rules for what it forwards.
     let near = d1.run("near", &["--network", "blue"]).unwrap();
     reaches(&near, &a).unwrap();
-    // And out into the world, as far as there is one.
-    near.ping(hosts[1].address().unwrap()).unwrap();
 
     // An address is given once, whichever Engine asks.
     let taken =
@@ -189,7 +187,6 @@ fn encrypted_internal_and_routed_networks() {
         assert_eq!(links.lines().count(), 2, "{links}");
         let routes = a.command(&["busybox", "ip", "route"]).unwrap();
         assert_eq!(routes.contains("default"), name != "inside", "{routes}");
-        assert_eq!(a.ping(hosts[1].address().unwrap()).is_ok(), name != "inside");
     }
     wait_clean(lab.hosts(), SOON).unwrap();
 }
@@ -206,7 +203,7 @@ fn engines_and_daemons_end_and_come_back() {
     d1.run("aa", &["--network", "blue"]).unwrap();
     let b = d2.run("bb", &["--network", "blue"]).unwrap();
     reaches(&d1.container("aa"), &b).unwrap();
-    let (own, other) = (d1.container("aa").addresses().unwrap()[0], b.addresses().unwrap()[0]);
+    let own = d1.container("aa").addresses().unwrap()[0];
 
     // The Engine is started anew, then killed, with a container running; so is the plugin.
     for signal in [Signal::SIGTERM, Signal::SIGKILL] {
@@ -259,5 +256,4 @@ fn engines_and_daemons_end_and_come_back() {
     d2.call(&["rm", "--force", "bb"]).unwrap();
     d2.call(&["network", "rm", "blue"]).unwrap();
     wait_until(SOON, "no networks", || networks(h1).is_empty()).unwrap();
-    let _ = other;
 }

@@ -30,6 +30,26 @@ pub(super) fn poll<const N: usize>(
     }
 }
 
+/// Sends a whole frame out of a device, by a packet socket.
+pub(super) fn send_frame(socket: BorrowedFd<'_>, index: u32, frame: &[u8]) -> io::Result<()> {
+    // SAFETY: all zeros are a valid address.
+    let mut to: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
+    to.sll_family = libc::AF_PACKET as u16;
+    to.sll_ifindex = i32::try_from(index).map_err(io::Error::other)?;
+    // SAFETY: the pointers are to a frame and an address of these lengths.
+    let sent = unsafe {
+        libc::sendto(
+            socket.as_raw_fd(),
+            frame.as_ptr().cast(),
+            frame.len(),
+            0,
+            (&raw const to).cast(),
+            size_of::<libc::sockaddr_ll>() as libc::socklen_t,
+        )
+    };
+    if sent < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
 /// What kind of namespace a descriptor of the namespace file system is: a `CLONE_NEW...` number.
 pub(super) fn namespace_type(fd: BorrowedFd<'_>) -> io::Result<i32> {
     // SAFETY: the request takes no argument.

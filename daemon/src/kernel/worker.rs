@@ -18,6 +18,7 @@ use ovl_core::op::Op;
 use ovl_tunnel::PrivateKey;
 use tokio::sync::oneshot;
 
+use super::announce::Announcer;
 use super::apply::{self, Devices};
 use super::error::{KernelError, Result};
 use super::filter::Filter;
@@ -67,6 +68,7 @@ pub(super) struct Worker {
     visitor: Visitor,
     sweeper: Sweeper,
     tunnels: Tunnels,
+    announcer: Announcer,
     outbox: Outbox,
 }
 
@@ -94,6 +96,7 @@ impl Worker {
             visitor: Visitor::default(),
             sweeper,
             tunnels,
+            announcer: Announcer::open()?,
             outbox,
         })
     }
@@ -284,6 +287,7 @@ impl Worker {
             }
         }
         self.set_peers(peers, &mut outcomes);
+        self.announcer.announce(&outcomes);
         outcomes
     }
 

@@ -9,6 +9,7 @@ mod client;
 mod cluster;
 mod cni;
 mod dead;
+mod docker;
 mod flow;
 mod idle;
 mod kill;
@@ -53,6 +54,8 @@ pub(crate) enum Suite {
     Cni,
     /// Encrypted networks, beside other tunnels: the figures of issue 4
     Tunnel,
+    /// Containers of Docker Engines, beside the Engine's own networks: figures of issue 6
+    Docker,
 }
 
 impl Suite {
@@ -61,6 +64,7 @@ impl Suite {
             Suite::Core => "core",
             Suite::Cni => "cni",
             Suite::Tunnel => "tunnel",
+            Suite::Docker => "docker",
         }
     }
 }
@@ -108,6 +112,14 @@ pub(crate) enum Name {
     FanOut,
     /// tunnel: small datagrams
     Packets,
+    /// docker: `docker run --rm` against the Engine's own bridge
+    Run,
+    /// docker: from a container's link until other kernels hold its entry
+    Link,
+    /// docker: pings to an address until the container that takes it answers
+    Pinging,
+    /// docker: a host cut off, and healed
+    Cut,
 }
 
 impl Name {
@@ -133,6 +145,10 @@ impl Name {
             Name::Load => "load",
             Name::FanOut => "fan-out",
             Name::Packets => "packets",
+            Name::Run => "run",
+            Name::Link => "link",
+            Name::Pinging => "pinging",
+            Name::Cut => "cut",
         }
     }
 
@@ -152,6 +168,7 @@ impl Name {
             Name::Streams | Name::NoOffload | Name::RoundTrip | Name::Load | Name::FanOut | Name::Packets => {
                 Suite::Tunnel
             }
+            Name::Run | Name::Link | Name::Pinging | Name::Cut => Suite::Docker,
         }
     }
 
@@ -177,6 +194,10 @@ impl Name {
             Name::Load => tunnel::load::measure(bench),
             Name::FanOut => tunnel::fan_out::measure(bench),
             Name::Packets => tunnel::packets::measure(bench),
+            Name::Run => docker::run::measure(bench),
+            Name::Link => docker::link::measure(bench),
+            Name::Pinging => docker::pinging::measure(bench),
+            Name::Cut => docker::cut::measure(bench),
         }
     }
 }
@@ -217,6 +238,11 @@ impl Bench {
         config.ovld = Some(self.ovld.clone());
         config.ovlctl = Some(self.ovlctl.clone());
         Lab::new(config)
+    }
+
+    /// The plugin that Docker Engines find.
+    fn ovl_docker(&self) -> Result<PathBuf> {
+        binary(self.binaries.as_deref(), "ovl-docker")
     }
 
     /// The plugin that container runtimes start.

@@ -43,6 +43,12 @@ pub(crate) struct Plan {
     /// Of a stream under which memory is looked at, and how many there are.
     pub(crate) load: Duration,
     pub(crate) load_turns: usize,
+    /// Of `bench docker`: containers by turns, containers whose links are watched, addresses that are
+    /// pinged, and cuts.
+    pub(crate) docker_runs: usize,
+    pub(crate) docker_links: usize,
+    pub(crate) docker_pings: usize,
+    pub(crate) docker_cuts: usize,
 }
 
 impl Plan {
@@ -74,6 +80,10 @@ impl Plan {
             round_trips: 10_000,
             load: Duration::from_secs(10),
             load_turns: 3,
+            docker_runs: 30,
+            docker_links: 40,
+            docker_pings: 25,
+            docker_cuts: 6,
         }
     }
 
@@ -104,6 +114,10 @@ impl Plan {
             round_trips: 500,
             load: Duration::from_secs(1),
             load_turns: 1,
+            docker_runs: 2,
+            docker_links: 3,
+            docker_pings: 2,
+            docker_cuts: 1,
         }
     }
 
@@ -133,6 +147,10 @@ impl Plan {
             "round_trips": self.round_trips,
             "load_s": self.load.as_secs_f64(),
             "load_turns": self.load_turns,
+            "docker_runs": self.docker_runs,
+            "docker_links": self.docker_links,
+            "docker_pings": self.docker_pings,
+            "docker_cuts": self.docker_cuts,
         })
     }
 }

@@ -32,7 +32,7 @@ pub(crate) struct BenchArgs {
     /// How long gossip loses datagrams, in seconds [default: 300]
     #[arg(long, value_name = "N")]
     loss_seconds: Option<u64>,
-    /// Where ovld, ovlctl and ovl-cni are, such as target/release
+    /// Where ovld, ovlctl, ovl-cni and ovl-docker are, such as target/release
     #[arg(long, value_name = "DIR")]
     release_dir: Option<PathBuf>,
     /// Everything once and briefly, to see that it works
@@ -59,7 +59,7 @@ pub(crate) fn bench(args: BenchArgs) -> Result<ExitCode> {
     let peers = match (suite, args.peers.is_empty()) {
         (Suite::Tunnel, true) => PEERS.to_vec(),
         (Suite::Tunnel, false) => args.peers,
-        (Suite::Core | Suite::Cni, _) => {
+        (Suite::Core | Suite::Cni | Suite::Docker, _) => {
             ensure!(args.peers.is_empty() && !args.install, "only `bench tunnel` has --peers and --install");
             Vec::new()
         }

@@ -1,0 +1,137 @@
+//! When the host's end of an endpoint's pair comes, and when the other end is up: told by the kernel
+//! (RTNLGRP_LINK).
+
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, SystemTime};
+
+use anyhow::{Context, Result};
+use netns_lab::{Host, wait_until};
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{
+    AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, setsockopt, socket,
+    sockopt::RcvBufForce,
+};
+
+const LINK_GROUP: u32 = 1;
+const RECEIVE_BUFFER: usize = 8 << 20;
+const RTM_NEWLINK: u16 = 16;
+/// Of `struct nlmsghdr`, and of `struct ifinfomsg` behind it.
+const HEADER: usize = 16;
+const FLAGS: usize = HEADER + 8;
+const ATTRIBUTES: usize = HEADER + 16;
+const IFLA_IFNAME: u16 = 3;
+const IFF_LOWER_UP: u32 = 1 << 16;
+
+/// The host's end of a pair.
+#[derive(Clone, Debug)]
+pub(super) struct Link {
+    name: String,
+    pub(super) created: SystemTime,
+    pub(super) up: Option<SystemTime>,
+}
+
+/// Listens from `start` until it is dropped.
+pub(super) struct Links {
+    seen: Arc<Mutex<Vec<Link>>>,
+    alive: Option<UnixStream>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Links {
+    pub(super) fn start(host: &Host) -> Result<Self> {
+        let socket =
+            host.run(listen)?.with_context(|| format!("cannot watch the links of {}", host.name()))?;
+        let (alive, stop) = UnixStream::pair()?;
+        let seen = Arc::<Mutex<Vec<Link>>>::default();
+        let sink = Arc::clone(&seen);
+        let thread =
+            thread::Builder::new().name("links".to_owned()).spawn(move || watch(&socket, &stop, &sink))?;
+        Ok(Links { seen, alive: Some(alive), thread: Some(thread) })
+    }
+
+    /// The only one that came since `clear`, once the other end is up.
+    pub(super) fn wait_up(&self, timeout: Duration) -> Result<Link> {
+        wait_until(timeout, "the link of a container", || {
+            let seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+            match &seen[..] {
+                [link] if link.up.is_some() => Some(link.clone()),
+                _ => None,
+            }
+        })
+    }
+
+    pub(super) fn clear(&self) {
+        self.seen.lock().unwrap_or_else(PoisonError::into_inner).clear();
+    }
+}
+
+impl Drop for Links {
+    fn drop(&mut self) {
+        drop(self.alive.take());
+        if let Some(thread) = self.thread.take() {
+            thread.join().ok();
+        }
+    }
+}
+
+/// Of the calling thread's namespace.
+fn listen() -> Result<OwnedFd> {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let socket = socket(AddressFamily::Netlink, SockType::Raw, flags, SockProtocol::NetlinkRoute)?;
+    setsockopt(&socket, RcvBufForce, &RECEIVE_BUFFER)?;
+    bind(socket.as_raw_fd(), &NetlinkAddr::new(0, LINK_GROUP))?;
+    Ok(socket)
+}
+
+fn watch(socket: &OwnedFd, stop: &UnixStream, seen: &Mutex<Vec<Link>>) {
+    let mut buffer = vec![0; 1 << 16];
+    loop {
+        let mut fds = [socket.as_fd(), stop.as_fd()].map(|fd| PollFd::new(fd, PollFlags::POLLIN));
+        if !matches!(poll(&mut fds, PollTimeout::NONE), Ok(_) | Err(Errno::EINTR))
+            || fds[1].any() == Some(true)
+        {
+            return;
+        }
+        while let Ok(length) = recv(socket.as_raw_fd(), &mut buffer, MsgFlags::empty()) {
+            let now = SystemTime::now();
+            let mut seen = seen.lock().unwrap_or_else(PoisonError::into_inner);
+            for (name, up) in messages(&buffer[..length]).filter_map(link) {
+                match seen.iter_mut().find(|link| link.name == name) {
+                    Some(link) if up && link.up.is_none() => link.up = Some(now),
+                    Some(_) => {}
+                    None => seen.push(Link { name, created: now, up: up.then_some(now) }),
+                }
+            }
+        }
+    }
+}
+
+/// The messages of a datagram, each with its header.
+fn messages(mut rest: &[u8]) -> impl Iterator<Item = &[u8]> {
+    std::iter::from_fn(move || {
+        let length = u32::from_ne_bytes(rest.get(..4)?.try_into().ok()?) as usize;
+        let message = rest.get(..length).filter(|message| message.len() >= HEADER)?;
+        rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
+        Some(message)
+    })
+}
+
+/// The name of an endpoint's link that is there, and whether the other end is up.
+fn link(message: &[u8]) -> Option<(String, bool)> {
+    let kind = u16::from_ne_bytes(message.get(4..6)?.try_into().ok()?);
+    let flags = u32::from_ne_bytes(message.get(FLAGS..FLAGS + 4)?.try_into().ok()?);
+    let mut rest = message.get(ATTRIBUTES..).filter(|_| kind == RTM_NEWLINK)?;
+    loop {
+        let length = usize::from(u16::from_ne_bytes(rest.get(..2)?.try_into().ok()?));
+        let attribute = u16::from_ne_bytes(rest.get(2..4)?.try_into().ok()?);
+        if attribute == IFLA_IFNAME {
+            let name = String::from_utf8_lossy(rest.get(4..length)?).trim_end_matches('\0').to_owned();
+            return name.starts_with("ove-").then_some((name, flags & IFF_LOWER_UP != 0));
+        }
+        rest = rest.get(length.max(4).next_multiple_of(4)..)?;
+    }
+}

@@ -1,0 +1,8 @@
+//! Containers of Docker Engines.
+
+pub(crate) mod cut;
+mod ground;
+pub(crate) mod link;
+mod links;
+pub(crate) mod pinging;
+pub(crate) mod run;
