@@ -37,7 +37,7 @@ impl Node {
         // What is on this host's own networks concerns nobody else.
         let is_own = |entry: &Entry| match entry {
             Entry::Endpoint(endpoint) => state.bridges.contains_key(&endpoint.network),
-            Entry::Lease { .. } | Entry::PathMtu { .. } => false,
+            Entry::Lease { .. } | Entry::PathMtu { .. } | Entry::Held(_) => false,
         };
         let (kept, set): (Vec<Entry>, Vec<Entry>) = set.into_iter().partition(is_own);
         let (dropped, unset): (Vec<Key>, Vec<Key>) =
