@@ -8,7 +8,7 @@ use ovl_proto::DEFAULT_SOCKET;
 
 use crate::command::{
     attach, cni, completions, detach, endpoints, events, fdb, key, lifecycle, man, metrics, network, peers,
-    plan, routes, sandbox, status, subnets, verify,
+    plan, policy, routes, sandbox, status, subnets, verify,
 };
 use crate::context::Context;
 use crate::error::Result;
@@ -76,6 +76,8 @@ enum Command {
     Endpoints(endpoints::Args),
     /// Create, show and remove network namespaces that outlive the programs in them
     Sandbox(sandbox::Args),
+    /// Show network policies, what they say of a connection, and what they refused
+    Policy(policy::Args),
     /// Set container runtimes up
     Cni(cni::Args),
     /// Make a cluster key, change the cluster's, or show which host has which
@@ -108,6 +110,7 @@ impl Cli {
             Command::Detach(args) => detach::run(&context, args),
             Command::Endpoints(args) => endpoints::run(&context, &args),
             Command::Sandbox(args) => sandbox::run(&context, args),
+            Command::Policy(args) => policy::run(&context, args),
             Command::Cni(args) => cni::run(&context, args),
             Command::Key(args) => key::run(&context, args),
             Command::Completions(args) => completions::run(&context, &args),
@@ -171,6 +174,13 @@ mod tests {
             "attach a --network blue --pid 7 --ip 10.1.0.9 --ip fd00::9 --mac 02:00:00:00:00:01 --ifname e0 --alias b --alias c --namespace ns --label k=v --label l=",
             "detach a --network blue --namespace ns",
             "endpoints --network blue --node host1",
+            "policy ls",
+            "policy list",
+            "policy explain web db:5432",
+            "policy explain shop/web shop/db:5432/udp",
+            "policy explain 10.1.0.9 [fd00::9]:53/UDP",
+            "policy explain web db",
+            "policy drops --follow",
             "cni install",
             "cni install --network blue --name k8s --conf-dir /a --bin-dir /b --binary /c --portmap",
             "key generate",
@@ -215,6 +225,10 @@ mod tests {
             "attach a --network blue --pid 7 --label =v",
             "attach a --network blue --netns ..",
             "detach",
+            "policy",
+            "policy explain web",
+            "policy explain web db:0",
+            "policy explain web db:80/icmp",
             "cni",
             "cni install --name a/b",
             "key",

@@ -14,6 +14,7 @@ pub(crate) mod metrics;
 pub(crate) mod network;
 pub(crate) mod peers;
 pub(crate) mod plan;
+pub(crate) mod policy;
 pub(crate) mod routes;
 pub(crate) mod sandbox;
 pub(crate) mod status;

@@ -13,7 +13,7 @@ use ovl_proto::table::Endpoint;
 
 use crate::device::Device;
 use crate::filter;
-use crate::kernel::{Kernel, Link, Remote, Source};
+use crate::kernel::{Hop, Kernel, Link, Remote, Source};
 use crate::routed;
 use crate::tunnel;
 use crate::view::{Local, Node, Placed, View};
@@ -78,7 +78,7 @@ pub fn host(view: &View, local: &Local) -> Kernel {
         kernel: end.local.is_none(),
     });
     kernel.filter = Some(filter::render(&built, &vteps, port, tunnel, local.masquerade));
-    for network in built.iter().filter(|network| !network.internal) {
+    for network in built.iter().filter(|network| !network.internal || routes_for_policies(view, network)) {
         for subnet in &network.subnets {
             let name = match subnet.prefix {
                 IpNet::V4(_) => "net.ipv4.ip_forward",
@@ -123,10 +123,20 @@ fn switched(kernel: &mut Kernel, view: &View, local: &Local, network: &Network, 
             kernel.neighbours.insert((Device::bridge(id), address.addr()), claim.endpoint.mac);
         }
     }
+    if network.internal && routes_for_policies(view, network) {
+        // Without a gateway's address there is no other.
+        let hop = Hop { device: Some(Device::bridge(id)), ..Hop::UNREACHABLE };
+        kernel.routes.extend(network.subnets.iter().map(|subnet| (subnet.prefix, hop)));
+    }
     // The host's ends: all that the table names, isolated or not, so that none is swept away.
     for endpoint in own.table.endpoints_on(id) {
         own_endpoint(kernel, local, endpoint, mtu);
     }
+}
+
+/// Whether the host's IP stack takes frames of a network, and gives them back to it, for network policies.
+fn routes_for_policies(view: &View, network: &Network) -> bool {
+    network.mode == Mode::L2 && !view.resources.policies.is_empty()
 }
 
 /// Where a switched network's frames for other hosts go.

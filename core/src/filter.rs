@@ -6,6 +6,7 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 use ovl_proto::SEALED_VXLAN_PORT;
+use ovl_proto::id::Mac;
 use ovl_proto::object::{Backend, Driver, Mode, Network};
 
 use crate::device::Device;
@@ -41,7 +42,8 @@ const REJECT: &str = "reject with icmpx admin-prohibited";
 ///   To and from encrypted networks nothing comes in plain: see [`sealed_in`].
 /// * `prerouting`, `output`: neither the tunnels' own packets nor what stays within a network need
 ///   connection tracking, which the translation below would switch on for them too (a seventh of
-///   the throughput). What goes to or from a gateway is tracked: the host's own rules may look at it.
+///   the throughput). What goes to or from a gateway is tracked: the host's own rules may look at it. So is
+///   what was diverted to the host, which has the gateway's MAC address.
 ///   So is what is routed: an endpoint may answer a packet that was translated on its way to it.
 /// * `output`, `forward`: nothing for an encrypted network leaves in plain, should a route be missing.
 /// * `forward`: networks do not reach each other, and an internal one reaches nothing.
@@ -112,12 +114,15 @@ fn raw(
              \t\tudp dport {vxlan_port} fib daddr type != unicast counter drop"
         );
     }
-    for subnet in switched(networks).flat_map(|network| &network.subnets) {
-        let (family, prefix, gateway) = (family(subnet.prefix), subnet.prefix, subnet.gateway);
-        let _ = writeln!(
-            text,
-            "\t\t{family} saddr {prefix} {family} daddr {prefix} {family} saddr != {gateway} {family} daddr != {gateway} notrack"
-        );
+    for network in switched(networks) {
+        let mac = Mac::of_gateway(network.id);
+        for subnet in &network.subnets {
+            let (family, prefix, gateway) = (family(subnet.prefix), subnet.prefix, subnet.gateway);
+            let _ = writeln!(
+                text,
+                "\t\tether daddr != {mac} {family} saddr {prefix} {family} daddr {prefix} {family} saddr != {gateway} {family} daddr != {gateway} notrack"
+            );
+        }
     }
     let _ =
         writeln!(text, "\t}}\n\tchain output {{\n\t\ttype filter hook output priority raw; policy accept;");

@@ -22,6 +22,7 @@ pub mod networks;
 pub mod nft;
 pub mod objects;
 pub mod op;
+pub mod policy;
 pub mod resources;
 pub mod routed;
 pub mod table;

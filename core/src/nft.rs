@@ -28,16 +28,19 @@ pub enum Table {
     Services,
     /// Network policies.
     Policy,
+    /// Frames of switched networks that network policies are about.
+    PolicyFrames,
 }
 
 impl Table {
     /// Those in [`crate::kernel::Kernel::tables`].
-    pub const ALL: [Self; 4] = [Self::Divert, Self::Publish, Self::Services, Self::Policy];
+    pub const ALL: [Self; 5] =
+        [Self::Divert, Self::Publish, Self::Services, Self::Policy, Self::PolicyFrames];
 
     /// Of packets: `inet` or `bridge`.
     pub fn family(self) -> &'static str {
         match self {
-            Self::Divert => "bridge",
+            Self::Divert | Self::PolicyFrames => "bridge",
             Self::Sources | Self::Publish | Self::Services | Self::Policy => "inet",
         }
     }
@@ -49,7 +52,7 @@ impl Table {
             Self::Divert => "ovl-divert",
             Self::Publish => "ovl-publish",
             Self::Services => "ovl-services",
-            Self::Policy => "ovl-policy",
+            Self::Policy | Self::PolicyFrames => "ovl-policy",
         }
     }
 }
@@ -77,6 +80,8 @@ pub enum Type {
     Mark,
     /// What `numgen` gives.
     Number,
+    /// A packet's priority.
+    Priority,
     /// The name of the device that a packet comes from.
     Device,
     /// What this expression of nft's reads, so many bytes.
@@ -94,6 +99,7 @@ impl Type {
             Self::Port => "th dport",
             Self::Mark => "meta mark",
             Self::Number => "numgen random mod 2",
+            Self::Priority => "meta priority",
             Self::Device => "iifname",
             Self::Expression(text, _) => text,
         }
@@ -102,7 +108,7 @@ impl Type {
     /// In bytes; a field takes the next multiple of four.
     fn size(self) -> usize {
         match self {
-            Self::Ipv4 | Self::Mark | Self::Number => 4,
+            Self::Ipv4 | Self::Mark | Self::Number | Self::Priority => 4,
             Self::Ipv6 | Self::Device => 16,
             Self::Mac => 6,
             Self::Protocol => 1,

@@ -65,6 +65,8 @@ pub struct Local {
     pub masquerade: bool,
     /// What is remembered and seen of tunnels while keys are rotated.
     pub ends: Ends,
+    /// Endpoints that are being made: policies stand before one can be reached.
+    pub attaching: BTreeMap<EndpointId, Endpoint>,
 }
 
 /// An endpoint that counts, with its host.

@@ -46,6 +46,7 @@ use ipnet::IpNet;
 use ovl_core::cni::Inside;
 use ovl_core::device::Device;
 use ovl_core::kernel::Kernel;
+use ovl_core::nft::Table;
 use ovl_core::op::Op;
 use ovl_proto::id::Mac;
 use ovl_tunnel::PrivateKey;
@@ -149,6 +150,17 @@ pub(crate) enum Other {
     Lost,
     /// Whoever fetched it brings it back under a name that is in nobody's way.
     Fetched,
+}
+
+/// An element of a set that packets add to, with its counter.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Counted {
+    /// As the kernel has it.
+    pub(crate) key: Box<[u8]>,
+    /// Packets.
+    pub(crate) packets: u64,
+    /// After so many milliseconds without one it is forgotten.
+    pub(crate) left_ms: Option<u64>,
 }
 
 /// What became of one operation.
@@ -301,6 +313,16 @@ impl KernelHandle {
     /// network's subnet should collide with none.
     pub(crate) async fn prefixes(&self) -> Result<Vec<IpNet>> {
         self.ask(Request::Prefixes).await?
+    }
+
+    /// What sets of a table count that packets add to; nothing where there is no such set.
+    pub(crate) async fn counts(&self, table: Table, sets: Vec<String>) -> Result<Vec<Vec<Counted>>> {
+        self.ask(|reply| Request::Counts(table, sets, reply)).await?
+    }
+
+    /// How many packets a counter of a table has seen.
+    pub(crate) async fn counter(&self, table: Table, name: &'static str) -> Result<u64> {
+        self.ask(|reply| Request::Counter(table, name, reply)).await?
     }
 
     /// Whether the kernel makes WireGuard devices.

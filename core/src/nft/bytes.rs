@@ -25,7 +25,7 @@ pub enum Field<'a> {
     Ports(u16, u16),
     /// A MAC address.
     Mac(Mac),
-    /// A mark, or what `numgen` gives.
+    /// A mark, a priority, or what `numgen` gives.
     Number(u32),
     /// A device's name.
     Device(&'a str),
@@ -241,6 +241,10 @@ fn show_one(text: &mut String, field: Type, bytes: &[u8]) {
         Type::Port => write!(text, "{}", number(bytes)),
         Type::Mark | Type::Number => match <[u8; 4]>::try_from(bytes) {
             Ok(bytes) => write!(text, "{}", u32::from_ne_bytes(bytes)),
+            Err(_) => write!(text, "?"),
+        },
+        Type::Priority => match <[u8; 4]>::try_from(bytes).map(u32::from_ne_bytes) {
+            Ok(number) => write!(text, "{:x}:{:x}", number >> 16, number & 0xffff),
             Err(_) => write!(text, "?"),
         },
         Type::Device => {

@@ -3,6 +3,8 @@
 
 mod backends;
 mod encrypted;
+mod nft;
+mod policy;
 mod routed;
 mod switched;
 mod touched;

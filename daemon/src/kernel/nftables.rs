@@ -7,6 +7,7 @@ use netlink_sys::protocols::NETLINK_NETFILTER;
 use nix::libc::ENOENT;
 use ovl_core::nft::{Contents, Data, Key, Set, Table, Value, Verdict, length};
 
+use super::Counted;
 use super::attribute::{Attributes, attributes, text, u8_at};
 use super::error::Result;
 use super::socket::{Batch, Netlink, Refusal};
@@ -42,7 +43,10 @@ const ELEMENT: u16 = 1;
 const ELEMENT_KEY: u16 = 1;
 const ELEMENT_DATA: u16 = 2;
 const ELEMENT_FLAGS: u16 = 3;
+const ELEMENT_EXPIRATION: u16 = 5;
+const ELEMENT_EXPRESSION: u16 = 7;
 const ELEMENT_KEY_END: u16 = 10;
+const EXPRESSION_DATA: u16 = 2;
 const DATA_VALUE: u16 = 1;
 const DATA_VERDICT: u16 = 2;
 const VERDICT_CODE: u16 = 1;
@@ -176,6 +180,25 @@ impl Nftables {
         }))
     }
 
+    /// What a set counts that packets add to; nothing without it.
+    pub(super) fn counts(&mut self, table: Table, set: &str) -> Result<Vec<Counted>> {
+        let mut question = in_table(table);
+        question.put_text(ELEMENTS_SET, set);
+        let mut batch = Batch::default();
+        batch.push_built(GET_ELEMENTS, 0, question.bytes());
+        let dump = match self.0.dump(batch)? {
+            Ok(dump) => dump,
+            Err(refusal) if refusal.errno == ENOENT => return Ok(Vec::new()),
+            Err(refusal) => return Err(refusal.into_error(format!("cannot read {table} {set}"))),
+        };
+        let lists = dump.messages().filter(|message| message.kind == NEW_ELEMENTS).flat_map(|message| {
+            attributes(message.payload, FIXED)
+                .filter(|(kind, _)| *kind == ELEMENTS_LIST)
+                .map(|(_, list)| list)
+        });
+        Ok(lists.flat_map(|list| attributes(list, 0)).filter_map(|(_, element)| counted(element)).collect())
+    }
+
     /// Changes elements of any tables, all or nothing.
     pub(super) fn change(&mut self, changes: &BTreeMap<&Set, Change<'_>>) -> Result<Result<(), Refusal>> {
         if changes.values().all(|change| change.gone.is_empty() && change.new.is_empty()) {
@@ -267,6 +290,17 @@ impl Nftables {
         let (results, _) = self.0.execute(batch)?;
         Ok(results.into_iter().find_map(Result::err).map_or(Ok(()), Err))
     }
+}
+
+fn counted(element: &[u8]) -> Option<Counted> {
+    let number = |data: &[u8]| data.try_into().ok().map(u64::from_be_bytes);
+    let key = find(find(element, 0, ELEMENT_KEY)?, 0, DATA_VALUE)?;
+    let counter = find(element, 0, ELEMENT_EXPRESSION).and_then(|counter| find(counter, 0, EXPRESSION_DATA));
+    Some(Counted {
+        key: key.into(),
+        packets: counter.and_then(|data| find(data, 0, COUNTER_PACKETS)).and_then(number)?,
+        left_ms: find(element, 0, ELEMENT_EXPIRATION).and_then(number),
+    })
 }
 
 /// The first attribute of a kind.

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use ovl_core::nft::{Contents, Element, Elements, Key, Set, Skeleton, Table, Value};
 use ovl_core::op::Op;
 
+use super::Counted;
 use super::error::{KernelError, Result};
 use super::filter::{self, Done};
 use super::nftables::{Change, Names, Nftables, fits};
@@ -196,6 +197,11 @@ impl Tables {
     pub(super) fn remove(&mut self, table: Table) -> Result<()> {
         self.states.remove(&table);
         self.nftables.remove(table)
+    }
+
+    /// What sets count that packets add to.
+    pub(super) fn counts(&mut self, table: Table, sets: &[String]) -> Result<Vec<Vec<Counted>>> {
+        sets.iter().map(|set| self.nftables.counts(table, set)).collect()
     }
 
     /// How many packets a counter of a table has seen.

@@ -31,7 +31,7 @@ use super::sweep::{self, Sweeper};
 use super::tables::Tables;
 use super::tunnel::{self, TunnelStatus, Tunnels};
 use super::watch::Watch;
-use super::{EndpointSpec, Goal, HostEnd, KernelEvent, Made, Outcome, Pass, Retired, Underlay};
+use super::{Counted, EndpointSpec, Goal, HostEnd, KernelEvent, Made, Outcome, Pass, Retired, Underlay};
 use super::{dump, endpoint, inspect, sysctl};
 
 /// So many entries go to the kernel at once.
@@ -52,6 +52,8 @@ pub(super) enum Request {
     RemoveFilter(oneshot::Sender<Result<()>>),
     Retire(Vec<Retired>, Vec<Op>, oneshot::Sender<(Vec<Outcome>, Result<()>)>),
     Sweep(oneshot::Sender<Result<()>>),
+    Counts(Table, Vec<String>, oneshot::Sender<Result<Vec<Vec<Counted>>>>),
+    Counter(Table, &'static str, oneshot::Sender<Result<u64>>),
     HasWireguard(oneshot::Sender<bool>),
     LearnKey(PrivateKey, oneshot::Sender<()>),
     Tunnels(oneshot::Sender<Result<Vec<TunnelStatus>>>),
@@ -163,6 +165,12 @@ impl Worker {
                 self.listen();
             }
             Request::Sweep(reply) => self.sweeper.all(reply),
+            Request::Counts(table, sets, reply) => {
+                let _ = reply.send(self.tables.counts(table, &sets));
+            }
+            Request::Counter(table, name, reply) => {
+                let _ = reply.send(self.tables.counted(table, name));
+            }
             Request::HasWireguard(reply) => {
                 let _ = reply.send(tunnel::kernel_has_wireguard());
             }

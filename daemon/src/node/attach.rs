@@ -139,6 +139,8 @@ impl Node {
         let addresses = endpoint.addresses.iter().map(IpNet::addr);
         let gateways = addresses.filter(|_| !network.internal).filter_map(|at| ipam::gateway_on(network, at));
         let gateways: Vec<IpAddr> = gateways.collect();
+        // Until it is in the table, or nothing came of it.
+        let _policed = self.police_attach(&endpoint);
         let (mut ops, mtu) = self.prepare(network);
         let part = desired::endpoint_part(&self.state.borrow().view, network, &endpoint, mtu);
         // The pair itself is not the work of an operation.
@@ -329,8 +331,11 @@ impl Node {
     fn prepare(&self, network: &Network) -> (Vec<Op>, u16) {
         let mut guard = self.state.borrow_mut();
         let state = &mut *guard;
+        let mut all = self.plan_policies(state);
         let ops = self.plan_network(state, network.id);
-        let mut all = if state.dirty.host { self.plan_host(state) } else { Vec::new() };
+        if state.dirty.host {
+            all.extend(self.plan_host(state));
+        }
         all.extend(ops);
         (all, desired::network_mtu(&state.view, network))
     }

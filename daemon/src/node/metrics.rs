@@ -117,12 +117,12 @@ fn counter(text: &mut String, name: &str, help: &str, value: u64) {
 }
 
 // Writing into a string cannot fail.
-fn head(text: &mut String, name: &str, help: &str, kind: &str) {
+pub(super) fn head(text: &mut String, name: &str, help: &str, kind: &str) {
     let _ = writeln!(text, "# HELP {name} {help}\n# TYPE {name} {kind}");
 }
 
 /// Names of hosts need no escapes: see `is_name`.
-fn line(text: &mut String, name: &str, labels: &[(&str, &str)], value: u64) {
+pub(super) fn line(text: &mut String, name: &str, labels: &[(&str, &str)], value: u64) {
     let labels: Vec<String> = labels.iter().map(|(key, value)| format!("{key}=\"{value}\"")).collect();
     let labels = if labels.is_empty() { String::new() } else { format!("{{{}}}", labels.join(",")) };
     let _ = writeln!(text, "{name}{labels} {value}");

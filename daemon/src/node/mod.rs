@@ -16,6 +16,7 @@ mod metrics;
 mod network;
 mod objects;
 mod peers;
+mod policy;
 mod reconcile;
 mod requests;
 mod routed;
@@ -37,6 +38,7 @@ use anyhow::{Context, Result, bail};
 use ovl_core::alloc::Allocator;
 use ovl_core::backends::Backends;
 use ovl_core::objects::Objects;
+use ovl_core::policy::Standing;
 use ovl_core::resources::Resources;
 use ovl_core::table::Table;
 use ovl_core::view::{self, Local, View};
@@ -465,6 +467,9 @@ fn first_state(
         dirty: state::Dirty::default(),
         applied: BTreeMap::new(),
         applied_host: ovl_core::kernel::Kernel::default(),
+        // Connections that an earlier run marked are judged anew.
+        policy: Standing::new(u32::from_le_bytes(random())),
+        unpoliced: None,
         refused: BTreeMap::new(),
         failing: BTreeMap::new(),
         counts: state::Counts::default(),

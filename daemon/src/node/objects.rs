@@ -185,6 +185,7 @@ impl Node {
         for key in keys {
             state.backends.touch_resource(&state.view, key);
         }
+        super::policy::resources_changed(state, keys);
         self.work.notify_one();
     }
 

@@ -16,7 +16,9 @@ use ovl_core::desired;
 use ovl_core::device::{Device, Role};
 use ovl_core::diff::diff;
 use ovl_core::kernel::Kernel;
+use ovl_core::nft::{Element, Table};
 use ovl_core::op::Op;
+use ovl_core::policy;
 use ovl_core::touched;
 use ovl_proto::id::NetworkId;
 use ovl_proto::object::{Backend, Mode, Network};
@@ -83,7 +85,11 @@ impl Node {
             let dirty = &state.dirty;
             let networks: BTreeSet<NetworkId> =
                 dirty.networks.iter().chain(dirty.touched.keys()).copied().collect();
-            let mut ops = if state.dirty.host { self.plan_host(state) } else { Vec::new() };
+            // Policies first: whom they isolate is not reached before they stand.
+            let mut ops = self.plan_policies(state);
+            if state.dirty.host {
+                ops.extend(self.plan_host(state));
+            }
             for network in &networks {
                 ops.extend(self.plan_network(state, *network));
             }
@@ -168,6 +174,7 @@ impl Node {
             state.failing.clear();
             // Not before the pass: an attach that is under way was planned on what was refused.
             state.refused.clear();
+            state.unpoliced = None;
             state.counts.passes += 1;
             if drift {
                 state.counts.repairs += pass.outcomes.len() as u64;
@@ -199,9 +206,12 @@ impl Node {
         state.dirty.host = false;
         state.dirty.networks.clear();
         state.dirty.touched.clear();
+        state.dirty.policies = false;
+        state.dirty.policed.clear();
         state.applied.clear();
         state.applied_host = desired::host(&state.view, &state.local);
         let mut all = state.applied_host.clone();
+        all.merge(state.policy.anew(&state.view, &state.local, state.caught_up));
         let networks: Vec<NetworkId> = state.view.networks.keys().copied().collect();
         for network in networks {
             let part = desired::network_part(&state.view, &state.local, network);
@@ -241,6 +251,9 @@ impl Node {
                 state.applied.remove(&network);
                 state.refused.entry(network).or_insert_with(|| error.to_string());
             }
+            if is_policy(&outcome.op) {
+                state.unpoliced.get_or_insert_with(|| error.to_string());
+            }
             let concerned = attached.is_some_and(|(network, device)| {
                 outcome.op.device() == Some(device) || broken_network(&outcome.op) == Some(network)
             });
@@ -251,7 +264,7 @@ impl Node {
             state.failing.insert(op.clone(), format!("{op}: {error}"));
             self.work.notify_one();
         }
-        first.or_else(|| state.refused.get(&attached?.0).cloned())
+        first.or_else(|| state.refused.get(&attached?.0).or(state.unpoliced.as_ref()).cloned())
     }
 
     /// One event of the kernel.
@@ -291,7 +304,9 @@ impl Node {
     pub(super) async fn compare(&self) -> Result<(Vec<Op>, Vec<Device>), super::Failed> {
         let (desired, ignored, expected) = {
             let state = self.state.borrow();
-            (desired::desired(&state.view, &state.local), state.pending.devices.clone(), expected(&state))
+            let mut desired = desired::desired(&state.view, &state.local);
+            desired.merge(policy::part(&state.view, &state.local, state.policy.generation()));
+            (desired, state.pending.devices.clone(), expected(&state))
         };
         let pass = self
             .kernel
@@ -300,6 +315,16 @@ impl Node {
             .map_err(super::Failed::from)?;
         Ok((pass.outcomes.into_iter().map(|outcome| outcome.op).collect(), pass.lost))
     }
+}
+
+/// Whether network policies do not stand if this operation is refused.
+fn is_policy(op: &Op) -> bool {
+    let table = match op {
+        Op::Table(table, _) | Op::DelTable(table) => *table,
+        Op::SetElement(Element { set, .. }) | Op::DelElement(set, _) => set.table,
+        _ => return false,
+    };
+    matches!(table, Table::Policy | Table::PolicyFrames)
 }
 
 /// The network that cannot be used if this operation is refused: one on its devices or their

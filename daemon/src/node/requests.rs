@@ -62,7 +62,9 @@ impl Node {
             Request::Metrics => {
                 self.look_at_tunnel().await;
                 let drops = self.tunnel_drops();
-                Reply::Text(super::metrics::render(&self.status(), &self.peers(), &drops))
+                let mut text = super::metrics::render(&self.status(), &self.peers(), &drops);
+                text += &self.policy_metrics().await?;
+                Reply::Text(text)
             }
             Request::NetworkCreate(create) => Reply::Network(Box::new(self.network_create(create).await?)),
             Request::NetworkLs => {
@@ -107,6 +109,11 @@ impl Node {
                 self.name_docker(&names)?;
                 Reply::Done
             }
+            Request::PolicyLs => Reply::Policies(self.policy_ls().await?),
+            Request::PolicyExplain { from, to, port, protocol } => {
+                Reply::PolicyExplain(self.policy_explain(&from, &to, port.map(|port| (protocol, port)))?)
+            }
+            Request::PolicyDrops => Reply::PolicyDrops(self.policy_drops().await?),
         })
     }
 

@@ -15,6 +15,7 @@ use ovl_core::docker::EngineEndpoint;
 use ovl_core::kernel::Kernel;
 use ovl_core::liveness::Signs;
 use ovl_core::objects::Objects;
+use ovl_core::policy::Standing;
 use ovl_core::touched::Touched;
 use ovl_core::view::{Local, Placed, View};
 use ovl_proto::alloc::Refusal;
@@ -86,6 +87,10 @@ pub(crate) struct Dirty {
     pub members: DirtyMembers,
     /// What concerns the host as a whole.
     pub host: bool,
+    /// What network policies follow from, as a whole.
+    pub policies: bool,
+    /// What endpoints with these addresses are to network policies.
+    pub policed: BTreeSet<(NetworkId, IpAddr)>,
     /// Everything, against a dump.
     pub full: bool,
     /// Somebody else changed something of ours since the last whole pass.
@@ -104,6 +109,11 @@ pub(crate) struct DirtyMembers {
 }
 
 impl Dirty {
+    /// Marks what an endpoint is to network policies.
+    pub(crate) fn police(&mut self, endpoint: &Endpoint) {
+        self.policed.extend(endpoint.addresses.iter().map(|net| (endpoint.network, net.addr())));
+    }
+
     /// Marks whole networks: which of their endpoints count may have changed.
     pub(crate) fn rights(&mut self, networks: impl IntoIterator<Item = NetworkId>) {
         for network in networks {
@@ -191,6 +201,10 @@ pub(crate) struct State {
     pub applied: BTreeMap<NetworkId, Kernel>,
     /// The same for the host as a whole.
     pub applied_host: Kernel,
+    /// What stands of network policies.
+    pub policy: Standing,
+    /// Why policies may not stand, since all of it was last sent.
+    pub unpoliced: Option<String>,
     /// Networks of which something was refused since all of it was last sent, with the first reason.
     pub refused: BTreeMap<NetworkId, String>,
     /// Operations that the kernel refused, with its reason.
@@ -306,6 +320,7 @@ impl State {
     pub(crate) fn touch(&mut self, host: NodeId, entry: &Entry) {
         match entry {
             Entry::Endpoint(endpoint) => {
+                self.dirty.police(endpoint);
                 let touched = self.dirty.touched.entry(endpoint.network).or_default();
                 touched.note(self.view.me, host, endpoint);
                 self.dirty.members.endpoints.insert((host, endpoint.id));

@@ -55,6 +55,12 @@ pub enum Reply {
     Sandboxes(Vec<SandboxInfo>),
     /// What an Engine is answered, an error with `Err` included.
     Docker(serde_json::Value),
+    /// All network policies, by namespace and name.
+    Policies(Vec<PolicyRow>),
+    /// What they say of a connection: for each two addresses of one family.
+    PolicyExplain(Vec<PolicyJudgement>),
+    /// What they refused lately on this host, the latest first.
+    PolicyDrops(Vec<PolicyDrop>),
 }
 
 /// An error as container runtimes understand it (CNI specification 1.1.0, section 5, "Error").
@@ -478,4 +484,79 @@ pub struct EndpointInfo {
     pub ifname: Option<String>,
     /// The host's end of the pair; only known on its own host.
     pub device: Option<String>,
+}
+
+/// `ovlctl policy ls`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PolicyRow {
+    /// Its namespace.
+    pub namespace: String,
+    /// Its name.
+    pub name: String,
+    /// The pods that it selects, as `kubectl -l` takes it; empty: all of the namespace.
+    pub selects: String,
+    /// In which directions it isolates them.
+    pub isolates: Vec<String>,
+    /// The endpoints that it selects, in the cluster.
+    pub endpoints: u64,
+    /// Packets that were refused to, or from, those of them that are on this host, because no policy let
+    /// them pass: each counts for every policy that isolates the endpoint.
+    pub refused: u64,
+    /// What it lets pass, in words: `ingress: from ...`.
+    pub rules: Vec<String>,
+}
+
+/// What network policies say of a connection.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PolicyJudgement {
+    /// The source.
+    pub from: IpAddr,
+    /// The destination.
+    pub to: IpAddr,
+    /// Whether the connection is made.
+    pub passes: bool,
+    /// What decides at the source.
+    pub egress: PolicySide,
+    /// What decides at the destination.
+    pub ingress: PolicySide,
+}
+
+/// What one end's network policies say.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PolicySide {
+    /// Whether it passes there.
+    pub passes: bool,
+    /// The policies that decide, as `NAMESPACE/NAME`: the one that lets it pass, or all that isolate the
+    /// endpoint; none where it is not isolated.
+    pub policies: Vec<String>,
+    /// The rule of the policy that lets it pass, counted from 1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rule: Option<u64>,
+    /// Why, in a sentence.
+    pub why: String,
+}
+
+/// Connections that network policies refused: `ovlctl policy drops`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PolicyDrop {
+    /// Whose policies: `egress` the source's, `ingress` the destination's.
+    pub direction: String,
+    /// The source.
+    pub from: IpAddr,
+    /// The endpoint that has it, as `NAMESPACE/NAME`.
+    pub from_endpoint: Option<String>,
+    /// The destination.
+    pub to: IpAddr,
+    /// The endpoint that has it.
+    pub to_endpoint: Option<String>,
+    /// `TCP`, `UDP`, `SCTP`, or the number of another protocol.
+    pub protocol: String,
+    /// Of the destination; none with other protocols.
+    pub port: Option<u16>,
+    /// Packets, since they are remembered.
+    pub packets: u64,
+    /// Since the last one, in milliseconds.
+    pub last_ms: u64,
+    /// The policies that isolate the endpoint, none of which lets it pass.
+    pub policies: Vec<String>,
 }

@@ -116,6 +116,23 @@ pub enum Request {
     Docker(DockerCall),
     /// What an Engine calls one of its endpoints. [`super::Reply::Done`].
     DockerName(DockerName),
+    /// Answered with [`super::Reply::Policies`].
+    PolicyLs,
+    /// What network policies say of a connection. Answered with [`super::Reply::PolicyExplain`].
+    PolicyExplain {
+        /// An endpoint's name, with its namespace and a slash before it or not; or an address.
+        from: String,
+        /// The same.
+        to: String,
+        /// The destination's port; none: of a protocol that has none.
+        #[serde(default)]
+        port: Option<u16>,
+        /// TCP unless given; without a port of no meaning.
+        #[serde(default)]
+        protocol: crate::resource::Protocol,
+    },
+    /// What network policies refused lately on this host. Answered with [`super::Reply::PolicyDrops`].
+    PolicyDrops,
 }
 
 /// A call as the Engine made it: all that it means is decided in the daemon.

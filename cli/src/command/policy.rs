@@ -1,0 +1,273 @@
+//! `ovlctl policy`
+
+use std::collections::BTreeMap;
+use std::ops::ControlFlow;
+use std::thread;
+use std::time::Duration;
+
+use clap::Subcommand;
+use ovl_proto::control::{PolicyDrop, PolicyJudgement, PolicyRow, Reply, Request};
+use ovl_proto::resource::Protocol;
+
+use crate::args::Output;
+use crate::context::{Context, json_text, write_out};
+use crate::error::{Error, Result};
+use crate::text::{Table, list, maybe, printable};
+use crate::time::millis;
+
+/// Between two looks at what was refused.
+const FOLLOW: Duration = Duration::from_secs(1);
+
+/// Arguments of `policy`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    #[command(subcommand)]
+    action: Action,
+}
+
+#[derive(Debug, Subcommand)]
+enum Action {
+    /// Show the cluster's network policies, and how many packets they refused on this host
+    #[command(visible_alias = "list")]
+    Ls,
+    /// Show whether a connection is made, and which policy and rule decide
+    Explain {
+        /// The source: an endpoint, as NAME or NAMESPACE/NAME, or an address
+        from: String,
+        /// The destination, and its port: db:5432, shop/db:53/udp, [fd00::9]:80; without a port, of a protocol
+        /// that has none
+        #[arg(value_name = "TO[:PORT[/PROTO]]", value_parser = target)]
+        to: Target,
+    },
+    /// Show which connections were refused on this host lately, the latest first
+    Drops {
+        /// Go on with what is refused from now on
+        #[arg(short, long)]
+        follow: bool,
+    },
+}
+
+/// Where a connection goes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Target {
+    to: String,
+    port: Option<u16>,
+    protocol: Protocol,
+}
+
+/// Of `TO:PORT/PROTO`.
+fn target(text: &str) -> std::result::Result<Target, String> {
+    let wrong =
+        || format!("'{text}' is no destination: it looks like db:5432, shop/db:53/udp or [fd00::9]:80");
+    // An address of IPv6 has colons of its own.
+    let port_at = match text.rsplit_once(']') {
+        Some((before, after)) => after.starts_with(':').then_some(before.len() + 1),
+        None if text.matches(':').count() > 1 => None,
+        None => text.find(':'),
+    };
+    let (to, port) = match port_at.and_then(|at| text.split_at_checked(at)) {
+        Some((to, port)) => (to, Some(port.trim_start_matches(':'))),
+        None => (text, None),
+    };
+    let to = to.trim_start_matches('[').trim_end_matches(']').to_owned();
+    let Some(port) = port else { return Ok(Target { to, port: None, protocol: Protocol::Tcp }) };
+    let (port, protocol) = port.split_once('/').unwrap_or((port, "tcp"));
+    let protocol = match protocol.to_ascii_lowercase().as_str() {
+        "tcp" => Protocol::Tcp,
+        "udp" => Protocol::Udp,
+        "sctp" => Protocol::Sctp,
+        _ => return Err(wrong()),
+    };
+    let port = port.parse().ok().filter(|port| *port != 0).ok_or_else(wrong)?;
+    Ok(Target { to, port: Some(port), protocol })
+}
+
+/// Carries a subcommand out.
+pub(crate) fn run(context: &Context, args: Args) -> Result<()> {
+    match args.action {
+        Action::Ls => {
+            let Reply::Policies(rows) = context.ask(&Request::PolicyLs)? else {
+                return Err(Error::unexpected_reply());
+            };
+            context.print(&rows, |rows| render_rows(rows, context.output))
+        }
+        Action::Explain { from, to: Target { to, port, protocol } } => {
+            let request = Request::PolicyExplain { from, to, port, protocol };
+            let Reply::PolicyExplain(judgements) = context.ask(&request)? else {
+                return Err(Error::unexpected_reply());
+            };
+            context.print(&judgements, |judgements| judgements.iter().map(render_judgement).collect())
+        }
+        Action::Drops { follow: false } => context.print(&drops(context)?, |drops| render_drops(drops)),
+        Action::Drops { follow: true } => follow(context),
+    }
+}
+
+fn drops(context: &Context) -> Result<Vec<PolicyDrop>> {
+    match context.ask(&Request::PolicyDrops)? {
+        Reply::PolicyDrops(drops) => Ok(drops),
+        _ => Err(Error::unexpected_reply()),
+    }
+}
+
+/// What tells a connection from others.
+fn key(drop: &PolicyDrop) -> impl Ord + use<> {
+    (drop.direction.clone(), drop.from, drop.to, drop.protocol.clone(), drop.port)
+}
+
+/// Prints what has grown since the last look, until the reader goes away.
+fn follow(context: &Context) -> Result<()> {
+    let mut seen: BTreeMap<_, u64> = drops(context)?.iter().map(|drop| (key(drop), drop.packets)).collect();
+    loop {
+        thread::sleep(FOLLOW);
+        let now = drops(context)?;
+        for drop in now.iter().rev() {
+            let before = seen.insert(key(drop), drop.packets).unwrap_or(0);
+            // One that was forgotten meanwhile begins anew.
+            let more = if drop.packets < before { drop.packets } else { drop.packets - before };
+            if more == 0 {
+                continue;
+            }
+            let grown = PolicyDrop { packets: more, ..drop.clone() };
+            let text = match context.output {
+                Output::Table | Output::Wide => line(&grown),
+                Output::Json => json_text(serde_json::to_string(&grown))?,
+            };
+            if let ControlFlow::Break(()) = write_out(&text)? {
+                return Ok(());
+            }
+        }
+    }
+}
+
+fn end(address: std::net::IpAddr, endpoint: Option<&String>) -> String {
+    endpoint.map_or_else(|| address.to_string(), |name| format!("{name} ({address})"))
+}
+
+fn port(drop: &PolicyDrop) -> String {
+    drop.port.map_or_else(|| drop.protocol.clone(), |port| format!("{} {port}", drop.protocol))
+}
+
+fn line(drop: &PolicyDrop) -> String {
+    let text = format!(
+        "{} to {} {}: {} packets refused for {} by {}",
+        end(drop.from, drop.from_endpoint.as_ref()),
+        end(drop.to, drop.to_endpoint.as_ref()),
+        port(drop),
+        drop.packets,
+        drop.direction,
+        list(&drop.policies)
+    );
+    printable(&text) + "\n"
+}
+
+fn render_drops(drops: &[PolicyDrop]) -> String {
+    Table::new()
+        .column("LAST", drops.iter().map(|drop| millis(drop.last_ms)))
+        .column("FROM", drops.iter().map(|drop| end(drop.from, drop.from_endpoint.as_ref())))
+        .column("TO", drops.iter().map(|drop| end(drop.to, drop.to_endpoint.as_ref())))
+        .column("PROTOCOL", drops.iter().map(|drop| &drop.protocol))
+        .column("PORT", drops.iter().map(|drop| maybe(drop.port)))
+        .column("PACKETS", drops.iter().map(|drop| drop.packets))
+        .column("DIRECTION", drops.iter().map(|drop| &drop.direction))
+        .column("POLICIES", drops.iter().map(|drop| list(&drop.policies)))
+        .render()
+}
+
+fn render_rows(rows: &[PolicyRow], output: Output) -> String {
+    let all =
+        |row: &PolicyRow| if row.selects.is_empty() { "all pods".to_owned() } else { row.selects.clone() };
+    let table = Table::new()
+        .column("NAMESPACE", rows.iter().map(|row| &row.namespace))
+        .column("NAME", rows.iter().map(|row| &row.name))
+        .column("SELECTS", rows.iter().map(all))
+        .column("ISOLATES", rows.iter().map(|row| list(&row.isolates)))
+        .column("ENDPOINTS", rows.iter().map(|row| row.endpoints))
+        .column("REFUSED", rows.iter().map(|row| row.refused));
+    match output {
+        Output::Wide => table.column("RULES", rows.iter().map(|row| row.rules.join("; "))).render(),
+        Output::Table | Output::Json => table.render(),
+    }
+}
+
+fn render_judgement(judgement: &PolicyJudgement) -> String {
+    let word = if judgement.passes { "passes" } else { "is refused" };
+    let text = format!("{} to {} {word}", judgement.from, judgement.to);
+    let mut lines = printable(&text) + "\n";
+    for (direction, side) in [("egress", &judgement.egress), ("ingress", &judgement.ingress)] {
+        let word = if side.passes { "passes" } else { "refused" };
+        lines += &format!("  {direction:7}  {word:7}  {}\n", printable(&side.why));
+    }
+    lines
+}
+
+#[cfg(test)]
+mod tests {
+    use ovl_proto::control::PolicySide;
+
+    use super::*;
+
+    #[test]
+    fn destinations() {
+        let of = |to: &str, port, protocol| Target { to: to.to_owned(), port, protocol };
+        for (text, expected) in [
+            ("db:5432", of("db", Some(5432), Protocol::Tcp)),
+            ("shop/db:53/UDP", of("shop/db", Some(53), Protocol::Udp)),
+            ("shop/db", of("shop/db", None, Protocol::Tcp)),
+            ("10.1.0.9:80/sctp", of("10.1.0.9", Some(80), Protocol::Sctp)),
+            ("[fd00::9]:80", of("fd00::9", Some(80), Protocol::Tcp)),
+            ("fd00::9", of("fd00::9", None, Protocol::Tcp)),
+        ] {
+            assert_eq!(target(text), Ok(expected), "{text}");
+        }
+        for text in ["db:", "db:x", "db:0", "db:80/icmp", "db:65536"] {
+            assert!(target(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_judgement_names_both_ends() {
+        let side =
+            |passes, why: &str| PolicySide { passes, policies: Vec::new(), rule: None, why: why.to_owned() };
+        let judgement = PolicyJudgement {
+            from: [10, 0, 0, 1].into(),
+            to: [10, 0, 0, 2].into(),
+            passes: false,
+            egress: side(true, "no policy isolates default/web for egress"),
+            ingress: side(false, "default/db is isolated"),
+        };
+        assert_eq!(
+            render_judgement(&judgement),
+            "10.0.0.1 to 10.0.0.2 is refused\n  egress   passes   no policy isolates default/web for egress\n  \
+             ingress  refused  default/db is isolated\n"
+        );
+    }
+
+    #[test]
+    fn what_was_refused_in_a_table_and_in_a_line() {
+        let drop = PolicyDrop {
+            direction: "ingress".into(),
+            from: [10, 0, 0, 1].into(),
+            from_endpoint: Some("default/web".into()),
+            to: [10, 0, 0, 2].into(),
+            to_endpoint: Some("default/db".into()),
+            protocol: "TCP".into(),
+            port: Some(5432),
+            packets: 3,
+            last_ms: 1200,
+            policies: vec!["default/db-allow-api-only".into()],
+        };
+        assert_eq!(
+            line(&drop),
+            "default/web (10.0.0.1) to default/db (10.0.0.2) TCP 5432: 3 packets refused for ingress by \
+             default/db-allow-api-only\n"
+        );
+        assert_eq!(
+            render_drops(&[drop]),
+            "\
+LAST  FROM                    TO                     PROTOCOL  PORT  PACKETS  DIRECTION  POLICIES
+1s    default/web (10.0.0.1)  default/db (10.0.0.2)  TCP       5432  3        ingress    default/db-allow-api-only
+"
+        );
+    }
+}

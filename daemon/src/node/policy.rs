@@ -1,0 +1,314 @@
+//! Network policies: what they follow from is marked here, and asked about.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+use ovl_core::nft::Table;
+use ovl_core::op::Op;
+use ovl_core::policy::explain::{End, Shown, Side, describe, explain};
+use ovl_core::policy::refused::{Connection, Counter, REMEMBERED_MS};
+use ovl_core::policy::{Direction, Policies, protocol_number};
+use ovl_core::view::Placed;
+use ovl_proto::control::{PolicyDrop, PolicyJudgement, PolicyRow, PolicySide};
+use ovl_proto::id::EndpointId;
+use ovl_proto::object::Mode;
+use ovl_proto::resource::{Kind, Name, Protocol, ResourceKey};
+use ovl_proto::table::Endpoint;
+
+use super::metrics::{head, line};
+use super::state::State;
+use super::{Failed, Node};
+
+/// An endpoint that is being made, for policies to know; dropped when it is in the table or nothing came of it.
+pub(super) struct Policed<'a> {
+    node: &'a Node,
+    id: EndpointId,
+}
+
+impl Drop for Policed<'_> {
+    fn drop(&mut self) {
+        let mut guard = self.node.state.borrow_mut();
+        let state = &mut *guard;
+        if let Some(endpoint) = state.local.attaching.remove(&self.id) {
+            state.dirty.police(&endpoint);
+            self.node.work.notify_one();
+        }
+    }
+}
+
+impl Node {
+    /// Has policies know an endpoint before it is there.
+    pub(super) fn police_attach(&self, endpoint: &Endpoint) -> Policed<'_> {
+        let mut guard = self.state.borrow_mut();
+        let state = &mut *guard;
+        state.local.attaching.insert(endpoint.id, endpoint.clone());
+        state.dirty.police(endpoint);
+        Policed { node: self, id: endpoint.id }
+    }
+
+    /// What policies need beyond what was last sent. The plan counts as sent.
+    pub(super) fn plan_policies(&self, state: &mut State) -> Vec<Op> {
+        let State { view, local, dirty, policy, caught_up, .. } = state;
+        let touched = std::mem::take(&mut dirty.policed);
+        // Rights to addresses come and go with whole networks.
+        let whole =
+            std::mem::take(&mut dirty.policies) || dirty.host || !dirty.networks.is_empty() || !*caught_up;
+        if !whole && let Some(ops) = policy.plan_touched(view, local, &touched) {
+            return ops;
+        }
+        policy.plan(view, local, *caught_up)
+    }
+}
+
+/// Marks what hangs on Kubernetes' objects that came, went or changed.
+pub(super) fn resources_changed(state: &mut State, keys: &[ResourceKey]) {
+    for key in keys {
+        match key.kind {
+            Kind::NetworkPolicy | Kind::Namespace => state.dirty.policies = true,
+            Kind::Pod => {
+                let of = |endpoint: &&Endpoint| endpoint.namespace == key.name.namespace;
+                let named = state.view.all_named(&key.name.name).map(|placed| placed.endpoint);
+                let endpoints: Vec<Endpoint> = named.filter(of).cloned().collect();
+                endpoints.iter().for_each(|endpoint| state.dirty.police(endpoint));
+            }
+            Kind::Service | Kind::EndpointSlice => {}
+        }
+    }
+    if keys.iter().any(|key| key.kind == Kind::NetworkPolicy) {
+        // The host routes for them as soon as there are policies.
+        let internal = state.view.networks.values().map(|found| &found.network);
+        let internal = internal.filter(|network| network.internal && network.mode == Mode::L2);
+        let internal: BTreeSet<_> = internal.map(|network| network.id).collect();
+        state.dirty.host |= !internal.is_empty();
+        state.dirty.networks.extend(internal);
+    }
+}
+
+/// Packets refused to, or from, an endpoint's address.
+type Refused = BTreeMap<(Direction, IpAddr), u64>;
+
+impl Node {
+    async fn refused(&self) -> Result<Refused, Failed> {
+        let sets = Counter::all().map(Counter::by_endpoint).to_vec();
+        let counts = self.kernel.counts(Table::Policy, sets).await.map_err(Failed::from)?;
+        let mut refused = Refused::new();
+        for (counter, counts) in Counter::all().iter().zip(counts) {
+            for counted in counts {
+                if let Some(address) = counter.address(&counted.key) {
+                    refused.insert((counter.direction, address), counted.packets);
+                }
+            }
+        }
+        Ok(refused)
+    }
+
+    /// All policies, with what they refused here.
+    pub(super) async fn policy_ls(&self) -> Result<Vec<PolicyRow>, Failed> {
+        let refused = self.refused().await?;
+        let state = self.state.borrow();
+        let policies = Policies::new(&state.view.resources);
+        let mut rows: BTreeMap<&Name, PolicyRow> = policies
+            .iter()
+            .map(|policy| {
+                let isolating = Direction::ALL.into_iter().filter(|way| policy.rules(*way).is_some());
+                let rules = Direction::ALL.into_iter().flat_map(|direction| {
+                    let rules = policy.rules(direction).into_iter().flatten();
+                    let policies = &policies;
+                    rules.map(move |rule| {
+                        format!("{}: {}", direction.name(), describe(policies, rule, direction))
+                    })
+                });
+                let row = PolicyRow {
+                    namespace: policy.name.namespace.clone(),
+                    name: policy.name.name.clone(),
+                    selects: Shown(&policy.selector).to_string(),
+                    isolates: isolating.map(|way| way.name().to_owned()).collect(),
+                    endpoints: 0,
+                    refused: 0,
+                    rules: rules.collect(),
+                };
+                (&policy.name, row)
+            })
+            .collect();
+        for Placed { node, endpoint } in state.view.all_endpoints() {
+            for policy in policies.selecting(&endpoint.namespace, &state.view.resources.labels(endpoint)) {
+                let Some(row) = rows.get_mut(&policy.name) else { continue };
+                row.endpoints += 1;
+                if node.record.id != state.view.me {
+                    continue;
+                }
+                for direction in Direction::ALL.into_iter().filter(|way| policy.rules(*way).is_some()) {
+                    let addresses = endpoint.addresses.iter().map(|net| (direction, net.addr()));
+                    row.refused += addresses.filter_map(|key| refused.get(&key)).sum::<u64>();
+                }
+            }
+        }
+        Ok(rows.into_values().collect())
+    }
+
+    /// What policies say of a connection; without a port, of a protocol that has none.
+    pub(super) fn policy_explain(
+        &self,
+        from: &str,
+        to: &str,
+        port: Option<(Protocol, u16)>,
+    ) -> Result<Vec<PolicyJudgement>, Failed> {
+        let state = self.state.borrow();
+        let policies = Policies::new(&state.view.resources);
+        let (sources, targets) = (addresses(&state, from)?, addresses(&state, to)?);
+        let mut judgements = Vec::new();
+        for from in &sources {
+            for to in targets.iter().filter(|to| to.is_ipv4() == from.is_ipv4()) {
+                let [source, target] = [from, to].map(|address| End::of(&state.view, *address));
+                let judged = explain(&state.view, &policies, &source, &target, port);
+                judgements.push(PolicyJudgement {
+                    from: *from,
+                    to: *to,
+                    passes: judged.passes(),
+                    egress: side(judged.egress, &source, Direction::Egress),
+                    ingress: side(judged.ingress, &target, Direction::Ingress),
+                });
+            }
+        }
+        if judgements.is_empty() {
+            return Err(Failed::invalid(format!("{from} and {to} have no addresses of one family")));
+        }
+        Ok(judgements)
+    }
+
+    /// What was refused lately.
+    pub(super) async fn policy_drops(&self) -> Result<Vec<PolicyDrop>, Failed> {
+        let sets = Counter::all().map(Counter::by_connection).to_vec();
+        let counts = self.kernel.counts(Table::Policy, sets).await.map_err(Failed::from)?;
+        let state = self.state.borrow();
+        let policies = Policies::new(&state.view.resources);
+        let mut drops = Vec::new();
+        for (counter, counts) in Counter::all().iter().zip(counts) {
+            for counted in counts {
+                let Some(connection) = counter.connection(&counted.key) else { continue };
+                let left = counted.left_ms.unwrap_or(REMEMBERED_MS);
+                drops.push(PolicyDrop {
+                    packets: counted.packets,
+                    last_ms: REMEMBERED_MS.saturating_sub(left),
+                    ..drop_of(&state, &policies, counter.direction, connection)
+                });
+            }
+        }
+        drops.sort_by_key(|drop| drop.last_ms);
+        Ok(drops)
+    }
+
+    /// What was refused here, in Prometheus' text format; nothing without policies.
+    pub(super) async fn policy_metrics(&self) -> Result<String, Failed> {
+        let mut text = String::new();
+        if self.state.borrow().view.resources.policies.is_empty() {
+            return Ok(text);
+        }
+        let refused = self.refused().await?;
+        let forged = self.kernel.counter(Table::Policy, "forged").await.map_err(Failed::from)?;
+        let state = self.state.borrow();
+        let count = state.view.resources.policies.len() as u64;
+        head(&mut text, "ovl_policies", "Network policies in the cluster", "gauge");
+        line(&mut text, "ovl_policies", &[], count);
+        let name = "ovl_policy_refused_packets_total";
+        head(
+            &mut text,
+            name,
+            "Packets that no policy of an isolated endpoint of this host let pass",
+            "counter",
+        );
+        for ((direction, address), packets) in &refused {
+            let Some(placed) = End::of(&state.view, *address).endpoint else { continue };
+            let labels = [
+                ("namespace", &*placed.endpoint.namespace),
+                ("endpoint", &*placed.endpoint.name),
+                ("address", &*address.to_string()),
+                ("direction", direction.name()),
+            ];
+            line(&mut text, name, &labels, *packets);
+        }
+        let name = "ovl_policy_forged_packets_total";
+        head(&mut text, name, "Packets of this host's endpoints with a source that is not theirs", "counter");
+        line(&mut text, name, &[], forged);
+        Ok(text)
+    }
+}
+
+/// The addresses of an endpoint, by its name or `NAMESPACE/NAME`; or the address itself.
+fn addresses(state: &State, text: &str) -> Result<Vec<IpAddr>, Failed> {
+    if let Ok(address) = text.parse() {
+        return Ok(vec![address]);
+    }
+    let (namespace, name) = text.split_once('/').unwrap_or(("default", text));
+    let named = state
+        .view
+        .all_named(name)
+        .filter(|placed| placed.endpoint.namespace == namespace && state.view.counts(placed.node));
+    let addresses: Vec<IpAddr> =
+        named.flat_map(|placed| &placed.endpoint.addresses).map(|net| net.addr()).collect();
+    if addresses.is_empty() {
+        return Err(Failed::not_found(format!(
+            "there is no endpoint {name} in the namespace {namespace}: give NAME, NAMESPACE/NAME or an address"
+        )));
+    }
+    Ok(addresses)
+}
+
+fn full_name(end: &End<'_>) -> Option<String> {
+    let placed = end.endpoint?;
+    Some(format!("{}/{}", placed.endpoint.namespace, placed.endpoint.name))
+}
+
+fn side(side: Side, end: &End<'_>, direction: Direction) -> PolicySide {
+    let passes = side.passes();
+    let who = full_name(end).unwrap_or_else(|| end.address.to_string());
+    let direction = direction.name();
+    let (policies, rule, why) = match side {
+        Side::Outside => (Vec::new(), None, format!("{who} is no endpoint: policies are not about it")),
+        Side::AtHome => (Vec::new(), None, format!("between {who} and itself, or its own host, all passes")),
+        Side::NotIsolated => (Vec::new(), None, format!("no policy isolates {who} for {direction}")),
+        Side::Passes { policy, rule, says } => (
+            vec![policy.to_string()],
+            Some(rule as u64),
+            format!("{direction} rule {rule} of {policy}: {says}"),
+        ),
+        Side::Refused(policies) => {
+            let names: Vec<String> = policies.iter().map(ToString::to_string).collect();
+            let why = format!(
+                "{who} is isolated for {direction} by {}, and no rule lets this pass",
+                names.join(" and ")
+            );
+            (names, None, why)
+        }
+    };
+    PolicySide { passes, policies, rule, why }
+}
+
+fn drop_of(state: &State, policies: &Policies, direction: Direction, connection: Connection) -> PolicyDrop {
+    let Connection { from, to, protocol, port } = connection;
+    let [source, target] = [from, to].map(|address| End::of(&state.view, address));
+    let own = match direction {
+        Direction::Ingress => &target,
+        Direction::Egress => &source,
+    };
+    let isolating = own.endpoint.map_or_else(Vec::new, |placed| {
+        let labels = state.view.resources.labels(placed.endpoint);
+        let selecting = policies.selecting(&placed.endpoint.namespace, &labels).into_iter();
+        let isolating = selecting.filter(|policy| policy.rules(direction).is_some());
+        isolating.map(|policy| policy.name.to_string()).collect()
+    });
+    let known = [Protocol::Tcp, Protocol::Udp, Protocol::Sctp];
+    let known = known.into_iter().find(|known| protocol_number(*known) == protocol);
+    PolicyDrop {
+        direction: direction.name().to_owned(),
+        from,
+        from_endpoint: full_name(&source),
+        to,
+        to_endpoint: full_name(&target),
+        protocol: known.map_or_else(|| protocol.to_string(), |known| known.to_string()),
+        port: known.map(|_| port),
+        packets: 0,
+        last_ms: 0,
+        policies: isolating,
+    }
+}

@@ -1,0 +1,176 @@
+//! What policies mean, read from the manifests by the words of Kubernetes' documentation, as simply as can be.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use serde_json::Value;
+
+use super::{PORTS, Pod, Probe, Proto, Reached, port_name};
+use crate::text;
+
+/// What was applied and not deleted.
+#[derive(Debug, Clone, Default)]
+pub struct Reference {
+    policies: BTreeMap<(String, String), Value>,
+    namespaces: BTreeMap<String, Value>,
+}
+
+fn key(object: &Value) -> (String, String) {
+    (text(&object["metadata"]["namespace"]), text(&object["metadata"]["name"]))
+}
+
+impl Reference {
+    /// Takes manifests in.
+    pub fn apply(&mut self, objects: &[Value]) {
+        for object in objects {
+            match object["kind"].as_str() {
+                Some("NetworkPolicy") => drop(self.policies.insert(key(object), object["spec"].clone())),
+                Some("Namespace") => {
+                    drop(self.namespaces.insert(key(object).1, object["metadata"]["labels"].clone()));
+                }
+                _ => {}
+            }
+        }
+    }
+
+    /// Takes one out.
+    pub fn delete(&mut self, kind: &str, namespace: &str, name: &str) {
+        match kind {
+            "networkpolicy" => drop(self.policies.remove(&(namespace.to_owned(), name.to_owned()))),
+            "namespace" => drop(self.namespaces.remove(name)),
+            _ => {}
+        }
+    }
+
+    /// All tries that should be answered.
+    pub fn expected(&self, pods: &[Pod], protos: &[Proto]) -> Reached {
+        let mut all = BTreeSet::new();
+        for from in pods {
+            for to in pods.iter().filter(|to| to.full_name() != from.full_name()) {
+                for (v4, proto, port) in tries(protos) {
+                    if to.address(v4).is_some() && self.passes(from, to, v4, proto, port) {
+                        all.insert(Probe { from: from.full_name(), to: to.full_name(), v4, proto, port });
+                    }
+                }
+            }
+        }
+        Reached(all)
+    }
+
+    /// Whether a connection should be made.
+    pub fn passes(&self, from: &Pod, to: &Pod, v4: bool, proto: Proto, port: u16) -> bool {
+        let try_ = Try { v4, proto, port };
+        self.side(from, to, "Egress", &try_) && self.side(to, from, "Ingress", &try_)
+    }
+
+    fn side(&self, own: &Pod, other: &Pod, direction: &str, try_: &Try) -> bool {
+        let (rules, peers) = if direction == "Egress" { ("egress", "to") } else { ("ingress", "from") };
+        let isolating: Vec<(&String, &Value)> = self
+            .policies
+            .iter()
+            .filter(|((namespace, _), spec)| {
+                *namespace == own.namespace
+                    && selects(&spec["podSelector"], &own.labels)
+                    && has_type(spec, direction)
+            })
+            .map(|((namespace, _), spec)| (namespace, spec))
+            .collect();
+        isolating.is_empty()
+            || isolating.iter().any(|(namespace, spec)| {
+                list(&spec[rules]).iter().any(|rule| {
+                    let peers = list(&rule[peers]);
+                    let ports = list(&rule["ports"]);
+                    (peers.is_empty() || peers.iter().any(|peer| self.is_peer(peer, namespace, other, try_.v4)))
+                        && (ports.is_empty() || ports.iter().any(|port| try_.is_at(port)))
+                })
+            })
+    }
+
+    fn is_peer(&self, peer: &Value, namespace: &str, pod: &Pod, v4: bool) -> bool {
+        if let Some(block) = peer.get("ipBlock") {
+            let Some(address) = pod.address(v4).and_then(|address| address.parse::<IpAddr>().ok()) else {
+                return false;
+            };
+            let within = |net: &Value| text(net).parse::<IpNet>().is_ok_and(|net| net.contains(&address));
+            return within(&block["cidr"]) && !list(&block["except"]).iter().any(within);
+        }
+        let namespace_fits = match peer.get("namespaceSelector") {
+            None => pod.namespace == namespace,
+            Some(selector) => {
+                let mut labels: BTreeMap<String, String> = self
+                    .namespaces
+                    .get(&pod.namespace)
+                    .and_then(Value::as_object)
+                    .into_iter()
+                    .flatten()
+                    .map(|(key, value)| (key.clone(), text(value)))
+                    .collect();
+                labels.insert("kubernetes.io/metadata.name".to_owned(), pod.namespace.clone());
+                selects(selector, &labels)
+            }
+        };
+        namespace_fits && peer.get("podSelector").is_none_or(|selector| selects(selector, &pod.labels))
+    }
+}
+
+struct Try {
+    v4: bool,
+    proto: Proto,
+    port: u16,
+}
+
+impl Try {
+    fn is_at(&self, port: &Value) -> bool {
+        let proto = port["protocol"].as_str().unwrap_or("TCP").to_lowercase();
+        if proto != self.proto.name() {
+            return false;
+        }
+        match &port["port"] {
+            Value::Null => true,
+            Value::String(name) => *name == port_name(self.port, self.proto),
+            number => {
+                let first = number.as_u64().unwrap_or(0);
+                let last = port["endPort"].as_u64().unwrap_or(first);
+                (first..=last).contains(&u64::from(self.port))
+            }
+        }
+    }
+}
+
+fn tries(protos: &[Proto]) -> Vec<(bool, Proto, u16)> {
+    let mut all = Vec::new();
+    for v4 in [true, false] {
+        for proto in protos {
+            all.extend(PORTS.map(|port| (v4, *proto, port)));
+        }
+    }
+    all
+}
+
+fn list(value: &Value) -> &[Value] {
+    value.as_array().map_or(&[], Vec::as_slice)
+}
+
+fn has_type(spec: &Value, direction: &str) -> bool {
+    match spec.get("policyTypes") {
+        Some(types) => list(types).iter().any(|each| each == direction),
+        None => direction == "Ingress" || !list(&spec["egress"]).is_empty(),
+    }
+}
+
+fn selects(selector: &Value, labels: &BTreeMap<String, String>) -> bool {
+    let equal = selector["matchLabels"].as_object().into_iter().flatten();
+    equal.map(|(key, value)| labels.get(key) == Some(&text(value))).all(|fits| fits)
+        && list(&selector["matchExpressions"]).iter().all(|requirement| {
+            let value = labels.get(&text(&requirement["key"]));
+            let among = || list(&requirement["values"]).iter().any(|each| Some(&text(each)) == value);
+            match requirement["operator"].as_str() {
+                Some("In") => among(),
+                Some("NotIn") => !among(),
+                Some("Exists") => value.is_some(),
+                Some("DoesNotExist") => value.is_none(),
+                _ => false,
+            }
+        })
+}
