@@ -3,12 +3,13 @@
 #![allow(clippy::unwrap_used, reason = "tests, and helpers of tests")]
 
 use std::net::IpAddr;
+use std::path::Path;
 use std::time::Instant;
 
-use netns_lab::{Host, Signal, wait_until};
+use netns_lab::{Host, Lab, LabConfig, Signal, find_binary, wait_until};
 use ovl_tests::runtime::{Before, Docker, Place, reaches, wait_endpoint_count};
 use ovl_tests::{SOON, assert_says, rows, started, strings, text, wait_clean, wait_network};
-use serde_json::json;
+use serde_json::{Value, json};
 
 /// `docker network create` with ovl's driver and IPAM.
 fn create(docker: &Docker, name: &str, more: &[&str]) -> String {
@@ -22,7 +23,7 @@ fn networks(host: &Host) -> Vec<String> {
 }
 
 /// The endpoint of a container, as the cluster knows it.
-fn endpoint(host: &Host, address: IpAddr) -> Option<serde_json::Value> {
+fn endpoint(host: &Host, address: IpAddr) -> Option<Value> {
     let own = format!("{address}/");
     let all = rows(host, &["endpoints"]).unwrap();
     all.into_iter().find(|row| strings(&row["addresses"]).iter().any(|each| each.starts_with(&own)))
@@ -32,8 +33,8 @@ fn endpoint(host: &Host, address: IpAddr) -> Option<serde_json::Value> {
 fn containers_of_three_engines_reach_each_other() {
     let lab = started(3).unwrap();
     let hosts = [&lab["h1"], &lab["h2"], &lab["h3"]];
-    let before = hosts.map(|host| Before::of(host).unwrap());
     let docker = hosts.map(|host| Docker::start(host, &[]).unwrap());
+    let before = hosts.map(|host| Before::of(host).unwrap());
     let [d1, d2, d3] = &docker;
 
     // One makes the network, one joins it by its name and one by its range.
@@ -68,9 +69,14 @@ fn containers_of_three_engines_reach_each_other() {
     assert_says(&taken, &["10.77.9.9"]);
 
     // A container is taken off a network, put on another one, on both.
-    create(d1, "red", &["-o", "ovl.network=red", "--subnet", "10.78.0.0/24"]);
-    wait_network(hosts[1], "red").unwrap();
-    create(d2, "red", &["--subnet", "10.78.0.0/24"]);
+    // Both make it at one instant, and it is one network.
+    let make = ["network", "create", "-d", "ovl", "--ipam-driver", "ovl", "-o", "ovl.network=red"];
+    let make = [&make[..], &["--subnet", "10.78.0.0/24", "red"]].concat();
+    let makers = [d1, d2].map(|each| each.host().spawn(each.command(&make)).unwrap());
+    for maker in makers {
+        let said = maker.finish(SOON).unwrap();
+        assert!(said.success(), "{}", said.stderr);
+    }
     let red = d2.run("red", &["--network", "red"]).unwrap();
     let red_address = red.addresses().unwrap()[0];
     near.ping(red_address).expect_err("networks do not reach each other");
@@ -100,7 +106,6 @@ fn containers_of_three_engines_reach_each_other() {
     for host in hosts {
         wait_until(SOON, "no networks", || networks(host).is_empty()).unwrap();
     }
-    drop(docker);
     for each in before {
         each.wait_nothing_left(&addresses).unwrap();
     }
@@ -155,8 +160,100 @@ fn what_does_not_fit_is_refused_with_a_reason() {
     .unwrap();
 }
 
+/// A call as an Engine makes it, to a plugin on a host.
+fn call(host: &Host, socket: &Path, method: &str, body: &Value) -> Value {
+    let (socket, url) = (socket.to_str().unwrap(), format!("http://plugin/{method}"));
+    let said = host
+        .exec_ok(["curl", "-sS", "-X", "POST", "--unix-socket", socket, "-d", &body.to_string(), &url])
+        .unwrap();
+    serde_json::from_str(&said).unwrap_or_else(|error| panic!("{method}: {error}: {said}"))
+}
+
 #[test]
-fn encrypted_internal_and_routed_networks() {
+fn calls_of_an_engine_that_stumbles() {
+    let lab = Lab::new(LabConfig::hosts(2)).unwrap();
+    let (h1, h2) = (&lab["h1"], &lab["h2"]);
+    h1.start().unwrap();
+    h1.wait_ready(SOON).unwrap();
+    // Nobody is there.
+    h2.set_join(&["192.168.77.99"]).unwrap();
+    h2.start().unwrap();
+    let plugin = |host: &Host| {
+        let socket = host.dir().join("ovl.sock");
+        let words = [
+            find_binary("ovl-docker").unwrap(),
+            "--listen".into(),
+            socket.clone(),
+            "--socket".into(),
+            host.socket(),
+        ];
+        let none = ["--engine", "none"].map(Into::into);
+        let running = host.spawn(words.into_iter().chain(none)).unwrap();
+        wait_until(SOON, "ovl-docker", || socket.exists()).unwrap();
+        (socket, running)
+    };
+    let (lonely, _lonely) = plugin(h2);
+    let pool =
+        json!({ "AddressSpace": "ovl", "Pool": "10.77.0.0/24", "SubPool": "", "Options": {}, "V6": false });
+    let begun = Instant::now();
+    let answer = call(h2, &lonely, "IpamDriver.RequestPool", &pool);
+    assert_says(&text(&answer["Error"]), &["ovld is not ready", "not admitted"]);
+    assert!(begun.elapsed().as_secs() < 10, "within seconds: {:?}", begun.elapsed());
+
+    let (socket, _plugin) = plugin(h1);
+    let ask = |method: &str, body: Value| call(h1, &socket, method, &body);
+    assert_eq!(ask("Plugin.Activate", Value::Null)["Implements"], json!(["NetworkDriver", "IpamDriver"]));
+    assert_says(&text(&ask("NetworkDriver.Fly", json!({}))["Err"]), &["NetworkDriver.Fly"]);
+    let pool = text(&ask("IpamDriver.RequestPool", pool)["PoolID"]);
+    let made = json!({
+        "NetworkID": "n1", "Options": { "com.docker.network.generic": { "ovl.network": "blue" } },
+        "IPv4Data": [{ "AddressSpace": "ovl", "Pool": "10.77.0.0/24" }], "IPv6Data": [],
+    });
+    // Twice: the first answer may have been lost.
+    assert_eq!(ask("NetworkDriver.CreateNetwork", made.clone()), json!({}));
+    assert_eq!(ask("NetworkDriver.CreateNetwork", made), json!({}));
+
+    let mac = |n: u8| format!("02:42:00:00:00:{n:02x}");
+    let address = |n: u8| {
+        let options = json!({ "com.docker.network.endpoint.macaddress": mac(n) });
+        text(
+            &ask("IpamDriver.RequestAddress", json!({ "PoolID": pool, "Address": "", "Options": options }))["Address"],
+        )
+    };
+    let id = |n: u8| json!({ "NetworkID": "n1", "EndpointID": format!("e{n}") });
+    let endpoint = |n: u8, address: &str| {
+        let mut body = id(n);
+        body["Interface"] = json!({ "Address": address, "AddressIPv6": "", "MacAddress": mac(n) });
+        ask("NetworkDriver.CreateEndpoint", body)
+    };
+    let [first, second] = [1, 2].map(address);
+    assert_ne!(first, second, "both are set aside");
+    assert_eq!(endpoint(1, &first), json!({ "Interface": {} }));
+    assert_eq!(endpoint(1, &first), json!({ "Interface": {} }), "the same once more");
+    assert_says(&text(&endpoint(3, &first)["Err"]), &[first.split('/').next().unwrap(), "in use"]);
+    let joined = ask("NetworkDriver.Join", id(1));
+    h1.exec_ok(["ip", "link", "show", joined["InterfaceName"]["SrcName"].as_str().unwrap()]).unwrap();
+    assert_says(&text(&ask("NetworkDriver.Join", id(9))["Err"]), &["gone"]);
+
+    // What is given back is free, whatever else was forgotten.
+    assert_eq!(endpoint(2, &second), json!({ "Interface": {} }));
+    wait_endpoint_count(h1, 2).unwrap();
+    let gone = json!({ "PoolID": pool, "Address": second.split('/').next().unwrap() });
+    assert_eq!(ask("IpamDriver.ReleaseAddress", gone), json!({}));
+    wait_endpoint_count(h1, 1).unwrap();
+    // And a network takes along what is left of it.
+    assert_eq!(ask("NetworkDriver.DeleteNetwork", json!({ "NetworkID": "n1" })), json!({}));
+    wait_endpoint_count(h1, 0).unwrap();
+    assert_eq!(networks(h1), [""; 0]);
+    for method in ["NetworkDriver.Leave", "NetworkDriver.DeleteEndpoint"] {
+        assert_eq!(ask(method, id(1)), json!({}), "what is gone is");
+    }
+    assert_eq!(ask("NetworkDriver.DeleteNetwork", json!({ "NetworkID": "n1" })), json!({}));
+    assert_says(&text(&endpoint(1, &first)["Err"]), &["docker network rm"]);
+}
+
+#[test]
+fn encrypted_and_internal_networks() {
     let lab = started(2).unwrap();
     let hosts = [&lab["h1"], &lab["h2"]];
     let docker = hosts.map(|host| Docker::start(host, &[]).unwrap());
@@ -164,7 +261,6 @@ fn encrypted_internal_and_routed_networks() {
     for (name, options) in [
         ("sealed", &["-o", "encrypted", "--subnet", "10.79.0.0/24", "--ipv6", "--subnet", "fd79::/64"][..]),
         ("inside", &["--internal", "--subnet", "10.80.0.0/24"]),
-        ("routed", &["-o", "ovl.mode=l3", "--subnet", "10.60.0.0/16"]),
     ] {
         let named = format!("ovl.network={name}");
         let options = [&["-o", &named], options].concat();

@@ -273,10 +273,10 @@ impl Node {
         let network = {
             let state = self.state.borrow();
             state.check_member()?;
-            state.docker.networks.get(&wish.id.network).map(|kept| kept.network).ok_or_else(|| {
+            let kept = state.docker.networks.get(&wish.id.network).map(|kept| kept.network);
+            kept.filter(|network| state.view.networks.contains_key(network)).ok_or_else(|| {
                 Failed::not_found(
-                    "ovl does not know this network of the Engine: was the state directory emptied? `docker network rm` it \
-                     and make it again",
+                    "the network that this one of the Engine stands for is gone: `docker network rm` it and make it again",
                 )
             })?
         };
