@@ -382,11 +382,18 @@ impl Common {
     }
 }
 
-/// An error with a VXLAN device whose VNI or port is taken names who has it; a kernel without WireGuard
-/// is called that.
+/// An error with a VXLAN device whose VNI or port is taken names who has it; a kernel that lacks a kind of
+/// device is called that.
 fn explain(route: &mut Route, device: Device, link: &Link, refusal: Refusal, op: &Op) -> KernelError {
-    if let (Link::Tunnel { kind: TunnelKind::Kernel, .. }, EOPNOTSUPP) = (link, refusal.errno) {
-        return wireguard::no_wireguard();
+    if let (Op::AddLink(..), EOPNOTSUPP) = (op, refusal.errno) {
+        return match link {
+            Link::Bridge { .. } => KernelError::missing("bridges", "bridge"),
+            Link::Vxlan { .. } => KernelError::missing("VXLAN", "vxlan"),
+            Link::Tunnel { kind: TunnelKind::Kernel, .. } => wireguard::no_wireguard(),
+            Link::Tunnel { .. } | Link::Tap { .. } | Link::Endpoint { .. } => {
+                refusal.into_error(op.to_string())
+            }
+        };
     }
     let Link::Vxlan { vni, port, .. } = link else { return refusal.into_error(op.to_string()) };
     let holder = |route: &mut Route, vni: Option<u32>| {

@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use ipnet::IpNet;
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
 use netlink_packet_route::link::LinkAttribute;
-use nix::libc::{EACCES, EEXIST, EXFULL};
+use nix::libc::{EACCES, EEXIST, EOPNOTSUPP, EXFULL};
 use ovl_core::kernel::Link;
 use ovl_proto::id::Mac;
 
@@ -235,6 +235,7 @@ fn add_again(route: &mut Route, index: u32, ifname: &str, net: IpNet, refusal: R
 /// That the host's end was not there before is known: it is the other end whose name is taken.
 fn explain(refusal: Refusal, ifname: &str) -> KernelError {
     match refusal.errno {
+        EOPNOTSUPP => KernelError::missing("veth pairs", "veth"),
         EEXIST => KernelError::Other(format!("the namespace already has an interface {ifname}")),
         EXFULL => KernelError::Other(
             "the network's bridge is full: the kernel takes 1,024 ports, endpoints and the VXLAN device together. Attach \

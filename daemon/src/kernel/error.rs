@@ -42,4 +42,9 @@ impl KernelError {
             None => Self::Other(format!("{action}: {error}")),
         }
     }
+
+    /// The kernel has no such feature: its module is not installed, or must not be loaded.
+    pub(super) fn missing(feature: &str, module: &str) -> Self {
+        Self::Other(format!("this kernel has no {feature}: install or allow its module `{module}`"))
+    }
 }

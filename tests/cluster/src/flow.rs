@@ -1,15 +1,15 @@
 //! A stream of pings, to see whether any of them is lost.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::thread;
 
 use anyhow::{Context as _, Result, ensure};
-use netns_lab::wait_until;
 
 use crate::machine::{Machine, SOON};
-use crate::world::Workload;
+use crate::world::{Workload, joined};
 
-/// Pings from one workload to another, 25 a second, from the start to [`finish`](Flow::finish).
+/// Pings from one workload to another, 25 a second, from the start to [`none_lost`] or [`at_most_lost`].
 pub(crate) struct Flow<'a> {
     machine: &'a dyn Machine,
     shown: String,
@@ -24,53 +24,97 @@ struct Report {
 }
 
 impl<'a> Flow<'a> {
-    /// Begins once the way is open.
-    pub(crate) fn start(from: &Workload<'a>, to: &Workload<'_>) -> Result<Self> {
+    /// Begins several, each once its way is open.
+    pub(crate) fn start(ways: &[(&Workload<'a>, &Workload<'a>)]) -> Result<Vec<Self>> {
         static COUNT: AtomicU32 = AtomicU32::new(0);
-        let file = format!("/run/flow-{}", COUNT.fetch_add(1, Ordering::Relaxed));
-        from.ping(to)?;
-        let machine = from.machine;
-        let pid = machine.ok(&format!(
-            "{} ping -n -i 0.04 {} >{file} 2>&1 </dev/null & echo $!",
-            from.exec(),
-            to.address
-        ))?;
-        let flow = Self { machine, shown: format!("{} to {}", from.name, to.name), pid, file };
-        flow.go_on()?;
-        Ok(flow)
-    }
-
-    /// Lets it go on for a second and more.
-    pub(crate) fn go_on(&self) -> Result<()> {
-        let enough = self.answers()? + 25;
-        wait_until(SOON, "more answers to pings", || Ok::<_, anyhow::Error>(self.answers()? >= enough))
-    }
-
-    fn answers(&self) -> Result<usize> {
-        Ok(self.machine.ok(&format!("grep -c icmp_seq= {} || true", self.file))?.parse()?)
-    }
-
-    /// Ends it.
-    fn finish(self) -> Result<Report> {
-        // SIGINT does not reach what a shell has put into the background; ping sets a handler all the same.
-        let text = self.machine.ok(&format!(
-            "kill -INT {pid}; while [ -e /proc/{pid} ]; do sleep 0.05; done; cat {file}; rm {file}",
-            pid = self.pid,
-            file = self.file
-        ))?;
-        let numbers: BTreeSet<usize> = text
-            .lines()
-            .filter(|line| line.contains("bytes from"))
-            .filter_map(|line| line.split_once("icmp_seq=")?.1.split(' ').next()?.parse().ok())
+        let mut flows: Vec<Self> = ways
+            .iter()
+            .map(|(from, to)| Self {
+                machine: from.machine,
+                shown: format!("{} to {}", from.name, to.name),
+                pid: String::new(),
+                file: format!("/run/flow-{}", COUNT.fetch_add(1, Ordering::Relaxed)),
+            })
             .collect();
-        let sent: usize = text
-            .lines()
-            .find_map(|line| line.split_once(" packets transmitted")?.0.parse().ok())
-            .with_context(|| format!("ping said no sum: {text}"))?;
-        // The last one may be on its way when ping is told to end.
-        let last = numbers.last().copied().unwrap_or(0).max(sent - 1);
-        Ok(Report { sent, lost: last - numbers.len() })
+        let pids = each(&flows, |number, flow| {
+            let (from, to) = ways[number];
+            format!(
+                "{}; {} ping -n -i 0.04 {} >{} 2>&1 </dev/null & echo $!",
+                from.pinged(to),
+                from.exec(),
+                to.address,
+                flow.file
+            )
+        })?;
+        for (flow, pid) in flows.iter_mut().zip(pids) {
+            flow.pid = pid;
+        }
+        go_on(&flows)?;
+        Ok(flows)
     }
+}
+
+/// Lets them go on for a second and more.
+pub(crate) fn go_on(flows: &[Flow<'_>]) -> Result<()> {
+    each(flows, |_, Flow { file, shown, .. }| {
+        format!(
+            "count() {{ grep -c icmp_seq= {file} || true; }}; want=$(($(count) + 25)); end=$(($(date +%s) + {})); \
+             until [ $(count) -ge $want ]; do \
+             [ $(date +%s) -lt $end ] || {{ echo 'no more answers from {shown}' >&2; exit 1; }}; sleep 0.3; done; echo",
+            SOON.as_secs()
+        )
+    })
+    .map(drop)
+}
+
+/// Ends them.
+fn finish(flows: &[Flow<'_>]) -> Result<Vec<Report>> {
+    // SIGINT does not reach what a shell has put into the background; ping sets a handler all the same.
+    // The last one may be on its way when ping is told to end, and one may be answered twice.
+    let told = each(flows, |_, Flow { pid, file, .. }| {
+        format!(
+            "kill -INT {pid}; while [ -e /proc/{pid} ]; do sleep 0.05; done; \
+             awk '/bytes from/ {{ split($0, a, \"icmp_seq=\"); n = a[2] + 0; if (n > last) last = n; if (!seen[n]++) got++ }} \
+             / packets transmitted/ {{ sent = $1 }} \
+             END {{ if (last < sent - 1) last = sent - 1; print sent + 0, last - got }}' {file}; rm {file}"
+        )
+    })?;
+    told.iter()
+        .map(|line| {
+            let (sent, lost) = line.split_once(' ').with_context(|| format!("{line:?} of a flow"))?;
+            let report = Report { sent: sent.parse()?, lost: lost.parse()? };
+            ensure!(report.sent > 0, "ping said no sum");
+            Ok(report)
+        })
+        .collect()
+}
+
+/// Runs a script for each flow, in one go on each machine; each must print one line.
+fn each(flows: &[Flow<'_>], script: impl Fn(usize, &Flow<'_>) -> String) -> Result<Vec<String>> {
+    let mut machines: BTreeMap<&str, (&dyn Machine, Vec<usize>, Vec<String>)> = BTreeMap::new();
+    for (number, flow) in flows.iter().enumerate() {
+        let (_, numbers, scripts) =
+            machines.entry(flow.machine.name()).or_insert_with(|| (flow.machine, Vec::new(), Vec::new()));
+        numbers.push(number);
+        scripts.push(script(number, flow));
+    }
+    let told = thread::scope(|scope| {
+        let threads: Vec<_> = machines
+            .values()
+            .map(|(machine, _, scripts)| scope.spawn(|| machine.ok_for(SOON * 2, &scripts.join("\n"))))
+            .collect();
+        threads.into_iter().map(joined).collect::<Result<Vec<_>>>()
+    })?;
+    let mut lines = vec![String::new(); flows.len()];
+    for ((machine, numbers, _), told) in machines.values().zip(told) {
+        // What is empty at the ends was trimmed away.
+        let mut all = told.lines().map(str::to_owned);
+        for number in numbers {
+            lines[*number] = all.next().unwrap_or_default();
+        }
+        ensure!(all.next().is_none(), "more lines than flows from {}: {told}", machine.name());
+    }
+    Ok(lines)
 }
 
 /// Ends all of them, fails if a ping was lost, and says how many pings that were.
@@ -82,13 +126,9 @@ pub(crate) fn none_lost(flows: Vec<Flow<'_>>) -> Result<String> {
 
 /// Ends all of them, and fails if any has lost more than that; gives the most that one has lost.
 pub(crate) fn at_most_lost(flows: Vec<Flow<'_>>, limit: usize, sent: &mut usize) -> Result<usize> {
-    for flow in &flows {
-        flow.go_on()?;
-    }
+    go_on(&flows)?;
     let (mut most, mut wrong) = (0, Vec::new());
-    for flow in flows {
-        let shown = flow.shown.clone();
-        let report = flow.finish()?;
+    for (Flow { shown, .. }, report) in flows.iter().zip(finish(&flows)?) {
         *sent += report.sent;
         most = most.max(report.lost);
         if report.lost > limit {
@@ -102,6 +142,7 @@ pub(crate) fn at_most_lost(flows: Vec<Flow<'_>>, limit: usize, sent: &mut usize)
 impl Drop for Flow<'_> {
     fn drop(&mut self) {
         // It has ended already, unless the scenario failed.
-        self.machine.run(&format!("[ ! -e {file} ] || kill -9 {pid}", file = self.file, pid = self.pid)).ok();
+        let Self { file, pid, .. } = self;
+        self.machine.run(&format!("[ ! -e {file} ] || {{ kill -9 {pid}; rm {file}; }}")).ok();
     }
 }

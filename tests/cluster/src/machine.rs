@@ -41,6 +41,8 @@ pub(crate) trait Machine: Sync {
     fn name(&self) -> &str;
     /// Its address on the underlay.
     fn address(&self) -> IpAddr;
+    /// The device that has this address.
+    fn link(&self) -> &str;
     /// The folder in it with the packages, see [`crate::packages`].
     fn files(&self) -> &str;
     /// Runs a script with `sh` as root. What it leaves running must not hold its output open.

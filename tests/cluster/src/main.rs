@@ -4,16 +4,18 @@
 //! | --- | --- |
 //! | [`machine`] | what a scenario may ask of a machine, whoever runs it |
 //! | [`qemu`] | machines under plain QEMU |
+//! | [`vagrant`] | machines that `vagrant up` has started |
 //! | [`scenario`] | what is tried |
 //! | [`world`], [`flow`] | what scenarios share |
 //!
-//! `tests/cluster/qemu` builds what this needs, and runs it.
+//! `tests/cluster/qemu` and `tests/cluster/vagrant` build what this needs, and run it.
 
 mod flow;
 mod machine;
 mod packages;
 mod qemu;
 mod scenario;
+mod vagrant;
 mod world;
 
 use std::fs;
@@ -42,12 +44,15 @@ const STATE: &[(&str, &str)] = &[
     ("tunnel", "wg show all"),
 ];
 
-/// Runs the scenarios on machines that it starts.
+/// Runs the scenarios on machines that it starts, or on those that Vagrant has started.
 #[derive(Debug, Parser)]
 struct Args {
     /// A folder with disk, kernel and initrd, as tests/cluster/image makes them
+    #[arg(long, required_unless_present = "vagrant", conflicts_with = "vagrant")]
+    image: Option<PathBuf>,
+    /// A folder with a Vagrantfile, whose machines are up
     #[arg(long)]
-    image: PathBuf,
+    vagrant: Option<PathBuf>,
     /// A tar archive with the packages
     #[arg(long)]
     files: PathBuf,
@@ -60,6 +65,9 @@ struct Args {
     /// Only scenarios whose names have this in them, besides those that make the cluster
     #[arg(long, value_name = "PART")]
     only: Vec<String>,
+    /// Only those that CI runs
+    #[arg(long, conflicts_with = "only")]
+    ci: bool,
 }
 
 fn main() -> ExitCode {
@@ -77,13 +85,14 @@ fn main() -> ExitCode {
 fn run(args: &Args) -> Result<bool> {
     fs::create_dir_all(&args.dir)?;
     let begin = Instant::now();
-    let machines = qemu::start(args.machines, &args.image, &args.files, &args.dir)
-        .with_context(|| format!("starting the machines; their consoles are in {}", args.dir.display()))?;
-    println!("{:<14} {:>6.1} s  {} machines", "boot", begin.elapsed().as_secs_f64(), machines.len());
-    let world = World { machines: machines.iter().map(|machine| machine as &dyn Machine).collect() };
+    let machines = start(args)
+        .with_context(|| format!("getting machines; what is known of them is in {}", args.dir.display()))?;
+    println!("{:<16} {:>6.1} s  {} machines", "(boot)", begin.elapsed().as_secs_f64(), machines.len());
+    let world = World { machines: machines.iter().map(AsRef::as_ref).collect() };
     let (mut passed, mut failed) = (0, Vec::new());
-    for (number, Scenario { name, run }) in ALL.iter().enumerate() {
-        let chosen = args.only.is_empty() || args.only.iter().any(|part| name.contains(part.as_str()));
+    for (number, Scenario { name, run, ci }) in ALL.iter().enumerate() {
+        let named = args.only.is_empty() || args.only.iter().any(|part| name.contains(part.as_str()));
+        let chosen = named && (*ci || !args.ci);
         if number >= NEEDED && !chosen {
             continue;
         }
@@ -119,6 +128,17 @@ fn run(args: &Args) -> Result<bool> {
         println!("failed: {}", failed.join(", "));
     }
     Ok(failed.is_empty())
+}
+
+fn start(args: &Args) -> Result<Vec<Box<dyn Machine>>> {
+    fn boxed<M: Machine + 'static>(machines: Vec<M>) -> Vec<Box<dyn Machine>> {
+        machines.into_iter().map(|machine| Box::new(machine) as Box<dyn Machine>).collect()
+    }
+    match (&args.image, &args.vagrant) {
+        (Some(image), None) => qemu::start(args.machines, image, &args.files, &args.dir).map(boxed),
+        (None, Some(folder)) => vagrant::connect(folder, &args.files, &args.dir).map(boxed),
+        (None, None) | (Some(_), Some(_)) => bail!("either --image or --vagrant"),
+    }
 }
 
 /// Writes down what every machine says of itself, and shows the end of what ovld says.

@@ -24,6 +24,29 @@ pub(crate) struct Workload<'a> {
     pub(crate) address: String,
 }
 
+/// Makes good on machines what a scenario has done to them, also when that fails.
+pub(crate) struct Undo<'a> {
+    machines: Vec<&'a dyn Machine>,
+    script: String,
+}
+
+impl<'a> Undo<'a> {
+    /// The script must do no harm where there is nothing to make good.
+    pub(crate) fn on(machines: Vec<&'a dyn Machine>, script: String) -> Self {
+        Self { machines, script }
+    }
+}
+
+impl Drop for Undo<'_> {
+    fn drop(&mut self) {
+        for machine in &self.machines {
+            if let Err(error) = machine.ok(&self.script) {
+                println!("not undone: {error:#}");
+            }
+        }
+    }
+}
+
 impl<'a> World<'a> {
     /// Does the same on all machines at once.
     pub(crate) fn on_all<T: Send>(
@@ -34,9 +57,13 @@ impl<'a> World<'a> {
             let work = &work;
             let threads: Vec<_> =
                 self.machines.iter().map(|machine| scope.spawn(move || work(*machine))).collect();
-            let joined = threads.into_iter().map(|thread| thread.join());
-            joined.map(|result| result.unwrap_or_else(|panic| std::panic::resume_unwind(panic))).collect()
+            threads.into_iter().map(joined).collect()
         })
+    }
+
+    /// The one that things happen to.
+    pub(crate) fn last(&self) -> &'a dyn Machine {
+        self.machines[self.machines.len() - 1]
     }
 
     /// Makes a network, unless it is there, and waits until all machines know it.
@@ -45,6 +72,17 @@ impl<'a> World<'a> {
             "ovlctl network inspect {name} >/dev/null 2>&1 || ovlctl network create {name} {options}"
         ))?;
         self.on_all(|machine| machine.wait(&format!("ovlctl network inspect {name}")).map(drop)).map(drop)
+    }
+
+    /// Removes a network and its workloads, and waits until all machines know.
+    pub(crate) fn remove_network(&self, name: &str) -> Result<()> {
+        self.on_all(|machine| {
+            let workload = format!("{name}-{}", machine.name());
+            machine.ok(&format!("ovlctl detach {workload} && ip netns del {workload}")).map(drop)
+        })?;
+        // The others' endpoints are in the way until word of their end is here.
+        self.machines[0].wait(&format!("ovlctl network rm {name}"))?;
+        self.on_all(|machine| machine.wait(&format!("! ovlctl network inspect {name}")).map(drop)).map(drop)
     }
 
     /// One workload on each machine, attached to this network; those that are there stay.
@@ -65,36 +103,33 @@ impl<'a> World<'a> {
     /// Pings between each two, in both directions.
     pub(crate) fn ping_all(&self, all: &[Workload<'a>]) -> Result<()> {
         self.on_all(|machine| {
-            for from in all.iter().filter(|from| from.machine.name() == machine.name()) {
-                for to in all.iter().filter(|to| to.name != from.name) {
-                    from.ping(to)?;
-                }
-            }
-            Ok(())
+            // In one go: each word to a machine takes its time.
+            let own = all.iter().filter(|from| from.machine.name() == machine.name());
+            let pings = own
+                .flat_map(|from| all.iter().filter(|to| to.name != from.name).map(move |to| from.pinged(to)));
+            machine.ok_for(SOON * 2, &pings.collect::<Vec<_>>().join("\n")).map(drop)
         })
         .map(drop)
     }
 
     /// Starts pings from each workload to the next one, on both networks that all scenarios use.
     pub(crate) fn load(&self) -> Result<Vec<Flow<'a>>> {
-        let mut flows = Vec::new();
-        for network in ["flat", "pods"] {
-            let all = self.workloads(network)?;
-            for (from, to) in all.iter().zip(all.iter().cycle().skip(1)) {
-                flows.push(Flow::start(from, to)?);
-            }
-        }
-        Ok(flows)
+        let all = [self.workloads("flat")?, self.workloads("pods")?];
+        let ways: Vec<_> = all.iter().flat_map(|all| all.iter().zip(all.iter().cycle().skip(1))).collect();
+        Flow::start(&ways)
     }
 
     /// Waits until all daemons are members, see each other alive, and find nothing to repair.
     pub(crate) fn wait_settled(&self) -> Result<()> {
         let count = self.machines.len();
         self.on_all(|machine| {
-            machine.wait_ctl("status", "a ready daemon", |status| {
-                (status["state"] != "starting" && status["alive"] == count).then_some(())
-            })?;
-            machine.wait("ovlctl verify").map(drop)
+            // In one go, as in `ping_all`.
+            machine
+                .wait(&format!(
+                    "seen=$(ovlctl -o json status) && echo \"$seen\" | grep -q '\"alive\": *{count}\\b' && \
+                     ! echo \"$seen\" | grep -q '\"state\": *\"starting\"' && ovlctl verify"
+                ))
+                .map(drop)
         })
         .map(drop)
     }
@@ -127,12 +162,18 @@ impl Workload<'_> {
         self.machine.ok(&format!("{} sh -c '{script}'", self.exec()))
     }
 
-    /// Waits for an answer to a ping.
-    pub(crate) fn ping(&self, to: &Self) -> Result<()> {
-        self.machine
-            .wait(&format!("{} ping -n -c 1 -W 2 {}", self.exec(), to.address))
-            .with_context(|| format!("from {} to {} at {}", self.name, to.name, to.address))
-            .map(drop)
+    /// A script that waits for an answer to a ping, and ends with 1 if there is none in the end.
+    pub(crate) fn pinged(&self, to: &Self) -> String {
+        format!(
+            "end=$(($(date +%s) + {seconds})); until {exec} ping -n -c 1 -W 2 {address} >/dev/null 2>&1; do \
+             [ $(date +%s) -lt $end ] || {{ echo 'no answer to {from} from {to} at {address}' >&2; exit 1; }}; \
+             sleep 0.2; done",
+            seconds = SOON.as_secs(),
+            exec = self.exec(),
+            from = self.name,
+            to = to.name,
+            address = to.address
+        )
     }
 
     /// Sends TCP for some seconds, and gives the rate in Mbit/s.
@@ -148,6 +189,11 @@ impl Workload<'_> {
         ensure!(rate > 0.0, "nothing arrived");
         Ok(rate / 1e6)
     }
+}
+
+/// What a thread gave; a panic goes on here.
+pub(crate) fn joined<T>(thread: thread::ScopedJoinHandle<'_, T>) -> T {
+    thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
 }
 
 /// Fails with what was found unless a text has all of these.

@@ -215,6 +215,10 @@ impl Machine for Qemu {
         self.address
     }
 
+    fn link(&self) -> &str {
+        "eth0"
+    }
+
     fn files(&self) -> &str {
         FILES
     }

@@ -36,7 +36,7 @@ pub(super) fn kernel(world: &World<'_>) -> Result<String> {
     world.on_all(nothing_plain)?;
 
     // The device is the kernel's: it goes on without the daemon.
-    let flows = vec![Flow::start(&switched[0], &switched[1])?, Flow::start(&routed[0], &routed[1])?];
+    let flows = Flow::start(&[(&switched[0], &switched[1]), (&routed[0], &routed[1])])?;
     first.ok("systemctl kill -s KILL ovld")?;
     first.wait("ovlctl verify")?;
     let lost = none_lost(flows)?;
@@ -46,7 +46,7 @@ pub(super) fn kernel(world: &World<'_>) -> Result<String> {
 /// One machine does it in ovld, the others in their kernels; then a key is rotated among them.
 pub(super) fn mixed(world: &World<'_>) -> Result<String> {
     const CONFIG: &str = "/etc/ovl/ovld.toml";
-    let (first, last) = (world.machines[0], *world.machines.last().context("no machines")?);
+    let (first, last) = (world.machines[0], world.last());
     last.ok(&format!(
         "cp {CONFIG} /run/ovld.toml; sed -i '1i tunnel = \"userspace\"' {CONFIG}; systemctl restart ovld"
     ))?;
@@ -68,11 +68,8 @@ pub(super) fn mixed(world: &World<'_>) -> Result<String> {
         anyhow::bail!("no workloads")
     };
     let rates = (switched[0].tcp(there, 2)?, there.tcp(&switched[0], 2)?);
-    let flows = vec![
-        Flow::start(&switched[0], &switched[1])?,
-        Flow::start(&switched[0], there)?,
-        Flow::start(&routed[0], routed_there)?,
-    ];
+    let flows =
+        Flow::start(&[(&switched[0], &switched[1]), (&switched[0], there), (&routed[0], routed_there)])?;
     first.ok("timeout 120 ovlctl key rotate")?;
     last.ok("timeout 120 ovlctl key rotate || { sleep 20; timeout 120 ovlctl key rotate; }")?;
     let lost = none_lost(flows)?;
@@ -135,8 +132,8 @@ fn peers(dump: &str) -> Result<BTreeMap<String, Peer>> {
 /// Listens on the underlay until [`nothing_plain`].
 fn capture(machine: &dyn Machine) -> Result<String> {
     machine.ok(
-        "tcpdump -i eth0 -s 200 -U -w /run/capture udp or icmp or icmp6 or ip proto 4 >/dev/null 2>/run/capture.log </dev/null & \
-         echo $! >/run/capture.pid; while ! grep -q listening /run/capture.log; do sleep 0.1; done",
+        &format!("tcpdump -i {} -s 200 -U -w /run/capture udp or icmp or icmp6 or ip proto 4 >/dev/null 2>/run/capture.log </dev/null & \
+         echo $! >/run/capture.pid; while ! grep -q listening /run/capture.log; do sleep 0.1; done", machine.link()),
     )
 }
 

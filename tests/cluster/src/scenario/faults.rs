@@ -23,9 +23,9 @@ pub(super) fn power(world: &World<'_>) -> Result<String> {
 
 /// The last machine goes and comes, while the first two ping each other.
 fn without(world: &World<'_>, go_and_come: impl Fn(&dyn Machine) -> Result<()>) -> Result<String> {
-    let last = world.machines[world.machines.len() - 1];
+    let last = world.last();
     let (flat, pods) = (world.workloads("flat")?, world.workloads("pods")?);
-    let others = vec![Flow::start(&flat[0], &flat[1])?, Flow::start(&pods[0], &pods[1])?];
+    let others = Flow::start(&[(&flat[0], &flat[1]), (&pods[0], &pods[1])])?;
     world.network("straight", DIRECT)?;
     go_and_come(last)?;
     last.wait("systemctl is-active ovld")?;
@@ -44,9 +44,9 @@ fn without(world: &World<'_>, go_and_come: impl Fn(&dyn Machine) -> Result<()>) 
 
 /// Cut off until the others give it up, and back with all that it had.
 pub(super) fn cut(world: &World<'_>) -> Result<String> {
-    let last = world.machines[world.machines.len() - 1];
+    let last = world.last();
     let (flat, pods) = (world.workloads("flat")?, world.workloads("pods")?);
-    let others = vec![Flow::start(&flat[0], &flat[1])?, Flow::start(&pods[0], &pods[1])?];
+    let others = Flow::start(&[(&flat[0], &flat[1]), (&pods[0], &pods[1])])?;
     last.cut()?;
     wait_state(world, last, "dead")?;
     last.heal()?;

@@ -2,9 +2,11 @@
 
 mod encryption;
 mod faults;
+mod host;
 mod network;
 mod package;
 mod service;
+mod underlay;
 
 use anyhow::Result;
 
@@ -14,6 +16,8 @@ use crate::world::World;
 pub(crate) struct Scenario {
     pub(crate) name: &'static str,
     pub(crate) run: fn(&World<'_>) -> Result<String>,
+    /// Whether CI runs it, within its few minutes.
+    pub(crate) ci: bool,
 }
 
 /// How many of [`ALL`] make the cluster that the others need.
@@ -21,24 +25,29 @@ pub(crate) const NEEDED: usize = 4;
 
 /// All of them, in order.
 pub(crate) const ALL: &[Scenario] = &[
-    Scenario { name: "install", run: package::install },
-    Scenario { name: "form", run: service::form },
-    Scenario { name: "switched", run: network::switched },
-    Scenario { name: "routed", run: network::routed },
-    Scenario { name: "unit", run: service::unit },
-    Scenario { name: "security", run: service::security },
-    Scenario { name: "sandbox", run: service::sandbox },
-    Scenario { name: "pods", run: network::pods },
-    Scenario { name: "direct", run: network::direct },
-    Scenario { name: "link-managers", run: network::link_managers },
-    Scenario { name: "kill", run: service::kill },
-    Scenario { name: "watchdog", run: service::watchdog },
-    Scenario { name: "encryption", run: encryption::kernel },
-    Scenario { name: "encryption-mixed", run: encryption::mixed },
-    Scenario { name: "reboot", run: faults::reboot },
-    Scenario { name: "power", run: faults::power },
-    Scenario { name: "cut", run: faults::cut },
-    Scenario { name: "upgrade", run: package::upgrade },
-    Scenario { name: "remove", run: package::remove },
-    Scenario { name: "purge", run: package::purge },
+    Scenario { name: "install", run: package::install, ci: true },
+    Scenario { name: "form", run: service::form, ci: true },
+    Scenario { name: "switched", run: network::switched, ci: true },
+    Scenario { name: "routed", run: network::routed, ci: true },
+    Scenario { name: "unit", run: service::unit, ci: true },
+    Scenario { name: "security", run: service::security, ci: true },
+    Scenario { name: "sandbox", run: service::sandbox, ci: false },
+    Scenario { name: "pods", run: network::pods, ci: true },
+    Scenario { name: "direct", run: network::direct, ci: false },
+    Scenario { name: "link-managers", run: network::link_managers, ci: false },
+    Scenario { name: "kill", run: service::kill, ci: true },
+    Scenario { name: "watchdog", run: service::watchdog, ci: false },
+    Scenario { name: "encryption", run: encryption::kernel, ci: true },
+    Scenario { name: "encryption-mixed", run: encryption::mixed, ci: false },
+    Scenario { name: "address", run: underlay::address, ci: false },
+    Scenario { name: "netem", run: underlay::netem, ci: true },
+    Scenario { name: "firewall", run: underlay::firewall, ci: false },
+    Scenario { name: "network-manager", run: host::network_manager, ci: false },
+    Scenario { name: "reboot", run: faults::reboot, ci: false },
+    Scenario { name: "power", run: faults::power, ci: false },
+    Scenario { name: "cut", run: faults::cut, ci: false },
+    Scenario { name: "features", run: host::features, ci: false },
+    Scenario { name: "upgrade", run: package::upgrade, ci: true },
+    Scenario { name: "remove", run: package::remove, ci: false },
+    Scenario { name: "purge", run: package::purge, ci: true },
 ];

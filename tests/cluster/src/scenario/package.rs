@@ -47,7 +47,7 @@ pub(super) fn upgrade(world: &World<'_>) -> Result<String> {
 /// Removed: the daemon is gone, what was attached goes on, and the package says what it leaves.
 pub(super) fn remove(world: &World<'_>) -> Result<String> {
     let load = world.load()?;
-    let last = world.machines[world.machines.len() - 1];
+    let last = world.last();
     let said = last.ok("apt-get remove -y ovl 2>&1")?;
     ensure_says(&said, &["are still there", "ovlctl teardown"])?;
     ensure!(last.run("systemctl is-active ovld")?.code != 0, "ovld still runs");

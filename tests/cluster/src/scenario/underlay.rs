@@ -1,0 +1,160 @@
+//! What lies under the networks is not what it was, or not what it should be.
+
+use std::net::{IpAddr, Ipv4Addr};
+
+use anyhow::{Result, bail, ensure};
+
+use super::network::DIRECT;
+use crate::flow::{Flow, at_most_lost, none_lost};
+use crate::world::{Undo, World, ensure_says};
+
+/// Pings that may be lost until all have followed a machine to its new address: 15 s. It waits for the old one
+/// for 2 s, and the machines are slow.
+const FOLLOWED: usize = 375;
+
+/// A machine's address changes under its daemon, and back again while that does not run.
+pub(super) fn address(world: &World<'_>) -> Result<String> {
+    world.network("straight", DIRECT)?;
+    world.network("secret", "--subnet 10.73.0.0/16 --encrypted")?;
+    let networks = ["flat", "pods", "straight", "secret"];
+    let all = networks.iter().map(|network| world.workloads(network)).collect::<Result<Vec<_>>>()?;
+    for workloads in &all {
+        world.ping_all(workloads)?;
+    }
+    let others = Flow::start(&[(&all[0][0], &all[0][1]), (&all[1][0], &all[1][1])])?;
+    let last = world.last();
+    let (old, new) = (last.address(), beside(last.address())?);
+    let move_to = |from: IpAddr, to: IpAddr| {
+        format!("ip address del {from}/24 dev {0} && ip address add {to}/24 dev {0}", last.link())
+    };
+    let _undo =
+        Undo::on(vec![last], format!("ip address show | grep -q {old}/ || {{ {}; }}", move_to(new, old)));
+
+    let moved = Flow::start(&[(&all[0][0], all[0].last().unwrap_or(&all[0][0]))])?;
+    last.ok(&move_to(old, new))?;
+    wait_vtep(world, new)?;
+    for workloads in &all {
+        world.ping_all(workloads)?;
+    }
+    world.wait_settled()?;
+    ensure_says(&last.ok("ovlctl events")?, &[&format!("follows its address to {new}")])?;
+    let mut sent = 0;
+    let lost = at_most_lost(moved, FOLLOWED, &mut sent)?;
+
+    last.ok(&format!("systemctl stop ovld && {} && systemctl start ovld", move_to(new, old)))?;
+    wait_vtep(world, old)?;
+    for workloads in &all {
+        world.ping_all(workloads)?;
+    }
+    world.wait_settled()?;
+    let others = none_lost(others)?;
+    Ok(format!("to the machine {lost} of {sent} lost, at 25 a second; between the others {others}"))
+}
+
+/// Another address of the same segment.
+fn beside(address: IpAddr) -> Result<IpAddr> {
+    let IpAddr::V4(v4) = address else { bail!("{address}: the underlay of these machines is IPv4") };
+    let [a, b, c, d] = v4.octets();
+    Ok(Ipv4Addr::new(a, b, c, d + 100).into())
+}
+
+/// Waits until all machines know the last one at this address.
+fn wait_vtep(world: &World<'_>, address: IpAddr) -> Result<()> {
+    let name = world.last().name();
+    world
+        .on_all(|machine| {
+            machine.wait_ctl("peers", &format!("{name} at {address}"), |peers| {
+                let mut all = peers.as_array()?.iter();
+                all.any(|peer| peer["name"] == name && peer["vtep"] == address.to_string()).then_some(())
+            })
+        })
+        .map(drop)
+}
+
+/// First late, in another order and twice; then with losses. Nobody is taken for dead, nothing is lost that the
+/// underlay does not lose, and what is new gets everywhere.
+pub(super) fn netem(world: &World<'_>) -> Result<String> {
+    let deaths = "journalctl -u ovld -q --no-pager | grep -c -- '-> dead' || true";
+    let before = world.on_all(|machine| machine.ok(deaths))?;
+    let netem = |how: &str| {
+        world.on_all(|machine| {
+            machine.ok(&format!("tc qdisc replace dev {} root netem {how}", machine.link())).map(drop)
+        })
+    };
+    let undo = Undo::on(
+        world.machines.clone(),
+        "tc qdisc show | sed -n 's/^qdisc netem .* dev \\([^ ]*\\) root.*/\\1/p' | xargs -r -n 1 sh -c 'tc qdisc del dev $0 root'"
+            .to_owned(),
+    );
+
+    netem("delay 20ms 8ms reorder 25% 50% duplicate 5%")?;
+    let load = world.load()?;
+    arrives(world, "late", "--subnet 10.75.0.0/16")?;
+    let late = none_lost(load)?;
+
+    netem("delay 10ms 3ms loss 10%")?;
+    let load = world.load()?;
+    let rate = arrives(world, "lossy", "--mode l3 --subnet 10.76.0.0/16")?;
+    let mut sent = 0;
+    let most = at_most_lost(load, usize::MAX, &mut sent)?;
+    world.wait_settled()?;
+    ensure!(before == world.on_all(|machine| machine.ok(deaths))?, "a machine was taken for dead");
+    drop(undo);
+    world.wait_settled()?;
+    Ok(format!(
+        "late, reordered, doubled: {late}; 10 % loss each way: nobody taken for dead, TCP {rate:.1} Mbit/s, {most} \
+         lost on the worst of 6 flows ({} pings each)",
+        sent / 6
+    ))
+}
+
+/// A network that is made now, its workloads, and their TCP; then it goes again. Gives Mbit/s.
+fn arrives(world: &World<'_>, network: &str, options: &str) -> Result<f64> {
+    world.network(network, options)?;
+    let all = world.workloads(network)?;
+    world.ping_all(&all)?;
+    let rate = all[0].tcp(&all[1], 3)?;
+    world.remove_network(network)?;
+    Ok(rate)
+}
+
+/// Debian's ufw, which drops by default what comes in and what is forwarded. With what docs/operations.md opens
+/// in it everything works; without, the others say what is wrong.
+pub(super) fn firewall(world: &World<'_>) -> Result<String> {
+    let machine = world.machines[1];
+    let networks = ["flat", "pods"];
+    let all = networks.iter().map(|network| world.workloads(network)).collect::<Result<Vec<_>>>()?;
+    let undo = Undo::on(vec![machine], "ufw --force reset >/dev/null".to_owned());
+    // The way by which these commands may come.
+    machine.ok("ufw --force reset && ufw default deny incoming && ufw allow 22/tcp && ufw --force enable")?;
+    // Connections that were there go on; a daemon that is new has none.
+    machine.ok("systemctl restart ovld")?;
+    world.machines[0].wait(&format!("ovlctl status | grep -q '{}.*directly'", machine.name()))?;
+
+    let segment = segment(machine.address())?;
+    for port in ["7940/tcp", "7940/udp", "4789/udp", "51940:51941/udp"] {
+        let (port, protocol) = port.split_once('/').unwrap_or((port, "udp"));
+        machine.ok(&format!("ufw allow proto {protocol} from {segment} to any port {port}"))?;
+    }
+    machine.ok("ufw route allow from 10.71.0.0/16 && ufw route allow from fd71::/48")?;
+    world.wait_settled()?;
+    for workloads in &all {
+        world.ping_all(workloads)?;
+    }
+    // Rules come and go, and the daemon, without anybody noticing.
+    let load = world.load()?;
+    machine.ok("ufw reload && systemctl restart ovld")?;
+    world.wait_settled()?;
+    let lost = none_lost(load)?;
+    ensure_says(&machine.ok("ufw status")?, &["Status: active"])?;
+    drop(undo);
+    world.wait_settled()?;
+    Ok(format!("reloaded, and the daemon restarted: {lost}"))
+}
+
+/// The /24 that an address is in.
+fn segment(address: IpAddr) -> Result<String> {
+    let IpAddr::V4(v4) = address else { bail!("{address}: the underlay of these machines is IPv4") };
+    let [a, b, c, _] = v4.octets();
+    Ok(format!("{a}.{b}.{c}.0/24"))
+}
