@@ -113,7 +113,10 @@ impl Done {
             return Ok(self.output);
         }
         // What nft says where the kernel has no nftables, or nothing that it could be asked by.
-        if ["cache initialization failed", "initialize Netlink socket"].iter().any(|no| self.errors.contains(no)) {
+        if ["cache initialization failed", "initialize Netlink socket"]
+            .iter()
+            .any(|no| self.errors.contains(no))
+        {
             return Err(KernelError::missing("nftables", "nf_tables"));
         }
         Err(KernelError::Other(format!("nft refuses the packet filter: {}", self.errors.trim())))

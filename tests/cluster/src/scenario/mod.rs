@@ -40,7 +40,7 @@ pub(crate) const ALL: &[Scenario] = &[
     Scenario { name: "encryption", run: encryption::kernel, ci: true },
     Scenario { name: "encryption-mixed", run: encryption::mixed, ci: false },
     Scenario { name: "address", run: underlay::address, ci: false },
-    Scenario { name: "netem", run: underlay::netem, ci: true },
+    Scenario { name: "netem", run: underlay::netem, ci: false },
     Scenario { name: "firewall", run: underlay::firewall, ci: false },
     Scenario { name: "network-manager", run: host::network_manager, ci: false },
     Scenario { name: "reboot", run: faults::reboot, ci: false },
