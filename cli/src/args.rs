@@ -7,8 +7,8 @@ use clap::{Parser, Subcommand, ValueEnum};
 use ovl_proto::DEFAULT_SOCKET;
 
 use crate::command::{
-    attach, cni, completions, detach, endpoints, events, fdb, key, lifecycle, man, metrics, network, peers,
-    plan, policy, routes, sandbox, status, subnets, verify,
+    attach, cni, completions, detach, dns, endpoints, events, fdb, key, lifecycle, man, metrics, network,
+    peers, plan, policy, routes, sandbox, status, subnets, verify,
 };
 use crate::context::Context;
 use crate::error::Result;
@@ -74,6 +74,8 @@ enum Command {
     Detach(detach::Args),
     /// Show the endpoints of all hosts
     Endpoints(endpoints::Args),
+    /// Show what a DNS query would be answered, and why
+    Dns(dns::Args),
     /// Create, show and remove network namespaces that outlive the programs in them
     Sandbox(sandbox::Args),
     /// Show network policies, what they say of a connection, and what they refused
@@ -109,6 +111,7 @@ impl Cli {
             Command::Attach(args) => attach::run(&context, args),
             Command::Detach(args) => detach::run(&context, args),
             Command::Endpoints(args) => endpoints::run(&context, &args),
+            Command::Dns(args) => dns::run(&context, args),
             Command::Sandbox(args) => sandbox::run(&context, args),
             Command::Policy(args) => policy::run(&context, args),
             Command::Cni(args) => cni::run(&context, args),

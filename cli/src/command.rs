@@ -4,6 +4,7 @@ pub(crate) mod attach;
 pub(crate) mod cni;
 pub(crate) mod completions;
 pub(crate) mod detach;
+pub(crate) mod dns;
 pub(crate) mod endpoints;
 pub(crate) mod events;
 pub(crate) mod fdb;

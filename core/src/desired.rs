@@ -14,6 +14,7 @@ use ovl_proto::table::Endpoint;
 use crate::device::Device;
 use crate::filter;
 use crate::kernel::{Hop, Kernel, Link, Remote, Source};
+use crate::resolver;
 use crate::routed;
 use crate::tunnel;
 use crate::view::{Local, Node, Placed, View};
@@ -77,7 +78,9 @@ pub fn host(view: &View, local: &Local) -> Kernel {
         // The kernel's device has no socket of ours.
         kernel: end.local.is_none(),
     });
-    kernel.filter = Some(filter::render(&built, &vteps, port, tunnel, local.masquerade));
+    let mut text = filter::render(&built, &vteps, port, tunnel, local.masquerade);
+    text.extend(resolver::chains(&built, &local.resolved));
+    kernel.filter = Some(text);
     for network in built.iter().filter(|network| !network.internal || routes_for_policies(view, network)) {
         for subnet in &network.subnets {
             let name = match subnet.prefix {
@@ -102,6 +105,9 @@ pub fn network_part(view: &View, local: &Local, id: NetworkId) -> Kernel {
         Mode::L2 => switched(&mut kernel, view, local, network, own),
         Mode::L3 => routed::part(&mut kernel, view, local, network, own),
     }
+    if local.resolved.contains(&id) {
+        resolver::on_bridge(&mut kernel, network);
+    }
     kernel
 }
 
@@ -123,7 +129,7 @@ fn switched(kernel: &mut Kernel, view: &View, local: &Local, network: &Network, 
             kernel.neighbours.insert((Device::bridge(id), address.addr()), claim.endpoint.mac);
         }
     }
-    if network.internal && routes_for_policies(view, network) {
+    if network.internal && (routes_for_policies(view, network) || local.resolved.contains(&id)) {
         // Without a gateway's address there is no other.
         let hop = Hop { device: Some(Device::bridge(id)), ..Hop::UNREACHABLE };
         kernel.routes.extend(network.subnets.iter().map(|subnet| (subnet.prefix, hop)));

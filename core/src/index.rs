@@ -8,6 +8,8 @@ use ipnet::IpNet;
 use ovl_proto::id::{EndpointId, Mac, NetworkId};
 use ovl_proto::table::Endpoint;
 
+use crate::zone;
+
 const FIRST: EndpointId = EndpointId([0; 5]);
 const LAST: EndpointId = EndpointId([u8::MAX; 5]);
 
@@ -18,6 +20,8 @@ pub(crate) struct Index {
     addresses: BTreeSet<(NetworkId, IpAddr, EndpointId)>,
     macs: BTreeSet<(NetworkId, Mac, EndpointId)>,
     names: BTreeMap<String, BTreeSet<EndpointId>>,
+    /// By name and alias, in lower case.
+    called: BTreeMap<String, BTreeSet<EndpointId>>,
     /// The ranges that they were attached with, and how many have each.
     ranges: BTreeMap<(NetworkId, IpNet), usize>,
 }
@@ -28,6 +32,9 @@ impl Index {
         self.networks.entry(network).or_default().insert(id);
         self.macs.insert((network, mac, id));
         self.names.entry(endpoint.name.clone()).or_default().insert(id);
+        for name in zone::names(endpoint) {
+            self.called.entry(name).or_default().insert(id);
+        }
         for net in &endpoint.addresses {
             self.addresses.insert((network, net.addr(), id));
             *self.ranges.entry((network, net.trunc())).or_default() += 1;
@@ -39,6 +46,9 @@ impl Index {
         take(&mut self.networks, &network, id);
         self.macs.remove(&(network, mac, id));
         take(&mut self.names, &endpoint.name, id);
+        for name in zone::names(endpoint) {
+            take(&mut self.called, &name, id);
+        }
         for net in &endpoint.addresses {
             self.addresses.remove(&(network, net.addr(), id));
             let range = (network, net.trunc());
@@ -74,6 +84,10 @@ impl Index {
 
     pub(crate) fn named(&self, name: &str) -> impl Iterator<Item = EndpointId> {
         self.names.get(name).into_iter().flatten().copied()
+    }
+
+    pub(crate) fn called(&self, name: &str) -> impl Iterator<Item = EndpointId> {
+        self.called.get(name).into_iter().flatten().copied()
     }
 
     pub(crate) fn ranges(&self, network: NetworkId) -> impl Iterator<Item = IpNet> {

@@ -107,6 +107,11 @@ impl Table {
         self.contents.index.named(name).filter_map(|id| self.endpoint(id))
     }
 
+    /// Those with a name or alias, which is in lower case, on any network.
+    pub fn called(&self, name: &str) -> impl Iterator<Item = &Endpoint> {
+        self.contents.index.called(name).filter_map(|id| self.endpoint(id))
+    }
+
     /// The ranges that endpoints on a network were attached with.
     pub fn ranges(&self, network: NetworkId) -> impl Iterator<Item = IpNet> {
         self.contents.index.ranges(network)

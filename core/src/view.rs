@@ -1,6 +1,6 @@
 //! All that is known: the cluster as gossip tells it, and this host's own part.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use ipnet::IpNet;
@@ -61,6 +61,8 @@ pub struct Local {
     /// The segment of the underlay that this host is on: other hosts' addresses in it are reached
     /// without a router.
     pub segment: Option<IpNet>,
+    /// Networks with endpoints of this host that have a resolver.
+    pub resolved: BTreeSet<NetworkId>,
     /// Whether traffic that leaves the cluster gets this host's address.
     pub masquerade: bool,
     /// What is remembered and seen of tunnels while keys are rotated.
@@ -131,6 +133,11 @@ impl View {
     /// Those of a name, on any network.
     pub fn all_named<'a>(&'a self, name: &'a str) -> impl Iterator<Item = Placed<'a>> {
         self.placed(move |table| table.named(name))
+    }
+
+    /// Those with a name or alias, which is in lower case, on any network.
+    pub fn all_called<'a>(&'a self, name: &'a str) -> impl Iterator<Item = Placed<'a>> {
+        self.placed(move |table| table.called(name))
     }
 
     /// What `find` finds in each host's table.

@@ -53,6 +53,9 @@ pub(crate) struct Args {
     /// Networks that are made by this host are encrypted
     #[arg(long)]
     encrypt: bool,
+    /// The file that names the resolvers for all names but ovl's [default: /etc/resolv.conf]
+    #[arg(long, value_name = "FILE")]
+    resolv_conf: Option<PathBuf>,
     /// error, warn, info, debug or trace
     #[arg(long, value_name = "LEVEL")]
     log: Option<String>,
@@ -91,6 +94,9 @@ struct File {
     tunnel_port: Option<u16>,
     #[serde(default)]
     encrypt: bool,
+    resolv_conf: Option<PathBuf>,
+    #[serde(default)]
+    dns_listen: Vec<SocketAddr>,
 }
 
 /// Who carries encrypted networks between hosts.
@@ -149,6 +155,10 @@ pub(crate) struct Config {
     pub tunnel_port: u16,
     /// Whether networks made by this host are encrypted, asked for or not.
     pub encrypt: bool,
+    /// Where the resolvers for all other names are found.
+    pub resolv_conf: PathBuf,
+    /// Where the host itself may ask for names.
+    pub dns_listen: Vec<SocketAddr>,
 }
 
 impl Config {
@@ -204,6 +214,8 @@ impl Config {
             tunnel: args.tunnel.unwrap_or(file.tunnel),
             tunnel_port: args.tunnel_port.or(file.tunnel_port).unwrap_or(DEFAULT_TUNNEL_PORT),
             encrypt: args.encrypt || file.encrypt,
+            resolv_conf: args.resolv_conf.or(file.resolv_conf).unwrap_or_else(|| "/etc/resolv.conf".into()),
+            dns_listen: file.dns_listen,
         };
         config.check()?;
         Ok(config)
@@ -237,6 +249,9 @@ impl Config {
         }
         if !(Duration::from_millis(50)..=Duration::from_secs(5)).contains(&self.gossip_interval) {
             bail!("gossip_interval: between 50ms and 5s");
+        }
+        if let Some(address) = self.dns_listen.iter().find(|address| !address.ip().is_loopback()) {
+            bail!("dns_listen: {address} is not on loopback: who asks there sees the names of all networks");
         }
         if self.pool.prefix_len() > if self.pool.addr().is_ipv4() { 24 } else { 64 } {
             bail!("pool: {} is too small to cut networks from", self.pool);

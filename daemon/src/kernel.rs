@@ -22,6 +22,7 @@ mod netns;
 mod nftables;
 mod outbox;
 mod probe;
+mod resolver;
 mod sandbox;
 mod socket;
 mod sources;
@@ -105,6 +106,8 @@ pub(crate) struct EndpointSpec {
     pub(crate) addresses: Vec<IpNet>,
     /// Default routes; one is only set if the namespace has no default route of its family.
     pub(crate) gateways: Vec<IpAddr>,
+    /// The MAC address behind which the resolver is found, if the endpoint has one.
+    pub(crate) resolver: Option<Mac>,
 }
 
 /// What the host's end of a pair becomes.

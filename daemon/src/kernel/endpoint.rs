@@ -17,6 +17,7 @@ use super::error::{KernelError, Result};
 use super::link::LinkView;
 use super::message::{self, Outer, Target};
 use super::netns::{self, Visitor};
+use super::resolver;
 use super::socket::{Batch, Refusal, Route};
 use super::sweep::Sweeper;
 use super::sysctl;
@@ -44,7 +45,8 @@ pub(super) fn create(
     sweeper: &Sweeper,
     spec: EndpointSpec,
 ) -> Result<Created> {
-    let EndpointSpec { device, name, netns, ifname, mac, mtu, host_end, addresses, gateways } = spec;
+    let EndpointSpec { device, name, netns, ifname, mac, mtu, host_end, addresses, gateways, resolver } =
+        spec;
     if let Some(name) = &ifname
         && !is_plain_name(name)
     {
@@ -99,7 +101,10 @@ pub(super) fn create(
     let done = match (results.find_map(Result::err), view) {
         (Some(refusal), _) => Err(refusal.into_error(format!("cannot set up {device}"))),
         (None, Some(view)) => match netns {
-            Some(netns) => finish(view, Inside { ifname, addresses, gateways, host_end }, visitor, netns.fd),
+            Some(netns) => {
+                let inside = Inside { ifname, addresses, gateways, host_end, resolver };
+                finish(view, inside, visitor, netns.fd)
+            }
             None => Ok((located(&view), wanted.to_owned(), Vec::new())),
         },
         (None, None) => Err(KernelError::NoDevice(device)),
@@ -132,6 +137,7 @@ struct Inside {
     addresses: Vec<IpNet>,
     gateways: Vec<IpAddr>,
     host_end: HostEnd,
+    resolver: Option<Mac>,
 }
 
 fn finish(
@@ -176,6 +182,10 @@ fn configure(route: &mut Route, index: u32, inside: Inside) -> Result<(String, V
         if let Err(refusal) = result {
             add_again(route, index, &ifname, *net, refusal)?;
         }
+    }
+    if let Some(mac) = inside.resolver {
+        let guarded = matches!(inside.host_end, HostEnd::Port(_));
+        resolver::lead(route, index, &ifname, mac, &inside.addresses, guarded)?;
     }
     if let HostEnd::Routed { mac, routes } = inside.host_end {
         reach_gateways(route, index, &ifname, mac, &routes)?;

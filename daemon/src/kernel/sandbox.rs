@@ -28,6 +28,11 @@ use super::sys;
 
 /// Where `ip netns` keeps namespaces by name.
 const NETNS_DIR: &str = "/run/netns";
+/// Where it looks for files that those inside see in place of the host's, by the namespaces' names.
+const NETNS_CONFIG: &str = "/etc/netns";
+const RESOLV_CONF: &str = "resolv.conf";
+/// What a resolv.conf of ours begins with.
+const OURS: &str = "# ovl: the resolver of this sandbox's networks\n";
 /// The mount namespace that runtimes and people see.
 const HOST_MOUNTS: &str = "/proc/1/ns/mnt";
 const OWN_MOUNTS: &str = "/proc/thread-self/ns/mnt";
@@ -93,13 +98,19 @@ pub(crate) async fn own_netns() -> Result<Held> {
 }
 
 /// Mounts the namespace on a file that is made for it, in the host's mount namespace. Nothing may be
-/// there before; if it fails, nothing is afterwards.
-pub(crate) async fn mount_netns(netns: &OwnedFd, path: PathBuf) -> Result<()> {
+/// there before; if it fails, nothing is afterwards. `ip netns exec` shows those inside this resolv.conf(5).
+pub(crate) async fn mount_netns(netns: &OwnedFd, path: PathBuf, resolv_conf: Option<String>) -> Result<()> {
     let netns = netns
         .try_clone()
         .map_err(|error| KernelError::io("cannot copy the descriptor of a network namespace", &error))?;
     aside(move || {
         enter_host_mounts()?;
+        // First, so that nobody is inside without it.
+        if let (Some(text), Some(name)) = (resolv_conf, path.file_name())
+            && let Err(error) = write_resolv_conf(&Path::new(NETNS_CONFIG).join(name), &text)
+        {
+            tracing::warn!("cannot write a resolv.conf for the sandbox {}: {error}", path.display());
+        }
         mount_here(&netns, &path)
     })
     .await
@@ -128,6 +139,9 @@ pub(crate) async fn unmount_netns(path: PathBuf, cookie: Cookie) -> Result<()> {
             }
             Place::Empty => {}
             Place::Free | Place::Netns(..) | Place::Other => return Ok(()),
+        }
+        if let Some(name) = path.file_name() {
+            remove_resolv_conf(&Path::new(NETNS_CONFIG).join(name));
         }
         match fs::remove_file(&path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
@@ -167,6 +181,25 @@ async fn aside<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'sta
     answer
         .await
         .unwrap_or_else(|_| Err(KernelError::Other("a thread that was at a sandbox has ended".to_owned())))
+}
+
+/// Leaves alone what somebody else has put there.
+fn write_resolv_conf(dir: &Path, text: &str) -> io::Result<()> {
+    fs::create_dir_all(dir)?;
+    let path = dir.join(RESOLV_CONF);
+    if fs::read_to_string(&path).is_ok_and(|found| !found.starts_with(OURS)) {
+        return Ok(());
+    }
+    fs::write(path, format!("{OURS}{text}"))
+}
+
+/// If it is ours; and the directory if nothing else is in it.
+fn remove_resolv_conf(dir: &Path) {
+    let path = dir.join(RESOLV_CONF);
+    if fs::read_to_string(&path).is_ok_and(|found| found.starts_with(OURS)) {
+        let _ = fs::remove_file(path);
+        let _ = fs::remove_dir(dir);
+    }
 }
 
 /// The namespace that this thread is in.

@@ -40,6 +40,8 @@ struct Kept {
     #[serde(default)]
     docker: Option<EngineEndpoint>,
     netns: PathBuf,
+    #[serde(default)]
+    inode: u64,
 }
 
 /// Takes an attach's place among the pending ones, and gives it back when dropped.
@@ -100,9 +102,10 @@ impl Node {
         let network = self.check_attach(&request, if cni.is_some() { cni::MAX_NAME } else { MAX_NAME })?;
         let path = netns_path(&request.netns);
         let netns = open_netns(&path).map_err(Failed::from)?;
+        let inode = netns.inode;
         let place = self.take_place(&request, &network)?;
         let reserved = self.reserve(&request, &network).await?;
-        let local = LocalEndpoint { ifname: String::new(), netns: path, cni, docker: None };
+        let local = LocalEndpoint { ifname: String::new(), netns: path, inode, cni, docker: None };
         self.make(request, &network, place, reserved, local, Some(netns)).await
     }
 
@@ -117,6 +120,11 @@ impl Node {
         local: LocalEndpoint,
         netns: Option<Netns>,
     ) -> Result<(EndpointInfo, Made), Failed> {
+        // Pods are given the address of a resolver by their runtime.
+        let resolver = local.cni.is_none();
+        if resolver {
+            self.will_resolve(network.id);
+        }
         let Some(first) = reserved.first() else {
             return Err(Failed::invalid(format!("network {} has no addresses", network.name)));
         };
@@ -156,6 +164,7 @@ impl Node {
             host_end: host_end(network, &endpoint),
             addresses: endpoint.addresses.clone(),
             gateways,
+            resolver: resolver.then(|| Mac::of_gateway(network.id)),
         };
         let (outcomes, made) = self.kernel.prepare_and_create(ops, spec).await;
         let refused = self.note_outcomes(&outcomes, Some((network.id, place.device)));
@@ -237,6 +246,15 @@ impl Node {
             )));
         }
         Ok(found.network.clone())
+    }
+
+    /// The bridge of this network gets the resolver's address.
+    fn will_resolve(&self, network: NetworkId) {
+        let mut state = self.state.borrow_mut();
+        if state.local.resolved.insert(network) {
+            state.dirty.networks.insert(network);
+            state.dirty.host = true;
+        }
     }
 
     /// Takes the name, before anything is awaited.
@@ -329,6 +347,7 @@ impl Node {
     /// What has to be done before an endpoint can be made: the network's devices and entries; and
     /// the MTU.
     fn prepare(&self, network: &Network) -> (Vec<Op>, u16) {
+        self.refresh_names();
         let mut guard = self.state.borrow_mut();
         let state = &mut *guard;
         let mut all = self.plan_policies(state);
@@ -473,9 +492,9 @@ impl Node {
     }
 
     pub(super) fn keep_endpoint(&self, endpoint: &Endpoint, local: &LocalEndpoint) -> anyhow::Result<()> {
-        let LocalEndpoint { ifname, netns, cni, docker } = local.clone();
+        let LocalEndpoint { ifname, netns, inode, cni, docker } = local.clone();
         let boot_id = self.boot_id.clone();
-        let kept = Kept { boot_id, endpoint: endpoint.clone(), ifname, netns, cni, docker };
+        let kept = Kept { boot_id, endpoint: endpoint.clone(), ifname, netns, inode, cni, docker };
         let path = self.kept_path(endpoint.id);
         let beside = path.with_extension("new");
         fs::write(&beside, serde_json::to_vec(&kept)?)
@@ -501,10 +520,13 @@ impl Node {
             }
             match fs::read(&path).ok().and_then(|bytes| serde_json::from_slice::<Kept>(&bytes).ok()) {
                 Some(kept) if kept.boot_id == self.boot_id => {
-                    let Kept { ifname, netns, cni, docker, .. } = kept;
-                    let local = LocalEndpoint { ifname, netns, cni, docker };
-                    self.state.borrow_mut().endpoints.insert(kept.endpoint.id, local);
-                    endpoints.push(kept.endpoint);
+                    if kept.cni.is_none() {
+                        self.will_resolve(kept.endpoint.network);
+                    }
+                    let Kept { endpoint, ifname, netns, inode, cni, docker, .. } = kept;
+                    let local = LocalEndpoint { ifname, netns, inode, cni, docker };
+                    self.state.borrow_mut().endpoints.insert(endpoint.id, local);
+                    endpoints.push(endpoint);
                 }
                 Some(_) => remove_if_there(&path)?,
                 None => {

@@ -311,7 +311,13 @@ impl Node {
                 None => self.reserve_exact(&network, *address).await?,
             });
         }
-        let local = LocalEndpoint { ifname: String::new(), cni: None, docker: Some(id), netns: HERE.into() };
+        let local = LocalEndpoint {
+            ifname: String::new(),
+            inode: 0,
+            cni: None,
+            docker: Some(id),
+            netns: HERE.into(),
+        };
         self.make(request, &network, place, reserved, local, None).await?;
         Ok(docker::endpoint())
     }

@@ -5,7 +5,12 @@ use std::fmt::Write as _;
 use ovl_proto::control::{DaemonState, Peer, PeerState, PeerTunnel, Status};
 
 /// All of them.
-pub(super) fn render(status: &Status, peers: &[Peer], drops: &[(&str, u64)]) -> String {
+pub(super) fn render(
+    status: &Status,
+    peers: &[Peer],
+    drops: &[(&str, u64)],
+    names: &[(&str, u64)],
+) -> String {
     let mut text = String::new();
     let ready = u64::from(status.state == DaemonState::Ready);
     gauge(&mut text, "ovl_ready", "1 if the daemon is ready and nothing is wrong", ready);
@@ -70,6 +75,10 @@ pub(super) fn render(status: &Status, peers: &[Peer], drops: &[(&str, u64)]) -> 
         }
     }
     tunnel(&mut text, peers, drops);
+    head(&mut text, "ovl_dns_queries_total", "DNS queries, by what became of them", "counter");
+    for (outcome, count) in names {
+        line(&mut text, "ovl_dns_queries_total", &[("outcome", outcome)], *count);
+    }
     text
 }
 

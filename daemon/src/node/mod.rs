@@ -7,6 +7,7 @@ mod addresses;
 mod alloc;
 mod attach;
 mod cni;
+mod dns;
 mod docker;
 mod events;
 mod keys;
@@ -89,6 +90,8 @@ pub(crate) struct Node {
     state: RefCell<State>,
     /// Calls of container runtimes that are under way.
     containers: cni::Containers,
+    /// The resolver.
+    names: dns::Names,
     /// What is known of the tunnel.
     tunnel: RefCell<tunnel::Tunnel>,
     /// Whom gossip and streams were last told to talk to.
@@ -200,6 +203,8 @@ impl Node {
             open(&config, &identity, &keyring, &record, &signed, gossip_tell.clone(), link_tell.clone())
                 .await?;
         let (saved_tell, saved_events) = mpsc::unbounded_channel();
+        let (names, unnamed) = dns::Names::start(&config);
+        state.problem("names", unnamed);
         let node = Rc::new(Self {
             boot_id: boot_id()?,
             run_dir,
@@ -213,6 +218,7 @@ impl Node {
             writer: store::Writer::start(state_path.clone(), saved_tell)?,
             state: RefCell::new(state),
             containers: cni::Containers::default(),
+            names,
             tunnel: RefCell::new(tunnel::Tunnel::new(secret, missing)),
             pointed: RefCell::default(),
             events: Events::default(),
@@ -292,6 +298,7 @@ impl Node {
         self.write_table(entries, Vec::new());
         // A network that was removed is served as long as it has endpoints, and these are some.
         self.recompute_networks();
+        self.refresh_all_names();
         self.whole_pass().await;
         self.read_sandboxes()?;
         if let Err(failed) = self.living_sandboxes().await {

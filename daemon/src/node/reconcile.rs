@@ -61,6 +61,7 @@ impl Node {
                 retry = RETRY_FIRST;
             }
             self.settle_backends(&mut self.state.borrow_mut());
+            self.refresh_names();
             // Rights to addresses come and go with whole networks.
             let rights = {
                 let dirty = &self.state.borrow().dirty;

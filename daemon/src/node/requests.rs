@@ -61,8 +61,8 @@ impl Node {
             Request::Events { .. } => Reply::Events(self.events.all()),
             Request::Metrics => {
                 self.look_at_tunnel().await;
-                let drops = self.tunnel_drops();
-                let mut text = super::metrics::render(&self.status(), &self.peers(), &drops);
+                let (drops, names) = (self.tunnel_drops(), self.names.counts());
+                let mut text = super::metrics::render(&self.status(), &self.peers(), &drops, &names);
                 text += &self.policy_metrics().await?;
                 Reply::Text(text)
             }
@@ -114,6 +114,10 @@ impl Node {
                 Reply::PolicyExplain(self.policy_explain(&from, &to, port.map(|port| (protocol, port)))?)
             }
             Request::PolicyDrops => Reply::PolicyDrops(self.policy_drops().await?),
+            Request::Dns(question) => Reply::Dns(Box::new(self.dns(question).await?)),
+            Request::ResolvConf { endpoint, network } => {
+                Reply::Text(self.resolv_conf(&endpoint, network.as_deref())?)
+            }
         })
     }
 

@@ -13,6 +13,7 @@ use std::path::PathBuf;
 
 use anyhow::Context as _;
 use ovl_core::device::{Device, Role};
+use ovl_core::resolver::resolv_conf;
 use ovl_proto::control::{Attach, EndpointInfo, NetnsRef, SandboxCreate, SandboxInfo};
 use ovl_proto::id::{EndpointId, NetworkId};
 use serde::{Deserialize, Serialize};
@@ -175,12 +176,22 @@ impl Node {
             }
         }
         self.keep_sandbox(sandbox).map_err(|error| Failed::internal(format!("{error:#}")))?;
-        kernel::mount_netns(&netns, kernel::netns_file(&sandbox.name)).await.map_err(Failed::from)?;
+        let resolv_conf = self.sandbox_resolv_conf(sandbox);
+        let file = kernel::netns_file(&sandbox.name);
+        kernel::mount_netns(&netns, file, resolv_conf).await.map_err(Failed::from)?;
         // A teardown that began meanwhile did not find it.
         if self.state.borrow().leaving {
             return Err(Failed::unavailable("ovld is stopping"));
         }
         Ok(())
+    }
+
+    /// Nothing where there is no resolver.
+    fn sandbox_resolv_conf(&self, sandbox: &Sandbox) -> Option<String> {
+        let state = self.state.borrow();
+        let endpoints = sandbox.endpoints.iter().filter_map(|id| state.own_endpoint(*id));
+        let addresses: Vec<_> = endpoints.flat_map(|endpoint| &endpoint.addresses).copied().collect();
+        (!addresses.is_empty()).then(|| resolv_conf(&addresses))
     }
 
     /// Removes a sandbox; one that is not there is fine.

@@ -18,6 +18,7 @@ use ovl_core::objects::Objects;
 use ovl_core::policy::Standing;
 use ovl_core::touched::Touched;
 use ovl_core::view::{Local, Placed, View};
+use ovl_core::zone::Marks;
 use ovl_proto::alloc::Refusal;
 use ovl_proto::clock::Clock;
 use ovl_proto::id::{EndpointId, Mac, NetworkId, NodeId};
@@ -65,6 +66,8 @@ pub(crate) struct LocalEndpoint {
     pub docker: Option<EngineEndpoint>,
     /// Where its namespace was found.
     pub netns: PathBuf,
+    /// The number of that namespace, which endpoints in it share.
+    pub inode: u64,
 }
 
 /// Two daemons with one identity.
@@ -81,6 +84,8 @@ pub(crate) struct Clash {
 pub(crate) struct Dirty {
     /// These networks, as a whole.
     pub networks: BTreeSet<NetworkId>,
+    /// Names that may have changed.
+    pub names: BTreeMap<NetworkId, Marks>,
     /// Of these networks, single endpoints.
     pub touched: BTreeMap<NetworkId, Touched>,
     /// What decides who stands behind Services.
@@ -324,6 +329,7 @@ impl State {
                 let touched = self.dirty.touched.entry(endpoint.network).or_default();
                 touched.note(self.view.me, host, endpoint);
                 self.dirty.members.endpoints.insert((host, endpoint.id));
+                self.dirty.names.entry(endpoint.network).or_default().note(endpoint);
             }
             Entry::Lease { network, .. } => self.dirty.rights([*network]),
             Entry::PathMtu { .. } => self.touch_networks_of(host),

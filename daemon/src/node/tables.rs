@@ -53,6 +53,9 @@ impl Node {
             self.publish_hints(state);
         }
         self.work.notify_one();
+        drop(guard);
+        // Whoever hears that an endpoint came or went can rely on its name.
+        self.refresh_names();
     }
 
     fn sign_head(&self, head: &Head) -> Signature {

@@ -61,6 +61,40 @@ pub enum Reply {
     PolicyExplain(Vec<PolicyJudgement>),
     /// What they refused lately on this host, the latest first.
     PolicyDrops(Vec<PolicyDrop>),
+    /// What would be answered.
+    Dns(Box<DnsAnswer>),
+}
+
+/// `ovlctl dns`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DnsAnswer {
+    /// What was asked for.
+    pub name: String,
+    /// The type of record.
+    #[serde(rename = "type")]
+    pub kind: String,
+    /// Who asks: the endpoint's name, or `host`.
+    pub from: String,
+    /// How it ends: `NOERROR`, `NXDOMAIN`, `SERVFAIL`, `REFUSED` and so on.
+    pub status: String,
+    /// The records.
+    pub answers: Vec<DnsRecord>,
+    /// Where the answer comes from, in a sentence.
+    pub why: String,
+}
+
+/// A record of an answer.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DnsRecord {
+    /// Whose it is.
+    pub name: String,
+    /// Its type.
+    #[serde(rename = "type")]
+    pub kind: String,
+    /// For how long it may be kept, in seconds.
+    pub ttl: u32,
+    /// An address, a name, or the like.
+    pub data: String,
 }
 
 /// An error as container runtimes understand it (CNI specification 1.1.0, section 5, "Error").

@@ -133,6 +133,16 @@ pub enum Request {
     },
     /// What network policies refused lately on this host. Answered with [`super::Reply::PolicyDrops`].
     PolicyDrops,
+    /// What a DNS query would be answered, and why. Answered with [`super::Reply::Dns`].
+    Dns(DnsQuestion),
+    /// What belongs into an endpoint's resolv.conf(5). Answered with [`super::Reply::Text`].
+    ResolvConf {
+        /// The endpoint, on this host.
+        endpoint: String,
+        /// Its network; nothing: the one network on which there is an endpoint of the name.
+        #[serde(default)]
+        network: Option<String>,
+    },
 }
 
 /// A call as the Engine made it: all that it means is decided in the daemon.
@@ -282,6 +292,22 @@ pub struct Attach {
     /// What selectors match.
     #[serde(default)]
     pub labels: BTreeMap<String, String>,
+}
+
+/// A DNS query that is only thought of.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DnsQuestion {
+    /// The name that is asked for.
+    pub name: String,
+    /// `A`, `AAAA`, `PTR` and so on, or `TYPE` with a number.
+    pub kind: String,
+    /// The endpoint of this host that asks; nothing: the host itself.
+    #[serde(default)]
+    pub from: Option<String>,
+    /// Of that endpoint, where its name is on several networks.
+    #[serde(default)]
+    pub network: Option<String>,
 }
 
 /// A network namespace.

@@ -193,6 +193,7 @@ impl Container {
             mtu: 1400,
             host_end: HostEnd::Port(bridge()),
             addresses: vec![net(&format!("10.1.0.{n}/16")), net(&format!("fd00:1::{n:x}/64"))],
+            resolver: None,
             gateways: vec![ip("10.1.0.1"), ip("fd00:1::1")],
         }
     }

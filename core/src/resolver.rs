@@ -1,0 +1,88 @@
+//! How endpoints reach the resolver of their host, without a socket in their namespaces.
+//!
+//! In the namespace 127.0.0.11 is no local address: a route leads it to the host, whatever the network is like,
+//! and packets for it come from the endpoint's own address, by which the asker is known. The host's kernel puts
+//! ovld's address and port into each packet, and 127.0.0.11 with port 53 back into each answer; no connection
+//! is tracked for that. An endpoint without an IPv4 address has no way to 127.0.0.11, and asks at
+//! [`ADDRESS_V6`].
+
+use std::collections::BTreeSet;
+use std::fmt::Write as _;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use ipnet::IpNet;
+use ovl_proto::id::NetworkId;
+use ovl_proto::object::Network;
+
+use crate::device::Device;
+use crate::filter::TABLE;
+use crate::kernel::Kernel;
+
+/// Where endpoints find their resolver, as in Docker's networks.
+pub const LOOPBACK: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 11);
+/// What stands for it on the host: link-local, the same on all hosts and on all networks' bridges.
+pub const ADDRESS_V4: Ipv4Addr = Ipv4Addr::new(169, 254, 79, 53);
+/// The same for endpoints without an IPv4 address, who ask at this one; unique-local (RFC 4193).
+pub const ADDRESS_V6: Ipv6Addr = Ipv6Addr::new(0xfd6f, 0x766c, 0, 0, 0, 0, 0, 0x53);
+/// Where ovld listens there: port 53 may be anybody's.
+pub const PORT: u16 = 7953;
+/// The same for who asks at [`ADDRESS_V4`] itself, such as a container whose 127.0.0.11 is a Docker Engine's.
+pub const PORT_DIRECT: u16 = 7954;
+
+/// The addresses of ovld's resolver on a network's bridge, as far as its endpoints have such addresses.
+pub(crate) fn on_bridge(kernel: &mut Kernel, network: &Network) {
+    let bridge = Device::bridge(network.id);
+    let has = |v4| network.subnets.iter().any(|subnet| subnet.prefix.addr().is_ipv4() == v4);
+    let addresses = [IpAddr::from(ADDRESS_V4), IpAddr::from(ADDRESS_V6)];
+    for address in addresses.into_iter().filter(|address| has(address.is_ipv4())) {
+        kernel.addresses.insert((bridge, IpNet::from(address)));
+    }
+}
+
+/// The chains that lead queries to ovld and its answers back, if one of these networks has endpoints with a
+/// resolver. Nobody else reaches it: not from the underlay, whatever address is used.
+pub(crate) fn chains(networks: &[&Network], resolved: &BTreeSet<NetworkId>) -> Option<String> {
+    if !networks.iter().any(|network| resolved.contains(&network.id)) {
+        return None;
+    }
+    let (v4, v6, lo) = (ADDRESS_V4, ADDRESS_V6, LOOPBACK);
+    let strange = "iifname != \"ovb-*\" iifname != \"ove-*\" iifname != \"lo\" counter drop";
+    let mut text = format!("table inet {TABLE} {{\n\tchain resolver-in {{\n");
+    let _ = writeln!(
+        text,
+        "\t\ttype filter hook prerouting priority raw - 5; policy accept;\n\
+         \t\tip daddr {{ {lo}, {v4} }} {strange}\n\
+         \t\tip6 daddr {v6} {strange}"
+    );
+    for proto in ["udp", "tcp"] {
+        let _ = writeln!(
+            text,
+            "\t\tip daddr {lo} iifname != \"lo\" {proto} dport 53 ip daddr set {v4} {proto} dport set {PORT} notrack\n\
+             \t\tip daddr {v4} {proto} dport 53 {proto} dport set {PORT_DIRECT} notrack\n\
+             \t\tip6 daddr {v6} {proto} dport 53 {proto} dport set {PORT} notrack"
+        );
+    }
+    let _ = writeln!(
+        text,
+        "\t}}\n\tchain resolver-out {{\n\t\ttype filter hook output priority raw - 5; policy accept;"
+    );
+    for proto in ["udp", "tcp"] {
+        let _ = writeln!(
+            text,
+            "\t\tip saddr {v4} {proto} sport {PORT} oifname != \"lo\" ip saddr set {lo} {proto} sport set 53 notrack\n\
+             \t\tip saddr {v4} {proto} sport {PORT_DIRECT} oifname != \"lo\" {proto} sport set 53 notrack\n\
+             \t\tip6 saddr {v6} {proto} sport {PORT} oifname != \"lo\" {proto} sport set 53 notrack"
+        );
+    }
+    let _ = writeln!(text, "\t}}\n}}");
+    Some(text)
+}
+
+/// What belongs into an endpoint's resolv.conf(5): names are asked for as they are.
+pub fn resolv_conf(addresses: &[IpNet]) -> String {
+    let server = match addresses.iter().any(|net| net.addr().is_ipv4()) {
+        true => IpAddr::from(LOOPBACK),
+        false => IpAddr::from(ADDRESS_V6),
+    };
+    format!("nameserver {server}\noptions ndots:0\n")
+}

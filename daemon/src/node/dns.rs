@@ -1,0 +1,284 @@
+//! Names: what the resolver answers, kept in step with what the cluster says.
+//!
+//! Whatever changes the cluster's tables leaves marks, and [`Node::refresh_names`] turns them into a new zone.
+//! It is called before the kernel is looked at, and where an endpoint of this host comes or goes before anybody
+//! is told so.
+
+use std::cell::RefCell;
+use std::collections::{BTreeSet, HashMap};
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+
+use ipnet::IpNet;
+use ovl_core::resolver::{ADDRESS_V4, ADDRESS_V6, PORT, PORT_DIRECT, resolv_conf};
+use ovl_core::zone::{self, Marks};
+use ovl_dns::{Asker, Engine, Kind, Listen, Name, Outcome, Place, Records, Role, Transport, Via, Zone};
+use ovl_proto::control::{DnsAnswer, DnsQuestion, DnsRecord};
+use ovl_proto::id::NetworkId;
+use ovl_proto::table::Endpoint;
+
+use super::state::State;
+use super::{Failed, Node};
+use crate::config::Config;
+
+/// Under it the host finds endpoints: `NAME.NETWORK.ovl.internal`. The top-level domain is set aside for private
+/// use.
+pub(crate) const DOMAIN: &str = "ovl.internal";
+
+/// The resolver and its zone.
+pub(super) struct Names {
+    engine: Option<Engine>,
+    zone: RefCell<Zone>,
+}
+
+impl Names {
+    /// Starts the resolver; without it, says why.
+    pub(super) fn start(config: &Config) -> (Self, Option<String>) {
+        let zone = Zone::new(Name::parse(DOMAIN));
+        let (v4, v6) = (IpAddr::from(ADDRESS_V4), IpAddr::from(ADDRESS_V6));
+        let endpoints = [(v4, PORT), (v6, PORT), (v4, PORT_DIRECT)];
+        let endpoints = endpoints.map(|(address, port)| (SocketAddr::new(address, port), Role::Endpoints));
+        let host = config.dns_listen.iter().map(|address| (*address, Role::Host));
+        let listen = endpoints.into_iter().filter(|(at, _)| at.is_ipv4() || has_v6()).chain(host);
+        let config = ovl_dns::Config {
+            listen: listen.map(|(address, role)| Listen { address, role }).collect(),
+            resolv_conf: config.resolv_conf.clone(),
+        };
+        let (engine, problem) = match Engine::start(config, zone.clone()) {
+            Ok(engine) => (Some(engine), None),
+            Err(error) => (None, Some(format!("names are not resolved: {error}"))),
+        };
+        (Self { engine, zone: RefCell::new(zone) }, problem)
+    }
+
+    /// What the resolver has done, by a name for metrics.
+    pub(super) fn counts(&self) -> Vec<(&'static str, u64)> {
+        let Some(stats) = self.engine.as_ref().map(Engine::stats) else { return Vec::new() };
+        vec![
+            ("zone", stats.answered),
+            ("cache", stats.cached),
+            ("forwarded", stats.forwarded),
+            ("failed", stats.failed),
+            ("ignored", stats.ignored),
+        ]
+    }
+}
+
+fn has_v6() -> bool {
+    crate::kernel::setting("net.ipv6.conf.all.forwarding").is_some()
+}
+
+fn key(network: NetworkId) -> ovl_dns::NetworkKey {
+    network.0.iter().fold(0, |key, byte| key << 8 | u64::from(*byte))
+}
+
+impl Node {
+    /// Brings the zone up to date with all marks.
+    pub(super) fn refresh_names(&self) {
+        let mut guard = self.state.borrow_mut();
+        let state = &mut *guard;
+        let marks = std::mem::take(&mut state.dirty.names);
+        let whole = state.dirty.networks.clone();
+        if marks.is_empty() && whole.is_empty() {
+            return;
+        }
+        self.name(state, &whole, marks);
+    }
+
+    /// The same for all networks, whatever is marked.
+    pub(super) fn refresh_all_names(&self) {
+        let mut guard = self.state.borrow_mut();
+        let state = &mut *guard;
+        let whole = state.view.networks.keys().copied().collect();
+        let marks = std::mem::take(&mut state.dirty.names);
+        self.name(state, &whole, marks);
+    }
+
+    fn name(
+        &self,
+        state: &State,
+        whole: &BTreeSet<NetworkId>,
+        marks: std::collections::BTreeMap<NetworkId, Marks>,
+    ) {
+        let mut zone = self.names.zone.borrow_mut();
+        let networks: HashMap<_, _> = state.view.networks.keys().map(|id| (key(*id), *id)).collect();
+        zone.retain_networks(|key| networks.contains_key(&key));
+        for network in whole {
+            let Some(found) = state.view.networks.get(network) else { continue };
+            let label = Name::parse(&found.network.name).unwrap_or(Name::ROOT);
+            let subnets = found.network.subnets.iter().map(|subnet| subnet.prefix).collect();
+            zone.set_network(key(*network), label, subnets);
+            let there = Marks::of_network(&state.view, *network);
+            let gone = zone.names(key(*network));
+            for name in gone {
+                match name.reversed() {
+                    Some(address) if !there.addresses.contains(&address) => {
+                        zone.set(key(*network), &name, Records::default());
+                    }
+                    None if !there.names.contains(&name.to_string()) => {
+                        zone.set(key(*network), &name, Records::default());
+                    }
+                    Some(_) | None => {}
+                }
+            }
+            set(&mut zone, state, *network, &there);
+        }
+        for (network, marks) in marks.into_iter().filter(|(network, _)| !whole.contains(network)) {
+            set(&mut zone, state, network, &marks);
+        }
+        let place = |endpoint: &Endpoint| {
+            let local = state.endpoints.get(&endpoint.id)?;
+            // Whose namespace is not known has it alone.
+            let alone = (local.inode == 0).then_some(endpoint.id);
+            Some(((local.inode, alone), local.ifname.clone()))
+        };
+        let askers = zone::askers(&state.view, place).into_iter().map(|(address, networks)| {
+            let keys: Arc<[_]> = networks.into_iter().map(key).collect();
+            (address, keys)
+        });
+        zone.set_askers(askers.collect());
+        if let Some(engine) = &self.names.engine {
+            engine.set_zone(zone.clone());
+        }
+    }
+
+    /// What a query would be answered, and why.
+    pub(super) async fn dns(&self, question: DnsQuestion) -> Result<DnsAnswer, Failed> {
+        let address: Option<IpAddr> = question.name.parse().ok();
+        let name = match address {
+            Some(address) => Name::reverse_of(address),
+            None => Name::parse(&question.name)
+                .ok_or_else(|| Failed::invalid(format!("'{}' cannot be a name in DNS", question.name)))?,
+        };
+        let kind = match address {
+            Some(_) => Kind::PTR,
+            None => Kind::parse(&question.kind)
+                .ok_or_else(|| Failed::invalid(format!("'{}' is no type of record", question.kind)))?,
+        };
+        let (asker, from) = match &question.from {
+            None => (Asker::Host, "host".to_owned()),
+            Some(endpoint) => {
+                let found = self.own_endpoint_called(endpoint, question.network.as_deref())?;
+                let address = found.addresses.first().map(IpNet::addr);
+                let address = address.ok_or_else(|| Failed::internal("an endpoint without an address"))?;
+                (Asker::At(address), found.name)
+            }
+        };
+        let zone = self.names.zone.borrow().clone();
+        let message = ovl_dns::question(0, &name, kind, 0, None);
+        let mut buffer = vec![0; usize::from(u16::MAX)];
+        let (answer, why) = match ovl_dns::answer(&zone, asker, Transport::Tcp, &message, &mut buffer, 0) {
+            Outcome::Answer(length) => {
+                buffer.truncate(length);
+                (buffer, self.why(&zone, asker, &name))
+            }
+            Outcome::Ignore => {
+                return Err(Failed::unavailable(format!(
+                    "{from} gets no answer: its addresses are not in use"
+                )));
+            }
+            Outcome::Forward => {
+                let engine = self.names.engine.as_ref();
+                let engine = engine.ok_or_else(|| Failed::unavailable("names are not resolved here"))?;
+                let found = engine.look_up(&name, kind).await;
+                let found = found.ok_or_else(|| Failed::unavailable("the resolver has ended"))?;
+                let why = match found.via {
+                    Via::Cache => "no name of ovl's; another resolver said so a while ago".to_owned(),
+                    Via::Server(server) => format!("no name of ovl's; {} said so", server.ip()),
+                    Via::Nobody => format!(
+                        "no name of ovl's; none of the resolvers in {} answered",
+                        self.config.resolv_conf.display()
+                    ),
+                };
+                (found.message, why)
+            }
+        };
+        let (status, records) =
+            ovl_dns::records(&answer).ok_or_else(|| Failed::internal("an answer that cannot be read"))?;
+        let answers = records.into_iter().map(|record| DnsRecord {
+            name: record.name,
+            kind: record.kind.to_string(),
+            ttl: record.ttl,
+            data: record.data.to_string(),
+        });
+        Ok(DnsAnswer {
+            name: name.to_string(),
+            kind: kind.to_string(),
+            from,
+            status: status.to_string(),
+            answers: answers.collect(),
+            why,
+        })
+    }
+
+    /// Why the zone answers what it does.
+    fn why(&self, zone: &Zone, asker: Asker, name: &Name) -> String {
+        let state = self.state.borrow();
+        match zone.find(asker, name) {
+            Place::Here(found, records) => {
+                let Some(network) = state.view.networks.values().find(|n| key(n.network.id) == found) else {
+                    return "of a network that has just gone".to_owned();
+                };
+                let addresses = records.v4.iter().map(|at| IpAddr::from(*at));
+                let addresses = addresses.chain(records.v6.iter().map(|at| IpAddr::from(*at)));
+                let addresses: Vec<IpAddr> = addresses.chain(name.reversed()).collect();
+                let of = addresses.into_iter().filter_map(|address| {
+                    let placed = state.view.endpoint_by_address(network.network.id, address)?;
+                    Some(format!("{} on {}", placed.endpoint.name, placed.node.record.name))
+                });
+                let of: BTreeSet<String> = of.collect();
+                let of: Vec<String> = of.into_iter().collect();
+                format!("on network {}: {}", network.network.name, of.join(", "))
+            }
+            Place::Nowhere => "only ovl would know this name, and nothing is called so".to_owned(),
+            Place::Elsewhere => {
+                format!("not under {DOMAIN}: the host asks its own resolvers for other names")
+            }
+        }
+    }
+
+    /// What belongs into an endpoint's resolv.conf.
+    pub(super) fn resolv_conf(&self, endpoint: &str, network: Option<&str>) -> Result<String, Failed> {
+        Ok(resolv_conf(&self.own_endpoint_called(endpoint, network)?.addresses))
+    }
+
+    fn own_endpoint_called(&self, name: &str, network: Option<&str>) -> Result<Endpoint, Failed> {
+        let state = self.state.borrow();
+        let network = match network {
+            Some(name) => {
+                let found = state.view.network(name).map(|found| found.network.id);
+                Some(found.ok_or_else(|| Failed::no_network(&state, name))?)
+            }
+            None => None,
+        };
+        let named = state.view.own().into_iter().flat_map(|own| own.table.named(name));
+        let named: Vec<&Endpoint> =
+            named.filter(|endpoint| network.is_none_or(|network| endpoint.network == network)).collect();
+        match named[..] {
+            [] => Err(Failed::not_found(format!("there is no endpoint {name} on this host"))),
+            [one] => Ok(one.clone()),
+            _ => Err(Failed::invalid(format!("{name} is on several networks: name one with --network"))),
+        }
+    }
+}
+
+/// Sets what there is of these names and addresses now.
+fn set(zone: &mut Zone, state: &State, network: NetworkId, marks: &Marks) {
+    for text in &marks.names {
+        // Not all that may be an endpoint's name may be one in DNS.
+        let Some(name) = Name::parse(text) else { continue };
+        let mut records = Records::default();
+        for address in zone::addresses(&state.view, network, text) {
+            match address {
+                IpAddr::V4(address) => records.v4.push(address),
+                IpAddr::V6(address) => records.v6.push(address),
+            }
+        }
+        zone.set(key(network), &name, records);
+    }
+    for address in &marks.addresses {
+        let names = zone::names_of(&state.view, network, *address);
+        let names = names.iter().filter_map(|name| Name::parse(name)).collect();
+        zone.set(key(network), &Name::reverse_of(*address), Records { names, ..Records::default() });
+    }
+}

@@ -1,0 +1,167 @@
+//! A query and the zone give an answer, or the word that somebody else must be asked. Pure, and without an
+//! allocation for what is asked most.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use crate::name::Name;
+use crate::wire::{Bad, HEADER, Kind, QR, Query, RA, Rcode, Writer};
+use crate::zone::{NetworkKey, Place, Records, Zone};
+
+/// For how long an answer may be kept, in seconds: endpoints come and go.
+pub(crate) const TTL: u32 = 5;
+
+/// Who asks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Asker {
+    /// The host itself, which sees all networks and asks by full names.
+    Host,
+    /// Whoever has this address.
+    At(IpAddr),
+}
+
+/// How a query came.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Transport {
+    /// Long answers are cut.
+    Udp,
+    /// They are not.
+    Tcp,
+}
+
+/// What is to be done about a query.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    /// Send so many bytes of the buffer.
+    Answer(usize),
+    /// Others may know.
+    Forward,
+    /// Nothing.
+    Ignore,
+}
+
+/// Answers a message into `buffer`. `turn` says with which of several addresses the answer begins.
+#[inline]
+pub fn answer(
+    zone: &Zone,
+    asker: Asker,
+    transport: Transport,
+    message: &[u8],
+    buffer: &mut [u8],
+    turn: usize,
+) -> Outcome {
+    if !zone.knows(asker) {
+        // It may not be who it seems to be: so it hears nothing.
+        return Outcome::Ignore;
+    }
+    let query = match Query::read(message) {
+        Ok(query) => query,
+        Err(Bad::Ignore) => return Outcome::Ignore,
+        Err(Bad::Refuse(rcode)) => return refuse(message, rcode, buffer),
+    };
+    let limit = match transport {
+        Transport::Udp => query.udp_limit(),
+        Transport::Tcp => usize::from(u16::MAX),
+    };
+    let written = respond(zone, asker, limit, message, &query, buffer, turn);
+    written.unwrap_or(Outcome::Ignore)
+}
+
+#[inline]
+fn respond(
+    zone: &Zone,
+    asker: Asker,
+    limit: usize,
+    message: &[u8],
+    query: &Query,
+    buffer: &mut [u8],
+    turn: usize,
+) -> Option<Outcome> {
+    let bare = |buffer, rcode, authoritative| {
+        let writer = Writer::answer(buffer, limit, message, query, rcode, authoritative)?;
+        Some(Outcome::Answer(writer.finish(query, rcode)))
+    };
+    if query.edns.is_some_and(|edns| edns.version != 0) {
+        return bare(buffer, Rcode::BAD_VERSION, false);
+    }
+    if !query.is_internet() {
+        return bare(buffer, Rcode::REFUSED, false);
+    }
+    match zone.find(asker, &query.name) {
+        Place::Here(network, records) => {
+            let mut writer = Writer::answer(buffer, limit, message, query, Rcode::NO_ERROR, true)?;
+            let (count, whole) = write(&mut writer, zone, asker, query.kind, network, records, turn);
+            writer.count(count, 0, 0, !whole);
+            Some(Outcome::Answer(writer.finish(query, Rcode::NO_ERROR)))
+        }
+        Place::Nowhere => bare(buffer, Rcode::NO_NAME, true),
+        // Only names under its domain are asked of us by the host: who else it asks, it knows itself.
+        Place::Elsewhere if asker == Asker::Host => bare(buffer, Rcode::REFUSED, false),
+        Place::Elsewhere => Some(Outcome::Forward),
+    }
+}
+
+/// Gives the number of records, and whether these are all.
+#[inline]
+fn write(
+    writer: &mut Writer<'_>,
+    zone: &Zone,
+    asker: Asker,
+    kind: Kind,
+    network: NetworkKey,
+    records: &Records,
+    turn: usize,
+) -> (u16, bool) {
+    let Records { v4, v6, names } = records;
+    let (mut count, mut whole) = (0, true);
+    let mut note = |fits: bool| {
+        count += u16::from(fits);
+        whole &= fits;
+    };
+    if kind == Kind::A || kind == Kind::ANY {
+        for address in rotated(v4, turn) {
+            note(writer.record(None, Kind::A, TTL, &Ipv4Addr::octets(address)));
+        }
+    }
+    if kind == Kind::AAAA || kind == Kind::ANY {
+        for address in rotated(v6, turn) {
+            note(writer.record(None, Kind::AAAA, TTL, &Ipv6Addr::octets(address)));
+        }
+    }
+    if kind == Kind::PTR || kind == Kind::ANY {
+        for name in names.iter().filter_map(|name| zone.full(asker, network, name)) {
+            note(writer.record(None, Kind::PTR, TTL, &with_root(&name)));
+        }
+    }
+    (count, whole)
+}
+
+fn with_root(name: &Name) -> Vec<u8> {
+    [name.as_bytes(), &[0]].concat()
+}
+
+fn rotated<T>(all: &[T], turn: usize) -> impl Iterator<Item = &T> {
+    let at = if all.len() > 1 { turn % all.len() } else { 0 };
+    let (before, after) = all.split_at_checked(at).unwrap_or((all, &[]));
+    after.iter().chain(before)
+}
+
+/// A header alone: the question may be what was not understood.
+fn refuse(message: &[u8], rcode: Rcode, buffer: &mut [u8]) -> Outcome {
+    let (Some(room), Some(head)) = (buffer.get_mut(..HEADER), message.get(..4)) else {
+        return Outcome::Ignore;
+    };
+    room.fill(0);
+    room[..2].copy_from_slice(&head[..2]);
+    // What the query was, and whether recursion was asked for, is repeated.
+    let asked = u16::from_be_bytes([head[2], head[3]]) & 0x7900;
+    room[2..4].copy_from_slice(&(QR | asked | RA | rcode.0).to_be_bytes());
+    Outcome::Answer(HEADER)
+}
+
+/// An answer that says only how it went.
+pub(crate) fn bare(message: &[u8], query: &Query, rcode: Rcode) -> Vec<u8> {
+    let mut buffer = [0; HEADER + 260 + crate::wire::OPT];
+    let written = Writer::answer(&mut buffer, usize::MAX, message, query, rcode, false);
+    let length = written.map_or(0, |writer| writer.finish(query, rcode));
+    buffer.get(..length).unwrap_or_default().to_vec()
+}

@@ -1,0 +1,112 @@
+//! Answers of other servers, for as long as they may be kept. Bounded: what was put in or used lately is in the
+//! young half; when that is full, the old half is dropped and the young one is the old.
+
+use std::collections::HashMap;
+use std::time::{Duration, Instant};
+
+use crate::message::Parts;
+use crate::name::Name;
+use crate::wire::{Kind, u32_at};
+
+/// Of each half.
+const MAX_ENTRIES: usize = 5_000;
+const MAX_BYTES: usize = 8 << 20;
+/// Larger answers are rare, and not worth the room.
+const MAX_MESSAGE: usize = 8 << 10;
+/// No answer is kept longer, in seconds: a day, and three hours where there is nothing (RFC 2308, section 5).
+const MAX_TTL: u32 = 86_400;
+const MAX_DENIED: u32 = 10_800;
+
+/// What was asked: with or without signatures, and whether these were to be left unchecked.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(crate) struct Question {
+    name: Box<[u8]>,
+    pub(crate) kind: Kind,
+    pub(crate) dnssec: bool,
+    pub(crate) unchecked: bool,
+}
+
+impl Question {
+    pub(crate) fn new(name: &Name, kind: Kind, dnssec: bool, unchecked: bool) -> Self {
+        Self { name: name.as_bytes().into(), kind, dnssec, unchecked }
+    }
+
+    pub(crate) fn name(&self) -> Name {
+        Name::from_bytes(&self.name).unwrap_or(Name::ROOT)
+    }
+}
+
+#[derive(Debug, Clone)]
+struct Entry {
+    message: Vec<u8>,
+    ttls: Vec<u16>,
+    stored: Instant,
+    expires: Instant,
+}
+
+#[derive(Debug, Default)]
+struct Half {
+    entries: HashMap<Question, Entry>,
+    bytes: usize,
+}
+
+/// See the module.
+#[derive(Debug, Default)]
+pub(crate) struct Cache {
+    young: Half,
+    old: Half,
+}
+
+impl Cache {
+    /// An answer, its times to live counted down; its id and the case of its question are another's.
+    pub(crate) fn get(&mut self, question: &Question, now: Instant) -> Option<Vec<u8>> {
+        if let Some(entry) = self.old.entries.remove(question) {
+            self.old.bytes = self.old.bytes.saturating_sub(entry.message.len());
+            self.insert(question.clone(), entry);
+        }
+        let entry = self.young.entries.get(question).filter(|entry| entry.expires > now)?;
+        let age = u32::try_from(now.saturating_duration_since(entry.stored).as_secs()).unwrap_or(u32::MAX);
+        let mut message = entry.message.clone();
+        for at in &entry.ttls {
+            let at = usize::from(*at);
+            let left = u32_at(&message, at).unwrap_or_default().saturating_sub(age);
+            if let Some(room) = message.get_mut(at..at + 4) {
+                room.copy_from_slice(&left.to_be_bytes());
+            }
+        }
+        Some(message)
+    }
+
+    /// Keeps an answer, which has no OPT record any more, if it may be kept.
+    pub(crate) fn put(&mut self, question: &Question, message: &[u8], parts: &Parts, now: Instant) {
+        let answered = crate::wire::u16_at(message, 6).is_some_and(|count| count > 0);
+        let longest = if answered { MAX_TTL } else { MAX_DENIED };
+        let Some(ttl) = parts.ttl.map(|ttl| ttl.min(longest)).filter(|ttl| *ttl > 0) else { return };
+        if message.len() > MAX_MESSAGE {
+            return;
+        }
+        let expires = now + Duration::from_secs(u64::from(ttl));
+        let ttls = parts.ttls.clone();
+        self.insert(question.clone(), Entry { message: message.to_vec(), ttls, stored: now, expires });
+    }
+
+    /// Forgets all: other servers may know other names.
+    pub(crate) fn clear(&mut self) {
+        *self = Self::default();
+    }
+
+    fn insert(&mut self, question: Question, entry: Entry) {
+        if self.young.entries.len() >= MAX_ENTRIES || self.young.bytes + entry.message.len() > MAX_BYTES {
+            self.old = std::mem::take(&mut self.young);
+        }
+        self.young.bytes += entry.message.len();
+        if let Some(before) = self.young.entries.insert(question, entry) {
+            self.young.bytes = self.young.bytes.saturating_sub(before.message.len());
+        }
+    }
+
+    #[cfg(test)]
+    pub(crate) fn len(&self) -> usize {
+        self.young.entries.len() + self.old.entries.len()
+    }
+}

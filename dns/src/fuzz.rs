@@ -1,0 +1,61 @@
+//! Bytes that somebody else chose, through all that reads messages. For the fuzzer in `tests/fuzz` and a property
+//! test.
+
+use std::collections::HashMap;
+use std::net::{IpAddr, Ipv4Addr};
+use std::sync::Arc;
+
+use crate::answer::{Asker, Outcome, Transport, answer};
+use crate::cache::{Cache, Question};
+use crate::name::Name;
+use crate::wire::{Kind, Query};
+use crate::zone::{Records, Zone};
+
+const FROM: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 0, 0, 2));
+
+/// A zone with one name on one network, `web` on `blue`.
+pub fn zone() -> Zone {
+    let mut zone = Zone::new(Name::parse("ovl.internal"));
+    let subnets = "10.0.0.0/24".parse().into_iter().collect();
+    zone.set_network(1, Name::parse("blue").unwrap_or(Name::ROOT), subnets);
+    if let Some(web) = Name::parse("web") {
+        let v4 = vec![Ipv4Addr::new(10, 0, 0, 2), Ipv4Addr::new(10, 0, 0, 3)];
+        zone.set(1, &web, Records { v4, ..Records::default() });
+        zone.set(1, &Name::reverse_of(FROM), Records { names: vec![web], ..Records::default() });
+    }
+    zone.set_askers(HashMap::from([(FROM, Arc::from([1]))]));
+    zone
+}
+
+/// One message.
+pub fn message(bytes: &[u8]) {
+    let zone = zone();
+    let mut buffer = vec![0; 70_000];
+    for (asker, transport) in
+        [(Asker::At(FROM), Transport::Udp), (Asker::At(FROM), Transport::Tcp), (Asker::Host, Transport::Udp)]
+    {
+        if let Outcome::Answer(length) = answer(&zone, asker, transport, bytes, &mut buffer, 1) {
+            assert!(length >= 12 && length <= buffer.len());
+            if transport == Transport::Udp {
+                assert!(length <= 1232);
+            }
+            // What we say can be read.
+            let said = buffer.get(..length).unwrap_or_default();
+            assert!(crate::message::read(said).is_some());
+            assert!(crate::message::records(said).is_some());
+        }
+    }
+    let _ = crate::message::records(bytes);
+    if let Some(parts) = crate::message::read(bytes) {
+        assert!(parts.end <= bytes.len());
+        let mut cache = Cache::default();
+        let question = Question::new(&Name::ROOT, Kind::A, false, false);
+        let now = std::time::Instant::now();
+        cache.put(&question, bytes, &parts, now);
+        let _ = cache.get(&question, now);
+    }
+    if let Ok(query) = Query::read(bytes) {
+        assert!(query.end <= bytes.len());
+        let _ = crate::answer::bare(bytes, &query, crate::wire::Rcode::FAILED);
+    }
+}

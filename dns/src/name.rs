@@ -1,0 +1,208 @@
+//! Names as they are in messages (RFC 1035, section 3.1): labels, each after its length.
+
+use std::fmt;
+
+/// Of the labels with their lengths, without the root's zero.
+const MAX: usize = 254;
+/// Of one label.
+const MAX_LABEL: usize = 63;
+
+/// A name in lower case, without the root's zero. On the stack, so that none is allocated for a query.
+#[derive(Clone, Copy)]
+pub struct Name {
+    length: u8,
+    bytes: [u8; MAX],
+}
+
+impl Name {
+    /// The root.
+    pub const ROOT: Self = Self { length: 0, bytes: [0; MAX] };
+
+    /// Of text like `web.blue`, with or without a dot at the end; nothing if it cannot be a name.
+    pub fn parse(text: &str) -> Option<Self> {
+        let mut name = Self::ROOT;
+        let text = text.strip_suffix('.').unwrap_or(text);
+        if text.is_empty() {
+            return None;
+        }
+        for label in text.split('.') {
+            name.push(label.as_bytes())?;
+        }
+        Some(name)
+    }
+
+    /// Of the bytes that [`Self::as_bytes`] gave.
+    pub(crate) fn from_bytes(bytes: &[u8]) -> Option<Self> {
+        let mut name = Self::ROOT;
+        name.bytes.get_mut(..bytes.len())?.copy_from_slice(bytes);
+        name.length = u8::try_from(bytes.len()).ok()?;
+        Some(name)
+    }
+
+    /// Adds a label at the end.
+    pub(crate) fn push(&mut self, label: &[u8]) -> Option<()> {
+        if label.is_empty() || label.len() > MAX_LABEL {
+            return None;
+        }
+        let start = usize::from(self.length);
+        let room = self.bytes.get_mut(start..start + 1 + label.len())?;
+        let (length, rest) = room.split_first_mut()?;
+        *length = label.len() as u8;
+        rest.copy_from_slice(label);
+        rest.make_ascii_lowercase();
+        self.length += 1 + label.len() as u8;
+        Some(())
+    }
+
+    /// Reads one at the start of a question: no compression there. Gives its length in the message too.
+    #[inline]
+    pub(crate) fn read(message: &[u8], at: usize) -> Option<(Self, usize)> {
+        let mut name = Self::ROOT;
+        let mut end = at;
+        loop {
+            let length = usize::from(*message.get(end)?);
+            end += 1;
+            if length == 0 {
+                break;
+            }
+            if length > MAX_LABEL {
+                return None;
+            }
+            end += length;
+        }
+        let bytes = message.get(at..end - 1)?;
+        name.bytes.get_mut(..bytes.len())?.copy_from_slice(bytes);
+        name.length = bytes.len() as u8;
+        // Lengths are below the letters, so all of it can be treated alike.
+        name.bytes[..bytes.len()].make_ascii_lowercase();
+        Some((name, end))
+    }
+
+    /// The labels with their lengths.
+    pub fn as_bytes(&self) -> &[u8] {
+        self.bytes.get(..usize::from(self.length)).unwrap_or_default()
+    }
+
+    /// Its labels.
+    pub fn labels(&self) -> impl Iterator<Item = &[u8]> {
+        let mut rest = self.as_bytes();
+        std::iter::from_fn(move || {
+            let (length, after) = rest.split_first()?;
+            let (label, next) = after.split_at_checked(usize::from(*length))?;
+            rest = next;
+            Some(label)
+        })
+    }
+
+    /// What is before `suffix`, if the name ends with it; the whole name has the root before it.
+    pub fn before(&self, suffix: &Self) -> Option<Self> {
+        let (all, end) = (self.as_bytes(), suffix.as_bytes());
+        let at = all.len().checked_sub(end.len())?;
+        if all.get(at..)? != end {
+            return None;
+        }
+        // On the boundary of a label?
+        let mut start = 0;
+        while start < at {
+            start += 1 + usize::from(*all.get(start)?);
+        }
+        if start == at { Self::from_bytes(all.get(..at)?) } else { None }
+    }
+
+    /// With another after it, if that is not too long.
+    pub fn with(&self, after: &Self) -> Option<Self> {
+        let mut name = *self;
+        let start = usize::from(self.length);
+        let end = start + after.as_bytes().len();
+        name.bytes.get_mut(start..end)?.copy_from_slice(after.as_bytes());
+        name.length = u8::try_from(end).ok()?;
+        Some(name)
+    }
+
+    /// The address whose reverse name it is (RFC 1035, section 3.5; RFC 3596, section 2.5).
+    pub fn reversed(&self) -> Option<std::net::IpAddr> {
+        fn number(label: &[u8], radix: u32) -> Option<u8> {
+            u8::from_str_radix(std::str::from_utf8(label).ok()?, radix).ok()
+        }
+        let mut labels = self.labels();
+        let count = self.labels().count();
+        match count {
+            6 => {
+                let mut octets = [0u8; 4];
+                for octet in octets.iter_mut().rev() {
+                    *octet = number(labels.next()?, 10)?;
+                }
+                (labels.next()? == b"in-addr" && labels.next()? == b"arpa").then(|| octets.into())
+            }
+            34 => {
+                let mut octets = [0u8; 16];
+                for octet in octets.iter_mut().rev() {
+                    let (low, high) = (labels.next()?, labels.next()?);
+                    if low.len() != 1 || high.len() != 1 {
+                        return None;
+                    }
+                    *octet = number(high, 16)? << 4 | number(low, 16)?;
+                }
+                (labels.next()? == b"ip6" && labels.next()? == b"arpa").then(|| octets.into())
+            }
+            _ => None,
+        }
+    }
+
+    /// The reverse name of an address.
+    pub fn reverse_of(address: std::net::IpAddr) -> Self {
+        use std::fmt::Write as _;
+        let mut text = String::new();
+        match address {
+            std::net::IpAddr::V4(address) => {
+                for octet in address.octets().iter().rev() {
+                    let _ = write!(text, "{octet}.");
+                }
+                text.push_str("in-addr.arpa");
+            }
+            std::net::IpAddr::V6(address) => {
+                for octet in address.octets().iter().rev() {
+                    let _ = write!(text, "{:x}.{:x}.", octet & 15, octet >> 4);
+                }
+                text.push_str("ip6.arpa");
+            }
+        }
+        Self::parse(&text).unwrap_or(Self::ROOT)
+    }
+}
+
+impl PartialEq for Name {
+    fn eq(&self, other: &Self) -> bool {
+        self.as_bytes() == other.as_bytes()
+    }
+}
+
+impl Eq for Name {}
+
+impl fmt::Display for Name {
+    /// With a backslash before what would be misread (RFC 4343, section 2.1).
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.length == 0 {
+            return f.write_str(".");
+        }
+        for (i, label) in self.labels().enumerate() {
+            if i > 0 {
+                f.write_str(".")?;
+            }
+            for byte in label {
+                match byte {
+                    b'.' | b'\\' => write!(f, "\\{}", char::from(*byte))?,
+                    b'!'..=b'~' => write!(f, "{}", char::from(*byte))?,
+                    _ => write!(f, "\\{byte:03}")?,
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Debug for Name {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}

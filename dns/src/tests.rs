@@ -1,0 +1,131 @@
+use std::time::{Duration, Instant};
+
+use proptest::prelude::*;
+
+use crate::cache::{Cache, Question};
+use crate::fuzz;
+use crate::message::{is_answer, read, records};
+use crate::name::Name;
+use crate::wire::{Kind, Query, question};
+
+proptest! {
+    #[test]
+    fn random_bytes_never_panic(bytes in proptest::collection::vec(any::<u8>(), 0..600)) {
+        fuzz::message(&bytes);
+    }
+
+    /// A good message with some bytes changed gets further.
+    #[test]
+    fn a_changed_query_never_panics(
+        changes in proptest::collection::vec((0usize..48, any::<u8>()), 0..6),
+        kind in any::<u16>(),
+        edns in any::<Option<bool>>(),
+    ) {
+        let name = Name::parse("web.blue").unwrap();
+        let mut message = question(7, &name, Kind(kind), 0, edns);
+        for (at, value) in changes {
+            if let Some(byte) = message.get_mut(at) {
+                *byte = value;
+            }
+        }
+        fuzz::message(&message);
+    }
+
+    #[test]
+    fn names_survive_a_message(labels in proptest::collection::vec("[a-z0-9_-]{1,20}", 1..8)) {
+        let text = labels.join(".");
+        let name = Name::parse(&text).unwrap();
+        prop_assert_eq!(name.to_string(), text);
+        let message = question(1, &name, Kind::A, 0, Some(false));
+        let query = Query::read(&message).unwrap();
+        prop_assert!(query.name == name && query.edns.is_some());
+    }
+
+    #[test]
+    fn an_address_is_found_in_its_reverse_name(v4 in any::<[u8; 4]>(), v6 in any::<[u8; 16]>()) {
+        for address in [std::net::IpAddr::from(v4), std::net::IpAddr::from(v6)] {
+            prop_assert_eq!(Name::reverse_of(address).reversed(), Some(address));
+        }
+    }
+}
+
+/// An answer: header, question, an alias and an address, and an OPT record.
+fn answer(ttls: [u32; 2]) -> Vec<u8> {
+    let mut message = question(9, &Name::parse("a.example").unwrap(), Kind::A, 0, None);
+    message[2] |= 0x80;
+    message[7] = 2;
+    message[11] = 1;
+    message.extend_from_slice(&[0xc0, 12, 0, 5, 0, 1]);
+    message.extend_from_slice(&ttls[0].to_be_bytes());
+    message.extend_from_slice(&[0, 4, 1, b'b', 0xc0, 14]);
+    message.extend_from_slice(&[1, b'b', 0xc0, 14, 0, 1, 0, 1]);
+    message.extend_from_slice(&ttls[1].to_be_bytes());
+    message.extend_from_slice(&[0, 4, 192, 0, 2, 1]);
+    message.extend_from_slice(&[0, 0, 41, 4, 208, 0, 0, 0, 0, 0, 0]);
+    message
+}
+
+#[test]
+fn an_answer_is_kept_for_its_shortest_time_and_counted_down() {
+    let message = answer([300, 60]);
+    let name = Name::parse("a.example").unwrap();
+    assert!(is_answer(&message, 9, &name, Kind::A));
+    assert!(!is_answer(&message, 8, &name, Kind::A));
+    assert!(!is_answer(&message, 9, &Name::parse("b.example").unwrap(), Kind::A));
+    assert!(!is_answer(&message, 9, &name, Kind::AAAA));
+    let parts = read(&message).unwrap();
+    assert_eq!((parts.ttl, parts.end, parts.additional), (Some(60), message.len() - 11, 0));
+    let mut cache = Cache::default();
+    let question = Question::new(&name, Kind::A, false, false);
+    let start = Instant::now();
+    cache.put(&question, &message[..parts.end], &parts, start);
+    let kept = cache.get(&question, start + Duration::from_secs(25)).unwrap();
+    let ttls: Vec<u32> = records(&kept).unwrap().1.iter().map(|record| record.ttl).collect();
+    assert_eq!(ttls, [275, 35]);
+    assert!(cache.get(&question, start + Duration::from_secs(61)).is_none());
+    assert!(cache.get(&Question::new(&name, Kind::A, true, false), start).is_none());
+}
+
+#[test]
+fn what_may_not_be_kept_is_not() {
+    let (name, now) = (Name::parse("a.example").unwrap(), Instant::now());
+    let question = Question::new(&name, Kind::A, false, false);
+    let keeps = |message: &[u8]| {
+        let mut cache = Cache::default();
+        cache.put(&question, message, &read(message).unwrap(), now);
+        cache.get(&question, now).is_some()
+    };
+    assert!(keeps(&answer([5, 5])));
+    assert!(!keeps(&answer([5, 0])));
+    // Above 2^31 it counts as none (RFC 2181).
+    assert!(!keeps(&answer([5, u32::MAX])));
+    let mut cut = answer([5, 5]);
+    cut[2] |= 2;
+    assert!(!keeps(&cut));
+    // A failure, and a denial without an authority that says for how long (RFC 2308).
+    for rcode in [2, 3] {
+        let mut failed = question_message(&name);
+        failed[3] |= rcode;
+        assert!(!keeps(&failed));
+    }
+}
+
+fn question_message(name: &Name) -> Vec<u8> {
+    let mut message = question(9, name, Kind::A, 0, None);
+    message[2] |= 0x80;
+    message
+}
+
+#[test]
+fn the_cache_is_bounded_and_keeps_what_is_used() {
+    let (mut cache, now) = (Cache::default(), Instant::now());
+    let message = answer([300, 300]);
+    let parts = read(&message).unwrap();
+    let name = |i: usize| Name::parse(&format!("n{i}.example")).unwrap();
+    let used = Question::new(&name(0), Kind::A, false, false);
+    for i in 0..40_000 {
+        cache.put(&Question::new(&name(i), Kind::A, false, false), &message, &parts, now);
+        assert!(cache.get(&used, now).is_some(), "{i}");
+    }
+    assert!(cache.len() <= 10_000);
+}

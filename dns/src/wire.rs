@@ -1,0 +1,361 @@
+//! Queries read and answers written, without an allocation (RFC 1035, RFC 6891).
+
+use crate::name::Name;
+
+/// Of a message's header.
+pub(crate) const HEADER: usize = 12;
+/// The largest datagram that is sent, whatever the client says: it passes every path unfragmented (the
+/// DNS flag day of 2020).
+pub(crate) const MAX_UDP: usize = 1232;
+/// What a client without EDNS takes.
+pub(crate) const PLAIN_UDP: usize = 512;
+/// Of our OPT record.
+pub(crate) const OPT: usize = 11;
+
+pub(crate) const QR: u16 = 0x8000;
+pub(crate) const OPCODE: u16 = 0x7800;
+pub(crate) const AA: u16 = 0x0400;
+pub(crate) const TC: u16 = 0x0200;
+pub(crate) const RD: u16 = 0x0100;
+pub(crate) const RA: u16 = 0x0080;
+pub(crate) const AD: u16 = 0x0020;
+pub(crate) const CD: u16 = 0x0010;
+/// The internet, and any class.
+pub(crate) const IN: u16 = 1;
+const ANY_CLASS: u16 = 255;
+const DNSSEC_OK: u32 = 0x8000;
+const MAX_ADDITIONAL: u16 = 8;
+
+/// A type of record (IANA's numbers).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Kind(pub u16);
+
+impl Kind {
+    /// IPv4 address.
+    pub const A: Self = Self(1);
+    /// Another name of.
+    pub const CNAME: Self = Self(5);
+    /// Start of authority.
+    pub const SOA: Self = Self(6);
+    /// A name for a name.
+    pub const PTR: Self = Self(12);
+    /// Text.
+    pub const TXT: Self = Self(16);
+    /// IPv6 address.
+    pub const AAAA: Self = Self(28);
+    /// Where a service is.
+    pub const SRV: Self = Self(33);
+    /// EDNS.
+    pub const OPT: Self = Self(41);
+    /// All.
+    pub const ANY: Self = Self(255);
+    const NAMES: [(Self, &'static str); 8] = [
+        (Self::A, "A"),
+        (Self::CNAME, "CNAME"),
+        (Self::SOA, "SOA"),
+        (Self::PTR, "PTR"),
+        (Self::TXT, "TXT"),
+        (Self::AAAA, "AAAA"),
+        (Self::SRV, "SRV"),
+        (Self::ANY, "ANY"),
+    ];
+
+    /// Of `A` or `TYPE1` (RFC 3597, section 5).
+    pub fn parse(text: &str) -> Option<Self> {
+        let upper = text.to_ascii_uppercase();
+        let known = Self::NAMES.iter().find(|(_, name)| *name == upper).map(|(kind, _)| *kind);
+        known.or_else(|| upper.strip_prefix("TYPE")?.parse().ok().map(Self))
+    }
+}
+
+impl std::fmt::Display for Kind {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match Self::NAMES.iter().find(|(kind, _)| kind == self) {
+            Some((_, name)) => f.write_str(name),
+            None => write!(f, "TYPE{}", self.0),
+        }
+    }
+}
+
+/// How a query ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Rcode(pub u16);
+
+impl Rcode {
+    /// Answered, if only with nothing.
+    pub const NO_ERROR: Self = Self(0);
+    /// Not understood.
+    pub const FORMAT: Self = Self(1);
+    /// Could not be answered now.
+    pub const FAILED: Self = Self(2);
+    /// There is no such name.
+    pub const NO_NAME: Self = Self(3);
+    /// Not something that is done here.
+    pub const NOT_IMPLEMENTED: Self = Self(4);
+    /// Not for you.
+    pub const REFUSED: Self = Self(5);
+    /// Of EDNS.
+    pub(crate) const BAD_VERSION: Self = Self(16);
+}
+
+impl std::fmt::Display for Rcode {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match *self {
+            Self::NO_ERROR => f.write_str("NOERROR"),
+            Self::FORMAT => f.write_str("FORMERR"),
+            Self::FAILED => f.write_str("SERVFAIL"),
+            Self::NO_NAME => f.write_str("NXDOMAIN"),
+            Self::NOT_IMPLEMENTED => f.write_str("NOTIMP"),
+            Self::REFUSED => f.write_str("REFUSED"),
+            Self(code) => write!(f, "RCODE{code}"),
+        }
+    }
+}
+
+/// What a client says about itself by EDNS.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Edns {
+    /// The largest datagram that it takes.
+    pub(crate) payload: u16,
+    /// It wants signatures.
+    pub(crate) dnssec: bool,
+    /// Of the protocol.
+    pub(crate) version: u8,
+}
+
+/// A question, as it came.
+#[derive(Debug, Clone, Copy)]
+pub struct Query {
+    /// To be repeated in the answer.
+    pub(crate) id: u16,
+    /// The header's.
+    pub(crate) flags: u16,
+    /// What is asked about.
+    pub name: Name,
+    /// What is asked for.
+    pub kind: Kind,
+    /// Its class.
+    pub(crate) class: u16,
+    /// Where the question ends in the message.
+    pub(crate) end: usize,
+    /// If there was an OPT record.
+    pub(crate) edns: Option<Edns>,
+}
+
+/// A message that is no query to be answered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Bad {
+    /// To be passed over: too short, or an answer.
+    Ignore,
+    /// To be answered with this.
+    Refuse(Rcode),
+}
+
+#[inline]
+pub(crate) fn u16_at(message: &[u8], at: usize) -> Option<u16> {
+    message.get(at..at + 2)?.try_into().ok().map(u16::from_be_bytes)
+}
+
+#[inline]
+pub(crate) fn u32_at(message: &[u8], at: usize) -> Option<u32> {
+    message.get(at..at + 4)?.try_into().ok().map(u32::from_be_bytes)
+}
+
+impl Query {
+    /// Reads a message.
+    #[inline]
+    pub(crate) fn read(message: &[u8]) -> Result<Self, Bad> {
+        let header = message.get(..HEADER).ok_or(Bad::Ignore)?;
+        let word = |i: usize| u16_at(header, i).unwrap_or_default();
+        let (id, flags) = (word(0), word(2));
+        if flags & QR != 0 {
+            return Err(Bad::Ignore);
+        }
+        if flags & OPCODE != 0 {
+            return Err(Bad::Refuse(Rcode::NOT_IMPLEMENTED));
+        }
+        let additional = word(10);
+        if word(4) != 1 || word(6) != 0 || word(8) != 0 || additional > MAX_ADDITIONAL {
+            return Err(Bad::Refuse(Rcode::FORMAT));
+        }
+        let format = || Bad::Refuse(Rcode::FORMAT);
+        let (name, at) = Name::read(message, HEADER).ok_or_else(format)?;
+        let kind = Kind(u16_at(message, at).ok_or_else(format)?);
+        let class = u16_at(message, at + 2).ok_or_else(format)?;
+        let end = at + 4;
+        let edns = if additional == 0 { None } else { edns(message, end, additional).ok_or_else(format)? };
+        Ok(Self { id, flags, name, kind, class, end, edns })
+    }
+
+    /// Whether it is about the internet.
+    pub(crate) fn is_internet(&self) -> bool {
+        self.class == IN || self.class == ANY_CLASS
+    }
+
+    /// So much may be in an answer by UDP.
+    pub(crate) fn udp_limit(&self) -> usize {
+        self.edns.map_or(PLAIN_UDP, |edns| usize::from(edns.payload).clamp(PLAIN_UDP, MAX_UDP))
+    }
+
+    /// Whether signatures are wanted.
+    pub(crate) fn wants_dnssec(&self) -> bool {
+        self.edns.is_some_and(|edns| edns.dnssec)
+    }
+}
+
+/// Looks for the OPT record among the additional ones.
+fn edns(message: &[u8], mut at: usize, count: u16) -> Option<Option<Edns>> {
+    let mut found = None;
+    for _ in 0..count {
+        let start = at;
+        at = skip_name(message, at)?;
+        let kind = Kind(u16_at(message, at)?);
+        let (class, ttl) = (u16_at(message, at + 2)?, u32_at(message, at + 4)?);
+        at += 10 + usize::from(u16_at(message, at + 8)?);
+        if at > message.len() {
+            return None;
+        }
+        if kind == Kind::OPT {
+            // One, and the root's.
+            if found.is_some() || message.get(start) != Some(&0) {
+                return None;
+            }
+            let version = (ttl >> 16) as u8;
+            found = Some(Edns { payload: class, dnssec: ttl & DNSSEC_OK != 0, version });
+        }
+    }
+    Some(found)
+}
+
+/// Where a name ends that may be compressed.
+pub(crate) fn skip_name(message: &[u8], mut at: usize) -> Option<usize> {
+    loop {
+        let length = *message.get(at)?;
+        match length {
+            0 => return Some(at + 1),
+            1..=63 => at += 1 + usize::from(length),
+            192..=255 => {
+                message.get(at + 1)?;
+                return Some(at + 2);
+            }
+            _ => return None,
+        }
+    }
+}
+
+/// Writes a message. What does not fit is not written, and [`Self::put`] says so.
+#[derive(Debug)]
+pub(crate) struct Writer<'a> {
+    buffer: &'a mut [u8],
+    at: usize,
+    limit: usize,
+}
+
+impl<'a> Writer<'a> {
+    /// The answer to a query: header and question; `limit` counts all of the message.
+    #[inline]
+    pub(crate) fn answer(
+        buffer: &'a mut [u8],
+        limit: usize,
+        message: &[u8],
+        query: &Query,
+        rcode: Rcode,
+        authoritative: bool,
+    ) -> Option<Self> {
+        let room = if query.edns.is_some() { OPT } else { 0 };
+        let limit = limit.min(buffer.len()).checked_sub(room)?;
+        let aa = if authoritative { AA } else { 0 };
+        let flags = QR | aa | query.flags & (RD | CD) | RA | rcode.0 & 15;
+        let mut writer = Self { buffer, at: 0, limit };
+        let question = message.get(HEADER..query.end)?;
+        let mut header = [0; HEADER];
+        header[..2].copy_from_slice(&query.id.to_be_bytes());
+        header[2..4].copy_from_slice(&flags.to_be_bytes());
+        header[5] = 1;
+        (writer.put(&header) && writer.put(question)).then_some(writer)
+    }
+
+    #[inline]
+    pub(crate) fn put(&mut self, bytes: &[u8]) -> bool {
+        let end = self.at + bytes.len();
+        if end > self.limit {
+            return false;
+        }
+        let Some(room) = self.buffer.get_mut(self.at..end) else { return false };
+        room.copy_from_slice(bytes);
+        self.at = end;
+        true
+    }
+
+    /// A record about the name in the question, or about another one.
+    #[inline]
+    pub(crate) fn record(&mut self, owner: Option<&Name>, kind: Kind, ttl: u32, data: &[u8]) -> bool {
+        let start = self.at;
+        let mut fixed = [0; 10];
+        fixed[..2].copy_from_slice(&kind.0.to_be_bytes());
+        fixed[3] = IN as u8;
+        fixed[4..8].copy_from_slice(&ttl.to_be_bytes());
+        let Ok(length) = u16::try_from(data.len()) else { return false };
+        fixed[8..].copy_from_slice(&length.to_be_bytes());
+        let named = match owner {
+            None => self.put(&[0xc0, HEADER as u8]),
+            Some(name) => self.put(name.as_bytes()) && self.put(&[0]),
+        };
+        let fits = named && self.put(&fixed) && self.put(data);
+        if !fits {
+            self.at = start;
+        }
+        fits
+    }
+
+    /// Sets how many records each section has, and whether some are missing.
+    #[inline]
+    pub(crate) fn count(&mut self, answers: u16, authority: u16, additional: u16, truncated: bool) {
+        let counts = [(6, answers), (8, authority), (10, additional)];
+        for (at, count) in counts {
+            if let Some(room) = self.buffer.get_mut(at..at + 2) {
+                room.copy_from_slice(&count.to_be_bytes());
+            }
+        }
+        if truncated && let Some(flags) = self.buffer.get_mut(2) {
+            *flags |= (TC >> 8) as u8;
+        }
+    }
+
+    /// Ends the message, with an OPT record if the query had one; gives its length.
+    #[inline]
+    pub(crate) fn finish(mut self, query: &Query, rcode: Rcode) -> usize {
+        if query.edns.is_some() {
+            self.limit = self.buffer.len();
+            if self.put(&opt(rcode, false))
+                && let Some(count) = self.buffer.get_mut(11)
+            {
+                *count += 1;
+            }
+        }
+        self.at
+    }
+}
+
+/// Our OPT record; `rcode`'s upper bits are in it.
+pub(crate) fn opt(rcode: Rcode, dnssec: bool) -> [u8; OPT] {
+    let payload = (MAX_UDP as u16).to_be_bytes();
+    let flags = if dnssec { 0x80 } else { 0 };
+    [0, 0, Kind::OPT.0 as u8, payload[0], payload[1], (rcode.0 >> 4) as u8, 0, flags, 0, 0, 0]
+}
+
+/// A query of ours; nothing is asked with the root's name alone.
+pub fn question(id: u16, name: &Name, kind: Kind, flags: u16, edns: Option<bool>) -> Vec<u8> {
+    let mut message = Vec::with_capacity(HEADER + 255 + 4 + OPT);
+    message.extend_from_slice(&id.to_be_bytes());
+    message.extend_from_slice(&(RD | flags).to_be_bytes());
+    message.extend_from_slice(&[0, 1, 0, 0, 0, 0, 0, u8::from(edns.is_some())]);
+    message.extend_from_slice(name.as_bytes());
+    message.push(0);
+    message.extend_from_slice(&kind.0.to_be_bytes());
+    message.extend_from_slice(&IN.to_be_bytes());
+    if let Some(dnssec) = edns {
+        message.extend_from_slice(&opt(Rcode::NO_ERROR, dnssec));
+    }
+    message
+}

@@ -1,0 +1,5 @@
+//! DNS messages, of clients and of other resolvers.
+
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| ovl_dns::fuzz::message(bytes));

@@ -1,0 +1,246 @@
+//! A resolver that does what a test wants, and what dig says.
+
+use std::io::{Read as _, Write as _};
+use std::net::{Ipv4Addr, TcpListener, UdpSocket};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use netns_lab::{Host, LabConfig, Netns};
+
+/// What a [`FakeResolver`] does with a query that came by UDP.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mood {
+    /// Answers 192.0.2.7, to be kept for a minute.
+    Answers,
+    /// Says that there is no such name, to be kept for a minute.
+    Denies,
+    /// Answers when that much time has passed.
+    Slow(Duration),
+    /// Never answers.
+    Silent,
+    /// First sends answers with a wrong id, about another name, and from another port; then the right one.
+    Lies,
+    /// Cuts its answer, and gives it by TCP.
+    Truncates,
+    /// Says that it cannot.
+    Fails,
+}
+
+/// A resolver at port 53 of an address of a host. It ends when dropped.
+#[derive(Debug)]
+pub struct FakeResolver {
+    asked: Arc<AtomicUsize>,
+    streams: Arc<AtomicUsize>,
+    ending: Arc<AtomicBool>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+const LOOK_AROUND: Duration = Duration::from_millis(50);
+
+impl FakeResolver {
+    /// Starts one.
+    pub fn start(host: &Host, address: Ipv4Addr, mood: Mood) -> Result<Self> {
+        let sockets = host.run(move || -> std::io::Result<_> {
+            let udp = UdpSocket::bind((address, 53))?;
+            Ok((udp, UdpSocket::bind((address, 0))?, TcpListener::bind((address, 53))?))
+        })?;
+        let (udp, other, tcp) = sockets.context("binding port 53")?;
+        udp.set_read_timeout(Some(LOOK_AROUND))?;
+        tcp.set_nonblocking(true)?;
+        let (asked, streams, ending) = (Arc::default(), Arc::default(), Arc::new(AtomicBool::new(false)));
+        let datagrams = {
+            let (asked, ending) = (Arc::clone(&asked), Arc::clone(&ending));
+            thread::spawn(move || by_udp(&udp, &other, mood, &asked, &ending))
+        };
+        let connections = {
+            let (streams, ending) = (Arc::clone(&streams), Arc::clone(&ending));
+            thread::spawn(move || by_tcp(&tcp, &streams, &ending))
+        };
+        Ok(Self { asked, streams, ending, threads: vec![datagrams, connections] })
+    }
+
+    /// How many queries came by UDP.
+    pub fn asked(&self) -> usize {
+        self.asked.load(Ordering::SeqCst)
+    }
+
+    /// How many came by TCP.
+    pub fn streams(&self) -> usize {
+        self.streams.load(Ordering::SeqCst)
+    }
+}
+
+impl Drop for FakeResolver {
+    fn drop(&mut self) {
+        self.ending.store(true, Ordering::SeqCst);
+        for thread in self.threads.drain(..) {
+            let _ = thread.join();
+        }
+    }
+}
+
+fn by_udp(socket: &UdpSocket, other: &UdpSocket, mood: Mood, asked: &AtomicUsize, ending: &AtomicBool) {
+    let mut buffer = [0; 2048];
+    while !ending.load(Ordering::SeqCst) {
+        let Ok((length, from)) = socket.recv_from(&mut buffer) else { continue };
+        asked.fetch_add(1, Ordering::SeqCst);
+        let query = &buffer[..length];
+        let send = |message: &[u8]| drop(socket.send_to(message, from));
+        match mood {
+            Mood::Answers => send(&answer(query, [192, 0, 2, 7])),
+            Mood::Denies => send(&denial(query)),
+            Mood::Slow(time) => {
+                let (late, socket) = (answer(query, [192, 0, 2, 7]), socket.try_clone());
+                thread::spawn(move || {
+                    thread::sleep(time);
+                    socket.map(|socket| socket.send_to(&late, from)).ok()
+                });
+            }
+            Mood::Silent => {}
+            Mood::Lies => {
+                let lie = answer(query, [198, 51, 100, 66]);
+                let mut wrong_id = lie.clone();
+                wrong_id[0] ^= 0xff;
+                send(&wrong_id);
+                let mut wrong_name = lie.clone();
+                wrong_name[13] ^= 1;
+                send(&wrong_name);
+                let _ = other.send_to(&lie, from);
+                send(&answer(query, [192, 0, 2, 7]));
+            }
+            Mood::Truncates => {
+                let mut cut = head(query, 0x8380, 0);
+                cut.extend_from_slice(question(query));
+                send(&cut);
+            }
+            Mood::Fails => {
+                let mut failed = head(query, 0x8182, 0);
+                failed.extend_from_slice(question(query));
+                send(&failed);
+            }
+        }
+    }
+}
+
+fn by_tcp(listener: &TcpListener, streams: &AtomicUsize, ending: &AtomicBool) {
+    while !ending.load(Ordering::SeqCst) {
+        let Ok((mut stream, _)) = listener.accept() else {
+            thread::sleep(LOOK_AROUND);
+            continue;
+        };
+        streams.fetch_add(1, Ordering::SeqCst);
+        let mut work = || -> std::io::Result<()> {
+            stream.set_nonblocking(false)?;
+            stream.set_read_timeout(Some(Duration::from_secs(5)))?;
+            let mut length = [0; 2];
+            stream.read_exact(&mut length)?;
+            let mut query = vec![0; usize::from(u16::from_be_bytes(length))];
+            stream.read_exact(&mut query)?;
+            let answer = answer(&query, [192, 0, 2, 7]);
+            stream.write_all(&[&(answer.len() as u16).to_be_bytes()[..], &answer].concat())
+        };
+        let _ = work();
+    }
+}
+
+fn head(query: &[u8], flags: u16, answers: u8) -> Vec<u8> {
+    let mut head = query[..2].to_vec();
+    head.extend_from_slice(&flags.to_be_bytes());
+    head.extend_from_slice(&[0, 1, 0, answers, 0, 0, 0, 0]);
+    head
+}
+
+fn question(query: &[u8]) -> &[u8] {
+    let mut at = 12;
+    while query[at] != 0 {
+        at += 1 + usize::from(query[at]);
+    }
+    &query[12..at + 5]
+}
+
+/// One address for whatever name; for another type of record, none.
+fn answer(query: &[u8], address: [u8; 4]) -> Vec<u8> {
+    let question = question(query);
+    let is_a = question[question.len() - 4..] == [0, 1, 0, 1];
+    let mut answer = head(query, 0x8180, u8::from(is_a));
+    answer.extend_from_slice(question);
+    if is_a {
+        answer.extend_from_slice(&[0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 60, 0, 4]);
+        answer.extend_from_slice(&address);
+    }
+    answer
+}
+
+/// With the start of authority of the root, whose minimum is a minute.
+fn denial(query: &[u8]) -> Vec<u8> {
+    let mut denial = head(query, 0x8183, 0);
+    denial[9] = 1;
+    denial.extend_from_slice(question(query));
+    denial.extend_from_slice(&[0, 0, 6, 0, 1, 0, 0, 0, 60, 0, 22, 0, 0]);
+    for number in [1u32, 60, 60, 60, 60] {
+        denial.extend_from_slice(&number.to_be_bytes());
+    }
+    denial
+}
+
+/// A lab whose hosts ask the resolvers at these addresses for other names than ovl's; further lines of
+/// configuration follow.
+pub fn config(hosts: usize, servers: &[&str], more: &str) -> Result<(LabConfig, ResolvConf)> {
+    let file = ResolvConf::new(servers)?;
+    let config = LabConfig::hosts(hosts).config(&format!("resolv_conf = \"{}\"\n{more}", file.path()));
+    Ok((config, file))
+}
+
+/// A resolv.conf of the test's own; removed when dropped.
+#[derive(Debug)]
+pub struct ResolvConf(std::path::PathBuf);
+
+impl ResolvConf {
+    fn new(servers: &[&str]) -> Result<Self> {
+        static NEXT: AtomicUsize = AtomicUsize::new(0);
+        let number = NEXT.fetch_add(1, Ordering::SeqCst);
+        let name = format!("ovl-resolv-{}-{number}.conf", std::process::id());
+        let file = Self(std::env::temp_dir().join(name));
+        file.set(servers)?;
+        Ok(file)
+    }
+
+    /// Names other servers from now on.
+    pub fn set(&self, servers: &[&str]) -> Result<()> {
+        let lines: String = servers.iter().map(|server| format!("nameserver {server}\n")).collect();
+        std::fs::write(&self.0, lines).context("writing a resolv.conf")
+    }
+
+    fn path(&self) -> String {
+        self.0.display().to_string()
+    }
+}
+
+impl Drop for ResolvConf {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
+/// What dig prints with `+short`, sorted, when it asks at a server in a namespace.
+pub fn dig(from: &Netns, server: &str, question: &[&str]) -> Result<Vec<String>> {
+    let at = format!("@{server}");
+    let args = [&["dig", "+short", "+time=5", "+tries=1", &at], question].concat();
+    let output = from.exec(args.iter().copied())?;
+    ensure!(output.success(), "`{}`: {}{}", args.join(" "), output.stdout, output.stderr);
+    let mut lines: Vec<String> = output.stdout.lines().map(str::to_owned).collect();
+    lines.sort();
+    Ok(lines)
+}
+
+/// How a query ends: `NOERROR`, `NXDOMAIN` and so on.
+pub fn status(from: &Netns, server: &str, question: &[&str]) -> Result<String> {
+    let at = format!("@{server}");
+    let args = [&["dig", "+time=5", "+tries=1", &at], question].concat();
+    let output = from.exec(args.iter().copied())?;
+    let (_, rest) = output.stdout.split_once("status: ").with_context(|| output.stdout.clone())?;
+    Ok(rest.split(',').next().unwrap_or_default().to_owned())
+}

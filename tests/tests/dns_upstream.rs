@@ -1,0 +1,115 @@
+//! Names that are nobody's here: the resolvers of the host are asked, whatever they are like.
+
+#![allow(clippy::unwrap_used, reason = "tests, and helpers of tests")]
+
+use std::net::Ipv4Addr;
+use std::time::{Duration, Instant};
+
+use anyhow::ensure;
+use netns_lab::{Lab, wait_until};
+use ovl_tests::resolver::{FakeResolver, Mood, ResolvConf, config, dig, status};
+use ovl_tests::{Attached, SOON, attach, make_network, started_with};
+
+const AT: &str = "127.0.0.11";
+const FIRST: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 1);
+const SECOND: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 2);
+
+/// One host, whose resolv.conf names these; and an endpoint that asks.
+fn world(servers: &[&str]) -> (Lab, ResolvConf, Attached) {
+    let (config, file) = config(1, servers, "").unwrap();
+    let lab = started_with(config).unwrap();
+    make_network(&lab, "blue", &["--subnet", "10.70.0.0/24"]).unwrap();
+    let asker = attach(&lab.hosts()[0], "asker", "blue", &[]).unwrap();
+    (lab, file, asker)
+}
+
+#[test]
+fn unknown_names_are_forwarded_to_the_hosts_dns_once_and_kept() {
+    let (lab, file, asker) = world(&["127.0.0.1"]);
+    let upstream = FakeResolver::start(&lab.hosts()[0], FIRST, Mood::Answers).unwrap();
+    let other = FakeResolver::start(&lab.hosts()[0], SECOND, Mood::Denies).unwrap();
+    for how in ["+notcp", "+tcp", "+noedns"] {
+        assert_eq!(dig(&asker.workload, AT, &["example.org", how]).unwrap(), ["192.0.2.7"], "{how}");
+    }
+    assert_eq!(upstream.asked(), 1);
+    // Its time to live is counted down.
+    let line = asker.workload.exec_ok(["dig", "+noall", "+answer", "@127.0.0.11", "Example.ORG"]).unwrap();
+    assert!(line.starts_with("Example.ORG."), "{line}");
+    // Names of ours are never told to others.
+    assert_eq!(status(&asker.workload, AT, &["nobody.blue.ovl.internal"]).unwrap(), "NXDOMAIN");
+    assert_eq!(dig(&asker.workload, AT, &["asker"]).unwrap(), [asker.address()]);
+    assert_eq!(upstream.asked(), 1);
+    // The file is followed when it changes, and what others said is forgotten.
+    file.set(&["127.0.0.2"]).unwrap();
+    wait_until(SOON, "the other resolver to be asked", || {
+        ensure!(status(&asker.workload, AT, &["example.org"])? == "NXDOMAIN");
+        Ok(())
+    })
+    .unwrap();
+    // That there is no such name is kept as well (RFC 2308).
+    let before = other.asked();
+    assert_eq!(status(&asker.workload, AT, &["example.org"]).unwrap(), "NXDOMAIN");
+    assert_eq!(status(&asker.workload, AT, &["example.org", "+tcp"]).unwrap(), "NXDOMAIN");
+    assert_eq!(other.asked(), before);
+}
+
+#[test]
+fn a_resolver_that_lies_is_not_believed() {
+    let (lab, _file, asker) = world(&["127.0.0.1"]);
+    let _upstream = FakeResolver::start(&lab.hosts()[0], FIRST, Mood::Lies).unwrap();
+    for name in ["a.example.org", "b.example.org", "c.example.org"] {
+        assert_eq!(dig(&asker.workload, AT, &[name]).unwrap(), ["192.0.2.7"]);
+    }
+}
+
+#[test]
+fn a_resolver_that_truncates_is_asked_by_tcp() {
+    let (lab, _file, asker) = world(&["127.0.0.1"]);
+    let upstream = FakeResolver::start(&lab.hosts()[0], FIRST, Mood::Truncates).unwrap();
+    assert_eq!(dig(&asker.workload, AT, &["example.org"]).unwrap(), ["192.0.2.7"]);
+    assert_eq!(upstream.streams(), 1);
+}
+
+#[test]
+fn a_resolver_that_is_down_or_fails_is_passed_over() {
+    // Nobody listens on the first, the second says that it cannot.
+    let (lab, _file, asker) = world(&["127.0.0.1", "127.0.0.2", "127.0.0.3"]);
+    let failing = FakeResolver::start(&lab.hosts()[0], SECOND, Mood::Fails).unwrap();
+    let _good = FakeResolver::start(&lab.hosts()[0], Ipv4Addr::new(127, 0, 0, 3), Mood::Answers).unwrap();
+    assert_eq!(dig(&asker.workload, AT, &["example.org"]).unwrap(), ["192.0.2.7"]);
+    assert_eq!(failing.asked(), 1);
+}
+
+#[test]
+fn a_resolver_that_is_silent_or_slow_holds_nobody_up() {
+    let (lab, file, asker) = world(&["127.0.0.1", "127.0.0.2"]);
+    let silent = FakeResolver::start(&lab.hosts()[0], FIRST, Mood::Silent).unwrap();
+    let _good = FakeResolver::start(&lab.hosts()[0], SECOND, Mood::Answers).unwrap();
+    assert_eq!(dig(&asker.workload, AT, &["one.example.org"]).unwrap(), ["192.0.2.7"]);
+    assert_eq!(silent.asked(), 1);
+    drop((silent, _good));
+    // Alone, a slow one is waited for, and names of ours are answered meanwhile.
+    file.set(&["127.0.0.3"]).unwrap();
+    let slow = Mood::Slow(Duration::from_millis(2500));
+    let _slow = FakeResolver::start(&lab.hosts()[0], Ipv4Addr::new(127, 0, 0, 3), slow).unwrap();
+    wait_until(SOON, "the slow resolver to be the one", || {
+        ensure!(dig(&asker.workload, AT, &["two.example.org"])? == ["192.0.2.7"]);
+        Ok(())
+    })
+    .unwrap();
+    let asking =
+        asker.workload.spawn(["dig", "+short", "+time=5", "@127.0.0.11", "three.example.org"]).unwrap();
+    let start = Instant::now();
+    while start.elapsed() < Duration::from_millis(500) {
+        assert_eq!(dig(&asker.workload, AT, &["asker"]).unwrap(), [asker.address()]);
+    }
+    let output = asking.finish(SOON).unwrap();
+    assert_eq!(output.stdout, "192.0.2.7\n");
+}
+
+#[test]
+fn without_any_resolver_the_answer_is_a_failure_and_comes() {
+    let (_lab, _file, asker) = world(&[]);
+    assert_eq!(status(&asker.workload, AT, &["example.org"]).unwrap(), "SERVFAIL");
+    assert_eq!(status(&asker.workload, AT, &["example.org", "+tcp"]).unwrap(), "SERVFAIL");
+}
