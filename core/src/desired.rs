@@ -14,6 +14,8 @@ use ovl_proto::table::Endpoint;
 use crate::device::Device;
 use crate::filter;
 use crate::kernel::{Hop, Kernel, Link, Remote, Source};
+use crate::nft::Table;
+use crate::publish;
 use crate::resolver;
 use crate::routed;
 use crate::tunnel;
@@ -78,6 +80,9 @@ pub fn host(view: &View, local: &Local) -> Kernel {
         // The kernel's device has no socket of ours.
         kernel: end.local.is_none(),
     });
+    if local.publishing {
+        kernel.tables.insert(Table::Publish, publish::skeleton());
+    }
     let mut text = filter::render(&built, &vteps, port, tunnel, local.masquerade);
     text.extend(resolver::chains(&built, &local.resolved));
     kernel.filter = Some(text);
@@ -137,6 +142,9 @@ fn switched(kernel: &mut Kernel, view: &View, local: &Local, network: &Network, 
     // The host's ends: all that the table names, isolated or not, so that none is swept away.
     for endpoint in own.table.endpoints_on(id) {
         own_endpoint(kernel, local, endpoint, mtu);
+        if !local.isolated.contains_key(&endpoint.id) {
+            publish::elements(kernel, network, endpoint);
+        }
     }
 }
 

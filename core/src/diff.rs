@@ -17,6 +17,11 @@ use crate::op::Op;
 /// An endpoint's link that is missing is not made: see [`lost_endpoints`].
 pub fn diff(actual: &Kernel, desired: &Kernel, prune: bool) -> Vec<Op> {
     let mut ops = Vec::new();
+    if prune {
+        // Before the table goes that keeps workloads from using it.
+        let closed = actual.localnets.difference(&desired.localnets);
+        ops.extend(closed.map(|device| Op::DelLocalnet(*device)));
+    }
     for (name, value) in &desired.sysctls {
         if actual.sysctls.get(name) != Some(value) {
             ops.push(Op::Sysctl { name: name.clone(), value: value.clone() });
@@ -30,6 +35,9 @@ pub fn diff(actual: &Kernel, desired: &Kernel, prune: bool) -> Vec<Op> {
     tables(actual, desired, prune, &mut ops);
     let (gone, last) = links(actual, desired, prune, &mut ops);
     let there = |device: &Device| !gone.contains(device);
+    let opened =
+        desired.localnets.iter().filter(|device| !there(device) || !actual.localnets.contains(device));
+    ops.extend(opened.map(|device| Op::SetLocalnet(*device)));
 
     let addresses = actual.addresses.iter().filter(|(device, _)| there(device)).copied().collect();
     set(
@@ -104,7 +112,9 @@ fn tables(actual: &Kernel, desired: &Kernel, prune: bool, ops: &mut Vec<Op>) {
             ops.push(Op::Table(*table, Arc::clone(skeleton)));
         }
     }
-    let stays = |table: &Table| !prune || desired.tables.contains_key(table);
+    // A part of the whole has elements in tables that are not its own.
+    let goes = |table: &Table| actual.tables.contains_key(table) && !desired.tables.contains_key(table);
+    let stays = |table: &Table| !prune || !goes(table);
     ops.extend(actual.tables.keys().filter(|table| !stays(table)).map(|table| Op::DelTable(*table)));
     let none = Contents::new();
     for (set, held) in actual.elements.sets().filter(|(set, _)| stays(&set.table)) {

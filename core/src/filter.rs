@@ -33,6 +33,9 @@ pub struct Tunnel {
     pub kernel: bool,
 }
 
+/// Not to an endpoint of this host, on whichever network.
+const TO_OTHERS: &str = "oifname != \"ovb-*\" oifname != \"ove-*\"";
+
 const REJECT: &str = "reject with icmpx admin-prohibited";
 
 /// The table for a host that has these networks.
@@ -47,7 +50,8 @@ const REJECT: &str = "reject with icmpx admin-prohibited";
 ///   So is what is routed: an endpoint may answer a packet that was translated on its way to it.
 /// * `output`, `forward`: nothing for an encrypted network leaves in plain, should a route be missing.
 /// * `forward`: networks do not reach each other, and an internal one reaches nothing.
-/// * `postrouting`: what leaves the cluster gets the host's address.
+/// * `postrouting`: what leaves the cluster gets the host's address. What goes to another endpoint of this host, at a
+///   published port, keeps its own.
 pub fn render(
     networks: &[&Network],
     vteps: &BTreeSet<IpAddr>,
@@ -227,7 +231,12 @@ fn forward(text: &mut String, networks: &[&Network], masquerade: bool) {
         let (family, prefix) = (family(subnet.prefix), subnet.prefix);
         let _ = writeln!(text, "\t\t{family} daddr {prefix} {TO_PLAIN} counter drop");
         // What is not translated would have an endpoint's address, and its answers would be dropped.
-        let untranslated = if masquerade { "ct state invalid counter drop" } else { REJECT };
+        // So may be an answer to what was sent to a published port.
+        let untranslated = if masquerade {
+            "ct state invalid counter drop".to_owned()
+        } else {
+            format!("ct status ! dnat {REJECT}")
+        };
         let _ = writeln!(text, "\t\t{family} saddr {prefix} {TO_PLAIN} {untranslated}");
     }
     let internal: Vec<&Network> = networks.iter().copied().filter(|network| network.internal).collect();
@@ -276,11 +285,13 @@ fn postrouting(text: &mut String, networks: &[&Network]) {
             let (family, prefix) = (family(subnet.prefix), subnet.prefix);
             let _ = match network.mode {
                 Mode::L2 => {
-                    let bridge = Device::bridge(network.id);
-                    writeln!(text, "\t\t{family} saddr {prefix} oifname != \"{bridge}\" masquerade")
+                    writeln!(text, "\t\t{family} saddr {prefix} {TO_OTHERS} masquerade")
                 }
                 Mode::L3 => {
-                    writeln!(text, "\t\t{family} saddr {prefix} {family} daddr != {prefix} masquerade")
+                    writeln!(
+                        text,
+                        "\t\t{family} saddr {prefix} {family} daddr != {prefix} {TO_OTHERS} masquerade"
+                    )
                 }
             };
         }

@@ -37,6 +37,8 @@ pub struct Kernel {
     /// On an encrypted switched network, by its `ovx-` device: what another host may send from. Frames with
     /// other source addresses are dropped, whoever sealed them.
     pub sources: BTreeMap<(Device, Mac), Source>,
+    /// Devices to which packets from 127.0.0.1 may be translated (`route_localnet`).
+    pub localnets: BTreeSet<Device>,
     /// Settings under `net.`, by their names with dots.
     pub sysctls: BTreeMap<String, String>,
     /// Our nftables table, as the text that makes it; see [`crate::filter`].
@@ -207,6 +209,7 @@ impl Kernel {
             tunnels,
             tunnel_peers,
             sources,
+            localnets,
             sysctls,
             filter,
             tables,
@@ -222,6 +225,7 @@ impl Kernel {
         self.tunnels.extend(tunnels);
         self.tunnel_peers.extend(tunnel_peers);
         self.sources.extend(sources);
+        self.localnets.extend(localnets);
         self.sysctls.extend(sysctls);
         self.filter = filter.or_else(|| self.filter.take());
         self.tables.extend(tables);
@@ -231,6 +235,7 @@ impl Kernel {
     /// Forgets a device and all that hangs on it, as the kernel does when one is deleted.
     pub fn forget_device(&mut self, device: Device) {
         self.links.remove(&device);
+        self.localnets.remove(&device);
         let (first, last) = ((device, Mac([0; 6])), (device, Mac([u8::MAX; 6])));
         let ports: Vec<_> = self.ports.range(first..=last).copied().collect();
         for port in ports {

@@ -84,6 +84,8 @@ pub enum Type {
     Priority,
     /// The name of the device that a packet comes from.
     Device,
+    /// The name of the device that it leaves by.
+    Leaves,
     /// What this expression of nft's reads, so many bytes.
     Expression(&'static str, usize),
 }
@@ -101,6 +103,7 @@ impl Type {
             Self::Number => "numgen random mod 2",
             Self::Priority => "meta priority",
             Self::Device => "iifname",
+            Self::Leaves => "oifname",
             Self::Expression(text, _) => text,
         }
     }
@@ -109,7 +112,7 @@ impl Type {
     fn size(self) -> usize {
         match self {
             Self::Ipv4 | Self::Mark | Self::Number | Self::Priority => 4,
-            Self::Ipv6 | Self::Device => 16,
+            Self::Ipv6 | Self::Device | Self::Leaves => 16,
             Self::Mac => 6,
             Self::Protocol => 1,
             Self::Port => 2,

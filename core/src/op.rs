@@ -27,6 +27,10 @@ pub enum Op {
     Filter(String),
     /// Remove our nftables table.
     DelFilter,
+    /// Let packets from 127.0.0.1 leave by a device.
+    SetLocalnet(Device),
+    /// No more.
+    DelLocalnet(Device),
     /// Write the skeleton of another table of ours. Elements of sets that stay are kept.
     Table(Table, Arc<Skeleton>),
     /// Remove that table.
@@ -90,7 +94,9 @@ impl Op {
             | Self::DelElement(..)
             | Self::DelRoute(_) => None,
             Self::SetRoute(_, hop) => hop.device,
-            Self::AddLink(device, _)
+            Self::SetLocalnet(device)
+            | Self::DelLocalnet(device)
+            | Self::AddLink(device, _)
             | Self::SetLink(device, _, _)
             | Self::DelLink(device)
             | Self::AddAddress(device, _)
@@ -127,6 +133,8 @@ impl fmt::Display for Op {
                 let element = Element { set: set.clone(), key: key.clone(), value: Value::None };
                 write!(f, "nft delete element {} '{{ {element} }}'", set.path())
             }
+            Self::SetLocalnet(device) => write!(f, "sysctl -w net.ipv4.conf.{device}.route_localnet=1"),
+            Self::DelLocalnet(device) => write!(f, "sysctl -w net.ipv4.conf.{device}.route_localnet=0"),
             Self::AddLink(device, link) => add_link(f, *device, link),
             Self::SetLink(device, from, to) => set_link(f, *device, from, to),
             Self::DelLink(device) => write!(f, "ip link del {device}"),

@@ -141,6 +141,7 @@ mod tests {
             aliases: Vec::new(),
             labels: labels(own),
             ready: true,
+            publish: Vec::new(),
         }
     }
 

@@ -18,6 +18,7 @@ use crate::desired::{MIN_MTU, overhead};
 use crate::device::Device;
 use crate::ipam;
 use crate::kernel::{Hop, Kernel, Link, Remote};
+use crate::publish;
 use crate::tunnel;
 use crate::view::{Local, Node, View};
 
@@ -121,6 +122,9 @@ pub(crate) fn part(kernel: &mut Kernel, view: &View, local: &Local, network: &Ne
     }
     for endpoint in own.table.endpoints_on(network.id) {
         own_endpoint(kernel, view, local, network, endpoint, mtu);
+        if !local.isolated.contains_key(&endpoint.id) {
+            publish::elements(kernel, network, endpoint);
+        }
     }
 }
 

@@ -17,7 +17,9 @@ use crate::desired::{self, Claim, Ways};
 use crate::device::Device;
 use crate::diff::diff;
 use crate::kernel::{Kernel, Remote};
+use crate::nft::{Key, Set};
 use crate::op::Op;
+use crate::publish;
 use crate::routed;
 use crate::view::{Local, Node, Placed, View};
 
@@ -28,6 +30,8 @@ pub struct Touched {
     hosts: BTreeSet<NodeId>,
     macs: BTreeSet<Mac>,
     addresses: BTreeSet<IpAddr>,
+    /// Elements of the ports that are published for own ones.
+    ports: BTreeSet<(&'static Set, Key)>,
 }
 
 impl Touched {
@@ -35,6 +39,7 @@ impl Touched {
     pub fn note(&mut self, me: NodeId, host: NodeId, endpoint: &Endpoint) {
         if host == me {
             self.own.insert(endpoint.id);
+            self.ports.extend(publish::keys(endpoint));
         }
         self.hosts.insert(host);
         self.macs.insert(endpoint.mac);
@@ -43,11 +48,12 @@ impl Touched {
 
     /// Takes in another's.
     pub fn merge(&mut self, other: Self) {
-        let Self { own, hosts, macs, addresses } = other;
+        let Self { own, hosts, macs, addresses, ports } = other;
         self.own.extend(own);
         self.hosts.extend(hosts);
         self.macs.extend(macs);
         self.addresses.extend(addresses);
+        self.ports.extend(ports);
     }
 }
 
@@ -57,7 +63,7 @@ pub fn plan(
     view: &View,
     local: &Local,
     id: NetworkId,
-    touched: Touched,
+    mut touched: Touched,
     applied: &mut Kernel,
     prune: bool,
 ) -> Option<Vec<Op>> {
@@ -75,10 +81,15 @@ pub fn plan(
         return None;
     }
 
-    let (was, is) = match network.mode {
+    let ports = std::mem::take(&mut touched.ports);
+    let ids = if ports.is_empty() { BTreeSet::new() } else { touched.own.clone() };
+    let (mut was, mut is) = match network.mode {
         Mode::L2 => switched(view, local, network, own, touched, applied, mtu),
         Mode::L3 => on_devices(view, local, network, own, &touched, applied, mtu),
     };
+    if !ports.is_empty() {
+        published(local, network, own, &ids, ports, applied, (&mut was, &mut is));
+    }
     let ops = diff(&was, &is, prune);
     if prune {
         take_out(applied, &was);
@@ -128,7 +139,7 @@ fn switched(
 ) -> (Kernel, Kernel) {
     let id = network.id;
     let (bridge, vxlan) = (Device::bridge(id), Device::vxlan(id));
-    let Touched { own: ids, mut hosts, macs, mut addresses } = touched;
+    let Touched { own: ids, mut hosts, macs, mut addresses, ports: _ } = touched;
     // Whoever shares a MAC address may have won or lost it, and all its entries with it.
     for placed in macs.iter().flat_map(|mac| view.all_with_mac(id, *mac)) {
         hosts.insert(placed.node.record.id);
@@ -191,6 +202,41 @@ fn switched(
     (was, is)
 }
 
+/// What is there for the ports of touched endpoints, and what should be.
+fn published(
+    local: &Local,
+    network: &Network,
+    own: &Node,
+    ids: &BTreeSet<EndpointId>,
+    ports: BTreeSet<(&'static Set, Key)>,
+    applied: &Kernel,
+    (was, is): (&mut Kernel, &mut Kernel),
+) {
+    let shows =
+        |endpoint: &&Endpoint| endpoint.network == network.id && !local.isolated.contains_key(&endpoint.id);
+    for endpoint in ids.iter().filter_map(|id| own.table.endpoint(*id)).filter(shows) {
+        publish::elements(is, network, endpoint);
+    }
+    let devices: Vec<Device> = match network.mode {
+        Mode::L2 => vec![Device::bridge(network.id)],
+        Mode::L3 => ids.iter().map(|id| Device::endpoint(*id)).collect(),
+    };
+    // Neighbours behind one bridge share what lets answers turn round there.
+    if network.mode == Mode::L2 {
+        let mut others = Kernel::default();
+        let all = own.table.endpoints_on(network.id).filter(|endpoint| !endpoint.publish.is_empty());
+        all.filter(shows).for_each(|endpoint| publish::device_part(&mut others, network, endpoint));
+        is.merge(others);
+    }
+    let turns = devices.iter().map(|device| publish::turns(*device));
+    for (set, key) in ports.into_iter().chain(turns) {
+        if let Some(value) = applied.elements.of(set).and_then(|held| held.get(&key)) {
+            was.elements.insert(set, key, value.clone());
+        }
+    }
+    was.localnets.extend(devices.iter().filter(|device| applied.localnets.contains(device)));
+}
+
 fn take_out(applied: &mut Kernel, part: &Kernel) {
     for device in part.links.keys() {
         applied.links.remove(device);
@@ -203,6 +249,14 @@ fn take_out(applied: &mut Kernel, part: &Kernel) {
     }
     for to in part.routes.keys() {
         applied.routes.remove(to);
+    }
+    for (set, held) in part.elements.sets() {
+        for key in held.keys() {
+            applied.elements.remove(set, key);
+        }
+    }
+    for device in &part.localnets {
+        applied.localnets.remove(device);
     }
     for key in part.neighbours.keys() {
         applied.neighbours.remove(key);

@@ -69,6 +69,8 @@ pub struct Local {
     pub ends: Ends,
     /// Endpoints that are being made: policies stand before one can be reached.
     pub attaching: BTreeMap<EndpointId, Endpoint>,
+    /// Ports are, or were a moment ago, published here: their table stands.
+    pub publishing: bool,
 }
 
 /// An endpoint that counts, with its host.

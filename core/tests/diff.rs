@@ -25,6 +25,12 @@ fn apply(kernel: &mut Kernel, op: &Op) -> Result<(), String> {
         there(kernel, &device)?;
     }
     match op.clone() {
+        Op::SetLocalnet(device) => {
+            kernel.localnets.insert(device);
+        }
+        Op::DelLocalnet(device) => {
+            kernel.localnets.remove(&device);
+        }
         Op::Sysctl { name, value } => drop(kernel.sysctls.insert(name, value)),
         Op::Filter(text) => kernel.filter = Some(text),
         Op::DelFilter => kernel.filter = None,

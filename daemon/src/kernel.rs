@@ -13,6 +13,7 @@ mod endpoint;
 mod error;
 mod fact;
 mod filter;
+mod foreign;
 mod inspect;
 mod known;
 mod link;
@@ -59,6 +60,7 @@ use self::worker::{Request, Worker};
 
 pub(crate) use apply::has_inet6;
 pub(crate) use error::{KernelError, Result};
+pub(crate) use foreign::{look as foreign_firewalls, run_all};
 pub(crate) use message::port_mac;
 pub(crate) use netns::{Netns, open_netns};
 pub(crate) use probe::Prober;

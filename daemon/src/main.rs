@@ -7,6 +7,7 @@ mod gossip;
 mod kernel;
 mod links;
 mod node;
+mod ports;
 mod store;
 
 use std::fs::{File, OpenOptions};

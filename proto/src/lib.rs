@@ -8,6 +8,7 @@
 //! | [`table`] | owner tables: what one node owns, with one writer |
 //! | [`object`] | cluster objects: networks and what manifests say; many writers, the last one wins |
 //! | [`resource`] | Kubernetes' objects |
+//! | [`publish`] | published ports |
 //! | [`alloc`] | the map of members and address blocks that a majority agrees on |
 //! | [`sync`] | messages of the encrypted stream between two daemons |
 //! | [`secret`] | what does not print |
@@ -19,6 +20,7 @@ pub mod clock;
 pub mod control;
 pub mod id;
 pub mod object;
+pub mod publish;
 pub mod record;
 pub mod resource;
 pub mod secret;

@@ -8,6 +8,7 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use crate::id::{EndpointId, Mac, NetworkId, NodeId};
+use crate::publish::Published;
 use crate::record::Signature;
 
 /// The state of a table: a later run of the owner, then a later change.
@@ -55,6 +56,8 @@ pub struct Endpoint {
     pub labels: BTreeMap<String, String>,
     /// Services send it connections. Set by whoever attached it.
     pub ready: bool,
+    /// Ports of its host that lead to it.
+    pub publish: Vec<Published>,
 }
 
 /// One thing that a node owns.

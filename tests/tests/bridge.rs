@@ -5,7 +5,8 @@
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 
 use anyhow::{Result, ensure};
-use netns_lab::{Host, Lab, LabConfig, Netns, Underlay, wait_until};
+use netns_lab::{Lab, LabConfig, Netns, Underlay, wait_until};
+use ovl_tests::ports::{make_bridge, outsider};
 use ovl_tests::{
     Attached, SOON, assert_says, attach, endpoints, make_network, problems, refused, rows, started,
     started_with, strings, text, wait_clean, wait_network, wait_problem,
@@ -14,20 +15,6 @@ use serde_json::json;
 
 /// An address of the underlay that belongs to no host: the switch's own.
 const OUTSIDE: &str = "192.168.77.250";
-
-/// Makes a bridge network on one host.
-fn make_bridge(host: &Host, name: &str, more: &[&str]) -> Result<String> {
-    let made = host.ctl_json(&[&["network", "create", name, "--driver", "bridge"], more].concat())?;
-    Ok(text(&made["bridge"]))
-}
-
-/// Gives the switch an address: a machine that is no member, and knows no network of ours.
-fn outsider(lab: &Lab) -> Netns {
-    let switch = lab.switch();
-    switch.exec_ok(["ip", "addr", "add", "192.168.77.250/24", "dev", "br0"]).unwrap();
-    switch.exec_ok(["ip", "addr", "add", "fd77::fa/64", "dev", "br0", "nodad"]).unwrap();
-    switch
-}
 
 /// From where a datagram from a workload arrives at a place.
 fn seen_from(from: &Attached, at: &Netns, address: &str) -> Result<IpAddr> {
@@ -148,7 +135,7 @@ fn nat_out_with_the_hosts_address_and_internal_with_no_way_out_at_all() {
     let lab =
         started_with(LabConfig::hosts(1).underlay(Underlay::Dual).config("masquerade = false")).unwrap();
     let host = &lab["h1"];
-    let outside = outsider(&lab);
+    let outside = outsider(&lab).unwrap();
     make_bridge(host, "open", &["--subnet", "172.30.0.0/24", "--subnet", "fd30::/64"]).unwrap();
     make_bridge(host, "shut", &["--internal", "--subnet", "172.31.0.0/24", "--subnet", "fd31::/64"]).unwrap();
     let open = attach(host, "open", "open", &[]).unwrap();

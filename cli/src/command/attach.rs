@@ -8,6 +8,7 @@ use std::process;
 use clap::ArgGroup;
 use ovl_proto::control::{Attach, EndpointInfo, NetnsRef, Reply, Request};
 use ovl_proto::id::Mac;
+use ovl_proto::publish::Publish;
 
 use crate::context::Context;
 use crate::error::{Error, Result};
@@ -49,6 +50,10 @@ pub(crate) struct Args {
     /// What selectors match; may be repeated
     #[arg(long = "label", value_name = "K=V", value_parser = label)]
     labels: Vec<(String, String)>,
+    /// Lead a port of this host to one of the endpoint's: [ADDR:][HOST[-END]:]CONTAINER[-END][/tcp|udp|sctp]; may be
+    /// repeated
+    #[arg(long, value_name = "PORT")]
+    publish: Vec<Publish>,
 }
 
 /// Asks, and prints what came of it.
@@ -56,6 +61,7 @@ pub(crate) fn run(context: &Context, args: Args) -> Result<()> {
     let Reply::Endpoint(endpoint) = context.ask(&Request::Attach(args.request()?))? else {
         return Err(Error::unexpected_reply());
     };
+    warn(&endpoint.warnings);
     context.print(&*endpoint, render)
 }
 
@@ -78,6 +84,7 @@ impl Args {
             aliases: self.aliases,
             namespace: self.namespace,
             labels: BTreeMap::from_iter(self.labels),
+            publish: self.publish,
         })
     }
 }
@@ -116,6 +123,13 @@ pub(crate) fn label(text: &str) -> std::result::Result<(String, String), String>
     }
 }
 
+/// Says what is not wrong, and may be in the way.
+pub(crate) fn warn(warnings: &[String]) {
+    for warning in warnings {
+        eprintln!("warning: {warning}");
+    }
+}
+
 fn render(endpoint: &EndpointInfo) -> String {
     let one = |cell: String| std::iter::once(cell);
     Table::new()
@@ -143,7 +157,8 @@ mod tests {
     #[test]
     fn everything_given_is_asked_for() {
         let line = "attach web --network blue --pid 7 --ip 10.1.0.9 --ip fd00::9 --mac 02:00:00:00:00:01 \
-                    --ifname e0 --alias b --alias c --namespace shop --label app=a=b --label tier=";
+                    --ifname e0 --alias b --alias c --namespace shop --label app=a=b --label tier= \
+                    --publish 8080:80 --publish [::1]:53:53/udp";
         let expected = Attach {
             name: "web".into(),
             network: "blue".into(),
@@ -154,6 +169,7 @@ mod tests {
             aliases: vec!["b".into(), "c".into()],
             namespace: Some("shop".into()),
             labels: [("app".into(), "a=b".into()), ("tier".into(), String::new())].into(),
+            publish: vec!["8080:80".parse().unwrap(), "[::1]:53:53/udp".parse().unwrap()],
         };
         assert_eq!(request(line), expected);
     }
@@ -189,6 +205,8 @@ mod tests {
             state: EndpointState::Ready,
             ifname: Some("eth0".into()),
             device: Some("ovle1a2b3c4d".into()),
+            publish: Vec::new(),
+            warnings: Vec::new(),
         };
         assert_eq!(
             render(&endpoint),

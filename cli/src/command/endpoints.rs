@@ -43,6 +43,7 @@ fn render(endpoints: &[EndpointInfo]) -> String {
         .column("MAC", endpoints.iter().map(|endpoint| endpoint.mac))
         .column("STATE", endpoints.iter().map(|endpoint| endpoint.state))
         .unusual("ALIASES", "", endpoints.iter().map(|endpoint| list(&endpoint.aliases)))
+        .unusual("PUBLISH", "", endpoints.iter().map(|endpoint| list(&endpoint.publish)))
         .render()
 }
 
@@ -65,6 +66,8 @@ mod tests {
             state: EndpointState::Ready,
             ifname: None,
             device: None,
+            publish: Vec::new(),
+            warnings: Vec::new(),
         }
     }
 

@@ -4,8 +4,9 @@ use std::collections::BTreeMap;
 
 use clap::Subcommand;
 use ovl_proto::control::{Reply, Request, SandboxCreate, SandboxInfo};
+use ovl_proto::publish::Publish;
 
-use super::attach::label;
+use super::attach::{label, warn};
 use crate::context::Context;
 use crate::error::{Error, Result};
 use crate::text::{Table, list};
@@ -48,6 +49,9 @@ struct CreateArgs {
     /// What selectors match of its endpoints; may be repeated
     #[arg(long = "label", value_name = "K=V", value_parser = label)]
     labels: Vec<(String, String)>,
+    /// Lead a port of this host to one of the sandbox's, as for `attach`; may be repeated
+    #[arg(long, value_name = "PORT")]
+    publish: Vec<Publish>,
 }
 
 /// Carries a subcommand out.
@@ -57,6 +61,7 @@ pub(crate) fn run(context: &Context, args: Args) -> Result<()> {
             let Reply::Sandbox(sandbox) = context.ask(&Request::SandboxCreate(args.request()))? else {
                 return Err(Error::unexpected_reply());
             };
+            warn(&sandbox.warnings);
             context.print(&*sandbox, |sandbox| render(std::slice::from_ref(sandbox)))
         }
         Action::Ls => {
@@ -76,6 +81,7 @@ impl CreateArgs {
             networks: self.networks,
             namespace: self.namespace,
             labels: BTreeMap::from_iter(self.labels),
+            publish: self.publish,
         }
     }
 }
@@ -104,13 +110,14 @@ mod tests {
 
     #[test]
     fn everything_given_is_asked_for() {
-        let line = "sandbox create web --network blue --network red --namespace shop --label app=a=b";
+        let line = "sandbox create web --network blue --network red --namespace shop --label app=a=b --publish 8080:80";
         let Action::Create(args) = action(line) else { panic!("{line}") };
         let expected = SandboxCreate {
             name: "web".into(),
             networks: vec!["blue".into(), "red".into()],
             namespace: Some("shop".into()),
             labels: [("app".into(), "a=b".into())].into(),
+            publish: vec!["8080:80".parse().unwrap()],
         };
         assert_eq!(args.request(), expected);
         for (line, forced) in [("sandbox rm web", false), ("sandbox remove web --force", true)] {
@@ -127,6 +134,7 @@ mod tests {
             networks: networks.iter().map(|&name| name.to_owned()).collect(),
             addresses: addresses.iter().map(|address| address.parse().unwrap()).collect(),
             processes: processes.to_vec(),
+            warnings: Vec::new(),
         };
         assert_eq!(
             render(&[

@@ -339,6 +339,7 @@ fn checked(change: impl FnOnce(&mut Value, &mut Endpoint, &mut Inside)) -> Resul
         aliases: Vec::new(),
         labels: Default::default(),
         ready: true,
+        publish: Vec::new(),
     };
     change(&mut previous, &mut endpoint, &mut found);
     let Call::Check(call) =
@@ -396,6 +397,7 @@ fn a_check_names_the_difference() {
         aliases: Vec::new(),
         labels: Default::default(),
         ready: true,
+        publish: Vec::new(),
     };
     assert_fails(check(&call, &endpoint, None), code::DIFFERENCE, "no interface eth0");
     assert_fails(parse(&self::call(CniCommand::Check, config(json!({})))), code::CONFIG, "prevResult");

@@ -247,7 +247,7 @@ fn show_one(text: &mut String, field: Type, bytes: &[u8]) {
             Ok(number) => write!(text, "{:x}:{:x}", number >> 16, number & 0xffff),
             Err(_) => write!(text, "?"),
         },
-        Type::Device => {
+        Type::Device | Type::Leaves => {
             let end = bytes.iter().position(|byte| *byte == 0).unwrap_or(bytes.len());
             write!(text, "\"{}\"", String::from_utf8_lossy(bytes.get(..end).unwrap_or_default()))
         }

@@ -51,6 +51,7 @@ fn endpoint(n: u8, namespace: &str, all: Labels) -> Endpoint {
         aliases: Vec::new(),
         labels: all,
         ready: true,
+        publish: Vec::new(),
     }
 }
 

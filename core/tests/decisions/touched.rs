@@ -49,6 +49,7 @@ fn entry(step: &Step, address: u8) -> Endpoint {
         aliases: Vec::new(),
         labels: BTreeMap::new(),
         ready: true,
+        publish: Vec::new(),
     }
 }
 

@@ -112,6 +112,7 @@ pub(crate) fn endpoint(n: u8, address: &str) -> Entry {
         aliases: vec![],
         labels: BTreeMap::new(),
         ready: true,
+        publish: vec![],
     })
 }
 

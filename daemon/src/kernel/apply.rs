@@ -102,6 +102,8 @@ pub(super) fn is_entry(op: &Op) -> bool {
         Op::Sysctl { .. }
             | Op::Filter(_)
             | Op::DelFilter
+            | Op::SetLocalnet(_)
+            | Op::DelLocalnet(_)
             | Op::Table(..)
             | Op::DelTable(_)
             | Op::SetElement(_)

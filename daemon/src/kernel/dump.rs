@@ -84,6 +84,9 @@ fn links(route: &mut Route, kernel: &mut Kernel) -> Result<Names> {
         match view.ours().zip(view.model(&names.all)) {
             Some((device, link)) => {
                 kernel.links.insert(device, link);
+                if view.localnet {
+                    kernel.localnets.insert(device);
+                }
                 names.ours.insert(view.index, device);
             }
             None if view.is_doomed() => names.doomed.push(view.index),

@@ -23,6 +23,9 @@ pub(crate) enum KernelError {
     /// A device that something should be done to is not there.
     #[error("there is no device {0}")]
     NoDevice(Device),
+    /// A program that is not installed.
+    #[error("the program {0} is missing")]
+    Missing(String),
     /// Anything else.
     #[error("{0}")]
     Other(String),

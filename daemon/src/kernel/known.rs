@@ -84,6 +84,12 @@ impl Known {
             | Op::DelTable(_)
             | Op::SetElement(_)
             | Op::DelElement(..) => {}
+            Op::SetLocalnet(device) => {
+                kernel.localnets.insert(*device);
+            }
+            Op::DelLocalnet(device) => {
+                kernel.localnets.remove(device);
+            }
             Op::AddLink(device, link) | Op::SetLink(device, _, link) => {
                 kernel.links.insert(*device, *link);
             }

@@ -12,6 +12,7 @@ use super::attribute::{attributes, ip, text, u8_at, u16_at, u16_be, u32_at};
 const HEADER: usize = 16;
 const IFF_UP: u32 = 1;
 const AF_BRIDGE: u8 = 7;
+const AF_INET: u16 = 2;
 const AF_INET6: u16 = 10;
 
 /// The group of the host's ends of endpoints that are gone and still to be deleted; "ovld". Groups with
@@ -40,6 +41,8 @@ pub(super) struct LinkView<'a> {
     port: Option<&'a [u8]>,
     /// How the kernel makes link-local addresses on it; none where IPv6 is off.
     address_mode: Option<u8>,
+    /// Packets from 127.0.0.1 may leave by it.
+    pub(super) localnet: bool,
 }
 
 impl<'a> LinkView<'a> {
@@ -61,6 +64,7 @@ impl<'a> LinkView<'a> {
             data: &[],
             port: None,
             address_mode: None,
+            localnet: false,
         };
         for (kind, value) in attributes(payload, HEADER) {
             match kind {
@@ -72,7 +76,10 @@ impl<'a> LinkView<'a> {
                 12 if view.is_port_message => view.port = Some(value),
                 18 => view.parse_info(value),
                 20 => view.alias = text(value),
-                26 if !view.is_port_message => view.address_mode = address_mode(value),
+                26 if !view.is_port_message => {
+                    view.address_mode = address_mode(value);
+                    view.localnet = localnet(value);
+                }
                 27 => view.group = u32_at(value, 0)?,
                 37 => view.peer_netns = u32_at(value, 0).map(|id| id as i32),
                 _ => {}
@@ -208,6 +215,15 @@ fn address_mode(families: &[u8]) -> Option<u8> {
     let (_, inet6) = attributes(families, 0).find(|(family, _)| *family == AF_INET6)?;
     let (_, mode) = attributes(inet6, 0).find(|(kind, _)| *kind == 8)?;
     u8_at(mode, 0)
+}
+
+/// `route_localnet`, out of all settings of IPv4: numbers in the order of `IPV4_DEVCONF_*`, of which it is the 26th.
+fn localnet(families: &[u8]) -> bool {
+    const AT: usize = 25 * 4;
+    let settings = attributes(families, 0)
+        .find(|(family, _)| *family == AF_INET)
+        .and_then(|(_, inet)| attributes(inet, 0).find(|(kind, _)| *kind == 1));
+    settings.and_then(|(_, values)| u32_at(values, AT)).is_some_and(|value| value != 0)
 }
 
 /// An FDB entry or a neighbour.

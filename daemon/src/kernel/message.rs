@@ -67,6 +67,8 @@ pub(super) fn entry(op: &Op, index: u32) -> Option<(RouteNetlinkMessage, u16)> {
         Op::Sysctl { .. }
         | Op::Filter(_)
         | Op::DelFilter
+        | Op::SetLocalnet(_)
+        | Op::DelLocalnet(_)
         | Op::Table(..)
         | Op::DelTable(_)
         | Op::SetElement(_)

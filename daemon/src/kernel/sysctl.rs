@@ -4,6 +4,8 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use ovl_core::device::Device;
+
 use super::error::{KernelError, Result};
 
 /// What a dump reads.
@@ -24,6 +26,17 @@ pub(super) fn write(name: &str, value: &str) -> Result<()> {
     }
     std::fs::write(path(name), value)
         .map_err(|error| KernelError::io(format!("cannot set {name} to {value}"), &error))
+}
+
+/// Lets packets from 127.0.0.1 leave by a device, or not. A device that is gone lets none.
+pub(super) fn route_localnet(device: Device, on: bool) -> Result<()> {
+    let path = Path::new("/proc/sys/net/ipv4/conf").join(device.as_str()).join("route_localnet");
+    match std::fs::write(path, if on { "1" } else { "0" }) {
+        Err(error) if on || error.kind() != io::ErrorKind::NotFound => {
+            Err(KernelError::io(format!("cannot set route_localnet of {device}"), &error))
+        }
+        Ok(()) | Err(_) => Ok(()),
+    }
 }
 
 /// Lets a device have IPv6 addresses.

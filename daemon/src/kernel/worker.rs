@@ -318,6 +318,8 @@ impl Worker {
                 return for_all(apply::delete(route, devices, &doomed));
             }
             [Op::Sysctl { name, value }] => sysctl::write(name, value),
+            [Op::SetLocalnet(device)] => sysctl::route_localnet(*device, true),
+            [Op::DelLocalnet(device)] => sysctl::route_localnet(*device, false),
             [Op::DelFilter] => self.filter.remove(&mut self.watch),
             [Op::Filter(text)] => self.filter.replace(text, &mut self.watch),
             [Op::DelTable(table)] => self.tables.remove(*table),

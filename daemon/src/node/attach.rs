@@ -98,15 +98,36 @@ impl Node {
         request: Attach,
         cni: Option<Attachment>,
     ) -> Result<(EndpointInfo, Made), Failed> {
-        self.settled().await;
+        let own = {
+            let state = self.state.borrow();
+            state.view.network(&request.network).is_some_and(|found| found.network.driver == Driver::Bridge)
+        };
+        // Of an own network nobody else has anything to say.
+        if !own {
+            self.settled().await;
+        }
         let network = self.check_attach(&request, if cni.is_some() { cni::MAX_NAME } else { MAX_NAME })?;
         let path = netns_path(&request.netns);
         let netns = open_netns(&path).map_err(Failed::from)?;
         let inode = netns.inode;
         let place = self.take_place(&request, &network)?;
+        let ports = self.set_ports_aside(&request.name, &network, &request.publish)?;
         let reserved = self.reserve(&request, &network).await?;
         let local = LocalEndpoint { ifname: String::new(), netns: path, inode, cni, docker: None };
-        self.make(request, &network, place, reserved, local, Some(netns)).await
+        let Some(Role::Endpoint(id)) = place.device.role() else {
+            return Err(Failed::internal("an endpoint's device without an id"));
+        };
+        let publishes = !request.publish.is_empty();
+        let (mut info, made) = self.make(request, &network, place, reserved, local, Some(netns)).await?;
+        if publishes {
+            if let Err(failed) = self.publish_aside(id, ports).await {
+                self.take_away(&[id]).await?;
+                return Err(failed);
+            }
+            info = self.own_info(id)?;
+            info.warnings = self.firewall_problems();
+        }
+        Ok((info, made))
     }
 
     /// Makes an endpoint of which name and addresses are set aside. The other end goes into the
@@ -143,6 +164,8 @@ impl Node {
             aliases: request.aliases.clone(),
             labels: request.labels.clone(),
             ready: true,
+            // Once it is there.
+            publish: Vec::new(),
         };
         let addresses = endpoint.addresses.iter().map(IpNet::addr);
         let gateways = addresses.filter(|_| !network.internal).filter_map(|at| ipam::gateway_on(network, at));
@@ -204,6 +227,11 @@ impl Node {
         }
         self.write_table(vec![Entry::Endpoint(endpoint)], Vec::new());
         self.event("endpoint", &name, "attached");
+        self.own_info(id)
+    }
+
+    /// An endpoint of this host as users see it.
+    fn own_info(&self, id: EndpointId) -> Result<EndpointInfo, Failed> {
         let state = self.state.borrow();
         let placed = state.view.own().and_then(|node| {
             let endpoint = node.table.endpoint(id)?;
@@ -441,6 +469,7 @@ impl Node {
                 state.endpoints.remove(id);
                 state.local.isolated.remove(id);
                 state.problem(format!("isolated {id}"), None);
+                self.ports.release(*id);
             }
         }
         for id in ids {
@@ -594,6 +623,8 @@ impl Node {
             },
             ifname: local.map(|local| local.ifname.clone()),
             device: own.then(|| Device::endpoint(endpoint.id).to_string()),
+            publish: endpoint.publish.clone(),
+            warnings: Vec::new(),
         }
     }
 }

@@ -60,6 +60,7 @@ impl Node {
             aliases: Vec::new(),
             namespace: add.namespace.clone(),
             labels: add.labels.clone(),
+            publish: Vec::new(),
         };
         let (endpoint, made) =
             self.attach_for(request, Some(add.attachment.clone())).await.map_err(explain)?;

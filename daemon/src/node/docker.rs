@@ -14,12 +14,13 @@ use nix::net::if_::if_nametoindex;
 use ovl_core::device::Device;
 use ovl_core::docker::{
     self, AddressWish, Call, Choice, EndpointWish, EngineEndpoint, EngineNetwork, Joined, NetworkWish, Plan,
-    Pool, PoolWish,
+    Pool, PoolWish, Port, Protocol,
 };
 use ovl_core::ipam;
 use ovl_proto::control::{Attach, DockerCall, DockerName, FailureKind, NetnsRef};
 use ovl_proto::id::{EndpointId, NetworkId};
 use ovl_proto::object::{Mode, Network};
+use ovl_proto::publish::{Ports, Publish, Transport};
 use ovl_proto::table::{Endpoint, Entry, Key};
 use serde_json::Value;
 
@@ -94,10 +95,8 @@ impl Node {
             Call::CreateEndpoint(wish) => self.docker_endpoint(*wish).await,
             Call::DeleteEndpoint(id) | Call::Leave(id) => self.docker_endpoint_rm(&id).await,
             Call::Join(id) => self.docker_join(&id),
-            Call::Publish(_, ports) if !ports.is_empty() => {
-                Err(Failed::invalid("this release publishes no ports for containers of an Engine"))
-            }
-            Call::Publish(..) | Call::Revoke(_) => Ok(docker::nothing()),
+            Call::Publish(id, ports) => self.docker_publish(&id, &ports).await,
+            Call::Revoke(id) => self.docker_revoke(&id).await,
             Call::Activate
             | Call::DriverCapabilities
             | Call::IpamCapabilities
@@ -298,6 +297,7 @@ impl Node {
             aliases,
             namespace,
             labels,
+            publish: Vec::new(),
         };
         let network = self.check_attach(&request, docker::MAX_NAME)?;
         let place = self.take_place(&request, &network)?;
@@ -327,6 +327,29 @@ impl Node {
         let _alone = self.containers.alone(&id.endpoint).await;
         if let Some((id, _)) = self.of_engine(id) {
             self.take_away(&[id]).await?;
+        }
+        Ok(docker::nothing())
+    }
+
+    /// What is published for the container from now on, and nothing else.
+    async fn docker_publish(&self, id: &EngineEndpoint, ports: &[Port]) -> Result<Value, Failed> {
+        let _alone = self.containers.alone(&id.endpoint).await;
+        let (id, _) = self
+            .of_engine(id)
+            .ok_or_else(|| Failed::not_found("the endpoint is gone: start the container again"))?;
+        self.revoke(id).await?;
+        if !ports.is_empty() {
+            let wishes: Vec<Publish> = ports.iter().map(wish).collect();
+            self.publish(id, &wishes).await?;
+        }
+        Ok(docker::nothing())
+    }
+
+    /// Nothing any more.
+    async fn docker_revoke(&self, id: &EngineEndpoint) -> Result<Value, Failed> {
+        let _alone = self.containers.alone(&id.endpoint).await;
+        if let Some((id, _)) = self.of_engine(id) {
+            self.revoke(id).await?;
         }
         Ok(docker::nothing())
     }
@@ -413,4 +436,19 @@ fn engine_endpoint(state: &State, id: EndpointId) -> Option<&EngineEndpoint> {
 
 fn subnet_of(state: &State, pool: Pool) -> Result<(&Network, &ovl_proto::object::Subnet), Failed> {
     docker::subnet_of(pool, state.docker.networks.values(), &state.view.networks).map_err(Failed::not_found)
+}
+
+/// A port as an Engine asks for it. It gives a first and a last one of the host also where it means one.
+fn wish(port: &Port) -> Publish {
+    let host = Ports { first: port.first, last: port.last.max(port.first) };
+    Publish {
+        address: port.address,
+        host: (port.first > 0).then_some(host),
+        container: Ports::one(port.container),
+        transport: match port.protocol {
+            Protocol::Tcp => Transport::Tcp,
+            Protocol::Udp => Transport::Udp,
+            Protocol::Sctp => Transport::Sctp,
+        },
+    }
 }

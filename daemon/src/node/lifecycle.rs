@@ -38,6 +38,7 @@ pub(crate) async fn run(config: Config) -> Result<()> {
     tasks.spawn_local(Rc::clone(&node).underlay_loop());
     tasks.spawn_local(Rc::clone(&node).claim_loop());
     tasks.spawn_local(Rc::clone(&node).limits_loop());
+    tasks.spawn_local(Rc::clone(&node).firewall_loop());
     tasks.spawn_local(Rc::clone(&node).key_loop());
     tasks.spawn_local(Rc::clone(&node).tick_loop());
     tasks.spawn_local(Rc::clone(&node).tunnel_loop());
@@ -120,6 +121,9 @@ impl Node {
                 self.end_clashes();
                 self.drop_forgotten(&mut self.state.borrow_mut());
                 notify(&[sd_notify::NotifyState::Watchdog]);
+            }
+            if count.is_multiple_of(10) {
+                self.retry_ports();
             }
             if count.is_multiple_of(300) {
                 self.forget_long_dead();
@@ -220,6 +224,7 @@ impl Node {
 
     /// Removes every kernel object of ours and what is kept of endpoints.
     async fn remove_all(&self) -> Result<(), Failed> {
+        self.close_firewalls().await?;
         self.remove_sandboxes().await?;
         let ids: Vec<_> = self.state.borrow().own_endpoints().map(|endpoint| endpoint.id).collect();
         self.withdraw(&ids, "detached by teardown")?;

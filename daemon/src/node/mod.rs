@@ -10,6 +10,7 @@ mod cni;
 mod dns;
 mod docker;
 mod events;
+mod firewall;
 mod keys;
 mod lifecycle;
 mod limits;
@@ -18,6 +19,7 @@ mod network;
 mod objects;
 mod peers;
 mod policy;
+mod publish;
 mod reconcile;
 mod requests;
 mod routed;
@@ -55,6 +57,7 @@ use crate::crypto::{ClusterKey, Identity, KeyFile, Keyring, TunnelSecret};
 use crate::gossip::{Gossip, GossipConfig, GossipEvent, Hints};
 use crate::kernel::{self, KernelEvent, KernelHandle, Prober};
 use crate::links::{LinkEvent, Links, LinksConfig};
+use crate::ports::Ports;
 use crate::store;
 
 /// A request that failed.
@@ -82,6 +85,7 @@ pub(crate) struct Node {
     identity: Arc<Identity>,
     kernel: KernelHandle,
     prober: Prober,
+    ports: Ports,
     gossip: RefCell<Gossip>,
     links: RefCell<Links>,
     gossip_events: mpsc::Sender<GossipEvent>,
@@ -211,6 +215,7 @@ impl Node {
             identity,
             kernel,
             prober: Prober::new().context("opening a socket for ICMP")?,
+            ports: Ports::start().context("starting the thread for published ports")?,
             gossip: RefCell::new(gossip),
             links: RefCell::new(links),
             gossip_events: gossip_tell,
@@ -296,6 +301,7 @@ impl Node {
         let entries =
             kept.into_iter().map(ovl_proto::table::Entry::Endpoint).chain(leases).chain(held).collect();
         self.write_table(entries, Vec::new());
+        self.hold_ports_again();
         // A network that was removed is served as long as it has endpoints, and these are some.
         self.recompute_networks();
         self.refresh_all_names();
@@ -469,6 +475,7 @@ fn first_state(
         endpoints: BTreeMap::new(),
         sandboxes: BTreeMap::new(),
         docker: docker::Docker::recalled(&saved.docker),
+        unheld: BTreeSet::new(),
         cursors: BTreeMap::new(),
         pending: state::Pending::default(),
         dirty: state::Dirty::default(),

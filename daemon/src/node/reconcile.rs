@@ -209,6 +209,7 @@ impl Node {
         state.dirty.touched.clear();
         state.dirty.policies = false;
         state.dirty.policed.clear();
+        state.local.publishing = state.publishes();
         state.applied.clear();
         state.applied_host = desired::host(&state.view, &state.local);
         let mut all = state.applied_host.clone();
@@ -340,6 +341,8 @@ fn broken_network(op: &Op) -> Option<NetworkId> {
             Some(network)
         }
         Op::Sysctl { .. }
+        | Op::SetLocalnet(_)
+        | Op::DelLocalnet(_)
         | Op::Filter(_)
         | Op::DelFilter
         | Op::Table(..)

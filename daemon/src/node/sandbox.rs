@@ -100,7 +100,10 @@ impl Node {
             }
             return Err(failed);
         }
-        let info = self.sandbox_info(&sandbox, &BTreeSet::new());
+        let mut info = self.sandbox_info(&sandbox, &BTreeSet::new());
+        if !request.publish.is_empty() {
+            info.warnings = self.firewall_problems();
+        }
         self.state.borrow_mut().sandboxes.insert(name.clone(), sandbox);
         self.event("sandbox", name, "created");
         Ok(info)
@@ -119,6 +122,12 @@ impl Node {
             Wanted::Networks(names) => Joined::Networks(self.network_ids(names)?),
         };
         let endpoints = matches!(&joined, Joined::Networks(ids) if !ids.is_empty());
+        if !request.publish.is_empty() && !endpoints {
+            return Err(Failed::invalid(
+                "no port is published for a sandbox on no network, or on the host's own: there a program's port is the \
+                 host's anyway",
+            ));
+        }
         if !endpoints && (request.namespace.is_some() || !request.labels.is_empty()) {
             return Err(Failed::invalid(
                 "a namespace and labels are an endpoint's, and a sandbox on no network has none: leave them out",
@@ -159,6 +168,12 @@ impl Node {
         netns: OwnedFd,
     ) -> Result<(), Failed> {
         if let Joined::Networks(networks) = &sandbox.joined {
+            let outward = {
+                let state = self.state.borrow();
+                let is_open =
+                    |id: &NetworkId| state.view.networks.get(id).is_some_and(|found| !found.network.internal);
+                networks.iter().position(is_open).unwrap_or(0)
+            };
             for (number, network) in networks.iter().enumerate() {
                 let attach = Attach {
                     name: sandbox.name.clone(),
@@ -170,6 +185,7 @@ impl Node {
                     aliases: Vec::new(),
                     namespace: request.namespace.clone(),
                     labels: request.labels.clone(),
+                    publish: if number == outward { request.publish.clone() } else { Vec::new() },
                 };
                 let made = self.attach(attach).await?;
                 sandbox.endpoints.push(endpoint_id(&made)?);
@@ -299,6 +315,7 @@ impl Node {
                 .copied()
                 .collect(),
             processes: inside.iter().map(|process| process.pid).collect(),
+            warnings: Vec::new(),
         }
     }
 

@@ -23,6 +23,7 @@ use ovl_proto::alloc::Refusal;
 use ovl_proto::clock::Clock;
 use ovl_proto::id::{EndpointId, Mac, NetworkId, NodeId};
 use ovl_proto::object::{Mode, Network};
+use ovl_proto::publish::Published;
 use ovl_proto::record::{NodeRecord, SignedRecord};
 use ovl_proto::sync::Message;
 use ovl_proto::table::{Endpoint, Entry};
@@ -139,6 +140,8 @@ pub(crate) struct Pending {
     pub addresses: BTreeSet<(NetworkId, IpAddr)>,
     /// Devices being made: no pass may sweep them.
     pub devices: BTreeSet<Device>,
+    /// Ports to be published, with the endpoints' names, by a number of their own.
+    pub ports: BTreeMap<u64, (String, Vec<Published>)>,
     /// Names of sandboxes that are being made or removed.
     pub sandboxes: BTreeSet<String>,
 }
@@ -192,6 +195,8 @@ pub(crate) struct State {
     pub next_request: u64,
     /// Endpoints of this host.
     pub endpoints: BTreeMap<EndpointId, LocalEndpoint>,
+    /// Published ports that somebody else has.
+    pub unheld: BTreeSet<(EndpointId, Published)>,
     /// Sandboxes of this host, by name.
     pub sandboxes: BTreeMap<String, Sandbox>,
     /// What is kept for Docker Engines.
@@ -285,6 +290,11 @@ impl State {
     /// Whether a majority has admitted this host.
     pub(crate) fn is_member(&self) -> bool {
         self.view.alloc.members.contains(&self.view.me)
+    }
+
+    /// Whether any port is published here, or about to be.
+    pub(crate) fn publishes(&self) -> bool {
+        !self.pending.ports.is_empty() || self.own_endpoints().any(|endpoint| !endpoint.publish.is_empty())
     }
 
     /// Whether what a network does not need any more may go: nobody has anything to say yet about it.

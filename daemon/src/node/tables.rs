@@ -4,6 +4,7 @@ use std::fs;
 
 use anyhow::{Context, Result};
 use ovl_core::cni::MAX_NAME;
+use ovl_core::publish::MOST_RANGES;
 use ovl_core::table::{Rejected, Table};
 use ovl_proto::id::{Mac, NetworkId, NodeId};
 use ovl_proto::record::{Domain, Signature};
@@ -256,6 +257,9 @@ fn check_entry(entry: &Entry) -> Result<(), String> {
     }
     if !endpoint.mac.is_unicast() || endpoint.mac == Mac::of_gateway(endpoint.network) {
         return Err(format!("endpoint {} with the MAC address {}", endpoint.name, endpoint.mac));
+    }
+    if endpoint.publish.len() > MOST_RANGES {
+        return Err(format!("endpoint {} with {} published ranges", endpoint.name, endpoint.publish.len()));
     }
     if endpoint.addresses.is_empty() || endpoint.addresses.len() > MAX_ADDRESSES {
         return Err(format!("endpoint {} with {} addresses", endpoint.name, endpoint.addresses.len()));

@@ -16,6 +16,7 @@ mod kill;
 mod loss;
 mod neigh;
 mod plan;
+mod publish;
 mod report;
 mod setup;
 mod stats;
@@ -56,6 +57,8 @@ pub(crate) enum Suite {
     Tunnel,
     /// Containers of Docker Engines, beside the Engine's own networks: figures of issue 6
     Docker,
+    /// Published ports: figures of issue 6
+    Publish,
 }
 
 impl Suite {
@@ -65,6 +68,7 @@ impl Suite {
             Suite::Cni => "cni",
             Suite::Tunnel => "tunnel",
             Suite::Docker => "docker",
+            Suite::Publish => "publish",
         }
     }
 }
@@ -120,6 +124,8 @@ pub(crate) enum Name {
     Pinging,
     /// docker: a host cut off, and healed
     Cut,
+    /// publish: one more of a thousand published ports, and a connection through the last
+    Ports,
 }
 
 impl Name {
@@ -149,6 +155,7 @@ impl Name {
             Name::Link => "link",
             Name::Pinging => "pinging",
             Name::Cut => "cut",
+            Name::Ports => "ports",
         }
     }
 
@@ -169,6 +176,7 @@ impl Name {
                 Suite::Tunnel
             }
             Name::Run | Name::Link | Name::Pinging | Name::Cut => Suite::Docker,
+            Name::Ports => Suite::Publish,
         }
     }
 
@@ -198,6 +206,7 @@ impl Name {
             Name::Link => docker::link::measure(bench),
             Name::Pinging => docker::pinging::measure(bench),
             Name::Cut => docker::cut::measure(bench),
+            Name::Ports => publish::measure(bench),
         }
     }
 }

@@ -49,6 +49,10 @@ pub(crate) struct Plan {
     pub(crate) docker_links: usize,
     pub(crate) docker_pings: usize,
     pub(crate) docker_cuts: usize,
+    /// Of `bench publish`: ports that are there, those that come one by one, and connections each way.
+    pub(crate) published: u16,
+    pub(crate) publishes: usize,
+    pub(crate) connects: usize,
 }
 
 impl Plan {
@@ -84,6 +88,9 @@ impl Plan {
             docker_links: 40,
             docker_pings: 25,
             docker_cuts: 6,
+            published: 1000,
+            publishes: 200,
+            connects: 2000,
         }
     }
 
@@ -118,6 +125,9 @@ impl Plan {
             docker_links: 3,
             docker_pings: 2,
             docker_cuts: 1,
+            published: 100,
+            publishes: 10,
+            connects: 100,
         }
     }
 
@@ -151,6 +161,9 @@ impl Plan {
             "docker_links": self.docker_links,
             "docker_pings": self.docker_pings,
             "docker_cuts": self.docker_cuts,
+            "published": self.published,
+            "publishes": self.publishes,
+            "connects": self.connects,
         })
     }
 }

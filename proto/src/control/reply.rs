@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::id::{ClusterKeyId, Mac, NetworkId, NodeId, TunnelKey};
 use crate::object::{Backend, Driver, Mode};
+use crate::publish::Published;
 
 /// One reply.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -122,6 +123,9 @@ pub struct SandboxInfo {
     pub addresses: Vec<IpNet>,
     /// Ids of the processes inside.
     pub processes: Vec<u32>,
+    /// As [`EndpointInfo::warnings`].
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub warnings: Vec<String>,
 }
 
 /// Why a request failed.
@@ -518,6 +522,11 @@ pub struct EndpointInfo {
     pub ifname: Option<String>,
     /// The host's end of the pair; only known on its own host.
     pub device: Option<String>,
+    /// Ports of its host that lead to it.
+    pub publish: Vec<Published>,
+    /// What may keep it from being reached, as far as whoever attached it has to know.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub warnings: Vec<String>,
 }
 
 /// `ovlctl policy ls`.

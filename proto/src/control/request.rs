@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::id::Mac;
 use crate::object::{Backend, Driver, Mode};
+use crate::publish::Publish;
 use crate::secret::Secret;
 
 /// One request.
@@ -226,6 +227,9 @@ pub struct SandboxCreate {
     /// What selectors match.
     #[serde(default)]
     pub labels: BTreeMap<String, String>,
+    /// Ports of this host that lead to it, at its first network that is not internal.
+    #[serde(default)]
+    pub publish: Vec<Publish>,
 }
 
 /// A network to be made.
@@ -292,6 +296,9 @@ pub struct Attach {
     /// What selectors match.
     #[serde(default)]
     pub labels: BTreeMap<String, String>,
+    /// Ports of this host that lead to it.
+    #[serde(default)]
+    pub publish: Vec<Publish>,
 }
 
 /// A DNS query that is only thought of.

@@ -1,0 +1,80 @@
+//! Other people's firewalls, looked at now and then: our one rule in Docker's is kept there, and what stops our packets
+//! is named.
+
+use std::rc::Rc;
+use std::time::Duration;
+
+use ovl_core::firewall::{Decision, decide};
+use ovl_core::{desired, filter};
+use ovl_proto::object::Network;
+
+use super::{Failed, Node};
+use crate::kernel::{self, KernelError};
+
+/// Between two looks.
+const AGAIN: Duration = Duration::from_secs(5);
+
+impl Node {
+    /// Runs for ever.
+    pub(super) async fn firewall_loop(self: Rc<Self>) {
+        let mut idle = false;
+        loop {
+            let networks = self.forwarded_networks();
+            // Without networks one look is enough, to take away what the last run may have left.
+            if !(idle && networks.is_empty()) {
+                if let Err(failed) = self.mind_firewalls(&networks).await {
+                    tracing::warn!(error = failed.0.message, "cannot look after other firewalls");
+                }
+            }
+            idle = networks.is_empty();
+            tokio::time::sleep(AGAIN).await;
+        }
+    }
+
+    /// Takes our rule away, for a teardown.
+    pub(super) async fn close_firewalls(&self) -> Result<(), Failed> {
+        self.mind_firewalls(&[]).await
+    }
+
+    /// Sentences about firewalls that stop what is published or sent.
+    pub(super) fn firewall_problems(&self) -> Vec<String> {
+        let state = self.state.borrow();
+        let ours = state.problems.iter().filter(|(key, _)| key.starts_with("firewall "));
+        ours.map(|(_, sentence)| sentence.clone()).collect()
+    }
+
+    fn forwarded_networks(&self) -> Vec<Network> {
+        let state = self.state.borrow();
+        let all = state.view.networks.values().map(|found| &found.network);
+        all.filter(|network| !network.internal && desired::is_built(&state.view, &state.local, network.id))
+            .cloned()
+            .collect()
+    }
+
+    async fn mind_firewalls(&self, networks: &[Network]) -> Result<(), Failed> {
+        let foreign = blocking(kernel::foreign_firewalls).await?;
+        let Decision { commands, problems } = decide(&foreign, &networks.iter().collect::<Vec<_>>());
+        if !commands.is_empty() {
+            for command in &commands {
+                self.event("kernel", filter::TABLE, &command.join(" "));
+            }
+            blocking(move || kernel::run_all(&commands)).await?;
+        }
+        let mut state = self.state.borrow_mut();
+        let is_new = |key: &String| problems.iter().any(|(name, _)| name == key);
+        state.problems.retain(|key, _| !key.starts_with("firewall ") || is_new(key));
+        for (key, sentence) in problems {
+            state.problem(key, Some(sentence));
+        }
+        Ok(())
+    }
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, KernelError> + Send + 'static,
+) -> Result<T, Failed> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result.map_err(Failed::from),
+        Err(error) => Err(Failed::internal(error.to_string())),
+    }
+}

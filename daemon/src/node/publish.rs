@@ -1,0 +1,337 @@
+//! Published ports of this host's endpoints. A port is ours before anybody is told, and until its endpoint goes.
+
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use ovl_core::nft::Table;
+use ovl_core::op::Op;
+use ovl_core::publish::{MOST_PORTS, MOST_RANGES};
+use ovl_proto::id::EndpointId;
+use ovl_proto::object::Network;
+use ovl_proto::publish::{Ports as Range, Publish, Published};
+use ovl_proto::table::{Endpoint, Entry};
+
+use super::state::State;
+use super::{Failed, Node, random};
+use crate::kernel::{self, Outcome};
+use crate::ports::{self, Held, Refused};
+
+/// Where nothing was asked for, so many ports are tried.
+const TRIES: u16 = 256;
+/// What the kernel gives to programs that ask for no port in particular, unless told otherwise.
+const EPHEMERAL: Range = Range { first: 32_768, last: 60_999 };
+
+/// Ports that are set aside for an endpoint, and free again when this is dropped.
+pub(super) struct SetAside<'a> {
+    node: &'a Node,
+    number: u64,
+    published: Vec<Published>,
+    held: Vec<Held>,
+}
+
+impl Drop for SetAside<'_> {
+    fn drop(&mut self) {
+        self.node.state.borrow_mut().pending.ports.remove(&self.number);
+    }
+}
+
+impl Node {
+    /// Sets ports aside, all or none: free among those that are published, and on this host.
+    pub(super) fn set_ports_aside(
+        &self,
+        name: &str,
+        network: &Network,
+        wishes: &[Publish],
+    ) -> Result<SetAside<'_>, Failed> {
+        check(network, wishes)?;
+        let number = u64::from_ne_bytes(random());
+        let mut aside = SetAside { node: self, number, published: Vec::new(), held: Vec::new() };
+        for wish in wishes {
+            let (published, held) = self.find_ports(*wish, &aside.published)?;
+            aside.published.push(published);
+            aside.held.extend(held);
+        }
+        self.state.borrow_mut().pending.ports.insert(number, (name.to_owned(), aside.published.clone()));
+        Ok(aside)
+    }
+
+    fn find_ports(&self, wish: Publish, before: &[Published]) -> Result<(Published, Vec<Held>), Failed> {
+        let Publish { address, host, container, transport } = wish;
+        let published = |host| Published {
+            transport,
+            address,
+            host,
+            container: container.first,
+            count: container.count(),
+        };
+        let candidates: Vec<u16> = match host {
+            Some(host) if host.count() == container.count() => vec![host.first],
+            Some(host) => (host.first..=host.last).collect(),
+            None => ephemeral(container.count()),
+        };
+        let mut first = None;
+        for candidate in candidates {
+            match self.try_ports(published(candidate), before) {
+                Ok(held) => return Ok((published(candidate), held)),
+                Err(failed) => first = first.or(Some(failed)),
+            }
+        }
+        Err(match (host, first) {
+            (Some(host), Some(failed)) if host.count() != container.count() => Failed::conflict(format!(
+                "none of the ports {host}/{transport} is free: {}, and so on",
+                failed.0.message
+            )),
+            (_, Some(failed)) => failed,
+            (_, None) => Failed::exhausted(format!(
+                "no {} ports in a row are free for {transport}: name some",
+                container.count()
+            )),
+        })
+    }
+
+    fn try_ports(&self, published: Published, before: &[Published]) -> Result<Vec<Held>, Failed> {
+        let transport = published.transport;
+        if let Some(port) = before.iter().find_map(|other| published.meets(*other)) {
+            return Err(Failed::invalid(format!("port {port}/{transport} is asked for twice")));
+        }
+        if let Some(sentence) = publisher(&self.state.borrow(), published) {
+            return Err(Failed::conflict(sentence));
+        }
+        ports::hold(published).map_err(|refused| explain(published, &refused))
+    }
+
+    /// Publishes what was set aside for an endpoint; returns when the kernel holds it.
+    pub(super) async fn publish_aside(&self, id: EndpointId, mut aside: SetAside<'_>) -> Result<(), Failed> {
+        let endpoint = self.endpoint_to_publish(id)?;
+        let before = endpoint.publish.clone();
+        let published = before.iter().chain(&aside.published).copied().collect();
+        let targets = endpoint.addresses.iter().map(IpNet::addr).collect();
+        if let Err(failed) = self.set_published(endpoint, published).await {
+            if let Ok(endpoint) = self.endpoint_to_publish(id) {
+                self.set_published(endpoint, before).await?;
+            }
+            return Err(failed);
+        }
+        self.ports.serve(id, std::mem::take(&mut aside.held), targets);
+        Ok(())
+    }
+
+    /// Publishes more ports of an endpoint of this host; gives all that it has then.
+    pub(super) async fn publish(&self, id: EndpointId, wishes: &[Publish]) -> Result<Vec<Published>, Failed> {
+        let endpoint = self.endpoint_to_publish(id)?;
+        let network = {
+            let state = self.state.borrow();
+            let found = state.view.networks.get(&endpoint.network);
+            found.ok_or_else(|| Failed::not_found("the endpoint's network is gone"))?.network.clone()
+        };
+        let total = u32::try_from(endpoint.publish.len()).unwrap_or(u32::MAX);
+        if total as usize + wishes.len() > MOST_RANGES {
+            return Err(too_many());
+        }
+        let aside = self.set_ports_aside(&endpoint.name, &network, wishes)?;
+        self.publish_aside(id, aside).await?;
+        Ok(self.endpoint_to_publish(id)?.publish)
+    }
+
+    /// Publishes no port of an endpoint any more. One that is gone has none.
+    pub(super) async fn revoke(&self, id: EndpointId) -> Result<(), Failed> {
+        self.ports.release(id);
+        let endpoint = self.state.borrow().own_endpoint(id).cloned();
+        match endpoint {
+            Some(endpoint) if !endpoint.publish.is_empty() => self.set_published(endpoint, Vec::new()).await,
+            Some(_) | None => Ok(()),
+        }
+    }
+
+    fn endpoint_to_publish(&self, id: EndpointId) -> Result<Endpoint, Failed> {
+        let state = self.state.borrow();
+        state.own_endpoint(id).cloned().ok_or_else(|| Failed::not_found("the endpoint is gone"))
+    }
+
+    /// Writes down what is published, tells it, and the kernel.
+    async fn set_published(&self, mut endpoint: Endpoint, published: Vec<Published>) -> Result<(), Failed> {
+        let network = endpoint.network;
+        endpoint.publish = published;
+        let local = {
+            let mut state = self.state.borrow_mut();
+            if !endpoint.publish.is_empty() && !state.local.publishing {
+                state.local.publishing = true;
+                state.dirty.host = true;
+            }
+            state.endpoints.get(&endpoint.id).cloned()
+        };
+        let local = local.ok_or_else(|| Failed::not_found("the endpoint is gone"))?;
+        self.keep_endpoint(&endpoint, &local).map_err(|error| Failed::internal(format!("{error:#}")))?;
+        self.write_table(vec![Entry::Endpoint(endpoint)], Vec::new());
+        let ops = {
+            let mut guard = self.state.borrow_mut();
+            let state = &mut *guard;
+            let mut ops = if state.dirty.host { self.plan_host(state) } else { Vec::new() };
+            ops.extend(self.plan_network(state, network));
+            ops
+        };
+        let outcomes = self.kernel.apply(ops).await;
+        self.note_outcomes(&outcomes, None);
+        match outcomes.iter().find_map(refusal) {
+            Some(error) => Err(Failed::kernel(format!("cannot publish ports: {error}"))),
+            None => Ok(()),
+        }
+    }
+
+    /// Takes the ports of endpoints that the last run left, which go on being translated meanwhile. What somebody
+    /// else has got is named, and tried again.
+    pub(super) fn hold_ports_again(&self) {
+        let endpoints: Vec<Endpoint> = self
+            .state
+            .borrow()
+            .own_endpoints()
+            .filter(|endpoint| !endpoint.publish.is_empty())
+            .cloned()
+            .collect();
+        for endpoint in endpoints {
+            let targets: Vec<IpAddr> = endpoint.addresses.iter().map(IpNet::addr).collect();
+            for published in &endpoint.publish {
+                self.hold_again(&endpoint, *published, &targets);
+            }
+        }
+    }
+
+    /// Those of [`Self::hold_ports_again`] that were not to be had.
+    pub(super) fn retry_ports(&self) {
+        let unheld: Vec<(EndpointId, Published)> = self.state.borrow().unheld.iter().copied().collect();
+        for (id, published) in unheld {
+            let endpoint = self.state.borrow().own_endpoint(id).cloned();
+            match endpoint.filter(|endpoint| endpoint.publish.contains(&published)) {
+                Some(endpoint) => {
+                    let targets: Vec<IpAddr> = endpoint.addresses.iter().map(IpNet::addr).collect();
+                    self.hold_again(&endpoint, published, &targets);
+                }
+                None => self.note_unheld(id, published, None),
+            }
+        }
+    }
+
+    fn hold_again(&self, endpoint: &Endpoint, published: Published, targets: &[IpAddr]) {
+        match ports::hold(published) {
+            Ok(held) => {
+                self.ports.serve(endpoint.id, held, targets.to_vec());
+                self.note_unheld(endpoint.id, published, None);
+            }
+            Err(refused) => {
+                let Failed(failure) = explain(published, &refused);
+                let sentence = format!(
+                    "endpoint {} has published {published}, and {}: what comes from other hosts goes to the endpoint",
+                    endpoint.name, failure.message
+                );
+                self.note_unheld(endpoint.id, published, Some(sentence));
+            }
+        }
+    }
+
+    fn note_unheld(&self, id: EndpointId, published: Published, sentence: Option<String>) {
+        let mut state = self.state.borrow_mut();
+        match sentence {
+            Some(_) => state.unheld.insert((id, published)),
+            None => state.unheld.remove(&(id, published)),
+        };
+        state.problem(format!("port {id} {published}"), sentence);
+    }
+}
+
+fn refusal(outcome: &Outcome) -> Option<&crate::kernel::KernelError> {
+    let ours = match &outcome.op {
+        Op::Table(table, _) => *table == Table::Publish,
+        Op::SetElement(element) => element.set.table == Table::Publish,
+        Op::SetLocalnet(_) => true,
+        _ => false,
+    };
+    outcome.result.as_ref().err().filter(|_| ours)
+}
+
+/// Who has published one of these ports, or is about to.
+fn publisher(state: &State, published: Published) -> Option<String> {
+    let transport = published.transport;
+    let meets = |others: &[Published]| others.iter().find_map(|other| published.meets(*other));
+    let held = state.own_endpoints().find_map(|endpoint| Some((endpoint, meets(&endpoint.publish)?)));
+    if let Some((endpoint, port)) = held {
+        let network = state.view.networks.get(&endpoint.network);
+        let network =
+            network.map_or_else(|| endpoint.network.to_string(), |found| found.network.name.clone());
+        return Some(format!(
+            "port {port}/{transport} is published for endpoint {} on network {network} already",
+            endpoint.name
+        ));
+    }
+    state.pending.ports.values().find_map(|(name, others)| {
+        let port = meets(others)?;
+        Some(format!("port {port}/{transport} is being published for endpoint {name} at this moment"))
+    })
+}
+
+fn explain(published: Published, refused: &Refused) -> Failed {
+    let transport = published.transport;
+    match refused {
+        Refused::Taken { port, holder } => {
+            let holder = holder.as_deref().unwrap_or("a program that cannot be seen from here");
+            Failed::conflict(format!("port {port}/{transport} is in use on this host by {holder}"))
+        }
+        Refused::NoAddress(address) => Failed::invalid(format!("{address} is not an address of this host")),
+        Refused::Other(error) => Failed::kernel(format!("cannot hold {published} on this host: {error}")),
+    }
+}
+
+fn too_many() -> Failed {
+    Failed::invalid(format!(
+        "too many ports: an endpoint has at most {MOST_RANGES} published ranges, and {MOST_PORTS} ports in them"
+    ))
+}
+
+/// What can be known before anything is tried.
+fn check(network: &Network, wishes: &[Publish]) -> Result<(), Failed> {
+    let total: u32 = wishes.iter().map(|wish| u32::from(wish.container.count())).sum();
+    if wishes.len() > MOST_RANGES || total > MOST_PORTS {
+        return Err(too_many());
+    }
+    if !wishes.is_empty() && network.internal {
+        return Err(Failed::invalid(format!(
+            "network {} is internal: nothing reaches it from outside, at a published port neither",
+            network.name
+        )));
+    }
+    for wish in wishes {
+        let ports = [Some(wish.container), wish.host];
+        let fits = |ports: &Range| ports.first > 0 && ports.first <= ports.last;
+        let same = wish
+            .host
+            .is_none_or(|host| wish.container.count() == 1 || host.count() == wish.container.count());
+        if !same || !ports.iter().flatten().all(fits) {
+            return Err(Failed::invalid("ports of the host and of the endpoint that do not fit together"));
+        }
+        let has = |v4: bool| network.subnets.iter().any(|subnet| subnet.prefix.addr().is_ipv4() == v4);
+        if let Some(address) = wish.address
+            && !has(address.is_ipv4())
+        {
+            return Err(Failed::invalid(format!(
+                "network {} has no addresses of {address}'s family to send its packets to",
+                network.name
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// Where ports may be taken from that nobody named, beginning anywhere: so many in a row.
+fn ephemeral(count: u16) -> Vec<u16> {
+    let range = kernel::setting("net.ipv4.ip_local_port_range").and_then(|text| {
+        let mut ports = text.split_ascii_whitespace().map(str::parse);
+        Some(Range { first: ports.next()?.ok()?, last: ports.next()?.ok()? })
+    });
+    let Range { first, last } = range.filter(|range| range.count() > 0).unwrap_or(EPHEMERAL);
+    let last = last.saturating_sub(count.saturating_sub(1));
+    let Some(choices) = last.checked_sub(first).map(|more| u32::from(more) + 1) else { return Vec::new() };
+    let begin = u32::from(u16::from_ne_bytes(random()));
+    let step = u32::from(count.max(1));
+    (0..u32::from(TRIES).min(choices))
+        .filter_map(|at| u16::try_from(u32::from(first) + (begin + at * step) % choices).ok())
+        .collect()
+}

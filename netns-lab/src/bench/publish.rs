@@ -1,0 +1,144 @@
+//! A thousand published ports: what one more costs, and what a connection through the last one costs.
+
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use netns_lab::{Host, Netns, Workload, wait_until};
+use serde_json::{Value, json};
+
+use super::Bench;
+use super::client::{self, Client};
+use super::report::{Bar, Figure, Row};
+use super::stats::{Samples, ms};
+
+const NETWORK: &str = "bench";
+/// The first of the host's ports.
+const FIRST: u16 = 20_000;
+const SUBNET: &str = "10.77.0.0/16";
+const GATEWAY: &str = "192.168.77.250";
+const HOST: &str = "192.168.77.1";
+const PATIENCE: Duration = Duration::from_secs(30);
+
+pub(crate) fn measure(bench: &Bench) -> Result<Figure> {
+    let lab = bench.lab(1)?;
+    lab.start_all()?;
+    let host = lab.host("h1")?;
+    host.ctl_ok(&["network", "create", NETWORK, "--driver", "bridge", "--subnet", SUBNET])?;
+    let outside = lab.switch();
+    outside.exec_ok(["ip", "addr", "add", &format!("{GATEWAY}/24"), "dev", "br0"])?;
+    outside.exec_ok(["ip", "route", "add", SUBNET, "via", HOST])?;
+    let ports = bench.plan.published;
+
+    let busy = host.workload("busy")?;
+    let wishes: Vec<Value> = (0..ports).map(|number| wish(FIRST + number)).collect();
+    let attached = ask(host, &busy, wishes)?;
+    let address = attached["addresses"][0].as_str().and_then(|net| net.split('/').next());
+    let direct: SocketAddr = format!("{}:80", address.context("no address")?).parse()?;
+    let through: SocketAddr = format!("{HOST}:{}", FIRST + ports - 1).parse()?;
+
+    let with_and_without = one_more(host, bench.plan.publishes, FIRST + ports)?;
+    let _server = serve(&busy)?;
+    let connects = connects(&outside, direct, through, bench.plan.connects)?;
+    let (with, without) = &with_and_without;
+    let (there, past) = (&connects.0, &connects.1);
+    Ok(Figure {
+        setup: format!(
+            "one host, a bridge network, {ports} ports published for one endpoint; {} attaches with one more port and \
+             as many without, in turns, over the socket; {} connections from outside to the endpoint's address by a \
+             route and as many to the last port, in turns, on all cores",
+            with.len(),
+            there.len()
+        ),
+        rows: vec![
+            Row::with_bar(
+                "one more published port, p50 (an attach with it less one without)",
+                with.percentile(50.0) - without.percentile(50.0),
+                "ms",
+                Bar::AtMost(2.0),
+            ),
+            Row::context("an attach with a port, p50", with.percentile(50.0), "ms"),
+            Row::context("an attach without, p50", without.percentile(50.0), "ms"),
+            Row::with_bar(
+                "connecting through the last port, of direct, p50",
+                past.percentile(50.0) / there.percentile(50.0),
+                "",
+                Bar::AtMost(1.15),
+            ),
+            Row::context("connecting through the last port, p50", past.percentile(50.0) * 1000.0, "µs"),
+            Row::context("connecting directly, p50", there.percentile(50.0) * 1000.0, "µs"),
+        ],
+        notes: Vec::new(),
+        details: json!({
+            "attach_with_ms": with.to_json(),
+            "attach_without_ms": without.to_json(),
+            "connect_through_ms": past.to_json(),
+            "connect_direct_ms": there.to_json(),
+        }),
+    })
+}
+
+fn wish(port: u16) -> Value {
+    json!({ "host": { "first": port, "last": port }, "container": { "first": 80, "last": 80 }, "transport": "tcp" })
+}
+
+fn ask(host: &Host, workload: &Workload, publish: Vec<Value>) -> Result<Value> {
+    let mut request = client::attach(workload.name(), NETWORK, workload.path(), None);
+    request["publish"] = Value::Array(publish);
+    Client::connect(&host.socket())?.ask(&request)
+}
+
+/// Attaches with a port that nobody has yet, and without one, in turns.
+fn one_more(host: &Host, count: usize, first: u16) -> Result<(Samples, Samples)> {
+    let workloads = host.bare_workloads("more", 2 * count)?;
+    let (mut with, mut without) = (Vec::new(), Vec::new());
+    for (number, pair) in workloads.chunks(2).enumerate() {
+        let port = first + u16::try_from(number)?;
+        for (workload, publish) in pair.iter().zip([vec![wish(port)], Vec::new()]) {
+            let times = if publish.is_empty() { &mut without } else { &mut with };
+            let start = Instant::now();
+            ask(host, workload, publish)?;
+            times.push(ms(start.elapsed()));
+        }
+    }
+    Ok((Samples::new(with), Samples::new(without)))
+}
+
+/// Takes connections until the process ends.
+fn serve(workload: &Workload) -> Result<()> {
+    let listener = workload.run(|| TcpListener::bind("0.0.0.0:80"))??;
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            drop(stream);
+        }
+    });
+    Ok(())
+}
+
+/// How long each of many connections takes, directly and through the port, in turns.
+fn connects(
+    from: &Netns,
+    direct: SocketAddr,
+    through: SocketAddr,
+    count: usize,
+) -> Result<(Samples, Samples)> {
+    let connect = move |to: SocketAddr| -> Result<f64> {
+        let start = Instant::now();
+        let stream = TcpStream::connect_timeout(&to, Duration::from_secs(5))?;
+        let took = ms(start.elapsed());
+        drop(stream);
+        Ok(took)
+    };
+    for to in [direct, through] {
+        wait_until(PATIENCE, &format!("{to} to answer"), || from.run(|| connect(to).map(drop))?)?;
+    }
+    from.run(move || {
+        let (mut there, mut past) = (Vec::new(), Vec::new());
+        for _ in 0..count {
+            there.push(connect(direct)?);
+            past.push(connect(through)?);
+        }
+        ensure!(!there.is_empty(), "no connections");
+        Ok((Samples::new(there), Samples::new(past)))
+    })?
+}

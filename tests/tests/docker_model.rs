@@ -1,0 +1,147 @@
+//! What the document says of Docker's drivers: host, none and overlay. Names of tests quote it. Bridge networks and
+//! published ports are in `bridge` and `publish`.
+
+#![allow(clippy::unwrap_used, reason = "tests, and helpers of tests")]
+
+use std::io::ErrorKind;
+use std::net::{SocketAddr, TcpListener, UdpSocket};
+
+use anyhow::Result;
+use netns_lab::{Host, Netns, Workload, wait_until};
+use ovl_tests::ports::{asked, make_bridge, outsider, who_asks};
+use ovl_tests::{
+    SOON, assert_says, attach, attach_workload, make_network, refused, rows, started, strings, text,
+    wait_clean, wait_endpoints,
+};
+use serde_json::Value;
+
+/// Makes a sandbox on these networks.
+fn sandbox(host: &Host, name: &str, networks: &[&str]) -> Result<Workload> {
+    let workload = host.promised_workload(name)?;
+    let args = ["sandbox", "create", workload.netns_name()];
+    let networks = networks.iter().flat_map(|network| ["--network", network]);
+    host.ctl_json(&args.into_iter().chain(networks).collect::<Vec<_>>())?;
+    Ok(workload)
+}
+
+fn remove(workload: &Workload) {
+    workload.host().ctl_ok(&["sandbox", "rm", workload.netns_name(), "--force"]).unwrap();
+}
+
+fn interfaces(netns: &Netns) -> Vec<String> {
+    let links = netns.ip_json(&["link", "show"]).unwrap();
+    links.as_array().unwrap().iter().map(|link| text(&link["ifname"])).collect()
+}
+
+#[test]
+fn bridge_host_none_overlay() {
+    let lab = started(1).unwrap();
+    let host = &lab["h1"];
+    // "Docker provides 4 network drivers", and so does ovl.
+    make_bridge(host, "virtual", &[]).unwrap();
+    make_network(&lab, "stretched", &[]).unwrap();
+    let drivers: Vec<Value> =
+        rows(host, &["network", "ls"]).unwrap().iter().map(|network| network["driver"].clone()).collect();
+    assert_eq!(drivers, ["overlay", "bridge"]);
+    for (name, networks) in
+        [("a", &["host"][..]), ("b", &["none"]), ("c", &["virtual"]), ("d", &["stretched"])]
+    {
+        let made = sandbox(host, name, networks).unwrap();
+        let all = rows(host, &["sandbox", "ls"]).unwrap();
+        let row = all.iter().find(|row| row["name"] == made.netns_name()).unwrap();
+        assert_eq!(strings(&row["networks"]), networks);
+        remove(&made);
+    }
+}
+
+#[test]
+fn container_sees_hosts_eth0_and_can_modify_hosts_network_config() {
+    let lab = started(1).unwrap();
+    let host = &lab["h1"];
+    let made = sandbox(host, "a", &["host"]).unwrap();
+    // No network isolation: the same interfaces, addresses and rules.
+    assert_eq!(interfaces(&made), interfaces(host));
+    let own = host.address().unwrap().to_string();
+    assert_says(&made.exec_ok(["ip", "addr"]).unwrap(), &[&own]);
+    host.exec_ok(["iptables", "-A", "INPUT", "-s", "192.0.2.7", "-j", "DROP"]).unwrap();
+    assert_says(&made.exec_ok(["iptables", "-S", "INPUT"]).unwrap(), &["192.0.2.7"]);
+    made.exec_ok(["ip", "route", "add", "blackhole", "192.0.2.0/24"]).unwrap();
+    assert_says(&host.exec_ok(["ip", "route"]).unwrap(), &["blackhole 192.0.2.0/24"]);
+    // No bridge, no veth.
+    assert!(!interfaces(host).iter().any(|name| name.starts_with("ovb-") || name.starts_with("ove-")));
+    remove(&made);
+}
+
+#[test]
+fn port_80_in_container_is_port_80_on_host_and_two_containers_cannot_share_it() {
+    let lab = started(1).unwrap();
+    let host = &lab["h1"];
+    let outside = outsider(&lab).unwrap();
+    let (a, b) = (sandbox(host, "a", &["host"]).unwrap(), sandbox(host, "b", &["host"]).unwrap());
+    let server = who_asks(&a, 80).unwrap();
+    // No NAT or port mapping needed: the client's address is its own.
+    let at = SocketAddr::new(host.address().unwrap(), 80);
+    assert_eq!(asked(&outside, at).unwrap().to_string(), "192.168.77.250");
+    // No port isolation.
+    let second = b.run(|| TcpListener::bind("0.0.0.0:80")).unwrap();
+    assert_eq!(second.unwrap_err().kind(), ErrorKind::AddrInUse);
+    let words = ["sandbox", "create", "c", "--network", "host", "--publish", "80:80"];
+    assert_says(&refused(host, &words).unwrap(), &["no port is published", "is the host's anyway"]);
+    drop(server);
+    (remove(&a), remove(&b));
+}
+
+#[test]
+fn only_loopback_interface_lo_cannot_communicate_with_anything() {
+    let lab = started(1).unwrap();
+    let host = &lab["h1"];
+    make_bridge(host, "blue", &["--subnet", "10.1.0.0/24"]).unwrap();
+    let other = attach(host, "other", "blue", &[]).unwrap();
+    let made = sandbox(host, "a", &["none"]).unwrap();
+    assert_eq!(interfaces(&made), ["lo"]);
+    made.ping_until("127.0.0.1", SOON).unwrap();
+    // Complete network isolation: there is not even a way to try.
+    for address in [other.address(), "10.1.0.1".to_owned(), host.address().unwrap().to_string()] {
+        let socket = made.run(|| UdpSocket::bind("0.0.0.0:0")).unwrap().unwrap();
+        let sent = socket.send_to(b"hello", format!("{address}:7"));
+        assert_eq!(sent.unwrap_err().kind(), ErrorKind::NetworkUnreachable, "{address}");
+    }
+    // Manual networking setup: add your own interfaces later.
+    let joined = attach_workload(made.clone(), "blue", &[]).unwrap();
+    joined.workload.ping_until(other.address(), SOON).unwrap();
+    assert_eq!(interfaces(&made), ["lo", "eth0"]);
+    host.ctl_ok(&["detach", &joined.name]).unwrap();
+    remove(&made);
+}
+
+#[test]
+fn gossip_protocol_spreads_mac_to_vtep_mappings_no_multicast_needed() {
+    let lab = started(2).unwrap();
+    let (h1, h2) = (&lab["h1"], &lab["h2"]);
+    make_network(&lab, "myoverlay", &["--subnet", "10.0.0.0/24", "--vni", "256"]).unwrap();
+    let a = attach(h1, "a", "myoverlay", &[]).unwrap();
+    let b = attach(h2, "b", "myoverlay", &[]).unwrap();
+    for host in [h1, h2] {
+        wait_endpoints(host, &["a on h1 is ready", "b on h2 is ready"], SOON).unwrap();
+    }
+    wait_clean(lab.hosts(), SOON).unwrap();
+    // The mapping is there before anything is sent.
+    let fdb = rows(h1, &["fdb"]).unwrap();
+    let entry = fdb.iter().find(|row| row["mac"] == b.mac().as_str()).unwrap();
+    assert_eq!(text(&entry["destination"]), h2.address().unwrap().to_string());
+    // On each host a bridge with the container and a VXLAN device of that identifier.
+    let vxlan = h1.ip_json(&["-d", "link", "show", "type", "vxlan"]).unwrap();
+    assert_eq!(vxlan[0]["linkinfo"]["info_data"]["id"], 256);
+    let bridge = text(&h1.ctl_json(&["network", "inspect", "myoverlay"]).unwrap()["bridge"]);
+    assert_eq!(vxlan[0]["master"], bridge.as_str());
+    // The hosts are known one by one, not by a group.
+    assert!(vxlan[0]["linkinfo"]["info_data"]["group"].is_null(), "{}", vxlan[0]);
+    assert_eq!(h1.ip_json(&["link", "show", &a.device()]).unwrap()[0]["master"], bridge.as_str());
+    a.workload.ping_until(b.address(), SOON).unwrap();
+    b.workload.ping_until(a.address(), SOON).unwrap();
+    // "Encrypted option available": what it takes is in the tests of `encryption`.
+    wait_until(SOON, "an encrypted network", || {
+        h1.ctl_ok(&["network", "create", "sealed", "--encrypted"]).map(drop)
+    })
+    .unwrap();
+}
