@@ -86,7 +86,7 @@ fn an_administrators_drop_decides_about_a_published_port() {
 table inet mine {
     chain forward {
         type filter hook forward priority filter; policy accept;
-        ct status dnat ct original proto-dst 8080 ip saddr != 192.0.2.0/24 drop
+        ct status dnat meta l4proto tcp ct original proto-dst 8080 ip saddr != 192.0.2.0/24 drop
     }
 }
 X",
@@ -94,7 +94,7 @@ X",
     shop.stays_shut();
     shop.run("nft delete table inet mine");
     shop.opens();
-    let rule = "FORWARD -m conntrack --ctorigdstport 8080 --ctdir ORIGINAL ! -s 192.0.2.0/24 -j DROP";
+    let rule = "FORWARD -p tcp -m conntrack --ctorigdstport 8080 --ctdir ORIGINAL ! -s 192.0.2.0/24 -j DROP";
     shop.run(&format!("iptables -I {rule}"));
     shop.stays_shut();
     shop.run(&format!("iptables -D {rule}"));
