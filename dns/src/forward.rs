@@ -75,10 +75,14 @@ struct Server {
     down_until: Option<Instant>,
 }
 
+/// A query, and who waits for its answer.
+type Waiting = (Vec<u8>, Waiter);
+
 pub(crate) struct Forwarder {
     servers: RefCell<Vec<Server>>,
     cache: RefCell<Cache>,
-    waiting: RefCell<HashMap<Question, Vec<(Vec<u8>, Waiter)>>>,
+    /// Who asked what is on its way already, each with its own query.
+    waiting: RefCell<HashMap<Question, Vec<Waiting>>>,
     counters: Arc<Counters>,
 }
 

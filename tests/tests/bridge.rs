@@ -86,7 +86,8 @@ fn creates_a_new_bridge_separate_from_the_others() {
     wait_clean(lab.hosts(), SOON).unwrap();
     let mut found = bridges();
     let mut expected = vec![one, two];
-    (found.sort(), expected.sort());
+    found.sort();
+    expected.sort();
     assert_eq!(found, expected);
     // A range for each, of the configured pool.
     let ranges: Vec<String> =

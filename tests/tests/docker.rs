@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "tests, and helpers of tests")]
 
+use anyhow::Context as _;
 use std::net::IpAddr;
 use std::path::Path;
 use std::time::Instant;
@@ -166,7 +167,7 @@ fn call(host: &Host, socket: &Path, method: &str, body: &Value) -> Value {
     let said = host
         .exec_ok(["curl", "-sS", "-X", "POST", "--unix-socket", socket, "-d", &body.to_string(), &url])
         .unwrap();
-    serde_json::from_str(&said).unwrap_or_else(|error| panic!("{method}: {error}: {said}"))
+    serde_json::from_str(&said).with_context(|| format!("{method}: {said}")).unwrap()
 }
 
 #[test]

@@ -133,7 +133,7 @@ impl Member {
 
 /// The elements that say which generation it is.
 pub(super) fn generation(number: u32) -> Vec<Element> {
-    let mark = Field::Number(MARK | number % GENERATIONS);
+    let mark = Field::Number(MARK | (number % GENERATIONS));
     // NFPROTO_IPV4, NFPROTO_IPV6.
     let judged = [2_u8, 10].map(|family| Element {
         set: GENERATION,
