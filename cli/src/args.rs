@@ -7,8 +7,8 @@ use clap::{Parser, Subcommand, ValueEnum};
 use ovl_proto::DEFAULT_SOCKET;
 
 use crate::command::{
-    attach, cni, completions, detach, dns, endpoints, events, fdb, key, lifecycle, man, metrics, network,
-    peers, plan, policy, routes, sandbox, status, subnets, verify,
+    attach, cni, completions, detach, dns, endpoint, endpoints, events, fdb, key, lifecycle, man, metrics,
+    network, peers, plan, policy, resource, routes, sandbox, status, subnets, verify,
 };
 use crate::context::Context;
 use crate::error::Result;
@@ -40,6 +40,7 @@ pub(crate) enum Output {
     // A table with all columns, also those that hold what is usual.
     Wide,
     Json,
+    Yaml,
 }
 
 #[derive(Debug, Subcommand)]
@@ -76,6 +77,18 @@ enum Command {
     Endpoints(endpoints::Args),
     /// Show what a DNS query would be answered, and why
     Dns(dns::Args),
+    /// Say whether Services send connections to an endpoint
+    Endpoint(endpoint::Args),
+    /// Make or change the objects of Kubernetes manifests
+    Apply(resource::ApplyArgs),
+    /// Show Kubernetes' objects
+    Get(resource::GetArgs),
+    /// Show all about Kubernetes' objects, and what follows from them
+    Describe(resource::GetArgs),
+    /// Delete Kubernetes' objects
+    Delete(resource::DeleteArgs),
+    /// Show what applying manifests would change; exit status 1 where it would
+    Diff(resource::DiffArgs),
     /// Create, show and remove network namespaces that outlive the programs in them
     Sandbox(sandbox::Args),
     /// Show network policies, what they say of a connection, and what they refused
@@ -95,8 +108,9 @@ impl Cli {
     pub(crate) fn run(self) -> Result<ExitCode> {
         let context = Context { socket: self.socket, output: self.output };
         match self.command {
-            // The one command whose findings show in the exit status.
+            // Commands whose findings show in the exit status.
             Command::Verify => return verify::run(&context),
+            Command::Diff(args) => return resource::diff(&context, &args),
             Command::Status => status::run(&context),
             Command::Peers(args) => peers::run(&context, args),
             Command::Leave => lifecycle::leave(&context),
@@ -112,6 +126,11 @@ impl Cli {
             Command::Detach(args) => detach::run(&context, args),
             Command::Endpoints(args) => endpoints::run(&context, &args),
             Command::Dns(args) => dns::run(&context, args),
+            Command::Endpoint(args) => endpoint::run(&context, args),
+            Command::Apply(args) => resource::apply(&context, &args),
+            Command::Get(args) => resource::get(&context, &args),
+            Command::Describe(args) => resource::describe(&context, &args),
+            Command::Delete(args) => resource::delete(&context, &args),
             Command::Sandbox(args) => sandbox::run(&context, args),
             Command::Policy(args) => policy::run(&context, args),
             Command::Cni(args) => cni::run(&context, args),
@@ -184,6 +203,19 @@ mod tests {
             "policy explain 10.1.0.9 [fd00::9]:53/UDP",
             "policy explain web db",
             "policy drops --follow",
+            "endpoint ready web -n shop",
+            "endpoint unready web --namespace shop --network blue",
+            "apply -f a.yaml -f - --dry-run --lenient -n shop",
+            "apply -R -f dir",
+            "get svc",
+            "get pods web -n shop -o yaml",
+            "get svc,netpol -A -o wide",
+            "get svc/web",
+            "describe svc web",
+            "delete svc web other -n shop",
+            "delete svc/web",
+            "delete -f a.yaml",
+            "diff -f a.yaml",
             "cni install",
             "cni install --network blue --name k8s --conf-dir /a --bin-dir /b --binary /c --portmap",
             "key generate",
@@ -206,7 +238,15 @@ mod tests {
             "",
             "stauts",
             "status now",
-            "-o yaml status",
+            "-o xml status",
+            "apply",
+            "get",
+            "get svc -A -n shop",
+            "delete",
+            "delete svc web -f a.yaml",
+            "diff",
+            "endpoint",
+            "endpoint ready",
             "--socket",
             "peers forget",
             "network",

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use ovl_proto::control::{Client, Reply, Request};
+use ovl_proto::manifest::to_yaml;
 use serde::Serialize;
 use serde_json::json;
 
@@ -26,6 +27,7 @@ pub(crate) struct Context {
 fn seconds(request: &Request) -> u64 {
     match request {
         Request::Attach(_)
+        | Request::Get(_)
         | Request::SandboxCreate(_)
         | Request::Leave
         | Request::Teardown
@@ -50,7 +52,7 @@ impl Context {
         let Reply::Done = self.ask(request)? else { return Err(Error::unexpected_reply()) };
         match self.output {
             Output::Table | Output::Wide => Ok(()),
-            Output::Json => self.print(&json!({ "done": true }), |_| String::new()),
+            Output::Json | Output::Yaml => self.print(&json!({ "done": true }), |_| String::new()),
         }
     }
 
@@ -67,6 +69,7 @@ impl Context {
         let text = match self.output {
             Output::Table | Output::Wide => text(value),
             Output::Json => json_text(serde_json::to_string_pretty(value))?,
+            Output::Yaml => yaml_text(value)?,
         };
         write_out(&text).map(drop)
     }
@@ -74,9 +77,17 @@ impl Context {
 
 /// JSON with a newline, or why there is none.
 pub(crate) fn json_text(json: serde_json::Result<String>) -> Result<String> {
-    json.map(|text| text + "\n").map_err(|error| {
-        Error::Failed(format!("cannot write the answer as JSON: {error}. Use `-o table`, and report this"))
-    })
+    json.map(|text| text + "\n").map_err(unwritable)
+}
+
+/// A document of YAML, or why there is none.
+pub(crate) fn yaml_text<T: Serialize>(value: &T) -> Result<String> {
+    let value = serde_json::to_value(value).map_err(unwritable)?;
+    Ok(format!("---\n{}", to_yaml(&value)))
+}
+
+fn unwritable(error: serde_json::Error) -> Error {
+    Error::Failed(format!("cannot write the answer as JSON: {error}. Use `-o table`, and report this"))
 }
 
 /// Writes to standard output at once. A reader that went away (`| head`) has what it wanted: that

@@ -3,6 +3,7 @@
 //! ([`kernel`]) gives the operations ([`diff`], [`op`]).
 
 pub mod alloc;
+pub mod allocation;
 pub mod backends;
 pub mod cni;
 pub mod desired;
@@ -18,6 +19,7 @@ pub mod ipam;
 pub mod kernel;
 pub mod keys;
 pub mod liveness;
+pub mod manifest;
 pub mod members;
 pub mod networks;
 pub mod nft;

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use ovl_proto::clock::Stamp;
 use ovl_proto::id::NetworkId;
 use ovl_proto::object::{Body, Network, Object, ObjectKey, SignedObject};
+use ovl_proto::resource::ResourceKey;
 use ovl_proto::wire;
 
 use crate::digest::{Digest, Hash, hash};
@@ -123,39 +124,34 @@ impl Objects {
         Ok(())
     }
 
-    /// Keeps the later one of two writes, in `resources` too; says whether that is this one.
+    /// Keeps the later one of two writes, in `resources` too. If that is this one, gives which of Kubernetes'
+    /// objects it changes.
     pub fn put(
         &mut self,
         signed: SignedObject,
         object: Object,
         resources: &mut Resources,
-    ) -> Result<bool, Full> {
+    ) -> Result<Option<Vec<ResourceKey>>, Full> {
         let key = object.key();
         let old = self.all.get(&key);
         if old.is_some_and(|old| old.stamp >= object.stamp) {
-            return Ok(false);
+            return Ok(None);
         }
         self.has_room(std::iter::once((key.clone(), &signed)))?;
         self.bytes = self.bytes - old.map_or(0, |old| old.signed.body.len()) + signed.body.len();
         // What cannot be encoded was never received or sent.
         let hash = hash(&wire::encode_body(&(&key, object.stamp)).unwrap_or_default());
         let Object { stamp, deleted, body } = object;
-        let network = match body {
-            Body::Network(network) => Some(network),
-            Body::Resource(resource) if deleted => {
-                resources.remove(&resource.key());
-                None
-            }
-            Body::Resource(resource) => {
-                resources.insert(resource);
-                None
-            }
+        let (network, changed) = match body {
+            Body::Network(network) => (Some(network), Vec::new()),
+            Body::Resource(resource) if deleted => (None, resources.remove(&resource.key())),
+            Body::Resource(resource) => (None, resources.insert(resource)),
         };
         self.digest.insert(hash);
         if let Some(old) = self.all.insert(key, Stored { signed, stamp, deleted, network, hash }) {
             self.digest.remove(&old.hash);
         }
-        Ok(true)
+        Ok(Some(changed))
     }
 
     /// Forgets the objects for which `keep` says no.

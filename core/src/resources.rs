@@ -10,6 +10,8 @@ use ovl_proto::resource::{
 };
 use ovl_proto::table::Endpoint;
 
+use crate::allocation::Claims;
+
 /// The label that every namespace has, with its name for a value.
 pub const NAMESPACE_NAME_LABEL: &str = "kubernetes.io/metadata.name";
 
@@ -20,36 +22,42 @@ pub struct Resources {
     pub namespaces: BTreeMap<String, Namespace>,
     /// Whether there is an endpoint or not.
     pub pods: BTreeMap<Name, Pod>,
-    /// With what was allocated.
+    /// With what was allocated, as far as no older Service has it.
     pub services: BTreeMap<Name, Service>,
     /// Whether there is a Service or not.
     pub slices: BTreeMap<Name, EndpointSlice>,
     /// Network policies.
     pub policies: BTreeMap<Name, NetworkPolicy>,
+    /// Who has which addresses and node ports.
+    pub claims: Claims,
 }
 
 impl Resources {
-    /// Adds or replaces one.
-    pub fn insert(&mut self, resource: Resource) {
-        let name = resource.name();
+    /// Adds or replaces one. Gives those that this changes: itself, and Services that lose something to it or get
+    /// something back.
+    pub fn insert(&mut self, resource: Resource) -> Vec<ResourceKey> {
+        let key = resource.key();
+        let name = key.name.clone();
         match resource {
             Resource::Namespace(it) => drop(self.namespaces.insert(name.name, it)),
             Resource::Pod(it) => drop(self.pods.insert(name, it)),
-            Resource::Service(it) => drop(self.services.insert(name, *it)),
+            Resource::Service(it) => return self.claims.put(&mut self.services, name, Some(*it)),
             Resource::EndpointSlice(it) => drop(self.slices.insert(name, it)),
             Resource::NetworkPolicy(it) => drop(self.policies.insert(name, it)),
         }
+        vec![key]
     }
 
-    /// Takes one out, if it is there.
-    pub fn remove(&mut self, key: &ResourceKey) {
+    /// Takes one out, if it is there. Gives those that this changes.
+    pub fn remove(&mut self, key: &ResourceKey) -> Vec<ResourceKey> {
         match key.kind {
             Kind::Namespace => drop(self.namespaces.remove(&key.name.name)),
             Kind::Pod => drop(self.pods.remove(&key.name)),
-            Kind::Service => drop(self.services.remove(&key.name)),
+            Kind::Service => return self.claims.put(&mut self.services, key.name.clone(), None),
             Kind::EndpointSlice => drop(self.slices.remove(&key.name)),
             Kind::NetworkPolicy => drop(self.policies.remove(&key.name)),
         }
+        vec![key.clone()]
     }
 
     /// One, as what it is in general.

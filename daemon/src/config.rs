@@ -1,17 +1,25 @@
 //! Flags and the configuration file. A flag wins over the file; `--join` adds to it.
 
-use std::net::{IpAddr, SocketAddr, ToSocketAddrs, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use clap::Parser;
-use ipnet::IpNet;
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use ovl_core::allocation::Ranges;
+use ovl_core::networks::overlaps;
 use ovl_proto::{DEFAULT_PORT, DEFAULT_TUNNEL_PORT, DEFAULT_VXLAN_PORT, SEALED_VXLAN_PORT};
 use serde::Deserialize;
 
 /// Where the configuration is looked for unless `--config` says otherwise.
 const DEFAULT_CONFIG: &str = "/etc/ovl/ovld.toml";
+
+/// Where Kubernetes often has them.
+const DEFAULT_SERVICE_RANGES: [IpNet; 2] = [
+    IpNet::V4(Ipv4Net::new_assert(Ipv4Addr::new(10, 96, 0, 0), 16)),
+    IpNet::V6(Ipv6Net::new_assert(Ipv6Addr::new(0xfd00, 0x10, 0x96, 0, 0, 0, 0, 0), 112)),
+];
 
 /// The ovl daemon: builds overlay networks on this host and shares them with its peers by gossip.
 #[derive(Debug, Parser)]
@@ -88,6 +96,9 @@ struct File {
     #[serde(default, with = "humantime_serde::option")]
     forget_after: Option<Duration>,
     pool: Option<IpNet>,
+    service_range: Option<Vec<IpNet>>,
+    load_balancer_pool: Option<Vec<IpNet>>,
+    cluster_domain: Option<String>,
     masquerade: Option<bool>,
     #[serde(default)]
     tunnel: TunnelMode,
@@ -147,6 +158,10 @@ pub(crate) struct Config {
     pub forget_after: Duration,
     /// Where the ranges of networks come from that are made without `--subnet`.
     pub pool: IpNet,
+    /// Where addresses of Services come from.
+    pub ranges: Ranges,
+    /// What the names of Services end with in DNS.
+    pub cluster_domain: String,
     /// Whether what leaves the cluster gets this host's address.
     pub masquerade: bool,
     /// Who carries encrypted networks.
@@ -210,6 +225,11 @@ impl Config {
                 Some(pool) => pool,
                 None => "10.128.0.0/9".parse().context("the default pool")?,
             },
+            ranges: Ranges {
+                services: file.service_range.unwrap_or_else(|| DEFAULT_SERVICE_RANGES.to_vec()),
+                load_balancers: file.load_balancer_pool.unwrap_or_default(),
+            },
+            cluster_domain: file.cluster_domain.unwrap_or_else(|| "cluster.local".to_owned()),
             masquerade: file.masquerade.unwrap_or(true),
             tunnel: args.tunnel.unwrap_or(file.tunnel),
             tunnel_port: args.tunnel_port.or(file.tunnel_port).unwrap_or(DEFAULT_TUNNEL_PORT),
@@ -255,6 +275,38 @@ impl Config {
         }
         if self.pool.prefix_len() > if self.pool.addr().is_ipv4() { 24 } else { 64 } {
             bail!("pool: {} is too small to cut networks from", self.pool);
+        }
+        let labels: Vec<&str> = self.cluster_domain.split('.').collect();
+        let is_label = |label: &&str| is_name(label) && !label.contains('_') && !label.ends_with('-');
+        if self.cluster_domain.len() > 200 || !labels.iter().all(is_label) {
+            bail!("cluster_domain: '{}' is no DNS name", self.cluster_domain);
+        }
+        self.check_ranges()
+    }
+
+    fn check_ranges(&self) -> Result<()> {
+        let Ranges { services, load_balancers } = &self.ranges;
+        let families = services.iter().filter(|range| range.addr().is_ipv4()).count();
+        if families > 1 || services.len() - families > 1 {
+            bail!("service_range: at most one range of IPv4 and one of IPv6");
+        }
+        for range in services {
+            if range.prefix_len() > if range.addr().is_ipv4() { 27 } else { 123 } {
+                bail!("service_range: {range} is too small");
+            }
+        }
+        let all: Vec<(&str, IpNet)> = services
+            .iter()
+            .map(|range| ("service_range", *range))
+            .chain(load_balancers.iter().map(|pool| ("load_balancer_pool", *pool)))
+            .collect();
+        for (n, (name, range)) in all.iter().enumerate() {
+            if *range != range.trunc() {
+                bail!("{name}: {range} has bits behind its prefix; {} is meant", range.trunc());
+            }
+            if let Some((other, taken)) = all.iter().take(n).find(|(_, other)| overlaps(*range, *other)) {
+                bail!("{name}: {range} overlaps {other} {taken}");
+            }
         }
         Ok(())
     }

@@ -6,7 +6,9 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
-use ovl_proto::control::{Event, Failure, FailureKind, MAX_REQUEST, Reply, Request};
+use ovl_proto::control::{
+    Document, Event, Failure, FailureKind, MAX_REQUEST, MAX_STAGED, MAX_STAGED_BYTES, Reply, Request,
+};
 use serde_json::{Map, Value};
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::net::{UnixListener, UnixStream};
@@ -60,6 +62,7 @@ async fn client(node: &Rc<Node>, stream: UnixStream) -> std::io::Result<()> {
     let (read, mut write) = stream.into_split();
     let mut read = BufReader::new(read);
     let mut line = Vec::new();
+    let mut staged = Staged::default();
     loop {
         line.clear();
         // One byte more than allowed tells a line that is too long from one that just fits.
@@ -80,8 +83,13 @@ async fn client(node: &Rc<Node>, stream: UnixStream) -> std::io::Result<()> {
                     _ = tokio::io::copy(&mut read, &mut ignored) => Ok(()),
                 };
             }
+            Ok(Request::Stage { documents }) => {
+                let reply = staged.add(documents, length);
+                send(&mut write, &reply).await?;
+            }
             Ok(request) => {
-                let reply = node.answer(request).await;
+                let documents = std::mem::take(&mut staged).documents;
+                let reply = node.answer(request, documents).await;
                 send(&mut write, &reply).await?;
             }
             Err(error) => {
@@ -89,6 +97,29 @@ async fn client(node: &Rc<Node>, stream: UnixStream) -> std::io::Result<()> {
                 send(&mut write, &Reply::Error(Failure { kind: FailureKind::Invalid, message })).await?;
             }
         }
+    }
+}
+
+/// Documents of a client that come in several requests.
+#[derive(Default)]
+struct Staged {
+    documents: Vec<Document>,
+    bytes: usize,
+}
+
+impl Staged {
+    fn add(&mut self, documents: Vec<Document>, bytes: usize) -> Reply {
+        self.bytes += bytes;
+        if self.documents.len() + documents.len() > MAX_STAGED || self.bytes > MAX_STAGED_BYTES {
+            *self = Self::default();
+            let message = format!(
+                "at most {MAX_STAGED} documents of {} MiB together at a time",
+                MAX_STAGED_BYTES >> 20
+            );
+            return Reply::Error(Failure { kind: FailureKind::Invalid, message });
+        }
+        self.documents.extend(documents);
+        Reply::Done
     }
 }
 

@@ -11,12 +11,14 @@ mod cni;
 mod docker;
 mod reply;
 mod request;
+mod resources;
 
 pub use client::{Client, ClientError};
 pub use cni::{CNI_VERSIONS, CniDeleted};
 pub use docker::DockerDeleted;
 pub use reply::*;
 pub use request::*;
+pub use resources::*;
 
 /// The longest request line, in bytes.
 pub const MAX_REQUEST: usize = 1 << 20;

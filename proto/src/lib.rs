@@ -9,6 +9,7 @@
 //! | [`object`] | cluster objects: networks and what manifests say; many writers, the last one wins |
 //! | [`resource`] | Kubernetes' objects |
 //! | [`publish`] | published ports |
+//! | [`manifest`] | files of manifests: YAML and JSON as values |
 //! | [`alloc`] | the map of members and address blocks that a majority agrees on |
 //! | [`sync`] | messages of the encrypted stream between two daemons |
 //! | [`secret`] | what does not print |
@@ -19,6 +20,7 @@ pub mod alloc;
 pub mod clock;
 pub mod control;
 pub mod id;
+pub mod manifest;
 pub mod object;
 pub mod publish;
 pub mod record;

@@ -54,6 +54,9 @@ pub(crate) struct Args {
     /// repeated
     #[arg(long, value_name = "PORT")]
     publish: Vec<Publish>,
+    /// Services send it nothing before `ovlctl endpoint ready`
+    #[arg(long)]
+    not_ready: bool,
 }
 
 /// Asks, and prints what came of it.
@@ -85,6 +88,7 @@ impl Args {
             namespace: self.namespace,
             labels: BTreeMap::from_iter(self.labels),
             publish: self.publish,
+            not_ready: self.not_ready,
         })
     }
 }
@@ -157,7 +161,7 @@ mod tests {
     #[test]
     fn everything_given_is_asked_for() {
         let line = "attach web --network blue --pid 7 --ip 10.1.0.9 --ip fd00::9 --mac 02:00:00:00:00:01 \
-                    --ifname e0 --alias b --alias c --namespace shop --label app=a=b --label tier= \
+                    --ifname e0 --alias b --alias c --namespace shop --label app=a=b --label tier= --not-ready \
                     --publish 8080:80 --publish [::1]:53:53/udp";
         let expected = Attach {
             name: "web".into(),
@@ -170,6 +174,7 @@ mod tests {
             namespace: Some("shop".into()),
             labels: [("app".into(), "a=b".into()), ("tier".into(), String::new())].into(),
             publish: vec!["8080:80".parse().unwrap(), "[::1]:53:53/udp".parse().unwrap()],
+            not_ready: true,
         };
         assert_eq!(request(line), expected);
     }
@@ -207,6 +212,7 @@ mod tests {
             device: Some("ovle1a2b3c4d".into()),
             publish: Vec::new(),
             warnings: Vec::new(),
+            ready: true,
         };
         assert_eq!(
             render(&endpoint),

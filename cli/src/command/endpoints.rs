@@ -4,7 +4,7 @@ use ovl_proto::control::{EndpointInfo, Reply, Request};
 
 use crate::context::Context;
 use crate::error::{Error, Result};
-use crate::text::{Table, list};
+use crate::text::{Table, list, yes};
 
 /// Arguments of `endpoints`.
 #[derive(Debug, clap::Args)]
@@ -42,6 +42,7 @@ fn render(endpoints: &[EndpointInfo]) -> String {
         .column("ADDRESSES", endpoints.iter().map(|endpoint| list(&endpoint.addresses)))
         .column("MAC", endpoints.iter().map(|endpoint| endpoint.mac))
         .column("STATE", endpoints.iter().map(|endpoint| endpoint.state))
+        .unusual("READY", "yes", endpoints.iter().map(|endpoint| yes(endpoint.ready)))
         .unusual("ALIASES", "", endpoints.iter().map(|endpoint| list(&endpoint.aliases)))
         .unusual("PUBLISH", "", endpoints.iter().map(|endpoint| list(&endpoint.publish)))
         .render()
@@ -68,6 +69,7 @@ mod tests {
             device: None,
             publish: Vec::new(),
             warnings: Vec::new(),
+            ready: true,
         }
     }
 

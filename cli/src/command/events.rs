@@ -6,7 +6,7 @@ use ovl_proto::clock::timestamp;
 use ovl_proto::control::{Client, ClientError, Event, Reply, Request};
 
 use crate::args::Output;
-use crate::context::{Context, json_text, write_out};
+use crate::context::{Context, json_text, write_out, yaml_text};
 use crate::error::{Error, Result};
 use crate::text::printable;
 
@@ -39,6 +39,7 @@ fn follow(context: &Context) -> Result<()> {
                 Output::Table | Output::Wide => line(&event),
                 // An array would never end: one object a line instead.
                 Output::Json => json_text(serde_json::to_string(&event))?,
+                Output::Yaml => yaml_text(&event)?,
             };
             if let ControlFlow::Break(()) = write_out(&text)? {
                 return Ok(());

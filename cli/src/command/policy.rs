@@ -10,7 +10,7 @@ use ovl_proto::control::{PolicyDrop, PolicyJudgement, PolicyRow, Reply, Request}
 use ovl_proto::resource::Protocol;
 
 use crate::args::Output;
-use crate::context::{Context, json_text, write_out};
+use crate::context::{Context, json_text, write_out, yaml_text};
 use crate::error::{Error, Result};
 use crate::text::{Table, list, maybe, printable};
 use crate::time::millis;
@@ -132,6 +132,7 @@ fn follow(context: &Context) -> Result<()> {
             let text = match context.output {
                 Output::Table | Output::Wide => line(&grown),
                 Output::Json => json_text(serde_json::to_string(&grown))?,
+                Output::Yaml => yaml_text(&grown)?,
             };
             if let ControlFlow::Break(()) = write_out(&text)? {
                 return Ok(());
@@ -186,7 +187,7 @@ fn render_rows(rows: &[PolicyRow], output: Output) -> String {
         .column("REFUSED", rows.iter().map(|row| row.refused));
     match output {
         Output::Wide => table.column("RULES", rows.iter().map(|row| row.rules.join("; "))).render(),
-        Output::Table | Output::Json => table.render(),
+        Output::Table | Output::Json | Output::Yaml => table.render(),
     }
 }
 

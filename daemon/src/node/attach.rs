@@ -163,7 +163,7 @@ impl Node {
             addresses: reserved.iter().map(|reserved| reserved.net).collect(),
             aliases: request.aliases.clone(),
             labels: request.labels.clone(),
-            ready: true,
+            ready: !request.not_ready,
             // Once it is there.
             publish: Vec::new(),
         };
@@ -394,35 +394,76 @@ impl Node {
         network: Option<&str>,
         namespace: Option<&str>,
     ) -> Result<(), Failed> {
-        let ids: Vec<EndpointId> = {
-            let state = self.state.borrow();
-            let network = match network {
-                Some(name) => {
-                    let found = state.view.network(name).map(|found| found.network.id);
-                    Some(found.ok_or_else(|| Failed::no_network(&state, name))?)
-                }
-                None => None,
-            };
-            let fits = |endpoint: &Endpoint| {
-                network.is_none_or(|network| endpoint.network == network)
-                    && endpoint.namespace == namespace.unwrap_or("default")
-            };
-            let own = state.view.own().into_iter().flat_map(|own| own.table.named(name));
-            let ids: Vec<_> = own.filter(|e| fits(e)).map(|e| e.id).collect();
-            if ids.is_empty()
-                && let Some(elsewhere) = state
-                    .view
-                    .all_named(name)
-                    .find(|placed| fits(placed.endpoint) && state.view.counts(placed.node))
-            {
-                return Err(Failed::conflict(format!(
-                    "endpoint {name} is on host {}: detach it there",
-                    elsewhere.node.record.name
-                )));
-            }
-            ids
-        };
+        let ids = self.own_named(name, network, namespace, "detach it there")?;
         self.take_away(&ids).await
+    }
+
+    /// Endpoints of this host by name. Where only another host has one, `advice` is what to do.
+    fn own_named(
+        &self,
+        name: &str,
+        network: Option<&str>,
+        namespace: Option<&str>,
+        advice: &str,
+    ) -> Result<Vec<EndpointId>, Failed> {
+        let state = self.state.borrow();
+        let network = match network {
+            Some(name) => {
+                let found = state.view.network(name).map(|found| found.network.id);
+                Some(found.ok_or_else(|| Failed::no_network(&state, name))?)
+            }
+            None => None,
+        };
+        let fits = |endpoint: &Endpoint| {
+            network.is_none_or(|network| endpoint.network == network)
+                && endpoint.namespace == namespace.unwrap_or("default")
+        };
+        let own = state.view.own().into_iter().flat_map(|own| own.table.named(name));
+        let ids: Vec<_> = own.filter(|e| fits(e)).map(|e| e.id).collect();
+        if ids.is_empty()
+            && let Some(elsewhere) = state
+                .view
+                .all_named(name)
+                .find(|placed| fits(placed.endpoint) && state.view.counts(placed.node))
+        {
+            return Err(Failed::conflict(format!(
+                "endpoint {name} is on host {}: {advice}",
+                elsewhere.node.record.name
+            )));
+        }
+        Ok(ids)
+    }
+
+    /// Says whether Services send connections to an endpoint, on each network that it is on.
+    pub(super) fn endpoint_ready(
+        &self,
+        name: &str,
+        network: Option<&str>,
+        namespace: Option<&str>,
+        ready: bool,
+    ) -> Result<(), Failed> {
+        let ids = self.own_named(name, network, namespace, "say it there")?;
+        if ids.is_empty() {
+            let namespace = namespace.unwrap_or("default");
+            return Err(Failed::not_found(format!(
+                "there is no endpoint {name} in namespace {namespace}; `ovlctl endpoints` lists them"
+            )));
+        }
+        let changed: Vec<(Endpoint, LocalEndpoint)> = {
+            let state = self.state.borrow();
+            let both = ids.iter().filter_map(|id| {
+                let endpoint = Endpoint { ready, ..state.own_endpoint(*id)?.clone() };
+                Some((endpoint, state.endpoints.get(id)?.clone()))
+            });
+            both.collect()
+        };
+        for (endpoint, local) in &changed {
+            self.keep_endpoint(endpoint, local).map_err(|error| Failed::internal(format!("{error:#}")))?;
+        }
+        let entries = changed.into_iter().map(|(endpoint, _)| Entry::Endpoint(endpoint)).collect();
+        self.write_table(entries, Vec::new());
+        self.event("endpoint", name, if ready { "ready" } else { "not ready" });
+        Ok(())
     }
 
     /// Takes endpoints out of the table and the kernel.
@@ -613,7 +654,7 @@ impl Node {
             mac: endpoint.mac,
             addresses: endpoint.addresses.clone(),
             aliases: endpoint.aliases.clone(),
-            labels: endpoint.labels.clone().into_iter().collect::<BTreeMap<_, _>>(),
+            labels: state.view.resources.labels(endpoint).into_owned(),
             state: if !own && !state.view.counts(node) {
                 EndpointState::Suspended
             } else if isolated {
@@ -625,6 +666,7 @@ impl Node {
             device: own.then(|| Device::endpoint(endpoint.id).to_string()),
             publish: endpoint.publish.clone(),
             warnings: Vec::new(),
+            ready: endpoint.ready,
         }
     }
 }

@@ -61,6 +61,7 @@ impl Node {
             namespace: add.namespace.clone(),
             labels: add.labels.clone(),
             publish: Vec::new(),
+            not_ready: false,
         };
         let (endpoint, made) =
             self.attach_for(request, Some(add.attachment.clone())).await.map_err(explain)?;

@@ -298,6 +298,7 @@ impl Node {
             namespace,
             labels,
             publish: Vec::new(),
+            not_ready: false,
         };
         let network = self.check_attach(&request, docker::MAX_NAME)?;
         let place = self.take_place(&request, &network)?;

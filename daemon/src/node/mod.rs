@@ -5,6 +5,7 @@
 
 mod addresses;
 mod alloc;
+mod apply;
 mod attach;
 mod cni;
 mod dns;

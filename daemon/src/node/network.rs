@@ -136,6 +136,11 @@ impl Node {
                 return Err(Failed::invalid(format!("{prefix} overlaps {other}")));
             }
             check_overlap(state, None, *prefix)?;
+            if let Some(range) =
+                self.config.ranges.services.iter().find(|range| networks::overlaps(**range, *prefix))
+            {
+                return Err(Failed::conflict(format!("{prefix} overlaps the service_range {range}")));
+            }
             subnets.push(subnet);
         }
         Ok(Network {
@@ -161,8 +166,10 @@ impl Node {
     pub(super) fn choose_subnet(&self, state: &State, taken: &[IpNet], own: bool) -> Result<IpNet, Failed> {
         let used =
             state.view.networks.values().flat_map(|other| other.network.subnets.iter().map(|s| s.prefix));
+        let taken = used.chain(taken.iter().copied().filter(|net| net.prefix_len() > 0));
+        let ranges = &self.config.ranges;
         let taken: Vec<IpNet> =
-            used.chain(taken.iter().copied().filter(|net| net.prefix_len() > 0)).collect();
+            taken.chain(ranges.services.iter().chain(&ranges.load_balancers).copied()).collect();
         let pool = self.config.pool;
         let length =
             if pool.addr().is_ipv4() { AUTO_LENGTH_V4 } else { AUTO_LENGTH_V6 }.max(pool.prefix_len());

@@ -2,7 +2,9 @@
 
 use std::collections::BTreeMap;
 
+use ovl_core::allocation::Allocator;
 use ovl_core::backends::Settled;
+use ovl_core::manifest;
 use ovl_core::networks::{self, Resolution};
 use ovl_core::objects::{Full, MAX_OBJECT_BYTES};
 use ovl_core::view::NetworkState;
@@ -11,7 +13,7 @@ use ovl_proto::clock::Stamp;
 use ovl_proto::id::{NetworkId, NodeId};
 use ovl_proto::object::{Body, Driver, Network, Object, ObjectKey, SignedObject};
 use ovl_proto::record::Domain;
-use ovl_proto::resource::ResourceKey;
+use ovl_proto::resource::{Name, Resource, ResourceKey};
 use ovl_proto::sync::Message;
 use ovl_proto::wire;
 
@@ -211,6 +213,38 @@ impl Node {
     /// Settles what objects made in a split may have in common.
     fn settle_objects(&self) {
         self.recompute_networks();
+        self.mend_services();
+    }
+
+    /// The coordinator gives Services what they lost to older ones, and LoadBalancers an address once there is a
+    /// pool. Every host would choose the same.
+    pub(super) fn mend_services(&self) {
+        let writes: Vec<(Body, bool)> = {
+            let state = self.state.borrow();
+            if !state.is_coordinator() {
+                return;
+            }
+            let resources = &state.view.resources;
+            let lacking: std::collections::BTreeSet<&Name> = resources.claims.lacking().collect();
+            let mut allocator = Allocator::new(resources, &self.config.ranges);
+            let mended = lacking.into_iter().filter_map(|name| {
+                let before = resources.services.get(name)?;
+                let mut service = before.clone();
+                allocator.allocate(&mut service).ok()?;
+                (service != *before).then(|| (Body::Resource(Resource::Service(Box::new(service))), false))
+            });
+            mended.collect()
+        };
+        for (body, _) in &writes {
+            if let Body::Resource(resource) = body {
+                self.event("service", &resource.name().to_string(), "given addresses or ports of its own");
+            }
+        }
+        if !writes.is_empty()
+            && let Err(Failed(failure)) = self.write_objects(writes)
+        {
+            tracing::error!(error = failure.message, "cannot write a Service");
+        }
     }
 
     /// Keeps a network of this host alone.
@@ -324,12 +358,9 @@ struct Changes {
 impl Changes {
     /// Keeps the later of two writes.
     fn put(&mut self, state: &mut State, signed: SignedObject, object: Object) -> Result<(), Full> {
-        let key = object.key();
-        if state.objects.put(signed, object, &mut state.view.resources)? {
+        if let Some(changed) = state.objects.put(signed, object, &mut state.view.resources)? {
             self.any = true;
-            if let ObjectKey::Resource(key) = key {
-                self.resources.push(key);
-            }
+            self.resources.extend(changed);
         }
         Ok(())
     }
@@ -415,8 +446,19 @@ fn check_object(signed: &SignedObject, object: &Object) -> Result<(), String> {
     }
     match &object.body {
         Body::Network(network) => check_network(network),
-        Body::Resource(_) => Ok(()),
+        Body::Resource(resource) => check_resource(resource, object.deleted),
     }
+}
+
+/// Of one that is gone only the name counts.
+fn check_resource(resource: &Resource, deleted: bool) -> Result<(), String> {
+    if deleted {
+        return Ok(());
+    }
+    manifest::check(resource).map_err(|problems| {
+        let first = problems.first().map(|it| format!("{} {}", it.field, it.reason)).unwrap_or_default();
+        format!("{}: {first}", resource.key())
+    })
 }
 
 /// What every host relies on when it builds a network.

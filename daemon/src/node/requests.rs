@@ -9,8 +9,8 @@ use ovl_core::kernel::{Hop, Kernel};
 use ovl_core::tunnel::peers as sealed_to;
 use ovl_proto::alloc::Change;
 use ovl_proto::control::{
-    DaemonState, Failure, FailureKind, FdbRow, Peer, PeerState, ReconcileStatus, Reply, Request, RouteRow,
-    Status, SubnetUse, Verify,
+    DaemonState, Document, Failure, FailureKind, FdbRow, Peer, PeerState, ReconcileStatus, Reply, Request,
+    RouteRow, Status, SubnetUse, Verify,
 };
 use ovl_proto::id::{Mac, NetworkId, NodeId};
 use ovl_proto::table::Entry;
@@ -20,15 +20,16 @@ use super::state::State;
 use super::{Failed, Node, Stop, tunnel};
 
 impl Node {
-    /// Answers one request; [`Request::Events`] is the control socket's own.
-    pub(crate) async fn answer(self: &Rc<Self>, request: Request) -> Reply {
-        match self.try_answer(request).await {
+    /// Answers one request, with the documents that were staged for it; [`Request::Events`] and
+    /// [`Request::Stage`] are the control socket's own.
+    pub(crate) async fn answer(self: &Rc<Self>, request: Request, staged: Vec<Document>) -> Reply {
+        match self.try_answer(request, staged).await {
             Ok(reply) => reply,
             Err(Failed(failure)) => Reply::Error(failure),
         }
     }
 
-    async fn try_answer(self: &Rc<Self>, request: Request) -> Result<Reply, Failed> {
+    async fn try_answer(self: &Rc<Self>, request: Request, staged: Vec<Document>) -> Result<Reply, Failed> {
         if self.state.borrow().leaving {
             return Err(Failed::unavailable("ovld is stopping"));
         }
@@ -118,6 +119,17 @@ impl Node {
             Request::ResolvConf { endpoint, network } => {
                 Reply::Text(self.resolv_conf(&endpoint, network.as_deref())?)
             }
+            Request::EndpointReady { name, network, namespace, ready } => {
+                self.endpoint_ready(&name, network.as_deref(), namespace.as_deref(), ready)?;
+                Reply::Done
+            }
+            Request::Stage { .. } => Reply::Done,
+            Request::Apply(apply) => self.apply(staged, &apply).await?,
+            Request::Delete { keys, namespace, dry_run } => {
+                self.delete(staged, keys, namespace.as_deref(), dry_run).await?
+            }
+            Request::Get(query) => Reply::Resources(self.resources(&query)?),
+            Request::Backends(query) => Reply::Backends(self.service_backends(&query)),
         })
     }
 

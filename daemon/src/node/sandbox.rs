@@ -186,6 +186,7 @@ impl Node {
                     namespace: request.namespace.clone(),
                     labels: request.labels.clone(),
                     publish: if number == outward { request.publish.clone() } else { Vec::new() },
+                    not_ready: false,
                 };
                 let made = self.attach(attach).await?;
                 sandbox.endpoints.push(endpoint_id(&made)?);

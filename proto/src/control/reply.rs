@@ -6,6 +6,7 @@ use std::net::{IpAddr, SocketAddr};
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
+use super::{AppliedAll, ManifestProblem, ResourceInfo, ServiceBackends};
 use crate::id::{ClusterKeyId, Mac, NetworkId, NodeId, TunnelKey};
 use crate::object::{Backend, Driver, Mode};
 use crate::publish::Published;
@@ -64,6 +65,14 @@ pub enum Reply {
     PolicyDrops(Vec<PolicyDrop>),
     /// What would be answered.
     Dns(Box<DnsAnswer>),
+    /// What became of each object.
+    Applied(Box<AppliedAll>),
+    /// Nothing was written, because this is wrong.
+    Refused(Vec<ManifestProblem>),
+    /// Objects.
+    Resources(Vec<ResourceInfo>),
+    /// Services with what stands behind them.
+    Backends(Vec<ServiceBackends>),
 }
 
 /// `ovlctl dns`.
@@ -527,6 +536,8 @@ pub struct EndpointInfo {
     /// What may keep it from being reached, as far as whoever attached it has to know.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub warnings: Vec<String>,
+    /// Services send it connections.
+    pub ready: bool,
 }
 
 /// `ovlctl policy ls`.

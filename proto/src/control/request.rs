@@ -7,9 +7,11 @@ use std::path::PathBuf;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
+use super::{Apply, Document, ResourceQuery};
 use crate::id::Mac;
 use crate::object::{Backend, Driver, Mode};
 use crate::publish::Publish;
+use crate::resource::ResourceKey;
 use crate::secret::Secret;
 
 /// One request.
@@ -144,6 +146,44 @@ pub enum Request {
         #[serde(default)]
         network: Option<String>,
     },
+    /// Says whether Services send connections to an endpoint of this host. [`super::Reply::Done`].
+    EndpointReady {
+        /// The endpoint's name.
+        name: String,
+        /// Only on this network.
+        #[serde(default)]
+        network: Option<String>,
+        /// Its Kubernetes namespace.
+        #[serde(default)]
+        namespace: Option<String>,
+        /// Whether it is.
+        ready: bool,
+    },
+    /// More documents for the next [`Self::Apply`] or [`Self::Delete`] of this connection.
+    /// [`super::Reply::Done`].
+    Stage {
+        /// In their order.
+        documents: Vec<Document>,
+    },
+    /// Makes or changes the objects of the staged documents: all of them, or none if any is wrong. Answered
+    /// with [`super::Reply::Applied`] or [`super::Reply::Refused`].
+    Apply(Apply),
+    /// Deletes the objects of the staged documents, and these. Answered with [`super::Reply::Applied`] or
+    /// [`super::Reply::Refused`].
+    Delete {
+        /// By name.
+        keys: Vec<ResourceKey>,
+        /// For staged objects that name none; nothing: `default`.
+        #[serde(default)]
+        namespace: Option<String>,
+        /// Everything but writing.
+        #[serde(default)]
+        dry_run: bool,
+    },
+    /// Answered with [`super::Reply::Resources`], by namespace and name.
+    Get(ResourceQuery),
+    /// Answered with [`super::Reply::Backends`], by namespace and name; the query's kind is Service.
+    Backends(ResourceQuery),
 }
 
 /// A call as the Engine made it: all that it means is decided in the daemon.
@@ -299,6 +339,9 @@ pub struct Attach {
     /// Ports of this host that lead to it.
     #[serde(default)]
     pub publish: Vec<Publish>,
+    /// Services send it nothing before [`Request::EndpointReady`].
+    #[serde(default)]
+    pub not_ready: bool,
 }
 
 /// A DNS query that is only thought of.

@@ -1,0 +1,95 @@
+//! Everything about one object, for people.
+
+use ovl_proto::clock::timestamp;
+use ovl_proto::control::{BackendInfo, ResourceInfo, ServiceBackends};
+use ovl_proto::manifest::to_yaml;
+use serde_json::Value;
+
+use super::table::{labels, selector, text};
+use crate::text::{block, lines, list, printable_lines};
+
+pub(super) fn object(object: &ResourceInfo, behind: Option<&ServiceBackends>) -> String {
+    let at = |path: &str| text(object.manifest.pointer(path));
+    let mut pairs = vec![("Name:", object.name.clone())];
+    if !object.namespace.is_empty() {
+        pairs.push(("Namespace:", object.namespace.clone()));
+    }
+    pairs.push(("Created:", timestamp(object.created_ms)));
+    pairs.push(("Labels:", labels(object.manifest.pointer("/metadata/labels"))));
+    pairs.push(("Annotations:", labels(object.manifest.pointer("/metadata/annotations"))));
+    if object.manifest.pointer("/spec/podSelector").is_some() {
+        let all = "all pods of the namespace".to_owned();
+        let chosen = selector(object.manifest.pointer("/spec/podSelector"));
+        pairs.push(("Selects:", if chosen.is_empty() { all } else { chosen }));
+        pairs.push(("Selected now:", list(&object.selects)));
+    }
+    if behind.is_some() {
+        pairs.push(("Selector:", labels(object.manifest.pointer("/spec/selector"))));
+        pairs.push(("Type:", at("/spec/type")));
+        pairs.push(("IPs:", items(&object.manifest, "/spec/clusterIPs")));
+        pairs.push(("IP families:", items(&object.manifest, "/spec/ipFamilies")));
+        let ingress = object.manifest.pointer("/status/loadBalancer/ingress").and_then(Value::as_array);
+        pairs.push(("LoadBalancer:", list(ingress.into_iter().flatten().map(|it| text(it.get("ip"))))));
+    }
+    let mut out = block(&pairs);
+    for endpoint in &object.endpoints {
+        let ready = if endpoint.ready { "ready" } else { "not ready" };
+        out.push_str(&lines(
+            "Endpoint: ",
+            &[format!("{} on {}, {ready}", list(&endpoint.addresses), endpoint.node)],
+        ));
+    }
+    if let Some(behind) = behind {
+        out.push_str(&ports(behind));
+    }
+    // The rest in its own words: there are none that are clearer.
+    if let Some(spec) = object.manifest.get("spec") {
+        out.push_str("Spec:\n");
+        for line in to_yaml(spec).lines() {
+            out.push_str(&printable_lines(&format!("  {line}")));
+            out.push('\n');
+        }
+    }
+    out
+}
+
+fn items(manifest: &Value, path: &str) -> String {
+    list(manifest.pointer(path).and_then(Value::as_array).into_iter().flatten().map(|it| text(Some(it))))
+}
+
+/// A Service's ports, each with what stands behind it.
+pub(super) fn backends(service: &ServiceBackends) -> String {
+    let pairs = [("Name:", service.name.clone()), ("Namespace:", service.namespace.clone())];
+    block(&pairs) + &ports(service)
+}
+
+fn ports(service: &ServiceBackends) -> String {
+    let mut out = String::new();
+    for port in &service.ports {
+        let number = port.port.map(|number| format!(" {number}/{}", port.protocol)).unwrap_or_default();
+        let name = if port.name.is_empty() { String::new() } else { format!(" {}", port.name) };
+        let none = if port.backends.is_empty() { " nothing stands behind it" } else { "" };
+        out.push_str(&lines("", &[format!("Port{name}{number}:{none}")]));
+        let each: Vec<String> = port
+            .backends
+            .iter()
+            .map(|backend| {
+                let ready = if backend.ready { "" } else { ", not ready" };
+                let node =
+                    if backend.node.is_empty() { String::new() } else { format!(" on {}", backend.node) };
+                let name = if backend.name.is_empty() { String::new() } else { format!(" {}", backend.name) };
+                format!("{}{name}{node}{ready}", address(backend))
+            })
+            .collect();
+        out.push_str(&lines("  ", &each));
+    }
+    out
+}
+
+/// `10.0.0.1:80`, `[fd00::1]:80`, or the address alone.
+pub(super) fn address(backend: &BackendInfo) -> String {
+    match backend.port {
+        Some(port) => std::net::SocketAddr::new(backend.address, port).to_string(),
+        None => backend.address.to_string(),
+    }
+}

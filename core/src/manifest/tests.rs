@@ -1,0 +1,677 @@
+use proptest::prelude::*;
+use serde_json::json;
+
+use super::*;
+
+fn service() -> Value {
+    json!({
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": { "name": "web", "namespace": "shop" },
+        "spec": { "selector": { "app": "web" }, "ports": [{ "port": 80 }] },
+    })
+}
+
+fn policy() -> Value {
+    json!({
+        "apiVersion": "networking.k8s.io/v1",
+        "kind": "NetworkPolicy",
+        "metadata": { "name": "db-allow-api-only" },
+        "spec": {
+            "podSelector": { "matchLabels": { "app": "db" } },
+            "policyTypes": ["Ingress"],
+            "ingress": [{
+                "from": [{ "podSelector": { "matchLabels": { "app": "api" } } }],
+                "ports": [{ "port": 5432 }],
+            }],
+        },
+    })
+}
+
+fn pod() -> Value {
+    json!({
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": { "name": "web-1" },
+        "spec": { "containers": [{ "name": "c", "ports": [{ "name": "http", "containerPort": 80 }] }] },
+        "status": { "podIP": "10.0.0.1" },
+    })
+}
+
+fn slice() -> Value {
+    json!({
+        "apiVersion": "discovery.k8s.io/v1",
+        "kind": "EndpointSlice",
+        "metadata": { "name": "web-x", "labels": { "kubernetes.io/service-name": "web" } },
+        "addressType": "IPv4",
+        "endpoints": [{ "addresses": ["192.0.2.1"], "conditions": { "ready": true } }],
+        "ports": [{ "name": "http", "port": 80 }],
+    })
+}
+
+fn namespace() -> Value {
+    json!({ "apiVersion": "v1", "kind": "Namespace", "metadata": { "name": "shop", "labels": { "team": "a" } } })
+}
+
+fn accepted(manifest: Value) -> Resource {
+    read(manifest.clone(), None, false).unwrap_or_else(|problems| panic!("{manifest}: {problems:?}")).resource
+}
+
+/// Puts a value at a place, making what leads there.
+fn set(manifest: &mut Value, path: &str, value: Value) {
+    let mut at = manifest;
+    for part in path.split('.') {
+        at = match part.parse::<usize>() {
+            Ok(index) => {
+                if !at.is_array() {
+                    *at = json!([]);
+                }
+                let items = at.as_array_mut().unwrap();
+                while items.len() <= index {
+                    items.push(json!({}));
+                }
+                &mut items[index]
+            }
+            Err(_) => {
+                if !at.is_object() {
+                    *at = json!({});
+                }
+                // A slash stands for a dot.
+                at.as_object_mut().unwrap().entry(part.replace('|', ".")).or_insert(json!({}))
+            }
+        };
+    }
+    *at = value;
+}
+
+#[test]
+fn good_manifests_are_read_and_filled_in() {
+    let Resource::Service(service) = accepted(service()) else { panic!() };
+    assert_eq!(service.spec.ports[0].target_port, Some(IntOrString::Int(80)));
+    let Resource::NetworkPolicy(found) = accepted(policy()) else { panic!() };
+    assert_eq!(found.metadata.namespace, "default");
+    assert_eq!(found.spec.policy_types, [PolicyType::Ingress]);
+    let Resource::Pod(pod) = accepted(pod()) else { panic!() };
+    assert_eq!(pod.status.pod_ips.len(), 1);
+    accepted(slice());
+    accepted(namespace());
+    // Without types, ingress is isolated, and egress where there are rules for it.
+    let mut egress = policy();
+    set(&mut egress, "spec.policyTypes", json!(null));
+    set(&mut egress, "spec.egress", json!([{}]));
+    let Resource::NetworkPolicy(found) = accepted(egress) else { panic!() };
+    assert_eq!(found.spec.policy_types, [PolicyType::Ingress, PolicyType::Egress]);
+}
+
+#[test]
+fn what_is_shown_can_be_applied_again() {
+    let mut dual = service();
+    for (path, value) in [
+        ("spec.type", json!("LoadBalancer")),
+        ("spec.clusterIPs", json!(["10.96.0.7", "fd00::7"])),
+        ("spec.ipFamilies", json!(["IPv4", "IPv6"])),
+        ("spec.ports.0.nodePort", json!(30_080)),
+        ("spec.sessionAffinity", json!("ClientIP")),
+        ("spec.externalTrafficPolicy", json!("Local")),
+        ("spec.healthCheckNodePort", json!(30_081)),
+    ] {
+        set(&mut dual, path, value);
+    }
+    for manifest in [service(), policy(), pod(), slice(), namespace(), dual] {
+        let resource = accepted(manifest);
+        assert_eq!(check(&resource), Ok(()));
+        assert_eq!(accepted(resource.to_manifest().unwrap()), resource);
+    }
+}
+
+#[test]
+fn what_another_cluster_wrote_is_taken_no_notice_of() {
+    let mut dumped = service();
+    for (path, value) in [
+        ("metadata.uid", json!("7f3")),
+        ("metadata.resourceVersion", json!("17")),
+        ("metadata.creationTimestamp", json!("2026-01-01T00:00:00Z")),
+        ("metadata.generation", json!(3)),
+        ("metadata.managedFields", json!([{ "manager": "x" }])),
+        ("status.loadBalancer", json!({})),
+        ("spec.clusterIP", json!("")),
+        ("spec.externalName", json!(null)),
+    ] {
+        set(&mut dumped, path, value);
+    }
+    assert_eq!(accepted(dumped), accepted(service()));
+}
+
+#[test]
+fn a_list_is_its_items() {
+    let list = json!({ "apiVersion": "v1", "kind": "List", "items": [service(), policy()] });
+    let found = items(list);
+    assert_eq!(found.iter().map(|(path, _)| path.as_str()).collect::<Vec<_>>(), ["items[0].", "items[1]."]);
+    assert_eq!(items(json!({ "kind": "ServiceList", "items": [] })), []);
+    assert_eq!(items(service()), [(String::new(), service())]);
+}
+
+#[test]
+fn the_namespace_is_the_manifests_own_or_the_one_asked_for() {
+    let name = |manifest: Value, namespace| key(&manifest, namespace).map(|key| key.name.to_string());
+    assert_eq!(name(policy(), None).unwrap(), "default/db-allow-api-only");
+    assert_eq!(name(policy(), Some("shop")).unwrap(), "shop/db-allow-api-only");
+    assert_eq!(name(service(), Some("shop")).unwrap(), "shop/web");
+    assert_eq!(name(service(), Some("other")).unwrap_err()[0].field, "metadata.namespace");
+    assert_eq!(name(namespace(), Some("other")).unwrap(), "shop");
+}
+
+#[test]
+fn every_field_that_is_wrong_is_named_with_the_reason() {
+    let long = "a".repeat(64);
+    let service_rows = [
+        ("apiVersion", json!("v2"), "kind", "v2 Service is not supported"),
+        ("kind", json!("Deployment"), "kind", "is not supported; these are: v1 Namespace"),
+        ("kind", json!(null), "kind", "is missing"),
+        ("apiVersion", json!(7), "apiVersion", "is missing"),
+        ("metadata.name", json!(null), "metadata.name", "is missing"),
+        ("metadata.name", json!("Web"), "metadata.name", "not a Service's name"),
+        ("metadata.name", json!("1web"), "metadata.name", "not a Service's name"),
+        ("metadata.name", json!(long), "metadata.name", "not a Service's name"),
+        ("metadata.namespace", json!("a.b"), "metadata.namespace", "not a DNS label"),
+        ("metadata.labels.a b", json!("x"), "metadata.labels.a b", "not the key of a label"),
+        ("metadata.labels.a", json!("x y"), "metadata.labels.a", "not the value of a label"),
+        ("metadata.labels.a", json!(1), "metadata.labels.a", "invalid type: integer"),
+        ("metadata.labels", json!(["a"]), "metadata.labels", "invalid type: sequence"),
+        ("metadata.annotations.-", json!("x"), "metadata.annotations", "not the key"),
+        (
+            "metadata.annotations.a",
+            json!("x".repeat(MAX_ANNOTATIONS)),
+            "metadata.annotations",
+            "larger than 128 KiB",
+        ),
+        ("metadata.finalizers", json!(["x"]), "metadata.finalizers", "is not supported"),
+        ("spec.selector", json!({ "app": "x y" }), "spec.selector.app", "not the value"),
+        ("spec.ports", json!([]), "spec.ports", "at least one port"),
+        ("spec.ports", json!("80"), "spec.ports", "invalid type: string"),
+        ("spec.ports.0.port", json!(0), "spec.ports[0].port", "between 1 and 65535"),
+        ("spec.ports.0.port", json!(65_536), "spec.ports[0].port", "invalid value: integer `65536`"),
+        ("spec.ports.0.port", json!("http"), "spec.ports[0].port", "invalid type: string"),
+        ("spec.ports.0.protocol", json!("tcp"), "spec.ports[0].protocol", "unknown variant `tcp`"),
+        ("spec.ports.0.targetPort", json!(0), "spec.ports[0].targetPort", "between 1 and 65535"),
+        ("spec.ports.0.targetPort", json!("a--b"), "spec.ports[0].targetPort", "not a port's name"),
+        ("spec.ports.0.targetPort", json!("123"), "spec.ports[0].targetPort", "not a port's name"),
+        ("spec.ports.0.name", json!("Http"), "spec.ports[0].name", "not a DNS label"),
+        ("spec.ports.0.nodePort", json!(30_000), "spec.ports[0].nodePort", "goes with type NodePort"),
+        ("spec.ports.0.nodeport", json!(30_000), "spec.ports[0].nodeport", "is not supported"),
+        ("spec.ports.1.port", json!(81), "spec.ports[0].name", "several ports need names"),
+        (
+            "spec.ports",
+            json!([{ "name": "a", "port": 1 }, { "name": "a", "port": 2 }]),
+            "spec.ports[1].name",
+            "comes twice",
+        ),
+        (
+            "spec.ports",
+            json!([{ "name": "a", "port": 1 }, { "name": "b", "port": 1 }]),
+            "spec.ports[1].port",
+            "TCP 1 comes twice",
+        ),
+        ("spec.type", json!("Balancer"), "spec.type", "unknown variant `Balancer`"),
+        ("spec.clusterIP", json!("10.0.0"), "spec.clusterIP", "None for a headless Service"),
+        ("spec.clusterIP", json!("127.0.0.1"), "spec.clusterIPs[0]", "not the address of one host"),
+        ("spec.clusterIPs", json!(["10.0.0.1", "10.0.0.2"]), "spec.clusterIPs", "one IPv4 and one IPv6"),
+        ("spec.clusterIPs", json!(["None", "10.0.0.2"]), "spec.clusterIPs", "None stands alone"),
+        (
+            "spec",
+            json!({ "clusterIP": "10.0.0.1", "clusterIPs": ["10.0.0.2"], "ports": [{ "port": 1 }] }),
+            "spec.clusterIP",
+            "not the first of clusterIPs",
+        ),
+        (
+            "spec",
+            json!({ "clusterIP": "fd00::1", "ipFamilies": ["IPv4"], "ports": [{ "port": 1 }] }),
+            "spec.clusterIPs",
+            "not of the ipFamilies",
+        ),
+        (
+            "spec",
+            json!({ "clusterIP": "None", "type": "NodePort", "ports": [{ "port": 1 }] }),
+            "spec.clusterIP",
+            "None goes with type ClusterIP",
+        ),
+        ("spec.ipFamilies", json!(["IPv4", "IPv4"]), "spec.ipFamilies", "each once"),
+        ("spec.ipFamilies", json!(["IPv5"]), "spec.ipFamilies[0]", "unknown variant `IPv5`"),
+        (
+            "spec",
+            json!({ "ipFamilies": ["IPv4", "IPv6"], "ipFamilyPolicy": "SingleStack", "ports": [{ "port": 1 }] }),
+            "spec.ipFamilyPolicy",
+            "SingleStack goes with one family",
+        ),
+        ("spec.ipFamilyPolicy", json!("DualStack"), "spec.ipFamilyPolicy", "unknown variant"),
+        ("spec.externalIPs", json!(["224.0.0.1"]), "spec.externalIPs[0]", "not the address of one host"),
+        ("spec.externalIPs", json!(["x"]), "spec.externalIPs[0]", "invalid IP address"),
+        ("spec.externalName", json!("a.example"), "spec.externalName", "goes with type ExternalName"),
+        ("spec", json!({ "type": "ExternalName" }), "spec.externalName", "not a DNS name"),
+        (
+            "spec",
+            json!({ "type": "ExternalName", "externalName": "a b" }),
+            "spec.externalName",
+            "not a DNS name",
+        ),
+        (
+            "spec",
+            json!({ "type": "ExternalName", "externalName": "a.b", "clusterIP": "10.0.0.1" }),
+            "spec.clusterIP",
+            "an ExternalName has none",
+        ),
+        (
+            "spec",
+            json!({ "type": "ExternalName", "externalName": "a.b", "externalIPs": ["10.0.0.1"] }),
+            "spec.externalIPs",
+            "an ExternalName has none",
+        ),
+        (
+            "spec",
+            json!({ "type": "ExternalName", "externalName": "a.b", "ipFamilyPolicy": "SingleStack" }),
+            "spec.ipFamilyPolicy",
+            "an ExternalName has none",
+        ),
+        (
+            "spec",
+            json!({ "type": "ExternalName", "externalName": "a.b", "ipFamilies": ["IPv4"] }),
+            "spec.ipFamilies",
+            "an ExternalName has none",
+        ),
+        ("spec.sessionAffinity", json!("Cookie"), "spec.sessionAffinity", "unknown variant"),
+        (
+            "spec.sessionAffinityConfig",
+            json!({ "clientIP": { "timeoutSeconds": 5 } }),
+            "spec.sessionAffinityConfig",
+            "goes with sessionAffinity ClientIP",
+        ),
+        ("spec.internalTrafficPolicy", json!("local"), "spec.internalTrafficPolicy", "unknown variant"),
+        (
+            "spec.externalTrafficPolicy",
+            json!("Local"),
+            "spec.externalTrafficPolicy",
+            "goes with type NodePort",
+        ),
+        (
+            "spec.healthCheckNodePort",
+            json!(30_001),
+            "spec.healthCheckNodePort",
+            "goes with type LoadBalancer and",
+        ),
+        (
+            "spec.publishNotReadyAddresses",
+            json!("yes"),
+            "spec.publishNotReadyAddresses",
+            "invalid type: string",
+        ),
+        ("spec.loadBalancerIP", json!("192.0.2.1"), "spec.loadBalancerIP", "goes with type LoadBalancer"),
+        (
+            "spec.allocateLoadBalancerNodePorts",
+            json!(false),
+            "spec.allocateLoadBalancerNodePorts",
+            "goes with type LoadBalancer",
+        ),
+        (
+            "spec.loadBalancerSourceRanges",
+            json!(["10.0.0.0/8"]),
+            "spec.loadBalancerSourceRanges",
+            "is not supported",
+        ),
+        ("spec", json!("none"), "spec", "invalid type: string"),
+        ("more", json!(1), "more", "is not supported"),
+    ];
+    wrong(service(), &service_rows);
+    let mut balanced = service();
+    set(&mut balanced, "spec.type", json!("LoadBalancer"));
+    set(&mut balanced, "spec.externalTrafficPolicy", json!("Local"));
+    set(&mut balanced, "spec.sessionAffinity", json!("ClientIP"));
+    wrong(
+        balanced,
+        &[
+            (
+                "spec.healthCheckNodePort",
+                json!(80),
+                "spec.healthCheckNodePort",
+                "not between 30000 and 32767",
+            ),
+            ("spec.ports.0.nodePort", json!(80), "spec.ports[0].nodePort", "not between 30000 and 32767"),
+            (
+                "spec.ports",
+                json!([{ "name": "a", "port": 1, "nodePort": 30_001 }, { "name": "b", "port": 2, "nodePort": 30_001 }]),
+                "spec.ports[1].nodePort",
+                "comes twice",
+            ),
+            (
+                "spec.sessionAffinityConfig.clientIP.timeoutSeconds",
+                json!(0),
+                "spec.sessionAffinityConfig.clientIP.timeoutSeconds",
+                "between 1 and 86400",
+            ),
+            (
+                "spec.sessionAffinityConfig.clientIP.timeoutSeconds",
+                json!(86_401),
+                "spec.sessionAffinityConfig.clientIP.timeoutSeconds",
+                "between 1 and 86400",
+            ),
+            ("spec.loadBalancerIP", json!("x"), "spec.loadBalancerIP", "invalid IP address"),
+        ],
+    );
+    wrong(
+        policy(),
+        &[
+            ("metadata.name", json!("a_b"), "metadata.name", "not a DNS name"),
+            (
+                "spec.podSelector.matchLabels.app",
+                json!("x y"),
+                "spec.podSelector.matchLabels.app",
+                "not the value",
+            ),
+            (
+                "spec.podSelector.matchExpressions",
+                json!([{ "key": "a", "operator": "in", "values": ["b"] }]),
+                "spec.podSelector.matchExpressions[0].operator",
+                "unknown variant",
+            ),
+            (
+                "spec.podSelector.matchExpressions",
+                json!([{ "operator": "In", "values": ["b"] }]),
+                "spec.podSelector.matchExpressions[0].key",
+                "is missing",
+            ),
+            (
+                "spec.podSelector.matchExpressions",
+                json!([{ "key": "a b", "operator": "Exists" }]),
+                "spec.podSelector.matchExpressions[0].key",
+                "not the key",
+            ),
+            (
+                "spec.podSelector.matchExpressions",
+                json!([{ "key": "a", "operator": "In" }]),
+                "spec.podSelector.matchExpressions[0].values",
+                "at least one value",
+            ),
+            (
+                "spec.podSelector.matchExpressions",
+                json!([{ "key": "a", "operator": "Exists", "values": ["b"] }]),
+                "spec.podSelector.matchExpressions[0].values",
+                "no values",
+            ),
+            (
+                "spec.podSelector.matchExpressions",
+                json!([{ "key": "a", "operator": "NotIn", "values": ["b c"] }]),
+                "spec.podSelector.matchExpressions[0].values",
+                "not the value",
+            ),
+            ("spec.policyTypes", json!(["In"]), "spec.policyTypes[0]", "unknown variant"),
+            (
+                "spec.policyTypes",
+                json!(["Ingress", "Ingress"]),
+                "spec.policyTypes",
+                "names a direction twice",
+            ),
+            ("spec.ingress.0.ports.0.port", json!(0), "spec.ingress[0].ports[0].port", "between 1 and 65535"),
+            ("spec.ingress.0.ports.0.port", json!("A"), "spec.ingress[0].ports[0].port", "not a port's name"),
+            (
+                "spec.ingress.0.ports.0.protocol",
+                json!("ICMP"),
+                "spec.ingress[0].ports[0].protocol",
+                "unknown variant",
+            ),
+            (
+                "spec.ingress.0.ports.0.endPort",
+                json!(80),
+                "spec.ingress[0].ports[0].endPort",
+                "endPort goes with a port",
+            ),
+            (
+                "spec.ingress.0.ports.0",
+                json!({ "port": "pg", "endPort": 80 }),
+                "spec.ingress[0].ports[0].endPort",
+                "endPort goes with a port",
+            ),
+            (
+                "spec.ingress.0.ports.0",
+                json!({ "endPort": 80 }),
+                "spec.ingress[0].ports[0].endPort",
+                "endPort goes with a port",
+            ),
+            ("spec.ingress.0.from.0", json!({}), "spec.ingress[0].from[0]", "names nobody"),
+            (
+                "spec.ingress.0.from.0.ipBlock",
+                json!({ "cidr": "10.0.0.0/8" }),
+                "spec.ingress[0].from[0].ipBlock",
+                "beside a selector",
+            ),
+            (
+                "spec.ingress.0.from.0",
+                json!({ "ipBlock": { "cidr": "10.0.0.0" } }),
+                "spec.ingress[0].from[0].ipBlock.cidr",
+                "invalid IP address",
+            ),
+            (
+                "spec.ingress.0.from.0",
+                json!({ "ipBlock": {} }),
+                "spec.ingress[0].from[0].ipBlock.cidr",
+                "is missing",
+            ),
+            (
+                "spec.ingress.0.from.0",
+                json!({ "ipBlock": { "cidr": "10.0.0.0/8", "except": ["11.0.0.0/16"] } }),
+                "spec.ingress[0].from[0].ipBlock.except[0]",
+                "not a part of",
+            ),
+            (
+                "spec.ingress.0.from.0",
+                json!({ "ipBlock": { "cidr": "10.0.0.0/8", "except": ["10.0.0.0/8"] } }),
+                "spec.ingress[0].from[0].ipBlock.except[0]",
+                "not a part of",
+            ),
+            (
+                "spec.ingress.0.from.0.namespaceSelector",
+                json!({ "matchLabels": { "a b": "c" } }),
+                "spec.ingress[0].from[0].namespaceSelector.matchLabels.a b",
+                "not the key",
+            ),
+            ("spec.ingress.0.to", json!([]), "spec.ingress[0].to", "is not supported"),
+            ("spec.egress", json!([{ "to": [{}] }]), "spec.egress[0].to[0]", "names nobody"),
+            (
+                "spec.egress",
+                json!([{ "ports": [{ "port": 1, "endPort": 0 }] }]),
+                "spec.egress[0].ports[0].endPort",
+                "endPort goes with a port",
+            ),
+            ("spec.egress", json!([{ "from": [] }]), "spec.egress[0].from", "is not supported"),
+            ("spec.podSelectors", json!({}), "spec.podSelectors", "is not supported"),
+        ],
+    );
+    wrong(
+        pod(),
+        &[
+            ("metadata.name", json!("A"), "metadata.name", "not a DNS name"),
+            ("spec.hostname", json!("a.b"), "spec.hostname", "not a DNS label"),
+            ("spec.subdomain", json!("a_b"), "spec.subdomain", "not a DNS label"),
+            ("spec.containers.0.name", json!(""), "spec.containers[0].name", "not a DNS label"),
+            ("spec.containers.0.image", json!("nginx"), "spec.containers[0].image", "is not supported"),
+            (
+                "spec.containers.0.ports.0.containerPort",
+                json!(0),
+                "spec.containers[0].ports[0].containerPort",
+                "between 1 and 65535",
+            ),
+            (
+                "spec.containers.0.ports.0.containerPort",
+                json!(70_000),
+                "spec.containers[0].ports[0].containerPort",
+                "invalid value",
+            ),
+            (
+                "spec.containers.0.ports.0.name",
+                json!("Http"),
+                "spec.containers[0].ports[0].name",
+                "not a port's name",
+            ),
+            (
+                "spec.containers.0.ports.0.protocol",
+                json!("udp"),
+                "spec.containers[0].ports[0].protocol",
+                "unknown variant",
+            ),
+            (
+                "spec.containers.0.ports.0.hostPort",
+                json!(80),
+                "spec.containers[0].ports[0].hostPort",
+                "is not supported",
+            ),
+            (
+                "spec.containers.0.ports",
+                json!([{ "name": "a", "containerPort": 1 }, { "name": "a", "containerPort": 2 }]),
+                "spec.containers[0].ports[1].name",
+                "comes twice",
+            ),
+            ("spec.hostNetwork", json!(true), "spec.hostNetwork", "is not supported"),
+            ("status.podIP", json!("10.0.0.0/8"), "status.podIP", "invalid IP address"),
+            ("status.podIP", json!("127.0.0.1"), "status.podIPs[0].ip", "not the address of one host"),
+            ("status.podIPs", json!([{ "ip": "10.0.0.2" }]), "status.podIP", "not the first of podIPs"),
+            (
+                "status.podIPs",
+                json!([{ "ip": "10.0.0.1" }, { "ip": "10.0.0.2" }]),
+                "status.podIPs",
+                "one IPv4 and one IPv6",
+            ),
+            ("status.podIPs", json!([{}]), "status.podIPs[0].ip", "is missing"),
+            ("status.phase", json!("Running"), "status.phase", "is not supported"),
+        ],
+    );
+    wrong(
+        slice(),
+        &[
+            (
+                "metadata.labels.kubernetes|io/service-name",
+                json!("a b"),
+                "metadata.labels.kubernetes.io/service-name",
+                "not the value",
+            ),
+            ("addressType", json!(null), "addressType", "is missing"),
+            ("addressType", json!("FQDN"), "addressType", "unknown variant"),
+            ("addressType", json!("IPv6"), "endpoints[0].addresses[0]", "not of the slice's addressType"),
+            ("endpoints.0.addresses", json!([]), "endpoints[0].addresses", "between 1 and 100"),
+            (
+                "endpoints.0.addresses",
+                json!(["169.254.0.1"]),
+                "endpoints[0].addresses[0]",
+                "not the address of one host",
+            ),
+            ("endpoints.0.addresses", json!(["a"]), "endpoints[0].addresses[0]", "invalid IP address"),
+            ("endpoints.0.hostname", json!("A"), "endpoints[0].hostname", "not a DNS label"),
+            ("endpoints.0.conditions.ready", json!("true"), "endpoints[0].conditions.ready", "invalid type"),
+            ("endpoints.0.conditions.dead", json!(true), "endpoints[0].conditions.dead", "is not supported"),
+            ("endpoints.0.targetRef", json!({ "kind": "Pod" }), "endpoints[0].targetRef", "is not supported"),
+            ("ports.0.port", json!(0), "ports[0].port", "between 1 and 65535"),
+            ("ports.0.name", json!("a b"), "ports[0].name", "not a DNS label"),
+            ("ports.1.name", json!("http"), "ports[1].name", "comes twice"),
+            ("ports.0.protocol", json!("X"), "ports[0].protocol", "unknown variant"),
+        ],
+    );
+    wrong(
+        namespace(),
+        &[
+            ("metadata.name", json!("a.b"), "metadata.name", "not a DNS label"),
+            ("metadata.namespace", json!("x"), "metadata.namespace", "is in no namespace"),
+            ("metadata.labels.team", json!("-"), "metadata.labels.team", "not the value"),
+            ("spec", json!({ "finalizers": ["kubernetes"] }), "spec", "is not supported"),
+        ],
+    );
+    assert_eq!(
+        read(json!("text"), None, false).unwrap_err()[0].reason,
+        "not an object with apiVersion, kind and metadata"
+    );
+}
+
+/// Each row: a place, what is put there, the field that is named, and a part of the reason.
+fn wrong(good: Value, rows: &[(&str, Value, &str, &str)]) {
+    accepted(good.clone());
+    for (place, value, field, reason) in rows {
+        let mut manifest = good.clone();
+        set(&mut manifest, place, value.clone());
+        let problems = read(manifest, None, false).expect_err(&format!("{place} {value}"));
+        let named = problems.iter().any(|it| it.field == *field && it.reason.contains(reason));
+        assert!(named, "{place} {value}: {problems:?}");
+    }
+}
+
+#[test]
+fn lenient_makes_fields_that_are_not_supported_warnings_and_nothing_else() {
+    let mut manifest = pod();
+    set(&mut manifest, "spec.containers.0.image", json!("nginx"));
+    set(&mut manifest, "spec.restartPolicy", json!("Always"));
+    assert_eq!(read(manifest.clone(), None, false).unwrap_err().len(), 2);
+    let found = read(manifest.clone(), None, true).unwrap();
+    assert_eq!(found.resource, accepted(pod()));
+    let fields: Vec<&str> = found.warnings.iter().map(|it| it.field.as_str()).collect();
+    assert_eq!(fields, ["spec.containers[0].image", "spec.restartPolicy"]);
+    set(&mut manifest, "spec.hostname", json!("A"));
+    assert!(read(manifest, None, true).is_err());
+}
+
+#[test]
+fn all_problems_of_a_manifest_are_told_at_once() {
+    let mut manifest = service();
+    set(&mut manifest, "metadata.name", json!("Web"));
+    set(&mut manifest, "spec.ports.0.port", json!(0));
+    set(&mut manifest, "spec.clusterIPs", json!(["127.0.0.1"]));
+    set(&mut manifest, "spec.unknown", json!(1));
+    assert_eq!(read(manifest, None, false).unwrap_err().len(), 4);
+}
+
+fn any_json() -> impl Strategy<Value = Value> {
+    let leaf = prop_oneof![
+        Just(Value::Null),
+        any::<bool>().prop_map(Value::from),
+        (-1..70_000_i64).prop_map(Value::from),
+        "[a-z0-9./:-]{0,8}".prop_map(Value::from),
+        prop_oneof!["None", "10.96.0.7", "fd00::7", "IPv4", "TCP", "LoadBalancer", "Local", "In"]
+            .prop_map(Value::from),
+    ];
+    leaf.prop_recursive(3, 12, 3, |inner| {
+        prop_oneof![
+            prop::collection::vec(inner.clone(), 0..3).prop_map(Value::from),
+            prop::collection::btree_map("[a-z]{1,4}", inner, 0..3)
+                .prop_map(|fields| Value::Object(fields.into_iter().collect())),
+        ]
+    })
+}
+
+fn places(value: &Value, at: String, all: &mut Vec<String>) {
+    match value {
+        Value::Object(fields) => {
+            fields
+                .iter()
+                .for_each(|(key, value)| places(value, format!("{at}/{}", key.replace('/', "~1")), all));
+        }
+        Value::Array(items) => {
+            items.iter().enumerate().for_each(|(n, value)| places(value, format!("{at}/{n}"), all));
+        }
+        _ => {}
+    }
+    all.push(at);
+}
+
+proptest! {
+    #[test]
+    fn whatever_stands_in_a_field_what_is_accepted_can_be_shown_and_applied_again(
+        which in 0..5_usize,
+        changes in prop::collection::vec((any::<prop::sample::Index>(), any_json()), 1..4),
+        lenient: bool,
+    ) {
+        let mut manifest = [service(), policy(), pod(), slice(), namespace()][which].clone();
+        for (index, value) in changes {
+            let mut all = Vec::new();
+            places(&manifest, String::new(), &mut all);
+            *manifest.pointer_mut(index.get(&all)).unwrap() = value;
+        }
+        if let Ok(found) = read(manifest, None, lenient) {
+            prop_assert_eq!(check(&found.resource), Ok(()));
+            prop_assert_eq!(accepted(found.resource.to_manifest().unwrap()), found.resource);
+        }
+    }
+}

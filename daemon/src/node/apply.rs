@@ -1,0 +1,409 @@
+//! Kubernetes' objects by request: manifests applied, objects shown and deleted.
+
+use std::collections::BTreeMap;
+
+use ovl_core::allocation::Allocator;
+use ovl_core::backends::Readiness;
+use ovl_core::manifest::{self, Problem};
+use ovl_core::members::Member;
+use ovl_core::objects::{MAX_OBJECT_BYTES, MAX_OBJECTS};
+use ovl_proto::control::{
+    Action, Applied, AppliedAll, Apply, BackendInfo, BackendPort, Document, ManifestProblem, PodEndpoint,
+    Reply, ResourceInfo, ResourceQuery, ServiceBackends,
+};
+use ovl_proto::id::NodeId;
+use ovl_proto::object::Body;
+use ovl_proto::resource::{
+    Created, Kind, Meta, Name, Namespace, NetworkPolicy, Pod, Protocol, Resource, ResourceKey, Service,
+};
+use ovl_proto::wire;
+use serde_json::Value;
+
+use super::state::State;
+use super::{Failed, Node, wall_ms};
+
+/// Documents that are read, and objects that are written, before others have their turn.
+const AT_A_TIME: usize = 250;
+/// Problems that are told at most.
+const MOST_PROBLEMS: usize = 200;
+
+/// Where an object was found.
+#[derive(Debug, Clone)]
+struct Place {
+    file: String,
+    document: usize,
+    /// The path of the object within the document: empty, or that of a list's item.
+    within: String,
+}
+
+impl Place {
+    fn problem(&self, problem: Problem) -> ManifestProblem {
+        let field = format!("{}{}", self.within, problem.field);
+        ManifestProblem {
+            file: self.file.clone(),
+            document: self.document,
+            field: field.trim_end_matches('.').to_owned(),
+            reason: problem.reason,
+        }
+    }
+}
+
+impl std::fmt::Display for Place {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}, document {}", self.file, self.document)?;
+        if !self.within.is_empty() {
+            write!(f, ", {}", self.within.trim_end_matches('.'))?;
+        }
+        Ok(())
+    }
+}
+
+/// Each object of the documents, by itself.
+fn objects_of(documents: Vec<Document>) -> impl Iterator<Item = (Place, Value)> {
+    documents.into_iter().flat_map(|Document { file, document, value }| {
+        let items = manifest::items(value);
+        items.into_iter().map(move |(within, value)| (Place { file: file.clone(), document, within }, value))
+    })
+}
+
+impl Node {
+    /// Makes or changes the objects of the documents: all of them, or none if any is wrong.
+    pub(super) async fn apply(&self, documents: Vec<Document>, apply: &Apply) -> Result<Reply, Failed> {
+        self.member()?;
+        let mut problems = Vec::new();
+        let mut warnings = Vec::new();
+        let mut read: Vec<(Place, Resource)> = Vec::new();
+        let mut places: BTreeMap<ResourceKey, Place> = BTreeMap::new();
+        for (n, (place, value)) in objects_of(documents).enumerate() {
+            if n % AT_A_TIME == AT_A_TIME - 1 {
+                tokio::task::yield_now().await;
+            }
+            match manifest::read(value, apply.namespace.as_deref(), apply.lenient) {
+                Ok(found) => {
+                    warnings.extend(found.warnings.into_iter().map(|warning| place.problem(warning)));
+                    let key = found.resource.key();
+                    if let Some(first) = places.insert(key.clone(), place.clone()) {
+                        let reason = format!("{key} comes twice: it is in {first} already");
+                        problems.push(place.problem(Problem { field: "metadata.name".to_owned(), reason }));
+                    }
+                    read.push((place, found.resource));
+                }
+                Err(found) => problems.extend(found.into_iter().map(|problem| place.problem(problem))),
+            }
+            if problems.len() >= MOST_PROBLEMS {
+                break;
+            }
+        }
+        if problems.is_empty() {
+            problems = self.complete(&mut read);
+        }
+        if !problems.is_empty() {
+            return Ok(Reply::Refused(problems));
+        }
+        let (objects, writes) = self.judge(read, apply.show)?;
+        if !apply.dry_run {
+            self.write_resources(writes).await?;
+            self.tell_applied(&objects);
+        }
+        Ok(Reply::Applied(Box::new(AppliedAll { objects, warnings })))
+    }
+
+    fn member(&self) -> Result<(), Failed> {
+        let state = self.state.borrow();
+        if state.is_member() {
+            return Ok(());
+        }
+        let why = state.problems.get("admission").cloned().unwrap_or_else(|| "not admitted yet".to_owned());
+        Err(Failed::unavailable(why))
+    }
+
+    /// Fills in what the cluster decides.
+    fn complete(&self, read: &mut [(Place, Resource)]) -> Vec<ManifestProblem> {
+        let mut guard = self.state.borrow_mut();
+        let state = &mut *guard;
+        let me = state.view.me;
+        let resources = &state.view.resources;
+        let mut problems = Vec::new();
+        let new = read.iter().filter(|(_, resource)| resources.get(&resource.key()).is_none()).count();
+        if state.objects.len() + new > MAX_OBJECTS {
+            let reason = format!("there would be more than {MAX_OBJECTS} objects, removed ones included");
+            let first =
+                read.first().map(|(place, _)| place.problem(Problem { field: String::new(), reason }));
+            return first.into_iter().collect();
+        }
+        for (_, resource) in read.iter_mut() {
+            let old = resources.get(&resource.key()).map(|old| old.meta().creation_timestamp);
+            resource.meta_mut().creation_timestamp =
+                old.unwrap_or_else(|| Created(state.clock.tick(wall_ms(), me)));
+        }
+        // Those first that ask for something: what is chosen for others is not to be in their way.
+        let asks = |service: &Service| {
+            let spec = &service.spec;
+            !spec.cluster_ips.is_empty()
+                || spec.load_balancer_ip.is_some()
+                || spec.health_check_node_port.is_some()
+                || spec.ports.iter().any(|port| port.node_port.is_some())
+        };
+        let mut allocator = Allocator::new(resources, &self.config.ranges);
+        for asking in [true, false] {
+            for (place, resource) in read.iter_mut() {
+                if let Resource::Service(service) = resource
+                    && asks(service) == asking
+                    && let Err(found) = allocator.allocate(service)
+                {
+                    problems.extend(found.into_iter().map(|problem| place.problem(problem)));
+                }
+            }
+        }
+        problems.extend(read.iter().filter_map(|(place, resource)| {
+            let length = wire::encode_body(resource).map_or(usize::MAX, |bytes| bytes.len());
+            let reason = format!("is {length} bytes long and may be {}", MAX_OBJECT_BYTES - 128);
+            (length > MAX_OBJECT_BYTES - 128).then(|| place.problem(Problem { field: String::new(), reason }))
+        }));
+        problems.truncate(MOST_PROBLEMS);
+        problems
+    }
+
+    /// What would become of each, and which have to be written.
+    fn judge(
+        &self,
+        read: Vec<(Place, Resource)>,
+        show: bool,
+    ) -> Result<(Vec<Applied>, Vec<(Body, bool)>), Failed> {
+        let state = self.state.borrow();
+        let shown = |resource: Option<&Resource>| match resource.filter(|_| show) {
+            Some(resource) => {
+                resource.to_manifest().map(Some).map_err(|error| Failed::internal(error.to_string()))
+            }
+            None => Ok(None),
+        };
+        let (mut objects, mut writes) = (Vec::with_capacity(read.len()), Vec::new());
+        for (_, resource) in read {
+            let ResourceKey { kind, name } = resource.key();
+            let old = state.view.resources.get(&resource.key());
+            let action = match &old {
+                None => Action::Created,
+                Some(old) if *old == resource => Action::Unchanged,
+                Some(_) => Action::Configured,
+            };
+            objects.push(Applied {
+                kind,
+                namespace: name.namespace,
+                name: name.name,
+                action,
+                before: shown(old.as_ref())?,
+                after: shown(Some(&resource))?,
+            });
+            if action != Action::Unchanged {
+                writes.push((Body::Resource(resource), false));
+            }
+        }
+        Ok((objects, writes))
+    }
+
+    /// Writes objects a few at a time; returns when they are on this host's disk and all live peers were told.
+    async fn write_resources(&self, mut writes: Vec<(Body, bool)>) -> Result<(), Failed> {
+        if writes.is_empty() {
+            return Ok(());
+        }
+        while !writes.is_empty() {
+            let rest = writes.split_off(writes.len().min(AT_A_TIME));
+            self.write_objects(writes)?;
+            writes = rest;
+            tokio::task::yield_now().await;
+        }
+        self.saved().await
+    }
+
+    fn tell_applied(&self, objects: &[Applied]) {
+        let changed = objects.iter().filter(|it| !matches!(it.action, Action::Unchanged | Action::Absent));
+        let changed: Vec<&Applied> = changed.collect();
+        if let [one] = changed.as_slice() {
+            let name = Name::new(&one.namespace, &one.name);
+            self.event(one.kind.qualified(), &name.to_string(), &one.action.to_string());
+        } else if !changed.is_empty() {
+            self.event("objects", &changed.len().to_string(), "applied or deleted");
+        }
+    }
+
+    /// Deletes the objects of the documents, and those of the keys.
+    pub(super) async fn delete(
+        &self,
+        documents: Vec<Document>,
+        mut keys: Vec<ResourceKey>,
+        namespace: Option<&str>,
+        dry_run: bool,
+    ) -> Result<Reply, Failed> {
+        self.member()?;
+        let mut problems = Vec::new();
+        for (place, value) in objects_of(documents) {
+            match manifest::key(&value, namespace) {
+                Ok(key) => keys.push(key),
+                Err(found) => problems.extend(found.into_iter().map(|problem| place.problem(problem))),
+            }
+        }
+        if !problems.is_empty() {
+            problems.truncate(MOST_PROBLEMS);
+            return Ok(Reply::Refused(problems));
+        }
+        let (mut objects, mut writes) = (Vec::new(), Vec::new());
+        {
+            let state = self.state.borrow();
+            for key in keys {
+                let found = state.view.resources.get(&key).is_some();
+                let ResourceKey { kind, name } = key;
+                if found {
+                    writes.push((Body::Resource(tombstone(kind, &name)), true));
+                }
+                let action = if found { Action::Deleted } else { Action::Absent };
+                objects.push(Applied {
+                    kind,
+                    namespace: name.namespace,
+                    name: name.name,
+                    action,
+                    before: None,
+                    after: None,
+                });
+            }
+        }
+        if !dry_run {
+            self.write_resources(writes).await?;
+            self.tell_applied(&objects);
+        }
+        Ok(Reply::Applied(Box::new(AppliedAll { objects, warnings: Vec::new() })))
+    }
+
+    /// Objects as users see them.
+    pub(super) fn resources(&self, query: &ResourceQuery) -> Result<Vec<ResourceInfo>, Failed> {
+        let mut guard = self.state.borrow_mut();
+        let state = &mut *guard;
+        self.settle_backends(state);
+        let names = state.view.resources.names(query.kind);
+        let found = names.into_iter().filter(|name| is_asked_for(query, name));
+        found.map(|name| info(state, query.kind, name)).collect()
+    }
+
+    /// Services with what stands behind them.
+    pub(super) fn service_backends(&self, query: &ResourceQuery) -> Vec<ServiceBackends> {
+        let mut guard = self.state.borrow_mut();
+        let state = &mut *guard;
+        self.settle_backends(state);
+        let services = state.view.resources.services.iter();
+        let asked_for = services.filter(|(name, _)| is_asked_for(query, name));
+        asked_for.map(|(name, service)| backends(state, name, service)).collect()
+    }
+}
+
+fn is_asked_for(query: &ResourceQuery, name: &Name) -> bool {
+    let in_namespace = !query.kind.is_namespaced()
+        || query.namespace.as_ref().is_none_or(|namespace| *namespace == name.namespace);
+    in_namespace && query.name.as_ref().is_none_or(|wanted| *wanted == name.name)
+}
+
+/// Of an object that is gone only its name is kept.
+fn tombstone(kind: Kind, name: &Name) -> Resource {
+    let metadata = Meta { name: name.name.clone(), namespace: name.namespace.clone(), ..Meta::default() };
+    match kind {
+        Kind::Namespace => Resource::Namespace(Namespace { metadata }),
+        Kind::Pod => Resource::Pod(Pod { metadata, ..Pod::default() }),
+        Kind::Service => Resource::Service(Box::new(Service { metadata, ..Service::default() })),
+        Kind::EndpointSlice => Resource::EndpointSlice(ovl_proto::resource::EndpointSlice {
+            metadata,
+            address_type: ovl_proto::resource::AddressType::IPv4,
+            endpoints: Vec::new(),
+            ports: Vec::new(),
+        }),
+        Kind::NetworkPolicy => {
+            Resource::NetworkPolicy(NetworkPolicy { metadata, ..NetworkPolicy::default() })
+        }
+    }
+}
+
+fn node_name(state: &State, host: Option<NodeId>) -> String {
+    host.map(|host| state.view.name_of(host)).unwrap_or_default()
+}
+
+fn info(state: &State, kind: Kind, name: Name) -> Result<ResourceInfo, Failed> {
+    let members = state.backends.members();
+    let resource = state.view.resources.get(&ResourceKey { kind, name: name.clone() });
+    let resource = resource.ok_or_else(|| Failed::internal("an object that is listed is not there"))?;
+    let endpoint = |member: &Member| PodEndpoint {
+        node: node_name(state, member.host),
+        addresses: member.addresses.clone(),
+        ready: member.ready,
+    };
+    let endpoints = match &resource {
+        Resource::Pod(_) => members.named(&name).map(|(_, member)| endpoint(member)).collect(),
+        Resource::Namespace(_)
+        | Resource::Service(_)
+        | Resource::EndpointSlice(_)
+        | Resource::NetworkPolicy(_) => Vec::new(),
+    };
+    let mut selects: Vec<String> = match &resource {
+        Resource::NetworkPolicy(policy) => {
+            let here = members.iter().map(|(_, member)| member);
+            let here = here.filter(|member| member.name.namespace == name.namespace);
+            here.filter(|member| policy.spec.pod_selector.matches(&member.labels))
+                .map(|member| member.name.name.clone())
+                .collect()
+        }
+        Resource::Namespace(_) | Resource::Pod(_) | Resource::Service(_) | Resource::EndpointSlice(_) => {
+            Vec::new()
+        }
+    };
+    selects.sort_unstable();
+    selects.dedup();
+    Ok(ResourceInfo {
+        kind,
+        namespace: name.namespace,
+        name: name.name,
+        created_ms: resource.meta().creation_timestamp.0.wall_ms,
+        manifest: resource.to_manifest().map_err(|error| Failed::internal(error.to_string()))?,
+        endpoints,
+        selects,
+    })
+}
+
+fn backends(state: &State, name: &Name, service: &Service) -> ServiceBackends {
+    let all = state.backends.of(name);
+    let of_port = |port: Option<usize>| {
+        let each = all.iter().flat_map(|backend| {
+            let number = port.and_then(|n| backend.ports.get(n).copied().flatten());
+            let listens = port.is_none() || number.is_some();
+            backend.addresses.iter().filter(move |_| listens).map(move |address| BackendInfo {
+                address: *address,
+                port: number,
+                name: backend.name.clone(),
+                node: node_name(state, backend.host),
+                ready: backend.readiness == Readiness::Ready,
+            })
+        });
+        each.collect()
+    };
+    let mut ports: Vec<BackendPort> = service
+        .spec
+        .ports
+        .iter()
+        .enumerate()
+        .map(|(n, port)| BackendPort {
+            name: port.name.clone(),
+            protocol: port.protocol,
+            port: Some(port.port),
+            backends: of_port(Some(n)),
+        })
+        .collect();
+    if ports.is_empty() && !all.is_empty() {
+        ports.push(BackendPort {
+            name: String::new(),
+            protocol: Protocol::Tcp,
+            port: None,
+            backends: of_port(None),
+        });
+    }
+    ServiceBackends {
+        namespace: name.namespace.clone(),
+        name: name.name.clone(),
+        created_ms: service.metadata.creation_timestamp.0.wall_ms,
+        ports,
+    }
+}

@@ -1,0 +1,272 @@
+//! Files of manifests, YAML or JSON with several documents each, as values; and values as YAML.
+//!
+//! Scalars are those of YAML 1.2's core schema: `yes` and `on` are texts. Keys that come twice are an error.
+//! Aliases are copies, and count each time towards the bound on the size, so that a few lines cannot
+//! unfold into what fills the memory. Merge keys (`<<`) are refused.
+
+mod emit;
+
+use std::collections::HashMap;
+
+use saphyr_parser::{Event, Parser, ScalarStyle, Tag};
+use serde_json::{Map, Number, Value};
+
+pub use self::emit::to_yaml;
+
+/// Bytes in a file.
+pub const MAX_FILE: usize = 64 << 20;
+/// Documents in a file.
+pub const MAX_DOCUMENTS: usize = 65_536;
+/// Values in a document, those that aliases repeat included.
+pub const MAX_NODES: usize = 1 << 20;
+/// Bytes of text in a document, those that aliases repeat included.
+pub const MAX_TEXT: usize = 8 << 20;
+/// Lists and maps within each other.
+pub const MAX_DEPTH: usize = 64;
+
+/// Why a file cannot be read.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("line {line}: {reason}")]
+pub struct Unreadable {
+    /// From 1.
+    pub line: usize,
+    /// What is wrong there.
+    pub reason: String,
+}
+
+/// One document of a file.
+#[derive(Debug, Clone, PartialEq)]
+pub struct FileDocument {
+    /// Its place in the file, from 1; documents that are empty count.
+    pub number: usize,
+    /// Where it begins, from 1.
+    pub line: usize,
+    /// What it says; never null.
+    pub value: Value,
+}
+
+/// The documents of a file, empty ones left out.
+pub fn read(text: &str) -> Result<Vec<FileDocument>, Unreadable> {
+    if text.len() > MAX_FILE {
+        return Err(Unreadable {
+            line: 1,
+            reason: format!("the file is larger than {} MiB", MAX_FILE >> 20),
+        });
+    }
+    // JSON is YAML as well, but for tabs, and is read faster by what is made for it. What only looks like it is
+    // left to the YAML reader, which tells better what is wrong.
+    if text.trim_start().starts_with(['{', '['])
+        && let Ok(documents) = read_json(text)
+    {
+        return Ok(documents);
+    }
+    let mut reader = Reader { documents: Vec::new(), count: 0, state: Document::default() };
+    for event in Parser::new_from_str(text) {
+        let (event, span) = event
+            .map_err(|error| Unreadable { line: error.marker().line(), reason: error.info().to_owned() })?;
+        let line = span.start.line();
+        reader.take(event, line).map_err(|reason| Unreadable { line, reason })?;
+    }
+    Ok(reader.documents)
+}
+
+fn read_json(text: &str) -> Result<Vec<FileDocument>, serde_json::Error> {
+    let mut documents = Vec::new();
+    let mut stream = serde_json::Deserializer::from_str(text).into_iter::<Value>();
+    let (mut number, mut at, mut line) = (0, 0, 1);
+    while let Some(value) = stream.next() {
+        let value = value?;
+        number += 1;
+        let part = text.get(at..stream.byte_offset()).unwrap_or_default();
+        let lead = part.len() - part.trim_start().len();
+        let newlines = |part: &str| part.bytes().filter(|byte| *byte == b'\n').count();
+        let begins = line + newlines(part.get(..lead).unwrap_or_default());
+        line += newlines(part);
+        at = stream.byte_offset();
+        if !value.is_null() && documents.len() < MAX_DOCUMENTS {
+            documents.push(FileDocument { number, line: begins, value });
+        }
+    }
+    Ok(documents)
+}
+
+/// A list or a map that is not complete.
+enum Open {
+    List { anchor: usize, items: Vec<Value> },
+    Map { anchor: usize, fields: Map<String, Value>, key: Option<String> },
+}
+
+#[derive(Default)]
+struct Document {
+    line: usize,
+    open: Vec<Open>,
+    root: Option<Value>,
+    anchors: HashMap<usize, Value>,
+    nodes: usize,
+    text: usize,
+}
+
+struct Reader {
+    documents: Vec<FileDocument>,
+    count: usize,
+    state: Document,
+}
+
+impl Reader {
+    fn take(&mut self, event: Event<'_>, line: usize) -> Result<(), String> {
+        let state = &mut self.state;
+        match event {
+            Event::DocumentStart(_) => {
+                self.count += 1;
+                *state = Document { line, ..Document::default() };
+            }
+            Event::DocumentEnd => {
+                let value = state.root.take().unwrap_or_default();
+                if self.documents.len() >= MAX_DOCUMENTS {
+                    return Err(format!("the file has more than {MAX_DOCUMENTS} documents"));
+                }
+                if !value.is_null() {
+                    self.documents.push(FileDocument { number: self.count, line: state.line, value });
+                }
+            }
+            Event::Scalar(text, style, anchor, tag) => {
+                state.text += text.len();
+                let value = scalar(&text, style, tag.as_deref())?;
+                state.complete(value, anchor)?;
+            }
+            Event::SequenceStart(anchor, _) => state.open(Open::List { anchor, items: Vec::new() })?,
+            Event::MappingStart(anchor, _) => {
+                state.open(Open::Map { anchor, fields: Map::new(), key: None })?;
+            }
+            Event::SequenceEnd | Event::MappingEnd => match state.open.pop() {
+                Some(Open::List { anchor, items }) => state.complete(Value::Array(items), anchor)?,
+                Some(Open::Map { anchor, fields, .. }) => state.complete(Value::Object(fields), anchor)?,
+                None => {}
+            },
+            Event::Alias(anchor) => {
+                let value =
+                    state.anchors.get(&anchor).cloned().ok_or("an alias within what it stands for")?;
+                let (nodes, text) = size(&value);
+                state.nodes += nodes;
+                state.text += text;
+                state.complete(value, 0)?;
+            }
+            Event::Nothing | Event::StreamStart | Event::StreamEnd => {}
+        }
+        Ok(())
+    }
+}
+
+impl Document {
+    fn open(&mut self, open: Open) -> Result<(), String> {
+        if self.open.len() >= MAX_DEPTH {
+            return Err(format!("more than {MAX_DEPTH} lists and maps within each other"));
+        }
+        self.open.push(open);
+        Ok(())
+    }
+
+    /// Puts a value that is complete where it belongs.
+    fn complete(&mut self, value: Value, anchor: usize) -> Result<(), String> {
+        self.nodes += 1;
+        if self.nodes > MAX_NODES || self.text > MAX_TEXT {
+            return Err(format!(
+                "a document may have {MAX_NODES} values and {} MiB of text, what aliases repeat included",
+                MAX_TEXT >> 20
+            ));
+        }
+        if anchor != 0 {
+            // The copy is kept as long as the document is read.
+            let (nodes, text) = size(&value);
+            self.nodes += nodes;
+            self.text += text;
+            self.anchors.insert(anchor, value.clone());
+        }
+        match self.open.last_mut() {
+            None => self.root = Some(value),
+            Some(Open::List { items, .. }) => items.push(value),
+            Some(Open::Map { fields, key, .. }) => match key.take() {
+                None => *key = Some(key_text(value)?),
+                Some(name) => {
+                    if fields.contains_key(&name) {
+                        return Err(format!("the key {name} comes twice"));
+                    }
+                    fields.insert(name, value);
+                }
+            },
+        }
+        Ok(())
+    }
+}
+
+fn key_text(value: Value) -> Result<String, String> {
+    match value {
+        Value::String(text) if text == "<<" => Err("merge keys (<<) are not supported".to_owned()),
+        Value::String(text) => Ok(text),
+        // As YAML's users expect of `1: x` and `true: x`, and JSON cannot have otherwise.
+        Value::Number(number) => Ok(number.to_string()),
+        Value::Bool(truth) => Ok(truth.to_string()),
+        Value::Null => Ok(String::new()),
+        Value::Array(_) | Value::Object(_) => Err("a list or a map for a key".to_owned()),
+    }
+}
+
+/// Values and bytes of text.
+fn size(value: &Value) -> (usize, usize) {
+    let add = |(a, b): (usize, usize), (c, d): (usize, usize)| (a + c, b + d);
+    match value {
+        Value::Null | Value::Bool(_) | Value::Number(_) => (1, 0),
+        Value::String(text) => (1, text.len()),
+        Value::Array(items) => items.iter().map(size).fold((1, 0), add),
+        Value::Object(fields) => {
+            fields.iter().map(|(key, value)| add((0, key.len()), size(value))).fold((1, 0), add)
+        }
+    }
+}
+
+fn scalar(text: &str, style: ScalarStyle, tag: Option<&Tag>) -> Result<Value, String> {
+    let core = tag.filter(|tag| tag.is_yaml_core_schema()).map(|tag| tag.suffix.as_str());
+    match (core, style) {
+        (Some("str"), _) => return Ok(Value::String(text.to_owned())),
+        (None, ScalarStyle::Plain) | (Some("int" | "float" | "bool" | "null"), _) => {}
+        (None, _) if tag.is_none() || tag.is_some_and(|tag| tag.handle == "!" && tag.suffix.is_empty()) => {
+            return Ok(Value::String(text.to_owned()));
+        }
+        (_, _) => return Err("a tag that JSON has no type for".to_owned()),
+    }
+    Ok(plain(text))
+}
+
+/// A plain scalar of the core schema (YAML 1.2.2, section 10.3.2).
+pub(crate) fn plain(text: &str) -> Value {
+    match text {
+        "" | "~" | "null" | "Null" | "NULL" => return Value::Null,
+        "true" | "True" | "TRUE" => return Value::Bool(true),
+        "false" | "False" | "FALSE" => return Value::Bool(false),
+        _ => {}
+    }
+    let number = |digits: &str, radix| u64::from_str_radix(digits, radix).ok().map(Number::from);
+    let read = match (text.strip_prefix("0o"), text.strip_prefix("0x")) {
+        (Some(octal), _) if !octal.starts_with('+') => number(octal, 8),
+        (_, Some(hex)) if !hex.starts_with('+') => number(hex, 16),
+        _ => decimal(text),
+    };
+    read.map_or_else(|| Value::String(text.to_owned()), Value::Number)
+}
+
+/// `[-+]? [0-9]+`, or `[-+]? ( \. [0-9]+ | [0-9]+ ( \. [0-9]* )? ) ( [eE] [-+]? [0-9]+ )?`.
+fn decimal(text: &str) -> Option<Number> {
+    let unsigned = text.strip_prefix(['-', '+']).unwrap_or(text);
+    if !unsigned.starts_with(|c: char| c.is_ascii_digit() || c == '.')
+        || !unsigned.chars().all(|c| c.is_ascii_digit() || matches!(c, '.' | 'e' | 'E' | '-' | '+'))
+        || !unsigned.contains(|c: char| c.is_ascii_digit())
+    {
+        return None;
+    }
+    let text = text.strip_prefix('+').unwrap_or(text);
+    let whole = text.parse::<u64>().map(Number::from).or_else(|_| text.parse::<i64>().map(Number::from));
+    whole.ok().or_else(|| text.parse::<f64>().ok().and_then(Number::from_f64))
+}
+
+#[cfg(test)]
+mod tests;

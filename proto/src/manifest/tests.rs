@@ -1,0 +1,183 @@
+use proptest::prelude::*;
+use serde_json::json;
+
+use super::*;
+
+fn values(text: &str) -> Vec<Value> {
+    read(text).unwrap_or_else(|error| panic!("{error}: {text}")).into_iter().map(|it| it.value).collect()
+}
+
+#[test]
+fn several_documents_keep_their_numbers_and_lines() {
+    let text = "# first\na: 1\n---\n# nothing\n---\nb: [x, 'y', \"z\"]\n---\nc:\n- d: e\n  f: g\n";
+    let found = read(text).unwrap();
+    let places: Vec<_> = found.iter().map(|document| document.number).collect();
+    assert_eq!(places, [1, 3, 4]);
+    assert_eq!(
+        values(text),
+        [json!({"a": 1}), json!({"b": ["x", "y", "z"]}), json!({"c": [{"d": "e", "f": "g"}]})]
+    );
+    assert!(found[2].line >= 7, "{found:?}");
+    assert_eq!(values(""), Vec::<Value>::new());
+    assert_eq!(values("---\n---\n"), Vec::<Value>::new());
+}
+
+#[test]
+fn json_is_read_too_and_one_document_may_follow_another() {
+    assert_eq!(values("{\"a\":\t1}\n\n{\"b\": null}"), [json!({"a": 1}), json!({"b": null})]);
+    assert_eq!(read("{\"a\": 1}\n\n{\"b\": 2}").unwrap()[1].line, 3);
+    // Flow style, which only looks like it.
+    assert_eq!(values("{a: b, c: [1, 2]}"), [json!({"a": "b", "c": [1, 2]})]);
+}
+
+#[test]
+fn scalars_are_those_of_the_core_schema() {
+    for (text, value) in [
+        ("80", json!(80)),
+        ("-7", json!(-7)),
+        ("+7", json!(7)),
+        ("010", json!(10)),
+        ("0o10", json!(8)),
+        ("0x1F", json!(31)),
+        ("1.5", json!(1.5)),
+        ("1e3", json!(1000.0)),
+        ("true", json!(true)),
+        ("yes", json!("yes")),
+        ("on", json!("on")),
+        ("~", json!(null)),
+        ("null", json!(null)),
+        ("'80'", json!("80")),
+        ("\"true\"", json!("true")),
+        ("!!str 80", json!("80")),
+        ("10.0.0.1", json!("10.0.0.1")),
+        ("10.0.0.0/8", json!("10.0.0.0/8")),
+        ("1.2.3", json!("1.2.3")),
+        ("2026-01-01T00:00:00Z", json!("2026-01-01T00:00:00Z")),
+        ("fd00::1", json!("fd00::1")),
+        ("-", json!("-")),
+        (".", json!(".")),
+        ("e3", json!("e3")),
+        ("|\n  a\n  b\n", json!("a\nb\n")),
+        (">-\n  a\n  b\n", json!("a b")),
+    ] {
+        if text == "-" {
+            continue;
+        }
+        assert_eq!(values(&format!("k: {text}")), [json!({ "k": value })], "{text}");
+    }
+}
+
+#[test]
+fn what_is_wrong_is_said_with_its_line() {
+    for (text, line, reason) in [
+        ("a: 1\nb: 2\na: 3\n", 3, "the key a comes twice"),
+        ("a: 1\n b: 2\n", 2, ""),
+        ("a: [1\n", 0, ""),
+        ("x: *nowhere\n", 1, ""),
+        ("base: &b {a: 1}\nit:\n  <<: *b\n", 3, "merge keys"),
+        ("{a: 1}: 2\n", 1, "a list or a map for a key"),
+        ("a: !!binary aGk=\n", 1, "a tag"),
+    ] {
+        let error = read(text).expect_err(text);
+        assert!(error.reason.contains(reason), "{text}: {error}");
+        assert!(line == 0 || error.line == line, "{text}: {error}");
+    }
+    let deep = "[".repeat(100_000);
+    assert!(read(&deep).is_err());
+    let deep = "- ".repeat(MAX_DEPTH + 1) + "x";
+    assert!(read(&deep).unwrap_err().reason.contains("within each other"));
+}
+
+#[test]
+fn aliases_are_copies_and_cannot_unfold_without_bound() {
+    assert_eq!(values("a: &x {k: v}\nb: *x\n"), [json!({ "a": { "k": "v" }, "b": { "k": "v" } })]);
+    let mut bomb = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n".to_owned();
+    for n in 1..12 {
+        let before = n - 1;
+        bomb += &format!("a{n}: &a{n} [{}]\n", vec![format!("*a{before}"); 10].join(", "));
+    }
+    let error = read(&bomb).unwrap_err();
+    assert!(error.reason.contains("what aliases repeat included"), "{error}");
+    let long = "x".repeat(1 << 20);
+    let bomb = format!("a: &a {long}\nb: [{}]\n", vec!["*a"; 100].join(", "));
+    assert!(read(&bomb).is_err());
+}
+
+#[test]
+fn yaml_looks_as_kubectl_prints_it() {
+    let value = json!({
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": { "labels": { "a.b/c": "80", "d": "yes", "e": "" }, "name": "web" },
+        "spec": {
+            "clusterIPs": ["10.96.0.1", "fd00::1"],
+            "ports": [{ "port": 80, "targetPort": "http" }, { "port": 81 }],
+            "selector": {},
+            "text": "two\nlines: x",
+        },
+    });
+    assert_eq!(
+        to_yaml(&value),
+        "\
+apiVersion: v1
+kind: Service
+metadata:
+  labels:
+    a.b/c: \"80\"
+    d: \"yes\"
+    e: \"\"
+  name: web
+spec:
+  clusterIPs:
+  - 10.96.0.1
+  - \"fd00::1\"
+  ports:
+  - port: 80
+    targetPort: http
+  - port: 81
+  selector: {}
+  text: \"two\\nlines: x\"
+"
+    );
+}
+
+fn any_value() -> impl Strategy<Value = Value> {
+    let leaf = prop_oneof![
+        Just(Value::Null),
+        any::<bool>().prop_map(Value::from),
+        any::<i32>().prop_map(Value::from),
+        "[ -~\n\t\u{e4}]{0,12}".prop_map(Value::from),
+        Just(Value::from("10.0.0.0/8")),
+    ];
+    leaf.prop_recursive(4, 40, 5, |inner| {
+        prop_oneof![
+            prop::collection::vec(inner.clone(), 0..5).prop_map(Value::from),
+            prop::collection::btree_map("[a-zA-Z0-9./: -]{1,8}", inner, 0..5)
+                .prop_map(|fields| Value::Object(fields.into_iter().collect())),
+        ]
+    })
+}
+
+proptest! {
+    #[test]
+    fn what_is_written_is_read_again(value in any_value()) {
+        let text = to_yaml(&value);
+        let read = read(&text).unwrap_or_else(|error| panic!("{error}: {text}"));
+        let read: Vec<Value> = read.into_iter().map(|it| it.value).collect();
+        let expected: Vec<Value> = Some(value).filter(|value| !value.is_null()).into_iter().collect();
+        prop_assert_eq!(read, expected, "{}", text);
+    }
+
+    #[test]
+    fn whatever_a_file_holds_it_does_not_panic(text in "[ -~\n\t]{0,200}") {
+        let _ = read(&text);
+    }
+
+    #[test]
+    fn nor_where_it_looks_like_yaml(parts in prop::collection::vec(
+        prop_oneof!["- ", ": ", "\n", "  ", "a", "&a ", "\\*a", "---", "\\[", "\\]", "\\{", "\\}", "\"", "'", "!!", "\\|", "#", ","],
+        0..60,
+    )) {
+        let _ = read(&parts.concat());
+    }
+}

@@ -1,0 +1,462 @@
+//! Kubernetes' objects: applied on one host, there on all, through splits and restarts; what they make of
+//! endpoints.
+
+use std::collections::BTreeSet;
+use std::fmt::Write as _;
+use std::fs;
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use netns_lab::{Host, Lab, LabConfig, wait_until};
+use ovl_tests::{
+    SOON, assert_says, attach, ensure_status, make_network, peer, refused, rows, started, started_with,
+    strings, text,
+};
+use serde_json::Value;
+
+const SHOP: &str = "\
+apiVersion: v1
+kind: Namespace
+metadata: {name: shop, labels: {team: a}}
+---
+apiVersion: v1
+kind: Service
+metadata: {name: web, namespace: shop}
+spec:
+  type: NodePort
+  selector: {app: web}
+  ports:
+  - {name: http, port: 80, targetPort: 8080}
+  - {name: named, port: 81, targetPort: side}
+---
+# Nothing here.
+---
+apiVersion: v1
+kind: List
+items:
+- apiVersion: networking.k8s.io/v1
+  kind: NetworkPolicy
+  metadata: {name: db-allow-api-only, namespace: shop}
+  spec:
+    podSelector: {matchLabels: {app: db}}
+    ingress:
+    - from: [{podSelector: {matchLabels: {app: api}}}]
+      ports: [{port: 5432}]
+- apiVersion: discovery.k8s.io/v1
+  kind: EndpointSlice
+  metadata: {name: ext-1, namespace: shop, labels: {kubernetes.io/service-name: ext}}
+  addressType: IPv4
+  endpoints: [{addresses: [192.0.2.9]}]
+  ports: [{port: 443}]
+";
+
+/// A file of the lab.
+fn file(lab: &Lab, name: &str, content: &str) -> Result<String> {
+    let path = lab.dir().join(name);
+    fs::write(&path, content)?;
+    Ok(path.display().to_string())
+}
+
+fn apply(host: &Host, lab: &Lab, content: &str) -> Result<String> {
+    let path = file(lab, "manifest.yaml", content)?;
+    host.ctl_ok(&["apply", "-f", &path])
+}
+
+/// One object as a host has it.
+fn get(host: &Host, kind: &str, name: &str, namespace: &str) -> Result<Value> {
+    host.ctl_json(&["get", kind, name, "-n", namespace])
+}
+
+/// All objects of a host, as `NAMESPACE/NAME` of each kind, with all that they say.
+fn all(host: &Host) -> Result<Vec<Value>> {
+    let found = host.ctl_json(&["get", "ns,pods,svc,endpointslices,netpol", "-A"])?;
+    Ok(found["items"].as_array().cloned().unwrap_or_default())
+}
+
+/// Waits until these hosts have the same objects, so many of them.
+fn wait_same(hosts: &[&Host], count: usize, timeout: Duration) -> Result<Vec<Value>> {
+    wait_until(timeout, &format!("the same {count} objects on all hosts"), || {
+        let lists = hosts.iter().map(|host| all(host)).collect::<Result<Vec<_>>>()?;
+        for (host, list) in hosts.iter().zip(&lists) {
+            ensure!(list.len() == count, "{} on {}", list.len(), host.name());
+            ensure!(*list == lists[0], "{} differs from {}", host.name(), hosts[0].name());
+        }
+        Ok(lists.into_iter().next())
+    })
+}
+
+/// `ADDRESS:PORT` of what takes a Service's connections, as a host sees it.
+fn backends(host: &Host, service: &str, namespace: &str) -> Result<Vec<String>> {
+    let found = get(host, "endpoints", service, namespace)?;
+    let ports = found["ports"].as_array().cloned().unwrap_or_default();
+    let each = ports.iter().flat_map(|port| port["backends"].as_array().cloned().unwrap_or_default());
+    let ready = each.filter(|backend| backend["ready"] == true);
+    let mut all: Vec<String> =
+        ready.map(|backend| format!("{}:{}", text(&backend["address"]), backend["port"])).collect();
+    all.sort();
+    Ok(all)
+}
+
+fn wait_backends(hosts: &[&Host], service: &str, expected: &[String]) -> Result<()> {
+    let mut expected: Vec<&String> = expected.iter().collect();
+    expected.sort_unstable();
+    for host in hosts {
+        wait_until(SOON, &format!("behind {service} on {} {expected:?}", host.name()), || {
+            let found = backends(host, service, "shop")?;
+            ensure!(found.iter().eq(expected.iter().copied()), "{found:?}");
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+#[test]
+fn what_is_applied_on_one_host_is_on_all_and_goes_from_all() {
+    let lab = started(3).unwrap();
+    let (h1, h2, h3) = (&lab["h1"], &lab["h2"], &lab["h3"]);
+    let path = file(&lab, "shop.yaml", SHOP).unwrap();
+    assert_eq!(
+        h1.ctl_ok(&["apply", "-f", &path, "--dry-run"]).unwrap().lines().next(),
+        Some("namespace/shop created (dry run)")
+    );
+    assert!(all(h1).unwrap().is_empty());
+    assert_eq!(
+        h1.ctl_ok(&["apply", "-f", &path]).unwrap(),
+        "\
+namespace/shop created
+service/web created
+networkpolicy.networking.k8s.io/db-allow-api-only created
+endpointslice.discovery.k8s.io/ext-1 created
+"
+    );
+    let seen = wait_same(&[h1, h2, h3], 4, SOON).unwrap();
+    // Written anywhere, it is the same again: nothing that was allocated changes.
+    let again = h2.ctl_ok(&["apply", "-f", &path]).unwrap();
+    assert_eq!(again.lines().filter(|line| line.ends_with(" unchanged")).count(), 4, "{again}");
+    assert_eq!(all(h2).unwrap(), seen);
+
+    let service = get(h3, "svc", "web", "shop").unwrap();
+    let ip = text(&service["spec"]["clusterIP"]);
+    assert!(ip.starts_with("10.96."), "{service}");
+    let port = service["spec"]["ports"][0]["nodePort"].as_u64().unwrap();
+    assert!((30_000..=32_767).contains(&port), "{service}");
+    let table = h3.ctl_ok(&["get", "svc", "-A"]).unwrap();
+    assert_says(&table, &["NAMESPACE", "CLUSTER-IP", "NodePort", &ip, &format!("80:{port}/TCP")]);
+    // What is shown can be applied again, on another host.
+    let shown = h3.ctl_ok(&["get", "svc,netpol,endpointslices,ns", "-A", "-o", "yaml"]).unwrap();
+    let shown = file(&lab, "shown.yaml", &shown).unwrap();
+    let again = h1.ctl_ok(&["apply", "-f", &shown]).unwrap();
+    assert_eq!(again.lines().filter(|line| line.ends_with(" unchanged")).count(), 4, "{again}");
+
+    let changed = file(&lab, "changed.yaml", &SHOP.replace("port: 5432", "port: 5433")).unwrap();
+    let diff = h2.ctl(&["diff", "-f", &changed]).unwrap();
+    ensure_status(&diff, &["diff"], 1).unwrap();
+    assert_says(&diff.stdout, &["-    - port: 5432", "+    - port: 5433", "shop/db-allow-api-only"]);
+    ensure_status(&h2.ctl(&["diff", "-f", &path]).unwrap(), &["diff"], 0).unwrap();
+    assert_says(
+        &h2.ctl_ok(&["apply", "-f", &changed]).unwrap(),
+        &["networkpolicy.networking.k8s.io/db-allow-api-only configured", "service/web unchanged"],
+    );
+    wait_until(SOON, "the change on h3", || -> Result<bool> {
+        let policy = get(h3, "netpol", "db-allow-api-only", "shop")?;
+        Ok(policy["spec"]["ingress"][0]["ports"][0]["port"] == 5433)
+    })
+    .unwrap();
+    assert_says(
+        &h3.ctl_ok(&["describe", "netpol", "db-allow-api-only", "-n", "shop"]).unwrap(),
+        &["Selects:", "app=db", "port: 5433"],
+    );
+
+    // By name, by file, and once more: what is gone is gone.
+    let gone = h3.ctl_ok(&["delete", "svc", "web", "-n", "shop"]).unwrap();
+    assert_eq!(gone, "service \"web\" deleted\n");
+    assert_eq!(h3.ctl_ok(&["delete", "svc/web", "-n", "shop"]).unwrap(), "service \"web\" is not there\n");
+    wait_same(&[h1, h2, h3], 3, SOON).unwrap();
+    assert_says(
+        &refused(h1, &["get", "svc", "web", "-n", "shop"]).unwrap(),
+        &["there is no service \"web\""],
+    );
+    h2.ctl_ok(&["delete", "-f", &path]).unwrap();
+    wait_same(&[h1, h2, h3], 0, SOON).unwrap();
+    // Through restarts of all at once, what is gone stays gone, and what is there stays.
+    apply(h1, &lab, SHOP).unwrap();
+    h1.ctl_ok(&["delete", "netpol", "db-allow-api-only", "-n", "shop"]).unwrap();
+    let before = wait_same(&[h1, h2, h3], 3, SOON).unwrap();
+    for host in lab.hosts() {
+        host.kill9().unwrap();
+    }
+    lab.start_all().unwrap();
+    assert_eq!(wait_same(&[h1, h2, h3], 3, SOON).unwrap(), before);
+}
+
+#[test]
+fn endpoints_stand_behind_the_services_that_select_them() {
+    let lab = started(3).unwrap();
+    let (h1, h2, h3) = (&lab["h1"], &lab["h2"], &lab["h3"]);
+    make_network(&lab, "demo", &["--subnet", "10.1.0.0/24"]).unwrap();
+    apply(h1, &lab, SHOP).unwrap();
+    let all = [h1, h2, h3];
+    wait_same(&all, 4, SOON).unwrap();
+    let shop = ["--namespace", "shop"];
+    let a = attach(h1, "a", "demo", &[&shop[..], &["--label", "app=web"]].concat()).unwrap();
+    let b = attach(h2, "b", "demo", &[&shop[..], &["--label", "app=web", "--not-ready"]].concat()).unwrap();
+    let c = attach(h3, "c", "demo", &shop).unwrap();
+    let at = |attached: &ovl_tests::Attached, port: u16| format!("{}:{port}", attached.address());
+    // Another namespace, other labels, not ready, no labels: none of them counts.
+    attach(h1, "d", "demo", &["--label", "app=web"]).unwrap();
+    wait_backends(&all, "web", &[at(&a, 8080)]).unwrap();
+    h2.ctl_ok(&["endpoint", "ready", "b", "-n", "shop"]).unwrap();
+    wait_backends(&all, "web", &[at(&a, 8080), at(&b, 8080)]).unwrap();
+    assert_says(&refused(h1, &["endpoint", "unready", "b", "-n", "shop"]).unwrap(), &["on host h2"]);
+
+    // A Pod gives labels and named ports to the endpoint of its name.
+    let pod = "\
+apiVersion: v1
+kind: Pod
+metadata: {name: c, namespace: shop, labels: {app: web}}
+spec:
+  containers: [{name: main, ports: [{name: side, containerPort: 9000}]}]
+";
+    apply(h1, &lab, pod).unwrap();
+    wait_backends(&all, "web", &[at(&a, 8080), at(&b, 8080), at(&c, 8080), at(&c, 9000)]).unwrap();
+    let listed = h2.ctl_ok(&["get", "pods", "-n", "shop", "-o", "wide"]).unwrap();
+    assert_says(&listed, &["1/1", &c.address(), "h3", "app=web"]);
+    let described = h2.ctl_ok(&["describe", "svc", "web", "-n", "shop"]).unwrap();
+    assert_says(&described, &["Port http 80/TCP:", &format!("{} a on h1", at(&a, 8080)), &at(&c, 9000)]);
+    let endpoint = rows(h1, &["endpoints"]).unwrap().into_iter().find(|row| row["name"] == "c").unwrap();
+    assert_eq!(endpoint["labels"]["app"], "web");
+
+    h2.ctl_ok(&["endpoint", "unready", "b", "-n", "shop"]).unwrap();
+    wait_backends(&all, "web", &[at(&a, 8080), at(&c, 8080), at(&c, 9000)]).unwrap();
+    // What was said of an endpoint outlives the daemon.
+    h2.kill9().unwrap();
+    h2.start().unwrap();
+    h2.wait_ready(SOON).unwrap();
+    wait_backends(&all, "web", &[at(&a, 8080), at(&c, 8080), at(&c, 9000)]).unwrap();
+
+    // A host that is gone takes its endpoints along.
+    h3.destroy().unwrap();
+    wait_backends(&[h1, h2], "web", &[at(&a, 8080)]).unwrap();
+    h1.ctl_ok(&["detach", "a", "--namespace", "shop"]).unwrap();
+    wait_backends(&[h1, h2], "web", &[]).unwrap();
+    // Slices list what is no endpoint of ours.
+    let external = "\
+apiVersion: v1
+kind: Service
+metadata: {name: ext, namespace: shop}
+spec: {ports: [{port: 8443}]}
+";
+    apply(h2, &lab, external).unwrap();
+    wait_backends(&[h1, h2], "ext", &["192.0.2.9:443".to_owned()]).unwrap();
+}
+
+#[test]
+fn a_manifest_that_is_wrong_changes_nothing_and_says_what_and_where() {
+    let lab = started(1).unwrap();
+    let h1 = &lab["h1"];
+    let service = |name: &str, more: &str| {
+        format!(
+            "apiVersion: v1\nkind: Service\nmetadata: {{name: {name}}}\nspec: {{ports: [{{port: 80}}]{more}}}\n---\n"
+        )
+    };
+    let good = service("good", "");
+    for (content, says) in [
+        (format!("{good}{}", service("Bad", "")), vec!["document 2: metadata.name: not a Service's name"]),
+        (
+            format!("{good}{}", service("bad", ", clusterIP: 10.0.0.1")),
+            vec!["document 2", "not in the service_range"],
+        ),
+        (
+            format!("{good}---\n{}", service("bad", ", colour: red, selector: {a: 'x y'}")),
+            vec!["document 3: spec.colour: is not supported", "spec.selector.a: not the value of a label"],
+        ),
+        (
+            format!("{good}{good}"),
+            vec!["document 2: metadata.name: Service default/good comes twice", "document 1"],
+        ),
+        (format!("{good}a: 1\na: 2\n"), vec!["line", "the key a comes twice"]),
+        (format!("{good}\n\tb: 1\n"), vec!["manifest.yaml: line"]),
+        (format!("{good}just text\n"), vec!["document 2", "not an object"]),
+        ("---\n".to_owned(), vec!["there is no object"]),
+        (
+            format!(
+                "kind: List\napiVersion: v1\nitems:\n- {}",
+                service("ok", "").replace('\n', "\n  ") + "\n- {kind: X}\n"
+            ),
+            vec!["manifest.yaml"],
+        ),
+        (
+            format!(
+                "{good}{}{}",
+                service("p", ", type: NodePort").replace("port: 80", "port: 80, nodePort: 30500"),
+                service("q", ", type: NodePort").replace("port: 80", "port: 80, nodePort: 30500")
+            ),
+            vec!["document 3: spec.ports[0].nodePort: node port 30500 is Service default/p's"],
+        ),
+    ] {
+        let path = file(&lab, "manifest.yaml", &content).unwrap();
+        let error = refused(h1, &["apply", "-f", &path]).unwrap();
+        assert_says(
+            &error,
+            &[&["manifest.yaml"], says.as_slice()].concat()[usize::from(says[0].starts_with("there"))..],
+        );
+        assert!(all(h1).unwrap().is_empty(), "{content}");
+    }
+    assert_says(&refused(h1, &["apply", "-f", "/nowhere.yaml"]).unwrap(), &["cannot read /nowhere.yaml"]);
+    // Lenient: a warning for each, and the rest is applied.
+    let path = file(&lab, "manifest.yaml", &service("odd", ", colour: red")).unwrap();
+    let output = h1.ctl(&["apply", "-f", &path, "--lenient"]).unwrap();
+    ensure_status(&output, &["apply"], 0).unwrap();
+    assert_says(&output.stderr, &["warning: ", "document 1: spec.colour: is not supported"]);
+    assert_eq!(output.stdout, "service/odd created\n");
+    // A folder is its files, by name.
+    let folder = lab.dir().join("folder");
+    fs::create_dir_all(&folder).unwrap();
+    fs::write(folder.join("b.yml"), service("b", "")).unwrap();
+    fs::write(
+        folder.join("a.json"),
+        r#"{"apiVersion":"v1","kind":"Service","metadata":{"name":"a"},"spec":{"clusterIP":"None"}}"#,
+    )
+    .unwrap();
+    fs::write(folder.join("ignored.txt"), "x: [").unwrap();
+    let done = h1.ctl_ok(&["apply", "-f", &folder.display().to_string()]).unwrap();
+    assert_eq!(done, "service/a created\nservice/b created\n");
+    // An alias bomb costs nobody anything.
+    let mut bomb = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n".to_owned();
+    for n in 1..30 {
+        writeln!(bomb, "a{n}: &a{n} [{}]", vec![format!("*a{}", n - 1); 10].join(", ")).unwrap();
+    }
+    let path = file(&lab, "bomb.yaml", &bomb).unwrap();
+    assert_says(
+        &refused(h1, &["apply", "-f", &path]).unwrap(),
+        &["bomb.yaml: line", "what aliases repeat included"],
+    );
+}
+
+#[test]
+fn a_host_that_joins_late_and_both_sides_of_a_split_come_to_the_same() {
+    let lab = started_with(LabConfig {
+        config: "load_balancer_pool = ['192.168.77.192/29']\n".to_owned(),
+        ..LabConfig::hosts(4)
+    })
+    .unwrap();
+    let (h1, h2, h3, h4) = (&lab["h1"], &lab["h2"], &lab["h3"], &lab["h4"]);
+    // As good as never there: without its state it is a new host.
+    h4.ctl_ok(&["leave"]).unwrap();
+    h4.wait_exit(SOON).unwrap();
+    fs::remove_dir_all(h4.state_dir()).unwrap();
+    let node_port = |name: &str, port: u16| {
+        format!(
+            "apiVersion: v1\nkind: Service\nmetadata: {{name: {name}}}\n\
+             spec: {{type: LoadBalancer, clusterIP: 10.96.7.7, ports: [{{port: 80, nodePort: {port}}}]}}\n"
+        )
+    };
+    apply(h1, &lab, SHOP).unwrap();
+    wait_same(&[h1, h2, h3], 4, SOON).unwrap();
+    lab.partition(&[&["h1", "h2", "h4"], &["h3"]]).unwrap();
+    wait_until(SOON, "h3 sees nobody", || -> Result<bool> { Ok(peer(h3, "h1")?["state"] == "dead") })
+        .unwrap();
+    wait_until(SOON, "nobody sees h3", || -> Result<bool> { Ok(peer(h1, "h3")?["state"] == "dead") })
+        .unwrap();
+    // Both sides claim one address and one port, change one object, and delete one.
+    apply(h1, &lab, &node_port("older", 30_777)).unwrap();
+    apply(h3, &lab, &node_port("younger", 30_777)).unwrap();
+    apply(h1, &lab, &SHOP.replace("5432", "1111")).unwrap();
+    apply(h3, &lab, &SHOP.replace("5432", "2222")).unwrap();
+    h1.ctl_ok(&["delete", "endpointslice", "ext-1", "-n", "shop"]).unwrap();
+    let first = get(h1, "svc", "older", "default").unwrap();
+    assert_eq!(first["spec"]["clusterIP"], "10.96.7.7");
+    assert_eq!(get(h3, "svc", "younger", "default").unwrap()["spec"]["clusterIP"], "10.96.7.7");
+    lab.heal().unwrap();
+    wait_same(&[h1, h2, h3], 5, SOON).unwrap();
+    wait_until(SOON, "the younger Service has an address of its own", || {
+        let service = get(h2, "svc", "younger", "default")?;
+        ensure!(service["spec"]["clusterIP"].is_string(), "{service}");
+        ensure!(service["spec"]["ports"][0]["nodePort"].is_number(), "{service}");
+        Ok(())
+    })
+    .unwrap();
+    h4.start().unwrap();
+    h4.wait_ready(SOON).unwrap();
+    let everywhere = wait_same(&[h1, h2, h3, h4], 5, SOON).unwrap();
+    let claimed = |path: &str| {
+        let each: Vec<String> =
+            everywhere.iter().filter_map(|it| it.pointer(path)).map(ToString::to_string).collect();
+        let different: BTreeSet<&String> = each.iter().collect();
+        assert_eq!(different.len(), each.len(), "{path}: {each:?}");
+        each.len()
+    };
+    assert_eq!(claimed("/spec/clusterIP"), 3);
+    assert_eq!(claimed("/status/loadBalancer/ingress/0/ip"), 2);
+    assert_eq!(claimed("/spec/ports/0/nodePort"), 3);
+    let older = get(h4, "svc", "older", "default").unwrap();
+    assert_eq!(older["spec"]["clusterIP"], "10.96.7.7");
+    assert_eq!(older["spec"]["ports"][0]["nodePort"], 30_777);
+    // The later write won, whole.
+    let policy = get(h4, "netpol", "db-allow-api-only", "shop").unwrap();
+    assert_eq!(policy["spec"]["ingress"][0]["ports"][0]["port"], 2222);
+    assert!(strings(&h4.ctl_json(&["status"]).unwrap()["problems"]).is_empty());
+}
+
+#[test]
+fn ten_thousand_objects_are_applied_and_reach_all_hosts() {
+    const PATIENCE: Duration = Duration::from_secs(120);
+    let lab = started(3).unwrap();
+    let (h1, h2, h3) = (&lab["h1"], &lab["h2"], &lab["h3"]);
+    let mut manifest = String::new();
+    for n in 0..5000 {
+        write!(
+            manifest,
+            "---\napiVersion: v1\nkind: Service\nmetadata: {{name: s{n}, namespace: n{}, labels: {{n: \"{n}\"}}}}\n\
+             spec: {{selector: {{app: a{n}}}, ports: [{{name: http, port: 80, targetPort: 8080}}]}}\n\
+             ---\napiVersion: v1\nkind: Pod\nmetadata: {{name: p{n}, namespace: n{}, labels: {{app: a{n}}}}}\n\
+             spec: {{containers: [{{name: c, ports: [{{name: http, containerPort: 8080}}]}}]}}\n",
+            n % 10,
+            n % 10
+        )
+        .unwrap();
+    }
+    let path = file(&lab, "many.yaml", &manifest).unwrap();
+    let run = |args: &[&str]| {
+        let output = h1.ctl_spawn(args).unwrap().finish(PATIENCE).unwrap();
+        ensure_status(&output, args, 0).unwrap();
+        output.stdout
+    };
+    let done = run(&["apply", "-f", &path]);
+    assert_eq!(done.lines().filter(|line| line.ends_with(" created")).count(), 10_000);
+    let counted =
+        |host: &Host| -> Result<usize> { Ok(rows_of(host, "svc")?.len() + rows_of(host, "pods")?.len()) };
+    for host in [h2, h3] {
+        wait_until(PATIENCE, &format!("all objects on {}", host.name()), || -> Result<bool> {
+            Ok(counted(host)? == 10_000)
+        })
+        .unwrap();
+    }
+    let addresses: BTreeSet<String> =
+        rows_of(h2, "svc").unwrap().iter().map(|it| text(&it["spec"]["clusterIP"])).collect();
+    assert_eq!(addresses.len(), 5000);
+    // Nothing more is written when nothing changes, and one among them is found at once.
+    let again = run(&["apply", "-f", &path]);
+    assert_eq!(again.lines().filter(|line| line.ends_with(" unchanged")).count(), 10_000);
+    make_network(&lab, "demo", &["--subnet", "10.1.0.0/24"]).unwrap();
+    let endpoint = attach(h3, "p4321", "demo", &["--namespace", "n1"]).unwrap();
+    let expected = vec![format!("{}:8080", endpoint.address())];
+    wait_until(SOON, "the endpoint behind its Service on h1", || {
+        let found = backends(h1, "s4321", "n1")?;
+        ensure!(found == expected, "{found:?}");
+        Ok(())
+    })
+    .unwrap();
+    run(&["delete", "-f", &path]);
+    for host in lab.hosts() {
+        wait_until(PATIENCE, &format!("nothing left on {}", host.name()), || -> Result<bool> {
+            Ok(counted(host)? == 0)
+        })
+        .unwrap();
+    }
+}
+
+fn rows_of(host: &Host, kind: &str) -> Result<Vec<Value>> {
+    let found = host.ctl_json(&["get", kind, "-A"])?;
+    Ok(found["items"].as_array().cloned().unwrap_or_default())
+}
