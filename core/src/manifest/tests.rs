@@ -667,7 +667,8 @@ proptest! {
         for (index, value) in changes {
             let mut all = Vec::new();
             places(&manifest, String::new(), &mut all);
-            *manifest.pointer_mut(index.get(&all)).unwrap() = value;
+            let place: &String = index.get(&all);
+            *manifest.pointer_mut(place).unwrap() = value;
         }
         if let Ok(found) = read(manifest, None, lenient) {
             prop_assert_eq!(check(&found.resource), Ok(()));
