@@ -72,7 +72,10 @@ fn check_ports(service: &Service, problems: &mut Problems) {
             format!("{path}.port"),
             format!("{} {} comes twice", port.protocol, port.port),
         );
-        if let Some(target) = &port.target_port {
+        // The same number, which is what it is unless given, need not be told twice.
+        if let Some(target) =
+            port.target_port.as_ref().filter(|target| **target != IntOrString::Int(port.port))
+        {
             check_port(&format!("{path}.targetPort"), target, problems);
         }
         if let Some(node_port) = port.node_port {
