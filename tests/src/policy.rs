@@ -98,7 +98,8 @@ impl World {
             servers.extend([workload.tcp_echo(port)?, workload.udp_echo(port)?]);
         }
         self.servers.insert(key, servers);
-        let args = ["attach", name, "--namespace", namespace, "--network", "pods", "--label", &label, "--netns"];
+        let args =
+            ["attach", name, "--namespace", namespace, "--network", "pods", "--label", &label, "--netns"];
         let json = host.ctl_json(&[&args[..], &[workload.path_str()]].concat())?;
         let attached = Attached { workload, name: name.to_owned(), json };
         let labels = BTreeMap::from([("pod".to_owned(), name.to_owned())]);

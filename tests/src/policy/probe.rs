@@ -89,10 +89,9 @@ impl Reached {
 }
 
 /// Every pod tries every other one.
-pub fn all(pods: &[Pod], protos: &[Proto]) -> Result<Reached> {
+pub(super) fn all(pods: &[Pod], protos: &[Proto]) -> Result<Reached> {
     thread::scope(|scope| {
-        let threads: Vec<_> =
-            pods.iter().map(|pod| scope.spawn(move || from(pod, pods, protos))).collect();
+        let threads: Vec<_> = pods.iter().map(|pod| scope.spawn(move || from(pod, pods, protos))).collect();
         let mut reached = Reached::default();
         for thread in threads {
             reached.0.extend(thread.join().map_err(|_| anyhow!("a prober panicked"))??);
@@ -109,8 +108,7 @@ fn from(pod: &Pod, pods: &[Pod], protos: &[Proto]) -> Result<Vec<Probe>> {
             let address: IpAddr = address.parse()?;
             for proto in protos {
                 for port in PORTS {
-                    let probe =
-                        Probe { from: pod.full_name(), to: to.full_name(), v4, proto: *proto, port };
+                    let probe = Probe { from: pod.full_name(), to: to.full_name(), v4, proto: *proto, port };
                     probes.push((probe, SocketAddr::new(address, port)));
                 }
             }

@@ -81,7 +81,8 @@ impl Reference {
                 list(&spec[rules]).iter().any(|rule| {
                     let peers = list(&rule[peers]);
                     let ports = list(&rule["ports"]);
-                    (peers.is_empty() || peers.iter().any(|peer| self.is_peer(peer, namespace, other, try_.v4)))
+                    (peers.is_empty()
+                        || peers.iter().any(|peer| self.is_peer(peer, namespace, other, try_.v4)))
                         && (ports.is_empty() || ports.iter().any(|port| try_.is_at(port)))
                 })
             })
