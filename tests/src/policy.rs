@@ -191,7 +191,7 @@ pub fn pod(namespace: &str, name: &str, labels: &BTreeMap<String, String>) -> Va
     json!({
         "apiVersion": "v1", "kind": "Pod",
         "metadata": {"namespace": namespace, "name": name, "labels": labels},
-        "spec": {"containers": [{"name": "c", "image": "none", "ports": ports}]},
+        "spec": {"containers": [{"name": "c", "ports": ports}]},
     })
 }
 
