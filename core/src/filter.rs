@@ -10,6 +10,7 @@ use ovl_proto::id::Mac;
 use ovl_proto::object::{Backend, Driver, Mode, Network};
 
 use crate::device::Device;
+use crate::resolver::{ADDRESS_V4, ADDRESS_V6};
 
 /// The name of our table, in the family `inet`. No other table is ever touched.
 pub const TABLE: &str = "ovl";
@@ -50,6 +51,7 @@ const REJECT: &str = "reject with icmpx admin-prohibited";
 ///   So is what is routed: an endpoint may answer a packet that was translated on its way to it.
 /// * `output`, `forward`: nothing for an encrypted network leaves in plain, should a route be missing.
 /// * `forward`: networks do not reach each other, and an internal one reaches nothing.
+/// * `input`: nor does it reach the host.
 /// * `postrouting`: what leaves the cluster gets the host's address. What goes to another endpoint of this host, at a
 ///   published port, keeps its own.
 pub fn render(
@@ -69,6 +71,9 @@ pub fn render(
     }
     if networks.len() > 1 || networks.iter().any(|network| network.internal || network.encrypted) {
         forward(&mut text, networks, masquerade);
+    }
+    if networks.iter().any(|network| network.internal && network.mode == Mode::L2) {
+        input(&mut text, networks);
     }
     let translated: Vec<&Network> =
         networks.iter().copied().filter(|n| is_translated(n, masquerade)).collect();
@@ -271,6 +276,24 @@ fn forward(text: &mut String, networks: &[&Network], masquerade: bool) {
                 "\t\t{family} daddr {prefix} {family} saddr != {prefix} iifname \"{from}\" counter {REJECT}"
             );
         }
+    }
+    let _ = writeln!(text, "\t}}");
+}
+
+/// Who is on an internal network reaches nothing of the host either, but its resolver: the host has a way back to it.
+fn input(text: &mut String, networks: &[&Network]) {
+    let _ =
+        writeln!(text, "\tchain input {{\n\t\ttype filter hook input priority filter - 10; policy accept;");
+    for bridge in
+        switched(networks).filter(|network| network.internal).map(|network| Device::bridge(network.id))
+    {
+        // Neighbour solicitations and advertisements (RFC 4861), by their numbers.
+        let _ = writeln!(
+            text,
+            "\t\tiifname \"{bridge}\" meta l4proto 58 @th,0,8 {{ 135, 136 }} accept\n\
+             \t\tiifname \"{bridge}\" ip daddr != {ADDRESS_V4} counter drop\n\
+             \t\tiifname \"{bridge}\" ip6 daddr != {ADDRESS_V6} counter drop"
+        );
     }
     let _ = writeln!(text, "\t}}");
 }
