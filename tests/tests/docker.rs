@@ -7,6 +7,7 @@ use std::net::IpAddr;
 use std::path::Path;
 use std::time::Instant;
 
+use anyhow::ensure;
 use netns_lab::{Host, Lab, LabConfig, Signal, find_binary, wait_until};
 use ovl_tests::runtime::{Before, Docker, Place, reaches, wait_endpoint_count};
 use ovl_tests::{SOON, assert_says, rows, started, strings, text, wait_clean, wait_network};
@@ -63,6 +64,20 @@ fn containers_of_three_engines_reach_each_other() {
     // Two of one Engine, past its own rules for what it forwards.
     let near = d1.run("near", &["--network", "blue"]).unwrap();
     reaches(&near, &a).unwrap();
+
+    // By name: those of its own Engine, and of others when it asks ovl's resolver for what the Engine does not know.
+    let asker = d1.run("asker", &["--network", "blue", "--dns", "169.254.79.53"]).unwrap();
+    for (name, address) in
+        [("near", near.addresses().unwrap()[0]), ("bb", addresses[1]), ("cc", addresses[2])]
+    {
+        wait_until(SOON, &format!("the name {name}"), || {
+            let said = asker.command(&["busybox", "nslookup", name])?;
+            ensure!(said.contains(&address.to_string()), "{said}");
+            Ok(())
+        })
+        .unwrap();
+    }
+    d1.call(&["rm", "--force", "asker"]).unwrap();
 
     // An address is given once, whichever Engine asks.
     let taken =

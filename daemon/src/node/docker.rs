@@ -8,15 +8,17 @@ mod collect;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::time::Duration;
 
 use ipnet::IpNet;
 use nix::net::if_::if_nametoindex;
 use ovl_core::device::Device;
 use ovl_core::docker::{
-    self, AddressWish, Call, Choice, EndpointWish, EngineEndpoint, EngineNetwork, Joined, NetworkWish, Plan,
-    Pool, PoolWish, Port, Protocol,
+    self, AddressWish, Call, Choice, EndpointWish, EngineEndpoint, EngineNetwork, Joined, Later, NetworkWish,
+    Plan, Pool, PoolWish,
 };
 use ovl_core::ipam;
+use ovl_core::view::NetworkState;
 use ovl_proto::control::{Attach, DockerCall, DockerName, FailureKind, NetnsRef};
 use ovl_proto::id::{EndpointId, NetworkId};
 use ovl_proto::object::{Mode, Network};
@@ -27,6 +29,8 @@ use serde_json::Value;
 use super::state::{LocalEndpoint, State};
 use super::{Failed, Node, random};
 
+/// An Engine is answered in time, whatever there is to wait for.
+const SETTLED: Duration = Duration::from_secs(2);
 /// The host's own namespace: the Engine fetches interfaces there.
 const HERE: &str = "/proc/thread-self/ns/net";
 
@@ -41,6 +45,8 @@ pub(crate) struct Docker {
     chosen: Vec<(Pool, u64)>,
     /// Endpoints whose other ends are in this namespace, since when.
     unfetched: BTreeMap<EndpointId, u64>,
+    /// Networks that were made for Engines and that none has, since when.
+    unused: BTreeMap<NetworkId, u64>,
 }
 
 impl Docker {
@@ -85,6 +91,11 @@ impl Node {
     async fn docker_call(&self, call: Call) -> Result<Value, Failed> {
         if let Some(answer) = docker::always(&call) {
             return Ok(answer);
+        }
+        if docker::later(&call) == Later::No && tokio::time::timeout(SETTLED, self.settled()).await.is_err() {
+            return Err(Failed::unavailable(
+                "ovld has just started and hears from the other hosts what has happened meanwhile",
+            ));
         }
         match call {
             Call::RequestPool(wish) => self.docker_pool(&wish).await.map(docker::pool),
@@ -245,26 +256,22 @@ impl Node {
         let name = self.network_name(network);
         self.write_table(Vec::new(), vec![Key::Held(network)]);
         self.event("network", &name, "left by a Docker Engine");
+        // Who else has it is not known before that: then it is collected.
+        if self.state.borrow().caught_up { self.remove_unused(network) } else { Ok(()) }
+    }
+
+    /// Removes a network that was made for Engines, if none has it any more.
+    fn remove_unused(&self, network: NetworkId) -> Result<(), Failed> {
         let unused = {
             let state = self.state.borrow();
-            let members = || {
-                state.view.nodes.values().filter(|node| state.view.alloc.members.contains(&node.record.id))
-            };
-            let used = members()
-                .any(|node| node.table.holds(network) || node.table.endpoints_on(network).next().is_some())
-                || state.local.wanted.contains_key(&network);
-            let found =
-                state.view.networks.get(&network).filter(|found| found.network.on_demand && !found.removing);
-            found.filter(|_| !used).map(|found| found.network.clone())
+            let found = state.view.networks.get(&network);
+            found.filter(|found| is_unused(&state, found)).map(|found| found.network.clone())
         };
-        match unused {
-            Some(network) => {
-                self.write_network(network, true)?;
-                self.event("network", &name, "removed: no Engine has it any more");
-                Ok(())
-            }
-            None => Ok(()),
-        }
+        let Some(unused) = unused else { return Ok(()) };
+        let name = unused.name.clone();
+        self.write_network(unused, true)?;
+        self.event("network", &name, "removed: no Engine has it any more");
+        Ok(())
     }
 
     async fn docker_endpoint(&self, wish: EndpointWish) -> Result<Value, Failed> {
@@ -429,6 +436,18 @@ impl Node {
         let state = self.state.borrow();
         state.view.networks.get(&id).map_or_else(|| id.to_string(), |found| found.network.name.clone())
     }
+}
+
+/// Whether a network was made for Engines, and no host has it for one any more, nor endpoints on it.
+fn is_unused(state: &State, found: &NetworkState) -> bool {
+    let id = found.network.id;
+    let members = state.view.nodes.values().filter(|node| state.view.alloc.members.contains(&node.record.id));
+    found.network.on_demand
+        && !found.removing
+        && !state.local.wanted.contains_key(&id)
+        && !members
+            .into_iter()
+            .any(|node| node.table.holds(id) || node.table.endpoints_on(id).next().is_some())
 }
 
 fn engine_endpoint(state: &State, id: EndpointId) -> Option<&EngineEndpoint> {

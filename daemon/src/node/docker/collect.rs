@@ -6,9 +6,10 @@ use nix::net::if_::if_nametoindex;
 use ovl_core::device::Device;
 use ovl_core::docker;
 use ovl_proto::control::{DockerCall, DockerDeleted};
-use ovl_proto::id::EndpointId;
+use ovl_proto::id::{EndpointId, NetworkId};
 
 use super::super::{Node, remove_if_there};
+use super::is_unused;
 
 /// What an Engine asks for first and names later, it names at once: after this time, in milliseconds,
 /// it has forgotten.
@@ -82,6 +83,7 @@ impl Node {
             let old = state.docker.unfetched.iter().filter(|(_, since)| now >= **since + UNFETCHED_MS);
             old.map(|(id, _)| *id).collect()
         };
+        self.collect_networks();
         if stale.is_empty() {
             return;
         }
@@ -91,5 +93,34 @@ impl Node {
                 tracing::warn!(error = failed.0.message, "cannot take away what a Docker Engine left");
             }
         });
+    }
+
+    /// Removes networks that were made for Engines and that nobody has any more: the last Engine went
+    /// with its host, or could not tell who else there was.
+    fn collect_networks(&self) {
+        let old: Vec<NetworkId> = {
+            let mut guard = self.state.borrow_mut();
+            let state = &mut *guard;
+            if !state.caught_up || !state.is_coordinator() {
+                return;
+            }
+            let now = state.now();
+            let before = std::mem::take(&mut state.docker.unused);
+            let unused = state.view.networks.iter().filter(|(_, found)| is_unused(state, found));
+            let unused = unused.map(|(id, _)| (*id, before.get(id).copied().unwrap_or(now))).collect();
+            state.docker.unused = unused;
+            state
+                .docker
+                .unused
+                .iter()
+                .filter(|(_, since)| now >= **since + UNUSED_MS)
+                .map(|(id, _)| *id)
+                .collect()
+        };
+        for network in old {
+            if let Err(failed) = self.remove_unused(network) {
+                tracing::warn!(error = failed.0.message, "cannot remove a network that no Engine has");
+            }
+        }
     }
 }
