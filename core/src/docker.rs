@@ -19,9 +19,7 @@ use ovl_proto::id::NetworkId;
 use serde::{Deserialize, Serialize};
 
 pub use answer::{Joined, address, always, endpoint, failed, joined, nothing, pool};
-pub use call::{
-    AddressWish, Call, EndpointWish, Later, MAX_NAME, NetworkWish, PoolWish, Port, Protocol, later, parse,
-};
+pub use call::{AddressWish, Call, EndpointWish, Later, MAX_NAME, NetworkWish, PoolWish, later, parse};
 pub use decide::{Choice, Plan, choose_pool, network_id, plan_network, subnet_of, wanted_gateway};
 
 /// What our IPAM calls its pools' space; one that comes with another name is not ours.

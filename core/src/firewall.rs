@@ -68,13 +68,17 @@ pub struct Decision {
     pub problems: Vec<(String, String)>,
 }
 
-/// `networks` are those of which packets are forwarded on this host: built here, and not internal.
+/// `networks` are those that are built here. Of internal ones nothing is routed, but where Docker has the packet filter look
+/// at bridges (`net.bridge.bridge-nf-call-iptables`), it sees their frames as well.
 pub fn decide(foreign: &Foreign, networks: &[&Network]) -> Decision {
     let mut decision = Decision::default();
+    let all = networks;
+    let networks: Vec<&Network> = all.iter().copied().filter(|network| !network.internal).collect();
+    let networks = &networks[..];
     for table in &foreign.iptables {
         let wanted = subnets(networks, table.v4);
         if table.has_chain(USERS) {
-            table.door(!wanted.is_empty() && table.drops(), &mut decision.commands);
+            table.door(!subnets(all, table.v4).is_empty() && table.drops(), &mut decision.commands);
         } else if table.drops() {
             let text = table.lines.join("\n");
             let (ufw, tool) = (table.lines.iter().any(|line| line.starts_with(":ufw")), table.command());

@@ -65,6 +65,10 @@ impl Engine {
         for place in ["/run/docker", "/run/containerd"] {
             fs::create_dir_all(place)?;
         }
+        // As on any host whose kernel has the module of bridges' packet filter.
+        for what in ["iptables", "ip6tables"] {
+            host.exec_ok(["sysctl", "-qw", &format!("net.bridge.bridge-nf-call-{what}=1")])?;
+        }
         fs::write(dir.join("daemon.json"), "{}")?;
         fs::write(dir.join("containerd.toml"), containerd_settings(&dir))?;
         let path = |name: &str| dir.join(name).to_string_lossy().into_owned();

@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use anyhow::ensure;
 use netns_lab::{Host, Lab, LabConfig, Signal, find_binary, wait_until};
-use ovl_tests::runtime::{Before, Docker, Place, reaches, wait_endpoint_count};
+use ovl_tests::runtime::{Before, Docker, Place, answered, reaches, wait_endpoint_count};
 use ovl_tests::{SOON, assert_says, rows, started, strings, text, wait_clean, wait_network};
 use serde_json::{Value, json};
 
@@ -65,6 +65,8 @@ fn containers_of_three_engines_reach_each_other() {
     let near = d1.run("near", &["--network", "blue"]).unwrap();
     reaches(&near, &a).unwrap();
 
+    // And out into the world, as far as there is one.
+    near.ping(hosts[1].address().unwrap()).unwrap();
     // By name: those of its own Engine, and of others when it asks ovl's resolver for what the Engine does not know.
     let asker = d1.run("asker", &["--network", "blue", "--dns", "169.254.79.53"]).unwrap();
     for (name, address) in
@@ -269,7 +271,7 @@ fn calls_of_an_engine_that_stumbles() {
 }
 
 #[test]
-fn encrypted_and_internal_networks() {
+fn encrypted_internal_and_routed_networks() {
     let lab = started(2).unwrap();
     let hosts = [&lab["h1"], &lab["h2"]];
     let docker = hosts.map(|host| Docker::start(host, &[]).unwrap());
@@ -277,6 +279,7 @@ fn encrypted_and_internal_networks() {
     for (name, options) in [
         ("sealed", &["-o", "encrypted", "--subnet", "10.79.0.0/24", "--ipv6", "--subnet", "fd79::/64"][..]),
         ("inside", &["--internal", "--subnet", "10.80.0.0/24"]),
+        ("routed", &["-o", "ovl.mode=l3", "--subnet", "10.60.0.0/16"]),
     ] {
         let named = format!("ovl.network={name}");
         let options = [&["-o", &named], options].concat();
@@ -299,8 +302,40 @@ fn encrypted_and_internal_networks() {
         assert_eq!(links.lines().count(), 2, "{links}");
         let routes = a.command(&["busybox", "ip", "route"]).unwrap();
         assert_eq!(routes.contains("default"), name != "inside", "{routes}");
+        assert_eq!(a.ping(hosts[1].address().unwrap()).is_ok(), name != "inside");
     }
     wait_clean(lab.hosts(), SOON).unwrap();
+}
+
+#[test]
+fn ports_that_an_engine_publishes() {
+    let lab = started(2).unwrap();
+    let (h1, h2) = (&lab["h1"], &lab["h2"]);
+    let docker = Docker::start(h1, &[]).unwrap();
+    create(&docker, "blue", &["-o", "ovl.network=blue", "--subnet", "10.77.0.0/16"]);
+    let ports = ["--network", "blue", "-p", "18080:8080", "-p", "127.0.0.1:18081:8080"];
+    let web = docker.run("web", &ports).unwrap();
+    let near = docker.run("near", &["--network", "blue"]).unwrap();
+    let (server, client) = (h1.address().unwrap(), h2.address().unwrap());
+    let local = IpAddr::from([127, 0, 0, 1]);
+    assert_eq!(answered(h2, server, 18080).unwrap(), client, "the client's own address arrives");
+    answered(h1, server, 18080).unwrap();
+    answered(h1, local, 18080).unwrap();
+    answered(h1, local, 18081).unwrap();
+    answered(&near, server, 18080).unwrap();
+    answered(&web, server, 18080).unwrap();
+    h2.seen_from(server, 18081).expect_err("a port of localhost alone");
+    let row = endpoint(h1, web.addresses().unwrap()[0]).unwrap();
+    assert!(row["publish"].to_string().contains("18080"), "{row}");
+
+    let run = ["run", "--rm", "--network", "blue", "-p", "18080:8080", "localhost/ovl-test"];
+    assert_says(&docker.refused(&run).unwrap(), &["18080", "web"]);
+    docker.call(&["restart", "--time", "0", "web"]).unwrap();
+    assert_eq!(answered(h2, server, 18080).unwrap(), client);
+    docker.call(&["rm", "--force", "web"]).unwrap();
+    h2.seen_from(server, 18080).expect_err("a port of nobody");
+    docker.run("web", &ports).unwrap();
+    answered(h2, server, 18080).unwrap();
 }
 
 #[test]

@@ -6,6 +6,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use ovl_proto::id::Mac;
 use ovl_proto::object::{Backend, Mode};
+use ovl_proto::publish::{Ports, Publish, Transport};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
@@ -58,7 +59,7 @@ pub enum Call {
     /// The container is off the network.
     Leave(EngineEndpoint),
     /// Publish ports.
-    Publish(EngineEndpoint, Vec<Port>),
+    Publish(EngineEndpoint, Vec<Publish>),
     /// Publish none any more.
     Revoke(EngineEndpoint),
     /// What is there to say about it?
@@ -127,32 +128,6 @@ pub struct EndpointWish {
     pub namespace: Option<String>,
     /// What selectors match.
     pub labels: BTreeMap<String, String>,
-}
-
-/// A transport protocol.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Protocol {
-    /// 6.
-    Tcp,
-    /// 17.
-    Udp,
-    /// 132.
-    Sctp,
-}
-
-/// A port of a container that is to be published.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Port {
-    /// Of which protocol.
-    pub protocol: Protocol,
-    /// In the container.
-    pub container: u16,
-    /// On this address of the host; nothing: on all.
-    pub address: Option<IpAddr>,
-    /// The first free one from here on; 0: any.
-    pub first: u16,
-    /// Up to this one.
-    pub last: u16,
 }
 
 /// Reads a call: its path without the slash, and its body. The error is for people.
@@ -477,29 +452,22 @@ struct RawPort {
     host_port_end: u16,
 }
 
-fn ports(options: &Option<Map<String, Value>>) -> Result<Vec<Port>, String> {
+fn ports(options: &Option<Map<String, Value>>) -> Result<Vec<Publish>, String> {
     let Some(list) = options.as_ref().and_then(|options| options.get(PORTMAP)) else { return Ok(Vec::new()) };
     let raw: Option<Vec<RawPort>> = read(list)?;
     raw.unwrap_or_default().into_iter().map(port).collect()
 }
 
-fn port(raw: RawPort) -> Result<Port, String> {
-    let protocol = match raw.proto {
-        6 => Protocol::Tcp,
-        17 => Protocol::Udp,
-        132 => Protocol::Sctp,
-        other => return Err(format!("ports of protocol {other} cannot be published")),
-    };
-    let address = match raw.host_ip.as_str() {
-        "" => None,
-        text => Some(ip(text)?).filter(|address| !address.is_unspecified()),
-    };
-    Ok(Port {
-        protocol,
-        container: raw.port,
-        address,
-        first: raw.host_port,
-        last: raw.host_port_end.max(raw.host_port),
+/// An Engine gives a first and a last port of the host also where it means one, and 0 for any.
+fn port(raw: RawPort) -> Result<Publish, String> {
+    let transports = [Transport::Tcp, Transport::Udp, Transport::Sctp];
+    let transport = transports.into_iter().find(|transport| transport.number() == raw.proto);
+    let last = raw.host_port_end.max(raw.host_port);
+    Ok(Publish {
+        address: if raw.host_ip.is_empty() { None } else { Some(ip(&raw.host_ip)?) },
+        host: (raw.host_port > 0).then_some(Ports { first: raw.host_port, last }),
+        container: Ports::one(raw.port),
+        transport: transport.ok_or_else(|| format!("ports of protocol {} cannot be published", raw.proto))?,
     })
 }
 

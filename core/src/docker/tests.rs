@@ -3,6 +3,7 @@ use std::collections::BTreeMap;
 use ovl_proto::clock::Stamp;
 use ovl_proto::id::{Mac, NetworkId};
 use ovl_proto::object::{Backend, Driver, Mode, Network};
+use ovl_proto::publish::Publish;
 use serde_json::{Value, json};
 
 use super::*;
@@ -129,8 +130,7 @@ fn the_calls_of_a_container_are_the_same_from_both_engines() {
             panic!("{version}: {rest:?}")
         };
         assert_eq!((joined, published), (&endpoint.id, &endpoint.id), "{version}");
-        let expected =
-            Port { protocol: Protocol::Tcp, container: 80, address: None, first: 8082, last: 8082 };
+        let expected: Publish = "8082:80".parse().unwrap();
         assert_eq!(ports, &[expected], "{version}");
     }
 }

@@ -22,7 +22,7 @@ use ovl_core::view::NetworkState;
 use ovl_proto::control::{Attach, DockerCall, DockerName, FailureKind, NetnsRef};
 use ovl_proto::id::{EndpointId, NetworkId};
 use ovl_proto::object::{Mode, Network};
-use ovl_proto::publish::{Ports, Publish, Transport};
+use ovl_proto::publish::Publish;
 use ovl_proto::table::{Endpoint, Entry, Key};
 use serde_json::Value;
 
@@ -326,7 +326,11 @@ impl Node {
             docker: Some(id),
             netns: HERE.into(),
         };
+        let first = !self.state.borrow().view.own().is_some_and(|own| own.table.networks().next().is_some());
         self.make(request, &network, place, reserved, local, None).await?;
+        if first && let Err(failed) = self.mind_firewalls_now().await {
+            tracing::warn!(error = failed.0.message, "cannot look after the Engine's firewall");
+        }
         Ok(docker::endpoint())
     }
 
@@ -340,15 +344,14 @@ impl Node {
     }
 
     /// What is published for the container from now on, and nothing else.
-    async fn docker_publish(&self, id: &EngineEndpoint, ports: &[Port]) -> Result<Value, Failed> {
+    async fn docker_publish(&self, id: &EngineEndpoint, ports: &[Publish]) -> Result<Value, Failed> {
         let _alone = self.containers.alone(&id.endpoint).await;
         let (id, _) = self
             .of_engine(id)
             .ok_or_else(|| Failed::not_found("the endpoint is gone: start the container again"))?;
         self.revoke(id).await?;
         if !ports.is_empty() {
-            let wishes: Vec<Publish> = ports.iter().map(wish).collect();
-            self.publish(id, &wishes).await?;
+            self.publish(id, ports).await?;
         }
         Ok(docker::nothing())
     }
@@ -456,19 +459,4 @@ fn engine_endpoint(state: &State, id: EndpointId) -> Option<&EngineEndpoint> {
 
 fn subnet_of(state: &State, pool: Pool) -> Result<(&Network, &ovl_proto::object::Subnet), Failed> {
     docker::subnet_of(pool, state.docker.networks.values(), &state.view.networks).map_err(Failed::not_found)
-}
-
-/// A port as an Engine asks for it. It gives a first and a last one of the host also where it means one.
-fn wish(port: &Port) -> Publish {
-    let host = Ports { first: port.first, last: port.last.max(port.first) };
-    Publish {
-        address: port.address,
-        host: (port.first > 0).then_some(host),
-        container: Ports::one(port.container),
-        transport: match port.protocol {
-            Protocol::Tcp => Transport::Tcp,
-            Protocol::Udp => Transport::Udp,
-            Protocol::Sctp => Transport::Sctp,
-        },
-    }
 }

@@ -19,7 +19,7 @@ impl Node {
     pub(super) async fn firewall_loop(self: Rc<Self>) {
         let mut idle = false;
         loop {
-            let networks = self.forwarded_networks();
+            let networks = self.built_networks();
             // Without networks one look is enough, to take away what the last run may have left.
             if !(idle && networks.is_empty()) {
                 if let Err(failed) = self.mind_firewalls(&networks).await {
@@ -43,15 +43,19 @@ impl Node {
         ours.map(|(_, sentence)| sentence.clone()).collect()
     }
 
-    fn forwarded_networks(&self) -> Vec<Network> {
+    fn built_networks(&self) -> Vec<Network> {
         let state = self.state.borrow();
         let all = state.view.networks.values().map(|found| &found.network);
-        all.filter(|network| !network.internal && desired::is_built(&state.view, &state.local, network.id))
-            .cloned()
-            .collect()
+        all.filter(|network| desired::is_built(&state.view, &state.local, network.id)).cloned().collect()
+    }
+
+    /// Has a look now: a Docker Engine's first container must not wait for the next one.
+    pub(super) async fn mind_firewalls_now(&self) -> Result<(), Failed> {
+        self.mind_firewalls(&self.built_networks()).await
     }
 
     async fn mind_firewalls(&self, networks: &[Network]) -> Result<(), Failed> {
+        let _turn = self.firewall_turn.lock().await;
         let foreign = blocking(kernel::foreign_firewalls).await?;
         let Decision { commands, problems } = decide(&foreign, &networks.iter().collect::<Vec<_>>());
         if !commands.is_empty() {
