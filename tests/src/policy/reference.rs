@@ -161,8 +161,8 @@ fn has_type(spec: &Value, direction: &str) -> bool {
 }
 
 fn selects(selector: &Value, labels: &BTreeMap<String, String>) -> bool {
-    let equal = selector["matchLabels"].as_object().into_iter().flatten();
-    equal.map(|(key, value)| labels.get(key) == Some(&text(value))).all(|fits| fits)
+    let mut equal = selector["matchLabels"].as_object().into_iter().flatten();
+    equal.all(|(key, value)| labels.get(key) == Some(&text(value)))
         && list(&selector["matchExpressions"]).iter().all(|requirement| {
             let value = labels.get(&text(&requirement["key"]));
             let among = || list(&requirement["values"]).iter().any(|each| Some(&text(each)) == value);
