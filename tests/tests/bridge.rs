@@ -238,7 +238,7 @@ fn conflicts_with_other_networks_are_refused_or_named() {
         refused(h1, &[&["network", "create", "b", "--driver", "bridge"], more].concat()).unwrap()
     };
     assert_says(&create(&["--subnet", "10.1.0.128/25"]), &["overlaps 10.1.0.0/24 of network blue"]);
-    assert_says(&create(&["--subnet", "192.168.77.0/24"]), &["underlay address of host h1"]);
+    assert_says(&create(&["--subnet", "192.168.77.0/24"]), &["the underlay address of host h"]);
     assert_says(&create(&["--vni", "7"]), &["--vni is for networks of several hosts"]);
     assert_says(&create(&["--mode", "l3"]), &["--mode l3 is for networks of several hosts"]);
     assert_says(&create(&["--encrypted"]), &["--encrypted is for networks of several hosts"]);
