@@ -21,10 +21,10 @@ impl Node {
         loop {
             let networks = self.built_networks();
             // Without networks one look is enough, to take away what the last run may have left.
-            if !(idle && networks.is_empty()) {
-                if let Err(failed) = self.mind_firewalls(&networks).await {
-                    tracing::warn!(error = failed.0.message, "cannot look after other firewalls");
-                }
+            if !(idle && networks.is_empty())
+                && let Err(failed) = self.mind_firewalls(&networks).await
+            {
+                tracing::warn!(error = failed.0.message, "cannot look after other firewalls");
             }
             idle = networks.is_empty();
             tokio::time::sleep(AGAIN).await;
