@@ -84,7 +84,7 @@ pub fn host(view: &View, local: &Local) -> Kernel {
         kernel.tables.insert(Table::Publish, publish::skeleton());
     }
     let mut text = filter::render(&built, &vteps, port, tunnel, local.masquerade);
-    text.extend(resolver::chains(&built, &local.resolved));
+    text.extend(resolver::chains(&built, &local.resolved, &local.cluster_dns));
     kernel.filter = Some(text);
     for network in built.iter().filter(|network| !network.internal || routes_for_policies(view, network)) {
         for subnet in &network.subnets {
@@ -111,7 +111,7 @@ pub fn network_part(view: &View, local: &Local, id: NetworkId) -> Kernel {
         Mode::L3 => routed::part(&mut kernel, view, local, network, own),
     }
     if local.resolved.contains(&id) {
-        resolver::on_bridge(&mut kernel, network);
+        resolver::on_bridge(&mut kernel, network, &local.cluster_dns);
     }
     kernel
 }

@@ -5,6 +5,7 @@
 pub mod alloc;
 pub mod allocation;
 pub mod backends;
+pub mod cluster_names;
 pub mod cni;
 pub mod desired;
 pub mod device;

@@ -24,24 +24,38 @@ pub const LOOPBACK: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 11);
 pub const ADDRESS_V4: Ipv4Addr = Ipv4Addr::new(169, 254, 79, 53);
 /// The same for endpoints without an IPv4 address, who ask at this one; unique-local (RFC 4193).
 pub const ADDRESS_V6: Ipv6Addr = Ipv6Addr::new(0xfd6f, 0x766c, 0, 0, 0, 0, 0, 0x53);
+/// What stands for the addresses of the cluster's DNS on the host, as [`ADDRESS_V4`] does for 127.0.0.11.
+pub const CLUSTER_V4: Ipv4Addr = Ipv4Addr::new(169, 254, 79, 10);
+/// The same for an IPv6 address.
+pub const CLUSTER_V6: Ipv6Addr = Ipv6Addr::new(0xfd6f, 0x766c, 0, 0, 0, 0, 0, 0xa);
 /// Where ovld listens there: port 53 may be anybody's.
 pub const PORT: u16 = 7953;
 /// The same for who asks at [`ADDRESS_V4`] itself, such as a container whose 127.0.0.11 is a Docker Engine's.
 pub const PORT_DIRECT: u16 = 7954;
 
 /// The addresses of ovld's resolver on a network's bridge, as far as its endpoints have such addresses.
-pub(crate) fn on_bridge(kernel: &mut Kernel, network: &Network) {
+pub(crate) fn on_bridge(kernel: &mut Kernel, network: &Network, cluster: &[IpAddr]) {
     let bridge = Device::bridge(network.id);
     let has = |v4| network.subnets.iter().any(|subnet| subnet.prefix.addr().is_ipv4() == v4);
-    let addresses = [IpAddr::from(ADDRESS_V4), IpAddr::from(ADDRESS_V6)];
-    for address in addresses.into_iter().filter(|address| has(address.is_ipv4())) {
+    let own = [IpAddr::from(ADDRESS_V4), IpAddr::from(ADDRESS_V6)];
+    let cluster = cluster.iter().map(|address| stand_in(*address));
+    for address in own.into_iter().chain(cluster).filter(|address| has(address.is_ipv4())) {
         kernel.addresses.insert((bridge, IpNet::from(address)));
     }
 }
 
+/// What stands for an address of the cluster's DNS.
+fn stand_in(address: IpAddr) -> IpAddr {
+    if address.is_ipv4() { CLUSTER_V4.into() } else { CLUSTER_V6.into() }
+}
+
 /// The chains that lead queries to ovld and its answers back, if one of these networks has endpoints with a
 /// resolver. Nobody else reaches it: not from the underlay, whatever address is used.
-pub(crate) fn chains(networks: &[&Network], resolved: &BTreeSet<NetworkId>) -> Option<String> {
+pub(crate) fn chains(
+    networks: &[&Network],
+    resolved: &BTreeSet<NetworkId>,
+    cluster: &[IpAddr],
+) -> Option<String> {
     if !networks.iter().any(|network| resolved.contains(&network.id)) {
         return None;
     }
@@ -62,6 +76,15 @@ pub(crate) fn chains(networks: &[&Network], resolved: &BTreeSet<NetworkId>) -> O
              \t\tip6 daddr {v6} {proto} dport 53 {proto} dport set {PORT} notrack"
         );
     }
+    for (family, address, at) in cluster.iter().map(with_stand_in) {
+        let _ = writeln!(text, "\t\t{family} daddr {{ {address}, {at} }} {strange}");
+        for proto in ["udp", "tcp"] {
+            let _ = writeln!(
+                text,
+                "\t\t{family} daddr {address} iifname != \"lo\" {proto} dport 53 {family} daddr set {at} {proto} dport set {PORT} notrack"
+            );
+        }
+    }
     let _ = writeln!(
         text,
         "\t}}\n\tchain resolver-out {{\n\t\ttype filter hook output priority raw - 5; policy accept;"
@@ -74,8 +97,21 @@ pub(crate) fn chains(networks: &[&Network], resolved: &BTreeSet<NetworkId>) -> O
              \t\tip6 saddr {v6} {proto} sport {PORT} oifname != \"lo\" {proto} sport set 53 notrack"
         );
     }
+    for (family, address, at) in cluster.iter().map(with_stand_in) {
+        for proto in ["udp", "tcp"] {
+            let _ = writeln!(
+                text,
+                "\t\t{family} saddr {at} {proto} sport {PORT} oifname != \"lo\" {family} saddr set {address} {proto} sport set 53 notrack"
+            );
+        }
+    }
     let _ = writeln!(text, "\t}}\n}}");
     Some(text)
+}
+
+/// With its family as nftables has it.
+fn with_stand_in(address: &IpAddr) -> (&'static str, IpAddr, IpAddr) {
+    (if address.is_ipv4() { "ip" } else { "ip6" }, *address, stand_in(*address))
 }
 
 /// What belongs into an endpoint's resolv.conf(5): names are asked for as they are.

@@ -63,6 +63,8 @@ pub struct Local {
     pub segment: Option<IpNet>,
     /// Networks with endpoints of this host that have a resolver.
     pub resolved: BTreeSet<NetworkId>,
+    /// Where pods find the cluster's DNS: at most one address a family.
+    pub cluster_dns: Vec<IpAddr>,
     /// Whether traffic that leaves the cluster gets this host's address.
     pub masquerade: bool,
     /// What is remembered and seen of tunnels while keys are rotated.

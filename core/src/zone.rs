@@ -54,12 +54,20 @@ fn counts(view: &View, network: NetworkId, placed: &Placed<'_>) -> bool {
     placed.endpoint.network == network && view.is_counted(placed)
 }
 
-/// Who asks from which address, of this host's endpoints: the networks that it is on, in the order of its
-/// interfaces. `place` tells endpoints that share a namespace, and their order there.
+/// Who asks.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Asker {
+    /// The networks that it is on, in the order of its interfaces.
+    pub networks: Vec<NetworkId>,
+    /// Its Kubernetes namespace.
+    pub namespace: String,
+}
+
+/// Who asks from which address, of this host's endpoints. `place` tells endpoints that share a namespace, and their order there.
 pub fn askers<P: Ord + Clone, O: Ord>(
     view: &View,
     place: impl Fn(&Endpoint) -> Option<(P, O)>,
-) -> BTreeMap<IpAddr, Vec<NetworkId>> {
+) -> BTreeMap<IpAddr, Asker> {
     let mut places: BTreeMap<P, BTreeMap<O, &Endpoint>> = BTreeMap::new();
     let own = view.own().into_iter().flat_map(|own| own.table.endpoints());
     for endpoint in own.filter(|endpoint| view.address_conflict(view.me, endpoint).is_none()) {
@@ -70,8 +78,10 @@ pub fn askers<P: Ord + Clone, O: Ord>(
     let mut askers = BTreeMap::new();
     for endpoints in places.values() {
         let networks: Vec<NetworkId> = endpoints.values().map(|endpoint| endpoint.network).collect();
-        let addresses = endpoints.values().flat_map(|endpoint| &endpoint.addresses);
-        askers.extend(addresses.map(|net| (net.addr(), networks.clone())));
+        for endpoint in endpoints.values() {
+            let asker = Asker { networks: networks.clone(), namespace: endpoint.namespace.clone() };
+            askers.extend(endpoint.addresses.iter().map(|net| (net.addr(), asker.clone())));
+        }
     }
     askers
 }

@@ -108,6 +108,7 @@ struct File {
     resolv_conf: Option<PathBuf>,
     #[serde(default)]
     dns_listen: Vec<SocketAddr>,
+    walk_search_lists: Option<bool>,
 }
 
 /// Who carries encrypted networks between hosts.
@@ -174,6 +175,8 @@ pub(crate) struct Config {
     pub resolv_conf: PathBuf,
     /// Where the host itself may ask for names.
     pub dns_listen: Vec<SocketAddr>,
+    /// Whether a pod's search list is walked for it.
+    pub walk_search_lists: bool,
 }
 
 impl Config {
@@ -236,6 +239,7 @@ impl Config {
             encrypt: args.encrypt || file.encrypt,
             resolv_conf: args.resolv_conf.or(file.resolv_conf).unwrap_or_else(|| "/etc/resolv.conf".into()),
             dns_listen: file.dns_listen,
+            walk_search_lists: file.walk_search_lists.unwrap_or(true),
         };
         config.check()?;
         Ok(config)

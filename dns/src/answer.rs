@@ -35,6 +35,8 @@ pub enum Outcome {
     Answer(usize),
     /// Others may know.
     Forward,
+    /// It is another name, which [`target`] tells and others may know.
+    Alias,
     /// Nothing.
     Ignore,
 }
@@ -87,9 +89,13 @@ fn respond(
         return bare(buffer, Rcode::REFUSED, false);
     }
     match zone.find(asker, &query.name) {
+        Place::Here(_, Records { alias: Some(target), .. }) if query.kind != Kind::CNAME => {
+            aliased(zone, asker, limit, message, query, buffer, turn, target)
+        }
+        Place::Walked(target) => aliased(zone, asker, limit, message, query, buffer, turn, &target),
         Place::Here(network, records) => {
             let mut writer = Writer::answer(buffer, limit, message, query, Rcode::NO_ERROR, true)?;
-            let (count, whole) = write(&mut writer, zone, asker, query.kind, network, records, turn);
+            let (count, whole) = write(&mut writer, None, zone, asker, query.kind, network, records, turn);
             writer.count(count, 0, 0, !whole);
             Some(Outcome::Answer(writer.finish(query, Rcode::NO_ERROR)))
         }
@@ -100,10 +106,61 @@ fn respond(
     }
 }
 
+/// An answer under another name, as far as that is here.
+#[expect(clippy::too_many_arguments, reason = "an answer's circumstances")]
+fn aliased(
+    zone: &Zone,
+    asker: Asker,
+    limit: usize,
+    message: &[u8],
+    query: &Query,
+    buffer: &mut [u8],
+    turn: usize,
+    target: &Name,
+) -> Option<Outcome> {
+    match zone.find(asker, target) {
+        Place::Here(network, records) if records.alias.is_none() => {
+            let mut writer = Writer::answer(buffer, limit, message, query, Rcode::NO_ERROR, true)?;
+            let named = writer.record(None, Kind::CNAME, TTL, &with_root(target));
+            let written = write(&mut writer, Some(target), zone, asker, query.kind, network, records, turn);
+            writer.count(written.0 + u16::from(named), 0, 0, !(written.1 && named));
+            Some(Outcome::Answer(writer.finish(query, Rcode::NO_ERROR)))
+        }
+        Place::Nowhere => {
+            let writer = Writer::answer(buffer, limit, message, query, Rcode::NO_NAME, true)?;
+            Some(Outcome::Answer(writer.finish(query, Rcode::NO_NAME)))
+        }
+        Place::Here(..) | Place::Elsewhere | Place::Walked(_) => Some(Outcome::Alias),
+    }
+}
+
+/// Under which name others are to be asked, after [`Outcome::Alias`]; and whether that is a client's walk, which goes
+/// on where they know nothing.
+pub fn target(zone: &Zone, asker: Asker, message: &[u8]) -> Option<(Name, bool)> {
+    let query = Query::read(message).ok()?;
+    let mut name = query.name;
+    let mut walked = false;
+    // An external Service may stand for another, but not for ever.
+    for _ in 0..8 {
+        match zone.find(asker, &name) {
+            Place::Here(_, Records { alias: Some(alias), .. }) => name = *alias,
+            Place::Walked(to) => {
+                walked = true;
+                name = to;
+            }
+            Place::Elsewhere => return Some((name, walked)),
+            Place::Here(..) | Place::Nowhere => return None,
+        }
+    }
+    None
+}
+
 /// Gives the number of records, and whether these are all.
 #[inline]
+#[expect(clippy::too_many_arguments, reason = "an answer's circumstances")]
 fn write(
     writer: &mut Writer<'_>,
+    owner: Option<&Name>,
     zone: &Zone,
     asker: Asker,
     kind: Kind,
@@ -111,7 +168,7 @@ fn write(
     records: &Records,
     turn: usize,
 ) -> (u16, bool) {
-    let Records { v4, v6, names } = records;
+    let Records { v4, v6, names, services, alias, text, above: _ } = records;
     let (mut count, mut whole) = (0, true);
     let mut note = |fits: bool| {
         count += u16::from(fits);
@@ -119,18 +176,40 @@ fn write(
     };
     if kind == Kind::A || kind == Kind::ANY {
         for address in rotated(v4, turn) {
-            note(writer.record(None, Kind::A, TTL, &Ipv4Addr::octets(address)));
+            note(writer.record(owner, Kind::A, TTL, &Ipv4Addr::octets(address)));
         }
     }
     if kind == Kind::AAAA || kind == Kind::ANY {
         for address in rotated(v6, turn) {
-            note(writer.record(None, Kind::AAAA, TTL, &Ipv6Addr::octets(address)));
+            note(writer.record(owner, Kind::AAAA, TTL, &Ipv6Addr::octets(address)));
         }
     }
     if kind == Kind::PTR || kind == Kind::ANY {
         for name in names.iter().filter_map(|name| zone.full(asker, network, name)) {
-            note(writer.record(None, Kind::PTR, TTL, &with_root(&name)));
+            note(writer.record(owner, Kind::PTR, TTL, &with_root(&name)));
         }
+    }
+    if kind == Kind::SRV || kind == Kind::ANY {
+        // Equal ones share the load (RFC 2782).
+        for (port, target) in rotated(services, turn) {
+            let [high, low] = port.to_be_bytes();
+            note(writer.record(
+                owner,
+                Kind::SRV,
+                TTL,
+                &[&[0, 0, 0, 1, high, low], &*with_root(target)].concat(),
+            ));
+        }
+    }
+    if kind == Kind::CNAME
+        && let Some(alias) = alias
+    {
+        note(writer.record(owner, Kind::CNAME, TTL, &with_root(alias)));
+    }
+    if kind == Kind::TXT
+        && let Some(text) = text
+    {
+        note(writer.record(owner, Kind::TXT, TTL, &[&[text.len() as u8], text.as_bytes()].concat()));
     }
     (count, whole)
 }

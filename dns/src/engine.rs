@@ -154,7 +154,8 @@ impl Engine {
     /// What others say about a name, by way of the cache.
     pub async fn look_up(&self, name: &Name, kind: Kind) -> Option<Lookup> {
         let (sender, receiver) = oneshot::channel();
-        let job = Job { message: question(0, name, kind, 0, Some(false)), to: Waiter::Look(sender) };
+        let message = question(0, name, kind, 0, Some(false));
+        let job = Job { message, alias: None, to: Waiter::Look(sender) };
         self.jobs.send(job).await.ok()?;
         receiver.await.ok()
     }

@@ -15,6 +15,7 @@ use tokio::sync::{mpsc, oneshot};
 use crate::answer;
 use crate::cache::{Cache, Question};
 use crate::engine::Counters;
+use crate::name::Name;
 use crate::resolv::Follow;
 use crate::upstream::{self, Reply};
 use crate::wire::{AA, AD, HEADER, QR, Query, RA, Rcode, TC, opt, u16_at};
@@ -36,8 +37,16 @@ const DOWN_LAST: Duration = Duration::from_secs(30);
 #[derive(Debug)]
 pub(crate) struct Job {
     pub(crate) message: Vec<u8>,
+    /// The name that others are asked for in its place; and whether a client walks its search list.
+    pub(crate) alias: Option<Alias>,
     pub(crate) to: Waiter,
 }
+
+/// A name in place of the query's, and whether it ends a client's walk.
+type Alias = (Name, bool);
+
+/// A query, and who waits for its answer.
+type Waiting = (Vec<u8>, Option<Alias>, Waiter);
 
 /// Who waits.
 #[derive(Debug)]
@@ -74,9 +83,6 @@ struct Server {
     failures: u32,
     down_until: Option<Instant>,
 }
-
-/// A query, and who waits for its answer.
-type Waiting = (Vec<u8>, Waiter);
 
 pub(crate) struct Forwarder {
     servers: RefCell<Vec<Server>>,
@@ -124,31 +130,32 @@ impl Forwarder {
         self.cache.borrow_mut().clear();
     }
 
-    fn take(self: &Rc<Self>, Job { message, to }: Job) {
+    fn take(self: &Rc<Self>, Job { message, alias, to }: Job) {
         // It was read once already.
         let Ok(query) = Query::read(&message) else { return };
+        let name = alias.as_ref().map_or(&query.name, |(name, _)| name);
         let question =
-            Question::new(&query.name, query.kind, query.wants_dnssec(), query.flags & crate::wire::CD != 0);
+            Question::new(name, query.kind, query.wants_dnssec(), query.flags & crate::wire::CD != 0);
         let kept = self.cache.borrow_mut().get(&question, Instant::now());
         if let Some(kept) = kept {
             self.counters.cached.fetch_add(1, Relaxed);
-            deliver(&message, &query, to, &kept, Via::Cache);
+            deliver(&message, &query, alias, to, &kept, Via::Cache);
             return;
         }
         let mut waiting = self.waiting.borrow_mut();
         let full = waiting.len() >= MAX_QUESTIONS;
         if let Some(others) = waiting.get_mut(&question) {
             if others.len() < MAX_WAITING {
-                others.push((message, to));
+                others.push((message, alias, to));
             }
             return;
         }
         if full {
             self.counters.failed.fetch_add(1, Relaxed);
-            deliver(&message, &query, to, &answer::bare(&message, &query, Rcode::FAILED), Via::Nobody);
+            deliver(&message, &query, None, to, &answer::bare(&message, &query, Rcode::FAILED), Via::Nobody);
             return;
         }
-        waiting.insert(question.clone(), vec![(message, to)]);
+        waiting.insert(question.clone(), vec![(message, alias, to)]);
         drop(waiting);
         let forwarder = Rc::clone(self);
         tokio::task::spawn_local(async move { forwarder.resolve(question).await });
@@ -164,13 +171,20 @@ impl Forwarder {
             self.counters.failed.fetch_add(1, Relaxed);
         }
         let waiting = self.waiting.borrow_mut().remove(&question).unwrap_or_default();
-        for (message, to) in waiting {
+        for (message, alias, to) in waiting {
             let Ok(query) = Query::read(&message) else { continue };
             match &found {
-                Some((reply, server)) => deliver(&message, &query, to, &reply.message, Via::Server(*server)),
-                None => {
-                    deliver(&message, &query, to, &answer::bare(&message, &query, Rcode::FAILED), Via::Nobody)
+                Some((reply, server)) => {
+                    deliver(&message, &query, alias, to, &reply.message, Via::Server(*server))
                 }
+                None => deliver(
+                    &message,
+                    &query,
+                    None,
+                    to,
+                    &answer::bare(&message, &query, Rcode::FAILED),
+                    Via::Nobody,
+                ),
             }
         }
     }
@@ -234,7 +248,12 @@ impl Forwarder {
 }
 
 /// Makes the answer fit the query, and sends it.
-fn deliver(message: &[u8], query: &Query, to: Waiter, answer: &[u8], via: Via) {
+fn deliver(message: &[u8], query: &Query, alias: Option<Alias>, to: Waiter, answer: &[u8], via: Via) {
+    let composed = alias.map(|(name, walked)| {
+        let under = crate::message::under(message, query, &name, answer, walked);
+        under.unwrap_or_else(|| answer::bare(message, query, Rcode::FAILED))
+    });
+    let answer = composed.as_deref().unwrap_or(answer);
     match to {
         Waiter::Udp(socket, address) => {
             if let Some(answer) = fitted(message, query, answer, query.udp_limit()) {

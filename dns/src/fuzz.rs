@@ -9,7 +9,7 @@ use crate::answer::{Asker, Outcome, Transport, answer};
 use crate::cache::{Cache, Question};
 use crate::name::Name;
 use crate::wire::{Kind, Query};
-use crate::zone::{Records, Zone};
+use crate::zone::{Records, Standing, Zone};
 
 const FROM: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 0, 0, 2));
 
@@ -23,7 +23,8 @@ pub fn zone() -> Zone {
         zone.set(1, &web, Records { v4, ..Records::default() });
         zone.set(1, &Name::reverse_of(FROM), Records { names: vec![web], ..Records::default() });
     }
-    zone.set_askers(HashMap::from([(FROM, Arc::from([1]))]));
+    let standing = Standing { networks: Arc::from([1]), search: Name::parse("default.svc") };
+    zone.set_askers(HashMap::from([(FROM, standing)]));
     zone
 }
 

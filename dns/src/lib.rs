@@ -26,10 +26,10 @@ mod upstream;
 mod wire;
 mod zone;
 
-pub use answer::{Asker, Outcome, Transport, answer};
+pub use answer::{Asker, Outcome, Transport, answer, target};
 pub use engine::{Config, Engine, Listen, Role, Stats};
 pub use forward::{Lookup, Via};
 pub use message::{Data, Record, records};
 pub use name::Name;
 pub use wire::{Kind, Query, Rcode, question};
-pub use zone::{NetworkKey, Place, Records, Zone};
+pub use zone::{NetworkKey, Place, Records, Standing, Zone};

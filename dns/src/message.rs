@@ -3,7 +3,7 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use crate::name::Name;
-use crate::wire::{HEADER, IN, Kind, QR, Rcode, TC, skip_name, u16_at, u32_at};
+use crate::wire::{HEADER, IN, Kind, QR, Query, Rcode, TC, skip_name, u16_at, u32_at};
 
 /// More records than that no answer has.
 const MAX_RECORDS: usize = 4096;
@@ -89,6 +89,7 @@ pub(crate) fn read(message: &[u8]) -> Option<Parts> {
         }
     }
     parts.end = cut.unwrap_or(at);
+    message.get(..parts.end)?;
     let answered = parts.rcode == Rcode::NO_ERROR && counts[0] > 0;
     let nothing = matches!(parts.rcode, Rcode::NO_ERROR | Rcode::NO_NAME) && !answered;
     // That there is nothing is kept for as long as its authority says (RFC 2308, section 5), and where a chain of
@@ -170,6 +171,64 @@ pub fn records(message: &[u8]) -> Option<(Rcode, Vec<Record>)> {
         records.push(Record { name, kind, ttl, data });
     }
     Some((rcode, records))
+}
+
+/// Another server's answer about `name` as one to this query, for which `name` stands: the alias first, then its
+/// records, with all names written out, for pointers would lead elsewhere. Where there is nothing, a `walked` client is
+/// told so about the name that it asked for, and goes on.
+pub(crate) fn under(
+    message: &[u8],
+    query: &Query,
+    name: &Name,
+    answer: &[u8],
+    walked: bool,
+) -> Option<Vec<u8>> {
+    let rcode = Rcode(u16_at(answer, 2)? & 15);
+    let count = u16_at(answer, 6)?;
+    if rcode != Rcode::NO_ERROR && rcode != Rcode::NO_NAME || (walked && count == 0) {
+        return Some(crate::answer::bare(message, query, rcode));
+    }
+    let mut at = HEADER;
+    for _ in 0..u16_at(answer, 4)? {
+        at = skip_name(answer, at)? + 4;
+    }
+    let mut whole = message.get(..query.end)?.to_vec();
+    let flags = QR | query.flags & 0x0110 | 0x0080 | rcode.0;
+    whole.get_mut(2..4)?.copy_from_slice(&flags.to_be_bytes());
+    let answers = count.checked_add(1)?.to_be_bytes();
+    whole.get_mut(6..HEADER)?.copy_from_slice(&[answers[0], answers[1], 0, 0, 0, 0]);
+    let put = |whole: &mut Vec<u8>, owner: &Name, fixed: &[u8], data: &[u8]| {
+        whole.extend_from_slice(owner.as_bytes());
+        whole.push(0);
+        whole.extend_from_slice(fixed);
+        let length = u16::try_from(data.len()).ok()?;
+        whole.extend_from_slice(&length.to_be_bytes());
+        whole.extend_from_slice(data);
+        Some(())
+    };
+    let written = |name: &Name| [name.as_bytes(), &[0]].concat();
+    let fixed = [&[0, Kind::CNAME.0 as u8, 0, IN as u8][..], &crate::answer::TTL.to_be_bytes()].concat();
+    put(&mut whole, &query.name, &fixed, &written(name))?;
+    for _ in 0..count {
+        let owner = expand(answer, at)?;
+        let named = skip_name(answer, at)?;
+        let kind = Kind(u16_at(answer, named)?);
+        let start = named + 10;
+        at = start + usize::from(u16_at(answer, named + 8)?);
+        let bytes = answer.get(start..at)?;
+        let fixed = answer.get(named..named + 8)?;
+        // Of the types of RFC 1035 that are asked for, these have names in them; and others are never compressed
+        // (RFC 3597, section 4).
+        let data = match kind {
+            Kind::CNAME | Kind::PTR | Kind::NS => written(&expand(answer, start)?),
+            Kind::MX => [bytes.get(..2)?, &*written(&expand(answer, start + 2)?)].concat(),
+            Kind::SRV => [bytes.get(..6)?, &*written(&expand(answer, start + 6)?)].concat(),
+            Kind::SOA => return None,
+            _ => bytes.to_vec(),
+        };
+        put(&mut whole, &owner, fixed, &data)?;
+    }
+    Some(whole)
 }
 
 /// A name that may be compressed. Each pointer leads further back, so there is an end.

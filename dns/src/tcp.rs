@@ -12,7 +12,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
 
-use crate::answer::{Outcome, Transport, answer};
+use crate::answer::{Outcome, Transport, answer, target};
 use crate::engine::{Role, Shared};
 use crate::forward::{Job, Waiter};
 
@@ -74,9 +74,10 @@ async fn connection(
                 shared.counters.answered.fetch_add(1, Relaxed);
                 buffer.get(..length).unwrap_or_default()
             }
-            Outcome::Forward => {
+            Outcome::Forward | Outcome::Alias => {
                 let (sender, receiver) = oneshot::channel();
-                let job = Job { message, to: Waiter::Tcp(sender) };
+                let alias = (outcome == Outcome::Alias).then(|| target(&shared.zone.load(), asker, &message));
+                let job = Job { message, alias: alias.flatten(), to: Waiter::Tcp(sender) };
                 jobs.send(job).await.map_err(io::Error::other)?;
                 forwarded = receiver.await.map_err(io::Error::other)?;
                 &forwarded

@@ -129,3 +129,116 @@ fn the_cache_is_bounded_and_keeps_what_is_used() {
     }
     assert!(cache.len() <= 10_000);
 }
+
+mod walking {
+    use std::collections::HashMap;
+    use std::net::{IpAddr, Ipv4Addr};
+    use std::sync::Arc;
+
+    use crate::answer::{Asker, Outcome, Transport, answer, target};
+    use crate::message::{records, under};
+    use crate::name::Name;
+    use crate::wire::{Kind, Query, question};
+    use crate::zone::{Records, Standing, Zone};
+
+    const ASKER: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 0, 0, 2));
+
+    fn name(text: &str) -> Name {
+        Name::parse(text).unwrap()
+    }
+
+    /// Services `db` in `shop` and `api` in `prod`, an external one in `shop`, and an asker in `shop`.
+    fn zone(walks: bool) -> Zone {
+        let mut zone = Zone::new(None);
+        zone.begin_cluster(name("cluster.local"), walks);
+        for (full, last) in [("db.shop.svc.cluster.local", 50), ("api.prod.svc.cluster.local", 51)] {
+            let v4 = vec![Ipv4Addr::new(10, 96, 0, last)];
+            zone.set_cluster(&name(full), Records { v4, ..Records::default() });
+        }
+        let alias = Some(name("db.example.org"));
+        zone.set_cluster(&name("ext.shop.svc.cluster.local"), Records { alias, ..Records::default() });
+        let services = vec![(5432, name("db.shop.svc.cluster.local"))];
+        let srv = Records { services, ..Records::default() };
+        zone.set_cluster(&name("_pg._tcp.db.shop.svc.cluster.local"), srv);
+        let standing = Standing { networks: Arc::from([]), search: Some(name("shop.svc")) };
+        zone.set_askers(HashMap::from([(ASKER, standing)]));
+        zone
+    }
+
+    /// What is answered: records as text; or that others are asked for a name.
+    fn ask(zone: &Zone, text: &str, kind: Kind) -> String {
+        let message = question(1, &name(text), kind, 0, None);
+        let mut buffer = [0; 2000];
+        match answer(zone, Asker::At(ASKER), Transport::Udp, &message, &mut buffer, 0) {
+            Outcome::Answer(length) => {
+                let (rcode, records) = records(&buffer[..length]).unwrap();
+                let data: Vec<String> = records.iter().map(|record| record.data.to_string()).collect();
+                format!("{rcode} {}", data.join(" ")).trim_end().to_owned()
+            }
+            Outcome::Alias => match target(zone, Asker::At(ASKER), &message) {
+                Some((name, walked)) => format!("asks for {name}{}", if walked { ", walking" } else { "" }),
+                None => "nothing".to_owned(),
+            },
+            Outcome::Forward => "asks as it is".to_owned(),
+            Outcome::Ignore => "ignores".to_owned(),
+        }
+    }
+
+    #[test]
+    fn the_first_step_of_a_walk_gets_the_final_answer() {
+        let on = zone(true);
+        for (text, expected) in [
+            // What there is, is preferred.
+            ("db.shop.svc.cluster.local", "NOERROR 10.96.0.50"),
+            // my-api.other-namespace, which is found at the second step.
+            ("api.prod.shop.svc.cluster.local", "NOERROR api.prod.svc.cluster.local 10.96.0.51"),
+            // db.shop.svc: at the third.
+            ("db.shop.svc.shop.svc.cluster.local", "NOERROR db.shop.svc.cluster.local 10.96.0.50"),
+            // A full name has fewer than five dots as well: at the last.
+            (
+                "db.shop.svc.cluster.local.shop.svc.cluster.local",
+                "NOERROR db.shop.svc.cluster.local 10.96.0.50",
+            ),
+            ("no.shop.svc.cluster.local.shop.svc.cluster.local", "NXDOMAIN"),
+            // Somebody else's.
+            ("api.example.org.shop.svc.cluster.local", "asks for api.example.org, walking"),
+            ("example.org", "asks as it is"),
+            // One label, another's search list, later steps.
+            ("api.shop.svc.cluster.local", "NXDOMAIN"),
+            ("api.example.org.prod.svc.cluster.local", "NXDOMAIN"),
+            ("api.example.org.svc.cluster.local", "NXDOMAIN"),
+            ("api.example.org.cluster.local", "NXDOMAIN"),
+            // An external Service.
+            ("ext.shop.svc.cluster.local", "asks for db.example.org"),
+            ("ext.shop.shop.svc.cluster.local", "asks for db.example.org, walking"),
+        ] {
+            assert_eq!(ask(&on, text, Kind::A), expected, "{text}");
+        }
+        assert_eq!(ask(&on, "ext.shop.svc.cluster.local", Kind::CNAME), "NOERROR db.example.org");
+        assert_eq!(
+            ask(&on, "_pg._tcp.db.shop.svc.cluster.local", Kind::SRV),
+            "NOERROR 0 1 5432 db.shop.svc.cluster.local"
+        );
+        let off = zone(false);
+        assert_eq!(ask(&off, "api.example.org.shop.svc.cluster.local", Kind::A), "NXDOMAIN");
+        assert_eq!(ask(&off, "db.shop.svc.cluster.local", Kind::A), "NOERROR 10.96.0.50");
+    }
+
+    #[test]
+    fn anothers_answer_is_given_under_the_name_that_was_asked_for() {
+        let message = question(1, &name("a.example.shop.svc.cluster.local"), Kind::A, 0, None);
+        let query = Query::read(&message).unwrap();
+        let said = under(&message, &query, &name("a.example"), &super::answer([60, 60]), true).unwrap();
+        let (_, records) = records(&said).unwrap();
+        let lines: Vec<String> =
+            records.iter().map(|record| format!("{} {} {}", record.name, record.kind, record.data)).collect();
+        assert_eq!(
+            lines,
+            [
+                "a.example.shop.svc.cluster.local CNAME a.example",
+                "a.example CNAME b.example",
+                "b.example A 192.0.2.1"
+            ]
+        );
+    }
+}

@@ -8,7 +8,7 @@ use std::time::Duration;
 use arc_swap::Cache;
 use tokio::sync::mpsc;
 
-use crate::answer::{Outcome, Transport, answer};
+use crate::answer::{Outcome, Transport, answer, target};
 use crate::engine::{Role, Shared};
 use crate::forward::{Job, Waiter};
 use crate::sys::{AT_ONCE, Batch, Datagram, wait};
@@ -35,10 +35,13 @@ pub(crate) fn serve(sockets: &[(Arc<UdpSocket>, Role)], shared: &Shared, jobs: &
                         answered += 1;
                         Some(length)
                     }
-                    Outcome::Forward => {
+                    outcome @ (Outcome::Forward | Outcome::Alias) => {
                         let to = Waiter::Udp(Arc::clone(socket), from);
+                        let alias =
+                            (outcome == Outcome::Alias).then(|| target(zone, role.asker(from.ip()), query));
                         // With so many waiting already, this one asks again.
-                        if jobs.try_send(Job { message: query.to_vec(), to }).is_err() {
+                        if jobs.try_send(Job { message: query.to_vec(), alias: alias.flatten(), to }).is_err()
+                        {
                             ignored += 1;
                         }
                         None

@@ -33,6 +33,10 @@ pub struct Kind(pub u16);
 impl Kind {
     /// IPv4 address.
     pub const A: Self = Self(1);
+    /// A name server.
+    pub(crate) const NS: Self = Self(2);
+    /// Who takes mail.
+    pub(crate) const MX: Self = Self(15);
     /// Another name of.
     pub const CNAME: Self = Self(5);
     /// Start of authority.

@@ -27,13 +27,22 @@ pub struct Records {
     pub v6: Vec<Ipv6Addr>,
     /// Of a reverse name: the names on the network, which the network's own label follows in an answer.
     pub names: Vec<Name>,
+    /// Where a service is: port and name.
+    pub services: Vec<(u16, Name)>,
+    /// Another name, under which all of it is found.
+    pub alias: Option<Name>,
+    /// Text.
+    pub text: Option<&'static str>,
+    /// There are names beneath it, so it is there even with nothing (RFC 8020).
+    pub above: bool,
 }
 
 impl Records {
     /// Whether the name has nothing and need not be there.
     pub fn is_empty(&self) -> bool {
-        let Self { v4, v6, names } = self;
-        v4.is_empty() && v6.is_empty() && names.is_empty()
+        let Self { v4, v6, names, services, alias, text, above } = self;
+        let bare = v4.is_empty() && v6.is_empty() && names.is_empty() && services.is_empty();
+        bare && alias.is_none() && text.is_none() && !above
     }
 }
 
@@ -119,13 +128,36 @@ pub(crate) struct Network {
     names: Names,
 }
 
+/// Who asks from an address.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Standing {
+    /// The networks that it is on, in the order in which they are looked through.
+    pub networks: Arc<[NetworkKey]>,
+    /// What comes first in its search list, under the cluster's domain, such as `default.svc`.
+    pub search: Option<Name>,
+}
+
+/// Names that all see, whichever network they are on.
+#[derive(Clone)]
+struct Cluster {
+    domain: Name,
+    /// Full names, and reverse ones.
+    names: Names,
+    /// Whether a search list is walked here, in place of the client.
+    walks: bool,
+}
+
 /// A snapshot; cheap to clone.
 #[derive(Clone, Default)]
 pub struct Zone {
     networks: BTreeMap<NetworkKey, Network>,
-    askers: Arc<HashMap<IpAddr, Arc<[NetworkKey]>>>,
+    askers: Arc<HashMap<IpAddr, Standing>>,
     domain: Option<Name>,
+    cluster: Option<Cluster>,
 }
+
+/// Stands for the cluster's names among the networks.
+const CLUSTER: NetworkKey = NetworkKey::MAX;
 
 impl fmt::Debug for Zone {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -143,6 +175,8 @@ pub enum Place<'a> {
     Nowhere,
     /// Somebody else may know it.
     Elsewhere,
+    /// It is the first step of a walk through a search list, which ends at this name.
+    Walked(Name),
 }
 
 impl Zone {
@@ -177,8 +211,21 @@ impl Zone {
 
     /// Sets who asks from which address: what networks it is on, in the order in which they are looked
     /// through.
-    pub fn set_askers(&mut self, askers: HashMap<IpAddr, Arc<[NetworkKey]>>) {
+    pub fn set_askers(&mut self, askers: HashMap<IpAddr, Standing>) {
         self.askers = Arc::new(askers);
+    }
+
+    /// Answers for the cluster's domain, with nothing in it yet. `walks`: a client whose search list begins there
+    /// gets its final answer at the first step.
+    pub fn begin_cluster(&mut self, domain: Name, walks: bool) {
+        self.cluster = Some(Cluster { domain, names: Names::default(), walks });
+    }
+
+    /// Sets what there is of a full name, or of a reverse one; nothing takes it away.
+    pub fn set_cluster(&mut self, name: &Name, records: Records) {
+        if let Some(cluster) = &mut self.cluster {
+            cluster.names.set(name, records);
+        }
     }
 
     /// Whether a query from this address is answered at all.
@@ -200,7 +247,8 @@ impl Zone {
                 &mut { all }
             }
             Asker::At(address) => {
-                let Some(on) = self.askers.get(&address) else { return Place::Nowhere };
+                let Some(standing) = self.askers.get(&address) else { return Place::Nowhere };
+                let on = &standing.networks;
                 for key in on.iter() {
                     if let Some(records) = self.networks.get(key).and_then(|network| network.names.get(name))
                     {
@@ -220,6 +268,9 @@ impl Zone {
         networks: &mut dyn Iterator<Item = (&'a NetworkKey, &'a Network)>,
         name: &Name,
     ) -> Place<'a> {
+        if let Some(found) = self.in_cluster(asker, name) {
+            return found;
+        }
         let within = self.domain.as_ref().and_then(|domain| name.before(domain));
         let reversed = name.reversed();
         let qualified = match (&within, asker) {
@@ -241,8 +292,50 @@ impl Zone {
         if ours { Place::Nowhere } else { Place::Elsewhere }
     }
 
+    /// Nothing where the cluster's names have no say.
+    fn in_cluster(&self, asker: Asker, name: &Name) -> Option<Place<'_>> {
+        let cluster = self.cluster.as_ref()?;
+        if let Some(records) = cluster.names.get(name) {
+            return Some(Place::Here(CLUSTER, records));
+        }
+        let within = name.before(&cluster.domain)?;
+        Some(self.walked(cluster, asker, &within).map_or(Place::Nowhere, Place::Walked))
+    }
+
+    /// Where the walk ends that a query begins for `within` under the cluster's domain, if it is the first step of
+    /// the asker's own search list: at a name of the cluster, or at one that others may know. A name of one
+    /// label is never taken for somebody else's, and one under the cluster's domain neither.
+    fn walked(&self, cluster: &Cluster, asker: Asker, within: &Name) -> Option<Name> {
+        let Asker::At(address) = asker else { return None };
+        let search = self.askers.get(&address)?.search.filter(|_| cluster.walks)?;
+        let asked = within.before(&search)?;
+        if asked.labels().nth(1).is_none() {
+            return None;
+        }
+        // What comes after the first step: a label fewer of the search list each time.
+        let mut rest = search;
+        loop {
+            let shorter = rest.labels().next().map_or(0, |label| label.len() + 1);
+            rest = Name::from_bytes(rest.as_bytes().get(shorter..)?)?;
+            let step = asked.with(&rest)?.with(&cluster.domain)?;
+            if cluster.names.get(&step).is_some_and(|records| !records.above) {
+                return Some(step);
+            }
+            if rest == Name::ROOT {
+                break;
+            }
+        }
+        match asked.before(&cluster.domain) {
+            Some(_) => cluster.names.get(&asked).map(|_| asked),
+            None => Some(asked),
+        }
+    }
+
     /// The full form of a name of a network, for this asker.
     pub fn full(&self, asker: Asker, network: NetworkKey, name: &Name) -> Option<Name> {
+        if network == CLUSTER {
+            return Some(*name);
+        }
         let qualified = name.with(&self.networks.get(&network)?.label)?;
         match (asker, &self.domain) {
             (Asker::Host, Some(domain)) => qualified.with(domain),

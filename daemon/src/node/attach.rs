@@ -143,7 +143,7 @@ impl Node {
     ) -> Result<(EndpointInfo, Made), Failed> {
         // Pods are given the address of a resolver by their runtime.
         let resolver = local.cni.is_none();
-        if resolver {
+        if resolver || self.has_services() {
             self.will_resolve(network.id);
         }
         let Some(first) = reserved.first() else {
@@ -590,7 +590,7 @@ impl Node {
             }
             match fs::read(&path).ok().and_then(|bytes| serde_json::from_slice::<Kept>(&bytes).ok()) {
                 Some(kept) if kept.boot_id == self.boot_id => {
-                    if kept.cni.is_none() {
+                    if kept.cni.is_none() || self.has_services() {
                         self.will_resolve(kept.endpoint.network);
                     }
                     let Kept { endpoint, ifname, netns, inode, cni, docker, .. } = kept;

@@ -65,7 +65,13 @@ impl Node {
         };
         let (endpoint, made) =
             self.attach_for(request, Some(add.attachment.clone())).await.map_err(explain)?;
-        Ok(render(add, &network, &endpoint, made))
+        let mut result = render(add, &network, &endpoint, made);
+        // Where nobody says anything else, pods find the cluster's DNS.
+        let silent = result["dns"].as_object().is_none_or(serde_json::Map::is_empty);
+        if let Some(dns) = self.pod_dns(&endpoint.namespace).filter(|_| silent) {
+            result["dns"] = dns;
+        }
+        Ok(result)
     }
 
     async fn cni_del(&self, attachment: &Attachment) -> Result<(), CniError> {

@@ -4,19 +4,25 @@
 //! It is called before the kernel is looked at, and where an endpoint of this host comes or goes before anybody
 //! is told so.
 
+mod cluster;
+
 use std::cell::RefCell;
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::{IpAddr, SocketAddr};
-use std::sync::Arc;
 
 use ipnet::IpNet;
-use ovl_core::resolver::{ADDRESS_V4, ADDRESS_V6, PORT, PORT_DIRECT, resolv_conf};
+use ovl_core::cluster_names;
+use ovl_core::resolver::{ADDRESS_V4, ADDRESS_V6, CLUSTER_V4, CLUSTER_V6, PORT, PORT_DIRECT, resolv_conf};
 use ovl_core::zone::{self, Marks};
-use ovl_dns::{Asker, Engine, Kind, Listen, Name, Outcome, Place, Records, Role, Transport, Via, Zone};
+use ovl_dns::{
+    Asker, Engine, Kind, Listen, Name, Outcome, Place, Records, Role, Standing, Transport, Via, Zone,
+};
 use ovl_proto::control::{DnsAnswer, DnsQuestion, DnsRecord};
 use ovl_proto::id::NetworkId;
 use ovl_proto::table::Endpoint;
 
+pub(crate) use self::cluster::ClusterMarks;
+use self::cluster::{Cluster, Owner};
 use super::state::State;
 use super::{Failed, Node};
 use crate::config::Config;
@@ -29,14 +35,20 @@ pub(crate) const DOMAIN: &str = "ovl.internal";
 pub(super) struct Names {
     engine: Option<Engine>,
     zone: RefCell<Zone>,
+    cluster: RefCell<Cluster>,
+    /// The cluster's, under which Services are.
+    domain: String,
 }
 
 impl Names {
     /// Starts the resolver; without it, says why.
     pub(super) fn start(config: &Config) -> (Self, Option<String>) {
-        let zone = Zone::new(Name::parse(DOMAIN));
+        let mut zone = Zone::new(Name::parse(DOMAIN));
+        let domain = config.cluster_domain.trim_end_matches('.').to_ascii_lowercase();
+        cluster::begin(&mut zone, &domain, config.walk_search_lists);
         let (v4, v6) = (IpAddr::from(ADDRESS_V4), IpAddr::from(ADDRESS_V6));
-        let endpoints = [(v4, PORT), (v6, PORT), (v4, PORT_DIRECT)];
+        let (cluster4, cluster6) = (IpAddr::from(CLUSTER_V4), IpAddr::from(CLUSTER_V6));
+        let endpoints = [(v4, PORT), (v6, PORT), (v4, PORT_DIRECT), (cluster4, PORT), (cluster6, PORT)];
         let endpoints = endpoints.map(|(address, port)| (SocketAddr::new(address, port), Role::Endpoints));
         let host = config.dns_listen.iter().map(|address| (*address, Role::Host));
         let listen = endpoints.into_iter().filter(|(at, _)| at.is_ipv4() || has_v6()).chain(host);
@@ -48,7 +60,8 @@ impl Names {
             Ok(engine) => (Some(engine), None),
             Err(error) => (None, Some(format!("names are not resolved: {error}"))),
         };
-        (Self { engine, zone: RefCell::new(zone) }, problem)
+        let zone = RefCell::new(zone);
+        (Self { engine, zone, cluster: RefCell::default(), domain }, problem)
     }
 
     /// What the resolver has done, by a name for metrics.
@@ -79,7 +92,8 @@ impl Node {
         let state = &mut *guard;
         let marks = std::mem::take(&mut state.dirty.names);
         let whole = state.dirty.networks.clone();
-        if marks.is_empty() && whole.is_empty() {
+        let services = self.name_cluster(state);
+        if marks.is_empty() && whole.is_empty() && !services {
             return;
         }
         self.name(state, &whole, marks);
@@ -94,12 +108,7 @@ impl Node {
         self.name(state, &whole, marks);
     }
 
-    fn name(
-        &self,
-        state: &State,
-        whole: &BTreeSet<NetworkId>,
-        marks: std::collections::BTreeMap<NetworkId, Marks>,
-    ) {
+    fn name(&self, state: &State, whole: &BTreeSet<NetworkId>, marks: BTreeMap<NetworkId, Marks>) {
         let mut zone = self.names.zone.borrow_mut();
         let networks: HashMap<_, _> = state.view.networks.keys().map(|id| (key(*id), *id)).collect();
         zone.retain_networks(|key| networks.contains_key(&key));
@@ -132,14 +141,64 @@ impl Node {
             let alone = (local.inode == 0).then_some(endpoint.id);
             Some(((local.inode, alone), local.ifname.clone()))
         };
-        let askers = zone::askers(&state.view, place).into_iter().map(|(address, networks)| {
-            let keys: Arc<[_]> = networks.into_iter().map(key).collect();
-            (address, keys)
+        let askers = zone::askers(&state.view, place).into_iter().map(|(address, asker)| {
+            let networks = asker.networks.into_iter().map(key).collect();
+            let search = Name::parse(&format!("{}.svc", asker.namespace));
+            (address, Standing { networks, search })
         });
         zone.set_askers(askers.collect());
         if let Some(engine) = &self.names.engine {
             engine.set_zone(zone.clone());
         }
+    }
+
+    /// Brings the names of Services and pods up to date; says whether there was anything to do.
+    fn name_cluster(&self, state: &mut State) -> bool {
+        let ClusterMarks { services, pods } = std::mem::take(&mut state.dirty.cluster_names);
+        if services.is_empty() && pods.is_empty() {
+            return false;
+        }
+        if !state.view.resources.services.is_empty() {
+            // With the first Service, pods that are there already need its name too.
+            let networks: Vec<_> =
+                state.view.own().into_iter().flat_map(|own| own.table.networks()).collect();
+            for network in networks {
+                if state.local.resolved.insert(network) {
+                    state.dirty.networks.insert(network);
+                    state.dirty.host = true;
+                }
+            }
+        }
+        let (mut zone, mut cluster) = (self.names.zone.borrow_mut(), self.names.cluster.borrow_mut());
+        let domain = &self.names.domain;
+        for name in services {
+            let service = state.view.resources.services.get(&name);
+            let names =
+                service.map(|service| cluster_names::of_service(domain, service, state.backends.of(&name)));
+            cluster.change(&mut zone, Owner::Service(name), names);
+        }
+        for (namespace, addresses, is_there) in pods {
+            let names = is_there.then(|| cluster_names::of_pod(domain, &namespace, &addresses));
+            cluster.change(&mut zone, Owner::Pod(namespace, addresses), names);
+        }
+        true
+    }
+
+    /// Whether pods need the cluster's DNS.
+    pub(super) fn has_services(&self) -> bool {
+        !self.state.borrow().view.resources.services.is_empty()
+    }
+
+    /// What a pod's resolv.conf should have, as container runtimes are told (CNI specification 1.1.0, "DNS").
+    pub(super) fn pod_dns(&self, namespace: &str) -> Option<serde_json::Value> {
+        let (servers, domain) = (self.config.ranges.dns_addresses().collect::<Vec<_>>(), &self.names.domain);
+        self.has_services().then(|| {
+            let search = cluster_names::search(domain, namespace);
+            let ndots = format!("ndots:{}", cluster_names::NDOTS);
+            serde_json::json!({
+                "nameservers": servers, "domain": domain, "search": search, "options": [ndots]
+            })
+        })
     }
 
     /// What a query would be answered, and why.
@@ -177,9 +236,12 @@ impl Node {
                     "{from} gets no answer: its addresses are not in use"
                 )));
             }
-            Outcome::Forward => {
+            outcome @ (Outcome::Forward | Outcome::Alias) => {
                 let engine = self.names.engine.as_ref();
                 let engine = engine.ok_or_else(|| Failed::unavailable("names are not resolved here"))?;
+                let alias = (outcome == Outcome::Alias).then(|| ovl_dns::target(&zone, asker, &message));
+                let alias = alias.flatten().map(|(name, _)| name);
+                let name = alias.unwrap_or(name);
                 let found = engine.look_up(&name, kind).await;
                 let found = found.ok_or_else(|| Failed::unavailable("the resolver has ended"))?;
                 let why = match found.via {
@@ -190,7 +252,8 @@ impl Node {
                         self.config.resolv_conf.display()
                     ),
                 };
-                (found.message, why)
+                let stands = alias.map(|name| format!("it stands for {name}: ")).unwrap_or_default();
+                (found.message, stands + &why)
             }
         };
         let (status, records) =
@@ -217,7 +280,7 @@ impl Node {
         match zone.find(asker, name) {
             Place::Here(found, records) => {
                 let Some(network) = state.view.networks.values().find(|n| key(n.network.id) == found) else {
-                    return "of a network that has just gone".to_owned();
+                    return format!("of the cluster, under {}", self.names.domain);
                 };
                 let addresses = records.v4.iter().map(|at| IpAddr::from(*at));
                 let addresses = addresses.chain(records.v6.iter().map(|at| IpAddr::from(*at)));
@@ -231,6 +294,7 @@ impl Node {
                 format!("on network {}: {}", network.network.name, of.join(", "))
             }
             Place::Nowhere => "only ovl would know this name, and nothing is called so".to_owned(),
+            Place::Walked(to) => format!("a search list is walked here, and ends at {to}"),
             Place::Elsewhere => {
                 format!("not under {DOMAIN}: the host asks its own resolvers for other names")
             }
@@ -262,19 +326,23 @@ impl Node {
     }
 }
 
+fn records_of(addresses: BTreeSet<IpAddr>) -> Records {
+    let mut records = Records::default();
+    for address in addresses {
+        match address {
+            IpAddr::V4(address) => records.v4.push(address),
+            IpAddr::V6(address) => records.v6.push(address),
+        }
+    }
+    records
+}
+
 /// Sets what there is of these names and addresses now.
 fn set(zone: &mut Zone, state: &State, network: NetworkId, marks: &Marks) {
     for text in &marks.names {
         // Not all that may be an endpoint's name may be one in DNS.
         let Some(name) = Name::parse(text) else { continue };
-        let mut records = Records::default();
-        for address in zone::addresses(&state.view, network, text) {
-            match address {
-                IpAddr::V4(address) => records.v4.push(address),
-                IpAddr::V6(address) => records.v6.push(address),
-            }
-        }
-        zone.set(key(network), &name, records);
+        zone.set(key(network), &name, records_of(zone::addresses(&state.view, network, text)));
     }
     for address in &marks.addresses {
         let names = zone::names_of(&state.view, network, *address);

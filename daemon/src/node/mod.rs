@@ -456,7 +456,11 @@ fn first_state(
             alloc,
             resources: Resources::default(),
         },
-        local: Local { masquerade: config.masquerade, ..Local::default() },
+        local: Local {
+            masquerade: config.masquerade,
+            cluster_dns: config.ranges.dns_addresses().collect(),
+            ..Local::default()
+        },
         own_record: signed.clone(),
         peers: BTreeMap::new(),
         clashes: BTreeMap::new(),

@@ -205,6 +205,7 @@ impl Node {
             state.backends.touch_host(&state.view, host);
         }
         let settled = state.backends.settle(&state.view);
+        state.dirty.cluster_names.note(&settled);
         if settled != Settled::default() {
             tracing::debug!(services = settled.services.len(), members = settled.members.len(), "backends");
         }

@@ -87,6 +87,8 @@ pub(crate) struct Dirty {
     pub networks: BTreeSet<NetworkId>,
     /// Names that may have changed.
     pub names: BTreeMap<NetworkId, Marks>,
+    /// Names of Services and pods that may have changed.
+    pub cluster_names: super::dns::ClusterMarks,
     /// Of these networks, single endpoints.
     pub touched: BTreeMap<NetworkId, Touched>,
     /// What decides who stands behind Services.

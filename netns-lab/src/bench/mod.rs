@@ -9,6 +9,7 @@ mod client;
 mod cluster;
 mod cni;
 mod dead;
+mod dns;
 mod docker;
 mod flow;
 mod idle;
@@ -59,6 +60,8 @@ pub(crate) enum Suite {
     Docker,
     /// Published ports: figures of issue 6
     Publish,
+    /// Names, beside dnsmasq: figures of issue 6
+    Dns,
 }
 
 impl Suite {
@@ -69,6 +72,7 @@ impl Suite {
             Suite::Tunnel => "tunnel",
             Suite::Docker => "docker",
             Suite::Publish => "publish",
+            Suite::Dns => "dns",
         }
     }
 }
@@ -126,6 +130,10 @@ pub(crate) enum Name {
     Cut,
     /// publish: one more of a thousand published ports, and a connection through the last
     Ports,
+    /// dns: answers a second, and what updates cost
+    Answers,
+    /// dns: from an attach until the last host answers the name
+    NewName,
 }
 
 impl Name {
@@ -156,6 +164,8 @@ impl Name {
             Name::Pinging => "pinging",
             Name::Cut => "cut",
             Name::Ports => "ports",
+            Name::Answers => "answers",
+            Name::NewName => "new-name",
         }
     }
 
@@ -177,6 +187,7 @@ impl Name {
             }
             Name::Run | Name::Link | Name::Pinging | Name::Cut => Suite::Docker,
             Name::Ports => Suite::Publish,
+            Name::Answers | Name::NewName => Suite::Dns,
         }
     }
 
@@ -207,6 +218,8 @@ impl Name {
             Name::Pinging => docker::pinging::measure(bench),
             Name::Cut => docker::cut::measure(bench),
             Name::Ports => publish::measure(bench),
+            Name::Answers => dns::measure_answers(bench),
+            Name::NewName => dns::measure_spread(bench),
         }
     }
 }

@@ -1,0 +1,122 @@
+//! Names of Services and pods in the zone: which of them come and go with what changed.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+use ovl_core::backends::Settled;
+use ovl_core::cluster_names::{Names, Set, VERSION};
+use ovl_core::members::MemberChange;
+use ovl_dns::{Name, Records, Zone};
+use ovl_proto::resource::Name as ResourceName;
+
+use super::records_of;
+
+/// What the cluster says of itself, and no Service does (section 2.2 of the specification).
+pub(super) fn begin(zone: &mut Zone, domain: &str, walks: bool) {
+    let Some(name) = Name::parse(domain) else { return };
+    zone.begin_cluster(name, walks);
+    let above = || Records { above: true, ..Records::default() };
+    zone.set_cluster(&name, above());
+    for kind in ["svc", "pod"] {
+        if let Some(name) = Name::parse(&format!("{kind}.{domain}")) {
+            zone.set_cluster(&name, above());
+        }
+    }
+    if let Some(name) = Name::parse(&format!("dns-version.{domain}")) {
+        zone.set_cluster(&name, Records { text: Some(VERSION), ..Records::default() });
+    }
+}
+
+/// Services and pods of which the names may have changed.
+#[derive(Debug, Default)]
+pub(crate) struct ClusterMarks {
+    pub(super) services: BTreeSet<ResourceName>,
+    /// Namespace, addresses, and whether it is there; in order.
+    pub(super) pods: Vec<(String, Vec<IpAddr>, bool)>,
+}
+
+impl ClusterMarks {
+    /// Takes note of what has changed.
+    pub(crate) fn note(&mut self, settled: &Settled) {
+        self.services.extend(settled.services.iter().cloned());
+        for MemberChange { before, after, .. } in &settled.members {
+            for (member, is_there) in [(before, false), (after, true)] {
+                let pod =
+                    member.as_ref().map(|it| (it.name.namespace.clone(), it.addresses.clone(), is_there));
+                self.pods.extend(pod);
+            }
+        }
+    }
+}
+
+/// Whose a name is.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Owner {
+    /// A Service's.
+    Service(ResourceName),
+    /// A pod's: its namespace and addresses.
+    Pod(String, Vec<IpAddr>),
+}
+
+/// The names of Services and pods. One name can be several's: what is above others, and of an address.
+#[derive(Debug, Default)]
+pub(super) struct Cluster {
+    of: BTreeMap<Owner, Names>,
+    sets: BTreeMap<String, BTreeSet<Owner>>,
+    reverse: BTreeMap<IpAddr, BTreeSet<Owner>>,
+}
+
+impl Cluster {
+    /// Sets what an owner has, or that it has nothing any more.
+    pub(super) fn change(&mut self, zone: &mut Zone, owner: Owner, names: Option<Names>) {
+        let was = self.of.remove(&owner).unwrap_or_default();
+        let is = names.unwrap_or_default();
+        for name in was.sets.keys().filter(|name| !is.sets.contains_key(*name)) {
+            take(&mut self.sets, name, &owner);
+        }
+        for address in was.reverse.keys().filter(|address| !is.reverse.contains_key(*address)) {
+            take(&mut self.reverse, address, &owner);
+        }
+        for name in is.sets.keys() {
+            self.sets.entry(name.clone()).or_default().insert(owner.clone());
+        }
+        for address in is.reverse.keys() {
+            self.reverse.entry(*address).or_default().insert(owner.clone());
+        }
+        if !is.sets.is_empty() {
+            self.of.insert(owner, is.clone());
+        }
+        for name in was.sets.keys().chain(is.sets.keys()) {
+            if let Some(key) = Name::parse(name) {
+                zone.set_cluster(&key, self.records(name));
+            }
+        }
+        for address in was.reverse.keys().chain(is.reverse.keys()) {
+            let owners = self.reverse.get(address).into_iter().flatten();
+            let names = owners.filter_map(|owner| self.of.get(owner)?.reverse.get(address)).flatten();
+            let names = names.filter_map(|name| Name::parse(name)).collect();
+            zone.set_cluster(&Name::reverse_of(*address), Records { names, ..Records::default() });
+        }
+    }
+
+    fn records(&self, name: &str) -> Records {
+        let Some(owners) = self.sets.get(name) else { return Records::default() };
+        let mut all = Set::default();
+        owners.iter().filter_map(|owner| self.of.get(owner)?.sets.get(name)).for_each(|set| all.merge(set));
+        let above = all == Set::default();
+        let mut records = Records { above, ..records_of(all.addresses) };
+        records.alias = all.alias.and_then(|name| Name::parse(&name));
+        let services = all.services.iter().filter_map(|(port, name)| Some((*port, Name::parse(name)?)));
+        records.services = services.collect();
+        records
+    }
+}
+
+fn take<K: Ord>(sets: &mut BTreeMap<K, BTreeSet<Owner>>, key: &K, owner: &Owner) {
+    if let Some(owners) = sets.get_mut(key) {
+        owners.remove(owner);
+        if owners.is_empty() {
+            sets.remove(key);
+        }
+    }
+}

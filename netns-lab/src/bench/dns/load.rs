@@ -1,0 +1,98 @@
+//! dnsperf, and updates beside it.
+
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use netns_lab::Host;
+
+use super::super::Bench;
+use super::super::client;
+use super::super::cluster::{Cluster, NETWORK};
+use super::super::stats::Samples;
+use super::CLIENT;
+
+/// Between two updates: 10,000 a minute.
+const PACE: Duration = Duration::from_micros(6000);
+
+/// What dnsperf found.
+pub(super) struct Found {
+    pub(super) rate: f64,
+    pub(super) lost: f64,
+    /// Of each query, in milliseconds, if it was asked to tell.
+    pub(super) latencies: Vec<f64>,
+}
+
+/// Runs it; at a rate, each query is told.
+pub(super) fn run(
+    host: &Host,
+    questions: &Path,
+    port: u16,
+    seconds: u64,
+    rate: Option<f64>,
+) -> Result<Found> {
+    let (port, seconds) = (port.to_string(), seconds.to_string());
+    let questions = questions.to_str().context("a path that is not UTF-8")?;
+    let limit = rate.map(|rate| format!("{rate:.0}"));
+    let mut args = vec!["taskset", "-c", CLIENT, "dnsperf", "-s", "127.0.0.1", "-p", &port, "-d", questions];
+    args.extend(["-l", &seconds, "-c", "8", "-q", "200"]);
+    if let Some(limit) = &limit {
+        args.extend(["-v", "-Q", limit]);
+    }
+    let text = host.exec_ok(args)?;
+    let number = |label: &str| {
+        let line = text.lines().find(|line| line.trim_start().starts_with(label));
+        let value = line.and_then(|line| line.rsplit_once(':')?.1.split_whitespace().next()?.parse().ok());
+        value.with_context(|| format!("dnsperf does not tell {label:?}: {text}"))
+    };
+    let told =
+        text.lines().filter_map(|line| line.strip_prefix("> ")?.rsplit(' ').next()?.parse::<f64>().ok());
+    let latencies = told.map(|seconds| seconds * 1000.0).collect();
+    Ok(Found { rate: number("Queries per second")?, lost: number("Queries lost")?, latencies })
+}
+
+/// What updates did.
+pub(super) struct Updated {
+    pub(super) lost: f64,
+    pub(super) p99_ms: f64,
+    pub(super) updates_a_minute: f64,
+}
+
+/// Asks at this rate while an endpoint of the second host comes and goes.
+pub(super) fn with_updates(
+    cluster: &Cluster,
+    questions: &Path,
+    port: u16,
+    rate: f64,
+    bench: &Bench,
+) -> Result<Updated> {
+    let workloads = cluster.host(1)?.bare_workloads("u", 2)?;
+    let ending = AtomicBool::new(false);
+    let seconds = bench.plan.settle.as_secs().max(1);
+    thread::scope(|scope| {
+        let updates = scope.spawn(|| -> Result<f64> {
+            let mut client = cluster.client(1)?;
+            let (start, mut count) = (Instant::now(), 0u32);
+            while !ending.load(Ordering::Relaxed) {
+                let workload = &workloads[(count / 2 % 2) as usize];
+                let request = match count % 2 {
+                    0 => client::attach(workload.name(), NETWORK, workload.path(), None),
+                    _ => client::detach(workload.name()),
+                };
+                client.ask(&request)?;
+                count += 1;
+                let due = start + PACE * count;
+                thread::sleep(due.saturating_duration_since(Instant::now()));
+            }
+            Ok(f64::from(count) / start.elapsed().as_secs_f64() * 60.0)
+        });
+        let found = run(cluster.host(0)?, questions, port, seconds, Some(rate));
+        ending.store(true, Ordering::Relaxed);
+        let updates_a_minute = updates.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+        let found = found?;
+        let p99_ms = Samples::new(found.latencies).percentile(99.0);
+        Ok(Updated { lost: found.lost, p99_ms, updates_a_minute })
+    })
+}
