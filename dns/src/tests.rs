@@ -203,6 +203,9 @@ mod walking {
             // Somebody else's.
             ("api.example.org.shop.svc.cluster.local", "asks for api.example.org, walking"),
             ("example.org", "asks as it is"),
+            // Beneath a Service.
+            ("no.db.shop.svc.cluster.local", "NXDOMAIN"),
+            ("a.b.db.shop.svc.cluster.local", "NXDOMAIN"),
             // One label, another's search list, later steps.
             ("api.shop.svc.cluster.local", "NXDOMAIN"),
             ("api.example.org.prod.svc.cluster.local", "NXDOMAIN"),

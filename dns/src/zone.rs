@@ -147,6 +147,21 @@ struct Cluster {
     walks: bool,
 }
 
+impl Cluster {
+    /// Whether there is a name above `asked`, both under `search` in the cluster's domain.
+    fn has_above(&self, asked: &Name, search: &Name) -> bool {
+        let above = |at: usize| {
+            let rest = Name::from_bytes(asked.as_bytes().get(at..)?)?;
+            self.names.get(&rest.with(search)?.with(&self.domain)?)
+        };
+        let mut at = 0;
+        asked.labels().any(|label| {
+            at += 1 + label.len();
+            at < asked.as_bytes().len() && above(at).is_some()
+        })
+    }
+}
+
 /// A snapshot; cheap to clone.
 #[derive(Clone, Default)]
 pub struct Zone {
@@ -327,6 +342,8 @@ impl Zone {
         }
         match asked.before(&cluster.domain) {
             Some(_) => cluster.names.get(&asked).map(|_| asked),
+            // Beneath a Service of its namespace there is nobody else's name.
+            None if cluster.has_above(&asked, &search) => None,
             None => Some(asked),
         }
     }
