@@ -135,6 +135,7 @@ impl Object {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SignedObject {
     /// An encoded [`Object`].
+    #[serde(with = "wire::bytes")]
     pub body: Vec<u8>,
     /// The writer's key; its hash is the writer's id.
     pub writer_key: PublicKey,

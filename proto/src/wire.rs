@@ -93,6 +93,49 @@ pub fn decode<T: DeserializeOwned>(frame: &[u8]) -> Result<T, WireError> {
     }
 }
 
+/// Bytes as what they are, and not as a list of numbers that is gone through one by one: for fields with
+/// `#[serde(with = "wire::bytes")]`. On the wire it is the same.
+pub mod bytes {
+    use serde::de::{Error, SeqAccess, Visitor};
+    use serde::{Deserializer, Serializer};
+
+    /// Writes them.
+    pub fn serialize<S: Serializer>(bytes: &[u8], serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_bytes(bytes)
+    }
+
+    /// Reads them.
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<u8>, D::Error> {
+        deserializer.deserialize_byte_buf(Bytes)
+    }
+
+    struct Bytes;
+
+    impl<'de> Visitor<'de> for Bytes {
+        type Value = Vec<u8>;
+
+        fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            f.write_str("bytes")
+        }
+
+        fn visit_bytes<E: Error>(self, bytes: &[u8]) -> Result<Vec<u8>, E> {
+            Ok(bytes.to_vec())
+        }
+
+        fn visit_byte_buf<E: Error>(self, bytes: Vec<u8>) -> Result<Vec<u8>, E> {
+            Ok(bytes)
+        }
+
+        fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Vec<u8>, A::Error> {
+            let mut bytes = Vec::new();
+            while let Some(byte) = list.next_element()? {
+                bytes.push(byte);
+            }
+            Ok(bytes)
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -105,6 +148,20 @@ mod tests {
         assert!(matches!(decode::<u8>(&[9, 1]), Err(WireError::Version(9))));
         assert!(matches!(decode::<u8>(&[]), Err(WireError::Empty)));
         assert!(matches!(decode::<u8>(&[VERSION, 1, 2]), Err(WireError::Malformed(_))));
+    }
+
+    #[test]
+    fn bytes_are_on_the_wire_what_a_list_of_them_is() {
+        #[derive(Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+        struct Holder(#[serde(with = "bytes")] Vec<u8>);
+        for length in [0, 1, 300] {
+            let all = vec![7_u8; length];
+            let encoded = encode_body(&Holder(all.clone())).unwrap();
+            assert_eq!(encoded, encode_body(&all).unwrap());
+            assert_eq!(decode_body::<Holder>(&encoded).unwrap(), Holder(all));
+        }
+        // A length that is not there allocates nothing.
+        assert!(decode_body::<Holder>(&[0xfc, 0xff, 0xff, 0xff, 0x7f]).is_err());
     }
 
     proptest! {

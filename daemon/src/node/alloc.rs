@@ -295,23 +295,29 @@ impl Node {
         self: Rc<Self>,
         mut done: tokio::sync::mpsc::UnboundedReceiver<(u64, anyhow::Result<()>)>,
     ) {
+        // One at a time: while the disk is at work a state of thousands of objects is not put together again
+        // and again, and the next one has all that came meanwhile.
+        let mut under_way = false;
         loop {
             let wanted = {
                 let mut state = self.state.borrow_mut();
-                let wanted = std::mem::take(&mut state.save.wanted);
+                let wanted = !under_way && std::mem::take(&mut state.save.wanted);
                 if wanted {
                     state.save.handed += 1;
                 }
                 wanted.then_some(state.save.handed)
             };
-            if let Some(number) = wanted
-                && let Err(error) = self.writer.save(number, &self.snapshot())
-            {
-                tracing::error!(%error, "cannot save the state");
+            if let Some(number) = wanted {
+                match self.writer.save(number, &self.snapshot()) {
+                    Ok(()) => under_way = true,
+                    Err(error) => tracing::error!(%error, "cannot save the state"),
+                }
             }
             tokio::select! {
                 () = self.saver.notified() => {}
-                result = done.recv() => match result {
+                result = done.recv() => {
+                    under_way = false;
+                    match result {
                     Some((number, Ok(()))) => {
                         self.state.borrow_mut().problem("state file", None);
                         self.let_go(number);
@@ -324,6 +330,7 @@ impl Node {
                         self.state.borrow_mut().save.wanted = true;
                     }
                     None => return,
+                    }
                 },
             }
         }
