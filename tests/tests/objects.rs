@@ -275,7 +275,7 @@ fn a_manifest_that_is_wrong_changes_nothing_and_says_what_and_where() {
             vec!["document 2: metadata.name: Service default/good comes twice", "document 1"],
         ),
         (format!("{good}a: 1\na: 2\n"), vec!["line", "the key a comes twice"]),
-        (format!("{good}\n\tb: 1\n"), vec!["manifest.yaml: line"]),
+        (format!("{good}b: [1\n"), vec!["manifest.yaml: line"]),
         (format!("{good}just text\n"), vec!["document 2", "not an object"]),
         ("---\n".to_owned(), vec!["there is no object"]),
         (
