@@ -40,7 +40,7 @@ impl<'a> Undo<'a> {
 impl Drop for Undo<'_> {
     fn drop(&mut self) {
         for machine in &self.machines {
-            if let Err(error) = machine.ok(&self.script) {
+            if let Err(error) = machine.ok_for(SOON * 4, &self.script) {
                 println!("not undone: {error:#}");
             }
         }

@@ -6,6 +6,7 @@ use anyhow::{Result, bail, ensure};
 
 use super::network::DIRECT;
 use crate::flow::{Flow, at_most_lost, none_lost};
+use crate::machine::SOON;
 use crate::world::{Undo, World, ensure_says};
 
 /// Pings that may be lost until all have followed a machine to its new address: 15 s. It waits for the old one
@@ -124,9 +125,10 @@ pub(super) fn firewall(world: &World<'_>) -> Result<String> {
     let machine = world.machines[1];
     let networks = ["flat", "pods"];
     let all = networks.iter().map(|network| world.workloads(network)).collect::<Result<Vec<_>>>()?;
-    let undo = Undo::on(vec![machine], "ufw --force reset >/dev/null".to_owned());
-    // The way by which these commands may come.
-    machine.ok("ufw --force reset && ufw default deny incoming && ufw allow 22/tcp && ufw --force enable")?;
+    let undo = Undo::on(vec![machine], "ufw disable >/dev/null".to_owned());
+    // The way by which these commands may come. ufw is a program in Python that runs many others.
+    let ufw = |script: &str| machine.ok_for(SOON * 4, script).map(drop);
+    ufw("ufw default deny incoming && ufw allow 22/tcp && ufw --force enable")?;
     // Connections that were there go on; a daemon that is new has none.
     machine.ok("systemctl restart ovld")?;
     world.machines[0].wait(&format!("ovlctl status | grep -q '{}.*directly'", machine.name()))?;
@@ -134,16 +136,16 @@ pub(super) fn firewall(world: &World<'_>) -> Result<String> {
     let segment = segment(machine.address())?;
     for port in ["7940/tcp", "7940/udp", "4789/udp", "51940:51941/udp"] {
         let (port, protocol) = port.split_once('/').unwrap_or((port, "udp"));
-        machine.ok(&format!("ufw allow proto {protocol} from {segment} to any port {port}"))?;
+        ufw(&format!("ufw allow proto {protocol} from {segment} to any port {port}"))?;
     }
-    machine.ok("ufw route allow from 10.71.0.0/16 && ufw route allow from fd71::/48")?;
+    ufw("ufw route allow from 10.71.0.0/16 && ufw route allow from fd71::/48")?;
     world.wait_settled()?;
     for workloads in &all {
         world.ping_all(workloads)?;
     }
     // Rules come and go, and the daemon, without anybody noticing.
     let load = world.load()?;
-    machine.ok("ufw reload && systemctl restart ovld")?;
+    ufw("ufw reload && systemctl restart ovld")?;
     world.wait_settled()?;
     let lost = none_lost(load)?;
     ensure_says(&machine.ok("ufw status")?, &["Status: active"])?;
