@@ -64,13 +64,15 @@ pub(super) fn security(world: &World<'_>) -> Result<String> {
     Ok(format!("exposure {score}"))
 }
 
-/// What the unit forbids does not blind ovld: it mounts a namespace that the host sees, sees processes of other
-/// users in it, and enters that of a process which is not root's.
+/// What the unit forbids does not blind ovld: it mounts a namespace that the host sees, with names and a published port
+/// of the system's, sees processes of other users in it, and enters that of a process which is not root's.
 pub(super) fn sandbox(world: &World<'_>) -> Result<String> {
     let machine = world.machines[0];
     let flat = world.workloads("flat")?;
-    machine.ok("ovlctl sandbox create box --network flat")?;
-    machine.wait(&format!("ip netns exec box ping -n -c 1 -W 2 {}", flat[1].address))?;
+    machine.ok("ovlctl sandbox create box --network flat --publish 80:5201")?;
+    machine.wait(&format!("ip netns exec box ping -n -c 1 -W 2 {}", flat[1].name))?;
+    machine.ok("ip netns exec box iperf3 -s -1 -D >/dev/null 2>&1 </dev/null")?;
+    world.machines[1].wait(&format!("iperf3 -t 1 -p 80 -c {}", machine.address()))?;
     let nobody =
         "setpriv --reuid 65534 --regid 65534 --clear-groups sleep 1000 >/dev/null 2>&1 </dev/null & echo $!";
     let inside = machine.ok(&format!("ip netns exec box {nobody}"))?;
