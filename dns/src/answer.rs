@@ -146,7 +146,7 @@ pub fn target(zone: &Zone, asker: Asker, message: &[u8]) -> Option<(Name, bool)>
             Place::Here(_, Records { alias: Some(alias), .. }) => name = *alias,
             Place::Walked(to) => {
                 walked = true;
-                name = to;
+                name = *to;
             }
             Place::Elsewhere => return Some((name, walked)),
             Place::Here(..) | Place::Nowhere => return None,

@@ -191,7 +191,7 @@ pub enum Place<'a> {
     /// Somebody else may know it.
     Elsewhere,
     /// It is the first step of a walk through a search list, which ends at this name.
-    Walked(Name),
+    Walked(Box<Name>),
 }
 
 impl Zone {
@@ -314,7 +314,8 @@ impl Zone {
             return Some(Place::Here(CLUSTER, records));
         }
         let within = name.before(&cluster.domain)?;
-        Some(self.walked(cluster, asker, &within).map_or(Place::Nowhere, Place::Walked))
+        let walked = self.walked(cluster, asker, &within);
+        Some(walked.map_or(Place::Nowhere, |name| Place::Walked(Box::new(name))))
     }
 
     /// Where the walk ends that a query begins for `within` under the cluster's domain, if it is the first step of
@@ -324,9 +325,7 @@ impl Zone {
         let Asker::At(address) = asker else { return None };
         let search = self.askers.get(&address)?.search.filter(|_| cluster.walks)?;
         let asked = within.before(&search)?;
-        if asked.labels().nth(1).is_none() {
-            return None;
-        }
+        asked.labels().nth(1)?;
         // What comes after the first step: a label fewer of the search list each time.
         let mut rest = search;
         loop {

@@ -78,6 +78,8 @@ impl Node {
                     self.recompute_networks();
                 }
                 self.work.notify_one();
+                // The loop may be waiting for the kernel.
+                self.refresh_names();
             }
             Err(Some(Rejected::Gap { .. })) => self.pull_table(owner),
             Err(Some(Rejected::Stale(_)) | None) => {}

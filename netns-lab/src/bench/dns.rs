@@ -64,6 +64,8 @@ pub(crate) fn measure_answers(bench: &Bench) -> Result<Figure> {
     let host = cluster.host(0)?;
     let files = Files::write(host)?;
     name_all(&cluster)?;
+    // So that the network stays there when the others go.
+    cluster.workload(1, "stays")?;
     let pid = host.pid().context("ovld does not run")?;
     host.exec_ok(["taskset", "-a", "-c", "-p", SERVER, &pid.to_string()])?;
     let peer = dnsmasq(host, &files)?;
