@@ -27,6 +27,9 @@ const AT_A_TIME: usize = 250;
 /// Problems that are told at most.
 const MOST_PROBLEMS: usize = 200;
 
+/// Objects to be written; tombstones where `true` stands beside them.
+type Writes = Vec<(Body, bool)>;
+
 /// Where an object was found.
 #[derive(Debug, Clone)]
 struct Place {
@@ -165,11 +168,7 @@ impl Node {
     }
 
     /// What would become of each, and which have to be written.
-    fn judge(
-        &self,
-        read: Vec<(Place, Resource)>,
-        show: bool,
-    ) -> Result<(Vec<Applied>, Vec<(Body, bool)>), Failed> {
+    fn judge(&self, read: Vec<(Place, Resource)>, show: bool) -> Result<(Vec<Applied>, Writes), Failed> {
         let state = self.state.borrow();
         let shown = |resource: Option<&Resource>| match resource.filter(|_| show) {
             Some(resource) => {
@@ -202,7 +201,7 @@ impl Node {
     }
 
     /// Writes objects a few at a time; returns when they are on this host's disk and all live peers were told.
-    async fn write_resources(&self, mut writes: Vec<(Body, bool)>) -> Result<(), Failed> {
+    async fn write_resources(&self, mut writes: Writes) -> Result<(), Failed> {
         if writes.is_empty() {
             return Ok(());
         }
