@@ -162,6 +162,13 @@ impl Set {
 
     /// As it is written in the table's skeleton.
     pub fn definition(&self) -> String {
+        let (kind, fields) = self.parts();
+        let flags = if self.shape.ranges { "\n\t\tflags interval" } else { "" };
+        format!("\t{kind} {} {{\n\t\t{fields}{flags}\n\t}}\n", self.name)
+    }
+
+    /// Whether it is a set or a map, and what its fields are.
+    pub(crate) fn parts(&self) -> (&'static str, String) {
         let fields = |fields: &[Type]| {
             let fields: Vec<&str> = fields.iter().map(|field| field.expression()).collect();
             fields.join(" . ")
@@ -172,8 +179,7 @@ impl Set {
             Data::Fields(data) => ("map", format!(" : {}", fields(data))),
             Data::Verdict => ("map", " : verdict".to_owned()),
         };
-        let flags = if self.shape.ranges { "\n\t\tflags interval" } else { "" };
-        format!("\t{kind} {} {{\n\t\ttypeof {key}{data}{flags}\n\t}}\n", self.name)
+        (kind, format!("typeof {key}{data}"))
     }
 
     /// `inet ovl-services name`.

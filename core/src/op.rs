@@ -12,6 +12,7 @@ use crate::device::Device;
 use crate::filter;
 use crate::kernel::{Hop, Link, METRIC, PROTOCOL, Remote, Source, Tunnel, TunnelKind, TunnelPeer};
 use crate::nft::{Element, Key, Set, Skeleton, Table, Value};
+use crate::services::Flows;
 
 /// One change. Every one of them can be repeated, and deleting what is gone succeeds.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -39,6 +40,8 @@ pub enum Op {
     SetElement(Element),
     /// Take one out.
     DelElement(Set, Key),
+    /// End the flows to backends that a Service has no more.
+    EndFlows(Flows),
     /// Make a bridge or a VXLAN device.
     AddLink(Device, Link),
     /// Bring a device that is there to the second state; the first is what was found.
@@ -92,6 +95,7 @@ impl Op {
             | Self::DelTable(_)
             | Self::SetElement(_)
             | Self::DelElement(..)
+            | Self::EndFlows(_)
             | Self::DelRoute(_) => None,
             Self::SetRoute(_, hop) => hop.device,
             Self::SetLocalnet(device)
@@ -135,6 +139,7 @@ impl fmt::Display for Op {
             }
             Self::SetLocalnet(device) => write!(f, "sysctl -w net.ipv4.conf.{device}.route_localnet=1"),
             Self::DelLocalnet(device) => write!(f, "sysctl -w net.ipv4.conf.{device}.route_localnet=0"),
+            Self::EndFlows(flows) => flows.fmt(f),
             Self::AddLink(device, link) => add_link(f, *device, link),
             Self::SetLink(device, from, to) => set_link(f, *device, from, to),
             Self::DelLink(device) => write!(f, "ip link del {device}"),

@@ -56,7 +56,7 @@ pub(crate) fn blocks(view: &View, network: NetworkId) -> impl Iterator<Item = (I
 }
 
 /// The first gateway of a family on a host: what it sends from, and its next hop for the others.
-fn first_gateway(view: &View, network: NetworkId, node: NodeId, like: IpAddr) -> Option<IpAddr> {
+pub(crate) fn first_gateway(view: &View, network: NetworkId, node: NodeId, like: IpAddr) -> Option<IpAddr> {
     gateways(view, network, node).find(|gateway| gateway.is_ipv4() == like.is_ipv4())
 }
 

@@ -47,6 +47,8 @@ fn apply(kernel: &mut Kernel, op: &Op) -> Result<(), String> {
                 return Err(format!("exists: {op}"));
             }
         }
+        // No difference has any.
+        Op::EndFlows(_) => {}
         Op::DelElement(set, key) => {
             if kernel.elements.remove(&set, &key).is_none() {
                 return Err(format!("is not there: {op}"));

@@ -8,6 +8,7 @@
 mod announce;
 mod apply;
 mod attribute;
+mod conntrack;
 mod dump;
 mod endpoint;
 mod error;

@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 
 use super::world::{NET, endpoint, give, id, switched};
 
-fn read(kind: Kind, manifest: Value) -> Resource {
+pub(crate) fn read(kind: Kind, manifest: Value) -> Resource {
     match kind {
         Kind::Namespace => Resource::Namespace(serde_json::from_value(manifest).unwrap()),
         Kind::Pod => Resource::Pod(serde_json::from_value(manifest).unwrap()),
@@ -26,23 +26,23 @@ fn read(kind: Kind, manifest: Value) -> Resource {
 }
 
 /// A view whose backends are kept up.
-struct World {
-    view: View,
-    backends: Backends,
+pub(crate) struct World {
+    pub(crate) view: View,
+    pub(crate) backends: Backends,
 }
 
 impl World {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self { view: switched(), backends: Backends::default() }
     }
 
-    fn put(&mut self, resource: Resource) {
+    pub(crate) fn put(&mut self, resource: Resource) {
         let key = resource.key();
         self.view.resources.insert(resource);
         self.backends.touch_resource(&self.view, &key);
     }
 
-    fn drop(&mut self, kind: Kind, name: &str) {
+    pub(crate) fn drop(&mut self, kind: Kind, name: &str) {
         let key = ResourceKey { kind, name: Name::new("default", name) };
         self.view.resources.remove(&key);
         self.backends.touch_resource(&self.view, &key);
@@ -61,27 +61,27 @@ impl World {
         ));
     }
 
-    fn attach(&mut self, host: u8, n: u8, labels: &[(&str, &str)], ready: bool) {
+    pub(crate) fn attach(&mut self, host: u8, n: u8, labels: &[(&str, &str)], ready: bool) {
         let Entry::Endpoint(bare) = endpoint(n, &format!("10.9.0.{}/24", 8 * host + n)) else { panic!() };
         let labels = labels.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
         give(&mut self.view, host, vec![Entry::Endpoint(Endpoint { labels, ready, ..bare })]);
         self.backends.touch_endpoint(&self.view, id(host), EndpointId([n; 5]));
     }
 
-    fn detach(&mut self, host: u8, n: u8) {
+    pub(crate) fn detach(&mut self, host: u8, n: u8) {
         let key = EndpointId([n; 5]);
         let table = &mut self.view.nodes.get_mut(&id(host)).unwrap().table;
         table.write(1, vec![], vec![Key::Endpoint(key)], |_| Signature([0; 64]));
         self.backends.touch_endpoint(&self.view, id(host), key);
     }
 
-    fn host(&mut self, host: u8, state: PeerState) {
+    pub(crate) fn host(&mut self, host: u8, state: PeerState) {
         self.view.nodes.get_mut(&id(host)).unwrap().state = state;
         self.backends.touch_network(&self.view, NET);
         self.backends.touch_host(&self.view, id(host));
     }
 
-    fn settle(&mut self) -> Settled {
+    pub(crate) fn settle(&mut self) -> Settled {
         self.backends.settle(&self.view)
     }
 

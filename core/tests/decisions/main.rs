@@ -6,6 +6,7 @@ mod encrypted;
 mod nft;
 mod policy;
 mod routed;
+mod services;
 mod switched;
 mod touched;
 mod world;

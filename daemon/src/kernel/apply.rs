@@ -108,6 +108,7 @@ pub(super) fn is_entry(op: &Op) -> bool {
             | Op::DelTable(_)
             | Op::SetElement(_)
             | Op::DelElement(..)
+            | Op::EndFlows(_)
             | Op::AddLink(..)
             | Op::SetLink(..)
             | Op::DelLink(_)

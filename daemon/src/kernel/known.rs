@@ -83,7 +83,8 @@ impl Known {
             | Op::Table(..)
             | Op::DelTable(_)
             | Op::SetElement(_)
-            | Op::DelElement(..) => {}
+            | Op::DelElement(..)
+            | Op::EndFlows(_) => {}
             Op::SetLocalnet(device) => {
                 kernel.localnets.insert(*device);
             }

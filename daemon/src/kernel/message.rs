@@ -73,6 +73,7 @@ pub(super) fn entry(op: &Op, index: u32) -> Option<(RouteNetlinkMessage, u16)> {
         | Op::DelTable(_)
         | Op::SetElement(_)
         | Op::DelElement(..)
+        | Op::EndFlows(_)
         | Op::AddLink(..)
         | Op::SetLink(..)
         | Op::DelLink(_)

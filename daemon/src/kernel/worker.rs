@@ -32,7 +32,7 @@ use super::tables::Tables;
 use super::tunnel::{self, TunnelStatus, Tunnels};
 use super::watch::Watch;
 use super::{Counted, EndpointSpec, Goal, HostEnd, KernelEvent, Made, Outcome, Pass, Retired, Underlay};
-use super::{dump, endpoint, inspect, sysctl};
+use super::{conntrack, dump, endpoint, inspect, sysctl};
 
 /// So many entries go to the kernel at once.
 const BATCH: usize = 256;
@@ -271,13 +271,15 @@ impl Worker {
             let mut run = vec![op];
             let is_entry = |op: &Op| apply::is_entry(op) && !self.tunnels.takes(op);
             let elements = run.first().is_some_and(apply::is_element);
+            let flows = run.first().is_some_and(|op| matches!(op, Op::EndFlows(_)));
             let same = |first: &Op, next: &Op| {
                 (is_entry(first) && is_entry(next))
                     || (elements && apply::is_element(next))
+                    || (flows && matches!(next, Op::EndFlows(_)))
                     || (self.tunnels.is_source(first) && self.tunnels.is_source(next))
                     || matches!((first, next), (Op::DelLink(_), Op::DelLink(_)))
             };
-            while (elements || run.len() < BATCH)
+            while (elements || flows || run.len() < BATCH)
                 && let Some(op) = ops.next_if(|next| run.first().is_some_and(|first| same(first, next)))
             {
                 run.push(op);
@@ -307,6 +309,14 @@ impl Worker {
         };
         let one = match run {
             [first, ..] if apply::is_element(first) => return self.tables.apply(run),
+            [Op::EndFlows(_), ..] => {
+                let flows = |op| match op {
+                    &Op::EndFlows(ref flows) => Some(flows),
+                    _ => None,
+                };
+                let result = conntrack::end(&run.iter().filter_map(flows).collect::<Vec<_>>());
+                return run.iter().map(|_| result.clone()).collect();
+            }
             [first, ..] if self.tunnels.is_source(first) => {
                 let result = self.tunnels.change_sources(run);
                 return run.iter().map(|_| result.clone()).collect();

@@ -229,7 +229,13 @@ impl Node {
         let ids: Vec<_> = self.state.borrow().own_endpoints().map(|endpoint| endpoint.id).collect();
         self.withdraw(&ids, "detached by teardown")?;
         // The loop must not build again what is removed here.
-        self.state.borrow_mut().view.networks.clear();
+        {
+            let mut state = self.state.borrow_mut();
+            state.view.networks.clear();
+            state.view.resources = Default::default();
+            state.backends = Default::default();
+            state.services = Default::default();
+        }
         let found = self.kernel.dump().await.map_err(Failed::from)?;
         // Not all of them go with a device.
         let routes = found.routes.keys().map(|to| Op::DelRoute(*to)).collect();

@@ -44,6 +44,7 @@ use ovl_core::backends::Backends;
 use ovl_core::objects::Objects;
 use ovl_core::policy::Standing;
 use ovl_core::resources::Resources;
+use ovl_core::services::Services;
 use ovl_core::table::Table;
 use ovl_core::view::{self, Local, View};
 use ovl_proto::control::{Event, Failure, PeerState};
@@ -469,6 +470,7 @@ fn first_state(
         objects_digest: [0; 32],
         objects_taken_at: 0,
         backends: Backends::default(),
+        services: Services::default(),
         clock: saved.clock,
         keys,
         allocator: Allocator::new(me, durable, u64::from_le_bytes(random())),

@@ -206,6 +206,7 @@ impl Node {
         }
         let settled = state.backends.settle(&state.view);
         state.dirty.cluster_names.note(&settled);
+        state.dirty.services.extend(settled.services.iter().cloned());
         if settled != Settled::default() {
             tracing::debug!(services = settled.services.len(), members = settled.members.len(), "backends");
         }

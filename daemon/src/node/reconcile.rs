@@ -86,6 +86,7 @@ impl Node {
             let dirty = &state.dirty;
             let networks: BTreeSet<NetworkId> =
                 dirty.networks.iter().chain(dirty.touched.keys()).copied().collect();
+            let ground = state.dirty.host || !networks.is_empty();
             // Policies first: whom they isolate is not reached before they stand.
             let mut ops = self.plan_policies(state);
             if state.dirty.host {
@@ -94,6 +95,8 @@ impl Node {
             for network in &networks {
                 ops.extend(self.plan_network(state, *network));
             }
+            ops.extend(self.plan_services(state, ground));
+            ops.extend(state.services.ended());
             (ops, networks)
         };
         if ops.is_empty() {
@@ -154,6 +157,16 @@ impl Node {
         ops
     }
 
+    /// What Services need beyond what was planned last; `ground`: networks may have changed.
+    fn plan_services(&self, state: &mut State, ground: bool) -> Vec<Op> {
+        let State { view, backends, services, dirty, caught_up, .. } = state;
+        if !*caught_up {
+            return Vec::new();
+        }
+        let touched = std::mem::take(&mut dirty.services);
+        services.plan(view, backends, touched.iter(), ground)
+    }
+
     /// Compares everything with a dump, and repairs it.
     pub(super) async fn whole_pass(&self) {
         let drift = std::mem::take(&mut self.state.borrow_mut().dirty.drift);
@@ -186,6 +199,11 @@ impl Node {
         }
         self.note_outcomes(&pass.outcomes, None);
         self.lost(pass.lost);
+        let ended = self.state.borrow_mut().services.ended();
+        if !ended.is_empty() {
+            let outcomes = self.kernel.apply(ended).await;
+            self.note_outcomes(&outcomes, None);
+        }
     }
 
     /// Each of a few repairs; of many, the first ones and how many more.
@@ -214,6 +232,8 @@ impl Node {
         state.applied_host = desired::host(&state.view, &state.local);
         let mut all = state.applied_host.clone();
         all.merge(state.policy.anew(&state.view, &state.local, state.caught_up));
+        self.plan_services(state, true);
+        all.merge(state.services.kernel());
         let networks: Vec<NetworkId> = state.view.networks.keys().copied().collect();
         for network in networks {
             let part = desired::network_part(&state.view, &state.local, network);
@@ -308,6 +328,7 @@ impl Node {
             let state = self.state.borrow();
             let mut desired = desired::desired(&state.view, &state.local);
             desired.merge(policy::part(&state.view, &state.local, state.policy.generation()));
+            desired.merge(state.services.kernel());
             (desired, state.pending.devices.clone(), expected(&state))
         };
         let pass = self
@@ -349,6 +370,7 @@ fn broken_network(op: &Op) -> Option<NetworkId> {
         | Op::DelTable(_)
         | Op::SetElement(_)
         | Op::DelElement(..)
+        | Op::EndFlows(_)
         | Op::SetRemote(..)
         | Op::DelRemote(..)
         | Op::AddFlood(..)

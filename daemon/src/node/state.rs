@@ -16,6 +16,7 @@ use ovl_core::kernel::Kernel;
 use ovl_core::liveness::Signs;
 use ovl_core::objects::Objects;
 use ovl_core::policy::Standing;
+use ovl_core::services::Services;
 use ovl_core::touched::Touched;
 use ovl_core::view::{Local, Placed, View};
 use ovl_core::zone::Marks;
@@ -25,6 +26,7 @@ use ovl_proto::id::{EndpointId, Mac, NetworkId, NodeId};
 use ovl_proto::object::{Mode, Network};
 use ovl_proto::publish::Published;
 use ovl_proto::record::{NodeRecord, SignedRecord};
+use ovl_proto::resource::Name;
 use ovl_proto::sync::Message;
 use ovl_proto::table::{Endpoint, Entry};
 use tokio::sync::oneshot;
@@ -93,6 +95,8 @@ pub(crate) struct Dirty {
     pub touched: BTreeMap<NetworkId, Touched>,
     /// What decides who stands behind Services.
     pub members: DirtyMembers,
+    /// Services that came, went or changed, or whose backends did.
+    pub services: BTreeSet<Name>,
     /// What concerns the host as a whole.
     pub host: bool,
     /// What network policies follow from, as a whole.
@@ -179,6 +183,8 @@ pub(crate) struct State {
     pub objects_digest: [u8; 32],
     /// Who can be selected, and what stands behind each Service.
     pub backends: Backends,
+    /// What Services come to in this host's kernel.
+    pub services: Services,
     /// When objects last came from a peer, in milliseconds of this run.
     pub objects_taken_at: u64,
     /// Stamps new objects.

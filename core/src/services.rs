@@ -1,0 +1,313 @@
+//! Services in the kernel: what the elements of `inet ovl-services` and `bridge ovl-divert` should be, kept up
+//! Service by Service. A backend that comes or goes costs a few elements, however many Services and backends
+//! there are.
+
+mod resolve;
+mod skeleton;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use ipnet::IpNet;
+use ovl_proto::id::{EndpointId, Mac, NodeId};
+use ovl_proto::object::{Mode, Network, Subnet};
+use ovl_proto::resource::Name;
+use ovl_proto::table::Endpoint;
+
+use crate::backends::Backends;
+use crate::divert;
+use crate::kernel::Kernel;
+use crate::ledger::{Entries, Ledger};
+use crate::nft::{Element, Field, Key, Set, Skeleton, Table, Value};
+use crate::op::Op;
+use crate::routed;
+use crate::view::View;
+
+use self::resolve::{Resolved, Slots};
+use self::skeleton::Sticky;
+
+/// What wants elements.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+enum Part {
+    Host,
+    Endpoint(EndpointId),
+    Service(Name),
+}
+
+/// UDP at a Service's port: what leads to others than these backends is to end.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Flows {
+    /// The Service's; none: a node port at any address of this host.
+    pub address: Option<IpAddr>,
+    /// The Service's.
+    pub port: u16,
+    /// Where the Service leads now; of one family.
+    pub keep: BTreeSet<(IpAddr, u16)>,
+    /// Whether it is about IPv4.
+    pub ipv4: bool,
+}
+
+impl fmt::Display for Flows {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let family = if self.ipv4 { "ipv4" } else { "ipv6" };
+        write!(f, "conntrack -D -f {family} -p udp --dst-nat")?;
+        if let Some(address) = self.address {
+            write!(f, " --orig-dst {address}")?;
+        }
+        write!(f, " --orig-port-dst {} # but for {} backends", self.port, self.keep.len())
+    }
+}
+
+/// A Service's port as packets find it: with an address, or a node port.
+type At = (Option<IpAddr>, u8, u16);
+
+/// What a whole look at networks decides for all Services.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Ground {
+    /// This host.
+    pub(crate) me: Option<NodeId>,
+    /// Prefixes of switched networks: their endpoints on other hosts answer to nobody outside.
+    pub(crate) switched: Vec<IpNet>,
+}
+
+/// All Services of the cluster, for one host.
+#[derive(Debug, Clone, Default)]
+pub struct Services {
+    ledger: Ledger<Part>,
+    ground: Ground,
+    slots: Slots,
+    /// Where each Service's UDP ports lead.
+    flows: BTreeMap<Name, resolve::UdpPorts>,
+    counts: BTreeSet<u32>,
+    sticky: BTreeMap<Name, BTreeSet<Sticky>>,
+    /// What was planned last.
+    tables: BTreeMap<Table, Arc<Skeleton>>,
+    ended: Vec<Flows>,
+    started: bool,
+    /// Whether there are Services at all.
+    any: bool,
+}
+
+impl Services {
+    /// What belongs into the desired state.
+    pub fn kernel(&self) -> Kernel {
+        let (tables, elements) = (self.tables.clone(), self.ledger.wanted().clone());
+        let mut kernel = Kernel { tables, elements, ..Kernel::default() };
+        for table in Table::ALL.into_iter().filter(|table| !self.tables.contains_key(table)) {
+            kernel.elements.forget(table);
+        }
+        kernel
+    }
+
+    /// Flows that are to end after what was planned is done; each is given once.
+    pub fn ended(&mut self) -> Vec<Op> {
+        std::mem::take(&mut self.ended).into_iter().map(Op::EndFlows).collect()
+    }
+
+    /// What these Services need beyond what was planned last; with `ground`, networks, blocks or endpoints of
+    /// this host may be others too. Not before gossip has caught up: a Service without the backends of hosts
+    /// that were not heard yet would refuse connections.
+    pub fn plan<'a>(
+        &mut self,
+        view: &View,
+        backends: &Backends,
+        services: impl Iterator<Item = &'a Name>,
+        ground: bool,
+    ) -> Vec<Op> {
+        let mut names: BTreeSet<Name> = services.cloned().collect();
+        let mut changes = Vec::new();
+        let is_first = !std::mem::replace(&mut self.started, true);
+        let any = !view.resources.services.is_empty();
+        let ground = ground || std::mem::replace(&mut self.any, any) != any;
+        if ground || is_first {
+            let ground = self::ground(view);
+            if ground != self.ground {
+                self.ground = ground;
+                names.extend(view.resources.services.keys().cloned());
+            }
+            changes.extend(self.ledger.set(&Part::Host, host(view)));
+            changes.extend(self.endpoints(view));
+        }
+        for name in names {
+            changes.extend(self.service(view, backends, &name));
+        }
+        if is_first {
+            // Whatever went while nobody looked.
+            self.ended = self
+                .flows
+                .values()
+                .flatten()
+                .map(|((at, ipv4), keep)| flows_of(*at, *ipv4, keep.clone()))
+                .collect();
+        }
+        let now = self.skeletons();
+        let was = std::mem::replace(&mut self.tables, now);
+        let mut ops = Vec::new();
+        for (table, skeleton) in &self.tables {
+            if was.get(table) != Some(skeleton) {
+                ops.push(Op::Table(*table, Arc::clone(skeleton)));
+            }
+        }
+        let (gone, new): (Vec<Op>, Vec<Op>) =
+            changes.into_iter().partition(|op| matches!(op, Op::DelElement(..)));
+        let stays = |op: &Op| match op {
+            Op::SetElement(Element { set, .. }) | Op::DelElement(set, _) => {
+                self.tables.contains_key(&set.table) && was.contains_key(&set.table)
+            }
+            _ => true,
+        };
+        let dropped = was.keys().filter(|table| !self.tables.contains_key(table));
+        ops.extend(dropped.map(|table| Op::DelTable(*table)));
+        ops.extend(gone.into_iter().filter(stays));
+        ops.extend(new.into_iter().filter(stays));
+        // A table that was not there before gets all that it should have.
+        for (set, contents) in self.ledger.wanted().sets() {
+            if self.tables.contains_key(&set.table) && !was.contains_key(&set.table) {
+                ops.extend(contents.iter().map(|(key, value)| {
+                    Op::SetElement(Element { set: set.clone(), key: key.clone(), value: value.clone() })
+                }));
+            }
+        }
+        ops
+    }
+
+    /// The tables that are needed.
+    fn skeletons(&self) -> BTreeMap<Table, Arc<Skeleton>> {
+        let mut tables = BTreeMap::new();
+        if self.ledger.parts().any(|part| matches!(part, Part::Service(_))) {
+            let sticky = self.sticky.values().flatten().copied().collect();
+            tables.insert(Table::Services, Arc::new(skeleton::skeleton(&self.counts, &sticky)));
+        }
+        if divert::BACKENDS.iter().any(|set| self.ledger.wanted().of(set).is_some()) {
+            tables.insert(Table::Divert, Arc::new(divert::skeleton()));
+        }
+        for (table, skeleton) in &mut tables {
+            // The same one, where nothing has changed.
+            if let Some(old) = self.tables.get(table).filter(|old| *old == skeleton) {
+                *skeleton = Arc::clone(old);
+            }
+        }
+        tables
+    }
+
+    /// Endpoints of this host on switched networks.
+    fn endpoints(&mut self, view: &View) -> Vec<Op> {
+        let mut wanted: BTreeMap<EndpointId, Entries> = BTreeMap::new();
+        // Without Services nothing is diverted.
+        let own = view.own().filter(|_| !view.resources.services.is_empty());
+        for endpoint in own.into_iter().flat_map(|own| own.table.endpoints()) {
+            let network = view.networks.get(&endpoint.network).map(|found| &found.network);
+            if network.is_some_and(|network| network.mode == Mode::L2) {
+                wanted.insert(endpoint.id, endpoint_part(endpoint));
+            }
+        }
+        let there = self.ledger.parts().filter_map(|part| match part {
+            Part::Endpoint(id) => Some(*id),
+            Part::Host | Part::Service(_) => None,
+        });
+        let gone: Vec<EndpointId> = there.filter(|id| !wanted.contains_key(id)).collect();
+        let all = gone.into_iter().map(|id| (id, Entries::new())).chain(wanted);
+        all.flat_map(|(id, entries)| self.ledger.set(&Part::Endpoint(id), entries)).collect()
+    }
+
+    /// One Service, looked at anew.
+    fn service(&mut self, view: &View, backends: &Backends, name: &Name) -> Vec<Op> {
+        let service = view.resources.services.get(name);
+        let resolved = service.map(|service| {
+            let of = backends.of(name);
+            resolve::resolve(&self.ground, name, service, of, &mut self.slots)
+        });
+        let Resolved { entries, counts, sticky, flows } = resolved.unwrap_or_default();
+        if service.is_none() {
+            self.slots.forget(name);
+        }
+        if sticky.is_empty() {
+            self.sticky.remove(name);
+        } else {
+            self.sticky.insert(name.clone(), sticky);
+        }
+        // Chains for numbers of backends stay once they are there.
+        self.counts.extend(counts.into_iter().filter(|count| *count > skeleton::ALWAYS));
+        let old = self.flows.remove(name).unwrap_or_default();
+        let none = BTreeSet::new();
+        for at in old.keys().chain(flows.keys()).collect::<BTreeSet<_>>() {
+            let (was, is) = (old.get(at).unwrap_or(&none), flows.get(at).unwrap_or(&none));
+            // Also what came before there was a backend, and went elsewhere.
+            if !was.is_subset(is) || (was.is_empty() && !is.is_empty()) {
+                self.ended.push(flows_of(at.0, at.1, is.clone()));
+            }
+        }
+        if !flows.is_empty() {
+            self.flows.insert(name.clone(), flows);
+        }
+        self.ledger.set(&Part::Service(name.clone()), entries)
+    }
+}
+
+/// How many backends ports at addresses have for endpoints.
+pub fn inside(ipv4: bool) -> Set {
+    of_family(&skeleton::INSIDE, ipv4).clone()
+}
+
+fn flows_of((address, _, port): At, ipv4: bool, keep: BTreeSet<(IpAddr, u16)>) -> Flows {
+    Flows { address, port, keep, ipv4 }
+}
+
+fn ground(view: &View) -> Ground {
+    let switched = view.networks.values().map(|found| &found.network).filter(|found| found.mode == Mode::L2);
+    let switched = switched.flat_map(|network| &network.subnets).map(|subnet| subnet.prefix).collect();
+    Ground { me: Some(view.me), switched }
+}
+
+/// The network's sets of the family of an address.
+pub(crate) fn of_family(sets: &[Set; 2], ipv4: bool) -> &Set {
+    let [v4, v6] = sets;
+    if ipv4 { v4 } else { v6 }
+}
+
+fn endpoint_part(endpoint: &Endpoint) -> Entries {
+    let mut entries = Entries::new();
+    entries.insert((divert::LOCAL, Key::of(&[Field::Mac(endpoint.mac)])), Value::None);
+    for address in endpoint.addresses.iter().map(IpNet::addr) {
+        let set = of_family(&divert::MACS, address.is_ipv4()).clone();
+        let mac = Value::of(&[Field::Mac(endpoint.mac)]);
+        entries.insert((set, Key::of(&[Field::Ip(address)])), mac);
+    }
+    entries
+}
+
+/// What follows from networks alone.
+fn host(view: &View) -> Entries {
+    let mut entries = Entries::new();
+    for network in view.networks.values().map(|found| &found.network) {
+        for subnet in &network.subnets {
+            let ipv4 = subnet.prefix.addr().is_ipv4();
+            let key = Key::of(&[Field::Net(subnet.prefix)]);
+            let mut put = |sets: &[Set; 2], value| {
+                entries.insert((of_family(sets, ipv4).clone(), key.clone()), value);
+            };
+            put(&skeleton::OURS, Value::None);
+            if network.mode == Mode::L2 {
+                put(&divert::GATEWAYS, Value::of(&[Field::Mac(Mac::of_gateway(network.id))]));
+            }
+            if let Some(gateway) = own_address(view, network, subnet).filter(|_| !network.internal) {
+                let gateway = Value::of(&[Field::Ip(gateway)]);
+                put(&skeleton::GATEWAYS, gateway.clone());
+                if network.mode == Mode::L3 {
+                    put(&skeleton::ROUTED, gateway);
+                }
+            }
+        }
+    }
+    entries
+}
+
+/// What this host sends from on a network.
+fn own_address(view: &View, network: &Network, subnet: &Subnet) -> Option<IpAddr> {
+    match network.mode {
+        Mode::L2 => Some(subnet.gateway),
+        Mode::L3 => routed::first_gateway(view, network.id, view.me, subnet.prefix.addr()),
+    }
+}

@@ -1,0 +1,146 @@
+//! Connection tracking by netlink: ends flows of UDP that lead to backends which a Service has no more.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+use netlink_sys::protocols::NETLINK_NETFILTER;
+use nix::libc::ENOENT;
+use ovl_core::services::Flows;
+
+use super::attribute::{Attributes, attributes, ip, u16_be};
+use super::error::Result;
+use super::socket::{Batch, Netlink};
+
+/// NFNL_SUBSYS_CTNETLINK, in the upper half of a message's kind.
+const SUBSYSTEM: u16 = 1;
+const GET: u16 = SUBSYSTEM << 8 | 1;
+const DELETE: u16 = SUBSYSTEM << 8 | 2;
+
+const TUPLE_ORIGINAL: u16 = 1;
+const TUPLE_REPLY: u16 = 2;
+const ID: u16 = 12;
+const ZONE: u16 = 18;
+const TUPLE_IP: u16 = 1;
+const TUPLE_PROTO: u16 = 2;
+const PROTO_NUMBER: u16 = 1;
+const PROTO_SOURCE: u16 = 2;
+const PROTO_DESTINATION: u16 = 3;
+const NESTED: u16 = 1 << 15;
+const UDP: u8 = 17;
+
+/// The length of a message's fixed part, `nfgenmsg`.
+const FIXED: usize = 4;
+
+/// So many are deleted with one batch of requests.
+const AT_ONCE: usize = 512;
+
+/// Ends flows, as far as there are any; what is gone meanwhile is fine.
+pub(super) fn end(flows: &[&Flows]) -> Result<()> {
+    let mut netlink = None;
+    for (ipv4, family) in [(true, nix::libc::AF_INET), (false, nix::libc::AF_INET6)] {
+        let mut wanted: Wanted<'_> = BTreeMap::new();
+        for flows in flows.iter().filter(|flows| flows.ipv4 == ipv4) {
+            wanted.insert((flows.port, flows.address), &flows.keep);
+        }
+        if wanted.is_empty() {
+            continue;
+        }
+        let netlink = match &mut netlink {
+            Some(netlink) => netlink,
+            none => none.insert(Netlink::open(NETLINK_NETFILTER)?),
+        };
+        end_of_family(netlink, family as u8, &wanted)?;
+    }
+    Ok(())
+}
+
+/// By port, and the Service's address if it has one: where flows may lead. The last word counts.
+type Wanted<'a> = BTreeMap<(u16, Option<IpAddr>), &'a BTreeSet<(IpAddr, u16)>>;
+
+fn end_of_family(netlink: &mut Netlink, family: u8, wanted: &Wanted<'_>) -> Result<()> {
+    let mut batch = Batch::default();
+    batch.push_built(GET, 0, &[family, 0, 0, 0]);
+    let dump =
+        netlink.dump(batch)?.map_err(|refusal| refusal.into_error("cannot read the table of connections"))?;
+    let doomed: Vec<Attributes> = dump
+        .messages()
+        .filter(|message| message.kind >> 8 == SUBSYSTEM)
+        .filter(|message| is_stale(message.payload, wanted))
+        .map(|message| named(family, message.payload))
+        .collect();
+    for some in doomed.chunks(AT_ONCE) {
+        let mut batch = Batch::default();
+        some.iter().for_each(|entry| batch.push_built(DELETE, 0, entry.bytes()));
+        let (results, _) = netlink.execute(batch)?;
+        if let Some(refusal) = results.into_iter().filter_map(Result::err).find(|r| r.errno != ENOENT) {
+            return Err(refusal.into_error("cannot end a connection"));
+        }
+    }
+    Ok(())
+}
+
+/// What names an entry: how it began, and its number, so that none that came after it is meant.
+fn named(family: u8, payload: &[u8]) -> Attributes {
+    let mut message = Attributes::after(&[family, 0, 0, 0]);
+    for (kind, value) in attributes(payload, FIXED) {
+        match kind {
+            TUPLE_ORIGINAL => message.put(kind | NESTED, value),
+            ID | ZONE => message.put(kind, value),
+            _ => {}
+        }
+    }
+    message
+}
+
+fn is_stale(payload: &[u8], wanted: &Wanted<'_>) -> bool {
+    let tuple = |wanted| {
+        let (_, value) = attributes(payload, FIXED).find(|(kind, _)| *kind == wanted)?;
+        Tuple::of(value)
+    };
+    let (Some(original), Some(reply)) = (tuple(TUPLE_ORIGINAL), tuple(TUPLE_REPLY)) else { return false };
+    if original.protocol != UDP {
+        return false;
+    }
+    let to = original.destination;
+    let stays = match wanted.get(&(to.1, Some(to.0))) {
+        Some(keep) => keep.contains(&reply.source),
+        // At a node port of the same number something of the host's own may listen as well.
+        None => {
+            wanted.get(&(to.1, None)).is_none_or(|keep| reply.source == to || keep.contains(&reply.source))
+        }
+    };
+    !stays
+}
+
+/// One direction of a connection.
+struct Tuple {
+    protocol: u8,
+    source: (IpAddr, u16),
+    destination: (IpAddr, u16),
+}
+
+impl Tuple {
+    fn of(tuple: &[u8]) -> Option<Self> {
+        let (mut protocol, mut addresses) = (None, [None; 2]);
+        let mut ports = [None; 2];
+        for (kind, value) in attributes(tuple, 0) {
+            match kind {
+                // Sources have odd numbers, of either family.
+                TUPLE_IP => attributes(value, 0).for_each(|(kind, value)| match kind {
+                    1 | 3 => addresses[0] = ip(value),
+                    _ => addresses[1] = ip(value),
+                }),
+                TUPLE_PROTO => attributes(value, 0).for_each(|(kind, value)| match kind {
+                    PROTO_NUMBER => protocol = value.first().copied(),
+                    PROTO_SOURCE => ports[0] = u16_be(value),
+                    PROTO_DESTINATION => ports[1] = u16_be(value),
+                    _ => {}
+                }),
+                _ => {}
+            }
+        }
+        let [source, destination] = addresses;
+        let [from, to] = ports;
+        Some(Self { protocol: protocol?, source: (source?, from?), destination: (destination?, to?) })
+    }
+}
