@@ -81,7 +81,7 @@ pub struct Services {
     /// Where each Service's UDP ports lead.
     flows: BTreeMap<Name, resolve::UdpPorts>,
     counts: BTreeSet<u32>,
-    sticky: BTreeMap<Name, BTreeSet<Sticky>>,
+    sticky: BTreeSet<Sticky>,
     /// What was planned last.
     tables: BTreeMap<Table, Arc<Skeleton>>,
     ended: Vec<Flows>,
@@ -177,8 +177,7 @@ impl Services {
     fn skeletons(&self) -> BTreeMap<Table, Arc<Skeleton>> {
         let mut tables = BTreeMap::new();
         if self.ledger.parts().any(|part| matches!(part, Part::Service(_))) {
-            let sticky = self.sticky.values().flatten().copied().collect();
-            tables.insert(Table::Services, Arc::new(skeleton::skeleton(&self.counts, &sticky)));
+            tables.insert(Table::Services, Arc::new(skeleton::skeleton(&self.counts, &self.sticky)));
         }
         if divert::BACKENDS.iter().any(|set| self.ledger.wanted().of(set).is_some()) {
             tables.insert(Table::Divert, Arc::new(divert::skeleton()));
@@ -223,12 +222,8 @@ impl Services {
         if service.is_none() {
             self.slots.forget(name);
         }
-        if sticky.is_empty() {
-            self.sticky.remove(name);
-        } else {
-            self.sticky.insert(name.clone(), sticky);
-        }
-        // Chains for numbers of backends stay once they are there.
+        // Chains stay once they are there: they are written before the elements that lead to others.
+        self.sticky.extend(sticky);
         self.counts.extend(counts.into_iter().filter(|count| *count > skeleton::ALWAYS));
         let old = self.flows.remove(name).unwrap_or_default();
         let none = BTreeSet::new();

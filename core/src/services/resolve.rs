@@ -121,13 +121,15 @@ fn one(
     if let Some(node_port) = node_port {
         out.node_port((None, protocol, node_port), ipv4, outside, nobody);
     }
-    for target in &all {
-        let (address, fields) = (target.address, [Field::Ip(target.address); 2]);
-        if target.host == ground.me {
-            out.put(of_family(&HAIRPIN, ipv4), &fields, Value::None);
+    // Ready or not: connections that are open go on.
+    for backend in backends {
+        let address = backend.addresses.iter().copied().find(of_this);
+        let Some((address, port)) = address.zip(backend.ports.get(i).copied().flatten()) else { continue };
+        if backend.host == ground.me {
+            out.put(of_family(&HAIRPIN, ipv4), &[Field::Ip(address); 2], Value::None);
         }
         if is_switched(address) {
-            let key = [Field::Ip(address), Field::Protocol(protocol), Field::Port(target.port)];
+            let key = [Field::Ip(address), Field::Protocol(protocol), Field::Port(port)];
             out.put(of_family(&divert::BACKENDS, ipv4), &key, Value::None);
         }
     }

@@ -124,8 +124,9 @@ impl Tables {
             let _ = writeln!(text, "flush chain {table} {}", chain.name);
         }
         text += &skeleton.text(table);
-        if run(&text, watch.as_deref_mut())?.check().is_err() {
+        if let Err(error) = run(&text, watch.as_deref_mut())?.check() {
             // Made by another version, or by somebody else, with other sets or hooks: all anew.
+            tracing::info!(%table, %error, "the table is made anew");
             let anew = self.anew(table, skeleton)?;
             run(&anew, watch.as_deref_mut())?.check()?;
             if let Some(state) = self.states.get_mut(&table) {

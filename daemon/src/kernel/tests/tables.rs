@@ -179,7 +179,8 @@ fn a_skeleton_changes_under_its_elements() {
             change(&mut skeleton);
             Arc::new(skeleton)
         };
-        // Rules and chains come and go; the elements are not touched.
+        // Rules and chains come and go; the elements are not touched, nor is what packets have added.
+        run("nft 'add element inet ovl-services affinity { 10.0.0.1 . 80 : 10.0.0.2 }'");
         let more = skeleton(&|s| {
             s.chains[1].rules.push("accept".to_owned());
             s.chains.push(chain("z", &["jump y"]));
@@ -190,12 +191,14 @@ fn a_skeleton_changes_under_its_elements() {
             assert_eq!(dumped(&lab, &wanted).await, wanted);
         }
         assert!(!run("nft list table inet ovl-services").contains("chain z"));
+        assert!(run("nft list map inet ovl-services affinity").contains("10.0.0.1 . 80"));
         // A chain goes when no element leads to it any more; a set goes with its elements.
         wanted.tables.insert(T, skeleton(&|s| drop(s.chains.remove(1))));
         let key = Key::of(&[Field::Ip(ip("192.0.2.9")), Field::Protocol(17), Field::Port(53)]);
         wanted.elements.remove(&PEERS, &key).expect("there");
         repair(&lab, &wanted).await;
         assert!(!run("nft list table inet ovl-services").contains("chain y"));
+        assert!(run("nft list map inet ovl-services affinity").contains("10.0.0.1 . 80"));
         wanted.tables.insert(T, skeleton(&|s| s.sets.retain(|set| *set != MARKS)));
         wanted.elements.set(&MARKS, Default::default());
         repair(&lab, &wanted).await;

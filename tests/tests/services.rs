@@ -1,0 +1,376 @@
+//! Services by real connections: what each type and field does, on switched and on routed networks, and what
+//! happens to connections when backends, hosts and daemons go.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use netns_lab::{Host, Lab, Netns, wait_until};
+use ovl_tests::routed::make_routed;
+use ovl_tests::service::{Connection, Datagrams, Named, apply, ask};
+use ovl_tests::{Attached, SOON, attach, make_network, started, text, wait_clean};
+
+const MODES: [&str; 2] = ["l2", "l3"];
+
+/// A network of both families, in one mode or the other.
+fn network(lab: &Lab, mode: &str) -> Result<()> {
+    let subnets = ["--subnet", "10.60.0.0/16", "--subnet", "fd60::/64"];
+    match mode {
+        "l2" => make_network(lab, "blue", &subnets),
+        _ => make_routed(lab, "blue", &subnets),
+    }
+}
+
+/// A Service `web` of TCP port 80 and UDP port 53, with this much more in its specification.
+fn web(more: &str) -> String {
+    format!(
+        "{{\"apiVersion\":\"v1\",\"kind\":\"Service\",\"metadata\":{{\"name\":\"web\"}},\"spec\":{{
+            \"selector\":{{\"app\":\"web\"}},\"ipFamilyPolicy\":\"PreferDualStack\",
+            \"ports\":[{{\"name\":\"http\",\"port\":80,\"targetPort\":8080,\"nodePort\":NODEPORT}},
+                     {{\"name\":\"dns\",\"port\":53,\"targetPort\":8080,\"protocol\":\"UDP\"}}]{more}}}}}"
+    )
+    .replace(",\"nodePort\":NODEPORT", if more.contains("NodePort") { ",\"nodePort\":30080" } else { "" })
+}
+
+/// The addresses of a Service, as the first host says them.
+fn addresses(lab: &Lab) -> Result<Vec<IpAddr>> {
+    let found = lab.hosts()[0].ctl_json(&["get", "svc", "web"])?;
+    let all = found["spec"]["clusterIPs"].as_array().context("no addresses")?;
+    Ok(all.iter().map(text).map(|each| each.parse()).collect::<Result<_, _>>()?)
+}
+
+/// A backend: an endpoint with the label, and a server in it.
+fn backend(host: &Host, name: &str) -> Result<(Attached, Named)> {
+    let at = attach(host, name, "blue", &["--label", "app=web"])?;
+    let server = Named::start(&at.workload, name, 8080)?;
+    Ok((at, server))
+}
+
+/// Asks until exactly these have answered over a while.
+fn wait_answers(from: &Netns, to: SocketAddr, names: &[&str]) -> Result<()> {
+    wait_until(SOON, &format!("answers of {names:?} from {to}"), || {
+        let mut seen: Vec<String> = Vec::new();
+        for _ in 0..names.len() * 16 {
+            seen.push(ask(from, to)?.name);
+        }
+        seen.sort();
+        seen.dedup();
+        ensure!(seen == names, "{seen:?}");
+        Ok(())
+    })
+}
+
+fn refused_at(from: &Netns, to: SocketAddr) -> Result<()> {
+    let start = Instant::now();
+    match Connection::open(from, to)? {
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {}
+        other => anyhow::bail!("{to} is not refused: {other:?}"),
+    }
+    ensure!(start.elapsed() < Duration::from_secs(3), "only after {:?}", start.elapsed());
+    Ok(())
+}
+
+#[test]
+fn an_address_leads_to_all_backends_from_everywhere() -> Result<()> {
+    for mode in MODES {
+        let lab = started(3)?;
+        let [h1, h2, h3] = lab.hosts() else { unreachable!() };
+        network(&lab, mode)?;
+        apply(&lab, h2, &web(""))?;
+        let (near, _near) = backend(h1, "near")?;
+        let (_far, _server) = backend(h2, "far")?;
+        let client = attach(h1, "client", "blue", &[])?;
+        let other = attach(h3, "other", "blue", &[])?;
+        for address in addresses(&lab)? {
+            let [tcp, udp] = [80, 53].map(|port| SocketAddr::new(address, port));
+            for from in [&client, &other, &near] {
+                wait_answers(&from.workload, tcp, &["far", "near"])
+                    .with_context(|| format!("{mode}: from {}", from.name))?;
+            }
+            // Sources are kept, but for a backend that reaches itself.
+            for from in [&client, &near] {
+                for _ in 0..8 {
+                    let answer = ask(&from.workload, tcp)?;
+                    let own: Vec<IpAddr> =
+                        from.addresses().iter().map(|a| a.parse()).collect::<Result<_, _>>()?;
+                    let is_self = answer.name == from.name;
+                    ensure!(
+                        own.contains(&answer.seen) != is_self,
+                        "{mode}: {} seen as {answer:?}",
+                        from.name
+                    );
+                }
+            }
+            for from in [&client, &other] {
+                let mut seen = Vec::new();
+                for _ in 0..24 {
+                    seen.push(
+                        Datagrams::open(&from.workload, udp)?
+                            .ask()
+                            .with_context(|| format!("{mode}: UDP"))?
+                            .name,
+                    );
+                }
+                seen.sort();
+                seen.dedup();
+                ensure!(seen == ["far", "near"], "{mode}: {seen:?}");
+            }
+        }
+        // Their own addresses work as before, beside the Service.
+        for to in near.addresses() {
+            let answer = ask(&client.workload, SocketAddr::new(to.parse()?, 8080))?;
+            ensure!(
+                answer.name == "near" && client.addresses().contains(&answer.seen.to_string()),
+                "{answer:?}"
+            );
+        }
+        wait_clean(lab.hosts(), SOON)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn backends_have_equal_parts() -> Result<()> {
+    let lab = started(2)?;
+    let [h1, h2] = lab.hosts() else { unreachable!() };
+    network(&lab, "l3")?;
+    apply(&lab, h1, &web(""))?;
+    let mut servers = Vec::new();
+    for (host, name) in [(h1, "a"), (h2, "b"), (h2, "c")] {
+        servers.push(backend(host, name)?);
+    }
+    let client = attach(h1, "client", "blue", &[])?;
+    let to = SocketAddr::new(addresses(&lab)?[0], 80);
+    wait_answers(&client.workload, to, &["a", "b", "c"])?;
+    let mut counts: BTreeMap<String, f64> = BTreeMap::new();
+    const ASKED: u16 = 600;
+    for _ in 0..ASKED {
+        *counts.entry(ask(&client.workload, to)?.name).or_default() += 1.0;
+    }
+    let expected = f64::from(ASKED) / 3.0;
+    let chi2: f64 = counts.values().map(|count| (count - expected).powi(2) / expected).sum();
+    // Two degrees of freedom: one run in a million is beyond.
+    ensure!(counts.len() == 3 && chi2 < 27.6, "{counts:?}: chi square {chi2}");
+    Ok(())
+}
+
+#[test]
+fn without_backends_it_is_refused_at_once() -> Result<()> {
+    for mode in MODES {
+        let lab = started(2)?;
+        let [h1, h2] = lab.hosts() else { unreachable!() };
+        network(&lab, mode)?;
+        apply(&lab, h1, &web(",\"type\":\"NodePort\""))?;
+        let client = attach(h1, "client", "blue", &[])?;
+        let to = SocketAddr::new(addresses(&lab)?[0], 80);
+        wait_until(SOON, "a refusal", || refused_at(&client.workload, to))?;
+        let udp = Datagrams::open(&client.workload, SocketAddr::new(to.ip(), 53))?;
+        let refusal = udp.ask().expect_err("nobody is there");
+        assert_eq!(refusal.kind(), io::ErrorKind::ConnectionRefused, "{mode}: {refusal}");
+        let node = SocketAddr::new(h1.address()?, 30080);
+        wait_until(SOON, "a refusal at the node port", || refused_at(h2, node))?;
+        // One that is not ready is none.
+        let (_at, _server) = backend(h1, "web")?;
+        wait_answers(&client.workload, to, &["web"])?;
+        h1.ctl_ok(&["endpoint", "unready", "web"])?;
+        wait_until(SOON, "a refusal", || refused_at(&client.workload, to))?;
+        h1.ctl_ok(&["endpoint", "ready", "web"])?;
+        wait_answers(&client.workload, to, &["web"])?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_node_port_is_one_on_every_host() -> Result<()> {
+    let lab = started(3)?;
+    let [h1, h2, h3] = lab.hosts() else { unreachable!() };
+    network(&lab, "l3")?;
+    apply(&lab, h1, &web(",\"type\":\"NodePort\""))?;
+    let (_one, _first) = backend(h1, "one")?;
+    let (_two, _second) = backend(h2, "two")?;
+    let outside = h3.address()?;
+    for host in [h1, h2] {
+        let to = SocketAddr::new(host.address()?, 30080);
+        wait_answers(h3, to, &["one", "two"])?;
+        // Its address is kept where the backend is; from another host the answer would go another way.
+        let here = if host.name() == h1.name() { "one" } else { "two" };
+        for _ in 0..12 {
+            let answer = ask(h3, to)?;
+            ensure!((answer.seen == outside) == (answer.name == here), "at {to}: {answer:?}");
+        }
+    }
+    // With the policy Local each host has its own, and keeps the address.
+    apply(&lab, h1, &web(",\"type\":\"NodePort\",\"externalTrafficPolicy\":\"Local\""))?;
+    for (host, name) in [(h1, "one"), (h2, "two")] {
+        let to = SocketAddr::new(host.address()?, 30080);
+        wait_answers(h3, to, &[name])?;
+        ensure!(ask(h3, to)?.seen == outside);
+    }
+    Ok(())
+}
+
+#[test]
+fn a_client_stays_with_its_backend() -> Result<()> {
+    let lab = started(2)?;
+    let [h1, h2] = lab.hosts() else { unreachable!() };
+    network(&lab, "l3")?;
+    apply(&lab, h1, &web(",\"sessionAffinity\":\"ClientIP\""))?;
+    let mut servers: BTreeMap<&str, (Attached, Named)> = BTreeMap::new();
+    for (host, name) in [(h1, "a"), (h2, "b"), (h2, "c")] {
+        servers.insert(name, backend(host, name)?);
+    }
+    let clients: Vec<Attached> =
+        (0..8).map(|n| attach(h1, &format!("client-{n}"), "blue", &[])).collect::<Result<_>>()?;
+    for address in addresses(&lab)? {
+        let to = SocketAddr::new(address, 80);
+        wait_until(SOON, "an answer", || ask(&clients[0].workload, to).map(drop))?;
+        let mut seen = Vec::new();
+        for client in &clients {
+            let first = ask(&client.workload, to)?.name;
+            for _ in 0..6 {
+                let now = ask(&client.workload, to)?.name;
+                ensure!(now == first, "{} moved from {first} to {now} at {to}", client.name);
+            }
+            seen.push(first);
+        }
+        seen.sort();
+        seen.dedup();
+        ensure!(seen.len() > 1, "all clients are with {seen:?}");
+    }
+    // When a backend goes, its clients go to another one and stay there; others' are not touched.
+    let to = SocketAddr::new(addresses(&lab)?[0], 80);
+    let before: Vec<String> =
+        clients.iter().map(|client| Ok(ask(&client.workload, to)?.name)).collect::<Result<_>>()?;
+    let gone = before[0].clone();
+    let (at, server) = servers.remove(gone.as_str()).context("no such backend")?;
+    at.workload.host().ctl_ok(&["detach", &gone])?;
+    drop(server);
+    for (client, before) in clients.iter().zip(before) {
+        let now = wait_until(SOON, "another backend", || {
+            let now = ask(&client.workload, to)?.name;
+            ensure!(now != gone, "still {gone}");
+            Ok(Some(now))
+        })?;
+        ensure!(before == gone || now == before, "{} moved from {before} to {now}", client.name);
+        ensure!(ask(&client.workload, to)?.name == now);
+    }
+    Ok(())
+}
+
+#[test]
+fn what_a_backend_leaves_behind() -> Result<()> {
+    for mode in MODES {
+        let lab = started(2)?;
+        let [h1, h2] = lab.hosts() else { unreachable!() };
+        network(&lab, mode)?;
+        apply(&lab, h1, &web(""))?;
+        let (_a, _one) = backend(h1, "a")?;
+        let (_b, two) = backend(h2, "b")?;
+        let client = attach(h1, "client", "blue", &[])?;
+        let [tcp, udp] = [80, 53].map(|port| addresses(&lab).map(|all| SocketAddr::new(all[0], port)));
+        let (tcp, udp) = (tcp?, udp?);
+        wait_answers(&client.workload, tcp, &["a", "b"])?;
+        // A flow of UDP and a connection that lead to the one that goes.
+        let flow = wait_until(SOON, "a flow to b", || {
+            let flow = Datagrams::open(&client.workload, udp)?;
+            ensure!(flow.ask()?.name == "b");
+            Ok(Some(flow))
+        })?;
+        let mut open = wait_until(SOON, "a connection to b", || {
+            let mut open = Connection::open(&client.workload, tcp)??;
+            ensure!(open.hear()?.name == "b");
+            Ok(Some(open))
+        })?;
+        h2.ctl_ok(&["endpoint", "unready", "b"])?;
+        wait_until(SOON, "the flow at another backend", || {
+            ensure!(flow.ask()?.name == "a");
+            Ok(())
+        })?;
+        wait_answers(&client.workload, tcp, &["a"])?;
+        // An open connection is not cut.
+        ensure!(open.ask()?.name == "b", "{mode}: the connection has moved");
+        // The last one too.
+        h1.ctl_ok(&["endpoint", "unready", "a"])?;
+        wait_until(SOON, "the flow refused", || match flow.ask() {
+            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => Ok(()),
+            other => anyhow::bail!("{other:?}"),
+        })?;
+        drop(two);
+    }
+    Ok(())
+}
+
+#[test]
+fn connections_live_through_changes_of_others() -> Result<()> {
+    let lab = started(2)?;
+    let [h1, h2] = lab.hosts() else { unreachable!() };
+    network(&lab, "l2")?;
+    apply(&lab, h1, &web(""))?;
+    let (_a, _one) = backend(h1, "a")?;
+    let (_b, _two) = backend(h2, "b")?;
+    let client = attach(h1, "client", "blue", &[])?;
+    let to = SocketAddr::new(addresses(&lab)?[0], 80);
+    wait_answers(&client.workload, to, &["a", "b"])?;
+    let mut open = Vec::new();
+    for _ in 0..16 {
+        let mut connection = Connection::open(&client.workload, to)??;
+        open.push((connection.hear()?, connection));
+    }
+    for n in 0..8 {
+        let (_at, server) = backend(if n % 2 == 0 { h1 } else { h2 }, &format!("x{n}"))?;
+        // New connections meet no one that is not there.
+        for _ in 0..8 {
+            ask(&client.workload, to)?;
+        }
+        h1.ctl_ok(&["endpoints"])?;
+        let host = if n % 2 == 0 { h1 } else { h2 };
+        host.ctl_ok(&["endpoint", "unready", &format!("x{n}")])?;
+        wait_until(SOON, "no new connections to it", || {
+            for _ in 0..16 {
+                ensure!(ask(&client.workload, to)?.name != format!("x{n}"));
+            }
+            Ok(())
+        })?;
+        drop(server);
+    }
+    // A daemon that is killed, and the rules taken away under it.
+    h1.kill9()?;
+    for (first, connection) in &mut open {
+        ensure!(connection.ask()? == *first, "without ovld");
+    }
+    wait_answers(&client.workload, to, &["a", "b"])?;
+    h1.start()?;
+    wait_clean(lab.hosts(), SOON)?;
+    h1.exec_ok(["nft", "flush", "ruleset"])?;
+    wait_answers(&client.workload, to, &["a", "b"])?;
+    wait_clean(lab.hosts(), SOON)?;
+    for (first, connection) in &mut open {
+        ensure!(connection.ask()? == *first, "after all that");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_dead_host_has_no_backends() -> Result<()> {
+    let lab = started(3)?;
+    let [h1, h2, _] = lab.hosts() else { unreachable!() };
+    network(&lab, "l3")?;
+    apply(&lab, h1, &web(""))?;
+    let (_a, _one) = backend(h1, "a")?;
+    let (_b, two) = backend(h2, "b")?;
+    let client = attach(h1, "client", "blue", &[])?;
+    let to = SocketAddr::new(addresses(&lab)?[0], 80);
+    wait_answers(&client.workload, to, &["a", "b"])?;
+    drop(two);
+    h2.destroy()?;
+    wait_answers(&client.workload, to, &["a"])?;
+    // Nothing is left of a Service that is deleted.
+    h1.ctl_ok(&["delete", "svc", "web"])?;
+    wait_until(SOON, "no table", || {
+        let tables = h1.exec_ok(["nft", "list", "tables"])?;
+        ensure!(!tables.contains("ovl-services") && !tables.contains("ovl-divert"), "{tables}");
+        Ok(())
+    })
+}
