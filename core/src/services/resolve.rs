@@ -35,7 +35,10 @@ pub(super) struct Resolved {
 
 /// Which backend has which number: one that stays keeps its own.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Slots(BTreeMap<Name, BTreeMap<(At, bool, Kind), Vec<Backing>>>);
+pub(super) struct Slots(BTreeMap<Name, Numbers>);
+
+/// Of one Service, by port, whether it is IPv4, and whose backends they are.
+type Numbers = BTreeMap<(At, bool, Kind), Vec<Backing>>;
 
 type Backing = (IpAddr, u16);
 
@@ -146,8 +149,8 @@ fn number_of(protocol: Protocol) -> u8 {
 
 struct Writer {
     resolved: Resolved,
-    before: BTreeMap<(At, bool, Kind), Vec<Backing>>,
-    after: BTreeMap<(At, bool, Kind), Vec<Backing>>,
+    before: Numbers,
+    after: Numbers,
     affinity: Option<u32>,
 }
 

@@ -310,11 +310,11 @@ impl Worker {
         let one = match run {
             [first, ..] if apply::is_element(first) => return self.tables.apply(run),
             [Op::EndFlows(_), ..] => {
-                let flows = |op| match op {
-                    &Op::EndFlows(ref flows) => Some(flows),
+                let flows = run.iter().filter_map(|op| match op {
+                    Op::EndFlows(flows) => Some(flows),
                     _ => None,
-                };
-                let result = conntrack::end(&run.iter().filter_map(flows).collect::<Vec<_>>());
+                });
+                let result = conntrack::end(&flows.collect::<Vec<_>>());
                 return run.iter().map(|_| result.clone()).collect();
             }
             [first, ..] if self.tunnels.is_source(first) => {
