@@ -89,7 +89,7 @@ mod tests {
     const SET: Set = Set::new(
         Table::Services,
         "s",
-        Shape { key: &[Type::Number], data: Data::Fields(&[Type::Port]), ranges: false },
+        Shape { key: &[Type::Mark], data: Data::Fields(&[Type::Port]), ranges: false },
     );
 
     fn entries(all: &[(u32, u16)]) -> Entries {

@@ -78,8 +78,6 @@ pub enum Type {
     Port,
     /// A packet's mark.
     Mark,
-    /// What `numgen` gives.
-    Number,
     /// A packet's priority.
     Priority,
     /// The name of the device that a packet comes from.
@@ -91,6 +89,21 @@ pub enum Type {
 }
 
 impl Type {
+    /// Its name, if it has one.
+    fn name(self) -> Option<&'static str> {
+        Some(match self {
+            Self::Ipv4 => "ipv4_addr",
+            Self::Ipv6 => "ipv6_addr",
+            Self::Mac => "ether_addr",
+            Self::Protocol => "inet_proto",
+            Self::Port => "inet_service",
+            Self::Mark => "mark",
+            Self::Priority => "classid",
+            Self::Device | Self::Leaves => "ifname",
+            Self::Expression(..) => return None,
+        })
+    }
+
     /// An expression of this type, as `typeof` wants it.
     fn expression(self) -> &'static str {
         match self {
@@ -100,7 +113,6 @@ impl Type {
             Self::Protocol => "meta l4proto",
             Self::Port => "th dport",
             Self::Mark => "meta mark",
-            Self::Number => "numgen random mod 2",
             Self::Priority => "meta priority",
             Self::Device => "iifname",
             Self::Leaves => "oifname",
@@ -111,7 +123,7 @@ impl Type {
     /// In bytes; a field takes the next multiple of four.
     fn size(self) -> usize {
         match self {
-            Self::Ipv4 | Self::Mark | Self::Number | Self::Priority => 4,
+            Self::Ipv4 | Self::Mark | Self::Priority => 4,
             Self::Ipv6 | Self::Device | Self::Leaves => 16,
             Self::Mac => 6,
             Self::Protocol => 1,
@@ -173,13 +185,26 @@ impl Set {
             let fields: Vec<&str> = fields.iter().map(|field| field.expression()).collect();
             fields.join(" . ")
         };
-        let key = fields(self.shape.key);
-        let (kind, data) = match self.shape.data {
-            Data::None => ("set", String::new()),
-            Data::Fields(data) => ("map", format!(" : {}", fields(data))),
-            Data::Verdict => ("map", " : verdict".to_owned()),
+        let named = |fields: &[Type]| {
+            let names: Option<Vec<&str>> = fields.iter().map(|field| field.name()).collect();
+            names.map(|names| names.join(" . "))
         };
-        (kind, format!("typeof {key}{data}"))
+        // Names where there are some: what nft 1.0.6 reads back of expressions does not go with every rule.
+        let (key, data) = (self.shape.key, self.shape.data);
+        let of_data = match data {
+            Data::Fields(data) => named(data),
+            Data::None | Data::Verdict => Some(String::new()),
+        };
+        let (word, key, of_data) = match (named(key), of_data, data) {
+            (Some(key), Some(of_data), _) => ("type", key, of_data),
+            (_, _, Data::Fields(data)) => ("typeof", fields(key), fields(data)),
+            (_, _, Data::None | Data::Verdict) => ("typeof", fields(key), String::new()),
+        };
+        match data {
+            Data::None => ("set", format!("{word} {key}")),
+            Data::Fields(_) => ("map", format!("{word} {key} : {of_data}")),
+            Data::Verdict => ("map", format!("{word} {key} : verdict")),
+        }
     }
 
     /// `inet ovl-services name`.

@@ -219,7 +219,7 @@ fn tunnel() -> impl Strategy<Value = Kernel> {
 
 /// A table of ours with elements, or none.
 fn table(table: Table) -> impl Strategy<Value = Kernel> {
-    let shape = Shape { key: &[Type::Number], data: Data::Fields(&[Type::Port]), ranges: false };
+    let shape = Shape { key: &[Type::Mark], data: Data::Fields(&[Type::Port]), ranges: false };
     let sets = [Set::new(table, "a", shape), Set::new(table, "b", shape)];
     let elements = proptest::collection::btree_map((0usize..2, 0u32..4), 0u16..3, 0..6);
     (proptest::option::of(0u8..3), elements).prop_map(move |(version, elements)| {

@@ -239,7 +239,7 @@ fn show_one(text: &mut String, field: Type, bytes: &[u8]) {
             other => write!(text, "{}", number(other)),
         },
         Type::Port => write!(text, "{}", number(bytes)),
-        Type::Mark | Type::Number => match <[u8; 4]>::try_from(bytes) {
+        Type::Mark => match <[u8; 4]>::try_from(bytes) {
             Ok(bytes) => write!(text, "{}", u32::from_ne_bytes(bytes)),
             Err(_) => write!(text, "?"),
         },

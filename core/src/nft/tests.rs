@@ -6,7 +6,7 @@ const MAP: Set = Set::new(
     Table::Services,
     "backends",
     Shape {
-        key: &[Type::Ipv4, Type::Protocol, Type::Port, Type::Number],
+        key: &[Type::Ipv4, Type::Protocol, Type::Port, Type::Priority],
         data: Data::Fields(&[Type::Ipv4, Type::Port]),
         ranges: false,
     },
@@ -26,17 +26,17 @@ fn ip(text: &str) -> IpAddr {
 fn definitions_and_elements_are_what_nft_reads() {
     assert_eq!(
         MAP.definition(),
-        "\tmap backends {\n\t\ttypeof ip saddr . meta l4proto . th dport . numgen random mod 2 : ip saddr . th dport\n\t}\n"
+        "\tmap backends {\n\t\ttype ipv4_addr . inet_proto . inet_service . classid : ipv4_addr . inet_service\n\t}\n"
     );
     assert_eq!(
         RANGES.definition(),
-        "\tmap peers {\n\t\ttypeof ip6 saddr . meta l4proto . th dport : verdict\n\t\tflags interval\n\t}\n"
+        "\tmap peers {\n\t\ttype ipv6_addr . inet_proto . inet_service : verdict\n\t\tflags interval\n\t}\n"
     );
     let key = Key::of(&[Field::Ip(ip("10.0.0.1")), Field::Protocol(6), Field::Port(80), Field::Number(2)]);
     assert_eq!(key.first().len(), 16);
     assert_eq!(key.last(), None);
     let value = Value::of(&[Field::Ip(ip("10.1.0.2")), Field::Port(8080)]);
-    assert_eq!(Element { set: MAP, key, value }.to_string(), "10.0.0.1 . tcp . 80 . 2 : 10.1.0.2 . 8080");
+    assert_eq!(Element { set: MAP, key, value }.to_string(), "10.0.0.1 . tcp . 80 . 0:2 : 10.1.0.2 . 8080");
     let key =
         Key::of(&[Field::Net("fd00:1::/64".parse().unwrap()), Field::Protocol(17), Field::Ports(53, 99)]);
     let value = Value::Verdict(Verdict::Jump("x".into()));

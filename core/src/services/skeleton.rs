@@ -2,8 +2,8 @@
 //! first packet looks up how many backends are behind its destination, then one of them; the rest is
 //! connection tracking's.
 //!
-//! How many there are goes through the packet's priority, from a map of numbers to a chain for each number.
-//! A map of verdicts would be simpler, but the kernel walks through all of one with each change.
+//! Numbers go through the packet's priority: from a map to the chain for so many backends, and from a random number
+//! to a backend. A map of verdicts would be simpler, but the kernel walks through all of one with each change.
 
 use std::collections::BTreeSet;
 
@@ -27,8 +27,8 @@ pub(super) static OUTSIDE: [Set; 2] =
     [set("outside4", PORT4, COUNT, false), set("outside6", PORT6, COUNT, false)];
 /// A port at an address, and the number of the backend.
 pub(super) static BACKENDS: [Set; 2] = [
-    set("backends4", &[Type::Ipv4, Type::Protocol, Type::Port, Type::Number], TARGET4, false),
-    set("backends6", &[Type::Ipv6, Type::Protocol, Type::Port, Type::Number], TARGET6, false),
+    set("backends4", &[Type::Ipv4, Type::Protocol, Type::Port, Type::Priority], TARGET4, false),
+    set("backends6", &[Type::Ipv6, Type::Protocol, Type::Port, Type::Priority], TARGET6, false),
 ];
 /// How many backends a node port has.
 pub(super) static PORTS: [Set; 2] = [
@@ -37,8 +37,8 @@ pub(super) static PORTS: [Set; 2] = [
 ];
 /// A node port, and the number of the backend.
 pub(super) static NODES: [Set; 2] = [
-    set("nodes4", &[Type::Protocol, Type::Port, Type::Number], TARGET4, false),
-    set("nodes6", &[Type::Protocol, Type::Port, Type::Number], TARGET6, false),
+    set("nodes4", &[Type::Protocol, Type::Port, Type::Priority], TARGET4, false),
+    set("nodes6", &[Type::Protocol, Type::Port, Type::Priority], TARGET6, false),
 ];
 /// Backends of this host that reach themselves.
 pub(super) static HAIRPIN: [Set; 2] = [
@@ -61,8 +61,8 @@ pub(super) static OURS: [Set; 2] =
 
 /// A port at an address with affinity, and the number of the backend: its identity, which stays.
 pub(super) static IDS: [Set; 2] = [
-    set("ids4", &[Type::Ipv4, Type::Protocol, Type::Port, Type::Number], COUNT, false),
-    set("ids6", &[Type::Ipv6, Type::Protocol, Type::Port, Type::Number], COUNT, false),
+    set("ids4", &[Type::Ipv4, Type::Protocol, Type::Port, Type::Priority], COUNT, false),
+    set("ids6", &[Type::Ipv6, Type::Protocol, Type::Port, Type::Priority], COUNT, false),
 ];
 /// The backend of an identity.
 pub(super) static STAY: [Set; 2] = [
@@ -71,8 +71,8 @@ pub(super) static STAY: [Set; 2] = [
 ];
 /// The same of node ports.
 pub(super) static NODE_IDS: [Set; 2] = [
-    set("node_ids4", &[Type::Protocol, Type::Port, Type::Number], COUNT, false),
-    set("node_ids6", &[Type::Protocol, Type::Port, Type::Number], COUNT, false),
+    set("node_ids4", &[Type::Protocol, Type::Port, Type::Priority], COUNT, false),
+    set("node_ids6", &[Type::Protocol, Type::Port, Type::Priority], COUNT, false),
 ];
 pub(super) static NODE_STAY: [Set; 2] = [
     set("node_stay4", &[Type::Protocol, Type::Port, Type::Priority], TARGET4, false),
@@ -217,14 +217,16 @@ fn of_count(count: u32) -> [Chain; 3] {
         each(move |ip, n| {
             let set = &BACKENDS[n].name;
             vec![format!(
-                "dnat {ip} to {ip} daddr . meta l4proto . th dport . numgen random mod {count}{offset} map @{set}"
+                "meta priority set numgen random mod {count}{offset} \
+                 dnat {ip} to {ip} daddr . meta l4proto . th dport . meta priority map @{set}"
             )]
         })
     };
     let node = each(|ip, n| {
         let (set, protocol) = (&NODES[n].name, if n == 0 { "ipv4" } else { "ipv6" });
         vec![format!(
-            "meta nfproto {protocol} dnat {ip} to meta l4proto . th dport . numgen random mod {count} map @{set}"
+            "meta nfproto {protocol} meta priority set numgen random mod {count} \
+             dnat {ip} to meta l4proto . th dport . meta priority map @{set}"
         )]
     });
     debug_assert_eq!(APART, 65_536, "as in the rule");
@@ -288,7 +290,8 @@ fn staying(sticky: Sticky) -> [Chain; 2] {
         let nfproto = if n == 0 { "meta nfproto ipv4" } else { "meta nfproto ipv6" };
         let known = format!("{nfproto} meta priority set {client} map @{clients}");
         let fresh = format!(
-            "{nfproto} meta priority set {at}meta l4proto . th dport . numgen random mod {count}{offset} map @{prefix}ids{family}"
+            "{nfproto} meta priority set numgen random mod {count}{offset} \
+             meta priority set {at}meta l4proto . th dport . meta priority map @{prefix}ids{family}"
         );
         let go =
             format!("dnat {ip} to {at}meta l4proto . th dport . meta priority map @{prefix}stay{family}");

@@ -114,9 +114,9 @@ fn a_service_leads_to_its_backends_in_equal_parts() {
     assert_eq!(
         host.of("backends4"),
         [
-            "10.96.0.10 . tcp . 80 . 0 : 10.9.0.9 . 8080",
-            "10.96.0.10 . tcp . 80 . 1 : 10.9.0.18 . 8080",
-            "10.96.0.10 . tcp . 80 . 65536 : 10.9.0.9 . 8080"
+            "10.96.0.10 . tcp . 80 . 0:0 : 10.9.0.9 . 8080",
+            "10.96.0.10 . tcp . 80 . 0:1 : 10.9.0.18 . 8080",
+            "10.96.0.10 . tcp . 80 . 1:0 : 10.9.0.9 . 8080"
         ]
     );
     // On a switched network others than its endpoints reach those of this host alone.
@@ -154,11 +154,11 @@ fn a_backend_costs_a_few_elements_and_the_others_keep_their_numbers() {
     assert_eq!(
         host.plan(false),
         [
-            "nft delete element inet ovl-services backends4 '{ 10.96.0.10 . tcp . 80 . 1 }'",
-            "nft delete element inet ovl-services backends4 '{ 10.96.0.10 . tcp . 80 . 4 }'",
+            "nft delete element inet ovl-services backends4 '{ 10.96.0.10 . tcp . 80 . 0:1 }'",
+            "nft delete element inet ovl-services backends4 '{ 10.96.0.10 . tcp . 80 . 0:4 }'",
             "nft delete element inet ovl-services hairpin4 '{ 10.9.0.10 . 10.9.0.10 }'",
             "nft delete element inet ovl-services inside4 '{ 10.96.0.10 . tcp . 80 }'",
-            "nft add element inet ovl-services backends4 '{ 10.96.0.10 . tcp . 80 . 1 : 10.9.0.13 . 8080 }'",
+            "nft add element inet ovl-services backends4 '{ 10.96.0.10 . tcp . 80 . 0:1 : 10.9.0.13 . 8080 }'",
             "nft add element inet ovl-services inside4 '{ 10.96.0.10 . tcp . 80 : 0:4 }'"
         ]
     );
@@ -209,7 +209,7 @@ fn who_takes_what_follows_from_the_policies() {
     assert_eq!(host.of("inside4"), ["10.96.0.10 . tcp . 80 : 0:1", "192.0.2.7 . tcp . 80 : 0:2"]);
     assert_eq!(host.of("outside4"), ["192.0.2.7 . tcp . 80 : 1:1"]);
     assert_eq!(host.of("ports4"), ["tcp . 30080 : 2:1"]);
-    assert_eq!(host.of("nodes4"), ["tcp . 30080 . 0 : 10.9.0.9 . 8080"]);
+    assert_eq!(host.of("nodes4"), ["tcp . 30080 . 0:0 : 10.9.0.9 . 8080"]);
     host.assert_sent();
     // A dead host's are no backends.
     host.world.host(2, PeerState::Dead);

@@ -24,7 +24,7 @@ const NETS: Set = set("nets", &[Type::Ipv6], Data::Verdict, true);
 const PEERS: Set = set("peers", &[Type::Ipv4, Type::Protocol, Type::Port], Data::Verdict, true);
 const BACKENDS: Set = set(
     "backends",
-    &[Type::Ipv4, Type::Protocol, Type::Port, Type::Number],
+    &[Type::Ipv4, Type::Protocol, Type::Port, Type::Priority],
     Data::Fields(&[Type::Ipv4, Type::Port]),
     false,
 );
@@ -47,6 +47,7 @@ fn skeleton() -> Skeleton {
         chains: vec![
             chain("x", &["counter name seen", "tcp dport { 1, 2 } counter accept"]),
             chain("y", &["return"]),
+            chain("n", &["dnat ip to ip daddr . meta l4proto . th dport . meta priority map @backends"]),
             Chain { hook, ..chain("input", &["ip6 saddr vmap @nets", "jump x"]) },
         ],
     }
@@ -134,7 +135,7 @@ fn elements_of_every_kind_are_written_changed_and_removed() {
         let listing = run("nft list table inet ovl-services");
         for line in [
             "elements = { 0-9, 10, 80-99, 60000-65535 }",
-            "10.9.0.1 . tcp . 80 . 2 : 10.1.0.2 . 8080",
+            "10.9.0.1 . tcp . 80 . 0:2 : 10.1.0.2 . 8080",
             "10.0.0.0/8 . udp . 1-65535 : jump x",
             "192.0.2.7 . udp . 53 : drop",
             "fd00::/64 : jump x",
@@ -210,7 +211,11 @@ fn a_skeleton_changes_under_its_elements() {
             T,
             skeleton(&|s| {
                 s.sets.retain(|set| *set != MARKS);
-                s.chains[2].hook.clone_from(&hook);
+                s.chains.iter_mut().for_each(|chain| {
+                    if chain.name == "input" {
+                        chain.hook.clone_from(&hook)
+                    }
+                });
             }),
         );
         assert_eq!(repair(&lab, &wanted).await, ["nft -f - # table inet ovl-services"]);
