@@ -88,7 +88,8 @@ fn port_80_in_container_is_port_80_on_host_and_two_containers_cannot_share_it() 
     let words = ["sandbox", "create", "c", "--network", "host", "--publish", "80:80"];
     assert_says(&refused(host, &words).unwrap(), &["no port is published", "is the host's anyway"]);
     drop(server);
-    (remove(&a), remove(&b));
+    remove(&a);
+    remove(&b);
 }
 
 #[test]

@@ -64,7 +64,10 @@ fn publish_attach(host: &Host, name: &str, network: &str, publish: &[&str]) -> S
 
 /// Until a program of the host can have the port 8080.
 fn wait_free(host: &Host) {
-    let free = || -> Result<()> { Ok(drop(host.run(|| TcpListener::bind("0.0.0.0:8080"))??)) };
+    let free = || -> Result<()> {
+        host.run(|| TcpListener::bind("0.0.0.0:8080"))??;
+        Ok(())
+    };
     wait_until(SOON, "the port to be free", free).unwrap();
 }
 
@@ -154,7 +157,8 @@ fn a_port_in_use_is_refused_with_its_holder() {
     assert_eq!(endpoints(host).unwrap(), ["web on h1 is ready"]);
     // Nothing that was refused has left anything.
     assert_eq!(rows(host, &["endpoints"]).unwrap()[0]["publish"], web.json["publish"]);
-    (drop(listener), drop(socket));
+    drop(listener);
+    drop(socket);
     // Other transports and other addresses are no conflict, and what was taken is free again.
     let more = ["8080:80/udp", "192.168.77.1:9001:80", "[fd77::1]:9000:80", "7000:80", "7001:80/udp"];
     let (other, _server) = serve(host, "other", "blue", &more);

@@ -326,7 +326,7 @@ impl Node {
             docker: Some(id),
             netns: HERE.into(),
         };
-        let first = !self.state.borrow().view.own().is_some_and(|own| own.table.networks().next().is_some());
+        let first = self.state.borrow().view.own().is_none_or(|own| own.table.networks().next().is_none());
         self.make(request, &network, place, reserved, local, None).await?;
         if first && let Err(failed) = self.mind_firewalls_now().await {
             tracing::warn!(error = failed.0.message, "cannot look after the Engine's firewall");

@@ -38,7 +38,7 @@ pub(crate) fn measure(bench: &Bench) -> Result<Figure> {
     let through: SocketAddr = format!("{HOST}:{}", FIRST + ports - 1).parse()?;
 
     let with_and_without = one_more(host, bench.plan.publishes, FIRST + ports)?;
-    let _server = serve(&busy)?;
+    serve(&busy)?;
     let connects = connects(&outside, direct, through, bench.plan.connects)?;
     let (with, without) = &with_and_without;
     let (there, past) = (&connects.0, &connects.1);

@@ -89,9 +89,12 @@ fn finish(flows: &[Flow<'_>]) -> Result<Vec<Report>> {
         .collect()
 }
 
+/// What one machine does: the numbers of its flows, and a script for each.
+type Work<'a> = (&'a dyn Machine, Vec<usize>, Vec<String>);
+
 /// Runs a script for each flow, in one go on each machine; each must print one line.
 fn each(flows: &[Flow<'_>], script: impl Fn(usize, &Flow<'_>) -> String) -> Result<Vec<String>> {
-    let mut machines: BTreeMap<&str, (&dyn Machine, Vec<usize>, Vec<String>)> = BTreeMap::new();
+    let mut machines: BTreeMap<&str, Work<'_>> = BTreeMap::new();
     for (number, flow) in flows.iter().enumerate() {
         let (_, numbers, scripts) =
             machines.entry(flow.machine.name()).or_insert_with(|| (flow.machine, Vec::new(), Vec::new()));
