@@ -5,7 +5,7 @@
 use std::net::Ipv4Addr;
 use std::path::PathBuf;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use netns_lab::{Lab, Workload, wait_until};
 use ovl_tests::resolver::{FakeResolver, Mood, ResolvConf, config, dig, status};
 use ovl_tests::{Attached, SOON, attach, make_network, started_with, strings, text};
@@ -52,7 +52,7 @@ fn count(lab: &Lab, outcome: &str) -> u64 {
     let metrics = lab.hosts()[0].ctl_ok(&["metrics"]).unwrap();
     let name = format!("ovl_dns_queries_total{{outcome=\"{outcome}\"}} ");
     let line = metrics.lines().find_map(|line| line.strip_prefix(&name)).map(str::to_owned);
-    line.unwrap_or_else(|| panic!("no {name} in {metrics}")).parse().unwrap()
+    line.with_context(|| format!("no {name} in {metrics}")).unwrap().parse().unwrap()
 }
 
 #[test]
