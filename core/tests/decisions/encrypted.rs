@@ -209,7 +209,7 @@ fn nothing_in_plain_is_taken_or_sent() {
         "ip daddr 10.60.0.0/16 iifname != \"ove-*\" iifname != \"ovb-*\" iifname != \"ovt-*\" iifname != \"lo\" counter drop",
         "ip saddr 10.60.0.0/16 fib saddr . iif oif missing counter drop",
         "ip daddr 10.60.0.0/16 oifname != \"ove-*\" oifname != \"ovb-*\" oifname != \"ovt-*\" oifname != \"lo\" counter drop",
-        "ip saddr 10.60.0.0/16 ip daddr != 10.60.0.0/16 masquerade",
+        "ip saddr 10.60.0.0/16 ip daddr != 10.60.0.0/16 oifname != \"ovb-*\" oifname != \"ove-*\" masquerade",
     ] {
         assert!(filter.contains(rule), "{rule}\n{filter}");
     }
