@@ -244,6 +244,8 @@ impl Worker {
         actual.ports.retain(|(device, _)| !goal.ignored.contains(device));
         actual.routes.retain(|_, hop| hop.device.is_none_or(|device| !goal.ignored.contains(&device)));
         actual.neighbours.retain(|key, _| !goal.ignored.contains(&key.0) && !goal.expected.contains(key));
+        // What others opened, as the plugin portmap does, is theirs to close.
+        actual.localnets.retain(|device| goal.desired.localnets.contains(device));
         let ops = diff(&actual, &goal.desired, goal.prune);
         let lost = lost_endpoints(&actual, &goal.desired).collect();
         let outcomes = if goal.apply {

@@ -213,7 +213,17 @@ impl Node {
         };
         let network = match plan {
             Plan::Join(network) => network,
-            Plan::Make(create) => self.network_create_for(*create, true).await?.id,
+            Plan::Make(create) => match self.network_create_for(*create, true).await {
+                Ok(made) => made.id,
+                // Another Engine's host may have been quicker.
+                Err(failed) => {
+                    let is_chosen = |prefix| pools.iter().any(|pool: &Pool| pool.prefix == prefix);
+                    match docker::plan_network(&wish, &self.state.borrow().view.networks, is_chosen) {
+                        Ok(Plan::Join(network)) => network,
+                        Ok(Plan::Make(_)) | Err(_) => return Err(failed),
+                    }
+                }
+            },
         };
         let kept = EngineNetwork { network, pools };
         self.state.borrow_mut().docker.networks.insert(wish.id.clone(), kept);

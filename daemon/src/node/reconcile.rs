@@ -255,12 +255,15 @@ impl Node {
         let mut state = self.state.borrow_mut();
         state.counts.operations += outcomes.len() as u64;
         let mut first = None;
-        // The first reason stands until all of a network's devices were taken in one go.
-        let networks = |refused| {
-            let outcomes = outcomes.iter().filter(move |outcome| outcome.result.is_err() == refused);
-            outcomes.filter_map(|outcome| broken_network(&outcome.op)).collect::<BTreeSet<NetworkId>>()
+        // The first reason stands until all of a network's devices were made in one go. What was planned while
+        // they were still being made has less in it, and says nothing about them.
+        let networks = |refused: bool, counts: fn(&Op) -> bool| {
+            let outcomes = outcomes.iter().filter(|outcome| outcome.result.is_err() == refused);
+            let ops = outcomes.map(|outcome| &outcome.op).filter(|op| counts(op));
+            ops.filter_map(broken_network).collect::<BTreeSet<NetworkId>>()
         };
-        for network in networks(false).difference(&networks(true)) {
+        let made = networks(false, |op| matches!(op, Op::AddLink(..)));
+        for network in made.difference(&networks(true, |_| true)) {
             state.refused.remove(network);
         }
         for outcome in outcomes {
