@@ -183,7 +183,6 @@ impl fmt::Debug for Zone {
 
 /// Where a name belongs.
 #[derive(Debug, Clone)]
-#[expect(clippy::large_enum_variant, reason = "nothing is allocated for a query")]
 pub enum Place<'a> {
     /// On this network, with these records.
     Here(NetworkKey, &'a Records),
