@@ -133,7 +133,8 @@ pub(crate) enum Name {
     /// dns: answers a second, and what updates cost
     Answers,
     /// dns: from an attach until the last host answers the name
-    NewName,
+    #[value(name = "new-name")]
+    Resolved,
 }
 
 impl Name {
@@ -165,7 +166,7 @@ impl Name {
             Name::Cut => "cut",
             Name::Ports => "ports",
             Name::Answers => "answers",
-            Name::NewName => "new-name",
+            Name::Resolved => "new-name",
         }
     }
 
@@ -187,7 +188,7 @@ impl Name {
             }
             Name::Run | Name::Link | Name::Pinging | Name::Cut => Suite::Docker,
             Name::Ports => Suite::Publish,
-            Name::Answers | Name::NewName => Suite::Dns,
+            Name::Answers | Name::Resolved => Suite::Dns,
         }
     }
 
@@ -219,7 +220,7 @@ impl Name {
             Name::Cut => docker::cut::measure(bench),
             Name::Ports => publish::measure(bench),
             Name::Answers => dns::measure_answers(bench),
-            Name::NewName => dns::measure_spread(bench),
+            Name::Resolved => dns::measure_spread(bench),
         }
     }
 }
