@@ -217,7 +217,10 @@ fn nothing_in_plain_is_taken_or_sent() {
     assert!(place("10.60.0.0/16 accept") < place("iifname \"ovt-*\" counter drop"));
     assert!(!filter.contains("vteps4") && !filter.contains("4789"), "no plain VXLAN: {filter}");
     let unmasked = desired(&view, &Local::default()).filter.unwrap();
-    assert!(unmasked.contains("oifname != \"lo\" ct status ! dnat reject with icmpx admin-prohibited"), "{unmasked}");
+    assert!(
+        unmasked.contains("oifname != \"lo\" ct status ! dnat reject with icmpx admin-prohibited"),
+        "{unmasked}"
+    );
     // A network that nobody encrypted has none of it.
     view.networks.get_mut(&NET).unwrap().network.encrypted = false;
     let plain = desired(&view, &local());
