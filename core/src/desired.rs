@@ -14,7 +14,6 @@ use ovl_proto::table::Endpoint;
 use crate::device::Device;
 use crate::filter;
 use crate::kernel::{Hop, Kernel, Link, Remote, Source};
-use crate::nft::Table;
 use crate::publish;
 use crate::resolver;
 use crate::routed;
@@ -81,7 +80,7 @@ pub fn host(view: &View, local: &Local) -> Kernel {
         kernel: end.local.is_none(),
     });
     if local.publishing {
-        kernel.tables.insert(Table::Publish, publish::skeleton());
+        kernel.tables.extend(publish::skeletons());
     }
     let mut text = filter::render(&built, &vteps, port, tunnel, local.masquerade);
     text.extend(resolver::chains(&built, &local.resolved, &local.cluster_dns));
@@ -109,6 +108,9 @@ pub fn network_part(view: &View, local: &Local, id: NetworkId) -> Kernel {
     match network.mode {
         Mode::L2 => switched(&mut kernel, view, local, network, own),
         Mode::L3 => routed::part(&mut kernel, view, local, network, own),
+    }
+    for endpoint in local.attaching.values().filter(|endpoint| endpoint.network == id) {
+        publish::elements(&mut kernel, network, endpoint);
     }
     if local.resolved.contains(&id) {
         resolver::on_bridge(&mut kernel, network, &local.cluster_dns);
@@ -270,7 +272,8 @@ pub(crate) fn devices(kernel: &mut Kernel, view: &View, network: &Network, own: 
 pub(crate) fn own_endpoint(kernel: &mut Kernel, local: &Local, endpoint: &Endpoint, mtu: u16) {
     let silent = local.isolated.contains_key(&endpoint.id);
     let master = (!silent).then(|| Device::bridge(endpoint.network));
-    let link = Link::Endpoint { mtu, master, up: !silent, tuned: !silent };
+    let hairpin = !silent && !endpoint.publish.is_empty();
+    let link = Link::Endpoint { mtu, master, up: !silent, tuned: !silent, hairpin };
     kernel.links.insert(Device::endpoint(endpoint.id), link);
 }
 
@@ -328,7 +331,9 @@ pub fn endpoint_part(view: &View, network: &Network, endpoint: &Endpoint, mtu: u
     match network.mode {
         Mode::L2 => {
             let bridge = Device::bridge(network.id);
-            kernel.links.insert(device, Link::Endpoint { mtu, master: Some(bridge), up: true, tuned: true });
+            let hairpin = !endpoint.publish.is_empty();
+            let link = Link::Endpoint { mtu, master: Some(bridge), up: true, tuned: true, hairpin };
+            kernel.links.insert(device, link);
             kernel.ports.insert((device, endpoint.mac));
             for address in &endpoint.addresses {
                 kernel.neighbours.insert((bridge, address.addr()), endpoint.mac);
@@ -336,5 +341,6 @@ pub fn endpoint_part(view: &View, network: &Network, endpoint: &Endpoint, mtu: u
         }
         Mode::L3 => routed::endpoint_part(&mut kernel, view, network, endpoint, mtu),
     }
+    publish::elements(&mut kernel, network, endpoint);
     kernel
 }

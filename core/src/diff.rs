@@ -7,6 +7,7 @@ use crate::device::Device;
 use crate::kernel::{Kernel, Link};
 use crate::nft::{Contents, Element, Key, Table, Value};
 use crate::op::Op;
+use crate::publish;
 
 /// What to do so that `actual` becomes `desired`.
 ///
@@ -132,6 +133,7 @@ fn tables(actual: &Kernel, desired: &Kernel, prune: bool, ops: &mut Vec<Op>) {
             Op::SetElement(Element { set: set.clone(), key: key.clone(), value: value.clone() })
         }));
     }
+    ops.extend(publish::ended(&actual.elements, &desired.elements, prune));
 }
 
 /// Endpoints whose host's end is not in the kernel any more: their namespaces are gone, and they

@@ -120,6 +120,8 @@ pub enum Link {
         up: bool,
         /// A port whose learning is off: the one MAC address behind it is in [`Kernel::ports`].
         tuned: bool,
+        /// A port by which frames may leave that came in by it; see [`crate::publish`].
+        hairpin: bool,
     },
 }
 

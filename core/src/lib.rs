@@ -16,6 +16,7 @@ pub mod docker;
 pub mod ends;
 pub mod filter;
 pub mod firewall;
+pub mod flows;
 mod index;
 pub mod ipam;
 pub mod kernel;

@@ -12,6 +12,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 
+pub(crate) use bytes::address;
 pub use bytes::{Field, Key, Value, Verdict, length};
 pub use skeleton::{Chain, Object, Skeleton};
 
@@ -24,6 +25,8 @@ pub enum Table {
     Divert,
     /// Published ports.
     Publish,
+    /// Frames that turn round at the port of an endpoint which has published ports.
+    PublishFrames,
     /// Services.
     Services,
     /// Network policies.
@@ -34,13 +37,13 @@ pub enum Table {
 
 impl Table {
     /// Those in [`crate::kernel::Kernel::tables`].
-    pub const ALL: [Self; 5] =
-        [Self::Divert, Self::Publish, Self::Services, Self::Policy, Self::PolicyFrames];
+    pub const ALL: [Self; 6] =
+        [Self::Divert, Self::Publish, Self::PublishFrames, Self::Services, Self::Policy, Self::PolicyFrames];
 
     /// Of packets: `inet` or `bridge`.
     pub fn family(self) -> &'static str {
         match self {
-            Self::Divert | Self::PolicyFrames => "bridge",
+            Self::Divert | Self::PublishFrames | Self::PolicyFrames => "bridge",
             Self::Sources | Self::Publish | Self::Services | Self::Policy => "inet",
         }
     }
@@ -50,7 +53,7 @@ impl Table {
         match self {
             Self::Sources => "ovl-sources",
             Self::Divert => "ovl-divert",
-            Self::Publish => "ovl-publish",
+            Self::Publish | Self::PublishFrames => "ovl-publish",
             Self::Services => "ovl-services",
             Self::Policy | Self::PolicyFrames => "ovl-policy",
         }

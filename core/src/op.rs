@@ -10,9 +10,9 @@ use ovl_proto::id::{Mac, TunnelKey};
 
 use crate::device::Device;
 use crate::filter;
+use crate::flows::Flows;
 use crate::kernel::{Hop, Link, METRIC, PROTOCOL, Remote, Source, Tunnel, TunnelKind, TunnelPeer};
 use crate::nft::{Element, Key, Set, Skeleton, Table, Value};
-use crate::services::Flows;
 
 /// One change. Every one of them can be repeated, and deleting what is gone succeeds.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -40,7 +40,7 @@ pub enum Op {
     SetElement(Element),
     /// Take one out.
     DelElement(Set, Key),
-    /// End the flows to backends that a Service has no more.
+    /// End flows of UDP that lead where they should not any more.
     EndFlows(Flows),
     /// Make a bridge or a VXLAN device.
     AddLink(Device, Link),
@@ -263,7 +263,7 @@ fn add_link(f: &mut fmt::Formatter<'_>, device: Device, link: &Link) -> fmt::Res
 
 fn set_link(f: &mut fmt::Formatter<'_>, device: Device, from: &Link, to: &Link) -> fmt::Result {
     let mut words = format!("ip link set dev {device}");
-    let mut also = "";
+    let mut also = String::new();
     match (from, to) {
         (
             Link::Bridge { mac: mac_was, mtu: mtu_was, up: up_was, tuned: tuned_was },
@@ -289,18 +289,25 @@ fn set_link(f: &mut fmt::Formatter<'_>, device: Device, from: &Link, to: &Link) 
             mtu_and_up(&mut words, (*mtu_was, *up_was), (*mtu, *up));
             set_master(&mut words, *master_was, *master);
             if tuned != tuned_was {
-                also = "learning off neigh_suppress on";
+                also += "learning off neigh_suppress on";
             }
         }
         (
-            Link::Endpoint { mtu: mtu_was, up: up_was, master: master_was, tuned: tuned_was },
-            Link::Endpoint { mtu, up, master, tuned },
+            Link::Endpoint {
+                mtu: mtu_was,
+                up: up_was,
+                master: master_was,
+                tuned: tuned_was,
+                hairpin: hairpin_was,
+            },
+            Link::Endpoint { mtu, up, master, tuned, hairpin },
         ) => {
             mtu_and_up(&mut words, (*mtu_was, *up_was), (*mtu, *up));
             set_master(&mut words, *master_was, *master);
-            if tuned != tuned_was {
-                also = "learning off";
-            }
+            let tuning = (tuned != tuned_was).then_some("learning off");
+            let turning =
+                (hairpin != hairpin_was).then_some(if *hairpin { "hairpin on" } else { "hairpin off" });
+            also = tuning.into_iter().chain(turning).collect::<Vec<_>>().join(" ");
         }
         (
             Link::Tap { mtu: mtu_was, up: up_was, master: master_was, tuned: tuned_was, .. },
@@ -309,7 +316,7 @@ fn set_link(f: &mut fmt::Formatter<'_>, device: Device, from: &Link, to: &Link) 
             mtu_and_up(&mut words, (*mtu_was, *up_was), (*mtu, *up));
             set_master(&mut words, *master_was, *master);
             if tuned != tuned_was {
-                also = "learning off neigh_suppress on";
+                also += "learning off neigh_suppress on";
             }
         }
         (Link::Tunnel { mtu: mtu_was, up: up_was, .. }, Link::Tunnel { mtu, up, .. }) => {

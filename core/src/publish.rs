@@ -15,13 +15,20 @@ use ovl_proto::publish::Published;
 use ovl_proto::table::Endpoint;
 
 use crate::device::Device;
+use crate::flows::Flows;
 use crate::kernel::Kernel;
-use crate::nft::{Chain, Data, Field, Key, Set, Shape, Skeleton, Table, Type, Value};
+use crate::nft::{
+    self, Chain, Contents, Data, Elements, Field, Key, Set, Shape, Skeleton, Table, Type, Value,
+};
+use crate::op::Op;
 
 /// Ports of one endpoint, at most: the daemon holds a socket for each.
 pub const MOST_PORTS: u32 = 16_384;
 /// Ranges of them, at most.
 pub const MOST_RANGES: usize = 1_024;
+
+/// The number of UDP.
+const UDP: u8 = 17;
 
 /// Set from where a packet of a workload is translated to where it leaves: the answer may have to come back the same
 /// way. Bits of others are let alone.
@@ -63,24 +70,67 @@ static AT6: Set = Set::new(
         ranges: false,
     },
 );
-/// Devices between whose two sides a translated packet's answer would not come back by itself.
-static TURNS: Set = Set::new(
+/// Devices, and those behind them whose translated packets' answers would not come back by themselves if
+/// they leave there. By the source and not by the device that a packet came from: that is not known where the
+/// kernel bridges what was translated (`net.bridge.bridge-nf-call-iptables`).
+static TURNS4: Set = Set::new(
     Table::Publish,
-    "turns",
+    "turns4",
+    Shape { key: &[Type::Leaves, Type::Ipv4], data: Data::None, ranges: true },
+);
+static TURNS6: Set = Set::new(
+    Table::Publish,
+    "turns6",
+    Shape { key: &[Type::Leaves, Type::Ipv6], data: Data::None, ranges: true },
+);
+/// Ports of bridges by which frames may leave that came in by them.
+static HAIRPINS: Set = Set::new(
+    Table::PublishFrames,
+    "hairpins",
     Shape { key: &[Type::Device, Type::Leaves], data: Data::None, ranges: false },
 );
 
-/// The table without elements. It is there while anything is published.
-pub fn skeleton() -> Arc<Skeleton> {
+fn chain(name: &str, hook: Option<&str>, rules: &[&str]) -> Chain {
+    Chain {
+        name: name.to_owned(),
+        hook: hook.map(str::to_owned),
+        rules: rules.iter().map(|&rule| rule.to_owned()).collect(),
+    }
+}
+
+/// The tables without elements. They are there while anything is published.
+pub fn skeletons() -> [(Table, Arc<Skeleton>); 2] {
+    [(Table::Publish, skeleton()), (Table::PublishFrames, frames())]
+}
+
+/// With `net.bridge.bridge-nf-call-iptables`, as Docker sets it, the kernel translates packets while they are
+/// still frames, and bridges those that are for the same bridge then. What an endpoint sends to a port that it has
+/// published itself has to leave by the port of the bridge where it came in. The bridge lets it do that
+/// ([`crate::kernel::Link::Endpoint`]'s `hairpin`); what is for a group does not come back that way.
+fn frames() -> Arc<Skeleton> {
     static SKELETON: LazyLock<Arc<Skeleton>> = LazyLock::new(|| {
-        let chain = |name: &str, hook: Option<&str>, rules: &[&str]| Chain {
-            name: name.to_owned(),
-            hook: hook.map(str::to_owned),
-            rules: rules.iter().map(|&rule| rule.to_owned()).collect(),
-        };
-        let ours = "{ \"ovb-*\", \"ove-*\" }";
+        let rule = format!(
+            "ether daddr & 01:00:00:00:00:00 != 00:00:00:00:00:00 iifname . oifname @{} drop",
+            HAIRPINS.name
+        );
+        let hook = "type filter hook forward priority filter; policy accept;";
         Arc::new(Skeleton {
-            sets: [&ANY4, &ANY6, &AT4, &AT6, &TURNS].map(Set::clone).into(),
+            sets: vec![HAIRPINS.clone()],
+            objects: Vec::new(),
+            chains: vec![chain("forward", Some(hook), &[&rule])],
+        })
+    });
+    Arc::clone(&SKELETON)
+}
+
+fn skeleton() -> Arc<Skeleton> {
+    static SKELETON: LazyLock<Arc<Skeleton>> = LazyLock::new(|| {
+        let ours = "{ \"ovb-*\", \"ove-*\" }";
+        let turns = |family: &str, set: &Set| {
+            format!("meta mark & {FROM_US} == {FROM_US} oifname . {family} saddr @{} masquerade", set.name)
+        };
+        Arc::new(Skeleton {
+            sets: [&ANY4, &ANY6, &AT4, &AT6, &TURNS4, &TURNS6].map(Set::clone).into(),
             objects: Vec::new(),
             chains: vec![
                 // What makes 127.0.0.1 work for the host would open it to workloads.
@@ -118,7 +168,8 @@ pub fn skeleton() -> Arc<Skeleton> {
                     Some("type nat hook postrouting priority srcnat; policy accept;"),
                     &[
                         &format!("ip saddr 127.0.0.0/8 oifname {ours} masquerade"),
-                        &format!("meta mark & {FROM_US} == {FROM_US} iifname . oifname @turns masquerade"),
+                        &turns("ip", &TURNS4),
+                        &turns("ip6", &TURNS6),
                     ],
                 ),
             ],
@@ -136,39 +187,100 @@ pub(crate) fn elements(kernel: &mut Kernel, network: &Network, endpoint: &Endpoi
     {
         kernel.elements.insert(set, key, value);
     }
-    device_part(kernel, network, endpoint);
+    match network.mode {
+        Mode::L2 => {
+            let (set, key) = hairpin(endpoint);
+            kernel.elements.insert(set, key, Value::None);
+            bridge_part(kernel, network, endpoint);
+        }
+        Mode::L3 => {
+            let device = Device::endpoint(endpoint.id);
+            for (set, key) in own_turns(endpoint) {
+                kernel.elements.insert(set, key, Value::None);
+            }
+            localnet(kernel, device, endpoint);
+        }
+    }
 }
 
-/// What its device needs for that: the same for all endpoints behind one bridge.
-pub(crate) fn device_part(kernel: &mut Kernel, network: &Network, endpoint: &Endpoint) {
-    let device = device(network, endpoint);
-    kernel.elements.insert(&TURNS, turn(device), Value::None);
+/// What the bridge of a switched network needs for an endpoint with published ports: the same for all behind it.
+pub(crate) fn bridge_part(kernel: &mut Kernel, network: &Network, endpoint: &Endpoint) {
+    for (set, key) in bridge_turns(network) {
+        kernel.elements.insert(set, key, Value::None);
+    }
+    localnet(kernel, Device::bridge(network.id), endpoint);
+}
+
+fn localnet(kernel: &mut Kernel, device: Device, endpoint: &Endpoint) {
     if endpoint.addresses.iter().any(|net| net.addr().is_ipv4()) {
         kernel.localnets.insert(device);
     }
 }
 
-/// The keys of [`elements`], those aside that an endpoint shares with its neighbours.
+/// The keys of [`elements`] on whatever kind of network, those aside that an endpoint shares with its neighbours.
 pub(crate) fn keys(endpoint: &Endpoint) -> impl Iterator<Item = (&'static Set, Key)> {
     let all = endpoint.publish.iter().flat_map(|published| translations(endpoint, *published));
-    all.map(|(set, key, _)| (set, key))
+    let of_device = (!endpoint.publish.is_empty()).then(|| own_turns(endpoint).chain([hairpin(endpoint)]));
+    all.map(|(set, key, _)| (set, key)).chain(of_device.into_iter().flatten())
 }
 
-/// The set of devices, and a device's element in it.
-pub(crate) fn turns(device: Device) -> (&'static Set, Key) {
-    (&TURNS, turn(device))
+/// On a switched network whoever is behind the bridge turns round there.
+pub(crate) fn bridge_turns(network: &Network) -> impl Iterator<Item = (&'static Set, Key)> {
+    let bridge = Device::bridge(network.id);
+    network.subnets.iter().map(move |subnet| turn(bridge, subnet.prefix))
 }
 
-/// Where packets for an endpoint leave the host.
-fn device(network: &Network, endpoint: &Endpoint) -> Device {
-    match network.mode {
-        Mode::L2 => Device::bridge(network.id),
-        Mode::L3 => Device::endpoint(endpoint.id),
+/// On a routed network the endpoint alone does.
+fn own_turns(endpoint: &Endpoint) -> impl Iterator<Item = (&'static Set, Key)> {
+    let device = Device::endpoint(endpoint.id);
+    endpoint.addresses.iter().map(move |net| turn(device, IpNet::from(net.addr())))
+}
+
+fn turn(leaves: Device, from: IpNet) -> (&'static Set, Key) {
+    let set = if from.addr().is_ipv4() { &TURNS4 } else { &TURNS6 };
+    (set, Key::of(&[Field::Device(leaves.as_str()), Field::Net(from)]))
+}
+
+fn hairpin(endpoint: &Endpoint) -> (&'static Set, Key) {
+    let device = Device::endpoint(endpoint.id);
+    (&HAIRPINS, Key::of(&[Field::Device(device.as_str()), Field::Device(device.as_str())]))
+}
+
+/// The flows that are to end with a change of elements: they lead to an endpoint that has the port no more, or to
+/// the host itself, from before the port was published.
+pub(crate) fn ended(actual: &Elements, desired: &Elements, prune: bool) -> impl Iterator<Item = Op> {
+    let none = Contents::new();
+    let mut ended = Vec::new();
+    for set in [&ANY4, &ANY6, &AT4, &AT6] {
+        let (held, wanted) = (actual.of(set).unwrap_or(&none), desired.of(set).unwrap_or(&none));
+        let gone = held.keys().filter(|key| prune && !wanted.contains_key(*key)).map(|key| (key, None));
+        let new = wanted.iter().filter(|(key, value)| held.get(*key) != Some(*value));
+        let new = new.map(|(key, value)| (key, Some(value)));
+        ended.extend(gone.chain(new).filter_map(|(key, value)| flows(set, key, value)));
     }
+    ended.into_iter().map(Op::EndFlows)
 }
 
-fn turn(device: Device) -> Key {
-    Key::of(&[Field::Device(device.as_str()), Field::Device(device.as_str())])
+/// The flows of an element, if it is about UDP.
+fn flows(set: &Set, key: &Key, value: Option<&Value>) -> Option<Flows> {
+    let (address, rest) = match set.shape.key {
+        [Type::Ipv4 | Type::Ipv6, ..] => key.first().split_at_checked(key.first().len().checked_sub(8)?)?,
+        _ => (&[][..], key.first()),
+    };
+    let [UDP, _, _, _, at_port @ ..] = rest else { return None };
+    let port = |bytes: &[u8]| Some(u16::from_be_bytes(bytes.get(..2)?.try_into().ok()?));
+    let target = |value: &Value| {
+        let Value::Data(bytes) = value else { return None };
+        let (address, to) = bytes.split_at_checked(bytes.len().checked_sub(4)?)?;
+        Some((nft::address(address)?, port(to)?))
+    };
+    Some(Flows {
+        address: nft::address(address),
+        port: port(at_port)?,
+        keep: value.and_then(target).into_iter().collect(),
+        ipv4: matches!(set.shape.data, Data::Fields([Type::Ipv4, ..])),
+        held: true,
+    })
 }
 
 /// Each port that is published, once for each family for which the endpoint has an address.

@@ -138,7 +138,7 @@ pub(crate) fn own_endpoint(
     mtu: u16,
 ) {
     if local.isolated.contains_key(&endpoint.id) || view.address_conflict(view.me, endpoint).is_some() {
-        let silent = Link::Endpoint { mtu, master: None, up: false, tuned: false };
+        let silent = Link::Endpoint { mtu, master: None, up: false, tuned: false, hairpin: false };
         kernel.links.insert(Device::endpoint(endpoint.id), silent);
     } else {
         endpoint_part(kernel, view, network, endpoint, mtu);
@@ -225,7 +225,7 @@ pub(crate) fn endpoint_part(
     mtu: u16,
 ) {
     let device = Device::endpoint(endpoint.id);
-    kernel.links.insert(device, Link::Endpoint { mtu, master: None, up: true, tuned: false });
+    kernel.links.insert(device, Link::Endpoint { mtu, master: None, up: true, tuned: false, hairpin: false });
     for net in &endpoint.addresses {
         let address = net.addr();
         kernel.neighbours.insert((device, address), endpoint.mac);

@@ -6,7 +6,6 @@ mod resolve;
 mod skeleton;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fmt;
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -18,6 +17,7 @@ use ovl_proto::table::Endpoint;
 
 use crate::backends::Backends;
 use crate::divert;
+use crate::flows::Flows;
 use crate::kernel::Kernel;
 use crate::ledger::{Entries, Ledger};
 use crate::nft::{Element, Field, Key, Set, Skeleton, Table, Value};
@@ -34,30 +34,6 @@ enum Part {
     Host,
     Endpoint(EndpointId),
     Service(Name),
-}
-
-/// UDP at a Service's port: what leads to others than these backends is to end.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Flows {
-    /// The Service's; none: a node port at any address of this host.
-    pub address: Option<IpAddr>,
-    /// The Service's.
-    pub port: u16,
-    /// Where the Service leads now; of one family.
-    pub keep: BTreeSet<(IpAddr, u16)>,
-    /// Whether it is about IPv4.
-    pub ipv4: bool,
-}
-
-impl fmt::Display for Flows {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let family = if self.ipv4 { "ipv4" } else { "ipv6" };
-        write!(f, "conntrack -D -f {family} -p udp --dst-nat")?;
-        if let Some(address) = self.address {
-            write!(f, " --orig-dst {address}")?;
-        }
-        write!(f, " --orig-port-dst {} # but for {} backends", self.port, self.keep.len())
-    }
 }
 
 /// A Service's port as packets find it: with an address, or a node port.
@@ -247,7 +223,7 @@ pub fn inside(ipv4: bool) -> Set {
 }
 
 fn flows_of((address, _, port): At, ipv4: bool, keep: BTreeSet<(IpAddr, u16)>) -> Flows {
-    Flows { address, port, keep, ipv4 }
+    Flows { address, port, keep, ipv4, held: false }
 }
 
 fn ground(view: &View) -> Ground {

@@ -224,12 +224,14 @@ fn published(
     // Neighbours behind one bridge share what lets answers turn round there.
     if network.mode == Mode::L2 {
         let mut others = Kernel::default();
-        let all = own.table.endpoints_on(network.id).filter(|endpoint| !endpoint.publish.is_empty());
-        all.filter(shows).for_each(|endpoint| publish::device_part(&mut others, network, endpoint));
+        let all = own.table.endpoints_on(network.id).chain(local.attaching.values());
+        all.filter(|endpoint| !endpoint.publish.is_empty())
+            .filter(shows)
+            .for_each(|endpoint| publish::bridge_part(&mut others, network, endpoint));
         is.merge(others);
     }
-    let turns = devices.iter().map(|device| publish::turns(*device));
-    for (set, key) in ports.into_iter().chain(turns) {
+    let shared = publish::bridge_turns(network).filter(|_| network.mode == Mode::L2);
+    for (set, key) in ports.into_iter().chain(shared) {
         if let Some(value) = applied.elements.of(set).and_then(|held| held.get(&key)) {
             was.elements.insert(set, key, value.clone());
         }

@@ -186,7 +186,7 @@ fn part(n: u8) -> impl Strategy<Value = Kernel> {
                 kernel.sources.extend(sources);
             }
             if has_endpoint {
-                kernel.links.insert(endpoint, Link::Endpoint { mtu, master, up, tuned });
+                kernel.links.insert(endpoint, Link::Endpoint { mtu, master, up, tuned, hairpin: up });
                 kernel.ports.extend(ports.iter().take(1).map(|mac| (endpoint, *mac)));
             }
             kernel

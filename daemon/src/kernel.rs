@@ -116,8 +116,8 @@ pub(crate) struct EndpointSpec {
 /// What the host's end of a pair becomes.
 #[derive(Debug, Clone)]
 pub(crate) enum HostEnd {
-    /// A port of this bridge.
-    Port(Device),
+    /// A port of this bridge; whether frames may leave by it that came in by it.
+    Port(Device, bool),
     /// The next hop of the other end.
     Routed {
         /// Its MAC address.

@@ -315,12 +315,16 @@ fn ports_that_an_engine_publishes() {
     create(&docker, "blue", &["-o", "ovl.network=blue", "--subnet", "10.77.0.0/16"]);
     let ports = ["--network", "blue", "-p", "18080:8080", "-p", "127.0.0.1:18081:8080"];
     let web = docker.run("web", &ports).unwrap();
+    let near = docker.run("near", &["--network", "blue"]).unwrap();
     let (server, client) = (h1.address().unwrap(), h2.address().unwrap());
     let local = IpAddr::from([127, 0, 0, 1]);
     assert_eq!(answered(h2, server, 18080).unwrap(), client, "the client's own address arrives");
     answered(h1, server, 18080).unwrap();
     answered(h1, local, 18080).unwrap();
     answered(h1, local, 18081).unwrap();
+    // Hairpin: from a neighbour, and from itself.
+    answered(&near, server, 18080).unwrap();
+    answered(&web, server, 18080).unwrap();
     h2.seen_from(server, 18081).expect_err("a port of localhost alone");
     let row = endpoint(h1, web.addresses().unwrap()[0]).unwrap();
     assert!(row["publish"].to_string().contains("18080"), "{row}");

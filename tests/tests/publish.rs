@@ -3,14 +3,16 @@
 #![allow(clippy::unwrap_used, reason = "tests, and helpers of tests")]
 
 use std::net::{IpAddr, SocketAddr, TcpListener, UdpSocket};
+use std::thread;
+use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use netns_lab::{Host, Lab, LabConfig, Netns, Spawned, Underlay, wait_until};
 use ovl_tests::ports::{asked, asked_udp, make_bridge, outsider, who_asks};
 use ovl_tests::routed::wait_routed;
 use ovl_tests::{
-    Attached, SOON, assert_says, attach, endpoints, problems, refused, rows, started, started_with, strings,
-    text, wait_clean, wait_problem,
+    Attached, Capture, SOON, assert_says, attach, endpoints, problems, refused, rows, started, started_with,
+    strings, text, wait_clean, wait_problem,
 };
 use serde_json::json;
 
@@ -100,9 +102,22 @@ fn dnat_for_p_8080_80_from_outside_and_from_the_host_by_any_of_its_addresses() {
 
 #[test]
 fn from_a_container_on_the_same_host_by_the_hosts_address() {
+    from_a_container("0");
+}
+
+/// As Docker sets it: the packet filter sees frames within bridges too.
+#[test]
+fn from_a_container_on_the_same_host_where_bridges_call_iptables() {
+    from_a_container("1");
+}
+
+fn from_a_container(calls: &str) {
     for kind in KINDS {
         let lab = dual();
         let host = &lab["h1"];
+        for family in ["iptables", "ip6tables"] {
+            host.exec_ok(["sysctl", "-qw", &format!("net.bridge.bridge-nf-call-{family}={calls}")]).unwrap();
+        }
         make(&lab, "blue", kind, 30);
         make(&lab, "red", &[], 31);
         let (web, _server) = serve(host, "web", "blue", &["8080:80", "8080:80/udp"]);
@@ -120,7 +135,29 @@ fn from_a_container_on_the_same_host_by_the_hosts_address() {
             assert_eq!(seen(&neighbour).to_string() == neighbour.addresses()[family], routed, "{kind:?}");
             seen(&web);
         }
+        if !kind.contains(&"l3") {
+            groups_are_as_ever(&web, &neighbour);
+        }
+        wait_clean(lab.hosts(), SOON).unwrap();
     }
+}
+
+/// What an endpoint with published ports sends to all on its network does not come back to it.
+fn groups_are_as_ever(web: &Attached, neighbour: &Attached) {
+    const SHOUT: &str = "is anybody there?";
+    const TIMES: u64 = 5;
+    let captures = [web, neighbour].map(|each| Capture::start(&each.workload, &[SHOUT]).unwrap());
+    let shouting = || -> Result<()> {
+        let socket = UdpSocket::bind("0.0.0.0:0")?;
+        socket.set_broadcast(true)?;
+        (0..TIMES).try_for_each(|_| socket.send_to(SHOUT.as_bytes(), "10.30.255.255:9").map(drop))?;
+        Ok(())
+    };
+    web.workload.run(shouting).unwrap().unwrap();
+    // At the sender each is seen as it leaves.
+    wait_until(SOON, "what was sent to all", || captures.iter().all(|each| each.count(SHOUT) >= TIMES))
+        .unwrap();
+    assert_eq!(captures.map(|each| each.count(SHOUT)), [TIMES, TIMES]);
 }
 
 #[test]
@@ -174,6 +211,76 @@ fn a_port_in_use_is_refused_with_its_holder() {
     wait_free(host);
     serve(host, "again", "blue", &["8080:80"]);
     wait_clean(lab.hosts(), SOON).unwrap();
+}
+
+/// Answers each datagram at port 80 with this word, until the process ends.
+fn answer(at: &Attached, word: &'static str) {
+    let socket = at.workload.run(|| UdpSocket::bind("[::]:80")).unwrap().unwrap();
+    thread::spawn(move || {
+        let mut buffer = [0; 64];
+        while let Ok((_, from)) = socket.recv_from(&mut buffer) {
+            socket.send_to(word.as_bytes(), from).ok();
+        }
+    });
+}
+
+/// A flow of datagrams that goes on and on.
+struct Talk(UdpSocket);
+
+impl Talk {
+    fn begin(from: &Netns, to: SocketAddr) -> Self {
+        let any = if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
+        let open = || -> Result<UdpSocket> {
+            let socket = UdpSocket::bind(any)?;
+            socket.connect(to)?;
+            socket.set_read_timeout(Some(Duration::from_millis(300)))?;
+            Ok(socket)
+        };
+        Self(from.run(open).unwrap().unwrap())
+    }
+
+    fn ask(&self) -> Result<String> {
+        let mut buffer = [0; 64];
+        self.0.send(b"?")?;
+        let length = self.0.recv(&mut buffer)?;
+        Ok(String::from_utf8_lossy(&buffer[..length]).into_owned())
+    }
+
+    fn wait_for(&self, word: &str) {
+        wait_until(SOON, &format!("an answer from {word}"), || {
+            let said = self.ask()?;
+            ensure!(said == word, "{said} answers");
+            Ok(())
+        })
+        .unwrap();
+    }
+}
+
+#[test]
+fn flows_of_udp_end_when_a_port_changes_hands() {
+    for kind in KINDS {
+        let lab = dual();
+        let host = &lab["h1"];
+        let outside = outsider(&lab).unwrap();
+        make(&lab, "blue", kind, 30);
+        // All of them go on all the time.
+        let talks: Vec<Talk> = host
+            .addresses()
+            .into_iter()
+            .flat_map(|address| [(&outside, address), (&**host, address)])
+            .map(|(from, address)| Talk::begin(from, at(address, 8080)))
+            .collect();
+        // Nobody has the port: what is remembered of them leads to the host itself.
+        talks.iter().for_each(|talk| drop(talk.ask().unwrap_err()));
+        for word in ["first", "second"] {
+            let endpoint = attach(host, word, "blue", &["--publish", "8080:80/udp"]).unwrap();
+            answer(&endpoint, word);
+            talks.iter().for_each(|talk| talk.wait_for(word));
+            host.ctl_ok(&["detach", word]).unwrap();
+            talks.iter().for_each(|talk| drop(talk.ask().unwrap_err()));
+        }
+        wait_clean(lab.hosts(), SOON).unwrap();
+    }
 }
 
 #[test]

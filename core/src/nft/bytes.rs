@@ -258,7 +258,8 @@ fn show_one(text: &mut String, field: Type, bytes: &[u8]) {
     };
 }
 
-fn address(bytes: &[u8]) -> Option<IpAddr> {
+/// An address of either family, as the kernel has it.
+pub(crate) fn address(bytes: &[u8]) -> Option<IpAddr> {
     match bytes.len() {
         4 => <[u8; 4]>::try_from(bytes).ok().map(Ipv4Addr::from).map(IpAddr::V4),
         16 => <[u8; 16]>::try_from(bytes).ok().map(Ipv6Addr::from).map(IpAddr::V6),

@@ -288,7 +288,7 @@ pub(super) fn add_link(
     }
     batch.push(message::set(target, attributes), 0);
     if master.is_some() {
-        batch.push(message::set(target, vec![message::port(device)]), 0);
+        batch.push(message::set(target, vec![message::port(device, false)]), 0);
     }
     if up {
         batch.push(message::set_up(target, true), 0);
@@ -346,8 +346,8 @@ pub(super) fn set_link(
     if !attributes.is_empty() {
         batch.push(message::set(target, attributes), 0);
     }
-    if tune && is.master.is_some() {
-        batch.push(message::set(target, vec![message::port(device)]), 0);
+    if is.master.is_some() && (tune || was.hairpin != is.hairpin) {
+        batch.push(message::set(target, vec![message::port(device, is.hairpin)]), 0);
     }
     if was.up != is.up {
         batch.push(message::set_up(target, is.up), 0);
@@ -368,18 +368,26 @@ struct Common {
     master: Option<Device>,
     up: bool,
     tuned: bool,
+    hairpin: bool,
 }
 
 impl Common {
     fn of(link: &Link) -> Self {
         match *link {
-            Link::Bridge { mac, mtu, up, tuned } => Self { mac: Some(mac), mtu, master: None, up, tuned },
-            Link::Vxlan { mtu, master, mac, up, tuned, .. } => {
-                Self { mac: Some(mac), mtu, master, up, tuned }
+            Link::Bridge { mac, mtu, up, tuned } => {
+                Self { mac: Some(mac), mtu, master: None, up, tuned, hairpin: false }
             }
-            Link::Tunnel { mtu, up, .. } => Self { mac: None, mtu, master: None, up, tuned: true },
-            Link::Tap { mtu, master, up, tuned, .. } | Link::Endpoint { mtu, master, up, tuned } => {
-                Self { mac: None, mtu, master, up, tuned }
+            Link::Vxlan { mtu, master, mac, up, tuned, .. } => {
+                Self { mac: Some(mac), mtu, master, up, tuned, hairpin: false }
+            }
+            Link::Tunnel { mtu, up, .. } => {
+                Self { mac: None, mtu, master: None, up, tuned: true, hairpin: false }
+            }
+            Link::Tap { mtu, master, up, tuned, .. } => {
+                Self { mac: None, mtu, master, up, tuned, hairpin: false }
+            }
+            Link::Endpoint { mtu, master, up, tuned, hairpin } => {
+                Self { mac: None, mtu, master, up, tuned, hairpin }
             }
         }
     }

@@ -1,14 +1,16 @@
-//! Connection tracking by netlink: ends flows of UDP that lead to backends which a Service has no more.
+//! Connection tracking by netlink: ends flows of UDP that lead where they should not any more.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use netlink_sys::protocols::NETLINK_NETFILTER;
+use nix::ifaddrs::getifaddrs;
 use nix::libc::ENOENT;
-use ovl_core::services::Flows;
+use nix::sys::socket::SockaddrStorage;
+use ovl_core::flows::Flows;
 
 use super::attribute::{Attributes, attributes, ip, u16_be};
-use super::error::Result;
+use super::error::{KernelError, Result};
 use super::socket::{Batch, Netlink};
 
 /// NFNL_SUBSYS_CTNETLINK, in the upper half of a message's kind.
@@ -40,7 +42,7 @@ pub(super) fn end(flows: &[&Flows]) -> Result<()> {
     for (ipv4, family) in [(true, nix::libc::AF_INET), (false, nix::libc::AF_INET6)] {
         let mut wanted: Wanted<'_> = BTreeMap::new();
         for flows in flows.iter().filter(|flows| flows.ipv4 == ipv4) {
-            wanted.insert((flows.port, flows.address), &flows.keep);
+            wanted.insert((flows.port, flows.address), *flows);
         }
         if wanted.is_empty() {
             continue;
@@ -54,10 +56,22 @@ pub(super) fn end(flows: &[&Flows]) -> Result<()> {
     Ok(())
 }
 
-/// By port, and the Service's address if it has one: where flows may lead. The last word counts.
-type Wanted<'a> = BTreeMap<(u16, Option<IpAddr>), &'a BTreeSet<(IpAddr, u16)>>;
+/// By port and address. The last word counts.
+type Wanted<'a> = BTreeMap<(u16, Option<IpAddr>), &'a Flows>;
+
+/// All addresses of this host.
+fn own_addresses() -> Result<BTreeSet<IpAddr>> {
+    let all = getifaddrs()
+        .map_err(|error| KernelError::io("cannot read the addresses of this host", &error.into()))?;
+    let addresses = all.filter_map(|interface| interface.address);
+    let v4 = |address: &SockaddrStorage| address.as_sockaddr_in().map(|address| IpAddr::V4(address.ip()));
+    let v6 = |address: &SockaddrStorage| address.as_sockaddr_in6().map(|address| IpAddr::V6(address.ip()));
+    Ok(addresses.filter_map(|address| v4(&address).or_else(|| v6(&address))).collect())
+}
 
 fn end_of_family(netlink: &mut Netlink, family: u8, wanted: &Wanted<'_>) -> Result<()> {
+    let own =
+        if wanted.keys().any(|(_, address)| address.is_none()) { own_addresses()? } else { BTreeSet::new() };
     let mut batch = Batch::default();
     batch.push_built(GET, 0, &[family, 0, 0, 0]);
     let dump =
@@ -65,7 +79,7 @@ fn end_of_family(netlink: &mut Netlink, family: u8, wanted: &Wanted<'_>) -> Resu
     let doomed: Vec<Attributes> = dump
         .messages()
         .filter(|message| message.kind >> 8 == SUBSYSTEM)
-        .filter(|message| is_stale(message.payload, wanted))
+        .filter(|message| is_stale(message.payload, wanted, &own))
         .map(|message| named(family, message.payload))
         .collect();
     for some in doomed.chunks(AT_ONCE) {
@@ -92,7 +106,7 @@ fn named(family: u8, payload: &[u8]) -> Attributes {
     message
 }
 
-fn is_stale(payload: &[u8], wanted: &Wanted<'_>) -> bool {
+fn is_stale(payload: &[u8], wanted: &Wanted<'_>, own: &BTreeSet<IpAddr>) -> bool {
     let tuple = |wanted| {
         let (_, value) = attributes(payload, FIXED).find(|(kind, _)| *kind == wanted)?;
         Tuple::of(value)
@@ -102,14 +116,12 @@ fn is_stale(payload: &[u8], wanted: &Wanted<'_>) -> bool {
         return false;
     }
     let to = original.destination;
-    let stays = match wanted.get(&(to.1, Some(to.0))) {
-        Some(keep) => keep.contains(&reply.source),
-        // At a node port of the same number something of the host's own may listen as well.
-        None => {
-            wanted.get(&(to.1, None)).is_none_or(|keep| reply.source == to || keep.contains(&reply.source))
-        }
-    };
-    !stays
+    if let Some(flows) = wanted.get(&(to.1, Some(to.0))) {
+        return !flows.keep.contains(&reply.source);
+    }
+    // At a node port something of the host's own may listen as well.
+    let any = wanted.get(&(to.1, None)).filter(|flows| flows.held || reply.source != to);
+    any.is_some_and(|flows| own.contains(&to.0) && !flows.keep.contains(&reply.source))
 }
 
 /// One direction of a connection.

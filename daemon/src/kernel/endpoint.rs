@@ -52,12 +52,12 @@ pub(super) fn create(
     {
         return Err(KernelError::Other(format!("'{name}' cannot be the name of an interface")));
     }
-    let (outer, bridge) = match host_end {
-        HostEnd::Port(bridge) => {
+    let (outer, bridge, hairpin) = match host_end {
+        HostEnd::Port(bridge, hairpin) => {
             devices.find(route, [bridge, device].into_iter())?;
-            (Outer::Port(devices.get(route, bridge)?.index), Some(bridge))
+            (Outer::Port(devices.get(route, bridge)?.index), Some(bridge), hairpin)
         }
-        HostEnd::Routed { mac, .. } => (Outer::Alone(mac), None),
+        HostEnd::Routed { mac, .. } => (Outer::Alone(mac), None, false),
     };
     // With a device of this name there, all requests but the first would be for that device.
     match devices.get(route, device) {
@@ -76,7 +76,7 @@ pub(super) fn create(
         batch.push(pair, NLM_F_CREATE | NLM_F_EXCL);
         let mut attributes = vec![message::alias(&format!("endpoint {name}"))];
         if bridge.is_some() {
-            attributes.push(message::port(device));
+            attributes.push(message::port(device, hairpin));
         }
         if has_inet6() {
             attributes.push(message::no_link_local());
@@ -117,7 +117,7 @@ pub(super) fn create(
                 // into use before it answers, and else whenever it gets round to that.
                 let _ = route.request(message::get_link_at(located.index), 0)?;
             }
-            let link = Link::Endpoint { mtu, master: bridge, up: true, tuned: bridge.is_some() };
+            let link = Link::Endpoint { mtu, master: bridge, up: true, tuned: bridge.is_some(), hairpin };
             Ok(Created { index: located.index, link, made: Made { ifname, mtu, gateways } })
         }
         Err(error) => {
@@ -184,7 +184,7 @@ fn configure(route: &mut Route, index: u32, inside: Inside) -> Result<(String, V
         }
     }
     if let Some(mac) = inside.resolver {
-        let guarded = matches!(inside.host_end, HostEnd::Port(_));
+        let guarded = matches!(inside.host_end, HostEnd::Port(..));
         resolver::lead(route, index, &ifname, mac, &inside.addresses, guarded)?;
     }
     if let HostEnd::Routed { mac, routes } = inside.host_end {

@@ -174,19 +174,23 @@ impl<'a> LinkView<'a> {
                 Link::Vxlan { vni, local, port, mtu, master, mac: self.mac?, up, tuned, sealed }
             }
             Role::Endpoint(_) => {
-                Link::Endpoint { mtu, master, up, tuned: quiet && self.port_is_tuned(false) == Some(true) }
+                let tuned = quiet && self.port_is_tuned(false) == Some(true);
+                let hairpin = self.port_flag(4).is_some_and(|mode| mode != 0);
+                Link::Endpoint { mtu, master, up, tuned, hairpin }
             }
         })
     }
 
     /// Whether it behaves as a port should; none if it is no port, or the message does not say.
     pub(super) fn port_is_tuned(&self, is_vxlan: bool) -> Option<bool> {
-        let port = self.port?;
-        let flag = |wanted| {
-            attributes(port, 0).find(|(kind, _)| *kind == wanted).and_then(|(_, value)| u8_at(value, 0))
-        };
-        let (learning, suppress) = (flag(8)?, flag(32)?);
+        let (learning, suppress) = (self.port_flag(8)?, self.port_flag(32)?);
         Some(learning == 0 && (suppress != 0 || !is_vxlan))
+    }
+
+    /// One of a port's settings, by its number; none if it is no port, or the message does not say.
+    fn port_flag(&self, wanted: u16) -> Option<u8> {
+        let (_, value) = attributes(self.port?, 0).find(|(kind, _)| *kind == wanted)?;
+        u8_at(value, 0)
     }
 
     /// A VXLAN device's VNI and port, whoever it belongs to; the VNI is none if it takes them all.

@@ -369,11 +369,12 @@ pub(super) fn no_learning() -> Vec<LinkInfo> {
 }
 
 /// How a port of ours behaves: it learns nothing, and on the VXLAN device questions about
-/// neighbours that are known are answered here.
-pub(super) fn port(device: Device) -> LinkAttribute {
+/// neighbours that are known are answered here. By that of an endpoint frames may leave that came in by it, or not.
+pub(super) fn port(device: Device, hairpin: bool) -> LinkAttribute {
     let mut flags = vec![InfoBridgePort::Learning(false)];
-    if let Some(Role::Vxlan(_)) = device.role() {
-        flags.push(InfoBridgePort::NeighSupress(true));
+    match device.role() {
+        Some(Role::Vxlan(_)) => flags.push(InfoBridgePort::NeighSupress(true)),
+        _ => flags.push(InfoBridgePort::HairpinMode(hairpin)),
     }
     LinkAttribute::LinkInfo(vec![
         LinkInfo::PortKind(InfoPortKind::Bridge),

@@ -13,7 +13,7 @@ use ovl_core::cni::Inside;
 use ovl_core::device::Device;
 use ovl_core::diff::{diff, lost_endpoints};
 use ovl_core::kernel::{Kernel, Link};
-use ovl_core::nft::{Skeleton, Table};
+use ovl_core::nft::{Element, Skeleton, Table};
 use ovl_core::op::Op;
 use ovl_tunnel::PrivateKey;
 use tokio::sync::oneshot;
@@ -395,11 +395,12 @@ impl Worker {
 
     fn create(&mut self, ops: Vec<Op>, spec: EndpointSpec) -> (Vec<Outcome>, Result<Made>) {
         let device = spec.device;
-        let (after, before): (Vec<Op>, Vec<Op>) = ops.into_iter().partition(|op| op.device() == Some(device));
+        let (after, before): (Vec<Op>, Vec<Op>) =
+            ops.into_iter().partition(|op| op.device() == Some(device) || publishes(op));
         let mut devices = Devices::default();
         // All in one go; what is wrong with one of them, its user hears.
         let bridge = match spec.host_end {
-            HostEnd::Port(bridge) => Some(bridge),
+            HostEnd::Port(bridge, _) => Some(bridge),
             HostEnd::Routed { .. } => None,
         };
         let _ = devices.find(&mut self.route, bridge.into_iter().chain([device]));
@@ -467,6 +468,17 @@ impl Worker {
             let _ = reply.send(its.into_iter().collect());
         }
         other
+    }
+}
+
+/// Whether an operation publishes a port, takes one back, or ends what was before.
+fn publishes(op: &Op) -> bool {
+    match op {
+        Op::SetElement(Element { set, .. }) | Op::DelElement(set, _) => {
+            matches!(set.table, Table::Publish | Table::PublishFrames)
+        }
+        Op::EndFlows(_) => true,
+        _ => false,
     }
 }
 

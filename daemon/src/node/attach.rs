@@ -24,6 +24,7 @@ use ovl_proto::table::{Endpoint, Entry, Key};
 use serde::{Deserialize, Serialize};
 
 use super::addresses::Reserved;
+use super::publish::{self, SetAside};
 use super::state::LocalEndpoint;
 use super::{Failed, Node, random, remove_if_there};
 use crate::config::{MAX_NAME, is_name_within};
@@ -114,30 +115,17 @@ impl Node {
         let ports = self.set_ports_aside(&request.name, &network, &request.publish)?;
         let reserved = self.reserve(&request, &network).await?;
         let local = LocalEndpoint { ifname: String::new(), netns: path, inode, cni, docker: None };
-        let Some(Role::Endpoint(id)) = place.device.role() else {
-            return Err(Failed::internal("an endpoint's device without an id"));
-        };
-        let publishes = !request.publish.is_empty();
-        let (mut info, made) = self.make(request, &network, place, reserved, local, Some(netns)).await?;
-        if publishes {
-            if let Err(failed) = self.publish_aside(id, ports).await {
-                self.take_away(&[id]).await?;
-                return Err(failed);
-            }
-            info = self.own_info(id)?;
-            info.warnings = self.firewall_problems();
-        }
-        Ok((info, made))
+        self.make(request, &network, place, (reserved, ports), local, Some(netns)).await
     }
 
-    /// Makes an endpoint of which name and addresses are set aside. The other end goes into the
+    /// Makes an endpoint of which name, addresses and ports are set aside. The other end goes into the
     /// namespace, or waits here for whoever fetches it.
     pub(super) async fn make(
         &self,
         request: Attach,
         network: &Network,
         place: Place<'_>,
-        reserved: Vec<Reserved<'_>>,
+        (reserved, ports): (Vec<Reserved<'_>>, SetAside<'_>),
         local: LocalEndpoint,
         netns: Option<Netns>,
     ) -> Result<(EndpointInfo, Made), Failed> {
@@ -164,9 +152,9 @@ impl Node {
             aliases: request.aliases.clone(),
             labels: request.labels.clone(),
             ready: !request.not_ready,
-            // Once it is there.
-            publish: Vec::new(),
+            publish: ports.published().to_vec(),
         };
+        self.will_publish(&endpoint.publish);
         let addresses = endpoint.addresses.iter().map(IpNet::addr);
         let gateways = addresses.filter(|_| !network.internal).filter_map(|at| ipam::gateway_on(network, at));
         let gateways: Vec<IpAddr> = gateways.collect();
@@ -174,8 +162,10 @@ impl Node {
         let _policed = self.police_attach(&endpoint);
         let (mut ops, mtu) = self.prepare(network);
         let part = desired::endpoint_part(&self.state.borrow().view, network, &endpoint, mtu);
-        // The pair itself is not the work of an operation.
-        let bare = Kernel { links: part.links.clone(), ..Kernel::default() };
+        // The pair itself is not the work of an operation, and what its neighbours need too is there.
+        let shared = self.state.borrow().applied.get(&network.id).map(|applied| applied.localnets.clone());
+        let bare =
+            Kernel { links: part.links.clone(), localnets: shared.unwrap_or_default(), ..Kernel::default() };
         ops.extend(diff(&bare, &part, false));
         let spec = EndpointSpec {
             device: place.device,
@@ -191,11 +181,13 @@ impl Node {
         };
         let (outcomes, made) = self.kernel.prepare_and_create(ops, spec).await;
         let refused = self.note_outcomes(&outcomes, Some((network.id, place.device)));
+        let unpublished = || outcomes.iter().find_map(publish::refusal).map(ToString::to_string);
+        let refused = refused.or_else(|| unpublished().filter(|_| !endpoint.publish.is_empty()));
         let made = match (made, refused) {
             (Ok(made), None) => made,
             (made, refused) => {
                 if made.is_ok() {
-                    self.kernel.delete_links(vec![place.device]).await.map_err(Failed::from)?;
+                    self.take_back(&endpoint).await?;
                 }
                 let error = refused.or_else(|| made.err().map(|error| error.to_string())).unwrap_or_default();
                 return Err(Failed::kernel(format!(
@@ -206,10 +198,25 @@ impl Node {
         };
         let local = LocalEndpoint { ifname: made.ifname.clone(), ..local };
         if let Err(error) = self.keep_endpoint(&endpoint, &local) {
-            self.kernel.delete_links(vec![place.device]).await.map_err(Failed::from)?;
+            self.take_back(&endpoint).await?;
             return Err(Failed::internal(format!("{error:#}")));
         }
-        Ok((self.commit(endpoint, local, part)?, made))
+        let mut info = self.commit(endpoint, local, part)?;
+        if !info.publish.is_empty() {
+            self.serve_ports(id, ports, &info.addresses);
+            info.warnings = self.firewall_problems();
+        }
+        Ok((info, made))
+    }
+
+    /// Takes an endpoint out of the kernel that is not in our table yet.
+    async fn take_back(&self, endpoint: &Endpoint) -> Result<(), Failed> {
+        if !endpoint.publish.is_empty() {
+            // What may be left of its ports is the loop's.
+            self.state.borrow_mut().dirty.full = true;
+            self.work.notify_one();
+        }
+        self.kernel.delete_links(vec![Device::endpoint(endpoint.id)]).await.map_err(Failed::from)
     }
 
     /// The endpoint is in the kernel: from here on it counts.
@@ -693,7 +700,7 @@ fn netns_path(netns: &NetnsRef) -> PathBuf {
 
 fn host_end(network: &Network, endpoint: &Endpoint) -> HostEnd {
     if network.mode == Mode::L2 {
-        return HostEnd::Port(Device::bridge(network.id));
+        return HostEnd::Port(Device::bridge(network.id), !endpoint.publish.is_empty());
     }
     let mut routes = Vec::new();
     for address in endpoint.addresses.iter().map(IpNet::addr) {

@@ -29,6 +29,13 @@ pub(super) struct SetAside<'a> {
     held: Vec<Held>,
 }
 
+impl SetAside<'_> {
+    /// What is set aside.
+    pub(super) fn published(&self) -> &[Published] {
+        &self.published
+    }
+}
+
 impl Drop for SetAside<'_> {
     fn drop(&mut self) {
         self.node.state.borrow_mut().pending.ports.remove(&self.number);
@@ -51,7 +58,10 @@ impl Node {
             aside.published.push(published);
             aside.held.extend(held);
         }
-        self.state.borrow_mut().pending.ports.insert(number, (name.to_owned(), aside.published.clone()));
+        if !wishes.is_empty() {
+            let pending = (name.to_owned(), aside.published.clone());
+            self.state.borrow_mut().pending.ports.insert(number, pending);
+        }
         Ok(aside)
     }
 
@@ -101,19 +111,36 @@ impl Node {
     }
 
     /// Publishes what was set aside for an endpoint; returns when the kernel holds it.
-    pub(super) async fn publish_aside(&self, id: EndpointId, mut aside: SetAside<'_>) -> Result<(), Failed> {
+    async fn publish_aside(&self, id: EndpointId, aside: SetAside<'_>) -> Result<(), Failed> {
         let endpoint = self.endpoint_to_publish(id)?;
         let before = endpoint.publish.clone();
         let published = before.iter().chain(&aside.published).copied().collect();
-        let targets = endpoint.addresses.iter().map(IpNet::addr).collect();
+        let addresses = endpoint.addresses.clone();
         if let Err(failed) = self.set_published(endpoint, published).await {
             if let Ok(endpoint) = self.endpoint_to_publish(id) {
                 self.set_published(endpoint, before).await?;
             }
             return Err(failed);
         }
-        self.ports.serve(id, std::mem::take(&mut aside.held), targets);
+        self.serve_ports(id, aside, &addresses);
         Ok(())
+    }
+
+    /// Keeps ports that were set aside for an endpoint, which has them now.
+    pub(super) fn serve_ports(&self, id: EndpointId, mut aside: SetAside<'_>, addresses: &[IpNet]) {
+        if !aside.held.is_empty() {
+            let targets = addresses.iter().map(IpNet::addr).collect();
+            self.ports.serve(id, std::mem::take(&mut aside.held), targets);
+        }
+    }
+
+    /// The host gets what published ports need, if these are any.
+    pub(super) fn will_publish(&self, published: &[Published]) {
+        let mut state = self.state.borrow_mut();
+        if !published.is_empty() && !state.local.publishing {
+            state.local.publishing = true;
+            state.dirty.host = true;
+        }
     }
 
     /// Publishes more ports of an endpoint of this host; gives all that it has then.
@@ -152,14 +179,8 @@ impl Node {
     async fn set_published(&self, mut endpoint: Endpoint, published: Vec<Published>) -> Result<(), Failed> {
         let network = endpoint.network;
         endpoint.publish = published;
-        let local = {
-            let mut state = self.state.borrow_mut();
-            if !endpoint.publish.is_empty() && !state.local.publishing {
-                state.local.publishing = true;
-                state.dirty.host = true;
-            }
-            state.endpoints.get(&endpoint.id).cloned()
-        };
+        self.will_publish(&endpoint.publish);
+        let local = self.state.borrow().endpoints.get(&endpoint.id).cloned();
         let local = local.ok_or_else(|| Failed::not_found("the endpoint is gone"))?;
         self.keep_endpoint(&endpoint, &local).map_err(|error| Failed::internal(format!("{error:#}")))?;
         self.write_table(vec![Entry::Endpoint(endpoint)], Vec::new());
@@ -238,10 +259,15 @@ impl Node {
     }
 }
 
-fn refusal(outcome: &Outcome) -> Option<&crate::kernel::KernelError> {
+fn is_ours(table: Table) -> bool {
+    matches!(table, Table::Publish | Table::PublishFrames)
+}
+
+/// Why something that published ports need was refused, if it was.
+pub(super) fn refusal(outcome: &Outcome) -> Option<&crate::kernel::KernelError> {
     let ours = match &outcome.op {
-        Op::Table(table, _) => *table == Table::Publish,
-        Op::SetElement(element) => element.set.table == Table::Publish,
+        Op::Table(table, _) => is_ours(*table),
+        Op::SetElement(element) => is_ours(element.set.table),
         Op::SetLocalnet(_) => true,
         _ => false,
     };

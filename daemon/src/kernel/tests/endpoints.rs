@@ -65,7 +65,7 @@ fn an_endpoint_is_made_whole_or_not_at_all() {
         let mut bad = container.spec(30);
         bad.ifname = Some("a/b".to_owned());
         let mut homeless = container.spec(30);
-        homeless.host_end = HostEnd::Port(endpoint(200));
+        homeless.host_end = HostEnd::Port(endpoint(200), false);
         for (spec, words) in [
             (taken, "the namespace already has an interface eth7"),
             (twice, "cannot give eth0 the address 10.1.0.30/16: File exists"),
@@ -163,9 +163,10 @@ fn an_isolated_endpoint_is_off_and_comes_back() {
         add_endpoint(&mut wanted, 30);
         lab.pass(&wanted).await;
         let mut isolated = wanted.clone();
-        isolated
-            .links
-            .insert(endpoint(30), Link::Endpoint { mtu: 1400, master: None, up: false, tuned: false });
+        isolated.links.insert(
+            endpoint(30),
+            Link::Endpoint { mtu: 1400, master: None, up: false, tuned: false, hairpin: false },
+        );
         isolated.ports.remove(&(endpoint(30), mac(30)));
         lab.pass(&isolated).await;
         lab.assert_settled(&isolated).await;

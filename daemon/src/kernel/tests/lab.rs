@@ -191,7 +191,7 @@ impl Container {
             ifname: None,
             mac: mac(n.into()),
             mtu: 1400,
-            host_end: HostEnd::Port(bridge()),
+            host_end: HostEnd::Port(bridge(), false),
             addresses: vec![net(&format!("10.1.0.{n}/16")), net(&format!("fd00:1::{n:x}/64"))],
             resolver: None,
             gateways: vec![ip("10.1.0.1"), ip("fd00:1::1")],
@@ -208,7 +208,7 @@ impl Drop for Container {
 
 /// What the model holds of such an endpoint.
 pub(super) fn add_endpoint(kernel: &mut Kernel, n: u8) {
-    let link = Link::Endpoint { mtu: 1400, master: Some(bridge()), up: true, tuned: true };
+    let link = Link::Endpoint { mtu: 1400, master: Some(bridge()), up: true, tuned: true, hairpin: false };
     kernel.links.insert(endpoint(n), link);
     kernel.ports.insert((endpoint(n), mac(n.into())));
     kernel.neighbours.insert((bridge(), ip(&format!("10.1.0.{n}"))), mac(n.into()));

@@ -61,7 +61,8 @@ fn the_name_is_free_at_once_and_the_pair_goes_later() {
         container.run("ping -c1 -W1 10.1.0.1");
         assert_eq!(container.run("ip -o link").lines().count(), 2, "lo and eth0");
         assert_eq!(lab.events().await, [], "our own doing");
-        let link = Link::Endpoint { mtu: 1400, master: Some(bridge()), up: true, tuned: true };
+        let link =
+            Link::Endpoint { mtu: 1400, master: Some(bridge()), up: true, tuned: true, hairpin: false };
         wanted.links.insert(endpoint(31), link);
         wanted.ports.insert((endpoint(31), mac(30)));
         wanted.neighbours.insert((bridge(), ip("10.1.0.30")), mac(30));
