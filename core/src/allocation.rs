@@ -170,18 +170,22 @@ impl Claims {
     }
 }
 
+/// What was allocated to Services that are not in the cluster yet.
+#[derive(Debug, Default)]
+pub struct Promised(BTreeMap<Claim, Name>);
+
 /// Allocates for several Services, of which none is in the cluster yet.
 #[derive(Debug)]
 pub struct Allocator<'a> {
     resources: &'a Resources,
     ranges: &'a Ranges,
-    added: BTreeMap<Claim, Name>,
+    promised: &'a mut Promised,
 }
 
 impl<'a> Allocator<'a> {
-    /// Among what there is.
-    pub fn new(resources: &'a Resources, ranges: &'a Ranges) -> Self {
-        Self { resources, ranges, added: BTreeMap::new() }
+    /// Among what there is and what was promised.
+    pub fn new(resources: &'a Resources, ranges: &'a Ranges, promised: &'a mut Promised) -> Self {
+        Self { resources, ranges, promised }
     }
 
     /// Fills in what the Service wants and does not have. What an earlier state of it has stays.
@@ -202,13 +206,13 @@ impl<'a> Allocator<'a> {
         if !problems.is_empty() {
             return Err(problems.into_inner());
         }
-        self.added.extend(claims_of(service).into_iter().map(|claim| (claim, name.clone())));
+        self.promised.0.extend(claims_of(service).into_iter().map(|claim| (claim, name.clone())));
         Ok(())
     }
 
     /// Another Service that has it.
     fn other(&self, claim: Claim, name: &Name) -> Option<&Name> {
-        let holder = self.added.get(&claim).or_else(|| self.resources.claims.holder(claim));
+        let holder = self.promised.0.get(&claim).or_else(|| self.resources.claims.holder(claim));
         holder.filter(|holder| *holder != name)
     }
 

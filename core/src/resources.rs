@@ -5,7 +5,7 @@ use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 use ovl_proto::resource::{
-    EndpointSlice, Kind, Labels, Name, Namespace, NetworkPolicy, Pod, Protocol, Resource, ResourceKey,
+    EndpointSlice, Kind, Labels, Meta, Name, Namespace, NetworkPolicy, Pod, Protocol, Resource, ResourceKey,
     Service,
 };
 use ovl_proto::table::Endpoint;
@@ -68,6 +68,18 @@ impl Resources {
             Kind::Service => self.services.get(&key.name).cloned().map(Box::new).map(Resource::Service),
             Kind::EndpointSlice => self.slices.get(&key.name).cloned().map(Resource::EndpointSlice),
             Kind::NetworkPolicy => self.policies.get(&key.name).cloned().map(Resource::NetworkPolicy),
+        }
+    }
+
+    /// What is said of one, if it is there.
+    pub fn meta(&self, key: &ResourceKey) -> Option<&Meta> {
+        let name = &key.name;
+        match key.kind {
+            Kind::Namespace => self.namespaces.get(&name.name).map(|it| &it.metadata),
+            Kind::Pod => self.pods.get(name).map(|it| &it.metadata),
+            Kind::Service => self.services.get(name).map(|it| &it.metadata),
+            Kind::EndpointSlice => self.slices.get(name).map(|it| &it.metadata),
+            Kind::NetworkPolicy => self.policies.get(name).map(|it| &it.metadata),
         }
     }
 

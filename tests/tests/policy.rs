@@ -8,9 +8,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::{Result, bail, ensure};
-use netns_lab::{Lab, LabConfig, wait_until};
+use netns_lab::{Lab, LabConfig, Netns, wait_until};
 use ovl_tests::policy::{Proto, World, namespace, policy, port_name, wait_enforced};
 use ovl_tests::routed::make_routed;
+use ovl_tests::service::Named;
 use ovl_tests::{
     Attached, SOON, assert_says, attach, attach_workload, make_network, rows, started, strings, text,
     wait_clean,
@@ -590,4 +591,90 @@ fn broadcasts_reach_whom_no_policy_isolates() {
     let api = labelled(&lab, "h2", "api", "api");
     let _server = database.workload.tcp_echo(5432).unwrap();
     wait_until(SOON, "the api's connection", || connects(&api, &database, 5432, SOON)).unwrap();
+}
+
+/// A Service is no way around a policy, and none in its way: what counts are the pods at both ends.
+fn assert_services_judged(make: impl Fn(&Lab)) {
+    let lab = started(2).unwrap();
+    make(&lab);
+    let database = labelled(&lab, "h2", "database", "database");
+    let _server = Named::start(&database.workload, "database", 8080).unwrap();
+    let [api, near, web] = [("h1", "api"), ("h2", "api"), ("h1", "web")]
+        .map(|(host, app)| labelled(&lab, host, &format!("{app}-{host}"), app));
+    let service = json!({
+        "apiVersion": "v1", "kind": "Service", "metadata": {"name": "database"},
+        "spec": {
+            "type": "NodePort", "selector": {"app": "database"}, "ipFamilyPolicy": "PreferDualStack",
+            "ports": [{"port": 80, "targetPort": 8080, "nodePort": 30080}],
+        },
+    });
+    apply_text(&lab, &service.to_string());
+    let service = lab["h1"].ctl_json(&["get", "svc", "database"]).unwrap();
+    let addresses: Vec<IpAddr> =
+        strings(&service["spec"]["clusterIPs"]).iter().map(|it| it.parse().unwrap()).collect();
+    assert_eq!(addresses.len(), 2, "{service}");
+    let node = SocketAddr::new(lab["h2"].address().unwrap(), 30080);
+    // The pods by the Service; another host, which is none of the cluster's pods, by the port of the backend's.
+    let expect = |what: &str, reaching: &[&Attached], outside: bool| {
+        wait_until(SOON, what, || -> Result<()> {
+            for from in [&api, &near, &web, &database] {
+                let expected = reaching.iter().any(|each| each.name == from.name);
+                for address in &addresses {
+                    let found = reaches(&from.workload, SocketAddr::new(*address, 80), expected);
+                    ensure!(found == expected, "{} to {address}: {found}", from.name);
+                }
+            }
+            let found = reaches(&lab["h1"], node, outside);
+            ensure!(found == outside, "from outside: {found}");
+            Ok(())
+        })
+        .unwrap();
+    };
+    expect("all reach it", &[&api, &near, &web, &database], true);
+    let ingress = |from: Value, port: u16| {
+        let spec = json!({"podSelector": selector("app", "database"), "policyTypes": ["Ingress"],
+            "ingress": [{"from": from, "ports": [{"port": port}]}]});
+        apply_text(&lab, &policy("default", "in", spec).to_string());
+    };
+    let apis = json!({"podSelector": selector("app", "api")});
+    ingress(json!([apis]), 8080);
+    expect("those that the backend lets in, and itself", &[&api, &near, &database], false);
+    ingress(json!([apis]), 80);
+    expect("the port is the pod's, not the Service's", &[&database], false);
+    ingress(json!([apis, {"ipBlock": {"cidr": "192.168.77.0/24"}}]), 8080);
+    expect("one from outside has its own address", &[&api, &near, &database], true);
+    let egress = |port: u16| {
+        let spec = json!({"podSelector": selector("app", "api"), "policyTypes": ["Egress"],
+            "egress": [{"to": [{"podSelector": selector("app", "database")}], "ports": [{"port": port}]}]});
+        apply_text(&lab, &policy("default", "out", spec).to_string());
+    };
+    egress(80);
+    expect("nor is it the Service's for the client", &[&database], true);
+    egress(8080);
+    expect("the client's policy means the backend", &[&api, &near, &database], true);
+    // The same answer for who asks.
+    let asked = rows(&lab["h1"], &["policy", "explain", "web-h1", "database:8080"]).unwrap();
+    assert_eq!(asked[0]["passes"], json!(false), "{asked:?}");
+    wait_clean(lab.hosts(), SOON).unwrap();
+}
+
+/// Whether a server answers; patient where it should.
+fn reaches(from: &Netns, to: SocketAddr, expected: bool) -> bool {
+    let patience = if expected { SOON } else { Duration::from_secs(1) };
+    let said = from.run(|| -> Result<usize> {
+        let mut stream = TcpStream::connect_timeout(&to, patience)?;
+        stream.set_read_timeout(Some(patience))?;
+        Ok(stream.read(&mut [0; 64])?)
+    });
+    said.unwrap().is_ok_and(|length| length > 0)
+}
+
+#[test]
+fn what_a_service_leads_to_is_judged_on_a_routed_network() {
+    assert_services_judged(|lab| make_routed(lab, "pods", BOTH).unwrap());
+}
+
+#[test]
+fn what_a_service_leads_to_is_judged_on_a_switched_network() {
+    assert_services_judged(|lab| make_network(lab, "pods", FLAT).unwrap());
 }

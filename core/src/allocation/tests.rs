@@ -26,8 +26,12 @@ fn service(name: &str, spec: Value) -> Service {
     service_at(name, 1, spec)
 }
 
+fn allocate(resources: &Resources, service: &mut Service, ranges: &Ranges) -> Result<(), Vec<Problem>> {
+    Allocator::new(resources, ranges, &mut Promised::default()).allocate(service)
+}
+
 fn allocated(resources: &Resources, mut service: Service) -> Service {
-    Allocator::new(resources, &ranges()).allocate(&mut service).unwrap();
+    allocate(resources, &mut service, &ranges()).unwrap();
     service
 }
 
@@ -37,7 +41,7 @@ fn put(resources: &mut Resources, service: Service) -> Vec<String> {
 }
 
 fn refused(resources: &Resources, mut service: Service) -> String {
-    let problems = Allocator::new(resources, &ranges()).allocate(&mut service).unwrap_err();
+    let problems = allocate(resources, &mut service, &ranges()).unwrap_err();
     problems.iter().map(|it| format!("{} {}", it.field, it.reason)).collect::<Vec<_>>().join("; ")
 }
 
@@ -103,7 +107,7 @@ fn families_follow_the_policy_and_what_is_given() {
     let v4 = Ranges { services: vec!["10.96.0.0/16".parse().unwrap()], load_balancers: Vec::new() };
     let try_v4 = |spec| {
         let mut service = service("web", spec);
-        Allocator::new(&Resources::default(), &v4).allocate(&mut service).map(|()| service)
+        allocate(&Resources::default(), &mut service, &v4).map(|()| service)
     };
     let prefer = try_v4(json!({ "ipFamilyPolicy": "PreferDualStack", "ports": [{ "port": 80 }] })).unwrap();
     assert_eq!(prefer.spec.ip_families, [IPv4]);

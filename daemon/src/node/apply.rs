@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use ovl_core::allocation::Allocator;
+use ovl_core::allocation::{Allocator, Promised};
 use ovl_core::backends::Readiness;
 use ovl_core::manifest::{self, Problem};
 use ovl_core::members::Member;
@@ -18,6 +18,7 @@ use ovl_proto::resource::{
 };
 use ovl_proto::wire;
 use serde_json::Value;
+use tokio::task::yield_now;
 
 use super::state::State;
 use super::{Failed, Node, wall_ms};
@@ -73,13 +74,15 @@ impl Node {
     /// Makes or changes the objects of the documents: all of them, or none if any is wrong.
     pub(super) async fn apply(&self, documents: Vec<Document>, apply: &Apply) -> Result<Reply, Failed> {
         self.member()?;
+        // One after the other: each is judged by what there is, and others have their turn meanwhile.
+        let _turn = self.applying.lock().await;
         let mut problems = Vec::new();
         let mut warnings = Vec::new();
         let mut read: Vec<(Place, Resource)> = Vec::new();
         let mut places: BTreeMap<ResourceKey, Place> = BTreeMap::new();
         for (n, (place, value)) in objects_of(documents).enumerate() {
             if n % AT_A_TIME == AT_A_TIME - 1 {
-                tokio::task::yield_now().await;
+                yield_now().await;
             }
             match manifest::read(value, apply.namespace.as_deref(), apply.lenient) {
                 Ok(found) => {
@@ -98,12 +101,12 @@ impl Node {
             }
         }
         if problems.is_empty() {
-            problems = self.complete(&mut read);
+            problems = self.complete(&mut read).await;
         }
         if !problems.is_empty() {
             return Ok(Reply::Refused(problems));
         }
-        let (objects, writes) = self.judge(read, apply.show)?;
+        let (objects, writes) = self.judge(read, apply.show).await?;
         if !apply.dry_run {
             self.write_resources(writes).await?;
             self.tell_applied(&objects);
@@ -121,23 +124,15 @@ impl Node {
     }
 
     /// Fills in what the cluster decides.
-    fn complete(&self, read: &mut [(Place, Resource)]) -> Vec<ManifestProblem> {
-        let mut guard = self.state.borrow_mut();
-        let state = &mut *guard;
-        let me = state.view.me;
-        let resources = &state.view.resources;
-        let mut problems = Vec::new();
-        let new = read.iter().filter(|(_, resource)| resources.get(&resource.key()).is_none()).count();
-        if state.objects.len() + new > MAX_OBJECTS {
-            let reason = format!("there would be more than {MAX_OBJECTS} objects, removed ones included");
-            let first =
-                read.first().map(|(place, _)| place.problem(Problem { field: String::new(), reason }));
-            return first.into_iter().collect();
+    async fn complete(&self, read: &mut [(Place, Resource)]) -> Vec<ManifestProblem> {
+        if let Some(problem) = self.lacks_room(read) {
+            return vec![problem];
         }
-        for (_, resource) in read.iter_mut() {
-            let old = resources.get(&resource.key()).map(|old| old.meta().creation_timestamp);
-            resource.meta_mut().creation_timestamp =
-                old.unwrap_or_else(|| Created(state.clock.tick(wall_ms(), me)));
+        let mut problems = Vec::new();
+        for some in read.chunks_mut(AT_A_TIME) {
+            self.created(some);
+            problems.extend(some.iter().filter_map(|(place, resource)| too_long(place, resource)));
+            yield_now().await;
         }
         // Those first that ask for something: what is chosen for others is not to be in their way.
         let asks = |service: &Service| {
@@ -147,48 +142,78 @@ impl Node {
                 || spec.health_check_node_port.is_some()
                 || spec.ports.iter().any(|port| port.node_port.is_some())
         };
-        let mut allocator = Allocator::new(resources, &self.config.ranges);
+        let mut promised = Promised::default();
         for asking in [true, false] {
-            for (place, resource) in read.iter_mut() {
-                if let Resource::Service(service) = resource
-                    && asks(service) == asking
-                    && let Err(found) = allocator.allocate(service)
+            for some in read.chunks_mut(AT_A_TIME) {
                 {
-                    problems.extend(found.into_iter().map(|problem| place.problem(problem)));
+                    let state = self.state.borrow();
+                    let resources = &state.view.resources;
+                    let mut allocator = Allocator::new(resources, &self.config.ranges, &mut promised);
+                    for (place, resource) in some {
+                        if let Resource::Service(service) = resource
+                            && asks(service) == asking
+                            && let Err(found) = allocator.allocate(service)
+                        {
+                            problems.extend(found.into_iter().map(|problem| place.problem(problem)));
+                        }
+                    }
                 }
+                yield_now().await;
             }
         }
-        problems.extend(read.iter().filter_map(|(place, resource)| {
-            let length = wire::encode_body(resource).map_or(usize::MAX, |bytes| bytes.len());
-            let reason = format!("is {length} bytes long and may be {}", MAX_OBJECT_BYTES - 128);
-            (length > MAX_OBJECT_BYTES - 128).then(|| place.problem(Problem { field: String::new(), reason }))
-        }));
         problems.truncate(MOST_PROBLEMS);
         problems
     }
 
-    /// What would become of each, and which have to be written.
-    fn judge(&self, read: Vec<(Place, Resource)>, show: bool) -> Result<(Vec<Applied>, Writes), Failed> {
+    fn lacks_room(&self, read: &[(Place, Resource)]) -> Option<ManifestProblem> {
         let state = self.state.borrow();
-        let shown = |resource: Option<&Resource>| match resource.filter(|_| show) {
-            Some(resource) => {
-                resource.to_manifest().map(Some).map_err(|error| Failed::internal(error.to_string()))
-            }
-            None => Ok(None),
-        };
-        let (mut objects, mut writes) = (Vec::with_capacity(read.len()), Vec::new());
+        let is_new = |resource: &Resource| state.view.resources.meta(&resource.key()).is_none();
+        let new = read.iter().filter(|(_, resource)| is_new(resource)).count();
+        if state.objects.len() + new <= MAX_OBJECTS {
+            return None;
+        }
+        let reason = format!("there would be more than {MAX_OBJECTS} objects, removed ones included");
+        read.first().map(|(place, _)| place.problem(Problem { field: String::new(), reason }))
+    }
+
+    /// Since when they are there.
+    fn created(&self, read: &mut [(Place, Resource)]) {
+        let mut guard = self.state.borrow_mut();
+        let state = &mut *guard;
+        let me = state.view.me;
         for (_, resource) in read {
-            let ResourceKey { kind, name } = resource.key();
-            let old = state.view.resources.get(&resource.key());
+            let old = state.view.resources.meta(&resource.key()).map(|old| old.creation_timestamp);
+            resource.meta_mut().creation_timestamp =
+                old.unwrap_or_else(|| Created(state.clock.tick(wall_ms(), me)));
+        }
+    }
+
+    /// What would become of each, and which have to be written.
+    async fn judge(
+        &self,
+        read: Vec<(Place, Resource)>,
+        show: bool,
+    ) -> Result<(Vec<Applied>, Writes), Failed> {
+        let (mut objects, mut writes) = (Vec::with_capacity(read.len()), Vec::new());
+        for (n, (_, resource)) in read.into_iter().enumerate() {
+            if n % AT_A_TIME == AT_A_TIME - 1 {
+                yield_now().await;
+            }
+            let key = resource.key();
+            let old = self.state.borrow().view.resources.get(&key);
             let action = match &old {
                 None => Action::Created,
                 Some(old) if *old == resource => Action::Unchanged,
                 Some(_) => Action::Configured,
             };
+            let shown = |resource: Option<&Resource>| {
+                let manifest = resource.filter(|_| show).map(Resource::to_manifest).transpose();
+                manifest.map_err(|error| Failed::internal(error.to_string()))
+            };
             objects.push(Applied {
-                kind,
-                namespace: name.namespace,
-                name: name.name,
+                kind: key.kind,
+                namespace: key.name.namespace,
+                name: key.name.name,
                 action,
                 before: shown(old.as_ref())?,
                 after: shown(Some(&resource))?,
@@ -209,7 +234,7 @@ impl Node {
             let rest = writes.split_off(writes.len().min(AT_A_TIME));
             self.write_objects(writes)?;
             writes = rest;
-            tokio::task::yield_now().await;
+            yield_now().await;
         }
         self.saved().await
     }
@@ -291,6 +316,13 @@ impl Node {
         let asked_for = services.filter(|(name, _)| is_asked_for(query, name));
         asked_for.map(|(name, service)| backends(state, name, service)).collect()
     }
+}
+
+fn too_long(place: &Place, resource: &Resource) -> Option<ManifestProblem> {
+    let most = MAX_OBJECT_BYTES - 128;
+    let length = wire::encode_body(resource).map_or(usize::MAX, |bytes| bytes.len());
+    let reason = format!("is {length} bytes long and may be {most}");
+    (length > most).then(|| place.problem(Problem { field: String::new(), reason }))
 }
 
 fn is_asked_for(query: &ResourceQuery, name: &Name) -> bool {

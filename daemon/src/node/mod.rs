@@ -111,6 +111,8 @@ pub(crate) struct Node {
     /// The map names another cluster key, or somebody's keys are others.
     keys: Notify,
     key_turn: tokio::sync::Mutex<()>,
+    /// Manifests are applied one request at a time.
+    applying: tokio::sync::Mutex<()>,
     /// Other people's firewalls are looked at by one at a time.
     firewall_turn: tokio::sync::Mutex<()>,
     /// A key of the tunnel is about to change.
@@ -235,6 +237,7 @@ impl Node {
             saver: Notify::new(),
             keys: Notify::new(),
             key_turn: tokio::sync::Mutex::default(),
+            applying: tokio::sync::Mutex::default(),
             firewall_turn: tokio::sync::Mutex::default(),
             tunnel_turn: Notify::new(),
             membership: Notify::new(),

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use ovl_core::allocation::Allocator;
+use ovl_core::allocation::{Allocator, Promised};
 use ovl_core::backends::Settled;
 use ovl_core::manifest;
 use ovl_core::networks::{self, Resolution};
@@ -228,7 +228,8 @@ impl Node {
             }
             let resources = &state.view.resources;
             let lacking: std::collections::BTreeSet<&Name> = resources.claims.lacking().collect();
-            let mut allocator = Allocator::new(resources, &self.config.ranges);
+            let mut promised = Promised::default();
+            let mut allocator = Allocator::new(resources, &self.config.ranges, &mut promised);
             let mended = lacking.into_iter().filter_map(|name| {
                 let before = resources.services.get(name)?;
                 let mut service = before.clone();

@@ -118,7 +118,7 @@ fn figure(count: usize, attached: &[Attached], announced: &[Announced]) -> Figur
 
 /// Docker's default. Else each interface sends half a dozen multicasts (address detection, MLD, router
 /// solicitation), each of which the bridge copies to all the others: millions of packets.
-fn without_ipv6(workload: &Workload) -> Result<()> {
+pub(crate) fn without_ipv6(workload: &Workload) -> Result<()> {
     let written = workload.run(|| fs::write("/proc/sys/net/ipv6/conf/default/disable_ipv6", "1"))?;
     written.with_context(|| format!("cannot turn IPv6 off in {}", workload.netns_name()))
 }

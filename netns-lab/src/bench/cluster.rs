@@ -125,7 +125,7 @@ impl Cluster {
     }
 
     /// Asks so many requests of a daemon, each as soon as a connection is free.
-    fn ask_all(
+    pub(crate) fn ask_all(
         &self,
         index: usize,
         count: usize,

@@ -17,6 +17,7 @@ mod kill;
 mod loss;
 mod neigh;
 mod plan;
+mod policy;
 mod publish;
 mod report;
 mod setup;
@@ -62,6 +63,8 @@ pub(crate) enum Suite {
     Publish,
     /// Names, beside dnsmasq: figures of issue 6
     Dns,
+    /// Network policies: figures of issue 7
+    Policy,
 }
 
 impl Suite {
@@ -73,6 +76,7 @@ impl Suite {
             Suite::Docker => "docker",
             Suite::Publish => "publish",
             Suite::Dns => "dns",
+            Suite::Policy => "policy",
         }
     }
 }
@@ -135,6 +139,8 @@ pub(crate) enum Name {
     /// dns: from an attach until the last host answers the name
     #[value(name = "new-name")]
     Resolved,
+    /// policy: one more of ten thousand pods under a thousand policies, and a connection
+    Policies,
 }
 
 impl Name {
@@ -167,6 +173,7 @@ impl Name {
             Name::Ports => "ports",
             Name::Answers => "answers",
             Name::Resolved => "new-name",
+            Name::Policies => "policies",
         }
     }
 
@@ -189,6 +196,7 @@ impl Name {
             Name::Run | Name::Link | Name::Pinging | Name::Cut => Suite::Docker,
             Name::Ports => Suite::Publish,
             Name::Answers | Name::Resolved => Suite::Dns,
+            Name::Policies => Suite::Policy,
         }
     }
 
@@ -221,6 +229,7 @@ impl Name {
             Name::Ports => publish::measure(bench),
             Name::Answers => dns::measure_answers(bench),
             Name::Resolved => dns::measure_spread(bench),
+            Name::Policies => policy::measure(bench),
         }
     }
 }

@@ -53,6 +53,12 @@ pub(crate) struct Plan {
     pub(crate) published: u16,
     pub(crate) publishes: usize,
     pub(crate) connects: usize,
+    /// Of `bench policy`: pods on all hosts, groups of them with policies of their own, rounds with and without, and
+    /// attaches in each.
+    pub(crate) policy_pods: usize,
+    pub(crate) policy_groups: usize,
+    pub(crate) policy_rounds: usize,
+    pub(crate) policy_attaches: usize,
 }
 
 impl Plan {
@@ -91,6 +97,10 @@ impl Plan {
             published: 1000,
             publishes: 200,
             connects: 2000,
+            policy_pods: 10_000,
+            policy_groups: 340,
+            policy_rounds: 3,
+            policy_attaches: 100,
         }
     }
 
@@ -128,6 +138,10 @@ impl Plan {
             published: 100,
             publishes: 10,
             connects: 100,
+            policy_pods: 160,
+            policy_groups: 30,
+            policy_rounds: 1,
+            policy_attaches: 10,
         }
     }
 
@@ -164,6 +178,10 @@ impl Plan {
             "published": self.published,
             "publishes": self.publishes,
             "connects": self.connects,
+            "policy_pods": self.policy_pods,
+            "policy_groups": self.policy_groups,
+            "policy_rounds": self.policy_rounds,
+            "policy_attaches": self.policy_attaches,
         })
     }
 }

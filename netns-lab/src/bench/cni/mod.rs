@@ -3,7 +3,7 @@
 
 pub(super) mod at_once;
 mod by_hand;
-mod ground;
+pub(super) mod ground;
 mod plugin;
 pub(super) mod pod_tcp;
 mod reference;
