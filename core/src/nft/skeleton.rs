@@ -1,5 +1,6 @@
 //! What stands in a table beside the elements.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 
 use super::{Set, Table};
@@ -58,6 +59,22 @@ impl Skeleton {
         }
         text.push_str("}\n");
         text
+    }
+
+    /// What of it is not the same in a table that was written from another one.
+    pub fn since(&self, other: &Self) -> Self {
+        let chains: BTreeMap<&str, &Chain> = other.chains.iter().map(|chain| (&*chain.name, chain)).collect();
+        let sets: BTreeSet<&Set> = other.sets.iter().collect();
+        Self {
+            sets: self.sets.iter().filter(|set| !sets.contains(set)).cloned().collect(),
+            objects: self.objects.iter().filter(|object| !other.objects.contains(object)).cloned().collect(),
+            chains: self
+                .chains
+                .iter()
+                .filter(|chain| chains.get(&*chain.name).copied() != Some(*chain))
+                .cloned()
+                .collect(),
+        }
     }
 
     /// The same without rules.

@@ -116,14 +116,19 @@ impl Tables {
         skeleton: &Arc<Skeleton>,
         mut watch: Option<&mut Watch>,
     ) -> Result<()> {
+        // Of a table that stands as we wrote it, `nft` is given only what changes: of a thousand policies one.
+        let part = match self.current(table)? {
+            Some(there) if *there != Skeleton::default() => skeleton.since(&there),
+            _ => Skeleton::clone(skeleton),
+        };
         let state = self.states.entry(table).or_default();
         state.written = None;
         state.seen = None;
-        let mut text = skeleton.without_rules().text(table);
-        for chain in &skeleton.chains {
+        let mut text = part.without_rules().text(table);
+        for chain in &part.chains {
             let _ = writeln!(text, "flush chain {table} {}", chain.name);
         }
-        text += &skeleton.text(table);
+        text += &part.text(table);
         if let Err(error) = run(&text, watch.as_deref_mut())?.check() {
             // Made by another version, or by somebody else, with other sets or hooks: all anew.
             tracing::info!(%table, %error, "the table is made anew");
