@@ -9,8 +9,8 @@ use std::ops::RangeInclusive;
 
 use ipnet::IpNet;
 use ovl_proto::resource::{
-    ClusterIp, Created, IpFamily, IpFamilyPolicy, Kind, LoadBalancerIngress, Name, ResourceKey, Service,
-    ServicePort, ServiceType,
+    ClusterIp, Created, IpFamily, IpFamilyPolicy, Kind, LoadBalancerIngress, Name, Protocol, ResourceKey,
+    Service, ServicePort, ServiceType,
 };
 
 use crate::digest::hash;
@@ -55,6 +55,8 @@ pub enum Claim {
     Address(IpAddr),
     /// A port of all hosts, whatever the protocol.
     NodePort(u16),
+    /// A port at an external address, which other Services may have at other ports.
+    External(IpAddr, Protocol, u16),
 }
 
 impl std::fmt::Display for Claim {
@@ -62,6 +64,7 @@ impl std::fmt::Display for Claim {
         match self {
             Self::Address(address) => address.fmt(f),
             Self::NodePort(port) => write!(f, "node port {port}"),
+            Self::External(address, protocol, port) => write!(f, "{address} port {port}/{protocol}"),
         }
     }
 }
@@ -70,7 +73,15 @@ fn claims_of(service: &Service) -> BTreeSet<Claim> {
     let addresses = service.cluster_addresses().chain(service.load_balancer_addresses());
     let ports = service.spec.ports.iter().filter_map(|port| port.node_port);
     let ports = ports.chain(service.spec.health_check_node_port);
-    addresses.map(Claim::Address).chain(ports.map(Claim::NodePort)).collect()
+    addresses.map(Claim::Address).chain(ports.map(Claim::NodePort)).chain(externals_of(service)).collect()
+}
+
+/// Ports at external addresses.
+fn externals_of(service: &Service) -> impl Iterator<Item = Claim> {
+    let ports = |address| {
+        service.spec.ports.iter().map(move |port| Claim::External(address, port.protocol, port.port))
+    };
+    service.spec.external_ips.iter().copied().flat_map(ports)
 }
 
 /// The Service without what it has lost.
@@ -104,6 +115,36 @@ impl Claims {
     /// Who has it.
     pub fn holder(&self, claim: Claim) -> Option<&Name> {
         self.all.get(&claim)?.first().map(|(_, name)| name)
+    }
+
+    /// Who has it instead of this Service: a port at one of its external addresses, or the whole address.
+    fn other_at(&self, name: &Name, claim: Claim) -> Option<&Name> {
+        let Claim::External(address, ..) = claim else { return None };
+        let holders = [self.holder(Claim::Address(address)), self.holder(claim)];
+        holders.into_iter().flatten().find(|holder| *holder != name)
+    }
+
+    /// Whether a port at an external address is this Service's: nobody has the address for itself, and no older one
+    /// has the port.
+    pub fn has_external(&self, name: &Name, address: IpAddr, protocol: Protocol, port: u16) -> bool {
+        self.other_at(name, Claim::External(address, protocol, port)).is_none()
+    }
+
+    /// What a Service names at external addresses and others have, with these others.
+    pub fn lost_externals<'a>(
+        &'a self,
+        name: &'a Name,
+        service: &'a Service,
+    ) -> impl Iterator<Item = (Claim, &'a Name)> {
+        externals_of(service).filter_map(move |claim| Some((claim, self.other_at(name, claim)?)))
+    }
+
+    /// Services with ports at an external address.
+    fn externals_at(&self, address: IpAddr) -> impl Iterator<Item = &(Created, Name)> {
+        let all = self.all.range(Claim::External(address, Protocol::Tcp, 0)..);
+        let here =
+            all.take_while(move |(claim, _)| matches!(claim, Claim::External(at, ..) if *at == address));
+        here.flat_map(|(_, claimants)| claimants)
     }
 
     /// Services that lack something.
@@ -141,9 +182,16 @@ impl Claims {
         let claimants = before.union(&after).filter_map(|claim| self.all.get(claim)).flatten();
         let others: BTreeSet<Name> =
             claimants.map(|(_, other)| other.clone()).filter(|other| *other != name).collect();
+        let at = before.symmetric_difference(&after).filter_map(|claim| match claim {
+            Claim::Address(address) | Claim::External(address, ..) => Some(*address),
+            Claim::NodePort(_) => None,
+        });
+        let sharing: BTreeSet<Name> =
+            at.flat_map(|address| self.externals_at(address)).map(|(_, other)| other.clone()).collect();
         self.judge(services, &name);
-        let mut changed = vec![name];
-        changed.extend(others.into_iter().filter(|other| self.judge(services, other)));
+        let mut changed = vec![name.clone()];
+        let others: BTreeSet<Name> = others.into_iter().filter(|other| self.judge(services, other)).collect();
+        changed.extend(others.union(&sharing).filter(|other| **other != name).cloned());
         changed.into_iter().map(|name| ResourceKey { kind: Kind::Service, name }).collect()
     }
 
@@ -151,8 +199,13 @@ impl Claims {
     fn judge(&mut self, services: &mut BTreeMap<Name, Service>, name: &Name) -> bool {
         let raw = self.contested.remove(name);
         let Some(raw) = raw.or_else(|| services.get(name).cloned()) else { return false };
-        let lost: BTreeSet<Claim> =
-            claims_of(&raw).into_iter().filter(|claim| self.holder(*claim) != Some(name)).collect();
+        // What it lacks at external addresses nobody can give it.
+        let given = |claim: &Claim| !matches!(claim, Claim::External(..));
+        let lost: BTreeSet<Claim> = claims_of(&raw)
+            .into_iter()
+            .filter(given)
+            .filter(|claim| self.holder(*claim) != Some(name))
+            .collect();
         let effective = if lost.is_empty() { raw.clone() } else { without(&raw, &lost) };
         if !lost.is_empty() {
             self.contested.insert(name.clone(), raw);

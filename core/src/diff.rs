@@ -49,6 +49,14 @@ pub fn diff(actual: &Kernel, desired: &Kernel, prune: bool) -> Vec<Op> {
         |(d, a)| Op::AddAddress(d, a),
         |(d, a)| Op::DelAddress(d, a),
     );
+    set(
+        &actual.announced,
+        &desired.announced,
+        prune,
+        &mut ops,
+        |(d, a)| Op::AddAnnounced(d, a),
+        |(d, a)| Op::DelAnnounced(d, a),
+    );
     let ports = actual.ports.iter().filter(|(device, _)| there(device)).copied().collect();
     set(&ports, &desired.ports, prune, &mut ops, |(d, m)| Op::AddPort(d, m), |(d, m)| Op::DelPort(d, m));
     let remotes = actual.remotes.iter().filter(|((device, _), _)| there(device)).map(copied).collect();

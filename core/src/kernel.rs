@@ -39,6 +39,8 @@ pub struct Kernel {
     pub sources: BTreeMap<(Device, Mac), Source>,
     /// Devices to which packets from 127.0.0.1 may be translated (`route_localnet`).
     pub localnets: BTreeSet<Device>,
+    /// Addresses of LoadBalancers that this host answers for, on a device that is not ours: they carry [`PROTOCOL`].
+    pub announced: BTreeSet<(Device, IpAddr)>,
     /// Settings under `net.`, by their names with dots.
     pub sysctls: BTreeMap<String, String>,
     /// Our nftables table, as the text that makes it; see [`crate::filter`].
@@ -212,6 +214,7 @@ impl Kernel {
             tunnel_peers,
             sources,
             localnets,
+            announced,
             sysctls,
             filter,
             tables,
@@ -228,6 +231,7 @@ impl Kernel {
         self.tunnel_peers.extend(tunnel_peers);
         self.sources.extend(sources);
         self.localnets.extend(localnets);
+        self.announced.extend(announced);
         self.sysctls.extend(sysctls);
         self.filter = filter.or_else(|| self.filter.take());
         self.tables.extend(tables);

@@ -18,6 +18,7 @@ pub mod filter;
 pub mod firewall;
 pub mod flows;
 mod index;
+pub mod ingress;
 pub mod ipam;
 pub mod kernel;
 pub mod keys;

@@ -52,6 +52,10 @@ pub enum Op {
     AddAddress(Device, IpNet),
     /// Take it away.
     DelAddress(Device, IpNet),
+    /// Answer for an address of a LoadBalancer on a device that is not ours.
+    AddAnnounced(Device, IpAddr),
+    /// No more.
+    DelAnnounced(Device, IpAddr),
     /// Send frames for a MAC address to a VTEP.
     SetRemote(Device, Mac, Remote),
     /// No more.
@@ -96,6 +100,8 @@ impl Op {
             | Self::SetElement(_)
             | Self::DelElement(..)
             | Self::EndFlows(_)
+            | Self::AddAnnounced(..)
+            | Self::DelAnnounced(..)
             | Self::DelRoute(_) => None,
             Self::SetRoute(_, hop) => hop.device,
             Self::SetLocalnet(device)
@@ -145,6 +151,13 @@ impl fmt::Display for Op {
             Self::DelLink(device) => write!(f, "ip link del {device}"),
             Self::AddAddress(device, address) => write!(f, "ip addr replace {address} dev {device}"),
             Self::DelAddress(device, address) => write!(f, "ip addr del {address} dev {device}"),
+            Self::AddAnnounced(device, address) => {
+                let rest = if address.is_ipv4() { "scope host" } else { "nodad preferred_lft 0" };
+                write!(f, "ip addr add {} dev {device} proto {PROTOCOL} {rest}", IpNet::from(*address))
+            }
+            Self::DelAnnounced(device, address) => {
+                write!(f, "ip addr del {} dev {device}", IpNet::from(*address))
+            }
             Self::SetRemote(device, mac, remote) => {
                 write!(f, "bridge fdb replace {mac} dev {device} self static {}", To(*remote))
             }

@@ -192,7 +192,7 @@ impl Services {
         let service = view.resources.services.get(name);
         let resolved = service.map(|service| {
             let of = backends.of(name);
-            resolve::resolve(&self.ground, name, service, of, &mut self.slots)
+            resolve::resolve(&self.ground, &view.resources.claims, (name, service), of, &mut self.slots)
         });
         let Resolved { entries, counts, sticky, flows } = resolved.unwrap_or_default();
         if service.is_none() {

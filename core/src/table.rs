@@ -70,7 +70,7 @@ impl Table {
         self.entries().map_while(|entry| match entry {
             Entry::Endpoint(endpoint) => Some(endpoint),
             // They come first.
-            Entry::Lease { .. } | Entry::PathMtu { .. } | Entry::Held(_) => None,
+            Entry::Lease { .. } | Entry::PathMtu { .. } | Entry::Held(_) | Entry::Announced(_) => None,
         })
     }
 
@@ -78,7 +78,7 @@ impl Table {
     pub fn endpoint(&self, id: EndpointId) -> Option<&Endpoint> {
         match self.get(&Key::Endpoint(id))? {
             Entry::Endpoint(endpoint) => Some(endpoint),
-            Entry::Lease { .. } | Entry::PathMtu { .. } | Entry::Held(_) => None,
+            Entry::Lease { .. } | Entry::PathMtu { .. } | Entry::Held(_) | Entry::Announced(_) => None,
         }
     }
 
@@ -123,13 +123,27 @@ impl Table {
         let entries = self.contents.entries.range(Key::PathMtu(NodeId::default())..);
         entries.filter_map(|(_, (entry, _))| match entry {
             Entry::PathMtu { peer, mtu } => Some((*peer, *mtu)),
-            Entry::Endpoint(_) | Entry::Lease { .. } | Entry::Held(_) => None,
+            Entry::Endpoint(_) | Entry::Lease { .. } | Entry::Held(_) | Entry::Announced(_) => None,
         })
     }
 
     /// Whether an engine of the owner's has a network among its own.
     pub fn holds(&self, network: NetworkId) -> bool {
         self.get(&Key::Held(network)).is_some()
+    }
+
+    /// Whether the owner announces an address of a LoadBalancer.
+    pub fn announces(&self, address: IpAddr) -> bool {
+        self.get(&Key::Announced(address)).is_some()
+    }
+
+    /// All that it announces: they come last.
+    pub fn announced(&self) -> impl Iterator<Item = IpAddr> {
+        let entries = self.contents.entries.keys().rev();
+        entries.map_while(|key| match key {
+            Key::Announced(address) => Some(*address),
+            Key::Endpoint(_) | Key::Lease(..) | Key::PathMtu(_) | Key::Held(_) => None,
+        })
     }
 
     /// One entry.

@@ -73,6 +73,8 @@ fn apply(kernel: &mut Kernel, op: &Op) -> Result<(), String> {
         Op::DelLink(device) => kernel.forget_device(device),
         Op::AddAddress(device, address) => drop(kernel.addresses.insert((device, address))),
         Op::DelAddress(device, address) => drop(kernel.addresses.remove(&(device, address))),
+        Op::AddAnnounced(device, address) => drop(kernel.announced.insert((device, address))),
+        Op::DelAnnounced(device, address) => drop(kernel.announced.remove(&(device, address))),
         Op::SetRemote(device, mac, remote) => drop(kernel.remotes.insert((device, mac), remote)),
         Op::DelRemote(device, mac) => drop(kernel.remotes.remove(&(device, mac))),
         Op::AddFlood(device, remote) => drop(kernel.floods.insert((device, remote))),
@@ -238,9 +240,14 @@ fn table(table: Table) -> impl Strategy<Value = Kernel> {
 
 fn kernel() -> impl Strategy<Value = Kernel> {
     let tables = (table(Table::Services), table(Table::Divert));
-    let parts = (part(1), part(2), tunnel(), tables);
+    let announced = proptest::collection::btree_set((prop_oneof![Just("eth0"), Just("eth1")], ip()), 0..3);
+    let parts = (part(1), part(2), tunnel(), tables, announced);
     (parts, proptest::option::of("[ab]"), proptest::option::of("[01]")).prop_map(
-        |((mut kernel, other, tunnel, tables), filter, forward)| {
+        |((mut kernel, other, tunnel, tables, announced), filter, forward)| {
+            kernel.announced = announced
+                .into_iter()
+                .filter_map(|(name, address)| Some((Device::new(name)?, address)))
+                .collect();
             for more in [other, tunnel, tables.0, tables.1] {
                 kernel.merge(more);
             }
@@ -293,6 +300,7 @@ proptest! {
         }
         prop_assert!(reached.routes.iter().all(|(to, hop)| after.routes.get(to) == Some(hop)));
         prop_assert!(reached.addresses.is_subset(&after.addresses));
+        prop_assert!(reached.announced.is_subset(&after.announced));
         prop_assert!(reached.ports.is_subset(&after.ports));
         prop_assert!(reached.floods.is_subset(&after.floods));
         prop_assert!(reached.remotes.iter().all(|(key, remote)| after.remotes.get(key) == Some(remote)));

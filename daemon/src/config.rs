@@ -8,6 +8,7 @@ use anyhow::{Context, Result, bail};
 use clap::Parser;
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use ovl_core::allocation::Ranges;
+use ovl_core::device::Device;
 use ovl_core::networks::overlaps;
 use ovl_proto::{DEFAULT_PORT, DEFAULT_TUNNEL_PORT, DEFAULT_VXLAN_PORT, SEALED_VXLAN_PORT};
 use serde::Deserialize;
@@ -98,6 +99,7 @@ struct File {
     pool: Option<IpNet>,
     service_range: Option<Vec<IpNet>>,
     load_balancer_pool: Option<Vec<IpNet>>,
+    load_balancer_device: Option<String>,
     cluster_domain: Option<String>,
     masquerade: Option<bool>,
     #[serde(default)]
@@ -161,6 +163,8 @@ pub(crate) struct Config {
     pub pool: IpNet,
     /// Where addresses of Services come from.
     pub ranges: Ranges,
+    /// Where addresses of LoadBalancers are announced; nothing: where this host's own is.
+    pub load_balancer_device: Option<Device>,
     /// What the names of Services end with in DNS.
     pub cluster_domain: String,
     /// Whether what leaves the cluster gets this host's address.
@@ -232,6 +236,13 @@ impl Config {
                 services: file.service_range.unwrap_or_else(|| DEFAULT_SERVICE_RANGES.to_vec()),
                 load_balancers: file.load_balancer_pool.unwrap_or_default(),
             },
+            load_balancer_device: file
+                .load_balancer_device
+                .map(|name| {
+                    Device::new(&name)
+                        .with_context(|| format!("load_balancer_device: '{name}' is no name of a device"))
+                })
+                .transpose()?,
             cluster_domain: file.cluster_domain.unwrap_or_else(|| "cluster.local".to_owned()),
             masquerade: file.masquerade.unwrap_or(true),
             tunnel: args.tunnel.unwrap_or(file.tunnel),

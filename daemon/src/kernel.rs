@@ -310,6 +310,11 @@ impl KernelHandle {
         self.ask(|reply| Request::Underlay(vtep, reply)).await?
     }
 
+    /// Tells the links of these devices once more that this host has an address.
+    pub(crate) async fn announce(&self, addresses: Vec<(Device, IpAddr)>) -> Result<()> {
+        self.ask(|reply| Request::Announce(addresses, reply)).await
+    }
+
     /// The index of the device by which packets to an address leave; nothing if there is no way.
     pub(crate) async fn way_to(&self, address: IpAddr) -> Result<Option<u32>> {
         self.ask(|reply| Request::WayTo(address, reply)).await?

@@ -4,12 +4,15 @@
 //!
 //! A thread of its own passes on; who only wants to know whether a port is free has the answer at once.
 
+mod health;
 mod holder;
 mod relay;
 
-use std::collections::HashMap;
+use std::cell::RefCell;
+use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, UdpSocket};
+use std::rc::Rc;
 use std::thread;
 
 use ovl_proto::id::EndpointId;
@@ -17,6 +20,8 @@ use ovl_proto::publish::{Published, Transport};
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::sync::mpsc;
 use tokio::task::{JoinSet, LocalSet};
+
+pub(crate) use health::Answer;
 
 /// Connections that wait to be passed on.
 const BACKLOG: i32 = 128;
@@ -47,6 +52,7 @@ pub(crate) enum Refused {
 enum Order {
     Serve(EndpointId, Vec<Held>, Vec<IpAddr>),
     Release(EndpointId),
+    Answer(BTreeMap<u16, Answer>, Vec<(u16, TcpListener)>),
 }
 
 /// The way to the thread; it ends with this.
@@ -70,6 +76,12 @@ impl Ports {
         let _ = self.0.send(Order::Serve(endpoint, held, targets));
     }
 
+    /// Answers health checks at these ports from now on, and at no others. Each either was among them the last
+    /// time, or has its listener among `new`.
+    pub(crate) fn answer(&self, answers: BTreeMap<u16, Answer>, new: Vec<(u16, TcpListener)>) {
+        let _ = self.0.send(Order::Answer(answers, new));
+    }
+
     /// Lets go of all ports of an endpoint.
     pub(crate) fn release(&self, endpoint: EndpointId) {
         let _ = self.0.send(Order::Release(endpoint));
@@ -79,6 +91,7 @@ impl Ports {
 /// Runs until nobody can send orders any more.
 async fn obey(mut inbox: mpsc::UnboundedReceiver<Order>) {
     let mut served: HashMap<EndpointId, JoinSet<()>> = HashMap::new();
+    let mut answered: HashMap<u16, (Rc<RefCell<Answer>>, JoinSet<()>)> = HashMap::new();
     while let Some(order) = inbox.recv().await {
         match order {
             Order::Serve(endpoint, held, targets) => {
@@ -93,6 +106,19 @@ async fn obey(mut inbox: mpsc::UnboundedReceiver<Order>) {
             }
             // With the tasks go their sockets, and with these what was passed on.
             Order::Release(endpoint) => drop(served.remove(&endpoint)),
+            Order::Answer(answers, new) => {
+                answered.retain(|port, _| answers.contains_key(port));
+                let mut new: HashMap<u16, TcpListener> = new.into_iter().collect();
+                for (port, answer) in answers {
+                    if let Some(listener) = new.remove(&port) {
+                        let (shared, mut task) = (Rc::new(RefCell::new(answer)), JoinSet::new());
+                        task.spawn_local(health::serve(listener, Rc::clone(&shared)));
+                        answered.insert(port, (shared, task));
+                    } else if let Some((shared, _)) = answered.get(&port) {
+                        shared.replace(answer);
+                    }
+                }
+            }
         }
     }
 }
@@ -122,6 +148,17 @@ fn hold_one(published: Published, port: u16, container: u16) -> Result<Option<He
             bind(published.address, port).map(|s| Some(Held::Udp(s, container))).map_err(refused)
         }
     }
+}
+
+/// A port of TCP at all addresses of this host; else why it cannot be had, as the end of a sentence.
+pub(crate) fn listen_everywhere(port: u16) -> Result<TcpListener, String> {
+    listen(None, port).map_err(|error| match error.raw_os_error() {
+        Some(nix::libc::EADDRINUSE) => {
+            let holder = holder::of(Transport::Tcp, port);
+            format!("is in use by {}", holder.as_deref().unwrap_or("a program that cannot be seen from here"))
+        }
+        _ => format!("cannot be had: {error}"),
+    })
 }
 
 fn listen(address: Option<IpAddr>, port: u16) -> io::Result<TcpListener> {

@@ -84,6 +84,8 @@ pub enum Entry {
     },
     /// A container engine of this host has the network among its own: it is not to be removed.
     Held(NetworkId),
+    /// The owner answers for this address of a LoadBalancer on the underlay.
+    Announced(IpAddr),
 }
 
 /// Which entry of a table.
@@ -97,6 +99,8 @@ pub enum Key {
     PathMtu(NodeId),
     /// [`Entry::Held`].
     Held(NetworkId),
+    /// [`Entry::Announced`].
+    Announced(IpAddr),
 }
 
 impl Entry {
@@ -107,6 +111,7 @@ impl Entry {
             Self::Lease { network, address, .. } => Key::Lease(*network, *address),
             Self::PathMtu { peer, .. } => Key::PathMtu(*peer),
             Self::Held(network) => Key::Held(*network),
+            Self::Announced(address) => Key::Announced(*address),
         }
     }
 }

@@ -9,6 +9,7 @@ pub mod ports;
 pub mod resolver;
 pub mod routed;
 pub mod runtime;
+pub mod sctp;
 pub mod service;
 
 use std::sync::Barrier;

@@ -7,8 +7,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use anyhow::{Context as _, Result};
-use netns_lab::{Host, Lab, Netns};
+use anyhow::{Context as _, Result, ensure};
+use netns_lab::{Host, Lab, Netns, wait_until};
+
+use crate::SOON;
 
 /// How long a client waits for an answer.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -120,6 +122,20 @@ impl Connection {
 /// Asks once, over a new connection.
 pub fn ask(from: &Netns, to: SocketAddr) -> Result<Answer> {
     Connection::open(from, to)??.hear()
+}
+
+/// Asks until exactly these have answered over a while.
+pub fn wait_answers(from: &Netns, to: SocketAddr, names: &[&str]) -> Result<()> {
+    wait_until(SOON, &format!("answers of {names:?} from {to}"), || {
+        let mut seen: Vec<String> = Vec::new();
+        for _ in 0..names.len() * 16 {
+            seen.push(ask(from, to)?.name);
+        }
+        seen.sort();
+        seen.dedup();
+        ensure!(seen == names, "{seen:?}");
+        Ok(())
+    })
 }
 
 /// A socket of UDP that keeps its port.

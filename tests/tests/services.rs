@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use netns_lab::{Host, Lab, Netns, wait_until};
 use ovl_tests::routed::make_routed;
-use ovl_tests::service::{Connection, Datagrams, Named, apply, ask};
+use ovl_tests::service::{Connection, Datagrams, Named, apply, ask, wait_answers};
 use ovl_tests::{Attached, SOON, attach, make_network, started, text, wait_clean};
 
 const MODES: [&str; 2] = ["l2", "l3"];
@@ -46,20 +46,6 @@ fn backend(host: &Host, name: &str) -> Result<(Attached, Named)> {
     let at = attach(host, name, "blue", &["--label", "app=web"])?;
     let server = Named::start(&at.workload, name, 8080)?;
     Ok((at, server))
-}
-
-/// Asks until exactly these have answered over a while.
-fn wait_answers(from: &Netns, to: SocketAddr, names: &[&str]) -> Result<()> {
-    wait_until(SOON, &format!("answers of {names:?} from {to}"), || {
-        let mut seen: Vec<String> = Vec::new();
-        for _ in 0..names.len() * 16 {
-            seen.push(ask(from, to)?.name);
-        }
-        seen.sort();
-        seen.dedup();
-        ensure!(seen == names, "{seen:?}");
-        Ok(())
-    })
 }
 
 fn refused_at(from: &Netns, to: SocketAddr) -> Result<()> {

@@ -10,6 +10,7 @@ use super::skeleton::{
     OUTSIDE, PORTS, REFUSE, STAY, Sticky,
 };
 use super::{At, Ground, of_family};
+use crate::allocation::Claims;
 use crate::backends::{Backend, Target, targets};
 use crate::divert;
 use crate::ledger::Entries;
@@ -63,8 +64,8 @@ fn number(before: &[Backing], now: &[Backing]) -> Vec<Backing> {
 
 pub(super) fn resolve(
     ground: &Ground,
-    name: &Name,
-    service: &Service,
+    claims: &Claims,
+    (name, service): (&Name, &Service),
     backends: &[Backend],
     slots: &mut Slots,
 ) -> Resolved {
@@ -75,8 +76,11 @@ pub(super) fn resolve(
         affinity: service.affinity_seconds(),
     };
     for (i, port) in service.spec.ports.iter().enumerate() {
+        let given = service.spec.external_ips.iter().copied();
+        let given = given.filter(|address| claims.has_external(name, *address, port.protocol, port.port));
+        let external: BTreeSet<IpAddr> = given.chain(service.load_balancer_addresses()).collect();
         for ipv4 in [true, false] {
-            one(&mut out, ground, service, (i, port), backends, ipv4);
+            one(&mut out, ground, service, (i, port), &external, backends, ipv4);
         }
     }
     if !out.after.is_empty() {
@@ -91,13 +95,13 @@ fn one(
     ground: &Ground,
     service: &Service,
     (i, port): (usize, &ServicePort),
+    external: &BTreeSet<IpAddr>,
     backends: &[Backend],
     ipv4: bool,
 ) {
     let of_this = |address: &IpAddr| address.is_ipv4() == ipv4;
     let cluster: Vec<IpAddr> = service.cluster_addresses().filter(of_this).collect();
-    let given = service.spec.external_ips.iter().copied().chain(service.load_balancer_addresses());
-    let external: BTreeSet<IpAddr> = given.filter(of_this).collect();
+    let external: BTreeSet<IpAddr> = external.iter().copied().filter(of_this).collect();
     let family = if ipv4 { IpFamily::IPv4 } else { IpFamily::IPv6 };
     let node_port = port.node_port.filter(|_| service.spec.ip_families.contains(&family));
     if cluster.is_empty() && external.is_empty() && node_port.is_none() {

@@ -37,15 +37,16 @@ impl World {
     }
 
     pub(crate) fn put(&mut self, resource: Resource) {
-        let key = resource.key();
-        self.view.resources.insert(resource);
-        self.backends.touch_resource(&self.view, &key);
+        for key in self.view.resources.insert(resource) {
+            self.backends.touch_resource(&self.view, &key);
+        }
     }
 
     pub(crate) fn drop(&mut self, kind: Kind, name: &str) {
         let key = ResourceKey { kind, name: Name::new("default", name) };
-        self.view.resources.remove(&key);
-        self.backends.touch_resource(&self.view, &key);
+        for key in self.view.resources.remove(&key) {
+            self.backends.touch_resource(&self.view, &key);
+        }
     }
 
     fn service(&mut self, name: &str, selector: Value) {

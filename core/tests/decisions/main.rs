@@ -3,6 +3,7 @@
 
 mod backends;
 mod encrypted;
+mod ingress;
 mod nft;
 mod policy;
 mod routed;

@@ -1,4 +1,5 @@
-//! Tells the endpoints on this host where an address is now.
+//! Tells the endpoints on this host where an address is now; and the underlay, where this host has taken an address of
+//! a LoadBalancer.
 //!
 //! Whoever asks for an address that nobody has asks again a second later; whoever knew it at another
 //! MAC address goes on sending there for half a minute. So when a neighbour is set on a bridge, the
@@ -6,6 +7,7 @@
 //! (RFC 4861, 7.2.6): a kernel takes both in for an entry that it has, and makes none for them. They
 //! stay on this host: the VXLAN port suppresses what asks for neighbours, and every host sends its own.
 
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::os::fd::{AsFd, OwnedFd};
 
@@ -17,7 +19,9 @@ use ovl_core::op::Op;
 use ovl_proto::id::Mac;
 
 use super::error::{KernelError, Result};
-use super::{Outcome, sys};
+use super::link::LinkView;
+use super::socket::{Batch, Route};
+use super::{Outcome, message, sys};
 
 /// Where more come at once nobody waits for one of them, and each would be a frame for every port.
 const MOST: usize = 16;
@@ -45,21 +49,49 @@ impl Announcer {
         Ok(Self { socket })
     }
 
-    /// Tells of the neighbours that were set.
-    pub(super) fn announce(&self, outcomes: &[Outcome]) {
+    /// Tells the underlay that this host has these addresses.
+    pub(super) fn announce_at(&self, route: &mut Route, addresses: &[(Device, IpAddr)]) {
+        let devices: BTreeSet<Device> = addresses.iter().map(|(device, _)| *device).collect();
+        for device in devices {
+            let mut batch = Batch::default();
+            batch.push(message::get_link(device), 0);
+            let answer = route.execute(batch).ok().and_then(|(_, mut answers)| answers.pop());
+            let link = answer.as_ref().and_then(|answer| LinkView::parse(&answer.payload));
+            // A device without one has no link where addresses are asked for.
+            let Some((index, mac)) = link.and_then(|link| Some((link.index, link.mac?))) else { continue };
+            for (_, address) in addresses.iter().filter(|(on, _)| *on == device) {
+                self.tell(device, index, *address, mac);
+            }
+        }
+    }
+
+    /// Whom it does not reach finds out as ever, so a device that is gone again is fine.
+    fn tell(&self, device: Device, index: u32, address: IpAddr, mac: Mac) {
+        if let Some(frame) = frame(address, mac)
+            && let Err(error) = sys::send_frame(self.socket.as_fd(), index, &frame)
+        {
+            tracing::debug!(%device, %address, %error, "cannot announce an address");
+        }
+    }
+
+    /// Tells of the neighbours that were set, and of addresses that were taken.
+    pub(super) fn announce(&self, route: &mut Route, outcomes: &[Outcome]) {
+        let taken = outcomes.iter().filter(|outcome| outcome.result.is_ok());
+        let taken: Vec<(Device, IpAddr)> = taken
+            .filter_map(|outcome| match outcome.op {
+                Op::AddAnnounced(device, address) => Some((device, address)),
+                _ => None,
+            })
+            .collect();
+        self.announce_at(route, &taken);
         let set = outcomes.iter().filter(|outcome| outcome.result.is_ok());
         let set: Vec<(Device, IpAddr, Mac)> = set.filter_map(|outcome| on_bridge(&outcome.op)).collect();
         if set.len() > MOST {
             return;
         }
         for (bridge, address, mac) in set {
-            // Whom it does not reach finds out as ever, so a bridge that is gone again is fine.
             let Ok(index) = if_nametoindex(bridge.as_str()) else { continue };
-            if let Some(frame) = frame(address, mac)
-                && let Err(error) = sys::send_frame(self.socket.as_fd(), index, &frame)
-            {
-                tracing::debug!(%bridge, %address, %error, "cannot announce an address");
-            }
+            self.tell(bridge, index, address, mac);
         }
     }
 }

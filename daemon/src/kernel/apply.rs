@@ -1,10 +1,13 @@
 //! Operations, done.
 
 use std::collections::HashMap;
+use std::net::IpAddr;
 
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
+use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::link::LinkAttribute;
 use nix::libc::{EACCES, EADDRINUSE, EADDRNOTAVAIL, EEXIST, EINVAL, ENODEV, ENOENT, EOPNOTSUPP, ESRCH};
+use nix::net::if_::if_nametoindex;
 use ovl_core::device::{Device, Role};
 use ovl_core::kernel::{Link, METRIC, TunnelKind};
 use ovl_core::op::Op;
@@ -109,6 +112,8 @@ pub(super) fn is_entry(op: &Op) -> bool {
             | Op::SetElement(_)
             | Op::DelElement(..)
             | Op::EndFlows(_)
+            | Op::AddAnnounced(..)
+            | Op::DelAnnounced(..)
             | Op::AddLink(..)
             | Op::SetLink(..)
             | Op::DelLink(_)
@@ -208,6 +213,47 @@ fn takes_away(op: &Op) -> bool {
             | Op::DelNeighbour(..)
             | Op::DelRoute(_)
     )
+}
+
+/// Puts an address of a LoadBalancer on a device of somebody else's, or takes it away again. One that is there and
+/// not ours stays as it is.
+pub(super) fn announced(
+    route: &mut Route,
+    op: &Op,
+    device: Device,
+    address: IpAddr,
+    add: bool,
+) -> Result<()> {
+    let Ok(index) = if_nametoindex(device.as_str()) else {
+        return if add { Err(KernelError::NoDevice(device)) } else { Ok(()) };
+    };
+    let ours = |route: &mut Route| Ok(dump::announced(route)?.contains(&(index, address)));
+    let message = message::announced(index, address);
+    if !add {
+        // What the kernel deletes it finds by the address alone.
+        if !ours(route)? {
+            return Ok(());
+        }
+        let result = route.request(RouteNetlinkMessage::DelAddress(message), 0)?;
+        return result.or_else(|refusal| verdict_of_absence(refusal, op));
+    }
+    match route.request(RouteNetlinkMessage::NewAddress(message), NLM_F_CREATE | NLM_F_EXCL)? {
+        Ok(()) => Ok(()),
+        Err(refusal) if refusal.errno == EEXIST => match ours(route)? {
+            true => Ok(()),
+            false => Err(KernelError::Other(format!(
+                "{device} has the address {address} already, and not from ovl: take it away, or out of load_balancer_pool"
+            ))),
+        },
+        Err(refusal) => Err(refusal.into_error(op.to_string())),
+    }
+}
+
+fn verdict_of_absence(refusal: Refusal, op: &Op) -> Result<()> {
+    match refusal.errno {
+        EADDRNOTAVAIL | ENODEV => Ok(()),
+        _ => Err(refusal.into_error(op.to_string())),
+    }
 }
 
 /// What has the wanted effect already is no error.

@@ -1,6 +1,6 @@
 //! All of ours that is in the kernel.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 
 use ipnet::IpNet;
@@ -40,11 +40,16 @@ pub(super) fn kernel(route: &mut Route) -> Result<(Kernel, Names)> {
     let mut kernel = Kernel::default();
     let names = links(route, &mut kernel)?;
     for message in addresses(route)?.messages().filter(|message| message.kind == RTM_NEWADDR) {
-        if let Some((index, net)) = fact::address(message.payload)
-            && let Some(device) = names.ours.get(&index)
-            && let Some(Role::Bridge(_) | Role::Tunnel(_)) = device.role()
-        {
-            kernel.addresses.insert((*device, net));
+        let Some((index, net)) = fact::address(message.payload) else { continue };
+        match names.ours.get(&index) {
+            Some(device) if matches!(device.role(), Some(Role::Bridge(_) | Role::Tunnel(_))) => {
+                kernel.addresses.insert((*device, net));
+            }
+            Some(_) => {}
+            None if fact::is_announced(message.payload) => {
+                kernel.announced.extend(names.all.get(&index).map(|device| (*device, net.addr())));
+            }
+            None => {}
         }
     }
     for family in [AddressFamily::Bridge, AddressFamily::Unspec] {
@@ -113,6 +118,17 @@ fn neighbours(route: &mut Route, family: AddressFamily) -> Result<Dump> {
     let mut message = NeighbourMessage::default();
     message.header.family = family;
     route.dump(&RouteNetlinkMessage::GetNeighbour(message))
+}
+
+/// Addresses of LoadBalancers on devices of this host, by the devices' indexes.
+pub(super) fn announced(route: &mut Route) -> Result<BTreeSet<(u32, IpAddr)>> {
+    let dump = addresses(route)?;
+    let ours = dump.messages().filter(|message| message.kind == RTM_NEWADDR);
+    let ours = ours.filter(|message| fact::is_announced(message.payload));
+    Ok(ours
+        .filter_map(|message| fact::address(message.payload))
+        .map(|(index, net)| (index, net.addr()))
+        .collect())
 }
 
 /// The device that has an address.

@@ -87,6 +87,12 @@ pub(super) fn address(payload: &[u8]) -> Option<(u32, IpNet)> {
     Some((u32_at(payload, 4)?, net))
 }
 
+/// Whether an address is one that we announce for a LoadBalancer: it says who put it there.
+pub(super) fn is_announced(payload: &[u8]) -> bool {
+    const IFA_PROTO: u16 = 11;
+    attributes(payload, 8).any(|(kind, value)| kind == IFA_PROTO && value == [PROTOCOL])
+}
+
 /// A route of ours, in the main table; nothing if it is somebody else's.
 pub(super) fn route(payload: &[u8], ours: &HashMap<u32, Device>) -> Option<(IpNet, Hop)> {
     const MAIN: u32 = 254;

@@ -1,6 +1,7 @@
 //! What we believe the kernel holds, and what a notification says that is new.
 
 use std::collections::HashMap;
+use std::net::IpAddr;
 
 use ipnet::IpNet;
 use ovl_core::device::{Device, Role};
@@ -101,6 +102,12 @@ impl Known {
             Op::DelAddress(device, net) => {
                 kernel.addresses.remove(&(*device, *net));
             }
+            Op::AddAnnounced(device, address) => {
+                kernel.announced.insert((*device, *address));
+            }
+            Op::DelAnnounced(device, address) => {
+                kernel.announced.remove(&(*device, *address));
+            }
             Op::SetRemote(device, mac, remote) => {
                 kernel.remotes.insert((*device, *mac), *remote);
             }
@@ -170,7 +177,12 @@ impl Known {
             RTM_DELLINK => self.note_deletion(payload),
             RTM_NEWADDR | RTM_DELADDR => {
                 if let Some((index, net)) = fact::address(payload) {
-                    self.note_address(index, net, message.kind == RTM_NEWADDR);
+                    let new = message.kind == RTM_NEWADDR;
+                    if fact::is_announced(payload) {
+                        self.note_announced(index, net.addr(), new);
+                    } else {
+                        self.note_address(index, net, new);
+                    }
                 }
             }
             RTM_NEWNEIGH | RTM_DELNEIGH => self.note_neighbour(payload, message.kind == RTM_NEWNEIGH),
@@ -269,6 +281,13 @@ impl Known {
         if let Some(Role::Bridge(_) | Role::Tunnel(_)) = device.role() {
             self.note_fact(Place::Address(*device, net), Value::There, new);
         }
+    }
+
+    fn note_announced(&mut self, index: u32, address: IpAddr, new: bool) {
+        let Some(device) = self.names.all.get(&index) else { return };
+        let announced = &mut self.kernel.announced;
+        let at = (*device, address);
+        self.news.changed |= if new { announced.insert(at) } else { announced.remove(&at) };
     }
 
     fn note_neighbour(&mut self, payload: &[u8], new: bool) {

@@ -5,7 +5,9 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 
 use ipnet::IpNet;
 use netlink_packet_core::{NLM_F_APPEND, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
-use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressMessage, AddressScope};
+use netlink_packet_route::address::{
+    AddressAttribute, AddressFlags, AddressMessage, AddressProtocol, AddressScope, CacheInfo,
+};
 use netlink_packet_route::link::{
     AfSpecInet6, AfSpecUnspec, BridgeStpState, In6AddrGenMode, InfoBridge, InfoBridgePort, InfoData,
     InfoKind, InfoPortData, InfoPortKind, InfoVeth, InfoVxlan, LinkAttribute, LinkExtentMask, LinkFlags,
@@ -74,6 +76,8 @@ pub(super) fn entry(op: &Op, index: u32) -> Option<(RouteNetlinkMessage, u16)> {
         | Op::SetElement(_)
         | Op::DelElement(..)
         | Op::EndFlows(_)
+        | Op::AddAnnounced(..)
+        | Op::DelAnnounced(..)
         | Op::AddLink(..)
         | Op::SetLink(..)
         | Op::DelLink(_)
@@ -132,6 +136,23 @@ fn address(index: u32, net: IpNet) -> AddressMessage {
     message.header.scope = AddressScope::Universe;
     message.header.index = index;
     message.attributes = vec![AddressAttribute::Local(net.addr()), AddressAttribute::Address(net.addr())];
+    message
+}
+
+/// An address that this host answers for on a device of somebody else's, and never sends from by itself: of IPv4
+/// with the scope of the host, of IPv6 deprecated at once.
+pub(super) fn announced(index: u32, of: IpAddr) -> AddressMessage {
+    let mut message = address(index, IpNet::from(of));
+    message.attributes.push(AddressAttribute::Protocol(AddressProtocol::Other(PROTOCOL)));
+    if of.is_ipv4() {
+        message.header.scope = AddressScope::Host;
+    } else {
+        let flags = AddressFlags::Nodad | AddressFlags::Noprefixroute;
+        message.attributes.push(AddressAttribute::Flags(flags));
+        let mut lifetimes = CacheInfo::default();
+        (lifetimes.ifa_preferred, lifetimes.ifa_valid) = (0, u32::MAX);
+        message.attributes.push(AddressAttribute::CacheInfo(lifetimes));
+    }
     message
 }
 

@@ -47,6 +47,7 @@ pub(super) enum Request {
     Inspect(Netns, String, oneshot::Sender<Result<Option<Inside>>>),
     Delete(Vec<Device>, oneshot::Sender<Result<()>>),
     Underlay(IpAddr, oneshot::Sender<Result<Underlay>>),
+    Announce(Vec<(Device, IpAddr)>, oneshot::Sender<()>),
     WayTo(IpAddr, oneshot::Sender<Result<Option<u32>>>),
     Prefixes(oneshot::Sender<Result<Vec<IpNet>>>),
     RemoveFilter(oneshot::Sender<Result<()>>),
@@ -153,6 +154,10 @@ impl Worker {
             Request::Delete(devices, reply) => return self.delete(devices, reply, requests),
             Request::Underlay(vtep, reply) => {
                 let _ = reply.send(dump::underlay(&mut self.route, vtep));
+            }
+            Request::Announce(addresses, reply) => {
+                self.announcer.announce_at(&mut self.route, &addresses);
+                let _ = reply.send(());
             }
             Request::WayTo(address, reply) => {
                 let _ = reply.send(dump::way_to(&mut self.route, address));
@@ -299,7 +304,7 @@ impl Worker {
             }
         }
         self.set_peers(peers, &mut outcomes);
-        self.announcer.announce(&outcomes);
+        self.announcer.announce(&mut self.route, &outcomes);
         outcomes
     }
 
@@ -332,6 +337,8 @@ impl Worker {
             [Op::Sysctl { name, value }] => sysctl::write(name, value),
             [Op::SetLocalnet(device)] => sysctl::route_localnet(*device, true),
             [Op::DelLocalnet(device)] => sysctl::route_localnet(*device, false),
+            [op @ Op::AddAnnounced(device, address)] => apply::announced(route, op, *device, *address, true),
+            [op @ Op::DelAnnounced(device, address)] => apply::announced(route, op, *device, *address, false),
             [Op::DelFilter] => self.filter.remove(&mut self.watch),
             [Op::Filter(text)] => self.filter.replace(text, &mut self.watch),
             [Op::DelTable(table)] => self.tables.remove(*table),

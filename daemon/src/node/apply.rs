@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use ovl_core::allocation::{Allocator, Promised};
+use ovl_core::allocation::{Allocator, Claim, Promised};
 use ovl_core::backends::Readiness;
 use ovl_core::manifest::{self, Problem};
 use ovl_core::members::Member;
@@ -395,6 +395,10 @@ fn info(state: &State, kind: Kind, name: Name) -> Result<ResourceInfo, Failed> {
     })
 }
 
+fn lost(claim: &Claim, other: &Name) -> String {
+    format!("external address {claim} is that of Service {other}")
+}
+
 fn backends(state: &State, name: &Name, service: &Service) -> ServiceBackends {
     let all = state.backends.of(name);
     let of_port = |port: Option<usize>| {
@@ -436,5 +440,13 @@ fn backends(state: &State, name: &Name, service: &Service) -> ServiceBackends {
         name: name.name.clone(),
         created_ms: service.metadata.creation_timestamp.0.wall_ms,
         ports,
+        announced: super::ingress::announced(state, service),
+        notes: state
+            .view
+            .resources
+            .claims
+            .lost_externals(name, service)
+            .map(|(claim, other)| lost(&claim, other))
+            .collect(),
     }
 }

@@ -115,6 +115,8 @@ impl Node {
                 tracing::warn!("{error:#}");
             }
             if count.is_multiple_of(5) {
+                let node = Rc::clone(&self);
+                spawn_local(async move { node.announce_again().await });
                 self.pull_missing();
                 self.expire_leases();
                 self.collect_docker();
@@ -124,6 +126,7 @@ impl Node {
             }
             if count.is_multiple_of(10) {
                 self.retry_ports();
+                self.answer_health();
             }
             if count.is_multiple_of(300) {
                 self.forget_long_dead();
@@ -204,6 +207,9 @@ impl Node {
             // Withdrawn all the same; its blocks stay with it until the others forget it.
             tracing::warn!(error = failed.0.message, "the cluster cannot be asked to forget this host");
         }
+        if let Err(failed) = self.stop_announcing().await {
+            tracing::warn!(error = failed.0.message, "addresses of LoadBalancers stay on this host");
+        }
         if how == Stop::Teardown
             && let Err(failed) = self.remove_all().await
         {
@@ -235,6 +241,7 @@ impl Node {
             state.view.resources = Default::default();
             state.backends = Default::default();
             state.services = Default::default();
+            state.ingress = Default::default();
         }
         let found = self.kernel.dump().await.map_err(Failed::from)?;
         // Not all of them go with a device.

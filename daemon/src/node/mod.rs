@@ -12,6 +12,7 @@ mod dns;
 mod docker;
 mod events;
 mod firewall;
+mod ingress;
 mod keys;
 mod lifecycle;
 mod limits;
@@ -41,6 +42,8 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use anyhow::{Context, Result, bail};
 use ovl_core::alloc::Allocator;
 use ovl_core::backends::Backends;
+use ovl_core::device::Device;
+use ovl_core::ingress::Ingress;
 use ovl_core::objects::Objects;
 use ovl_core::policy::Standing;
 use ovl_core::resources::Resources;
@@ -207,6 +210,7 @@ impl Node {
         let keys = keys::Keys::new(Arc::clone(&keyring), key_file);
         let mut state = first_state(&config, &record, &signed, &saved, keys);
         state.local.ends.own_old = secret.previous();
+        state.uplink = config.load_balancer_device.or_else(|| Device::new(&link.device));
         let (gossip_tell, gossip_events) = mpsc::channel(INBOX);
         let (link_tell, link_events) = mpsc::channel(INBOX);
         let (gossip, links) =
@@ -474,6 +478,9 @@ fn first_state(
         objects_taken_at: 0,
         backends: Backends::default(),
         services: Services::default(),
+        ingress: Ingress::default(),
+        health: BTreeMap::new(),
+        uplink: None,
         clock: saved.clock,
         keys,
         allocator: Allocator::new(me, durable, u64::from_le_bytes(random())),

@@ -25,8 +25,8 @@ use ovl_proto::object::{Backend, Mode, Network};
 
 use tokio::time::Instant;
 
-use super::Node;
 use super::state::State;
+use super::{Node, ingress};
 use crate::kernel::{Goal, KernelEvent, Outcome};
 
 /// A whole pass is made at the latest after this time, whatever happened.
@@ -87,6 +87,7 @@ impl Node {
             let networks: BTreeSet<NetworkId> =
                 dirty.networks.iter().chain(dirty.touched.keys()).copied().collect();
             let ground = state.dirty.host || !networks.is_empty();
+            let hosts = state.dirty.host;
             // Policies first: whom they isolate is not reached before they stand.
             let mut ops = self.plan_policies(state);
             if state.dirty.host {
@@ -95,16 +96,18 @@ impl Node {
             for network in &networks {
                 ops.extend(self.plan_network(state, *network));
             }
-            ops.extend(self.plan_services(state, ground));
+            ops.extend(self.plan_services(state, ground, hosts));
             ops.extend(state.services.ended());
             (ops, networks)
         };
         if ops.is_empty() {
+            self.tell_announced();
             return;
         }
         tracing::debug!(networks = networks.len(), operations = ops.len(), "quick pass");
         let outcomes = self.kernel.apply(ops).await;
         self.note_outcomes(&outcomes, None);
+        self.tell_announced();
     }
 
     /// What the endpoints of a network that were touched need beyond what was last sent, which counts
@@ -157,14 +160,17 @@ impl Node {
         ops
     }
 
-    /// What Services need beyond what was planned last; `ground`: networks may have changed.
-    fn plan_services(&self, state: &mut State, ground: bool) -> Vec<Op> {
+    /// What Services need beyond what was planned last; `ground`: networks may have changed; `hosts`: others may be
+    /// alive.
+    fn plan_services(&self, state: &mut State, ground: bool, hosts: bool) -> Vec<Op> {
         let State { view, backends, services, dirty, caught_up, .. } = state;
         if !*caught_up {
             return Vec::new();
         }
         let touched = std::mem::take(&mut dirty.services);
-        services.plan(view, backends, touched.iter(), ground)
+        let mut ops = services.plan(view, backends, touched.iter(), ground);
+        ops.extend(ingress::plan(state, &touched, hosts));
+        ops
     }
 
     /// Compares everything with a dump, and repairs it.
@@ -198,6 +204,7 @@ impl Node {
             self.tell_repairs(&pass.outcomes);
         }
         self.note_outcomes(&pass.outcomes, None);
+        self.tell_announced();
         self.lost(pass.lost);
         let ended = self.state.borrow_mut().services.ended();
         if !ended.is_empty() {
@@ -232,8 +239,9 @@ impl Node {
         state.applied_host = desired::host(&state.view, &state.local);
         let mut all = state.applied_host.clone();
         all.merge(state.policy.anew(&state.view, &state.local, state.caught_up));
-        self.plan_services(state, true);
+        self.plan_services(state, true, true);
         all.merge(state.services.kernel());
+        all.merge(state.ingress.kernel());
         let networks: Vec<NetworkId> = state.view.networks.keys().copied().collect();
         for network in networks {
             let part = desired::network_part(&state.view, &state.local, network);
@@ -267,6 +275,9 @@ impl Node {
             state.refused.remove(network);
         }
         for outcome in outcomes {
+            if let Op::AddAnnounced(_, address) = outcome.op {
+                state.ingress.note(address, outcome.result.is_ok());
+            }
             let Err(error) = &outcome.result else { continue };
             let op = outcome.op.to_string();
             tracing::warn!(%op, %error, "the kernel refused");
@@ -332,6 +343,7 @@ impl Node {
             let mut desired = desired::desired(&state.view, &state.local);
             desired.merge(policy::part(&state.view, &state.local, state.policy.generation()));
             desired.merge(state.services.kernel());
+            desired.merge(state.ingress.kernel());
             (desired, state.pending.devices.clone(), expected(&state))
         };
         let pass = self
@@ -374,6 +386,8 @@ fn broken_network(op: &Op) -> Option<NetworkId> {
         | Op::SetElement(_)
         | Op::DelElement(..)
         | Op::EndFlows(_)
+        | Op::AddAnnounced(..)
+        | Op::DelAnnounced(..)
         | Op::SetRemote(..)
         | Op::DelRemote(..)
         | Op::AddFlood(..)

@@ -12,6 +12,7 @@ use ovl_core::backends::Backends;
 use ovl_core::cni::Attachment;
 use ovl_core::device::Device;
 use ovl_core::docker::EngineEndpoint;
+use ovl_core::ingress::Ingress;
 use ovl_core::kernel::Kernel;
 use ovl_core::liveness::Signs;
 use ovl_core::objects::Objects;
@@ -35,6 +36,7 @@ use super::Failed;
 use super::docker::Docker;
 use super::sandbox::Sandbox;
 use crate::gossip::Hints;
+use crate::ports::Answer;
 
 /// What is known of a peer beside its record and table.
 #[derive(Debug)]
@@ -99,6 +101,8 @@ pub(crate) struct Dirty {
     pub services: BTreeSet<Name>,
     /// What concerns the host as a whole.
     pub host: bool,
+    /// Who announces addresses of LoadBalancers.
+    pub announced: bool,
     /// What network policies follow from, as a whole.
     pub policies: bool,
     /// What endpoints with these addresses are to network policies.
@@ -185,6 +189,12 @@ pub(crate) struct State {
     pub backends: Backends,
     /// What Services come to in this host's kernel.
     pub services: Services,
+    /// What LoadBalancers come to here.
+    pub ingress: Ingress,
+    /// What is answered to health checks, by port.
+    pub health: BTreeMap<u16, Answer>,
+    /// The device on which their addresses are announced.
+    pub uplink: Option<Device>,
     /// When objects last came from a peer, in milliseconds of this run.
     pub objects_taken_at: u64,
     /// Stamps new objects.
@@ -352,6 +362,7 @@ impl State {
             Entry::Lease { network, .. } => self.dirty.rights([*network]),
             Entry::PathMtu { .. } => self.touch_networks_of(host),
             Entry::Held(_) => {}
+            Entry::Announced(_) => self.dirty.announced = true,
         }
     }
 
@@ -391,7 +402,7 @@ impl State {
             self.dirty.rights(node.table.entries().filter_map(|entry| match entry {
                 Entry::Endpoint(endpoint) => Some(endpoint.network),
                 Entry::Lease { network, .. } => Some(*network),
-                Entry::PathMtu { .. } | Entry::Held(_) => None,
+                Entry::PathMtu { .. } | Entry::Held(_) | Entry::Announced(_) => None,
             }));
         }
     }

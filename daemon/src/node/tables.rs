@@ -38,7 +38,7 @@ impl Node {
         // What is on this host's own networks concerns nobody else.
         let is_own = |entry: &Entry| match entry {
             Entry::Endpoint(endpoint) => state.bridges.contains_key(&endpoint.network),
-            Entry::Lease { .. } | Entry::PathMtu { .. } | Entry::Held(_) => false,
+            Entry::Lease { .. } | Entry::PathMtu { .. } | Entry::Held(_) | Entry::Announced(_) => false,
         };
         let (kept, set): (Vec<Entry>, Vec<Entry>) = set.into_iter().partition(is_own);
         let (dropped, unset): (Vec<Key>, Vec<Key>) =
@@ -118,6 +118,7 @@ impl Node {
         let whole = update.base.is_none();
         if whole {
             state.dirty.rights(networks_of(&node.table));
+            state.dirty.announced |= node.table.announced().next().is_some();
         } else {
             changed = entries_of(&node.table, &update.set, &update.unset);
             changed.extend_from_slice(&update.set);
@@ -127,6 +128,7 @@ impl Node {
         let moved = !node.table.networks().eq(networks);
         if whole {
             state.dirty.rights(networks_of(&node.table));
+            state.dirty.announced |= node.table.announced().next().is_some();
         }
         changed.iter().for_each(|entry| state.touch(owner, entry));
         state.uncached.insert(owner);
@@ -281,7 +283,7 @@ fn networks_of(table: &Table) -> Vec<NetworkId> {
         .filter_map(|entry| match entry {
             Entry::Endpoint(endpoint) => Some(endpoint.network),
             Entry::Lease { network, .. } => Some(*network),
-            Entry::PathMtu { .. } | Entry::Held(_) => None,
+            Entry::PathMtu { .. } | Entry::Held(_) | Entry::Announced(_) => None,
         })
         .collect();
     networks.sort_unstable();

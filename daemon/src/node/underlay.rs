@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
+use ovl_core::device::Device;
 use ovl_proto::record::Presence;
 
 use super::{Node, next_generation, open};
@@ -32,12 +33,13 @@ impl Node {
                     self.state.borrow_mut().problem("address", None);
                     self.set_link_mtu(link.mtu);
                     self.set_segment(link.prefix);
+                    self.set_uplink(&link.device);
                     device = Some(link.device);
                 }
                 Err(_) if gone_since.get_or_insert_with(Instant::now).elapsed() < GONE_FOR_GOOD => {
                     wait = Some(SETTLE);
                 }
-                Err(_) => match device.as_deref().and_then(|device| address_of(device, vtep)) {
+                Err(_) => match device.as_deref().and_then(|device| self.address_of(device, vtep)) {
                     Some(address) => {
                         if let Err(error) = self.move_to(address).await {
                             let sentence = format!("this host's address is {address} now and {error:#}");
@@ -85,6 +87,23 @@ impl Node {
             state.touch_all();
             self.work.notify_one();
         }
+    }
+
+    /// LoadBalancers' addresses move with ours, unless their device is configured.
+    fn set_uplink(&self, device: &str) {
+        let uplink = self.config.load_balancer_device.or_else(|| Device::new(device));
+        let mut state = self.state.borrow_mut();
+        if state.uplink != uplink {
+            state.uplink = uplink;
+            state.dirty.announced = true;
+            self.work.notify_one();
+        }
+    }
+
+    /// Another address of the device, of the same family and not link-local, nor a LoadBalancer's.
+    fn address_of(&self, device: &str, old: IpAddr) -> Option<IpAddr> {
+        let announced = self.state.borrow().ingress.said();
+        addresses_of(device, old.is_ipv4()).into_iter().find(|address| !announced.contains(address))
     }
 
     /// Follows to another address: new sockets, a new generation, and new devices by the loop.
@@ -138,19 +157,21 @@ impl Node {
     }
 }
 
-/// Another address of the device, of the same family and not link-local.
-fn address_of(device: &str, old: IpAddr) -> Option<IpAddr> {
-    let all = nix::ifaddrs::getifaddrs().ok()?;
+/// The addresses of a device that are of one family, and neither link-local nor of loopback.
+fn addresses_of(device: &str, ipv4: bool) -> Vec<IpAddr> {
+    let Ok(all) = nix::ifaddrs::getifaddrs() else { return Vec::new() };
     all.filter(|entry| entry.interface_name == device)
         .filter_map(|entry| {
             let address = entry.address?;
-            match old {
-                IpAddr::V4(_) => address.as_sockaddr_in().map(|v4| IpAddr::V4(v4.ip())),
-                IpAddr::V6(_) => address.as_sockaddr_in6().map(|v6| IpAddr::V6(v6.ip())),
+            if ipv4 {
+                address.as_sockaddr_in().map(|v4| IpAddr::V4(v4.ip()))
+            } else {
+                address.as_sockaddr_in6().map(|v6| IpAddr::V6(v6.ip()))
             }
         })
-        .find(|address| match address {
+        .filter(|address| match address {
             IpAddr::V4(v4) => !v4.is_link_local() && !v4.is_loopback(),
             IpAddr::V6(v6) => !v6.is_unicast_link_local() && !v6.is_loopback(),
         })
+        .collect()
 }

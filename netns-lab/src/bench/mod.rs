@@ -8,6 +8,7 @@ mod by_hand;
 mod client;
 mod cluster;
 mod cni;
+mod connect;
 mod dead;
 mod dns;
 mod docker;
@@ -20,6 +21,7 @@ mod plan;
 mod policy;
 mod publish;
 mod report;
+mod services;
 mod setup;
 mod stats;
 mod stream;
@@ -65,6 +67,8 @@ pub(crate) enum Suite {
     Dns,
     /// Network policies: figures of issue 7
     Policy,
+    /// Services, beside kube-proxy's layouts: figures of issue 7
+    Services,
 }
 
 impl Suite {
@@ -77,6 +81,7 @@ impl Suite {
             Suite::Publish => "publish",
             Suite::Dns => "dns",
             Suite::Policy => "policy",
+            Suite::Services => "services",
         }
     }
 }
@@ -141,6 +146,12 @@ pub(crate) enum Name {
     Resolved,
     /// policy: one more of ten thousand pods under a thousand policies, and a connection
     Policies,
+    /// services: 10,000 of them: loaded, changed, and a connection through the last
+    Many,
+    /// services: from a backend that is removed until no host sends to it
+    Removed,
+    /// services: an address whose host is lost, until another one answers
+    Failover,
 }
 
 impl Name {
@@ -174,6 +185,9 @@ impl Name {
             Name::Answers => "answers",
             Name::Resolved => "new-name",
             Name::Policies => "policies",
+            Name::Many => "many",
+            Name::Removed => "removed",
+            Name::Failover => "failover",
         }
     }
 
@@ -197,6 +211,7 @@ impl Name {
             Name::Ports => Suite::Publish,
             Name::Answers | Name::Resolved => Suite::Dns,
             Name::Policies => Suite::Policy,
+            Name::Many | Name::Removed | Name::Failover => Suite::Services,
         }
     }
 
@@ -230,6 +245,9 @@ impl Name {
             Name::Answers => dns::measure_answers(bench),
             Name::Resolved => dns::measure_spread(bench),
             Name::Policies => policy::measure(bench),
+            Name::Many => services::many::measure(bench),
+            Name::Removed => services::removed::measure(bench),
+            Name::Failover => services::failover::measure(bench),
         }
     }
 }

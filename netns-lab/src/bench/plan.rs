@@ -59,6 +59,10 @@ pub(crate) struct Plan {
     pub(crate) policy_groups: usize,
     pub(crate) policy_rounds: usize,
     pub(crate) policy_attaches: usize,
+    /// Of `bench services`: Services that are there, how often they are loaded, and backends that come or go.
+    pub(crate) services: usize,
+    pub(crate) service_loads: usize,
+    pub(crate) service_changes: usize,
 }
 
 impl Plan {
@@ -101,6 +105,9 @@ impl Plan {
             policy_groups: 340,
             policy_rounds: 3,
             policy_attaches: 100,
+            services: 10_000,
+            service_loads: 3,
+            service_changes: 200,
         }
     }
 
@@ -142,6 +149,9 @@ impl Plan {
             policy_groups: 30,
             policy_rounds: 1,
             policy_attaches: 10,
+            services: 500,
+            service_loads: 1,
+            service_changes: 10,
         }
     }
 
@@ -182,6 +192,9 @@ impl Plan {
             "policy_groups": self.policy_groups,
             "policy_rounds": self.policy_rounds,
             "policy_attaches": self.policy_attaches,
+            "services": self.services,
+            "service_loads": self.service_loads,
+            "service_changes": self.service_changes,
         })
     }
 }

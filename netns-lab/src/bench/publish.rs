@@ -1,14 +1,15 @@
 //! A thousand published ports: what one more costs, and what a connection through the last one costs.
 
-use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::time::{Duration, Instant};
+use std::net::SocketAddr;
+use std::time::Instant;
 
-use anyhow::{Context, Result, ensure};
-use netns_lab::{Host, Netns, Workload, wait_until};
+use anyhow::{Context, Result};
+use netns_lab::{Host, Workload};
 use serde_json::{Value, json};
 
 use super::Bench;
 use super::client::{self, Client};
+use super::connect;
 use super::report::{Bar, Figure, Row};
 use super::stats::{Samples, ms};
 
@@ -18,7 +19,6 @@ const FIRST: u16 = 20_000;
 const SUBNET: &str = "10.77.0.0/16";
 const GATEWAY: &str = "192.168.77.250";
 const HOST: &str = "192.168.77.1";
-const PATIENCE: Duration = Duration::from_secs(30);
 
 pub(crate) fn measure(bench: &Bench) -> Result<Figure> {
     let lab = bench.lab(1)?;
@@ -38,10 +38,9 @@ pub(crate) fn measure(bench: &Bench) -> Result<Figure> {
     let through: SocketAddr = format!("{HOST}:{}", FIRST + ports - 1).parse()?;
 
     let with_and_without = one_more(host, bench.plan.publishes, FIRST + ports)?;
-    serve(&busy)?;
-    let connects = connects(&outside, direct, through, bench.plan.connects)?;
+    connect::serve(&busy, 80)?;
+    let (there, past) = connect::in_turns(&outside, direct, through, bench.plan.connects)?;
     let (with, without) = &with_and_without;
-    let (there, past) = (&connects.0, &connects.1);
     Ok(Figure {
         setup: format!(
             "one host, a bridge network, {ports} ports published for one endpoint; {} attaches with one more port and \
@@ -102,43 +101,4 @@ fn one_more(host: &Host, count: usize, first: u16) -> Result<(Samples, Samples)>
         }
     }
     Ok((Samples::new(with), Samples::new(without)))
-}
-
-/// Takes connections until the process ends.
-fn serve(workload: &Workload) -> Result<()> {
-    let listener = workload.run(|| TcpListener::bind("0.0.0.0:80"))??;
-    std::thread::spawn(move || {
-        for stream in listener.incoming() {
-            drop(stream);
-        }
-    });
-    Ok(())
-}
-
-/// How long each of many connections takes, directly and through the port, in turns.
-fn connects(
-    from: &Netns,
-    direct: SocketAddr,
-    through: SocketAddr,
-    count: usize,
-) -> Result<(Samples, Samples)> {
-    let connect = move |to: SocketAddr| -> Result<f64> {
-        let start = Instant::now();
-        let stream = TcpStream::connect_timeout(&to, Duration::from_secs(5))?;
-        let took = ms(start.elapsed());
-        drop(stream);
-        Ok(took)
-    };
-    for to in [direct, through] {
-        wait_until(PATIENCE, &format!("{to} to answer"), || from.run(|| connect(to).map(drop))?)?;
-    }
-    from.run(move || {
-        let (mut there, mut past) = (Vec::new(), Vec::new());
-        for _ in 0..count {
-            there.push(connect(direct)?);
-            past.push(connect(through)?);
-        }
-        ensure!(!there.is_empty(), "no connections");
-        Ok((Samples::new(there), Samples::new(past)))
-    })?
 }

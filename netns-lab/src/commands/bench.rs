@@ -59,7 +59,16 @@ pub(crate) fn bench(args: BenchArgs) -> Result<ExitCode> {
     let peers = match (suite, args.peers.is_empty()) {
         (Suite::Tunnel, true) => PEERS.to_vec(),
         (Suite::Tunnel, false) => args.peers,
-        (Suite::Core | Suite::Cni | Suite::Publish | Suite::Docker | Suite::Dns | Suite::Policy, _) => {
+        (
+            Suite::Core
+            | Suite::Cni
+            | Suite::Publish
+            | Suite::Docker
+            | Suite::Dns
+            | Suite::Policy
+            | Suite::Services,
+            _,
+        ) => {
             ensure!(args.peers.is_empty() && !args.install, "only `bench tunnel` has --peers and --install");
             Vec::new()
         }

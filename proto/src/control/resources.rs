@@ -176,6 +176,19 @@ pub struct ServiceBackends {
     pub created_ms: u64,
     /// In its order.
     pub ports: Vec<BackendPort>,
+    /// Of a LoadBalancer: its addresses, and who announces each.
+    pub announced: Vec<AnnouncedAddress>,
+    /// What is not as its specification asks, in sentences.
+    pub notes: Vec<String>,
+}
+
+/// An address of a LoadBalancer.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AnnouncedAddress {
+    /// The address.
+    pub address: IpAddr,
+    /// Hosts that answer for it on the underlay: one, but for an instant.
+    pub nodes: Vec<String>,
 }
 
 /// A port of a Service.

@@ -1,7 +1,7 @@
 //! Everything about one object, for people.
 
 use ovl_proto::clock::timestamp;
-use ovl_proto::control::{BackendInfo, ResourceInfo, ServiceBackends};
+use ovl_proto::control::{AnnouncedAddress, BackendInfo, ResourceInfo, ServiceBackends};
 use ovl_proto::manifest::to_yaml;
 use serde_json::Value;
 
@@ -31,6 +31,9 @@ pub(super) fn object(object: &ResourceInfo, behind: Option<&ServiceBackends>) ->
         let ingress = object.manifest.pointer("/status/loadBalancer/ingress").and_then(Value::as_array);
         pairs.push(("LoadBalancer:", list(ingress.into_iter().flatten().map(|it| text(it.get("ip"))))));
     }
+    if let Some(behind) = behind.filter(|behind| !behind.announced.is_empty()) {
+        pairs.push(("Announced:", list(behind.announced.iter().map(announced))));
+    }
     let mut out = block(&pairs);
     for endpoint in &object.endpoints {
         let ready = if endpoint.ready { "ready" } else { "not ready" };
@@ -40,6 +43,7 @@ pub(super) fn object(object: &ResourceInfo, behind: Option<&ServiceBackends>) ->
         ));
     }
     if let Some(behind) = behind {
+        out.push_str(&lines("Note: ", &behind.notes));
         out.push_str(&ports(behind));
     }
     // The rest in its own words: there are none that are clearer.
@@ -51,6 +55,12 @@ pub(super) fn object(object: &ResourceInfo, behind: Option<&ServiceBackends>) ->
         }
     }
     out
+}
+
+/// `192.0.2.1 by h2`
+fn announced(address: &AnnouncedAddress) -> String {
+    let by = if address.nodes.is_empty() { "nobody".to_owned() } else { address.nodes.join(" and ") };
+    format!("{} by {by}", address.address)
 }
 
 fn items(manifest: &Value, path: &str) -> String {
