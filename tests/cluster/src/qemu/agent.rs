@@ -20,7 +20,7 @@ const ANSWER: Duration = Duration::from_secs(60);
 const ATTEMPT: Duration = Duration::from_secs(5);
 /// Until the first look at a command that runs, and the longest time between two: each look takes time that the
 /// command could have had.
-const LOOK: (Duration, Duration) = (Duration::from_millis(15), Duration::from_millis(250));
+const LOOK: (Duration, Duration) = (Duration::from_millis(30), Duration::from_millis(400));
 
 /// The way to a machine's agent.
 #[derive(Debug)]

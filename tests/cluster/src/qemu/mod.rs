@@ -3,6 +3,7 @@
 //! is left of a namespace goes with the next run.
 
 mod agent;
+mod clock;
 mod qmp;
 
 use std::fs::{self, File};
@@ -122,11 +123,10 @@ impl Qemu {
         switch.ip(&["link", "set", &tap, "master", BRIDGE, "up"])?;
         let (qmp, socket) = (dir.join(format!("{name}.qmp")), dir.join(format!("{name}.agent")));
         let console = dir.join(format!("{name}.console"));
-        // The kernel measures the rate of the TSC as it boots; on a busy host it is wrong by any factor then, and an
-        // hour passes in a few minutes. The ACPI timer's rate is known.
+        let clock = clock::parameters();
         let kernel_line = format!(
             "console=ttyS0 quiet root=/dev/vda rw net.ifnames=0 mitigations=off no_timer_check \
-             tsc=unstable clocksource=acpi_pm panic=-1 systemd.hostname={name} systemd.machine_id={:032x} ip={address}:::255.255.255.0::eth0:none",
+             {clock} panic=-1 systemd.hostname={name} systemd.machine_id={:032x} ip={address}:::255.255.255.0::eth0:none",
             u128::from(number) + (u128::from(std::process::id()) << 32) + (0x6f76_6c00_u128 << 96)
         );
         let mut command = Command::new("ip");
