@@ -18,7 +18,7 @@ mod plugin;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::Parser;
+use clap::{CommandFactory as _, Parser};
 
 use crate::engine::Engine;
 use crate::ovld::Ovld;
@@ -36,10 +36,17 @@ struct Args {
     /// The Engine's own socket, to ask for containers' names; `none`: not to ask
     #[arg(long, value_name = "PATH", default_value = "/run/docker.sock")]
     engine: PathBuf,
+    /// Print the manual page, for packages
+    #[arg(long, hide = true, exclusive = true)]
+    man: bool,
 }
 
 fn main() -> ExitCode {
     let args = Args::parse();
+    if args.man {
+        let printed = clap_mangen::Man::new(Args::command()).section("8").render(&mut std::io::stdout());
+        return printed.map_or(ExitCode::FAILURE, |()| ExitCode::SUCCESS);
+    }
     let engine = (args.engine.as_os_str() != "none").then(|| Engine::new(args.engine));
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,

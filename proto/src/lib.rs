@@ -31,12 +31,12 @@ pub mod table;
 pub mod wire;
 
 /// What `--version` prints behind a program's name: the release, the commit that it was built from, and what
-/// is built in.
+/// this release can do: kinds of networks, then what workloads on them get, then who attaches them. All of it is in every build.
 pub const VERSION: &str = concat!(
     env!("CARGO_PKG_VERSION"),
     "\ncommit: ",
     env!("OVL_COMMIT"),
-    "\nfeatures: switched, routed, encrypted, cni, sandbox"
+    "\nfeatures: switched, routed, bridge, encrypted, publish, dns, services, policy, sandbox, cni, docker"
 );
 
 /// The port of gossip (UDP) and of the sync streams (TCP). 7946 is Docker's.

@@ -14,22 +14,27 @@ pub(super) fn install(world: &World<'_>) -> Result<String> {
         ensure_says(&said, &["ovlctl key generate", "/etc/ovl/ovld.toml"])?;
         ensure!(machine.run("systemctl is-active ovld")?.out.trim() == "inactive", "it runs without a key");
         ensure_says(&machine.ok("systemctl is-enabled ovld")?, &["enabled"])?;
-        for file in ["/usr/share/man/man8/ovld.8.gz", "/usr/share/man/man1/ovlctl-network-create.1.gz"] {
-            machine.ok(&format!("test -s {file}"))?;
-        }
         machine.ok("dpkg --verify ovl && ovlctl completions bash | cmp - /usr/share/bash-completion/completions/ovlctl")?;
+        // A page for each command and each of its own.
+        let pages = machine.ok("mkdir /run/pages && ovlctl man /run/pages && cd /run/pages && for each in * ../ovld.8 ../ovl-docker.8; do \
+             test -s /usr/share/man/man${each##*.}/${each##*/}.gz || echo $each; done; rm -r /run/pages")?;
+        ensure!(pages.is_empty(), "manual pages that are not there: {pages}");
+        ensure!(machine.run("systemctl is-enabled ovl-docker")?.out.trim() == "disabled", "not every host has Docker");
         // A configuration that cannot work is not tried again and again.
         let wrong = machine.run("echo nonsense = 1 >/tmp/wrong; ovld --config /tmp/wrong")?;
         ensure!(wrong.code == 78, "{wrong}");
         ensure_says(&wrong.err, &["nonsense"])?;
-        machine.ok("for each in ovld ovlctl /usr/lib/cni/ovl-cni; do $each --version; done")
+        machine.ok("for each in ovld ovlctl ovl-docker /usr/lib/cni/ovl-cni; do $each --version; done")
     })?;
-    ensure!(said[0].matches("commit: ").count() == 3, "{}", said[0]);
+    for part in ["commit: ", "features: switched, routed, bridge, encrypted, "] {
+        ensure!(said[0].matches(part).count() == 4, "{}", said[0]);
+    }
     Ok(said[0].lines().take(2).collect::<Vec<_>>().join(", "))
 }
 
 /// One machine after the other, under load.
 pub(super) fn upgrade(world: &World<'_>) -> Result<String> {
+    world.last().ok("systemctl enable --now ovl-docker")?;
     let load = world.load()?;
     for machine in &world.machines {
         let before = machine.ok("systemctl show -P MainPID ovld")?;
@@ -40,22 +45,26 @@ pub(super) fn upgrade(world: &World<'_>) -> Result<String> {
         machine.ok("grep -q ^advertise /etc/ovl/ovld.toml")?;
         machine.ok("[ ! -e /opt/cni/bin/ovl-cni ] || cmp /usr/lib/cni/ovl-cni /opt/cni/bin/ovl-cni")?;
     }
+    world.last().ok("systemctl is-active ovl-docker && test -S /run/docker/plugins/ovl.sock")?;
     world.wait_settled()?;
     none_lost(load)
 }
 
 /// Removed: the daemon is gone, what was attached goes on, and the package says what it leaves.
 pub(super) fn remove(world: &World<'_>) -> Result<String> {
-    let load = world.load()?;
     let last = world.last();
+    last.ok("systemctl enable --now ovl-docker")?;
+    let load = world.load()?;
     let said = last.ok("apt-get remove -y ovl 2>&1")?;
     ensure_says(&said, &["are still there", "ovlctl teardown"])?;
-    ensure!(last.run("systemctl is-active ovld")?.code != 0, "ovld still runs");
+    for unit in ["ovld", "ovl-docker"] {
+        ensure!(last.run(&format!("systemctl is-active {unit}"))?.code != 0, "{unit} still runs");
+    }
     last.ok("test -e /etc/ovl/ovld.toml && test ! -e /usr/sbin/ovld")?;
     let lost = none_lost(load)?;
     // And back, as if nothing had been.
     dpkg(last, NEXT)?;
-    last.ok("systemctl is-active ovld")?;
+    last.ok("systemctl is-active ovld && systemctl is-active ovl-docker")?;
     world.wait_settled()?;
     Ok(lost)
 }

@@ -119,36 +119,84 @@ fn arrives(world: &World<'_>, network: &str, options: &str) -> Result<f64> {
     Ok(rate)
 }
 
-/// Debian's ufw, which drops by default what comes in and what is forwarded. With what docs/operations.md opens in it
-/// everything works.
-pub(super) fn firewall(world: &World<'_>) -> Result<String> {
+/// What Debian has that drops by default what comes in and what is forwarded: how it is turned on and off, and how
+/// docs/operations.md opens it.
+struct Firewall {
+    /// With no more let in than the commands of the one who runs the scenarios.
+    on: &'static str,
+    off: &'static str,
+    /// Lets a segment in to a port: segment, protocol, first and last port.
+    open: fn(&str, &str, [u16; 2]) -> String,
+    /// Lets the routed network pass.
+    pass: &'static str,
+    reload: &'static str,
+    active: &'static str,
+}
+
+const UFW: Firewall = Firewall {
+    on: "ufw default deny incoming && ufw allow 22/tcp && ufw --force enable",
+    off: "ufw --force reset >/dev/null",
+    open: |segment, protocol, [first, last]| {
+        format!("ufw allow proto {protocol} from {segment} to any port {first}:{last}")
+    },
+    pass: "ufw route allow from 10.71.0.0/16 && ufw route allow from fd71::/48",
+    reload: "ufw reload",
+    active: "ufw status | grep -q 'Status: active'",
+};
+
+const FIREWALLD: Firewall = Firewall {
+    on: "systemctl --quiet unmask firewalld && systemctl start firewalld",
+    off: "systemctl stop firewalld; systemctl --quiet mask firewalld; rm -f /etc/firewalld/zones/*",
+    open: |segment, protocol, [first, last]| {
+        format!(
+            "firewall-cmd --permanent --add-rich-rule='rule family=ipv4 source address={segment} \
+             port port={first}-{last} protocol={protocol} accept'"
+        )
+    },
+    pass: "firewall-cmd --permanent --zone=trusted --add-source=10.71.0.0/16 --add-source=fd71::/48 && firewall-cmd --reload",
+    reload: "firewall-cmd --reload",
+    active: "firewall-cmd --state",
+};
+
+pub(super) fn ufw(world: &World<'_>) -> Result<String> {
+    behind(world, &UFW)
+}
+
+pub(super) fn firewalld(world: &World<'_>) -> Result<String> {
+    behind(world, &FIREWALLD)
+}
+
+/// One machine's firewall is active. With what docs/operations.md opens in it everything works.
+fn behind(world: &World<'_>, firewall: &Firewall) -> Result<String> {
     let machine = world.machines[1];
     let networks = ["flat", "pods"];
     let all = networks.iter().map(|network| world.workloads(network)).collect::<Result<Vec<_>>>()?;
-    let undo = Undo::on(vec![machine], "ufw disable >/dev/null".to_owned());
-    // The way by which these commands may come. ufw is a program in Python that runs many others.
-    let ufw = |script: &str| machine.ok_for(SOON * 4, script).map(drop);
-    ufw("ufw default deny incoming && ufw allow 22/tcp && ufw --force enable")?;
+    let undo = Undo::on(vec![machine], firewall.off.to_owned());
+    // Both are programs in Python.
+    let run = |script: &str| machine.ok_for(SOON * 4, script).map(drop);
+    run(firewall.on)?;
     // Gossip passes, for this host speaks first; what VXLAN brings is nobody's answer.
     let (from, to) = (&all[0][0], &all[0][1]);
     from.machine.wait(&format!("! {} ping -n -c 2 -W 2 {}", from.exec(), to.address))?;
 
     let segment = segment(machine.address())?;
-    for port in ["7940/tcp", "7940/udp", "4789/udp", "51940:51941/udp"] {
-        let (port, protocol) = port.split_once('/').unwrap_or((port, "udp"));
-        ufw(&format!("ufw allow proto {protocol} from {segment} to any port {port}"))?;
+    for (protocol, ports) in
+        [("tcp", [7940, 7940]), ("udp", [7940, 7940]), ("udp", [4789, 4789]), ("udp", [51940, 51941])]
+    {
+        run(&(firewall.open)(&segment, protocol, ports))?;
     }
-    ufw("ufw route allow from 10.71.0.0/16 && ufw route allow from fd71::/48")?;
+    run(firewall.pass)?;
     world.wait_settled()?;
     for workloads in &all {
         world.ping_all(workloads)?;
     }
     // Rules come and go, and the daemon, without anybody noticing.
     let load = world.load()?;
-    ufw("ufw reload && systemctl restart ovld")?;
+    run(firewall.reload)?;
+    machine.ok("systemctl restart ovld")?;
     world.wait_settled()?;
     let lost = none_lost(load)?;
-    ensure_says(&machine.ok("ufw status")?, &["Status: active"])?;
+    run(firewall.active)?;
     drop(undo);
     world.wait_settled()?;
     Ok(format!("reloaded, and the daemon restarted: {lost}"))
