@@ -6,12 +6,12 @@ mod crypto;
 mod gossip;
 mod kernel;
 mod links;
+mod log;
 mod node;
 mod ports;
 mod store;
 
 use std::fs::{File, OpenOptions};
-use std::io::IsTerminal as _;
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::Path;
 use std::process::ExitCode;
@@ -21,9 +21,6 @@ use anyhow::{Context, Result, bail};
 use clap::{CommandFactory as _, Parser as _};
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
-use tracing_subscriber::fmt::format::Writer;
-use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
-use tracing_subscriber::registry::LookupSpan;
 
 use crate::config::{Args, Config, NoAddress};
 
@@ -60,7 +57,7 @@ fn start(args: Args) -> Result<()> {
         true => error,
         false => error.context(Misconfigured),
     })?;
-    log_to_stderr(config.log);
+    log::init(config.log);
     if !nix::unistd::geteuid().is_root() {
         bail!("ovld makes network devices, which only root may: start it by systemd, or with sudo");
     }
@@ -106,46 +103,5 @@ fn lock(dir: &Path, what: &str, flag: &str) -> Result<Flock<File>> {
             Err((_, error)) => return Err(error).with_context(|| format!("locking {}", path.display())),
         }
         std::thread::sleep(Duration::from_millis(20));
-    }
-}
-
-/// The journal adds the time itself, and takes the level from the front of the line (sd-daemon(3)).
-fn log_to_stderr(level: tracing::Level) {
-    let journal = std::env::var_os("JOURNAL_STREAM").is_some();
-    let builder = tracing_subscriber::fmt()
-        .with_max_level(level)
-        .with_writer(std::io::stderr)
-        .with_ansi(!journal && std::io::stderr().is_terminal());
-    let format = tracing_subscriber::fmt::format().with_target(false);
-    if journal {
-        builder.event_format(ForJournal(format.without_time().with_level(false))).init();
-    } else {
-        builder.event_format(format).init();
-    }
-}
-
-/// Puts syslog's number of the level before what the format inside makes.
-struct ForJournal<F>(F);
-
-impl<S, N, F> FormatEvent<S, N> for ForJournal<F>
-where
-    S: tracing::Subscriber + for<'a> LookupSpan<'a>,
-    N: for<'a> FormatFields<'a> + 'static,
-    F: FormatEvent<S, N>,
-{
-    fn format_event(
-        &self,
-        context: &FmtContext<'_, S, N>,
-        mut writer: Writer<'_>,
-        event: &tracing::Event<'_>,
-    ) -> std::fmt::Result {
-        let number = match *event.metadata().level() {
-            tracing::Level::ERROR => 3,
-            tracing::Level::WARN => 4,
-            tracing::Level::INFO => 6,
-            tracing::Level::DEBUG | tracing::Level::TRACE => 7,
-        };
-        write!(writer, "<{number}>")?;
-        self.0.format_event(context, writer, event)
     }
 }

@@ -84,7 +84,7 @@ impl dyn Machine + '_ {
     pub(crate) fn wait(&self, script: &str) -> Result<String> {
         let looks = format!(
             "end=$(($(date +%s) + {})); until seen=$( ({script}) 2>&1); do \
-             [ $(date +%s) -lt $end ] || {{ echo \"$seen\"; exit 1; }}; sleep 0.2; done; echo \"$seen\"",
+             [ $(date +%s) -lt $end ] || {{ echo \"$seen\"; exit 1; }}; sleep 0.5; done; echo \"$seen\"",
             SOON.as_secs()
         );
         let ran = self.run_for(SOON * 2, &looks)?;

@@ -38,7 +38,7 @@ pub(super) fn unit(world: &World<'_>) -> Result<String> {
         ensure_says(&shown, &["Type=notify", "WatchdogUSec=30s", "Restart=always", "NRestarts=0"])?;
         ensure_says(&shown, &["network-online.target", "containerd.service"])?;
         // Levels are the journal's, so that `journalctl -p warning` finds what there is.
-        machine.ok("journalctl -u ovld -o json --no-pager | grep -q '\"PRIORITY\":\"6\"'")?;
+        machine.ok("journalctl -u ovld -o json --no-pager PRIORITY=6 OVL_KIND=peer | grep -q OVL_OBJECT")?;
         let said = machine.ok("journalctl -u ovld -p err -q --no-pager")?;
         ensure!(said.is_empty(), "errors in the journal: {said}");
         Ok(())
