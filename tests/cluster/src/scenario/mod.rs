@@ -35,6 +35,7 @@ pub(crate) const ALL: &[Scenario] = &[
     Scenario { name: "pods", run: network::pods, ci: true },
     Scenario { name: "direct", run: network::direct, ci: false },
     Scenario { name: "link-managers", run: network::link_managers, ci: false },
+    Scenario { name: "restart", run: service::restart, ci: false },
     Scenario { name: "kill", run: service::kill, ci: true },
     Scenario { name: "watchdog", run: service::watchdog, ci: false },
     Scenario { name: "encryption", run: encryption::kernel, ci: true },

@@ -91,6 +91,14 @@ pub(super) fn sandbox(world: &World<'_>) -> Result<String> {
     Ok(String::new())
 }
 
+/// Stopped and started in order.
+pub(super) fn restart(world: &World<'_>) -> Result<String> {
+    let load = world.load()?;
+    world.machines[1].ok("systemctl restart ovld")?;
+    world.wait_settled()?;
+    none_lost(load)
+}
+
 /// Killed three times in the middle of everything.
 pub(super) fn kill(world: &World<'_>) -> Result<String> {
     let load = world.load()?;
