@@ -83,7 +83,10 @@ pub fn host(view: &View, local: &Local) -> Kernel {
         kernel.tables.extend(publish::skeletons());
     }
     let mut text = filter::render(&built, &vteps, port, tunnel, local.masquerade);
-    text.extend(resolver::chains(&built, &local.resolved, &local.cluster_dns));
+    if let Some(chains) = resolver::chains(&built, &local.resolved, &local.cluster_dns) {
+        text += &chains;
+        kernel.tables.extend(resolver::past_firewalls());
+    }
     kernel.filter = Some(text);
     for network in built.iter().filter(|network| !network.internal || routes_for_policies(view, network)) {
         for subnet in &network.subnets {

@@ -10,7 +10,7 @@ use ovl_proto::id::Mac;
 use ovl_proto::object::{Backend, Driver, Mode, Network};
 
 use crate::device::Device;
-use crate::resolver::{ADDRESS_V4, ADDRESS_V6};
+use crate::resolver::{ADDRESS_V4, ADDRESS_V6, CLUSTER_V4, CLUSTER_V6};
 
 /// The name of our table, in the family `inet`. No other table is ever touched.
 pub const TABLE: &str = "ovl";
@@ -291,8 +291,8 @@ fn input(text: &mut String, networks: &[&Network]) {
         let _ = writeln!(
             text,
             "\t\tiifname \"{bridge}\" meta l4proto 58 @th,0,8 {{ 135, 136 }} accept\n\
-             \t\tiifname \"{bridge}\" ip daddr != {ADDRESS_V4} counter drop\n\
-             \t\tiifname \"{bridge}\" ip6 daddr != {ADDRESS_V6} counter drop"
+             \t\tiifname \"{bridge}\" ip daddr != {{ {ADDRESS_V4}, {CLUSTER_V4} }} counter drop\n\
+             \t\tiifname \"{bridge}\" ip6 daddr != {{ {ADDRESS_V6}, {CLUSTER_V6} }} counter drop"
         );
     }
     let _ = writeln!(text, "\t}}");

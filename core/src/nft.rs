@@ -33,18 +33,32 @@ pub enum Table {
     Policy,
     /// Frames of switched networks that network policies are about.
     PolicyFrames,
+    /// What gets queries for the resolver past the host's firewall, IPv4 and IPv6.
+    Resolver4,
+    /// See [`Table::Resolver4`].
+    Resolver6,
 }
 
 impl Table {
     /// Those in [`crate::kernel::Kernel::tables`].
-    pub const ALL: [Self; 6] =
-        [Self::Divert, Self::Publish, Self::PublishFrames, Self::Services, Self::Policy, Self::PolicyFrames];
+    pub const ALL: [Self; 8] = [
+        Self::Divert,
+        Self::Publish,
+        Self::PublishFrames,
+        Self::Services,
+        Self::Policy,
+        Self::PolicyFrames,
+        Self::Resolver4,
+        Self::Resolver6,
+    ];
 
-    /// Of packets: `inet` or `bridge`.
+    /// Of packets: `inet`, `bridge`, `ip` or `ip6`.
     pub fn family(self) -> &'static str {
         match self {
             Self::Divert | Self::PublishFrames | Self::PolicyFrames => "bridge",
             Self::Sources | Self::Publish | Self::Services | Self::Policy => "inet",
+            Self::Resolver4 => "ip",
+            Self::Resolver6 => "ip6",
         }
     }
 
@@ -56,6 +70,7 @@ impl Table {
             Self::Publish | Self::PublishFrames => "ovl-publish",
             Self::Services => "ovl-services",
             Self::Policy | Self::PolicyFrames => "ovl-policy",
+            Self::Resolver4 | Self::Resolver6 => "ovl-resolver",
         }
     }
 }

@@ -9,6 +9,7 @@
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::sync::Arc;
 
 use ipnet::IpNet;
 use ovl_proto::id::NetworkId;
@@ -17,6 +18,7 @@ use ovl_proto::object::Network;
 use crate::device::Device;
 use crate::filter::TABLE;
 use crate::kernel::Kernel;
+use crate::nft::{Chain, Skeleton, Table};
 
 /// Where endpoints find their resolver, as in Docker's networks.
 pub const LOOPBACK: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 11);
@@ -107,6 +109,28 @@ pub(crate) fn chains(
     }
     let _ = writeln!(text, "\t}}\n}}");
     Some(text)
+}
+
+/// The tables that give queries to ovld as if they came by the loopback device. A firewall of the host that lets in
+/// only what it knows knows that device, and would drop what comes from a bridge: a later chain's drop is final, so
+/// none of ours could let it in there. Whom the resolver answers it decides itself.
+pub(crate) fn past_firewalls() -> impl Iterator<Item = (Table, Arc<Skeleton>)> {
+    // The last address says by which route of the loopback device a packet goes; its own address stays.
+    let all: [(Table, [IpAddr; 3]); 2] = [
+        (Table::Resolver4, [ADDRESS_V4.into(), CLUSTER_V4.into(), Ipv4Addr::LOCALHOST.into()]),
+        (Table::Resolver6, [ADDRESS_V6.into(), CLUSTER_V6.into(), Ipv6Addr::LOCALHOST.into()]),
+    ];
+    all.into_iter().map(|(table, [own, cluster, loopback])| {
+        let family = table.family();
+        let rule = format!(
+            "iifname {{ \"ovb-*\", \"ove-*\" }} {family} daddr {{ {own}, {cluster} }} meta l4proto {{ tcp, udp }} \
+             th dport {{ {PORT}, {PORT_DIRECT} }} dup to {loopback} device \"lo\" drop"
+        );
+        // After the chain that puts these addresses and ports in.
+        let hook = "type filter hook prerouting priority raw - 4; policy accept;".to_owned();
+        let chain = Chain { name: "prerouting".to_owned(), hook: Some(hook), rules: vec![rule] };
+        (table, Arc::new(Skeleton { chains: vec![chain], ..Skeleton::default() }))
+    })
 }
 
 /// With its family as nftables has it.

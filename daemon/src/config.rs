@@ -1,5 +1,6 @@
 //! Flags and the configuration file. A flag wins over the file; `--join` adds to it.
 
+use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -10,11 +11,21 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use ovl_core::allocation::Ranges;
 use ovl_core::device::Device;
 use ovl_core::networks::overlaps;
+use ovl_dns::{Name, Stub};
 use ovl_proto::{DEFAULT_PORT, DEFAULT_TUNNEL_PORT, DEFAULT_VXLAN_PORT, SEALED_VXLAN_PORT};
 use serde::Deserialize;
 
 /// Where the configuration is looked for unless `--config` says otherwise.
 const DEFAULT_CONFIG: &str = "/etc/ovl/ovld.toml";
+
+/// Under it the host finds endpoints: `NAME.NETWORK.ovl.internal`. The top-level domain is set aside for private
+/// use.
+pub(crate) const OWN_DOMAIN: &str = "ovl.internal";
+
+/// Where resolvers are (RFC 1035, section 4.2).
+const DNS_PORT: u16 = 53;
+/// As many as of a resolv.conf.
+const MAX_STUB_SERVERS: usize = 8;
 
 /// Where Kubernetes often has them.
 const DEFAULT_SERVICE_RANGES: [IpNet; 2] = [
@@ -111,6 +122,8 @@ struct File {
     #[serde(default)]
     dns_listen: Vec<SocketAddr>,
     walk_search_lists: Option<bool>,
+    #[serde(default)]
+    stub_domains: BTreeMap<String, Vec<String>>,
 }
 
 /// Who carries encrypted networks between hosts.
@@ -181,16 +194,22 @@ pub(crate) struct Config {
     pub dns_listen: Vec<SocketAddr>,
     /// Whether a pod's search list is walked for it.
     pub walk_search_lists: bool,
+    /// Domains with resolvers of their own.
+    pub stub_domains: Vec<Stub>,
 }
 
 impl Config {
     /// Reads the file that the flags name and puts the two together.
     pub(crate) fn load(args: Args) -> Result<Self> {
         let file = read_file(args.config.as_deref())?;
-        let join: Vec<String> =
-            file.join.iter().chain(&args.join).map(|peer| with_port(peer)).collect::<Result<_>>()?;
+        let join: Vec<String> = file
+            .join
+            .iter()
+            .chain(&args.join)
+            .map(|peer| with_port("join", peer, DEFAULT_PORT))
+            .collect::<Result<_>>()?;
         let advertise = match args.advertise.or(file.advertise) {
-            Some(text) => parse_advertise(&text)?,
+            Some(text) => parse_address("advertise", &text, DEFAULT_PORT)?,
             None => SocketAddr::new(own_address(&join).context(NoAddress)?, DEFAULT_PORT),
         };
         let insecure = args.insecure || file.insecure;
@@ -251,6 +270,7 @@ impl Config {
             resolv_conf: args.resolv_conf.or(file.resolv_conf).unwrap_or_else(|| "/etc/resolv.conf".into()),
             dns_listen: file.dns_listen,
             walk_search_lists: file.walk_search_lists.unwrap_or(true),
+            stub_domains: file.stub_domains.iter().map(parse_stub).collect::<Result<_>>()?,
         };
         config.check()?;
         Ok(config)
@@ -296,7 +316,32 @@ impl Config {
         if self.cluster_domain.len() > 200 || !labels.iter().all(is_label) {
             bail!("cluster_domain: '{}' is no DNS name", self.cluster_domain);
         }
+        self.check_stubs()?;
         self.check_ranges()
+    }
+
+    fn check_stubs(&self) -> Result<()> {
+        let ours = [self.cluster_domain.as_str(), OWN_DOMAIN].map(Name::parse);
+        for (n, Stub { domain, servers }) in self.stub_domains.iter().enumerate() {
+            if let Some(own) = ours.iter().flatten().find(|own| domain.before(own).is_some()) {
+                bail!("stub_domains: {domain}: nobody else is ever asked for names under {own}");
+            }
+            if self.stub_domains.iter().take(n).any(|other| other.domain == *domain) {
+                bail!("stub_domains: {domain} is there twice");
+            }
+            if servers.is_empty() || servers.len() > MAX_STUB_SERVERS {
+                bail!("stub_domains: {domain}: 1 to {MAX_STUB_SERVERS} addresses are needed");
+            }
+            for server in servers {
+                if server.ip().is_unspecified() || server.ip().is_multicast() || server.port() == 0 {
+                    bail!("stub_domains: {domain}: {server} is not where one host listens");
+                }
+                if self.dns_listen.contains(server) {
+                    bail!("stub_domains: {domain}: {server} is ovld's own: see dns_listen");
+                }
+            }
+        }
+        Ok(())
     }
 
     fn check_ranges(&self) -> Result<()> {
@@ -354,22 +399,31 @@ fn read_file(path: Option<&Path>) -> Result<File> {
 }
 
 /// `host`, `host:port`, `addr`, `[addr]:port` or a bare IPv6 address, with the port made explicit.
-fn with_port(text: &str) -> Result<String> {
+fn with_port(setting: &str, text: &str, port: u16) -> Result<String> {
     if let Ok(ip) = text.trim_matches(['[', ']']).parse::<IpAddr>() {
-        return Ok(SocketAddr::new(ip, DEFAULT_PORT).to_string());
+        return Ok(SocketAddr::new(ip, port).to_string());
     }
     let has_port = text.rsplit_once(':').is_some_and(|(_, port)| port.parse::<u16>().is_ok());
-    let full = if has_port { text.to_owned() } else { format!("{text}:{DEFAULT_PORT}") };
+    let full = if has_port { text.to_owned() } else { format!("{text}:{port}") };
     if text.is_empty() || full.contains(char::is_whitespace) {
-        bail!("join: '{text}' is not ADDR[:PORT]");
+        bail!("{setting}: '{text}' is not ADDR[:PORT]");
     }
     Ok(full)
 }
 
-fn parse_advertise(text: &str) -> Result<SocketAddr> {
-    with_port(text)?
+fn parse_address(setting: &str, text: &str, port: u16) -> Result<SocketAddr> {
+    with_port(setting, text, port)?
         .parse()
-        .map_err(|_| anyhow::anyhow!("advertise: '{text}' is not ADDR[:PORT]; host names are not taken here"))
+        .map_err(|_| anyhow::anyhow!("{setting}: '{text}' is not ADDR[:PORT]; host names are not taken here"))
+}
+
+fn parse_stub((domain, servers): (&String, &Vec<String>)) -> Result<Stub> {
+    let setting = format!("stub_domains: {domain}");
+    let name = Name::parse(domain).filter(|_| domain.is_ascii() && !domain.contains(char::is_whitespace));
+    Ok(Stub {
+        domain: name.with_context(|| format!("{setting} is no DNS name"))?,
+        servers: servers.iter().map(|text| parse_address(&setting, text, DNS_PORT)).collect::<Result<_>>()?,
+    })
 }
 
 /// The address that this host would use towards the first peer; towards the world if there is
@@ -456,8 +510,35 @@ mod tests {
 
     #[test]
     fn join_addresses_get_the_port() {
-        assert_eq!(with_port("fd00::1").unwrap(), "[fd00::1]:7940");
-        assert_eq!(with_port("[fd00::1]:80").unwrap(), "[fd00::1]:80");
-        assert_eq!(with_port("host").unwrap(), "host:7940");
+        let with_port = |text| with_port("join", text, DEFAULT_PORT).unwrap();
+        assert_eq!(with_port("fd00::1"), "[fd00::1]:7940");
+        assert_eq!(with_port("[fd00::1]:80"), "[fd00::1]:80");
+        assert_eq!(with_port("host"), "host:7940");
+    }
+
+    #[test]
+    fn stub_domains_have_addresses_and_are_nobody_elses() {
+        let stubs = |table: &str| {
+            let file = format!("insecure = true\nadvertise = '10.0.0.1'\n{table}");
+            load(&[], &file).map(|config| config.stub_domains)
+        };
+        let found =
+            stubs("[stub_domains]\n'Corp.Example.' = ['10.0.0.53', '10.0.0.54:5353', 'fd00::53']").unwrap();
+        let servers = ["10.0.0.53:53", "10.0.0.54:5353", "[fd00::53]:53"].map(|at| at.parse().unwrap());
+        assert_eq!(found, [Stub { domain: Name::parse("corp.example").unwrap(), servers: servers.into() }]);
+        for (table, expected) in [
+            ("'corp.example' = []", "1 to 8 addresses"),
+            ("'corp.example' = ['ns.corp.example']", "host names are not taken here"),
+            ("'corp.example' = ['0.0.0.0']", "0.0.0.0:53 is not where one host listens"),
+            ("'corp..example' = ['10.0.0.53']", "corp..example is no DNS name"),
+            ("'corp.example' = ['10.0.0.53']\n'CORP.example' = ['10.0.0.54']", "corp.example is there twice"),
+            ("'x.cluster.local' = ['10.0.0.53']", "nobody else is ever asked for names under cluster.local"),
+            ("'ovl.internal' = ['10.0.0.53']", "nobody else is ever asked for names under ovl.internal"),
+        ] {
+            let error = stubs(&format!("[stub_domains]\n{table}")).unwrap_err().to_string();
+            assert!(error.contains(expected), "{table}: {error}");
+        }
+        let own = "dns_listen = ['127.0.0.1:5300']\n[stub_domains]\n'corp.example' = ['127.0.0.1:5300']";
+        assert!(stubs(own).unwrap_err().to_string().contains("is ovld's own"));
     }
 }

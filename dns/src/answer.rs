@@ -41,6 +41,16 @@ pub enum Outcome {
     Ignore,
 }
 
+/// What others are to be asked in place of a query.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Target {
+    /// The name.
+    pub name: Name,
+    /// If a client's walk through its search list ends there: the domain of ours in which it began. Where others know
+    /// nothing, the walk goes on.
+    pub walk: Option<Name>,
+}
+
 /// Answers a message into `buffer`. `turn` says with which of several addresses the answer begins.
 #[inline]
 pub fn answer(
@@ -95,11 +105,19 @@ fn respond(
         Place::Walked(target) => aliased(zone, asker, limit, message, query, buffer, turn, &target),
         Place::Here(network, records) => {
             let mut writer = Writer::answer(buffer, limit, message, query, Rcode::NO_ERROR, true)?;
-            let (count, whole) = write(&mut writer, None, zone, asker, query.kind, network, records, turn);
-            writer.count(count, 0, 0, !whole);
+            match write(&mut writer, None, zone, asker, query.kind, network, records, turn) {
+                (0, true) => {
+                    let apex = zone.apex(&query.name);
+                    let written = u16::from(authority(&mut writer, &apex));
+                    let is_asked = query.kind == Kind::SOA && query.name == apex;
+                    let (answers, authority) = if is_asked { (written, 0) } else { (0, written) };
+                    writer.count(answers, authority, 0, false);
+                }
+                (count, whole) => writer.count(count, 0, 0, !whole),
+            }
             Some(Outcome::Answer(writer.finish(query, Rcode::NO_ERROR)))
         }
-        Place::Nowhere => bare(buffer, Rcode::NO_NAME, true),
+        Place::Nowhere => no_name(zone, limit, message, query, buffer),
         // Only names under its domain are asked of us by the host: who else it asks, it knows itself.
         Place::Elsewhere if asker == Asker::Host => bare(buffer, Rcode::REFUSED, false),
         Place::Elsewhere => Some(Outcome::Forward),
@@ -121,34 +139,47 @@ fn aliased(
     match zone.find(asker, target) {
         Place::Here(network, records) if records.alias.is_none() => {
             let mut writer = Writer::answer(buffer, limit, message, query, Rcode::NO_ERROR, true)?;
-            let named = writer.record(None, Kind::CNAME, TTL, &with_root(target));
-            let written = write(&mut writer, Some(target), zone, asker, query.kind, network, records, turn);
-            writer.count(written.0 + u16::from(named), 0, 0, !(written.1 && named));
+            let named = writer.record(None, Kind::CNAME, TTL, &[target.as_bytes(), &[0]]);
+            let (count, whole) =
+                write(&mut writer, Some(target), zone, asker, query.kind, network, records, turn);
+            let denied = count == 0 && whole && authority(&mut writer, &zone.apex(target));
+            writer.count(count + u16::from(named), u16::from(denied), 0, !(whole && named));
             Some(Outcome::Answer(writer.finish(query, Rcode::NO_ERROR)))
         }
-        Place::Nowhere => {
-            let writer = Writer::answer(buffer, limit, message, query, Rcode::NO_NAME, true)?;
-            Some(Outcome::Answer(writer.finish(query, Rcode::NO_NAME)))
-        }
+        Place::Nowhere => no_name(zone, limit, message, query, buffer),
         Place::Here(..) | Place::Elsewhere | Place::Walked(_) => Some(Outcome::Alias),
     }
 }
 
-/// Under which name others are to be asked, after [`Outcome::Alias`]; and whether that is a client's walk, which goes
-/// on where they know nothing.
-pub fn target(zone: &Zone, asker: Asker, message: &[u8]) -> Option<(Name, bool)> {
+fn no_name(zone: &Zone, limit: usize, message: &[u8], query: &Query, buffer: &mut [u8]) -> Option<Outcome> {
+    let mut writer = Writer::answer(buffer, limit, message, query, Rcode::NO_NAME, true)?;
+    let denied = authority(&mut writer, &zone.apex(&query.name));
+    writer.count(0, u16::from(denied), 0, false);
+    Some(Outcome::Answer(writer.finish(query, Rcode::NO_NAME)))
+}
+
+/// The start of authority, with which a denial may be kept for a while (RFC 2308, section 3). Without room for it, it is
+/// left out.
+fn authority(writer: &mut Writer<'_>, apex: &Name) -> bool {
+    // Nobody's mailbox; serial, refresh, retry, expire, and for how long there is nothing.
+    let numbers = [1, 7200, 1800, 86_400, TTL].map(u32::to_be_bytes);
+    writer.record(Some(apex), Kind::SOA, TTL, &[apex.as_bytes(), &[0, 0], numbers.as_flattened()])
+}
+
+/// Under which name others are to be asked, after [`Outcome::Alias`].
+pub fn target(zone: &Zone, asker: Asker, message: &[u8]) -> Option<Target> {
     let query = Query::read(message).ok()?;
     let mut name = query.name;
-    let mut walked = false;
+    let mut walk = None;
     // An external Service may stand for another, but not for ever.
     for _ in 0..8 {
         match zone.find(asker, &name) {
             Place::Here(_, Records { alias: Some(alias), .. }) => name = *alias,
             Place::Walked(to) => {
-                walked = true;
+                walk = Some(zone.apex(&query.name));
                 name = *to;
             }
-            Place::Elsewhere => return Some((name, walked)),
+            Place::Elsewhere => return Some(Target { name, walk }),
             Place::Here(..) | Place::Nowhere => return None,
         }
     }
@@ -176,46 +207,37 @@ fn write(
     };
     if kind == Kind::A || kind == Kind::ANY {
         for address in rotated(v4, turn) {
-            note(writer.record(owner, Kind::A, TTL, &Ipv4Addr::octets(address)));
+            note(writer.record(owner, Kind::A, TTL, &[&Ipv4Addr::octets(address)]));
         }
     }
     if kind == Kind::AAAA || kind == Kind::ANY {
         for address in rotated(v6, turn) {
-            note(writer.record(owner, Kind::AAAA, TTL, &Ipv6Addr::octets(address)));
+            note(writer.record(owner, Kind::AAAA, TTL, &[&Ipv6Addr::octets(address)]));
         }
     }
     if kind == Kind::PTR || kind == Kind::ANY {
         for name in names.iter().filter_map(|name| zone.full(asker, network, name)) {
-            note(writer.record(owner, Kind::PTR, TTL, &with_root(&name)));
+            note(writer.record(owner, Kind::PTR, TTL, &[name.as_bytes(), &[0]]));
         }
     }
     if kind == Kind::SRV || kind == Kind::ANY {
         // Equal ones share the load (RFC 2782).
         for (port, target) in rotated(services, turn) {
             let [high, low] = port.to_be_bytes();
-            note(writer.record(
-                owner,
-                Kind::SRV,
-                TTL,
-                &[&[0, 0, 0, 1, high, low], &*with_root(target)].concat(),
-            ));
+            note(writer.record(owner, Kind::SRV, TTL, &[&[0, 0, 0, 1, high, low], target.as_bytes(), &[0]]));
         }
     }
     if kind == Kind::CNAME
         && let Some(alias) = alias
     {
-        note(writer.record(owner, Kind::CNAME, TTL, &with_root(alias)));
+        note(writer.record(owner, Kind::CNAME, TTL, &[alias.as_bytes(), &[0]]));
     }
     if kind == Kind::TXT
         && let Some(text) = text
     {
-        note(writer.record(owner, Kind::TXT, TTL, &[&[text.len() as u8], text.as_bytes()].concat()));
+        note(writer.record(owner, Kind::TXT, TTL, &[&[text.len() as u8], text.as_bytes()]));
     }
     (count, whole)
-}
-
-fn with_root(name: &Name) -> Vec<u8> {
-    [name.as_bytes(), &[0]].concat()
 }
 
 fn rotated<T>(all: &[T], turn: usize) -> impl Iterator<Item = &T> {
@@ -239,8 +261,21 @@ fn refuse(message: &[u8], rcode: Rcode, buffer: &mut [u8]) -> Outcome {
 
 /// An answer that says only how it went.
 pub(crate) fn bare(message: &[u8], query: &Query, rcode: Rcode) -> Vec<u8> {
-    let mut buffer = [0; HEADER + 260 + crate::wire::OPT];
-    let written = Writer::answer(&mut buffer, usize::MAX, message, query, rcode, false);
-    let length = written.map_or(0, |writer| writer.finish(query, rcode));
+    made(message, query, rcode, None)
+}
+
+/// The same with our word that there is nothing.
+pub(crate) fn denial(message: &[u8], query: &Query, rcode: Rcode, apex: &Name) -> Vec<u8> {
+    made(message, query, rcode, Some(apex))
+}
+
+fn made(message: &[u8], query: &Query, rcode: Rcode, apex: Option<&Name>) -> Vec<u8> {
+    let mut buffer = [0; crate::wire::MAX_UDP];
+    let Some(mut writer) = Writer::answer(&mut buffer, usize::MAX, message, query, rcode, false) else {
+        return Vec::new();
+    };
+    let denied = apex.is_some_and(|apex| authority(&mut writer, apex));
+    writer.count(0, u16::from(denied), 0, false);
+    let length = writer.finish(query, rcode);
     buffer.get(..length).unwrap_or_default().to_vec()
 }

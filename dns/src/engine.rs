@@ -17,6 +17,7 @@ use crate::answer::Asker;
 use crate::forward::{Forwarder, Job, Lookup, Waiter};
 use crate::name::Name;
 use crate::resolv::Follow;
+use crate::servers::Stub;
 use crate::wire::{Kind, question};
 use crate::zone::Zone;
 use crate::{sys, tcp, udp};
@@ -61,6 +62,8 @@ pub struct Config {
     pub listen: Vec<Listen>,
     /// The file that names the other resolvers.
     pub resolv_conf: PathBuf,
+    /// Domains that others are asked about.
+    pub stubs: Vec<Stub>,
 }
 
 /// What was done since the start.
@@ -140,7 +143,8 @@ impl Engine {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let (also, sender) = (Arc::clone(&shared), jobs.clone());
         thread::Builder::new().name("dns-ask".to_owned()).spawn(move || {
-            let work = asker(streams, &also, &sender, inbox, follow);
+            let forwarder = Forwarder::new(Arc::clone(&also.counters), config.stubs);
+            let work = asker(streams, &also, &sender, forwarder.run(inbox, follow));
             tokio::task::LocalSet::new().block_on(&runtime, work);
         })?;
         Ok(Self { shared, jobs })
@@ -184,8 +188,7 @@ async fn asker(
     streams: Vec<(std::net::TcpListener, Role)>,
     shared: &Arc<Shared>,
     jobs: &mpsc::Sender<Job>,
-    inbox: mpsc::Receiver<Job>,
-    follow: Follow,
+    forwarding: impl Future<Output = ()>,
 ) {
     let open = Rc::new(Cell::new(0));
     for (listener, role) in streams {
@@ -203,7 +206,7 @@ async fn asker(
         }
     };
     tokio::select! {
-        () = Forwarder::new(Arc::clone(&shared.counters)).run(inbox, follow) => {}
+        () = forwarding => {}
         () = ended => {}
     }
 }

@@ -12,11 +12,12 @@ use futures_util::StreamExt as _;
 use futures_util::stream::FuturesUnordered;
 use tokio::sync::{mpsc, oneshot};
 
-use crate::answer;
+use crate::answer::{self, Target};
 use crate::cache::{Cache, Question};
 use crate::engine::Counters;
 use crate::name::Name;
 use crate::resolv::Follow;
+use crate::servers::{Servers, Stub};
 use crate::upstream::{self, Reply};
 use crate::wire::{AA, AD, HEADER, QR, Query, RA, Rcode, TC, opt, u16_at};
 
@@ -29,24 +30,18 @@ const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// So many questions may wait for servers, and so many askers for one question.
 const MAX_QUESTIONS: usize = 2_000;
 const MAX_WAITING: usize = 500;
-/// A server that failed is asked last for this long, twice as long each time.
-const DOWN_FIRST: Duration = Duration::from_secs(1);
-const DOWN_LAST: Duration = Duration::from_secs(30);
 
 /// A query that the zone cannot answer, and where the answer goes.
 #[derive(Debug)]
 pub(crate) struct Job {
     pub(crate) message: Vec<u8>,
-    /// The name that others are asked for in its place; and whether a client walks its search list.
-    pub(crate) alias: Option<Alias>,
+    /// The name that others are asked for in its place.
+    pub(crate) alias: Option<Target>,
     pub(crate) to: Waiter,
 }
 
-/// A name in place of the query's, and whether it ends a client's walk.
-type Alias = (Name, bool);
-
 /// A query, and who waits for its answer.
-type Waiting = (Vec<u8>, Option<Alias>, Waiter);
+type Waiting = (Vec<u8>, Option<Target>, Waiter);
 
 /// Who waits.
 #[derive(Debug)]
@@ -75,17 +70,12 @@ pub struct Lookup {
     pub message: Vec<u8>,
     /// See [`Via`].
     pub via: Via,
-}
-
-#[derive(Debug)]
-struct Server {
-    address: SocketAddr,
-    failures: u32,
-    down_until: Option<Instant>,
+    /// Of which stub domain the name is.
+    pub stub: Option<Name>,
 }
 
 pub(crate) struct Forwarder {
-    servers: RefCell<Vec<Server>>,
+    servers: RefCell<Servers>,
     cache: RefCell<Cache>,
     /// Who asked what is on its way already, each with its own query.
     waiting: RefCell<HashMap<Question, Vec<Waiting>>>,
@@ -93,9 +83,9 @@ pub(crate) struct Forwarder {
 }
 
 impl Forwarder {
-    pub(crate) fn new(counters: Arc<Counters>) -> Rc<Self> {
+    pub(crate) fn new(counters: Arc<Counters>, stubs: Vec<Stub>) -> Rc<Self> {
         Rc::new(Self {
-            servers: RefCell::default(),
+            servers: RefCell::new(Servers::new(stubs)),
             cache: RefCell::default(),
             waiting: RefCell::default(),
             counters,
@@ -121,25 +111,22 @@ impl Forwarder {
     }
 
     fn set_servers(&self, servers: &[SocketAddr]) {
-        let mut known = self.servers.borrow_mut();
-        if known.iter().map(|server| server.address).eq(servers.iter().copied()) {
-            return;
+        if self.servers.borrow_mut().set_others(servers) {
+            tracing::info!(?servers, "the resolvers that are asked for other names");
+            self.cache.borrow_mut().clear();
         }
-        tracing::info!(?servers, "the resolvers that are asked for other names");
-        *known = servers.iter().map(|at| Server { address: *at, failures: 0, down_until: None }).collect();
-        self.cache.borrow_mut().clear();
     }
 
     fn take(self: &Rc<Self>, Job { message, alias, to }: Job) {
         // It was read once already.
         let Ok(query) = Query::read(&message) else { return };
-        let name = alias.as_ref().map_or(&query.name, |(name, _)| name);
+        let name = alias.as_ref().map_or(&query.name, |target| &target.name);
         let question =
             Question::new(name, query.kind, query.wants_dnssec(), query.flags & crate::wire::CD != 0);
         let kept = self.cache.borrow_mut().get(&question, Instant::now());
         if let Some(kept) = kept {
             self.counters.cached.fetch_add(1, Relaxed);
-            deliver(&message, &query, alias, to, &kept, Via::Cache);
+            self.deliver(&message, &query, alias, to, &kept, Via::Cache);
             return;
         }
         let mut waiting = self.waiting.borrow_mut();
@@ -152,7 +139,14 @@ impl Forwarder {
         }
         if full {
             self.counters.failed.fetch_add(1, Relaxed);
-            deliver(&message, &query, None, to, &answer::bare(&message, &query, Rcode::FAILED), Via::Nobody);
+            self.deliver(
+                &message,
+                &query,
+                None,
+                to,
+                &answer::bare(&message, &query, Rcode::FAILED),
+                Via::Nobody,
+            );
             return;
         }
         waiting.insert(question.clone(), vec![(message, alias, to)]);
@@ -175,9 +169,9 @@ impl Forwarder {
             let Ok(query) = Query::read(&message) else { continue };
             match &found {
                 Some((reply, server)) => {
-                    deliver(&message, &query, alias, to, &reply.message, Via::Server(*server))
+                    self.deliver(&message, &query, alias, to, &reply.message, Via::Server(*server))
                 }
-                None => deliver(
+                None => self.deliver(
                     &message,
                     &query,
                     None,
@@ -192,7 +186,8 @@ impl Forwarder {
     /// Asks the servers one after the other, without giving up those that were asked before: the first
     /// good answer counts. What a server only could not do, the next one may.
     async fn ask_all(&self, question: &Question) -> Option<(Reply, SocketAddr)> {
-        let mut servers = self.in_order().into_iter();
+        let name = question.name();
+        let mut servers = self.servers.borrow().in_order(&name).into_iter();
         let mut asked = FuturesUnordered::new();
         let ask = |server| async move { (server, upstream::ask(server, question).await) };
         let mut fallback = None;
@@ -202,17 +197,17 @@ impl Forwarder {
             tokio::select! {
                 Some((server, result)) = asked.next() => match result {
                     Ok(reply) if matches!(reply.parts.rcode, Rcode::NO_ERROR | Rcode::NO_NAME) => {
-                        self.note(server, true);
+                        self.servers.borrow_mut().note(&name, server, true);
                         return Some((reply, server));
                     }
                     Ok(reply) => {
-                        self.note(server, true);
+                        self.servers.borrow_mut().note(&name, server, true);
                         fallback = fallback.or(Some((reply, server)));
                         asked.extend(servers.next().map(ask));
                     }
                     Err(error) => {
                         tracing::debug!(%server, %error, "a resolver does not answer");
-                        self.note(server, false);
+                        self.servers.borrow_mut().note(&name, server, false);
                         asked.extend(servers.next().map(ask));
                     }
                 },
@@ -224,50 +219,38 @@ impl Forwarder {
         }
     }
 
-    /// As in the file; those that failed lately come last.
-    fn in_order(&self) -> Vec<SocketAddr> {
-        let now = Instant::now();
-        let servers = self.servers.borrow();
-        let (down, up): (Vec<&Server>, Vec<&Server>) =
-            servers.iter().partition(|server| server.down_until.is_some_and(|until| until > now));
-        up.into_iter().chain(down).map(|server| server.address).collect()
-    }
-
-    fn note(&self, address: SocketAddr, answered: bool) {
-        let mut servers = self.servers.borrow_mut();
-        let Some(server) = servers.iter_mut().find(|server| server.address == address) else { return };
-        if answered {
-            server.failures = 0;
-            server.down_until = None;
-        } else {
-            let pause = DOWN_FIRST.saturating_mul(1 << server.failures.min(5)).min(DOWN_LAST);
-            server.failures += 1;
-            server.down_until = Some(Instant::now() + pause);
-        }
-    }
-}
-
-/// Makes the answer fit the query, and sends it.
-fn deliver(message: &[u8], query: &Query, alias: Option<Alias>, to: Waiter, answer: &[u8], via: Via) {
-    let composed = alias.map(|(name, walked)| {
-        let under = crate::message::under(message, query, &name, answer, walked);
-        under.unwrap_or_else(|| answer::bare(message, query, Rcode::FAILED))
-    });
-    let answer = composed.as_deref().unwrap_or(answer);
-    match to {
-        Waiter::Udp(socket, address) => {
-            if let Some(answer) = fitted(message, query, answer, query.udp_limit()) {
-                // Who does not take it asks again.
-                let _ = socket.send_to(&answer, address);
+    /// Makes the answer fit the query, and sends it.
+    fn deliver(
+        &self,
+        message: &[u8],
+        query: &Query,
+        alias: Option<Target>,
+        to: Waiter,
+        answer: &[u8],
+        via: Via,
+    ) {
+        let composed = alias.as_ref().map(|target| {
+            let under = crate::message::under(message, query, target, answer);
+            under.unwrap_or_else(|| answer::bare(message, query, Rcode::FAILED))
+        });
+        let answer = composed.as_deref().unwrap_or(answer);
+        match to {
+            Waiter::Udp(socket, address) => {
+                if let Some(answer) = fitted(message, query, answer, query.udp_limit()) {
+                    // Who does not take it asks again.
+                    let _ = socket.send_to(&answer, address);
+                }
             }
-        }
-        Waiter::Tcp(sender) => {
-            if let Some(answer) = fitted(message, query, answer, usize::from(u16::MAX)) {
-                let _ = sender.send(answer);
+            Waiter::Tcp(sender) => {
+                if let Some(answer) = fitted(message, query, answer, usize::from(u16::MAX)) {
+                    let _ = sender.send(answer);
+                }
             }
-        }
-        Waiter::Look(sender) => {
-            let _ = sender.send(Lookup { message: answer.to_vec(), via });
+            Waiter::Look(sender) => {
+                let asked = alias.map_or(query.name, |target| target.name);
+                let stub = self.servers.borrow().stub_of(&asked);
+                let _ = sender.send(Lookup { message: answer.to_vec(), via, stub });
+            }
         }
     }
 }

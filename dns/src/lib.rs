@@ -17,6 +17,7 @@ pub mod fuzz;
 mod message;
 mod name;
 mod resolv;
+mod servers;
 mod sys;
 mod tcp;
 #[cfg(test)]
@@ -26,10 +27,11 @@ mod upstream;
 mod wire;
 mod zone;
 
-pub use answer::{Asker, Outcome, Transport, answer, target};
+pub use answer::{Asker, Outcome, Target, Transport, answer, target};
 pub use engine::{Config, Engine, Listen, Role, Stats};
 pub use forward::{Lookup, Via};
 pub use message::{Data, Record, records};
 pub use name::Name;
+pub use servers::Stub;
 pub use wire::{Kind, Query, Rcode, question};
 pub use zone::{NetworkKey, Place, Records, Standing, Zone};

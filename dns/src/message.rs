@@ -2,6 +2,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
+use crate::answer::Target;
 use crate::name::Name;
 use crate::wire::{HEADER, IN, Kind, QR, Query, Rcode, TC, skip_name, u16_at, u32_at};
 
@@ -173,20 +174,18 @@ pub fn records(message: &[u8]) -> Option<(Rcode, Vec<Record>)> {
     Some((rcode, records))
 }
 
-/// Another server's answer about `name` as one to this query, for which `name` stands: the alias first, then its
-/// records, with all names written out, for pointers would lead elsewhere. Where there is nothing, a `walked` client is
-/// told so about the name that it asked for, and goes on.
-pub(crate) fn under(
-    message: &[u8],
-    query: &Query,
-    name: &Name,
-    answer: &[u8],
-    walked: bool,
-) -> Option<Vec<u8>> {
+/// Another server's answer about a name as one to this query, which that name stands for: the alias first, then its
+/// records, with all names written out, for pointers would lead elsewhere. Where there is nothing, a client that walks
+/// its search list is told so about the name that it asked for, and goes on.
+pub(crate) fn under(message: &[u8], query: &Query, target: &Target, answer: &[u8]) -> Option<Vec<u8>> {
+    let Target { name, walk } = target;
     let rcode = Rcode(u16_at(answer, 2)? & 15);
     let count = u16_at(answer, 6)?;
-    if rcode != Rcode::NO_ERROR && rcode != Rcode::NO_NAME || (walked && count == 0) {
+    if rcode != Rcode::NO_ERROR && rcode != Rcode::NO_NAME {
         return Some(crate::answer::bare(message, query, rcode));
+    }
+    if let Some(apex) = walk.filter(|_| count == 0) {
+        return Some(crate::answer::denial(message, query, rcode, &apex));
     }
     let mut at = HEADER;
     for _ in 0..u16_at(answer, 4)? {

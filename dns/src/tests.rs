@@ -135,7 +135,7 @@ mod walking {
     use std::net::{IpAddr, Ipv4Addr};
     use std::sync::Arc;
 
-    use crate::answer::{Asker, Outcome, Transport, answer, target};
+    use crate::answer::{Asker, Outcome, Target, Transport, answer, target};
     use crate::message::{records, under};
     use crate::name::Name;
     use crate::wire::{Kind, Query, question};
@@ -176,7 +176,8 @@ mod walking {
                 format!("{rcode} {}", data.join(" ")).trim_end().to_owned()
             }
             Outcome::Alias => match target(zone, Asker::At(ASKER), &message) {
-                Some((name, walked)) => format!("asks for {name}{}", if walked { ", walking" } else { "" }),
+                Some(Target { name, walk: Some(_) }) => format!("asks for {name}, walking"),
+                Some(Target { name, walk: None }) => format!("asks for {name}"),
                 None => "nothing".to_owned(),
             },
             Outcome::Forward => "asks as it is".to_owned(),
@@ -231,7 +232,8 @@ mod walking {
     fn anothers_answer_is_given_under_the_name_that_was_asked_for() {
         let message = question(1, &name("a.example.shop.svc.cluster.local"), Kind::A, 0, None);
         let query = Query::read(&message).unwrap();
-        let said = under(&message, &query, &name("a.example"), &super::answer([60, 60]), true).unwrap();
+        let target = Target { name: name("a.example"), walk: Some(name("cluster.local")) };
+        let said = under(&message, &query, &target, &super::answer([60, 60])).unwrap();
         let (_, records) = records(&said).unwrap();
         let lines: Vec<String> =
             records.iter().map(|record| format!("{} {} {}", record.name, record.kind, record.data)).collect();

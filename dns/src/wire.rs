@@ -291,21 +291,22 @@ impl<'a> Writer<'a> {
         true
     }
 
-    /// A record about the name in the question, or about another one.
+    /// A record about the name in the question, or about another one; its data in pieces.
     #[inline]
-    pub(crate) fn record(&mut self, owner: Option<&Name>, kind: Kind, ttl: u32, data: &[u8]) -> bool {
+    pub(crate) fn record(&mut self, owner: Option<&Name>, kind: Kind, ttl: u32, data: &[&[u8]]) -> bool {
         let start = self.at;
         let mut fixed = [0; 10];
         fixed[..2].copy_from_slice(&kind.0.to_be_bytes());
         fixed[3] = IN as u8;
         fixed[4..8].copy_from_slice(&ttl.to_be_bytes());
-        let Ok(length) = u16::try_from(data.len()) else { return false };
+        let length = data.iter().map(|piece| piece.len()).sum::<usize>();
+        let Ok(length) = u16::try_from(length) else { return false };
         fixed[8..].copy_from_slice(&length.to_be_bytes());
         let named = match owner {
             None => self.put(&[0xc0, HEADER as u8]),
             Some(name) => self.put(name.as_bytes()) && self.put(&[0]),
         };
-        let fits = named && self.put(&fixed) && self.put(data);
+        let fits = named && self.put(&fixed) && data.iter().all(|piece| self.put(piece));
         if !fits {
             self.at = start;
         }

@@ -165,7 +165,7 @@ impl Cluster {
 /// A snapshot; cheap to clone.
 #[derive(Clone, Default)]
 pub struct Zone {
-    networks: BTreeMap<NetworkKey, Network>,
+    networks: BTreeMap<NetworkKey, Arc<Network>>,
     askers: Arc<HashMap<IpAddr, Standing>>,
     domain: Option<Name>,
     cluster: Option<Cluster>,
@@ -173,6 +173,17 @@ pub struct Zone {
 
 /// Stands for the cluster's names among the networks.
 const CLUSTER: NetworkKey = NetworkKey::MAX;
+
+/// Of a name that has others beneath it, and nothing itself.
+static ABOVE: Records = Records {
+    v4: Vec::new(),
+    v6: Vec::new(),
+    names: Vec::new(),
+    services: Vec::new(),
+    alias: None,
+    text: None,
+    above: true,
+};
 
 impl fmt::Debug for Zone {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -203,7 +214,12 @@ impl Zone {
     /// Adds a network, or changes how it is called.
     pub fn set_network(&mut self, key: NetworkKey, label: Name, subnets: Vec<IpNet>) {
         let names = self.networks.get(&key).map(|known| known.names.clone()).unwrap_or_default();
-        self.networks.insert(key, Network { label, subnets, names });
+        self.networks.insert(key, Arc::new(Network { label, subnets, names }));
+    }
+
+    /// How many networks there are.
+    pub fn networks(&self) -> usize {
+        self.networks.len()
     }
 
     /// Takes away all but these networks.
@@ -214,7 +230,7 @@ impl Zone {
     /// Sets what there is of a name on a network; nothing takes it away.
     pub fn set(&mut self, network: NetworkKey, name: &Name, records: Records) {
         if let Some(network) = self.networks.get_mut(&network) {
-            network.names.set(name, records);
+            Arc::make_mut(network).names.set(name, records);
         }
     }
 
@@ -228,6 +244,11 @@ impl Zone {
     /// through.
     pub fn set_askers(&mut self, askers: HashMap<IpAddr, Standing>) {
         self.askers = Arc::new(askers);
+    }
+
+    /// Whether anybody asks from this address.
+    pub fn has_asker(&self, address: IpAddr) -> bool {
+        self.askers.contains_key(&address)
     }
 
     /// Answers for the cluster's domain, with nothing in it yet. `walks`: a client whose search list begins there
@@ -248,7 +269,7 @@ impl Zone {
     pub(crate) fn knows(&self, asker: Asker) -> bool {
         match asker {
             Asker::Host => true,
-            Asker::At(address) => self.askers.contains_key(&address),
+            Asker::At(address) => self.has_asker(address),
         }
     }
 
@@ -258,7 +279,7 @@ impl Zone {
         let (all, some);
         let networks: &mut dyn Iterator<Item = (&NetworkKey, &Network)> = match asker {
             Asker::Host => {
-                all = self.networks.iter();
+                all = self.networks.iter().map(|(key, network)| (key, &**network));
                 &mut { all }
             }
             Asker::At(address) => {
@@ -270,7 +291,7 @@ impl Zone {
                         return Place::Here(*key, records);
                     }
                 }
-                some = on.iter().filter_map(|key| self.networks.get_key_value(key));
+                some = on.iter().filter_map(|key| Some((key, &**self.networks.get(key)?)));
                 &mut { some }
             }
         };
@@ -296,6 +317,9 @@ impl Zone {
         };
         let mut ours = within.is_some();
         for (key, network) in networks {
+            if within.is_some_and(|rest| rest == Name::ROOT || rest == network.label) {
+                return Place::Here(*key, &ABOVE);
+            }
             let named = qualified.and_then(|name| name.before(&network.label));
             let found = named.filter(|name| *name != Name::ROOT).and_then(|name| network.names.get(&name));
             let found = found.or_else(|| network.names.get(name).filter(|_| reversed.is_some()));
@@ -345,6 +369,16 @@ impl Zone {
             None if cluster.has_above(&asked, &search) => None,
             None => Some(asked),
         }
+    }
+
+    /// The domain of ours that a name is in: it is what a start of authority is about. A name of a network that is
+    /// asked for without our domain has the one above it.
+    pub(crate) fn apex(&self, name: &Name) -> Name {
+        let cluster = self.cluster.as_ref().map(|cluster| &cluster.domain);
+        let mut domains = cluster.into_iter().chain(&self.domain);
+        let found = domains.find(|domain| name.before(domain).is_some());
+        let above = || name.labels().next().and_then(|label| name.as_bytes().get(label.len() + 1..));
+        found.copied().or_else(|| Name::from_bytes(above()?)).unwrap_or(Name::ROOT)
     }
 
     /// The full form of a name of a network, for this asker.

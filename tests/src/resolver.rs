@@ -8,7 +8,7 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use netns_lab::{Host, LabConfig, Netns};
+use netns_lab::{Host, LabConfig, Netns, Spawned, wait_until};
 
 /// What a [`FakeResolver`] does with a query that came by UDP.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -223,6 +223,22 @@ impl Drop for ResolvConf {
     fn drop(&mut self) {
         let _ = std::fs::remove_file(&self.0);
     }
+}
+
+/// Starts Debian's dnsmasq at an address and port of a host, with these names alone, and waits until it answers. It ends
+/// when dropped.
+pub fn dnsmasq(host: &Host, address: &str, port: u16, names: &[&str]) -> Result<Spawned> {
+    let (listen, at) = (format!("--listen-address={address}"), format!("--port={port}"));
+    let mut command = vec!["dnsmasq", "-k", "--bind-interfaces", "--no-resolv", "--no-hosts", "--pid-file="];
+    command.extend(["--conf-file=/dev/null", "--host-record=is-up.test,192.0.2.1", &listen, &at]);
+    command.extend(names);
+    let server = host.spawn(command)?;
+    wait_until(crate::SOON, "dnsmasq to answer", || {
+        let found = dig(host, address, &["-p", &port.to_string(), "is-up.test"])?;
+        ensure!(found == ["192.0.2.1"], "{found:?}");
+        Ok(())
+    })?;
+    Ok(server)
 }
 
 /// What dig prints with `+short`, sorted, when it asks at a server in a namespace.

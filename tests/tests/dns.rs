@@ -165,6 +165,39 @@ fn names_resolve_on_internal_routed_and_ipv6_networks_too() {
 }
 
 #[test]
+fn that_there_is_nothing_may_be_kept_for_a_while() {
+    let lab = started(1).unwrap();
+    make_network(&lab, "blue", &["--subnet", "10.70.0.0/24"]).unwrap();
+    let web = attach(&lab.hosts()[0], "web", "blue", &[]).unwrap();
+    // RFC 2308: a start of authority, of a domain that is above the name, whose minimum says for how long.
+    let numbers = "1 7200 1800 86400 5";
+    for (question, expected, domain) in [
+        (&["nobody.blue.ovl.internal"][..], "NXDOMAIN", "ovl.internal."),
+        (&["web.blue.ovl.internal", "AAAA"], "NOERROR", "ovl.internal."),
+        (&["blue.ovl.internal"], "NOERROR", "ovl.internal."),
+        (&["web", "AAAA"], "NOERROR", "."),
+        (&["web.blue", "AAAA"], "NOERROR", "blue."),
+        (&["-x", "10.70.0.200"], "NXDOMAIN", "0.70.10.in-addr.arpa."),
+        (&["nobody.default.svc.cluster.local"], "NXDOMAIN", "cluster.local."),
+        (&["svc.cluster.local"], "NOERROR", "cluster.local."),
+    ] {
+        for how in ["+notcp", "+tcp", "+noedns"] {
+            let question = [question, &[how]].concat();
+            assert_eq!(status(&web.workload, AT, &question).unwrap(), expected, "{question:?}");
+            let args = [&["dig", "+noall", "+authority", "@127.0.0.11"], &question[..]].concat();
+            let authority = web.workload.exec_ok(args).unwrap();
+            let words: Vec<&str> = authority.split_whitespace().collect();
+            assert_eq!(words.join(" "), format!("{domain} 5 IN SOA {domain} . {numbers}"), "{question:?}");
+        }
+    }
+    let asked = dig(&web.workload, AT, &["cluster.local", "SOA"]).unwrap();
+    assert_eq!(asked, [format!("cluster.local. . {numbers}")]);
+    // What there is has none.
+    let found = web.workload.exec_ok(["dig", "+noall", "+authority", "@127.0.0.11", "web"]).unwrap();
+    assert_eq!(found, "");
+}
+
+#[test]
 fn a_containers_resolv_conf_has_nameserver_127_0_0_11_and_options_ndots_0() {
     let lab = started(2).unwrap();
     make_network(&lab, "blue", &["--subnet", "10.70.0.0/24"]).unwrap();

@@ -6,9 +6,12 @@ use std::net::Ipv4Addr;
 use std::path::PathBuf;
 
 use anyhow::{Context as _, Result, ensure};
-use netns_lab::{Lab, Workload, wait_until};
+use netns_lab::{Host, Lab, Workload, wait_until};
+use ovl_tests::cni::{Conflist, Container};
 use ovl_tests::resolver::{FakeResolver, Mood, ResolvConf, config, dig, status};
-use ovl_tests::{Attached, SOON, attach, make_network, started_with, strings, text};
+use ovl_tests::routed::make_routed;
+use ovl_tests::{Attached, SOON, attach, make_network, started_with, strings, text, wait_clean};
+use serde_json::json;
 
 /// Where the cluster's DNS is, on every host.
 const AT: &str = "10.96.0.10";
@@ -154,6 +157,47 @@ fn the_clusters_dns_is_at_one_address_on_every_node_and_knows_pods_by_address() 
     assert!(strings(&h1.ctl_json(&["status"]).unwrap()["problems"]).is_empty());
 }
 
+#[test]
+fn pods_on_an_internal_network_resolve_the_clusters_names_and_reach_nothing_outside() {
+    let (lab, _file, _pods) = world(2, "");
+    let [h1, h2] = lab.hosts() else { panic!() };
+    let _upstream = FakeResolver::start(h1, Ipv4Addr::LOCALHOST, Mood::Answers).unwrap();
+    let path = lab.dir().join("services.yaml");
+    std::fs::write(&path, SERVICES).unwrap();
+    h1.ctl_ok(&["apply", "-f", path.to_str().unwrap()]).unwrap();
+    make_network(&lab, "inner", &["--subnet", "10.72.0.0/24", "--subnet", "fd72::/64", "--internal"])
+        .unwrap();
+    make_routed(&lab, "routed", &["--subnet", "10.73.0.0/16", "--subnet", "fd73::/48", "--internal"])
+        .unwrap();
+    for network in ["inner", "routed"] {
+        let named = |host: &Host| {
+            attach(host, &format!("{network}-{}", host.name()), network, &["--namespace", "shop"])
+        };
+        let (pod, other) = (named(h1).unwrap(), named(h2).unwrap());
+        let by_address = format!("{}.shop.pod.cluster.local", other.address().replace('.', "-"));
+        let questions =
+            [(&*by_address, other.address()), ("web.shop.svc.cluster.local", "10.96.0.50".to_owned())];
+        for at in [AT, "fd00:10:96::a", "127.0.0.11"] {
+            for how in ["+notcp", "+tcp"] {
+                for (name, expected) in &questions {
+                    wait_until(SOON, &format!("{name} at {at} on {network} {how}"), || {
+                        let found = dig(&pod.workload, at, &[name, how])?;
+                        ensure!(found == std::slice::from_ref(expected), "{found:?}");
+                        Ok(())
+                    })
+                    .unwrap();
+                }
+            }
+        }
+        // No way out, and none to the host but for its resolver.
+        for address in [h1.address().unwrap().to_string(), h2.address().unwrap().to_string()] {
+            let ping = pod.workload.exec(["ping", "-n", "-c1", "-W1", &address]).unwrap();
+            assert!(!ping.success(), "{network}: {address} answers");
+        }
+    }
+    wait_clean(lab.hosts(), SOON).unwrap();
+}
+
 const SERVICES: &str = "\
 apiVersion: v1
 kind: Service
@@ -243,4 +287,43 @@ fn services_have_the_names_of_the_specification_and_my_api_resolves_through_the_
         Ok(())
     })
     .unwrap();
+}
+
+#[test]
+fn a_runtime_is_told_the_clusters_dns_once_there_is_a_service_unless_it_knows_better() {
+    let (lab, _file, _pods) = world(1, "");
+    let host = &lab.hosts()[0];
+    let add = |name: &str, list: &Conflist, args: &str| {
+        let workload = host.workload(name).unwrap();
+        let result = list.add(host, &Container::of(&workload).args(args)).unwrap();
+        (workload, result["dns"].clone())
+    };
+    let list = Conflist::new(host, "blue");
+    let shop = "K8S_POD_NAME=a;K8S_POD_NAMESPACE=shop;K8S_POD_INFRA_CONTAINER_ID=c";
+    let (_early, dns) = add("early", &list, shop);
+    assert_eq!(dns, json!({}));
+    let path = lab.dir().join("services.yaml");
+    std::fs::write(&path, SERVICES).unwrap();
+    host.ctl_ok(&["apply", "-f", path.to_str().unwrap()]).unwrap();
+    let of = |namespace: &str| {
+        let svc = "svc.cluster.local";
+        json!({
+            "nameservers": [AT, "fd00:10:96::a"],
+            "domain": "cluster.local",
+            "search": [format!("{namespace}.{svc}"), svc, "cluster.local"],
+            "options": ["ndots:5"],
+        })
+    };
+    let (pod, dns) = add("pod", &list, &shop.replace("=a;", "=b;"));
+    assert_eq!(dns, of("shop"));
+    // Of no pod: in the namespace that it is counted to.
+    assert_eq!(add("plain", &list, "").1, of("default"));
+    // The network's own, and what the runtime asks for.
+    let own = json!({ "nameservers": ["192.0.2.53"] });
+    assert_eq!(add("own", &list.with("dns", own.clone()), "").1, own);
+    // And it is so: with this resolv.conf the C library finds a Service by its short name.
+    let _inside = Inside::write(&pod).unwrap();
+    let name = pod.netns_name().to_owned();
+    let found = host.exec_ok(["ip", "netns", "exec", &name, "getent", "ahostsv4", "web"]).unwrap();
+    assert!(found.starts_with("10.96.0.50"), "{found}");
 }

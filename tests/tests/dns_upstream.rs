@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::ensure;
 use netns_lab::{Lab, wait_until};
-use ovl_tests::resolver::{FakeResolver, Mood, ResolvConf, config, dig, status};
-use ovl_tests::{Attached, SOON, attach, make_network, started_with};
+use ovl_tests::resolver::{FakeResolver, Mood, ResolvConf, config, dig, dnsmasq, status};
+use ovl_tests::{Attached, SOON, assert_says, attach, make_network, started_with, text};
 
 const AT: &str = "127.0.0.11";
 const FIRST: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 1);
@@ -16,7 +16,12 @@ const SECOND: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 2);
 
 /// One host, whose resolv.conf names these; and an endpoint that asks.
 fn world(servers: &[&str]) -> (Lab, ResolvConf, Attached) {
-    let (config, file) = config(1, servers, "").unwrap();
+    world_with(servers, "")
+}
+
+/// The same with further lines of configuration.
+fn world_with(servers: &[&str], more: &str) -> (Lab, ResolvConf, Attached) {
+    let (config, file) = config(1, servers, more).unwrap();
     let lab = started_with(config).unwrap();
     make_network(&lab, "blue", &["--subnet", "10.70.0.0/24"]).unwrap();
     let asker = attach(&lab.hosts()[0], "asker", "blue", &[]).unwrap();
@@ -112,4 +117,65 @@ fn without_any_resolver_the_answer_is_a_failure_and_comes() {
     let (_lab, _file, asker) = world(&[]);
     assert_eq!(status(&asker.workload, AT, &["example.org"]).unwrap(), "SERVFAIL");
     assert_eq!(status(&asker.workload, AT, &["example.org", "+tcp"]).unwrap(), "SERVFAIL");
+}
+
+#[test]
+fn stub_domains_have_resolvers_of_their_own_and_nobody_else_hears_of_their_names() {
+    // The first resolver of the one is down.
+    let stubs = "stub_domains.\"corp.example\" = [\"127.0.0.9\", \"127.0.0.3:5353\"]\n\
+                 stub_domains.\"lab.corp.example\" = [\"127.0.0.4\"]\n";
+    let (lab, _file, asker) = world_with(&["127.0.0.1"], stubs);
+    let host = &lab.hosts()[0];
+    let others = FakeResolver::start(host, FIRST, Mood::Answers).unwrap();
+    // Texts that no datagram holds.
+    let texts: Vec<String> =
+        (0..10).map(|i| format!("--txt-record=big.corp.example,{i}{}", "x".repeat(200))).collect();
+    let mut names = vec!["--local=/corp.example/", "--host-record=www.corp.example,192.0.2.31,2001:db8::31"];
+    names.extend(texts.iter().map(String::as_str));
+    let corp = dnsmasq(host, "127.0.0.3", 5353, &names).unwrap();
+    let _inner = dnsmasq(host, "127.0.0.4", 53, &["--host-record=x.lab.corp.example,192.0.2.41"]).unwrap();
+    let ask = |question: &[&str]| dig(&asker.workload, AT, question).unwrap();
+    for how in ["+notcp", "+tcp", "+noedns", "+bufsize=512"] {
+        assert_eq!(ask(&["www.corp.example", how]), ["192.0.2.31"], "{how}");
+        assert_eq!(ask(&["WWW.Corp.Example", "AAAA", how]), ["2001:db8::31"], "{how}");
+        assert_eq!(ask(&["x.lab.corp.example", how]), ["192.0.2.41"], "{how}");
+        assert_eq!(ask(&["big.corp.example", "TXT", how]).len(), texts.len(), "{how}");
+    }
+    assert_eq!(status(&asker.workload, AT, &["nobody.corp.example"]).unwrap(), "NXDOMAIN");
+    // At the end of a walk through a search list too.
+    assert_eq!(ask(&["www.corp.example.default.svc.cluster.local"]), ["192.0.2.31", "www.corp.example."]);
+    let answer = host.ctl_json(&["dns", "www.corp.example", "--from", "asker"]).unwrap();
+    assert_says(&text(&answer["why"]), &["of the stub domain corp.example"]);
+    assert_eq!(others.asked(), 0);
+    assert_eq!(ask(&["example.org"]), ["192.0.2.7"]);
+    assert_eq!(ask(&["notcorp.example"]), ["192.0.2.7"]);
+    assert_eq!(others.asked(), 2);
+    // Down, it is not replaced by others; and it is asked again when it is back.
+    drop(corp);
+    assert_eq!(status(&asker.workload, AT, &["later.corp.example"]).unwrap(), "SERVFAIL");
+    let answer = host.ctl_json(&["dns", "later.corp.example", "--from", "asker"]).unwrap();
+    assert_says(&text(&answer["why"]), &["none of the resolvers of the stub domain corp.example answered"]);
+    let _corp = dnsmasq(host, "127.0.0.3", 5353, &["--host-record=later.corp.example,192.0.2.32"]).unwrap();
+    assert_eq!(ask(&["later.corp.example"]), ["192.0.2.32"]);
+    assert_eq!(others.asked(), 2);
+}
+
+#[test]
+fn of_two_real_resolvers_one_may_go_at_any_time() {
+    let (lab, _file, asker) = world(&["127.0.0.1", "127.0.0.2"]);
+    let host = &lab.hosts()[0];
+    let names = ["--address=/example.org/192.0.2.9", "--local-ttl=60"];
+    let first = dnsmasq(host, "127.0.0.1", 53, &names).unwrap();
+    let second = dnsmasq(host, "127.0.0.2", 53, &names).unwrap();
+    let ask = |name: &str| assert_eq!(dig(&asker.workload, AT, &[name]).unwrap(), ["192.0.2.9"], "{name}");
+    ask("a.example.org");
+    drop(first);
+    ask("b.example.org");
+    let first = dnsmasq(host, "127.0.0.1", 53, &names).unwrap();
+    drop(second);
+    ask("c.example.org");
+    // What was said before is kept while nobody answers.
+    drop(first);
+    ask("c.example.org");
+    assert_eq!(status(&asker.workload, AT, &["d.example.org"]).unwrap(), "SERVFAIL");
 }

@@ -8,7 +8,9 @@ use std::net::SocketAddr;
 use anyhow::{Context as _, Result, ensure};
 use netns_lab::{Host, Lab, Netns, Spawned, wait_until};
 use ovl_tests::ports::{asked, make_bridge, outsider, who_asks};
-use ovl_tests::{Attached, SOON, assert_says, attach, problems, started, strings, wait_clean, wait_problem};
+use ovl_tests::{
+    Attached, SOON, assert_says, attach, problems, resolver, started, strings, wait_clean, wait_problem,
+};
 
 /// A host with a bridge network, and one endpoint on it whose port 80 is published.
 struct Shop {
@@ -230,12 +232,58 @@ fn ufws_rules_decide() {
     ufw("ufw --force enable");
     let commands = shop.advice(&["ufw drops forwarded packets", "network blue"]);
     shop.stays_shut();
+    names_resolve(&shop);
     assert_eq!(commands, ["ufw route allow to 10.1.0.0/24", "ufw route allow from 10.1.0.0/24"]);
     ufw(&commands.join("; "));
     shop.opens();
     shop.without_problems();
+    names_resolve(&shop);
     ufw("ufw route insert 1 deny to any port 80");
     shop.stays_shut();
+}
+
+/// Queries for the resolver are for the host, where such a firewall lets nobody in.
+fn names_resolve(shop: &Shop) {
+    for how in ["+notcp", "+tcp"] {
+        let found = resolver::dig(&shop.web.workload, "127.0.0.11", &["web", how]).unwrap();
+        assert_eq!(found, [shop.web.address()], "{how}");
+        let version = ["dns-version.cluster.local", "TXT", how];
+        for at in ["169.254.79.53", "10.96.0.10"] {
+            assert_eq!(resolver::dig(&shop.web.workload, at, &version).unwrap(), ["\"1.1.0\""], "{at} {how}");
+        }
+    }
+}
+
+#[test]
+fn names_resolve_where_the_host_lets_nobody_in() {
+    let shop = shop();
+    names_resolve(&shop);
+    for (family, address) in [("ip", "10.0.0.0/8"), ("ip6", "fc00::/7")] {
+        shop.run(&format!(
+            "nft -f - <<'X'
+table {family} strict {{
+    chain input {{
+        type filter hook input priority filter; policy drop;
+        iifname lo accept
+        ct state established,related accept
+        {family} saddr {address} counter drop
+    }}
+}}
+X"
+        ));
+    }
+    names_resolve(&shop);
+    shop.without_problems();
+    wait_clean(shop.lab.hosts(), SOON).unwrap();
+    // As all else: repaired, and gone with the last network.
+    shop.run("nft flush table ip ovl-resolver");
+    wait_until(SOON, "queries to get past it again", || {
+        resolver::dig(&shop.web.workload, "127.0.0.11", &["web", "+time=1"]).map(drop)
+    })
+    .unwrap();
+    shop.host().ctl_ok(&["teardown", "--yes"]).unwrap();
+    let left = shop.run("nft list tables");
+    assert!(!left.contains("ovl"), "{left}");
 }
 
 #[test]
@@ -272,6 +320,7 @@ fn firewallds_rules_decide() {
         says(&format!("done: {line}"));
     };
     says("up");
+    names_resolve(&shop);
     // It lets translated packets pass, and refuses what endpoints send; that is named.
     wait_until(SOON, "the published port to answer", || shop.asks()).unwrap();
     let advice = shop.advice(&["firewalld drops forwarded packets", "network blue"]);
@@ -283,6 +332,7 @@ fn firewallds_rules_decide() {
     ask(&command);
     shop.opens();
     shop.without_problems();
+    names_resolve(&shop);
     // What its administrator refuses is refused.
     let drop = "firewall-cmd --direct --add-rule ipv4 filter FORWARD 0 -p tcp --dport 80 -j DROP";
     ask(drop);

@@ -70,9 +70,13 @@ pub(super) const FIXED: usize = 4;
 
 /// The number of a table's family.
 pub(super) fn family(table: Table) -> u8 {
-    const INET: u8 = 1;
-    const BRIDGE: u8 = 7;
-    if table.family() == "bridge" { BRIDGE } else { INET }
+    // NFPROTO_INET, _IPV4, _BRIDGE, _IPV6.
+    match table.family() {
+        "ip" => 2,
+        "bridge" => 7,
+        "ip6" => 10,
+        _ => 1,
+    }
 }
 
 /// What changes in one set.

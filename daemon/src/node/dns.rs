@@ -7,7 +7,7 @@
 mod cluster;
 
 use std::cell::RefCell;
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::net::{IpAddr, SocketAddr};
 
 use ipnet::IpNet;
@@ -25,11 +25,7 @@ pub(crate) use self::cluster::ClusterMarks;
 use self::cluster::{Cluster, Owner};
 use super::state::State;
 use super::{Failed, Node};
-use crate::config::Config;
-
-/// Under it the host finds endpoints: `NAME.NETWORK.ovl.internal`. The top-level domain is set aside for private
-/// use.
-pub(crate) const DOMAIN: &str = "ovl.internal";
+use crate::config::{Config, OWN_DOMAIN};
 
 /// The resolver and its zone.
 pub(super) struct Names {
@@ -43,7 +39,7 @@ pub(super) struct Names {
 impl Names {
     /// Starts the resolver; without it, says why.
     pub(super) fn start(config: &Config) -> (Self, Option<String>) {
-        let mut zone = Zone::new(Name::parse(DOMAIN));
+        let mut zone = Zone::new(Name::parse(OWN_DOMAIN));
         let domain = config.cluster_domain.trim_end_matches('.').to_ascii_lowercase();
         cluster::begin(&mut zone, &domain, config.walk_search_lists);
         let (v4, v6) = (IpAddr::from(ADDRESS_V4), IpAddr::from(ADDRESS_V6));
@@ -55,6 +51,7 @@ impl Names {
         let config = ovl_dns::Config {
             listen: listen.map(|(address, role)| Listen { address, role }).collect(),
             resolv_conf: config.resolv_conf.clone(),
+            stubs: config.stub_domains.clone(),
         };
         let (engine, problem) = match Engine::start(config, zone.clone()) {
             Ok(engine) => (Some(engine), None),
@@ -91,7 +88,7 @@ impl Node {
         let mut guard = self.state.borrow_mut();
         let state = &mut *guard;
         let marks = std::mem::take(&mut state.dirty.names);
-        let whole = state.dirty.networks.clone();
+        let whole = std::mem::take(&mut state.dirty.named);
         let services = self.name_cluster(state);
         if marks.is_empty() && whole.is_empty() && !services {
             return;
@@ -105,13 +102,24 @@ impl Node {
         let state = &mut *guard;
         let whole = state.view.networks.keys().copied().collect();
         let marks = std::mem::take(&mut state.dirty.names);
+        state.dirty.named.clear();
         self.name(state, &whole, marks);
     }
 
     fn name(&self, state: &State, whole: &BTreeSet<NetworkId>, marks: BTreeMap<NetworkId, Marks>) {
         let mut zone = self.names.zone.borrow_mut();
-        let networks: HashMap<_, _> = state.view.networks.keys().map(|id| (key(*id), *id)).collect();
-        zone.retain_networks(|key| networks.contains_key(&key));
+        // Who asks, and from where, changes with this host's own endpoints, and with who else has their addresses.
+        let is_own = |network: NetworkId, address: IpAddr| {
+            let me = state.view.me;
+            let mut all = state.view.all_with_address(network, address);
+            zone.has_asker(address) || all.any(|placed| placed.node.record.id == me)
+        };
+        let asks = !whole.is_empty()
+            || marks.iter().any(|(network, marks)| marks.addresses.iter().any(|at| is_own(*network, *at)));
+        if !whole.is_empty() || zone.networks() != state.view.networks.len() {
+            let networks: HashSet<_> = state.view.networks.keys().map(|id| key(*id)).collect();
+            zone.retain_networks(|key| networks.contains(&key));
+        }
         for network in whole {
             let Some(found) = state.view.networks.get(network) else { continue };
             let label = Name::parse(&found.network.name).unwrap_or(Name::ROOT);
@@ -135,18 +143,9 @@ impl Node {
         for (network, marks) in marks.into_iter().filter(|(network, _)| !whole.contains(network)) {
             set(&mut zone, state, network, &marks);
         }
-        let place = |endpoint: &Endpoint| {
-            let local = state.endpoints.get(&endpoint.id)?;
-            // Whose namespace is not known has it alone.
-            let alone = (local.inode == 0).then_some(endpoint.id);
-            Some(((local.inode, alone), local.ifname.clone()))
-        };
-        let askers = zone::askers(&state.view, place).into_iter().map(|(address, asker)| {
-            let networks = asker.networks.into_iter().map(key).collect();
-            let search = Name::parse(&format!("{}.svc", asker.namespace));
-            (address, Standing { networks, search })
-        });
-        zone.set_askers(askers.collect());
+        if asks {
+            set_askers(&mut zone, state);
+        }
         if let Some(engine) = &self.names.engine {
             engine.set_zone(zone.clone());
         }
@@ -240,17 +239,18 @@ impl Node {
                 let engine = self.names.engine.as_ref();
                 let engine = engine.ok_or_else(|| Failed::unavailable("names are not resolved here"))?;
                 let alias = (outcome == Outcome::Alias).then(|| ovl_dns::target(&zone, asker, &message));
-                let alias = alias.flatten().map(|(name, _)| name);
+                let alias = alias.flatten().map(|target| target.name);
                 let name = alias.unwrap_or(name);
                 let found = engine.look_up(&name, kind).await;
                 let found = found.ok_or_else(|| Failed::unavailable("the resolver has ended"))?;
+                let of = match found.stub {
+                    Some(domain) => format!("of the stub domain {domain}"),
+                    None => format!("in {}", self.config.resolv_conf.display()),
+                };
                 let why = match found.via {
-                    Via::Cache => "no name of ovl's; another resolver said so a while ago".to_owned(),
-                    Via::Server(server) => format!("no name of ovl's; {} said so", server.ip()),
-                    Via::Nobody => format!(
-                        "no name of ovl's; none of the resolvers in {} answered",
-                        self.config.resolv_conf.display()
-                    ),
+                    Via::Cache => format!("no name of ovl's; a resolver {of} said so a while ago"),
+                    Via::Server(server) => format!("no name of ovl's; {}, {of}, said so", server.ip()),
+                    Via::Nobody => format!("no name of ovl's; none of the resolvers {of} answered"),
                 };
                 let stands = alias.map(|name| format!("it stands for {name}: ")).unwrap_or_default();
                 (found.message, stands + &why)
@@ -296,7 +296,7 @@ impl Node {
             Place::Nowhere => "only ovl would know this name, and nothing is called so".to_owned(),
             Place::Walked(to) => format!("a search list is walked here, and ends at {to}"),
             Place::Elsewhere => {
-                format!("not under {DOMAIN}: the host asks its own resolvers for other names")
+                format!("not under {OWN_DOMAIN}: the host asks its own resolvers for other names")
             }
         }
     }
@@ -335,6 +335,22 @@ fn records_of(addresses: BTreeSet<IpAddr>) -> Records {
         }
     }
     records
+}
+
+/// Sets who asks from which address.
+fn set_askers(zone: &mut Zone, state: &State) {
+    let place = |endpoint: &Endpoint| {
+        let local = state.endpoints.get(&endpoint.id)?;
+        // Whose namespace is not known has it alone.
+        let alone = (local.inode == 0).then_some(endpoint.id);
+        Some(((local.inode, alone), local.ifname.clone()))
+    };
+    let askers = zone::askers(&state.view, place).into_iter().map(|(address, asker)| {
+        let networks = asker.networks.into_iter().map(key).collect();
+        let search = Name::parse(&format!("{}.svc", asker.namespace));
+        (address, Standing { networks, search })
+    });
+    zone.set_askers(askers.collect());
 }
 
 /// Sets what there is of these names and addresses now.

@@ -281,11 +281,13 @@ impl Node {
             for (id, network) in &networks {
                 if state.view.networks.get(id) != Some(network) {
                     state.dirty.networks.insert(*id);
+                    state.dirty.named.insert(*id);
                     state.dirty.host = true;
                 }
             }
             for id in state.view.networks.keys().filter(|id| !networks.contains_key(id)) {
                 state.dirty.networks.insert(*id);
+                state.dirty.named.insert(*id);
                 state.dirty.host = true;
             }
             let changed = state.view.networks != networks;

@@ -91,6 +91,8 @@ pub(crate) struct Dirty {
     pub networks: BTreeSet<NetworkId>,
     /// Names that may have changed.
     pub names: BTreeMap<NetworkId, Marks>,
+    /// Of these networks, all names.
+    pub named: BTreeSet<NetworkId>,
     /// Names of Services and pods that may have changed.
     pub cluster_names: super::dns::ClusterMarks,
     /// Of these networks, single endpoints.
@@ -134,6 +136,7 @@ impl Dirty {
     pub(crate) fn rights(&mut self, networks: impl IntoIterator<Item = NetworkId>) {
         for network in networks {
             self.networks.insert(network);
+            self.named.insert(network);
             self.members.networks.insert(network);
         }
     }

@@ -1,10 +1,13 @@
 //! Names: how many answers a second beside dnsmasq, whether updates cost any, and how soon a new name is known.
 
 mod load;
+mod search;
 mod spread;
 
 use std::fs;
 use std::path::PathBuf;
+use std::thread;
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use netns_lab::{Host, Spawned, wait_until};
@@ -15,7 +18,10 @@ use super::client::{self, Client};
 use super::cluster::{Cluster, NETWORK};
 use super::report::{Bar, Figure, Measured, Row};
 use super::stats::Samples;
+use super::tunnel::processes::pin_this_thread;
+use load::Pace;
 
+pub(crate) use search::measure as measure_search;
 pub(crate) use spread::measure as measure_spread;
 
 /// Where ovld answers the host.
@@ -27,6 +33,14 @@ const PEER_PORT: u16 = 5400;
 const NAMES: usize = 1000;
 /// As many aliases as an endpoint may have, about.
 const ALIASES: usize = 50;
+/// What is asked for.
+const NAMED: &str = "names";
+const SERVICES: &str = "services";
+const PEER: &str = "dnsmasq";
+/// What names of the Services end with.
+const SERVICE_DOMAIN: &str = "bench.svc.cluster.local";
+/// For whatever should take milliseconds.
+const TIMEOUT: Duration = Duration::from_secs(20);
 /// The server's core, and that of who asks.
 const SERVER: &str = "0";
 const CLIENT: &str = "1";
@@ -41,16 +55,19 @@ struct Files(PathBuf);
 impl Files {
     fn write(host: &Host) -> Result<Self> {
         let files = Self(host.dir());
-        let all = |domain: &str| (0..NAMES).map(|i| format!("n{i}.{domain} A\n")).collect::<String>();
-        fs::write(files.questions(PORT), all(&format!("{NETWORK}.ovl.internal")))?;
-        fs::write(files.questions(PEER_PORT), all("bench.test"))?;
+        let all = |letter: &str, domain: &str| {
+            (0..NAMES).map(|i| format!("{letter}{i}.{domain} A\n")).collect::<String>()
+        };
+        fs::write(files.questions(NAMED), all("n", &format!("{NETWORK}.ovl.internal")))?;
+        fs::write(files.questions(SERVICES), all("s", SERVICE_DOMAIN))?;
+        fs::write(files.questions(PEER), all("n", "bench.test"))?;
         let hosts = (0..NAMES).map(|i| format!("10.99.{}.{} n{i}.bench.test\n", i / 250, i % 250 + 1));
         fs::write(files.hosts(), hosts.collect::<String>())?;
         Ok(files)
     }
 
-    fn questions(&self, port: u16) -> PathBuf {
-        self.0.join(format!("questions-{port}"))
+    fn questions(&self, what: &str) -> PathBuf {
+        self.0.join(format!("questions-{what}"))
     }
 
     fn hosts(&self) -> PathBuf {
@@ -58,53 +75,95 @@ impl Files {
     }
 }
 
-/// `answers`: the rate, beside dnsmasq's, and what updates do to it.
+/// `answers`: the rates, beside dnsmasq's, and what updates do to one.
 pub(crate) fn measure_answers(bench: &Bench) -> Result<Figure> {
     let cluster = Cluster::start(bench.lab_with(2, &toml())?)?;
     let host = cluster.host(0)?;
+    on_one_core(host)?;
     let files = Files::write(host)?;
     name_all(&cluster)?;
+    serve_all(host)?;
     // So that the network stays there when the others go.
     cluster.workload(1, "stays")?;
-    let pid = host.pid().context("ovld does not run")?;
-    host.exec_ok(["taskset", "-a", "-c", "-p", SERVER, &pid.to_string()])?;
     let peer = dnsmasq(host, &files)?;
     let seconds = bench.plan.stream.as_secs().max(1);
-    let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+    let run =
+        |what: &str, port: u16, pace: Pace| load::run(host, &files.questions(what), port, seconds, pace);
+    let (mut names, mut services, mut theirs) = (Vec::new(), Vec::new(), Vec::new());
     for _ in 0..bench.plan.turns.div_ceil(4) {
-        ours.push(load::run(host, &files.questions(PORT), PORT, seconds, None)?.rate);
+        names.push(run(NAMED, PORT, Pace::Full)?.rate);
+        services.push(run(SERVICES, PORT, Pace::Full)?.rate);
         if peer.is_some() {
-            theirs.push(load::run(host, &files.questions(PEER_PORT), PEER_PORT, seconds, None)?.rate);
+            theirs.push(run(PEER, PEER_PORT, Pace::Full)?.rate);
         }
     }
+    let p99 = |what: &str, port: u16| -> Result<f64> {
+        Ok(Samples::new(run(what, port, Pace::Told)?.latencies).percentile(99.0))
+    };
+    let our_p99 = p99(NAMED, PORT)?;
+    let their_p99 = if peer.is_some() { Measured::Value(p99(PEER, PEER_PORT)?) } else { Measured::NoPeer };
     drop(peer);
-    let ours = Samples::new(ours);
-    let theirs = (!theirs.is_empty()).then(|| Samples::new(theirs));
-    let (rate, theirs) =
-        (ours.median(), theirs.map_or(Measured::NoPeer, |all| Measured::Value(all.median())));
-    let updated = load::with_updates(&cluster, &files.questions(PORT), PORT, rate / 2.0, bench)?;
+    let (names, services) = (Samples::new(names), Samples::new(services));
+    let theirs =
+        if theirs.is_empty() { Measured::NoPeer } else { Measured::Value(Samples::new(theirs).median()) };
+    let rate = names.median();
+    let updated = load::with_updates(&cluster, &files.questions(NAMED), PORT, rate / 2.0, bench)?;
+    let over = |samples: &Samples| Measured::Value(samples.median()).over(theirs);
     Ok(Figure {
         setup: format!(
             "2 hosts; ovld of the first on core {SERVER}, dnsperf (8 clients, 200 queries under way) on core {CLIENT}, \
-             over loopback; {NAMES} names of the network, {} s a turn, ovld and dnsmasq by turns. Then half of that \
-             rate while endpoints come and go on the second host, 10,000 times a minute",
-            seconds
+             over loopback; {NAMES} names of the network, {NAMES} Services, {seconds} s a turn, ovld and dnsmasq by \
+             turns; p99 of one more turn in which dnsperf tells each query's time. Then half of that rate while endpoints \
+             come and go on the second host, 10,000 times a minute"
         ),
         rows: vec![
-            Row::of(
-                "answers a second over dnsmasq's",
-                Measured::Value(rate).over(theirs),
-                "",
-                Some(Bar::AtLeast(1.0)),
-            ),
+            Row::of("answers a second over dnsmasq's", over(&names), "", Some(Bar::AtLeast(1.0))),
+            Row::of("the same for Services", over(&services), "", Some(Bar::AtLeast(1.0))),
             Row::context("answers a second", rate, ""),
+            Row::context("for Services", services.median(), ""),
             Row::of("dnsmasq's", theirs, "", None),
+            Row::with_bar("p99 under that load", our_p99, "ms", Bar::AtMost(2.0)),
+            Row::of("dnsmasq's", their_p99, "ms", None),
             Row::with_bar("with updates: queries lost", updated.lost, "", Bar::AtMost(0.0)),
             Row::with_bar("with updates: p99", updated.p99_ms, "ms", Bar::AtMost(2.0)),
             Row::context("updates a minute", updated.updates_a_minute, ""),
         ],
         notes: Vec::new(),
-        details: json!({ "answers": ours.to_json() }),
+        details: json!({ "answers": names.to_json(), "services": services.to_json() }),
+    })
+}
+
+/// Starts the daemon anew where its threads find one core alone.
+fn on_one_core(host: &Host) -> Result<()> {
+    host.stop()?;
+    let start = || -> Result<()> {
+        pin_this_thread()?;
+        host.start()
+    };
+    thread::scope(|scope| {
+        scope.spawn(start).join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })?;
+    host.wait_ready(TIMEOUT)
+}
+
+/// Services that all have a name and an address.
+fn serve_all(host: &Host) -> Result<()> {
+    let service = |i| {
+        format!(
+            "---\napiVersion: v1\nkind: Service\nmetadata: {{name: s{i}, namespace: bench}}\n\
+             spec: {{selector: {{app: s{i}}}, ports: [{{port: 80}}]}}\n"
+        )
+    };
+    let path = host.dir().join("services.yaml");
+    fs::write(&path, (0..NAMES).map(service).collect::<String>())?;
+    host.ctl_ok(&["apply", "-f", path.to_str().context("a path that is not UTF-8")?])?;
+    fs::remove_file(&path)?;
+    let last = format!("s{}.{SERVICE_DOMAIN}", NAMES - 1);
+    wait_until(TIMEOUT, "the last Service's name", || {
+        let port = PORT.to_string();
+        let found = host.exec_ok(["dig", "+short", "+time=1", "@127.0.0.1", "-p", &port, &last])?;
+        ensure!(!found.trim().is_empty(), "no answer");
+        Ok(())
     })
 }
 
@@ -132,7 +191,7 @@ fn dnsmasq(host: &Host, files: &Files) -> Result<Option<Spawned>> {
     let fixed = ["taskset", "-c", SERVER, "dnsmasq", "-k", "--listen-address=127.0.0.1", "--bind-interfaces"];
     let rest = ["--no-resolv", "--no-hosts", "--pid-file=", "--conf-file=/dev/null", &port, &hosts];
     let server = host.spawn(fixed.into_iter().chain(rest))?;
-    wait_until(std::time::Duration::from_secs(10), "dnsmasq to answer", || {
+    wait_until(TIMEOUT, "dnsmasq to answer", || {
         let port = PEER_PORT.to_string();
         let found = host.exec_ok(["dig", "+short", "+time=1", "@127.0.0.1", "-p", &port, "n1.bench.test"])?;
         ensure!(found.trim() == "10.99.0.2", "{found}");

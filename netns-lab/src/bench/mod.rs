@@ -144,6 +144,8 @@ pub(crate) enum Name {
     /// dns: from an attach until the last host answers the name
     #[value(name = "new-name")]
     Resolved,
+    /// dns: what an external name costs a pod with a search list
+    Search,
     /// policy: one more of ten thousand pods under a thousand policies, and a connection
     Policies,
     /// services: 10,000 of them: loaded, changed, and a connection through the last
@@ -184,6 +186,7 @@ impl Name {
             Name::Ports => "ports",
             Name::Answers => "answers",
             Name::Resolved => "new-name",
+            Name::Search => "search",
             Name::Policies => "policies",
             Name::Many => "many",
             Name::Removed => "removed",
@@ -209,7 +212,7 @@ impl Name {
             }
             Name::Run | Name::Link | Name::Pinging | Name::Cut => Suite::Docker,
             Name::Ports => Suite::Publish,
-            Name::Answers | Name::Resolved => Suite::Dns,
+            Name::Answers | Name::Resolved | Name::Search => Suite::Dns,
             Name::Policies => Suite::Policy,
             Name::Many | Name::Removed | Name::Failover => Suite::Services,
         }
@@ -244,6 +247,7 @@ impl Name {
             Name::Ports => publish::measure(bench),
             Name::Answers => dns::measure_answers(bench),
             Name::Resolved => dns::measure_spread(bench),
+            Name::Search => dns::measure_search(bench),
             Name::Policies => policy::measure(bench),
             Name::Many => services::many::measure(bench),
             Name::Removed => services::removed::measure(bench),

@@ -1,5 +1,6 @@
 //! dnsperf, and updates beside it.
 
+use std::fs;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -21,27 +22,38 @@ const PACE: Duration = Duration::from_micros(6000);
 pub(super) struct Found {
     pub(super) rate: f64,
     pub(super) lost: f64,
-    /// Of each query, in milliseconds, if it was asked to tell.
+    /// Of each query, in milliseconds, if they were told.
     pub(super) latencies: Vec<f64>,
 }
 
-/// Runs it; at a rate, each query is told.
-pub(super) fn run(
-    host: &Host,
-    questions: &Path,
-    port: u16,
-    seconds: u64,
-    rate: Option<f64>,
-) -> Result<Found> {
-    let (port, seconds) = (port.to_string(), seconds.to_string());
-    let questions = questions.to_str().context("a path that is not UTF-8")?;
-    let limit = rate.map(|rate| format!("{rate:.0}"));
-    let mut args = vec!["taskset", "-c", CLIENT, "dnsperf", "-s", "127.0.0.1", "-p", &port, "-d", questions];
-    args.extend(["-l", &seconds, "-c", "8", "-q", "200"]);
-    if let Some(limit) = &limit {
-        args.extend(["-v", "-Q", limit]);
-    }
-    let text = host.exec_ok(args)?;
+/// How it is run.
+#[derive(Clone, Copy, PartialEq)]
+pub(super) enum Pace {
+    /// As fast as answers come.
+    Full,
+    /// The same, and each query is told, which takes some of the client's time.
+    Told,
+    /// At so many a second, and each is told.
+    Rate(f64),
+}
+
+/// Runs it.
+pub(super) fn run(host: &Host, questions: &Path, port: u16, seconds: u64, pace: Pace) -> Result<Found> {
+    let told = host.dir().join("dnsperf");
+    let questions = questions.display();
+    let pace = match pace {
+        Pace::Full => String::new(),
+        Pace::Told => "-v".to_owned(),
+        Pace::Rate(rate) => format!("-v -Q {rate:.0}"),
+    };
+    // Into a file: nobody else runs meanwhile to take it.
+    let command = format!(
+        "exec taskset -c {CLIENT} dnsperf -s 127.0.0.1 -p {port} -d {questions} -l {seconds} -c 8 -q 200 {pace} > {}",
+        told.display()
+    );
+    host.exec_ok(["sh", "-c", &command])?;
+    let text = fs::read_to_string(&told)?;
+    fs::remove_file(&told)?;
     let number = |label: &str| {
         let line = text.lines().find(|line| line.trim_start().starts_with(label));
         let value = line.and_then(|line| line.rsplit_once(':')?.1.split_whitespace().next()?.parse().ok());
@@ -88,7 +100,7 @@ pub(super) fn with_updates(
             }
             Ok(f64::from(count) / start.elapsed().as_secs_f64() * 60.0)
         });
-        let found = run(cluster.host(0)?, questions, port, seconds, Some(rate));
+        let found = run(cluster.host(0)?, questions, port, seconds, Pace::Rate(rate));
         ending.store(true, Ordering::Relaxed);
         let updates_a_minute = updates.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
         let found = found?;

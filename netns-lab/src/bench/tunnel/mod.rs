@@ -8,7 +8,7 @@ mod nebula;
 mod ovl;
 pub(super) mod packets;
 pub(super) mod peers;
-mod processes;
+pub(crate) mod processes;
 pub(super) mod round_trip;
 pub(super) mod streams;
 mod system;

@@ -1,0 +1,158 @@
+//! Whom to ask about which names, and who of them failed lately.
+
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use crate::name::Name;
+
+/// A server that failed is asked last for this long, twice as long each time.
+const DOWN_FIRST: Duration = Duration::from_secs(1);
+const DOWN_LAST: Duration = Duration::from_secs(30);
+
+/// A domain with servers of its own: nobody else is asked about it and the names under it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Stub {
+    /// The domain.
+    pub domain: Name,
+    /// In the order in which they are asked.
+    pub servers: Vec<SocketAddr>,
+}
+
+#[derive(Debug)]
+struct Server {
+    address: SocketAddr,
+    failures: u32,
+    down_until: Option<Instant>,
+}
+
+impl From<SocketAddr> for Server {
+    fn from(address: SocketAddr) -> Self {
+        Self { address, failures: 0, down_until: None }
+    }
+}
+
+#[derive(Debug)]
+struct Group {
+    domain: Name,
+    servers: Vec<Server>,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(crate) struct Servers {
+    /// The longest domain first; the root's is the last.
+    groups: Vec<Group>,
+}
+
+impl Servers {
+    /// Those of stub domains; for all other names there are none yet.
+    pub(crate) fn new(stubs: Vec<Stub>) -> Self {
+        let group = |stub: Stub| Group {
+            domain: stub.domain,
+            servers: stub.servers.into_iter().map(Server::from).collect(),
+        };
+        let mut groups: Vec<Group> = stubs.into_iter().map(group).collect();
+        groups.push(Group { domain: Name::ROOT, servers: Vec::new() });
+        groups.sort_by_key(|group| std::cmp::Reverse(group.domain.as_bytes().len()));
+        Self { groups }
+    }
+
+    /// From now on these are asked about what is under no stub domain. Says whether they are others than before.
+    pub(crate) fn set_others(&mut self, servers: &[SocketAddr]) -> bool {
+        let Some(others) = self.groups.last_mut() else { return false };
+        let known = others.servers.iter().map(|server| server.address);
+        let changed = !known.eq(servers.iter().copied());
+        if changed {
+            others.servers = servers.iter().copied().map(Server::from).collect();
+        }
+        changed
+    }
+
+    /// The stub domain that a name is under.
+    pub(crate) fn stub_of(&self, name: &Name) -> Option<Name> {
+        self.groups.get(self.group(name)?).map(|group| group.domain).filter(|domain| *domain != Name::ROOT)
+    }
+
+    /// Whom to ask about a name: as they were given, but those that failed lately come last.
+    pub(crate) fn in_order(&self, name: &Name) -> Vec<SocketAddr> {
+        let now = Instant::now();
+        let group = self.group(name).and_then(|at| self.groups.get(at));
+        let (down, up): (Vec<&Server>, Vec<&Server>) = group
+            .into_iter()
+            .flat_map(|group| &group.servers)
+            .partition(|server| server.down_until.is_some_and(|until| until > now));
+        up.into_iter().chain(down).map(|server| server.address).collect()
+    }
+
+    /// Takes note of how a server did that was asked about a name.
+    pub(crate) fn note(&mut self, name: &Name, address: SocketAddr, answered: bool) {
+        let group = self.group(name).and_then(|at| self.groups.get_mut(at));
+        let servers = group.into_iter().flat_map(|group| &mut group.servers);
+        for server in servers.filter(|server| server.address == address) {
+            if answered {
+                server.failures = 0;
+                server.down_until = None;
+            } else {
+                let pause = DOWN_FIRST.saturating_mul(1 << server.failures.min(5)).min(DOWN_LAST);
+                server.failures += 1;
+                server.down_until = Some(Instant::now() + pause);
+            }
+        }
+    }
+
+    fn group(&self, name: &Name) -> Option<usize> {
+        self.groups.iter().position(|group| name.before(&group.domain).is_some())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn name(text: &str) -> Name {
+        Name::parse(text).unwrap()
+    }
+
+    fn at(last: u8) -> SocketAddr {
+        SocketAddr::from(([192, 0, 2, last], 53))
+    }
+
+    fn servers() -> Servers {
+        let stub = |domain, servers: &[u8]| Stub {
+            domain: name(domain),
+            servers: servers.iter().map(|last| at(*last)).collect(),
+        };
+        let mut servers = Servers::new(vec![stub("example", &[1, 2]), stub("lab.corp.example", &[3])]);
+        assert!(servers.set_others(&[at(9)]) && !servers.set_others(&[at(9)]));
+        servers
+    }
+
+    #[test]
+    fn the_longest_stub_domain_decides_by_whole_labels() {
+        let servers = servers();
+        for (asked, expected) in [
+            ("example", &[at(1), at(2)][..]),
+            ("www.corp.example", &[at(1), at(2)]),
+            ("lab.corp.example", &[at(3)]),
+            ("a.b.lab.corp.example", &[at(3)]),
+            ("collab.corp.example", &[at(1), at(2)]),
+            ("counterexample", &[at(9)]),
+            ("example.org", &[at(9)]),
+        ] {
+            assert_eq!(servers.in_order(&name(asked)), expected, "{asked}");
+        }
+        assert_eq!(servers.in_order(&Name::ROOT), [at(9)]);
+        assert_eq!(servers.stub_of(&name("www.corp.example")), Some(name("example")));
+        assert_eq!(servers.stub_of(&name("example.org")), None);
+    }
+
+    #[test]
+    fn who_failed_is_asked_last_until_it_answers() {
+        let mut servers = servers();
+        let asked = name("www.example");
+        servers.note(&asked, at(1), false);
+        assert_eq!(servers.in_order(&asked), [at(2), at(1)]);
+        servers.note(&asked, at(1), true);
+        assert_eq!(servers.in_order(&asked), [at(1), at(2)]);
+    }
+}
