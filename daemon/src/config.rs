@@ -1,5 +1,7 @@
 //! Flags and the configuration file. A flag wins over the file; `--join` adds to it.
 
+mod stubs;
+
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs, UdpSocket};
 use std::path::{Path, PathBuf};
@@ -11,7 +13,7 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use ovl_core::allocation::Ranges;
 use ovl_core::device::Device;
 use ovl_core::networks::overlaps;
-use ovl_dns::{Name, Stub};
+use ovl_dns::Stub;
 use ovl_proto::{DEFAULT_PORT, DEFAULT_TUNNEL_PORT, DEFAULT_VXLAN_PORT, SEALED_VXLAN_PORT};
 use serde::Deserialize;
 
@@ -21,11 +23,6 @@ const DEFAULT_CONFIG: &str = "/etc/ovl/ovld.toml";
 /// Under it the host finds endpoints: `NAME.NETWORK.ovl.internal`. The top-level domain is set aside for private
 /// use.
 pub(crate) const OWN_DOMAIN: &str = "ovl.internal";
-
-/// Where resolvers are (RFC 1035, section 4.2).
-const DNS_PORT: u16 = 53;
-/// As many as of a resolv.conf.
-const MAX_STUB_SERVERS: usize = 8;
 
 /// Where Kubernetes often has them.
 const DEFAULT_SERVICE_RANGES: [IpNet; 2] = [
@@ -270,7 +267,7 @@ impl Config {
             resolv_conf: args.resolv_conf.or(file.resolv_conf).unwrap_or_else(|| "/etc/resolv.conf".into()),
             dns_listen: file.dns_listen,
             walk_search_lists: file.walk_search_lists.unwrap_or(true),
-            stub_domains: file.stub_domains.iter().map(parse_stub).collect::<Result<_>>()?,
+            stub_domains: file.stub_domains.iter().map(stubs::parse).collect::<Result<_>>()?,
         };
         config.check()?;
         Ok(config)
@@ -316,32 +313,8 @@ impl Config {
         if self.cluster_domain.len() > 200 || !labels.iter().all(is_label) {
             bail!("cluster_domain: '{}' is no DNS name", self.cluster_domain);
         }
-        self.check_stubs()?;
+        stubs::check(self)?;
         self.check_ranges()
-    }
-
-    fn check_stubs(&self) -> Result<()> {
-        let ours = [self.cluster_domain.as_str(), OWN_DOMAIN].map(Name::parse);
-        for (n, Stub { domain, servers }) in self.stub_domains.iter().enumerate() {
-            if let Some(own) = ours.iter().flatten().find(|own| domain.before(own).is_some()) {
-                bail!("stub_domains: {domain}: nobody else is ever asked for names under {own}");
-            }
-            if self.stub_domains.iter().take(n).any(|other| other.domain == *domain) {
-                bail!("stub_domains: {domain} is there twice");
-            }
-            if servers.is_empty() || servers.len() > MAX_STUB_SERVERS {
-                bail!("stub_domains: {domain}: 1 to {MAX_STUB_SERVERS} addresses are needed");
-            }
-            for server in servers {
-                if server.ip().is_unspecified() || server.ip().is_multicast() || server.port() == 0 {
-                    bail!("stub_domains: {domain}: {server} is not where one host listens");
-                }
-                if self.dns_listen.contains(server) {
-                    bail!("stub_domains: {domain}: {server} is ovld's own: see dns_listen");
-                }
-            }
-        }
-        Ok(())
     }
 
     fn check_ranges(&self) -> Result<()> {
@@ -417,15 +390,6 @@ fn parse_address(setting: &str, text: &str, port: u16) -> Result<SocketAddr> {
         .map_err(|_| anyhow::anyhow!("{setting}: '{text}' is not ADDR[:PORT]; host names are not taken here"))
 }
 
-fn parse_stub((domain, servers): (&String, &Vec<String>)) -> Result<Stub> {
-    let setting = format!("stub_domains: {domain}");
-    let name = Name::parse(domain).filter(|_| domain.is_ascii() && !domain.contains(char::is_whitespace));
-    Ok(Stub {
-        domain: name.with_context(|| format!("{setting} is no DNS name"))?,
-        servers: servers.iter().map(|text| parse_address(&setting, text, DNS_PORT)).collect::<Result<_>>()?,
-    })
-}
-
 /// The address that this host would use towards the first peer; towards the world if there is
 /// none. Connecting a UDP socket asks the routing table and sends nothing.
 fn own_address(join: &[String]) -> Result<IpAddr> {
@@ -453,7 +417,7 @@ fn own_address(join: &[String]) -> Result<IpAddr> {
 mod tests {
     use super::*;
 
-    fn load(args: &[&str], file: &str) -> Result<Config> {
+    pub(super) fn load(args: &[&str], file: &str) -> Result<Config> {
         let dir = std::env::temp_dir().join(format!("ovl-config-{}-{:p}", std::process::id(), &args));
         std::fs::create_dir_all(&dir).unwrap();
         let path = dir.join("ovld.toml");
@@ -514,31 +478,5 @@ mod tests {
         assert_eq!(with_port("fd00::1"), "[fd00::1]:7940");
         assert_eq!(with_port("[fd00::1]:80"), "[fd00::1]:80");
         assert_eq!(with_port("host"), "host:7940");
-    }
-
-    #[test]
-    fn stub_domains_have_addresses_and_are_nobody_elses() {
-        let stubs = |table: &str| {
-            let file = format!("insecure = true\nadvertise = '10.0.0.1'\n{table}");
-            load(&[], &file).map(|config| config.stub_domains)
-        };
-        let found =
-            stubs("[stub_domains]\n'Corp.Example.' = ['10.0.0.53', '10.0.0.54:5353', 'fd00::53']").unwrap();
-        let servers = ["10.0.0.53:53", "10.0.0.54:5353", "[fd00::53]:53"].map(|at| at.parse().unwrap());
-        assert_eq!(found, [Stub { domain: Name::parse("corp.example").unwrap(), servers: servers.into() }]);
-        for (table, expected) in [
-            ("'corp.example' = []", "1 to 8 addresses"),
-            ("'corp.example' = ['ns.corp.example']", "host names are not taken here"),
-            ("'corp.example' = ['0.0.0.0']", "0.0.0.0:53 is not where one host listens"),
-            ("'corp..example' = ['10.0.0.53']", "corp..example is no DNS name"),
-            ("'corp.example' = ['10.0.0.53']\n'CORP.example' = ['10.0.0.54']", "corp.example is there twice"),
-            ("'x.cluster.local' = ['10.0.0.53']", "nobody else is ever asked for names under cluster.local"),
-            ("'ovl.internal' = ['10.0.0.53']", "nobody else is ever asked for names under ovl.internal"),
-        ] {
-            let error = stubs(&format!("[stub_domains]\n{table}")).unwrap_err().to_string();
-            assert!(error.contains(expected), "{table}: {error}");
-        }
-        let own = "dns_listen = ['127.0.0.1:5300']\n[stub_domains]\n'corp.example' = ['127.0.0.1:5300']";
-        assert!(stubs(own).unwrap_err().to_string().contains("is ovld's own"));
     }
 }

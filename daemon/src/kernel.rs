@@ -65,6 +65,7 @@ pub(crate) use foreign::{look as foreign_firewalls, run_all};
 pub(crate) use message::port_mac;
 pub(crate) use netns::{Netns, open_netns};
 pub(crate) use probe::Prober;
+pub(crate) use resolver::Resolver;
 pub(crate) use sandbox::{
     Cookie, Held, Place, Process, look_at, mount_netns, netns_file, new_netns, own_netns, processes_in,
     unmount_netns,
@@ -109,8 +110,8 @@ pub(crate) struct EndpointSpec {
     pub(crate) addresses: Vec<IpNet>,
     /// Default routes; one is only set if the namespace has no default route of its family.
     pub(crate) gateways: Vec<IpAddr>,
-    /// The MAC address behind which the resolver is found, if the endpoint has one.
-    pub(crate) resolver: Option<Mac>,
+    /// If ways to the resolver are to be made.
+    pub(crate) resolver: Option<Resolver>,
 }
 
 /// What the host's end of a pair becomes.

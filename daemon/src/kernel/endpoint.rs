@@ -17,7 +17,7 @@ use super::error::{KernelError, Result};
 use super::link::LinkView;
 use super::message::{self, Outer, Target};
 use super::netns::{self, Visitor};
-use super::resolver;
+use super::resolver::{self, Resolver};
 use super::socket::{Batch, Refusal, Route};
 use super::sweep::Sweeper;
 use super::sysctl;
@@ -137,7 +137,7 @@ struct Inside {
     addresses: Vec<IpNet>,
     gateways: Vec<IpAddr>,
     host_end: HostEnd,
-    resolver: Option<Mac>,
+    resolver: Option<Resolver>,
 }
 
 fn finish(
@@ -183,9 +183,9 @@ fn configure(route: &mut Route, index: u32, inside: Inside) -> Result<(String, V
             add_again(route, index, &ifname, *net, refusal)?;
         }
     }
-    if let Some(mac) = inside.resolver {
+    if let Some(resolver) = &inside.resolver {
         let guarded = matches!(inside.host_end, HostEnd::Port(..));
-        resolver::lead(route, index, &ifname, mac, &inside.addresses, guarded)?;
+        resolver::lead(route, index, &ifname, resolver, &inside.addresses, guarded)?;
     }
     if let HostEnd::Routed { mac, routes } = inside.host_end {
         reach_gateways(route, index, &ifname, mac, &routes)?;

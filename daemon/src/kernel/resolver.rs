@@ -26,21 +26,38 @@ const LOCAL_TABLE: u8 = 255;
 const INET_CONF: u16 = 1;
 const ROUTE_LOCALNET: u16 = 26;
 
-/// Leads to the resolver by an interface whose other end has this MAC address. `guarded`: there are neighbours
-/// on the interface's segment, who must not reach what listens on loopback.
+/// The ways to the resolver of the host.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Resolver {
+    /// The MAC address behind which it is.
+    pub(crate) mac: Mac,
+    /// Whether it is at 127.0.0.11; pods are told by their runtime where it is.
+    pub(crate) loopback: bool,
+    /// The addresses of the cluster's DNS to which no other route leads.
+    pub(crate) cluster: Vec<IpAddr>,
+}
+
+/// Leads to the resolver by an interface. `guarded`: there are neighbours on the interface's segment, who must not reach
+/// what listens on loopback.
 pub(super) fn lead(
     route: &mut Route,
     index: u32,
     ifname: &str,
-    mac: Mac,
+    resolver: &Resolver,
     addresses: &[IpNet],
     guarded: bool,
 ) -> Result<()> {
+    let mac = resolver.mac;
     let find = |v4| addresses.iter().map(IpNet::addr).find(|address| address.is_ipv4() == v4);
     // The interface may have been in use with another network.
     let put = NLM_F_CREATE | NLM_F_REPLACE;
     let mut batch = Batch::default();
+    for address in &resolver.cluster {
+        batch.push(message::permanent_neighbour(index, *address, mac), put);
+        batch.push(to_cluster(index, *address), NLM_F_CREATE | NLM_F_EXCL);
+    }
     match (find(true), find(false)) {
+        _ if !resolver.loopback => {}
         (Some(source), _) => {
             if guarded {
                 guard()?;
@@ -62,6 +79,15 @@ pub(super) fn lead(
     refused.map_or(Ok(()), |refusal| {
         Err(refusal.into_error(format!("cannot lead to the resolver by {ifname} in the namespace")))
     })
+}
+
+/// With several interfaces the first counts, and the next one when that goes.
+fn to_cluster(index: u32, address: IpAddr) -> RouteNetlinkMessage {
+    let mut message = message::inner_route(index, IpNet::from(address), None);
+    if let RouteNetlinkMessage::NewRoute(route) = &mut message {
+        route.attributes.push(RouteAttribute::Priority(index));
+    }
+    message
 }
 
 /// The resolver's address leads out, from the endpoint's own address. With several interfaces the first counts,

@@ -28,7 +28,7 @@ use super::publish::{self, SetAside};
 use super::state::LocalEndpoint;
 use super::{Failed, Node, random, remove_if_there};
 use crate::config::{MAX_NAME, is_name_within};
-use crate::kernel::{EndpointSpec, HostEnd, Made, Netns, Other, Retired, open_netns};
+use crate::kernel::{EndpointSpec, HostEnd, Made, Netns, Other, Resolver, Retired, open_netns};
 
 /// What is kept of an endpoint while the kernel runs: a daemon that is started anew finds it here.
 #[derive(Debug, Serialize, Deserialize)]
@@ -177,7 +177,7 @@ impl Node {
             host_end: host_end(network, &endpoint),
             addresses: endpoint.addresses.clone(),
             gateways,
-            resolver: resolver.then(|| Mac::of_gateway(network.id)),
+            resolver: self.ways_to_resolver(network, &endpoint, resolver),
         };
         let (outcomes, made) = self.kernel.prepare_and_create(ops, spec).await;
         let refused = self.note_outcomes(&outcomes, Some((network.id, place.device)));
@@ -281,6 +281,15 @@ impl Node {
             )));
         }
         Ok(found.network.clone())
+    }
+
+    /// Where there is no way out, there is one to the cluster's DNS.
+    fn ways_to_resolver(&self, network: &Network, endpoint: &Endpoint, loopback: bool) -> Option<Resolver> {
+        let has = |v4| endpoint.addresses.iter().any(|net| net.addr().is_ipv4() == v4);
+        let all = self.config.ranges.dns_addresses().filter(|address| has(address.is_ipv4()));
+        let cluster: Vec<IpAddr> = all.filter(|_| network.internal).collect();
+        let mac = Mac::of_gateway(network.id);
+        (loopback || !cluster.is_empty()).then_some(Resolver { mac, loopback, cluster })
     }
 
     /// The bridge of this network gets the resolver's address.
