@@ -65,8 +65,36 @@ impl Ground {
 
     /// Starts a container that goes on, with further arguments.
     pub(super) fn run(&self, index: usize, name: &str, more: &[&str]) -> Result<()> {
-        let run = ["run", "--detach", "--name", name, "--stop-signal", "SIGKILL", "--network", NETWORK];
+        self.run_on(NETWORK, index, name, more)
+    }
+
+    /// The same on another network.
+    pub(super) fn run_on(&self, network: &str, index: usize, name: &str, more: &[&str]) -> Result<()> {
+        let run = ["run", "--detach", "--name", name, "--stop-signal", "SIGKILL", "--network", network];
         self.engine(index)?.call(&[&run, more, &[IMAGE, "busybox", "sleep", "100000"]].concat()).map(drop)
+    }
+
+    /// Makes the Engines one Swarm, with an overlay network of its own.
+    pub(super) fn swarm(&self, network: &str, subnet: &str) -> Result<()> {
+        let addresses = self.lab.hosts().iter().map(|host| host.address().map(|address| address.to_string()));
+        let addresses: Vec<String> = addresses.collect::<Result<_>>()?;
+        let (manager, address) = (self.engine(0)?, addresses.first().context("no hosts")?);
+        manager.call(&["swarm", "init", "--advertise-addr", address])?;
+        let token = manager.call(&["swarm", "join-token", "--quiet", "worker"])?;
+        for (engine, own) in self.engines.iter().zip(&addresses).skip(1) {
+            let at = format!("{address}:2377");
+            engine.call(&["swarm", "join", "--advertise-addr", own, "--token", &token, &at])?;
+        }
+        let create =
+            ["network", "create", "--driver", "overlay", "--attachable", "--subnet", subnet, network];
+        manager.call(&create).map(drop)
+    }
+
+    /// The network namespace of a container that runs.
+    pub(super) fn netns_of(&self, index: usize, name: &str) -> Result<String> {
+        let container = self.engine(index)?.inspect("container", name)?;
+        let pid = container["State"]["Pid"].as_u64().filter(|pid| *pid != 0).context("it does not run")?;
+        Ok(format!("/proc/{pid}/ns/net"))
     }
 
     pub(super) fn remove(&self, index: usize, name: &str) -> Result<()> {
@@ -79,8 +107,13 @@ pub(super) struct Pings(Spawned);
 
 impl Pings {
     pub(super) fn start(from: &Workload, to: IpAddr, period: Duration) -> Result<Self> {
-        let period = format!("{:.3}", period.as_secs_f64());
-        from.spawn(["ping", "-n", "-D", "-i", &period, &to.to_string()]).map(Pings)
+        Self::start_in(from.host(), from.path_str(), to, period)
+    }
+
+    /// From a namespace of which there is a path.
+    pub(super) fn start_in(host: &Host, netns: &str, to: IpAddr, period: Duration) -> Result<Self> {
+        let (enter, period) = (format!("--net={netns}"), format!("{:.3}", period.as_secs_f64()));
+        host.spawn(["nsenter", &enter, "ping", "-n", "-D", "-i", &period, &to.to_string()]).map(Pings)
     }
 
     /// When the first answer came after that time.

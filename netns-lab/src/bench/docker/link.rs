@@ -6,7 +6,7 @@ use anyhow::{Result, bail};
 use serde_json::json;
 
 use super::ground::{Ground, ms_between};
-use super::links::Links;
+use super::links::{ENDPOINTS, Links};
 use crate::bench::Bench;
 use crate::bench::neigh::Watcher;
 use crate::bench::report::{Bar, Figure, Row};
@@ -22,16 +22,15 @@ pub(crate) fn measure(bench: &Bench) -> Result<Figure> {
     }
     let others: Vec<_> = ground.lab.hosts().iter().skip(1).collect();
     let destination = ground.host(0)?.address()?;
-    let links = Links::start(ground.host(0)?)?;
+    let links = Links::start(ground.host(0)?, ENDPOINTS)?;
     let watcher = Watcher::start(&others)?;
     let (mut from_link, mut from_run) = (Vec::new(), Vec::new());
     for number in 0..bench.plan.docker_links {
         let name = format!("c{number}");
-        links.clear();
         watcher.drain()?;
         let called = (Instant::now(), SystemTime::now());
         ground.run(0, &name, &[])?;
-        let link = links.wait_up(TIMEOUT)?;
+        let link = links.wait_up(called.1)?;
         let deadline = Instant::now() + TIMEOUT;
         let mut last = None;
         let mut waiting: Vec<usize> = (0..others.len()).collect();

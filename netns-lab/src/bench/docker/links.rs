@@ -16,7 +16,11 @@ use nix::sys::socket::{
     sockopt::RcvBufForce,
 };
 
+/// Names of endpoints' devices begin with this.
+pub(super) const ENDPOINTS: &str = "ove-";
+
 const LINK_GROUP: u32 = 1;
+const PATIENCE: Duration = Duration::from_secs(20);
 const RECEIVE_BUFFER: usize = 8 << 20;
 const RTM_NEWLINK: u16 = 16;
 /// Of `struct nlmsghdr`, and of `struct ifinfomsg` behind it.
@@ -42,30 +46,34 @@ pub(super) struct Links {
 }
 
 impl Links {
-    pub(super) fn start(host: &Host) -> Result<Self> {
+    /// Of pairs whose host's ends have names that begin like this.
+    pub(super) fn start(host: &Host, prefix: &'static str) -> Result<Self> {
         let socket =
             host.run(listen)?.with_context(|| format!("cannot watch the links of {}", host.name()))?;
         let (alive, stop) = UnixStream::pair()?;
         let seen = Arc::<Mutex<Vec<Link>>>::default();
         let sink = Arc::clone(&seen);
-        let thread =
-            thread::Builder::new().name("links".to_owned()).spawn(move || watch(&socket, &stop, &sink))?;
+        let thread = thread::Builder::new()
+            .name("links".to_owned())
+            .spawn(move || watch(&socket, &stop, &sink, prefix))?;
         Ok(Links { seen, alive: Some(alive), thread: Some(thread) })
     }
 
-    /// The only one that came since `clear`, once the other end is up.
-    pub(super) fn wait_up(&self, timeout: Duration) -> Result<Link> {
-        wait_until(timeout, "the link of a container", || {
-            let seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
-            match &seen[..] {
-                [link] if link.up.is_some() => Some(link.clone()),
-                _ => None,
-            }
-        })
+    /// The first one that came at this time or later.
+    pub(super) fn wait(&self, start: SystemTime) -> Result<Link> {
+        self.wait_for(start, |_| true)
     }
 
-    pub(super) fn clear(&self) {
-        self.seen.lock().unwrap_or_else(PoisonError::into_inner).clear();
+    /// The same once its other end is up.
+    pub(super) fn wait_up(&self, start: SystemTime) -> Result<Link> {
+        self.wait_for(start, |link| link.up.is_some())
+    }
+
+    fn wait_for(&self, start: SystemTime, is_it: impl Fn(&Link) -> bool) -> Result<Link> {
+        wait_until(PATIENCE, "the link of a container", || {
+            let seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+            seen.iter().find(|link| link.created >= start).filter(|link| is_it(link)).cloned()
+        })
     }
 }
 
@@ -87,7 +95,7 @@ fn listen() -> Result<OwnedFd> {
     Ok(socket)
 }
 
-fn watch(socket: &OwnedFd, stop: &UnixStream, seen: &Mutex<Vec<Link>>) {
+fn watch(socket: &OwnedFd, stop: &UnixStream, seen: &Mutex<Vec<Link>>, prefix: &str) {
     let mut buffer = vec![0; 1 << 16];
     loop {
         let mut fds = [socket.as_fd(), stop.as_fd()].map(|fd| PollFd::new(fd, PollFlags::POLLIN));
@@ -99,7 +107,7 @@ fn watch(socket: &OwnedFd, stop: &UnixStream, seen: &Mutex<Vec<Link>>) {
         while let Ok(length) = recv(socket.as_raw_fd(), &mut buffer, MsgFlags::empty()) {
             let now = SystemTime::now();
             let mut seen = seen.lock().unwrap_or_else(PoisonError::into_inner);
-            for (name, up) in messages(&buffer[..length]).filter_map(link) {
+            for (name, up) in messages(&buffer[..length]).filter_map(|message| link(message, prefix)) {
                 match seen.iter_mut().find(|link| link.name == name) {
                     Some(link) if up && link.up.is_none() => link.up = Some(now),
                     Some(_) => {}
@@ -120,8 +128,8 @@ fn messages(mut rest: &[u8]) -> impl Iterator<Item = &[u8]> {
     })
 }
 
-/// The name of an endpoint's link that is there, and whether the other end is up.
-fn link(message: &[u8]) -> Option<(String, bool)> {
+/// The name of a link that is there, if it begins like this, and whether the other end is up.
+fn link(message: &[u8], prefix: &str) -> Option<(String, bool)> {
     let kind = u16::from_ne_bytes(message.get(4..6)?.try_into().ok()?);
     let flags = u32::from_ne_bytes(message.get(FLAGS..FLAGS + 4)?.try_into().ok()?);
     let mut rest = message.get(ATTRIBUTES..).filter(|_| kind == RTM_NEWLINK)?;
@@ -130,7 +138,7 @@ fn link(message: &[u8]) -> Option<(String, bool)> {
         let attribute = u16::from_ne_bytes(rest.get(2..4)?.try_into().ok()?);
         if attribute == IFLA_IFNAME {
             let name = String::from_utf8_lossy(rest.get(4..length)?).trim_end_matches('\0').to_owned();
-            return name.starts_with("ove-").then_some((name, flags & IFF_LOWER_UP != 0));
+            return name.starts_with(prefix).then_some((name, flags & IFF_LOWER_UP != 0));
         }
         rest = rest.get(length.max(4).next_multiple_of(4)..)?;
     }
