@@ -328,7 +328,7 @@ fn switched_mtu(view: &View, network: &Network) -> u16 {
 
 /// What one endpoint of this host needs beside its network's devices. Its link is made by an
 /// attach.
-pub fn endpoint_part(view: &View, network: &Network, endpoint: &Endpoint, mtu: u16) -> Kernel {
+pub fn endpoint_part(view: &View, local: &Local, network: &Network, endpoint: &Endpoint, mtu: u16) -> Kernel {
     let mut kernel = Kernel::default();
     let device = Device::endpoint(endpoint.id);
     match network.mode {
@@ -342,7 +342,7 @@ pub fn endpoint_part(view: &View, network: &Network, endpoint: &Endpoint, mtu: u
                 kernel.neighbours.insert((bridge, address.addr()), endpoint.mac);
             }
         }
-        Mode::L3 => routed::endpoint_part(&mut kernel, view, network, endpoint, mtu),
+        Mode::L3 => routed::endpoint_part(&mut kernel, view, local, network, endpoint, mtu),
     }
     publish::elements(&mut kernel, network, endpoint);
     kernel

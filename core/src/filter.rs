@@ -51,7 +51,7 @@ const REJECT: &str = "reject with icmpx admin-prohibited";
 ///   So is what is routed: an endpoint may answer a packet that was translated on its way to it.
 /// * `output`, `forward`: nothing for an encrypted network leaves in plain, should a route be missing.
 /// * `forward`: networks do not reach each other, and an internal one reaches nothing.
-/// * `input`: nor does it reach the host.
+/// * `input`: nor does it reach a host.
 /// * `postrouting`: what leaves the cluster gets the host's address. What goes to another endpoint of this host, at a
 ///   published port, keeps its own.
 pub fn render(
@@ -72,7 +72,7 @@ pub fn render(
     if networks.len() > 1 || networks.iter().any(|network| network.internal || network.encrypted) {
         forward(&mut text, networks, masquerade);
     }
-    if networks.iter().any(|network| network.internal && network.mode == Mode::L2) {
+    if networks.iter().any(|network| network.internal) {
         input(&mut text, networks);
     }
     let translated: Vec<&Network> =
@@ -280,7 +280,8 @@ fn forward(text: &mut String, networks: &[&Network], masquerade: bool) {
     let _ = writeln!(text, "\t}}");
 }
 
-/// Who is on an internal network reaches nothing of the host either, but its resolver: the host has a way back to it.
+/// Who is on an internal network reaches nothing of a host either, but its resolver: the host has a way back to it. On a
+/// routed network the host itself may begin, and is answered.
 fn input(text: &mut String, networks: &[&Network]) {
     let _ =
         writeln!(text, "\tchain input {{\n\t\ttype filter hook input priority filter - 10; policy accept;");
@@ -293,6 +294,14 @@ fn input(text: &mut String, networks: &[&Network]) {
             "\t\tiifname \"{bridge}\" meta l4proto 58 @th,0,8 {{ 135, 136 }} accept\n\
              \t\tiifname \"{bridge}\" ip daddr != {{ {ADDRESS_V4}, {CLUSTER_V4} }} counter drop\n\
              \t\tiifname \"{bridge}\" ip6 daddr != {{ {ADDRESS_V6}, {CLUSTER_V6} }} counter drop"
+        );
+    }
+    for subnet in routed(networks).filter(|network| network.internal).flat_map(|network| &network.subnets) {
+        let (family, prefix) = (family(subnet.prefix), subnet.prefix);
+        // What is for the resolver is not tracked, nor is neighbour discovery.
+        let _ = writeln!(
+            text,
+            "\t\t{family} saddr {prefix} iifname != \"lo\" ct state {{ invalid, new }} counter drop"
         );
     }
     let _ = writeln!(text, "\t}}");

@@ -17,7 +17,8 @@ pub struct Kernel {
     /// Bridges, VXLAN devices and the host's ends of endpoints.
     pub links: BTreeMap<Device, Link>,
     /// Addresses of our bridges; on a routed network the bridge has no ports and carries the
-    /// gateways' addresses. Also of the ends of the tunnel.
+    /// gateways' addresses. Also of the ends of the tunnel, and on a routed network those of IPv6 on the
+    /// device of an endpoint whose other end a Docker Engine sets up.
     pub addresses: BTreeSet<(Device, IpNet)>,
     /// Where a VXLAN device sends frames for a MAC address (`bridge fdb ... self`).
     pub remotes: BTreeMap<(Device, Mac), Remote>,

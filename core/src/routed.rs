@@ -141,7 +141,7 @@ pub(crate) fn own_endpoint(
         let silent = Link::Endpoint { mtu, master: None, up: false, tuned: false, hairpin: false };
         kernel.links.insert(Device::endpoint(endpoint.id), silent);
     } else {
-        endpoint_part(kernel, view, network, endpoint, mtu);
+        endpoint_part(kernel, view, local, network, endpoint, mtu);
     }
 }
 
@@ -220,6 +220,7 @@ pub(crate) fn path_mtu(own: &Node, peer: &Node) -> u16 {
 pub(crate) fn endpoint_part(
     kernel: &mut Kernel,
     view: &View,
+    local: &Local,
     network: &Network,
     endpoint: &Endpoint,
     mtu: u16,
@@ -235,5 +236,11 @@ pub(crate) fn endpoint_part(
             .filter(|at| gateways(view, network.id, view.me).any(|g| g == *at));
         let hop = Hop { device: Some(device), gateway: None, source, mtu: None };
         kernel.routes.insert(IpNet::from(address), hop);
+        if address.is_ipv6() && local.fetched.contains(&endpoint.id) {
+            // An Engine sets no neighbour for the gateway, and who asks for an IPv6 address is answered only where the
+            // device has it.
+            let gateway = ipam::gateway_on(network, address);
+            kernel.addresses.extend(gateway.map(|gateway| (device, IpNet::from(gateway))));
+        }
     }
 }

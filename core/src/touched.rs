@@ -113,6 +113,7 @@ fn on_devices(
     for id in &touched.own {
         let device = Device::endpoint(*id);
         was.links.extend(applied.links.get(&device).map(|link| (device, *link)));
+        was.addresses.extend(applied.addresses.iter().filter(|(on, _)| *on == device));
         for address in &touched.addresses {
             let key = (device, *address);
             was.neighbours.extend(applied.neighbours.get(&key).map(|mac| (key, *mac)));
@@ -242,6 +243,9 @@ fn published(
 fn take_out(applied: &mut Kernel, part: &Kernel) {
     for device in part.links.keys() {
         applied.links.remove(device);
+    }
+    for address in &part.addresses {
+        applied.addresses.remove(address);
     }
     for key in part.remotes.keys() {
         applied.remotes.remove(key);

@@ -71,6 +71,8 @@ pub struct Local {
     pub ends: Ends,
     /// Endpoints that are being made: policies stand before one can be reached.
     pub attaching: BTreeMap<EndpointId, Endpoint>,
+    /// Endpoints whose other ends a Docker Engine sets up.
+    pub fetched: BTreeSet<EndpointId>,
     /// Ports are, or were a moment ago, published here: their table stands.
     pub publishing: bool,
 }

@@ -48,6 +48,13 @@ fn network_namespace_veth_pair_ip_from_the_subnet_default_route_to_the_bridge() 
     assert_eq!(strings(&web.json["addresses"]), ["172.30.0.2/16", "fd30::2/64"]);
     let addresses = host.ip_json(&["addr", "show", &bridge]).unwrap().to_string();
     assert_says(&addresses, &["\"172.30.0.1\"", "\"fd30::1\""]);
+    let ranges: Vec<_> = rows(host, &["subnets"])
+        .unwrap()
+        .iter()
+        .map(|row| (text(&row["prefix"]), text(&row["node"]), row["used"].as_u64().unwrap()))
+        .collect();
+    let expected = ["172.30.0.0/16", "fd30::/64"].map(|prefix| (prefix.to_owned(), "h1".to_owned(), 1));
+    assert_eq!(ranges, expected);
     for (family, gateway) in [("-4", "172.30.0.1"), ("-6", "fd30::1")] {
         let routes = web.workload.ip_json(&[family, "route", "show", "default"]).unwrap();
         assert_eq!(routes[0]["gateway"], gateway);

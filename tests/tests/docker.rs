@@ -10,7 +10,7 @@ use std::time::Instant;
 use anyhow::ensure;
 use netns_lab::{Host, Lab, LabConfig, Signal, find_binary, wait_until};
 use ovl_tests::runtime::{Before, Docker, Place, answered, reaches, wait_endpoint_count};
-use ovl_tests::{SOON, assert_says, rows, started, strings, text, wait_clean, wait_network};
+use ovl_tests::{SOON, assert_says, attach, rows, started, strings, text, wait_clean, wait_network};
 use serde_json::{Value, json};
 
 /// `docker network create` with ovl's driver and IPAM.
@@ -176,6 +176,43 @@ fn what_does_not_fit_is_refused_with_a_reason() {
         text(&row["name"]) == "second" && strings(&row["aliases"]).contains(&"two".to_owned())
     })
     .unwrap();
+
+    // An Engine tells nobody of a new name: the endpoint gets it with the container's next start.
+    docker.call(&["rename", "second", "third"]).unwrap();
+    assert_eq!(text(&endpoint(h1, address).unwrap()["name"]), "second");
+    docker.call(&["restart", "--time", "0", "third"]).unwrap();
+    let renamed = || rows(h1, &["endpoints"]).unwrap().iter().any(|row| text(&row["name"]) == "third");
+    wait_until(SOON, "the container's new name", renamed).unwrap();
+}
+
+/// Its containers end with it, and those that are to come back do.
+#[test]
+fn an_engine_without_live_restore_is_restarted_and_killed() {
+    let lab = started(2).unwrap();
+    let (h1, h2) = (&lab["h1"], &lab["h2"]);
+    let mut docker = Docker::start(h1, &[]).unwrap();
+    create(&docker, "blue", &["-o", "ovl.network=blue", "--subnet", "10.77.0.0/16"]);
+    wait_network(h2, "blue").unwrap();
+    let other = attach(h2, "other", "blue", &[]).unwrap();
+    let fixed = IpAddr::from([10, 77, 9, 9]);
+    let stays = ["--network", "blue", "--restart", "always", "-p", "18080:8080"];
+    docker.run("web", &[&stays[..], &["--ip", &fixed.to_string()]].concat()).unwrap();
+    docker.run("once", &["--network", "blue"]).unwrap();
+    other.workload.ping_until(fixed, SOON).unwrap();
+    for signal in [Signal::SIGTERM, Signal::SIGKILL] {
+        docker.end_daemon(signal).unwrap();
+        docker.start_daemon().unwrap();
+        // One container is back, with its address and its port; of the other nothing is left.
+        other.workload.ping_until(fixed, SOON).unwrap();
+        answered(h2, h1.address().unwrap(), 18080).unwrap();
+        wait_endpoint_count(h1, 2).unwrap();
+        wait_clean(lab.hosts(), SOON).unwrap();
+        let row = endpoint(h1, fixed).unwrap();
+        wait_until(SOON, "the container's name", || text(&endpoint(h1, fixed).unwrap()["name"]) == "web")
+            .unwrap_or_else(|error| panic!("{signal}: {error:#} {row}"));
+        docker.call(&["start", "once"]).unwrap();
+        reaches(&docker.container("once"), &docker.container("web")).unwrap();
+    }
 }
 
 /// A call as an Engine makes it, to a plugin on a host.
@@ -279,7 +316,7 @@ fn encrypted_internal_and_routed_networks() {
     for (name, options) in [
         ("sealed", &["-o", "encrypted", "--subnet", "10.79.0.0/24", "--ipv6", "--subnet", "fd79::/64"][..]),
         ("inside", &["--internal", "--subnet", "10.80.0.0/24"]),
-        ("routed", &["-o", "ovl.mode=l3", "--subnet", "10.60.0.0/16"]),
+        ("routed", &["-o", "ovl.mode=l3", "--subnet", "10.60.0.0/16", "--ipv6", "--subnet", "fd60::/48"]),
     ] {
         let named = format!("ovl.network={name}");
         let options = [&["-o", &named], options].concat();

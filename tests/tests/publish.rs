@@ -101,6 +101,27 @@ fn dnat_for_p_8080_80_from_outside_and_from_the_host_by_any_of_its_addresses() {
 }
 
 #[test]
+fn on_encrypted_networks_as_on_others() {
+    for mode in ["l2", "l3"] {
+        let lab = dual();
+        let host = &lab["h1"];
+        let outside = outsider(&lab).unwrap();
+        make(&lab, "blue", &["--mode", mode, "--encrypted"], 30);
+        let (_web, _server) = serve(host, "web", "blue", &["8080:80", "8080:80/udp"]);
+        let neighbour = attach(host, "neighbour", "blue", &[]).unwrap();
+        for (address, client) in host.addresses().iter().zip(OUTSIDE) {
+            let seen = who(&outside, at(address, 8080)).unwrap_or_else(|error| panic!("{mode}: {error}"));
+            assert_eq!(seen.to_string(), client, "{mode}");
+            who(&neighbour.workload, at(address, 8080)).unwrap_or_else(|error| panic!("{mode}: {error}"));
+        }
+        for address in ["127.0.0.1", "::1"] {
+            who(host, at(address, 8080)).unwrap_or_else(|error| panic!("{mode} {address}: {error}"));
+        }
+        wait_clean(lab.hosts(), SOON).unwrap();
+    }
+}
+
+#[test]
 fn from_a_container_on_the_same_host_by_the_hosts_address() {
     from_a_container("0");
 }

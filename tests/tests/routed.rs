@@ -293,6 +293,11 @@ fn assert_told_at_once(from: &Netns, to: &str) {
     );
 }
 
+/// The addresses that a host answers under as a network's gateway.
+fn gateways_of(host: &Host, network: &str) -> Vec<String> {
+    strings(&host.ctl_json(&["network", "inspect", network]).unwrap()["gateways"])
+}
+
 #[test]
 fn networks_do_not_reach_each_other_and_an_internal_one_has_no_way_out() {
     let lab = started(2).unwrap();
@@ -335,9 +340,31 @@ fn networks_do_not_reach_each_other_and_an_internal_one_has_no_way_out() {
     // A workload may write its own routes.
     let gateway = blocks(&lab["h1"], "inner", "h1").unwrap()[0].replace(".0/24", ".1");
     inner.exec_ok(["ip", "route", "add", "default", "via", &gateway]).unwrap();
+    let all_blocks = blocks(&lab["h1"], "inner", "h1").unwrap();
+    let block6 = all_blocks.iter().find(|block| block.contains(':')).unwrap();
+    let gateway6 = format!("{}1", block6.split('/').next().unwrap());
+    inner.exec_ok(["ip", "-6", "route", "add", "default", "via", &gateway6]).unwrap();
     for target in [OUTSIDE_V4, "192.168.77.2"] {
         assert!(!inner.ping(target, quarter), "{target} answers");
     }
+    // Nothing of the hosts either: neither their own addresses nor those of gateways.
+    assert!(
+        ![&gateway, &gateway6].into_iter().any(|gateway| inner.ping(gateway, quarter)),
+        "a gateway answers"
+    );
+    for host in lab.hosts() {
+        let gateways = ["pods", "flat"].into_iter().flat_map(|network| gateways_of(host, network));
+        for target in host.addresses().into_iter().map(|address| address.to_string()).chain(gateways) {
+            assert!(!inner.ping(&target, quarter), "{target} of {} answers", host.name());
+        }
+    }
+    // But the host reaches who is there, and they their resolver.
+    for address in all[2][0].addresses() {
+        lab["h1"].ping_until(&address, SOON).unwrap();
+    }
+    let name = all[2][1].name.clone();
+    let found = inner.exec_ok(["dig", "@127.0.0.11", "+short", &name]).unwrap();
+    assert_eq!(found.trim(), all[2][1].address());
     all[0][0].workload.ping_until(OUTSIDE_V4, SOON).unwrap();
     drop(outside);
 }

@@ -102,14 +102,6 @@ pub fn plan_network(
         },
         None => by_range,
     };
-    let mode = found.map_or(wish.mode.unwrap_or(Mode::L2), |found| found.network.mode);
-    if let Some(prefix) = wish.prefixes.iter().find(|prefix| mode == Mode::L3 && prefix.addr().is_ipv6()) {
-        // An Engine sets no neighbours, and a gateway on another device answers for itself in IPv4 alone.
-        return Err(format!(
-            "{prefix}: containers of an Engine have no IPv6 addresses on a routed network; leave --ipv6 out, or take a \
-             switched one (-o ovl.mode=l2)"
-        ));
-    }
     let Some(found) = found else { return Ok(Plan::Make(Box::new(create(wish)))) };
     let network = &found.network;
     if found.removing {

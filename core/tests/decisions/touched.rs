@@ -11,6 +11,7 @@ use ovl_core::touched::{Touched, plan};
 use ovl_core::view::{Local, View};
 use ovl_proto::id::{EndpointId, Mac};
 use ovl_proto::object::{Backend, Mode};
+use ovl_proto::publish::{Published, Transport};
 use ovl_proto::record::Signature;
 use ovl_proto::table::{Endpoint, Entry, Key};
 use proptest::prelude::*;
@@ -27,13 +28,24 @@ struct Step {
     second: Option<u8>,
     /// Another MAC address than the one that follows from the address.
     mac: Option<u8>,
+    /// Has a port published, of its own among all.
+    publishes: Option<Transport>,
 }
 
 fn step() -> impl Strategy<Value = Step> {
     let address = prop::option::weighted(0.7, 6..34_u8);
     let second = prop::option::weighted(0.1, 6..34_u8);
-    (1..=3_u8, 0..6_u8, address, second, prop::option::weighted(0.4, 0..3_u8))
-        .prop_map(|(host, endpoint, address, second, mac)| Step { host, endpoint, address, second, mac })
+    let publishes = prop::option::weighted(0.4, prop_oneof![Just(Transport::Tcp), Just(Transport::Udp)]);
+    (1..=3_u8, 0..6_u8, address, second, prop::option::weighted(0.4, 0..3_u8), publishes).prop_map(
+        |(host, endpoint, address, second, mac, publishes)| Step {
+            host,
+            endpoint,
+            address,
+            second,
+            mac,
+            publishes,
+        },
+    )
 }
 
 fn entry(step: &Step, address: u8) -> Endpoint {
@@ -49,7 +61,10 @@ fn entry(step: &Step, address: u8) -> Endpoint {
         aliases: Vec::new(),
         labels: BTreeMap::new(),
         ready: true,
-        publish: Vec::new(),
+        publish: step.publishes.map_or_else(Vec::new, |transport| {
+            let host = 8000 + u16::from(step.endpoint);
+            vec![Published { transport, address: None, host, container: 80, count: 1 }]
+        }),
     }
 }
 

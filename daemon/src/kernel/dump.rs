@@ -9,7 +9,7 @@ use netlink_packet_route::link::{LinkAttribute, LinkExtentMask, LinkMessage};
 use netlink_packet_route::neighbour::NeighbourMessage;
 use netlink_packet_route::route::{RouteMessage, RouteProtocol};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
-use ovl_core::device::{Device, Role};
+use ovl_core::device::Device;
 use ovl_core::kernel::{Hop, Kernel, PROTOCOL};
 
 use super::Underlay;
@@ -42,7 +42,7 @@ pub(super) fn kernel(route: &mut Route) -> Result<(Kernel, Names)> {
     for message in addresses(route)?.messages().filter(|message| message.kind == RTM_NEWADDR) {
         let Some((index, net)) = fact::address(message.payload) else { continue };
         match names.ours.get(&index) {
-            Some(device) if matches!(device.role(), Some(Role::Bridge(_) | Role::Tunnel(_))) => {
+            Some(device) if fact::has_addresses(*device) => {
                 kernel.addresses.insert((*device, net));
             }
             Some(_) => {}

@@ -73,6 +73,11 @@ pub(super) fn of_neighbour(entry: &Neighbour, device: Device, link: Option<&Link
     Some((Place::Remote(device, mac), if fixed { Value::Remote(remote) } else { Value::None }))
 }
 
+/// Whether addresses on a device of ours are ours too.
+pub(super) fn has_addresses(device: Device) -> bool {
+    matches!(device.role(), Some(Role::Bridge(_) | Role::Tunnel(_) | Role::Endpoint(_)))
+}
+
 /// An address of any device: the device's index, and the address with its prefix.
 pub(super) fn address(payload: &[u8]) -> Option<(u32, IpNet)> {
     let (mut local, mut peer) = (None, None);

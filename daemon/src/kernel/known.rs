@@ -278,7 +278,7 @@ impl Known {
             self.news.underlay |= name.is_none_or(|name| name.role().is_none());
             return;
         };
-        if let Some(Role::Bridge(_) | Role::Tunnel(_)) = device.role() {
+        if fact::has_addresses(*device) {
             self.note_fact(Place::Address(*device, net), Value::There, new);
         }
     }

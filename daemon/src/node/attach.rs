@@ -161,7 +161,14 @@ impl Node {
         // Until it is in the table, or nothing came of it.
         let _policed = self.police_attach(&endpoint);
         let (mut ops, mtu) = self.prepare(network);
-        let part = desired::endpoint_part(&self.state.borrow().view, network, &endpoint, mtu);
+        let part = {
+            let mut guard = self.state.borrow_mut();
+            let state = &mut *guard;
+            if local.docker.is_some() {
+                state.local.fetched.insert(id);
+            }
+            desired::endpoint_part(&state.view, &state.local, network, &endpoint, mtu)
+        };
         // The pair itself is not the work of an operation, and what its neighbours need too is there.
         let shared = self.state.borrow().applied.get(&network.id).map(|applied| applied.localnets.clone());
         let bare =
@@ -189,6 +196,7 @@ impl Node {
                 if made.is_ok() {
                     self.take_back(&endpoint).await?;
                 }
+                self.state.borrow_mut().local.fetched.remove(&id);
                 let error = refused.or_else(|| made.err().map(|error| error.to_string())).unwrap_or_default();
                 return Err(Failed::kernel(format!(
                     "cannot attach {} to {}: {error}",
@@ -211,6 +219,7 @@ impl Node {
 
     /// Takes an endpoint out of the kernel that is not in our table yet.
     async fn take_back(&self, endpoint: &Endpoint) -> Result<(), Failed> {
+        self.state.borrow_mut().local.fetched.remove(&endpoint.id);
         if !endpoint.publish.is_empty() {
             // What may be left of its ports is the loop's.
             self.state.borrow_mut().dirty.full = true;
@@ -524,6 +533,7 @@ impl Node {
             for id in ids {
                 names.extend(state.own_endpoint(*id).map(|endpoint| endpoint.name.clone()));
                 state.endpoints.remove(id);
+                state.local.fetched.remove(id);
                 state.local.isolated.remove(id);
                 state.problem(format!("isolated {id}"), None);
                 self.ports.release(*id);
@@ -611,7 +621,11 @@ impl Node {
                     }
                     let Kept { endpoint, ifname, netns, inode, cni, docker, .. } = kept;
                     let local = LocalEndpoint { ifname, netns, inode, cni, docker };
-                    self.state.borrow_mut().endpoints.insert(endpoint.id, local);
+                    let mut state = self.state.borrow_mut();
+                    if local.docker.is_some() {
+                        state.local.fetched.insert(endpoint.id);
+                    }
+                    state.endpoints.insert(endpoint.id, local);
                     endpoints.push(endpoint);
                 }
                 Some(_) => remove_if_there(&path)?,

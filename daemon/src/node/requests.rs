@@ -13,6 +13,7 @@ use ovl_proto::control::{
     RouteRow, Status, SubnetUse, Verify,
 };
 use ovl_proto::id::{Mac, NetworkId, NodeId};
+use ovl_proto::object::{Driver, Subnet};
 use ovl_proto::table::Entry;
 
 use super::peers::{UNREACHABLE, millis};
@@ -324,6 +325,21 @@ impl Node {
                 })
             })
             .collect();
+        // Addresses of this host's own networks come out of their whole ranges.
+        let own = state.view.networks.values().map(|found| &found.network);
+        for network in own.filter(|network| network.driver == Driver::Bridge) {
+            let used = |subnet: &Subnet| {
+                let endpoints = state.view.endpoints(network.id).map(|placed| placed.endpoint);
+                endpoints.flat_map(|e| &e.addresses).filter(|net| subnet.prefix.contains(&net.addr())).count()
+            };
+            rows.extend(network.subnets.iter().map(|subnet| SubnetUse {
+                network: network.name.clone(),
+                prefix: subnet.prefix,
+                node: state.view.name_of(state.view.me),
+                used: used(subnet) as u64,
+                size: u64::try_from(ipam::usable_in_block(subnet.prefix, subnet)).unwrap_or(u64::MAX),
+            }));
+        }
         rows.sort_by(|a, b| (&a.network, a.prefix).cmp(&(&b.network, b.prefix)));
         rows
     }
