@@ -15,7 +15,7 @@ use ovl_proto::object::{Mode, Network, Subnet};
 use ovl_proto::resource::Name;
 use ovl_proto::table::Endpoint;
 
-use crate::backends::Backends;
+use crate::backends::{Backends, Target};
 use crate::divert;
 use crate::flows::Flows;
 use crate::kernel::Kernel;
@@ -44,8 +44,32 @@ type At = (Option<IpAddr>, u8, u16);
 pub(crate) struct Ground {
     /// This host.
     pub(crate) me: Option<NodeId>,
+    /// Its underlay address.
+    pub(crate) vtep: Option<IpAddr>,
     /// Prefixes of switched networks: their endpoints on other hosts answer to nobody outside.
     pub(crate) switched: Vec<IpNet>,
+    /// Those of them whose packets may not cross the underlay in plain.
+    pub(crate) sealed: Vec<IpNet>,
+    /// Underlay addresses of the other hosts that are there: connections are passed on to their node ports.
+    pub(crate) hosts: BTreeMap<NodeId, IpAddr>,
+}
+
+impl Ground {
+    /// Whether what comes from outside for an endpoint may cross the underlay to its host.
+    fn is_relayed(&self, address: IpAddr) -> bool {
+        let within = |prefixes: &[IpNet]| prefixes.iter().any(|prefix| prefix.contains(&address));
+        within(&self.switched) && !within(&self.sealed)
+    }
+
+    /// The host that what comes from outside for an endpoint is passed on to; nothing where that has no address of
+    /// the family.
+    fn relay(&self, target: &Target) -> Option<IpAddr> {
+        let host = *self.hosts.get(&target.host?)?;
+        let fits = |address: &IpAddr| address.is_ipv4() == target.address.is_ipv4();
+        (self.is_relayed(target.address) && self.vtep.is_some_and(|own| fits(&own)))
+            .then_some(host)
+            .filter(fits)
+    }
 }
 
 /// All Services of the cluster, for one host.
@@ -64,17 +88,26 @@ pub struct Services {
     started: bool,
     /// Whether there are Services at all.
     any: bool,
+    /// Services of which something is passed on to other hosts.
+    relaying: BTreeSet<Name>,
 }
 
 impl Services {
     /// What belongs into the desired state.
     pub fn kernel(&self) -> Kernel {
         let (tables, elements) = (self.tables.clone(), self.ledger.wanted().clone());
-        let mut kernel = Kernel { tables, elements, ..Kernel::default() };
+        let sysctls = self.forwarding().into_iter().map(|name| (name.to_owned(), "1".to_owned())).collect();
+        let mut kernel = Kernel { tables, elements, sysctls, ..Kernel::default() };
         for table in Table::ALL.into_iter().filter(|table| !self.tables.contains_key(table)) {
             kernel.elements.forget(table);
         }
         kernel
+    }
+
+    /// The setting without which nothing is passed on.
+    fn forwarding(&self) -> Option<&'static str> {
+        let ipv4 = self.ground.vtep.filter(|_| !self.relaying.is_empty())?.is_ipv4();
+        Some(if ipv4 { "net.ipv4.ip_forward" } else { "net.ipv6.conf.all.forwarding" })
     }
 
     /// Flows that are to end after what was planned is done; each is given once.
@@ -93,6 +126,7 @@ impl Services {
         ground: bool,
     ) -> Vec<Op> {
         let mut names: BTreeSet<Name> = services.cloned().collect();
+        let forwarding = self.forwarding();
         let mut changes = Vec::new();
         let is_first = !std::mem::replace(&mut self.started, true);
         let any = !view.resources.services.is_empty();
@@ -103,7 +137,7 @@ impl Services {
                 self.ground = ground;
                 names.extend(view.resources.services.keys().cloned());
             }
-            changes.extend(self.ledger.set(&Part::Host, host(view)));
+            changes.extend(self.ledger.set(&Part::Host, host(view, &self.ground)));
             changes.extend(self.endpoints(view));
         }
         for name in names {
@@ -121,6 +155,9 @@ impl Services {
         let now = self.skeletons();
         let was = std::mem::replace(&mut self.tables, now);
         let mut ops = Vec::new();
+        if let Some(name) = self.forwarding().filter(|name| Some(*name) != forwarding) {
+            ops.push(Op::Sysctl { name: name.to_owned(), value: "1".to_owned() });
+        }
         for (table, skeleton) in &self.tables {
             if was.get(table) != Some(skeleton) {
                 ops.push(Op::Table(*table, Arc::clone(skeleton)));
@@ -194,7 +231,12 @@ impl Services {
             let of = backends.of(name);
             resolve::resolve(&self.ground, &view.resources.claims, (name, service), of, &mut self.slots)
         });
-        let Resolved { entries, counts, sticky, flows } = resolved.unwrap_or_default();
+        let Resolved { entries, counts, sticky, flows, relays } = resolved.unwrap_or_default();
+        if relays {
+            self.relaying.insert(name.clone());
+        } else {
+            self.relaying.remove(name);
+        }
         if service.is_none() {
             self.slots.forget(name);
         }
@@ -228,8 +270,21 @@ fn flows_of((address, _, port): At, ipv4: bool, keep: BTreeSet<(IpAddr, u16)>) -
 
 fn ground(view: &View) -> Ground {
     let switched = view.networks.values().map(|found| &found.network).filter(|found| found.mode == Mode::L2);
-    let switched = switched.flat_map(|network| &network.subnets).map(|subnet| subnet.prefix).collect();
-    Ground { me: Some(view.me), switched }
+    let prefixes = |networks: Vec<&Network>| -> Vec<IpNet> {
+        networks.into_iter().flat_map(|network| &network.subnets).map(|subnet| subnet.prefix).collect()
+    };
+    let switched: Vec<&Network> = switched.collect();
+    let sealed = switched.iter().copied().filter(|network| network.encrypted).collect();
+    // Who comes and goes concerns nobody where nothing is passed on.
+    let others = view.nodes.values().filter(|node| !switched.is_empty() && node.record.id != view.me);
+    let hosts = others.filter(|node| view.counts(node)).map(|node| (node.record.id, node.record.vtep));
+    Ground {
+        me: Some(view.me),
+        vtep: view.own().map(|own| own.record.vtep),
+        hosts: hosts.collect(),
+        sealed: prefixes(sealed),
+        switched: prefixes(switched),
+    }
 }
 
 /// The network's sets of the family of an address.
@@ -250,8 +305,12 @@ fn endpoint_part(endpoint: &Endpoint) -> Entries {
 }
 
 /// What follows from networks alone.
-fn host(view: &View) -> Entries {
+fn host(view: &View, ground: &Ground) -> Entries {
     let mut entries = Entries::new();
+    for address in ground.hosts.values() {
+        let set = of_family(&skeleton::HOSTS, address.is_ipv4()).clone();
+        entries.insert((set, Key::of(&[Field::Ip(*address)])), Value::None);
+    }
     for network in view.networks.values().map(|found| &found.network) {
         for subnet in &network.subnets {
             let ipv4 = subnet.prefix.addr().is_ipv4();

@@ -1,5 +1,6 @@
 //! Services at addresses of others and from outside: externalIPs, traffic policies, and SCTP.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 
@@ -167,4 +168,59 @@ fn sctp_is_translated_there_and_back() -> Result<()> {
         }
     }
     Ok(())
+}
+
+#[test]
+fn backends_of_switched_networks_on_other_hosts_are_reached_from_outside() -> Result<()> {
+    let lab = started(3)?;
+    let [h1, h2, h3] = lab.hosts() else { unreachable!() };
+    make_network(&lab, "blue", &SUBNETS)?;
+    let kind = format!(",\"type\":\"NodePort\",\"externalIPs\":[\"{EXTERNAL}\"]");
+    let manifest =
+        service("web", "web", &kind).replace("\"targetPort\"", "\"nodePort\":30080,\"targetPort\"");
+    apply(&lab, h1, &manifest)?;
+    let (_one, _first) = backend(h1, "one", "web")?;
+    let (_two, _second) = backend(h2, "two", "web")?;
+    let (_three, _third) = backend(h2, "three", "web")?;
+    // By a host that has nothing of the network, and by those that have some of the backends.
+    let outside = outside(&lab, h3)?;
+    let source: IpAddr = "192.168.77.250".parse()?;
+    let external = SocketAddr::new(EXTERNAL.parse()?, 80);
+    let mut all = vec![external];
+    for host in lab.hosts() {
+        all.push(SocketAddr::new(host.address()?, 30080));
+    }
+    for to in &all {
+        wait_answers(&outside, *to, &["one", "three", "two"]).with_context(|| format!("at {to}"))?;
+    }
+    // Sources are kept where the backend is on the host that it comes to.
+    let by_first = SocketAddr::new(h1.address()?, 30080);
+    for _ in 0..12 {
+        let answer = ask(&outside, by_first)?;
+        ensure!((answer.seen == source) == (answer.name == "one"), "{answer:?}");
+    }
+    // Each backend has its part, whichever way leads to it.
+    let mut counts: BTreeMap<String, f64> = BTreeMap::new();
+    const ASKED: u16 = 300;
+    for _ in 0..ASKED {
+        *counts.entry(ask(&outside, external)?.name).or_default() += 1.0;
+    }
+    let expected = f64::from(ASKED) / 3.0;
+    let chi2: f64 = counts.values().map(|count| (count - expected).powi(2) / expected).sum();
+    // Two degrees of freedom: one run in a million is beyond.
+    ensure!(counts.len() == 3 && chi2 < 27.6, "{counts:?}: chi square {chi2}");
+    // So do programs of the hosts themselves, at the Service's own address too.
+    let own = SocketAddr::new(cluster_address(h1, "web")?, 80);
+    h3.exec_ok(["ip", "route", "add", "default", "via", &h1.address()?.to_string()])?;
+    for (from, to) in [(h3, own), (h3, SocketAddr::new(h3.address()?, 30080))] {
+        wait_answers(from, to, &["one", "three", "two"])
+            .with_context(|| format!("{to} from {}", from.name()))?;
+    }
+    // What goes is not asked any more, and nobody is left out when a host is lost.
+    h2.ctl_ok(&["endpoint", "unready", "two"])?;
+    wait_answers(&outside, external, &["one", "three"])?;
+    wait_clean(lab.hosts(), SOON)?;
+    h2.destroy()?;
+    wait_answers(&outside, external, &["one"])?;
+    wait_clean(lab.hosts(), SOON)
 }

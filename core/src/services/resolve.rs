@@ -3,11 +3,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
+use ipnet::IpNet;
 use ovl_proto::resource::{IpFamily, Name, Protocol, Service, ServicePort, TrafficPolicy};
 
 use super::skeleton::{
-    self, APART, BACKENDS, DROP, HAIRPIN, IDS, INSIDE, Kind, MOST_STICKY, NODE_IDS, NODE_STAY, NODES,
-    OUTSIDE, PORTS, REFUSE, STAY, Sticky,
+    self, BACKENDS, DROP, HAIRPIN, IDS, INSIDE, Kind, MOST_STICKY, NODE_IDS, NODE_STAY, NODES, OUTSIDE,
+    PORTS, REFUSE, RELAYED, ROUTED, STAY, Sticky,
 };
 use super::{At, Ground, of_family};
 use crate::allocation::Claims;
@@ -32,6 +33,8 @@ pub(super) struct Resolved {
     pub(super) sticky: BTreeSet<Sticky>,
     /// Where its UDP ports lead.
     pub(super) flows: UdpPorts,
+    /// Connections are passed on to other hosts.
+    pub(super) relays: bool,
 }
 
 /// Which backend has which number: one that stays keeps its own.
@@ -49,16 +52,25 @@ impl Slots {
     }
 }
 
-/// Those that are there keep their numbers as far as there are so many; others fill the holes.
+/// Those that are there keep their numbers as far as there are so many; others fill the holes. A host that
+/// connections are passed on to is there once for each of its backends.
 fn number(before: &[Backing], now: &[Backing]) -> Vec<Backing> {
-    let there: BTreeSet<&Backing> = now.iter().collect();
+    let mut left: BTreeMap<Backing, usize> = BTreeMap::new();
+    for backing in now {
+        *left.entry(*backing).or_default() += 1;
+    }
     let mut slots: Vec<Option<Backing>> = before.iter().take(now.len()).copied().map(Some).collect();
     slots.resize(now.len(), None);
     for slot in &mut slots {
-        *slot = slot.filter(|backing| there.contains(backing));
+        *slot = slot.filter(|backing| match left.get_mut(backing) {
+            Some(more) if *more > 0 => {
+                *more -= 1;
+                true
+            }
+            Some(_) | None => false,
+        });
     }
-    let placed: BTreeSet<Backing> = slots.iter().flatten().copied().collect();
-    let mut others = now.iter().filter(|backing| !placed.contains(backing)).copied();
+    let mut others = left.into_iter().flat_map(|(backing, more)| std::iter::repeat_n(backing, more));
     slots.into_iter().filter_map(|slot| slot.or_else(|| others.next())).collect()
 }
 
@@ -109,10 +121,19 @@ fn one(
     }
     let all = targets(backends, i, ipv4, None);
     let local = targets(backends, i, ipv4, ground.me);
-    // Endpoints of switched networks have no way to answer to another host.
+    // Endpoints of switched networks have no way to answer to another host: theirs has.
     let is_switched = |at: IpAddr| ground.switched.iter().any(|prefix| prefix.contains(&at));
-    let reached = all.iter().filter(|target| target.host == ground.me || !is_switched(target.address));
-    let reached: Vec<Target> = reached.copied().collect();
+    let by_host = |target: &Target| {
+        let (address, port) = (ground.relay(target)?, node_port?);
+        Some(Target { address, port, host: target.host })
+    };
+    let reached =
+        all.iter().filter_map(|target| match target.host == ground.me || !is_switched(target.address) {
+            true => Some(*target),
+            false => by_host(target),
+        });
+    let mut reached: Vec<Target> = reached.collect();
+    reached.sort_unstable();
     let protocol = number_of(port.protocol);
     for address in cluster {
         let is_local = service.spec.internal_traffic_policy == TrafficPolicy::Local;
@@ -127,6 +148,15 @@ fn one(
     }
     if let Some(node_port) = node_port {
         out.node_port((None, protocol, node_port), ipv4, outside, nobody);
+        let passed_on = local.iter().filter(|target| !is_local && ground.is_relayed(target.address)).copied();
+        out.relayed((None, protocol, node_port), ipv4, &passed_on.collect::<Vec<_>>());
+    }
+    for host in outside.iter().filter(|target| ground.hosts.values().any(|host| *host == target.address)) {
+        if let Some(own) = ground.vtep {
+            let to = IpNet::from(host.address);
+            out.put(of_family(&ROUTED, ipv4), &[Field::Net(to)], Value::of(&[Field::Ip(own)]));
+            out.resolved.relays = true;
+        }
     }
     // Ready or not: connections that are open go on.
     for backend in backends {
@@ -184,6 +214,18 @@ impl Writer {
         self.flows(at, ipv4, &[outside]);
     }
 
+    /// What other hosts pass on to the node port.
+    fn relayed(&mut self, at: At, ipv4: bool, here: &[Target]) {
+        let (_, protocol, port) = at;
+        if here.is_empty() {
+            return;
+        }
+        let count = self.backends(at, ipv4, Kind::Relayed, here, REFUSE);
+        let key = [Field::Protocol(protocol), Field::Port(port)];
+        self.put(of_family(&RELAYED, ipv4), &key, Value::of(&[Field::Number(count)]));
+        self.flows(at, ipv4, &[here]);
+    }
+
     /// Numbers backends; gives what leads to them.
     fn backends(&mut self, at: At, ipv4: bool, kind: Kind, targets: &[Target], nobody: u32) -> u32 {
         let most = if self.affinity.is_some() { MOST_STICKY } else { MOST };
@@ -194,9 +236,9 @@ impl Writer {
         }
         let before = self.before.remove(&(at, ipv4, kind)).unwrap_or_default();
         let numbered = number(&before, &now);
-        let first = if kind == Kind::Others { APART } else { 0 };
-        let by_number = of_family(if kind == Kind::Nodes { &NODES } else { &BACKENDS }, ipv4).clone();
-        let [ids, stay] = if kind == Kind::Nodes { [&NODE_IDS, &NODE_STAY] } else { [&IDS, &STAY] }
+        let first = kind.first();
+        let by_number = of_family(if kind.is_node() { &NODES } else { &BACKENDS }, ipv4).clone();
+        let [ids, stay] = if kind.is_node() { [&NODE_IDS, &NODE_STAY] } else { [&IDS, &STAY] }
             .map(|sets| of_family(sets, ipv4).clone());
         for (slot, (to, to_port)) in (first..).zip(&numbered) {
             let value = Value::of(&[Field::Ip(*to), Field::Port(*to_port)]);

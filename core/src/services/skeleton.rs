@@ -35,6 +35,14 @@ pub(super) static PORTS: [Set; 2] = [
     set("ports4", &[Type::Protocol, Type::Port], COUNT, false),
     set("ports6", &[Type::Protocol, Type::Port], COUNT, false),
 ];
+/// How many of a node port's backends are on switched networks of this host: what other hosts pass on is for them.
+pub(super) static RELAYED: [Set; 2] = [
+    set("relayed4", &[Type::Protocol, Type::Port], COUNT, false),
+    set("relayed6", &[Type::Protocol, Type::Port], COUNT, false),
+];
+/// The other hosts.
+pub(super) static HOSTS: [Set; 2] =
+    [set("hosts4", &[Type::Ipv4], Data::None, false), set("hosts6", &[Type::Ipv6], Data::None, false)];
 /// A node port, and the number of the backend.
 pub(super) static NODES: [Set; 2] = [
     set("nodes4", &[Type::Protocol, Type::Port, Type::Priority], TARGET4, false),
@@ -50,7 +58,8 @@ pub(super) static GATEWAYS: [Set; 2] = [
     set("gateways4", &[Type::Ipv4], Data::Fields(&[Type::Ipv4]), true),
     set("gateways6", &[Type::Ipv6], Data::Fields(&[Type::Ipv6]), true),
 ];
-/// The same of routed networks, whose endpoints on other hosts answer to it.
+/// The same of routed networks, whose endpoints on other hosts answer to it; and of other hosts that connections are
+/// passed on to.
 pub(super) static ROUTED: [Set; 2] = [
     set("routed4", &[Type::Ipv4], Data::Fields(&[Type::Ipv4]), true),
     set("routed6", &[Type::Ipv6], Data::Fields(&[Type::Ipv6]), true),
@@ -99,7 +108,12 @@ pub(super) enum Kind {
     Others,
     /// At a node port.
     Nodes,
+    /// At a node port, for what other hosts pass on: numbered from [`APART`].
+    Relayed,
 }
+
+/// All of them.
+const KINDS: [Kind; 4] = [Kind::Of, Kind::Others, Kind::Nodes, Kind::Relayed];
 
 impl Kind {
     fn name(self) -> &'static str {
@@ -107,7 +121,26 @@ impl Kind {
             Self::Of => "of",
             Self::Others => "others",
             Self::Nodes => "nodes",
+            Self::Relayed => "relayed",
         }
+    }
+
+    /// Whether it is about node ports.
+    pub(super) fn is_node(self) -> bool {
+        matches!(self, Self::Nodes | Self::Relayed)
+    }
+
+    /// The number of the first backend.
+    pub(super) fn first(self) -> u32 {
+        match self {
+            Self::Of | Self::Nodes => 0,
+            Self::Others | Self::Relayed => APART,
+        }
+    }
+
+    /// The same in a rule.
+    fn offset(self) -> String {
+        if self.first() == 0 { String::new() } else { format!(" offset {}", self.first()) }
     }
 }
 
@@ -151,7 +184,9 @@ pub(super) fn skeleton(counts: &BTreeSet<u32>, sticky: &BTreeSet<Sticky>) -> Ske
     let counts: Vec<u32> =
         (1..=ALWAYS).chain(counts.iter().copied().filter(|count| *count > ALWAYS)).collect();
     let mut sets: Vec<Set> = Vec::new();
-    for pair in [&INSIDE, &OUTSIDE, &BACKENDS, &PORTS, &NODES, &HAIRPIN, &GATEWAYS, &ROUTED, &OURS] {
+    for pair in
+        [&INSIDE, &OUTSIDE, &BACKENDS, &PORTS, &NODES, &RELAYED, &HOSTS, &HAIRPIN, &GATEWAYS, &ROUTED, &OURS]
+    {
         sets.extend_from_slice(pair);
     }
     let mut chains =
@@ -176,10 +211,13 @@ pub(super) fn skeleton(counts: &BTreeSet<u32>, sticky: &BTreeSet<Sticky>) -> Ske
         "nodes",
         each(|ip, n| {
             let loopback = if n == 0 { "127.0.0.0/8" } else { "::1" };
-            let set = &PORTS[n].name;
-            vec![format!(
-                "{ip} daddr != {loopback} fib daddr type local meta priority set meta l4proto . th dport map @{set} goto pick"
-            )]
+            let [ports, relayed, hosts] = [&PORTS, &RELAYED, &HOSTS].map(|sets| &sets[n].name);
+            let to = format!("{ip} daddr != {loopback} fib daddr type local");
+            let look = "meta priority set meta l4proto . th dport map";
+            vec![
+                format!("{ip} saddr @{hosts} {to} {look} @{relayed} goto pick"),
+                format!("{to} {look} @{ports} goto pick"),
+            ]
         }),
     ));
     let then = |mut rules: Vec<String>, last: &str| {
@@ -199,6 +237,12 @@ pub(super) fn skeleton(counts: &BTreeSet<u32>, sticky: &BTreeSet<Sticky>) -> Ske
         vec![format!("iifname {OUR_DEVICES} goto inside"), "goto outside".to_owned()],
     ));
     chains.push(hooked("output", "type nat hook output priority -105", vec!["goto outside".to_owned()]));
+    // Who has passed something on by the way that it came would tell its sender of a shorter one.
+    chains.push(hooked(
+        "redirects",
+        "type filter hook output priority filter",
+        vec!["icmp type redirect ct status dnat drop".to_owned()],
+    ));
     chains.push(hooked("postrouting", "type nat hook postrouting priority srcnat - 5", postrouting()));
     Skeleton { sets, objects, chains }
 }
@@ -212,29 +256,20 @@ fn each<T>(rules: impl Fn(&str, usize) -> Vec<T>) -> Vec<T> {
 }
 
 /// Each of so many backends as often as the others.
-fn of_count(count: u32) -> [Chain; 3] {
-    let to = |offset: &'static str| {
-        each(move |ip, n| {
-            let set = &BACKENDS[n].name;
+fn of_count(count: u32) -> [Chain; 4] {
+    KINDS.map(|kind| {
+        let rules = each(|ip, n| {
+            let (sets, at) =
+                if kind.is_node() { (&NODES, String::new()) } else { (&BACKENDS, format!("{ip} daddr . ")) };
+            let (set, protocol, offset) =
+                (&sets[n].name, if n == 0 { "ipv4" } else { "ipv6" }, kind.offset());
             vec![format!(
-                "meta priority set numgen random mod {count}{offset} \
-                 dnat {ip} to {ip} daddr . meta l4proto . th dport . meta priority map @{set}"
+                "meta nfproto {protocol} meta priority set numgen random mod {count}{offset} \
+                 dnat {ip} to {at}meta l4proto . th dport . meta priority map @{set}"
             )]
-        })
-    };
-    let node = each(|ip, n| {
-        let (set, protocol) = (&NODES[n].name, if n == 0 { "ipv4" } else { "ipv6" });
-        vec![format!(
-            "meta nfproto {protocol} meta priority set numgen random mod {count} \
-             dnat {ip} to meta l4proto . th dport . meta priority map @{set}"
-        )]
-    });
-    debug_assert_eq!(APART, 65_536, "as in the rule");
-    [
-        chain(&format!("of_{count}"), to("")),
-        chain(&format!("others_{count}"), to(" offset 65536")),
-        chain(&format!("nodes_{count}"), node),
-    ]
+        });
+        chain(&format!("{}_{count}", kind.name()), rules)
+    })
 }
 
 /// From a number to its chain.
@@ -242,7 +277,7 @@ fn pick(counts: &[u32], sticky: &BTreeSet<Sticky>) -> Chain {
     let show = |number: u32| format!("{:x}:{:x}", number >> 16, number & 0xffff);
     let mut map = vec![format!("{} : goto refuse", show(REFUSE)), format!("{} : drop", show(DROP))];
     for count in counts {
-        for kind in [Kind::Of, Kind::Others, Kind::Nodes] {
+        for kind in KINDS {
             map.push(format!("{} : goto {}_{count}", show(number(kind, *count)), kind.name()));
         }
     }
@@ -278,9 +313,9 @@ fn clients(_: &str, n: usize) -> Vec<Object> {
 /// it goes. An update leaves what is there and renews its time, so what leads nowhere is deleted first.
 fn staying(sticky: Sticky) -> [Chain; 2] {
     let Sticky { seconds, kind, count } = sticky;
-    let offset = if kind == Kind::Others { " offset 65536" } else { "" };
-    let parts = move |ip: &str, n: usize| {
-        let node = kind == Kind::Nodes;
+    let offset = kind.offset();
+    let parts = |ip: &str, n: usize| {
+        let node = kind.is_node();
         let client = client(n, node);
         let (prefix, at) = if node { ("node_", String::new()) } else { ("", format!("{ip} daddr . ")) };
         let family = family(n);
@@ -310,7 +345,7 @@ fn staying(sticky: Sticky) -> [Chain; 2] {
         ),
         chain(
             &name,
-            each(move |ip, n| {
+            each(|ip, n| {
                 let (known, fresh, update, _, go, _) = parts(ip, n);
                 vec![format!("{known} jump {jump}"), format!("{fresh} {update} {go}")]
             }),

@@ -267,6 +267,35 @@ fn flows_of_udp_end_with_their_backends() {
     }
 }
 
+#[test]
+fn what_comes_from_outside_for_another_hosts_switched_endpoints_is_passed_on() {
+    let mut host = Host::new();
+    for (on, n) in [(1, 1), (2, 2), (2, 3)] {
+        host.world.attach(on, n, WEB, true);
+    }
+    let ports = json!([{ "port": 80, "targetPort": 8080, "nodePort": 30080 }]);
+    host.service("web", web(json!({ "type": "NodePort", "ports": ports })));
+    let sent = host.plan(true);
+    host.assert_sent();
+    assert!(sent.contains(&"sysctl -w net.ipv4.ip_forward=1".to_owned()), "{sent:?}");
+    // Once for each backend.
+    let nodes = host.of("nodes4");
+    let passed_on = nodes.iter().filter(|line| line.ends_with(" : 192.168.77.2 . 30080")).count();
+    assert_eq!((nodes.len(), passed_on), (4, 2), "{nodes:?}");
+    assert_eq!(host.of("ports4"), ["tcp . 30080 : 2:3"]);
+    // What others pass on is for those that are here.
+    assert_eq!(host.of("relayed4"), ["tcp . 30080 : 3:1"]);
+    assert!(nodes.contains(&"tcp . 30080 . 1:0 : 10.9.0.9 . 8080".to_owned()), "{nodes:?}");
+    assert_eq!(host.of("hosts4"), ["192.168.77.2", "192.168.77.3"]);
+    assert!(host.of("routed4").iter().any(|line| line.ends_with("192.168.77.1")), "{:?}", host.of("routed4"));
+    // Not in plain, what is encrypted.
+    host.world.view.networks.get_mut(&NET).unwrap().network.encrypted = true;
+    host.plan(true);
+    host.assert_sent();
+    assert_eq!(host.of("nodes4"), ["tcp . 30080 . 0:0 : 10.9.0.9 . 8080"]);
+    assert!(host.of("relayed4").is_empty());
+}
+
 #[derive(Debug, Clone)]
 enum Step {
     Attach(u8, u8, bool),
@@ -315,6 +344,7 @@ proptest! {
                 Step::Detach(on, n) => host.world.detach(on, n),
                 Step::Host(n, alive) => {
                     host.world.host(n, if alive { PeerState::Alive } else { PeerState::Dead });
+                    ground = true;
                 }
                 Step::Service(n, kind) => host.service(&format!("s{n}"), spec(n, kind)),
                 Step::Drop(n) => host.world.drop(Kind::Service, &format!("s{n}")),

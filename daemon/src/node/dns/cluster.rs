@@ -86,7 +86,15 @@ impl Cluster {
         if !is.sets.is_empty() {
             self.of.insert(owner, is.clone());
         }
-        for name in was.sets.keys().chain(is.sets.keys()) {
+        // What is above others, all of a namespace's Services have: looked at only where it may be another.
+        let nothing = Set::default();
+        let differs = |name: &&String| {
+            let [before, after] = [&was, &is].map(|names| names.sets.get(*name).unwrap_or(&nothing));
+            let is_shared = self.sets.get(*name).is_some_and(|owners| owners.len() > 1);
+            before != after || (!is_shared && was.sets.contains_key(*name) != is.sets.contains_key(*name))
+        };
+        let all: BTreeSet<&String> = was.sets.keys().chain(is.sets.keys()).collect();
+        for name in all.into_iter().filter(differs) {
             if let Some(key) = Name::parse(name) {
                 zone.set_cluster(&key, self.records(name));
             }
