@@ -82,6 +82,8 @@ pub struct Services {
     flows: BTreeMap<Name, resolve::UdpPorts>,
     counts: BTreeSet<u32>,
     sticky: BTreeSet<Sticky>,
+    /// How many there were of the two when the skeleton was made.
+    chains: (usize, usize),
     /// What was planned last.
     tables: BTreeMap<Table, Arc<Skeleton>>,
     ended: Vec<Flows>,
@@ -187,19 +189,20 @@ impl Services {
     }
 
     /// The tables that are needed.
-    fn skeletons(&self) -> BTreeMap<Table, Arc<Skeleton>> {
+    fn skeletons(&mut self) -> BTreeMap<Table, Arc<Skeleton>> {
         let mut tables = BTreeMap::new();
+        // Chains only ever come: as many as before are the same.
+        let chains = (self.counts.len(), self.sticky.len());
+        let same = std::mem::replace(&mut self.chains, chains) == chains;
+        let mut need = |table: Table, same: bool, make: &dyn Fn() -> Skeleton| {
+            let old = self.tables.get(&table).filter(|_| same).map(Arc::clone);
+            tables.insert(table, old.unwrap_or_else(|| Arc::new(make())));
+        };
         if self.ledger.parts().any(|part| matches!(part, Part::Service(_))) {
-            tables.insert(Table::Services, Arc::new(skeleton::skeleton(&self.counts, &self.sticky)));
+            need(Table::Services, same, &|| skeleton::skeleton(&self.counts, &self.sticky));
         }
         if divert::BACKENDS.iter().any(|set| self.ledger.wanted().of(set).is_some()) {
-            tables.insert(Table::Divert, Arc::new(divert::skeleton()));
-        }
-        for (table, skeleton) in &mut tables {
-            // The same one, where nothing has changed.
-            if let Some(old) = self.tables.get(table).filter(|old| *old == skeleton) {
-                *skeleton = Arc::clone(old);
-            }
+            need(Table::Divert, true, &divert::skeleton);
         }
         tables
     }
