@@ -6,7 +6,7 @@ use std::net::{IpAddr, SocketAddr, TcpListener, UdpSocket};
 use std::thread;
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use netns_lab::{Host, Lab, LabConfig, Netns, Spawned, Underlay, wait_until};
 use ovl_tests::ports::{asked, asked_udp, make_bridge, outsider, who_asks};
 use ovl_tests::routed::wait_routed;
@@ -147,7 +147,8 @@ fn from_a_container(calls: &str) {
         for (family, address) in host.addresses().into_iter().enumerate() {
             let to = at(address, 8080);
             let seen = |from: &Attached| {
-                who(&from.workload, to).unwrap_or_else(|error| panic!("{kind:?} {} {to}: {error}", from.name))
+                let what = || format!("{kind:?} {} {to}", from.name);
+                who(&from.workload, to).with_context(what).unwrap()
             };
             // Another network is not reached directly, but what is published there is, as by anybody.
             assert_eq!(seen(&stranger).to_string(), stranger.addresses()[family]);
