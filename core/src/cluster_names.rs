@@ -19,6 +19,8 @@ pub struct Set {
     pub services: BTreeSet<(u16, String)>,
     /// CNAME: the name that an external Service stands for.
     pub alias: Option<String>,
+    /// A headless Service without ready endpoints: there is no such name (section 2.4.1), and nobody else's either.
+    pub unready: bool,
 }
 
 impl Set {
@@ -27,6 +29,7 @@ impl Set {
         self.addresses.extend(&other.addresses);
         self.services.extend(other.services.iter().cloned());
         self.alias = self.alias.take().or_else(|| other.alias.clone());
+        self.unready |= other.unready;
     }
 }
 
@@ -84,6 +87,9 @@ pub fn of_service(domain: &str, service: &Service, backends: &[Backend]) -> Name
                 }
             }
         }
+    }
+    if let Some(set) = names.sets.get_mut(&base) {
+        set.unready = set.addresses.is_empty();
     }
     names
 }
@@ -233,6 +239,8 @@ mod tests {
                 format!("fd01::5 PTR my-pod.{base}"),
             ]
         );
+        let unready = of_service(DOMAIN, &service, &backends[2..]);
+        assert!(unready.sets[base].unready && zone(&unready).is_empty());
         let mut single = service;
         single.spec.ip_families = vec![IpFamily::IPv4];
         assert!(!zone(&of_service(DOMAIN, &single, &backends)).iter().any(|line| line.contains("AAAA")));

@@ -199,7 +199,7 @@ fn write(
     records: &Records,
     turn: usize,
 ) -> (u16, bool) {
-    let Records { v4, v6, names, services, alias, text, above: _ } = records;
+    let Records { v4, v6, names, services, alias, text, above: _, unready: _ } = records;
     let (mut count, mut whole) = (0, true);
     let mut note = |fits: bool| {
         count += u16::from(fits);

@@ -160,6 +160,8 @@ mod walking {
         let services = vec![(5432, name("db.shop.svc.cluster.local"))];
         let srv = Records { services, ..Records::default() };
         zone.set_cluster(&name("_pg._tcp.db.shop.svc.cluster.local"), srv);
+        let unready = Records { unready: true, ..Records::default() };
+        zone.set_cluster(&name("late.shop.svc.cluster.local"), unready);
         let standing = Standing { networks: Arc::from([]), search: Some(name("shop.svc")) };
         zone.set_askers(HashMap::from([(ASKER, standing)]));
         zone
@@ -207,6 +209,10 @@ mod walking {
             // Beneath a Service.
             ("no.db.shop.svc.cluster.local", "NXDOMAIN"),
             ("a.b.db.shop.svc.cluster.local", "NXDOMAIN"),
+            // A headless Service without ready endpoints: no name, and nobody else's.
+            ("late.shop.svc.cluster.local", "NXDOMAIN"),
+            ("late.shop.shop.svc.cluster.local", "NXDOMAIN"),
+            ("pod.late.shop.svc.cluster.local", "NXDOMAIN"),
             // One label, another's search list, later steps.
             ("api.shop.svc.cluster.local", "NXDOMAIN"),
             ("api.example.org.prod.svc.cluster.local", "NXDOMAIN"),

@@ -35,14 +35,16 @@ pub struct Records {
     pub text: Option<&'static str>,
     /// There are names beneath it, so it is there even with nothing (RFC 8020).
     pub above: bool,
+    /// There is no such name, nor anybody else's with it.
+    pub unready: bool,
 }
 
 impl Records {
     /// Whether the name has nothing and need not be there.
     pub fn is_empty(&self) -> bool {
-        let Self { v4, v6, names, services, alias, text, above } = self;
+        let Self { v4, v6, names, services, alias, text, above, unready } = self;
         let bare = v4.is_empty() && v6.is_empty() && names.is_empty() && services.is_empty();
-        bare && alias.is_none() && text.is_none() && !above
+        bare && alias.is_none() && text.is_none() && !above && !unready
     }
 }
 
@@ -183,6 +185,7 @@ static ABOVE: Records = Records {
     alias: None,
     text: None,
     above: true,
+    unready: false,
 };
 
 impl fmt::Debug for Zone {
@@ -335,7 +338,7 @@ impl Zone {
     fn in_cluster(&self, asker: Asker, name: &Name) -> Option<Place<'_>> {
         let cluster = self.cluster.as_ref()?;
         if let Some(records) = cluster.names.get(name) {
-            return Some(Place::Here(CLUSTER, records));
+            return Some(if records.unready { Place::Nowhere } else { Place::Here(CLUSTER, records) });
         }
         let within = name.before(&cluster.domain)?;
         let walked = self.walked(cluster, asker, &within);
@@ -356,8 +359,10 @@ impl Zone {
             let shorter = rest.labels().next().map_or(0, |label| label.len() + 1);
             rest = Name::from_bytes(rest.as_bytes().get(shorter..)?)?;
             let step = asked.with(&rest)?.with(&cluster.domain)?;
-            if cluster.names.get(&step).is_some_and(|records| !records.above) {
-                return Some(step);
+            match cluster.names.get(&step) {
+                Some(records) if records.unready => return None,
+                Some(records) if !records.above => return Some(step),
+                _ => {}
             }
             if rest == Name::ROOT {
                 break;

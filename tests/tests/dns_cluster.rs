@@ -270,10 +270,11 @@ fn services_have_the_names_of_the_specification_and_my_api_resolves_through_the_
         assert!(found.starts_with(expected), "{short}: {found}");
     }
     assert_eq!(upstream.asked(), 1);
-    // A backend that is not ready has no record, and a Service that is deleted no name.
+    // A backend that is not ready has no record, a headless Service without ready ones no name (section 2.4.1 of the
+    // specification), and a Service that is deleted neither.
     h2.ctl_ok(&["endpoint", "unready", "p1", "--namespace", "shop"]).unwrap();
     for (gone, expected) in
-        [("my-pod.db.shop.svc.cluster.local", "NXDOMAIN"), ("db.shop.svc.cluster.local", "NOERROR")]
+        [("my-pod.db.shop.svc.cluster.local", "NXDOMAIN"), ("db.shop.svc.cluster.local", "NXDOMAIN")]
     {
         wait_until(SOON, gone, || {
             ensure!(dig(asker, AT, &[gone])?.is_empty() && status(asker, AT, &[gone])? == expected);

@@ -111,8 +111,8 @@ impl Cluster {
         let Some(owners) = self.sets.get(name) else { return Records::default() };
         let mut all = Set::default();
         owners.iter().filter_map(|owner| self.of.get(owner)?.sets.get(name)).for_each(|set| all.merge(set));
-        let above = all == Set::default();
-        let mut records = Records { above, ..records_of(all.addresses) };
+        let (above, unready) = (all == Set::default(), all.unready);
+        let mut records = Records { above, unready, ..records_of(all.addresses) };
         records.alias = all.alias.and_then(|name| Name::parse(&name));
         let services = all.services.iter().filter_map(|(port, name)| Some((*port, Name::parse(name)?)));
         records.services = services.collect();
