@@ -125,8 +125,8 @@ struct Firewall {
     /// With no more let in than the commands of the one who runs the scenarios.
     on: &'static str,
     off: &'static str,
-    /// Lets a segment in to a port: segment, protocol, first and last port.
-    open: fn(&str, &str, [u16; 2]) -> String,
+    /// Lets a segment in: segment, protocol, port or `FIRST:LAST`.
+    open: fn(&str, &str, &str) -> String,
     /// Lets the routed network pass.
     pass: &'static str,
     reload: &'static str,
@@ -136,9 +136,7 @@ struct Firewall {
 const UFW: Firewall = Firewall {
     on: "ufw default deny incoming && ufw allow 22/tcp && ufw --force enable",
     off: "ufw --force reset >/dev/null",
-    open: |segment, protocol, [first, last]| {
-        format!("ufw allow proto {protocol} from {segment} to any port {first}:{last}")
-    },
+    open: |segment, protocol, port| format!("ufw allow proto {protocol} from {segment} to any port {port}"),
     pass: "ufw route allow from 10.71.0.0/16 && ufw route allow from fd71::/48",
     reload: "ufw reload",
     active: "ufw status | grep -q 'Status: active'",
@@ -147,10 +145,11 @@ const UFW: Firewall = Firewall {
 const FIREWALLD: Firewall = Firewall {
     on: "systemctl --quiet unmask firewalld && systemctl start firewalld",
     off: "systemctl stop firewalld; systemctl --quiet mask firewalld; rm -f /etc/firewalld/zones/*",
-    open: |segment, protocol, [first, last]| {
+    open: |segment, protocol, port| {
         format!(
             "firewall-cmd --permanent --add-rich-rule='rule family=ipv4 source address={segment} \
-             port port={first}-{last} protocol={protocol} accept'"
+             port port={} protocol={protocol} accept'",
+            port.replace(':', "-")
         )
     },
     pass: "firewall-cmd --permanent --zone=trusted --add-source=10.71.0.0/16 --add-source=fd71::/48 && firewall-cmd --reload",
@@ -180,10 +179,8 @@ fn behind(world: &World<'_>, firewall: &Firewall) -> Result<String> {
     from.machine.wait(&format!("! {} ping -n -c 2 -W 2 {}", from.exec(), to.address))?;
 
     let segment = segment(machine.address())?;
-    for (protocol, ports) in
-        [("tcp", [7940, 7940]), ("udp", [7940, 7940]), ("udp", [4789, 4789]), ("udp", [51940, 51941])]
-    {
-        run(&(firewall.open)(&segment, protocol, ports))?;
+    for (protocol, port) in [("tcp", "7940"), ("udp", "7940"), ("udp", "4789"), ("udp", "51940:51941")] {
+        run(&(firewall.open)(&segment, protocol, port))?;
     }
     run(firewall.pass)?;
     world.wait_settled()?;
