@@ -130,6 +130,9 @@ struct Firewall {
     /// Lets the routed network pass.
     pass: &'static str,
     reload: &'static str,
+    /// Whether it drops, while it reads its rules, what belongs to no connection.
+    drops: bool,
+    /// Succeeds when it has read its rules.
     active: &'static str,
 }
 
@@ -139,6 +142,7 @@ const UFW: Firewall = Firewall {
     open: |segment, protocol, port| format!("ufw allow proto {protocol} from {segment} to any port {port}"),
     pass: "ufw route allow from 10.71.0.0/16 && ufw route allow from fd71::/48",
     reload: "ufw reload",
+    drops: false,
     active: "ufw status | grep -q 'Status: active'",
 };
 
@@ -152,9 +156,11 @@ const FIREWALLD: Firewall = Firewall {
             port.replace(':', "-")
         )
     },
-    pass: "firewall-cmd --permanent --zone=trusted --add-source=10.71.0.0/16 --add-source=fd71::/48 && firewall-cmd --reload",
-    reload: "firewall-cmd --reload",
-    active: "firewall-cmd --state",
+    pass: "firewall-cmd --permanent --zone=trusted --add-source=10.71.0.0/16 --add-source=fd71::/48 && systemctl reload firewalld",
+    // `firewall-cmd --reload` gives up after the bus's 25 s, which these machines may need.
+    reload: "systemctl reload firewalld",
+    drops: true,
+    active: "firewall-cmd --state && ! nft list table inet firewalld_policy_drop",
 };
 
 pub(super) fn ufw(world: &World<'_>) -> Result<String> {
@@ -188,15 +194,23 @@ fn behind(world: &World<'_>, firewall: &Firewall) -> Result<String> {
         world.ping_all(workloads)?;
     }
     // Rules come and go, and the daemon, without anybody noticing.
+    let reload = || run(firewall.reload).and_then(|()| machine.wait(firewall.active));
+    if firewall.drops {
+        reload()?;
+        world.wait_settled()?;
+    }
     let load = world.load()?;
-    run(firewall.reload)?;
+    if !firewall.drops {
+        reload()?;
+    }
     machine.ok("systemctl restart ovld")?;
     world.wait_settled()?;
     let lost = none_lost(load)?;
-    run(firewall.active)?;
+    machine.wait(firewall.active)?;
     drop(undo);
     world.wait_settled()?;
-    Ok(format!("reloaded, and the daemon restarted: {lost}"))
+    let what = if firewall.drops { "the daemon restarted" } else { "reloaded, and the daemon restarted" };
+    Ok(format!("{what}: {lost}"))
 }
 
 /// The /24 that an address is in.
