@@ -88,7 +88,7 @@ fn run(args: &Args) -> Result<bool> {
     let machines = start(args)
         .with_context(|| format!("getting machines; what is known of them is in {}", args.dir.display()))?;
     println!("{:<16} {:>6.1} s  {} machines", "(boot)", begin.elapsed().as_secs_f64(), machines.len());
-    let world = World { machines: machines.iter().map(AsRef::as_ref).collect() };
+    let world = World { machines: machines.iter().map(AsRef::as_ref).collect(), brief: args.ci };
     let (mut passed, mut failed) = (0, Vec::new());
     for (number, Scenario { name, run, ci }) in ALL.iter().enumerate() {
         let named = args.only.is_empty() || args.only.iter().any(|part| name.contains(part.as_str()));

@@ -13,6 +13,8 @@ use crate::machine::{Machine, SOON};
 pub(crate) struct World<'a> {
     /// In the order of their numbers.
     pub(crate) machines: Vec<&'a dyn Machine>,
+    /// What is done to one machine after the other is to be done to the last one alone: CI has little time.
+    pub(crate) brief: bool,
 }
 
 /// A namespace with an endpoint on a network; or the machine itself, on the underlay.

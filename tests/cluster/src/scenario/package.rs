@@ -36,7 +36,8 @@ pub(super) fn install(world: &World<'_>) -> Result<String> {
 pub(super) fn upgrade(world: &World<'_>) -> Result<String> {
     world.last().ok("systemctl enable --now ovl-docker")?;
     let load = world.load()?;
-    for machine in &world.machines {
+    let first = if world.brief { world.machines.len() - 1 } else { 0 };
+    for machine in &world.machines[first..] {
         let before = machine.ok("systemctl show -P MainPID ovld")?;
         dpkg(*machine, NEXT)?;
         machine.ok("systemctl is-active ovld")?;
