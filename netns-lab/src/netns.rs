@@ -140,6 +140,16 @@ impl Netns {
         self.start(command, &shown, None)
     }
 
+    /// The same with text on its standard input.
+    pub fn spawn_with<I>(&self, args: I, input: &str) -> Result<Spawned>
+    where
+        I: IntoIterator,
+        I::Item: AsRef<OsStr>,
+    {
+        let (command, shown) = tool::command(args)?;
+        self.start(command, &shown, Some(input))
+    }
+
     pub(crate) fn start(&self, mut command: Command, shown: &str, input: Option<&str>) -> Result<Spawned> {
         // A process starts in the namespace of the thread that starts it.
         self.run(|| Spawned::start(&mut command, shown, input))?

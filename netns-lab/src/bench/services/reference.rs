@@ -1,9 +1,9 @@
 //! The layouts of others, loaded, changed and connected through between two namespaces.
 
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use netns_lab::{Host, Workload};
 
 use super::layouts::{Layout, Reference};
@@ -22,6 +22,8 @@ pub(super) struct Shown {
     pub(super) through: Samples,
 }
 
+/// kube-proxy's nft layout takes minutes on a slow machine.
+const PATIENCE: Duration = Duration::from_secs(400);
 /// How often an endpoint comes and goes: it takes long.
 const CHANGES: usize = 3;
 
@@ -72,7 +74,8 @@ fn one(
 ) -> Result<Shown> {
     let load = |text: &str| -> Result<f64> {
         let start = Instant::now();
-        host.exec_input(layout.loader().iter().copied(), Some(text))?;
+        let done = host.spawn_with(layout.loader().iter().copied(), text)?.finish(PATIENCE)?;
+        ensure!(done.status.success(), "{} is not taken: {}", layout.text(), done.stderr.trim());
         Ok(ms(start.elapsed()))
     };
     let whole = load(&layout.whole(services))? / 1000.0;
