@@ -8,9 +8,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
+use ipnet::IpNet;
 use ovl_proto::control::PeerState;
 use ovl_proto::id::NodeId;
-use ovl_proto::object::Mode;
 use ovl_proto::resource::{Name, Service, TrafficPolicy};
 
 use crate::backends::{Backends, Target, targets};
@@ -50,6 +50,8 @@ pub struct Ingress {
     refused: BTreeSet<IpAddr>,
     /// How often each is still to be announced.
     again: BTreeMap<IpAddr, u8>,
+    /// What is said and answered may be other than it was.
+    news: bool,
 }
 
 impl Ingress {
@@ -72,6 +74,7 @@ impl Ingress {
         } else if names.is_empty() {
             return Vec::new();
         }
+        self.news = true;
         for name in names {
             match balancer(&name).map(|service| here(view, backends, &name, service)) {
                 Some(here) => drop(self.services.insert(name, here)),
@@ -104,11 +107,17 @@ impl Ingress {
 
     /// What became of an address.
     pub fn note(&mut self, address: IpAddr, taken: bool) {
+        self.news = true;
         if taken {
             self.refused.remove(&address);
         } else {
             self.refused.insert(address);
         }
+    }
+
+    /// Whether there is something to tell since this was asked last.
+    pub fn take_news(&mut self) -> bool {
+        std::mem::take(&mut self.news)
     }
 
     /// What this host can say that it announces.
@@ -182,12 +191,8 @@ fn chosen(view: &View, service: &Service, behind: &BTreeSet<Target>, address: Ip
     let hosts: Vec<NodeId> = view.nodes.values().filter(there).map(|node| node.record.id).collect();
     let local = |host: &&NodeId| behind.iter().any(|target| target.host == Some(**host));
     // Endpoints of switched networks answer to nobody outside but by their own host.
-    let switched: Vec<_> = view
-        .networks
-        .values()
-        .filter(|found| found.network.mode == Mode::L2)
-        .flat_map(|found| found.network.subnets.iter().map(|subnet| subnet.prefix))
-        .collect();
+    let switched: Vec<IpNet> =
+        view.switched().flat_map(|network| &network.subnets).map(|subnet| subnet.prefix).collect();
     let from_all = |target: &Target| !switched.iter().any(|prefix| prefix.contains(&target.address));
     let everywhere =
         service.spec.external_traffic_policy == TrafficPolicy::Cluster && behind.iter().any(from_all);

@@ -55,10 +55,14 @@ pub(crate) struct Ground {
 }
 
 impl Ground {
+    /// Whether it is the address of an endpoint of a switched network.
+    fn is_switched(&self, address: IpAddr) -> bool {
+        self.switched.iter().any(|prefix| prefix.contains(&address))
+    }
+
     /// Whether what comes from outside for an endpoint may cross the underlay to its host.
     fn is_relayed(&self, address: IpAddr) -> bool {
-        let within = |prefixes: &[IpNet]| prefixes.iter().any(|prefix| prefix.contains(&address));
-        within(&self.switched) && !within(&self.sealed)
+        self.is_switched(address) && !self.sealed.iter().any(|prefix| prefix.contains(&address))
     }
 
     /// The host that what comes from outside for an endpoint is passed on to; nothing where that has no address of
@@ -272,11 +276,10 @@ fn flows_of((address, _, port): At, ipv4: bool, keep: BTreeSet<(IpAddr, u16)>) -
 }
 
 fn ground(view: &View) -> Ground {
-    let switched = view.networks.values().map(|found| &found.network).filter(|found| found.mode == Mode::L2);
     let prefixes = |networks: Vec<&Network>| -> Vec<IpNet> {
         networks.into_iter().flat_map(|network| &network.subnets).map(|subnet| subnet.prefix).collect()
     };
-    let switched: Vec<&Network> = switched.collect();
+    let switched: Vec<&Network> = view.switched().collect();
     let sealed = switched.iter().copied().filter(|network| network.encrypted).collect();
     // Who comes and goes concerns nobody where nothing is passed on.
     let others = view.nodes.values().filter(|node| !switched.is_empty() && node.record.id != view.me);

@@ -7,7 +7,7 @@ use ipnet::IpNet;
 use ovl_proto::alloc::AllocMap;
 use ovl_proto::control::PeerState;
 use ovl_proto::id::{EndpointId, Mac, NetworkId, NodeId};
-use ovl_proto::object::{Driver, Network};
+use ovl_proto::object::{Driver, Mode, Network};
 use ovl_proto::record::NodeRecord;
 use ovl_proto::table::{Endpoint, Entry, Key};
 
@@ -232,6 +232,11 @@ impl View {
     }
 
     /// A network by name or id. Should the cluster have got one with the name of a network of this host, this
+    /// Switched networks.
+    pub fn switched(&self) -> impl Iterator<Item = &Network> {
+        self.networks.values().map(|found| &found.network).filter(|network| network.mode == Mode::L2)
+    }
+
     /// host's is meant, as it was before.
     pub fn network(&self, name: &str) -> Option<&NetworkState> {
         let named = || self.networks.values().filter(|state| state.network.name == name);

@@ -70,6 +70,7 @@ pub(crate) use sandbox::{
     Cookie, Held, Place, Process, look_at, mount_netns, netns_file, new_netns, own_netns, processes_in,
     unmount_netns,
 };
+pub(crate) use sys::own_addresses;
 pub(crate) use tunnel::{TunnelPeerStatus, TunnelStatus};
 
 /// What happened in the kernel that ovld did not do itself. At most one of each kind waits in the

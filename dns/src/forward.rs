@@ -139,14 +139,7 @@ impl Forwarder {
         }
         if full {
             self.counters.failed.fetch_add(1, Relaxed);
-            self.deliver(
-                &message,
-                &query,
-                None,
-                to,
-                &answer::bare(&message, &query, Rcode::FAILED),
-                Via::Nobody,
-            );
+            self.fail(&message, &query, to);
             return;
         }
         waiting.insert(question.clone(), vec![(message, alias, to)]);
@@ -171,14 +164,7 @@ impl Forwarder {
                 Some((reply, server)) => {
                     self.deliver(&message, &query, alias, to, &reply.message, Via::Server(*server))
                 }
-                None => self.deliver(
-                    &message,
-                    &query,
-                    None,
-                    to,
-                    &answer::bare(&message, &query, Rcode::FAILED),
-                    Via::Nobody,
-                ),
+                None => self.fail(&message, &query, to),
             }
         }
     }
@@ -217,6 +203,11 @@ impl Forwarder {
                 return fallback;
             }
         }
+    }
+
+    /// Says that nobody could be asked.
+    fn fail(&self, message: &[u8], query: &Query, to: Waiter) {
+        self.deliver(message, query, None, to, &answer::bare(message, query, Rcode::FAILED), Via::Nobody);
     }
 
     /// Makes the answer fit the query, and sends it.

@@ -123,11 +123,8 @@ impl Netns {
         I: IntoIterator,
         I::Item: AsRef<OsStr>,
     {
-        let (command, shown) = tool::command(args)?;
-        self.start(command, &shown, input)?
-            .finish(EXEC_TIMEOUT)?
-            .into_stdout(&shown)
-            .with_context(|| format!("in {}", self.name))
+        let (spawned, shown) = self.begin(args, input)?;
+        spawned.finish(EXEC_TIMEOUT)?.into_stdout(&shown).with_context(|| format!("in {}", self.name))
     }
 
     /// Starts a command and gives its guard: it is killed when that is dropped.
@@ -136,8 +133,7 @@ impl Netns {
         I: IntoIterator,
         I::Item: AsRef<OsStr>,
     {
-        let (command, shown) = tool::command(args)?;
-        self.start(command, &shown, None)
+        self.begin(args, None).map(|(spawned, _)| spawned)
     }
 
     /// The same with text on its standard input.
@@ -146,8 +142,17 @@ impl Netns {
         I: IntoIterator,
         I::Item: AsRef<OsStr>,
     {
+        self.begin(args, Some(input)).map(|(spawned, _)| spawned)
+    }
+
+    /// Starts a command; gives it also as it is to be named.
+    fn begin<I>(&self, args: I, input: Option<&str>) -> Result<(Spawned, String)>
+    where
+        I: IntoIterator,
+        I::Item: AsRef<OsStr>,
+    {
         let (command, shown) = tool::command(args)?;
-        self.start(command, &shown, Some(input))
+        Ok((self.start(command, &shown, input)?, shown))
     }
 
     pub(crate) fn start(&self, mut command: Command, shown: &str, input: Option<&str>) -> Result<Spawned> {

@@ -10,6 +10,7 @@ use netns_lab::{Host, Lab, Workload, wait_until};
 use ovl_tests::cni::{Conflist, Container};
 use ovl_tests::resolver::{FakeResolver, Mood, ResolvConf, config, dig, status};
 use ovl_tests::routed::make_routed;
+use ovl_tests::service::apply;
 use ovl_tests::{Attached, SOON, attach, make_network, started_with, strings, text, wait_clean};
 use serde_json::json;
 
@@ -162,9 +163,7 @@ fn pods_on_an_internal_network_resolve_the_clusters_names_and_reach_nothing_outs
     let (lab, _file, _pods) = world(2, "");
     let [h1, h2] = lab.hosts() else { panic!() };
     let _upstream = FakeResolver::start(h1, Ipv4Addr::LOCALHOST, Mood::Answers).unwrap();
-    let path = lab.dir().join("services.yaml");
-    std::fs::write(&path, SERVICES).unwrap();
-    h1.ctl_ok(&["apply", "-f", path.to_str().unwrap()]).unwrap();
+    apply(&lab, h1, SERVICES).unwrap();
     make_network(&lab, "inner", &["--subnet", "10.72.0.0/24", "--subnet", "fd72::/64", "--internal"])
         .unwrap();
     make_routed(&lab, "routed", &["--subnet", "10.73.0.0/16", "--subnet", "fd73::/48", "--internal"])
@@ -231,9 +230,7 @@ fn services_have_the_names_of_the_specification_and_my_api_resolves_through_the_
     let (lab, _file, pods) = world(2, "");
     let [h1, h2] = lab.hosts() else { panic!() };
     let upstream = FakeResolver::start(h1, Ipv4Addr::LOCALHOST, Mood::Answers).unwrap();
-    let path = lab.dir().join("services.yaml");
-    std::fs::write(&path, SERVICES).unwrap();
-    h2.ctl_ok(&["apply", "-f", path.to_str().unwrap()]).unwrap();
+    apply(&lab, h2, SERVICES).unwrap();
     let asker = &pods[0].workload;
     let pod = pods[1].address();
     for (question, expected) in [
@@ -303,9 +300,7 @@ fn a_runtime_is_told_the_clusters_dns_once_there_is_a_service_unless_it_knows_be
     let shop = "K8S_POD_NAME=a;K8S_POD_NAMESPACE=shop;K8S_POD_INFRA_CONTAINER_ID=c";
     let (_early, dns) = add("early", &list, shop);
     assert_eq!(dns, json!({}));
-    let path = lab.dir().join("services.yaml");
-    std::fs::write(&path, SERVICES).unwrap();
-    host.ctl_ok(&["apply", "-f", path.to_str().unwrap()]).unwrap();
+    apply(&lab, host, SERVICES).unwrap();
     let of = |namespace: &str| {
         let svc = "svc.cluster.local";
         json!({

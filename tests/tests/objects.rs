@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use netns_lab::{Host, Lab, LabConfig, wait_until};
+use ovl_tests::service::apply;
 use ovl_tests::{
     SOON, assert_says, attach, ensure_status, make_network, peer, refused, rows, started, started_with,
     strings, text,
@@ -55,11 +56,6 @@ fn file(lab: &Lab, name: &str, content: &str) -> Result<String> {
     let path = lab.dir().join(name);
     fs::write(&path, content)?;
     Ok(path.display().to_string())
-}
-
-fn apply(host: &Host, lab: &Lab, content: &str) -> Result<String> {
-    let path = file(lab, "manifest.yaml", content)?;
-    host.ctl_ok(&["apply", "-f", &path])
 }
 
 /// One object as a host has it.
@@ -179,7 +175,7 @@ endpointslice.discovery.k8s.io/ext-1 created
     h2.ctl_ok(&["delete", "-f", &path]).unwrap();
     wait_same(&[h1, h2, h3], 0, SOON).unwrap();
     // Through restarts of all at once, what is gone stays gone, and what is there stays.
-    apply(h1, &lab, SHOP).unwrap();
+    apply(&lab, h1, SHOP).unwrap();
     h1.ctl_ok(&["delete", "netpol", "db-allow-api-only", "-n", "shop"]).unwrap();
     let before = wait_same(&[h1, h2, h3], 3, SOON).unwrap();
     for host in lab.hosts() {
@@ -194,7 +190,7 @@ fn endpoints_stand_behind_the_services_that_select_them() {
     let lab = started(3).unwrap();
     let (h1, h2, h3) = (&lab["h1"], &lab["h2"], &lab["h3"]);
     make_network(&lab, "demo", &["--subnet", "10.1.0.0/24"]).unwrap();
-    apply(h1, &lab, SHOP).unwrap();
+    apply(&lab, h1, SHOP).unwrap();
     let all = [h1, h2, h3];
     wait_same(&all, 4, SOON).unwrap();
     let shop = ["--namespace", "shop"];
@@ -217,7 +213,7 @@ metadata: {name: c, namespace: shop, labels: {app: web}}
 spec:
   containers: [{name: main, ports: [{name: side, containerPort: 9000}]}]
 ";
-    apply(h1, &lab, pod).unwrap();
+    apply(&lab, h1, pod).unwrap();
     wait_backends(&all, "web", &[at(&a, 8080), at(&b, 8080), at(&c, 8080), at(&c, 9000)]).unwrap();
     let listed = h2.ctl_ok(&["get", "pods", "-n", "shop", "-o", "wide"]).unwrap();
     assert_says(&listed, &["1/1", &c.address(), "h3", "app=web"]);
@@ -246,7 +242,7 @@ kind: Service
 metadata: {name: ext, namespace: shop}
 spec: {ports: [{port: 8443}]}
 ";
-    apply(h2, &lab, external).unwrap();
+    apply(&lab, h2, external).unwrap();
     wait_backends(&[h1, h2], "ext", &["192.0.2.9:443".to_owned()]).unwrap();
 }
 
@@ -351,7 +347,7 @@ fn a_host_that_joins_late_and_both_sides_of_a_split_come_to_the_same() {
              spec: {{type: LoadBalancer, clusterIP: 10.96.7.7, ports: [{{port: 80, nodePort: {port}}}]}}\n"
         )
     };
-    apply(h1, &lab, SHOP).unwrap();
+    apply(&lab, h1, SHOP).unwrap();
     wait_same(&[h1, h2, h3], 4, SOON).unwrap();
     lab.partition(&[&["h1", "h2", "h4"], &["h3"]]).unwrap();
     wait_until(SOON, "h3 sees nobody", || -> Result<bool> { Ok(peer(h3, "h1")?["state"] == "dead") })
@@ -359,10 +355,10 @@ fn a_host_that_joins_late_and_both_sides_of_a_split_come_to_the_same() {
     wait_until(SOON, "nobody sees h3", || -> Result<bool> { Ok(peer(h1, "h3")?["state"] == "dead") })
         .unwrap();
     // Both sides claim one address and one port, change one object, and delete one.
-    apply(h1, &lab, &node_port("older", 30_777)).unwrap();
-    apply(h3, &lab, &node_port("younger", 30_777)).unwrap();
-    apply(h1, &lab, &SHOP.replace("5432", "1111")).unwrap();
-    apply(h3, &lab, &SHOP.replace("5432", "2222")).unwrap();
+    apply(&lab, h1, &node_port("older", 30_777)).unwrap();
+    apply(&lab, h3, &node_port("younger", 30_777)).unwrap();
+    apply(&lab, h1, &SHOP.replace("5432", "1111")).unwrap();
+    apply(&lab, h3, &SHOP.replace("5432", "2222")).unwrap();
     h1.ctl_ok(&["delete", "endpointslice", "ext-1", "-n", "shop"]).unwrap();
     let first = get(h1, "svc", "older", "default").unwrap();
     assert_eq!(first["spec"]["clusterIP"], "10.96.7.7");

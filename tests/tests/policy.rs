@@ -11,7 +11,7 @@ use anyhow::{Result, bail, ensure};
 use netns_lab::{Lab, LabConfig, Netns, wait_until};
 use ovl_tests::policy::{Proto, World, namespace, policy, port_name, wait_enforced};
 use ovl_tests::routed::make_routed;
-use ovl_tests::service::Named;
+use ovl_tests::service::{Named, apply};
 use ovl_tests::{
     Attached, SOON, assert_says, attach, attach_workload, make_network, rows, started, strings, text,
     wait_clean,
@@ -40,12 +40,6 @@ spec:
       port: 5432
 ";
 
-fn apply_text(lab: &Lab, text: &str) {
-    let file = lab.dir().join("example.yaml");
-    std::fs::write(&file, text).unwrap();
-    lab["h1"].ctl_ok(&["apply", "-f", &file.to_string_lossy()]).unwrap();
-}
-
 fn labelled(lab: &Lab, host: &str, name: &str, app: &str) -> Attached {
     attach(&lab[host], name, "pods", &["--label", &format!("app={app}")]).unwrap()
 }
@@ -69,7 +63,7 @@ fn assert_db_allow_api_only(make: impl Fn(&Lab)) {
     for (_, from) in &others {
         assert!(connects(from, &database, 5432, SOON) && connects(from, &database, 6379, SOON));
     }
-    apply_text(&lab, EXAMPLE);
+    apply(&lab, &lab["h1"], EXAMPLE).unwrap();
     for (app, from) in &others {
         let expected = (*app == "api", false);
         wait_until(SOON, &format!("what {} reaches", from.name), || -> Result<()> {
@@ -437,7 +431,7 @@ fn assert_cut(make: impl Fn(&Lab)) {
         ));
     }
     allowed.iter_mut().chain(&mut forbidden).for_each(|stream| talk(stream).unwrap());
-    apply_text(&lab, EXAMPLE);
+    apply(&lab, &lab["h1"], EXAMPLE).unwrap();
     for stream in &mut forbidden {
         wait_until(SOON, "the end of a forbidden connection", || talk(stream).is_err()).unwrap();
     }
@@ -445,7 +439,7 @@ fn assert_cut(make: impl Fn(&Lab)) {
         talk(stream).unwrap();
     }
     // A policy that is replaced cuts what passed under the one before.
-    apply_text(&lab, &EXAMPLE.replace("app: api", "app: nobody"));
+    apply(&lab, &lab["h1"], &EXAMPLE.replace("app: api", "app: nobody")).unwrap();
     for stream in &mut allowed {
         wait_until(SOON, "the end of a connection that was allowed", || talk(stream).is_err()).unwrap();
     }
@@ -471,7 +465,7 @@ fn a_pod_does_not_get_around_a_policy_under_anothers_address() {
         }
         let database = labelled(&lab, "h1", "database", "database");
         let api = labelled(&lab, "h2", "api", "api");
-        apply_text(&lab, &EXAMPLE.replace("protocol: TCP", "protocol: UDP"));
+        apply(&lab, &lab["h1"], &EXAMPLE.replace("protocol: TCP", "protocol: UDP")).unwrap();
         lab.hosts().iter().for_each(|host| wait_enforced(host).unwrap());
         let hears = database.workload.run(|| std::net::UdpSocket::bind("0.0.0.0:5432")).unwrap().unwrap();
         hears.set_read_timeout(Some(Duration::from_secs(1))).unwrap();
@@ -518,7 +512,7 @@ fn a_pod_is_isolated_from_its_first_packet_on_also_on_a_host_that_joins_late() {
     make_routed(&lab, "pods", &["--subnet", "10.60.0.0/16"]).unwrap();
     let api = labelled(&lab, "h1", "api", "api");
     let web = labelled(&lab, "h1", "web", "web");
-    apply_text(&lab, EXAMPLE);
+    apply(&lab, &lab["h1"], EXAMPLE).unwrap();
     wait_enforced(&lab["h1"]).unwrap();
     lab["h3"].start().unwrap();
     lab["h3"].wait_ready(SOON).unwrap();
@@ -565,7 +559,7 @@ fn broadcasts_reach_whom_no_policy_isolates() {
     let database = labelled(&lab, "h1", "database", "database");
     let other = labelled(&lab, "h1", "other", "other");
     let senders = ["h1", "h2"].map(|host| labelled(&lab, host, &format!("web-{host}"), "web"));
-    apply_text(&lab, EXAMPLE);
+    apply(&lab, &lab["h1"], EXAMPLE).unwrap();
     lab.hosts().iter().for_each(|host| wait_enforced(host).unwrap());
     let hears = |at: &Attached| {
         let socket = at.workload.run(|| std::net::UdpSocket::bind("0.0.0.0:5432")).unwrap().unwrap();
@@ -608,7 +602,7 @@ fn assert_services_judged(make: impl Fn(&Lab)) {
             "ports": [{"port": 80, "targetPort": 8080, "nodePort": 30080}],
         },
     });
-    apply_text(&lab, &service.to_string());
+    apply(&lab, &lab["h1"], &service.to_string()).unwrap();
     let service = lab["h1"].ctl_json(&["get", "svc", "database"]).unwrap();
     let addresses: Vec<IpAddr> =
         strings(&service["spec"]["clusterIPs"]).iter().map(|it| it.parse().unwrap()).collect();
@@ -634,7 +628,7 @@ fn assert_services_judged(make: impl Fn(&Lab)) {
     let ingress = |from: Value, port: u16| {
         let spec = json!({"podSelector": selector("app", "database"), "policyTypes": ["Ingress"],
             "ingress": [{"from": from, "ports": [{"port": port}]}]});
-        apply_text(&lab, &policy("default", "in", spec).to_string());
+        apply(&lab, &lab["h1"], &policy("default", "in", spec).to_string()).unwrap();
     };
     let apis = json!({"podSelector": selector("app", "api")});
     ingress(json!([apis]), 8080);
@@ -646,7 +640,7 @@ fn assert_services_judged(make: impl Fn(&Lab)) {
     let egress = |port: u16| {
         let spec = json!({"podSelector": selector("app", "api"), "policyTypes": ["Egress"],
             "egress": [{"to": [{"podSelector": selector("app", "database")}], "ports": [{"port": port}]}]});
-        apply_text(&lab, &policy("default", "out", spec).to_string());
+        apply(&lab, &lab["h1"], &policy("default", "out", spec).to_string()).unwrap();
     };
     egress(80);
     expect("nor is it the Service's for the client", &[&database], true);

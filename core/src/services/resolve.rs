@@ -122,16 +122,16 @@ fn one(
     let all = targets(backends, i, ipv4, None);
     let local = targets(backends, i, ipv4, ground.me);
     // Endpoints of switched networks have no way to answer to another host: theirs has.
-    let is_switched = |at: IpAddr| ground.switched.iter().any(|prefix| prefix.contains(&at));
     let by_host = |target: &Target| {
         let (address, port) = (ground.relay(target)?, node_port?);
         Some(Target { address, port, host: target.host })
     };
-    let reached =
-        all.iter().filter_map(|target| match target.host == ground.me || !is_switched(target.address) {
+    let reached = all.iter().filter_map(|target| {
+        match target.host == ground.me || !ground.is_switched(target.address) {
             true => Some(*target),
             false => by_host(target),
-        });
+        }
+    });
     let mut reached: Vec<Target> = reached.collect();
     reached.sort_unstable();
     let protocol = number_of(port.protocol);
@@ -165,7 +165,7 @@ fn one(
         if backend.host == ground.me {
             out.put(of_family(&HAIRPIN, ipv4), &[Field::Ip(address); 2], Value::None);
         }
-        if is_switched(address) {
+        if ground.is_switched(address) {
             let key = [Field::Ip(address), Field::Protocol(protocol), Field::Port(port)];
             out.put(of_family(&divert::BACKENDS, ipv4), &key, Value::None);
         }

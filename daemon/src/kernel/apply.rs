@@ -207,6 +207,7 @@ fn takes_away(op: &Op) -> bool {
     matches!(
         op,
         Op::DelAddress(..)
+            | Op::DelAnnounced(..)
             | Op::DelRemote(..)
             | Op::DelFlood(..)
             | Op::DelPort(..)
@@ -235,7 +236,7 @@ pub(super) fn announced(
             return Ok(());
         }
         let result = route.request(RouteNetlinkMessage::DelAddress(message), 0)?;
-        return result.or_else(|refusal| verdict_of_absence(refusal, op));
+        return verdict(route, op, result);
     }
     match route.request(RouteNetlinkMessage::NewAddress(message), NLM_F_CREATE | NLM_F_EXCL)? {
         Ok(()) => Ok(()),
@@ -246,13 +247,6 @@ pub(super) fn announced(
             ))),
         },
         Err(refusal) => Err(refusal.into_error(op.to_string())),
-    }
-}
-
-fn verdict_of_absence(refusal: Refusal, op: &Op) -> Result<()> {
-    match refusal.errno {
-        EADDRNOTAVAIL | ENODEV => Ok(()),
-        _ => Err(refusal.into_error(op.to_string())),
     }
 }
 

@@ -4,14 +4,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use netlink_sys::protocols::NETLINK_NETFILTER;
-use nix::ifaddrs::getifaddrs;
 use nix::libc::ENOENT;
-use nix::sys::socket::SockaddrStorage;
 use ovl_core::flows::Flows;
 
 use super::attribute::{Attributes, attributes, ip, u16_be};
 use super::error::{KernelError, Result};
 use super::socket::{Batch, Netlink};
+use super::sys;
 
 /// NFNL_SUBSYS_CTNETLINK, in the upper half of a message's kind.
 const SUBSYSTEM: u16 = 1;
@@ -59,19 +58,13 @@ pub(super) fn end(flows: &[&Flows]) -> Result<()> {
 /// By port and address. The last word counts.
 type Wanted<'a> = BTreeMap<(u16, Option<IpAddr>), &'a Flows>;
 
-/// All addresses of this host.
-fn own_addresses() -> Result<BTreeSet<IpAddr>> {
-    let all = getifaddrs()
-        .map_err(|error| KernelError::io("cannot read the addresses of this host", &error.into()))?;
-    let addresses = all.filter_map(|interface| interface.address);
-    let v4 = |address: &SockaddrStorage| address.as_sockaddr_in().map(|address| IpAddr::V4(address.ip()));
-    let v6 = |address: &SockaddrStorage| address.as_sockaddr_in6().map(|address| IpAddr::V6(address.ip()));
-    Ok(addresses.filter_map(|address| v4(&address).or_else(|| v6(&address))).collect())
-}
-
 fn end_of_family(netlink: &mut Netlink, family: u8, wanted: &Wanted<'_>) -> Result<()> {
-    let own =
-        if wanted.keys().any(|(_, address)| address.is_none()) { own_addresses()? } else { BTreeSet::new() };
+    let mut own = BTreeSet::new();
+    if wanted.keys().any(|(_, address)| address.is_none()) {
+        let all = sys::own_addresses();
+        let all = all.map_err(|error| KernelError::io("cannot read the addresses of this host", &error))?;
+        own.extend(all.map(|(_, address)| address));
+    }
     let mut batch = Batch::default();
     batch.push_built(GET, 0, &[family, 0, 0, 0]);
     let dump =

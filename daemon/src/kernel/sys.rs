@@ -1,6 +1,7 @@
 //! The system calls that no crate of ours wraps.
 
 use std::io;
+use std::net::IpAddr;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::time::Duration;
 
@@ -9,6 +10,17 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 
 /// `NS_GET_NSTYPE` of `linux/nsfs.h`.
 const NS_GET_NSTYPE: libc::c_ulong = 0xb703;
+
+/// All addresses of this host, each with the name of its device.
+pub(crate) fn own_addresses() -> io::Result<impl Iterator<Item = (String, IpAddr)>> {
+    let all = nix::ifaddrs::getifaddrs()?;
+    Ok(all.filter_map(|entry| {
+        let address = entry.address?;
+        let v4 = address.as_sockaddr_in().map(|address| IpAddr::V4(address.ip()));
+        let v6 = || address.as_sockaddr_in6().map(|address| IpAddr::V6(address.ip()));
+        Some((entry.interface_name, v4.or_else(v6)?))
+    }))
+}
 
 /// Waits until one of the descriptors can be read or its other end is closed; says which.
 pub(super) fn poll<const N: usize>(

@@ -135,33 +135,35 @@ impl Node {
             yield_now().await;
         }
         // Those first that ask for something: what is chosen for others is not to be in their way.
-        let asks = |service: &Service| {
-            let spec = &service.spec;
-            !spec.cluster_ips.is_empty()
-                || spec.load_balancer_ip.is_some()
-                || spec.health_check_node_port.is_some()
-                || spec.ports.iter().any(|port| port.node_port.is_some())
-        };
         let mut promised = Promised::default();
         for asking in [true, false] {
             for some in read.chunks_mut(AT_A_TIME) {
-                {
-                    let state = self.state.borrow();
-                    let resources = &state.view.resources;
-                    let mut allocator = Allocator::new(resources, &self.config.ranges, &mut promised);
-                    for (place, resource) in some {
-                        if let Resource::Service(service) = resource
-                            && asks(service) == asking
-                            && let Err(found) = allocator.allocate(service)
-                        {
-                            problems.extend(found.into_iter().map(|problem| place.problem(problem)));
-                        }
-                    }
-                }
+                problems.extend(self.allocate(some, asking, &mut promised));
                 yield_now().await;
             }
         }
         problems.truncate(MOST_PROBLEMS);
+        problems
+    }
+
+    /// Chooses addresses and ports for the Services among these that ask for certain ones, or for the others.
+    fn allocate(
+        &self,
+        read: &mut [(Place, Resource)],
+        asking: bool,
+        promised: &mut Promised,
+    ) -> Vec<ManifestProblem> {
+        let state = self.state.borrow();
+        let mut allocator = Allocator::new(&state.view.resources, &self.config.ranges, promised);
+        let mut problems = Vec::new();
+        for (place, resource) in read {
+            if let Resource::Service(service) = resource
+                && asks(service) == asking
+                && let Err(found) = allocator.allocate(service)
+            {
+                problems.extend(found.into_iter().map(|problem| place.problem(problem)));
+            }
+        }
         problems
     }
 
@@ -206,17 +208,13 @@ impl Node {
                 Some(old) if *old == resource => Action::Unchanged,
                 Some(_) => Action::Configured,
             };
-            let shown = |resource: Option<&Resource>| {
-                let manifest = resource.filter(|_| show).map(Resource::to_manifest).transpose();
-                manifest.map_err(|error| Failed::internal(error.to_string()))
-            };
             objects.push(Applied {
                 kind: key.kind,
                 namespace: key.name.namespace,
                 name: key.name.name,
                 action,
-                before: shown(old.as_ref())?,
-                after: shown(Some(&resource))?,
+                before: shown(old.as_ref(), show)?,
+                after: shown(Some(&resource), show)?,
             });
             if action != Action::Unchanged {
                 writes.push((Body::Resource(resource), false));
@@ -316,6 +314,21 @@ impl Node {
         let asked_for = services.filter(|(name, _)| is_asked_for(query, name));
         asked_for.map(|(name, service)| backends(state, name, service)).collect()
     }
+}
+
+/// Whether a Service wants certain addresses or ports.
+fn asks(service: &Service) -> bool {
+    let spec = &service.spec;
+    !spec.cluster_ips.is_empty()
+        || spec.load_balancer_ip.is_some()
+        || spec.health_check_node_port.is_some()
+        || spec.ports.iter().any(|port| port.node_port.is_some())
+}
+
+/// An object as its manifest, if that is to be shown.
+fn shown(resource: Option<&Resource>, show: bool) -> Result<Option<Value>, Failed> {
+    let manifest = resource.filter(|_| show).map(Resource::to_manifest).transpose();
+    manifest.map_err(|error| Failed::internal(error.to_string()))
 }
 
 fn too_long(place: &Place, resource: &Resource) -> Option<ManifestProblem> {

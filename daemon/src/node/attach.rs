@@ -170,9 +170,12 @@ impl Node {
             desired::endpoint_part(&state.view, &state.local, network, &endpoint, mtu)
         };
         // The pair itself is not the work of an operation, and what its neighbours need too is there.
-        let shared = self.state.borrow().applied.get(&network.id).map(|applied| applied.localnets.clone());
-        let bare =
-            Kernel { links: part.links.clone(), localnets: shared.unwrap_or_default(), ..Kernel::default() };
+        let shared = {
+            let state = self.state.borrow();
+            let applied = state.applied.get(&network.id).map(|applied| &applied.localnets);
+            applied.into_iter().flat_map(|applied| part.localnets.intersection(applied)).copied().collect()
+        };
+        let bare = Kernel { links: part.links.clone(), localnets: shared, ..Kernel::default() };
         ops.extend(diff(&bare, &part, false));
         let spec = EndpointSpec {
             device: place.device,

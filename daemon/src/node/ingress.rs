@@ -38,8 +38,12 @@ impl Node {
     /// Says in our table what this host announces, once the kernel has it, and answers health checks.
     pub(super) fn tell_announced(&self) {
         let (set, unset) = {
-            let state = self.state.borrow();
+            let mut guard = self.state.borrow_mut();
+            let state = &mut *guard;
             let Some(own) = state.view.own().filter(|_| state.caught_up) else { return };
+            if !state.ingress.take_news() {
+                return;
+            }
             let (said, is) = (own.table.announced().collect::<BTreeSet<IpAddr>>(), state.ingress.said());
             let set: Vec<IpAddr> = is.difference(&said).copied().collect();
             let unset: Vec<IpAddr> = said.difference(&is).copied().collect();

@@ -100,13 +100,11 @@ impl Node {
             ops.extend(state.services.ended());
             (ops, networks)
         };
-        if ops.is_empty() {
-            self.tell_announced();
-            return;
+        if !ops.is_empty() {
+            tracing::debug!(networks = networks.len(), operations = ops.len(), "quick pass");
+            let outcomes = self.kernel.apply(ops).await;
+            self.note_outcomes(&outcomes, None);
         }
-        tracing::debug!(networks = networks.len(), operations = ops.len(), "quick pass");
-        let outcomes = self.kernel.apply(ops).await;
-        self.note_outcomes(&outcomes, None);
         self.tell_announced();
     }
 

@@ -10,6 +10,7 @@ use ovl_core::device::Device;
 use ovl_proto::record::Presence;
 
 use super::{Node, next_generation, open};
+use crate::kernel::own_addresses;
 
 /// Changes of addresses come in bursts: an address is often taken away before the next is given.
 const SETTLE: Duration = Duration::from_millis(100);
@@ -159,16 +160,9 @@ impl Node {
 
 /// The addresses of a device that are of one family, and neither link-local nor of loopback.
 fn addresses_of(device: &str, ipv4: bool) -> Vec<IpAddr> {
-    let Ok(all) = nix::ifaddrs::getifaddrs() else { return Vec::new() };
-    all.filter(|entry| entry.interface_name == device)
-        .filter_map(|entry| {
-            let address = entry.address?;
-            if ipv4 {
-                address.as_sockaddr_in().map(|v4| IpAddr::V4(v4.ip()))
-            } else {
-                address.as_sockaddr_in6().map(|v6| IpAddr::V6(v6.ip()))
-            }
-        })
+    let all = own_addresses().into_iter().flatten();
+    all.filter(|(on, address)| on == device && address.is_ipv4() == ipv4)
+        .map(|(_, address)| address)
         .filter(|address| match address {
             IpAddr::V4(v4) => !v4.is_link_local() && !v4.is_loopback(),
             IpAddr::V6(v6) => !v6.is_unicast_link_local() && !v6.is_loopback(),

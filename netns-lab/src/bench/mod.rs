@@ -17,6 +17,7 @@ mod idle;
 mod kill;
 mod loss;
 mod neigh;
+mod netlink;
 mod plan;
 mod policy;
 mod publish;

@@ -12,18 +12,13 @@ use anyhow::{Context, Result, bail};
 use netns_lab::Host;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::socket::{
-    AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, setsockopt, socket,
-    sockopt::RcvBufForce,
-};
+use nix::sys::socket::{MsgFlags, SockProtocol, recv};
 
 use super::client::Mac;
+use super::netlink;
 
 /// The bit of RTNLGRP_NEIGH in the mask that a netlink socket is bound to.
 const NEIGH_GROUP: u32 = 1 << 2;
-
-/// Room for the notifications of thousands of entries while the reader waits for a processor.
-const RECEIVE_BUFFER: usize = 32 << 20;
 
 /// A VXLAN device's entry that came (or was replaced) or went.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,12 +48,9 @@ pub(crate) struct Watcher {
 
 impl Watcher {
     pub(crate) fn start(hosts: &[&Host]) -> Result<Self> {
-        // A socket stays in the namespace that it was opened in.
         let sockets = hosts
             .iter()
-            .map(|host| {
-                host.run(listen)?.with_context(|| format!("cannot watch the kernel of {}", host.name()))
-            })
+            .map(|host| netlink::listen(host, SockProtocol::NetlinkRoute, NEIGH_GROUP))
             .collect::<Result<Vec<OwnedFd>>>()?;
         let (alive, stop) = UnixStream::pair()?;
         let (sender, seen) = channel();
@@ -94,15 +86,6 @@ impl Drop for Watcher {
             thread.join().ok();
         }
     }
-}
-
-/// Of the calling thread's namespace.
-fn listen() -> Result<OwnedFd> {
-    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-    let socket = socket(AddressFamily::Netlink, SockType::Raw, flags, SockProtocol::NetlinkRoute)?;
-    setsockopt(&socket, RcvBufForce, &RECEIVE_BUFFER)?;
-    bind(socket.as_raw_fd(), &NetlinkAddr::new(0, NEIGH_GROUP))?;
-    Ok(socket)
 }
 
 fn watch(sockets: &[OwnedFd], stop: &UnixStream, seen: &Sender<Result<Seen>>) -> Result<()> {
@@ -143,21 +126,16 @@ fn read_all(host: usize, socket: &OwnedFd, buffer: &mut [u8], seen: &Sender<Resu
     }
 }
 
-/// The changes of VXLAN entries in a datagram of netlink messages (struct nlmsghdr).
-fn changes(mut rest: &[u8]) -> Vec<Change> {
-    let mut found = Vec::new();
-    while let (Some(length), Some(kind)) = (u32_at(rest, 0), u16_at(rest, 4)) {
-        let Some(message) = rest.get(HEADER..length as usize) else { break };
-        if let RTM_NEWNEIGH | RTM_DELNEIGH = kind {
-            found.extend(change(kind == RTM_NEWNEIGH, message));
-        }
-        rest = rest.get(aligned(length as usize)..).unwrap_or_default();
-    }
-    found
+/// The changes of VXLAN entries in a datagram.
+fn changes(datagram: &[u8]) -> Vec<Change> {
+    let found = netlink::messages(datagram).filter_map(|(kind, message)| match kind {
+        RTM_NEWNEIGH | RTM_DELNEIGH => change(kind == RTM_NEWNEIGH, message),
+        _ => None,
+    });
+    found.collect()
 }
 
-/// struct nlmsghdr, struct ndmsg.
-const HEADER: usize = 16;
+/// struct ndmsg.
 const NDMSG: usize = 12;
 const RTM_NEWNEIGH: u16 = 28;
 const RTM_DELNEIGH: u16 = 29;
@@ -171,15 +149,12 @@ fn change(added: bool, message: &[u8]) -> Option<Change> {
         return None;
     }
     let (mut mac, mut destination) = (None, None);
-    let mut rest = message.get(NDMSG..)?;
-    while let (Some(length), Some(kind)) = (u16_at(rest, 0), u16_at(rest, 2)) {
-        let Some(value) = rest.get(4..length as usize) else { break };
+    for (kind, value) in netlink::attributes(message.get(NDMSG..)?) {
         match kind {
             NDA_LLADDR => mac = Mac::try_from(value).ok(),
             NDA_DST => destination = address(value),
             _ => {}
         }
-        rest = rest.get(aligned(length as usize)..).unwrap_or_default();
     }
     Some(Change { added, mac: mac?, destination: destination? })
 }
@@ -189,39 +164,16 @@ fn address(bytes: &[u8]) -> Option<IpAddr> {
     v4.or_else(|| <[u8; 16]>::try_from(bytes).ok().map(IpAddr::from))
 }
 
-fn aligned(length: usize) -> usize {
-    length.next_multiple_of(4)
-}
-
-fn u16_at(bytes: &[u8], at: usize) -> Option<u16> {
-    bytes.get(at..at + 2)?.try_into().ok().map(u16::from_ne_bytes)
-}
-
-fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
-    bytes.get(at..at + 4)?.try_into().ok().map(u32::from_ne_bytes)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn attribute(kind: u16, value: &[u8]) -> Vec<u8> {
-        let mut bytes = (4 + value.len() as u16).to_ne_bytes().to_vec();
-        bytes.extend(kind.to_ne_bytes());
-        bytes.extend(value);
-        bytes.resize(aligned(bytes.len()), 0);
-        bytes
-    }
+    use crate::bench::netlink::made::{self, attribute};
 
     fn message(kind: u16, family: u8, attributes: &[Vec<u8>]) -> Vec<u8> {
         let mut body = vec![family];
         body.resize(NDMSG, 0);
         body.extend(attributes.concat());
-        let mut bytes = ((HEADER + body.len()) as u32).to_ne_bytes().to_vec();
-        bytes.extend(kind.to_ne_bytes());
-        bytes.resize(HEADER, 0);
-        bytes.extend(body);
-        bytes
+        made::message(kind, &body)
     }
 
     #[test]

@@ -1,21 +1,20 @@
 //! `policies`: a thousand network policies over ten thousand pods; what one more pod costs, and a connection.
 
 use std::fs;
-use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
-use std::thread;
+use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use netns_lab::{Host, Workload, wait_until};
 use serde_json::{Value, json};
 
-use super::Bench;
 use super::bulk::without_ipv6;
 use super::client::{self, Client};
 use super::cluster::{Cluster, address_of};
 use super::cni::ground::network;
 use super::report::{Bar, Figure, Row};
 use super::stats::{Samples, ms};
+use super::{Bench, connect};
 
 const HOSTS: usize = 8;
 const NETWORK: &str = "pods";
@@ -187,10 +186,8 @@ fn ends(cluster: &Cluster) -> Result<(Workload, SocketAddr)> {
     };
     let (client, _) = make(0, "client", NAMESPACES)?;
     let (server, address) = make(1, "server", 0)?;
-    let to = SocketAddr::new(address, PORT);
-    let listener = server.run(|| TcpListener::bind(to))??;
-    thread::spawn(move || listener.incoming().for_each(drop));
-    Ok((client, to))
+    connect::serve(&server, PORT)?;
+    Ok((client, SocketAddr::new(address, PORT)))
 }
 
 /// Until all hosts have so many policies, and their kernels too.
@@ -225,14 +222,9 @@ fn take(
         client.ask(&detach)?;
     }
     let count = bench.plan.connects;
-    let connects = from.run(move || -> Result<Vec<f64>> {
-        let connect = |_| {
-            let start = Instant::now();
-            TcpStream::connect_timeout(&to, Duration::from_secs(5))
-                .context("a connection that should pass")?;
-            Ok(ms(start.elapsed()))
-        };
-        (0..count).map(connect).collect()
+    let connects = from.run(move || {
+        let once = |_| connect::connect(to, Duration::from_secs(5)).context("a connection that should pass");
+        (0..count).map(once).collect::<Result<Vec<f64>>>()
     })?;
     times.connect.extend(connects?);
     Ok(())

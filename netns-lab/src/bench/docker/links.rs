@@ -7,26 +7,23 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, SystemTime};
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use netns_lab::{Host, wait_until};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::socket::{
-    AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, setsockopt, socket,
-    sockopt::RcvBufForce,
-};
+use nix::sys::socket::{MsgFlags, SockProtocol, recv};
+
+use crate::bench::netlink;
 
 /// Names of endpoints' devices begin with this.
 pub(super) const ENDPOINTS: &str = "ove-";
 
 const LINK_GROUP: u32 = 1;
 const PATIENCE: Duration = Duration::from_secs(20);
-const RECEIVE_BUFFER: usize = 8 << 20;
 const RTM_NEWLINK: u16 = 16;
-/// Of `struct nlmsghdr`, and of `struct ifinfomsg` behind it.
-const HEADER: usize = 16;
-const FLAGS: usize = HEADER + 8;
-const ATTRIBUTES: usize = HEADER + 16;
+/// In `struct ifinfomsg`, and behind it.
+const FLAGS: usize = 8;
+const ATTRIBUTES: usize = 16;
 const IFLA_IFNAME: u16 = 3;
 const IFF_LOWER_UP: u32 = 1 << 16;
 
@@ -48,8 +45,7 @@ pub(super) struct Links {
 impl Links {
     /// Of pairs whose host's ends have names that begin like this.
     pub(super) fn start(host: &Host, prefix: &'static str) -> Result<Self> {
-        let socket =
-            host.run(listen)?.with_context(|| format!("cannot watch the links of {}", host.name()))?;
+        let socket = netlink::listen(host, SockProtocol::NetlinkRoute, LINK_GROUP)?;
         let (alive, stop) = UnixStream::pair()?;
         let seen = Arc::<Mutex<Vec<Link>>>::default();
         let sink = Arc::clone(&seen);
@@ -86,15 +82,6 @@ impl Drop for Links {
     }
 }
 
-/// Of the calling thread's namespace.
-fn listen() -> Result<OwnedFd> {
-    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-    let socket = socket(AddressFamily::Netlink, SockType::Raw, flags, SockProtocol::NetlinkRoute)?;
-    setsockopt(&socket, RcvBufForce, &RECEIVE_BUFFER)?;
-    bind(socket.as_raw_fd(), &NetlinkAddr::new(0, LINK_GROUP))?;
-    Ok(socket)
-}
-
 fn watch(socket: &OwnedFd, stop: &UnixStream, seen: &Mutex<Vec<Link>>, prefix: &str) {
     let mut buffer = vec![0; 1 << 16];
     loop {
@@ -107,7 +94,8 @@ fn watch(socket: &OwnedFd, stop: &UnixStream, seen: &Mutex<Vec<Link>>, prefix: &
         while let Ok(length) = recv(socket.as_raw_fd(), &mut buffer, MsgFlags::empty()) {
             let now = SystemTime::now();
             let mut seen = seen.lock().unwrap_or_else(PoisonError::into_inner);
-            for (name, up) in messages(&buffer[..length]).filter_map(|message| link(message, prefix)) {
+            let links = netlink::messages(&buffer[..length]).filter(|(kind, _)| *kind == RTM_NEWLINK);
+            for (name, up) in links.filter_map(|(_, message)| link(message, prefix)) {
                 match seen.iter_mut().find(|link| link.name == name) {
                     Some(link) if up && link.up.is_none() => link.up = Some(now),
                     Some(_) => {}
@@ -118,28 +106,10 @@ fn watch(socket: &OwnedFd, stop: &UnixStream, seen: &Mutex<Vec<Link>>, prefix: &
     }
 }
 
-/// The messages of a datagram, each with its header.
-fn messages(mut rest: &[u8]) -> impl Iterator<Item = &[u8]> {
-    std::iter::from_fn(move || {
-        let length = u32::from_ne_bytes(rest.get(..4)?.try_into().ok()?) as usize;
-        let message = rest.get(..length).filter(|message| message.len() >= HEADER)?;
-        rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
-        Some(message)
-    })
-}
-
 /// The name of a link that is there, if it begins like this, and whether the other end is up.
 fn link(message: &[u8], prefix: &str) -> Option<(String, bool)> {
-    let kind = u16::from_ne_bytes(message.get(4..6)?.try_into().ok()?);
     let flags = u32::from_ne_bytes(message.get(FLAGS..FLAGS + 4)?.try_into().ok()?);
-    let mut rest = message.get(ATTRIBUTES..).filter(|_| kind == RTM_NEWLINK)?;
-    loop {
-        let length = usize::from(u16::from_ne_bytes(rest.get(..2)?.try_into().ok()?));
-        let attribute = u16::from_ne_bytes(rest.get(2..4)?.try_into().ok()?);
-        if attribute == IFLA_IFNAME {
-            let name = String::from_utf8_lossy(rest.get(4..length)?).trim_end_matches('\0').to_owned();
-            return name.starts_with(prefix).then_some((name, flags & IFF_LOWER_UP != 0));
-        }
-        rest = rest.get(length.max(4).next_multiple_of(4)..)?;
-    }
+    let (_, name) = netlink::attributes(message.get(ATTRIBUTES..)?).find(|(kind, _)| *kind == IFLA_IFNAME)?;
+    let name = String::from_utf8_lossy(name).trim_end_matches('\0').to_owned();
+    name.starts_with(prefix).then_some((name, flags & IFF_LOWER_UP != 0))
 }

@@ -8,31 +8,26 @@ use anyhow::{Context, Result, bail};
 use netns_lab::Host;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::socket::{
-    AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, setsockopt, socket,
-    sockopt::RcvBufForce,
-};
+use nix::sys::socket::{MsgFlags, SockProtocol, recv};
+
+use crate::bench::netlink;
 
 /// The bit of NFNLGRP_NFTABLES in the mask that a netlink socket is bound to.
 const NFTABLES_GROUP: u32 = 1 << 6;
 /// NFT_MSG_NEWSETELEM and NFT_MSG_DELSETELEM of NFNL_SUBSYS_NFTABLES.
 const ELEMENTS: [u16; 2] = [10 << 8 | 12, 10 << 8 | 14];
 const TABLE: &[u8] = b"ovl-services\0";
-/// struct nlmsghdr, struct nfgenmsg.
-const HEADER: usize = 16;
+/// struct nfgenmsg.
 const NFGENMSG: usize = 4;
 /// NFTA_SET_ELEM_LIST_TABLE.
 const LIST_TABLE: u16 = 1;
-const RECEIVE_BUFFER: usize = 32 << 20;
 
 /// Hears of the commits of some hosts.
 pub(super) struct Commits(Vec<OwnedFd>);
 
 impl Commits {
     pub(super) fn watch<'a>(hosts: impl IntoIterator<Item = &'a Host>) -> Result<Self> {
-        let listen = |host: &Host| -> Result<OwnedFd> {
-            host.run(listen)?.with_context(|| format!("cannot watch the kernel of {}", host.name()))
-        };
+        let listen = |host| netlink::listen(host, SockProtocol::NetlinkNetFilter, NFTABLES_GROUP);
         hosts.into_iter().map(listen).collect::<Result<_>>().map(Self)
     }
 
@@ -73,15 +68,6 @@ impl Commits {
     }
 }
 
-/// Of the calling thread's namespace.
-fn listen() -> Result<OwnedFd> {
-    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-    let socket = socket(AddressFamily::Netlink, SockType::Raw, flags, SockProtocol::NetlinkNetFilter)?;
-    setsockopt(&socket, RcvBufForce, &RECEIVE_BUFFER)?;
-    bind(socket.as_raw_fd(), &NetlinkAddr::new(0, NFTABLES_GROUP))?;
-    Ok(socket)
-}
-
 /// Reads what waits; says whether it was about our elements.
 fn read_all(socket: &OwnedFd, buffer: &mut [u8]) -> Result<bool> {
     let mut found = false;
@@ -97,41 +83,21 @@ fn read_all(socket: &OwnedFd, buffer: &mut [u8]) -> Result<bool> {
     }
 }
 
-fn is_ours(mut rest: &[u8]) -> bool {
-    let u16_at = |bytes: &[u8], at: usize| bytes.get(at..at + 2)?.try_into().ok().map(u16::from_ne_bytes);
-    let u32_at = |bytes: &[u8], at: usize| bytes.get(at..at + 4)?.try_into().ok().map(u32::from_ne_bytes);
-    while let (Some(length), Some(kind)) = (u32_at(rest, 0), u16_at(rest, 4)) {
-        let Some(message) = rest.get(HEADER..length as usize) else { break };
-        if ELEMENTS.contains(&kind) {
-            let mut attributes = message.get(NFGENMSG..).unwrap_or_default();
-            while let (Some(length), Some(kind)) = (u16_at(attributes, 0), u16_at(attributes, 2)) {
-                let Some(value) = attributes.get(4..usize::from(length)) else { break };
-                if kind == LIST_TABLE {
-                    return value == TABLE;
-                }
-                attributes = attributes.get(usize::from(length).next_multiple_of(4)..).unwrap_or_default();
-            }
-        }
-        rest = rest.get((length as usize).next_multiple_of(4)..).unwrap_or_default();
-    }
-    false
+fn is_ours(datagram: &[u8]) -> bool {
+    let table = |message: &[u8]| {
+        let attributes = message.get(NFGENMSG..).unwrap_or_default();
+        netlink::attributes(attributes).any(|(kind, value)| kind == LIST_TABLE && value == TABLE)
+    };
+    netlink::messages(datagram).any(|(kind, message)| ELEMENTS.contains(&kind) && table(message))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::bench::netlink::made::{self, attribute};
 
     fn message(kind: u16, table: &[u8]) -> Vec<u8> {
-        let mut body = vec![1, 0, 0, 0];
-        body.extend((4 + table.len() as u16).to_ne_bytes());
-        body.extend(LIST_TABLE.to_ne_bytes());
-        body.extend(table);
-        body.resize(body.len().next_multiple_of(4), 0);
-        let mut bytes = ((HEADER + body.len()) as u32).to_ne_bytes().to_vec();
-        bytes.extend(kind.to_ne_bytes());
-        bytes.resize(HEADER, 0);
-        bytes.extend(body);
-        bytes
+        made::message(kind, &[&[1, 0, 0, 0][..], &attribute(LIST_TABLE, table)].concat())
     }
 
     #[test]
