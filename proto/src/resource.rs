@@ -367,8 +367,12 @@ pub trait ReadManifest {
     fn read<T: DeserializeOwned>(self) -> Result<T, Self::Error>;
 }
 
+/// The fields of manifests that hold a map whose keys are the user's.
+const USERS_MAPS: [&str; 4] = ["labels", "annotations", "matchLabels", "selector"];
+
 /// Takes out of a manifest what is null, an empty list, an empty text, or an empty map that was one before. A
-/// map that only becomes empty stays: a selector without requirements is another thing than none.
+/// map that only becomes empty stays: a selector without requirements is another thing than none. Of a map whose
+/// keys are the user's, every entry stays: a label without a value is a label.
 fn leave_out_empty(value: &mut Value) {
     match value {
         Value::Object(fields) => {
@@ -379,7 +383,10 @@ fn leave_out_empty(value: &mut Value) {
                 Value::String(text) => !text.is_empty(),
                 Value::Bool(_) | Value::Number(_) => true,
             });
-            fields.values_mut().for_each(leave_out_empty);
+            fields
+                .iter_mut()
+                .filter(|(key, _)| !USERS_MAPS.contains(&key.as_str()))
+                .for_each(|(_, field)| leave_out_empty(field));
         }
         Value::Array(items) => items.iter_mut().for_each(leave_out_empty),
         Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) => {}

@@ -117,7 +117,14 @@ fn what_is_shown_can_be_applied_again() {
     ] {
         set(&mut dual, path, value);
     }
-    for manifest in [service(), policy(), pod(), slice(), namespace(), dual] {
+    let mut valueless = pod();
+    set(&mut valueless, "metadata.labels", json!({ "app": "", "labels": "" }));
+    set(&mut valueless, "metadata.annotations", json!({ "note": "" }));
+    let mut selecting = service();
+    set(&mut selecting, "spec.selector", json!({ "app": "" }));
+    let mut selected = policy();
+    set(&mut selected, "spec.podSelector", json!({ "matchLabels": { "app": "" } }));
+    for manifest in [service(), policy(), pod(), slice(), namespace(), dual, valueless, selecting, selected] {
         let resource = accepted(manifest);
         assert_eq!(check(&resource), Ok(()));
         assert_eq!(accepted(resource.to_manifest().unwrap()), resource);
