@@ -17,7 +17,7 @@ use crate::answer::Asker;
 use crate::forward::{Forwarder, Job, Lookup, Waiter};
 use crate::name::Name;
 use crate::resolv::Follow;
-use crate::servers::Stub;
+use crate::servers::{Failing, Stub};
 use crate::wire::{Kind, question};
 use crate::zone::Zone;
 use crate::{sys, tcp, udp};
@@ -95,7 +95,8 @@ pub(crate) struct Counters {
 #[derive(Debug)]
 pub(crate) struct Shared {
     pub(crate) zone: ArcSwap<Zone>,
-    pub(crate) counters: Arc<Counters>,
+    pub(crate) counters: Counters,
+    pub(crate) failing: ArcSwap<Vec<Failing>>,
     pub(crate) ending: AtomicBool,
 }
 
@@ -111,7 +112,8 @@ impl Engine {
     pub fn start(config: Config, zone: Zone) -> io::Result<Self> {
         let shared = Arc::new(Shared {
             zone: ArcSwap::from_pointee(zone),
-            counters: Arc::default(),
+            counters: Counters::default(),
+            failing: ArcSwap::default(),
             ending: AtomicBool::new(false),
         });
         let explain = |listen: &Listen, error: io::Error| {
@@ -143,7 +145,7 @@ impl Engine {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let (also, sender) = (Arc::clone(&shared), jobs.clone());
         thread::Builder::new().name("dns-ask".to_owned()).spawn(move || {
-            let forwarder = Forwarder::new(Arc::clone(&also.counters), config.stubs);
+            let forwarder = Forwarder::new(Arc::clone(&also), config.stubs);
             let work = asker(streams, &also, &sender, forwarder.run(inbox, follow));
             tokio::task::LocalSet::new().block_on(&runtime, work);
         })?;
@@ -164,9 +166,14 @@ impl Engine {
         receiver.await.ok()
     }
 
+    /// The resolvers that failed when they were asked last.
+    pub fn failing(&self) -> Arc<Vec<Failing>> {
+        self.shared.failing.load_full()
+    }
+
     /// What was done so far.
     pub fn stats(&self) -> Stats {
-        let Counters { answered, ignored, cached, forwarded, failed } = &*self.shared.counters;
+        let Counters { answered, ignored, cached, forwarded, failed } = &self.shared.counters;
         Stats {
             answered: answered.load(Relaxed),
             ignored: ignored.load(Relaxed),

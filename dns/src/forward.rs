@@ -14,7 +14,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::answer::{self, Target};
 use crate::cache::{Cache, Question};
-use crate::engine::Counters;
+use crate::engine::Shared;
 use crate::name::Name;
 use crate::resolv::Follow;
 use crate::servers::{Servers, Stub};
@@ -79,16 +79,16 @@ pub(crate) struct Forwarder {
     cache: RefCell<Cache>,
     /// Who asked what is on its way already, each with its own query.
     waiting: RefCell<HashMap<Question, Vec<Waiting>>>,
-    counters: Arc<Counters>,
+    shared: Arc<Shared>,
 }
 
 impl Forwarder {
-    pub(crate) fn new(counters: Arc<Counters>, stubs: Vec<Stub>) -> Rc<Self> {
+    pub(crate) fn new(shared: Arc<Shared>, stubs: Vec<Stub>) -> Rc<Self> {
         Rc::new(Self {
             servers: RefCell::new(Servers::new(stubs)),
             cache: RefCell::default(),
             waiting: RefCell::default(),
-            counters,
+            shared,
         })
     }
 
@@ -114,7 +114,18 @@ impl Forwarder {
         if self.servers.borrow_mut().set_others(servers) {
             tracing::info!(?servers, "the resolvers that are asked for other names");
             self.cache.borrow_mut().clear();
+            self.tell_failing();
         }
+    }
+
+    fn note(&self, name: &Name, server: SocketAddr, answered: bool) {
+        if self.servers.borrow_mut().note(name, server, answered) {
+            self.tell_failing();
+        }
+    }
+
+    fn tell_failing(&self) {
+        self.shared.failing.store(Arc::new(self.servers.borrow().failing()));
     }
 
     fn take(self: &Rc<Self>, Job { message, alias, to }: Job) {
@@ -125,7 +136,7 @@ impl Forwarder {
             Question::new(name, query.kind, query.wants_dnssec(), query.flags & crate::wire::CD != 0);
         let kept = self.cache.borrow_mut().get(&question, Instant::now());
         if let Some(kept) = kept {
-            self.counters.cached.fetch_add(1, Relaxed);
+            self.shared.counters.cached.fetch_add(1, Relaxed);
             self.deliver(&message, &query, alias, to, &kept, Via::Cache);
             return;
         }
@@ -138,7 +149,7 @@ impl Forwarder {
             return;
         }
         if full {
-            self.counters.failed.fetch_add(1, Relaxed);
+            self.shared.counters.failed.fetch_add(1, Relaxed);
             self.fail(&message, &query, to);
             return;
         }
@@ -149,13 +160,13 @@ impl Forwarder {
     }
 
     async fn resolve(self: Rc<Self>, question: Question) {
-        self.counters.forwarded.fetch_add(1, Relaxed);
+        self.shared.counters.forwarded.fetch_add(1, Relaxed);
         let asked = tokio::time::timeout(GIVE_UP_AFTER, self.ask_all(&question)).await;
         let found = asked.ok().flatten();
         if let Some((reply, _)) = &found {
             self.cache.borrow_mut().put(&question, &reply.message, &reply.parts, Instant::now());
         } else {
-            self.counters.failed.fetch_add(1, Relaxed);
+            self.shared.counters.failed.fetch_add(1, Relaxed);
         }
         let waiting = self.waiting.borrow_mut().remove(&question).unwrap_or_default();
         for (message, alias, to) in waiting {
@@ -170,38 +181,42 @@ impl Forwarder {
     }
 
     /// Asks the servers one after the other, without giving up those that were asked before: the first
-    /// good answer counts. What a server only could not do, the next one may.
+    /// good answer counts. What a server only could not do, the next one may. One that another overtook is not waited for
+    /// next time.
     async fn ask_all(&self, question: &Question) -> Option<(Reply, SocketAddr)> {
         let name = question.name();
         let mut servers = self.servers.borrow().in_order(&name).into_iter();
         let mut asked = FuturesUnordered::new();
-        let ask = |server| async move { (server, upstream::ask(server, question).await) };
+        let mut since: Vec<(SocketAddr, Instant)> = Vec::new();
         let mut fallback = None;
-        asked.push(ask(servers.next()?));
+        let mut ask_next = true;
         loop {
-            let next = tokio::time::sleep(NEXT_AFTER);
-            tokio::select! {
-                Some((server, result)) = asked.next() => match result {
-                    Ok(reply) if matches!(reply.parts.rcode, Rcode::NO_ERROR | Rcode::NO_NAME) => {
-                        self.servers.borrow_mut().note(&name, server, true);
-                        return Some((reply, server));
-                    }
-                    Ok(reply) => {
-                        self.servers.borrow_mut().note(&name, server, true);
-                        fallback = fallback.or(Some((reply, server)));
-                        asked.extend(servers.next().map(ask));
-                    }
-                    Err(error) => {
-                        tracing::debug!(%server, %error, "a resolver does not answer");
-                        self.servers.borrow_mut().note(&name, server, false);
-                        asked.extend(servers.next().map(ask));
-                    }
-                },
-                () = next, if servers.len() > 0 => asked.extend(servers.next().map(ask)),
+            if ask_next && let Some(server) = servers.next() {
+                since.push((server, Instant::now()));
+                asked.push(async move { (server, upstream::ask(server, question).await) });
             }
             if asked.is_empty() {
                 return fallback;
             }
+            let next = tokio::time::sleep(NEXT_AFTER);
+            ask_next = tokio::select! {
+                Some((server, result)) = asked.next() => {
+                    since.retain(|(asked, _)| *asked != server);
+                    self.note(&name, server, result.is_ok());
+                    match result {
+                        Ok(reply) if matches!(reply.parts.rcode, Rcode::NO_ERROR | Rcode::NO_NAME) => {
+                            for (overtaken, _) in since.iter().filter(|(_, at)| at.elapsed() >= NEXT_AFTER) {
+                                self.note(&name, *overtaken, false);
+                            }
+                            return Some((reply, server));
+                        }
+                        Ok(reply) => fallback = fallback.or(Some((reply, server))),
+                        Err(error) => tracing::debug!(%server, %error, "a resolver does not answer"),
+                    }
+                    true
+                }
+                () = next, if servers.len() > 0 => true,
+            };
         }
     }
 

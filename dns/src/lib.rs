@@ -32,6 +32,6 @@ pub use engine::{Config, Engine, Listen, Role, Stats};
 pub use forward::{Lookup, Via};
 pub use message::{Data, Record, records};
 pub use name::Name;
-pub use servers::Stub;
+pub use servers::{Failing, Stub};
 pub use wire::{Kind, Query, Rcode, question};
 pub use zone::{NetworkKey, Place, Records, Standing, Zone};

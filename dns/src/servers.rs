@@ -18,16 +18,34 @@ pub struct Stub {
     pub servers: Vec<SocketAddr>,
 }
 
+/// A resolver that did not answer, or not in time, when it was asked last.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Failing {
+    /// Which one.
+    pub server: SocketAddr,
+    /// The stub domain that it is of.
+    pub stub: Option<Name>,
+    /// When that was.
+    pub at: Instant,
+}
+
 #[derive(Debug)]
 struct Server {
     address: SocketAddr,
     failures: u32,
-    down_until: Option<Instant>,
+    failed_at: Option<Instant>,
 }
 
 impl From<SocketAddr> for Server {
     fn from(address: SocketAddr) -> Self {
-        Self { address, failures: 0, down_until: None }
+        Self { address, failures: 0, failed_at: None }
+    }
+}
+
+impl Server {
+    fn is_down(&self, now: Instant) -> bool {
+        let pause = DOWN_FIRST.saturating_mul(1 << self.failures.saturating_sub(1).min(5)).min(DOWN_LAST);
+        self.failed_at.is_some_and(|at| now.saturating_duration_since(at) < pause)
     }
 }
 
@@ -77,27 +95,33 @@ impl Servers {
     pub(crate) fn in_order(&self, name: &Name) -> Vec<SocketAddr> {
         let now = Instant::now();
         let group = self.group(name).and_then(|at| self.groups.get(at));
-        let (down, up): (Vec<&Server>, Vec<&Server>) = group
-            .into_iter()
-            .flat_map(|group| &group.servers)
-            .partition(|server| server.down_until.is_some_and(|until| until > now));
+        let (down, up): (Vec<&Server>, Vec<&Server>) =
+            group.into_iter().flat_map(|group| &group.servers).partition(|server| server.is_down(now));
         up.into_iter().chain(down).map(|server| server.address).collect()
     }
 
-    /// Takes note of how a server did that was asked about a name.
-    pub(crate) fn note(&mut self, name: &Name, address: SocketAddr, answered: bool) {
+    /// Takes note of how a server did that was asked about a name. Says whether [`Servers::failing`] is another then.
+    pub(crate) fn note(&mut self, name: &Name, address: SocketAddr, answered: bool) -> bool {
         let group = self.group(name).and_then(|at| self.groups.get_mut(at));
         let servers = group.into_iter().flat_map(|group| &mut group.servers);
+        let mut changed = false;
         for server in servers.filter(|server| server.address == address) {
-            if answered {
-                server.failures = 0;
-                server.down_until = None;
-            } else {
-                let pause = DOWN_FIRST.saturating_mul(1 << server.failures.min(5)).min(DOWN_LAST);
-                server.failures += 1;
-                server.down_until = Some(Instant::now() + pause);
-            }
+            changed |= !answered || server.failed_at.is_some();
+            server.failures = if answered { 0 } else { server.failures.saturating_add(1) };
+            server.failed_at = (!answered).then(Instant::now);
         }
+        changed
+    }
+
+    /// Those that failed when they were asked last.
+    pub(crate) fn failing(&self) -> Vec<Failing> {
+        let of_group = |group: &Group| {
+            let stub = (group.domain != Name::ROOT).then_some(group.domain);
+            let failing =
+                |server: &Server| Some(Failing { server: server.address, stub, at: server.failed_at? });
+            group.servers.iter().filter_map(failing).collect::<Vec<_>>()
+        };
+        self.groups.iter().flat_map(of_group).collect()
     }
 
     fn group(&self, name: &Name) -> Option<usize> {
@@ -150,9 +174,13 @@ mod tests {
     fn who_failed_is_asked_last_until_it_answers() {
         let mut servers = servers();
         let asked = name("www.example");
-        servers.note(&asked, at(1), false);
+        assert!(!servers.note(&asked, at(1), true) && servers.failing().is_empty());
+        assert!(servers.note(&asked, at(1), false));
         assert_eq!(servers.in_order(&asked), [at(2), at(1)]);
-        servers.note(&asked, at(1), true);
+        let failing = servers.failing();
+        assert_eq!(failing.len(), 1);
+        assert_eq!((failing[0].server, failing[0].stub), (at(1), Some(name("example"))));
+        assert!(servers.note(&asked, at(1), true) && servers.failing().is_empty());
         assert_eq!(servers.in_order(&asked), [at(1), at(2)]);
     }
 }

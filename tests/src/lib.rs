@@ -131,6 +131,16 @@ pub fn assert_says(text: &str, parts: &[&str]) {
     }
 }
 
+/// Whether the host's own firewall sees bridged frames too (`net.bridge.bridge-nf-call-iptables`), as where Docker
+/// set it.
+pub fn show_frames_to_firewall(host: &Host, shown: bool) -> Result<()> {
+    for family in ["iptables", "ip6tables"] {
+        let setting = format!("net.bridge.bridge-nf-call-{family}={}", u8::from(shown));
+        host.exec_ok(["sysctl", "-qw", &setting])?;
+    }
+    Ok(())
+}
+
 /// Waits until a host knows a network, which another one made.
 pub fn wait_network(host: &Host, name: &str) -> Result<()> {
     wait_until(SOON, &format!("the network {name} on {}", host.name()), || {

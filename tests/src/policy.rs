@@ -13,7 +13,7 @@ use netns_lab::{EchoServer, Host, Lab, LabConfig, wait_until};
 use serde_json::{Value, json};
 
 use crate::routed::make_routed;
-use crate::{Attached, SOON, make_network, started_with};
+use crate::{Attached, SOON, make_network, sctp, started_with};
 
 pub use probe::{PORTS, Probe, Proto, Reached};
 pub use reference::Reference;
@@ -57,7 +57,7 @@ impl Pod {
 pub struct World {
     /// The pods; dropped before the lab.
     pub pods: Vec<Pod>,
-    servers: BTreeMap<String, Vec<EchoServer>>,
+    servers: BTreeMap<String, (Vec<EchoServer>, sctp::Server)>,
     reference: Reference,
     /// The lab.
     pub lab: Lab,
@@ -97,7 +97,7 @@ impl World {
         for port in PORTS {
             servers.extend([workload.tcp_echo(port)?, workload.udp_echo(port)?]);
         }
-        self.servers.insert(key, servers);
+        self.servers.insert(key, (servers, sctp::Server::start(&workload, &PORTS)?));
         let args =
             ["attach", name, "--namespace", namespace, "--network", "pods", "--label", &label, "--netns"];
         let json = host.ctl_json(&[&args[..], &[workload.path_str()]].concat())?;
@@ -153,17 +153,12 @@ impl World {
         self.lab.hosts().iter().find(|host| host.is_running()).context("no daemon runs")
     }
 
-    /// Waits until every pod reaches exactly those that it should, at every port, over TCP and UDP, IPv4 and
+    /// Waits until every pod reaches exactly those that it should, at every port, over TCP, UDP and SCTP, IPv4 and
     /// IPv6.
     pub fn settle(&self, what: &str) -> Result<()> {
-        self.settle_over(what, &[Proto::Tcp, Proto::Udp])
-    }
-
-    /// The same over these protocols.
-    pub fn settle_over(&self, what: &str, protos: &[Proto]) -> Result<()> {
-        let expected = self.reference.expected(&self.pods, protos);
+        let expected = self.reference.expected(&self.pods);
         wait_until(SETTLED, what, || {
-            let reached = probe::all(&self.pods, protos)?;
+            let reached = probe::all(&self.pods)?;
             let wrong = reached.differences(&expected);
             ensure!(wrong.is_empty(), "{} of {}: {}", wrong.len(), expected.len(), wrong.join(", "));
             Ok(())

@@ -10,7 +10,7 @@ use anyhow::{Context as _, Result, ensure};
 use netns_lab::{Host, Lab, LabConfig, Netns, PortMtu, Underlay, wait_until};
 use ovl_tests::{
     Attached, SOON, assert_says, attach, attach_workload, make_network, ping_all_pairs, refused, rows,
-    started, started_with, text, wait_clean, wait_endpoints,
+    show_frames_to_firewall, started, started_with, text, wait_clean, wait_endpoints,
 };
 use serde_json::Value;
 
@@ -180,11 +180,7 @@ fn a_dual_stack_network_carries_ping_tcp_and_udp_within_and_between_hosts() {
     }
     everything_between(&all);
     // As Docker and Kubernetes set up their hosts: frames within the network pass our chains too.
-    for host in lab.hosts() {
-        for family in ["iptables", "ip6tables"] {
-            host.exec_ok(["sysctl", "-qw", &format!("net.bridge.bridge-nf-call-{family}=1")]).unwrap();
-        }
-    }
+    lab.hosts().iter().for_each(|host| show_frames_to_firewall(host, true).unwrap());
     everything_between(&all);
     wait_clean(lab.hosts(), SOON).unwrap();
 }

@@ -8,7 +8,9 @@ use std::time::{Duration, Instant};
 use anyhow::ensure;
 use netns_lab::{Lab, wait_until};
 use ovl_tests::resolver::{FakeResolver, Mood, ResolvConf, config, dig, dnsmasq, status};
-use ovl_tests::{Attached, SOON, assert_says, attach, make_network, started_with, text};
+use ovl_tests::{
+    Attached, SOON, assert_says, attach, make_network, problems, started_with, text, wait_problem,
+};
 
 const AT: &str = "127.0.0.11";
 const FIRST: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 1);
@@ -92,7 +94,22 @@ fn a_resolver_that_is_silent_or_slow_holds_nobody_up() {
     let _good = FakeResolver::start(&lab.hosts()[0], SECOND, Mood::Answers).unwrap();
     assert_eq!(dig(&asker.workload, AT, &["one.example.org"]).unwrap(), ["192.0.2.7"]);
     assert_eq!(silent.asked(), 1);
-    drop((silent, _good));
+    // It is named, and others are not kept waiting by it; when it answers again, all is well.
+    let host = &lab.hosts()[0];
+    wait_problem(host, &["resolver 127.0.0.1:53 did not answer in time"], SOON).unwrap();
+    assert_eq!(dig(&asker.workload, AT, &["at-once.example.org"]).unwrap(), ["192.0.2.7"]);
+    assert_eq!(silent.asked(), 1);
+    drop(silent);
+    let back = FakeResolver::start(host, FIRST, Mood::Answers).unwrap();
+    let mut names = 0..;
+    wait_until(SOON, "the resolver that is back to be asked", || {
+        let name = format!("back-{}.example.org", names.next().unwrap_or(0));
+        ensure!(dig(&asker.workload, AT, &[&name])? == ["192.0.2.7"] && back.asked() > 0);
+        ensure!(problems(host)?.is_empty(), "{:?}", problems(host)?);
+        Ok(())
+    })
+    .unwrap();
+    drop((back, _good));
     // Alone, a slow one is waited for, and names of ours are answered meanwhile.
     file.set(&["127.0.0.3"]).unwrap();
     let slow = Mood::Slow(Duration::from_millis(2500));

@@ -13,8 +13,8 @@ use ovl_tests::policy::{Proto, World, namespace, policy, port_name, wait_enforce
 use ovl_tests::routed::make_routed;
 use ovl_tests::service::{Named, apply};
 use ovl_tests::{
-    Attached, SOON, assert_says, attach, attach_workload, make_network, rows, started, strings, text,
-    wait_clean,
+    Attached, SOON, assert_says, attach, attach_workload, make_network, rows, show_frames_to_firewall,
+    started, strings, text, wait_clean,
 };
 use serde_json::{Value, json};
 
@@ -241,6 +241,21 @@ fn kinds(world: &World) -> Vec<(&'static str, Vec<Value>)> {
         (
             "of a protocol",
             vec![x("p", json!({"podSelector": a, "ingress": [{"ports": [{"protocol": "UDP"}]}]}))],
+        ),
+        (
+            "of SCTP",
+            vec![
+                x(
+                    "p1",
+                    json!({"podSelector": a,
+                "ingress": [{"from": [{"podSelector": {}}], "ports": [{"port": 80, "endPort": 81, "protocol": "SCTP"}]}]}),
+                ),
+                x(
+                    "p2",
+                    json!({"podSelector": a, "policyTypes": ["Egress"],
+                "egress": [{"ports": [{"port": port_name(81, Proto::Sctp), "protocol": "SCTP"}, {"port": 80, "protocol": "SCTP"}]}]}),
+                ),
+            ],
         ),
         (
             "egress without policyTypes isolates both ways",
@@ -671,4 +686,12 @@ fn what_a_service_leads_to_is_judged_on_a_routed_network() {
 #[test]
 fn what_a_service_leads_to_is_judged_on_a_switched_network() {
     assert_services_judged(|lab| make_network(lab, "pods", FLAT).unwrap());
+}
+
+#[test]
+fn what_a_service_leads_to_is_judged_where_frames_are_translated_while_they_are_bridged() {
+    assert_services_judged(|lab| {
+        lab.hosts().iter().for_each(|host| show_frames_to_firewall(host, true).unwrap());
+        make_network(lab, "pods", FLAT).unwrap();
+    });
 }

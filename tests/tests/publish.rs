@@ -11,8 +11,8 @@ use netns_lab::{Host, Lab, LabConfig, Netns, Spawned, Underlay, wait_until};
 use ovl_tests::ports::{asked, asked_udp, make_bridge, outsider, who_asks};
 use ovl_tests::routed::wait_routed;
 use ovl_tests::{
-    Attached, Capture, SOON, assert_says, attach, endpoints, problems, refused, rows, started, started_with,
-    strings, text, wait_clean, wait_problem,
+    Attached, Capture, SOON, assert_says, attach, endpoints, problems, refused, rows,
+    show_frames_to_firewall, started, started_with, strings, text, wait_clean, wait_problem,
 };
 use serde_json::json;
 
@@ -123,22 +123,20 @@ fn on_encrypted_networks_as_on_others() {
 
 #[test]
 fn from_a_container_on_the_same_host_by_the_hosts_address() {
-    from_a_container("0");
+    from_a_container(false);
 }
 
 /// As Docker sets it: the packet filter sees frames within bridges too.
 #[test]
 fn from_a_container_on_the_same_host_where_bridges_call_iptables() {
-    from_a_container("1");
+    from_a_container(true);
 }
 
-fn from_a_container(calls: &str) {
+fn from_a_container(shown: bool) {
     for kind in KINDS {
         let lab = dual();
         let host = &lab["h1"];
-        for family in ["iptables", "ip6tables"] {
-            host.exec_ok(["sysctl", "-qw", &format!("net.bridge.bridge-nf-call-{family}={calls}")]).unwrap();
-        }
+        show_frames_to_firewall(host, shown).unwrap();
         make(&lab, "blue", kind, 30);
         make(&lab, "red", &[], 31);
         let (web, _server) = serve(host, "web", "blue", &["8080:80", "8080:80/udp"]);

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use netns_lab::{Host, Lab, Netns, wait_until};
@@ -149,21 +150,21 @@ fn sctp_is_translated_there_and_back() -> Result<()> {
             .replace("\"targetPort\":8080", "\"targetPort\":9000,\"protocol\":\"SCTP\"");
         apply(&lab, h1, &manifest)?;
         let found = h1.ctl_json(&["get", "svc", "web"])?;
-        let addresses = strings(&found["spec"]["clusterIPs"]);
-        ensure!(addresses.len() == 2, "{addresses:?}");
+        let services = strings(&found["spec"]["clusterIPs"])
+            .iter()
+            .map(|address| Ok(SocketAddr::new(address.parse()?, 80)))
+            .collect::<Result<Vec<_>>>()?;
+        ensure!(services.len() == 2, "{services:?}");
         let client = attach(h1, "client", "blue", &[])?;
         for host in [h1, h2] {
             let name = format!("at-{}", host.name());
             let at = attach(host, &name, "blue", &["--label", "app=web"])?;
-            let _server = sctp::serve(&at.workload, 9000)?;
-            for address in &addresses {
-                let address: IpAddr = address.parse()?;
-                wait_until(SOON, &format!("{mode}: an answer of {name}"), || {
-                    let answered = sctp::ask(&client.workload, address, 80)?;
-                    ensure!(answered == (address, 80), "answered by {answered:?}");
-                    Ok(())
-                })?;
-            }
+            let _server = sctp::Server::start(&at.workload, &[9000])?;
+            wait_until(SOON, &format!("{mode}: answers of {name}"), || {
+                let answered = sctp::ask(&client.workload, &services, Duration::from_secs(1))?;
+                ensure!(answered == services.iter().map(|at| (*at, *at)).collect(), "{answered:?}");
+                Ok(())
+            })?;
             host.ctl_ok(&["detach", &name])?;
         }
     }

@@ -9,13 +9,14 @@ mod cluster;
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
 
 use ipnet::IpNet;
 use ovl_core::cluster_names;
 use ovl_core::resolver::{ADDRESS_V4, ADDRESS_V6, CLUSTER_V4, CLUSTER_V6, PORT, PORT_DIRECT, resolv_conf};
 use ovl_core::zone::{self, Marks};
 use ovl_dns::{
-    Asker, Engine, Kind, Listen, Name, Outcome, Place, Records, Role, Standing, Transport, Via, Zone,
+    Asker, Engine, Failing, Kind, Listen, Name, Outcome, Place, Records, Role, Standing, Transport, Via, Zone,
 };
 use ovl_proto::control::{DnsAnswer, DnsQuestion, DnsRecord};
 use ovl_proto::id::NetworkId;
@@ -26,6 +27,9 @@ use self::cluster::{Cluster, Owner};
 use super::state::State;
 use super::{Failed, Node};
 use crate::config::{Config, OWN_DOMAIN};
+
+/// A resolver that nobody has asked since then may be well again.
+const FAILED_LATELY: Duration = Duration::from_secs(300);
 
 /// The resolver and its zone.
 pub(super) struct Names {
@@ -59,6 +63,18 @@ impl Names {
         };
         let zone = RefCell::new(zone);
         (Self { engine, zone, cluster: RefCell::default(), domain }, problem)
+    }
+
+    /// Sentences about the resolvers that did not answer of late.
+    pub(super) fn problems(&self) -> Vec<String> {
+        let failing = self.engine.as_ref().map(Engine::failing).unwrap_or_default();
+        let lately = failing.iter().filter(|each| each.at.elapsed() < FAILED_LATELY);
+        let sentence = |Failing { server, stub, at }: &Failing| {
+            let whose = stub.map_or_else(String::new, |domain| format!(" of the stub domain {domain}"));
+            let ago = at.elapsed().as_secs();
+            format!("the resolver {server}{whose} did not answer in time when it was asked last, {ago} s ago")
+        };
+        lately.map(sentence).collect()
     }
 
     /// What the resolver has done, by a name for metrics.

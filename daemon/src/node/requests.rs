@@ -140,6 +140,7 @@ impl Node {
         let mut problems: Vec<String> = state.problems.values().cloned().collect();
         problems.extend(self.unreachable(&state));
         problems.extend(self.tunnel_problems(&state));
+        problems.extend(self.names.problems());
         problems.extend(state.failing.values().map(|failing| format!("the kernel refuses: {failing}")));
         let starting = !state.is_member() || !state.caught_up;
         Status {

@@ -9,7 +9,10 @@ use anyhow::{Context as _, Result, ensure};
 use crate::machine::{Machine, SOON};
 use crate::world::{Workload, joined};
 
-/// Pings from one workload to another, 25 a second, from the start to [`none_lost`] or [`at_most_lost`].
+/// So many pings a flow sends.
+pub(crate) const PINGS_A_SECOND: f64 = 25.0;
+
+/// Pings from one workload to another, from the start to [`none_lost`] or [`at_most_lost`].
 pub(crate) struct Flow<'a> {
     machine: &'a dyn Machine,
     shown: String,
@@ -39,9 +42,10 @@ impl<'a> Flow<'a> {
         let pids = each(&flows, |number, flow| {
             let (from, to) = ways[number];
             format!(
-                "{}; {} ping -n -i 0.04 {} >{} 2>&1 </dev/null & echo $!",
+                "{}; {} ping -n -i {} {} >{} 2>&1 </dev/null & echo $!",
                 from.pinged(to),
                 from.exec(),
+                1.0 / PINGS_A_SECOND,
                 to.address,
                 flow.file
             )

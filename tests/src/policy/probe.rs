@@ -1,6 +1,6 @@
-//! Who reaches whom: every pod tries every other one at once, from one thread each.
+//! Who reaches whom: every pod tries every other one at once, from one thread for each protocol.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 use std::thread;
 use std::time::Duration;
@@ -10,6 +10,7 @@ use tokio::net::{TcpStream, UdpSocket};
 use tokio::task::JoinSet;
 
 use super::Pod;
+use crate::sctp;
 
 /// What all pods listen to.
 pub const PORTS: [u16; 2] = [80, 81];
@@ -25,17 +26,20 @@ pub enum Proto {
     Tcp,
     /// UDP.
     Udp,
+    /// SCTP.
+    Sctp,
 }
 
 impl Proto {
     /// Those that pods listen to.
-    pub const ALL: [Self; 2] = [Self::Tcp, Self::Udp];
+    pub const ALL: [Self; 3] = [Self::Tcp, Self::Udp, Self::Sctp];
 
     /// In lower case.
     pub fn name(self) -> &'static str {
         match self {
             Self::Tcp => "tcp",
             Self::Udp => "udp",
+            Self::Sctp => "sctp",
         }
     }
 }
@@ -89,9 +93,12 @@ impl Reached {
 }
 
 /// Every pod tries every other one.
-pub(super) fn all(pods: &[Pod], protos: &[Proto]) -> Result<Reached> {
+pub(super) fn all(pods: &[Pod]) -> Result<Reached> {
     thread::scope(|scope| {
-        let threads: Vec<_> = pods.iter().map(|pod| scope.spawn(move || from(pod, pods, protos))).collect();
+        let threads: Vec<_> = pods
+            .iter()
+            .flat_map(|pod| Proto::ALL.map(|proto| scope.spawn(move || from(pod, pods, proto))))
+            .collect();
         let mut reached = Reached::default();
         for thread in threads {
             reached.0.extend(thread.join().map_err(|_| anyhow!("a prober panicked"))??);
@@ -100,44 +107,47 @@ pub(super) fn all(pods: &[Pod], protos: &[Proto]) -> Result<Reached> {
     })
 }
 
-fn from(pod: &Pod, pods: &[Pod], protos: &[Proto]) -> Result<Vec<Probe>> {
-    let mut probes = Vec::new();
+/// What one pod reaches.
+fn from(pod: &Pod, pods: &[Pod], proto: Proto) -> Result<Vec<Probe>> {
+    let mut probes = BTreeMap::new();
     for to in pods.iter().filter(|to| to.full_name() != pod.full_name()) {
         for v4 in [true, false] {
             let Some(address) = to.address(v4) else { continue };
             let address: IpAddr = address.parse()?;
-            for proto in protos {
-                for port in PORTS {
-                    let probe = Probe { from: pod.full_name(), to: to.full_name(), v4, proto: *proto, port };
-                    probes.push((probe, SocketAddr::new(address, port)));
-                }
+            for port in PORTS {
+                let probe = Probe { from: pod.full_name(), to: to.full_name(), v4, proto, port };
+                probes.insert(SocketAddr::new(address, port), probe);
             }
         }
     }
-    pod.attached.workload.run(|| run(probes))?
+    let (at, targets) = (&pod.attached.workload, probes.keys().copied().collect::<Vec<_>>());
+    let answered = match proto {
+        Proto::Tcp => at.run(|| each(targets, tcp))??,
+        Proto::Udp => at.run(|| each(targets, udp))??,
+        Proto::Sctp => sctp::ask(at, &targets, PATIENCE)?.into_keys().collect(),
+    };
+    Ok(answered.iter().filter_map(|target| probes.remove(target)).collect())
 }
 
-fn run(probes: Vec<(Probe, SocketAddr)>) -> Result<Vec<Probe>> {
+/// Those that answer, of all that are tried at once.
+fn each<F>(targets: Vec<SocketAddr>, try_one: fn(SocketAddr) -> F) -> Result<Vec<SocketAddr>>
+where
+    F: Future<Output = Result<()>> + Send + 'static,
+{
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
         let mut tries = JoinSet::new();
-        for (probe, target) in probes {
-            tries.spawn(async move {
-                let answered = match probe.proto {
-                    Proto::Tcp => tokio::time::timeout(PATIENCE, tcp(target)).await,
-                    Proto::Udp => tokio::time::timeout(PATIENCE, udp(target)).await,
-                };
-                (probe, answered)
-            });
+        for target in targets {
+            tries.spawn(async move { (target, tokio::time::timeout(PATIENCE, try_one(target)).await) });
         }
-        let mut reached = Vec::new();
+        let mut answered = Vec::new();
         while let Some(done) = tries.join_next().await {
-            let (probe, answered) = done.context("a try panicked")?;
-            if matches!(answered, Ok(Ok(()))) {
-                reached.push(probe);
+            let (target, answer) = done.context("a try panicked")?;
+            if matches!(answer, Ok(Ok(()))) {
+                answered.push(target);
             }
         }
-        Ok(reached)
+        Ok(answered)
     })
 }
 

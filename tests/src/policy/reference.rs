@@ -44,11 +44,11 @@ impl Reference {
     }
 
     /// All tries that should be answered.
-    pub fn expected(&self, pods: &[Pod], protos: &[Proto]) -> Reached {
+    pub fn expected(&self, pods: &[Pod]) -> Reached {
         let mut all = BTreeSet::new();
         for from in pods {
             for to in pods.iter().filter(|to| to.full_name() != from.full_name()) {
-                for (v4, proto, port) in tries(protos) {
+                for (v4, proto, port) in tries() {
                     if to.address(v4).is_some() && self.passes(from, to, v4, proto, port) {
                         all.insert(Probe { from: from.full_name(), to: to.full_name(), v4, proto, port });
                     }
@@ -139,11 +139,11 @@ impl Try {
     }
 }
 
-fn tries(protos: &[Proto]) -> Vec<(bool, Proto, u16)> {
+fn tries() -> Vec<(bool, Proto, u16)> {
     let mut all = Vec::new();
     for v4 in [true, false] {
-        for proto in protos {
-            all.extend(PORTS.map(|port| (v4, *proto, port)));
+        for proto in Proto::ALL {
+            all.extend(PORTS.map(|port| (v4, proto, port)));
         }
     }
     all

@@ -7,7 +7,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use netns_lab::Host;
+use netns_lab::{Host, Workload};
 
 use super::super::Bench;
 use super::super::client;
@@ -17,6 +17,8 @@ use super::CLIENT;
 
 /// Between two updates: 10,000 a minute.
 const PACE: Duration = Duration::from_micros(6000);
+/// So many clients make them, for each waits for the kernel most of the time.
+const CLIENTS: u32 = 4;
 
 /// What dnsperf found.
 pub(super) struct Found {
@@ -72,7 +74,7 @@ pub(super) struct Updated {
     pub(super) updates_a_minute: f64,
 }
 
-/// Asks at this rate while an endpoint of the second host comes and goes.
+/// Asks at this rate while endpoints of the second host come and go.
 pub(super) fn with_updates(
     cluster: &Cluster,
     questions: &Path,
@@ -80,31 +82,44 @@ pub(super) fn with_updates(
     rate: f64,
     bench: &Bench,
 ) -> Result<Updated> {
-    let workloads = cluster.host(1)?.bare_workloads("u", 2)?;
+    let workloads = cluster.host(1)?.bare_workloads("u", CLIENTS as usize)?;
     let ending = AtomicBool::new(false);
     let seconds = bench.plan.settle.as_secs().max(1);
+    let update = |workload: &Workload| -> Result<u32> {
+        let mut client = cluster.client(1)?;
+        let (start, mut count) = (Instant::now(), 0);
+        while !ending.load(Ordering::Relaxed) {
+            let request = match count % 2 {
+                0 => client::attach(workload.name(), NETWORK, workload.path(), None),
+                _ => client::detach(workload.name()),
+            };
+            client.ask(&request)?;
+            count += 1;
+            let due = start + PACE * CLIENTS * count;
+            thread::sleep(due.saturating_duration_since(Instant::now()));
+        }
+        Ok(count)
+    };
     thread::scope(|scope| {
-        let updates = scope.spawn(|| -> Result<f64> {
-            let mut client = cluster.client(1)?;
-            let (start, mut count) = (Instant::now(), 0u32);
-            while !ending.load(Ordering::Relaxed) {
-                let workload = &workloads[(count / 2 % 2) as usize];
-                let request = match count % 2 {
-                    0 => client::attach(workload.name(), NETWORK, workload.path(), None),
-                    _ => client::detach(workload.name()),
-                };
-                client.ask(&request)?;
-                count += 1;
-                let due = start + PACE * count;
-                thread::sleep(due.saturating_duration_since(Instant::now()));
-            }
-            Ok(f64::from(count) / start.elapsed().as_secs_f64() * 60.0)
-        });
+        let start = Instant::now();
+        let updates: Vec<_> = workloads
+            .iter()
+            .map(|workload| {
+                scope.spawn({
+                    let update = &update;
+                    move || update(workload)
+                })
+            })
+            .collect();
         let found = run(cluster.host(0)?, questions, port, seconds, Pace::Rate(rate));
         ending.store(true, Ordering::Relaxed);
-        let updates_a_minute = updates.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+        let mut count = 0;
+        for thread in updates {
+            count += thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+        }
         let found = found?;
         let p99_ms = Samples::new(found.latencies).percentile(99.0);
+        let updates_a_minute = f64::from(count) / start.elapsed().as_secs_f64() * 60.0;
         Ok(Updated { lost: found.lost, p99_ms, updates_a_minute })
     })
 }
