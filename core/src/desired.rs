@@ -14,6 +14,7 @@ use ovl_proto::table::Endpoint;
 use crate::device::Device;
 use crate::filter;
 use crate::kernel::{Hop, Kernel, Link, Remote, Source};
+use crate::nft::Value;
 use crate::publish;
 use crate::resolver;
 use crate::routed;
@@ -79,8 +80,9 @@ pub fn host(view: &View, local: &Local) -> Kernel {
         // The kernel's device has no socket of ours.
         kernel: end.local.is_none(),
     });
-    if local.publishing {
-        kernel.tables.extend(publish::skeletons());
+    kernel.tables.extend(local.publishing.then(publish::table));
+    if local.publishing || (view.has_services() && built.iter().any(|network| network.mode == Mode::L2)) {
+        kernel.tables.extend([publish::frames_table()]);
     }
     let mut text = filter::render(&built, &vteps, port, tunnel, local.masquerade);
     if let Some(chains) = resolver::chains(&built, &local.resolved, &local.cluster_dns) {
@@ -146,7 +148,7 @@ fn switched(kernel: &mut Kernel, view: &View, local: &Local, network: &Network, 
     }
     // The host's ends: all that the table names, isolated or not, so that none is swept away.
     for endpoint in own.table.endpoints_on(id) {
-        own_endpoint(kernel, local, endpoint, mtu);
+        own_endpoint(kernel, view, local, network, endpoint, mtu);
         if !local.isolated.contains_key(&endpoint.id) {
             publish::elements(kernel, network, endpoint);
         }
@@ -272,12 +274,32 @@ pub(crate) fn devices(kernel: &mut Kernel, view: &View, network: &Network, own: 
 }
 
 /// The host's end of an endpoint's pair.
-pub(crate) fn own_endpoint(kernel: &mut Kernel, local: &Local, endpoint: &Endpoint, mtu: u16) {
-    let silent = local.isolated.contains_key(&endpoint.id);
-    let master = (!silent).then(|| Device::bridge(endpoint.network));
-    let hairpin = !silent && !endpoint.publish.is_empty();
-    let link = Link::Endpoint { mtu, master, up: !silent, tuned: !silent, hairpin };
-    kernel.links.insert(Device::endpoint(endpoint.id), link);
+pub(crate) fn own_endpoint(
+    kernel: &mut Kernel,
+    view: &View,
+    local: &Local,
+    network: &Network,
+    endpoint: &Endpoint,
+    mtu: u16,
+) {
+    if local.isolated.contains_key(&endpoint.id) {
+        let silent = Link::Endpoint { mtu, master: None, up: false, tuned: false, hairpin: false };
+        kernel.links.insert(Device::endpoint(endpoint.id), silent);
+    } else {
+        port(kernel, view, network, endpoint, mtu);
+    }
+}
+
+/// The port of a bridge.
+fn port(kernel: &mut Kernel, view: &View, network: &Network, endpoint: &Endpoint, mtu: u16) {
+    let device = Device::endpoint(endpoint.id);
+    let hairpin = publish::turns_round(view, network, endpoint);
+    let master = Some(Device::bridge(network.id));
+    kernel.links.insert(device, Link::Endpoint { mtu, master, up: true, tuned: true, hairpin });
+    if hairpin {
+        let (set, key) = publish::hairpin(device);
+        kernel.elements.insert(set, key, Value::None);
+    }
 }
 
 /// Orders the endpoints that claim a MAC address; it belongs to the first: the one whose own address
@@ -334,9 +356,7 @@ pub fn endpoint_part(view: &View, local: &Local, network: &Network, endpoint: &E
     match network.mode {
         Mode::L2 => {
             let bridge = Device::bridge(network.id);
-            let hairpin = !endpoint.publish.is_empty();
-            let link = Link::Endpoint { mtu, master: Some(bridge), up: true, tuned: true, hairpin };
-            kernel.links.insert(device, link);
+            port(&mut kernel, view, network, endpoint, mtu);
             kernel.ports.insert((device, endpoint.mac));
             for address in &endpoint.addresses {
                 kernel.neighbours.insert((bridge, address.addr()), endpoint.mac);

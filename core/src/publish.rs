@@ -21,6 +21,7 @@ use crate::nft::{
     self, Chain, Contents, Data, Elements, Field, Key, Set, Shape, Skeleton, Table, Type, Value,
 };
 use crate::op::Op;
+use crate::view::View;
 
 /// Ports of one endpoint, at most: the daemon holds a socket for each.
 pub const MOST_PORTS: u32 = 16_384;
@@ -98,15 +99,27 @@ fn chain(name: &str, hook: Option<&str>, rules: &[&str]) -> Chain {
     }
 }
 
-/// The tables without elements. They are there while anything is published.
-pub fn skeletons() -> [(Table, Arc<Skeleton>); 2] {
-    [(Table::Publish, skeleton()), (Table::PublishFrames, frames())]
+/// The table of ports without elements. It is there while anything is published.
+pub(crate) fn table() -> (Table, Arc<Skeleton>) {
+    (Table::Publish, skeleton())
+}
+
+/// The table that goes with [`turns_round`].
+pub(crate) fn frames_table() -> (Table, Arc<Skeleton>) {
+    (Table::PublishFrames, frames())
+}
+
+/// Whether an endpoint of a switched network may have to get back what it sent: it has published ports, or may be behind
+/// a Service.
+pub fn turns_round(view: &View, network: &Network, endpoint: &Endpoint) -> bool {
+    network.mode == Mode::L2 && (!endpoint.publish.is_empty() || view.has_services())
 }
 
 /// With `net.bridge.bridge-nf-call-iptables`, as Docker sets it, the kernel translates packets while they are
 /// still frames, and bridges those that are for the same bridge then. What an endpoint sends to a port that it has
-/// published itself has to leave by the port of the bridge where it came in. The bridge lets it do that
-/// ([`crate::kernel::Link::Endpoint`]'s `hairpin`); what is for a group does not come back that way.
+/// published itself, or to a Service that it is behind, has to leave by the port of the bridge where it came in. The
+/// bridge lets it do that ([`crate::kernel::Link::Endpoint`]'s `hairpin`); what is for a group does not come back that
+/// way.
 fn frames() -> Arc<Skeleton> {
     static SKELETON: LazyLock<Arc<Skeleton>> = LazyLock::new(|| {
         let rule = format!(
@@ -188,11 +201,7 @@ pub(crate) fn elements(kernel: &mut Kernel, network: &Network, endpoint: &Endpoi
         kernel.elements.insert(set, key, value);
     }
     match network.mode {
-        Mode::L2 => {
-            let (set, key) = hairpin(endpoint);
-            kernel.elements.insert(set, key, Value::None);
-            bridge_part(kernel, network, endpoint);
-        }
+        Mode::L2 => bridge_part(kernel, network, endpoint),
         Mode::L3 => {
             let device = Device::endpoint(endpoint.id);
             for (set, key) in own_turns(endpoint) {
@@ -220,7 +229,7 @@ fn localnet(kernel: &mut Kernel, device: Device, endpoint: &Endpoint) {
 /// The keys of [`elements`] on whatever kind of network, those aside that an endpoint shares with its neighbours.
 pub(crate) fn keys(endpoint: &Endpoint) -> impl Iterator<Item = (&'static Set, Key)> {
     let all = endpoint.publish.iter().flat_map(|published| translations(endpoint, *published));
-    let of_device = (!endpoint.publish.is_empty()).then(|| own_turns(endpoint).chain([hairpin(endpoint)]));
+    let of_device = (!endpoint.publish.is_empty()).then(|| own_turns(endpoint));
     all.map(|(set, key, _)| (set, key)).chain(of_device.into_iter().flatten())
 }
 
@@ -241,8 +250,8 @@ fn turn(leaves: Device, from: IpNet) -> (&'static Set, Key) {
     (set, Key::of(&[Field::Device(leaves.as_str()), Field::Net(from)]))
 }
 
-fn hairpin(endpoint: &Endpoint) -> (&'static Set, Key) {
-    let device = Device::endpoint(endpoint.id);
+/// What lets frames leave by the port of an endpoint by which they came, and those alone that are for one.
+pub(crate) fn hairpin(device: Device) -> (&'static Set, Key) {
     (&HAIRPINS, Key::of(&[Field::Device(device.as_str()), Field::Device(device.as_str())]))
 }
 

@@ -135,7 +135,7 @@ impl Services {
         let forwarding = self.forwarding();
         let mut changes = Vec::new();
         let is_first = !std::mem::replace(&mut self.started, true);
-        let any = !view.resources.services.is_empty();
+        let any = view.has_services();
         let ground = ground || std::mem::replace(&mut self.any, any) != any;
         if ground || is_first {
             let ground = self::ground(view);
@@ -215,7 +215,7 @@ impl Services {
     fn endpoints(&mut self, view: &View) -> Vec<Op> {
         let mut wanted: BTreeMap<EndpointId, Entries> = BTreeMap::new();
         // Without Services nothing is diverted.
-        let own = view.own().filter(|_| !view.resources.services.is_empty());
+        let own = view.own().filter(|_| view.has_services());
         for endpoint in own.into_iter().flat_map(|own| own.table.endpoints()) {
             let network = view.networks.get(&endpoint.network).map(|found| &found.network);
             if network.is_some_and(|network| network.mode == Mode::L2) {

@@ -179,12 +179,16 @@ fn switched(
         }
     }
     for endpoint in ids.iter().filter_map(|id| own.table.endpoint(*id)).filter(|own| own.network == id) {
-        desired::own_endpoint(&mut is, local, endpoint, mtu);
+        desired::own_endpoint(&mut is, view, local, network, endpoint, mtu);
     }
 
     let mut was = Kernel::default();
     for device in ids.iter().map(|id| Device::endpoint(*id)) {
         was.links.extend(applied.links.get(&device).map(|link| (device, *link)));
+        let (set, key) = publish::hairpin(device);
+        if let Some(value) = applied.elements.of(set).and_then(|held| held.get(&key)) {
+            was.elements.insert(set, key, value.clone());
+        }
     }
     for mac in &macs {
         was.remotes.extend(applied.remotes.get(&(vxlan, *mac)).map(|remote| ((vxlan, *mac), *remote)));

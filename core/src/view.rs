@@ -231,12 +231,17 @@ impl View {
         self.all_with_address(network, address).find(|placed| self.is_counted(placed))
     }
 
-    /// A network by name or id. Should the cluster have got one with the name of a network of this host, this
     /// Switched networks.
     pub fn switched(&self) -> impl Iterator<Item = &Network> {
         self.networks.values().map(|found| &found.network).filter(|network| network.mode == Mode::L2)
     }
 
+    /// Whether there are Services.
+    pub fn has_services(&self) -> bool {
+        !self.resources.services.is_empty()
+    }
+
+    /// A network by name or id. Should the cluster have got one with the name of a network of this host, this
     /// host's is meant, as it was before.
     pub fn network(&self, name: &str) -> Option<&NetworkState> {
         let named = || self.networks.values().filter(|state| state.network.name == name);

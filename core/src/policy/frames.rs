@@ -5,6 +5,10 @@
 //! permanent neighbours, and gets its sender's MAC address again: other hosts, and the check of what comes out
 //! of the tunnel, see it as it was. What is bridged to or from an isolated endpoint all the same is no IP
 //! packet for its address, and dropped but for ARP and neighbour discovery.
+//!
+//! With `net.bridge.bridge-nf-call-iptables`, as Docker and Kubernetes set it, frames that the kernel translates are bridged
+//! and not routed, and the other table judges them on their way: `forward` comes after that, and lets those pass that
+//! it has seen.
 
 use super::Direction;
 use super::members;
@@ -14,6 +18,12 @@ use crate::nft::{Chain, Skeleton};
 const DISCOVERY: &str = "icmpv6 type { 133, 134, 135, 136 }";
 /// And who listens to which multicast group: without that a switch may keep discovery back.
 const DISCOVERY_AND_GROUPS: &str = "icmpv6 type { 130, 131, 132, 133, 134, 135, 136, 143 }";
+
+/// A bit of the packet mark of what the other table has seen on its way from a bridge to a bridge. It is gone when the
+/// packet leaves.
+pub(super) const SEEN: u32 = 0x2000;
+/// The kernel has frames looked at by IP's chains at -1 (`NF_BR_PRI_BRNF`).
+const AFTER_BRIDGE_NF: &str = "10";
 
 pub(super) fn skeleton() -> Skeleton {
     let families = [("ip", true), ("ip6", false)];
@@ -33,14 +43,17 @@ pub(super) fn skeleton() -> Skeleton {
         }
     }
     let [to, from] = Direction::ALL.map(|direction| members::closed(direction).name);
+    let unsee = format!("meta mark set meta mark & {:#010x}", !SEEN);
     let forward = vec![
+        format!("meta mark & {SEEN:#x} == {SEEN:#x} {unsee} accept"),
         "ether type arp accept".to_owned(),
         format!("{DISCOVERY_AND_GROUPS} accept"),
         format!("oifname @{to} counter drop"),
         format!("iifname @{from} counter drop"),
     ];
-    let output =
-        families.map(|(ip, v4)| format!("ether saddr set {ip} saddr map @{}", members::macs(v4).name)).into();
+    let restored =
+        families.map(|(ip, v4)| format!("ether saddr set {ip} saddr map @{}", members::macs(v4).name));
+    let output = [unsee].into_iter().chain(restored).collect();
     let chain = |name: &str, priority: &str, rules| Chain {
         name: name.to_owned(),
         hook: Some(format!("type filter hook {name} priority {priority}; policy accept;")),
@@ -57,7 +70,7 @@ pub(super) fn skeleton() -> Skeleton {
         chains: vec![
             // Before anything of ours looks at where a frame goes.
             chain("prerouting", "dstnat - 10", prerouting),
-            chain("forward", "filter", forward),
+            chain("forward", AFTER_BRIDGE_NF, forward),
             chain("output", "filter", output),
         ],
     }

@@ -93,17 +93,17 @@ fn chain_of(policy: &Policy, direction: Direction) -> String {
 /// All of the table but its elements. `slots`: so many policies can select one endpoint in one direction;
 /// `routed`: whether there are routed networks, `switched`: switched ones.
 pub(super) fn skeleton(policies: &Policies, slots: usize, routed: bool, switched: bool) -> Skeleton {
+    let seen =
+        format!("iifname \"ovb-*\" oifname \"ovb-*\" meta mark set meta mark | {:#x}", super::frames::SEEN);
+    let judged = [
+        "ct state established,related ct mark @current accept".to_owned(),
+        "ct state invalid,untracked goto stateless".to_owned(),
+        "ct state new tcp flags & (fin | syn | rst | ack) != syn goto midstream".to_owned(),
+        "goto from".to_owned(),
+    ];
+    let forward: Vec<String> = switched.then_some(seen).into_iter().chain(judged).collect();
     let mut chains = vec![
-        chain(
-            "forward",
-            Some("filter hook forward priority filter - 5"),
-            &[
-                "ct state established,related ct mark @current accept".to_owned(),
-                "ct state invalid,untracked goto stateless".to_owned(),
-                "ct state new tcp flags & (fin | syn | rst | ack) != syn goto midstream".to_owned(),
-                "goto from".to_owned(),
-            ],
-        ),
+        chain("forward", Some("filter hook forward priority filter - 5"), &forward),
         chain("from", None, &look_up(Direction::Egress, "goto to")),
         chain("to", None, &look_up(Direction::Ingress, "return")),
         // What one end's policies let pass is judged by those of the other.

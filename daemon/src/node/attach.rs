@@ -16,7 +16,8 @@ use ovl_core::docker::EngineEndpoint;
 use ovl_core::ipam;
 use ovl_core::kernel::Kernel;
 use ovl_core::op::Op;
-use ovl_core::view::Placed;
+use ovl_core::publish::turns_round;
+use ovl_core::view::{Placed, View};
 use ovl_proto::control::{Attach, EndpointInfo, EndpointState, FailureKind, NetnsRef};
 use ovl_proto::id::{EndpointId, Mac, NetworkId};
 use ovl_proto::object::{Driver, Mode, Network, Subnet};
@@ -184,7 +185,7 @@ impl Node {
             ifname: request.ifname.clone(),
             mac,
             mtu,
-            host_end: host_end(network, &endpoint),
+            host_end: host_end(&self.state.borrow().view, network, &endpoint),
             addresses: endpoint.addresses.clone(),
             gateways,
             resolver: self.ways_to_resolver(network, &endpoint, resolver),
@@ -223,8 +224,8 @@ impl Node {
     /// Takes an endpoint out of the kernel that is not in our table yet.
     async fn take_back(&self, endpoint: &Endpoint) -> Result<(), Failed> {
         self.state.borrow_mut().local.fetched.remove(&endpoint.id);
-        if !endpoint.publish.is_empty() {
-            // What may be left of its ports is the loop's.
+        if !endpoint.publish.is_empty() || self.has_services() {
+            // What may be left of its elements is the loop's.
             self.state.borrow_mut().dirty.full = true;
             self.work.notify_one();
         }
@@ -724,9 +725,9 @@ fn netns_path(netns: &NetnsRef) -> PathBuf {
     }
 }
 
-fn host_end(network: &Network, endpoint: &Endpoint) -> HostEnd {
+fn host_end(view: &View, network: &Network, endpoint: &Endpoint) -> HostEnd {
     if network.mode == Mode::L2 {
-        return HostEnd::Port(Device::bridge(network.id), !endpoint.publish.is_empty());
+        return HostEnd::Port(Device::bridge(network.id), turns_round(view, network, endpoint));
     }
     let mut routes = Vec::new();
     for address in endpoint.addresses.iter().map(IpNet::addr) {

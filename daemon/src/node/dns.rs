@@ -173,7 +173,7 @@ impl Node {
         if services.is_empty() && pods.is_empty() {
             return false;
         }
-        if !state.view.resources.services.is_empty() {
+        if state.view.has_services() {
             // With the first Service, pods that are there already need its name too.
             let networks: Vec<_> =
                 state.view.own().into_iter().flat_map(|own| own.table.networks()).collect();
@@ -201,7 +201,7 @@ impl Node {
 
     /// Whether pods need the cluster's DNS.
     pub(super) fn has_services(&self) -> bool {
-        !self.state.borrow().view.resources.services.is_empty()
+        self.state.borrow().view.has_services()
     }
 
     /// What a pod's resolv.conf should have, as container runtimes are told (CNI specification 1.1.0, "DNS").

@@ -205,6 +205,12 @@ impl Node {
             state.backends.touch_host(&state.view, host);
         }
         let settled = state.backends.settle(&state.view);
+        let any = state.view.has_services();
+        if std::mem::replace(&mut state.served, any) != any {
+            // Endpoints of switched networks may have to reach themselves now.
+            state.dirty.host = true;
+            state.dirty.networks.extend(state.view.switched().map(|network| network.id));
+        }
         state.dirty.cluster_names.note(&settled);
         state.dirty.services.extend(settled.services.iter().cloned());
         if settled != Settled::default() {
