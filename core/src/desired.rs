@@ -14,7 +14,6 @@ use ovl_proto::table::Endpoint;
 use crate::device::Device;
 use crate::filter;
 use crate::kernel::{Hop, Kernel, Link, Remote, Source};
-use crate::nft::Value;
 use crate::publish;
 use crate::resolver;
 use crate::routed;
@@ -81,7 +80,7 @@ pub fn host(view: &View, local: &Local) -> Kernel {
         kernel: end.local.is_none(),
     });
     kernel.tables.extend(local.publishing.then(publish::table));
-    if local.publishing || (view.has_services() && built.iter().any(|network| network.mode == Mode::L2)) {
+    if local.publishing || (local.served && built.iter().any(|network| network.mode == Mode::L2)) {
         kernel.tables.extend([publish::frames_table()]);
     }
     let mut text = filter::render(&built, &vteps, port, tunnel, local.masquerade);
@@ -115,6 +114,7 @@ pub fn network_part(view: &View, local: &Local, id: NetworkId) -> Kernel {
         Mode::L3 => routed::part(&mut kernel, view, local, network, own),
     }
     for endpoint in local.attaching.values().filter(|endpoint| endpoint.network == id) {
+        publish::guard(&mut kernel, local, network, endpoint);
         publish::elements(&mut kernel, network, endpoint);
     }
     if local.resolved.contains(&id) {
@@ -148,7 +148,7 @@ fn switched(kernel: &mut Kernel, view: &View, local: &Local, network: &Network, 
     }
     // The host's ends: all that the table names, isolated or not, so that none is swept away.
     for endpoint in own.table.endpoints_on(id) {
-        own_endpoint(kernel, view, local, network, endpoint, mtu);
+        own_endpoint(kernel, local, network, endpoint, mtu);
         if !local.isolated.contains_key(&endpoint.id) {
             publish::elements(kernel, network, endpoint);
         }
@@ -276,7 +276,6 @@ pub(crate) fn devices(kernel: &mut Kernel, view: &View, network: &Network, own: 
 /// The host's end of an endpoint's pair.
 pub(crate) fn own_endpoint(
     kernel: &mut Kernel,
-    view: &View,
     local: &Local,
     network: &Network,
     endpoint: &Endpoint,
@@ -286,20 +285,17 @@ pub(crate) fn own_endpoint(
         let silent = Link::Endpoint { mtu, master: None, up: false, tuned: false, hairpin: false };
         kernel.links.insert(Device::endpoint(endpoint.id), silent);
     } else {
-        port(kernel, view, network, endpoint, mtu);
+        port(kernel, local, network, endpoint, mtu);
     }
 }
 
 /// The port of a bridge.
-fn port(kernel: &mut Kernel, view: &View, network: &Network, endpoint: &Endpoint, mtu: u16) {
-    let device = Device::endpoint(endpoint.id);
-    let hairpin = publish::turns_round(view, network, endpoint);
-    let master = Some(Device::bridge(network.id));
-    kernel.links.insert(device, Link::Endpoint { mtu, master, up: true, tuned: true, hairpin });
-    if hairpin {
-        let (set, key) = publish::hairpin(device);
-        kernel.elements.insert(set, key, Value::None);
-    }
+fn port(kernel: &mut Kernel, local: &Local, network: &Network, endpoint: &Endpoint, mtu: u16) {
+    let hairpin = publish::turns_round(local, network, endpoint);
+    let link =
+        Link::Endpoint { mtu, master: Some(Device::bridge(network.id)), up: true, tuned: true, hairpin };
+    kernel.links.insert(Device::endpoint(endpoint.id), link);
+    publish::guard(kernel, local, network, endpoint);
 }
 
 /// Orders the endpoints that claim a MAC address; it belongs to the first: the one whose own address
@@ -356,7 +352,7 @@ pub fn endpoint_part(view: &View, local: &Local, network: &Network, endpoint: &E
     match network.mode {
         Mode::L2 => {
             let bridge = Device::bridge(network.id);
-            port(&mut kernel, view, network, endpoint, mtu);
+            port(&mut kernel, local, network, endpoint, mtu);
             kernel.ports.insert((device, endpoint.mac));
             for address in &endpoint.addresses {
                 kernel.neighbours.insert((bridge, address.addr()), endpoint.mac);

@@ -33,8 +33,10 @@ pub fn diff(actual: &Kernel, desired: &Kernel, prune: bool) -> Vec<Op> {
         None if prune && actual.filter.is_some() => ops.push(Op::DelFilter),
         Some(_) | None => {}
     }
-    tables(actual, desired, prune, &mut ops);
+    let (guards, tables): (Vec<Op>, Vec<Op>) = tables(actual, desired, prune).into_iter().partition(unguards);
+    ops.extend(tables);
     let (gone, last) = links(actual, desired, prune, &mut ops);
+    ops.extend(guards);
     let there = |device: &Device| !gone.contains(device);
     let opened =
         desired.localnets.iter().filter(|device| !there(device) || !actual.localnets.contains(device));
@@ -115,7 +117,8 @@ pub fn diff(actual: &Kernel, desired: &Kernel, prune: bool) -> Vec<Op> {
 
 /// Tables, and then their elements: those may name chains. An element with another value is deleted and
 /// added, in one transaction.
-fn tables(actual: &Kernel, desired: &Kernel, prune: bool, ops: &mut Vec<Op>) {
+fn tables(actual: &Kernel, desired: &Kernel, prune: bool) -> Vec<Op> {
+    let mut ops = Vec::new();
     for (table, skeleton) in &desired.tables {
         if actual.tables.get(table) != Some(skeleton) {
             ops.push(Op::Table(*table, Arc::clone(skeleton)));
@@ -142,6 +145,16 @@ fn tables(actual: &Kernel, desired: &Kernel, prune: bool, ops: &mut Vec<Op>) {
         }));
     }
     ops.extend(publish::ended(&actual.elements, &desired.elements, prune));
+    ops
+}
+
+/// Whether it takes the guard away from a port by which frames may leave that came in by it: not before that is over.
+fn unguards(op: &Op) -> bool {
+    match op {
+        Op::DelTable(table) => *table == Table::PublishFrames,
+        Op::DelElement(set, _) => set.table == Table::PublishFrames,
+        _ => false,
+    }
 }
 
 /// Endpoints whose host's end is not in the kernel any more: their namespaces are gone, and they

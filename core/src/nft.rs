@@ -25,7 +25,7 @@ pub enum Table {
     Divert,
     /// Published ports.
     Publish,
-    /// Frames that turn round at the port of an endpoint which has published ports.
+    /// Frames that turn round at the port of an endpoint which has published ports, or may be behind a Service.
     PublishFrames,
     /// Services.
     Services,

@@ -21,7 +21,7 @@ use crate::nft::{
     self, Chain, Contents, Data, Elements, Field, Key, Set, Shape, Skeleton, Table, Type, Value,
 };
 use crate::op::Op;
-use crate::view::View;
+use crate::view::Local;
 
 /// Ports of one endpoint, at most: the daemon holds a socket for each.
 pub const MOST_PORTS: u32 = 16_384;
@@ -111,8 +111,16 @@ pub(crate) fn frames_table() -> (Table, Arc<Skeleton>) {
 
 /// Whether an endpoint of a switched network may have to get back what it sent: it has published ports, or may be behind
 /// a Service.
-pub fn turns_round(view: &View, network: &Network, endpoint: &Endpoint) -> bool {
-    network.mode == Mode::L2 && (!endpoint.publish.is_empty() || view.has_services())
+pub fn turns_round(local: &Local, network: &Network, endpoint: &Endpoint) -> bool {
+    network.mode == Mode::L2 && (!endpoint.publish.is_empty() || local.served)
+}
+
+/// The element that goes with [`turns_round`].
+pub(crate) fn guard(kernel: &mut Kernel, local: &Local, network: &Network, endpoint: &Endpoint) {
+    if turns_round(local, network, endpoint) {
+        let (set, key) = hairpin(Device::endpoint(endpoint.id));
+        kernel.elements.insert(set, key, Value::None);
+    }
 }
 
 /// With `net.bridge.bridge-nf-call-iptables`, as Docker sets it, the kernel translates packets while they are
@@ -250,7 +258,7 @@ fn turn(leaves: Device, from: IpNet) -> (&'static Set, Key) {
     (set, Key::of(&[Field::Device(leaves.as_str()), Field::Net(from)]))
 }
 
-/// What lets frames leave by the port of an endpoint by which they came, and those alone that are for one.
+/// What keeps frames for groups from leaving by the port by which they came.
 pub(crate) fn hairpin(device: Device) -> (&'static Set, Key) {
     (&HAIRPINS, Key::of(&[Field::Device(device.as_str()), Field::Device(device.as_str())]))
 }

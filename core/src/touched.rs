@@ -179,7 +179,7 @@ fn switched(
         }
     }
     for endpoint in ids.iter().filter_map(|id| own.table.endpoint(*id)).filter(|own| own.network == id) {
-        desired::own_endpoint(&mut is, view, local, network, endpoint, mtu);
+        desired::own_endpoint(&mut is, local, network, endpoint, mtu);
     }
 
     let mut was = Kernel::default();

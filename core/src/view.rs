@@ -75,6 +75,8 @@ pub struct Local {
     pub fetched: BTreeSet<EndpointId>,
     /// Ports are, or were a moment ago, published here: their table stands.
     pub publishing: bool,
+    /// There are, or were a moment ago, Services: an endpoint may reach itself by one.
+    pub served: bool,
 }
 
 /// An endpoint that counts, with its host.

@@ -18,14 +18,14 @@ pub struct Stub {
     pub servers: Vec<SocketAddr>,
 }
 
-/// A resolver that did not answer, or not in time, when it was asked last.
+/// A resolver that did not answer, or not in time, more than once in a row.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Failing {
     /// Which one.
     pub server: SocketAddr,
     /// The stub domain that it is of.
     pub stub: Option<Name>,
-    /// When that was.
+    /// When it was the last time.
     pub at: Instant,
 }
 
@@ -104,22 +104,27 @@ impl Servers {
     pub(crate) fn note(&mut self, name: &Name, address: SocketAddr, answered: bool) -> bool {
         let group = self.group(name).and_then(|at| self.groups.get_mut(at));
         let servers = group.into_iter().flat_map(|group| &mut group.servers);
-        let mut changed = false;
+        let (now, mut changed) = (Instant::now(), false);
         for server in servers.filter(|server| server.address == address) {
             changed |= !answered || server.failed_at.is_some();
-            server.failures = if answered { 0 } else { server.failures.saturating_add(1) };
-            server.failed_at = (!answered).then(Instant::now);
+            if answered {
+                *server = Server::from(address);
+            } else if !server.is_down(now) {
+                // Of several questions that were put to it at once the first counts.
+                server.failures = server.failures.saturating_add(1);
+                server.failed_at = Some(now);
+            }
         }
         changed
     }
 
-    /// Those that failed when they were asked last.
+    /// Those that failed when they were asked last, and the time before.
     pub(crate) fn failing(&self) -> Vec<Failing> {
         let of_group = |group: &Group| {
             let stub = (group.domain != Name::ROOT).then_some(group.domain);
             let failing =
                 |server: &Server| Some(Failing { server: server.address, stub, at: server.failed_at? });
-            group.servers.iter().filter_map(failing).collect::<Vec<_>>()
+            group.servers.iter().filter(|server| server.failures > 1).filter_map(failing).collect::<Vec<_>>()
         };
         self.groups.iter().flat_map(of_group).collect()
     }
@@ -175,8 +180,18 @@ mod tests {
         let mut servers = servers();
         let asked = name("www.example");
         assert!(!servers.note(&asked, at(1), true) && servers.failing().is_empty());
-        assert!(servers.note(&asked, at(1), false));
+        // Several questions that it fails at once are one failure.
+        for _ in 0..5 {
+            servers.note(&asked, at(1), false);
+        }
         assert_eq!(servers.in_order(&asked), [at(2), at(1)]);
+        assert!(servers.failing().is_empty());
+        let server =
+            &mut servers.groups.iter_mut().find(|group| group.domain == name("example")).unwrap().servers[0];
+        assert_eq!(server.failures, 1);
+        server.failed_at = server.failed_at.and_then(|at| at.checked_sub(DOWN_FIRST));
+        assert_eq!(servers.in_order(&asked), [at(1), at(2)]);
+        assert!(servers.note(&asked, at(1), false));
         let failing = servers.failing();
         assert_eq!(failing.len(), 1);
         assert_eq!((failing[0].server, failing[0].stub), (at(1), Some(name("example"))));

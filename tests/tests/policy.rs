@@ -568,8 +568,15 @@ fn a_pod_is_isolated_from_its_first_packet_on_also_on_a_host_that_joins_late() {
 }
 
 #[test]
-fn broadcasts_reach_whom_no_policy_isolates() {
+fn broadcasts_and_link_local_packets_reach_whom_no_policy_isolates() {
+    for shown in [false, true] {
+        assert_no_way_around(shown);
+    }
+}
+
+fn assert_no_way_around(shown: bool) {
     let lab = started(2).unwrap();
+    lab.hosts().iter().for_each(|host| show_frames_to_firewall(host, shown).unwrap());
     make_network(&lab, "pods", &["--subnet", "10.60.0.0/16"]).unwrap();
     let database = labelled(&lab, "h1", "database", "database");
     let other = labelled(&lab, "h1", "other", "other");
@@ -582,6 +589,7 @@ fn broadcasts_reach_whom_no_policy_isolates() {
         socket
     };
     let (isolated, free) = (hears(&database), hears(&other));
+    let _servers = [&database, &other].map(|at| at.workload.tcp_echo(5432).unwrap());
     for from in &senders {
         wait_until(SOON, &format!("a broadcast of {}", from.name), || -> Result<()> {
             from.workload.run(|| -> std::io::Result<()> {
@@ -595,11 +603,40 @@ fn broadcasts_reach_whom_no_policy_isolates() {
         .unwrap();
         let heard = isolated.recv_from(&mut [0; 8]);
         assert!(heard.is_err(), "{heard:?}");
+        // Addresses that nobody gave out.
+        for (to, reached) in [(&other, true), (&database, false)] {
+            let target = link_local(to, from);
+            let patience = if reached { SOON } else { Duration::from_secs(1) };
+            let found = from.workload.run(|| TcpStream::connect_timeout(&target, patience).is_ok()).unwrap();
+            assert_eq!(found, reached, "{} to {}", from.name, to.name);
+        }
     }
     // ARP still works for it.
     let api = labelled(&lab, "h2", "api", "api");
-    let _server = database.workload.tcp_echo(5432).unwrap();
     wait_until(SOON, "the api's connection", || connects(&api, &database, 5432, SOON)).unwrap();
+}
+
+/// The address that an interface gave itself, as another one reaches it.
+fn link_local(of: &Attached, from: &Attached) -> SocketAddr {
+    let found = wait_until(SOON, "a link-local address", || -> Result<Option<std::net::Ipv6Addr>> {
+        let shown = of.workload.exec_ok([
+            "ip",
+            "-6",
+            "-o",
+            "addr",
+            "show",
+            "dev",
+            "eth0",
+            "scope",
+            "link",
+            "-tentative",
+        ])?;
+        let net = shown.split_whitespace().skip_while(|word| *word != "inet6").nth(1);
+        Ok(net.and_then(|net| net.split('/').next()?.parse().ok()))
+    })
+    .unwrap();
+    let index = from.workload.run(|| nix::net::if_::if_nametoindex("eth0")).unwrap().unwrap();
+    std::net::SocketAddrV6::new(found, 5432, 0, index).into()
 }
 
 /// A Service is no way around a policy, and none in its way: what counts are the pods at both ends.

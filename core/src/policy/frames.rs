@@ -8,7 +8,7 @@
 //!
 //! With `net.bridge.bridge-nf-call-iptables`, as Docker and Kubernetes set it, frames that the kernel translates are bridged
 //! and not routed, and the other table judges them on their way: `forward` comes after that, and lets those pass that
-//! it has seen.
+//! it has seen. Only those: what was not translated may be for nobody's address, and nobody would judge it.
 
 use super::Direction;
 use super::members;
@@ -19,15 +19,16 @@ const DISCOVERY: &str = "icmpv6 type { 133, 134, 135, 136 }";
 /// And who listens to which multicast group: without that a switch may keep discovery back.
 const DISCOVERY_AND_GROUPS: &str = "icmpv6 type { 130, 131, 132, 133, 134, 135, 136, 143 }";
 
-/// A bit of the packet mark of what the other table has seen on its way from a bridge to a bridge. It is gone when the
-/// packet leaves.
+/// A bit of the packet mark of what was translated and then judged by the other table, on its way from a bridge to a
+/// bridge. No packet comes with it, and none leaves with it.
 pub(super) const SEEN: u32 = 0x2000;
-/// The kernel has frames looked at by IP's chains at -1 (`NF_BR_PRI_BRNF`).
+/// The kernel has frames looked at by IP's forward chains at -1 (`NF_BR_PRI_BRNF` - 1).
 const AFTER_BRIDGE_NF: &str = "10";
 
 pub(super) fn skeleton() -> Skeleton {
     let families = [("ip", true), ("ip6", false)];
-    let mut prerouting = Vec::new();
+    let unsee = format!("meta mark set meta mark & {:#010x}", !SEEN);
+    let mut prerouting = vec![unsee.clone()];
     for (ip, v4) in families {
         let (owned, none) = (members::owned(v4).name, if v4 { "0.0.0.0" } else { "{ ::, fe80::/10 }" });
         prerouting.push(format!(
@@ -43,7 +44,6 @@ pub(super) fn skeleton() -> Skeleton {
         }
     }
     let [to, from] = Direction::ALL.map(|direction| members::closed(direction).name);
-    let unsee = format!("meta mark set meta mark & {:#010x}", !SEEN);
     let forward = vec![
         format!("meta mark & {SEEN:#x} == {SEEN:#x} {unsee} accept"),
         "ether type arp accept".to_owned(),

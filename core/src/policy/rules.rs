@@ -93,8 +93,11 @@ fn chain_of(policy: &Policy, direction: Direction) -> String {
 /// All of the table but its elements. `slots`: so many policies can select one endpoint in one direction;
 /// `routed`: whether there are routed networks, `switched`: switched ones.
 pub(super) fn skeleton(policies: &Policies, slots: usize, routed: bool, switched: bool) -> Skeleton {
-    let seen =
-        format!("iifname \"ovb-*\" oifname \"ovb-*\" meta mark set meta mark | {:#x}", super::frames::SEEN);
+    // What is judged by its real ends alone, that is.
+    let seen = format!(
+        "iifname \"ovb-*\" oifname \"ovb-*\" ct status dnat meta mark set meta mark | {:#x}",
+        super::frames::SEEN
+    );
     let judged = [
         "ct state established,related ct mark @current accept".to_owned(),
         "ct state invalid,untracked goto stateless".to_owned(),

@@ -75,7 +75,7 @@ impl Run<'_> {
             },
             ["meta", "priority", "set", "0"] => End::Next,
             // For the bridge; it judges nothing.
-            ["iifname", _, "oifname", _, "meta", "mark", "set", ..] => End::Next,
+            ["iifname", _, "oifname", _, "ct", "status", "dnat", "meta", "mark", "set", ..] => End::Next,
             ["meta", "priority", "set", "ct", way, family, "saddr", "map", map, rest @ ..] => {
                 let found = self.address(way, family).and_then(|at| self.look_up(map, &[Field::Ip(at)]));
                 let Some(Value::Data(bytes)) = found else { return End::Next };

@@ -5,7 +5,9 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use ovl_core::desired::network_part;
 use ovl_core::ipam;
-use ovl_core::kernel::Kernel;
+use ovl_core::kernel::{Kernel, Link};
+use ovl_core::nft;
+use ovl_core::op::Op;
 use ovl_core::table::Table;
 use ovl_core::touched::{Touched, plan};
 use ovl_core::view::{Local, View};
@@ -127,6 +129,37 @@ fn is_taken(view: &View, step: &Step) -> bool {
     others.any(|other| other.id != new.id)
 }
 
+/// Each port by which frames may leave that came in by it has a guard, and nobody else has.
+fn check_guarded(kernel: &Kernel) {
+    let guards: usize = kernel
+        .elements
+        .sets()
+        .filter(|(set, _)| set.table == nft::Table::PublishFrames)
+        .map(|(_, held)| held.len())
+        .sum();
+    let turning = |link: &&Link| matches!(link, Link::Endpoint { hairpin: true, .. });
+    assert_eq!(guards, kernel.links.values().filter(turning).count());
+}
+
+/// A guard comes before its port is such a one, and goes after.
+fn check_guards(ops: &[Op]) {
+    let mut unguarded = false;
+    let mut turned = false;
+    for op in ops {
+        match op {
+            Op::DelElement(set, _) if set.table == nft::Table::PublishFrames => unguarded = true,
+            Op::SetElement(element) if element.set.table == nft::Table::PublishFrames => {
+                assert!(!turned, "{ops:?}");
+            }
+            Op::SetLink(_, Link::Endpoint { hairpin: was, .. }, Link::Endpoint { hairpin: is, .. }) => {
+                assert!(is >= was || !unguarded, "{ops:?}");
+                turned |= is > was;
+            }
+            _ => {}
+        }
+    }
+}
+
 proptest! {
     #[test]
     fn single_changes_lead_to_what_the_whole_network_needs(
@@ -135,6 +168,8 @@ proptest! {
         routed: bool,
         // In the kernel, or not.
         encrypted: Option<bool>,
+        // Services.
+        served: bool,
         // A host without a tunnel.
         deaf in prop::option::weighted(0.2, 1..=3_u8),
     ) {
@@ -146,7 +181,7 @@ proptest! {
             view.nodes.get_mut(&id(deaf)).unwrap().record.tunnel = None;
         }
         let isolated = isolated.into_iter().map(|n| (EndpointId([n; 5]), String::new())).collect();
-        let local = Local { isolated, wanted: BTreeMap::from([(NET, 1)]), ..Local::default() };
+        let local = Local { isolated, wanted: BTreeMap::from([(NET, 1)]), served, ..Local::default() };
         let mut applied = Kernel::default();
         let mut left = Touched::default();
         for (step, together) in steps {
@@ -165,8 +200,11 @@ proptest! {
             match plan(&view, &local, NET, std::mem::take(&mut left), &mut applied, true) {
                 Some(ops) => {
                     let all = ovl_core::diff::diff(&before, &whole, true);
-                    let text = |ops: &[ovl_core::op::Op]| ops.iter().map(ToString::to_string).collect::<BTreeSet<_>>();
+                    let text = |ops: &[Op]| ops.iter().map(ToString::to_string).collect::<BTreeSet<_>>();
                     assert_eq!(text(&ops), text(&all));
+                    for ops in [&ops, &all] {
+                        check_guards(ops);
+                    }
                 }
                 // Only the devices, which never change here, need the long way.
                 None => {
@@ -175,6 +213,7 @@ proptest! {
                 }
             }
             assert_eq!(applied, whole);
+            check_guarded(&whole);
         }
     }
 }

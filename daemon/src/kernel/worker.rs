@@ -481,9 +481,7 @@ impl Worker {
 /// Whether an operation publishes a port, takes one back, or ends what was before.
 fn publishes(op: &Op) -> bool {
     match op {
-        Op::SetElement(Element { set, .. }) | Op::DelElement(set, _) => {
-            matches!(set.table, Table::Publish | Table::PublishFrames)
-        }
+        Op::SetElement(Element { set, .. }) | Op::DelElement(set, _) => set.table == Table::Publish,
         Op::EndFlows(_) => true,
         _ => false,
     }

@@ -17,7 +17,7 @@ use ovl_core::ipam;
 use ovl_core::kernel::Kernel;
 use ovl_core::op::Op;
 use ovl_core::publish::turns_round;
-use ovl_core::view::{Placed, View};
+use ovl_core::view::{Local, Placed};
 use ovl_proto::control::{Attach, EndpointInfo, EndpointState, FailureKind, NetnsRef};
 use ovl_proto::id::{EndpointId, Mac, NetworkId};
 use ovl_proto::object::{Driver, Mode, Network, Subnet};
@@ -185,7 +185,7 @@ impl Node {
             ifname: request.ifname.clone(),
             mac,
             mtu,
-            host_end: host_end(&self.state.borrow().view, network, &endpoint),
+            host_end: host_end(&self.state.borrow().local, network, &endpoint),
             addresses: endpoint.addresses.clone(),
             gateways,
             resolver: self.ways_to_resolver(network, &endpoint, resolver),
@@ -197,6 +197,7 @@ impl Node {
         let made = match (made, refused) {
             (Ok(made), None) => made,
             (made, refused) => {
+                self.leave_to_the_loop(&part);
                 if made.is_ok() {
                     self.take_back(&endpoint).await?;
                 }
@@ -210,6 +211,7 @@ impl Node {
         };
         let local = LocalEndpoint { ifname: made.ifname.clone(), ..local };
         if let Err(error) = self.keep_endpoint(&endpoint, &local) {
+            self.leave_to_the_loop(&part);
             self.take_back(&endpoint).await?;
             return Err(Failed::internal(format!("{error:#}")));
         }
@@ -221,14 +223,17 @@ impl Node {
         Ok((info, made))
     }
 
-    /// Takes an endpoint out of the kernel that is not in our table yet.
-    async fn take_back(&self, endpoint: &Endpoint) -> Result<(), Failed> {
-        self.state.borrow_mut().local.fetched.remove(&endpoint.id);
-        if !endpoint.publish.is_empty() || self.has_services() {
-            // What may be left of its elements is the loop's.
+    /// What may be left of the elements of an endpoint that was not made is the loop's.
+    fn leave_to_the_loop(&self, part: &Kernel) {
+        if part.elements.sets().next().is_some() {
             self.state.borrow_mut().dirty.full = true;
             self.work.notify_one();
         }
+    }
+
+    /// Takes an endpoint out of the kernel that is not in our table yet.
+    async fn take_back(&self, endpoint: &Endpoint) -> Result<(), Failed> {
+        self.state.borrow_mut().local.fetched.remove(&endpoint.id);
         self.kernel.delete_links(vec![Device::endpoint(endpoint.id)]).await.map_err(Failed::from)
     }
 
@@ -725,9 +730,9 @@ fn netns_path(netns: &NetnsRef) -> PathBuf {
     }
 }
 
-fn host_end(view: &View, network: &Network, endpoint: &Endpoint) -> HostEnd {
+fn host_end(local: &Local, network: &Network, endpoint: &Endpoint) -> HostEnd {
     if network.mode == Mode::L2 {
-        return HostEnd::Port(Device::bridge(network.id), turns_round(view, network, endpoint));
+        return HostEnd::Port(Device::bridge(network.id), turns_round(local, network, endpoint));
     }
     let mut routes = Vec::new();
     for address in endpoint.addresses.iter().map(IpNet::addr) {

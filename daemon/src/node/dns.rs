@@ -72,7 +72,9 @@ impl Names {
         let sentence = |Failing { server, stub, at }: &Failing| {
             let whose = stub.map_or_else(String::new, |domain| format!(" of the stub domain {domain}"));
             let ago = at.elapsed().as_secs();
-            format!("the resolver {server}{whose} did not answer in time when it was asked last, {ago} s ago")
+            format!(
+                "the resolver {server}{whose} did not answer in time when it was asked, the last time {ago} s ago"
+            )
         };
         lately.map(sentence).collect()
     }

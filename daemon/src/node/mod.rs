@@ -478,7 +478,6 @@ fn first_state(
         objects_taken_at: 0,
         backends: Backends::default(),
         services: Services::default(),
-        served: false,
         ingress: Ingress::default(),
         health: BTreeMap::new(),
         uplink: None,

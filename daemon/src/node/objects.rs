@@ -205,9 +205,8 @@ impl Node {
             state.backends.touch_host(&state.view, host);
         }
         let settled = state.backends.settle(&state.view);
-        let any = state.view.has_services();
-        if std::mem::replace(&mut state.served, any) != any {
-            // Endpoints of switched networks may have to reach themselves now.
+        if state.view.has_services() && !state.local.served {
+            state.local.served = true;
             state.dirty.host = true;
             state.dirty.networks.extend(state.view.switched().map(|network| network.id));
         }

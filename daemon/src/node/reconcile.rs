@@ -233,6 +233,7 @@ impl Node {
         state.dirty.policies = false;
         state.dirty.policed.clear();
         state.local.publishing = state.publishes();
+        state.local.served = state.view.has_services();
         state.applied.clear();
         state.applied_host = desired::host(&state.view, &state.local);
         let mut all = state.applied_host.clone();

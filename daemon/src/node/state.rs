@@ -192,8 +192,6 @@ pub(crate) struct State {
     pub backends: Backends,
     /// What Services come to in this host's kernel.
     pub services: Services,
-    /// Whether there were Services when backends were settled last.
-    pub served: bool,
     /// What LoadBalancers come to here.
     pub ingress: Ingress,
     /// What is answered to health checks, by port.

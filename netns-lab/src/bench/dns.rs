@@ -106,6 +106,12 @@ pub(crate) fn measure_answers(bench: &Bench) -> Result<Figure> {
     let (names, services) = (Samples::new(names), Samples::new(services));
     let theirs =
         if theirs.is_empty() { Measured::NoPeer } else { Measured::Value(Samples::new(theirs).median()) };
+    let p99_at_theirs = match theirs {
+        Measured::Value(rate) => {
+            Measured::Value(Samples::new(run(NAMED, PORT, Pace::Rate(rate))?.latencies).percentile(99.0))
+        }
+        other => other,
+    };
     let rate = names.median();
     let updated = load::with_updates(&cluster, &files.questions(NAMED), PORT, rate / 2.0, bench)?;
     let over = |samples: &Samples| Measured::Value(samples.median()).over(theirs);
@@ -113,7 +119,7 @@ pub(crate) fn measure_answers(bench: &Bench) -> Result<Figure> {
         setup: format!(
             "2 hosts; ovld of the first on core {SERVER}, dnsperf (8 clients, 200 queries under way) on core {CLIENT}, \
              over loopback; {NAMES} names of the network, {NAMES} Services, {seconds} s a turn, ovld and dnsmasq by \
-             turns; p99 of one more turn in which dnsperf tells each query's time. Then half of that rate while endpoints \
+             turns; p99 of further turns in which dnsperf tells each query's time. Then half of that rate while endpoints \
              come and go on the second host, 10,000 times a minute"
         ),
         rows: vec![
@@ -122,7 +128,8 @@ pub(crate) fn measure_answers(bench: &Bench) -> Result<Figure> {
             Row::context("answers a second", rate, ""),
             Row::context("for Services", services.median(), ""),
             Row::of("dnsmasq's", theirs, "", None),
-            Row::with_bar("p99 under that load", our_p99, "ms", Bar::AtMost(2.0)),
+            Row::of("p99 at dnsmasq's rate", p99_at_theirs, "ms", Some(Bar::AtMost(2.0))),
+            Row::with_bar("p99 with as many queries as can be", our_p99, "ms", Bar::AtMost(2.0)),
             Row::of("dnsmasq's", their_p99, "ms", None),
             Row::with_bar("with updates: queries lost", updated.lost, "", Bar::AtMost(0.0)),
             Row::with_bar("with updates: p99", updated.p99_ms, "ms", Bar::AtMost(2.0)),

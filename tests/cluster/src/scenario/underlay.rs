@@ -13,6 +13,9 @@ use crate::world::{Undo, World, ensure_says};
 /// for 2 s, and the machines are slow.
 const FOLLOWED: usize = 375;
 
+/// And while a firewall reads its rules, which on a machine of full speed is a fraction of a second: 20 s.
+const RELOADED: usize = 500;
+
 /// A machine's address changes under its daemon, and back again while that does not run.
 pub(super) fn address(world: &World<'_>) -> Result<String> {
     world.network("straight", DIRECT)?;
@@ -198,7 +201,7 @@ fn behind(world: &World<'_>, firewall: &Firewall) -> Result<String> {
     let load = world.load()?;
     run(firewall.reload)?;
     machine.wait(firewall.active)?;
-    let reloaded = at_most_lost(load, usize::MAX, &mut 0)?;
+    let reloaded = at_most_lost(load, RELOADED, &mut 0)?;
     world.wait_settled()?;
     // The daemon comes and goes without anybody noticing.
     let load = world.load()?;
