@@ -10,7 +10,7 @@ use crate::machine::{Machine, SOON};
 use crate::world::{Workload, joined};
 
 /// So many pings a flow sends.
-pub(crate) const PINGS_A_SECOND: f64 = 25.0;
+pub(crate) const PINGS_A_SECOND: u32 = 25;
 
 /// Pings from one workload to another, from the start to [`none_lost`] or [`at_most_lost`].
 pub(crate) struct Flow<'a> {
@@ -45,7 +45,7 @@ impl<'a> Flow<'a> {
                 "{}; {} ping -n -i {} {} >{} 2>&1 </dev/null & echo $!",
                 from.pinged(to),
                 from.exec(),
-                1.0 / PINGS_A_SECOND,
+                1.0 / f64::from(PINGS_A_SECOND),
                 to.address,
                 flow.file
             )
@@ -62,7 +62,7 @@ impl<'a> Flow<'a> {
 pub(crate) fn go_on(flows: &[Flow<'_>]) -> Result<()> {
     each(flows, |_, Flow { file, shown, .. }| {
         format!(
-            "count() {{ grep -c icmp_seq= {file} || true; }}; want=$(($(count) + 25)); end=$(($(date +%s) + {})); \
+            "count() {{ grep -c icmp_seq= {file} || true; }}; want=$(($(count) + {PINGS_A_SECOND})); end=$(($(date +%s) + {})); \
              until [ $(count) -ge $want ]; do \
              [ $(date +%s) -lt $end ] || {{ echo 'no more answers from {shown}' >&2; exit 1; }}; sleep 0.3; done; echo",
             SOON.as_secs()
@@ -80,7 +80,7 @@ fn finish(flows: &[Flow<'_>]) -> Result<Vec<Report>> {
             "kill -INT {pid}; while [ -e /proc/{pid} ]; do sleep 0.05; done; \
              awk '/bytes from/ {{ split($0, a, \"icmp_seq=\"); n = a[2] + 0; if (n > last) last = n; if (!seen[n]++) got++ }} \
              / packets transmitted/ {{ sent = $1 }} \
-             END {{ if (last < sent - 25) last = sent; print sent + 0, last - got }}' {file}; rm {file}"
+             END {{ if (last < sent - {PINGS_A_SECOND}) last = sent; print sent + 0, last - got }}' {file}; rm {file}"
         )
     })?;
     told.iter()

@@ -11,10 +11,10 @@ use crate::world::{Undo, World, ensure_says};
 
 /// Pings that may be lost until all have followed a machine to its new address: 15 s. It waits for the old one
 /// for 2 s, and the machines are slow.
-const FOLLOWED: usize = 375;
+const FOLLOWED: usize = 15 * PINGS_A_SECOND as usize;
 
 /// And while a firewall reads its rules, which on a machine of full speed is a fraction of a second: 20 s.
-const RELOADED: usize = 500;
+const RELOADED: usize = 20 * PINGS_A_SECOND as usize;
 
 /// A machine's address changes under its daemon, and back again while that does not run.
 pub(super) fn address(world: &World<'_>) -> Result<String> {
@@ -52,7 +52,9 @@ pub(super) fn address(world: &World<'_>) -> Result<String> {
     }
     world.wait_settled()?;
     let others = none_lost(others)?;
-    Ok(format!("to the machine {lost} of {sent} lost, at 25 a second; between the others {others}"))
+    Ok(format!(
+        "to the machine {lost} of {sent} lost, at {PINGS_A_SECOND} a second; between the others {others}"
+    ))
 }
 
 /// Another address of the same segment.
@@ -213,7 +215,7 @@ fn behind(world: &World<'_>, firewall: &Firewall) -> Result<String> {
     world.wait_settled()?;
     Ok(format!(
         "the daemon restarted: {lost}; rules read anew: {:.1} s without an answer",
-        reloaded as f64 / PINGS_A_SECOND
+        reloaded as f64 / f64::from(PINGS_A_SECOND)
     ))
 }
 
