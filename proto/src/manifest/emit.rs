@@ -2,6 +2,9 @@
 
 use serde_json::Value;
 
+/// A key may be this long, in characters, without a mark before it (YAML 1.2, section 7.4).
+const MOST_IMPLICIT: usize = 1024;
+
 /// A document, with a newline at its end.
 pub fn to_yaml(value: &Value) -> String {
     let mut out = String::new();
@@ -23,7 +26,15 @@ fn map(out: &mut String, value: &Value, indent: usize) {
         if n > 0 || !out.ends_with("- ") {
             pad(out, indent);
         }
-        out.push_str(&text(key));
+        let key = text(key);
+        if key.chars().count() > MOST_IMPLICIT {
+            out.push_str("? ");
+            out.push_str(&key);
+            out.push('\n');
+            pad(out, indent);
+        } else {
+            out.push_str(&key);
+        }
         out.push(':');
         match value {
             Value::Object(inner) if !inner.is_empty() => {

@@ -158,6 +158,20 @@ fn any_value() -> impl Strategy<Value = Value> {
     })
 }
 
+#[test]
+fn a_key_of_any_length_is_read_again() {
+    for length in [1020, 1024, 1025, 3000] {
+        for key in ["k".repeat(length), "\u{17}".repeat(length / 6 + 1)] {
+            for inner in [json!("v"), json!({"a": 1}), json!(["a", {"b": 1}]), json!(null)] {
+                let value = json!({"list": [{key.as_str(): inner}], key.as_str(): inner, "z": 1});
+                let text = to_yaml(&value);
+                let all = read(&text).unwrap_or_else(|error| panic!("{error}: {text}"));
+                assert_eq!(all.into_iter().map(|it| it.value).collect::<Vec<_>>(), [value]);
+            }
+        }
+    }
+}
+
 proptest! {
     #[test]
     fn what_is_written_is_read_again(value in any_value()) {
