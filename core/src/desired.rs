@@ -282,11 +282,16 @@ pub(crate) fn own_endpoint(
     mtu: u16,
 ) {
     if local.isolated.contains_key(&endpoint.id) {
-        let silent = Link::Endpoint { mtu, master: None, up: false, tuned: false, hairpin: false };
-        kernel.links.insert(Device::endpoint(endpoint.id), silent);
+        silent(kernel, endpoint, mtu);
     } else {
         port(kernel, local, network, endpoint, mtu);
     }
+}
+
+/// The host's end of an endpoint that must not talk.
+pub(crate) fn silent(kernel: &mut Kernel, endpoint: &Endpoint, mtu: u16) {
+    let link = Link::Endpoint { mtu, master: None, up: false, tuned: false, hairpin: false };
+    kernel.links.insert(Device::endpoint(endpoint.id), link);
 }
 
 /// The port of a bridge.

@@ -14,7 +14,7 @@ use ovl_proto::id::{Mac, NetworkId, NodeId};
 use ovl_proto::object::{Backend, Network};
 use ovl_proto::table::Endpoint;
 
-use crate::desired::{MIN_MTU, overhead};
+use crate::desired::{self, MIN_MTU, overhead};
 use crate::device::Device;
 use crate::ipam;
 use crate::kernel::{Hop, Kernel, Link, Remote};
@@ -138,8 +138,7 @@ pub(crate) fn own_endpoint(
     mtu: u16,
 ) {
     if local.isolated.contains_key(&endpoint.id) || view.address_conflict(view.me, endpoint).is_some() {
-        let silent = Link::Endpoint { mtu, master: None, up: false, tuned: false, hairpin: false };
-        kernel.links.insert(Device::endpoint(endpoint.id), silent);
+        desired::silent(kernel, endpoint, mtu);
     } else {
         endpoint_part(kernel, view, local, network, endpoint, mtu);
     }

@@ -185,10 +185,7 @@ fn switched(
     let mut was = Kernel::default();
     for device in ids.iter().map(|id| Device::endpoint(*id)) {
         was.links.extend(applied.links.get(&device).map(|link| (device, *link)));
-        let (set, key) = publish::hairpin(device);
-        if let Some(value) = applied.elements.of(set).and_then(|held| held.get(&key)) {
-            was.elements.insert(set, key, value.clone());
-        }
+        take_over(&mut was, applied, publish::hairpin(device));
     }
     for mac in &macs {
         was.remotes.extend(applied.remotes.get(&(vxlan, *mac)).map(|remote| ((vxlan, *mac), *remote)));
@@ -236,12 +233,15 @@ fn published(
         is.merge(others);
     }
     let shared = publish::bridge_turns(network).filter(|_| network.mode == Mode::L2);
-    for (set, key) in ports.into_iter().chain(shared) {
-        if let Some(value) = applied.elements.of(set).and_then(|held| held.get(&key)) {
-            was.elements.insert(set, key, value.clone());
-        }
-    }
+    ports.into_iter().chain(shared).for_each(|element| take_over(was, applied, element));
     was.localnets.extend(devices.iter().filter(|device| applied.localnets.contains(device)));
+}
+
+/// An element as it is, if it is there.
+fn take_over(was: &mut Kernel, applied: &Kernel, (set, key): (&'static Set, Key)) {
+    if let Some(value) = applied.elements.of(set).and_then(|held| held.get(&key)) {
+        was.elements.insert(set, key, value.clone());
+    }
 }
 
 fn take_out(applied: &mut Kernel, part: &Kernel) {

@@ -166,7 +166,7 @@ impl Engine {
         receiver.await.ok()
     }
 
-    /// The resolvers that failed when they were asked last.
+    /// The resolvers that failed when they were asked last, and the time before.
     pub fn failing(&self) -> Arc<Vec<Failing>> {
         self.shared.failing.load_full()
     }

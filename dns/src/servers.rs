@@ -100,19 +100,20 @@ impl Servers {
         up.into_iter().chain(down).map(|server| server.address).collect()
     }
 
-    /// Takes note of how a server did that was asked about a name. Says whether [`Servers::failing`] is another then.
+    /// Takes note of how a server did that was asked about a name. Says whether [`Servers::failing`] may be another then.
     pub(crate) fn note(&mut self, name: &Name, address: SocketAddr, answered: bool) -> bool {
         let group = self.group(name).and_then(|at| self.groups.get_mut(at));
         let servers = group.into_iter().flat_map(|group| &mut group.servers);
         let (now, mut changed) = (Instant::now(), false);
         for server in servers.filter(|server| server.address == address) {
-            changed |= !answered || server.failed_at.is_some();
             if answered {
+                changed |= server.failed_at.is_some();
                 *server = Server::from(address);
             } else if !server.is_down(now) {
                 // Of several questions that were put to it at once the first counts.
                 server.failures = server.failures.saturating_add(1);
                 server.failed_at = Some(now);
+                changed = true;
             }
         }
         changed

@@ -85,7 +85,7 @@ pub(super) fn with_updates(
     let workloads = cluster.host(1)?.bare_workloads("u", CLIENTS as usize)?;
     let ending = AtomicBool::new(false);
     let seconds = bench.plan.settle.as_secs().max(1);
-    let update = |workload: &Workload| -> Result<u32> {
+    let update = &|workload: &Workload| -> Result<u32> {
         let mut client = cluster.client(1)?;
         let (start, mut count) = (Instant::now(), 0);
         while !ending.load(Ordering::Relaxed) {
@@ -102,15 +102,8 @@ pub(super) fn with_updates(
     };
     thread::scope(|scope| {
         let start = Instant::now();
-        let updates: Vec<_> = workloads
-            .iter()
-            .map(|workload| {
-                scope.spawn({
-                    let update = &update;
-                    move || update(workload)
-                })
-            })
-            .collect();
+        let updates: Vec<_> =
+            workloads.iter().map(|workload| scope.spawn(move || update(workload))).collect();
         let found = run(cluster.host(0)?, questions, port, seconds, Pace::Rate(rate));
         ending.store(true, Ordering::Relaxed);
         let mut count = 0;
