@@ -1,13 +1,12 @@
 //! A stream of pings, to see whether any of them is lost.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 
 use anyhow::{Context as _, Result, ensure};
 
 use crate::machine::{Machine, SOON};
-use crate::world::{Workload, joined};
+use crate::world::{Workload, fresh_id, joined};
 
 /// So many pings a flow sends.
 pub(crate) const PINGS_A_SECOND: u32 = 25;
@@ -24,26 +23,33 @@ pub(crate) struct Flow<'a> {
 struct Report {
     sent: usize,
     lost: usize,
+    /// The first that were lost, each with the time of the answer before it, and what ping said besides.
+    details: String,
 }
 
 impl<'a> Flow<'a> {
     /// Begins several, each once its way is open.
+    ///
+    /// The ping that finds the way open has the identifier of those that are counted: the kernels on the way know them
+    /// then. Of the first packets of an ICMP flow that come at once, Linux's connection tracking keeps one and drops the
+    /// others (`insert_failed` of `conntrack -S`): each is looked up before any is entered.
     pub(crate) fn start(ways: &[(&Workload<'a>, &Workload<'a>)]) -> Result<Vec<Self>> {
-        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let ids: Vec<u16> = ways.iter().map(|_| fresh_id()).collect();
         let mut flows: Vec<Self> = ways
             .iter()
-            .map(|(from, to)| Self {
+            .zip(&ids)
+            .map(|((from, to), id)| Self {
                 machine: from.machine,
                 shown: format!("{} to {}", from.name, to.name),
                 pid: String::new(),
-                file: format!("/run/flow-{}", COUNT.fetch_add(1, Ordering::Relaxed)),
+                file: format!("/run/flow-{id}"),
             })
             .collect();
         let pids = each(&flows, |number, flow| {
-            let (from, to) = ways[number];
+            let ((from, to), id) = (ways[number], ids[number]);
             format!(
-                "{}; {} ping -n -i {} {} >{} 2>&1 </dev/null & echo $!",
-                from.pinged(to),
+                "{}; {} ping -n -D -e {id} -i {} {} >{} 2>&1 </dev/null & echo $!",
+                from.pinged(to, id),
                 from.exec(),
                 1.0 / f64::from(PINGS_A_SECOND),
                 to.address,
@@ -78,15 +84,21 @@ fn finish(flows: &[Flow<'_>]) -> Result<Vec<Report>> {
     let told = each(flows, |_, Flow { pid, file, .. }| {
         format!(
             "kill -INT {pid}; while [ -e /proc/{pid} ]; do sleep 0.05; done; \
-             awk '/bytes from/ {{ split($0, a, \"icmp_seq=\"); n = a[2] + 0; if (n > last) last = n; if (!seen[n]++) got++ }} \
-             / packets transmitted/ {{ sent = $1 }} \
-             END {{ if (last < sent - {PINGS_A_SECOND}) last = sent; print sent + 0, last - got }}' {file}; rm {file}"
+             awk '/bytes from/ {{ split($0, a, \"icmp_seq=\"); n = a[2] + 0; if (n > last) last = n; \
+             if (!(n in at)) got++; at[n] = $1; next }} \
+             / packets transmitted/ {{ sent = $1; next }} \
+             /^(PING|---|rtt|$)/ {{ next }} \
+             ++others <= 5 {{ said = said \"; \" $0 }} \
+             END {{ if (last < sent - {PINGS_A_SECOND}) last = sent; printf \"%d %d \", sent, last - got; \
+             for (n = 1; n <= last && shown < 5; n++) if (!(n in at)) {{ \
+             shown++; printf \" %d after %s\", n, (n - 1 in at) ? at[n - 1] : \"another\" }}; print said }}' {file}; rm {file}"
         )
     })?;
     told.iter()
         .map(|line| {
-            let (sent, lost) = line.split_once(' ').with_context(|| format!("{line:?} of a flow"))?;
-            let report = Report { sent: sent.parse()?, lost: lost.parse()? };
+            let (sent, rest) = line.split_once(' ').with_context(|| format!("{line:?} of a flow"))?;
+            let (lost, details) = rest.split_once(' ').unwrap_or((rest, ""));
+            let report = Report { sent: sent.parse()?, lost: lost.parse()?, details: details.to_owned() };
             ensure!(report.sent > 0, "ping said no sum");
             Ok(report)
         })
@@ -139,7 +151,7 @@ pub(crate) fn at_most_lost(flows: Vec<Flow<'_>>, limit: usize, sent: &mut usize)
         *sent += report.sent;
         most = most.max(report.lost);
         if report.lost > limit {
-            wrong.push(format!("{} of {} pings from {shown}", report.lost, report.sent));
+            wrong.push(format!("{} of {} pings from {shown}:{}", report.lost, report.sent, report.details));
         }
     }
     ensure!(wrong.is_empty(), "lost, where {limit} may be: {}", wrong.join(", "));

@@ -38,7 +38,12 @@ const STATE: &[(&str, &str)] = &[
         "for each in status peers 'network ls' endpoints subnets fdb routes plan verify 'events'; do echo \"# $each\"; timeout 20 ovlctl $each; done 2>&1",
     ),
     ("units", "systemctl --no-pager status ovld systemd-networkd 2>&1; systemctl --failed --no-pager"),
-    ("links", "ip -d link; ip address; ip netns; networkctl --no-pager"),
+    ("links", "ip -d -s -s link; ip address; ip netns; networkctl --no-pager"),
+    (
+        "counters",
+        "nstat -as; for each in $(ip netns list | cut -d ' ' -f 1); do echo \"# $each\"; ip netns exec $each nstat -as; done; \
+         cat /proc/net/softnet_stat; conntrack -S; tc -s qdisc",
+    ),
     ("routes", "ip route show table all; ip -6 route show table all; ip neigh; ip -6 neigh; bridge fdb"),
     ("rules", "nft list ruleset"),
     ("tunnel", "wg show all"),

@@ -1,5 +1,6 @@
 //! What the scenarios share: the machines, the packages, workloads on networks.
 
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::thread;
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -107,8 +108,9 @@ impl<'a> World<'a> {
         self.on_all(|machine| {
             // In one go: each word to a machine takes its time.
             let own = all.iter().filter(|from| from.machine.name() == machine.name());
-            let pings = own
-                .flat_map(|from| all.iter().filter(|to| to.name != from.name).map(move |to| from.pinged(to)));
+            let pings = own.flat_map(|from| {
+                all.iter().filter(|to| to.name != from.name).map(move |to| from.pinged(to, fresh_id()))
+            });
             machine.ok_for(SOON * 2, &pings.collect::<Vec<_>>().join("\n")).map(drop)
         })
         .map(drop)
@@ -164,10 +166,10 @@ impl Workload<'_> {
         self.machine.ok(&format!("{} sh -c '{script}'", self.exec()))
     }
 
-    /// A script that waits for an answer to a ping, and ends with 1 if there is none in the end.
-    pub(crate) fn pinged(&self, to: &Self) -> String {
+    /// A script that waits for an answer to a ping with this identifier, and ends with 1 if there is none in the end.
+    pub(crate) fn pinged(&self, to: &Self, id: u16) -> String {
         format!(
-            "end=$(($(date +%s) + {seconds})); until {exec} ping -n -c 1 -W 2 {address} >/dev/null 2>&1; do \
+            "end=$(($(date +%s) + {seconds})); until {exec} ping -n -e {id} -c 1 -W 2 {address} >/dev/null 2>&1; do \
              [ $(date +%s) -lt $end ] || {{ echo 'no answer to {from} from {to} at {address}' >&2; exit 1; }}; \
              sleep 0.2; done",
             seconds = SOON.as_secs(),
@@ -191,6 +193,12 @@ impl Workload<'_> {
         ensure!(rate > 0.0, "nothing arrived");
         Ok(rate / 1e6)
     }
+}
+
+/// An ICMP identifier that no other ping has.
+pub(crate) fn fresh_id() -> u16 {
+    static LAST: AtomicU16 = AtomicU16::new(0);
+    LAST.fetch_add(1, Ordering::Relaxed) + 1
 }
 
 /// What a thread gave; a panic goes on here.

@@ -95,6 +95,7 @@ fn cni(machine: &dyn Machine, command: &str, previous: &Value) -> Result<Value> 
 pub(super) fn link_managers(world: &World<'_>) -> Result<String> {
     let machine = world.last();
     world.network("straight", DIRECT)?;
+    let straight = world.workloads("straight")?;
     let links = "for each in ovb- ovx- ove-; do grep -H . /sys/class/net/$each*/address; done";
     let before = machine.ok(links)?;
     let load = world.load()?;
@@ -108,7 +109,7 @@ pub(super) fn link_managers(world: &World<'_>) -> Result<String> {
     // Restarted, networkd takes eth0's address away and sets it again. What the underlay loses then, networks on
     // it lose too, and no more; routes directly over it are gone with the address, until ovld has set them again.
     let load = world.load()?;
-    let (hosts, straight) = (world.hosts(), world.workloads("straight")?);
+    let hosts = world.hosts();
     let underlay = Flow::start(&[(&hosts[1], &hosts[2])])?;
     let direct = Flow::start(&[(&straight[1], &straight[2])])?;
     machine.ok("systemctl restart systemd-networkd")?;
