@@ -155,6 +155,34 @@ fn wishes_are_granted_and_names_never_in_the_way() {
     host.ctl_ok(&["verify"]).unwrap();
 }
 
+/// A runtime's ids are its own: others may use the same ones.
+#[test]
+fn containers_with_one_id_come_on_all_hosts() {
+    let lab = lab(3);
+    let mut names = BTreeSet::new();
+    for host in lab.hosts() {
+        let workload = host.workload("a").unwrap();
+        let container = Container::new("0123456789abcdef", workload.path_str());
+        Conflist::new(host, "pods").add(host, &container).unwrap();
+        let own = |row: &Value| row["node"] == host.name();
+        names.extend(
+            rows(host, &["endpoints"]).unwrap().iter().filter(|row| own(row)).map(|row| text(&row["name"])),
+        );
+        // The next one knows whose names are taken.
+        for other in lab.hosts() {
+            wait_until(SOON, &format!("{names:?} on {}", other.name()), || {
+                let seen: BTreeSet<String> =
+                    rows(other, &["endpoints"])?.iter().map(|row| text(&row["name"])).collect();
+                ensure!(seen == names, "{seen:?}");
+                Ok(())
+            })
+            .unwrap();
+        }
+    }
+    assert_eq!(names.len(), 3, "{names:?}");
+    assert!(names.contains("0123456789ab"), "{names:?}");
+}
+
 #[test]
 fn results_come_in_the_version_asked_for() {
     let lab = lab(1);

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 
 use ovl_proto::control::{CNI_VERSIONS, CniCall, CniCommand, CniError};
-use ovl_proto::id::Mac;
+use ovl_proto::id::{Mac, NodeId};
 use ring::digest::{SHA256, digest};
 use serde_json::{Map, Value};
 
@@ -93,8 +93,8 @@ impl Gc {
 
 impl Add {
     /// A name that no other attachment wants.
-    pub fn other_name(&self) -> String {
-        distinct(&self.name, &self.attachment)
+    pub fn other_name(&self, host: NodeId) -> String {
+        distinct(&self.name, &self.attachment, &host.to_string())
     }
 }
 
@@ -281,13 +281,14 @@ fn endpoint_name(pod: &str, attachment: &Attachment) -> String {
     }
     let fitting = |c: char| if is_identifier_char(c) { c } else { '-' };
     let name: String = pod.chars().map(fitting).skip_while(|c| !c.is_ascii_alphanumeric()).collect();
-    distinct(if name.is_empty() { "pod" } else { &name }, attachment)
+    distinct(if name.is_empty() { "pod" } else { &name }, attachment, "")
 }
 
-/// The name with a few digits that belong to the attachment alone.
-fn distinct(name: &str, attachment: &Attachment) -> String {
+/// The name with a few digits that belong to the attachment alone, on this host if one is named: containers of several
+/// hosts may have the same id.
+fn distinct(name: &str, attachment: &Attachment, host: &str) -> String {
     let Attachment { network, container_id, ifname } = attachment;
-    let hash = digest(&SHA256, format!("{container_id}/{ifname}/{network}").as_bytes());
+    let hash = digest(&SHA256, format!("{container_id}/{ifname}/{network}/{host}").as_bytes());
     let digits: String = hash.as_ref().iter().take(5).map(|byte| format!("{byte:02x}")).collect();
     let room = MAX_NAME - digits.len() - 1;
     format!("{}-{digits}", name.chars().take(room).collect::<String>())

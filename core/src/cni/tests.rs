@@ -1,5 +1,5 @@
 use ovl_proto::control::{CniCall, CniCommand};
-use ovl_proto::id::{EndpointId, NetworkId};
+use ovl_proto::id::{EndpointId, NetworkId, NodeId};
 use ovl_proto::table::Endpoint;
 use proptest::prelude::*;
 use serde_json::{Value, json};
@@ -99,10 +99,13 @@ fn a_name_never_fails_an_add() {
         assert!(made.len() <= MAX_NAME && made.starts_with(|c: char| c.is_ascii_alphanumeric()), "{made}");
     }
     let add = add("K8S_POD_NAME=web", json!({})).unwrap();
-    let (other, attachment) =
-        (add.other_name(), Attachment { ifname: "eth1".into(), ..add.attachment.clone() });
+    let (here, there) = (NodeId([1; 10]), NodeId([2; 10]));
+    let other = add.other_name(here);
     assert!(other.starts_with("web-") && other.len() == 14, "{other}");
-    assert_ne!(other, Add { attachment, ..add }.other_name());
+    // Another container, or one with the same id on another host.
+    assert_ne!(other, add.other_name(there));
+    let attachment = Attachment { ifname: "eth1".into(), ..add.attachment.clone() };
+    assert_ne!(other, Add { attachment, ..add }.other_name(here));
 }
 
 #[test]

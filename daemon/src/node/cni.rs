@@ -209,7 +209,7 @@ impl Node {
         let namespace = add.namespace.clone().unwrap_or_else(|| "default".to_owned());
         let place = (network.id, namespace, add.name.clone());
         if state.endpoint_named(&place).is_some() || state.pending.names.contains(&place) {
-            add.other_name()
+            add.other_name(state.view.me)
         } else {
             place.2
         }
