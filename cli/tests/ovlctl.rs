@@ -1,6 +1,6 @@
 //! The real binary against a daemon that answers what it is told to.
 
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests, and helpers of tests")]
 #![allow(unreachable_pub, reason = "the helpers are a module of this one test")]
 
 mod fake;

@@ -92,7 +92,7 @@ impl Gc {
 }
 
 impl Add {
-    /// A name that no other attachment wants.
+    /// A name that no other attachment wants, on this host or another.
     pub fn other_name(&self, host: NodeId) -> String {
         distinct(&self.name, &self.attachment, &host.to_string())
     }

@@ -3,7 +3,7 @@
 //! hosts join and are forgotten, and all of them claim at once. Deterministic: a failure names the
 //! seed, and `OVL_SIM_SEED=n` runs that one alone; `OVL_SIM_SEEDS=n` runs so many.
 
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests, and helpers of tests")]
 
 mod storm;
 mod world;
