@@ -205,6 +205,19 @@ fn what_needs_no_daemon_works_without() {
 }
 
 #[test]
+fn a_key_is_written_where_nobody_else_can_read_it() {
+    let dir = Dir::new();
+    let path = dir.0.join("key");
+    for mode in [0o644, 0o666, 0o600] {
+        let file = File::create(&path).unwrap();
+        file.set_permissions(std::fs::Permissions::from_mode(mode)).unwrap();
+        run(ovlctl("key generate").stdout(file)).prints("");
+        let metadata = std::fs::metadata(&path).unwrap();
+        assert_eq!((metadata.len(), metadata.permissions().mode() & 0o7777), (45, 0o600), "{mode:o}");
+    }
+}
+
+#[test]
 fn attach_sends_the_namespace_as_a_path() {
     let fake = Fake::new(&[Reply::Done]);
     fake.run("attach web --network blue --netns green").fails(1, "ovld gave an answer");

@@ -1,12 +1,14 @@
 //! `ovlctl key`
 
-use std::fs::File;
+use std::fs::{File, Permissions};
 use std::io::{self, Read};
+use std::os::fd::AsFd as _;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use clap::Subcommand;
+use data_encoding::BASE64;
 use ovl_proto::clock::timestamp;
 use ovl_proto::control::{HostKeys, KeyRotation, KeyStatus, Reply, Request};
 use ovl_proto::secret::Secret;
@@ -36,7 +38,8 @@ pub(crate) struct Args {
 enum Action {
     /// Print a fresh key, and nothing else: `ovlctl key generate > /etc/ovl/cluster.key`
     ///
-    /// Give the same file to all hosts, readable by root alone. ovld is not asked.
+    /// Give the same file to all hosts. ovld takes none that others than its owner can read, so this makes the file that
+    /// it writes to one of mode 0600. ovld is not asked.
     Generate,
     /// Change this host's tunnel key, or the cluster key on all hosts, without losing a packet
     ///
@@ -60,6 +63,12 @@ enum Action {
 pub(crate) fn run(context: &Context, args: Args) -> Result<()> {
     match args.action {
         Action::Generate => {
+            close_output_to_others().map_err(|error| {
+                Error::Failed(format!(
+                    "cannot keep others from reading the file that the key would be written to: {error}. Write it to a file \
+                     of your own"
+                ))
+            })?;
             let key = generate().map_err(|error| {
                 Error::Failed(format!("cannot read {RANDOM}: {error}. Is /dev mounted in this container?"))
             })?;
@@ -148,7 +157,7 @@ fn read(path: &Path) -> Result<String> {
     if mode & 0o077 != 0 {
         return Err(Error::Failed(format!(
             "{path} can be read or written by others (mode {mode:04o}): make another key with \
-             '(umask 077; ovlctl key generate > {path})'",
+             'ovlctl key generate > {path}'",
             path = path.display()
         )));
     }
@@ -198,47 +207,26 @@ fn note(host: &HostKeys) -> &'static str {
     }
 }
 
+/// Takes the rights of others from standard output, if it is a file: a shell opens it with mode 0644.
+fn close_output_to_others() -> io::Result<()> {
+    let output = File::from(io::stdout().as_fd().try_clone_to_owned()?);
+    let metadata = output.metadata()?;
+    let mode = metadata.permissions().mode() & 0o7777;
+    if metadata.is_file() && mode & 0o077 != 0 {
+        output.set_permissions(Permissions::from_mode(mode & 0o700))?;
+    }
+    Ok(())
+}
+
 fn generate() -> io::Result<String> {
     let mut key = [0; 32];
     File::open(RANDOM)?.read_exact(&mut key)?;
-    Ok(base64(&key))
-}
-
-/// RFC 4648, with padding.
-fn base64(bytes: &[u8]) -> String {
-    const ALPHABET: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-    let mut text = String::new();
-    for chunk in bytes.chunks(3) {
-        let bits = chunk.iter().fold(0_usize, |bits, byte| bits << 8 | usize::from(*byte))
-            << (8 * (3 - chunk.len()));
-        for place in 0..4 {
-            // n bytes fill n + 1 digits.
-            let digit = ALPHABET[bits >> (18 - 6 * place) & 63];
-            text.push(if place <= chunk.len() { char::from(digit) } else { '=' });
-        }
-    }
-    text
+    Ok(BASE64.encode(&key))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn base64_of_the_rfc() {
-        for (bytes, text) in [
-            ("", ""),
-            ("f", "Zg=="),
-            ("fo", "Zm8="),
-            ("foo", "Zm9v"),
-            ("foob", "Zm9vYg=="),
-            ("fooba", "Zm9vYmE="),
-            ("foobar", "Zm9vYmFy"),
-        ] {
-            assert_eq!(base64(bytes.as_bytes()), text);
-        }
-        assert_eq!(base64(&[0xfb, 0xff, 0xfe]), "+//+");
-    }
 
     fn host(number: u8, seals: u8, opens: &[u8]) -> HostKeys {
         let key = |n: u8| ovl_proto::id::ClusterKeyId([n; 4]);

@@ -34,7 +34,7 @@ pub(crate) fn run(context: &Context, args: Args) -> Result<()> {
         context.ask_done(&Request::PeersForget { node })?;
         context.say(
             "The forgotten host still knows the cluster key. If you do not trust whoever has it now, make a new key and \
-             give it to all others:\n  (umask 077; ovlctl key generate > FILE)\n  ovlctl key rotate --cluster FILE",
+             give it to all others:\n  ovlctl key generate > FILE\n  ovlctl key rotate --cluster FILE",
         );
         return Ok(());
     }

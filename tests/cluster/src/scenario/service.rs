@@ -13,14 +13,16 @@ const EXPOSURE: f64 = 3.0;
 /// The three become a cluster: key, configuration, start.
 pub(super) fn form(world: &World<'_>) -> Result<String> {
     let first = world.machines[0];
-    let key = first.ok("ovlctl key generate")?;
+    // As the package tells whoever installs it.
+    first.ok("ovlctl key generate >/etc/ovl/cluster.key")?;
+    let key = first.ok("cat /etc/ovl/cluster.key")?;
     world.on_all(|machine| {
         let join = match machine.name() == first.name() {
             true => String::new(),
             false => format!("join = [\"{}\"]\n", first.address()),
         };
         machine.ok(&format!(
-            "umask 077; echo {key} >/etc/ovl/cluster.key; \
+            "[ -e /etc/ovl/cluster.key ] || (umask 077; echo {key} >/etc/ovl/cluster.key); \
              printf 'advertise = \"{}\"\\n{}' >>/etc/ovl/ovld.toml; systemctl start ovld",
             machine.address(),
             join.replace('\n', "\\n")
