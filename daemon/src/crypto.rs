@@ -24,6 +24,8 @@ use ring::signature::{ED25519, Ed25519KeyPair, KeyPair, UnparsedPublicKey};
 pub(crate) use cluster::{ClusterKey, Keyring};
 pub(crate) use keyfile::KeyFile;
 
+use crate::store::Damaged;
+
 /// A file with a secret is never larger than this.
 const MAX_SECRET_FILE: u64 = 4096;
 
@@ -46,11 +48,11 @@ impl Identity {
     pub(crate) fn load_or_create(path: &Path) -> anyhow::Result<Self> {
         if let Some(document) = read_secret(path)? {
             return Self::from_pkcs8(&document).with_context(|| {
-                format!(
+                Damaged(format!(
                     "{} does not hold this node's key pair (cut short, or overwritten); restore it, or remove \
                      it to make this host a new node",
                     path.display()
-                )
+                ))
             });
         }
         let document = Ed25519KeyPair::generate_pkcs8(&SystemRandom::new())
@@ -129,10 +131,10 @@ impl TunnelSecret {
     pub(crate) fn load_or_create(path: &Path) -> anyhow::Result<Self> {
         if let Some(text) = read_secret(path)? {
             return Self::from_text(&text).with_context(|| {
-                format!(
+                Damaged(format!(
                     "{} does not hold a tunnel key; restore it, or remove it: the other hosts learn the new one",
                     path.display()
-                )
+                ))
             });
         }
         let fresh = Self { current: new_private_key()?, epoch: 0, previous: None };

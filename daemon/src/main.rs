@@ -36,7 +36,8 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("ovld: {error:#}");
-            let in_vain = error.is::<node::StoodAside>() || error.is::<Misconfigured>();
+            let in_vain =
+                error.is::<node::StoodAside>() || error.is::<Misconfigured>() || error.is::<store::Damaged>();
             if in_vain { ExitCode::from(EX_CONFIG) } else { ExitCode::FAILURE }
         }
     }

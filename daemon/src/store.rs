@@ -24,6 +24,11 @@ use crate::crypto::sha256;
 
 const MAGIC: &[u8] = b"ovl state 1\n";
 
+/// A file that must not be lost is no good. Says which, and what to do; it will be so when started again.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub(crate) struct Damaged(pub(crate) String);
+
 /// What must outlive a reboot.
 #[derive(Debug, Default, Serialize, Deserialize)]
 pub(crate) struct State {
@@ -56,13 +61,14 @@ pub(crate) fn read(path: &Path) -> Result<Option<State>> {
     };
     match decode(&bytes) {
         Ok(state) => Ok(Some(state)),
-        Err(error) => bail!(
+        Err(error) => Err(Damaged(format!(
             "the state file {} is damaged ({error}), and to start without it could hand out addresses twice. \
              Restore it from a backup; or, if this host is to begin anew, run `ovlctl peers forget` for it on \
              another host, then remove {} and start again",
             path.display(),
             path.parent().unwrap_or(path).display()
-        ),
+        ))
+        .into()),
     }
 }
 

@@ -31,7 +31,8 @@ fn ends_with(host: &Host, expected: i32) -> Result<String> {
 /// refuse, name the file and leave it as it is.
 fn refuses(host: &Host, path: &Path, bytes: &[u8], parts: &[&str]) -> Result<()> {
     fs::write(path, bytes)?;
-    let said = fails_to_start(host)?;
+    // To start again would not help, and the unit does not.
+    let said = ends_with(host, 78)?;
     assert_says(&said, &[&path.display().to_string()]);
     assert_says(&said, parts);
     ensure!(fs::read(path)? == bytes, "{} was changed", path.display());

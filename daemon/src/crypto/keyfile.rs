@@ -15,6 +15,7 @@ use ovl_proto::wire;
 use serde::{Deserialize, Serialize};
 
 use super::{ClusterKey, Keyring, read_secret, replace_secret, sha256};
+use crate::store::Damaged;
 
 const MAGIC: &[u8] = b"ovl keys 1\n";
 
@@ -113,12 +114,13 @@ impl KeyFile {
         };
         match decode() {
             Some(copy) => Ok(Some(copy)),
-            None => bail!(
+            None => Err(Damaged(format!(
                 "{} is damaged, which holds the cluster's keys while they are being rotated. See `ovlctl key status` \
                  on another host: put the key that is in use there into {}, and remove the damaged file",
                 self.copy.display(),
                 self.path.display()
-            ),
+            ))
+            .into()),
         }
     }
 }
