@@ -49,7 +49,7 @@ fn a_list_is_a_table_or_an_array() {
 
 #[test]
 fn json_is_for_reading_too() {
-    Fake::new(&[Reply::Verify(Verify { clean: true, differences: Vec::new() })])
+    Fake::new(&[Reply::Verify(Verify { clean: true, settled_ms: Some(3), differences: Vec::new() })])
         .run("verify -o json")
         .prints("{\n  \"clean\": true,\n  \"differences\": []\n}\n");
 }
@@ -134,13 +134,17 @@ fn metrics_are_printed_as_they_are() {
 #[test]
 fn verify_fails_on_a_difference_and_names_it() {
     let difference = "fdb entry 02:00:0a:01:00:12 of blue is missing".to_owned();
-    let fake = Fake::new(&[Reply::Verify(Verify { clean: false, differences: vec![difference.clone()] })]);
+    let fake = Fake::new(&[Reply::Verify(Verify {
+        clean: false,
+        settled_ms: None,
+        differences: vec![difference.clone()],
+    })]);
     let ran = fake.run("verify");
     assert_eq!((ran.code, ran.out, ran.err), (Some(1), format!("{difference}\n"), String::new()));
     let ran = fake.run("verify -o json");
     let value: serde_json::Value = serde_json::from_str(&ran.out).unwrap();
     assert_eq!((ran.code, value), (Some(1), json!({ "clean": false, "differences": [difference] })));
-    Fake::new(&[Reply::Verify(Verify { clean: true, differences: Vec::new() })])
+    Fake::new(&[Reply::Verify(Verify { clean: true, settled_ms: Some(3), differences: Vec::new() })])
         .run("verify")
         .prints("clean: the kernel holds what it should\n");
 }
@@ -154,7 +158,8 @@ fn a_missing_socket_says_what_to_do() {
         assert!(ran.err.contains("Is it running?"), "{}", ran.err);
     }
     // The option goes before the environment.
-    let fake = Fake::new(&[Reply::Verify(Verify { clean: true, differences: Vec::new() })]);
+    let fake =
+        Fake::new(&[Reply::Verify(Verify { clean: true, settled_ms: Some(3), differences: Vec::new() })]);
     let mut command = fake.command("verify");
     run(command.arg("--socket").arg(dir.0.join("none"))).fails(1, "cannot reach ovld");
 }

@@ -9,7 +9,10 @@ mod links;
 mod log;
 mod node;
 mod ports;
+mod problems;
 mod store;
+mod subsystems;
+mod workloads;
 
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};

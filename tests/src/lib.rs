@@ -207,7 +207,9 @@ pub fn peer(host: &Host, name: &str) -> Result<Value> {
 
 /// What `ovlctl status` calls wrong.
 pub fn problems(host: &Host) -> Result<Vec<String>> {
-    Ok(strings(&host.ctl_json(&["status"])?["problems"]))
+    let status = host.ctl_json(&["status"])?;
+    let all = status["problems"].as_array().context("`problems` is no array")?;
+    Ok(all.iter().map(|problem| problem["message"].as_str().unwrap_or_default().to_owned()).collect())
 }
 
 /// Waits until one of a host's problems has all of these parts.

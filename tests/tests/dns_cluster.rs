@@ -11,7 +11,7 @@ use ovl_tests::cni::{Conflist, Container};
 use ovl_tests::resolver::{FakeResolver, Mood, ResolvConf, config, dig, status};
 use ovl_tests::routed::make_routed;
 use ovl_tests::service::apply;
-use ovl_tests::{Attached, SOON, attach, make_network, started_with, strings, text, wait_clean};
+use ovl_tests::{Attached, SOON, attach, make_network, problems, started_with, strings, text, wait_clean};
 use serde_json::json;
 
 /// Where the cluster's DNS is, on every host.
@@ -155,7 +155,7 @@ fn the_clusters_dns_is_at_one_address_on_every_node_and_knows_pods_by_address() 
         Ok(())
     })
     .unwrap();
-    assert!(strings(&h1.ctl_json(&["status"]).unwrap()["problems"]).is_empty());
+    assert!(problems(h1).unwrap().is_empty());
 }
 
 #[test]

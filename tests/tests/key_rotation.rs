@@ -128,7 +128,7 @@ fn the_key_changes_without_losing_a_packet_or_a_round_of_gossip() {
     for host in &hosts {
         let status = host.ctl_json(&["status"]).unwrap();
         assert_eq!(status["gossip"]["dropped_unauthenticated"], 0, "on {}: {status}", host.name());
-        assert_eq!(strings(&status["problems"]), [""; 0], "on {}", host.name());
+        assert_eq!(ovl_tests::problems(host).unwrap(), [""; 0], "on {}", host.name());
         let doubted: Vec<Value> = rows(host, &["events"])
             .unwrap()
             .into_iter()

@@ -10,8 +10,8 @@ use anyhow::{Result, ensure};
 use netns_lab::{Host, Lab, LabConfig, wait_until};
 use ovl_tests::service::apply;
 use ovl_tests::{
-    SOON, assert_says, attach, ensure_status, make_network, peer, refused, rows, started, started_with,
-    strings, text,
+    SOON, assert_says, attach, ensure_status, make_network, peer, problems, refused, rows, started,
+    started_with, text,
 };
 use serde_json::Value;
 
@@ -391,7 +391,7 @@ fn a_host_that_joins_late_and_both_sides_of_a_split_come_to_the_same() {
     // The later write won, whole.
     let policy = get(h4, "netpol", "db-allow-api-only", "shop").unwrap();
     assert_eq!(policy["spec"]["ingress"][0]["ports"][0]["port"], 2222);
-    assert!(strings(&h4.ctl_json(&["status"]).unwrap()["problems"]).is_empty());
+    assert!(problems(h4).unwrap().is_empty());
 }
 
 #[test]

@@ -3,7 +3,9 @@
 use std::fmt::Write as _;
 
 use ovl_proto::clock::timestamp;
-use ovl_proto::control::{DaemonState, GossipCounters, KeyRotation, ReconcileStatus, Reply, Request, Status};
+use ovl_proto::control::{
+    DaemonState, GossipCounters, KeyRotation, Problem, ReconcileStatus, Reply, Request, Severity, Status,
+};
 
 use crate::context::Context;
 use crate::error::{Error, Result};
@@ -38,8 +40,18 @@ fn render(status: &Status) -> String {
     rows.extend(status.rotation.as_ref().map(|it| ("Cluster key", rotation(it))));
     let mut text = block(&rows);
     section(&mut text, "Refused by the kernel", &status.reconcile.failing);
-    section(&mut text, "Problems", &status.problems);
+    let problems: Vec<String> = status.problems.iter().map(problem).collect();
+    section(&mut text, "Problems", &problems);
     text
+}
+
+/// A problem in one line; `docs/problems.md` has more by its code.
+fn problem(problem: &Problem) -> String {
+    let severity = match problem.severity {
+        Severity::Error => "error",
+        Severity::Warning => "warning",
+    };
+    format!("{} {severity}: {}", problem.code, problem.message)
 }
 
 fn section(text: &mut String, title: &str, items: &[String]) {
@@ -155,7 +167,16 @@ Reconcile  31 passes, 42 operations, 1 repair
         status.gossip.dropped_unauthenticated = 5;
         status.gossip.strangers = vec!["192.0.2.9".parse().unwrap()];
         status.reconcile.failing = vec!["link ovl-b1: operation not supported".into()];
-        status.problems = vec!["host2 is dead.".into(), "The key of 192.0.2.9 is another.".into()];
+        let problem = |code: &str, severity, message: &str| Problem {
+            code: code.into(),
+            severity,
+            object: "host2".into(),
+            message: message.into(),
+        };
+        status.problems = vec![
+            problem("OVL-E024", Severity::Error, "host2 cannot be reached"),
+            problem("OVL-E031", Severity::Warning, "The key of 192.0.2.9 is another."),
+        ];
         let text = render(&status);
         assert!(text.contains("\nMembers    3, 2 alive\n"), "{text}");
         assert!(text.contains("received, 5 unauthenticated (strangers: 192.0.2.9)\n"), "{text}");
@@ -165,8 +186,8 @@ Reconcile  31 passes, 42 operations, 1 repair
 Refused by the kernel:
   - link ovl-b1: operation not supported
 Problems:
-  - host2 is dead.
-  - The key of 192.0.2.9 is another.
+  - OVL-E024 error: host2 cannot be reached
+  - OVL-E031 warning: The key of 192.0.2.9 is another.
 "
             ),
             "{text}"

@@ -53,6 +53,11 @@ impl Standing {
         self.generation
     }
 
+    /// What was last sent.
+    pub fn sent(&self) -> &Kernel {
+        &self.applied
+    }
+
     /// All that should be in the kernel, which counts as sent: for a comparison with a dump that also
     /// repairs. Without `prune`, what stood before is part of it.
     pub fn anew(&mut self, view: &View, local: &Local, prune: bool) -> Kernel {

@@ -15,7 +15,9 @@ use tokio::sync::oneshot;
 
 use super::state::{Durable, Lent, State};
 use super::{Failed, Node, wall_ms};
+use crate::problems::Code;
 use crate::store;
+use crate::subsystems::Change as What;
 
 /// A host that does not answer a request for a lease is given up after this time.
 const LEASE_TIMEOUT: Duration = Duration::from_secs(3);
@@ -117,10 +119,8 @@ impl Node {
 
     fn disk_is_stuck(&self) -> Failed {
         let state = self.state.borrow();
-        let why = state.problems.get("state file").cloned();
-        Failed::unavailable(
-            why.unwrap_or_else(|| "the state cannot be saved in time: is the disk stuck?".to_owned()),
-        )
+        let why = state.problems.get(Code::StateFile, "");
+        Failed::unavailable(why.unwrap_or("the state cannot be saved in time: is the disk stuck?"))
     }
 
     /// A refusal in words for the user.
@@ -230,7 +230,7 @@ impl Node {
             }
             self.drop_forgotten(state);
             // Which entries count depends on the map.
-            state.touch_all();
+            state.changed(What::ThisHost);
             self.publish_hints(state);
             newly
         };
@@ -319,13 +319,13 @@ impl Node {
                     under_way = false;
                     match result {
                     Some((number, Ok(()))) => {
-                        self.state.borrow_mut().problem("state file", None);
+                        self.state.borrow_mut().problems.set(Code::StateFile, "", None);
                         self.let_go(number);
                     }
                     Some((_, Err(error))) => {
                         // What waits goes on waiting: nothing is promised that is not on the disk.
                         let sentence = format!("the state cannot be saved, and nothing new is promised: {error:#}");
-                        self.state.borrow_mut().problem("state file", Some(sentence));
+                        self.state.borrow_mut().problems.set(Code::StateFile, "", Some(sentence));
                         tokio::time::sleep(Duration::from_secs(1)).await;
                         self.state.borrow_mut().save.wanted = true;
                     }
@@ -445,7 +445,7 @@ impl Node {
             // Made before the map is looked at, so that no change of it is missed.
             let news = self.membership.notified();
             if self.state.borrow().is_member() {
-                self.state.borrow_mut().problem("admission", None);
+                self.state.borrow_mut().problems.set(Code::Admission, "", None);
                 if self.reclaim().await {
                     // Until the map changes again: it may say that we were forgotten.
                     news.await;
@@ -479,19 +479,19 @@ impl Node {
             }
             if self.state.borrow().epoch.elapsed() > NOBODY_AFTER {
                 let sentence = self.nobody_found();
-                self.state.borrow_mut().problem("admission", Some(sentence));
+                self.state.borrow_mut().problems.set(Code::Admission, "", Some(sentence));
             }
             return;
         }
         // Of members that are long dead nobody has a record any more.
         let known_since = known_since.get_or_insert_with(Instant::now);
         if let Some(reason) = blocked {
-            self.state.borrow_mut().problem("admission", Some(reason));
+            self.state.borrow_mut().problems.set(Code::Admission, "", Some(reason));
         } else if (!strangers || known_since.elapsed() > RECORDS_WITHIN)
             && let Err(failed) = self.change(Change::Admit(me)).await
         {
             let sentence = format!("not admitted yet: {}", failed.0.message);
-            self.state.borrow_mut().problem("admission", Some(sentence));
+            self.state.borrow_mut().problems.set(Code::Admission, "", Some(sentence));
         }
     }
 
@@ -604,12 +604,10 @@ impl Node {
         if isolated == state.local.isolated {
             return;
         }
-        state.problems.retain(|key, _| !key.starts_with("isolated "));
-        for (id, sentence) in &isolated {
-            state.problem(format!("isolated {id}"), Some(sentence.clone()));
-        }
+        let sentences = isolated.iter().map(|(id, sentence)| (id.to_string(), sentence.clone()));
+        state.problems.replace(Code::EndpointIsolated, sentences);
         state.local.isolated = isolated;
-        state.touch_all();
+        state.changed(What::ThisHost);
         self.work.notify_one();
     }
 

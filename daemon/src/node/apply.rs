@@ -115,12 +115,7 @@ impl Node {
     }
 
     fn member(&self) -> Result<(), Failed> {
-        let state = self.state.borrow();
-        if state.is_member() {
-            return Ok(());
-        }
-        let why = state.problems.get("admission").cloned().unwrap_or_else(|| "not admitted yet".to_owned());
-        Err(Failed::unavailable(why))
+        self.state.borrow().check_member()
     }
 
     /// Fills in what the cluster decides.
@@ -368,7 +363,7 @@ fn node_name(state: &State, host: Option<NodeId>) -> String {
 }
 
 fn info(state: &State, kind: Kind, name: Name) -> Result<ResourceInfo, Failed> {
-    let members = state.backends.members();
+    let members = state.workloads.backends().members();
     let resource = state.view.resources.get(&ResourceKey { kind, name: name.clone() });
     let resource = resource.ok_or_else(|| Failed::internal("an object that is listed is not there"))?;
     let endpoint = |member: &Member| PodEndpoint {
@@ -413,7 +408,7 @@ fn lost(claim: &Claim, other: &Name) -> String {
 }
 
 fn backends(state: &State, name: &Name, service: &Service) -> ServiceBackends {
-    let all = state.backends.of(name);
+    let all = state.workloads.backends().of(name);
     let of_port = |port: Option<usize>| {
         let each = all.iter().flat_map(|backend| {
             let number = port.and_then(|n| backend.ports.get(n).copied().flatten());

@@ -11,10 +11,9 @@ use ipnet::IpNet;
 use ovl_core::cni::{self, Attachment};
 use ovl_core::desired;
 use ovl_core::device::{Device, Role};
-use ovl_core::diff::diff;
 use ovl_core::docker::EngineEndpoint;
 use ovl_core::ipam;
-use ovl_core::kernel::Kernel;
+use ovl_core::kernel::Kernel as Dataplane;
 use ovl_core::op::Op;
 use ovl_core::publish::turns_round;
 use ovl_core::view::{Local, Placed};
@@ -30,6 +29,8 @@ use super::state::LocalEndpoint;
 use super::{Failed, Node, random, remove_if_there};
 use crate::config::{MAX_NAME, is_name_within};
 use crate::kernel::{EndpointSpec, HostEnd, Made, Netns, Other, Resolver, Retired, open_netns};
+use crate::problems::Code;
+use crate::subsystems::{self, Change, Part};
 
 /// What is kept of an endpoint while the kernel runs: a daemon that is started anew finds it here.
 #[derive(Debug, Serialize, Deserialize)]
@@ -81,8 +82,7 @@ impl Drop for Place<'_> {
         }
         if !desired::is_built(&state.view, &state.local, self.network) {
             // Nothing came of it: the network's devices are of no use any more.
-            state.dirty.networks.insert(self.network);
-            state.dirty.host = true;
+            state.changed(Change::Built(self.network));
             self.node.work.notify_one();
         }
     }
@@ -161,23 +161,16 @@ impl Node {
         let gateways: Vec<IpAddr> = gateways.collect();
         // Until it is in the table, or nothing came of it.
         let _policed = self.police_attach(&endpoint);
-        let (mut ops, mtu) = self.prepare(network);
-        let part = {
-            let mut guard = self.state.borrow_mut();
-            let state = &mut *guard;
-            if local.docker.is_some() {
-                state.local.fetched.insert(id);
-            }
-            desired::endpoint_part(&state.view, &state.local, network, &endpoint, mtu)
+        if local.docker.is_some() {
+            self.state.borrow_mut().local.fetched.insert(id);
+        }
+        self.refresh_names();
+        let (part, mtu) = {
+            let mut state = self.state.borrow_mut();
+            let (cluster, mut subsystems) = state.parts();
+            let part = subsystems::prepare(&mut subsystems, &endpoint, network, &cluster);
+            (part, desired::network_mtu(cluster.view, network))
         };
-        // The pair itself is not the work of an operation, and what its neighbours need too is there.
-        let shared = {
-            let state = self.state.borrow();
-            let applied = state.applied.get(&network.id).map(|applied| &applied.localnets);
-            applied.into_iter().flat_map(|applied| part.localnets.intersection(applied)).copied().collect()
-        };
-        let bare = Kernel { links: part.links.clone(), localnets: shared, ..Kernel::default() };
-        ops.extend(diff(&bare, &part, false));
         let spec = EndpointSpec {
             device: place.device,
             name: request.name.clone(),
@@ -190,6 +183,7 @@ impl Node {
             gateways,
             resolver: self.ways_to_resolver(network, &endpoint, resolver),
         };
+        let Part { before: ops, wants } = part;
         let (outcomes, made) = self.kernel.prepare_and_create(ops, spec).await;
         let refused = self.note_outcomes(&outcomes, Some((network.id, place.device)));
         let unpublished = || outcomes.iter().find_map(publish::refusal).map(ToString::to_string);
@@ -197,7 +191,7 @@ impl Node {
         let made = match (made, refused) {
             (Ok(made), None) => made,
             (made, refused) => {
-                self.leave_to_the_loop(&part);
+                self.leave_to_the_loop(&wants);
                 if made.is_ok() {
                     self.take_back(&endpoint).await?;
                 }
@@ -211,11 +205,11 @@ impl Node {
         };
         let local = LocalEndpoint { ifname: made.ifname.clone(), ..local };
         if let Err(error) = self.keep_endpoint(&endpoint, &local) {
-            self.leave_to_the_loop(&part);
+            self.leave_to_the_loop(&wants);
             self.take_back(&endpoint).await?;
             return Err(Failed::internal(format!("{error:#}")));
         }
-        let mut info = self.commit(endpoint, local, part)?;
+        let mut info = self.commit(endpoint, local, wants)?;
         if !info.publish.is_empty() {
             self.serve_ports(id, ports, &info.addresses);
             info.warnings = self.firewall_problems();
@@ -224,9 +218,9 @@ impl Node {
     }
 
     /// What may be left of the elements of an endpoint that was not made is the loop's.
-    fn leave_to_the_loop(&self, part: &Kernel) {
+    fn leave_to_the_loop(&self, part: &Dataplane) {
         if part.elements.sets().next().is_some() {
-            self.state.borrow_mut().dirty.full = true;
+            self.state.borrow_mut().reconcile.ask_full();
             self.work.notify_one();
         }
     }
@@ -238,17 +232,23 @@ impl Node {
     }
 
     /// The endpoint is in the kernel: from here on it counts.
-    fn commit(&self, endpoint: Endpoint, local: LocalEndpoint, part: Kernel) -> Result<EndpointInfo, Failed> {
+    fn commit(
+        &self,
+        endpoint: Endpoint,
+        local: LocalEndpoint,
+        wants: Dataplane,
+    ) -> Result<EndpointInfo, Failed> {
         let (id, network, name) = (endpoint.id, endpoint.network, endpoint.name.clone());
         {
             let mut guard = self.state.borrow_mut();
             let state = &mut *guard;
             if state.view.address_conflict(state.view.me, &endpoint).is_some() {
                 // Its block was lost meanwhile: the loop is to see that.
-                state.dirty.networks.insert(network);
+                state.changed(Change::Rights(network));
             }
             state.endpoints.insert(id, local);
-            state.applied.entry(network).or_default().merge(part);
+            let (_, subsystems) = state.parts();
+            subsystems.into_iter().for_each(|subsystem| subsystem.attached(&endpoint, &wants));
         }
         self.write_table(vec![Entry::Endpoint(endpoint)], Vec::new());
         self.event("endpoint", &name, "attached");
@@ -314,8 +314,7 @@ impl Node {
     fn will_resolve(&self, network: NetworkId) {
         let mut state = self.state.borrow_mut();
         if state.local.resolved.insert(network) {
-            state.dirty.networks.insert(network);
-            state.dirty.host = true;
+            state.changed(Change::Built(network));
         }
     }
 
@@ -343,7 +342,9 @@ impl Node {
                 break Device::endpoint(id);
             }
         };
-        state.dirty.host |= !desired::is_built(&state.view, &state.local, network.id);
+        if !desired::is_built(&state.view, &state.local, network.id) {
+            state.changed(Change::Built(network.id));
+        }
         *state.local.wanted.entry(network.id).or_default() += 1;
         Ok(Place { node: self, network: network.id, name, device })
     }
@@ -404,21 +405,6 @@ impl Node {
             return Err(Failed::conflict(format!("{mac} is being given to another endpoint at this moment")));
         }
         Ok(TakenMac { node: self, network, mac })
-    }
-
-    /// What has to be done before an endpoint can be made: the network's devices and entries; and
-    /// the MTU.
-    fn prepare(&self, network: &Network) -> (Vec<Op>, u16) {
-        self.refresh_names();
-        let mut guard = self.state.borrow_mut();
-        let state = &mut *guard;
-        let mut all = self.plan_policies(state);
-        let ops = self.plan_network(state, network.id);
-        if state.dirty.host {
-            all.extend(self.plan_host(state));
-        }
-        all.extend(ops);
-        (all, desired::network_mtu(&state.view, network))
     }
 
     /// Takes an endpoint away. One that is not there is fine.
@@ -505,17 +491,19 @@ impl Node {
         let (retired, networks) = self.retired(ids);
         self.withdraw(ids, "detached")?;
         let ops = {
-            let mut guard = self.state.borrow_mut();
-            let state = &mut *guard;
-            // What is more than entries takes longer, and is the loop's.
-            let ops = networks.into_iter().filter_map(|network| self.plan_touched(state, network));
+            let mut state = self.state.borrow_mut();
+            let (cluster, mut subsystems) = state.parts();
+            // What is more than entries takes longer, and is left to the loop.
+            let ops = networks
+                .into_iter()
+                .flat_map(|network| subsystems::detached(&mut subsystems, network, &cluster));
             let is_theirs = |op: &Op| retired.iter().any(|one| op.device() == Some(one.device));
-            ops.flatten().filter(|op| !is_theirs(op)).collect()
+            ops.filter(|op| !is_theirs(op)).collect()
         };
         let (outcomes, result) = self.kernel.retire(retired, ops).await;
         self.note_outcomes(&outcomes, None);
         result.map_err(|error| {
-            self.state.borrow_mut().dirty.full = true;
+            self.state.borrow_mut().reconcile.ask_full();
             self.work.notify_one();
             Failed::from(error)
         })
@@ -544,7 +532,7 @@ impl Node {
                 state.endpoints.remove(id);
                 state.local.fetched.remove(id);
                 state.local.isolated.remove(id);
-                state.problem(format!("isolated {id}"), None);
+                state.problems.set(Code::EndpointIsolated, id.to_string(), None);
                 self.ports.release(*id);
             }
         }
@@ -646,7 +634,11 @@ impl Node {
                          attach it again",
                         aside.display()
                     );
-                    self.state.borrow_mut().problem(format!("kept {}", path.display()), Some(sentence));
+                    self.state.borrow_mut().problems.set(
+                        Code::DamagedFile,
+                        path.display().to_string(),
+                        Some(sentence),
+                    );
                 }
             }
         }

@@ -19,6 +19,7 @@ pub(super) use self::alone::Containers;
 use super::peers::UNREACHABLE;
 use super::{Failed, Node};
 use crate::kernel::{self, KernelError, Netns, open_netns, port_mac};
+use crate::problems::Code;
 
 impl Node {
     /// Does what a runtime asks for, and gives what the plugin prints.
@@ -170,8 +171,8 @@ impl Node {
         let state = self.state.borrow();
         let found = state.view.network(name);
         if found.is_none_or(|found| found.network.driver != Driver::Bridge) && !state.is_member() {
-            let why = state.problems.get("admission").cloned();
-            let why = why.unwrap_or_else(|| "this host is not admitted to the cluster yet".to_owned());
+            let why = state.problems.get(Code::Admission, "");
+            let why = why.unwrap_or("this host is not admitted to the cluster yet");
             return Err(error(code::LATER, "ovld is not ready", why));
         }
         let Some(found) = found else {

@@ -20,13 +20,15 @@ use ovl_dns::{
 };
 use ovl_proto::control::{DnsAnswer, DnsQuestion, DnsRecord};
 use ovl_proto::id::NetworkId;
+use ovl_proto::resource::Name as ResourceName;
 use ovl_proto::table::Endpoint;
 
-pub(crate) use self::cluster::ClusterMarks;
 use self::cluster::{Cluster, Owner};
 use super::state::State;
 use super::{Failed, Node};
 use crate::config::{Config, OWN_DOMAIN};
+use crate::problems::{Code, Problem};
+use crate::subsystems::{Change, NameMarks};
 
 /// A resolver that nobody has asked since then may be well again.
 const FAILED_LATELY: Duration = Duration::from_secs(300);
@@ -65,16 +67,17 @@ impl Names {
         (Self { engine, zone, cluster: RefCell::default(), domain }, problem)
     }
 
-    /// Sentences about the resolvers that did not answer of late.
-    pub(super) fn problems(&self) -> Vec<String> {
+    /// The resolvers that did not answer of late.
+    pub(super) fn problems(&self) -> Vec<Problem> {
         let failing = self.engine.as_ref().map(Engine::failing).unwrap_or_default();
         let lately = failing.iter().filter(|each| each.at.elapsed() < FAILED_LATELY);
         let sentence = |Failing { server, stub, at }: &Failing| {
             let whose = stub.map_or_else(String::new, |domain| format!(" of the stub domain {domain}"));
             let ago = at.elapsed().as_secs();
-            format!(
+            let sentence = format!(
                 "the resolver {server}{whose} did not answer in time when it was asked, the last time {ago} s ago"
-            )
+            );
+            Code::UpstreamResolver.about(server.to_string(), sentence)
         };
         lately.map(sentence).collect()
     }
@@ -105,23 +108,22 @@ impl Node {
     pub(super) fn refresh_names(&self) {
         let mut guard = self.state.borrow_mut();
         let state = &mut *guard;
-        let marks = std::mem::take(&mut state.dirty.names);
-        let whole = std::mem::take(&mut state.dirty.named);
-        let services = self.name_cluster(state);
-        if marks.is_empty() && whole.is_empty() && !services {
+        let NameMarks { single, networks, services, pods } = state.subsystems.names.take_marks();
+        let cluster = self.name_cluster(state, services, pods);
+        if single.is_empty() && networks.is_empty() && !cluster {
             return;
         }
-        self.name(state, &whole, marks);
+        self.name(state, &networks, single);
     }
 
     /// The same for all networks, whatever is marked.
     pub(super) fn refresh_all_names(&self) {
         let mut guard = self.state.borrow_mut();
         let state = &mut *guard;
-        let whole = state.view.networks.keys().copied().collect();
-        let marks = std::mem::take(&mut state.dirty.names);
-        state.dirty.named.clear();
-        self.name(state, &whole, marks);
+        let NameMarks { single, services, pods, .. } = state.subsystems.names.take_marks();
+        self.name_cluster(state, services, pods);
+        let all = state.view.networks.keys().copied().collect();
+        self.name(state, &all, single);
     }
 
     fn name(&self, state: &State, whole: &BTreeSet<NetworkId>, marks: BTreeMap<NetworkId, Marks>) {
@@ -170,8 +172,12 @@ impl Node {
     }
 
     /// Brings the names of Services and pods up to date; says whether there was anything to do.
-    fn name_cluster(&self, state: &mut State) -> bool {
-        let ClusterMarks { services, pods } = std::mem::take(&mut state.dirty.cluster_names);
+    fn name_cluster(
+        &self,
+        state: &mut State,
+        services: BTreeSet<ResourceName>,
+        pods: Vec<(String, Vec<IpAddr>, bool)>,
+    ) -> bool {
         if services.is_empty() && pods.is_empty() {
             return false;
         }
@@ -181,8 +187,7 @@ impl Node {
                 state.view.own().into_iter().flat_map(|own| own.table.networks()).collect();
             for network in networks {
                 if state.local.resolved.insert(network) {
-                    state.dirty.networks.insert(network);
-                    state.dirty.host = true;
+                    state.changed(Change::Built(network));
                 }
             }
         }
@@ -190,8 +195,9 @@ impl Node {
         let domain = &self.names.domain;
         for name in services {
             let service = state.view.resources.services.get(&name);
-            let names =
-                service.map(|service| cluster_names::of_service(domain, service, state.backends.of(&name)));
+            let names = service.map(|service| {
+                cluster_names::of_service(domain, service, state.workloads.backends().of(&name))
+            });
             cluster.change(&mut zone, Owner::Service(name), names);
         }
         for (namespace, addresses, is_there) in pods {

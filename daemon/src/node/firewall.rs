@@ -10,6 +10,7 @@ use ovl_proto::object::Network;
 
 use super::{Failed, Node};
 use crate::kernel::{self, KernelError};
+use crate::problems::Code;
 
 /// Between two looks.
 const AGAIN: Duration = Duration::from_secs(5);
@@ -39,8 +40,7 @@ impl Node {
     /// Sentences about firewalls that stop what is published or sent.
     pub(super) fn firewall_problems(&self) -> Vec<String> {
         let state = self.state.borrow();
-        let ours = state.problems.iter().filter(|(key, _)| key.starts_with("firewall "));
-        ours.map(|(_, sentence)| sentence.clone()).collect()
+        state.problems.of(Code::Firewall).map(|(_, sentence)| sentence.to_owned()).collect()
     }
 
     fn built_networks(&self) -> Vec<Network> {
@@ -64,12 +64,7 @@ impl Node {
             }
             blocking(move || kernel::run_all(&commands)).await?;
         }
-        let mut state = self.state.borrow_mut();
-        let is_new = |key: &String| problems.iter().any(|(name, _)| name == key);
-        state.problems.retain(|key, _| !key.starts_with("firewall ") || is_new(key));
-        for (key, sentence) in problems {
-            state.problem(key, Some(sentence));
-        }
+        self.state.borrow_mut().problems.replace(Code::Firewall, problems);
         Ok(())
     }
 }

@@ -1,7 +1,6 @@
 //! LoadBalancers: addresses that this host announces, and ports at which it says whether it has backends.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::net::IpAddr;
+use std::collections::BTreeMap;
 
 use ovl_core::ingress;
 use ovl_core::op::Op;
@@ -12,17 +11,11 @@ use ovl_proto::table::{Entry, Key};
 use super::state::State;
 use super::{Failed, Node};
 use crate::ports::{Answer, listen_everywhere};
+use crate::problems::Code;
+use crate::subsystems::TableChange;
 
 /// So many addresses are announced again at a time.
 const AT_A_TIME: usize = 512;
-
-/// What LoadBalancers need beyond what was planned last; `all`: hosts may have come or gone.
-pub(super) fn plan(state: &mut State, touched: &BTreeSet<Name>, all: bool) -> Vec<Op> {
-    let all = std::mem::take(&mut state.dirty.announced) || all;
-    let State { view, backends, ingress, uplink, leaving, .. } = state;
-    let uplink = uplink.filter(|_| !*leaving);
-    ingress.plan(view, backends, touched.iter(), all, uplink)
-}
 
 /// Who announces a Service's addresses.
 pub(super) fn announced(state: &State, service: &Service) -> Vec<AnnouncedAddress> {
@@ -35,37 +28,37 @@ pub(super) fn announced(state: &State, service: &Service) -> Vec<AnnouncedAddres
 }
 
 impl Node {
-    /// Says in our table what this host announces, once the kernel has it, and answers health checks.
+    /// Says in this host's owner table what follows from what is in the kernel, and answers health checks.
     pub(super) fn tell_announced(&self) {
-        let (set, unset) = {
-            let mut guard = self.state.borrow_mut();
-            let state = &mut *guard;
-            let Some(own) = state.view.own().filter(|_| state.caught_up) else { return };
-            if !state.ingress.take_news() {
-                return;
-            }
-            let (said, is) = (own.table.announced().collect::<BTreeSet<IpAddr>>(), state.ingress.said());
-            let set: Vec<IpAddr> = is.difference(&said).copied().collect();
-            let unset: Vec<IpAddr> = said.difference(&is).copied().collect();
-            (set, unset)
+        let changes: Vec<TableChange> = {
+            let mut state = self.state.borrow_mut();
+            let (cluster, subsystems) = state.parts();
+            subsystems.into_iter().filter_map(|subsystem| subsystem.table_change(&cluster)).collect()
         };
-        for (addresses, what) in
-            [(&set, "announced by this host"), (&unset, "not announced by this host any more")]
-        {
-            for address in addresses {
-                self.event("service", &address.to_string(), what);
-            }
+        if changes.is_empty() {
+            return;
         }
-        if !set.is_empty() || !unset.is_empty() {
-            let set = set.into_iter().map(Entry::Announced).collect();
-            self.write_table(set, unset.into_iter().map(Key::Announced).collect());
+        for TableChange { set, unset } in changes {
+            for entry in &set {
+                if let Entry::Announced(address) = entry {
+                    self.event("service", &address.to_string(), "announced by this host");
+                }
+            }
+            for key in &unset {
+                if let Key::Announced(address) = key {
+                    self.event("service", &address.to_string(), "not announced by this host any more");
+                }
+            }
+            if !set.is_empty() || !unset.is_empty() {
+                self.write_table(set, unset);
+            }
         }
         self.answer_health();
     }
 
     /// Announces once more what was taken lately.
     pub(super) async fn announce_again(&self) {
-        let again = self.state.borrow_mut().ingress.again(AT_A_TIME);
+        let again = self.state.borrow_mut().subsystems.ingress.again(AT_A_TIME);
         // A worker that is gone is noticed elsewhere.
         if !again.is_empty()
             && let Err(error) = self.kernel.announce(again).await
@@ -79,6 +72,7 @@ impl Node {
         let mut guard = self.state.borrow_mut();
         let state = &mut *guard;
         let wanted: BTreeMap<u16, Answer> = state
+            .subsystems
             .ingress
             .health()
             .map(|(name, health)| {
@@ -89,17 +83,13 @@ impl Node {
         if wanted == state.health {
             return;
         }
-        state.problems.retain(|key, _| {
-            key.strip_prefix("health ")
-                .is_none_or(|port| port.parse().is_ok_and(|port: u16| wanted.contains_key(&port)))
-        });
+        let mut taken = Vec::new();
         let mut new = Vec::new();
         let mut answered = BTreeMap::new();
         for (port, answer) in wanted {
             if !state.health.contains_key(&port) {
                 match listen_everywhere(port) {
                     Ok(listener) => {
-                        state.problem(format!("health {port}"), None);
                         new.push((port, listener));
                     }
                     Err(why) => {
@@ -107,13 +97,14 @@ impl Node {
                             "load balancers cannot ask this host about Service {}/{}: its healthCheckNodePort {port} {why}",
                             answer.namespace, answer.name
                         );
-                        state.problem(format!("health {port}"), Some(sentence));
+                        taken.push((port.to_string(), sentence));
                         continue;
                     }
                 }
             }
             answered.insert(port, answer);
         }
+        state.problems.replace(Code::HealthPort, taken);
         state.health.clone_from(&answered);
         self.ports.answer(answered, new);
     }

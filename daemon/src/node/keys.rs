@@ -17,6 +17,7 @@ use ovl_proto::sync::Message;
 use super::state::State;
 use super::{Failed, Node, wall_ms};
 use crate::crypto::{ClusterKey, KeyFile, Keyring};
+use crate::problems::Code;
 
 /// Between two looks when nothing happens.
 const LOOK: Duration = Duration::from_secs(1);
@@ -112,10 +113,10 @@ impl Node {
             if let Err(error) = self.keep_keys(&turn, ring).await {
                 let sentence =
                     format!("the rotation of the cluster key waits for this host's disk: {error:#}");
-                self.state.borrow_mut().problem("key disk", Some(sentence));
+                self.state.borrow_mut().problems.set(Code::KeyDisk, "", Some(sentence));
                 return;
             }
-            self.state.borrow_mut().problem("key disk", None);
+            self.state.borrow_mut().problems.set(Code::KeyDisk, "", None);
             self.event("key", &key, what);
         }
     }
@@ -241,7 +242,7 @@ impl Node {
                 self.config.state_dir.display()
             )
         });
-        self.state.borrow_mut().problem("key file", sentence);
+        self.state.borrow_mut().problems.set(Code::KeyFile, "", sentence);
     }
 
     /// A rotation that is under way, and hosts that seal with keys that we do not have, are named.
@@ -254,7 +255,7 @@ impl Node {
             .progress()
             .filter(|progress| wall_ms().saturating_sub(progress.key.since_ms) > STALLED_MS);
         let sentence = stalled.map(|progress| rotation_sentence(&rotation_of(state, &progress)));
-        state.problem("key rotation", sentence);
+        state.problems.set(Code::KeyRotation, "", sentence);
         let away: Vec<String> = state
             .view
             .nodes
@@ -279,7 +280,7 @@ impl Node {
                 )
             }
         });
-        state.problem("key missed", sentence);
+        state.problems.set(Code::KeyMissed, "", sentence);
     }
 
     /// For `ovlctl status`.

@@ -15,6 +15,7 @@ use tokio::time::{MissedTickBehavior, interval};
 use super::{Failed, Inbox, Node, Stop};
 use crate::config::Config;
 use crate::control;
+use crate::problems::Code;
 
 /// Between two looks at everything that depends on time.
 const TICK: Duration = Duration::from_millis(200);
@@ -95,7 +96,7 @@ pub(crate) struct StoodAside(String);
 impl Node {
     fn clash_sentence(&self) -> String {
         let state = self.state.borrow();
-        state.problems.get(&format!("clash {}", state.view.me)).cloned().unwrap_or_default()
+        state.problems.get(Code::IdentityClash, &state.view.me.to_string()).unwrap_or_default().to_owned()
     }
 
     async fn tick_loop(self: Rc<Self>) {
@@ -173,7 +174,7 @@ impl Node {
         if done || state.now() > CATCH_UP_MS {
             tracing::info!(complete = done, "gossip has caught up");
             state.caught_up = true;
-            state.dirty.full = true;
+            state.reconcile.ask_full();
             self.work.notify_one();
             self.membership.notify_waiters();
         }
@@ -201,6 +202,8 @@ impl Node {
         let (me, alone) = {
             let mut state = self.state.borrow_mut();
             state.leaving = true;
+            // The addresses of LoadBalancers are for another host to announce.
+            state.subsystems.ingress.set_uplink(None);
             (state.view.me, state.view.alloc.members.len() <= 1 || !state.is_member())
         };
         if !alone && let Err(failed) = self.change(Change::Forget(me)).await {
@@ -215,6 +218,7 @@ impl Node {
         {
             // Still here, and ready to be asked again.
             self.state.borrow_mut().leaving = false;
+            self.underlay.notify_one();
             self.recompute_networks();
             return Err(failed);
         }
@@ -239,9 +243,8 @@ impl Node {
             let mut state = self.state.borrow_mut();
             state.view.networks.clear();
             state.view.resources = Default::default();
-            state.backends = Default::default();
-            state.services = Default::default();
-            state.ingress = Default::default();
+            state.workloads.clear();
+            state.subsystems.all().into_iter().for_each(|subsystem| subsystem.withdraw());
         }
         let found = self.kernel.dump().await.map_err(Failed::from)?;
         // Not all of them go with a device.

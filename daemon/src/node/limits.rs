@@ -8,6 +8,7 @@ use ovl_proto::control::PeerState;
 
 use super::Node;
 use crate::kernel;
+use crate::problems::Code;
 
 /// Between two looks.
 const EVERY: Duration = Duration::from_secs(30);
@@ -60,7 +61,7 @@ impl Node {
                 }
             }
         }
-        self.state.borrow_mut().problem("rp_filter", sentence);
+        self.state.borrow_mut().problems.set(Code::SourceValidation, "", sentence);
     }
 
     /// Entries of ours are permanent and not counted by the kernel. Those of the peers' underlay
@@ -86,7 +87,7 @@ impl Node {
                 near * 4
             )
         });
-        state.problem("neighbour table", sentence);
+        state.problems.set(Code::NeighbourTable, "", sentence);
     }
 }
 

@@ -41,13 +41,9 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail};
 use ovl_core::alloc::Allocator;
-use ovl_core::backends::Backends;
 use ovl_core::device::Device;
-use ovl_core::ingress::Ingress;
 use ovl_core::objects::Objects;
-use ovl_core::policy::Standing;
 use ovl_core::resources::Resources;
-use ovl_core::services::Services;
 use ovl_core::table::Table;
 use ovl_core::view::{self, Local, View};
 use ovl_proto::control::{Event, Failure, PeerState};
@@ -63,7 +59,10 @@ use crate::gossip::{Gossip, GossipConfig, GossipEvent, Hints};
 use crate::kernel::{self, KernelEvent, KernelHandle, Prober};
 use crate::links::{LinkEvent, Links, LinksConfig};
 use crate::ports::Ports;
+use crate::problems::{Code, Problems};
 use crate::store;
+use crate::subsystems::{Ingress, Names, Networks, Policy, Services, Subsystems};
+use crate::workloads::Workloads;
 
 /// A request that failed.
 #[derive(Debug)]
@@ -210,7 +209,10 @@ impl Node {
         let keys = keys::Keys::new(Arc::clone(&keyring), key_file);
         let mut state = first_state(&config, &record, &signed, &saved, keys);
         state.local.ends.own_old = secret.previous();
-        state.uplink = config.load_balancer_device.or_else(|| Device::new(&link.device));
+        state
+            .subsystems
+            .ingress
+            .set_uplink(config.load_balancer_device.or_else(|| Device::new(&link.device)));
         let (gossip_tell, gossip_events) = mpsc::channel(INBOX);
         let (link_tell, link_events) = mpsc::channel(INBOX);
         let (gossip, links) =
@@ -218,7 +220,7 @@ impl Node {
                 .await?;
         let (saved_tell, saved_events) = mpsc::unbounded_channel();
         let (names, unnamed) = dns::Names::start(&config);
-        state.problem("names", unnamed);
+        state.problems.set(Code::ResolverDown, "", unnamed);
         let node = Rc::new(Self {
             boot_id: boot_id()?,
             run_dir,
@@ -317,7 +319,7 @@ impl Node {
         // A network that was removed is served as long as it has endpoints, and these are some.
         self.recompute_networks();
         self.refresh_all_names();
-        self.whole_pass().await;
+        self.full_pass().await;
         self.read_sandboxes()?;
         if let Err(failed) = self.living_sandboxes().await {
             tracing::error!(error = failed.0.message, "cannot look after sandboxes");
@@ -476,11 +478,16 @@ fn first_state(
         bridges: saved.bridges.iter().map(|network| (network.id, network.clone())).collect(),
         objects_digest: [0; 32],
         objects_taken_at: 0,
-        backends: Backends::default(),
-        services: Services::default(),
-        ingress: Ingress::default(),
+        workloads: Workloads::default(),
+        subsystems: Subsystems {
+            // Connections that an earlier run marked are judged again.
+            policy: Policy::new(u32::from_le_bytes(random())),
+            names: Names::default(),
+            networks: Networks::default(),
+            services: Services::default(),
+            ingress: Ingress::default(),
+        },
         health: BTreeMap::new(),
-        uplink: None,
         clock: saved.clock,
         keys,
         allocator: Allocator::new(me, durable, u64::from_le_bytes(random())),
@@ -498,18 +505,11 @@ fn first_state(
         unheld: BTreeSet::new(),
         cursors: BTreeMap::new(),
         pending: state::Pending::default(),
-        dirty: state::Dirty::default(),
-        applied: BTreeMap::new(),
-        applied_host: ovl_core::kernel::Kernel::default(),
-        // Connections that an earlier run marked are judged anew.
-        policy: Standing::new(u32::from_le_bytes(random())),
-        unpoliced: None,
-        refused: BTreeMap::new(),
-        failing: BTreeMap::new(),
-        counts: state::Counts::default(),
+        rights_changed: true,
+        reconcile: reconcile::Progress::default(),
         caught_up: false,
         objects_seen: false,
-        problems: BTreeMap::new(),
+        problems: Problems::default(),
         save: state::Save::default(),
         uncached: BTreeSet::new(),
         epoch: Instant::now(),

@@ -17,9 +17,11 @@ use ovl_proto::resource::{Name, Resource, ResourceKey};
 use ovl_proto::sync::Message;
 use ovl_proto::wire;
 
-use super::state::{DirtyMembers, State};
+use super::state::State;
 use super::{Failed, Node, wall_ms};
 use crate::crypto;
+use crate::problems::Code;
+use crate::subsystems::Change as What;
 
 /// A tombstone is kept this long, in milliseconds: a host that was away for longer may bring a
 /// removed object back.
@@ -184,35 +186,21 @@ impl Node {
 
     /// What hangs on Kubernetes' objects that came, went or changed; the loop does the rest.
     fn resources_changed(&self, state: &mut State, keys: &[ResourceKey]) {
-        for key in keys {
-            state.backends.touch_resource(&state.view, key);
-        }
-        super::policy::resources_changed(state, keys);
+        state.changed(What::Resources(keys));
         self.work.notify_one();
     }
 
     /// Works out what changes of endpoints, hosts and objects mean for Services: what is planned after it
     /// goes by it.
     pub(super) fn settle_backends(&self, state: &mut State) {
-        let DirtyMembers { networks, endpoints, hosts } = std::mem::take(&mut state.dirty.members);
-        for network in networks {
-            state.backends.touch_network(&state.view, network);
-        }
-        for (host, id) in endpoints {
-            state.backends.touch_endpoint(&state.view, host, id);
-        }
-        for host in hosts {
-            state.backends.touch_host(&state.view, host);
-        }
-        let settled = state.backends.settle(&state.view);
+        let settled = state.workloads.settle(&state.view);
         if state.view.has_services() && !state.local.served {
             state.local.served = true;
-            state.dirty.host = true;
-            state.dirty.networks.extend(state.view.switched().map(|network| network.id));
+            let switched: Vec<NetworkId> = state.view.switched().map(|network| network.id).collect();
+            switched.into_iter().for_each(|network| state.changed(What::Built(network)));
         }
-        state.dirty.cluster_names.note(&settled);
-        state.dirty.services.extend(settled.services.iter().cloned());
         if settled != Settled::default() {
+            state.changed(What::Backends(&settled));
             tracing::debug!(services = settled.services.len(), members = settled.members.len(), "backends");
         }
     }
@@ -283,21 +271,18 @@ impl Node {
             let Resolution { networks, rewritten, overlaps } =
                 networks::resolve(state.objects.networks(), |id| used.contains(&id));
             let networks = with_bridges(state, networks);
-            for (id, network) in &networks {
-                if state.view.networks.get(id) != Some(network) {
-                    state.dirty.networks.insert(*id);
-                    state.dirty.named.insert(*id);
-                    state.dirty.host = true;
-                }
+            let before = std::mem::replace(&mut state.view.networks, networks);
+            let after = &state.view.networks;
+            let changed: std::collections::BTreeSet<NetworkId> = before
+                .keys()
+                .chain(after.keys())
+                .filter(|id| before.get(id) != after.get(id))
+                .copied()
+                .collect();
+            for network in &changed {
+                state.changed(What::Network(*network));
             }
-            for id in state.view.networks.keys().filter(|id| !networks.contains_key(id)) {
-                state.dirty.networks.insert(*id);
-                state.dirty.named.insert(*id);
-                state.dirty.host = true;
-            }
-            let changed = state.view.networks != networks;
-            state.view.networks = networks;
-            if changed {
+            if !changed.is_empty() {
                 note_overlaps(state, &overlaps);
                 self.work.notify_one();
             }
@@ -330,7 +315,7 @@ fn with_bridges(
     state: &mut State,
     mut networks: BTreeMap<NetworkId, NetworkState>,
 ) -> BTreeMap<NetworkId, NetworkState> {
-    state.problems.retain(|key, _| !key.starts_with("bridge "));
+    let mut conflicts = Vec::new();
     let bridges: Vec<Network> = state.bridges.values().cloned().collect();
     for network in &bridges {
         for NetworkState { network: other, .. } in networks.values() {
@@ -349,9 +334,10 @@ fn with_bridges(
                 "bridge network {ours} is older on this host than a network of the cluster, and {clash}. Remove one of \
                  them"
             );
-            state.problem(format!("bridge {} {}", network.id, other.id), Some(sentence));
+            conflicts.push((format!("{ours} {}", other.id), sentence));
         }
     }
+    state.problems.replace(Code::BridgeConflict, conflicts);
     for network in bridges {
         networks.insert(network.id, NetworkState { network, removing: false });
     }
@@ -429,18 +415,21 @@ fn unused_blocks(state: &State) -> Vec<NetworkId> {
 }
 
 fn note_overlaps(state: &mut State, overlaps: &[(NetworkId, NetworkId)]) {
-    state.problems.retain(|key, _| !key.starts_with("overlap "));
-    for (later, earlier) in overlaps {
-        let name = |id: &NetworkId| {
-            state.view.networks.get(id).map_or_else(|| id.to_string(), |state| state.network.name.clone())
-        };
-        let sentence = format!(
-            "networks {} and {} overlap; they were made on two sides of a split. Remove one of them",
-            name(later),
-            name(earlier)
-        );
-        state.problem(format!("overlap {later} {earlier}"), Some(sentence));
-    }
+    let sentences: Vec<_> = overlaps
+        .iter()
+        .map(|(later, earlier)| {
+            let name = |id: &NetworkId| {
+                state.view.networks.get(id).map_or_else(|| id.to_string(), |state| state.network.name.clone())
+            };
+            let sentence = format!(
+                "networks {} and {} overlap; they were made on two sides of a split. Remove one of them",
+                name(later),
+                name(earlier)
+            );
+            (format!("{} {}", name(later), name(earlier)), sentence)
+        })
+        .collect();
+    state.problems.replace(Code::NetworkOverlap, sentences);
 }
 
 /// Checks who wrote an object, and that hosts can rely on what it says.

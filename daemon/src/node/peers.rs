@@ -19,6 +19,8 @@ use super::state::{Clash, Peer, State};
 use super::{Node, Stop, wall_ms};
 use crate::gossip::{GossipEvent, Hints};
 use crate::links::LinkEvent;
+use crate::problems::Code;
+use crate::subsystems::Change as What;
 
 /// A peer that gossip counts among the living and that was not heard directly for this long is
 /// reported as not reachable.
@@ -63,7 +65,7 @@ impl Node {
         );
         let mut state = self.state.borrow_mut();
         let now = state.now();
-        state.problem(format!("clash {node}"), Some(sentence));
+        state.problems.set(Code::IdentityClash, node.to_string(), Some(sentence));
         state.clashes.insert(node, Clash { seen: now, later });
         let own = state.record().map(|record| record.address);
         let mine = node == state.view.me && began != later;
@@ -100,7 +102,7 @@ impl Node {
                 !over
             });
             for (node, _) in &ended {
-                state.problem(format!("clash {node}"), None);
+                state.problems.set(Code::IdentityClash, node.to_string(), None);
             }
             ended
         };
@@ -272,12 +274,10 @@ impl Node {
             note_end(state, &record, old.as_ref().and_then(|old| old.tunnel));
             self.tunnel_turn.notify_one();
             // Whom a key belongs to decides for other hosts, too.
-            state.touch_encrypted();
+            state.changed(What::Tunnel);
         }
         if moved || rekeyed {
-            state.touch_networks_of(id);
-            state.dirty.members.hosts.insert(id);
-            state.dirty.host = true;
+            state.changed(What::Host(id));
             self.work.notify_one();
             self.saver.notify_one();
         }
@@ -339,9 +339,7 @@ impl Node {
             if is == PeerState::Alive {
                 self.links().kick(id);
             }
-            state.touch_networks_of(id);
-            state.dirty.members.hosts.insert(id);
-            state.dirty.host = true;
+            state.changed(What::Host(id));
             self.work.notify_one();
             self.keys.notify_one();
         }
@@ -429,7 +427,7 @@ impl Node {
             None => self.write_table(Vec::new(), vec![key]),
         }
         let mut state = self.state.borrow_mut();
-        state.touch_all();
+        state.changed(What::ThisHost);
         self.work.notify_one();
     }
 
@@ -455,12 +453,12 @@ impl Node {
             .filter(forgotten)
             .collect();
         for id in gone {
-            state.touch_networks_of(id);
+            state.changed(What::Host(id));
             if let Some(node) = state.view.nodes.remove(&id) {
                 self.event("peer", &node.record.name, "forgotten; its blocks are free");
             }
             state.peers.remove(&id);
-            state.problem(format!("cluster {id}"), None);
+            state.problems.set(Code::ForeignCluster, id.to_string(), None);
             state.uncached.insert(id);
             state.save.wanted = true;
         }
@@ -494,7 +492,7 @@ fn note_names(state: &mut State) {
             let all: Vec<String> =
                 nodes.iter().map(|node| format!("{} at {}", node.record.id, node.record.address)).collect();
             (
-                format!("name {name}"),
+                name.to_owned(),
                 format!(
                     "several hosts are named {name}: {}. Give each its own name with --node",
                     all.join(", ")
@@ -502,11 +500,7 @@ fn note_names(state: &mut State) {
             )
         })
         .collect();
-    let keep: Vec<&String> = sentences.iter().map(|(key, _)| key).collect();
-    state.problems.retain(|key, _| !key.starts_with("name ") || keep.contains(&key));
-    for (key, sentence) in sentences {
-        state.problem(key, Some(sentence));
-    }
+    state.problems.replace(Code::HostName, sentences);
 }
 
 fn is_foreign(state: &State, record: &NodeRecord) -> bool {
@@ -524,7 +518,7 @@ fn note_cluster(state: &mut State, record: &NodeRecord) {
             record.name, record.address
         )
     });
-    state.problem(format!("cluster {}", record.id), sentence);
+    state.problems.set(Code::ForeignCluster, record.id.to_string(), sentence);
 }
 
 /// The tunnel key that a peer published before it moved to another epoch: it is still taken.

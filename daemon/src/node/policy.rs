@@ -1,23 +1,22 @@
 //! Network policies: what they follow from is marked here, and asked about.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use ovl_core::nft::Table;
-use ovl_core::op::Op;
 use ovl_core::policy::explain::{End, Shown, Side, describe, explain};
 use ovl_core::policy::refused::{Connection, Counter, REMEMBERED_MS};
 use ovl_core::policy::{Direction, Policies, protocol_number};
 use ovl_core::view::Placed;
 use ovl_proto::control::{PolicyDrop, PolicyJudgement, PolicyRow, PolicySide};
 use ovl_proto::id::EndpointId;
-use ovl_proto::object::Mode;
-use ovl_proto::resource::{Kind, Name, Protocol, ResourceKey};
+use ovl_proto::resource::{Name, Protocol};
 use ovl_proto::table::Endpoint;
 
 use super::metrics::{head, line};
 use super::state::State;
 use super::{Failed, Node};
+use crate::subsystems::Change;
 
 /// An endpoint that is being made, for policies to know; dropped when it is in the table or nothing came of it.
 pub(super) struct Policed<'a> {
@@ -30,7 +29,7 @@ impl Drop for Policed<'_> {
         let mut guard = self.node.state.borrow_mut();
         let state = &mut *guard;
         if let Some(endpoint) = state.local.attaching.remove(&self.id) {
-            state.dirty.police(&endpoint);
+            state.changed(Change::Attaching(&endpoint));
             self.node.work.notify_one();
         }
     }
@@ -42,45 +41,8 @@ impl Node {
         let mut guard = self.state.borrow_mut();
         let state = &mut *guard;
         state.local.attaching.insert(endpoint.id, endpoint.clone());
-        state.dirty.police(endpoint);
+        state.changed(Change::Attaching(endpoint));
         Policed { node: self, id: endpoint.id }
-    }
-
-    /// What policies need beyond what was last sent. The plan counts as sent.
-    pub(super) fn plan_policies(&self, state: &mut State) -> Vec<Op> {
-        let State { view, local, dirty, policy, caught_up, .. } = state;
-        let touched = std::mem::take(&mut dirty.policed);
-        // Rights to addresses come and go with whole networks.
-        let whole =
-            std::mem::take(&mut dirty.policies) || dirty.host || !dirty.networks.is_empty() || !*caught_up;
-        if !whole && let Some(ops) = policy.plan_touched(view, local, &touched) {
-            return ops;
-        }
-        policy.plan(view, local, *caught_up)
-    }
-}
-
-/// Marks what hangs on Kubernetes' objects that came, went or changed.
-pub(super) fn resources_changed(state: &mut State, keys: &[ResourceKey]) {
-    for key in keys {
-        match key.kind {
-            Kind::NetworkPolicy | Kind::Namespace => state.dirty.policies = true,
-            Kind::Pod => {
-                let of = |endpoint: &&Endpoint| endpoint.namespace == key.name.namespace;
-                let named = state.view.all_named(&key.name.name).map(|placed| placed.endpoint);
-                let endpoints: Vec<Endpoint> = named.filter(of).cloned().collect();
-                endpoints.iter().for_each(|endpoint| state.dirty.police(endpoint));
-            }
-            Kind::Service | Kind::EndpointSlice => {}
-        }
-    }
-    if keys.iter().any(|key| key.kind == Kind::NetworkPolicy) {
-        // The host routes for them as soon as there are policies.
-        let internal = state.view.networks.values().map(|found| &found.network);
-        let internal = internal.filter(|network| network.internal && network.mode == Mode::L2);
-        let internal: BTreeSet<_> = internal.map(|network| network.id).collect();
-        state.dirty.host |= !internal.is_empty();
-        state.dirty.networks.extend(internal);
     }
 }
 

@@ -15,6 +15,8 @@ use super::state::State;
 use super::{Failed, Node, random};
 use crate::kernel::{self, Outcome};
 use crate::ports::{self, Held, Refused};
+use crate::problems::Code;
+use crate::subsystems::{self, Change};
 
 /// Where nothing was asked for, so many ports are tried.
 const TRIES: u16 = 256;
@@ -139,7 +141,7 @@ impl Node {
         let mut state = self.state.borrow_mut();
         if !published.is_empty() && !state.local.publishing {
             state.local.publishing = true;
-            state.dirty.host = true;
+            state.changed(Change::Publishing);
         }
     }
 
@@ -177,7 +179,6 @@ impl Node {
 
     /// Writes down what is published, tells it, and the kernel.
     async fn set_published(&self, mut endpoint: Endpoint, published: Vec<Published>) -> Result<(), Failed> {
-        let network = endpoint.network;
         endpoint.publish = published;
         self.will_publish(&endpoint.publish);
         let local = self.state.borrow().endpoints.get(&endpoint.id).cloned();
@@ -185,11 +186,9 @@ impl Node {
         self.keep_endpoint(&endpoint, &local).map_err(|error| Failed::internal(format!("{error:#}")))?;
         self.write_table(vec![Entry::Endpoint(endpoint)], Vec::new());
         let ops = {
-            let mut guard = self.state.borrow_mut();
-            let state = &mut *guard;
-            let mut ops = if state.dirty.host { self.plan_host(state) } else { Vec::new() };
-            ops.extend(self.plan_network(state, network));
-            ops
+            let mut state = self.state.borrow_mut();
+            let (cluster, mut subsystems) = state.parts();
+            subsystems::plan(&mut subsystems, &cluster)
         };
         let outcomes = self.kernel.apply(ops).await;
         self.note_outcomes(&outcomes, None);
@@ -255,7 +254,7 @@ impl Node {
             Some(_) => state.unheld.insert((id, published)),
             None => state.unheld.remove(&(id, published)),
         };
-        state.problem(format!("port {id} {published}"), sentence);
+        state.problems.set(Code::PublishedPort, format!("{id} {published}"), sentence);
     }
 }
 

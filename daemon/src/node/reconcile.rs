@@ -7,27 +7,23 @@
 //! The kernel's worker does everything in the order in which it was handed in, so a whole pass
 //! compares with the very state that all earlier work left.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::rc::Rc;
 use std::time::Duration;
 
-use ovl_core::desired;
-use ovl_core::device::{Device, Role};
-use ovl_core::diff::diff;
-use ovl_core::kernel::Kernel;
-use ovl_core::nft::{Element, Table};
+use ovl_core::device::Device;
 use ovl_core::op::Op;
-use ovl_core::policy;
-use ovl_core::touched;
 use ovl_proto::id::NetworkId;
 use ovl_proto::object::{Backend, Mode, Network};
 
 use tokio::time::Instant;
 
+use super::Node;
 use super::state::State;
-use super::{Node, ingress};
 use crate::kernel::{Goal, KernelEvent, Outcome};
+use crate::problems::{Code, Problem};
+use crate::subsystems;
 
 /// A whole pass is made at the latest after this time, whatever happened.
 const RESYNC: Duration = Duration::from_secs(60);
@@ -39,13 +35,72 @@ const REPAIRS_TOLD: usize = 50;
 /// Others' changes come in bursts: wait for the end of one, but not for long.
 const SETTLE: Duration = Duration::from_millis(30);
 
+/// What the loop has to do, and how it went so far.
+#[derive(Debug, Default)]
+pub(crate) struct Progress {
+    /// A full pass is due.
+    full: bool,
+    /// Another program changed something of ours since the last full pass.
+    drift: bool,
+    /// Operations that the kernel refused, each with a sentence that has the reason.
+    failing: BTreeMap<String, String>,
+    counts: Counts,
+}
+
+/// Counters of the reconcile loop.
+#[derive(Debug, Default, Clone, Copy)]
+pub(crate) struct Counts {
+    /// Full passes.
+    pub(crate) passes: u64,
+    /// Operations carried out.
+    pub(crate) operations: u64,
+    /// Of those, repairs of what another program had changed.
+    pub(crate) repairs: u64,
+}
+
+impl Progress {
+    /// Makes the next pass a full one.
+    pub(crate) fn ask_full(&mut self) {
+        self.full = true;
+    }
+
+    /// Makes the next pass a full one that repairs what another program changed. Says whether there was none to come.
+    fn ask_for_drift(&mut self) -> bool {
+        self.drift = true;
+        !std::mem::replace(&mut self.full, true)
+    }
+
+    /// A full pass begins: says whether it repairs what another program changed.
+    fn begin_full(&mut self) -> bool {
+        self.full = false;
+        std::mem::take(&mut self.drift)
+    }
+
+    /// The counters.
+    pub(crate) fn counts(&self) -> Counts {
+        self.counts
+    }
+
+    /// What the kernel refuses, one sentence each.
+    pub(crate) fn failing(&self) -> impl Iterator<Item = &str> {
+        self.failing.values().map(String::as_str)
+    }
+
+    /// The same as problems.
+    pub(crate) fn problems(&self) -> impl Iterator<Item = Problem> {
+        self.failing
+            .iter()
+            .map(|(op, failing)| Code::KernelRefusal.about(op, format!("the kernel refuses: {failing}")))
+    }
+}
+
 impl Node {
     /// Runs for ever.
     pub(super) async fn reconcile_loop(self: Rc<Self>) {
         let mut retry = RETRY_FIRST;
         let (mut last, mut was_failing) = (Instant::now(), false);
         loop {
-            let failing = !self.state.borrow().failing.is_empty();
+            let failing = !self.state.borrow().reconcile.failing.is_empty();
             if failing && !was_failing {
                 last = Instant::now();
             }
@@ -55,23 +110,19 @@ impl Node {
             // Whether it was work or time that woke us is seen below.
             tokio::time::timeout_at(next, self.work.notified()).await.ok();
             if Instant::now() >= next {
-                self.state.borrow_mut().dirty.full = true;
+                self.state.borrow_mut().reconcile.ask_full();
                 retry = if failing { (retry * 2).min(RETRY_LAST) } else { RETRY_FIRST };
             } else if !failing {
                 retry = RETRY_FIRST;
             }
             self.settle_backends(&mut self.state.borrow_mut());
             self.refresh_names();
-            // Rights to addresses come and go with whole networks.
-            let rights = {
-                let dirty = &self.state.borrow().dirty;
-                dirty.full || !dirty.networks.is_empty()
-            };
-            if rights {
+            let full = self.state.borrow().reconcile.full;
+            if std::mem::take(&mut self.state.borrow_mut().rights_changed) || full {
                 self.note_isolated();
             }
-            if self.state.borrow().dirty.full {
-                self.whole_pass().await;
+            if full {
+                self.full_pass().await;
                 last = Instant::now();
             } else {
                 self.quick_pass().await;
@@ -80,133 +131,61 @@ impl Node {
     }
 
     async fn quick_pass(&self) {
-        let (ops, networks) = {
-            let mut guard = self.state.borrow_mut();
-            let state = &mut *guard;
-            let dirty = &state.dirty;
-            let networks: BTreeSet<NetworkId> =
-                dirty.networks.iter().chain(dirty.touched.keys()).copied().collect();
-            let ground = state.dirty.host || !networks.is_empty();
-            let hosts = state.dirty.host;
-            // Policies first: whom they isolate is not reached before they stand.
-            let mut ops = self.plan_policies(state);
-            if state.dirty.host {
-                ops.extend(self.plan_host(state));
-            }
-            for network in &networks {
-                ops.extend(self.plan_network(state, *network));
-            }
-            ops.extend(self.plan_services(state, ground, hosts));
-            ops.extend(state.services.ended());
-            (ops, networks)
+        let ops = {
+            let mut state = self.state.borrow_mut();
+            let (cluster, mut subsystems) = state.parts();
+            subsystems::plan(&mut subsystems, &cluster)
         };
         if !ops.is_empty() {
-            tracing::debug!(networks = networks.len(), operations = ops.len(), "quick pass");
+            tracing::debug!(operations = ops.len(), "quick pass");
             let outcomes = self.kernel.apply(ops).await;
             self.note_outcomes(&outcomes, None);
         }
         self.tell_announced();
     }
 
-    /// What the endpoints of a network that were touched need beyond what was last sent, which counts
-    /// as sent then. Nothing if the network must be looked at as a whole.
-    pub(super) fn plan_touched(&self, state: &mut State, network: NetworkId) -> Option<Vec<Op>> {
-        let prune = state.may_prune(network);
-        let State { view, local, dirty, applied, .. } = state;
-        if dirty.networks.contains(&network) {
-            return None;
-        }
-        let touched = dirty.touched.remove(&network).unwrap_or_default();
-        let ops = applied
-            .get_mut(&network)
-            .and_then(|applied| touched::plan(view, local, network, touched, applied, prune));
-        if ops.is_none() {
-            dirty.networks.insert(network);
-        }
-        ops
-    }
-
-    /// What one network needs beyond what was last sent. The plan counts as sent.
-    pub(super) fn plan_network(&self, state: &mut State, network: NetworkId) -> Vec<Op> {
-        if let Some(ops) = self.plan_touched(state, network) {
-            return ops;
-        }
-        state.dirty.networks.remove(&network);
-        state.dirty.touched.remove(&network);
-        let desired = desired::network_part(&state.view, &state.local, network);
-        let prune = state.may_prune(network);
-        let applied = state.applied.entry(network).or_default();
-        let ops = diff(applied, &desired, prune);
-        let empty = desired == Kernel::default();
-        if prune {
-            *applied = desired;
-        } else {
-            applied.merge(desired);
-        }
-        if empty && prune {
-            state.applied.remove(&network);
-        }
-        ops
-    }
-
-    /// The same for what concerns the host as a whole.
-    pub(super) fn plan_host(&self, state: &mut State) -> Vec<Op> {
-        state.dirty.host = false;
-        let desired = desired::host(&state.view, &state.local);
-        let ops = diff(&state.applied_host, &desired, state.caught_up);
-        state.applied_host = desired;
-        ops
-    }
-
-    /// What Services need beyond what was planned last; `ground`: networks may have changed; `hosts`: others may be
-    /// alive.
-    fn plan_services(&self, state: &mut State, ground: bool, hosts: bool) -> Vec<Op> {
-        let State { view, backends, services, dirty, caught_up, .. } = state;
-        if !*caught_up {
-            return Vec::new();
-        }
-        let touched = std::mem::take(&mut dirty.services);
-        let mut ops = services.plan(view, backends, touched.iter(), ground);
-        ops.extend(ingress::plan(state, &touched, hosts));
-        ops
-    }
-
     /// Compares everything with a dump, and repairs it.
-    pub(super) async fn whole_pass(&self) {
-        let drift = std::mem::take(&mut self.state.borrow_mut().dirty.drift);
-        let (desired, prune, ignored, expected) = self.plan_all();
+    pub(super) async fn full_pass(&self) {
+        let (drift, desired, prune, ignored, expected) = {
+            let mut state = self.state.borrow_mut();
+            let drift = state.reconcile.begin_full();
+            state.local.publishing = state.publishes();
+            state.local.served = state.view.has_services();
+            let prune = state.caught_up;
+            let (cluster, mut subsystems) = state.parts();
+            let desired = subsystems::resync(&mut subsystems, &cluster);
+            (drift, desired, prune, state.pending.devices.clone(), expected(&state))
+        };
         let pass = match self.kernel.reconcile(Goal { desired, prune, ignored, expected, apply: true }).await
         {
             Ok(pass) => pass,
             Err(error) => {
                 let sentence = format!("the kernel's state cannot be read: {error}");
                 let mut state = self.state.borrow_mut();
-                state.problem("kernel", Some(sentence.clone()));
-                state.failing.insert("dump".to_owned(), sentence);
+                state.problems.set(Code::KernelDump, "", Some(sentence.clone()));
+                state.reconcile.failing.insert("dump".to_owned(), sentence);
                 return;
             }
         };
         {
             let mut state = self.state.borrow_mut();
-            state.problem("kernel", None);
-            state.failing.clear();
-            // Not before the pass: an attach that is under way was planned on what was refused.
-            state.refused.clear();
-            state.unpoliced = None;
-            state.counts.passes += 1;
+            state.problems.set(Code::KernelDump, "", None);
+            let progress = &mut state.reconcile;
+            progress.failing.clear();
+            progress.counts.passes += 1;
             if drift {
-                state.counts.repairs += pass.outcomes.len() as u64;
+                progress.counts.repairs += pass.outcomes.len() as u64;
             }
         }
         if drift {
             self.tell_repairs(&pass.outcomes);
         }
-        self.note_outcomes(&pass.outcomes, None);
+        self.note_batch(&pass.outcomes, None, true);
         self.tell_announced();
         self.lost(pass.lost);
-        let ended = self.state.borrow_mut().services.ended();
-        if !ended.is_empty() {
-            let outcomes = self.kernel.apply(ended).await;
+        let afterwards = subsystems::afterwards(&mut self.state.borrow_mut().subsystems.all());
+        if !afterwards.is_empty() {
+            let outcomes = self.kernel.apply(afterwards).await;
             self.note_outcomes(&outcomes, None);
         }
     }
@@ -221,85 +200,47 @@ impl Node {
         }
     }
 
-    /// All that should be, whether things may be removed, and which devices and neighbours are being
-    /// made.
-    pub(super) fn plan_all(&self) -> (Kernel, bool, BTreeSet<Device>, BTreeSet<(Device, IpAddr)>) {
-        let mut guard = self.state.borrow_mut();
-        let state = &mut *guard;
-        state.dirty.full = false;
-        state.dirty.host = false;
-        state.dirty.networks.clear();
-        state.dirty.touched.clear();
-        state.dirty.policies = false;
-        state.dirty.policed.clear();
-        state.local.publishing = state.publishes();
-        state.local.served = state.view.has_services();
-        state.applied.clear();
-        state.applied_host = desired::host(&state.view, &state.local);
-        let mut all = state.applied_host.clone();
-        all.merge(state.policy.anew(&state.view, &state.local, state.caught_up));
-        self.plan_services(state, true, true);
-        all.merge(state.services.kernel());
-        all.merge(state.ingress.kernel());
-        let networks: Vec<NetworkId> = state.view.networks.keys().copied().collect();
-        for network in networks {
-            let part = desired::network_part(&state.view, &state.local, network);
-            if part != Kernel::default() {
-                all.merge(part.clone());
-                state.applied.insert(network, part);
-            }
-        }
-        (all, state.caught_up, state.pending.devices.clone(), expected(state))
-    }
-
-    /// Counts operations and keeps those that were refused; says the first refusal that an attach of
-    /// this device to this network cannot do without.
+    /// Tells subsystems what became of operations, counts them and keeps those that were refused. Returns the first
+    /// refusal that an attach of this device to this network cannot do without.
     pub(super) fn note_outcomes(
         &self,
         outcomes: &[Outcome],
         attached: Option<(NetworkId, Device)>,
     ) -> Option<String> {
-        let mut state = self.state.borrow_mut();
-        state.counts.operations += outcomes.len() as u64;
+        self.note_batch(outcomes, attached, false)
+    }
+
+    fn note_batch(
+        &self,
+        outcomes: &[Outcome],
+        attached: Option<(NetworkId, Device)>,
+        full: bool,
+    ) -> Option<String> {
+        let mut guard = self.state.borrow_mut();
+        let state = &mut *guard;
+        state.reconcile.counts.operations += outcomes.len() as u64;
+        let refusals: Vec<Option<String>> =
+            outcomes.iter().map(|outcome| outcome.result.as_ref().err().map(ToString::to_string)).collect();
+        let told = outcomes
+            .iter()
+            .zip(&refusals)
+            .map(|(outcome, refusal)| subsystems::Outcome { op: &outcome.op, refusal: refusal.as_deref() });
+        subsystems::outcomes(&mut state.subsystems.all(), told, full);
         let mut first = None;
-        // The first reason stands until all of a network's devices were made in one go. What was planned while
-        // they were still being made has less in it, and says nothing about them.
-        let networks = |refused: bool, counts: fn(&Op) -> bool| {
-            let outcomes = outcomes.iter().filter(|outcome| outcome.result.is_err() == refused);
-            let ops = outcomes.map(|outcome| &outcome.op).filter(|op| counts(op));
-            ops.filter_map(broken_network).collect::<BTreeSet<NetworkId>>()
-        };
-        let made = networks(false, |op| matches!(op, Op::AddLink(..)));
-        for network in made.difference(&networks(true, |_| true)) {
-            state.refused.remove(network);
-        }
-        for outcome in outcomes {
-            if let Op::AddAnnounced(_, address) = outcome.op {
-                state.ingress.note(address, outcome.result.is_ok());
-            }
-            let Err(error) = &outcome.result else { continue };
-            let op = outcome.op.to_string();
-            tracing::warn!(%op, %error, "the kernel refused");
-            if let Some(network) = broken_network(&outcome.op) {
-                // An attach must not believe that the network stands: neither one that comes next,
-                // nor one that was planned while these operations were under way.
-                state.applied.remove(&network);
-                state.refused.entry(network).or_insert_with(|| error.to_string());
-            }
-            if is_policy(&outcome.op) {
-                state.unpoliced.get_or_insert_with(|| error.to_string());
-            }
+        for (Outcome { op, .. }, error) in outcomes.iter().zip(refusals) {
+            let Some(error) = error else { continue };
+            tracing::warn!(%op, error, "the kernel refused");
             let concerned = attached.is_some_and(|(network, device)| {
-                outcome.op.device() == Some(device) || broken_network(&outcome.op) == Some(network)
+                op.device() == Some(device) || subsystems::needed_by_network(op) == Some(network)
             });
+            // The loop comes back with a full pass as long as anything is failing.
+            state.reconcile.failing.insert(op.to_string(), format!("{op}: {error}"));
             if concerned && first.is_none() {
-                first = Some(error.to_string());
+                first = Some(error);
             }
-            // The loop comes back with a whole pass as long as anything is failing.
-            state.failing.insert(op.clone(), format!("{op}: {error}"));
             self.work.notify_one();
         }
-        first.or_else(|| state.refused.get(&attached?.0).or(state.unpoliced.as_ref()).cloned())
+        first.or_else(|| subsystems::refusal(&state.subsystems.all(), attached?.0).map(str::to_owned))
     }
 
     /// One event of the kernel.
@@ -320,14 +261,11 @@ impl Node {
         }
     }
 
-    /// Somebody may have changed what is ours.
+    /// Another program may have changed something of ours.
     fn look_soon(self: &Rc<Self>) {
-        let mut state = self.state.borrow_mut();
-        state.dirty.drift = true;
-        if state.dirty.full {
+        if !self.state.borrow_mut().reconcile.ask_for_drift() {
             return;
         }
-        state.dirty.full = true;
         let node = Rc::clone(self);
         tokio::task::spawn_local(async move {
             tokio::time::sleep(SETTLE).await;
@@ -338,11 +276,9 @@ impl Node {
     /// What the loop would do now, and endpoints whose host's ends are missing.
     pub(super) async fn compare(&self) -> Result<(Vec<Op>, Vec<Device>), super::Failed> {
         let (desired, ignored, expected) = {
-            let state = self.state.borrow();
-            let mut desired = desired::desired(&state.view, &state.local);
-            desired.merge(policy::part(&state.view, &state.local, state.policy.generation()));
-            desired.merge(state.services.kernel());
-            desired.merge(state.ingress.kernel());
+            let mut state = self.state.borrow_mut();
+            let (cluster, subsystems) = state.parts();
+            let desired = subsystems::desired(&subsystems, &cluster);
             (desired, state.pending.devices.clone(), expected(&state))
         };
         let pass = self
@@ -351,57 +287,6 @@ impl Node {
             .await
             .map_err(super::Failed::from)?;
         Ok((pass.outcomes.into_iter().map(|outcome| outcome.op).collect(), pass.lost))
-    }
-}
-
-/// Whether network policies do not stand if this operation is refused.
-fn is_policy(op: &Op) -> bool {
-    let table = match op {
-        Op::Table(table, _) | Op::DelTable(table) => *table,
-        Op::SetElement(Element { set, .. }) | Op::DelElement(set, _) => set.table,
-        _ => return false,
-    };
-    matches!(table, Table::Policy | Table::PolicyFrames)
-}
-
-/// The network that cannot be used if this operation is refused: one on its devices or their
-/// addresses. An entry for a single endpoint is the loop's to try again.
-fn broken_network(op: &Op) -> Option<NetworkId> {
-    let network = match op.device()?.role()? {
-        Role::Bridge(id) | Role::Vxlan(id) => id,
-        Role::Endpoint(_) | Role::Tunnel(_) => return None,
-    };
-    match op {
-        Op::AddLink(..) | Op::SetLink(..) | Op::DelLink(_) | Op::AddAddress(..) | Op::DelAddress(..) => {
-            Some(network)
-        }
-        Op::Sysctl { .. }
-        | Op::SetLocalnet(_)
-        | Op::DelLocalnet(_)
-        | Op::Filter(_)
-        | Op::DelFilter
-        | Op::Table(..)
-        | Op::DelTable(_)
-        | Op::SetElement(_)
-        | Op::DelElement(..)
-        | Op::EndFlows(_)
-        | Op::AddAnnounced(..)
-        | Op::DelAnnounced(..)
-        | Op::SetRemote(..)
-        | Op::DelRemote(..)
-        | Op::AddFlood(..)
-        | Op::DelFlood(..)
-        | Op::AddPort(..)
-        | Op::DelPort(..)
-        | Op::SetNeighbour(..)
-        | Op::DelNeighbour(..)
-        | Op::SetTunnel(..)
-        | Op::SetTunnelPeer(..)
-        | Op::DelTunnelPeer(..)
-        | Op::SetSource(..)
-        | Op::DelSource(..)
-        | Op::SetRoute(..)
-        | Op::DelRoute(_) => None,
     }
 }
 

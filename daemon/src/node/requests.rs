@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::rc::Rc;
+use std::time::Duration;
 
 use ovl_core::device::Device;
 use ovl_core::ipam;
@@ -9,8 +10,8 @@ use ovl_core::kernel::{Hop, Kernel};
 use ovl_core::tunnel::peers as sealed_to;
 use ovl_proto::alloc::Change;
 use ovl_proto::control::{
-    DaemonState, Document, Failure, FailureKind, FdbRow, Peer, PeerState, ReconcileStatus, Reply, Request,
-    RouteRow, Status, SubnetUse, Verify,
+    DaemonState, Document, Failure, FailureKind, FdbRow, Peer, PeerState, Problem, ReconcileStatus, Reply,
+    Request, RouteRow, Status, SubnetUse, Verify,
 };
 use ovl_proto::id::{Mac, NetworkId, NodeId};
 use ovl_proto::object::{Driver, Subnet};
@@ -19,6 +20,12 @@ use ovl_proto::table::Entry;
 use super::peers::{UNREACHABLE, millis};
 use super::state::State;
 use super::{Failed, Node, Stop, tunnel};
+use crate::problems::Code;
+
+/// How long `verify` waits for work in flight.
+const SETTLE_WITHIN: Duration = Duration::from_millis(500);
+/// Between two of its looks.
+const SETTLE_STEP: Duration = Duration::from_millis(50);
 
 impl Node {
     /// Answers one request, with the documents that were staged for it; [`Request::Events`] and
@@ -137,11 +144,11 @@ impl Node {
     /// How the daemon is.
     pub(super) fn status(&self) -> Status {
         let state = self.state.borrow();
-        let mut problems: Vec<String> = state.problems.values().cloned().collect();
+        let mut problems: Vec<Problem> = state.problems.all().collect();
         problems.extend(self.unreachable(&state));
         problems.extend(self.tunnel_problems(&state));
         problems.extend(self.names.problems());
-        problems.extend(state.failing.values().map(|failing| format!("the kernel refuses: {failing}")));
+        problems.extend(state.reconcile.problems());
         let starting = !state.is_member() || !state.caught_up;
         Status {
             node: self.config.node.clone(),
@@ -163,17 +170,17 @@ impl Node {
             rotation: Self::key_rotation(&state),
             gossip: self.gossip().counters(),
             reconcile: ReconcileStatus {
-                passes: state.counts.passes,
-                operations: state.counts.operations,
-                repairs: state.counts.repairs,
-                failing: state.failing.values().cloned().collect(),
+                passes: state.reconcile.counts().passes,
+                operations: state.reconcile.counts().operations,
+                repairs: state.reconcile.counts().repairs,
+                failing: state.reconcile.failing().map(str::to_owned).collect(),
             },
         }
     }
 
     /// Members that gossip says are alive and from which nothing comes directly, and those that
     /// cannot be reached by the kernel of this host at all.
-    fn unreachable(&self, state: &State) -> Vec<String> {
+    fn unreachable(&self, state: &State) -> Vec<Problem> {
         let contacts = self.gossip().contacts();
         let Some(own) = state.record() else { return Vec::new() };
         let mut sentences = Vec::new();
@@ -185,19 +192,21 @@ impl Node {
             if contacts.get(&record.id).is_none_or(|contact| contact.last_heard.elapsed() >= UNREACHABLE)
                 && state.epoch.elapsed() > UNREACHABLE
             {
-                sentences.push(format!(
+                let sentence = format!(
                     "host {} at {} is alive, as others say, and nothing comes from it directly: check the path and \
                      the firewalls for UDP and TCP port {}",
                     record.name,
                     record.address,
                     record.address.port()
-                ));
+                );
+                sentences.push(Code::Unreachable.about(&record.name, sentence));
             }
             if record.vtep.is_ipv4() != own.vtep.is_ipv4() {
-                sentences.push(format!(
+                let sentence = format!(
                     "host {} has the VTEP {} and this one {}: overlay traffic between them needs one address family",
                     record.name, record.vtep, own.vtep
-                ));
+                );
+                sentences.push(Code::VtepFamily.about(&record.name, sentence));
             }
         }
         sentences
@@ -432,17 +441,16 @@ impl Node {
         Ok(addresses.chain(routes).collect())
     }
 
-    /// Compares gossip, what should be, and the kernel. What is under way is given a moment.
+    /// Compares what peers announce, what is desired, and the kernel. Work in flight gets half a second to settle.
     async fn verify(&self) -> Result<Verify, Failed> {
+        let begun = tokio::time::Instant::now();
         let mut differences = self.differences().await?;
-        for _ in 0..10 {
-            if differences.is_empty() {
-                break;
-            }
-            tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+        while !differences.is_empty() && begun.elapsed() < SETTLE_WITHIN {
+            tokio::time::sleep(SETTLE_STEP).await;
             differences = self.differences().await?;
         }
-        Ok(Verify { clean: differences.is_empty(), differences })
+        let clean = differences.is_empty();
+        Ok(Verify { clean, settled_ms: clean.then(|| millis(begun.elapsed())), differences })
     }
 
     async fn differences(&self) -> Result<Vec<String>, Failed> {

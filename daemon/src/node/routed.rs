@@ -8,6 +8,7 @@ use ovl_proto::object::{Mode, Network, Subnet};
 
 use super::Node;
 use super::state::State;
+use crate::problems::Code;
 
 /// After a claim that failed: a majority may be back.
 const AGAIN: Duration = Duration::from_secs(1);
@@ -21,7 +22,7 @@ impl Node {
             let missing = missing(&self.state.borrow());
             let mut failed = false;
             for (network, subnet) in missing {
-                let key = format!("block {} {}", network.id, subnet.prefix);
+                let object = format!("{} {}", network.name, subnet.prefix);
                 let why = match self.claim_block(&network, &subnet).await {
                     Ok(Ok(())) => None,
                     Ok(Err(refusal)) => Some(self.explain(&refusal).0.message),
@@ -31,11 +32,11 @@ impl Node {
                 let sentence = why.map(|why| {
                     format!("this host has no block of {} on network {}: {why}", subnet.prefix, network.name)
                 });
-                self.state.borrow_mut().problem(key, sentence);
+                self.state.borrow_mut().problems.set(Code::NoBlock, object, sentence);
             }
             if failed {
                 tokio::time::sleep(AGAIN).await;
-                self.state.borrow_mut().problems.retain(|key, _| !key.starts_with("block "));
+                self.state.borrow_mut().problems.replace(Code::NoBlock, []);
             } else {
                 self.routed.notified().await;
             }

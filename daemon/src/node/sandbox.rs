@@ -21,6 +21,7 @@ use serde::{Deserialize, Serialize};
 use super::{Failed, Node, remove_if_there};
 use crate::config::is_name;
 use crate::kernel::{self, Cookie, Held, Place, Process};
+use crate::problems::Code;
 
 /// So many processes are named in a refusal.
 const NAMED: usize = 10;
@@ -354,7 +355,11 @@ impl Node {
                          its endpoints are in `ovlctl endpoints`, its namespace in `ip netns`",
                         aside.display()
                     );
-                    self.state.borrow_mut().problem(format!("kept {}", path.display()), Some(sentence));
+                    self.state.borrow_mut().problems.set(
+                        Code::DamagedFile,
+                        path.display().to_string(),
+                        Some(sentence),
+                    );
                 }
             }
         }

@@ -8,35 +8,31 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use ovl_core::alloc::{Allocator, Output};
-use ovl_core::backends::Backends;
 use ovl_core::cni::Attachment;
 use ovl_core::device::Device;
 use ovl_core::docker::EngineEndpoint;
-use ovl_core::ingress::Ingress;
-use ovl_core::kernel::Kernel;
 use ovl_core::liveness::Signs;
 use ovl_core::objects::Objects;
-use ovl_core::policy::Standing;
-use ovl_core::services::Services;
-use ovl_core::touched::Touched;
 use ovl_core::view::{Local, Placed, View};
-use ovl_core::zone::Marks;
 use ovl_proto::alloc::Refusal;
 use ovl_proto::clock::Clock;
 use ovl_proto::id::{EndpointId, Mac, NetworkId, NodeId};
 use ovl_proto::object::{Mode, Network};
 use ovl_proto::publish::Published;
 use ovl_proto::record::{NodeRecord, SignedRecord};
-use ovl_proto::resource::Name;
 use ovl_proto::sync::Message;
 use ovl_proto::table::{Endpoint, Entry};
 use tokio::sync::oneshot;
 
 use super::Failed;
 use super::docker::Docker;
+use super::reconcile::Progress;
 use super::sandbox::Sandbox;
 use crate::gossip::Hints;
 use crate::ports::Answer;
+use crate::problems::{Code, Problems};
+use crate::subsystems::{Change, Cluster, SubsystemList, Subsystems};
+use crate::workloads::Workloads;
 
 /// What is known of a peer beside its record and table.
 #[derive(Debug)]
@@ -82,64 +78,6 @@ pub(crate) struct Clash {
     pub seen: u64,
     /// The generation of the one that was started later.
     pub later: u64,
-}
-
-/// Which parts of the kernel have to be looked at.
-#[derive(Debug, Default)]
-pub(crate) struct Dirty {
-    /// These networks, as a whole.
-    pub networks: BTreeSet<NetworkId>,
-    /// Names that may have changed.
-    pub names: BTreeMap<NetworkId, Marks>,
-    /// Of these networks, all names.
-    pub named: BTreeSet<NetworkId>,
-    /// Names of Services and pods that may have changed.
-    pub cluster_names: super::dns::ClusterMarks,
-    /// Of these networks, single endpoints.
-    pub touched: BTreeMap<NetworkId, Touched>,
-    /// What decides who stands behind Services.
-    pub members: DirtyMembers,
-    /// Services that came, went or changed, or whose backends did.
-    pub services: BTreeSet<Name>,
-    /// What concerns the host as a whole.
-    pub host: bool,
-    /// Who announces addresses of LoadBalancers.
-    pub announced: bool,
-    /// What network policies follow from, as a whole.
-    pub policies: bool,
-    /// What endpoints with these addresses are to network policies.
-    pub policed: BTreeSet<(NetworkId, IpAddr)>,
-    /// Everything, against a dump.
-    pub full: bool,
-    /// Somebody else changed something of ours since the last whole pass.
-    pub drift: bool,
-}
-
-/// What is to be looked at for Services, policies and names: see `core`'s backends.
-#[derive(Debug, Default)]
-pub(crate) struct DirtyMembers {
-    /// All endpoints of these networks: whether they count may have changed.
-    pub networks: BTreeSet<NetworkId>,
-    /// Single endpoints.
-    pub endpoints: BTreeSet<(NodeId, EndpointId)>,
-    /// Hosts that died or came back.
-    pub hosts: BTreeSet<NodeId>,
-}
-
-impl Dirty {
-    /// Marks what an endpoint is to network policies.
-    pub(crate) fn police(&mut self, endpoint: &Endpoint) {
-        self.policed.extend(endpoint.addresses.iter().map(|net| (endpoint.network, net.addr())));
-    }
-
-    /// Marks whole networks: which of their endpoints count may have changed.
-    pub(crate) fn rights(&mut self, networks: impl IntoIterator<Item = NetworkId>) {
-        for network in networks {
-            self.networks.insert(network);
-            self.named.insert(network);
-            self.members.networks.insert(network);
-        }
-    }
 }
 
 /// Names, addresses and MACs of attaches under way.
@@ -189,15 +127,11 @@ pub(crate) struct State {
     /// Digest of the stamps of all objects, for the hints.
     pub objects_digest: [u8; 32],
     /// Who can be selected, and what stands behind each Service.
-    pub backends: Backends,
-    /// What Services come to in this host's kernel.
-    pub services: Services,
-    /// What LoadBalancers come to here.
-    pub ingress: Ingress,
+    pub workloads: Workloads,
+    /// What wants something in the kernel.
+    pub subsystems: Subsystems,
     /// What is answered to health checks, by port.
     pub health: BTreeMap<u16, Answer>,
-    /// The device on which their addresses are announced.
-    pub uplink: Option<Device>,
     /// When objects last came from a peer, in milliseconds of this run.
     pub objects_taken_at: u64,
     /// Stamps new objects.
@@ -226,28 +160,16 @@ pub(crate) struct State {
     pub cursors: BTreeMap<(NetworkId, IpAddr), IpAddr>,
     /// Attaches under way.
     pub pending: Pending,
-    /// To be looked at.
-    pub dirty: Dirty,
-    /// What was last sent to the kernel for each network, and for the host.
-    pub applied: BTreeMap<NetworkId, Kernel>,
-    /// The same for the host as a whole.
-    pub applied_host: Kernel,
-    /// What stands of network policies.
-    pub policy: Standing,
-    /// Why policies may not stand, since all of it was last sent.
-    pub unpoliced: Option<String>,
-    /// Networks of which something was refused since all of it was last sent, with the first reason.
-    pub refused: BTreeMap<NetworkId, String>,
-    /// Operations that the kernel refused, with its reason.
-    pub failing: BTreeMap<String, String>,
-    /// Whole passes so far, operations, repairs.
-    pub counts: Counts,
+    /// The right of this host's endpoints to their addresses may have changed.
+    pub rights_changed: bool,
+    /// What the reconcile loop has to do, and how it went.
+    pub reconcile: Progress,
     /// Gossip has told all there is to know: from here on things may be removed.
     pub caught_up: bool,
     /// At least one peer has sent its objects, or there is none to send any.
     pub objects_seen: bool,
-    /// What is wrong, by a key of ours.
-    pub problems: BTreeMap<String, String>,
+    /// What is wrong until it is taken back.
+    pub problems: Problems,
     /// The next number of a saved state, the last one on the disk, and what waits.
     pub save: Save,
     /// Peers whose tables changed since they were last cached in the run directory.
@@ -267,17 +189,6 @@ pub(crate) struct Lent {
     pub at: u64,
     /// The borrower's table had it at some time.
     pub seen: bool,
-}
-
-/// Counters of the reconcile loop.
-#[derive(Debug, Default, Clone, Copy)]
-pub(crate) struct Counts {
-    /// Whole passes.
-    pub passes: u64,
-    /// Operations carried out.
-    pub operations: u64,
-    /// Of those, repairs of what somebody else had changed.
-    pub repairs: u64,
 }
 
 /// The state file's bookkeeping.
@@ -318,18 +229,12 @@ impl State {
         !self.pending.ports.is_empty() || self.own_endpoints().any(|endpoint| !endpoint.publish.is_empty())
     }
 
-    /// Whether what a network does not need any more may go: nobody has anything to say yet about it.
-    pub(crate) fn may_prune(&self, network: NetworkId) -> bool {
-        self.caught_up || self.view.is_own(network)
-    }
-
     /// What needs the cluster's agreement has to wait for the admission.
     pub(crate) fn check_member(&self) -> Result<(), Failed> {
         if self.is_member() {
             return Ok(());
         }
-        let why = self.problems.get("admission").cloned();
-        Err(Failed::unavailable(why.unwrap_or_else(|| "not admitted yet".to_owned())))
+        Err(Failed::unavailable(self.problems.get(Code::Admission, "").unwrap_or("not admitted yet")))
     }
 
     /// The member that acts for all where one is enough: the live one with the smallest id.
@@ -352,21 +257,58 @@ impl State {
         self.view.own()?.table.endpoint(id)
     }
 
-    /// Marks what an entry of a host's table, which comes or goes, is about.
-    pub(crate) fn touch(&mut self, host: NodeId, entry: &Entry) {
-        match entry {
-            Entry::Endpoint(endpoint) => {
-                self.dirty.police(endpoint);
-                let touched = self.dirty.touched.entry(endpoint.network).or_default();
-                touched.note(self.view.me, host, endpoint);
-                self.dirty.members.endpoints.insert((host, endpoint.id));
-                self.dirty.names.entry(endpoint.network).or_default().note(endpoint);
+    /// What subsystems read, and their list.
+    pub(crate) fn parts(&mut self) -> (Cluster<'_>, SubsystemList<'_>) {
+        let Self { view, local, workloads, caught_up, subsystems, .. } = self;
+        let cluster = Cluster { view, backends: workloads.backends(), local, caught_up: *caught_up };
+        (cluster, subsystems.all())
+    }
+
+    /// Tells a change to all that keep something which follows from it.
+    pub(crate) fn changed(&mut self, change: Change<'_>) {
+        match change {
+            Change::Entry { host, entry } => match entry {
+                Entry::Lease { network, .. } => self.changed(Change::Rights(*network)),
+                Entry::PathMtu { .. } => self.rights_of(host),
+                Entry::Endpoint(_) | Entry::Held(_) | Entry::Announced(_) => {}
+            },
+            Change::Host(host) => self.rights_of(host),
+            Change::ThisHost => {
+                let networks: Vec<NetworkId> = self.view.networks.keys().copied().collect();
+                networks.into_iter().for_each(|network| self.changed(Change::Rights(network)));
+                self.rights_changed = true;
             }
-            Entry::Lease { network, .. } => self.dirty.rights([*network]),
-            Entry::PathMtu { .. } => self.touch_networks_of(host),
-            Entry::Held(_) => {}
-            Entry::Announced(_) => self.dirty.announced = true,
+            Change::Rights(_) | Change::Network(_) | Change::Built(_) | Change::Tunnel => {
+                self.rights_changed = true;
+            }
+            Change::Attaching(_)
+            | Change::Publishing
+            | Change::Resources(_)
+            | Change::Backends(_)
+            | Change::Announcers
+            | Change::Uplink => {}
         }
+        self.workloads.changed(&change, &self.view);
+        let (cluster, subsystems) = self.parts();
+        subsystems.into_iter().for_each(|subsystem| subsystem.changed(&change, &cluster));
+    }
+
+    /// Tells that the rights on the networks on which a host has endpoints or leases, or routed blocks, may have
+    /// changed.
+    fn rights_of(&mut self, host: NodeId) {
+        let routed =
+            |id: &NetworkId| self.view.networks.get(id).is_some_and(|found| found.network.mode == Mode::L3);
+        let blocks = self.view.alloc.blocks.iter().filter(|(_, holder)| **holder == host);
+        let mut networks: BTreeSet<NetworkId> =
+            blocks.map(|(block, _)| block.network).filter(routed).collect();
+        if let Some(node) = self.view.nodes.get(&host) {
+            networks.extend(node.table.entries().filter_map(|entry| match entry {
+                Entry::Endpoint(endpoint) => Some(endpoint.network),
+                Entry::Lease { network, .. } => Some(*network),
+                Entry::PathMtu { .. } | Entry::Held(_) | Entry::Announced(_) => None,
+            }));
+        }
+        networks.into_iter().for_each(|network| self.changed(Change::Rights(network)));
     }
 
     /// The endpoint of this network, Kubernetes namespace and name, on whichever host.
@@ -379,51 +321,6 @@ impl State {
             (endpoint.network, &endpoint.namespace) == (*network, namespace)
                 && self.view.counts_on(placed.node, endpoint.network)
         })
-    }
-
-    /// Marks every network: something changed that may concern each.
-    pub(crate) fn touch_all(&mut self) {
-        self.dirty.rights(self.view.networks.keys().chain(self.applied.keys()).copied());
-        self.dirty.host = true;
-    }
-
-    /// Marks the encrypted ones.
-    pub(crate) fn touch_encrypted(&mut self) {
-        let encrypted = self.view.networks.values().map(|found| &found.network).filter(|n| n.encrypted);
-        self.dirty.networks.extend(encrypted.map(|network| network.id));
-        self.dirty.host = true;
-    }
-
-    /// Marks the networks on which a host has endpoints, or blocks that others have routes to.
-    pub(crate) fn touch_networks_of(&mut self, node: NodeId) {
-        let routed =
-            |id: &NetworkId| self.view.networks.get(id).is_some_and(|found| found.network.mode == Mode::L3);
-        let blocks = self.view.alloc.blocks.iter().filter(|(_, holder)| **holder == node);
-        let held = blocks.map(|(block, _)| block.network).filter(routed);
-        self.dirty.rights(held);
-        if let Some(node) = self.view.nodes.get(&node) {
-            self.dirty.rights(node.table.entries().filter_map(|entry| match entry {
-                Entry::Endpoint(endpoint) => Some(endpoint.network),
-                Entry::Lease { network, .. } => Some(*network),
-                Entry::PathMtu { .. } | Entry::Held(_) | Entry::Announced(_) => None,
-            }));
-        }
-    }
-
-    /// Raises a problem, or takes it back.
-    pub(crate) fn problem(&mut self, key: impl Into<String>, sentence: Option<String>) {
-        let key = key.into();
-        match sentence {
-            Some(sentence) => {
-                if self.problems.get(&key) != Some(&sentence) {
-                    tracing::warn!("{sentence}");
-                    self.problems.insert(key, sentence);
-                }
-            }
-            None => {
-                self.problems.remove(&key);
-            }
-        }
     }
 }
 

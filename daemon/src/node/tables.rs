@@ -1,5 +1,6 @@
 //! Owner tables: writing our own, taking in those of others.
 
+use std::collections::BTreeSet;
 use std::fs;
 
 use anyhow::{Context, Result};
@@ -16,6 +17,7 @@ use super::Node;
 use super::state::State;
 use crate::config::{is_name, is_name_within};
 use crate::crypto;
+use crate::subsystems::Change;
 
 /// A borrower that never showed a leased address in its table loses it after this time.
 const UNUSED_LEASE_MS: u64 = 60_000;
@@ -47,8 +49,13 @@ impl Node {
         own.table.keep(kept, &dropped);
         let update = (!silent || own.table.revision().epoch != epoch)
             .then(|| own.table.write(epoch, set, unset, |head| self.sign_head(head)));
-        state.dirty.host |= !own.table.networks().eq(networks);
-        before.iter().chain(&after).for_each(|entry| state.touch(me, entry));
+        let built: Vec<NetworkId> = own.table.networks().collect();
+        let moved = networks
+            .iter()
+            .filter(|id| !built.contains(id))
+            .chain(built.iter().filter(|id| !networks.contains(id)));
+        moved.for_each(|network| state.changed(Change::Built(*network)));
+        before.iter().chain(&after).for_each(|entry| state.changed(Change::Entry { host: me, entry }));
         if let Some(update) = update {
             self.links().broadcast(&Message::Table(update));
             self.publish_hints(state);
@@ -114,23 +121,27 @@ impl Node {
             return Err(None);
         }
         let networks: Vec<NetworkId> = node.table.networks().collect();
-        let mut changed = Vec::new();
+        let (mut changed, mut rights) = (Vec::new(), BTreeSet::new());
         let whole = update.base.is_none();
         if whole {
-            state.dirty.rights(networks_of(&node.table));
-            state.dirty.announced |= node.table.announced().next().is_some();
+            rights.extend(networks_of(&node.table));
         } else {
             changed = entries_of(&node.table, &update.set, &update.unset);
             changed.extend_from_slice(&update.set);
         }
+        let announced = node.table.announced().next().is_some();
         node.table.apply(update).map_err(Some)?;
         tracing::debug!(%owner, revision = %node.table.revision(), "table");
         let moved = !node.table.networks().eq(networks);
         if whole {
-            state.dirty.rights(networks_of(&node.table));
-            state.dirty.announced |= node.table.announced().next().is_some();
+            rights.extend(networks_of(&node.table));
+            let announced = announced || node.table.announced().next().is_some();
+            rights.into_iter().for_each(|network| state.changed(Change::Rights(network)));
+            if announced {
+                state.changed(Change::Announcers);
+            }
         }
-        changed.iter().for_each(|entry| state.touch(owner, entry));
+        changed.iter().for_each(|entry| state.changed(Change::Entry { host: owner, entry }));
         state.uncached.insert(owner);
         if let Some(peer) = state.peers.get_mut(&owner) {
             peer.pulled_at = None;

@@ -18,6 +18,8 @@ use super::{Failed, Node};
 use crate::config::{Config, TunnelMode};
 use crate::crypto::TunnelSecret;
 use crate::kernel::{self, KernelHandle, TunnelPeerStatus, TunnelStatus};
+use crate::problems::{Code, Problem};
+use crate::subsystems::Change;
 
 /// Between two probes of each peer. They keep sessions up, too: the first packet waits for no handshake.
 const EVERY: Duration = Duration::from_secs(3);
@@ -196,7 +198,7 @@ impl Node {
             }
         });
         self.tunnel.borrow_mut().secret = secret;
-        self.state.borrow_mut().touch_encrypted();
+        self.state.borrow_mut().changed(Change::Tunnel);
         self.work.notify_one();
         self.tunnel_turn.notify_one();
         Ok(())
@@ -222,7 +224,7 @@ impl Node {
             let before = tunnel::ways(&state.view, &state.local);
             state.local.ends = Ends { sessions, quiet, ..std::mem::take(&mut state.local.ends) };
             if tunnel::ways(&state.view, &state.local) != before {
-                state.touch_encrypted();
+                state.changed(Change::Tunnel);
                 self.work.notify_one();
             }
         }
@@ -308,7 +310,7 @@ impl Node {
             }
         });
         self.event("key", "", "the tunnel has moved: all hosts use the new keys");
-        self.state.borrow_mut().touch_encrypted();
+        self.state.borrow_mut().changed(Change::Tunnel);
         self.work.notify_one();
     }
 
@@ -344,23 +346,24 @@ impl Node {
         }
     }
 
-    /// Sentences for `status`.
-    pub(super) fn tunnel_problems(&self, state: &State) -> Vec<String> {
-        let mut sentences = Vec::new();
+    /// What is wrong with encrypted networks on this host.
+    pub(super) fn tunnel_problems(&self, state: &State) -> Vec<Problem> {
+        let mut problems = Vec::new();
         let view = &state.view;
         if self.config.encrypt {
             for found in view.networks.values().filter(|found| !found.network.encrypted) {
-                sentences.push(format!(
+                let sentence = format!(
                     "encrypt = true, and network {} is not encrypted: make it anew to have it so",
                     found.network.name
-                ));
+                );
+                problems.push(Code::NotEncrypted.about(&found.network.name, sentence));
             }
         }
         if !tunnel::is_wanted(view) || !state.is_member() {
-            return sentences;
+            return problems;
         }
         let watch = self.tunnel.borrow();
-        sentences.extend(watch.missing.clone());
+        problems.extend(watch.missing.iter().map(|sentence| Code::NoTunnel.about("", sentence)));
         let copies = tunnel::copies(view);
         for node in view.nodes.values() {
             let record = &node.record;
@@ -368,17 +371,19 @@ impl Node {
                 continue;
             }
             if record.tunnel.is_none() {
-                sentences.push(format!(
+                let sentence = format!(
                     "host {} has no tunnel, and gets nothing of encrypted networks: `ovlctl status` there says why",
                     record.name
-                ));
+                );
+                problems.push(Code::PeerWithoutTunnel.about(&record.name, sentence));
             }
             if copies.contains(&record.id) {
-                sentences.push(format!(
+                let sentence = format!(
                     "host {} publishes the tunnel key of another host, and gets nothing of encrypted networks: on \
                      it, stop ovld, remove tunnel.key from its state directory, and start it again",
                     record.name
-                ));
+                );
+                problems.push(Code::TunnelKeyCopied.about(&record.name, sentence));
             }
         }
         for (id, watched) in &watch.peers {
@@ -388,14 +393,15 @@ impl Node {
             let Some(end) = node.record.tunnel else { continue };
             let last = watched.status.as_ref().and_then(|status| status.last_handshake);
             if last.is_none_or(|last| last > RENEWED_WITHIN) && watched.since.elapsed() > FIRST_WITHIN {
-                sentences.push(format!(
+                let sentence = format!(
                     "the tunnel to host {} at {} port {} has no session: nothing passes on encrypted networks. \
                      Check the path and the firewalls for UDP port {} there and {} here",
                     node.record.name, node.record.vtep, end.port, end.port, self.config.tunnel_port
-                ));
+                );
+                problems.push(Code::NoTunnelSession.about(&node.record.name, sentence));
             }
         }
-        sentences
+        problems
     }
 
     /// How the tunnel to a host does.

@@ -11,6 +11,8 @@ use ovl_proto::record::Presence;
 
 use super::{Node, next_generation, open};
 use crate::kernel::own_addresses;
+use crate::problems::Code;
+use crate::subsystems::Change;
 
 /// Changes of addresses come in bursts: an address is often taken away before the next is given.
 const SETTLE: Duration = Duration::from_millis(100);
@@ -31,7 +33,7 @@ impl Node {
             match found {
                 Ok(link) => {
                     gone_since = None;
-                    self.state.borrow_mut().problem("address", None);
+                    self.state.borrow_mut().problems.set(Code::Address, "", None);
                     self.set_link_mtu(link.mtu);
                     self.set_segment(link.prefix);
                     self.set_uplink(&link.device);
@@ -44,7 +46,7 @@ impl Node {
                     Some(address) => {
                         if let Err(error) = self.move_to(address).await {
                             let sentence = format!("this host's address is {address} now and {error:#}");
-                            self.state.borrow_mut().problem("address", Some(sentence));
+                            self.state.borrow_mut().problems.set(Code::Address, "", Some(sentence));
                             wait = Some(LOOK_AGAIN);
                         }
                     }
@@ -53,7 +55,7 @@ impl Node {
                             "{vtep}, the address of this host in the cluster, is on no device any more: peers cannot \
                              reach it. Give it back, or start ovld with another --advertise"
                         );
-                        self.state.borrow_mut().problem("address", Some(sentence));
+                        self.state.borrow_mut().problems.set(Code::Address, "", Some(sentence));
                         wait = Some(LOOK_AGAIN);
                     }
                 },
@@ -78,14 +80,14 @@ impl Node {
         }
         self.event("peer", &self.config.node, &format!("the underlay's MTU is {mtu} now"));
         self.gossip().set_link_mtu(mtu);
-        self.state.borrow_mut().touch_all();
+        self.state.borrow_mut().changed(Change::ThisHost);
         self.work.notify_one();
     }
 
     fn set_segment(&self, prefix: IpNet) {
         let mut state = self.state.borrow_mut();
         if state.local.segment.replace(prefix.trunc()) != Some(prefix.trunc()) {
-            state.touch_all();
+            state.changed(Change::ThisHost);
             self.work.notify_one();
         }
     }
@@ -94,16 +96,15 @@ impl Node {
     fn set_uplink(&self, device: &str) {
         let uplink = self.config.load_balancer_device.or_else(|| Device::new(device));
         let mut state = self.state.borrow_mut();
-        if state.uplink != uplink {
-            state.uplink = uplink;
-            state.dirty.announced = true;
+        if state.subsystems.ingress.set_uplink(uplink) {
+            state.changed(Change::Uplink);
             self.work.notify_one();
         }
     }
 
     /// Another address of the device, of the same family and not link-local, nor a LoadBalancer's.
     fn address_of(&self, device: &str, old: IpAddr) -> Option<IpAddr> {
-        let announced = self.state.borrow().ingress.said();
+        let announced = self.state.borrow().subsystems.ingress.said();
         addresses_of(device, old.is_ipv4()).into_iter().find(|address| !announced.contains(address))
     }
 
@@ -141,7 +142,7 @@ impl Node {
             }
             state.own_record = signed;
             // What changed while the sockets were opened is told anew below.
-            state.touch_all();
+            state.changed(Change::ThisHost);
             self.pointed.borrow_mut().clear();
             self.point_links(state);
         }

@@ -178,6 +178,29 @@ pub enum DaemonState {
     Degraded,
 }
 
+/// Something that is wrong on a host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Problem {
+    /// Stable, such as `OVL-E020`; `docs/problems.md` has a section for each.
+    pub code: String,
+    /// How bad it is.
+    pub severity: Severity,
+    /// What it is about: a host, a network, an endpoint, a file. Empty for the host that reports it.
+    pub object: String,
+    /// What is wrong and what to do, in one or two sentences.
+    pub message: String,
+}
+
+/// How bad a problem is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Severity {
+    /// Something does not work.
+    Error,
+    /// Everything works, but it will not stay so, or not as intended.
+    Warning,
+}
+
 /// `ovlctl status`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Status {
@@ -189,8 +212,8 @@ pub struct Status {
     pub version: String,
     /// See [`DaemonState`].
     pub state: DaemonState,
-    /// One sentence each.
-    pub problems: Vec<String>,
+    /// What is wrong.
+    pub problems: Vec<Problem>,
     /// Where gossip and sync reach this node.
     pub address: SocketAddr,
     /// Where its VXLAN packets come from.
@@ -430,6 +453,9 @@ pub struct RouteRow {
 pub struct Verify {
     /// No differences.
     pub clean: bool,
+    /// Milliseconds until nothing differed any more. `None` if something still does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub settled_ms: Option<u64>,
     /// Each names the object.
     pub differences: Vec<String>,
 }

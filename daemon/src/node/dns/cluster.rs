@@ -3,9 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
-use ovl_core::backends::Settled;
 use ovl_core::cluster_names::{Names, Set, VERSION};
-use ovl_core::members::MemberChange;
 use ovl_dns::{Name, Records, Zone};
 use ovl_proto::resource::Name as ResourceName;
 
@@ -24,28 +22,6 @@ pub(super) fn begin(zone: &mut Zone, domain: &str, walks: bool) {
     }
     if let Some(name) = Name::parse(&format!("dns-version.{domain}")) {
         zone.set_cluster(&name, Records { text: Some(VERSION), ..Records::default() });
-    }
-}
-
-/// Services and pods of which the names may have changed.
-#[derive(Debug, Default)]
-pub(crate) struct ClusterMarks {
-    pub(super) services: BTreeSet<ResourceName>,
-    /// Namespace, addresses, and whether it is there; in order.
-    pub(super) pods: Vec<(String, Vec<IpAddr>, bool)>,
-}
-
-impl ClusterMarks {
-    /// Takes note of what has changed.
-    pub(crate) fn note(&mut self, settled: &Settled) {
-        self.services.extend(settled.services.iter().cloned());
-        for MemberChange { before, after, .. } in &settled.members {
-            for (member, is_there) in [(before, false), (after, true)] {
-                let pod =
-                    member.as_ref().map(|it| (it.name.namespace.clone(), it.addresses.clone(), is_there));
-                self.pods.extend(pod);
-            }
-        }
     }
 }
 

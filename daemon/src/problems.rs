@@ -1,0 +1,282 @@
+//! What is wrong on this host, for `ovlctl status`: each problem with a stable code, a severity, the object that it is
+//! about, and a sentence that says what to do.
+
+use std::collections::BTreeMap;
+
+pub(crate) use ovl_proto::control::{Problem, Severity};
+
+/// What kind of problem it is. Codes are stable: scripts and runbooks rely on them. `docs/problems.md` lists them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) enum Code {
+    /// This host's address is on no device, or its new one cannot be used.
+    Address,
+    /// The state file cannot be written.
+    StateFile,
+    /// A file in the run directory is damaged and was set aside.
+    DamagedFile,
+    /// The kernel's state cannot be read.
+    KernelDump,
+    /// The kernel refuses an operation.
+    KernelRefusal,
+    /// This host is not admitted to the cluster.
+    Admission,
+    /// Another host has the identity of this one or of a third one.
+    IdentityClash,
+    /// A host with the cluster key belongs to another cluster.
+    ForeignCluster,
+    /// Several hosts have one name.
+    HostName,
+    /// A live host cannot be reached directly.
+    Unreachable,
+    /// A host's VTEP is of another address family.
+    VtepFamily,
+    /// The cluster key cannot be written to the state directory.
+    KeyDisk,
+    /// The configured cluster key file does not have the key in use.
+    KeyFile,
+    /// A rotation of the cluster key makes no progress.
+    KeyRotation,
+    /// A host seals with a key that this host does not have.
+    KeyMissed,
+    /// Two networks of the cluster overlap.
+    NetworkOverlap,
+    /// A bridge network is in conflict with a network of the cluster.
+    BridgeConflict,
+    /// This host has no block of a routed network.
+    NoBlock,
+    /// An endpoint is cut off: its address belongs to another host.
+    EndpointIsolated,
+    /// This host has no tunnel.
+    NoTunnel,
+    /// Another host has no tunnel.
+    PeerWithoutTunnel,
+    /// Two hosts publish one tunnel key.
+    TunnelKeyCopied,
+    /// The tunnel to a host has no session.
+    NoTunnelSession,
+    /// A network is not encrypted although encryption is configured.
+    NotEncrypted,
+    /// A published port is held by another program.
+    PublishedPort,
+    /// The health check port of a Service is held by another program.
+    HealthPort,
+    /// Another program's firewall stops packets.
+    Firewall,
+    /// The resolver does not run.
+    ResolverDown,
+    /// A resolver of the host does not answer.
+    UpstreamResolver,
+    /// Strict source validation drops packets of a host.
+    SourceValidation,
+    /// The kernel's neighbour table is too small.
+    NeighbourTable,
+}
+
+impl Code {
+    /// All of them, in the order of their numbers.
+    #[cfg(test)]
+    const ALL: [Self; 31] = [
+        Self::Address,
+        Self::StateFile,
+        Self::DamagedFile,
+        Self::KernelDump,
+        Self::KernelRefusal,
+        Self::Admission,
+        Self::IdentityClash,
+        Self::ForeignCluster,
+        Self::HostName,
+        Self::Unreachable,
+        Self::VtepFamily,
+        Self::KeyDisk,
+        Self::KeyFile,
+        Self::KeyRotation,
+        Self::KeyMissed,
+        Self::NetworkOverlap,
+        Self::BridgeConflict,
+        Self::NoBlock,
+        Self::EndpointIsolated,
+        Self::NoTunnel,
+        Self::PeerWithoutTunnel,
+        Self::TunnelKeyCopied,
+        Self::NoTunnelSession,
+        Self::NotEncrypted,
+        Self::PublishedPort,
+        Self::HealthPort,
+        Self::Firewall,
+        Self::ResolverDown,
+        Self::UpstreamResolver,
+        Self::SourceValidation,
+        Self::NeighbourTable,
+    ];
+
+    /// The code as users see it, such as `OVL-E011`. The tens tell the area: 1 this host, 2 members, 3 cluster key,
+    /// 4 networks, 5 encryption, 6 published ports and Services, 7 names, 8 settings of the host.
+    pub(crate) const fn as_str(self) -> &'static str {
+        match self {
+            Self::Address => "OVL-E010",
+            Self::StateFile => "OVL-E011",
+            Self::DamagedFile => "OVL-E012",
+            Self::KernelDump => "OVL-E013",
+            Self::KernelRefusal => "OVL-E014",
+            Self::Admission => "OVL-E020",
+            Self::IdentityClash => "OVL-E021",
+            Self::ForeignCluster => "OVL-E022",
+            Self::HostName => "OVL-E023",
+            Self::Unreachable => "OVL-E024",
+            Self::VtepFamily => "OVL-E025",
+            Self::KeyDisk => "OVL-E030",
+            Self::KeyFile => "OVL-E031",
+            Self::KeyRotation => "OVL-E032",
+            Self::KeyMissed => "OVL-E033",
+            Self::NetworkOverlap => "OVL-E040",
+            Self::BridgeConflict => "OVL-E041",
+            Self::NoBlock => "OVL-E042",
+            Self::EndpointIsolated => "OVL-E043",
+            Self::NoTunnel => "OVL-E050",
+            Self::PeerWithoutTunnel => "OVL-E051",
+            Self::TunnelKeyCopied => "OVL-E052",
+            Self::NoTunnelSession => "OVL-E053",
+            Self::NotEncrypted => "OVL-E054",
+            Self::PublishedPort => "OVL-E060",
+            Self::HealthPort => "OVL-E061",
+            Self::Firewall => "OVL-E062",
+            Self::ResolverDown => "OVL-E070",
+            Self::UpstreamResolver => "OVL-E071",
+            Self::SourceValidation => "OVL-E080",
+            Self::NeighbourTable => "OVL-E081",
+        }
+    }
+
+    /// How bad it is.
+    pub(crate) const fn severity(self) -> Severity {
+        match self {
+            Self::Address
+            | Self::StateFile
+            | Self::KernelDump
+            | Self::KernelRefusal
+            | Self::Admission
+            | Self::IdentityClash
+            | Self::ForeignCluster
+            | Self::Unreachable
+            | Self::VtepFamily
+            | Self::KeyDisk
+            | Self::KeyMissed
+            | Self::NoBlock
+            | Self::EndpointIsolated
+            | Self::NoTunnel
+            | Self::PeerWithoutTunnel
+            | Self::TunnelKeyCopied
+            | Self::NoTunnelSession
+            | Self::PublishedPort
+            | Self::HealthPort
+            | Self::Firewall
+            | Self::ResolverDown
+            | Self::SourceValidation => Severity::Error,
+            Self::DamagedFile
+            | Self::HostName
+            | Self::KeyFile
+            | Self::KeyRotation
+            | Self::NetworkOverlap
+            | Self::BridgeConflict
+            | Self::NotEncrypted
+            | Self::UpstreamResolver
+            | Self::NeighbourTable => Severity::Warning,
+        }
+    }
+
+    /// A problem of this kind. `object` names what it is about, and is empty for this host itself.
+    pub(crate) fn about(self, object: impl Into<String>, message: impl Into<String>) -> Problem {
+        Problem {
+            code: self.as_str().to_owned(),
+            severity: self.severity(),
+            object: object.into(),
+            message: message.into(),
+        }
+    }
+}
+
+/// The problems that last until they are taken back. One for each code and object.
+#[derive(Debug, Default)]
+pub(crate) struct Problems(BTreeMap<(Code, String), String>);
+
+impl Problems {
+    /// Raises a problem, or takes it back where there is no `message`.
+    pub(crate) fn set(&mut self, code: Code, object: impl Into<String>, message: Option<String>) {
+        let key = (code, object.into());
+        match message {
+            Some(message) => {
+                if self.0.get(&key) != Some(&message) {
+                    tracing::warn!(code = code.as_str(), object = key.1, "{message}");
+                    self.0.insert(key, message);
+                }
+            }
+            None => {
+                self.0.remove(&key);
+            }
+        }
+    }
+
+    /// Replaces all problems of a code.
+    pub(crate) fn replace(&mut self, code: Code, all: impl IntoIterator<Item = (String, String)>) {
+        let mut gone: Vec<String> = self.objects(code).map(str::to_owned).collect();
+        for (object, message) in all {
+            gone.retain(|old| *old != object);
+            self.set(code, object, Some(message));
+        }
+        for object in gone {
+            self.set(code, object, None);
+        }
+    }
+
+    /// The message of a problem. `None` if it is not raised.
+    pub(crate) fn get(&self, code: Code, object: &str) -> Option<&str> {
+        self.of(code).find(|(about, _)| *about == object).map(|(_, message)| message)
+    }
+
+    /// The objects and messages of all problems of a code.
+    pub(crate) fn of(&self, code: Code) -> impl Iterator<Item = (&str, &str)> {
+        let all = self.0.range((code, String::new())..).take_while(move |((of, _), _)| *of == code);
+        all.map(|((_, object), message)| (object.as_str(), message.as_str()))
+    }
+
+    /// The objects of all problems of a code.
+    fn objects(&self, code: Code) -> impl Iterator<Item = &str> {
+        self.of(code).map(|(object, _)| object)
+    }
+
+    /// All of them, as users see them, by code and object.
+    pub(crate) fn all(&self) -> impl Iterator<Item = Problem> {
+        self.0.iter().map(|((code, object), message)| code.about(object, message))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::{Code, Problems};
+
+    #[test]
+    fn codes_are_unique_and_documented() {
+        let documented = include_str!("../../docs/problems.md");
+        let codes: BTreeSet<&str> = Code::ALL.iter().map(|code| code.as_str()).collect();
+        assert_eq!(codes.len(), Code::ALL.len());
+        for code in codes {
+            assert!(documented.contains(&format!("| {code} |")), "{code} is not in docs/problems.md");
+        }
+    }
+
+    #[test]
+    fn replacing_takes_back_what_is_not_given_again() {
+        let mut problems = Problems::default();
+        let sentences =
+            |all: &[&str]| all.iter().map(|it| ((*it).to_owned(), "x".to_owned())).collect::<Vec<_>>();
+        problems.replace(Code::Firewall, sentences(&["a", "b"]));
+        problems.set(Code::Address, "", Some("gone".to_owned()));
+        problems.replace(Code::Firewall, sentences(&["b", "c"]));
+        assert_eq!(problems.of(Code::Firewall).map(|(object, _)| object).collect::<Vec<_>>(), ["b", "c"]);
+        assert_eq!(problems.get(Code::Address, ""), Some("gone"));
+        problems.set(Code::Address, "", None);
+        assert_eq!(problems.all().count(), 2);
+    }
+}
