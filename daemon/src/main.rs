@@ -4,7 +4,6 @@ mod config;
 mod control;
 mod crypto;
 mod gossip;
-mod kernel;
 mod links;
 mod log;
 mod node;

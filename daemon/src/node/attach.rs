@@ -18,6 +18,7 @@ use ovl_core::kernel::Kernel;
 use ovl_core::op::Op;
 use ovl_core::publish::turns_round;
 use ovl_core::view::{Local, Placed};
+use ovl_kernel::{EndpointSpec, HostEnd, Made, Netns, Other, Resolver, Retired, open_netns};
 use ovl_proto::control::{Attach, EndpointInfo, EndpointState, FailureKind, NetnsRef};
 use ovl_proto::id::{EndpointId, Mac, NetworkId};
 use ovl_proto::object::{Driver, Mode, Network, Subnet};
@@ -29,7 +30,6 @@ use super::publish::{self, SetAside};
 use super::state::LocalEndpoint;
 use super::{Failed, Node, random, remove_if_there};
 use crate::config::{MAX_NAME, is_name_within};
-use crate::kernel::{EndpointSpec, HostEnd, Made, Netns, Other, Resolver, Retired, open_netns};
 
 /// What is kept of an endpoint while the kernel runs: a daemon that is started anew finds it here.
 #[derive(Debug, Serialize, Deserialize)]

@@ -20,6 +20,7 @@ use ovl_core::nft::{Element, Table};
 use ovl_core::op::Op;
 use ovl_core::policy;
 use ovl_core::touched;
+use ovl_kernel::{Goal, KernelEvent, Outcome};
 use ovl_proto::id::NetworkId;
 use ovl_proto::object::{Backend, Mode, Network};
 
@@ -27,7 +28,6 @@ use tokio::time::Instant;
 
 use super::state::State;
 use super::{Node, ingress};
-use crate::kernel::{Goal, KernelEvent, Outcome};
 
 /// A whole pass is made at the latest after this time, whatever happened.
 const RESYNC: Duration = Duration::from_secs(60);

@@ -14,13 +14,13 @@ use std::path::PathBuf;
 use anyhow::Context as _;
 use ovl_core::device::{Device, Role};
 use ovl_core::resolver::resolv_conf;
+use ovl_kernel::{self as kernel, Cookie, Held, Place, Process};
 use ovl_proto::control::{Attach, EndpointInfo, NetnsRef, SandboxCreate, SandboxInfo};
 use ovl_proto::id::{EndpointId, NetworkId};
 use serde::{Deserialize, Serialize};
 
 use super::{Failed, Node, remove_if_there};
 use crate::config::is_name;
-use crate::kernel::{self, Cookie, Held, Place, Process};
 
 /// So many processes are named in a refusal.
 const NAMED: usize = 10;

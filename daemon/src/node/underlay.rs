@@ -7,10 +7,10 @@ use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
 use ovl_core::device::Device;
+use ovl_kernel::own_addresses;
 use ovl_proto::record::Presence;
 
 use super::{Node, next_generation, open};
-use crate::kernel::own_addresses;
 
 /// Changes of addresses come in bursts: an address is often taken away before the next is given.
 const SETTLE: Duration = Duration::from_millis(100);

@@ -20,7 +20,7 @@ const PAYLOAD: &[u8] = b"ovl: is this host up?";
 
 /// Sends echo requests. Clones share the sockets.
 #[derive(Debug, Clone)]
-pub(crate) struct Prober(Arc<Inner>);
+pub struct Prober(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
@@ -43,7 +43,7 @@ type Waiting = Arc<Mutex<HashMap<(IpAddr, u16, u16), oneshot::Sender<()>>>>;
 
 impl Prober {
     /// Within a tokio runtime; needs CAP_NET_RAW.
-    pub(crate) fn new() -> Result<Self> {
+    pub fn new() -> Result<Self> {
         let error = |error| KernelError::io("cannot open a socket for ICMP", &error);
         let v4 = Family::open(Domain::IPV4, Protocol::ICMPV4, echo_reply_v4).map_err(error)?;
         let v6 = Family::open(Domain::IPV6, Protocol::ICMPV6, echo_reply_v6).ok();
@@ -53,7 +53,7 @@ impl Prober {
     }
 
     /// Whether an answer came in time. Many may run at once.
-    pub(crate) async fn probe(&self, address: IpAddr, timeout: Duration) -> bool {
+    pub async fn probe(&self, address: IpAddr, timeout: Duration) -> bool {
         let inner = &*self.0;
         let family = match address {
             IpAddr::V4(_) => Some(&inner.v4),

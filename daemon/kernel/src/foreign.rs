@@ -14,7 +14,7 @@ use super::error::{KernelError, Result};
 const OURS: &str = "ovl";
 
 /// What is there, in the network namespace of the calling thread.
-pub(crate) fn look() -> Result<Foreign> {
+pub fn look() -> Result<Foreign> {
     let mut foreign = Foreign::default();
     let chains = match output("nft", &["-j", "list", "chains"]) {
         Ok(text) => serde_json::from_str(&text).unwrap_or(Value::Null),
@@ -51,7 +51,7 @@ pub(crate) fn look() -> Result<Foreign> {
 }
 
 /// Runs these commands, one after the other, until one fails.
-pub(crate) fn run_all(commands: &[Vec<String>]) -> Result<()> {
+pub fn run_all(commands: &[Vec<String>]) -> Result<()> {
     for command in commands {
         if let [program, arguments @ ..] = &command[..] {
             let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();

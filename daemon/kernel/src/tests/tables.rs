@@ -9,7 +9,7 @@ use ovl_core::op::Op;
 use ovl_proto::id::Mac;
 
 use super::lab::{Lab, in_namespace, ip, net, run};
-use crate::kernel::{Goal, KernelEvent};
+use crate::{Goal, KernelEvent};
 
 const T: Table = Table::Services;
 

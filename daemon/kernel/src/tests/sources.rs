@@ -9,7 +9,7 @@ use ovl_core::kernel::Source;
 use ovl_proto::id::{Mac, NetworkId};
 
 use super::lab::{Container, in_namespace, ip, mac, run, vxlan};
-use crate::kernel::sources::{Change, Sources};
+use crate::sources::{Change, Sources};
 
 const PORT: u16 = 51942;
 const VNI: u32 = 4097;

@@ -14,7 +14,7 @@ use ovl_core::op::Op;
 use ovl_proto::id::{EndpointId, Mac, NetworkId};
 use tokio::sync::mpsc;
 
-use crate::kernel::{EndpointSpec, HostEnd, KernelEvent, KernelHandle, Netns, Result, open_netns, start};
+use crate::{EndpointSpec, HostEnd, KernelEvent, KernelHandle, Netns, Result, open_netns, start};
 
 /// Runs the body on a thread that has a fresh network namespace with an underlay device `up0`, as
 /// the worker and all commands that it starts have.

@@ -40,20 +40,20 @@ const OWN_MOUNTS: &str = "/proc/thread-self/ns/mnt";
 /// Names a network namespace. The kernel gives a cookie only once in a boot; the number of an inode
 /// may come again with the next namespace.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Cookie(u64);
+pub struct Cookie(u64);
 
 /// A network namespace that is held open.
 #[derive(Debug)]
-pub(crate) struct Held {
+pub struct Held {
     /// Keeps it alive.
-    pub(crate) netns: OwnedFd,
+    pub netns: OwnedFd,
     /// Which one it is.
-    pub(crate) cookie: Cookie,
+    pub cookie: Cookie,
 }
 
 /// What is found where a namespace should be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Place {
+pub enum Place {
     /// Nothing.
     Free,
     /// A file with nothing in it: what a namespace is mounted on, without one.
@@ -66,21 +66,21 @@ pub(crate) enum Place {
 
 /// A process.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) struct Process {
+pub struct Process {
     /// Its id.
-    pub(crate) pid: u32,
+    pub pid: u32,
     /// The name of its command, at most 15 bytes, as it chose it.
-    pub(crate) command: String,
+    pub command: String,
 }
 
 /// Where a namespace of this name is mounted.
-pub(crate) fn netns_file(name: &str) -> PathBuf {
+pub fn netns_file(name: &str) -> PathBuf {
     Path::new(NETNS_DIR).join(name)
 }
 
 /// Makes a namespace in which only the loopback device is, and is up. It ends with the descriptor,
 /// unless it is mounted or somebody enters it.
-pub(crate) async fn new_netns() -> Result<Held> {
+pub async fn new_netns() -> Result<Held> {
     aside(|| {
         unshare(CloneFlags::CLONE_NEWNET)
             .map_err(|error| KernelError::io("cannot make a network namespace", &error.into()))?;
@@ -93,13 +93,13 @@ pub(crate) async fn new_netns() -> Result<Held> {
 }
 
 /// The namespace that ovld itself is in: the host's.
-pub(crate) async fn own_netns() -> Result<Held> {
+pub async fn own_netns() -> Result<Held> {
     aside(held).await
 }
 
 /// Mounts the namespace on a file that is made for it, in the host's mount namespace. Nothing may be
 /// there before; if it fails, nothing is afterwards. `ip netns exec` shows those inside this resolv.conf(5).
-pub(crate) async fn mount_netns(netns: &OwnedFd, path: PathBuf, resolv_conf: Option<String>) -> Result<()> {
+pub async fn mount_netns(netns: &OwnedFd, path: PathBuf, resolv_conf: Option<String>) -> Result<()> {
     let netns = netns
         .try_clone()
         .map_err(|error| KernelError::io("cannot copy the descriptor of a network namespace", &error))?;
@@ -117,7 +117,7 @@ pub(crate) async fn mount_netns(netns: &OwnedFd, path: PathBuf, resolv_conf: Opt
 }
 
 /// What is at each of these paths of the host's mount namespace.
-pub(crate) async fn look_at(paths: Vec<PathBuf>) -> Result<Vec<Place>> {
+pub async fn look_at(paths: Vec<PathBuf>) -> Result<Vec<Place>> {
     aside(move || {
         enter_host_mounts()?;
         paths.iter().map(|path| place(path)).collect()
@@ -127,7 +127,7 @@ pub(crate) async fn look_at(paths: Vec<PathBuf>) -> Result<Vec<Place>> {
 
 /// Takes the namespace with this cookie away from its path, and the file that it is mounted on. Where
 /// only that file is left, it goes; what is anybody else's stays.
-pub(crate) async fn unmount_netns(path: PathBuf, cookie: Cookie) -> Result<()> {
+pub async fn unmount_netns(path: PathBuf, cookie: Cookie) -> Result<()> {
     aside(move || {
         enter_host_mounts()?;
         match place(&path)? {
@@ -155,7 +155,7 @@ pub(crate) async fn unmount_netns(path: PathBuf, cookie: Cookie) -> Result<()> {
 
 /// The processes in each of these namespaces, by the namespaces' inodes. One pass over /proc,
 /// however many namespaces there are. A process is where its first thread is.
-pub(crate) async fn processes_in(inodes: BTreeSet<u64>) -> Result<BTreeMap<u64, BTreeSet<Process>>> {
+pub async fn processes_in(inodes: BTreeSet<u64>) -> Result<BTreeMap<u64, BTreeSet<Process>>> {
     aside(move || {
         let mut found: BTreeMap<u64, BTreeSet<Process>> = BTreeMap::new();
         for (inode, path) in of_processes().filter(|(inode, _)| inodes.contains(inode)) {

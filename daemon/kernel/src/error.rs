@@ -6,7 +6,7 @@ use ovl_core::device::Device;
 
 /// Why something could not be done to the kernel.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub(crate) enum KernelError {
+pub enum KernelError {
     /// The kernel refused a request.
     #[error("{action}: {}{}", io::Error::from_raw_os_error(*errno), reason.as_deref().map(|text| format!(" ({text})")).unwrap_or_default())]
     Refused {
@@ -35,7 +35,7 @@ pub(crate) enum KernelError {
 }
 
 /// Short for this module.
-pub(crate) type Result<T, E = KernelError> = std::result::Result<T, E>;
+pub type Result<T, E = KernelError> = std::result::Result<T, E>;
 
 impl KernelError {
     pub(super) fn io(action: impl Into<String>, error: &io::Error) -> Self {

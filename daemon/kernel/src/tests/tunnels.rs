@@ -14,7 +14,7 @@ use ovl_tunnel::{PrivateKey, public_key};
 use tokio::sync::mpsc;
 
 use super::lab::{Lab, bridge, desired, in_namespace, ip, mac, net, run, vxlan};
-use crate::kernel::start;
+use crate::start;
 
 const PRIVATE: [u8; 32] = [8; 32];
 

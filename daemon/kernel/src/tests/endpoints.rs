@@ -6,7 +6,7 @@ use ovl_core::kernel::Link;
 use ovl_core::op::Op;
 
 use super::lab::{Container, Lab, add_endpoint, bridge, desired, endpoint, in_namespace, ip, mac, net, run};
-use crate::kernel::{Goal, HostEnd, KernelEvent, open_netns};
+use crate::{Goal, HostEnd, KernelEvent, open_netns};
 
 async fn network(lab: &Lab) -> ovl_core::kernel::Kernel {
     let wanted = desired(ip("192.0.2.1"), 3);

@@ -28,13 +28,13 @@ const ROUTE_LOCALNET: u16 = 26;
 
 /// The ways to the resolver of the host.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Resolver {
+pub struct Resolver {
     /// The MAC address behind which it is.
-    pub(crate) mac: Mac,
+    pub mac: Mac,
     /// Whether it is at 127.0.0.11; pods are told by their runtime where it is.
-    pub(crate) loopback: bool,
+    pub loopback: bool,
     /// The addresses of the cluster's DNS to which no other route leads.
-    pub(crate) cluster: Vec<IpAddr>,
+    pub cluster: Vec<IpAddr>,
 }
 
 /// Leads to the resolver by an interface. `guarded`: there are neighbours on the interface's segment, who must not reach

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use super::lab::{Container, in_namespace, ip, run};
-use crate::kernel::Prober;
+use crate::Prober;
 
 #[test]
 fn a_kernel_answers_and_an_empty_address_does_not() {

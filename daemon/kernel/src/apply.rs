@@ -476,7 +476,7 @@ fn explain(route: &mut Route, device: Device, link: &Link, refusal: Refusal, op:
 }
 
 /// Whether this kernel has IPv6; `ipv6.disable=1` takes it away.
-pub(crate) fn has_inet6() -> bool {
+pub fn has_inet6() -> bool {
     std::path::Path::new("/proc/sys/net/ipv6").exists()
 }
 

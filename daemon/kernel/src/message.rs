@@ -451,7 +451,7 @@ pub(super) fn new_pair(
 
 /// The address of a port itself. Nothing is ever sent from it; it is set so that udev sets no
 /// other. The first byte keeps it apart from those of endpoints and gateways.
-pub(crate) fn port_mac(device: Device) -> Mac {
+pub fn port_mac(device: Device) -> Mac {
     match device.role() {
         Some(Role::Endpoint(EndpointId([a, b, c, d, e]))) => Mac([0x12, a, b, c, d, e]),
         Some(Role::Bridge(_) | Role::Vxlan(_) | Role::Tunnel(_)) | None => Mac([0x16, 0, 0, 0, 0, 0]),

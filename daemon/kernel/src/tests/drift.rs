@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::lab::{
     Container, Lab, add_endpoint, bridge, desired, endpoint, in_namespace, ip, mac, run, vxlan,
 };
-use crate::kernel::KernelEvent;
+use crate::KernelEvent;
 
 #[test]
 fn every_kind_of_drift_is_repaired() {
@@ -104,10 +104,10 @@ fn lost_notifications_are_reported() {
     in_namespace(async || {
         // A channel that nobody reads holds up nothing either.
         let (sender, mut events) = tokio::sync::mpsc::channel(1);
-        let mut monitor = crate::kernel::monitor::Monitor::open().expect("monitor");
+        let mut monitor = crate::monitor::Monitor::open().expect("monitor");
         monitor.shrink();
-        let mut known = crate::kernel::known::Known::default();
-        let kernel = crate::kernel::start(sender, Vec::new()).expect("worker");
+        let mut known = crate::known::Known::default();
+        let kernel = crate::start(sender, Vec::new()).expect("worker");
         let lab = Lab { kernel, events: tokio::sync::mpsc::channel(1).1 };
         lab.pass(&desired(ip("192.0.2.1"), 100)).await;
         assert!(monitor.drain(&mut known), "a small buffer overflows");

@@ -24,15 +24,15 @@ const OWN: &str = "/proc/thread-self/ns/net";
 
 /// An open network namespace that is not ovld's own.
 #[derive(Debug)]
-pub(crate) struct Netns {
+pub struct Netns {
     /// The descriptor.
-    pub(crate) fd: OwnedFd,
+    pub fd: OwnedFd,
     /// The number that names it while it exists (as in `net:[4026531840]`).
-    pub(crate) inode: u64,
+    pub inode: u64,
 }
 
 /// Opens `/run/netns/NAME`, `/proc/PID/ns/net` or the like.
-pub(crate) fn open_netns(path: &Path) -> Result<Netns> {
+pub fn open_netns(path: &Path) -> Result<Netns> {
     let text = path.display();
     // What is not a namespace might be a FIFO, and hold up the one who opens it.
     let file =

@@ -20,28 +20,28 @@ use super::wireguard::Wireguard;
 
 /// One end of a tunnel, as it is.
 #[derive(Debug, Clone)]
-pub(crate) struct TunnelStatus {
+pub struct TunnelStatus {
     /// Which.
-    pub(crate) device: Device,
+    pub device: Device,
     /// The other ends.
-    pub(crate) peers: Vec<TunnelPeerStatus>,
+    pub peers: Vec<TunnelPeerStatus>,
     /// What was dropped so far, by the reason; the kernel's device does not tell.
-    pub(crate) drops: Vec<(&'static str, u64)>,
+    pub drops: Vec<(&'static str, u64)>,
 }
 
 /// The other end of a tunnel, as it is.
 #[derive(Debug, Clone)]
-pub(crate) struct TunnelPeerStatus {
+pub struct TunnelPeerStatus {
     /// Whose.
-    pub(crate) key: TunnelKey,
+    pub key: TunnelKey,
     /// Where its last authenticated datagram came from.
-    pub(crate) endpoint: Option<SocketAddr>,
+    pub endpoint: Option<SocketAddr>,
     /// Since the last handshake.
-    pub(crate) last_handshake: Option<Duration>,
+    pub last_handshake: Option<Duration>,
     /// Bytes of packets for it.
-    pub(crate) sent: u64,
+    pub sent: u64,
     /// Bytes of packets from it.
-    pub(crate) received: u64,
+    pub received: u64,
 }
 
 /// All of them. Deleting what is gone succeeds.

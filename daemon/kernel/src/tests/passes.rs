@@ -8,7 +8,7 @@ use ovl_core::op::Op;
 use ovl_proto::id::NetworkId;
 
 use super::lab::{Lab, PORT, bridge, desired, in_namespace, ip, net, run, vxlan};
-use crate::kernel::{KernelError, KernelEvent};
+use crate::{KernelError, KernelEvent};
 
 #[test]
 fn an_empty_host_has_nothing_of_ours() {

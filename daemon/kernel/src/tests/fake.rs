@@ -24,7 +24,7 @@ use netlink_sys::Socket;
 use nix::libc::{EADDRINUSE, EINVAL, ENODEV, ENOENT, EOPNOTSUPP};
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, send, socketpair};
 
-use crate::kernel::socket::Netlink;
+use crate::socket::Netlink;
 
 const CONTROL: u16 = 0x10;
 const NLMSG_ERROR: u16 = 2;

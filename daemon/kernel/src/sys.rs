@@ -12,7 +12,7 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 const NS_GET_NSTYPE: libc::c_ulong = 0xb703;
 
 /// All addresses of this host, each with the name of its device.
-pub(crate) fn own_addresses() -> io::Result<impl Iterator<Item = (String, IpAddr)>> {
+pub fn own_addresses() -> io::Result<impl Iterator<Item = (String, IpAddr)>> {
     let all = nix::ifaddrs::getifaddrs()?;
     Ok(all.filter_map(|entry| {
         let address = entry.address?;

@@ -15,10 +15,10 @@ use proptest::prelude::*;
 
 use super::fake::{self, Fake, State, public_of};
 use super::lab::{Container, Lab, in_namespace, ip, mac, net, run};
-use crate::kernel::KernelError;
-use crate::kernel::socket::Batch;
-use crate::kernel::sources::{Change, Sources};
-use crate::kernel::wireguard::Wireguard;
+use crate::KernelError;
+use crate::socket::Batch;
+use crate::sources::{Change, Sources};
+use crate::wireguard::Wireguard;
 
 const FAMILY: u16 = 0x1e;
 

@@ -8,7 +8,7 @@ use ovl_proto::clock::Stamp;
 use ovl_proto::object::{Backend, Driver, Mode, Network};
 
 use super::lab::{Lab, NETWORK, in_namespace, ip, net, run};
-use crate::kernel::KernelEvent;
+use crate::KernelEvent;
 
 fn text() -> String {
     let network = Network {

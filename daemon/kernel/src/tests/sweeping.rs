@@ -6,8 +6,8 @@ use ovl_core::kernel::Link;
 use ovl_core::op::Op;
 
 use super::lab::{Container, Lab, bridge, desired, endpoint, in_namespace, ip, mac, run};
-use crate::kernel::link::DOOMED;
-use crate::kernel::{Netns, Other, Retired};
+use crate::link::DOOMED;
+use crate::{Netns, Other, Retired};
 
 fn retired(n: u8, netns: Option<Netns>) -> Vec<Retired> {
     vec![Retired { device: endpoint(n), other: netns.map_or(Other::Lost, Other::In) }]
