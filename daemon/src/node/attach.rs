@@ -18,6 +18,7 @@ use ovl_core::kernel::Kernel;
 use ovl_core::op::Op;
 use ovl_core::publish::turns_round;
 use ovl_core::view::{Local, Placed};
+use ovl_files::{Durability, replace};
 use ovl_kernel::{EndpointSpec, HostEnd, Made, Netns, Other, Resolver, Retired, open_netns};
 use ovl_proto::control::{Attach, EndpointInfo, EndpointState, FailureKind, NetnsRef};
 use ovl_proto::id::{EndpointId, Mac, NetworkId};
@@ -601,9 +602,7 @@ impl Node {
         let boot_id = self.boot_id.clone();
         let kept = Kept { boot_id, endpoint: endpoint.clone(), ifname, netns, inode, cni, docker };
         let path = self.kept_path(endpoint.id);
-        let beside = path.with_extension("new");
-        fs::write(&beside, serde_json::to_vec(&kept)?)
-            .and_then(|()| fs::rename(&beside, &path))
+        replace(&path, &serde_json::to_vec(&kept)?, Durability::Unsynced)
             .with_context(|| format!("writing {}", path.display()))
     }
 

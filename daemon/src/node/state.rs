@@ -21,6 +21,7 @@ use ovl_core::services::Services;
 use ovl_core::touched::Touched;
 use ovl_core::view::{Local, Placed, View};
 use ovl_core::zone::Marks;
+use ovl_mesh::gossip::Hints;
 use ovl_proto::alloc::Refusal;
 use ovl_proto::clock::Clock;
 use ovl_proto::id::{EndpointId, Mac, NetworkId, NodeId};
@@ -35,7 +36,6 @@ use tokio::sync::oneshot;
 use super::Failed;
 use super::docker::Docker;
 use super::sandbox::Sandbox;
-use crate::gossip::Hints;
 use crate::ports::Answer;
 
 /// What is known of a peer beside its record and table.

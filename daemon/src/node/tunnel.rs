@@ -10,6 +10,7 @@ use ovl_core::ends::{self, Ends};
 use ovl_core::kernel::TunnelKind;
 use ovl_core::tunnel;
 use ovl_kernel::{self as kernel, KernelHandle, TunnelPeerStatus, TunnelStatus};
+use ovl_mesh::keys::TunnelSecret;
 use ovl_proto::control::{KeyStatus, PeerState, PeerTunnel};
 use ovl_proto::id::{NodeId, TunnelKey};
 use ovl_proto::record;
@@ -17,7 +18,6 @@ use ovl_proto::record;
 use super::state::State;
 use super::{Failed, Node};
 use crate::config::{Config, TunnelMode};
-use crate::crypto::TunnelSecret;
 
 /// Between two probes of each peer. They keep sessions up, too: the first packet waits for no handshake.
 const EVERY: Duration = Duration::from_secs(3);

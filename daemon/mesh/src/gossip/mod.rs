@@ -38,9 +38,9 @@ use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinSet;
 use tracing::error;
 
-use crate::crypto::{self, Keyring};
+use crate::keys::{self, Keyring};
 use cluster::Cluster;
-pub(crate) use cluster::Hints;
+pub use cluster::Hints;
 use hub::Hub;
 use packet::Packet;
 use pulse::Seeds;
@@ -54,7 +54,7 @@ const TELL_AT_ONCE: usize = 64;
 const COPIES: [Duration; 3] = [Duration::ZERO, Duration::from_millis(20), Duration::from_millis(25)];
 
 /// What gossip has to be told.
-pub(crate) struct GossipConfig {
+pub struct GossipConfig {
     /// Where to listen.
     pub listen: SocketAddr,
     /// What seals and opens.
@@ -71,7 +71,7 @@ pub(crate) struct GossipConfig {
 
 /// What gossip has to tell.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum GossipEvent {
+pub enum GossipEvent {
     /// Something about a peer is new: its record, its hints, or whether it is alive.
     Peer {
         /// Verified. The latest one, whatever came before.
@@ -113,7 +113,7 @@ pub(crate) enum GossipEvent {
 
 /// The direct way to a peer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Contact {
+pub struct Contact {
     /// When anything came from it directly.
     pub last_heard: Instant,
     /// Round trip, smoothed.
@@ -125,7 +125,7 @@ pub(crate) struct Contact {
 }
 
 /// A run of gossip. Ends when dropped.
-pub(crate) struct Gossip {
+pub struct Gossip {
     hub: Arc<Hub>,
     cluster: Arc<Cluster>,
     seeds: Arc<Seeds>,
@@ -142,11 +142,8 @@ struct Outgoing {
 
 impl Gossip {
     /// Opens the socket and joins. Events that the receiver is slow to take are merged, not lost.
-    pub(crate) async fn start(
-        config: GossipConfig,
-        events: mpsc::Sender<GossipEvent>,
-    ) -> anyhow::Result<Self> {
-        let record = crypto::open_record(&config.record).context("the own record is not usable")?;
+    pub async fn start(config: GossipConfig, events: mpsc::Sender<GossipEvent>) -> anyhow::Result<Self> {
+        let record = keys::open_record(&config.record).context("the own record is not usable")?;
         let socket = socket::open(config.listen)
             .with_context(|| format!("cannot listen for gossip on {} (UDP)", config.listen))?;
         let hub = Arc::new(Hub::new(socket, record.id, config.keyring, record.link_mtu)?);
@@ -173,7 +170,7 @@ impl Gossip {
     }
 
     /// Publishes a new record and gossips it at once. Its address must be that of the start.
-    pub(crate) fn set_record(&self, record: SignedRecord) {
+    pub fn set_record(&self, record: SignedRecord) {
         if let Ok(record) = record.record() {
             self.set_link_mtu(record.link_mtu);
         }
@@ -182,25 +179,25 @@ impl Gossip {
     }
 
     /// Publishes new hints, soon.
-    pub(crate) fn set_hints(&self, hints: Hints) {
+    pub fn set_hints(&self, hints: Hints) {
         self.outgoing.waiting.lock().unwrap_or_else(PoisonError::into_inner).1 = Some(hints);
         self.outgoing.changed.notify_one();
     }
 
     /// Those that are dialled for as long as they are not alive, beside those to join.
-    pub(crate) fn set_known(&self, mut known: Vec<(NodeId, SocketAddr)>) {
+    pub fn set_known(&self, mut known: Vec<(NodeId, SocketAddr)>) {
         known.retain(|(node, _)| *node != self.hub.node);
         self.hub.lock().book.set_known(&known, Instant::now());
     }
 
     /// The MTU of the link to the underlay, where it has changed since the start.
-    pub(crate) fn set_link_mtu(&self, mtu: u16) {
+    pub fn set_link_mtu(&self, mtu: u16) {
         self.hub.lock().book.set_link_mtu(mtu, Instant::now());
     }
 
     /// Seals with the first of these keys from now on, or with another one towards the addresses that
     /// `known` has, and opens with all of them.
-    pub(crate) fn set_keys(
+    pub fn set_keys(
         &self,
         keyring: Arc<Keyring>,
         known: HashMap<SocketAddr, ClusterKeyId>,
@@ -209,13 +206,13 @@ impl Gossip {
     }
 
     /// Where datagrams came from lately that are sealed with a key that we do not have.
-    pub(crate) fn other_keys(&self) -> Vec<IpAddr> {
+    pub fn other_keys(&self) -> Vec<IpAddr> {
         self.hub.other_keys()
     }
 
     /// Sends a record to everybody right away, several times: gossip is not waited for. Done when the
     /// last copy is out, after about 50 ms.
-    pub(crate) fn announce(&self, record: SignedRecord) -> impl Future<Output = ()> + Send + use<> {
+    pub fn announce(&self, record: SignedRecord) -> impl Future<Output = ()> + Send + use<> {
         let mut to: HashSet<SocketAddr> = self.hub.lock().book.addresses(false).into_iter().collect();
         to.extend(self.seeds.addresses());
         let hub = Arc::clone(&self.hub);
@@ -233,23 +230,23 @@ impl Gossip {
     }
 
     /// The direct way to each peer that was ever heard.
-    pub(crate) fn contacts(&self) -> HashMap<NodeId, Contact> {
+    pub fn contacts(&self) -> HashMap<NodeId, Contact> {
         self.hub.lock().book.contacts()
     }
 
     /// What the path to each peer carries, as far as it is known.
-    pub(crate) fn path_mtus(&self) -> HashMap<NodeId, u16> {
+    pub fn path_mtus(&self) -> HashMap<NodeId, u16> {
         let contacts = self.contacts();
         contacts.into_iter().filter_map(|(node, contact)| Some((node, contact.path_mtu?))).collect()
     }
 
     /// Since the start.
-    pub(crate) fn counters(&self) -> GossipCounters {
+    pub fn counters(&self) -> GossipCounters {
         self.hub.counters()
     }
 
     /// Stops, and gives the socket back.
-    pub(crate) async fn shutdown(mut self) {
+    pub async fn shutdown(mut self) {
         self.tasks.shutdown().await;
         self.cluster.stop().await;
     }

@@ -6,7 +6,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::timeout;
 
 use super::*;
-use crate::crypto::ClusterKey;
+use crate::keys::ClusterKey;
 
 struct Node {
     id: NodeId,

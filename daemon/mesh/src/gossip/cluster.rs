@@ -32,7 +32,7 @@ const KEY_ALLOC: &str = "a";
 
 /// What a node tells in gossip of its state, so that peers notice what they missed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub(crate) struct Hints {
+pub struct Hints {
     /// Of its own table.
     pub table: Revision,
     /// Over all cluster objects that it has.

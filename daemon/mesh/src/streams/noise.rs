@@ -19,7 +19,7 @@ use snow::{Builder, HandshakeState, TransportState};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
-use crate::crypto::{self, ClusterKey, Identity, Keyring};
+use crate::keys::{self, ClusterKey, Identity, Keyring};
 
 const PATTERN: &str = "Noise_NNpsk0_25519_AESGCM_SHA256";
 const PROLOGUE: &[u8] = b"ovl stream v1";
@@ -134,10 +134,10 @@ async fn introduce(
     let length = noise.read_message(&sealed, &mut hello)?;
     hello.truncate(length);
     let Hello { record: signed, signature } = wire::decode(&hello)?;
-    let record = crypto::open_record(&signed)?;
+    let record = keys::open_record(&signed)?;
     let theirs = if role == Role::Dialler { Role::Listener } else { Role::Dialler };
     ensure!(
-        crypto::verify(&record.public_key, Domain::Stream, &proof(theirs, &hash), &signature),
+        keys::verify(&record.public_key, Domain::Stream, &proof(theirs, &hash), &signature),
         "it is not the node {} ({}) that it says it is",
         record.name,
         record.id

@@ -18,7 +18,7 @@ use ring::aead::{AES_256_GCM, Aad, LessSafeKey, Nonce, UnboundKey};
 use ring::rand::{SecureRandom, SystemRandom};
 
 use super::replay::ReplayWindow;
-use crate::crypto::{ClusterKey, Keyring};
+use crate::keys::{ClusterKey, Keyring};
 
 /// Names a run of a sender.
 pub(super) type RunId = [u8; 16];

@@ -7,13 +7,14 @@ mod cluster;
 mod keyfile;
 
 use std::fs;
-use std::io::{Read, Write};
+use std::io::Read;
 use std::net::IpAddr;
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
-use std::path::{Path, PathBuf};
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 
 use anyhow::{Context, bail};
 use data_encoding::BASE64;
+use ovl_files::{Damaged, sha256};
 use ovl_proto::id::{NodeId, TunnelKey};
 use ovl_proto::record::{Domain, MOST_OTHER_KEYS, NodeRecord, PublicKey, Signature, SignedRecord};
 use ovl_proto::wire::{self, WireError};
@@ -21,16 +22,14 @@ use ovl_tunnel::PrivateKey;
 use ring::rand::{SecureRandom as _, SystemRandom};
 use ring::signature::{ED25519, Ed25519KeyPair, KeyPair, UnparsedPublicKey};
 
-pub(crate) use cluster::{ClusterKey, Keyring};
-pub(crate) use keyfile::KeyFile;
-
-use crate::store::Damaged;
+pub use cluster::{ClusterKey, Keyring};
+pub use keyfile::KeyFile;
 
 /// A file with a secret is never larger than this.
 const MAX_SECRET_FILE: u64 = 4096;
 
 /// The node's key pair.
-pub(crate) struct Identity {
+pub struct Identity {
     pair: Ed25519KeyPair,
     public: PublicKey,
     id: NodeId,
@@ -45,7 +44,7 @@ impl std::fmt::Debug for Identity {
 impl Identity {
     /// Reads the key pair, or makes it where there is no file yet. A file that is there and is not
     /// good is an error, and never replaced: the node would become another one.
-    pub(crate) fn load_or_create(path: &Path) -> anyhow::Result<Self> {
+    pub fn load_or_create(path: &Path) -> anyhow::Result<Self> {
         if let Some(document) = read_secret(path)? {
             return Self::from_pkcs8(&document).with_context(|| {
                 Damaged(format!(
@@ -57,7 +56,8 @@ impl Identity {
         }
         let document = Ed25519KeyPair::generate_pkcs8(&SystemRandom::new())
             .map_err(|_| anyhow::anyhow!("the kernel gave no random numbers"))?;
-        create_secret(path, document.as_ref()).with_context(|| format!("cannot write {}", path.display()))?;
+        ovl_files::create(path, document.as_ref())
+            .with_context(|| format!("cannot write {}", path.display()))?;
         // Read back what is there: if two daemons start at once, the first one's file counts.
         let Some(document) = read_secret(path)? else { bail!("{} vanished", path.display()) };
         Self::from_pkcs8(&document)
@@ -65,28 +65,28 @@ impl Identity {
 
     /// One that is kept nowhere, for tests.
     #[cfg(test)]
-    pub(crate) fn ephemeral() -> Self {
+    pub fn ephemeral() -> Self {
         Self::from_pkcs8(Ed25519KeyPair::generate_pkcs8(&SystemRandom::new()).unwrap().as_ref()).unwrap()
     }
 
     /// From the content of a file, for tests.
     #[cfg(test)]
-    pub(crate) fn from_pkcs8_for_tests(document: &[u8]) -> Self {
+    pub fn from_pkcs8_for_tests(document: &[u8]) -> Self {
         Self::from_pkcs8(document).unwrap()
     }
 
     /// The hash of the public key.
-    pub(crate) fn id(&self) -> NodeId {
+    pub fn id(&self) -> NodeId {
         self.id
     }
 
     /// What checks this node's signatures.
-    pub(crate) fn public_key(&self) -> &PublicKey {
+    pub fn public_key(&self) -> &PublicKey {
         &self.public
     }
 
     /// Signs for one purpose.
-    pub(crate) fn sign(&self, domain: Domain, body: &[u8]) -> Signature {
+    pub fn sign(&self, domain: Domain, body: &[u8]) -> Signature {
         let signature = self.pair.sign(&domain.message(body));
         let mut bytes = [0; 64];
         for (to, from) in bytes.iter_mut().zip(signature.as_ref()) {
@@ -96,7 +96,7 @@ impl Identity {
     }
 
     /// Encodes and signs the node's own record.
-    pub(crate) fn sign_record(&self, record: &NodeRecord) -> Result<SignedRecord, WireError> {
+    pub fn sign_record(&self, record: &NodeRecord) -> Result<SignedRecord, WireError> {
         let body = wire::encode_body(record)?;
         let signature = self.sign(Domain::Record, &body);
         Ok(SignedRecord { body, signature })
@@ -114,7 +114,7 @@ impl Identity {
 /// The private keys of this host's end of the tunnel, as they are on the disk: a line for the key, as `wg genkey`
 /// writes it, with the epoch after it (0 is left out); while it moves to that epoch a line for the key before it.
 #[derive(Clone)]
-pub(crate) struct TunnelSecret {
+pub struct TunnelSecret {
     current: PrivateKey,
     epoch: u32,
     previous: Option<PrivateKey>,
@@ -128,7 +128,7 @@ impl std::fmt::Debug for TunnelSecret {
 
 impl TunnelSecret {
     /// Reads the keys, or makes one where there is no file yet. One that is there and is not good is an error.
-    pub(crate) fn load_or_create(path: &Path) -> anyhow::Result<Self> {
+    pub fn load_or_create(path: &Path) -> anyhow::Result<Self> {
         if let Some(text) = read_secret(path)? {
             return Self::from_text(&text).with_context(|| {
                 Damaged(format!(
@@ -138,50 +138,50 @@ impl TunnelSecret {
             });
         }
         let fresh = Self { current: new_private_key()?, epoch: 0, previous: None };
-        create_secret(path, fresh.to_text().as_bytes())
+        ovl_files::create(path, fresh.to_text().as_bytes())
             .with_context(|| format!("cannot write {}", path.display()))?;
         let Some(text) = read_secret(path)? else { bail!("{} vanished", path.display()) };
         Self::from_text(&text)
     }
 
     /// Puts them on the disk.
-    pub(crate) fn keep(&self, path: &Path) -> anyhow::Result<()> {
-        replace_secret(path, self.to_text().as_bytes())
+    pub fn keep(&self, path: &Path) -> anyhow::Result<()> {
+        ovl_files::replace_shared(path, self.to_text().as_bytes())
             .with_context(|| format!("cannot write {}", path.display()))
     }
 
     /// A new key.
-    pub(crate) fn renewed(&self) -> anyhow::Result<Self> {
+    pub fn renewed(&self) -> anyhow::Result<Self> {
         Ok(Self { current: new_private_key()?, ..self.clone() })
     }
 
     /// In another epoch; where the one before is still there, its key is kept.
-    pub(crate) fn moved(&self, epoch: u32, before: Option<&Self>) -> Self {
+    pub fn moved(&self, epoch: u32, before: Option<&Self>) -> Self {
         Self { current: self.current.clone(), epoch, previous: before.map(|before| before.current.clone()) }
     }
 
     /// The end of a move.
-    pub(crate) fn settled(&self) -> Self {
+    pub fn settled(&self) -> Self {
         Self { previous: None, ..self.clone() }
     }
 
     /// The public half.
-    pub(crate) fn public(&self) -> TunnelKey {
+    pub fn public(&self) -> TunnelKey {
         TunnelKey(ovl_tunnel::public_key(&self.current))
     }
 
     /// That of the key before, during a move.
-    pub(crate) fn previous(&self) -> Option<TunnelKey> {
+    pub fn previous(&self) -> Option<TunnelKey> {
         self.previous.as_ref().map(|key| TunnelKey(ovl_tunnel::public_key(key)))
     }
 
-    /// See [`ovl_core::ends`].
-    pub(crate) fn epoch(&self) -> u32 {
+    /// The epoch of the current key: `ovl_core::ends` decides when the next one begins.
+    pub fn epoch(&self) -> u32 {
         self.epoch
     }
 
     /// The private halves, for who opens the tunnel.
-    pub(crate) fn private(&self) -> Vec<PrivateKey> {
+    pub fn private(&self) -> Vec<PrivateKey> {
         std::iter::once(&self.current).chain(&self.previous).cloned().collect()
     }
 
@@ -224,29 +224,19 @@ fn new_private_key() -> anyhow::Result<PrivateKey> {
 }
 
 /// Whether the signature is by that key, over that body, for that purpose.
-pub(crate) fn verify(key: &PublicKey, domain: Domain, body: &[u8], signature: &Signature) -> bool {
+pub fn verify(key: &PublicKey, domain: Domain, body: &[u8], signature: &Signature) -> bool {
     UnparsedPublicKey::new(&ED25519, key).verify(&domain.message(body), &signature.0).is_ok()
 }
 
 /// The id that belongs to a public key.
-pub(crate) fn node_id(key: &PublicKey) -> NodeId {
+pub fn node_id(key: &PublicKey) -> NodeId {
     let [a, b, c, d, e, f, g, h, i, j, ..] = sha256(key);
     NodeId([a, b, c, d, e, f, g, h, i, j])
 }
 
-/// SHA-256.
-pub(crate) fn sha256(bytes: &[u8]) -> [u8; 32] {
-    let digest = ring::digest::digest(&ring::digest::SHA256, bytes);
-    let mut out = [0; 32];
-    for (to, from) in out.iter_mut().zip(digest.as_ref()) {
-        *to = *from;
-    }
-    out
-}
-
 /// Why a node record is not believed.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum RecordError {
+pub enum RecordError {
     /// Not a record.
     #[error(transparent)]
     Wire(#[from] WireError),
@@ -262,7 +252,7 @@ pub(crate) enum RecordError {
 }
 
 /// Decodes a record and checks all that can be checked without knowing anything else.
-pub(crate) fn open_record(signed: &SignedRecord) -> Result<NodeRecord, RecordError> {
+pub fn open_record(signed: &SignedRecord) -> Result<NodeRecord, RecordError> {
     let record = signed.record()?;
     let id = record.id;
     if node_id(&record.public_key) != id {
@@ -278,7 +268,7 @@ pub(crate) fn open_record(signed: &SignedRecord) -> Result<NodeRecord, RecordErr
 }
 
 /// Whether a node may be called so: 1 to 63 letters, digits, dots, underscores and hyphens.
-pub(crate) fn is_node_name(name: &str) -> bool {
+pub fn is_node_name(name: &str) -> bool {
     (1..=63).contains(&name.len()) && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b))
 }
 
@@ -343,54 +333,6 @@ fn read_secret(path: &Path) -> anyhow::Result<Option<Vec<u8>>> {
         bail!("{} is too large to be a key", path.display());
     }
     Ok(Some(content))
-}
-
-/// Makes a file with mode 0600 that is whole and on disk, or not there at all. Leaves a file alone
-/// that somebody else made meanwhile.
-fn create_secret(path: &Path, content: &[u8]) -> std::io::Result<()> {
-    // A link, and not a rename: it does not replace what is there.
-    write_secret(path, content, |temporary, path| {
-        let linked = match fs::hard_link(temporary, path) {
-            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => Ok(()),
-            result => result,
-        };
-        fs::remove_file(temporary)?;
-        linked
-    })
-}
-
-/// Replaces a file by one with mode 0600: after a crash it is the old one or the new one.
-fn replace_secret(path: &Path, content: &[u8]) -> std::io::Result<()> {
-    write_secret(path, content, |temporary, path| {
-        fs::rename(temporary, path).inspect_err(|_| drop(fs::remove_file(temporary)))
-    })
-}
-
-/// Writes a file beside `path`, has it put into its place, and syncs the directory.
-fn write_secret(
-    path: &Path,
-    content: &[u8],
-    put: impl FnOnce(&Path, &Path) -> std::io::Result<()>,
-) -> std::io::Result<()> {
-    let directory = match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    };
-    let mut temporary = path.as_os_str().to_owned();
-    temporary.push(format!(".{}.tmp", std::process::id()));
-    let temporary = PathBuf::from(temporary);
-    // Left behind by a daemon of the same number that was killed here.
-    match fs::remove_file(&temporary) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
-        _ => {}
-    }
-    let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&temporary)?;
-    if let Err(error) = file.write_all(content).and_then(|()| file.sync_all()) {
-        fs::remove_file(&temporary)?;
-        return Err(error);
-    }
-    put(&temporary, path)?;
-    fs::File::open(directory)?.sync_all()
 }
 
 #[cfg(test)]

@@ -4,16 +4,17 @@ use std::path::Path;
 
 use anyhow::{Context, bail};
 use data_encoding::BASE64;
+use ovl_files::sha256;
 use ovl_proto::id::ClusterKeyId;
 use ovl_proto::record::{ClusterKeys, MOST_OTHER_KEYS};
 use ovl_proto::secret::Secret;
 use ring::hmac;
 
-use super::{read_secret, sha256};
+use super::read_secret;
 
 /// 32 secret bytes that all nodes of a cluster share.
 #[derive(Clone, PartialEq, Eq)]
-pub(crate) struct ClusterKey {
+pub struct ClusterKey {
     bytes: [u8; 32],
     id: ClusterKeyId,
 }
@@ -26,7 +27,7 @@ impl std::fmt::Debug for ClusterKey {
 
 impl ClusterKey {
     /// Reads a key as `wg genkey` and `ovlctl key generate` write it: 44 characters of base 64.
-    pub(crate) fn read(path: &Path) -> anyhow::Result<Self> {
+    pub fn read(path: &Path) -> anyhow::Result<Self> {
         let Some(content) = read_secret(path)? else {
             bail!("there is no cluster key at {}: make one with 'ovlctl key generate'", path.display())
         };
@@ -34,7 +35,7 @@ impl ClusterKey {
     }
 
     /// The content of such a file. The error shows nothing of it.
-    pub(crate) fn parse(content: &[u8]) -> anyhow::Result<Self> {
+    pub fn parse(content: &[u8]) -> anyhow::Result<Self> {
         let text = content.strip_suffix(b"\n").unwrap_or(content);
         let text = text.strip_suffix(b"\r").unwrap_or(text);
         let bytes = decode_base64(text).context(
@@ -47,78 +48,78 @@ impl ClusterKey {
     }
 
     /// The content of a file with this key.
-    pub(crate) fn to_text(&self) -> Secret<String> {
+    pub fn to_text(&self) -> Secret<String> {
         Secret(BASE64.encode(&self.bytes) + "\n")
     }
 
     /// The key itself, to be kept or handed to a member.
-    pub(crate) fn secret(&self) -> Secret<[u8; 32]> {
+    pub fn secret(&self) -> Secret<[u8; 32]> {
         Secret(self.bytes)
     }
 
     /// A key that everybody knows: `--insecure` runs the same code, and protects nothing.
-    pub(crate) fn insecure() -> Self {
+    pub fn insecure() -> Self {
         Self::new(sha256(b"ovl insecure: everybody knows this key"))
     }
 
     /// From the bytes themselves.
-    pub(crate) fn new(bytes: [u8; 32]) -> Self {
+    pub fn new(bytes: [u8; 32]) -> Self {
         let [a, b, c, d, ..] = hkdf(&bytes, b"", b"ovl key id v1");
         Self { bytes, id: ClusterKeyId([a, b, c, d]) }
     }
 
     /// What names the key on the wire, and tells nothing about it.
-    pub(crate) fn id(&self) -> ClusterKeyId {
+    pub fn id(&self) -> ClusterKeyId {
         self.id
     }
 
     /// A key for one purpose.
-    pub(crate) fn derive(&self, salt: &[u8], purpose: &[u8]) -> [u8; 32] {
+    pub fn derive(&self, salt: &[u8], purpose: &[u8]) -> [u8; 32] {
         hkdf(&self.bytes, salt, purpose)
     }
 }
 
 /// The keys that are in use; more than one while they are being rotated.
 #[derive(Debug, Clone)]
-pub(crate) struct Keyring {
+pub struct Keyring {
     first: ClusterKey,
     others: Vec<ClusterKey>,
 }
 
 impl Keyring {
     /// The first key seals, and all of them open.
-    pub(crate) fn new(first: ClusterKey, others: Vec<ClusterKey>) -> Self {
+    pub fn new(first: ClusterKey, others: Vec<ClusterKey>) -> Self {
         Self { first, others }
     }
 
     /// The key for what this node sends.
-    pub(crate) fn sealing(&self) -> &ClusterKey {
+    pub fn sealing(&self) -> &ClusterKey {
         &self.first
     }
 
     /// All keys, the one that seals first.
-    pub(crate) fn all(&self) -> impl Iterator<Item = &ClusterKey> {
+    pub fn all(&self) -> impl Iterator<Item = &ClusterKey> {
         std::iter::once(&self.first).chain(&self.others)
     }
 
     /// All keys of that id: ids are short, so two keys may share one.
-    pub(crate) fn opening(&self, id: ClusterKeyId) -> impl Iterator<Item = &ClusterKey> {
+    pub fn opening(&self, id: ClusterKeyId) -> impl Iterator<Item = &ClusterKey> {
         self.all().filter(move |key| key.id == id)
     }
 
     /// The key of that id.
-    pub(crate) fn get(&self, id: ClusterKeyId) -> Option<&ClusterKey> {
+    pub fn get(&self, id: ClusterKeyId) -> Option<&ClusterKey> {
         self.opening(id).next()
     }
 
     /// What the node's record says of it.
-    pub(crate) fn ids(&self) -> ClusterKeys {
+    pub fn ids(&self) -> ClusterKeys {
         ClusterKeys { seals: self.first.id, opens: self.others.iter().map(|key| key.id).collect() }
     }
 
     /// One that opens with this key too. Where there are too many the oldest of the others goes: it is
     /// left over from a rotation that the rest of the cluster has long finished.
-    pub(crate) fn opening_too(&self, key: ClusterKey) -> Self {
+    pub fn opening_too(&self, key: ClusterKey) -> Self {
         let mut others = self.others.clone();
         others.push(key);
         others.drain(..others.len().saturating_sub(MOST_OTHER_KEYS));
@@ -126,19 +127,19 @@ impl Keyring {
     }
 
     /// One that seals with that one of its keys, and still opens with all.
-    pub(crate) fn sealing_with(&self, id: ClusterKeyId) -> Option<Self> {
+    pub fn sealing_with(&self, id: ClusterKeyId) -> Option<Self> {
         let first = self.get(id)?.clone();
         let others = self.all().filter(|key| key.id != id).cloned().collect();
         Some(Self::new(first, others))
     }
 
     /// One without that key, which is not the one that seals.
-    pub(crate) fn without(&self, id: ClusterKeyId) -> Self {
+    pub fn without(&self, id: ClusterKeyId) -> Self {
         Self::new(self.first.clone(), self.others.iter().filter(|key| key.id != id).cloned().collect())
     }
 
     /// One without all keys but the one that seals.
-    pub(crate) fn alone(&self) -> Self {
+    pub fn alone(&self) -> Self {
         Self::new(self.first.clone(), Vec::new())
     }
 }

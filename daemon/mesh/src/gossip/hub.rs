@@ -22,7 +22,7 @@ use super::fragment::{Joiner, Splitter};
 use super::packet::{Fragment, Packet};
 use super::seal::{Opener, Refused, RunId, Sealer, Sender};
 use super::strangers::Strangers;
-use crate::crypto::{self, ClusterKey, Keyring};
+use crate::keys::{self, ClusterKey, Keyring};
 
 /// Announcements that wait for the engine, at most.
 const MAX_QUEUE: usize = 1024;
@@ -388,7 +388,7 @@ impl State {
         if claimed.id == own || self.announced.get(&claimed.id) == Some(&signed) {
             return false;
         }
-        match crypto::open_record(&signed) {
+        match keys::open_record(&signed) {
             Ok(record) if self.queue.len() < MAX_QUEUE => {
                 if self.announced.len() >= MAX_ANNOUNCED {
                     self.announced.clear();

@@ -19,8 +19,8 @@ use tracing::{debug, warn};
 use super::frame::Opening;
 use super::noise::Secured;
 use super::{HANDSHAKE, LinkEvent, Shared, noise, tune};
-use crate::crypto::Keyring;
 use crate::gossip::Strangers;
+use crate::keys::Keyring;
 
 /// Connections that have not yet said who they are: in all, and from one address.
 const MAX_UNKNOWN: usize = 64;

@@ -15,7 +15,7 @@ use tracing::warn;
 use super::GossipEvent;
 use super::cluster::{self, Cluster, Hints, KEY_RECORD};
 use super::hub::Hub;
-use crate::crypto;
+use crate::keys;
 
 /// Longer than the old run of a restarted node can seem alive.
 const CLASH_AFTER: Duration = Duration::from_secs(6);
@@ -157,7 +157,7 @@ impl Monitor {
         {
             return Some((record.clone(), signed));
         }
-        match crypto::open_record(&signed) {
+        match keys::open_record(&signed) {
             Ok(record) if record.id.to_string() == *id.node_id => Some((record, signed)),
             Ok(record) => {
                 warn!(node = %id.node_id, record = %record.id, "its record in gossip is that of another node");

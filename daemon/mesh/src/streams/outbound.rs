@@ -18,7 +18,7 @@ use tracing::{debug, warn};
 use super::frame::Sealing;
 use super::noise::{self, Secured};
 use super::{HANDSHAKE, LinkEvent, Shared, tune};
-use crate::crypto::{ClusterKey, Keyring};
+use crate::keys::{ClusterKey, Keyring};
 
 /// Bytes that wait for one peer. One that does not keep up starts anew.
 const MAX_QUEUE: usize = 16 << 20;

@@ -9,19 +9,19 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
+use ovl_files::{Damaged, remove_if_present, replace_shared, sha256};
 use ovl_proto::id::ClusterKeyId;
 use ovl_proto::secret::Secret;
 use ovl_proto::wire;
 use serde::{Deserialize, Serialize};
 
-use super::{ClusterKey, Keyring, read_secret, replace_secret, sha256};
-use crate::store::Damaged;
+use super::{ClusterKey, Keyring, read_secret};
 
 const MAGIC: &[u8] = b"ovl keys 1\n";
 
 /// Where the cluster key is kept.
 #[derive(Debug)]
-pub(crate) struct KeyFile {
+pub struct KeyFile {
     /// As the configuration names it.
     path: PathBuf,
     copy: PathBuf,
@@ -38,7 +38,7 @@ struct Copy {
 
 impl KeyFile {
     /// The keys to start with.
-    pub(crate) fn load(path: PathBuf, copy: PathBuf) -> Result<(Self, Keyring)> {
+    pub fn load(path: PathBuf, copy: PathBuf) -> Result<(Self, Keyring)> {
         let key = ClusterKey::read(&path)?;
         let file = Self { held: key.id(), path, copy };
         let Some(kept) = file.read_copy()? else { return Ok((file, Keyring::new(key, Vec::new()))) };
@@ -58,15 +58,15 @@ impl KeyFile {
     }
 
     /// Puts the keys on the disk: a restart from now on comes up with them.
-    pub(crate) fn keep(&self, ring: &Keyring) -> Result<()> {
+    pub fn keep(&self, ring: &Keyring) -> Result<()> {
         let copy = Copy { held: self.held, keys: ring.all().map(ClusterKey::secret).collect() };
         let body = wire::encode_stored(&copy)?;
-        replace_secret(&self.copy, &[MAGIC, &sha256(&body), &body].concat())
+        replace_shared(&self.copy, &[MAGIC, &sha256(&body), &body].concat())
             .with_context(|| format!("writing {}", self.copy.display()))
     }
 
     /// Gives the file the key that seals, and removes the copy. The error says what to do.
-    pub(crate) fn settle(&mut self, ring: &Keyring) -> Result<()> {
+    pub fn settle(&mut self, ring: &Keyring) -> Result<()> {
         let key = ring.sealing();
         let path = self.path.display();
         if ClusterKey::read(&self.path)? != *key {
@@ -83,24 +83,19 @@ impl KeyFile {
             if metadata.permissions().mode() & 0o200 == 0 {
                 bail!("{path} is read-only (mode {:04o})", metadata.permissions().mode() & 0o7777);
             }
-            replace_secret(&target, key.to_text().0.as_bytes()).with_context(|| format!("writing {path}"))?;
+            replace_shared(&target, key.to_text().0.as_bytes()).with_context(|| format!("writing {path}"))?;
         }
         self.held = key.id();
         self.remove_copy()
     }
 
     /// Whether there is a copy, and so something to settle.
-    pub(crate) fn has_copy(&self) -> bool {
+    pub fn has_copy(&self) -> bool {
         self.copy.exists()
     }
 
     fn remove_copy(&self) -> Result<()> {
-        match fs::remove_file(&self.copy) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                Err(error).with_context(|| format!("removing {}", self.copy.display()))
-            }
-            _ => Ok(()),
-        }
+        remove_if_present(&self.copy).with_context(|| format!("removing {}", self.copy.display()))
     }
 
     fn read_copy(&self) -> Result<Option<Copy>> {
@@ -146,7 +141,7 @@ mod tests {
         }
 
         fn put(&self, n: u8) {
-            replace_secret(&self.file(), key(n).to_text().0.as_bytes()).unwrap();
+            replace_shared(&self.file(), key(n).to_text().0.as_bytes()).unwrap();
         }
 
         /// What a daemon that is started now comes up with.
@@ -232,7 +227,7 @@ mod tests {
         file.settle(&ring).unwrap();
         assert!(fs::symlink_metadata(dir.file()).unwrap().is_symlink());
         assert_eq!(ClusterKey::read(&real).unwrap().id(), id(2));
-        replace_secret(&dir.0.join("cluster-keys"), b"garbage").unwrap();
+        replace_shared(&dir.0.join("cluster-keys"), b"garbage").unwrap();
         let error = KeyFile::load(dir.file(), dir.0.join("cluster-keys")).unwrap_err().to_string();
         assert!(error.contains("cluster-keys is damaged"), "{error}");
     }

@@ -31,7 +31,7 @@ use tokio::sync::mpsc;
 use tokio::task::{JoinHandle, JoinSet};
 use tracing::error;
 
-use crate::crypto::{Identity, Keyring};
+use crate::keys::{Identity, Keyring};
 use inbound::Inbound;
 use outbound::{End, Outbound};
 
@@ -43,7 +43,7 @@ const DEAD_AFTER: Duration = Duration::from_secs(10);
 const FLUSH: Duration = Duration::from_secs(1);
 
 /// What links have to be told.
-pub(crate) struct LinksConfig {
+pub struct LinksConfig {
     /// Where to listen.
     pub listen: SocketAddr,
     /// Who we are.
@@ -56,7 +56,7 @@ pub(crate) struct LinksConfig {
 
 /// What links have to tell.
 #[derive(Debug)]
-pub(crate) enum LinkEvent {
+pub enum LinkEvent {
     /// The stream that we dialled to a peer can be used.
     Up(NodeId),
     /// It cannot any more, and what was queued is lost. Always follows an `Up`.
@@ -80,7 +80,7 @@ pub(crate) enum LinkEvent {
 }
 
 /// All streams. They end when it is dropped.
-pub(crate) struct Links {
+pub struct Links {
     shared: Arc<Shared>,
     peers: Mutex<Peers>,
     listener: JoinHandle<()>,
@@ -115,7 +115,7 @@ impl Shared {
 
 impl Links {
     /// Listens, and dials nobody yet.
-    pub(crate) async fn start(config: LinksConfig, events: mpsc::Sender<LinkEvent>) -> anyhow::Result<Self> {
+    pub async fn start(config: LinksConfig, events: mpsc::Sender<LinkEvent>) -> anyhow::Result<Self> {
         let LinksConfig { listen, identity, keyring, record } = config;
         let listener =
             open(listen).with_context(|| format!("cannot listen for sync streams on {listen} (TCP)"))?;
@@ -134,7 +134,7 @@ impl Links {
     }
 
     /// Whether whoever listens there has our own identity: a clash is believed only if so.
-    pub(crate) fn is_us(&self, addr: SocketAddr) -> impl Future<Output = bool> + Send + use<> {
+    pub fn is_us(&self, addr: SocketAddr) -> impl Future<Output = bool> + Send + use<> {
         let shared = Arc::clone(&self.shared);
         async move {
             let ask = async {
@@ -148,14 +148,14 @@ impl Links {
     }
 
     /// What later handshakes say of us.
-    pub(crate) fn set_record(&self, record: SignedRecord) {
+    pub fn set_record(&self, record: SignedRecord) {
         *self.shared.record.lock().unwrap_or_else(PoisonError::into_inner) = record;
     }
 
     /// The first of these keys opens new streams, and all of them are taken. Streams that another one
     /// has opened are renewed where we dialled them, without losing anything; those that a key opened
     /// which is not among these end.
-    pub(crate) fn set_keyring(&self, keyring: Arc<Keyring>) {
+    pub fn set_keyring(&self, keyring: Arc<Keyring>) {
         *self.shared.keyring.lock().unwrap_or_else(PoisonError::into_inner) = Arc::clone(&keyring);
         self.shared.inbound.set_keyring(&keyring);
         for peer in self.lock().outbound.values() {
@@ -164,7 +164,7 @@ impl Links {
     }
 
     /// Those to be connected to, for ever; links to others end.
-    pub(crate) fn set_peers(&self, wanted: BTreeMap<NodeId, SocketAddr>) {
+    pub fn set_peers(&self, wanted: BTreeMap<NodeId, SocketAddr>) {
         let mut peers = self.lock();
         let Peers { outbound, tasks } = &mut *peers;
         outbound.retain(|node, peer| {
@@ -190,7 +190,7 @@ impl Links {
     }
 
     /// Dials a peer now if it is not connected, whatever the backoff says.
-    pub(crate) fn kick(&self, node: NodeId) {
+    pub fn kick(&self, node: NodeId) {
         if let Some(peer) = self.lock().outbound.get(&node)
             && !peer.is_connected()
         {
@@ -199,13 +199,13 @@ impl Links {
     }
 
     /// Queues a message; false if there is no link to that peer.
-    pub(crate) fn send(&self, to: NodeId, message: &Message) -> bool {
+    pub fn send(&self, to: NodeId, message: &Message) -> bool {
         let Some(peer) = self.lock().outbound.get(&to).map(Arc::clone) else { return false };
         peer.is_connected() && encode(message).is_some_and(|bytes| peer.send(bytes))
     }
 
     /// Queues a message for everybody who is connected; says for how many.
-    pub(crate) fn broadcast(&self, message: &Message) -> usize {
+    pub fn broadcast(&self, message: &Message) -> usize {
         let connected: Vec<_> =
             self.lock().outbound.values().filter(|peer| peer.is_connected()).map(Arc::clone).collect();
         if connected.is_empty() {
@@ -216,7 +216,7 @@ impl Links {
     }
 
     /// Peers that [`Self::send`] reaches.
-    pub(crate) fn connected(&self) -> BTreeSet<NodeId> {
+    pub fn connected(&self) -> BTreeSet<NodeId> {
         let peers = self.lock();
         peers.outbound.iter().filter(|(_, peer)| peer.is_connected()).map(|(node, _)| *node).collect()
     }
@@ -229,7 +229,7 @@ impl Links {
 
     /// Writes what is queued, for a second at most, then ends all. Events must still be received, or
     /// have room, until this returns.
-    pub(crate) async fn shutdown(mut self) {
+    pub async fn shutdown(mut self) {
         let mut tasks = {
             let mut peers = self.lock();
             for peer in peers.outbound.values() {

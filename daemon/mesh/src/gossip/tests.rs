@@ -3,7 +3,7 @@ use ovl_proto::table::Revision;
 use tokio::time::timeout;
 
 use super::*;
-use crate::crypto::{ClusterKey, Identity};
+use crate::keys::{ClusterKey, Identity};
 
 struct Node {
     identity: Identity,
