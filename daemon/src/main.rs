@@ -2,10 +2,6 @@
 
 mod config;
 mod control;
-mod crypto;
-mod gossip;
-mod kernel;
-mod links;
 mod log;
 mod node;
 mod ports;
@@ -39,8 +35,9 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("ovld: {error:#}");
-            let in_vain =
-                error.is::<node::StoodAside>() || error.is::<Misconfigured>() || error.is::<store::Damaged>();
+            let in_vain = error.is::<node::StoodAside>()
+                || error.is::<Misconfigured>()
+                || error.is::<ovl_files::Damaged>();
             if in_vain { ExitCode::from(EX_CONFIG) } else { ExitCode::FAILURE }
         }
     }

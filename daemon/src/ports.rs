@@ -173,7 +173,7 @@ fn bind(address: Option<IpAddr>, port: u16) -> io::Result<UdpSocket> {
 
 /// At that address; nothing: at all of both families, as far as the kernel has them.
 fn socket(address: Option<IpAddr>, port: u16, kind: Type, protocol: Protocol) -> io::Result<Socket> {
-    let inet6 = crate::kernel::has_inet6();
+    let inet6 = ovl_kernel::has_inet6();
     let any = if inet6 { IpAddr::V6(Ipv6Addr::UNSPECIFIED) } else { IpAddr::V4(Ipv4Addr::UNSPECIFIED) };
     let at = SocketAddr::new(address.unwrap_or(any), port);
     let socket = Socket::new(Domain::for_address(at), kind, Some(protocol))?;

@@ -4,14 +4,14 @@
 //! cut short or changed is refused with its name: to go on with an empty one would forget promises
 //! that other hosts rely on.
 
-use std::fs::{self, File, OpenOptions};
-use std::io::{ErrorKind, Write as _};
-use std::os::unix::fs::OpenOptionsExt as _;
+use std::fs;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use ovl_core::alloc;
 use ovl_core::docker::EngineNetwork;
+use ovl_files::{Damaged, Durability, sha256};
 use ovl_proto::clock::Clock;
 use ovl_proto::id::{NetworkId, NodeId};
 use ovl_proto::object::{Network, SignedObject};
@@ -20,14 +20,7 @@ use ovl_proto::wire;
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 
-use crate::crypto::sha256;
-
 const MAGIC: &[u8] = b"ovl state 1\n";
-
-/// A file that must not be lost is no good. Says which, and what to do; it will be so when started again.
-#[derive(Debug, thiserror::Error)]
-#[error("{0}")]
-pub(crate) struct Damaged(pub(crate) String);
 
 /// What must outlive a reboot.
 #[derive(Debug, Default, Serialize, Deserialize)]
@@ -87,19 +80,8 @@ pub(crate) fn write(path: &Path, state: &State) -> Result<()> {
     replace(path, &[MAGIC, &sha256(&body), &body].concat())
 }
 
-/// Replaces a file whole, mode 0600: after a crash it is the old one or the new one.
-pub(crate) fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
-    let beside = path.with_extension("new");
-    let work = || -> std::io::Result<()> {
-        let mut file =
-            OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&beside)?;
-        file.write_all(bytes)?;
-        file.sync_all()?;
-        fs::rename(&beside, path)?;
-        // The rename itself is on the disk only with its directory.
-        File::open(path.parent().unwrap_or(Path::new(".")))?.sync_all()
-    };
-    work().with_context(|| format!("writing {}", path.display()))
+fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
+    ovl_files::replace(path, bytes, Durability::Synced).with_context(|| format!("writing {}", path.display()))
 }
 
 /// A request to the writer: the state's bytes, and its number.

@@ -1,6 +1,5 @@
 //! `netns-lab`: simulated hosts for people. Each command is in a file of its own.
 
-mod bench;
 mod commands;
 
 use std::ffi::OsString;
@@ -109,7 +108,12 @@ enum Command {
         udp_port: Option<u16>,
     },
     /// Take the figures that ovl is measured by, in labs of their own
-    Bench(commands::bench::BenchArgs),
+    #[command(disable_help_flag = true)]
+    Bench {
+        /// Arguments of netns-lab-bench: see `netns-lab bench --help`
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGS")]
+        args: Vec<OsString>,
+    },
     /// Check that this machine can hold a lab
     Preflight,
     /// Remove the labs of processes that died
@@ -169,7 +173,7 @@ fn run(lab: &str, command: Command) -> Result<ExitCode> {
             updown::up(lab, &wanted)?;
         }
         Command::Down { all } => updown::down(lab, all)?,
-        Command::Bench(args) => return bench::bench(args),
+        Command::Bench { args } => bench::bench(&args)?,
         Command::Preflight => updown::preflight()?,
         Command::Sweep => updown::sweep()?,
         Command::Status => status::status(lab)?,

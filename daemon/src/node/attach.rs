@@ -17,6 +17,8 @@ use ovl_core::kernel::Kernel as Dataplane;
 use ovl_core::op::Op;
 use ovl_core::publish::turns_round;
 use ovl_core::view::{Local, Placed};
+use ovl_files::{Durability, replace};
+use ovl_kernel::{EndpointSpec, HostEnd, Made, Netns, Other, Resolver, Retired, open_netns};
 use ovl_proto::control::{Attach, EndpointInfo, EndpointState, FailureKind, NetnsRef};
 use ovl_proto::id::{EndpointId, Mac, NetworkId};
 use ovl_proto::object::{Driver, Mode, Network, Subnet};
@@ -28,7 +30,6 @@ use super::publish::{self, SetAside};
 use super::state::LocalEndpoint;
 use super::{Failed, Node, random, remove_if_there};
 use crate::config::{MAX_NAME, is_name_within};
-use crate::kernel::{EndpointSpec, HostEnd, Made, Netns, Other, Resolver, Retired, open_netns};
 use crate::problems::Code;
 use crate::subsystems::{self, Change, Part};
 
@@ -589,9 +590,7 @@ impl Node {
         let boot_id = self.boot_id.clone();
         let kept = Kept { boot_id, endpoint: endpoint.clone(), ifname, netns, inode, cni, docker };
         let path = self.kept_path(endpoint.id);
-        let beside = path.with_extension("new");
-        fs::write(&beside, serde_json::to_vec(&kept)?)
-            .and_then(|()| fs::rename(&beside, &path))
+        replace(&path, &serde_json::to_vec(&kept)?, Durability::Unsynced)
             .with_context(|| format!("writing {}", path.display()))
     }
 

@@ -10,6 +10,7 @@ use ipnet::IpNet;
 use ovl_core::cni::{self, Add, Attachment, Call, Check, Gc, Inside, Made, Status, code, error};
 use ovl_core::device::Device;
 use ovl_core::ipam;
+use ovl_kernel::{self as kernel, KernelError, Netns, open_netns, port_mac};
 use ovl_proto::control::{Attach, CniCall, CniError, EndpointInfo, FailureKind, NetnsRef, PeerState};
 use ovl_proto::id::{EndpointId, Mac};
 use ovl_proto::object::{Driver, Mode, Network};
@@ -18,7 +19,6 @@ use serde_json::Value;
 pub(super) use self::alone::Containers;
 use super::peers::UNREACHABLE;
 use super::{Failed, Node};
-use crate::kernel::{self, KernelError, Netns, open_netns, port_mac};
 use crate::problems::Code;
 
 impl Node {

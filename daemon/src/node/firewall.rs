@@ -6,10 +6,10 @@ use std::time::Duration;
 
 use ovl_core::firewall::{Decision, decide};
 use ovl_core::{desired, filter};
+use ovl_kernel::{self as kernel, KernelError};
 use ovl_proto::object::Network;
 
 use super::{Failed, Node};
-use crate::kernel::{self, KernelError};
 use crate::problems::Code;
 
 /// Between two looks.

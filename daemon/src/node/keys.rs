@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use ovl_core::keys::{Live, Progress, Step, key_towards};
+use ovl_mesh::keys::{ClusterKey, KeyFile, Keyring};
 use ovl_proto::alloc::{AgreedKey, Change};
 use ovl_proto::control::{FailureKind, HostKeys, KeyRotation, KeyStatus, PeerState};
 use ovl_proto::id::{ClusterKeyId, NodeId};
@@ -16,7 +17,6 @@ use ovl_proto::sync::Message;
 
 use super::state::State;
 use super::{Failed, Node, wall_ms};
-use crate::crypto::{ClusterKey, KeyFile, Keyring};
 use crate::problems::Code;
 
 /// Between two looks when nothing happens.

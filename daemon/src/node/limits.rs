@@ -4,10 +4,10 @@ use std::net::IpAddr;
 use std::rc::Rc;
 use std::time::Duration;
 
+use ovl_kernel as kernel;
 use ovl_proto::control::PeerState;
 
 use super::Node;
-use crate::kernel;
 use crate::problems::Code;
 
 /// Between two looks.

@@ -46,6 +46,10 @@ use ovl_core::objects::Objects;
 use ovl_core::resources::Resources;
 use ovl_core::table::Table;
 use ovl_core::view::{self, Local, View};
+use ovl_kernel::{self as kernel, KernelEvent, KernelHandle, Prober};
+use ovl_mesh::gossip::{Gossip, GossipConfig, GossipEvent, Hints};
+use ovl_mesh::keys::{ClusterKey, Identity, KeyFile, Keyring, TunnelSecret};
+use ovl_mesh::streams::{LinkEvent, Links, LinksConfig};
 use ovl_proto::control::{Event, Failure, PeerState};
 use ovl_proto::id::NodeId;
 use ovl_proto::record::{NodeRecord, Presence, SignedRecord};
@@ -54,10 +58,6 @@ use tokio::sync::{Notify, mpsc};
 use self::events::Events;
 use self::state::{RunDir, State};
 use crate::config::Config;
-use crate::crypto::{ClusterKey, Identity, KeyFile, Keyring, TunnelSecret};
-use crate::gossip::{Gossip, GossipConfig, GossipEvent, Hints};
-use crate::kernel::{self, KernelEvent, KernelHandle, Prober};
-use crate::links::{LinkEvent, Links, LinksConfig};
 use crate::ports::Ports;
 use crate::problems::{Code, Problems};
 use crate::store;
@@ -268,7 +268,7 @@ impl Node {
         // Time in which this host was off is not held against the others.
         let off = wall_ms().saturating_sub(saved.saved_ms);
         for (signed, last_alive_ms) in saved.peers {
-            match crate::crypto::open_record(&signed) {
+            match ovl_mesh::keys::open_record(&signed) {
                 Ok(record) => {
                     let id = record.id;
                     self.take_record(record, signed);
@@ -548,11 +548,7 @@ fn boot_id() -> Result<String> {
 
 /// Removes a file; one that is not there is fine.
 fn remove_if_there(path: &Path) -> Result<()> {
-    match std::fs::remove_file(path) {
-        Ok(()) => Ok(()),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
-        Err(error) => Err(error).with_context(|| format!("removing {}", path.display())),
-    }
+    ovl_files::remove_if_present(path).with_context(|| format!("removing {}", path.display()))
 }
 
 pub(crate) use lifecycle::{StoodAside, run};

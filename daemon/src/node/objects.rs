@@ -8,6 +8,7 @@ use ovl_core::manifest;
 use ovl_core::networks::{self, Resolution};
 use ovl_core::objects::{Full, MAX_OBJECT_BYTES};
 use ovl_core::view::NetworkState;
+use ovl_mesh::keys;
 use ovl_proto::alloc::Change;
 use ovl_proto::clock::Stamp;
 use ovl_proto::id::{NetworkId, NodeId};
@@ -19,7 +20,6 @@ use ovl_proto::wire;
 
 use super::state::State;
 use super::{Failed, Node, wall_ms};
-use crate::crypto;
 use crate::problems::Code;
 use crate::subsystems::Change as What;
 
@@ -437,10 +437,10 @@ fn check_object(signed: &SignedObject, object: &Object) -> Result<(), String> {
     if signed.body.len() > MAX_OBJECT_BYTES {
         return Err(Full::Object(signed.body.len()).to_string());
     }
-    if crypto::node_id(&signed.writer_key) != object.stamp.node {
+    if keys::node_id(&signed.writer_key) != object.stamp.node {
         return Err(format!("its key is not that of its writer {}", object.stamp.node));
     }
-    if !crypto::verify(&signed.writer_key, Domain::Object, &signed.body, &signed.signature) {
+    if !keys::verify(&signed.writer_key, Domain::Object, &signed.body, &signed.signature) {
         return Err(format!("not signed by its writer {}", object.stamp.node));
     }
     match &object.body {

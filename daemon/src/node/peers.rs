@@ -8,6 +8,8 @@ use std::time::Duration;
 use ovl_core::liveness::{self, Signs};
 use ovl_core::table::Table;
 use ovl_core::view;
+use ovl_mesh::gossip::{GossipEvent, Hints};
+use ovl_mesh::streams::LinkEvent;
 use ovl_proto::alloc::{AllocMessage, Change};
 use ovl_proto::control::PeerState;
 use ovl_proto::id::{ClusterKeyId, NodeId};
@@ -17,8 +19,6 @@ use ovl_proto::table::{Entry, Key};
 
 use super::state::{Clash, Peer, State};
 use super::{Node, Stop, wall_ms};
-use crate::gossip::{GossipEvent, Hints};
-use crate::links::LinkEvent;
 use crate::problems::Code;
 use crate::subsystems::Change as What;
 
@@ -134,7 +134,7 @@ impl Node {
             return;
         }
         match message {
-            Message::Record(signed) => match crate::crypto::open_record(&signed) {
+            Message::Record(signed) => match ovl_mesh::keys::open_record(&signed) {
                 Ok(record) => self.take_record(record, signed),
                 Err(error) => tracing::warn!(%from, %error, "refused a record"),
             },

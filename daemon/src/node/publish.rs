@@ -6,6 +6,7 @@ use ipnet::IpNet;
 use ovl_core::nft::Table;
 use ovl_core::op::Op;
 use ovl_core::publish::{MOST_PORTS, MOST_RANGES};
+use ovl_kernel::{self as kernel, Outcome};
 use ovl_proto::id::EndpointId;
 use ovl_proto::object::Network;
 use ovl_proto::publish::{Ports as Range, Publish, Published};
@@ -13,7 +14,6 @@ use ovl_proto::table::{Endpoint, Entry};
 
 use super::state::State;
 use super::{Failed, Node, random};
-use crate::kernel::{self, Outcome};
 use crate::ports::{self, Held, Refused};
 use crate::problems::Code;
 use crate::subsystems::{self, Change};
@@ -263,7 +263,7 @@ fn is_ours(table: Table) -> bool {
 }
 
 /// Why something that published ports need was refused, if it was.
-pub(super) fn refusal(outcome: &Outcome) -> Option<&crate::kernel::KernelError> {
+pub(super) fn refusal(outcome: &Outcome) -> Option<&ovl_kernel::KernelError> {
     let ours = match &outcome.op {
         Op::Table(table, _) => is_ours(*table),
         Op::SetElement(element) => is_ours(element.set.table),

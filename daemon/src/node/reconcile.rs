@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use ovl_core::device::Device;
 use ovl_core::op::Op;
+use ovl_kernel::{Goal, KernelEvent, Outcome};
 use ovl_proto::id::NetworkId;
 use ovl_proto::object::{Backend, Mode, Network};
 
@@ -21,7 +22,6 @@ use tokio::time::Instant;
 
 use super::Node;
 use super::state::State;
-use crate::kernel::{Goal, KernelEvent, Outcome};
 use crate::problems::{Code, Problem};
 use crate::subsystems;
 

@@ -558,8 +558,8 @@ impl Failed {
     }
 }
 
-impl From<crate::kernel::KernelError> for Failed {
-    fn from(error: crate::kernel::KernelError) -> Self {
+impl From<ovl_kernel::KernelError> for Failed {
+    fn from(error: ovl_kernel::KernelError) -> Self {
         Self::kernel(error.to_string())
     }
 }

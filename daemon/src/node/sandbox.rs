@@ -14,13 +14,14 @@ use std::path::PathBuf;
 use anyhow::Context as _;
 use ovl_core::device::{Device, Role};
 use ovl_core::resolver::resolv_conf;
+use ovl_files::{Durability, replace};
+use ovl_kernel::{self as kernel, Cookie, Held, Place, Process};
 use ovl_proto::control::{Attach, EndpointInfo, NetnsRef, SandboxCreate, SandboxInfo};
 use ovl_proto::id::{EndpointId, NetworkId};
 use serde::{Deserialize, Serialize};
 
 use super::{Failed, Node, remove_if_there};
 use crate::config::is_name;
-use crate::kernel::{self, Cookie, Held, Place, Process};
 use crate::problems::Code;
 
 /// So many processes are named in a refusal.
@@ -328,9 +329,7 @@ impl Node {
     fn keep_sandbox(&self, sandbox: &Sandbox) -> anyhow::Result<()> {
         let kept = Kept { boot_id: self.boot_id.clone(), sandbox: sandbox.clone() };
         let path = self.kept_sandbox(&sandbox.name);
-        let beside = path.with_extension("new");
-        fs::write(&beside, serde_json::to_vec(&kept)?)
-            .and_then(|()| fs::rename(&beside, &path))
+        replace(&path, &serde_json::to_vec(&kept)?, Durability::Unsynced)
             .with_context(|| format!("writing {}", path.display()))
     }
 

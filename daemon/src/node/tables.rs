@@ -7,6 +7,8 @@ use anyhow::{Context, Result};
 use ovl_core::cni::MAX_NAME;
 use ovl_core::publish::MOST_RANGES;
 use ovl_core::table::{Rejected, Table};
+use ovl_files::{Durability, replace};
+use ovl_mesh::keys;
 use ovl_proto::id::{Mac, NetworkId, NodeId};
 use ovl_proto::record::{Domain, Signature};
 use ovl_proto::sync::Message;
@@ -16,7 +18,6 @@ use ovl_proto::wire;
 use super::Node;
 use super::state::State;
 use crate::config::{is_name, is_name_within};
-use crate::crypto;
 use crate::subsystems::Change;
 
 /// A borrower that never showed a leased address in its table loses it after this time.
@@ -109,9 +110,8 @@ impl Node {
         // Without a record there is no key to check the signature with: it comes by gossip, and the
         // table is pulled then.
         let node = state.view.nodes.get_mut(&owner).ok_or(None)?;
-        let signed = wire::encode_body(&update.head).is_ok_and(|body| {
-            crypto::verify(&node.record.public_key, Domain::Table, &body, &update.signature)
-        });
+        let signed = wire::encode_body(&update.head)
+            .is_ok_and(|body| keys::verify(&node.record.public_key, Domain::Table, &body, &update.signature));
         if !signed {
             tracing::warn!(%owner, %from, "refused a table that its owner did not sign");
             return Err(None);
@@ -235,9 +235,7 @@ impl Node {
             let path = self.run_dir.tables().join(node.to_string());
             match state.view.nodes.get(&node).and_then(|node| node.table.whole()) {
                 Some(update) => {
-                    let beside = path.with_extension("new");
-                    fs::write(&beside, wire::encode(&update)?)
-                        .and_then(|()| fs::rename(&beside, &path))
+                    replace(&path, &wire::encode(&update)?, Durability::Unsynced)
                         .with_context(|| format!("writing {}", path.display()))?;
                 }
                 None => super::remove_if_there(&path)?,

@@ -9,6 +9,8 @@ use ovl_core::device::Device;
 use ovl_core::ends::{self, Ends};
 use ovl_core::kernel::TunnelKind;
 use ovl_core::tunnel;
+use ovl_kernel::{self as kernel, KernelHandle, TunnelPeerStatus, TunnelStatus};
+use ovl_mesh::keys::TunnelSecret;
 use ovl_proto::control::{KeyStatus, PeerState, PeerTunnel};
 use ovl_proto::id::{NodeId, TunnelKey};
 use ovl_proto::record;
@@ -16,8 +18,6 @@ use ovl_proto::record;
 use super::state::State;
 use super::{Failed, Node};
 use crate::config::{Config, TunnelMode};
-use crate::crypto::TunnelSecret;
-use crate::kernel::{self, KernelHandle, TunnelPeerStatus, TunnelStatus};
 use crate::problems::{Code, Problem};
 use crate::subsystems::Change;
 

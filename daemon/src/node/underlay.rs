@@ -7,10 +7,10 @@ use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
 use ovl_core::device::Device;
+use ovl_kernel::own_addresses;
 use ovl_proto::record::Presence;
 
 use super::{Node, next_generation, open};
-use crate::kernel::own_addresses;
 use crate::problems::Code;
 use crate::subsystems::Change;
 

@@ -1,78 +1,21 @@
-//! `bench`.
+//! `bench`: the process becomes `netns-lab-bench`, a program of its own beside this one.
 
-use std::path::PathBuf;
-use std::process::ExitCode;
-use std::time::Duration;
+use std::env;
+use std::ffi::OsString;
+use std::os::unix::process::CommandExt;
+use std::process::Command;
 
-use anyhow::{Result, ensure};
-use clap::Args;
+use anyhow::{Context, Result, ensure};
 
-use crate::bench::{self, Name, Peer, Plan, Suite, Wanted};
+const PROGRAM: &str = "netns-lab-bench";
 
-/// Longer runs say no more.
-const LONGEST: u64 = 3600;
-
-/// Those that a bar or a figure of the issue needs.
-const PEERS: [Peer; 2] = [Peer::Gotatun, Peer::Boringtun];
-
-#[derive(Args)]
-pub(crate) struct BenchArgs {
-    /// Which figures
-    #[arg(value_enum, default_value_t = Suite::Core)]
-    suite: Suite,
-    /// This figure alone; may be repeated
-    #[arg(long, value_enum, value_name = "NAME")]
-    only: Vec<Name>,
-    /// Where to write the figures as JSON [default: target/bench-SUITE.json]
-    #[arg(long, value_name = "FILE")]
-    json: Option<PathBuf>,
-    /// How long each TCP stream runs, in seconds [default: 2]
-    #[arg(long, value_name = "N")]
-    seconds: Option<u64>,
-    /// How long gossip loses datagrams, in seconds [default: 300]
-    #[arg(long, value_name = "N")]
-    loss_seconds: Option<u64>,
-    /// Where ovld, ovlctl, ovl-cni and ovl-docker are, such as target/release
-    #[arg(long, value_name = "DIR")]
-    release_dir: Option<PathBuf>,
-    /// Everything once and briefly, to see that it works
-    #[arg(long)]
-    quick: bool,
-    /// tunnel: what ovl is held against, separated by commas [default: gotatun,boringtun]
-    #[arg(long, value_enum, value_delimiter = ',', value_name = "PEER,...")]
-    peers: Vec<Peer>,
-    /// tunnel: install those peers that Debian has
-    #[arg(long)]
-    install: bool,
-}
-
-pub(crate) fn bench(args: BenchArgs) -> Result<ExitCode> {
-    let suite = args.suite;
-    let json = args.json.unwrap_or_else(|| format!("target/bench-{}.json", suite.text()).into());
-    let mut plan = if args.quick { Plan::quick() } else { Plan::full() };
-    for (seconds, setting) in [(args.seconds, &mut plan.stream), (args.loss_seconds, &mut plan.loss)] {
-        if let Some(seconds) = seconds {
-            ensure!((1..=LONGEST).contains(&seconds), "between 1 and {LONGEST} seconds, not {seconds}");
-            *setting = Duration::from_secs(seconds);
-        }
-    }
-    let peers = match (suite, args.peers.is_empty()) {
-        (Suite::Tunnel, true) => PEERS.to_vec(),
-        (Suite::Tunnel, false) => args.peers,
-        (
-            Suite::Core
-            | Suite::Cni
-            | Suite::Publish
-            | Suite::Docker
-            | Suite::Dns
-            | Suite::Policy
-            | Suite::Services,
-            _,
-        ) => {
-            ensure!(args.peers.is_empty() && !args.install, "only `bench tunnel` has --peers and --install");
-            Vec::new()
-        }
-    };
-    let binaries = args.release_dir;
-    bench::run(Wanted { suite, only: args.only, json, binaries, plan, peers, install: args.install })
+pub(crate) fn bench(args: &[OsString]) -> Result<()> {
+    let program = env::current_exe().context("cannot find the program that runs")?.with_file_name(PROGRAM);
+    ensure!(
+        program.is_file(),
+        "no {}: build it with `cargo build --release -p {PROGRAM}`, without `--release` for a debug build",
+        program.display()
+    );
+    let error = Command::new(&program).args(args).exec();
+    Err(error).with_context(|| format!("cannot run {}", program.display()))
 }

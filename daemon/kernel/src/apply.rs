@@ -1,0 +1,553 @@
+//! Operations, done.
+
+use std::collections::HashMap;
+use std::net::IpAddr;
+
+use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
+use netlink_packet_route::RouteNetlinkMessage;
+use netlink_packet_route::link::LinkAttribute;
+use nix::libc::{EACCES, EADDRINUSE, EADDRNOTAVAIL, EEXIST, EINVAL, ENODEV, ENOENT, EOPNOTSUPP, ESRCH};
+use nix::net::if_::if_nametoindex;
+use ovl_core::device::{Device, Role};
+use ovl_core::kernel::{Link, METRIC, TunnelKind};
+use ovl_core::op::Op;
+use ovl_proto::id::Mac;
+
+use super::error::{KernelError, Result};
+use super::link::{DOOMED, LinkView};
+use super::message::{self, Target};
+use super::socket::{Batch, Refusal, Route};
+use super::tunnel::Tunnels;
+use super::{dump, wireguard};
+
+/// A device of ours that is there.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Located {
+    pub(super) index: u32,
+    pub(super) peer: Option<u32>,
+    pub(super) peer_netns: Option<i32>,
+}
+
+/// So many devices are asked for at once: the answers, some KiB each, wait in the socket.
+pub(super) const QUESTIONS: usize = 128;
+
+/// Devices looked up during one request. What is there is asked of the kernel each time, so that
+/// no entry is ever written to a device that took over an index, or that is not ours.
+#[derive(Debug, Default)]
+pub(super) struct Devices(HashMap<Device, Result<Located>>);
+
+impl Devices {
+    /// Looks up those that are not looked up yet, all in one go.
+    pub(super) fn find(&mut self, route: &mut Route, devices: impl Iterator<Item = Device>) -> Result<()> {
+        let mut wanted: Vec<Device> = devices.filter(|device| !self.0.contains_key(device)).collect();
+        wanted.sort();
+        wanted.dedup();
+        wanted.chunks(QUESTIONS).try_for_each(|some| self.ask(route, some))
+    }
+
+    fn ask(&mut self, route: &mut Route, wanted: &[Device]) -> Result<()> {
+        let mut batch = Batch::default();
+        for device in wanted {
+            batch.push(message::get_link(*device), 0);
+        }
+        let (results, answers) = route.execute(batch)?;
+        for (device, result) in wanted.iter().zip(results) {
+            let result = match result {
+                Ok(()) => Err(KernelError::NoDevice(*device)),
+                Err(refusal) if refusal.errno == ENODEV => Err(KernelError::NoDevice(*device)),
+                Err(refusal) => Err(refusal.into_error(format!("cannot look up {device}"))),
+            };
+            self.0.insert(*device, result);
+        }
+        for answer in answers {
+            let Some((device, view)) = wanted.get(answer.request).zip(LinkView::parse(&answer.payload))
+            else {
+                continue;
+            };
+            let found = if view.ours() == Some(*device) {
+                Ok(Located { index: view.index, peer: view.peer, peer_netns: view.peer_netns })
+            } else if view.is_doomed() {
+                Err(KernelError::NoDevice(*device))
+            } else {
+                Err(KernelError::Foreign(*device))
+            };
+            self.0.insert(*device, found);
+        }
+        Ok(())
+    }
+
+    /// One of them.
+    pub(super) fn get(&mut self, route: &mut Route, device: Device) -> Result<Located> {
+        self.find(route, std::iter::once(device))?;
+        self.0.get(&device).cloned().unwrap_or(Err(KernelError::NoDevice(device)))
+    }
+
+    /// It was made, and looked at.
+    pub(super) fn add(&mut self, device: Device, located: Located) {
+        self.0.insert(device, Ok(located));
+    }
+
+    /// It was made or deleted.
+    pub(super) fn forget(&mut self, device: Device) {
+        self.0.remove(&device);
+    }
+}
+
+/// Whether it is about an element of a table.
+pub(super) fn is_element(op: &Op) -> bool {
+    matches!(op, Op::SetElement(_) | Op::DelElement(..))
+}
+
+/// Whether [`entries`] does it.
+pub(super) fn is_entry(op: &Op) -> bool {
+    !matches!(
+        op,
+        Op::Sysctl { .. }
+            | Op::Filter(_)
+            | Op::DelFilter
+            | Op::SetLocalnet(_)
+            | Op::DelLocalnet(_)
+            | Op::Table(..)
+            | Op::DelTable(_)
+            | Op::SetElement(_)
+            | Op::DelElement(..)
+            | Op::EndFlows(_)
+            | Op::AddAnnounced(..)
+            | Op::DelAnnounced(..)
+            | Op::AddLink(..)
+            | Op::SetLink(..)
+            | Op::DelLink(_)
+            | Op::SetTunnel(..)
+            | Op::SetTunnelPeer(..)
+            | Op::DelTunnelPeer(..)
+            | Op::SetSource(..)
+            | Op::DelSource(..)
+    )
+}
+
+/// Does operations on entries, all in one batch.
+pub(super) fn entries(route: &mut Route, devices: &mut Devices, ops: &[Op]) -> Result<Vec<Result<()>>> {
+    devices.find(route, ops.iter().filter_map(Op::device))?;
+    let mut batch = Batch::default();
+    let mut asked = Vec::new();
+    // What is not in the batch has its result already.
+    let mut results: Vec<Option<Result<()>>> = Vec::with_capacity(ops.len());
+    for op in ops {
+        let located = op.device().map(|device| devices.get(route, device));
+        results.push(match located {
+            Some(Ok(located)) => {
+                if let Some((message, flags)) = message::entry(op, located.index) {
+                    batch.push(message, flags);
+                    asked.push((op, located.index));
+                }
+                None
+            }
+            Some(Err(KernelError::NoDevice(_))) if takes_away(op) => Some(Ok(())),
+            Some(Err(error)) => Some(Err(error)),
+            // A route that no device of ours is named in.
+            None => {
+                if let Some((message, flags)) = message::entry(op, 0) {
+                    batch.push(message, flags);
+                    asked.push((op, 0));
+                }
+                None
+            }
+        });
+    }
+    let (mut sent, _) = route.execute(batch)?;
+    change_routes(route, &asked, &mut sent)?;
+    let mut sent = sent.into_iter();
+    Ok(ops
+        .iter()
+        .zip(results)
+        .map(|(op, result)| result.unwrap_or_else(|| verdict(route, op, sent.next().unwrap_or(Ok(())))))
+        .collect())
+}
+
+/// Routes to destinations that have one: ours are replaced, and nobody else's.
+fn change_routes(
+    route: &mut Route,
+    asked: &[(&Op, u32)],
+    results: &mut [std::result::Result<(), Refusal>],
+) -> Result<()> {
+    let mut again = Vec::new();
+    for ((op, index), result) in asked.iter().zip(results.iter_mut()) {
+        if let (Op::SetRoute(to, _), Err(Refusal { errno: EEXIST | EINVAL, .. })) = (op, &*result) {
+            again.push((*op, *to, *index, result));
+        }
+    }
+    if again.is_empty() {
+        return Ok(());
+    }
+    let ours = dump::routes(route, &HashMap::new())?;
+    again.retain(|(_, to, _, _)| ours.contains_key(to));
+    let mut batch = Batch::default();
+    for (op, to, index, result) in &again {
+        // A next hop inside of its own destination: what leads there elsewhere has to go first.
+        let blocked = matches!(result, Err(Refusal { errno: EINVAL, .. }));
+        if let Some((message, flags)) = message::entry(&Op::DelRoute(*to), *index).filter(|_| blocked) {
+            batch.push(message, flags);
+        }
+        if let Some((message, _)) = message::entry(op, *index) {
+            batch.push(message, NLM_F_CREATE | NLM_F_REPLACE);
+        }
+    }
+    let (sent, _) = route.execute(batch)?;
+    let mut sent = sent.into_iter();
+    for (_, _, _, result) in again {
+        if matches!(result, Err(Refusal { errno: EINVAL, .. })) {
+            sent.next();
+        }
+        *result = sent.next().unwrap_or(Ok(()));
+    }
+    Ok(())
+}
+
+fn takes_away(op: &Op) -> bool {
+    matches!(
+        op,
+        Op::DelAddress(..)
+            | Op::DelAnnounced(..)
+            | Op::DelRemote(..)
+            | Op::DelFlood(..)
+            | Op::DelPort(..)
+            | Op::DelNeighbour(..)
+            | Op::DelRoute(_)
+    )
+}
+
+/// Puts an address of a LoadBalancer on a device of somebody else's, or takes it away again. One that is there and
+/// not ours stays as it is.
+pub(super) fn announced(
+    route: &mut Route,
+    op: &Op,
+    device: Device,
+    address: IpAddr,
+    add: bool,
+) -> Result<()> {
+    let Ok(index) = if_nametoindex(device.as_str()) else {
+        return if add { Err(KernelError::NoDevice(device)) } else { Ok(()) };
+    };
+    let ours = |route: &mut Route| Ok(dump::announced(route)?.contains(&(index, address)));
+    let message = message::announced(index, address);
+    if !add {
+        // What the kernel deletes it finds by the address alone.
+        if !ours(route)? {
+            return Ok(());
+        }
+        let result = route.request(RouteNetlinkMessage::DelAddress(message), 0)?;
+        return verdict(route, op, result);
+    }
+    match route.request(RouteNetlinkMessage::NewAddress(message), NLM_F_CREATE | NLM_F_EXCL)? {
+        Ok(()) => Ok(()),
+        Err(refusal) if refusal.errno == EEXIST => match ours(route)? {
+            true => Ok(()),
+            false => Err(KernelError::Other(format!(
+                "{device} has the address {address} already, and not from ovl: take it away, or out of load_balancer_pool"
+            ))),
+        },
+        Err(refusal) => Err(refusal.into_error(op.to_string())),
+    }
+}
+
+/// What has the wanted effect already is no error.
+fn verdict(route: &mut Route, op: &Op, result: Result<(), Refusal>) -> Result<()> {
+    let Err(refusal) = result else { return Ok(()) };
+    match (op, refusal.errno) {
+        (op, ENOENT | ENODEV | EADDRNOTAVAIL | ESRCH) if takes_away(op) => Ok(()),
+        // No port of a bridge any more: its entries went with that.
+        (Op::DelPort(..), EOPNOTSUPP) => Ok(()),
+        (Op::AddFlood(..) | Op::AddAddress(..), EEXIST) => Ok(()),
+        (Op::SetRoute(to, _), EEXIST) => Err(KernelError::Other(format!(
+            "somebody else has a route to {to} with metric {METRIC}, and ovl leaves it alone: give it another metric"
+        ))),
+        (Op::AddAddress(device, net), EACCES) if net.addr().is_ipv6() => {
+            // The host turns IPv6 off on new devices; this one needs it.
+            let again = super::sysctl::allow_v6(device.as_str()).is_ok();
+            let located = Devices::default().get(route, *device)?;
+            match message::entry(op, located.index) {
+                Some((message, flags)) if again => {
+                    route.request(message, flags)?.map_err(|refusal| refusal.into_error(op.to_string()))
+                }
+                _ => Err(refusal.into_error(op.to_string())),
+            }
+        }
+        _ => Err(refusal.into_error(op.to_string())),
+    }
+}
+
+/// Makes a device, or leaves nothing behind. One that is there is left as it is:
+/// the next dump shows what is to be changed on it.
+pub(super) fn add_link(
+    route: &mut Route,
+    devices: &mut Devices,
+    tunnels: &mut Tunnels,
+    op: &Op,
+    device: Device,
+    link: &Link,
+) -> Result<()> {
+    if let Link::Endpoint { .. } = link {
+        return Err(KernelError::Other(format!("{device} is made by an attach, not by the loop")));
+    }
+    let (alias, master, up) = match link {
+        Link::Bridge { up, .. } => ("bridge", None, *up),
+        Link::Vxlan { master, up, .. } => ("vxlan", *master, *up),
+        Link::Tap { master, up, .. } => ("tap", *master, *up),
+        Link::Tunnel { up, .. } => ("tunnel", None, *up),
+        Link::Endpoint { .. } => return Ok(()),
+    };
+    let master = master.map(|bridge| devices.get(route, bridge)).transpose()?;
+    devices.forget(device);
+    // With a device of this name there, all requests but the first would be for that device.
+    match devices.get(route, device) {
+        Ok(_) => return Ok(()),
+        Err(KernelError::NoDevice(_)) => devices.forget(device),
+        Err(error) => return Err(error),
+    }
+    let target = Target::Name(device);
+    let mut attributes = vec![message::alias(alias)];
+    if has_inet6() {
+        attributes.push(message::no_link_local());
+    }
+    if let Link::Bridge { mtu, .. } | Link::Tap { mtu, .. } | Link::Tunnel { mtu, .. } = link {
+        attributes.push(LinkAttribute::Mtu(u32::from(*mtu)));
+    }
+    if let (Link::Tap { .. }, Some(Role::Vxlan(network))) = (link, device.role()) {
+        attributes.push(message::hardware_address(Mac::of_vxlan(network)));
+    }
+    if let Some(master) = master {
+        attributes.push(LinkAttribute::Controller(master.index));
+    }
+    // In one go: a daemon that is killed in between would find a device that is not known as its own.
+    let mut batch = Batch::default();
+    let new = message::new_link(device, link);
+    let by_engine = new.is_none();
+    match new {
+        Some(new) => batch.push(new, NLM_F_CREATE | NLM_F_EXCL),
+        None => tunnels.make(device, link)?,
+    }
+    batch.push(message::set(target, attributes), 0);
+    if master.is_some() {
+        batch.push(message::set(target, vec![message::port(device, false)]), 0);
+    }
+    if up {
+        batch.push(message::set_up(target, true), 0);
+    }
+    let (results, _) = route.execute(batch)?;
+    let made = by_engine || results.first().is_some_and(Result::is_ok);
+    let Some(refusal) = results.into_iter().find_map(Result::err) else { return Ok(()) };
+    let error = explain(route, device, link, refusal, op);
+    tunnels.delete(device);
+    if made {
+        let _ = route.request(message::del_link_named(device), 0)?;
+    }
+    Err(error)
+}
+
+/// Brings a device from the first state to the second, as far as they differ.
+pub(super) fn set_link(
+    route: &mut Route,
+    devices: &mut Devices,
+    op: &Op,
+    device: Device,
+    from: &Link,
+    to: &Link,
+) -> Result<Located> {
+    let located = devices.get(route, device)?;
+    let target = Target::Index(located.index);
+    let was = Common::of(from);
+    let is = Common::of(to);
+    let mut batch = Batch::default();
+    let mut attributes = Vec::new();
+    if was.mac != is.mac
+        && let Some(mac) = is.mac
+    {
+        // Only then: it makes the kernel forget all neighbours.
+        attributes.push(message::hardware_address(mac));
+    }
+    if was.mtu != is.mtu {
+        attributes.push(LinkAttribute::Mtu(u32::from(is.mtu)));
+    }
+    if was.master != is.master {
+        let master = is.master.map(|bridge| devices.get(route, bridge)).transpose()?;
+        attributes.push(LinkAttribute::Controller(master.map_or(0, |bridge| bridge.index)));
+    }
+    let tune = is.tuned && (!was.tuned || was.master != is.master);
+    if tune && has_inet6() {
+        attributes.push(message::no_link_local());
+    }
+    if tune {
+        match to {
+            Link::Bridge { .. } => attributes.push(LinkAttribute::LinkInfo(message::bridge_info())),
+            Link::Vxlan { .. } => attributes.push(LinkAttribute::LinkInfo(message::no_learning())),
+            Link::Tap { .. } | Link::Tunnel { .. } | Link::Endpoint { .. } => {}
+        }
+    }
+    if !attributes.is_empty() {
+        batch.push(message::set(target, attributes), 0);
+    }
+    if is.master.is_some() && (tune || was.hairpin != is.hairpin) {
+        batch.push(message::set(target, vec![message::port(device, is.hairpin)]), 0);
+    }
+    if was.up != is.up {
+        batch.push(message::set_up(target, is.up), 0);
+        // For the effect, as when an endpoint is made.
+        batch.push(message::get_link_at(located.index), 0);
+    }
+    let (results, _) = route.execute(batch)?;
+    match results.into_iter().find_map(Result::err) {
+        Some(refusal) => Err(explain(route, device, to, refusal, op)),
+        None => Ok(located),
+    }
+}
+
+/// What devices of all kinds, or most of them, have.
+struct Common {
+    mac: Option<Mac>,
+    mtu: u16,
+    master: Option<Device>,
+    up: bool,
+    tuned: bool,
+    hairpin: bool,
+}
+
+impl Common {
+    fn of(link: &Link) -> Self {
+        match *link {
+            Link::Bridge { mac, mtu, up, tuned } => {
+                Self { mac: Some(mac), mtu, master: None, up, tuned, hairpin: false }
+            }
+            Link::Vxlan { mtu, master, mac, up, tuned, .. } => {
+                Self { mac: Some(mac), mtu, master, up, tuned, hairpin: false }
+            }
+            Link::Tunnel { mtu, up, .. } => {
+                Self { mac: None, mtu, master: None, up, tuned: true, hairpin: false }
+            }
+            Link::Tap { mtu, master, up, tuned, .. } => {
+                Self { mac: None, mtu, master, up, tuned, hairpin: false }
+            }
+            Link::Endpoint { mtu, master, up, tuned, hairpin } => {
+                Self { mac: None, mtu, master, up, tuned, hairpin }
+            }
+        }
+    }
+}
+
+/// An error with a VXLAN device whose VNI or port is taken names who has it; a kernel that lacks a kind of
+/// device is called that.
+fn explain(route: &mut Route, device: Device, link: &Link, refusal: Refusal, op: &Op) -> KernelError {
+    if let (Op::AddLink(..), EOPNOTSUPP) = (op, refusal.errno) {
+        return match link {
+            Link::Bridge { .. } => KernelError::missing("bridges", "bridge"),
+            Link::Vxlan { .. } => KernelError::missing("VXLAN", "vxlan"),
+            Link::Tunnel { kind: TunnelKind::Kernel, .. } => wireguard::no_wireguard(),
+            Link::Tunnel { .. } | Link::Tap { .. } | Link::Endpoint { .. } => {
+                refusal.into_error(op.to_string())
+            }
+        };
+    }
+    let Link::Vxlan { vni, port, .. } = link else { return refusal.into_error(op.to_string()) };
+    let holder = |route: &mut Route, vni: Option<u32>| {
+        dump::all_links(route)
+            .ok()?
+            .messages()
+            .filter_map(|message| LinkView::parse(message.payload))
+            .find_map(|view| {
+                let (its_vni, its_port) = view.vxlan()?;
+                let conflicts = its_port == *port && (vni.is_none() || its_vni.is_none() || its_vni == vni);
+                (conflicts && view.name != device.as_str()).then(|| view.name.to_owned())
+            })
+    };
+    match refusal.errno {
+        EEXIST => match holder(route, Some(*vni)) {
+            Some(name) => KernelError::Other(format!("VNI {vni} on port {port} is in use by device {name}")),
+            None => refusal.into_error(op.to_string()),
+        },
+        EADDRINUSE => match holder(route, None) {
+            Some(name) => KernelError::Other(format!(
+                "UDP port {port} is in use by device {name}, which is set up in a way that does not go with ours"
+            )),
+            None => KernelError::Other(format!(
+                "UDP port {port}, which VXLAN needs, is in use by another program (`ss -ulnp sport = :{port}` shows it)"
+            )),
+        },
+        _ => refusal.into_error(op.to_string()),
+    }
+}
+
+/// Whether this kernel has IPv6; `ipv6.disable=1` takes it away.
+pub fn has_inet6() -> bool {
+    std::path::Path::new("/proc/sys/net/ipv6").exists()
+}
+
+/// Deletes devices of ours; gives each one's result. The kernel waits for all processors once for
+/// each request, not for each device: many together take as long as one.
+pub(super) fn delete(route: &mut Route, devices: &mut Devices, doomed: &[Device]) -> Result<Vec<Result<()>>> {
+    for device in doomed {
+        devices.forget(*device);
+    }
+    devices.find(route, doomed.iter().copied())?;
+    let mut results = Vec::new();
+    let mut there = Vec::new();
+    for device in doomed {
+        results.push(match devices.get(route, *device) {
+            Ok(located) => {
+                there.push(located.index);
+                Ok(())
+            }
+            Err(KernelError::NoDevice(_)) => Ok(()),
+            Err(error) => Err(error),
+        });
+        devices.forget(*device);
+    }
+    there.sort_unstable();
+    there.dedup();
+    if there.len() > 1 && delete_group(route, &there)?.is_ok() {
+        return Ok(results);
+    }
+    for (device, result) in doomed.iter().zip(&mut results).filter(|(_, result)| result.is_ok()) {
+        *result = match devices.get(route, *device) {
+            Ok(located) => match route.request(message::del_link(located.index), 0)? {
+                Err(refusal) if refusal.errno != ENODEV => {
+                    Err(refusal.into_error(Op::DelLink(*device).to_string()))
+                }
+                Ok(()) | Err(_) => Ok(()),
+            },
+            Err(KernelError::NoDevice(_)) => Ok(()),
+            Err(error) => Err(error),
+        };
+        devices.forget(*device);
+    }
+    Ok(results)
+}
+
+/// Deletes devices that were just looked at, in one request.
+pub(super) fn delete_group(route: &mut Route, there: &[u32]) -> Result<Result<(), Refusal>> {
+    if there.is_empty() {
+        return Ok(Ok(()));
+    }
+    // One that nothing else is in, for that would go too; and by which we know what we hear of them.
+    let mut random = [0; 2];
+    if ring::rand::SecureRandom::fill(&ring::rand::SystemRandom::new(), &mut random).is_err() {
+        return Err(KernelError::Other("the system gives no random numbers".to_owned()));
+    }
+    let group = DOOMED & !0xffff | u32::from(u16::from_ne_bytes(random));
+    let group = if group == DOOMED { group ^ 1 } else { group };
+    let mut batch = Batch::default();
+    for index in there {
+        batch.push(message::set(Target::Index(*index), vec![LinkAttribute::Group(group)]), 0);
+    }
+    let (results, _) = route.execute(batch)?;
+    // Those that are gone already are not in it; with none left there is no such group.
+    if results.iter().all(Result::is_err) {
+        return Ok(Ok(()));
+    }
+    route.request(message::del_group(group), 0)
+}
+
+/// Whether an endpoint's MTU changes: then the other end needs the same.
+pub(super) fn peer_mtu(device: Device, from: &Link, to: &Link) -> Option<u16> {
+    let Some(Role::Endpoint(_)) = device.role() else { return None };
+    let (was, is) = (Common::of(from).mtu, Common::of(to).mtu);
+    (was != is).then_some(is)
+}

@@ -1,0 +1,459 @@
+//! Requests for the kernel, built.
+
+use std::net::IpAddr;
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+use ipnet::IpNet;
+use netlink_packet_core::{NLM_F_APPEND, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
+use netlink_packet_route::address::{
+    AddressAttribute, AddressFlags, AddressMessage, AddressProtocol, AddressScope, CacheInfo,
+};
+use netlink_packet_route::link::{
+    AfSpecInet6, AfSpecUnspec, BridgeStpState, In6AddrGenMode, InfoBridge, InfoBridgePort, InfoData,
+    InfoKind, InfoPortData, InfoPortKind, InfoVeth, InfoVxlan, LinkAttribute, LinkExtentMask, LinkFlags,
+    LinkInfo, LinkMessage,
+};
+use netlink_packet_route::neighbour::{
+    NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState,
+};
+use netlink_packet_route::route::{
+    RouteAddress, RouteAttribute, RouteFlags, RouteMessage, RouteMetric, RouteProtocol, RouteScope, RouteType,
+};
+use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
+use ovl_core::device::{ALIAS, Device, Role};
+use ovl_core::kernel::{Hop, Link, METRIC, PROTOCOL, Remote, TunnelKind};
+use ovl_core::op::Op;
+use ovl_proto::id::{EndpointId, Mac};
+
+/// NUD_NOARP and NUD_REACHABLE: what `bridge` calls static.
+const STATIC: NeighbourState = NeighbourState::Other(0x42);
+
+/// Of each end of a pair. The kernel makes one for each processor, then takes all but one out of use
+/// again and waits for its processors each time: a third of what a pair costs.
+const QUEUES: u32 = 1;
+
+/// The longest alias: with its zero byte it must be shorter than IFALIASZ.
+const MAX_ALIAS: usize = 254;
+
+const MAIN_TABLE: u8 = 254;
+
+/// The family of an address.
+pub(super) fn family(address: IpAddr) -> AddressFamily {
+    if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 }
+}
+
+/// The request for an operation on an entry of a device, with its flags; nothing for those on
+/// devices themselves and for settings.
+pub(super) fn entry(op: &Op, index: u32) -> Option<(RouteNetlinkMessage, u16)> {
+    const PUT: u16 = NLM_F_CREATE | NLM_F_REPLACE;
+    let new = |message| RouteNetlinkMessage::NewNeighbour(message);
+    let del = |message| RouteNetlinkMessage::DelNeighbour(message);
+    Some(match op {
+        Op::AddAddress(_, net) => (new_address(index, *net), PUT),
+        Op::DelAddress(_, net) => (RouteNetlinkMessage::DelAddress(address(index, *net)), 0),
+        Op::SetRemote(_, mac, remote) => (new(remote_entry(index, *mac, Some(*remote))), PUT),
+        Op::DelRemote(_, mac) => (del(remote_entry(index, *mac, None)), 0),
+        Op::AddFlood(_, remote) => {
+            (new(remote_entry(index, Mac::default(), Some(*remote))), NLM_F_CREATE | NLM_F_APPEND)
+        }
+        Op::DelFlood(_, remote) => (del(remote_entry(index, Mac::default(), Some(*remote))), 0),
+        Op::AddPort(_, mac) => (new(port_entry(index, *mac)), PUT),
+        Op::DelPort(_, mac) => (del(port_entry(index, *mac)), 0),
+        Op::SetNeighbour(_, address, mac) => (permanent_neighbour(index, *address, *mac), PUT),
+        Op::DelNeighbour(_, address) => (del(neighbour(index, *address)), 0),
+        // Not `PUT`: that would replace somebody else's of the same destination and metric.
+        Op::SetRoute(to, hop) => {
+            (RouteNetlinkMessage::NewRoute(route(*to, Some((hop, index)))), NLM_F_CREATE | NLM_F_EXCL)
+        }
+        Op::DelRoute(to) => (RouteNetlinkMessage::DelRoute(route(*to, None)), 0),
+        Op::Sysctl { .. }
+        | Op::Filter(_)
+        | Op::DelFilter
+        | Op::SetLocalnet(_)
+        | Op::DelLocalnet(_)
+        | Op::Table(..)
+        | Op::DelTable(_)
+        | Op::SetElement(_)
+        | Op::DelElement(..)
+        | Op::EndFlows(_)
+        | Op::AddAnnounced(..)
+        | Op::DelAnnounced(..)
+        | Op::AddLink(..)
+        | Op::SetLink(..)
+        | Op::DelLink(_)
+        | Op::SetTunnel(..)
+        | Op::SetTunnelPeer(..)
+        | Op::DelTunnelPeer(..)
+        | Op::SetSource(..)
+        | Op::DelSource(..) => {
+            return None;
+        }
+    })
+}
+
+fn remote_entry(index: u32, mac: Mac, remote: Option<Remote>) -> NeighbourMessage {
+    let mut message = NeighbourMessage::default();
+    message.header.family = AddressFamily::Bridge;
+    message.header.ifindex = index;
+    message.header.state = STATIC;
+    message.header.flags = NeighbourFlags::Own;
+    message.attributes.push(NeighbourAttribute::LinkLayerAddress(mac.0.to_vec()));
+    if let Some(remote) = remote {
+        message.attributes.push(NeighbourAttribute::Destination(remote.vtep.into()));
+        message.attributes.push(NeighbourAttribute::Port(remote.port));
+    }
+    message
+}
+
+fn port_entry(index: u32, mac: Mac) -> NeighbourMessage {
+    let mut message = remote_entry(index, mac, None);
+    message.header.flags = NeighbourFlags::Controller;
+    message
+}
+
+fn neighbour(index: u32, at: IpAddr) -> NeighbourMessage {
+    let mut message = NeighbourMessage::default();
+    message.header.family = family(at);
+    message.header.ifindex = index;
+    message.attributes.push(NeighbourAttribute::Destination(NeighbourAddress::from(at)));
+    message
+}
+
+/// An address on a device; for IPv6 without the duplicate address detection, during which it
+/// could not be used: ovl hands out no address twice.
+pub(super) fn new_address(index: u32, net: IpNet) -> RouteNetlinkMessage {
+    let mut message = address(index, net);
+    if net.addr().is_ipv6() {
+        message.attributes.push(AddressAttribute::Flags(AddressFlags::Nodad));
+    }
+    RouteNetlinkMessage::NewAddress(message)
+}
+
+fn address(index: u32, net: IpNet) -> AddressMessage {
+    let mut message = AddressMessage::default();
+    message.header.family = family(net.addr());
+    message.header.prefix_len = net.prefix_len();
+    message.header.scope = AddressScope::Universe;
+    message.header.index = index;
+    message.attributes = vec![AddressAttribute::Local(net.addr()), AddressAttribute::Address(net.addr())];
+    message
+}
+
+/// An address that this host answers for on a device of somebody else's, and never sends from by itself: of IPv4
+/// with the scope of the host, of IPv6 deprecated at once.
+pub(super) fn announced(index: u32, of: IpAddr) -> AddressMessage {
+    let mut message = address(index, IpNet::from(of));
+    message.attributes.push(AddressAttribute::Protocol(AddressProtocol::Other(PROTOCOL)));
+    if of.is_ipv4() {
+        message.header.scope = AddressScope::Host;
+    } else {
+        let flags = AddressFlags::Nodad | AddressFlags::Noprefixroute;
+        message.attributes.push(AddressAttribute::Flags(flags));
+        let mut lifetimes = CacheInfo::default();
+        (lifetimes.ifa_preferred, lifetimes.ifa_valid) = (0, u32::MAX);
+        message.attributes.push(AddressAttribute::CacheInfo(lifetimes));
+    }
+    message
+}
+
+/// A route of ours, in the main table; without a hop, enough to delete it.
+fn route(to: IpNet, hop: Option<(&Hop, u32)>) -> RouteMessage {
+    let mut message = RouteMessage::default();
+    message.header.address_family = family(to.addr());
+    message.header.destination_prefix_length = to.prefix_len();
+    message.header.table = MAIN_TABLE;
+    message.header.protocol = RouteProtocol::Other(PROTOCOL);
+    message.header.scope = RouteScope::Universe;
+    message.attributes =
+        vec![RouteAttribute::Destination(RouteAddress::from(to.addr())), RouteAttribute::Priority(METRIC)];
+    let Some((hop, index)) = hop else {
+        message.header.scope = RouteScope::NoWhere;
+        return message;
+    };
+    if *hop == Hop::UNREACHABLE {
+        message.header.kind = RouteType::Unreachable;
+        return message;
+    }
+    message.header.kind = RouteType::Unicast;
+    if hop.device.is_some() {
+        message.attributes.push(RouteAttribute::Oif(index));
+    }
+    match hop.gateway {
+        Some(gateway) => {
+            message.attributes.push(RouteAttribute::Gateway(RouteAddress::from(gateway)));
+            if hop.device.is_some() {
+                message.header.flags = RouteFlags::Onlink;
+            }
+        }
+        None if to.addr().is_ipv4() => message.header.scope = RouteScope::Link,
+        None => {}
+    }
+    if let Some(source) = hop.source {
+        message.attributes.push(RouteAttribute::PrefSource(RouteAddress::from(source)));
+    }
+    if let Some(mtu) = hop.mtu {
+        message.attributes.push(RouteAttribute::Metrics(vec![RouteMetric::Mtu(u32::from(mtu))]));
+    }
+    message
+}
+
+/// In a namespace: what is behind an interface, or behind a gateway there.
+pub(super) fn inner_route(index: u32, to: IpNet, gateway: Option<IpAddr>) -> RouteNetlinkMessage {
+    let mut message = RouteMessage::default();
+    message.header.address_family = family(to.addr());
+    message.header.destination_prefix_length = to.prefix_len();
+    message.header.table = MAIN_TABLE;
+    message.header.protocol = RouteProtocol::Boot;
+    message.header.kind = RouteType::Unicast;
+    message.header.scope =
+        if gateway.is_none() && to.addr().is_ipv4() { RouteScope::Link } else { RouteScope::Universe };
+    message.attributes =
+        vec![RouteAttribute::Destination(RouteAddress::from(to.addr())), RouteAttribute::Oif(index)];
+    if let Some(gateway) = gateway {
+        message.attributes.push(RouteAttribute::Gateway(RouteAddress::from(gateway)));
+    }
+    RouteNetlinkMessage::NewRoute(message)
+}
+
+/// A neighbour that stays.
+pub(super) fn permanent_neighbour(index: u32, at: IpAddr, mac: Mac) -> RouteNetlinkMessage {
+    let mut message = neighbour(index, at);
+    message.header.state = NeighbourState::Permanent;
+    message.attributes.push(NeighbourAttribute::LinkLayerAddress(mac.0.to_vec()));
+    RouteNetlinkMessage::NewNeighbour(message)
+}
+
+/// A default route in the main table.
+pub(super) fn default_route(index: u32, gateway: IpAddr) -> RouteNetlinkMessage {
+    let mut message = RouteMessage::default();
+    message.header.address_family = family(gateway);
+    message.header.table = MAIN_TABLE;
+    message.header.protocol = RouteProtocol::Boot;
+    message.header.scope = RouteScope::Universe;
+    message.header.kind = RouteType::Unicast;
+    message.attributes =
+        vec![RouteAttribute::Gateway(RouteAddress::from(gateway)), RouteAttribute::Oif(index)];
+    RouteNetlinkMessage::NewRoute(message)
+}
+
+/// The question how packets to an address leave.
+pub(super) fn get_route(address: IpAddr) -> RouteNetlinkMessage {
+    let mut message = RouteMessage::default();
+    message.header.address_family = family(address);
+    message.header.destination_prefix_length = if address.is_ipv4() { 32 } else { 128 };
+    message.attributes = vec![RouteAttribute::Destination(RouteAddress::from(address))];
+    RouteNetlinkMessage::GetRoute(message)
+}
+
+/// A question about one device.
+pub(super) fn get_link(device: Device) -> RouteNetlinkMessage {
+    let mut message = LinkMessage::default();
+    message.attributes = vec![
+        LinkAttribute::IfName(device.as_str().to_owned()),
+        LinkAttribute::ExtMask(vec![LinkExtentMask::SkipStats]),
+    ];
+    RouteNetlinkMessage::GetLink(message)
+}
+
+/// The same by index.
+pub(super) fn get_link_at(index: u32) -> RouteNetlinkMessage {
+    let mut message = LinkMessage::default();
+    message.header.index = index;
+    message.attributes = vec![LinkAttribute::ExtMask(vec![LinkExtentMask::SkipStats])];
+    RouteNetlinkMessage::GetLink(message)
+}
+
+pub(super) fn del_link(index: u32) -> RouteNetlinkMessage {
+    let mut message = LinkMessage::default();
+    message.header.index = index;
+    RouteNetlinkMessage::DelLink(message)
+}
+
+/// For a device that we have just made: it may not have its alias yet.
+pub(super) fn del_link_named(device: Device) -> RouteNetlinkMessage {
+    RouteNetlinkMessage::DelLink(change(Target::Name(device), Vec::new()))
+}
+
+/// Deletes all devices of a group at once.
+pub(super) fn del_group(group: u32) -> RouteNetlinkMessage {
+    let mut message = LinkMessage::default();
+    message.attributes = vec![LinkAttribute::Group(group)];
+    RouteNetlinkMessage::DelLink(message)
+}
+
+/// Which device a change is for: one that was just made has no index that we know.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Target {
+    Name(Device),
+    Index(u32),
+}
+
+/// A change of a device that is there.
+pub(super) fn change(target: Target, attributes: Vec<LinkAttribute>) -> LinkMessage {
+    let mut message = LinkMessage::default();
+    match target {
+        Target::Name(device) => message.attributes.push(LinkAttribute::IfName(device.as_str().to_owned())),
+        Target::Index(index) => message.header.index = index,
+    }
+    message.attributes.extend(attributes);
+    message
+}
+
+/// Sets it up or down.
+pub(super) fn set_up(target: Target, up: bool) -> RouteNetlinkMessage {
+    let mut message = change(target, Vec::new());
+    message.header.flags = if up { LinkFlags::Up } else { LinkFlags::empty() };
+    message.header.change_mask = LinkFlags::Up;
+    RouteNetlinkMessage::NewLink(message)
+}
+
+pub(super) fn set(target: Target, attributes: Vec<LinkAttribute>) -> RouteNetlinkMessage {
+    RouteNetlinkMessage::NewLink(change(target, attributes))
+}
+
+pub(super) fn alias(text: &str) -> LinkAttribute {
+    let mut whole = format!("{ALIAS}{text}");
+    while whole.len() > MAX_ALIAS {
+        whole.pop();
+    }
+    LinkAttribute::IfAlias(whole)
+}
+
+/// The kernel makes no link-local IPv6 address on it.
+pub(super) fn no_link_local() -> LinkAttribute {
+    LinkAttribute::AfSpecUnspec(vec![AfSpecUnspec::Inet6(vec![AfSpecInet6::AddrGenMode(
+        In6AddrGenMode::None,
+    )])])
+}
+
+pub(super) fn hardware_address(mac: Mac) -> LinkAttribute {
+    LinkAttribute::Address(mac.0.to_vec())
+}
+
+/// Makes a bridge, a VXLAN device or the kernel's end of a tunnel, down and bare.
+pub(super) fn new_link(device: Device, link: &Link) -> Option<RouteNetlinkMessage> {
+    let mut attributes = vec![LinkAttribute::IfName(device.as_str().to_owned())];
+    let info = match link {
+        Link::Bridge { mac, mtu, .. } => {
+            attributes.push(hardware_address(*mac));
+            // The bridge stops taking over its ports' MTU when its own is changed, and only then:
+            // so it is made with another one than it gets.
+            attributes.push(LinkAttribute::Mtu(u32::from(mtu ^ 1)));
+            bridge_info()
+        }
+        Link::Vxlan { vni, local, port, mtu, mac, sealed, .. } => {
+            attributes.push(hardware_address(*mac));
+            attributes.push(LinkAttribute::Mtu(u32::from(*mtu)));
+            let local = match local {
+                IpAddr::V4(local) => InfoVxlan::Local(*local),
+                IpAddr::V6(local) => InfoVxlan::Local6(*local),
+            };
+            let mut data =
+                vec![InfoVxlan::Id(*vni), local, InfoVxlan::Port(*port), InfoVxlan::Learning(false)];
+            if *sealed {
+                data.extend([InfoVxlan::UDPZeroCsumTX(true), InfoVxlan::UDPZeroCsumRX(true)]);
+            }
+            vec![LinkInfo::Kind(InfoKind::Vxlan), LinkInfo::Data(InfoData::Vxlan(data))]
+        }
+        Link::Tunnel { kind: TunnelKind::Kernel, mtu, .. } => {
+            attributes.push(LinkAttribute::Mtu(u32::from(*mtu)));
+            vec![LinkInfo::Kind(InfoKind::Wireguard)]
+        }
+        // Made by the tunnel's engine, or by an attach.
+        Link::Tap { .. } | Link::Tunnel { kind: TunnelKind::Userspace, .. } | Link::Endpoint { .. } => {
+            return None;
+        }
+    };
+    attributes.push(LinkAttribute::LinkInfo(info));
+    let mut message = LinkMessage::default();
+    message.attributes = attributes;
+    Some(RouteNetlinkMessage::NewLink(message))
+}
+
+/// A bridge without spanning tree, multicast snooping and detours through iptables.
+pub(super) fn bridge_info() -> Vec<LinkInfo> {
+    vec![
+        LinkInfo::Kind(InfoKind::Bridge),
+        LinkInfo::Data(InfoData::Bridge(vec![
+            InfoBridge::StpState(BridgeStpState::Disabled),
+            InfoBridge::MulticastSnooping(false),
+            InfoBridge::NfCallIpTables(false),
+            InfoBridge::NfCallIp6Tables(false),
+            InfoBridge::NfCallArpTables(false),
+        ])),
+    ]
+}
+
+/// Makes a VXLAN device forget nothing and learn nothing.
+pub(super) fn no_learning() -> Vec<LinkInfo> {
+    vec![LinkInfo::Kind(InfoKind::Vxlan), LinkInfo::Data(InfoData::Vxlan(vec![InfoVxlan::Learning(false)]))]
+}
+
+/// How a port of ours behaves: it learns nothing, and on the VXLAN device questions about
+/// neighbours that are known are answered here. By that of an endpoint frames may leave that came in by it, or not.
+pub(super) fn port(device: Device, hairpin: bool) -> LinkAttribute {
+    let mut flags = vec![InfoBridgePort::Learning(false)];
+    match device.role() {
+        Some(Role::Vxlan(_)) => flags.push(InfoBridgePort::NeighSupress(true)),
+        _ => flags.push(InfoBridgePort::HairpinMode(hairpin)),
+    }
+    LinkAttribute::LinkInfo(vec![
+        LinkInfo::PortKind(InfoPortKind::Bridge),
+        LinkInfo::PortData(InfoPortData::BridgePort(flags)),
+    ])
+}
+
+/// The host's end of a pair.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Outer {
+    /// A port of the bridge with this index.
+    Port(u32),
+    /// A device by itself, with this address.
+    Alone(Mac),
+}
+
+/// An endpoint's pair, the other end straight in its namespace. Both are down: the kernel can only
+/// set an end up that has another.
+pub(super) fn new_pair(
+    device: Device,
+    outer: Outer,
+    mtu: u16,
+    netns: BorrowedFd<'_>,
+    ifname: &str,
+    mac: Mac,
+) -> RouteNetlinkMessage {
+    let mut peer = LinkMessage::default();
+    peer.attributes = vec![
+        LinkAttribute::IfName(ifname.to_owned()),
+        hardware_address(mac),
+        LinkAttribute::Mtu(u32::from(mtu)),
+        LinkAttribute::NetNsFd(netns.as_raw_fd()),
+        LinkAttribute::NumTxQueues(QUEUES),
+        LinkAttribute::NumRxQueues(QUEUES),
+    ];
+    let mut message = LinkMessage::default();
+    message.attributes = vec![
+        LinkAttribute::IfName(device.as_str().to_owned()),
+        LinkAttribute::Mtu(u32::from(mtu)),
+        LinkAttribute::NumTxQueues(QUEUES),
+        LinkAttribute::NumRxQueues(QUEUES),
+        LinkAttribute::LinkInfo(vec![
+            LinkInfo::Kind(InfoKind::Veth),
+            LinkInfo::Data(InfoData::Veth(InfoVeth::Peer(peer))),
+        ]),
+    ];
+    message.attributes.extend(match outer {
+        Outer::Port(bridge) => vec![hardware_address(port_mac(device)), LinkAttribute::Controller(bridge)],
+        Outer::Alone(mac) => vec![hardware_address(mac)],
+    });
+    RouteNetlinkMessage::NewLink(message)
+}
+
+/// The address of a port itself. Nothing is ever sent from it; it is set so that udev sets no
+/// other. The first byte keeps it apart from those of endpoints and gateways.
+pub fn port_mac(device: Device) -> Mac {
+    match device.role() {
+        Some(Role::Endpoint(EndpointId([a, b, c, d, e]))) => Mac([0x12, a, b, c, d, e]),
+        Some(Role::Bridge(_) | Role::Vxlan(_) | Role::Tunnel(_)) | None => Mac([0x16, 0, 0, 0, 0, 0]),
+    }
+}

@@ -1,0 +1,142 @@
+//! Whether a host's kernel answers: ICMP echo. It does so while ovld there is stopped.
+
+use std::collections::HashMap;
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::atomic::{AtomicU16, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use etherparse::{IcmpEchoHeader, Icmpv4Header, Icmpv4Type, Icmpv6Header, Icmpv6Type, Ipv4HeaderSlice};
+use socket2::{Domain, Protocol, Socket, Type};
+use tokio::net::UdpSocket;
+use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
+
+use super::error::{KernelError, Result};
+
+/// After the ICMP header; any bytes would do.
+const PAYLOAD: &[u8] = b"ovl: is this host up?";
+
+/// Sends echo requests. Clones share the sockets.
+#[derive(Debug, Clone)]
+pub struct Prober(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    v4: Family,
+    /// None on a kernel without IPv6.
+    v6: Option<Family>,
+    id: u16,
+    next: AtomicU16,
+}
+
+#[derive(Debug)]
+struct Family {
+    socket: Arc<UdpSocket>,
+    waiting: Waiting,
+    reader: JoinHandle<()>,
+}
+
+/// Who waits for which answer: by address, identifier and sequence number.
+type Waiting = Arc<Mutex<HashMap<(IpAddr, u16, u16), oneshot::Sender<()>>>>;
+
+impl Prober {
+    /// Within a tokio runtime; needs CAP_NET_RAW.
+    pub fn new() -> Result<Self> {
+        let error = |error| KernelError::io("cannot open a socket for ICMP", &error);
+        let v4 = Family::open(Domain::IPV4, Protocol::ICMPV4, echo_reply_v4).map_err(error)?;
+        let v6 = Family::open(Domain::IPV6, Protocol::ICMPV6, echo_reply_v6).ok();
+        // Another ovld of this host, in another process, gets answers to ours too.
+        let id = std::process::id() as u16;
+        Ok(Self(Arc::new(Inner { v4, v6, id, next: AtomicU16::new(0) })))
+    }
+
+    /// Whether an answer came in time. Many may run at once.
+    pub async fn probe(&self, address: IpAddr, timeout: Duration) -> bool {
+        let inner = &*self.0;
+        let family = match address {
+            IpAddr::V4(_) => Some(&inner.v4),
+            IpAddr::V6(_) => inner.v6.as_ref(),
+        };
+        let Some(family) = family else { return false };
+        let seq = inner.next.fetch_add(1, Ordering::Relaxed);
+        let echo = IcmpEchoHeader { id: inner.id, seq };
+        let key = (address, echo.id, echo.seq);
+        let (sender, answer) = oneshot::channel();
+        lock(&family.waiting).insert(key, sender);
+        let answered = async { family.send(address, echo).await.is_ok() && answer.await.is_ok() };
+        let answered = tokio::time::timeout(timeout, answered).await.unwrap_or(false);
+        lock(&family.waiting).remove(&key);
+        answered
+    }
+}
+
+impl Family {
+    fn open(
+        domain: Domain,
+        protocol: Protocol,
+        parse: fn(&[u8]) -> Option<IcmpEchoHeader>,
+    ) -> io::Result<Self> {
+        let socket = Socket::new(domain, Type::RAW, Some(protocol))?;
+        socket.set_nonblocking(true)?;
+        // It is no UDP socket, but is read and written like one.
+        let socket = Arc::new(UdpSocket::from_std(socket.into())?);
+        let waiting = Waiting::default();
+        let reader = tokio::spawn(read(Arc::clone(&socket), Arc::clone(&waiting), parse));
+        Ok(Self { socket, waiting, reader })
+    }
+
+    async fn send(&self, to: IpAddr, echo: IcmpEchoHeader) -> io::Result<()> {
+        let mut packet = Vec::with_capacity(64);
+        match to {
+            IpAddr::V4(_) => {
+                Icmpv4Header::with_checksum(Icmpv4Type::EchoRequest(echo), PAYLOAD).write(&mut packet)?;
+            }
+            // The kernel computes this checksum: it needs the source address.
+            IpAddr::V6(_) => Icmpv6Header::new(Icmpv6Type::EchoRequest(echo)).write(&mut packet)?,
+        }
+        packet.extend_from_slice(PAYLOAD);
+        self.socket.send_to(&packet, SocketAddr::new(to, 0)).await.map(drop)
+    }
+}
+
+impl Drop for Family {
+    fn drop(&mut self) {
+        self.reader.abort();
+    }
+}
+
+async fn read(socket: Arc<UdpSocket>, waiting: Waiting, parse: fn(&[u8]) -> Option<IcmpEchoHeader>) {
+    let mut packet = [0; 512];
+    loop {
+        // Errors such as "no route to host" belong to packets that were sent, and end nothing.
+        let Ok((length, from)) = socket.recv_from(&mut packet).await else { continue };
+        if let Some(echo) = packet.get(..length).and_then(parse)
+            && let Some(sender) = lock(&waiting).remove(&(from.ip(), echo.id, echo.seq))
+        {
+            let _ = sender.send(());
+        }
+    }
+}
+
+/// Of a packet with its IP header.
+fn echo_reply_v4(packet: &[u8]) -> Option<IcmpEchoHeader> {
+    let header = Ipv4HeaderSlice::from_slice(packet).ok()?;
+    match Icmpv4Header::from_slice(packet.get(header.slice().len()..)?).ok()?.0.icmp_type {
+        Icmpv4Type::EchoReply(echo) => Some(echo),
+        _ => None,
+    }
+}
+
+/// Of a packet that begins with ICMP.
+fn echo_reply_v6(packet: &[u8]) -> Option<IcmpEchoHeader> {
+    match Icmpv6Header::from_slice(packet).ok()?.0.icmp_type {
+        Icmpv6Type::EchoReply(echo) => Some(echo),
+        _ => None,
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

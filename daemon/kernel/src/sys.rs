@@ -1,0 +1,92 @@
+//! The system calls that no crate of ours wraps.
+
+use std::io;
+use std::net::IpAddr;
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::time::Duration;
+
+use nix::libc;
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
+
+/// `NS_GET_NSTYPE` of `linux/nsfs.h`.
+const NS_GET_NSTYPE: libc::c_ulong = 0xb703;
+
+/// All addresses of this host, each with the name of its device.
+pub fn own_addresses() -> io::Result<impl Iterator<Item = (String, IpAddr)>> {
+    let all = nix::ifaddrs::getifaddrs()?;
+    Ok(all.filter_map(|entry| {
+        let address = entry.address?;
+        let v4 = address.as_sockaddr_in().map(|address| IpAddr::V4(address.ip()));
+        let v6 = || address.as_sockaddr_in6().map(|address| IpAddr::V6(address.ip()));
+        Some((entry.interface_name, v4.or_else(v6)?))
+    }))
+}
+
+/// Waits until one of the descriptors can be read or its other end is closed; says which.
+pub(super) fn poll<const N: usize>(
+    fds: [Option<RawFd>; N],
+    timeout: Option<Duration>,
+) -> io::Result<[bool; N]> {
+    // The kernel skips negative descriptors.
+    let mut entries = fds.map(|fd| libc::pollfd { fd: fd.unwrap_or(-1), events: libc::POLLIN, revents: 0 });
+    let timeout =
+        timeout.map_or(-1, |time| libc::c_int::try_from(time.as_millis()).unwrap_or(libc::c_int::MAX));
+    // SAFETY: the pointer and the count describe `entries`.
+    let ready = unsafe { libc::poll(entries.as_mut_ptr(), N as libc::nfds_t, timeout) };
+    if ready >= 0 {
+        return Ok(entries.map(|entry| entry.revents != 0));
+    }
+    match io::Error::last_os_error() {
+        error if error.kind() == io::ErrorKind::Interrupted => Ok([false; N]),
+        error => Err(error),
+    }
+}
+
+/// Sends a whole frame out of a device, by a packet socket.
+pub(super) fn send_frame(socket: BorrowedFd<'_>, index: u32, frame: &[u8]) -> io::Result<()> {
+    // SAFETY: all zeros are a valid address.
+    let mut to: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
+    to.sll_family = libc::AF_PACKET as u16;
+    to.sll_ifindex = i32::try_from(index).map_err(io::Error::other)?;
+    // SAFETY: the pointers are to a frame and an address of these lengths.
+    let sent = unsafe {
+        libc::sendto(
+            socket.as_raw_fd(),
+            frame.as_ptr().cast(),
+            frame.len(),
+            0,
+            (&raw const to).cast(),
+            size_of::<libc::sockaddr_ll>() as libc::socklen_t,
+        )
+    };
+    if sent < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// What kind of namespace a descriptor of the namespace file system is: a `CLONE_NEW...` number.
+pub(super) fn namespace_type(fd: BorrowedFd<'_>) -> io::Result<i32> {
+    // SAFETY: the request takes no argument.
+    match unsafe { libc::ioctl(fd.as_raw_fd(), NS_GET_NSTYPE as _) } {
+        -1 => Err(io::Error::last_os_error()),
+        kind => Ok(kind),
+    }
+}
+
+/// The cookie of the network namespace that the calling thread is in: a number that no other namespace
+/// of this boot had or gets.
+pub(super) fn netns_cookie() -> io::Result<u64> {
+    // Sockets of every family belong to one.
+    let socket = socket(AddressFamily::Unix, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
+    let mut cookie = 0u64;
+    let mut length = size_of::<u64>() as libc::socklen_t;
+    // SAFETY: the pointers are to a value of that length and to the length.
+    let done = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_NETNS_COOKIE,
+            (&raw mut cookie).cast(),
+            &raw mut length,
+        )
+    };
+    if done == 0 { Ok(cookie) } else { Err(io::Error::last_os_error()) }
+}

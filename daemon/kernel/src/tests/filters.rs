@@ -1,0 +1,115 @@
+//! The nftables table.
+
+use std::time::Instant;
+
+use ovl_core::op::Op;
+use ovl_core::{filter, ipam};
+use ovl_proto::clock::Stamp;
+use ovl_proto::object::{Backend, Driver, Mode, Network};
+
+use super::lab::{Lab, NETWORK, in_namespace, ip, net, run};
+use crate::KernelEvent;
+
+fn text() -> String {
+    let network = Network {
+        id: NETWORK,
+        name: "blue".to_owned(),
+        created: Stamp::default(),
+        driver: Driver::Overlay,
+        mode: Mode::L2,
+        vni: 4097,
+        subnets: vec![ipam::new_subnet(net("10.1.0.0/16")).expect("subnet")],
+        mtu: None,
+        encrypted: false,
+        internal: false,
+        backend: Backend::Vxlan,
+        names: true,
+        on_demand: false,
+    };
+    filter::render(
+        &[&network],
+        &[ip("192.0.2.2"), ip("192.0.2.3"), ip("2001:db8::1")].into(),
+        4789,
+        None,
+        true,
+    )
+}
+
+async fn write(lab: &Lab, text: &str) {
+    lab.kernel.apply(vec![Op::Filter(text.to_owned())]).await.remove(0).result.expect("written");
+}
+
+#[test]
+fn the_table_is_written_recognised_and_removed() {
+    in_namespace(async || {
+        let mut lab = Lab::start();
+        assert_eq!(lab.dump().await.filter, None);
+        let start = Instant::now();
+        write(&lab, &text()).await;
+        println!("written in {:?}", start.elapsed());
+        assert_eq!(lab.dump().await.filter, Some(text()));
+        let start = Instant::now();
+        lab.dump().await;
+        println!("a dump: {:?}", start.elapsed());
+        assert_eq!(lab.events().await, [], "our own doing");
+        let other = text().replace("192.0.2.3", "192.0.2.4");
+        write(&lab, &other).await;
+        assert_eq!(lab.dump().await.filter, Some(other));
+        lab.kernel.remove_filter().await.expect("removed");
+        assert_eq!(lab.dump().await.filter, None);
+        lab.kernel.remove_filter().await.expect("gone is fine");
+        assert_eq!(lab.events().await, []);
+    });
+}
+
+#[test]
+fn what_others_do_to_it_is_noticed() {
+    in_namespace(async || {
+        let mut lab = Lab::start();
+        write(&lab, &text()).await;
+        for line in [
+            "nft flush ruleset",
+            "nft delete table inet ovl",
+            "nft delete element inet ovl vteps4 { 192.0.2.3 }",
+            "nft add element inet ovl vteps4 { 192.0.2.9 }",
+            "nft flush chain inet ovl output",
+            "nft insert rule inet ovl prerouting accept",
+        ] {
+            run(line);
+            assert_eq!(lab.events().await, [KernelEvent::FilterChanged], "{line}");
+            assert_ne!(lab.dump().await.filter, Some(text()), "{line}");
+            write(&lab, &text()).await;
+            assert_eq!(lab.dump().await.filter, Some(text()), "{line}");
+            assert_eq!(lab.events().await, [], "{line}");
+        }
+        run("nft add table inet other && nft add chain inet other c && nft delete table inet other");
+        run("nft add table ip ovl");
+        assert_eq!(lab.events().await, [], "other tables are not ours");
+    });
+}
+
+#[test]
+fn a_new_run_does_not_know_the_table() {
+    in_namespace(async || {
+        write(&Lab::start(), &text()).await;
+        let lab = Lab::start();
+        assert_eq!(lab.dump().await.filter.as_deref(), Some("unknown"));
+        write(&lab, &text()).await;
+        assert_eq!(lab.dump().await.filter, Some(text()));
+    });
+}
+
+#[test]
+fn what_nft_refuses_is_said() {
+    in_namespace(async || {
+        let lab = Lab::start();
+        write(&lab, &text()).await;
+        let outcome =
+            lab.kernel.apply(vec![Op::Filter("table inet ovl { nonsense }".to_owned())]).await.remove(0);
+        let error = outcome.result.unwrap_err().to_string();
+        assert!(
+            error.starts_with("nft refuses the packet filter: ") && error.contains("nonsense"),
+            "{error}"
+        );
+    });
+}

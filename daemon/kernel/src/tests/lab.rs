@@ -1,0 +1,216 @@
+//! A network namespace for each test, on a thread of its own.
+
+use std::future::Future;
+use std::net::IpAddr;
+use std::process::Command;
+use std::time::Duration;
+
+use ipnet::IpNet;
+use nix::sched::{CloneFlags, unshare};
+use ovl_core::device::Device;
+use ovl_core::diff::diff;
+use ovl_core::kernel::{Kernel, Link, Remote};
+use ovl_core::op::Op;
+use ovl_proto::id::{EndpointId, Mac, NetworkId};
+use tokio::sync::mpsc;
+
+use crate::{EndpointSpec, HostEnd, KernelEvent, KernelHandle, Netns, Result, open_netns, start};
+
+/// Runs the body on a thread that has a fresh network namespace with an underlay device `up0`, as
+/// the worker and all commands that it starts have.
+pub(super) fn in_namespace<F: Future<Output = ()>>(body: impl FnOnce() -> F + Send + 'static) {
+    let thread = std::thread::spawn(move || {
+        unshare(CloneFlags::CLONE_NEWNET).expect("these tests need root");
+        run("ip link set lo up");
+        run("ip link add up0 type veth peer name up1");
+        run("ip link set up0 addrgenmode none; ip link set up1 addrgenmode none");
+        run("ip addr add 192.0.2.1/24 dev up0");
+        run("ip addr add 2001:db8:ffff::1/64 dev up0 nodad");
+        run("ip link set up0 up");
+        run("ip link set up1 up");
+        tokio::runtime::Builder::new_current_thread().enable_all().build().expect("runtime").block_on(body());
+    });
+    if let Err(panic) = thread.join() {
+        std::panic::resume_unwind(panic);
+    }
+}
+
+/// Runs a command in the thread's namespace; gives its output.
+pub(super) fn run(line: &str) -> String {
+    let output = Command::new("sh").args(["-c", line]).output().expect(line);
+    assert!(output.status.success(), "{line}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+pub(super) struct Lab {
+    pub(super) kernel: KernelHandle,
+    pub(super) events: mpsc::Receiver<KernelEvent>,
+}
+
+impl Lab {
+    pub(super) fn start() -> Self {
+        let (sender, events) = mpsc::channel(16);
+        Self { kernel: start(sender, Vec::new()).expect("worker"), events }
+    }
+
+    pub(super) async fn dump(&self) -> Kernel {
+        self.kernel.dump().await.expect("dump")
+    }
+
+    /// Makes an endpoint's pair and nothing else.
+    pub(super) async fn create(&self, spec: EndpointSpec) -> Result<String> {
+        self.kernel.prepare_and_create(Vec::new(), spec).await.1.map(|made| made.ifname)
+    }
+
+    /// One pass of the loop; gives what it did.
+    pub(super) async fn pass(&self, desired: &Kernel) -> Vec<Op> {
+        let ops = diff(&self.dump().await, desired, true);
+        for outcome in self.kernel.apply(ops.clone()).await {
+            outcome.result.unwrap_or_else(|error| panic!("{}: {error}", outcome.op));
+        }
+        ops
+    }
+
+    /// Nothing is left to do.
+    pub(super) async fn assert_settled(&self, desired: &Kernel) {
+        let left = diff(&self.dump().await, desired, true);
+        assert!(left.is_empty(), "left to do: {left:#?}");
+    }
+
+    /// All events until none has come for a while.
+    pub(super) async fn events(&mut self) -> Vec<KernelEvent> {
+        let mut events = Vec::new();
+        while let Ok(Some(event)) = tokio::time::timeout(Duration::from_millis(150), self.events.recv()).await
+        {
+            events.push(event);
+        }
+        events
+    }
+}
+
+pub(super) const NETWORK: NetworkId = NetworkId([1, 2, 3, 4, 5]);
+pub(super) const PORT: u16 = 4789;
+
+pub(super) fn bridge() -> Device {
+    Device::bridge(NETWORK)
+}
+
+pub(super) fn vxlan() -> Device {
+    Device::vxlan(NETWORK)
+}
+
+pub(super) fn endpoint(n: u8) -> Device {
+    Device::endpoint(EndpointId([9, 9, 9, 9, n]))
+}
+
+pub(super) fn mac(n: u32) -> Mac {
+    let [a, b, c, d] = n.to_be_bytes();
+    Mac([2, 0, a, b, c, d])
+}
+
+pub(super) fn net(text: &str) -> IpNet {
+    text.parse().expect(text)
+}
+
+pub(super) fn ip(text: &str) -> IpAddr {
+    text.parse().expect(text)
+}
+
+/// A network with so many remote endpoints, spread over hosts.
+pub(super) fn desired(local: IpAddr, remotes: u32) -> Kernel {
+    let mut kernel = Kernel::default();
+    let (bridge, vxlan) = (bridge(), vxlan());
+    let gateway = Mac::of_gateway(NETWORK);
+    kernel.links.insert(bridge, Link::Bridge { mac: gateway, mtu: 1400, up: true, tuned: true });
+    let master = Some(bridge);
+    kernel.links.insert(
+        vxlan,
+        Link::Vxlan {
+            vni: 4097,
+            local,
+            port: PORT,
+            mtu: 1400,
+            master,
+            mac: Mac::of_vxlan(NETWORK),
+            up: true,
+            tuned: true,
+            sealed: false,
+        },
+    );
+    kernel.addresses.insert((bridge, net("10.1.0.1/16")));
+    kernel.addresses.insert((bridge, net("fd00:1::1/64")));
+    for n in 0..remotes {
+        let host = (n % 50) as u8 + 2;
+        let vtep = match local {
+            IpAddr::V4(_) => IpAddr::from([192, 0, 2, host]),
+            IpAddr::V6(_) => ip(&format!("2001:db8:ffff::{host}")),
+        };
+        let remote = Remote { vtep, port: if host == 2 { 4790 } else { PORT } };
+        let mac = mac(n);
+        kernel.remotes.insert((vxlan, mac), remote);
+        kernel.floods.insert((vxlan, remote));
+        kernel.ports.insert((vxlan, mac));
+        let [_, _, a, b] = n.to_be_bytes();
+        kernel.neighbours.insert((bridge, IpAddr::from([10, 1, a + 1, b])), mac);
+        kernel.neighbours.insert((bridge, ip(&format!("fd00:1::{:x}", n + 0x100))), mac);
+    }
+    kernel
+}
+
+/// A namespace of a container: it lives as long as the process in it.
+pub(super) struct Container(std::process::Child);
+
+impl Container {
+    pub(super) fn new() -> Self {
+        let container = Self(Command::new("unshare").args(["-n", "sleep", "1000"]).spawn().expect("unshare"));
+        let own = std::fs::read_link("/proc/thread-self/ns/net").expect("own");
+        while std::fs::read_link(container.path()).expect("its") == own {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        container
+    }
+
+    pub(super) fn path(&self) -> String {
+        format!("/proc/{}/ns/net", self.0.id())
+    }
+
+    pub(super) fn open(&self) -> Netns {
+        open_netns(self.path().as_ref()).expect("namespace")
+    }
+
+    pub(super) fn run(&self, line: &str) -> String {
+        run(&format!("nsenter --net={} sh -c '{line}'", self.path()))
+    }
+
+    /// A spec for an endpoint with an address of each family.
+    pub(super) fn spec(&self, n: u8) -> EndpointSpec {
+        EndpointSpec {
+            device: endpoint(n),
+            name: format!("web-{n}"),
+            netns: Some(self.open()),
+            ifname: None,
+            mac: mac(n.into()),
+            mtu: 1400,
+            host_end: HostEnd::Port(bridge(), false),
+            addresses: vec![net(&format!("10.1.0.{n}/16")), net(&format!("fd00:1::{n:x}/64"))],
+            resolver: None,
+            gateways: vec![ip("10.1.0.1"), ip("fd00:1::1")],
+        }
+    }
+}
+
+impl Drop for Container {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// What the model holds of such an endpoint.
+pub(super) fn add_endpoint(kernel: &mut Kernel, n: u8) {
+    let link = Link::Endpoint { mtu: 1400, master: Some(bridge()), up: true, tuned: true, hairpin: false };
+    kernel.links.insert(endpoint(n), link);
+    kernel.ports.insert((endpoint(n), mac(n.into())));
+    kernel.neighbours.insert((bridge(), ip(&format!("10.1.0.{n}"))), mac(n.into()));
+    kernel.neighbours.insert((bridge(), ip(&format!("fd00:1::{n:x}"))), mac(n.into()));
+}

@@ -1,0 +1,229 @@
+//! Turns chitchat's state into events: the latest record of each node, its hints, and whether it is
+//! alive.
+
+use std::collections::{BTreeMap, HashSet};
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use chitchat::{Chitchat, ChitchatId};
+use ovl_proto::id::NodeId;
+use ovl_proto::record::{NodeRecord, SignedRecord};
+use tokio::sync::mpsc;
+use tracing::warn;
+
+use super::GossipEvent;
+use super::cluster::{self, Cluster, Hints, KEY_RECORD};
+use super::hub::Hub;
+use crate::keys;
+
+/// Longer than the old run of a restarted node can seem alive.
+const CLASH_AFTER: Duration = Duration::from_secs(6);
+const CLASH_EVERY: Duration = Duration::from_secs(10);
+/// Ticks come far more often; when they did not, we were stopped, and know nothing of the others.
+const PAUSE: Duration = Duration::from_secs(1);
+/// After a pause nobody is declared dead for so long.
+const RECOVERY: Duration = Duration::from_secs(2);
+
+/// Watches for as long as there is somebody to tell.
+pub(super) async fn run(hub: Arc<Hub>, cluster: Arc<Cluster>, events: mpsc::Sender<GossipEvent>) {
+    let mut monitor = Monitor::default();
+    let mut last = Instant::now();
+    let mut trust_from = last;
+    loop {
+        hub.news.notified().await;
+        let now = Instant::now();
+        if now.saturating_duration_since(last) > PAUSE {
+            trust_from = now + RECOVERY;
+        }
+        last = now;
+        let (mut news, overwritten) =
+            cluster.with(|chitchat| monitor.scan(chitchat, &hub, now, now >= trust_from)).await;
+        if overwritten {
+            // A peer with a fault may have changed our own values.
+            cluster.publish().await;
+        }
+        {
+            let mut state = hub.lock();
+            news.extend(state.queue.drain(..));
+            let mtus = state.book.new_mtus();
+            news.extend(mtus.into_iter().map(|(node, mtu)| GossipEvent::PathMtu { node, mtu }));
+        }
+        for event in news {
+            if events.send(event).await.is_err() {
+                return;
+            }
+        }
+        // What the engine took its time for is not a pause of ours.
+        last = last.max(Instant::now());
+    }
+}
+
+#[derive(Default)]
+struct Monitor {
+    seen: BTreeMap<ChitchatId, Seen>,
+    told: BTreeMap<NodeId, Told>,
+    clashes: BTreeMap<NodeId, (Instant, Option<Instant>)>,
+}
+
+/// One generation of a node, as far as it is understood.
+struct Seen {
+    version: u64,
+    live: bool,
+    hints: Hints,
+    record: Option<(NodeRecord, SignedRecord)>,
+    scan: Instant,
+}
+
+/// What the engine knows.
+#[derive(PartialEq)]
+struct Told {
+    signed: SignedRecord,
+    hints: Hints,
+    alive: bool,
+}
+
+impl Monitor {
+    /// What changed; and whether our own values are to be checked.
+    fn scan(
+        &mut self,
+        chitchat: &mut Chitchat,
+        hub: &Hub,
+        now: Instant,
+        trust: bool,
+    ) -> (Vec<GossipEvent>, bool) {
+        let own = chitchat.self_chitchat_id().clone();
+        let mut overwritten = false;
+        let live: HashSet<&ChitchatId> = chitchat.live_nodes().collect();
+        for (id, state) in chitchat.node_states() {
+            let version = state.max_version();
+            let seen = self.seen.get_mut(id);
+            if let Some(seen) = seen
+                && seen.version == version
+            {
+                seen.live = live.contains(id);
+                seen.scan = now;
+                continue;
+            }
+            // Our own: mostly because we have published something, and then publishing is no change.
+            overwritten |= *id == own;
+            let text = state.get(KEY_RECORD).filter(|_| *id != own);
+            let record = text.and_then(|text| self.read(id, text));
+            let hints = cluster::hints_of(state);
+            let seen = Seen { version, live: live.contains(id), hints, record, scan: now };
+            self.seen.insert(id.clone(), seen);
+        }
+        self.seen.retain(|_, seen| seen.scan == now);
+
+        let mut events = Vec::new();
+        let mut ids: Vec<(NodeId, &ChitchatId, &Seen)> = Vec::new();
+        for (id, seen) in &self.seen {
+            if let Ok(node) = id.node_id.parse() {
+                ids.push((node, id, seen));
+            }
+        }
+        let mut present = HashSet::new();
+        // Ids of one node are neighbours: they are sorted by their text.
+        for group in ids.chunk_by(|one, other| one.0 == other.0) {
+            let Some(&(node, ..)) = group.first() else { continue };
+            present.insert(node);
+            clash(&mut self.clashes, node, group, now, &mut events);
+            if node != hub.node {
+                tell(&mut self.told, node, group, hub, now, trust, &mut events);
+            }
+        }
+        self.clashes.retain(|node, _| present.contains(node));
+        let gone: Vec<NodeId> = self.told.keys().filter(|node| !present.contains(node)).copied().collect();
+        for node in gone {
+            self.told.remove(&node);
+            hub.lock().book.unlist(node);
+            events.push(GossipEvent::Gone(node));
+        }
+        (events, overwritten)
+    }
+
+    /// A record that is good and that of this node; it need not be checked again where it is the
+    /// one that was read before.
+    fn read(&self, id: &ChitchatId, text: &str) -> Option<(NodeRecord, SignedRecord)> {
+        let signed = match SignedRecord::from_text(text) {
+            Ok(signed) => signed,
+            Err(error) => {
+                warn!(node = %id.node_id, %error, "its record in gossip is not readable");
+                return None;
+            }
+        };
+        if let Some(Seen { record: Some((record, known)), .. }) = self.seen.get(id)
+            && *known == signed
+        {
+            return Some((record.clone(), signed));
+        }
+        match keys::open_record(&signed) {
+            Ok(record) if record.id.to_string() == *id.node_id => Some((record, signed)),
+            Ok(record) => {
+                warn!(node = %id.node_id, record = %record.id, "its record in gossip is that of another node");
+                None
+            }
+            Err(error) => {
+                warn!(node = %id.node_id, %error, "its record in gossip is refused");
+                None
+            }
+        }
+    }
+}
+
+/// Tells of the latest generation, if there is anything new.
+fn tell(
+    told: &mut BTreeMap<NodeId, Told>,
+    node: NodeId,
+    group: &[(NodeId, &ChitchatId, &Seen)],
+    hub: &Hub,
+    now: Instant,
+    trust: bool,
+    events: &mut Vec<GossipEvent>,
+) {
+    let readable = group.iter().filter_map(|(_, id, seen)| Some((id, seen, seen.record.as_ref()?)));
+    // By the record's own order first: that is signed.
+    let latest = readable
+        .max_by_key(|(id, _, (record, _))| (record.order(), id.generation_id, id.gossip_advertise_addr));
+    let Some((_, seen, (record, signed))) = latest else { return };
+    let before = told.get(&node);
+    let mut state = hub.lock();
+    let mut alive = seen.live || state.book.was_heard_lately(node, now);
+    if !alive && !trust && before.is_some_and(|before| before.alive) {
+        alive = true;
+    }
+    state.book.list(node, record.address, record.link_mtu, alive, now);
+    let news =
+        before.is_none_or(|told| told.alive != alive || told.hints != seen.hints || told.signed != *signed);
+    if news {
+        told.insert(node, Told { signed: signed.clone(), hints: seen.hints, alive });
+        let (record, signed, hints) = (record.clone(), signed.clone(), seen.hints);
+        events.push(GossipEvent::Peer { record, signed, hints, alive });
+    }
+}
+
+/// Two runs of one node that live side by side are two daemons with one key.
+fn clash(
+    clashes: &mut BTreeMap<NodeId, (Instant, Option<Instant>)>,
+    node: NodeId,
+    group: &[(NodeId, &ChitchatId, &Seen)],
+    now: Instant,
+    events: &mut Vec<GossipEvent>,
+) {
+    let mut live = group.iter().filter(|(_, _, seen)| seen.live).map(|(_, id, _)| *id);
+    let (Some(one), Some(other)) = (live.next(), live.next()) else {
+        clashes.remove(&node);
+        return;
+    };
+    let (since, said) = clashes.entry(node).or_insert((now, None));
+    let late = now.saturating_duration_since(*since) >= CLASH_AFTER;
+    if late && said.is_none_or(|said| now.saturating_duration_since(said) >= CLASH_EVERY) {
+        *said = Some(now);
+        let addresses: [SocketAddr; 2] = [one.gossip_advertise_addr, other.gossip_advertise_addr];
+        events.push(GossipEvent::Clash {
+            node,
+            addresses,
+            generations: [one.generation_id, other.generation_id],
+        });
+    }
+}

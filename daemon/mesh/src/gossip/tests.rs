@@ -1,0 +1,260 @@
+use ovl_proto::record::Presence;
+use ovl_proto::table::Revision;
+use tokio::time::timeout;
+
+use super::*;
+use crate::keys::{ClusterKey, Identity};
+
+struct Node {
+    identity: Identity,
+    record: NodeRecord,
+    gossip: Gossip,
+    events: mpsc::Receiver<GossipEvent>,
+    /// What the events have told so far.
+    peers: HashMap<NodeId, (NodeRecord, Hints, bool)>,
+}
+
+fn free_port() -> SocketAddr {
+    std::net::UdpSocket::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
+}
+
+fn record_at(identity: &Identity, address: SocketAddr, generation: u64) -> NodeRecord {
+    NodeRecord {
+        id: identity.id(),
+        public_key: *identity.public_key(),
+        name: format!("node-{}", address.port()),
+        generation,
+        revision: 1,
+        cluster: 0,
+        address,
+        vtep: address.ip(),
+        vxlan_port: 4789,
+        link_mtu: 9000,
+        tunnel: None,
+        keys: ovl_proto::record::ClusterKeys::default(),
+        presence: Presence::Running,
+        version: "0.1.0".to_owned(),
+    }
+}
+
+async fn node_of(
+    identity: Identity,
+    address: SocketAddr,
+    generation: u64,
+    join: &[SocketAddr],
+    key: u8,
+) -> Node {
+    let record = record_at(&identity, address, generation);
+    let (sender, events) = mpsc::channel(64);
+    let config = GossipConfig {
+        listen: address,
+        keyring: Arc::new(Keyring::new(ClusterKey::new([key; 32]), Vec::new())),
+        record: identity.sign_record(&record).unwrap(),
+        hints: Hints::default(),
+        join: join.iter().map(SocketAddr::to_string).collect(),
+        interval: Duration::from_millis(200),
+    };
+    let gossip = Gossip::start(config, sender).await.unwrap();
+    Node { identity, record, gossip, events, peers: HashMap::new() }
+}
+
+async fn node(join: &[SocketAddr]) -> Node {
+    node_of(Identity::ephemeral(), free_port(), 1, join, 1).await
+}
+
+impl Node {
+    async fn next(&mut self) -> GossipEvent {
+        let event = timeout(Duration::from_secs(20), self.events.recv()).await;
+        let event = event.expect("the event does not come").expect("gossip ended");
+        if let GossipEvent::Peer { record, hints, alive, .. } = &event {
+            self.peers.insert(record.id, (record.clone(), *hints, *alive));
+        }
+        event
+    }
+
+    /// Until an event comes that fits.
+    async fn wait(&mut self, fits: impl Fn(&GossipEvent) -> bool) {
+        while !fits(&self.next().await) {}
+    }
+
+    /// Until what was told of a peer fits; says how long that took.
+    async fn wait_peer(&mut self, id: NodeId, fits: impl Fn(&NodeRecord, &Hints, bool) -> bool) -> Duration {
+        let start = Instant::now();
+        while !self.peers.get(&id).is_some_and(|(record, hints, alive)| fits(record, hints, *alive)) {
+            self.next().await;
+        }
+        start.elapsed()
+    }
+
+    async fn wait_alive(&mut self, id: NodeId) -> Duration {
+        self.wait_peer(id, |_, _, alive| alive).await
+    }
+}
+
+#[tokio::test]
+async fn keys_change_without_a_word_lost_and_who_has_the_old_one_alone_is_understood() {
+    let key = |n: u8| ClusterKey::new([n; 32]);
+    let ring = |first, others: &[u8]| {
+        Arc::new(Keyring::new(key(first), others.iter().map(|other| key(*other)).collect()))
+    };
+    let mut a = node(&[]).await;
+    let mut b = node(&[a.record.address]).await;
+    let (ida, idb) = (a.record.id, b.record.id);
+    a.wait_alive(idb).await;
+    b.wait_alive(ida).await;
+    for gossip in [&a.gossip, &b.gossip] {
+        gossip.set_keys(ring(1, &[2]), HashMap::new()).unwrap();
+    }
+    for gossip in [&a.gossip, &b.gossip] {
+        gossip.set_keys(ring(2, &[1]), HashMap::new()).unwrap();
+    }
+    // Nobody knows anything of it: it is answered with the key that it seals with.
+    let mut c = node(&[a.record.address]).await;
+    let idc = c.record.id;
+    c.wait_alive(ida).await;
+    a.wait_alive(idc).await;
+    let hints = Hints { table: Revision { epoch: 1, change: 7 }, objects: [9; 32], alloc: 3 };
+    a.gossip.set_hints(hints);
+    b.wait_peer(ida, |_, told, _| *told == hints).await;
+    c.wait_peer(ida, |_, told, _| *told == hints).await;
+    // From here on it is a stranger, to whom nobody is known any more.
+    for gossip in [&a.gossip, &b.gossip] {
+        gossip.set_keys(ring(2, &[]), HashMap::new()).unwrap();
+    }
+    a.wait_peer(idc, |_, _, alive| !alive).await;
+    c.wait_peer(ida, |_, _, alive| !alive).await;
+    assert!(!a.gossip.other_keys().is_empty() && !c.gossip.other_keys().is_empty());
+    assert!(b.peers[&ida].2 && a.peers[&idb].2, "those two never lost each other");
+    for node in [a, b, c] {
+        node.gossip.shutdown().await;
+    }
+}
+
+#[tokio::test]
+async fn three_nodes_find_each_other_and_learn_what_changes() {
+    let mut a = node(&[]).await;
+    let mut b = node(&[a.record.address]).await;
+    let mut c = node(&[a.record.address, b.record.address]).await;
+    let (ida, idb, idc) = (a.record.id, b.record.id, c.record.id);
+    for (node, others) in [(&mut a, [idb, idc]), (&mut b, [ida, idc]), (&mut c, [ida, idb])] {
+        for other in others {
+            node.wait_alive(other).await;
+        }
+    }
+
+    let hints = Hints { table: Revision { epoch: 1, change: 7 }, objects: [9; 32], alloc: 3 };
+    a.gossip.set_hints(hints);
+    for node in [&mut b, &mut c] {
+        let took = node.wait_peer(ida, |_, told, _| *told == hints).await;
+        assert!(took < Duration::from_millis(500), "{took:?}");
+    }
+
+    a.record.revision = 2;
+    a.record.presence = Presence::Restarting;
+    let signed = a.identity.sign_record(&a.record).unwrap();
+    a.gossip.set_record(signed.clone());
+    for node in [&mut b, &mut c] {
+        node.wait_peer(ida, |record, _, _| *record == a.record).await;
+    }
+
+    a.record.revision = 3;
+    let signed = a.identity.sign_record(&a.record).unwrap();
+    a.gossip.announce(signed).await;
+    for node in [&mut b, &mut c] {
+        node.wait(|event| matches!(event, GossipEvent::Announced { record, .. } if record.revision == 3))
+            .await;
+        assert_eq!(node.gossip.path_mtus().get(&ida), Some(&9000));
+    }
+
+    let contacts = b.gossip.contacts();
+    assert!(contacts[&ida].rtt.is_some() && contacts[&ida].last_heard.elapsed() < Duration::from_secs(2));
+    assert_eq!(b.gossip.counters().dropped_malformed, 0);
+
+    // Killed: nothing is said.
+    drop(c);
+    let took = a.wait_peer(idc, |_, _, alive| !alive).await;
+    assert!(took > Duration::from_millis(1900) && took < Duration::from_secs(4), "{took:?}");
+    assert!(b.wait_peer(idc, |_, _, alive| !alive).await < Duration::from_millis(500));
+
+    for node in [a, b] {
+        node.gossip.shutdown().await;
+        std::net::UdpSocket::bind(node.record.address).expect("the socket is given back");
+    }
+}
+
+#[tokio::test]
+async fn a_restarted_node_is_the_same_one() {
+    let mut a = node(&[]).await;
+    let b = node(&[a.record.address]).await;
+    let (id, address) = (b.record.id, b.record.address);
+    a.wait_alive(id).await;
+    b.gossip.shutdown().await;
+    let mut b = node_of(b.identity, address, 2, &[], 1).await;
+    a.wait_peer(id, |record, _, _| record.generation == 2).await;
+    b.wait_alive(a.record.id).await;
+    let later = timeout(
+        Duration::from_secs(4),
+        a.wait(|event| matches!(event, GossipEvent::Peer { alive: false, .. })),
+    );
+    assert!(later.await.is_err(), "its old run does not make it dead");
+}
+
+#[tokio::test]
+async fn a_known_node_is_dialled_for_ever() {
+    let mut a = node(&[]).await;
+    let identity = Identity::ephemeral();
+    let (id, address) = (identity.id(), free_port());
+    a.gossip.set_known(vec![(id, address)]);
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    let _b = node_of(identity, address, 1, &[], 1).await;
+    assert!(a.wait_alive(id).await < Duration::from_secs(3));
+}
+
+#[tokio::test]
+async fn another_key_is_a_stranger() {
+    let mut a = node(&[]).await;
+    let b = node_of(Identity::ephemeral(), free_port(), 1, &[a.record.address], 2).await;
+    let found = timeout(Duration::from_secs(2), a.wait(|_| true)).await;
+    assert!(found.is_err());
+    let counters = a.gossip.counters();
+    assert!(counters.dropped_unauthenticated > 0 && counters.received == 0);
+    assert_eq!(counters.strangers, ["127.0.0.1".parse::<std::net::IpAddr>().unwrap()]);
+    drop(b);
+}
+
+#[tokio::test]
+async fn garbage_and_replays_are_dropped() {
+    let mut a = node(&[]).await;
+    let socket = tokio::net::UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    let mut sealer = seal::Sealer::new(&ClusterKey::new([1; 32])).unwrap();
+    let mut datagram = Vec::new();
+    sealer.seal(&[250, 1, 2, 3], &mut datagram).unwrap();
+    let stranger = Identity::ephemeral();
+    let mut forged = a.identity.sign_record(&record_at(&stranger, free_port(), 1)).unwrap();
+    forged.body.reverse();
+    let mut announcement = Vec::new();
+    sealer.seal(&Packet::Announce(forged).encode().unwrap(), &mut announcement).unwrap();
+    for bytes in [&datagram[..], &datagram, &announcement, b"", b"garbage", &[1; 100], &[0; 9000]] {
+        socket.send_to(bytes, a.record.address).await.unwrap();
+    }
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    let counters = a.gossip.counters();
+    assert_eq!(counters.dropped_replayed, 1);
+    assert_eq!(counters.dropped_malformed, 2);
+    assert_eq!(counters.dropped_unauthenticated, 4);
+    let b = node(&[a.record.address]).await;
+    a.wait_alive(b.record.id).await;
+}
+
+#[tokio::test]
+async fn a_cloned_node_is_noticed() {
+    let mut a = node(&[]).await;
+    let document = ring::signature::Ed25519KeyPair::generate_pkcs8(&ring::rand::SystemRandom::new()).unwrap();
+    let clone = || Identity::from_pkcs8_for_tests(document.as_ref());
+    let b = node_of(clone(), free_port(), 5, &[a.record.address], 1).await;
+    let mut c = node_of(clone(), free_port(), 5, &[a.record.address], 1).await;
+    let id = b.record.id;
+    for node in [&mut a, &mut c] {
+        node.wait(|event| matches!(event, GossipEvent::Clash { node, .. } if *node == id)).await;
+    }
+}

@@ -1,0 +1,13 @@
+//! How daemons talk to each other.
+//!
+//! | module | what is in it |
+//! | --- | --- |
+//! | [`gossip`] | sealed datagrams, chitchat over them, pings, path MTU |
+//! | [`streams`] | encrypted TCP streams between daemons |
+//! | [`keys`] | identity, cluster key, signatures, and the files that hold them |
+
+#![warn(missing_docs)]
+
+pub mod gossip;
+pub mod keys;
+pub mod streams;

@@ -1,0 +1,174 @@
+//! The handshake of a stream, and its frames.
+//!
+//! The cluster key opens the door (Noise NNpsk0), and then each side shows who it is: its record,
+//! and a signature over the handshake, which no other connection has.
+//!
+//! ```text
+//! dialler:   length (2) | version (1) | key id (4) | Noise message 1
+//! listener:  length (2) | Noise message 2
+//! both:      length (2) | sealed hello
+//! dialler:   length (2) | sealed chunk, for ever
+//! ```
+
+use anyhow::{Context, bail, ensure};
+use ovl_proto::id::ClusterKeyId;
+use ovl_proto::record::{Domain, NodeRecord, Signature, SignedRecord};
+use ovl_proto::wire;
+use serde::{Deserialize, Serialize};
+use snow::{Builder, HandshakeState, TransportState};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+
+use crate::keys::{self, ClusterKey, Identity, Keyring};
+
+const PATTERN: &str = "Noise_NNpsk0_25519_AESGCM_SHA256";
+const PROLOGUE: &[u8] = b"ovl stream v1";
+/// An ephemeral key and a tag.
+const NOISE_MESSAGE: usize = 32 + 16;
+/// A hello holds one record and one signature.
+const MAX_HELLO: usize = 2048;
+/// What Noise adds to a chunk.
+pub(super) const TAG: usize = 16;
+/// The largest frame that a length of two bytes allows.
+pub(super) const MAX_FRAME: usize = 65_535;
+
+/// Which end of the stream one is. Signed, so that a hello cannot be sent back to its maker.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Role {
+    Dialler = 0,
+    Listener = 1,
+}
+
+/// Who one is.
+#[derive(Debug, Serialize, Deserialize)]
+struct Hello {
+    record: SignedRecord,
+    /// In [`Domain::Stream`], over the role and the hash of the handshake.
+    signature: Signature,
+}
+
+/// An authenticated stream.
+pub(super) struct Secured {
+    pub(super) noise: TransportState,
+    /// The cluster key that opened the door.
+    pub(super) key: ClusterKeyId,
+    pub(super) record: NodeRecord,
+    pub(super) signed: SignedRecord,
+}
+
+/// The dialler's side, with that key.
+pub(super) async fn dial(
+    stream: &mut TcpStream,
+    key: &ClusterKey,
+    identity: &Identity,
+    own: &SignedRecord,
+) -> anyhow::Result<Secured> {
+    let psk = psk(key);
+    let mut noise = builder(&psk)?.build_initiator()?;
+    let mut first = vec![0; NOISE_MESSAGE];
+    let length = noise.write_message(&[], &mut first)?;
+    first.truncate(length);
+    let mut frame = vec![wire::VERSION];
+    frame.extend_from_slice(&key.id().0);
+    frame.append(&mut first);
+    write_frame(stream, &frame).await?;
+
+    let second = read_frame(stream, NOISE_MESSAGE).await.context("no answer to the handshake")?;
+    noise.read_message(&second, &mut []).context("the peer does not have this cluster key")?;
+    introduce(stream, noise, Role::Dialler, key, identity, own).await
+}
+
+/// The listener's side.
+pub(super) async fn listen(
+    stream: &mut TcpStream,
+    keyring: &Keyring,
+    identity: &Identity,
+    own: &SignedRecord,
+) -> anyhow::Result<Secured> {
+    let first = read_frame(stream, 1 + 4 + NOISE_MESSAGE).await.context("no handshake of ours")?;
+    let Some((&version, rest)) = first.split_first() else { bail!("an empty handshake") };
+    ensure!(
+        version == wire::VERSION,
+        "it speaks version {version} of the protocol, and we {}",
+        wire::VERSION
+    );
+    let Some((key_id, message)) = rest.split_first_chunk() else { bail!("a handshake cut short") };
+    let mut known = false;
+    for key in keyring.opening(ClusterKeyId(*key_id)) {
+        known = true;
+        let psk = psk(key);
+        let mut noise = builder(&psk)?.build_responder()?;
+        if noise.read_message(message, &mut []).is_err() {
+            continue;
+        }
+        let mut second = vec![0; NOISE_MESSAGE];
+        let length = noise.write_message(&[], &mut second)?;
+        second.truncate(length);
+        write_frame(stream, &second).await?;
+        return introduce(stream, noise, Role::Listener, key, identity, own).await;
+    }
+    ensure!(known, "it has another cluster key");
+    bail!("its handshake is damaged or forged")
+}
+
+/// Each side says who it is, and proves it.
+async fn introduce(
+    stream: &mut TcpStream,
+    noise: HandshakeState,
+    role: Role,
+    key: &ClusterKey,
+    identity: &Identity,
+    own: &SignedRecord,
+) -> anyhow::Result<Secured> {
+    let hash = noise.get_handshake_hash().to_vec();
+    let mut noise = noise.into_transport_mode()?;
+    let signature = identity.sign(Domain::Stream, &proof(role, &hash));
+    let hello = wire::encode(&Hello { record: own.clone(), signature })?;
+    let mut sealed = vec![0; hello.len() + TAG];
+    let length = noise.write_message(&hello, &mut sealed)?;
+    sealed.truncate(length);
+    write_frame(stream, &sealed).await?;
+
+    let sealed = read_frame(stream, MAX_HELLO).await.context("the peer does not say who it is")?;
+    let mut hello = vec![0; sealed.len()];
+    let length = noise.read_message(&sealed, &mut hello)?;
+    hello.truncate(length);
+    let Hello { record: signed, signature } = wire::decode(&hello)?;
+    let record = keys::open_record(&signed)?;
+    let theirs = if role == Role::Dialler { Role::Listener } else { Role::Dialler };
+    ensure!(
+        keys::verify(&record.public_key, Domain::Stream, &proof(theirs, &hash), &signature),
+        "it is not the node {} ({}) that it says it is",
+        record.name,
+        record.id
+    );
+    Ok(Secured { noise, key: key.id(), record, signed })
+}
+
+fn proof(role: Role, hash: &[u8]) -> Vec<u8> {
+    [&[role as u8], hash].concat()
+}
+
+fn psk(key: &ClusterKey) -> [u8; 32] {
+    key.derive(b"", PROLOGUE)
+}
+
+fn builder(psk: &[u8; 32]) -> Result<Builder<'_>, snow::Error> {
+    Builder::new(PATTERN.parse()?).prologue(PROLOGUE)?.psk(0, psk)
+}
+
+async fn write_frame(stream: &mut TcpStream, frame: &[u8]) -> anyhow::Result<()> {
+    let mut bytes = u16::try_from(frame.len())?.to_be_bytes().to_vec();
+    bytes.extend_from_slice(frame);
+    stream.write_all(&bytes).await?;
+    Ok(())
+}
+
+/// A frame of the handshake: nobody has proved anything, so its size is bounded first.
+async fn read_frame(stream: &mut TcpStream, most: usize) -> anyhow::Result<Vec<u8>> {
+    let length = usize::from(stream.read_u16().await?);
+    ensure!(length <= most, "a frame of {length} bytes, at most {most} are expected");
+    let mut frame = vec![0; length];
+    stream.read_exact(&mut frame).await?;
+    Ok(frame)
+}

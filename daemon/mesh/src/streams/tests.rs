@@ -1,0 +1,324 @@
+use std::time::Instant;
+
+use ovl_proto::record::Presence;
+use ovl_proto::sync::Message;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::time::timeout;
+
+use super::*;
+use crate::keys::ClusterKey;
+
+struct Node {
+    id: NodeId,
+    links: Links,
+    events: mpsc::Receiver<LinkEvent>,
+}
+
+fn record_of(identity: &Identity, name: &str) -> NodeRecord {
+    NodeRecord {
+        id: identity.id(),
+        public_key: *identity.public_key(),
+        name: name.to_owned(),
+        generation: 1,
+        revision: 1,
+        cluster: 0,
+        address: "127.0.0.1:7940".parse().unwrap(),
+        vtep: "127.0.0.1".parse().unwrap(),
+        vxlan_port: 4789,
+        link_mtu: 1500,
+        tunnel: None,
+        keys: ovl_proto::record::ClusterKeys::default(),
+        presence: Presence::Running,
+        version: "0.1.0".to_owned(),
+    }
+}
+
+fn keyring(keys: &[u8]) -> Arc<Keyring> {
+    let mut keys = keys.iter().map(|byte| ClusterKey::new([*byte; 32]));
+    Arc::new(Keyring::new(keys.next().unwrap(), keys.collect()))
+}
+
+async fn node_at(listen: SocketAddr, identity: Arc<Identity>, keys: &[u8]) -> Node {
+    let keyring = keyring(keys);
+    let record = identity.sign_record(&record_of(&identity, "node")).unwrap();
+    let (sender, events) = mpsc::channel(64);
+    let id = identity.id();
+    let links = Links::start(LinksConfig { listen, identity, keyring, record }, sender).await.unwrap();
+    Node { id, links, events }
+}
+
+async fn node(keys: &[u8]) -> Node {
+    node_at("127.0.0.1:0".parse().unwrap(), Arc::new(Identity::ephemeral()), keys).await
+}
+
+impl Node {
+    fn addr(&self) -> SocketAddr {
+        self.links.local_addr()
+    }
+
+    fn dial(&self, others: &[&Node]) {
+        self.links.set_peers(others.iter().map(|other| (other.id, other.addr())).collect());
+    }
+
+    async fn wait<T>(&mut self, fits: impl Fn(LinkEvent) -> Option<T>) -> T {
+        let found = async {
+            loop {
+                if let Some(found) = fits(self.events.recv().await.expect("links ended")) {
+                    return found;
+                }
+            }
+        };
+        timeout(Duration::from_secs(10), found).await.expect("the event does not come")
+    }
+
+    async fn wait_up(&mut self, node: NodeId) {
+        self.wait(|event| matches!(event, LinkEvent::Up(peer) if peer == node).then_some(())).await;
+    }
+
+    async fn wait_down(&mut self, node: NodeId) {
+        self.wait(|event| matches!(event, LinkEvent::Down(peer) if peer == node).then_some(())).await;
+    }
+
+    async fn wait_message(&mut self) -> (NodeId, Message) {
+        self.wait(|event| match event {
+            LinkEvent::Message { from, message, .. } => Some((from, message)),
+            _ => None,
+        })
+        .await
+    }
+}
+
+fn text(length: usize) -> Message {
+    Message::LeaseReply { id: 1, result: Err("x".repeat(length)) }
+}
+
+#[tokio::test]
+async fn messages_go_both_ways_over_two_streams() {
+    let (mut a, mut b) = (node(&[1]).await, node(&[1]).await);
+    assert!(!a.links.send(b.id, &text(1)));
+    a.dial(&[&b]);
+    b.dial(&[&a]);
+    a.wait_up(b.id).await;
+    b.wait_up(a.id).await;
+    assert!(a.links.connected().contains(&b.id));
+    for length in [0, 10, 70_000, 5 << 20] {
+        assert!(a.links.send(b.id, &text(length)));
+        let (from, message) = b.wait_message().await;
+        assert_eq!((from, message), (a.id, text(length)));
+    }
+    for number in 0..500 {
+        assert!(b.links.send(a.id, &Message::LeaseReply { id: number, result: Err(String::new()) }));
+    }
+    for number in 0..500 {
+        let (_, message) = a.wait_message().await;
+        assert!(matches!(message, Message::LeaseReply { id, .. } if id == number), "in order");
+    }
+    a.links.set_peers(BTreeMap::new());
+    a.wait_down(b.id).await;
+    assert!(a.links.connected().is_empty() && !a.links.send(b.id, &text(1)));
+}
+
+#[tokio::test]
+async fn the_own_record_is_shown_and_the_wrong_node_refused() {
+    let (mut a, mut b, c) = (node(&[1]).await, node(&[1]).await, node(&[1]).await);
+    // Where b listens, c is looked for.
+    a.links.set_peers([(c.id, b.addr())].into());
+    let record = b
+        .wait(|event| match event {
+            LinkEvent::Record { record, .. } => Some(record),
+            _ => None,
+        })
+        .await;
+    assert_eq!(record.id, a.id);
+    assert!(timeout(Duration::from_millis(500), a.events.recv()).await.is_err(), "never up");
+    assert!(a.links.connected().is_empty());
+}
+
+#[tokio::test]
+async fn a_stolen_record_is_refused() {
+    let (mut a, mut b) = (node(&[1]).await, node(&[1]).await);
+    // a says that it is somebody else, whose record everybody has, and whose key it has not.
+    let other = Identity::ephemeral();
+    a.links.set_record(other.sign_record(&record_of(&other, "other")).unwrap());
+    a.dial(&[&b]);
+    assert!(timeout(Duration::from_millis(500), b.events.recv()).await.is_err());
+    b.dial(&[&a]);
+    assert!(
+        timeout(Duration::from_millis(500), async {
+            while !matches!(b.events.recv().await, Some(LinkEvent::Up(_))) {}
+        })
+        .await
+        .is_err()
+    );
+    drop(a.events.try_recv());
+}
+
+#[tokio::test]
+async fn another_cluster_key_is_refused_and_any_of_the_ring_will_do() {
+    let (mut a, b, mut c) = (node(&[1]).await, node(&[2]).await, node(&[3, 1]).await);
+    a.dial(&[&b, &c]);
+    a.wait_up(c.id).await;
+    assert!(a.links.send(c.id, &text(1)));
+    c.wait_message().await;
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    assert_eq!(a.links.connected(), [c.id].into());
+}
+
+#[tokio::test]
+async fn a_stream_is_renewed_for_another_key_without_losing_anything() {
+    let (mut a, mut b) = (node(&[1]).await, node(&[1]).await);
+    a.dial(&[&b]);
+    a.wait_up(b.id).await;
+    let new = ClusterKey::new([2; 32]).id();
+    b.links.set_keyring(keyring(&[1, 2]));
+    for number in 0..2000 {
+        assert!(a.links.send(b.id, &Message::LeaseReply { id: number, result: Err("x".repeat(100)) }));
+        if number == 500 {
+            a.links.set_keyring(keyring(&[2, 1]));
+        }
+        if number % 100 == 0 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+    let mut last = None;
+    for number in 0..2000 {
+        let next = |event| match event {
+            LinkEvent::Message { key, message, .. } => Some((key, message)),
+            _ => None,
+        };
+        let (key, message) = b.wait(next).await;
+        assert!(matches!(message, Message::LeaseReply { id, .. } if id == number), "in order");
+        last = Some(key);
+    }
+    assert_eq!(last, Some(new));
+    // The old key goes, and what it opened with it: that is nothing.
+    b.links.set_keyring(keyring(&[2]));
+    a.links.set_keyring(keyring(&[2]));
+    assert!(a.links.send(b.id, &text(1)));
+    b.wait_message().await;
+    assert!(a.events.try_recv().is_err(), "neither down nor up");
+}
+
+#[tokio::test]
+async fn a_key_that_is_dropped_closes_the_door_behind_those_who_have_no_other() {
+    let (mut a, mut b) = (node(&[1]).await, node(&[2, 1]).await);
+    // b has not seen that a lacks its first key.
+    b.dial(&[&a]);
+    a.dial(&[&b]);
+    b.wait_up(a.id).await;
+    a.wait_up(b.id).await;
+    b.links.set_keyring(keyring(&[2]));
+    a.wait_down(b.id).await;
+    b.wait_down(a.id).await;
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    assert!(a.links.connected().is_empty() && b.links.connected().is_empty());
+}
+
+#[tokio::test]
+async fn garbage_does_no_harm() {
+    let (mut a, mut b) = (node(&[1]).await, node(&[1]).await);
+    let mut slow = Vec::new();
+    for garbage in [&b""[..], b"\0", b"\xff\xff", b"\0\x35\x01garbage", b"GET / HTTP/1.1\r\n\r\n", &[0; 5000]]
+    {
+        let mut stream = TcpStream::connect(b.addr()).await.unwrap();
+        stream.write_all(garbage).await.unwrap();
+        slow.push(stream);
+    }
+    // A handshake of the right size and key id, and random otherwise.
+    let mut forged = vec![0, 53, wire::VERSION];
+    forged.extend_from_slice(&ClusterKey::new([1; 32]).id().0);
+    forged.extend_from_slice(&[7; 48]);
+    let mut stream = TcpStream::connect(b.addr()).await.unwrap();
+    stream.write_all(&forged).await.unwrap();
+    assert_eq!(stream.read(&mut [0; 100]).await.unwrap(), 0, "closed without a word");
+    // Many who say nothing are bounded, and do not keep others out for long.
+    for _ in 0..40 {
+        slow.push(TcpStream::connect(b.addr()).await.unwrap());
+    }
+    drop(slow);
+    a.dial(&[&b]);
+    a.wait_up(b.id).await;
+    assert!(a.links.send(b.id, &text(3)));
+    b.wait_message().await;
+}
+
+#[tokio::test]
+async fn a_peer_that_restarts_is_dialled_again() {
+    let identity = Arc::new(Identity::ephemeral());
+    let mut a = node(&[1]).await;
+    let b = node_at("127.0.0.1:0".parse().unwrap(), Arc::clone(&identity), &[1]).await;
+    let (id, addr) = (b.id, b.addr());
+    a.dial(&[&b]);
+    a.wait_up(id).await;
+    b.links.shutdown().await;
+    a.wait_down(id).await;
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    let mut b = node_at(addr, identity, &[1]).await;
+    let start = Instant::now();
+    a.links.kick(id);
+    a.wait_up(id).await;
+    assert!(start.elapsed() < Duration::from_millis(500));
+    assert!(a.links.send(id, &text(1)));
+    b.wait_message().await;
+}
+
+#[tokio::test]
+async fn what_is_queued_is_flushed_at_the_end() {
+    let (mut a, mut b) = (node(&[1]).await, node(&[1]).await);
+    a.dial(&[&b]);
+    a.wait_up(b.id).await;
+    for _ in 0..20 {
+        assert!(a.links.send(b.id, &text(100_000)));
+    }
+    let (start, drain) = (Instant::now(), async { while a.events.recv().await.is_some() {} });
+    tokio::join!(a.links.shutdown(), drain, async {
+        for _ in 0..20 {
+            b.wait_message().await;
+        }
+    });
+    assert!(start.elapsed() < FLUSH);
+}
+
+#[tokio::test]
+async fn a_peer_that_takes_nothing_is_dropped() {
+    let (mut a, mut b) = (node(&[1]).await, node(&[1]).await);
+    a.dial(&[&b]);
+    a.wait_up(b.id).await;
+    // b's events are not taken, so b reads no more.
+    let sent = (0..200).take_while(|_| a.links.send(b.id, &text(1 << 20))).count();
+    assert!((15..100).contains(&sent), "{sent}");
+    assert!(a.links.connected().is_empty());
+    a.wait_down(b.id).await;
+    a.wait_up(b.id).await;
+    drop(b.events.try_recv());
+}
+
+#[tokio::test]
+async fn a_push_reaches_seven_others_at_once() {
+    let mut nodes = Vec::new();
+    for _ in 0..7 {
+        nodes.push(node(&[1]).await);
+    }
+    let mut a = node(&[1]).await;
+    a.dial(&nodes.iter().collect::<Vec<_>>());
+    for node in &nodes {
+        timeout(Duration::from_secs(5), async {
+            while !a.links.connected().contains(&node.id) {
+                a.events.recv().await;
+            }
+        })
+        .await
+        .unwrap();
+    }
+    let mut best = Duration::MAX;
+    for _ in 0..50 {
+        let start = Instant::now();
+        assert_eq!(a.links.broadcast(&text(100)), 7);
+        for node in &mut nodes {
+            node.wait_message().await;
+        }
+        best = best.min(start.elapsed());
+    }
+    assert!(best < Duration::from_millis(5), "{best:?}");
+    println!("broadcast to 7: {best:?}");
+}

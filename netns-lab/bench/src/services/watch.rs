@@ -1,0 +1,111 @@
+//! Watches kernels: tells when a transaction on elements of the table of Services is committed, by nftables' own
+//! notification, in many namespaces at once.
+
+use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use netns_lab::Host;
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{MsgFlags, SockProtocol, recv};
+
+use crate::netlink;
+
+/// The bit of NFNLGRP_NFTABLES in the mask that a netlink socket is bound to.
+const NFTABLES_GROUP: u32 = 1 << 6;
+/// NFT_MSG_NEWSETELEM and NFT_MSG_DELSETELEM of NFNL_SUBSYS_NFTABLES.
+const ELEMENTS: [u16; 2] = [10 << 8 | 12, 10 << 8 | 14];
+const TABLE: &[u8] = b"ovl-services\0";
+/// struct nfgenmsg.
+const NFGENMSG: usize = 4;
+/// NFTA_SET_ELEM_LIST_TABLE.
+const LIST_TABLE: u16 = 1;
+
+/// Hears of the commits of some hosts.
+pub(super) struct Commits(Vec<OwnedFd>);
+
+impl Commits {
+    pub(super) fn watch<'a>(hosts: impl IntoIterator<Item = &'a Host>) -> Result<Self> {
+        let listen = |host| netlink::listen(host, SockProtocol::NetlinkNetFilter, NFTABLES_GROUP);
+        hosts.into_iter().map(listen).collect::<Result<_>>().map(Self)
+    }
+
+    /// Forgets what was committed so far.
+    pub(super) fn drain(&self) -> Result<()> {
+        let mut buffer = vec![0; 1 << 16];
+        self.0.iter().try_for_each(|socket| read_all(socket, &mut buffer).map(drop))
+    }
+
+    /// When the last of the hosts had committed something, each for the first time from now on.
+    pub(super) fn all(&self, patience: Duration) -> Result<Instant> {
+        let deadline = Instant::now() + patience;
+        let mut buffer = vec![0; 1 << 16];
+        let mut missing: Vec<&OwnedFd> = self.0.iter().collect();
+        loop {
+            let left = PollTimeout::try_from(deadline.saturating_duration_since(Instant::now()))?;
+            let mut fds: Vec<PollFd> =
+                missing.iter().map(|socket| PollFd::new(socket.as_fd(), PollFlags::POLLIN)).collect();
+            match poll(&mut fds, left) {
+                Ok(0) => {
+                    bail!("{} of {} hosts committed nothing in {patience:?}", missing.len(), self.0.len())
+                }
+                Ok(_) | Err(Errno::EINTR) => {}
+                Err(error) => return Err(error).context("cannot wait for notifications"),
+            }
+            let at = Instant::now();
+            let mut still = Vec::new();
+            for socket in missing {
+                if !read_all(socket, &mut buffer)? {
+                    still.push(socket);
+                }
+            }
+            if still.is_empty() {
+                return Ok(at);
+            }
+            missing = still;
+        }
+    }
+}
+
+/// Reads what waits; says whether it was about our elements.
+fn read_all(socket: &OwnedFd, buffer: &mut [u8]) -> Result<bool> {
+    let mut found = false;
+    loop {
+        match recv(socket.as_raw_fd(), buffer, MsgFlags::empty()) {
+            Ok(length) => found |= is_ours(&buffer[..length]),
+            Err(Errno::EAGAIN) => return Ok(found),
+            Err(Errno::EINTR) => {}
+            // Of a load of all of them: what was lost was ours.
+            Err(Errno::ENOBUFS) => found = true,
+            Err(error) => return Err(error).context("cannot receive notifications"),
+        }
+    }
+}
+
+fn is_ours(datagram: &[u8]) -> bool {
+    let table = |message: &[u8]| {
+        let attributes = message.get(NFGENMSG..).unwrap_or_default();
+        netlink::attributes(attributes).any(|(kind, value)| kind == LIST_TABLE && value == TABLE)
+    };
+    netlink::messages(datagram).any(|(kind, message)| ELEMENTS.contains(&kind) && table(message))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::netlink::made::{self, attribute};
+
+    fn message(kind: u16, table: &[u8]) -> Vec<u8> {
+        made::message(kind, &[&[1, 0, 0, 0][..], &attribute(LIST_TABLE, table)].concat())
+    }
+
+    #[test]
+    fn elements_of_the_table_of_services_are_seen() {
+        assert!(is_ours(&message(ELEMENTS[0], TABLE)));
+        assert!(is_ours(&[message(10 << 8 | 15, TABLE), message(ELEMENTS[1], TABLE)].concat()));
+        assert!(!is_ours(&message(ELEMENTS[0], b"ovl-policy\0")));
+        assert!(!is_ours(&message(10 << 8 | 15, TABLE)));
+        assert!(!is_ours(&[0; 40]) && !is_ours(&[1, 2]));
+    }
+}

@@ -1,0 +1,41 @@
+//! `packets`: small datagrams as fast as one sender can.
+
+use anyhow::Result;
+use serde_json::json;
+
+use super::ground::Ground;
+use super::ovl::Network;
+use super::system::Rate;
+use crate::Bench;
+use crate::report::{Figure, Row};
+use crate::stats::{Samples, round};
+
+pub(crate) fn measure(bench: &Bench) -> Result<Figure> {
+    let mut ground = Ground::default();
+    ground.raw();
+    ground.ovl(bench, &[Network::Routed, Network::Switched, Network::Plain]);
+    ground.peers(bench);
+    let turns = bench.plan.tunnel_turns;
+    let results = ground.in_turns(turns, |system| system.datagrams(bench.plan.stream));
+    Ok(Figure {
+        setup: format!(
+            "2 hosts in each lab, UDP datagrams of 64 bytes without a pause, a system call each, {turns} turns of {} s, the \
+             median of what arrived in a second; sender, tunnel and receiver share the machine's cores. ovl between \
+             workloads, the others between the hosts. {}",
+            bench.plan.stream.as_secs(),
+            ground.setup()
+        ),
+        rows: results.names().map(|name| Row::of(name, results.of(name, median), "a second", None)).collect(),
+        notes: results.notes(),
+        details: results.to_json(|rates| {
+            json!({
+                "received_s": rates.iter().map(|rate| round(rate.received_s)).collect::<Vec<_>>(),
+                "lost_percent": rates.iter().map(|rate| round(rate.lost_percent)).collect::<Vec<_>>(),
+            })
+        }),
+    })
+}
+
+fn median(rates: &[Rate]) -> f64 {
+    Samples::new(rates.iter().map(|rate| rate.received_s).collect()).median()
+}

@@ -1,0 +1,117 @@
+//! The processes of a tunnel: which cores they may use, and what they take.
+
+use std::fs;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use nix::errno::Errno;
+use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
+use nix::unistd::Pid;
+
+use crate::idle::field;
+
+/// The one that everything is put on.
+const CORE: usize = 0;
+
+/// One on each host; none where the kernel does all of it.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Processes(pub(crate) Vec<u32>);
+
+impl Processes {
+    /// Puts all their threads on one core until the guard is dropped.
+    pub(crate) fn pin(&self) -> Result<Pinned> {
+        let mut pinned = Pinned { threads: Vec::new() };
+        for pid in &self.0 {
+            for entry in fs::read_dir(format!("/proc/{pid}/task"))? {
+                let name = entry?.file_name();
+                let thread = name.to_str().and_then(|name| name.parse().ok()).map(Pid::from_raw);
+                let thread = thread.with_context(|| format!("no thread's number: {}", name.display()))?;
+                let before = match sched_getaffinity(thread) {
+                    // Runtimes end threads at any time.
+                    Err(Errno::ESRCH) => continue,
+                    other => other.context("cannot read a thread's cores")?,
+                };
+                pinned.threads.push((thread, before));
+                match pin(thread) {
+                    Ok(()) | Err(Errno::ESRCH) => {}
+                    Err(error) => return Err(error).context("cannot put a thread on one core"),
+                }
+            }
+        }
+        Ok(pinned)
+    }
+
+    /// Forgets the peaks so far.
+    pub(crate) fn reset_peaks(&self) -> Result<()> {
+        // proc(5): "5" resets the peak resident set size.
+        self.0
+            .iter()
+            .try_for_each(|pid| fs::write(format!("/proc/{pid}/clear_refs"), "5"))
+            .context("cannot reset a process's peak of memory")
+    }
+
+    /// The largest resident memory that one of them had since then, in MiB.
+    pub(crate) fn peak_mib(&self) -> Result<f64> {
+        ensure!(!self.0.is_empty(), "no process carries this network");
+        self.0.iter().try_fold(0.0, |peak: f64, pid| {
+            let kib = field(format!("/proc/{pid}/status").as_ref(), "VmHWM:")?;
+            Ok(peak.max(kib / 1024.0))
+        })
+    }
+
+    /// Processor time used by all of them so far.
+    pub(crate) fn cpu_time(&self) -> Result<Duration> {
+        self.0.iter().try_fold(Duration::ZERO, |sum, pid| Ok(sum + netns_lab::cpu_time(*pid)?))
+    }
+}
+
+fn pin(thread: Pid) -> nix::Result<()> {
+    let mut cores = CpuSet::new();
+    cores.set(CORE)?;
+    sched_setaffinity(thread, &cores)
+}
+
+/// The same for the calling thread, for good.
+pub(crate) fn pin_this_thread() -> Result<()> {
+    pin(Pid::from_raw(0)).context("cannot put this thread on one core")
+}
+
+/// Threads that are given their cores back when this is dropped.
+pub(crate) struct Pinned {
+    threads: Vec<(Pid, CpuSet)>,
+}
+
+impl Drop for Pinned {
+    fn drop(&mut self) {
+        for (thread, cores) in &self.threads {
+            // Only of one that has ended meanwhile is it an error.
+            sched_setaffinity(*thread, cores).ok();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pinned_until_dropped() {
+        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        let pid = Pid::from_raw(child.id().cast_signed());
+        let before = sched_getaffinity(pid).unwrap();
+        let processes = Processes(vec![child.id()]);
+        let pinned = processes.pin().unwrap();
+        let mut one = CpuSet::new();
+        one.set(CORE).unwrap();
+        assert_eq!(sched_getaffinity(pid).unwrap(), one);
+        drop(pinned);
+        assert_eq!(sched_getaffinity(pid).unwrap(), before);
+
+        processes.reset_peaks().unwrap();
+        assert!(
+            processes.peak_mib().unwrap() > 0.0 && processes.cpu_time().unwrap() < Duration::from_secs(60)
+        );
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+}
