@@ -5,8 +5,8 @@ use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use ovl_proto::control::{Client, Reply, Request};
-use ovl_proto::manifest::to_yaml;
+use ovl_control::{Client, Reply, Request};
+use ovl_manifest::yaml::to_yaml;
 use serde::Serialize;
 use serde_json::json;
 

@@ -4,7 +4,7 @@ use std::io::{self, Write};
 use std::process::ExitCode;
 
 use clap::error::ErrorKind;
-use ovl_proto::control::ClientError;
+use ovl_control::ClientError;
 
 use crate::text::printable_lines;
 

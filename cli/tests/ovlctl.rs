@@ -11,7 +11,7 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::process::Stdio;
 
 use fake::{Dir, Fake, ovlctl, run};
-use ovl_proto::control::{
+use ovl_control::{
     Event, Failure, FailureKind, KeyRotation, KeyStatus, NetnsRef, Reply, Request, SubnetUse, Verify,
 };
 use ovl_proto::secret::Secret;

@@ -10,11 +10,11 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use clap::Parser;
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
-use ovl_core::allocation::Ranges;
-use ovl_core::device::Device;
-use ovl_core::networks::overlaps;
+use ovl_cluster::networks::overlaps;
+use ovl_dataplane::device::Device;
 use ovl_dns::Stub;
 use ovl_proto::{DEFAULT_PORT, DEFAULT_TUNNEL_PORT, DEFAULT_VXLAN_PORT, SEALED_VXLAN_PORT};
+use ovl_subsystems::services::allocation::Ranges;
 use serde::Deserialize;
 
 /// Where the configuration is looked for unless `--config` says otherwise.

@@ -1,4 +1,4 @@
-//! The Unix socket that `ovlctl` and the CNI plugin talk to. The protocol is in `ovl_proto::control`.
+//! The Unix socket that `ovlctl` and the CNI plugin talk to. The protocol is in `ovl_control`.
 
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
@@ -6,7 +6,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
-use ovl_proto::control::{
+use ovl_control::{
     Document, Event, Failure, FailureKind, MAX_REQUEST, MAX_STAGED, MAX_STAGED_BYTES, Reply, Request,
 };
 use serde_json::{Map, Value};

@@ -7,7 +7,6 @@ mod node;
 mod ports;
 mod problems;
 mod store;
-mod subsystems;
 mod workloads;
 
 use std::fs::{File, OpenOptions};

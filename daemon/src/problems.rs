@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-pub(crate) use ovl_proto::control::{Problem, Severity};
+pub(crate) use ovl_control::{Problem, Severity};
 
 /// What kind of problem it is. Codes are stable: scripts and runbooks rely on them. `docs/problems.md` lists them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]

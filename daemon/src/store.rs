@@ -9,14 +9,14 @@ use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
-use ovl_core::alloc;
-use ovl_core::docker::EngineNetwork;
+use ovl_consensus as alloc;
 use ovl_files::{Damaged, Durability, sha256};
 use ovl_proto::clock::Clock;
 use ovl_proto::id::{NetworkId, NodeId};
 use ovl_proto::object::{Network, SignedObject};
 use ovl_proto::record::SignedRecord;
 use ovl_proto::wire;
+use ovl_runtimes::docker::EngineNetwork;
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 

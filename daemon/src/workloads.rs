@@ -2,12 +2,12 @@
 
 use std::collections::BTreeSet;
 
-use ovl_core::backends::{Backends, Settled};
-use ovl_core::view::View;
+use ovl_cluster::backends::{Backends, Settled};
+use ovl_cluster::view::View;
 use ovl_proto::id::{EndpointId, NetworkId, NodeId};
 use ovl_proto::table::Entry;
 
-use crate::subsystems::Change;
+use ovl_subsystems::Change;
 
 /// The index, and what may have changed since it was last brought up to date.
 #[derive(Default)]

@@ -9,18 +9,14 @@
 //! | [`object`] | cluster objects: networks and what manifests say; many writers, the last one wins |
 //! | [`resource`] | Kubernetes' objects |
 //! | [`publish`] | published ports |
-//! | [`manifest`] | files of manifests: YAML and JSON as values |
 //! | [`alloc`] | the map of members and address blocks that a majority agrees on |
 //! | [`sync`] | messages of the encrypted stream between two daemons |
 //! | [`secret`] | what does not print |
 //! | [`wire`] | the binary codec all of the above share |
-//! | [`control`] | requests and replies on ovld's Unix socket, and a blocking client |
 
 pub mod alloc;
 pub mod clock;
-pub mod control;
 pub mod id;
-pub mod manifest;
 pub mod object;
 pub mod publish;
 pub mod record;

@@ -180,6 +180,31 @@ impl SignedRecord {
     }
 }
 
+/// What is known of a host's liveness.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PeerState {
+    /// Gossips.
+    Alive,
+    /// Does not gossip, and its kernel still answers, or it said that it restarts: its entries stay.
+    Suspect,
+    /// Neither gossips nor answers: its entries are withdrawn.
+    Dead,
+    /// Withdrew by itself.
+    Left,
+}
+
+impl std::fmt::Display for PeerState {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Alive => "alive",
+            Self::Suspect => "suspect",
+            Self::Dead => "dead",
+            Self::Left => "left",
+        })
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -60,6 +60,13 @@ pub struct Endpoint {
     pub publish: Vec<Published>,
 }
 
+impl Endpoint {
+    /// The names and aliases in lower case: the form in which they are compared (RFC 4343).
+    pub fn canonical_names(&self) -> impl Iterator<Item = String> {
+        std::iter::once(&self.name).chain(&self.aliases).map(|name| name.to_ascii_lowercase())
+    }
+}
+
 /// One thing that a node owns.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Entry {

@@ -11,7 +11,7 @@ use ovl_tests::cni::{Conflist, Container};
 use ovl_tests::resolver::{FakeResolver, Mood, ResolvConf, config, dig, status};
 use ovl_tests::routed::make_routed;
 use ovl_tests::service::apply;
-use ovl_tests::{Attached, SOON, attach, make_network, problems, started_with, strings, text, wait_clean};
+use ovl_tests::{Attached, SOON, attach, make_network, problems, started_with, text, wait_clean};
 use serde_json::json;
 
 /// Where the cluster's DNS is, on every host.

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process;
 
 use clap::ArgGroup;
-use ovl_proto::control::{Attach, EndpointInfo, NetnsRef, Reply, Request};
+use ovl_control::{Attach, EndpointInfo, NetnsRef, Reply, Request};
 use ovl_proto::id::Mac;
 use ovl_proto::publish::Publish;
 
@@ -148,7 +148,7 @@ fn render(endpoint: &EndpointInfo) -> String {
 #[cfg(test)]
 mod tests {
     use clap::{Args as _, FromArgMatches};
-    use ovl_proto::control::EndpointState;
+    use ovl_control::EndpointState;
 
     use super::*;
 

@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 use std::process::{self, Command, Stdio};
 
 use clap::Subcommand;
+use ovl_control::CNI_VERSIONS;
 use ovl_proto::DEFAULT_SOCKET;
-use ovl_proto::control::CNI_VERSIONS;
 use serde::Serialize;
 use serde_json::{Value, json};
 

@@ -1,6 +1,6 @@
 //! `ovlctl detach`
 
-use ovl_proto::control::Request;
+use ovl_control::Request;
 
 use crate::context::Context;
 use crate::error::Result;

@@ -1,6 +1,6 @@
 //! `ovlctl dns`
 
-use ovl_proto::control::{DnsAnswer, DnsQuestion, Reply, Request};
+use ovl_control::{DnsAnswer, DnsQuestion, Reply, Request};
 
 use crate::context::Context;
 use crate::error::{Error, Result};
@@ -57,7 +57,7 @@ fn render(answer: &DnsAnswer) -> String {
 
 #[cfg(test)]
 mod tests {
-    use ovl_proto::control::DnsRecord;
+    use ovl_control::DnsRecord;
 
     use super::*;
 

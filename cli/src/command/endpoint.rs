@@ -1,7 +1,7 @@
 //! `ovlctl endpoint`
 
 use clap::Subcommand;
-use ovl_proto::control::Request;
+use ovl_control::Request;
 
 use crate::context::Context;
 use crate::error::Result;

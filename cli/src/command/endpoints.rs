@@ -1,6 +1,6 @@
 //! `ovlctl endpoints`
 
-use ovl_proto::control::{EndpointInfo, Reply, Request};
+use ovl_control::{EndpointInfo, Reply, Request};
 
 use crate::context::Context;
 use crate::error::{Error, Result};
@@ -50,7 +50,7 @@ fn render(endpoints: &[EndpointInfo]) -> String {
 
 #[cfg(test)]
 mod tests {
-    use ovl_proto::control::EndpointState;
+    use ovl_control::EndpointState;
 
     use super::*;
 

@@ -2,8 +2,8 @@
 
 use std::ops::ControlFlow;
 
+use ovl_control::{Client, ClientError, Event, Reply, Request};
 use ovl_proto::clock::timestamp;
-use ovl_proto::control::{Client, ClientError, Event, Reply, Request};
 
 use crate::args::Output;
 use crate::context::{Context, json_text, write_out, yaml_text};

@@ -1,6 +1,6 @@
 //! `ovlctl fdb`
 
-use ovl_proto::control::{FdbRow, Reply, Request};
+use ovl_control::{FdbRow, Reply, Request};
 
 use crate::context::Context;
 use crate::error::{Error, Result};

@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 
 use clap::Subcommand;
 use data_encoding::BASE64;
+use ovl_control::{HostKeys, KeyRotation, KeyStatus, Reply, Request};
 use ovl_proto::clock::timestamp;
-use ovl_proto::control::{HostKeys, KeyRotation, KeyStatus, Reply, Request};
 use ovl_proto::secret::Secret;
 use serde_json::json;
 
@@ -233,7 +233,7 @@ mod tests {
         HostKeys {
             name: format!("host{number}"),
             id: "0410c3g8kt7o2s00".parse().unwrap(),
-            state: ovl_proto::control::PeerState::Alive,
+            state: ovl_control::PeerState::Alive,
             member: number != 3,
             seals: key(seals),
             opens: opens.iter().copied().map(key).collect(),

@@ -2,7 +2,7 @@
 
 use std::io::{self, IsTerminal};
 
-use ovl_proto::control::Request;
+use ovl_control::Request;
 
 use crate::context::Context;
 use crate::error::{Error, Result};

@@ -1,6 +1,6 @@
 //! `ovlctl metrics`
 
-use ovl_proto::control::{Reply, Request};
+use ovl_control::{Reply, Request};
 use serde_json::json;
 
 use crate::context::Context;

@@ -3,7 +3,7 @@
 use std::str::FromStr;
 
 use clap::{ArgGroup, Subcommand, ValueEnum};
-use ovl_proto::control::{NetworkCreate, NetworkInfo, Reply, Request};
+use ovl_control::{NetworkCreate, NetworkInfo, Reply, Request};
 use ovl_proto::object::{Backend, Driver, Mode};
 
 use crate::context::Context;

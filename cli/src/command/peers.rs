@@ -1,7 +1,7 @@
 //! `ovlctl peers`
 
 use clap::Subcommand;
-use ovl_proto::control::{Peer, PeerState, PeerTunnel, Reply, Request};
+use ovl_control::{Peer, PeerState, PeerTunnel, Reply, Request};
 
 use crate::args::Output;
 use crate::context::Context;

@@ -1,6 +1,6 @@
 //! `ovlctl plan`
 
-use ovl_proto::control::{Reply, Request};
+use ovl_control::{Reply, Request};
 
 use crate::context::Context;
 use crate::error::{Error, Result};

@@ -6,7 +6,7 @@ use std::thread;
 use std::time::Duration;
 
 use clap::Subcommand;
-use ovl_proto::control::{PolicyDrop, PolicyJudgement, PolicyRow, Reply, Request};
+use ovl_control::{PolicyDrop, PolicyJudgement, PolicyRow, Reply, Request};
 use ovl_proto::resource::Protocol;
 
 use crate::args::Output;
@@ -204,7 +204,7 @@ fn render_judgement(judgement: &PolicyJudgement) -> String {
 
 #[cfg(test)]
 mod tests {
-    use ovl_proto::control::PolicySide;
+    use ovl_control::PolicySide;
 
     use super::*;
 

@@ -10,11 +10,11 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use ovl_proto::control::{
+use ovl_control::{
     Action, Applied, AppliedAll, Apply, Client, Document, Reply, Request, ResourceInfo, ResourceQuery,
     ServiceBackends,
 };
-use ovl_proto::manifest::to_yaml;
+use ovl_manifest::yaml::to_yaml;
 use ovl_proto::resource::{DEFAULT_NAMESPACE, Kind, Name, ResourceKey};
 use serde_json::{Value, json};
 

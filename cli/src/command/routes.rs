@@ -1,6 +1,6 @@
 //! `ovlctl routes`
 
-use ovl_proto::control::{Reply, Request, RouteRow};
+use ovl_control::{Reply, Request, RouteRow};
 
 use crate::context::Context;
 use crate::error::{Error, Result};

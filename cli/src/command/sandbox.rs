@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use clap::Subcommand;
-use ovl_proto::control::{Reply, Request, SandboxCreate, SandboxInfo};
+use ovl_control::{Reply, Request, SandboxCreate, SandboxInfo};
 use ovl_proto::publish::Publish;
 
 use super::attach::{label, warn};

@@ -2,10 +2,10 @@
 
 use std::fmt::Write as _;
 
-use ovl_proto::clock::timestamp;
-use ovl_proto::control::{
+use ovl_control::{
     DaemonState, GossipCounters, KeyRotation, Problem, ReconcileStatus, Reply, Request, Severity, Status,
 };
+use ovl_proto::clock::timestamp;
 
 use crate::context::Context;
 use crate::error::{Error, Result};

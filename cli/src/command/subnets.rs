@@ -1,6 +1,6 @@
 //! `ovlctl subnets`
 
-use ovl_proto::control::{Reply, Request, SubnetUse};
+use ovl_control::{Reply, Request, SubnetUse};
 
 use crate::context::Context;
 use crate::error::{Error, Result};

@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use ovl_proto::control::{Reply, Request, Verify};
+use ovl_control::{Reply, Request, Verify};
 
 use crate::context::Context;
 use crate::error::{Error, Result};

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
 
-use ovl_proto::control::{Reply, Request};
+use ovl_control::{Reply, Request};
 
 /// A directory of its own, short enough for a socket's path, gone when the test is over.
 pub struct Dir(pub PathBuf);

@@ -14,8 +14,8 @@ use std::os::fd::{AsFd, OwnedFd};
 use etherparse::PacketBuilder;
 use nix::net::if_::if_nametoindex;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
-use ovl_core::device::{Device, Role};
-use ovl_core::op::Op;
+use ovl_dataplane::device::{Device, Role};
+use ovl_dataplane::op::Op;
 use ovl_proto::id::Mac;
 
 use super::error::{KernelError, Result};

@@ -8,9 +8,9 @@ use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::link::LinkAttribute;
 use nix::libc::{EACCES, EADDRINUSE, EADDRNOTAVAIL, EEXIST, EINVAL, ENODEV, ENOENT, EOPNOTSUPP, ESRCH};
 use nix::net::if_::if_nametoindex;
-use ovl_core::device::{Device, Role};
-use ovl_core::kernel::{Link, METRIC, TunnelKind};
-use ovl_core::op::Op;
+use ovl_dataplane::device::{Device, Role};
+use ovl_dataplane::op::Op;
+use ovl_dataplane::state::{Link, METRIC, TunnelKind};
 use ovl_proto::id::Mac;
 
 use super::error::{KernelError, Result};

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 
 use netlink_sys::protocols::NETLINK_NETFILTER;
 use nix::libc::ENOENT;
-use ovl_core::flows::Flows;
+use ovl_dataplane::flows::Flows;
 
 use super::attribute::{Attributes, attributes, ip, u16_be};
 use super::error::{KernelError, Result};

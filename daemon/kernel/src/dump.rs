@@ -9,8 +9,8 @@ use netlink_packet_route::link::{LinkAttribute, LinkExtentMask, LinkMessage};
 use netlink_packet_route::neighbour::NeighbourMessage;
 use netlink_packet_route::route::{RouteMessage, RouteProtocol};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
-use ovl_core::device::Device;
-use ovl_core::kernel::{Hop, Kernel, PROTOCOL};
+use ovl_dataplane::device::Device;
+use ovl_dataplane::state::{Dataplane, Hop, PROTOCOL};
 
 use super::Underlay;
 use super::attribute::{attributes, ip, u8_at};
@@ -36,8 +36,8 @@ pub(super) struct Names {
 }
 
 /// Everything except the packet filter and what is inside of tunnels.
-pub(super) fn kernel(route: &mut Route) -> Result<(Kernel, Names)> {
-    let mut kernel = Kernel::default();
+pub(super) fn kernel(route: &mut Route) -> Result<(Dataplane, Names)> {
+    let mut kernel = Dataplane::default();
     let names = links(route, &mut kernel)?;
     for message in addresses(route)?.messages().filter(|message| message.kind == RTM_NEWADDR) {
         let Some((index, net)) = fact::address(message.payload) else { continue };
@@ -72,7 +72,7 @@ pub(super) fn kernel(route: &mut Route) -> Result<(Kernel, Names)> {
     Ok((kernel, names))
 }
 
-fn links(route: &mut Route, kernel: &mut Kernel) -> Result<Names> {
+fn links(route: &mut Route, kernel: &mut Dataplane) -> Result<Names> {
     let dump = all_links(route)?;
     let mut names = Names::default();
     let views = || {
@@ -180,7 +180,7 @@ pub(super) fn routes(route: &mut Route, ours: &HashMap<u32, Device>) -> Result<B
 
 /// Prefixes of addresses and of routes, those of our devices and those that every host has aside.
 pub(super) fn prefixes(route: &mut Route) -> Result<Vec<IpNet>> {
-    let names = links(route, &mut Kernel::default())?;
+    let names = links(route, &mut Dataplane::default())?;
     let mut prefixes = Vec::new();
     let dump = addresses(route)?;
     for message in dump.messages().filter(|message| message.kind == RTM_NEWADDR) {

@@ -8,7 +8,7 @@ use ipnet::IpNet;
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
 use netlink_packet_route::link::LinkAttribute;
 use nix::libc::{EACCES, EEXIST, EOPNOTSUPP, EXFULL};
-use ovl_core::kernel::Link;
+use ovl_dataplane::state::Link;
 use ovl_proto::id::Mac;
 
 use super::apply::{Devices, Located, has_inet6};

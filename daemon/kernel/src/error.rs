@@ -2,7 +2,7 @@
 
 use std::io;
 
-use ovl_core::device::Device;
+use ovl_dataplane::device::Device;
 
 /// Why something could not be done to the kernel.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

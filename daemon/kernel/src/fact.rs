@@ -4,8 +4,8 @@ use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::IpNet;
-use ovl_core::device::{Device, Role};
-use ovl_core::kernel::{Hop, Kernel, Link, METRIC, PROTOCOL, Remote};
+use ovl_dataplane::device::{Device, Role};
+use ovl_dataplane::state::{Dataplane, Hop, Link, METRIC, PROTOCOL, Remote};
 use ovl_proto::id::Mac;
 
 use super::attribute::{attributes, ip, u8_at, u32_at};
@@ -146,7 +146,7 @@ pub(super) fn route(payload: &[u8], ours: &HashMap<u32, Device>) -> Option<(IpNe
 }
 
 /// Writes into the model; gives whether that changed it.
-pub(super) fn set(kernel: &mut Kernel, place: Place, value: Value) -> bool {
+pub(super) fn set(kernel: &mut Dataplane, place: Place, value: Value) -> bool {
     match (place, value) {
         (_, Value::None) => unset(kernel, place),
         (Place::Remote(device, mac), Value::Remote(remote)) => {
@@ -164,7 +164,7 @@ pub(super) fn set(kernel: &mut Kernel, place: Place, value: Value) -> bool {
 }
 
 /// Takes out of the model; gives whether it was there.
-pub(super) fn unset(kernel: &mut Kernel, place: Place) -> bool {
+pub(super) fn unset(kernel: &mut Dataplane, place: Place) -> bool {
     match place {
         Place::Remote(device, mac) => kernel.remotes.remove(&(device, mac)).is_some(),
         Place::Flood(device, remote) => kernel.floods.remove(&(device, remote)),

@@ -7,7 +7,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use ovl_core::filter::TABLE;
+use ovl_dataplane::nft::BASE_TABLE;
 
 use super::error::{KernelError, Result};
 use super::sys;
@@ -58,7 +58,7 @@ impl Filter {
         self.written = None;
         self.seen = None;
         // The first makes the second succeed where there is none.
-        let done = run(&["-f", "-"], &format!("table inet {TABLE}\ndelete table inet {TABLE}\n"))?;
+        let done = run(&["-f", "-"], &format!("table inet {BASE_TABLE}\ndelete table inet {BASE_TABLE}\n"))?;
         watch.drain(done.pid);
         done.check().map(drop)
     }
@@ -91,7 +91,7 @@ impl Filter {
 
 /// How `nft` shows our table, without counters; none if there is none.
 fn list() -> Result<Option<String>> {
-    let done = run(&["-s", "-n", "list", "table", "inet", TABLE], "")?;
+    let done = run(&["-s", "-n", "list", "table", "inet", BASE_TABLE], "")?;
     if !done.success && done.errors.contains("No such file or directory") {
         return Ok(None);
     }

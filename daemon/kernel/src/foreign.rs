@@ -1,11 +1,11 @@
-//! Other people's firewalls: read, and changed where [`ovl_core::firewall`] says so, by their own programs. All of it
+//! Other people's firewalls: read, and changed where the caller says so, by their own programs. All of it
 //! may take a while, and blocks.
 
 use std::io;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use ovl_core::firewall::{Chain, Foreign, Iptables};
+use ovl_dataplane::observed::{Chain, Foreign, Iptables};
 use serde_json::Value;
 
 use super::error::{KernelError, Result};

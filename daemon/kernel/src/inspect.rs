@@ -5,8 +5,8 @@ use std::net::IpAddr;
 use netlink_packet_route::address::AddressMessage;
 use netlink_packet_route::route::RouteMessage;
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
-use ovl_core::cni::Inside;
-use ovl_core::device::Device;
+use ovl_dataplane::device::Device;
+use ovl_dataplane::observed::Inside;
 
 use super::attribute::{attributes, ip, u8_at, u32_at};
 use super::error::{KernelError, Result};

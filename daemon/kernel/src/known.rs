@@ -4,9 +4,9 @@ use std::collections::HashMap;
 use std::net::IpAddr;
 
 use ipnet::IpNet;
-use ovl_core::device::{Device, Role};
-use ovl_core::kernel::{Kernel, Link};
-use ovl_core::op::Op;
+use ovl_dataplane::device::{Device, Role};
+use ovl_dataplane::op::Op;
+use ovl_dataplane::state::{Dataplane, Link};
 
 use super::attribute::{Message, attributes, u8_at, u32_at};
 use super::dump::Names;
@@ -34,7 +34,7 @@ pub(super) struct News {
 /// The last dump, with our operations and the notifications since.
 #[derive(Debug, Default)]
 pub(super) struct Known {
-    kernel: Kernel,
+    kernel: Dataplane,
     names: Names,
     news: News,
     /// Devices of ours that notifications were about, and what the last one said.
@@ -57,7 +57,7 @@ enum State {
 
 impl Known {
     /// After a dump.
-    pub(super) fn load(&mut self, kernel: Kernel, names: Names) {
+    pub(super) fn load(&mut self, kernel: Dataplane, names: Names) {
         // Their notifications were lost, or come only now and find nothing that they could end.
         let gone = self.kernel.links.keys().filter(|device| !kernel.links.contains_key(device));
         self.news.gone.extend(gone.filter(|device| matches!(device.role(), Some(Role::Endpoint(_)))));
@@ -67,7 +67,7 @@ impl Known {
     }
 
     /// What we believe.
-    pub(super) fn kernel(&self) -> &Kernel {
+    pub(super) fn kernel(&self) -> &Dataplane {
         &self.kernel
     }
 
@@ -324,7 +324,7 @@ impl Known {
     }
 }
 
-fn lost(kernel: &mut Kernel, news: &mut News, device: Device) {
+fn lost(kernel: &mut Dataplane, news: &mut News, device: Device) {
     if kernel.links.contains_key(&device) {
         kernel.forget_device(device);
         news.changed = true;

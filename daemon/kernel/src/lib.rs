@@ -48,11 +48,11 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, mpsc as queue};
 
 use ipnet::IpNet;
-use ovl_core::cni::Inside;
-use ovl_core::device::Device;
-use ovl_core::kernel::Kernel;
-use ovl_core::nft::Table;
-use ovl_core::op::Op;
+use ovl_dataplane::device::Device;
+use ovl_dataplane::nft::Table;
+use ovl_dataplane::observed::Inside;
+use ovl_dataplane::op::Op;
+use ovl_dataplane::state::Dataplane;
 use ovl_proto::id::Mac;
 use ovl_tunnel::PrivateKey;
 use tokio::sync::{mpsc, oneshot};
@@ -186,7 +186,7 @@ pub struct Outcome {
 #[derive(Debug)]
 pub struct Goal {
     /// All of ours that should be in the kernel.
-    pub desired: Kernel,
+    pub desired: Dataplane,
     /// Whether what should not be there may be removed.
     pub prune: bool,
     /// Devices that are left alone, with all that hangs on them: they are being made.
@@ -254,7 +254,7 @@ struct Way {
 
 impl KernelHandle {
     /// All of ours that is in the kernel.
-    pub async fn dump(&self) -> Result<Kernel> {
+    pub async fn dump(&self) -> Result<Dataplane> {
         self.ask(Request::Dump).await?
     }
 

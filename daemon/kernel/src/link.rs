@@ -3,8 +3,8 @@
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr};
 
-use ovl_core::device::{ALIAS, Device, Role};
-use ovl_core::kernel::{Link, TunnelKind};
+use ovl_dataplane::device::{ALIAS, Device, Role};
+use ovl_dataplane::state::{Link, TunnelKind};
 use ovl_proto::id::Mac;
 
 use super::attribute::{attributes, ip, text, u8_at, u16_at, u16_be, u32_at};

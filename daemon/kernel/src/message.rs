@@ -20,9 +20,9 @@ use netlink_packet_route::route::{
     RouteAddress, RouteAttribute, RouteFlags, RouteMessage, RouteMetric, RouteProtocol, RouteScope, RouteType,
 };
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
-use ovl_core::device::{ALIAS, Device, Role};
-use ovl_core::kernel::{Hop, Link, METRIC, PROTOCOL, Remote, TunnelKind};
-use ovl_core::op::Op;
+use ovl_dataplane::device::{ALIAS, Device, Role};
+use ovl_dataplane::op::Op;
+use ovl_dataplane::state::{Hop, Link, METRIC, PROTOCOL, Remote, TunnelKind};
 use ovl_proto::id::{EndpointId, Mac};
 
 /// NUD_NOARP and NUD_REACHABLE: what `bridge` calls static.

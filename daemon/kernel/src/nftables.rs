@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use netlink_sys::protocols::NETLINK_NETFILTER;
 use nix::libc::ENOENT;
-use ovl_core::nft::{Contents, Data, Key, Set, Table, Value, Verdict, length};
+use ovl_dataplane::nft::{Contents, Data, Key, Set, Table, Value, Verdict, length};
 
 use super::Counted;
 use super::attribute::{Attributes, attributes, text, u8_at};

@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use ovl_core::device::Device;
+use ovl_dataplane::device::Device;
 use tokio::sync::mpsc::Sender;
 
 use super::KernelEvent;

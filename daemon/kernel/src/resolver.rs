@@ -1,4 +1,4 @@
-//! Inside of a namespace: the way to the resolver of the host, see [`ovl_core::resolver`].
+//! Inside of a namespace: the way to the resolver of the host.
 
 use std::net::IpAddr;
 
@@ -11,8 +11,8 @@ use netlink_packet_route::route::{
 };
 use netlink_sys::protocols::NETLINK_NETFILTER;
 use nix::libc::EEXIST;
-use ovl_core::kernel::PROTOCOL;
-use ovl_core::resolver::{ADDRESS_V4, ADDRESS_V6, LOOPBACK};
+use ovl_dataplane::resolver::{ADDRESS_V4, ADDRESS_V6, LOOPBACK};
+use ovl_dataplane::state::PROTOCOL;
 use ovl_proto::id::Mac;
 
 use super::attribute::Attributes;

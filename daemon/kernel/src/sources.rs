@@ -10,16 +10,16 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv6Addr};
 use std::sync::Arc;
 
-use ovl_core::device::Device;
-use ovl_core::kernel::Source;
-use ovl_core::nft::{Chain, Data, Field, Key, Object, Set, Shape, Skeleton, Table, Type, Value};
+use ovl_dataplane::device::Device;
+use ovl_dataplane::nft::{Chain, Data, Field, Key, Object, Set, Shape, Skeleton, Table, Type, Value};
+use ovl_dataplane::state::Source;
 use ovl_proto::id::Mac;
 
 use super::attribute::ip;
 use super::error::{KernelError, Result};
 use super::tables::{Tables, Wanted};
 
-/// Beside that of [`ovl_core::filter`], which is replaced as a whole whenever it changes.
+/// Beside that of the base packet filter, which is replaced as a whole whenever it changes.
 const TABLE: Table = Table::Sources;
 
 /// The VXLAN network identifier, and the frame's source.

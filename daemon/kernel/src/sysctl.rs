@@ -4,7 +4,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use ovl_core::device::Device;
+use ovl_dataplane::device::Device;
 
 use super::error::{KernelError, Result};
 

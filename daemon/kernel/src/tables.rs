@@ -7,8 +7,8 @@ use std::fmt::Write as _;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use ovl_core::nft::{Contents, Element, Elements, Key, Set, Skeleton, Table, Value};
-use ovl_core::op::Op;
+use ovl_dataplane::nft::{Contents, Element, Elements, Key, Set, Skeleton, Table, Value};
+use ovl_dataplane::op::Op;
 
 use super::Counted;
 use super::error::{KernelError, Result};

@@ -7,9 +7,9 @@ use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
 use ipnet::IpNet;
-use ovl_core::device::{Device, Role};
-use ovl_core::kernel::{Kernel, Link, Remote, Source, Tunnel, TunnelKind, TunnelPeer};
-use ovl_core::op::Op;
+use ovl_dataplane::device::{Device, Role};
+use ovl_dataplane::op::Op;
+use ovl_dataplane::state::{Dataplane, Link, Remote, Source, Tunnel, TunnelKind, TunnelPeer};
 use ovl_proto::SEALED_VXLAN_PORT;
 use ovl_proto::id::{Mac, TunnelKey};
 use ovl_tunnel::{Engine, InterfaceConfig, PeerConfig, PrivateKey, public_key};
@@ -265,7 +265,7 @@ impl Tunnels {
     }
 
     /// Adds to a dump what netlink does not tell: only of devices that are there.
-    pub(super) fn fill(&mut self, kernel: &mut Kernel) -> Result<()> {
+    pub(super) fn fill(&mut self, kernel: &mut Dataplane) -> Result<()> {
         let state = self.engine.state();
         for interface in state.interfaces {
             let Some(device) = Device::new(&interface.name) else { continue };
@@ -296,7 +296,7 @@ impl Tunnels {
     }
 
     /// How each end does that is there.
-    pub(super) fn status(&mut self, kernel: &Kernel) -> Result<Vec<TunnelStatus>> {
+    pub(super) fn status(&mut self, kernel: &Dataplane) -> Result<Vec<TunnelStatus>> {
         let state = self.engine.state();
         let drops = state.drops;
         let mut all: Vec<TunnelStatus> = state
@@ -343,7 +343,7 @@ fn is_end(device: Device) -> bool {
     matches!(device.role(), Some(Role::Tunnel(_)))
 }
 
-fn ends_in_kernel(kernel: &Kernel) -> Vec<Device> {
+fn ends_in_kernel(kernel: &Dataplane) -> Vec<Device> {
     let links = kernel.links.iter();
     links
         .filter(|(_, link)| matches!(link, Link::Tunnel { kind: TunnelKind::Kernel, .. }))
@@ -448,7 +448,7 @@ impl InKernel {
         self.sources()?.apply(&changes)
     }
 
-    fn fill(&mut self, kernel: &mut Kernel) -> Result<()> {
+    fn fill(&mut self, kernel: &mut Dataplane) -> Result<()> {
         for device in ends_in_kernel(kernel) {
             let (tunnel, peers) = self.wireguard()?.dump(device)?;
             kernel.tunnels.insert(device, tunnel);

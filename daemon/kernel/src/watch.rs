@@ -6,8 +6,8 @@ use std::os::fd::{AsRawFd, RawFd};
 
 use netlink_sys::protocols::NETLINK_NETFILTER;
 use netlink_sys::{Socket, SocketAddr};
-use ovl_core::filter;
-use ovl_core::nft::Table;
+use ovl_dataplane::nft::BASE_TABLE;
+use ovl_dataplane::nft::Table;
 
 use super::attribute::{Message, attributes, messages, text, u8_at};
 use super::nftables::{FIXED, is_in};
@@ -134,7 +134,7 @@ fn open() -> io::Result<Socket> {
 /// All objects name their table in their first attribute.
 fn is_filter(message: &Message<'_>) -> bool {
     u8_at(message.payload, 0) == Some(NFPROTO_INET)
-        && attributes(message.payload, FIXED).any(|(kind, value)| kind == 1 && text(value) == filter::TABLE)
+        && attributes(message.payload, FIXED).any(|(kind, value)| kind == 1 && text(value) == BASE_TABLE)
 }
 
 /// Who made a generation.

@@ -12,8 +12,8 @@ use std::time::{Duration, SystemTime};
 use ipnet::IpNet;
 use netlink_sys::protocols::NETLINK_GENERIC;
 use nix::libc::{AF_INET, AF_INET6, EADDRINUSE, ENODEV, ENOENT, EOPNOTSUPP};
-use ovl_core::device::Device;
-use ovl_core::kernel::{Tunnel, TunnelPeer};
+use ovl_dataplane::device::Device;
+use ovl_dataplane::state::{Tunnel, TunnelPeer};
 use ovl_proto::id::TunnelKey;
 
 use super::attribute::{Attributes, attributes, ip, u8_at, u16_at, u16_be, u32_at};

@@ -9,12 +9,12 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, TryRecvError};
 
 use ipnet::IpNet;
-use ovl_core::cni::Inside;
-use ovl_core::device::Device;
-use ovl_core::diff::{diff, lost_endpoints};
-use ovl_core::kernel::{Kernel, Link};
-use ovl_core::nft::{Element, Skeleton, Table};
-use ovl_core::op::Op;
+use ovl_dataplane::device::Device;
+use ovl_dataplane::diff::{diff, lost_endpoints};
+use ovl_dataplane::nft::{Element, Skeleton, Table};
+use ovl_dataplane::observed::Inside;
+use ovl_dataplane::op::Op;
+use ovl_dataplane::state::{Dataplane, Link};
 use ovl_tunnel::PrivateKey;
 use tokio::sync::oneshot;
 
@@ -40,7 +40,7 @@ const BATCH: usize = 256;
 /// What the worker is asked to do, and where the answer goes.
 #[derive(Debug)]
 pub(super) enum Request {
-    Dump(oneshot::Sender<Result<Kernel>>),
+    Dump(oneshot::Sender<Result<Dataplane>>),
     Reconcile(Box<Goal>, oneshot::Sender<Result<Pass>>),
     Apply(Vec<Op>, oneshot::Sender<Vec<Outcome>>),
     Create(Vec<Op>, Box<EndpointSpec>, oneshot::Sender<(Vec<Outcome>, Result<Made>)>),
@@ -230,7 +230,7 @@ impl Worker {
     }
 
     /// Of our tables, what `wanted` says is looked for where we did not write it.
-    fn dump(&mut self, wanted: &BTreeMap<Table, Arc<Skeleton>>) -> Result<Kernel> {
+    fn dump(&mut self, wanted: &BTreeMap<Table, Arc<Skeleton>>) -> Result<Dataplane> {
         self.listen();
         let (mut kernel, names) = dump::kernel(&mut self.route)?;
         self.sweeper.doom(names.doomed.iter().copied());

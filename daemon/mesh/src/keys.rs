@@ -175,7 +175,7 @@ impl TunnelSecret {
         self.previous.as_ref().map(|key| TunnelKey(ovl_tunnel::public_key(key)))
     }
 
-    /// The epoch of the current key: `ovl_core::ends` decides when the next one begins.
+    /// The epoch of the current key: whoever moves the tunnel decides when the next one begins.
     pub fn epoch(&self) -> u32 {
         self.epoch
     }

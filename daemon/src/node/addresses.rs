@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use ipnet::IpNet;
-use ovl_core::ipam;
+use ovl_cluster::addresses as ipam;
 use ovl_proto::alloc::{Block, Change, Refusal};
 use ovl_proto::id::{NetworkId, NodeId};
 use ovl_proto::object::{Driver, Network, Subnet};

@@ -5,9 +5,9 @@ use std::net::IpAddr;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
-use ovl_core::alloc::{Event, Output};
+use ovl_consensus::{Event, Output};
+use ovl_control::PeerState;
 use ovl_proto::alloc::{AllocMessage, Block, Change, Refusal};
-use ovl_proto::control::PeerState;
 use ovl_proto::id::{NetworkId, NodeId};
 use ovl_proto::sync::{LeaseWish, Message};
 use ovl_proto::table::Entry;
@@ -17,7 +17,7 @@ use super::state::{Durable, Lent, State};
 use super::{Failed, Node, wall_ms};
 use crate::problems::Code;
 use crate::store;
-use crate::subsystems::Change as What;
+use ovl_subsystems::Change as What;
 
 /// A host that does not answer a request for a lease is given up after this time.
 const LEASE_TIMEOUT: Duration = Duration::from_secs(3);
@@ -419,7 +419,7 @@ impl Node {
                 if super::addresses::in_use(state, network)(address) {
                     return Err(super::addresses::describe_use(state, network, address));
                 }
-                if !spec.subnets.iter().any(|subnet| ovl_core::ipam::is_usable(address, subnet)) {
+                if !spec.subnets.iter().any(|subnet| ovl_cluster::addresses::is_usable(address, subnet)) {
                     return Err(format!("{address} is no address for an endpoint"));
                 }
                 address

@@ -2,21 +2,22 @@
 
 use std::collections::BTreeMap;
 
-use ovl_core::allocation::{Allocator, Claim, Promised};
-use ovl_core::backends::Readiness;
-use ovl_core::manifest::{self, Problem};
-use ovl_core::members::Member;
-use ovl_core::objects::{MAX_OBJECT_BYTES, MAX_OBJECTS};
-use ovl_proto::control::{
+use ovl_cluster::backends::Readiness;
+use ovl_cluster::claims::Claim;
+use ovl_cluster::members::Member;
+use ovl_cluster::objects::{MAX_OBJECT_BYTES, MAX_OBJECTS};
+use ovl_control::{
     Action, Applied, AppliedAll, Apply, BackendInfo, BackendPort, Document, ManifestProblem, PodEndpoint,
     Reply, ResourceInfo, ResourceQuery, ServiceBackends,
 };
+use ovl_manifest::{Problem, object as manifest};
 use ovl_proto::id::NodeId;
 use ovl_proto::object::Body;
 use ovl_proto::resource::{
     Created, Kind, Meta, Name, Namespace, NetworkPolicy, Pod, Protocol, Resource, ResourceKey, Service,
 };
 use ovl_proto::wire;
+use ovl_subsystems::services::allocation::{Allocator, Promised};
 use serde_json::Value;
 use tokio::task::yield_now;
 

@@ -8,21 +8,22 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
 use ipnet::IpNet;
-use ovl_core::cni::{self, Attachment};
-use ovl_core::desired;
-use ovl_core::device::{Device, Role};
-use ovl_core::docker::EngineEndpoint;
-use ovl_core::ipam;
-use ovl_core::kernel::Kernel as Dataplane;
-use ovl_core::op::Op;
-use ovl_core::publish::turns_round;
-use ovl_core::view::{Local, Placed};
+use ovl_cluster::addresses as ipam;
+use ovl_cluster::view::Placed;
+use ovl_control::{Attach, EndpointInfo, EndpointState, FailureKind, NetnsRef};
+use ovl_dataplane::device::{Device, Role};
+use ovl_dataplane::op::Op;
+use ovl_dataplane::state::Dataplane;
 use ovl_files::{Durability, replace};
 use ovl_kernel::{EndpointSpec, HostEnd, Made, Netns, Other, Resolver, Retired, open_netns};
-use ovl_proto::control::{Attach, EndpointInfo, EndpointState, FailureKind, NetnsRef};
 use ovl_proto::id::{EndpointId, Mac, NetworkId};
 use ovl_proto::object::{Driver, Mode, Network, Subnet};
 use ovl_proto::table::{Endpoint, Entry, Key};
+use ovl_runtimes::cni::{self, Attachment};
+use ovl_runtimes::docker::EngineEndpoint;
+use ovl_subsystems::local::Local;
+use ovl_subsystems::networks::mtu::network_mtu;
+use ovl_subsystems::publish::turns_round;
 use serde::{Deserialize, Serialize};
 
 use super::addresses::Reserved;
@@ -31,7 +32,7 @@ use super::state::LocalEndpoint;
 use super::{Failed, Node, random, remove_if_there};
 use crate::config::{MAX_NAME, is_name_within};
 use crate::problems::Code;
-use crate::subsystems::{self, Change, Part};
+use ovl_subsystems::{self as subsystems, Change, Part};
 
 /// What is kept of an endpoint while the kernel runs: a daemon that is started anew finds it here.
 #[derive(Debug, Serialize, Deserialize)]
@@ -81,7 +82,7 @@ impl Drop for Place<'_> {
                 state.local.wanted.remove(&self.network);
             }
         }
-        if !desired::is_built(&state.view, &state.local, self.network) {
+        if !state.local.is_built(&state.view, self.network) {
             // Nothing came of it: the network's devices are of no use any more.
             state.changed(Change::Built(self.network));
             self.node.work.notify_one();
@@ -170,7 +171,7 @@ impl Node {
             let mut state = self.state.borrow_mut();
             let (cluster, mut subsystems) = state.parts();
             let part = subsystems::prepare(&mut subsystems, &endpoint, network, &cluster);
-            (part, desired::network_mtu(cluster.view, network))
+            (part, network_mtu(cluster.view, network))
         };
         let spec = EndpointSpec {
             device: place.device,
@@ -343,7 +344,7 @@ impl Node {
                 break Device::endpoint(id);
             }
         };
-        if !desired::is_built(&state.view, &state.local, network.id) {
+        if !state.local.is_built(&state.view, network.id) {
             state.changed(Change::Built(network.id));
         }
         *state.local.wanted.entry(network.id).or_default() += 1;
@@ -665,9 +666,9 @@ impl Node {
     pub(super) fn endpoint_info(
         &self,
         state: &super::state::State,
-        placed: ovl_core::view::Placed<'_>,
+        placed: ovl_cluster::view::Placed<'_>,
     ) -> EndpointInfo {
-        let ovl_core::view::Placed { node, endpoint } = placed;
+        let ovl_cluster::view::Placed { node, endpoint } = placed;
         let own = node.record.id == state.view.me;
         let local = own.then(|| state.endpoints.get(&endpoint.id)).flatten();
         let isolated = state.local.isolated.contains_key(&endpoint.id)

@@ -1,4 +1,4 @@
-//! Calls of container runtimes. What they mean is decided in [`ovl_core::cni`]; here it is done, one
+//! Calls of container runtimes. What they mean is decided in [`ovl_runtimes::cni`]; here it is done, one
 //! call for a container at a time.
 
 mod alone;
@@ -7,13 +7,14 @@ mod deleted;
 use std::path::Path;
 
 use ipnet::IpNet;
-use ovl_core::cni::{self, Add, Attachment, Call, Check, Gc, Inside, Made, Status, code, error};
-use ovl_core::device::Device;
-use ovl_core::ipam;
+use ovl_cluster::addresses as ipam;
+use ovl_control::{Attach, CniCall, CniError, EndpointInfo, FailureKind, NetnsRef, PeerState};
+use ovl_dataplane::device::Device;
+use ovl_dataplane::observed::Inside;
 use ovl_kernel::{self as kernel, KernelError, Netns, open_netns, port_mac};
-use ovl_proto::control::{Attach, CniCall, CniError, EndpointInfo, FailureKind, NetnsRef, PeerState};
 use ovl_proto::id::{EndpointId, Mac};
 use ovl_proto::object::{Driver, Mode, Network};
+use ovl_runtimes::cni::{self, Add, Attachment, Call, Check, Gc, Made, Status, code, error};
 use serde_json::Value;
 
 pub(super) use self::alone::Containers;

@@ -12,23 +12,26 @@ use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use ipnet::IpNet;
-use ovl_core::cluster_names;
-use ovl_core::resolver::{ADDRESS_V4, ADDRESS_V6, CLUSTER_V4, CLUSTER_V6, PORT, PORT_DIRECT, resolv_conf};
-use ovl_core::zone::{self, Marks};
+use ovl_control::{DnsAnswer, DnsQuestion, DnsRecord};
 use ovl_dns::{
     Asker, Engine, Failing, Kind, Listen, Name, Outcome, Place, Records, Role, Standing, Transport, Via, Zone,
 };
-use ovl_proto::control::{DnsAnswer, DnsQuestion, DnsRecord};
 use ovl_proto::id::NetworkId;
 use ovl_proto::resource::Name as ResourceName;
 use ovl_proto::table::Endpoint;
+use ovl_subsystems::names::cluster_names;
+use ovl_subsystems::names::resolver::{
+    ADDRESS_V4, ADDRESS_V6, CLUSTER_V4, CLUSTER_V6, PORT, PORT_DIRECT, resolv_conf,
+};
+use ovl_subsystems::names::zone::{self, Marks};
 
 use self::cluster::{Cluster, Owner};
 use super::state::State;
 use super::{Failed, Node};
 use crate::config::{Config, OWN_DOMAIN};
 use crate::problems::{Code, Problem};
-use crate::subsystems::{Change, NameMarks};
+use ovl_subsystems::Change;
+use ovl_subsystems::names::Marks as NameMarks;
 
 /// A resolver that nobody has asked since then may be well again.
 const FAILED_LATELY: Duration = Duration::from_secs(300);

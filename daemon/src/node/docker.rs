@@ -1,4 +1,4 @@
-//! Calls of Docker Engines. What they mean is decided in [`ovl_core::docker`]; here it is done.
+//! Calls of Docker Engines. What they mean is decided in [`ovl_runtimes::docker`]; here it is done.
 //!
 //! An Engine does not repeat after its restart what it has made, and ignores it when it cannot take
 //! something away. So its networks are in the state file, its endpoints with all others in the run
@@ -12,18 +12,18 @@ use std::time::Duration;
 
 use ipnet::IpNet;
 use nix::net::if_::if_nametoindex;
-use ovl_core::device::Device;
-use ovl_core::docker::{
-    self, AddressWish, Call, Choice, EndpointWish, EngineEndpoint, EngineNetwork, Joined, Later, NetworkWish,
-    Plan, Pool, PoolWish,
-};
-use ovl_core::ipam;
-use ovl_core::view::NetworkState;
-use ovl_proto::control::{Attach, DockerCall, DockerName, FailureKind, NetnsRef};
+use ovl_cluster::addresses as ipam;
+use ovl_cluster::view::NetworkState;
+use ovl_control::{Attach, DockerCall, DockerName, FailureKind, NetnsRef};
+use ovl_dataplane::device::Device;
 use ovl_proto::id::{EndpointId, NetworkId};
 use ovl_proto::object::{Mode, Network};
 use ovl_proto::publish::Publish;
 use ovl_proto::table::{Endpoint, Entry, Key};
+use ovl_runtimes::docker::{
+    self, AddressWish, Call, Choice, EndpointWish, EngineEndpoint, EngineNetwork, Joined, Later, NetworkWish,
+    Plan, Pool, PoolWish,
+};
 use serde_json::Value;
 
 use super::state::{LocalEndpoint, State};

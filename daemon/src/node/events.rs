@@ -3,7 +3,7 @@
 use std::cell::RefCell;
 use std::collections::VecDeque;
 
-use ovl_proto::control::Event;
+use ovl_control::Event;
 use tokio::sync::broadcast;
 
 /// How many are kept.

@@ -4,10 +4,10 @@
 use std::rc::Rc;
 use std::time::Duration;
 
-use ovl_core::firewall::{Decision, decide};
-use ovl_core::{desired, filter};
+use ovl_dataplane::nft::BASE_TABLE;
 use ovl_kernel::{self as kernel, KernelError};
 use ovl_proto::object::Network;
+use ovl_subsystems::firewall::{Decision, decide};
 
 use super::{Failed, Node};
 use crate::problems::Code;
@@ -46,7 +46,7 @@ impl Node {
     fn built_networks(&self) -> Vec<Network> {
         let state = self.state.borrow();
         let all = state.view.networks.values().map(|found| &found.network);
-        all.filter(|network| desired::is_built(&state.view, &state.local, network.id)).cloned().collect()
+        all.filter(|network| state.local.is_built(&state.view, network.id)).cloned().collect()
     }
 
     /// Has a look now: a Docker Engine's first container must not wait for the next one.
@@ -60,7 +60,7 @@ impl Node {
         let Decision { commands, problems } = decide(&foreign, &networks.iter().collect::<Vec<_>>());
         if !commands.is_empty() {
             for command in &commands {
-                self.event("kernel", filter::TABLE, &command.join(" "));
+                self.event("kernel", BASE_TABLE, &command.join(" "));
             }
             blocking(move || kernel::run_all(&commands)).await?;
         }

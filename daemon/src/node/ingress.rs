@@ -2,17 +2,17 @@
 
 use std::collections::BTreeMap;
 
-use ovl_core::ingress;
-use ovl_core::op::Op;
-use ovl_proto::control::AnnouncedAddress;
+use ovl_control::AnnouncedAddress;
+use ovl_dataplane::op::Op;
 use ovl_proto::resource::{Name, Service};
 use ovl_proto::table::{Entry, Key};
+use ovl_subsystems::services::ingress;
 
 use super::state::State;
 use super::{Failed, Node};
 use crate::ports::{Answer, listen_everywhere};
 use crate::problems::Code;
-use crate::subsystems::TableChange;
+use ovl_subsystems::TableChange;
 
 /// So many addresses are announced again at a time.
 const AT_A_TIME: usize = 512;
@@ -58,7 +58,7 @@ impl Node {
 
     /// Announces once more what was taken lately.
     pub(super) async fn announce_again(&self) {
-        let again = self.state.borrow_mut().subsystems.ingress.again(AT_A_TIME);
+        let again = self.state.borrow_mut().subsystems.announcements.again(AT_A_TIME);
         // A worker that is gone is noticed elsewhere.
         if !again.is_empty()
             && let Err(error) = self.kernel.announce(again).await
@@ -73,7 +73,7 @@ impl Node {
         let state = &mut *guard;
         let wanted: BTreeMap<u16, Answer> = state
             .subsystems
-            .ingress
+            .announcements
             .health()
             .map(|(name, health)| {
                 let Name { namespace, name } = name.clone();

@@ -1,4 +1,4 @@
-//! The cluster key, and its rotation: `ovl_core::keys` decides, and this carries it out. Whatever is
+//! The cluster key, and its rotation: `ovl_cluster::keys` decides, and this carries it out. Whatever is
 //! sealed with a key, or said of it in the record, is on the disk before.
 
 use std::collections::HashMap;
@@ -7,10 +7,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use ovl_core::keys::{Live, Progress, Step, key_towards};
+use ovl_cluster::keys::{Live, Progress, Step, key_towards};
+use ovl_control::{FailureKind, HostKeys, KeyRotation, KeyStatus, PeerState};
 use ovl_mesh::keys::{ClusterKey, KeyFile, Keyring};
 use ovl_proto::alloc::{AgreedKey, Change};
-use ovl_proto::control::{FailureKind, HostKeys, KeyRotation, KeyStatus, PeerState};
 use ovl_proto::id::{ClusterKeyId, NodeId};
 use ovl_proto::secret::Secret;
 use ovl_proto::sync::Message;
@@ -192,7 +192,7 @@ impl Node {
             };
             let now = state.now();
             let (view, given) = (&state.view, &mut state.keys.given);
-            let lacks = |node: &&ovl_core::view::Node| {
+            let lacks = |node: &&ovl_cluster::view::Node| {
                 node.record.id != view.me
                     && view.alloc.members.contains(&node.record.id)
                     && !node.record.keys.has(key.id())

@@ -4,9 +4,9 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use ovl_core::op::Op;
+use ovl_control::PeerState;
+use ovl_dataplane::op::Op;
 use ovl_proto::alloc::Change;
-use ovl_proto::control::PeerState;
 use ovl_proto::record::Presence;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::task::spawn_local;
@@ -203,7 +203,7 @@ impl Node {
             let mut state = self.state.borrow_mut();
             state.leaving = true;
             // The addresses of LoadBalancers are for another host to announce.
-            state.subsystems.ingress.set_uplink(None);
+            state.subsystems.announcements.set_uplink(None);
             (state.view.me, state.view.alloc.members.len() <= 1 || !state.is_member())
         };
         if !alone && let Err(failed) = self.change(Change::Forget(me)).await {

@@ -4,8 +4,8 @@ use std::net::IpAddr;
 use std::rc::Rc;
 use std::time::Duration;
 
+use ovl_control::PeerState;
 use ovl_kernel as kernel;
-use ovl_proto::control::PeerState;
 
 use super::Node;
 use crate::problems::Code;

@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use ovl_proto::control::{DaemonState, Peer, PeerState, PeerTunnel, Status};
+use ovl_control::{DaemonState, Peer, PeerState, PeerTunnel, Status};
 
 /// All of them.
 pub(super) fn render(

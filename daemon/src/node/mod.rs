@@ -40,19 +40,20 @@ use std::sync::Arc;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail};
-use ovl_core::alloc::Allocator;
-use ovl_core::device::Device;
-use ovl_core::objects::Objects;
-use ovl_core::resources::Resources;
-use ovl_core::table::Table;
-use ovl_core::view::{self, Local, View};
+use ovl_cluster::objects::Objects;
+use ovl_cluster::resources::Resources;
+use ovl_cluster::table::Table;
+use ovl_cluster::view::{self, View};
+use ovl_consensus::Replica as Allocator;
+use ovl_control::{Event, Failure, PeerState};
+use ovl_dataplane::device::Device;
 use ovl_kernel::{self as kernel, KernelEvent, KernelHandle, Prober};
 use ovl_mesh::gossip::{Gossip, GossipConfig, GossipEvent, Hints};
 use ovl_mesh::keys::{ClusterKey, Identity, KeyFile, Keyring, TunnelSecret};
 use ovl_mesh::streams::{LinkEvent, Links, LinksConfig};
-use ovl_proto::control::{Event, Failure, PeerState};
 use ovl_proto::id::NodeId;
 use ovl_proto::record::{NodeRecord, Presence, SignedRecord};
+use ovl_subsystems::local::Local;
 use tokio::sync::{Notify, mpsc};
 
 use self::events::Events;
@@ -61,8 +62,12 @@ use crate::config::Config;
 use crate::ports::Ports;
 use crate::problems::{Code, Problems};
 use crate::store;
-use crate::subsystems::{Ingress, Names, Networks, Policy, Services, Subsystems};
 use crate::workloads::Workloads;
+use ovl_subsystems::Subsystems;
+use ovl_subsystems::names::Names as NameMarks;
+use ovl_subsystems::networks::Networks;
+use ovl_subsystems::policy::Enforcement;
+use ovl_subsystems::services::{Announcements, Translation};
 
 /// A request that failed.
 #[derive(Debug)]
@@ -211,7 +216,7 @@ impl Node {
         state.local.ends.own_old = secret.previous();
         state
             .subsystems
-            .ingress
+            .announcements
             .set_uplink(config.load_balancer_device.or_else(|| Device::new(&link.device)));
         let (gossip_tell, gossip_events) = mpsc::channel(INBOX);
         let (link_tell, link_events) = mpsc::channel(INBOX);
@@ -481,11 +486,11 @@ fn first_state(
         workloads: Workloads::default(),
         subsystems: Subsystems {
             // Connections that an earlier run marked are judged again.
-            policy: Policy::new(u32::from_le_bytes(random())),
-            names: Names::default(),
+            policy: Enforcement::new(u32::from_le_bytes(random())),
+            names: NameMarks::default(),
             networks: Networks::default(),
-            services: Services::default(),
-            ingress: Ingress::default(),
+            services: Translation::default(),
+            announcements: Announcements::default(),
         },
         health: BTreeMap::new(),
         clock: saved.clock,

@@ -4,13 +4,19 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use ipnet::IpNet;
-use ovl_core::device::Device;
-use ovl_core::view::NetworkState;
-use ovl_core::{desired, docker, ipam, networks, routed, tunnel};
+use ovl_cluster::addresses as ipam;
+use ovl_cluster::networks;
+use ovl_cluster::view::NetworkState;
+use ovl_dataplane::device::Device;
+use ovl_runtimes::docker;
+use ovl_subsystems::mtu::MIN_MTU;
+use ovl_subsystems::networks::mtu::network_mtu;
+
+use ovl_control::{NetworkCreate, NetworkInfo};
 use ovl_proto::clock::Stamp;
-use ovl_proto::control::{NetworkCreate, NetworkInfo};
 use ovl_proto::id::NetworkId;
 use ovl_proto::object::{Backend, Driver, Mode, Network, ObjectKey};
+use ovl_subsystems::encryption::tunnel;
 
 use super::state::State;
 use super::{Failed, Node, random, wall_ms};
@@ -82,7 +88,7 @@ impl Node {
         if !own {
             state.check_member()?;
         }
-        if state.objects.len() >= ovl_core::objects::MAX_OBJECTS {
+        if state.objects.len() >= ovl_cluster::objects::MAX_OBJECTS {
             return Err(Failed::exhausted(format!(
                 "the cluster has {} objects, removed ones included, and can have no more; removed ones are forgotten \
                  after 30 days",
@@ -305,16 +311,18 @@ impl Node {
             gateways: match network.mode {
                 _ if network.internal => Vec::new(),
                 Mode::L2 => network.subnets.iter().map(|subnet| subnet.gateway).collect(),
-                Mode::L3 => routed::gateways(&state.view, network.id, state.view.me).collect(),
+                Mode::L3 => state.view.gateways(network.id, state.view.me).collect(),
             },
-            mtu: desired::network_mtu(&state.view, network),
+            mtu: network_mtu(&state.view, network),
             encrypted: network.encrypted,
             internal: network.internal,
             backend: (network.mode == Mode::L3).then_some(network.backend),
             removing: found.removing,
             endpoints: u32::try_from(placed.len()).unwrap_or(u32::MAX),
             nodes: nodes.into_iter().collect(),
-            bridge: desired::is_built(&state.view, &state.local, network.id)
+            bridge: state
+                .local
+                .is_built(&state.view, network.id)
                 .then(|| Device::bridge(network.id).to_string()),
             dns: network.names,
         }
@@ -403,10 +411,9 @@ fn check_routed(request: &NetworkCreate, underlay: IpAddr) -> Result<(), Failed>
 
 fn check_mtu(mtu: Option<u16>) -> Result<(), Failed> {
     match mtu {
-        Some(mtu) if mtu < desired::MIN_MTU => Err(Failed::invalid(format!(
-            "MTU {mtu}: at least {}, the smallest that IPv6 allows",
-            desired::MIN_MTU
-        ))),
+        Some(mtu) if mtu < MIN_MTU => {
+            Err(Failed::invalid(format!("MTU {mtu}: at least {}, the smallest that IPv6 allows", MIN_MTU)))
+        }
         Some(_) | None => Ok(()),
     }
 }

@@ -2,12 +2,11 @@
 
 use std::collections::BTreeMap;
 
-use ovl_core::allocation::{Allocator, Promised};
-use ovl_core::backends::Settled;
-use ovl_core::manifest;
-use ovl_core::networks::{self, Resolution};
-use ovl_core::objects::{Full, MAX_OBJECT_BYTES};
-use ovl_core::view::NetworkState;
+use ovl_cluster::backends::Settled;
+use ovl_cluster::networks::{self, Resolution};
+use ovl_cluster::objects::{Full, MAX_OBJECT_BYTES};
+use ovl_cluster::view::NetworkState;
+use ovl_manifest::object as manifest;
 use ovl_mesh::keys;
 use ovl_proto::alloc::Change;
 use ovl_proto::clock::Stamp;
@@ -17,11 +16,12 @@ use ovl_proto::record::Domain;
 use ovl_proto::resource::{Name, Resource, ResourceKey};
 use ovl_proto::sync::Message;
 use ovl_proto::wire;
+use ovl_subsystems::services::allocation::{Allocator, Promised};
 
 use super::state::State;
 use super::{Failed, Node, wall_ms};
 use crate::problems::Code;
-use crate::subsystems::Change as What;
+use ovl_subsystems::Change as What;
 
 /// A tombstone is kept this long, in milliseconds: a host that was away for longer may bring a
 /// removed object back.
@@ -475,7 +475,7 @@ fn check_network(network: &Network) -> Result<(), String> {
         return Err(format!("network {} with {} subnets", network.name, network.subnets.len()));
     }
     for subnet in &network.subnets {
-        ovl_core::ipam::validate_subnet(subnet.prefix)
+        ovl_cluster::addresses::validate_subnet(subnet.prefix)
             .map_err(|error| format!("{}: {error}", network.name))?;
         if !subnet.prefix.contains(&subnet.gateway)
             || subnet.block_length < subnet.prefix.prefix_len()

@@ -5,13 +5,13 @@ use std::net::SocketAddr;
 use std::rc::Rc;
 use std::time::Duration;
 
-use ovl_core::liveness::{self, Signs};
-use ovl_core::table::Table;
-use ovl_core::view;
+use ovl_cluster::liveness::{self, Signs};
+use ovl_cluster::table::Table;
+use ovl_cluster::view;
+use ovl_control::PeerState;
 use ovl_mesh::gossip::{GossipEvent, Hints};
 use ovl_mesh::streams::LinkEvent;
 use ovl_proto::alloc::{AllocMessage, Change};
-use ovl_proto::control::PeerState;
 use ovl_proto::id::{ClusterKeyId, NodeId};
 use ovl_proto::record::{self, NodeRecord, Presence, SignedRecord};
 use ovl_proto::sync::Message;
@@ -20,7 +20,7 @@ use ovl_proto::table::{Entry, Key};
 use super::state::{Clash, Peer, State};
 use super::{Node, Stop, wall_ms};
 use crate::problems::Code;
-use crate::subsystems::Change as What;
+use ovl_subsystems::Change as What;
 
 /// A peer that gossip counts among the living and that was not heard directly for this long is
 /// reported as not reachable.

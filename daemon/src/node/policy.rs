@@ -3,20 +3,20 @@
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
-use ovl_core::nft::Table;
-use ovl_core::policy::explain::{End, Shown, Side, describe, explain};
-use ovl_core::policy::refused::{Connection, Counter, REMEMBERED_MS};
-use ovl_core::policy::{Direction, Policies, protocol_number};
-use ovl_core::view::Placed;
-use ovl_proto::control::{PolicyDrop, PolicyJudgement, PolicyRow, PolicySide};
+use ovl_cluster::view::Placed;
+use ovl_control::{PolicyDrop, PolicyJudgement, PolicyRow, PolicySide};
+use ovl_dataplane::nft::Table;
 use ovl_proto::id::EndpointId;
 use ovl_proto::resource::{Name, Protocol};
 use ovl_proto::table::Endpoint;
+use ovl_subsystems::policy::explain::{End, Shown, Side, describe, explain};
+use ovl_subsystems::policy::refused::{Connection, Counter, REMEMBERED_MS};
+use ovl_subsystems::policy::{Direction, Policies, protocol_number};
 
 use super::metrics::{head, line};
 use super::state::State;
 use super::{Failed, Node};
-use crate::subsystems::Change;
+use ovl_subsystems::Change;
 
 /// An endpoint that is being made, for policies to know; dropped when it is in the table or nothing came of it.
 pub(super) struct Policed<'a> {

@@ -3,20 +3,20 @@
 use std::net::IpAddr;
 
 use ipnet::IpNet;
-use ovl_core::nft::Table;
-use ovl_core::op::Op;
-use ovl_core::publish::{MOST_PORTS, MOST_RANGES};
+use ovl_dataplane::nft::Table;
+use ovl_dataplane::op::Op;
 use ovl_kernel::{self as kernel, Outcome};
 use ovl_proto::id::EndpointId;
 use ovl_proto::object::Network;
 use ovl_proto::publish::{Ports as Range, Publish, Published};
 use ovl_proto::table::{Endpoint, Entry};
+use ovl_subsystems::publish::{MOST_PORTS, MOST_RANGES};
 
 use super::state::State;
 use super::{Failed, Node, random};
 use crate::ports::{self, Held, Refused};
 use crate::problems::Code;
-use crate::subsystems::{self, Change};
+use ovl_subsystems::{self as subsystems, Change};
 
 /// Where nothing was asked for, so many ports are tried.
 const TRIES: u16 = 256;

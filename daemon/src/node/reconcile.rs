@@ -12,8 +12,8 @@ use std::net::IpAddr;
 use std::rc::Rc;
 use std::time::Duration;
 
-use ovl_core::device::Device;
-use ovl_core::op::Op;
+use ovl_dataplane::device::Device;
+use ovl_dataplane::op::Op;
 use ovl_kernel::{Goal, KernelEvent, Outcome};
 use ovl_proto::id::NetworkId;
 use ovl_proto::object::{Backend, Mode, Network};
@@ -23,7 +23,7 @@ use tokio::time::Instant;
 use super::Node;
 use super::state::State;
 use crate::problems::{Code, Problem};
-use crate::subsystems;
+use ovl_subsystems as subsystems;
 
 /// A whole pass is made at the latest after this time, whatever happened.
 const RESYNC: Duration = Duration::from_secs(60);
@@ -231,7 +231,8 @@ impl Node {
             let Some(error) = error else { continue };
             tracing::warn!(%op, error, "the kernel refused");
             let concerned = attached.is_some_and(|(network, device)| {
-                op.device() == Some(device) || subsystems::needed_by_network(op) == Some(network)
+                op.device() == Some(device)
+                    || ovl_subsystems::networks::needed_by_network(op) == Some(network)
             });
             // The loop comes back with a full pass as long as anything is failing.
             state.reconcile.failing.insert(op.to_string(), format!("{op}: {error}"));

@@ -4,18 +4,18 @@ use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::time::Duration;
 
-use ovl_core::device::Device;
-use ovl_core::ipam;
-use ovl_core::kernel::{Hop, Kernel};
-use ovl_core::tunnel::peers as sealed_to;
-use ovl_proto::alloc::Change;
-use ovl_proto::control::{
+use ovl_cluster::addresses as ipam;
+use ovl_control::{
     DaemonState, Document, Failure, FailureKind, FdbRow, Peer, PeerState, Problem, ReconcileStatus, Reply,
     Request, RouteRow, Status, SubnetUse, Verify,
 };
+use ovl_dataplane::device::Device;
+use ovl_dataplane::state::{Dataplane, Hop};
+use ovl_proto::alloc::Change;
 use ovl_proto::id::{Mac, NetworkId, NodeId};
 use ovl_proto::object::{Driver, Subnet};
 use ovl_proto::table::Entry;
+use ovl_subsystems::encryption::tunnel::peers as sealed_to;
 
 use super::peers::{UNREACHABLE, millis};
 use super::state::State;
@@ -407,7 +407,7 @@ impl Node {
     }
 
     async fn routes(&self) -> Result<Vec<RouteRow>, Failed> {
-        let kernel: Kernel = self.kernel.dump().await.map_err(Failed::from)?;
+        let kernel: Dataplane = self.kernel.dump().await.map_err(Failed::from)?;
         let state = self.state.borrow();
         let addresses = kernel.addresses.iter().map(|(device, net)| RouteRow {
             network: network_name(&state, network_of(&state, device)),
@@ -495,7 +495,7 @@ impl Node {
 }
 
 fn network_of(state: &State, device: &Device) -> Option<NetworkId> {
-    use ovl_core::device::Role;
+    use ovl_dataplane::device::Role;
     match device.role()? {
         Role::Bridge(id) | Role::Vxlan(id) => Some(id),
         Role::Tunnel(_) => None,

@@ -3,7 +3,6 @@
 use std::rc::Rc;
 use std::time::Duration;
 
-use ovl_core::routed;
 use ovl_proto::object::{Mode, Network, Subnet};
 
 use super::Node;
@@ -54,8 +53,7 @@ fn missing(state: &State) -> Vec<(Network, Subnet)> {
         .filter(|network| network.mode == Mode::L3)
         .flat_map(|network| network.subnets.iter().map(move |subnet| (network.clone(), *subnet)))
         .filter(|(network, subnet)| {
-            !routed::blocks_of(&state.view, network.id, state.view.me)
-                .any(|block| subnet.prefix.contains(&block))
+            !state.view.blocks_of(network.id, state.view.me).any(|block| subnet.prefix.contains(&block))
         })
         .collect()
 }

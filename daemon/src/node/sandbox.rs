@@ -12,12 +12,12 @@ use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::path::PathBuf;
 
 use anyhow::Context as _;
-use ovl_core::device::{Device, Role};
-use ovl_core::resolver::resolv_conf;
+use ovl_control::{Attach, EndpointInfo, NetnsRef, SandboxCreate, SandboxInfo};
+use ovl_dataplane::device::{Device, Role};
 use ovl_files::{Durability, replace};
 use ovl_kernel::{self as kernel, Cookie, Held, Place, Process};
-use ovl_proto::control::{Attach, EndpointInfo, NetnsRef, SandboxCreate, SandboxInfo};
 use ovl_proto::id::{EndpointId, NetworkId};
+use ovl_subsystems::names::resolver::resolv_conf;
 use serde::{Deserialize, Serialize};
 
 use super::{Failed, Node, remove_if_there};

@@ -7,13 +7,11 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Instant;
 
-use ovl_core::alloc::{Allocator, Output};
-use ovl_core::cni::Attachment;
-use ovl_core::device::Device;
-use ovl_core::docker::EngineEndpoint;
-use ovl_core::liveness::Signs;
-use ovl_core::objects::Objects;
-use ovl_core::view::{Local, Placed, View};
+use ovl_cluster::liveness::Signs;
+use ovl_cluster::objects::Objects;
+use ovl_cluster::view::{Placed, View};
+use ovl_consensus::{Output, Replica as Allocator};
+use ovl_dataplane::device::Device;
 use ovl_mesh::gossip::Hints;
 use ovl_proto::alloc::Refusal;
 use ovl_proto::clock::Clock;
@@ -23,6 +21,9 @@ use ovl_proto::publish::Published;
 use ovl_proto::record::{NodeRecord, SignedRecord};
 use ovl_proto::sync::Message;
 use ovl_proto::table::{Endpoint, Entry};
+use ovl_runtimes::cni::Attachment;
+use ovl_runtimes::docker::EngineEndpoint;
+use ovl_subsystems::local::Local;
 use tokio::sync::oneshot;
 
 use super::Failed;
@@ -31,8 +32,8 @@ use super::reconcile::Progress;
 use super::sandbox::Sandbox;
 use crate::ports::Answer;
 use crate::problems::{Code, Problems};
-use crate::subsystems::{Change, Cluster, SubsystemList, Subsystems};
 use crate::workloads::Workloads;
+use ovl_subsystems::{Change, Cluster, SubsystemList, Subsystems};
 
 /// What is known of a peer beside its record and table.
 #[derive(Debug)]
@@ -210,7 +211,7 @@ impl State {
 
     /// Members that are alive, this host included.
     pub(crate) fn alive(&self) -> BTreeSet<NodeId> {
-        use ovl_proto::control::PeerState;
+        use ovl_control::PeerState;
         self.view
             .nodes
             .values()

@@ -4,9 +4,7 @@ use std::collections::BTreeSet;
 use std::fs;
 
 use anyhow::{Context, Result};
-use ovl_core::cni::MAX_NAME;
-use ovl_core::publish::MOST_RANGES;
-use ovl_core::table::{Rejected, Table};
+use ovl_cluster::table::{Rejected, Table};
 use ovl_files::{Durability, replace};
 use ovl_mesh::keys;
 use ovl_proto::id::{Mac, NetworkId, NodeId};
@@ -14,11 +12,13 @@ use ovl_proto::record::{Domain, Signature};
 use ovl_proto::sync::Message;
 use ovl_proto::table::{Entry, Head, Key, Update};
 use ovl_proto::wire;
+use ovl_runtimes::cni::MAX_NAME;
+use ovl_subsystems::publish::MOST_RANGES;
 
 use super::Node;
 use super::state::State;
 use crate::config::{is_name, is_name_within};
-use crate::subsystems::Change;
+use ovl_subsystems::Change;
 
 /// A borrower that never showed a leased address in its table loses it after this time.
 const UNUSED_LEASE_MS: u64 = 60_000;

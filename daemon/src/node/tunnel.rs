@@ -5,21 +5,21 @@ use std::net::IpAddr;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
-use ovl_core::device::Device;
-use ovl_core::ends::{self, Ends};
-use ovl_core::kernel::TunnelKind;
-use ovl_core::tunnel;
+use ovl_control::{KeyStatus, PeerState, PeerTunnel};
+use ovl_dataplane::device::Device;
+use ovl_dataplane::state::TunnelKind;
 use ovl_kernel::{self as kernel, KernelHandle, TunnelPeerStatus, TunnelStatus};
 use ovl_mesh::keys::TunnelSecret;
-use ovl_proto::control::{KeyStatus, PeerState, PeerTunnel};
 use ovl_proto::id::{NodeId, TunnelKey};
 use ovl_proto::record;
+use ovl_subsystems::encryption::ends::{self, Ends};
+use ovl_subsystems::encryption::tunnel;
 
 use super::state::State;
 use super::{Failed, Node};
 use crate::config::{Config, TunnelMode};
 use crate::problems::{Code, Problem};
-use crate::subsystems::Change;
+use ovl_subsystems::Change;
 
 /// Between two probes of each peer. They keep sessions up, too: the first packet waits for no handshake.
 const EVERY: Duration = Duration::from_secs(3);
@@ -221,16 +221,16 @@ impl Node {
         {
             let mut guard = self.state.borrow_mut();
             let state = &mut *guard;
-            let before = tunnel::ways(&state.view, &state.local);
+            let before = tunnel::ways(&state.view, &state.local.ends);
             state.local.ends = Ends { sessions, quiet, ..std::mem::take(&mut state.local.ends) };
-            if tunnel::ways(&state.view, &state.local) != before {
+            if tunnel::ways(&state.view, &state.local.ends) != before {
                 state.changed(Change::Tunnel);
                 self.work.notify_one();
             }
         }
         let state = self.state.borrow();
         let reached = if wanted { tunnel::peers(&state.view) } else { BTreeMap::new() };
-        let ways = tunnel::ways(&state.view, &state.local);
+        let ways = tunnel::ways(&state.view, &state.local.ends);
         watch.drops = ends.iter().flat_map(|end| end.drops.iter().copied()).collect();
         watch.peers.retain(|id, _| reached.contains_key(id));
         for id in reached.into_keys() {

@@ -6,13 +6,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
-use ovl_core::device::Device;
+use ovl_dataplane::device::Device;
 use ovl_kernel::own_addresses;
 use ovl_proto::record::Presence;
 
 use super::{Node, next_generation, open};
 use crate::problems::Code;
-use crate::subsystems::Change;
+use ovl_subsystems::Change;
 
 /// Changes of addresses come in bursts: an address is often taken away before the next is given.
 const SETTLE: Duration = Duration::from_millis(100);
@@ -96,7 +96,7 @@ impl Node {
     fn set_uplink(&self, device: &str) {
         let uplink = self.config.load_balancer_device.or_else(|| Device::new(device));
         let mut state = self.state.borrow_mut();
-        if state.subsystems.ingress.set_uplink(uplink) {
+        if state.subsystems.announcements.set_uplink(uplink) {
             state.changed(Change::Uplink);
             self.work.notify_one();
         }
@@ -104,7 +104,7 @@ impl Node {
 
     /// Another address of the device, of the same family and not link-local, nor a LoadBalancer's.
     fn address_of(&self, device: &str, old: IpAddr) -> Option<IpAddr> {
-        let announced = self.state.borrow().subsystems.ingress.said();
+        let announced = self.state.borrow().subsystems.announcements.said();
         addresses_of(device, old.is_ipv4()).into_iter().find(|address| !announced.contains(address))
     }
 

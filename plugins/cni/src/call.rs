@@ -5,8 +5,8 @@ use std::env;
 use std::io::{self, Read as _};
 use std::path::PathBuf;
 
+use ovl_control::{CNI_VERSIONS, CniCall, CniCommand, CniError, MAX_REQUEST};
 use ovl_proto::DEFAULT_SOCKET;
-use ovl_proto::control::{CNI_VERSIONS, CniCall, CniCommand, CniError, MAX_REQUEST};
 use serde_json::Value;
 
 /// The longest configuration: the request that carries it is somewhat longer.

@@ -6,7 +6,7 @@ use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::process;
 
-use ovl_proto::control::{CniCall, CniDeleted, CniError};
+use ovl_control::{CniCall, CniDeleted, CniError};
 
 use crate::call;
 

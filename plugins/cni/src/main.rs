@@ -14,7 +14,7 @@ use std::io::{self, Write as _};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use ovl_proto::control::{
+use ovl_control::{
     CNI_VERSIONS, Client, ClientError, CniCall, CniCommand, CniError, FailureKind, Reply, Request,
 };
 use serde::Serialize;

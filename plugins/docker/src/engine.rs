@@ -11,7 +11,7 @@ use hyper::body::Bytes;
 use hyper::header::HOST;
 use hyper::{Request as HttpRequest, StatusCode};
 use hyper_util::rt::TokioIo;
-use ovl_proto::control::{DockerName, Request};
+use ovl_control::{DockerName, Request};
 use serde_json::Value;
 use tokio::net::UnixStream;
 use tokio::time::{Instant, sleep, timeout};

@@ -4,8 +4,8 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use ovl_core::docker::{self, Later};
-use ovl_proto::control::{Client, ClientError, DockerCall, DockerDeleted, FailureKind, Reply, Request};
+use ovl_control::{Client, ClientError, DockerCall, DockerDeleted, FailureKind, Reply, Request};
+use ovl_runtimes::docker::{self, Later};
 use serde_json::Value;
 
 /// How long ovld may take for a call that it has taken: it may wait for other hosts.

@@ -1,10 +1,14 @@
 //! v1 Service.
 
 use std::net::IpAddr;
+use std::ops::RangeInclusive;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::{IntOrString, Labels, Meta, Protocol};
+
+/// Ports of all hosts that are kept free for Services of type NodePort and LoadBalancer, as with Kubernetes.
+pub const NODE_PORTS: RangeInclusive<u16> = 30_000..=32_767;
 
 /// v1 Service.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -254,6 +258,13 @@ pub struct LoadBalancerStatus {
 pub struct LoadBalancerIngress {
     /// The address.
     pub ip: IpAddr,
+}
+
+impl ServiceSpec {
+    /// Whether hosts tell load balancers if they have backends.
+    pub fn wants_health_check(&self) -> bool {
+        self.kind == ServiceType::LoadBalancer && self.external_traffic_policy == TrafficPolicy::Local
+    }
 }
 
 impl Service {

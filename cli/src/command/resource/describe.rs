@@ -1,8 +1,8 @@
 //! Everything about one object, for people.
 
+use ovl_control::{AnnouncedAddress, BackendInfo, ResourceInfo, ServiceBackends};
+use ovl_manifest::yaml::to_yaml;
 use ovl_proto::clock::timestamp;
-use ovl_proto::control::{AnnouncedAddress, BackendInfo, ResourceInfo, ServiceBackends};
-use ovl_proto::manifest::to_yaml;
 use serde_json::Value;
 
 use super::table::{labels, selector, text};

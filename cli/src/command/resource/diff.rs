@@ -1,7 +1,7 @@
 //! Two states of an object, line by line.
 
-use ovl_proto::control::{Action, Applied};
-use ovl_proto::manifest::to_yaml;
+use ovl_control::{Action, Applied};
+use ovl_manifest::yaml::to_yaml;
 
 use crate::text::printable_lines;
 

@@ -4,8 +4,8 @@ use std::fs;
 use std::io::{self, Read as _};
 use std::path::{Path, PathBuf};
 
-use ovl_proto::control::Document;
-use ovl_proto::manifest::{self, MAX_FILE};
+use ovl_control::Document;
+use ovl_manifest::yaml::{self as manifest, MAX_FILE};
 
 use crate::error::{Error, Result};
 

@@ -2,7 +2,7 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use ovl_proto::control::{ResourceInfo, ServiceBackends};
+use ovl_control::{ResourceInfo, ServiceBackends};
 use ovl_proto::resource::Kind;
 use serde_json::Value;
 

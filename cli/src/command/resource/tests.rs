@@ -13,7 +13,7 @@ fn documents_are_cut_into_requests_that_fit() {
     assert!(parts.len() > 3);
     for part in &parts {
         let length = serde_json::to_vec(&Request::Stage { documents: part.clone() }).unwrap().len();
-        assert!(length < ovl_proto::control::MAX_REQUEST, "{length}");
+        assert!(length < ovl_control::MAX_REQUEST, "{length}");
     }
 }
 

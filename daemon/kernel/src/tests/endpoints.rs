@@ -2,13 +2,13 @@
 
 use std::time::{Duration, Instant};
 
-use ovl_core::kernel::Link;
-use ovl_core::op::Op;
+use ovl_dataplane::op::Op;
+use ovl_dataplane::state::Link;
 
 use super::lab::{Container, Lab, add_endpoint, bridge, desired, endpoint, in_namespace, ip, mac, net, run};
 use crate::{Goal, HostEnd, KernelEvent, open_netns};
 
-async fn network(lab: &Lab) -> ovl_core::kernel::Kernel {
+async fn network(lab: &Lab) -> ovl_dataplane::state::Dataplane {
     let wanted = desired(ip("192.0.2.1"), 3);
     lab.pass(&wanted).await;
     wanted

@@ -2,10 +2,11 @@
 
 use std::time::Instant;
 
-use ovl_core::op::Op;
-use ovl_core::{filter, ipam};
+use ovl_cluster::addresses as ipam;
+use ovl_dataplane::op::Op;
 use ovl_proto::clock::Stamp;
 use ovl_proto::object::{Backend, Driver, Mode, Network};
+use ovl_subsystems::networks::filter;
 
 use super::lab::{Lab, NETWORK, in_namespace, ip, net, run};
 use crate::KernelEvent;

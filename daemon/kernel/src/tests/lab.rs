@@ -7,10 +7,10 @@ use std::time::Duration;
 
 use ipnet::IpNet;
 use nix::sched::{CloneFlags, unshare};
-use ovl_core::device::Device;
-use ovl_core::diff::diff;
-use ovl_core::kernel::{Kernel, Link, Remote};
-use ovl_core::op::Op;
+use ovl_dataplane::device::Device;
+use ovl_dataplane::diff::diff;
+use ovl_dataplane::op::Op;
+use ovl_dataplane::state::{Dataplane, Link, Remote};
 use ovl_proto::id::{EndpointId, Mac, NetworkId};
 use tokio::sync::mpsc;
 
@@ -53,7 +53,7 @@ impl Lab {
         Self { kernel: start(sender, Vec::new()).expect("worker"), events }
     }
 
-    pub(super) async fn dump(&self) -> Kernel {
+    pub(super) async fn dump(&self) -> Dataplane {
         self.kernel.dump().await.expect("dump")
     }
 
@@ -63,7 +63,7 @@ impl Lab {
     }
 
     /// One pass of the loop; gives what it did.
-    pub(super) async fn pass(&self, desired: &Kernel) -> Vec<Op> {
+    pub(super) async fn pass(&self, desired: &Dataplane) -> Vec<Op> {
         let ops = diff(&self.dump().await, desired, true);
         for outcome in self.kernel.apply(ops.clone()).await {
             outcome.result.unwrap_or_else(|error| panic!("{}: {error}", outcome.op));
@@ -72,7 +72,7 @@ impl Lab {
     }
 
     /// Nothing is left to do.
-    pub(super) async fn assert_settled(&self, desired: &Kernel) {
+    pub(super) async fn assert_settled(&self, desired: &Dataplane) {
         let left = diff(&self.dump().await, desired, true);
         assert!(left.is_empty(), "left to do: {left:#?}");
     }
@@ -117,8 +117,8 @@ pub(super) fn ip(text: &str) -> IpAddr {
 }
 
 /// A network with so many remote endpoints, spread over hosts.
-pub(super) fn desired(local: IpAddr, remotes: u32) -> Kernel {
-    let mut kernel = Kernel::default();
+pub(super) fn desired(local: IpAddr, remotes: u32) -> Dataplane {
+    let mut kernel = Dataplane::default();
     let (bridge, vxlan) = (bridge(), vxlan());
     let gateway = Mac::of_gateway(NETWORK);
     kernel.links.insert(bridge, Link::Bridge { mac: gateway, mtu: 1400, up: true, tuned: true });
@@ -207,7 +207,7 @@ impl Drop for Container {
 }
 
 /// What the model holds of such an endpoint.
-pub(super) fn add_endpoint(kernel: &mut Kernel, n: u8) {
+pub(super) fn add_endpoint(kernel: &mut Dataplane, n: u8) {
     let link = Link::Endpoint { mtu: 1400, master: Some(bridge()), up: true, tuned: true, hairpin: false };
     kernel.links.insert(endpoint(n), link);
     kernel.ports.insert((endpoint(n), mac(n.into())));

@@ -2,9 +2,9 @@
 
 use std::time::Instant;
 
-use ovl_core::device::Device;
-use ovl_core::kernel::{Kernel, Link};
-use ovl_core::op::Op;
+use ovl_dataplane::device::Device;
+use ovl_dataplane::op::Op;
+use ovl_dataplane::state::{Dataplane, Link};
 use ovl_proto::id::NetworkId;
 
 use super::lab::{Lab, PORT, bridge, desired, in_namespace, ip, net, run, vxlan};
@@ -16,7 +16,7 @@ fn an_empty_host_has_nothing_of_ours() {
         let lab = Lab::start();
         let kernel = lab.dump().await;
         let sysctls = kernel.sysctls.clone();
-        assert_eq!(kernel, Kernel { sysctls, ..Kernel::default() });
+        assert_eq!(kernel, Dataplane { sysctls, ..Dataplane::default() });
         assert_eq!(kernel.sysctls.get("net.ipv4.ip_forward").map(String::as_str), Some("0"));
     });
 }
@@ -33,14 +33,14 @@ async fn reach(underlay: &str) {
     assert_eq!(lab.events().await, [], "what we do ourselves is no event");
     lab.assert_settled(&desired).await;
     // All of it can be repeated.
-    for outcome in lab.kernel.apply(ovl_core::diff::diff(&Kernel::default(), &desired, true)).await {
+    for outcome in lab.kernel.apply(ovl_dataplane::diff::diff(&Dataplane::default(), &desired, true)).await {
         outcome.result.unwrap_or_else(|error| panic!("{}: {error}", outcome.op));
     }
     lab.assert_settled(&desired).await;
     // A new worker finds the same.
     Lab::start().assert_settled(&desired).await;
     // And away again.
-    let nothing = Kernel { sysctls: desired.sysctls.clone(), ..Kernel::default() };
+    let nothing = Dataplane { sysctls: desired.sysctls.clone(), ..Dataplane::default() };
     let ops = lab.pass(&nothing).await;
     assert_eq!(ops.len(), 2, "{ops:?}");
     lab.assert_settled(&nothing).await;
@@ -179,7 +179,7 @@ fn many_entries_take_little_time() {
         let mut lab = Lab::start();
         let wanted = desired(ip("192.0.2.1"), 10_000);
         let dump = lab.dump().await;
-        let ops = ovl_core::diff::diff(&dump, &wanted, true);
+        let ops = ovl_dataplane::diff::diff(&dump, &wanted, true);
         let (count, start) = (ops.len(), Instant::now());
         assert!(lab.kernel.apply(ops).await.iter().all(|outcome| outcome.result.is_ok()));
         println!("{count} operations: {:?}", start.elapsed());

@@ -4,8 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{Ipv6Addr, SocketAddr, UdpSocket};
 use std::time::{Duration, Instant};
 
-use ovl_core::device::Device;
-use ovl_core::kernel::Source;
+use ovl_dataplane::device::Device;
+use ovl_dataplane::state::Source;
 use ovl_proto::id::{Mac, NetworkId};
 
 use super::lab::{Container, in_namespace, ip, mac, run, vxlan};

@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use ovl_core::kernel::Link;
-use ovl_core::op::Op;
+use ovl_dataplane::op::Op;
+use ovl_dataplane::state::Link;
 
 use super::lab::{Container, Lab, bridge, desired, endpoint, in_namespace, ip, mac, run};
 use crate::link::DOOMED;

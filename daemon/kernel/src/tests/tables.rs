@@ -3,9 +3,11 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use ovl_core::kernel::Kernel;
-use ovl_core::nft::{Chain, Data, Field, Key, Object, Set, Shape, Skeleton, Table, Type, Value, Verdict};
-use ovl_core::op::Op;
+use ovl_dataplane::nft::{
+    Chain, Data, Field, Key, Object, Set, Shape, Skeleton, Table, Type, Value, Verdict,
+};
+use ovl_dataplane::op::Op;
+use ovl_dataplane::state::Dataplane;
 use ovl_proto::id::Mac;
 
 use super::lab::{Lab, in_namespace, ip, net, run};
@@ -57,8 +59,8 @@ fn verdict(chain: &'static str) -> Value {
     Value::Verdict(Verdict::Jump(chain.into()))
 }
 
-fn wanted() -> Kernel {
-    let mut kernel = Kernel::default();
+fn wanted() -> Dataplane {
+    let mut kernel = Dataplane::default();
     kernel.tables.insert(T, Arc::new(skeleton()));
     let all = &mut kernel.elements;
     for port in [0, 80, 443, u16::MAX] {
@@ -97,7 +99,7 @@ async fn noticed(lab: &mut Lab) -> Vec<KernelEvent> {
 }
 
 /// What a dump says of our tables.
-async fn dumped(lab: &Lab, wanted: &Kernel) -> Kernel {
+async fn dumped(lab: &Lab, wanted: &Dataplane) -> Dataplane {
     let goal = |desired| Goal {
         desired,
         prune: true,
@@ -107,12 +109,12 @@ async fn dumped(lab: &Lab, wanted: &Kernel) -> Kernel {
     };
     let left = lab.kernel.reconcile(goal(wanted.clone())).await.expect("dump");
     assert!(left.outcomes.is_empty(), "left to do: {:#?}", left.outcomes);
-    let Kernel { tables, elements, .. } = lab.dump().await;
-    Kernel { tables, elements, ..Kernel::default() }
+    let Dataplane { tables, elements, .. } = lab.dump().await;
+    Dataplane { tables, elements, ..Dataplane::default() }
 }
 
 /// Compares and puts right; gives what was done.
-async fn repair(lab: &Lab, wanted: &Kernel) -> Vec<String> {
+async fn repair(lab: &Lab, wanted: &Dataplane) -> Vec<String> {
     let goal = Goal {
         desired: wanted.clone(),
         prune: true,
@@ -168,7 +170,7 @@ fn elements_of_every_kind_are_written_changed_and_removed() {
         wanted.elements = Default::default();
         repair(&lab, &wanted).await;
         assert_eq!(dumped(&lab, &wanted).await, wanted);
-        repair(&lab, &Kernel::default()).await;
+        repair(&lab, &Dataplane::default()).await;
         assert!(!run("nft list tables").contains("ovl-services"));
         lab.kernel.remove_filter().await.expect("gone is fine");
     });
@@ -298,7 +300,7 @@ fn what_is_refused_is_said_and_hurts_no_other_table() {
         let good = wanted.clone();
         let key = Key::of(&[Field::Ip(ip("192.0.2.9")), Field::Protocol(17), Field::Port(53)]);
         wanted.elements.insert(&PEERS, key, verdict("nowhere"));
-        let ops = ovl_core::diff::diff(&lab.dump().await, &wanted, true);
+        let ops = ovl_dataplane::diff::diff(&lab.dump().await, &wanted, true);
         let outcomes = lab.kernel.apply(ops).await;
         let failed: Vec<_> = outcomes.iter().filter(|outcome| outcome.result.is_err()).collect();
         assert_eq!((outcomes.len(), failed.len()), (3, 2), "both halves of the change");
@@ -333,7 +335,7 @@ fn many_are_changed_at_once() {
         more.sets.push(PEERS_FLAT);
         wanted.tables.insert(T, Arc::new(more));
         let start = Instant::now();
-        let ops = ovl_core::diff::diff(&lab.dump().await, &wanted, true);
+        let ops = ovl_dataplane::diff::diff(&lab.dump().await, &wanted, true);
         println!("{} operations: {:?}", ops.len(), start.elapsed());
         let start = Instant::now();
         for outcome in lab.kernel.apply(ops).await {

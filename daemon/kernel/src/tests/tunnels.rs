@@ -2,14 +2,15 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-use ovl_core::device::Device;
-use ovl_core::kernel::{Hop, Kernel, Link, Remote, Source, Tunnel, TunnelKind, TunnelPeer};
-use ovl_core::op::Op;
-use ovl_core::{filter, ipam};
+use ovl_cluster::addresses as ipam;
+use ovl_dataplane::device::Device;
+use ovl_dataplane::op::Op;
+use ovl_dataplane::state::{Dataplane, Hop, Link, Remote, Source, Tunnel, TunnelKind, TunnelPeer};
 use ovl_proto::SEALED_VXLAN_PORT;
 use ovl_proto::clock::Stamp;
 use ovl_proto::id::{NetworkId, TunnelKey};
 use ovl_proto::object::{Backend, Driver, Mode, Network};
+use ovl_subsystems::networks::filter;
 use ovl_tunnel::{PrivateKey, public_key};
 use tokio::sync::mpsc;
 
@@ -28,9 +29,9 @@ fn end() -> Device {
 }
 
 /// A switched network in the tunnel, as [`desired`] has it in plain, with two peers.
-fn sealed() -> Kernel {
+fn sealed() -> Dataplane {
     let plain = desired(ip("192.0.2.1"), 0);
-    let mut kernel = Kernel { addresses: plain.addresses, ..Kernel::default() };
+    let mut kernel = Dataplane { addresses: plain.addresses, ..Dataplane::default() };
     let (here, bridge_link) = (ip("fd01::1"), plain.links[&bridge()]);
     kernel.links.insert(bridge(), bridge_link);
     let tap = Link::Tap { vni: 4097, mtu: 1300, master: Some(bridge()), up: true, tuned: true };
@@ -118,8 +119,8 @@ fn what_is_inside_of_a_tunnel_changes_one_by_one_and_goes_with_it() {
         lab.pass(&wanted).await;
         lab.assert_settled(&wanted).await;
         assert_eq!(lab.events().await, [], "our own doing");
-        lab.pass(&Kernel::default()).await;
-        lab.assert_settled(&Kernel::default()).await;
+        lab.pass(&Dataplane::default()).await;
+        lab.assert_settled(&Dataplane::default()).await;
         assert_eq!(run("ip -br link show type tun"), "");
         assert!(lab.kernel.tunnels().await.expect("status").is_empty());
         // With the worker all of it goes.
@@ -154,7 +155,7 @@ fn a_port_that_is_taken_is_named_and_nothing_stays() {
     in_namespace(async || {
         let _taken = std::net::UdpSocket::bind("192.0.2.1:51940").expect("free");
         let lab = lab();
-        let ops = ovl_core::diff::diff(&lab.dump().await, &sealed(), true);
+        let ops = ovl_dataplane::diff::diff(&lab.dump().await, &sealed(), true);
         let outcomes = lab.kernel.apply(ops).await;
         let error = outcomes.into_iter().find_map(|outcome| match outcome.op {
             Op::AddLink(device, _) if device == end() => outcome.result.err(),

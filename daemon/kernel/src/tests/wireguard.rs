@@ -6,10 +6,10 @@ use std::time::{Duration, SystemTime};
 
 use ipnet::IpNet;
 use netlink_packet_wireguard::WireguardTimeSpec;
-use ovl_core::device::Device;
-use ovl_core::diff::diff;
-use ovl_core::kernel::{Kernel, Link, Source, Tunnel, TunnelKind, TunnelPeer};
-use ovl_core::op::Op;
+use ovl_dataplane::device::Device;
+use ovl_dataplane::diff::diff;
+use ovl_dataplane::op::Op;
+use ovl_dataplane::state::{Dataplane, Link, Source, Tunnel, TunnelKind, TunnelPeer};
 use ovl_proto::id::TunnelKey;
 use proptest::prelude::*;
 
@@ -64,8 +64,8 @@ fn apply(wireguard: &mut Wireguard, secrets: &BTreeMap<TunnelKey, [u8; 32]>, op:
     .unwrap_or_else(|error| panic!("{op}: {error}"));
 }
 
-fn dump(wireguard: &mut Wireguard, devices: &[Device]) -> Kernel {
-    let mut kernel = Kernel::default();
+fn dump(wireguard: &mut Wireguard, devices: &[Device]) -> Dataplane {
+    let mut kernel = Dataplane::default();
     for device in devices {
         let (tunnel, peers) = wireguard.dump(*device).expect("dump");
         kernel.tunnels.insert(*device, tunnel);
@@ -75,7 +75,7 @@ fn dump(wireguard: &mut Wireguard, devices: &[Device]) -> Kernel {
 }
 
 /// Brings it to what is wanted; afterwards nothing is left to do.
-fn settle(wireguard: &mut Wireguard, secrets: &BTreeMap<TunnelKey, [u8; 32]>, desired: &Kernel) {
+fn settle(wireguard: &mut Wireguard, secrets: &BTreeMap<TunnelKey, [u8; 32]>, desired: &Dataplane) {
     let devices: Vec<Device> = desired.tunnels.keys().copied().collect();
     for op in diff(&dump(wireguard, &devices), desired, true) {
         apply(wireguard, secrets, &op);
@@ -173,7 +173,7 @@ fn a_dump_that_was_disturbed_is_made_again() {
 fn what_others_set_is_seen_and_undone() {
     let (fake, mut wireguard) = start(8192);
     let secrets = BTreeMap::from([(TunnelKey(public_of([1; 32])), [1; 32])]);
-    let mut desired = Kernel::default();
+    let mut desired = Dataplane::default();
     desired.tunnels.insert(device(), Tunnel { key: TunnelKey(public_of([1; 32])), port: 51940, local: None });
     desired.tunnel_peers.insert((device(), key(2)), peer("192.0.2.2:1", &["10.0.2.0/24"]));
     desired.tunnel_peers.insert((device(), key(3)), peer("192.0.2.3:1", &["10.0.3.0/24"]));
@@ -282,12 +282,12 @@ fn the_private_key_is_shown_nowhere() {
 
 /// Two ends of the tunnel with peers that share a small world of keys and addresses, so that addresses
 /// move; each address is one peer's.
-fn world() -> impl Strategy<Value = Kernel> {
+fn world() -> impl Strategy<Value = Dataplane> {
     let peer = (0u8..6, any::<bool>(), 1u16..4, any::<bool>());
     let peers = proptest::collection::vec(peer, 0..8);
     let owners = proptest::collection::vec(proptest::option::of((any::<bool>(), 0u8..6)), 12);
     (any::<[bool; 2]>(), 51940u16..51943, peers, owners).prop_map(|(keys, port, peers, owners)| {
-        let mut kernel = Kernel::default();
+        let mut kernel = Dataplane::default();
         for (second, other) in [false, true].into_iter().zip(keys) {
             let key = TunnelKey(public_of([100 + 2 * u8::from(second) + u8::from(other); 32]));
             kernel.tunnels.insert(
@@ -371,7 +371,7 @@ fn the_real_kernels_state_becomes_what_is_wanted() {
         }
         let lab = Lab::start();
         let devices = [Device::tunnel(false), Device::tunnel(true)];
-        let mut links = Kernel::default();
+        let mut links = Dataplane::default();
         for device in devices {
             links.links.insert(device, tunnel_link(1420));
         }
@@ -493,12 +493,12 @@ fn answers(address: &str) -> bool {
 }
 
 /// `wg show` names the same keys, ports, endpoints and allowed addresses.
-fn assert_wg_agrees(world: &Kernel) {
+fn assert_wg_agrees(world: &Dataplane) {
     if std::process::Command::new("wg").arg("--version").output().is_err() {
         let _ = std::io::Write::write_all(&mut std::io::stderr(), b"\n*** no program wg: not compared ***\n");
         return;
     }
-    let mut shown = Kernel::default();
+    let mut shown = Dataplane::default();
     for line in run("wg show all dump").lines() {
         let fields: Vec<&str> = line.split('\t').collect();
         let device = Device::new(fields[0]).expect("name");

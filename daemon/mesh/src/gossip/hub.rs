@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use chitchat::{ChitchatMessage, Deserializable, Serializable};
-use ovl_proto::control::GossipCounters;
+use ovl_control::GossipCounters;
 use ovl_proto::id::{ClusterKeyId, NodeId};
 use ovl_proto::record::SignedRecord;
 use socket2::SockRef;

@@ -31,7 +31,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use chitchat::ChitchatId;
-use ovl_proto::control::GossipCounters;
+use ovl_control::GossipCounters;
 use ovl_proto::id::{ClusterKeyId, NodeId};
 use ovl_proto::record::{NodeRecord, SignedRecord};
 use tokio::sync::{Notify, mpsc};

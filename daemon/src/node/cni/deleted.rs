@@ -10,8 +10,8 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use ovl_core::cni::{self, Attachment, Call, code, error};
-use ovl_proto::control::{CniDeleted, CniError, MAX_REQUEST};
+use ovl_control::{CniDeleted, CniError, MAX_REQUEST};
+use ovl_runtimes::cni::{self, Attachment, Call, code, error};
 
 use super::super::{Node, remove_if_there};
 

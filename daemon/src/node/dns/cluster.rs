@@ -3,9 +3,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
-use ovl_core::cluster_names::{Names, Set, VERSION};
 use ovl_dns::{Name, Records, Zone};
 use ovl_proto::resource::Name as ResourceName;
+use ovl_subsystems::names::cluster_names::{Names, Set, VERSION};
 
 use super::records_of;
 

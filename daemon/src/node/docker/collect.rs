@@ -3,10 +3,10 @@
 use std::rc::Rc;
 
 use nix::net::if_::if_nametoindex;
-use ovl_core::device::Device;
-use ovl_core::docker;
-use ovl_proto::control::{DockerCall, DockerDeleted};
+use ovl_control::{DockerCall, DockerDeleted};
+use ovl_dataplane::device::Device;
 use ovl_proto::id::{EndpointId, NetworkId};
+use ovl_runtimes::docker;
 
 use super::super::{Node, remove_if_there};
 use super::is_unused;

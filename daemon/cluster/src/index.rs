@@ -1,0 +1,104 @@
+//! Where a table's endpoints are found without looking at each: hosts have thousands, and a change
+//! of one must not cost what all of them cost.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use ovl_proto::id::{EndpointId, Mac, NetworkId};
+use ovl_proto::table::Endpoint;
+
+const FIRST: EndpointId = EndpointId([0; 5]);
+const LAST: EndpointId = EndpointId([u8::MAX; 5]);
+
+/// The endpoints of one table, by what they are looked up by.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Index {
+    networks: BTreeMap<NetworkId, BTreeSet<EndpointId>>,
+    addresses: BTreeSet<(NetworkId, IpAddr, EndpointId)>,
+    macs: BTreeSet<(NetworkId, Mac, EndpointId)>,
+    names: BTreeMap<String, BTreeSet<EndpointId>>,
+    /// By name and alias, in lower case.
+    called: BTreeMap<String, BTreeSet<EndpointId>>,
+    /// The ranges that they were attached with, and how many have each.
+    ranges: BTreeMap<(NetworkId, IpNet), usize>,
+}
+
+impl Index {
+    pub(crate) fn insert(&mut self, endpoint: &Endpoint) {
+        let Endpoint { id, network, mac, .. } = *endpoint;
+        self.networks.entry(network).or_default().insert(id);
+        self.macs.insert((network, mac, id));
+        self.names.entry(endpoint.name.clone()).or_default().insert(id);
+        for name in endpoint.canonical_names() {
+            self.called.entry(name).or_default().insert(id);
+        }
+        for net in &endpoint.addresses {
+            self.addresses.insert((network, net.addr(), id));
+            *self.ranges.entry((network, net.trunc())).or_default() += 1;
+        }
+    }
+
+    pub(crate) fn remove(&mut self, endpoint: &Endpoint) {
+        let Endpoint { id, network, mac, .. } = *endpoint;
+        take(&mut self.networks, &network, id);
+        self.macs.remove(&(network, mac, id));
+        take(&mut self.names, &endpoint.name, id);
+        for name in endpoint.canonical_names() {
+            take(&mut self.called, &name, id);
+        }
+        for net in &endpoint.addresses {
+            self.addresses.remove(&(network, net.addr(), id));
+            let range = (network, net.trunc());
+            if let Some(count) = self.ranges.get_mut(&range) {
+                *count -= 1;
+                if *count == 0 {
+                    self.ranges.remove(&range);
+                }
+            }
+        }
+    }
+
+    /// Networks with endpoints.
+    pub(crate) fn networks(&self) -> impl Iterator<Item = NetworkId> {
+        self.networks.keys().copied()
+    }
+
+    pub(crate) fn on(&self, network: NetworkId) -> impl Iterator<Item = EndpointId> {
+        self.networks.get(&network).into_iter().flatten().copied()
+    }
+
+    pub(crate) fn with_address(
+        &self,
+        network: NetworkId,
+        address: IpAddr,
+    ) -> impl Iterator<Item = EndpointId> {
+        self.addresses.range((network, address, FIRST)..=(network, address, LAST)).map(|(_, _, id)| *id)
+    }
+
+    pub(crate) fn with_mac(&self, network: NetworkId, mac: Mac) -> impl Iterator<Item = EndpointId> {
+        self.macs.range((network, mac, FIRST)..=(network, mac, LAST)).map(|(_, _, id)| *id)
+    }
+
+    pub(crate) fn named(&self, name: &str) -> impl Iterator<Item = EndpointId> {
+        self.names.get(name).into_iter().flatten().copied()
+    }
+
+    pub(crate) fn called(&self, name: &str) -> impl Iterator<Item = EndpointId> {
+        self.called.get(name).into_iter().flatten().copied()
+    }
+
+    pub(crate) fn ranges(&self, network: NetworkId) -> impl Iterator<Item = IpNet> {
+        let from = (network, IpNet::default());
+        self.ranges.range(from..).take_while(move |((on, _), _)| *on == network).map(|((_, range), _)| *range)
+    }
+}
+
+fn take<K: Ord>(sets: &mut BTreeMap<K, BTreeSet<EndpointId>>, key: &K, id: EndpointId) {
+    if let Some(set) = sets.get_mut(key) {
+        set.remove(&id);
+        if set.is_empty() {
+            sets.remove(key);
+        }
+    }
+}

@@ -1,0 +1,235 @@
+//! Kubernetes' objects of the cluster, those that are gone left out, and what follows for endpoints: labels,
+//! named ports, names in DNS.
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+
+use ovl_proto::resource::{
+    EndpointSlice, Kind, Labels, Meta, Name, Namespace, NetworkPolicy, Pod, Protocol, Resource, ResourceKey,
+    Service,
+};
+use ovl_proto::table::Endpoint;
+
+use crate::claims::Claims;
+
+/// The label that every namespace has, with its name for a value.
+pub const NAMESPACE_NAME_LABEL: &str = "kubernetes.io/metadata.name";
+
+/// All of them, by kind and name.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Resources {
+    /// By their names alone.
+    pub namespaces: BTreeMap<String, Namespace>,
+    /// Whether there is an endpoint or not.
+    pub pods: BTreeMap<Name, Pod>,
+    /// With what was allocated, as far as no older Service has it.
+    pub services: BTreeMap<Name, Service>,
+    /// Whether there is a Service or not.
+    pub slices: BTreeMap<Name, EndpointSlice>,
+    /// Network policies.
+    pub policies: BTreeMap<Name, NetworkPolicy>,
+    /// Who has which addresses and node ports.
+    pub claims: Claims,
+}
+
+impl Resources {
+    /// Adds or replaces one. Gives those that this changes: itself, and Services that lose something to it or get
+    /// something back.
+    pub fn insert(&mut self, resource: Resource) -> Vec<ResourceKey> {
+        let key = resource.key();
+        let name = key.name.clone();
+        match resource {
+            Resource::Namespace(it) => drop(self.namespaces.insert(name.name, it)),
+            Resource::Pod(it) => drop(self.pods.insert(name, it)),
+            Resource::Service(it) => return self.claims.put(&mut self.services, name, Some(*it)),
+            Resource::EndpointSlice(it) => drop(self.slices.insert(name, it)),
+            Resource::NetworkPolicy(it) => drop(self.policies.insert(name, it)),
+        }
+        vec![key]
+    }
+
+    /// Takes one out, if it is there. Gives those that this changes.
+    pub fn remove(&mut self, key: &ResourceKey) -> Vec<ResourceKey> {
+        match key.kind {
+            Kind::Namespace => drop(self.namespaces.remove(&key.name.name)),
+            Kind::Pod => drop(self.pods.remove(&key.name)),
+            Kind::Service => return self.claims.put(&mut self.services, key.name.clone(), None),
+            Kind::EndpointSlice => drop(self.slices.remove(&key.name)),
+            Kind::NetworkPolicy => drop(self.policies.remove(&key.name)),
+        }
+        vec![key.clone()]
+    }
+
+    /// One, as what it is in general.
+    pub fn get(&self, key: &ResourceKey) -> Option<Resource> {
+        match key.kind {
+            Kind::Namespace => self.namespaces.get(&key.name.name).cloned().map(Resource::Namespace),
+            Kind::Pod => self.pods.get(&key.name).cloned().map(Resource::Pod),
+            Kind::Service => self.services.get(&key.name).cloned().map(Box::new).map(Resource::Service),
+            Kind::EndpointSlice => self.slices.get(&key.name).cloned().map(Resource::EndpointSlice),
+            Kind::NetworkPolicy => self.policies.get(&key.name).cloned().map(Resource::NetworkPolicy),
+        }
+    }
+
+    /// What is said of one, if it is there.
+    pub fn meta(&self, key: &ResourceKey) -> Option<&Meta> {
+        let name = &key.name;
+        match key.kind {
+            Kind::Namespace => self.namespaces.get(&name.name).map(|it| &it.metadata),
+            Kind::Pod => self.pods.get(name).map(|it| &it.metadata),
+            Kind::Service => self.services.get(name).map(|it| &it.metadata),
+            Kind::EndpointSlice => self.slices.get(name).map(|it| &it.metadata),
+            Kind::NetworkPolicy => self.policies.get(name).map(|it| &it.metadata),
+        }
+    }
+
+    /// The names of all of a kind, in order.
+    pub fn names(&self, kind: Kind) -> Vec<Name> {
+        match kind {
+            Kind::Namespace => self.namespaces.keys().map(|name| Name::new("", name)).collect(),
+            Kind::Pod => self.pods.keys().cloned().collect(),
+            Kind::Service => self.services.keys().cloned().collect(),
+            Kind::EndpointSlice => self.slices.keys().cloned().collect(),
+            Kind::NetworkPolicy => self.policies.keys().cloned().collect(),
+        }
+    }
+
+    /// The labels of a namespace: those of its object, if there is one, and the one that each has.
+    pub fn namespace_labels(&self, namespace: &str) -> Labels {
+        let mut labels =
+            self.namespaces.get(namespace).map(|it| it.metadata.labels.clone()).unwrap_or_default();
+        labels.insert(NAMESPACE_NAME_LABEL.to_owned(), namespace.to_owned());
+        labels
+    }
+
+    /// The v1 Pod of an endpoint: that of the same namespace and name.
+    pub fn pod_of(&self, endpoint: &Endpoint) -> Option<&Pod> {
+        self.pods.get(&Name::new(&endpoint.namespace, &endpoint.name))
+    }
+
+    /// What selectors match on an endpoint: its own labels, overlaid by those of its Pod.
+    pub fn labels<'a>(&'a self, endpoint: &'a Endpoint) -> Cow<'a, Labels> {
+        match self.pod_of(endpoint) {
+            None => Cow::Borrowed(&endpoint.labels),
+            Some(pod) if endpoint.labels.is_empty() => Cow::Borrowed(&pod.metadata.labels),
+            Some(pod) => {
+                let mut labels = endpoint.labels.clone();
+                labels.extend(pod.metadata.labels.clone());
+                Cow::Owned(labels)
+            }
+        }
+    }
+
+    /// The port that an endpoint has under a name.
+    pub fn named_port(&self, endpoint: &Endpoint, name: &str, protocol: Protocol) -> Option<u16> {
+        named_port(self.pod_of(endpoint)?, name, protocol)
+    }
+
+    /// The host name and the subdomain that an endpoint has in DNS, if its Pod gives it any.
+    pub fn host_name(&self, endpoint: &Endpoint) -> Option<(&str, &str)> {
+        let spec = &self.pod_of(endpoint)?.spec;
+        let given = !spec.hostname.is_empty() || !spec.subdomain.is_empty();
+        given.then_some((&*spec.hostname, &*spec.subdomain))
+    }
+}
+
+/// The port that a pod has under a name: the first one of that protocol, as with Kubernetes.
+pub fn named_port(pod: &Pod, name: &str, protocol: Protocol) -> Option<u16> {
+    let ports = pod.spec.containers.iter().flat_map(|container| &container.ports);
+    let mut fitting = ports.filter(|port| port.name == name && port.protocol == protocol);
+    fitting.next().map(|port| port.container_port)
+}
+
+#[cfg(test)]
+mod tests {
+    use ovl_proto::resource::{Container, ContainerPort, Meta, PodSpec};
+
+    use super::*;
+
+    fn labels(all: &[(&str, &str)]) -> Labels {
+        all.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect()
+    }
+
+    fn endpoint(own: &[(&str, &str)]) -> Endpoint {
+        Endpoint {
+            id: Default::default(),
+            name: "web-1".to_owned(),
+            namespace: "shop".to_owned(),
+            network: Default::default(),
+            mac: Default::default(),
+            addresses: Vec::new(),
+            aliases: Vec::new(),
+            labels: labels(own),
+            ready: true,
+            publish: Vec::new(),
+        }
+    }
+
+    fn pod(namespace: &str) -> Resource {
+        let port = |name: &str, container_port, protocol| ContainerPort {
+            name: name.to_owned(),
+            container_port,
+            protocol,
+        };
+        let ports = vec![
+            port("", 1, Protocol::Tcp),
+            port("web", 8080, Protocol::Tcp),
+            port("web", 9090, Protocol::Udp),
+            port("web", 7070, Protocol::Tcp),
+        ];
+        Resource::Pod(Pod {
+            metadata: Meta {
+                name: "web-1".to_owned(),
+                namespace: namespace.to_owned(),
+                labels: labels(&[("app", "web"), ("tier", "front")]),
+                ..Meta::default()
+            },
+            spec: PodSpec {
+                containers: vec![Container { name: "c".to_owned(), ports }],
+                subdomain: "sub".to_owned(),
+                ..PodSpec::default()
+            },
+            status: Default::default(),
+        })
+    }
+
+    #[test]
+    fn a_pod_of_the_same_name_says_more_of_an_endpoint() {
+        let endpoint = endpoint(&[("app", "old"), ("own", "1")]);
+        let mut resources = Resources::default();
+        assert_eq!(*resources.labels(&endpoint), endpoint.labels);
+        resources.insert(pod("other"));
+        assert_eq!(resources.named_port(&endpoint, "web", Protocol::Tcp), None);
+        assert_eq!(resources.host_name(&endpoint), None);
+
+        resources.insert(pod("shop"));
+        assert_eq!(*resources.labels(&endpoint), labels(&[("app", "web"), ("own", "1"), ("tier", "front")]));
+        assert_eq!(resources.named_port(&endpoint, "web", Protocol::Tcp), Some(8080));
+        assert_eq!(resources.named_port(&endpoint, "web", Protocol::Udp), Some(9090));
+        assert_eq!(resources.named_port(&endpoint, "web", Protocol::Sctp), None);
+        assert_eq!(resources.host_name(&endpoint), Some(("", "sub")));
+
+        let key = pod("shop").key();
+        assert_eq!(resources.get(&key), Some(pod("shop")));
+        assert_eq!(resources.names(Kind::Pod).len(), 2);
+        resources.remove(&key);
+        assert_eq!(*resources.labels(&endpoint), endpoint.labels);
+    }
+
+    #[test]
+    fn every_namespace_is_labelled_with_its_name() {
+        let mut resources = Resources::default();
+        assert_eq!(resources.namespace_labels("shop"), labels(&[(NAMESPACE_NAME_LABEL, "shop")]));
+        resources.insert(Resource::Namespace(Namespace {
+            metadata: Meta {
+                name: "shop".to_owned(),
+                labels: labels(&[("team", "a"), (NAMESPACE_NAME_LABEL, "forged")]),
+                ..Meta::default()
+            },
+        }));
+        assert_eq!(
+            resources.namespace_labels("shop"),
+            labels(&[(NAMESPACE_NAME_LABEL, "shop"), ("team", "a")])
+        );
+    }
+}

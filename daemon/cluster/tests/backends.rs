@@ -1,0 +1,306 @@
+//! What stands behind Services.
+#![cfg(test)]
+
+mod world;
+
+use std::collections::BTreeSet;
+
+use ovl_cluster::backends::{Backend, Backends, Readiness, Settled, Target, targets};
+use ovl_cluster::members::MemberId;
+use ovl_cluster::view::View;
+use ovl_proto::id::{EndpointId, NodeId};
+use ovl_proto::record::PeerState;
+use ovl_proto::resource::{Kind, Name, ResourceKey};
+use proptest::prelude::*;
+use serde_json::json;
+
+use self::world::{NET, WEB, World, id, read};
+
+fn names(all: &[&str]) -> BTreeSet<Name> {
+    all.iter().map(|name| Name::new("default", *name)).collect()
+}
+
+#[test]
+fn endpoints_are_selected_by_their_labels() {
+    let mut world = World::new();
+    world.attach(1, 1, WEB, true);
+    world.attach(2, 2, &[("app", "web"), ("tier", "front")], true);
+    world.attach(3, 3, &[("app", "db")], true);
+    world.service("web", json!({ "app": "web" }));
+    world.service("front", json!({ "app": "web", "tier": "front" }));
+    world.service("none", json!({}));
+    world.settle();
+    assert_eq!(world.names("web"), ["w1", "w2"]);
+    assert_eq!(world.names("front"), ["w2"]);
+    assert!(world.of("none").is_empty());
+    let first = Target { address: "10.9.0.9".parse().unwrap(), port: 8080, host: Some(id(1)) };
+    assert_eq!(targets(world.of("web"), 0, true, Some(id(1))), [first]);
+    assert_eq!(targets(world.of("web"), 0, true, None).len(), 2);
+    assert!(targets(world.of("web"), 0, false, None).is_empty());
+    // The named port is a Pod's, and there is none.
+    assert!(targets(world.of("web"), 1, true, None).is_empty());
+}
+
+#[test]
+fn a_change_touches_the_services_that_select_it_alone() {
+    let mut world = World::new();
+    for n in 0..100 {
+        world.service(&format!("s{n}"), json!({ "app": format!("a{n}"), "part-of": "shop" }));
+    }
+    world.settle();
+    world.attach(1, 1, &[("app", "a7"), ("part-of", "shop")], true);
+    let settled = world.settle();
+    assert_eq!(settled.services, names(&["s7"]));
+    assert_eq!(settled.members.len(), 1);
+    assert_eq!(settled.members[0].before, None);
+    assert_eq!(world.settle(), Settled::default());
+    world.detach(1, 1);
+    let settled = world.settle();
+    assert_eq!(settled.services, names(&["s7"]));
+    assert_eq!(settled.members[0].id, MemberId::Endpoint(id(1), EndpointId([1; 5])));
+    assert_eq!(settled.members[0].after, None);
+}
+
+#[test]
+fn a_pod_gives_labels_and_named_ports() {
+    let mut world = World::new();
+    world.service("web", json!({ "app": "web" }));
+    world.attach(1, 1, &[], true);
+    world.settle();
+    assert!(world.of("web").is_empty());
+    let pod = |port: u16| {
+        read(
+            Kind::Pod,
+            json!({
+                "metadata": { "name": "w1", "namespace": "default", "labels": { "app": "web" } },
+                "spec": { "hostname": "one", "subdomain": "web", "containers": [
+                    { "ports": [{ "name": "web", "containerPort": port }] },
+                ] },
+            }),
+        )
+    };
+    world.put(pod(7000));
+    assert_eq!(world.settle().services, names(&["web"]));
+    assert_eq!(world.of("web")[0].ports, [Some(8080), Some(7000)]);
+    assert_eq!(world.of("web")[0].hostname, "one");
+    world.put(pod(7001));
+    assert_eq!(world.settle().services, names(&["web"]));
+    assert_eq!(world.of("web")[0].ports, [Some(8080), Some(7001)]);
+    world.drop(Kind::Pod, "w1");
+    world.settle();
+    assert!(world.of("web").is_empty());
+}
+
+#[test]
+fn a_pod_that_is_no_endpoint_counts_by_the_address_that_it_says() {
+    let mut world = World::new();
+    world.service("web", json!({ "app": "web" }));
+    world.put(read(
+        Kind::Pod,
+        json!({
+            "metadata": { "name": "w1", "namespace": "default", "labels": { "app": "web" } },
+            "status": { "podIP": "192.0.2.9", "podIPs": [{ "ip": "192.0.2.9" }] },
+        }),
+    ));
+    world.settle();
+    assert_eq!(world.of("web")[0].addresses, ["192.0.2.9".parse::<std::net::IpAddr>().unwrap()]);
+    assert_eq!(world.of("web")[0].host, None);
+    // An endpoint of that name knows better.
+    world.attach(2, 1, &[], true);
+    world.settle();
+    assert_eq!(world.of("web").len(), 1);
+    assert_eq!(world.of("web")[0].host, Some(id(2)));
+}
+
+#[test]
+fn who_is_not_ready_gets_nothing_unless_the_service_says_so() {
+    let mut world = World::new();
+    world.service("web", json!({ "app": "web" }));
+    world.attach(1, 1, WEB, false);
+    world.attach(2, 2, WEB, true);
+    world.settle();
+    assert_eq!(world.of("web").len(), 2);
+    assert_eq!(targets(world.of("web"), 0, true, None).len(), 1);
+    world.put(read(
+        Kind::Service,
+        json!({
+            "metadata": { "name": "web", "namespace": "default" },
+            "spec": { "selector": { "app": "web" }, "publishNotReadyAddresses": true, "ports": [{ "port": 80 }] },
+        }),
+    ));
+    world.settle();
+    assert_eq!(targets(world.of("web"), 0, true, None).len(), 2);
+}
+
+#[test]
+fn a_dead_hosts_endpoints_are_out() {
+    let mut world = World::new();
+    world.service("web", json!({ "app": "web" }));
+    world.attach(1, 1, WEB, true);
+    world.attach(2, 2, WEB, true);
+    world.settle();
+    world.host(2, PeerState::Suspect);
+    assert_eq!(world.settle(), Settled::default());
+    world.host(2, PeerState::Dead);
+    assert_eq!(world.settle().services, names(&["web"]));
+    assert_eq!(world.names("web"), ["w1"]);
+    world.host(2, PeerState::Alive);
+    world.settle();
+    assert_eq!(world.names("web"), ["w1", "w2"]);
+}
+
+#[test]
+fn slices_list_backends() {
+    let mut world = World::new();
+    world.service("web", json!({}));
+    world.put(read(
+        Kind::EndpointSlice,
+        json!({
+            "metadata": { "name": "web-1", "namespace": "default", "labels": { "kubernetes.io/service-name": "web" } },
+            "addressType": "IPv4",
+            "ports": [{ "name": "http", "port": 9000 }],
+            "endpoints": [
+                { "addresses": ["192.0.2.1"], "nodeName": "h2", "hostname": "one" },
+                { "addresses": ["192.0.2.2"], "conditions": { "ready": false } },
+                { "addresses": ["192.0.2.3"], "conditions": { "ready": false, "serving": true, "terminating": true } },
+            ],
+        }),
+    ));
+    world.settle();
+    let readiness: Vec<_> = world.of("web").iter().map(|backend| backend.readiness).collect();
+    assert_eq!(readiness, [Readiness::Ready, Readiness::NotReady, Readiness::Draining]);
+    let last = |world: &World| {
+        let found = targets(world.of("web"), 0, true, None);
+        found.iter().map(|target| target.address.to_string()).collect::<Vec<_>>()
+    };
+    assert_eq!(last(&world), ["192.0.2.1"]);
+    assert_eq!(world.of("web")[0].ports, [Some(9000), None]);
+    // With its host, the ready one goes; the one that drains is all there is.
+    world.host(2, PeerState::Dead);
+    assert_eq!(world.settle().services, names(&["web"]));
+    assert_eq!(last(&world), ["192.0.2.3"]);
+    world.drop(Kind::EndpointSlice, "web-1");
+    world.settle();
+    assert!(world.of("web").is_empty());
+}
+
+/// One thing that happens.
+#[derive(Debug, Clone)]
+enum Step {
+    Attach { host: u8, n: u8, app: u8, tier: u8, ready: bool },
+    Detach { host: u8, n: u8 },
+    Service { n: u8, app: Option<u8>, tier: Option<u8> },
+    NoService(u8),
+    Pod { n: u8, app: u8 },
+    NoPod(u8),
+    Slice { n: u8, service: u8, host: u8 },
+    NoSlice(u8),
+    Host { host: u8, alive: bool },
+    Settle,
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    let host = || 1..=3_u8;
+    prop_oneof![
+        4 => (host(), 1..5_u8, 0..3_u8, 0..2_u8, any::<bool>())
+            .prop_map(|(host, n, app, tier, ready)| Step::Attach { host, n, app, tier, ready }),
+        2 => (host(), 1..5_u8).prop_map(|(host, n)| Step::Detach { host, n }),
+        3 => (0..4_u8, prop::option::of(0..3_u8), prop::option::of(0..2_u8))
+            .prop_map(|(n, app, tier)| Step::Service { n, app, tier }),
+        1 => (0..4_u8).prop_map(Step::NoService),
+        2 => (1..5_u8, 0..3_u8).prop_map(|(n, app)| Step::Pod { n, app }),
+        1 => (1..5_u8).prop_map(Step::NoPod),
+        1 => (0..2_u8, 0..4_u8, host()).prop_map(|(n, service, host)| Step::Slice { n, service, host }),
+        1 => (0..2_u8).prop_map(Step::NoSlice),
+        1 => (2..=3_u8, any::<bool>()).prop_map(|(host, alive)| Step::Host { host, alive }),
+        3 => Just(Step::Settle),
+    ]
+}
+
+fn carry_out(world: &mut World, step: Step) {
+    match step {
+        Step::Attach { host, n, app, tier, ready } => {
+            let (app, tier) = (format!("a{app}"), format!("t{tier}"));
+            world.attach(host, n, &[("app", &app), ("tier", &tier)], ready);
+        }
+        Step::Detach { host, n } => world.detach(host, n),
+        Step::Service { n, app, tier } => {
+            let app = app.map(|app| ("app", format!("a{app}")));
+            let tier = tier.map(|tier| ("tier", format!("t{tier}")));
+            let selector: std::collections::BTreeMap<_, _> = app.into_iter().chain(tier).collect();
+            world.service(&format!("s{n}"), json!(selector));
+        }
+        Step::NoService(n) => world.drop(Kind::Service, &format!("s{n}")),
+        Step::Pod { n, app } => world.put(read(
+            Kind::Pod,
+            json!({
+                "metadata": { "name": format!("w{n}"), "namespace": "default", "labels": { "app": format!("a{app}") } },
+                "spec": { "containers": [{ "ports": [{ "name": "web", "containerPort": 7000 + u16::from(app) }] }] },
+                "status": { "podIPs": [{ "ip": format!("192.0.2.{n}") }] },
+            }),
+        )),
+        Step::NoPod(n) => world.drop(Kind::Pod, &format!("w{n}")),
+        Step::Slice { n, service, host } => world.put(read(
+            Kind::EndpointSlice,
+            json!({
+                "metadata": {
+                    "name": format!("e{n}"),
+                    "namespace": "default",
+                    "labels": { "kubernetes.io/service-name": format!("s{service}") },
+                },
+                "addressType": "IPv4",
+                "ports": [{ "name": "http", "port": 9000 }],
+                "endpoints": [{ "addresses": ["192.0.2.99"], "nodeName": format!("h{host}") }],
+            }),
+        )),
+        Step::NoSlice(n) => world.drop(Kind::EndpointSlice, &format!("e{n}")),
+        Step::Host { host, alive } => {
+            world.host(host, if alive { PeerState::Alive } else { PeerState::Dead });
+        }
+        Step::Settle => {}
+    }
+}
+
+/// The same view, looked at for the first time.
+fn from_nothing(view: &View) -> Backends {
+    let mut backends = Backends::default();
+    backends.touch_network(view, NET);
+    for kind in Kind::ALL {
+        for name in view.resources.names(kind) {
+            backends.touch_resource(view, &ResourceKey { kind, name });
+        }
+    }
+    backends.settle(view);
+    backends
+}
+
+proptest! {
+    #[test]
+    fn step_by_step_leads_to_what_looking_at_all_gives(steps in prop::collection::vec(step(), 1..60)) {
+        let mut world = World::new();
+        let all: Vec<Name> = (0..4).map(|n| Name::new("default", format!("s{n}"))).collect();
+        for step in steps {
+            let settle = matches!(step, Step::Settle);
+            carry_out(&mut world, step);
+            if !settle {
+                continue;
+            }
+            let before: Vec<Vec<Backend>> = all.iter().map(|name| world.backends.of(name).to_vec()).collect();
+            let settled = world.settle();
+            let fresh = from_nothing(&world.view);
+            for (name, before) in all.iter().zip(before) {
+                let now = world.backends.of(name);
+                prop_assert_eq!(now, fresh.of(name), "{}", name);
+                prop_assert!(settled.services.contains(name) || now == before, "{} changed untold", name);
+            }
+            let members = |backends: &Backends| {
+                backends.members().iter().map(|(id, member)| (id.clone(), member.clone())).collect::<Vec<_>>()
+            };
+            prop_assert_eq!(members(&world.backends), members(&fresh));
+            let hosts: BTreeSet<Option<NodeId>> = world.backends.members().iter().map(|(_, m)| m.host).collect();
+            for dead in world.view.nodes.values().filter(|node| node.state == PeerState::Dead) {
+                prop_assert!(!hosts.contains(&Some(dead.record.id)));
+            }
+        }
+    }
+}

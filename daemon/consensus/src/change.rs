@@ -1,0 +1,195 @@
+//! What a change makes of a map: pure, and the same wherever it is computed.
+
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use ovl_proto::alloc::{AllocMap, Block, Change, Refusal};
+use ovl_proto::id::{NetworkId, NodeId};
+
+use ovl_cluster::addresses;
+
+/// A host that asks for more new blocks of one subnet than this gets this many, and may ask again: a
+/// number in a request must not decide how large the map becomes.
+pub const MOST_BLOCKS_AT_ONCE: usize = 1024;
+
+/// The next map with one change made; nothing if there is nothing to do.
+pub fn apply(map: &AllocMap, change: &Change) -> Result<Option<AllocMap>, Refusal> {
+    let (next, mut results) = apply_all(map, [change]);
+    match results.pop() {
+        Some(Err(refusal)) => Err(refusal),
+        Some(Ok(())) | None => Ok(next),
+    }
+}
+
+/// The next map with all changes made, one after the other, and what became of each; no map if
+/// there is nothing to do.
+pub fn apply_all<'a>(
+    map: &AllocMap,
+    changes: impl IntoIterator<Item = &'a Change>,
+) -> (Option<AllocMap>, Vec<Result<(), Refusal>>) {
+    let mut next = map.clone();
+    let mut changed = false;
+    let results =
+        changes.into_iter().map(|change| make(&mut next, change).map(|did| changed |= did)).collect();
+    next.version = next.version.saturating_add(1);
+    next.previous_members.clone_from(&map.members);
+    (changed.then_some(next), results)
+}
+
+/// Changes the map in place and says whether there was anything to change. A refusal leaves the
+/// map as it was.
+fn make(map: &mut AllocMap, change: &Change) -> Result<bool, Refusal> {
+    match change {
+        Change::Admit(node) => {
+            map.forgotten.remove(node);
+            Ok(map.members.insert(*node))
+        }
+        Change::Forget(node) => forget(map, *node),
+        Change::Claim { network, subnet, block_length, owner, blocks } => {
+            let claim = Claim {
+                network: *network,
+                subnet: subnet.trunc(),
+                block_length: *block_length,
+                owner: *owner,
+            };
+            claim.apply_to(map, *blocks)
+        }
+        Change::ClaimExact { block, owner } => claim_exact(map, *block, *owner),
+        Change::Release { block, owner } => {
+            let held = map.blocks.get(block) == Some(owner);
+            if held {
+                map.blocks.remove(block);
+            }
+            Ok(held)
+        }
+        Change::DropNetwork(network) => {
+            let before = map.blocks.len();
+            map.blocks.retain(|block, _| block.network != *network);
+            Ok(map.blocks.len() != before)
+        }
+        Change::Key { from, to } => match map.key {
+            Some(agreed) if agreed.id == to.id => Ok(false),
+            Some(agreed) if Some(agreed.id) != *from => Err(Refusal::AnotherKey(agreed.id)),
+            _ => {
+                map.key = Some(*to);
+                Ok(true)
+            }
+        },
+    }
+}
+
+fn forget(map: &mut AllocMap, node: NodeId) -> Result<bool, Refusal> {
+    if !map.members.contains(&node) {
+        return Ok(false);
+    }
+    if map.members.len() == 1 {
+        return Err(Refusal::LastMember(node));
+    }
+    map.members.remove(&node);
+    map.forgotten.insert(node);
+    map.blocks.retain(|_, owner| *owner != node);
+    Ok(true)
+}
+
+fn claim_exact(map: &mut AllocMap, block: Block, owner: NodeId) -> Result<bool, Refusal> {
+    if !map.members.contains(&owner) {
+        return Err(Refusal::NotMember(owner));
+    }
+    if block.prefix != block.prefix.trunc() {
+        return Err(Refusal::NotABlock(block.prefix));
+    }
+    let in_the_way = overlapping(map, block.network, block.prefix).next();
+    match in_the_way {
+        Some((held, holder)) if holder == owner && held.contains(&block.prefix) => Ok(false),
+        Some((held, holder)) => Err(Refusal::Held { prefix: held, holder }),
+        None => {
+            map.blocks.insert(block, owner);
+            Ok(true)
+        }
+    }
+}
+
+/// [`Change::Claim`].
+struct Claim {
+    network: NetworkId,
+    subnet: IpNet,
+    block_length: u8,
+    owner: NodeId,
+}
+
+impl Claim {
+    fn apply_to(&self, map: &mut AllocMap, blocks: u32) -> Result<bool, Refusal> {
+        if !map.members.contains(&self.owner) {
+            return Err(Refusal::NotMember(self.owner));
+        }
+        if self.block_length < self.subnet.prefix_len() || self.block_length > self.subnet.max_prefix_len() {
+            return Err(Refusal::NotABlock(self.subnet));
+        }
+        let held: Vec<(IpNet, NodeId)> = overlapping(map, self.network, self.subnet).collect();
+        let own = held.iter().filter(|(_, owner)| *owner == self.owner).count();
+        let wanted = (blocks as usize).saturating_sub(own).min(MOST_BLOCKS_AT_ONCE);
+        let free = self.first_free(&held, wanted);
+        if free.len() < wanted {
+            return Err(Refusal::Full { subnet: self.subnet, blocks: self.count() });
+        }
+        for prefix in &free {
+            map.blocks.insert(Block { network: self.network, prefix: *prefix }, self.owner);
+        }
+        Ok(!free.is_empty())
+    }
+
+    /// The lowest blocks of the subnet that overlap none of `held`, which is in order: a walk
+    /// along the gaps between them, since the blocks of an IPv6 subnet are too many to count.
+    fn first_free(&self, held: &[(IpNet, NodeId)], wanted: usize) -> Vec<IpNet> {
+        let (start, end) = addresses::span(self.subnet);
+        let (_, last_of_first) = addresses::span(self.block(start));
+        let mask = last_of_first ^ start;
+        let mut free = Vec::new();
+        let mut next = Some(start);
+        // A block behind the last one held stands for the end of the subnet.
+        let spans = held.iter().map(|(prefix, _)| Some(addresses::span(*prefix))).chain([None]);
+        for span in spans {
+            while let Some(at) = next.filter(|at| *at <= end && free.len() < wanted) {
+                if span.is_some_and(|(first, _)| at | mask >= first) {
+                    break;
+                }
+                free.push(self.block(at));
+                next = (at | mask).checked_add(1);
+            }
+            if let Some((_, last)) = span {
+                let behind = (last | mask).checked_add(1);
+                next = next.and_then(|at| Some(at.max(behind?)));
+            }
+        }
+        free
+    }
+
+    fn block(&self, first: u128) -> IpNet {
+        let at: IpAddr = addresses::address(self.subnet, first);
+        IpNet::new(at, self.block_length).unwrap_or(self.subnet)
+    }
+
+    fn count(&self) -> u64 {
+        let bits = u32::from(self.block_length - self.subnet.prefix_len());
+        1_u64.checked_shl(bits).unwrap_or(u64::MAX)
+    }
+}
+
+/// The blocks of a network that overlap a range, in the order of their addresses. Blocks never
+/// overlap each other, so at most one of them begins before the range does.
+fn overlapping(
+    map: &AllocMap,
+    network: NetworkId,
+    range: IpNet,
+) -> impl Iterator<Item = (IpNet, NodeId)> + '_ {
+    let bound =
+        |address: IpAddr, length| Block { network, prefix: IpNet::new(address, length).unwrap_or(range) };
+    let longest = range.max_prefix_len();
+    let before = map
+        .blocks
+        .range(bound(addresses::address(range, 0), 0)..bound(range.network(), 0))
+        .next_back()
+        .filter(move |(block, _)| block.prefix.contains(&range));
+    let from_start = map.blocks.range(bound(range.network(), 0)..=bound(range.broadcast(), longest));
+    before.into_iter().chain(from_start).map(|(block, owner)| (block.prefix, *owner))
+}

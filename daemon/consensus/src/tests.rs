@@ -1,0 +1,307 @@
+//! What a change makes of a map, and the cases of the protocol that the simulation in
+//! `tests/alloc_sim` meets too rarely.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use ipnet::IpNet;
+use ovl_proto::alloc::{AgreedKey, AllocMap, AllocMessage, Ballot, Block, Change, Refusal};
+use ovl_proto::id::{ClusterKeyId, NetworkId, NodeId};
+use proptest::prelude::*;
+
+use super::{DEADLINE_MS, DELEGATE_MS, Durable, Event, MOST_REMOTE_REQUESTS, Output, Replica, apply};
+
+const A: NodeId = NodeId([1; 10]);
+const B: NodeId = NodeId([2; 10]);
+const C: NodeId = NodeId([3; 10]);
+const NET: NetworkId = NetworkId([7; 5]);
+
+fn net(text: &str) -> IpNet {
+    text.parse().unwrap()
+}
+
+fn block(text: &str) -> Block {
+    Block { network: NET, prefix: net(text) }
+}
+
+fn claim(owner: NodeId, subnet: &str, block_length: u8, blocks: u32) -> Change {
+    Change::Claim { network: NET, subnet: net(subnet), block_length, owner, blocks }
+}
+
+fn exact(owner: NodeId, prefix: &str) -> Change {
+    Change::ClaimExact { block: block(prefix), owner }
+}
+
+fn map_of(members: &[NodeId], blocks: &[(&str, NodeId)]) -> AllocMap {
+    AllocMap {
+        cluster: 9,
+        version: 4,
+        members: members.iter().copied().collect(),
+        previous_members: members.iter().copied().collect(),
+        blocks: blocks.iter().map(|(prefix, owner)| (block(prefix), *owner)).collect(),
+        ..AllocMap::default()
+    }
+}
+
+fn held(map: &AllocMap, owner: NodeId) -> Vec<String> {
+    map.blocks.iter().filter(|(_, o)| **o == owner).map(|(b, _)| b.prefix.to_string()).collect()
+}
+
+/// A node that is where the others are, with nothing in flight.
+fn node(me: NodeId, map: &AllocMap) -> Replica {
+    Replica::new(me, Durable { learned: map.clone(), ..Durable::default() }, 5)
+}
+
+fn done(out: &Output) -> Option<Result<u64, Refusal>> {
+    out.events.iter().find_map(|event| match event {
+        Event::Done { result, .. } => Some(result.clone()),
+        Event::Learned | Event::ForeignCluster { .. } => None,
+    })
+}
+
+#[test]
+fn a_claim_takes_the_lowest_blocks_that_overlap_none() {
+    let map = map_of(&[A, B], &[("10.0.0.8/29", B), ("10.0.0.17/32", B), ("10.0.0.32/27", B)]);
+    let next = apply(&map, &claim(A, "10.0.0.0/24", 29, 4)).unwrap().unwrap();
+    assert_eq!(held(&next, A), ["10.0.0.0/29", "10.0.0.24/29", "10.0.0.64/29", "10.0.0.72/29"]);
+    assert_eq!((next.version, next.previous_members), (5, map.members.clone()));
+    // Blocks of another length, from before the subnet grew, and one that contains the subnet.
+    let next = apply(&map, &claim(A, "10.0.0.0/16", 24, 1)).unwrap().unwrap();
+    assert_eq!(held(&next, A), ["10.0.1.0/24"]);
+    let wide = map_of(&[A, B], &[("10.0.0.0/8", B)]);
+    assert!(matches!(apply(&wide, &claim(A, "10.0.0.0/24", 29, 1)), Err(Refusal::Full { blocks: 32, .. })));
+}
+
+#[test]
+fn the_ends_of_the_address_space_are_no_trouble() {
+    let map = map_of(&[A, B], &[("ffff:ffff:ffff:ffff::/65", B), ("255.255.255.254/32", B)]);
+    let next = apply(&map, &claim(A, "ffff:ffff:ffff:ffff::/64", 65, 1)).unwrap().unwrap();
+    assert_eq!(held(&next, A), ["ffff:ffff:ffff:ffff:8000::/65"]);
+    let full = apply(&next, &claim(B, "ffff:ffff:ffff:ffff::/64", 112, 2));
+    assert!(matches!(full, Err(Refusal::Full { .. })), "{full:?}");
+    let next = apply(&map, &claim(A, "255.255.255.254/31", 32, 1)).unwrap().unwrap();
+    assert_eq!(held(&next, A), ["255.255.255.255/32"]);
+    let map = map_of(&[A], &[]);
+    for (all, length) in [("::/0", 0), ("0.0.0.0/0", 0), ("::/0", 128)] {
+        assert!(apply(&map, &claim(A, all, length, 1)).unwrap().is_some());
+    }
+    let much = apply(&map, &claim(A, "fd00::/8", 128, u32::MAX)).unwrap().unwrap();
+    assert_eq!(much.blocks.len(), super::MOST_BLOCKS_AT_ONCE);
+}
+
+#[test]
+fn a_claim_of_blocks_that_are_held_changes_nothing() {
+    let map = map_of(&[A, B], &[("10.0.0.0/29", A), ("10.0.0.8/29", B)]);
+    assert_eq!(apply(&map, &claim(A, "10.0.0.0/24", 29, 1)), Ok(None));
+    assert_eq!(apply(&map, &exact(A, "10.0.0.0/29")), Ok(None));
+    assert_eq!(apply(&map, &exact(A, "10.0.0.4/30")), Ok(None));
+    let refusal = Refusal::Held { prefix: net("10.0.0.8/29"), holder: B };
+    assert_eq!(apply(&map, &exact(A, "10.0.0.10/32")), Err(refusal.clone()));
+    assert_eq!(
+        apply(&map, &exact(B, "10.0.0.0/28")).unwrap_err(),
+        Refusal::Held { prefix: net("10.0.0.0/29"), holder: A }
+    );
+    assert_eq!(apply(&map, &exact(C, "10.0.0.16/29")), Err(Refusal::NotMember(C)));
+    assert_eq!(apply(&map, &claim(C, "10.0.0.0/24", 29, 1)), Err(Refusal::NotMember(C)));
+    assert_eq!(apply(&map, &exact(A, "10.0.0.17/29")), Err(Refusal::NotABlock(net("10.0.0.17/29"))));
+    assert_eq!(apply(&map, &claim(A, "10.0.0.0/24", 23, 1)), Err(Refusal::NotABlock(net("10.0.0.0/24"))));
+    let release = |owner| Change::Release { block: block("10.0.0.8/29"), owner };
+    assert_eq!(apply(&map, &release(A)), Ok(None));
+    assert_eq!(apply(&map, &release(B)).unwrap().unwrap().blocks.len(), 1);
+    assert_eq!(apply(&map, &Change::DropNetwork(NetworkId([1; 5]))), Ok(None));
+    assert!(apply(&map, &Change::DropNetwork(NET)).unwrap().unwrap().blocks.is_empty());
+}
+
+#[test]
+fn a_forgotten_host_gives_its_blocks_back_and_may_return() {
+    let map = map_of(&[A, B], &[("10.0.0.0/29", A), ("10.0.0.8/29", B)]);
+    let next = apply(&map, &Change::Forget(B)).unwrap().unwrap();
+    assert!(held(&next, B).is_empty() && next.forgotten.contains(&B));
+    assert_eq!(apply(&next, &Change::Forget(B)), Ok(None));
+    assert_eq!(apply(&next, &Change::Forget(A)), Err(Refusal::LastMember(A)));
+    let back = apply(&next, &Change::Admit(B)).unwrap().unwrap();
+    assert!(back.forgotten.is_empty() && back.members == map.members);
+    assert_eq!(apply(&back, &Change::Admit(B)), Ok(None));
+}
+
+#[test]
+fn of_two_rotations_of_the_cluster_key_the_second_is_refused() {
+    let key = |n: u8| AgreedKey { id: ClusterKeyId([n; 4]), since_ms: u64::from(n) };
+    let map = map_of(&[A], &[]);
+    let first = Change::Key { from: None, to: key(1) };
+    let map = apply(&map, &first).unwrap().unwrap();
+    assert_eq!(map.key, Some(key(1)));
+    assert_eq!(apply(&map, &first), Ok(None), "idempotent");
+    let second = Change::Key { from: None, to: key(2) };
+    assert_eq!(apply(&map, &second), Err(Refusal::AnotherKey(ClusterKeyId([1; 4]))));
+    let later = Change::Key { from: Some(ClusterKeyId([1; 4])), to: key(2) };
+    let map = apply(&map, &later).unwrap().unwrap();
+    assert_eq!(map.key, Some(key(2)));
+    assert!(apply(&map, &first).is_err(), "a late copy changes nothing");
+}
+
+proptest! {
+    /// Against a list of every address of a small range.
+    #[test]
+    fn no_sequence_of_changes_makes_blocks_overlap(
+        steps in prop::collection::vec((0_u8..5, 0_u8..3, any::<u8>(), 24_u8..=32, 0_u32..4), 1..60),
+    ) {
+        let mut map = map_of(&[A, B, C], &[]);
+        for (kind, owner, at, length, count) in steps {
+            let owner = [A, B, C][usize::from(owner)];
+            let prefix = IpNet::new([10, 0, 0, at].into(), length).unwrap().trunc();
+            let block = Block { network: NET, prefix };
+            let subnet = IpNet::new(prefix.addr(), length - length % 8).unwrap().trunc();
+            let change = match kind {
+                0 => Change::ClaimExact { block, owner },
+                1 => Change::Release { block: *map.blocks.keys().next().unwrap_or(&block), owner },
+                2 => Change::DropNetwork(NetworkId([at % 20; 5])),
+                _ => Change::Claim { network: NET, subnet, block_length: length, owner, blocks: count },
+            };
+            let mut of: BTreeMap<u8, NodeId> = BTreeMap::new();
+            let result = apply(&map, &change);
+            if let Ok(Some(next)) = &result {
+                prop_assert_eq!(apply(next, &change), Ok(None), "idempotent");
+                map = next.clone();
+            }
+            for (block, owner) in &map.blocks {
+                for host in block.prefix.hosts().chain([block.prefix.network(), block.prefix.broadcast()]) {
+                    let std::net::IpAddr::V4(host) = host else { unreachable!() };
+                    if *of.entry(host.octets()[3]).or_insert(*owner) != *owner {
+                        prop_assert!(false, "{} is held twice", host);
+                    }
+                }
+            }
+            if matches!(result, Err(Refusal::Full { .. })) {
+                let first_free = subnet.subnets(length).unwrap().take(300).filter(|candidate| {
+                    !map.blocks.keys().any(|b| b.prefix.contains(candidate) || candidate.contains(&b.prefix))
+                });
+                let own = map.blocks.iter().filter(|(b, o)| subnet.contains(&b.prefix) && **o == owner).count();
+                prop_assert!(first_free.count() + own < count as usize, "there was room");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_single_member_decides_alone_and_at_once() {
+    let mut a = Replica::new(A, Durable::default(), 1);
+    let out = a.bootstrap(9);
+    assert!(out.persist && out.events == [Event::Learned] && a.map().members == BTreeSet::from([A]));
+    assert_eq!(a.bootstrap(10), Output::default(), "only once");
+    let (id, out) = a.request(0, claim(A, "10.0.0.0/24", 29, 2), &BTreeSet::new());
+    assert!(out.persist && out.send.is_empty());
+    assert_eq!(out.events, [Event::Learned, Event::Done { id, result: Ok(2) }]);
+    let (id, out) = a.request(0, claim(A, "10.0.0.0/24", 29, 2), &BTreeSet::new());
+    assert_eq!(out.events, [Event::Done { id, result: Ok(2) }]);
+}
+
+#[test]
+fn an_acceptor_accepts_only_on_top_of_what_it_knows_to_be_agreed() {
+    let v4 = map_of(&[A, B, C], &[]);
+    let v5 = apply(&v4, &exact(A, "10.0.0.0/29")).unwrap().unwrap();
+    let v6 = apply(&v5, &exact(A, "10.0.0.8/29")).unwrap().unwrap();
+    let mut b = node(B, &v4);
+    let ballot = |counter| Ballot { counter, node: A };
+    let out = b.handle(0, A, AllocMessage::Accept { ballot: ballot(1), map: v5.clone() });
+    assert_eq!(out.send, [(A, AllocMessage::Accepted { ballot: ballot(1) })]);
+    // The decision of version 5 was lost on the way. What is accepted must stay to be seen.
+    let next = AllocMessage::Accept { ballot: ballot(2), map: v6.clone() };
+    let out = b.handle(0, A, next.clone());
+    assert_eq!(out.send, [(A, AllocMessage::Ask { known: 4 })]);
+    assert_eq!(b.durable().accepted, Some((ballot(1), v5.clone())));
+    assert!(b.handle(0, A, AllocMessage::Learn(v5)).persist);
+    assert_eq!(b.handle(0, A, next).send, [(A, AllocMessage::Accepted { ballot: ballot(2) })]);
+    assert_eq!(b.durable().accepted, Some((ballot(2), v6)));
+}
+
+#[test]
+fn a_change_of_all_members_is_done_only_when_the_new_ones_have_it_too() {
+    let old = map_of(&[A], &[]);
+    let mut a = node(A, &old);
+    let (_, out) = a.request(0, Change::Admit(B), &BTreeSet::from([B]));
+    let [(B, AllocMessage::Learn(_)), (B, AllocMessage::Accept { ballot, map })] = out.send.as_slice() else {
+        panic!("{out:?}")
+    };
+    assert_eq!(done(&out), None);
+    let mut b = Replica::new(B, Durable::default(), 1);
+    // Out of order: b knows nothing to put the map on.
+    let accept = AllocMessage::Accept { ballot: *ballot, map: map.clone() };
+    assert_eq!(b.handle(0, A, accept.clone()).send, [(A, AllocMessage::Ask { known: 0 })]);
+    let out = a.handle(1, B, AllocMessage::Ask { known: 0 });
+    assert_eq!(out.send, [(B, AllocMessage::Learn(old.clone())), (B, accept.clone())]);
+    let _ = b.handle(2, A, AllocMessage::Learn(old));
+    let out = b.handle(2, A, accept);
+    let out = a.handle(3, B, out.send[0].1.clone());
+    assert_eq!(done(&out), Some(Ok(5)));
+}
+
+#[test]
+fn requests_go_to_the_coordinator_and_come_back_if_it_is_silent() {
+    let map = map_of(&[A, B, C], &[]);
+    let mut b = node(B, &map);
+    let alive = BTreeSet::from([A, C]);
+    let (_, out) = b.request(0, claim(B, "10.0.0.0/24", 29, 1), &alive);
+    assert!(matches!(out.send.as_slice(), [(A, AllocMessage::Request { .. })]), "{out:?}");
+    assert_eq!(b.next_tick(), Some(DELEGATE_MS));
+    let out = b.tick(DELEGATE_MS, &alive);
+    assert!(matches!(out.send.as_slice(), [(A, AllocMessage::Prepare { .. }), (C, _)]), "{out:?}");
+    let out = b.tick(DEADLINE_MS, &alive);
+    assert_eq!(done(&out), Some(Err(Refusal::NoMajority { answered: 1, needed: 2, members: 3 })));
+    // Taking away is never left to another.
+    let (_, out) = b.request(9000, Change::Forget(C), &alive);
+    assert!(matches!(out.send.as_slice(), [(A, AllocMessage::Prepare { .. }), (C, _)]), "{out:?}");
+    let mut a = node(A, &map);
+    let out = a.handle(0, B, AllocMessage::Request { id: 1, change: Change::Forget(C) });
+    assert_eq!(out, Output::default());
+}
+
+#[test]
+fn another_cluster_is_named_and_never_taken_over() {
+    let map = map_of(&[A, B], &[]);
+    let mut other = map_of(&[A, B, C], &[]);
+    (other.cluster, other.version) = (10, 50);
+    let ballot = Ballot { counter: 1, node: B };
+    let accepted = Some((ballot, other.clone()));
+    let mut a = node(A, &map);
+    for message in [
+        AllocMessage::Learn(other.clone()),
+        AllocMessage::Accept { ballot, map: other.clone() },
+        AllocMessage::Promise { ballot, accepted, learned: None },
+        AllocMessage::Promise { ballot, accepted: None, learned: Some(other) },
+    ] {
+        let out = a.handle(0, B, message);
+        assert_eq!(out.events, [Event::ForeignCluster { from: B, cluster: 10 }]);
+        assert!(!out.persist && out.send.is_empty());
+    }
+    assert_eq!(a.hear(B, 10, 1).events, [Event::ForeignCluster { from: B, cluster: 10 }]);
+    assert_eq!(a.hear(B, 9, 7).send, [(B, AllocMessage::Ask { known: 4 })]);
+    assert_eq!(*a.map(), map);
+}
+
+#[test]
+fn requests_of_others_are_bounded_and_coalesced() {
+    let mut a = node(A, &map_of(&[A, B, C], &[]));
+    for id in (0..5000).chain(0..5000) {
+        let _ = a.handle(0, B, AllocMessage::Request { id, change: claim(B, "10.0.0.0/24", 29, 1) });
+    }
+    let out = a.tick(DEADLINE_MS, &BTreeSet::new());
+    let replies: BTreeSet<u64> = out
+        .send
+        .iter()
+        .map(|(_, message)| match message {
+            AllocMessage::Reply { id, .. } => *id,
+            message => panic!("{message:?}"),
+        })
+        .collect();
+    assert_eq!((replies.len(), out.send.len()), (MOST_REMOTE_REQUESTS, MOST_REMOTE_REQUESTS));
+}
+
+#[test]
+fn at_the_end_of_the_ballot_numbers_requests_fail_and_nothing_else() {
+    let mut a = node(A, &map_of(&[A, B], &[]));
+    let ballot = Ballot { counter: u64::MAX, node: B };
+    assert_eq!(a.handle(0, B, AllocMessage::Prepare { ballot, known: 4 }).send.len(), 1);
+    let (_, out) = a.request(0, exact(A, "10.0.0.0/29"), &BTreeSet::from([B]));
+    assert!(out.send.is_empty() && a.next_tick() > Some(0));
+    assert!(matches!(done(&a.tick(DEADLINE_MS, &BTreeSet::new())), Some(Err(Refusal::NoMajority { .. }))));
+}

@@ -1,0 +1,329 @@
+//! Hosts, the network between them, and what must hold at every moment.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use ovl_consensus::{Durable, Event, Output, Replica, apply};
+use ovl_proto::alloc::{AllocMap, AllocMessage, Block, Change, Refusal};
+use ovl_proto::id::{NetworkId, NodeId};
+
+use super::storm::Weather;
+
+const STEP_MS: u64 = 5;
+const CLUSTER: u64 = 77;
+
+pub(crate) fn network(number: u8) -> NetworkId {
+    NetworkId([number; 5])
+}
+
+#[derive(Debug, Default)]
+pub(crate) struct Stats {
+    pub(crate) decrees: usize,
+    pub(crate) done: usize,
+    pub(crate) no_majority: usize,
+    pub(crate) crashes: usize,
+    pub(crate) forgets: usize,
+}
+
+impl Stats {
+    pub(crate) fn add(&mut self, other: &Self) {
+        self.decrees += other.decrees;
+        self.done += other.done;
+        self.no_majority += other.no_majority;
+        self.crashes += other.crashes;
+        self.forgets += other.forgets;
+    }
+}
+
+/// SplitMix64.
+pub(crate) struct Random(u64);
+
+impl Random {
+    pub(crate) fn below(&mut self, limit: u64) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        (z ^ (z >> 31)) % limit
+    }
+
+    pub(crate) fn percent(&mut self, chance: u64) -> bool {
+        self.below(100) < chance
+    }
+
+    pub(crate) fn pick<const N: usize>(&mut self, from: [u64; N]) -> u64 {
+        from[self.below(N as u64) as usize]
+    }
+}
+
+pub(crate) struct Node {
+    pub(crate) id: NodeId,
+    pub(crate) up: Option<Replica>,
+    pub(crate) disk: Durable,
+    /// Requests without an answer.
+    pub(crate) open: BTreeMap<u64, Change>,
+    /// The last answer.
+    pub(crate) last: Option<Result<u64, Refusal>>,
+    /// Blocks that it asked to release, and does not use until it is told that it did.
+    pub(crate) giving_up: BTreeSet<Block>,
+    pub(crate) has_released: bool,
+}
+
+struct Letter {
+    at: u64,
+    from: usize,
+    to: usize,
+    message: AllocMessage,
+}
+
+pub(crate) struct World {
+    pub(crate) random: Random,
+    /// Fair if there is none.
+    pub(crate) weather: Option<Weather>,
+    pub(crate) now: u64,
+    pub(crate) nodes: Vec<Node>,
+    /// Whether what one sends to another is lost; from × to.
+    pub(crate) cut: Vec<bool>,
+    /// Every map that anybody ever learned.
+    pub(crate) agreed: BTreeMap<u64, AllocMap>,
+    /// Whoever forgets a host says that it is gone, so what these believe to hold does not count.
+    pub(crate) ever_forgotten: BTreeSet<NodeId>,
+    pub(crate) stats: Stats,
+    wire: Vec<Letter>,
+    /// Somebody's map, or use of it, changed since the last look.
+    news: bool,
+}
+
+impl World {
+    pub(crate) fn new(seed: u64, count: usize) -> Self {
+        let node = |number: usize| Node {
+            id: NodeId([number as u8 + 1; 10]),
+            up: None,
+            disk: Durable::default(),
+            open: BTreeMap::new(),
+            last: None,
+            giving_up: BTreeSet::new(),
+            has_released: false,
+        };
+        let mut world = Self {
+            random: Random(seed),
+            weather: None,
+            now: 1_000_000,
+            nodes: (0..count).map(node).collect(),
+            cut: vec![false; count * count],
+            agreed: BTreeMap::new(),
+            ever_forgotten: BTreeSet::new(),
+            stats: Stats::default(),
+            wire: Vec::new(),
+            news: false,
+        };
+        world.start_all();
+        let first = world.random.below(count as u64) as usize;
+        world.with(first, |up, _| up.bootstrap(CLUSTER));
+        world
+    }
+
+    pub(crate) fn start_all(&mut self) {
+        for node in self.nodes.iter_mut().filter(|node| node.up.is_none()) {
+            let seed = self.random.below(u64::MAX);
+            node.up = Some(Replica::new(node.id, node.disk.clone(), seed));
+        }
+    }
+
+    pub(crate) fn crash(&mut self, node: usize) {
+        self.stats.crashes += 1;
+        self.nodes[node].up = None;
+        self.nodes[node].open.clear();
+    }
+
+    /// Only those on the same side reach each other.
+    pub(crate) fn split(&mut self, side: &[u64]) {
+        let pairs = side.iter().flat_map(|from| side.iter().map(move |to| from != to));
+        self.cut = pairs.collect();
+    }
+
+    fn reaches(&self, from: usize, to: usize) -> bool {
+        !self.cut[from * self.nodes.len() + to]
+    }
+
+    pub(crate) fn ask(&mut self, node: usize, change: Change) {
+        let alive = self.alive(node);
+        let Node { up: Some(up), open, .. } = &mut self.nodes[node] else { return };
+        let (id, out) = up.request(self.now, change.clone(), &alive);
+        // The answer may be in the same output.
+        open.insert(id, change);
+        self.absorb(node, out);
+    }
+
+    pub(crate) fn step(&mut self) {
+        self.now += STEP_MS;
+        while let Some(next) = self.next_letter() {
+            let Letter { from, to, message, .. } = self.wire.swap_remove(next);
+            if self.reaches(from, to) {
+                let from = self.nodes[from].id;
+                self.with(to, |up, now| up.handle(now, from, message));
+            }
+        }
+        for node in 0..self.nodes.len() {
+            let alive = self.alive(node);
+            self.with(node, |up, now| up.tick(now, &alive));
+            if self.random.percent(5) {
+                let peer = self.random.below(self.nodes.len() as u64) as usize;
+                let (id, map) = (self.nodes[peer].id, &self.nodes[peer].disk.learned);
+                let (cluster, version) = (map.cluster, map.version);
+                self.with(node, |up, _| up.hear(id, cluster, version));
+            }
+        }
+        if std::mem::take(&mut self.news) {
+            self.check_holders();
+        }
+    }
+
+    /// Any of those that are due: letters overtake each other.
+    fn next_letter(&mut self) -> Option<usize> {
+        let due: Vec<usize> = (0..self.wire.len()).filter(|i| self.wire[*i].at <= self.now).collect();
+        (!due.is_empty()).then(|| due[self.random.below(due.len() as u64) as usize])
+    }
+
+    /// Which peers a node believes to be alive.
+    fn alive(&mut self, node: usize) -> BTreeSet<NodeId> {
+        let mistaken = self.weather.as_ref().map_or(0, |weather| weather.mistaken);
+        let mut alive = BTreeSet::new();
+        for peer in (0..self.nodes.len()).filter(|peer| *peer != node) {
+            let reached = self.nodes[peer].up.is_some() && self.reaches(peer, node);
+            if reached != self.random.percent(mistaken) {
+                alive.insert(self.nodes[peer].id);
+            }
+        }
+        alive
+    }
+
+    fn with(&mut self, node: usize, act: impl FnOnce(&mut Replica, u64) -> Output) {
+        let now = self.now;
+        if let Some(up) = &mut self.nodes[node].up {
+            let out = act(up, now);
+            self.absorb(node, out);
+        }
+    }
+
+    /// The shell's part, which may die anywhere in it.
+    fn absorb(&mut self, node: usize, out: Output) {
+        let busy = out.persist || !out.send.is_empty();
+        let chance = self.weather.as_ref().filter(|_| busy).map(|weather| weather.crash_one_of);
+        let dies = chance.is_some_and(|one_of| self.random.below(one_of) == 0);
+        // Before the disk, after it, or in the middle of the messages.
+        let dies = if dies { self.random.below(3) } else { 3 };
+        if dies == 0 {
+            return self.crash(node);
+        }
+        let Node { up: Some(up), disk, .. } = &mut self.nodes[node] else { return };
+        if out.persist {
+            assert!(disk.learned.version <= up.map().version, "versions grow");
+            assert!(disk.promised <= up.durable().promised, "promises grow");
+            disk.clone_from(up.durable());
+            self.news = true;
+            self.check_agreed(node);
+        } else {
+            assert_eq!(disk, up.durable(), "a change that was not announced");
+        }
+        if dies == 1 {
+            return self.crash(node);
+        }
+        let count = out.send.len();
+        for (index, (to, message)) in out.send.into_iter().enumerate() {
+            if dies == 2 && index > count / 2 {
+                return self.crash(node);
+            }
+            self.post(node, to, message);
+        }
+        for event in out.events {
+            match event {
+                Event::Done { id, result } => self.done(node, id, result),
+                Event::Learned => {}
+                Event::ForeignCluster { .. } => panic!("there is one cluster"),
+            }
+        }
+    }
+
+    fn post(&mut self, from: usize, to: NodeId, message: AllocMessage) {
+        if let AllocMessage::Prepare { ballot, .. } | AllocMessage::Accept { ballot, .. } = &message {
+            assert!(*ballot <= self.nodes[from].disk.promised, "a ballot that a restart would use again");
+        }
+        let to = self.nodes.iter().position(|node| node.id == to).expect("a known node");
+        assert_ne!(from, to, "a message to itself");
+        let fair = (0, 0, 4);
+        let (lost, doubled, slowest) = self.weather.as_ref().map_or(fair, |w| (w.lost, w.doubled, w.slowest));
+        if self.random.percent(lost) {
+            return;
+        }
+        let copies = 1 + u64::from(self.random.percent(doubled));
+        for copy in 0..copies {
+            // A second copy may come much later.
+            let at = self.now + 1 + self.random.below(slowest) + copy * self.random.below(3000);
+            self.wire.push(Letter { at, from, to, message: message.clone() });
+        }
+    }
+
+    fn done(&mut self, node: usize, id: u64, result: Result<u64, Refusal>) {
+        let Node { id: me, open, giving_up, has_released, disk, last, .. } = &mut self.nodes[node];
+        let change = open.remove(&id).expect("an open request, and one answer");
+        *last = Some(result.clone());
+        match result {
+            Ok(version) => {
+                self.stats.done += 1;
+                self.news = true;
+                assert!(version <= disk.learned.version, "what is done is known");
+                if let Change::Release { block, .. } = &change {
+                    giving_up.remove(block);
+                }
+                // Network 3 is dropped at times, which undoes claims in the same decree.
+                let claim = matches!(&change, Change::Claim { network: n, .. } if *n != network(3));
+                if claim && !*has_released && !self.ever_forgotten.contains(me) {
+                    assert_eq!(apply(&self.agreed[&version], &change), Ok(None), "{change:?} is done");
+                }
+            }
+            Err(Refusal::NoMajority { .. }) => self.stats.no_majority += 1,
+            Err(_) => {}
+        }
+    }
+
+    /// There is one map of each version, in which no two blocks overlap.
+    fn check_agreed(&mut self, node: usize) {
+        let learned = &self.nodes[node].disk.learned;
+        if learned.version == 0 {
+            return;
+        }
+        if let Some(known) = self.agreed.get(&learned.version) {
+            assert_eq!(known, learned, "two maps of one version");
+            return;
+        }
+        assert_disjoint(learned.blocks.keys());
+        assert!(learned.blocks.values().all(|owner| learned.members.contains(owner)));
+        self.agreed.insert(learned.version, learned.clone());
+        self.stats.decrees += 1;
+    }
+
+    /// No two hosts believe at one time that they hold the same address, old as the map may be
+    /// that each of them has.
+    fn check_holders(&self) {
+        let mut held = Vec::new();
+        for node in self.nodes.iter().filter(|node| !self.ever_forgotten.contains(&node.id)) {
+            let own = node.disk.learned.blocks.iter().filter(|(_, owner)| **owner == node.id);
+            let used = |block: &&Block| block.network != network(3) && !node.giving_up.contains(block);
+            held.extend(own.map(|(block, _)| block).filter(used));
+        }
+        held.sort_unstable();
+        assert_disjoint(held);
+    }
+}
+
+/// For blocks in order, in which any overlap is one of neighbours.
+fn assert_disjoint<'a>(blocks: impl IntoIterator<Item = &'a Block>) {
+    let mut last: Option<&Block> = None;
+    for block in blocks {
+        if let Some(last) = last.filter(|last| last.network == block.network) {
+            let overlap = last.prefix.contains(&block.prefix) || block.prefix.contains(&last.prefix);
+            assert!(!overlap, "{last:?} and {block:?}");
+        }
+        last = Some(block);
+    }
+}

@@ -1,0 +1,228 @@
+//! Wishes for one container, from all the places where runtimes put them: `CNI_ARGS`, `args.cni`
+//! and `runtimeConfig`. What comes later in this list wins.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use ovl_control::CniError;
+use ovl_proto::id::Mac;
+use serde_json::{Map, Value};
+
+use super::{code, error};
+
+/// The pod's annotations, as containerd and CRI-O name the capability.
+const ANNOTATIONS: &str = "io.kubernetes.cri.pod-annotations";
+/// The annotation that labels the endpoint: `app=shop,tier=front`.
+const LABELS: &str = "ovl.labels";
+
+/// What is wished.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct Wishes {
+    pub(super) addresses: Vec<IpAddr>,
+    pub(super) mac: Option<Mac>,
+    pub(super) pod: Option<String>,
+    pub(super) namespace: Option<String>,
+    pub(super) labels: BTreeMap<String, String>,
+    /// Instead of the configuration's.
+    pub(super) dns: Option<Map<String, Value>>,
+}
+
+/// Reads them all.
+pub(super) fn wishes(args: &str, config: &Map<String, Value>) -> Result<Wishes, CniError> {
+    let mut wishes = Wishes::default();
+    wishes.read_environment(args)?;
+    let part = |name: &str| match config.get(name) {
+        None | Some(Value::Null) => Ok(None),
+        Some(Value::Object(object)) => Ok(Some(object)),
+        Some(_) => Err(wrong(name, "an object")),
+    };
+    if let Some(Value::Object(args)) = part("args")?.and_then(|args| args.get("cni")) {
+        wishes.read_args(args)?;
+    }
+    if let Some(runtime) = part("runtimeConfig")? {
+        wishes.read_runtime(runtime)?;
+    }
+    Ok(wishes)
+}
+
+impl Wishes {
+    /// `KEY=VALUE;KEY=VALUE`. Keys that we do not know are an error unless the runtime says
+    /// `IgnoreUnknown`.
+    fn read_environment(&mut self, args: &str) -> Result<(), CniError> {
+        let (mut unknown, mut tolerated) = (Vec::new(), false);
+        for pair in args.split(';').filter(|pair| !pair.is_empty()) {
+            let Some((key, value)) = pair.split_once('=') else {
+                return Err(environment(format!("CNI_ARGS: {pair:?} is not KEY=VALUE")));
+            };
+            let given = || (!value.is_empty()).then(|| value.to_owned());
+            match key {
+                "IgnoreUnknown" => {
+                    tolerated = match value.to_ascii_lowercase().as_str() {
+                        "1" | "t" | "true" => true,
+                        "0" | "f" | "false" => false,
+                        _ => {
+                            return Err(environment(format!(
+                                "CNI_ARGS: IgnoreUnknown={value} is neither 1 nor 0"
+                            )));
+                        }
+                    }
+                }
+                "IP" => {
+                    self.addresses = value
+                        .split(',')
+                        .map(|text| address("CNI_ARGS: IP", text))
+                        .collect::<Result<_, _>>()?
+                }
+                "MAC" => self.mac = Some(mac("CNI_ARGS: MAC", value)?),
+                "K8S_POD_NAME" => self.pod = given(),
+                "K8S_POD_NAMESPACE" => self.namespace = given(),
+                "K8S_POD_INFRA_CONTAINER_ID" | "K8S_POD_UID" => {}
+                other => unknown.push(other),
+            }
+        }
+        if unknown.is_empty() || tolerated {
+            return Ok(());
+        }
+        Err(environment(format!(
+            "CNI_ARGS: {} unknown to ovl-cni; IgnoreUnknown=1 makes it pass over what it does not know",
+            match unknown.as_slice() {
+                [one] => format!("{one} is"),
+                many => format!("{} are", many.join(", ")),
+            }
+        )))
+    }
+
+    /// What the conventions of the specification have for all plugins.
+    fn read_args(&mut self, args: &Map<String, Value>) -> Result<(), CniError> {
+        self.read_addresses("args.cni", args)?;
+        for label in list("args.cni.labels", args.get("labels"))? {
+            match (label["key"].as_str(), label["value"].as_str()) {
+                (Some(key), Some(value)) if !key.is_empty() => {
+                    self.labels.insert(key.to_owned(), value.to_owned());
+                }
+                _ => return Err(wrong("args.cni.labels", r#"a list of {"key": "app", "value": "shop"}"#)),
+            }
+        }
+        Ok(())
+    }
+
+    fn read_runtime(&mut self, runtime: &Map<String, Value>) -> Result<(), CniError> {
+        self.read_addresses("runtimeConfig", runtime)?;
+        if !list("runtimeConfig.portMappings", runtime.get("portMappings"))?.is_empty() {
+            return Err(error(
+                code::UNSUPPORTED,
+                "ovl-cni does not publish ports by itself",
+                "chain the reference plugin `portmap` behind it, which takes the capability portMappings: \
+                 `ovlctl cni install --portmap` writes such a configuration",
+            ));
+        }
+        self.dns = match runtime.get("dns") {
+            None | Some(Value::Null) => None,
+            Some(Value::Object(dns)) => Some(runtime_dns(dns)?),
+            Some(_) => return Err(wrong("runtimeConfig.dns", "an object")),
+        };
+        match runtime.get(ANNOTATIONS) {
+            None | Some(Value::Null) => Ok(()),
+            Some(Value::Object(annotations)) => match annotations.get(LABELS) {
+                None => Ok(()),
+                Some(Value::String(text)) => self.read_labels(text),
+                Some(_) => Err(wrong(&format!("the annotation {LABELS}"), "text")),
+            },
+            Some(_) => Err(wrong(&format!("runtimeConfig.{ANNOTATIONS}"), "an object")),
+        }
+    }
+
+    fn read_addresses(&mut self, place: &str, from: &Map<String, Value>) -> Result<(), CniError> {
+        let name = format!("{place}.ips");
+        let ips = list(&name, from.get("ips"))?;
+        if !ips.is_empty() {
+            let parse = |value: &Value| match value.as_str() {
+                Some(text) => address(&name, text),
+                None => Err(wrong(&name, "a list of texts")),
+            };
+            self.addresses = ips.iter().map(parse).collect::<Result<_, _>>()?;
+        }
+        match from.get("mac") {
+            None | Some(Value::Null) => {}
+            Some(Value::String(text)) if text.is_empty() => {}
+            Some(Value::String(text)) => self.mac = Some(mac(&format!("{place}.mac"), text)?),
+            Some(_) => return Err(wrong(&format!("{place}.mac"), "text")),
+        }
+        Ok(())
+    }
+
+    fn read_labels(&mut self, text: &str) -> Result<(), CniError> {
+        for pair in text.split(',').map(str::trim).filter(|pair| !pair.is_empty()) {
+            match pair.split_once('=') {
+                Some((key, value)) if !key.is_empty() => {
+                    self.labels.insert(key.to_owned(), value.to_owned());
+                }
+                _ => {
+                    return Err(wrong(
+                        &format!("the annotation {LABELS}"),
+                        "a list like app=shop,tier=front",
+                    ));
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The capability has other names for what a result calls `nameservers` and `search`.
+fn runtime_dns(dns: &Map<String, Value>) -> Result<Map<String, Value>, CniError> {
+    let mut result = Map::new();
+    for (from, to) in [("servers", "nameservers"), ("searches", "search"), ("options", "options")] {
+        let name = format!("runtimeConfig.dns.{from}");
+        let values = list(&name, dns.get(from))?;
+        if values.iter().any(|value| !value.is_string()) {
+            return Err(wrong(&name, "a list of texts"));
+        }
+        if !values.is_empty() {
+            result.insert(to.to_owned(), values.to_vec().into());
+        }
+    }
+    Ok(result)
+}
+
+/// An address, whatever prefix length comes with it: that is the network's.
+fn address(place: &str, text: &str) -> Result<IpAddr, CniError> {
+    let text = text.trim();
+    let parsed = text.parse().ok().or_else(|| text.parse::<IpNet>().ok().map(|net| net.addr()));
+    parsed.ok_or_else(|| invalid(place, format!("{place}: {text:?} is not an address")))
+}
+
+fn mac(place: &str, text: &str) -> Result<Mac, CniError> {
+    // Docker and Podman also take the other spellings of Go's net.ParseMAC.
+    let parsed: Option<Mac> = text.replace('-', ":").parse().ok();
+    parsed
+        .filter(|mac| mac.is_unicast())
+        .ok_or_else(|| invalid(place, format!("{place}: {text:?} is not the MAC address of one interface")))
+}
+
+/// Nothing and null are an empty list.
+pub(super) fn list<'a>(name: &str, value: Option<&'a Value>) -> Result<&'a [Value], CniError> {
+    match value {
+        None | Some(Value::Null) => Ok(&[]),
+        Some(Value::Array(values)) => Ok(values),
+        Some(_) => Err(wrong(name, "a list")),
+    }
+}
+
+/// Something in the configuration is of the wrong kind.
+pub(super) fn wrong(name: &str, wanted: &str) -> CniError {
+    error(code::CONFIG, "the network configuration is wrong", format!("{name} must be {wanted}"))
+}
+
+fn environment(details: String) -> CniError {
+    error(code::ENVIRONMENT, "an environment variable is wrong", details)
+}
+
+fn invalid(place: &str, details: String) -> CniError {
+    if place.starts_with("CNI_ARGS") {
+        environment(details)
+    } else {
+        error(code::CONFIG, "the network configuration is wrong", details)
+    }
+}

@@ -1,0 +1,320 @@
+//! What a call means.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::path::PathBuf;
+
+use ovl_control::{CNI_VERSIONS, CniCall, CniCommand, CniError};
+use ovl_proto::id::{Mac, NodeId};
+use ring::digest::{SHA256, digest};
+use serde_json::{Map, Value};
+
+use super::args::{list, wishes, wrong};
+use super::{Attachment, Version, code, error};
+
+/// The longest name that Kubernetes gives a pod.
+pub const MAX_NAME: usize = 253;
+
+/// A call that makes sense.
+#[derive(Debug, PartialEq)]
+pub enum Call {
+    /// Make an attachment.
+    Add(Box<Add>),
+    /// Take it away.
+    Del(Attachment),
+    /// Compare it with what was made.
+    Check(Box<Check>),
+    /// Take away all of a network's that are not wanted any more.
+    Gc(Gc),
+    /// Say whether an attachment could be made.
+    Status(Status),
+}
+
+/// An attachment to be made.
+#[derive(Debug, PartialEq)]
+pub struct Add {
+    /// To answer in.
+    pub version: Version,
+    /// Which.
+    pub attachment: Attachment,
+    /// The container's namespace.
+    pub netns: PathBuf,
+    /// The network's name or id.
+    pub network: String,
+    /// The endpoint's name, unless it is taken: then [`Add::other_name`].
+    pub name: String,
+    /// The Kubernetes namespace.
+    pub namespace: Option<String>,
+    /// These addresses; none: any.
+    pub addresses: Vec<IpAddr>,
+    /// This MAC address.
+    pub mac: Option<Mac>,
+    /// The endpoint's labels.
+    pub labels: BTreeMap<String, String>,
+    /// For the result.
+    pub dns: Map<String, Value>,
+    /// The result of plugins that come before us.
+    pub previous: Option<Map<String, Value>>,
+}
+
+/// An attachment to be compared.
+#[derive(Debug, PartialEq)]
+pub struct Check {
+    /// Which.
+    pub attachment: Attachment,
+    /// The container's namespace.
+    pub netns: PathBuf,
+    /// The whole chain's result.
+    pub previous: Map<String, Value>,
+}
+
+/// Attachments to be kept.
+#[derive(Debug, PartialEq)]
+pub struct Gc {
+    /// The name of the configuration.
+    pub network: String,
+    /// Containers and their interfaces.
+    pub valid: BTreeSet<(String, String)>,
+}
+
+/// What is asked about.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Status {
+    /// The network's name or id.
+    pub network: String,
+}
+
+impl Gc {
+    /// Whether the runtime still has this one.
+    pub fn keeps(&self, attachment: &Attachment) -> bool {
+        self.valid.iter().any(|(id, ifname)| (id, ifname) == (&attachment.container_id, &attachment.ifname))
+    }
+}
+
+impl Add {
+    /// A name that no other attachment wants, on this host or another.
+    pub fn other_name(&self, host: NodeId) -> String {
+        distinct(&self.name, &self.attachment, &host.to_string())
+    }
+}
+
+/// Reads a call. Whatever is not ours to know is passed over.
+pub fn parse(call: &CniCall) -> Result<Call, CniError> {
+    let Value::Object(config) = &call.config else {
+        return Err(error(code::DECODE, "the network configuration is no JSON object", ""));
+    };
+    let version = version(config, call.command)?;
+    let name = name(config)?;
+    // What takes away asks for no more than it needs: it must go on working with a configuration
+    // that has become wrong.
+    match call.command {
+        CniCommand::Del => return Ok(Call::Del(attachment(call, name)?)),
+        CniCommand::Gc => return gc(config, name),
+        CniCommand::Add | CniCommand::Check | CniCommand::Status => {}
+    }
+    let network = network(config, name)?;
+    refuse_ipam(config)?;
+    let netns = || match call.netns.as_str() {
+        "" => Err(missing("CNI_NETNS", "the path of the container's network namespace")),
+        path => Ok(PathBuf::from(path)),
+    };
+    let previous = match config.get("prevResult") {
+        None | Some(Value::Null) => None,
+        Some(Value::Object(result)) => Some(result.clone()),
+        Some(_) => return Err(wrong("prevResult", "an object")),
+    };
+    if call.command == CniCommand::Status {
+        return Ok(Call::Status(Status { network }));
+    }
+    let attachment = attachment(call, name)?;
+    let netns = netns()?;
+    if call.command == CniCommand::Check {
+        let previous = previous.ok_or_else(|| {
+            error(code::CONFIG, "prevResult is missing", "a CHECK compares with the result of the ADD")
+        })?;
+        return Ok(Call::Check(Box::new(Check { attachment, netns, previous })));
+    }
+    let wishes = wishes(&call.args, config)?;
+    let dns = match (wishes.dns, config.get("dns")) {
+        (Some(dns), _) => dns,
+        (None, None | Some(Value::Null)) => Map::new(),
+        (None, Some(Value::Object(dns))) => dns.clone(),
+        (None, Some(_)) => return Err(wrong("dns", "an object")),
+    };
+    let name = match &wishes.pod {
+        Some(pod) => endpoint_name(pod, &attachment),
+        None => attachment.container_id.chars().take(12).collect(),
+    };
+    Ok(Call::Add(Box::new(Add {
+        version,
+        netns,
+        network,
+        name,
+        namespace: wishes.namespace,
+        addresses: wishes.addresses,
+        mac: wishes.mac,
+        labels: wishes.labels,
+        dns,
+        previous,
+        attachment,
+    })))
+}
+
+fn version(config: &Map<String, Value>, command: CniCommand) -> Result<Version, CniError> {
+    let spoken = CNI_VERSIONS.join(", ");
+    let text = match config.get("cniVersion") {
+        // What configurations were before they had to say it.
+        None => "0.1.0",
+        Some(Value::String(text)) => text,
+        Some(_) => return Err(wrong("cniVersion", "text")),
+    };
+    let version = Version::parse(text).ok_or_else(|| {
+        error(
+            code::VERSION,
+            format!("CNI version {text} is not supported"),
+            format!("ovl-cni speaks {spoken}: put one of them into the configuration's `cniVersion`"),
+        )
+    })?;
+    let (name, since) = match command {
+        CniCommand::Add | CniCommand::Del => return Ok(version),
+        CniCommand::Check => ("CHECK", Version::V0_4_0),
+        CniCommand::Gc => ("GC", Version::V1_1_0),
+        CniCommand::Status => ("STATUS", Version::V1_1_0),
+    };
+    if version >= since {
+        return Ok(version);
+    }
+    Err(error(
+        code::VERSION,
+        format!("CNI version {text} has no {name}"),
+        format!("it came with {}: put that into the configuration's `cniVersion`", since.as_str()),
+    ))
+}
+
+/// Of the configuration.
+fn name(config: &Map<String, Value>) -> Result<&str, CniError> {
+    match config.get("name") {
+        Some(Value::String(name)) if is_identifier(name) => Ok(name),
+        Some(_) => {
+            Err(wrong("name", "letters, digits, '-', '_' and '.', at most 253, a letter or digit first"))
+        }
+        None => Err(wrong("name", "there")),
+    }
+}
+
+/// Of the overlay network.
+fn network(config: &Map<String, Value>, name: &str) -> Result<String, CniError> {
+    match config.get("network") {
+        None | Some(Value::Null) => Ok(name.to_owned()),
+        Some(Value::String(network)) if !network.is_empty() => Ok(network.clone()),
+        Some(_) => Err(wrong("network", "the name of a network, see `ovlctl network ls`")),
+    }
+}
+
+fn refuse_ipam(config: &Map<String, Value>) -> Result<(), CniError> {
+    match config.get("ipam") {
+        None | Some(Value::Null) => Ok(()),
+        Some(Value::Object(ipam)) if ipam.is_empty() => Ok(()),
+        Some(_) => Err(error(
+            code::UNSUPPORTED,
+            "ovl-cni takes no `ipam`",
+            "ovl gives out the addresses itself, from the network's subnets, see `ovlctl network inspect`: remove the \
+             key from the configuration",
+        )),
+    }
+}
+
+fn attachment(call: &CniCall, name: &str) -> Result<Attachment, CniError> {
+    let attachment = Attachment {
+        network: name.to_owned(),
+        container_id: call.container_id.clone(),
+        ifname: call.ifname.clone(),
+    };
+    if attachment.container_id.is_empty() {
+        return Err(missing("CNI_CONTAINERID", "the container's id"));
+    }
+    if !is_identifier(&attachment.container_id) {
+        return Err(bad(
+            "CNI_CONTAINERID",
+            &attachment.container_id,
+            "letters, digits, '-', '_' and '.', at most 253, a letter or digit first",
+        ));
+    }
+    if attachment.ifname.is_empty() {
+        return Err(missing("CNI_IFNAME", "the name of the interface in the container"));
+    }
+    if !is_ifname(&attachment.ifname) {
+        return Err(bad(
+            "CNI_IFNAME",
+            &attachment.ifname,
+            "at most 15 bytes without spaces, slashes, colons and percent signs",
+        ));
+    }
+    Ok(attachment)
+}
+
+fn gc(config: &Map<String, Value>, name: &str) -> Result<Call, CniError> {
+    const KEY: &str = "cni.dev/valid-attachments";
+    // The second name was in the specification's code for a while.
+    let Some(given) = config.get(KEY).or_else(|| config.get("cni.dev/attachments")) else {
+        return Err(error(
+            code::CONFIG,
+            format!("`{KEY}` is missing"),
+            "a GC without it would take every container off the network; an empty list does that",
+        ));
+    };
+    let mut valid = BTreeSet::new();
+    for attachment in list(KEY, Some(given))? {
+        match (attachment["containerID"].as_str(), attachment["ifname"].as_str()) {
+            (Some(id), Some(ifname)) => valid.insert((id.to_owned(), ifname.to_owned())),
+            // A list that is not understood must not cost anybody the network.
+            _ => return Err(wrong(KEY, r#"a list of {"containerID": "...", "ifname": "..."}"#)),
+        };
+    }
+    Ok(Call::Gc(Gc { network: name.to_owned(), valid }))
+}
+
+/// A pod's name is an endpoint's as it stands, or made to be one.
+fn endpoint_name(pod: &str, attachment: &Attachment) -> String {
+    if is_identifier(pod) {
+        return pod.to_owned();
+    }
+    let fitting = |c: char| if is_identifier_char(c) { c } else { '-' };
+    let name: String = pod.chars().map(fitting).skip_while(|c| !c.is_ascii_alphanumeric()).collect();
+    distinct(if name.is_empty() { "pod" } else { &name }, attachment, "")
+}
+
+/// The name with a few digits that belong to the attachment alone, on this host if one is named: containers of several
+/// hosts may have the same id.
+fn distinct(name: &str, attachment: &Attachment, host: &str) -> String {
+    let Attachment { network, container_id, ifname } = attachment;
+    let hash = digest(&SHA256, format!("{container_id}/{ifname}/{network}/{host}").as_bytes());
+    let digits: String = hash.as_ref().iter().take(5).map(|byte| format!("{byte:02x}")).collect();
+    let room = MAX_NAME - digits.len() - 1;
+    format!("{}-{digits}", name.chars().take(room).collect::<String>())
+}
+
+/// As the specification has them, with an end.
+fn is_identifier(text: &str) -> bool {
+    text.len() <= MAX_NAME
+        && text.starts_with(|c: char| c.is_ascii_alphanumeric())
+        && text.chars().all(is_identifier_char)
+}
+
+fn is_identifier_char(c: char) -> bool {
+    c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.')
+}
+
+fn is_ifname(text: &str) -> bool {
+    text.len() <= 15
+        && !matches!(text, "." | "..")
+        && !text.contains(|c: char| matches!(c, '/' | ':' | '%') || c.is_whitespace() || c.is_control())
+}
+
+fn missing(variable: &str, what: &str) -> CniError {
+    error(code::ENVIRONMENT, format!("{variable} is not set"), format!("it is {what}"))
+}
+
+fn bad(variable: &str, value: &str, wanted: &str) -> CniError {
+    error(code::ENVIRONMENT, format!("{variable} is {value:?}"), format!("it must be {wanted}"))
+}

@@ -1,0 +1,244 @@
+//! Which network of the cluster a network of an Engine is, and what its pools stand for.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use ovl_control::NetworkCreate;
+use ovl_proto::id::NetworkId;
+use ovl_proto::object::{Driver, Mode, Network, Subnet};
+use ring::digest::{SHA256, digest};
+
+use super::{EngineNetwork, NetworkWish, Pool, PoolWish};
+use ovl_cluster::addresses;
+use ovl_cluster::networks::overlaps;
+use ovl_cluster::view::NetworkState;
+
+type Networks = BTreeMap<NetworkId, NetworkState>;
+
+/// The range for a wish.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Choice {
+    /// This one.
+    Range(IpNet),
+    /// One that is free, of IPv6 or not.
+    Free {
+        /// Of IPv6.
+        v6: bool,
+    },
+}
+
+/// What becomes of a network that an Engine makes.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Plan {
+    /// It is this one.
+    Join(NetworkId),
+    /// It is a new one.
+    Make(Box<NetworkCreate>),
+}
+
+/// The range for a network: as asked for, or that of the network that was named.
+pub fn choose_pool(wish: &PoolWish, networks: &Networks) -> Result<Choice, String> {
+    let family = |prefix: &IpNet| prefix.addr().is_ipv4() != wish.v6;
+    if let Some(prefix) = wish.prefix.filter(|prefix| !family(prefix)) {
+        return Err(format!("{prefix} is of the other family"));
+    }
+    let named = wish.network.as_deref().and_then(|name| find(networks, name));
+    if let (Some(network), None) = (named, wish.prefix) {
+        let subnet = network.subnets.iter().find(|subnet| family(&subnet.prefix)).ok_or_else(|| {
+            format!(
+                "network {} has no {} addresses, only {}",
+                network.name,
+                if wish.v6 { "IPv6" } else { "IPv4" },
+                ranges(network)
+            )
+        })?;
+        return Ok(Choice::Range(subnet.prefix));
+    }
+    let Some(prefix) = wish.prefix else { return Ok(Choice::Free { v6: wish.v6 }) };
+    let has = |network: &Network| network.subnets.iter().any(|subnet| subnet.prefix == prefix);
+    if let Some(network) = named.filter(|network| !has(network)) {
+        return Err(format!("network {} has {}, not {prefix}", network.name, ranges(network)));
+    }
+    if networks.values().any(|state| has(&state.network)) {
+        return Ok(Choice::Range(prefix));
+    }
+    let overlapping = |subnet: &Subnet| overlaps(subnet.prefix, prefix);
+    let other = networks
+        .values()
+        .find_map(|state| Some((&state.network, state.network.subnets.iter().find(|s| overlapping(s))?)));
+    match other {
+        Some((network, subnet)) => Err(format!(
+            "{prefix} overlaps {} of network {}: give that very range to join it",
+            subnet.prefix, network.name
+        )),
+        None => addresses::validate_subnet(prefix).map(|()| Choice::Range(prefix)).map_err(|e| e.to_string()),
+    }
+}
+
+/// Makes or joins. Of the wish's ranges, those that we chose ourselves (`chosen`) do not count when
+/// there is a network already.
+pub fn plan_network(
+    wish: &NetworkWish,
+    networks: &Networks,
+    chosen: impl Fn(IpNet) -> bool,
+) -> Result<Plan, String> {
+    let given: Vec<IpNet> = wish.prefixes.iter().copied().filter(|prefix| !chosen(*prefix)).collect();
+    let has = |network: &Network, prefix: &IpNet| network.subnets.iter().any(|s| s.prefix == *prefix);
+    let by_range = networks.values().find(|state| given.iter().any(|prefix| has(&state.network, prefix)));
+    let found = match &wish.name {
+        Some(name) => match networks.values().find(|state| is_called(&state.network, name)) {
+            Some(state) => Some(state),
+            None => match by_range {
+                Some(other) => {
+                    return Err(format!(
+                        "{} is the range of network {}: leave -o ovl.network={name} out to join that, or give another range",
+                        ranges(&other.network),
+                        other.network.name
+                    ));
+                }
+                None => None,
+            },
+        },
+        None => by_range,
+    };
+    let Some(found) = found else { return Ok(Plan::Make(Box::new(create(wish)))) };
+    let network = &found.network;
+    if found.removing {
+        return Err(format!("network {} was removed and waits for its last endpoints to go", network.name));
+    }
+    if let Some(prefix) = given.iter().find(|prefix| !has(network, prefix)) {
+        return Err(format!("network {} has {}, not {prefix}", network.name, ranges(network)));
+    }
+    let lacks = |prefix: &&IpNet| !network.subnets.iter().any(|subnet| like(subnet, prefix.addr()));
+    if let Some(prefix) = wish.prefixes.iter().find(lacks) {
+        return Err(format!(
+            "network {} has no addresses of the family of {prefix}, only {}",
+            network.name,
+            ranges(network)
+        ));
+    }
+    differences(wish, network).map_or(Ok(Plan::Join(network.id)), Err)
+}
+
+/// What an Engine asks for beyond what there is.
+fn differences(wish: &NetworkWish, network: &Network) -> Option<String> {
+    let name = &network.name;
+    let is_not = |what: &str| Some(format!("network {name} {what}"));
+    match wish.encrypted {
+        Some(true) if !network.encrypted => return is_not("is not encrypted"),
+        Some(false) if network.encrypted => return is_not("is encrypted"),
+        _ => {}
+    }
+    match (wish.internal, network.internal) {
+        (true, false) => return is_not("is not internal: leave --internal out to join it"),
+        (false, true) => return is_not("is internal: add --internal to join it"),
+        _ => {}
+    }
+    if wish.mode.is_some_and(|mode| mode != network.mode) {
+        return is_not(match network.mode {
+            Mode::L2 => "is switched (l2)",
+            Mode::L3 => "is routed (l3)",
+        });
+    }
+    if let Some(vni) = wish.vni.filter(|vni| *vni != network.vni) {
+        return Some(format!("network {name} has the VNI {}, not {vni}", network.vni));
+    }
+    if wish.mtu.is_some_and(|mtu| network.mtu != Some(mtu)) {
+        return Some(format!(
+            "network {name} has another MTU: `ovlctl network update {name} --mtu` changes it"
+        ));
+    }
+    if wish.backend.is_some_and(|backend| network.mode != Mode::L3 || backend != network.backend) {
+        return is_not("has another backend");
+    }
+    None
+}
+
+fn create(wish: &NetworkWish) -> NetworkCreate {
+    NetworkCreate {
+        name: wish.name.clone().unwrap_or_else(|| default_name(&wish.prefixes)),
+        driver: Driver::Overlay,
+        mode: wish.mode.unwrap_or(Mode::L2),
+        subnets: wish.prefixes.clone(),
+        vni: wish.vni,
+        encrypted: wish.encrypted.unwrap_or_default(),
+        internal: wish.internal,
+        mtu: wish.mtu,
+        backend: wish.backend,
+        block_lengths: Vec::new(),
+        dns: false,
+    }
+}
+
+/// Of a network that nobody named: its range is the same on all hosts.
+fn default_name(prefixes: &[IpNet]) -> String {
+    let range = prefixes.first().map(ToString::to_string).unwrap_or_default();
+    format!("docker-{}", range.replace(['/', ':'], "-"))
+}
+
+/// The id of a network that is made for an Engine, the same wherever it is made: several hosts may be
+/// told to at one instant. `attempt` counts the ids that were networks before.
+pub fn network_id(name: &str, attempt: u32) -> NetworkId {
+    let hash = digest(&SHA256, format!("network {attempt} {name}").as_bytes());
+    let mut id = [0; 5];
+    id.iter_mut().zip(hash.as_ref()).for_each(|(to, from)| *to = *from);
+    NetworkId(id)
+}
+
+/// The network and the range of it that a pool stands for: that of the Engine's network which came
+/// with the pool, or else of whichever network has the range.
+pub fn subnet_of<'a>(
+    pool: Pool,
+    kept: impl Iterator<Item = &'a EngineNetwork>,
+    networks: &'a Networks,
+) -> Result<(&'a Network, &'a Subnet), String> {
+    let bound = kept.filter(|kept| pool.chosen.is_some() && kept.pools.contains(&pool));
+    let by_pool = bound.filter_map(|kept| networks.get(&kept.network));
+    let by_range = networks.values().filter(|_| pool.chosen.is_none());
+    by_pool
+        .chain(by_range)
+        .filter(|state| !state.removing)
+        .find_map(|state| {
+            let subnets = &state.network.subnets;
+            // A range may have grown since.
+            let covers = |subnet: &&Subnet| subnet.prefix.contains(&pool.prefix);
+            let family = |subnet: &&Subnet| pool.chosen.is_some() && like(subnet, pool.prefix.addr());
+            let subnet = subnets.iter().find(covers).or_else(|| subnets.iter().find(family))?;
+            Some((&state.network, subnet))
+        })
+        .ok_or_else(|| {
+            format!("no network of the cluster has the range {}, see `ovlctl network ls`", pool.prefix)
+        })
+}
+
+/// The gateway that an Engine shows for a range, with its length; an error if it wants another one.
+pub fn wanted_gateway(
+    prefix: IpNet,
+    subnet: Option<&Subnet>,
+    wanted: Option<IpAddr>,
+) -> Result<IpNet, String> {
+    let gateway = subnet.map_or_else(|| addresses::gateway(prefix), |subnet| subnet.gateway);
+    if let Some(wanted) = wanted.filter(|wanted| *wanted != gateway) {
+        return Err(format!(
+            "the gateway in {prefix} is {gateway} on all hosts: leave --gateway {wanted} out"
+        ));
+    }
+    IpNet::new(gateway, prefix.prefix_len()).map_err(|error| error.to_string())
+}
+
+fn find<'a>(networks: &'a Networks, name: &str) -> Option<&'a Network> {
+    networks.values().map(|state| &state.network).find(|network| is_called(network, name))
+}
+
+fn is_called(network: &Network, name: &str) -> bool {
+    network.name == name || network.id.to_string() == name
+}
+
+fn like(subnet: &Subnet, address: IpAddr) -> bool {
+    super::same_family(subnet.prefix.addr(), address)
+}
+
+fn ranges(network: &Network) -> String {
+    network.subnets.iter().map(|subnet| subnet.prefix.to_string()).collect::<Vec<_>>().join(" and ")
+}

@@ -1,0 +1,376 @@
+//! Which of a host's two ends of the tunnel leads to a peer. There are two only while a key is rotated: one end
+//! has one private key, and takes a peer's addresses from one key alone, so for a while the old and the new keys
+//! need ends of their own on both hosts.
+//!
+//! All hosts move together, from one epoch to the next. Each epoch has one of the two ports that a host has, and
+//! an end there. A host that rotates its key makes the next epoch's end with the new key, and publishes both;
+//! the others follow with the keys that they have. Two hosts meet in each epoch in which both have an end, and
+//! send by the later one as soon as it has a session; the earlier one still receives. A host gives its earlier
+//! end up when all peers have followed and nothing comes by it any more.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use ovl_proto::id::{NodeId, TunnelKey};
+use ovl_proto::record::Tunnel;
+
+use ovl_dataplane::device::Device;
+
+/// What a host remembers and sees, beside the records.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Ends {
+    /// The key before the published one, while this host rotates.
+    pub own_old: Option<TunnelKey>,
+    /// Of peers that rotate: the key that they published before.
+    pub old: BTreeMap<NodeId, TunnelKey>,
+    /// Keys of peers with which an end has a session.
+    pub sessions: BTreeSet<(Device, TunnelKey)>,
+    /// Of those, the ones from which nothing has come for a while.
+    pub quiet: BTreeSet<(Device, TunnelKey)>,
+}
+
+/// The way to a peer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Way {
+    /// Where packets for it are received and, by one of them, sent: the end, the peer's key and port there.
+    /// None while the two have no epoch in common: then one of them is about to follow.
+    pub ends: Vec<(Device, TunnelKey, u16)>,
+    /// By which of these they are sent.
+    pub by: Option<Device>,
+}
+
+/// The end that has a port. A host has a pair of ports, the second one odd.
+pub fn end_of(port: u16) -> Device {
+    Device::tunnel(port & 1 == 1)
+}
+
+/// The other port of a host.
+pub fn other_port(port: u16) -> u16 {
+    port ^ 1
+}
+
+/// The port of a host in an epoch, of the pair that begins with `first`.
+pub fn port_in(first: u16, epoch: u32) -> u16 {
+    first & !1 | u16::from(epoch & 1 == 1)
+}
+
+/// The key of one of this host's ends; none if it has no such end.
+pub fn key_of(own: Tunnel, ends: &Ends, device: Device) -> Option<TunnelKey> {
+    match (device == end_of(own.port), own.rotating) {
+        (true, _) => Some(own.key),
+        (false, true) => Some(ends.own_old.unwrap_or(own.key)),
+        (false, false) => None,
+    }
+}
+
+/// The way to a peer that publishes `peer`.
+pub fn way(own: Tunnel, ends: &Ends, id: NodeId, peer: Tunnel) -> Way {
+    let meet = |port: u16| {
+        let device = end_of(port);
+        key_of(own, ends, device)?;
+        if device == end_of(peer.port) {
+            return Some((device, peer.key, peer.port));
+        }
+        // Whoever does not know what it was takes it for one that follows, with the key that it has.
+        let old = ends.old.get(&id).copied().unwrap_or(peer.key);
+        peer.rotating.then_some((device, old, other_port(peer.port)))
+    };
+    let (later, earlier) = (meet(own.port), meet(other_port(own.port)));
+    let has_session = |(device, key, _): &(Device, TunnelKey, u16)| ends.sessions.contains(&(*device, *key));
+    let by = match (&later, &earlier) {
+        (Some(later), Some(earlier)) if !has_session(later) => Some(earlier.0),
+        (Some(later), _) => Some(later.0),
+        (None, earlier) => earlier.as_ref().map(|earlier| earlier.0),
+    };
+    Way { ends: [later, earlier].into_iter().flatten().collect(), by }
+}
+
+/// The epoch that this host has to follow to, if any: a peer is there. Not before its own move is over.
+pub fn to_follow(own: Tunnel, peers: impl Iterator<Item = Tunnel>) -> Option<u32> {
+    let latest = peers.map(|peer| peer.epoch).max().filter(|epoch| *epoch > own.epoch)?;
+    (!own.rotating).then_some(latest)
+}
+
+/// The peers that this host waits for, before it gives its earlier end up.
+pub fn awaited<'a>(
+    own: Tunnel,
+    ends: &'a Ends,
+    peers: impl Iterator<Item = (NodeId, Tunnel)> + 'a,
+) -> impl Iterator<Item = NodeId> + 'a {
+    let (later, earlier) = (end_of(own.port), end_of(other_port(own.port)));
+    peers
+        .filter(move |(id, peer)| {
+            let has_moved = ends.sessions.contains(&(later, peer.key)) && end_of(peer.port) == later;
+            let old = ends.old.get(id).copied().unwrap_or(peer.key);
+            let place = (earlier, old);
+            !has_moved || (ends.sessions.contains(&place) && !ends.quiet.contains(&place))
+        })
+        .map(|(id, _)| id)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const HOSTS: usize = 3;
+
+    fn id(n: usize) -> NodeId {
+        NodeId([n as u8; 10])
+    }
+
+    /// One host, as far as tunnels go.
+    #[derive(Debug, Clone)]
+    struct Host {
+        own: Tunnel,
+        ends: Ends,
+        /// What it knows of each host.
+        known: Vec<Tunnel>,
+        /// What it has set up.
+        ways: Vec<Option<Way>>,
+    }
+
+    impl Host {
+        fn key(&self, device: Device) -> Option<TunnelKey> {
+            key_of(self.own, &self.ends, device)
+        }
+
+        fn port(&self, device: Device) -> u16 {
+            if device == end_of(self.own.port) { self.own.port } else { other_port(self.own.port) }
+        }
+    }
+
+    /// Whether an end of one and an end of another meet: each has the other's key, and at least one knows where
+    /// the other is.
+    fn meet(hosts: &[Host], a: usize, at_a: Device, b: usize, at_b: Device) -> bool {
+        let find = |x: usize, at: Device, y: usize| {
+            hosts[x].ways[y].as_ref()?.ends.iter().find(|(device, ..)| *device == at).copied()
+        };
+        let (Some(from_a), Some(from_b)) = (find(a, at_a, b), find(b, at_b, a)) else { return false };
+        let keys = Some(from_a.1) == hosts[b].key(at_b) && Some(from_b.1) == hosts[a].key(at_a);
+        keys && (from_a.2 == hosts[b].port(at_b) || from_b.2 == hosts[a].port(at_a))
+    }
+
+    const ENDS: [bool; 2] = [false, true];
+
+    /// Sets up what is wanted now; sessions that neither end was taken away from stay, others begin.
+    fn settle(hosts: &mut [Host], n: usize) {
+        for peer in (0..HOSTS).filter(|peer| *peer != n) {
+            let host = &hosts[n];
+            let wanted = way(host.own, &host.ends, id(peer), host.known[peer]);
+            hosts[n].ways[peer] = Some(wanted);
+        }
+        see(hosts);
+    }
+
+    fn see(hosts: &mut [Host]) {
+        let sessions: Vec<BTreeSet<(Device, TunnelKey)>> = (0..HOSTS)
+            .map(|a| {
+                let mut all = BTreeSet::new();
+                for b in (0..HOSTS).filter(|b| *b != a) {
+                    for (at_a, at_b) in
+                        ENDS.iter().flat_map(|x| ENDS.map(|y| (Device::tunnel(*x), Device::tunnel(y))))
+                    {
+                        if meet(hosts, a, at_a, b, at_b) {
+                            all.extend(hosts[b].key(at_b).map(|key| (at_a, key)));
+                        }
+                    }
+                }
+                all
+            })
+            .collect();
+        for (host, sessions) in hosts.iter_mut().zip(sessions) {
+            host.ends.sessions = sessions;
+        }
+        // Quiet is an end by which the peer does not send.
+        for a in 0..HOSTS {
+            let mut quiet = BTreeSet::new();
+            for b in (0..HOSTS).filter(|b| *b != a) {
+                for at in ENDS.map(Device::tunnel) {
+                    let by = hosts[b].ways[a].as_ref().and_then(|way| way.by);
+                    let comes = by.is_some_and(|by| meet(hosts, b, by, a, at));
+                    quiet.extend(hosts[b].key(at).filter(|_| !comes).map(|key| (at, key)));
+                }
+            }
+            hosts[a].ends.quiet = quiet;
+        }
+    }
+
+    /// Whether what each sends to each other arrives.
+    fn lost(hosts: &[Host]) -> Option<(usize, usize)> {
+        let pairs = (0..HOSTS).flat_map(|a| (0..HOSTS).map(move |b| (a, b))).filter(|(a, b)| a != b);
+        pairs.into_iter().find(|(a, b)| {
+            let by = hosts[*a].ways[*b].as_ref().and_then(|way| way.by);
+            !ENDS.iter().any(|at| by.is_some_and(|by| meet(hosts, *a, by, *b, Device::tunnel(*at))))
+        })
+    }
+
+    fn hosts() -> Vec<Host> {
+        let tunnels: Vec<Tunnel> = (0..HOSTS)
+            .map(|n| Tunnel {
+                key: TunnelKey([n as u8; 32]),
+                port: 51940,
+                epoch: 0,
+                rotating: false,
+                kernel: true,
+            })
+            .collect();
+        let mut hosts: Vec<Host> = tunnels
+            .iter()
+            .map(|own| Host {
+                own: *own,
+                ends: Ends::default(),
+                known: tunnels.clone(),
+                ways: vec![None; HOSTS],
+            })
+            .collect();
+        (0..HOSTS).for_each(|n| settle(&mut hosts, n));
+        hosts
+    }
+
+    fn hear(hosts: &mut [Host], from: usize, to: usize) {
+        let (was, is) = (hosts[to].known[from], hosts[from].own);
+        let old = &mut hosts[to].ends.old;
+        if is.rotating && was.epoch < is.epoch {
+            old.insert(id(from), was.key);
+        } else if !is.rotating {
+            old.remove(&id(from));
+        }
+        hosts[to].known[from] = is;
+    }
+
+    fn waits(host: &Host, n: usize) -> bool {
+        let peers = host.known.iter().copied().enumerate().filter(|(peer, _)| *peer != n);
+        awaited(host.own, &host.ends, peers.map(|(peer, tunnel)| (id(peer), tunnel))).next().is_some()
+    }
+
+    /// To the next epoch, with a new key or without.
+    fn move_on(host: &mut Host, epoch: u32, fresh: Option<u8>) {
+        host.ends.own_old = Some(host.own.key);
+        let key = fresh.map_or(host.own.key, |fresh| TunnelKey([fresh; 32]));
+        let rotating = (epoch ^ host.own.epoch) & 1 == 1;
+        host.own = Tunnel { key, epoch, port: port_in(51940, epoch), rotating, ..host.own };
+    }
+
+    fn follow(hosts: &mut [Host], n: usize) {
+        let peers = hosts[n].known.iter().copied().enumerate().filter(|(peer, _)| *peer != n);
+        if let Some(epoch) = to_follow(hosts[n].own, peers.map(|(_, peer)| peer)) {
+            move_on(&mut hosts[n], epoch, None);
+        }
+        settle(hosts, n);
+    }
+
+    #[derive(Debug, Clone, Copy)]
+    enum Event {
+        Rotate(usize),
+        Hear(usize, usize),
+        Settle(usize),
+        Follow(usize),
+        Finish(usize),
+    }
+
+    fn event() -> impl Strategy<Value = Event> {
+        let host = || 0..HOSTS;
+        prop_oneof![
+            1 => host().prop_map(Event::Rotate),
+            6 => (host(), host()).prop_map(|(a, b)| Event::Hear(a, b)),
+            6 => host().prop_map(Event::Settle),
+            4 => host().prop_map(Event::Follow),
+            3 => host().prop_map(Event::Finish),
+        ]
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(2_000))]
+        #[test]
+        fn at_no_moment_of_a_rotation_is_a_packet_lost(events in prop::collection::vec(event(), 1..80)) {
+            let mut hosts = hosts();
+            let mut fresh = 100;
+            for event in events {
+                match event {
+                    // One that a host knows of is waited for by it.
+                    Event::Rotate(n) if !hosts[n].own.rotating
+                        && hosts[n].known.iter().all(|known| !known.rotating && known.epoch == hosts[n].own.epoch) => {
+                        fresh += 1;
+                        let epoch = hosts[n].own.epoch + 1;
+                        move_on(&mut hosts[n], epoch, Some(fresh));
+                        settle(&mut hosts, n);
+                    }
+                    Event::Hear(from, to) if from != to => {
+                        hear(&mut hosts, from, to);
+                        settle(&mut hosts, to);
+                    }
+                    Event::Settle(n) => settle(&mut hosts, n),
+                    Event::Follow(n) => follow(&mut hosts, n),
+                    Event::Finish(n) if hosts[n].own.rotating && !waits(&hosts[n], n) => {
+                        hosts[n].own.rotating = false;
+                        hosts[n].ends.own_old = None;
+                        settle(&mut hosts, n);
+                    }
+                    _ => {}
+                }
+                prop_assert_eq!(lost(&hosts), None, "{:?}", event);
+            }
+        }
+    }
+
+    #[test]
+    fn a_rotation_comes_to_its_end() {
+        let mut hosts = hosts();
+        for round in 0..3_u32 {
+            move_on(&mut hosts[1], round + 1, Some(50 + round as u8));
+            settle(&mut hosts, 1);
+            assert!(waits(&hosts[1], 1));
+            for _ in 0..3 {
+                for (from, to) in
+                    (0..HOSTS).flat_map(|a| (0..HOSTS).map(move |b| (a, b))).filter(|(a, b)| a != b)
+                {
+                    hear(&mut hosts, from, to);
+                    follow(&mut hosts, to);
+                    assert_eq!(lost(&hosts), None);
+                }
+                for n in 0..HOSTS {
+                    settle(&mut hosts, n);
+                    if hosts[n].own.rotating && !waits(&hosts[n], n) {
+                        hosts[n].own.rotating = false;
+                        hosts[n].ends.own_old = None;
+                        settle(&mut hosts, n);
+                    }
+                    assert_eq!(lost(&hosts), None);
+                }
+            }
+            // One end each is left, and it is the new one.
+            for (n, host) in hosts.iter().enumerate() {
+                assert!(!host.own.rotating, "host {n} in round {round}");
+                for way in host.ways.iter().flatten() {
+                    assert_eq!(
+                        (way.ends.len(), way.by),
+                        (1, Some(end_of(host.own.port))),
+                        "host {n}: {way:?}"
+                    );
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_host_that_was_away_meets_the_others_again() {
+        let mut hosts = hosts();
+        for other in &mut hosts[1..] {
+            move_on(other, 5, None);
+            other.own.rotating = false;
+        }
+        for (from, to) in [(1, 0), (2, 0), (0, 1), (0, 2), (1, 2), (2, 1)] {
+            hear(&mut hosts, from, to);
+            follow(&mut hosts, to);
+        }
+        (0..HOSTS).for_each(|n| settle(&mut hosts, n));
+        assert_eq!((hosts[0].own.epoch, hosts[0].own.port), (5, 51941));
+        assert_eq!(lost(&hosts), None);
+        // And two epochs later, at the port that it has.
+        let far = || [Tunnel { epoch: 7, ..hosts[1].own }].into_iter();
+        assert_eq!(to_follow(Tunnel { rotating: false, ..hosts[0].own }, far()), Some(7));
+        // Not in the middle of a move.
+        assert_eq!(to_follow(Tunnel { rotating: true, ..hosts[0].own }, far()), None);
+    }
+}

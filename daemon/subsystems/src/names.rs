@@ -1,0 +1,99 @@
+//! Names: which of them may have changed. The zone is brought up to date from these marks.
+
+pub mod cluster_names;
+pub mod resolver;
+pub mod zone;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+use ovl_cluster::backends::Settled;
+use ovl_cluster::members::MemberChange;
+use ovl_dataplane::op::Op;
+use ovl_dataplane::state::Dataplane;
+use ovl_proto::id::NetworkId;
+use ovl_proto::resource::Name;
+use ovl_proto::table::Entry;
+
+use crate::subsystem::{Change, Cluster, Subsystem};
+
+/// Names that may have changed.
+#[derive(Debug, Default)]
+pub struct Marks {
+    /// Single names and addresses of these networks.
+    pub single: BTreeMap<NetworkId, zone::Marks>,
+    /// Networks of which all names may have changed.
+    pub networks: BTreeSet<NetworkId>,
+    /// Services.
+    pub services: BTreeSet<Name>,
+    /// Pods: namespace, addresses, and whether it is there; in order.
+    pub pods: Vec<(String, Vec<IpAddr>, bool)>,
+}
+
+impl Marks {
+    fn settled(&mut self, settled: &Settled) {
+        self.services.extend(settled.services.iter().cloned());
+        for MemberChange { before, after, .. } in &settled.members {
+            for (member, is_there) in [(before, false), (after, true)] {
+                let pod =
+                    member.as_ref().map(|it| (it.name.namespace.clone(), it.addresses.clone(), is_there));
+                self.pods.extend(pod);
+            }
+        }
+    }
+}
+
+/// The names' part of what changes.
+#[derive(Debug, Default)]
+pub struct Names {
+    marks: Marks,
+}
+
+impl Names {
+    /// What may have changed since the last time.
+    pub fn take_marks(&mut self) -> Marks {
+        std::mem::take(&mut self.marks)
+    }
+}
+
+impl Subsystem for Names {
+    fn changed(&mut self, change: &Change<'_>, cluster: &Cluster<'_>) {
+        match *change {
+            Change::Entry { entry: Entry::Endpoint(endpoint), .. } => {
+                self.marks.single.entry(endpoint.network).or_default().note(endpoint);
+            }
+            Change::Rights(network) | Change::Network(network) => {
+                self.marks.networks.insert(network);
+            }
+            Change::ThisHost => self.marks.networks.extend(cluster.view.networks.keys().copied()),
+            Change::Backends(settled) => self.marks.settled(settled),
+            Change::Entry { .. }
+            | Change::Built(_)
+            | Change::Host(_)
+            | Change::Tunnel
+            | Change::Attaching(_)
+            | Change::Publishing
+            | Change::Resources(_)
+            | Change::Announcers
+            | Change::Uplink => {}
+        }
+    }
+
+    fn desired(&self, _: &Cluster<'_>) -> Dataplane {
+        Dataplane::default()
+    }
+
+    fn resync(&mut self, _: &Cluster<'_>) -> Dataplane {
+        Dataplane::default()
+    }
+
+    fn plan(&mut self, _: &Cluster<'_>) -> Vec<Op> {
+        Vec::new()
+    }
+
+    fn sent(&self) -> Option<Dataplane> {
+        Some(Dataplane::default())
+    }
+
+    fn withdraw(&mut self) {}
+}

@@ -1,0 +1,277 @@
+//! Names of Services and pods, by the Kubernetes DNS specification 1.1.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+use ovl_proto::resource::{Service, ServiceType};
+
+use ovl_cluster::backends::{Backend, Readiness};
+
+/// The version of the specification, which `dns-version.DOMAIN` tells.
+pub const VERSION: &str = "1.1.0";
+
+/// What there is of a name.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Set {
+    /// A and AAAA.
+    pub addresses: BTreeSet<IpAddr>,
+    /// SRV: port and name.
+    pub services: BTreeSet<(u16, String)>,
+    /// CNAME: the name that an external Service stands for.
+    pub alias: Option<String>,
+    /// A headless Service without ready endpoints: there is no such name (section 2.4.1), and nobody else's either.
+    pub unready: bool,
+}
+
+impl Set {
+    /// Takes in another's.
+    pub fn merge(&mut self, other: &Self) {
+        self.addresses.extend(&other.addresses);
+        self.services.extend(other.services.iter().cloned());
+        self.alias = self.alias.take().or_else(|| other.alias.clone());
+        self.unready |= other.unready;
+    }
+}
+
+/// What a Service has in DNS.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Names {
+    /// By full name without a dot at the end, in lower case. A name with nothing has others beneath it: it is
+    /// there all the same (RFC 8020).
+    pub sets: BTreeMap<String, Set>,
+    /// PTR: the names of addresses.
+    pub reverse: BTreeMap<IpAddr, BTreeSet<String>>,
+}
+
+/// The names of a Service with these backends, under the cluster's domain.
+pub fn of_service(domain: &str, service: &Service, backends: &[Backend]) -> Names {
+    let meta = &service.metadata;
+    let namespace = format!("{}.svc.{domain}", meta.namespace);
+    let base = format!("{}.{namespace}", meta.name);
+    let mut names = Names::default();
+    names.sets.entry(namespace).or_default();
+    let set = names.sets.entry(base.clone()).or_default();
+    if service.spec.kind == ServiceType::ExternalName {
+        set.alias = Some(service.spec.external_name.trim_end_matches('.').to_ascii_lowercase());
+        return names;
+    }
+    if !service.is_headless() {
+        set.addresses.extend(service.cluster_addresses());
+        for address in service.cluster_addresses() {
+            names.reverse.entry(address).or_default().insert(base.clone());
+        }
+        for port in &service.spec.ports {
+            names.port(&base, &port.name, &port.protocol.to_string(), port.port, &base);
+        }
+        return names;
+    }
+    for backend in backends.iter().filter(|backend| backend.readiness == Readiness::Ready) {
+        let addresses = backend.addresses.iter().filter(|address| {
+            let families = &service.spec.ip_families;
+            families.is_empty()
+                || families.iter().any(|family| *family == ovl_proto::resource::IpFamily::of(**address))
+        });
+        for address in addresses {
+            let host = match backend.hostname.as_str() {
+                "" => dashed(*address),
+                given => given.to_ascii_lowercase(),
+            };
+            let own = format!("{host}.{base}");
+            for name in [&base, &own] {
+                names.sets.entry(name.clone()).or_default().addresses.insert(*address);
+            }
+            names.reverse.entry(*address).or_default().insert(own.clone());
+            for (port, number) in service.spec.ports.iter().zip(&backend.ports) {
+                if let Some(number) = number {
+                    names.port(&base, &port.name, &port.protocol.to_string(), *number, &own);
+                }
+            }
+        }
+    }
+    if let Some(set) = names.sets.get_mut(&base) {
+        set.unready = set.addresses.is_empty();
+    }
+    names
+}
+
+impl Names {
+    /// The record of a port that has a name, and what is above it.
+    fn port(&mut self, base: &str, name: &str, protocol: &str, number: u16, target: &str) {
+        if name.is_empty() {
+            return;
+        }
+        let above = format!("_{}.{base}", protocol.to_ascii_lowercase());
+        let full = format!("_{}.{above}", name.to_ascii_lowercase());
+        self.sets.entry(above).or_default();
+        self.sets.entry(full).or_default().services.insert((number, target.to_owned()));
+    }
+}
+
+/// The names of a pod's addresses: `10-1-0-5.NAMESPACE.pod.DOMAIN`.
+pub fn of_pod(domain: &str, namespace: &str, addresses: &[IpAddr]) -> Names {
+    let above = format!("{namespace}.pod.{domain}");
+    let mut names = Names::default();
+    names.sets.entry(above.clone()).or_default();
+    for address in addresses {
+        let name = format!("{}.{above}", dashed(*address));
+        names.sets.entry(name).or_default().addresses.insert(*address);
+    }
+    names
+}
+
+fn dashed(address: IpAddr) -> String {
+    match address {
+        IpAddr::V4(address) => address.to_string().replace('.', "-"),
+        // Without the double colon, which would leave a hyphen at an end.
+        IpAddr::V6(address) => {
+            let groups = address.segments();
+            groups.map(|group| format!("{group:x}")).join("-")
+        }
+    }
+}
+
+/// What a pod of a namespace searches, as Kubernetes has it; and how many dots make a name that is tried as it is
+/// first.
+pub fn search(domain: &str, namespace: &str) -> [String; 3] {
+    [format!("{namespace}.svc.{domain}"), format!("svc.{domain}"), domain.to_owned()]
+}
+
+/// Kubernetes' `ndots`.
+pub const NDOTS: u8 = 5;
+
+#[cfg(test)]
+mod tests {
+    use ovl_proto::resource::{ClusterIp, IpFamily, Meta, Protocol, ServicePort};
+
+    use super::*;
+
+    const DOMAIN: &str = "cluster.local";
+
+    fn ip(text: &str) -> IpAddr {
+        text.parse().unwrap()
+    }
+
+    fn service(ips: &[ClusterIp], ports: &[(&str, Protocol, u16)]) -> Service {
+        let mut service = Service {
+            metadata: Meta { namespace: "shop".to_owned(), name: "db".to_owned(), ..Meta::default() },
+            ..Service::default()
+        };
+        service.spec.cluster_ips = ips.to_vec();
+        service.spec.ports = ports
+            .iter()
+            .map(|(name, protocol, port)| ServicePort {
+                name: (*name).to_owned(),
+                protocol: *protocol,
+                port: *port,
+                ..ServicePort::default()
+            })
+            .collect();
+        service
+    }
+
+    fn backend(addresses: &[&str], hostname: &str, readiness: Readiness) -> Backend {
+        Backend {
+            addresses: addresses.iter().map(|text| ip(text)).collect(),
+            ports: vec![Some(5432)],
+            host: None,
+            readiness,
+            hostname: hostname.to_owned(),
+            name: String::new(),
+        }
+    }
+
+    /// All records as zone files have them, those of nothing left out.
+    fn zone(names: &Names) -> Vec<String> {
+        let mut lines = Vec::new();
+        for (name, set) in &names.sets {
+            for address in &set.addresses {
+                lines.push(format!("{name} {} {address}", if address.is_ipv4() { "A" } else { "AAAA" }));
+            }
+            lines.extend(set.services.iter().map(|(port, target)| format!("{name} SRV {port} {target}")));
+            lines.extend(set.alias.iter().map(|alias| format!("{name} CNAME {alias}")));
+        }
+        for (address, all) in &names.reverse {
+            lines.extend(all.iter().map(|name| format!("{address} PTR {name}")));
+        }
+        lines
+    }
+
+    /// Section 2.3: records for a Service with a cluster IP.
+    #[test]
+    fn a_service_has_a_aaaa_srv_and_ptr() {
+        let ips = [ClusterIp::Address(ip("10.96.0.50")), ClusterIp::Address(ip("fd96::50"))];
+        let service = service(&ips, &[("pg", Protocol::Tcp, 5432), ("", Protocol::Udp, 99)]);
+        assert_eq!(
+            zone(&of_service(DOMAIN, &service, &[backend(&["10.1.0.5"], "", Readiness::Ready)])),
+            [
+                "_pg._tcp.db.shop.svc.cluster.local SRV 5432 db.shop.svc.cluster.local",
+                "db.shop.svc.cluster.local A 10.96.0.50",
+                "db.shop.svc.cluster.local AAAA fd96::50",
+                "10.96.0.50 PTR db.shop.svc.cluster.local",
+                "fd96::50 PTR db.shop.svc.cluster.local",
+            ]
+        );
+    }
+
+    /// Section 2.4: records for a headless Service: its ready endpoints, by host name where they have one.
+    #[test]
+    fn a_headless_service_leads_to_its_ready_endpoints() {
+        let service = service(&[ClusterIp::Headless], &[("pg", Protocol::Tcp, 5432)]);
+        let backends = [
+            backend(&["10.1.0.5", "fd01::5"], "My-Pod", Readiness::Ready),
+            backend(&["10.1.0.6"], "", Readiness::Ready),
+            backend(&["10.1.0.7"], "late", Readiness::NotReady),
+        ];
+        let base = "db.shop.svc.cluster.local";
+        assert_eq!(
+            zone(&of_service(DOMAIN, &service, &backends)),
+            [
+                format!("10-1-0-6.{base} A 10.1.0.6"),
+                format!("_pg._tcp.{base} SRV 5432 10-1-0-6.{base}"),
+                format!("_pg._tcp.{base} SRV 5432 my-pod.{base}"),
+                format!("{base} A 10.1.0.5"),
+                format!("{base} A 10.1.0.6"),
+                format!("{base} AAAA fd01::5"),
+                format!("my-pod.{base} A 10.1.0.5"),
+                format!("my-pod.{base} AAAA fd01::5"),
+                format!("10.1.0.5 PTR my-pod.{base}"),
+                format!("10.1.0.6 PTR 10-1-0-6.{base}"),
+                format!("fd01::5 PTR my-pod.{base}"),
+            ]
+        );
+        let unready = of_service(DOMAIN, &service, &backends[2..]);
+        assert!(unready.sets[base].unready && zone(&unready).is_empty());
+        let mut single = service;
+        single.spec.ip_families = vec![IpFamily::IPv4];
+        assert!(!zone(&of_service(DOMAIN, &single, &backends)).iter().any(|line| line.contains("AAAA")));
+    }
+
+    /// Section 2.5: records for external name Services.
+    #[test]
+    fn an_external_service_is_another_name() {
+        let mut service = service(&[], &[]);
+        service.spec.kind = ServiceType::ExternalName;
+        service.spec.external_name = "DB.example.org.".to_owned();
+        assert_eq!(
+            zone(&of_service(DOMAIN, &service, &[])),
+            ["db.shop.svc.cluster.local CNAME db.example.org"]
+        );
+    }
+
+    #[test]
+    fn what_is_above_a_name_is_there_and_pods_are_found_by_their_addresses() {
+        let service = service(&[ClusterIp::Headless], &[("pg", Protocol::Tcp, 5432)]);
+        let names = of_service(DOMAIN, &service, &[backend(&["10.1.0.5"], "", Readiness::Ready)]);
+        for above in ["shop.svc.cluster.local", "_tcp.db.shop.svc.cluster.local"] {
+            assert_eq!(names.sets.get(above), Some(&Set::default()), "{above}");
+        }
+        let pod = of_pod(DOMAIN, "shop", &[ip("10.1.0.5"), ip("fd01::5")]);
+        assert_eq!(
+            zone(&pod),
+            [
+                "10-1-0-5.shop.pod.cluster.local A 10.1.0.5",
+                "fd01-0-0-0-0-0-0-5.shop.pod.cluster.local AAAA fd01::5",
+            ]
+        );
+    }
+}

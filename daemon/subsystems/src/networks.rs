@@ -1,0 +1,293 @@
+//! Networks: bridges, VXLAN devices, forwarding entries, neighbours, routes and the base packet filter.
+//!
+//! What was last sent is kept for each network and for the host as a whole. A change of single endpoints is planned
+//! at the cost of these alone ([`ovl_subsystems::networks::touched`]); any other change of a network compares the whole network.
+
+pub mod desired;
+pub mod filter;
+pub mod mtu;
+mod routed;
+mod switched;
+pub mod touched;
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use ovl_dataplane::device::Role;
+use ovl_dataplane::diff::diff;
+use ovl_dataplane::op::Op;
+use ovl_dataplane::state::Dataplane;
+use ovl_proto::id::NetworkId;
+use ovl_proto::object::Network;
+use ovl_proto::resource::Kind;
+use ovl_proto::table::{Endpoint, Entry};
+
+use self::mtu::network_mtu;
+use self::touched::Touched;
+use crate::endpoints::endpoint_part;
+use crate::subsystem::{Change, Cluster, Outcome, Part, Subsystem};
+
+/// What was last sent, what may have changed since, and what was refused.
+#[derive(Debug, Default)]
+pub struct Networks {
+    sent: BTreeMap<NetworkId, Dataplane>,
+    sent_host: Dataplane,
+    /// Networks to be compared as a whole.
+    changed: BTreeSet<NetworkId>,
+    /// Single endpoints of other networks.
+    touched: BTreeMap<NetworkId, Touched>,
+    /// What concerns no single network.
+    host_changed: bool,
+    /// Networks of which something was refused since all of it was last sent, with the first reason.
+    refused: BTreeMap<NetworkId, String>,
+    batch: Batch,
+}
+
+/// The networks that the batch under way is about.
+#[derive(Debug, Default)]
+struct Batch {
+    created: BTreeSet<NetworkId>,
+    refused: BTreeSet<NetworkId>,
+}
+
+impl Networks {
+    fn all_sent(&self) -> Dataplane {
+        let mut all = self.sent_host.clone();
+        self.sent.values().for_each(|part| all.merge(part.clone()));
+        all
+    }
+
+    fn mark(&mut self, network: NetworkId) {
+        self.changed.insert(network);
+    }
+
+    fn mark_with_host(&mut self, network: NetworkId) {
+        self.changed.insert(network);
+        self.host_changed = true;
+    }
+
+    fn plan_host(&mut self, cluster: &Cluster<'_>) -> Vec<Op> {
+        if !std::mem::take(&mut self.host_changed) {
+            return Vec::new();
+        }
+        let desired = desired::host(cluster.view, cluster.local);
+        let ops = diff(&self.sent_host, &desired, cluster.caught_up);
+        self.sent_host = desired;
+        ops
+    }
+
+    /// What the endpoints of a network that were touched need. `None` if the network must be compared as a whole,
+    /// for which it is marked then.
+    fn plan_touched(&mut self, network: NetworkId, cluster: &Cluster<'_>) -> Option<Vec<Op>> {
+        if self.changed.contains(&network) {
+            return None;
+        }
+        let touched = self.touched.remove(&network).unwrap_or_default();
+        let prune = cluster.may_prune(network);
+        let ops = self
+            .sent
+            .get_mut(&network)
+            .and_then(|sent| touched::plan(cluster.view, cluster.local, network, touched, sent, prune));
+        if ops.is_none() {
+            self.mark(network);
+        }
+        ops
+    }
+
+    fn plan_network(&mut self, network: NetworkId, cluster: &Cluster<'_>) -> Vec<Op> {
+        if let Some(ops) = self.plan_touched(network, cluster) {
+            return ops;
+        }
+        self.changed.remove(&network);
+        self.touched.remove(&network);
+        let desired = desired::network_part(cluster.view, cluster.local, network);
+        let prune = cluster.may_prune(network);
+        let sent = self.sent.entry(network).or_default();
+        let ops = diff(sent, &desired, prune);
+        let empty = desired == Dataplane::default();
+        if prune {
+            *sent = desired;
+        } else {
+            sent.merge(desired);
+        }
+        if empty && prune {
+            self.sent.remove(&network);
+        }
+        ops
+    }
+}
+
+impl Subsystem for Networks {
+    fn changed(&mut self, change: &Change<'_>, cluster: &Cluster<'_>) {
+        match *change {
+            Change::Entry { host, entry: Entry::Endpoint(endpoint) } => {
+                self.touched.entry(endpoint.network).or_default().note(cluster.view.me, host, endpoint);
+            }
+            Change::Rights(network) => self.mark(network),
+            Change::Network(network) | Change::Built(network) => self.mark_with_host(network),
+            Change::Host(_) | Change::Publishing => self.host_changed = true,
+            Change::Tunnel => {
+                let networks = cluster.view.networks.values().map(|found| &found.network);
+                self.changed.extend(networks.filter(|network| network.encrypted).map(|network| network.id));
+                self.host_changed = true;
+            }
+            Change::ThisHost => {
+                self.changed.extend(self.sent.keys().copied());
+                self.host_changed = true;
+            }
+            Change::Resources(keys) => {
+                if keys.iter().any(|key| key.kind == Kind::NetworkPolicy) {
+                    // The host routes for internal networks as soon as there are policies.
+                    let networks = cluster.view.switched().filter(|network| network.internal);
+                    let internal: Vec<NetworkId> = networks.map(|network| network.id).collect();
+                    self.host_changed |= !internal.is_empty();
+                    self.changed.extend(internal);
+                }
+            }
+            Change::Entry { .. }
+            | Change::Attaching(_)
+            | Change::Backends(_)
+            | Change::Announcers
+            | Change::Uplink => {}
+        }
+    }
+
+    fn desired(&self, cluster: &Cluster<'_>) -> Dataplane {
+        desired::desired(cluster.view, cluster.local)
+    }
+
+    fn resync(&mut self, cluster: &Cluster<'_>) -> Dataplane {
+        self.host_changed = false;
+        self.changed.clear();
+        self.touched.clear();
+        self.sent.clear();
+        self.sent_host = desired::host(cluster.view, cluster.local);
+        for network in cluster.view.networks.keys() {
+            let part = desired::network_part(cluster.view, cluster.local, *network);
+            if part != Dataplane::default() {
+                self.sent.insert(*network, part);
+            }
+        }
+        self.all_sent()
+    }
+
+    fn plan(&mut self, cluster: &Cluster<'_>) -> Vec<Op> {
+        let networks: BTreeSet<NetworkId> = self.changed.iter().chain(self.touched.keys()).copied().collect();
+        let mut ops = self.plan_host(cluster);
+        for network in networks {
+            ops.extend(self.plan_network(network, cluster));
+        }
+        ops
+    }
+
+    fn sent(&self) -> Option<Dataplane> {
+        self.refused.is_empty().then(|| self.all_sent())
+    }
+
+    fn prepare(&mut self, endpoint: &Endpoint, network: &Network, cluster: &Cluster<'_>) -> Part {
+        let ops = self.plan_network(network.id, cluster);
+        let mut before = self.plan_host(cluster);
+        before.extend(ops);
+        let mtu = network_mtu(cluster.view, network);
+        let wants = endpoint_part(cluster.view, cluster.local, network, endpoint, mtu);
+        // The pair of interfaces itself is not created by an operation, and what its neighbours need too is there.
+        let sent = self.sent.get(&network.id).map(|sent| &sent.localnets);
+        let shared = sent.into_iter().flat_map(|sent| wants.localnets.intersection(sent)).copied();
+        let there =
+            Dataplane { links: wants.links.clone(), localnets: shared.collect(), ..Dataplane::default() };
+        before.extend(diff(&there, &wants, false));
+        Part { before, wants }
+    }
+
+    fn detached(&mut self, network: NetworkId, cluster: &Cluster<'_>) -> Vec<Op> {
+        self.plan_touched(network, cluster).unwrap_or_default()
+    }
+
+    fn attached(&mut self, endpoint: &Endpoint, wants: &Dataplane) {
+        self.sent.entry(endpoint.network).or_default().merge(wants.clone());
+    }
+
+    fn outcome(&mut self, outcome: Outcome<'_>) {
+        let Some(network) = network_of_device(outcome.op) else { return };
+        match outcome.refusal {
+            None if matches!(outcome.op, Op::AddLink(..)) => {
+                self.batch.created.insert(network);
+            }
+            None => {}
+            Some(_) if needed_by_network(outcome.op).is_none() => {}
+            Some(reason) => {
+                self.batch.refused.insert(network);
+                // An attach must not believe that the network is built: neither one that comes next, nor one that
+                // was planned while these operations were in flight.
+                self.sent.remove(&network);
+                self.refused.entry(network).or_insert_with(|| reason.to_owned());
+            }
+        }
+    }
+
+    fn batch_done(&mut self, full: bool) {
+        let Batch { created, refused } = std::mem::take(&mut self.batch);
+        if full {
+            // An attach in flight was planned on what was refused before this pass.
+            self.refused.retain(|network, _| refused.contains(network));
+        } else {
+            // Keep the first failure until one batch has created all of the network's devices. A later batch is
+            // partial, so its success proves nothing.
+            for network in created.difference(&refused) {
+                self.refused.remove(network);
+            }
+        }
+    }
+
+    fn refusal(&self, network: NetworkId) -> Option<&str> {
+        self.refused.get(&network).map(String::as_str)
+    }
+
+    fn withdraw(&mut self) {
+        *self = Self::default();
+    }
+}
+
+/// The network whose bridge or VXLAN device an operation is about.
+fn network_of_device(op: &Op) -> Option<NetworkId> {
+    match op.device()?.role()? {
+        Role::Bridge(id) | Role::Vxlan(id) => Some(id),
+        Role::Endpoint(_) | Role::Tunnel(_) => None,
+    }
+}
+
+/// The network that cannot be used if this operation is refused: one on its devices or their addresses. An entry for
+/// a single endpoint is tried again by the loop.
+pub fn needed_by_network(op: &Op) -> Option<NetworkId> {
+    match op {
+        Op::AddLink(..) | Op::SetLink(..) | Op::DelLink(_) | Op::AddAddress(..) | Op::DelAddress(..) => {
+            network_of_device(op)
+        }
+        Op::Sysctl { .. }
+        | Op::SetLocalnet(_)
+        | Op::DelLocalnet(_)
+        | Op::Filter(_)
+        | Op::DelFilter
+        | Op::Table(..)
+        | Op::DelTable(_)
+        | Op::SetElement(_)
+        | Op::DelElement(..)
+        | Op::EndFlows(_)
+        | Op::AddAnnounced(..)
+        | Op::DelAnnounced(..)
+        | Op::SetRemote(..)
+        | Op::DelRemote(..)
+        | Op::AddFlood(..)
+        | Op::DelFlood(..)
+        | Op::AddPort(..)
+        | Op::DelPort(..)
+        | Op::SetNeighbour(..)
+        | Op::DelNeighbour(..)
+        | Op::SetTunnel(..)
+        | Op::SetTunnelPeer(..)
+        | Op::DelTunnelPeer(..)
+        | Op::SetSource(..)
+        | Op::DelSource(..)
+        | Op::SetRoute(..)
+        | Op::DelRoute(_) => None,
+    }
+}

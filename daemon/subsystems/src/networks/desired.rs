@@ -1,0 +1,97 @@
+//! What the kernel should hold, from what the cluster says. One network at a time, so that a change costs what its
+//! own network costs.
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use ovl_cluster::view::View;
+use ovl_dataplane::state::Dataplane;
+use ovl_proto::id::NetworkId;
+use ovl_proto::object::{Mode, Network};
+
+use super::switched::routes_for_policies;
+use super::{filter, routed, switched};
+use crate::encryption::tunnel;
+use crate::local::Local;
+use crate::names::resolver;
+use crate::publish;
+
+/// All of it: every network that has something here, and what concerns the host as a whole.
+pub fn desired(view: &View, local: &Local) -> Dataplane {
+    let mut kernel = host(view, local);
+    for network in view.networks.keys() {
+        kernel.merge(network_part(view, local, *network));
+    }
+    kernel
+}
+
+/// What concerns no single network: the packet filter, and the settings that it needs.
+pub fn host(view: &View, local: &Local) -> Dataplane {
+    let built: Vec<&Network> = view
+        .networks
+        .values()
+        .map(|state| &state.network)
+        .filter(|network| local.is_built(view, network.id))
+        .collect();
+    let mut kernel = Dataplane::default();
+    tunnel::part(&mut kernel, view, &local.ends);
+    if built.is_empty() && kernel.links.is_empty() {
+        return kernel;
+    }
+    let vteps: BTreeSet<IpAddr> = view
+        .nodes
+        .values()
+        .filter(|node| node.record.id != view.me && view.alloc.members.contains(&node.record.id))
+        .map(|node| node.record.vtep)
+        .collect();
+    let port = view.own().map_or(ovl_proto::DEFAULT_VXLAN_PORT, |own| own.record.vxlan_port);
+    let tunnel = kernel.tunnels.values().next().map(|end| filter::Tunnel {
+        port: end.port,
+        prefix: tunnel::prefix(view.alloc.cluster),
+        // The kernel's device has no socket of ours.
+        kernel: end.local.is_none(),
+    });
+    kernel.tables.extend(local.publishing.then(publish::table));
+    if local.publishing || (local.served && built.iter().any(|network| network.mode == Mode::L2)) {
+        kernel.tables.extend([publish::frames_table()]);
+    }
+    let mut text = filter::render(&built, &vteps, port, tunnel, local.masquerade);
+    if let Some(chains) = resolver::chains(&built, &local.resolved, &local.cluster_dns) {
+        text += &chains;
+        kernel.tables.extend(resolver::past_firewalls());
+    }
+    kernel.filter = Some(text);
+    for network in built.iter().filter(|network| !network.internal || routes_for_policies(view, network)) {
+        for subnet in &network.subnets {
+            let name = match subnet.prefix {
+                IpNet::V4(_) => "net.ipv4.ip_forward",
+                IpNet::V6(_) => "net.ipv6.conf.all.forwarding",
+            };
+            kernel.sysctls.insert(name.to_owned(), "1".to_owned());
+        }
+    }
+    kernel
+}
+
+/// What one network needs on this host.
+pub fn network_part(view: &View, local: &Local, id: NetworkId) -> Dataplane {
+    let mut kernel = Dataplane::default();
+    let (Some(state), Some(own)) = (view.networks.get(&id), view.own()) else { return kernel };
+    if !local.is_built(view, id) {
+        return kernel;
+    }
+    let network = &state.network;
+    match network.mode {
+        Mode::L2 => switched::part(&mut kernel, view, local, network, own),
+        Mode::L3 => routed::part(&mut kernel, view, local, network, own),
+    }
+    for endpoint in local.attaching.values().filter(|endpoint| endpoint.network == id) {
+        publish::guard(&mut kernel, local, network, endpoint);
+        publish::elements(&mut kernel, network, endpoint);
+    }
+    if local.resolved.contains(&id) {
+        resolver::on_bridge(&mut kernel, network, &local.cluster_dns);
+    }
+    kernel
+}

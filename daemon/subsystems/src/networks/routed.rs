@@ -1,0 +1,155 @@
+//! Routed networks: each host answers for the addresses of its blocks, and the others need one
+//! route for each of these, whatever the number of endpoints.
+//!
+//! Endpoints hang on pairs of interfaces of their own, each with a route for its address; there is
+//! no bridging. The first host address of a block is the gateway of the endpoints in it. All
+//! gateways of a host are addresses of the network's bridge, which has no ports: it is there to
+//! carry them.
+
+use std::collections::BTreeMap;
+
+use ipnet::IpNet;
+use ovl_cluster::addresses;
+use ovl_cluster::view::{Node, View};
+use ovl_dataplane::device::Device;
+use ovl_dataplane::state::{Dataplane, Hop, Link, Remote};
+use ovl_proto::id::{Mac, NodeId};
+use ovl_proto::object::{Backend, Network};
+
+use super::mtu::endpoint_mtu;
+use crate::encryption::tunnel;
+use crate::endpoints::routed::own_endpoint;
+use crate::local::Local;
+use crate::mtu::{MIN_MTU, path_mtu, vxlan_overhead};
+use crate::publish;
+
+/// How packets get to another host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Way {
+    /// Through this end of the tunnel, as they are.
+    Sealed(Device),
+    Vxlan,
+    /// Over the segment.
+    Direct,
+    /// By routers that know where: nothing of ours stands in their way.
+    Routers,
+}
+
+fn way(network: &Network, local: &Local, own: &Node, peer: &Node, block: IpNet) -> Option<Way> {
+    let (here, there) = (own.record.vtep, peer.record.vtep);
+    // A VXLAN device sends to one address family only; `status` names such a host.
+    if here.is_ipv4() != there.is_ipv4() {
+        return None;
+    }
+    // A next hop is of the family of what it leads to.
+    let is_near = local.segment.is_some_and(|segment| segment.contains(&there))
+        && block.addr().is_ipv4() == there.is_ipv4();
+    Some(match network.backend {
+        Backend::Vxlan => Way::Vxlan,
+        Backend::Auto if is_near => Way::Direct,
+        Backend::Auto => Way::Vxlan,
+        Backend::Direct if is_near => Way::Direct,
+        Backend::Direct => Way::Routers,
+    })
+}
+
+/// What the network needs on this host.
+pub(super) fn part(kernel: &mut Dataplane, view: &View, local: &Local, network: &Network, own: &Node) {
+    let mtu = endpoint_mtu(network, own);
+    let bridge = Device::bridge(network.id);
+    devices(kernel, network, own, mtu);
+    for gateway in view.gateways(network.id, view.me) {
+        kernel.addresses.insert((bridge, IpNet::from(gateway)));
+    }
+    // What nobody answers for: not by a default route. Where routers know more than we do, only
+    // what we should answer for ourselves.
+    for block in view.blocks_of(network.id, view.me) {
+        kernel.routes.insert(block, Hop::UNREACHABLE);
+    }
+    if network.encrypted || network.backend != Backend::Direct {
+        for subnet in &network.subnets {
+            kernel.routes.insert(subnet.prefix, Hop::UNREACHABLE);
+        }
+    }
+    let sealed = if network.encrypted { tunnel::ways(view, &local.ends) } else { BTreeMap::new() };
+    let there = view.nodes.iter().filter(|(id, node)| **id != view.me && view.counts(node));
+    let peers: BTreeMap<NodeId, &Node> = there.map(|(id, node)| (*id, node)).collect();
+    for (block, holder) in view.blocks(network.id) {
+        let Some(peer) = peers.get(&holder) else { continue };
+        let way = match network.encrypted {
+            true => sealed.get(&holder).and_then(|sealed| sealed.by).map(Way::Sealed),
+            false => way(network, local, own, peer, block),
+        };
+        if let Some(way) = way {
+            to_peer(kernel, view, network, own, peer, block, way, mtu);
+        }
+    }
+    for endpoint in own.table.endpoints_on(network.id) {
+        own_endpoint(kernel, view, local, network, endpoint, mtu);
+        if !local.isolated.contains_key(&endpoint.id) {
+            publish::elements(kernel, network, endpoint);
+        }
+    }
+}
+
+/// The network's bridge, and its VXLAN device if it has one.
+pub(super) fn devices(kernel: &mut Dataplane, network: &Network, own: &Node, mtu: u16) {
+    let mac = Mac::of_gateway(network.id);
+    kernel.links.insert(Device::bridge(network.id), Link::Bridge { mac, mtu, up: true, tuned: true });
+    if !network.encrypted && network.backend != Backend::Direct {
+        kernel.links.insert(Device::vxlan(network.id), vxlan(network, own));
+    }
+}
+
+fn vxlan(network: &Network, own: &Node) -> Link {
+    let carried = own.record.link_mtu.saturating_sub(vxlan_overhead(own.record.vtep));
+    Link::Vxlan {
+        vni: network.vni,
+        local: own.record.vtep,
+        port: own.record.vxlan_port,
+        mtu: carried.min(network.mtu.unwrap_or(u16::MAX)).max(MIN_MTU),
+        master: None,
+        mac: addresses::mac_of_host(network.id, own.record.id),
+        up: true,
+        tuned: true,
+        sealed: false,
+    }
+}
+
+#[expect(clippy::too_many_arguments, reason = "they are what a route is made of")]
+fn to_peer(
+    kernel: &mut Dataplane,
+    view: &View,
+    network: &Network,
+    own: &Node,
+    peer: &Node,
+    block: IpNet,
+    way: Way,
+    mtu: u16,
+) {
+    let id = peer.record.id;
+    let source = view.first_gateway(network.id, view.me, block.addr());
+    let outer = path_mtu(own, peer);
+    let narrower = |carried: u16| Some(carried.max(MIN_MTU)).filter(|carried| *carried < mtu);
+    match way {
+        Way::Routers => {}
+        Way::Sealed(device) => {
+            // The endpoints' MTU is what the own link carries in the tunnel, unless the user asked for less.
+            let mtu = tunnel::path_mtu(own, peer, mtu);
+            kernel.routes.insert(block, Hop { device: Some(device), gateway: None, source, mtu });
+        }
+        Way::Direct => {
+            let gateway = Some(peer.record.vtep);
+            kernel.routes.insert(block, Hop { device: None, gateway, source, mtu: narrower(outer) });
+        }
+        Way::Vxlan => {
+            let Some(gateway) = view.first_gateway(network.id, id, block.addr()) else { return };
+            let (device, mac) = (Device::vxlan(network.id), addresses::mac_of_host(network.id, id));
+            let remote = Remote { vtep: peer.record.vtep, port: peer.record.vxlan_port };
+            kernel.remotes.insert((device, mac), remote);
+            kernel.neighbours.insert((device, gateway), mac);
+            let mtu = narrower(outer.saturating_sub(vxlan_overhead(own.record.vtep)));
+            kernel.routes.insert(block, Hop { device: Some(device), gateway: Some(gateway), source, mtu });
+        }
+    }
+}

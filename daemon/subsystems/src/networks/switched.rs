@@ -1,0 +1,90 @@
+//! Switched networks: one broadcast domain over all hosts, a bridge and a VXLAN device on each.
+
+use std::collections::BTreeMap;
+
+use ipnet::IpNet;
+use ovl_cluster::view::{Node, Placed, View};
+use ovl_dataplane::device::Device;
+use ovl_dataplane::state::{Dataplane, Hop, Link};
+use ovl_proto::SEALED_VXLAN_PORT;
+use ovl_proto::id::Mac;
+use ovl_proto::object::{Driver, Mode, Network};
+use ovl_proto::record::Tunnel;
+
+use super::mtu::network_mtu;
+use crate::encryption::tunnel;
+use crate::endpoints::switched::{self, Claim, Ways, rank};
+use crate::local::Local;
+use crate::publish;
+
+pub(super) fn part(kernel: &mut Dataplane, view: &View, local: &Local, network: &Network, own: &Node) {
+    let id = network.id;
+    let mtu = network_mtu(view, network);
+    let ways = Ways::of(view, network);
+    devices(kernel, view, network, own, mtu);
+    let placed: Vec<Placed<'_>> = view.endpoints(id).collect();
+    let mut best = BTreeMap::new();
+    for rank in placed.iter().map(|placed| (placed.endpoint.mac, rank(network, placed))) {
+        best.entry(rank.0).and_modify(|best| *best = rank.1.min(*best)).or_insert(rank.1);
+    }
+    let wins = |placed: &Placed<'_>| best.get(&placed.endpoint.mac) == Some(&rank(network, placed));
+    for claim in placed.iter().filter_map(|placed| Claim::of(view, local, network, &ways, *placed, wins)) {
+        claim.mac(kernel);
+        kernel.floods.extend(claim.remote.map(|remote| (Device::vxlan(id), remote)));
+        for address in &claim.endpoint.addresses {
+            kernel.neighbours.insert((Device::bridge(id), address.addr()), claim.endpoint.mac);
+        }
+    }
+    if network.internal && (routes_for_policies(view, network) || local.resolved.contains(&id)) {
+        // Without a gateway's address there is no other.
+        let hop = Hop { device: Some(Device::bridge(id)), ..Hop::UNREACHABLE };
+        kernel.routes.extend(network.subnets.iter().map(|subnet| (subnet.prefix, hop)));
+    }
+    // The host's ends: all that the table names, isolated or not, so that none is swept away.
+    for endpoint in own.table.endpoints_on(id) {
+        switched::own_endpoint(kernel, local, network, endpoint, mtu);
+        if !local.isolated.contains_key(&endpoint.id) {
+            publish::elements(kernel, network, endpoint);
+        }
+    }
+}
+
+/// Whether the host's IP stack takes frames of a network, and gives them back to it, for network policies.
+pub(super) fn routes_for_policies(view: &View, network: &Network) -> bool {
+    network.mode == Mode::L2 && !view.resources.policies.is_empty()
+}
+
+/// The network's bridge with its addresses, and its VXLAN device, if it has other hosts. An encrypted network has one in the tunnel
+/// alone: without a tunnel, none.
+pub(super) fn devices(kernel: &mut Dataplane, view: &View, network: &Network, own: &Node, mtu: u16) {
+    let (bridge, vxlan) = (Device::bridge(network.id), Device::vxlan(network.id));
+    kernel
+        .links
+        .insert(bridge, Link::Bridge { mac: Mac::of_gateway(network.id), mtu, up: true, tuned: true });
+    let (vni, master, mac) = (network.vni, Some(bridge), Mac::of_vxlan(network.id));
+    let (up, tuned) = (true, true);
+    let plain = || {
+        let (local, port) = (own.record.vtep, own.record.vxlan_port);
+        Link::Vxlan { vni, local, port, mtu, master, mac, up, tuned, sealed: false }
+    };
+    let sealed = |end: Tunnel| {
+        let (local, port) = (tunnel::address(view.alloc.cluster, view.me).into(), SEALED_VXLAN_PORT);
+        match end.kernel {
+            true => Link::Vxlan { vni, local, port, mtu, master, mac, up, tuned, sealed: true },
+            false => Link::Tap { vni, mtu, master, up, tuned },
+        }
+    };
+    let link = match network.driver {
+        Driver::Bridge => None,
+        Driver::Overlay if network.encrypted => tunnel::own(view).map(|(_, end)| sealed(end)),
+        Driver::Overlay => Some(plain()),
+    };
+    kernel.links.extend(link.map(|link| (vxlan, link)));
+    if !network.internal {
+        for subnet in &network.subnets {
+            if let Ok(address) = IpNet::new(subnet.gateway, subnet.prefix.prefix_len()) {
+                kernel.addresses.insert((bridge, address));
+            }
+        }
+    }
+}

@@ -1,0 +1,283 @@
+//! What the change of single endpoints means for the kernel, at the cost of these alone.
+//!
+//! [`plan`] gives what [`super::desired::network_part`] and [`ovl_dataplane::diff::diff`] give for the whole
+//! network, as long as the network's devices stay as they are. It looks at the entries that can
+//! have changed, and at the endpoints that have a say in them: those with the same MAC address or
+//! an address in common.
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use ovl_proto::id::{EndpointId, Mac, NetworkId, NodeId};
+use ovl_proto::object::{Mode, Network};
+use ovl_proto::table::Endpoint;
+
+use super::mtu::network_mtu;
+use super::{routed, switched as devices_of};
+use crate::endpoints;
+use crate::endpoints::switched::{Claim, Ways, own_endpoint, rank};
+use crate::local::Local;
+use crate::publish;
+use ovl_cluster::view::{Node, Placed, View};
+use ovl_dataplane::device::Device;
+use ovl_dataplane::diff::diff;
+use ovl_dataplane::nft::{Key, Set};
+use ovl_dataplane::op::Op;
+use ovl_dataplane::state::{Dataplane, Remote};
+
+/// Endpoints of one network that came, went or changed, by what they have or had.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Touched {
+    own: BTreeSet<EndpointId>,
+    hosts: BTreeSet<NodeId>,
+    macs: BTreeSet<Mac>,
+    addresses: BTreeSet<IpAddr>,
+    /// Elements of the ports that are published for own ones.
+    ports: BTreeSet<(&'static Set, Key)>,
+}
+
+impl Touched {
+    /// Takes note of an endpoint as it was or as it is.
+    pub fn note(&mut self, me: NodeId, host: NodeId, endpoint: &Endpoint) {
+        if host == me {
+            self.own.insert(endpoint.id);
+            self.ports.extend(publish::keys(endpoint));
+        }
+        self.hosts.insert(host);
+        self.macs.insert(endpoint.mac);
+        self.addresses.extend(endpoint.addresses.iter().map(|net| net.addr()));
+    }
+
+    /// Takes in another's.
+    pub fn merge(&mut self, other: Self) {
+        let Self { own, hosts, macs, addresses, ports } = other;
+        self.own.extend(own);
+        self.hosts.extend(hosts);
+        self.macs.extend(macs);
+        self.addresses.extend(addresses);
+        self.ports.extend(ports);
+    }
+}
+
+/// The operations that bring `applied`, what was last sent for the network, up to date, and does the
+/// same to `applied`. Nothing if the network must be looked at as a whole.
+pub fn plan(
+    view: &View,
+    local: &Local,
+    id: NetworkId,
+    mut touched: Touched,
+    applied: &mut Dataplane,
+    prune: bool,
+) -> Option<Vec<Op>> {
+    let (network, own) = (&view.networks.get(&id)?.network, view.own()?);
+    if !local.is_built(view, id) {
+        return None;
+    }
+    let mtu = network_mtu(view, network);
+    let mut devices = Dataplane::default();
+    match network.mode {
+        Mode::L2 => devices_of::devices(&mut devices, view, network, own, mtu),
+        Mode::L3 => routed::devices(&mut devices, network, own, mtu),
+    }
+    if devices.links.iter().any(|(device, link)| applied.links.get(device) != Some(link)) {
+        return None;
+    }
+
+    let ports = std::mem::take(&mut touched.ports);
+    let ids = if ports.is_empty() { BTreeSet::new() } else { touched.own.clone() };
+    let (mut was, mut is) = match network.mode {
+        Mode::L2 => switched(view, local, network, own, touched, applied, mtu),
+        Mode::L3 => on_devices(view, local, network, own, &touched, applied, mtu),
+    };
+    if !ports.is_empty() {
+        published(local, network, own, &ids, ports, applied, (&mut was, &mut is));
+    }
+    let ops = diff(&was, &is, prune);
+    if prune {
+        take_out(applied, &was);
+    }
+    applied.merge(is);
+    Some(ops)
+}
+
+/// On a routed network, what hangs on the devices of this host's endpoints; others' concern nobody
+/// but their hosts.
+fn on_devices(
+    view: &View,
+    local: &Local,
+    network: &Network,
+    own: &Node,
+    touched: &Touched,
+    applied: &Dataplane,
+    mtu: u16,
+) -> (Dataplane, Dataplane) {
+    let (mut was, mut is) = (Dataplane::default(), Dataplane::default());
+    for id in &touched.own {
+        let device = Device::endpoint(*id);
+        was.links.extend(applied.links.get(&device).map(|link| (device, *link)));
+        was.addresses.extend(applied.addresses.iter().filter(|(on, _)| *on == device));
+        for address in &touched.addresses {
+            let key = (device, *address);
+            was.neighbours.extend(applied.neighbours.get(&key).map(|mac| (key, *mac)));
+            let to = IpNet::from(*address);
+            let hop = applied.routes.get(&to).filter(|hop| hop.device == Some(device));
+            was.routes.extend(hop.map(|hop| (to, *hop)));
+        }
+        if let Some(endpoint) = own.table.endpoint(*id).filter(|endpoint| endpoint.network == network.id) {
+            endpoints::routed::own_endpoint(&mut is, view, local, network, endpoint, mtu);
+        }
+    }
+    (was, is)
+}
+
+/// What is there of the touched endpoints of a switched network, and what should be.
+fn switched(
+    view: &View,
+    local: &Local,
+    network: &Network,
+    own: &Node,
+    touched: Touched,
+    applied: &Dataplane,
+    mtu: u16,
+) -> (Dataplane, Dataplane) {
+    let id = network.id;
+    let (bridge, vxlan) = (Device::bridge(id), Device::vxlan(id));
+    let Touched { own: ids, mut hosts, macs, mut addresses, ports: _ } = touched;
+    // Whoever shares a MAC address may have won or lost it, and all its entries with it.
+    for placed in macs.iter().flat_map(|mac| view.all_with_mac(id, *mac)) {
+        hosts.insert(placed.node.record.id);
+        addresses.extend(placed.endpoint.addresses.iter().map(|net| net.addr()));
+    }
+    let ways = Ways::of(view, network);
+    let remotes: BTreeSet<Remote> = hosts.iter().filter_map(|host| ways.to(view.nodes.get(host)?)).collect();
+
+    let mut is = Dataplane::default();
+    let wins = |placed: &Placed<'_>| {
+        let others = view.all_with_mac(id, placed.endpoint.mac).filter(|other| view.is_counted(other));
+        others.map(|other| rank(network, &other)).min() == Some(rank(network, placed))
+    };
+    let claim = |placed| Claim::of(view, local, network, &ways, placed, wins);
+    for mac in &macs {
+        let placed = view.all_with_mac(id, *mac).filter(|placed| view.is_counted(placed));
+        for claim in placed.filter_map(claim) {
+            claim.mac(&mut is);
+        }
+    }
+    for address in &addresses {
+        let placed = view.all_with_address(id, *address).filter(|placed| view.is_counted(placed));
+        for claim in placed.filter_map(claim) {
+            is.neighbours.insert((bridge, *address), claim.endpoint.mac);
+        }
+    }
+    for node in view.nodes.values().filter(|node| ways.to(node).is_some_and(|way| remotes.contains(&way))) {
+        let mut claims = node
+            .table
+            .endpoints_on(id)
+            .map(|endpoint| Placed { node, endpoint })
+            .filter(|placed| view.is_counted(placed))
+            .filter_map(claim);
+        if let Some(remote) = claims.next().and_then(|claim| claim.remote) {
+            is.floods.insert((vxlan, remote));
+        }
+    }
+    for endpoint in ids.iter().filter_map(|id| own.table.endpoint(*id)).filter(|own| own.network == id) {
+        own_endpoint(&mut is, local, network, endpoint, mtu);
+    }
+
+    let mut was = Dataplane::default();
+    for device in ids.iter().map(|id| Device::endpoint(*id)) {
+        was.links.extend(applied.links.get(&device).map(|link| (device, *link)));
+        take_over(&mut was, applied, publish::hairpin(device));
+    }
+    for mac in &macs {
+        was.remotes.extend(applied.remotes.get(&(vxlan, *mac)).map(|remote| ((vxlan, *mac), *remote)));
+        let source = applied.sources.get(&(vxlan, *mac)).cloned();
+        was.sources.extend(source.map(|source| ((vxlan, *mac), source)));
+        let ports = view.all_with_mac(id, *mac).map(|placed| placed.endpoint.id).chain(ids.iter().copied());
+        let ports = ports.map(Device::endpoint).chain([vxlan]).map(|port| (port, *mac));
+        was.ports.extend(ports.filter(|port| applied.ports.contains(port)));
+    }
+    for key in addresses.iter().map(|address| (bridge, *address)) {
+        was.neighbours.extend(applied.neighbours.get(&key).map(|mac| (key, *mac)));
+    }
+    for key in remotes.iter().map(|remote| (vxlan, *remote)) {
+        was.floods.extend(applied.floods.get(&key));
+    }
+    (was, is)
+}
+
+/// What is there for the ports of touched endpoints, and what should be.
+fn published(
+    local: &Local,
+    network: &Network,
+    own: &Node,
+    ids: &BTreeSet<EndpointId>,
+    ports: BTreeSet<(&'static Set, Key)>,
+    applied: &Dataplane,
+    (was, is): (&mut Dataplane, &mut Dataplane),
+) {
+    let shows =
+        |endpoint: &&Endpoint| endpoint.network == network.id && !local.isolated.contains_key(&endpoint.id);
+    for endpoint in ids.iter().filter_map(|id| own.table.endpoint(*id)).filter(shows) {
+        publish::elements(is, network, endpoint);
+    }
+    let devices: Vec<Device> = match network.mode {
+        Mode::L2 => vec![Device::bridge(network.id)],
+        Mode::L3 => ids.iter().map(|id| Device::endpoint(*id)).collect(),
+    };
+    // Neighbours behind one bridge share what lets answers turn round there.
+    if network.mode == Mode::L2 {
+        let mut others = Dataplane::default();
+        let all = own.table.endpoints_on(network.id).chain(local.attaching.values());
+        all.filter(|endpoint| !endpoint.publish.is_empty())
+            .filter(shows)
+            .for_each(|endpoint| publish::bridge_part(&mut others, network, endpoint));
+        is.merge(others);
+    }
+    let shared = publish::bridge_turns(network).filter(|_| network.mode == Mode::L2);
+    ports.into_iter().chain(shared).for_each(|element| take_over(was, applied, element));
+    was.localnets.extend(devices.iter().filter(|device| applied.localnets.contains(device)));
+}
+
+/// An element as it is, if it is there.
+fn take_over(was: &mut Dataplane, applied: &Dataplane, (set, key): (&'static Set, Key)) {
+    if let Some(value) = applied.elements.of(set).and_then(|held| held.get(&key)) {
+        was.elements.insert(set, key, value.clone());
+    }
+}
+
+fn take_out(applied: &mut Dataplane, part: &Dataplane) {
+    for device in part.links.keys() {
+        applied.links.remove(device);
+    }
+    for address in &part.addresses {
+        applied.addresses.remove(address);
+    }
+    for key in part.remotes.keys() {
+        applied.remotes.remove(key);
+    }
+    for key in part.sources.keys() {
+        applied.sources.remove(key);
+    }
+    for to in part.routes.keys() {
+        applied.routes.remove(to);
+    }
+    for (set, held) in part.elements.sets() {
+        for key in held.keys() {
+            applied.elements.remove(set, key);
+        }
+    }
+    for device in &part.localnets {
+        applied.localnets.remove(device);
+    }
+    for key in part.neighbours.keys() {
+        applied.neighbours.remove(key);
+    }
+    for key in &part.ports {
+        applied.ports.remove(key);
+    }
+    for key in &part.floods {
+        applied.floods.remove(key);
+    }
+}

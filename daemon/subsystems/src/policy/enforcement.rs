@@ -1,0 +1,136 @@
+//! Network policies in this host's kernel: what was sent, and which addresses may have changed since.
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+
+use super::{Standing, part};
+use ovl_dataplane::nft::{Element, Table};
+use ovl_dataplane::op::Op;
+use ovl_dataplane::state::Dataplane;
+use ovl_proto::id::NetworkId;
+use ovl_proto::object::Network;
+use ovl_proto::resource::Kind;
+use ovl_proto::table::{Endpoint, Entry};
+
+use crate::subsystem::{Change, Cluster, Outcome, Part, Subsystem};
+
+/// What was last sent of network policies, and what may have changed since.
+#[derive(Debug)]
+pub struct Enforcement {
+    ledger: Standing,
+    /// Everything, whichever endpoints.
+    all_changed: bool,
+    /// Endpoints with these addresses.
+    touched: BTreeSet<(NetworkId, IpAddr)>,
+    /// Why policies may not be in force, since all of them were last sent.
+    refused: Option<String>,
+    refused_in_batch: bool,
+}
+
+impl Enforcement {
+    /// Connections that an earlier run marked are judged again, if it marked them with another generation.
+    pub fn new(generation: u32) -> Self {
+        Self {
+            ledger: Standing::new(generation),
+            all_changed: false,
+            touched: BTreeSet::new(),
+            refused: None,
+            refused_in_batch: false,
+        }
+    }
+
+    fn touch(&mut self, endpoint: &Endpoint) {
+        self.touched.extend(endpoint.addresses.iter().map(|net| (endpoint.network, net.addr())));
+    }
+}
+
+impl Subsystem for Enforcement {
+    fn changed(&mut self, change: &Change<'_>, cluster: &Cluster<'_>) {
+        match *change {
+            Change::Entry { entry: Entry::Endpoint(endpoint), .. } | Change::Attaching(endpoint) => {
+                self.touch(endpoint);
+            }
+            Change::Resources(keys) => {
+                for key in keys {
+                    match key.kind {
+                        Kind::NetworkPolicy | Kind::Namespace => self.all_changed = true,
+                        Kind::Pod => {
+                            let named = cluster.view.all_named(&key.name.name).map(|placed| placed.endpoint);
+                            let pods = named.filter(|endpoint| endpoint.namespace == key.name.namespace);
+                            pods.for_each(|endpoint| self.touch(endpoint));
+                        }
+                        Kind::Service | Kind::EndpointSlice => {}
+                    }
+                }
+            }
+            // The right to addresses comes and goes with whole networks and hosts.
+            Change::Rights(_)
+            | Change::Network(_)
+            | Change::Built(_)
+            | Change::Host(_)
+            | Change::Tunnel
+            | Change::ThisHost
+            | Change::Publishing => self.all_changed = true,
+            Change::Entry { .. } | Change::Backends(_) | Change::Announcers | Change::Uplink => {}
+        }
+    }
+
+    fn desired(&self, cluster: &Cluster<'_>) -> Dataplane {
+        part(cluster.view, cluster.local, self.ledger.generation())
+    }
+
+    fn resync(&mut self, cluster: &Cluster<'_>) -> Dataplane {
+        self.all_changed = false;
+        self.touched.clear();
+        self.ledger.anew(cluster.view, cluster.local, cluster.caught_up)
+    }
+
+    fn plan(&mut self, cluster: &Cluster<'_>) -> Vec<Op> {
+        let touched = std::mem::take(&mut self.touched);
+        let all = std::mem::take(&mut self.all_changed) || !cluster.caught_up;
+        if !all && let Some(ops) = self.ledger.plan_touched(cluster.view, cluster.local, &touched) {
+            return ops;
+        }
+        self.ledger.plan(cluster.view, cluster.local, cluster.caught_up)
+    }
+
+    fn sent(&self) -> Option<Dataplane> {
+        self.refused.is_none().then(|| self.ledger.sent().clone())
+    }
+
+    fn prepare(&mut self, _: &Endpoint, _: &Network, cluster: &Cluster<'_>) -> Part {
+        Part { before: self.plan(cluster), wants: Dataplane::default() }
+    }
+
+    fn outcome(&mut self, outcome: Outcome<'_>) {
+        if let Some(reason) = outcome.refusal.filter(|_| is_policy(outcome.op)) {
+            self.refused_in_batch = true;
+            self.refused.get_or_insert_with(|| reason.to_owned());
+        }
+    }
+
+    fn batch_done(&mut self, full: bool) {
+        let refused = std::mem::take(&mut self.refused_in_batch);
+        if full && !refused {
+            self.refused = None;
+        }
+    }
+
+    fn refusal(&self, _: NetworkId) -> Option<&str> {
+        self.refused.as_deref()
+    }
+
+    fn withdraw(&mut self) {
+        *self = Self::new(self.ledger.generation());
+    }
+}
+
+/// Whether network policies are not in force if this operation is refused.
+fn is_policy(op: &Op) -> bool {
+    let table = match op {
+        Op::Table(table, _) | Op::DelTable(table) => *table,
+        Op::SetElement(Element { set, .. }) | Op::DelElement(set, _) => set.table,
+        _ => return false,
+    };
+    matches!(table, Table::Policy | Table::PolicyFrames)
+}

@@ -1,0 +1,223 @@
+//! Why something passes, or does not: the same judgement as the tables make, by labels and addresses, with
+//! reasons.
+
+use std::fmt;
+use std::net::IpAddr;
+
+use ovl_proto::object::Mode;
+use ovl_proto::resource::{LabelSelector, Name, Operator, Protocol, Requirement};
+
+use super::{Direction, Namespaces, Peer, Policies, Policy, Port, Rule, in_block};
+use ovl_cluster::view::{Placed, View};
+
+/// Where a connection comes from or goes to.
+#[derive(Debug, Clone, Copy)]
+pub struct End<'a> {
+    /// Its address.
+    pub address: IpAddr,
+    /// Whose that is; nothing for the world outside.
+    pub endpoint: Option<Placed<'a>>,
+}
+
+impl<'a> End<'a> {
+    /// What has an address.
+    pub fn of(view: &'a View, address: IpAddr) -> Self {
+        let mut found = view.networks.keys().filter_map(|id| view.endpoint_by_address(*id, address));
+        Self { address, endpoint: found.next() }
+    }
+
+    /// Whether the other end is the host of this one.
+    fn is_at_home(&self, view: &View, other: &Self) -> bool {
+        let Some(Placed { node, endpoint }) = self.endpoint else { return false };
+        let network = view.networks.get(&endpoint.network).map(|state| &state.network);
+        let gateway = network.is_some_and(|network| {
+            network.subnets.iter().any(|subnet| subnet.gateway == other.address)
+                || (network.mode == Mode::L3
+                    && view.gateways(network.id, node.record.id).any(|at| at == other.address))
+        });
+        other.endpoint.is_none() && (gateway || node.record.vtep == other.address)
+    }
+}
+
+/// What an end's policies say.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Side {
+    /// No endpoint, so no policy is about it.
+    Outside,
+    /// The other end is its own host, or the endpoint itself: that always passes.
+    AtHome,
+    /// No policy selects it for this direction.
+    NotIsolated,
+    /// This rule of this policy lets it pass.
+    Passes {
+        /// The policy.
+        policy: Name,
+        /// The rule, counted from 1.
+        rule: usize,
+        /// What it says.
+        says: String,
+    },
+    /// These policies select it, and none of their rules lets it pass.
+    Refused(Vec<Name>),
+}
+
+impl Side {
+    /// Whether it lets the connection pass.
+    pub fn passes(&self) -> bool {
+        !matches!(self, Self::Refused(_))
+    }
+}
+
+/// What the policies of both ends say.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Judgement {
+    /// Of the source.
+    pub egress: Side,
+    /// Of the destination.
+    pub ingress: Side,
+}
+
+impl Judgement {
+    /// Whether the connection is made.
+    pub fn passes(&self) -> bool {
+        self.egress.passes() && self.ingress.passes()
+    }
+}
+
+/// What the policies say of a connection; without a protocol, of what is none of those with ports.
+pub fn explain(
+    view: &View,
+    policies: &Policies,
+    from: &End<'_>,
+    to: &End<'_>,
+    port: Option<(Protocol, u16)>,
+) -> Judgement {
+    let side = |own: &End<'_>, other: &End<'_>, direction| {
+        let Some(Placed { endpoint, .. }) = own.endpoint else { return Side::Outside };
+        let labels = view.resources.labels(endpoint);
+        let isolating: Vec<(&Policy, &[Rule])> = policies
+            .selecting(&endpoint.namespace, &labels)
+            .into_iter()
+            .filter_map(|policy| Some((policy, policy.rules(direction)?)))
+            .collect();
+        if isolating.is_empty() {
+            return Side::NotIsolated;
+        }
+        if own.address == other.address || own.is_at_home(view, other) {
+            return Side::AtHome;
+        }
+        for (policy, rules) in &isolating {
+            let fits = |rule: &&Rule| {
+                peers_fit(view, policies, &rule.peers, other)
+                    && ports_fit(view, policies, &rule.ports, to, port)
+            };
+            if let Some(place) = rules.iter().position(|rule| fits(&rule)) {
+                let says = rules.get(place).map(|rule| describe(policies, rule, direction));
+                let (policy, rule) = (policy.name.clone(), place + 1);
+                return Side::Passes { policy, rule, says: says.unwrap_or_default() };
+            }
+        }
+        Side::Refused(isolating.into_iter().map(|(policy, _)| policy.name.clone()).collect())
+    };
+    Judgement { egress: side(from, to, Direction::Egress), ingress: side(to, from, Direction::Ingress) }
+}
+
+fn peers_fit(view: &View, policies: &Policies, peers: &[Peer], other: &End<'_>) -> bool {
+    let fits = |peer: &Peer| match peer {
+        Peer::Block { cidr, except } => in_block(other.address, *cidr, except),
+        Peer::Pods(place) => policies.pods(*place).zip(other.endpoint).is_some_and(|(pods, placed)| {
+            let endpoint = placed.endpoint;
+            let namespace = view.resources.namespace_labels(&endpoint.namespace);
+            pods.matches(&endpoint.namespace, &namespace, &view.resources.labels(endpoint))
+        }),
+    };
+    peers.is_empty() || peers.iter().any(fits)
+}
+
+fn ports_fit(
+    view: &View,
+    policies: &Policies,
+    ports: &[Port],
+    to: &End<'_>,
+    wanted: Option<(Protocol, u16)>,
+) -> bool {
+    let fits = |port: &Port| {
+        let Some((protocol, number)) = wanted else { return false };
+        match port {
+            Port::All(of) => *of == protocol,
+            Port::Range(of, first, last) => *of == protocol && (*first..=*last).contains(&number),
+            Port::Named(place) => policies.port(*place).is_some_and(|(name, of)| {
+                let named = |placed: Placed<'_>| view.resources.named_port(placed.endpoint, name, of);
+                of == protocol && to.endpoint.and_then(named) == Some(number)
+            }),
+        }
+    };
+    ports.is_empty() || ports.iter().any(fits)
+}
+
+/// A rule in words.
+pub fn describe(policies: &Policies, rule: &Rule, direction: Direction) -> String {
+    let word = match direction {
+        Direction::Ingress => "from",
+        Direction::Egress => "to",
+    };
+    let any = |all: Vec<String>, none: &str| if all.is_empty() { none.to_owned() } else { all.join(", or ") };
+    let peers = rule.peers.iter().map(|peer| describe_peer(policies, peer)).collect();
+    let ports = rule.ports.iter().map(|port| describe_port(policies, port)).collect();
+    format!("{word} {}, {}", any(peers, "everybody"), any(ports, "all ports"))
+}
+
+fn describe_peer(policies: &Policies, peer: &Peer) -> String {
+    match peer {
+        Peer::Block { cidr, except } if except.is_empty() => cidr.to_string(),
+        Peer::Block { cidr, except } => {
+            let except: Vec<String> = except.iter().map(ToString::to_string).collect();
+            format!("{cidr} except {}", except.join(" and "))
+        }
+        Peer::Pods(place) => policies.pods(*place).map_or_else(String::new, |pods| {
+            let which = match &pods.namespaces {
+                Namespaces::One(name) => format!("namespace {name}"),
+                Namespaces::Selected(selector) => match Shown(selector).to_string() {
+                    all if all.is_empty() => "all namespaces".to_owned(),
+                    some => format!("namespaces with {some}"),
+                },
+            };
+            match Shown(&pods.labels).to_string() {
+                all if all.is_empty() => format!("all pods of {which}"),
+                some => format!("pods with {some} of {which}"),
+            }
+        }),
+    }
+}
+
+fn describe_port(policies: &Policies, port: &Port) -> String {
+    match port {
+        Port::All(protocol) => format!("all {protocol} ports"),
+        Port::Range(protocol, first, last) if first == last => format!("{protocol} {first}"),
+        Port::Range(protocol, first, last) => format!("{protocol} {first}-{last}"),
+        Port::Named(place) => {
+            policies.port(*place).map_or_else(String::new, |(name, protocol)| format!("{protocol} '{name}'"))
+        }
+    }
+}
+
+/// A selector as `kubectl -l` takes it; empty if it selects everything.
+#[derive(Debug, Clone, Copy)]
+pub struct Shown<'a>(pub &'a LabelSelector);
+
+impl fmt::Display for Shown<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let equal = self.0.match_labels.iter().map(|(key, value)| format!("{key}={value}"));
+        let more = self.0.match_expressions.iter().map(|Requirement { key, operator, values }| {
+            let values = values.join(",");
+            match operator {
+                Operator::In => format!("{key} in ({values})"),
+                Operator::NotIn => format!("{key} notin ({values})"),
+                Operator::Exists => key.clone(),
+                Operator::DoesNotExist => format!("!{key}"),
+            }
+        });
+        let all: Vec<String> = equal.chain(more).collect();
+        f.write_str(&all.join(","))
+    }
+}

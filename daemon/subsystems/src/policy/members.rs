@@ -1,0 +1,145 @@
+//! What an endpoint's address is in the tables' sets and maps.
+
+use std::borrow::Cow;
+use std::net::IpAddr;
+
+use ovl_proto::id::Mac;
+
+use super::rules::{MARK, family, short};
+use super::{Direction, Policies, protocol_name};
+use ovl_dataplane::device::Device;
+use ovl_dataplane::nft::{Data, Element, Field, Key, Set, Shape, Table, Type, Value};
+
+const NFPROTO: Type = Type::Expression("meta nfproto", 1);
+
+/// The mark for connections that are judged now; by address family, because nft wants a key.
+pub(super) const GENERATION: Set = Set::new(
+    Table::Policy,
+    "generation",
+    Shape { key: &[NFPROTO], data: Data::Fields(&[Type::Mark]), ranges: false },
+);
+
+/// The same mark: what has it need not be judged.
+pub(super) const CURRENT: Set =
+    Set::new(Table::Policy, "current", Shape { key: &[Type::Mark], data: Data::None, ranges: false });
+
+/// Generations are counted in the bits that [`MARK`] leaves.
+const GENERATIONS: u32 = 1 << 28;
+
+fn set(table: Table, name: String, key: &'static [Type], data: Data) -> Set {
+    Set { table, name: Cow::Owned(name), shape: Shape { key, data, ranges: false } }
+}
+
+fn address(v4: bool) -> &'static [Type] {
+    if v4 { &[Type::Ipv4] } else { &[Type::Ipv6] }
+}
+
+/// The policies that select an endpoint, the first one's number in the first slot.
+pub(super) fn slot(direction: Direction, v4: bool, slot: usize) -> Set {
+    let name = format!("{}{}.{slot}", short(direction), family(v4));
+    set(Table::Policy, name, address(v4), Data::Fields(&[Type::Priority]))
+}
+
+/// Isolated endpoints, each twice: nobody is kept from reaching itself.
+pub(super) fn itself(v4: bool) -> Set {
+    let key: &[Type] = if v4 { &[Type::Ipv4, Type::Ipv4] } else { &[Type::Ipv6, Type::Ipv6] };
+    set(Table::Policy, format!("itself.{}", family(v4)), key, Data::None)
+}
+
+/// The endpoints that a selector means.
+pub(super) fn pods(policies: &Policies, place: usize, v4: bool) -> Option<Set> {
+    let key = policies.keys.get(place)?;
+    Some(set(Table::Policy, format!("pods.{key}.{}", family(v4)), address(v4), Data::None))
+}
+
+/// The ports that endpoints have under a name.
+pub(super) fn port(policies: &Policies, place: usize, v4: bool) -> Option<Set> {
+    let (name, protocol) = policies.port(place)?;
+    let key: &[Type] = if v4 { &[Type::Ipv4, Type::Port] } else { &[Type::Ipv6, Type::Port] };
+    let name = format!("port.{name}.{}.{}", protocol_name(protocol), family(v4));
+    Some(set(Table::Policy, name, key, Data::None))
+}
+
+/// Which addresses may come from an endpoint's device, on a switched network.
+pub(super) fn owned(v4: bool) -> Set {
+    let key: &[Type] = if v4 { &[Type::Device, Type::Ipv4] } else { &[Type::Device, Type::Ipv6] };
+    set(Table::PolicyFrames, format!("owned.{}", family(v4)), key, Data::None)
+}
+
+/// Whose frames go through the host's IP stack: the MAC address of their gateway.
+pub(super) fn diverted(v4: bool) -> Set {
+    set(Table::PolicyFrames, format!("diverted.{}", family(v4)), address(v4), Data::Fields(&[Type::Mac]))
+}
+
+/// From which MAC address they go on.
+pub(super) fn macs(v4: bool) -> Set {
+    set(Table::PolicyFrames, format!("macs.{}", family(v4)), address(v4), Data::Fields(&[Type::Mac]))
+}
+
+/// Devices to which, or from which, nothing is bridged.
+pub(super) fn closed(direction: Direction) -> Set {
+    set(Table::PolicyFrames, format!("closed.{}", short(direction)), &[Type::Device], Data::None)
+}
+
+/// One thing that an address is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Member {
+    /// One of those that a selector means, by its place.
+    Pods(usize),
+    /// It has a port under a name, by the name's place.
+    Port(usize, u16),
+    /// A policy selects it: slot and number.
+    Slot(Direction, usize, u32),
+    /// It is isolated.
+    Itself,
+    /// The address of this device's endpoint.
+    Owned(Device),
+    /// Its frames go through the host: the gateway's MAC address and its own.
+    Diverted(Mac, Mac),
+    /// Nothing is bridged to, or from, its device.
+    Closed(Direction, Device),
+}
+
+impl Member {
+    /// The elements that say it.
+    pub(super) fn elements(&self, policies: &Policies, address: IpAddr) -> Vec<Element> {
+        let v4 = address.is_ipv4();
+        let own = Key::of(&[Field::Ip(address)]);
+        let element = |set, key, value| Element { set, key, value };
+        let flag =
+            |set: Option<Set>, key| set.map(|set| element(set, key, Value::None)).into_iter().collect();
+        match *self {
+            Self::Pods(place) => flag(pods(policies, place, v4), own),
+            Self::Port(place, number) => {
+                flag(port(policies, place, v4), Key::of(&[Field::Ip(address), Field::Port(number)]))
+            }
+            Self::Slot(direction, place, number) => {
+                vec![element(slot(direction, v4, place), own, Value::of(&[Field::Number(number)]))]
+            }
+            Self::Itself => flag(Some(itself(v4)), Key::of(&[Field::Ip(address), Field::Ip(address)])),
+            Self::Owned(device) => {
+                flag(Some(owned(v4)), Key::of(&[Field::Device(&device.to_string()), Field::Ip(address)]))
+            }
+            Self::Diverted(gateway, mac) => vec![
+                element(diverted(v4), own.clone(), Value::of(&[Field::Mac(gateway)])),
+                element(macs(v4), own, Value::of(&[Field::Mac(mac)])),
+            ],
+            Self::Closed(direction, device) => {
+                flag(Some(closed(direction)), Key::of(&[Field::Device(&device.to_string())]))
+            }
+        }
+    }
+}
+
+/// The elements that say which generation it is.
+pub(super) fn generation(number: u32) -> Vec<Element> {
+    let mark = Field::Number(MARK | (number % GENERATIONS));
+    // NFPROTO_IPV4, NFPROTO_IPV6.
+    let judged = [2_u8, 10].map(|family| Element {
+        set: GENERATION,
+        key: Key::of(&[Field::Bytes(&[family])]),
+        value: Value::of(&[mark]),
+    });
+    let current = Element { set: CURRENT, key: Key::of(&[mark]), value: Value::None };
+    judged.into_iter().chain([current]).collect()
+}

@@ -1,0 +1,376 @@
+//! The table `inet ovl-policy`: its chains, as text.
+//!
+//! A connection is judged by what it is, not by the packet that happens to come: where it comes from before
+//! any translation (`ct original saddr`), and whom it reaches after that (`ct reply saddr`, `proto-src`). So a
+//! packet of either direction leads to the same judgement, and one that was accepted under other policies can
+//! be judged anew. One that passes gets the current generation for its mark, and from then on costs one lookup.
+//!
+//! An isolated endpoint's policies are found in maps, one for each of a number of *slots*: the first policy's
+//! number in the first, and so on. The number is handed on in the packet's priority: no packet of ours has one
+//! that matters, it is cleared again, and a change of a map of numbers is cheap where one of verdicts makes the
+//! kernel look for loops in all of the table.
+
+use ovl_proto::resource::Protocol;
+
+use super::members::{self, GENERATION};
+use super::{Direction, Peer, Policies, Policy, Port, Rule, protocol_name};
+use ovl_dataplane::nft::{Chain, Object, Set, Skeleton};
+
+/// Marks of connections that were judged are these bits and a generation.
+pub(super) const MARK: u32 = 0xa000_0000;
+/// The bits.
+pub(super) const MARK_MASK: u32 = 0xf000_0000;
+
+/// Who is refused is remembered this long, and of so many connections.
+const REMEMBERED: &str = "size 4096; flags dynamic,timeout; timeout 10m; counter";
+/// So many endpoints' refusals are counted.
+const COUNTED: &str = "size 65535; flags dynamic; counter";
+
+const PROTOCOLS: [Protocol; 3] = [Protocol::Tcp, Protocol::Udp, Protocol::Sctp];
+
+/// The set that counts what was refused to, or from, an endpoint's address.
+pub(crate) fn counted(direction: Direction, v4: bool) -> String {
+    format!("refused.{}.{}", short(direction), family(v4))
+}
+
+/// The set of connections that were refused lately: source, destination, protocol, port; the direction in
+/// which.
+pub(crate) fn remembered(direction: Direction, v4: bool) -> String {
+    format!("recent.{}.{}", short(direction), family(v4))
+}
+
+pub(super) fn short(direction: Direction) -> &'static str {
+    match direction {
+        Direction::Ingress => "in",
+        Direction::Egress => "eg",
+    }
+}
+
+pub(super) fn family(v4: bool) -> char {
+    if v4 { '4' } else { '6' }
+}
+
+fn ip(v4: bool) -> &'static str {
+    if v4 { "ip" } else { "ip6" }
+}
+
+/// Where a connection comes from, and where it gets to.
+fn source(v4: bool) -> String {
+    format!("ct original {} saddr", ip(v4))
+}
+
+fn target(v4: bool) -> String {
+    format!("ct reply {} saddr", ip(v4))
+}
+
+/// The end that a direction is about, the isolated one.
+fn own_end(direction: Direction, v4: bool) -> String {
+    match direction {
+        Direction::Ingress => target(v4),
+        Direction::Egress => source(v4),
+    }
+}
+
+fn other_end(direction: Direction, v4: bool) -> String {
+    match direction {
+        Direction::Ingress => source(v4),
+        Direction::Egress => target(v4),
+    }
+}
+
+/// The chain of a policy's rules for a direction.
+fn chain_of(policy: &Policy, direction: Direction) -> String {
+    let text = format!("{}/{}", policy.name, direction.name());
+    // Longer than the kernel takes, or something that nft would not read as a name.
+    let begins = text.starts_with(|c: char| c.is_ascii_alphabetic());
+    if text.len() <= 200 && begins {
+        text
+    } else {
+        format!("policy-{:08x}/{}", policy.number, direction.name())
+    }
+}
+
+/// All of the table but its elements. `slots`: so many policies can select one endpoint in one direction;
+/// `routed`: whether there are routed networks, `switched`: switched ones.
+pub(super) fn skeleton(policies: &Policies, slots: usize, routed: bool, switched: bool) -> Skeleton {
+    // What is judged by its real ends alone, that is.
+    let seen = format!(
+        "iifname \"ovb-*\" oifname \"ovb-*\" ct status dnat meta mark set meta mark | {:#x}",
+        super::frames::SEEN
+    );
+    let judged = [
+        "ct state established,related ct mark @current accept".to_owned(),
+        "ct state invalid,untracked goto stateless".to_owned(),
+        "ct state new tcp flags & (fin | syn | rst | ack) != syn goto midstream".to_owned(),
+        "goto from".to_owned(),
+    ];
+    let forward: Vec<String> = switched.then_some(seen).into_iter().chain(judged).collect();
+    let mut chains = vec![
+        chain("forward", Some("filter hook forward priority filter - 5"), &forward),
+        chain("from", None, &look_up(Direction::Egress, "goto to")),
+        chain("to", None, &look_up(Direction::Ingress, "return")),
+        // What one end's policies let pass is judged by those of the other.
+        chain("pass.eg", None, &look_up(Direction::Ingress, "goto pass.in")),
+        chain("pass.in", None, &approve()),
+        chain("midstream", None, &midstream()),
+        chain("stateless", None, &stateless()),
+        chain(
+            "refuse",
+            None,
+            &["tcp flags & (syn | rst) == 0 reject with tcp reset".to_owned(), "drop".to_owned()],
+        ),
+    ];
+    for direction in Direction::ALL {
+        chains.extend([true, false].map(|v4| judge(direction, v4, slots)));
+        chains.extend([true, false].map(|v4| refuse(direction, v4)));
+        chains.extend(policies.iter().filter_map(|policy| policy_chain(policies, policy, direction)));
+        chains.push(dispatch(policies, direction));
+    }
+    if routed {
+        chains.push(chain("prerouting", Some("filter hook prerouting priority raw"), &forged()));
+    }
+    if switched {
+        // Who is diverted could go the short way, and is not to be told.
+        chains.push(chain(
+            "output",
+            Some("filter hook output priority filter"),
+            &[
+                "oifname \"ovb-*\" icmp type redirect drop".to_owned(),
+                "oifname \"ovb-*\" icmpv6 type nd-redirect drop".to_owned(),
+            ],
+        ));
+    }
+    Skeleton { sets: sets(policies, slots), objects: objects(), chains }
+}
+
+fn sets(policies: &Policies, slots: usize) -> Vec<Set> {
+    let mut sets = vec![GENERATION, members::CURRENT];
+    for v4 in [true, false] {
+        for direction in Direction::ALL {
+            sets.extend((1..=slots).map(|slot| members::slot(direction, v4, slot)));
+        }
+        sets.push(members::itself(v4));
+        sets.extend((0..policies.pods.len()).filter_map(|place| members::pods(policies, place, v4)));
+        sets.extend((0..policies.ports.len()).filter_map(|place| members::port(policies, place, v4)));
+    }
+    sets
+}
+
+fn objects() -> Vec<Object> {
+    let mut objects = vec![Object { kind: "counter", name: "forged".to_owned(), body: String::new() }];
+    for v4 in [true, false] {
+        let address = if v4 { "ipv4_addr" } else { "ipv6_addr" };
+        for direction in Direction::ALL {
+            objects.push(Object {
+                kind: "set",
+                name: counted(direction, v4),
+                body: format!("type {address}; {COUNTED}"),
+            });
+            objects.push(Object {
+                kind: "set",
+                name: remembered(direction, v4),
+                body: format!("type {address} . {address} . inet_proto . inet_service; {REMEMBERED}"),
+            });
+        }
+    }
+    objects
+}
+
+fn chain(name: &str, hook: Option<&str>, rules: &[String]) -> Chain {
+    let hook = hook.map(|hook| format!("type {hook}; policy accept;"));
+    Chain { name: name.to_owned(), hook, rules: rules.to_vec() }
+}
+
+/// Goes to an isolated endpoint's policies, with the first one's number; else `otherwise`.
+fn look_up(direction: Direction, otherwise: &str) -> Vec<String> {
+    let mut rules: Vec<String> = [true, false]
+        .map(|v4| {
+            let first = members::slot(direction, v4, 1).name;
+            let judge = judge_name(direction, v4);
+            format!("meta priority set {} map @{first} goto {judge}", own_end(direction, v4))
+        })
+        .into();
+    rules.push(otherwise.to_owned());
+    rules
+}
+
+fn judge_name(direction: Direction, v4: bool) -> String {
+    format!("{}.{}", direction.name(), family(v4))
+}
+
+/// All policies of an isolated endpoint, one after the other; what none lets pass is refused. Nobody is kept
+/// from reaching itself: through a service, that is.
+fn judge(direction: Direction, v4: bool, slots: usize) -> Chain {
+    let policies = format!("policies.{}", short(direction));
+    let mut rules = vec![format!("jump {policies}")];
+    rules.extend((2..=slots).map(|slot| {
+        let map = members::slot(direction, v4, slot).name;
+        format!("meta priority set {} map @{map} jump {policies}", own_end(direction, v4))
+    }));
+    let itself = members::itself(v4).name;
+    rules.push(format!("{} . {} @{itself} goto pass.{}", source(v4), target(v4), short(direction)));
+    rules.push(format!("goto refuse.{}.{}", short(direction), family(v4)));
+    chain(&judge_name(direction, v4), None, &rules)
+}
+
+/// Finds a policy by its number.
+fn dispatch(policies: &Policies, direction: Direction) -> Chain {
+    let elements: Vec<String> = policies
+        .iter()
+        .filter(|policy| policy.rules(direction).is_some())
+        .map(|policy| format!("{} : jump {}", handle(policy.number), chain_of(policy, direction)))
+        .collect();
+    let rules = match elements.is_empty() {
+        true => Vec::new(),
+        false => vec![format!("meta priority vmap {{ {} }}", elements.join(", "))],
+    };
+    chain(&format!("policies.{}", short(direction)), None, &rules)
+}
+
+/// A number as nft writes priorities.
+fn handle(number: u32) -> String {
+    format!("{:x}:{:x}", number >> 16, number & 0xffff)
+}
+
+fn policy_chain(policies: &Policies, policy: &Policy, direction: Direction) -> Option<Chain> {
+    let rules = policy.rules(direction)?;
+    let lines: Vec<String> = rules.iter().flat_map(|rule| lines(policies, rule, direction)).collect();
+    Some(chain(&chain_of(policy, direction), None, &lines))
+}
+
+/// A part of a rule; of one address family, or of both.
+type Match = (Option<bool>, String);
+
+fn lines(policies: &Policies, rule: &Rule, direction: Direction) -> Vec<String> {
+    let everything = || vec![(None, String::new())];
+    let peers: Vec<Match> = match rule.peers.is_empty() {
+        true => everything(),
+        false => rule.peers.iter().flat_map(|peer| peer_matches(policies, peer, direction)).collect(),
+    };
+    let ports: Vec<Match> = match rule.ports.is_empty() {
+        true => everything(),
+        false => rule.ports.iter().flat_map(|port| port_matches(policies, port)).collect(),
+    };
+    let mut lines = Vec::new();
+    for (peers_family, peer) in &peers {
+        for (ports_family, port) in &ports {
+            if peers_family.is_none() || ports_family.is_none() || peers_family == ports_family {
+                lines.push(format!("{peer}{port}goto pass.{}", short(direction)));
+            }
+        }
+    }
+    lines
+}
+
+fn peer_matches(policies: &Policies, peer: &Peer, direction: Direction) -> Vec<Match> {
+    match peer {
+        Peer::Pods(place) => [true, false]
+            .iter()
+            .filter_map(|v4| {
+                let set = members::pods(policies, *place, *v4)?.name;
+                Some((Some(*v4), format!("{} @{set} ", other_end(direction, *v4))))
+            })
+            .collect(),
+        Peer::Block { cidr, except } => {
+            let v4 = cidr.addr().is_ipv4();
+            let end = other_end(direction, v4);
+            // Everything is no prefix to nft.
+            let mut text = match (cidr.prefix_len(), v4) {
+                (0, true) => "meta nfproto ipv4 ".to_owned(),
+                (0, false) => "meta nfproto ipv6 ".to_owned(),
+                _ => format!("{end} {cidr} "),
+            };
+            if except.contains(cidr) {
+                return Vec::new();
+            }
+            if !except.is_empty() {
+                let except: Vec<String> = except.iter().map(ToString::to_string).collect();
+                text += &format!("{end} != {{ {} }} ", except.join(", "));
+            }
+            vec![(Some(v4), text)]
+        }
+    }
+}
+
+fn port_matches(policies: &Policies, port: &Port) -> Vec<Match> {
+    match port {
+        Port::All(protocol) => vec![(None, format!("meta l4proto {} ", protocol_name(*protocol)))],
+        Port::Range(protocol, first, last) => {
+            let ports = if first == last { first.to_string() } else { format!("{first}-{last}") };
+            vec![(None, format!("meta l4proto {} ct reply proto-src {ports} ", protocol_name(*protocol)))]
+        }
+        Port::Named(place) => [true, false]
+            .iter()
+            .filter_map(|v4| {
+                let set = members::port(policies, *place, *v4)?.name;
+                let protocol = protocol_name(policies.port(*place)?.1);
+                let text = format!("meta l4proto {protocol} {} . ct reply proto-src @{set} ", target(*v4));
+                Some((Some(*v4), text))
+            })
+            .collect(),
+    }
+}
+
+/// It passes, and so do the packets that follow. A mark of somebody else's stays: then each packet is judged.
+fn approve() -> Vec<String> {
+    let set = format!("ct mark set meta nfproto map @{}", GENERATION.name);
+    vec![
+        "meta priority set 0".to_owned(),
+        format!("ct mark & {MARK_MASK:#x} == {MARK:#x} {set} accept"),
+        format!("ct mark 0 {set}"),
+        "accept".to_owned(),
+    ]
+}
+
+/// A connection that was not tracked from its beginning. Which end opened it cannot be seen, so what may be
+/// an answer does not pass for a question: its other end hears that it is over, or speaks up itself.
+fn midstream() -> Vec<String> {
+    let mut rules = Vec::new();
+    for (direction, end) in [(Direction::Ingress, "saddr"), (Direction::Egress, "daddr")] {
+        for v4 in [true, false] {
+            let first = members::slot(direction, v4, 1).name;
+            rules.push(format!("meta priority set {} {end} map @{first} reject with tcp reset", ip(v4)));
+        }
+    }
+    rules.push("goto from".to_owned());
+    rules
+}
+
+/// Packets of no connection that is known.
+fn stateless() -> Vec<String> {
+    let mut rules = Vec::new();
+    for (direction, end) in [(Direction::Ingress, "daddr"), (Direction::Egress, "saddr")] {
+        for v4 in [true, false] {
+            let first = members::slot(direction, v4, 1).name;
+            let (end, counted) = (format!("{} {end}", ip(v4)), counted(direction, v4));
+            rules.push(format!("meta priority set {end} map @{first} update @{counted} {{ {end} }} drop"));
+        }
+    }
+    rules
+}
+
+/// Counts it, remembers it, and refuses it.
+fn refuse(direction: Direction, v4: bool) -> Chain {
+    let counted = counted(direction, v4);
+    let remembered = remembered(direction, v4);
+    let ends = format!("{} . {} . meta l4proto", source(v4), target(v4));
+    let mut rules = vec![format!("update @{counted} {{ {} }}", own_end(direction, v4))];
+    rules.extend(PROTOCOLS.map(|protocol| {
+        let protocol = protocol_name(protocol);
+        format!("meta l4proto {protocol} update @{remembered} {{ {ends} . ct reply proto-src }}")
+    }));
+    let all = PROTOCOLS.map(protocol_name).join(", ");
+    rules.push(format!("meta l4proto != {{ {all} }} update @{remembered} {{ {ends} . 0 }}"));
+    rules.push("goto refuse".to_owned());
+    chain(&format!("refuse.{}.{}", short(direction), family(v4)), None, &rules)
+}
+
+/// On a routed network each endpoint has a device of its own, and a route to it: what comes in there with
+/// another source would pass for somebody else's.
+fn forged() -> Vec<String> {
+    let unlike = "fib saddr . iif oif missing counter name forged drop";
+    vec![
+        format!("iifname \"ove-*\" ip saddr != 0.0.0.0 {unlike}"),
+        format!("iifname \"ove-*\" ip6 saddr != {{ ::, fe80::/10 }} {unlike}"),
+    ]
+}

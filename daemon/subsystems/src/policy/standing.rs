@@ -1,0 +1,360 @@
+//! What stands of the policies on this host, and what a change of the cluster changes in it.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use ovl_proto::id::{Mac, NetworkId, NodeId};
+use ovl_proto::object::{Mode, Network};
+use ovl_proto::table::Endpoint;
+
+use super::members::{self, Member};
+use super::{Direction, Policies, Policy, frames, rules};
+use crate::local::Local;
+use ovl_cluster::view::{Placed, View};
+use ovl_dataplane::device::Device;
+use ovl_dataplane::diff::diff;
+use ovl_dataplane::nft::{Element, Table};
+use ovl_dataplane::op::Op;
+use ovl_dataplane::state::Dataplane;
+
+/// An endpoint can be selected by so many policies in one direction before the table has to be written anew.
+const SLOTS: usize = 4;
+
+/// An address of the cluster.
+type Address = (NetworkId, IpAddr);
+
+/// What was last sent to the kernel, and what it was made from.
+#[derive(Debug, Clone, Default)]
+pub struct Standing {
+    policies: Arc<Policies>,
+    kinds: Kinds,
+    slots: usize,
+    addresses: BTreeMap<Address, Vec<Member>>,
+    applied: Dataplane,
+    /// Connections that were judged under an earlier one are judged anew.
+    generation: u32,
+}
+
+impl Standing {
+    /// Nothing yet. The generation should be none that connections of an earlier run may have been marked
+    /// with.
+    pub fn new(generation: u32) -> Self {
+        Self { generation, ..Self::default() }
+    }
+
+    /// The policies.
+    pub fn policies(&self) -> &Arc<Policies> {
+        &self.policies
+    }
+
+    /// What connections are marked with now.
+    pub fn generation(&self) -> u32 {
+        self.generation
+    }
+
+    /// What was last sent.
+    pub fn sent(&self) -> &Dataplane {
+        &self.applied
+    }
+
+    /// All that should be in the kernel, which counts as sent: for a comparison with a dump that also
+    /// repairs. Without `prune`, what stood before is part of it.
+    pub fn anew(&mut self, view: &View, local: &Local, prune: bool) -> Dataplane {
+        self.plan(view, local, prune);
+        self.applied.clone()
+    }
+
+    /// What must be done after whatever has changed; without `prune` nothing is taken away. It counts as done.
+    pub fn plan(&mut self, view: &View, local: &Local, prune: bool) -> Vec<Op> {
+        let mut next = Parts::of(view, local);
+        next.add_generation(self.generation);
+        let mut ops = diff(&self.applied, &next.kernel, prune);
+        if ops.iter().any(|op| !is_addition(op)) {
+            let later = self.generation + 1;
+            next.remove_generation(self.generation);
+            next.add_generation(later);
+            self.generation = later;
+            ops = diff(&self.applied, &next.kernel, prune);
+        }
+        if !prune {
+            let mut kept = self.applied.clone();
+            kept.merge(next.kernel);
+            next.kernel = kept;
+        }
+        self.take(next);
+        ops
+    }
+
+    /// The same where nothing has changed but at these addresses; nothing if all must be looked at.
+    pub fn plan_touched(
+        &mut self,
+        view: &View,
+        local: &Local,
+        touched: &BTreeSet<Address>,
+    ) -> Option<Vec<Op>> {
+        if Kinds::of(view, local) != self.kinds {
+            return None;
+        }
+        if self.policies.is_empty() || self.kinds == Kinds::default() {
+            return Some(Vec::new());
+        }
+        let policies = Arc::clone(&self.policies);
+        let mut changes = Vec::new();
+        for address in touched {
+            let is = members_at(&policies, view, local, *address);
+            if slots_of(&is) > self.slots {
+                return None;
+            }
+            changes.push((*address, is));
+        }
+        let (mut ops, mut tightened) = (Vec::new(), false);
+        for (address, is) in changes {
+            let was = self.addresses.get(&address).map_or(&[][..], Vec::as_slice);
+            let (was_in, is_in) = (elements(&policies, address, was), elements(&policies, address, &is));
+            tightened |= is_tighter(was, &is) && !is_new(local, address);
+            for (key, element) in &was_in {
+                if !is_in.contains_key(key) {
+                    self.applied.elements.remove(&element.set, &element.key);
+                    ops.push(Op::DelElement(element.set.clone(), element.key.clone()));
+                }
+            }
+            for (key, element) in is_in {
+                if was_in.get(&key) != Some(&element) {
+                    self.applied.elements.insert(&element.set, element.key.clone(), element.value.clone());
+                    ops.push(Op::SetElement(element));
+                }
+            }
+            if is.is_empty() {
+                self.addresses.remove(&address);
+            } else {
+                self.addresses.insert(address, is);
+            }
+        }
+        if tightened {
+            ops.extend(self.next_generation());
+        }
+        Some(ops)
+    }
+
+    fn next_generation(&mut self) -> Vec<Op> {
+        let mut ops = Vec::new();
+        for element in members::generation(self.generation) {
+            // Those that are maps' get another value.
+            if element.set == members::CURRENT {
+                self.applied.elements.remove(&element.set, &element.key);
+                ops.push(Op::DelElement(element.set, element.key));
+            }
+        }
+        self.generation += 1;
+        for element in members::generation(self.generation) {
+            self.applied.elements.insert(&element.set, element.key.clone(), element.value.clone());
+            ops.push(Op::SetElement(element));
+        }
+        ops
+    }
+
+    fn take(&mut self, Parts { policies, kinds, slots, addresses, kernel }: Parts) {
+        self.policies = policies;
+        self.kinds = kinds;
+        self.slots = slots;
+        self.addresses = addresses;
+        self.applied = kernel;
+    }
+}
+
+/// What should be in the kernel of policies; for a comparison alone.
+pub fn part(view: &View, local: &Local, generation: u32) -> Dataplane {
+    let mut parts = Parts::of(view, local);
+    parts.add_generation(generation);
+    parts.kernel
+}
+
+/// Whether nobody is the worse for it: somebody who may connect joins others, or has a port.
+fn is_addition(op: &Op) -> bool {
+    match op {
+        Op::SetElement(Element { set, .. }) => set.name.starts_with("pods.") || set.name.starts_with("port."),
+        _ => false,
+    }
+}
+
+/// The same for what an address is.
+fn is_tighter(was: &[Member], is: &[Member]) -> bool {
+    let isolates = |member: &Member| matches!(member, Member::Slot(..));
+    was.iter().any(|member| !is.contains(member))
+        || is.iter().any(|member| isolates(member) && !was.contains(member))
+}
+
+/// Whether an address is that of an endpoint that is just being made: it has no connections.
+fn is_new(local: &Local, (network, address): Address) -> bool {
+    local.attaching.values().any(|endpoint| {
+        endpoint.network == network && endpoint.addresses.iter().any(|net| net.addr() == address)
+    })
+}
+
+fn slots_of(members: &[Member]) -> usize {
+    let slots = members.iter().map(|member| match member {
+        Member::Slot(_, slot, _) => *slot,
+        _ => 0,
+    });
+    slots.max().unwrap_or(0)
+}
+
+type ByKey = BTreeMap<(String, ovl_dataplane::nft::Key), Element>;
+
+fn elements(policies: &Policies, (_, address): Address, members: &[Member]) -> ByKey {
+    let all = members.iter().flat_map(|member| member.elements(policies, address));
+    all.map(|element| ((element.set.path(), element.key.clone()), element)).collect()
+}
+
+/// What kinds of network this host builds.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct Kinds {
+    routed: bool,
+    switched: bool,
+}
+
+impl Kinds {
+    fn of(view: &View, local: &Local) -> Self {
+        let built = view.networks.values().map(|state| &state.network);
+        let built = built.filter(|network| local.is_built(view, network.id));
+        built.fold(Self::default(), |kinds, network| Self {
+            routed: kinds.routed || network.mode == Mode::L3,
+            switched: kinds.switched || network.mode == Mode::L2,
+        })
+    }
+}
+
+/// All that follows from a view.
+struct Parts {
+    policies: Arc<Policies>,
+    kinds: Kinds,
+    slots: usize,
+    addresses: BTreeMap<Address, Vec<Member>>,
+    kernel: Dataplane,
+}
+
+impl Parts {
+    fn of(view: &View, local: &Local) -> Self {
+        let policies = Arc::new(Policies::new(&view.resources));
+        let mut parts = Self {
+            policies: Arc::clone(&policies),
+            kinds: Kinds::of(view, local),
+            slots: SLOTS,
+            addresses: BTreeMap::new(),
+            kernel: Dataplane::default(),
+        };
+        if policies.is_empty() || parts.kinds == Kinds::default() {
+            return parts;
+        }
+        let attaching = local.attaching.values().map(|endpoint| (view.me, endpoint));
+        for (node, endpoint) in
+            view.all_endpoints().map(|placed| (placed.node.record.id, placed.endpoint)).chain(attaching)
+        {
+            let members = members_of(&policies, view, local, node, endpoint);
+            parts.slots = parts.slots.max(slots_of(&members));
+            if members.is_empty() {
+                continue;
+            }
+            for address in endpoint.addresses.iter().map(|net| net.addr()) {
+                for Element { set, key, value } in
+                    members.iter().flat_map(|member| member.elements(&policies, address))
+                {
+                    parts.kernel.elements.insert(&set, key, value);
+                }
+                parts.addresses.entry((endpoint.network, address)).or_default().extend(&members);
+            }
+        }
+        let Kinds { routed, switched } = parts.kinds;
+        let skeleton = rules::skeleton(&policies, parts.slots, routed, switched);
+        parts.kernel.tables.insert(Table::Policy, Arc::new(skeleton));
+        if switched {
+            parts.kernel.tables.insert(Table::PolicyFrames, Arc::new(frames::skeleton()));
+        }
+        parts
+    }
+
+    fn add_generation(&mut self, generation: u32) {
+        if self.kernel.tables.contains_key(&Table::Policy) {
+            for Element { set, key, value } in members::generation(generation) {
+                self.kernel.elements.insert(&set, key, value);
+            }
+        }
+    }
+
+    fn remove_generation(&mut self, generation: u32) {
+        for Element { set, key, .. } in members::generation(generation) {
+            self.kernel.elements.remove(&set, &key);
+        }
+    }
+}
+
+/// What an address is, whoever has it.
+fn members_at(policies: &Policies, view: &View, local: &Local, (network, address): Address) -> Vec<Member> {
+    let placed = view.all_with_address(network, address);
+    let standing = placed.map(|placed| (placed.node.record.id, placed.endpoint));
+    let attaching = local.attaching.values().filter(|endpoint| {
+        endpoint.network == network && endpoint.addresses.iter().any(|net| net.addr() == address)
+    });
+    standing
+        .chain(attaching.map(|endpoint| (view.me, endpoint)))
+        .flat_map(|(node, endpoint)| members_of(policies, view, local, node, endpoint))
+        .collect()
+}
+
+/// What an endpoint's address is. Rules mean it wherever it is, as long as it counts; it is isolated on its own
+/// host, whatever others may think of it.
+fn members_of(
+    policies: &Policies,
+    view: &View,
+    local: &Local,
+    node: NodeId,
+    endpoint: &Endpoint,
+) -> Vec<Member> {
+    let Some(network) = view.networks.get(&endpoint.network).map(|state| &state.network) else {
+        return Vec::new();
+    };
+    let labels = view.resources.labels(endpoint);
+    let own = node == view.me;
+    let mut members = Vec::new();
+    let counts = view.nodes.get(&node).is_some_and(|node| view.is_counted(&Placed { node, endpoint }));
+    if counts || local.attaching.contains_key(&endpoint.id) {
+        let namespace = view.resources.namespace_labels(&endpoint.namespace);
+        members
+            .extend(policies.meaning(&endpoint.namespace, &namespace, &labels).into_iter().map(Member::Pods));
+        for (place, (name, protocol)) in policies.ports.iter().enumerate() {
+            let number = view.resources.named_port(endpoint, name, *protocol);
+            members.extend(number.map(|number| Member::Port(place, number)));
+        }
+    }
+    if own {
+        isolation(&mut members, network, endpoint, &policies.selecting(&endpoint.namespace, &labels));
+    }
+    members
+}
+
+fn isolation(members: &mut Vec<Member>, network: &Network, endpoint: &Endpoint, by: &[&Policy]) {
+    let device = Device::endpoint(endpoint.id);
+    let switched = network.mode == Mode::L2;
+    if switched {
+        members.push(Member::Owned(device));
+    }
+    let mut isolated = false;
+    for direction in Direction::ALL {
+        let policies: Vec<(&&Policy, &[super::Rule])> =
+            by.iter().filter_map(|policy| Some((policy, policy.rules(direction)?))).collect();
+        let numbers = policies.iter().enumerate();
+        members.extend(numbers.map(|(place, (policy, _))| Member::Slot(direction, place + 1, policy.number)));
+        isolated |= !policies.is_empty();
+        let open = policies.iter().any(|(_, rules)| rules.iter().any(super::Rule::is_open));
+        if switched && !policies.is_empty() && !open {
+            members.push(Member::Closed(direction, device));
+        }
+    }
+    if isolated {
+        members.push(Member::Itself);
+        if switched {
+            members.push(Member::Diverted(Mac::of_gateway(network.id), endpoint.mac));
+        }
+    }
+}

@@ -1,0 +1,322 @@
+//! Addresses and ports of Services, without a server that hands them out: the host on which a Service is applied
+//! chooses, at a place that follows from the Service's name, so that hosts that choose at the same
+//! instant seldom choose the same. Where two Services have claimed the same after all, on two sides of a split, the
+//! older one keeps it, then the one with the smaller name: see [`ovl_cluster::claims`].
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use ovl_cluster::claims::{Claim, claims_of};
+use ovl_cluster::digest::hash;
+use ovl_cluster::resources::Resources;
+use ovl_manifest::{Problem, Problems};
+use ovl_proto::resource::{
+    ClusterIp, IpFamily, IpFamilyPolicy, LoadBalancerIngress, NODE_PORTS, Name, Service, ServicePort,
+    ServiceType,
+};
+
+/// The first node ports, left to people, as with Kubernetes.
+const NODE_PORTS_FOR_PEOPLE: u16 = 86;
+/// The place of the cluster DNS in a range of Services.
+const DNS_PLACE: u128 = 10;
+/// The first addresses of a range, left to people.
+const FOR_PEOPLE: u128 = 256;
+/// Places that are looked at before a range counts as full.
+const MAX_LOOKS: u128 = 1 << 18;
+
+/// Where addresses come from: the same on all hosts.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Ranges {
+    /// Of clusterIPs: at most one of each family; the first one is that of Services that do not say.
+    pub services: Vec<IpNet>,
+    /// Of LoadBalancers; none: they wait.
+    pub load_balancers: Vec<IpNet>,
+}
+
+impl Ranges {
+    /// The addresses of the cluster DNS: the tenth of each range.
+    pub fn dns_addresses(&self) -> impl Iterator<Item = IpAddr> {
+        self.services.iter().filter_map(|range| at(*range, DNS_PLACE))
+    }
+
+    fn of(&self, family: IpFamily) -> Option<IpNet> {
+        self.services.iter().copied().find(|range| IpFamily::of(range.addr()) == family)
+    }
+}
+
+/// What was allocated to Services that are not in the cluster yet.
+#[derive(Debug, Default)]
+pub struct Promised(BTreeMap<Claim, Name>);
+
+/// Allocates for several Services, of which none is in the cluster yet.
+#[derive(Debug)]
+pub struct Allocator<'a> {
+    resources: &'a Resources,
+    ranges: &'a Ranges,
+    promised: &'a mut Promised,
+}
+
+impl<'a> Allocator<'a> {
+    /// Among what there is and what was promised.
+    pub fn new(resources: &'a Resources, ranges: &'a Ranges, promised: &'a mut Promised) -> Self {
+        Self { resources, ranges, promised }
+    }
+
+    /// Fills in what the Service wants and does not have. What an earlier state of it has stays.
+    pub fn allocate(&mut self, service: &mut Service) -> Result<(), Vec<Problem>> {
+        let mut problems = Problems::default();
+        let name = Name::new(&service.metadata.namespace, &service.metadata.name);
+        let old = self.resources.services.get(&name);
+        if let Some(old) = old {
+            carry_over(old, service, &mut problems);
+        }
+        service.status.load_balancer.ingress.retain(|_| service.spec.kind == ServiceType::LoadBalancer);
+        if service.spec.kind != ServiceType::ExternalName {
+            self.families(service, &mut problems);
+            self.cluster_ips(service, &name, &mut problems);
+            self.node_ports(service, &name, &mut problems);
+            self.load_balancer(service, &name, &mut problems);
+        }
+        if !problems.is_empty() {
+            return Err(problems.into_inner());
+        }
+        self.promised.0.extend(claims_of(service).into_iter().map(|claim| (claim, name.clone())));
+        Ok(())
+    }
+
+    /// Another Service that has it.
+    fn other(&self, claim: Claim, name: &Name) -> Option<&Name> {
+        let holder = self.promised.0.get(&claim).or_else(|| self.resources.claims.holder(claim));
+        holder.filter(|holder| *holder != name)
+    }
+
+    fn families(&self, service: &mut Service, problems: &mut Problems) {
+        let bare_headless = service.is_headless() && service.spec.selector.is_empty();
+        let spec = &mut service.spec;
+        let both = spec.cluster_ips.len() > 1 || spec.ip_families.len() > 1;
+        let policy = spec.ip_family_policy.unwrap_or(match (both, bare_headless) {
+            (true, _) => IpFamilyPolicy::RequireDualStack,
+            (false, true) => IpFamilyPolicy::PreferDualStack,
+            (false, false) => IpFamilyPolicy::SingleStack,
+        });
+        let mut families = spec.ip_families.clone();
+        if families.is_empty() {
+            families = spec.cluster_ips.iter().filter_map(|ip| ip.address()).map(IpFamily::of).collect();
+        }
+        let available: Vec<IpFamily> =
+            self.ranges.services.iter().map(|range| IpFamily::of(range.addr())).collect();
+        if families.is_empty() {
+            families.extend(available.first());
+        }
+        for (n, family) in families.iter().enumerate() {
+            let reason = format!("no service_range of {family} is configured");
+            problems.want(available.contains(family), format!("spec.ipFamilies[{n}]"), reason);
+        }
+        match policy {
+            IpFamilyPolicy::SingleStack => families.truncate(1),
+            IpFamilyPolicy::PreferDualStack | IpFamilyPolicy::RequireDualStack => {
+                let second = available.iter().find(|family| !families.contains(family));
+                families.extend(second.filter(|_| families.len() == 1));
+                problems.want(
+                    families.len() == 2 || policy == IpFamilyPolicy::PreferDualStack,
+                    "spec.ipFamilyPolicy",
+                    "RequireDualStack goes with a service_range of each family",
+                );
+            }
+        }
+        spec.ip_families = families;
+        spec.ip_family_policy = Some(policy);
+    }
+
+    fn cluster_ips(&self, service: &mut Service, name: &Name, problems: &mut Problems) {
+        if service.is_headless() {
+            return;
+        }
+        let given: Vec<IpAddr> = service.cluster_addresses().collect();
+        let mut ips = Vec::new();
+        for family in &service.spec.ip_families {
+            let Some(range) = self.ranges.of(*family) else { continue };
+            let path = format!("spec.clusterIPs[{}]", ips.len());
+            match given.iter().find(|address| IpFamily::of(**address) == *family) {
+                Some(address) => {
+                    let reason = format!("{address} is not in the service_range {range}");
+                    problems.want(range.contains(address), &path, reason);
+                    let dns = self.ranges.dns_addresses().any(|dns| dns == *address);
+                    problems.want(!dns, &path, format!("{address} is that of the cluster DNS"));
+                    self.want_free(Claim::Address(*address), name, &path, problems);
+                    ips.push(ClusterIp::Address(*address));
+                }
+                None => match self.free_in(range, name) {
+                    Some(address) => ips.push(ClusterIp::Address(address)),
+                    None => problems.add(path, format!("the service_range {range} is full")),
+                },
+            }
+        }
+        service.spec.cluster_ip = ips.first().copied();
+        service.spec.cluster_ips = ips;
+    }
+
+    fn node_ports(&self, service: &mut Service, name: &Name, problems: &mut Problems) {
+        let spec = &mut service.spec;
+        let allocates = match spec.kind {
+            ServiceType::NodePort => true,
+            ServiceType::LoadBalancer => spec.allocate_load_balancer_node_ports != Some(false),
+            ServiceType::ClusterIP | ServiceType::ExternalName => {
+                spec.ports.iter_mut().for_each(|port| port.node_port = None);
+                false
+            }
+        };
+        let mut own: BTreeSet<u16> = spec.ports.iter().filter_map(|port| port.node_port).collect();
+        for (n, port) in spec.ports.iter_mut().enumerate() {
+            let path = format!("spec.ports[{n}].nodePort");
+            match port.node_port {
+                Some(given) => self.want_free(Claim::NodePort(given), name, &path, problems),
+                None if allocates => {
+                    port.node_port = self.free_port(name, &port.name, &own);
+                    own.extend(port.node_port);
+                    problems.want(port.node_port.is_some(), path, "all node ports are in use");
+                }
+                None => {}
+            }
+        }
+        let path = "spec.healthCheckNodePort";
+        if !spec.wants_health_check() {
+            spec.health_check_node_port = None;
+        } else if let Some(given) = spec.health_check_node_port {
+            self.want_free(Claim::NodePort(given), name, path, problems);
+            problems.want(!own.contains(&given), path, "is a nodePort of the same Service");
+        } else {
+            spec.health_check_node_port = self.free_port(name, "health check", &own);
+            problems.want(spec.health_check_node_port.is_some(), path, "all node ports are in use");
+        }
+    }
+
+    fn load_balancer(&self, service: &mut Service, name: &Name, problems: &mut Problems) {
+        if service.spec.kind != ServiceType::LoadBalancer {
+            return;
+        }
+        let wanted = service.spec.load_balancer_ip;
+        let had: Vec<IpAddr> = service.load_balancer_addresses().collect();
+        let mut ingress = Vec::new();
+        for family in &service.spec.ip_families {
+            let of_family = |address: &IpAddr| IpFamily::of(*address) == *family;
+            let pools: Vec<IpNet> =
+                self.ranges.load_balancers.iter().copied().filter(|pool| of_family(&pool.addr())).collect();
+            let in_pool = |address: &IpAddr| pools.iter().any(|pool| pool.contains(address));
+            let path = "spec.loadBalancerIP";
+            if let Some(wanted) = wanted.filter(of_family) {
+                problems.want(in_pool(&wanted), path, format!("{wanted} is not in the load_balancer_pool"));
+                self.want_free(Claim::Address(wanted), name, path, problems);
+                ingress.push(wanted);
+            } else if let Some(had) = had.iter().copied().filter(of_family).find(in_pool) {
+                ingress.push(had);
+            } else if !pools.is_empty() {
+                match pools.iter().find_map(|pool| self.free_in(*pool, name)) {
+                    Some(address) => ingress.push(address),
+                    None => problems
+                        .add("spec.type", format!("the load_balancer_pool has no {family} address left")),
+                }
+            }
+        }
+        let fits = wanted.is_none_or(|wanted| ingress.contains(&wanted));
+        problems.want(fits, "spec.loadBalancerIP", "is not of the Service's ipFamilies");
+        let ingress = ingress.into_iter().map(|ip| LoadBalancerIngress { ip });
+        service.status.load_balancer.ingress = ingress.collect();
+    }
+
+    fn want_free(&self, claim: Claim, name: &Name, path: &str, problems: &mut Problems) {
+        if let Some(other) = self.other(claim, name) {
+            problems.add(path, format!("{claim} is Service {other}'s"));
+        }
+    }
+
+    /// A free address, beginning at a place that follows from the name. The first ones of a large range come last.
+    fn free_in(&self, range: IpNet, name: &Name) -> Option<IpAddr> {
+        let bits = u32::from(range.max_prefix_len() - range.prefix_len()).min(32);
+        let size = 1_u128 << bits;
+        let first = if size > 2 * FOR_PEOPLE { FOR_PEOPLE } else { 0 };
+        let start = place(&name.to_string()) % (size - first);
+        let upper = (0..(size - first).min(MAX_LOOKS)).map(|n| first + (start + n) % (size - first));
+        upper.chain(0..first).filter_map(|place| at(range, place)).find(|address| {
+            is_given_out(range, *address)
+                && self.other(Claim::Address(*address), name).is_none()
+                && !self.ranges.dns_addresses().any(|dns| dns == *address)
+        })
+    }
+
+    fn free_port(&self, name: &Name, port: &str, own: &BTreeSet<u16>) -> Option<u16> {
+        let first = NODE_PORTS.start() + NODE_PORTS_FOR_PEOPLE;
+        let size = u128::from(NODE_PORTS.end() - first) + 1;
+        let start = place(&format!("{name} {port}")) % size;
+        let upper = (0..size).filter_map(|n| u16::try_from((start + n) % size).ok()).map(|n| first + n);
+        upper
+            .chain(*NODE_PORTS.start()..first)
+            .find(|port| !own.contains(port) && self.other(Claim::NodePort(*port), name).is_none())
+    }
+}
+
+/// What stays as it is where the manifest does not say otherwise.
+fn carry_over(old: &Service, new: &mut Service, problems: &mut Problems) {
+    new.metadata.creation_timestamp = old.metadata.creation_timestamp;
+    let reached = |service: &Service| service.spec.kind != ServiceType::ExternalName;
+    if !reached(old) || !reached(new) {
+        return;
+    }
+    match (old.spec.cluster_ips.first(), new.spec.cluster_ips.first()) {
+        (_, None) => new.spec.cluster_ips.clone_from(&old.spec.cluster_ips),
+        (Some(old), Some(new)) if old != new => {
+            problems
+                .add("spec.clusterIP", format!("is {old} and cannot be changed: delete the Service first"));
+        }
+        _ => {}
+    }
+    new.spec.cluster_ip = new.spec.cluster_ips.first().copied();
+    let policy = new.spec.ip_family_policy;
+    if policy.is_none() && new.spec.ip_families.is_empty() {
+        new.spec.ip_family_policy = old.spec.ip_family_policy;
+    }
+    if new.spec.ip_families.is_empty() {
+        new.spec.ip_families.clone_from(&old.spec.ip_families);
+    }
+    if new.spec.ip_family_policy == Some(IpFamilyPolicy::SingleStack) {
+        new.spec.ip_families.truncate(1);
+        new.spec.cluster_ips.truncate(1);
+    }
+    for port in &mut new.spec.ports {
+        let same = |other: &&ServicePort| {
+            other.protocol == port.protocol
+                && (other.port == port.port || !port.name.is_empty() && other.name == port.name)
+        };
+        port.node_port = port.node_port.or(old.spec.ports.iter().find(same).and_then(|port| port.node_port));
+    }
+    if new.spec.wants_health_check() {
+        new.spec.health_check_node_port = new.spec.health_check_node_port.or(old.spec.health_check_node_port);
+    }
+    new.status = old.status.clone();
+}
+
+/// Spreads names over a range.
+fn place(text: &str) -> u128 {
+    hash(text.as_bytes()).iter().take(8).fold(0, |sum, byte| sum << 8 | u128::from(*byte))
+}
+
+/// The address at a place of a range, counted from its first one.
+fn at(range: IpNet, place: u128) -> Option<IpAddr> {
+    let address = match range.network() {
+        IpAddr::V4(first) => IpAddr::V4(
+            u32::try_from(place).ok().and_then(|place| u32::from(first).checked_add(place))?.into(),
+        ),
+        IpAddr::V6(first) => IpAddr::V6(u128::from(first).checked_add(place)?.into()),
+    };
+    range.contains(&address).then_some(address)
+}
+
+/// Not the first and the last one, which some take for the network's and for everybody's.
+fn is_given_out(range: IpNet, address: IpAddr) -> bool {
+    let small = range.max_prefix_len() - range.prefix_len() < 3;
+    small || (address != range.network() && address != range.broadcast())
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,306 @@
+use std::collections::BTreeSet;
+
+use ovl_proto::clock::Stamp;
+use ovl_proto::resource::{Created, Kind, Resource, ResourceKey, TrafficPolicy};
+use proptest::prelude::*;
+use serde_json::{Value, json};
+
+use super::*;
+
+fn ranges() -> Ranges {
+    Ranges {
+        services: vec!["10.96.0.0/16".parse().unwrap(), "fd00:10:96::/112".parse().unwrap()],
+        load_balancers: vec!["192.0.2.0/29".parse().unwrap()],
+    }
+}
+
+fn service_at(name: &str, made: u64, spec: Value) -> Service {
+    let mut service: Service =
+        serde_json::from_value(json!({ "metadata": { "name": name, "namespace": "default" }, "spec": spec }))
+            .unwrap();
+    service.metadata.creation_timestamp = Created(Stamp { wall_ms: made, ..Stamp::default() });
+    service
+}
+
+fn service(name: &str, spec: Value) -> Service {
+    service_at(name, 1, spec)
+}
+
+fn allocate(resources: &Resources, service: &mut Service, ranges: &Ranges) -> Result<(), Vec<Problem>> {
+    Allocator::new(resources, ranges, &mut Promised::default()).allocate(service)
+}
+
+fn allocated(resources: &Resources, mut service: Service) -> Service {
+    allocate(resources, &mut service, &ranges()).unwrap();
+    service
+}
+
+fn put(resources: &mut Resources, service: Service) -> Vec<String> {
+    let changed = resources.insert(Resource::Service(Box::new(service)));
+    changed.into_iter().map(|key| key.name.name).collect()
+}
+
+fn refused(resources: &Resources, mut service: Service) -> String {
+    let problems = allocate(resources, &mut service, &ranges()).unwrap_err();
+    problems.iter().map(|it| format!("{} {}", it.field, it.reason)).collect::<Vec<_>>().join("; ")
+}
+
+fn one(kind: &str) -> Value {
+    json!({ "type": kind, "ports": [{ "port": 80 }] })
+}
+
+#[test]
+fn a_service_gets_what_it_wants() {
+    let none = Resources::default();
+    let plain = allocated(&none, service("web", one("ClusterIP")));
+    assert_eq!(plain.spec.cluster_ips.len(), 1);
+    assert_eq!(plain.spec.ip_families, [IpFamily::IPv4]);
+    assert_eq!(plain.spec.ip_family_policy, Some(IpFamilyPolicy::SingleStack));
+    assert_eq!(plain.spec.ports[0].node_port, None);
+    // The same on each host: whoever chooses.
+    assert_eq!(allocated(&none, service("web", one("ClusterIP"))), plain);
+    assert_ne!(allocated(&none, service("other", one("ClusterIP"))).spec.cluster_ips, plain.spec.cluster_ips);
+
+    let node = allocated(&none, service("web", one("NodePort")));
+    assert!(NODE_PORTS.contains(&node.spec.ports[0].node_port.unwrap()));
+    let balanced = allocated(&none, service("web", one("LoadBalancer")));
+    assert_eq!(balanced.status.load_balancer.ingress.len(), 1);
+    assert!(balanced.spec.ports[0].node_port.is_some() && balanced.spec.health_check_node_port.is_none());
+    let local = allocated(
+        &none,
+        service(
+            "web",
+            json!({ "type": "LoadBalancer", "externalTrafficPolicy": "Local",
+            "allocateLoadBalancerNodePorts": false, "ports": [{ "port": 80 }] }),
+        ),
+    );
+    assert_eq!(local.spec.external_traffic_policy, TrafficPolicy::Local);
+    assert!(local.spec.health_check_node_port.is_some() && local.spec.ports[0].node_port.is_none());
+    let external = allocated(&none, service("web", json!({ "type": "ExternalName", "externalName": "a.b" })));
+    assert!(external.spec.cluster_ips.is_empty() && external.spec.ip_families.is_empty());
+}
+
+#[test]
+fn families_follow_the_policy_and_what_is_given() {
+    use IpFamily::{IPv4, IPv6};
+    for (spec, families, addresses) in [
+        (json!({}), vec![IPv4], 1),
+        (json!({ "ipFamilyPolicy": "PreferDualStack" }), vec![IPv4, IPv6], 2),
+        (json!({ "ipFamilyPolicy": "RequireDualStack" }), vec![IPv4, IPv6], 2),
+        (json!({ "ipFamilies": ["IPv6"] }), vec![IPv6], 1),
+        (json!({ "ipFamilies": ["IPv6", "IPv4"] }), vec![IPv6, IPv4], 2),
+        (json!({ "ipFamilies": ["IPv6"], "ipFamilyPolicy": "PreferDualStack" }), vec![IPv6, IPv4], 2),
+        (json!({ "clusterIP": "fd00:10:96::7", "clusterIPs": ["fd00:10:96::7"] }), vec![IPv6], 1),
+        (json!({ "clusterIP": "None", "clusterIPs": ["None"], "selector": { "a": "b" } }), vec![IPv4], 0),
+        // Without a selector nobody knows the families of what it lists.
+        (json!({ "clusterIP": "None", "clusterIPs": ["None"] }), vec![IPv4, IPv6], 0),
+    ] {
+        let mut spec = spec;
+        spec["ports"] = json!([{ "port": 80 }]);
+        let found = allocated(&Resources::default(), service("web", spec.clone()));
+        assert_eq!(found.spec.ip_families, families, "{spec}");
+        assert_eq!(found.cluster_addresses().count(), addresses, "{spec}");
+        let of: Vec<IpFamily> = found.cluster_addresses().map(IpFamily::of).collect();
+        assert!(of.iter().eq(families.iter().take(addresses)), "{spec}");
+        assert_eq!(found.spec.cluster_ip, found.spec.cluster_ips.first().copied());
+    }
+    let v4 = Ranges { services: vec!["10.96.0.0/16".parse().unwrap()], load_balancers: Vec::new() };
+    let try_v4 = |spec| {
+        let mut service = service("web", spec);
+        allocate(&Resources::default(), &mut service, &v4).map(|()| service)
+    };
+    let prefer = try_v4(json!({ "ipFamilyPolicy": "PreferDualStack", "ports": [{ "port": 80 }] })).unwrap();
+    assert_eq!(prefer.spec.ip_families, [IPv4]);
+    let require = try_v4(json!({ "ipFamilyPolicy": "RequireDualStack", "ports": [{ "port": 80 }] }));
+    assert_eq!(require.unwrap_err()[0].field, "spec.ipFamilyPolicy");
+    assert_eq!(try_v4(json!({ "ipFamilies": ["IPv6"] })).unwrap_err()[0].field, "spec.ipFamilies[0]");
+    // Without a pool a LoadBalancer waits.
+    assert!(try_v4(one("LoadBalancer")).unwrap().status.load_balancer.ingress.is_empty());
+}
+
+#[test]
+fn what_is_given_must_be_free_and_in_range() {
+    let mut resources = Resources::default();
+    let first = allocated(&resources, service("first", one("LoadBalancer")));
+    let (ip, port) = (first.cluster_addresses().next().unwrap(), first.spec.ports[0].node_port.unwrap());
+    let balanced = first.status.load_balancer.ingress[0].ip;
+    put(&mut resources, first.clone());
+    let given = |spec| refused(&resources, service("second", spec));
+    for (spec, says) in [
+        (json!({ "clusterIP": ip, "clusterIPs": [ip] }), format!("{ip} is Service default/first's")),
+        (
+            json!({ "clusterIPs": ["10.97.0.1"] }),
+            "10.97.0.1 is not in the service_range 10.96.0.0/16".to_owned(),
+        ),
+        (json!({ "clusterIPs": ["10.96.0.10"] }), "10.96.0.10 is that of the cluster DNS".to_owned()),
+        (
+            json!({ "type": "NodePort", "ports": [{ "port": 1, "nodePort": port }] }),
+            format!("node port {port} is Service default/first's"),
+        ),
+        (
+            json!({ "type": "LoadBalancer", "loadBalancerIP": balanced }),
+            format!("{balanced} is Service default/first's"),
+        ),
+        (
+            json!({ "type": "LoadBalancer", "loadBalancerIP": "198.51.100.1" }),
+            "is not in the load_balancer_pool".to_owned(),
+        ),
+        (
+            json!({ "type": "LoadBalancer", "loadBalancerIP": "fd00::1" }),
+            "not of the Service's ipFamilies".to_owned(),
+        ),
+        (
+            json!({ "type": "LoadBalancer", "externalTrafficPolicy": "Local", "healthCheckNodePort": port }),
+            format!("node port {port} is Service"),
+        ),
+        (
+            json!({ "type": "LoadBalancer", "externalTrafficPolicy": "Local", "healthCheckNodePort": 30_007, "ports": [{ "port": 1, "nodePort": 30_007 }] }),
+            "is a nodePort of the same Service".to_owned(),
+        ),
+    ] {
+        let found = given(spec.clone());
+        assert!(found.contains(&says), "{spec}: {found}");
+    }
+    // Its own are its own.
+    assert_eq!(allocated(&resources, first.clone()), first);
+}
+
+#[test]
+fn a_change_keeps_what_was_allocated() {
+    let mut resources = Resources::default();
+    let first = allocated(
+        &resources,
+        service(
+            "web",
+            json!({ "type": "LoadBalancer", "ports": [
+        { "name": "a", "port": 80 }, { "name": "b", "port": 81 },
+    ] }),
+        ),
+    );
+    put(&mut resources, first.clone());
+    let changed = allocated(
+        &resources,
+        service(
+            "web",
+            json!({ "type": "LoadBalancer", "ports": [
+        { "name": "b", "port": 82 }, { "name": "c", "port": 80 }, { "name": "d", "port": 90 },
+    ] }),
+        ),
+    );
+    assert_eq!(changed.spec.cluster_ips, first.spec.cluster_ips);
+    assert_eq!(changed.status, first.status);
+    let node_port = |service: &Service, n: usize| service.spec.ports[n].node_port;
+    assert_eq!(node_port(&changed, 0), node_port(&first, 1));
+    assert_eq!(node_port(&changed, 1), node_port(&first, 0));
+    assert!(
+        node_port(&changed, 2)
+            .is_some_and(|port| ![node_port(&first, 0), node_port(&first, 1)].contains(&Some(port)))
+    );
+    // To a plain one and back, the node ports and the address of the pool are let go.
+    let plain = allocated(&resources, service("web", one("ClusterIP")));
+    assert_eq!(plain.spec.cluster_ips, first.spec.cluster_ips);
+    assert_eq!((node_port(&plain, 0), plain.status.load_balancer.ingress.len()), (None, 0));
+    // Two families, and one again.
+    let dual = allocated(
+        &resources,
+        service("web", json!({ "ipFamilyPolicy": "PreferDualStack", "ports": [{ "port": 80 }] })),
+    );
+    assert_eq!((dual.spec.cluster_ips[0], dual.spec.cluster_ips.len()), (first.spec.cluster_ips[0], 2));
+    put(&mut resources, dual);
+    let single = allocated(
+        &resources,
+        service("web", json!({ "ipFamilyPolicy": "SingleStack", "ports": [{ "port": 80 }] })),
+    );
+    assert_eq!(single.spec.cluster_ips, first.spec.cluster_ips);
+    let says = refused(
+        &resources,
+        service("web", json!({ "clusterIPs": ["10.96.0.77"], "ports": [{ "port": 80 }] })),
+    );
+    assert!(says.contains("cannot be changed"), "{says}");
+}
+
+#[test]
+fn a_pool_that_is_full_says_so() {
+    let mut resources = Resources::default();
+    let mut given = BTreeSet::new();
+    for n in 0..6 {
+        let found = allocated(&resources, service(&format!("s{n}"), one("LoadBalancer")));
+        given.insert(found.status.load_balancer.ingress[0].ip);
+        put(&mut resources, found);
+    }
+    assert_eq!(given.len(), 6);
+    let says = refused(&resources, service("late", one("LoadBalancer")));
+    assert!(says.contains("the load_balancer_pool has no IPv4 address left"), "{says}");
+    resources.remove(&ResourceKey { kind: Kind::Service, name: Name::new("default", "s3") });
+    allocated(&resources, service("late", one("LoadBalancer")));
+}
+
+#[test]
+fn the_older_service_keeps_what_two_have_claimed() {
+    let mut resources = Resources::default();
+    let same = json!({ "type": "NodePort", "clusterIP": "10.96.1.1", "clusterIPs": ["10.96.1.1"],
+        "ports": [{ "port": 80, "nodePort": 30_100 }] });
+    assert_eq!(put(&mut resources, service_at("young", 20, same.clone())), ["young"]);
+    let name = |name: &str| Name::new("default", name);
+    let has = |resources: &Resources, of: &str| {
+        let service = &resources.services[&name(of)];
+        (service.cluster_addresses().count(), service.spec.ports[0].node_port)
+    };
+    assert_eq!(has(&resources, "young"), (1, Some(30_100)));
+    // The older one comes later, as after a split.
+    assert_eq!(put(&mut resources, service_at("old", 10, same.clone())), ["old", "young"]);
+    assert_eq!(has(&resources, "old"), (1, Some(30_100)));
+    assert_eq!(has(&resources, "young"), (0, None));
+    assert_eq!(resources.claims.lacking().collect::<Vec<_>>(), [&name("young")]);
+    // Whoever looks after it gives it others.
+    let mended = allocated(&resources, resources.services[&name("young")].clone());
+    let mut gone = resources.clone();
+    put(&mut resources, mended);
+    assert_eq!(resources.claims.lacking().count(), 0);
+    assert_eq!(has(&resources, "young").0, 1);
+    assert_ne!(has(&resources, "young").1, Some(30_100));
+    // Or the older one goes first.
+    let changed = gone.remove(&ResourceKey { kind: Kind::Service, name: name("old") });
+    assert_eq!(changed.len(), 2);
+    assert_eq!(has(&gone, "young"), (1, Some(30_100)));
+    assert_eq!(gone.claims.lacking().count(), 0);
+}
+
+proptest! {
+    #[test]
+    fn no_two_services_ever_have_the_same_in_effect(
+        steps in prop::collection::vec((0..5_u8, prop::option::of((0..4_u64, 1..4_u8, 0..3_u16)), any::<bool>()), 1..40),
+    ) {
+        let mut resources = Resources::default();
+        for (n, claim, mend) in steps {
+            let name = format!("s{n}");
+            match claim {
+                Some((made, ip, port)) => {
+                    let ip = format!("10.96.1.{ip}");
+                    put(&mut resources, service_at(&name, made, json!({
+                        "type": "NodePort", "clusterIP": ip, "clusterIPs": [ip],
+                        "ports": [{ "port": 80, "nodePort": 30_000 + port }],
+                    })));
+                }
+                None => drop(resources.remove(&ResourceKey { kind: Kind::Service, name: Name::new("default", name) })),
+            }
+            if mend {
+                let lacking: Vec<Name> = resources.claims.lacking().cloned().collect();
+                for name in lacking {
+                    let mended = allocated(&resources, resources.services[&name].clone());
+                    put(&mut resources, mended);
+                }
+                prop_assert_eq!(resources.claims.lacking().count(), 0);
+            }
+            let all: Vec<Claim> = resources.services.values().flat_map(claims_of).collect();
+            prop_assert_eq!(all.iter().collect::<BTreeSet<_>>().len(), all.len());
+            // In whatever order they came.
+            let mut fresh = Resources::default();
+            for service in resources.services.values() {
+                let raw = resources.claims.contested(&Name::new("default", &service.metadata.name));
+                put(&mut fresh, raw.unwrap_or(service).clone());
+            }
+            prop_assert_eq!(&fresh, &resources);
+        }
+    }
+}

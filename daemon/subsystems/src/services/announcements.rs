@@ -1,0 +1,116 @@
+//! Addresses of LoadBalancers that this host announces, and what it answers to health checks.
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+
+use ovl_dataplane::device::Device;
+use ovl_dataplane::op::Op;
+use ovl_dataplane::state::Dataplane;
+use ovl_proto::resource::Name;
+use ovl_proto::table::{Entry, Key};
+
+use super::ingress;
+use crate::subsystem::{Change, Cluster, Outcome, Subsystem, TableChange};
+
+/// What was last planned of LoadBalancers, and what may have changed since.
+#[derive(Debug, Default)]
+pub struct Announcements {
+    planned: ingress::Ingress,
+    /// Services that were added, changed or removed, or whose backends were.
+    changed: BTreeSet<Name>,
+    /// Hosts, or what they announce.
+    hosts_changed: bool,
+    /// The device on which addresses are announced. `None` if there is none, or this host leaves.
+    uplink: Option<Device>,
+}
+
+impl Announcements {
+    /// Sets the device on which addresses are announced. Says whether it is another one.
+    pub fn set_uplink(&mut self, uplink: Option<Device>) -> bool {
+        std::mem::replace(&mut self.uplink, uplink) != uplink
+    }
+
+    /// The addresses that this host can say that it announces.
+    pub fn said(&self) -> BTreeSet<IpAddr> {
+        self.planned.said()
+    }
+
+    /// Addresses that are to be announced once more, at most so many.
+    pub fn again(&mut self, most: usize) -> Vec<(Device, IpAddr)> {
+        self.planned.again(most)
+    }
+
+    /// The Services with a health check port, and what is answered there.
+    pub fn health(&self) -> impl Iterator<Item = (&Name, &ingress::Health)> {
+        self.planned.health()
+    }
+
+    fn replan(&mut self, cluster: &Cluster<'_>, all: bool) -> Vec<Op> {
+        if !cluster.caught_up {
+            return Vec::new();
+        }
+        let changed = std::mem::take(&mut self.changed);
+        let all = std::mem::take(&mut self.hosts_changed) || all;
+        self.planned.plan(cluster.view, cluster.backends, changed.iter(), all, self.uplink)
+    }
+}
+
+impl Subsystem for Announcements {
+    fn changed(&mut self, change: &Change<'_>, _: &Cluster<'_>) {
+        match *change {
+            Change::Backends(settled) => self.changed.extend(settled.services.iter().cloned()),
+            Change::Entry { entry: Entry::Announced(_), .. }
+            | Change::Announcers
+            | Change::Uplink
+            | Change::Network(_)
+            | Change::Built(_)
+            | Change::Host(_)
+            | Change::Tunnel
+            | Change::ThisHost => self.hosts_changed = true,
+            Change::Entry { .. }
+            | Change::Rights(_)
+            | Change::Publishing
+            | Change::Attaching(_)
+            | Change::Resources(_) => {}
+        }
+    }
+
+    fn desired(&self, _: &Cluster<'_>) -> Dataplane {
+        self.planned.kernel()
+    }
+
+    fn resync(&mut self, cluster: &Cluster<'_>) -> Dataplane {
+        self.replan(cluster, true);
+        self.planned.kernel()
+    }
+
+    fn plan(&mut self, cluster: &Cluster<'_>) -> Vec<Op> {
+        self.replan(cluster, false)
+    }
+
+    fn sent(&self) -> Option<Dataplane> {
+        Some(self.planned.kernel())
+    }
+
+    fn outcome(&mut self, outcome: Outcome<'_>) {
+        if let Op::AddAnnounced(_, address) = outcome.op {
+            self.planned.note(*address, outcome.refusal.is_none());
+        }
+    }
+
+    fn table_change(&mut self, cluster: &Cluster<'_>) -> Option<TableChange> {
+        let own = cluster.view.own().filter(|_| cluster.caught_up)?;
+        if !self.planned.take_news() {
+            return None;
+        }
+        let (said, is) = (own.table.announced().collect::<BTreeSet<IpAddr>>(), self.planned.said());
+        Some(TableChange {
+            set: is.difference(&said).copied().map(Entry::Announced).collect(),
+            unset: said.difference(&is).copied().map(Key::Announced).collect(),
+        })
+    }
+
+    fn withdraw(&mut self) {
+        *self = Self { uplink: self.uplink, ..Self::default() };
+    }
+}

@@ -1,0 +1,75 @@
+//! Services in this host's kernel.
+
+use std::collections::BTreeSet;
+
+use ovl_dataplane::op::Op;
+use ovl_dataplane::state::Dataplane;
+use ovl_proto::resource::Name;
+
+use crate::subsystem::{Change, Cluster, Subsystem};
+
+/// What was last sent of Services, and what may have changed since.
+#[derive(Debug, Default)]
+pub struct Translation {
+    planned: super::Services,
+    /// Services that were added, changed or removed, or whose backends were.
+    changed: BTreeSet<Name>,
+    /// Networks, blocks, hosts or endpoints of this host.
+    ground_changed: bool,
+}
+
+impl Translation {
+    fn replan(&mut self, cluster: &Cluster<'_>, ground: bool) -> Vec<Op> {
+        if !cluster.caught_up {
+            return Vec::new();
+        }
+        let changed = std::mem::take(&mut self.changed);
+        let ground = std::mem::take(&mut self.ground_changed) || ground;
+        self.planned.plan(cluster.view, cluster.backends, changed.iter(), ground)
+    }
+}
+
+impl Subsystem for Translation {
+    fn changed(&mut self, change: &Change<'_>, _: &Cluster<'_>) {
+        match *change {
+            Change::Backends(settled) => self.changed.extend(settled.services.iter().cloned()),
+            Change::Entry { .. }
+            | Change::Rights(_)
+            | Change::Network(_)
+            | Change::Built(_)
+            | Change::Host(_)
+            | Change::Tunnel
+            | Change::ThisHost => self.ground_changed = true,
+            Change::Publishing
+            | Change::Attaching(_)
+            | Change::Resources(_)
+            | Change::Announcers
+            | Change::Uplink => {}
+        }
+    }
+
+    fn desired(&self, _: &Cluster<'_>) -> Dataplane {
+        self.planned.kernel()
+    }
+
+    fn resync(&mut self, cluster: &Cluster<'_>) -> Dataplane {
+        self.replan(cluster, true);
+        self.planned.kernel()
+    }
+
+    fn plan(&mut self, cluster: &Cluster<'_>) -> Vec<Op> {
+        self.replan(cluster, false)
+    }
+
+    fn sent(&self) -> Option<Dataplane> {
+        Some(self.planned.kernel())
+    }
+
+    fn afterwards(&mut self) -> Vec<Op> {
+        self.planned.ended()
+    }
+
+    fn withdraw(&mut self) {
+        *self = Self::default();
+    }
+}

@@ -1,0 +1,232 @@
+//! What the kernel of a host holds of encrypted networks, and of the tunnel that carries them.
+
+use std::net::IpAddr;
+
+use ovl_cluster::addresses;
+use ovl_cluster::view::View;
+use ovl_dataplane::device::Device;
+use ovl_dataplane::diff::diff;
+use ovl_dataplane::state::{Dataplane, Hop, Link, TunnelKind};
+use ovl_proto::object::{Backend, Mode};
+use ovl_proto::record::PeerState;
+use ovl_proto::table::Entry;
+use ovl_subsystems::encryption::tunnel;
+use ovl_subsystems::local::Local;
+use ovl_subsystems::networks::desired::desired;
+use ovl_subsystems::networks::mtu::network_mtu;
+
+use super::world::{NET, encrypt, endpoint, give, id, net, switched, tunnel_key, view_of};
+
+fn local() -> Local {
+    Local { masquerade: true, ..Local::default() }
+}
+
+fn here(n: u8) -> String {
+    tunnel::address(1, id(n)).to_string()
+}
+
+/// Without those of the host as a whole but the tunnel's, and with names that are easy to read.
+fn commands(view: &View) -> Vec<String> {
+    diff(&Dataplane::default(), &desired(view, &local()), true)
+        .iter()
+        .map(ToString::to_string)
+        .filter(|text| !text.starts_with("sysctl") && !text.starts_with("nft"))
+        .map(|text| (1..=3).fold(text, |text, n| text.replace(&here(n), &format!("T{n}"))))
+        .map(|text| {
+            (1..=3).fold(text, |text, n| text.replace(&tunnel_key(n).to_string(), &format!("KEY{n}")))
+        })
+        .map(|text| text.replace("-00000000", "").replace(&tunnel::prefix(1).to_string(), "CLUSTER"))
+        .collect()
+}
+
+fn with(commands: &[String], part: &str) -> Vec<String> {
+    commands.iter().filter(|text| text.contains(part)).cloned().collect()
+}
+
+fn sealed_switch(kernel: bool) -> View {
+    let mut view = switched();
+    encrypt(&mut view, kernel);
+    give(&mut view, 1, vec![endpoint(1, "10.9.0.9/24")]);
+    give(&mut view, 2, vec![endpoint(2, "10.9.0.17/24")]);
+    view
+}
+
+fn sealed_routes() -> View {
+    let subnet = addresses::new_routed_subnet(net("10.60.0.0/16"), None).unwrap();
+    let mut view = view_of(Mode::L3, Backend::Vxlan, subnet, |n| net(&format!("10.60.{n}.0/24")));
+    encrypt(&mut view, false);
+    view
+}
+
+#[test]
+fn the_tunnel_has_an_address_a_peer_and_a_route_for_each_member() {
+    let all = commands(&sealed_switch(false));
+    assert_eq!(
+        with(&all, "ovt"),
+        [
+            "ip tuntap add ovt-0 mode tun vnet_hdr && ip link set ovt-0 mtu 1440 up",
+            "ip addr replace T1/128 dev ovt-0",
+            "wg set ovt-0 listen-port 51940 private-key FILE # of KEY1",
+            "wg set ovt-0 peer KEY2 endpoint 192.168.77.2:51940 allowed-ips T2/128",
+            "wg set ovt-0 peer KEY3 endpoint 192.168.77.3:51940 allowed-ips T3/128",
+            "ip route replace T2/128 dev ovt-0 scope link src T1 proto 79 metric 79",
+            "ip route replace T3/128 dev ovt-0 scope link src T1 proto 79 metric 79",
+        ]
+    );
+    assert_eq!(with(&all, "unreachable"), ["ip route replace unreachable CLUSTER proto 79 metric 79"]);
+    let kernel = desired(&sealed_switch(true), &local());
+    let device = Device::tunnel(false);
+    assert_eq!(kernel.links[&device], Link::Tunnel { kind: TunnelKind::Kernel, mtu: 1440, up: true });
+    assert_eq!(kernel.tunnels[&device].local, None);
+}
+
+#[test]
+fn a_switched_network_has_a_tap_with_sources_or_a_vxlan_device_in_the_tunnel() {
+    for (kernel, device) in [
+        (
+            false,
+            "ip tuntap add ovx mode tap vnet_hdr && ip link set ovx mtu 1370 master ovb up && bridge link set dev ovx \
+             learning off neigh_suppress on",
+        ),
+        (
+            true,
+            "ip link add ovx address 0e:00:00:00:00:00 mtu 1370 master ovb up type vxlan id 5000 local T1 dstport 51942 \
+             nolearning udp6zerocsumtx udp6zerocsumrx && bridge link set dev ovx learning off neigh_suppress on",
+        ),
+    ] {
+        let all = commands(&sealed_switch(kernel));
+        assert_eq!(
+            with(&all, "ovx"),
+            [
+                device,
+                "bridge fdb replace 02:f1:0a:09:00:11 dev ovx master static",
+                "bridge fdb replace 02:f1:0a:09:00:11 dev ovx self static dst T2 port 51942",
+                "bridge fdb append 00:00:00:00:00:00 dev ovx self static dst T2 port 51942",
+                "# ovx: frames from 02:f1:0a:09:00:11 are T2's 10.9.0.17",
+            ]
+        );
+    }
+}
+
+#[test]
+fn a_routed_network_goes_through_the_tunnel_as_it_is() {
+    let view = sealed_routes();
+    let all = commands(&view);
+    assert!(with(&all, "ovx").is_empty(), "{all:?}");
+    assert_eq!(
+        with(&all, "10.60.2.0/24"),
+        [
+            "wg set ovt-0 peer KEY2 endpoint 192.168.77.2:51940 allowed-ips 10.60.2.0/24,T2/128",
+            "ip route replace 10.60.2.0/24 dev ovt-0 scope link src 10.60.1.1 proto 79 metric 79",
+        ]
+    );
+    assert_eq!(
+        with(&all, "unreachable 10.60"),
+        [
+            "ip route replace unreachable 10.60.0.0/16 proto 79 metric 79",
+            "ip route replace unreachable 10.60.1.0/24 proto 79 metric 79",
+        ]
+    );
+}
+
+#[test]
+fn without_a_tunnel_there_is_no_way() {
+    for mut view in [sealed_switch(false), sealed_routes()] {
+        view.nodes.get_mut(&id(1)).unwrap().record.tunnel = None;
+        let kernel = desired(&view, &local());
+        let ways = |link: &Link| matches!(link, Link::Tap { .. } | Link::Vxlan { .. } | Link::Tunnel { .. });
+        assert!(!kernel.links.values().any(ways), "{:?}", kernel.links);
+        assert!(kernel.remotes.is_empty() && kernel.floods.is_empty() && kernel.tunnel_peers.is_empty());
+        let own = |(to, _): &(&ipnet::IpNet, &Hop)| net("10.60.1.0/24").contains(&to.addr());
+        let out = kernel.routes.iter().filter(|route| !own(route)).map(|(_, hop)| hop);
+        assert!(out.clone().all(|hop| *hop == Hop::UNREACHABLE), "{:?}", kernel.routes);
+        let filter = kernel.filter.unwrap();
+        assert!(filter.contains("udp dport 51942 fib daddr type != unicast counter drop"), "{filter}");
+    }
+}
+
+#[test]
+fn only_members_that_are_there_and_have_a_key_of_their_own_are_peers() {
+    let peers = |view: &View| desired(view, &local()).tunnel_peers.len();
+    let mut view = sealed_switch(false);
+    assert_eq!(peers(&view), 2);
+    for (state, expected) in [(PeerState::Suspect, 2), (PeerState::Dead, 1), (PeerState::Left, 1)] {
+        view.nodes.get_mut(&id(2)).unwrap().state = state;
+        assert_eq!(peers(&view), expected, "{state}");
+    }
+    view.nodes.get_mut(&id(2)).unwrap().state = PeerState::Alive;
+    view.alloc.members.remove(&id(2));
+    assert_eq!(peers(&view), 1, "forgotten");
+    assert!(desired(&view, &local()).remotes.is_empty());
+    view.alloc.members.insert(id(2));
+    // It claims the key of another one.
+    view.nodes.get_mut(&id(3)).unwrap().record.tunnel.as_mut().unwrap().key = tunnel_key(2);
+    assert_eq!(tunnel::copies(&view), [id(3)].into());
+    let kernel = desired(&view, &local());
+    let ends: Vec<IpAddr> = kernel.tunnel_peers.values().map(|peer| peer.endpoint.ip()).collect();
+    assert_eq!(ends, [IpAddr::from([192, 168, 77, 2])]);
+    // Ours is nobody else's either.
+    view.nodes.get_mut(&id(3)).unwrap().record.tunnel.as_mut().unwrap().key = tunnel_key(1);
+    assert_eq!(peers(&view), 1);
+    view.alloc.members.remove(&id(1));
+    assert_eq!(peers(&view), 0, "we are no member ourselves");
+}
+
+#[test]
+fn a_peer_goes_before_gossip_has_caught_up() {
+    let mut view = sealed_switch(false);
+    let before = desired(&view, &local());
+    view.alloc.members.remove(&id(3));
+    let ops = diff(&before, &desired(&view, &local()), false);
+    let gone = format!("wg set ovt-0 peer {} remove", tunnel_key(3));
+    assert!(ops.iter().any(|op| op.to_string() == gone), "{ops:?}");
+}
+
+#[test]
+fn every_header_is_counted() {
+    let mtu = |view: &View| network_mtu(view, &view.networks[&NET].network);
+    for (v6, switched_mtu, routed_mtu) in [(false, 1370, 1440), (true, 1350, 1420)] {
+        for (mut view, expected) in [(sealed_switch(false), switched_mtu), (sealed_routes(), routed_mtu)] {
+            if v6 {
+                for (n, node) in (1..).zip(view.nodes.values_mut()) {
+                    node.record.vtep = [0xfd77, 0, 0, 0, 0, 0, 0, n].into();
+                }
+            }
+            assert_eq!(mtu(&view), expected);
+        }
+    }
+    let mut view = sealed_switch(false);
+    give(&mut view, 2, vec![Entry::PathMtu { peer: id(1), mtu: 1450 }]);
+    assert_eq!(mtu(&view), 1320);
+    let to = net(&format!("{}/128", here(2)));
+    assert_eq!(desired(&view, &local()).routes[&to].mtu, Some(1390));
+}
+
+#[test]
+fn nothing_in_plain_is_taken_or_sent() {
+    let mut view = sealed_routes();
+    let filter = desired(&view, &local()).filter.unwrap();
+    for rule in [
+        "iifname \"ovt-*\" ip saddr 10.60.0.0/16 ip daddr 10.60.0.0/16 accept",
+        "iifname \"ovt-*\" counter drop",
+        "ip daddr 10.60.0.0/16 iifname != \"ove-*\" iifname != \"ovb-*\" iifname != \"ovt-*\" iifname != \"lo\" counter drop",
+        "ip saddr 10.60.0.0/16 fib saddr . iif oif missing counter drop",
+        "ip daddr 10.60.0.0/16 oifname != \"ove-*\" oifname != \"ovb-*\" oifname != \"ovt-*\" oifname != \"lo\" counter drop",
+        "ip saddr 10.60.0.0/16 ip daddr != 10.60.0.0/16 oifname != \"ovb-*\" oifname != \"ove-*\" masquerade",
+    ] {
+        assert!(filter.contains(rule), "{rule}\n{filter}");
+    }
+    let place = |text: &str| filter.find(text).unwrap_or_else(|| panic!("{text}\n{filter}"));
+    assert!(place("10.60.0.0/16 accept") < place("iifname \"ovt-*\" counter drop"));
+    assert!(!filter.contains("vteps4") && !filter.contains("4789"), "no plain VXLAN: {filter}");
+    let unmasked = desired(&view, &Local::default()).filter.unwrap();
+    assert!(
+        unmasked.contains("oifname != \"lo\" ct status ! dnat reject with icmpx admin-prohibited"),
+        "{unmasked}"
+    );
+    // A network that nobody encrypted has none of it.
+    view.networks.get_mut(&NET).unwrap().network.encrypted = false;
+    let plain = desired(&view, &local());
+    assert!(plain.tunnels.is_empty());
+    assert!(!plain.filter.unwrap().contains("51942"));
+}

@@ -1,0 +1,165 @@
+//! Enough of nftables to see what becomes of the first packet of a connection in `inet ovl-policy`.
+
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use ovl_dataplane::nft::{Field, Key, Skeleton, Table, Value};
+use ovl_dataplane::state::Dataplane;
+
+/// The first packet of a connection.
+#[derive(Debug, Clone)]
+pub(crate) struct Packet {
+    pub(crate) from: IpAddr,
+    pub(crate) to: IpAddr,
+    pub(crate) protocol: u8,
+    pub(crate) port: u16,
+}
+
+/// Whether it gets through the table; without one it does.
+pub(crate) fn passes(kernel: &Dataplane, packet: &Packet) -> bool {
+    let Some(skeleton) = kernel.tables.get(&Table::Policy) else { return true };
+    let mut run = Run { kernel, skeleton, packet, priority: 0 };
+    run.chain("forward") != End::Drop
+}
+
+/// How a chain, or a rule, ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum End {
+    Accept,
+    Drop,
+    /// Back to who jumped here.
+    Return,
+    /// With the next rule.
+    Next,
+}
+
+struct Run<'a> {
+    kernel: &'a Dataplane,
+    skeleton: &'a Skeleton,
+    packet: &'a Packet,
+    priority: u32,
+}
+
+impl Run<'_> {
+    fn chain(&mut self, name: &str) -> End {
+        let chain = self.skeleton.chains.iter().find(|chain| chain.name == name);
+        for rule in &chain.unwrap_or_else(|| panic!("no chain {name}")).rules {
+            let words: Vec<&str> = rule.split(' ').filter(|word| *word != ".").collect();
+            match self.rule(&words) {
+                End::Next => {}
+                end => return end,
+            }
+        }
+        End::Return
+    }
+
+    fn rule(&mut self, words: &[&str]) -> End {
+        match words {
+            [] => End::Next,
+            ["accept"] => End::Accept,
+            ["drop"] => End::Drop,
+            ["return"] => End::Return,
+            // It is a new connection, and begins as one should; nothing was marked yet.
+            ["ct", "state" | "mark", ..] | ["tcp", "flags", ..] => End::Next,
+            ["update", _, "{", rest @ ..] => {
+                let end = rest.iter().position(|word| *word == "}").unwrap();
+                self.rule(&rest[end + 1..])
+            }
+            ["goto", chain] => match self.chain(chain) {
+                End::Next => End::Return,
+                end => end,
+            },
+            ["jump", chain] => match self.chain(chain) {
+                End::Return => End::Next,
+                end => end,
+            },
+            ["meta", "priority", "set", "0"] => End::Next,
+            // For the bridge; it judges nothing.
+            ["iifname", _, "oifname", _, "ct", "status", "dnat", "meta", "mark", "set", ..] => End::Next,
+            ["meta", "priority", "set", "ct", way, family, "saddr", "map", map, rest @ ..] => {
+                let found = self.address(way, family).and_then(|at| self.look_up(map, &[Field::Ip(at)]));
+                let Some(Value::Data(bytes)) = found else { return End::Next };
+                self.priority = u32::from_ne_bytes((&*bytes).try_into().unwrap());
+                self.rule(rest)
+            }
+            ["meta", "priority", "vmap", "{", rest @ ..] => {
+                let own = format!("{:x}:{:x}", self.priority >> 16, self.priority & 0xffff);
+                match rest.iter().position(|word| *word == own) {
+                    Some(at) => self.rule(&["jump", rest[at + 3].trim_end_matches(',')]),
+                    None => End::Next,
+                }
+            }
+            ["meta", "nfproto", family, rest @ ..] => {
+                self.given((*family == "ipv4") == self.packet.from.is_ipv4(), rest)
+            }
+            ["meta", "l4proto", "!=", "{", a, b, c, "}", rest @ ..] => {
+                let among =
+                    [a, b, c].iter().any(|word| number(word.trim_end_matches(',')) == self.packet.protocol);
+                self.given(!among, rest)
+            }
+            ["meta", "l4proto", protocol, rest @ ..] => {
+                self.given(number(protocol) == self.packet.protocol, rest)
+            }
+            ["ct", "reply", "proto-src", ports, rest @ ..] => {
+                let (first, last) = ports.split_once('-').unwrap_or((ports, ports));
+                let range = first.parse().unwrap()..=last.parse::<u16>().unwrap();
+                self.given(range.contains(&self.packet.port), rest)
+            }
+            ["ct", "reply", family, "saddr", "ct", "reply", "proto-src", set, rest @ ..] => {
+                let fields =
+                    self.address("reply", family).map(|at| [Field::Ip(at), Field::Port(self.packet.port)]);
+                self.given(fields.is_some_and(|key| self.look_up(set, &key).is_some()), rest)
+            }
+            ["ct", one, family, "saddr", "ct", other, _, "saddr", set, rest @ ..] => {
+                let both = self.address(one, family).zip(self.address(other, family));
+                let found =
+                    both.is_some_and(|(a, b)| self.look_up(set, &[Field::Ip(a), Field::Ip(b)]).is_some());
+                self.given(found, rest)
+            }
+            ["ct", way, family, "saddr", "!=", "{", rest @ ..] => {
+                let end = rest.iter().position(|word| *word == "}").unwrap();
+                let at = self.address(way, family);
+                let within =
+                    |word: &&str| word.trim_end_matches(',').parse::<IpNet>().unwrap().contains(&at.unwrap());
+                self.given(at.is_some() && !rest[..end].iter().any(within), &rest[end + 1..])
+            }
+            ["ct", way, family, "saddr", what, rest @ ..] => {
+                let Some(at) = self.address(way, family) else { return End::Next };
+                let fits = match what.strip_prefix('@') {
+                    Some(_) => self.look_up(what, &[Field::Ip(at)]).is_some(),
+                    None => what.parse::<IpNet>().unwrap().contains(&at),
+                };
+                self.given(fits, rest)
+            }
+            other => panic!("not known here: {other:?}"),
+        }
+    }
+
+    fn given(&mut self, fits: bool, rest: &[&str]) -> End {
+        if fits { self.rule(rest) } else { End::Next }
+    }
+
+    fn address(&self, way: &str, family: &str) -> Option<IpAddr> {
+        let at = match way {
+            "original" => self.packet.from,
+            _ => self.packet.to,
+        };
+        Some(at).filter(|at| at.is_ipv4() == (family == "ip"))
+    }
+
+    fn look_up(&self, name: &str, key: &[Field<'_>]) -> Option<Value> {
+        let name = name.trim_start_matches('@');
+        let set = self.skeleton.sets.iter().find(|set| set.name == name);
+        let set = set.unwrap_or_else(|| panic!("no set {name}"));
+        self.kernel.elements.of(set)?.get(&Key::of(key)).cloned()
+    }
+}
+
+fn number(protocol: &str) -> u8 {
+    match protocol {
+        "tcp" => 6,
+        "udp" => 17,
+        "sctp" => 132,
+        other => panic!("{other}"),
+    }
+}

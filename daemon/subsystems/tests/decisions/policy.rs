@@ -1,0 +1,413 @@
+//! Network policies: what is written into the tables says the same as the explanation, and as the short way.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+use ovl_cluster::view::View;
+use ovl_dataplane::nft::{Element, Table};
+use ovl_dataplane::op::Op;
+use ovl_dataplane::state::Dataplane;
+use ovl_proto::id::{EndpointId, NetworkId};
+use ovl_proto::object::Mode;
+use ovl_proto::record::Signature;
+use ovl_proto::resource::{
+    Container, ContainerPort, EgressRule, IngressRule, IntOrString, IpBlock, LabelSelector, Labels, Meta,
+    Name, Namespace, NetworkPolicy, Operator, Pod, PodSpec, PolicyPeer, PolicyPort, PolicySpec, PolicyType,
+    Protocol, Requirement, Resource,
+};
+use ovl_proto::table::{Endpoint, Entry, Key};
+use ovl_subsystems::local::Local;
+use ovl_subsystems::policy::explain::{End, Side, explain};
+use ovl_subsystems::policy::{Policies, Standing, part, protocol_number};
+use proptest::prelude::*;
+
+use super::nft::{Packet, passes};
+use super::world::{NET, id, net, switched};
+
+fn labels(all: &[(&str, &str)]) -> Labels {
+    all.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect()
+}
+
+fn selector(all: &[(&str, &str)]) -> LabelSelector {
+    LabelSelector { match_labels: labels(all), match_expressions: Vec::new() }
+}
+
+fn meta(namespace: &str, name: &str, all: Labels) -> Meta {
+    Meta { name: name.to_owned(), namespace: namespace.to_owned(), labels: all, ..Meta::default() }
+}
+
+fn policy(namespace: &str, name: &str, spec: PolicySpec) -> Resource {
+    Resource::NetworkPolicy(NetworkPolicy { metadata: meta(namespace, name, Labels::new()), spec })
+}
+
+/// An endpoint with the address 10.9.0.n of the host that holds its block, h1 to h3.
+fn endpoint(n: u8, namespace: &str, all: Labels) -> Endpoint {
+    Endpoint {
+        id: EndpointId([n; 5]),
+        name: format!("w{n}"),
+        namespace: namespace.to_owned(),
+        network: NET,
+        mac: ovl_cluster::addresses::mac_of(NET, net(&format!("10.9.0.{n}/24")).addr()),
+        addresses: vec![net(&format!("10.9.0.{n}/24"))],
+        aliases: Vec::new(),
+        labels: all,
+        ready: true,
+        publish: Vec::new(),
+    }
+}
+
+fn host_of(n: u8) -> u8 {
+    n / 8
+}
+
+fn put(view: &mut View, endpoint: Endpoint) {
+    let IpAddr::V4(address) = endpoint.addresses[0].addr() else { panic!("IPv4") };
+    let host = id(host_of(address.octets()[3]));
+    let table = &mut view.nodes.get_mut(&host).unwrap().table;
+    table.write(1, vec![Entry::Endpoint(endpoint)], vec![], |_| Signature([0; 64]));
+}
+
+fn take(view: &mut View, n: u8) {
+    let table = &mut view.nodes.get_mut(&id(host_of(n))).unwrap().table;
+    table.write(1, vec![], vec![Key::Endpoint(EndpointId([n; 5]))], |_| Signature([0; 64]));
+}
+
+fn address(n: u8) -> IpAddr {
+    IpAddr::from([10, 9, 0, n])
+}
+
+/// `db-allow-api-only`.
+fn example() -> View {
+    let mut view = switched();
+    for (n, app) in [(9, "database"), (10, "api"), (17, "web"), (18, "api")] {
+        put(&mut view, endpoint(n, "default", labels(&[("app", app)])));
+    }
+    let from = PolicyPeer { pod_selector: Some(selector(&[("app", "api")])), ..PolicyPeer::default() };
+    let port = PolicyPort { port: Some(IntOrString::Int(5432)), ..PolicyPort::default() };
+    view.resources.insert(policy(
+        "default",
+        "db-allow-api-only",
+        PolicySpec {
+            pod_selector: selector(&[("app", "database")]),
+            policy_types: vec![PolicyType::Ingress],
+            ingress: vec![IngressRule { ports: vec![port], from: vec![from] }],
+            egress: vec![],
+        },
+    ));
+    view
+}
+
+#[test]
+fn a_policy_becomes_a_chain_and_a_pod_an_element_of_each_set() {
+    let mut view = example();
+    let mut standing = Standing::new(7);
+    let local = Local::default();
+    standing.plan(&view, &local, true);
+    let kernel = part(&view, &local, standing.generation());
+    let skeleton = &kernel.tables[&Table::Policy];
+    let chain = skeleton.chains.iter().find(|chain| chain.name == "default/db-allow-api-only/ingress");
+    let [v4, v6] = &chain.unwrap().rules[..] else { panic!("two rules") };
+    let set = v4.split('@').nth(1).unwrap().split(' ').next().unwrap().to_owned();
+    assert_eq!(
+        *v4,
+        format!("ct original ip saddr @{set} meta l4proto tcp ct reply proto-src 5432 goto pass.in")
+    );
+    assert!(v6.starts_with("ct original ip6 saddr @pods."), "{v6}");
+    // One more api, on another host: one element.
+    put(&mut view, endpoint(25, "default", labels(&[("app", "api")])));
+    let touched = BTreeSet::from([(NET, address(25))]);
+    let ops = standing.plan_touched(&view, &local, &touched).unwrap();
+    let texts: Vec<String> = ops.iter().map(ToString::to_string).collect();
+    assert_eq!(texts, [format!("nft add element inet ovl-policy {set} '{{ 10.9.0.25 }}'")]);
+    // It goes: connections are judged anew.
+    take(&mut view, 25);
+    let ops = standing.plan_touched(&view, &local, &touched).unwrap();
+    let texts: Vec<String> = ops.iter().map(ToString::to_string).collect();
+    assert_eq!(texts[0], format!("nft delete element inet ovl-policy {set} '{{ 10.9.0.25 }}'"));
+    assert!(
+        texts.len() > 1 && texts[1..].iter().all(|op| op.contains("generation") || op.contains("current"))
+    );
+    assert_eq!(standing.plan(&view, &local, true), []);
+}
+
+#[test]
+fn an_endpoint_that_is_being_made_is_isolated_before_it_is_there() {
+    let mut view = example();
+    let mut local = Local::default();
+    let mut standing = Standing::new(1);
+    standing.plan(&view, &local, true);
+    let generation = standing.generation();
+    let second = endpoint(11, "default", labels(&[("app", "database")]));
+    local.attaching.insert(second.id, second.clone());
+    let touched = BTreeSet::from([(NET, address(11))]);
+    let ops = standing.plan_touched(&view, &local, &touched).unwrap();
+    let texts: Vec<String> = ops.iter().map(ToString::to_string).collect();
+    assert!(texts.iter().any(|op| op.starts_with("nft add element inet ovl-policy in4.1 '{ 10.9.0.11 : ")));
+    assert!(
+        texts.iter().any(|op| op.starts_with("nft add element bridge ovl-policy diverted.4 '{ 10.9.0.11 : "))
+    );
+    // It has no connections that could be forbidden.
+    assert_eq!(standing.generation(), generation);
+    // Whatever else is planned meanwhile, it stays.
+    assert_eq!(standing.plan(&view, &local, true), []);
+    put(&mut view, second);
+    local.attaching.clear();
+    assert_eq!(standing.plan_touched(&view, &local, &touched).unwrap(), []);
+    assert_eq!(standing.plan(&view, &local, true), []);
+    // An attach that failed leaves nothing.
+    take(&mut view, 11);
+    assert!(!standing.plan_touched(&view, &local, &touched).unwrap().is_empty());
+    assert_eq!(standing.plan(&view, &local, true), []);
+}
+
+#[test]
+fn the_explanation_names_the_policy_and_the_rule() {
+    let view = example();
+    let policies = Policies::new(&view.resources);
+    let judge = |from: u8, port: u16| {
+        let [from, to] = [from, 9].map(|n| End::of(&view, address(n)));
+        explain(&view, &policies, &from, &to, Some((Protocol::Tcp, port)))
+    };
+    let name = Name::new("default", "db-allow-api-only");
+    let says = "from pods with app=api of namespace default, TCP 5432".to_owned();
+    let passes = judge(10, 5432);
+    assert_eq!(passes.ingress, Side::Passes { policy: name.clone(), rule: 1, says });
+    assert_eq!(passes.egress, Side::NotIsolated);
+    assert_eq!(judge(17, 5432).ingress, Side::Refused(vec![name.clone()]));
+    assert_eq!(judge(10, 6379).ingress, Side::Refused(vec![name]));
+    // Its own host's programs always reach it.
+    let host = End::of(&view, "10.9.0.1".parse().unwrap());
+    let judged = explain(&view, &policies, &host, &End::of(&view, address(9)), None);
+    assert_eq!((judged.egress, judged.ingress), (Side::Outside, Side::AtHome));
+}
+
+fn few_labels() -> impl Strategy<Value = Labels> {
+    let label = prop::option::of(prop::sample::select(vec!["1", "2"]));
+    (label.clone(), label).prop_map(|(a, b)| {
+        let all = [("a", a), ("b", b)].into_iter();
+        all.filter_map(|(key, value)| Some((key.to_owned(), value?.to_owned()))).collect()
+    })
+}
+
+fn selectors() -> impl Strategy<Value = LabelSelector> {
+    let requirement = (
+        prop::sample::select(vec!["a", "b"]),
+        prop::sample::select(vec![Operator::In, Operator::NotIn, Operator::Exists, Operator::DoesNotExist]),
+        prop::sample::select(vec!["1", "2"]),
+    );
+    let requirement = requirement.prop_map(|(key, operator, value)| Requirement {
+        key: key.to_owned(),
+        operator,
+        values: match operator {
+            Operator::In | Operator::NotIn => vec![value.to_owned()],
+            Operator::Exists | Operator::DoesNotExist => Vec::new(),
+        },
+    });
+    (few_labels(), prop::collection::vec(requirement, 0..2))
+        .prop_map(|(match_labels, match_expressions)| LabelSelector { match_labels, match_expressions })
+}
+
+fn peers() -> impl Strategy<Value = PolicyPeer> {
+    let block = (
+        prop::sample::select(vec!["0.0.0.0/0", "10.9.0.0/24", "10.9.0.8/29", "10.9.0.16/30", "fd00::/8"]),
+        8..30_u8,
+    )
+        .prop_map(|(cidr, except)| PolicyPeer {
+            ip_block: Some(IpBlock {
+                cidr: net(cidr),
+                except: if cidr.contains(':') {
+                    vec![]
+                } else {
+                    vec![net(&format!("10.9.0.{except}/32")), net("10.9.0.24/31")]
+                },
+            }),
+            ..PolicyPeer::default()
+        });
+    let pods =
+        (prop::option::of(selectors()), prop::option::of(selectors())).prop_map(|(pods, namespaces)| {
+            let pod_selector = pods.or_else(|| namespaces.is_none().then(LabelSelector::default));
+            PolicyPeer { pod_selector, namespace_selector: namespaces, ip_block: None }
+        });
+    prop_oneof![1 => block, 3 => pods]
+}
+
+fn ports() -> impl Strategy<Value = PolicyPort> {
+    let protocol = prop::sample::select(vec![Protocol::Tcp, Protocol::Udp, Protocol::Sctp]);
+    let port = prop_oneof![
+        Just((None, None)),
+        (80..83_u16).prop_map(|port| (Some(IntOrString::Int(port)), None)),
+        (80..83_u16).prop_map(|port| (Some(IntOrString::Int(port)), Some(port + 1))),
+        Just((Some(IntOrString::String("web".to_owned())), None)),
+    ];
+    (protocol, port).prop_map(|(protocol, (port, end_port))| PolicyPort { protocol, port, end_port })
+}
+
+fn specs() -> impl Strategy<Value = PolicySpec> {
+    let rules = || {
+        let rule = (prop::collection::vec(peers(), 0..3), prop::collection::vec(ports(), 0..3));
+        prop::collection::vec(rule, 0..3)
+    };
+    let types = prop::sample::select(vec![
+        vec![PolicyType::Ingress],
+        vec![PolicyType::Egress],
+        vec![PolicyType::Ingress, PolicyType::Egress],
+    ]);
+    (selectors(), types, rules(), rules()).prop_map(|(pod_selector, policy_types, ingress, egress)| {
+        PolicySpec {
+            pod_selector,
+            policy_types,
+            ingress: ingress.into_iter().map(|(from, ports)| IngressRule { ports, from }).collect(),
+            egress: egress.into_iter().map(|(to, ports)| EgressRule { ports, to }).collect(),
+        }
+    })
+}
+
+fn namespace_of(choice: bool) -> &'static str {
+    if choice { "x" } else { "y" }
+}
+
+/// One change of the cluster.
+#[derive(Debug, Clone)]
+enum Step {
+    Put(u8, bool, Labels),
+    Take(u8),
+    Policy(u8, bool, PolicySpec),
+    NoPolicy(u8, bool),
+    Namespace(bool, Labels),
+    Pod(u8, bool, Option<u16>),
+}
+
+fn steps() -> impl Strategy<Value = Step> {
+    // Of the blocks of h1 and h2.
+    let n = prop::sample::select(vec![9_u8, 10, 11, 17, 18, 19]);
+    prop_oneof![
+        4 => (n.clone(), any::<bool>(), few_labels()).prop_map(|(n, space, labels)| Step::Put(n, space, labels)),
+        1 => n.clone().prop_map(Step::Take),
+        3 => (0..3_u8, any::<bool>(), specs()).prop_map(|(n, space, spec)| Step::Policy(n, space, spec)),
+        1 => (0..3_u8, any::<bool>()).prop_map(|(n, space)| Step::NoPolicy(n, space)),
+        1 => (any::<bool>(), few_labels()).prop_map(|(space, labels)| Step::Namespace(space, labels)),
+        1 => (n, any::<bool>(), prop::option::of(80..83_u16)).prop_map(|(n, space, port)| Step::Pod(n, space, port)),
+    ]
+}
+
+/// Makes the change; gives the address whose endpoint came, changed or went, if it is no more than that.
+fn make(view: &mut View, step: &Step) -> Option<(NetworkId, IpAddr)> {
+    match step {
+        Step::Put(n, space, labels) => {
+            put(view, endpoint(*n, namespace_of(*space), labels.clone()));
+            return Some((NET, address(*n)));
+        }
+        Step::Take(n) => {
+            take(view, *n);
+            return Some((NET, address(*n)));
+        }
+        Step::Policy(n, space, spec) => {
+            view.resources.insert(policy(namespace_of(*space), &format!("p{n}"), spec.clone()));
+        }
+        Step::NoPolicy(n, space) => {
+            view.resources
+                .remove(&policy(namespace_of(*space), &format!("p{n}"), PolicySpec::default()).key());
+        }
+        Step::Namespace(space, labels) => {
+            let metadata = meta("", namespace_of(*space), labels.clone());
+            view.resources.insert(Resource::Namespace(Namespace { metadata }));
+        }
+        Step::Pod(n, space, port) => {
+            let ports = port.iter().map(|port| ContainerPort {
+                name: "web".to_owned(),
+                container_port: *port,
+                protocol: Protocol::Tcp,
+            });
+            let container = Container { name: "c".to_owned(), ports: ports.collect() };
+            view.resources.insert(Resource::Pod(Pod {
+                metadata: meta(namespace_of(*space), &format!("w{n}"), Labels::new()),
+                spec: PodSpec { containers: vec![container], ..PodSpec::default() },
+                status: Default::default(),
+            }));
+        }
+    }
+    None
+}
+
+/// What operations make of what stands.
+fn apply(kernel: &mut Dataplane, ops: Vec<Op>) {
+    for op in ops {
+        match op {
+            Op::Table(table, skeleton) => {
+                let sets: BTreeSet<_> = skeleton.sets.iter().cloned().collect();
+                let gone: Vec<_> = kernel
+                    .elements
+                    .sets()
+                    .filter(|(set, _)| set.table == table && !sets.contains(*set))
+                    .map(|(set, _)| set.clone())
+                    .collect();
+                gone.iter().for_each(|set| kernel.elements.set(set, Default::default()));
+                kernel.tables.insert(table, skeleton);
+            }
+            Op::DelTable(table) => {
+                kernel.tables.remove(&table);
+                kernel.elements.forget(table);
+            }
+            Op::SetElement(Element { set, key, value }) => drop(kernel.elements.insert(&set, key, value)),
+            Op::DelElement(set, key) => drop(kernel.elements.remove(&set, &key)),
+            other => panic!("{other}"),
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 128, ..ProptestConfig::default() })]
+
+    #[test]
+    fn tables_and_explanation_say_the_same(steps in prop::collection::vec(steps(), 1..25)) {
+        let mut view = switched();
+        for step in &steps {
+            make(&mut view, step);
+        }
+        let policies = Policies::new(&view.resources);
+        let kernels: BTreeMap<u8, Dataplane> = [1, 2].map(|host| {
+            view.me = id(host);
+            (host, part(&view, &Local::default(), 1))
+        }).into();
+        let ends = [9_u8, 10, 17, 18, 77];
+        for from in ends {
+            for to in ends.into_iter().filter(|to| *to != from) {
+                let [here, there] = [from, to].map(|n| End::of(&view, address(n)));
+                for protocol in [Protocol::Tcp, Protocol::Udp, Protocol::Sctp] {
+                    for port in 80..84_u16 {
+                        let judged = explain(&view, &policies, &here, &there, Some((protocol, port)));
+                        let packet = Packet { from: address(from), to: address(to), protocol: protocol_number(protocol), port };
+                        let by_tables = [from, to].iter().filter_map(|n| kernels.get(&host_of(*n))).all(|kernel| passes(kernel, &packet));
+                        prop_assert_eq!(judged.passes(), by_tables, "{:?}: {:?}", packet, judged);
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_short_way_and_the_long_one_lead_to_the_same(steps in prop::collection::vec(steps(), 1..40)) {
+        let mut view = switched();
+        let local = Local::default();
+        let mut standing = Standing::new(1);
+        let mut kernel = Dataplane::default();
+        for step in &steps {
+            let touched = make(&mut view, step);
+            let short = touched.and_then(|at| standing.plan_touched(&view, &local, &BTreeSet::from([at])));
+            let ops = short.unwrap_or_else(|| standing.plan(&view, &local, true));
+            apply(&mut kernel, ops);
+            let wanted = part(&view, &local, standing.generation());
+            prop_assert_eq!(&kernel.tables, &wanted.tables);
+            prop_assert_eq!(&kernel.elements, &wanted.elements);
+            prop_assert_eq!(standing.plan(&view, &local, true), []);
+        }
+    }
+}
+
+#[test]
+fn a_mode_of_network_without_frames_has_no_table_for_them() {
+    let mut view = example();
+    assert!(part(&view, &Local::default(), 1).tables.contains_key(&Table::PolicyFrames));
+    view.networks.get_mut(&NET).unwrap().network.mode = Mode::L3;
+    assert!(!part(&view, &Local::default(), 1).tables.contains_key(&Table::PolicyFrames));
+}

@@ -1,0 +1,374 @@
+//! What Services come to in a host's kernel.
+
+use std::collections::BTreeMap;
+
+use ovl_dataplane::nft::{Element, Elements, Set, Skeleton, Table};
+use ovl_dataplane::op::Op;
+use ovl_proto::object::Mode;
+use ovl_proto::record::PeerState;
+use ovl_proto::resource::{Kind, Name};
+use ovl_subsystems::services::Services;
+use proptest::prelude::*;
+use serde_json::{Value, json};
+use std::sync::Arc;
+
+use super::world::NET;
+use super::world::{World, read};
+
+/// A host that plans, and what it has sent.
+struct Host {
+    world: World,
+    services: Services,
+    tables: BTreeMap<Table, Arc<Skeleton>>,
+    elements: Elements,
+}
+
+impl Host {
+    fn new() -> Self {
+        Self {
+            world: World::new(),
+            services: Services::default(),
+            tables: BTreeMap::new(),
+            elements: Elements::default(),
+        }
+    }
+
+    fn service(&mut self, name: &str, spec: Value) {
+        let manifest = json!({ "metadata": { "name": name, "namespace": "default" }, "spec": spec });
+        self.world.put(read(Kind::Service, manifest));
+    }
+
+    /// Plans and sends; gives what was sent.
+    fn plan(&mut self, ground: bool) -> Vec<String> {
+        let settled = self.world.settle();
+        let World { view, backends } = &self.world;
+        let ops = self.services.plan(view, backends, settled.services.iter(), ground);
+        let shown = ops.iter().map(Op::to_string).collect();
+        for op in ops {
+            match op {
+                Op::Table(table, skeleton) => drop(self.tables.insert(table, skeleton)),
+                Op::DelTable(table) => {
+                    self.tables.remove(&table);
+                    self.elements.forget(table);
+                }
+                Op::DelElement(set, key) => {
+                    self.elements.remove(&set, &key).unwrap_or_else(|| panic!("not there: {key:?}"));
+                }
+                Op::SetElement(Element { set, key, value }) => {
+                    assert!(self.tables.contains_key(&set.table), "no table for {set:?}");
+                    assert_eq!(self.elements.insert(&set, key, value), None, "there already");
+                }
+                Op::Sysctl { .. } => {}
+                other => panic!("{other}"),
+            }
+        }
+        shown
+    }
+
+    fn assert_sent(&self) {
+        let wanted = self.services.kernel();
+        assert_eq!((&self.tables, &self.elements), (&wanted.tables, &wanted.elements));
+    }
+
+    fn ended(&mut self) -> Vec<String> {
+        self.services.ended().iter().map(Op::to_string).collect()
+    }
+
+    /// All elements of a set.
+    fn of(&self, name: &str) -> Vec<String> {
+        let of = |set: &Set| set.table == Table::Services && set.name == name;
+        let set = self.elements.sets().filter(|(set, _)| of(set));
+        let shown = set.flat_map(|(set, contents)| {
+            contents.iter().map(|(key, value)| {
+                Element { set: set.clone(), key: key.clone(), value: value.clone() }.to_string()
+            })
+        });
+        let mut shown: Vec<String> = shown.collect();
+        shown.sort_unstable();
+        shown
+    }
+}
+
+const WEB: &[(&str, &str)] = &[("app", "web")];
+
+fn web(more: Value) -> Value {
+    let mut spec = json!({
+        "selector": { "app": "web" },
+        "clusterIPs": ["10.96.0.10"],
+        "ipFamilies": ["IPv4"],
+        "ports": [{ "port": 80, "targetPort": 8080 }],
+    });
+    spec.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+    spec
+}
+
+#[test]
+fn a_service_leads_to_its_backends_in_equal_parts() {
+    let mut host = Host::new();
+    host.world.attach(1, 1, WEB, true);
+    host.world.attach(2, 2, WEB, true);
+    host.world.attach(2, 3, WEB, false);
+    host.service("web", web(json!({})));
+    host.plan(false);
+    host.assert_sent();
+    assert_eq!(host.of("inside4"), ["10.96.0.10 . tcp . 80 : 0:2"]);
+    assert_eq!(
+        host.of("backends4"),
+        [
+            "10.96.0.10 . tcp . 80 . 0:0 : 10.9.0.9 . 8080",
+            "10.96.0.10 . tcp . 80 . 0:1 : 10.9.0.18 . 8080",
+            "10.96.0.10 . tcp . 80 . 1:0 : 10.9.0.9 . 8080"
+        ]
+    );
+    // On a switched network others than its endpoints reach those of this host alone.
+    assert_eq!(host.of("outside4"), ["10.96.0.10 . tcp . 80 : 1:1"]);
+    assert_eq!(host.of("hairpin4"), ["10.9.0.9 . 10.9.0.9"]);
+    // Frames of the bridge that go through the host's IP stack.
+    let diverted: Vec<String> = host
+        .elements
+        .sets()
+        .filter(|(set, _)| set.table == Table::Divert)
+        .map(|(s, _)| s.name.to_string())
+        .collect();
+    assert_eq!(diverted, ["backends4", "gateways4", "local", "macs4"]);
+    // On a routed network everybody reaches everybody.
+    host.world.view.networks.get_mut(&NET).unwrap().network.mode = Mode::L3;
+    host.plan(true);
+    host.assert_sent();
+    assert_eq!(host.of("outside4"), [""; 0]);
+    assert!(!host.tables.contains_key(&Table::Divert));
+    host.world.drop(Kind::Service, "web");
+    assert_eq!(host.plan(false), ["nft delete table inet ovl-services"]);
+    host.assert_sent();
+}
+
+#[test]
+fn a_backend_costs_a_few_elements_and_the_others_keep_their_numbers() {
+    let mut host = Host::new();
+    for n in 1..=5 {
+        host.world.attach(1, n, WEB, true);
+    }
+    host.world.view.networks.get_mut(&NET).unwrap().network.mode = Mode::L3;
+    host.service("web", web(json!({})));
+    host.plan(true);
+    host.world.detach(1, 2);
+    assert_eq!(
+        host.plan(false),
+        [
+            "nft delete element inet ovl-services backends4 '{ 10.96.0.10 . tcp . 80 . 0:1 }'",
+            "nft delete element inet ovl-services backends4 '{ 10.96.0.10 . tcp . 80 . 0:4 }'",
+            "nft delete element inet ovl-services hairpin4 '{ 10.9.0.10 . 10.9.0.10 }'",
+            "nft delete element inet ovl-services inside4 '{ 10.96.0.10 . tcp . 80 }'",
+            "nft add element inet ovl-services backends4 '{ 10.96.0.10 . tcp . 80 . 0:1 : 10.9.0.13 . 8080 }'",
+            "nft add element inet ovl-services inside4 '{ 10.96.0.10 . tcp . 80 : 0:4 }'"
+        ]
+    );
+    host.assert_sent();
+    host.world.attach(1, 6, WEB, true);
+    let ops = host.plan(false);
+    assert_eq!(ops.len(), 4, "{ops:#?}");
+    host.assert_sent();
+    // More than there are chains for: the skeleton grows.
+    let endpoints: Vec<Value> =
+        (1..=20).map(|n| json!({ "addresses": [format!("203.0.113.{n}")] })).collect();
+    host.world.put(read(
+        Kind::EndpointSlice,
+        json!({
+            "metadata": { "name": "s", "namespace": "default", "labels": { "kubernetes.io/service-name": "web" } },
+            "addressType": "IPv4", "endpoints": endpoints, "ports": [{ "name": "", "port": 8080 }],
+        }),
+    ));
+    assert_eq!(host.plan(false)[0], "nft -f - # table inet ovl-services");
+    host.assert_sent();
+}
+
+#[test]
+fn who_takes_what_follows_from_the_policies() {
+    let mut host = Host::new();
+    host.world.view.networks.get_mut(&NET).unwrap().network.mode = Mode::L3;
+    let both = json!({
+        "type": "NodePort",
+        "externalIPs": ["192.0.2.7"],
+        "externalTrafficPolicy": "Local",
+        "internalTrafficPolicy": "Local",
+        "ports": [{ "port": 80, "targetPort": 8080, "nodePort": 30080 }],
+    });
+    host.service("web", web(both));
+    host.plan(true);
+    // Nobody at all: refused.
+    assert_eq!(host.of("inside4"), ["10.96.0.10 . tcp . 80 : 10:0", "192.0.2.7 . tcp . 80 : 10:0"]);
+    assert_eq!((host.of("outside4"), host.of("ports4")), (vec![], vec!["tcp . 30080 : 10:0".to_owned()]));
+    // On another host alone: what comes from outside is for that one.
+    host.world.attach(2, 2, WEB, true);
+    host.plan(false);
+    assert_eq!(host.of("inside4"), ["10.96.0.10 . tcp . 80 : 10:0", "192.0.2.7 . tcp . 80 : 0:1"]);
+    assert_eq!(host.of("outside4"), ["192.0.2.7 . tcp . 80 : 20:0"]);
+    assert_eq!(host.of("ports4"), ["tcp . 30080 : 20:0"]);
+    // Here too.
+    host.world.attach(1, 1, WEB, true);
+    host.plan(false);
+    assert_eq!(host.of("inside4"), ["10.96.0.10 . tcp . 80 : 0:1", "192.0.2.7 . tcp . 80 : 0:2"]);
+    assert_eq!(host.of("outside4"), ["192.0.2.7 . tcp . 80 : 1:1"]);
+    assert_eq!(host.of("ports4"), ["tcp . 30080 : 2:1"]);
+    assert_eq!(host.of("nodes4"), ["tcp . 30080 . 0:0 : 10.9.0.9 . 8080"]);
+    host.assert_sent();
+    // A dead host's are no backends.
+    host.world.host(2, PeerState::Dead);
+    host.plan(false);
+    assert_eq!(host.of("inside4"), ["10.96.0.10 . tcp . 80 : 0:1", "192.0.2.7 . tcp . 80 : 0:1"]);
+    host.assert_sent();
+}
+
+#[test]
+fn clients_with_affinity_keep_the_identity_of_their_backend() {
+    let mut host = Host::new();
+    host.world.view.networks.get_mut(&NET).unwrap().network.mode = Mode::L3;
+    host.service("web", web(json!({ "sessionAffinity": "ClientIP" })));
+    for n in 1..=3 {
+        host.world.attach(1, n, WEB, true);
+    }
+    host.plan(true);
+    let before = host.of("stay4");
+    assert_eq!((before.len(), host.of("ids4").len(), host.of("backends4").len()), (3, 3, 0));
+    host.world.detach(1, 1);
+    host.plan(false);
+    let after = host.of("stay4");
+    assert_eq!(after.len(), 2);
+    assert!(after.iter().all(|element| before.contains(element)), "{before:?} {after:?}");
+    host.assert_sent();
+}
+
+#[test]
+fn flows_of_udp_end_with_their_backends() {
+    let mut host = Host::new();
+    host.world.view.networks.get_mut(&NET).unwrap().network.mode = Mode::L3;
+    host.service(
+        "dns",
+        web(json!({ "ports": [
+        { "name": "dns", "port": 53, "protocol": "UDP", "targetPort": 53 },
+        { "name": "dns-tcp", "port": 53, "protocol": "TCP", "targetPort": 53 },
+    ] })),
+    );
+    host.plan(true);
+    host.ended();
+    let line = |n| {
+        format!(
+            "conntrack -D -f ipv4 -p udp --dst-nat --orig-dst 10.96.0.10 --orig-port-dst 53 # but for {n} backends"
+        )
+    };
+    for (n, ended) in [(1, vec![line(1)]), (2, vec![])] {
+        host.world.attach(1, n, WEB, true);
+        host.plan(false);
+        assert_eq!(host.ended(), ended, "what came before the first one went elsewhere");
+    }
+    for (n, left) in [(1, 1), (2, 0)] {
+        host.world.detach(1, n);
+        host.plan(false);
+        assert_eq!(host.ended(), [line(left)]);
+    }
+}
+
+#[test]
+fn what_comes_from_outside_for_another_hosts_switched_endpoints_is_passed_on() {
+    let mut host = Host::new();
+    for (on, n) in [(1, 1), (2, 2), (2, 3)] {
+        host.world.attach(on, n, WEB, true);
+    }
+    let ports = json!([{ "port": 80, "targetPort": 8080, "nodePort": 30080 }]);
+    host.service("web", web(json!({ "type": "NodePort", "ports": ports })));
+    let sent = host.plan(true);
+    host.assert_sent();
+    assert!(sent.contains(&"sysctl -w net.ipv4.ip_forward=1".to_owned()), "{sent:?}");
+    // Once for each backend.
+    let nodes = host.of("nodes4");
+    let passed_on = nodes.iter().filter(|line| line.ends_with(" : 192.168.77.2 . 30080")).count();
+    assert_eq!((nodes.len(), passed_on), (4, 2), "{nodes:?}");
+    assert_eq!(host.of("ports4"), ["tcp . 30080 : 2:3"]);
+    // What others pass on is for those that are here.
+    assert_eq!(host.of("relayed4"), ["tcp . 30080 : 3:1"]);
+    assert!(nodes.contains(&"tcp . 30080 . 1:0 : 10.9.0.9 . 8080".to_owned()), "{nodes:?}");
+    assert_eq!(host.of("hosts4"), ["192.168.77.2", "192.168.77.3"]);
+    assert!(host.of("routed4").iter().any(|line| line.ends_with("192.168.77.1")), "{:?}", host.of("routed4"));
+    // Not in plain, what is encrypted.
+    host.world.view.networks.get_mut(&NET).unwrap().network.encrypted = true;
+    host.plan(true);
+    host.assert_sent();
+    assert_eq!(host.of("nodes4"), ["tcp . 30080 . 0:0 : 10.9.0.9 . 8080"]);
+    assert!(host.of("relayed4").is_empty());
+}
+
+#[derive(Debug, Clone)]
+enum Step {
+    Attach(u8, u8, bool),
+    Detach(u8, u8),
+    Host(u8, bool),
+    Service(u8, u8),
+    Drop(u8),
+    Mode(bool),
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    prop_oneof![
+        (1u8..4, 1u8..6, any::<bool>()).prop_map(|(host, n, ready)| Step::Attach(host, n + 6 * host, ready)),
+        (1u8..4, 1u8..6).prop_map(|(host, n)| Step::Detach(host, n + 6 * host)),
+        (2u8..4, any::<bool>()).prop_map(|(host, alive)| Step::Host(host, alive)),
+        (0u8..4, 0u8..8).prop_map(|(n, kind)| Step::Service(n, kind)),
+        (0u8..4).prop_map(Step::Drop),
+        any::<bool>().prop_map(Step::Mode),
+    ]
+}
+
+fn spec(n: u8, kind: u8) -> Value {
+    let mut spec = json!({
+        "clusterIPs": [format!("10.96.0.{n}")],
+        "type": if kind & 1 == 0 { "ClusterIP" } else { "NodePort" },
+        "externalTrafficPolicy": if kind & 2 == 0 { "Cluster" } else { "Local" },
+        "sessionAffinity": if kind & 4 == 0 { "None" } else { "ClientIP" },
+        // One that two of them claim.
+        "externalIPs": ["192.0.2.7"],
+    });
+    if kind & 1 == 1 {
+        let port = json!([{ "port": 80, "targetPort": 8080, "nodePort": 30000 + u16::from(n) }]);
+        spec.as_object_mut().unwrap().insert("ports".to_owned(), port);
+    }
+    web(spec)
+}
+
+proptest! {
+    #[test]
+    fn what_is_sent_step_by_step_is_what_is_wanted(steps in proptest::collection::vec(step(), 1..30)) {
+        let mut host = Host::new();
+        for step in steps {
+            let mut ground = false;
+            match step {
+                Step::Attach(on, n, ready) => host.world.attach(on, n, WEB, ready),
+                Step::Detach(on, n) => host.world.detach(on, n),
+                Step::Host(n, alive) => {
+                    host.world.host(n, if alive { PeerState::Alive } else { PeerState::Dead });
+                    ground = true;
+                }
+                Step::Service(n, kind) => host.service(&format!("s{n}"), spec(n, kind)),
+                Step::Drop(n) => host.world.drop(Kind::Service, &format!("s{n}")),
+                Step::Mode(routed) => {
+                    let network = &mut host.world.view.networks.get_mut(&NET).unwrap().network;
+                    network.mode = if routed { Mode::L3 } else { Mode::L2 };
+                    ground = true;
+                }
+            }
+            host.plan(ground);
+            host.assert_sent();
+        }
+        // All anew gives as many backends at each place.
+        let mut anew = Services::default();
+        let World { view, backends } = &host.world;
+        let all: Vec<Name> = view.resources.services.keys().cloned().collect();
+        anew.plan(view, backends, all.iter(), true);
+        let counts = |elements: &Elements| -> Vec<(String, usize)> {
+            let counted = elements.sets().filter(|(set, _)| set.table == Table::Services);
+            counted.map(|(set, contents)| (set.name.to_string(), contents.len())).collect()
+        };
+        let local = |elements: &Elements| elements.of(&ovl_subsystems::services::inside(true)).cloned();
+        prop_assert_eq!(counts(&anew.kernel().elements), counts(&host.elements));
+        prop_assert_eq!(local(&anew.kernel().elements), local(&host.elements));
+    }
+}

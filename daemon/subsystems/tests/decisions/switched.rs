@@ -1,0 +1,167 @@
+//! What the kernel should hold, as the commands that would make it: a view goes in, text comes out.
+
+use std::collections::BTreeMap;
+
+use ovl_cluster::addresses;
+use ovl_cluster::view::View;
+use ovl_dataplane::diff::diff;
+use ovl_dataplane::state::Dataplane;
+use ovl_proto::id::EndpointId;
+use ovl_proto::record::PeerState;
+use ovl_proto::table::Entry;
+use ovl_subsystems::local::Local;
+use ovl_subsystems::networks::desired::desired;
+use ovl_subsystems::networks::mtu::network_mtu;
+
+use super::world::{NET, endpoint, give, id, switched};
+
+fn local() -> Local {
+    Local { masquerade: true, ..Local::default() }
+}
+
+/// As commands, without those of the host as a whole.
+fn commands(view: &View) -> Vec<String> {
+    diff(&Dataplane::default(), &desired(view, &local()), true)
+        .iter()
+        .map(ToString::to_string)
+        .filter(|text| !text.starts_with("sysctl") && !text.starts_with("nft"))
+        .collect()
+}
+
+#[test]
+fn a_network_without_an_endpoint_here_is_not_built() {
+    let mut view = switched();
+    give(&mut view, 2, vec![endpoint(2, "10.9.0.17/24")]);
+    assert_eq!(desired(&view, &local()), Dataplane::default());
+}
+
+#[test]
+fn a_network_with_endpoints_here_and_there() {
+    let mut view = switched();
+    give(&mut view, 1, vec![endpoint(1, "10.9.0.9/24")]);
+    give(&mut view, 2, vec![endpoint(2, "10.9.0.17/24")]);
+    assert_eq!(
+        commands(&view),
+        [
+            "ip link add ovb-00000000 address 0a:00:00:00:00:00 mtu 1450 up type bridge stp_state 0 \
+             mcast_snooping 0 nf_call_iptables 0 nf_call_ip6tables 0",
+            "ip link add ovx-00000000 address 0e:00:00:00:00:00 mtu 1450 master ovb-00000000 up type vxlan id 5000 local 192.168.77.1 \
+             dstport 4789 nolearning && bridge link set dev ovx-00000000 learning off neigh_suppress on",
+            "ip addr replace 10.9.0.1/24 dev ovb-00000000",
+            "bridge fdb replace 02:f1:0a:09:00:11 dev ovx-00000000 master static",
+            "bridge fdb replace 02:f1:0a:09:00:11 dev ovx-00000000 self static dst 192.168.77.2 port 4789",
+            "ip neigh replace 10.9.0.9 lladdr 02:f1:0a:09:00:09 dev ovb-00000000 nud permanent",
+            "ip neigh replace 10.9.0.17 lladdr 02:f1:0a:09:00:11 dev ovb-00000000 nud permanent",
+            "bridge fdb append 00:00:00:00:00:00 dev ovx-00000000 self static dst 192.168.77.2 port 4789",
+        ]
+    );
+}
+
+#[test]
+fn floods_go_only_to_hosts_with_endpoints_there() {
+    let mut view = switched();
+    give(&mut view, 1, vec![endpoint(1, "10.9.0.9/24")]);
+    give(&mut view, 3, vec![endpoint(3, "10.9.0.25/24")]);
+    let floods: Vec<String> =
+        desired(&view, &local()).floods.iter().map(|(_, remote)| remote.vtep.to_string()).collect();
+    assert_eq!(floods, ["192.168.77.3"]);
+}
+
+#[test]
+fn only_members_that_are_there_count() {
+    let mut view = switched();
+    give(&mut view, 1, vec![endpoint(1, "10.9.0.9/24")]);
+    give(&mut view, 2, vec![endpoint(2, "10.9.0.17/24")]);
+    let remotes = |view: &View| desired(view, &local()).remotes.len();
+    for (state, expected) in
+        [(PeerState::Alive, 1), (PeerState::Suspect, 1), (PeerState::Dead, 0), (PeerState::Left, 0)]
+    {
+        view.nodes.get_mut(&id(2)).unwrap().state = state;
+        assert_eq!(remotes(&view), expected, "{state}");
+    }
+    view.nodes.get_mut(&id(2)).unwrap().state = PeerState::Alive;
+    view.alloc.members.remove(&id(2));
+    assert_eq!(remotes(&view), 0, "not a member");
+}
+
+#[test]
+fn an_address_of_another_hosts_block_does_not_count_without_a_lease() {
+    let mut view = switched();
+    give(&mut view, 1, vec![endpoint(1, "10.9.0.9/24")]);
+    give(&mut view, 2, vec![endpoint(2, "10.9.0.26/24")]);
+    assert!(desired(&view, &local()).remotes.is_empty());
+    let lease = Entry::Lease { network: NET, address: "10.9.0.26".parse().unwrap(), to: id(2) };
+    give(&mut view, 3, vec![lease]);
+    assert_eq!(desired(&view, &local()).remotes.len(), 1);
+}
+
+#[test]
+fn a_stolen_mac_stays_with_whose_address_makes_it() {
+    let mut view = switched();
+    give(&mut view, 1, vec![endpoint(1, "10.9.0.9/24")]);
+    give(&mut view, 3, vec![endpoint(3, "10.9.0.25/24")]);
+    let Entry::Endpoint(mut thief) = endpoint(2, "10.9.0.17/24") else { unreachable!() };
+    thief.mac = addresses::mac_of(NET, "10.9.0.25".parse().unwrap());
+    give(&mut view, 2, vec![Entry::Endpoint(thief)]);
+    let kernel = desired(&view, &local());
+    let vteps: Vec<String> = kernel.remotes.values().map(|remote| remote.vtep.to_string()).collect();
+    assert_eq!(vteps, ["192.168.77.3"]);
+}
+
+#[test]
+fn the_mtu_is_what_every_pair_can_carry() {
+    let mut view = switched();
+    for n in 1..=3 {
+        give(&mut view, n, vec![endpoint(n, &format!("10.9.0.{}/24", 8 * n + 1))]);
+    }
+    let mtu = |view: &View| network_mtu(view, &view.networks[&NET].network);
+    assert_eq!(mtu(&view), 1450);
+    // A path between two others is narrower: the same here.
+    give(&mut view, 2, vec![Entry::PathMtu { peer: id(3), mtu: 1400 }]);
+    assert_eq!(mtu(&view), 1350);
+    // Of hosts that have nothing on the network none counts.
+    give(&mut view, 2, vec![Entry::PathMtu { peer: id(9), mtu: 1300 }]);
+    assert_eq!(mtu(&view), 1350);
+    view.networks.get_mut(&NET).unwrap().network.mtu = Some(1300);
+    assert_eq!(mtu(&view), 1300);
+    view.networks.get_mut(&NET).unwrap().network.mtu = Some(9000);
+    assert_eq!(mtu(&view), 1350, "more than the path carries would be lost");
+}
+
+#[test]
+fn an_internal_network_has_no_gateway_and_no_way_out() {
+    let mut view = switched();
+    give(&mut view, 1, vec![endpoint(1, "10.9.0.9/24")]);
+    view.networks.get_mut(&NET).unwrap().network.internal = true;
+    let kernel = desired(&view, &local());
+    assert!(kernel.addresses.is_empty());
+    assert!(kernel.sysctls.is_empty());
+    let filter = kernel.filter.unwrap();
+    assert!(filter.contains("iifname \"ovb-00000000\" oifname != \"ovb-00000000\" counter drop"), "{filter}");
+    assert!(!filter.contains("masquerade"), "{filter}");
+}
+
+#[test]
+fn strangers_may_not_send_to_the_vxlan_port() {
+    let mut view = switched();
+    give(&mut view, 1, vec![endpoint(1, "10.9.0.9/24")]);
+    let filter = desired(&view, &local()).filter.unwrap();
+    assert!(filter.contains("elements = { 192.168.77.2, 192.168.77.3 }"), "{filter}");
+    assert!(filter.contains("udp dport 4789 fib daddr type != unicast counter drop"), "{filter}");
+}
+
+#[test]
+fn an_isolated_endpoint_is_cut_off_and_kept() {
+    let mut view = switched();
+    give(&mut view, 1, vec![endpoint(1, "10.9.0.9/24")]);
+    view.alloc.blocks.clear();
+    let isolated = BTreeMap::from([(EndpointId([1; 5]), "its block went to another host".to_owned())]);
+    let kernel = desired(&view, &Local { isolated, ..local() });
+    let link = kernel
+        .links
+        .values()
+        .find(|link| matches!(link, ovl_dataplane::state::Link::Endpoint { .. }))
+        .unwrap();
+    assert!(matches!(link, ovl_dataplane::state::Link::Endpoint { master: None, up: false, .. }), "{link:?}");
+    assert!(kernel.neighbours.is_empty());
+}

@@ -1,0 +1,220 @@
+//! The short way and the long one lead to the same: what [`ovl_subsystems::networks::touched`] makes of single changes
+//! is what looking at the whole network gives, and a table's index finds what a search finds.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use ovl_cluster::addresses;
+use ovl_cluster::table::Table;
+use ovl_cluster::view::View;
+use ovl_dataplane::nft;
+use ovl_dataplane::op::Op;
+use ovl_dataplane::state::{Dataplane, Link};
+use ovl_proto::id::{EndpointId, Mac};
+use ovl_proto::object::{Backend, Mode};
+use ovl_proto::publish::{Published, Transport};
+use ovl_proto::record::Signature;
+use ovl_proto::table::{Endpoint, Entry, Key};
+use ovl_subsystems::local::Local;
+use ovl_subsystems::networks::desired::network_part;
+use ovl_subsystems::networks::touched::{Touched, plan};
+use proptest::prelude::*;
+
+use super::world::{NET, encrypt, id, net, switched, view_of};
+
+/// One endpoint of a host comes, changes or goes; of few, so that they meet.
+#[derive(Debug, Clone)]
+struct Step {
+    host: u8,
+    endpoint: u8,
+    /// The last byte of its address; nothing if it goes.
+    address: Option<u8>,
+    second: Option<u8>,
+    /// Another MAC address than the one that follows from the address.
+    mac: Option<u8>,
+    /// Has a port published, of its own among all.
+    publishes: Option<Transport>,
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    let address = prop::option::weighted(0.7, 6..34_u8);
+    let second = prop::option::weighted(0.1, 6..34_u8);
+    let publishes = prop::option::weighted(0.4, prop_oneof![Just(Transport::Tcp), Just(Transport::Udp)]);
+    (1..=3_u8, 0..6_u8, address, second, prop::option::weighted(0.4, 0..3_u8), publishes).prop_map(
+        |(host, endpoint, address, second, mac, publishes)| Step {
+            host,
+            endpoint,
+            address,
+            second,
+            mac,
+            publishes,
+        },
+    )
+}
+
+fn entry(step: &Step, address: u8) -> Endpoint {
+    let net = |last| format!("10.9.0.{last}/24").parse().unwrap();
+    let first: ipnet::IpNet = net(address);
+    Endpoint {
+        id: EndpointId([step.endpoint; 5]),
+        name: format!("e{}", step.endpoint % 3),
+        namespace: "default".to_owned(),
+        network: NET,
+        mac: step.mac.map_or_else(|| addresses::mac_of(NET, first.addr()), |last| Mac([2, 0, 0, 0, 0, last])),
+        addresses: [address].into_iter().chain(step.second).map(net).collect(),
+        aliases: Vec::new(),
+        labels: BTreeMap::new(),
+        ready: true,
+        publish: step.publishes.map_or_else(Vec::new, |transport| {
+            let host = 8000 + u16::from(step.endpoint);
+            vec![Published { transport, address: None, host, container: 80, count: 1 }]
+        }),
+    }
+}
+
+/// Writes the entry and gives what that touched.
+fn write(view: &mut View, step: &Step) -> Touched {
+    let mut touched = Touched::default();
+    let (me, host) = (view.me, id(step.host));
+    let table = &mut view.nodes.get_mut(&host).unwrap().table;
+    let endpoint = EndpointId([step.endpoint; 5]);
+    if let Some(old) = table.endpoint(endpoint) {
+        touched.note(me, host, old);
+    }
+    let new = step.address.map(|address| entry(step, address));
+    if let Some(new) = &new {
+        touched.note(me, host, new);
+    }
+    let unset = if new.is_some() { Vec::new() } else { vec![Key::Endpoint(endpoint)] };
+    table.write(1, new.into_iter().map(Entry::Endpoint).collect(), unset, |_| Signature([0; 64]));
+    touched
+}
+
+fn check_index(table: &Table) {
+    let all: Vec<&Endpoint> = table.endpoints().collect();
+    assert_eq!(table.endpoints_on(NET).collect::<Vec<_>>(), all);
+    assert_eq!(table.networks().collect::<Vec<_>>(), if all.is_empty() { vec![] } else { vec![NET] });
+    for endpoint in &all {
+        let with = |fits: &dyn Fn(&Endpoint) -> bool| -> Vec<&Endpoint> {
+            all.iter().copied().filter(|other| fits(other)).collect()
+        };
+        assert_eq!(
+            table.with_mac(NET, endpoint.mac).collect::<Vec<_>>(),
+            with(&|other| other.mac == endpoint.mac)
+        );
+        assert_eq!(
+            table.named(&endpoint.name).collect::<Vec<_>>(),
+            with(&|other| other.name == endpoint.name)
+        );
+        for at in endpoint.addresses.iter().map(ipnet::IpNet::addr) {
+            assert_eq!(
+                table.with_address(NET, at).collect::<Vec<_>>(),
+                with(&|other| other.addresses.iter().any(|net| net.addr() == at))
+            );
+        }
+    }
+    let ranges: BTreeSet<_> =
+        all.iter().flat_map(|endpoint| &endpoint.addresses).map(ipnet::IpNet::trunc).collect();
+    assert_eq!(table.ranges(NET).collect::<BTreeSet<_>>(), ranges);
+}
+
+/// A routed network with the blocks of the switched one.
+fn small_blocks() -> View {
+    let subnet = addresses::new_routed_subnet(net("10.9.0.0/24"), Some(29)).unwrap();
+    view_of(Mode::L3, Backend::Vxlan, subnet, |n| net(&format!("10.9.0.{}/29", 8 * n)))
+}
+
+fn is_taken(view: &View, step: &Step) -> bool {
+    let Some(new) = step.address.map(|address| entry(step, address)) else { return false };
+    let table = &view.nodes[&id(step.host)].table;
+    let mut others = new.addresses.iter().flat_map(|net| table.with_address(NET, net.addr()));
+    others.any(|other| other.id != new.id)
+}
+
+/// Each port by which frames may leave that came in by it has a guard, and nobody else has.
+fn check_guarded(kernel: &Dataplane) {
+    let guards: usize = kernel
+        .elements
+        .sets()
+        .filter(|(set, _)| set.table == nft::Table::PublishFrames)
+        .map(|(_, held)| held.len())
+        .sum();
+    let turning = |link: &&Link| matches!(link, Link::Endpoint { hairpin: true, .. });
+    assert_eq!(guards, kernel.links.values().filter(turning).count());
+}
+
+/// A guard comes before its port is such a one, and goes after.
+fn check_guards(ops: &[Op]) {
+    let mut unguarded = false;
+    let mut turned = false;
+    for op in ops {
+        match op {
+            Op::DelElement(set, _) if set.table == nft::Table::PublishFrames => unguarded = true,
+            Op::SetElement(element) if element.set.table == nft::Table::PublishFrames => {
+                assert!(!turned, "{ops:?}");
+            }
+            Op::SetLink(_, Link::Endpoint { hairpin: was, .. }, Link::Endpoint { hairpin: is, .. }) => {
+                assert!(is >= was || !unguarded, "{ops:?}");
+                turned |= is > was;
+            }
+            _ => {}
+        }
+    }
+}
+
+proptest! {
+    #[test]
+    fn single_changes_lead_to_what_the_whole_network_needs(
+        steps in prop::collection::vec((step(), 1..4_usize), 1..40),
+        isolated in prop::collection::btree_set(0..6_u8, 0..2),
+        routed: bool,
+        // In the kernel, or not.
+        encrypted: Option<bool>,
+        // Services.
+        served: bool,
+        // A host without a tunnel.
+        deaf in prop::option::weighted(0.2, 1..=3_u8),
+    ) {
+        let mut view = if routed { small_blocks() } else { switched() };
+        if let Some(kernel) = encrypted {
+            encrypt(&mut view, kernel);
+        }
+        if let Some(deaf) = deaf {
+            view.nodes.get_mut(&id(deaf)).unwrap().record.tunnel = None;
+        }
+        let isolated = isolated.into_iter().map(|n| (EndpointId([n; 5]), String::new())).collect();
+        let local = Local { isolated, wanted: BTreeMap::from([(NET, 1)]), served, ..Local::default() };
+        let mut applied = Dataplane::default();
+        let mut left = Touched::default();
+        for (step, together) in steps {
+            // No host gives an address to two of its endpoints.
+            if routed && is_taken(&view, &step) {
+                continue;
+            }
+            let touched = write(&mut view, &step);
+            check_index(&view.nodes[&id(step.host)].table);
+            left.merge(touched);
+            if together > 1 {
+                continue;
+            }
+            let before = applied.clone();
+            let whole = network_part(&view, &local, NET);
+            match plan(&view, &local, NET, std::mem::take(&mut left), &mut applied, true) {
+                Some(ops) => {
+                    let all = ovl_dataplane::diff::diff(&before, &whole, true);
+                    let text = |ops: &[Op]| ops.iter().map(ToString::to_string).collect::<BTreeSet<_>>();
+                    assert_eq!(text(&ops), text(&all));
+                    for ops in [&ops, &all] {
+                        check_guards(ops);
+                    }
+                }
+                // Only the devices, which never change here, need the long way.
+                None => {
+                    assert_eq!(before, Dataplane::default());
+                    applied = whole.clone();
+                }
+            }
+            assert_eq!(applied, whole);
+            check_guarded(&whole);
+        }
+    }
+}

@@ -1,0 +1,79 @@
+//! A blocking client: all that `ovlctl` and the CNI plugin need.
+
+use std::io::{self, BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use crate::reply::{Failure, Reply};
+use crate::request::Request;
+
+/// Why there is no reply.
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    /// Nobody listens.
+    #[error("cannot reach ovld at {}: {error}. {}", path.display(), advice(error))]
+    Connect {
+        /// The socket.
+        path: PathBuf,
+        /// What the system said.
+        error: io::Error,
+    },
+    /// The connection broke.
+    #[error("lost the connection to ovld: {0}. Is it restarting? `journalctl -u ovld` shows its log")]
+    Io(#[from] io::Error),
+    /// Not our protocol.
+    #[error("ovld answered with something this release does not understand: {0}")]
+    Protocol(#[from] serde_json::Error),
+    /// ovld said no.
+    #[error("{}", .0.message)]
+    Failed(Failure),
+}
+
+fn advice(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::PermissionDenied => "Run as root",
+        _ => "Is it running? `systemctl start ovld` starts it; --socket or OVL_SOCKET names another socket",
+    }
+}
+
+/// A connection to ovld.
+#[derive(Debug)]
+pub struct Client {
+    stream: BufReader<UnixStream>,
+}
+
+impl Client {
+    /// Connects. `timeout` bounds each later read; nothing means to wait for ever.
+    pub fn connect(path: &Path, timeout: Option<Duration>) -> Result<Self, ClientError> {
+        let connect = || {
+            let stream = UnixStream::connect(path)?;
+            stream.set_read_timeout(timeout)?;
+            stream.set_write_timeout(Some(Duration::from_secs(10)))?;
+            Ok(stream)
+        };
+        connect()
+            .map(|stream| Self { stream: BufReader::new(stream) })
+            .map_err(|error| ClientError::Connect { path: path.to_owned(), error })
+    }
+
+    /// Asks, and reads the one reply. [`Reply::Error`] comes back as an error.
+    pub fn request(&mut self, request: &Request) -> Result<Reply, ClientError> {
+        let mut line = serde_json::to_vec(request)?;
+        line.push(b'\n');
+        self.stream.get_mut().write_all(&line)?;
+        self.next_reply()
+    }
+
+    /// Reads one more reply: for [`Request::Events`].
+    pub fn next_reply(&mut self) -> Result<Reply, ClientError> {
+        let mut line = String::new();
+        if self.stream.read_line(&mut line)? == 0 {
+            return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
+        }
+        match serde_json::from_str(&line)? {
+            Reply::Error(failure) => Err(ClientError::Failed(failure)),
+            reply => Ok(reply),
+        }
+    }
+}

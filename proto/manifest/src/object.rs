@@ -1,0 +1,302 @@
+//! Manifests as objects: read, filled in, and checked field by field, as Kubernetes' API server does.
+
+mod names;
+mod policy;
+mod service;
+mod workload;
+
+use ovl_proto::resource::{
+    DEFAULT_NAMESPACE, IntOrString, IpBlock, Kind, Meta, Name, PolicyType, ReadManifest, Resource,
+    ResourceKey,
+};
+use serde::de::DeserializeOwned;
+use serde_json::{Map, Value};
+
+use crate::problem::{Problem, Problems};
+
+use self::names::{is_label, is_label_key, is_label_value, is_service_name, is_subdomain};
+
+/// All annotations of an object together, in bytes.
+const MAX_ANNOTATIONS: usize = 128 << 10;
+/// Labels of an object.
+const MAX_LABELS: usize = 64;
+
+/// An object out of a manifest.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Read {
+    /// With defaults filled in; not yet what is allocated.
+    pub resource: Resource,
+    /// Fields that were passed over.
+    pub warnings: Vec<Problem>,
+}
+
+/// The objects of a document: itself, or the items of a list, each with the path that leads to it.
+pub fn items(document: Value) -> Vec<(String, Value)> {
+    let is_list = document.get("kind").and_then(Value::as_str).is_some_and(|kind| kind.ends_with("List"));
+    match document {
+        Value::Object(mut fields) if is_list => match fields.remove("items") {
+            Some(Value::Array(items)) => {
+                items.into_iter().enumerate().map(|(n, item)| (format!("items[{n}]."), item)).collect()
+            }
+            Some(other) => vec![(String::new(), other)],
+            None => Vec::new(),
+        },
+        other => vec![(String::new(), other)],
+    }
+}
+
+/// Which object a manifest is about.
+pub fn key(manifest: &Value, namespace: Option<&str>) -> Result<ResourceKey, Vec<Problem>> {
+    let mut problems = Problems::default();
+    let key = read_key(manifest, namespace, &mut problems);
+    key.filter(|_| problems.is_empty()).ok_or(problems.into_inner())
+}
+
+fn read_key(manifest: &Value, namespace: Option<&str>, problems: &mut Problems) -> Option<ResourceKey> {
+    if !manifest.is_object() {
+        problems.add("", "not an object with apiVersion, kind and metadata");
+        return None;
+    }
+    let text = |path: &str| manifest.pointer(path).and_then(Value::as_str).filter(|text| !text.is_empty());
+    let (version, kind) = (text("/apiVersion"), text("/kind"));
+    problems.want(version.is_some(), "apiVersion", "is missing");
+    problems.want(kind.is_some(), "kind", "is missing");
+    let (version, kind) = (version?, kind?);
+    let Some(kind) = Kind::ALL.into_iter().find(|it| it.name() == kind && it.api_version() == version) else {
+        let all: Vec<String> = Kind::ALL.iter().map(|it| format!("{} {it}", it.api_version())).collect();
+        problems.add("kind", format!("{version} {kind} is not supported; these are: {}", all.join(", ")));
+        return None;
+    };
+    let Some(name) = text("/metadata/name") else {
+        problems.add("metadata.name", "is missing");
+        return None;
+    };
+    let own = text("/metadata/namespace");
+    if !kind.is_namespaced() {
+        problems.want(own.is_none(), "metadata.namespace", format!("a {kind} is in no namespace"));
+        return Some(ResourceKey { kind, name: Name::new("", name) });
+    }
+    if let (Some(own), Some(wanted)) = (own, namespace)
+        && own != wanted
+    {
+        problems.add("metadata.namespace", format!("is {own}, and {wanted} was asked for"));
+    }
+    let namespace = own.or(namespace).unwrap_or(DEFAULT_NAMESPACE);
+    Some(ResourceKey { kind, name: Name::new(namespace, name) })
+}
+
+/// Reads a manifest. `namespace` is for what names none itself. Fields that are not supported are problems, or
+/// with `lenient` warnings.
+pub fn read(manifest: Value, namespace: Option<&str>, lenient: bool) -> Result<Read, Vec<Problem>> {
+    let mut problems = Problems::default();
+    let Some(key) = read_key(&manifest, namespace, &mut problems) else { return Err(problems.into_inner()) };
+    let Value::Object(mut fields) = manifest else { return Err(problems.into_inner()) };
+    fields.remove("apiVersion");
+    fields.remove("kind");
+    drop_what_the_server_writes(key.kind, &mut fields);
+    let mut given = Value::Object(fields);
+    drop_nulls(&mut given);
+    let mut resource = match Resource::read(key.kind, Typed(&given)) {
+        Ok(resource) => resource,
+        Err(problem) => {
+            problems.push(problem);
+            return Err(problems.into_inner());
+        }
+    };
+    let mut unknown = Vec::new();
+    // What the types do not have does not come out again.
+    match as_written(&resource) {
+        Ok(known) => left_over(&given, &known, "", &mut unknown),
+        Err(error) => problems.add("", error.to_string()),
+    }
+    if !lenient {
+        problems.append(&mut unknown);
+    }
+    resource.meta_mut().namespace = key.name.namespace;
+    complete(&mut resource);
+    check_into(&resource, &mut problems);
+    if problems.is_empty() { Ok(Read { resource, warnings: unknown }) } else { Err(problems.into_inner()) }
+}
+
+/// Whether hosts can rely on an object: the same for manifests and for what other hosts write.
+pub fn check(resource: &Resource) -> Result<(), Vec<Problem>> {
+    let mut problems = Problems::default();
+    check_into(resource, &mut problems);
+    if problems.is_empty() { Ok(()) } else { Err(problems.into_inner()) }
+}
+
+/// What Kubernetes' server writes itself and takes no notice of in a manifest. It says how another cluster's
+/// object was, which is nothing to this one.
+fn drop_what_the_server_writes(kind: Kind, fields: &mut Map<String, Value>) {
+    if let Some(Value::Object(metadata)) = fields.get_mut("metadata") {
+        for field in
+            ["creationTimestamp", "generation", "managedFields", "resourceVersion", "selfLink", "uid"]
+        {
+            metadata.remove(field);
+        }
+    }
+    // Only a Pod's has something in it that ovl goes by.
+    if kind != Kind::Pod {
+        fields.remove("status");
+    }
+}
+
+fn drop_nulls(value: &mut Value) {
+    match value {
+        Value::Object(fields) => {
+            fields.retain(|_, field| !field.is_null());
+            fields.values_mut().for_each(drop_nulls);
+        }
+        Value::Array(items) => items.iter_mut().for_each(drop_nulls),
+        Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) => {}
+    }
+}
+
+/// Reads a value as a type; an error names the field.
+struct Typed<'a>(&'a Value);
+
+impl ReadManifest for Typed<'_> {
+    type Error = Problem;
+
+    fn read<T: DeserializeOwned>(self) -> Result<T, Problem> {
+        serde_path_to_error::deserialize(self.0).map_err(|error| {
+            let path = error.path().to_string();
+            let reason = error.into_inner().to_string();
+            // Of a field that is missing the path leads to where it should be.
+            let missing = reason.strip_prefix("missing field `").and_then(|rest| rest.strip_suffix('`'));
+            match missing {
+                Some(field) => Problem {
+                    field: join(path.trim_end_matches('.'), field),
+                    reason: "is missing".to_owned(),
+                },
+                None => Problem { field: if path == "." { String::new() } else { path }, reason },
+            }
+        })
+    }
+}
+
+fn join(path: &str, field: &str) -> String {
+    if path.is_empty() { field.to_owned() } else { format!("{path}.{field}") }
+}
+
+/// With every field that the type has.
+fn as_written(resource: &Resource) -> Result<Value, serde_json::Error> {
+    match resource {
+        Resource::Namespace(it) => serde_json::to_value(it),
+        Resource::Pod(it) => serde_json::to_value(it),
+        Resource::Service(it) => serde_json::to_value(it),
+        Resource::EndpointSlice(it) => serde_json::to_value(it),
+        Resource::NetworkPolicy(it) => serde_json::to_value(it),
+    }
+}
+
+/// The fields of `given` that `known` has not.
+fn left_over(given: &Value, known: &Value, path: &str, unknown: &mut Vec<Problem>) {
+    match (given, known) {
+        (Value::Object(given), Value::Object(known)) => {
+            for (key, value) in given {
+                let field = join(path, key);
+                match known.get(key) {
+                    Some(known) => left_over(value, known, &field, unknown),
+                    None => unknown.push(Problem { field, reason: "is not supported".to_owned() }),
+                }
+            }
+        }
+        (Value::Array(given), Value::Array(known)) => {
+            for (n, (given, known)) in given.iter().zip(known).enumerate() {
+                left_over(given, known, &format!("{path}[{n}]"), unknown);
+            }
+        }
+        _ => {}
+    }
+}
+
+/// Fills in what follows from the rest.
+fn complete(resource: &mut Resource) {
+    match resource {
+        Resource::Namespace(_) | Resource::EndpointSlice(_) => {}
+        Resource::Pod(pod) => workload::complete(pod),
+        Resource::Service(it) => service::complete(it),
+        Resource::NetworkPolicy(it) => {
+            let spec = &mut it.spec;
+            if spec.policy_types.is_empty() {
+                spec.policy_types.push(PolicyType::Ingress);
+                spec.policy_types.extend((!spec.egress.is_empty()).then_some(PolicyType::Egress));
+            }
+            spec.policy_types.sort_unstable();
+            let from = spec.ingress.iter_mut().flat_map(|rule| &mut rule.from);
+            let to = spec.egress.iter_mut().flat_map(|rule| &mut rule.to);
+            for IpBlock { cidr, except } in from.chain(to).filter_map(|peer| peer.ip_block.as_mut()) {
+                *cidr = cidr.trunc();
+                except.iter_mut().for_each(|net| *net = net.trunc());
+            }
+        }
+    }
+}
+
+fn check_into(resource: &Resource, problems: &mut Problems) {
+    check_meta(resource.kind(), resource.meta(), problems);
+    match resource {
+        Resource::Namespace(_) => {}
+        Resource::Pod(it) => workload::check_pod(it, problems),
+        Resource::Service(it) => service::check(it, problems),
+        Resource::EndpointSlice(it) => workload::check_slice(it, problems),
+        Resource::NetworkPolicy(it) => policy::check(it, problems),
+    }
+}
+
+fn check_meta(kind: Kind, meta: &Meta, problems: &mut Problems) {
+    match kind {
+        Kind::Service => problems.want(is_service_name(&meta.name), "metadata.name", names::SERVICE_NAME),
+        Kind::Namespace => problems.want(is_label(&meta.name), "metadata.name", names::LABEL),
+        Kind::Pod | Kind::EndpointSlice | Kind::NetworkPolicy => {
+            problems.want(is_subdomain(&meta.name), "metadata.name", names::SUBDOMAIN);
+        }
+    }
+    let namespace_is_right =
+        if kind.is_namespaced() { is_label(&meta.namespace) } else { meta.namespace.is_empty() };
+    problems.want(namespace_is_right, "metadata.namespace", names::LABEL);
+    check_labels("metadata.labels", &meta.labels, problems);
+    problems.want(
+        meta.annotations.keys().all(|key| is_label_key(key)),
+        "metadata.annotations",
+        names::LABEL_KEY,
+    );
+    let size: usize = meta.annotations.iter().map(|(key, value)| key.len() + value.len()).sum();
+    problems.want(size <= MAX_ANNOTATIONS, "metadata.annotations", "are larger than 128 KiB together");
+}
+
+pub(crate) fn check_labels(field: &str, labels: &ovl_proto::resource::Labels, problems: &mut Problems) {
+    problems.want(labels.len() <= MAX_LABELS, field, format!("are more than {MAX_LABELS}"));
+    for (key, value) in labels {
+        problems.want(is_label_key(key), format!("{field}.{key}"), names::LABEL_KEY);
+        problems.want(is_label_value(value), format!("{field}.{key}"), names::LABEL_VALUE);
+    }
+}
+
+/// A port by number or by a container's name for it.
+pub(crate) fn check_port(field: &str, port: &IntOrString, problems: &mut Problems) {
+    match port {
+        IntOrString::Int(number) => check_number(field, *number, problems),
+        IntOrString::String(name) => problems.want(names::is_port_name(name), field, names::PORT_NAME),
+    }
+}
+
+pub(crate) fn check_number(field: &str, port: u16, problems: &mut Problems) {
+    problems.want(port != 0, field, "a port is between 1 and 65535");
+}
+
+/// Whether an address can be one of a workload or a Service.
+pub(crate) fn is_usable(address: std::net::IpAddr) -> bool {
+    let link_local = match address {
+        std::net::IpAddr::V4(v4) => v4.is_link_local(),
+        std::net::IpAddr::V6(v6) => v6.is_unicast_link_local(),
+    };
+    !address.is_unspecified() && !address.is_loopback() && !address.is_multicast() && !link_local
+}
+
+pub(crate) const USABLE: &str =
+    "not the address of one host: neither unspecified, nor loopback, link-local or multicast";
+
+#[cfg(test)]
+mod tests;

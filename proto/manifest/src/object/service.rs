@@ -1,0 +1,185 @@
+//! Checks of v1 Service that need nothing but the Service itself; what is taken by others is for
+//! the host that applies them.
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+
+use ovl_proto::resource::{
+    ClusterIp, IntOrString, IpFamily, IpFamilyPolicy, NODE_PORTS, Service, ServiceSpec, ServiceType,
+    SessionAffinity, TrafficPolicy,
+};
+
+use crate::problem::Problems;
+
+use super::names::{LABEL, SUBDOMAIN, is_label, is_subdomain};
+use super::{USABLE, check_labels, check_number, check_port, is_usable};
+
+/// Ports of a Service.
+const MAX_PORTS: usize = 1000;
+/// The longest that a client stays with its backend.
+const MAX_AFFINITY_SECONDS: u32 = 86_400;
+
+/// Fills in what follows from the rest.
+pub(super) fn complete(service: &mut Service) {
+    let spec = &mut service.spec;
+    match (spec.cluster_ip, spec.cluster_ips.first()) {
+        (Some(ip), None) => spec.cluster_ips.push(ip),
+        (None, Some(first)) => spec.cluster_ip = Some(*first),
+        (None, None) | (Some(_), Some(_)) => {}
+    }
+    for port in &mut spec.ports {
+        port.target_port.get_or_insert(IntOrString::Int(port.port));
+    }
+}
+
+pub(super) fn check(service: &Service, problems: &mut Problems) {
+    let spec = &service.spec;
+    check_labels("spec.selector", &spec.selector, problems);
+    check_ports(service, problems);
+    check_addresses(spec, problems);
+    check_policies(service, problems);
+    match spec.kind {
+        ServiceType::ExternalName => {
+            let name = spec.external_name.trim_end_matches('.');
+            problems.want(is_subdomain(name), "spec.externalName", SUBDOMAIN);
+            problems.want(spec.cluster_ips.is_empty(), "spec.clusterIP", "an ExternalName has none");
+            problems.want(spec.external_ips.is_empty(), "spec.externalIPs", "an ExternalName has none");
+            problems.want(spec.ip_families.is_empty(), "spec.ipFamilies", "an ExternalName has none");
+            problems.want(spec.ip_family_policy.is_none(), "spec.ipFamilyPolicy", "an ExternalName has none");
+        }
+        ServiceType::ClusterIP | ServiceType::NodePort | ServiceType::LoadBalancer => {
+            problems.want(spec.external_name.is_empty(), "spec.externalName", "goes with type ExternalName");
+            problems.want(
+                !spec.ports.is_empty() || service.is_headless(),
+                "spec.ports",
+                "at least one port, except of a headless Service",
+            );
+        }
+    }
+}
+
+fn check_ports(service: &Service, problems: &mut Problems) {
+    let spec = &service.spec;
+    problems.want(spec.ports.len() <= MAX_PORTS, "spec.ports", format!("are more than {MAX_PORTS}"));
+    let (mut names, mut numbers, mut node_ports) = (BTreeSet::new(), BTreeSet::new(), BTreeSet::new());
+    for (n, port) in spec.ports.iter().enumerate() {
+        let path = format!("spec.ports[{n}]");
+        check_number(&format!("{path}.port"), port.port, problems);
+        let unnamed = port.name.is_empty();
+        problems.want(!unnamed || spec.ports.len() == 1, format!("{path}.name"), "several ports need names");
+        problems.want(unnamed || is_label(&port.name), format!("{path}.name"), LABEL);
+        problems.want(unnamed || names.insert(&port.name), format!("{path}.name"), "comes twice");
+        problems.want(
+            numbers.insert((port.protocol, port.port)),
+            format!("{path}.port"),
+            format!("{} {} comes twice", port.protocol, port.port),
+        );
+        // The same number, which is what it is unless given, need not be told twice.
+        if let Some(target) =
+            port.target_port.as_ref().filter(|target| **target != IntOrString::Int(port.port))
+        {
+            check_port(&format!("{path}.targetPort"), target, problems);
+        }
+        if let Some(node_port) = port.node_port {
+            let path = format!("{path}.nodePort");
+            let exposed = matches!(spec.kind, ServiceType::NodePort | ServiceType::LoadBalancer);
+            problems.want(exposed, &path, "goes with type NodePort or LoadBalancer");
+            check_node_port(&path, node_port, problems);
+            problems.want(node_ports.insert((port.protocol, node_port)), &path, "comes twice");
+        }
+    }
+    if let Some(port) = spec.health_check_node_port {
+        let path = "spec.healthCheckNodePort";
+        problems.want(
+            spec.wants_health_check(),
+            path,
+            "goes with type LoadBalancer and externalTrafficPolicy Local",
+        );
+        check_node_port(path, port, problems);
+    }
+}
+
+fn check_node_port(path: &str, port: u16, problems: &mut Problems) {
+    let range = NODE_PORTS;
+    problems.want(
+        range.contains(&port),
+        path,
+        format!("{port} is not between {} and {}", range.start(), range.end()),
+    );
+}
+
+fn check_addresses(spec: &ServiceSpec, problems: &mut Problems) {
+    let ips = &spec.cluster_ips;
+    problems.want(
+        spec.cluster_ip == ips.first().copied(),
+        "spec.clusterIP",
+        "is not the first of clusterIPs",
+    );
+    let headless = ips.contains(&ClusterIp::Headless);
+    problems.want(!headless || ips.len() == 1, "spec.clusterIPs", "None stands alone");
+    problems.want(
+        !headless || spec.kind == ServiceType::ClusterIP,
+        "spec.clusterIP",
+        "None goes with type ClusterIP",
+    );
+    let addresses: Vec<IpAddr> = ips.iter().filter_map(|ip| ip.address()).collect();
+    let families: Vec<IpFamily> = addresses.iter().copied().map(IpFamily::of).collect();
+    let different = |families: &[IpFamily]| match families {
+        [] | [_] => true,
+        [a, b] => a != b,
+        _ => false,
+    };
+    problems.want(different(&families), "spec.clusterIPs", "at most one IPv4 and one IPv6 address");
+    problems.want(different(&spec.ip_families), "spec.ipFamilies", "at most IPv4 and IPv6, each once");
+    if !spec.ip_families.is_empty() && different(&spec.ip_families) {
+        let alike = families.iter().zip(&spec.ip_families).all(|(a, b)| a == b);
+        problems.want(
+            alike && families.len() <= spec.ip_families.len(),
+            "spec.clusterIPs",
+            "are not of the ipFamilies, in their order",
+        );
+    }
+    let both = families.len() > 1 || spec.ip_families.len() > 1;
+    problems.want(
+        !(both && spec.ip_family_policy == Some(IpFamilyPolicy::SingleStack)),
+        "spec.ipFamilyPolicy",
+        "SingleStack goes with one family",
+    );
+    for (n, address) in addresses.iter().enumerate() {
+        problems.want(is_usable(*address), format!("spec.clusterIPs[{n}]"), USABLE);
+    }
+    problems.want(spec.external_ips.len() <= 64, "spec.externalIPs", "are more than 64");
+    for (n, address) in spec.external_ips.iter().enumerate() {
+        problems.want(is_usable(*address), format!("spec.externalIPs[{n}]"), USABLE);
+    }
+    let balanced = spec.kind == ServiceType::LoadBalancer;
+    let reason = "goes with type LoadBalancer";
+    problems.want(balanced || spec.load_balancer_ip.is_none(), "spec.loadBalancerIP", reason);
+    problems.want(
+        balanced || spec.allocate_load_balancer_node_ports.is_none(),
+        "spec.allocateLoadBalancerNodePorts",
+        reason,
+    );
+}
+
+fn check_policies(service: &Service, problems: &mut Problems) {
+    let spec = &service.spec;
+    problems.want(
+        service.is_reached_from_outside() || spec.external_traffic_policy == TrafficPolicy::Cluster,
+        "spec.externalTrafficPolicy",
+        "goes with type NodePort or LoadBalancer, or with externalIPs",
+    );
+    let Some(config) = spec.session_affinity_config else { return };
+    problems.want(
+        spec.session_affinity == SessionAffinity::ClientIP,
+        "spec.sessionAffinityConfig",
+        "goes with sessionAffinity ClientIP",
+    );
+    if let Some(seconds) = config.client_ip.and_then(|config| config.timeout_seconds) {
+        problems.want(
+            (1..=MAX_AFFINITY_SECONDS).contains(&seconds),
+            "spec.sessionAffinityConfig.clientIP.timeoutSeconds",
+            format!("is not between 1 and {MAX_AFFINITY_SECONDS}"),
+        );
+    }
+}

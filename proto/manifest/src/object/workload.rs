@@ -1,0 +1,101 @@
+//! Checks of v1 Pod and EndpointSlice.
+
+use std::collections::BTreeSet;
+
+use ovl_proto::resource::{AddressType, EndpointSlice, Pod, PodIp};
+
+use crate::problem::Problems;
+
+use super::names::{LABEL, PORT_NAME, is_label, is_port_name};
+use super::{USABLE, check_number, is_usable};
+
+/// Containers of a pod, and ports of each.
+const MAX_CONTAINERS: usize = 100;
+const MAX_PORTS: usize = 100;
+/// Of a slice, as Kubernetes has it.
+const MAX_SLICE_ENDPOINTS: usize = 1000;
+const MAX_SLICE_ADDRESSES: usize = 100;
+
+/// The one address and the list say the same.
+pub(super) fn complete(pod: &mut Pod) {
+    let status = &mut pod.status;
+    match (status.pod_ip, status.pod_ips.first()) {
+        (Some(ip), None) => status.pod_ips.push(PodIp { ip }),
+        (None, Some(first)) => status.pod_ip = Some(first.ip),
+        (None, None) | (Some(_), Some(_)) => {}
+    }
+}
+
+pub(super) fn check_pod(pod: &Pod, problems: &mut Problems) {
+    let (spec, status) = (&pod.spec, &pod.status);
+    for (field, name) in [("spec.hostname", &spec.hostname), ("spec.subdomain", &spec.subdomain)] {
+        problems.want(name.is_empty() || is_label(name), field, LABEL);
+    }
+    problems.want(spec.containers.len() <= MAX_CONTAINERS, "spec.containers", "are more than 100");
+    for (n, container) in spec.containers.iter().enumerate() {
+        let path = format!("spec.containers[{n}]");
+        problems.want(is_label(&container.name), format!("{path}.name"), LABEL);
+        problems.want(container.ports.len() <= MAX_PORTS, format!("{path}.ports"), "are more than 100");
+        let mut names = BTreeSet::new();
+        for (n, port) in container.ports.iter().enumerate() {
+            let path = format!("{path}.ports[{n}]");
+            check_number(&format!("{path}.containerPort"), port.container_port, problems);
+            if !port.name.is_empty() {
+                problems.want(is_port_name(&port.name), format!("{path}.name"), PORT_NAME);
+                problems.want(
+                    names.insert(&port.name),
+                    format!("{path}.name"),
+                    "comes twice in one container",
+                );
+            }
+        }
+    }
+    let ips: Vec<_> = status.pod_ips.iter().map(|pod_ip| pod_ip.ip).collect();
+    problems.want(status.pod_ip == ips.first().copied(), "status.podIP", "is not the first of podIPs");
+    problems.want(
+        matches!(*ips.as_slice(), [] | [_])
+            || matches!(*ips.as_slice(), [a, b] if a.is_ipv4() != b.is_ipv4()),
+        "status.podIPs",
+        "at most one IPv4 and one IPv6 address",
+    );
+    for (n, ip) in ips.iter().enumerate() {
+        problems.want(is_usable(*ip), format!("status.podIPs[{n}].ip"), USABLE);
+    }
+}
+
+pub(super) fn check_slice(slice: &EndpointSlice, problems: &mut Problems) {
+    let ipv4 = slice.address_type == AddressType::IPv4;
+    problems.want(
+        slice.endpoints.len() <= MAX_SLICE_ENDPOINTS,
+        "endpoints",
+        format!("are more than {MAX_SLICE_ENDPOINTS}"),
+    );
+    for (n, endpoint) in slice.endpoints.iter().enumerate() {
+        let path = format!("endpoints[{n}]");
+        problems.want(
+            (1..=MAX_SLICE_ADDRESSES).contains(&endpoint.addresses.len()),
+            format!("{path}.addresses"),
+            format!("between 1 and {MAX_SLICE_ADDRESSES} addresses"),
+        );
+        for (n, address) in endpoint.addresses.iter().enumerate() {
+            let path = format!("{path}.addresses[{n}]");
+            problems.want(address.is_ipv4() == ipv4, &path, "is not of the slice's addressType");
+            problems.want(is_usable(*address), &path, USABLE);
+        }
+        problems.want(
+            endpoint.hostname.is_empty() || is_label(&endpoint.hostname),
+            format!("{path}.hostname"),
+            LABEL,
+        );
+    }
+    problems.want(slice.ports.len() <= MAX_PORTS, "ports", "are more than 100");
+    let mut names = BTreeSet::new();
+    for (n, port) in slice.ports.iter().enumerate() {
+        let path = format!("ports[{n}]");
+        problems.want(port.name.is_empty() || is_label(&port.name), format!("{path}.name"), LABEL);
+        problems.want(names.insert(&port.name), format!("{path}.name"), "comes twice");
+        if let Some(number) = port.port {
+            check_number(&format!("{path}.port"), number, problems);
+        }
+    }
+}
