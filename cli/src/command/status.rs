@@ -1,4 +1,4 @@
-//! `ovlctl status`
+//! `ovlctl status`: shows the state of this host's daemon.
 
 use std::fmt::Write as _;
 
@@ -7,12 +7,14 @@ use ovl_proto::control::{DaemonState, GossipCounters, KeyRotation, ReconcileStat
 
 use crate::context::Context;
 use crate::error::{Error, Result};
-use crate::text::{block, count, lines, list};
+use crate::text::{comma_separated, key_value_block, plural, prefixed_lines};
 use crate::time::seconds;
 
-/// Asks and prints.
+/// Requests the status and prints it.
 pub(crate) fn run(context: &Context) -> Result<()> {
-    let Reply::Status(status) = context.ask(&Request::Status)? else { return Err(Error::unexpected_reply()) };
+    let Reply::Status(status) = context.request(&Request::Status)? else {
+        return Err(Error::unexpected_reply());
+    };
     context.print(&*status, render)
 }
 
@@ -36,7 +38,7 @@ fn render(status: &Status) -> String {
         ("Reconcile", reconcile(&status.reconcile)),
     ];
     rows.extend(status.rotation.as_ref().map(|it| ("Cluster key", rotation(it))));
-    let mut text = block(&rows);
+    let mut text = key_value_block(&rows);
     section(&mut text, "Refused by the kernel", &status.reconcile.failing);
     section(&mut text, "Problems", &status.problems);
     text
@@ -44,7 +46,7 @@ fn render(status: &Status) -> String {
 
 fn section(text: &mut String, title: &str, items: &[String]) {
     if !items.is_empty() {
-        let _ = write!(text, "{title}:\n{}", lines("  - ", items));
+        let _ = write!(text, "{title}:\n{}", prefixed_lines("  - ", items));
     }
 }
 
@@ -56,7 +58,7 @@ fn rotation(rotation: &KeyRotation) -> String {
         rotation.have,
         rotation.hosts,
         rotation.seal,
-        list(&rotation.waits_for)
+        comma_separated(&rotation.waits_for)
     )
 }
 
@@ -72,14 +74,14 @@ fn gossip(counters: &GossipCounters) -> String {
         }
     }
     if !counters.strangers.is_empty() {
-        let _ = write!(text, " (strangers: {})", list(&counters.strangers));
+        let _ = write!(text, " (strangers: {})", comma_separated(&counters.strangers));
     }
     text
 }
 
 fn reconcile(status: &ReconcileStatus) -> String {
     let passes = if status.passes == 1 { "1 pass".to_owned() } else { format!("{} passes", status.passes) };
-    format!("{passes}, {}, {}", count(status.operations, "operation"), count(status.repairs, "repair"))
+    format!("{passes}, {}, {}", plural(status.operations, "operation"), plural(status.repairs, "repair"))
 }
 
 #[cfg(test)]
@@ -107,7 +109,7 @@ mod tests {
     }
 
     #[test]
-    fn a_healthy_daemon() {
+    fn healthy_daemon_is_rendered_without_problems() {
         assert_eq!(
             render(&status()),
             "\
@@ -127,7 +129,7 @@ Reconcile  31 passes, 42 operations, 1 repair
     }
 
     #[test]
-    fn a_rotation_of_the_cluster_key_is_shown() {
+    fn rotation_of_the_cluster_key_is_shown() {
         let rotation = KeyRotation {
             key: "0410c3g".parse().unwrap(),
             since_ms: 0,
@@ -148,13 +150,13 @@ Reconcile  31 passes, 42 operations, 1 repair
     }
 
     #[test]
-    fn problems_come_last() {
+    fn problems_are_shown_last() {
         let mut status = status();
         status.state = DaemonState::Degraded;
         status.alive = 2;
         status.gossip.dropped_unauthenticated = 5;
         status.gossip.strangers = vec!["192.0.2.9".parse().unwrap()];
-        status.reconcile.failing = vec!["link ovl-b1: operation not supported".into()];
+        status.reconcile.failing = vec!["link ovb-04gc3g8k: operation not supported".into()];
         status.problems = vec!["host2 is dead.".into(), "The key of 192.0.2.9 is another.".into()];
         let text = render(&status);
         assert!(text.contains("\nMembers    3, 2 alive\n"), "{text}");
@@ -163,7 +165,7 @@ Reconcile  31 passes, 42 operations, 1 repair
             text.ends_with(
                 "
 Refused by the kernel:
-  - link ovl-b1: operation not supported
+  - link ovb-04gc3g8k: operation not supported
 Problems:
   - host2 is dead.
   - The key of 192.0.2.9 is another.
