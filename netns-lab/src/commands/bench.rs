@@ -1,4 +1,4 @@
-//! `bench`.
+//! `bench`: measures ovl's performance figures.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -9,39 +9,39 @@ use clap::Args;
 
 use crate::bench::{self, Name, Peer, Plan, Suite, Wanted};
 
-/// Longer runs say no more.
+/// Maximum length of a run in seconds; longer runs give no better figures.
 const LONGEST: u64 = 3600;
 
-/// Those that a bar or a figure of the issue needs.
+/// The default peers: those that a bar or a figure needs.
 const PEERS: [Peer; 2] = [Peer::Gotatun, Peer::Boringtun];
 
 #[derive(Args)]
 pub(crate) struct BenchArgs {
-    /// Which figures
+    /// The suite of figures to measure
     #[arg(value_enum, default_value_t = Suite::Core)]
     suite: Suite,
-    /// This figure alone; may be repeated
+    /// Measure only this figure; may be repeated
     #[arg(long, value_enum, value_name = "NAME")]
     only: Vec<Name>,
-    /// Where to write the figures as JSON [default: target/bench-SUITE.json]
+    /// File for the figures in JSON [default: target/bench-SUITE.json]
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
-    /// How long each TCP stream runs, in seconds [default: 2]
+    /// Length of each TCP stream in seconds [default: 2]
     #[arg(long, value_name = "N")]
     seconds: Option<u64>,
-    /// How long gossip loses datagrams, in seconds [default: 300]
+    /// Length of the gossip loss in seconds [default: 300]
     #[arg(long, value_name = "N")]
     loss_seconds: Option<u64>,
-    /// Where ovld, ovlctl, ovl-cni and ovl-docker are, such as target/release
+    /// Directory of ovld, ovlctl, ovl-cni and ovl-docker, such as target/release
     #[arg(long, value_name = "DIR")]
     release_dir: Option<PathBuf>,
-    /// Everything once and briefly, to see that it works
+    /// Measure every figure once and briefly, as a smoke test
     #[arg(long)]
     quick: bool,
-    /// tunnel: what ovl is held against, separated by commas [default: gotatun,boringtun]
+    /// tunnel: peers to compare ovl with, separated by commas [default: gotatun,boringtun]
     #[arg(long, value_enum, value_delimiter = ',', value_name = "PEER,...")]
     peers: Vec<Peer>,
-    /// tunnel: install those peers that Debian has
+    /// tunnel: install missing peers that Debian packages
     #[arg(long)]
     install: bool,
 }
@@ -52,7 +52,10 @@ pub(crate) fn bench(args: BenchArgs) -> Result<ExitCode> {
     let mut plan = if args.quick { Plan::quick() } else { Plan::full() };
     for (seconds, setting) in [(args.seconds, &mut plan.stream), (args.loss_seconds, &mut plan.loss)] {
         if let Some(seconds) = seconds {
-            ensure!((1..=LONGEST).contains(&seconds), "between 1 and {LONGEST} seconds, not {seconds}");
+            ensure!(
+                (1..=LONGEST).contains(&seconds),
+                "invalid length of {seconds} s: must be 1 to {LONGEST}"
+            );
             *setting = Duration::from_secs(seconds);
         }
     }
@@ -69,7 +72,10 @@ pub(crate) fn bench(args: BenchArgs) -> Result<ExitCode> {
             | Suite::Services,
             _,
         ) => {
-            ensure!(args.peers.is_empty() && !args.install, "only `bench tunnel` has --peers and --install");
+            ensure!(
+                args.peers.is_empty() && !args.install,
+                "--peers and --install are options of `bench tunnel` only"
+            );
             Vec::new()
         }
     };
