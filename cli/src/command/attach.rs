@@ -50,8 +50,8 @@ pub(crate) struct Args {
     /// A label for selectors to match; may be repeated
     #[arg(long = "label", value_name = "K=V", value_parser = parse_label)]
     labels: Vec<(String, String)>,
-    /// Publish a port of the endpoint on this host: [ADDR:][HOST[-END]:]CONTAINER[-END][/tcp|udp|sctp]; may be
-    /// repeated
+    /// Publish a port of the endpoint on this host: [ADDR:][HOST[-END]:]CONTAINER[-END][/tcp|udp|sctp]; may
+    /// be repeated
     #[arg(long, value_name = "PORT")]
     publish: Vec<Publish>,
     /// Receive no Service connections until `ovlctl endpoint ready`

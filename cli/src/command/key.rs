@@ -44,8 +44,8 @@ enum Action {
     /// Rotate this host's tunnel key, or the cluster key of all hosts, without packet loss
     ///
     /// No daemon restarts. The old and the new key are both valid until all live hosts use the new one. Each
-    /// host then writes a new cluster key to the key file of its configuration. The command waits for that; if
-    /// interrupted, the rotation continues.
+    /// host then writes a new cluster key to the key file of its configuration. The command waits for that;
+    /// if interrupted, the rotation continues.
     Rotate {
         /// Rotate the cluster key: a file with the new key, as `ovlctl key generate` writes it; - reads
         /// standard input
@@ -213,7 +213,8 @@ fn note(host: &HostKeys) -> &'static str {
     }
 }
 
-/// Removes the permissions of other users from standard output if it is a file. Shells create it with mode 0644.
+/// Removes the permissions of other users from standard output if it is a file. Shells create it with mode
+/// 0644.
 fn restrict_output_file() -> io::Result<()> {
     let output = File::from(io::stdout().as_fd().try_clone_to_owned()?);
     let metadata = output.metadata()?;

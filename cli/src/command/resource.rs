@@ -68,7 +68,8 @@ pub(crate) struct DiffArgs {
 /// Arguments of `get` and `describe`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct GetArgs {
-    /// Kind: `svc`, `pods`, `netpol`, `ns`, `endpointslices` or `ep`; several separated by commas; or KIND/NAME
+    /// Kind: `svc`, `pods`, `netpol`, `ns`, `endpointslices` or `ep`; several separated by commas; or
+    /// KIND/NAME
     kind: String,
     /// Only the object of this name
     name: Option<String>,

@@ -7,7 +7,8 @@ use crate::text::printable_lines;
 
 /// Number of unchanged lines shown around a change.
 const CONTEXT: usize = 3;
-/// Maximum number of lines to compare. Longer texts are shown as a whole, because the comparison is quadratic.
+/// Maximum number of lines to compare. Longer texts are shown as a whole, because the comparison is
+/// quadratic.
 const MAX_LINES: usize = 4000;
 
 /// Renders the change of an object like `diff -u`. Empty if there is none.
