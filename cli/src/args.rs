@@ -55,7 +55,7 @@ enum Command {
     Teardown(lifecycle::TeardownArgs),
     /// List the address blocks and the hosts that hold them
     Subnets,
-    /// List the forwarding database entries of ovl's VXLAN devices
+    /// List the forwarding database entries of ovl's devices
     Fdb,
     /// List the routes and addresses of ovl's devices
     Routes,

@@ -75,7 +75,7 @@ struct CreateArgs {
     /// Encrypt all traffic between hosts
     #[arg(long)]
     encrypted: bool,
-    /// Create no gateway: endpoints reach only each other
+    /// Create no gateway: endpoints reach only each other and their resolver
     #[arg(long)]
     internal: bool,
     /// MTU in bytes [default: follows the path MTU between the network's hosts]
