@@ -24,7 +24,7 @@ const UDP_TIMEOUT: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 pub struct EchoServer {
     address: SocketAddr,
-    /// The server thread stops when the other half of this pair is closed.
+    /// Dropping this half of a socket pair stops the server thread.
     alive: Option<UnixStream>,
     thread: Option<JoinHandle<()>>,
 }

@@ -40,7 +40,7 @@ pub(crate) struct Seen {
 /// Records notifications from `start` until it is dropped.
 pub(crate) struct Watcher {
     seen: Receiver<Result<Seen>>,
-    /// The watcher thread stops when the other half of this pair is closed.
+    /// Dropping this half of a socket pair stops the watcher thread.
     alive: Option<UnixStream>,
     thread: Option<JoinHandle<()>>,
 }
