@@ -13,31 +13,31 @@ use crate::command::{
 use crate::context::Context;
 use crate::error::Result;
 
-/// Keeps what every command has apart from what one has.
+/// Help heading that separates the global options from a command's own.
 const GLOBAL: &str = "Global options";
 
-/// The command line of ovl, an overlay network for containers on many hosts.
+/// Command-line client of ovl, a multi-host overlay network for containers.
 #[derive(Debug, Parser)]
 #[command(name = "ovlctl", version, long_version = ovl_proto::VERSION)]
-#[command(after_help = "Exit status: 0 done, 1 failed, 2 wrong usage.")]
+#[command(after_help = "Exit status: 0 success, 1 failure, 2 usage error.")]
 pub(crate) struct Cli {
-    /// Where ovld listens
+    /// Path of ovld's Unix socket
     #[arg(long, value_name = "PATH", env = "OVL_SOCKET", default_value = DEFAULT_SOCKET)]
     #[arg(global = true, help_heading = GLOBAL)]
     socket: PathBuf,
-    /// What to print: for people, or for programs
+    /// Output format
     #[arg(short, long, global = true, value_enum, default_value_t = Output::Table, help_heading = GLOBAL)]
     output: Output,
     #[command(subcommand)]
     command: Command,
 }
 
-/// How answers are printed.
+/// Output format of a command.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Output {
-    // A doc comment on a value would make every command's --help a page longer.
+    // No doc comments on the values: they would make every command's --help a page longer.
     Table,
-    // A table with all columns, also those that hold what is usual.
+    // A table with all columns, including those that have the default value in every row.
     Wide,
     Json,
     Yaml,
@@ -45,70 +45,70 @@ pub(crate) enum Output {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Show how this host's daemon is, and what is wrong
+    /// Show the state of this host's daemon and its problems
     Status,
-    /// Show all hosts of the cluster, or forget a dead one
+    /// List the hosts of the cluster, or remove a dead one
     Peers(peers::Args),
-    /// Withdraw this host from the cluster and end the daemon
+    /// Withdraw this host from the cluster and stop the daemon
     Leave,
-    /// Leave, and remove every device, route and rule that ovl made here
+    /// Leave the cluster and delete every device, route and rule that ovl created on this host
     Teardown(lifecycle::TeardownArgs),
-    /// Show the blocks of addresses and who holds them
+    /// List the address blocks and the hosts that hold them
     Subnets,
-    /// Show where the kernel sends frames
+    /// List the forwarding database entries of ovl's devices
     Fdb,
-    /// Show the routes and addresses of ovl's devices
+    /// List the routes and addresses of ovl's devices
     Routes,
-    /// Show the commands that would bring the kernel to what it should hold
+    /// Show the pending kernel changes as commands
     Plan,
-    /// Compare the kernel with what it should hold; exit status 1 on any difference
+    /// Compare the kernel with the desired state; exit status 1 if they differ
     Verify,
-    /// Show what happened lately
+    /// Show recent events
     Events(events::Args),
-    /// Print the daemon's counters in Prometheus' text format
+    /// Print the daemon's metrics in the Prometheus text format
     Metrics,
-    /// Create, show, change and remove networks
+    /// Manage networks
     Network(network::Args),
-    /// Put an interface into a network namespace
+    /// Attach a network namespace to a network
     Attach(attach::Args),
-    /// Take an endpoint's interface away
+    /// Detach an endpoint and delete its interface
     Detach(detach::Args),
-    /// Show the endpoints of all hosts
+    /// List the endpoints of all hosts
     Endpoints(endpoints::Args),
-    /// Show what a DNS query would be answered, and why
+    /// Show the answer to a DNS query, and the reason for it
     Dns(dns::Args),
-    /// Say whether Services send connections to an endpoint
+    /// Mark an endpoint as ready or not ready for Services
     Endpoint(endpoint::Args),
-    /// Make or change the objects of Kubernetes manifests
+    /// Create or update Kubernetes objects from manifests
     Apply(resource::ApplyArgs),
-    /// Show Kubernetes' objects
+    /// List Kubernetes objects
     Get(resource::GetArgs),
-    /// Show all about Kubernetes' objects, and what follows from them
+    /// Show the details of Kubernetes objects and their effects
     Describe(resource::GetArgs),
-    /// Delete Kubernetes' objects
+    /// Delete Kubernetes objects
     Delete(resource::DeleteArgs),
-    /// Show what applying manifests would change; exit status 1 where it would
+    /// Compare manifests with the cluster; exit status 1 if they differ
     Diff(resource::DiffArgs),
-    /// Create, show and remove network namespaces that outlive the programs in them
+    /// Manage sandboxes: network namespaces that outlive the processes in them
     Sandbox(sandbox::Args),
-    /// Show network policies, what they say of a connection, and what they refused
+    /// List network policies, explain a verdict, show refused connections
     Policy(policy::Args),
-    /// Set container runtimes up
+    /// Set up container runtimes
     Cni(cni::Args),
-    /// Make a cluster key, change the cluster's, or show which host has which
+    /// Generate a cluster key, rotate keys, show the keys of all hosts
     Key(key::Args),
-    /// Print a completion script for a shell
+    /// Print a shell completion script
     Completions(completions::Args),
-    /// Write the manual pages into a folder
+    /// Write the manual pages to a directory
     Man(man::Args),
 }
 
 impl Cli {
-    /// Carries the command out.
+    /// Runs the command.
     pub(crate) fn run(self) -> Result<ExitCode> {
         let context = Context { socket: self.socket, output: self.output };
         match self.command {
-            // Commands whose findings show in the exit status.
+            // These commands report differences through the exit status.
             Command::Verify => return verify::run(&context),
             Command::Diff(args) => return resource::diff(&context, &args),
             Command::Status => status::run(&context),
@@ -153,12 +153,12 @@ mod tests {
     }
 
     #[test]
-    fn the_definition_is_sound() {
+    fn clap_definition_is_valid() {
         Cli::command().debug_assert();
     }
 
     #[test]
-    fn global_options_go_before_or_after_the_command() {
+    fn global_options_are_accepted_before_and_after_the_command() {
         for line in [
             "ovlctl -o json --socket /tmp/s status",
             "ovlctl status --socket /tmp/s --output json",
@@ -170,7 +170,7 @@ mod tests {
     }
 
     #[test]
-    fn every_promised_command_line_is_understood() {
+    fn documented_command_lines_are_accepted() {
         for line in [
             "peers",
             "peers forget host2",
@@ -233,7 +233,7 @@ mod tests {
     }
 
     #[test]
-    fn wrong_usage_is_refused() {
+    fn invalid_command_lines_are_rejected() {
         for line in [
             "",
             "stauts",

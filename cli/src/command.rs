@@ -1,4 +1,4 @@
-//! The commands: each file has the arguments, the request and the table of one group.
+//! The commands. Each file holds the arguments, requests and tables of one group of commands.
 
 pub(crate) mod attach;
 pub(crate) mod cni;

@@ -1,4 +1,4 @@
-//! Asking ovld, and printing what it says.
+//! Requests to ovld, and output of the replies.
 
 use std::io::{self, Write};
 use std::ops::ControlFlow;
@@ -14,17 +14,18 @@ use crate::args::Output;
 use crate::error::{Error, Result};
 use crate::text::printable_lines;
 
-/// What the global options say.
+/// The values of the global options.
 #[derive(Debug)]
 pub(crate) struct Context {
-    /// Where ovld listens.
+    /// Path of ovld's Unix socket.
     pub(crate) socket: PathBuf,
-    /// How to print.
+    /// Output format.
     pub(crate) output: Output,
 }
 
-/// How long ovld may take. Those that get longer wait for a majority, the kernel or other hosts.
-fn seconds(request: &Request) -> u64 {
+/// Returns the timeout of a request in seconds. Requests that wait for a majority, the kernel or other hosts
+/// have a longer one.
+fn timeout_s(request: &Request) -> u64 {
     match request {
         Request::Attach(_)
         | Request::Get(_)
@@ -38,33 +39,32 @@ fn seconds(request: &Request) -> u64 {
 }
 
 impl Context {
-    /// Asks one question.
-    pub(crate) fn ask(&self, request: &Request) -> Result<Reply> {
-        let seconds = seconds(request);
+    /// Sends one request and returns the reply.
+    pub(crate) fn request(&self, request: &Request) -> Result<Reply> {
+        let seconds = timeout_s(request);
         Client::connect(&self.socket, Some(Duration::from_secs(seconds)))
             .and_then(|mut client| client.request(request))
-            .map_err(|error| Error::no_reply(error, seconds))
+            .map_err(|error| Error::request_failed(error, seconds))
     }
 
-    /// Asks for something that has no answer but that it was done. Nothing is printed as a table,
-    /// as `ip` does.
-    pub(crate) fn ask_done(&self, request: &Request) -> Result<()> {
-        let Reply::Done = self.ask(request)? else { return Err(Error::unexpected_reply()) };
+    /// Sends a request whose reply carries no data. Prints nothing in table format, as `ip` does.
+    pub(crate) fn request_done(&self, request: &Request) -> Result<()> {
+        let Reply::Done = self.request(request)? else { return Err(Error::unexpected_reply()) };
         match self.output {
             Output::Table | Output::Wide => Ok(()),
             Output::Json | Output::Yaml => self.print(&json!({ "done": true }), |_| String::new()),
         }
     }
 
-    /// Tells a person something beside the answer, on standard error: nothing for programs.
-    pub(crate) fn say(&self, text: &str) {
+    /// Prints a note to standard error. Only in table format, which is read by people.
+    pub(crate) fn note(&self, text: &str) {
         if self.output == Output::Table {
-            // Without a standard error there is nobody to tell, and eprintln! would panic.
+            // Not eprintln!: it panics if standard error is closed.
             let _ = writeln!(io::stderr(), "{}", printable_lines(text));
         }
     }
 
-    /// Prints a value: as JSON, or as what `text` makes of it.
+    /// Prints a value as JSON or YAML, or in the text form that `text` renders.
     pub(crate) fn print<T: Serialize>(&self, value: &T, text: impl FnOnce(&T) -> String) -> Result<()> {
         let text = match self.output {
             Output::Table | Output::Wide => text(value),
@@ -75,23 +75,23 @@ impl Context {
     }
 }
 
-/// JSON with a newline, or why there is none.
+/// Terminates serialized JSON with a newline.
 pub(crate) fn json_text(json: serde_json::Result<String>) -> Result<String> {
-    json.map(|text| text + "\n").map_err(unwritable)
+    json.map(|text| text + "\n").map_err(serialization_error)
 }
 
-/// A document of YAML, or why there is none.
+/// Serializes a value as a YAML document.
 pub(crate) fn yaml_text<T: Serialize>(value: &T) -> Result<String> {
-    let value = serde_json::to_value(value).map_err(unwritable)?;
+    let value = serde_json::to_value(value).map_err(serialization_error)?;
     Ok(format!("---\n{}", to_yaml(&value)))
 }
 
-fn unwritable(error: serde_json::Error) -> Error {
-    Error::Failed(format!("cannot write the answer as JSON: {error}. Use `-o table`, and report this"))
+fn serialization_error(error: serde_json::Error) -> Error {
+    Error::Failed(format!("cannot serialize the reply: {error}. Use `-o table`, and report this bug"))
 }
 
-/// Writes to standard output at once. A reader that went away (`| head`) has what it wanted: that
-/// is not an error, and [`ControlFlow::Break`] says so.
+/// Writes to standard output and flushes it. Returns [`ControlFlow::Break`] if the reader has closed the pipe
+/// (`| head`), which is not an error.
 pub(crate) fn write_out(text: &str) -> Result<ControlFlow<()>> {
     let mut out = io::stdout().lock();
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {

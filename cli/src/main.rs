@@ -1,14 +1,14 @@
-//! `ovlctl`, the command line of ovl: one request to ovld's Unix socket, and its answer as a table
-//! or as JSON.
+//! `ovlctl`, the command-line client of ovl. It sends one request to ovld's Unix socket and prints the
+//! reply as a table, JSON or YAML.
 //!
-//! | module | what is in it |
+//! | module | contents |
 //! | --- | --- |
 //! | [`args`] | the global options and the list of commands |
 //! | [`command`] | one file per group of commands: its arguments, its request, its table |
-//! | [`context`] | asking ovld, and printing |
+//! | [`context`] | requests to ovld, and output |
 //! | [`error`] | how a command fails, and its exit status |
-//! | [`text`] | tables, blocks, lines; control characters made harmless |
-//! | [`time`] | durations and timestamps for people |
+//! | [`text`] | tables, key-value blocks, lists; escaping of control characters |
+//! | [`time`] | human-readable durations |
 
 mod args;
 mod command;

@@ -1,7 +1,6 @@
-//! Durations and timestamps for people. Time zones are left out on purpose: hosts of one cluster
-//! may be in several, and their events are compared.
+//! Human-readable durations.
 
-/// Microseconds as `0.04ms`, `0.4ms`, `12ms`, and from a second on as [`seconds`].
+/// Formats microseconds as `0.04ms`, `0.4ms` or `12ms`; from one second on like [`seconds`].
 pub(crate) fn micros(us: u64) -> String {
     let ms = |us: u64| us as f64 / 1e3;
     match us {
@@ -12,12 +11,12 @@ pub(crate) fn micros(us: u64) -> String {
     }
 }
 
-/// Milliseconds as `120ms`, and from a second on as [`seconds`].
+/// Formats milliseconds as `120ms`; from one second on like [`seconds`].
 pub(crate) fn millis(ms: u64) -> String {
     if ms < 1000 { format!("{ms}ms") } else { seconds(ms / 1000) }
 }
 
-/// Seconds in at most two units: `12s`, `3m12s`, `4h5m`, `2d3h`.
+/// Formats seconds in at most two units: `12s`, `3m12s`, `4h5m`, `2d3h`.
 pub(crate) fn seconds(s: u64) -> String {
     let (minutes, hours, days) = (s / 60, s / 3600, s / 86_400);
     if days > 0 {
@@ -44,7 +43,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn durations_are_short() {
+    fn durations_have_at_most_two_units() {
         for (us, text) in [
             (0, "0.00ms"),
             (40, "0.04ms"),

@@ -1,4 +1,4 @@
-//! The real binary against a daemon that answers what it is told to.
+//! The ovlctl binary against a fake daemon with fixed replies.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests, and helpers of tests")]
 #![allow(unreachable_pub, reason = "the helpers are a module of this one test")]
@@ -10,7 +10,7 @@ use std::io::{BufRead, BufReader, Read};
 use std::os::unix::fs::PermissionsExt as _;
 use std::process::Stdio;
 
-use fake::{Dir, Fake, ovlctl, run};
+use fake::{Dir, FakeDaemon, ovlctl, run};
 use ovl_control::{
     Event, Failure, FailureKind, KeyRotation, KeyStatus, NetnsRef, Reply, Request, SubnetUse, Verify,
 };
@@ -37,8 +37,8 @@ fn event(number: u64) -> Event {
 }
 
 #[test]
-fn a_list_is_a_table_or_an_array() {
-    let fake = Fake::new(&[block()]);
+fn list_is_printed_as_table_or_json_array() {
+    let fake = FakeDaemon::new(&[block()]);
     fake.run("subnets")
         .prints("NETWORK  PREFIX       NODE   USED  SIZE\nblue     10.1.0.0/28  host1  3     15\n");
     fake.run("subnets -o json").prints_json(
@@ -48,15 +48,15 @@ fn a_list_is_a_table_or_an_array() {
 }
 
 #[test]
-fn json_is_for_reading_too() {
-    Fake::new(&[Reply::Verify(Verify { clean: true, settled_ms: Some(3), differences: Vec::new() })])
+fn json_is_indented() {
+    FakeDaemon::new(&[Reply::Verify(Verify { clean: true, settled_ms: Some(3), differences: Vec::new() })])
         .run("verify -o json")
-        .prints("{\n  \"clean\": true,\n  \"differences\": []\n}\n");
+        .prints("{\n  \"clean\": true,\n  \"settled_ms\": 3,\n  \"differences\": []\n}\n");
 }
 
 #[test]
-fn what_is_done_is_done_in_silence() {
-    let fake = Fake::new(&[Reply::Done]);
+fn commands_without_data_print_nothing() {
+    let fake = FakeDaemon::new(&[Reply::Done]);
     let lines = ["leave", "teardown", "network rm blue", "detach web --network blue", "sandbox rm web"];
     for line in lines {
         fake.run(line).prints("");
@@ -71,8 +71,8 @@ fn what_is_done_is_done_in_silence() {
 }
 
 #[test]
-fn forgetting_a_host_ends_with_what_to_do_about_the_key() {
-    let fake = Fake::new(&[Reply::Done]);
+fn peers_forget_prints_how_to_rotate_the_key() {
+    let fake = FakeDaemon::new(&[Reply::Done]);
     let ran = fake.run("peers forget host3");
     assert_eq!((ran.code, ran.out.as_str()), (Some(0), ""));
     assert!(
@@ -84,11 +84,11 @@ fn forgetting_a_host_ends_with_what_to_do_about_the_key() {
 }
 
 #[test]
-fn a_rotation_is_waited_for_or_not_and_the_key_is_read_from_a_private_file() {
+fn key_rotate_waits_unless_told_not_to_and_rejects_readable_key_files() {
     let status = |rotation: Option<KeyRotation>| {
         Reply::Keys(Box::new(KeyStatus { rotation, tunnel_waits_for: None, hosts: Vec::new() }))
     };
-    let under_way = KeyRotation {
+    let in_progress = KeyRotation {
         key: "0410c3g".parse().unwrap(),
         since_ms: 0,
         hosts: 3,
@@ -103,71 +103,69 @@ fn a_rotation_is_waited_for_or_not_and_the_key_is_read_from_a_private_file() {
     std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o600)).unwrap();
     let line = format!("key rotate --cluster {}", file.display());
 
-    let fake = Fake::new(&[status(Some(under_way))]);
+    let fake = FakeDaemon::new(&[status(Some(in_progress))]);
     let ran = fake.run(&format!("{line} --no-wait"));
     assert_eq!(ran.code, Some(0));
-    assert!(ran.out.starts_with("Changing to 0410c3g since") && ran.out.contains("host3"), "{}", ran.out);
-    let done = Fake::new(&[status(None)]);
-    assert!(done.run(&line).out.starts_with("No rotation is under way"));
+    assert!(ran.out.starts_with("Rotating to 0410c3g since") && ran.out.contains("host3"), "{}", ran.out);
+    let done = FakeDaemon::new(&[status(None)]);
+    assert!(done.run(&line).out.starts_with("No rotation in progress"));
     assert_eq!(done.asked(), [Request::KeyRotateCluster { key: Secret("secret\n".into()) }]);
     std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o640)).unwrap();
-    done.run(&line).fails(1, &format!("{} can be read", file.display()));
+    done.run(&line).fails(1, &format!("{} is accessible to other users", file.display()));
     assert_eq!(done.asked().len(), 1);
 }
 
 #[test]
-fn plan_is_what_a_shell_can_read() {
-    let command = "bridge fdb replace 02:00:0a:01:00:12 dev ovlx1 dst 192.0.2.2".to_owned();
-    let fake = Fake::new(&[Reply::Plan(vec![command.clone()])]);
+fn plan_can_be_run_by_a_shell() {
+    let command = "bridge fdb replace 02:00:0a:01:00:12 dev ovx-04gc3g8k self static dst 192.0.2.2 port 4789"
+        .to_owned();
+    let fake = FakeDaemon::new(&[Reply::Plan(vec![command.clone()])]);
     fake.run("plan").prints(&format!("{command}\n"));
     fake.run("plan -o json").prints_json(&json!([command]));
-    Fake::new(&[Reply::Plan(Vec::new())]).run("plan").prints("");
+    FakeDaemon::new(&[Reply::Plan(Vec::new())]).run("plan").prints("");
 }
 
 #[test]
-fn metrics_are_printed_as_they_are() {
-    let fake = Fake::new(&[Reply::Text("ovl_peers 3\n".into())]);
+fn metrics_are_printed_unmodified() {
+    let fake = FakeDaemon::new(&[Reply::Text("ovl_peers 3\n".into())]);
     fake.run("metrics").prints("ovl_peers 3\n");
     fake.run("metrics -o json").prints_json(&json!({ "text": "ovl_peers 3\n" }));
 }
 
 #[test]
-fn verify_fails_on_a_difference_and_names_it() {
-    let difference = "fdb entry 02:00:0a:01:00:12 of blue is missing".to_owned();
-    let fake = Fake::new(&[Reply::Verify(Verify {
-        clean: false,
-        settled_ms: None,
-        differences: vec![difference.clone()],
-    })]);
+fn verify_prints_differences_and_exits_with_status_1() {
+    let difference =
+        "kernel: needs `bridge fdb replace 02:00:0a:01:00:12 dev ovx-04gc3g8k self static dst 192.0.2.2 port 4789`".to_owned();
+    let fake =
+        FakeDaemon::new(&[Reply::Verify(Verify { clean: false, settled_ms: None, differences: vec![difference.clone()] })]);
     let ran = fake.run("verify");
     assert_eq!((ran.code, ran.out, ran.err), (Some(1), format!("{difference}\n"), String::new()));
     let ran = fake.run("verify -o json");
     let value: serde_json::Value = serde_json::from_str(&ran.out).unwrap();
     assert_eq!((ran.code, value), (Some(1), json!({ "clean": false, "differences": [difference] })));
-    Fake::new(&[Reply::Verify(Verify { clean: true, settled_ms: Some(3), differences: Vec::new() })])
+    FakeDaemon::new(&[Reply::Verify(Verify { clean: true, settled_ms: Some(3), differences: Vec::new() })])
         .run("verify")
-        .prints("clean: the kernel holds what it should\n");
+        .prints("clean: the kernel matches the desired state\n");
 }
 
 #[test]
-fn a_missing_socket_says_what_to_do() {
+fn unreachable_daemon_error_has_advice() {
     let dir = Dir::new();
     for line in ["status", "events --follow", "status -o json"] {
         let ran = run(ovlctl(line).env("OVL_SOCKET", dir.0.join("none")));
         ran.fails(1, "cannot reach ovld at /");
         assert!(ran.err.contains("Is it running?"), "{}", ran.err);
     }
-    // The option goes before the environment.
-    let fake =
-        Fake::new(&[Reply::Verify(Verify { clean: true, settled_ms: Some(3), differences: Vec::new() })]);
+    // The option overrides the environment variable.
+    let fake = FakeDaemon::new(&[Reply::Verify(Verify { clean: true, settled_ms: Some(3), differences: Vec::new() })]);
     let mut command = fake.command("verify");
     run(command.arg("--socket").arg(dir.0.join("none"))).fails(1, "cannot reach ovld");
 }
 
 #[test]
-fn what_ovld_refuses_is_told_as_it_says() {
+fn error_of_ovld_is_printed_with_control_characters_escaped() {
     let message = "there is no network 'blue'.\nMake it: \u{1b}[31m`ovlctl network create blue`".to_owned();
-    let fake = Fake::new(&[Reply::Error(Failure { kind: FailureKind::NotFound, message })]);
+    let fake = FakeDaemon::new(&[Reply::Error(Failure { kind: FailureKind::NotFound, message })]);
     for line in ["network inspect blue", "network inspect blue -o json", "events --follow"] {
         fake.run(line)
             .fails(1, "there is no network 'blue'.\nMake it: \\u{1b}[31m`ovlctl network create blue`\n");
@@ -175,17 +173,17 @@ fn what_ovld_refuses_is_told_as_it_says() {
 }
 
 #[test]
-fn an_answer_that_makes_no_sense_is_an_error() {
-    Fake::new(&[Reply::Done]).run("status").fails(1, "ovld gave an answer that does not belong");
-    Fake::raw("{}\n".into()).run("status").fails(1, "ovld answered with something");
-    Fake::raw(String::new()).run("status").fails(1, "lost the connection to ovld");
+fn unexpected_reply_is_an_error() {
+    FakeDaemon::new(&[Reply::Done]).run("status").fails(1, "ovld sent a reply of an unexpected type");
+    FakeDaemon::raw("{}\n".into()).run("status").fails(1, "ovld answered with something");
+    FakeDaemon::raw(String::new()).run("status").fails(1, "lost the connection to ovld");
 }
 
 #[test]
-fn wrong_usage_is_status_2() {
+fn usage_error_exits_with_status_2() {
     ovlctl_fails("stauts", "unrecognized subcommand 'stauts'");
     ovlctl_fails("attach web --network blue", "the following required arguments");
-    ovlctl_fails("network create blue --subnet 10.1.0.0", "'10.1.0.0' is not a range of addresses.");
+    ovlctl_fails("network create blue --subnet 10.1.0.0", "'10.1.0.0' is not a subnet.");
     let ran = run(&mut ovlctl(""));
     assert_eq!((ran.code, ran.out.as_str()), (Some(2), ""));
     assert!(ran.err.contains("Usage: ovlctl"), "{}", ran.err);
@@ -196,7 +194,7 @@ fn ovlctl_fails(line: &str, message: &str) {
 }
 
 #[test]
-fn what_needs_no_daemon_works_without() {
+fn offline_commands_need_no_daemon() {
     let release = concat!("ovlctl ", env!("CARGO_PKG_VERSION"), "\n");
     run(&mut ovlctl("-V")).prints(release);
     let version = run(&mut ovlctl("--version"));
@@ -210,7 +208,7 @@ fn what_needs_no_daemon_works_without() {
 }
 
 #[test]
-fn a_key_is_written_where_nobody_else_can_read_it() {
+fn generated_key_file_is_readable_by_its_owner_only() {
     let dir = Dir::new();
     let path = dir.0.join("key");
     for mode in [0o644, 0o666, 0o600] {
@@ -223,24 +221,24 @@ fn a_key_is_written_where_nobody_else_can_read_it() {
 }
 
 #[test]
-fn attach_sends_the_namespace_as_a_path() {
-    let fake = Fake::new(&[Reply::Done]);
-    fake.run("attach web --network blue --netns green").fails(1, "ovld gave an answer");
+fn attach_sends_the_netns_as_an_absolute_path() {
+    let fake = FakeDaemon::new(&[Reply::Done]);
+    fake.run("attach web --network blue --netns green").fails(1, "ovld sent a reply of an unexpected type");
     let asked = fake.asked();
     let [Request::Attach(attach)] = asked.as_slice() else { panic!("{asked:?}") };
     assert_eq!(attach.netns, NetnsRef::Path("/run/netns/green".into()));
 }
 
 #[test]
-fn events_are_a_list_or_a_stream() {
-    let fake = Fake::new(&[Reply::Events(vec![event(0), event(1)]), Reply::Events(vec![event(2)])]);
+fn events_are_printed_as_list_or_stream() {
+    let fake = FakeDaemon::new(&[Reply::Events(vec![event(0), event(1)]), Reply::Events(vec![event(2)])]);
     let lines: Vec<String> = (0..3)
         .map(|number| format!("1970-01-01T00:00:00.00{number}Z  peer      host2  is number {number}\n"))
         .collect();
     fake.run("events").prints(&lines[..2].concat());
     fake.run("events -o json").prints_json(&serde_json::to_value([event(0), event(1)]).unwrap());
 
-    // The stream is printed as it comes, and its end is an error: it should have none.
+    // The stream is printed as it arrives. Its end is an error, because a stream of events is endless.
     let ran = fake.run("events --follow");
     assert_eq!((ran.code, ran.out), (Some(1), lines.concat()));
     assert!(ran.err.starts_with("ovlctl: lost the connection to ovld"), "{}", ran.err);
@@ -252,14 +250,14 @@ fn events_are_a_list_or_a_stream() {
 }
 
 #[test]
-fn a_reader_that_goes_away_is_no_error() {
-    // More than a pipe holds, in many pieces and in one.
+fn closed_output_pipe_is_not_an_error() {
+    // More events than a pipe buffers, as a stream and as a list.
     let many = || (0..20_000).map(event).collect();
-    let fake = Fake::new(&[Reply::Events(many()), Reply::Events(many())]);
+    let fake = FakeDaemon::new(&[Reply::Events(many()), Reply::Events(many())]);
     for line in ["events", "events --follow", "events -o json", "events --follow -o json"] {
         let mut child = fake.command(line).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         let mut first = String::new();
-        // The reader is dropped at the end of the statement, and the pipe with it.
+        // The statement drops the reader and closes the pipe.
         BufReader::new(child.stdout.take().unwrap()).read_line(&mut first).unwrap();
         let code = child.wait().unwrap().code();
         let mut err = String::new();
@@ -269,11 +267,11 @@ fn a_reader_that_goes_away_is_no_error() {
 }
 
 #[test]
-fn an_output_that_cannot_be_written_is_an_error() {
+fn failed_write_to_standard_output_is_an_error() {
     let full = || File::options().write(true).open("/dev/full").unwrap();
-    let fake = Fake::new(&[block()]);
+    let fake = FakeDaemon::new(&[block()]);
     run(fake.command("subnets").stdout(full())).fails(1, "cannot write to standard output");
-    // Without a standard error there is nobody to tell, and the status still tells.
+    // The exit status is set even if standard error cannot be written.
     assert_eq!(run(ovlctl("stauts").stderr(full())).code, Some(2));
     assert_eq!(run(ovlctl("status --socket /nowhere").stderr(full())).code, Some(1));
 }

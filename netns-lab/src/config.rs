@@ -1,62 +1,63 @@
-//! What a lab is asked to be.
+//! The configuration of a lab.
 
 use std::path::PathBuf;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-/// Which addresses the hosts have on the underlay.
+/// The address families of the underlay.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Underlay {
-    /// 192.168.77.i/24.
+    /// IPv4: 192.168.77.i/24.
     #[default]
     V4,
-    /// fd77::i/64.
+    /// IPv6: fd77::i/64.
     V6,
-    /// Both; a host advertises the IPv4 address unless told otherwise.
+    /// Both; a host advertises its IPv4 address by default.
     Dual,
 }
 
 impl Underlay {
-    /// Whether hosts have an IPv4 address.
+    /// Returns whether hosts have an IPv4 address.
     pub fn has_v4(self) -> bool {
         self != Underlay::V6
     }
 
-    /// Whether hosts have an IPv6 address.
+    /// Returns whether hosts have an IPv6 address.
     pub fn has_v6(self) -> bool {
         self != Underlay::V4
     }
 }
 
-/// How to make a lab. All fields may be set; [`LabConfig::hosts`] gives the defaults.
+/// The configuration of a lab. [`LabConfig::hosts`] returns the defaults.
 #[derive(Clone, Debug)]
 pub struct LabConfig {
     /// The number of hosts, 1 to 250.
     pub hosts: usize,
-    /// A letter, then letters and digits, at most 12 (lower case). Made up if `None`.
+    /// The lab's name: a lower-case letter, then lower-case letters and digits, at most 12. Generated if
+    /// `None`.
     pub name: Option<String>,
     /// The hosts' underlay addresses.
     pub underlay: Underlay,
-    /// The MTU of every host's link and of the switch.
+    /// MTU of every host's link and of the switch, in bytes.
     pub mtu: u32,
-    /// The daemon. `None`: `$OVLD`, else found beside the current executable or in PATH.
+    /// Path of the daemon. If `None`: `$OVLD`, else next to the current executable or in PATH.
     pub ovld: Option<PathBuf>,
-    /// Its command line client. `None`: `$OVLCTL`, else found likewise.
+    /// Path of its command-line client. If `None`: `$OVLCTL`, else as for the daemon.
     pub ovlctl: Option<PathBuf>,
-    /// TOML for every host's `ovld.toml`; what a host adds comes after it.
+    /// TOML for every host's `ovld.toml`. A host's own TOML is appended.
     pub config: String,
-    /// Further arguments for every daemon.
+    /// Additional arguments of every daemon.
     pub args: Vec<String>,
-    /// How long [`crate::Lab::start_all`] waits.
+    /// Timeout of [`crate::Lab::start_all`].
     pub ready_timeout: Duration,
-    /// The lab outlives this process: nothing is removed on drop, and no sweep takes it.
+    /// The lab outlives this process: it is not removed on drop or by a sweep.
     pub persistent: bool,
 }
 
 impl LabConfig {
-    /// A lab of that many hosts, and otherwise the defaults.
+    /// Returns the default configuration with this number of hosts.
     pub fn hosts(hosts: usize) -> Self {
         LabConfig {
             hosts,

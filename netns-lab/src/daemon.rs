@@ -1,4 +1,4 @@
-//! A host's daemon: starting, ending and asking it.
+//! A host's daemon: start, stop and requests.
 
 use std::fs::{self, OpenOptions};
 use std::io::Write;
@@ -21,23 +21,23 @@ use crate::spawned::Spawned;
 use crate::tool::Output;
 use crate::wait::wait_until;
 
-/// How long a daemon may take to end after SIGTERM.
+/// Maximum time for a daemon to exit after SIGTERM.
 const STOP_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How long the kernel may take to end a process.
+/// Maximum time for the kernel to end a killed process.
 const KILL_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How long [`Host::ctl`] waits.
+/// Timeout of [`Host::ctl`].
 const CTL_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// How much of the log the error about a daemon that is not ready shows.
+/// Number of log lines in the error about a daemon that is not ready.
 const LOG_LINES: usize = 15;
 
 /// A started daemon.
 #[derive(Debug)]
 pub(crate) struct Daemon {
     id: ProcId,
-    /// `None` if another process started it, so that we cannot wait for it.
+    /// `None` if another process started it, because only its parent can wait for it.
     child: Option<Child>,
     exit: Option<ExitStatus>,
 }
@@ -63,24 +63,24 @@ impl Host {
         self.daemon.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The daemon's control socket.
+    /// Returns the path of the daemon's control socket.
     pub fn socket(&self) -> PathBuf {
         self.run_dir().join("ovld.sock")
     }
 
-    /// Where the daemon's standard output and error go.
+    /// Returns the path of the file with the daemon's standard output and error.
     pub fn log_path(&self) -> PathBuf {
         self.dir().join("ovld.log")
     }
 
-    /// Everything that the daemon wrote, over all its starts.
+    /// Returns the daemon's output since the lab was created, over all its starts.
     pub fn log(&self) -> String {
         fs::read(self.log_path())
             .map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
             .unwrap_or_default()
     }
 
-    /// The error, then the end of the log: what went wrong first.
+    /// Appends the end of the log to an error.
     pub(crate) fn with_log(&self, error: &anyhow::Error) -> anyhow::Error {
         anyhow!("{error:#}\n{}", self.log_tail(LOG_LINES))
     }
@@ -92,40 +92,44 @@ impl Host {
         format!("{}'s log ({}) ends:\n{tail}", self.name(), self.log_path().display())
     }
 
-    /// TOML for this host's `ovld.toml`, after the lab's own, from the next start on.
+    /// Sets TOML that is appended to the lab's in this host's `ovld.toml`, effective at the next start.
     pub fn set_config(&self, toml: &str) -> Result<()> {
         self.update(|host| host.config = toml.to_owned())
     }
 
-    /// Arguments for this host's daemon after the lab's own, from the next start on.
+    /// Sets arguments that are appended to the lab's for this host's daemon, effective at the next start.
     pub fn set_args(&self, args: &[&str]) -> Result<()> {
         self.update(|host| host.args = args.iter().map(|&arg| arg.to_owned()).collect())
     }
 
-    /// Which addresses the daemon joins from its next start on, instead of the first host's.
+    /// Sets the addresses to join through instead of the first host's, effective at the next start.
     pub fn set_join(&self, addresses: &[&str]) -> Result<()> {
         self.update(|host| host.join = Some(addresses.iter().map(|&each| each.to_owned()).collect()))
     }
 
-    /// Whether the daemon gets `--bootstrap`, from its next start on. By default only the
-    /// first host's does, at every start.
+    /// Sets whether the daemon gets `--bootstrap`, effective at the next start. By default only the first
+    /// host's daemon does, at every start.
     pub fn set_bootstrap(&self, bootstrap: bool) -> Result<()> {
         self.update(|host| host.bootstrap = bootstrap)
     }
 
-    /// Starts the daemon; does not wait until it is ready.
+    /// Starts the daemon without waiting until it is ready.
     pub fn start(&self) -> Result<()> {
         let mut daemon = self.daemon();
-        ensure!(self.is_present(), "{} is lost: `restore` it before its daemon can start", self.name());
-        ensure!(!daemon.as_mut().is_some_and(Daemon::is_running), "ovld runs on {} already", self.name());
+        ensure!(self.is_present(), "{} is destroyed: `restore` it before starting its daemon", self.name());
+        ensure!(
+            !daemon.as_mut().is_some_and(Daemon::is_running),
+            "ovld is running on {} already",
+            self.name()
+        );
         let mut command = self.daemon_command()?;
         let program = command.get_program().to_owned();
-        // A process starts in the namespace of the thread that starts it.
+        // A process inherits the namespace of the thread that starts it.
         let child = self
             .run(|| command.spawn())?
             .with_context(|| format!("cannot start {} on {}", program.display(), self.name()))?;
         let pid = child.id().cast_signed();
-        // A child that has ended already is a zombie and has no more than its number.
+        // A child that has exited already is a zombie, of which only the process id is left.
         let id = ProcId::of(pid).unwrap_or(ProcId { pid, start: 0 });
         *daemon = Some(Daemon { id, child: Some(child), exit: None });
         drop(daemon);
@@ -160,14 +164,14 @@ impl Host {
         let log = OpenOptions::new().create(true).append(true).open(self.log_path())?;
         command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
         if persistent {
-            // Out of the reach of the terminal's interrupts: it outlives the script.
+            // A process group of its own: an interrupt at the terminal must not reach the daemon.
             command.process_group(0);
         }
         Ok(command)
     }
 
-    /// The file with this host's cluster key. At its first start it gets the one that all hosts of the
-    /// lab begin with; a file that is there already stays as it is.
+    /// Returns the path of this host's cluster key file. The first start writes the lab's initial key to it,
+    /// unless the file exists.
     pub fn key_path(&self) -> PathBuf {
         self.dir().join("cluster.key")
     }
@@ -182,7 +186,7 @@ impl Host {
         Ok(own)
     }
 
-    /// The lab's cluster key, made at the first start of any daemon.
+    /// Returns the path of the lab's initial cluster key. It is generated at the first start of any daemon.
     fn first_cluster_key(&self) -> Result<PathBuf> {
         let _making = self.shared.making_key.lock().unwrap_or_else(PoisonError::into_inner);
         let path = self.shared.dir.join("cluster.key");
@@ -201,17 +205,17 @@ impl Host {
         binaries::find("ovlctl", self.shared.state().ovlctl.as_deref())
     }
 
-    /// The daemon's process id, while it runs.
+    /// Returns the daemon's process id. `None` if it is not running.
     pub fn pid(&self) -> Option<u32> {
         self.running().map(|id| id.pid.cast_unsigned())
     }
 
-    /// Whether the daemon runs.
+    /// Returns whether the daemon is running.
     pub fn is_running(&self) -> bool {
         self.running().is_some()
     }
 
-    /// How the daemon ended, if this process started it and it has.
+    /// Returns the daemon's exit status. `None` if it is running or another process started it.
     pub fn exit_status(&self) -> Option<ExitStatus> {
         let mut daemon = self.daemon();
         let daemon = daemon.as_mut()?;
@@ -224,17 +228,17 @@ impl Host {
 
     fn must_run(&self) -> Result<ProcId> {
         self.running().ok_or_else(|| match self.exit_status() {
-            Some(status) => self.with_log(&anyhow!("ovld on {} has ended ({status})", self.name())),
-            None => anyhow!("ovld does not run on {}", self.name()),
+            Some(status) => self.with_log(&anyhow!("ovld on {} has exited ({status})", self.name())),
+            None => anyhow!("ovld is not running on {}", self.name()),
         })
     }
 
-    /// Sends the daemon a signal, such as `SIGSTOP` and `SIGCONT` to freeze and thaw it.
+    /// Sends a signal to the daemon, such as `SIGSTOP` and `SIGCONT` to freeze and thaw it.
     pub fn signal(&self, signal: Signal) -> Result<()> {
         self.must_run()?.signal(signal).map(drop)
     }
 
-    /// Kills the daemon with SIGKILL and waits until it is gone.
+    /// Kills the daemon with SIGKILL and waits until it has exited.
     pub fn kill9(&self) -> Result<()> {
         self.signal(Signal::SIGKILL)?;
         self.wait_exit(KILL_TIMEOUT)
@@ -244,8 +248,11 @@ impl Host {
         if self.is_running() { self.kill9() } else { Ok(()) }
     }
 
-    /// Stops the daemon with SIGTERM and says how long it took. After five seconds that is
-    /// an error, and it goes on running.
+    /// Stops the daemon with SIGTERM and returns the time that it took.
+    ///
+    /// # Errors
+    ///
+    /// If the daemon does not exit within five seconds. It is left running.
     pub fn stop(&self) -> Result<Duration> {
         let start = Instant::now();
         self.signal(Signal::SIGTERM)?;
@@ -253,14 +260,14 @@ impl Host {
         Ok(start.elapsed())
     }
 
-    /// Waits until the daemon has ended, by itself or by a signal.
+    /// Waits until the daemon has exited.
     pub fn wait_exit(&self, timeout: Duration) -> Result<()> {
-        wait_until(timeout, &format!("the end of ovld on {}", self.name()), || !self.is_running())
+        wait_until(timeout, &format!("ovld on {} to exit", self.name()), || !self.is_running())
             .map_err(|error| self.with_log(&error))?;
         self.update(|host| host.daemon = None)
     }
 
-    /// Stops the daemon if it runs, and starts it; does not wait until it is ready.
+    /// Stops the daemon if it is running, and starts it without waiting until it is ready.
     pub fn restart(&self) -> Result<()> {
         if self.is_running() {
             self.stop()?;
@@ -268,7 +275,7 @@ impl Host {
         self.start()
     }
 
-    /// Waits until the daemon's status is no longer `starting`. Fails at once if it ends.
+    /// Waits until the daemon's status is no longer `starting`. Fails immediately if the daemon exits.
     pub fn wait_ready(&self, timeout: Duration) -> Result<()> {
         let what = format!("ovld on {} to be ready", self.name());
         let ended = wait_until(timeout, &what, || -> Result<Option<Result<()>>> {
@@ -283,47 +290,51 @@ impl Host {
         ended.map_err(|error| self.with_log(&error))?
     }
 
-    /// The command `ovlctl --socket ... args`, to be run in the host's namespace.
+    /// Builds the command `ovlctl --socket ... args`, to be run in the host's namespace.
     pub fn ctl_command(&self, args: &[&str]) -> Result<Command> {
         let mut command = Command::new(self.ovlctl()?);
         command.arg("--socket").arg(self.socket()).args(args);
         Ok(command)
     }
 
-    /// Runs `ovlctl` with the host's socket, for at most half a minute.
+    /// Runs `ovlctl` with the host's socket, for at most 30 seconds.
     pub fn ctl(&self, args: &[&str]) -> Result<Output> {
         self.ctl_spawn(args)?.finish(CTL_TIMEOUT)
     }
 
-    /// Starts an `ovlctl` that goes on, such as `events --follow`.
+    /// Starts a long-running `ovlctl`, such as `events --follow`.
     pub fn ctl_spawn(&self, args: &[&str]) -> Result<Spawned> {
         let shown = format!("ovlctl {}", args.join(" "));
         Netns::start(self, self.ctl_command(args)?, &shown, None)
     }
 
-    /// Runs an `ovlctl` that must succeed, and gives its standard output.
+    /// Runs an `ovlctl` command that must succeed, and returns its standard output.
     pub fn ctl_ok(&self, args: &[&str]) -> Result<String> {
         let shown = format!("ovlctl {}", args.join(" "));
         self.ctl(args)?.into_stdout(&shown).with_context(|| format!("on {}", self.name()))
     }
 
-    /// Runs an `ovlctl` that must succeed with `-o json`, and gives what it printed.
+    /// Runs an `ovlctl` command that must succeed with `-o json`, and returns the parsed output.
     pub fn ctl_json(&self, args: &[&str]) -> Result<Value> {
         let text = self.ctl_ok(&[args, &["-o", "json"]].concat())?;
         match serde_json::from_str(&text) {
             Ok(value) => Ok(value),
             Err(error) => {
-                bail!("`ovlctl {} -o json` on {} gave no JSON ({error}): {text}", args.join(" "), self.name())
+                bail!(
+                    "`ovlctl {} -o json` on {} printed no JSON ({error}): {text}",
+                    args.join(" "),
+                    self.name()
+                )
             }
         }
     }
 
-    /// The daemon's resident memory.
+    /// Returns the daemon's resident memory in KiB.
     pub fn rss_kib(&self) -> Result<u64> {
         self.must_run()?.rss_kib()
     }
 
-    /// The processor time that the daemon has used since its start.
+    /// Returns the CPU time that the daemon has used since its start.
     pub fn cpu_time(&self) -> Result<Duration> {
         self.must_run()?.cpu_time()
     }

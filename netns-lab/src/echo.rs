@@ -1,4 +1,4 @@
-//! Echo servers and clients over TCP and UDP, in a namespace.
+//! TCP and UDP echo servers and clients in a namespace.
 
 use std::collections::HashMap;
 use std::fmt::Display;
@@ -20,17 +20,17 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
 const TCP_TIMEOUT: Duration = Duration::from_secs(5);
 const UDP_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// A running echo server. It ends, with its connections, when this is dropped.
+/// A running echo server. It stops and closes its connections on drop.
 #[derive(Debug)]
 pub struct EchoServer {
     address: SocketAddr,
-    /// Its other end sees that this one is gone.
+    /// Dropping this half of a socket pair stops the server thread.
     alive: Option<UnixStream>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl EchoServer {
-    /// The port, also when port 0 was asked for.
+    /// Returns the port, also if port 0 was requested.
     pub fn port(&self) -> u16 {
         self.address.port()
     }
@@ -52,28 +52,29 @@ impl Drop for EchoServer {
 }
 
 impl Netns {
-    /// A TCP echo server on all addresses of the namespace, IPv4 and IPv6. Port 0: any.
+    /// Starts a TCP echo server on all addresses of the namespace, IPv4 and IPv6. Port 0 selects a free port.
     pub fn tcp_echo(&self, port: u16) -> Result<EchoServer> {
         self.tcp_echo_on((Ipv6Addr::UNSPECIFIED, port).into())
     }
 
-    /// A TCP echo server on one address.
+    /// Starts a TCP echo server on one address.
     pub fn tcp_echo_on(&self, address: SocketAddr) -> Result<EchoServer> {
         let listener =
             self.run(|| TcpListener::bind(address))?.with_context(|| self.cannot_listen("TCP", address))?;
-        // What poll announced may be gone when it is fetched: never block there.
+        // A connection that poll reported may be closed before accept: accept must not block.
         listener.set_nonblocking(true)?;
         EchoServer::start(listener.local_addr()?, move |stop| serve_tcp(&listener, stop))
     }
 
-    /// A UDP echo server on all addresses of the namespace, IPv4 and IPv6. Port 0: any.
-    /// Where an interface has several addresses the answer may come from another one than
-    /// was asked: use [`udp_echo_on`](Self::udp_echo_on).
+    /// Starts a UDP echo server on all addresses of the namespace, IPv4 and IPv6. Port 0 selects a free port.
+    ///
+    /// If an interface has several addresses, the reply may come from another address than the request went
+    /// to: use [`udp_echo_on`](Self::udp_echo_on).
     pub fn udp_echo(&self, port: u16) -> Result<EchoServer> {
         self.udp_echo_on((Ipv6Addr::UNSPECIFIED, port).into())
     }
 
-    /// A UDP echo server on one address.
+    /// Starts a UDP echo server on one address.
     pub fn udp_echo_on(&self, address: SocketAddr) -> Result<EchoServer> {
         let socket =
             self.run(|| UdpSocket::bind(address))?.with_context(|| self.cannot_listen("UDP", address))?;
@@ -81,14 +82,14 @@ impl Netns {
         EchoServer::start(socket.local_addr()?, move |stop| serve_udp(&socket, stop))
     }
 
-    /// Sends the payload to a TCP echo server and gives what came back.
+    /// Sends the payload to a TCP echo server and returns the reply.
     pub fn tcp_roundtrip(&self, address: impl Display, port: u16, payload: &[u8]) -> Result<Vec<u8>> {
         let server = socket_address(address, port)?;
         self.run(|| tcp_exchange(server, payload))?
             .with_context(|| format!("TCP from {} to {server}", self.netns_name()))
     }
 
-    /// Sends one datagram to a UDP echo server and gives what came back within a second.
+    /// Sends one datagram to a UDP echo server and returns the reply. The timeout is one second.
     pub fn udp_roundtrip(&self, address: impl Display, port: u16, payload: &[u8]) -> Result<Vec<u8>> {
         let server = socket_address(address, port)?;
         self.run(|| udp_exchange(server, payload))?
@@ -103,11 +104,11 @@ impl Netns {
 fn socket_address(address: impl Display, port: u16) -> Result<SocketAddr> {
     let text = address.to_string();
     let ip: IpAddr =
-        without_prefix_length(&text).parse().with_context(|| format!("{text:?} is no IP address"))?;
+        without_prefix_length(&text).parse().with_context(|| format!("invalid IP address {text:?}"))?;
     Ok(SocketAddr::new(ip, port))
 }
 
-/// Waits until the socket can be read: true; or until the server is to stop: false.
+/// Waits until the socket is readable. Returns false if the server is to stop.
 fn readable(socket: &impl AsFd, stop: &UnixStream) -> bool {
     let mut fds =
         [PollFd::new(socket.as_fd(), PollFlags::POLLIN), PollFd::new(stop.as_fd(), PollFlags::POLLIN)];
@@ -128,7 +129,7 @@ fn serve_tcp(listener: &TcpListener, stop: &UnixStream) {
             if !readable(listener, stop) {
                 break;
             }
-            // A connection that is gone again before it is accepted is its client's affair.
+            // The client may have closed the connection before it was accepted.
             let Ok((connection, _)) = listener.accept() else { continue };
             let Ok(copy) = connection.try_clone() else { continue };
             locked(open).insert(number, copy);
@@ -137,7 +138,7 @@ fn serve_tcp(listener: &TcpListener, stop: &UnixStream) {
                 locked(open).remove(&number);
             });
         }
-        // Ends the threads above, for which the scope waits: their reads return.
+        // Shutting the connections down ends the reads of the threads above, for which the scope waits.
         for connection in locked(open).values() {
             connection.shutdown(Shutdown::Both).ok();
         }
@@ -148,7 +149,7 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// A broken connection ends its echo; the client sees it too.
+/// Echoes a connection until it ends. Errors end the echo; the client sees them too.
 fn echo_stream(mut connection: TcpStream) {
     let mut buffer = vec![0; 65536];
     while let Ok(read @ 1..) = connection.read(&mut buffer) {
@@ -161,7 +162,7 @@ fn echo_stream(mut connection: TcpStream) {
 fn serve_udp(socket: &UdpSocket, stop: &UnixStream) {
     let mut buffer = vec![0; 65536];
     while readable(socket, stop) {
-        // Errors are those of earlier answers (an ICMP message came back): not ours.
+        // Errors are ICMP messages about earlier replies.
         if let Ok((read, from)) = socket.recv_from(&mut buffer) {
             socket.send_to(&buffer[..read], from).ok();
         }
@@ -175,7 +176,7 @@ fn tcp_exchange(server: SocketAddr, payload: &[u8]) -> Result<Vec<u8>> {
     let mut writer = connection.try_clone()?;
     let mut answer = Vec::with_capacity(payload.len());
     thread::scope(|scope| {
-        // Writing and reading at once: a large payload fills the buffers of both ways.
+        // Write and read concurrently: a large payload fills the buffers of both directions.
         let writing = scope.spawn(move || -> io::Result<()> {
             writer.write_all(payload)?;
             writer.shutdown(Shutdown::Write)

@@ -1,9 +1,9 @@
-//! A Docker Engine of a host's own, with ovl's plugin beside it.
+//! A separate Docker Engine for a host, with ovl's plugin.
 //!
-//! An Engine looks for plugins at a fixed place, and several hosts of a lab share the file system: so
-//! each Engine has a mount namespace in which that place is its own. It belongs to the Engine's
-//! containerd, which stays while the Engine itself is stopped, killed and started again. Nothing
-//! of an Engine that the machine may have is touched, and nothing is pulled.
+//! An Engine looks for plugins in a fixed directory, and the hosts of a lab share the file system. So each
+//! Engine has a mount namespace with its own copy of that directory. The namespace belongs to the Engine's
+//! containerd, which keeps running while the Engine itself is stopped, killed and started again. An Engine
+//! that the machine may have is not touched, and no image is pulled.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -24,14 +24,14 @@ use crate::spawned::Spawned;
 use crate::tool::Output;
 use crate::wait::wait_until;
 
-/// How long an Engine may take to start or to end: it waits for containers that do not end.
+/// Maximum time for an Engine to start or exit; it waits for containers that do not exit.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// What the mount namespace is made with: `$1` is the directory of plugins, and the rest is run.
+/// Shell script that sets up the mount namespace: `$1` is the plugin directory, the other arguments are run.
 const NAMESPACE: &str = "mount -t tmpfs tmpfs /run/docker && mkdir /run/docker/plugins && \
      mount --bind \"$1\" /run/docker/plugins && mount -t tmpfs tmpfs /run/containerd && shift && exec \"$@\"";
 
-/// An Engine. Its containers and all that is its own go with it.
+/// A Docker Engine. It is removed with its containers and files on drop.
 #[derive(Debug)]
 pub struct Engine {
     host: Host,
@@ -45,12 +45,12 @@ pub struct Engine {
 }
 
 impl Engine {
-    /// Starts the plugin and the Engine, with further arguments, which stay with it.
+    /// Starts the plugin and the Engine. The options apply to every start of this Engine.
     pub fn start(host: &Host, options: &[&str]) -> Result<Self> {
         Self::start_with(host, options, None)
     }
 
-    /// The same with a certain `ovl-docker`.
+    /// Like [`start`](Self::start), with the `ovl-docker` at this path.
     pub fn start_with(host: &Host, options: &[&str], program: Option<&Path>) -> Result<Self> {
         let program = binaries::find("ovl-docker", program)?;
         for program in ["/usr/sbin/dockerd", "/usr/bin/docker", "/usr/bin/containerd", "/usr/sbin/iptables"] {
@@ -61,11 +61,11 @@ impl Engine {
         }
         let dir = host.dir().join("docker");
         fs::create_dir_all(dir.join("plugins")).with_context(|| format!("cannot make {}", dir.display()))?;
-        // What the namespace's own are mounted on.
+        // Mount points for the namespace's own directories.
         for place in ["/run/docker", "/run/containerd"] {
             fs::create_dir_all(place)?;
         }
-        // As on any host whose kernel has the module of bridges' packet filter.
+        // The setting of a host that has loaded br_netfilter.
         for what in ["iptables", "ip6tables"] {
             host.exec_ok(["sysctl", "-qw", &format!("net.bridge.bridge-nf-call-{what}=1")])?;
         }
@@ -88,7 +88,7 @@ impl Engine {
         };
         let socket = engine.dir.join("containerd.sock");
         wait_until(PATIENCE, "containerd", || {
-            ensure!(engine.containerd.is_running(), "it has ended: {}", engine.containerd.stderr());
+            ensure!(engine.containerd.is_running(), "it has exited: {}", engine.containerd.stderr());
             Ok::<_, anyhow::Error>(socket.exists())
         })?;
         engine.start_plugin()?;
@@ -100,12 +100,12 @@ impl Engine {
         self.dir.join(name).to_string_lossy().into_owned()
     }
 
-    /// The host that it runs on.
+    /// Returns the host that the Engine runs on.
     pub fn host(&self) -> &Host {
         &self.host
     }
 
-    /// The socket of the plugin, for calls without an Engine.
+    /// Returns the path of the plugin's socket, for calls without an Engine.
     pub fn plugin_socket(&self) -> PathBuf {
         self.dir.join("plugins/ovl.sock")
     }
@@ -119,26 +119,26 @@ impl Engine {
         let plugin = Netns::start(&self.host, command, "ovl-docker", None)?;
         let plugin = self.plugin.insert(plugin);
         wait_until(PATIENCE, "ovl-docker", || {
-            ensure!(plugin.is_running(), "it has ended: {}", plugin.stderr());
+            ensure!(plugin.is_running(), "it has exited: {}", plugin.stderr());
             Ok::<_, anyhow::Error>(std::os::unix::net::UnixStream::connect(&socket).is_ok())
         })
     }
 
-    /// Ends the plugin.
+    /// Stops the plugin with a signal.
     pub fn end_plugin(&mut self, signal: Signal) -> Result<()> {
         let mut plugin = self.plugin.take().context("ovl-docker does not run")?;
         plugin.signal(signal)?;
         plugin.finish(PATIENCE).map(drop)
     }
 
-    /// What the plugin has written so far.
+    /// Returns the plugin's output so far.
     pub fn plugin_log(&self) -> String {
         self.plugin.as_ref().map(Spawned::stderr).unwrap_or_default()
     }
 
     /// Starts the Engine itself and waits until it answers.
     pub fn start_daemon(&mut self) -> Result<()> {
-        // One that was killed leaves it, and its number may be another process's by now.
+        // A killed Engine leaves its pid file, and another process may have that id by now.
         fs::remove_file(self.dir.join("pid")).ok();
         let mut words: Vec<String> = vec![
             "nsenter".to_owned(),
@@ -163,59 +163,59 @@ impl Engine {
         self.daemon = Some(daemon);
         wait_until(PATIENCE, &format!("the Engine on {}", self.host.name()), || {
             let daemon = self.daemon.as_mut().context("no Engine")?;
-            ensure!(daemon.is_running(), "it has ended: {}", daemon.stderr());
+            ensure!(daemon.is_running(), "it has exited: {}", daemon.stderr());
             let answer = self.try_call(&["version", "--format", "{{.Server.Version}}"])?;
             ensure!(answer.success(), "{}", answer.stderr);
             Ok(())
         })
     }
 
-    /// Ends the Engine itself.
+    /// Stops the Engine itself with a signal.
     pub fn end_daemon(&mut self, signal: Signal) -> Result<()> {
         let mut daemon = self.daemon.take().context("the Engine does not run")?;
         daemon.signal(signal)?;
         daemon.finish(PATIENCE).map(drop)
     }
 
-    /// What the Engine has written so far.
+    /// Returns the Engine's output so far.
     pub fn log(&self) -> String {
         self.daemon.as_ref().map(Spawned::stderr).unwrap_or_default()
     }
 
-    /// The command `docker` with these arguments, to be run on the host.
+    /// Builds a `docker` command line to be run on the host.
     pub fn command(&self, args: &[&str]) -> Vec<String> {
         let socket = format!("unix://{}", self.path("docker.sock"));
         let words = ["/usr/bin/docker", "--host", &socket];
         words.iter().chain(args).map(|&word| word.to_owned()).collect()
     }
 
-    /// `docker` with these arguments, however it ends.
+    /// Runs a `docker` command, which may fail.
     pub fn try_call(&self, args: &[&str]) -> Result<Output> {
         self.host.exec(self.command(args))
     }
 
-    /// `docker` with these arguments, which must succeed: its standard output, trimmed.
+    /// Runs a `docker` command that must succeed, and returns its trimmed standard output.
     pub fn call(&self, args: &[&str]) -> Result<String> {
         let what = format!("docker {}", args.join(" "));
         let said = self.try_call(args)?.into_stdout(&what);
         said.map(|text| text.trim().to_owned()).with_context(|| format!("on {}", self.host.name()))
     }
 
-    /// `docker` with these arguments, which must be refused: what it says.
+    /// Runs a `docker` command that must fail, and returns its standard error.
     pub fn refused(&self, args: &[&str]) -> Result<String> {
         let output = self.try_call(args)?;
         ensure!(!output.success(), "`docker {}` succeeded: {}", args.join(" "), output.stdout);
         Ok(output.stderr)
     }
 
-    /// What `docker inspect` of something says.
+    /// Returns the output of `docker KIND inspect NAME`.
     pub fn inspect(&self, kind: &str, name: &str) -> Result<Value> {
         let text = self.call(&[kind, "inspect", name])?;
         let mut all: Value = serde_json::from_str(&text).with_context(|| format!("no JSON: {text}"))?;
         Ok(all[0].take())
     }
 
-    /// Makes an image out of nothing but a static busybox, on the spot.
+    /// Creates an image that contains only a static busybox.
     pub fn import_busybox(&self, image: &str) -> Result<()> {
         let root = self.dir.join("image");
         for dir in ["bin", "proc", "sys", "dev", "etc", "tmp", "run"] {
@@ -229,7 +229,7 @@ impl Engine {
         self.call(&["import", "--change", "ENV PATH=/bin", &archive, image]).map(drop)
     }
 
-    /// Removes all containers, ends everything, and takes the rest away.
+    /// Removes all containers, stops all processes, and removes the files.
     fn clear(&mut self) -> Result<()> {
         if !self.daemon.as_mut().is_some_and(Spawned::is_running) {
             self.start_daemon()?;
@@ -242,10 +242,10 @@ impl Engine {
         self.end_daemon(Signal::SIGTERM)
     }
 
-    /// Containers and their keepers outlive an Engine that was killed.
+    /// Kills containers and their shims, which outlive a killed Engine.
     fn kill_containers(&self) -> Result<()> {
         let cgroups = self.cgroups();
-        wait_until(PATIENCE, "the end of the containers", || {
+        wait_until(PATIENCE, "the containers to exit", || {
             let pids: BTreeSet<i32> = cgroups.iter().flat_map(|dir| pids_below(dir)).collect();
             for pid in &pids {
                 if let Some(process) = ProcId::of(*pid) {
@@ -257,7 +257,7 @@ impl Engine {
         cgroups.iter().try_for_each(|dir| remove_cgroup(dir))
     }
 
-    /// One in each hierarchy.
+    /// Returns the Engine's cgroup in each hierarchy.
     fn cgroups(&self) -> Vec<PathBuf> {
         let hierarchies =
             fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten().map(|entry| entry.path());

@@ -1,4 +1,4 @@
-//! Faults on the wire: an nftables table in the switch's namespace, replaced as a whole.
+//! Faults on the underlay: an nftables table in the switch's namespace, replaced atomically.
 
 use std::collections::BTreeMap;
 use std::fmt::{self, Display, Formatter, Write as _};
@@ -13,23 +13,23 @@ use crate::switch::switch_namespace;
 
 const TABLE: &str = "bridge netns_lab";
 
-/// Loss is decided in steps of a hundredth of a per cent.
+/// Resolution of loss rates: 0.01 %.
 const STEPS: f64 = 10_000.0;
 
-/// What goes wrong on the wire at present.
+/// The active faults of the underlay.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Faults {
-    /// Hosts of different groups do not reach each other.
+    /// Partition: hosts of different groups do not reach each other.
     pub groups: Vec<Vec<String>>,
-    /// The share of all frames that is lost, in per cent.
+    /// Loss rate of all frames, in percent.
     pub loss: f64,
-    /// The share of the datagrams to a UDP port that is lost, in per cent.
+    /// Loss rate of the datagrams to each UDP port, in percent.
     pub udp_loss: BTreeMap<u16, f64>,
 }
 
 impl Lab {
-    /// Drops everything between hosts of different groups. A host in no group reaches all.
-    /// Replaces an earlier partition.
+    /// Drops all traffic between hosts of different groups. A host in no group reaches all hosts. Replaces an
+    /// earlier partition.
     pub fn partition(&self, groups: &[&[&str]]) -> Result<()> {
         let groups: Vec<Vec<String>> =
             groups.iter().map(|group| group.iter().map(|&name| name.to_owned()).collect()).collect();
@@ -42,20 +42,21 @@ impl Lab {
         self.change_faults(|faults| faults.groups = groups)
     }
 
-    /// Ends the partition. Loss stays: see [`clear_faults`](Self::clear_faults).
+    /// Ends the partition. Loss stays active: see [`clear_faults`](Self::clear_faults).
     pub fn heal(&self) -> Result<()> {
         self.change_faults(|faults| faults.groups.clear())
     }
 
-    /// Loses that share of all frames (ARP included) between hosts, at random. 0 ends it.
+    /// Drops a random share of all frames (including ARP) between hosts, in percent. 0 ends the loss.
     ///
-    /// A frame here may be one of 64 KiB that a TCP sender left to its link to cut.
+    /// A frame may be a TCP segment of 64 KiB that was left to segmentation offload.
     pub fn loss(&self, percent: f64) -> Result<()> {
         check_percent(percent)?;
         self.change_faults(|faults| faults.loss = percent)
     }
 
-    /// Loses that share of the datagrams to one UDP port, beside [`loss`](Self::loss). 0 ends it.
+    /// Drops a random share of the datagrams to one UDP port, in percent, in addition to
+    /// [`loss`](Self::loss). 0 ends it.
     pub fn loss_udp_port(&self, percent: f64, port: u16) -> Result<()> {
         check_percent(percent)?;
         self.change_faults(|faults| {
@@ -67,12 +68,12 @@ impl Lab {
         })
     }
 
-    /// Ends partition and loss.
+    /// Ends the partition and all loss.
     pub fn clear_faults(&self) -> Result<()> {
         self.change_faults(|faults| *faults = Faults::default())
     }
 
-    /// What goes wrong on the wire at present.
+    /// Returns the active faults of the underlay.
     pub fn faults(&self) -> Faults {
         self.shared().state().faults.clone()
     }
@@ -91,13 +92,13 @@ impl Lab {
 
 fn check_percent(percent: f64) -> Result<()> {
     if !(0.0..=100.0).contains(&percent) {
-        bail!("loss is 0 to 100 per cent, not {percent}");
+        bail!("invalid loss {percent} %: must be 0 to 100");
     }
     Ok(())
 }
 
 impl Faults {
-    /// One transaction. The first line makes sure that there is a table to delete.
+    /// Renders the table as one transaction. The first line ensures that there is a table to delete.
     fn script(&self) -> String {
         let rules: Vec<String> =
             [self.partition_rules(), self.udp_rules(), drop_rule("", self.loss).into_iter().collect()]
@@ -145,7 +146,7 @@ fn drop_rule(condition: &str, percent: f64) -> Option<String> {
     if steps <= 0.0 {
         return None;
     }
-    // nft refuses a comparison that always holds.
+    // nft rejects a comparison that is always true.
     let share = if steps < STEPS { format!("numgen random mod {STEPS} < {steps} ") } else { String::new() };
     Some(format!("{condition}{share}drop"))
 }
@@ -193,7 +194,7 @@ mod tests {
     }
 
     #[test]
-    fn no_fault_no_table() {
+    fn no_faults_produce_no_chain() {
         assert!(!Faults::default().script().contains("chain"));
     }
 }

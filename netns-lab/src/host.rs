@@ -1,4 +1,4 @@
-//! A host: its link, its addresses, its loss and return. Its daemon is in `daemon.rs`.
+//! A host: its link, its addresses, destruction and restoration. Its daemon is in `daemon.rs`.
 
 use std::fs;
 use std::net::IpAddr;
@@ -15,17 +15,17 @@ use crate::switch::{self, NIC, host_namespace, switch_namespace, workload_namesp
 use crate::tool::ip_batch;
 use crate::workload::Workload;
 
-/// What becomes of the switch's end when a host's MTU changes.
+/// The MTU of the switch port when a host's MTU changes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PortMtu {
-    /// It takes the same MTU.
+    /// The port gets the same MTU.
     Follow,
-    /// It stays: the host alone has another idea of the link.
+    /// The port keeps its MTU, so that the two sides of the link differ.
     Keep,
 }
 
-/// A simulated host. It can be used like its namespace: `host.exec(["ip", "route"])`.
-/// Clones are handles to the same host.
+/// A simulated host. It dereferences to its namespace: `host.exec(["ip", "route"])`. Clones are handles to
+/// the same host.
 #[derive(Clone, Debug)]
 pub struct Host {
     pub(crate) shared: Arc<Shared>,
@@ -54,47 +54,47 @@ impl Host {
         Host { shared, index, daemon: Arc::new(Mutex::new(daemon)), name, netns }
     }
 
-    /// `h1`, `h2`, ...
+    /// Returns the host's name: `h1`, `h2`, ...
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// The address that its daemon advertises and others join.
+    /// Returns the address that its daemon advertises and that other hosts join through.
     pub fn address(&self) -> Result<IpAddr> {
         self.read(HostState::address)
     }
 
-    /// Its underlay addresses.
+    /// Returns its underlay addresses.
     pub fn addresses(&self) -> Vec<IpAddr> {
         self.read(|host| [host.v4.map(IpAddr::V4), host.v6.map(IpAddr::V6)]).into_iter().flatten().collect()
     }
 
-    /// The directory of its daemon's files.
+    /// Returns the directory of its daemon's files.
     pub fn dir(&self) -> PathBuf {
         self.shared.dir.join(&self.name)
     }
 
-    /// The daemon's `--state-dir`; it outlives the machine's loss.
+    /// Returns the daemon's `--state-dir`, which survives [`destroy`](Self::destroy).
     pub fn state_dir(&self) -> PathBuf {
         self.dir().join("state")
     }
 
-    /// The daemon's `--run-dir`; emptied by the machine's loss.
+    /// Returns the daemon's `--run-dir`, which [`destroy`](Self::destroy) empties.
     pub fn run_dir(&self) -> PathBuf {
         self.dir().join("run")
     }
 
-    /// The MTUs of the host's and the switch's end of its link.
+    /// Returns the MTUs of the host's and of the switch's side of its link.
     pub fn mtus(&self) -> (u32, u32) {
         self.read(|host| (host.mtu, host.port_mtu))
     }
 
-    /// Whether its link is up.
+    /// Returns whether its link is up.
     pub fn is_link_up(&self) -> bool {
         self.read(|host| host.link_up)
     }
 
-    /// Whether the machine is there, not lost.
+    /// Returns whether the host exists, that is, is not destroyed.
     pub fn is_present(&self) -> bool {
         self.read(|host| host.present)
     }
@@ -110,8 +110,8 @@ impl Host {
         })
     }
 
-    /// Changes the MTU of the host's end. Where MTUs differ in a lab, no host leaves the
-    /// cutting of TCP's data to its link: large packets really are as large as they claim.
+    /// Changes the MTU of the host's side. If MTUs differ in a lab, segmentation offload is off on all hosts,
+    /// so that no packet is larger than its link's MTU.
     pub fn set_mtu(&self, mtu: u32, port: PortMtu) -> Result<()> {
         self.change_mtu(|host| {
             host.mtu = mtu;
@@ -121,9 +121,8 @@ impl Host {
         })
     }
 
-    /// Changes the MTU of the switch's end alone: larger frames, both ways, vanish without
-    /// a word, as on a path with a narrow link somewhere. (The kernel lets four bytes more
-    /// pass, the room of a VLAN tag.)
+    /// Changes only the MTU of the switch port: larger frames are dropped silently in both directions, as on
+    /// a path with a smaller MTU. (The kernel accepts four bytes more, for a VLAN tag.)
     pub fn set_port_mtu(&self, mtu: u32) -> Result<()> {
         self.change_mtu(|host| host.port_mtu = mtu)
     }
@@ -135,8 +134,8 @@ impl Host {
         })
     }
 
-    /// Replaces the host's address of that family (/24 or /64, as before). A running daemon
-    /// is told nothing; one that starts later advertises the new address.
+    /// Replaces the host's address of that family (/24 or /64, as before). A running daemon is not notified;
+    /// a daemon that starts later advertises the new address.
     pub fn set_address(&self, address: IpAddr) -> Result<()> {
         self.shared.update(|lab| {
             let host = &mut lab.hosts[self.index];
@@ -145,7 +144,8 @@ impl Host {
                 IpAddr::V6(new) => host.v6.replace(new).map(|old| format!("{old}/64")),
             };
             host.advertise = host.advertise.filter(|advertised| advertised.is_ipv4() != address.is_ipv4());
-            // The old one first: it would take a second one of its subnet with it.
+            // Delete the old address first: deleting a primary address also deletes secondary ones of its
+            // subnet.
             let mut lines: Vec<String> =
                 old.into_iter().map(|old| format!("addr del {old} dev {NIC}")).collect();
             lines.push(switch::address_line(address));
@@ -153,17 +153,17 @@ impl Host {
         })
     }
 
-    /// Which address the daemon advertises from its next start on.
+    /// Sets the address that the daemon advertises, effective at the next start.
     pub fn set_advertise(&self, address: IpAddr) -> Result<()> {
         self.update(|host| host.advertise = Some(address))
     }
 
-    /// Pulls the cable: the host's end loses its carrier and keeps its addresses.
+    /// Unplugs the cable: the host's side loses its carrier and keeps its addresses.
     pub fn link_down(&self) -> Result<()> {
         self.set_link(false)
     }
 
-    /// Plugs it in again.
+    /// Plugs the cable in again.
     pub fn link_up(&self) -> Result<()> {
         self.set_link(true)
     }
@@ -181,13 +181,13 @@ impl Host {
         })
     }
 
-    /// Loses the machine: the daemon and everything else in it ends at once, its workloads
-    /// too; its namespaces, devices and `/run` are gone. Its disk (the state directory) stays.
+    /// Destroys the host: its daemon, workloads and all other processes are killed, and its namespaces,
+    /// devices and run directory are deleted. Its disk (the state directory) stays.
     pub fn destroy(&self) -> Result<()> {
-        ensure!(self.is_present(), "{} is lost already: `restore` brings it back", self.name);
+        ensure!(self.is_present(), "{} is destroyed already: `restore` brings it back", self.name);
         self.kill_if_running()?;
         self.shared.update(|lab| {
-            // The port first: the devices of a deleted namespace linger for a moment.
+            // Delete the port first: the devices of a deleted namespace linger for a moment.
             let port = format!("link del {}", self.name);
             ip_batch(Some(&switch_namespace(&lab.name)), &[port])?;
             switch::remove_namespaces(&standing_namespaces(lab, &lab.hosts[self.index]))?;
@@ -203,9 +203,9 @@ impl Host {
             .with_context(|| format!("cannot empty {}", run_dir.display()))
     }
 
-    /// Brings a lost machine back, with the addresses it had. Its daemon is not started.
+    /// Restores a destroyed host with its previous addresses. Its daemon is not started.
     pub fn restore(&self) -> Result<()> {
-        ensure!(!self.is_present(), "{} is not lost: `destroy` loses it", self.name);
+        ensure!(!self.is_present(), "{} is not destroyed: `destroy` it first", self.name);
         self.shared.update(|lab| {
             switch::rebuild_host(lab, &lab.hosts[self.index])?;
             lab.hosts[self.index].present = true;
@@ -213,24 +213,23 @@ impl Host {
         })
     }
 
-    /// Makes a workload: a namespace with nothing but a loopback interface.
+    /// Creates a workload: a namespace with only a loopback interface.
     pub fn workload(&self, name: &str) -> Result<Workload> {
         self.add_workloads(&[name.to_owned()])?;
         let workload = Workload::new(self.clone(), name);
         switch::build_workload(workload.netns_name())
-            .with_context(|| format!("cannot make workload {name} on {}", self.name))?;
+            .with_context(|| format!("cannot create workload {name} on {}", self.name))?;
         Ok(workload)
     }
 
-    /// A workload whose namespace the daemon makes, under the name [`Netns::netns_name`]: the lab only
-    /// takes note of it, and removes it in the end.
+    /// Registers a workload whose namespace the daemon will create with the name [`Netns::netns_name`]. The
+    /// lab only records it, and removes it at the end.
     pub fn promised_workload(&self, name: &str) -> Result<Workload> {
         self.add_workloads(&[name.to_owned()])?;
         Ok(Workload::new(self.clone(), name))
     }
 
-    /// Makes many workloads at once, named `stem1`, `stem2` and so on. Their loopback interfaces
-    /// stay down: nothing is done in them.
+    /// Creates many workloads at once, named `stem1`, `stem2` and so on. Their loopback interfaces stay down.
     pub fn bare_workloads(&self, stem: &str, count: usize) -> Result<Vec<Workload>> {
         let names: Vec<String> = (1..=count).map(|number| format!("{stem}{number}")).collect();
         self.add_workloads(&names)?;
@@ -238,11 +237,11 @@ impl Host {
         let namespaces: Vec<String> =
             workloads.iter().map(|workload| workload.netns_name().to_owned()).collect();
         switch::add_namespaces(&namespaces)
-            .with_context(|| format!("cannot make {count} workloads on {}", self.name))?;
+            .with_context(|| format!("cannot create {count} workloads on {}", self.name))?;
         Ok(workloads)
     }
 
-    /// Notes the names, before there is anything to be removed.
+    /// Records the names before the namespaces are created, so that they are removed in any case.
     fn add_workloads(&self, names: &[String]) -> Result<()> {
         for name in names {
             let proper = !name.is_empty()
@@ -250,15 +249,15 @@ impl Host {
                 && name.chars().all(|each| each.is_ascii_lowercase() || each.is_ascii_digit() || each == '-');
             ensure!(
                 proper,
-                "a workload's name has lower-case letters, digits and hyphens, at most 40: not {name:?}"
+                "invalid workload name {name:?}: at most 40 lower-case letters, digits and hyphens"
             );
         }
         self.shared.update(|lab| {
             let host = &mut lab.hosts[self.index];
-            ensure!(host.present, "{} is lost: no workload can run there", self.name);
+            ensure!(host.present, "{} is destroyed: no workload can run there", self.name);
             for name in names {
                 if host.workloads.iter().any(|each| each == name) {
-                    bail!("there is a workload {name} on {} already", self.name);
+                    bail!("workload {name} exists already on {}", self.name);
                 }
                 host.workloads.push(name.clone());
             }
@@ -266,26 +265,26 @@ impl Host {
         })
     }
 
-    /// A workload that was made before.
+    /// Returns an existing workload.
     pub fn find_workload(&self, name: &str) -> Result<Workload> {
         let names = self.workloads();
         ensure!(
             names.iter().any(|each| each == name),
-            "there is no workload {name} on {} ({})",
+            "no workload {name} on {} ({})",
             self.name,
             if names.is_empty() { "it has none".to_owned() } else { format!("it has {}", names.join(", ")) }
         );
         Ok(Workload::new(self.clone(), name))
     }
 
-    /// The names of its workloads.
+    /// Returns the names of its workloads.
     pub fn workloads(&self) -> Vec<String> {
         self.read(|host| host.workloads.clone())
     }
 }
 
-/// The namespaces of a host and its workloads, as far as they are there: a workload's may
-/// have been deleted by what runs there, as a container's is.
+/// Returns the existing namespaces of a host and its workloads. A program in a workload may have deleted its
+/// namespace, as container runtimes do.
 fn standing_namespaces(lab: &LabState, host: &HostState) -> Vec<String> {
     let workloads = host.workloads.iter().map(|workload| workload_namespace(&lab.name, &host.name, workload));
     let mut names: Vec<String> = workloads.filter(|name| crate::netns::path_of(name).exists()).collect();

@@ -1,4 +1,4 @@
-//! The lab: hosts, their cluster as a whole, and what remains when it goes.
+//! The lab: its hosts, their cluster as a whole, and its removal.
 
 use std::env;
 use std::fs::File;
@@ -21,27 +21,27 @@ use crate::state::{LabState, Shared};
 use crate::switch::{self, switch_namespace};
 use crate::wait::wait_until;
 
-/// How much of each log a failed test shows.
+/// Number of lines of each log that a failed test prints.
 const LOG_LINES: usize = 40;
 
-/// Simulated hosts on one switch. Removed when it is dropped, unless it is persistent.
+/// Simulated hosts on one switch. Removed on drop, unless it is persistent.
 #[derive(Debug)]
 pub struct Lab {
     shared: Arc<Shared>,
     hosts: Vec<Host>,
     remove_on_drop: bool,
-    /// Of a lab opened by the script.
+    /// The lock of a lab that was opened by name.
     _lock: Option<Flock<File>>,
 }
 
 impl Lab {
-    /// Sweeps what dead processes left, then builds a lab. No daemon is started.
+    /// Removes labs of dead processes, then builds a lab. No daemon is started.
     pub fn new(config: LabConfig) -> Result<Self> {
         if let Err(failures) = preflight::once() {
             bail!("this machine cannot hold a lab:\n  {}", failures.join("\n  "));
         }
         let shared = Arc::new(registry::claim(&config)?);
-        // Made before the network, so that its drop cleans up after a failure.
+        // Created before the network, so that its drop cleans up after a failure.
         let mut lab = Lab::with_hosts(shared, None);
         lab.remove_on_drop = true;
         switch::build(&lab.shared.state()).with_context(|| format!("cannot build lab {}", lab.name()))?;
@@ -49,10 +49,11 @@ impl Lab {
         Ok(lab)
     }
 
-    /// Opens a lab that is up, and leaves it up. Others who open it wait until this is dropped.
+    /// Opens an existing lab, which is not removed on drop. Other callers that open it wait until this is
+    /// dropped.
     pub fn open(name: &str) -> Result<Self> {
         let dir = registry::dir_of(name);
-        ensure!(dir.exists(), "there is no lab {name}: make one with `netns-lab up 3 --lab {name}`");
+        ensure!(dir.exists(), "no lab {name}: create it with `netns-lab up 3 --lab {name}`");
         let lock = registry::lock_lab(&dir)?;
         let state = LabState::load(&dir)?;
         Ok(Lab::with_hosts(Arc::new(Shared::new(dir, state)), Some(lock)))
@@ -64,35 +65,35 @@ impl Lab {
         Lab { shared, hosts, remove_on_drop: false, _lock: lock }
     }
 
-    /// The name.
+    /// Returns the lab's name.
     pub fn name(&self) -> &str {
         &self.shared.name
     }
 
-    /// The directory of everything that is a file.
+    /// Returns the directory of the lab's files.
     pub fn dir(&self) -> &Path {
         &self.shared.dir
     }
 
-    /// The process that the lab belongs to, if that is alive.
+    /// Returns the process that the lab belongs to. `None` if it is not alive.
     pub fn owner_pid(&self) -> Option<i32> {
         self.shared.state().owner.filter(|owner| owner.is_alive()).map(|owner| owner.pid)
     }
 
-    /// All hosts, `h1` first.
+    /// Returns all hosts, `h1` first.
     pub fn hosts(&self) -> &[Host] {
         &self.hosts
     }
 
-    /// A host by its name. `lab["h1"]` does the same and panics if there is none.
+    /// Returns a host by its name. `lab["h1"]` does the same, and panics if there is none.
     pub fn host(&self, name: &str) -> Result<&Host> {
         self.hosts.iter().find(|host| host.name() == name).with_context(|| {
             let last = self.hosts.last().map_or("none", Host::name);
-            format!("there is no host {name} in lab {}: its hosts are h1 to {last}", self.name())
+            format!("no host {name} in lab {}: its hosts are h1 to {last}", self.name())
         })
     }
 
-    /// The switch's namespace, to look into.
+    /// Returns the switch's namespace, for inspection.
     pub fn switch(&self) -> Netns {
         Netns::new(switch_namespace(self.name()))
     }
@@ -101,12 +102,16 @@ impl Lab {
         &self.shared
     }
 
-    /// Starts the daemons that do not run, all at once, and waits until they are ready and
-    /// see each other alive. Says how long that took. A daemon that ends meanwhile is an error.
+    /// Starts all daemons that are not running, waits until they are ready and see each other alive, and
+    /// returns the time that it took.
+    ///
+    /// # Errors
+    ///
+    /// If a daemon exits meanwhile.
     pub fn start_all(&self) -> Result<Duration> {
         let start = Instant::now();
         let timeout = self.shared.state().ready_timeout;
-        // Not those that run later on: one that has ended by then is to be noticed.
+        // Determined now: a daemon that exits later must be noticed.
         let hosts: Vec<&Host> = self.hosts.iter().filter(|host| host.is_present()).collect();
         for host in &hosts {
             if !host.is_running() {
@@ -120,13 +125,13 @@ impl Lab {
         Ok(start.elapsed())
     }
 
-    /// Waits until every running daemon lists all the other running ones as alive.
+    /// Waits until every running daemon lists all other running daemons as alive.
     pub fn wait_all_alive(&self, timeout: Duration) -> Result<()> {
         let running: Vec<&Host> = self.hosts.iter().filter(|host| host.is_running()).collect();
         wait_alive(&running, timeout)
     }
 
-    /// Removes the lab now, and says what failed.
+    /// Removes the lab now, and returns the error if that fails.
     pub fn remove(mut self) -> Result<()> {
         self.remove_on_drop = false;
         self.tear_down()
@@ -137,7 +142,7 @@ impl Lab {
         registry::remove_now(self.name()).and(killed)
     }
 
-    /// Leaves everything as it stands, out of the reach of sweeps.
+    /// Keeps the lab, so that sweeps do not remove it.
     fn keep(&self) {
         let kept = self.shared.update(|state| {
             state.owner = None;
@@ -149,7 +154,7 @@ impl Lab {
             self.dir().display()
         );
         if let Err(error) = kept {
-            eprintln!("netns-lab: it will be swept: {error:#}");
+            eprintln!("netns-lab: the next sweep will remove it: {error:#}");
         }
     }
 
@@ -162,11 +167,11 @@ impl Lab {
     }
 }
 
-/// Waits until each of the hosts lists all the others as alive.
+/// Waits until each host lists all other hosts as alive.
 fn wait_alive(hosts: &[&Host], timeout: Duration) -> Result<()> {
     let start = Instant::now();
     for host in hosts {
-        let what = format!("{} to see all others alive", host.name());
+        let what = format!("{} to see all other hosts alive", host.name());
         let left = timeout.saturating_sub(start.elapsed());
         wait_until(left, &what, || sees_alive(host, hosts)).map_err(|error| host.with_log(&error))?;
     }
@@ -188,7 +193,7 @@ fn sees_alive(host: &Host, all: &[&Host]) -> Result<()> {
     Ok(())
 }
 
-/// What peers a host lists, as `h2 alive, h3 dead`.
+/// Formats the peers that a host lists: `h2 alive, h3 dead`.
 fn brief(peers: &Value) -> String {
     let text = |value: &Value| value.as_str().unwrap_or("?").to_owned();
     let list: Vec<String> = peers
@@ -197,7 +202,7 @@ fn brief(peers: &Value) -> String {
         .flatten()
         .map(|peer| format!("{} {}", text(&peer["name"]), text(&peer["state"])))
         .collect();
-    if list.is_empty() { "nobody".to_owned() } else { list.join(", ") }
+    if list.is_empty() { "none".to_owned() } else { list.join(", ") }
 }
 
 impl Index<&str> for Lab {

@@ -1,10 +1,9 @@
 //! Hosts simulated in Linux network namespaces.
 //!
-//! A [`Lab`] has a name, N [`Host`]s `h1..hN` and one underlay switch. Everything is
-//! a network namespace that `ip netns exec` can enter: `<lab>-sw` holds the switch's
-//! bridge, `<lab>-h1` a host, `<lab>-h1-web` a [`Workload`] on it. Faults (partitions,
-//! loss) are injected in the switch's namespace, so that the hosts' namespaces belong
-//! to the daemon under test alone.
+//! A [`Lab`] has a name, N [`Host`]s `h1..hN` and one underlay switch. Each is a network namespace that `ip
+//! netns exec` can enter: `<lab>-sw` for the switch's bridge, `<lab>-h1` for a host, `<lab>-h1-web` for a
+//! [`Workload`] on it. Faults (partitions, loss) are injected in the switch's namespace, so that only the
+//! daemon under test changes the hosts' namespaces.
 //!
 //! ```no_run
 //! use netns_lab::{Lab, LabConfig};
@@ -21,12 +20,11 @@
 //! # }
 //! ```
 //!
-//! A lab is removed when it is dropped. One whose process died without that is swept
-//! by the next lab that is made. `NETNS_LAB_KEEP=1` keeps every lab, and
-//! `NETNS_LAB_KEEP_FAILED=1` those whose test panicked.
+//! A lab is removed on drop. A lab whose process was killed is removed by the next lab that is created.
+//! `NETNS_LAB_KEEP=1` keeps every lab, and `NETNS_LAB_KEEP_FAILED=1` keeps those whose test panicked.
 //!
-//! The crate knows nothing of ovl's insides: it speaks to `ovld` by its command line
-//! and to `ovlctl` by its JSON output.
+//! The crate does not depend on ovl's code: it uses the command line of `ovld` and the JSON output of
+//! `ovlctl`.
 
 #![forbid(unsafe_code)]
 #![warn(missing_docs)]
@@ -68,7 +66,7 @@ pub use tool::Output;
 pub use wait::{Outcome, wait_until};
 pub use workload::Workload;
 
-/// An address as tools print it, without the prefix length: `10.0.0.1/24` is `10.0.0.1`.
+/// Removes the prefix length from an address: `10.0.0.1/24` becomes `10.0.0.1`.
 pub fn without_prefix_length(address: &str) -> &str {
     address.split('/').next().unwrap_or(address).trim()
 }

@@ -1,4 +1,4 @@
-//! `netns-lab`: simulated hosts for people. Each command is in a file of its own.
+//! `netns-lab`: the command-line tool for simulated hosts. The commands are in `commands`.
 
 mod commands;
 
@@ -10,11 +10,11 @@ use anyhow::Result;
 use clap::{Parser, Subcommand, ValueEnum};
 use netns_lab::Underlay;
 
-/// Hosts simulated in Linux network namespaces, each with its ovld.
+/// Simulate hosts in Linux network namespaces, each with its own ovld.
 #[derive(Parser)]
 #[command(name = "netns-lab", version, disable_help_subcommand = true)]
 struct Cli {
-    /// Which lab, where there are several
+    /// Name of the lab
     #[arg(long, global = true, default_value = "lab", env = "NETNS_LAB")]
     lab: String,
     #[command(subcommand)]
@@ -23,52 +23,52 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Make a lab of N hosts and start the daemons; it stays until `down`
+    /// Create a lab of N hosts and start their daemons; it exists until `down`
     Up {
-        /// How many hosts
+        /// Number of hosts
         #[arg(default_value_t = 3)]
         hosts: usize,
-        /// The hosts' addresses
+        /// Address families of the underlay
         #[arg(long, value_enum, default_value_t = UnderlayArg::V4)]
         underlay: UnderlayArg,
-        /// The MTU of every link
+        /// MTU of every link
         #[arg(long, default_value_t = 1500)]
         mtu: u32,
-        /// TOML for every daemon's configuration file
+        /// File with TOML for every daemon's configuration
         #[arg(long, value_name = "FILE")]
         config: Option<PathBuf>,
-        /// Make the hosts alone
+        /// Create the hosts without starting their daemons
         #[arg(long)]
         no_start: bool,
     },
-    /// Remove the lab with everything in it
+    /// Remove the lab and everything in it
     Down {
-        /// All labs but those of running tests
+        /// Remove all labs, except those of running tests
         #[arg(long)]
         all: bool,
     },
-    /// Show hosts, daemons, links and faults
+    /// Show the hosts, daemons, links and faults
     Status,
     /// Run a command in the network namespace of a host, a workload (h1/web) or the switch (sw)
     Exec {
-        /// HOST, HOST/WORKLOAD or sw
+        /// The namespace: HOST, HOST/WORKLOAD or sw
         place: String,
         /// The command and its arguments
         #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true, value_name = "CMD")]
         command: Vec<OsString>,
     },
-    /// Run ovlctl against a host's daemon
+    /// Run ovlctl with a host's daemon
     Ctl {
-        /// Which host
+        /// Name of the host
         host: String,
-        /// What ovlctl is to do
+        /// Arguments of ovlctl
         #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true, value_name = "ARGS")]
         args: Vec<String>,
     },
-    /// Add or remove a workload: a network namespace on a host
+    /// Add or remove workloads: network namespaces on a host
     #[command(subcommand)]
     Workload(WorkloadCommand),
-    /// Ping and TCP between all workloads, each attached under its own name
+    /// Test ping and TCP between all workloads, each attached under its own name
     Pairs,
     /// Start a host's daemon and wait until it is ready
     Start { host: String },
@@ -76,11 +76,11 @@ enum Command {
     Stop { host: String },
     /// Kill a host's daemon with SIGKILL
     Kill { host: String },
-    /// Lose a machine: its daemon, workloads and namespace go at once
+    /// Destroy a host with its daemon, workloads and namespace
     Destroy { host: String },
-    /// Bring a lost machine back, with its disk; start its daemon yourself
+    /// Restore a destroyed host with its disk, without starting its daemon
     Restore { host: String },
-    /// Plug a host's cable in, or pull it
+    /// Plug or unplug a host's cable
     Link {
         host: String,
         #[arg(value_enum)]
@@ -90,24 +90,24 @@ enum Command {
     Mtu {
         host: String,
         mtu: u32,
-        /// Leave the host's end as it is: larger packets vanish
+        /// Change only the switch port: larger packets are dropped silently
         #[arg(long)]
         port_only: bool,
     },
-    /// Cut groups of hosts off from each other: `partition h1,h2 h3`
+    /// Partition the hosts into groups: `partition h1,h2 h3`
     Partition {
         #[arg(required = true, value_name = "HOST,HOST...")]
         groups: Vec<String>,
     },
     /// End the partition
     Heal,
-    /// Lose a share of all frames, or of the datagrams to one UDP port; 0 ends it
+    /// Drop a percentage of all frames, or of the datagrams to one UDP port; 0 ends it
     Loss {
         percent: f64,
         #[arg(long, value_name = "PORT")]
         udp_port: Option<u16>,
     },
-    /// Take the figures that ovl is measured by, in labs of their own
+    /// Measure ovl's performance figures in separate labs
     #[command(disable_help_flag = true)]
     Bench {
         /// Arguments of netns-lab-bench: see `netns-lab bench --help`
@@ -116,15 +116,15 @@ enum Command {
     },
     /// Check that this machine can hold a lab
     Preflight,
-    /// Remove the labs of processes that died
+    /// Remove the labs of dead processes
     Sweep,
 }
 
 #[derive(Subcommand)]
 enum WorkloadCommand {
-    /// Make one and print the path of its namespace
+    /// Create a workload and print the path of its namespace
     Add { host: String, name: String },
-    /// Delete one
+    /// Delete a workload
     Rm { host: String, name: String },
 }
 
@@ -158,7 +158,7 @@ fn main() -> ExitCode {
         Err(error) => {
             eprintln!("netns-lab: {error:#}");
             if !nix::unistd::geteuid().is_root() {
-                eprintln!("netns-lab: you are not root; try again with sudo");
+                eprintln!("netns-lab: this needs root: try again with sudo");
             }
             ExitCode::FAILURE
         }

@@ -1,4 +1,4 @@
-//! Reaching an address from a namespace.
+//! Pings from a namespace.
 
 use std::fmt::Display;
 use std::time::{Duration, Instant};
@@ -9,18 +9,18 @@ use crate::netns::Netns;
 use crate::wait::wait_until;
 use crate::without_prefix_length;
 
-/// How long one of [`Netns::ping_until`]'s pings waits for its answer.
+/// Timeout of each ping of [`Netns::ping_until`].
 const ATTEMPT: Duration = Duration::from_millis(250);
 
 impl Netns {
-    /// Whether one ping is answered in that time. IPv4 or IPv6 address or name; a prefix
-    /// length at its end is ignored.
+    /// Returns whether one ping is answered within the timeout. Accepts an IPv4 or IPv6 address or a name; a
+    /// prefix length is ignored.
     pub fn ping(&self, address: impl Display, timeout: Duration) -> bool {
         self.try_ping(&address.to_string(), timeout).is_ok()
     }
 
-    /// Pings until an answer comes and says how long that took. Mind that the kernel asks
-    /// for a neighbour that does not answer only once a second.
+    /// Pings until a reply arrives and returns the time that it took. Note that the kernel probes a silent
+    /// neighbour only once per second.
     pub fn ping_until(&self, address: impl Display, timeout: Duration) -> Result<Duration> {
         let start = Instant::now();
         let address = address.to_string();

@@ -1,4 +1,4 @@
-//! Whether this machine can hold a lab.
+//! Checks whether a lab can run on this machine.
 
 use std::ffi::OsStr;
 use std::path::Path;
@@ -14,22 +14,22 @@ use crate::tool;
 const TOOLS: [(&str, &str); 4] =
     [("ip", "iproute2"), ("bridge", "iproute2"), ("nft", "nftables"), ("ping", "iputils-ping")];
 
-/// What is tried in a scratch namespace: the command, its input, and what to do if it fails.
+/// Commands that are tried in a scratch namespace: the command, its input, and the advice if it fails.
 const FEATURES: [(&str, &str, &str); 4] = [
     (
         "ip link add pf0 type veth peer name pf1",
         "",
-        "the kernel gives no veth devices: load the module (modprobe veth) or use a kernel with CONFIG_VETH",
+        "the kernel does not support veth devices: load the module (modprobe veth) or use a kernel with CONFIG_VETH",
     ),
     (
         "ip link add pf2 type bridge",
         "",
-        "the kernel gives no bridges: load the module (modprobe bridge) or use a kernel with CONFIG_BRIDGE",
+        "the kernel does not support bridges: load the module (modprobe bridge) or use a kernel with CONFIG_BRIDGE",
     ),
     (
         "ip link add pf3 type vxlan id 1 dstport 4789",
         "",
-        "the kernel gives no VXLAN devices: load the module (modprobe vxlan) or use a kernel with CONFIG_VXLAN",
+        "the kernel does not support VXLAN devices: load the module (modprobe vxlan) or use a kernel with CONFIG_VXLAN",
     ),
     (
         "nft -f -",
@@ -39,7 +39,7 @@ const FEATURES: [(&str, &str, &str); 4] = [
     ),
 ];
 
-/// Checks, by trying, that a lab can be built here. Each failure says what to do.
+/// Checks that a lab can be built on this machine, by trying each feature. Each failure includes advice.
 pub fn preflight() -> Result<(), Vec<String>> {
     let mut failures: Vec<String> = TOOLS
         .iter()
@@ -49,7 +49,7 @@ pub fn preflight() -> Result<(), Vec<String>> {
     if !Path::new("/proc/sys/net/ipv6").exists() {
         failures.push("the kernel's IPv6 is off: boot without ipv6.disable=1".to_owned());
     }
-    // Without the tools nothing else can be tried.
+    // Without the tools no feature can be tried.
     if failures.is_empty() {
         failures.extend(try_features());
     }
@@ -59,18 +59,18 @@ pub fn preflight() -> Result<(), Vec<String>> {
     if failures.is_empty() { Ok(()) } else { Err(failures) }
 }
 
-/// The check's result, tried once per process.
+/// Returns the result of the check, which runs once per process.
 pub(crate) fn once() -> Result<(), Vec<String>> {
     static RESULT: OnceLock<Result<(), Vec<String>>> = OnceLock::new();
     RESULT.get_or_init(preflight).clone()
 }
 
-/// In a thread with a nameless namespace of its own, which goes with it.
+/// Tries the features in a thread with its own unnamed namespace, which ends with the thread.
 fn try_features() -> Vec<String> {
     let inside = || {
         if let Err(error) = unshare(CloneFlags::CLONE_NEWNET) {
             return vec![format!(
-                "a network namespace cannot be made ({error}): run this as root (sudo), in a container with \
+                "cannot create a network namespace ({error}): run this as root (sudo), in a container with \
                  --privileged, on a kernel with CONFIG_NET_NS"
             )];
         }
@@ -83,15 +83,13 @@ fn try_features() -> Vec<String> {
     thread::spawn(inside).join().unwrap_or_else(|_| vec!["the check itself panicked".to_owned()])
 }
 
-/// Naming one needs to mount, which a container may forbid.
+/// Tries to create a named namespace. This needs a mount, which a container may forbid.
 fn try_named_namespace() -> Option<String> {
     static COUNTER: AtomicU32 = AtomicU32::new(0);
     let name = format!("netns-lab-preflight-{}-{}", process::id(), COUNTER.fetch_add(1, Ordering::Relaxed));
     let made = tool::run(["ip", "netns", "add", &name], None);
     let removed = made.and_then(|_| tool::run(["ip", "netns", "del", &name], None));
     removed.err().map(|error| {
-        format!(
-            "a network namespace cannot be named: root needs the right to mount (CAP_SYS_ADMIN) ({error:#})"
-        )
+        format!("cannot create a named network namespace: mounting needs CAP_SYS_ADMIN ({error:#})")
     })
 }

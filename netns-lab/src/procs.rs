@@ -1,4 +1,4 @@
-//! Processes: who they are, whether they live, what they use, and which live in a namespace.
+//! Processes: identity, liveness, resource usage, and the processes in a namespace.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -14,12 +14,12 @@ use serde::{Deserialize, Serialize};
 
 use crate::wait::wait_until;
 
-/// The kernel reports times in hundredths of a second to programs, whatever its own clock.
+/// USER_HZ: the unit of times in /proc, regardless of the kernel's own clock.
 const TICKS_PER_SECOND: u64 = 100;
 
 const KILL_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// A process, told from a later one with the same number by its start time.
+/// A process. The start time distinguishes it from a later process with the same id.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct ProcId {
     pub(crate) pid: i32,
@@ -27,23 +27,23 @@ pub(crate) struct ProcId {
 }
 
 impl ProcId {
-    /// The living process with that number.
+    /// Returns the process with that id. `None` if it is not alive.
     pub(crate) fn of(pid: i32) -> Option<Self> {
         let stat = Stat::read(pid)?;
         stat.is_alive().then_some(ProcId { pid, start: stat.start })
     }
 
-    /// This process.
+    /// Returns this process.
     pub(crate) fn own() -> Option<Self> {
         ProcId::of(process::id().cast_signed())
     }
 
-    /// Whether it lives; a zombie does not.
+    /// Returns whether it is alive. A zombie is not.
     pub(crate) fn is_alive(self) -> bool {
         ProcId::of(self.pid) == Some(self)
     }
 
-    /// Sends a signal. One that has ended is no error: false.
+    /// Sends a signal. Returns false if the process has exited.
     pub(crate) fn signal(self, signal: Signal) -> Result<bool> {
         if !self.is_alive() {
             return Ok(false);
@@ -55,16 +55,16 @@ impl ProcId {
         }
     }
 
-    /// Processor time used, user and system.
+    /// Returns the CPU time used, user and system.
     pub(crate) fn cpu_time(self) -> Result<Duration> {
-        let stat = Stat::read(self.pid).with_context(|| format!("process {} is gone", self.pid))?;
+        let stat = Stat::read(self.pid).with_context(|| format!("process {} has exited", self.pid))?;
         Ok(Duration::from_millis(stat.ticks * 1000 / TICKS_PER_SECOND))
     }
 
-    /// Resident memory.
+    /// Returns the resident memory in KiB.
     pub(crate) fn rss_kib(self) -> Result<u64> {
         let text = fs::read_to_string(format!("/proc/{}/status", self.pid))
-            .with_context(|| format!("process {} is gone", self.pid))?;
+            .with_context(|| format!("process {} has exited", self.pid))?;
         text.lines()
             .find_map(|line| line.strip_prefix("VmRSS:"))
             .and_then(|rest| rest.split_whitespace().next())
@@ -73,9 +73,9 @@ impl ProcId {
     }
 }
 
-/// Processor time that a process has used, user and system.
+/// Returns the CPU time that a process has used, user and system.
 pub fn cpu_time(pid: u32) -> Result<Duration> {
-    ProcId::of(pid.cast_signed()).with_context(|| format!("process {pid} is gone"))?.cpu_time()
+    ProcId::of(pid.cast_signed()).with_context(|| format!("process {pid} has exited"))?.cpu_time()
 }
 
 struct Stat {
@@ -89,7 +89,8 @@ impl Stat {
         Stat::parse(&fs::read_to_string(format!("/proc/{pid}/stat")).ok()?)
     }
 
-    /// The second field is the name in brackets and may hold anything, so count from its end.
+    /// Parses `/proc/PID/stat`. The second field is the name in parentheses and may contain anything, so
+    /// fields are counted from its end.
     fn parse(text: &str) -> Option<Self> {
         let (_, rest) = text.rsplit_once(')')?;
         let fields: Vec<&str> = rest.split_whitespace().collect();
@@ -106,14 +107,14 @@ impl Stat {
     }
 }
 
-/// Kills every process in these namespaces and waits until none is left.
+/// Kills all processes in these namespaces and waits until they have exited.
 pub(crate) fn kill_all_in(namespaces: &[String]) -> Result<()> {
     let inodes: Vec<(u64, u64)> =
         namespaces.iter().filter_map(|name| namespace_id(&crate::netns::path_of(name))).collect();
     if inodes.is_empty() {
         return Ok(());
     }
-    wait_until(KILL_TIMEOUT, "the end of the processes in the lab's namespaces", || -> Result<bool> {
+    wait_until(KILL_TIMEOUT, "the processes in the lab's namespaces to exit", || -> Result<bool> {
         let found = processes_in(&inodes)?;
         for process in &found {
             process.signal(Signal::SIGKILL)?;
@@ -148,14 +149,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_with_brackets_do_not_confuse() {
+    fn process_names_with_parentheses_are_parsed() {
         let text = "42 (a) b) S 1 42 42 0 -1 4194560 100 0 0 0 7 5 0 0 20 0 1 0 999 1000 10 0";
         let stat = Stat::parse(text).unwrap();
         assert_eq!((stat.state, stat.ticks, stat.start), ('S', 12, 999));
     }
 
     #[test]
-    fn own_process_lives() {
+    fn own_process_is_alive() {
         let own = ProcId::own().unwrap();
         assert!(own.is_alive() && own.rss_kib().unwrap() > 0);
         assert!(!ProcId { start: own.start + 1, ..own }.is_alive());

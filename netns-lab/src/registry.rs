@@ -1,4 +1,4 @@
-//! All labs of this machine: their names and directories, and the sweep of those left behind.
+//! The labs of this machine: their names and directories, and the removal of abandoned ones.
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -19,12 +19,12 @@ const LOCK: &str = ".lock";
 const DISCARDED: &str = ".gone-";
 const LONGEST_NAME: usize = 12;
 
-/// A lab that a sweep has removed, or could not.
+/// A lab that a sweep removed or failed to remove.
 #[derive(Clone, Debug)]
 pub struct Swept {
     /// The lab's name.
     pub name: String,
-    /// Why it still stands.
+    /// Why it could not be removed. `None` if it was removed.
     pub failure: Option<String>,
 }
 
@@ -32,7 +32,7 @@ pub(crate) fn dir_of(name: &str) -> PathBuf {
     Path::new(ROOT).join(name)
 }
 
-/// The labs that have a directory, sorted.
+/// Returns the names of the labs that have a directory, sorted.
 pub fn lab_names() -> Result<Vec<String>> {
     if !Path::new(ROOT).exists() {
         return Ok(Vec::new());
@@ -48,13 +48,17 @@ pub fn lab_names() -> Result<Vec<String>> {
     Ok(names)
 }
 
-/// Removes the labs whose owner has died: its daemons, namespaces and directory.
+/// Removes the labs whose owner has died, with their daemons, namespaces and directories.
 pub fn sweep() -> Result<Vec<Swept>> {
     let _lock = lock()?;
     sweep_locked()
 }
 
-/// Removes a lab that belongs to no living process.
+/// Removes a lab.
+///
+/// # Errors
+///
+/// If the lab belongs to a running process.
 pub fn remove(name: &str) -> Result<()> {
     let _lock = lock()?;
     let dir = dir_of(name);
@@ -62,22 +66,22 @@ pub fn remove(name: &str) -> Result<()> {
         let others = lab_names()?;
         let others =
             if others.is_empty() { "none is up".to_owned() } else { format!("up: {}", others.join(", ")) };
-        bail!("there is no lab {name} ({others})");
+        bail!("no lab {name} ({others})");
     }
     if let Ok(state) = LabState::load(&dir)
         && let Some(owner) = state.owner
         && owner.is_alive()
     {
-        bail!("lab {name} belongs to the running process {}: it goes when that ends", owner.pid);
+        bail!("lab {name} belongs to the running process {}: it is removed when that exits", owner.pid);
     }
     remove_now(name)
 }
 
-/// Takes a name and makes the directory with the state in it, so that whatever is built
-/// after this is found again.
+/// Claims a name and creates the directory with the lab's state, so that everything built afterwards can be
+/// found and removed.
 pub(crate) fn claim(config: &LabConfig) -> Result<Shared> {
     let _lock = lock()?;
-    // What cannot be swept is in nobody's way but its own; `netns-lab sweep` says so.
+    // A lab that cannot be swept does not affect this one; `netns-lab sweep` reports it.
     sweep_locked()?;
     let name = match &config.name {
         Some(name) => chosen_name(name)?,
@@ -95,23 +99,23 @@ pub(crate) fn claim(config: &LabConfig) -> Result<Shared> {
     Ok(Shared::new(dir, state))
 }
 
-/// Removes a lab whoever it belongs to. Goes as far as it can, and gives the first error.
+/// Removes a lab regardless of its owner. Continues after an error, and returns the first one.
 pub(crate) fn remove_now(name: &str) -> Result<()> {
     let dir = dir_of(name);
     if let Ok(state) = LabState::load(&dir) {
         for daemon in state.hosts.iter().filter_map(|host| host.daemon) {
-            // It may have left its namespace, so the namespaces' processes are not all. One
-            // that we may not kill shows in what follows.
+            // A daemon may have left its namespace, so kill it in addition to the processes in the
+            // namespaces. If that is not permitted, the following steps fail.
             daemon.signal(Signal::SIGKILL).ok();
         }
     }
     let namespaces = namespaces_of(name).and_then(|names| remove_namespaces(&names));
-    namespaces.with_context(|| format!("lab {name} is not removed"))?;
+    namespaces.with_context(|| format!("cannot remove lab {name}"))?;
     discard(name, &dir)
 }
 
-/// Gives a lab's name back. The directory is the claim on it, so it goes last and at once:
-/// half removed, it would look like one whose maker died.
+/// Releases a lab's name. The directory is the claim on the name, so it is removed last and atomically:
+/// partly removed, it would look like a lab whose creator died.
 fn discard(name: &str, dir: &Path) -> Result<()> {
     static COUNTER: AtomicU32 = AtomicU32::new(0);
     let number = COUNTER.fetch_add(1, Ordering::Relaxed);
@@ -121,19 +125,19 @@ fn discard(name: &str, dir: &Path) -> Result<()> {
             Err(anyhow!(error).context(format!("cannot remove {}", dir.display())))
         }
         _ => {
-            // What remains of it is in nobody's way, and the next sweep's.
+            // Remains of it disturb nothing; the next sweep removes them.
             fs::remove_dir_all(discarded).ok();
             Ok(())
         }
     }
 }
 
-/// Removes what processes that died while they removed a lab left of it.
+/// Removes the remains of labs whose removal was interrupted.
 fn remove_discarded() -> Result<()> {
     for entry in fs::read_dir(ROOT).with_context(|| format!("cannot list {ROOT}"))? {
         let entry = entry?;
         if entry.file_name().to_string_lossy().starts_with(DISCARDED) {
-            // Another process may be about it at this moment.
+            // Another process may be removing it at the same time.
             fs::remove_dir_all(entry.path()).ok();
         }
     }
@@ -150,7 +154,7 @@ fn sweep_locked() -> Result<Vec<Swept>> {
                 Some(owner) if !owner.is_alive() => remove_now(&name).err(),
                 _ => continue,
             },
-            // Its maker died before it had built anything.
+            // Its creator died before it had built anything.
             Err(_) if !LabState::is_saved_in(&dir) => remove_now(&name).err(),
             Err(error) => Some(error.context(format!("remove it with `netns-lab down --lab {name}`"))),
         };
@@ -160,28 +164,30 @@ fn sweep_locked() -> Result<Vec<Swept>> {
 }
 
 fn chosen_name(name: &str) -> Result<String> {
-    // No hyphen: it separates the parts of the namespaces' names.
+    // No hyphen: it separates the parts of namespace names.
     let proper = name.starts_with(|first: char| first.is_ascii_lowercase())
         && name.chars().all(|each| each.is_ascii_lowercase() || each.is_ascii_digit())
         && name.len() <= LONGEST_NAME;
     ensure!(
         proper,
-        "a lab's name is a lower-case letter, then letters and digits, at most {LONGEST_NAME}: not {name:?}"
+        "invalid lab name {name:?}: a lower-case letter, then letters and digits, at most {LONGEST_NAME}"
     );
     ensure!(
         !dir_of(name).exists(),
-        "lab {name} is up already: take it down (netns-lab down --lab {name}) or choose another name"
+        "lab {name} exists already: remove it (netns-lab down --lab {name}) or choose another name"
     );
     if let Some(namespace) = namespaces_of(name)?.first() {
-        bail!("network namespace {namespace} is there and no lab's: remove it (ip netns del {namespace})");
+        bail!(
+            "network namespace {namespace} exists and belongs to no lab: remove it (ip netns del {namespace})"
+        );
     }
     Ok(name.to_owned())
 }
 
-/// Of the process's number and a counter: `t` and letters and digits.
+/// Generates a name from the process id and a counter: `t`, then letters and digits.
 fn made_up_name() -> Result<String> {
     let stem = format!("t{}", base36(process::id()));
-    // Each once per process: the kernel takes its time to forget a namespace.
+    // Each name is used once per process, because the kernel deletes a namespace with a delay.
     static COUNTER: AtomicU32 = AtomicU32::new(0);
     for _ in 0..10_000 {
         let name = format!("{stem}{}", base36(COUNTER.fetch_add(1, Ordering::Relaxed)));
@@ -189,7 +195,7 @@ fn made_up_name() -> Result<String> {
             return Ok(name);
         }
     }
-    bail!("no free name for a lab: too many are up in {ROOT}")
+    bail!("no free name for a lab: too many labs in {ROOT}")
 }
 
 fn base36(mut number: u32) -> String {
@@ -203,7 +209,7 @@ fn base36(mut number: u32) -> String {
     }
 }
 
-/// Held while names are taken or labs removed.
+/// Takes the lock that is held while names are claimed or labs are removed.
 fn lock() -> Result<Flock<File>> {
     fs::create_dir_all(ROOT).with_context(|| format!("cannot create {ROOT} (only root can)"))?;
     let path = Path::new(ROOT).join(LOCK);
@@ -211,8 +217,8 @@ fn lock() -> Result<Flock<File>> {
     lock_file(file.with_context(|| format!("cannot open {} (only root can)", path.display()))?)
 }
 
-/// Locks one lab against other calls of the script. The directory itself: a file made in
-/// it could come in the way of its removal.
+/// Locks one lab against other `netns-lab` processes. Locks the directory itself, because a lock file in it
+/// could obstruct its removal.
 pub(crate) fn lock_lab(dir: &Path) -> Result<Flock<File>> {
     lock_file(File::open(dir).with_context(|| format!("cannot open {}", dir.display()))?)
 }
@@ -227,12 +233,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn numbers_in_base_36() {
+    fn numbers_are_encoded_in_base_36() {
         assert_eq!((base36(0), base36(35), base36(36)), ("0".to_owned(), "z".to_owned(), "10".to_owned()));
     }
 
     #[test]
-    fn names_with_hyphens_are_refused() {
+    fn invalid_lab_names_are_rejected() {
         for wrong in ["", "1a", "a-b", "A", "abcdefghijklm"] {
             assert!(chosen_name(wrong).is_err(), "{wrong}");
         }

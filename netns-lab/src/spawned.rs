@@ -1,4 +1,4 @@
-//! A child process that ends with its guard.
+//! A child process that is killed when its guard is dropped.
 
 use std::io::{Read, Write};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -14,10 +14,10 @@ use nix::unistd::Pid;
 use crate::tool::Output;
 use crate::wait::wait_until;
 
-/// How long the pipes of an ended process are read on: its own children may hold them open.
+/// How long the pipes of an exited process are read: its own children may hold them open.
 const PIPE_GRACE: Duration = Duration::from_millis(200);
 
-/// A running command. It is killed when this is dropped.
+/// A running command. It is killed on drop.
 #[derive(Debug)]
 pub struct Spawned {
     child: Child,
@@ -34,8 +34,8 @@ impl Spawned {
         let mut child = command.spawn().with_context(|| format!("cannot run `{shown}`"))?;
         if let (Some(text), Some(mut pipe)) = (input, child.stdin.take()) {
             let text = text.to_owned();
-            // A thread of its own: the child may write before it has read everything. If it
-            // ends early the write fails, and its exit status tells.
+            // Write in a thread: the child may write output before it has read all input. If it exits early,
+            // the write fails, and the exit status shows that.
             thread::spawn(move || drop(pipe.write_all(text.as_bytes())));
         }
         let stdout = Collector::start(child.stdout.take());
@@ -43,28 +43,28 @@ impl Spawned {
         Ok(Spawned { child, shown: shown.to_owned(), stdout, stderr })
     }
 
-    /// The process id.
+    /// Returns the process id.
     pub fn pid(&self) -> u32 {
         self.child.id()
     }
 
-    /// Whether it has not ended.
+    /// Returns whether it is still running.
     pub fn is_running(&mut self) -> bool {
         matches!(self.child.try_wait(), Ok(None))
     }
 
-    /// What it has written on standard output so far.
+    /// Returns its standard output so far.
     pub fn stdout(&self) -> String {
         self.stdout.text()
     }
 
-    /// What it has written on standard error so far.
+    /// Returns its standard error so far.
     pub fn stderr(&self) -> String {
         self.stderr.text()
     }
 
-    /// Sends a signal, if it is still running. `ping` and `tcpdump` end with their
-    /// summary after `Signal::SIGINT`.
+    /// Sends a signal if it is still running. `ping` and `tcpdump` print their summary after
+    /// `Signal::SIGINT`.
     pub fn signal(&mut self, signal: Signal) -> Result<()> {
         if self.is_running() {
             kill(Pid::from_raw(self.child.id().cast_signed()), signal)
@@ -73,14 +73,14 @@ impl Spawned {
         Ok(())
     }
 
-    /// Waits for its end. It goes on running after a time-out (until the drop).
+    /// Waits until it exits. After a timeout it keeps running until the drop.
     pub fn wait(&mut self, timeout: Duration) -> Result<ExitStatus> {
-        let what = format!("the end of `{}`", self.shown);
+        let what = format!("`{}` to exit", self.shown);
         let child = &mut self.child;
         wait_until(timeout, &what, || child.try_wait()).with_context(|| self.said())
     }
 
-    /// Waits for its end and gives everything; kills it after a time-out.
+    /// Waits until it exits and returns its output. Kills it after a timeout.
     pub fn finish(mut self, timeout: Duration) -> Result<Output> {
         let status = self.wait(timeout)?;
         self.stdout.wait_end();
@@ -99,7 +99,7 @@ impl Spawned {
 
 impl Drop for Spawned {
     fn drop(&mut self) {
-        // Errors mean that it has ended, which is what is wanted.
+        // An error means that it has exited already.
         if self.is_running() {
             self.child.kill().ok();
             self.child.wait().ok();
@@ -107,7 +107,7 @@ impl Drop for Spawned {
     }
 }
 
-/// Reads a pipe to its end in a thread, so that the writer never blocks.
+/// Reads a pipe in a thread until its end, so that the writer never blocks.
 #[derive(Debug)]
 struct Collector {
     text: Arc<Mutex<Vec<u8>>>,
@@ -135,7 +135,8 @@ impl Collector {
         String::from_utf8_lossy(&self.text.lock().unwrap_or_else(PoisonError::into_inner)).into_owned()
     }
 
-    /// The sender is dropped at the end of the pipe, so either outcome means "go on".
+    /// Waits for the end of the pipe, at most [`PIPE_GRACE`]. The sender is dropped at the end of the pipe,
+    /// so both results of the receive are fine.
     fn wait_end(&self) {
         self.end.recv_timeout(PIPE_GRACE).ok();
     }

@@ -1,5 +1,4 @@
-//! What is known of a lab, kept in its directory so that the script's next call, or the
-//! next sweep, finds it.
+//! The state of a lab, saved in its directory for the next call of `netns-lab` and the next sweep.
 
 use std::fs::{self, File};
 use std::io::Write;
@@ -18,11 +17,11 @@ use crate::procs::ProcId;
 const STATE_FILE: &str = "state.json";
 const MOST_HOSTS: usize = 250;
 
-/// Everything about a lab that its directory remembers.
+/// The saved state of a lab.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct LabState {
     pub(crate) name: String,
-    /// The process whose lab it is; `None` for one that stays up until it is taken down.
+    /// The process that the lab belongs to. `None` if the lab exists until it is removed explicitly.
     pub(crate) owner: Option<ProcId>,
     pub(crate) underlay: Underlay,
     pub(crate) mtu: u32,
@@ -35,23 +34,23 @@ pub(crate) struct LabState {
     pub(crate) faults: Faults,
 }
 
-/// Everything about a host.
+/// The saved state of a host.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct HostState {
     pub(crate) name: String,
-    /// Counted from 1.
+    /// The host's number, counted from 1.
     pub(crate) number: usize,
     pub(crate) v4: Option<Ipv4Addr>,
     pub(crate) v6: Option<Ipv6Addr>,
-    /// Overrides the choice between the two.
+    /// The address to advertise. If `None`: the IPv4 address if there is one, else the IPv6 address.
     pub(crate) advertise: Option<IpAddr>,
     pub(crate) mtu: u32,
     pub(crate) port_mtu: u32,
     pub(crate) link_up: bool,
-    /// False while the machine is lost.
+    /// False while the host is destroyed.
     pub(crate) present: bool,
     pub(crate) bootstrap: bool,
-    /// `None`: the first host, except for that one itself.
+    /// The addresses to join. If `None`: the first host's, and none for the first host itself.
     pub(crate) join: Option<Vec<String>>,
     pub(crate) config: String,
     pub(crate) args: Vec<String>,
@@ -62,12 +61,12 @@ pub(crate) struct HostState {
 impl LabState {
     pub(crate) fn new(config: &LabConfig, name: String) -> Result<Self> {
         if !(1..=MOST_HOSTS).contains(&config.hosts) {
-            bail!("a lab has 1 to {MOST_HOSTS} hosts, not {}", config.hosts);
+            bail!("invalid number of hosts {}: must be 1 to {MOST_HOSTS}", config.hosts);
         }
         if !(1280..=65535).contains(&config.mtu) {
-            bail!("an MTU is 1280 (IPv6 needs that) to 65535, not {}", config.mtu);
+            bail!("invalid MTU {}: must be 1280 (the minimum of IPv6) to 65535", config.mtu);
         }
-        // A lab without daemons is in order, so missing binaries show at the first start.
+        // A lab without daemons is valid, so missing binaries are reported at the first start.
         let ovld = crate::binaries::find("ovld", config.ovld.as_deref()).ok();
         let ovlctl = crate::binaries::find("ovlctl", config.ovlctl.as_deref()).ok();
         Ok(LabState {
@@ -92,7 +91,7 @@ impl LabState {
             .with_context(|| format!("{} is damaged or of another version", path.display()))
     }
 
-    /// Replaced as a whole, so that a reader never sees half of it.
+    /// Saves the state. The file is replaced atomically, so that a reader never sees a partial one.
     pub(crate) fn save(&self, dir: &Path) -> Result<()> {
         let path = dir.join(STATE_FILE);
         let temporary = dir.join(".state.json.new");
@@ -109,7 +108,7 @@ impl LabState {
         dir.join(STATE_FILE).exists()
     }
 
-    /// Whether a frame that fits one link may not fit another one.
+    /// Returns whether links have different MTUs.
     pub(crate) fn mtus_differ(&self) -> bool {
         self.hosts.iter().any(|host| host.mtu != self.mtu || host.port_mtu != self.mtu)
     }
@@ -117,8 +116,8 @@ impl LabState {
 
 impl HostState {
     fn new(config: &LabConfig, number: usize) -> Self {
-        // At most 250, so that both conversions keep the number. The IPv6 address shows the
-        // same digits as the IPv4 one: fd77::10 is h10.
+        // At most 250, so both conversions are lossless. The IPv6 address has the same digits as the IPv4
+        // address: fd77::10 is h10.
         let last_octet = u8::try_from(number).unwrap_or(u8::MAX);
         let last_group = u16::from_str_radix(&number.to_string(), 16).unwrap_or(u16::MAX);
         HostState {
@@ -140,7 +139,7 @@ impl HostState {
         }
     }
 
-    /// The address that the daemon advertises and others join.
+    /// Returns the address that the daemon advertises and that other hosts join through.
     pub(crate) fn address(&self) -> Result<IpAddr> {
         self.advertise
             .or(self.v4.map(IpAddr::V4))
@@ -149,13 +148,13 @@ impl HostState {
     }
 }
 
-/// A lab's state, shared by its handles and saved after each change.
+/// The state of a lab, shared by its handles and saved after each change.
 #[derive(Debug)]
 pub(crate) struct Shared {
     pub(crate) name: String,
     pub(crate) dir: PathBuf,
     state: Mutex<LabState>,
-    /// Held while the cluster key is made.
+    /// Held while the cluster key is generated.
     pub(crate) making_key: Mutex<()>,
 }
 
@@ -168,7 +167,7 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Changes the state and saves it, one change at a time. A change that fails is none.
+    /// Changes the state and saves it, one change at a time. If the change fails, the state stays unchanged.
     pub(crate) fn update<T>(&self, change: impl FnOnce(&mut LabState) -> Result<T>) -> Result<T> {
         let mut state = self.state();
         let mut changed = state.clone();

@@ -1,4 +1,4 @@
-//! The wires: namespaces, the switch's bridge, each host's link to it.
+//! The underlay: namespaces, the switch's bridge, and each host's link to it.
 
 use std::fs;
 use std::net::IpAddr;
@@ -12,12 +12,12 @@ use crate::state::{HostState, LabState};
 use crate::tool::{self, ip_batch};
 use crate::wait::wait_until;
 
-/// The host's end of its link.
+/// Name of the host's side of its link.
 pub(crate) const NIC: &str = "eth0";
 
 const BRIDGE: &str = "br0";
 
-/// How long a new carrier may take to be noticed: rarely more than some milliseconds.
+/// Maximum time until a new carrier is noticed; usually some milliseconds.
 const CARRIER_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The kernel's default for `gso_max_segs`.
@@ -35,7 +35,7 @@ pub(crate) fn workload_namespace(lab: &str, host: &str, workload: &str) -> Strin
     format!("{lab}-{host}-{workload}")
 }
 
-/// The namespaces that stand and belong to a lab of that name.
+/// Returns the existing namespaces of a lab.
 pub(crate) fn namespaces_of(lab: &str) -> Result<Vec<String>> {
     if !Path::new(NETNS_DIR).exists() {
         return Ok(Vec::new());
@@ -50,7 +50,8 @@ pub(crate) fn namespaces_of(lab: &str) -> Result<Vec<String>> {
     Ok(names)
 }
 
-/// Others may have namespaces that begin like ours: only these forms are ours.
+/// Returns whether a namespace belongs to a lab. Foreign namespaces may have the same prefix, so the whole
+/// name is checked.
 fn belongs_to(namespace: &str, lab: &str) -> bool {
     let Some(rest) = namespace.strip_prefix(lab).and_then(|rest| rest.strip_prefix('-')) else {
         return false;
@@ -60,8 +61,8 @@ fn belongs_to(namespace: &str, lab: &str) -> bool {
     rest == "sw" || is_host
 }
 
-/// Makes the switch and all hosts. A few processes in all, however many hosts: starting
-/// one costs more than what it does.
+/// Creates the switch and all hosts. Uses a few processes regardless of the number of hosts, because starting
+/// a process costs more than its work.
 pub(crate) fn build(lab: &LabState) -> Result<()> {
     let switch = switch_namespace(&lab.name);
     let namespaces: Vec<String> = std::iter::once(switch.clone())
@@ -81,7 +82,7 @@ pub(crate) fn build(lab: &LabState) -> Result<()> {
     wait_connected(lab, &lab.hosts.iter().collect::<Vec<_>>())
 }
 
-/// Makes one host again, as it was.
+/// Creates one host again from its saved state.
 pub(crate) fn rebuild_host(lab: &LabState, host: &HostState) -> Result<()> {
     add_namespaces(&[host_namespace(&lab.name, &host.name)])?;
     ip_batch(Some(&switch_namespace(&lab.name)), &port_lines(lab, host))?;
@@ -89,9 +90,9 @@ pub(crate) fn rebuild_host(lab: &LabState, host: &HostState) -> Result<()> {
     wait_connected(lab, &[host])
 }
 
-/// Waits until these hosts' links carry frames. The kernel tells the bridge, the queues and
-/// IPv6 of a new carrier a moment later, and until then they drop: what is lost so, such as
-/// a neighbour's first question, comes again only after a second.
+/// Waits until these hosts' links carry frames. The kernel notifies the bridge, the queues and IPv6 of a new
+/// carrier with a delay, and until then they drop packets. A dropped neighbour solicitation would be repeated
+/// only after a second.
 pub(crate) fn wait_connected(lab: &LabState, hosts: &[&HostState]) -> Result<()> {
     let linked: Vec<&HostState> = hosts.iter().copied().filter(|host| host.present && host.link_up).collect();
     let switch = Netns::new(switch_namespace(&lab.name));
@@ -112,8 +113,8 @@ pub(crate) fn wait_connected(lab: &LabState, hosts: &[&HostState]) -> Result<()>
     Ok(())
 }
 
-/// Of the calling thread's namespace: whether IPv6 has seen the carrier, which is when the
-/// link-local address is there and no longer tentative.
+/// Returns whether IPv6 in the calling thread's namespace has noticed the carrier: the link-local address
+/// exists and is not tentative.
 fn nic_is_ready() -> Result<bool> {
     const TENTATIVE: u32 = 0x40;
     let text = fs::read_to_string("/proc/thread-self/net/if_inet6")?;
@@ -132,12 +133,12 @@ pub(crate) fn add_namespaces(names: &[String]) -> Result<()> {
     ip_batch(None, &names.iter().map(|name| format!("netns add {name}")).collect::<Vec<_>>())
 }
 
-/// Ends the processes in namespaces, then deletes them.
+/// Kills the processes in namespaces, then deletes the namespaces.
 pub(crate) fn remove_namespaces(names: &[String]) -> Result<()> {
     let killed = crate::procs::kill_all_in(names);
     if !names.is_empty() {
         let lines: String = names.iter().map(|name| format!("netns del {name}\n")).collect();
-        // Unlike `ip_batch`, it goes on after a failed line.
+        // Unlike `ip_batch`, this continues after a failed line.
         tool::run(["ip", "-force", "-batch", "-"], Some(&lines))?;
     }
     killed
@@ -146,7 +147,7 @@ pub(crate) fn remove_namespaces(names: &[String]) -> Result<()> {
 fn port_lines(lab: &LabState, host: &HostState) -> [String; 2] {
     let HostState { name, number, mtu, port_mtu, .. } = host;
     let namespace = host_namespace(&lab.name, name);
-    // A MAC address that a lost and restored host keeps, as a machine does.
+    // A restored host keeps its MAC address, as a real machine does.
     let mac = format!("02:4c:4e:00:00:{number:02x}");
     let state = if host.link_up { "up" } else { "down" };
     [
@@ -159,9 +160,8 @@ fn port_lines(lab: &LabState, host: &HostState) -> [String; 2] {
 
 fn configure_host(lab: &LabState, host: &HostState) -> Result<()> {
     let namespace = host_namespace(&lab.name, &host.name);
-    // Of the daemon's own devices nothing is preset: only the lab's link skips duplicate
-    // address detection, and forwarding is off as after a boot (a namespace inherits it
-    // from the machine).
+    // Nothing is preset for the daemon's own devices. Only the lab's link skips duplicate address detection,
+    // and forwarding is off as after a boot (a namespace inherits it from the machine).
     Netns::new(namespace.clone()).run(|| -> Result<()> {
         set_sysctl("net/ipv4/ip_forward", "0")?;
         set_sysctl(&format!("net/ipv6/conf/{NIC}/accept_dad"), "0")?;
@@ -178,7 +178,7 @@ fn configure_host(lab: &LabState, host: &HostState) -> Result<()> {
     ip_batch(Some(&namespace), &lines)
 }
 
-/// The line that gives a host an address.
+/// Returns the `ip` batch line that adds an address to a host.
 pub(crate) fn address_line(address: IpAddr) -> String {
     match address {
         IpAddr::V4(v4) => format!("addr add {v4}/24 brd + dev {NIC}"),
@@ -186,19 +186,20 @@ pub(crate) fn address_line(address: IpAddr) -> String {
     }
 }
 
-/// Between namespaces a packet of many segments travels whole and passes links that its
-/// segments would not fit. Where MTUs differ, hosts cut before they send.
+/// Returns the `ip` batch line that turns segmentation offload on or off. Between namespaces, a packet of
+/// many segments stays unsegmented and passes links with a smaller MTU. If MTUs differ, hosts must segment
+/// before they send.
 fn offload_line(offload: bool) -> String {
     format!("link set {NIC} gso_max_segs {}", if offload { SEGMENTS_WITH_OFFLOAD } else { 1 })
 }
 
-/// Sets both ends of a host's link to the state's MTUs, and offloading on every host to
-/// what goes with them.
+/// Sets both sides of a host's link to the MTUs of the state, and segmentation offload on every host
+/// accordingly.
 pub(crate) fn apply_mtu(lab: &LabState, host: &HostState) -> Result<()> {
     if host.present {
         let HostState { name, mtu, port_mtu, .. } = host;
         let port = format!("link set {name} mtu {port_mtu}");
-        // The bridge's own MTU would follow the smallest port; its own traffic there is none.
+        // The bridge's own MTU would follow the smallest port; the bridge has no traffic of its own.
         ip_batch(Some(&switch_namespace(&lab.name)), &[port])?;
         ip_batch(Some(&host_namespace(&lab.name, name)), &[format!("link set {NIC} mtu {mtu}")])?;
     }
@@ -208,15 +209,15 @@ pub(crate) fn apply_mtu(lab: &LabState, host: &HostState) -> Result<()> {
     })
 }
 
-/// The namespace of a workload, with its loopback up.
+/// Creates the namespace of a workload, with its loopback interface up.
 pub(crate) fn build_workload(namespace: &str) -> Result<()> {
     add_namespaces(&[namespace.to_owned()])?;
     ip_batch(Some(namespace), &["link set lo up".to_owned()])?;
     Netns::new(namespace.to_owned()).run(enable_ipv6)?
 }
 
-/// Bridges that do not ask the packet filter, as on a host where nobody has loaded `br_netfilter`:
-/// the machine may have it for other reasons, and a new namespace begins with it switched on.
+/// Disables the packet filter for bridged frames, as on a host without `br_netfilter`. The machine may have
+/// loaded it for other reasons, and it is on in a new namespace.
 fn plain_bridges() -> Result<()> {
     if !Path::new("/proc/sys/net/bridge").exists() {
         return Ok(());
@@ -231,7 +232,8 @@ fn enable_ipv6() -> Result<()> {
     set_sysctl("net/ipv6/conf/default/disable_ipv6", "0")
 }
 
-/// Of the calling thread's namespace. Read first: most are right already.
+/// Sets a sysctl of the calling thread's namespace. Reads it first, because most have the right value
+/// already.
 fn set_sysctl(key: &str, value: &str) -> Result<()> {
     let path = Path::new("/proc/sys").join(key);
     let context = || format!("cannot set {} to {value}", path.display());
@@ -246,7 +248,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_our_own_namespaces_are_ours() {
+    fn foreign_namespaces_do_not_belong_to_a_lab() {
         for ours in ["lab-sw", "lab-h1", "lab-h250-web-1"] {
             assert!(belongs_to(ours, "lab"), "{ours}");
         }

@@ -1,4 +1,4 @@
-//! Running `ip`, `nft` and friends, and what came of it.
+//! Execution of `ip`, `nft` and other tools.
 
 use std::env;
 use std::ffi::{OsStr, OsString};
@@ -10,16 +10,16 @@ use anyhow::{Context, Result, bail};
 
 use crate::spawned::Spawned;
 
-/// No command of the lab's own takes this long.
+/// Timeout of the lab's own commands.
 const TOOL_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Where Debian keeps what root needs; a user's PATH often lacks it, and `su` keeps that.
+/// Debian's directories of system programs. A user's PATH often lacks them, and `su` keeps that PATH.
 const SYSTEM_DIRS: [&str; 4] = ["/usr/local/sbin", "/usr/sbin", "/sbin", "/usr/bin"];
 
-/// What a command gave.
+/// The exit status and output of a command.
 #[derive(Clone, Debug)]
 pub struct Output {
-    /// How it ended.
+    /// Its exit status.
     pub status: ExitStatus,
     /// Its standard output.
     pub stdout: String,
@@ -28,17 +28,17 @@ pub struct Output {
 }
 
 impl Output {
-    /// Whether it exited with status 0.
+    /// Returns whether it exited with status 0.
     pub fn success(&self) -> bool {
         self.status.success()
     }
 
-    /// The exit status, `None` after a signal.
+    /// Returns the exit code. `None` if a signal killed it.
     pub fn code(&self) -> Option<i32> {
         self.status.code()
     }
 
-    /// Its standard output, or an error with what it wrote on standard error.
+    /// Returns its standard output if it succeeded, otherwise an error with its standard error.
     pub(crate) fn into_stdout(self, what: &str) -> Result<String> {
         if self.success() {
             return Ok(self.stdout);
@@ -48,7 +48,7 @@ impl Output {
     }
 }
 
-/// The command `args[0]` with the rest as arguments, and a line of text that shows it.
+/// Builds the command `args[0]` with the remaining arguments, and the text that identifies it in errors.
 pub(crate) fn command<I>(args: I) -> Result<(Command, String)>
 where
     I: IntoIterator,
@@ -62,7 +62,7 @@ where
     Ok((command, shown))
 }
 
-/// Where a program is: PATH, then the system's directories.
+/// Finds a program in PATH, then in the system directories.
 pub(crate) fn find(program: &OsStr) -> Option<PathBuf> {
     if Path::new(program).components().count() > 1 {
         return Some(PathBuf::from(program));
@@ -74,7 +74,7 @@ pub(crate) fn find(program: &OsStr) -> Option<PathBuf> {
         .find(|path| path.is_file())
 }
 
-/// Runs a tool in the namespace of the calling thread and gives its standard output.
+/// Runs a tool in the namespace of the calling thread, and returns its standard output.
 pub(crate) fn run<I>(args: I, input: Option<&str>) -> Result<String>
 where
     I: IntoIterator,
@@ -84,8 +84,8 @@ where
     Spawned::start(&mut command, &shown, input)?.finish(TOOL_TIMEOUT)?.into_stdout(&shown)
 }
 
-/// Runs `ip` once for many lines, in a named namespace or in the machine's own.
-/// An error names the line that failed.
+/// Runs `ip -batch` with these lines, in a named namespace or in the machine's own. An error names the failed
+/// line.
 pub(crate) fn ip_batch(namespace: Option<&str>, lines: &[String]) -> Result<()> {
     if lines.is_empty() {
         return Ok(());
@@ -104,7 +104,7 @@ pub(crate) fn ip_batch(namespace: Option<&str>, lines: &[String]) -> Result<()> 
     })
 }
 
-/// `ip -batch` ends with "Command failed -:3" for the third line.
+/// Returns the failed line of a batch. `ip -batch` prints "Command failed -:3" for the third line.
 fn failed_line<'a>(said: &str, lines: &'a [String]) -> Option<&'a str> {
     let (_, number) = said.rsplit_once("Command failed -:")?;
     let digits: String = number.chars().take_while(char::is_ascii_digit).collect();
@@ -117,7 +117,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_failed_batch_line_is_found() {
+    fn failed_batch_line_is_identified() {
         let lines = ["link add a".to_owned(), "link add b".to_owned()];
         assert_eq!(failed_line("RTNETLINK answers: no\nCommand failed -:2", &lines), Some("link add b"));
         assert_eq!(failed_line("something else", &lines), None);

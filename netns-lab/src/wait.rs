@@ -1,4 +1,4 @@
-//! Waiting for a condition. The only place that sleeps.
+//! Waiting for a condition. Only this module sleeps.
 
 use std::fmt::Display;
 use std::thread;
@@ -9,18 +9,18 @@ use anyhow::{Result, bail};
 const FIRST_INTERVAL: Duration = Duration::from_millis(1);
 const LONGEST_INTERVAL: Duration = Duration::from_millis(10);
 
-/// What one look at the awaited condition says: its value, or why it is not there yet.
+/// The result of one check of an awaited condition: its value, or why it is not met yet.
 pub trait Outcome {
-    /// What waiting for it gives.
+    /// The value that waiting returns.
     type Value;
-    /// The value, or the state seen in words.
+    /// Returns the value, or a description of the observed state.
     fn outcome(self) -> std::result::Result<Self::Value, String>;
 }
 
 impl Outcome for bool {
     type Value = ();
     fn outcome(self) -> std::result::Result<(), String> {
-        if self { Ok(()) } else { Err("not so".to_owned()) }
+        if self { Ok(()) } else { Err("false".to_owned()) }
     }
 }
 
@@ -34,11 +34,11 @@ impl Outcome for () {
 impl<T> Outcome for Option<T> {
     type Value = T;
     fn outcome(self) -> std::result::Result<T, String> {
-        self.ok_or_else(|| "nothing there".to_owned())
+        self.ok_or_else(|| "no value".to_owned())
     }
 }
 
-/// An error counts as "not yet": what is awaited often fails before it works.
+/// An error counts as "not met yet": an awaited operation often fails before it succeeds.
 impl<O: Outcome, E: Display> Outcome for std::result::Result<O, E> {
     type Value = O::Value;
     fn outcome(self) -> std::result::Result<O::Value, String> {
@@ -49,11 +49,14 @@ impl<O: Outcome, E: Display> Outcome for std::result::Result<O, E> {
     }
 }
 
-/// Looks again and again, every few milliseconds, until `look` gives what is awaited.
+/// Checks a condition every few milliseconds until it is met, and returns its value.
 ///
-/// `look` returns a `bool`, an `Option`, or a `Result` of one of these or of `()`
-/// (`ensure!(...); Ok(())`). The error after `timeout` says what was awaited and what
-/// the last look saw. The condition is looked at once more after the time is over.
+/// `look` returns a `bool`, an `Option`, or a `Result` of one of these or of `()` (`ensure!(...); Ok(())`).
+/// The condition is checked once more after the timeout.
+///
+/// # Errors
+///
+/// If the condition is not met within `timeout`. The error contains `what` and the last observed state.
 pub fn wait_until<O: Outcome>(
     timeout: Duration,
     what: &str,
@@ -68,7 +71,7 @@ pub fn wait_until<O: Outcome>(
             Err(seen) => seen,
         };
         if last_look {
-            bail!("waited {timeout:?} in vain for {what}; last seen: {seen}");
+            bail!("timed out after {timeout:?} waiting for {what}; last state: {seen}");
         }
         thread::sleep(interval.min(timeout.saturating_sub(start.elapsed())));
         interval = (interval * 2).min(LONGEST_INTERVAL);
@@ -80,7 +83,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn gives_the_value() {
+    fn value_is_returned() {
         let mut looks = 0;
         let value = wait_until(Duration::from_secs(1), "the third look", || {
             looks += 1;
@@ -90,7 +93,7 @@ mod tests {
     }
 
     #[test]
-    fn says_what_was_awaited_and_seen() {
+    fn timeout_error_contains_what_was_awaited_and_observed() {
         let error = wait_until(Duration::from_millis(5), "a miracle", || -> Result<bool> { bail!("rain") });
         let text = error.unwrap_err().to_string();
         assert!(text.contains("a miracle") && text.contains("rain"), "{text}");

@@ -1,4 +1,4 @@
-//! A workload: a namespace such as a container's, on a host.
+//! A workload: a namespace on a host, such as that of a container.
 
 use std::ops::Deref;
 
@@ -8,8 +8,8 @@ use crate::host::Host;
 use crate::netns::Netns;
 use crate::switch::{remove_namespaces, workload_namespace};
 
-/// A namespace to be attached to a network. It can be used like its namespace:
-/// `workload.ping(...)`. Dropping this handle changes nothing.
+/// A namespace to attach to a network. It dereferences to its namespace: `workload.ping(...)`. Dropping this
+/// handle has no effect.
 #[derive(Clone, Debug)]
 pub struct Workload {
     host: Host,
@@ -31,17 +31,17 @@ impl Workload {
         Workload { host, name: name.to_owned(), netns }
     }
 
-    /// Its name on its host.
+    /// Returns its name on its host.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// Its host.
+    /// Returns its host.
     pub fn host(&self) -> &Host {
         &self.host
     }
 
-    /// Ends its processes and deletes its namespace, without a word to the daemon.
+    /// Kills its processes and deletes its namespace, without notifying the daemon.
     pub fn destroy(self) -> Result<()> {
         if self.exists() {
             remove_namespaces(&[self.netns_name().to_owned()])?;

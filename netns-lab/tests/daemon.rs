@@ -1,4 +1,4 @@
-//! Daemons in the lab, with `tests/fake` in the place of ovld and ovlctl. Needs root.
+//! Daemons in the lab, with the fake ovld and ovlctl of `tests/fake`. Needs root.
 
 #![allow(clippy::unwrap_used, reason = "tests, and helpers of tests")]
 
@@ -49,7 +49,7 @@ fn daemons_start_with_their_arguments_and_stop() {
 }
 
 #[test]
-fn asking_a_daemon_reports() {
+fn ovlctl_errors_name_the_host_and_the_reason() {
     let lab = lab_of(1, "");
     lab.start_all().unwrap();
     assert_eq!(lab["h1"].ctl_json(&["status"]).unwrap()["state"], "ready");
@@ -61,15 +61,15 @@ fn asking_a_daemon_reports() {
 }
 
 #[test]
-fn a_crash_is_told_with_the_log() {
+fn crash_error_contains_the_log() {
     let lab = lab_of(2, "");
     lab["h2"].set_config("crash = true").unwrap();
     let error = format!("{:#}", lab.start_all().unwrap_err());
-    assert!(error.contains("h2 has ended (exit status: 7)") && error.contains("told to crash"), "{error}");
+    assert!(error.contains("h2 has exited (exit status: 7)") && error.contains("told to crash"), "{error}");
 }
 
 #[test]
-fn a_killed_daemon_comes_back_and_a_dropped_lab_kills() {
+fn killed_daemon_can_restart_and_dropped_lab_kills_daemons() {
     let lab = lab_of(2, "stubborn = true");
     lab.start_all().unwrap();
     let pid = lab["h2"].pid().unwrap();
@@ -79,14 +79,14 @@ fn a_killed_daemon_comes_back_and_a_dropped_lab_kills() {
     lab["h2"].wait_ready(SECOND * 5).unwrap();
     lab["h2"].signal(Signal::SIGSTOP).unwrap();
     let error = lab["h2"].stop().unwrap_err().to_string();
-    assert!(error.contains("the end of ovld on h2"), "{error}");
+    assert!(error.contains("ovld on h2 to exit"), "{error}");
     let pids = [lab["h1"].pid().unwrap(), lab["h2"].pid().unwrap()];
     drop(lab);
     assert!(!pids.into_iter().any(lives));
 }
 
 #[test]
-fn a_lost_machine_loses_its_daemon() {
+fn destroyed_host_loses_its_daemon() {
     let lab = lab_of(2, "");
     lab.start_all().unwrap();
     let pid = lab["h1"].pid().unwrap();

@@ -1,4 +1,4 @@
-//! The lab itself, with real namespaces. Needs root, and no ovld.
+//! The lab itself, with real namespaces. Needs root, but no ovld.
 
 #![allow(clippy::unwrap_used, reason = "tests, and helpers of tests")]
 
@@ -12,7 +12,7 @@ use netns_lab::{Lab, LabConfig, Netns, PortMtu, Signal, Underlay, lab_names, wai
 
 const SECOND: Duration = Duration::from_secs(1);
 
-/// Whether a packet of that size, headers included, goes from one host to another uncut.
+/// Returns whether a packet of that size, including headers, passes from one host to another unfragmented.
 fn fits(from: &Netns, address: &str, size: usize) -> bool {
     let payload = (size - 28).to_string();
     from.exec(["ping", "-c1", "-W0.3", "-Mdo", "-s", &payload, address]).unwrap().success()
@@ -23,7 +23,7 @@ fn lab_of(hosts: usize) -> Lab {
 }
 
 #[test]
-fn hosts_reach_each_other_at_once() {
+fn hosts_reach_each_other_immediately() {
     let start = Instant::now();
     let lab = Lab::new(LabConfig::hosts(3).underlay(Underlay::Dual)).unwrap();
     println!("up in {:?}", start.elapsed());
@@ -37,7 +37,7 @@ fn hosts_reach_each_other_at_once() {
 }
 
 #[test]
-fn the_underlay_has_the_family_asked_for() {
+fn underlay_has_the_configured_address_family() {
     let lab = Lab::new(LabConfig::hosts(2).underlay(Underlay::V6)).unwrap();
     assert!(lab["h1"].ping("fd77::2", SECOND));
     assert_eq!(lab["h2"].address().unwrap().to_string(), "fd77::2");
@@ -45,7 +45,7 @@ fn the_underlay_has_the_family_asked_for() {
 }
 
 #[test]
-fn a_dropped_lab_leaves_nothing() {
+fn dropped_lab_removes_everything() {
     let lab = lab_of(2);
     let name = lab.name().to_owned();
     let workload = lab["h1"].workload("w").unwrap();
@@ -63,7 +63,7 @@ fn a_dropped_lab_leaves_nothing() {
 }
 
 #[test]
-fn labs_stand_side_by_side() {
+fn parallel_labs_do_not_interfere() {
     let names: Vec<String> = std::thread::scope(|scope| {
         let labs: Vec<_> = (0..3).map(|_| scope.spawn(|| lab_of(2))).collect();
         let labs: Vec<Lab> = labs.into_iter().map(|lab| lab.join().unwrap()).collect();
@@ -77,16 +77,16 @@ fn labs_stand_side_by_side() {
 }
 
 #[test]
-fn a_name_is_taken_once() {
+fn lab_name_is_unique() {
     let lab = lab_of(1);
     let error = Lab::new(LabConfig::hosts(1).name(lab.name())).unwrap_err().to_string();
-    assert!(error.contains("up already"), "{error}");
+    assert!(error.contains("exists already"), "{error}");
     assert!(netns_lab::remove(lab.name()).unwrap_err().to_string().contains("running process"));
     assert!(lab["h1"].exists());
 }
 
 #[test]
-fn a_partition_cuts_and_heals() {
+fn partition_drops_traffic_until_healed() {
     let lab = Lab::new(LabConfig::hosts(4).underlay(Underlay::Dual)).unwrap();
     let reaches = |from: &str, to: usize| {
         let v4 = lab[from].ping(format!("192.168.77.{to}"), SECOND / 5);
@@ -99,7 +99,7 @@ fn a_partition_cuts_and_heals() {
     assert!(reaches("h1", 2) && !reaches("h1", 3) && !reaches("h3", 2));
     assert!(reaches("h4", 1) && reaches("h3", 4), "h4 is in no group");
     lab.loss_udp_port(50.0, 4789).unwrap();
-    assert!(!reaches("h1", 3), "one fault leaves another alone");
+    assert!(!reaches("h1", 3), "a second fault does not change the first");
     lab.heal().unwrap();
     assert!(lab["h1"].ping_until("192.168.77.3", SECOND * 3).is_ok());
     assert_eq!(lab.faults().to_string(), "loss 50 % to UDP port 4789");
@@ -109,7 +109,7 @@ fn a_partition_cuts_and_heals() {
 }
 
 #[test]
-fn loss_loses_its_share() {
+fn loss_drops_the_configured_share() {
     let lab = lab_of(2);
     let received = |port: u16| {
         let _server = lab["h2"].udp_echo(port).unwrap();
@@ -118,7 +118,7 @@ fn loss_loses_its_share() {
             let socket = std::net::UdpSocket::bind("0.0.0.0:0").unwrap();
             socket.connect(("192.168.77.2", port)).unwrap();
             socket.set_read_timeout(Some(SECOND / 10)).unwrap();
-            // A few at once: the socket's buffer holds no thousand.
+            // In small batches: the socket's buffer does not hold a thousand.
             (0..sent / 50)
                 .map(|_| {
                     (0..50).for_each(|_| assert_eq!(socket.send(b"x").unwrap(), 1));
@@ -154,13 +154,13 @@ fn links_go_down_and_up() {
 }
 
 #[test]
-fn mtu_is_the_links() {
+fn mtu_applies_to_both_sides_of_a_link() {
     let lab = Lab::new(LabConfig::hosts(3).mtu(9000)).unwrap();
     assert!(fits(&lab["h1"], "192.168.77.2", 9000));
     lab["h2"].set_port_mtu(1400).unwrap();
     assert!(fits(&lab["h1"], "192.168.77.2", 1400) && !fits(&lab["h1"], "192.168.77.2", 1500));
     assert!(!fits(&lab["h2"], "192.168.77.1", 1500) && fits(&lab["h1"], "192.168.77.3", 9000));
-    // Large segments do not slip through the narrow link in one piece.
+    // Large segments do not pass the smaller MTU unsegmented.
     let _server = lab["h2"].tcp_echo(80).unwrap();
     let payload = vec![7; 100_000];
     assert!(lab["h1"].tcp_roundtrip("192.168.77.2", 80, &payload).is_err());
@@ -173,7 +173,7 @@ fn mtu_is_the_links() {
 }
 
 #[test]
-fn addresses_change() {
+fn addresses_can_be_replaced() {
     let lab = Lab::new(LabConfig::hosts(2).underlay(Underlay::Dual)).unwrap();
     lab["h2"].set_address("192.168.77.99".parse().unwrap()).unwrap();
     lab["h2"].set_address("fd77::99".parse().unwrap()).unwrap();
@@ -183,7 +183,7 @@ fn addresses_change() {
 }
 
 #[test]
-fn a_machine_is_lost_and_comes_back() {
+fn host_can_be_destroyed_and_restored() {
     let lab = lab_of(2);
     let workload = lab["h2"].workload("w").unwrap();
     let mut sleeper = lab["h2"].spawn(["sleep", "600"]).unwrap();
@@ -200,7 +200,7 @@ fn a_machine_is_lost_and_comes_back() {
 }
 
 #[test]
-fn echo_helpers_speak_both_protocols_and_families() {
+fn echo_helpers_support_both_protocols_and_families() {
     let lab = Lab::new(LabConfig::hosts(2).underlay(Underlay::Dual)).unwrap();
     let (client, server) = (&lab["h1"], &lab["h2"]);
     let tcp = server.tcp_echo(0).unwrap();
@@ -211,7 +211,7 @@ fn echo_helpers_speak_both_protocols_and_families() {
         assert_eq!(client.udp_roundtrip(address, udp.port(), b"hello").unwrap(), b"hello");
     }
     let port = tcp.port();
-    // A client that says nothing does not keep the server.
+    // A silent client does not keep the server alive.
     let idle = client.run(|| std::net::TcpStream::connect(("192.168.77.2", port)).unwrap()).unwrap();
     drop((tcp, udp));
     let error = format!("{:#}", client.tcp_roundtrip("192.168.77.2", port, b"x").unwrap_err());
@@ -220,7 +220,7 @@ fn echo_helpers_speak_both_protocols_and_families() {
 }
 
 #[test]
-fn workloads_are_namespaces_of_their_own() {
+fn workloads_are_separate_namespaces() {
     let lab = lab_of(1);
     let workload = lab["h1"].workload("web-1").unwrap();
     assert_eq!(workload.path(), Path::new("/run/netns").join(format!("{}-h1-web-1", lab.name())));
@@ -228,7 +228,7 @@ fn workloads_are_namespaces_of_their_own() {
     assert_eq!(workload.ip_json(&["link", "show"]).unwrap().as_array().unwrap().len(), 1);
     assert!(workload.bridge_json(&["fdb", "show"]).unwrap().is_array());
     assert!(lab["h1"].workload("web-1").is_err() && lab["h1"].workload("../x").is_err());
-    // The same port twice: other namespaces.
+    // The same port is free in both namespaces.
     let first = workload.run(|| TcpListener::bind("127.0.0.1:7").unwrap()).unwrap();
     let second = lab["h1"].run(|| TcpListener::bind("127.0.0.1:7").unwrap()).unwrap();
     drop((first, second));
@@ -238,7 +238,7 @@ fn workloads_are_namespaces_of_their_own() {
 }
 
 #[test]
-fn commands_report() {
+fn commands_return_output_and_errors() {
     let lab = lab_of(1);
     let output = lab["h1"].exec(["sh", "-c", "echo out; echo err >&2; exit 3"]).unwrap();
     assert_eq!((output.stdout.as_str(), output.stderr.as_str(), output.code()), ("out\n", "err\n", Some(3)));
@@ -254,8 +254,8 @@ fn commands_report() {
 }
 
 #[test]
-fn the_lab_of_a_dead_process_is_swept() {
-    // A process makes a lab and is killed: this same test binary, running the ignored test.
+fn lab_of_a_dead_process_is_swept() {
+    // A process creates a lab and is killed: this test binary, running the ignored test.
     let mut child = Command::new(std::env::current_exe().unwrap())
         .args(["--ignored", "--exact", "leaves_a_lab_behind", "--nocapture"])
         .env("NETNS_LAB_LEAVE", "1")
@@ -281,7 +281,7 @@ fn the_lab_of_a_dead_process_is_swept() {
     assert!(!Path::new("/run/netns").join(format!("{name}-h1-left")).exists());
 }
 
-/// Not a test: what the one above kills.
+/// Not a test: the process that the test above kills.
 #[test]
 #[ignore = "run by the test of the sweep"]
 fn leaves_a_lab_behind() {

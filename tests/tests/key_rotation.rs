@@ -89,7 +89,7 @@ fn the_key_changes_without_losing_a_packet_or_a_round_of_gossip() {
     let done = lab["h1"].ctl(&["key", "rotate", "--cluster", new.to_str().unwrap()]).unwrap();
     assert!(done.status.success(), "{}", done.stderr);
     assert_says(&done.stderr, &["of 3 hosts"]);
-    assert_says(&done.stdout, &["No rotation is under way", "h1 *", "h2", "h3"]);
+    assert_says(&done.stdout, &["No rotation in progress", "h1 *", "h2", "h3"]);
     let hosts: Vec<&Host> = lab.hosts().iter().collect();
     let key = wait_done(&hosts).unwrap();
     assert_ne!(key, before);

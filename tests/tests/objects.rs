@@ -166,12 +166,9 @@ endpointslice.discovery.k8s.io/ext-1 created
     // By name, by file, and once more: what is gone is gone.
     let gone = h3.ctl_ok(&["delete", "svc", "web", "-n", "shop"]).unwrap();
     assert_eq!(gone, "service \"web\" deleted\n");
-    assert_eq!(h3.ctl_ok(&["delete", "svc/web", "-n", "shop"]).unwrap(), "service \"web\" is not there\n");
+    assert_eq!(h3.ctl_ok(&["delete", "svc/web", "-n", "shop"]).unwrap(), "service \"web\" not found\n");
     wait_same(&[h1, h2, h3], 3, SOON).unwrap();
-    assert_says(
-        &refused(h1, &["get", "svc", "web", "-n", "shop"]).unwrap(),
-        &["there is no service \"web\""],
-    );
+    assert_says(&refused(h1, &["get", "svc", "web", "-n", "shop"]).unwrap(), &["service \"web\" not found"]);
     h2.ctl_ok(&["delete", "-f", &path]).unwrap();
     wait_same(&[h1, h2, h3], 0, SOON).unwrap();
     // Through restarts of all at once, what is gone stays gone, and what is there stays.
@@ -273,7 +270,7 @@ fn a_manifest_that_is_wrong_changes_nothing_and_says_what_and_where() {
         (format!("{good}a: 1\na: 2\n"), vec!["line", "the key a comes twice"]),
         (format!("{good}b: [1\n"), vec!["manifest.yaml: line"]),
         (format!("{good}just text\n"), vec!["document 2", "not an object"]),
-        ("---\n".to_owned(), vec!["there is no object"]),
+        ("---\n".to_owned(), vec!["contain no objects"]),
         (
             format!(
                 "kind: List\napiVersion: v1\nitems:\n- {}",

@@ -1,4 +1,4 @@
-//! `ovlctl attach`
+//! `ovlctl attach`: attaches a network namespace to a network.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -12,9 +12,9 @@ use ovl_proto::publish::Publish;
 
 use crate::context::Context;
 use crate::error::{Error, Result};
-use crate::text::{Table, list, maybe};
+use crate::text::{TextTable, comma_separated, optional};
 
-/// Where `ip netns add` puts its namespaces.
+/// Directory of the namespaces that `ip netns add` creates.
 const NETNS_DIR: &str = "/run/netns";
 
 /// Arguments of `attach`.
@@ -26,45 +26,45 @@ pub(crate) struct Args {
     /// The network's name or id
     #[arg(long, value_name = "NET")]
     network: String,
-    /// The namespace: a file, or a name as `ip netns` has them
-    #[arg(long, value_name = "PATH", value_parser = netns)]
+    /// The namespace: a path, or a name that `ip netns list` shows
+    #[arg(long, value_name = "PATH", value_parser = parse_netns)]
     netns: Option<PathBuf>,
-    /// The namespace of this process
+    /// The namespace of the process with this id
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
     pid: Option<u32>,
-    /// This address and no other; once for IPv4, once for IPv6
+    /// Use this address; at most one for IPv4 and one for IPv6 [default: a free one of each family]
     #[arg(long = "ip", value_name = "ADDR")]
     addresses: Vec<IpAddr>,
-    /// The interface's MAC address [default: made from the address]
-    #[arg(long, value_parser = unicast)]
+    /// The interface's MAC address [default: derived from the address]
+    #[arg(long, value_parser = parse_unicast_mac)]
     mac: Option<Mac>,
     /// The interface's name [default: the first free one of eth0, eth1, ...]
     #[arg(long, value_name = "IF")]
     ifname: Option<String>,
-    /// One more name for the endpoint; may be repeated
+    /// An additional DNS name of the endpoint; may be repeated
     #[arg(long = "alias", value_name = "A")]
     aliases: Vec<String>,
-    /// Its Kubernetes namespace [default: default]
+    /// The endpoint's Kubernetes namespace [default: default]
     #[arg(long, value_name = "NS")]
     namespace: Option<String>,
-    /// What selectors match; may be repeated
-    #[arg(long = "label", value_name = "K=V", value_parser = label)]
+    /// A label for selectors to match; may be repeated
+    #[arg(long = "label", value_name = "K=V", value_parser = parse_label)]
     labels: Vec<(String, String)>,
-    /// Lead a port of this host to one of the endpoint's: [ADDR:][HOST[-END]:]CONTAINER[-END][/tcp|udp|sctp]; may be
-    /// repeated
+    /// Publish a port of the endpoint on this host: [ADDR:][HOST[-END]:]CONTAINER[-END][/tcp|udp|sctp]; may
+    /// be repeated
     #[arg(long, value_name = "PORT")]
     publish: Vec<Publish>,
-    /// Services send it nothing before `ovlctl endpoint ready`
+    /// Receive no Service connections until `ovlctl endpoint ready`
     #[arg(long)]
     not_ready: bool,
 }
 
-/// Asks, and prints what came of it.
+/// Attaches the endpoint and prints it.
 pub(crate) fn run(context: &Context, args: Args) -> Result<()> {
-    let Reply::Endpoint(endpoint) = context.ask(&Request::Attach(args.request()?))? else {
+    let Reply::Endpoint(endpoint) = context.request(&Request::Attach(args.request()?))? else {
         return Err(Error::unexpected_reply());
     };
-    warn(&endpoint.warnings);
+    print_warnings(&endpoint.warnings);
     context.print(&*endpoint, render)
 }
 
@@ -74,7 +74,7 @@ impl Args {
             (Some(path), _) => NetnsRef::Path(path),
             (None, Some(pid)) => NetnsRef::Pid(pid),
             (None, None) => {
-                return Err(Error::Usage("--netns or --pid is missing. Give one of them".to_owned()));
+                return Err(Error::Usage("missing --netns or --pid. Give one of them".to_owned()));
             }
         };
         Ok(Attach {
@@ -93,15 +93,15 @@ impl Args {
     }
 }
 
-/// A path that means to ovld what it means here.
-fn netns(text: &str) -> std::result::Result<PathBuf, String> {
+/// Parses `--netns` into a path that refers to the same file in ovld's process.
+fn parse_netns(text: &str) -> std::result::Result<PathBuf, String> {
     if matches!(text, "" | "." | "..") {
-        return Err("not a namespace: give a file, or a name that `ip netns list` shows".to_owned());
+        return Err("not a namespace: give a path, or a name that `ip netns list` shows".to_owned());
     }
     if !text.contains('/') {
         return Ok(Path::new(NETNS_DIR).join(text));
     }
-    // To ovld, "self" would be ovld. This process waits for the answer, so its own id holds that long.
+    // In ovld, "self" would be ovld. This process waits for the reply, so its id stays valid until then.
     for own in ["/proc/self/", "/proc/thread-self/"] {
         if let Some(rest) = text.strip_prefix(own) {
             return Ok(format!("/proc/{}/{rest}", process::id()).into());
@@ -110,25 +110,25 @@ fn netns(text: &str) -> std::result::Result<PathBuf, String> {
     std::path::absolute(text).map_err(|error| error.to_string())
 }
 
-fn unicast(text: &str) -> std::result::Result<Mac, String> {
-    let mac: Mac = text.parse().map_err(|_| "a MAC address looks like 02:42:0a:01:00:05".to_owned())?;
+fn parse_unicast_mac(text: &str) -> std::result::Result<Mac, String> {
+    let mac: Mac = text.parse().map_err(|_| "expected a MAC address like 02:42:0a:01:00:05".to_owned())?;
     if mac.is_unicast() {
         Ok(mac)
     } else {
-        Err("an interface cannot have a group or zero address".to_owned())
+        Err("the MAC address of an interface must be unicast and not zero".to_owned())
     }
 }
 
-/// Of `--label`.
-pub(crate) fn label(text: &str) -> std::result::Result<(String, String), String> {
+/// Parses `--label`.
+pub(crate) fn parse_label(text: &str) -> std::result::Result<(String, String), String> {
     match text.split_once('=') {
         Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
-        _ => Err("a label looks like app=shop".to_owned()),
+        _ => Err("expected KEY=VALUE, for example app=shop".to_owned()),
     }
 }
 
-/// Says what is not wrong, and may be in the way.
-pub(crate) fn warn(warnings: &[String]) {
+/// Prints the warnings of a successful request.
+pub(crate) fn print_warnings(warnings: &[String]) {
     for warning in warnings {
         eprintln!("warning: {warning}");
     }
@@ -136,12 +136,12 @@ pub(crate) fn warn(warnings: &[String]) {
 
 fn render(endpoint: &EndpointInfo) -> String {
     let one = |cell: String| std::iter::once(cell);
-    Table::new()
+    TextTable::new()
         .column("NAME", one(endpoint.name.clone()))
-        .column("ADDRESSES", one(list(&endpoint.addresses)))
+        .column("ADDRESSES", one(comma_separated(&endpoint.addresses)))
         .column("MAC", one(endpoint.mac.to_string()))
-        .column("IFNAME", one(maybe(endpoint.ifname.as_ref())))
-        .column("DEVICE", one(maybe(endpoint.device.as_ref())))
+        .column("IFNAME", one(optional(endpoint.ifname.as_ref())))
+        .column("DEVICE", one(optional(endpoint.device.as_ref())))
         .render()
 }
 
@@ -159,7 +159,7 @@ mod tests {
     }
 
     #[test]
-    fn everything_given_is_asked_for() {
+    fn request_contains_all_options() {
         let line = "attach web --network blue --pid 7 --ip 10.1.0.9 --ip fd00::9 --mac 02:00:00:00:00:01 \
                     --ifname e0 --alias b --alias c --namespace shop --label app=a=b --label tier= --not-ready \
                     --publish 8080:80 --publish [::1]:53:53/udp";
@@ -180,7 +180,7 @@ mod tests {
     }
 
     #[test]
-    fn a_namespace_is_named_as_ovld_sees_it() {
+    fn netns_is_resolved_to_a_path_valid_in_ovld() {
         let here = std::env::current_dir().unwrap();
         let own = format!("/proc/{}/ns/net", process::id());
         for (given, meant) in [
@@ -192,12 +192,12 @@ mod tests {
             ("/proc/self/ns/net", own.clone().into()),
             ("/proc/thread-self/ns/net", own.into()),
         ] {
-            assert_eq!(netns(given), Ok(meant));
+            assert_eq!(parse_netns(given), Ok(meant));
         }
     }
 
     #[test]
-    fn the_new_endpoint_is_one_row() {
+    fn new_endpoint_is_rendered_as_one_row() {
         let endpoint = EndpointInfo {
             name: "web".into(),
             namespace: "default".into(),
@@ -209,7 +209,7 @@ mod tests {
             labels: BTreeMap::new(),
             state: EndpointState::Ready,
             ifname: Some("eth0".into()),
-            device: Some("ovle1a2b3c4d".into()),
+            device: Some("ove-1a2b3c4d".into()),
             publish: Vec::new(),
             warnings: Vec::new(),
             ready: true,
@@ -218,7 +218,7 @@ mod tests {
             render(&endpoint),
             "\
 NAME  ADDRESSES    MAC                IFNAME  DEVICE
-web   10.1.0.2/16  02:00:0a:01:00:02  eth0    ovle1a2b3c4d
+web   10.1.0.2/16  02:00:0a:01:00:02  eth0    ove-1a2b3c4d
 "
         );
     }

@@ -1,4 +1,4 @@
-//! `ovlctl cni`
+//! `ovlctl cni`: installs the CNI plugin.
 
 use std::fs::{self, File, OpenOptions, Permissions};
 use std::io::{self, Write as _};
@@ -15,13 +15,13 @@ use serde_json::{Value, json};
 use crate::context::Context;
 use crate::error::{Error, Result};
 
-/// What runtimes call us by.
+/// The plugin's file name, and the `type` in configurations.
 const PLUGIN: &str = "ovl-cni";
-/// Where our package has it.
+/// Path of the plugin in ovl's Debian package.
 const PACKAGED: &str = "/usr/lib/cni/ovl-cni";
-/// Where else the reference plugins are: Debian's and Fedora's packages.
+/// Directories of the reference plugins besides `--bin-dir`: those of Debian's and Fedora's packages.
 const REFERENCE_DIRS: [&str; 2] = ["/usr/lib/cni", "/usr/libexec/cni"];
-/// For runtimes that know no list of versions, and are older than the latest one.
+/// The `cniVersion` for older runtimes, which do not know `cniVersions`.
 const SAFE_VERSION: &str = "1.0.0";
 
 /// Arguments of `cni`.
@@ -33,37 +33,37 @@ pub(crate) struct Args {
 
 #[derive(Debug, Subcommand)]
 enum Action {
-    /// Install the plugin and a network configuration where container runtimes look for them
+    /// Install the CNI plugin and a network configuration for container runtimes
     ///
-    /// Both are replaced at once, or not at all: a runtime never sees half of one. ovld is not asked,
-    /// and need not run; the network need not be there yet.
+    /// Each file is replaced atomically: a runtime never reads a partial one. ovld need not run, and the
+    /// network need not exist yet.
     Install(Install),
 }
 
 /// Arguments of `cni install`.
 #[derive(Debug, clap::Args)]
 struct Install {
-    /// The network that containers are attached to: its name or id
+    /// Name or id of the network to attach containers to
     #[arg(long, value_name = "NET", default_value = "pods")]
     network: String,
-    /// The configuration's name, and that of its file [default: the network's]
-    #[arg(long, value_parser = name)]
+    /// Name of the configuration and of its file [default: the network's name]
+    #[arg(long, value_parser = parse_name)]
     name: Option<String>,
-    /// Where the configuration goes
+    /// Directory of network configurations
     #[arg(long, value_name = "DIR", default_value = "/etc/cni/net.d")]
     conf_dir: PathBuf,
-    /// Where the plugin goes
+    /// Directory of CNI plugins
     #[arg(long, value_name = "DIR", default_value = "/opt/cni/bin")]
     bin_dir: PathBuf,
-    /// The plugin [default: the one beside ovlctl, or the package's]
+    /// The plugin to install [default: the one next to ovlctl, or the package's]
     #[arg(long, value_name = "FILE")]
     binary: Option<PathBuf>,
-    /// Chain the reference plugin portmap, which publishes ports
+    /// Add the reference plugin portmap, which publishes ports, to the chain
     #[arg(long)]
     portmap: bool,
 }
 
-/// What was written.
+/// The files that `cni install` wrote.
 #[derive(Debug, Serialize)]
 struct Installed {
     /// The network configuration.
@@ -72,7 +72,7 @@ struct Installed {
     binary: PathBuf,
 }
 
-/// Installs.
+/// Installs the plugin and its configuration.
 pub(crate) fn run(context: &Context, args: Args) -> Result<()> {
     let Action::Install(install) = args.action;
     let installed = install.run(&context.socket)?;
@@ -85,22 +85,23 @@ impl Install {
     fn run(&self, socket: &Path) -> Result<Installed> {
         let name = match &self.name {
             Some(name) => name.clone(),
-            None => name(&self.network)
-                .map_err(|error| Error::Usage(format!("--network: {error}. Give a --name too")))?,
+            None => parse_name(&self.network)
+                .map_err(|error| Error::Usage(format!("--network: {error}. Add --name")))?,
         };
-        let versions = if self.portmap { portmap_versions(&self.bin_dir)? } else { ours() };
+        let versions = if self.portmap { portmap_versions(&self.bin_dir)? } else { supported_versions() };
         let conflist = self.conf_dir.join(format!("{name}.conflist"));
         let text = format!("{:#}\n", self.conflist(&name, &versions, socket));
         let source = match &self.binary {
             Some(path) => path.clone(),
-            None => beside_ovlctl()?,
+            None => default_plugin_path()?,
         };
-        let plugin = fs::read(&source)
-            .map_err(|error| failed("read the plugin", &source, &error, "--binary names another file"))?;
-        // The configuration last: from then on runtimes run the plugin.
+        let plugin = fs::read(&source).map_err(|error| {
+            io_error("read the plugin", &source, &error, "Name another file with --binary")
+        })?;
+        // The configuration comes last: runtimes run the plugin as soon as it exists.
         let binary = self.bin_dir.join(PLUGIN);
-        replace(&binary, &plugin, 0o755)?;
-        replace(&conflist, text.as_bytes(), 0o644)?;
+        replace_file(&binary, &plugin, 0o755)?;
+        replace_file(&conflist, text.as_bytes(), 0o644)?;
         Ok(Installed { conflist, binary })
     }
 
@@ -127,16 +128,16 @@ impl Install {
     }
 }
 
-fn ours() -> Vec<&'static str> {
+fn supported_versions() -> Vec<&'static str> {
     CNI_VERSIONS.to_vec()
 }
 
-/// Those of ours that the installed portmap speaks too.
+/// Returns the CNI versions that both ovl-cni and the installed portmap support.
 fn portmap_versions(bin_dir: &Path) -> Result<Vec<&'static str>> {
     let dirs = std::iter::once(bin_dir).chain(REFERENCE_DIRS.iter().map(Path::new));
     let Some(path) = dirs.map(|dir| dir.join("portmap")).find(|path| path.is_file()) else {
         return Err(Error::Failed(format!(
-            "there is no plugin portmap in {}. Install the reference plugins (Debian: containernetworking-plugins)",
+            "no plugin portmap in {}. Install the reference plugins (Debian: containernetworking-plugins)",
             bin_dir.display()
         )));
     };
@@ -148,21 +149,24 @@ fn portmap_versions(bin_dir: &Path) -> Result<Vec<&'static str>> {
             .spawn()?;
         if let Some(mut stdin) = child.stdin.take() {
             match stdin.write_all(json!({ "cniVersion": SAFE_VERSION }).to_string().as_bytes()) {
-                // It may answer without reading.
+                // The plugin may answer without reading its input.
                 Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {}
                 written => written?,
             }
         }
         Ok(child.wait_with_output()?.stdout)
     };
-    let answer = ask().map_err(|error| failed("run", &path, &error, "Is it a plugin for this machine?"))?;
+    let answer =
+        ask().map_err(|error| io_error("run", &path, &error, "Is it built for this architecture?"))?;
     let answer: Value = serde_json::from_slice(&answer).unwrap_or_default();
     let spoken = answer["supportedVersions"].as_array().map_or(&[][..], Vec::as_slice);
-    let both: Vec<_> =
-        ours().into_iter().filter(|version| spoken.iter().any(|each| each == version)).collect();
+    let both: Vec<_> = supported_versions()
+        .into_iter()
+        .filter(|version| spoken.iter().any(|each| each == version))
+        .collect();
     if both.is_empty() {
         return Err(Error::Failed(format!(
-            "{} speaks no version of CNI that ovl-cni speaks ({}). Install newer reference plugins",
+            "{} supports none of the CNI versions that ovl-cni supports ({}). Install newer reference plugins",
             path.display(),
             CNI_VERSIONS.join(", ")
         )));
@@ -170,22 +174,22 @@ fn portmap_versions(bin_dir: &Path) -> Result<Vec<&'static str>> {
     Ok(both)
 }
 
-fn beside_ovlctl() -> Result<PathBuf> {
+fn default_plugin_path() -> Result<PathBuf> {
     let own = std::env::current_exe()
-        .map_err(|error| Error::Failed(format!("cannot tell where ovlctl is: {error}. Use --binary")))?;
+        .map_err(|error| Error::Failed(format!("cannot find the path of ovlctl: {error}. Use --binary")))?;
     let packaged = Path::new(PACKAGED);
     [own.with_file_name(PLUGIN), packaged.to_owned()].into_iter().find(|path| path.is_file()).ok_or_else(
         || {
             let (own, packaged) = (own.display(), packaged.display());
-            Error::Failed(format!("there is no {PLUGIN} beside {own}, and no {packaged}. Use --binary"))
+            Error::Failed(format!("found no {PLUGIN}, neither next to {own} nor at {packaged}. Use --binary"))
         },
     )
 }
 
-/// Puts a file in place as a whole, and to the disk.
-fn replace(path: &Path, bytes: &[u8], mode: u32) -> Result<()> {
+/// Replaces a file atomically, and syncs it to the disk.
+fn replace_file(path: &Path, bytes: &[u8], mode: u32) -> Result<()> {
     let dir = path.parent().unwrap_or(Path::new("/"));
-    // Runtimes take files of some endings only: not this one.
+    // Runtimes ignore files with this extension.
     let beside = dir.join(format!(".{PLUGIN}.{}.new", process::id()));
     let write = || {
         fs::create_dir_all(dir)?;
@@ -199,23 +203,24 @@ fn replace(path: &Path, bytes: &[u8], mode: u32) -> Result<()> {
     };
     write().map_err(|error| {
         let _ = fs::remove_file(&beside);
-        failed("write", path, &error, "Run as root, or name another directory with --bin-dir and --conf-dir")
+        io_error("write", path, &error, "Run as root, or name another directory with --bin-dir or --conf-dir")
     })
 }
 
-fn failed(what: &str, path: &Path, error: &io::Error, advice: &str) -> Error {
+fn io_error(what: &str, path: &Path, error: &io::Error, advice: &str) -> Error {
     Error::Failed(format!("cannot {what} {}: {error}. {advice}", path.display()))
 }
 
-/// A configuration's name, as CNI has them; it also is a file's.
-fn name(text: &str) -> std::result::Result<String, String> {
+/// Parses the name of a configuration, which is also its file name. At most 63 characters.
+fn parse_name(text: &str) -> std::result::Result<String, String> {
     let fits = text.len() <= 63
         && text.starts_with(|c: char| c.is_ascii_alphanumeric())
         && text.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'));
     if fits {
         Ok(text.to_owned())
     } else {
-        Err("letters, digits, '-', '_' and '.', at most 63, a letter or digit first".to_owned())
+        Err("a name has at most 63 letters, digits, '-', '_' and '.', and starts with a letter or digit"
+            .to_owned())
     }
 }
 
@@ -235,8 +240,8 @@ mod tests {
     }
 
     #[test]
-    fn a_conflist_names_what_is_not_usual() {
-        let usual = install().conflist("pods", &ours(), Path::new(DEFAULT_SOCKET));
+    fn conflist_contains_socket_and_portmap_only_if_configured() {
+        let usual = install().conflist("pods", &supported_versions(), Path::new(DEFAULT_SOCKET));
         assert_eq!((&usual["cniVersion"], &usual["cniVersions"]), (&json!("1.0.0"), &json!(CNI_VERSIONS)));
         assert_eq!((&usual["name"], &usual["plugins"][0]["network"]), (&json!("pods"), &json!("pods")));
         assert_eq!(usual["plugins"][0]["socket"], Value::Null);
@@ -250,7 +255,7 @@ mod tests {
     }
 
     #[test]
-    fn a_portmap_that_is_not_there_is_missed() {
+    fn missing_portmap_is_an_error() {
         let dirs = REFERENCE_DIRS.iter().any(|dir| Path::new(dir).join("portmap").is_file());
         let found = portmap_versions(Path::new("/nowhere"));
         assert_eq!(found.is_ok(), dirs, "{found:?}");

@@ -1,4 +1,4 @@
-//! `ovlctl completions`
+//! `ovlctl completions`: prints a shell completion script.
 
 use clap::CommandFactory;
 use clap_complete::Shell;
@@ -15,7 +15,7 @@ pub(crate) struct Args {
     shell: Shell,
 }
 
-/// Makes and prints. Into memory first: the generator panics where it cannot write.
+/// Generates and prints the script. Generates it in memory, because the generator panics on a failed write.
 pub(crate) fn run(context: &Context, args: &Args) -> Result<()> {
     let mut script = Vec::new();
     clap_complete::generate(args.shell, &mut Cli::command(), "ovlctl", &mut script);

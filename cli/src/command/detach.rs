@@ -1,4 +1,4 @@
-//! `ovlctl detach`
+//! `ovlctl detach`: detaches an endpoint.
 
 use ovl_control::Request;
 
@@ -10,16 +10,16 @@ use crate::error::Result;
 pub(crate) struct Args {
     /// The endpoint's name
     name: String,
-    /// Only from this network; otherwise from all
+    /// Detach only from this network [default: from all]
     #[arg(long, value_name = "NET")]
     network: Option<String>,
-    /// Its Kubernetes namespace [default: default]
+    /// The endpoint's Kubernetes namespace [default: default]
     #[arg(long, value_name = "NS")]
     namespace: Option<String>,
 }
 
-/// Asks. It is no error if nothing is attached.
+/// Detaches the endpoint. Succeeds if it is not attached.
 pub(crate) fn run(context: &Context, args: Args) -> Result<()> {
     let Args { name, network, namespace } = args;
-    context.ask_done(&Request::Detach { name, network, namespace })
+    context.request_done(&Request::Detach { name, network, namespace })
 }

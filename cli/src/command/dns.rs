@@ -1,41 +1,41 @@
-//! `ovlctl dns`
+//! `ovlctl dns`: explains the answer to a DNS query.
 
 use ovl_control::{DnsAnswer, DnsQuestion, Reply, Request};
 
 use crate::context::Context;
 use crate::error::{Error, Result};
-use crate::text::Table;
+use crate::text::TextTable;
 
 /// Arguments of `dns`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// A name, or an address to find the name of
+    /// The name to resolve, or an address for a reverse lookup
     #[arg(required_unless_present = "resolv_conf", conflicts_with = "resolv_conf")]
     name: Option<String>,
-    /// The endpoint of this host that asks [default: the host itself]
+    /// Query as this endpoint of this host [default: the host itself]
     #[arg(long, value_name = "ENDPOINT")]
     from: Option<String>,
-    /// The network of that endpoint, where its name is on several
+    /// The network of that endpoint, if its name exists on several
     #[arg(long, value_name = "NET", requires = "from")]
     network: Option<String>,
-    /// What is asked for: A, AAAA, PTR, ...
+    /// Record type: A, AAAA, PTR, ...
     #[arg(long = "type", value_name = "TYPE", default_value = "A")]
     kind: String,
-    /// Print what belongs into the endpoint's resolv.conf
+    /// Print the resolv.conf for the endpoint
     #[arg(long, requires = "from")]
     resolv_conf: bool,
 }
 
-/// Asks and prints.
+/// Sends the query and prints the answer.
 pub(crate) fn run(context: &Context, args: Args) -> Result<()> {
     if let (true, Some(endpoint)) = (args.resolv_conf, &args.from) {
         let request = Request::ResolvConf { endpoint: endpoint.clone(), network: args.network };
-        let Reply::Text(text) = context.ask(&request)? else { return Err(Error::unexpected_reply()) };
+        let Reply::Text(text) = context.request(&request)? else { return Err(Error::unexpected_reply()) };
         return context.print(&text, |text| text.clone());
     }
     let name = args.name.unwrap_or_default();
     let question = DnsQuestion { name, kind: args.kind, from: args.from, network: args.network };
-    let Reply::Dns(answer) = context.ask(&Request::Dns(question))? else {
+    let Reply::Dns(answer) = context.request(&Request::Dns(question))? else {
         return Err(Error::unexpected_reply());
     };
     context.print(&*answer, render)
@@ -45,7 +45,7 @@ fn render(answer: &DnsAnswer) -> String {
     let mut text = format!("{} {} for {}: {}\n", answer.name, answer.kind, answer.from, answer.status);
     if !answer.answers.is_empty() {
         let records = &answer.answers;
-        text += &Table::new()
+        text += &TextTable::new()
             .column("NAME", records.iter().map(|record| &record.name))
             .column("TTL", records.iter().map(|record| record.ttl))
             .column("TYPE", records.iter().map(|record| &record.kind))
@@ -62,7 +62,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_answer_and_its_reason() {
+    fn answer_is_rendered_with_its_reason() {
         let mut answer = DnsAnswer {
             name: "web".into(),
             kind: "A".into(),

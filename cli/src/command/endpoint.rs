@@ -1,4 +1,4 @@
-//! `ovlctl endpoint`
+//! `ovlctl endpoint`: marks endpoints as ready or not ready.
 
 use clap::Subcommand;
 use ovl_control::Request;
@@ -15,9 +15,9 @@ pub(crate) struct Args {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Have Services send connections to an endpoint of this host
+    /// Mark an endpoint of this host as ready: Services send it connections
     Ready(Which),
-    /// Have Services send it no more connections
+    /// Mark an endpoint of this host as not ready: Services send it no new connections
     Unready(Which),
 }
 
@@ -25,19 +25,19 @@ enum Command {
 struct Which {
     /// The endpoint's name
     name: String,
-    /// Only on this network
+    /// Only the endpoint on this network [default: on all]
     #[arg(long, value_name = "NET")]
     network: Option<String>,
-    /// Its Kubernetes namespace [default: default]
+    /// The endpoint's Kubernetes namespace [default: default]
     #[arg(short, long, value_name = "NS")]
     namespace: Option<String>,
 }
 
-/// Asks.
+/// Marks the endpoint.
 pub(crate) fn run(context: &Context, args: Args) -> Result<()> {
     let (Which { name, network, namespace }, ready) = match args.command {
         Command::Ready(which) => (which, true),
         Command::Unready(which) => (which, false),
     };
-    context.ask_done(&Request::EndpointReady { name, network, namespace, ready })
+    context.request_done(&Request::EndpointReady { name, network, namespace, ready })
 }

@@ -1,25 +1,25 @@
-//! `ovlctl endpoints`
+//! `ovlctl endpoints`: lists the endpoints of all hosts.
 
 use ovl_control::{EndpointInfo, Reply, Request};
 
 use crate::context::Context;
 use crate::error::{Error, Result};
-use crate::text::{Table, list, yes};
+use crate::text::{TextTable, comma_separated, yes_no};
 
 /// Arguments of `endpoints`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// Only on the network of this name
+    /// Only endpoints on the network of this name
     #[arg(long, value_name = "NET")]
     network: Option<String>,
-    /// Only on the host of this name
+    /// Only endpoints on the host of this name
     #[arg(long)]
     node: Option<String>,
 }
 
-/// Asks and prints.
+/// Requests the endpoints and prints those that match.
 pub(crate) fn run(context: &Context, args: &Args) -> Result<()> {
-    let Reply::Endpoints(mut endpoints) = context.ask(&Request::Endpoints)? else {
+    let Reply::Endpoints(mut endpoints) = context.request(&Request::Endpoints)? else {
         return Err(Error::unexpected_reply());
     };
     endpoints.retain(|endpoint| args.matches(endpoint));
@@ -34,17 +34,17 @@ impl Args {
 }
 
 fn render(endpoints: &[EndpointInfo]) -> String {
-    Table::new()
+    TextTable::new()
         .column("NAME", endpoints.iter().map(|endpoint| &endpoint.name))
-        .unusual("NAMESPACE", "default", endpoints.iter().map(|endpoint| &endpoint.namespace))
+        .optional_column("NAMESPACE", "default", endpoints.iter().map(|endpoint| &endpoint.namespace))
         .column("NETWORK", endpoints.iter().map(|endpoint| &endpoint.network))
         .column("NODE", endpoints.iter().map(|endpoint| &endpoint.node))
-        .column("ADDRESSES", endpoints.iter().map(|endpoint| list(&endpoint.addresses)))
+        .column("ADDRESSES", endpoints.iter().map(|endpoint| comma_separated(&endpoint.addresses)))
         .column("MAC", endpoints.iter().map(|endpoint| endpoint.mac))
         .column("STATE", endpoints.iter().map(|endpoint| endpoint.state))
-        .unusual("READY", "yes", endpoints.iter().map(|endpoint| yes(endpoint.ready)))
-        .unusual("ALIASES", "", endpoints.iter().map(|endpoint| list(&endpoint.aliases)))
-        .unusual("PUBLISH", "", endpoints.iter().map(|endpoint| list(&endpoint.publish)))
+        .optional_column("READY", "yes", endpoints.iter().map(|endpoint| yes_no(endpoint.ready)))
+        .optional_column("ALIASES", "", endpoints.iter().map(|endpoint| comma_separated(&endpoint.aliases)))
+        .optional_column("PUBLISH", "", endpoints.iter().map(|endpoint| comma_separated(&endpoint.publish)))
         .render()
 }
 
@@ -74,7 +74,7 @@ mod tests {
     }
 
     #[test]
-    fn usual_endpoints() {
+    fn optional_columns_are_omitted() {
         let suspended = EndpointInfo { state: EndpointState::Suspended, ..endpoint("db", 3) };
         assert_eq!(
             render(&[endpoint("web", 2), suspended]),
@@ -87,7 +87,7 @@ db    blue     host3  10.1.0.3/16  02:00:0a:01:00:03  suspended
     }
 
     #[test]
-    fn namespaces_and_aliases_show_where_there_are_any() {
+    fn optional_columns_are_shown_if_an_endpoint_needs_them() {
         let mut pod = endpoint("web", 2);
         pod.namespace = "shop".into();
         pod.aliases = vec!["www".into(), "front".into()];
@@ -102,7 +102,7 @@ web   shop       blue     host2  10.1.0.2/16,fd00::2/64  02:00:0a:01:00:02  read
     }
 
     #[test]
-    fn filters_must_all_match() {
+    fn all_filters_must_match() {
         let args = |network: Option<&str>, node: Option<&str>| Args {
             network: network.map(str::to_owned),
             node: node.map(str::to_owned),

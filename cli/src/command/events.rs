@@ -1,4 +1,4 @@
-//! `ovlctl events`
+//! `ovlctl events`: shows recent events.
 
 use std::ops::ControlFlow;
 
@@ -13,31 +13,35 @@ use crate::text::printable;
 /// Arguments of `events`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// Go on with each new event as it happens
+    /// Print new events as they occur
     #[arg(short, long)]
     follow: bool,
 }
 
-/// Asks and prints.
+/// Prints the recent events, or follows them.
 pub(crate) fn run(context: &Context, args: &Args) -> Result<()> {
     if args.follow {
         return follow(context);
     }
-    let events = events(context.ask(&Request::Events { follow: false })?)?;
+    let events = events(context.request(&Request::Events { follow: false })?)?;
     context.print(&events, |events| events.iter().map(line).collect())
 }
 
-/// Prints until the daemon goes away, which is an error, or the reader, which is not.
+/// Prints events as they occur, until the reader closes the pipe.
+///
+/// # Errors
+///
+/// If the connection to the daemon ends.
 fn follow(context: &Context) -> Result<()> {
-    // The next event may be a day away: there is no time after which silence is wrong.
-    let failed = |error: ClientError| Error::no_reply(error, 0);
+    // No timeout: the next event may be a day away.
+    let failed = |error: ClientError| Error::request_failed(error, 0);
     let mut client = Client::connect(&context.socket, None).map_err(failed)?;
     let mut reply = client.request(&Request::Events { follow: true }).map_err(failed)?;
     loop {
         for event in events(reply)? {
             let text = match context.output {
                 Output::Table | Output::Wide => line(&event),
-                // An array would never end: one object a line instead.
+                // A stream cannot be an array, so print one object per line.
                 Output::Json => json_text(serde_json::to_string(&event))?,
                 Output::Yaml => yaml_text(&event)?,
             };
@@ -54,7 +58,7 @@ fn events(reply: Reply) -> Result<Vec<Event>> {
     Ok(events)
 }
 
-/// The kinds are short and few: a fixed width aligns a stream as well as a list.
+/// Renders an event as one line. The kind has a fixed width, so that lines of a stream align too.
 fn line(event: &Event) -> String {
     let (kind, object, message) =
         (printable(&event.kind), printable(&event.object), printable(&event.message));
@@ -66,7 +70,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_event_is_one_line() {
+    fn event_is_rendered_as_one_line() {
         let event = Event {
             time_ms: 1_735_689_599_007,
             kind: "peer".into(),

@@ -1,4 +1,4 @@
-//! `ovlctl key`
+//! `ovlctl key`: generates, rotates and shows keys.
 
 use std::fs::{File, Permissions};
 use std::io::{self, Read};
@@ -16,16 +16,16 @@ use serde_json::json;
 
 use crate::context::Context;
 use crate::error::{Error, Result};
-use crate::text::{Table, list};
+use crate::text::{TextTable, comma_separated};
 
-/// Where the kernel's random generator is a file; this process is too short-lived to want more.
+/// The kernel's random number generator.
 const RANDOM: &str = "/dev/urandom";
-/// A file with a key is much smaller.
+/// Maximum number of bytes read from a key file, which is much smaller.
 const MAX_FILE: u64 = 4096;
-/// Between two looks at a rotation.
-const LOOK: Duration = Duration::from_millis(300);
-/// A rotation that does not move is told anew after this time.
-const TELL_AGAIN: Duration = Duration::from_secs(10);
+/// Poll interval while a rotation is in progress.
+const POLL_INTERVAL: Duration = Duration::from_millis(300);
+/// Time without progress after which the hosts that delay a rotation are printed.
+const REPEAT_AFTER: Duration = Duration::from_secs(10);
 
 /// Arguments of `key`.
 #[derive(Debug, clap::Args)]
@@ -36,37 +36,37 @@ pub(crate) struct Args {
 
 #[derive(Debug, Subcommand)]
 enum Action {
-    /// Print a fresh key, and nothing else: `ovlctl key generate > /etc/ovl/cluster.key`
+    /// Generate a cluster key and print it: `ovlctl key generate > /etc/ovl/cluster.key`
     ///
-    /// Give the same file to all hosts. ovld takes none that others than its owner can read, so this makes the file that
-    /// it writes to one of mode 0600. ovld is not asked.
+    /// Copy the file to all hosts. ovld rejects a key file that users other than its owner can read, so if
+    /// standard output is a file, its mode is changed to 0600. ovld need not run.
     Generate,
-    /// Change this host's tunnel key, or the cluster key on all hosts, without losing a packet
+    /// Rotate this host's tunnel key, or the cluster key of all hosts, without packet loss
     ///
-    /// No host is restarted. Old and new key are valid side by side until all live hosts use the new one;
-    /// a new cluster key is then in the file that each host's configuration names. Waits for that; when
-    /// interrupted, the rotation goes on.
+    /// No daemon restarts. The old and the new key are both valid until all live hosts use the new one. Each
+    /// host then writes a new cluster key to the key file of its configuration. The command waits for that;
+    /// if interrupted, the rotation continues.
     Rotate {
-        /// The cluster key: a file with the new one, as `ovlctl key generate` writes it; - reads standard
-        /// input
+        /// Rotate the cluster key: a file with the new key, as `ovlctl key generate` writes it; - reads
+        /// standard input
         #[arg(long, value_name = "NEW")]
         cluster: Option<PathBuf>,
-        /// Return as soon as the rotation has begun
+        /// Return as soon as the rotation has started
         #[arg(long)]
         no_wait: bool,
     },
-    /// Show which host has which keys, and a rotation that is under way
+    /// Show the keys of all hosts, and a rotation in progress
     Status,
 }
 
-/// Makes, asks and prints.
+/// Runs a subcommand.
 pub(crate) fn run(context: &Context, args: Args) -> Result<()> {
     match args.action {
         Action::Generate => {
-            close_output_to_others().map_err(|error| {
+            restrict_output_file().map_err(|error| {
                 Error::Failed(format!(
-                    "cannot keep others from reading the file that the key would be written to: {error}. Write it to a file \
-                     of your own"
+                    "cannot restrict the mode of the output file to its owner: {error}. Write the key to a file that \
+                     you own"
                 ))
             })?;
             let key = generate().map_err(|error| {
@@ -76,7 +76,7 @@ pub(crate) fn run(context: &Context, args: Args) -> Result<()> {
         }
         Action::Rotate { cluster, no_wait } => {
             let request = match cluster {
-                Some(cluster) => Request::KeyRotateCluster { key: Secret(read(&cluster)?) },
+                Some(cluster) => Request::KeyRotateCluster { key: Secret(read_key_file(&cluster)?) },
                 None => Request::KeyRotateTunnel,
             };
             let is_tunnel = request == Request::KeyRotateTunnel;
@@ -91,13 +91,13 @@ pub(crate) fn run(context: &Context, args: Args) -> Result<()> {
 }
 
 fn keys(context: &Context, request: &Request) -> Result<KeyStatus> {
-    match context.ask(request)? {
+    match context.request(request)? {
         Reply::Keys(status) => Ok(*status),
         _ => Err(Error::unexpected_reply()),
     }
 }
 
-/// How far a rotation is, and who holds it up; none when it is done.
+/// Returns the progress of a rotation and the hosts that it waits for. `None` if it is complete.
 type Progress = fn(&KeyStatus) -> Option<(String, String)>;
 
 fn cluster_progress(status: &KeyStatus) -> Option<(String, String)> {
@@ -111,29 +111,29 @@ fn tunnel_progress(status: &KeyStatus) -> Option<(String, String)> {
         1 => "1 host does not use the new tunnel key yet".to_owned(),
         many => format!("{many} hosts do not use the new tunnel key yet"),
     };
-    Some((news, list(waits_for)))
+    Some((news, comma_separated(waits_for)))
 }
 
-/// Tells how far it is until it is done.
+/// Prints the progress of a rotation until it is complete.
 fn wait(context: &Context, mut status: KeyStatus, progress: Progress) -> Result<KeyStatus> {
-    let mut said: Option<(String, Instant)> = None;
+    let mut printed: Option<(String, Instant)> = None;
     while let Some((news, who)) = progress(&status) {
-        let stuck = said.as_ref().is_some_and(|(_, at)| at.elapsed() > TELL_AGAIN);
-        if stuck || said.as_ref().is_none_or(|(last, _)| *last != news) {
-            context.say(&if stuck { format!("{news}; waiting for {who}") } else { news.clone() });
-            said = Some((news, Instant::now()));
+        let stuck = printed.as_ref().is_some_and(|(_, at)| at.elapsed() > REPEAT_AFTER);
+        if stuck || printed.as_ref().is_none_or(|(last, _)| *last != news) {
+            context.note(&if stuck { format!("{news}; waiting for {who}") } else { news.clone() });
+            printed = Some((news, Instant::now()));
         }
-        std::thread::sleep(LOOK);
+        std::thread::sleep(POLL_INTERVAL);
         status = keys(context, &Request::KeyStatus).map_err(|error| match error {
             Error::Failed(why) | Error::Usage(why) => {
-                Error::Failed(format!("{why}. The rotation goes on: see `ovlctl key status`"))
+                Error::Failed(format!("{why}. The rotation continues: see `ovlctl key status`"))
             }
         })?;
     }
     Ok(status)
 }
 
-/// How far it is, and who holds it up.
+/// Returns the progress of a cluster key rotation and the hosts that it waits for.
 fn progress(rotation: &KeyRotation) -> (String, String) {
     let KeyRotation { hosts, have, seal, .. } = rotation;
     let news = if have < hosts {
@@ -141,11 +141,15 @@ fn progress(rotation: &KeyRotation) -> (String, String) {
     } else {
         format!("{seal} of {hosts} hosts use the new key")
     };
-    (news, list(&rotation.waits_for))
+    (news, comma_separated(&rotation.waits_for))
 }
 
-/// The content of a key file. Others must not be able to read it: the new key would be known.
-fn read(path: &Path) -> Result<String> {
+/// Reads a key file.
+///
+/// # Errors
+///
+/// If other users can read or write the file: the new key would not be secret.
+fn read_key_file(path: &Path) -> Result<String> {
     let failed = |error: io::Error| Error::Failed(format!("cannot read {}: {error}", path.display()));
     let mut text = String::new();
     if path == Path::new("-") {
@@ -156,7 +160,7 @@ fn read(path: &Path) -> Result<String> {
     let mode = file.metadata().map_err(failed)?.permissions().mode() & 0o7777;
     if mode & 0o077 != 0 {
         return Err(Error::Failed(format!(
-            "{path} can be read or written by others (mode {mode:04o}): make another key with \
+            "{path} is accessible to other users (mode {mode:04o}): generate a new key with \
              'ovlctl key generate > {path}'",
             path = path.display()
         )));
@@ -167,31 +171,33 @@ fn read(path: &Path) -> Result<String> {
 
 fn render(status: &KeyStatus) -> String {
     let head = match &status.rotation {
-        None => "No rotation is under way.\n".to_owned(),
+        None => "No rotation in progress.\n".to_owned(),
         Some(rotation) => format!(
-            "Changing to {} since {}: {}. Waiting for {}.\n",
+            "Rotating to {} since {}: {}. Waiting for {}.\n",
             rotation.key,
             timestamp(rotation.since_ms),
             progress(rotation).0,
-            list(&rotation.waits_for)
+            comma_separated(&rotation.waits_for)
         ),
     };
     let hosts = &status.hosts;
     let own = match &status.tunnel_waits_for {
         None => String::new(),
-        Some(waits_for) => format!("The tunnel moves to other keys. Waiting for {}.\n", list(waits_for)),
+        Some(waits_for) => {
+            format!("The tunnel key is being rotated. Waiting for {}.\n", comma_separated(waits_for))
+        }
     };
     head + &own
-        + &Table::new()
+        + &TextTable::new()
             .column(
                 "NAME",
                 hosts.iter().map(|host| format!("{}{}", host.name, if host.own { " *" } else { "" })),
             )
             .column("STATE", hosts.iter().map(|host| host.state))
             .column("SEALS", hosts.iter().map(|host| host.seals))
-            .column("ALSO OPENS", hosts.iter().map(|host| list(&host.opens)))
-            .unusual("TUNNEL", "-", hosts.iter().map(tunnel))
-            .unusual("NOTE", "", hosts.iter().map(note))
+            .column("ALSO OPENS", hosts.iter().map(|host| comma_separated(&host.opens)))
+            .optional_column("TUNNEL", "-", hosts.iter().map(tunnel))
+            .optional_column("NOTE", "", hosts.iter().map(note))
             .render()
 }
 
@@ -202,13 +208,14 @@ fn tunnel(host: &HostKeys) -> String {
 fn note(host: &HostKeys) -> &'static str {
     match (host.member, host.tunnel_rotating) {
         (false, _) => "not a member",
-        (true, true) => "its tunnel moves",
+        (true, true) => "rotating its tunnel key",
         (true, false) => "",
     }
 }
 
-/// Takes the rights of others from standard output, if it is a file: a shell opens it with mode 0644.
-fn close_output_to_others() -> io::Result<()> {
+/// Removes the permissions of other users from standard output if it is a file. Shells create it with mode
+/// 0644.
+fn restrict_output_file() -> io::Result<()> {
     let output = File::from(io::stdout().as_fd().try_clone_to_owned()?);
     let metadata = output.metadata()?;
     let mode = metadata.permissions().mode() & 0o7777;
@@ -244,7 +251,7 @@ mod tests {
     }
 
     #[test]
-    fn who_has_which_key() {
+    fn keys_of_all_hosts_are_shown() {
         let rotation = KeyRotation {
             key: ovl_proto::id::ClusterKeyId([2; 4]),
             since_ms: 0,
@@ -258,7 +265,7 @@ mod tests {
         assert_eq!(
             render(&KeyStatus { rotation: Some(rotation), tunnel_waits_for: None, hosts }),
             "\
-Changing to 081040g since 1970-01-01T00:00:00.000Z: 1 of 2 hosts have the new key. Waiting for host2.
+Rotating to 081040g since 1970-01-01T00:00:00.000Z: 1 of 2 hosts have the new key. Waiting for host2.
 NAME     STATE  SEALS    ALSO OPENS  NOTE
 host1 *  alive  040g208  081040g     -
 host2    alive  040g208  -           -
@@ -266,11 +273,11 @@ host3    alive  040g208  -           not a member
 "
         );
         let done = KeyStatus { rotation: None, tunnel_waits_for: None, hosts: vec![host(1, 2, &[])] };
-        assert!(render(&done).starts_with("No rotation is under way.\nNAME "));
+        assert!(render(&done).starts_with("No rotation in progress.\nNAME "));
     }
 
     #[test]
-    fn two_keys_differ() {
+    fn generated_keys_differ() {
         let (a, b) = (generate().unwrap(), generate().unwrap());
         assert_eq!((a.len(), &a[43..]), (44, "="));
         assert_ne!(a, b);

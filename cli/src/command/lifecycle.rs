@@ -1,4 +1,4 @@
-//! `ovlctl leave` and `ovlctl teardown`
+//! `ovlctl leave` and `ovlctl teardown`: withdraw this host from the cluster.
 
 use std::io::{self, IsTerminal};
 
@@ -10,30 +10,30 @@ use crate::error::{Error, Result};
 /// Arguments of `teardown`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct TeardownArgs {
-    /// Do it; needed where standard input is a terminal
+    /// Confirm; required if standard input is a terminal
     #[arg(long)]
     yes: bool,
 }
 
-/// Withdraws this host.
+/// Withdraws this host from the cluster.
 pub(crate) fn leave(context: &Context) -> Result<()> {
-    context.ask_done(&Request::Leave)
+    context.request_done(&Request::Leave)
 }
 
-/// Withdraws this host and removes all that ovl made on it.
+/// Withdraws this host and deletes everything that ovl created on it.
 pub(crate) fn teardown(context: &Context, args: &TeardownArgs) -> Result<()> {
     confirmed(args.yes, io::stdin().is_terminal())?;
-    context.ask_done(&Request::Teardown)
+    context.request_done(&Request::Teardown)
 }
 
-/// A script means what it says; at a terminal a second word is asked for.
+/// Requires `--yes` at a terminal, where the command may be a mistake. Scripts need no confirmation.
 fn confirmed(yes: bool, terminal: bool) -> Result<()> {
     if yes || !terminal {
         return Ok(());
     }
     Err(Error::Usage(
-        "teardown cuts off every endpoint on this host and removes all of ovl's devices. \
-         `ovlctl teardown --yes` does it"
+        "teardown disconnects every endpoint on this host and deletes all of ovl's devices. \
+         Confirm with `ovlctl teardown --yes`"
             .to_owned(),
     ))
 }
@@ -43,7 +43,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_a_person_is_asked() {
+    fn confirmation_is_required_at_a_terminal_only() {
         assert!(confirmed(true, true).is_ok());
         assert!(confirmed(false, false).is_ok());
         assert!(matches!(confirmed(false, true), Err(Error::Usage(_))));

@@ -1,4 +1,4 @@
-//! `ovlctl man`
+//! `ovlctl man`: writes the manual pages.
 
 use std::path::PathBuf;
 
@@ -12,15 +12,18 @@ use crate::error::{Error, Result};
 /// Arguments of `man`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// Where they go: one page for each command
+    /// The directory to write to: one page per command
     #[arg(value_name = "DIR")]
     dir: PathBuf,
 }
 
-/// Makes and writes.
+/// Generates and writes the pages.
 pub(crate) fn run(context: &Context, args: &Args) -> Result<()> {
     clap_mangen::generate_to(Cli::command(), &args.dir).map_err(|error| {
-        Error::Failed(format!("cannot write the pages into {}: {error}. Is it a folder?", args.dir.display()))
+        Error::Failed(format!(
+            "cannot write manual pages to {}: {error}. Is it a directory?",
+            args.dir.display()
+        ))
     })?;
     context.print(&json!({ "dir": args.dir }), |_| String::new())
 }

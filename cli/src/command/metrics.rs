@@ -1,4 +1,4 @@
-//! `ovlctl metrics`
+//! `ovlctl metrics`: prints the daemon's metrics.
 
 use ovl_control::{Reply, Request};
 use serde_json::json;
@@ -6,8 +6,10 @@ use serde_json::json;
 use crate::context::Context;
 use crate::error::{Error, Result};
 
-/// Asks and prints, as it is: the format belongs to Prometheus.
+/// Prints the metrics unmodified, in the Prometheus text format.
 pub(crate) fn run(context: &Context) -> Result<()> {
-    let Reply::Text(text) = context.ask(&Request::Metrics)? else { return Err(Error::unexpected_reply()) };
+    let Reply::Text(text) = context.request(&Request::Metrics)? else {
+        return Err(Error::unexpected_reply());
+    };
     context.print(&json!({ "text": text }), |_| text.clone())
 }

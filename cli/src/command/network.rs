@@ -1,4 +1,4 @@
-//! `ovlctl network`
+//! `ovlctl network`: manages networks.
 
 use std::str::FromStr;
 
@@ -8,7 +8,7 @@ use ovl_proto::object::{Backend, Driver, Mode};
 
 use crate::context::Context;
 use crate::error::{Error, Result};
-use crate::text::{Table, block, list, maybe, yes};
+use crate::text::{TextTable, comma_separated, key_value_block, optional, yes_no};
 
 /// Arguments of `network`.
 #[derive(Debug, clap::Args)]
@@ -19,51 +19,51 @@ pub(crate) struct Args {
 
 #[derive(Debug, Subcommand)]
 enum Action {
-    /// Create a network, known to all hosts at once, or one of this host alone
+    /// Create an overlay network on all hosts, or a bridge network on this host
     Create(CreateArgs),
-    /// Show all networks
+    /// List all networks
     #[command(visible_alias = "list")]
     Ls,
-    /// Show all that is known of one network
+    /// Show the details of a network
     Inspect {
-        /// Name or id
+        /// Name or id of the network
         name: String,
     },
-    /// Enlarge a network's ranges, or fix its MTU
+    /// Enlarge a network's subnets, or set its MTU
     #[command(group = ArgGroup::new("change").args(["subnets", "mtu"]).required(true).multiple(true))]
     Update {
-        /// Name or id
+        /// Name or id of the network
         name: String,
-        /// A larger range that holds one that the network has; may be repeated
+        /// A larger subnet that contains a subnet of the network; may be repeated
         #[arg(long = "subnet", value_name = "LARGER")]
         subnets: Vec<String>,
-        /// Bytes; 0: what the paths carry
+        /// MTU in bytes; 0 follows the path MTU between the network's hosts
         #[arg(long, value_name = "N")]
         mtu: Option<u16>,
     },
     /// Remove a network that has no endpoints
     #[command(visible_alias = "remove")]
     Rm {
-        /// Name or id
+        /// Name or id of the network
         name: String,
     },
 }
 
 #[derive(Debug, clap::Args)]
 struct CreateArgs {
-    /// Letters, digits, `-`, `_` and `.`, at most 63
+    /// Name: at most 63 letters, digits, `-`, `_` and `.`
     name: String,
-    /// How it is built
+    /// Driver: overlay spans all hosts, bridge is local to this host
     #[arg(long, value_enum, default_value_t = DriverArg::Overlay)]
     driver: DriverArg,
-    /// What it carries
+    /// Mode: l2 carries Ethernet frames, l3 routes IP packets between the hosts
     #[arg(long, value_enum, default_value_t = ModeArg::L2)]
     mode: ModeArg,
-    /// A range of addresses, for instance one for IPv4 and one for IPv6 [default: a free one]
+    /// A subnet; may be repeated, for instance for IPv4 and IPv6 [default: a free one]
     #[arg(long = "subnet", value_name = "CIDR")]
     subnets: Vec<String>,
-    /// With --mode l3: the prefix length of each host's block; once for each --subnet, in their order
-    /// [default: 24, or 64 for IPv6, where that leaves room for 16 hosts]
+    /// With --mode l3: prefix length of each host's block; one for each --subnet, in their order
+    /// [default: 24, or 64 for IPv6, if that leaves room for 16 hosts]
     #[arg(long = "block", value_name = "LENGTH")]
     block_lengths: Vec<u8>,
     /// With --mode l3: how packets reach other hosts [default: vxlan]
@@ -72,56 +72,56 @@ struct CreateArgs {
     /// VXLAN network identifier [default: a free one]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..1 << 24))]
     vni: Option<u32>,
-    /// Send nothing between hosts but through the tunnel
+    /// Encrypt all traffic between hosts
     #[arg(long)]
     encrypted: bool,
-    /// No gateway: endpoints reach each other and nothing else
+    /// Create no gateway: endpoints reach only each other and their resolver
     #[arg(long)]
     internal: bool,
-    /// Bytes [default: what the paths carry]
+    /// MTU in bytes [default: follows the path MTU between the network's hosts]
     #[arg(long, value_name = "N")]
     mtu: Option<u16>,
-    /// Let names resolve also on a bridge network that is called `default` or `bridge`
+    /// Resolve names also on a bridge network named `default` or `bridge`
     #[arg(long)]
     dns: bool,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum DriverArg {
-    // Stretched over hosts.
+    // Spans all hosts.
     Overlay,
-    // On this host alone.
+    // Local to this host.
     Bridge,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum ModeArg {
-    // Ethernet: one subnet on all hosts.
+    // Ethernet: all hosts share one subnet.
     L2,
-    // IP: each host has blocks of its own, and routes to those of the others.
+    // IP: each host has its own blocks, and routes to the blocks of other hosts.
     L3,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum BackendArg {
-    // In VXLAN.
+    // Encapsulated in VXLAN.
     Vxlan,
-    // As they are.
+    // Without encapsulation, routed by the underlay.
     Direct,
-    // The one for hosts on our segment, the other for the rest.
+    // Direct to hosts on the same link, VXLAN to other hosts.
     Auto,
 }
 
-/// Asks and prints.
+/// Runs a subcommand.
 pub(crate) fn run(context: &Context, args: Args) -> Result<()> {
     match args.action {
         Action::Create(args) => changed(context, &Request::NetworkCreate(args.request()?)),
         Action::Update { name, subnets, mtu } => {
             changed(context, &Request::NetworkUpdate { name, subnets: ranges(&subnets)?, mtu })
         }
-        Action::Rm { name } => context.ask_done(&Request::NetworkRm { name }),
+        Action::Rm { name } => context.request_done(&Request::NetworkRm { name }),
         Action::Ls => {
-            let Reply::Networks(networks) = context.ask(&Request::NetworkLs)? else {
+            let Reply::Networks(networks) = context.request(&Request::NetworkLs)? else {
                 return Err(Error::unexpected_reply());
             };
             context.print(&networks, |networks| rows(networks))
@@ -132,13 +132,13 @@ pub(crate) fn run(context: &Context, args: Args) -> Result<()> {
     }
 }
 
-/// A network that was made or changed is shown as its row of `network ls`.
+/// Creates or changes a network and prints its row of `network ls`.
 fn changed(context: &Context, request: &Request) -> Result<()> {
     context.print(&network(context, request)?, |network| rows(std::slice::from_ref(network)))
 }
 
 fn network(context: &Context, request: &Request) -> Result<NetworkInfo> {
-    let Reply::Network(network) = context.ask(request)? else { return Err(Error::unexpected_reply()) };
+    let Reply::Network(network) = context.request(request)? else { return Err(Error::unexpected_reply()) };
     Ok(*network)
 }
 
@@ -170,13 +170,11 @@ impl CreateArgs {
     }
 }
 
-/// Ranges of addresses. Generic because `proto` does not pass on the name of its type.
+/// Parses subnets. Generic because `proto` does not re-export the type.
 fn ranges<T: FromStr>(texts: &[String]) -> Result<Vec<T>> {
     let range = |text: &String| {
         text.parse().map_err(|_| {
-            Error::Usage(format!(
-                "'{text}' is not a range of addresses. Write it like 10.1.0.0/16 or fd00:1::/64"
-            ))
+            Error::Usage(format!("'{text}' is not a subnet. Write it like 10.1.0.0/16 or fd00:1::/64"))
         })
     };
     texts.iter().map(range).collect()
@@ -204,7 +202,7 @@ fn backend(network: &NetworkInfo) -> Option<&'static str> {
     })
 }
 
-/// What was asked for beside the usual, and whether it is on its way out.
+/// Lists the options that differ from the default, and `removing` if the network is being removed.
 fn options(network: &NetworkInfo) -> String {
     let options = [
         (network.encrypted, "encrypted"),
@@ -212,41 +210,41 @@ fn options(network: &NetworkInfo) -> String {
         (!network.dns, "no-dns"),
         (network.removing, "removing"),
     ];
-    list(options.iter().filter(|(set, _)| *set).map(|(_, name)| name))
+    comma_separated(options.iter().filter(|(set, _)| *set).map(|(_, name)| name))
 }
 
 fn rows(networks: &[NetworkInfo]) -> String {
-    Table::new()
+    TextTable::new()
         .column("NAME", networks.iter().map(|network| &network.name))
         .column("DRIVER", networks.iter().map(driver))
         .column("MODE", networks.iter().map(mode))
         .column("VNI", networks.iter().map(|network| network.vni))
-        .column("SUBNETS", networks.iter().map(|network| list(&network.subnets)))
+        .column("SUBNETS", networks.iter().map(|network| comma_separated(&network.subnets)))
         .column("MTU", networks.iter().map(|network| network.mtu))
         .column("ENDPOINTS", networks.iter().map(|network| network.endpoints))
         .column("NODES", networks.iter().map(|network| network.nodes.len()))
-        .unusual("OPTIONS", "", networks.iter().map(options))
+        .optional_column("OPTIONS", "", networks.iter().map(options))
         .render()
 }
 
 fn inspect(network: &NetworkInfo) -> String {
-    block(&[
+    key_value_block(&[
         ("Name", network.name.clone()),
         ("Id", network.id.to_string()),
         ("Driver", driver(network).to_owned()),
         ("Mode", mode(network).to_owned()),
-        ("Backend", maybe(backend(network))),
+        ("Backend", optional(backend(network))),
         ("VNI", network.vni.to_string()),
-        ("Subnets", list(&network.subnets)),
-        ("Gateways", list(&network.gateways)),
+        ("Subnets", comma_separated(&network.subnets)),
+        ("Gateways", comma_separated(&network.gateways)),
         ("MTU", network.mtu.to_string()),
-        ("Encrypted", yes(network.encrypted)),
-        ("Internal", yes(network.internal)),
-        ("Removing", yes(network.removing)),
+        ("Encrypted", yes_no(network.encrypted)),
+        ("Internal", yes_no(network.internal)),
+        ("Removing", yes_no(network.removing)),
         ("Endpoints", network.endpoints.to_string()),
-        ("Nodes", list(&network.nodes)),
-        ("Bridge", maybe(network.bridge.as_ref())),
-        ("DNS", yes(network.dns)),
+        ("Nodes", comma_separated(&network.nodes)),
+        ("Bridge", optional(network.bridge.as_ref())),
+        ("DNS", yes_no(network.dns)),
     ])
 }
 

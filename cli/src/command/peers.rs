@@ -1,4 +1,4 @@
-//! `ovlctl peers`
+//! `ovlctl peers`: lists the hosts of the cluster, or forgets one.
 
 use clap::Subcommand;
 use ovl_control::{Peer, PeerState, PeerTunnel, Reply, Request};
@@ -6,7 +6,7 @@ use ovl_control::{Peer, PeerState, PeerTunnel, Reply, Request};
 use crate::args::Output;
 use crate::context::Context;
 use crate::error::{Error, Result};
-use crate::text::{Table, maybe};
+use crate::text::{TextTable, optional};
 use crate::time::{micros, millis, seconds};
 
 /// Arguments of `peers`.
@@ -18,75 +18,85 @@ pub(crate) struct Args {
 
 #[derive(Debug, Subcommand)]
 enum Action {
-    /// Take a dead host out of the cluster and free its blocks of addresses
+    /// Remove a dead host from the cluster and free its address blocks
     ///
-    /// Done when a majority of the hosts has agreed. The forgotten host still knows the cluster
+    /// Returns when a majority of the hosts has agreed. The forgotten host still knows the cluster
     /// key: see `ovlctl key rotate`.
     Forget {
-        /// Name or id
+        /// Name or id of the host
         node: String,
     },
 }
 
-/// Asks and prints.
+/// Prints the peers, or forgets one.
 pub(crate) fn run(context: &Context, args: Args) -> Result<()> {
     if let Some(Action::Forget { node }) = args.action {
-        context.ask_done(&Request::PeersForget { node })?;
-        context.say(
-            "The forgotten host still knows the cluster key. If you do not trust whoever has it now, make a new key and \
-             give it to all others:\n  ovlctl key generate > FILE\n  ovlctl key rotate --cluster FILE",
+        context.request_done(&Request::PeersForget { node })?;
+        context.note(
+            "The forgotten host still knows the cluster key. If it is no longer trusted, rotate the key of the other \
+             hosts:\n  ovlctl key generate > FILE\n  ovlctl key rotate --cluster FILE",
         );
         return Ok(());
     }
-    let Reply::Peers(peers) = context.ask(&Request::Peers)? else { return Err(Error::unexpected_reply()) };
+    let Reply::Peers(peers) = context.request(&Request::Peers)? else {
+        return Err(Error::unexpected_reply());
+    };
     context.print(&peers, |peers| render(peers, context.output == Output::Wide))
 }
 
 fn render(peers: &[Peer], wide: bool) -> String {
     let tunnels = || peers.iter().map(|peer| peer.tunnel.as_ref());
-    let table = Table::new()
+    let table = TextTable::new()
         .column("NAME", peers.iter().map(|peer| format!("{}{}", peer.name, if peer.own { " *" } else { "" })))
         .column("ADDRESS", peers.iter().map(|peer| peer.address))
         .column("VTEP", peers.iter().map(|peer| peer.vtep))
         .column("STATE", peers.iter().map(|peer| peer.state))
-        .column("HEARD", peers.iter().map(|peer| maybe(peer.last_heard_ms.map(millis))))
-        .column("RTT", peers.iter().map(|peer| maybe(peer.rtt_us.map(micros))))
+        .column("HEARD", peers.iter().map(|peer| optional(peer.last_heard_ms.map(millis))))
+        .column("RTT", peers.iter().map(|peer| optional(peer.rtt_us.map(micros))))
         .column("ENDPOINTS", peers.iter().map(|peer| peer.endpoints))
         .column("VERSION", peers.iter().map(|peer| &peer.version))
-        .unusual("ENCRYPTION", if wide { "" } else { "none" }, peers.iter().map(|peer| &peer.encryption));
+        .optional_column(
+            "ENCRYPTION",
+            if wide { "" } else { "none" },
+            peers.iter().map(|peer| &peer.encryption),
+        );
     let table = if wide {
         table
-            .column("ENDPOINT", tunnels().map(|tunnel| maybe(tunnel.and_then(|tunnel| tunnel.endpoint))))
+            .column("ENDPOINT", tunnels().map(|tunnel| optional(tunnel.and_then(|tunnel| tunnel.endpoint))))
             .column(
                 "HANDSHAKE",
-                tunnels().map(|tunnel| maybe(tunnel.and_then(|t| t.last_handshake_s).map(seconds))),
+                tunnels().map(|tunnel| optional(tunnel.and_then(|t| t.last_handshake_s).map(seconds))),
             )
-            .column("SENT", tunnels().map(|tunnel| maybe(tunnel.map(|tunnel| tunnel.sent_bytes))))
-            .column("RECEIVED", tunnels().map(|tunnel| maybe(tunnel.map(|tunnel| tunnel.received_bytes))))
-            .column("TUNNEL-RTT", tunnels().map(|tunnel| maybe(tunnel.and_then(|t| t.rtt_us).map(micros))))
+            .column("SENT", tunnels().map(|tunnel| optional(tunnel.map(|tunnel| tunnel.sent_bytes))))
+            .column("RECEIVED", tunnels().map(|tunnel| optional(tunnel.map(|tunnel| tunnel.received_bytes))))
+            .column("TUNNEL-RTT", tunnels().map(|tunnel| optional(tunnel.and_then(|t| t.rtt_us).map(micros))))
             .column("LOSS", tunnels().map(|tunnel| tunnel.map_or_else(String::new, loss)))
     } else {
-        table.unusual("TUNNEL-LOSS", "", tunnels().map(|tunnel| tunnel.map_or_else(String::new, some_loss)))
+        table.optional_column(
+            "TUNNEL-LOSS",
+            "",
+            tunnels().map(|tunnel| tunnel.map_or_else(String::new, some_loss)),
+        )
     };
-    table.unusual("NOTE", "", peers.iter().map(note)).render()
+    table.optional_column("NOTE", "", peers.iter().map(note)).render()
 }
 
 fn loss(tunnel: &PeerTunnel) -> String {
-    maybe(tunnel.loss_percent.map(|percent| format!("{percent}%")))
+    optional(tunnel.loss_percent.map(|percent| format!("{percent}%")))
 }
 
-/// Only where there is any.
+/// Formats the loss. The empty string if there is none.
 fn some_loss(tunnel: &PeerTunnel) -> String {
     if tunnel.loss_percent == Some(0) { String::new() } else { loss(tunnel) }
 }
 
-/// What is odd about a host beyond its state.
+/// Returns the `NOTE` of a host: irregularities that its state does not show.
 fn note(peer: &Peer) -> String {
     let mut notes = Vec::new();
     if !peer.member {
         notes.push("not a member");
     }
-    // In any other state nothing arrives from it, directly or not.
+    // In every other state, nothing arrives from the host, directly or through others.
     if !peer.own && !peer.reachable && peer.state == PeerState::Alive {
         notes.push("heard only through others");
     }
@@ -118,7 +128,7 @@ mod tests {
     }
 
     #[test]
-    fn the_own_node_is_marked_and_unusual_columns_are_left_out() {
+    fn local_host_is_marked_and_default_columns_are_omitted() {
         let own = Peer { own: true, last_heard_ms: None, rtt_us: None, ..peer(1) };
         let dead = Peer { state: PeerState::Dead, last_heard_ms: Some(72_000), reachable: false, ..peer(3) };
         assert_eq!(
@@ -133,7 +143,7 @@ host3    192.0.2.3:7940  192.0.2.3  dead   1m12s  0.4ms  4          0.1.0
     }
 
     #[test]
-    fn a_wide_table_tells_of_the_tunnel_and_a_narrow_one_of_loss() {
+    fn wide_table_shows_the_tunnel_and_narrow_table_shows_loss() {
         let tunnel = PeerTunnel {
             endpoint: Some("192.0.2.2:51940".parse().unwrap()),
             last_handshake_s: Some(72),
@@ -168,7 +178,7 @@ host3    192.0.2.3:7940  192.0.2.3  dead   1m12s  0.4ms  4          0.1.0
     }
 
     #[test]
-    fn what_is_odd_has_a_note() {
+    fn irregular_hosts_have_a_note() {
         let odd = Peer { reachable: false, encryption: "wireguard".into(), ..peer(2) };
         let new = Peer { member: false, reachable: false, ..peer(3) };
         let text = render(&[odd, new], false);

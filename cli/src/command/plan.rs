@@ -1,13 +1,16 @@
-//! `ovlctl plan`
+//! `ovlctl plan`: shows the pending kernel changes.
 
 use ovl_control::{Reply, Request};
 
 use crate::context::Context;
 use crate::error::{Error, Result};
-use crate::text::lines;
+use crate::text::prefixed_lines;
 
-/// Asks and prints. Nothing to do is no output, so that what is printed can be read by a shell.
+/// Prints the pending operations as commands. Prints nothing if there are none, so that a shell can run the
+/// output.
 pub(crate) fn run(context: &Context) -> Result<()> {
-    let Reply::Plan(commands) = context.ask(&Request::Plan)? else { return Err(Error::unexpected_reply()) };
-    context.print(&commands, |commands| lines("", commands))
+    let Reply::Plan(commands) = context.request(&Request::Plan)? else {
+        return Err(Error::unexpected_reply());
+    };
+    context.print(&commands, |commands| prefixed_lines("", commands))
 }

@@ -1,4 +1,4 @@
-//! `ovlctl policy`
+//! `ovlctl policy`: lists and explains network policies.
 
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
@@ -12,11 +12,11 @@ use ovl_proto::resource::Protocol;
 use crate::args::Output;
 use crate::context::{Context, json_text, write_out, yaml_text};
 use crate::error::{Error, Result};
-use crate::text::{Table, list, maybe, printable};
+use crate::text::{TextTable, comma_separated, optional, printable};
 use crate::time::millis;
 
-/// Between two looks at what was refused.
-const FOLLOW: Duration = Duration::from_secs(1);
+/// Poll interval of `policy drops --follow`.
+const POLL_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Arguments of `policy`.
 #[derive(Debug, clap::Args)]
@@ -27,27 +27,27 @@ pub(crate) struct Args {
 
 #[derive(Debug, Subcommand)]
 enum Action {
-    /// Show the cluster's network policies, and how many packets they refused on this host
+    /// List the cluster's network policies, and how many packets each refused on this host
     #[command(visible_alias = "list")]
     Ls,
-    /// Show whether a connection is made, and which policy and rule decide
+    /// Show whether a connection is allowed, and which policy and rule decide
     Explain {
         /// The source: an endpoint, as NAME or NAMESPACE/NAME, or an address
         from: String,
-        /// The destination, and its port: db:5432, shop/db:53/udp, [fd00::9]:80; without a port, of a protocol
-        /// that has none
-        #[arg(value_name = "TO[:PORT[/PROTO]]", value_parser = target)]
+        /// The destination and its port: db:5432, shop/db:53/udp, [fd00::9]:80; without a port for a protocol
+        /// that has no ports
+        #[arg(value_name = "TO[:PORT[/PROTO]]", value_parser = parse_target)]
         to: Target,
     },
-    /// Show which connections were refused on this host lately, the latest first
+    /// List the connections that were recently refused on this host, latest first
     Drops {
-        /// Go on with what is refused from now on
+        /// Print newly refused connections as they occur
         #[arg(short, long)]
         follow: bool,
     },
 }
 
-/// Where a connection goes.
+/// The destination of a connection.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Target {
     to: String,
@@ -55,11 +55,11 @@ struct Target {
     protocol: Protocol,
 }
 
-/// Of `TO:PORT/PROTO`.
-fn target(text: &str) -> std::result::Result<Target, String> {
+/// Parses `TO[:PORT[/PROTO]]`.
+fn parse_target(text: &str) -> std::result::Result<Target, String> {
     let wrong =
-        || format!("'{text}' is no destination: it looks like db:5432, shop/db:53/udp or [fd00::9]:80");
-    // An address of IPv6 has colons of its own.
+        || format!("invalid destination '{text}': write it like db:5432, shop/db:53/udp or [fd00::9]:80");
+    // An IPv6 address contains colons itself.
     let port_at = match text.rsplit_once(']') {
         Some((before, after)) => after.starts_with(':').then_some(before.len() + 1),
         None if text.matches(':').count() > 1 => None,
@@ -82,18 +82,18 @@ fn target(text: &str) -> std::result::Result<Target, String> {
     Ok(Target { to, port: Some(port), protocol })
 }
 
-/// Carries a subcommand out.
+/// Runs a subcommand.
 pub(crate) fn run(context: &Context, args: Args) -> Result<()> {
     match args.action {
         Action::Ls => {
-            let Reply::Policies(rows) = context.ask(&Request::PolicyLs)? else {
+            let Reply::Policies(rows) = context.request(&Request::PolicyLs)? else {
                 return Err(Error::unexpected_reply());
             };
             context.print(&rows, |rows| render_rows(rows, context.output))
         }
         Action::Explain { from, to: Target { to, port, protocol } } => {
             let request = Request::PolicyExplain { from, to, port, protocol };
-            let Reply::PolicyExplain(judgements) = context.ask(&request)? else {
+            let Reply::PolicyExplain(judgements) = context.request(&request)? else {
                 return Err(Error::unexpected_reply());
             };
             context.print(&judgements, |judgements| judgements.iter().map(render_judgement).collect())
@@ -104,26 +104,27 @@ pub(crate) fn run(context: &Context, args: Args) -> Result<()> {
 }
 
 fn drops(context: &Context) -> Result<Vec<PolicyDrop>> {
-    match context.ask(&Request::PolicyDrops)? {
+    match context.request(&Request::PolicyDrops)? {
         Reply::PolicyDrops(drops) => Ok(drops),
         _ => Err(Error::unexpected_reply()),
     }
 }
 
-/// What tells a connection from others.
-fn key(drop: &PolicyDrop) -> impl Ord + use<> {
+/// The fields that identify a connection.
+fn connection_key(drop: &PolicyDrop) -> impl Ord + use<> {
     (drop.direction.clone(), drop.from, drop.to, drop.protocol.clone(), drop.port)
 }
 
-/// Prints what has grown since the last look, until the reader goes away.
+/// Prints the packets refused since the previous poll, until the reader closes the pipe.
 fn follow(context: &Context) -> Result<()> {
-    let mut seen: BTreeMap<_, u64> = drops(context)?.iter().map(|drop| (key(drop), drop.packets)).collect();
+    let mut seen: BTreeMap<_, u64> =
+        drops(context)?.iter().map(|drop| (connection_key(drop), drop.packets)).collect();
     loop {
-        thread::sleep(FOLLOW);
+        thread::sleep(POLL_INTERVAL);
         let now = drops(context)?;
         for drop in now.iter().rev() {
-            let before = seen.insert(key(drop), drop.packets).unwrap_or(0);
-            // One that was forgotten meanwhile begins anew.
+            let before = seen.insert(connection_key(drop), drop.packets).unwrap_or(0);
+            // The daemon forgets old connections; a new count starts at 0.
             let more = if drop.packets < before { drop.packets } else { drop.packets - before };
             if more == 0 {
                 continue;
@@ -141,7 +142,7 @@ fn follow(context: &Context) -> Result<()> {
     }
 }
 
-fn end(address: std::net::IpAddr, endpoint: Option<&String>) -> String {
+fn describe_endpoint(address: std::net::IpAddr, endpoint: Option<&String>) -> String {
     endpoint.map_or_else(|| address.to_string(), |name| format!("{name} ({address})"))
 }
 
@@ -152,37 +153,37 @@ fn port(drop: &PolicyDrop) -> String {
 fn line(drop: &PolicyDrop) -> String {
     let text = format!(
         "{} to {} {}: {} packets refused for {} by {}",
-        end(drop.from, drop.from_endpoint.as_ref()),
-        end(drop.to, drop.to_endpoint.as_ref()),
+        describe_endpoint(drop.from, drop.from_endpoint.as_ref()),
+        describe_endpoint(drop.to, drop.to_endpoint.as_ref()),
         port(drop),
         drop.packets,
         drop.direction,
-        list(&drop.policies)
+        comma_separated(&drop.policies)
     );
     printable(&text) + "\n"
 }
 
 fn render_drops(drops: &[PolicyDrop]) -> String {
-    Table::new()
+    TextTable::new()
         .column("LAST", drops.iter().map(|drop| millis(drop.last_ms)))
-        .column("FROM", drops.iter().map(|drop| end(drop.from, drop.from_endpoint.as_ref())))
-        .column("TO", drops.iter().map(|drop| end(drop.to, drop.to_endpoint.as_ref())))
+        .column("FROM", drops.iter().map(|drop| describe_endpoint(drop.from, drop.from_endpoint.as_ref())))
+        .column("TO", drops.iter().map(|drop| describe_endpoint(drop.to, drop.to_endpoint.as_ref())))
         .column("PROTOCOL", drops.iter().map(|drop| &drop.protocol))
-        .column("PORT", drops.iter().map(|drop| maybe(drop.port)))
+        .column("PORT", drops.iter().map(|drop| optional(drop.port)))
         .column("PACKETS", drops.iter().map(|drop| drop.packets))
         .column("DIRECTION", drops.iter().map(|drop| &drop.direction))
-        .column("POLICIES", drops.iter().map(|drop| list(&drop.policies)))
+        .column("POLICIES", drops.iter().map(|drop| comma_separated(&drop.policies)))
         .render()
 }
 
 fn render_rows(rows: &[PolicyRow], output: Output) -> String {
     let all =
         |row: &PolicyRow| if row.selects.is_empty() { "all pods".to_owned() } else { row.selects.clone() };
-    let table = Table::new()
+    let table = TextTable::new()
         .column("NAMESPACE", rows.iter().map(|row| &row.namespace))
         .column("NAME", rows.iter().map(|row| &row.name))
         .column("SELECTS", rows.iter().map(all))
-        .column("ISOLATES", rows.iter().map(|row| list(&row.isolates)))
+        .column("ISOLATES", rows.iter().map(|row| comma_separated(&row.isolates)))
         .column("ENDPOINTS", rows.iter().map(|row| row.endpoints))
         .column("REFUSED", rows.iter().map(|row| row.refused));
     match output {
@@ -219,15 +220,15 @@ mod tests {
             ("[fd00::9]:80", of("fd00::9", Some(80), Protocol::Tcp)),
             ("fd00::9", of("fd00::9", None, Protocol::Tcp)),
         ] {
-            assert_eq!(target(text), Ok(expected), "{text}");
+            assert_eq!(parse_target(text), Ok(expected), "{text}");
         }
         for text in ["db:", "db:x", "db:0", "db:80/icmp", "db:65536"] {
-            assert!(target(text).is_err(), "{text}");
+            assert!(parse_target(text).is_err(), "{text}");
         }
     }
 
     #[test]
-    fn a_judgement_names_both_ends() {
+    fn judgement_names_source_and_destination() {
         let side =
             |passes, why: &str| PolicySide { passes, policies: Vec::new(), rule: None, why: why.to_owned() };
         let judgement = PolicyJudgement {
@@ -245,7 +246,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_refused_in_a_table_and_in_a_line() {
+    fn refused_connection_is_rendered_as_row_and_as_line() {
         let drop = PolicyDrop {
             direction: "ingress".into(),
             from: [10, 0, 0, 1].into(),

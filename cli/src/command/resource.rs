@@ -1,4 +1,4 @@
-//! `ovlctl apply`, `get`, `describe`, `delete` and `diff`: Kubernetes' objects, with kubectl's words.
+//! `ovlctl apply`, `get`, `describe`, `delete` and `diff`: Kubernetes objects, with the wording of kubectl.
 
 mod describe;
 mod diff;
@@ -23,21 +23,21 @@ use crate::context::{Context, write_out};
 use crate::error::{Error, Result};
 use crate::text::printable_lines;
 
-/// Ten thousand objects take some seconds to write and to sign.
-const PATIENCE: u64 = 120;
-/// Bytes of documents in one request: half of what one may have.
-const PART: usize = 512 << 10;
+/// Request timeout in seconds. Ten thousand objects take some seconds to sign and write.
+const TIMEOUT_S: u64 = 120;
+/// Maximum size of the documents in one request, in bytes: half the size limit of a request.
+const MAX_PART_BYTES: usize = 512 << 10;
 
-/// Where manifests are.
+/// Options that select manifests.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Files {
-    /// A file, a folder of files, or `-` for standard input; may be repeated
+    /// A file, a directory of files, or `-` for standard input; may be repeated
     #[arg(short = 'f', long = "filename", value_name = "FILE", required = true)]
     files: Vec<PathBuf>,
-    /// The namespace of objects that name none [default: default]
+    /// The namespace of objects that do not name one [default: default]
     #[arg(short, long, value_name = "NS")]
     namespace: Option<String>,
-    /// Look into folders within folders too
+    /// Read directories recursively
     #[arg(short = 'R', long)]
     recursive: bool,
 }
@@ -47,10 +47,10 @@ pub(crate) struct Files {
 pub(crate) struct ApplyArgs {
     #[command(flatten)]
     files: Files,
-    /// Check everything, and write nothing
+    /// Check the objects without writing them
     #[arg(long)]
     dry_run: bool,
-    /// Warn of fields that are not supported, instead of refusing them
+    /// Warn about unsupported fields instead of rejecting them
     #[arg(long)]
     lenient: bool,
 }
@@ -60,7 +60,7 @@ pub(crate) struct ApplyArgs {
 pub(crate) struct DiffArgs {
     #[command(flatten)]
     files: Files,
-    /// Warn of fields that are not supported, instead of refusing them
+    /// Warn about unsupported fields instead of rejecting them
     #[arg(long)]
     lenient: bool,
 }
@@ -68,14 +68,15 @@ pub(crate) struct DiffArgs {
 /// Arguments of `get` and `describe`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct GetArgs {
-    /// Such as `svc`, `pods`, `netpol`, `ns`, `endpointslices`, `ep`; several with commas; KIND/NAME
+    /// Kind: `svc`, `pods`, `netpol`, `ns`, `endpointslices` or `ep`; several separated by commas; or
+    /// KIND/NAME
     kind: String,
-    /// Only this one
+    /// Only the object of this name
     name: Option<String>,
-    /// Only in this namespace [default: default]
+    /// The namespace [default: default]
     #[arg(short, long, value_name = "NS", conflicts_with = "all_namespaces")]
     namespace: Option<String>,
-    /// In all namespaces
+    /// List objects of all namespaces
     #[arg(short = 'A', long)]
     all_namespaces: bool,
 }
@@ -84,31 +85,31 @@ pub(crate) struct GetArgs {
 #[derive(Debug, clap::Args)]
 #[command(group = clap::ArgGroup::new("what").args(["kind", "files"]).required(true))]
 pub(crate) struct DeleteArgs {
-    /// Such as `svc`, `pod`, `netpol`, `ns`, `endpointslice`; or KIND/NAME
+    /// Kind: `svc`, `pod`, `netpol`, `ns` or `endpointslice`; or KIND/NAME
     kind: Option<String>,
-    /// The objects' names
+    /// Names of the objects
     names: Vec<String>,
-    /// Those of a file, a folder of files, or `-` for standard input; may be repeated
+    /// Delete the objects of a file, a directory of files, or `-` for standard input; may be repeated
     #[arg(short = 'f', long = "filename", value_name = "FILE", conflicts_with = "kind")]
     files: Vec<PathBuf>,
     /// The namespace [default: default]
     #[arg(short, long, value_name = "NS")]
     namespace: Option<String>,
-    /// Look into folders within folders too
+    /// Read directories recursively
     #[arg(short = 'R', long)]
     recursive: bool,
-    /// Say what would be deleted
+    /// Show what would be deleted, without deleting it
     #[arg(long)]
     dry_run: bool,
 }
 
-/// `ovlctl apply`
+/// Runs `ovlctl apply`.
 pub(crate) fn apply(context: &Context, args: &ApplyArgs) -> Result<()> {
     let all = send(context, &args.files, args.dry_run, args.lenient, false)?;
     context.print(&all.objects, |objects| outcome(objects, args.dry_run))
 }
 
-/// `ovlctl diff`; exit status 1 where there are differences, as kubectl has it.
+/// Runs `ovlctl diff`. Exit status 1 if there are differences, as with `kubectl diff`.
 pub(crate) fn diff(context: &Context, args: &DiffArgs) -> Result<ExitCode> {
     let all = send(context, &args.files, true, args.lenient, true)?;
     let changed = all.objects.iter().any(|object| object.action != Action::Unchanged);
@@ -119,22 +120,22 @@ pub(crate) fn diff(context: &Context, args: &DiffArgs) -> Result<ExitCode> {
 fn send(context: &Context, files: &Files, dry_run: bool, lenient: bool, show: bool) -> Result<AppliedAll> {
     let documents = files::read(&files.files, files.recursive)?;
     if documents.is_empty() {
-        return Err(Error::Failed("there is no object in what was given".to_owned()));
+        return Err(Error::Failed("the given files contain no objects".to_owned()));
     }
     let apply = Apply { namespace: files.namespace.clone(), dry_run, lenient, show };
-    let all = answer(context, documents, &Request::Apply(apply))?;
+    let all = stage_and_request(context, documents, &Request::Apply(apply))?;
     for warning in &all.warnings {
         let _ = writeln!(io::stderr(), "ovlctl: warning: {}", printable_lines(&warning.to_string()));
     }
     Ok(all)
 }
 
-/// Stages documents, and asks what is to become of them on the same connection.
-fn answer(context: &Context, documents: Vec<Document>, request: &Request) -> Result<AppliedAll> {
-    let no_reply = |error| Error::no_reply(error, PATIENCE);
+/// Stages documents and sends a request that uses them, on one connection.
+fn stage_and_request(context: &Context, documents: Vec<Document>, request: &Request) -> Result<AppliedAll> {
+    let no_reply = |error| Error::request_failed(error, TIMEOUT_S);
     let mut client =
-        Client::connect(&context.socket, Some(Duration::from_secs(PATIENCE))).map_err(no_reply)?;
-    for documents in parts(documents) {
+        Client::connect(&context.socket, Some(Duration::from_secs(TIMEOUT_S))).map_err(no_reply)?;
+    for documents in split(documents) {
         match client.request(&Request::Stage { documents }).map_err(no_reply)? {
             Reply::Done => {}
             _ => return Err(Error::unexpected_reply()),
@@ -155,14 +156,14 @@ fn answer(context: &Context, documents: Vec<Document>, request: &Request) -> Res
     }
 }
 
-/// Cuts documents into requests.
-fn parts(documents: Vec<Document>) -> Vec<Vec<Document>> {
+/// Splits documents into requests of at most [`MAX_PART_BYTES`] bytes.
+fn split(documents: Vec<Document>) -> Vec<Vec<Document>> {
     let mut parts: Vec<Vec<Document>> = Vec::new();
-    let mut bytes = PART;
+    let mut bytes = MAX_PART_BYTES;
     for document in documents {
         let length = document.value.to_string().len() + document.file.len() + 64;
         bytes += length;
-        match parts.last_mut().filter(|_| bytes <= PART) {
+        match parts.last_mut().filter(|_| bytes <= MAX_PART_BYTES) {
             Some(part) => part.push(document),
             None => {
                 bytes = length;
@@ -173,14 +174,14 @@ fn parts(documents: Vec<Document>) -> Vec<Vec<Document>> {
     parts
 }
 
-/// As kubectl says it.
+/// Renders the results with the wording of kubectl.
 fn outcome(objects: &[Applied], dry_run: bool) -> String {
     let dry = if dry_run { " (dry run)" } else { "" };
     let line = |it: &Applied| {
         let kind = it.kind.qualified();
         match it.action {
             Action::Deleted => format!("{kind} \"{}\" deleted{dry}\n", it.name),
-            Action::Absent => format!("{kind} \"{}\" is not there\n", it.name),
+            Action::Absent => format!("{kind} \"{}\" not found\n", it.name),
             Action::Created | Action::Configured | Action::Unchanged => {
                 format!("{kind}/{} {}{dry}\n", it.name, it.action)
             }
@@ -189,16 +190,16 @@ fn outcome(objects: &[Applied], dry_run: bool) -> String {
     objects.iter().map(line).map(|line| printable_lines(&line) + "\n").collect()
 }
 
-/// `ovlctl delete`
+/// Runs `ovlctl delete`.
 pub(crate) fn delete(context: &Context, args: &DeleteArgs) -> Result<()> {
     let documents =
         if args.files.is_empty() { Vec::new() } else { files::read(&args.files, args.recursive)? };
     let keys = args.keys()?;
     if keys.is_empty() && documents.is_empty() {
-        return Err(Error::Usage("nothing to delete: name a kind and objects, or a file with -f".to_owned()));
+        return Err(Error::Usage("nothing to delete: give a kind and names, or a file with -f".to_owned()));
     }
     let request = Request::Delete { keys, namespace: args.namespace.clone(), dry_run: args.dry_run };
-    let all = answer(context, documents, &request)?;
+    let all = stage_and_request(context, documents, &request)?;
     context.print(&all.objects, |objects| outcome(objects, args.dry_run))
 }
 
@@ -206,11 +207,12 @@ impl DeleteArgs {
     fn keys(&self) -> Result<Vec<ResourceKey>> {
         let Some(kind) = &self.kind else { return Ok(Vec::new()) };
         let pairs: Vec<(Kind, String)> = match kind.split_once('/') {
-            Some(_) => {
-                std::iter::once(kind).chain(&self.names).map(|text| slashed(text)).collect::<Result<_>>()?
-            }
+            Some(_) => std::iter::once(kind)
+                .chain(&self.names)
+                .map(|text| parse_kind_and_name(text))
+                .collect::<Result<_>>()?,
             None => {
-                let kind = kind_of(kind)?;
+                let kind = parse_kind(kind)?;
                 self.names.iter().map(|name| (kind, name.clone())).collect()
             }
         };
@@ -223,22 +225,22 @@ impl DeleteArgs {
     }
 }
 
-fn slashed(text: &str) -> Result<(Kind, String)> {
+fn parse_kind_and_name(text: &str) -> Result<(Kind, String)> {
     match text.split_once('/') {
-        Some((kind, name)) if !name.is_empty() => Ok((kind_of(kind)?, name.to_owned())),
+        Some((kind, name)) if !name.is_empty() => Ok((parse_kind(kind)?, name.to_owned())),
         _ => Err(Error::Usage(format!("'{text}' is not KIND/NAME"))),
     }
 }
 
-fn kind_of(text: &str) -> Result<Kind> {
+fn parse_kind(text: &str) -> Result<Kind> {
     let lower = text.to_ascii_lowercase();
     Kind::ALL.into_iter().find(|kind| kind.spellings().contains(&lower.as_str())).ok_or_else(|| {
         let all: Vec<&str> = Kind::ALL.iter().filter_map(|kind| kind.spellings().get(1).copied()).collect();
-        Error::Usage(format!("there is no kind '{text}': use {}, or endpoints", all.join(", ")))
+        Error::Usage(format!("unknown kind '{text}': use {} or endpoints", all.join(", ")))
     })
 }
 
-/// What `get` shows: objects of a kind, or what stands behind Services.
+/// An item of the kind argument of `get`: objects of a kind, or the backends of Services.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Shown {
     Objects(Kind),
@@ -254,14 +256,14 @@ impl Shown {
                     [Kind::Pod, Kind::Service, Kind::EndpointSlice, Kind::NetworkPolicy].map(Self::Objects),
                 ),
                 "ep" | "endpoint" | "endpoints" => all.push(Self::Endpoints),
-                _ => all.push(Self::Objects(kind_of(word)?)),
+                _ => all.push(Self::Objects(parse_kind(word)?)),
             }
         }
         Ok(all)
     }
 }
 
-/// One kind's objects.
+/// The objects found for one [`Shown`].
 enum Found {
     Objects(Kind, Vec<ResourceInfo>),
     Endpoints(Vec<ServiceBackends>),
@@ -290,7 +292,7 @@ impl GetArgs {
         for shown in Shown::parse(kinds)? {
             let query = |kind| ResourceQuery { kind, namespace: namespace.clone(), name: name.clone() };
             let found = match shown {
-                Shown::Objects(kind) => match context.ask(&Request::Get(query(kind)))? {
+                Shown::Objects(kind) => match context.request(&Request::Get(query(kind)))? {
                     Reply::Resources(objects) => Found::Objects(kind, objects),
                     _ => return Err(Error::unexpected_reply()),
                 },
@@ -302,7 +304,7 @@ impl GetArgs {
                     Shown::Endpoints => "endpoints",
                 };
                 let place = namespace.as_ref().map(|it| format!(" in namespace {it}")).unwrap_or_default();
-                return Err(Error::Failed(format!("there is no {kind} \"{name}\"{place}")));
+                return Err(Error::Failed(format!("{kind} \"{name}\" not found{place}")));
             }
             all.push(found);
         }
@@ -311,13 +313,13 @@ impl GetArgs {
 }
 
 fn ask_backends(context: &Context, query: ResourceQuery) -> Result<Vec<ServiceBackends>> {
-    match context.ask(&Request::Backends(query))? {
+    match context.request(&Request::Backends(query))? {
         Reply::Backends(services) => Ok(services),
         _ => Err(Error::unexpected_reply()),
     }
 }
 
-/// `ovlctl get`
+/// Runs `ovlctl get`.
 pub(crate) fn get(context: &Context, args: &GetArgs) -> Result<()> {
     let found = args.find(context)?;
     let text = match context.output {
@@ -332,7 +334,7 @@ pub(crate) fn get(context: &Context, args: &GetArgs) -> Result<()> {
                         format!(" in {} namespace", namespace.as_deref().unwrap_or("default"))
                     }
                 };
-                context.say(&format!("No resources found{place}."));
+                context.note(&format!("No resources found{place}."));
             }
             tables.join("\n")
         }
@@ -344,10 +346,11 @@ pub(crate) fn get(context: &Context, args: &GetArgs) -> Result<()> {
 
 fn pretty(value: &Value) -> Result<String> {
     serde_json::to_string_pretty(value)
-        .map_err(|error| Error::Failed(format!("cannot write the answer: {error}")))
+        .map_err(|error| Error::Failed(format!("cannot serialize the objects: {error}")))
 }
 
-/// As kubectl has it: one object where one was named, else a list that can be applied again.
+/// Returns the manifests as kubectl prints them: the object if one was named, otherwise a `List` that can be
+/// applied again.
 fn manifests(found: &[Found], args: &GetArgs) -> Value {
     let each = found.iter().flat_map(|found| match found {
         Found::Objects(_, objects) => {
@@ -366,7 +369,7 @@ fn manifests(found: &[Found], args: &GetArgs) -> Value {
     }
 }
 
-/// `ovlctl describe`
+/// Runs `ovlctl describe`.
 pub(crate) fn describe(context: &Context, args: &GetArgs) -> Result<()> {
     let mut texts = Vec::new();
     for found in args.find(context)? {

@@ -1,24 +1,26 @@
-//! `ovlctl routes`
+//! `ovlctl routes`: lists the routes and addresses of ovl's devices.
 
 use ovl_control::{Reply, Request, RouteRow};
 
 use crate::context::Context;
 use crate::error::{Error, Result};
-use crate::text::{Table, maybe};
+use crate::text::{TextTable, optional};
 
-/// Asks and prints.
+/// Requests the routes and prints them.
 pub(crate) fn run(context: &Context) -> Result<()> {
-    let Reply::Routes(rows) = context.ask(&Request::Routes)? else { return Err(Error::unexpected_reply()) };
+    let Reply::Routes(rows) = context.request(&Request::Routes)? else {
+        return Err(Error::unexpected_reply());
+    };
     context.print(&rows, |rows| render(rows))
 }
 
 fn render(rows: &[RouteRow]) -> String {
-    Table::new()
+    TextTable::new()
         .column("NETWORK", rows.iter().map(|row| &row.network))
         .column("DESTINATION", rows.iter().map(|row| row.destination))
-        .column("VIA", rows.iter().map(|row| maybe(row.via)))
+        .column("VIA", rows.iter().map(|row| optional(row.via)))
         .column("DEVICE", rows.iter().map(|row| &row.device))
-        .column("NODE", rows.iter().map(|row| maybe(row.node.as_ref())))
+        .column("NODE", rows.iter().map(|row| optional(row.node.as_ref())))
         .render()
 }
 
@@ -27,12 +29,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn own_and_remote_destinations() {
+    fn local_and_remote_destinations_are_rendered() {
         let own = RouteRow {
             network: "blue".into(),
             destination: "10.1.0.1/16".parse().unwrap(),
             via: None,
-            device: "ovlb1".into(),
+            device: "ovb-04gc3g8k".into(),
             node: None,
         };
         let remote = RouteRow {
@@ -44,9 +46,9 @@ mod tests {
         assert_eq!(
             render(&[own, remote]),
             "\
-NETWORK  DESTINATION  VIA       DEVICE  NODE
-blue     10.1.0.1/16  -         ovlb1   -
-blue     10.2.1.0/24  10.2.1.0  ovlb1   host2
+NETWORK  DESTINATION  VIA       DEVICE        NODE
+blue     10.1.0.1/16  -         ovb-04gc3g8k  -
+blue     10.2.1.0/24  10.2.1.0  ovb-04gc3g8k  host2
 "
         );
     }

@@ -1,4 +1,4 @@
-//! `ovlctl sandbox`
+//! `ovlctl sandbox`: manages sandboxes.
 
 use std::collections::BTreeMap;
 
@@ -6,10 +6,10 @@ use clap::Subcommand;
 use ovl_control::{Reply, Request, SandboxCreate, SandboxInfo};
 use ovl_proto::publish::Publish;
 
-use super::attach::{label, warn};
+use super::attach::{parse_label, print_warnings};
 use crate::context::Context;
 use crate::error::{Error, Result};
-use crate::text::{Table, list};
+use crate::text::{TextTable, comma_separated};
 
 /// Arguments of `sandbox`.
 #[derive(Debug, clap::Args)]
@@ -20,17 +20,17 @@ pub(crate) struct Args {
 
 #[derive(Debug, Subcommand)]
 enum Action {
-    /// Make a network namespace that programs can join, and that outlives them and ovld
+    /// Create a network namespace that outlives the processes in it and ovld
     Create(CreateArgs),
-    /// Show this host's sandboxes
+    /// List the sandboxes of this host
     #[command(visible_alias = "list")]
     Ls,
-    /// Remove a sandbox that no process is in
+    /// Remove a sandbox that contains no processes
     #[command(visible_alias = "remove")]
     Rm {
-        /// Its name
+        /// Name of the sandbox
         name: String,
-        /// Also while processes are inside: they go on, without networks
+        /// Remove it even if processes are inside; they continue without networks
         #[arg(long)]
         force: bool,
     },
@@ -38,39 +38,39 @@ enum Action {
 
 #[derive(Debug, clap::Args)]
 struct CreateArgs {
-    /// Unique on this host; of its endpoints too
+    /// Name of the sandbox and of its endpoints, unique on this host
     name: String,
-    /// A network to join, by name or id, as eth0, eth1 and so on; or `host`, or `none` [default: none]
+    /// Name or id of a network to attach as eth0, eth1 and so on; or `host`, or `none` [default: none]
     #[arg(long = "network", value_name = "NET")]
     networks: Vec<String>,
-    /// The Kubernetes namespace of its endpoints [default: default]
+    /// The endpoints' Kubernetes namespace [default: default]
     #[arg(long, value_name = "NS")]
     namespace: Option<String>,
-    /// What selectors match of its endpoints; may be repeated
-    #[arg(long = "label", value_name = "K=V", value_parser = label)]
+    /// A label of the endpoints for selectors to match; may be repeated
+    #[arg(long = "label", value_name = "K=V", value_parser = parse_label)]
     labels: Vec<(String, String)>,
-    /// Lead a port of this host to one of the sandbox's, as for `attach`; may be repeated
+    /// Publish a port of the sandbox on this host, as for `attach`; may be repeated
     #[arg(long, value_name = "PORT")]
     publish: Vec<Publish>,
 }
 
-/// Carries a subcommand out.
+/// Runs a subcommand.
 pub(crate) fn run(context: &Context, args: Args) -> Result<()> {
     match args.action {
         Action::Create(args) => {
-            let Reply::Sandbox(sandbox) = context.ask(&Request::SandboxCreate(args.request()))? else {
+            let Reply::Sandbox(sandbox) = context.request(&Request::SandboxCreate(args.request()))? else {
                 return Err(Error::unexpected_reply());
             };
-            warn(&sandbox.warnings);
+            print_warnings(&sandbox.warnings);
             context.print(&*sandbox, |sandbox| render(std::slice::from_ref(sandbox)))
         }
         Action::Ls => {
-            let Reply::Sandboxes(sandboxes) = context.ask(&Request::SandboxLs)? else {
+            let Reply::Sandboxes(sandboxes) = context.request(&Request::SandboxLs)? else {
                 return Err(Error::unexpected_reply());
             };
             context.print(&sandboxes, |sandboxes| render(sandboxes))
         }
-        Action::Rm { name, force } => context.ask_done(&Request::SandboxRm { name, force }),
+        Action::Rm { name, force } => context.request_done(&Request::SandboxRm { name, force }),
     }
 }
 
@@ -87,10 +87,10 @@ impl CreateArgs {
 }
 
 fn render(sandboxes: &[SandboxInfo]) -> String {
-    Table::new()
+    TextTable::new()
         .column("NAME", sandboxes.iter().map(|sandbox| &sandbox.name))
-        .column("NETWORKS", sandboxes.iter().map(|sandbox| list(&sandbox.networks)))
-        .column("ADDRESSES", sandboxes.iter().map(|sandbox| list(&sandbox.addresses)))
+        .column("NETWORKS", sandboxes.iter().map(|sandbox| comma_separated(&sandbox.networks)))
+        .column("ADDRESSES", sandboxes.iter().map(|sandbox| comma_separated(&sandbox.addresses)))
         .column("PROCESSES", sandboxes.iter().map(|sandbox| sandbox.processes.len()))
         .column("NETNS", sandboxes.iter().map(|sandbox| sandbox.netns.display()))
         .render()
@@ -109,7 +109,7 @@ mod tests {
     }
 
     #[test]
-    fn everything_given_is_asked_for() {
+    fn request_contains_all_options() {
         let line = "sandbox create web --network blue --network red --namespace shop --label app=a=b --publish 8080:80";
         let Action::Create(args) = action(line) else { panic!("{line}") };
         let expected = SandboxCreate {
@@ -127,7 +127,7 @@ mod tests {
     }
 
     #[test]
-    fn sandboxes_are_rows() {
+    fn sandboxes_are_rendered_as_rows() {
         let sandbox = |name: &str, networks: &[&str], addresses: &[&str], processes: &[u32]| SandboxInfo {
             name: name.into(),
             netns: format!("/run/netns/{name}").into(),

@@ -1,4 +1,4 @@
-//! `ovlctl status`
+//! `ovlctl status`: shows the state of this host's daemon.
 
 use std::fmt::Write as _;
 
@@ -9,12 +9,14 @@ use ovl_proto::clock::timestamp;
 
 use crate::context::Context;
 use crate::error::{Error, Result};
-use crate::text::{block, count, lines, list};
+use crate::text::{comma_separated, key_value_block, plural, prefixed_lines};
 use crate::time::seconds;
 
-/// Asks and prints.
+/// Requests the status and prints it.
 pub(crate) fn run(context: &Context) -> Result<()> {
-    let Reply::Status(status) = context.ask(&Request::Status)? else { return Err(Error::unexpected_reply()) };
+    let Reply::Status(status) = context.request(&Request::Status)? else {
+        return Err(Error::unexpected_reply());
+    };
     context.print(&*status, render)
 }
 
@@ -38,7 +40,7 @@ fn render(status: &Status) -> String {
         ("Reconcile", reconcile(&status.reconcile)),
     ];
     rows.extend(status.rotation.as_ref().map(|it| ("Cluster key", rotation(it))));
-    let mut text = block(&rows);
+    let mut text = key_value_block(&rows);
     section(&mut text, "Refused by the kernel", &status.reconcile.failing);
     let problems: Vec<String> = status.problems.iter().map(problem).collect();
     section(&mut text, "Problems", &problems);
@@ -56,7 +58,7 @@ fn problem(problem: &Problem) -> String {
 
 fn section(text: &mut String, title: &str, items: &[String]) {
     if !items.is_empty() {
-        let _ = write!(text, "{title}:\n{}", lines("  - ", items));
+        let _ = write!(text, "{title}:\n{}", prefixed_lines("  - ", items));
     }
 }
 
@@ -68,7 +70,7 @@ fn rotation(rotation: &KeyRotation) -> String {
         rotation.have,
         rotation.hosts,
         rotation.seal,
-        list(&rotation.waits_for)
+        comma_separated(&rotation.waits_for)
     )
 }
 
@@ -84,14 +86,14 @@ fn gossip(counters: &GossipCounters) -> String {
         }
     }
     if !counters.strangers.is_empty() {
-        let _ = write!(text, " (strangers: {})", list(&counters.strangers));
+        let _ = write!(text, " (strangers: {})", comma_separated(&counters.strangers));
     }
     text
 }
 
 fn reconcile(status: &ReconcileStatus) -> String {
     let passes = if status.passes == 1 { "1 pass".to_owned() } else { format!("{} passes", status.passes) };
-    format!("{passes}, {}, {}", count(status.operations, "operation"), count(status.repairs, "repair"))
+    format!("{passes}, {}, {}", plural(status.operations, "operation"), plural(status.repairs, "repair"))
 }
 
 #[cfg(test)]
@@ -119,7 +121,7 @@ mod tests {
     }
 
     #[test]
-    fn a_healthy_daemon() {
+    fn healthy_daemon_is_rendered_without_problems() {
         assert_eq!(
             render(&status()),
             "\
@@ -139,7 +141,7 @@ Reconcile  31 passes, 42 operations, 1 repair
     }
 
     #[test]
-    fn a_rotation_of_the_cluster_key_is_shown() {
+    fn rotation_of_the_cluster_key_is_shown() {
         let rotation = KeyRotation {
             key: "0410c3g".parse().unwrap(),
             since_ms: 0,
@@ -160,13 +162,13 @@ Reconcile  31 passes, 42 operations, 1 repair
     }
 
     #[test]
-    fn problems_come_last() {
+    fn problems_are_shown_last() {
         let mut status = status();
         status.state = DaemonState::Degraded;
         status.alive = 2;
         status.gossip.dropped_unauthenticated = 5;
         status.gossip.strangers = vec!["192.0.2.9".parse().unwrap()];
-        status.reconcile.failing = vec!["link ovl-b1: operation not supported".into()];
+        status.reconcile.failing = vec!["link ovb-04gc3g8k: operation not supported".into()];
         let problem = |code: &str, severity, message: &str| Problem {
             code: code.into(),
             severity,
@@ -184,7 +186,7 @@ Reconcile  31 passes, 42 operations, 1 repair
             text.ends_with(
                 "
 Refused by the kernel:
-  - link ovl-b1: operation not supported
+  - link ovb-04gc3g8k: operation not supported
 Problems:
   - OVL-E024 error: host2 cannot be reached
   - OVL-E031 warning: The key of 192.0.2.9 is another.

@@ -1,21 +1,21 @@
-//! `ovlctl subnets`
+//! `ovlctl subnets`: lists the address blocks.
 
 use ovl_control::{Reply, Request, SubnetUse};
 
 use crate::context::Context;
 use crate::error::{Error, Result};
-use crate::text::Table;
+use crate::text::TextTable;
 
-/// Asks and prints.
+/// Requests the blocks and prints them.
 pub(crate) fn run(context: &Context) -> Result<()> {
-    let Reply::Subnets(blocks) = context.ask(&Request::Subnets)? else {
+    let Reply::Subnets(blocks) = context.request(&Request::Subnets)? else {
         return Err(Error::unexpected_reply());
     };
     context.print(&blocks, |blocks| render(blocks))
 }
 
 fn render(blocks: &[SubnetUse]) -> String {
-    Table::new()
+    TextTable::new()
         .column("NETWORK", blocks.iter().map(|block| &block.network))
         .column("PREFIX", blocks.iter().map(|block| block.prefix))
         .column("NODE", blocks.iter().map(|block| &block.node))
@@ -29,7 +29,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn blocks() {
+    fn blocks_are_rendered_as_rows() {
         let block = |prefix: &str, node: &str, used, size| SubnetUse {
             network: "blue".into(),
             prefix: prefix.parse().unwrap(),

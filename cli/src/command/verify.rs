@@ -1,4 +1,4 @@
-//! `ovlctl verify`
+//! `ovlctl verify`: compares the kernel with the desired state.
 
 use std::process::ExitCode;
 
@@ -6,19 +6,21 @@ use ovl_control::{Reply, Request, Verify};
 
 use crate::context::Context;
 use crate::error::{Error, Result};
-use crate::text::lines;
+use crate::text::prefixed_lines;
 
-/// Asks and prints. Differences are findings, so they go to standard output.
+/// Prints the differences to standard output. Exit status 1 if there are any.
 pub(crate) fn run(context: &Context) -> Result<ExitCode> {
-    let Reply::Verify(verify) = context.ask(&Request::Verify)? else { return Err(Error::unexpected_reply()) };
+    let Reply::Verify(verify) = context.request(&Request::Verify)? else {
+        return Err(Error::unexpected_reply());
+    };
     context.print(&verify, render)?;
     Ok(if verify.clean { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 fn render(verify: &Verify) -> String {
     if verify.clean {
-        "clean: the kernel holds what it should\n".to_owned()
+        "clean: the kernel matches the desired state\n".to_owned()
     } else {
-        lines("", &verify.differences)
+        prefixed_lines("", &verify.differences)
     }
 }

@@ -1,4 +1,4 @@
-//! A daemon that answers what it is told to, and remembers what it was asked.
+//! A fake daemon that sends fixed replies and records the requests.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
@@ -11,7 +11,7 @@ use std::thread;
 
 use ovl_control::{Reply, Request};
 
-/// A directory of its own, short enough for a socket's path, gone when the test is over.
+/// A temporary directory that is deleted on drop. Its path is short enough for a Unix socket.
 pub struct Dir(pub PathBuf);
 
 impl Dir {
@@ -30,96 +30,96 @@ impl Drop for Dir {
     }
 }
 
-/// The daemon. Each request is answered with all the lines, then the connection is closed.
-pub struct Fake {
+/// The fake daemon. It answers each request with all replies, then closes the connection.
+pub struct FakeDaemon {
     dir: Dir,
     asked: Arc<Mutex<Vec<Request>>>,
 }
 
-impl Fake {
-    /// One that answers with these replies.
+impl FakeDaemon {
+    /// Starts a daemon that answers with these replies.
     pub fn new(replies: &[Reply]) -> Self {
         Self::raw(replies.iter().map(|reply| serde_json::to_string(reply).unwrap() + "\n").collect())
     }
 
-    /// One that answers with this text.
+    /// Starts a daemon that answers with this text.
     pub fn raw(answer: String) -> Self {
         let dir = Dir::new();
         let listener = UnixListener::bind(dir.0.join("s")).unwrap();
         let asked = Arc::new(Mutex::new(Vec::new()));
         let heard = Arc::clone(&asked);
-        // Ends with the test process.
+        // The thread ends with the test process.
         thread::spawn(move || {
             for stream in listener.incoming() {
                 let mut stream = BufReader::new(stream.unwrap());
                 let mut line = String::new();
                 stream.read_line(&mut line).unwrap();
                 heard.lock().unwrap().push(serde_json::from_str(&line).unwrap());
-                // The client may have gone: the tests of a closed output want that.
+                // The client may have exited already, as in the test of a closed output pipe.
                 let _ = stream.get_mut().write_all(answer.as_bytes());
             }
         });
         Self { dir, asked }
     }
 
-    /// A command that asks this daemon.
+    /// Builds an ovlctl command that connects to this daemon.
     pub fn command(&self, line: &str) -> Command {
         let mut command = ovlctl(line);
         command.env("OVL_SOCKET", self.dir.0.join("s"));
         command
     }
 
-    /// Runs a command.
-    pub fn run(&self, line: &str) -> Ran {
+    /// Runs a command and collects its output.
+    pub fn run(&self, line: &str) -> Finished {
         run(&mut self.command(line))
     }
 
-    /// What was asked so far.
+    /// Returns the requests received so far.
     pub fn asked(&self) -> Vec<Request> {
         self.asked.lock().unwrap().clone()
     }
 }
 
-/// A command line, without a daemon.
+/// Builds an ovlctl command without a daemon.
 pub fn ovlctl(line: &str) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_ovlctl"));
     command.args(line.split_whitespace()).env_remove("OVL_SOCKET").stdin(Stdio::null());
     command
 }
 
-/// What a command did.
+/// The exit status and output of a command.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Ran {
+pub struct Finished {
     pub code: Option<i32>,
     pub out: String,
     pub err: String,
 }
 
-/// Runs a command.
-pub fn run(command: &mut Command) -> Ran {
+/// Runs a command and collects its output.
+pub fn run(command: &mut Command) -> Finished {
     let Output { status, stdout, stderr } = command.output().unwrap();
-    Ran {
+    Finished {
         code: status.code(),
         out: String::from_utf8(stdout).unwrap(),
         err: String::from_utf8(stderr).unwrap(),
     }
 }
 
-impl Ran {
-    /// It succeeded, and printed this and nothing else.
+impl Finished {
+    /// Asserts that the command succeeded and printed exactly `out`.
     #[track_caller]
     pub fn prints(&self, out: &str) {
         assert_eq!((self.code, self.out.as_str(), self.err.as_str()), (Some(0), out, ""));
     }
 
-    /// It succeeded, and printed this JSON.
+    /// Asserts that the command succeeded and printed this JSON.
     #[track_caller]
     pub fn prints_json(&self, expected: &serde_json::Value) {
         assert_eq!((self.code, self.err.as_str()), (Some(0), ""));
         assert_eq!(&serde_json::from_str::<serde_json::Value>(&self.out).unwrap(), expected);
     }
 
-    /// It failed with this status, nothing on standard output, and a message that starts so.
+    /// Asserts that the command failed with this status, an error that starts with `message`, and no output.
     #[track_caller]
     pub fn fails(&self, code: i32, message: &str) {
         assert_eq!((self.code, self.out.as_str()), (Some(code), ""));

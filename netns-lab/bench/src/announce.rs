@@ -1,4 +1,4 @@
-//! `announce`: from an attach on one of 8 hosts until the last of the other 7 kernels has the entry.
+//! `announce`: time from an attach on one of 8 hosts until the last of the other 7 kernels has the entry.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -16,15 +16,15 @@ use super::report::{Bar, Figure, Row};
 use super::stats::{Samples, ms};
 
 pub(crate) const HOSTS: usize = 8;
-/// Longer than anything but a fault.
+/// Exceeded only in case of a fault.
 const TIMEOUT: Duration = Duration::from_secs(10);
-/// For what a detach leaves to the kernel (a veth's end takes it about 20 ms).
+/// Pause for the kernel's work after a detach (deleting a veth pair takes about 20 ms).
 const PAUSE: Duration = Duration::from_millis(40);
 
-/// The slowest attaches are listed one by one: why they were slow is in the daemons' logs.
+/// Number of slowest attaches to list, so that their cause can be found in the daemons' logs.
 const LISTED: usize = 5;
 
-/// What one attach gave, in milliseconds since just before the request was written.
+/// The times of one attach, in milliseconds since just before the request was written.
 struct Sample {
     first: f64,
     last: f64,
@@ -34,7 +34,7 @@ struct Sample {
 pub(crate) fn measure(bench: &Bench) -> Result<Figure> {
     let cluster = Cluster::start(bench.lab(HOSTS)?)?;
     cluster.one_workload_each()?;
-    // A namespace for each host: a detached interface leaves it as it was.
+    // One namespace for each host is enough: a detach restores it.
     let namespaces =
         cluster.hosts().iter().map(|host| host.workload("announced")).collect::<Result<Vec<_>>>()?;
     let mut clients = (0..HOSTS).map(|index| cluster.client(index)).collect::<Result<Vec<_>>>()?;
@@ -64,7 +64,7 @@ fn mac_of(number: usize) -> Mac {
     [2, 0xbe, 0, 0, high, low]
 }
 
-/// One attach, and its way to the others.
+/// One attach and its propagation to the other hosts.
 struct Run<'a> {
     index: usize,
     client: &'a mut Client,
@@ -85,7 +85,7 @@ impl Run<'_> {
         Ok(Sample { first: times.min(), last: times.max(), reply })
     }
 
-    /// When each of the others had the entry, or no longer had it.
+    /// Returns when each of the other kernels had the entry, or no longer had it.
     fn wait_for_all(&mut self, start: Instant, added: bool) -> Result<Samples> {
         let mut times = BTreeMap::new();
         let deadline = start + TIMEOUT;
@@ -122,7 +122,7 @@ fn figure(samples: &[Sample]) -> Figure {
     let (first, last, reply) = (all(|each| each.first), all(|each| each.last), all(|each| each.reply));
     Figure {
         setup: format!(
-            "{HOSTS} hosts, one network with an endpoint on each, underlay MTU 1500; {} attaches one after \
+            "{HOSTS} hosts, one network with an endpoint on each, underlay MTU 1500; {} attaches, one after \
              another on all hosts in turn, each detached again, {} ms apart; from just before the request is \
              written to ovld's socket until the last of the {} other kernels notifies its VXLAN entry. FRR 8.4 \
              EVPN with a route reflector: 113 ms",

@@ -1,4 +1,4 @@
-//! `attach`: how long the caller waits, over the socket and by `ovlctl`.
+//! `attach`: the time that a caller waits, over the socket and with `ovlctl`.
 
 use std::time::Instant;
 
@@ -13,7 +13,7 @@ use super::report::{Bar, Figure, Row};
 use super::stats::{Samples, ms};
 
 const HOSTS: usize = 3;
-/// Samples of which the median is given apart: whether it grows with the endpoints that are there.
+/// Group size for medians, which show whether the time grows with the number of endpoints.
 const GROUP: usize = 100;
 
 pub(crate) fn measure(bench: &Bench) -> Result<Figure> {
@@ -27,7 +27,7 @@ pub(crate) fn measure(bench: &Bench) -> Result<Figure> {
     let mut times = Vec::new();
     for workload in by_socket {
         let request = client::attach(workload.name(), NETWORK, workload.path(), None);
-        // Each caller connects first, as ovlctl and a CNI plugin do.
+        // Each call opens a connection, as ovlctl and a CNI plugin do.
         let start = Instant::now();
         Client::connect(&host.socket())?.ask(&request)?;
         times.push(ms(start.elapsed()));
@@ -35,23 +35,23 @@ pub(crate) fn measure(bench: &Bench) -> Result<Figure> {
     let groups: Vec<f64> = times.chunks(GROUP).map(|group| Samples::new(group.to_vec()).median()).collect();
     let first = times.first().copied().unwrap_or(f64::NAN);
     let processes = by_ovlctl(&cluster, by_process)?;
-    // That they are not only promised.
+    // Check that the endpoints exist in the kernels.
     cluster.wait_each_holds(&[1, 2], 0, 1 + count + by_process.len())?;
 
     let times = Samples::new(times);
     let last_group = groups.last().copied().unwrap_or(f64::NAN);
     Ok(Figure {
         setup: format!(
-            "{HOSTS} otherwise idle hosts, one network with an endpoint on each; {count} attaches on h1 one after \
-             another into fresh namespaces, each on a connection of its own (connecting included), then {} by \
+            "{HOSTS} otherwise idle hosts, one network with an endpoint on each; {count} attaches on h1, one after \
+             another into new namespaces, each on its own connection (including connect), then {} by \
              `ovlctl`. Bridge and host-local CNI plugins: 7.6 ms",
             by_process.len()
         ),
         rows: vec![
             Row::with_bar("over the socket, p50", times.percentile(50.0), "ms", Bar::AtMost(4.0)),
             Row::context("over the socket, p99", times.percentile(99.0), "ms"),
-            Row::context("over the socket, the last hundred's p50", last_group, "ms"),
-            Row::context("by `ovlctl attach`, its start included, p50", processes.percentile(50.0), "ms"),
+            Row::context("over the socket, p50 of the last hundred", last_group, "ms"),
+            Row::context("by `ovlctl attach`, including its start, p50", processes.percentile(50.0), "ms"),
         ],
         notes: Vec::new(),
         details: json!({
@@ -63,7 +63,7 @@ pub(crate) fn measure(bench: &Bench) -> Result<Figure> {
     })
 }
 
-/// From before the process is started until it has ended.
+/// Measures `ovlctl attach` from before its start until its exit.
 fn by_ovlctl(cluster: &Cluster, workloads: &[Workload]) -> Result<Samples> {
     let mut times = Vec::new();
     for workload in workloads {

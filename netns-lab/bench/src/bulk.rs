@@ -1,12 +1,14 @@
-//! `bulk`: a thousand endpoints on one host, and how soon all others have them.
+//! `bulk`: time until all other hosts have a thousand endpoints of one host.
 //!
-//! A thousand attaches cannot be made at one moment: each makes a pair of devices, which takes the
-//! kernel and the daemon more time than to announce it. So there are two numbers. What the bar is
-//! for is measured with a daemon that makes its endpoints while it is cut off, and is killed and
-//! started again where it can reach the others: it announces all of them together, in one table.
-//! (Without the new start each of the others notices the end of the cut at a moment of its own,
-//! hundreds of milliseconds apart, and that would be measured.) The other is what callers see who
-//! attach a thousand as fast as they can.
+//! A thousand attaches cannot happen at once: each creates a veth pair, which takes more time than to
+//! announce it. So there are two measurements.
+//!
+//! The one with the bar uses a daemon that creates its endpoints while it is disconnected, is killed, and is
+//! started again with the network healed: it announces all of them together, in one table. (Without the
+//! restart, the other hosts would notice the healing hundreds of milliseconds apart, and that would be
+//! measured.)
+//!
+//! The other measurement shows what callers see that attach a thousand endpoints as fast as they can.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -25,31 +27,31 @@ use super::neigh::Watcher;
 use super::report::{Bar, Figure, Row};
 use super::stats::{Samples, ms, round};
 
-/// The host that they are on.
+/// Index of the host with the endpoints.
 const SENDER: usize = 0;
 const AT_ONCE: usize = 32;
 const TIMEOUT: Duration = Duration::from_secs(60);
 
-/// When the entries came, in milliseconds since something.
+/// Arrival times of entries, in milliseconds.
 struct Arrival {
     first: f64,
     last: f64,
-    /// The longest time that one kernel took from its first to its last.
+    /// Longest time from the first to the last entry in one kernel.
     slowest: f64,
 }
 
-/// A thousand attaches by callers.
+/// Result of a thousand attaches by callers.
 struct Attached {
     rate: f64,
     p50: f64,
     lag: f64,
 }
 
-/// A thousand announced by a daemon that has just started.
+/// Result of a thousand endpoints announced by a daemon that has just started.
 struct Announced {
-    /// Since the start of its process.
+    /// Arrival since the start of its process.
     arrival: Arrival,
-    /// When it answered on its socket.
+    /// Time at which it answered on its socket.
     up: f64,
 }
 
@@ -61,7 +63,8 @@ pub(crate) fn measure(bench: &Bench) -> Result<Figure> {
     workloads.iter().try_for_each(without_ipv6)?;
     let (mut attached, mut announced) = (Vec::new(), Vec::new());
     for _ in 0..bench.plan.bulk_rounds {
-        // In this order: it leaves the sender the blocks of addresses, which it cannot claim alone.
+        // In this order: the attaches give the sender its address blocks, which it cannot claim while
+        // disconnected.
         attached.push(attach(&cluster, &workloads)?);
         detach(&cluster, &workloads)?;
         announced.push(announce(&cluster, &workloads)?);
@@ -83,8 +86,8 @@ fn figure(count: usize, attached: &[Attached], announced: &[Announced]) -> Figur
     Figure {
         setup: format!(
             "{HOSTS} hosts, one network with an endpoint on each, {count} more on h1 (namespaces without IPv6, as \
-             Docker's are), {} rounds, medians. Announced together: h1 is cut off until the others have declared it \
-             dead, makes the endpoints, its daemon is killed, the cut ends, and its daemon starts; from the first \
+             Docker's are), {} rounds, medians. Announced together: h1 is disconnected until the other hosts have declared it \
+             dead, creates the endpoints, its daemon is killed, h1 is reconnected, and its daemon starts; from the first \
              entry in any other kernel until the last one in the last of the {}. By attaches: {AT_ONCE} at a time. \
              FRR 8.4 EVPN with a route reflector, 1,000 MACs: 276 ms",
             announced.len(),
@@ -97,7 +100,7 @@ fn figure(count: usize, attached: &[Attached], announced: &[Announced]) -> Figur
                 "ms",
                 Bar::AtMost(150.0),
             ),
-            Row::context("the slowest of 7 kernels, its first to its last", median(&slowest), "ms"),
+            Row::context("the slowest of 7 kernels, first to last entry", median(&slowest), "ms"),
             Row::context("from when h1's socket answers to the last entry", median(&since_up), "ms"),
             Row::context("from the start of h1's process to the last entry", median(&since_start), "ms"),
             Row::context("by attaches: attached", median(&rates), "a second"),
@@ -116,14 +119,15 @@ fn figure(count: usize, attached: &[Attached], announced: &[Announced]) -> Figur
     }
 }
 
-/// Docker's default. Else each interface sends half a dozen multicasts (address detection, MLD, router
-/// solicitation), each of which the bridge copies to all the others: millions of packets.
+/// Disables IPv6 in a workload, which is Docker's default. Otherwise each interface sends half a dozen
+/// multicasts (duplicate address detection, MLD, router solicitation), and the bridge copies each to all
+/// others: millions of packets.
 pub(crate) fn without_ipv6(workload: &Workload) -> Result<()> {
     let written = workload.run(|| fs::write("/proc/sys/net/ipv6/conf/default/disable_ipv6", "1"))?;
-    written.with_context(|| format!("cannot turn IPv6 off in {}", workload.netns_name()))
+    written.with_context(|| format!("cannot disable IPv6 in {}", workload.netns_name()))
 }
 
-/// As fast as callers can.
+/// Attaches all workloads as fast as concurrent callers can.
 fn attach(cluster: &Cluster, workloads: &[Workload]) -> Result<Attached> {
     let watcher = cluster.watch_others(SENDER)?;
     let start = Instant::now();
@@ -133,12 +137,12 @@ fn attach(cluster: &Cluster, workloads: &[Workload]) -> Result<Attached> {
     Ok(Attached {
         rate: workloads.len() as f64 / took.as_secs_f64(),
         p50: Samples::new(times.into_iter().map(ms).collect()).median(),
-        // The last one to be answered need not be the last one to arrive.
+        // The last reply need not belong to the last entry.
         lag: (arrival.last - ms(took)).max(0.0),
     })
 }
 
-/// All at once, by a new daemon.
+/// Announces all endpoints at once, from a restarted daemon.
 fn announce(cluster: &Cluster, workloads: &[Workload]) -> Result<Announced> {
     let (sender, rest) = cluster.hosts().split_first().context("no hosts")?;
     let rest_names: Vec<&str> = rest.iter().map(|host| host.name()).collect();
@@ -158,12 +162,12 @@ fn announce(cluster: &Cluster, workloads: &[Workload]) -> Result<Announced> {
     let watcher = cluster.watch_others(SENDER)?;
     let start = Instant::now();
     sender.start()?;
-    // The watcher keeps what it sees meanwhile.
+    // The watcher buffers notifications meanwhile.
     let up = wait_for_socket(sender, start)?;
     Ok(Announced { up, arrival: wait_for_all(&watcher, workloads.len(), start)? })
 }
 
-/// Looks more often than `wait_until`.
+/// Waits until the daemon answers. Polls more often than `wait_until`.
 fn wait_for_socket(host: &Host, start: Instant) -> Result<f64> {
     while start.elapsed() < TIMEOUT {
         if Client::connect(&host.socket()).is_ok() {
@@ -171,7 +175,7 @@ fn wait_for_socket(host: &Host, start: Instant) -> Result<f64> {
         }
         thread::sleep(Duration::from_millis(1));
     }
-    bail!("{TIMEOUT:?} after its start ovld on {} does not answer", host.name())
+    bail!("ovld on {} does not answer within {TIMEOUT:?} of its start", host.name())
 }
 
 fn detach(cluster: &Cluster, workloads: &[Workload]) -> Result<()> {
@@ -179,7 +183,7 @@ fn detach(cluster: &Cluster, workloads: &[Workload]) -> Result<()> {
     cluster.wait_each_holds(&(1..HOSTS).collect::<Vec<_>>(), SENDER, 1)
 }
 
-/// Until every other kernel has had all of them.
+/// Waits until every other kernel has received all entries.
 fn wait_for_all(watcher: &Watcher, count: usize, start: Instant) -> Result<Arrival> {
     let mut missing: Vec<BTreeSet<Mac>> = vec![(0..count).map(mac).collect(); HOSTS - 1];
     let mut spans: Vec<Option<(Instant, Instant)>> = vec![None; HOSTS - 1];
@@ -192,7 +196,7 @@ fn wait_for_all(watcher: &Watcher, count: usize, start: Instant) -> Result<Arriv
         }
     }
     let left: Vec<usize> = missing.iter().map(BTreeSet::len).collect();
-    ensure!(left.iter().all(|left| *left == 0), "of {count} entries the other kernels lack {left:?} still");
+    ensure!(left.iter().all(|left| *left == 0), "of {count} entries, the other kernels still lack {left:?}");
     let since = |at: Instant| ms(at.saturating_duration_since(start));
     let spans: Vec<(f64, f64)> =
         spans.into_iter().flatten().map(|(first, last)| (since(first), since(last))).collect();

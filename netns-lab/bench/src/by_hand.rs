@@ -1,5 +1,4 @@
-//! The overlay that ovl is held against: what a person would build by `ip` and `bridge` between
-//! two hosts and leave alone.
+//! The reference overlay: a static one between two hosts, built with `ip` and `bridge`.
 
 use std::net::IpAddr;
 
@@ -11,8 +10,8 @@ use super::flow::Party;
 const VNI: u32 = 4242;
 const PORT: u16 = 4789;
 
-/// A bridge and a VXLAN device with static entries on each of the lab's two hosts, and a
-/// workload on each, which know each other's MAC addresses.
+/// Builds a bridge and a VXLAN device with static entries on each of the lab's two hosts, and a workload on
+/// each, which know each other's MAC addresses.
 pub(crate) fn build(lab: &Lab, mtu: u64) -> Result<[Party; 2]> {
     let (first, second) = (side(lab, 0)?, side(lab, 1)?);
     Ok([first.build(&second, mtu)?, second.build(&first, mtu)?])

@@ -1,4 +1,5 @@
-//! ovld's control socket: a line of JSON each way. Not `ovlctl`, whose start would be measured too.
+//! A client of ovld's control socket: one line of JSON per request and reply. Not `ovlctl`, whose start would
+//! be measured too.
 
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
@@ -8,7 +9,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 
-/// As long as `ovlctl attach` waits.
+/// The timeout of `ovlctl attach`.
 const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// A connection to a daemon.
@@ -25,19 +26,19 @@ impl Client {
         Ok(Client { stream: BufReader::new(stream) })
     }
 
-    /// Asks, and gives the value of the one reply; ovld's refusal is an error.
+    /// Sends a request and returns the value of its reply. An error reply of ovld is an error.
     pub(crate) fn ask(&mut self, request: &Value) -> Result<Value> {
         self.send(request)?;
-        self.next_reply().with_context(|| format!("ovld was asked {request}"))
+        self.next_reply().with_context(|| format!("request {request}"))
     }
 
     pub(crate) fn send(&mut self, request: &Value) -> Result<()> {
-        // In one write, so that the daemon is woken once.
+        // One write, so that the daemon wakes up once.
         let line = format!("{request}\n");
         self.stream.get_mut().write_all(line.as_bytes()).context("cannot write to ovld's socket")
     }
 
-    /// The next reply; also each further one of `events` with `follow`.
+    /// Reads the next reply, including each further one of `events` with `follow`.
     pub(crate) fn next_reply(&mut self) -> Result<Value> {
         let mut line = String::new();
         if self.stream.read_line(&mut line).context("no reply from ovld")? == 0 {
@@ -47,18 +48,18 @@ impl Client {
             serde_json::from_str(&line).with_context(|| format!("ovld answered {line:?}"))?;
         if reply["reply"] == "error" {
             let message = reply["value"]["message"].as_str().unwrap_or(&line).to_owned();
-            bail!("ovld refused: {message}");
+            bail!("ovld rejected the request: {message}");
         }
         Ok(reply["value"].take())
     }
 
-    /// Another handle to the connection, by which another thread can end it.
+    /// Returns another handle to the connection, through which another thread can close it.
     pub(crate) fn handle(&self) -> Result<UnixStream> {
         Ok(self.stream.get_ref().try_clone()?)
     }
 }
 
-/// The request that attaches an endpoint; the MAC address is ovld's choice unless given.
+/// Builds the request that attaches an endpoint. ovld chooses the MAC address if `None`.
 pub(crate) fn attach(name: &str, network: &str, netns: &Path, mac: Option<Mac>) -> Value {
     let mut request =
         json!({"request": "attach", "name": name, "network": network, "netns": {"path": netns}});
@@ -79,7 +80,7 @@ pub(crate) fn mac_text(mac: Mac) -> String {
     mac.map(|byte| format!("{byte:02x}")).join(":")
 }
 
-/// The address that a reply or a tool names.
+/// Parses a MAC address as replies and tools print it.
 pub(crate) fn parse_mac(text: &str) -> Option<Mac> {
     let bytes: Vec<u8> =
         text.split(':').map(|byte| u8::from_str_radix(byte, 16)).collect::<Result<_, _>>().ok()?;
@@ -91,7 +92,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn requests_are_those_of_the_protocol() {
+    fn requests_match_the_protocol() {
         let mac = [2, 0xbe, 0, 0, 1, 0xff];
         assert_eq!(
             attach("a", "n", Path::new("/run/netns/x"), Some(mac)).to_string(),

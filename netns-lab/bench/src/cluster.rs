@@ -1,4 +1,4 @@
-//! A lab with daemons and one network: what most figures are measured in.
+//! A lab with daemons and one network, in which most figures are measured.
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -13,23 +13,23 @@ use serde_json::{Value, json};
 use super::client::{self, Client, Mac, parse_mac};
 use super::neigh::Watcher;
 
-/// The one network.
+/// Name of the network.
 pub(crate) const NETWORK: &str = "bench";
-/// Room for thousands of endpoints.
+/// Subnet with room for thousands of endpoints.
 pub(crate) const SUBNET: &str = "10.99.0.0/16";
-/// For whatever should take milliseconds.
+/// Timeout of operations that should take milliseconds.
 const SETTLE_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// A lab whose daemons are up and know the network.
+/// A lab whose daemons are running and know the network.
 pub(crate) struct Cluster {
     pub(crate) lab: Lab,
 }
 
-/// Where an entry of the kernel's sends a MAC's frames.
+/// A MAC address and the destination to which a kernel entry sends its frames.
 pub(crate) type Entry = (Mac, IpAddr);
 
 impl Cluster {
-    /// Starts the daemons and makes the network.
+    /// Starts the daemons and creates the network.
     pub(crate) fn start(lab: Lab) -> Result<Self> {
         lab.start_all()?;
         let cluster = Cluster { lab };
@@ -56,7 +56,7 @@ impl Cluster {
         Client::connect(&self.host(index)?.socket())
     }
 
-    /// A new workload, attached under its own name. Gives it and its address.
+    /// Creates a workload, attaches it under its own name, and returns it with its address.
     pub(crate) fn workload(&self, index: usize, name: &str) -> Result<(Workload, IpAddr)> {
         let workload = self.host(index)?.workload(name)?;
         let request = client::attach(name, NETWORK, workload.path(), None);
@@ -64,7 +64,8 @@ impl Cluster {
         Ok((workload, address_of(&endpoint)?))
     }
 
-    /// One workload on each host, so that each builds the network's devices; named after its host.
+    /// Creates one workload on each host, named after its host, so that each host builds the network's
+    /// devices.
     pub(crate) fn one_workload_each(&self) -> Result<Vec<(Workload, IpAddr)>> {
         let names = self.hosts().iter().map(|host| format!("{}w", host.name()));
         let workloads =
@@ -72,30 +73,31 @@ impl Cluster {
         let everyone: Vec<usize> = (0..self.hosts().len()).collect();
         for (index, host) in self.hosts().iter().enumerate() {
             let others: Vec<usize> = everyone.iter().copied().filter(|other| *other != index).collect();
-            let what = format!("{}'s endpoint in the kernels of the others", host.name());
+            let what = format!("{}'s endpoint in the other kernels", host.name());
             wait_until(SETTLE_TIMEOUT, &what, || self.each_holds(&others, index, 1))?;
         }
         Ok(workloads)
     }
 
-    /// Whether these hosts' kernels hold just so many endpoints of a host (floods apart).
+    /// Checks that these hosts' kernels hold exactly `count` endpoints of a host, without flood entries.
     pub(crate) fn each_holds(&self, hosts: &[usize], of: usize, count: usize) -> Result<()> {
         let destination = self.host(of)?.address()?;
         for index in hosts {
             let held = self.entries(*index, destination)?;
             let endpoints = held.iter().filter(|(mac, _)| *mac != Mac::default()).count();
-            ensure!(endpoints == count, "{} holds {endpoints} of {count}", self.host(*index)?.name());
+            ensure!(endpoints == count, "{} has {endpoints} of {count} endpoints", self.host(*index)?.name());
         }
         Ok(())
     }
 
-    /// Waits for that.
+    /// Waits until [`each_holds`](Self::each_holds) succeeds.
     pub(crate) fn wait_each_holds(&self, hosts: &[usize], of: usize, count: usize) -> Result<()> {
         let what = format!("{count} endpoints of {} in other kernels", self.host(of)?.name());
         wait_until(SETTLE_TIMEOUT, &what, || self.each_holds(hosts, of, count))
     }
 
-    /// What a host's VXLAN devices send to a destination, floods (of MAC zero) included.
+    /// Returns the entries of a host's VXLAN devices towards a destination, including flood entries (zero MAC
+    /// address).
     pub(crate) fn entries(&self, index: usize, destination: IpAddr) -> Result<BTreeSet<Entry>> {
         let dump = self.host(index)?.bridge_json(&["fdb", "show"])?;
         let entries = dump.as_array().into_iter().flatten().filter_map(|entry| {
@@ -105,7 +107,8 @@ impl Cluster {
         Ok(entries.filter(|(_, to)| *to == destination).collect())
     }
 
-    /// Attaches an endpoint in each namespace, at most `at_once` at a time. Gives the callers' times.
+    /// Attaches an endpoint in each namespace, at most `at_once` at a time. Returns the callers' times in
+    /// milliseconds.
     pub(crate) fn attach_all(
         &self,
         index: usize,
@@ -124,7 +127,7 @@ impl Cluster {
             .map(drop)
     }
 
-    /// Asks so many requests of a daemon, each as soon as a connection is free.
+    /// Sends requests to a daemon, each as soon as a connection is free.
     pub(crate) fn ask_all(
         &self,
         index: usize,
@@ -156,15 +159,15 @@ impl Cluster {
         })
     }
 
-    /// A watcher of the kernels of all hosts but one, in the order of their indices.
+    /// Starts a watcher of the kernels of all hosts but one, in the order of their indices.
     pub(crate) fn watch_others(&self, index: usize) -> Result<Watcher> {
         let others = self.hosts().iter().enumerate().filter(|(other, _)| *other != index);
         Watcher::start(&others.map(|(_, host)| host).collect::<Vec<_>>())
     }
 }
 
-/// The first address of an endpoint as ovld names it.
+/// Returns the first address of an endpoint in a reply of ovld.
 pub(crate) fn address_of(endpoint: &Value) -> Result<IpAddr> {
     let text = endpoint["addresses"][0].as_str().with_context(|| format!("no address in {endpoint}"))?;
-    without_prefix_length(text).parse().with_context(|| format!("{text:?} is no address"))
+    without_prefix_length(text).parse().with_context(|| format!("invalid address {text:?}"))
 }

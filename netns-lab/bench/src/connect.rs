@@ -1,4 +1,4 @@
-//! How long connections take.
+//! Measurement of TCP connection times.
 
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::time::{Duration, Instant};
@@ -10,7 +10,7 @@ use super::stats::{Samples, ms};
 
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// Takes connections at a port until the process ends.
+/// Accepts connections at a port until the process exits.
 pub(crate) fn serve(at: &Netns, port: u16) -> Result<()> {
     let listener = at.run(|| TcpListener::bind(("0.0.0.0", port)))??;
     std::thread::spawn(move || {
@@ -21,7 +21,7 @@ pub(crate) fn serve(at: &Netns, port: u16) -> Result<()> {
     Ok(())
 }
 
-/// One connection of the calling thread's namespace, in milliseconds.
+/// Opens one connection from the calling thread's namespace, and returns the time in milliseconds.
 pub(crate) fn connect(to: SocketAddr, patience: Duration) -> Result<f64> {
     let start = Instant::now();
     let stream = TcpStream::connect_timeout(&to, patience)?;
@@ -30,7 +30,7 @@ pub(crate) fn connect(to: SocketAddr, patience: Duration) -> Result<f64> {
     Ok(took)
 }
 
-/// How long each of many connections takes, to two destinations in turns.
+/// Measures connections to two destinations, alternating.
 pub(crate) fn in_turns(
     from: &Netns,
     first: SocketAddr,

@@ -1,4 +1,4 @@
-//! `dead`: a host is lost with all that runs on it; how soon its entries are gone elsewhere.
+//! `dead`: time until the entries of a lost host are withdrawn on the other hosts.
 
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
@@ -12,9 +12,9 @@ use super::report::{Bar, Figure, Row};
 use super::stats::{Samples, ms};
 
 const HOSTS: usize = 3;
-/// On the host that is lost.
+/// Number of endpoints on each host.
 const ENDPOINTS: usize = 10;
-/// Swarm once took 38 s.
+/// Docker Swarm took up to 38 s.
 const TIMEOUT: Duration = Duration::from_secs(60);
 
 pub(crate) fn measure(bench: &Bench) -> Result<Figure> {
@@ -26,7 +26,7 @@ pub(crate) fn measure(bench: &Bench) -> Result<Figure> {
     }
     let mut times = Vec::new();
     for round in 1..=bench.plan.deaths {
-        // All of them, the one that the others joined by too.
+        // Lose each host in turn, including the one through which the others joined.
         let index = HOSTS - 1 - (round - 1) % HOSTS;
         times.push(lose(&cluster, index)?);
         if round < bench.plan.deaths {
@@ -39,7 +39,7 @@ pub(crate) fn measure(bench: &Bench) -> Result<Figure> {
         setup: format!(
             "{HOSTS} hosts with {ENDPOINTS} endpoints each, default settings; each host in turn loses its daemon \
              (SIGKILL), its link, its namespace and its workloads, {} times; from just before that until the last \
-             entry to it is gone from the last other kernel. Swarm: 5.2 to 6.0 s",
+             entry to it is deleted from the last other kernel. Swarm: 5.2 to 6.0 s",
             bench.plan.deaths
         ),
         rows: vec![
@@ -51,7 +51,7 @@ pub(crate) fn measure(bench: &Bench) -> Result<Figure> {
     })
 }
 
-/// Milliseconds until the others' kernels hold nothing of the host any more.
+/// Returns the milliseconds until the other kernels hold no entry of the host.
 fn lose(cluster: &Cluster, index: usize) -> Result<f64> {
     let host = cluster.host(index)?;
     let destination = host.address()?;
@@ -67,10 +67,13 @@ fn lose(cluster: &Cluster, index: usize) -> Result<f64> {
     while held.iter().any(|entries| !entries.is_empty()) {
         let Some(seen) = watcher.next(start + TIMEOUT)? else {
             let left: Vec<usize> = held.iter().map(BTreeSet::len).collect();
-            bail!("{TIMEOUT:?} after the loss of {} the others still hold {left:?} entries", host.name());
+            bail!(
+                "{TIMEOUT:?} after the loss of {} the other kernels still hold {left:?} entries",
+                host.name()
+            );
         };
         let entry = (seen.change.mac, seen.change.destination);
-        let entries = held.get_mut(seen.host).context("a notification of no host")?;
+        let entries = held.get_mut(seen.host).context("a notification of an unknown host")?;
         if seen.change.added {
             if entry.1 == destination {
                 entries.insert(entry);
@@ -86,7 +89,7 @@ fn lose(cluster: &Cluster, index: usize) -> Result<f64> {
     Ok(ms(last.saturating_duration_since(start)))
 }
 
-/// With endpoints of other names: those that it had are lost with it.
+/// Restores the host, with endpoints of new names: the previous ones are lost.
 fn bring_back(cluster: &Cluster, index: usize, round: usize) -> Result<()> {
     cluster.host(index)?.restore()?;
     cluster.lab.start_all()?;

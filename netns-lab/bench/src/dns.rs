@@ -1,4 +1,5 @@
-//! Names: how many answers a second beside dnsmasq, whether updates cost any, and how soon a new name is known.
+//! DNS figures: answers per second compared with dnsmasq, the cost of updates, and the propagation of new
+//! names.
 
 mod load;
 mod search;
@@ -24,24 +25,24 @@ use load::Pace;
 pub(crate) use search::measure as measure_search;
 pub(crate) use spread::measure as measure_spread;
 
-/// Where ovld answers the host.
+/// Address at which ovld answers queries of the host.
 const LISTEN: &str = "127.0.0.1:5300";
 const PORT: u16 = 5300;
-/// Where dnsmasq does.
+/// Port of dnsmasq.
 const PEER_PORT: u16 = 5400;
-/// Local names.
+/// Number of names.
 const NAMES: usize = 1000;
-/// As many aliases as an endpoint may have, about.
+/// Aliases per endpoint, close to the maximum.
 const ALIASES: usize = 50;
-/// What is asked for.
+/// Name of the query file for endpoint names.
 const NAMED: &str = "names";
 const SERVICES: &str = "services";
 const PEER: &str = "dnsmasq";
-/// What names of the Services end with.
+/// DNS suffix of the Services.
 const SERVICE_DOMAIN: &str = "bench.svc.cluster.local";
-/// For whatever should take milliseconds.
+/// Timeout of operations that should take milliseconds.
 const TIMEOUT: Duration = Duration::from_secs(20);
-/// The server's core, and that of who asks.
+/// CPU core of the server.
 const SERVER: &str = "0";
 const CLIENT: &str = "1";
 
@@ -49,7 +50,7 @@ fn toml() -> String {
     format!("dns_listen = [\"{LISTEN}\"]\n")
 }
 
-/// What dnsperf is told to ask, and what dnsmasq knows; removed when dropped.
+/// Files with the queries of dnsperf and the names of dnsmasq, deleted on drop.
 struct Files(PathBuf);
 
 impl Files {
@@ -75,7 +76,7 @@ impl Files {
     }
 }
 
-/// `answers`: the rates, beside dnsmasq's, and what updates do to one.
+/// `answers`: query rates compared with dnsmasq's, and the effect of updates.
 pub(crate) fn measure_answers(bench: &Bench) -> Result<Figure> {
     let cluster = Cluster::start(bench.lab_with(2, &toml())?)?;
     let host = cluster.host(0)?;
@@ -83,7 +84,7 @@ pub(crate) fn measure_answers(bench: &Bench) -> Result<Figure> {
     let files = Files::write(host)?;
     name_all(&cluster)?;
     serve_all(host)?;
-    // So that the network stays there when the others go.
+    // Keeps the network on the host when the other endpoints are detached.
     cluster.workload(1, "stays")?;
     let peer = dnsmasq(host, &files)?;
     let seconds = bench.plan.stream.as_secs().max(1);
@@ -117,10 +118,10 @@ pub(crate) fn measure_answers(bench: &Bench) -> Result<Figure> {
     let over = |samples: &Samples| Measured::Value(samples.median()).over(theirs);
     Ok(Figure {
         setup: format!(
-            "2 hosts; ovld of the first on core {SERVER}, dnsperf (8 clients, 200 queries under way) on core {CLIENT}, \
-             over loopback; {NAMES} names of the network, {NAMES} Services, {seconds} s a turn, ovld and dnsmasq by \
-             turns; p99 of further turns in which dnsperf tells each query's time. Then half of that rate while endpoints \
-             come and go on the second host, 10,000 times a minute"
+            "2 hosts; ovld of the first on core {SERVER}, dnsperf (8 clients, 200 queries in flight) on core {CLIENT}, \
+             over loopback; {NAMES} names of the network, {NAMES} Services, {seconds} s per round, ovld and dnsmasq in \
+             alternating rounds; p99 of further rounds in which dnsperf reports each query's time. Then half of that rate while endpoints \
+             are attached and detached on the second host, 10,000 times per minute"
         ),
         rows: vec![
             Row::of("answers a second over dnsmasq's", over(&names), "", Some(Bar::AtLeast(1.0))),
@@ -140,7 +141,7 @@ pub(crate) fn measure_answers(bench: &Bench) -> Result<Figure> {
     })
 }
 
-/// Starts the daemon anew where its threads find one core alone.
+/// Restarts the daemon with all threads on one core.
 fn on_one_core(host: &Host) -> Result<()> {
     host.stop()?;
     let start = || -> Result<()> {
@@ -153,7 +154,7 @@ fn on_one_core(host: &Host) -> Result<()> {
     host.wait_ready(TIMEOUT)
 }
 
-/// Services that all have a name and an address.
+/// Creates Services, each with a name and an address.
 fn serve_all(host: &Host) -> Result<()> {
     let service = |i| {
         format!(
@@ -174,7 +175,7 @@ fn serve_all(host: &Host) -> Result<()> {
     })
 }
 
-/// Endpoints of the first host whose aliases are all names.
+/// Attaches endpoints on the first host, whose aliases are the names.
 fn name_all(cluster: &Cluster) -> Result<()> {
     let host = cluster.host(0)?;
     let workloads = host.bare_workloads("n", NAMES / ALIASES)?;
@@ -188,7 +189,7 @@ fn name_all(cluster: &Cluster) -> Result<()> {
     Ok(())
 }
 
-/// Nothing where there is none.
+/// Starts dnsmasq. `None` if it is not installed.
 fn dnsmasq(host: &Host, files: &Files) -> Result<Option<Spawned>> {
     if !host.exec(["which", "dnsmasq"])?.success() {
         return Ok(None);

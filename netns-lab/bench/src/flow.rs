@@ -1,4 +1,4 @@
-//! Traffic that runs while something happens: numbered datagrams, and a paced TCP stream.
+//! Background traffic: numbered datagrams, and a paced TCP stream.
 
 use std::fs;
 use std::io::{ErrorKind, Read, Write};
@@ -11,42 +11,42 @@ use anyhow::{Context, Result, ensure};
 use netns_lab::Workload;
 use nix::sys::socket::{setsockopt, sockopt::RcvBufForce};
 
-/// A thousand packets a second.
+/// Interval between packets: a thousand per second.
 pub(crate) const PERIOD: Duration = Duration::from_millis(1);
-/// How long after the last packet one may still arrive.
+/// How long to wait for packets after the last one was sent.
 const TAIL: Duration = Duration::from_millis(500);
 const READ_TIMEOUT: Duration = Duration::from_millis(50);
 const RECEIVE_BUFFER: usize = 8 << 20;
 const UDP_PORT: u16 = 7001;
 const TCP_PORT: u16 = 7002;
-/// Of one TCP write; one every [`PERIOD`], so that the stream leaves the processors idle.
+/// Size of a TCP write in bytes; one every [`PERIOD`], so that the stream leaves the CPU mostly idle.
 const CHUNK: usize = 4096;
 
 /// A workload and its overlay address.
 pub(crate) type Party = (Workload, IpAddr);
 
-/// What became of the datagrams of one direction.
+/// Statistics of the datagrams of one direction.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Datagrams {
     pub(crate) sent: usize,
-    /// The kernel refused to send them: lost as well.
+    /// Datagrams that the kernel refused to send; also counted as lost.
     pub(crate) refused: usize,
     pub(crate) lost: usize,
     pub(crate) duplicates: usize,
-    /// The longest time without any.
+    /// Longest time without a datagram.
     pub(crate) longest_gap: Duration,
 }
 
-/// What became of the stream.
+/// Statistics of the TCP stream.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Stream {
-    /// The longest time in which nothing arrived.
+    /// Longest time without received data.
     pub(crate) longest_gap: Duration,
     pub(crate) retransmits: u64,
     pub(crate) bytes: u64,
 }
 
-/// Datagrams both ways and a stream from the first to the second.
+/// Statistics of datagrams in both directions and of a stream from the first party to the second.
 #[derive(Clone, Debug)]
 pub(crate) struct Traffic {
     pub(crate) there: Datagrams,
@@ -54,7 +54,7 @@ pub(crate) struct Traffic {
     pub(crate) stream: Stream,
 }
 
-/// Runs the traffic while `during` runs, and a moment before and after.
+/// Runs the traffic while `during` runs, and shortly before and after.
 pub(crate) fn run<T>(a: &Party, b: &Party, during: impl FnOnce() -> Result<T>) -> Result<(Traffic, T)> {
     let (socket_a, socket_b) = (bind(a)?, bind(b)?);
     let listener = b.0.run(|| TcpListener::bind((b.1, TCP_PORT)))?.context("cannot listen")?;
@@ -75,7 +75,7 @@ pub(crate) fn run<T>(a: &Party, b: &Party, during: impl FnOnce() -> Result<T>) -
         thread::sleep(TAIL);
         let done = during();
         thread::sleep(TAIL);
-        // On an error too: the scope waits for the threads.
+        // Stop the traffic on an error too: the scope waits for the threads.
         ended.store(true, Ordering::Relaxed);
         (there.join(), back.join(), stream.join(), done)
     });
@@ -88,7 +88,7 @@ pub(crate) fn run<T>(a: &Party, b: &Party, during: impl FnOnce() -> Result<T>) -
 
 fn bind((workload, address): &Party) -> Result<UdpSocket> {
     let socket = workload.run(|| UdpSocket::bind((*address, UDP_PORT)))?.context("cannot bind")?;
-    // Whatever the network delivers must find room, or the receiver's delay would count as loss.
+    // A large buffer: otherwise a delayed receiver would count as loss.
     setsockopt(&socket, RcvBufForce, &RECEIVE_BUFFER)?;
     socket.set_read_timeout(Some(READ_TIMEOUT))?;
     Ok(socket)
@@ -102,13 +102,13 @@ fn one_way(from: &UdpSocket, to: &UdpSocket, address: IpAddr, ended: &AtomicBool
         sending_ended.store(true, Ordering::Relaxed);
         let mut result = receiving.join().map_err(|_| anyhow::anyhow!("the receiver panicked"))??;
         (result.sent, result.refused) = sent;
-        // `lost` holds the number of those that came.
+        // Until here, `lost` holds the number of received datagrams.
         result.lost = result.sent.saturating_sub(result.lost);
         Ok(result)
     })
 }
 
-/// Gives how many were sent, and how many of them the kernel refused.
+/// Sends numbered datagrams. Returns how many were sent, and how many of them the kernel refused.
 fn send(socket: &UdpSocket, to: SocketAddr, ended: &AtomicBool) -> (usize, usize) {
     let (mut number, mut refused) = (0, 0);
     let start = Instant::now();
@@ -117,14 +117,14 @@ fn send(socket: &UdpSocket, to: SocketAddr, ended: &AtomicBool) -> (usize, usize
             refused += 1;
         }
         number += 1;
-        // By the clock, so that a late wake-up does not slow the flow down.
+        // Follow the clock, so that a late wake-up does not slow the flow down.
         let next = start + PERIOD * u32::try_from(number).unwrap_or(u32::MAX);
         thread::sleep(next.saturating_duration_since(Instant::now()));
     }
     (number, refused)
 }
 
-/// Counts, in `lost` for the caller, the different numbers that arrive.
+/// Counts the distinct numbers that arrive; returns the count in `lost`.
 fn receive(socket: &UdpSocket, sending_ended: &AtomicBool) -> Result<Datagrams> {
     let mut result = Datagrams::default();
     let mut seen: Vec<bool> = Vec::new();
@@ -138,7 +138,8 @@ fn receive(socket: &UdpSocket, sending_ended: &AtomicBool) -> Result<Datagrams> 
         let read = match socket.recv(&mut buffer) {
             Ok(read) => read,
             Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => continue,
-            // An ICMP message about an earlier send of the same socket: the flow back tells.
+            // An ICMP error about an earlier send of the same socket. The other direction's statistics cover
+            // it.
             Err(error) if error.kind() == ErrorKind::ConnectionRefused => continue,
             Err(error) => return Err(error).context("cannot receive"),
         };
@@ -146,8 +147,10 @@ fn receive(socket: &UdpSocket, sending_ended: &AtomicBool) -> Result<Datagrams> 
         result.longest_gap = result.longest_gap.max(last.map_or(Duration::ZERO, |last| now - last));
         last = Some(now);
         let number = buffer.get(..read).and_then(|bytes| bytes.try_into().ok()).map(u64::from_be_bytes);
-        let number = number.and_then(|number| usize::try_from(number).ok()).context("a foreign datagram")?;
-        ensure!(number < 100_000_000, "a foreign datagram");
+        let number = number
+            .and_then(|number| usize::try_from(number).ok())
+            .context("a datagram from another sender")?;
+        ensure!(number < 100_000_000, "a datagram from another sender");
         if number >= seen.len() {
             seen.resize(number + 1, false);
         }
@@ -161,7 +164,7 @@ fn receive(socket: &UdpSocket, sending_ended: &AtomicBool) -> Result<Datagrams> 
     Ok(result)
 }
 
-/// Writes a little at a time, and reads it at the other end.
+/// Writes small chunks periodically, and reads them at the other end.
 fn paced(mut from: TcpStream, mut to: TcpStream, ended: &AtomicBool) -> Result<Stream> {
     thread::scope(|scope| {
         let reading = scope.spawn(move || -> std::io::Result<Stream> {
@@ -180,7 +183,7 @@ fn paced(mut from: TcpStream, mut to: TcpStream, ended: &AtomicBool) -> Result<S
             written = from.write_all(&[0; CHUNK]);
             thread::sleep(PERIOD);
         }
-        // Ends the reader, which the scope waits for.
+        // Ends the reader, for which the scope waits.
         drop(from);
         let read = reading.join().map_err(|_| anyhow::anyhow!("the reader panicked"))?;
         written.context("the TCP stream broke")?;
@@ -188,7 +191,7 @@ fn paced(mut from: TcpStream, mut to: TcpStream, ended: &AtomicBool) -> Result<S
     })
 }
 
-/// The TCP segments that the calling thread's namespace sent again.
+/// Returns the number of TCP retransmits in the calling thread's namespace.
 fn retransmitted() -> Result<u64> {
     let text = fs::read_to_string("/proc/thread-self/net/snmp")?;
     let mut lines = text.lines().filter_map(|line| line.strip_prefix("Tcp: "));

@@ -1,4 +1,4 @@
-//! `idle`: what a daemon uses while nothing happens.
+//! `idle`: resource usage of an idle daemon.
 
 use std::fs;
 use std::thread;
@@ -41,7 +41,7 @@ pub(crate) fn measure(bench: &Bench) -> Result<Figure> {
     Ok(Figure {
         setup: format!(
             "{HOSTS} hosts, one network, two endpoints on each host; {} s after the last attach, over {} s; the \
-             worst of the {HOSTS} daemons. Pss counts the binary's pages once for all that share them",
+             worst of the {HOSTS} daemons. Pss counts shared pages of the binary once",
             bench.plan.settle.as_secs(),
             bench.plan.idle.as_secs()
         ),
@@ -49,11 +49,7 @@ pub(crate) fn measure(bench: &Bench) -> Result<Figure> {
             Row::with_bar("resident memory", resident.max(), "MiB", Bar::AtMost(16.0)),
             Row::with_bar("processor", processor.max(), "% of a core", Bar::AtMost(0.5)),
             Row::context("proportional memory (Pss)", proportional.max(), "MiB"),
-            Row::context(
-                "waits (voluntary context switches)",
-                Samples::new(wakeups.clone()).max(),
-                "a second",
-            ),
+            Row::context("voluntary context switches", Samples::new(wakeups.clone()).max(), "a second"),
         ],
         notes: Vec::new(),
         details: json!({
@@ -66,7 +62,7 @@ pub(crate) fn measure(bench: &Bench) -> Result<Figure> {
     })
 }
 
-/// What a daemon has used so far.
+/// The resource usage of a daemon so far.
 struct Use {
     rss_mib: f64,
     pss_mib: f64,
@@ -77,7 +73,7 @@ struct Use {
 
 impl Use {
     fn of(host: &Host) -> Result<Self> {
-        let pid = host.pid().with_context(|| format!("ovld does not run on {}", host.name()))?;
+        let pid = host.pid().with_context(|| format!("ovld is not running on {}", host.name()))?;
         let mut switches = 0.0;
         let mut threads = 0;
         for task in fs::read_dir(format!("/proc/{pid}/task"))? {
@@ -94,7 +90,7 @@ impl Use {
     }
 }
 
-/// The number after a name, at the beginning of a line of a file in /proc.
+/// Reads the number after a field name at the start of a line of a file in /proc.
 pub(crate) fn field(path: &std::path::Path, name: &str) -> Result<f64> {
     let text = fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
     text.lines()

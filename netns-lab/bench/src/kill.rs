@@ -1,4 +1,4 @@
-//! `kill`: a daemon dies, or is restarted, under running traffic.
+//! `kill`: packet loss while a daemon is killed or restarted.
 
 use std::thread;
 use std::time::Duration;
@@ -15,9 +15,9 @@ use super::stats::ms;
 
 const HOSTS: usize = 3;
 const READY: Duration = Duration::from_secs(20);
-/// After the daemon is ready: a prune that comes late must not go unseen.
+/// How long to watch after the daemon is ready, so that late pruning is noticed.
 const AFTER: Duration = Duration::from_secs(2);
-/// Of the run in which nothing happens.
+/// Length of the control run, in which nothing happens.
 const CONTROL: Duration = Duration::from_secs(3);
 
 #[derive(Clone, Copy)]
@@ -46,7 +46,7 @@ pub(crate) fn measure(bench: &Bench) -> Result<Figure> {
     let cluster = Cluster::start(bench.lab(HOSTS)?)?;
     let workloads = cluster.one_workload_each()?;
     let [a, b, _] = workloads.as_slice() else { anyhow::bail!("not {HOSTS} workloads") };
-    // What the method itself loses is no daemon's fault.
+    // Loss in the control run is caused by the measurement, not by the daemon.
     let (control, ()) = flow::run(a, b, || {
         thread::sleep(CONTROL.min(bench.plan.settle));
         Ok(())
@@ -56,10 +56,7 @@ pub(crate) fn measure(bench: &Bench) -> Result<Figure> {
     let mut rounds = Vec::new();
     let mut notes = Vec::new();
     if lost(&control) > 0 {
-        notes.push(format!(
-            "{} packets were lost while nothing happened: the machine is busy",
-            lost(&control)
-        ));
+        notes.push(format!("{} packets were lost in the control run: the machine is busy", lost(&control)));
     }
     for end in [End::Kill, End::Terminate] {
         let mut total = 0;
@@ -71,7 +68,7 @@ pub(crate) fn measure(bench: &Bench) -> Result<Figure> {
             if lost(&traffic) > 0 {
                 let sent = traffic.there.sent + traffic.back.sent;
                 notes.push(format!(
-                    "{}, away {away:?}: {} of {sent} packets lost",
+                    "{}, down for {away:?}: {} of {sent} packets lost",
                     end.name(),
                     lost(&traffic)
                 ));
@@ -89,8 +86,8 @@ pub(crate) fn measure(bench: &Bench) -> Result<Figure> {
     rounds.push(to_json("nothing happens", None, &control));
     Ok(Figure {
         setup: format!(
-            "{HOSTS} hosts with an endpoint each; 1,000 numbered datagrams a second each way between h1's and \
-             h2's, and TCP of 4 KiB every {PERIOD:?}; h1's daemon is away for {:?} and is watched for {AFTER:?} \
+            "{HOSTS} hosts with an endpoint each; 1,000 numbered datagrams per second in each direction between h1's and \
+             h2's, and TCP of 4 KiB every {PERIOD:?}; h1's daemon is down for {:?} and is watched for {AFTER:?} \
              after it is ready again",
             bench.plan.away
         ),

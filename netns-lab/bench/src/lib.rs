@@ -1,4 +1,4 @@
-//! `netns-lab bench`: the figures that ovl is measured by, taken in labs of its own, in suites by topic.
+//! `netns-lab bench`: measures ovl's performance figures in separate labs. Figures are grouped in suites.
 
 #![warn(missing_docs)]
 
@@ -49,27 +49,27 @@ use setup::Setup;
 pub use tunnel::peers::Peer;
 use tunnel::peers::{self, Found};
 
-/// The exit status where a bar could not be held against anything, for want of a peer.
+/// Exit status if a bar was not measured because a peer is unavailable.
 const NO_PEER: u8 = 3;
 
-/// What is measured together.
+/// A group of figures that are measured together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Suite {
-    /// Workloads in networks: the figures of issue 2
+    /// Core data-plane figures: workloads in networks
     Core,
-    /// Pods by container runtimes: the figures of issue 3
+    /// CNI figures: pods of container runtimes
     Cni,
-    /// Encrypted networks, beside other tunnels: the figures of issue 4
+    /// Encryption figures: encrypted networks compared with other tunnels
     Tunnel,
-    /// Containers of Docker Engines, beside the Engine's own networks: figures of issue 6
+    /// Docker Engine figures: containers on ovl networks compared with the Engine's own networks
     Docker,
-    /// Published ports: figures of issue 6
+    /// Published-port figures
     Publish,
-    /// Names, beside dnsmasq: figures of issue 6
+    /// DNS figures: compared with dnsmasq
     Dns,
-    /// Network policies: figures of issue 7
+    /// Network-policy figures
     Policy,
-    /// Services, beside kube-proxy's layouts: figures of issue 7
+    /// Service figures: compared with the layouts of kube-proxy
     Services,
 }
 
@@ -89,73 +89,73 @@ impl Suite {
     }
 }
 
-/// The figures, by the names that `--only` takes.
+/// A figure, with the name that `--only` takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Name {
-    /// TCP through the overlay against one built by hand
+    /// TCP through the overlay, compared with a manually built one
     Tcp,
-    /// From an attach until the last other kernel has the entry
+    /// Time from an attach until the last other kernel has the entry
     Announce,
-    /// A thousand endpoints at once
+    /// Announcement of a thousand endpoints at once
     Bulk,
-    /// `attach`, as seen by the caller
+    /// Time of `attach` for the caller
     Attach,
-    /// How soon a lost host's entries are gone
+    /// Time until a lost host's entries are withdrawn
     Dead,
-    /// Gossip loss, and who is declared dead by mistake
+    /// Hosts wrongly declared dead while gossip loses datagrams
     Loss,
-    /// Memory and processor time of an idle daemon
+    /// Memory and CPU time of an idle daemon
     Idle,
-    /// Packets lost when a daemon is killed and started again
+    /// Packets lost when a daemon is killed and restarted
     Kill,
-    /// cni: one ADD, one DEL at a time
+    /// cni: sequential ADD and DEL
     Single,
-    /// cni: eight ADDs, eight DELs at once
+    /// cni: eight concurrent ADD and DEL
     AtOnce,
-    /// cni: a process of the plugin that asks nobody
+    /// cni: a plugin process that does not call ovld
     Version,
-    /// cni: TCP from pod to pod against routes built by hand
+    /// cni: TCP from pod to pod, compared with manually built routes
     PodTcp,
-    /// cni: what 250 pods are on other hosts
+    /// cni: kernel entries for 250 pods on other hosts
     Routes,
-    /// cni: 10,000 ADDs and DELs in a row, and what is left of them
+    /// cni: leaks after 10,000 ADD and DEL
     Soak,
     /// tunnel: one TCP stream
     Streams,
-    /// tunnel: the same without the underlay's segmentation offloads
+    /// tunnel: one TCP stream without the underlay's segmentation offloads
     NoOffload,
-    /// tunnel: a datagram there and back on one core
+    /// tunnel: round trip of a datagram on one core
     RoundTrip,
-    /// tunnel: memory and retransmits of ten seconds of TCP
+    /// tunnel: memory and retransmits during ten seconds of TCP
     Load,
-    /// tunnel: one host that sends to seven
+    /// tunnel: one host that sends to seven at once
     FanOut,
-    /// tunnel: small datagrams
+    /// tunnel: rate of small datagrams
     Packets,
-    /// docker: `docker run --rm` against the Engine's own bridge
+    /// docker: `docker run --rm`, compared with the Engine's own bridge
     Run,
-    /// docker: from a container's link until other kernels hold its entry
+    /// docker: time from a container's link until other kernels have its entry
     Link,
-    /// docker: pings to an address until the container that takes it answers
+    /// docker: time until a new container answers pings to its address
     Pinging,
-    /// docker: a host cut off, and healed
+    /// docker: a host disconnected and healed
     Cut,
-    /// publish: one more of a thousand published ports, and a connection through the last
+    /// publish: cost of one more port with 1,000 published, and a connection through the last
     Ports,
-    /// dns: answers a second, and what updates cost
+    /// dns: answers per second, and the cost of updates
     Answers,
-    /// dns: from an attach until the last host answers the name
+    /// dns: time from an attach until the last host resolves the name
     #[value(name = "new-name")]
     Resolved,
-    /// dns: what an external name costs a pod with a search list
+    /// dns: queries for an external name by a pod with a search list
     Search,
-    /// policy: one more of ten thousand pods under a thousand policies, and a connection
+    /// policy: cost of one more pod with 10,000 pods and 1,000 policies, and a connection
     Policies,
-    /// services: 10,000 of them: loaded, changed, and a connection through the last
+    /// services: 10,000 Services: loading, a change, and a connection through the last
     Many,
-    /// services: from a backend that is removed until no host sends to it
+    /// services: time from a backend's removal until no host sends to it
     Removed,
-    /// services: an address whose host is lost, until another one answers
+    /// services: time until another host answers for a lost host's address
     Failover,
 }
 
@@ -259,25 +259,25 @@ impl Name {
     }
 }
 
-/// What is asked for.
+/// The options of `bench`.
 pub struct Wanted {
-    /// Which figures.
+    /// The suite.
     pub suite: Suite,
-    /// Figures of that suite. None: all.
+    /// Figures of that suite. All if empty.
     pub only: Vec<Name>,
     /// Where the figures are written.
     pub json: PathBuf,
-    /// Where the binaries are; else as for every lab.
+    /// Directory of the binaries. If `None`: as for every lab.
     pub binaries: Option<PathBuf>,
-    /// How often and how long each figure is taken.
+    /// Counts and durations.
     pub plan: Plan,
-    /// Those that ovl's tunnel is held against; none but for `bench tunnel`.
+    /// Peers that ovl's tunnel is compared with. Empty except for `bench tunnel`.
     pub peers: Vec<Peer>,
-    /// Those of them that Debian has may be installed.
+    /// Install missing peers that Debian packages.
     pub install: bool,
 }
 
-/// What every figure needs.
+/// The environment of all figures.
 pub(crate) struct Bench {
     plan: Plan,
     ovld: PathBuf,
@@ -287,12 +287,12 @@ pub(crate) struct Bench {
 }
 
 impl Bench {
-    /// Hosts of their own for one figure, without a daemon started.
+    /// Creates a lab for one figure, without starting daemons.
     fn lab(&self, hosts: usize) -> Result<Lab> {
         self.lab_with(hosts, "")
     }
 
-    /// The same with TOML for the daemons' configuration.
+    /// Like [`lab`](Self::lab), with TOML for the daemons' configuration.
     fn lab_with(&self, hosts: usize, toml: &str) -> Result<Lab> {
         let mut config = LabConfig::hosts(hosts).config(toml);
         config.ovld = Some(self.ovld.clone());
@@ -300,24 +300,25 @@ impl Bench {
         Lab::new(config)
     }
 
-    /// The plugin that Docker Engines find.
+    /// Returns the path of the Docker plugin.
     fn ovl_docker(&self) -> Result<PathBuf> {
         binary(self.binaries.as_deref(), "ovl-docker")
     }
 
-    /// The plugin that container runtimes start.
+    /// Returns the path of the CNI plugin.
     fn ovl_cni(&self) -> Result<PathBuf> {
         binary(self.binaries.as_deref(), "ovl-cni")
     }
 }
 
-/// Measures, prints and writes. A missed bar is no failure, a figure that cannot be taken is one.
+/// Measures the figures, prints the table and writes the JSON. A missed bar is not a failure; a figure that
+/// cannot be measured is.
 pub fn run(wanted: Wanted) -> Result<ExitCode> {
     for name in &wanted.only {
         let (name, of, suite) = (name.text(), name.suite(), wanted.suite);
         ensure!(
             of == suite,
-            "{name} is no figure of `bench {}`: `bench {} --only {name}` takes it",
+            "{name} is not a figure of `bench {}`: use `bench {} --only {name}`",
             suite.text(),
             of.text()
         );
@@ -363,7 +364,7 @@ pub fn run(wanted: Wanted) -> Result<ExitCode> {
     })
 }
 
-/// Resolved here, once: the report names what was measured.
+/// Resolves the path of a binary once, so that the report names the binary that was measured.
 fn binary(dir: Option<&Path>, name: &str) -> Result<PathBuf> {
     let Some(dir) = dir else {
         return netns_lab::find_binary(name);

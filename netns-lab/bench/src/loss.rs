@@ -1,4 +1,4 @@
-//! `loss`: gossip loses datagrams, and nobody may be declared dead.
+//! `loss`: gossip loses datagrams, and no host may be declared dead.
 
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
@@ -20,14 +20,14 @@ const PERCENT: f64 = 30.0;
 const GOSSIP_PORT: u16 = 7940;
 const POLL: Duration = Duration::from_secs(1);
 
-/// What one host said of the others.
+/// The verdicts of one host about the other hosts.
 #[derive(Default)]
 struct Verdicts {
-    /// Looks at `peers` that found a host dead, or suspect.
+    /// Polls of `peers` that showed a host as dead.
     seen_dead: usize,
     seen_suspect: usize,
     looks: usize,
-    /// Events that a host is dead, or suspect.
+    /// Events that declared a host dead.
     dead: Vec<String>,
     suspect: usize,
 }
@@ -52,22 +52,22 @@ pub(crate) fn measure(bench: &Bench) -> Result<Figure> {
     let arrived = (after.1 - before.1) / (after.0 - before.0) * 100.0;
     let sum = |of: fn(&Verdicts) -> usize| verdicts.iter().map(of).sum::<usize>();
     let events: Vec<&String> = verdicts.iter().flat_map(|each| &each.dead).collect();
-    // Either may miss what the other one sees.
+    // Events and polls may each miss what the other one shows.
     let dead = events.len().max(sum(|each| each.seen_dead));
     let suspect = sum(|each| each.suspect).max(sum(|each| each.seen_suspect));
     let notes = events.iter().take(10).map(|event| (*event).clone()).collect();
     Ok(Figure {
         setup: format!(
             "{HOSTS} hosts with an endpoint each, default settings; {} s in which {PERCENT} % of the datagrams to \
-             UDP port {GOSSIP_PORT} are lost, each way and between all hosts; declared by any host of any other, \
-             by its events and by `peers` asked once a second ({} looks)",
+             UDP port {GOSSIP_PORT} are lost, in both directions between all hosts; verdicts of any host about any other, \
+             by its events and by `peers` polled once per second ({} polls)",
             length.as_secs(),
             sum(|each| each.looks)
         ),
         rows: vec![
             Row::with_bar("hosts declared dead", dead as f64, "times", Bar::AtMost(0.0)),
             Row::context("hosts suspected", suspect as f64, "times"),
-            // By the daemons' own count: that there was a loss.
+            // Proves that there was loss, by the daemons' own counters.
             Row::context("datagrams of gossip that arrived", arrived, "%"),
         ],
         notes,
@@ -81,7 +81,7 @@ pub(crate) fn measure(bench: &Bench) -> Result<Figure> {
     })
 }
 
-/// How many datagrams of gossip all hosts have sent and received so far.
+/// Returns the gossip datagrams that all hosts have sent and received so far.
 fn datagrams(cluster: &Cluster) -> Result<(f64, f64)> {
     let (mut sent, mut received) = (0.0, 0.0);
     for index in 0..HOSTS {
@@ -92,18 +92,18 @@ fn datagrams(cluster: &Cluster) -> Result<(f64, f64)> {
     Ok((sent, received))
 }
 
-/// Follows a daemon's events and asks for its peers until the time is over.
+/// Follows a daemon's events and polls its peers for `length`.
 fn observe(host: &Host, length: Duration, began_ms: u64) -> Result<Verdicts> {
     let mut follower = Client::connect(&host.socket())?;
     follower.send(&json!({"request": "events", "follow": true}))?;
     let handle = follower.handle()?;
-    // A host may have nothing to say for minutes.
+    // No timeout: a host may have no events for minutes.
     handle.set_read_timeout(None)?;
     let mut asker = Client::connect(&host.socket())?;
     let verdicts = Mutex::new(Verdicts::default());
     thread::scope(|scope| {
         scope.spawn(|| {
-            // The error is the end of the connection, made below.
+            // The connection is closed below, which causes this error.
             while let Ok(events) = follower.next_reply() {
                 note_events(host, &events, began_ms, &verdicts);
             }
@@ -120,7 +120,7 @@ fn observe(host: &Host, length: Duration, began_ms: u64) -> Result<Verdicts> {
     Ok(verdicts.into_inner().unwrap_or_else(PoisonError::into_inner))
 }
 
-/// Ends a connection also when the thread that asks fails: its scope waits for the one that reads.
+/// Closes a connection on drop, also if the polling thread fails: its scope waits for the reading thread.
 struct Ending(UnixStream);
 
 impl Drop for Ending {
@@ -144,7 +144,7 @@ fn note_events(host: &Host, events: &Value, began_ms: u64, verdicts: &Mutex<Verd
     }
 }
 
-/// Whether an event says that a host is in that state now; `dead -> alive` says that it was.
+/// Returns whether an event says that a host is in this state now. `dead -> alive` says that it was.
 fn declares(message: &str, state: &str) -> bool {
     message.ends_with(&format!("-> {state}")) || message.contains(&format!("is {state}"))
 }
@@ -163,7 +163,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_return_is_no_death() {
+    fn leaving_the_dead_state_does_not_declare_a_host_dead() {
         assert!(declares("alive -> dead", "dead") && declares("is dead: its VTEP does not answer", "dead"));
         assert!(!declares("dead -> alive", "dead") && !declares("alive -> suspect", "dead"));
     }

@@ -1,5 +1,4 @@
-//! Watches kernels: tells when a VXLAN device's forwarding entry (FDB) comes or goes, by the
-//! kernel's own notification (RTNLGRP_NEIGH), in many namespaces at once.
+//! A watcher of the FDB entries of VXLAN devices in many namespaces, by kernel notifications (RTNLGRP_NEIGH).
 
 use std::net::IpAddr;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -17,31 +16,31 @@ use nix::sys::socket::{MsgFlags, SockProtocol, recv};
 use super::client::Mac;
 use super::netlink;
 
-/// The bit of RTNLGRP_NEIGH in the mask that a netlink socket is bound to.
+/// Bit of RTNLGRP_NEIGH in the group mask of a netlink socket.
 const NEIGH_GROUP: u32 = 1 << 2;
 
-/// A VXLAN device's entry that came (or was replaced) or went.
+/// An entry of a VXLAN device that was added (or replaced) or deleted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Change {
     pub(crate) added: bool,
     pub(crate) mac: Mac,
-    /// The host that the entry sends to.
+    /// Destination of the entry.
     pub(crate) destination: IpAddr,
 }
 
-/// A change, and where and when the watcher was told of it.
+/// A change, with the host and the time of its notification.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Seen {
-    /// The host's place among those that are watched.
+    /// Index of the host among the watched ones.
     pub(crate) host: usize,
     pub(crate) at: Instant,
     pub(crate) change: Change,
 }
 
-/// Listens from `start` until it is dropped.
+/// Records notifications from `start` until it is dropped.
 pub(crate) struct Watcher {
     seen: Receiver<Result<Seen>>,
-    /// Its other end sees that this one is gone.
+    /// Dropping this half of a socket pair stops the watcher thread.
     alive: Option<UnixStream>,
     thread: Option<JoinHandle<()>>,
 }
@@ -54,26 +53,26 @@ impl Watcher {
             .collect::<Result<Vec<OwnedFd>>>()?;
         let (alive, stop) = UnixStream::pair()?;
         let (sender, seen) = channel();
-        // One thread for all: to wake one per host would take processor time from the daemons.
+        // One thread for all hosts: waking one per host would take CPU time from the daemons.
         let thread = thread::Builder::new().name("watcher".to_owned()).spawn(move || {
             if let Err(error) = watch(&sockets, &stop, &sender) {
-                // Nobody listens any more: then nobody misses it.
+                // A send fails only if the receiver is dropped.
                 sender.send(Err(error)).ok();
             }
         })?;
         Ok(Watcher { seen, alive: Some(alive), thread: Some(thread) })
     }
 
-    /// The next change, or `None` when the deadline is over.
+    /// Waits for the next change. `None` if the deadline has passed.
     pub(crate) fn next(&self, deadline: Instant) -> Result<Option<Seen>> {
         match self.seen.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
             Ok(seen) => seen.map(Some),
             Err(RecvTimeoutError::Timeout) => Ok(None),
-            Err(RecvTimeoutError::Disconnected) => bail!("the watcher has ended"),
+            Err(RecvTimeoutError::Disconnected) => bail!("the watcher has stopped"),
         }
     }
 
-    /// Forgets what was seen so far.
+    /// Discards the changes seen so far.
     pub(crate) fn drain(&self) -> Result<()> {
         self.seen.try_iter().try_for_each(|seen| seen.map(drop))
     }
@@ -100,7 +99,7 @@ fn watch(sockets: &[OwnedFd], stop: &UnixStream, seen: &Sender<Result<Seen>>) ->
         }
         let ready: Vec<bool> = fds.iter().map(|fd| fd.any().unwrap_or(false)).collect();
         if ready.last() == Some(&true) {
-            // Nothing is ever sent here: it is the other end's end.
+            // Nothing is sent here: readable means that the other end is closed.
             return Ok(());
         }
         for (host, socket) in sockets.iter().enumerate().filter(|(host, _)| ready[*host]) {
@@ -109,14 +108,14 @@ fn watch(sockets: &[OwnedFd], stop: &UnixStream, seen: &Sender<Result<Seen>>) ->
     }
 }
 
-/// Reads what has come to one socket.
+/// Reads the pending notifications of one socket.
 fn read_all(host: usize, socket: &OwnedFd, buffer: &mut [u8], seen: &Sender<Result<Seen>>) -> Result<()> {
     loop {
         let length = match recv(socket.as_raw_fd(), buffer, MsgFlags::empty()) {
             Ok(length) => length,
             Err(Errno::EAGAIN) => return Ok(()),
             Err(Errno::EINTR) => continue,
-            // ENOBUFS above all: notifications were lost, so nothing after this is certain.
+            // In particular ENOBUFS: notifications were lost, so later results would be wrong.
             Err(error) => return Err(error).context("cannot receive notifications"),
         };
         let at = Instant::now();
@@ -126,7 +125,7 @@ fn read_all(host: usize, socket: &OwnedFd, buffer: &mut [u8], seen: &Sender<Resu
     }
 }
 
-/// The changes of VXLAN entries in a datagram.
+/// Parses the changes of VXLAN entries in a datagram.
 fn changes(datagram: &[u8]) -> Vec<Change> {
     let found = netlink::messages(datagram).filter_map(|(kind, message)| match kind {
         RTM_NEWNEIGH | RTM_DELNEIGH => change(kind == RTM_NEWNEIGH, message),
@@ -135,7 +134,7 @@ fn changes(datagram: &[u8]) -> Vec<Change> {
     found.collect()
 }
 
-/// struct ndmsg.
+/// Size of `struct ndmsg`.
 const NDMSG: usize = 12;
 const RTM_NEWNEIGH: u16 = 28;
 const RTM_DELNEIGH: u16 = 29;
@@ -143,7 +142,7 @@ const NDA_DST: u16 = 1;
 const NDA_LLADDR: u16 = 2;
 const AF_BRIDGE: u8 = 7;
 
-/// An entry with a destination is a VXLAN device's own; a bridge's has none.
+/// Parses a change. `None` for entries without a destination, which belong to bridges.
 fn change(added: bool, message: &[u8]) -> Option<Change> {
     if *message.first()? != AF_BRIDGE {
         return None;
@@ -177,7 +176,7 @@ mod tests {
     }
 
     #[test]
-    fn entries_of_vxlan_devices_are_seen() {
+    fn entries_of_vxlan_devices_are_parsed() {
         let mac = attribute(NDA_LLADDR, &[2, 0, 0, 0, 0, 9]);
         let destination = attribute(NDA_DST, &[192, 168, 77, 3]);
         let datagram = [
@@ -193,9 +192,9 @@ mod tests {
     }
 
     #[test]
-    fn damaged_messages_end_the_datagram() {
+    fn malformed_messages_end_the_datagram() {
         assert!(changes(&[1, 2, 3]).is_empty());
-        // A length of nothing must not be read for ever.
+        // A length of zero must not cause an endless loop.
         assert!(changes(&[0; 64]).is_empty());
         let mut truncated = message(RTM_NEWNEIGH, AF_BRIDGE, &[attribute(NDA_LLADDR, &[0; 6])]);
         truncated.truncate(30);

@@ -1,4 +1,4 @@
-//! What kernels notify by netlink: a socket that hears a group, and how its datagrams are made up.
+//! Netlink notifications: a socket that receives groups, and the format of its datagrams.
 
 use std::os::fd::{AsRawFd as _, OwnedFd};
 
@@ -9,12 +9,12 @@ use nix::sys::socket::{
     sockopt::RcvBufForce,
 };
 
-/// Room for thousands of notifications while the reader waits for a processor.
+/// Receive buffer for thousands of notifications while the reader is not scheduled.
 const RECEIVE_BUFFER: usize = 32 << 20;
-/// The size of struct nlmsghdr.
+/// Size of `struct nlmsghdr`.
 const HEADER: usize = 16;
 
-/// A socket in a host's namespace that hears the groups of a mask, and never waits. It stays there, whoever reads it.
+/// Opens a non-blocking socket in a host's namespace that receives the groups of a mask.
 pub(crate) fn listen(host: &Host, protocol: SockProtocol, groups: u32) -> Result<OwnedFd> {
     host.run(|| open(protocol, groups))?
         .with_context(|| format!("cannot watch the kernel of {}", host.name()))
@@ -28,7 +28,7 @@ fn open(protocol: SockProtocol, groups: u32) -> Result<OwnedFd> {
     Ok(socket)
 }
 
-/// The messages of a datagram: the kind of each, and what follows its header.
+/// Iterates over the messages of a datagram: type and payload.
 pub(crate) fn messages(mut rest: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
     std::iter::from_fn(move || {
         let (length, kind) = (u32_at(rest, 0)? as usize, u16_at(rest, 4)?);
@@ -38,7 +38,7 @@ pub(crate) fn messages(mut rest: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
     })
 }
 
-/// Attributes one after the other (struct nlattr): the kind of each, and its value.
+/// Iterates over attributes (`struct nlattr`): type and value.
 pub(crate) fn attributes(mut rest: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
     std::iter::from_fn(move || {
         let (length, kind) = (usize::from(u16_at(rest, 0)?), u16_at(rest, 2)?);
@@ -48,7 +48,7 @@ pub(crate) fn attributes(mut rest: &[u8]) -> impl Iterator<Item = (u16, &[u8])> 
     })
 }
 
-/// Messages and attributes begin at multiples of four.
+/// Rounds a length up to a multiple of four, the alignment of messages and attributes.
 fn aligned(length: usize) -> usize {
     length.next_multiple_of(4)
 }
@@ -61,7 +61,7 @@ fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
     bytes.get(at..at + 4)?.try_into().ok().map(u32::from_ne_bytes)
 }
 
-/// What a kernel would send, for the tests of those who read it.
+/// Builders of kernel messages for tests.
 #[cfg(test)]
 pub(crate) mod made {
     use super::{HEADER, aligned};

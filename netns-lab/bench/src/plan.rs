@@ -1,4 +1,4 @@
-//! How much is measured.
+//! Counts and durations of the measurements.
 
 use std::time::Duration;
 
@@ -8,66 +8,65 @@ use serde_json::{Value, json};
 #[derive(Clone, Debug)]
 pub struct Plan {
     pub(crate) quick: bool,
-    /// How long each TCP stream runs.
+    /// Length of one TCP stream.
     pub stream: Duration,
-    /// How often each path gets its turn.
+    /// Number of rounds of each path.
     pub(crate) turns: usize,
     pub(crate) announces: usize,
     pub(crate) bulk: usize,
     pub(crate) bulk_rounds: usize,
     pub(crate) attaches: usize,
-    /// Those by `ovlctl`.
+    /// Number of attaches with `ovlctl`.
     pub(crate) attach_processes: usize,
     pub(crate) deaths: usize,
     /// How long gossip loses datagrams.
     pub loss: Duration,
     pub(crate) settle: Duration,
     pub(crate) idle: Duration,
-    /// How long the daemon is away, in each round.
+    /// How long the daemon is down in each round.
     pub(crate) away: Vec<Duration>,
-    /// Of `bench cni`: pods that stand at the same time when they come one by one, and how often
-    /// they come and go.
+    /// `bench cni`: number of pods that are added one by one, and the number of rounds.
     pub(crate) pods: usize,
     pub(crate) pod_rounds: usize,
-    /// Those that come eight at once: no more than an empty host's first block holds.
+    /// `bench cni`: number of pods added eight at a time, at most the size of a host's first block.
     pub(crate) at_once_pods: usize,
     pub(crate) at_once_rounds: usize,
-    /// The reference plugins take their time.
+    /// `bench cni`: number of rounds of the reference plugins, which are slow.
     pub(crate) reference_rounds: usize,
     pub(crate) versions: usize,
-    /// Pods that come and go in a row.
+    /// `bench cni`: number of pods added and deleted in sequence.
     pub(crate) soak: usize,
-    /// Of `bench tunnel`: how often each contender gets its turn.
+    /// `bench tunnel`: number of rounds of each contender.
     pub(crate) tunnel_turns: usize,
-    /// In each of those turns.
+    /// `bench tunnel`: number of round trips in each round.
     pub(crate) round_trips: usize,
-    /// Of a stream under which memory is looked at, and how many there are.
+    /// `bench tunnel`: length and number of the streams during which memory is measured.
     pub(crate) load: Duration,
     pub(crate) load_turns: usize,
-    /// Of `bench docker`: containers by turns, containers whose links are watched, addresses that are
-    /// pinged, and cuts.
+    /// `bench docker`: number of alternating containers, of containers whose links are watched, of pinged
+    /// addresses, and of disconnections.
     pub(crate) docker_runs: usize,
     pub(crate) docker_links: usize,
     pub(crate) docker_pings: usize,
     pub(crate) docker_cuts: usize,
-    /// Of `bench publish`: ports that are there, those that come one by one, and connections each way.
+    /// `bench publish`: number of existing ports, of ports added one by one, and of connections of each kind.
     pub(crate) published: u16,
     pub(crate) publishes: usize,
     pub(crate) connects: usize,
-    /// Of `bench policy`: pods on all hosts, groups of them with policies of their own, rounds with and without, and
-    /// attaches in each.
+    /// `bench policy`: number of pods on all hosts, of groups with their own policies, of rounds with and
+    /// without policies, and of attaches in each round.
     pub(crate) policy_pods: usize,
     pub(crate) policy_groups: usize,
     pub(crate) policy_rounds: usize,
     pub(crate) policy_attaches: usize,
-    /// Of `bench services`: Services that are there, how often they are loaded, and backends that come or go.
+    /// `bench services`: number of Services, of loads, and of backend changes.
     pub(crate) services: usize,
     pub(crate) service_loads: usize,
     pub(crate) service_changes: usize,
 }
 
 impl Plan {
-    /// What the figures are to be taken with.
+    /// Returns the plan of a full measurement.
     pub fn full() -> Self {
         Plan {
             quick: false,
@@ -82,7 +81,7 @@ impl Plan {
             loss: Duration::from_secs(300),
             settle: Duration::from_secs(20),
             idle: Duration::from_secs(30),
-            // Longer than a host is silent before it is judged, too.
+            // Including more than the time after which a silent host is judged.
             away: [0, 200, 1000, 3000, 8000].map(Duration::from_millis).to_vec(),
             pods: 100,
             pod_rounds: 6,
@@ -112,7 +111,7 @@ impl Plan {
         }
     }
 
-    /// All of it once, in less than a minute: whether it works, not how well.
+    /// Returns the plan of a smoke test: every figure once, in less than a minute.
     pub fn quick() -> Self {
         Plan {
             quick: true,

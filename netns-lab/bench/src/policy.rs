@@ -1,4 +1,5 @@
-//! `policies`: a thousand network policies over ten thousand pods; what one more pod costs, and a connection.
+//! `policies`: the cost of one more pod, and of a connection, with a thousand network policies and ten
+//! thousand pods.
 
 use std::fs;
 use std::net::{IpAddr, SocketAddr};
@@ -19,16 +20,16 @@ use super::{Bench, connect};
 const HOSTS: usize = 8;
 const NETWORK: &str = "pods";
 const SUBNET: &str = "10.64.0.0/14";
-/// Each host's block: 2,046 pods.
+/// Prefix length of each host's block: 2,046 pods.
 const BLOCK: &str = "21";
 const NAMESPACES: usize = 10;
-/// That select each pod.
+/// Number of policies that select each pod.
 const POLICIES_EACH: usize = 3;
 const PORT: u16 = 8080;
 const AT_ONCE: usize = 16;
 const PATIENCE: Duration = Duration::from_secs(180);
 
-/// What was measured under the policies, or without them.
+/// Times with or without policies.
 #[derive(Default)]
 struct Times {
     attach: Vec<f64>,
@@ -82,16 +83,16 @@ fn figure(
     let [connect, connect_without] = [with.connect, without.connect].map(Samples::new);
     Figure {
         setup: format!(
-            "{HOSTS} hosts, a routed network, {pods} pods with a namespace of their own each, {policies} policies; each pod \
+            "{HOSTS} hosts, a routed network, {pods} pods with a separate network namespace each, {policies} policies; each pod \
              selected by {POLICIES_EACH} (two of ingress, one of egress), each with two selectors of peers and an ipBlock. \
              {} attaches on h1 with the policies and as many without them, {} connections from a pod of h1 to one \
-             of h2 that policies of both select, by turns of all of it",
+             of h2 that policies of both select, in alternating rounds",
             attach.len(),
             connect.len()
         ),
         rows: vec![
             Row::with_bar(
-                "a pod added (an attach with the policies less one without), p50",
+                "a pod added (an attach with the policies minus one without), p50",
                 attach.median() - attach_without.median(),
                 "ms",
                 Bar::AtMost(2.0),
@@ -99,7 +100,7 @@ fn figure(
             Row::context("an attach with the policies, p50", attach.median(), "ms"),
             Row::context("an attach without, p50", attach_without.median(), "ms"),
             Row::with_bar(
-                "connecting, of connecting without policies, p50",
+                "connecting, relative to connecting without policies, p50",
                 connect.median() / connect_without.median(),
                 "",
                 Bar::AtMost(1.2),
@@ -123,7 +124,7 @@ fn figure(
     }
 }
 
-/// The request that makes a workload a pod of a group.
+/// Builds the request that attaches a workload as a pod of a group.
 fn pod(name: &str, workload: &Workload, group: usize) -> Value {
     let mut request = client::attach(name, NETWORK, workload.path(), None);
     request["namespace"] = namespace(group).into();
@@ -139,13 +140,13 @@ fn app(group: usize) -> String {
     format!("app{group}")
 }
 
-/// The policy of a number: each group has as many as select each pod. Pods of a group may be reached by some of the
-/// next groups, and reach some of those before.
+/// Builds the policy with this number. Each group has [`POLICIES_EACH`] policies. Pods of a group accept
+/// connections from some of the next groups, and may connect to some of the previous ones.
 fn policy(number: usize, groups: usize) -> Value {
     let (group, turn) = (number / POLICIES_EACH, number % POLICIES_EACH);
     let egress = turn == POLICIES_EACH - 1;
     let other = |distance: usize| (group + if egress { groups - distance } else { distance }) % groups;
-    // The first is of the same namespace.
+    // The first peer is in the same namespace.
     let near = other(NAMESPACES * if egress { 1 } else { turn + 1 });
     let far = other(NAMESPACES * turn + 1);
     let selects = |group: usize| json!({ "matchLabels": { "app": app(group) } });
@@ -177,7 +178,7 @@ fn policy(number: usize, groups: usize) -> Value {
     })
 }
 
-/// A pod of h1, and where one of h2 listens that the policies let it reach.
+/// Creates a client pod on h1, and a server pod on h2 that the policies allow it to reach.
 fn ends(cluster: &Cluster) -> Result<(Workload, SocketAddr)> {
     let make = |index: usize, name: &str, group: usize| -> Result<(Workload, IpAddr)> {
         let workload = cluster.host(index)?.workload(name)?;
@@ -190,13 +191,13 @@ fn ends(cluster: &Cluster) -> Result<(Workload, SocketAddr)> {
     Ok((client, SocketAddr::new(address, PORT)))
 }
 
-/// Until all hosts have so many policies, and their kernels too.
+/// Waits until all hosts and their kernels have this number of policies.
 fn settle(cluster: &Cluster, policies: usize) -> Result<()> {
     for host in cluster.hosts() {
         wait_until(PATIENCE, &format!("{policies} policies on {}", host.name()), || {
             let listed = host.ctl_json(&["policy", "ls"])?;
             let count = listed.as_array().map_or(0, Vec::len);
-            ensure!(count == policies, "there are {count}");
+            ensure!(count == policies, "{count} policies");
             host.ctl_ok(&["verify"]).map(drop)
         })?;
     }
@@ -223,7 +224,8 @@ fn take(
     }
     let count = bench.plan.connects;
     let connects = from.run(move || {
-        let once = |_| connect::connect(to, Duration::from_secs(5)).context("a connection that should pass");
+        let once =
+            |_| connect::connect(to, Duration::from_secs(5)).context("a connection that the policies allow");
         (0..count).map(once).collect::<Result<Vec<f64>>>()
     })?;
     times.connect.extend(connects?);
@@ -235,9 +237,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_client_may_reach_the_server() {
+    fn policies_allow_the_client_to_reach_the_server() {
         for groups in [30, 340] {
-            // A policy of the server's group, and one of the client's.
+            // A policy of the server's group, and one of the client's group.
             let (ingress, egress) = (policy(0, groups), policy(NAMESPACES * POLICIES_EACH + 2, groups));
             assert_eq!(ingress["spec"]["podSelector"]["matchLabels"]["app"], app(0));
             assert_eq!(

@@ -1,4 +1,5 @@
-//! A thousand published ports: what one more costs, and what a connection through the last one costs.
+//! `ports`: the cost of one more published port, and of a connection through the last one, with a thousand
+//! published ports.
 
 use std::net::SocketAddr;
 use std::time::Instant;
@@ -14,7 +15,7 @@ use super::report::{Bar, Figure, Row};
 use super::stats::{Samples, ms};
 
 const NETWORK: &str = "bench";
-/// The first of the host's ports.
+/// First published port of the host.
 const FIRST: u16 = 20_000;
 const SUBNET: &str = "10.77.0.0/16";
 const GATEWAY: &str = "192.168.77.250";
@@ -44,14 +45,14 @@ pub(crate) fn measure(bench: &Bench) -> Result<Figure> {
     Ok(Figure {
         setup: format!(
             "one host, a bridge network, {ports} ports published for one endpoint; {} attaches with one more port and \
-             as many without, in turns, over the socket; {} connections from outside to the endpoint's address by a \
-             route and as many to the last port, in turns, on all cores",
+             as many without, alternating, over the socket; {} connections from outside to the endpoint's address through a \
+             route and as many to the last port, alternating, on all cores",
             with.len(),
             there.len()
         ),
         rows: vec![
             Row::with_bar(
-                "one more published port, p50 (an attach with it less one without)",
+                "one more published port, p50 (an attach with it minus one without)",
                 with.percentile(50.0) - without.percentile(50.0),
                 "ms",
                 Bar::AtMost(2.0),
@@ -59,7 +60,7 @@ pub(crate) fn measure(bench: &Bench) -> Result<Figure> {
             Row::context("an attach with a port, p50", with.percentile(50.0), "ms"),
             Row::context("an attach without, p50", without.percentile(50.0), "ms"),
             Row::with_bar(
-                "connecting through the last port, of direct, p50",
+                "connecting through the last port, relative to a direct connection, p50",
                 past.percentile(50.0) / there.percentile(50.0),
                 "",
                 Bar::AtMost(1.15),
@@ -87,7 +88,7 @@ fn ask(host: &Host, workload: &Workload, publish: Vec<Value>) -> Result<Value> {
     Client::connect(&host.socket())?.ask(&request)
 }
 
-/// Attaches with a port that nobody has yet, and without one, in turns.
+/// Attaches with a new port and without one, alternating.
 fn one_more(host: &Host, count: usize, first: u16) -> Result<(Samples, Samples)> {
     let workloads = host.bare_workloads("more", 2 * count)?;
     let (mut with, mut without) = (Vec::new(), Vec::new());

@@ -1,4 +1,4 @@
-//! What was measured: as a table for people, as JSON for programs.
+//! The report: a table for people and JSON for programs.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -10,25 +10,25 @@ use serde_json::{Value, json};
 use super::setup::Setup;
 use super::stats::round;
 
-/// What a value is held against.
+/// The target of a value.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Bar {
     AtMost(f64),
     AtLeast(f64),
 }
 
-/// A value, or why there is none.
+/// A measured value, or the reason why there is none.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) enum Measured {
     Value(f64),
-    /// It needs a peer that this machine does not have.
+    /// A required peer is unavailable on this machine.
     NoPeer,
-    /// It was tried; the figure's notes say what went wrong.
+    /// The measurement failed; the figure's notes say why.
     Failed,
 }
 
 impl Measured {
-    /// A ratio, where both are there.
+    /// Returns the ratio of two values, if both were measured.
     pub(crate) fn over(self, other: Measured) -> Measured {
         match (self, other) {
             (Measured::Value(this), Measured::Value(other)) => Measured::Value(this / other),
@@ -38,7 +38,7 @@ impl Measured {
     }
 }
 
-/// One number.
+/// One row of the table.
 #[derive(Clone, Debug)]
 pub(crate) struct Row {
     what: String,
@@ -48,7 +48,7 @@ pub(crate) struct Row {
 }
 
 impl Row {
-    /// One without a bar, beside those that have one.
+    /// Creates a row without a bar.
     pub(crate) fn context(what: &str, value: f64, unit: &'static str) -> Self {
         Row::of(what, Measured::Value(value), unit, None)
     }
@@ -57,12 +57,13 @@ impl Row {
         Row::of(what, Measured::Value(value), unit, Some(bar))
     }
 
-    /// One that may not have been measured.
+    /// Creates a row whose value may be missing.
     pub(crate) fn of(what: &str, value: Measured, unit: &'static str, bar: Option<Bar>) -> Self {
         Row { what: what.to_owned(), value, unit, bar }
     }
 
-    /// A value that is no number meets no bar. None where there is no bar, or nothing to hold against it.
+    /// Returns whether the bar is met. NaN does not meet a bar. `None` if there is no bar or a peer is
+    /// unavailable.
     fn met(&self) -> Option<bool> {
         let Measured::Value(value) = self.value else { return None };
         self.bar.map(|bar| match bar {
@@ -108,7 +109,7 @@ impl Row {
         };
         json!({
             "what": self.what,
-            // JSON has no way to write one that is no number; it becomes null.
+            // JSON cannot represent NaN; it becomes null.
             "value": value,
             "lack": lack,
             "unit": self.unit,
@@ -118,7 +119,7 @@ impl Row {
     }
 }
 
-/// Three or four digits, as far as they say something.
+/// Formats a value with three or four significant digits.
 fn shown(value: f64) -> String {
     match value.abs() {
         _ if value.fract() == 0.0 => format!("{value:.0}"),
@@ -128,29 +129,29 @@ fn shown(value: f64) -> String {
     }
 }
 
-/// A figure: its numbers, and all that is needed to judge them.
+/// A figure: its values and the information to judge them.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Figure {
-    /// What it was measured in and how: a figure without that says nothing.
+    /// Set-up and method of the measurement.
     pub(crate) setup: String,
     pub(crate) rows: Vec<Row>,
-    /// What a reader must know, or what looks wrong.
+    /// Notes for the reader, such as irregularities.
     pub(crate) notes: Vec<String>,
-    /// The samples' summaries and whatever else; in the JSON alone.
+    /// Summaries of the samples and other details, only in the JSON.
     pub(crate) details: Value,
 }
 
-/// A figure by its name, or why there is none.
+/// The name of a figure, and its result or error.
 pub(crate) type Outcome = (&'static str, Result<Figure>);
 
-/// What is wrong with all of it.
+/// Number of missed, failed and unmeasured bars.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Tally {
-    /// Bars that a value does not meet.
+    /// Bars that are missed.
     pub(crate) missed: usize,
-    /// Figures that could not be taken, or not all of them.
+    /// Figures that could not be measured, or not completely.
     pub(crate) failed: usize,
-    /// Bars that need a peer that is not here.
+    /// Bars that need an unavailable peer.
     pub(crate) unmeasured: usize,
 }
 
@@ -168,7 +169,7 @@ pub(crate) fn tally(outcomes: &[Outcome]) -> Tally {
     }
 }
 
-/// The table, with each figure's set-up below it.
+/// Renders the table, with each figure's set-up below it.
 pub(crate) fn table(setup: &Setup, outcomes: &[Outcome]) -> String {
     let mut lines = vec![["FIGURE", "VALUE", "BAR", "MET"].map(str::to_owned)];
     for (name, outcome) in outcomes {
@@ -191,7 +192,7 @@ pub(crate) fn table(setup: &Setup, outcomes: &[Outcome]) -> String {
             let width = lines.iter().map(|line| line[column].len()).max().unwrap_or(0);
             format!("{cell:width$}")
         });
-        // Writing to a String does not fail.
+        // Writing to a String cannot fail.
         writeln!(text, "{}", cells.collect::<Vec<_>>().join("  ").trim_end()).ok();
     }
     writeln!(text, "\nOn {setup}").ok();
@@ -214,12 +215,12 @@ pub(crate) fn table(setup: &Setup, outcomes: &[Outcome]) -> String {
     let Tally { missed, failed, unmeasured } = tally(outcomes);
     match (missed, failed) {
         (0, 0) if unmeasured == 0 => writeln!(text, "All bars are met."),
-        (0, 0) => writeln!(text, "All bars that were measured are met."),
-        _ => writeln!(text, "{missed} bars are MISSED, {failed} figures could not be taken."),
+        (0, 0) => writeln!(text, "All measured bars are met."),
+        _ => writeln!(text, "{missed} bars are MISSED, {failed} figures could not be measured."),
     }
     .ok();
     if unmeasured > 0 {
-        writeln!(text, "{unmeasured} bars were NOT MEASURED for want of a peer.").ok();
+        writeln!(text, "{unmeasured} bars were NOT MEASURED because a peer is unavailable.").ok();
     }
     text
 }
@@ -266,7 +267,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn bars() {
+    fn bars_are_met_or_missed() {
         let met = |value, bar| Row::with_bar("x", value, "ms", bar).met();
         assert_eq!(met(15.0, Bar::AtMost(15.0)), Some(true));
         assert_eq!(met(15.1, Bar::AtMost(15.0)), Some(false));
@@ -276,7 +277,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_not_measured_is_neither_met_nor_missed() {
+    fn unmeasured_bars_are_neither_met_nor_missed() {
         let row = |value| Row::of("x", value, "", Some(Bar::AtLeast(2.0)));
         let (value, no_peer, failed) = (Measured::Value(8.0), Measured::NoPeer, Measured::Failed);
         assert_eq!(value.over(Measured::Value(2.0)), Measured::Value(4.0));
@@ -291,7 +292,7 @@ mod tests {
     }
 
     #[test]
-    fn values_show_what_they_say() {
+    fn values_have_three_or_four_digits() {
         let all = [0.0, 0.0123, 0.5, 3.456, 99.994, 1234.56, 300.0].map(shown);
         assert_eq!(all, ["0", "0.012", "0.50", "3.46", "99.99", "1235", "300"]);
     }

@@ -1,4 +1,4 @@
-//! What everything was measured on: the machine and the binaries.
+//! The set-up of a measurement: the machine and the binaries.
 
 use std::fmt::{self, Display, Formatter};
 use std::fs;
@@ -10,7 +10,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 
-/// Above this, other work would show in the figures.
+/// Load average above which other work would affect the figures.
 const QUIET_LOAD: f64 = 0.7;
 
 /// The machine and the daemon.
@@ -29,7 +29,7 @@ pub(crate) struct Setup {
     quick: bool,
 }
 
-/// How a binary was built, as far as its place tells.
+/// The build profile of a binary, derived from its path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Profile {
     Release,
@@ -83,7 +83,7 @@ impl Setup {
         })
     }
 
-    /// What makes the figures worth less than they look.
+    /// Returns warnings that limit the significance of the figures.
     pub(crate) fn warnings(&self) -> Vec<String> {
         let mut warnings = Vec::new();
         if self.profile != Profile::Release {
@@ -95,12 +95,12 @@ impl Setup {
         }
         if self.load_before > QUIET_LOAD {
             warnings.push(format!(
-                "the machine was not idle (load {} before the start): times are longer than they should be",
+                "the machine was not idle (load {} before the start): times are too long",
                 self.load_before
             ));
         }
         if self.quick {
-            warnings.push("--quick: too few samples to judge anything by".to_owned());
+            warnings.push("--quick: too few samples for a verdict".to_owned());
         }
         warnings
     }

@@ -4,12 +4,12 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-/// A duration in milliseconds, as all of the bench's times are given.
+/// Converts a duration to milliseconds, the unit of all times of the benchmarks.
 pub(crate) fn ms(duration: Duration) -> f64 {
     duration.as_secs_f64() * 1000.0
 }
 
-/// Samples in ascending order.
+/// Samples, sorted in ascending order.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Samples(Vec<f64>);
 
@@ -23,13 +23,13 @@ impl Samples {
         self.0.len()
     }
 
-    /// The value that this share of the samples does not exceed: a sample, nothing between two.
+    /// Returns the percentile by the nearest-rank method: always one of the samples.
     pub(crate) fn percentile(&self, percent: f64) -> f64 {
         let rank = (percent / 100.0 * self.0.len() as f64).ceil() as usize;
         self.0.get(rank.saturating_sub(1)).or(self.0.last()).copied().unwrap_or(f64::NAN)
     }
 
-    /// The middle one, or the mean of the middle two.
+    /// Returns the median: the middle sample, or the mean of the middle two.
     pub(crate) fn median(&self) -> f64 {
         let half = self.0.len() / 2;
         match (self.0.len() % 2, self.0.get(half), half.checked_sub(1).and_then(|below| self.0.get(below))) {
@@ -59,7 +59,7 @@ impl Samples {
     }
 }
 
-/// To what is worth reading: four digits after the point.
+/// Rounds to four decimal places.
 pub(crate) fn round(value: f64) -> f64 {
     (value * 10_000.0).round() / 10_000.0
 }
@@ -78,7 +78,7 @@ mod tests {
     }
 
     #[test]
-    fn medians() {
+    fn medians_are_the_middle_or_the_mean_of_the_middle_two() {
         assert_eq!(Samples::new(vec![3.0, 1.0, 2.0]).median(), 2.0);
         assert_eq!(Samples::new(vec![4.0, 1.0, 2.0, 3.0]).median(), 2.5);
         assert!(Samples::default().median().is_nan());

@@ -1,4 +1,4 @@
-//! One TCP stream by iperf3 between two namespaces.
+//! One TCP stream between two namespaces, measured with iperf3.
 
 use std::fs;
 use std::net::IpAddr;
@@ -10,34 +10,34 @@ use serde_json::Value;
 
 const PORT: u16 = 5201;
 const START_TIMEOUT: Duration = Duration::from_secs(5);
-/// What iperf3 needs beside the time that it is told to send.
+/// Additional time for iperf3 beyond the length of the stream.
 const GRACE: Duration = Duration::from_secs(20);
 
-/// Two namespaces and a server in the second one.
+/// Two namespaces, with an iperf3 server in the second one.
 pub(crate) struct Path {
     client: Netns,
     target: IpAddr,
-    /// Held until the last run.
+    /// The server, which runs until this is dropped.
     _server: Spawned,
 }
 
-/// Where iperf3's two processes run.
+/// The CPU cores of iperf3's two processes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Cores {
-    /// Both on the first core: nothing but the path's cost decides.
+    /// Both on the first core, so that only the cost of the path matters.
     One,
-    /// Where the scheduler puts them, which changes a run's speed by half.
+    /// Chosen by the scheduler, which changes a run's speed by up to half.
     Any,
 }
 
-/// What one run gave.
+/// The result of one run.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Speed {
     pub(crate) gbit_s: f64,
     pub(crate) retransmits: u64,
 }
 
-/// Whether iperf3 is here, and what to do if not.
+/// Checks that iperf3 is installed.
 pub(crate) fn check(netns: &Netns) -> Result<()> {
     let advice = "iperf3 is needed for this figure: apt-get install iperf3";
     let output = netns.exec(["iperf3", "--version"]).context(advice)?;
@@ -49,23 +49,23 @@ impl Path {
     pub(crate) fn new(client: &Netns, server: &Netns, target: IpAddr) -> Result<Self> {
         let address = target.to_string();
         let spawned = server.spawn(["iperf3", "-s", "-B", &address, "-p", &PORT.to_string()])?;
-        // Asking it by a connection would be a test to it.
-        wait_until(START_TIMEOUT, "iperf3's server to listen", || server.run(listens)?)?;
+        // Do not probe with a connection: iperf3 would treat it as a test.
+        wait_until(START_TIMEOUT, "the iperf3 server to listen", || server.run(listens)?)?;
         Ok(Path { client: client.clone(), target, _server: spawned })
     }
 
-    /// `cubic` wherever the machine's default is another: so that figures compare.
+    /// Runs one stream. Always uses `cubic`, so that figures of different machines are comparable.
     pub(crate) fn run(&self, length: Duration, cores: Cores) -> Result<Speed> {
         let seconds = length.as_secs().max(1).to_string();
         let (target, port) = (self.target.to_string(), PORT.to_string());
         let mut args = vec!["iperf3", "-c", &target, "-p", &port, "-C", "cubic", "-t", &seconds, "-J"];
         if cores == Cores::One {
-            // The client's, the server's.
+            // The client's core and the server's core.
             args.extend(["-A", "0,0"]);
         }
         let output = self.client.exec_for(length + GRACE, args)?;
         let report: Value = serde_json::from_str(&output.stdout)
-            .with_context(|| format!("iperf3 gave no JSON: {}{}", output.stdout, output.stderr))?;
+            .with_context(|| format!("iperf3 printed no JSON: {}{}", output.stdout, output.stderr))?;
         if let Some(error) = report["error"].as_str() {
             bail!("iperf3 from {} to {target}: {error}", self.client.netns_name());
         }
@@ -80,7 +80,7 @@ fn speed_of(report: &Value) -> Result<Speed> {
     Ok(Speed { gbit_s: bits / 1e9, retransmits })
 }
 
-/// Whether somebody listens on the port, in the calling thread's namespace.
+/// Returns whether a process listens on the port in the calling thread's namespace.
 fn listens() -> Result<bool> {
     // "local_address rem_address st": 0A is LISTEN.
     let wanted = format!(":{PORT:04X}");
@@ -104,7 +104,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn reports_of_iperf3() {
+    fn reports_of_iperf3_are_parsed() {
         let report = json!({"end": {
             "sum_sent": {"bits_per_second": 4e9, "retransmits": 7},
             "sum_received": {"bits_per_second": 3.5e9},

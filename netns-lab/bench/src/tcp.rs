@@ -1,4 +1,4 @@
-//! `tcp`: one stream through ovl's overlay, against the same built by hand, in turns.
+//! `tcp`: one TCP stream through ovl's overlay, compared with a manually built one in alternating rounds.
 
 use anyhow::Result;
 use serde_json::json;
@@ -17,7 +17,7 @@ pub(crate) fn measure(bench: &Bench) -> Result<Figure> {
     let ours = cluster.one_workload_each()?;
     let [(from, _), (to, target)] = ours.as_slice() else { anyhow::bail!("not {HOSTS} workloads") };
     let mtu = mtu_of(from)?;
-    // A lab without daemons, beside the other one: its hosts' kernels are alike.
+    // A lab without daemons beside the other one, with identical kernel settings.
     let other = bench.lab(HOSTS)?;
     let [(hand_from, _), (hand_to, hand_target)] = by_hand::build(&other, mtu)?;
     let [raw_from, raw_to] = other.hosts() else { anyhow::bail!("not {HOSTS} hosts") };
@@ -25,7 +25,7 @@ pub(crate) fn measure(bench: &Bench) -> Result<Figure> {
     let overlay = Path::new(from, to, *target)?;
     let hand = Path::new(&hand_from, &hand_to, hand_target)?;
     let raw = Path::new(raw_from, raw_to, raw_to.address()?)?;
-    // One that does not count: the first to run finds a cold machine.
+    // A warm-up run that does not count.
     hand.run(bench.plan.stream, Cores::One)?;
     let one = Turns::take(&bench.plan, &overlay, &hand, Cores::One)?;
     let any = Turns::take(&bench.plan, &overlay, &hand, Cores::Any)?;
@@ -41,26 +41,26 @@ pub(crate) fn measure(bench: &Bench) -> Result<Figure> {
     let (ours, by_hand) = (one.overlay_gbit_s().max(), one.hand_gbit_s().max());
     Ok(Figure {
         setup: format!(
-            "2 hosts, underlay MTU 1500, overlay MTU {mtu}, one iperf3 stream (cubic) of {} s, {} turns each, ovl \
-             and by hand alternating in two labs that stand side by side; the best turn of each, because other work can only slow one down. Both ends on one core, so that \
-             only the path's cost decides; also without that. By hand: bridge, VXLAN (nolearning), static FDB and \
-             neighbours, no daemon, no packet filter. On hosts as Debian starts them: bridged frames do not pass \
-             the packet filter (bridge-nf-call-iptables is 0); the row that says so has it at 1, as Docker sets it",
+            "2 hosts, underlay MTU 1500, overlay MTU {mtu}, one iperf3 stream (cubic) of {} s, {} rounds each, ovl \
+             and the manual overlay alternating in two labs side by side; the best round of each, because other work can only slow a round down. Both ends on one core, so that \
+             only the cost of the path matters; also without that. Manual: bridge, VXLAN (nolearning), static FDB and \
+             neighbours, no daemon, no packet filter. Hosts have Debian's defaults: bridged frames do not pass \
+             the packet filter (bridge-nf-call-iptables is 0); one row has it at 1, as set by Docker",
             bench.plan.stream.as_secs(),
             bench.plan.turns
         ),
         rows: vec![
             Row::with_bar(
-                "ovl's overlay : built by hand, best turns",
+                "ovl's overlay : manually built, best rounds",
                 one.best_ratio(),
                 "",
                 Bar::AtLeast(0.95),
             ),
             Row::context("the same by medians", one.ratio(), ""),
-            Row::context("the same where the scheduler chooses cores", any.ratio(), ""),
+            Row::context("the same with cores chosen by the scheduler", any.ratio(), ""),
             Row::context("the same with bridge-nf-call-iptables = 1", filtered.best_ratio(), ""),
             Row::context("ovl's overlay", ours, "Gbit/s"),
-            Row::context("built by hand", by_hand, "Gbit/s"),
+            Row::context("manually built", by_hand, "Gbit/s"),
             Row::context("underlay alone", gbit_s(&raw_runs).max(), "Gbit/s"),
         ],
         notes: Vec::new(),

@@ -1,4 +1,4 @@
-//! What measures, tried on what is built by hand. Needs root; no daemon.
+//! Tests of the measurements with a manually built overlay. Need root, but no daemon.
 
 use std::thread;
 use std::time::{Duration, Instant};
@@ -13,7 +13,7 @@ const SECOND: Duration = Duration::from_secs(1);
 const MTU: u64 = 1450;
 
 #[test]
-fn traffic_through_the_hand_built_overlay() {
+fn traffic_passes_the_manually_built_overlay() {
     let lab = Lab::new(LabConfig::hosts(2)).unwrap();
     let [a, b] = by_hand::build(&lab, MTU).unwrap();
     a.0.ping_until(b.1, SECOND * 5).unwrap();
@@ -28,7 +28,7 @@ fn traffic_through_the_hand_built_overlay() {
     assert!(traffic.there.sent > 300 && traffic.back.sent > 300 && traffic.stream.bytes > 100_000);
     assert_eq!((traffic.there.lost, traffic.back.lost, traffic.there.duplicates), (0, 0, 0));
 
-    // What is lost is counted.
+    // Lost packets are counted.
     let (traffic, ()) = flow::run(&a, &b, || {
         lab.loss_udp_port(100.0, 4789)?;
         thread::sleep(pause);
@@ -53,7 +53,7 @@ fn iperf3_measures() {
 }
 
 #[test]
-fn the_kernel_tells_of_entries() {
+fn watcher_reports_entries() {
     let lab = Lab::new(LabConfig::hosts(2)).unwrap();
     by_hand::build(&lab, MTU).unwrap();
     let hosts: Vec<_> = lab.hosts().iter().collect();

@@ -1,4 +1,4 @@
-//! Two paths that are measured in turns, in whatever state the machine is in.
+//! Measurement of two paths in alternating rounds, so that drift of the machine affects both.
 
 use anyhow::{Context, Result};
 use netns_lab::Netns;
@@ -8,7 +8,7 @@ use super::plan::Plan;
 use super::stats::{Samples, round};
 use super::stream::{Cores, Path, Speed};
 
-/// What both paths gave, turn by turn.
+/// The results of both paths, round by round.
 #[derive(Default)]
 pub(crate) struct Turns {
     overlay: Vec<Speed>,
@@ -16,11 +16,11 @@ pub(crate) struct Turns {
 }
 
 impl Turns {
-    /// Many short turns: the best of them is steadier than that of a few long ones.
+    /// Measures many short rounds: the best of them is more stable than the best of a few long ones.
     pub(crate) fn take(plan: &Plan, overlay: &Path, hand: &Path, cores: Cores) -> Result<Self> {
         let mut turns = Turns::default();
         for turn in 0..plan.turns {
-            // Each is as often the first as the second of a pair.
+            // Alternate which path goes first.
             if turn % 2 == 0 {
                 turns.overlay.push(overlay.run(plan.stream, cores)?);
                 turns.hand.push(hand.run(plan.stream, cores)?);
@@ -44,8 +44,9 @@ impl Turns {
         self.overlay_gbit_s().median() / self.hand_gbit_s().median()
     }
 
-    /// Other work on the machine slows a turn down, to half if it gets the same core, and never
-    /// speeds it up. Where it hits one path more than the other, medians say 1.19 of what is 0.85.
+    /// Returns the ratio of the best rounds. Other work on the machine can only slow a round down, to half on
+    /// the same core. If it affects one path more than the other, the ratio of medians was 1.19 where the
+    /// true ratio is 0.85.
     pub(crate) fn best_ratio(&self) -> f64 {
         self.overlay_gbit_s().max() / self.hand_gbit_s().max()
     }
@@ -61,7 +62,7 @@ impl Turns {
     }
 }
 
-/// Of the interface in a workload.
+/// Returns the MTU of the interface in a workload.
 pub(crate) fn mtu_of(workload: &Netns) -> Result<u64> {
     let link = workload.ip_json(&["link", "show", "eth0"])?;
     link[0]["mtu"].as_u64().with_context(|| format!("no MTU in {link}"))
@@ -83,7 +84,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_best_turns_decide() {
+    fn best_ratio_uses_the_best_rounds() {
         let speeds = |all: &[f64]| all.iter().map(|&gbit_s| Speed { gbit_s, retransmits: 0 }).collect();
         let turns = Turns { overlay: speeds(&[9.0, 19.0, 10.0]), hand: speeds(&[20.0, 10.0, 5.0]) };
         assert_eq!((turns.best_ratio(), turns.ratio()), (0.95, 1.0));

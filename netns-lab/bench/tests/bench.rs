@@ -1,4 +1,4 @@
-//! `netns-lab-bench` as a program, with `netns-lab/tests/fake` in the place of ovld. Needs root.
+//! The `netns-lab bench` command with the fake ovld of `netns-lab/tests/fake`. Needs root.
 
 #![allow(clippy::unwrap_used, reason = "tests, and helpers of tests")]
 
@@ -13,7 +13,7 @@ use netns_lab::{lab_names, wait_until};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-/// A directory with an ovld and an ovlctl in it, which goes with the test.
+/// A temporary directory with an ovld and an ovlctl, deleted on drop.
 struct Binaries(PathBuf);
 
 impl Binaries {
@@ -34,7 +34,7 @@ impl Binaries {
         command
     }
 
-    /// The labs that use these binaries: those of this test.
+    /// Returns the labs that use these binaries, which are those of this test.
     fn labs(&self) -> Vec<String> {
         let ours = |name: &String| {
             let state = fs::read_to_string(format!("/run/netns-lab/{name}/state.json"));
@@ -51,7 +51,7 @@ impl Drop for Binaries {
 }
 
 #[test]
-fn a_figure_that_cannot_be_taken_is_told() {
+fn failed_figure_is_reported() {
     let fake = include_str!("../../tests/fake/ovlctl");
     let binaries = Binaries::new("mute", fake);
     let output = binaries.bench("attach").output().unwrap();
@@ -66,8 +66,8 @@ fn a_figure_that_cannot_be_taken_is_told() {
 }
 
 #[test]
-fn an_interrupt_leaves_nothing() {
-    // Its hosts never get ready, so that there is time to interrupt.
+fn interrupt_removes_all_labs() {
+    // The hosts never become ready, which leaves time to interrupt the benchmark.
     let never_ready = "#!/bin/sh\n[ \"$1\" = key ] && echo secret && exit\nexit 1\n";
     let binaries = Binaries::new("slow", never_ready);
     let mut child = binaries.bench("dead").stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
@@ -88,7 +88,7 @@ fn an_interrupt_leaves_nothing() {
 }
 
 #[test]
-fn wrong_wishes_are_refused() {
+fn invalid_options_are_rejected() {
     let binaries = Binaries::new("wrong", "");
     for wrong in [["--only", "nonsense"], ["--seconds", "0"], ["--release-dir", "/nowhere"]] {
         let output = binaries.bench("tcp").args(wrong).output().unwrap();

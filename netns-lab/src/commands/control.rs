@@ -1,4 +1,4 @@
-//! What is done to a host: its daemon, its link, its workloads.
+//! Commands that change a host: its daemon, its link, its workloads.
 
 use std::time::Duration;
 

@@ -1,5 +1,5 @@
-//! `exec` and `ctl`: the process becomes the command, so that input, output, signals and
-//! exit status are the command's own.
+//! `exec` and `ctl`. The process replaces itself with the command, so that input, output, signals and the
+//! exit status are those of the command.
 
 use std::ffi::OsString;
 use std::os::unix::process::CommandExt;
@@ -21,7 +21,7 @@ pub(crate) fn ctl(lab: &str, host: &str, args: &[String]) -> Result<()> {
     let host = lab.host(host)?.clone();
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
     let command = host.ctl_command(&args)?;
-    // Its lock ends here: the command may run for long.
+    // Release the lab's lock: the command may run for a long time.
     drop(lab);
     become_command(&host, command)
 }

@@ -1,4 +1,4 @@
-//! `partition`, `heal`, `loss`.
+//! `partition`, `heal` and `loss`: inject and remove faults.
 
 use anyhow::Result;
 

@@ -1,4 +1,4 @@
-//! The script's commands.
+//! The commands of `netns-lab`.
 
 pub(crate) mod bench;
 pub(crate) mod control;
@@ -11,8 +11,11 @@ pub(crate) mod updown;
 use anyhow::{Result, bail};
 use netns_lab::Lab;
 
-/// Opens a lab to change it. A running test's lab is that test's: two writers would
-/// overwrite each other's state.
+/// Opens a lab to change it.
+///
+/// # Errors
+///
+/// If the lab belongs to a running test: two writers would overwrite each other's state.
 pub(crate) fn open_to_change(name: &str) -> Result<Lab> {
     let lab = Lab::open(name)?;
     if let Some(owner) = lab.owner_pid() {

@@ -1,4 +1,4 @@
-//! `pairs`: whether every workload reaches every other one.
+//! `pairs`: checks whether every workload reaches every other one.
 
 use std::process::ExitCode;
 use std::thread;
@@ -13,19 +13,19 @@ const PING_TIMEOUT: Duration = Duration::from_secs(1);
 const PORT: u16 = 7777;
 const PAYLOAD: &[u8] = b"from one workload to another and back";
 
-/// A workload and the addresses that its endpoint has.
+/// A workload and the addresses of its endpoint.
 struct Party {
     workload: Workload,
     addresses: Vec<String>,
 }
 
-/// What one workload found of each other one: nothing (itself), or what failed.
+/// The result of one workload towards each workload: `None` for itself, otherwise the failures.
 type Row = Vec<Option<Vec<String>>>;
 
 pub(crate) fn pairs(lab: &str) -> Result<ExitCode> {
     let lab = Lab::open(lab)?;
     let parties = parties(&lab)?;
-    // Held until all have been tried.
+    // The servers run until all pairs have been tried.
     let _servers: Vec<EchoServer> =
         parties.iter().map(|party| party.workload.tcp_echo(PORT)).collect::<Result<_>>()?;
 
@@ -41,7 +41,7 @@ pub(crate) fn pairs(lab: &str) -> Result<ExitCode> {
     Ok(if good == tried { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// All workloads with their addresses, once every host's daemon knows all their endpoints.
+/// Returns all workloads with their addresses, as soon as every daemon knows all their endpoints.
 fn parties(lab: &Lab) -> Result<Vec<Party>> {
     let workloads: Vec<Workload> = lab
         .hosts()
@@ -55,15 +55,15 @@ fn parties(lab: &Lab) -> Result<Vec<Party>> {
 
     let mut addresses = Vec::new();
     for host in lab.hosts().iter().filter(|host| host.is_running()) {
-        let what = format!("every workload's endpoint to be known on {}", host.name());
+        let what = format!("{} to know the endpoints of all workloads", host.name());
         addresses = wait_until(KNOWN_TIMEOUT, &what, || addresses_of_all(host, &workloads).map(Some))?;
     }
-    ensure!(!addresses.is_empty(), "no daemon runs: netns-lab start HOST");
+    ensure!(!addresses.is_empty(), "no daemon is running: netns-lab start HOST");
     let parties = workloads.into_iter().zip(addresses);
     Ok(parties.map(|(workload, addresses)| Party { workload, addresses }).collect())
 }
 
-/// The addresses of each workload's endpoint, as one host sees them.
+/// Returns the addresses of each workload's endpoint as one host sees them.
 fn addresses_of_all(host: &Host, workloads: &[Workload]) -> Result<Vec<Vec<String>>> {
     let endpoints = host.ctl_json(&["endpoints"])?;
     let addresses = workloads.iter().map(|workload| {
@@ -94,7 +94,7 @@ fn try_one(from: &Party, to: &Party) -> Vec<String> {
         }
         match from.workload.tcp_roundtrip(address, PORT, PAYLOAD) {
             Ok(answer) if answer == PAYLOAD => {}
-            Ok(_) => failures.push(format!("TCP to {address} came back changed")),
+            Ok(_) => failures.push(format!("TCP to {address}: the echo differs from what was sent")),
             Err(error) => failures.push(format!("{error:#}")),
         }
     }

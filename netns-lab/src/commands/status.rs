@@ -1,4 +1,4 @@
-//! `status`.
+//! `status`: shows the hosts of a lab.
 
 use anyhow::Result;
 use netns_lab::{Host, Lab};

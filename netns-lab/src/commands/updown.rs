@@ -1,4 +1,4 @@
-//! `up`, `down`, `preflight`, `sweep`.
+//! `up`, `down`, `preflight` and `sweep`: create, remove and check labs.
 
 use std::fs;
 use std::path::PathBuf;
@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, bail};
 use netns_lab::{Lab, LabConfig, Underlay};
 
-/// What `up` is asked for.
+/// The options of `up`.
 pub(crate) struct Wanted {
     pub(crate) hosts: usize,
     pub(crate) underlay: Underlay,
@@ -25,7 +25,9 @@ pub(crate) fn up(name: &str, wanted: &Wanted) -> Result<()> {
     let lab = Lab::new(config)?;
     if wanted.start {
         let took = lab.start_all().inspect_err(|_| {
-            eprintln!("netns-lab: lab {name} stays up for a look, until `netns-lab --lab {name} down`");
+            eprintln!(
+                "netns-lab: lab {name} is kept for inspection; remove it with `netns-lab --lab {name} down`"
+            );
         })?;
         println!("{} hosts ready in {} ms", lab.hosts().len(), took.as_millis());
     }
@@ -36,13 +38,13 @@ pub(crate) fn up(name: &str, wanted: &Wanted) -> Result<()> {
 pub(crate) fn down(name: &str, all: bool) -> Result<()> {
     if !all {
         netns_lab::remove(name)?;
-        println!("lab {name} is removed");
+        println!("lab {name} removed");
         return Ok(());
     }
     let mut failed = 0;
     for name in netns_lab::lab_names()? {
         match netns_lab::remove(&name) {
-            Ok(()) => println!("lab {name} is removed"),
+            Ok(()) => println!("lab {name} removed"),
             Err(error) => {
                 failed += 1;
                 eprintln!("netns-lab: {error:#}");
@@ -50,7 +52,7 @@ pub(crate) fn down(name: &str, all: bool) -> Result<()> {
         }
     }
     if failed > 0 {
-        bail!("{failed} of the labs stay");
+        bail!("{failed} labs could not be removed");
     }
     Ok(())
 }
@@ -69,15 +71,15 @@ pub(crate) fn sweep() -> Result<()> {
     let swept = netns_lab::sweep()?;
     for lab in &swept {
         match &lab.failure {
-            None => println!("lab {} is removed", lab.name),
-            Some(failure) => eprintln!("netns-lab: lab {} stays: {failure}", lab.name),
+            None => println!("lab {} removed", lab.name),
+            Some(failure) => eprintln!("netns-lab: cannot remove lab {}: {failure}", lab.name),
         }
     }
     if swept.is_empty() {
         println!("nothing to sweep");
     }
     if swept.iter().any(|lab| lab.failure.is_some()) {
-        bail!("not everything could be removed");
+        bail!("some labs could not be removed");
     }
     Ok(())
 }

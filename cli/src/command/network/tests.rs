@@ -18,13 +18,13 @@ fn blue() -> NetworkInfo {
         removing: false,
         endpoints: 5,
         nodes: vec!["host1".into(), "host2".into()],
-        bridge: Some("ovlb04gc3g8k".into()),
+        bridge: Some("ovb-04gc3g8k".into()),
         dns: true,
     }
 }
 
 #[test]
-fn one_row_a_network() {
+fn network_is_rendered_as_one_row() {
     assert_eq!(
         rows(&[blue()]),
         "\
@@ -35,7 +35,7 @@ blue  overlay  l2    4097  10.1.0.0/16  1450  5          2
 }
 
 #[test]
-fn options_show_where_there_are_any() {
+fn options_are_shown_if_a_network_has_any() {
     let mut red = blue();
     red.name = "red".into();
     red.subnets.push("fd00:1::/64".parse().unwrap());
@@ -51,7 +51,7 @@ red   overlay  l2    4097  10.1.0.0/16,fd00:1::/64  1450  5          2      encr
 }
 
 #[test]
-fn inspect_shows_everything() {
+fn inspect_shows_all_fields() {
     assert_eq!(
         inspect(&blue()),
         "\
@@ -69,7 +69,7 @@ Internal   no
 Removing   no
 Endpoints  5
 Nodes      host1,host2
-Bridge     ovlb04gc3g8k
+Bridge     ovb-04gc3g8k
 DNS        yes
 "
     );
@@ -84,7 +84,7 @@ fn create(line: &str) -> Result<NetworkCreate> {
 }
 
 #[test]
-fn what_is_not_given_is_left_to_ovld() {
+fn absent_options_are_left_to_ovld() {
     let expected = NetworkCreate {
         name: "blue".into(),
         driver: Driver::Overlay,
@@ -102,7 +102,7 @@ fn what_is_not_given_is_left_to_ovld() {
 }
 
 #[test]
-fn everything_given_is_asked_for() {
+fn request_contains_all_options() {
     let line = "create blue --driver overlay --mode l3 --block 24 --block 72 --backend auto --subnet 10.1.0.0/16 --subnet fd00::/64 --vni 16777215 \
                 --encrypted --internal --mtu 1400";
     let expected = NetworkCreate {
@@ -122,7 +122,7 @@ fn everything_given_is_asked_for() {
 }
 
 #[test]
-fn what_is_no_range_is_wrong_usage() {
+fn invalid_subnet_is_a_usage_error() {
     for text in ["10.1.0.0", "10.1.0.0/33", "blue", "10.1.0.0/16,10.2.0.0/16"] {
         let result = create(&format!("create blue --subnet {text}"));
         assert!(matches!(result, Err(Error::Usage(message)) if message.starts_with('\'')), "{text}");

@@ -1,16 +1,17 @@
-//! Two states of an object, line by line.
+//! Line-by-line difference of two versions of an object.
 
 use ovl_control::{Action, Applied};
 use ovl_manifest::yaml::to_yaml;
 
 use crate::text::printable_lines;
 
-/// Lines around a change that are shown.
+/// Number of unchanged lines shown around a change.
 const CONTEXT: usize = 3;
-/// Texts with more lines together are shown as a whole: the comparison costs their product.
-const MOST_LINES: usize = 4000;
+/// Maximum number of lines to compare. Longer texts are shown as a whole, because the comparison is
+/// quadratic.
+const MAX_LINES: usize = 4000;
 
-/// What would change, as `diff -u` has it; nothing where nothing would.
+/// Renders the change of an object like `diff -u`. Empty if there is none.
 pub(super) fn of_object(object: &Applied) -> String {
     if object.action == Action::Unchanged {
         return String::new();
@@ -62,14 +63,14 @@ fn unified(before: &str, after: &str) -> String {
     out
 }
 
-/// By the longest common subsequence.
+/// Compares two texts by their longest common subsequence.
 fn compare<'a>(before: &[&'a str], after: &[&'a str]) -> Vec<Line<'a>> {
     let gone = |line: &&'a str| Line::Gone(line);
     let new = |line: &&'a str| Line::New(line);
-    if before.len() + after.len() > MOST_LINES {
+    if before.len() + after.len() > MAX_LINES {
         return before.iter().map(gone).chain(after.iter().map(new)).collect();
     }
-    // How many lines the rests from here on have in common.
+    // `common[i][j]` is the length of the longest common subsequence of `before[i..]` and `after[j..]`.
     let mut common = vec![vec![0_u16; after.len() + 1]; before.len() + 1];
     let at = |common: &Vec<Vec<u16>>, i: usize, j: usize| {
         common.get(i).and_then(|row| row.get(j)).copied().unwrap_or_default()
@@ -111,7 +112,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_differs_is_shown_with_what_is_around_it() {
+    fn changes_are_shown_with_context() {
         let before = "a\nb\nc\nd\ne\nf\ng\nh\ni\n";
         let after = "a\nb\nc\nd\nE\nf\ng\nh\ni\nj\n";
         assert_eq!(unified(before, after), "@@ -2 +2 @@\n b\n c\n d\n-e\n+E\n f\n g\n h\n i\n+j\n");

@@ -1,4 +1,4 @@
-//! Manifests out of files, folders and standard input.
+//! Manifests from files, directories and standard input.
 
 use std::fs;
 use std::io::{self, Read as _};
@@ -9,15 +9,15 @@ use ovl_manifest::yaml::{self as manifest, MAX_FILE};
 
 use crate::error::{Error, Result};
 
-/// Folders within each other.
+/// Maximum depth of nested directories.
 const MAX_DEPTH: usize = 16;
 
-/// The documents of all of them, in their order; those of a folder by name.
+/// Reads the documents of all paths in their order, the files of a directory sorted by name.
 pub(super) fn read(paths: &[PathBuf], recursive: bool) -> Result<Vec<Document>> {
     let mut documents = Vec::new();
     for path in paths {
         if path.as_os_str() == "-" {
-            documents.extend(parse("standard input", &bounded(io::stdin().lock(), "standard input")?)?);
+            documents.extend(parse("standard input", &read_bounded(io::stdin().lock(), "standard input")?)?);
             continue;
         }
         let mut files = Vec::new();
@@ -28,8 +28,8 @@ pub(super) fn read(paths: &[PathBuf], recursive: bool) -> Result<Vec<Document>> 
         }
         for file in files {
             let name = file.display().to_string();
-            let opened = fs::File::open(&file).map_err(|error| unreadable(&name, &error))?;
-            documents.extend(parse(&name, &bounded(opened, &name)?)?);
+            let opened = fs::File::open(&file).map_err(|error| read_error(&name, &error))?;
+            documents.extend(parse(&name, &read_bounded(opened, &name)?)?);
         }
     }
     Ok(documents)
@@ -39,7 +39,7 @@ fn walk(folder: &Path, depth: usize, files: &mut Vec<PathBuf>) -> Result<()> {
     let name = folder.display().to_string();
     let entries = fs::read_dir(folder).and_then(|entries| entries.collect::<io::Result<Vec<_>>>());
     let mut paths: Vec<PathBuf> =
-        entries.map_err(|error| unreadable(&name, &error))?.into_iter().map(|entry| entry.path()).collect();
+        entries.map_err(|error| read_error(&name, &error))?.into_iter().map(|entry| entry.path()).collect();
     paths.sort_unstable();
     for path in paths {
         let is_manifest = path
@@ -55,17 +55,17 @@ fn walk(folder: &Path, depth: usize, files: &mut Vec<PathBuf>) -> Result<()> {
     Ok(())
 }
 
-fn bounded(from: impl io::Read, name: &str) -> Result<String> {
+fn read_bounded(from: impl io::Read, name: &str) -> Result<String> {
     let mut text = String::new();
     let most = MAX_FILE as u64;
-    let length = from.take(most + 1).read_to_string(&mut text).map_err(|error| unreadable(name, &error))?;
+    let length = from.take(most + 1).read_to_string(&mut text).map_err(|error| read_error(name, &error))?;
     if length as u64 > most {
         return Err(Error::Failed(format!("{name} is larger than {} MiB", MAX_FILE >> 20)));
     }
     Ok(text)
 }
 
-fn unreadable(name: &str, error: &io::Error) -> Error {
+fn read_error(name: &str, error: &io::Error) -> Error {
     Error::Failed(format!("cannot read {name}: {error}"))
 }
 

@@ -1,4 +1,4 @@
-//! Tables, column by column as kubectl has them.
+//! Tables of `ovlctl get`, with the columns of kubectl.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -7,14 +7,14 @@ use ovl_proto::resource::Kind;
 use serde_json::Value;
 
 use super::Found;
-use crate::text::{Table, list};
+use crate::text::{TextTable, comma_separated};
 use crate::time::seconds;
 
-/// Of many backends, so many are shown.
-const MOST_ENDPOINTS: usize = 3;
+/// Maximum number of backends shown without `-o wide`.
+const MAX_ENDPOINTS: usize = 3;
 const NONE: &str = "<none>";
 
-/// Which columns are wanted.
+/// The optional columns of a table.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Show {
     pub(super) namespaces: bool,
@@ -29,7 +29,7 @@ pub(super) fn render(found: &Found, show: Show) -> String {
 }
 
 fn of_kind(kind: Kind, objects: &[ResourceInfo], show: Show) -> String {
-    let mut table = Table::new();
+    let mut table = TextTable::new();
     if show.namespaces && kind.is_namespaced() {
         table = table.column("NAMESPACE", objects.iter().map(|it| &it.namespace));
     }
@@ -66,23 +66,24 @@ fn of_kind(kind: Kind, objects: &[ResourceInfo], show: Show) -> String {
     table.render()
 }
 
-fn pods(table: Table, objects: &[ResourceInfo]) -> Table {
+fn pods(table: TextTable, objects: &[ResourceInfo]) -> TextTable {
     let ready = objects.iter().map(|it| match it.endpoints.as_slice() {
         [] => "-".to_owned(),
         all => format!("{}/{}", all.iter().filter(|endpoint| endpoint.ready).count(), all.len()),
     });
-    let addresses =
-        objects.iter().map(|it| list(it.endpoints.iter().flat_map(|endpoint| &endpoint.addresses)));
+    let addresses = objects
+        .iter()
+        .map(|it| comma_separated(it.endpoints.iter().flat_map(|endpoint| &endpoint.addresses)));
     let nodes = objects.iter().map(|it| {
         let mut nodes: Vec<&str> = it.endpoints.iter().map(|endpoint| endpoint.node.as_str()).collect();
         nodes.retain(|node| !node.is_empty());
         nodes.dedup();
-        list(nodes)
+        comma_separated(nodes)
     });
     table.column("READY", ready).column("IP", addresses.map(or_none)).column("NODE", nodes.map(or_none))
 }
 
-fn services(table: Table, objects: &[ResourceInfo]) -> Table {
+fn services(table: TextTable, objects: &[ResourceInfo]) -> TextTable {
     let field = |it: &Value, path: &str| text(it.pointer(path));
     table
         .column("TYPE", cells(objects, |it| field(it, "/spec/type")))
@@ -92,7 +93,7 @@ fn services(table: Table, objects: &[ResourceInfo]) -> Table {
             cells(objects, |it| {
                 let balanced = list_of(it, "/status/loadBalancer/ingress", |ingress| text(ingress.get("ip")));
                 let given = list_of(it, "/spec/externalIPs", |ip| text(Some(ip)));
-                let all = list([balanced, given].iter().filter(|part| !part.is_empty()));
+                let all = comma_separated([balanced, given].iter().filter(|part| !part.is_empty()));
                 match (all.is_empty(), field(it, "/spec/type").as_str()) {
                     (false, _) => all,
                     (true, "LoadBalancer") => "<pending>".to_owned(),
@@ -113,7 +114,7 @@ fn services(table: Table, objects: &[ResourceInfo]) -> Table {
 }
 
 fn endpoints(services: &[ServiceBackends], show: Show) -> String {
-    let mut table = Table::new();
+    let mut table = TextTable::new();
     if show.namespaces {
         table = table.column("NAMESPACE", services.iter().map(|it| &it.namespace));
     }
@@ -129,8 +130,9 @@ fn endpoints(services: &[ServiceBackends], show: Show) -> String {
                     .filter(|backend| backend.ready)
                     .map(super::describe::address)
                     .collect();
-                let shown = list(ready.iter().take(if show.wide { usize::MAX } else { MOST_ENDPOINTS }));
-                match ready.len().checked_sub(MOST_ENDPOINTS).filter(|more| *more > 0 && !show.wide) {
+                let shown =
+                    comma_separated(ready.iter().take(if show.wide { usize::MAX } else { MAX_ENDPOINTS }));
+                match ready.len().checked_sub(MAX_ENDPOINTS).filter(|more| *more > 0 && !show.wide) {
                     Some(more) => format!("{shown} + {more} more..."),
                     None => or_none(shown),
                 }
@@ -151,7 +153,7 @@ fn or_none(text: String) -> String {
     if text.is_empty() { NONE.to_owned() } else { text }
 }
 
-/// A text as it is, a number in digits, nothing for nothing.
+/// Formats a JSON value for a cell. The empty string for null and `None`.
 pub(super) fn text(value: Option<&Value>) -> String {
     match value {
         Some(Value::String(text)) => text.clone(),
@@ -161,16 +163,16 @@ pub(super) fn text(value: Option<&Value>) -> String {
 }
 
 fn list_of(value: &Value, path: &str, item: impl Fn(&Value) -> String) -> String {
-    list(value.pointer(path).and_then(Value::as_array).into_iter().flatten().map(item))
+    comma_separated(value.pointer(path).and_then(Value::as_array).into_iter().flatten().map(item))
 }
 
-/// `a=b,c=d`.
+/// Formats labels: `a=b,c=d`.
 pub(super) fn labels(value: Option<&Value>) -> String {
     let fields = value.and_then(Value::as_object).into_iter().flatten();
-    list(fields.map(|(key, value)| format!("{key}={}", text(Some(value)))))
+    comma_separated(fields.map(|(key, value)| format!("{key}={}", text(Some(value)))))
 }
 
-/// `a=b,c in (d,e),!f`.
+/// Formats a label selector: `a=b,c in (d,e),!f`.
 pub(super) fn selector(value: Option<&Value>) -> String {
     let exact = labels(value.and_then(|value| value.get("matchLabels")));
     let expressions = value.and_then(|value| value.get("matchExpressions")).and_then(Value::as_array);
@@ -183,10 +185,10 @@ pub(super) fn selector(value: Option<&Value>) -> String {
             _ => key,
         }
     });
-    list([exact].into_iter().chain(expressions).filter(|part| !part.is_empty()))
+    comma_separated([exact].into_iter().chain(expressions).filter(|part| !part.is_empty()))
 }
 
-/// The time since then.
+/// Formats the time elapsed since `since_ms`, a Unix time in milliseconds.
 fn age(since_ms: u64) -> String {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis();
     seconds(u64::try_from(now).unwrap_or(u64::MAX).saturating_sub(since_ms) / 1000)

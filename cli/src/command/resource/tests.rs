@@ -7,8 +7,8 @@ fn document(bytes: usize) -> Document {
 }
 
 #[test]
-fn documents_are_cut_into_requests_that_fit() {
-    let parts = parts((0..100).map(|_| document(20_000)).chain([document(PART)]).collect());
+fn documents_are_split_into_requests_within_the_size_limit() {
+    let parts = split((0..100).map(|_| document(20_000)).chain([document(MAX_PART_BYTES)]).collect());
     assert_eq!(parts.iter().map(Vec::len).sum::<usize>(), 101);
     assert!(parts.len() > 3);
     for part in &parts {
@@ -18,7 +18,7 @@ fn documents_are_cut_into_requests_that_fit() {
 }
 
 #[test]
-fn kinds_have_kubectls_names() {
+fn kinds_accept_the_names_of_kubectl() {
     for (word, kind) in [
         ("svc", Kind::Service),
         ("Services", Kind::Service),
@@ -28,14 +28,14 @@ fn kinds_have_kubectls_names() {
         ("ns", Kind::Namespace),
         ("endpointslices", Kind::EndpointSlice),
     ] {
-        assert_eq!(kind_of(word).unwrap(), kind, "{word}");
+        assert_eq!(parse_kind(word).unwrap(), kind, "{word}");
     }
-    assert!(matches!(kind_of("deployment"), Err(Error::Usage(text)) if text.contains("networkpolicies")));
+    assert!(matches!(parse_kind("deployment"), Err(Error::Usage(text)) if text.contains("networkpolicies")));
     assert_eq!(Shown::parse("svc,ep").unwrap(), [Shown::Objects(Kind::Service), Shown::Endpoints]);
 }
 
 #[test]
-fn outcomes_read_as_kubectls() {
+fn results_are_worded_like_kubectl() {
     let applied = |kind, action| Applied {
         kind,
         namespace: "default".into(),
@@ -58,7 +58,7 @@ service/web created
 networkpolicy.networking.k8s.io/web configured
 pod/web unchanged
 service \"web\" deleted
-service \"web\" is not there
+service \"web\" not found
 "
     );
 }
@@ -76,7 +76,7 @@ fn info(kind: Kind, manifest: Value) -> ResourceInfo {
 }
 
 #[test]
-fn services_are_listed_as_kubectl_lists_them() {
+fn services_are_listed_like_kubectl() {
     let service = info(
         Kind::Service,
         json!({ "spec": {
@@ -100,7 +100,7 @@ shop       web   LoadBalancer  10.96.0.7   <pending>    80:30080/TCP,53/UDP  0s 
 }
 
 #[test]
-fn a_policy_is_described_with_whom_it_selects() {
+fn policy_is_described_with_the_pods_it_selects() {
     let policy = info(
         Kind::NetworkPolicy,
         json!({ "spec": { "podSelector": { "matchExpressions": [

@@ -1,4 +1,4 @@
-//! `at-once`: how many pods a host adds and deletes in a second when a runtime asks for eight at once.
+//! `at-once`: pods that a host adds and deletes per second with eight concurrent calls.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
@@ -17,15 +17,15 @@ use crate::stats::{Samples, ms};
 const HOSTS: usize = 3;
 const AT_ONCE: usize = 8;
 
-/// What each round gave.
+/// The rates of each round.
 #[derive(Default)]
 pub(crate) struct Rates {
-    /// Calls answered in a second.
+    /// Calls answered per second.
     pub(crate) add: Vec<f64>,
     pub(crate) del: Vec<f64>,
-    /// Deletions in a second if those count that the kernel has done.
+    /// Deletions completed by the kernel per second.
     gone: Vec<f64>,
-    /// How long each caller waited.
+    /// The time that each caller waited.
     add_ms: Vec<f64>,
     del_ms: Vec<f64>,
 }
@@ -36,7 +36,7 @@ pub(crate) fn measure(bench: &Bench) -> Result<Figure> {
     let lab = bench.lab(HOSTS)?;
     let host = lab.hosts().first().context("a lab without hosts")?;
     let pods = host.bare_workloads("pod", bench.plan.at_once_pods)?;
-    // Before any daemon runs: it would be woken by their devices.
+    // Before any daemon runs: the devices of the reference would wake it.
     let plain = rounds(&reference::plugin(host, false), host, &pods, bench.plan.reference_rounds)?;
     let masquerading = rounds(&reference::plugin(host, true), host, &pods, bench.plan.reference_rounds)?;
     reference::clear(host)?;
@@ -57,7 +57,7 @@ pub(crate) fn measure(bench: &Bench) -> Result<Figure> {
         rows: vec![
             Row::with_bar("ADD", median(&ours.add), "a second", Bar::AtLeast(600.0)),
             Row::with_bar("DEL", median(&ours.del), "a second", Bar::AtLeast(600.0)),
-            Row::context("DEL until the last veth is gone", median(&ours.gone), "a second"),
+            Row::context("DEL until the last veth is deleted", median(&ours.gone), "a second"),
             Row::context("bridge + host-local, ADD", median(&plain.add), "a second"),
             Row::context("bridge + host-local, DEL", median(&plain.del), "a second"),
             Row::context("bridge + host-local, ipMasq, ADD", median(&masquerading.add), "a second"),
@@ -73,7 +73,7 @@ pub(crate) fn measure(bench: &Bench) -> Result<Figure> {
     })
 }
 
-/// Adds all pods, deletes all pods, so many times.
+/// Adds all pods and deletes all pods, `rounds` times.
 pub(crate) fn rounds(plugin: &Plugin, host: &Host, workloads: &[Workload], rounds: usize) -> Result<Rates> {
     let veths = ground::veths(host)?;
     let mut rates = Rates::default();
@@ -98,7 +98,7 @@ pub(crate) fn rounds(plugin: &Plugin, host: &Host, workloads: &[Workload], round
     Ok(rates)
 }
 
-/// Asks the same of all pods, each as soon as one of the threads is free. Gives the callers' times.
+/// Makes the same call for all pods, each as soon as a thread is free. Returns the callers' times.
 fn all(caller: &Caller, verb: Verb, pods: &[Pod]) -> Result<Vec<f64>> {
     let next = AtomicUsize::new(0);
     let work = || -> Result<Vec<f64>> {
@@ -108,7 +108,7 @@ fn all(caller: &Caller, verb: Verb, pods: &[Pod]) -> Result<Vec<f64>> {
         }
         Ok(times)
     };
-    // A thread starts in the namespace of the one that starts it.
+    // A thread inherits the namespace of the thread that starts it.
     thread::scope(|scope| {
         let threads: Vec<_> = (0..AT_ONCE).map(|_| scope.spawn(work)).collect();
         let times = threads

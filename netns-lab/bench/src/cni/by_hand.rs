@@ -1,6 +1,5 @@
-//! The routed pod networks that ovl is held against: what a person would build by `ip` and `bridge`
-//! between two hosts and leave alone. Pods hang on veths, each with a route on its host; a host has
-//! one route to the other's pods.
+//! The reference pod networks: static routed networks between two hosts, built with `ip` and `bridge`. Each
+//! pod is connected by a veth pair with a route on its host; a host has one route to the other host's pods.
 
 use std::net::IpAddr;
 
@@ -11,7 +10,7 @@ use crate::flow::Party;
 
 const VNI: u32 = 4243;
 const PORT: u16 = 4789;
-/// The gateway that every pod sees; nobody has it, the pod knows its MAC address.
+/// The gateway of every pod. No host has this address; the pod has a static neighbour entry for it.
 const GATEWAY: &str = "169.254.1.1";
 
 /// How packets reach the other host.
@@ -22,7 +21,7 @@ pub(crate) enum Way {
 }
 
 impl Way {
-    /// As `ovlctl network create --backend` takes it; also part of names.
+    /// Returns the value of `ovlctl network create --backend`, which is also part of names.
     pub(crate) fn name(self) -> &'static str {
         match self {
             Way::Vxlan => "vxlan",
@@ -30,7 +29,7 @@ impl Way {
         }
     }
 
-    /// What the hand-built networks' addresses begin with.
+    /// Returns the first two bytes of the network's addresses.
     fn network(self) -> [u8; 2] {
         match self {
             Way::Vxlan => [10, 71],
@@ -39,8 +38,8 @@ impl Way {
     }
 }
 
-/// A pod on each of the lab's two hosts, which reach each other that way. Both ways can be built in
-/// the same lab.
+/// Builds a pod on each of the lab's two hosts, which reach each other through this backend. Both backends
+/// can be built in the same lab.
 pub(crate) fn build(lab: &Lab, way: Way, mtu: u64) -> Result<[Party; 2]> {
     let (first, second) = (side(lab, way, 0)?, side(lab, way, 1)?);
     let parties = [first.build(way, mtu)?, second.build(way, mtu)?];
@@ -49,8 +48,7 @@ pub(crate) fn build(lab: &Lab, way: Way, mtu: u64) -> Result<[Party; 2]> {
     Ok(parties)
 }
 
-/// Gives pods' packets to the rest of the world their host's address, as a pod network does that
-/// is of use.
+/// Masquerades the pods' traffic to other networks, as a useful pod network does.
 pub(crate) fn masquerade(lab: &Lab, way: Way) -> Result<()> {
     let [first, second] = way.network();
     let subnet = format!("{first}.{second}.0.0/16");
@@ -64,9 +62,9 @@ pub(crate) fn masquerade(lab: &Lab, way: Way) -> Result<()> {
 struct Side<'a> {
     host: &'a Host,
     underlay: IpAddr,
-    /// Of the host's pods; its address of number 0 is the VXLAN device's.
+    /// The block of the host's pods; its address number 0 is that of the VXLAN device.
     block: [u8; 3],
-    /// Of the VXLAN device.
+    /// MAC address of the VXLAN device.
     mac: String,
 }
 
@@ -88,7 +86,7 @@ impl Side<'_> {
         IpAddr::from([first, second, third, number])
     }
 
-    /// The host's own part: its pod, and the VXLAN device.
+    /// Builds the host's own part: its pod and the VXLAN device.
     fn build(&self, way: Way, mtu: u64) -> Result<Party> {
         let address = self.address(2);
         let workload = self.host.workload(&format!("byhand-{}", way.name()))?;
@@ -122,7 +120,7 @@ impl Side<'_> {
         Ok((workload, address))
     }
 
-    /// The way to the other host's pods: a route, and with VXLAN a neighbour and an FDB entry.
+    /// Adds the path to the other host's pods: a route, and with VXLAN a neighbour and an FDB entry.
     fn reach(&self, peer: &Side, way: Way) -> Result<()> {
         let (block, underlay) = (peer.address(0), peer.underlay);
         let lines = match way {

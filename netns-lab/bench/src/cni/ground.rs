@@ -11,20 +11,20 @@ use super::plugin::{CNI_VERSION, Plugin, Pod, Verb, dir_of};
 use crate::Bench;
 use crate::stats::ms;
 
-/// The network of those figures that need but one.
+/// Network of the figures that need only one.
 pub(crate) const NETWORK: &str = "pods";
-/// Room for a /24 on each of many hosts.
+/// Subnet with room for a /24 on each of many hosts.
 pub(crate) const SUBNET: &str = "10.60.0.0/16";
-/// For whatever should take milliseconds.
+/// Timeout of operations that should take milliseconds.
 pub(crate) const SETTLE_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// Starts the daemons and makes a pod network, masqueraded as networks are unless told otherwise.
+/// Starts the daemons and creates a pod network, masqueraded by default.
 pub(crate) fn start(lab: &Lab) -> Result<()> {
     lab.start_all()?;
     network(lab, NETWORK, &["--subnet", SUBNET])
 }
 
-/// Makes a routed network and waits until all hosts know it.
+/// Creates a routed network and waits until all hosts know it.
 pub(crate) fn network(lab: &Lab, name: &str, options: &[&str]) -> Result<()> {
     let first = lab.hosts().first().context("a lab without hosts")?;
     first.ctl_ok(&[&["network", "create", name, "--mode", "l3"], options].concat())?;
@@ -35,7 +35,7 @@ pub(crate) fn network(lab: &Lab, name: &str, options: &[&str]) -> Result<()> {
     Ok(())
 }
 
-/// `ovl-cni` on a host, for one of its networks.
+/// Returns `ovl-cni` on a host, configured for one of its networks.
 pub(crate) fn plugin(bench: &Bench, host: &Host, network: &str) -> Result<Plugin> {
     let program = bench.ovl_cni()?;
     Ok(Plugin {
@@ -52,7 +52,7 @@ pub(crate) fn plugin(bench: &Bench, host: &Host, network: &str) -> Result<Plugin
     })
 }
 
-/// A workload that was made a pod, and its address.
+/// Creates a workload, adds it as a pod, and returns it with its address.
 pub(crate) fn pod(plugin: &Plugin, host: &Host, name: &str) -> Result<(Workload, IpAddr)> {
     let workload = host.workload(name)?;
     let pod = Pod::new(&workload);
@@ -60,14 +60,14 @@ pub(crate) fn pod(plugin: &Plugin, host: &Host, name: &str) -> Result<(Workload,
     Ok((workload, address))
 }
 
-/// Adds a pod that stays, as some do on every host, and says how many milliseconds that took: the first
-/// one of an empty host also makes the network's devices, which the reference's bridge never loses again.
+/// Adds a pod that stays, as on a typical host, and returns the time in milliseconds. The first pod of an
+/// empty host also creates the network's devices, while the reference never deletes its bridge.
 pub(crate) fn resident(plugin: &Plugin, host: &Host) -> Result<f64> {
     let pod = Pod::new(&host.workload("resident")?);
     plugin.on_host(|caller| caller.call(Verb::Add, &pod)).map(|answer| ms(answer.took))
 }
 
-/// Waits until a host has so many veths again: their deletion may go on after a plugin has answered.
+/// Waits until a host has `count` veths again: their deletion may continue after a plugin has answered.
 pub(crate) fn wait_veths(host: &Host, count: usize) -> Result<()> {
     let what = format!("{count} veths on {}", host.name());
     wait_until(SETTLE_TIMEOUT, &what, || -> Result<()> {
@@ -77,7 +77,7 @@ pub(crate) fn wait_veths(host: &Host, count: usize) -> Result<()> {
     })
 }
 
-/// How many veths a host has, its own link to the switch included.
+/// Returns the number of veths of a host, including its own link to the switch.
 pub(crate) fn veths(host: &Host) -> Result<usize> {
     let links = host.ip_json(&["link", "show", "type", "veth"])?;
     Ok(links.as_array().map_or(0, Vec::len))

@@ -1,5 +1,5 @@
-//! `bench cni`: the figures that issue 3 asks for. Pods come and go as a container runtime makes
-//! them: one process of the plugin for each call, in the host's namespace.
+//! `bench cni`: the CNI figures. Pods are added and deleted as by a container runtime: one process of the
+//! plugin for each call, in the host's namespace.
 
 pub(super) mod at_once;
 mod by_hand;

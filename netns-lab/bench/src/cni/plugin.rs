@@ -1,5 +1,5 @@
-//! A CNI plugin, run as a container runtime runs it: a process for each call, the question in its
-//! environment and on its standard input, the answer on its standard output.
+//! A CNI plugin, run as by a container runtime: a process for each call, the request in its environment and
+//! on its standard input, the result on its standard output.
 
 use std::env;
 use std::io::Write;
@@ -12,13 +12,12 @@ use anyhow::{Context, Result, bail, ensure};
 use netns_lab::{Netns, Workload, without_prefix_length};
 use serde_json::Value;
 
-/// The version of the specification that both sides are asked for: the reference plugins of
-/// Debian 12 know no later one.
+/// CNI version of all calls: the latest that the reference plugins of Debian 12 support.
 pub(crate) const CNI_VERSION: &str = "1.0.0";
-/// The pod's interface.
+/// Name of the pod's interface.
 const INTERFACE: &str = "eth0";
 
-/// What a plugin is asked.
+/// A CNI command.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Verb {
     Add,
@@ -36,7 +35,7 @@ impl Verb {
     }
 }
 
-/// A container and the namespace that was made for it.
+/// A container and its namespace.
 #[derive(Clone, Debug)]
 pub(crate) struct Pod {
     id: String,
@@ -44,7 +43,7 @@ pub(crate) struct Pod {
 }
 
 impl Pod {
-    /// A container that never was before, in a namespace that may have served another one.
+    /// Returns a container with a new id, in a namespace that may have been used by another one.
     pub(crate) fn new(workload: &Workload) -> Self {
         static SERIAL: AtomicU64 = AtomicU64::new(0);
         Pod {
@@ -58,10 +57,10 @@ impl Pod {
     }
 }
 
-/// 64 hexadecimal digits that differ from the first one on, as runtimes make them: plugins cut
-/// names of devices out of them.
+/// Generates a container id: 64 hexadecimal digits that differ from the first one on, as those of runtimes.
+/// Plugins derive device names from them.
 fn container_id(serial: u64) -> String {
-    // The finaliser of splitmix64: every bit of the number changes half of the result's.
+    // The finaliser of splitmix64: every input bit affects half of the output bits.
     let mix = |number: u64| {
         let number = (number ^ (number >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         let number = (number ^ (number >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
@@ -70,50 +69,50 @@ fn container_id(serial: u64) -> String {
     (1..=4).map(|part| format!("{:016x}", mix(serial.wrapping_mul(4).wrapping_add(part)))).collect()
 }
 
-/// A plugin with its configuration, on a host.
+/// A plugin with its configuration on a host.
 #[derive(Clone, Debug)]
 pub(crate) struct Plugin {
     pub(crate) host: Netns,
     pub(crate) program: PathBuf,
-    /// Where it finds the plugins that it calls.
+    /// Directory of the plugins that it calls (`CNI_PATH`).
     pub(crate) dir: PathBuf,
-    /// What it gets on standard input.
+    /// Network configuration, passed on standard input.
     pub(crate) config: Value,
 }
 
-/// A call that succeeded.
+/// The result of a successful call.
 #[derive(Clone, Debug)]
 pub(crate) struct Answer {
-    /// From before the process is made until its end is known and all it wrote is read.
+    /// Time from before the process starts until it has exited and its output is read.
     pub(crate) took: Duration,
     stdout: Vec<u8>,
 }
 
-/// What came of a call that a plugin may refuse.
+/// The result of a call that may fail.
 #[derive(Clone, Debug)]
 pub(crate) enum Reply {
     Done(Answer),
-    /// The error as the specification wants it on standard output.
+    /// The error that the plugin printed as CNI specifies.
     Refused(String),
 }
 
 impl Plugin {
-    /// Runs a closure in a thread on the host: whatever calls the plugin must be in there, since a
-    /// process starts in the namespace of the thread that starts it.
+    /// Runs a closure in a thread on the host. All calls of the plugin must be in the closure, because a
+    /// process inherits the namespace of the thread that starts it.
     pub(crate) fn on_host<T: Send>(&self, closure: impl FnOnce(&Caller) -> Result<T> + Send) -> Result<T> {
         let caller = Caller { plugin: self, input: self.config.to_string() };
         self.host.run(move || closure(&caller))?
     }
 }
 
-/// A thread on the host that calls the plugin.
+/// A caller of the plugin in a thread on the host.
 pub(crate) struct Caller<'a> {
     plugin: &'a Plugin,
     input: String,
 }
 
 impl Caller<'_> {
-    /// A call that must succeed.
+    /// Makes a call that must succeed.
     pub(crate) fn call(&self, verb: Verb, pod: &Pod) -> Result<Answer> {
         match self.ask(verb, pod)? {
             Reply::Done(answer) => Ok(answer),
@@ -121,7 +120,8 @@ impl Caller<'_> {
         }
     }
 
-    /// A call that may be refused. One that ends without an error as specified is an error here.
+    /// Makes a call that may fail. A failure without an error as CNI specifies it is an error of this
+    /// function.
     pub(crate) fn ask(&self, verb: Verb, pod: &Pod) -> Result<Reply> {
         let mut command = Command::new(&self.plugin.program);
         command
@@ -140,7 +140,7 @@ impl Caller<'_> {
         match refusal(&output.stdout) {
             Some(error) => Ok(Reply::Refused(error)),
             None => bail!(
-                "{} of {} ended with {} and no error as CNI specifies it; it wrote: {}{}",
+                "{} of {} exited with {} without a CNI error; output: {}{}",
                 verb.text(),
                 self.name(),
                 output.status,
@@ -156,22 +156,22 @@ impl Caller<'_> {
     }
 }
 
-/// Runs a command with a text on its standard input, and takes the time. The standard library
-/// makes the process by `posix_spawn`, which copies nothing of this one, however large it is.
+/// Runs a command with text on its standard input, and measures its time. The standard library starts it with
+/// `posix_spawn`, whose cost does not depend on the size of this process.
 pub(crate) fn timed(mut command: Command, input: &str) -> Result<(Duration, Output)> {
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let start = Instant::now();
     let mut child = command.spawn()?;
     if let Some(mut pipe) = child.stdin.take() {
-        // Smaller than a pipe's buffer, so this does not wait. If the process has ended without
-        // reading it, its status and its answer tell.
+        // The input is smaller than a pipe's buffer, so this does not block. If the process exits without
+        // reading it, its status and its output show that.
         pipe.write_all(input.as_bytes()).ok();
     }
     let output = child.wait_with_output()?;
     Ok((start.elapsed(), output))
 }
 
-/// The error that a plugin must write on standard output.
+/// Parses the error that a plugin prints on standard output. `None` if it is not a CNI error.
 fn refusal(stdout: &[u8]) -> Option<String> {
     let error: Value = serde_json::from_slice(stdout).ok()?;
     let (code, message) = (error["code"].as_u64()?, error["msg"].as_str()?);
@@ -183,26 +183,26 @@ fn refusal(stdout: &[u8]) -> Option<String> {
 }
 
 impl Answer {
-    /// The first address that ADD gave the pod.
+    /// Returns the first address of ADD's result.
     pub(crate) fn address(&self) -> Result<std::net::IpAddr> {
         let text = String::from_utf8_lossy(&self.stdout);
         let result: Value =
-            serde_json::from_slice(&self.stdout).with_context(|| format!("ADD gave no JSON: {text}"))?;
+            serde_json::from_slice(&self.stdout).with_context(|| format!("ADD printed no JSON: {text}"))?;
         ensure!(result["cniVersion"] == CNI_VERSION, "ADD's result is not of version {CNI_VERSION}: {text}");
         let address =
             result["ips"][0]["address"].as_str().with_context(|| format!("no address in {text}"))?;
-        without_prefix_length(address).parse().with_context(|| format!("{address:?} is no address"))
+        without_prefix_length(address).parse().with_context(|| format!("invalid address {address:?}"))
     }
 
-    /// The versions that VERSION names.
+    /// Returns the versions of VERSION's result.
     pub(crate) fn versions(&self) -> Result<Vec<String>> {
-        let result: Value = serde_json::from_slice(&self.stdout).context("VERSION gave no JSON")?;
+        let result: Value = serde_json::from_slice(&self.stdout).context("VERSION printed no JSON")?;
         let versions = result["supportedVersions"].as_array().context("no supportedVersions")?;
         Ok(versions.iter().filter_map(|version| version.as_str().map(str::to_owned)).collect())
     }
 }
 
-/// The directory that a program is in.
+/// Returns the directory of a program.
 pub(crate) fn dir_of(program: &Path) -> PathBuf {
     program.parent().map(Path::to_owned).unwrap_or_default()
 }
@@ -218,16 +218,16 @@ mod tests {
     }
 
     #[test]
-    fn container_ids_look_like_a_runtimes() {
+    fn container_ids_differ_in_their_first_digits() {
         let ids: BTreeSet<String> = (0..10_000).map(container_id).collect();
         assert_eq!(ids.len(), 10_000);
         assert!(ids.iter().all(|id| id.len() == 64 && id.bytes().all(|digit| digit.is_ascii_hexdigit())));
         let beginnings: BTreeSet<&str> = ids.iter().map(|id| &id[..11]).collect();
-        assert_eq!(beginnings.len(), 10_000, "names of devices are cut out of the ids");
+        assert_eq!(beginnings.len(), 10_000, "device names are derived from the ids");
     }
 
     #[test]
-    fn results_are_read() {
+    fn results_are_parsed() {
         let result = r#"{"cniVersion":"1.0.0","ips":[{"address":"10.60.3.4/32"},{"address":"fd00::1/128"}]}"#;
         assert_eq!(answer(result).address().unwrap().to_string(), "10.60.3.4");
         for wrong in ["", "{}", r#"{"cniVersion":"0.3.1","ips":[{"address":"10.60.3.4/32"}]}"#] {
@@ -239,7 +239,7 @@ mod tests {
     }
 
     #[test]
-    fn refusals_are_those_of_the_specification() {
+    fn errors_are_parsed_as_specified() {
         let read = |text: &str| refusal(text.as_bytes());
         assert_eq!(read(r#"{"cniVersion":"1.0.0","code":7,"msg":"bad"}"#).unwrap(), "code 7: bad");
         assert_eq!(read(r#"{"code":11,"msg":"full","details":"wait"}"#).unwrap(), "code 11: full (wait)");

@@ -1,4 +1,5 @@
-//! `pod-tcp`: one stream from pod to pod across hosts, against the same built by hand, in turns.
+//! `pod-tcp`: one TCP stream from pod to pod across hosts, compared with manually built routes in alternating
+//! rounds.
 
 use anyhow::{Context, Result, bail, ensure};
 use netns_lab::{Lab, wait_until};
@@ -21,17 +22,17 @@ pub(crate) fn measure(bench: &Bench) -> Result<Figure> {
     let mut details = Map::new();
     let mut mtus = Vec::new();
     for way in WAYS {
-        // A host has the one network or the other.
+        // A host has only one of the two networks at a time.
         let lab = bench.lab(HOSTS)?;
         stream::check(&lab["h1"])?;
         lab.start_all()?;
-        // A lab without daemons, beside the other one: its hosts' kernels are alike.
+        // A lab without daemons beside the other one, with identical kernel settings.
         let other = bench.lab(HOSTS)?;
         let ours = pods(bench, &lab, way)?;
         let mtu = turns::mtu_of(&ours[0].0)?;
         let hand = by_hand::build(&other, way, mtu)?;
         let (ours, hand) = (path(&ours)?, path(&hand)?);
-        // One that does not count: the first to run finds a cold machine.
+        // A warm-up run that does not count.
         hand.run(bench.plan.stream, Cores::One)?;
         let bare = (0..bench.plan.turns.div_ceil(4))
             .map(|_| hand.run(bench.plan.stream, Cores::One))
@@ -40,12 +41,12 @@ pub(crate) fn measure(bench: &Bench) -> Result<Figure> {
         let one = Turns::take(&bench.plan, &ours, &hand, Cores::One)?;
         let name = way.name();
         rows.extend([
-            Row::with_bar(&format!("{name}, ovl : by hand"), one.best_ratio(), "", Bar::AtLeast(0.95)),
+            Row::with_bar(&format!("{name}, ovl : manual"), one.best_ratio(), "", Bar::AtLeast(0.95)),
             Row::context(&format!("{name}, the same by medians"), one.ratio(), ""),
             Row::context(&format!("{name}, ovl"), one.overlay_gbit_s().max(), "Gbit/s"),
-            Row::context(&format!("{name}, by hand"), one.hand_gbit_s().max(), "Gbit/s"),
+            Row::context(&format!("{name}, manual"), one.hand_gbit_s().max(), "Gbit/s"),
             Row::context(
-                &format!("{name}, by hand, pods that reach nobody else"),
+                &format!("{name}, manual, without masquerading"),
                 turns::gbit_s(&bare).max(),
                 "Gbit/s",
             ),
@@ -59,11 +60,11 @@ pub(crate) fn measure(bench: &Bench) -> Result<Figure> {
     Ok(Figure {
         setup: format!(
             "2 hosts, underlay MTU 1500, pods' MTU {}, one iperf3 stream (cubic) of {} s from a pod to one on the \
-             other host, {} turns each, ovl and by hand alternating in two labs that stand side by side, both ends \
-             on one core; the best turn of each, because other work can only slow one down. By hand: pods on a veth \
+             other host, {} rounds each, ovl and the manual network alternating in two labs side by side, both ends \
+             on one core; the best round of each, because other work can only slow a round down. Manual: pods on a veth \
              each with a host route, one route to the other host's pods, with vxlan also one neighbour and one FDB \
-             entry; no daemon; masquerading by one rule of nft, as ovl does it and as pods need it. The last row of each \
-             is without that: the path has no packet filter then, and no connection tracking",
+             entry; no daemon; masquerading by one nft rule, as ovl does and as pods need. The last row of each \
+             is without masquerading: the path then has no packet filter and no connection tracking",
             mtus.join(", "),
             bench.plan.stream.as_secs(),
             bench.plan.turns
@@ -74,7 +75,7 @@ pub(crate) fn measure(bench: &Bench) -> Result<Figure> {
     })
 }
 
-/// A network of ovl's with a pod on each host, which is reached in the way that was asked for.
+/// Creates an ovl network with this backend and a pod on each host.
 fn pods(bench: &Bench, lab: &Lab, way: Way) -> Result<[Party; 2]> {
     let name = way.name();
     ground::network(lab, name, &["--subnet", "10.60.0.0/16", "--backend", name])?;
@@ -89,7 +90,7 @@ fn pods(bench: &Bench, lab: &Lab, way: Way) -> Result<[Party; 2]> {
     Ok(parties)
 }
 
-/// Whether h1's packets to the pod on h2 go that way.
+/// Checks that h1's packets to the pod on h2 use this backend.
 fn check_way(lab: &Lab, way: Way, (_, pod): &Party) -> Result<()> {
     let routes = lab["h1"].ip_json(&["route", "get", &pod.to_string()])?;
     let device = routes[0]["dev"].as_str().with_context(|| format!("no route to {pod}: {routes}"))?;
@@ -105,7 +106,7 @@ fn check_way(lab: &Lab, way: Way, (_, pod): &Party) -> Result<()> {
     Ok(())
 }
 
-/// The path from the first to the second, which carries packets.
+/// Returns the path from the first pod to the second, after checking that it carries packets.
 fn path([from, to]: &[Party; 2]) -> Result<Path> {
     if let Err(error) = from.0.ping_until(to.1, ground::SETTLE_TIMEOUT) {
         bail!("{} does not reach {}: {error:#}", from.0.netns_name(), to.1);

@@ -1,4 +1,4 @@
-//! What ovl is held against: the reference plugins `bridge` and `host-local`, as Debian packages them.
+//! The reference: the CNI plugins `bridge` and `host-local` of Debian.
 
 use std::path::Path;
 use std::process::Command;
@@ -13,25 +13,25 @@ const DIR: &str = "/usr/lib/cni";
 const BRIDGE: &str = "cni0";
 const SUBNET: &str = "10.68.0.0/16";
 
-/// Whether they are here, and what to do if not. Gives the package and its version.
+/// Checks that the plugins are installed. Returns the package and its version.
 pub(crate) fn check() -> Result<String> {
     for name in ["bridge", "host-local"] {
         let path = Path::new(DIR).join(name);
         ensure!(
             path.is_file(),
-            "no {}, which this figure is held against: apt-get install containernetworking-plugins",
+            "no {}, the reference of this figure: apt-get install containernetworking-plugins",
             path.display()
         );
     }
-    // The plugins themselves do not know their version.
+    // The plugins do not report their own version.
     let query = ["-W", "-f", "${Package} ${Version}", "containernetworking-plugins"];
     let output = Command::new("dpkg-query").args(query).output().context("cannot run dpkg-query")?;
     ensure!(output.status.success(), "containernetworking-plugins is not Debian's: no version to report");
     Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
 }
 
-/// A bridge with a gateway address and host-local addresses, and nothing beyond that: the least that
-/// gives pods on a host a network; `masquerade` adds what leaves it.
+/// Returns a minimal configuration: a bridge with a gateway address and host-local addresses. `masquerade`
+/// adds NAT for outgoing traffic.
 pub(crate) fn plugin(host: &Host, masquerade: bool) -> Plugin {
     Plugin {
         host: (**host).clone(),
@@ -48,14 +48,14 @@ pub(crate) fn plugin(host: &Host, masquerade: bool) -> Plugin {
                 "type": "host-local",
                 "ranges": [[{"subnet": SUBNET}]],
                 "routes": [{"dst": "0.0.0.0/0"}],
-                // Not the machine's own: hosts of a lab share its disk.
+                // A separate directory for each host: the hosts of a lab share the disk.
                 "dataDir": host.dir().join("host-local"),
             },
         }),
     }
 }
 
-/// Takes away what the plugins leave on a host: the bridge, the chains of iptables, forwarding.
+/// Removes what the plugins leave on a host: the bridge, the iptables chains, the forwarding setting.
 pub(crate) fn clear(host: &Host) -> Result<()> {
     if host.exec(["ip", "link", "show", BRIDGE])?.success() {
         host.exec_ok(["ip", "link", "del", BRIDGE])?;

@@ -1,4 +1,4 @@
-//! `routes`: what a host's pods cost its peers.
+//! `routes`: the kernel entries that a host's pods need on its peers.
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -13,10 +13,10 @@ use crate::Bench;
 use crate::report::{Bar, Figure, Row};
 
 const HOSTS: usize = 3;
-/// As many as the bar names; they fit into one block.
+/// Number of pods of the bar. They fit into one block.
 const PODS: usize = 250;
 
-/// What a peer's kernel holds for a host's pods.
+/// The entries of a peer's kernel for a host's pods.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Held {
     routes: usize,
@@ -28,7 +28,7 @@ pub(crate) fn measure(bench: &Bench) -> Result<Figure> {
     bench.ovl_cni()?;
     let lab = bench.lab(HOSTS)?;
     lab.start_all()?;
-    // One that is asked for by name: what stands in a peer's kernel depends on it.
+    // Name the backend explicitly: the entries in a peer's kernel depend on it.
     ground::network(&lab, ground::NETWORK, &["--subnet", ground::SUBNET, "--backend", "vxlan"])?;
     let host = &lab["h1"];
     let plugin = ground::plugin(bench, host, ground::NETWORK)?;
@@ -46,7 +46,7 @@ pub(crate) fn measure(bench: &Bench) -> Result<Figure> {
     let distinct: BTreeSet<IpAddr> = addresses.iter().copied().collect();
     ensure!(distinct.len() == PODS, "{PODS} pods have {} addresses", distinct.len());
 
-    // Counted once the last pod is reached: what is there by then is what it takes.
+    // Count when the last pod is reachable: the entries that exist by then are sufficient.
     let last = *addresses.last().context("no pods")?;
     for (probe, _) in &probes {
         probe.ping_until(last, ground::SETTLE_TIMEOUT)?;
@@ -85,7 +85,7 @@ pub(crate) fn measure(bench: &Bench) -> Result<Figure> {
     })
 }
 
-/// Fails if a pod has no route.
+/// Counts a peer's entries for a host's pods. Fails if a pod has no route.
 fn held(peer: &Host, host: &Host, pods: &[IpAddr]) -> Result<Held> {
     let routes = peer.ip_json(&["route", "show", "table", "all"])?;
     let used = routes_used(&routes, pods).with_context(|| format!("on {}", peer.name()))?;
@@ -103,8 +103,8 @@ fn held(peer: &Host, host: &Host, pods: &[IpAddr]) -> Result<Held> {
     })
 }
 
-/// The routes, other than a default route and those of the kernel's own tables, that match any of
-/// the addresses.
+/// Returns the routes that match any of the addresses, except a default route and those of the kernel's own
+/// tables.
 fn routes_used<'a>(routes: &'a Value, addresses: &[IpAddr]) -> Result<Vec<&'a Value>> {
     let routes: Vec<(&Value, Prefix)> = routes
         .as_array()
@@ -123,7 +123,7 @@ fn routes_used<'a>(routes: &'a Value, addresses: &[IpAddr]) -> Result<Vec<&'a Va
     Ok(used.collect())
 }
 
-/// A destination as `ip` prints it; a single address has no length.
+/// A destination as printed by `ip`, which prints a single address without a prefix length.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Prefix {
     address: IpAddr,
@@ -131,7 +131,7 @@ struct Prefix {
 }
 
 impl Prefix {
-    /// None for `default` and whatever else is no prefix.
+    /// Parses a prefix. `None` for `default` and anything else that is not a prefix.
     fn parse(text: &str) -> Option<Self> {
         let (address, length) = text.split_once('/').map_or((text, None), |(a, l)| (a, Some(l)));
         let address: IpAddr = address.parse().ok()?;
@@ -141,7 +141,7 @@ impl Prefix {
     }
 
     fn contains(self, other: IpAddr) -> bool {
-        // In 128 bits, aligned to the left.
+        // Compare as 128 bits, aligned to the left.
         let left = |address: IpAddr| match address {
             IpAddr::V4(v4) => u128::from(v4.to_bits()) << 96,
             IpAddr::V6(v6) => v6.to_bits(),
@@ -157,7 +157,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn prefixes() {
+    fn prefixes_contain_their_addresses() {
         let contains =
             |prefix: &str, address: &str| Prefix::parse(prefix).unwrap().contains(address.parse().unwrap());
         assert!(contains("10.60.3.0/24", "10.60.3.255") && !contains("10.60.3.0/24", "10.60.4.0"));
@@ -169,7 +169,7 @@ mod tests {
     }
 
     #[test]
-    fn only_routes_that_lead_to_pods_count() {
+    fn only_routes_to_pods_are_counted() {
         let routes = json!([
             {"dst": "default", "gateway": "192.168.77.254"},
             {"dst": "10.60.2.0/24", "gateway": "10.60.2.0", "dev": "vx"},

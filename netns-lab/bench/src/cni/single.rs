@@ -1,4 +1,4 @@
-//! `single`: one ADD, one DEL at a time, from the start of the plugin's process to its end.
+//! `single`: sequential ADD and DEL, from the start of the plugin's process until its exit.
 
 use anyhow::{Context, Result};
 use netns_lab::{Host, Workload};
@@ -12,7 +12,7 @@ use crate::stats::{Samples, ms};
 
 const HOSTS: usize = 3;
 
-/// Milliseconds of every call, in their order.
+/// Times of all calls in milliseconds, in their order.
 #[derive(Default)]
 pub(crate) struct Times {
     pub(crate) add: Vec<f64>,
@@ -25,7 +25,7 @@ pub(crate) fn measure(bench: &Bench) -> Result<Figure> {
     let lab = bench.lab(HOSTS)?;
     let host = lab.hosts().first().context("a lab without hosts")?;
     let pods = host.bare_workloads("pod", bench.plan.pods)?;
-    // Before any daemon runs: it would be woken by their devices.
+    // Before any daemon runs: the devices of the reference would wake it.
     let plain = rounds(&reference::plugin(host, false), host, &pods, bench.plan.reference_rounds)?;
     let masquerading = rounds(&reference::plugin(host, true), host, &pods, bench.plan.reference_rounds)?;
     reference::clear(host)?;
@@ -71,7 +71,7 @@ pub(crate) fn measure(bench: &Bench) -> Result<Figure> {
     })
 }
 
-/// Adds all pods, deletes all pods, so many times.
+/// Adds all pods and deletes all pods, `rounds` times.
 pub(crate) fn rounds(plugin: &Plugin, host: &Host, workloads: &[Workload], rounds: usize) -> Result<Times> {
     let veths = ground::veths(host)?;
     let mut times = Times::default();

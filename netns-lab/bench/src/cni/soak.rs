@@ -1,4 +1,4 @@
-//! `soak`: ten thousand pods come and go. Nothing of them may stay.
+//! `soak`: ten thousand pods are added and deleted. Nothing may leak.
 
 use std::time::Instant;
 
@@ -13,24 +13,24 @@ use crate::Bench;
 use crate::report::{Bar, Figure, Row};
 use crate::stats::{Samples, ms, round};
 
-/// One that announcements go to, beside the one with the pods.
+/// The host with the pods, and one that receives the announcements.
 const HOSTS: usize = 2;
 const NETWORK: &str = "soak";
-/// Small, so that it can be filled: how many fit before and after tells what was kept.
+/// A small subnet that can be filled: the number of pods that fit before and after shows leaked addresses.
 const SUBNET: &str = "10.63.0.0/24";
 const BLOCK: &str = "26";
-/// More than there are addresses.
+/// Number of workloads: more than there are addresses.
 const PODS: usize = 256;
-/// Namespaces that take turns in the long run.
+/// Number of namespaces that are reused in turn during the long run.
 const TURNS: usize = 50;
-/// How often memory is looked at.
+/// Number of memory samples.
 const MARKS: usize = 10;
 
-/// What the long run saw.
+/// Results of the long run.
 struct Run {
-    /// After each tenth.
+    /// Resident memory after each tenth of the run.
     rss_kib: Vec<u64>,
-    /// Medians of the calls of each tenth.
+    /// Median time of the ADD calls in each tenth of the run.
     add_ms: Vec<f64>,
     del_ms: Vec<f64>,
     pairs_a_second: f64,
@@ -58,7 +58,7 @@ pub(crate) fn measure(bench: &Bench) -> Result<Figure> {
 
     let mib = |kib: u64| kib as f64 / 1024.0;
     let (first, last) = (run.rss_kib.first().copied(), run.rss_kib.last().copied());
-    let (first, last) = first.zip(last).context("memory was never looked at")?;
+    let (first, last) = first.zip(last).context("memory was never sampled")?;
     let tenth = count / MARKS;
     let leaked = |what| left.get(what) as f64;
     Ok(Figure {
@@ -88,7 +88,7 @@ pub(crate) fn measure(bench: &Bench) -> Result<Figure> {
                 "",
             ),
         ],
-        notes: if left.is_empty() { Vec::new() } else { vec![format!("not as before: {}", left.text())] },
+        notes: if left.is_empty() { Vec::new() } else { vec![format!("leaked: {}", left.text())] },
         details: json!({
             "times": count,
             "rss_kib_of_each_tenth": run.rss_kib,
@@ -101,8 +101,8 @@ pub(crate) fn measure(bench: &Bench) -> Result<Figure> {
     })
 }
 
-/// Adds pods until one is refused, and deletes them, the refused one too as runtimes do. Gives how many
-/// there was room for, and the refusal.
+/// Adds pods until one is rejected, and deletes all of them, including the rejected one as runtimes do.
+/// Returns the number that fitted, and the error.
 fn fill(plugin: &Plugin, workloads: &[Workload]) -> Result<(usize, String)> {
     let pods = Pod::all(workloads);
     plugin.on_host(|caller| {
@@ -124,7 +124,7 @@ fn fill(plugin: &Plugin, workloads: &[Workload]) -> Result<(usize, String)> {
     })
 }
 
-/// How many fit now. Addresses may rest for a while before they are given away again.
+/// Returns how many pods fit now. Released addresses may be quarantined for a while.
 fn fill_again(plugin: &Plugin, workloads: &[Workload], room: usize) -> Result<usize> {
     let mut most = 0;
     let filled = wait_until(ground::SETTLE_TIMEOUT, "room for as many pods as before", || {
@@ -164,10 +164,10 @@ fn run(host: &Host, plugin: &Plugin, workloads: &[Workload], count: usize) -> Re
     Ok(run)
 }
 
-/// What stands now and did not before, once nothing is on its way out any more.
+/// Returns the objects that exist now and did not before, after pending deletions are complete.
 fn left_since(host: &Host, pods: &[Workload], before: &Standing) -> Result<Standing> {
     let mut left = None;
-    let settled = wait_until(ground::SETTLE_TIMEOUT, "the host as it was before", || {
+    let settled = wait_until(ground::SETTLE_TIMEOUT, "the host to return to its previous state", || {
         let now = left.insert(look(host, pods)?.since(before));
         if !now.is_empty() {
             bail!("{}", now.text());
@@ -175,10 +175,10 @@ fn left_since(host: &Host, pods: &[Workload], before: &Standing) -> Result<Stand
         Ok(())
     });
     match (settled, left) {
-        // What did not go away is the figure.
+        // The remaining difference is the figure.
         (_, Some(left)) => Ok(left),
         (Err(error), None) => Err(error),
-        (Ok(()), None) => bail!("the host was never looked at"),
+        (Ok(()), None) => bail!("the host was never inspected"),
     }
 }
 
@@ -192,7 +192,7 @@ fn look(host: &Host, pods: &[Workload]) -> Result<Standing> {
     Ok(Standing::of_host(host)?.with(IN_PODS, links))
 }
 
-/// The last : the first.
+/// Returns the ratio of the last value to the first. `None` if there are no values.
 fn ratio(values: &[f64]) -> Option<f64> {
     Some(values.last()? / values.first()?)
 }

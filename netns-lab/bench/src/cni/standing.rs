@@ -1,4 +1,4 @@
-//! What stands on a host, in numbers: what is counted before and after shows what was left behind.
+//! Counts of the objects on a host. The difference of two counts shows leaks.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -12,12 +12,12 @@ pub(crate) const VETHS: &str = "veths";
 pub(crate) const DESCRIPTORS: &str = "file descriptors of ovld";
 pub(crate) const NFT: &str = "nft objects and elements";
 
-/// Counts by what is counted.
+/// Number of objects by kind.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Standing(BTreeMap<&'static str, i64>);
 
 impl Standing {
-    /// What the kernel has in a host's namespace.
+    /// Counts the kernel objects in a host's namespace.
     pub(crate) fn of_kernel(host: &Netns) -> Result<Self> {
         let count = |value: Value| value.as_array().map_or(0, Vec::len);
         let nft = host.exec_ok(["nft", "-j", "list", "ruleset"])?;
@@ -35,23 +35,23 @@ impl Standing {
         ]))
     }
 
-    /// That, and what its daemon has.
+    /// Counts the kernel objects of a host and the objects of its daemon.
     pub(crate) fn of_host(host: &Host) -> Result<Self> {
         let endpoints = host.ctl_json(&["endpoints"])?;
-        let pid = host.pid().with_context(|| format!("ovld does not run on {}", host.name()))?;
+        let pid = host.pid().with_context(|| format!("ovld is not running on {}", host.name()))?;
         Ok(Standing::of_kernel(host)?
             .with("endpoints of ovld", endpoints.as_array().map_or(0, Vec::len))
             .with(DESCRIPTORS, fs::read_dir(format!("/proc/{pid}/fd"))?.count())
             .with("files of ovld", files_in(&host.state_dir())? + files_in(&host.run_dir())?))
     }
 
-    /// That, and one count more.
+    /// Adds a count.
     pub(crate) fn with(mut self, name: &'static str, count: usize) -> Self {
         self.0.insert(name, i64::try_from(count).unwrap_or(i64::MAX));
         self
     }
 
-    /// What there is more of than before, or (negative) less.
+    /// Returns the differences to an earlier count; negative if there are fewer now.
     pub(crate) fn since(&self, before: &Standing) -> Standing {
         let names = self.0.keys().chain(before.0.keys());
         Standing(
@@ -70,7 +70,7 @@ impl Standing {
         self.0.is_empty()
     }
 
-    /// As `+2 veths, -1 routes`.
+    /// Formats the counts: `+2 veths, -1 routes`.
     pub(crate) fn text(&self) -> String {
         self.0.iter().map(|(name, count)| format!("{count:+} {name}")).collect::<Vec<_>>().join(", ")
     }
@@ -82,7 +82,7 @@ impl<const N: usize> From<[(&'static str, usize); N]> for Standing {
     }
 }
 
-/// Tables, chains, rules, sets, maps and what is in these.
+/// Counts tables, chains, rules, sets, maps and elements.
 fn nft_count(ruleset: &Value) -> usize {
     let objects = ruleset["nftables"].as_array().into_iter().flatten();
     let objects = objects.filter_map(Value::as_object).flat_map(|object| object.iter());
@@ -108,7 +108,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn differences() {
+    fn differences_are_computed_and_formatted() {
         let before = Standing::from([("a", 1), ("b", 2), ("c", 3)]);
         let after = Standing::from([("a", 1), ("b", 4), ("c", 1), ("d", 1)]);
         let difference = after.since(&before);
@@ -118,7 +118,7 @@ mod tests {
     }
 
     #[test]
-    fn elements_count() {
+    fn elements_are_counted() {
         let ruleset = json!({"nftables": [
             {"metainfo": {"version": "1.0.6"}},
             {"table": {"name": "t"}},

@@ -1,5 +1,5 @@
-//! The machinery, tried on the reference plugins and on what is built by hand. Needs root and
-//! Debian's containernetworking-plugins; no daemon.
+//! Tests of the CNI measurements with the reference plugins and manually built networks. Need root and
+//! Debian's containernetworking-plugins, but no daemon.
 
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ use super::standing::{Standing, VETHS};
 use super::{at_once, ground, reference, single, version};
 
 #[test]
-fn pods_of_the_reference_come_and_go() {
+fn reference_pods_are_added_and_deleted() {
     reference::check().unwrap();
     let lab = Lab::new(LabConfig::hosts(1)).unwrap();
     let host = &lab["h1"];
@@ -25,7 +25,7 @@ fn pods_of_the_reference_come_and_go() {
         assert!(rates.add.iter().chain(&rates.del).all(|rate| *rate > 1.0));
     }
 
-    // What is left behind is counted.
+    // Leaked objects are counted.
     let plugin = reference::plugin(host, true);
     let before = Standing::of_kernel(host).unwrap();
     let pod = Pod::new(&pods[0]);
@@ -41,7 +41,7 @@ fn pods_of_the_reference_come_and_go() {
 }
 
 #[test]
-fn a_refusal_is_told_from_a_success() {
+fn plugin_error_is_distinguished_from_success() {
     let lab = Lab::new(LabConfig::hosts(1)).unwrap();
     let host = &lab["h1"];
     let pod = Pod::new(&host.workload("pod").unwrap());
@@ -57,7 +57,7 @@ fn a_refusal_is_told_from_a_success() {
 }
 
 #[test]
-fn traffic_through_hand_built_routes() {
+fn traffic_passes_manually_built_routes() {
     let lab = Lab::new(LabConfig::hosts(2)).unwrap();
     for (way, mtu) in [(Way::Vxlan, 1450), (Way::Direct, 1500)] {
         let [a, b] = by_hand::build(&lab, way, mtu).unwrap();

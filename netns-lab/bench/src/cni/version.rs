@@ -1,4 +1,4 @@
-//! `version`: what a process of the plugin costs that asks nobody.
+//! `version`: the cost of a plugin process that does not call ovld.
 
 use std::process::Command;
 
@@ -11,13 +11,13 @@ use crate::Bench;
 use crate::report::{Bar, Figure, Row};
 use crate::stats::{Samples, ms};
 
-/// A program that does nothing: what the start of a process alone costs.
+/// A program that does nothing, to measure the start of a process.
 const NOTHING: &str = "/bin/true";
 
 pub(crate) fn measure(bench: &Bench) -> Result<Figure> {
     bench.ovl_cni()?;
     let version = reference::check()?;
-    // No daemon runs in it.
+    // A lab without daemons.
     let lab = bench.lab(1)?;
     let host = lab.hosts().first().context("a lab without hosts")?;
     let pod = Pod::new(&host.workload("pod")?);
@@ -30,7 +30,7 @@ pub(crate) fn measure(bench: &Bench) -> Result<Figure> {
     })??;
     Ok(Figure {
         setup: format!(
-            "a host without ovld, {count} calls one after another, from before the process is started to its end; \
+            "a host without ovld, {count} calls one after another, from before the process starts until its exit; \
              the reference is {version}; {NOTHING} shows what the start of any program costs"
         ),
         rows: vec![
@@ -53,7 +53,7 @@ pub(crate) fn times(plugin: &Plugin, pod: &Pod, count: usize) -> Result<Samples>
         let mut times = Vec::new();
         for _ in 0..count {
             let answer = caller.call(Verb::Version, pod)?;
-            ensure!(!answer.versions()?.is_empty(), "VERSION names no version");
+            ensure!(!answer.versions()?.is_empty(), "VERSION lists no version");
             times.push(ms(answer.took));
         }
         Ok(Samples::new(times))

@@ -1,4 +1,4 @@
-//! dnsperf, and updates beside it.
+//! Query load with dnsperf, and concurrent updates.
 
 use std::fs;
 use std::path::Path;
@@ -15,31 +15,31 @@ use super::super::cluster::{Cluster, NETWORK};
 use super::super::stats::Samples;
 use super::CLIENT;
 
-/// Between two updates: 10,000 a minute.
+/// Interval between two updates: 10,000 per minute.
 const PACE: Duration = Duration::from_micros(6000);
-/// So many clients make them, for each waits for the kernel most of the time.
+/// Number of clients that make updates; each mostly waits for the kernel.
 const CLIENTS: u32 = 4;
 
-/// What dnsperf found.
+/// Results of dnsperf.
 pub(super) struct Found {
     pub(super) rate: f64,
     pub(super) lost: f64,
-    /// Of each query, in milliseconds, if they were told.
+    /// Latency of each query in milliseconds, if dnsperf reported it.
     pub(super) latencies: Vec<f64>,
 }
 
-/// How it is run.
+/// The query rate of dnsperf.
 #[derive(Clone, Copy, PartialEq)]
 pub(super) enum Pace {
-    /// As fast as answers come.
+    /// As fast as answers arrive.
     Full,
-    /// The same, and each query is told, which takes some of the client's time.
+    /// As fast as answers arrive, with a report for each query, which costs the client some time.
     Told,
-    /// At so many a second, and each is told.
+    /// At this rate per second, with a report for each query.
     Rate(f64),
 }
 
-/// Runs it.
+/// Runs dnsperf.
 pub(super) fn run(host: &Host, questions: &Path, port: u16, seconds: u64, pace: Pace) -> Result<Found> {
     let told = host.dir().join("dnsperf");
     let questions = questions.display();
@@ -48,7 +48,7 @@ pub(super) fn run(host: &Host, questions: &Path, port: u16, seconds: u64, pace: 
         Pace::Told => "-v".to_owned(),
         Pace::Rate(rate) => format!("-v -Q {rate:.0}"),
     };
-    // Into a file: nobody else runs meanwhile to take it.
+    // Write to a file, because a reader of a pipe would need CPU time.
     let command = format!(
         "exec taskset -c {CLIENT} dnsperf -s 127.0.0.1 -p {port} -d {questions} -l {seconds} -c 8 -q 200 {pace} > {}",
         told.display()
@@ -59,7 +59,7 @@ pub(super) fn run(host: &Host, questions: &Path, port: u16, seconds: u64, pace: 
     let number = |label: &str| {
         let line = text.lines().find(|line| line.trim_start().starts_with(label));
         let value = line.and_then(|line| line.rsplit_once(':')?.1.split_whitespace().next()?.parse().ok());
-        value.with_context(|| format!("dnsperf does not tell {label:?}: {text}"))
+        value.with_context(|| format!("dnsperf did not print {label:?}: {text}"))
     };
     let told =
         text.lines().filter_map(|line| line.strip_prefix("> ")?.rsplit(' ').next()?.parse::<f64>().ok());
@@ -67,14 +67,14 @@ pub(super) fn run(host: &Host, questions: &Path, port: u16, seconds: u64, pace: 
     Ok(Found { rate: number("Queries per second")?, lost: number("Queries lost")?, latencies })
 }
 
-/// What updates did.
+/// Results of a run with updates.
 pub(super) struct Updated {
     pub(super) lost: f64,
     pub(super) p99_ms: f64,
     pub(super) updates_a_minute: f64,
 }
 
-/// Asks at this rate while endpoints of the second host come and go.
+/// Queries at this rate while endpoints of the second host are attached and detached.
 pub(super) fn with_updates(
     cluster: &Cluster,
     questions: &Path,

@@ -1,4 +1,4 @@
-//! `search`: what an external name costs a client that walks a search list.
+//! `search`: the number of queries for an external name by a client with a search list.
 
 use std::fs;
 use std::io::ErrorKind;
@@ -16,15 +16,15 @@ use super::super::Bench;
 use super::super::cluster::Cluster;
 use super::super::report::{Bar, Figure, Row};
 
-/// Where the other resolver is, and the cluster's.
+/// Address of the upstream resolver.
 const UPSTREAM: &str = "127.0.0.2";
 const CLUSTER_DNS: &str = "10.96.0.10";
 const LOOK_AROUND: Duration = Duration::from_millis(50);
 
-/// Files that are removed when dropped.
+/// Files that are deleted on drop.
 struct Files {
     upstream: PathBuf,
-    /// What `ip netns exec` shows as /etc.
+    /// Directory that `ip netns exec` mounts over /etc.
     inside: PathBuf,
 }
 
@@ -35,7 +35,7 @@ impl Drop for Files {
     }
 }
 
-/// See the module.
+/// Measures the figure of this module.
 pub(crate) fn measure(bench: &Bench) -> Result<Figure> {
     let mut files = Files {
         upstream: std::env::temp_dir().join(format!("ovl-bench-{}.conf", std::process::id())),
@@ -69,19 +69,19 @@ pub(crate) fn measure(bench: &Bench) -> Result<Figure> {
             .to_owned(),
         rows: vec![
             Row::with_bar(
-                "queries to the other resolver",
+                "queries to the upstream resolver",
                 asked.into_inner() as f64,
                 "",
                 Bar::AtMost(1.0),
             ),
-            Row::with_bar("queries that the pod sent and had answered", answered, "", Bar::AtMost(1.0)),
+            Row::with_bar("queries of the pod", answered, "", Bar::AtMost(1.0)),
         ],
         notes: Vec::new(),
         details: json!({}),
     })
 }
 
-/// Gives how many queries it cost.
+/// Resolves the name in the workload, and returns the number of queries.
 fn look_up(host: &Host, workload: &Netns, name: &str) -> Result<f64> {
     let count = || -> Result<f64> {
         let metrics = host.ctl_ok(&["metrics"])?;
@@ -94,7 +94,7 @@ fn look_up(host: &Host, workload: &Netns, name: &str) -> Result<f64> {
     Ok(count()? - before)
 }
 
-/// Answers one address for whatever is asked.
+/// Answers every query with one address.
 fn answer_all(socket: &UdpSocket, asked: &AtomicUsize, ending: &AtomicBool) {
     let mut buffer = [0; 1024];
     while !ending.load(Ordering::Relaxed) {

@@ -1,4 +1,4 @@
-//! `name`: from an attach on one of 8 hosts until the last of the others answers its name.
+//! `new-name`: time from an attach on one of 8 hosts until the last of the other hosts resolves its name.
 
 use std::net::UdpSocket;
 use std::thread;
@@ -17,10 +17,10 @@ use super::{LISTEN, toml};
 
 const HOSTS: usize = 8;
 const TIMEOUT: Duration = Duration::from_secs(10);
-/// Between two questions: eight hosts ask.
+/// Interval between two queries of a host.
 const PACE: Duration = Duration::from_millis(1);
 
-/// See the module.
+/// Measures the figure of this module.
 pub(crate) fn measure(bench: &Bench) -> Result<Figure> {
     let cluster = Cluster::start(bench.lab_with(HOSTS, &toml())?)?;
     cluster.one_workload_each()?;
@@ -49,7 +49,7 @@ pub(crate) fn measure(bench: &Bench) -> Result<Figure> {
     Ok(Figure {
         setup: format!(
             "{HOSTS} hosts, one network with an endpoint on each; {} attaches one after another on all hosts in turn; from \
-             just before the request is written until each of the {} other hosts' resolvers, asked every {} ms, has answered \
+             just before the request is written until each of the {} other hosts' resolvers, queried every {} ms, has answered \
              the name",
             bench.plan.announces,
             HOSTS - 1,
@@ -64,7 +64,7 @@ pub(crate) fn measure(bench: &Bench) -> Result<Figure> {
     })
 }
 
-/// Milliseconds until this host answers the name.
+/// Returns the milliseconds until this host resolves the name.
 fn wait_name(host: &Host, name: &str, start: Instant) -> Result<f64> {
     let question = question(&format!("{name}.{NETWORK}.ovl.internal"));
     host.run(|| {
@@ -75,17 +75,17 @@ fn wait_name(host: &Host, name: &str, start: Instant) -> Result<f64> {
         loop {
             socket.send(&question)?;
             let length = socket.recv(&mut buffer)?;
-            // No error, and one answer.
+            // NOERROR, with one answer.
             if length > 12 && buffer[3] & 15 == 0 && buffer[7] == 1 {
                 return Ok(ms(start.elapsed()));
             }
-            ensure!(start.elapsed() < TIMEOUT, "{name} is not known on {} in time", host.name());
+            ensure!(start.elapsed() < TIMEOUT, "{} did not resolve {name} in time", host.name());
             thread::sleep(PACE);
         }
     })?
 }
 
-/// For the IPv4 addresses of a name.
+/// Builds a query for the A records of a name.
 fn question(name: &str) -> Vec<u8> {
     let mut message = vec![0, 1, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0];
     for label in name.split('.') {

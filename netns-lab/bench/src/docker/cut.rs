@@ -1,4 +1,4 @@
-//! `cut`: a host with containers loses its link, and gets it back.
+//! `cut`: a host with containers is disconnected and reconnected.
 
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant, SystemTime};
@@ -16,7 +16,7 @@ use crate::stats::{Samples, ms};
 
 const HOSTS: usize = 3;
 const PERIOD: Duration = Duration::from_millis(5);
-/// Swarm once took 38 s.
+/// Docker Swarm took up to 38 s.
 const TIMEOUT: Duration = Duration::from_secs(60);
 
 pub(crate) fn measure(bench: &Bench) -> Result<Figure> {
@@ -40,22 +40,22 @@ pub(crate) fn measure(bench: &Bench) -> Result<Figure> {
         host.link_up()?;
         healed.push(ms_between(start, pings.answered_after(start, TIMEOUT)?)? / 1000.0);
         drop(pings);
-        wait_until(TIMEOUT, "all as before", || {
+        wait_until(TIMEOUT, "the hosts to return to their previous state", || {
             held(&ground, host).map(|all| all.iter().all(|each| !each.is_empty()))
         })?;
     }
     let (dropped, healed) = (Samples::new(dropped), Samples::new(healed));
     Ok(Figure {
         setup: format!(
-            "{HOSTS} hosts with a Docker Engine and one container each; h3's link is cut until no other kernel has an entry to \
-             it, and then joined again, {} times; a workload on h1 pings h3's container every {} ms all the while. Swarm's \
+            "{HOSTS} hosts with a Docker Engine and one container each; h3's link is unplugged until no other kernel has an entry to \
+             it, and then plugged in again, {} times; a workload on h1 pings h3's container every {} ms meanwhile. Swarm's \
              overlay: 5.2 to 6.0 s, and 1.4 to 38.5 s",
             bench.plan.docker_cuts,
             PERIOD.as_millis()
         ),
         rows: vec![
             Row::with_bar(
-                "a host cut off until the peers drop it, max",
+                "a host disconnected until the peers withdraw it, max",
                 dropped.max(),
                 "s",
                 Bar::AtMost(4.0),
@@ -69,7 +69,7 @@ pub(crate) fn measure(bench: &Bench) -> Result<Figure> {
     })
 }
 
-/// The MAC addresses that each other kernel sends to a host.
+/// Returns the MAC addresses that each other kernel forwards to a host.
 fn held(ground: &Ground, host: &netns_lab::Host) -> Result<Vec<BTreeSet<Mac>>> {
     let destination = host.address()?.to_string();
     let others = ground.lab.hosts().iter().filter(|other| other.name() != host.name());
@@ -84,10 +84,10 @@ fn held(ground: &Ground, host: &netns_lab::Host) -> Result<Vec<BTreeSet<Mac>>> {
 }
 
 fn parse_mac_of(text: &str) -> Result<Mac> {
-    parse_mac(text).with_context(|| format!("{text:?} is no MAC address"))
+    parse_mac(text).with_context(|| format!("invalid MAC address {text:?}"))
 }
 
-/// Milliseconds until the others' kernels hold nothing of the host any more.
+/// Returns the milliseconds until the other kernels hold no entry of the host.
 fn cut(ground: &Ground, host: &netns_lab::Host) -> Result<f64> {
     let others: Vec<_> = ground.lab.hosts().iter().filter(|other| other.name() != host.name()).collect();
     let destination = host.address()?;
@@ -98,9 +98,9 @@ fn cut(ground: &Ground, host: &netns_lab::Host) -> Result<f64> {
     let mut last = start;
     while held.iter().any(|entries| !entries.is_empty()) {
         let Some(seen) = watcher.next(start + TIMEOUT)? else {
-            bail!("{TIMEOUT:?} after the cut there are {held:?}")
+            bail!("{TIMEOUT:?} after the disconnection the other kernels still hold {held:?}")
         };
-        let entries = held.get_mut(seen.host).context("a notification of no host")?;
+        let entries = held.get_mut(seen.host).context("a notification of an unknown host")?;
         if seen.change.destination == destination {
             if seen.change.added {
                 entries.insert(seen.change.mac);

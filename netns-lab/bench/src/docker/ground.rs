@@ -1,4 +1,4 @@
-//! Hosts with an Engine each, and one network that all of them have.
+//! A lab with a Docker Engine on each host, and one network that all of them have.
 
 use std::net::IpAddr;
 use std::time::{Duration, SystemTime};
@@ -10,14 +10,14 @@ use crate::Bench;
 use crate::client::{self, Client};
 use crate::cluster::address_of;
 
-/// The network, under the same name in the cluster and in each Engine.
+/// Name of the network in the cluster and in each Engine.
 pub(super) const NETWORK: &str = "bench";
 const SUBNET: &str = "10.99.0.0/16";
 pub(super) const IMAGE: &str = "tiny:1";
-/// For whatever should take a second at most.
+/// Timeout of operations that should take at most a second.
 const SETTLE: Duration = Duration::from_secs(20);
 
-/// A lab with Engines. The Engines go first.
+/// A lab with Engines. The Engines are dropped first.
 pub(super) struct Ground {
     pub(super) engines: Vec<Engine>,
     pub(super) lab: netns_lab::Lab,
@@ -54,7 +54,7 @@ impl Ground {
         self.engines.get(index).with_context(|| format!("no Engine of index {index}"))
     }
 
-    /// A workload on the network that is no container.
+    /// Creates a workload on the network that is not a container.
     pub(super) fn workload(&self, index: usize, name: &str) -> Result<(Workload, IpAddr)> {
         let host = self.host(index)?;
         let workload = host.workload(name)?;
@@ -63,18 +63,18 @@ impl Ground {
         Ok((workload, address_of(&endpoint)?))
     }
 
-    /// Starts a container that goes on, with further arguments.
+    /// Starts a long-running container, with additional arguments.
     pub(super) fn run(&self, index: usize, name: &str, more: &[&str]) -> Result<()> {
         self.run_on(NETWORK, index, name, more)
     }
 
-    /// The same on another network.
+    /// Like [`run`](Self::run), on another network.
     pub(super) fn run_on(&self, network: &str, index: usize, name: &str, more: &[&str]) -> Result<()> {
         let run = ["run", "--detach", "--name", name, "--stop-signal", "SIGKILL", "--network", network];
         self.engine(index)?.call(&[&run, more, &[IMAGE, "busybox", "sleep", "100000"]].concat()).map(drop)
     }
 
-    /// Makes the Engines one Swarm, with an overlay network of its own.
+    /// Joins the Engines into a Swarm with its own overlay network.
     pub(super) fn swarm(&self, network: &str, subnet: &str) -> Result<()> {
         let addresses = self.lab.hosts().iter().map(|host| host.address().map(|address| address.to_string()));
         let addresses: Vec<String> = addresses.collect::<Result<_>>()?;
@@ -90,10 +90,13 @@ impl Ground {
         manager.call(&create).map(drop)
     }
 
-    /// The network namespace of a container that runs.
+    /// Returns the path of the network namespace of a running container.
     pub(super) fn netns_of(&self, index: usize, name: &str) -> Result<String> {
         let container = self.engine(index)?.inspect("container", name)?;
-        let pid = container["State"]["Pid"].as_u64().filter(|pid| *pid != 0).context("it does not run")?;
+        let pid = container["State"]["Pid"]
+            .as_u64()
+            .filter(|pid| *pid != 0)
+            .context("the container is not running")?;
         Ok(format!("/proc/{pid}/ns/net"))
     }
 
@@ -102,7 +105,7 @@ impl Ground {
     }
 }
 
-/// Pings every few milliseconds, from before there is anybody to answer.
+/// Periodic pings to an address that may not exist yet.
 pub(super) struct Pings(Spawned);
 
 impl Pings {
@@ -110,13 +113,13 @@ impl Pings {
         Self::start_in(from.host(), from.path_str(), to, period)
     }
 
-    /// From a namespace of which there is a path.
+    /// Starts pings from the namespace at a path.
     pub(super) fn start_in(host: &Host, netns: &str, to: IpAddr, period: Duration) -> Result<Self> {
         let (enter, period) = (format!("--net={netns}"), format!("{:.3}", period.as_secs_f64()));
         host.spawn(["nsenter", &enter, "ping", "-n", "-D", "-i", &period, &to.to_string()]).map(Pings)
     }
 
-    /// When the first answer came after that time.
+    /// Returns the time of the first answer after `start`.
     pub(super) fn answered_after(&self, start: SystemTime, timeout: Duration) -> Result<SystemTime> {
         let start = start.duration_since(SystemTime::UNIX_EPOCH)?.as_secs_f64();
         let seconds = wait_until(timeout, "an answer", || answers(&self.0.stdout()).find(|at| *at > start))?;
@@ -124,25 +127,25 @@ impl Pings {
     }
 }
 
-/// Seconds since 1970 of the answers that `ping -D` has printed.
+/// Parses the Unix times of the answers that `ping -D` has printed, in seconds.
 fn answers(text: &str) -> impl Iterator<Item = f64> {
     text.lines()
         .filter(|line| line.contains(" bytes from "))
         .filter_map(|line| line.strip_prefix('[')?.split_once(']')?.0.parse().ok())
 }
 
-/// Milliseconds from one to the other.
+/// Returns the milliseconds between two times.
 pub(super) fn ms_between(from: SystemTime, to: SystemTime) -> Result<f64> {
     match to.duration_since(from) {
         Ok(time) => Ok(time.as_secs_f64() * 1000.0),
-        Err(error) => bail!("the end is {:?} before the beginning", error.duration()),
+        Err(error) => bail!("the end is {:?} before the start", error.duration()),
     }
 }
 
 #[cfg(test)]
 mod tests {
     #[test]
-    fn answers_are_found_in_what_ping_prints() {
+    fn answers_of_ping_are_parsed() {
         let text = "PING 10.0.0.1\n[1700000000.25] From 10.0.0.2 icmp_seq=1 Destination Host Unreachable\n\
                     [1700000001.5] 64 bytes from 10.0.0.1: icmp_seq=2\n";
         assert_eq!(super::answers(text).collect::<Vec<_>>(), [1_700_000_001.5]);

@@ -1,4 +1,4 @@
-//! `link`: from a container's link on one Engine until the other hosts' kernels hold its entry.
+//! `link`: time from a container's link on one Engine until the other hosts' kernels have its entry.
 
 use std::time::{Duration, Instant, SystemTime};
 
@@ -36,7 +36,7 @@ pub(crate) fn measure(bench: &Bench) -> Result<Figure> {
         let mut waiting: Vec<usize> = (0..others.len()).collect();
         while !waiting.is_empty() {
             let Some(seen) = watcher.next(deadline)? else {
-                bail!("no entry of container {number} on the hosts {waiting:?} within {TIMEOUT:?}")
+                bail!("no entry of container {number} on hosts {waiting:?} within {TIMEOUT:?}")
             };
             if seen.change.added && seen.change.destination == destination && seen.change.mac != [0; 6] {
                 waiting.retain(|host| *host != seen.host);
@@ -51,21 +51,21 @@ pub(crate) fn measure(bench: &Bench) -> Result<Figure> {
     let (from_link, from_run) = (Samples::new(from_link), Samples::new(from_run));
     Ok(Figure {
         setup: format!(
-            "{HOSTS} hosts with a Docker Engine and one container each; on h1 {} containers come and go one after another; \
-             from the kernel's word of the container's link (its pair of interfaces) on h1 until its word of the entry on \
+            "{HOSTS} hosts with a Docker Engine and one container each; on h1 {} containers are started and removed one after another; \
+             from the kernel's notification of the container's veth pair on h1 until the notification of the entry on \
              the last other host. Swarm's overlay: 108 to 117 ms, and 331 to 360 ms from the call",
             bench.plan.docker_links
         ),
         rows: vec![
             Row::with_bar(
-                "link until the peers' kernels hold it, p50",
+                "link until the peers' kernels have its entry, p50",
                 from_link.percentile(50.0),
                 "ms",
                 Bar::AtMost(15.0),
             ),
             Row::context("the same, p99", from_link.percentile(99.0), "ms"),
             Row::context(
-                "`docker run` called until the peers' kernels hold it, p50",
+                "call of `docker run` until the peers' kernels have its entry, p50",
                 from_run.percentile(50.0),
                 "ms",
             ),

@@ -1,5 +1,5 @@
-//! When the host's end of an endpoint's pair comes, and when the other end is up: told by the kernel
-//! (RTNLGRP_LINK).
+//! Times at which the host's side of an endpoint's veth pair appears and the other side is up, by kernel
+//! notifications (RTNLGRP_LINK).
 
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -15,19 +15,19 @@ use nix::sys::socket::{MsgFlags, SockProtocol, recv};
 
 use crate::netlink;
 
-/// Names of endpoints' devices begin with this.
+/// Name prefix of endpoint devices.
 pub(super) const ENDPOINTS: &str = "ove-";
 
 const LINK_GROUP: u32 = 1;
 const PATIENCE: Duration = Duration::from_secs(20);
 const RTM_NEWLINK: u16 = 16;
-/// In `struct ifinfomsg`, and behind it.
+/// Offset of the flags in `struct ifinfomsg`.
 const FLAGS: usize = 8;
 const ATTRIBUTES: usize = 16;
 const IFLA_IFNAME: u16 = 3;
 const IFF_LOWER_UP: u32 = 1 << 16;
 
-/// The host's end of a pair.
+/// The host's side of a veth pair.
 #[derive(Clone, Debug)]
 pub(super) struct Link {
     name: String,
@@ -35,7 +35,7 @@ pub(super) struct Link {
     pub(super) up: Option<SystemTime>,
 }
 
-/// Listens from `start` until it is dropped.
+/// Records link notifications from `start` until it is dropped.
 pub(super) struct Links {
     seen: Arc<Mutex<Vec<Link>>>,
     alive: Option<UnixStream>,
@@ -43,7 +43,7 @@ pub(super) struct Links {
 }
 
 impl Links {
-    /// Of pairs whose host's ends have names that begin like this.
+    /// Starts recording links whose names have this prefix.
     pub(super) fn start(host: &Host, prefix: &'static str) -> Result<Self> {
         let socket = netlink::listen(host, SockProtocol::NetlinkRoute, LINK_GROUP)?;
         let (alive, stop) = UnixStream::pair()?;
@@ -55,18 +55,18 @@ impl Links {
         Ok(Links { seen, alive: Some(alive), thread: Some(thread) })
     }
 
-    /// The first one that came at this time or later.
+    /// Waits for the first link that appeared at or after `start`.
     pub(super) fn wait(&self, start: SystemTime) -> Result<Link> {
         self.wait_for(start, |_| true)
     }
 
-    /// The same once its other end is up.
+    /// Waits for the first link that appeared at or after `start` and whose other side is up.
     pub(super) fn wait_up(&self, start: SystemTime) -> Result<Link> {
         self.wait_for(start, |link| link.up.is_some())
     }
 
     fn wait_for(&self, start: SystemTime, is_it: impl Fn(&Link) -> bool) -> Result<Link> {
-        wait_until(PATIENCE, "the link of a container", || {
+        wait_until(PATIENCE, "a container's link", || {
             let seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
             seen.iter().find(|link| link.created >= start).filter(|link| is_it(link)).cloned()
         })
@@ -106,7 +106,8 @@ fn watch(socket: &OwnedFd, stop: &UnixStream, seen: &Mutex<Vec<Link>>, prefix: &
     }
 }
 
-/// The name of a link that is there, if it begins like this, and whether the other end is up.
+/// Parses a link message. Returns the link's name and whether the other side is up. `None` if the name has
+/// another prefix.
 fn link(message: &[u8], prefix: &str) -> Option<(String, bool)> {
     let flags = u32::from_ne_bytes(message.get(FLAGS..FLAGS + 4)?.try_into().ok()?);
     let (_, name) = netlink::attributes(message.get(ATTRIBUTES..)?).find(|(kind, _)| *kind == IFLA_IFNAME)?;

@@ -1,4 +1,4 @@
-//! Containers of Docker Engines.
+//! `bench docker`: the Docker Engine figures.
 
 pub(crate) mod cut;
 mod ground;

@@ -1,5 +1,5 @@
-//! `pinging`: somebody on another host pings an address that nobody has, until a container takes it. On ovl's
-//! network and on a Swarm's overlay of the same Engines.
+//! `pinging`: time until a new container answers pings to its address, which were sent before it existed. On
+//! ovl's network and on the overlay of a Swarm of the same Engines.
 
 use std::net::IpAddr;
 use std::thread;
@@ -16,15 +16,15 @@ use crate::stats::Samples;
 
 const HOSTS: usize = 3;
 const PERIOD: Duration = Duration::from_millis(5);
-/// Not a whole number of the seconds between two questions for a neighbour, so that they are met at
-/// any moment.
+/// Time of pings before the container starts. Not a multiple of the interval of neighbour probes, so that the
+/// phase varies.
 const BEFORE: Duration = Duration::from_millis(2_350);
 const TIMEOUT: Duration = Duration::from_secs(20);
-/// The Swarm's network.
+/// Name of the Swarm's network.
 const SWARM: &str = "swarm";
 const SWARM_SUBNET: &str = "10.98.0.0/16";
 
-/// What happened until an address answered.
+/// The times until an address answered.
 struct Taken {
     called: SystemTime,
     link: Link,
@@ -63,24 +63,24 @@ pub(crate) fn measure(bench: &Bench) -> Result<Figure> {
     let p50 = |samples: &Samples| samples.percentile(50.0);
     Ok(Figure {
         setup: format!(
-            "{HOSTS} hosts with a Docker Engine, all of one Swarm, and a container on each network; on h2 somebody pings an \
+            "{HOSTS} hosts with a Docker Engine, all of one Swarm, and a container on each network; on h2 a workload pings an \
              address every {} ms, for more than two seconds before a container with that address is started on h1, {count} times \
              on ovl's network and as often, in turn, on the Swarm's, each with another address; the answer's time is that of \
-             `ping -D`, the link's the kernel's word of it. Between the pair and its other end's being up the Engine makes the \
+             `ping -D`, the link's that of the kernel's notification. Between the pair and its other side being up the Engine creates the \
              container. Swarm's overlay on another machine: 354 ms",
             PERIOD.as_millis(),
         ),
         rows: vec![
             Row::with_bar(
-                "the container's link is up until the first answer, p50",
+                "container's link up until the first answer, p50",
                 p50(&up),
                 "ms",
                 Bar::AtMost(100.0),
             ),
             Row::context("the same, max", up.max(), "ms"),
-            Row::context("its pair of interfaces is made until the first answer, p50", p50(&created), "ms"),
+            Row::context("creation of its veth pair until the first answer, p50", p50(&created), "ms"),
             Row::context("the same in the Swarm, p50", p50(&swarm_created), "ms"),
-            Row::context("`docker run` called until the first answer, p50", p50(&called), "ms"),
+            Row::context("call of `docker run` until the first answer, p50", p50(&called), "ms"),
             Row::context("the same in the Swarm, p50", p50(&swarm_called), "ms"),
             Row::context("the same in the Swarm, max", swarm_called.max(), "ms"),
         ],
@@ -92,7 +92,8 @@ pub(crate) fn measure(bench: &Bench) -> Result<Figure> {
     })
 }
 
-/// Pings an address from a namespace on h2 until a container on h1 takes it.
+/// Pings an address from a namespace on h2, starts a container with it on h1, and returns the times until it
+/// answers.
 fn taken(
     ground: &Ground,
     network: &str,

@@ -1,4 +1,4 @@
-//! `run`: `docker run --rm` on an ovl network and on a bridge network of the Engine's own.
+//! `run`: time of `docker run --rm` on an ovl network and on a bridge network of the Engine.
 
 use std::time::Instant;
 
@@ -16,7 +16,7 @@ pub(crate) fn measure(bench: &Bench) -> Result<Figure> {
     let ground = Ground::start(bench, 3)?;
     let engine = ground.engine(0)?;
     engine.call(&["network", "create", OWN])?;
-    // So that what is built with the first one, in both, stands.
+    // Keep a container on each network, so that the devices of the network exist.
     ground.run(0, "stays", &[])?;
     engine.call(&[
         "run",
@@ -37,7 +37,7 @@ pub(crate) fn measure(bench: &Bench) -> Result<Figure> {
     };
     let (mut ours, mut own) = (Vec::new(), Vec::new());
     for turn in 0..bench.plan.docker_runs {
-        // Each goes first every other time.
+        // Alternate which network goes first.
         let order = if turn % 2 == 0 { [NETWORK, OWN] } else { [OWN, NETWORK] };
         for network in order {
             let took = run(network)?;
@@ -49,7 +49,7 @@ pub(crate) fn measure(bench: &Bench) -> Result<Figure> {
         setup: format!(
             "3 hosts with a Docker Engine ({}) each; on h1 `docker run --rm IMAGE true` {} times on an ovl network that all \
              have and as often, in turn, on a bridge network of that Engine's own; one container runs on each all the time; \
-             from before the start of `docker` to its end",
+             from before the start of `docker` until its exit",
             engine.call(&["version", "--format", "{{.Server.Version}}"])?,
             bench.plan.docker_runs
         ),

@@ -1,4 +1,5 @@
-//! `failover`: the host that announces a LoadBalancer's address is lost: until another one answers.
+//! `failover`: time from the loss of the host that announces a LoadBalancer's address until another host
+//! answers.
 
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
@@ -56,7 +57,7 @@ pub(crate) fn measure(bench: &Bench) -> Result<Figure> {
         setup: format!(
             "{HOSTS} hosts, a routed network with a backend on each, default settings; the host that announces the \
              address loses its daemon (SIGKILL), its link and its namespace, {} times; a client on the underlay \
-             connects again and again; from just before the loss until the first connection after it is taken",
+             connects repeatedly; from just before the loss until the first connection after it is accepted",
             times.len()
         ),
         rows: vec![
@@ -68,13 +69,13 @@ pub(crate) fn measure(bench: &Bench) -> Result<Figure> {
     })
 }
 
-/// The one host that answers, once all others know it.
+/// Waits until all hosts agree on the announcing host and it answers, and returns its name.
 fn announced(lab: &Lab, client: &Netns, at: SocketAddr) -> Result<String> {
-    wait_until(PATIENCE, "one host to announce the address", || {
+    wait_until(PATIENCE, "exactly one host to announce the address", || {
         let mut all = Vec::new();
         for host in lab.hosts() {
             let found = host.ctl_json(&["get", "endpoints", "web"])?;
-            let said = found["announced"][0]["nodes"].as_array().context("nothing is said")?;
+            let said = found["announced"][0]["nodes"].as_array().context("no announcement is listed")?;
             all.extend(said.iter().filter_map(|name| name.as_str()).map(str::to_owned));
         }
         all.dedup();
@@ -84,16 +85,16 @@ fn announced(lab: &Lab, client: &Netns, at: SocketAddr) -> Result<String> {
     })
 }
 
-/// Seconds without an answer.
+/// Loses the announcing host, and returns the seconds until a connection succeeds again.
 fn lose(lab: &Lab, client: &Netns, holder: &str, at: SocketAddr) -> Result<f64> {
     let host = lab.host(holder)?;
     let start = Instant::now();
     host.destroy()?;
-    // What was answered while the host went was answered by it.
+    // A connection that was accepted during the loss was accepted by the lost host.
     let lost = Instant::now();
     client.run(|| {
         while connect::connect(at, Duration::from_millis(100)).is_err() {
-            ensure!(lost.elapsed() < PATIENCE, "nobody took the address over");
+            ensure!(lost.elapsed() < PATIENCE, "no host took the address over");
         }
         Ok(())
     })??;

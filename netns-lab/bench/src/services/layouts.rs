@@ -1,23 +1,24 @@
-//! What others would have in the kernel for the same Services: texts for `iptables-restore` and `nft`, after the
-//! layouts of kube-proxy, and flat nft maps written by hand.
+//! Reference layouts of the same Services: input for `iptables-restore` and `nft` after the layouts of
+//! kube-proxy, and hand-written flat nft maps.
 
 use std::fmt::Write as _;
 use std::net::{Ipv4Addr, SocketAddrV4};
 
-/// A Service at port 80 of an address, and its three endpoints.
+/// A Service at port 80 of an address, with its three endpoints.
 pub(super) struct Reference {
     pub(super) address: Ipv4Addr,
     pub(super) endpoints: [SocketAddrV4; 3],
 }
 
-/// One of the layouts.
+/// A reference layout.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Layout {
-    /// kube-proxy's mode `iptables`: a chain for each Service and endpoint, one list of all Services.
+    /// kube-proxy's mode `iptables`: a chain for each Service and endpoint, and one chain that lists all
+    /// Services.
     Iptables,
-    /// kube-proxy's mode `nftables`: the same chains, found by a map of verdicts.
+    /// kube-proxy's mode `nftables`: the same chains, found through a verdict map.
     Nft,
-    /// Flat maps, as a person would write them.
+    /// Hand-written flat maps.
     ByHand,
 }
 
@@ -28,11 +29,11 @@ impl Layout {
         match self {
             Self::Iptables => "kube-proxy's iptables layout",
             Self::Nft => "kube-proxy's nft layout",
-            Self::ByHand => "nft maps by hand",
+            Self::ByHand => "hand-written nft maps",
         }
     }
 
-    /// What takes the texts.
+    /// Returns the command that loads the text.
     pub(super) fn loader(self) -> &'static [&'static str] {
         match self {
             Self::Iptables => &["iptables-legacy-restore", "--noflush"],
@@ -40,7 +41,7 @@ impl Layout {
         }
     }
 
-    /// All of it.
+    /// Renders all Services.
     pub(super) fn whole(self, services: &[Reference]) -> String {
         match self {
             Self::Iptables => iptables(services),
@@ -49,7 +50,7 @@ impl Layout {
         }
     }
 
-    /// One more endpoint for a Service that is there; again, and it is gone.
+    /// Renders the change that adds an endpoint to an existing Service, or removes it again.
     pub(super) fn one_more(
         self,
         number: usize,
@@ -201,7 +202,7 @@ fn by_hand(services: &[Reference]) -> String {
              ip daddr . tcp dport . meta mark map @backends\n"
         )
     };
-    // Chains before the rule that names them.
+    // Chains must precede the rule that refers to them.
     let at = text.find("add rule").unwrap_or(text.len());
     text.insert_str(at, &(of("three", 3) + &of("four", 4)));
     let mut elements = |map: &str, all: Vec<String>| {

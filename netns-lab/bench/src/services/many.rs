@@ -1,4 +1,4 @@
-//! `many`: 10,000 Services of three endpoints on a host, beside the layouts of others.
+//! `many`: 10,000 Services of three endpoints on a host, compared with the reference layouts.
 
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
@@ -15,12 +15,12 @@ use crate::report::{Bar, Figure, Row};
 use crate::stats::{Samples, ms};
 use crate::{Bench, connect};
 
-/// As many as there are when changes are measured the first time.
+/// Number of Services when changes are first measured.
 const FEW: usize = 100;
 const BACKENDS: [&str; 3] = ["one", "two", "three"];
-/// For all of them, in a build that is not optimised.
+/// Timeout for loading all Services with an unoptimised build.
 const PATIENCE: Duration = Duration::from_secs(120);
-/// A commit of one change.
+/// Timeout for the commit of one change.
 const COMMIT: Duration = Duration::from_secs(5);
 
 pub(crate) fn measure(bench: &Bench) -> Result<Figure> {
@@ -34,7 +34,7 @@ pub(crate) fn measure(bench: &Bench) -> Result<Figure> {
         BACKENDS.into_iter().map(|name| backend(host, name)).collect::<Result<_>>()?;
     let client = host.workload("client")?;
     Client::connect(&host.socket())?.ask(&client::attach("client", NETWORK, client.path(), None))?;
-    // The measured one comes after all others, by its name and by its address.
+    // The measured Service is the last one, by its name and by its address.
     let last = service_address(count - 1)?;
     fill(host, 0..FEW - 1)?;
     apply(host, &[service("z", last, Some(super::LABEL))])?;
@@ -66,7 +66,7 @@ fn fill(host: &Host, numbers: std::ops::Range<usize>) -> Result<()> {
     Ok(())
 }
 
-/// Waits until the kernel has all of them.
+/// Waits until the kernel has all Services.
 fn settled(host: &Host, client: &Workload, last: SocketAddr) -> Result<()> {
     wait_until(PATIENCE, "all Services in the kernel", || host.ctl_ok(&["verify"]).map(drop))?;
     wait_until(PATIENCE, "the last Service", || {
@@ -74,8 +74,8 @@ fn settled(host: &Host, client: &Workload, last: SocketAddr) -> Result<()> {
     })
 }
 
-/// Somebody deletes the table: from then on until a connection to the last Service is answered, which is when all are
-/// committed, in seconds.
+/// Measures loading in seconds: from the deletion of the table by another program until a connection to the
+/// last Service is answered, which is when all are committed.
 fn loads(bench: &Bench, host: &Host, client: &Workload, last: SocketAddr) -> Result<Samples> {
     let mut seconds = Vec::new();
     for _ in 0..bench.plan.service_loads {
@@ -94,7 +94,8 @@ fn loads(bench: &Bench, host: &Host, client: &Workload, last: SocketAddr) -> Res
     Ok(Samples::new(seconds))
 }
 
-/// From just before the request that makes a backend unready, or ready, until the kernel tells of the commit.
+/// Measures changes: from just before the request that marks a backend unready or ready until the kernel's
+/// notification of the commit.
 fn changes(bench: &Bench, host: &Host) -> Result<Samples> {
     let commits = Commits::watch([host])?;
     let mut client = Client::connect(&host.socket())?;
@@ -127,7 +128,7 @@ fn figure(
     )];
     rows.extend(references.iter().map(|it| Row::context(&named("loaded", it), it.load, "s")));
     rows.push(Row::with_bar(
-        &format!("one endpoint more or less among {count}, request to commit, p50"),
+        &format!("one endpoint added or removed among {count}, request to commit, p50"),
         many.percentile(50.0),
         "ms",
         Bar::AtMost(1.0),
@@ -137,14 +138,14 @@ fn figure(
         Row::context(&named(&format!("the same among {count}, p50"), it), it.change.percentile(50.0), "ms")
     }));
     rows.push(Row::with_bar(
-        "connecting through the last one, of direct, p50",
+        "connecting through the last one, relative to a direct connection, p50",
         ratio(past, there),
         "",
         Bar::AtMost(1.2),
     ));
-    rows.extend(
-        references.iter().map(|it| Row::context(&named("of direct", it), ratio(&it.through, &it.direct), "")),
-    );
+    rows.extend(references.iter().map(|it| {
+        Row::context(&named("relative to a direct connection", it), ratio(&it.through, &it.direct), "")
+    }));
     rows.push(Row::context("connecting directly, p50", there.percentile(50.0) * 1000.0, "µs"));
     let references: Map<String, Value> = references
         .iter()
@@ -161,11 +162,11 @@ fn figure(
     Figure {
         setup: format!(
             "one host, a routed network, {count} Services of three endpoints each. Loaded: from the deletion of the \
-             table by somebody else, which is noticed, until a connection through the last Service is answered, {} \
-             times. Changed: {} requests over the socket that make a backend of the last Service unready and ready, \
-             until the kernel's notification of the commit. Connected: {} times each, in turns, from a workload to one \
-             on the same host. The others' layouts: the same Services between two namespaces behind a router, texts \
-             given to `iptables-legacy-restore --noflush` and `nft -f`",
+             table by another program until a connection through the last Service is answered, {} \
+             times. Changed: {} requests over the socket that mark a backend of the last Service unready and ready, \
+             until the kernel's notification of the commit. Connected: {} times each, alternating, from a workload to one \
+             on the same host. Reference layouts: the same Services between two namespaces behind a router, loaded \
+             with `iptables-legacy-restore --noflush` and `nft -f`",
             loads.len(),
             many.len(),
             there.len(),

@@ -1,4 +1,4 @@
-//! `bench services`: the figures of issue 7 about Services.
+//! `bench services`: the Service figures.
 
 pub(crate) mod failover;
 mod layouts;
@@ -16,26 +16,26 @@ use serde_json::{Value, json};
 use super::client::Client;
 
 const NETWORK: &str = "bench";
-/// What the real backends of the measured Service have for a label.
+/// Label of the real backends of the measured Service.
 const LABEL: &str = "web";
-/// Where they listen.
+/// Port at which they listen.
 const BACKEND_PORT: u16 = 8080;
-/// Of each Service.
+/// Port of each Service.
 const PORT: u16 = 80;
 
-/// The address of a Service by its number, in the default range.
+/// Returns the address of a Service by its number, in the default range.
 fn service_address(number: usize) -> Result<Ipv4Addr> {
     let offset = u32::try_from(number)? + 1024;
     Ok(Ipv4Addr::from(u32::from(Ipv4Addr::new(10, 96, 0, 0)) + offset))
 }
 
-/// The addresses of its endpoints, which nobody has.
+/// Returns the addresses of a Service's endpoints, which do not exist.
 fn endpoint_addresses(number: usize) -> Result<[Ipv4Addr; 3]> {
     let first = u32::from(Ipv4Addr::new(10, 200, 0, 0)) + 4 * u32::try_from(number)?;
     Ok([0, 1, 2].map(|more| Ipv4Addr::from(first + more)))
 }
 
-/// A Service at an address, whose endpoints a label selects or slices list.
+/// Builds a Service at an address. Its endpoints are selected by the label, or listed in slices if `None`.
 fn service(name: &str, address: Ipv4Addr, label: Option<&str>) -> Value {
     let mut spec = json!({
         "clusterIP": address.to_string(),
@@ -47,7 +47,7 @@ fn service(name: &str, address: Ipv4Addr, label: Option<&str>) -> Value {
     json!({ "apiVersion": "v1", "kind": "Service", "metadata": { "name": name }, "spec": spec })
 }
 
-/// The slice of such a Service.
+/// Builds the EndpointSlice of a Service.
 fn slice(name: &str, addresses: [Ipv4Addr; 3]) -> Value {
     let endpoint = |address: Ipv4Addr| json!({ "addresses": [address.to_string()] });
     json!({
@@ -68,7 +68,7 @@ fn apply(host: &Host, objects: &[Value]) -> Result<()> {
     host.ctl_ok(&["apply", "-f", &path.display().to_string()]).map(drop)
 }
 
-/// Attaches a backend, and listens in it.
+/// Attaches a backend, and listens in its namespace.
 fn backend(host: &Host, name: &str) -> Result<SocketAddr> {
     let workload = host.workload(name)?;
     let mut request = super::client::attach(name, NETWORK, workload.path(), None);
@@ -78,7 +78,7 @@ fn backend(host: &Host, name: &str) -> Result<SocketAddr> {
     Ok(SocketAddr::new(super::cluster::address_of(&attached)?, BACKEND_PORT))
 }
 
-/// The request that says whether a backend takes connections.
+/// Builds the request that marks a backend as ready or not ready.
 fn ready(name: &str, ready: bool) -> Value {
     json!({ "request": "endpoint-ready", "name": name, "ready": ready })
 }

@@ -1,4 +1,4 @@
-//! The layouts of others, loaded, changed and connected through between two namespaces.
+//! Measurement of the reference layouts between two namespaces.
 
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
 use std::time::{Duration, Instant};
@@ -11,12 +11,12 @@ use super::{BACKEND_PORT, endpoint_addresses, service_address};
 use crate::stats::{Samples, ms};
 use crate::{Bench, connect};
 
-/// What one layout showed.
+/// Results of one layout.
 pub(super) struct Shown {
     pub(super) layout: Layout,
-    /// In seconds.
+    /// Load time in seconds.
     pub(super) load: f64,
-    /// Of one endpoint more, and one less, in milliseconds.
+    /// Times to add or remove one endpoint, in milliseconds.
     pub(super) change: Samples,
     pub(super) direct: Samples,
     pub(super) through: Samples,
@@ -24,7 +24,7 @@ pub(super) struct Shown {
 
 /// kube-proxy's nft layout takes minutes on a slow machine.
 const PATIENCE: Duration = Duration::from_secs(400);
-/// How often an endpoint comes and goes: it takes long.
+/// Number of changes; each takes long.
 const CHANGES: usize = 3;
 
 pub(super) fn measure(bench: &Bench) -> Result<Vec<Shown>> {
@@ -48,7 +48,7 @@ pub(super) fn measure(bench: &Bench) -> Result<Vec<Shown>> {
     Layout::ALL.into_iter().map(|layout| one(bench, host, &client, layout, &services, to)).collect()
 }
 
-/// A namespace behind a router.
+/// Creates a namespace behind a router.
 fn leaf(host: &Host, name: &str, number: u8) -> Result<Workload> {
     let workload = host.workload(name)?;
     let outside = format!(
@@ -75,7 +75,7 @@ fn one(
     let load = |text: &str| -> Result<f64> {
         let start = Instant::now();
         let done = host.spawn_with(layout.loader().iter().copied(), text)?.finish(PATIENCE)?;
-        ensure!(done.status.success(), "{} is not taken: {}", layout.text(), done.stderr.trim());
+        ensure!(done.status.success(), "cannot load {}: {}", layout.text(), done.stderr.trim());
         Ok(ms(start.elapsed()))
     };
     let whole = load(&layout.whole(services))? / 1000.0;

@@ -1,4 +1,4 @@
-//! `removed`: from a backend that takes no more connections until the last of 8 hosts sends it none.
+//! `removed`: time from marking a backend unready until the last of 8 hosts sends it no new connections.
 
 use std::time::{Duration, Instant};
 
@@ -15,7 +15,7 @@ use crate::stats::{Samples, ms};
 
 const HOSTS: usize = 8;
 const PATIENCE: Duration = Duration::from_secs(20);
-/// Between two changes: as long as nothing is heard, nothing is under way.
+/// Pause between two changes, so that no change is in flight.
 const PAUSE: Duration = Duration::from_millis(40);
 
 pub(crate) fn measure(bench: &Bench) -> Result<Figure> {
@@ -54,8 +54,8 @@ pub(crate) fn measure(bench: &Bench) -> Result<Figure> {
     Ok(Figure {
         setup: format!(
             "{HOSTS} hosts, a switched network, a Service with a backend on each; {} times a backend on each host in \
-             turn is made unready, {} ms after the last change; from just before the request until the last of the \
-             {HOSTS} kernels tells of its commit",
+             turn is marked unready, {} ms after the last change; from just before the request until the last of the \
+             {HOSTS} kernels notifies its commit",
             times.len(),
             PAUSE.as_millis()
         ),

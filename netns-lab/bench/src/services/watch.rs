@@ -1,5 +1,4 @@
-//! Watches kernels: tells when a transaction on elements of the table of Services is committed, by nftables' own
-//! notification, in many namespaces at once.
+//! A watcher of transactions on elements of the Service table in many namespaces, by nftables notifications.
 
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::time::{Duration, Instant};
@@ -12,17 +11,17 @@ use nix::sys::socket::{MsgFlags, SockProtocol, recv};
 
 use crate::netlink;
 
-/// The bit of NFNLGRP_NFTABLES in the mask that a netlink socket is bound to.
+/// Bit of NFNLGRP_NFTABLES in the group mask of a netlink socket.
 const NFTABLES_GROUP: u32 = 1 << 6;
 /// NFT_MSG_NEWSETELEM and NFT_MSG_DELSETELEM of NFNL_SUBSYS_NFTABLES.
 const ELEMENTS: [u16; 2] = [10 << 8 | 12, 10 << 8 | 14];
 const TABLE: &[u8] = b"ovl-services\0";
-/// struct nfgenmsg.
+/// Size of `struct nfgenmsg`.
 const NFGENMSG: usize = 4;
 /// NFTA_SET_ELEM_LIST_TABLE.
 const LIST_TABLE: u16 = 1;
 
-/// Hears of the commits of some hosts.
+/// Watches the commits of hosts.
 pub(super) struct Commits(Vec<OwnedFd>);
 
 impl Commits {
@@ -31,13 +30,13 @@ impl Commits {
         hosts.into_iter().map(listen).collect::<Result<_>>().map(Self)
     }
 
-    /// Forgets what was committed so far.
+    /// Discards the commits so far.
     pub(super) fn drain(&self) -> Result<()> {
         let mut buffer = vec![0; 1 << 16];
         self.0.iter().try_for_each(|socket| read_all(socket, &mut buffer).map(drop))
     }
 
-    /// When the last of the hosts had committed something, each for the first time from now on.
+    /// Waits for the first commit of every host from now on, and returns the time of the last of them.
     pub(super) fn all(&self, patience: Duration) -> Result<Instant> {
         let deadline = Instant::now() + patience;
         let mut buffer = vec![0; 1 << 16];
@@ -68,7 +67,7 @@ impl Commits {
     }
 }
 
-/// Reads what waits; says whether it was about our elements.
+/// Reads pending notifications, and returns whether any concerns the Service table.
 fn read_all(socket: &OwnedFd, buffer: &mut [u8]) -> Result<bool> {
     let mut found = false;
     loop {
@@ -76,7 +75,7 @@ fn read_all(socket: &OwnedFd, buffer: &mut [u8]) -> Result<bool> {
             Ok(length) => found |= is_ours(&buffer[..length]),
             Err(Errno::EAGAIN) => return Ok(found),
             Err(Errno::EINTR) => {}
-            // Of a load of all of them: what was lost was ours.
+            // Notifications were lost while all Services were loaded, so they concerned the Service table.
             Err(Errno::ENOBUFS) => found = true,
             Err(error) => return Err(error).context("cannot receive notifications"),
         }
@@ -101,7 +100,7 @@ mod tests {
     }
 
     #[test]
-    fn elements_of_the_table_of_services_are_seen() {
+    fn elements_of_the_service_table_are_recognised() {
         assert!(is_ours(&message(ELEMENTS[0], TABLE)));
         assert!(is_ours(&[message(10 << 8 | 15, TABLE), message(ELEMENTS[1], TABLE)].concat()));
         assert!(!is_ours(&message(ELEMENTS[0], b"ovl-policy\0")));

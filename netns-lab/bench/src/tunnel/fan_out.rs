@@ -1,4 +1,4 @@
-//! `fan-out`: one host that sends to seven others at once, against the same host sending to one.
+//! `fan-out`: one host that sends to seven others at once, relative to the same host sending to one.
 
 use std::thread;
 
@@ -28,7 +28,7 @@ pub(crate) fn measure(bench: &Bench) -> Result<Figure> {
     let (length, turns) = (bench.plan.stream, bench.plan.tunnel_turns);
     let (mut single, mut sum) = (Vec::new(), Vec::new());
     for turn in 0..=turns {
-        // Each peer is the single one in turn.
+        // Each peer is the single receiver in turn.
         let number = turn % systems.len();
         let alone = systems[number].stream(length)?.gbit_s;
         let together = thread::scope(|scope| {
@@ -40,7 +40,7 @@ pub(crate) fn measure(bench: &Bench) -> Result<Figure> {
             speeds.collect::<Result<Vec<Speed>>>()
         })?;
         ensure!(together.len() == HOSTS - 1, "not {} streams", HOSTS - 1);
-        // The first finds a cold machine.
+        // The first round is a warm-up.
         if turn > 0 {
             single.push(alone);
             sum.push(together.iter().map(|speed| speed.gbit_s).sum());
@@ -54,8 +54,8 @@ pub(crate) fn measure(bench: &Bench) -> Result<Figure> {
     Ok(Figure {
         setup: format!(
             "{HOSTS} hosts, underlay MTU 1500, one routed encrypted network, a workload on each host; from h1's one \
-             iperf3 stream (cubic) of {} s to one of the others, then seven at once to all of them, in {turns} turns; medians. \
-             All {HOSTS} hosts share the machine's cores: what receives takes them from what sends",
+             iperf3 stream (cubic) of {} s to one of the others, then seven at once to all of them, in {turns} rounds; medians. \
+             All {HOSTS} hosts share the machine's cores: receivers compete with senders",
             length.as_secs()
         ),
         rows: vec![

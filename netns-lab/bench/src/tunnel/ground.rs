@@ -1,4 +1,4 @@
-//! What is measured in turns: labs side by side, one for ovl and one for each of the others.
+//! Labs side by side for alternating rounds: one for ovl and one for each peer.
 
 use anyhow::{Context, Result};
 use netns_lab::{Host, Lab, LabConfig, Workload};
@@ -14,47 +14,48 @@ use crate::Bench;
 use crate::report::Measured;
 use crate::turns::mtu_of;
 
-/// Two hosts and nothing between them.
+/// Contender: two hosts without a tunnel.
 pub(crate) const RAW: &str = "raw veth";
-/// gotatun with a workload on each host behind it, as ovl's are.
+/// Contender: gotatun with a workload behind it on each host, as with ovl.
 pub(crate) const BEHIND: &str = "gotatun, workloads behind it";
 
-/// Why there is no value of a contender.
+/// Why a contender has no value.
 #[derive(Clone, Debug)]
 enum Lack {
     NoPeer(String),
     Failed(String),
 }
 
-/// What takes turns with others.
+/// A system that is measured in alternating rounds.
 struct Contender {
     name: String,
     system: Result<System, Lack>,
 }
 
-/// Labs and what takes turns in them. Fields go in this order: processes before their labs.
+/// Labs and their contenders. Fields are dropped in this order: processes before their labs.
 #[derive(Default)]
 pub(crate) struct Ground {
     contenders: Vec<Contender>,
     running: Vec<End>,
     labs: Vec<Lab>,
-    /// What a reader must know of the contenders.
+    /// Descriptions of the contenders for the report.
     setup: Vec<String>,
 }
 
-/// What the turns gave, by contender.
+/// The results of the rounds, by contender.
 pub(crate) struct Results<T>(Vec<(String, Result<Vec<T>, Lack>)>);
 
 impl Ground {
-    /// ovl's networks, in one lab. What fails is a contender that failed: the others are measured all the same.
+    /// Adds ovl's networks, in one lab. A failure is recorded for its contender; the other contenders are
+    /// measured anyway.
     pub(crate) fn ovl(&mut self, bench: &Bench, networks: &[Network]) {
         let lab = ovl::start(bench, 2).map_err(|error| format!("{error:#}"));
         for (number, &network) in networks.iter().enumerate() {
             let system = match &lab {
                 Ok(lab) => ovl_system(lab, network).map_err(|error| format!("{error:#}")),
                 Err(error) if number == 0 => Err(error.clone()),
-                // With the end of a daemon's log: once is enough.
-                Err(_) => Err("it has no lab, as said above".to_owned()),
+                // The error contains the end of a daemon's log: print it once.
+                Err(_) => Err("its lab failed, see above".to_owned()),
             };
             let system = system.map(|(system, mtu)| {
                 self.setup.push(format!("{} MTU {mtu}", network.contender()));
@@ -65,7 +66,7 @@ impl Ground {
         self.labs.extend(lab);
     }
 
-    /// All that were asked for.
+    /// Adds all requested peers.
     pub(crate) fn peers(&mut self, bench: &Bench) {
         for found in &bench.peers {
             let system = self.if_here(found, |ground, program| ground.peer(found.peer, program));
@@ -76,7 +77,7 @@ impl Ground {
         }
     }
 
-    /// gotatun alone, with a workload on each host: as many hops as ovl's packets take.
+    /// Adds gotatun with a workload on each host: as many hops as with ovl.
     pub(crate) fn gotatun_workloads(&mut self, bench: &Bench) {
         if let Some(found) = bench.peers.iter().find(|found| found.peer == Peer::Gotatun) {
             let system = self.if_here(found, Ground::behind);
@@ -106,7 +107,7 @@ impl Ground {
             Peer::Tinc => (tinc::start(path, &lab)?, tinc::address(1)),
         };
         let processes = Processes(ends.iter().map(|end| end.process.pid()).collect());
-        // Before anything can fail, so that it goes in order.
+        // Registered before anything can fail, so that the lab is dropped in order.
         self.running.extend(ends);
         self.labs.push(lab);
         let [from, to] = self.labs.last().map(Lab::hosts).unwrap_or_default() else {
@@ -124,7 +125,7 @@ impl Ground {
         System::new(&from, &to, wireguard::workload_address(1), processes)
     }
 
-    /// The hosts' own link.
+    /// Adds the hosts' own link.
     pub(crate) fn raw(&mut self) {
         let system = (|| -> Result<System> {
             self.labs.push(Lab::new(LabConfig::hosts(2))?);
@@ -143,18 +144,19 @@ impl Ground {
         self.contenders.push(Contender { name: name.to_owned(), system });
     }
 
-    /// All hosts of all labs.
+    /// Returns all hosts of all labs.
     pub(crate) fn hosts(&self) -> impl Iterator<Item = &Host> {
         self.labs.iter().flat_map(Lab::hosts)
     }
 
-    /// For the text that says what was measured in what.
+    /// Returns the description of the contenders for the report.
     pub(crate) fn setup(&self) -> String {
         if self.setup.is_empty() { "No tunnel ran".to_owned() } else { self.setup.join(", ") }
     }
 
-    /// Each contender's turns, in an order that changes with each turn; the machine's drift hits all alike. One turn
-    /// before the first does not count: it finds a cold machine. A contender that fails is left out from then on.
+    /// Measures all contenders in rounds. The order changes with each round, so that drift of the machine
+    /// affects all equally. The first round is a warm-up and does not count. A contender that fails is
+    /// skipped from then on.
     pub(crate) fn in_turns<T>(&mut self, turns: usize, take: impl Fn(&System) -> Result<T>) -> Results<T> {
         let count = self.contenders.len();
         let mut taken: Vec<Vec<T>> = (0..count).map(|_| Vec::new()).collect();
@@ -189,12 +191,12 @@ impl Ground {
 }
 
 impl<T> Results<T> {
-    /// The contenders' names, in the order in which they were added.
+    /// Returns the contenders' names, in the order in which they were added.
     pub(crate) fn names(&self) -> impl Iterator<Item = &str> {
         self.0.iter().map(|(name, _)| name.as_str())
     }
 
-    /// One number of a contender's turns. A peer that was not asked for is one that is not there.
+    /// Computes one value of a contender's rounds. A peer that was not requested counts as unavailable.
     pub(crate) fn of(&self, name: &str, number: impl Fn(&[T]) -> f64) -> Measured {
         match self.0.iter().find(|(each, _)| each == name) {
             Some((_, Ok(taken))) => Measured::Value(number(taken)),
@@ -203,17 +205,17 @@ impl<T> Results<T> {
         }
     }
 
-    /// Why some have no value.
+    /// Returns the reasons why contenders have no value.
     pub(crate) fn notes(&self) -> Vec<String> {
         let note = |(name, taken): &(String, Result<Vec<T>, Lack>)| match taken {
             Ok(_) => None,
-            Err(Lack::NoPeer(error)) => Some(format!("{name} is not here: {error}")),
+            Err(Lack::NoPeer(error)) => Some(format!("{name} is unavailable: {error}")),
             Err(Lack::Failed(error)) => Some(format!("{name} failed: {error}")),
         };
         self.0.iter().filter_map(note).collect()
     }
 
-    /// Every turn, for the JSON.
+    /// Renders every round for the JSON.
     pub(crate) fn to_json(&self, shown: impl Fn(&[T]) -> Value) -> Value {
         let all = self.0.iter().filter_map(|(name, taken)| Some((name.clone(), shown(taken.as_ref().ok()?))));
         Value::Object(all.collect::<Map<_, _>>())
@@ -233,7 +235,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn values_and_what_is_lacking() {
+    fn missing_values_have_reasons() {
         let failed = Lack::Failed("it broke".to_owned());
         let results = Results(vec![
             ("a".to_owned(), Ok(vec![1.0, 3.0])),
@@ -243,6 +245,6 @@ mod tests {
         let sum = |all: &[f64]| all.iter().sum();
         let values = ["a", "b", "c", "d"].map(|name| results.of(name, sum));
         assert_eq!(values, [Measured::Value(4.0), Measured::NoPeer, Measured::Failed, Measured::NoPeer]);
-        assert_eq!(results.notes(), ["b is not here: no cargo", "c failed: it broke"]);
+        assert_eq!(results.notes(), ["b is unavailable: no cargo", "c failed: it broke"]);
     }
 }

@@ -1,4 +1,4 @@
-//! `load`: what ten seconds of TCP take of memory, and how many segments are sent again.
+//! `load`: memory and retransmits during ten seconds of TCP.
 
 use anyhow::{Context, Result};
 use serde_json::json;
@@ -11,13 +11,13 @@ use crate::stats::{Samples, round};
 use crate::stream::{self, Speed};
 
 const MOST_MEMORY: f64 = 40.0;
-/// Fewer than 1,000.
+/// The bar is fewer than 1,000.
 const MOST_RETRANSMITS: f64 = 999.0;
 
-/// One run.
+/// The result of one run.
 struct Load {
     speed: Speed,
-    /// Of the larger of the two processes.
+    /// Peak resident memory of the larger of the two processes, in MiB.
     peak_mib: f64,
 }
 
@@ -25,7 +25,7 @@ pub(crate) fn measure(bench: &Bench) -> Result<Figure> {
     let mut ground = Ground::default();
     ground.ovl(bench, &[Network::Routed, Network::Switched]);
     ground.peers(bench);
-    stream::check(ground.hosts().next().context("no lab could be made")?)?;
+    stream::check(ground.hosts().next().context("no lab could be created")?)?;
     let (turns, length) = (bench.plan.load_turns, bench.plan.load);
     let results = ground.in_turns(turns, |system| {
         system.processes.reset_peaks()?;
@@ -44,9 +44,9 @@ pub(crate) fn measure(bench: &Bench) -> Result<Figure> {
     });
     Ok(Figure {
         setup: format!(
-            "2 hosts in each lab, one iperf3 stream (cubic) of {} s, {turns} turns; the worst turn. Memory: the peak \
-             during the stream (VmHWM, reset before it) of the larger of the tunnel's two processes, of ovld all \
-             that it does beside the tunnel included. ovl between workloads, the others between the hosts. {}",
+            "2 hosts in each lab, one iperf3 stream (cubic) of {} s, {turns} rounds; the worst round. Memory: the peak \
+             during the stream (VmHWM, reset before it) of the larger of the tunnel's two processes, for ovld \
+             including everything else that it does. ovl between workloads, the other systems between the hosts. {}",
             length.as_secs(),
             ground.setup()
         ),

@@ -1,5 +1,5 @@
-//! `bench tunnel`: the figures that issue 4 asks for. ovl's encrypted networks and other tunnels that run in
-//! a process, in labs side by side, in turns.
+//! `bench tunnel`: the encryption figures. ovl's encrypted networks and other userspace tunnels in labs side
+//! by side, in alternating rounds.
 
 pub(super) mod fan_out;
 mod ground;
@@ -18,5 +18,6 @@ mod tinc;
 mod uapi;
 mod wireguard;
 
-/// Of the peers' interfaces: what ovl's routed networks have on an underlay of 1500 bytes and IPv4, 60 less.
+/// MTU of the peers' interfaces: that of ovl's routed networks on an IPv4 underlay with 1500 bytes (60 bytes
+/// overhead).
 const MTU: u32 = 1440;

@@ -1,4 +1,4 @@
-//! nebula on each of two hosts, which know each other's addresses and need no lighthouse.
+//! nebula on two hosts, which know each other's addresses and need no lighthouse.
 
 use std::fs;
 use std::net::IpAddr;
@@ -22,7 +22,7 @@ pub(crate) fn start(program: &Path, lab: &Lab) -> Result<Vec<End>> {
     fs::create_dir_all(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
     let cert = program.with_file_name(CERT);
     let make = |args: &[&str]| -> Result<()> {
-        // It writes where it runs unless told otherwise.
+        // It writes to the working directory by default.
         let output = std::process::Command::new(&cert).current_dir(&dir).args(args).output();
         let output = output.with_context(|| format!("cannot run {}", cert.display()))?;
         let said = String::from_utf8_lossy(&output.stderr);

@@ -1,4 +1,4 @@
-//! ovl's own networks: encrypted ones through the tunnel in its process, and a plain one.
+//! ovl's own networks: encrypted ones through the userspace tunnel, and one in plain text.
 
 use std::net::IpAddr;
 use std::time::Duration;
@@ -12,7 +12,7 @@ use crate::client::{self, Client};
 use crate::cluster::address_of;
 
 const SETTLE_TIMEOUT: Duration = Duration::from_secs(20);
-/// Also where the kernel has WireGuard: it is the process that is measured.
+/// Configuration that forces the userspace tunnel, even if the kernel supports WireGuard.
 const CONFIG: &str = "tunnel = \"userspace\"\n";
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,12 +21,12 @@ pub(crate) enum Network {
     Routed,
     /// Switched, encrypted: VXLAN through the tunnel.
     Switched,
-    /// Switched, in plain: VXLAN.
+    /// Switched, in plain text: VXLAN.
     Plain,
 }
 
 impl Network {
-    /// Of the contender; its first word is the network's name.
+    /// Returns the name of the contender.
     pub(crate) fn contender(self) -> &'static str {
         match self {
             Network::Routed => "ovl, routed",
@@ -52,14 +52,14 @@ impl Network {
     }
 }
 
-/// A lab whose daemons carry encrypted networks in their processes.
+/// Starts a lab whose daemons use the userspace tunnel.
 pub(crate) fn start(bench: &Bench, hosts: usize) -> Result<Lab> {
     let lab = bench.lab_with(hosts, CONFIG)?;
     lab.start_all()?;
     Ok(lab)
 }
 
-/// Makes a network with a workload on each host. Gives them with their addresses.
+/// Creates a network with a workload on each host, and returns these with their addresses.
 pub(crate) fn network(lab: &Lab, network: Network) -> Result<Vec<(Workload, IpAddr)>> {
     let name = network.name();
     let first = lab.hosts().first().context("a lab without hosts")?;
@@ -78,12 +78,12 @@ pub(crate) fn network(lab: &Lab, network: Network) -> Result<Vec<(Workload, IpAd
         .collect()
 }
 
-/// The daemons that the network's packets pass.
+/// Returns the daemons that the network's packets pass.
 pub(crate) fn processes(lab: &Lab, network: Network) -> Result<Processes> {
     if network == Network::Plain {
         return Ok(Processes::default());
     }
     let pid =
-        |host: &netns_lab::Host| host.pid().with_context(|| format!("ovld has ended on {}", host.name()));
+        |host: &netns_lab::Host| host.pid().with_context(|| format!("ovld on {} has exited", host.name()));
     Ok(Processes(lab.hosts().iter().map(pid).collect::<Result<_>>()?))
 }

@@ -1,4 +1,4 @@
-//! `packets`: small datagrams as fast as one sender can.
+//! `packets`: rate of small datagrams from one sender.
 
 use anyhow::Result;
 use serde_json::json;
@@ -19,9 +19,9 @@ pub(crate) fn measure(bench: &Bench) -> Result<Figure> {
     let results = ground.in_turns(turns, |system| system.datagrams(bench.plan.stream));
     Ok(Figure {
         setup: format!(
-            "2 hosts in each lab, UDP datagrams of 64 bytes without a pause, a system call each, {turns} turns of {} s, the \
-             median of what arrived in a second; sender, tunnel and receiver share the machine's cores. ovl between \
-             workloads, the others between the hosts. {}",
+            "2 hosts in each lab, UDP datagrams of 64 bytes without a pause, one system call each, {turns} rounds of {} s, the \
+             median of the number that arrived per second; sender, tunnel and receiver share the machine's cores. ovl between \
+             workloads, the other systems between the hosts. {}",
             bench.plan.stream.as_secs(),
             ground.setup()
         ),

@@ -1,4 +1,4 @@
-//! The systems that ovl's tunnel is held against: which there are, and where their programs come from.
+//! The tunnels that ovl is compared with, and the sources of their programs.
 
 use std::env;
 use std::fs;
@@ -9,30 +9,30 @@ use anyhow::{Context, Result, bail, ensure};
 use clap::ValueEnum;
 use netns_lab::Spawned;
 
-/// Beside the build's other output, so that it goes with it.
+/// Cache directory in the build's output directory.
 const CACHE: &str = "bench-peers";
-/// Where Debian puts them.
+/// Directories of Debian's programs.
 const DEBIAN_DIRS: [&str; 2] = ["/usr/bin", "/usr/sbin"];
 
-/// An encrypted tunnel in a process.
+/// A userspace tunnel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Peer {
     /// Mullvad's WireGuard, built by `cargo install`
     Gotatun,
     /// Cloudflare's WireGuard, built by `cargo install`
     Boringtun,
-    /// WireGuard's own, of Debian
+    /// WireGuard's Go implementation, from Debian
     WireguardGo,
-    /// Of Debian
+    /// From Debian
     Nebula,
-    /// Of Debian
+    /// From Debian
     Tinc,
 }
 
 enum Source {
-    /// A package of the registry, and the version that figures are known of.
+    /// A crate of crates.io, with the version of the published figures.
     Cargo { package: &'static str, version: &'static str, program: &'static str },
-    /// A package of Debian's, whatever version that has.
+    /// A Debian package, in the distribution's version.
     Debian { package: &'static str, program: &'static str, version: &'static [&'static str] },
 }
 
@@ -61,8 +61,7 @@ impl Peer {
         }
     }
 
-    /// The program, built if it comes from the registry and is not there, installed if it is Debian's and that was
-    /// asked for.
+    /// Finds the program. Builds a missing crate; installs a missing Debian package if `install` is set.
     fn find(self, install: bool) -> Result<Program> {
         match self.source() {
             Source::Cargo { package, version, program } => {
@@ -70,7 +69,7 @@ impl Peer {
                 let path = root.join("bin").join(program);
                 if !path.is_file() {
                     cargo_install(package, version, &root)?;
-                    ensure!(path.is_file(), "`cargo install {package}` made no {}", path.display());
+                    ensure!(path.is_file(), "`cargo install {package}` did not create {}", path.display());
                 }
                 Ok(Program { path, version: format!("{} {version}", self.name()) })
             }
@@ -81,7 +80,7 @@ impl Peer {
                     apt_install(package)?;
                 }
                 let path = find().with_context(|| {
-                    format!("no {program}: `--install` gets it, or `apt-get install {package}`")
+                    format!("no {program}: use `--install`, or `apt-get install {package}`")
                 })?;
                 let output = Command::new(&path).args(version).output()?;
                 let text = String::from_utf8_lossy(&output.stdout);
@@ -96,11 +95,11 @@ impl Peer {
 #[derive(Clone, Debug)]
 pub(crate) struct Program {
     pub(crate) path: PathBuf,
-    /// With its name, for the set-up that is printed.
+    /// Name and version, for the printed set-up.
     pub(crate) version: String,
 }
 
-/// A peer that was asked for, and its program or why there is none.
+/// A requested peer, with its program or the reason why there is none.
 #[derive(Clone, Debug)]
 pub(crate) struct Found {
     pub(crate) peer: Peer,
@@ -111,17 +110,17 @@ pub(crate) fn find(peers: &[Peer], install: bool) -> Vec<Found> {
     let find = |&peer: &Peer| {
         let program = peer.find(install).map_err(|error| format!("{error:#}"));
         if let Err(error) = &program {
-            eprintln!("netns-lab: {} is left out: {error}", peer.name());
+            eprintln!("netns-lab: skipping {}: {error}", peer.name());
         }
         Found { peer, program }
     };
     peers.iter().map(find).collect()
 }
 
-/// A peer on one host; it ends when this is dropped.
+/// A peer's process on one host. It is killed on drop.
 pub(crate) struct End {
     pub(crate) process: Spawned,
-    /// By which it was configured, in a directory that all namespaces share.
+    /// Its configuration socket, in a directory that all namespaces share.
     pub(crate) socket: Option<PathBuf>,
 }
 
@@ -134,23 +133,23 @@ impl From<Spawned> for End {
 impl Drop for End {
     fn drop(&mut self) {
         if let Some(socket) = &self.socket {
-            // Not all of them leave it there.
+            // Some peers delete it themselves.
             fs::remove_file(socket).ok();
         }
     }
 }
 
-/// What a program says of its version: with its name or without.
+/// Parses a program's version output, which may contain its name.
 fn version_of(name: &str, line: &str) -> String {
     let number = line.split_whitespace().map(|word| word.trim_start_matches('v'));
     let number = number.into_iter().find(|word| word.starts_with(|first: char| first.is_ascii_digit()));
     format!("{name} {}", number.unwrap_or("of unknown version"))
 }
 
-/// In the directory of the build's output, which is two above this program.
+/// Returns the cache directory in the build's output directory, which is two levels above this program.
 fn cache() -> Result<PathBuf> {
-    let program = env::current_exe().context("cannot find the program that runs")?;
-    let target = program.ancestors().nth(2).context("this program is in no build directory")?;
+    let program = env::current_exe().context("cannot find the path of this program")?;
+    let target = program.ancestors().nth(2).context("this program is not in a build directory")?;
     Ok(target.join(CACHE))
 }
 
@@ -158,7 +157,7 @@ fn cargo_install(package: &str, version: &str, root: &Path) -> Result<()> {
     eprintln!("netns-lab: building {package} {version} into {}, once ...", root.display());
     let mut command = Command::new("cargo");
     command.args(["install", "--quiet", "--locked", "--version", version, "--root"]).arg(root).arg(package);
-    // Its own would stay there as large as ovl's; the default is a directory that goes afterwards.
+    // The default target directory is temporary; with ours, the peer's large build output would stay.
     command.env_remove("CARGO_TARGET_DIR");
     run(command, &format!("cargo install {package}"))
 }
@@ -171,12 +170,12 @@ fn apt_install(package: &str) -> Result<()> {
     run(command, &format!("apt-get install {package}")).context("if it is not found: `apt-get update` first")
 }
 
-/// Its output is for whoever waits; standard output is the table's.
+/// Runs a command with its output on standard error, because standard output is for the table.
 fn run(mut command: Command, shown: &str) -> Result<()> {
     command.stdin(Stdio::null()).stdout(std::io::stderr());
     let status = command.status().with_context(|| format!("cannot run `{shown}`"))?;
     if !status.success() {
-        bail!("`{shown}` failed ({status}); what it wrote is above");
+        bail!("`{shown}` failed ({status}); see its output above");
     }
     Ok(())
 }
@@ -186,7 +185,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn versions() {
+    fn versions_are_parsed() {
         assert_eq!(version_of("nebula", "Version: 1.6.1"), "nebula 1.6.1");
         assert_eq!(version_of("tinc", "tinc version 1.0.36"), "tinc 1.0.36");
         assert_eq!(version_of("wireguard-go", "wireguard-go v0.0.20220316"), "wireguard-go 0.0.20220316");

@@ -1,4 +1,4 @@
-//! The processes of a tunnel: which cores they may use, and what they take.
+//! The processes of a tunnel: CPU affinity and resource usage.
 
 use std::fs;
 use std::time::Duration;
@@ -10,15 +10,15 @@ use nix::unistd::Pid;
 
 use crate::idle::field;
 
-/// The one that everything is put on.
+/// Core to which everything is pinned.
 const CORE: usize = 0;
 
-/// One on each host; none where the kernel does all of it.
+/// The tunnel's processes, one on each host. Empty if the kernel does all the work.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Processes(pub(crate) Vec<u32>);
 
 impl Processes {
-    /// Puts all their threads on one core until the guard is dropped.
+    /// Pins all their threads to one core until the guard is dropped.
     pub(crate) fn pin(&self) -> Result<Pinned> {
         let mut pinned = Pinned { threads: Vec::new() };
         for pid in &self.0 {
@@ -27,39 +27,39 @@ impl Processes {
                 let thread = name.to_str().and_then(|name| name.parse().ok()).map(Pid::from_raw);
                 let thread = thread.with_context(|| format!("no thread's number: {}", name.display()))?;
                 let before = match sched_getaffinity(thread) {
-                    // Runtimes end threads at any time.
+                    // Threads may exit at any time.
                     Err(Errno::ESRCH) => continue,
                     other => other.context("cannot read a thread's cores")?,
                 };
                 pinned.threads.push((thread, before));
                 match pin(thread) {
                     Ok(()) | Err(Errno::ESRCH) => {}
-                    Err(error) => return Err(error).context("cannot put a thread on one core"),
+                    Err(error) => return Err(error).context("cannot pin a thread"),
                 }
             }
         }
         Ok(pinned)
     }
 
-    /// Forgets the peaks so far.
+    /// Resets the peaks of resident memory.
     pub(crate) fn reset_peaks(&self) -> Result<()> {
         // proc(5): "5" resets the peak resident set size.
         self.0
             .iter()
             .try_for_each(|pid| fs::write(format!("/proc/{pid}/clear_refs"), "5"))
-            .context("cannot reset a process's peak of memory")
+            .context("cannot reset the memory peak of a process")
     }
 
-    /// The largest resident memory that one of them had since then, in MiB.
+    /// Returns the largest peak of resident memory since the reset, in MiB.
     pub(crate) fn peak_mib(&self) -> Result<f64> {
-        ensure!(!self.0.is_empty(), "no process carries this network");
+        ensure!(!self.0.is_empty(), "this network has no tunnel process");
         self.0.iter().try_fold(0.0, |peak: f64, pid| {
             let kib = field(format!("/proc/{pid}/status").as_ref(), "VmHWM:")?;
             Ok(peak.max(kib / 1024.0))
         })
     }
 
-    /// Processor time used by all of them so far.
+    /// Returns the CPU time used by all of them so far.
     pub(crate) fn cpu_time(&self) -> Result<Duration> {
         self.0.iter().try_fold(Duration::ZERO, |sum, pid| Ok(sum + netns_lab::cpu_time(*pid)?))
     }
@@ -71,12 +71,12 @@ fn pin(thread: Pid) -> nix::Result<()> {
     sched_setaffinity(thread, &cores)
 }
 
-/// The same for the calling thread, for good.
+/// Pins the calling thread permanently.
 pub(crate) fn pin_this_thread() -> Result<()> {
-    pin(Pid::from_raw(0)).context("cannot put this thread on one core")
+    pin(Pid::from_raw(0)).context("cannot pin this thread")
 }
 
-/// Threads that are given their cores back when this is dropped.
+/// Guard that restores the CPU affinity of threads on drop.
 pub(crate) struct Pinned {
     threads: Vec<(Pid, CpuSet)>,
 }
@@ -84,7 +84,7 @@ pub(crate) struct Pinned {
 impl Drop for Pinned {
     fn drop(&mut self) {
         for (thread, cores) in &self.threads {
-            // Only of one that has ended meanwhile is it an error.
+            // This fails only for threads that have exited.
             sched_setaffinity(*thread, cores).ok();
         }
     }
@@ -95,7 +95,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn pinned_until_dropped() {
+    fn threads_are_pinned_until_the_guard_is_dropped() {
         let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
         let pid = Pid::from_raw(child.id().cast_signed());
         let before = sched_getaffinity(pid).unwrap();

@@ -1,4 +1,4 @@
-//! `round-trip`: a datagram there and back, everything on one core.
+//! `round-trip`: round trip of a datagram, with everything on one core.
 
 use anyhow::Result;
 use serde_json::{Value, json};
@@ -22,8 +22,8 @@ pub(crate) fn measure(bench: &Bench) -> Result<Figure> {
     Ok(Figure {
         setup: format!(
             "2 hosts in each lab, 64 bytes in a UDP datagram, one at a time; both ends and all threads of the \
-             tunnel's two processes on one core, so that nothing is won by another one that waits; {turns} turns \
-             of {count}, the median of the turns' p50. ovl between workloads, the others between the hosts. {}",
+             tunnel's two processes on one core, so that no other core can help by spinning; {turns} rounds \
+             of {count}, the median of the rounds' p50. ovl between workloads, the other systems between the hosts. {}",
             ground.setup()
         ),
         rows: rows.collect(),

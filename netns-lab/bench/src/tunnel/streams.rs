@@ -1,4 +1,4 @@
-//! `streams` and `no-offload`: one TCP stream, with the underlay as it is and with its segmentation offloads off.
+//! `streams` and `no-offload`: one TCP stream, with the underlay's segmentation offloads on and off.
 
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
@@ -13,7 +13,7 @@ use crate::stream::{self, Speed};
 use crate::turns::{gbit_s, to_json};
 
 const NETWORKS: [Network; 3] = [Network::Routed, Network::Switched, Network::Plain];
-/// Nearer to a real wire, where a packet of many segments does not travel whole.
+/// Offload settings that resemble a real link, on which packets of many segments are split.
 const OFFLOADS_OFF: [&str; 8] = ["tso", "off", "gso", "off", "tx-udp-segmentation", "off", "gro", "on"];
 
 pub(crate) fn measure(bench: &Bench) -> Result<Figure> {
@@ -29,8 +29,8 @@ pub(crate) fn measure(bench: &Bench) -> Result<Figure> {
             "",
             Some(Bar::AtLeast(2.5)),
         ),
-        Row::of("routed : gotatun, best turns", ratio(&results, Network::Routed, best), "", None),
-        Row::of("switched : gotatun, best turns", ratio(&results, Network::Switched, best), "", None),
+        Row::of("routed : gotatun, best rounds", ratio(&results, Network::Routed, best), "", None),
+        Row::of("switched : gotatun, best rounds", ratio(&results, Network::Switched, best), "", None),
     ];
     let behind = results.of(Network::Routed.contender(), median).over(results.of(BEHIND, median));
     rows.push(Row::of("routed : gotatun with workloads behind it", behind, "", None));
@@ -49,7 +49,7 @@ pub(crate) fn measure_no_offload(bench: &Bench) -> Result<Figure> {
     let mut rows = vec![
         Row::of("routed : gotatun", routed, "", Some(Bar::AtLeast(2.3))),
         Row::of("switched : gotatun", ratio(&results, Network::Switched, median), "", None),
-        Row::of("routed : gotatun, best turns", ratio(&results, Network::Routed, best), "", None),
+        Row::of("routed : gotatun, best rounds", ratio(&results, Network::Routed, best), "", None),
     ];
     rows.extend(each(&results));
     let underlay =
@@ -62,7 +62,7 @@ fn ground(bench: &Bench) -> Result<Ground> {
     ground.raw();
     ground.ovl(bench, &NETWORKS);
     ground.peers(bench);
-    let host = ground.hosts().next().context("no lab could be made")?;
+    let host = ground.hosts().next().context("no lab could be created")?;
     stream::check(host)?;
     ensure!(bench.plan.tunnel_turns > 0, "no turns");
     Ok(ground)
@@ -76,7 +76,7 @@ fn best(speeds: &[Speed]) -> f64 {
     gbit_s(speeds).max()
 }
 
-/// Of one of ovl's networks to gotatun.
+/// Returns the ratio of one of ovl's networks to gotatun.
 fn ratio(results: &Results<Speed>, network: Network, number: fn(&[Speed]) -> f64) -> Measured {
     results.of(network.contender(), number).over(results.of(Peer::Gotatun.name(), number))
 }
@@ -98,9 +98,9 @@ fn figure(
     };
     Figure {
         setup: format!(
-            "2 hosts in each lab, {underlay}, one iperf3 stream (cubic) of {} s, {} turns each in an order that \
-             changes, medians; the scheduler chooses cores. ovl between workloads on both hosts; the others \
-             between the hosts themselves, which is a shorter way, except where it says so. {}",
+            "2 hosts in each lab, {underlay}, one iperf3 stream (cubic) of {} s, {} rounds each in an order that \
+             changes, medians; the scheduler chooses cores. ovl between workloads on both hosts; the other systems \
+             between the hosts themselves, which is a shorter path, unless noted. {}",
             bench.plan.stream.as_secs(),
             bench.plan.tunnel_turns,
             ground.setup()

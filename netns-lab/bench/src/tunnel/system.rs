@@ -1,4 +1,4 @@
-//! A way from one namespace to another, and what is measured on it.
+//! A path from one namespace to another, and the measurements on it.
 
 use std::any::Any;
 use std::io::{self, ErrorKind};
@@ -14,32 +14,32 @@ use super::processes::{self, Processes};
 use crate::stats::Samples;
 use crate::stream::{Cores, Path, Speed};
 
-/// Until the first packet is through: handshakes, and routes that come by gossip.
+/// Timeout for the first packet: includes handshakes and routes that arrive by gossip.
 const READY_TIMEOUT: Duration = Duration::from_secs(20);
-/// Of an answer to one datagram, before the exchange counts as broken.
+/// Timeout for the answer to one datagram.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
-/// How soon the answering side sees that it is over.
+/// Interval at which the answering side checks for the end.
 const STOP_TIMEOUT: Duration = Duration::from_millis(50);
 const PAYLOAD: [u8; 64] = [0x5a; 64];
-/// Exchanges that do not count.
+/// Number of warm-up exchanges, which do not count.
 const WARM_UP: usize = 200;
-/// What a tunnel in a process takes of one core, at the very least, while TCP fills it.
+/// Minimum share of one core that a userspace tunnel uses under TCP load.
 const LEAST_WORK: f64 = 0.1;
 
-/// What datagrams without a pause gave.
+/// The rate of datagrams sent without a pause.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Rate {
-    /// That arrived, a second.
+    /// Datagrams received per second.
     pub(crate) received_s: f64,
     pub(crate) lost_percent: f64,
 }
 
-/// A way that carries packets.
+/// A path that carries packets.
 pub(crate) struct System {
     from: Netns,
     to: Netns,
     target: IpAddr,
-    /// Those that every packet passes.
+    /// The processes that every packet passes.
     pub(crate) processes: Processes,
     path: Path,
 }
@@ -51,19 +51,23 @@ impl System {
         Ok(System { from: from.clone(), to: to.clone(), target, processes, path })
     }
 
-    /// One TCP stream. That it went another way than through the processes is an error.
+    /// Measures one TCP stream.
+    ///
+    /// # Errors
+    ///
+    /// If the packets did not pass the tunnel's processes.
     pub(crate) fn stream(&self, length: Duration) -> Result<Speed> {
         let before = self.processes.cpu_time()?;
         let speed = self.path.run(length, Cores::Any)?;
         let used = self.processes.cpu_time()?.saturating_sub(before);
         ensure!(
             self.processes.0.is_empty() || used.as_secs_f64() > length.as_secs_f64() * LEAST_WORK,
-            "in {length:?} of TCP the tunnel's processes used {used:?} of a processor: the packets did not pass them"
+            "in {length:?} of TCP the tunnel's processes used only {used:?} of CPU time: the packets did not pass them"
         );
         Ok(speed)
     }
 
-    /// Datagrams one after another without a pause.
+    /// Measures datagrams sent without a pause.
     pub(crate) fn datagrams(&self, length: Duration) -> Result<Rate> {
         let [client, server] = self.sockets()?;
         let ended = AtomicBool::new(false);
@@ -71,11 +75,11 @@ impl System {
             let receiving = scope.spawn(|| receive(&server, &ended));
             let sending = scope.spawn(|| send(&client, length));
             let sent = sending.join();
-            // What is still on its way then arrived too late to count.
+            // Datagrams that arrive later do not count.
             ended.store(true, Ordering::Relaxed);
             Ok::<_, anyhow::Error>((sent.map_err(panicked)?, receiving.join().map_err(panicked)??))
         })?;
-        ensure!(sent > 0 && received > 0, "of {sent} datagrams {received} arrived");
+        ensure!(sent > 0 && received > 0, "{received} of {sent} datagrams arrived");
         let (sent, received) = (sent as f64, received as f64);
         Ok(Rate {
             received_s: received / length.as_secs_f64(),
@@ -83,7 +87,7 @@ impl System {
         })
     }
 
-    /// Round trips of a datagram one after another, everything on one core, in microseconds.
+    /// Measures sequential round trips of a datagram with everything on one core, in microseconds.
     pub(crate) fn round_trips(&self, count: usize) -> Result<Samples> {
         let [client, server] = self.sockets()?;
         let _pinned = self.processes.pin()?;
@@ -92,14 +96,14 @@ impl System {
             let answering = scope.spawn(|| answer(&server, &ended));
             let asking = scope.spawn(|| ask(&client, count));
             let asked = asking.join();
-            // On an error too: the scope waits for the thread.
+            // Stop on an error too: the scope waits for the thread.
             ended.store(true, Ordering::Relaxed);
             answering.join().map_err(panicked)??;
             asked.map_err(panicked)?
         })
     }
 
-    /// One that sends to the other, which looks up from waiting now and then.
+    /// Opens a sending and a receiving socket. The receiver has a timeout, so that it can check for the end.
     fn sockets(&self) -> Result<[UdpSocket; 2]> {
         let target = self.target;
         let bind = move |address: IpAddr| UdpSocket::bind((address, 0)).context("cannot bind");
@@ -117,7 +121,8 @@ fn panicked(_: Box<dyn Any + Send>) -> anyhow::Error {
     anyhow!("a thread of the traffic panicked")
 }
 
-/// Gives how many were sent. What the kernel refuses for want of room is as good as lost.
+/// Sends datagrams for `length` and returns their number. Datagrams that the kernel drops for lack of buffer
+/// space count as lost.
 fn send(socket: &UdpSocket, length: Duration) -> usize {
     let start = Instant::now();
     let mut sent = 0;

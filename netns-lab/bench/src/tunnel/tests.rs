@@ -1,4 +1,4 @@
-//! The machinery, tried on the hosts' own link. Needs root and iperf3; no peer, no daemon.
+//! Tests of the measurements on the hosts' own link. Need root and iperf3, but no peer and no daemon.
 
 use std::time::Duration;
 
@@ -21,9 +21,9 @@ fn systems_are_measured() {
     assert!(times.len() == 100 && times.min() > 0.5 && times.median() < 1e5, "{times:?}");
 }
 
-/// Figures of a tunnel that carried nothing would be those of something else.
+/// Packets that bypass the tunnel must be an error, because the figures would be of another path.
 #[test]
-fn packets_that_pass_by_the_processes_are_an_error() {
+fn packets_that_bypass_the_processes_are_an_error() {
     let lab = Lab::new(LabConfig::hosts(2)).unwrap();
     let idle = lab["h1"].spawn(["sleep", "60"]).unwrap();
     let to = &lab["h2"];

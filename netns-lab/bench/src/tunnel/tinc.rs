@@ -1,4 +1,4 @@
-//! tinc on each of two hosts, which connect to each other.
+//! tinc on two hosts, which connect to each other.
 
 use std::fs;
 use std::net::IpAddr;
@@ -27,12 +27,12 @@ pub(crate) fn start(program: &Path, lab: &Lab) -> Result<Vec<End>> {
     }
     for (from, to) in [(0, 1), (1, 0)] {
         let file = Path::new("hosts").join(lab.hosts()[from].name());
-        fs::copy(dirs[from].join(&file), dirs[to].join(&file)).context("cannot hand a host's key over")?;
+        fs::copy(dirs[from].join(&file), dirs[to].join(&file)).context("cannot copy a host's key")?;
     }
     (0..2).map(|index| start_one(program, &lab.hosts()[index], index, &dirs[index])).collect()
 }
 
-/// The files of a host, with keys of its own.
+/// Writes the files of a host, with its own keys.
 fn prepare(program: &Path, lab: &Lab, index: usize, dir: &Path) -> Result<()> {
     let (host, other) = (&lab.hosts()[index], &lab.hosts()[1 - index]);
     let name = host.name();
@@ -43,7 +43,7 @@ fn prepare(program: &Path, lab: &Lab, index: usize, dir: &Path) -> Result<()> {
     fs::create_dir_all(dir.join("hosts")).with_context(context)?;
     fs::write(dir.join("tinc.conf"), config).with_context(context)?;
     fs::write(dir.join("hosts").join(name), own).with_context(context)?;
-    // It asks where to put them, and takes the default where nobody answers.
+    // tincd asks for the paths, and uses the defaults without an answer.
     let made = Command::new(program).arg("-c").arg(dir).arg("-K2048").stdin(Stdio::null()).output()?;
     let said = String::from_utf8_lossy(&made.stderr);
     ensure!(made.status.success(), "`{} -K` failed: {said}", program.display());

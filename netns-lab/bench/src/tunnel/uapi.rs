@@ -1,5 +1,5 @@
-//! What `wg` says to a WireGuard in a process: a few lines over a Unix socket
-//! (wireguard.com/xplatform). By hand, so that no tool of WireGuard's is needed.
+//! The configuration protocol of userspace WireGuard: a few lines over a Unix socket
+//! (wireguard.com/xplatform). Implemented here, so that `wg` is not needed.
 
 use std::fmt::Write as _;
 use std::io::{Read, Write};
@@ -10,20 +10,20 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 
-/// Where all three of them make their sockets, each named after its interface.
+/// Directory of the sockets of all three implementations, each named after its interface.
 const DIR: &str = "/var/run/wireguard";
 const TIMEOUT: Duration = Duration::from_secs(5);
-/// An answer to `set` is a line and an empty one.
+/// Maximum length of a reply to `set`, which is one line and an empty line.
 const LONGEST_ANSWER: usize = 4096;
 
-/// The key pair of an end, in hexadecimal. Made for the lab and of no use elsewhere, so it may be known.
+/// A WireGuard key pair in hexadecimal. Used only in the lab, so it need not be secret.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct KeyPair {
     pub(crate) private: &'static str,
     pub(crate) public: &'static str,
 }
 
-/// Of the first host and of the second.
+/// Key pairs of the first and of the second host.
 pub(crate) const KEYS: [KeyPair; 2] = [
     KeyPair {
         private: "4848484848484848484848484848484848484848484848484848484848484848",
@@ -41,7 +41,7 @@ pub(crate) struct Interface<'a> {
     pub(crate) listen_port: u16,
     pub(crate) peer_key: &'a str,
     pub(crate) endpoint: SocketAddr,
-    /// What the peer may send and gets: address and prefix length.
+    /// Allowed IPs of the peer: address and prefix length.
     pub(crate) allowed_ip: (IpAddr, u8),
 }
 
@@ -49,7 +49,7 @@ impl Interface<'_> {
     fn request(&self) -> String {
         let (address, length) = self.allowed_ip;
         let mut text = String::from("set=1\n");
-        // Writing to a String does not fail.
+        // Writing to a String cannot fail.
         writeln!(text, "private_key={}", self.private_key).ok();
         writeln!(text, "listen_port={}", self.listen_port).ok();
         writeln!(text, "replace_peers=true\npublic_key={}", self.peer_key).ok();
@@ -58,7 +58,7 @@ impl Interface<'_> {
         text
     }
 
-    /// Sets the interface up. An error if its process is not there yet.
+    /// Configures the interface. Fails if its process is not running yet.
     pub(crate) fn set(&self, name: &str) -> Result<()> {
         let path = socket(name);
         let context = || format!("cannot configure {name} at {}", path.display());
@@ -68,7 +68,7 @@ impl Interface<'_> {
         stream.write_all(self.request().as_bytes()).with_context(context)?;
         let mut answer = String::new();
         let mut buffer = [0; 256];
-        // It may leave the connection open: an empty line ends its answer.
+        // The implementation may leave the connection open: an empty line ends its reply.
         while !answer.ends_with("\n\n") && answer.len() <= LONGEST_ANSWER {
             match stream.read(&mut buffer).with_context(context)? {
                 0 => break,
@@ -79,16 +79,16 @@ impl Interface<'_> {
     }
 }
 
-/// Where an interface is configured.
+/// Returns the path of an interface's configuration socket.
 pub(crate) fn socket(name: &str) -> PathBuf {
     Path::new(DIR).join(format!("{name}.sock"))
 }
 
 fn check(answer: &str) -> Result<()> {
     let Some(errno) = answer.lines().find_map(|line| line.strip_prefix("errno=")) else {
-        bail!("it answered {answer:?}, without an errno");
+        bail!("the reply {answer:?} is without an errno");
     };
-    ensure!(errno.trim() == "0", "it refused, with errno {errno}");
+    ensure!(errno.trim() == "0", "the configuration was rejected with errno {errno}");
     Ok(())
 }
 
@@ -97,7 +97,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_request_is_that_of_the_protocol() {
+    fn request_matches_the_protocol() {
         let interface = Interface {
             private_key: "aa",
             listen_port: 51820,
@@ -113,7 +113,7 @@ mod tests {
     }
 
     #[test]
-    fn answers() {
+    fn replies_are_checked() {
         check("errno=0\n\n").unwrap();
         for (answer, said) in [("errno=22\n\n", "errno 22"), ("", "without an errno"), ("what\n", "without")]
         {

@@ -1,4 +1,4 @@
-//! A WireGuard in a process on each of two hosts, which know each other.
+//! A userspace WireGuard on each of two hosts, configured as peers of each other.
 
 use std::net::IpAddr;
 use std::path::Path;
@@ -14,10 +14,10 @@ use super::uapi::{self, Interface, KEYS};
 const PORT: u16 = 51820;
 const START_TIMEOUT: Duration = Duration::from_secs(10);
 const PREFIX: [u8; 2] = [10, 90];
-/// What workloads send to; their host answers for it.
+/// Gateway of the workloads.
 const GATEWAY: &str = "169.254.1.1";
 
-/// The n-th host's address in the tunnel. The whole /24 is that host's.
+/// Returns a host's address in the tunnel. The whole /24 belongs to that host.
 pub(crate) fn address(host: usize) -> IpAddr {
     let [first, second] = PREFIX;
     IpAddr::from([first, second, host as u8 + 1, 1])
@@ -32,11 +32,11 @@ pub(crate) fn start(peer: Peer, program: &Path, lab: &Lab) -> Result<Vec<End>> {
 
 fn end(peer: Peer, program: &Path, lab: &Lab, index: usize) -> Result<End> {
     let (host, other): (&Host, &Host) = (&lab.hosts()[index], &lab.hosts()[1 - index]);
-    // No other lab has this name, and so no other interface; 15 characters at most.
+    // The lab's name is unique, so the interface's name is too; at most 15 characters.
     let name = format!("{}w{}", lab.name(), index + 1);
     let mut args = vec![program.as_os_str(), "--foreground".as_ref()];
     if peer != Peer::WireguardGo {
-        // Which they cannot without a login; they stay root, as ovld does.
+        // Dropping privileges needs a login session; they stay root, as ovld does.
         args.push("--disable-drop-privileges".as_ref());
     }
     args.push(name.as_ref());
@@ -52,8 +52,8 @@ fn end(peer: Peer, program: &Path, lab: &Lab, index: usize) -> Result<End> {
     let configured =
         wait_until(START_TIMEOUT, &format!("{} to be configured", peer.name()), || interface.set(&name));
     configured.with_context(|| {
-        let state = if end.process.is_running() { "it runs" } else { "it has ended" };
-        format!("{state} and wrote: {}{}", end.process.stdout(), end.process.stderr())
+        let state = if end.process.is_running() { "it is running" } else { "it has exited" };
+        format!("{state}; its output: {}{}", end.process.stdout(), end.process.stderr())
     })?;
     let lines = format!(
         "addr add {}/32 dev {name}\nlink set {name} mtu {MTU} up\nroute add {}/24 dev {name}\n",
@@ -69,13 +69,14 @@ fn network(host: usize) -> IpAddr {
     IpAddr::from([first, second, host as u8 + 1, 0])
 }
 
-/// Of the workload that [`workload`] makes.
+/// Returns the address of the workload that [`workload`] creates.
 pub(crate) fn workload_address(host: usize) -> IpAddr {
     let [first, second] = PREFIX;
     IpAddr::from([first, second, host as u8 + 1, 2])
 }
 
-/// A workload behind the tunnel: a veth, a route on its host, a gateway that nobody has to have.
+/// Creates a workload behind the tunnel: a veth pair, a route on its host, and a gateway address that no host
+/// has.
 pub(crate) fn workload(host: &Host, index: usize) -> Result<Workload> {
     let workload = host.workload("behind")?;
     let (namespace, address) = (workload.netns_name(), workload_address(index));

@@ -57,7 +57,7 @@ pub(super) fn remove(world: &World<'_>) -> Result<String> {
     last.ok("systemctl enable --now ovl-docker")?;
     let load = world.load()?;
     let said = last.ok("apt-get remove -y ovl 2>&1")?;
-    ensure_says(&said, &["are still there", "ovlctl teardown"])?;
+    ensure_says(&said, &["still exist", "ovlctl teardown"])?;
     for unit in ["ovld", "ovl-docker"] {
         ensure!(last.run(&format!("systemctl is-active {unit}"))?.code != 0, "{unit} still runs");
     }
