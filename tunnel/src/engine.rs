@@ -9,7 +9,8 @@ use std::thread::{Builder, JoinHandle};
 use std::time::Duration;
 
 use crate::api::{
-    InterfaceConfig, InterfaceState, Mac, PeerConfig, PublicKey, Source, State, TapState, public_key,
+    EngineState, FrameSource, InterfaceConfig, InterfaceState, Mac, PeerConfig, PublicKey, TapState,
+    public_key,
 };
 use crate::interface::{Interface, run_tap};
 use crate::switch::{Switch, Table, Tap};
@@ -256,7 +257,7 @@ impl Engine {
     }
 
     /// Frames from this MAC address are taken, if they are what `source` says. Without one they are not.
-    pub fn set_source(&self, tap: &str, mac: Mac, source: Source) -> io::Result<()> {
+    pub fn set_source(&self, tap: &str, mac: Mac, source: FrameSource) -> io::Result<()> {
         self.change(tap, |table| drop(table.sources.insert(mac, source)))
     }
 
@@ -266,7 +267,7 @@ impl Engine {
     }
 
     /// All of it, to be compared with what is wanted and to be shown. What lost its device is left out.
-    pub fn state(&self) -> State {
+    pub fn state(&self) -> EngineState {
         let control = self.control();
         let interfaces = control.interfaces.iter().filter_map(|(name, served)| {
             let config = served.config.as_ref()?;
@@ -278,7 +279,7 @@ impl Engine {
             })
         });
         let taps = control.taps.iter().filter(|(_, served)| !served.it.stopped.load(Ordering::Relaxed));
-        State {
+        EngineState {
             interfaces: interfaces.collect(),
             taps: taps.map(|(_, served)| tap_state(&served.it)).collect(),
             drops: self.0.switch.counters.read(),

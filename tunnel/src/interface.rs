@@ -15,12 +15,12 @@ use boringtun::noise::{Packet, Tunn, TunnResult};
 use boringtun::x25519::{PublicKey as Public, StaticSecret};
 
 use crate::api::{InterfaceConfig, PeerConfig, PublicKey};
-use crate::cut::{Whole, cut};
+use crate::cut::{UncutPacket, cut};
 use crate::join::Joiner;
-use crate::packet::{Inner, Ip, VXLAN, Vnet, put_vxlan};
-use crate::peers::{Peer, Peers, Session};
+use crate::packet::{Ip, VXLAN_HEADERS, VnetHeader, VxlanFrame, put_vxlan};
+use crate::peers::{PeerTable, Session, WireguardPeer};
 use crate::switch::{Counters, Device, Switch, Tap, reading, writing};
-use crate::sys::{self, Kind, Received, Receiver, VNET};
+use crate::sys::{self, Kind, Received, Receiver, VNET_HEADER};
 
 /// What WireGuard puts around a packet: a header of 16 bytes and a tag of 16.
 const OVERHEAD: usize = 32;
@@ -79,7 +79,7 @@ pub(crate) struct Interface {
     identity: RwLock<Identity>,
     /// As many.
     sockets: RwLock<Vec<Arc<UdpSocket>>>,
-    peers: RwLock<Peers>,
+    peers: RwLock<PeerTable>,
     switch: Arc<Switch>,
     /// The device's, as it was found a moment ago.
     mtu: AtomicUsize,
@@ -115,7 +115,7 @@ impl Interface {
         self.files.len()
     }
 
-    pub(crate) fn peers(&self) -> impl std::ops::Deref<Target = Peers> + '_ {
+    pub(crate) fn peers(&self) -> impl std::ops::Deref<Target = PeerTable> + '_ {
         reading(&self.peers)
     }
 
@@ -152,7 +152,7 @@ impl Interface {
         let identity = reading(&self.identity);
         let limiter = Some(Arc::clone(&identity.limiter));
         let tunn = Tunn::new(identity.secret.clone(), Public::from(key), None, None, slot, limiter);
-        let peer = Arc::new(Peer::new(key, slot, tunn, config.endpoint));
+        let peer = Arc::new(WireguardPeer::new(key, slot, tunn, config.endpoint));
         peers.put(&peer, config);
         drop(peers);
         // Not with the first packet: after a restart the peer has a session that we know nothing of, and
@@ -229,7 +229,7 @@ impl Interface {
                 Counters::count(&self.switch.counters.no_peer);
                 continue;
             };
-            let whole = Whole { start: HEAD, given: HEAD, end, is_frame: false, vnet };
+            let whole = UncutPacket { start: HEAD, given: HEAD, end, is_frame: false, vnet };
             sealer.seal(self, &peer, &mut buffer, &whole);
         }
         self.stopped.store(true, Ordering::Relaxed);
@@ -250,15 +250,15 @@ impl Interface {
 }
 
 /// The next packet of a device, at `HEAD`: its header, if we understand it, and its end. None at the end.
-fn next(file: &File, buffer: &mut [u8], stopped: &AtomicBool) -> Option<(Option<Vnet>, usize)> {
+fn next(file: &File, buffer: &mut [u8], stopped: &AtomicBool) -> Option<(Option<VnetHeader>, usize)> {
     loop {
         if stopped.load(Ordering::Relaxed) {
             return None;
         }
-        match sys::read(file, buffer.get_mut(HEAD - VNET..HEAD + PACKET)?) {
+        match sys::read(file, buffer.get_mut(HEAD - VNET_HEADER..HEAD + PACKET)?) {
             Ok(length) => {
-                let vnet = buffer.get(HEAD - VNET..HEAD).and_then(Vnet::parse);
-                return Some((vnet, HEAD - VNET + length.max(VNET)));
+                let vnet = buffer.get(HEAD - VNET_HEADER..HEAD).and_then(VnetHeader::parse);
+                return Some((vnet, HEAD - VNET_HEADER + length.max(VNET_HEADER)));
             }
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) => {
@@ -299,12 +299,12 @@ pub(crate) fn run_tap(tap: &Tap, switch: &Switch) {
             if let Some(place) = buffer.get_mut(HEAD..end).filter(|_| !copy.is_empty()) {
                 place.copy_from_slice(&copy);
             }
-            let start = HEAD - VXLAN;
+            let start = HEAD - VXLAN_HEADERS;
             if let Some(place) = buffer.get_mut(start..HEAD) {
                 let ports = (interface.vxlan_port, interface.vxlan_port);
                 put_vxlan(place, interface.address, *host, ports, tap.vni, end - HEAD);
             }
-            let whole = Whole { start, given: HEAD, end, is_frame: true, vnet };
+            let whole = UncutPacket { start, given: HEAD, end, is_frame: true, vnet };
             sealer.seal(&interface, &peer, &mut buffer, &whole);
         }
     }
@@ -323,7 +323,7 @@ impl Default for Sealer {
 }
 
 impl Sealer {
-    fn seal(&mut self, interface: &Interface, peer: &Peer, buffer: &mut [u8], whole: &Whole) {
+    fn seal(&mut self, interface: &Interface, peer: &WireguardPeer, buffer: &mut [u8], whole: &UncutPacket) {
         let mtu = interface.mtu.load(Ordering::Relaxed);
         let counters = &interface.switch.counters;
         let (mut used, mut size, mut bytes) = (0, 0, 0);
@@ -335,7 +335,7 @@ impl Sealer {
             // For one packet and not for all: the other direction waits by turning round, and not in the
             // kernel, which costs both more.
             let mut session = peer.session();
-            let Session { tunn, waiting, .. } = &mut *session;
+            let Session { tunn, has_queued, .. } = &mut *session;
             match room.map(|room| tunn.encapsulate(packet, room)) {
                 Some(TunnResult::WriteToNetwork(datagram)) if datagram.first() == Some(&DATA) => {
                     size = size.max(datagram.len());
@@ -344,10 +344,10 @@ impl Sealer {
                 }
                 // No session: the packet waits for one, and the first of them asks for it.
                 Some(TunnResult::WriteToNetwork(message)) => {
-                    *waiting = true;
+                    *has_queued = true;
                     handshake = <[u8; HANDSHAKE]>::try_from(&*message).ok();
                 }
-                Some(TunnResult::Done) => *waiting = true,
+                Some(TunnResult::Done) => *has_queued = true,
                 _ => Counters::count(&counters.full),
             }
             drop(session);
@@ -404,7 +404,7 @@ struct Opener<'a> {
     /// Packets of one peer that are still to be looked at.
     packets: Vec<Range<usize>>,
     /// The last sender, and an address that it may send from: until the next flush nothing is asked twice.
-    last: Option<(Arc<Peer>, Option<IpAddr>)>,
+    last: Option<(Arc<WireguardPeer>, Option<IpAddr>)>,
     tun: Joiner,
     taps: Vec<(Arc<Tap>, Joiner)>,
 }
@@ -471,7 +471,7 @@ impl<'a> Opener<'a> {
     }
 
     /// A message with data.
-    fn open(&mut self, peer: &Peer, from: SocketAddr, datagram: &[u8]) {
+    fn open(&mut self, peer: &WireguardPeer, from: SocketAddr, datagram: &[u8]) {
         let Some(room) = self.opened.get_mut(self.used..).filter(|room| room.len() >= datagram.len()) else {
             return;
         };
@@ -491,14 +491,14 @@ impl<'a> Opener<'a> {
             }
         }
         session.endpoint = from;
-        if session.waiting {
+        if session.has_queued {
             self.send_waiting(&mut session);
         }
     }
 
     /// There is a session: what waited for it goes out.
     fn send_waiting(&self, session: &mut Session) {
-        session.waiting = false;
+        session.has_queued = false;
         let mut room = vec![0; PACKET + OVERHEAD + TAIL];
         for _ in 0..WAITING {
             let TunnResult::WriteToNetwork(datagram) = session.tunn.decapsulate(None, &[], &mut room) else {
@@ -556,7 +556,7 @@ impl<'a> Opener<'a> {
     /// Packets that this peer sealed: are they its own, and where do they go?
     ///
     /// Takes and gives an address that is known to be its own.
-    fn deliver(&mut self, peer: &Peer, mut last: Option<IpAddr>) -> Option<IpAddr> {
+    fn deliver(&mut self, peer: &WireguardPeer, mut last: Option<IpAddr>) -> Option<IpAddr> {
         let interface = self.interface;
         let counters = &interface.switch.counters;
         let mut packets = std::mem::take(&mut self.packets);
@@ -576,7 +576,7 @@ impl<'a> Opener<'a> {
                 last = Some(ip.source);
             }
             let packet = self.opened.get(at.clone()).unwrap_or_default();
-            match Inner::parse(packet, &ip, interface.address, interface.vxlan_port) {
+            match VxlanFrame::parse(packet, &ip, interface.address, interface.vxlan_port) {
                 Some(inner) => self.deliver_frame(at.start, inner),
                 None => {
                     let device = self.device();
@@ -588,7 +588,7 @@ impl<'a> Opener<'a> {
         last
     }
 
-    fn deliver_frame(&mut self, start: usize, inner: Inner) {
+    fn deliver_frame(&mut self, start: usize, inner: VxlanFrame) {
         let counters = &self.interface.switch.counters;
         let index = match self.taps.iter().position(|(tap, _)| tap.vni == inner.vni) {
             Some(index) => index,

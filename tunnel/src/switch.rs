@@ -7,7 +7,7 @@ use std::net::{IpAddr, Ipv6Addr};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak};
 
-use crate::api::{Drops, Mac, Source};
+use crate::api::{Drops, FrameSource, Mac};
 use crate::interface::Interface;
 use crate::join::Output;
 use crate::packet::{macs, sender};
@@ -109,7 +109,7 @@ pub(crate) struct Tap {
 pub(crate) struct Table {
     pub(crate) remotes: HashMap<Mac, Ipv6Addr>,
     pub(crate) floods: BTreeSet<Ipv6Addr>,
-    pub(crate) sources: HashMap<Mac, Source>,
+    pub(crate) sources: HashMap<Mac, FrameSource>,
 }
 
 impl Tap {
@@ -163,7 +163,7 @@ mod tests {
     fn table() -> Table {
         let mut table = Table::default();
         let addresses = vec!["10.0.0.1".parse().unwrap(), "fd00::1".parse().unwrap()];
-        table.sources.insert(MAC, Source { from: host(1), addresses });
+        table.sources.insert(MAC, FrameSource { from: host(1), addresses });
         table.remotes.insert(MAC, host(1));
         table.floods.extend([host(1), host(2)]);
         table

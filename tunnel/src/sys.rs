@@ -11,7 +11,7 @@ use std::sync::Arc;
 use nix::libc;
 
 /// Length of the header before each packet of a device (`struct virtio_net_hdr`).
-pub(crate) const VNET: usize = 10;
+pub(crate) const VNET_HEADER: usize = 10;
 
 const IFF_TUN: i32 = 0x0001;
 const IFF_TAP: i32 = 0x0002;
