@@ -9,6 +9,7 @@
 //! The engine knows nothing of clusters, records or netlink. Its devices are deleted with it.
 
 mod api;
+mod backend;
 mod checksum;
 mod cut;
 mod engine;
@@ -16,12 +17,17 @@ mod engine;
 pub mod fuzz;
 mod interface;
 mod join;
+#[cfg(test)]
+mod memory;
 mod packet;
 mod peers;
 #[cfg(test)]
 mod roundtrip;
+mod stop;
 mod switch;
 mod sys;
+#[cfg(test)]
+mod tests;
 
 pub use api::{
     Drops, EngineState, FrameSource, InterfaceConfig, InterfaceState, Mac, PeerConfig, PeerStatus,

@@ -467,3 +467,36 @@ fn frames_cross_and_spoofed_frames_are_dropped() {
     assert!(a.state().taps.is_empty());
     assert!(!lab["h1"].exec(["ip", "link", "show", "ovx-t"]).unwrap().success());
 }
+
+/// The names of this process's threads that serve a device.
+fn threads_of(device: &str) -> Vec<String> {
+    let tasks = std::fs::read_dir("/proc/self/task").unwrap();
+    let names = tasks.filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("comm")).ok());
+    names.filter(|name| name.starts_with(device)).collect()
+}
+
+#[test]
+fn a_dropped_interface_leaves_no_thread_and_no_device() {
+    const ROUNDS: u32 = 50;
+    let lab = lab();
+    let host = &lab["h1"];
+    let config = InterfaceConfig { key: key(1), listen: at(host), address: inside(1), vxlan_port: 51942 };
+    let mut ending = Duration::ZERO;
+    for _ in 0..ROUNDS {
+        let engine = Engine::new();
+        // Each round needs the name and the port that the one before has used.
+        host.run(|| engine.set_interface("ovt-end", &config)).unwrap().unwrap();
+        host.run(|| engine.add_tap("ovt-end-tap", 7)).unwrap().unwrap();
+        engine.set_peer("ovt-end", public_key(&key(2)), &peer(2, at(&lab["h2"]))).unwrap();
+        // A thread sets its name itself, after it was started.
+        wait_until(PATIENCE, "the threads run", || threads_of("ovt-end").len() >= 4).unwrap();
+        let before = Instant::now();
+        drop(engine);
+        ending += before.elapsed();
+    }
+    // Deleting the two devices takes the kernel most of this time.
+    assert!(ending < ROUNDS * Duration::from_millis(500), "{ending:?} for {ROUNDS} engines");
+    // A joined thread stays in /proc for a moment.
+    wait_until(Duration::from_secs(1), "all threads are gone", || threads_of("ovt-end").is_empty()).unwrap();
+    assert!(!host.exec(["ip", "link", "show", "ovt-end"]).unwrap().success());
+}
