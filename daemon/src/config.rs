@@ -13,7 +13,7 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use ovl_core::allocation::Ranges;
 use ovl_core::device::Device;
 use ovl_core::networks::overlaps;
-use ovl_dns::Stub;
+use ovl_dns::StubDomain;
 use ovl_proto::{DEFAULT_PORT, DEFAULT_TUNNEL_PORT, DEFAULT_VXLAN_PORT, SEALED_VXLAN_PORT};
 use serde::Deserialize;
 
@@ -192,7 +192,7 @@ pub(crate) struct Config {
     /// Whether a pod's search list is walked for it.
     pub walk_search_lists: bool,
     /// Domains with resolvers of their own.
-    pub stub_domains: Vec<Stub>,
+    pub stub_domains: Vec<StubDomain>,
 }
 
 impl Config {

@@ -10,7 +10,7 @@ use ovl_udp::{ReceiveBatch, Received, SendBatch};
 use tokio::sync::mpsc;
 
 use crate::answer::{Outcome, Transport, answer, target};
-use crate::engine::{Role, Shared};
+use crate::engine::{ListenRole, Shared};
 use crate::forward::{Job, Waiter};
 use crate::sys::wait_readable;
 use crate::wire::MAX_UDP;
@@ -23,7 +23,7 @@ const BATCH: usize = 64;
 const MAX_QUERY: usize = 1024;
 
 /// Answers queries to these sockets until the engine ends.
-pub(crate) fn serve(sockets: &[(Arc<UdpSocket>, Role)], shared: &Shared, jobs: &mpsc::Sender<Job>) {
+pub(crate) fn serve(sockets: &[(Arc<UdpSocket>, ListenRole)], shared: &Shared, jobs: &mpsc::Sender<Job>) {
     let (mut queries, mut answers) = (ReceiveBatch::new(BATCH, MAX_QUERY), SendBatch::new(BATCH, MAX_UDP));
     let mut zone = Cache::new(&shared.zone);
     let all: Vec<&UdpSocket> = sockets.iter().map(|(socket, _)| &**socket).collect();
@@ -41,7 +41,7 @@ pub(crate) fn serve(sockets: &[(Arc<UdpSocket>, Role)], shared: &Shared, jobs: &
                 };
                 let Some(buffer) = answers.next_slot() else { break };
                 turn = turn.wrapping_add(1);
-                match answer(zone, role.asker(from.ip()), Transport::Udp, query, buffer, turn) {
+                match answer(zone, role.client(from.ip()), Transport::Udp, query, buffer, turn) {
                     Outcome::Answer(length) => {
                         answered += 1;
                         answers.push(from, length);
@@ -49,7 +49,7 @@ pub(crate) fn serve(sockets: &[(Arc<UdpSocket>, Role)], shared: &Shared, jobs: &
                     outcome @ (Outcome::Forward | Outcome::Alias) => {
                         let to = Waiter::Udp(Arc::clone(socket), from);
                         let alias =
-                            (outcome == Outcome::Alias).then(|| target(zone, role.asker(from.ip()), query));
+                            (outcome == Outcome::Alias).then(|| target(zone, role.client(from.ip()), query));
                         // If the queue is full, the client retries.
                         if jobs.try_send(Job { message: query.to_vec(), alias: alias.flatten(), to }).is_err()
                         {
