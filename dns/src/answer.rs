@@ -68,18 +68,18 @@ pub fn answer(
     let query = match Query::read(message) {
         Ok(query) => query,
         Err(QueryError::Ignore) => return Outcome::Ignore,
-        Err(QueryError::Refuse(rcode)) => return refuse(message, rcode, buffer),
+        Err(QueryError::Refuse(rcode)) => return answer_error(message, rcode, buffer),
     };
     let limit = match transport {
         Transport::Udp => query.udp_limit(),
         Transport::Tcp => usize::from(u16::MAX),
     };
-    let written = respond(zone, client, limit, message, &query, buffer, turn);
+    let written = answer_query(zone, client, limit, message, &query, buffer, turn);
     written.unwrap_or(Outcome::Ignore)
 }
 
 #[inline]
-fn respond(
+fn answer_query(
     zone: &Zone,
     client: Client,
     limit: usize,
@@ -88,27 +88,29 @@ fn respond(
     buffer: &mut [u8],
     turn: usize,
 ) -> Option<Outcome> {
-    let bare = |buffer, rcode, authoritative| {
+    let empty_response = |buffer, rcode, authoritative| {
         let writer = Writer::answer(buffer, limit, message, query, rcode, authoritative)?;
         Some(Outcome::Answer(writer.finish(query, rcode)))
     };
     if query.edns.is_some_and(|edns| edns.version != 0) {
-        return bare(buffer, Rcode::BAD_VERSION, false);
+        return empty_response(buffer, Rcode::BAD_VERSION, false);
     }
     if !query.is_internet() {
-        return bare(buffer, Rcode::REFUSED, false);
+        return empty_response(buffer, Rcode::REFUSED, false);
     }
     match zone.find(client, &query.name) {
         Resolution::Found(_, Records { alias: Some(target), .. }) if query.kind != RecordType::CNAME => {
-            aliased(zone, client, limit, message, query, buffer, turn, target)
+            answer_alias(zone, client, limit, message, query, buffer, turn, target)
         }
-        Resolution::SearchPath(target) => aliased(zone, client, limit, message, query, buffer, turn, &target),
+        Resolution::SearchPath(target) => {
+            answer_alias(zone, client, limit, message, query, buffer, turn, &target)
+        }
         Resolution::Found(network, records) => {
             let mut writer = Writer::answer(buffer, limit, message, query, Rcode::NO_ERROR, true)?;
-            match write(&mut writer, None, zone, client, query.kind, network, records, turn) {
+            match write_records(&mut writer, None, zone, client, query.kind, network, records, turn) {
                 (0, true) => {
                     let apex = zone.apex(&query.name);
-                    let written = u16::from(authority(&mut writer, &apex));
+                    let written = u16::from(write_soa(&mut writer, &apex));
                     let is_asked = query.kind == RecordType::SOA && query.name == apex;
                     let (answers, authority) = if is_asked { (written, 0) } else { (0, written) };
                     writer.count(answers, authority, 0, false);
@@ -117,17 +119,17 @@ fn respond(
             }
             Some(Outcome::Answer(writer.finish(query, Rcode::NO_ERROR)))
         }
-        Resolution::NotFound => no_name(zone, limit, message, query, buffer),
+        Resolution::NotFound => name_error(zone, limit, message, query, buffer),
         // The host sends only queries for names under ovl's domain here, and has its own resolver for all
         // others.
-        Resolution::External if client == Client::Host => bare(buffer, Rcode::REFUSED, false),
+        Resolution::External if client == Client::Host => empty_response(buffer, Rcode::REFUSED, false),
         Resolution::External => Some(Outcome::Forward),
     }
 }
 
 /// Answers with a CNAME record, and with the records of its target if they are in the zone.
 #[expect(clippy::too_many_arguments, reason = "all of them are inputs of an answer")]
-fn aliased(
+fn answer_alias(
     zone: &Zone,
     client: Client,
     limit: usize,
@@ -142,26 +144,32 @@ fn aliased(
             let mut writer = Writer::answer(buffer, limit, message, query, Rcode::NO_ERROR, true)?;
             let named = writer.record(None, RecordType::CNAME, TTL, &[target.as_bytes(), &[0]]);
             let (count, whole) =
-                write(&mut writer, Some(target), zone, client, query.kind, network, records, turn);
-            let denied = count == 0 && whole && authority(&mut writer, &zone.apex(target));
-            writer.count(count + u16::from(named), u16::from(denied), 0, !(whole && named));
+                write_records(&mut writer, Some(target), zone, client, query.kind, network, records, turn);
+            let has_soa = count == 0 && whole && write_soa(&mut writer, &zone.apex(target));
+            writer.count(count + u16::from(named), u16::from(has_soa), 0, !(whole && named));
             Some(Outcome::Answer(writer.finish(query, Rcode::NO_ERROR)))
         }
-        Resolution::NotFound => no_name(zone, limit, message, query, buffer),
+        Resolution::NotFound => name_error(zone, limit, message, query, buffer),
         Resolution::Found(..) | Resolution::External | Resolution::SearchPath(_) => Some(Outcome::Alias),
     }
 }
 
-fn no_name(zone: &Zone, limit: usize, message: &[u8], query: &Query, buffer: &mut [u8]) -> Option<Outcome> {
+fn name_error(
+    zone: &Zone,
+    limit: usize,
+    message: &[u8],
+    query: &Query,
+    buffer: &mut [u8],
+) -> Option<Outcome> {
     let mut writer = Writer::answer(buffer, limit, message, query, Rcode::NAME_ERROR, true)?;
-    let denied = authority(&mut writer, &zone.apex(&query.name));
-    writer.count(0, u16::from(denied), 0, false);
+    let has_soa = write_soa(&mut writer, &zone.apex(&query.name));
+    writer.count(0, u16::from(has_soa), 0, false);
     Some(Outcome::Answer(writer.finish(query, Rcode::NAME_ERROR)))
 }
 
 /// Writes the SOA record that lets clients cache a negative answer (RFC 2308, section 3). Returns false if it
 /// does not fit.
-fn authority(writer: &mut Writer<'_>, apex: &Name) -> bool {
+fn write_soa(writer: &mut Writer<'_>, apex: &Name) -> bool {
     // No mailbox; then serial, refresh, retry, expire, and the TTL of negative answers.
     let numbers = [1, 7200, 1800, 86_400, TTL].map(u32::to_be_bytes);
     writer.record(Some(apex), RecordType::SOA, TTL, &[apex.as_bytes(), &[0, 0], numbers.as_flattened()])
@@ -191,7 +199,7 @@ pub fn target(zone: &Zone, client: Client, message: &[u8]) -> Option<Target> {
 /// Writes the records of a type. Returns their number, and whether all of them fit.
 #[inline]
 #[expect(clippy::too_many_arguments, reason = "all of them are inputs of an answer")]
-fn write(
+fn write_records(
     writer: &mut Writer<'_>,
     owner: Option<&Name>,
     zone: &Zone,
@@ -254,7 +262,7 @@ fn rotated<T>(all: &[T], turn: usize) -> impl Iterator<Item = &T> {
 }
 
 /// Writes an error response without question, because the question may be malformed.
-fn refuse(message: &[u8], rcode: Rcode, buffer: &mut [u8]) -> Outcome {
+fn answer_error(message: &[u8], rcode: Rcode, buffer: &mut [u8]) -> Outcome {
     let (Some(room), Some(head)) = (buffer.get_mut(..HEADER), message.get(..4)) else {
         return Outcome::Ignore;
     };
@@ -267,12 +275,12 @@ fn refuse(message: &[u8], rcode: Rcode, buffer: &mut [u8]) -> Outcome {
 }
 
 /// Builds a response with an rcode and no records.
-pub(crate) fn bare(message: &[u8], query: &Query, rcode: Rcode) -> Vec<u8> {
+pub(crate) fn empty_response(message: &[u8], query: &Query, rcode: Rcode) -> Vec<u8> {
     build(message, query, rcode, None)
 }
 
 /// Builds a negative response with an SOA record of the local domain.
-pub(crate) fn denial(message: &[u8], query: &Query, rcode: Rcode, apex: &Name) -> Vec<u8> {
+pub(crate) fn negative_response(message: &[u8], query: &Query, rcode: Rcode, apex: &Name) -> Vec<u8> {
     build(message, query, rcode, Some(apex))
 }
 
@@ -281,8 +289,8 @@ fn build(message: &[u8], query: &Query, rcode: Rcode, apex: Option<&Name>) -> Ve
     let Some(mut writer) = Writer::answer(&mut buffer, usize::MAX, message, query, rcode, false) else {
         return Vec::new();
     };
-    let denied = apex.is_some_and(|apex| authority(&mut writer, apex));
-    writer.count(0, u16::from(denied), 0, false);
+    let has_soa = apex.is_some_and(|apex| write_soa(&mut writer, apex));
+    writer.count(0, u16::from(has_soa), 0, false);
     let length = writer.finish(query, rcode);
     buffer.get(..length).unwrap_or_default().to_vec()
 }

@@ -165,7 +165,7 @@ impl Engine {
     pub async fn look_up(&self, name: &Name, kind: RecordType) -> Option<Lookup> {
         let (sender, receiver) = oneshot::channel();
         let message = question(0, name, kind, 0, Some(false));
-        let job = Job { message, alias: None, to: Waiter::Look(sender) };
+        let job = Job { message, alias: None, to: Waiter::Lookup(sender) };
         self.jobs.send(job).await.ok()?;
         receiver.await.ok()
     }

@@ -26,7 +26,7 @@ const NEXT_AFTER: Duration = Duration::from_millis(400);
 /// The time after which a query fails. Clients retry after five seconds, so the error comes before.
 const GIVE_UP_AFTER: Duration = Duration::from_millis(4500);
 /// How often resolv.conf is checked for changes.
-const LOOK_EVERY: Duration = Duration::from_secs(1);
+const RESOLV_CONF_INTERVAL: Duration = Duration::from_secs(1);
 /// The limits of questions in flight, and of clients that wait for one question.
 const MAX_QUESTIONS: usize = 2_000;
 const MAX_WAITING: usize = 500;
@@ -49,7 +49,7 @@ pub(crate) enum Waiter {
     Udp(Arc<UdpSocket>, SocketAddr),
     Tcp(oneshot::Sender<Vec<u8>>),
     /// A lookup by `ovlctl`.
-    Look(oneshot::Sender<Lookup>),
+    Lookup(oneshot::Sender<Lookup>),
 }
 
 /// The origin of an answer.
@@ -98,14 +98,14 @@ impl Forwarder {
         mut jobs: mpsc::Receiver<Job>,
         mut resolv_conf: ResolvConfWatcher,
     ) {
-        let mut look = tokio::time::interval(LOOK_EVERY);
+        let mut check = tokio::time::interval(RESOLV_CONF_INTERVAL);
         loop {
             tokio::select! {
                 job = jobs.recv() => match job {
                     Some(job) => self.take(job),
                     None => return,
                 },
-                _ = look.tick() => {
+                _ = check.tick() => {
                     if let Some(servers) = resolv_conf.changed() {
                         self.set_servers(&servers);
                     }
@@ -122,8 +122,8 @@ impl Forwarder {
         }
     }
 
-    fn note(&self, name: &Name, server: SocketAddr, answered: bool) {
-        if self.servers.borrow_mut().note(name, server, answered) {
+    fn record_outcome(&self, name: &Name, server: SocketAddr, answered: bool) {
+        if self.servers.borrow_mut().record_outcome(name, server, answered) {
             self.publish_failing();
         }
     }
@@ -206,11 +206,11 @@ impl Forwarder {
             ask_next = tokio::select! {
                 Some((server, result)) = asked.next() => {
                     since.retain(|(asked, _)| *asked != server);
-                    self.note(&name, server, result.is_ok());
+                    self.record_outcome(&name, server, result.is_ok());
                     match result {
                         Ok(reply) if matches!(reply.parts.rcode, Rcode::NO_ERROR | Rcode::NAME_ERROR) => {
                             for (slower, _) in since.iter().filter(|(_, at)| at.elapsed() >= NEXT_AFTER) {
-                                self.note(&name, *slower, false);
+                                self.record_outcome(&name, *slower, false);
                             }
                             return Some((reply, server));
                         }
@@ -231,7 +231,7 @@ impl Forwarder {
             query,
             None,
             to,
-            &answer::bare(message, query, Rcode::SERVER_FAILURE),
+            &answer::empty_response(message, query, Rcode::SERVER_FAILURE),
             AnswerOrigin::Unanswered,
         );
     }
@@ -248,22 +248,22 @@ impl Forwarder {
     ) {
         let composed = alias.as_ref().map(|target| {
             let composed = crate::message::compose_alias_answer(message, query, target, answer);
-            composed.unwrap_or_else(|| answer::bare(message, query, Rcode::SERVER_FAILURE))
+            composed.unwrap_or_else(|| answer::empty_response(message, query, Rcode::SERVER_FAILURE))
         });
         let answer = composed.as_deref().unwrap_or(answer);
         match to {
             Waiter::Udp(socket, address) => {
-                if let Some(answer) = fitted(message, query, answer, query.udp_limit()) {
+                if let Some(answer) = fit_to_query(message, query, answer, query.udp_limit()) {
                     // A client that misses the answer retries.
                     let _ = socket.send_to(&answer, address);
                 }
             }
             Waiter::Tcp(sender) => {
-                if let Some(answer) = fitted(message, query, answer, usize::from(u16::MAX)) {
+                if let Some(answer) = fit_to_query(message, query, answer, usize::from(u16::MAX)) {
                     let _ = sender.send(answer);
                 }
             }
-            Waiter::Look(sender) => {
+            Waiter::Lookup(sender) => {
                 let asked = alias.map_or(query.name, |target| target.name);
                 let stub = self.servers.borrow().stub_of(&asked);
                 let _ = sender.send(Lookup { message: answer.to_vec(), origin, stub });
@@ -274,7 +274,7 @@ impl Forwarder {
 
 /// Adapts an answer to a query: its id, flags and question, truncated to the client's limit. `None` if the
 /// answer is malformed.
-fn fitted(message: &[u8], query: &Query, answer: &[u8], limit: usize) -> Option<Vec<u8>> {
+fn fit_to_query(message: &[u8], query: &Query, answer: &[u8], limit: usize) -> Option<Vec<u8>> {
     let mut fitted = answer.to_vec();
     let question = message.get(HEADER..query.end)?;
     let rcode = u16_at(answer, 2)? & 15;
@@ -307,5 +307,5 @@ fn fitted(message: &[u8], query: &Query, answer: &[u8], limit: usize) -> Option<
 /// Returns whether an OPT record must be added. Upstream answers have lost theirs; responses built here have
 /// one already.
 fn needs_opt(answer: &[u8]) -> bool {
-    crate::message::read(answer).is_none_or(|parts| parts.end == answer.len())
+    crate::message::parse_answer(answer).is_none_or(|parts| parts.end == answer.len())
 }

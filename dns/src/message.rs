@@ -43,7 +43,7 @@ pub(crate) fn is_answer(message: &[u8], id: u16, name: &Name, kind: RecordType) 
 }
 
 /// Parses an answer. `None` if it is malformed.
-pub(crate) fn read(message: &[u8]) -> Option<Parts> {
+pub(crate) fn parse_answer(message: &[u8]) -> Option<Parts> {
     let flags = u16_at(message, 2)?;
     let questions = u16_at(message, 4)?;
     let mut at = HEADER;
@@ -188,10 +188,10 @@ pub(crate) fn compose_alias_answer(
     let rcode = Rcode(u16_at(answer, 2)? & 15);
     let count = u16_at(answer, 6)?;
     if rcode != Rcode::NO_ERROR && rcode != Rcode::NAME_ERROR {
-        return Some(crate::answer::bare(message, query, rcode));
+        return Some(crate::answer::empty_response(message, query, rcode));
     }
     if let Some(apex) = walk.filter(|_| count == 0) {
-        return Some(crate::answer::denial(message, query, rcode, &apex));
+        return Some(crate::answer::negative_response(message, query, rcode, &apex));
     }
     let mut at = HEADER;
     for _ in 0..u16_at(answer, 4)? {

@@ -96,7 +96,7 @@ impl Name {
 
     /// Returns the name without a suffix; the root if they are equal. `None` if the name does not end with
     /// the suffix.
-    pub fn before(&self, suffix: &Self) -> Option<Self> {
+    pub fn strip_suffix(&self, suffix: &Self) -> Option<Self> {
         let (all, end) = (self.as_bytes(), suffix.as_bytes());
         let at = all.len().checked_sub(end.len())?;
         if all.get(at..)? != end {
@@ -111,7 +111,7 @@ impl Name {
     }
 
     /// Appends a name. `None` if the result is too long.
-    pub fn with(&self, after: &Self) -> Option<Self> {
+    pub fn join(&self, after: &Self) -> Option<Self> {
         let mut name = *self;
         let start = usize::from(self.length);
         let end = start + after.as_bytes().len();

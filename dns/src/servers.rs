@@ -103,7 +103,7 @@ impl Servers {
 
     /// Records whether a server answered a query for a name. Returns whether [`Servers::failing`] may have
     /// changed.
-    pub(crate) fn note(&mut self, name: &Name, address: SocketAddr, answered: bool) -> bool {
+    pub(crate) fn record_outcome(&mut self, name: &Name, address: SocketAddr, answered: bool) -> bool {
         let group = self.group(name).and_then(|at| self.groups.get_mut(at));
         let servers = group.into_iter().flat_map(|group| &mut group.servers);
         let (now, mut changed) = (Instant::now(), false);
@@ -133,7 +133,7 @@ impl Servers {
     }
 
     fn group(&self, name: &Name) -> Option<usize> {
-        self.groups.iter().position(|group| name.before(&group.domain).is_some())
+        self.groups.iter().position(|group| name.strip_suffix(&group.domain).is_some())
     }
 }
 
@@ -182,10 +182,10 @@ mod tests {
     fn a_failed_server_is_tried_last_until_it_answers() {
         let mut servers = servers();
         let asked = name("www.example");
-        assert!(!servers.note(&asked, at(1), true) && servers.failing().is_empty());
+        assert!(!servers.record_outcome(&asked, at(1), true) && servers.failing().is_empty());
         // Several failures at the same time count as one.
         for _ in 0..5 {
-            servers.note(&asked, at(1), false);
+            servers.record_outcome(&asked, at(1), false);
         }
         assert_eq!(servers.in_order(&asked), [at(2), at(1)]);
         assert!(servers.failing().is_empty());
@@ -194,11 +194,11 @@ mod tests {
         assert_eq!(server.failures, 1);
         server.failed_at = server.failed_at.and_then(|at| at.checked_sub(DOWN_FIRST));
         assert_eq!(servers.in_order(&asked), [at(1), at(2)]);
-        assert!(servers.note(&asked, at(1), false));
+        assert!(servers.record_outcome(&asked, at(1), false));
         let failing = servers.failing();
         assert_eq!(failing.len(), 1);
         assert_eq!((failing[0].server, failing[0].stub), (at(1), Some(name("example"))));
-        assert!(servers.note(&asked, at(1), true) && servers.failing().is_empty());
+        assert!(servers.record_outcome(&asked, at(1), true) && servers.failing().is_empty());
         assert_eq!(servers.in_order(&asked), [at(1), at(2)]);
     }
 }

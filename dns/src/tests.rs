@@ -4,7 +4,7 @@ use proptest::prelude::*;
 
 use crate::cache::{Cache, Question};
 use crate::fuzz;
-use crate::message::{is_answer, read, records};
+use crate::message::{is_answer, parse_answer, records};
 use crate::name::Name;
 use crate::wire::{Query, RecordType, question};
 
@@ -73,7 +73,7 @@ fn an_answer_is_cached_for_its_shortest_ttl() {
     assert!(!is_answer(&message, 8, &name, RecordType::A));
     assert!(!is_answer(&message, 9, &Name::parse("b.example").unwrap(), RecordType::A));
     assert!(!is_answer(&message, 9, &name, RecordType::AAAA));
-    let parts = read(&message).unwrap();
+    let parts = parse_answer(&message).unwrap();
     assert_eq!((parts.ttl, parts.end, parts.additional), (Some(60), message.len() - 11, 0));
     let mut cache = Cache::default();
     let question = Question::new(&name, RecordType::A, false, false);
@@ -92,7 +92,7 @@ fn uncacheable_answers_are_not_cached() {
     let question = Question::new(&name, RecordType::A, false, false);
     let keeps = |message: &[u8]| {
         let mut cache = Cache::default();
-        cache.put(&question, message, &read(message).unwrap(), now);
+        cache.put(&question, message, &parse_answer(message).unwrap(), now);
         cache.get(&question, now).is_some()
     };
     assert!(keeps(&answer([5, 5])));
@@ -120,7 +120,7 @@ fn question_message(name: &Name) -> Vec<u8> {
 fn the_cache_is_bounded_and_keeps_used_entries() {
     let (mut cache, now) = (Cache::default(), Instant::now());
     let message = answer([300, 300]);
-    let parts = read(&message).unwrap();
+    let parts = parse_answer(&message).unwrap();
     let name = |i: usize| Name::parse(&format!("n{i}.example")).unwrap();
     let used = Question::new(&name(0), RecordType::A, false, false);
     for i in 0..40_000 {

@@ -64,7 +64,7 @@ fn reply(message: &[u8], id: u16, question: &Question) -> Option<Reply> {
     if !message::is_answer(message, id, &question.name(), question.kind) {
         return None;
     }
-    let parts = message::read(message)?;
+    let parts = message::parse_answer(message)?;
     let mut message = message.get(..parts.end)?.to_vec();
     message.get_mut(10..12)?.copy_from_slice(&parts.additional.to_be_bytes());
     Some(Reply { message, parts })

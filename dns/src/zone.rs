@@ -154,7 +154,7 @@ impl Cluster {
     fn has_above(&self, asked: &Name, search: &Name) -> bool {
         let above = |at: usize| {
             let rest = Name::from_bytes(asked.as_bytes().get(at..)?)?;
-            self.names.get(&rest.with(search)?.with(&self.domain)?)
+            self.names.get(&rest.join(search)?.join(&self.domain)?)
         };
         let mut at = 0;
         asked.labels().any(|label| {
@@ -310,7 +310,7 @@ impl Zone {
         if let Some(found) = self.in_cluster(client, name) {
             return found;
         }
-        let within = self.domain.as_ref().and_then(|domain| name.before(domain));
+        let within = self.domain.as_ref().and_then(|domain| name.strip_suffix(domain));
         let reversed = name.reversed();
         let qualified = match (&within, client) {
             (Some(rest), _) => Some(rest),
@@ -323,7 +323,7 @@ impl Zone {
             if within.is_some_and(|rest| rest == Name::ROOT || rest == network.label) {
                 return Resolution::Found(*key, &ABOVE);
             }
-            let named = qualified.and_then(|name| name.before(&network.label));
+            let named = qualified.and_then(|name| name.strip_suffix(&network.label));
             let found = named.filter(|name| *name != Name::ROOT).and_then(|name| network.names.get(&name));
             let found = found.or_else(|| network.names.get(name).filter(|_| reversed.is_some()));
             if let Some(records) = found {
@@ -345,7 +345,7 @@ impl Zone {
                 Resolution::Found(CLUSTER, records)
             });
         }
-        let within = name.before(&cluster.domain)?;
+        let within = name.strip_suffix(&cluster.domain)?;
         let walked = self.search_result(cluster, client, &within);
         Some(walked.map_or(Resolution::NotFound, |name| Resolution::SearchPath(Box::new(name))))
     }
@@ -356,14 +356,14 @@ impl Zone {
     fn search_result(&self, cluster: &Cluster, client: Client, within: &Name) -> Option<Name> {
         let Client::Endpoint(address) = client else { return None };
         let search = self.clients.get(&address)?.search.filter(|_| cluster.walks)?;
-        let asked = within.before(&search)?;
+        let asked = within.strip_suffix(&search)?;
         asked.labels().nth(1)?;
         // Each further step has a label of the search list less.
         let mut rest = search;
         loop {
             let shorter = rest.labels().next().map_or(0, |label| label.len() + 1);
             rest = Name::from_bytes(rest.as_bytes().get(shorter..)?)?;
-            let step = asked.with(&rest)?.with(&cluster.domain)?;
+            let step = asked.join(&rest)?.join(&cluster.domain)?;
             match cluster.names.get(&step) {
                 Some(records) if records.unready => return None,
                 Some(records) if !records.above => return Some(step),
@@ -373,7 +373,7 @@ impl Zone {
                 break;
             }
         }
-        match asked.before(&cluster.domain) {
+        match asked.strip_suffix(&cluster.domain) {
             Some(_) => cluster.names.get(&asked).map(|_| asked),
             // A name below a Service of the client's namespace belongs to the cluster.
             None if cluster.has_above(&asked, &search) => None,
@@ -386,7 +386,7 @@ impl Zone {
     pub(crate) fn apex(&self, name: &Name) -> Name {
         let cluster = self.cluster.as_ref().map(|cluster| &cluster.domain);
         let mut domains = cluster.into_iter().chain(&self.domain);
-        let found = domains.find(|domain| name.before(domain).is_some());
+        let found = domains.find(|domain| name.strip_suffix(domain).is_some());
         let above = || name.labels().next().and_then(|label| name.as_bytes().get(label.len() + 1..));
         found.copied().or_else(|| Name::from_bytes(above()?)).unwrap_or(Name::ROOT)
     }
@@ -397,9 +397,9 @@ impl Zone {
         if network == CLUSTER {
             return Some(*name);
         }
-        let qualified = name.with(&self.networks.get(&network)?.label)?;
+        let qualified = name.join(&self.networks.get(&network)?.label)?;
         match (client, &self.domain) {
-            (Client::Host, Some(domain)) => qualified.with(domain),
+            (Client::Host, Some(domain)) => qualified.join(domain),
             _ => Some(qualified),
         }
     }

@@ -23,7 +23,7 @@ pub(super) fn parse((domain, servers): (&String, &Vec<String>)) -> Result<StubDo
 pub(super) fn check(config: &Config) -> Result<()> {
     let ours = [config.cluster_domain.as_str(), OWN_DOMAIN].map(Name::parse);
     for (n, StubDomain { domain, servers }) in config.stub_domains.iter().enumerate() {
-        if let Some(own) = ours.iter().flatten().find(|own| domain.before(own).is_some()) {
+        if let Some(own) = ours.iter().flatten().find(|own| domain.strip_suffix(own).is_some()) {
             bail!("stub_domains: {domain}: nobody else is ever asked for names under {own}");
         }
         if config.stub_domains.iter().take(n).any(|other| other.domain == *domain) {
