@@ -12,7 +12,7 @@ use clap::Parser;
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use ovl_cluster::networks::overlaps;
 use ovl_dataplane::device::Device;
-use ovl_dns::Stub;
+use ovl_dns::StubDomain;
 use ovl_proto::{DEFAULT_PORT, DEFAULT_TUNNEL_PORT, DEFAULT_VXLAN_PORT, SEALED_VXLAN_PORT};
 use ovl_subsystems::services::allocation::Ranges;
 use serde::Deserialize;
@@ -192,7 +192,7 @@ pub(crate) struct Config {
     /// Whether a pod's search list is walked for it.
     pub walk_search_lists: bool,
     /// Domains with resolvers of their own.
-    pub stub_domains: Vec<Stub>,
+    pub stub_domains: Vec<StubDomain>,
 }
 
 impl Config {

@@ -1,115 +1,117 @@
-//! A query and the zone give an answer, or the word that somebody else must be asked. Pure, and without an
-//! allocation for what is asked most.
+//! Answers queries from the zone, or decides that they are forwarded. Pure functions, which allocate nothing
+//! for the usual record types.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use crate::name::Name;
-use crate::wire::{Bad, HEADER, Kind, QR, Query, RA, Rcode, Writer};
-use crate::zone::{NetworkKey, Place, Records, Zone};
+use crate::wire::{HEADER, QR, Query, QueryError, RA, Rcode, RecordType, Writer};
+use crate::zone::{NetworkKey, Records, Resolution, Zone};
 
-/// For how long an answer may be kept, in seconds: endpoints come and go.
+/// The time to live of answers from the zone, in seconds. Short, because endpoints come and go.
 pub(crate) const TTL: u32 = 5;
 
-/// Who asks.
+/// The client that sent a query.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Asker {
-    /// The host itself, which sees all networks and asks by full names.
+pub enum Client {
+    /// The host itself, which sees the names of all networks, by full names alone.
     Host,
-    /// Whoever has this address.
-    At(IpAddr),
+    /// The endpoint with this address.
+    Endpoint(IpAddr),
 }
 
-/// How a query came.
+/// The transport of a query.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Transport {
-    /// Long answers are cut.
+    /// Long answers are truncated.
     Udp,
-    /// They are not.
+    /// Answers have up to 65,535 bytes.
     Tcp,
 }
 
-/// What is to be done about a query.
+/// What to do with a query.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Outcome {
-    /// Send so many bytes of the buffer.
+    /// Send this number of bytes of the buffer.
     Answer(usize),
-    /// Others may know.
+    /// Forward the query to the upstream servers.
     Forward,
-    /// It is another name, which [`target`] tells and others may know.
+    /// Forward a query for another name, which [`target`] returns.
     Alias,
-    /// Nothing.
+    /// Drop the query.
     Ignore,
 }
 
-/// What others are to be asked in place of a query.
+/// The name to ask the upstream servers for in place of the one in the query.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Target {
-    /// The name.
+    /// The name to ask for.
     pub name: Name,
-    /// If a client's walk through its search list ends there: the domain of ours in which it began. Where others know
-    /// nothing, the walk goes on.
+    /// The local domain in which a client began to try its search list. If the upstream servers have no
+    /// records, the client must try its next name. `None` if the query is not part of a search list.
     pub walk: Option<Name>,
 }
 
-/// Answers a message into `buffer`. `turn` says with which of several addresses the answer begins.
+/// Writes the answer to a message into `buffer`. `turn` rotates the order of several addresses.
 #[inline]
 pub fn answer(
     zone: &Zone,
-    asker: Asker,
+    client: Client,
     transport: Transport,
     message: &[u8],
     buffer: &mut [u8],
     turn: usize,
 ) -> Outcome {
-    if !zone.knows(asker) {
-        // It may not be who it seems to be: so it hears nothing.
+    if !zone.knows(client) {
+        // The source address may be forged, so not even an error is sent.
         return Outcome::Ignore;
     }
     let query = match Query::read(message) {
         Ok(query) => query,
-        Err(Bad::Ignore) => return Outcome::Ignore,
-        Err(Bad::Refuse(rcode)) => return refuse(message, rcode, buffer),
+        Err(QueryError::Ignore) => return Outcome::Ignore,
+        Err(QueryError::Refuse(rcode)) => return answer_error(message, rcode, buffer),
     };
     let limit = match transport {
         Transport::Udp => query.udp_limit(),
         Transport::Tcp => usize::from(u16::MAX),
     };
-    let written = respond(zone, asker, limit, message, &query, buffer, turn);
+    let written = answer_query(zone, client, limit, message, &query, buffer, turn);
     written.unwrap_or(Outcome::Ignore)
 }
 
 #[inline]
-fn respond(
+fn answer_query(
     zone: &Zone,
-    asker: Asker,
+    client: Client,
     limit: usize,
     message: &[u8],
     query: &Query,
     buffer: &mut [u8],
     turn: usize,
 ) -> Option<Outcome> {
-    let bare = |buffer, rcode, authoritative| {
+    let empty_response = |buffer, rcode, authoritative| {
         let writer = Writer::answer(buffer, limit, message, query, rcode, authoritative)?;
         Some(Outcome::Answer(writer.finish(query, rcode)))
     };
     if query.edns.is_some_and(|edns| edns.version != 0) {
-        return bare(buffer, Rcode::BAD_VERSION, false);
+        return empty_response(buffer, Rcode::BAD_VERSION, false);
     }
     if !query.is_internet() {
-        return bare(buffer, Rcode::REFUSED, false);
+        return empty_response(buffer, Rcode::REFUSED, false);
     }
-    match zone.find(asker, &query.name) {
-        Place::Here(_, Records { alias: Some(target), .. }) if query.kind != Kind::CNAME => {
-            aliased(zone, asker, limit, message, query, buffer, turn, target)
+    match zone.find(client, &query.name) {
+        Resolution::Found(_, Records { alias: Some(target), .. }) if query.kind != RecordType::CNAME => {
+            answer_alias(zone, client, limit, message, query, buffer, turn, target)
         }
-        Place::Walked(target) => aliased(zone, asker, limit, message, query, buffer, turn, &target),
-        Place::Here(network, records) => {
+        Resolution::SearchPath(target) => {
+            answer_alias(zone, client, limit, message, query, buffer, turn, &target)
+        }
+        Resolution::Found(network, records) => {
             let mut writer = Writer::answer(buffer, limit, message, query, Rcode::NO_ERROR, true)?;
-            match write(&mut writer, None, zone, asker, query.kind, network, records, turn) {
+            match write_records(&mut writer, None, zone, client, query.kind, network, records, turn) {
                 (0, true) => {
                     let apex = zone.apex(&query.name);
-                    let written = u16::from(authority(&mut writer, &apex));
-                    let is_asked = query.kind == Kind::SOA && query.name == apex;
+                    let written = u16::from(write_soa(&mut writer, &apex));
+                    let is_asked = query.kind == RecordType::SOA && query.name == apex;
                     let (answers, authority) = if is_asked { (written, 0) } else { (0, written) };
                     writer.count(answers, authority, 0, false);
                 }
@@ -117,18 +119,19 @@ fn respond(
             }
             Some(Outcome::Answer(writer.finish(query, Rcode::NO_ERROR)))
         }
-        Place::Nowhere => no_name(zone, limit, message, query, buffer),
-        // Only names under its domain are asked of us by the host: who else it asks, it knows itself.
-        Place::Elsewhere if asker == Asker::Host => bare(buffer, Rcode::REFUSED, false),
-        Place::Elsewhere => Some(Outcome::Forward),
+        Resolution::NotFound => name_error(zone, limit, message, query, buffer),
+        // The host sends only queries for names under ovl's domain here, and has its own resolver for all
+        // others.
+        Resolution::External if client == Client::Host => empty_response(buffer, Rcode::REFUSED, false),
+        Resolution::External => Some(Outcome::Forward),
     }
 }
 
-/// An answer under another name, as far as that is here.
-#[expect(clippy::too_many_arguments, reason = "an answer's circumstances")]
-fn aliased(
+/// Answers with a CNAME record, and with the records of its target if they are in the zone.
+#[expect(clippy::too_many_arguments, reason = "all of them are inputs of an answer")]
+fn answer_alias(
     zone: &Zone,
-    asker: Asker,
+    client: Client,
     limit: usize,
     message: &[u8],
     query: &Query,
@@ -136,65 +139,72 @@ fn aliased(
     turn: usize,
     target: &Name,
 ) -> Option<Outcome> {
-    match zone.find(asker, target) {
-        Place::Here(network, records) if records.alias.is_none() => {
+    match zone.find(client, target) {
+        Resolution::Found(network, records) if records.alias.is_none() => {
             let mut writer = Writer::answer(buffer, limit, message, query, Rcode::NO_ERROR, true)?;
-            let named = writer.record(None, Kind::CNAME, TTL, &[target.as_bytes(), &[0]]);
+            let named = writer.record(None, RecordType::CNAME, TTL, &[target.as_bytes(), &[0]]);
             let (count, whole) =
-                write(&mut writer, Some(target), zone, asker, query.kind, network, records, turn);
-            let denied = count == 0 && whole && authority(&mut writer, &zone.apex(target));
-            writer.count(count + u16::from(named), u16::from(denied), 0, !(whole && named));
+                write_records(&mut writer, Some(target), zone, client, query.kind, network, records, turn);
+            let has_soa = count == 0 && whole && write_soa(&mut writer, &zone.apex(target));
+            writer.count(count + u16::from(named), u16::from(has_soa), 0, !(whole && named));
             Some(Outcome::Answer(writer.finish(query, Rcode::NO_ERROR)))
         }
-        Place::Nowhere => no_name(zone, limit, message, query, buffer),
-        Place::Here(..) | Place::Elsewhere | Place::Walked(_) => Some(Outcome::Alias),
+        Resolution::NotFound => name_error(zone, limit, message, query, buffer),
+        Resolution::Found(..) | Resolution::External | Resolution::SearchPath(_) => Some(Outcome::Alias),
     }
 }
 
-fn no_name(zone: &Zone, limit: usize, message: &[u8], query: &Query, buffer: &mut [u8]) -> Option<Outcome> {
-    let mut writer = Writer::answer(buffer, limit, message, query, Rcode::NO_NAME, true)?;
-    let denied = authority(&mut writer, &zone.apex(&query.name));
-    writer.count(0, u16::from(denied), 0, false);
-    Some(Outcome::Answer(writer.finish(query, Rcode::NO_NAME)))
+fn name_error(
+    zone: &Zone,
+    limit: usize,
+    message: &[u8],
+    query: &Query,
+    buffer: &mut [u8],
+) -> Option<Outcome> {
+    let mut writer = Writer::answer(buffer, limit, message, query, Rcode::NAME_ERROR, true)?;
+    let has_soa = write_soa(&mut writer, &zone.apex(&query.name));
+    writer.count(0, u16::from(has_soa), 0, false);
+    Some(Outcome::Answer(writer.finish(query, Rcode::NAME_ERROR)))
 }
 
-/// The start of authority, with which a denial may be kept for a while (RFC 2308, section 3). Without room for it, it is
-/// left out.
-fn authority(writer: &mut Writer<'_>, apex: &Name) -> bool {
-    // Nobody's mailbox; serial, refresh, retry, expire, and for how long there is nothing.
+/// Writes the SOA record that lets clients cache a negative answer (RFC 2308, section 3). Returns false if it
+/// does not fit.
+fn write_soa(writer: &mut Writer<'_>, apex: &Name) -> bool {
+    // No mailbox; then serial, refresh, retry, expire, and the TTL of negative answers.
     let numbers = [1, 7200, 1800, 86_400, TTL].map(u32::to_be_bytes);
-    writer.record(Some(apex), Kind::SOA, TTL, &[apex.as_bytes(), &[0, 0], numbers.as_flattened()])
+    writer.record(Some(apex), RecordType::SOA, TTL, &[apex.as_bytes(), &[0, 0], numbers.as_flattened()])
 }
 
-/// Under which name others are to be asked, after [`Outcome::Alias`].
-pub fn target(zone: &Zone, asker: Asker, message: &[u8]) -> Option<Target> {
+/// Returns the name to ask the upstream servers for after [`Outcome::Alias`]. `None` if the names form a loop
+/// or lead to a local name without records.
+pub fn target(zone: &Zone, client: Client, message: &[u8]) -> Option<Target> {
     let query = Query::read(message).ok()?;
     let mut name = query.name;
     let mut walk = None;
-    // An external Service may stand for another, but not for ever.
+    // An external Service may be an alias of another one; the limit ends loops.
     for _ in 0..8 {
-        match zone.find(asker, &name) {
-            Place::Here(_, Records { alias: Some(alias), .. }) => name = *alias,
-            Place::Walked(to) => {
+        match zone.find(client, &name) {
+            Resolution::Found(_, Records { alias: Some(alias), .. }) => name = *alias,
+            Resolution::SearchPath(to) => {
                 walk = Some(zone.apex(&query.name));
                 name = *to;
             }
-            Place::Elsewhere => return Some(Target { name, walk }),
-            Place::Here(..) | Place::Nowhere => return None,
+            Resolution::External => return Some(Target { name, walk }),
+            Resolution::Found(..) | Resolution::NotFound => return None,
         }
     }
     None
 }
 
-/// Gives the number of records, and whether these are all.
+/// Writes the records of a type. Returns their number, and whether all of them fit.
 #[inline]
-#[expect(clippy::too_many_arguments, reason = "an answer's circumstances")]
-fn write(
+#[expect(clippy::too_many_arguments, reason = "all of them are inputs of an answer")]
+fn write_records(
     writer: &mut Writer<'_>,
     owner: Option<&Name>,
     zone: &Zone,
-    asker: Asker,
-    kind: Kind,
+    client: Client,
+    kind: RecordType,
     network: NetworkKey,
     records: &Records,
     turn: usize,
@@ -205,37 +215,42 @@ fn write(
         count += u16::from(fits);
         whole &= fits;
     };
-    if kind == Kind::A || kind == Kind::ANY {
+    if kind == RecordType::A || kind == RecordType::ANY {
         for address in rotated(v4, turn) {
-            note(writer.record(owner, Kind::A, TTL, &[&Ipv4Addr::octets(address)]));
+            note(writer.record(owner, RecordType::A, TTL, &[&Ipv4Addr::octets(address)]));
         }
     }
-    if kind == Kind::AAAA || kind == Kind::ANY {
+    if kind == RecordType::AAAA || kind == RecordType::ANY {
         for address in rotated(v6, turn) {
-            note(writer.record(owner, Kind::AAAA, TTL, &[&Ipv6Addr::octets(address)]));
+            note(writer.record(owner, RecordType::AAAA, TTL, &[&Ipv6Addr::octets(address)]));
         }
     }
-    if kind == Kind::PTR || kind == Kind::ANY {
-        for name in names.iter().filter_map(|name| zone.full(asker, network, name)) {
-            note(writer.record(owner, Kind::PTR, TTL, &[name.as_bytes(), &[0]]));
+    if kind == RecordType::PTR || kind == RecordType::ANY {
+        for name in names.iter().filter_map(|name| zone.full(client, network, name)) {
+            note(writer.record(owner, RecordType::PTR, TTL, &[name.as_bytes(), &[0]]));
         }
     }
-    if kind == Kind::SRV || kind == Kind::ANY {
-        // Equal ones share the load (RFC 2782).
+    if kind == RecordType::SRV || kind == RecordType::ANY {
+        // Records of equal priority and weight share the load (RFC 2782).
         for (port, target) in rotated(services, turn) {
             let [high, low] = port.to_be_bytes();
-            note(writer.record(owner, Kind::SRV, TTL, &[&[0, 0, 0, 1, high, low], target.as_bytes(), &[0]]));
+            note(writer.record(
+                owner,
+                RecordType::SRV,
+                TTL,
+                &[&[0, 0, 0, 1, high, low], target.as_bytes(), &[0]],
+            ));
         }
     }
-    if kind == Kind::CNAME
+    if kind == RecordType::CNAME
         && let Some(alias) = alias
     {
-        note(writer.record(owner, Kind::CNAME, TTL, &[alias.as_bytes(), &[0]]));
+        note(writer.record(owner, RecordType::CNAME, TTL, &[alias.as_bytes(), &[0]]));
     }
-    if kind == Kind::TXT
+    if kind == RecordType::TXT
         && let Some(text) = text
     {
-        note(writer.record(owner, Kind::TXT, TTL, &[&[text.len() as u8], text.as_bytes()]));
+        note(writer.record(owner, RecordType::TXT, TTL, &[&[text.len() as u8], text.as_bytes()]));
     }
     (count, whole)
 }
@@ -246,36 +261,36 @@ fn rotated<T>(all: &[T], turn: usize) -> impl Iterator<Item = &T> {
     after.iter().chain(before)
 }
 
-/// A header alone: the question may be what was not understood.
-fn refuse(message: &[u8], rcode: Rcode, buffer: &mut [u8]) -> Outcome {
+/// Writes an error response without question, because the question may be malformed.
+fn answer_error(message: &[u8], rcode: Rcode, buffer: &mut [u8]) -> Outcome {
     let (Some(room), Some(head)) = (buffer.get_mut(..HEADER), message.get(..4)) else {
         return Outcome::Ignore;
     };
     room.fill(0);
     room[..2].copy_from_slice(&head[..2]);
-    // What the query was, and whether recursion was asked for, is repeated.
+    // The opcode and RD are repeated.
     let asked = u16::from_be_bytes([head[2], head[3]]) & 0x7900;
     room[2..4].copy_from_slice(&(QR | asked | RA | rcode.0).to_be_bytes());
     Outcome::Answer(HEADER)
 }
 
-/// An answer that says only how it went.
-pub(crate) fn bare(message: &[u8], query: &Query, rcode: Rcode) -> Vec<u8> {
-    made(message, query, rcode, None)
+/// Builds a response with an rcode and no records.
+pub(crate) fn empty_response(message: &[u8], query: &Query, rcode: Rcode) -> Vec<u8> {
+    build(message, query, rcode, None)
 }
 
-/// The same with our word that there is nothing.
-pub(crate) fn denial(message: &[u8], query: &Query, rcode: Rcode, apex: &Name) -> Vec<u8> {
-    made(message, query, rcode, Some(apex))
+/// Builds a negative response with an SOA record of the local domain.
+pub(crate) fn negative_response(message: &[u8], query: &Query, rcode: Rcode, apex: &Name) -> Vec<u8> {
+    build(message, query, rcode, Some(apex))
 }
 
-fn made(message: &[u8], query: &Query, rcode: Rcode, apex: Option<&Name>) -> Vec<u8> {
+fn build(message: &[u8], query: &Query, rcode: Rcode, apex: Option<&Name>) -> Vec<u8> {
     let mut buffer = [0; crate::wire::MAX_UDP];
     let Some(mut writer) = Writer::answer(&mut buffer, usize::MAX, message, query, rcode, false) else {
         return Vec::new();
     };
-    let denied = apex.is_some_and(|apex| authority(&mut writer, apex));
-    writer.count(0, u16::from(denied), 0, false);
+    let has_soa = apex.is_some_and(|apex| write_soa(&mut writer, apex));
+    writer.count(0, u16::from(has_soa), 0, false);
     let length = writer.finish(query, rcode);
     buffer.get(..length).unwrap_or_default().to_vec()
 }

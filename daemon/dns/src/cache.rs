@@ -1,33 +1,37 @@
-//! Answers of other servers, for as long as they may be kept. Bounded: what was put in or used lately is in the
-//! young half; when that is full, the old half is dropped and the young one is the old.
+//! The cache of upstream answers.
+//!
+//! It is bounded by two generations: entries that were added or used recently are in the young one. When that
+//! is full, the old generation is dropped and the young one becomes the old one.
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use crate::message::Parts;
 use crate::name::Name;
-use crate::wire::{Kind, u32_at};
+use crate::wire::{RecordType, u32_at};
 
-/// Of each half.
+/// The limits of each generation: entries, and bytes of messages.
 const MAX_ENTRIES: usize = 5_000;
 const MAX_BYTES: usize = 8 << 20;
-/// Larger answers are rare, and not worth the room.
+/// The largest answer that is cached, in bytes. Larger ones are rare.
 const MAX_MESSAGE: usize = 8 << 10;
-/// No answer is kept longer, in seconds: a day, and three hours where there is nothing (RFC 2308, section 5).
+/// The longest times to live of positive and negative answers, in seconds (RFC 2308, section 5).
 const MAX_TTL: u32 = 86_400;
 const MAX_DENIED: u32 = 10_800;
 
-/// What was asked: with or without signatures, and whether these were to be left unchecked.
+/// The key of a cached answer.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(crate) struct Question {
     name: Box<[u8]>,
-    pub(crate) kind: Kind,
+    pub(crate) kind: RecordType,
+    /// The DO bit (RFC 3225).
     pub(crate) dnssec: bool,
+    /// The CD bit (RFC 4035, section 3.2.2).
     pub(crate) unchecked: bool,
 }
 
 impl Question {
-    pub(crate) fn new(name: &Name, kind: Kind, dnssec: bool, unchecked: bool) -> Self {
+    pub(crate) fn new(name: &Name, kind: RecordType, dnssec: bool, unchecked: bool) -> Self {
         Self { name: name.as_bytes().into(), kind, dnssec, unchecked }
     }
 
@@ -39,26 +43,28 @@ impl Question {
 #[derive(Debug, Clone)]
 struct Entry {
     message: Vec<u8>,
+    /// The offsets of the times to live.
     ttls: Vec<u16>,
     stored: Instant,
     expires: Instant,
 }
 
 #[derive(Debug, Default)]
-struct Half {
+struct Generation {
     entries: HashMap<Question, Entry>,
     bytes: usize,
 }
 
-/// See the module.
+/// Caches answers by question.
 #[derive(Debug, Default)]
 pub(crate) struct Cache {
-    young: Half,
-    old: Half,
+    young: Generation,
+    old: Generation,
 }
 
 impl Cache {
-    /// An answer, its times to live counted down; its id and the case of its question are another's.
+    /// Returns an answer with its times to live counted down. The id and the case of the name are those of
+    /// another query.
     pub(crate) fn get(&mut self, question: &Question, now: Instant) -> Option<Vec<u8>> {
         if let Some(entry) = self.old.entries.remove(question) {
             self.old.bytes = self.old.bytes.saturating_sub(entry.message.len());
@@ -77,10 +83,10 @@ impl Cache {
         Some(message)
     }
 
-    /// Keeps an answer, which has no OPT record any more, if it may be kept.
+    /// Adds an answer without OPT record, if it may be cached.
     pub(crate) fn put(&mut self, question: &Question, message: &[u8], parts: &Parts, now: Instant) {
-        let answered = crate::wire::u16_at(message, 6).is_some_and(|count| count > 0);
-        let longest = if answered { MAX_TTL } else { MAX_DENIED };
+        let has_answers = crate::wire::u16_at(message, 6).is_some_and(|count| count > 0);
+        let longest = if has_answers { MAX_TTL } else { MAX_DENIED };
         let Some(ttl) = parts.ttl.map(|ttl| ttl.min(longest)).filter(|ttl| *ttl > 0) else { return };
         if message.len() > MAX_MESSAGE {
             return;
@@ -90,7 +96,7 @@ impl Cache {
         self.insert(question.clone(), Entry { message: message.to_vec(), ttls, stored: now, expires });
     }
 
-    /// Forgets all: other servers may know other names.
+    /// Removes all entries, because other servers may give other answers.
     pub(crate) fn clear(&mut self) {
         *self = Self::default();
     }

@@ -13,75 +13,75 @@ use arc_swap::ArcSwap;
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, oneshot};
 
-use crate::answer::Asker;
+use crate::answer::Client;
 use crate::forward::{Forwarder, Job, Lookup, Waiter};
 use crate::name::Name;
-use crate::resolv::Follow;
-use crate::servers::{Failing, Stub};
-use crate::wire::{Kind, question};
+use crate::resolv::ResolvConfWatcher;
+use crate::servers::{FailingServer, StubDomain};
+use crate::wire::{RecordType, question};
 use crate::zone::Zone;
 use crate::{sys, tcp, udp};
 
-/// More threads than that have nothing to do.
+/// The limit of threads that answer UDP queries. More do not increase the throughput.
 const MAX_THREADS: usize = 4;
-/// So many queries may wait to be taken by the thread that asks others.
+/// The limit of queries that wait for the forwarding thread.
 const JOBS: usize = 1024;
 
-/// Who asks at an address.
+/// The kind of the clients at a listening address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Role {
-    /// Those that the zone knows by their addresses.
+pub enum ListenRole {
+    /// Endpoints, which the zone knows by their addresses.
     Endpoints,
-    /// The host.
+    /// The host itself.
     Host,
 }
 
-impl Role {
+impl ListenRole {
     #[inline]
-    pub(crate) fn asker(self, from: IpAddr) -> Asker {
+    pub(crate) fn client(self, from: IpAddr) -> Client {
         match self {
-            Self::Endpoints => Asker::At(from),
-            Self::Host => Asker::Host,
+            Self::Endpoints => Client::Endpoint(from),
+            Self::Host => Client::Host,
         }
     }
 }
 
-/// Where to listen, by UDP and TCP. The address need not be there yet.
+/// A listening address for UDP and TCP. The host need not have the address yet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Listen {
-    /// Address and port.
+    /// The address and port.
     pub address: SocketAddr,
-    /// Who asks there.
-    pub role: Role,
+    /// The kind of the clients.
+    pub role: ListenRole,
 }
 
-/// What an engine is made of.
+/// The configuration of an engine.
 #[derive(Debug, Clone)]
 pub struct Config {
-    /// Its addresses.
+    /// The listening addresses.
     pub listen: Vec<Listen>,
-    /// The file that names the other resolvers.
+    /// The resolv.conf(5) with the upstream servers.
     pub resolv_conf: PathBuf,
-    /// Domains that others are asked about.
-    pub stubs: Vec<Stub>,
+    /// Domains with servers of their own.
+    pub stubs: Vec<StubDomain>,
 }
 
-/// What was done since the start.
+/// Counters since the start of the engine.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub struct Stats {
-    /// Queries answered from the zone, refusals among them.
+    /// Queries answered from the zone, including refusals.
     pub answered: u64,
-    /// Queries passed over: of strangers, malformed, or too many.
+    /// Queries dropped: from unknown clients, malformed, or more than can wait.
     pub ignored: u64,
     /// Queries answered from the cache.
     pub cached: u64,
-    /// Questions put to other resolvers.
+    /// Questions sent to upstream servers.
     pub forwarded: u64,
-    /// Of these, those that none of them answered.
+    /// Forwarded questions that no server answered.
     pub failed: u64,
 }
 
-/// The same while it is counted.
+/// The counters behind [`Stats`].
 #[derive(Debug, Default)]
 pub(crate) struct Counters {
     pub(crate) answered: AtomicU64,
@@ -91,16 +91,16 @@ pub(crate) struct Counters {
     pub(crate) failed: AtomicU64,
 }
 
-/// What all threads look at.
+/// The state that all threads share.
 #[derive(Debug)]
 pub(crate) struct Shared {
     pub(crate) zone: ArcSwap<Zone>,
     pub(crate) counters: Counters,
-    pub(crate) failing: ArcSwap<Vec<Failing>>,
+    pub(crate) failing: ArcSwap<Vec<FailingServer>>,
     pub(crate) ending: AtomicBool,
 }
 
-/// See the crate. It ends when dropped.
+/// A DNS server. It ends when it is dropped.
 #[derive(Debug)]
 pub struct Engine {
     shared: Arc<Shared>,
@@ -108,7 +108,11 @@ pub struct Engine {
 }
 
 impl Engine {
-    /// Opens all sockets, or says which cannot be opened, and starts the threads.
+    /// Opens all sockets and starts the threads.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel reports, with the address that cannot be opened in the text.
     pub fn start(config: Config, zone: Zone) -> io::Result<Self> {
         let shared = Arc::new(Shared {
             zone: ArcSwap::from_pointee(zone),
@@ -117,7 +121,7 @@ impl Engine {
             ending: AtomicBool::new(false),
         });
         let explain = |listen: &Listen, error: io::Error| {
-            io::Error::new(error.kind(), format!("listening on {}: {error}", listen.address))
+            io::Error::new(error.kind(), format!("cannot listen on {}: {error}", listen.address))
         };
         let count = thread::available_parallelism().map_or(1, usize::from).min(MAX_THREADS);
         let mut threads = Vec::new();
@@ -141,37 +145,37 @@ impl Engine {
                 .spawn(move || udp::serve(&sockets, &shared, &jobs))?;
         }
         let own = config.listen.iter().map(|listen| listen.address).collect();
-        let follow = Follow::new(config.resolv_conf, own);
+        let resolv_conf = ResolvConfWatcher::new(config.resolv_conf, own);
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let (also, sender) = (Arc::clone(&shared), jobs.clone());
+        let (thread_shared, sender) = (Arc::clone(&shared), jobs.clone());
         thread::Builder::new().name("dns-ask".to_owned()).spawn(move || {
-            let forwarder = Forwarder::new(Arc::clone(&also), config.stubs);
-            let work = asker(streams, &also, &sender, forwarder.run(inbox, follow));
+            let forwarder = Forwarder::new(Arc::clone(&thread_shared), config.stubs);
+            let work = run_forwarding(streams, &thread_shared, &sender, forwarder.run(inbox, resolv_conf));
             tokio::task::LocalSet::new().block_on(&runtime, work);
         })?;
         Ok(Self { shared, jobs })
     }
 
-    /// From now on this is answered. No query is lost to it.
+    /// Replaces the zone. No query is lost.
     pub fn set_zone(&self, zone: Zone) {
         self.shared.zone.store(Arc::new(zone));
     }
 
-    /// What others say about a name, by way of the cache.
-    pub async fn look_up(&self, name: &Name, kind: Kind) -> Option<Lookup> {
+    /// Asks the cache or the upstream servers for a name. `None` if the engine has ended.
+    pub async fn look_up(&self, name: &Name, kind: RecordType) -> Option<Lookup> {
         let (sender, receiver) = oneshot::channel();
         let message = question(0, name, kind, 0, Some(false));
-        let job = Job { message, alias: None, to: Waiter::Look(sender) };
+        let job = Job { message, alias: None, to: Waiter::Lookup(sender) };
         self.jobs.send(job).await.ok()?;
         receiver.await.ok()
     }
 
-    /// The resolvers that failed when they were asked last, and the time before.
-    pub fn failing(&self) -> Arc<Vec<Failing>> {
+    /// Returns the upstream servers whose last two or more queries failed.
+    pub fn failing(&self) -> Arc<Vec<FailingServer>> {
         self.shared.failing.load_full()
     }
 
-    /// What was done so far.
+    /// Returns the counters.
     pub fn stats(&self) -> Stats {
         let Counters { answered, ignored, cached, forwarded, failed } = &self.shared.counters;
         Stats {
@@ -190,9 +194,9 @@ impl Drop for Engine {
     }
 }
 
-/// The thread that takes connections, and asks others.
-async fn asker(
-    streams: Vec<(std::net::TcpListener, Role)>,
+/// Runs the thread that serves TCP connections and forwards queries.
+async fn run_forwarding(
+    streams: Vec<(std::net::TcpListener, ListenRole)>,
     shared: &Arc<Shared>,
     jobs: &mpsc::Sender<Job>,
     forwarding: impl Future<Output = ()>,
@@ -204,7 +208,7 @@ async fn asker(
                 let (shared, jobs) = (Arc::clone(shared), jobs.clone());
                 tokio::task::spawn_local(tcp::serve(listener, role, shared, jobs, Rc::clone(&open)));
             }
-            Err(error) => tracing::error!(%error, "cannot take DNS queries by TCP"),
+            Err(error) => tracing::error!(%error, "cannot accept DNS queries over TCP"),
         }
     }
     let ended = async {

@@ -1,4 +1,4 @@
-//! Questions that others have to answer: asked once however many ask them, kept, and passed on.
+//! Forwards queries to upstream servers. Equal questions in flight are sent once, and answers are cached.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -16,74 +16,74 @@ use crate::answer::{self, Target};
 use crate::cache::{Cache, Question};
 use crate::engine::Shared;
 use crate::name::Name;
-use crate::resolv::Follow;
-use crate::servers::{Servers, Stub};
+use crate::resolv::ResolvConfWatcher;
+use crate::servers::{Servers, StubDomain};
 use crate::upstream::{self, Reply};
 use crate::wire::{AA, AD, HEADER, QR, Query, RA, Rcode, TC, opt, u16_at};
 
-/// A server that has not answered by then may be down: the next one is asked as well.
+/// If a server does not answer within this time, the next one is queried in parallel.
 const NEXT_AFTER: Duration = Duration::from_millis(400);
-/// Clients ask again after five seconds, so a word comes before that.
+/// The time after which a query fails. Clients retry after five seconds, so the error comes before.
 const GIVE_UP_AFTER: Duration = Duration::from_millis(4500);
-/// How often the file with the servers is looked at.
-const LOOK_EVERY: Duration = Duration::from_secs(1);
-/// So many questions may wait for servers, and so many askers for one question.
+/// How often resolv.conf is checked for changes.
+const RESOLV_CONF_INTERVAL: Duration = Duration::from_secs(1);
+/// The limits of questions in flight, and of clients that wait for one question.
 const MAX_QUESTIONS: usize = 2_000;
 const MAX_WAITING: usize = 500;
 
-/// A query that the zone cannot answer, and where the answer goes.
+/// A query to forward.
 #[derive(Debug)]
 pub(crate) struct Job {
     pub(crate) message: Vec<u8>,
-    /// The name that others are asked for in its place.
+    /// The name to ask for in place of the one in the query.
     pub(crate) alias: Option<Target>,
     pub(crate) to: Waiter,
 }
 
-/// A query, and who waits for its answer.
+/// A query whose question is in flight.
 type Waiting = (Vec<u8>, Option<Target>, Waiter);
 
-/// Who waits.
+/// The receiver of an answer.
 #[derive(Debug)]
 pub(crate) enum Waiter {
     Udp(Arc<UdpSocket>, SocketAddr),
     Tcp(oneshot::Sender<Vec<u8>>),
-    /// For people: with where it comes from.
-    Look(oneshot::Sender<Lookup>),
+    /// A lookup by `ovlctl`.
+    Lookup(oneshot::Sender<Lookup>),
 }
 
-/// Where an answer comes from.
+/// The origin of an answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Via {
-    /// A server said so a while ago.
+pub enum AnswerOrigin {
+    /// The cache.
     Cache,
-    /// It has just said so.
+    /// An upstream server.
     Server(SocketAddr),
-    /// No server answered.
-    Nobody,
+    /// None: no server answered, and the answer is SERVFAIL.
+    Unanswered,
 }
 
-/// An answer for people.
+/// The result of a lookup.
 #[derive(Debug, Clone)]
 pub struct Lookup {
-    /// The message.
+    /// The DNS message.
     pub message: Vec<u8>,
-    /// See [`Via`].
-    pub via: Via,
-    /// Of which stub domain the name is.
+    /// The origin of the message.
+    pub origin: AnswerOrigin,
+    /// The stub domain of the name. `None` if the name is under none.
     pub stub: Option<Name>,
 }
 
 pub(crate) struct Forwarder {
     servers: RefCell<Servers>,
     cache: RefCell<Cache>,
-    /// Who asked what is on its way already, each with its own query.
+    /// The questions in flight, with the queries that wait for each.
     waiting: RefCell<HashMap<Question, Vec<Waiting>>>,
     shared: Arc<Shared>,
 }
 
 impl Forwarder {
-    pub(crate) fn new(shared: Arc<Shared>, stubs: Vec<Stub>) -> Rc<Self> {
+    pub(crate) fn new(shared: Arc<Shared>, stubs: Vec<StubDomain>) -> Rc<Self> {
         Rc::new(Self {
             servers: RefCell::new(Servers::new(stubs)),
             cache: RefCell::default(),
@@ -92,17 +92,21 @@ impl Forwarder {
         })
     }
 
-    /// Runs until nobody can send any more.
-    pub(crate) async fn run(self: Rc<Self>, mut jobs: mpsc::Receiver<Job>, mut follow: Follow) {
-        let mut look = tokio::time::interval(LOOK_EVERY);
+    /// Runs until all senders of `jobs` are dropped.
+    pub(crate) async fn run(
+        self: Rc<Self>,
+        mut jobs: mpsc::Receiver<Job>,
+        mut resolv_conf: ResolvConfWatcher,
+    ) {
+        let mut check = tokio::time::interval(RESOLV_CONF_INTERVAL);
         loop {
             tokio::select! {
                 job = jobs.recv() => match job {
                     Some(job) => self.take(job),
                     None => return,
                 },
-                _ = look.tick() => {
-                    if let Some(servers) = follow.changed() {
+                _ = check.tick() => {
+                    if let Some(servers) = resolv_conf.changed() {
                         self.set_servers(&servers);
                     }
                 }
@@ -112,24 +116,24 @@ impl Forwarder {
 
     fn set_servers(&self, servers: &[SocketAddr]) {
         if self.servers.borrow_mut().set_others(servers) {
-            tracing::info!(?servers, "the resolvers that are asked for other names");
+            tracing::info!(?servers, "upstream DNS servers changed");
             self.cache.borrow_mut().clear();
-            self.tell_failing();
+            self.publish_failing();
         }
     }
 
-    fn note(&self, name: &Name, server: SocketAddr, answered: bool) {
-        if self.servers.borrow_mut().note(name, server, answered) {
-            self.tell_failing();
+    fn record_outcome(&self, name: &Name, server: SocketAddr, answered: bool) {
+        if self.servers.borrow_mut().record_outcome(name, server, answered) {
+            self.publish_failing();
         }
     }
 
-    fn tell_failing(&self) {
+    fn publish_failing(&self) {
         self.shared.failing.store(Arc::new(self.servers.borrow().failing()));
     }
 
     fn take(self: &Rc<Self>, Job { message, alias, to }: Job) {
-        // It was read once already.
+        // It was valid before it was queued.
         let Ok(query) = Query::read(&message) else { return };
         let name = alias.as_ref().map_or(&query.name, |target| &target.name);
         let question =
@@ -137,7 +141,7 @@ impl Forwarder {
         let kept = self.cache.borrow_mut().get(&question, Instant::now());
         if let Some(kept) = kept {
             self.shared.counters.cached.fetch_add(1, Relaxed);
-            self.deliver(&message, &query, alias, to, &kept, Via::Cache);
+            self.deliver(&message, &query, alias, to, &kept, AnswerOrigin::Cache);
             return;
         }
         let mut waiting = self.waiting.borrow_mut();
@@ -173,16 +177,16 @@ impl Forwarder {
             let Ok(query) = Query::read(&message) else { continue };
             match &found {
                 Some((reply, server)) => {
-                    self.deliver(&message, &query, alias, to, &reply.message, Via::Server(*server))
+                    self.deliver(&message, &query, alias, to, &reply.message, AnswerOrigin::Server(*server))
                 }
                 None => self.fail(&message, &query, to),
             }
         }
     }
 
-    /// Asks the servers one after the other, without giving up those that were asked before: the first
-    /// good answer counts. What a server only could not do, the next one may. One that another overtook is not waited for
-    /// next time.
+    /// Queries the servers in order. If a server does not answer within [`NEXT_AFTER`], the next one is
+    /// queried in parallel, and the first good answer wins. A server that fails, or that lost that race, is
+    /// tried last for a while.
     async fn ask_all(&self, question: &Question) -> Option<(Reply, SocketAddr)> {
         let name = question.name();
         let mut servers = self.servers.borrow().in_order(&name).into_iter();
@@ -202,16 +206,16 @@ impl Forwarder {
             ask_next = tokio::select! {
                 Some((server, result)) = asked.next() => {
                     since.retain(|(asked, _)| *asked != server);
-                    self.note(&name, server, result.is_ok());
+                    self.record_outcome(&name, server, result.is_ok());
                     match result {
-                        Ok(reply) if matches!(reply.parts.rcode, Rcode::NO_ERROR | Rcode::NO_NAME) => {
-                            for (overtaken, _) in since.iter().filter(|(_, at)| at.elapsed() >= NEXT_AFTER) {
-                                self.note(&name, *overtaken, false);
+                        Ok(reply) if matches!(reply.parts.rcode, Rcode::NO_ERROR | Rcode::NAME_ERROR) => {
+                            for (slower, _) in since.iter().filter(|(_, at)| at.elapsed() >= NEXT_AFTER) {
+                                self.record_outcome(&name, *slower, false);
                             }
                             return Some((reply, server));
                         }
                         Ok(reply) => fallback = fallback.or(Some((reply, server))),
-                        Err(error) => tracing::debug!(%server, %error, "a resolver does not answer"),
+                        Err(error) => tracing::debug!(%server, %error, "upstream DNS server does not answer"),
                     }
                     true
                 }
@@ -220,12 +224,19 @@ impl Forwarder {
         }
     }
 
-    /// Says that nobody could be asked.
+    /// Answers SERVFAIL, because no server answered.
     fn fail(&self, message: &[u8], query: &Query, to: Waiter) {
-        self.deliver(message, query, None, to, &answer::bare(message, query, Rcode::FAILED), Via::Nobody);
+        self.deliver(
+            message,
+            query,
+            None,
+            to,
+            &answer::empty_response(message, query, Rcode::SERVER_FAILURE),
+            AnswerOrigin::Unanswered,
+        );
     }
 
-    /// Makes the answer fit the query, and sends it.
+    /// Adapts the answer to the query and sends it.
     fn deliver(
         &self,
         message: &[u8],
@@ -233,36 +244,37 @@ impl Forwarder {
         alias: Option<Target>,
         to: Waiter,
         answer: &[u8],
-        via: Via,
+        origin: AnswerOrigin,
     ) {
         let composed = alias.as_ref().map(|target| {
-            let under = crate::message::under(message, query, target, answer);
-            under.unwrap_or_else(|| answer::bare(message, query, Rcode::FAILED))
+            let composed = crate::message::compose_alias_answer(message, query, target, answer);
+            composed.unwrap_or_else(|| answer::empty_response(message, query, Rcode::SERVER_FAILURE))
         });
         let answer = composed.as_deref().unwrap_or(answer);
         match to {
             Waiter::Udp(socket, address) => {
-                if let Some(answer) = fitted(message, query, answer, query.udp_limit()) {
-                    // Who does not take it asks again.
+                if let Some(answer) = fit_to_query(message, query, answer, query.udp_limit()) {
+                    // A client that misses the answer retries.
                     let _ = socket.send_to(&answer, address);
                 }
             }
             Waiter::Tcp(sender) => {
-                if let Some(answer) = fitted(message, query, answer, usize::from(u16::MAX)) {
+                if let Some(answer) = fit_to_query(message, query, answer, usize::from(u16::MAX)) {
                     let _ = sender.send(answer);
                 }
             }
-            Waiter::Look(sender) => {
+            Waiter::Lookup(sender) => {
                 let asked = alias.map_or(query.name, |target| target.name);
                 let stub = self.servers.borrow().stub_of(&asked);
-                let _ = sender.send(Lookup { message: answer.to_vec(), via, stub });
+                let _ = sender.send(Lookup { message: answer.to_vec(), origin, stub });
             }
         }
     }
 }
 
-/// The answer with the query's own id, flags and question, cut to what the client takes.
-fn fitted(message: &[u8], query: &Query, answer: &[u8], limit: usize) -> Option<Vec<u8>> {
+/// Adapts an answer to a query: its id, flags and question, truncated to the client's limit. `None` if the
+/// answer is malformed.
+fn fit_to_query(message: &[u8], query: &Query, answer: &[u8], limit: usize) -> Option<Vec<u8>> {
     let mut fitted = answer.to_vec();
     let question = message.get(HEADER..query.end)?;
     let rcode = u16_at(answer, 2)? & 15;
@@ -284,7 +296,7 @@ fn fitted(message: &[u8], query: &Query, answer: &[u8], limit: usize) -> Option<
     fitted.get_mut(..2)?.copy_from_slice(&query.id.to_be_bytes());
     fitted.get_mut(2..4)?.copy_from_slice(&flags.to_be_bytes());
     fitted.get_mut(HEADER..query.end)?.copy_from_slice(question);
-    if query.edns.is_some() && rcode_has_opt(answer) {
+    if query.edns.is_some() && needs_opt(answer) {
         let additional = u16_at(&fitted, 10)?.checked_add(1)?;
         fitted.get_mut(10..12)?.copy_from_slice(&additional.to_be_bytes());
         fitted.extend_from_slice(&opt(Rcode(rcode), query.wants_dnssec()));
@@ -292,7 +304,8 @@ fn fitted(message: &[u8], query: &Query, answer: &[u8], limit: usize) -> Option<
     Some(fitted)
 }
 
-/// Answers of servers come without their OPT records; those that we made have one where it is due.
-fn rcode_has_opt(answer: &[u8]) -> bool {
-    crate::message::read(answer).is_none_or(|parts| parts.end == answer.len())
+/// Returns whether an OPT record must be added. Upstream answers have lost theirs; responses built here have
+/// one already.
+fn needs_opt(answer: &[u8]) -> bool {
+    crate::message::parse_answer(answer).is_none_or(|parts| parts.end == answer.len())
 }

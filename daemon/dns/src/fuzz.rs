@@ -1,19 +1,18 @@
-//! Bytes that somebody else chose, through all that reads messages. For the fuzzer in `tests/fuzz` and a property
-//! test.
+//! Runs arbitrary bytes through all message parsers, for the fuzzer in `tests/fuzz` and for a property test.
 
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 
-use crate::answer::{Asker, Outcome, Transport, answer};
+use crate::answer::{Client, Outcome, Transport, answer};
 use crate::cache::{Cache, Question};
 use crate::name::Name;
-use crate::wire::{Kind, Query};
-use crate::zone::{Records, Standing, Zone};
+use crate::wire::{Query, RecordType};
+use crate::zone::{ClientContext, Records, Zone};
 
 const FROM: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 0, 0, 2));
 
-/// A zone with one name on one network, `web` on `blue`.
+/// Creates a zone with one name on one network: `web` on `blue`.
 pub fn zone() -> Zone {
     let mut zone = Zone::new(Name::parse("ovl.internal"));
     let subnets = "10.0.0.0/24".parse().into_iter().collect();
@@ -23,40 +22,42 @@ pub fn zone() -> Zone {
         zone.set(1, &web, Records { v4, ..Records::default() });
         zone.set(1, &Name::reverse_of(FROM), Records { names: vec![web], ..Records::default() });
     }
-    let standing = Standing { networks: Arc::from([1]), search: Name::parse("default.svc") };
-    zone.set_askers(HashMap::from([(FROM, standing)]));
+    let context = ClientContext { networks: Arc::from([1]), search: Name::parse("default.svc") };
+    zone.set_clients(HashMap::from([(FROM, context)]));
     zone
 }
 
-/// One message.
+/// Answers, parses and caches a message.
 pub fn message(bytes: &[u8]) {
     let zone = zone();
     let mut buffer = vec![0; 70_000];
-    for (asker, transport) in
-        [(Asker::At(FROM), Transport::Udp), (Asker::At(FROM), Transport::Tcp), (Asker::Host, Transport::Udp)]
-    {
-        if let Outcome::Answer(length) = answer(&zone, asker, transport, bytes, &mut buffer, 1) {
+    for (client, transport) in [
+        (Client::Endpoint(FROM), Transport::Udp),
+        (Client::Endpoint(FROM), Transport::Tcp),
+        (Client::Host, Transport::Udp),
+    ] {
+        if let Outcome::Answer(length) = answer(&zone, client, transport, bytes, &mut buffer, 1) {
             assert!(length >= 12 && length <= buffer.len());
             if transport == Transport::Udp {
                 assert!(length <= 1232);
             }
-            // What we say can be read.
+            // The answer must be valid.
             let said = buffer.get(..length).unwrap_or_default();
-            assert!(crate::message::read(said).is_some());
+            assert!(crate::message::parse_answer(said).is_some());
             assert!(crate::message::records(said).is_some());
         }
     }
     let _ = crate::message::records(bytes);
-    if let Some(parts) = crate::message::read(bytes) {
+    if let Some(parts) = crate::message::parse_answer(bytes) {
         assert!(parts.end <= bytes.len());
         let mut cache = Cache::default();
-        let question = Question::new(&Name::ROOT, Kind::A, false, false);
+        let question = Question::new(&Name::ROOT, RecordType::A, false, false);
         let now = std::time::Instant::now();
         cache.put(&question, bytes, &parts, now);
         let _ = cache.get(&question, now);
     }
     if let Ok(query) = Query::read(bytes) {
         assert!(query.end <= bytes.len());
-        let _ = crate::answer::bare(bytes, &query, crate::wire::Rcode::FAILED);
+        let _ = crate::answer::empty_response(bytes, &query, crate::wire::Rcode::SERVER_FAILURE);
     }
 }

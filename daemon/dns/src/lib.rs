@@ -1,12 +1,12 @@
-//! A DNS server for names that come and go, beside the resolvers that know all others.
+//! A DNS server for names that change often, which forwards all other queries to upstream servers.
 //!
-//! An [`Engine`] has listening addresses, and answers from a [`Zone`]: who asks is known by the address
-//! that a query comes from, and says which names there are. The zone is an immutable snapshot, replaced as a
-//! whole, so a change never costs a query; its parts are shared between snapshots, so a change costs what
-//! it changes. What the zone does not know goes to the resolvers of a resolv.conf(5), which is followed when
-//! it changes.
+//! An [`Engine`] has listening addresses and answers from a [`Zone`]. The source address of a query
+//! identifies the client, and the client's context selects the names that it may see. The zone is an
+//! immutable snapshot that is replaced as a whole, so a change never delays a query. Snapshots share their
+//! unchanged parts, so a change costs what it changes. Queries for other names go to the servers of a
+//! resolv.conf(5), which is read again when it changes.
 //!
-//! The engine knows nothing of clusters, hosts or networks' devices.
+//! The engine knows nothing of clusters, hosts or network devices.
 
 mod answer;
 mod cache;
@@ -27,11 +27,11 @@ mod upstream;
 mod wire;
 mod zone;
 
-pub use answer::{Asker, Outcome, Target, Transport, answer, target};
-pub use engine::{Config, Engine, Listen, Role, Stats};
-pub use forward::{Lookup, Via};
-pub use message::{Data, Record, records};
+pub use answer::{Client, Outcome, Target, Transport, answer, target};
+pub use engine::{Config, Engine, Listen, ListenRole, Stats};
+pub use forward::{AnswerOrigin, Lookup};
+pub use message::{Record, RecordData, records};
 pub use name::Name;
-pub use servers::{Failing, Stub};
-pub use wire::{Kind, Query, Rcode, question};
-pub use zone::{NetworkKey, Place, Records, Standing, Zone};
+pub use servers::{FailingServer, StubDomain};
+pub use wire::{Query, Rcode, RecordType, question};
+pub use zone::{ClientContext, NetworkKey, Records, Resolution, Zone};

@@ -1,49 +1,49 @@
-//! Answers of other servers: checked, measured, and made ready to be kept.
+//! Parses the answers of upstream servers and prepares them for the cache.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use crate::answer::Target;
 use crate::name::Name;
-use crate::wire::{HEADER, IN, Kind, QR, Query, Rcode, TC, skip_name, u16_at, u32_at};
+use crate::wire::{HEADER, IN, QR, Query, Rcode, RecordType, TC, skip_name, u16_at, u32_at};
 
-/// More records than that no answer has.
+/// The limit of records in an answer.
 const MAX_RECORDS: usize = 4096;
 
-/// What is known of another server's answer.
+/// The properties of an upstream answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Parts {
     pub(crate) rcode: Rcode,
     pub(crate) truncated: bool,
-    /// Where the records' times to live are.
+    /// The offsets of the records' times to live.
     pub(crate) ttls: Vec<u16>,
-    /// For how many seconds it may be kept; nothing: not at all.
+    /// How long the answer may be cached, in seconds. `None` if it may not be cached.
     pub(crate) ttl: Option<u32>,
-    /// Where it ends without its OPT record and what follows that.
+    /// The end of the message without its OPT record and what follows.
     pub(crate) end: usize,
-    /// The additional records that are left then.
+    /// The number of additional records before that end.
     pub(crate) additional: u16,
 }
 
-/// Whether a message answers this question of ours.
-pub(crate) fn is_answer(message: &[u8], id: u16, name: &Name, kind: Kind) -> bool {
+/// Returns whether a message is a response to this question.
+pub(crate) fn is_answer(message: &[u8], id: u16, name: &Name, kind: RecordType) -> bool {
     let word = |at| u16_at(message, at);
-    let is_ours = word(0) == Some(id) && word(2).is_some_and(|flags| flags & QR != 0);
+    let is_response = word(0) == Some(id) && word(2).is_some_and(|flags| flags & QR != 0);
     let repeated = || {
         let (read, at) = Name::read(message, HEADER)?;
         Some(read == *name && word(at)? == kind.0 && word(at + 2)? == IN)
     };
     let questions = word(4);
-    let refused = || word(2).is_some_and(|flags| flags & 15 == Rcode::FORMAT.0 || flags & 15 == 4);
+    let refused = || word(2).is_some_and(|flags| flags & 15 == Rcode::FORMAT_ERROR.0 || flags & 15 == 4);
     match questions {
-        // Some that do not understand a question do not repeat it.
-        Some(0) => is_ours && message.len() == HEADER && refused(),
-        Some(1) => is_ours && repeated() == Some(true),
+        // Some servers do not repeat a question that they do not understand.
+        Some(0) => is_response && message.len() == HEADER && refused(),
+        Some(1) => is_response && repeated() == Some(true),
         _ => false,
     }
 }
 
-/// Reads an answer; nothing if its parts do not fit together.
-pub(crate) fn read(message: &[u8]) -> Option<Parts> {
+/// Parses an answer. `None` if it is malformed.
+pub(crate) fn parse_answer(message: &[u8]) -> Option<Parts> {
     let flags = u16_at(message, 2)?;
     let questions = u16_at(message, 4)?;
     let mut at = HEADER;
@@ -67,13 +67,13 @@ pub(crate) fn read(message: &[u8]) -> Option<Parts> {
         for _ in 0..count {
             let start = at;
             let named = skip_name(message, at)?;
-            let kind = Kind(u16_at(message, named)?);
-            // With its upper bit set it counts as none (RFC 2181, section 8).
+            let kind = RecordType(u16_at(message, named)?);
+            // A TTL with the upper bit set counts as zero (RFC 2181, section 8).
             let ttl = u32_at(message, named + 4).map(|ttl| if ttl > i32::MAX as u32 { 0 } else { ttl })?;
             let data = named + 10;
             at = data + usize::from(u16_at(message, named + 8)?);
             let data = message.get(data..at)?;
-            if kind == Kind::OPT {
+            if kind == RecordType::OPT {
                 cut = cut.or(Some(start));
                 continue;
             }
@@ -83,7 +83,7 @@ pub(crate) fn read(message: &[u8]) -> Option<Parts> {
             parts.additional += u16::from(section == 2);
             parts.ttls.push(u16::try_from(named + 4).ok()?);
             least = least.min(ttl);
-            if section == 1 && kind == Kind::SOA {
+            if section == 1 && kind == RecordType::SOA {
                 let minimum = data.len().checked_sub(4).and_then(|at| u32_at(data, at))?;
                 denied = Some(ttl.min(minimum));
             }
@@ -92,12 +92,12 @@ pub(crate) fn read(message: &[u8]) -> Option<Parts> {
     parts.end = cut.unwrap_or(at);
     message.get(..parts.end)?;
     let answered = parts.rcode == Rcode::NO_ERROR && counts[0] > 0;
-    let nothing = matches!(parts.rcode, Rcode::NO_ERROR | Rcode::NO_NAME) && !answered;
-    // That there is nothing is kept for as long as its authority says (RFC 2308, section 5), and where a chain of
-    // names ends in nothing, both count.
+    let nothing = matches!(parts.rcode, Rcode::NO_ERROR | Rcode::NAME_ERROR) && !answered;
+    // The SOA record gives the TTL of a negative answer (RFC 2308, section 5). If a CNAME chain ends in one,
+    // the TTLs of the CNAME records count too.
     parts.ttl = match denied {
         _ if parts.truncated => None,
-        Some(denied) if parts.rcode == Rcode::NO_NAME => Some(denied.min(least)),
+        Some(denied) if parts.rcode == Rcode::NAME_ERROR => Some(denied.min(least)),
         Some(denied) if nothing => Some(denied),
         None if answered => Some(least),
         Some(_) if answered => Some(least),
@@ -106,33 +106,33 @@ pub(crate) fn read(message: &[u8]) -> Option<Parts> {
     Some(parts)
 }
 
-/// A record of an answer, for people.
+/// A resource record in text form.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Record {
-    /// Whose.
+    /// The owner name.
     pub name: String,
-    /// What it is.
-    pub kind: Kind,
-    /// In seconds.
+    /// The type.
+    pub kind: RecordType,
+    /// The time to live, in seconds.
     pub ttl: u32,
-    /// What it says.
-    pub data: Data,
+    /// The data.
+    pub data: RecordData,
 }
 
-/// What a record says.
+/// The data of a record.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Data {
-    /// An address.
+pub enum RecordData {
+    /// An A or AAAA record.
     Address(IpAddr),
-    /// A name.
+    /// A CNAME or PTR record.
     Name(String),
-    /// Priority, weight, port and name.
+    /// An SRV record: priority, weight, port and target.
     Service(u16, u16, u16, String),
-    /// So many bytes of something else.
+    /// A record of another type, by its length in bytes.
     Other(usize),
 }
 
-impl std::fmt::Display for Data {
+impl std::fmt::Display for RecordData {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Address(address) => write!(f, "{address}"),
@@ -143,7 +143,7 @@ impl std::fmt::Display for Data {
     }
 }
 
-/// How an answer ended, and the records of its answer section; nothing if it cannot be read.
+/// Parses the rcode and the answer section of a message. `None` if it is malformed.
 pub fn records(message: &[u8]) -> Option<(Rcode, Vec<Record>)> {
     let rcode = Rcode(u16_at(message, 2)? & 15);
     let mut at = HEADER;
@@ -154,38 +154,44 @@ pub fn records(message: &[u8]) -> Option<(Rcode, Vec<Record>)> {
     for _ in 0..u16_at(message, 6)? {
         let name = expand(message, at)?.to_string();
         let fixed = skip_name(message, at)?;
-        let kind = Kind(u16_at(message, fixed)?);
+        let kind = RecordType(u16_at(message, fixed)?);
         let ttl = u32_at(message, fixed + 4)?;
         let start = fixed + 10;
         at = start + usize::from(u16_at(message, fixed + 8)?);
         let bytes = message.get(start..at)?;
         let data = match kind {
-            Kind::A => Data::Address(Ipv4Addr::from(<[u8; 4]>::try_from(bytes).ok()?).into()),
-            Kind::AAAA => Data::Address(Ipv6Addr::from(<[u8; 16]>::try_from(bytes).ok()?).into()),
-            Kind::CNAME | Kind::PTR => Data::Name(expand(message, start)?.to_string()),
-            Kind::SRV => {
+            RecordType::A => RecordData::Address(Ipv4Addr::from(<[u8; 4]>::try_from(bytes).ok()?).into()),
+            RecordType::AAAA => RecordData::Address(Ipv6Addr::from(<[u8; 16]>::try_from(bytes).ok()?).into()),
+            RecordType::CNAME | RecordType::PTR => RecordData::Name(expand(message, start)?.to_string()),
+            RecordType::SRV => {
                 let word = |i| u16_at(bytes, i);
-                Data::Service(word(0)?, word(2)?, word(4)?, expand(message, start + 6)?.to_string())
+                RecordData::Service(word(0)?, word(2)?, word(4)?, expand(message, start + 6)?.to_string())
             }
-            _ => Data::Other(bytes.len()),
+            _ => RecordData::Other(bytes.len()),
         };
         records.push(Record { name, kind, ttl, data });
     }
     Some((rcode, records))
 }
 
-/// Another server's answer about a name as one to this query, which that name stands for: the alias first, then its
-/// records, with all names written out, for pointers would lead elsewhere. Where there is nothing, a client that walks
-/// its search list is told so about the name that it asked for, and goes on.
-pub(crate) fn under(message: &[u8], query: &Query, target: &Target, answer: &[u8]) -> Option<Vec<u8>> {
+/// Turns an upstream answer about `target` into an answer to the query: a CNAME record to the target, then
+/// its records. All names are decompressed, because their pointers would be wrong. If the upstream server has
+/// no records and the client tries its search list, the answer is negative, so that the client tries its next
+/// name. `None` if the answer is malformed.
+pub(crate) fn compose_alias_answer(
+    message: &[u8],
+    query: &Query,
+    target: &Target,
+    answer: &[u8],
+) -> Option<Vec<u8>> {
     let Target { name, walk } = target;
     let rcode = Rcode(u16_at(answer, 2)? & 15);
     let count = u16_at(answer, 6)?;
-    if rcode != Rcode::NO_ERROR && rcode != Rcode::NO_NAME {
-        return Some(crate::answer::bare(message, query, rcode));
+    if rcode != Rcode::NO_ERROR && rcode != Rcode::NAME_ERROR {
+        return Some(crate::answer::empty_response(message, query, rcode));
     }
     if let Some(apex) = walk.filter(|_| count == 0) {
-        return Some(crate::answer::denial(message, query, rcode, &apex));
+        return Some(crate::answer::negative_response(message, query, rcode, &apex));
     }
     let mut at = HEADER;
     for _ in 0..u16_at(answer, 4)? {
@@ -205,24 +211,24 @@ pub(crate) fn under(message: &[u8], query: &Query, target: &Target, answer: &[u8
         whole.extend_from_slice(data);
         Some(())
     };
-    let written = |name: &Name| [name.as_bytes(), &[0]].concat();
-    let fixed = [&[0, Kind::CNAME.0 as u8, 0, IN as u8][..], &crate::answer::TTL.to_be_bytes()].concat();
-    put(&mut whole, &query.name, &fixed, &written(name))?;
+    let encoded = |name: &Name| [name.as_bytes(), &[0]].concat();
+    let fixed =
+        [&[0, RecordType::CNAME.0 as u8, 0, IN as u8][..], &crate::answer::TTL.to_be_bytes()].concat();
+    put(&mut whole, &query.name, &fixed, &encoded(name))?;
     for _ in 0..count {
         let owner = expand(answer, at)?;
         let named = skip_name(answer, at)?;
-        let kind = Kind(u16_at(answer, named)?);
+        let kind = RecordType(u16_at(answer, named)?);
         let start = named + 10;
         at = start + usize::from(u16_at(answer, named + 8)?);
         let bytes = answer.get(start..at)?;
         let fixed = answer.get(named..named + 8)?;
-        // Of the types of RFC 1035 that are asked for, these have names in them; and others are never compressed
-        // (RFC 3597, section 4).
+        // Only types of RFC 1035 may have compressed names (RFC 3597, section 4), and SRV does in practice.
         let data = match kind {
-            Kind::CNAME | Kind::PTR | Kind::NS => written(&expand(answer, start)?),
-            Kind::MX => [bytes.get(..2)?, &*written(&expand(answer, start + 2)?)].concat(),
-            Kind::SRV => [bytes.get(..6)?, &*written(&expand(answer, start + 6)?)].concat(),
-            Kind::SOA => return None,
+            RecordType::CNAME | RecordType::PTR | RecordType::NS => encoded(&expand(answer, start)?),
+            RecordType::MX => [bytes.get(..2)?, &*encoded(&expand(answer, start + 2)?)].concat(),
+            RecordType::SRV => [bytes.get(..6)?, &*encoded(&expand(answer, start + 6)?)].concat(),
+            RecordType::SOA => return None,
             _ => bytes.to_vec(),
         };
         put(&mut whole, &owner, fixed, &data)?;
@@ -230,7 +236,7 @@ pub(crate) fn under(message: &[u8], query: &Query, target: &Target, answer: &[u8
     Some(whole)
 }
 
-/// A name that may be compressed. Each pointer leads further back, so there is an end.
+/// Reads a name that may be compressed. Each pointer must lead further back, so there is no loop.
 fn expand(message: &[u8], mut at: usize) -> Option<Name> {
     let mut name = Name::ROOT;
     let mut before = at;

@@ -1,13 +1,13 @@
-//! Names as they are in messages (RFC 1035, section 3.1): labels, each after its length.
+//! Domain names in wire format (RFC 1035, section 3.1): labels, each preceded by its length.
 
 use std::fmt;
 
-/// Of the labels with their lengths, without the root's zero.
+/// The longest name in bytes, without the root's zero.
 const MAX: usize = 254;
-/// Of one label.
+/// The longest label, in bytes.
 const MAX_LABEL: usize = 63;
 
-/// A name in lower case, without the root's zero. On the stack, so that none is allocated for a query.
+/// A domain name in lower case. It lies on the stack, so that a query allocates nothing.
 #[derive(Clone, Copy)]
 pub struct Name {
     length: u8,
@@ -15,10 +15,10 @@ pub struct Name {
 }
 
 impl Name {
-    /// The root.
+    /// The root domain.
     pub const ROOT: Self = Self { length: 0, bytes: [0; MAX] };
 
-    /// Of text like `web.blue`, with or without a dot at the end; nothing if it cannot be a name.
+    /// Parses text like `web.blue`, with or without a final dot. `None` if it is not a valid name.
     pub fn parse(text: &str) -> Option<Self> {
         let mut name = Self::ROOT;
         let text = text.strip_suffix('.').unwrap_or(text);
@@ -31,7 +31,7 @@ impl Name {
         Some(name)
     }
 
-    /// Of the bytes that [`Self::as_bytes`] gave.
+    /// Creates a name from the bytes of [`Self::as_bytes`]. `None` if they are too long.
     pub(crate) fn from_bytes(bytes: &[u8]) -> Option<Self> {
         let mut name = Self::ROOT;
         name.bytes.get_mut(..bytes.len())?.copy_from_slice(bytes);
@@ -39,7 +39,7 @@ impl Name {
         Some(name)
     }
 
-    /// Adds a label at the end.
+    /// Appends a label. `None` if the label or the name becomes too long.
     pub(crate) fn push(&mut self, label: &[u8]) -> Option<()> {
         if label.is_empty() || label.len() > MAX_LABEL {
             return None;
@@ -54,7 +54,7 @@ impl Name {
         Some(())
     }
 
-    /// Reads one at the start of a question: no compression there. Gives its length in the message too.
+    /// Reads an uncompressed name from a question. Also returns where it ends.
     #[inline]
     pub(crate) fn read(message: &[u8], at: usize) -> Option<(Self, usize)> {
         let mut name = Self::ROOT;
@@ -73,17 +73,17 @@ impl Name {
         let bytes = message.get(at..end - 1)?;
         name.bytes.get_mut(..bytes.len())?.copy_from_slice(bytes);
         name.length = bytes.len() as u8;
-        // Lengths are below the letters, so all of it can be treated alike.
+        // Lengths are smaller than letters, so the conversion does not change them.
         name.bytes[..bytes.len()].make_ascii_lowercase();
         Some((name, end))
     }
 
-    /// The labels with their lengths.
+    /// Returns the wire format without the root's zero.
     pub fn as_bytes(&self) -> &[u8] {
         self.bytes.get(..usize::from(self.length)).unwrap_or_default()
     }
 
-    /// Its labels.
+    /// Iterates over the labels.
     pub fn labels(&self) -> impl Iterator<Item = &[u8]> {
         let mut rest = self.as_bytes();
         std::iter::from_fn(move || {
@@ -94,14 +94,15 @@ impl Name {
         })
     }
 
-    /// What is before `suffix`, if the name ends with it; the whole name has the root before it.
-    pub fn before(&self, suffix: &Self) -> Option<Self> {
+    /// Returns the name without a suffix; the root if they are equal. `None` if the name does not end with
+    /// the suffix.
+    pub fn strip_suffix(&self, suffix: &Self) -> Option<Self> {
         let (all, end) = (self.as_bytes(), suffix.as_bytes());
         let at = all.len().checked_sub(end.len())?;
         if all.get(at..)? != end {
             return None;
         }
-        // On the boundary of a label?
+        // The suffix must begin at a label.
         let mut start = 0;
         while start < at {
             start += 1 + usize::from(*all.get(start)?);
@@ -109,8 +110,8 @@ impl Name {
         if start == at { Self::from_bytes(all.get(..at)?) } else { None }
     }
 
-    /// With another after it, if that is not too long.
-    pub fn with(&self, after: &Self) -> Option<Self> {
+    /// Appends a name. `None` if the result is too long.
+    pub fn join(&self, after: &Self) -> Option<Self> {
         let mut name = *self;
         let start = usize::from(self.length);
         let end = start + after.as_bytes().len();
@@ -119,7 +120,8 @@ impl Name {
         Some(name)
     }
 
-    /// The address whose reverse name it is (RFC 1035, section 3.5; RFC 3596, section 2.5).
+    /// Returns the address of a reverse name (RFC 1035, section 3.5; RFC 3596, section 2.5). `None` if it is
+    /// none.
     pub fn reversed(&self) -> Option<std::net::IpAddr> {
         fn number(label: &[u8], radix: u32) -> Option<u8> {
             u8::from_str_radix(std::str::from_utf8(label).ok()?, radix).ok()
@@ -149,7 +151,7 @@ impl Name {
         }
     }
 
-    /// The reverse name of an address.
+    /// Returns the reverse name of an address.
     pub fn reverse_of(address: std::net::IpAddr) -> Self {
         use std::fmt::Write as _;
         let mut text = String::new();
@@ -180,7 +182,7 @@ impl PartialEq for Name {
 impl Eq for Name {}
 
 impl fmt::Display for Name {
-    /// With a backslash before what would be misread (RFC 4343, section 2.1).
+    /// Writes the name with escapes (RFC 4343, section 2.1).
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if self.length == 0 {
             return f.write_str(".");

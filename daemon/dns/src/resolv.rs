@@ -1,56 +1,59 @@
-//! The resolvers of the host, as resolv.conf(5) names them.
+//! The upstream servers in the host's resolv.conf(5).
 
 use std::fs;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV6};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
-/// More are not asked.
+/// The limit of servers; more are ignored.
 const MAX_SERVERS: usize = 8;
+/// The largest file that is read, in bytes.
 const MAX_FILE: u64 = 64 << 10;
 const PORT: u16 = 53;
-/// systemd-resolved's stubs, and where it writes whom it asks itself.
-const STUBS: [IpAddr; 2] =
+/// The addresses of systemd-resolved's stub listeners.
+const RESOLVED_STUBS: [IpAddr; 2] =
     [IpAddr::V4(Ipv4Addr::new(127, 0, 0, 53)), IpAddr::V4(Ipv4Addr::new(127, 0, 0, 54))];
-const RESOLVED: &str = "/run/systemd/resolve/resolv.conf";
+/// The file with the servers that systemd-resolved uses itself.
+const RESOLVED_CONF: &str = "/run/systemd/resolve/resolv.conf";
 
-/// Which state of a file was read.
-type Seen = Option<(u64, i64, i64, u64)>;
+/// The version of a file: inode, modification time and length. `None` if it does not exist.
+type FileVersion = Option<(u64, i64, i64, u64)>;
 
-/// Follows the file.
+/// Reads the servers whenever the file changes.
 #[derive(Debug)]
-pub(crate) struct Follow {
+pub(crate) struct ResolvConfWatcher {
     path: PathBuf,
-    /// Addresses on which we ourselves listen, with their ports: to ask these would be a loop.
+    /// The engine's own listening addresses: to query them would be a loop.
     own: Vec<SocketAddr>,
-    seen: Option<(Seen, Seen)>,
+    seen: Option<(FileVersion, FileVersion)>,
 }
 
-impl Follow {
+impl ResolvConfWatcher {
     pub(crate) fn new(path: PathBuf, own: Vec<SocketAddr>) -> Self {
         Self { path, own, seen: None }
     }
 
-    /// The servers, in order, if anything changed since the last call.
+    /// Returns the servers in order. `None` if the files have not changed since the last call.
     pub(crate) fn changed(&mut self) -> Option<Vec<SocketAddr>> {
-        let now = (look(&self.path), look(Path::new(RESOLVED)));
+        let now = (file_version(&self.path), file_version(Path::new(RESOLVED_CONF)));
         if self.seen == Some(now) {
             return None;
         }
         self.seen = Some(now);
         let mut servers = parse(&read(&self.path));
-        if servers.iter().any(|server| STUBS.contains(&server.ip())) {
-            // The stub would ask whom it is told to ask, and that can be us.
-            servers.retain(|server| !STUBS.contains(&server.ip()));
-            let behind = parse(&read(Path::new(RESOLVED)));
-            servers.extend(behind.into_iter().filter(|server| !STUBS.contains(&server.ip())));
+        if servers.iter().any(|server| RESOLVED_STUBS.contains(&server.ip())) {
+            // The stub may be configured to forward to this engine.
+            servers.retain(|server| !RESOLVED_STUBS.contains(&server.ip()));
+            let behind = parse(&read(Path::new(RESOLVED_CONF)));
+            servers.extend(behind.into_iter().filter(|server| !RESOLVED_STUBS.contains(&server.ip())));
         }
         servers.retain(|server| !self.is_own(*server));
         servers.truncate(MAX_SERVERS);
         Some(servers)
     }
 
-    /// An address of ours is never asked, whatever the port: what comes to its port 53 is led to ours.
+    /// Returns whether a query to this server would come back. Port 53 of a listening address is redirected
+    /// to its port, so the port matters only for loopback addresses.
     fn is_own(&self, server: SocketAddr) -> bool {
         self.own
             .iter()
@@ -58,12 +61,12 @@ impl Follow {
     }
 }
 
-fn look(path: &Path) -> Seen {
+fn file_version(path: &Path) -> FileVersion {
     let metadata = fs::metadata(path).ok()?;
     Some((metadata.ino(), metadata.mtime(), metadata.mtime_nsec(), metadata.len()))
 }
 
-/// What cannot be read names no servers.
+/// Reads a file. A file that is unreadable or too large counts as empty.
 fn read(path: &Path) -> String {
     match fs::metadata(path) {
         Ok(metadata) if metadata.len() <= MAX_FILE => fs::read_to_string(path).unwrap_or_default(),
@@ -71,7 +74,7 @@ fn read(path: &Path) -> String {
     }
 }
 
-/// The servers that a resolv.conf names.
+/// Parses the servers of a resolv.conf.
 fn parse(text: &str) -> Vec<SocketAddr> {
     let mut servers = Vec::new();
     for line in text.lines() {
@@ -87,7 +90,7 @@ fn parse(text: &str) -> Vec<SocketAddr> {
     servers
 }
 
-/// `192.0.2.1`, `2001:db8::1` or `fe80::1%eth0`.
+/// Parses `192.0.2.1`, `2001:db8::1` or `fe80::1%eth0`.
 fn server(text: &str) -> Option<SocketAddr> {
     if let Some((address, device)) = text.split_once('%') {
         let scope = device.parse().or_else(|_| nix::net::if_::if_nametoindex(device)).ok()?;
@@ -109,7 +112,7 @@ mod tests {
     }
 
     #[test]
-    fn the_own_addresses_and_stubs_are_never_asked() {
+    fn own_addresses_and_stub_listeners_are_never_queried() {
         let dir = std::env::temp_dir().join(format!("ovl-dns-{}", std::process::id()));
         fs::create_dir_all(&dir).unwrap();
         let path = dir.join("resolv.conf");
@@ -119,7 +122,7 @@ mod tests {
         )
         .unwrap();
         let own = vec!["169.254.79.53:7953".parse().unwrap(), "127.0.0.1:5300".parse().unwrap()];
-        let servers = Follow::new(path, own).changed().unwrap();
+        let servers = ResolvConfWatcher::new(path, own).changed().unwrap();
         fs::remove_dir_all(&dir).unwrap();
         let expected = |ip: &str| servers.contains(&SocketAddr::new(ip.parse().unwrap(), 53));
         assert!(expected("192.0.2.7") && expected("127.0.0.1"), "{servers:?}");

@@ -1,31 +1,31 @@
-//! Whom to ask about which names, and who of them failed lately.
+//! The upstream servers by domain, and which of them failed recently.
 
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use crate::name::Name;
 
-/// A server that failed is asked last for this long, twice as long each time.
+/// How long a server that failed is tried last: at first, and at most. The time doubles with each failure.
 const DOWN_FIRST: Duration = Duration::from_secs(1);
 const DOWN_LAST: Duration = Duration::from_secs(30);
 
-/// A domain with servers of its own: nobody else is asked about it and the names under it.
+/// A domain with servers of its own. No other server is asked for names under it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Stub {
+pub struct StubDomain {
     /// The domain.
     pub domain: Name,
-    /// In the order in which they are asked.
+    /// The servers, in the order in which they are tried.
     pub servers: Vec<SocketAddr>,
 }
 
-/// A resolver that did not answer, or not in time, more than once in a row.
+/// An upstream server whose last two or more queries failed.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Failing {
-    /// Which one.
+pub struct FailingServer {
+    /// The server.
     pub server: SocketAddr,
-    /// The stub domain that it is of.
+    /// The stub domain of the server. `None` if it comes from resolv.conf.
     pub stub: Option<Name>,
-    /// When it was the last time.
+    /// The time of the last failure.
     pub at: Instant,
 }
 
@@ -49,23 +49,24 @@ impl Server {
     }
 }
 
+/// The servers of a domain.
 #[derive(Debug)]
 struct Group {
     domain: Name,
     servers: Vec<Server>,
 }
 
-/// See the module.
+/// All upstream servers.
 #[derive(Debug)]
 pub(crate) struct Servers {
-    /// The longest domain first; the root's is the last.
+    /// The longest domain first, the root domain last.
     groups: Vec<Group>,
 }
 
 impl Servers {
-    /// Those of stub domains; for all other names there are none yet.
-    pub(crate) fn new(stubs: Vec<Stub>) -> Self {
-        let group = |stub: Stub| Group {
+    /// Creates the servers of stub domains. There are none for other names yet.
+    pub(crate) fn new(stubs: Vec<StubDomain>) -> Self {
+        let group = |stub: StubDomain| Group {
             domain: stub.domain,
             servers: stub.servers.into_iter().map(Server::from).collect(),
         };
@@ -75,7 +76,7 @@ impl Servers {
         Self { groups }
     }
 
-    /// From now on these are asked about what is under no stub domain. Says whether they are others than before.
+    /// Sets the servers for names under no stub domain. Returns whether they changed.
     pub(crate) fn set_others(&mut self, servers: &[SocketAddr]) -> bool {
         let Some(others) = self.groups.last_mut() else { return false };
         let known = others.servers.iter().map(|server| server.address);
@@ -86,12 +87,12 @@ impl Servers {
         changed
     }
 
-    /// The stub domain that a name is under.
+    /// Returns the stub domain of a name. `None` if the name is under none.
     pub(crate) fn stub_of(&self, name: &Name) -> Option<Name> {
         self.groups.get(self.group(name)?).map(|group| group.domain).filter(|domain| *domain != Name::ROOT)
     }
 
-    /// Whom to ask about a name: as they were given, but those that failed lately come last.
+    /// Returns the servers for a name in the configured order, but those that failed recently last.
     pub(crate) fn in_order(&self, name: &Name) -> Vec<SocketAddr> {
         let now = Instant::now();
         let group = self.group(name).and_then(|at| self.groups.get(at));
@@ -100,8 +101,9 @@ impl Servers {
         up.into_iter().chain(down).map(|server| server.address).collect()
     }
 
-    /// Takes note of how a server did that was asked about a name. Says whether [`Servers::failing`] may be another then.
-    pub(crate) fn note(&mut self, name: &Name, address: SocketAddr, answered: bool) -> bool {
+    /// Records whether a server answered a query for a name. Returns whether [`Servers::failing`] may have
+    /// changed.
+    pub(crate) fn record_outcome(&mut self, name: &Name, address: SocketAddr, answered: bool) -> bool {
         let group = self.group(name).and_then(|at| self.groups.get_mut(at));
         let servers = group.into_iter().flat_map(|group| &mut group.servers);
         let (now, mut changed) = (Instant::now(), false);
@@ -110,7 +112,7 @@ impl Servers {
                 changed |= server.failed_at.is_some();
                 *server = Server::from(address);
             } else if !server.is_down(now) {
-                // Of several questions that were put to it at once the first counts.
+                // Queries that were in flight at the same time count as one failure.
                 server.failures = server.failures.saturating_add(1);
                 server.failed_at = Some(now);
                 changed = true;
@@ -119,19 +121,19 @@ impl Servers {
         changed
     }
 
-    /// Those that failed when they were asked last, and the time before.
-    pub(crate) fn failing(&self) -> Vec<Failing> {
+    /// Returns the servers whose last two or more queries failed.
+    pub(crate) fn failing(&self) -> Vec<FailingServer> {
         let of_group = |group: &Group| {
             let stub = (group.domain != Name::ROOT).then_some(group.domain);
             let failing =
-                |server: &Server| Some(Failing { server: server.address, stub, at: server.failed_at? });
+                |server: &Server| Some(FailingServer { server: server.address, stub, at: server.failed_at? });
             group.servers.iter().filter(|server| server.failures > 1).filter_map(failing).collect::<Vec<_>>()
         };
         self.groups.iter().flat_map(of_group).collect()
     }
 
     fn group(&self, name: &Name) -> Option<usize> {
-        self.groups.iter().position(|group| name.before(&group.domain).is_some())
+        self.groups.iter().position(|group| name.strip_suffix(&group.domain).is_some())
     }
 }
 
@@ -148,7 +150,7 @@ mod tests {
     }
 
     fn servers() -> Servers {
-        let stub = |domain, servers: &[u8]| Stub {
+        let stub = |domain, servers: &[u8]| StubDomain {
             domain: name(domain),
             servers: servers.iter().map(|last| at(*last)).collect(),
         };
@@ -158,7 +160,7 @@ mod tests {
     }
 
     #[test]
-    fn the_longest_stub_domain_decides_by_whole_labels() {
+    fn the_longest_stub_domain_wins() {
         let servers = servers();
         for (asked, expected) in [
             ("example", &[at(1), at(2)][..]),
@@ -177,13 +179,13 @@ mod tests {
     }
 
     #[test]
-    fn who_failed_is_asked_last_until_it_answers() {
+    fn a_failed_server_is_tried_last_until_it_answers() {
         let mut servers = servers();
         let asked = name("www.example");
-        assert!(!servers.note(&asked, at(1), true) && servers.failing().is_empty());
-        // Several questions that it fails at once are one failure.
+        assert!(!servers.record_outcome(&asked, at(1), true) && servers.failing().is_empty());
+        // Several failures at the same time count as one.
         for _ in 0..5 {
-            servers.note(&asked, at(1), false);
+            servers.record_outcome(&asked, at(1), false);
         }
         assert_eq!(servers.in_order(&asked), [at(2), at(1)]);
         assert!(servers.failing().is_empty());
@@ -192,11 +194,11 @@ mod tests {
         assert_eq!(server.failures, 1);
         server.failed_at = server.failed_at.and_then(|at| at.checked_sub(DOWN_FIRST));
         assert_eq!(servers.in_order(&asked), [at(1), at(2)]);
-        assert!(servers.note(&asked, at(1), false));
+        assert!(servers.record_outcome(&asked, at(1), false));
         let failing = servers.failing();
         assert_eq!(failing.len(), 1);
         assert_eq!((failing[0].server, failing[0].stub), (at(1), Some(name("example"))));
-        assert!(servers.note(&asked, at(1), true) && servers.failing().is_empty());
+        assert!(servers.record_outcome(&asked, at(1), true) && servers.failing().is_empty());
         assert_eq!(servers.in_order(&asked), [at(1), at(2)]);
     }
 }

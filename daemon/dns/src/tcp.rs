@@ -1,4 +1,4 @@
-//! Queries by TCP (RFC 7766): one connection may carry several.
+//! Queries over TCP (RFC 7766). A connection may carry several.
 
 use std::cell::Cell;
 use std::io;
@@ -13,27 +13,27 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
 
 use crate::answer::{Outcome, Transport, answer, target};
-use crate::engine::{Role, Shared};
+use crate::engine::{ListenRole, Shared};
 use crate::forward::{Job, Waiter};
 
-/// So many connections at once; further ones are closed.
+/// The limit of open connections. Further ones are closed at once.
 const MAX_CONNECTIONS: usize = 200;
-/// Without a query for so long, a connection is closed.
+/// A connection without a query for this time is closed.
 const IDLE: Duration = Duration::from_secs(10);
-/// An answer is taken within this.
+/// A connection whose client does not read an answer within this time is closed.
 const SEND: Duration = Duration::from_secs(5);
 
-/// Takes connections for ever.
+/// Accepts connections until it is cancelled.
 pub(crate) async fn serve(
     listener: TcpListener,
-    role: Role,
+    role: ListenRole,
     shared: Arc<Shared>,
     jobs: mpsc::Sender<Job>,
     open: Rc<Cell<usize>>,
 ) {
     loop {
         let Ok((stream, _)) = listener.accept().await else {
-            // Out of descriptors, most likely: there will be some again.
+            // Most likely out of file descriptors, which is temporary.
             tokio::time::sleep(Duration::from_millis(100)).await;
             continue;
         };
@@ -43,7 +43,7 @@ pub(crate) async fn serve(
         open.set(open.get() + 1);
         let (shared, jobs, open) = (Arc::clone(&shared), jobs.clone(), Rc::clone(&open));
         tokio::task::spawn_local(async move {
-            // How it ends is the client's business.
+            // An error concerns this client alone.
             let _ = connection(stream, role, &shared, &jobs).await;
             open.set(open.get() - 1);
         });
@@ -52,12 +52,12 @@ pub(crate) async fn serve(
 
 async fn connection(
     mut stream: TcpStream,
-    role: Role,
+    role: ListenRole,
     shared: &Shared,
     jobs: &mpsc::Sender<Job>,
 ) -> io::Result<()> {
-    let asker = role.asker(stream.peer_addr()?.ip());
-    if !shared.zone.load().knows(asker) {
+    let client = role.client(stream.peer_addr()?.ip());
+    if !shared.zone.load().knows(client) {
         return Ok(());
     }
     let mut buffer = vec![0; usize::from(u16::MAX)];
@@ -67,7 +67,7 @@ async fn connection(
         let mut message = vec![0; usize::from(length)];
         timeout(IDLE, stream.read_exact(&mut message)).await??;
         turn = turn.wrapping_add(1);
-        let outcome = answer(&shared.zone.load(), asker, Transport::Tcp, &message, &mut buffer, turn);
+        let outcome = answer(&shared.zone.load(), client, Transport::Tcp, &message, &mut buffer, turn);
         let forwarded;
         let reply = match outcome {
             Outcome::Answer(length) => {
@@ -76,7 +76,8 @@ async fn connection(
             }
             Outcome::Forward | Outcome::Alias => {
                 let (sender, receiver) = oneshot::channel();
-                let alias = (outcome == Outcome::Alias).then(|| target(&shared.zone.load(), asker, &message));
+                let alias =
+                    (outcome == Outcome::Alias).then(|| target(&shared.zone.load(), client, &message));
                 let job = Job { message, alias: alias.flatten(), to: Waiter::Tcp(sender) };
                 jobs.send(job).await.map_err(io::Error::other)?;
                 forwarded = receiver.await.map_err(io::Error::other)?;

@@ -4,9 +4,9 @@ use proptest::prelude::*;
 
 use crate::cache::{Cache, Question};
 use crate::fuzz;
-use crate::message::{is_answer, read, records};
+use crate::message::{is_answer, parse_answer, records};
 use crate::name::Name;
-use crate::wire::{Kind, Query, question};
+use crate::wire::{Query, RecordType, question};
 
 proptest! {
     #[test]
@@ -14,7 +14,7 @@ proptest! {
         fuzz::message(&bytes);
     }
 
-    /// A good message with some bytes changed gets further.
+    /// A valid message with some changed bytes gets further than random bytes.
     #[test]
     fn a_changed_query_never_panics(
         changes in proptest::collection::vec((0usize..48, any::<u8>()), 0..6),
@@ -22,7 +22,7 @@ proptest! {
         edns in any::<Option<bool>>(),
     ) {
         let name = Name::parse("web.blue").unwrap();
-        let mut message = question(7, &name, Kind(kind), 0, edns);
+        let mut message = question(7, &name, RecordType(kind), 0, edns);
         for (at, value) in changes {
             if let Some(byte) = message.get_mut(at) {
                 *byte = value;
@@ -32,26 +32,26 @@ proptest! {
     }
 
     #[test]
-    fn names_survive_a_message(labels in proptest::collection::vec("[a-z0-9_-]{1,20}", 1..8)) {
+    fn names_survive_a_round_trip(labels in proptest::collection::vec("[a-z0-9_-]{1,20}", 1..8)) {
         let text = labels.join(".");
         let name = Name::parse(&text).unwrap();
         prop_assert_eq!(name.to_string(), text);
-        let message = question(1, &name, Kind::A, 0, Some(false));
+        let message = question(1, &name, RecordType::A, 0, Some(false));
         let query = Query::read(&message).unwrap();
         prop_assert!(query.name == name && query.edns.is_some());
     }
 
     #[test]
-    fn an_address_is_found_in_its_reverse_name(v4 in any::<[u8; 4]>(), v6 in any::<[u8; 16]>()) {
+    fn reverse_names_survive_a_round_trip(v4 in any::<[u8; 4]>(), v6 in any::<[u8; 16]>()) {
         for address in [std::net::IpAddr::from(v4), std::net::IpAddr::from(v6)] {
             prop_assert_eq!(Name::reverse_of(address).reversed(), Some(address));
         }
     }
 }
 
-/// An answer: header, question, an alias and an address, and an OPT record.
+/// An answer with a question, a CNAME record, an A record and an OPT record.
 fn answer(ttls: [u32; 2]) -> Vec<u8> {
-    let mut message = question(9, &Name::parse("a.example").unwrap(), Kind::A, 0, None);
+    let mut message = question(9, &Name::parse("a.example").unwrap(), RecordType::A, 0, None);
     message[2] |= 0x80;
     message[7] = 2;
     message[11] = 1;
@@ -66,43 +66,43 @@ fn answer(ttls: [u32; 2]) -> Vec<u8> {
 }
 
 #[test]
-fn an_answer_is_kept_for_its_shortest_time_and_counted_down() {
+fn an_answer_is_cached_for_its_shortest_ttl() {
     let message = answer([300, 60]);
     let name = Name::parse("a.example").unwrap();
-    assert!(is_answer(&message, 9, &name, Kind::A));
-    assert!(!is_answer(&message, 8, &name, Kind::A));
-    assert!(!is_answer(&message, 9, &Name::parse("b.example").unwrap(), Kind::A));
-    assert!(!is_answer(&message, 9, &name, Kind::AAAA));
-    let parts = read(&message).unwrap();
+    assert!(is_answer(&message, 9, &name, RecordType::A));
+    assert!(!is_answer(&message, 8, &name, RecordType::A));
+    assert!(!is_answer(&message, 9, &Name::parse("b.example").unwrap(), RecordType::A));
+    assert!(!is_answer(&message, 9, &name, RecordType::AAAA));
+    let parts = parse_answer(&message).unwrap();
     assert_eq!((parts.ttl, parts.end, parts.additional), (Some(60), message.len() - 11, 0));
     let mut cache = Cache::default();
-    let question = Question::new(&name, Kind::A, false, false);
+    let question = Question::new(&name, RecordType::A, false, false);
     let start = Instant::now();
     cache.put(&question, &message[..parts.end], &parts, start);
     let kept = cache.get(&question, start + Duration::from_secs(25)).unwrap();
     let ttls: Vec<u32> = records(&kept).unwrap().1.iter().map(|record| record.ttl).collect();
     assert_eq!(ttls, [275, 35]);
     assert!(cache.get(&question, start + Duration::from_secs(61)).is_none());
-    assert!(cache.get(&Question::new(&name, Kind::A, true, false), start).is_none());
+    assert!(cache.get(&Question::new(&name, RecordType::A, true, false), start).is_none());
 }
 
 #[test]
-fn what_may_not_be_kept_is_not() {
+fn uncacheable_answers_are_not_cached() {
     let (name, now) = (Name::parse("a.example").unwrap(), Instant::now());
-    let question = Question::new(&name, Kind::A, false, false);
+    let question = Question::new(&name, RecordType::A, false, false);
     let keeps = |message: &[u8]| {
         let mut cache = Cache::default();
-        cache.put(&question, message, &read(message).unwrap(), now);
+        cache.put(&question, message, &parse_answer(message).unwrap(), now);
         cache.get(&question, now).is_some()
     };
     assert!(keeps(&answer([5, 5])));
     assert!(!keeps(&answer([5, 0])));
-    // Above 2^31 it counts as none (RFC 2181).
+    // A TTL above 2^31 counts as zero (RFC 2181, section 8).
     assert!(!keeps(&answer([5, u32::MAX])));
     let mut cut = answer([5, 5]);
     cut[2] |= 2;
     assert!(!keeps(&cut));
-    // A failure, and a denial without an authority that says for how long (RFC 2308).
+    // A failure, and a negative answer without SOA record (RFC 2308, section 5).
     for rcode in [2, 3] {
         let mut failed = question_message(&name);
         failed[3] |= rcode;
@@ -111,43 +111,43 @@ fn what_may_not_be_kept_is_not() {
 }
 
 fn question_message(name: &Name) -> Vec<u8> {
-    let mut message = question(9, name, Kind::A, 0, None);
+    let mut message = question(9, name, RecordType::A, 0, None);
     message[2] |= 0x80;
     message
 }
 
 #[test]
-fn the_cache_is_bounded_and_keeps_what_is_used() {
+fn the_cache_is_bounded_and_keeps_used_entries() {
     let (mut cache, now) = (Cache::default(), Instant::now());
     let message = answer([300, 300]);
-    let parts = read(&message).unwrap();
+    let parts = parse_answer(&message).unwrap();
     let name = |i: usize| Name::parse(&format!("n{i}.example")).unwrap();
-    let used = Question::new(&name(0), Kind::A, false, false);
+    let used = Question::new(&name(0), RecordType::A, false, false);
     for i in 0..40_000 {
-        cache.put(&Question::new(&name(i), Kind::A, false, false), &message, &parts, now);
+        cache.put(&Question::new(&name(i), RecordType::A, false, false), &message, &parts, now);
         assert!(cache.get(&used, now).is_some(), "{i}");
     }
     assert!(cache.len() <= 10_000);
 }
 
-mod walking {
+mod search_lists {
     use std::collections::HashMap;
     use std::net::{IpAddr, Ipv4Addr};
     use std::sync::Arc;
 
-    use crate::answer::{Asker, Outcome, Target, Transport, answer, target};
-    use crate::message::{records, under};
+    use crate::answer::{Client, Outcome, Target, Transport, answer, target};
+    use crate::message::{compose_alias_answer, records};
     use crate::name::Name;
-    use crate::wire::{Kind, Query, question};
-    use crate::zone::{Records, Standing, Zone};
+    use crate::wire::{Query, RecordType, question};
+    use crate::zone::{ClientContext, Records, Zone};
 
-    const ASKER: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 0, 0, 2));
+    const CLIENT: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 0, 0, 2));
 
     fn name(text: &str) -> Name {
         Name::parse(text).unwrap()
     }
 
-    /// Services `db` in `shop` and `api` in `prod`, an external one in `shop`, and an asker in `shop`.
+    /// Services `db` in `shop` and `api` in `prod`, an external one in `shop`, and a client in `shop`.
     fn zone(walks: bool) -> Zone {
         let mut zone = Zone::new(None);
         zone.begin_cluster(name("cluster.local"), walks);
@@ -162,22 +162,22 @@ mod walking {
         zone.set_cluster(&name("_pg._tcp.db.shop.svc.cluster.local"), srv);
         let unready = Records { unready: true, ..Records::default() };
         zone.set_cluster(&name("late.shop.svc.cluster.local"), unready);
-        let standing = Standing { networks: Arc::from([]), search: Some(name("shop.svc")) };
-        zone.set_askers(HashMap::from([(ASKER, standing)]));
+        let context = ClientContext { networks: Arc::from([]), search: Some(name("shop.svc")) };
+        zone.set_clients(HashMap::from([(CLIENT, context)]));
         zone
     }
 
-    /// What is answered: records as text; or that others are asked for a name.
-    fn ask(zone: &Zone, text: &str, kind: Kind) -> String {
+    /// Returns the answer as text.
+    fn ask(zone: &Zone, text: &str, kind: RecordType) -> String {
         let message = question(1, &name(text), kind, 0, None);
         let mut buffer = [0; 2000];
-        match answer(zone, Asker::At(ASKER), Transport::Udp, &message, &mut buffer, 0) {
+        match answer(zone, Client::Endpoint(CLIENT), Transport::Udp, &message, &mut buffer, 0) {
             Outcome::Answer(length) => {
                 let (rcode, records) = records(&buffer[..length]).unwrap();
                 let data: Vec<String> = records.iter().map(|record| record.data.to_string()).collect();
                 format!("{rcode} {}", data.join(" ")).trim_end().to_owned()
             }
-            Outcome::Alias => match target(zone, Asker::At(ASKER), &message) {
+            Outcome::Alias => match target(zone, Client::Endpoint(CLIENT), &message) {
                 Some(Target { name, walk: Some(_) }) => format!("asks for {name}, walking"),
                 Some(Target { name, walk: None }) => format!("asks for {name}"),
                 None => "nothing".to_owned(),
@@ -188,32 +188,32 @@ mod walking {
     }
 
     #[test]
-    fn the_first_step_of_a_walk_gets_the_final_answer() {
+    fn the_first_step_of_a_search_list_gets_the_final_answer() {
         let on = zone(true);
         for (text, expected) in [
-            // What there is, is preferred.
+            // An existing name wins.
             ("db.shop.svc.cluster.local", "NOERROR 10.96.0.50"),
-            // my-api.other-namespace, which is found at the second step.
+            // api.prod: found at the second step.
             ("api.prod.shop.svc.cluster.local", "NOERROR api.prod.svc.cluster.local 10.96.0.51"),
-            // db.shop.svc: at the third.
+            // db.shop.svc: found at the third step.
             ("db.shop.svc.shop.svc.cluster.local", "NOERROR db.shop.svc.cluster.local 10.96.0.50"),
-            // A full name has fewer than five dots as well: at the last.
+            // A full name has fewer than five dots too: found at the last step.
             (
                 "db.shop.svc.cluster.local.shop.svc.cluster.local",
                 "NOERROR db.shop.svc.cluster.local 10.96.0.50",
             ),
             ("no.shop.svc.cluster.local.shop.svc.cluster.local", "NXDOMAIN"),
-            // Somebody else's.
+            // A name of another domain.
             ("api.example.org.shop.svc.cluster.local", "asks for api.example.org, walking"),
             ("example.org", "asks as it is"),
-            // Beneath a Service.
+            // A name below a Service.
             ("no.db.shop.svc.cluster.local", "NXDOMAIN"),
             ("a.b.db.shop.svc.cluster.local", "NXDOMAIN"),
-            // A headless Service without ready endpoints: no name, and nobody else's.
+            // A headless Service without ready endpoints: it does not exist and is not forwarded.
             ("late.shop.svc.cluster.local", "NXDOMAIN"),
             ("late.shop.shop.svc.cluster.local", "NXDOMAIN"),
             ("pod.late.shop.svc.cluster.local", "NXDOMAIN"),
-            // One label, another's search list, later steps.
+            // One label, the search list of another namespace, and later steps.
             ("api.shop.svc.cluster.local", "NXDOMAIN"),
             ("api.example.org.prod.svc.cluster.local", "NXDOMAIN"),
             ("api.example.org.svc.cluster.local", "NXDOMAIN"),
@@ -222,24 +222,24 @@ mod walking {
             ("ext.shop.svc.cluster.local", "asks for db.example.org"),
             ("ext.shop.shop.svc.cluster.local", "asks for db.example.org, walking"),
         ] {
-            assert_eq!(ask(&on, text, Kind::A), expected, "{text}");
+            assert_eq!(ask(&on, text, RecordType::A), expected, "{text}");
         }
-        assert_eq!(ask(&on, "ext.shop.svc.cluster.local", Kind::CNAME), "NOERROR db.example.org");
+        assert_eq!(ask(&on, "ext.shop.svc.cluster.local", RecordType::CNAME), "NOERROR db.example.org");
         assert_eq!(
-            ask(&on, "_pg._tcp.db.shop.svc.cluster.local", Kind::SRV),
+            ask(&on, "_pg._tcp.db.shop.svc.cluster.local", RecordType::SRV),
             "NOERROR 0 1 5432 db.shop.svc.cluster.local"
         );
         let off = zone(false);
-        assert_eq!(ask(&off, "api.example.org.shop.svc.cluster.local", Kind::A), "NXDOMAIN");
-        assert_eq!(ask(&off, "db.shop.svc.cluster.local", Kind::A), "NOERROR 10.96.0.50");
+        assert_eq!(ask(&off, "api.example.org.shop.svc.cluster.local", RecordType::A), "NXDOMAIN");
+        assert_eq!(ask(&off, "db.shop.svc.cluster.local", RecordType::A), "NOERROR 10.96.0.50");
     }
 
     #[test]
-    fn anothers_answer_is_given_under_the_name_that_was_asked_for() {
-        let message = question(1, &name("a.example.shop.svc.cluster.local"), Kind::A, 0, None);
+    fn an_upstream_answer_gets_a_cname_record() {
+        let message = question(1, &name("a.example.shop.svc.cluster.local"), RecordType::A, 0, None);
         let query = Query::read(&message).unwrap();
         let target = Target { name: name("a.example"), walk: Some(name("cluster.local")) };
-        let said = under(&message, &query, &target, &super::answer([60, 60])).unwrap();
+        let said = compose_alias_answer(&message, &query, &target, &super::answer([60, 60])).unwrap();
         let (_, records) = records(&said).unwrap();
         let lines: Vec<String> =
             records.iter().map(|record| format!("{} {} {}", record.name, record.kind, record.data)).collect();

@@ -1,4 +1,4 @@
-//! A thread that answers datagrams.
+//! The threads that answer queries over UDP.
 
 use std::net::UdpSocket;
 use std::sync::Arc;
@@ -6,57 +6,65 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
 use arc_swap::Cache;
+use ovl_udp::{ReceiveBatch, Received, SendBatch};
 use tokio::sync::mpsc;
 
 use crate::answer::{Outcome, Transport, answer, target};
-use crate::engine::{Role, Shared};
+use crate::engine::{ListenRole, Shared};
 use crate::forward::{Job, Waiter};
-use crate::sys::{AT_ONCE, Batch, Datagram, wait};
+use crate::sys::wait_readable;
+use crate::wire::MAX_UDP;
 
-/// How soon an engine that is dropped is noticed.
-const LOOK_AROUND: Duration = Duration::from_millis(500);
+/// How soon a thread notices that the engine is dropped.
+const CHECK_INTERVAL: Duration = Duration::from_millis(500);
+/// Queries that are received at once.
+const BATCH: usize = 64;
+/// The longest query in bytes. Longer ones are dropped.
+const MAX_QUERY: usize = 1024;
 
-/// Serves these sockets until the engine ends.
-pub(crate) fn serve(sockets: &[(Arc<UdpSocket>, Role)], shared: &Shared, jobs: &mpsc::Sender<Job>) {
-    let mut batch = Batch::new();
+/// Answers queries to these sockets until the engine ends.
+pub(crate) fn serve(sockets: &[(Arc<UdpSocket>, ListenRole)], shared: &Shared, jobs: &mpsc::Sender<Job>) {
+    let (mut queries, mut answers) = (ReceiveBatch::new(BATCH, MAX_QUERY), SendBatch::new(BATCH, MAX_UDP));
     let mut zone = Cache::new(&shared.zone);
     let all: Vec<&UdpSocket> = sockets.iter().map(|(socket, _)| &**socket).collect();
     let counters = &shared.counters;
     let mut turn = 0usize;
     while !shared.ending.load(Relaxed) {
-        let mut busy = false;
+        let mut is_busy = false;
         for (socket, role) in sockets {
             let zone = zone.load();
             let (mut answered, mut ignored) = (0, 0);
-            let served = batch.serve(socket, |Datagram { query, answer: buffer, from }| {
+            let received = queries.receive(socket, BATCH).unwrap_or(0);
+            for slot in 0..received {
+                let Some(Received { from, bytes: query, is_truncated: false, .. }) = queries.get(slot) else {
+                    continue;
+                };
+                let Some(buffer) = answers.next_slot() else { break };
                 turn = turn.wrapping_add(1);
-                match answer(zone, role.asker(from.ip()), Transport::Udp, query, buffer, turn) {
+                match answer(zone, role.client(from.ip()), Transport::Udp, query, buffer, turn) {
                     Outcome::Answer(length) => {
                         answered += 1;
-                        Some(length)
+                        answers.push(from, length);
                     }
                     outcome @ (Outcome::Forward | Outcome::Alias) => {
                         let to = Waiter::Udp(Arc::clone(socket), from);
                         let alias =
-                            (outcome == Outcome::Alias).then(|| target(zone, role.asker(from.ip()), query));
-                        // With so many waiting already, this one asks again.
+                            (outcome == Outcome::Alias).then(|| target(zone, role.client(from.ip()), query));
+                        // If the queue is full, the client retries.
                         if jobs.try_send(Job { message: query.to_vec(), alias: alias.flatten(), to }).is_err()
                         {
                             ignored += 1;
                         }
-                        None
                     }
-                    Outcome::Ignore => {
-                        ignored += 1;
-                        None
-                    }
+                    Outcome::Ignore => ignored += 1,
                 }
-            });
+            }
+            answers.flush(socket);
             counters.answered.fetch_add(answered, Relaxed);
             counters.ignored.fetch_add(ignored, Relaxed);
-            busy |= served.is_ok_and(|count| count == AT_ONCE);
+            is_busy |= received == BATCH;
         }
-        if !busy && let Err(error) = wait(&all, LOOK_AROUND) {
+        if !is_busy && let Err(error) = wait_readable(&all, CHECK_INTERVAL) {
             tracing::error!(%error, "cannot wait for DNS queries");
             return;
         }

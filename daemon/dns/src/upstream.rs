@@ -1,4 +1,4 @@
-//! One question to one server: by UDP, and by TCP where the answer was cut.
+//! Queries one upstream server: over UDP, and over TCP if the answer is truncated.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -13,22 +13,26 @@ use crate::cache::Question;
 use crate::message::{self, Parts};
 use crate::wire::{self, CD, Rcode};
 
-/// A server that has not answered by then does not.
-const PATIENCE: Duration = Duration::from_secs(3);
-/// Datagrams are not larger than we say in EDNS; some servers do not care.
+/// The time after which a query to a server fails.
+const TIMEOUT: Duration = Duration::from_secs(3);
+/// The largest accepted datagram, in bytes. Some servers ignore the smaller size that queries announce.
 const MAX_DATAGRAM: usize = 8 << 10;
 
-/// An answer that can be passed on, without its OPT record.
+/// An upstream answer without its OPT record.
 #[derive(Debug, Clone)]
 pub(crate) struct Reply {
     pub(crate) message: Vec<u8>,
     pub(crate) parts: Parts,
 }
 
-/// Asks one server. The socket and its port are new and the id random, so whoever does not see the question
-/// has to guess both; what does not answer the question is passed over, whoever sent it.
+/// Queries one server. The port is new and the id random, so an off-path attacker must guess both (RFC 5452).
+/// A datagram that does not answer the question is ignored.
+///
+/// # Errors
+///
+/// [`io::ErrorKind::TimedOut`] if the server does not answer in time, and what the kernel reports.
 pub(crate) async fn ask(server: SocketAddr, question: &Question) -> io::Result<Reply> {
-    match timeout(PATIENCE, exchange(server, question)).await {
+    match timeout(TIMEOUT, exchange(server, question)).await {
         Ok(result) => result,
         Err(_) => Err(io::ErrorKind::TimedOut.into()),
     }
@@ -36,15 +40,17 @@ pub(crate) async fn ask(server: SocketAddr, question: &Question) -> io::Result<R
 
 async fn exchange(server: SocketAddr, question: &Question) -> io::Result<Reply> {
     let reply = by_udp(server, question, true).await?;
-    // A server of before EDNS.
-    let old = matches!(reply.parts.rcode, Rcode::FORMAT | Rcode::NOT_IMPLEMENTED);
+    // The server does not know EDNS (RFC 6891, section 7).
+    let old = matches!(reply.parts.rcode, Rcode::FORMAT_ERROR | Rcode::NOT_IMPLEMENTED);
     let reply = if old { by_udp(server, question, false).await? } else { reply };
     if reply.parts.truncated { by_tcp(server, question, !old).await } else { Ok(reply) }
 }
 
 fn random_id() -> io::Result<u16> {
     let mut bytes = [0; 2];
-    SystemRandom::new().fill(&mut bytes).map_err(|_| io::Error::other("no random numbers"))?;
+    SystemRandom::new()
+        .fill(&mut bytes)
+        .map_err(|_| io::Error::other("no random number for the query id"))?;
     Ok(u16::from_ne_bytes(bytes))
 }
 
@@ -53,12 +59,12 @@ fn message_of(question: &Question, id: u16, edns: bool) -> Vec<u8> {
     wire::question(id, &question.name(), question.kind, flags, edns.then_some(question.dnssec))
 }
 
-/// What is in an answer, if it is one.
+/// Parses a message. `None` if it does not answer the question.
 fn reply(message: &[u8], id: u16, question: &Question) -> Option<Reply> {
     if !message::is_answer(message, id, &question.name(), question.kind) {
         return None;
     }
-    let parts = message::read(message)?;
+    let parts = message::parse_answer(message)?;
     let mut message = message.get(..parts.end)?.to_vec();
     message.get_mut(10..12)?.copy_from_slice(&parts.additional.to_be_bytes());
     Some(Reply { message, parts })

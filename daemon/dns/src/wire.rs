@@ -1,15 +1,14 @@
-//! Queries read and answers written, without an allocation (RFC 1035, RFC 6891).
+//! Parses queries and writes answers without allocation (RFC 1035, RFC 6891).
 
 use crate::name::Name;
 
-/// Of a message's header.
+/// The length of a message header, in bytes.
 pub(crate) const HEADER: usize = 12;
-/// The largest datagram that is sent, whatever the client says: it passes every path unfragmented (the
-/// DNS flag day of 2020).
+/// The largest datagram that is sent, in bytes: it passes every path unfragmented (DNS flag day 2020).
 pub(crate) const MAX_UDP: usize = 1232;
-/// What a client without EDNS takes.
+/// The largest datagram for a client without EDNS, in bytes (RFC 1035, section 4.2.1).
 pub(crate) const PLAIN_UDP: usize = 512;
-/// Of our OPT record.
+/// The length of the OPT record that is sent, in bytes.
 pub(crate) const OPT: usize = 11;
 
 pub(crate) const QR: u16 = 0x8000;
@@ -20,38 +19,39 @@ pub(crate) const RD: u16 = 0x0100;
 pub(crate) const RA: u16 = 0x0080;
 pub(crate) const AD: u16 = 0x0020;
 pub(crate) const CD: u16 = 0x0010;
-/// The internet, and any class.
+/// The class IN.
 pub(crate) const IN: u16 = 1;
 const ANY_CLASS: u16 = 255;
 const DNSSEC_OK: u32 = 0x8000;
+/// The limit of additional records in a query.
 const MAX_ADDITIONAL: u16 = 8;
 
-/// A type of record (IANA's numbers).
+/// The type of a resource record, by its IANA number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct Kind(pub u16);
+pub struct RecordType(pub u16);
 
-impl Kind {
-    /// IPv4 address.
+impl RecordType {
+    /// An IPv4 address.
     pub const A: Self = Self(1);
     /// A name server.
     pub(crate) const NS: Self = Self(2);
-    /// Who takes mail.
+    /// A mail exchange.
     pub(crate) const MX: Self = Self(15);
-    /// Another name of.
+    /// A canonical name.
     pub const CNAME: Self = Self(5);
-    /// Start of authority.
+    /// The start of a zone of authority.
     pub const SOA: Self = Self(6);
-    /// A name for a name.
+    /// A pointer to another name, such as the name of an address.
     pub const PTR: Self = Self(12);
     /// Text.
     pub const TXT: Self = Self(16);
-    /// IPv6 address.
+    /// An IPv6 address.
     pub const AAAA: Self = Self(28);
-    /// Where a service is.
+    /// The location of a service (RFC 2782).
     pub const SRV: Self = Self(33);
-    /// EDNS.
+    /// The pseudo-record of EDNS (RFC 6891).
     pub const OPT: Self = Self(41);
-    /// All.
+    /// All types, in queries.
     pub const ANY: Self = Self(255);
     const NAMES: [(Self, &'static str); 8] = [
         (Self::A, "A"),
@@ -64,7 +64,7 @@ impl Kind {
         (Self::ANY, "ANY"),
     ];
 
-    /// Of `A` or `TYPE1` (RFC 3597, section 5).
+    /// Parses `A` or `TYPE1` (RFC 3597, section 5). `None` if the text is neither.
     pub fn parse(text: &str) -> Option<Self> {
         let upper = text.to_ascii_uppercase();
         let known = Self::NAMES.iter().find(|(_, name)| *name == upper).map(|(kind, _)| *kind);
@@ -72,7 +72,7 @@ impl Kind {
     }
 }
 
-impl std::fmt::Display for Kind {
+impl std::fmt::Display for RecordType {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match Self::NAMES.iter().find(|(kind, _)| kind == self) {
             Some((_, name)) => f.write_str(name),
@@ -81,24 +81,24 @@ impl std::fmt::Display for Kind {
     }
 }
 
-/// How a query ended.
+/// A response code.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Rcode(pub u16);
 
 impl Rcode {
-    /// Answered, if only with nothing.
+    /// No error; the answer may be empty.
     pub const NO_ERROR: Self = Self(0);
-    /// Not understood.
-    pub const FORMAT: Self = Self(1);
-    /// Could not be answered now.
-    pub const FAILED: Self = Self(2);
-    /// There is no such name.
-    pub const NO_NAME: Self = Self(3);
-    /// Not something that is done here.
+    /// Format error: the query is malformed.
+    pub const FORMAT_ERROR: Self = Self(1);
+    /// Server failure: no server answered.
+    pub const SERVER_FAILURE: Self = Self(2);
+    /// Name error: the name does not exist.
+    pub const NAME_ERROR: Self = Self(3);
+    /// The server does not support the kind of query.
     pub const NOT_IMPLEMENTED: Self = Self(4);
-    /// Not for you.
+    /// The server refuses to answer.
     pub const REFUSED: Self = Self(5);
-    /// Of EDNS.
+    /// An unsupported version of EDNS (RFC 6891, section 9).
     pub(crate) const BAD_VERSION: Self = Self(16);
 }
 
@@ -106,9 +106,9 @@ impl std::fmt::Display for Rcode {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match *self {
             Self::NO_ERROR => f.write_str("NOERROR"),
-            Self::FORMAT => f.write_str("FORMERR"),
-            Self::FAILED => f.write_str("SERVFAIL"),
-            Self::NO_NAME => f.write_str("NXDOMAIN"),
+            Self::FORMAT_ERROR => f.write_str("FORMERR"),
+            Self::SERVER_FAILURE => f.write_str("SERVFAIL"),
+            Self::NAME_ERROR => f.write_str("NXDOMAIN"),
             Self::NOT_IMPLEMENTED => f.write_str("NOTIMP"),
             Self::REFUSED => f.write_str("REFUSED"),
             Self(code) => write!(f, "RCODE{code}"),
@@ -116,42 +116,42 @@ impl std::fmt::Display for Rcode {
     }
 }
 
-/// What a client says about itself by EDNS.
+/// The OPT record of a query (RFC 6891).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Edns {
-    /// The largest datagram that it takes.
+    /// The largest datagram that the client accepts, in bytes.
     pub(crate) payload: u16,
-    /// It wants signatures.
+    /// The DO bit: the client wants DNSSEC records.
     pub(crate) dnssec: bool,
-    /// Of the protocol.
+    /// The version of EDNS.
     pub(crate) version: u8,
 }
 
-/// A question, as it came.
+/// A parsed query.
 #[derive(Debug, Clone, Copy)]
 pub struct Query {
-    /// To be repeated in the answer.
+    /// The id, which the answer repeats.
     pub(crate) id: u16,
-    /// The header's.
+    /// The flags of the header.
     pub(crate) flags: u16,
-    /// What is asked about.
+    /// The name in the question.
     pub name: Name,
-    /// What is asked for.
-    pub kind: Kind,
-    /// Its class.
+    /// The type in the question.
+    pub kind: RecordType,
+    /// The class in the question.
     pub(crate) class: u16,
-    /// Where the question ends in the message.
+    /// The end of the question in the message.
     pub(crate) end: usize,
-    /// If there was an OPT record.
+    /// The OPT record. `None` if the query has none.
     pub(crate) edns: Option<Edns>,
 }
 
-/// A message that is no query to be answered.
+/// Why a message is not answered as a query.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Bad {
-    /// To be passed over: too short, or an answer.
+pub(crate) enum QueryError {
+    /// The message is dropped: it is too short, or a response.
     Ignore,
-    /// To be answered with this.
+    /// The message is answered with this response code.
     Refuse(Rcode),
 }
 
@@ -166,61 +166,65 @@ pub(crate) fn u32_at(message: &[u8], at: usize) -> Option<u32> {
 }
 
 impl Query {
-    /// Reads a message.
+    /// Parses a message.
+    ///
+    /// # Errors
+    ///
+    /// What to do with a message that is not a valid query.
     #[inline]
-    pub(crate) fn read(message: &[u8]) -> Result<Self, Bad> {
-        let header = message.get(..HEADER).ok_or(Bad::Ignore)?;
+    pub(crate) fn read(message: &[u8]) -> Result<Self, QueryError> {
+        let header = message.get(..HEADER).ok_or(QueryError::Ignore)?;
         let word = |i: usize| u16_at(header, i).unwrap_or_default();
         let (id, flags) = (word(0), word(2));
         if flags & QR != 0 {
-            return Err(Bad::Ignore);
+            return Err(QueryError::Ignore);
         }
         if flags & OPCODE != 0 {
-            return Err(Bad::Refuse(Rcode::NOT_IMPLEMENTED));
+            return Err(QueryError::Refuse(Rcode::NOT_IMPLEMENTED));
         }
         let additional = word(10);
         if word(4) != 1 || word(6) != 0 || word(8) != 0 || additional > MAX_ADDITIONAL {
-            return Err(Bad::Refuse(Rcode::FORMAT));
+            return Err(QueryError::Refuse(Rcode::FORMAT_ERROR));
         }
-        let format = || Bad::Refuse(Rcode::FORMAT);
+        let format = || QueryError::Refuse(Rcode::FORMAT_ERROR);
         let (name, at) = Name::read(message, HEADER).ok_or_else(format)?;
-        let kind = Kind(u16_at(message, at).ok_or_else(format)?);
+        let kind = RecordType(u16_at(message, at).ok_or_else(format)?);
         let class = u16_at(message, at + 2).ok_or_else(format)?;
         let end = at + 4;
         let edns = if additional == 0 { None } else { edns(message, end, additional).ok_or_else(format)? };
         Ok(Self { id, flags, name, kind, class, end, edns })
     }
 
-    /// Whether it is about the internet.
+    /// Returns whether the class is IN or ANY.
     pub(crate) fn is_internet(&self) -> bool {
         self.class == IN || self.class == ANY_CLASS
     }
 
-    /// So much may be in an answer by UDP.
+    /// Returns the largest answer over UDP, in bytes.
     pub(crate) fn udp_limit(&self) -> usize {
         self.edns.map_or(PLAIN_UDP, |edns| usize::from(edns.payload).clamp(PLAIN_UDP, MAX_UDP))
     }
 
-    /// Whether signatures are wanted.
+    /// Returns whether the client wants DNSSEC records.
     pub(crate) fn wants_dnssec(&self) -> bool {
         self.edns.is_some_and(|edns| edns.dnssec)
     }
 }
 
-/// Looks for the OPT record among the additional ones.
+/// Finds the OPT record among the additional records. The outer `None` means that they are malformed.
 fn edns(message: &[u8], mut at: usize, count: u16) -> Option<Option<Edns>> {
     let mut found = None;
     for _ in 0..count {
         let start = at;
         at = skip_name(message, at)?;
-        let kind = Kind(u16_at(message, at)?);
+        let kind = RecordType(u16_at(message, at)?);
         let (class, ttl) = (u16_at(message, at + 2)?, u32_at(message, at + 4)?);
         at += 10 + usize::from(u16_at(message, at + 8)?);
         if at > message.len() {
             return None;
         }
-        if kind == Kind::OPT {
-            // One, and the root's.
+        if kind == RecordType::OPT {
+            // There is at most one, and its owner is the root (RFC 6891, section 6.1).
             if found.is_some() || message.get(start) != Some(&0) {
                 return None;
             }
@@ -231,7 +235,7 @@ fn edns(message: &[u8], mut at: usize, count: u16) -> Option<Option<Edns>> {
     Some(found)
 }
 
-/// Where a name ends that may be compressed.
+/// Returns the end of a name that may be compressed. `None` if it is malformed.
 pub(crate) fn skip_name(message: &[u8], mut at: usize) -> Option<usize> {
     loop {
         let length = *message.get(at)?;
@@ -247,7 +251,7 @@ pub(crate) fn skip_name(message: &[u8], mut at: usize) -> Option<usize> {
     }
 }
 
-/// Writes a message. What does not fit is not written, and [`Self::put`] says so.
+/// Writes a message. A record that does not fit is left out, and [`Self::record`] returns false.
 #[derive(Debug)]
 pub(crate) struct Writer<'a> {
     buffer: &'a mut [u8],
@@ -256,7 +260,8 @@ pub(crate) struct Writer<'a> {
 }
 
 impl<'a> Writer<'a> {
-    /// The answer to a query: header and question; `limit` counts all of the message.
+    /// Begins the answer to a query with its header and question. `limit` is the largest message in bytes.
+    /// `None` if not even these fit.
     #[inline]
     pub(crate) fn answer(
         buffer: &'a mut [u8],
@@ -279,6 +284,7 @@ impl<'a> Writer<'a> {
         (writer.put(&header) && writer.put(question)).then_some(writer)
     }
 
+    /// Writes bytes, unless they exceed the limit. Returns whether they fit.
     #[inline]
     pub(crate) fn put(&mut self, bytes: &[u8]) -> bool {
         let end = self.at + bytes.len();
@@ -291,9 +297,16 @@ impl<'a> Writer<'a> {
         true
     }
 
-    /// A record about the name in the question, or about another one; its data in pieces.
+    /// Writes a record with its data in pieces. The owner is the name in the question if `owner` is `None`.
+    /// Returns whether the record fits.
     #[inline]
-    pub(crate) fn record(&mut self, owner: Option<&Name>, kind: Kind, ttl: u32, data: &[&[u8]]) -> bool {
+    pub(crate) fn record(
+        &mut self,
+        owner: Option<&Name>,
+        kind: RecordType,
+        ttl: u32,
+        data: &[&[u8]],
+    ) -> bool {
         let start = self.at;
         let mut fixed = [0; 10];
         fixed[..2].copy_from_slice(&kind.0.to_be_bytes());
@@ -313,7 +326,7 @@ impl<'a> Writer<'a> {
         fits
     }
 
-    /// Sets how many records each section has, and whether some are missing.
+    /// Sets the number of records of each section, and whether the answer is truncated.
     #[inline]
     pub(crate) fn count(&mut self, answers: u16, authority: u16, additional: u16, truncated: bool) {
         let counts = [(6, answers), (8, authority), (10, additional)];
@@ -327,7 +340,7 @@ impl<'a> Writer<'a> {
         }
     }
 
-    /// Ends the message, with an OPT record if the query had one; gives its length.
+    /// Ends the message, with an OPT record if the query has one, and returns its length.
     #[inline]
     pub(crate) fn finish(mut self, query: &Query, rcode: Rcode) -> usize {
         if query.edns.is_some() {
@@ -342,15 +355,15 @@ impl<'a> Writer<'a> {
     }
 }
 
-/// Our OPT record; `rcode`'s upper bits are in it.
+/// Builds an OPT record, which carries the upper bits of the rcode.
 pub(crate) fn opt(rcode: Rcode, dnssec: bool) -> [u8; OPT] {
     let payload = (MAX_UDP as u16).to_be_bytes();
     let flags = if dnssec { 0x80 } else { 0 };
-    [0, 0, Kind::OPT.0 as u8, payload[0], payload[1], (rcode.0 >> 4) as u8, 0, flags, 0, 0, 0]
+    [0, 0, RecordType::OPT.0 as u8, payload[0], payload[1], (rcode.0 >> 4) as u8, 0, flags, 0, 0, 0]
 }
 
-/// A query of ours; nothing is asked with the root's name alone.
-pub fn question(id: u16, name: &Name, kind: Kind, flags: u16, edns: Option<bool>) -> Vec<u8> {
+/// Builds a query. `edns` is the DO bit of its OPT record; without it, the query has no OPT record.
+pub fn question(id: u16, name: &Name, kind: RecordType, flags: u16, edns: Option<bool>) -> Vec<u8> {
     let mut message = Vec::with_capacity(HEADER + 255 + 4 + OPT);
     message.extend_from_slice(&id.to_be_bytes());
     message.extend_from_slice(&(RD | flags).to_be_bytes());

@@ -1,5 +1,4 @@
-//! What is answered here: names by network, and who may see which networks. Snapshots share what did not
-//! change between them.
+//! The zone: names by network, and which networks each client may see. Snapshots share their unchanged parts.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
@@ -9,38 +8,38 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 
-use crate::answer::Asker;
+use crate::answer::Client;
 use crate::name::Name;
 
-/// Names a network to the engine.
+/// Identifies a network.
 pub type NetworkKey = u64;
 
-/// So many parts a network's names are in: a change copies one of them.
+/// The number of shards of a map of names. A change copies one shard.
 const SHARDS: usize = 64;
 
-/// What there is of a name.
+/// The records of a name.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Records {
-    /// IPv4 addresses.
+    /// The addresses of A records.
     pub v4: Vec<Ipv4Addr>,
-    /// IPv6 addresses.
+    /// The addresses of AAAA records.
     pub v6: Vec<Ipv6Addr>,
-    /// Of a reverse name: the names on the network, which the network's own label follows in an answer.
+    /// The targets of PTR records, without the label of the network.
     pub names: Vec<Name>,
-    /// Where a service is: port and name.
+    /// The ports and targets of SRV records.
     pub services: Vec<(u16, Name)>,
-    /// Another name, under which all of it is found.
+    /// The target of a CNAME record.
     pub alias: Option<Name>,
-    /// Text.
+    /// The text of a TXT record.
     pub text: Option<&'static str>,
-    /// There are names beneath it, so it is there even with nothing (RFC 8020).
+    /// There are names below this one, so it exists even without records (RFC 8020).
     pub above: bool,
-    /// There is no such name, nor anybody else's with it.
+    /// The name does not exist, and is not forwarded either: a Service without ready endpoints.
     pub unready: bool,
 }
 
 impl Records {
-    /// Whether the name has nothing and need not be there.
+    /// Returns whether the name does not exist.
     pub fn is_empty(&self) -> bool {
         let Self { v4, v6, names, services, alias, text, above, unready } = self;
         let bare = v4.is_empty() && v6.is_empty() && names.is_empty() && services.is_empty();
@@ -48,11 +47,12 @@ impl Records {
     }
 }
 
-/// Quick for the short keys of names. Who chooses names that collide slows down the resolver of its own cluster.
+/// A fast hash function for names. It does not resist chosen collisions: whoever can create names could only
+/// slow down the DNS server of their own cluster.
 #[derive(Debug, Default, Clone, Copy)]
-pub(crate) struct Quick(u64);
+pub(crate) struct NameHasher(u64);
 
-impl Hasher for Quick {
+impl Hasher for NameHasher {
     #[inline]
     fn write(&mut self, bytes: &[u8]) {
         const ODD: u64 = 0x517c_c1b7_2722_0a95;
@@ -68,29 +68,29 @@ impl Hasher for Quick {
 
     #[inline]
     fn finish(&self) -> u64 {
-        // The table takes the upper and the lower bits.
+        // The hash table uses the upper and the lower bits.
         self.0 ^ self.0 >> 32
     }
 }
 
-type Shard = HashMap<Arc<[u8]>, Arc<Records>, BuildHasherDefault<Quick>>;
+type Shard = HashMap<Arc<[u8]>, Arc<Records>, BuildHasherDefault<NameHasher>>;
 
-/// Names with their records.
+/// Records by name.
 #[derive(Clone)]
-struct Names(Arc<[Arc<Shard>]>);
+struct RecordMap(Arc<[Arc<Shard>]>);
 
-impl Default for Names {
+impl Default for RecordMap {
     fn default() -> Self {
         Self((0..SHARDS).map(|_| Arc::default()).collect())
     }
 }
 
-impl Names {
+impl RecordMap {
     #[inline]
     fn shard(name: &[u8]) -> usize {
-        let mut hasher = Quick::default();
+        let mut hasher = NameHasher::default();
         hasher.write(name);
-        // Other bits than the shard itself looks at.
+        // Other bits than the hash table of the shard uses.
         (hasher.finish() >> 20) as usize % SHARDS
     }
 
@@ -120,41 +120,41 @@ impl Names {
     }
 }
 
-/// One network.
+/// The names of a network.
 #[derive(Clone)]
 pub(crate) struct Network {
-    /// What follows its names where they are told apart from another network's: `blue` in `web.blue`.
+    /// The label below ovl's domain, such as `blue` in `web.blue`.
     label: Name,
-    /// Of addresses in these there is no other name than ours.
+    /// Reverse names of addresses in these subnets are never forwarded.
     subnets: Vec<IpNet>,
-    names: Names,
+    names: RecordMap,
 }
 
-/// Who asks from an address.
+/// The context of a client: what its queries are resolved against.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Standing {
-    /// The networks that it is on, in the order in which they are looked through.
+pub struct ClientContext {
+    /// The networks of the client, in the order in which they are searched.
     pub networks: Arc<[NetworkKey]>,
-    /// What comes first in its search list, under the cluster's domain, such as `default.svc`.
+    /// The first entry of its search list below the cluster domain, such as `default.svc`.
     pub search: Option<Name>,
 }
 
-/// Names that all see, whichever network they are on.
+/// The names of the cluster domain, which all clients see.
 #[derive(Clone)]
 struct Cluster {
     domain: Name,
-    /// Full names, and reverse ones.
-    names: Names,
-    /// Whether a search list is walked here, in place of the client.
+    /// Records by full name and by reverse name.
+    names: RecordMap,
+    /// The engine tries the search list in place of the client.
     walks: bool,
 }
 
 impl Cluster {
-    /// Whether there is a name above `asked`, both under `search` in the cluster's domain.
+    /// Returns whether a name above `asked` exists, both below `search` in the cluster domain.
     fn has_above(&self, asked: &Name, search: &Name) -> bool {
         let above = |at: usize| {
             let rest = Name::from_bytes(asked.as_bytes().get(at..)?)?;
-            self.names.get(&rest.with(search)?.with(&self.domain)?)
+            self.names.get(&rest.join(search)?.join(&self.domain)?)
         };
         let mut at = 0;
         asked.labels().any(|label| {
@@ -164,19 +164,19 @@ impl Cluster {
     }
 }
 
-/// A snapshot; cheap to clone.
+/// An immutable snapshot of all names. Cloning it is cheap.
 #[derive(Clone, Default)]
 pub struct Zone {
     networks: BTreeMap<NetworkKey, Arc<Network>>,
-    askers: Arc<HashMap<IpAddr, Standing>>,
+    clients: Arc<HashMap<IpAddr, ClientContext>>,
     domain: Option<Name>,
     cluster: Option<Cluster>,
 }
 
-/// Stands for the cluster's names among the networks.
+/// The key of the cluster domain among the networks.
 const CLUSTER: NetworkKey = NetworkKey::MAX;
 
-/// Of a name that has others beneath it, and nothing itself.
+/// The records of a name that has none, but has names below it.
 static ABOVE: Records = Records {
     v4: Vec::new(),
     v6: Vec::new(),
@@ -191,174 +191,179 @@ static ABOVE: Records = Records {
 impl fmt::Debug for Zone {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let networks = self.networks.len();
-        f.debug_struct("Zone").field("networks", &networks).field("askers", &self.askers.len()).finish()
+        f.debug_struct("Zone").field("networks", &networks).field("clients", &self.clients.len()).finish()
     }
 }
 
-/// Where a name belongs.
+/// How a name is resolved for a client.
 #[derive(Debug, Clone)]
-pub enum Place<'a> {
-    /// On this network, with these records.
-    Here(NetworkKey, &'a Records),
-    /// Where only we would know it, and do not.
-    Nowhere,
-    /// Somebody else may know it.
-    Elsewhere,
-    /// It is the first step of a walk through a search list, which ends at this name.
-    Walked(Box<Name>),
+pub enum Resolution<'a> {
+    /// The name is on this network, with these records.
+    Found(NetworkKey, &'a Records),
+    /// The name is in a local domain and does not exist.
+    NotFound,
+    /// The name is in no local domain, so upstream servers are asked.
+    External,
+    /// The query is the first step of the client's search list, and this is the name at which the search
+    /// ends.
+    SearchPath(Box<Name>),
 }
 
 impl Zone {
-    /// Nothing, under this domain: full names are `NAME.NETWORK.DOMAIN`.
+    /// Creates an empty zone. Full names are `NAME.NETWORK.DOMAIN`.
     pub fn new(domain: Option<Name>) -> Self {
         Self { domain, ..Self::default() }
     }
 
-    /// Adds a network, or changes how it is called.
+    /// Adds a network, or changes its label and subnets.
     pub fn set_network(&mut self, key: NetworkKey, label: Name, subnets: Vec<IpNet>) {
         let names = self.networks.get(&key).map(|known| known.names.clone()).unwrap_or_default();
         self.networks.insert(key, Arc::new(Network { label, subnets, names }));
     }
 
-    /// How many networks there are.
+    /// Returns the number of networks.
     pub fn networks(&self) -> usize {
         self.networks.len()
     }
 
-    /// Takes away all but these networks.
+    /// Removes all networks but these.
     pub fn retain_networks(&mut self, keep: impl Fn(NetworkKey) -> bool) {
         self.networks.retain(|key, _| keep(*key));
     }
 
-    /// Sets what there is of a name on a network; nothing takes it away.
+    /// Sets the records of a name on a network. Empty records remove the name.
     pub fn set(&mut self, network: NetworkKey, name: &Name, records: Records) {
         if let Some(network) = self.networks.get_mut(&network) {
             Arc::make_mut(network).names.set(name, records);
         }
     }
 
-    /// All names of a network.
+    /// Returns all names of a network.
     pub fn names(&self, network: NetworkKey) -> Vec<Name> {
         let found = self.networks.get(&network);
         found.into_iter().flat_map(|network| network.names.iter().map(|(name, _)| name)).collect()
     }
 
-    /// Sets who asks from which address: what networks it is on, in the order in which they are looked
-    /// through.
-    pub fn set_askers(&mut self, askers: HashMap<IpAddr, Standing>) {
-        self.askers = Arc::new(askers);
+    /// Sets the contexts of all clients by address.
+    pub fn set_clients(&mut self, clients: HashMap<IpAddr, ClientContext>) {
+        self.clients = Arc::new(clients);
     }
 
-    /// Whether anybody asks from this address.
-    pub fn has_asker(&self, address: IpAddr) -> bool {
-        self.askers.contains_key(&address)
+    /// Returns whether a client has this address.
+    pub fn has_client(&self, address: IpAddr) -> bool {
+        self.clients.contains_key(&address)
     }
 
-    /// Answers for the cluster's domain, with nothing in it yet. `walks`: a client whose search list begins there
+    /// Adds the cluster domain, without names. If `walks` is set, a client whose search list begins there
     /// gets its final answer at the first step.
     pub fn begin_cluster(&mut self, domain: Name, walks: bool) {
-        self.cluster = Some(Cluster { domain, names: Names::default(), walks });
+        self.cluster = Some(Cluster { domain, names: RecordMap::default(), walks });
     }
 
-    /// Sets what there is of a full name, or of a reverse one; nothing takes it away.
+    /// Sets the records of a full name or a reverse name in the cluster. Empty records remove the name.
     pub fn set_cluster(&mut self, name: &Name, records: Records) {
         if let Some(cluster) = &mut self.cluster {
             cluster.names.set(name, records);
         }
     }
 
-    /// Whether a query from this address is answered at all.
+    /// Returns whether queries of this client are answered.
     #[inline]
-    pub(crate) fn knows(&self, asker: Asker) -> bool {
-        match asker {
-            Asker::Host => true,
-            Asker::At(address) => self.has_asker(address),
+    pub(crate) fn knows(&self, client: Client) -> bool {
+        match client {
+            Client::Host => true,
+            Client::Endpoint(address) => self.has_client(address),
         }
     }
 
-    /// Where a name belongs, for this asker.
+    /// Resolves a name for a client.
     #[inline]
-    pub fn find(&self, asker: Asker, name: &Name) -> Place<'_> {
+    pub fn find(&self, client: Client, name: &Name) -> Resolution<'_> {
         let (all, some);
-        let networks: &mut dyn Iterator<Item = (&NetworkKey, &Network)> = match asker {
-            Asker::Host => {
+        let networks: &mut dyn Iterator<Item = (&NetworkKey, &Network)> = match client {
+            Client::Host => {
                 all = self.networks.iter().map(|(key, network)| (key, &**network));
                 &mut { all }
             }
-            Asker::At(address) => {
-                let Some(standing) = self.askers.get(&address) else { return Place::Nowhere };
-                let on = &standing.networks;
+            Client::Endpoint(address) => {
+                let Some(context) = self.clients.get(&address) else { return Resolution::NotFound };
+                let on = &context.networks;
                 for key in on.iter() {
                     if let Some(records) = self.networks.get(key).and_then(|network| network.names.get(name))
                     {
-                        return Place::Here(*key, records);
+                        return Resolution::Found(*key, records);
                     }
                 }
                 some = on.iter().filter_map(|key| Some((key, &**self.networks.get(key)?)));
                 &mut { some }
             }
         };
-        self.find_in(asker, networks, name)
+        self.find_in(client, networks, name)
     }
 
     fn find_in<'a>(
         &'a self,
-        asker: Asker,
+        client: Client,
         networks: &mut dyn Iterator<Item = (&'a NetworkKey, &'a Network)>,
         name: &Name,
-    ) -> Place<'a> {
-        if let Some(found) = self.in_cluster(asker, name) {
+    ) -> Resolution<'a> {
+        if let Some(found) = self.in_cluster(client, name) {
             return found;
         }
-        let within = self.domain.as_ref().and_then(|domain| name.before(domain));
+        let within = self.domain.as_ref().and_then(|domain| name.strip_suffix(domain));
         let reversed = name.reversed();
-        let qualified = match (&within, asker) {
+        let qualified = match (&within, client) {
             (Some(rest), _) => Some(rest),
-            (None, Asker::At(_)) => Some(name),
-            // The host has names of its own, and `web.blue` may be one of them.
-            (None, Asker::Host) => None,
+            (None, Client::Endpoint(_)) => Some(name),
+            // For the host, `web.blue` without ovl's domain may be a name of another domain.
+            (None, Client::Host) => None,
         };
-        let mut ours = within.is_some();
+        let mut is_local = within.is_some();
         for (key, network) in networks {
             if within.is_some_and(|rest| rest == Name::ROOT || rest == network.label) {
-                return Place::Here(*key, &ABOVE);
+                return Resolution::Found(*key, &ABOVE);
             }
-            let named = qualified.and_then(|name| name.before(&network.label));
+            let named = qualified.and_then(|name| name.strip_suffix(&network.label));
             let found = named.filter(|name| *name != Name::ROOT).and_then(|name| network.names.get(&name));
             let found = found.or_else(|| network.names.get(name).filter(|_| reversed.is_some()));
             if let Some(records) = found {
-                return Place::Here(*key, records);
+                return Resolution::Found(*key, records);
             }
-            ours |= reversed.is_some_and(|address| network.subnets.iter().any(|net| net.contains(&address)));
+            is_local |=
+                reversed.is_some_and(|address| network.subnets.iter().any(|net| net.contains(&address)));
         }
-        if ours { Place::Nowhere } else { Place::Elsewhere }
+        if is_local { Resolution::NotFound } else { Resolution::External }
     }
 
-    /// Nothing where the cluster's names have no say.
-    fn in_cluster(&self, asker: Asker, name: &Name) -> Option<Place<'_>> {
+    /// Resolves a name in the cluster domain. `None` if the name is in another domain.
+    fn in_cluster(&self, client: Client, name: &Name) -> Option<Resolution<'_>> {
         let cluster = self.cluster.as_ref()?;
         if let Some(records) = cluster.names.get(name) {
-            return Some(if records.unready { Place::Nowhere } else { Place::Here(CLUSTER, records) });
+            return Some(if records.unready {
+                Resolution::NotFound
+            } else {
+                Resolution::Found(CLUSTER, records)
+            });
         }
-        let within = name.before(&cluster.domain)?;
-        let walked = self.walked(cluster, asker, &within);
-        Some(walked.map_or(Place::Nowhere, |name| Place::Walked(Box::new(name))))
+        let within = name.strip_suffix(&cluster.domain)?;
+        let walked = self.search_result(cluster, client, &within);
+        Some(walked.map_or(Resolution::NotFound, |name| Resolution::SearchPath(Box::new(name))))
     }
 
-    /// Where the walk ends that a query begins for `within` under the cluster's domain, if it is the first step of
-    /// the asker's own search list: at a name of the cluster, or at one that others may know. A name of one
-    /// label is never taken for somebody else's, and one under the cluster's domain neither.
-    fn walked(&self, cluster: &Cluster, asker: Asker, within: &Name) -> Option<Name> {
-        let Asker::At(address) = asker else { return None };
-        let search = self.askers.get(&address)?.search.filter(|_| cluster.walks)?;
-        let asked = within.before(&search)?;
+    /// Returns the name at which the client's search list ends, if `within` below the cluster domain is its
+    /// first step: a name of the cluster, or one to forward. A name of one label or below the cluster domain
+    /// is never forwarded. `None` if the query is not the first step, or if the search ends without a name.
+    fn search_result(&self, cluster: &Cluster, client: Client, within: &Name) -> Option<Name> {
+        let Client::Endpoint(address) = client else { return None };
+        let search = self.clients.get(&address)?.search.filter(|_| cluster.walks)?;
+        let asked = within.strip_suffix(&search)?;
         asked.labels().nth(1)?;
-        // What comes after the first step: a label fewer of the search list each time.
+        // Each further step has a label of the search list less.
         let mut rest = search;
         loop {
             let shorter = rest.labels().next().map_or(0, |label| label.len() + 1);
             rest = Name::from_bytes(rest.as_bytes().get(shorter..)?)?;
-            let step = asked.with(&rest)?.with(&cluster.domain)?;
+            let step = asked.join(&rest)?.join(&cluster.domain)?;
             match cluster.names.get(&step) {
                 Some(records) if records.unready => return None,
                 Some(records) if !records.above => return Some(step),
@@ -368,32 +373,33 @@ impl Zone {
                 break;
             }
         }
-        match asked.before(&cluster.domain) {
+        match asked.strip_suffix(&cluster.domain) {
             Some(_) => cluster.names.get(&asked).map(|_| asked),
-            // Beneath a Service of its namespace there is nobody else's name.
+            // A name below a Service of the client's namespace belongs to the cluster.
             None if cluster.has_above(&asked, &search) => None,
             None => Some(asked),
         }
     }
 
-    /// The domain of ours that a name is in: it is what a start of authority is about. A name of a network that is
-    /// asked for without our domain has the one above it.
+    /// Returns the local domain of a name, which owns the SOA record. For a name of a network without ovl's
+    /// domain, it is the name above.
     pub(crate) fn apex(&self, name: &Name) -> Name {
         let cluster = self.cluster.as_ref().map(|cluster| &cluster.domain);
         let mut domains = cluster.into_iter().chain(&self.domain);
-        let found = domains.find(|domain| name.before(domain).is_some());
+        let found = domains.find(|domain| name.strip_suffix(domain).is_some());
         let above = || name.labels().next().and_then(|label| name.as_bytes().get(label.len() + 1..));
         found.copied().or_else(|| Name::from_bytes(above()?)).unwrap_or(Name::ROOT)
     }
 
-    /// The full form of a name of a network, for this asker.
-    pub fn full(&self, asker: Asker, network: NetworkKey, name: &Name) -> Option<Name> {
+    /// Returns the full form of a name of a network for a client. `None` if there is no such network or the
+    /// name is too long.
+    pub fn full(&self, client: Client, network: NetworkKey, name: &Name) -> Option<Name> {
         if network == CLUSTER {
             return Some(*name);
         }
-        let qualified = name.with(&self.networks.get(&network)?.label)?;
-        match (asker, &self.domain) {
-            (Asker::Host, Some(domain)) => qualified.with(domain),
+        let qualified = name.join(&self.networks.get(&network)?.label)?;
+        match (client, &self.domain) {
+            (Client::Host, Some(domain)) => qualified.join(domain),
             _ => Some(qualified),
         }
     }

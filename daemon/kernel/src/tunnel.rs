@@ -226,7 +226,7 @@ impl Tunnels {
             Op::DelFlood(_, remote) => engine.delete_flood(name, inner(remote.vtep)?),
             Op::SetSource(_, mac, Source { from, addresses }) => {
                 let addresses = addresses.iter().copied().collect();
-                engine.set_source(name, mac.0, ovl_tunnel::Source { from: inner(*from)?, addresses })?;
+                engine.set_source(name, mac.0, ovl_tunnel::FrameSource { from: inner(*from)?, addresses })?;
             }
             Op::DelSource(_, mac) => engine.delete_source(name, mac.0),
             _ => {}

@@ -1,7 +1,7 @@
 //! Domains with resolvers of their own.
 
 use anyhow::{Context as _, Result, bail};
-use ovl_dns::{Name, Stub};
+use ovl_dns::{Name, StubDomain};
 
 use super::{Config, OWN_DOMAIN, parse_address};
 
@@ -10,10 +10,10 @@ const PORT: u16 = 53;
 /// As many as of a resolv.conf.
 const MAX_SERVERS: usize = 8;
 
-pub(super) fn parse((domain, servers): (&String, &Vec<String>)) -> Result<Stub> {
+pub(super) fn parse((domain, servers): (&String, &Vec<String>)) -> Result<StubDomain> {
     let setting = format!("stub_domains: {domain}");
     let name = Name::parse(domain).filter(|_| domain.is_ascii() && !domain.contains(char::is_whitespace));
-    Ok(Stub {
+    Ok(StubDomain {
         domain: name.with_context(|| format!("{setting} is no DNS name"))?,
         servers: servers.iter().map(|text| parse_address(&setting, text, PORT)).collect::<Result<_>>()?,
     })
@@ -22,8 +22,8 @@ pub(super) fn parse((domain, servers): (&String, &Vec<String>)) -> Result<Stub> 
 /// Whether all of them can be asked.
 pub(super) fn check(config: &Config) -> Result<()> {
     let ours = [config.cluster_domain.as_str(), OWN_DOMAIN].map(Name::parse);
-    for (n, Stub { domain, servers }) in config.stub_domains.iter().enumerate() {
-        if let Some(own) = ours.iter().flatten().find(|own| domain.before(own).is_some()) {
+    for (n, StubDomain { domain, servers }) in config.stub_domains.iter().enumerate() {
+        if let Some(own) = ours.iter().flatten().find(|own| domain.strip_suffix(own).is_some()) {
             bail!("stub_domains: {domain}: nobody else is ever asked for names under {own}");
         }
         if config.stub_domains.iter().take(n).any(|other| other.domain == *domain) {
@@ -58,7 +58,10 @@ mod tests {
         let found =
             stubs("[stub_domains]\n'Corp.Example.' = ['10.0.0.53', '10.0.0.54:5353', 'fd00::53']").unwrap();
         let servers = ["10.0.0.53:53", "10.0.0.54:5353", "[fd00::53]:53"].map(|at| at.parse().unwrap());
-        assert_eq!(found, [Stub { domain: Name::parse("corp.example").unwrap(), servers: servers.into() }]);
+        assert_eq!(
+            found,
+            [StubDomain { domain: Name::parse("corp.example").unwrap(), servers: servers.into() }]
+        );
         for (table, expected) in [
             ("'corp.example' = []", "1 to 8 addresses"),
             ("'corp.example' = ['ns.corp.example']", "host names are not taken here"),

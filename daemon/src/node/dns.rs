@@ -14,7 +14,8 @@ use std::time::Duration;
 use ipnet::IpNet;
 use ovl_control::{DnsAnswer, DnsQuestion, DnsRecord};
 use ovl_dns::{
-    Asker, Engine, Failing, Kind, Listen, Name, Outcome, Place, Records, Role, Standing, Transport, Via, Zone,
+    AnswerOrigin, Client, ClientContext, Engine, FailingServer, Listen, ListenRole, Name, Outcome,
+    RecordType, Records, Resolution, Transport, Zone,
 };
 use ovl_proto::id::NetworkId;
 use ovl_proto::resource::Name as ResourceName;
@@ -54,8 +55,9 @@ impl Names {
         let (v4, v6) = (IpAddr::from(ADDRESS_V4), IpAddr::from(ADDRESS_V6));
         let (cluster4, cluster6) = (IpAddr::from(CLUSTER_V4), IpAddr::from(CLUSTER_V6));
         let endpoints = [(v4, PORT), (v6, PORT), (v4, PORT_DIRECT), (cluster4, PORT), (cluster6, PORT)];
-        let endpoints = endpoints.map(|(address, port)| (SocketAddr::new(address, port), Role::Endpoints));
-        let host = config.dns_listen.iter().map(|address| (*address, Role::Host));
+        let endpoints =
+            endpoints.map(|(address, port)| (SocketAddr::new(address, port), ListenRole::Endpoints));
+        let host = config.dns_listen.iter().map(|address| (*address, ListenRole::Host));
         let listen = endpoints.into_iter().filter(|(at, _)| at.is_ipv4() || has_v6()).chain(host);
         let config = ovl_dns::Config {
             listen: listen.map(|(address, role)| Listen { address, role }).collect(),
@@ -74,7 +76,7 @@ impl Names {
     pub(super) fn problems(&self) -> Vec<Problem> {
         let failing = self.engine.as_ref().map(Engine::failing).unwrap_or_default();
         let lately = failing.iter().filter(|each| each.at.elapsed() < FAILED_LATELY);
-        let sentence = |Failing { server, stub, at }: &Failing| {
+        let sentence = |FailingServer { server, stub, at }: &FailingServer| {
             let whose = stub.map_or_else(String::new, |domain| format!(" of the stub domain {domain}"));
             let ago = at.elapsed().as_secs();
             let sentence = format!(
@@ -135,7 +137,7 @@ impl Node {
         let is_own = |network: NetworkId, address: IpAddr| {
             let me = state.view.me;
             let mut all = state.view.all_with_address(network, address);
-            zone.has_asker(address) || all.any(|placed| placed.node.record.id == me)
+            zone.has_client(address) || all.any(|placed| placed.node.record.id == me)
         };
         let asks = !whole.is_empty()
             || marks.iter().any(|(network, marks)| marks.addresses.iter().any(|at| is_own(*network, *at)));
@@ -167,7 +169,7 @@ impl Node {
             set(&mut zone, state, network, &marks);
         }
         if asks {
-            set_askers(&mut zone, state);
+            set_clients(&mut zone, state);
         }
         if let Some(engine) = &self.names.engine {
             engine.set_zone(zone.clone());
@@ -236,17 +238,17 @@ impl Node {
                 .ok_or_else(|| Failed::invalid(format!("'{}' cannot be a name in DNS", question.name)))?,
         };
         let kind = match address {
-            Some(_) => Kind::PTR,
-            None => Kind::parse(&question.kind)
+            Some(_) => RecordType::PTR,
+            None => RecordType::parse(&question.kind)
                 .ok_or_else(|| Failed::invalid(format!("'{}' is no type of record", question.kind)))?,
         };
         let (asker, from) = match &question.from {
-            None => (Asker::Host, "host".to_owned()),
+            None => (Client::Host, "host".to_owned()),
             Some(endpoint) => {
                 let found = self.own_endpoint_called(endpoint, question.network.as_deref())?;
                 let address = found.addresses.first().map(IpNet::addr);
                 let address = address.ok_or_else(|| Failed::internal("an endpoint without an address"))?;
-                (Asker::At(address), found.name)
+                (Client::Endpoint(address), found.name)
             }
         };
         let zone = self.names.zone.borrow().clone();
@@ -274,10 +276,14 @@ impl Node {
                     Some(domain) => format!("of the stub domain {domain}"),
                     None => format!("in {}", self.config.resolv_conf.display()),
                 };
-                let why = match found.via {
-                    Via::Cache => format!("no name of ovl's; a resolver {of} said so a while ago"),
-                    Via::Server(server) => format!("no name of ovl's; {}, {of}, said so", server.ip()),
-                    Via::Nobody => format!("no name of ovl's; none of the resolvers {of} answered"),
+                let why = match found.origin {
+                    AnswerOrigin::Cache => format!("no name of ovl's; a resolver {of} said so a while ago"),
+                    AnswerOrigin::Server(server) => {
+                        format!("no name of ovl's; {}, {of}, said so", server.ip())
+                    }
+                    AnswerOrigin::Unanswered => {
+                        format!("no name of ovl's; none of the resolvers {of} answered")
+                    }
                 };
                 let stands = alias.map(|name| format!("it stands for {name}: ")).unwrap_or_default();
                 (found.message, stands + &why)
@@ -302,10 +308,10 @@ impl Node {
     }
 
     /// Why the zone answers what it does.
-    fn why(&self, zone: &Zone, asker: Asker, name: &Name) -> String {
+    fn why(&self, zone: &Zone, asker: Client, name: &Name) -> String {
         let state = self.state.borrow();
         match zone.find(asker, name) {
-            Place::Here(found, records) => {
+            Resolution::Found(found, records) => {
                 let Some(network) = state.view.networks.values().find(|n| key(n.network.id) == found) else {
                     return format!("of the cluster, under {}", self.names.domain);
                 };
@@ -320,9 +326,9 @@ impl Node {
                 let of: Vec<String> = of.into_iter().collect();
                 format!("on network {}: {}", network.network.name, of.join(", "))
             }
-            Place::Nowhere => "only ovl would know this name, and nothing is called so".to_owned(),
-            Place::Walked(to) => format!("a search list is walked here, and ends at {to}"),
-            Place::Elsewhere => {
+            Resolution::NotFound => "only ovl would know this name, and nothing is called so".to_owned(),
+            Resolution::SearchPath(to) => format!("a search list is walked here, and ends at {to}"),
+            Resolution::External => {
                 format!("not under {OWN_DOMAIN}: the host asks its own resolvers for other names")
             }
         }
@@ -365,7 +371,7 @@ fn records_of(addresses: BTreeSet<IpAddr>) -> Records {
 }
 
 /// Sets who asks from which address.
-fn set_askers(zone: &mut Zone, state: &State) {
+fn set_clients(zone: &mut Zone, state: &State) {
     let place = |endpoint: &Endpoint| {
         let local = state.endpoints.get(&endpoint.id)?;
         // Whose namespace is not known has it alone.
@@ -375,9 +381,9 @@ fn set_askers(zone: &mut Zone, state: &State) {
     let askers = zone::askers(&state.view, place).into_iter().map(|(address, asker)| {
         let networks = asker.networks.into_iter().map(key).collect();
         let search = Name::parse(&format!("{}.svc", asker.namespace));
-        (address, Standing { networks, search })
+        (address, ClientContext { networks, search })
     });
-    zone.set_askers(askers.collect());
+    zone.set_clients(askers.collect());
 }
 
 /// Sets what there is of these names and addresses now.

@@ -1,11 +1,11 @@
-//! What an engine is told, and what it tells.
+//! The configuration and the state of an engine.
 
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
 use ipnet::IpNet;
 
-/// An X25519 private key (RFC 7748). Nothing shows it.
+/// An X25519 private key (RFC 7748). Its `Debug` output does not show it.
 #[derive(Clone)]
 pub struct PrivateKey(pub [u8; 32]);
 
@@ -15,113 +15,113 @@ impl std::fmt::Debug for PrivateKey {
     }
 }
 
-/// An X25519 public key.
+/// An X25519 public key (RFC 7748).
 pub type PublicKey = [u8; 32];
 
 /// An Ethernet address.
 pub type Mac = [u8; 6];
 
-/// One end of a tunnel.
+/// The configuration of a WireGuard interface.
 #[derive(Debug, Clone)]
 pub struct InterfaceConfig {
-    /// Its private key.
+    /// The private key.
     pub key: PrivateKey,
-    /// The address and port of its UDP socket.
+    /// The address and port of the UDP socket.
     pub listen: SocketAddr,
-    /// The own address inside of the tunnel: what VXLAN packets come from and go to.
+    /// This host's address in the tunnel: the outer address of its VXLAN packets.
     pub address: Ipv6Addr,
-    /// The port of VXLAN packets inside of the tunnel.
+    /// The UDP port of VXLAN packets in the tunnel.
     pub vxlan_port: u16,
 }
 
-/// The other end of a tunnel, as it is wanted.
+/// The configuration of a peer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PeerConfig {
-    /// Where it is, until an authenticated datagram comes from elsewhere.
+    /// The address and port to send to, until an authenticated datagram comes from elsewhere.
     pub endpoint: SocketAddr,
-    /// What it may send from, and what goes to it.
+    /// The allowed IPs: the peer may send from them, and packets for them are sent to it.
     pub allowed: Vec<IpNet>,
 }
 
-/// Who may use a MAC address as source on a switched network.
+/// The filter entry of a source MAC address on a switched network.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Source {
-    /// The tunnel address of the host that it is on.
+pub struct FrameSource {
+    /// The tunnel address of the host that may send from the MAC address.
     pub from: Ipv6Addr,
-    /// The addresses that go with it.
+    /// The IP addresses that may be used with the MAC address.
     pub addresses: Vec<IpAddr>,
 }
 
-/// The other end of a tunnel, as it is.
+/// The state of a peer.
 #[derive(Debug, Clone)]
 pub struct PeerStatus {
-    /// Its public key.
+    /// The public key.
     pub key: PublicKey,
-    /// As it was set.
+    /// The configuration.
     pub config: PeerConfig,
-    /// Where the last authenticated datagram came from.
+    /// The address and port that datagrams are sent to: the source of the last authenticated one.
     pub endpoint: SocketAddr,
-    /// Since the last handshake; none before the first, and where its session has ended.
+    /// The time since the last handshake. `None` before the first handshake and after the session's end.
     pub last_handshake: Option<Duration>,
-    /// Bytes of IP packets sealed for it.
+    /// Bytes of IP packets sent to the peer.
     pub sent: u64,
-    /// Bytes of IP packets opened from it.
+    /// Bytes of IP packets received from the peer.
     pub received: u64,
 }
 
-/// What was dropped, by the reason.
+/// The numbers of dropped packets, by reason.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Drops {
-    /// Datagrams that are not WireGuard's, or that no key opens.
+    /// Datagrams that are not WireGuard messages, or that fail authentication.
     pub unauthenticated: u64,
-    /// Opened, and from an address that is not the sender's; or a frame whose source is not.
+    /// Packets from an address that is not allowed to the peer, and frames whose source the host may not use.
     pub spoofed: u64,
-    /// To an address or a MAC address that nobody has.
+    /// Packets and frames to an address that no peer has.
     pub no_peer: u64,
-    /// The socket or the device did not take it.
+    /// Packets that the socket or the device refused.
     pub full: u64,
 }
 
-/// Everything that an engine was told and holds.
+/// The state of an engine.
 #[derive(Debug, Clone, Default)]
-pub struct State {
-    /// Interfaces by name.
+pub struct EngineState {
+    /// The interfaces, ordered by name.
     pub interfaces: Vec<InterfaceState>,
-    /// Switched networks by the names of their devices.
+    /// The switched networks, ordered by the names of their devices.
     pub taps: Vec<TapState>,
-    /// See [`Drops`].
+    /// The numbers of dropped packets since the engine was created.
     pub drops: Drops,
 }
 
-/// One interface.
+/// The state of an interface.
 #[derive(Debug, Clone)]
 pub struct InterfaceState {
-    /// The TUN device.
+    /// The name of the TUN device.
     pub name: String,
-    /// Of its private key.
+    /// The public key.
     pub public_key: PublicKey,
-    /// See [`InterfaceConfig::listen`].
+    /// The address and port of the UDP socket.
     pub listen: SocketAddr,
-    /// In order of their keys.
+    /// The peers, ordered by public key.
     pub peers: Vec<PeerStatus>,
 }
 
-/// One switched network.
+/// The state of a switched network.
 #[derive(Debug, Clone)]
 pub struct TapState {
-    /// The TAP device.
+    /// The name of the TAP device.
     pub name: String,
     /// The VXLAN network identifier.
     pub vni: u32,
-    /// Where each MAC address is.
+    /// The host behind which each MAC address is.
     pub remotes: Vec<(Mac, Ipv6Addr)>,
-    /// Who gets broadcast and multicast.
+    /// The hosts that get broadcast and multicast frames.
     pub floods: Vec<Ipv6Addr>,
-    /// See [`Source`].
-    pub sources: Vec<(Mac, Source)>,
+    /// The filter entries of source MAC addresses.
+    pub sources: Vec<(Mac, FrameSource)>,
 }
 
-/// The public key that belongs to a private one.
+/// Computes the public key of a private key.
 pub fn public_key(key: &PrivateKey) -> PublicKey {
     use boringtun::x25519::{PublicKey, StaticSecret};
     PublicKey::from(&StaticSecret::from(key.0)).to_bytes()

@@ -1,11 +1,10 @@
 //! The checksum of IP, TCP and UDP (RFC 1071).
 
-/// Adds up bytes as 16-bit words in network order, on top of a sum so far. Bytes that follow must begin
-/// at an even place.
+/// Adds bytes to a sum as 16-bit words in network byte order. If a checksum takes several calls, all but the
+/// last must have an even number of bytes.
 #[inline]
 pub(crate) fn add(sum: u64, bytes: &[u8]) -> u64 {
-    // In the machine's order, four sums at a time: the result is the same but for its byte order (RFC 1071,
-    // section 2B).
+    // Four independent sums in native byte order: swapping the result is enough (RFC 1071, section 2B).
     let (mut a, mut b, mut c, mut d) = (0, 0, 0, 0);
     let (chunks, rest) = bytes.as_chunks::<32>();
     let word = |chunk: &[u8; 32], at: usize| {
@@ -28,7 +27,7 @@ pub(crate) fn add(sum: u64, bytes: &[u8]) -> u64 {
     sum + u64::from(u16::from_be(fold(total)))
 }
 
-/// The sum in 16 bits.
+/// Folds a sum to 16 bits.
 #[inline]
 pub(crate) fn fold(mut sum: u64) -> u16 {
     while sum >> 16 != 0 {
@@ -37,7 +36,7 @@ pub(crate) fn fold(mut sum: u64) -> u16 {
     sum as u16
 }
 
-/// What goes into the header.
+/// Returns the value of a checksum field for a sum.
 pub(crate) fn finish(sum: u64) -> u16 {
     !fold(sum)
 }
@@ -46,21 +45,21 @@ pub(crate) fn finish(sum: u64) -> u16 {
 mod tests {
     use super::*;
 
-    fn slowly(bytes: &[u8]) -> u16 {
+    fn word_by_word(bytes: &[u8]) -> u16 {
         fold(bytes.chunks(2).map(|p| u64::from(p[0]) << 8 | u64::from(*p.get(1).unwrap_or(&0))).sum())
     }
 
     #[test]
-    fn it_is_the_one_of_the_rfc() {
+    fn the_sum_is_that_of_the_rfc() {
         // RFC 1071, section 3.
         assert_eq!(fold(add(0, &[0x00, 0x01, 0xf2, 0x03, 0xf4, 0xf5, 0xf6, 0xf7])), 0xddf2);
     }
 
     #[test]
-    fn every_length_and_content_gives_the_same_as_word_by_word() {
+    fn every_length_gives_the_sum_of_single_words() {
         let bytes: Vec<u8> = (0..3000_u32).map(|n| (n.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
         for length in (0..200).chain([1399, 1400, 2999, 3000]) {
-            assert_eq!(fold(add(0, &bytes[..length])), slowly(&bytes[..length]), "{length}");
+            assert_eq!(fold(add(0, &bytes[..length])), word_by_word(&bytes[..length]), "{length}");
         }
         assert_eq!(fold(add(0, &[0xff; 4096])), 0xffff);
     }

@@ -1,39 +1,47 @@
-//! Cutting: a packet of up to 64 KiB, as TCP hands it to a device with segmentation offload, becomes
-//! packets of the size that the path takes.
+//! Segmentation: divides a packet of up to 64 KiB, as TCP passes it to a device with segmentation offload
+//! (TSO, USO), into packets that fit the path's MTU.
 
 use std::net::IpAddr;
 use std::ops::Range;
 
 use crate::checksum;
-use crate::packet::{ETHERNET, Gso, Ip, TCP, UDP, Vnet, pseudo, put, put_vxlan_length, u16_at, u32_at};
+use crate::packet::{
+    ETHERNET_HEADER, Gso, Ip, TCP, UDP, VnetHeader, pseudo_header_sum, put, put_vxlan_length, u16_at, u32_at,
+};
 
-/// The largest headers that are cut: VXLAN's, Ethernet, IPv6 with options, TCP with all of its.
+/// Room for the headers of a segment, in bytes: VXLAN, Ethernet, IPv6 with extensions, TCP with all options.
 const HEADERS: usize = 512;
 
-/// Why a packet is not passed on.
+/// The headers of a packet contradict each other or its length.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Malformed;
 
-/// A packet in a buffer: `start..end` is what is sealed, with VXLAN's headers if it is a frame.
+/// A packet in a buffer, as a device gave it, that may be too large for the path. `start..end` is to be
+/// sealed, including the VXLAN headers of a frame.
 #[derive(Debug, Clone)]
-pub(crate) struct Whole {
-    /// Where what is sealed begins.
+pub(crate) struct UncutPacket {
+    /// The start of the bytes to seal.
     pub(crate) start: usize,
-    /// Where what the device gave begins: the IP packet, or the frame.
+    /// The start of the IP packet or frame that the device gave.
     pub(crate) given: usize,
     pub(crate) end: usize,
     pub(crate) is_frame: bool,
-    pub(crate) vnet: Vnet,
+    pub(crate) vnet: VnetHeader,
 }
 
-/// Hands out each part. Their headers are written before their payload, over what came before, so a part
-/// must be used before the next one is made; what is after a part must stay.
+/// Passes each segment to `each`. The headers of a segment are written in front of its payload, over the
+/// payload of the one before, so `each` must use a segment at once. It must not change the bytes after the
+/// segment.
+///
+/// # Errors
+///
+/// [`Malformed`] if the headers do not match the packet. No segment was passed then.
 pub(crate) fn cut(
     buffer: &mut [u8],
-    whole: &Whole,
+    packet: &UncutPacket,
     mut each: impl FnMut(&mut [u8], Range<usize>),
 ) -> Result<(), Malformed> {
-    let Whole { start, given, end, is_frame, vnet } = *whole;
+    let UncutPacket { start, given, end, is_frame, vnet } = *packet;
     let transport = given + usize::from(vnet.checksum_start);
     if vnet.gso == Gso::None {
         if vnet.needs_checksum {
@@ -41,9 +49,9 @@ pub(crate) fn cut(
             if place + 2 > end {
                 return Err(Malformed);
             }
-            // The field holds the sum of the pseudo-header.
+            // The kernel has put the sum of the pseudo-header into the field.
             let sum = checksum::add(0, buffer.get(transport..end).ok_or(Malformed)?);
-            // Zero would say that there is none (RFC 768); for TCP the two are the same.
+            // Zero means no checksum in UDP (RFC 768). In TCP zero and 0xffff are equivalent.
             let sum = Some(checksum::finish(sum)).filter(|sum| *sum != 0).unwrap_or(0xffff);
             put(buffer, place, &sum.to_be_bytes());
         }
@@ -51,7 +59,7 @@ pub(crate) fn cut(
         return Ok(());
     }
 
-    let network = given + if is_frame { ETHERNET } else { 0 };
+    let network = given + if is_frame { ETHERNET_HEADER } else { 0 };
     let ip = Ip::parse(buffer.get(network..end).ok_or(Malformed)?).ok_or(Malformed)?;
     let protocol = if vnet.gso == Gso::Udp { UDP } else { TCP };
     let header_end = transport
@@ -73,9 +81,9 @@ pub(crate) fn cut(
     let mut template = [0; HEADERS];
     let headers = header_end - start;
     put(&mut template, 0, buffer.get(start..header_end).ok_or(Malformed)?);
-    // Within the headers.
+    // From here on these are offsets in the template.
     let (network, transport) = (network - start, transport - start);
-    let sum = pseudo(ip.source, ip.destination, protocol);
+    let sum = pseudo_header_sum(ip.source, ip.destination, protocol);
     let sequence = u32_at(&template, transport + 4).ok_or(Malformed)?;
     let identification = u16_at(&template, network + 4).ok_or(Malformed)?;
     let parts = payload.div_ceil(size).max(1);
@@ -109,7 +117,7 @@ pub(crate) fn cut(
             _ => {
                 put(header, transport + 4, &sequence.wrapping_add((part * size) as u32).to_be_bytes());
                 let flags = &mut header[transport + 13];
-                // FIN and PSH belong to the last, CWR to the first.
+                // FIN and PSH belong to the last segment, CWR to the first.
                 if part + 1 < parts {
                     *flags &= !0x09;
                 }

@@ -1,49 +1,184 @@
-//! The engine's control side: what there is, and the threads that serve it.
+//! The control side of the engine: its interfaces and switched networks, and the threads that serve them.
 
 use std::collections::BTreeMap;
 use std::io;
 use std::net::Ipv6Addr;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
-use std::thread::{Builder, JoinHandle};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::available_parallelism;
 
 use crate::api::{
-    InterfaceConfig, InterfaceState, Mac, PeerConfig, PublicKey, Source, State, TapState, public_key,
+    EngineState, FrameSource, InterfaceConfig, InterfaceState, Mac, PeerConfig, PublicKey, TapState,
+    public_key,
 };
+use crate::backend::{Backend, DeviceKind};
 use crate::interface::{Interface, run_tap};
-use crate::switch::{Switch, Table, Tap};
-use crate::sys::{self, Kind, interrupt};
+use crate::stop::ThreadGroup;
+use crate::switch::{ForwardingTable, Switch, Tap};
+use crate::sys::Linux;
 
-/// How often sessions are looked after.
-const TICK: Duration = Duration::from_millis(250);
+/// Threads per direction of an interface, on a machine that has as many cores.
+const MAX_THREADS: usize = 4;
 
-/// Interfaces and switched networks. All that it is asked can be repeated, and deleting what is gone
-/// succeeds. Clones are handles of the same engine; with the last one its devices go.
-#[derive(Clone)]
-pub struct Engine(Arc<Shared>);
+/// WireGuard interfaces and switched networks inside this process.
+///
+/// All operations are idempotent, and deleting an object that does not exist succeeds. Clones are handles of
+/// the same engine; dropping the last one ends all threads and deletes all devices.
+///
+/// The type parameter is for tests of the engine without a kernel.
+pub struct Engine<B: Backend = Linux>(Arc<Shared<B>>);
 
-struct Shared {
-    switch: Arc<Switch>,
-    control: Mutex<Control>,
+struct Shared<B: Backend> {
+    backend: B,
+    switch: Arc<Switch<B>>,
+    control: Mutex<Control<B>>,
 }
 
-#[derive(Default)]
-struct Control {
-    interfaces: BTreeMap<String, Served<Interface>>,
-    taps: BTreeMap<String, Served<Tap>>,
-    /// The thread that looks after sessions; it ends with the engine.
-    ticks: bool,
+struct Control<B: Backend> {
+    interfaces: BTreeMap<String, RunningInterface<B>>,
+    taps: BTreeMap<String, RunningTap<B>>,
 }
 
-/// With its threads.
-struct Served<T> {
-    it: Arc<T>,
-    config: Option<InterfaceConfig>,
-    threads: Vec<JoinHandle<()>>,
+/// An interface with its threads. Dropping it ends the threads, closes the sockets and deletes the device.
+struct RunningInterface<B: Backend> {
+    interface: Arc<Interface<B>>,
+    config: InterfaceConfig,
+    /// The threads that read the device, and the one of the timers.
+    device_threads: ThreadGroup,
+    /// The threads that read the sockets.
+    socket_threads: ThreadGroup,
+    /// The queues of the device, one for each pair of threads.
+    devices: Vec<Arc<B::Device>>,
 }
 
-impl std::fmt::Debug for Engine {
+/// A switched network with its thread. Dropping it ends the thread and deletes the device.
+struct RunningTap<B: Backend> {
+    tap: Arc<Tap<B>>,
+    threads: ThreadGroup,
+    switch: Arc<Switch<B>>,
+}
+
+impl<B: Backend> RunningInterface<B> {
+    fn start(name: &str, config: &InterfaceConfig, backend: &B, switch: &Arc<Switch<B>>) -> io::Result<Self> {
+        let queues = available_parallelism().map_or(1, usize::from).min(MAX_THREADS);
+        let sockets = open_sockets(backend, config, queues)?;
+        let devices = backend.open_device(name, DeviceKind::Tun, queues)?;
+        let device_threads = ThreadGroup::new()?;
+        let stop = device_threads.stop_signal();
+        let interface = Arc::new(Interface::new(name, config, sockets.clone(), switch, stop)?);
+        let mut running = Self {
+            interface,
+            config: config.clone(),
+            device_threads,
+            socket_threads: ThreadGroup::new()?,
+            devices: devices.into_iter().map(Arc::new).collect(),
+        };
+        running.spawn_socket_threads(name, sockets)?;
+        for (number, device) in running.devices.iter().enumerate() {
+            let (interface, device) = (Arc::clone(&running.interface), Arc::clone(device));
+            let work = move |stop: &_| interface.run_device(&device, stop);
+            running.device_threads.spawn(format!("{name} tx{number}"), work)?;
+        }
+        let interface = Arc::clone(&running.interface);
+        running.device_threads.spawn(format!("{name} timers"), move |stop| interface.run_timers(stop))?;
+        Ok(running)
+    }
+
+    fn spawn_socket_threads(&mut self, name: &str, sockets: Vec<Arc<B::Socket>>) -> io::Result<()> {
+        for (number, (socket, device)) in sockets.into_iter().zip(&self.devices).enumerate() {
+            let (interface, device) = (Arc::clone(&self.interface), Arc::clone(device));
+            let work = move |stop: &_| interface.run_socket(&socket, &device, stop);
+            self.socket_threads.spawn(format!("{name} rx{number}"), work)?;
+        }
+        Ok(())
+    }
+
+    /// Returns whether the device is there and its threads run.
+    fn is_alive(&self) -> bool {
+        !self.interface.stop.is_set()
+    }
+
+    /// Changes the key and the listen address. The interface keeps its device.
+    fn change(&mut self, name: &str, config: &InterfaceConfig, backend: &B) -> io::Result<()> {
+        if self.config.listen != config.listen {
+            let sockets = open_sockets(backend, config, self.devices.len())?;
+            let threads = ThreadGroup::new()?;
+            self.interface.set_sockets(sockets.clone());
+            // Ends the old threads, and closes the old sockets with them.
+            self.socket_threads = threads;
+            if let Err(error) = self.spawn_socket_threads(name, sockets) {
+                // Without all its threads it counts as gone, and the next call creates it anew.
+                self.interface.stop.set();
+                return Err(error);
+            }
+        }
+        if self.config.key.0 != config.key.0 {
+            self.interface.set_key(config.key.0);
+        }
+        self.config = config.clone();
+        Ok(())
+    }
+}
+
+fn open_sockets<B: Backend>(
+    backend: &B,
+    config: &InterfaceConfig,
+    count: usize,
+) -> io::Result<Vec<Arc<B::Socket>>> {
+    Ok(backend.open_sockets(config.listen, count)?.into_iter().map(Arc::new).collect())
+}
+
+impl<B: Backend> Drop for RunningInterface<B> {
+    fn drop(&mut self) {
+        // First the signal of the device threads: they end while the socket threads are joined.
+        self.interface.stop.set();
+        self.socket_threads.end();
+        self.device_threads.end();
+        self.interface.close();
+    }
+}
+
+impl<B: Backend> RunningTap<B> {
+    fn start(name: &str, vni: u32, backend: &B, switch: &Arc<Switch<B>>) -> io::Result<Self> {
+        let device = backend.open_device(name, DeviceKind::Tap, 1)?.pop().ok_or(io::ErrorKind::NotFound)?;
+        let device = Arc::new(device);
+        let threads = ThreadGroup::new()?;
+        let stop = Arc::clone(threads.stop_signal());
+        let tap = Arc::new(Tap::new(name, vni, Arc::clone(&device), stop));
+        let mut running = Self { tap, threads, switch: Arc::clone(switch) };
+        let (tap, switch) = (Arc::clone(&running.tap), Arc::clone(switch));
+        running.threads.spawn(name.to_owned(), move |stop| run_tap(&tap, &device, &switch, stop))?;
+        running.switch.put_tap(&running.tap);
+        Ok(running)
+    }
+
+    fn is_alive(&self) -> bool {
+        !self.tap.stop.is_set()
+    }
+}
+
+impl<B: Backend> Drop for RunningTap<B> {
+    fn drop(&mut self) {
+        self.switch.remove_tap(self.tap.vni);
+        self.threads.end();
+        self.tap.close();
+    }
+}
+
+impl<B: Backend> Drop for Shared<B> {
+    fn drop(&mut self) {
+        let control = self.control.get_mut().unwrap_or_else(PoisonError::into_inner);
+        control.interfaces.clear();
+        control.taps.clear();
+    }
+}
+
+impl<B: Backend> Clone for Engine<B> {
+    fn clone(&self) -> Self {
+        Self(Arc::clone(&self.0))
+    }
+}
+
+impl<B: Backend> std::fmt::Debug for Engine<B> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str("Engine(..)")
     }
@@ -55,238 +190,197 @@ impl Default for Engine {
     }
 }
 
-impl Drop for Shared {
-    fn drop(&mut self) {
-        let control = self.control.get_mut().unwrap_or_else(PoisonError::into_inner);
-        // The interfaces' threads hold networks, and not the other way round.
-        for (_, served) in std::mem::take(&mut control.interfaces) {
-            end_interface(served);
-        }
-        for (_, served) in std::mem::take(&mut control.taps) {
-            self.switch.remove_tap(served.it.vni);
-            end(served, |tap| &tap.stopped);
-        }
-    }
-}
-
-/// Stops its threads and waits until nobody has it any more: then its device and socket are free.
-fn end<T>(served: Served<T>, stopped: impl Fn(&T) -> &AtomicBool) {
-    stopped(&served.it).store(true, Ordering::Relaxed);
-    served.threads.into_iter().for_each(interrupt::join);
-    // Others hold it for a packet, or a round of the timers.
-    while Arc::strong_count(&served.it) > 1 {
-        std::thread::sleep(Duration::from_millis(1));
-    }
-}
-
-fn end_interface(served: Served<Interface>) {
-    end(served, |interface| &interface.stopped);
-}
-
-fn start(name: String, work: impl FnOnce() + Send + 'static) -> io::Result<JoinHandle<()>> {
-    Builder::new().name(name).spawn(work)
-}
-
 impl Engine {
-    /// One without anything.
+    /// Creates an engine without interfaces and networks.
     pub fn new() -> Self {
-        Self(Arc::new(Shared { switch: Arc::default(), control: Mutex::default() }))
+        Self::with_backend(Linux)
+    }
+}
+
+impl<B: Backend> Engine<B> {
+    pub(crate) fn with_backend(backend: B) -> Self {
+        let control = Control { interfaces: BTreeMap::new(), taps: BTreeMap::new() };
+        Self(Arc::new(Shared { backend, switch: Arc::default(), control: Mutex::new(control) }))
     }
 
-    fn control(&self) -> MutexGuard<'_, Control> {
+    fn control(&self) -> MutexGuard<'_, Control<B>> {
         self.0.control.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Makes a TUN device of this name (in the network namespace of the calling thread, administratively
-    /// down) and a socket, and serves them. One that is there gets another key, address or port; with
-    /// another key, its sessions end.
+    /// Creates an interface: a TUN device (in the network namespace of the calling thread, administratively
+    /// down) and a socket. An existing interface gets the new key, address or port; with another key, its
+    /// sessions end.
+    ///
+    /// # Errors
+    ///
+    /// [`io::ErrorKind::AddrInUse`] if another program has the port, and what the kernel reports.
     pub fn set_interface(&self, name: &str, config: &InterfaceConfig) -> io::Result<()> {
         let mut control = self.control();
-        let there = control.interfaces.get_mut(name);
-        if let Some(served) = there
-            && let Some(old) = served.config.clone()
-            && !served.it.stopped.load(Ordering::Relaxed)
-            && (old.address, old.vxlan_port) == (config.address, config.vxlan_port)
+        if let Some(running) = control.interfaces.get_mut(name)
+            && running.is_alive()
+            && (running.config.address, running.config.vxlan_port) == (config.address, config.vxlan_port)
         {
-            if old.listen != config.listen {
-                let sockets = served.it.listen_at(config.listen)?;
-                let threads = served.threads.iter().collect::<Vec<_>>();
-                sockets.iter().for_each(|socket| release(socket, 1, &threads));
-            }
-            if old.key.0 != config.key.0 {
-                served.it.set_key(config.key.0);
-            }
-            served.config = Some(config.clone());
-            return Ok(());
+            return running.change(name, config, &self.0.backend);
         }
-        // What is left of one whose device is gone.
+        // An interface whose device is gone, or whose inner address changes, is created anew with its peers.
         let old = control.interfaces.remove(name);
-        let peers = old.as_ref().map(|served| served.it.peers().status()).unwrap_or_default();
-        old.into_iter().for_each(end_interface);
-        let interface = Arc::new(Interface::open(name, config, &self.0.switch)?);
-        let mut served =
-            Served { it: Arc::clone(&interface), config: Some(config.clone()), threads: Vec::new() };
-        type Work = fn(&Interface, usize);
-        let both = [("tx", Interface::run_device as Work), ("rx", Interface::run_socket)];
-        for (number, (what, work)) in (0..interface.threads()).flat_map(|n| both.map(|it| (n, it))) {
-            let it = Arc::clone(&interface);
-            match start(format!("{name} {what}{number}"), move || work(&it, number)) {
-                Ok(thread) => served.threads.push(thread),
-                Err(error) => {
-                    end_interface(served);
-                    return Err(error);
-                }
-            }
-        }
+        let peers = old.as_ref().map(|old| old.interface.peers().status()).unwrap_or_default();
+        drop(old);
+        let running = RunningInterface::start(name, config, &self.0.backend, &self.0.switch)?;
         for peer in peers {
-            interface.set_peer(peer.key, &peer.config);
+            running.interface.set_peer(peer.key, &peer.config);
         }
-        control.interfaces.insert(name.to_owned(), served);
-        if !control.ticks {
-            let shared = Arc::downgrade(&self.0);
-            start("tunnel timers".to_owned(), move || tick(&shared))?;
-            control.ticks = true;
-        }
+        control.interfaces.insert(name.to_owned(), running);
         Ok(())
     }
 
-    /// Ends it; its device goes.
+    /// Deletes an interface and its device.
     pub fn delete_interface(&self, name: &str) {
-        let served = self.control().interfaces.remove(name);
-        served.into_iter().for_each(end_interface);
+        self.control().interfaces.remove(name);
     }
 
-    fn interface(&self, name: &str) -> io::Result<Arc<Interface>> {
+    pub(crate) fn interface(&self, name: &str) -> io::Result<Arc<Interface<B>>> {
         let control = self.control();
-        let found = control.interfaces.get(name).map(|served| Arc::clone(&served.it));
-        found.ok_or_else(|| io::ErrorKind::NotFound.into())
+        let running = control.interfaces.get(name).ok_or_else(|| not_found("interface", name))?;
+        Ok(Arc::clone(&running.interface))
     }
 
-    /// Sets the other end. Its sessions stay as long as its key does.
+    /// Adds or changes a peer. An existing peer keeps its session.
     ///
-    /// Fails with [`io::ErrorKind::NotFound`] where there is no such interface.
+    /// # Errors
+    ///
+    /// [`io::ErrorKind::NotFound`] if there is no such interface.
     pub fn set_peer(&self, interface: &str, key: PublicKey, config: &PeerConfig) -> io::Result<()> {
         self.interface(interface).map(|interface| interface.set_peer(key, config))
     }
 
-    /// Its sessions end at once.
+    /// Deletes a peer. Its session ends at once.
     pub fn delete_peer(&self, interface: &str, key: PublicKey) {
         if let Ok(interface) = self.interface(interface) {
             interface.delete_peer(&key);
         }
     }
 
-    /// By which interface a host's tunnel address is reached; without one, frames to it are dropped.
+    /// Sets the interface by which the tunnel address of a host is reached. Frames to a host without a path
+    /// are dropped.
     ///
-    /// Fails with [`io::ErrorKind::NotFound`] where there is no such interface.
+    /// # Errors
+    ///
+    /// [`io::ErrorKind::NotFound`] if there is no such interface.
     pub fn set_path(&self, to: Ipv6Addr, interface: &str) -> io::Result<()> {
         self.0.switch.put_path(to, &self.interface(interface)?);
         Ok(())
     }
 
-    /// No way leads there any more.
+    /// Deletes the path to the tunnel address of a host.
     pub fn delete_path(&self, to: Ipv6Addr) {
         self.0.switch.remove_path(to);
     }
 
-    /// Makes a TAP device of this name, administratively down, and serves it.
+    /// Creates a switched network: a TAP device (in the network namespace of the calling thread,
+    /// administratively down) whose frames travel with this VXLAN network identifier.
     ///
-    /// Fails with [`io::ErrorKind::AlreadyExists`] where the network identifier belongs to another.
+    /// # Errors
+    ///
+    /// [`io::ErrorKind::AlreadyExists`] if another network has the identifier, and what the kernel reports.
     pub fn add_tap(&self, name: &str, vni: u32) -> io::Result<()> {
-        let control = self.control();
-        if let Some(served) = control.taps.get(name)
-            && served.it.vni == vni
-            && !served.it.stopped.load(Ordering::Relaxed)
-        {
+        let mut control = self.control();
+        if control.taps.get(name).is_some_and(|running| running.tap.vni == vni && running.is_alive()) {
             return Ok(());
         }
-        if control.taps.iter().any(|(other, served)| other != name && served.it.vni == vni) {
-            return Err(io::ErrorKind::AlreadyExists.into());
+        if let Some((other, _)) =
+            control.taps.iter().find(|(other, running)| *other != name && running.tap.vni == vni)
+        {
+            let error = format!("network {name}: VNI {vni} is in use by network {other}");
+            return Err(io::Error::new(io::ErrorKind::AlreadyExists, error));
         }
-        drop(control);
-        self.delete_tap(name);
-        let mut control = self.control();
-        let file = sys::open_device(name, Kind::Tap, 1)?.pop().ok_or(io::ErrorKind::NotFound)?;
-        let tap = Arc::new(Tap::new(name, vni, file));
-        let (it, switch) = (Arc::clone(&tap), Arc::clone(&self.0.switch));
-        let thread = start(name.to_owned(), move || run_tap(&it, &switch))?;
-        self.0.switch.put_tap(&tap);
-        control.taps.insert(name.to_owned(), Served { it: tap, config: None, threads: vec![thread] });
+        control.taps.remove(name);
+        let running = RunningTap::start(name, vni, &self.0.backend, &self.0.switch)?;
+        control.taps.insert(name.to_owned(), running);
         Ok(())
     }
 
-    /// Ends it; its device goes.
+    /// Deletes a switched network and its device.
     pub fn delete_tap(&self, name: &str) {
-        let mut control = self.control();
-        if let Some(served) = control.taps.remove(name) {
-            self.0.switch.remove_tap(served.it.vni);
-            served.it.stopped.store(true, Ordering::Relaxed);
-            // Receiving threads may hold it, and its own thread does.
-            let receivers = control.interfaces.values().flat_map(|served| &served.threads);
-            release(&served.it, 2, &receivers.collect::<Vec<_>>());
-            end(served, |tap| &tap.stopped);
-        }
+        self.control().taps.remove(name);
     }
 
-    fn change(&self, name: &str, change: impl FnOnce(&mut Table)) -> io::Result<()> {
+    fn change_table(&self, tap: &str, change: impl FnOnce(&mut ForwardingTable)) -> io::Result<()> {
         let control = self.control();
-        let served = control.taps.get(name).ok_or(io::ErrorKind::NotFound)?;
-        served.it.change(change);
+        let running = control.taps.get(tap).ok_or_else(|| not_found("network", tap))?;
+        running.tap.change(change);
         Ok(())
     }
 
-    /// Frames for a MAC address go to this host.
+    /// Sets the host to which frames for a MAC address are sent.
+    ///
+    /// # Errors
+    ///
+    /// [`io::ErrorKind::NotFound`] if there is no such network.
     pub fn set_remote(&self, tap: &str, mac: Mac, to: Ipv6Addr) -> io::Result<()> {
-        self.change(tap, |table| _ = table.remotes.insert(mac, to))
+        self.change_table(tap, |table| _ = table.remotes.insert(mac, to))
     }
 
-    /// No more.
+    /// Deletes the forwarding entry of a MAC address.
     pub fn delete_remote(&self, tap: &str, mac: Mac) {
-        let _ = self.change(tap, |table| _ = table.remotes.remove(&mac));
+        let _ = self.change_table(tap, |table| _ = table.remotes.remove(&mac));
     }
 
-    /// Broadcast and multicast go to this host too.
+    /// Adds a host to which broadcast and multicast frames are sent.
+    ///
+    /// # Errors
+    ///
+    /// [`io::ErrorKind::NotFound`] if there is no such network.
     pub fn add_flood(&self, tap: &str, to: Ipv6Addr) -> io::Result<()> {
-        self.change(tap, |table| _ = table.floods.insert(to))
+        self.change_table(tap, |table| _ = table.floods.insert(to))
     }
 
-    /// No more.
+    /// Deletes a host to which broadcast and multicast frames are sent.
     pub fn delete_flood(&self, tap: &str, to: Ipv6Addr) {
-        let _ = self.change(tap, |table| _ = table.floods.remove(&to));
+        let _ = self.change_table(tap, |table| _ = table.floods.remove(&to));
     }
 
-    /// Frames from this MAC address are taken, if they are what `source` says. Without one they are not.
-    pub fn set_source(&self, tap: &str, mac: Mac, source: Source) -> io::Result<()> {
-        self.change(tap, |table| drop(table.sources.insert(mac, source)))
+    /// Accepts frames from a MAC address, if they match `source`. Without an entry they are dropped.
+    ///
+    /// # Errors
+    ///
+    /// [`io::ErrorKind::NotFound`] if there is no such network.
+    pub fn set_source(&self, tap: &str, mac: Mac, source: FrameSource) -> io::Result<()> {
+        self.change_table(tap, |table| drop(table.sources.insert(mac, source)))
     }
 
-    /// No more.
+    /// Drops frames from a MAC address from now on.
     pub fn delete_source(&self, tap: &str, mac: Mac) {
-        let _ = self.change(tap, |table| drop(table.sources.remove(&mac)));
+        let _ = self.change_table(tap, |table| drop(table.sources.remove(&mac)));
     }
 
-    /// All of it, to be compared with what is wanted and to be shown. What lost its device is left out.
-    pub fn state(&self) -> State {
+    /// Returns the interfaces and networks whose devices exist, and the counters of dropped packets.
+    pub fn state(&self) -> EngineState {
         let control = self.control();
-        let interfaces = control.interfaces.iter().filter_map(|(name, served)| {
-            let config = served.config.as_ref()?;
-            (!served.it.stopped.load(Ordering::Relaxed)).then(|| InterfaceState {
-                name: name.clone(),
-                public_key: public_key(&config.key),
-                listen: config.listen,
-                peers: served.it.peers().status(),
-            })
-        });
-        let taps = control.taps.iter().filter(|(_, served)| !served.it.stopped.load(Ordering::Relaxed));
-        State {
-            interfaces: interfaces.collect(),
-            taps: taps.map(|(_, served)| tap_state(&served.it)).collect(),
+        let interfaces = control.interfaces.iter().filter(|(_, running)| running.is_alive());
+        let taps = control.taps.values().filter(|running| running.is_alive());
+        EngineState {
+            interfaces: interfaces.map(|(name, running)| interface_state(name, running)).collect(),
+            taps: taps.map(|running| tap_state(&running.tap)).collect(),
             drops: self.0.switch.counters.read(),
         }
     }
 }
 
-fn tap_state(tap: &Tap) -> TapState {
+fn not_found(kind: &str, name: &str) -> io::Error {
+    io::Error::new(io::ErrorKind::NotFound, format!("no {kind} {name} in the tunnel engine"))
+}
+
+fn interface_state<B: Backend>(name: &str, running: &RunningInterface<B>) -> InterfaceState {
+    InterfaceState {
+        name: name.to_owned(),
+        public_key: public_key(&running.config.key),
+        listen: running.config.listen,
+        peers: running.interface.peers().status(),
+    }
+}
+
+fn tap_state<B: Backend>(tap: &Tap<B>) -> TapState {
     let table = tap.table();
     TapState {
         name: tap.name.clone(),
@@ -294,26 +388,5 @@ fn tap_state(tap: &Tap) -> TapState {
         remotes: table.remotes.iter().map(|(mac, to)| (*mac, *to)).collect(),
         floods: table.floods.iter().copied().collect(),
         sources: table.sources.iter().map(|(mac, source)| (*mac, source.clone())).collect(),
-    }
-}
-
-/// Until only so many hold it as are left when these threads, which let go of it when they are interrupted,
-/// do not.
-fn release<T>(it: &Arc<T>, left: usize, threads: &[&JoinHandle<()>]) {
-    while Arc::strong_count(it) > left && threads.iter().any(|thread| !thread.is_finished()) {
-        threads.iter().copied().for_each(interrupt::wake);
-        std::thread::sleep(Duration::from_millis(1));
-    }
-}
-
-fn tick(shared: &Weak<Shared>) {
-    loop {
-        std::thread::sleep(TICK);
-        let Some(shared) = shared.upgrade() else { return };
-        let interfaces: Vec<Arc<Interface>> = {
-            let control = shared.control.lock().unwrap_or_else(PoisonError::into_inner);
-            control.interfaces.values().map(|served| Arc::clone(&served.it)).collect()
-        };
-        interfaces.iter().for_each(|interface| interface.tick());
     }
 }

@@ -1,136 +1,131 @@
-//! One end of a tunnel: a TUN device, a socket and the peers behind it, and the threads that carry packets
-//! between the two.
+//! A WireGuard interface: a TUN device, UDP sockets and peers, and the threads that carry packets between
+//! them.
 
-use std::fs::File;
 use std::io;
-use std::net::{IpAddr, Ipv6Addr, SocketAddr, UdpSocket};
-use std::ops::Range;
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::ops::{Deref, Range};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, RwLock};
-use std::thread::available_parallelism;
+use std::time::Duration;
 
 use boringtun::noise::handshake::parse_handshake_anon;
 use boringtun::noise::rate_limiter::RateLimiter;
 use boringtun::noise::{Packet, Tunn, TunnResult};
-use boringtun::x25519::{PublicKey as Public, StaticSecret};
+use boringtun::x25519::{PublicKey as X25519PublicKey, StaticSecret};
+use ovl_udp::Received;
 
 use crate::api::{InterfaceConfig, PeerConfig, PublicKey};
-use crate::cut::{Whole, cut};
+use crate::backend::{Backend, Device, Socket};
+use crate::cut::{UncutPacket, cut};
 use crate::join::Joiner;
-use crate::packet::{Inner, Ip, VXLAN, Vnet, put_vxlan};
-use crate::peers::{Peer, Peers, Session};
-use crate::switch::{Counters, Device, Switch, Tap, reading, writing};
-use crate::sys::{self, Kind, Received, Receiver, VNET};
+use crate::packet::{Ip, VXLAN_HEADERS, VnetHeader, VxlanFrame, put_vxlan};
+use crate::peers::{PeerTable, Session, WireguardPeer};
+use crate::stop::StopSignal;
+use crate::switch::{Counters, DeviceOutput, Switch, Tap, TapOutput, reading, writing};
+use crate::sys::VNET_HEADER;
 
-/// What WireGuard puts around a packet: a header of 16 bytes and a tag of 16.
+/// What WireGuard adds to a packet, in bytes: a header of 16 and a tag of 16.
 const OVERHEAD: usize = 32;
-/// Its first byte tells a message with data from the three kinds of a handshake.
+/// The first byte of a transport data message (WireGuard paper, section 5.4.6).
 const DATA: u8 = 4;
-/// The largest message of a handshake.
+/// The largest handshake message, in bytes.
 const HANDSHAKE: usize = 148;
-/// Handshakes begun by others that are answered in a second before they have to prove their address. The
-/// limiter sees each of them twice: here, and in the session that it is for.
-const HANDSHAKES: u64 = 2 * 500;
-/// Packets that waited for a session and are sent at once when there is one.
-const WAITING: usize = 256;
+/// Handshake initiations that are answered per second before initiators have to prove their address with a
+/// cookie. The limiter counts each of them twice: here, and in the session that it belongs to.
+const HANDSHAKES_PER_SECOND: u64 = 2 * 500;
+/// Packets that wait for a session and are sent at once when it is established.
+const MAX_QUEUED: usize = 256;
 
-/// Before a packet in a buffer: the device's header, or those of VXLAN.
-const HEAD: usize = 64;
-/// The largest packet of a device.
-const PACKET: usize = 65_536;
-/// After it, for padding.
-const TAIL: usize = 16;
-/// A super-packet, sealed: segments of 200 bytes still fit.
+/// Room in front of a packet, in bytes: for the device's header, or for the headers of VXLAN.
+const HEADROOM: usize = 64;
+/// The largest packet of a device, in bytes.
+const MAX_PACKET: usize = 65_536;
+/// Room for padding after a packet, in bytes.
+const TAILROOM: usize = 16;
+/// Room for the sealed segments of a super-packet, in bytes: enough for segments of 200 bytes.
 const SEALED: usize = 96 * 1024;
-/// What one call sends: so many datagrams, in a UDP packet's length of 16 bits (udp(7)).
+/// Datagrams that one call sends at most (udp(7)).
 const MAX_SEGMENTS: usize = 64;
+/// Bytes that one call sends at most: a UDP length has 16 bits.
 const MAX_DATAGRAM: usize = 65_487;
+/// Room for opened packets that wait to be joined, in bytes.
+const OPENED: usize = 4 * MAX_PACKET;
 
-/// Threads in each direction, where the machine has as many cores.
-const THREADS: usize = 4;
+/// How often the timers of sessions are checked.
+const TICK: Duration = Duration::from_millis(250);
 
-/// Joined datagrams that are received at once.
-const SLOTS: usize = 64;
-/// Opened packets that wait to be joined.
-const OPENED: usize = 4 * PACKET;
-
-/// Who this end is.
+/// The private key of an interface and what depends on it.
 struct Identity {
     secret: StaticSecret,
-    public: Public,
+    public: X25519PublicKey,
     limiter: Arc<RateLimiter>,
 }
 
 impl Identity {
     fn new(key: [u8; 32]) -> Self {
         let secret = StaticSecret::from(key);
-        let public = Public::from(&secret);
-        Self { secret, public, limiter: Arc::new(RateLimiter::new(&public, HANDSHAKES)) }
+        let public = X25519PublicKey::from(&secret);
+        Self { secret, public, limiter: Arc::new(RateLimiter::new(&public, HANDSHAKES_PER_SECOND)) }
     }
 }
 
-/// One end of a tunnel.
-pub(crate) struct Interface {
-    pub(crate) name: String,
+/// A WireGuard interface, as its threads share it.
+pub(crate) struct Interface<B: Backend> {
+    name: String,
     address: Ipv6Addr,
     vxlan_port: u16,
-    /// The queues of the device, one for each pair of threads.
-    files: Vec<File>,
     identity: RwLock<Identity>,
-    /// As many.
-    sockets: RwLock<Vec<Arc<UdpSocket>>>,
-    peers: RwLock<Peers>,
-    switch: Arc<Switch>,
-    /// The device's, as it was found a moment ago.
+    /// The sockets to send from; none after [`Interface::close`].
+    sockets: RwLock<Vec<Arc<B::Socket>>>,
+    peers: RwLock<PeerTable>,
+    switch: Arc<Switch<B>>,
+    /// The MTU of the device in bytes, as the last tick found it.
     mtu: AtomicUsize,
-    /// The kernel cuts what we send.
-    cuts: AtomicBool,
-    pub(crate) stopped: AtomicBool,
+    /// The kernel divides datagrams (`UDP_SEGMENT`).
+    has_segmentation: AtomicBool,
+    /// Set when the device is gone, or when the interface is about to be deleted.
+    pub(crate) stop: Arc<StopSignal>,
 }
 
-impl Interface {
-    /// Makes the device and the socket.
-    pub(crate) fn open(name: &str, config: &InterfaceConfig, switch: &Arc<Switch>) -> io::Result<Self> {
-        let threads = available_parallelism().map_or(1, usize::from).min(THREADS);
-        let sockets = sys::open_sockets(config.listen, threads)?;
-        let files = sys::open_device(name, Kind::Tun, threads)?;
-        let mtu = sys::mtu(name, sockets.first().ok_or(io::ErrorKind::NotFound)?)?;
+impl<B: Backend> Interface<B> {
+    pub(crate) fn new(
+        name: &str,
+        config: &InterfaceConfig,
+        sockets: Vec<Arc<B::Socket>>,
+        switch: &Arc<Switch<B>>,
+        stop: &Arc<StopSignal>,
+    ) -> io::Result<Self> {
+        let mtu = sockets.first().ok_or(io::ErrorKind::NotFound)?.device_mtu(name)?;
         Ok(Self {
             name: name.to_owned(),
             address: config.address,
             vxlan_port: config.vxlan_port,
-            files,
             identity: RwLock::new(Identity::new(config.key.0)),
             sockets: RwLock::new(sockets),
             peers: RwLock::default(),
             switch: Arc::clone(switch),
             mtu: AtomicUsize::new(mtu),
-            cuts: AtomicBool::new(true),
-            stopped: AtomicBool::new(false),
+            has_segmentation: AtomicBool::new(true),
+            stop: Arc::clone(stop),
         })
     }
 
-    /// How many threads serve it in each direction.
-    pub(crate) fn threads(&self) -> usize {
-        self.files.len()
-    }
-
-    pub(crate) fn peers(&self) -> impl std::ops::Deref<Target = Peers> + '_ {
+    pub(crate) fn peers(&self) -> impl Deref<Target = PeerTable> + '_ {
         reading(&self.peers)
     }
 
-    fn socket(&self, thread: usize) -> Option<Arc<UdpSocket>> {
-        reading(&self.sockets).get(thread).cloned()
+    /// Sends from other sockets from now on. Waits until no thread sends from the old ones.
+    pub(crate) fn set_sockets(&self, sockets: Vec<Arc<B::Socket>>) {
+        *writing(&self.sockets) = sockets;
+        self.has_segmentation.store(true, Ordering::Relaxed);
     }
 
-    /// Other sockets; gives the old ones, which are closed when the receiving threads have let go of them.
-    pub(crate) fn listen_at(&self, listen: SocketAddr) -> io::Result<Vec<Arc<UdpSocket>>> {
-        let sockets = sys::open_sockets(listen, self.threads())?;
-        self.cuts.store(true, Ordering::Relaxed);
-        Ok(std::mem::replace(&mut *writing(&self.sockets), sockets))
+    /// Lets go of the sockets. Waits until no thread sends from them.
+    pub(crate) fn close(&self) {
+        writing(&self.sockets).clear();
     }
 
-    /// Another key: all sessions are new ones.
+    /// Changes the private key, which ends all sessions and begins new ones.
     pub(crate) fn set_key(&self, key: [u8; 32]) {
         *writing(&self.identity) = Identity::new(key);
         let all: Vec<_> = self.peers().status().into_iter().map(|peer| (peer.key, peer.config)).collect();
@@ -140,8 +135,10 @@ impl Interface {
         }
     }
 
-    /// Adds a peer and says hello to it, or changes one.
+    /// Adds a peer and begins a handshake with it, or changes a peer.
     pub(crate) fn set_peer(&self, key: PublicKey, config: &PeerConfig) {
+        // In this order, as receiving threads take the two locks.
+        let identity = reading(&self.identity);
         let mut peers = writing(&self.peers);
         if let Some(peer) = peers.by_key(&key).cloned() {
             peer.session().endpoint = config.endpoint;
@@ -149,18 +146,22 @@ impl Interface {
             return;
         }
         let slot = peers.free_slot();
-        let identity = reading(&self.identity);
         let limiter = Some(Arc::clone(&identity.limiter));
-        let tunn = Tunn::new(identity.secret.clone(), Public::from(key), None, None, slot, limiter);
-        let peer = Arc::new(Peer::new(key, slot, tunn, config.endpoint));
+        let tunn = Tunn::new(identity.secret.clone(), X25519PublicKey::from(key), None, None, slot, limiter);
+        let peer = Arc::new(WireguardPeer::new(key, slot, tunn, config.endpoint));
         peers.put(&peer, config);
-        drop(peers);
-        // Not with the first packet: after a restart the peer has a session that we know nothing of, and
-        // would go on using it.
+        drop((peers, identity));
+        // At once, not with the first packet: after a restart of ovld the peer still has a session that this
+        // side does not know, and would go on using it.
+        self.initiate_handshake(&peer, false);
+    }
+
+    /// Sends a handshake initiation; `is_forced` also if there is a handshake in flight.
+    pub(crate) fn initiate_handshake(&self, peer: &WireguardPeer, is_forced: bool) {
         let mut message = [0; HANDSHAKE];
         let mut session = peer.session();
         if let TunnResult::WriteToNetwork(message) =
-            session.tunn.format_handshake_initiation(&mut message, false)
+            session.tunn.format_handshake_initiation(&mut message, is_forced)
         {
             self.send_one(session.endpoint, message);
         }
@@ -170,10 +171,18 @@ impl Interface {
         writing(&self.peers).remove(key);
     }
 
-    /// What time makes necessary: new handshakes, the end of old sessions. Several times a second.
-    pub(crate) fn tick(&self) {
+    /// Checks the timers of all sessions until told to end.
+    pub(crate) fn run_timers(&self, stop: &StopSignal) {
+        while stop.sleep(TICK) {
+            self.tick();
+        }
+    }
+
+    /// Begins handshakes that are due, ends expired sessions, and reads the device's MTU.
+    fn tick(&self) {
         reading(&self.identity).limiter.reset_count();
-        if let Some(mtu) = self.socket(0).and_then(|socket| sys::mtu(&self.name, &socket).ok()) {
+        let mtu = reading(&self.sockets).first().and_then(|socket| socket.device_mtu(&self.name).ok());
+        if let Some(mtu) = mtu {
             self.mtu.store(mtu, Ordering::Relaxed);
         }
         let mut message = [0; HANDSHAKE];
@@ -185,105 +194,135 @@ impl Interface {
         }
     }
 
+    /// Sends datagrams, and waits for room in the socket's buffer.
+    fn transmit(&self, socket: &B::Socket, to: SocketAddr, bytes: &[u8], size: usize) -> io::Result<()> {
+        loop {
+            match socket.send(to, bytes, size) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    if !self.stop.wait_writable(socket) {
+                        return Err(error);
+                    }
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                sent => return sent,
+            }
+        }
+    }
+
     fn send_one(&self, to: SocketAddr, datagram: &[u8]) {
-        let sent = self.socket(0).map(|socket| sys::send(&socket, to, datagram, datagram.len()));
-        if !matches!(sent, Some(Ok(_))) {
+        let sockets = reading(&self.sockets);
+        let sent = sockets.first().map(|socket| self.transmit(socket, to, datagram, datagram.len()));
+        if !matches!(sent, Some(Ok(()))) {
             Counters::count(&self.switch.counters.full);
         }
     }
 
-    /// Sends datagrams of one size, the last of which may be shorter.
+    /// Sends datagrams of `size` bytes that lie one after the other; the last one may be shorter.
     fn send(&self, to: SocketAddr, datagrams: &[u8], size: usize) {
-        let Some(socket) = self.socket(0) else { return };
+        let sockets = reading(&self.sockets);
+        let Some(socket) = sockets.first() else { return };
+        let transmit = |bytes: &[u8]| {
+            let sent = self.transmit(socket, to, bytes, size);
+            if sent.is_err() {
+                Counters::count(&self.switch.counters.full);
+            }
+        };
         let at_once = size * (MAX_DATAGRAM / size.max(1)).clamp(1, MAX_SEGMENTS);
         for part in datagrams.chunks(at_once.max(1)) {
-            if self.cuts.load(Ordering::Relaxed) {
-                match sys::send(&socket, to, part, size) {
-                    // A network card that computes no checksums: then the kernel does not cut.
+            if self.has_segmentation.load(Ordering::Relaxed) {
+                match self.transmit(socket, to, part, size) {
+                    // The kernel does not divide datagrams for a network device that computes no checksums.
                     Err(error) if error.raw_os_error() == Some(nix::libc::EIO) => {
-                        self.cuts.store(false, Ordering::Relaxed);
+                        self.has_segmentation.store(false, Ordering::Relaxed);
                     }
-                    Ok(_) => continue,
+                    Ok(()) => continue,
                     Err(_) => {
                         Counters::count(&self.switch.counters.full);
                         continue;
                     }
                 }
             }
-            for datagram in part.chunks(size) {
-                self.send_one(to, datagram);
-            }
+            part.chunks(size).for_each(transmit);
         }
     }
 
-    /// From the device to the peers, until told to stop or the device is gone.
-    pub(crate) fn run_device(&self, thread: usize) {
+    /// Carries packets from the device to the peers until told to end or the device is gone.
+    pub(crate) fn run_device(&self, device: &B::Device, stop: &StopSignal) {
         let mut sealer = Sealer::default();
-        let mut buffer = vec![0; HEAD + PACKET + TAIL];
-        let Some(file) = self.files.get(thread) else { return };
-        while let Some((vnet, end)) = next(file, &mut buffer, &self.stopped) {
+        let mut buffer = vec![0; HEADROOM + MAX_PACKET + TAILROOM];
+        while let Some((vnet, end)) = next_packet(device, &mut buffer, stop) {
             let Some(vnet) = vnet else { continue };
-            let packet = buffer.get(HEAD..end).unwrap_or_default();
+            let packet = buffer.get(HEADROOM..end).unwrap_or_default();
             let peer = Ip::parse(packet).and_then(|ip| reading(&self.peers).holder(ip.destination).cloned());
             let Some(peer) = peer else {
                 Counters::count(&self.switch.counters.no_peer);
                 continue;
             };
-            let whole = Whole { start: HEAD, given: HEAD, end, is_frame: false, vnet };
-            sealer.seal(self, &peer, &mut buffer, &whole);
+            let packet = UncutPacket { start: HEADROOM, given: HEADROOM, end, is_frame: false, vnet };
+            sealer.seal(self, &peer, &mut buffer, &packet);
         }
-        self.stopped.store(true, Ordering::Relaxed);
+        stop.set();
     }
 
-    /// From the peers to the devices, until told to stop.
-    pub(crate) fn run_socket(&self, thread: usize) {
-        let mut receiver = Receiver::new(SLOTS);
-        let Some(file) = self.files.get(thread) else { return };
-        let mut opener = Opener::new(self, file);
-        while !self.stopped.load(Ordering::Relaxed) {
-            let Some(socket) = self.socket(thread) else { return };
-            // Interrupted, or told of an error of an earlier datagram: neither is a reason to stop.
-            let _ = receiver.receive(&socket, |received| opener.take(received));
+    /// Carries packets from the peers to the devices until told to end.
+    pub(crate) fn run_socket(&self, socket: &B::Socket, device: &B::Device, stop: &StopSignal) {
+        let mut batch = B::Socket::new_batch();
+        let mut opener = Opener::new(self, device);
+        while !stop.is_set() && !self.stop.is_set() {
+            // An error is that of an earlier datagram, as ICMP reported it: no reason to end.
+            let is_drained = socket.receive(&mut batch, |received| opener.take(received)).unwrap_or(true);
             opener.flush();
+            if is_drained && !stop.wait_readable(socket) {
+                return;
+            }
         }
     }
 }
 
-/// The next packet of a device, at `HEAD`: its header, if we understand it, and its end. None at the end.
-fn next(file: &File, buffer: &mut [u8], stopped: &AtomicBool) -> Option<(Option<Vnet>, usize)> {
-    loop {
-        if stopped.load(Ordering::Relaxed) {
-            return None;
-        }
-        match sys::read(file, buffer.get_mut(HEAD - VNET..HEAD + PACKET)?) {
+/// Reads the next packet of a device to [`HEADROOM`] and returns its header and its end. The header is `None`
+/// if it asks for an unknown kind of segmentation. Returns `None` if the thread must end or the device is
+/// gone.
+fn next_packet(
+    device: &impl Device,
+    buffer: &mut [u8],
+    stop: &StopSignal,
+) -> Option<(Option<VnetHeader>, usize)> {
+    while !stop.is_set() {
+        match device.read(buffer.get_mut(HEADROOM - VNET_HEADER..HEADROOM + MAX_PACKET)?) {
             Ok(length) => {
-                let vnet = buffer.get(HEAD - VNET..HEAD).and_then(Vnet::parse);
-                return Some((vnet, HEAD - VNET + length.max(VNET)));
+                let vnet = buffer.get(HEADROOM - VNET_HEADER..HEADROOM).and_then(VnetHeader::parse);
+                return Some((vnet, HEADROOM - VNET_HEADER + length.max(VNET_HEADER)));
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                if !stop.wait_readable(device) {
+                    return None;
+                }
             }
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) => {
-                tracing::warn!(%error, "a device of the tunnel is gone");
+                tracing::warn!(%error, "tunnel device is gone");
                 return None;
             }
         }
     }
+    None
 }
 
-/// From a switched network to the peers, until told to stop or the device is gone.
-pub(crate) fn run_tap(tap: &Tap, switch: &Switch) {
+/// Carries frames from a switched network to the peers until told to end or the device is gone.
+pub(crate) fn run_tap<B: Backend>(tap: &Tap<B>, device: &B::Device, switch: &Switch<B>, stop: &StopSignal) {
     let mut sealer = Sealer::default();
-    let mut buffer = vec![0; HEAD + PACKET + TAIL];
+    let mut buffer = vec![0; HEADROOM + MAX_PACKET + TAILROOM];
     let mut copy = Vec::new();
     let mut to = Vec::new();
-    while let Some((vnet, end)) = next(&tap.file, &mut buffer, &tap.stopped) {
+    while let Some((vnet, end)) = next_packet(device, &mut buffer, stop) {
         let Some(vnet) = vnet else { continue };
-        tap.table().destinations(buffer.get(HEAD..end).unwrap_or_default(), &mut to);
+        tap.table().destinations(buffer.get(HEADROOM..end).unwrap_or_default(), &mut to);
         if to.is_empty() {
             Counters::count(&switch.counters.no_peer);
         }
         copy.clear();
         if to.len() > 1 {
-            copy.extend_from_slice(buffer.get(HEAD..end).unwrap_or_default());
+            copy.extend_from_slice(buffer.get(HEADROOM..end).unwrap_or_default());
         }
         for host in &to {
             let Some(interface) = switch.path(*host) else {
@@ -295,23 +334,24 @@ pub(crate) fn run_tap(tap: &Tap, switch: &Switch) {
                 Counters::count(&switch.counters.no_peer);
                 continue;
             };
-            // Cutting writes over what it has handed out.
-            if let Some(place) = buffer.get_mut(HEAD..end).filter(|_| !copy.is_empty()) {
+            // Cutting overwrites the parts that it has handed out, so each host after the first needs the
+            // copy.
+            if let Some(place) = buffer.get_mut(HEADROOM..end).filter(|_| !copy.is_empty()) {
                 place.copy_from_slice(&copy);
             }
-            let start = HEAD - VXLAN;
-            if let Some(place) = buffer.get_mut(start..HEAD) {
+            let start = HEADROOM - VXLAN_HEADERS;
+            if let Some(place) = buffer.get_mut(start..HEADROOM) {
                 let ports = (interface.vxlan_port, interface.vxlan_port);
-                put_vxlan(place, interface.address, *host, ports, tap.vni, end - HEAD);
+                put_vxlan(place, interface.address, *host, ports, tap.vni, end - HEADROOM);
             }
-            let whole = Whole { start, given: HEAD, end, is_frame: true, vnet };
-            sealer.seal(&interface, &peer, &mut buffer, &whole);
+            let packet = UncutPacket { start, given: HEADROOM, end, is_frame: true, vnet };
+            sealer.seal(&interface, &peer, &mut buffer, &packet);
         }
     }
-    tap.stopped.store(true, Ordering::Relaxed);
+    stop.set();
 }
 
-/// Seals what a packet is cut into, and sends it with as few calls as can be.
+/// Seals the segments of a packet and sends them with as few calls as possible.
 struct Sealer {
     sealed: Vec<u8>,
 }
@@ -323,31 +363,37 @@ impl Default for Sealer {
 }
 
 impl Sealer {
-    fn seal(&mut self, interface: &Interface, peer: &Peer, buffer: &mut [u8], whole: &Whole) {
+    fn seal<B: Backend>(
+        &mut self,
+        interface: &Interface<B>,
+        peer: &WireguardPeer,
+        buffer: &mut [u8],
+        packet: &UncutPacket,
+    ) {
         let mtu = interface.mtu.load(Ordering::Relaxed);
         let counters = &interface.switch.counters;
         let (mut used, mut size, mut bytes) = (0, 0, 0);
         let mut handshake = None;
-        let result = cut(buffer, whole, |buffer, at| {
+        let result = cut(buffer, packet, |buffer, at| {
             let (packet, restore) = pad(buffer, &at, mtu);
-            // As much as the library asks for; it would panic with less.
+            // boringtun panics if the destination is smaller than this.
             let room = self.sealed.get_mut(used..).filter(|room| room.len() >= HANDSHAKE + packet.len());
-            // For one packet and not for all: the other direction waits by turning round, and not in the
-            // kernel, which costs both more.
+            // Locked for each segment rather than for all of them: then the receiving thread spins for a
+            // moment, and does not sleep in the kernel, which costs both threads more.
             let mut session = peer.session();
-            let Session { tunn, waiting, .. } = &mut *session;
+            let Session { tunn, has_queued, .. } = &mut *session;
             match room.map(|room| tunn.encapsulate(packet, room)) {
                 Some(TunnResult::WriteToNetwork(datagram)) if datagram.first() == Some(&DATA) => {
                     size = size.max(datagram.len());
                     used += datagram.len();
                     bytes += at.len() as u64;
                 }
-                // No session: the packet waits for one, and the first of them asks for it.
+                // No session: boringtun queues the packet, and the first one begins a handshake.
                 Some(TunnResult::WriteToNetwork(message)) => {
-                    *waiting = true;
+                    *has_queued = true;
                     handshake = <[u8; HANDSHAKE]>::try_from(&*message).ok();
                 }
-                Some(TunnResult::Done) => *waiting = true,
+                Some(TunnResult::Done) => *has_queued = true,
                 _ => Counters::count(&counters.full),
             }
             drop(session);
@@ -367,14 +413,14 @@ impl Sealer {
     }
 }
 
-/// What was where padding is now.
-struct Restore {
+/// The bytes that padding has overwritten.
+struct Overwritten {
     from: usize,
     length: usize,
     bytes: [u8; 16],
 }
 
-impl Restore {
+impl Overwritten {
     fn undo(&self, buffer: &mut [u8]) {
         if let Some(place) = buffer.get_mut(self.from..self.from + self.length) {
             place.copy_from_slice(&self.bytes[..self.length]);
@@ -382,38 +428,38 @@ impl Restore {
     }
 }
 
-/// Packets are padded with zeroes to a multiple of 16 bytes, if the path takes it (the WireGuard paper,
-/// section 5.4.6). What comes after a packet may be the payload of the next one.
-fn pad<'a>(buffer: &'a mut [u8], at: &Range<usize>, mtu: usize) -> (&'a [u8], Restore) {
+/// Pads a packet with zeroes to a multiple of 16 bytes, but not beyond the MTU (WireGuard paper, section
+/// 5.4.6). The bytes after a packet may be the payload of the next one, so they are kept to be restored.
+fn pad<'a>(buffer: &'a mut [u8], at: &Range<usize>, mtu: usize) -> (&'a [u8], Overwritten) {
     let padded = at.len().next_multiple_of(16).min(mtu).max(at.len());
-    let mut restore = Restore { from: at.end, length: padded - at.len(), bytes: [0; 16] };
-    if let Some(place) = buffer.get_mut(at.end..at.end + restore.length) {
-        restore.bytes[..place.len()].copy_from_slice(place);
+    let mut overwritten = Overwritten { from: at.end, length: padded - at.len(), bytes: [0; 16] };
+    if let Some(place) = buffer.get_mut(at.end..at.end + overwritten.length) {
+        overwritten.bytes[..place.len()].copy_from_slice(place);
         place.fill(0);
     }
-    (buffer.get(at.start..at.start + padded).unwrap_or_default(), restore)
+    (buffer.get(at.start..at.start + padded).unwrap_or_default(), overwritten)
 }
 
-/// Opens what comes from peers, checks whose it is, and writes it to the devices.
-struct Opener<'a> {
-    interface: &'a Interface,
-    /// The queue of the device that is this thread's.
-    file: &'a File,
+/// Opens the datagrams of peers, checks their sources, and writes their packets to the devices.
+struct Opener<'a, B: Backend> {
+    interface: &'a Interface<B>,
+    /// This thread's queue of the device.
+    device: &'a B::Device,
     opened: Vec<u8>,
     used: usize,
-    /// Packets of one peer that are still to be looked at.
+    /// Opened packets of one peer whose sources are not checked yet.
     packets: Vec<Range<usize>>,
-    /// The last sender, and an address that it may send from: until the next flush nothing is asked twice.
-    last: Option<(Arc<Peer>, Option<IpAddr>)>,
+    /// The last sender, and an address that it may send from. Kept until the next flush, to save lookups.
+    last: Option<(Arc<WireguardPeer>, Option<IpAddr>)>,
     tun: Joiner,
-    taps: Vec<(Arc<Tap>, Joiner)>,
+    taps: Vec<(Arc<Tap<B>>, Joiner)>,
 }
 
-impl<'a> Opener<'a> {
-    fn new(interface: &'a Interface, file: &'a File) -> Self {
+impl<'a, B: Backend> Opener<'a, B> {
+    fn new(interface: &'a Interface<B>, device: &'a B::Device) -> Self {
         Self {
             interface,
-            file,
+            device,
             opened: vec![0; OPENED],
             used: 0,
             packets: Vec::new(),
@@ -423,30 +469,30 @@ impl<'a> Opener<'a> {
         }
     }
 
-    fn device(&self) -> Device<'a> {
-        Device { file: self.file, counters: &self.interface.switch.counters }
+    fn output(&self) -> DeviceOutput<'a, B::Device> {
+        DeviceOutput { device: self.device, counters: &self.interface.switch.counters }
     }
 
-    /// Writes what waits, so that the buffer is free.
+    /// Writes all packets that wait to be joined, which frees the buffer.
     fn flush(&mut self) {
-        let device = self.device();
-        self.tun.flush(&mut self.opened, &device);
+        let output = self.output();
+        self.tun.flush(&mut self.opened, &output);
         let counters = &self.interface.switch.counters;
         for (tap, joiner) in &mut self.taps {
-            joiner.flush(&mut self.opened, &Device { file: &tap.file, counters });
+            joiner.flush(&mut self.opened, &TapOutput { tap, counters });
         }
-        self.taps.retain(|(tap, _)| !tap.stopped.load(Ordering::Relaxed));
+        self.taps.retain(|(tap, _)| !tap.stop.is_set());
         self.used = 0;
         self.last = None;
     }
 
-    /// Datagrams of one sender.
+    /// Handles datagrams of one sender.
     fn take(&mut self, received: Received<'_>) {
         if OPENED - self.used < received.bytes.len() + HANDSHAKE {
             self.flush();
         }
-        let Received { from, bytes, size } = received;
-        let mut datagrams = bytes.chunks(size).peekable();
+        let Received { from, bytes, segment_size, .. } = received;
+        let mut datagrams = bytes.chunks(segment_size).peekable();
         while let Some(datagram) = datagrams.next() {
             let Some(slot) = slot_of_data(datagram) else {
                 self.handshake(from, datagram);
@@ -470,8 +516,8 @@ impl<'a> Opener<'a> {
         }
     }
 
-    /// A message with data.
-    fn open(&mut self, peer: &Peer, from: SocketAddr, datagram: &[u8]) {
+    /// Opens a transport data message.
+    fn open(&mut self, peer: &WireguardPeer, from: SocketAddr, datagram: &[u8]) {
         let Some(room) = self.opened.get_mut(self.used..).filter(|room| room.len() >= datagram.len()) else {
             return;
         };
@@ -482,7 +528,7 @@ impl<'a> Opener<'a> {
                 self.packets.push(self.used..self.used + packet.len());
                 self.used += packet.len();
             }
-            // Without content: it says that the peer is there.
+            // A keepalive.
             TunnResult::Done => {}
             TunnResult::WriteToNetwork(_) => return,
             TunnResult::Err(_) => {
@@ -491,16 +537,16 @@ impl<'a> Opener<'a> {
             }
         }
         session.endpoint = from;
-        if session.waiting {
-            self.send_waiting(&mut session);
+        if session.has_queued {
+            self.send_queued(&mut session);
         }
     }
 
-    /// There is a session: what waited for it goes out.
-    fn send_waiting(&self, session: &mut Session) {
-        session.waiting = false;
-        let mut room = vec![0; PACKET + OVERHEAD + TAIL];
-        for _ in 0..WAITING {
+    /// Sends the packets that were queued until the session was established.
+    fn send_queued(&self, session: &mut Session) {
+        session.has_queued = false;
+        let mut room = vec![0; MAX_PACKET + OVERHEAD + TAILROOM];
+        for _ in 0..MAX_QUEUED {
             let TunnResult::WriteToNetwork(datagram) = session.tunn.decapsulate(None, &[], &mut room) else {
                 return;
             };
@@ -508,7 +554,7 @@ impl<'a> Opener<'a> {
         }
     }
 
-    /// A message of a handshake, or nonsense.
+    /// Handles a datagram that is not transport data: a handshake message, a cookie, or an invalid datagram.
     fn handshake(&mut self, from: SocketAddr, datagram: &[u8]) {
         let counters = &self.interface.switch.counters;
         let mut reply = [0; HANDSHAKE];
@@ -524,7 +570,7 @@ impl<'a> Opener<'a> {
             Ok(Packet::HandshakeResponse(message)) => peers.by_slot(message.receiver_idx >> 8).cloned(),
             Ok(Packet::PacketCookieReply(message)) => peers.by_slot(message.receiver_idx >> 8).cloned(),
             Ok(Packet::PacketData(_)) => None,
-            // Many at once: whoever it is shall show that it is where it says.
+            // Under load the initiator must prove its address first (WireGuard paper, section 5.3).
             Err(TunnResult::WriteToNetwork(cookie)) => {
                 self.interface.send_one(from, cookie);
                 return;
@@ -540,12 +586,13 @@ impl<'a> Opener<'a> {
         let mut session = peer.session();
         match session.tunn.decapsulate(Some(from.ip()), datagram, &mut reply) {
             TunnResult::WriteToNetwork(message) => {
-                // Either the answer, which a stranger could not have asked for, or the first data.
+                // A response to an authenticated initiation, or the first data after an authenticated
+                // response: the peer is where the datagram came from.
                 session.endpoint = from;
                 let is_first_data = message.first() == Some(&DATA);
                 self.interface.send_one(from, message);
                 if is_first_data {
-                    self.send_waiting(&mut session);
+                    self.send_queued(&mut session);
                 }
             }
             TunnResult::Err(_) => Counters::count(&counters.unauthenticated),
@@ -553,10 +600,11 @@ impl<'a> Opener<'a> {
         }
     }
 
-    /// Packets that this peer sealed: are they its own, and where do they go?
+    /// Checks that the opened packets come from addresses of the peer, and delivers them.
     ///
-    /// Takes and gives an address that is known to be its own.
-    fn deliver(&mut self, peer: &Peer, mut last: Option<IpAddr>) -> Option<IpAddr> {
+    /// `last` is an address that is known to be the peer's, to save lookups; the return value is for the next
+    /// call.
+    fn deliver(&mut self, peer: &WireguardPeer, mut last: Option<IpAddr>) -> Option<IpAddr> {
         let interface = self.interface;
         let counters = &interface.switch.counters;
         let mut packets = std::mem::take(&mut self.packets);
@@ -576,11 +624,11 @@ impl<'a> Opener<'a> {
                 last = Some(ip.source);
             }
             let packet = self.opened.get(at.clone()).unwrap_or_default();
-            match Inner::parse(packet, &ip, interface.address, interface.vxlan_port) {
-                Some(inner) => self.deliver_frame(at.start, inner),
+            match VxlanFrame::parse(packet, &ip, interface.address, interface.vxlan_port) {
+                Some(frame) => self.deliver_frame(at.start, frame),
                 None => {
-                    let device = self.device();
-                    self.tun.add(&mut self.opened, at, false, &device);
+                    let output = self.output();
+                    self.tun.add(&mut self.opened, at, false, &output);
                 }
             }
         }
@@ -588,12 +636,12 @@ impl<'a> Opener<'a> {
         last
     }
 
-    fn deliver_frame(&mut self, start: usize, inner: Inner) {
+    fn deliver_frame(&mut self, start: usize, vxlan: VxlanFrame) {
         let counters = &self.interface.switch.counters;
-        let index = match self.taps.iter().position(|(tap, _)| tap.vni == inner.vni) {
+        let index = match self.taps.iter().position(|(tap, _)| tap.vni == vxlan.vni) {
             Some(index) => index,
             None => {
-                let Some(tap) = self.interface.switch.tap(inner.vni) else {
+                let Some(tap) = self.interface.switch.tap(vxlan.vni) else {
                     Counters::count(&counters.no_peer);
                     return;
                 };
@@ -602,17 +650,18 @@ impl<'a> Opener<'a> {
             }
         };
         let (tap, joiner) = &mut self.taps[index];
-        let at = start + inner.start..start + inner.end;
+        let at = start + vxlan.start..start + vxlan.end;
         let frame = self.opened.get(at.clone()).unwrap_or_default();
-        if !tap.table().is_honest(frame, inner.from) {
+        if !tap.table().is_allowed(frame, vxlan.from) {
             Counters::count(&counters.spoofed);
             return;
         }
-        joiner.add(&mut self.opened, at, true, &Device { file: &tap.file, counters });
+        joiner.add(&mut self.opened, at, true, &TapOutput { tap, counters });
     }
 }
 
-/// The upper bits of the receiver's index in a message with data.
+/// Reads the peer's slot from a transport data message: the upper 24 bits of the receiver's index. `None` if
+/// the datagram is another message.
 fn slot_of_data(datagram: &[u8]) -> Option<u32> {
     let kind = datagram.first_chunk::<4>()?;
     let index = u32::from_le_bytes(*datagram.get(4..)?.first_chunk()?);

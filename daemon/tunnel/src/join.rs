@@ -1,50 +1,53 @@
-//! Joining: consecutive segments of a TCP connection go back to the kernel as one packet of up to 64 KiB,
-//! as its own GRO would make it, and with one call.
+//! Receive offload: joins consecutive segments of a TCP connection to one packet of up to 64 KiB, as the
+//! kernel's GRO does, and writes it with one call.
 //!
-//! Only what cutting would restore exactly is joined: all headers are the same but for lengths, sequence and
-//! checksums, and these are right.
+//! Segments are joined only if segmentation would restore them exactly: their headers are equal except for
+//! lengths, sequence numbers and checksums, and these are valid.
 
 use std::io::IoSlice;
 use std::net::IpAddr;
 use std::ops::Range;
 
 use crate::checksum;
-use crate::packet::{ETHERNET, Gso, Ip, TCP, Vnet, pseudo, put, u16_at, u32_at};
-use crate::sys::VNET;
+use crate::packet::{ETHERNET_HEADER, Gso, Ip, TCP, VnetHeader, pseudo_header_sum, put, u16_at, u32_at};
+use crate::sys::VNET_HEADER;
 
-/// Connections that are joined at the same time.
-const GROUPS: usize = 8;
-/// An IP packet has a length of 16 bits.
-const MAX: usize = 65_535;
-/// What one call of `writev` takes, less the two headers.
-const PARTS: usize = 1_000;
+/// The number of connections whose segments are joined at the same time.
+const MAX_GROUPS: usize = 8;
+/// The largest packet in bytes: the length field of IP has 16 bits.
+const MAX_LENGTH: usize = 65_535;
+/// The pieces of one `writev(2)` (`IOV_MAX` is 1024), less those for headers.
+const MAX_PARTS: usize = 1_000;
 
 const PSH: u8 = 0x08;
 const ACK: u8 = 0x10;
 
-/// Where packets go: a device, or a test.
+/// Takes the packets that the joiner writes: a device, or a test.
 pub(crate) trait Output {
-    /// One packet in pieces, the device's header first.
+    /// Writes one packet, given in pieces, of which the first is its `struct virtio_net_hdr`.
     fn write(&self, pieces: &[IoSlice<'_>]);
 }
 
-/// Segments on their way to one device. They lie in a buffer that the caller owns and hands in each time;
-/// before it is used anew, [`Joiner::flush`] must be called.
+/// Joins the segments for one device.
+///
+/// The segments lie in a buffer of the caller, which is passed to each call. The caller must call
+/// [`Joiner::flush`] before it overwrites them.
 #[derive(Debug, Default)]
 pub(crate) struct Joiner {
     groups: Vec<Group>,
-    /// Lists that are not in use.
+    /// Empty lists, kept for their memory.
     spare: Vec<Vec<Range<usize>>>,
 }
 
-/// Where the parts of a TCP segment are, in the buffer.
+/// A TCP segment in the buffer. All offsets are from the start of the buffer.
 #[derive(Debug, Clone)]
 struct Segment {
-    /// The IP packet, or the frame.
+    /// The start of the IP packet or frame.
     start: usize,
     end: usize,
-    /// The IP header.
+    /// The start of the IP header.
     network: usize,
+    /// The start of the TCP header.
     transport: usize,
     payload: usize,
     source: IpAddr,
@@ -53,44 +56,47 @@ struct Segment {
     flags: u8,
 }
 
+/// Consecutive segments of one connection that wait to be written as one packet.
 #[derive(Debug)]
 struct Group {
     first: Segment,
-    /// The payload of those after the first.
+    /// The payloads of the segments after the first.
     parts: Vec<Range<usize>>,
-    /// Of all but the last.
+    /// The payload size of every segment but the last, in bytes.
     size: usize,
-    /// All payload together.
+    /// The size of all payloads, in bytes.
     total: usize,
+    /// The sequence number of the next segment.
     next: u32,
     identification: u16,
-    pushed: bool,
+    /// The last segment has PSH.
+    has_push: bool,
 }
 
 impl Joiner {
-    /// Takes one packet or frame, and writes what cannot wait.
+    /// Takes a packet or frame, and writes it at once unless it may be joined with later ones.
     pub(crate) fn add(&mut self, buffer: &mut [u8], at: Range<usize>, is_frame: bool, output: &impl Output) {
         let Some(segment) = Segment::parse(buffer, at.clone(), is_frame) else {
-            one(buffer, at, output);
+            write_one(buffer, at, output);
             return;
         };
         let same = self.groups.iter().position(|group| group.first.is_same_flow(&segment, buffer));
         let joins = segment.can_join(buffer);
         if let Some(index) = same {
-            if joins && self.groups[index].take(&segment, buffer) {
+            if joins && self.groups[index].append(&segment, buffer) {
                 if self.groups[index].is_full(&segment) {
                     self.write(index, buffer, output);
                 }
                 return;
             }
-            // In order: what is waiting goes before it.
+            // Keep the order: the waiting segments come first.
             self.write(index, buffer, output);
         }
         if !joins || segment.flags & PSH != 0 {
-            one(buffer, at, output);
+            write_one(buffer, at, output);
             return;
         }
-        if self.groups.len() == GROUPS {
+        if self.groups.len() == MAX_GROUPS {
             self.write(0, buffer, output);
         }
         let size = segment.end - segment.payload;
@@ -99,13 +105,13 @@ impl Joiner {
             total: size,
             next: segment.sequence.wrapping_add(size as u32),
             identification: u16_at(buffer, segment.network + 4).unwrap_or(0),
-            pushed: false,
+            has_push: false,
             parts: self.spare.pop().unwrap_or_default(),
             first: segment,
         });
     }
 
-    /// Writes all that is waiting.
+    /// Writes all waiting packets.
     pub(crate) fn flush(&mut self, buffer: &mut [u8], output: &impl Output) {
         while !self.groups.is_empty() {
             self.write(0, buffer, output);
@@ -113,11 +119,11 @@ impl Joiner {
     }
 
     fn write(&mut self, index: usize, buffer: &mut [u8], output: &impl Output) {
-        let Group { first, mut parts, size, total, pushed, .. } = self.groups.remove(index);
+        let Group { first, mut parts, size, total, has_push, .. } = self.groups.remove(index);
         if parts.is_empty() {
-            one(buffer, first.start..first.end, output);
+            write_one(buffer, first.start..first.end, output);
         } else {
-            let vnet = first.grow(buffer, size, total, pushed).to_bytes();
+            let vnet = first.join_headers(buffer, size, total, has_push).to_bytes();
             let mut pieces = Vec::with_capacity(parts.len() + 2);
             let slice = |range: Range<usize>| IoSlice::new(buffer.get(range).unwrap_or_default());
             pieces.push(IoSlice::new(&vnet));
@@ -130,16 +136,17 @@ impl Joiner {
     }
 }
 
-/// As it came.
-fn one(buffer: &[u8], at: Range<usize>, output: &impl Output) {
-    let vnet = [0; VNET];
+/// Writes a packet as it was received.
+fn write_one(buffer: &[u8], at: Range<usize>, output: &impl Output) {
+    let vnet = [0; VNET_HEADER];
     output.write(&[IoSlice::new(&vnet), IoSlice::new(buffer.get(at).unwrap_or_default())]);
 }
 
 impl Segment {
-    /// None if it is not TCP in a whole IP packet.
+    /// Finds the headers of a TCP segment. `None` if it is not TCP in an unfragmented IP packet without
+    /// padding.
     fn parse(buffer: &[u8], at: Range<usize>, is_frame: bool) -> Option<Self> {
-        let network = at.start + if is_frame { ETHERNET } else { 0 };
+        let network = at.start + if is_frame { ETHERNET_HEADER } else { 0 };
         if is_frame && !matches!(u16_at(buffer, at.start + 12)?, 0x0800 | 0x86dd) {
             return None;
         }
@@ -163,9 +170,9 @@ impl Segment {
         })
     }
 
-    /// Plain data with a right checksum.
+    /// Returns whether it has data, no flags but ACK and PSH, and a valid checksum.
     fn can_join(&self, buffer: &[u8]) -> bool {
-        let sum = pseudo(self.source, self.destination, TCP) + (self.end - self.transport) as u64;
+        let sum = pseudo_header_sum(self.source, self.destination, TCP) + (self.end - self.transport) as u64;
         self.flags & !PSH == ACK
             && self.payload < self.end
             && buffer
@@ -178,7 +185,7 @@ impl Segment {
         self.source == other.source && self.destination == other.destination && ports(self) == ports(other)
     }
 
-    /// Whether the headers are the same, but for what differs from segment to segment.
+    /// Returns whether the headers are equal, except for the fields that differ from segment to segment.
     fn has_headers_of(&self, other: &Self, buffer: &[u8]) -> bool {
         let (network, transport) = (self.network - self.start, self.transport - self.start);
         let header = self.payload - self.start;
@@ -193,12 +200,12 @@ impl Segment {
         };
         let mut from = 0;
         let changing = match self.source {
-            // Length and identification; checksum.
+            // Length and identification, and checksum.
             IpAddr::V4(_) => [network + 2..network + 6, network + 10..network + 12],
             // Length.
             IpAddr::V6(_) => [network + 4..network + 6, network + 6..network + 6],
         };
-        // Sequence; flags; checksum.
+        // Sequence number, flags, and checksum.
         let tcp =
             [transport + 4..transport + 8, transport + 13..transport + 14, transport + 16..transport + 18];
         lengths(self) == lengths(other)
@@ -210,8 +217,8 @@ impl Segment {
             && a.get(from..) == b.get(from..)
     }
 
-    /// Makes the first of several the header of all.
-    fn grow(&self, buffer: &mut [u8], size: usize, total: usize, pushed: bool) -> Vnet {
+    /// Turns the headers of the first segment into those of the joined packet.
+    fn join_headers(&self, buffer: &mut [u8], size: usize, total: usize, has_push: bool) -> VnetHeader {
         let length = self.payload - self.network + total;
         let gso = match self.source {
             IpAddr::V4(_) => {
@@ -226,14 +233,14 @@ impl Segment {
                 Gso::TcpV6
             }
         };
-        if let Some(flags) = buffer.get_mut(self.transport + 13).filter(|_| pushed) {
+        if let Some(flags) = buffer.get_mut(self.transport + 13).filter(|_| has_push) {
             *flags |= PSH;
         }
-        // The rest of the sum is the kernel's, or its network card's.
+        // The kernel or its network card completes the checksum from the sum of the pseudo-header.
         let tcp = self.payload - self.transport + total;
-        let sum = pseudo(self.source, self.destination, TCP) + tcp as u64;
+        let sum = pseudo_header_sum(self.source, self.destination, TCP) + tcp as u64;
         put(buffer, self.transport + 16, &checksum::fold(sum).to_be_bytes());
-        Vnet {
+        VnetHeader {
             needs_checksum: true,
             gso,
             header_length: (self.payload - self.start) as u16,
@@ -245,17 +252,17 @@ impl Segment {
 }
 
 impl Group {
-    /// Takes the next one; false if it is not the next one.
-    fn take(&mut self, segment: &Segment, buffer: &[u8]) -> bool {
+    /// Appends a segment. Returns false if it does not follow the last one or does not fit.
+    fn append(&mut self, segment: &Segment, buffer: &[u8]) -> bool {
         let length = segment.end - segment.payload;
         let identification = u16_at(buffer, segment.network + 4).unwrap_or(0);
-        // What may not be cut again needs no identification (RFC 6864).
+        // Packets with DF need no identification (RFC 6864, section 4.1).
         let is_numbered = segment.source.is_ipv6()
             || u16_at(buffer, segment.network + 6).is_some_and(|flags| flags & 0x4000 != 0)
             || identification == self.identification.wrapping_add(1);
         let fits = segment.sequence == self.next
             && length <= self.size
-            && self.first.payload - self.first.network + self.total + length <= MAX
+            && self.first.payload - self.first.network + self.total + length <= MAX_LENGTH
             && is_numbered
             && self.first.has_headers_of(segment, buffer);
         if fits {
@@ -263,16 +270,16 @@ impl Group {
             self.total += length;
             self.next = self.next.wrapping_add(length as u32);
             self.identification = identification;
-            self.pushed = segment.flags & PSH != 0;
+            self.has_push = segment.flags & PSH != 0;
         }
         fits
     }
 
-    /// After this one comes none.
+    /// Returns whether no segment can follow `last`.
     fn is_full(&self, last: &Segment) -> bool {
-        self.pushed
+        self.has_push
             || last.end - last.payload < self.size
-            || self.first.payload - self.first.network + self.total + self.size > MAX
-            || self.parts.len() >= PARTS
+            || self.first.payload - self.first.network + self.total + self.size > MAX_LENGTH
+            || self.parts.len() >= MAX_PARTS
     }
 }

@@ -1,14 +1,15 @@
-//! WireGuard inside a process, for hosts whose kernel has none: it does what the kernel's device does,
-//! and speaks the same protocol.
+//! WireGuard in userspace, for hosts whose kernel has no WireGuard. It interoperates with the kernel's
+//! WireGuard devices.
 //!
-//! An [`Engine`] has interfaces (each a TUN device, a UDP socket and a private key, with peers and the
-//! addresses that each may use) and switched networks (each a TAP device, with what is behind which
-//! host). Frames of switched networks travel as VXLAN inside of the tunnel, so a host whose kernel
-//! does it all understands them; the engine itself puts the headers on and takes them off.
+//! An [`Engine`] has interfaces (a TUN device, UDP sockets, a private key, and peers with their allowed IPs)
+//! and switched networks (a TAP device with forwarding and filter entries). Frames of switched networks
+//! travel as VXLAN in the tunnel, so a host that uses the kernel's devices understands them. The engine adds
+//! and removes the VXLAN headers itself.
 //!
-//! The engine knows nothing of clusters, records or netlink. Its devices live as long as it does.
+//! The engine knows nothing of clusters, records or netlink. Its devices are deleted with it.
 
 mod api;
+mod backend;
 mod checksum;
 mod cut;
 mod engine;
@@ -16,15 +17,20 @@ mod engine;
 pub mod fuzz;
 mod interface;
 mod join;
+#[cfg(test)]
+mod memory;
 mod packet;
 mod peers;
 #[cfg(test)]
 mod roundtrip;
+mod stop;
 mod switch;
 mod sys;
+#[cfg(test)]
+mod tests;
 
 pub use api::{
-    Drops, InterfaceConfig, InterfaceState, Mac, PeerConfig, PeerStatus, PrivateKey, PublicKey, Source,
-    State, TapState, public_key,
+    Drops, EngineState, FrameSource, InterfaceConfig, InterfaceState, Mac, PeerConfig, PeerStatus,
+    PrivateKey, PublicKey, TapState, public_key,
 };
 pub use engine::Engine;

@@ -1,5 +1,5 @@
-//! Where things are in packets and frames. Whatever comes from outside is looked at here, and nothing
-//! here takes a length on trust.
+//! Parsing and writing of packet headers. Received packets are parsed here alone, and every length in them is
+//! checked.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -9,14 +9,22 @@ use crate::checksum;
 pub(crate) const TCP: u8 = 6;
 pub(crate) const UDP: u8 = 17;
 const ICMPV6: u8 = 58;
-/// Of a neighbour.
-const ADVERTISEMENT: u8 = 136;
-/// Messages of multicast listeners.
-const LISTENER: [u8; 4] = [130, 131, 132, 143];
-/// Destination, source, type.
-pub(crate) const ETHERNET: usize = 14;
-/// Outer IPv6, UDP and VXLAN headers of a frame on its way through the tunnel.
-pub(crate) const VXLAN: usize = 40 + 8 + 8;
+/// The type of an ICMPv6 neighbor advertisement (RFC 4861, section 4.4).
+const NEIGHBOR_ADVERTISEMENT: u8 = 136;
+/// The types of ICMPv6 multicast listener messages (RFC 2710, RFC 3810).
+const MULTICAST_LISTENER: [u8; 4] = [130, 131, 132, 143];
+/// The length of an Ethernet header without VLAN tag, in bytes.
+pub(crate) const ETHERNET_HEADER: usize = 14;
+/// The length of the IPv6, UDP and VXLAN headers around a frame in the tunnel, in bytes.
+pub(crate) const VXLAN_HEADERS: usize = 40 + 8 + 8;
+
+/// Flags and segmentation types of `struct virtio_net_hdr` (`linux/virtio_net.h`; libc does not have them).
+const NEEDS_CHECKSUM: u8 = 1;
+const GSO_NONE: u8 = 0;
+const GSO_TCPV4: u8 = 1;
+const GSO_TCPV6: u8 = 4;
+const GSO_UDP_L4: u8 = 5;
+const GSO_ECN: u8 = 0x80;
 
 #[inline]
 pub(crate) fn u16_at(bytes: &[u8], at: usize) -> Option<u16> {
@@ -35,10 +43,9 @@ pub(crate) fn put(bytes: &mut [u8], at: usize, value: &[u8]) {
     }
 }
 
-/// The header that the kernel puts before packets of a device (`struct virtio_net_hdr`, legacy, in the
-/// machine's byte order).
+/// The header that precedes each packet of a device: `struct virtio_net_hdr`, in native byte order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub(crate) struct Vnet {
+pub(crate) struct VnetHeader {
     pub(crate) needs_checksum: bool,
     pub(crate) gso: Gso,
     pub(crate) header_length: u16,
@@ -47,32 +54,32 @@ pub(crate) struct Vnet {
     pub(crate) checksum_offset: u16,
 }
 
-/// What a packet is to be cut into.
+/// The segmentation that a packet needs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(crate) enum Gso {
     #[default]
     None,
     TcpV4,
     TcpV6,
-    /// Datagrams of UDP, each with a header of its own.
+    /// UDP datagrams, each with a header of its own (USO).
     Udp,
 }
 
-impl Vnet {
-    /// None for kinds of segmentation that we did not ask for.
+impl VnetHeader {
+    /// Parses a header. `None` if it is too short or has a kind of segmentation that the device does not
+    /// offer.
     pub(crate) fn parse(bytes: &[u8]) -> Option<Self> {
         let half = |at: usize| Some(u16::from_ne_bytes(*bytes.get(at..)?.first_chunk()?));
-        /// VIRTIO_NET_HDR_GSO_ECN: cutting keeps CWR on the first segment, which is all it asks for.
-        const ECN: u8 = 0x80;
-        let gso = match bytes.get(1)? & !ECN {
-            0 => Gso::None,
-            1 => Gso::TcpV4,
-            4 => Gso::TcpV6,
-            5 => Gso::Udp,
+        // Segmentation keeps CWR on the first segment, which is all that GSO_ECN asks for.
+        let gso = match bytes.get(1)? & !GSO_ECN {
+            GSO_NONE => Gso::None,
+            GSO_TCPV4 => Gso::TcpV4,
+            GSO_TCPV6 => Gso::TcpV6,
+            GSO_UDP_L4 => Gso::Udp,
             _ => return None,
         };
         Some(Self {
-            needs_checksum: bytes.first()? & 1 != 0,
+            needs_checksum: bytes.first()? & NEEDS_CHECKSUM != 0,
             gso,
             header_length: half(2)?,
             gso_size: half(4)?,
@@ -81,14 +88,14 @@ impl Vnet {
         })
     }
 
-    pub(crate) fn to_bytes(self) -> [u8; crate::sys::VNET] {
-        let mut bytes = [0; crate::sys::VNET];
-        bytes[0] = u8::from(self.needs_checksum);
+    pub(crate) fn to_bytes(self) -> [u8; crate::sys::VNET_HEADER] {
+        let mut bytes = [0; crate::sys::VNET_HEADER];
+        bytes[0] = if self.needs_checksum { NEEDS_CHECKSUM } else { 0 };
         bytes[1] = match self.gso {
-            Gso::None => 0,
-            Gso::TcpV4 => 1,
-            Gso::TcpV6 => 4,
-            Gso::Udp => 5,
+            Gso::None => GSO_NONE,
+            Gso::TcpV4 => GSO_TCPV4,
+            Gso::TcpV6 => GSO_TCPV6,
+            Gso::Udp => GSO_UDP_L4,
         };
         for (at, value) in
             [(2, self.header_length), (4, self.gso_size), (6, self.checksum_start), (8, self.checksum_offset)]
@@ -99,23 +106,22 @@ impl Vnet {
     }
 }
 
-/// An IP packet's header.
+/// The header of an IP packet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Ip {
     pub(crate) source: IpAddr,
     pub(crate) destination: IpAddr,
-    /// Of what follows; of IPv6 extension headers their own number.
+    /// The protocol number of the payload. IPv6 extension headers are not skipped.
     pub(crate) protocol: u8,
-    /// Where that begins.
+    /// The offset of the payload.
     pub(crate) payload: usize,
-    /// Where the packet ends: what comes after it is padding.
+    /// The end of the packet. Bytes after it are padding.
     pub(crate) end: usize,
-    /// A part of a packet.
     pub(crate) is_fragment: bool,
 }
 
 impl Ip {
-    /// None if it is no whole IP packet.
+    /// Parses the header. `None` if the packet is incomplete or not IP.
     pub(crate) fn parse(packet: &[u8]) -> Option<Self> {
         match packet.first()? >> 4 {
             4 => {
@@ -152,8 +158,8 @@ impl Ip {
     }
 }
 
-/// The sum of the pseudo-header of TCP and UDP, without the length (RFC 9293, section 3.1).
-pub(crate) fn pseudo(source: IpAddr, destination: IpAddr, protocol: u8) -> u64 {
+/// Sums the pseudo-header of TCP and UDP, without the length (RFC 9293, section 3.1).
+pub(crate) fn pseudo_header_sum(source: IpAddr, destination: IpAddr, protocol: u8) -> u64 {
     let sum = u64::from(protocol);
     match (source, destination) {
         (IpAddr::V4(a), IpAddr::V4(b)) => checksum::add(checksum::add(sum, &a.octets()), &b.octets()),
@@ -162,35 +168,36 @@ pub(crate) fn pseudo(source: IpAddr, destination: IpAddr, protocol: u8) -> u64 {
     }
 }
 
-/// A frame inside of VXLAN inside of IPv6.
+/// An Ethernet frame in VXLAN in IPv6.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Inner {
+pub(crate) struct VxlanFrame {
     pub(crate) vni: u32,
+    /// The outer source address.
     pub(crate) from: Ipv6Addr,
-    /// Where the frame is.
+    /// The offset of the frame in the packet.
     pub(crate) start: usize,
     pub(crate) end: usize,
 }
 
-impl Inner {
-    /// None if it is not VXLAN for this address and port.
+impl VxlanFrame {
+    /// Finds the frame in a packet. `None` if the packet is not VXLAN for this address and port.
     pub(crate) fn parse(packet: &[u8], ip: &Ip, address: Ipv6Addr, port: u16) -> Option<Self> {
         let IpAddr::V6(from) = ip.source else { return None };
-        let ours = ip.protocol == UDP && ip.destination == IpAddr::V6(address);
-        if !ours || u16_at(packet, ip.payload + 2)? != port {
+        let is_for_address = ip.protocol == UDP && ip.destination == IpAddr::V6(address);
+        if !is_for_address || u16_at(packet, ip.payload + 2)? != port {
             return None;
         }
         let start = ip.payload + 16;
         let end = ip.payload + usize::from(u16_at(packet, ip.payload + 4)?);
-        // The flag says that there is a VNI (RFC 7348, section 5).
+        // The I flag: the VNI is valid (RFC 7348, section 5).
         let has_vni = packet.get(ip.payload + 8)? & 0x08 != 0;
         let vni = u32_at(packet, ip.payload + 12)? >> 8;
-        (has_vni && start + ETHERNET <= end && end <= ip.end).then_some(Self { vni, from, start, end })
+        (has_vni && start + ETHERNET_HEADER <= end && end <= ip.end).then_some(Self { vni, from, start, end })
     }
 }
 
-/// Writes the headers before a frame of so many bytes. The outer checksum is zero (RFC 6935): the
-/// tunnel proves more.
+/// Writes the headers in front of a frame of `frame` bytes. The outer UDP checksum is zero (RFC 6935),
+/// because the tunnel authenticates the packet.
 pub(crate) fn put_vxlan(
     place: &mut [u8],
     from: Ipv6Addr,
@@ -212,43 +219,45 @@ pub(crate) fn put_vxlan(
     put(place, 52, &(vni << 8).to_be_bytes());
 }
 
-/// The lengths of the outer headers, for another length of the frame.
+/// Changes the lengths in the outer headers to those of a frame of `frame` bytes.
 pub(crate) fn put_vxlan_length(place: &mut [u8], frame: usize) {
     let length = ((16 + frame) as u16).to_be_bytes();
     put(place, 4, &length);
     put(place, 44, &length);
 }
 
-/// Destination and source of a frame.
+/// Returns the destination and source addresses of a frame.
 pub(crate) fn macs(frame: &[u8]) -> Option<(Mac, Mac)> {
     Some((*frame.first_chunk()?, *frame.get(6..)?.first_chunk()?))
 }
 
-/// Looks for the sender's address: of an IP packet its source, of an ARP message the sender's, which must be
-/// that of the frame too; of an advertisement of a neighbour the address that it is for (RFC 4861, section
-/// 4.4). None if it is neither, contradicts itself, or hides what it is behind extension headers.
+/// Finds the IP address that a frame claims for its source MAC address: the source of an IP packet, the
+/// sender of an ARP message, or the target of a neighbor advertisement (RFC 4861, section 4.4).
+///
+/// `None` if the frame is none of these, if the sender's MAC address in an ARP message is not that of the
+/// frame, or if extension headers hide what the packet is.
 pub(crate) fn sender(frame: &[u8]) -> Option<IpAddr> {
     let v4 = |at| u32_at(frame, at).map(|bits| IpAddr::from(Ipv4Addr::from_bits(bits)));
     let v6 = |at: usize| Some(IpAddr::from(Ipv6Addr::from(*frame.get(at..)?.first_chunk::<16>()?)));
     match u16_at(frame, 12)? {
-        0x0800 => v4(ETHERNET + 12),
+        0x0800 => v4(ETHERNET_HEADER + 12),
         0x0806 => {
-            let is_own = frame.get(ETHERNET + 8..ETHERNET + 14) == frame.get(6..12);
-            v4(ETHERNET + 14).filter(|_| is_own)
+            let is_own = frame.get(ETHERNET_HEADER + 8..ETHERNET_HEADER + 14) == frame.get(6..12);
+            v4(ETHERNET_HEADER + 14).filter(|_| is_own)
         }
         0x86dd => {
-            let after = *frame.get(ETHERNET + 40)?;
-            match *frame.get(ETHERNET + 6)? {
-                ICMPV6 if after == ADVERTISEMENT => v6(ETHERNET + 48),
-                // Options for every hop: only multicast listeners' messages have them (RFC 3810).
+            let after = *frame.get(ETHERNET_HEADER + 40)?;
+            match *frame.get(ETHERNET_HEADER + 6)? {
+                ICMPV6 if after == NEIGHBOR_ADVERTISEMENT => v6(ETHERNET_HEADER + 48),
+                // Hop-by-hop options: only multicast listener messages have them (RFC 3810, section 5).
                 0 if after == ICMPV6 => {
-                    let length = 8 + 8 * usize::from(*frame.get(ETHERNET + 41)?);
-                    let kind = frame.get(ETHERNET + 40 + length)?;
-                    v6(ETHERNET + 8).filter(|_| LISTENER.contains(kind))
+                    let length = 8 + 8 * usize::from(*frame.get(ETHERNET_HEADER + 41)?);
+                    let kind = frame.get(ETHERNET_HEADER + 40 + length)?;
+                    v6(ETHERNET_HEADER + 8).filter(|_| MULTICAST_LISTENER.contains(kind))
                 }
-                // Those, options for the destination, and routing.
+                // Hop-by-hop options, routing, and destination options.
                 0 | 43 | 60 => None,
-                _ => v6(ETHERNET + 8),
+                _ => v6(ETHERNET_HEADER + 8),
             }
         }
         _ => None,
@@ -260,8 +269,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_vnet_header_reads_back() {
-        let header = Vnet {
+    fn a_vnet_header_survives_a_round_trip() {
+        let header = VnetHeader {
             needs_checksum: true,
             gso: Gso::TcpV6,
             header_length: 74,
@@ -269,13 +278,13 @@ mod tests {
             checksum_start: 54,
             checksum_offset: 16,
         };
-        assert_eq!(Vnet::parse(&header.to_bytes()), Some(header));
-        assert_eq!(Vnet::parse(&[0; 9]), None);
-        assert_eq!(Vnet::parse(&[0, 3, 0, 0, 0, 0, 0, 0, 0, 0]), None);
+        assert_eq!(VnetHeader::parse(&header.to_bytes()), Some(header));
+        assert_eq!(VnetHeader::parse(&[0; 9]), None);
+        assert_eq!(VnetHeader::parse(&[0, 3, 0, 0, 0, 0, 0, 0, 0, 0]), None);
     }
 
     #[test]
-    fn lengths_are_not_taken_on_trust() {
+    fn packets_with_wrong_lengths_are_rejected() {
         let mut v4 = [0_u8; 40];
         v4[0] = 0x45;
         v4[3] = 40;
@@ -298,15 +307,15 @@ mod tests {
     }
 
     #[test]
-    fn a_frame_is_found_in_its_headers() {
+    fn a_frame_is_found_behind_its_headers() {
         let (a, b) = (Ipv6Addr::from_bits(1), Ipv6Addr::from_bits(2));
-        let mut packet = [0; VXLAN + 60];
+        let mut packet = [0; VXLAN_HEADERS + 60];
         put_vxlan(&mut packet, a, b, (50_000, 51_942), 4711, 60);
         let ip = Ip::parse(&packet).unwrap();
-        let inner = Inner::parse(&packet, &ip, b, 51_942).unwrap();
-        assert_eq!(inner, Inner { vni: 4711, from: a, start: VXLAN, end: VXLAN + 60 });
-        assert_eq!(Inner::parse(&packet, &ip, a, 51_942), None);
-        assert_eq!(Inner::parse(&packet, &ip, b, 4789), None);
+        let inner = VxlanFrame::parse(&packet, &ip, b, 51_942).unwrap();
+        assert_eq!(inner, VxlanFrame { vni: 4711, from: a, start: VXLAN_HEADERS, end: VXLAN_HEADERS + 60 });
+        assert_eq!(VxlanFrame::parse(&packet, &ip, a, 51_942), None);
+        assert_eq!(VxlanFrame::parse(&packet, &ip, b, 4789), None);
         put_vxlan_length(&mut packet, 61);
         assert_eq!(Ip::parse(&packet), None);
     }

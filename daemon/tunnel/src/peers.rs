@@ -1,4 +1,4 @@
-//! The other ends of an interface, and which addresses are whose.
+//! The peers of an interface and their allowed IPs.
 
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
@@ -10,30 +10,30 @@ use ipnet::IpNet;
 
 use crate::api::{PeerConfig, PeerStatus, PublicKey};
 
-/// One other end.
-pub(crate) struct Peer {
+/// A peer of an interface.
+pub(crate) struct WireguardPeer {
     pub(crate) key: PublicKey,
-    /// The upper 24 bits of the indexes of its sessions.
+    /// The upper 24 bits of the receiver indexes of its sessions.
     pub(crate) slot: u32,
     session: Mutex<Session>,
     pub(crate) sent: AtomicU64,
     pub(crate) received: AtomicU64,
 }
 
-/// What changes with packets.
+/// The part of a peer that packets change.
 pub(crate) struct Session {
     pub(crate) tunn: Tunn,
     pub(crate) endpoint: SocketAddr,
-    /// Packets wait in `tunn` for a session.
-    pub(crate) waiting: bool,
+    /// `tunn` has queued packets until there is a session.
+    pub(crate) has_queued: bool,
 }
 
-impl Peer {
+impl WireguardPeer {
     pub(crate) fn new(key: PublicKey, slot: u32, tunn: Tunn, endpoint: SocketAddr) -> Self {
         Self {
             key,
             slot,
-            session: Mutex::new(Session { tunn, endpoint, waiting: false }),
+            session: Mutex::new(Session { tunn, endpoint, has_queued: false }),
             sent: AtomicU64::new(0),
             received: AtomicU64::new(0),
         }
@@ -56,42 +56,42 @@ impl Peer {
     }
 }
 
-/// All peers of an interface.
+/// The peers of an interface, by key, by slot and by allowed IPs.
 #[derive(Default)]
-pub(crate) struct Peers {
-    by_key: HashMap<PublicKey, (Arc<Peer>, PeerConfig)>,
-    by_slot: HashMap<u32, Arc<Peer>>,
+pub(crate) struct PeerTable {
+    by_key: HashMap<PublicKey, (Arc<WireguardPeer>, PeerConfig)>,
+    by_slot: HashMap<u32, Arc<WireguardPeer>>,
     v4: Prefixes,
     v6: Prefixes,
     next_slot: u32,
 }
 
-/// Prefixes by their lengths, the longest first. There are few lengths.
+/// Prefixes of one address family by length, the longest first. There are few different lengths.
 #[derive(Default)]
-struct Prefixes(Vec<(u8, HashMap<u128, Arc<Peer>>)>);
+struct Prefixes(Vec<(u8, HashMap<u128, Arc<WireguardPeer>>)>);
 
-impl Peers {
-    pub(crate) fn by_key(&self, key: &PublicKey) -> Option<&Arc<Peer>> {
+impl PeerTable {
+    pub(crate) fn by_key(&self, key: &PublicKey) -> Option<&Arc<WireguardPeer>> {
         self.by_key.get(key).map(|(peer, _)| peer)
     }
 
-    pub(crate) fn by_slot(&self, slot: u32) -> Option<&Arc<Peer>> {
+    pub(crate) fn by_slot(&self, slot: u32) -> Option<&Arc<WireguardPeer>> {
         self.by_slot.get(&slot)
     }
 
-    pub(crate) fn all(&self) -> impl Iterator<Item = &Arc<Peer>> {
+    pub(crate) fn all(&self) -> impl Iterator<Item = &Arc<WireguardPeer>> {
         self.by_slot.values()
     }
 
-    /// The peer that an address belongs to.
-    pub(crate) fn holder(&self, address: IpAddr) -> Option<&Arc<Peer>> {
+    /// Returns the peer with the longest allowed prefix that contains the address.
+    pub(crate) fn holder(&self, address: IpAddr) -> Option<&Arc<WireguardPeer>> {
         match address {
             IpAddr::V4(v4) => self.v4.find(u128::from(v4.to_bits()) << 96),
             IpAddr::V6(v6) => self.v6.find(v6.to_bits()),
         }
     }
 
-    /// A number for a new peer that no other has, 24 bits.
+    /// Returns a slot of 24 bits that no peer has.
     pub(crate) fn free_slot(&mut self) -> u32 {
         loop {
             self.next_slot = (self.next_slot + 1) & 0xff_ffff;
@@ -101,8 +101,9 @@ impl Peers {
         }
     }
 
-    /// Adds it, or changes what it is allowed. A prefix that another has moves, as in the kernel.
-    pub(crate) fn put(&mut self, peer: &Arc<Peer>, config: &PeerConfig) {
+    /// Adds a peer, or changes its allowed IPs. A prefix that another peer has moves to this one, as in the
+    /// kernel.
+    pub(crate) fn put(&mut self, peer: &Arc<WireguardPeer>, config: &PeerConfig) {
         self.release(&peer.key);
         for net in &config.allowed {
             let net = net.trunc();
@@ -151,12 +152,12 @@ impl Peers {
 }
 
 impl Prefixes {
-    /// Addresses of IPv4 are in the upper bits.
-    fn find(&self, bits: u128) -> Option<&Arc<Peer>> {
+    /// Returns the peer of the longest prefix of an address. IPv4 addresses are in the upper 32 bits.
+    fn find(&self, bits: u128) -> Option<&Arc<WireguardPeer>> {
         self.0.iter().find_map(|(length, prefixes)| prefixes.get(&(bits & mask(*length))))
     }
 
-    fn insert(&mut self, length: u8, bits: u128, peer: Arc<Peer>) -> Option<Arc<Peer>> {
+    fn insert(&mut self, length: u8, bits: u128, peer: Arc<WireguardPeer>) -> Option<Arc<WireguardPeer>> {
         let index = self.0.partition_point(|(other, _)| *other > length);
         if self.0.get(index).is_none_or(|(other, _)| *other != length) {
             self.0.insert(index, (length, HashMap::new()));
@@ -178,14 +179,20 @@ fn mask(length: u8) -> u128 {
 
 #[cfg(test)]
 mod tests {
-    use boringtun::x25519::{PublicKey as Public, StaticSecret};
+    use boringtun::x25519::{PublicKey as X25519PublicKey, StaticSecret};
 
     use super::*;
 
-    fn peer(n: u8) -> Arc<Peer> {
-        let tunn =
-            Tunn::new(StaticSecret::from([9; 32]), Public::from([n; 32]), None, None, u32::from(n), None);
-        Arc::new(Peer::new([n; 32], u32::from(n), tunn, "192.0.2.1:1".parse().unwrap()))
+    fn peer(n: u8) -> Arc<WireguardPeer> {
+        let tunn = Tunn::new(
+            StaticSecret::from([9; 32]),
+            X25519PublicKey::from([n; 32]),
+            None,
+            None,
+            u32::from(n),
+            None,
+        );
+        Arc::new(WireguardPeer::new([n; 32], u32::from(n), tunn, "192.0.2.1:1".parse().unwrap()))
     }
 
     fn config(allowed: &[&str]) -> PeerConfig {
@@ -193,13 +200,13 @@ mod tests {
         PeerConfig { endpoint: "192.0.2.1:1".parse().unwrap(), allowed }
     }
 
-    fn holder(peers: &Peers, address: &str) -> Option<u8> {
+    fn holder(peers: &PeerTable, address: &str) -> Option<u8> {
         peers.holder(address.parse().unwrap()).map(|peer| peer.key[0])
     }
 
     #[test]
-    fn the_longest_prefix_counts() {
-        let mut peers = Peers::default();
+    fn the_longest_prefix_wins() {
+        let mut peers = PeerTable::default();
         peers.put(&peer(1), &config(&["10.0.0.0/8", "fd00::/16"]));
         peers.put(&peer(2), &config(&["10.1.0.0/16", "fd00::5/128"]));
         assert_eq!(holder(&peers, "10.2.3.4"), Some(1));
@@ -211,15 +218,15 @@ mod tests {
     }
 
     #[test]
-    fn a_prefix_has_one_holder_and_goes_with_it() {
-        let mut peers = Peers::default();
+    fn a_prefix_has_one_peer_and_is_deleted_with_it() {
+        let mut peers = PeerTable::default();
         let (one, two) = (peer(1), peer(2));
         peers.put(&one, &config(&["10.0.0.0/24", "10.0.1.0/24"]));
         peers.put(&two, &config(&["10.0.0.0/24"]));
         assert_eq!(holder(&peers, "10.0.0.1"), Some(2));
         let allowed: Vec<_> = peers.status().into_iter().map(|peer| peer.config.allowed).collect();
         assert_eq!(allowed, [config(&["10.0.1.0/24"]).allowed, config(&["10.0.0.0/24"]).allowed]);
-        // What it lost is not taken away from the new holder.
+        // A change of the old peer does not take the prefix from the new one.
         peers.put(&one, &config(&["10.0.1.0/24"]));
         assert_eq!(holder(&peers, "10.0.0.1"), Some(2));
         peers.remove(&two.key);

@@ -1,4 +1,5 @@
-//! What is cut and joined again is what it was; what cannot be joined comes through as it is, in order.
+//! Property tests: joining restores what segmentation divided, and packets that cannot be joined pass
+//! unchanged and in order.
 
 use std::cell::RefCell;
 use std::io::IoSlice;
@@ -8,16 +9,19 @@ use std::ops::Range;
 use proptest::prelude::*;
 
 use crate::checksum;
-use crate::cut::{Whole, cut};
+use crate::cut::{UncutPacket, cut};
 use crate::join::{Joiner, Output};
-use crate::packet::{ETHERNET, Gso, Inner, Ip, TCP, UDP, VXLAN, Vnet, pseudo, put, put_vxlan};
-use crate::sys::VNET;
+use crate::packet::{
+    ETHERNET_HEADER, Gso, Ip, TCP, UDP, VXLAN_HEADERS, VnetHeader, VxlanFrame, pseudo_header_sum, put,
+    put_vxlan,
+};
+use crate::sys::VNET_HEADER;
 
 const HEAD: usize = 64;
 
-/// A packet as a device with offload hands it over, checksums still to be done.
+/// A super-packet, as a device with segmentation offload gives it: its checksum is not complete.
 #[derive(Debug, Clone)]
-struct Super {
+struct SuperPacket {
     is_frame: bool,
     is_v4: bool,
     protocol: u8,
@@ -30,9 +34,9 @@ struct Super {
     port: u16,
 }
 
-impl Super {
+impl SuperPacket {
     fn network(&self) -> usize {
-        if self.is_frame { ETHERNET } else { 0 }
+        if self.is_frame { ETHERNET_HEADER } else { 0 }
     }
 
     fn transport(&self) -> usize {
@@ -51,8 +55,8 @@ impl Super {
         }
     }
 
-    /// Headers for a payload, with a checksum that is complete, or only that of the pseudo-header.
-    fn bytes(&self, is_whole: bool) -> Vec<u8> {
+    /// Returns the packet, with a complete checksum or with the sum of the pseudo-header alone.
+    fn bytes(&self, has_checksum: bool) -> Vec<u8> {
         let mut bytes = vec![0; self.headers()];
         let (network, transport) = (self.network(), self.transport());
         let (source, destination) = self.addresses();
@@ -92,8 +96,8 @@ impl Super {
             put(&mut bytes, transport + 4, &((length - transport) as u16).to_be_bytes());
             transport + 6
         };
-        let sum = pseudo(source, destination, self.protocol) + (length - transport) as u64;
-        let sum = if is_whole {
+        let sum = pseudo_header_sum(source, destination, self.protocol) + (length - transport) as u64;
+        let sum = if has_checksum {
             checksum::finish(checksum::add(sum, &bytes[transport..]))
         } else {
             checksum::fold(sum)
@@ -102,8 +106,8 @@ impl Super {
         bytes
     }
 
-    fn vnet(&self) -> Vnet {
-        Vnet {
+    fn vnet(&self) -> VnetHeader {
+        VnetHeader {
             needs_checksum: true,
             gso: match (self.payload.len() > self.size, self.protocol, self.is_v4) {
                 (false, ..) => Gso::None,
@@ -118,7 +122,7 @@ impl Super {
         }
     }
 
-    /// Its parts, without VXLAN's headers, which are checked here.
+    /// Returns the segments without VXLAN headers, which are checked here.
     fn cut(&self) -> Vec<Vec<u8>> {
         let bytes = self.bytes(false);
         let mut buffer = vec![0; HEAD];
@@ -126,16 +130,16 @@ impl Super {
         let end = buffer.len();
         let (a, b) = (Ipv6Addr::from_bits(1), Ipv6Addr::from_bits(2));
         if self.is_frame {
-            put_vxlan(&mut buffer[HEAD - VXLAN..], a, b, (1, 9), 7, bytes.len());
+            put_vxlan(&mut buffer[HEAD - VXLAN_HEADERS..], a, b, (1, 9), 7, bytes.len());
         }
-        let start = if self.is_frame { HEAD - VXLAN } else { HEAD };
-        let whole = Whole { start, given: HEAD, end, is_frame: self.is_frame, vnet: self.vnet() };
+        let start = if self.is_frame { HEAD - VXLAN_HEADERS } else { HEAD };
+        let whole = UncutPacket { start, given: HEAD, end, is_frame: self.is_frame, vnet: self.vnet() };
         let mut parts = Vec::new();
         cut(&mut buffer, &whole, |buffer, at| {
             let part = &buffer[at];
             if self.is_frame {
                 let ip = Ip::parse(part).unwrap();
-                let inner = Inner::parse(part, &ip, b, 9).unwrap();
+                let inner = VxlanFrame::parse(part, &ip, b, 9).unwrap();
                 assert_eq!((inner.vni, inner.from, inner.end), (7, a, part.len()));
                 parts.push(part[inner.start..inner.end].to_vec());
             } else {
@@ -147,30 +151,30 @@ impl Super {
     }
 }
 
-/// Whether all checksums and lengths are right.
-fn is_right(packet: &[u8], is_frame: bool) -> bool {
-    let packet = &packet[if is_frame { ETHERNET } else { 0 }..];
+/// Returns whether all checksums and lengths are valid.
+fn is_valid(packet: &[u8], is_frame: bool) -> bool {
+    let packet = &packet[if is_frame { ETHERNET_HEADER } else { 0 }..];
     let ip = Ip::parse(packet).unwrap();
     let header = ip.source.is_ipv6() || checksum::fold(checksum::add(0, &packet[..ip.payload])) == 0xffff;
-    let sum = pseudo(ip.source, ip.destination, ip.protocol) + (ip.end - ip.payload) as u64;
+    let sum = pseudo_header_sum(ip.source, ip.destination, ip.protocol) + (ip.end - ip.payload) as u64;
     ip.end == packet.len()
         && header
         && checksum::fold(checksum::add(sum, &packet[ip.payload..ip.end])) == 0xffff
 }
 
-/// Keeps what is written, headers apart.
+/// Records the written packets.
 #[derive(Debug, Default)]
-struct Written(RefCell<Vec<(Vnet, Vec<u8>)>>);
+struct Written(RefCell<Vec<(VnetHeader, Vec<u8>)>>);
 
 impl Output for Written {
     fn write(&self, pieces: &[IoSlice<'_>]) {
         let all: Vec<u8> = pieces.iter().flat_map(|piece| piece.iter().copied()).collect();
-        let vnet = Vnet::parse(&all[..VNET]).unwrap();
-        self.0.borrow_mut().push((vnet, all[VNET..].to_vec()));
+        let vnet = VnetHeader::parse(&all[..VNET_HEADER]).unwrap();
+        self.0.borrow_mut().push((vnet, all[VNET_HEADER..].to_vec()));
     }
 }
 
-fn join(packets: &[Vec<u8>], is_frame: bool) -> Vec<(Vnet, Vec<u8>)> {
+fn join(packets: &[Vec<u8>], is_frame: bool) -> Vec<(VnetHeader, Vec<u8>)> {
     let mut buffer = Vec::new();
     let ranges: Vec<Range<usize>> = packets
         .iter()
@@ -187,11 +191,11 @@ fn join(packets: &[Vec<u8>], is_frame: bool) -> Vec<(Vnet, Vec<u8>)> {
     written.0.into_inner()
 }
 
-fn super_packet() -> impl Strategy<Value = Super> {
+fn super_packet() -> impl Strategy<Value = SuperPacket> {
     let shape = (any::<bool>(), any::<bool>(), any::<bool>(), 0_usize..=10);
     let content = (prop::collection::vec(any::<u8>(), 1..9000), 64_usize..1400);
     (shape, content, any::<u32>(), any::<bool>(), any::<u16>()).prop_map(
-        |((is_frame, is_v4, is_tcp, options), (payload, size), sequence, push, identification)| Super {
+        |((is_frame, is_v4, is_tcp, options), (payload, size), sequence, push, identification)| SuperPacket {
             is_frame,
             is_v4,
             protocol: if is_tcp { TCP } else { UDP },
@@ -208,12 +212,12 @@ fn super_packet() -> impl Strategy<Value = Super> {
 
 proptest! {
     #[test]
-    fn parts_are_right_and_their_payloads_are_the_whole(it in super_packet()) {
+    fn segments_are_valid_and_have_the_whole_payload(it in super_packet()) {
         let parts = it.cut();
         prop_assert_eq!(parts.len(), it.payload.len().div_ceil(it.size));
         let mut payload = Vec::new();
         for part in &parts {
-            prop_assert!(is_right(part, it.is_frame));
+            prop_assert!(is_valid(part, it.is_frame));
             prop_assert!(part.len() <= it.headers() + it.size);
             payload.extend_from_slice(&part[it.headers()..]);
         }
@@ -221,15 +225,14 @@ proptest! {
     }
 
     #[test]
-    fn tcp_joined_again_is_what_it_was(it in super_packet()) {
+    fn joined_tcp_segments_are_the_original(it in super_packet()) {
         prop_assume!(it.protocol == TCP && it.payload.len() > it.size);
         let joined = join(&it.cut(), it.is_frame);
-        // A last part that pushes goes alone if it is the only one.
         prop_assert_eq!(joined, vec![(it.vnet(), it.bytes(false))]);
     }
 
     #[test]
-    fn nothing_is_lost_or_overtakes_within_its_connection(
+    fn no_packet_is_lost_or_reordered_within_its_connection(
         choices in prop::collection::vec((0_u16..12, any::<bool>(), 0_u8..10, 1_usize..300), 1..120),
         is_frame: bool,
         is_v4: bool,
@@ -237,7 +240,7 @@ proptest! {
         let mut next = [0_u32; 12];
         let packets: Vec<Vec<u8>> = choices.iter().map(|(port, repeats, oddity, length)| {
             let sequence = &mut next[usize::from(*port)];
-            let it = Super {
+            let it = SuperPacket {
                 is_frame,
                 is_v4,
                 protocol: TCP,
@@ -252,25 +255,25 @@ proptest! {
             *sequence = sequence.wrapping_add(it.payload.len() as u32);
             let mut bytes = it.bytes(true);
             if *oddity == 5 {
-                // A wrong checksum is the receiver's to find.
+                // The receiver must see the wrong checksum.
                 *bytes.last_mut().unwrap() ^= 1;
             }
             bytes
         }).collect();
-        // Cut again, it is what went in, connection by connection.
+        // Divided again, each connection has the packets that went in.
         let mut out: Vec<Vec<u8>> = Vec::new();
         for (vnet, bytes) in join(&packets, is_frame) {
             let mut buffer = vec![0; HEAD];
             buffer.extend_from_slice(&bytes);
             if is_frame {
-                put_vxlan(&mut buffer[HEAD - VXLAN..], Ipv6Addr::LOCALHOST, Ipv6Addr::LOCALHOST, (1, 9), 7, bytes.len());
+                put_vxlan(&mut buffer[HEAD - VXLAN_HEADERS..], Ipv6Addr::LOCALHOST, Ipv6Addr::LOCALHOST, (1, 9), 7, bytes.len());
             }
-            let skipped = if is_frame { VXLAN } else { 0 };
+            let skipped = if is_frame { VXLAN_HEADERS } else { 0 };
             let end = buffer.len();
-            let whole = Whole { start: HEAD - skipped, given: HEAD, end, is_frame, vnet };
+            let whole = UncutPacket { start: HEAD - skipped, given: HEAD, end, is_frame, vnet };
             cut(&mut buffer, &whole, |buffer, at| out.push(buffer[at][skipped..].to_vec())).unwrap();
         }
-        let transport = if is_frame { ETHERNET } else { 0 } + if is_v4 { 20 } else { 40 };
+        let transport = if is_frame { ETHERNET_HEADER } else { 0 } + if is_v4 { 20 } else { 40 };
         let network = transport - if is_v4 { 20 } else { 40 };
         for port in 0..12_u16 {
             let of = |all: &[Vec<u8>]| -> Vec<Vec<u8>> {
@@ -279,7 +282,7 @@ proptest! {
                     .map(|packet| {
                         let mut packet = packet.clone();
                         if is_v4 {
-                            // Cutting counts the identification up, and none of these may be cut on the way.
+                            // Segmentation increments the identification, which does not matter with DF.
                             put(&mut packet, network + 4, &[0; 2]);
                             put(&mut packet, network + 10, &[0; 2]);
                         }
@@ -292,7 +295,7 @@ proptest! {
     }
 
     #[test]
-    fn no_bytes_make_them_panic(bytes in prop::collection::vec(any::<u8>(), 0..400)) {
+    fn arbitrary_bytes_do_not_panic(bytes in prop::collection::vec(any::<u8>(), 0..400)) {
         crate::fuzz::packet(&bytes);
     }
 }

@@ -1,27 +1,32 @@
-//! Switched networks: which frames go where, and which are taken.
+//! Switched networks: where frames are sent, and which frames are accepted.
 
 use std::collections::{BTreeSet, HashMap};
-use std::fs::File;
 use std::io::IoSlice;
 use std::net::{IpAddr, Ipv6Addr};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak};
 
-use crate::api::{Drops, Mac, Source};
+use crate::api::{Drops, FrameSource, Mac};
+use crate::backend::{Backend, Device};
 use crate::interface::Interface;
 use crate::join::Output;
 use crate::packet::{macs, sender};
-use crate::sys;
+use crate::stop::StopSignal;
 
 /// What all threads of an engine share.
-#[derive(Default)]
-pub(crate) struct Switch {
-    taps: RwLock<HashMap<u32, Arc<Tap>>>,
-    paths: RwLock<HashMap<Ipv6Addr, Weak<Interface>>>,
+pub(crate) struct Switch<B: Backend> {
+    taps: RwLock<HashMap<u32, Arc<Tap<B>>>>,
+    paths: RwLock<HashMap<Ipv6Addr, Weak<Interface<B>>>>,
     pub(crate) counters: Counters,
 }
 
-/// See [`Drops`].
+impl<B: Backend> Default for Switch<B> {
+    fn default() -> Self {
+        Self { taps: RwLock::default(), paths: RwLock::default(), counters: Counters::default() }
+    }
+}
+
+/// The counters behind [`Drops`].
 #[derive(Default)]
 pub(crate) struct Counters {
     pub(crate) unauthenticated: AtomicU64,
@@ -54,12 +59,12 @@ pub(crate) fn writing<T>(lock: &RwLock<T>) -> RwLockWriteGuard<'_, T> {
     lock.write().unwrap_or_else(PoisonError::into_inner)
 }
 
-impl Switch {
-    pub(crate) fn tap(&self, vni: u32) -> Option<Arc<Tap>> {
+impl<B: Backend> Switch<B> {
+    pub(crate) fn tap(&self, vni: u32) -> Option<Arc<Tap<B>>> {
         reading(&self.taps).get(&vni).cloned()
     }
 
-    pub(crate) fn put_tap(&self, tap: &Arc<Tap>) {
+    pub(crate) fn put_tap(&self, tap: &Arc<Tap<B>>) {
         writing(&self.taps).insert(tap.vni, Arc::clone(tap));
     }
 
@@ -67,11 +72,11 @@ impl Switch {
         writing(&self.taps).remove(&vni);
     }
 
-    pub(crate) fn path(&self, to: Ipv6Addr) -> Option<Arc<Interface>> {
+    pub(crate) fn path(&self, to: Ipv6Addr) -> Option<Arc<Interface<B>>> {
         reading(&self.paths).get(&to).and_then(Weak::upgrade)
     }
 
-    pub(crate) fn put_path(&self, to: Ipv6Addr, interface: &Arc<Interface>) {
+    pub(crate) fn put_path(&self, to: Ipv6Addr, interface: &Arc<Interface<B>>) {
         writing(&self.paths).insert(to, Arc::downgrade(interface));
     }
 
@@ -80,54 +85,78 @@ impl Switch {
     }
 }
 
-/// A device, as threads write to it.
-pub(crate) struct Device<'a> {
-    pub(crate) file: &'a File,
+/// Writes packets to a device and counts those that it refuses.
+pub(crate) struct DeviceOutput<'a, D> {
+    pub(crate) device: &'a D,
     pub(crate) counters: &'a Counters,
 }
 
-impl Output for Device<'_> {
+impl<D: Device> Output for DeviceOutput<'_, D> {
     fn write(&self, pieces: &[IoSlice<'_>]) {
-        // A device that is down takes nothing.
-        if sys::write(self.file, pieces).is_err() {
+        // A device that is down refuses every packet.
+        if self.device.write(pieces).is_err() {
             Counters::count(&self.counters.full);
         }
     }
 }
 
-/// One switched network on this host.
-pub(crate) struct Tap {
+/// A switched network on this host.
+pub(crate) struct Tap<B: Backend> {
     pub(crate) name: String,
     pub(crate) vni: u32,
-    pub(crate) file: File,
-    table: RwLock<Table>,
-    pub(crate) stopped: AtomicBool,
+    /// `None` after [`Tap::close`]. Receiving threads may keep the `Tap` a while longer, but not its device.
+    device: RwLock<Option<Arc<B::Device>>>,
+    table: RwLock<ForwardingTable>,
+    pub(crate) stop: Arc<StopSignal>,
 }
 
-/// What is where.
+/// Writes frames to the device of a switched network, as long as it has one.
+pub(crate) struct TapOutput<'a, B: Backend> {
+    pub(crate) tap: &'a Tap<B>,
+    pub(crate) counters: &'a Counters,
+}
+
+impl<B: Backend> Output for TapOutput<'_, B> {
+    fn write(&self, pieces: &[IoSlice<'_>]) {
+        if let Some(device) = &*reading(&self.tap.device) {
+            DeviceOutput { device: &**device, counters: self.counters }.write(pieces);
+        }
+    }
+}
+
+/// The forwarding and filter entries of a switched network.
 #[derive(Debug, Default)]
-pub(crate) struct Table {
+pub(crate) struct ForwardingTable {
+    /// The host behind which a MAC address is.
     pub(crate) remotes: HashMap<Mac, Ipv6Addr>,
+    /// The hosts that get broadcast and multicast frames.
     pub(crate) floods: BTreeSet<Ipv6Addr>,
-    pub(crate) sources: HashMap<Mac, Source>,
+    /// The accepted sources of received frames.
+    pub(crate) sources: HashMap<Mac, FrameSource>,
 }
 
-impl Tap {
-    pub(crate) fn new(name: &str, vni: u32, file: File) -> Self {
-        Self { name: name.to_owned(), vni, file, table: RwLock::default(), stopped: AtomicBool::new(false) }
+impl<B: Backend> Tap<B> {
+    pub(crate) fn new(name: &str, vni: u32, device: Arc<B::Device>, stop: Arc<StopSignal>) -> Self {
+        let device = RwLock::new(Some(device));
+        Self { name: name.to_owned(), vni, device, table: RwLock::default(), stop }
     }
 
-    pub(crate) fn table(&self) -> RwLockReadGuard<'_, Table> {
+    /// Lets go of the device. Waits until no thread writes to it.
+    pub(crate) fn close(&self) {
+        *writing(&self.device) = None;
+    }
+
+    pub(crate) fn table(&self) -> RwLockReadGuard<'_, ForwardingTable> {
         reading(&self.table)
     }
 
-    pub(crate) fn change(&self, change: impl FnOnce(&mut Table)) {
+    pub(crate) fn change(&self, change: impl FnOnce(&mut ForwardingTable)) {
         change(&mut writing(&self.table));
     }
 }
 
-impl Table {
-    /// The hosts that get a frame.
+impl ForwardingTable {
+    /// Finds the hosts that a frame is sent to.
     pub(crate) fn destinations(&self, frame: &[u8], to: &mut Vec<Ipv6Addr>) {
         to.clear();
         match macs(frame) {
@@ -137,16 +166,17 @@ impl Table {
         }
     }
 
-    /// Whether a frame is one that this host may send.
-    pub(crate) fn is_honest(&self, frame: &[u8], host: Ipv6Addr) -> bool {
+    /// Returns whether this host may send this frame.
+    pub(crate) fn is_allowed(&self, frame: &[u8], host: Ipv6Addr) -> bool {
         let Some((_, source)) = macs(frame) else { return false };
         let Some(known) = self.sources.get(&source).filter(|known| known.from == host) else { return false };
-        sender(frame).is_some_and(|address| is_common(address) || known.addresses.contains(&address))
+        sender(frame).is_some_and(|address| is_unassigned(address) || known.addresses.contains(&address))
     }
 }
 
-/// What an interface sends from before it knows its address, or beside it.
-fn is_common(address: IpAddr) -> bool {
+/// Returns whether an address needs no assignment: unspecified (DHCP, duplicate address detection) or
+/// link-local.
+fn is_unassigned(address: IpAddr) -> bool {
     address.is_unspecified() || matches!(address, IpAddr::V6(v6) if v6.is_unicast_link_local())
 }
 
@@ -160,10 +190,10 @@ mod tests {
         Ipv6Addr::from_bits(n)
     }
 
-    fn table() -> Table {
-        let mut table = Table::default();
+    fn table() -> ForwardingTable {
+        let mut table = ForwardingTable::default();
         let addresses = vec!["10.0.0.1".parse().unwrap(), "fd00::1".parse().unwrap()];
-        table.sources.insert(MAC, Source { from: host(1), addresses });
+        table.sources.insert(MAC, FrameSource { from: host(1), addresses });
         table.remotes.insert(MAC, host(1));
         table.floods.extend([host(1), host(2)]);
         table
@@ -174,30 +204,30 @@ mod tests {
         frame[..6].copy_from_slice(&[0xff; 6]);
         frame[6..12].copy_from_slice(&source);
         frame[12..14].copy_from_slice(&kind.to_be_bytes());
-        // UDP, where it is IPv6.
+        // The next header of IPv6: UDP.
         frame[20] = 17;
         frame[at..at + address.len()].copy_from_slice(address);
         frame
     }
 
     #[test]
-    fn a_frame_is_taken_from_its_own_host_alone() {
+    fn only_the_host_of_a_mac_address_may_send_from_it() {
         let table = table();
         let good = frame(MAC, 0x0800, 26, &[10, 0, 0, 1]);
-        assert!(table.is_honest(&good, host(1)));
-        assert!(!table.is_honest(&good, host(2)));
-        assert!(!table.is_honest(&frame([2, 0, 0, 0, 0, 2], 0x0800, 26, &[10, 0, 0, 1]), host(1)));
-        assert!(!table.is_honest(&frame(MAC, 0x0800, 26, &[10, 0, 0, 2]), host(1)));
+        assert!(table.is_allowed(&good, host(1)));
+        assert!(!table.is_allowed(&good, host(2)));
+        assert!(!table.is_allowed(&frame([2, 0, 0, 0, 0, 2], 0x0800, 26, &[10, 0, 0, 1]), host(1)));
+        assert!(!table.is_allowed(&frame(MAC, 0x0800, 26, &[10, 0, 0, 2]), host(1)));
         let v6 = |text: &str| text.parse::<Ipv6Addr>().unwrap().octets();
-        assert!(table.is_honest(&frame(MAC, 0x86dd, 22, &v6("fd00::1")), host(1)));
-        assert!(table.is_honest(&frame(MAC, 0x86dd, 22, &v6("fe80::9")), host(1)));
-        assert!(table.is_honest(&frame(MAC, 0x86dd, 22, &v6("::")), host(1)));
-        assert!(!table.is_honest(&frame(MAC, 0x86dd, 22, &v6("fd00::2")), host(1)));
-        // Where addresses are told: ARP, and advertisements of neighbours.
+        assert!(table.is_allowed(&frame(MAC, 0x86dd, 22, &v6("fd00::1")), host(1)));
+        assert!(table.is_allowed(&frame(MAC, 0x86dd, 22, &v6("fe80::9")), host(1)));
+        assert!(table.is_allowed(&frame(MAC, 0x86dd, 22, &v6("::")), host(1)));
+        assert!(!table.is_allowed(&frame(MAC, 0x86dd, 22, &v6("fd00::2")), host(1)));
+        // Messages that announce addresses: ARP and neighbor advertisements.
         let arp = |mac: Mac, address: [u8; 4]| frame(MAC, 0x0806, 22, &[&mac[..], &address].concat());
-        assert!(table.is_honest(&arp(MAC, [10, 0, 0, 1]), host(1)));
-        assert!(!table.is_honest(&arp(MAC, [10, 0, 0, 2]), host(1)));
-        assert!(!table.is_honest(&arp([2, 0, 0, 0, 0, 2], [10, 0, 0, 1]), host(1)));
+        assert!(table.is_allowed(&arp(MAC, [10, 0, 0, 1]), host(1)));
+        assert!(!table.is_allowed(&arp(MAC, [10, 0, 0, 2]), host(1)));
+        assert!(!table.is_allowed(&arp([2, 0, 0, 0, 0, 2], [10, 0, 0, 1]), host(1)));
         let advertisement = |target: &str| {
             let mut frame = frame(MAC, 0x86dd, 22, &v6("fd00::1"));
             frame.resize(100, 0);
@@ -205,23 +235,23 @@ mod tests {
             frame[62..78].copy_from_slice(&v6(target));
             frame
         };
-        assert!(table.is_honest(&advertisement("fd00::1"), host(1)));
-        assert!(!table.is_honest(&advertisement("fd00::2"), host(1)));
-        // Hidden behind options, in another protocol, or with a tag.
+        assert!(table.is_allowed(&advertisement("fd00::1"), host(1)));
+        assert!(!table.is_allowed(&advertisement("fd00::2"), host(1)));
+        // Hidden behind options, in an unknown protocol, or with a VLAN tag.
         let mut hidden = advertisement("fd00::2");
         (hidden[20], hidden[54]) = (60, 58);
-        assert!(!table.is_honest(&hidden, host(1)));
+        assert!(!table.is_allowed(&hidden, host(1)));
         hidden[20] = 0;
-        assert!(!table.is_honest(&hidden, host(1)));
+        assert!(!table.is_allowed(&hidden, host(1)));
         hidden[62] = 143;
-        assert!(table.is_honest(&hidden, host(1)));
-        assert!(!table.is_honest(&frame(MAC, 0x8100, 26, &[10, 0, 0, 1]), host(1)));
-        assert!(!table.is_honest(&good[..20], host(1)));
-        assert!(!table.is_honest(&good[..7], host(1)));
+        assert!(table.is_allowed(&hidden, host(1)));
+        assert!(!table.is_allowed(&frame(MAC, 0x8100, 26, &[10, 0, 0, 1]), host(1)));
+        assert!(!table.is_allowed(&good[..20], host(1)));
+        assert!(!table.is_allowed(&good[..7], host(1)));
     }
 
     #[test]
-    fn frames_go_where_their_address_is() {
+    fn a_frame_goes_to_the_host_of_its_destination() {
         let table = table();
         let mut to = Vec::new();
         table.destinations(&frame(MAC, 0x0800, 26, &[]), &mut to);

@@ -1,7 +1,7 @@
-//! The other end is somebody else's: WireGuard's own implementation in Go (Debian's `wireguard-go`), set up by
-//! hand over its configuration socket.
+//! Interoperability with WireGuard's implementation in Go (Debian's `wireguard-go`), which the test
+//! configures over its configuration socket.
 
-#![allow(clippy::unwrap_used, reason = "tests, and helpers of tests")]
+#![allow(clippy::unwrap_used, reason = "tests and their helpers")]
 
 use std::io::{Read as _, Write as _};
 use std::net::{Ipv6Addr, Shutdown, SocketAddr};
@@ -30,7 +30,7 @@ fn allowed(n: u8) -> [String; 2] {
     [format!("10.9.{n}.0/24"), format!("fd00::{n}/128")]
 }
 
-/// Addresses and routes of an end.
+/// Sets the addresses and routes of a device.
 fn address(host: &Host, device: &str, n: u8) {
     ip(host, &format!("link set {device} mtu 1420 up"));
     ip(host, &format!("addr add 10.9.{n}.1/32 dev {device}"));
@@ -51,18 +51,19 @@ fn configure(device: &str, request: &str) {
     assert_eq!(answer.trim(), "errno=0", "{request}");
 }
 
-/// Theirs on `h2`; the name is unique, for the sockets of all labs are in one folder.
-fn theirs(lab: &Lab) -> (Spawned, String) {
+/// Starts `wireguard-go` on `h2`. The device name is unique, because the configuration sockets of all labs
+/// are in one folder.
+fn start_wireguard_go(lab: &Lab) -> (Spawned, String) {
     let host = &lab["h2"];
     let device = format!("wg{}", lab.name());
-    // It says how it is that a kernel may have WireGuard itself, and goes on.
+    // It warns that the kernel may have WireGuard, and continues.
     let program = host.spawn(["wireguard-go", "-f", &device]).unwrap();
-    let ours = SocketAddr::new(lab["h1"].address().unwrap(), 51940);
+    let endpoint = SocketAddr::new(lab["h1"].address().unwrap(), 51940);
     let [v4, v6] = allowed(1);
     configure(
         &device,
         &format!(
-            "set=1\nprivate_key={}\nlisten_port=51820\npublic_key={}\nendpoint={ours}\nallowed_ip={v4}\n\
+            "set=1\nprivate_key={}\nlisten_port=51820\npublic_key={}\nendpoint={endpoint}\nallowed_ip={v4}\n\
              allowed_ip={v6}\n\n",
             hex(&key(2).0),
             hex(&public_key(&key(1)))
@@ -72,7 +73,7 @@ fn theirs(lab: &Lab) -> (Spawned, String) {
     (program, device)
 }
 
-fn ours(lab: &Lab) -> Engine {
+fn start_engine(lab: &Lab) -> Engine {
     let host = &lab["h1"];
     let engine = Engine::new();
     let config = InterfaceConfig {
@@ -89,8 +90,8 @@ fn ours(lab: &Lab) -> Engine {
     engine
 }
 
-/// Both families, both directions, packets of all sizes.
-fn they_talk(lab: &Lab) {
+/// Sends packets of all sizes and both families in both directions.
+fn exchange_packets(lab: &Lab) {
     let payload: Vec<u8> = (0..500_000).map(|n| (n % 251) as u8).collect();
     for (from, to, n) in [("h1", "h2", 2), ("h2", "h1", 1)] {
         for address in [format!("10.9.{n}.1"), format!("fd00::{n}")] {
@@ -109,18 +110,18 @@ fn they_talk(lab: &Lab) {
 }
 
 #[test]
-fn wireguard_go_and_ours_talk_whoever_begins() {
+fn packets_cross_whichever_side_begins_the_handshake() {
     let lab = Lab::new(LabConfig::hosts(2)).unwrap();
-    // Ours says hello first, then theirs does, and each is started again once.
-    let engine = ours(&lab);
-    let (program, _) = theirs(&lab);
-    they_talk(&lab);
+    // First the engine begins the handshake, then wireguard-go, and each is restarted once.
+    let engine = start_engine(&lab);
+    let (program, _) = start_wireguard_go(&lab);
+    exchange_packets(&lab);
     drop(engine);
-    let engine = ours(&lab);
-    they_talk(&lab);
+    let engine = start_engine(&lab);
+    exchange_packets(&lab);
     drop(program);
-    let (_program, _) = theirs(&lab);
-    they_talk(&lab);
+    let (_program, _) = start_wireguard_go(&lab);
+    exchange_packets(&lab);
     let state = engine.state();
     assert!(state.interfaces[0].peers[0].last_handshake.is_some());
     assert_eq!(state.drops.spoofed, 0);

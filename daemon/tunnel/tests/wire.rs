@@ -1,7 +1,7 @@
-//! Interfaces over real sockets and devices, with a peer of the library's own protocol core at the other
-//! end that can do what an attacker or a bad network does.
+//! Tests of interfaces over the kernel's devices and sockets. The peer is another engine, or boringtun in the
+//! hands of the test, which can do what an attacker or a bad network does.
 
-#![allow(clippy::unwrap_used, clippy::panic, clippy::expect_used, reason = "tests, and helpers of tests")]
+#![allow(clippy::unwrap_used, clippy::panic, clippy::expect_used, reason = "tests and their helpers")]
 
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::sync::Arc;
@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use boringtun::noise::{Tunn, TunnResult};
 use boringtun::x25519::{PublicKey, StaticSecret};
 use netns_lab::{Host, Lab, LabConfig, wait_until};
-use ovl_tunnel::{Engine, InterfaceConfig, PeerConfig, PrivateKey, Source, public_key};
+use ovl_tunnel::{Engine, FrameSource, InterfaceConfig, PeerConfig, PrivateKey, public_key};
 
 const PATIENCE: Duration = Duration::from_secs(20);
 const PORT: u16 = 51940;
@@ -38,7 +38,7 @@ fn at(host: &Host) -> SocketAddr {
     SocketAddr::new(host.address().unwrap(), PORT)
 }
 
-/// An engine on host `n` with an interface of the addresses `10.9.n.1` and `fd00::n`.
+/// Creates an engine on host `n`, with an interface that has the addresses `10.9.n.1` and `fd00::n`.
 fn engine(host: &Host, n: u8) -> Engine {
     let engine = Engine::new();
     serve(&engine, host, n);
@@ -67,14 +67,14 @@ fn pair() -> (Lab, Engine, Engine) {
     (lab, a, b)
 }
 
-/// A peer in the test's hands.
-struct Raw {
+/// A peer that the test controls.
+struct RawPeer {
     tunn: Tunn,
     socket: UdpSocket,
     engine: SocketAddr,
 }
 
-impl Raw {
+impl RawPeer {
     fn new(host: &Host, engine: SocketAddr, own: u8, theirs: u8) -> Self {
         let tunn = Tunn::new(
             StaticSecret::from([own; 32]),
@@ -98,7 +98,8 @@ impl Raw {
         self.socket.send_to(datagram, self.engine).unwrap();
     }
 
-    /// One datagram of the engine; what is inside, if it has content.
+    /// Receives a datagram of the engine and returns the packet in it. The inner `None` means that there is
+    /// no packet.
     fn receive(&mut self) -> Option<Option<Vec<u8>>> {
         let mut datagram = [0; 2048];
         let length = self.socket.recv(&mut datagram).ok()?;
@@ -116,7 +117,7 @@ impl Raw {
         })
     }
 
-    /// Begins a handshake and sees it through.
+    /// Makes a handshake and returns whether there is a session then.
     fn shake_hands(&mut self) -> bool {
         let mut message = [0; 148];
         let TunnResult::WriteToNetwork(message) = self.tunn.format_handshake_initiation(&mut message, true)
@@ -139,7 +140,7 @@ impl Raw {
         established(self)
     }
 
-    /// A UDP packet for port 9 at the engine's inner address, sealed and not sent.
+    /// Seals a UDP packet for port 9 of the engine's address in the tunnel, without sending it.
     fn seal(&mut self, from: Ipv4Addr, content: &[u8]) -> Vec<u8> {
         let mut packet = vec![0x45, 0, 0, 0, 0, 0, 0, 0, 64, 17, 0, 0];
         packet.extend(from.octets());
@@ -163,11 +164,11 @@ impl Raw {
 
 const OWN: Ipv4Addr = Ipv4Addr::new(10, 9, 2, 1);
 
-/// An engine at `h1`, and a peer in our hands at `h2` with a session.
-fn raw() -> (Lab, Engine, Raw, UdpSocket) {
+/// Creates an engine on `h1` and a raw peer with a session on `h2`.
+fn raw() -> (Lab, Engine, RawPeer, UdpSocket) {
     let lab = lab();
     let a = engine(&lab["h1"], 1);
-    let mut raw = Raw::new(&lab["h2"], at(&lab["h1"]), 2, 1);
+    let mut raw = RawPeer::new(&lab["h2"], at(&lab["h1"]), 2, 1);
     a.set_peer("ovt-0", public_key(&key(2)), &peer(2, raw.socket.local_addr().unwrap())).unwrap();
     assert!(raw.shake_hands());
     let service = lab["h1"].run(|| UdpSocket::bind("10.9.1.1:9")).unwrap().unwrap();
@@ -175,8 +176,8 @@ fn raw() -> (Lab, Engine, Raw, UdpSocket) {
     (lab, a, raw, service)
 }
 
-/// All that has arrived by the time that a last message has.
-fn arrived(raw: &mut Raw, service: &UdpSocket) -> Vec<Vec<u8>> {
+/// Sends a last message, and returns all that arrived before it.
+fn arrived(raw: &mut RawPeer, service: &UdpSocket) -> Vec<Vec<u8>> {
     let last = raw.seal(OWN, b"last");
     raw.send(&last);
     let mut all = Vec::new();
@@ -191,11 +192,11 @@ fn arrived(raw: &mut Raw, service: &UdpSocket) -> Vec<Vec<u8>> {
 }
 
 #[test]
-fn two_ends_carry_packets_of_all_sizes() {
+fn packets_of_all_sizes_cross() {
     let (lab, a, _b) = pair();
     lab["h1"].ping_until("10.9.2.1", PATIENCE).unwrap();
     lab["h1"].ping_until(inside(2), PATIENCE).unwrap();
-    // One end said hello before the other knew it.
+    // One side began a handshake before the other side knew it.
     let before = a.state().drops.unauthenticated;
     let (tcp, udp) = (lab["h2"].tcp_echo(7).unwrap(), lab["h2"].udp_echo(7).unwrap());
     for length in [1, 15, 16, 17, 1399, 1400, 1401, 70_000, 1_000_000] {
@@ -217,12 +218,12 @@ fn two_ends_carry_packets_of_all_sizes() {
 }
 
 #[test]
-fn what_was_tampered_with_reaches_nobody() {
+fn replayed_and_changed_datagrams_are_dropped() {
     let (_lab, a, mut raw, service) = raw();
     let good = raw.seal(OWN, b"once");
     raw.send(&good);
     assert_eq!(arrived(&mut raw, &service), [b"once"]);
-    // Once more; cut short; with any bit turned over; longer; and what never was a message.
+    // Replayed, truncated, with flipped bits, too long, and never a message.
     raw.send(&good);
     let other = raw.seal(OWN, b"never");
     for length in 0..other.len() {
@@ -240,13 +241,13 @@ fn what_was_tampered_with_reaches_nobody() {
     }
     assert_eq!(arrived(&mut raw, &service), Vec::<Vec<u8>>::new());
     assert!(a.state().drops.unauthenticated > other.len() as u64);
-    // The one that all of these were made of was never sent itself.
+    // The original of the changed datagrams is still valid.
     raw.send(&other);
     assert_eq!(arrived(&mut raw, &service), [b"never"]);
 }
 
 #[test]
-fn the_order_of_arrival_does_not_matter() {
+fn reordered_datagrams_are_accepted() {
     let (_lab, _a, mut raw, service) = raw();
     let mut all: Vec<Vec<u8>> = (0..200_u8).map(|n| raw.seal(OWN, &[n])).collect();
     all.reverse();
@@ -257,7 +258,7 @@ fn the_order_of_arrival_does_not_matter() {
 }
 
 #[test]
-fn a_peer_sends_from_its_own_addresses_alone() {
+fn a_peer_may_send_from_its_allowed_ips_alone() {
     let (_lab, a, mut raw, service) = raw();
     for from in [[10, 9, 1, 1], [10, 9, 3, 1], [127, 0, 0, 1], [192, 0, 2, 1]] {
         let forged = raw.seal(from.into(), b"forged");
@@ -268,23 +269,23 @@ fn a_peer_sends_from_its_own_addresses_alone() {
 }
 
 #[test]
-fn a_stranger_gets_no_answer() {
+fn an_unknown_key_gets_no_answer() {
     let lab = lab();
     let a = engine(&lab["h1"], 1);
-    let mut stranger = Raw::new(&lab["h2"], at(&lab["h1"]), 3, 1);
+    let mut stranger = RawPeer::new(&lab["h2"], at(&lab["h1"]), 3, 1);
     a.set_peer("ovt-0", public_key(&key(2)), &peer(2, "192.0.2.77:1".parse().unwrap())).unwrap();
     assert!(!stranger.shake_hands());
-    // A member's key, and another idea of ours.
-    let mut mistaken = Raw::new(&lab["h2"], at(&lab["h1"]), 2, 9);
+    // The key of a peer, but another key of the engine.
+    let mut mistaken = RawPeer::new(&lab["h2"], at(&lab["h1"]), 2, 9);
     assert!(!mistaken.shake_hands());
     assert!(a.state().drops.unauthenticated >= 2);
     assert!(a.state().interfaces[0].peers[0].last_handshake.is_none());
 }
 
 #[test]
-fn a_peer_that_moves_is_followed_and_one_that_goes_is_deaf() {
+fn the_engine_follows_a_peer_that_moves_and_forgets_a_deleted_one() {
     let (lab, a, mut raw, service) = raw();
-    raw.socket = Raw::socket(&lab["h2"]);
+    raw.socket = RawPeer::socket(&lab["h2"]);
     let moved = raw.seal(OWN, b"moved");
     raw.send(&moved);
     assert_eq!(arrived(&mut raw, &service), [b"moved"]);
@@ -292,7 +293,7 @@ fn a_peer_that_moves_is_followed_and_one_that_goes_is_deaf() {
     service.send_to(b"answer", "10.9.2.1:99").unwrap();
     let answer = std::iter::from_fn(|| raw.receive()).flatten().next().expect("an answer at the new address");
     assert!(answer.ends_with(b"answer"), "{answer:?}");
-    // Its session ends with it, at once and both ways.
+    // The session ends with the peer, in both directions.
     a.delete_peer("ovt-0", public_key(&key(2)));
     let late = raw.seal(OWN, b"late");
     let before = a.state().drops;
@@ -308,18 +309,18 @@ fn a_peer_that_moves_is_followed_and_one_that_goes_is_deaf() {
 }
 
 #[test]
-fn new_keys_under_load_cost_no_packet() {
+fn rekeying_under_load_loses_no_packet() {
     let (lab, _a, mut raw, service) = raw();
     let sender = service.try_clone().unwrap();
     const COUNT: u32 = 3_000;
-    /// Never more than any buffer on the way holds.
-    const ON_THE_WAY: u32 = 50;
+    /// Packets in flight: fewer than any buffer holds.
+    const IN_FLIGHT: u32 = 50;
     let arrived = Arc::new(AtomicU32::new(0));
     let so_far = Arc::clone(&arrived);
     let sending = std::thread::spawn(move || {
         let until = Instant::now() + PATIENCE;
         for n in 0..COUNT {
-            while n >= so_far.load(Ordering::Relaxed) + ON_THE_WAY && Instant::now() < until {
+            while n >= so_far.load(Ordering::Relaxed) + IN_FLIGHT && Instant::now() < until {
                 std::thread::yield_now();
             }
             sender.send_to(&n.to_be_bytes(), "10.9.2.1:99").unwrap();
@@ -330,7 +331,7 @@ fn new_keys_under_load_cost_no_packet() {
     let mut count = 0;
     let until = Instant::now() + PATIENCE;
     while count < COUNT && Instant::now() < until {
-        // Several times in between, the peer asks for new keys; data goes on with the old ones meanwhile.
+        // The peer begins several handshakes; meanwhile data uses the old keys.
         if count / 500 > handshakes {
             handshakes += 1;
             let mut message = [0; 148];
@@ -356,20 +357,20 @@ fn new_keys_under_load_cost_no_packet() {
 }
 
 #[test]
-fn a_peer_that_was_started_again_is_back_at_once() {
+fn a_restarted_peer_has_a_session_at_once() {
     let (lab, _a, b) = pair();
     lab["h1"].ping_until("10.9.2.1", PATIENCE).unwrap();
     drop(b);
     assert!(!lab["h1"].ping("10.9.2.1", Duration::from_millis(300)));
     let b = engine(&lab["h2"], 2);
     b.set_peer("ovt-0", public_key(&key(1)), &peer(1, at(&lab["h1"]))).unwrap();
-    // Not after the 15 seconds in which the other would notice that nobody answers.
+    // Well before the 15 seconds after which the other side would notice the lost session.
     let took = lab["h1"].ping_until("10.9.2.1", PATIENCE).unwrap();
     assert!(took < Duration::from_secs(5), "{took:?}");
 }
 
 #[test]
-fn a_device_that_is_deleted_is_made_anew_with_its_peers() {
+fn a_deleted_device_is_created_anew_with_its_peers() {
     let (lab, a, _b) = pair();
     lab["h1"].ping_until("10.9.2.1", PATIENCE).unwrap();
     ip(&lab["h1"], "link del ovt-0");
@@ -380,7 +381,7 @@ fn a_device_that_is_deleted_is_made_anew_with_its_peers() {
 }
 
 #[test]
-fn another_port_and_another_key_need_no_new_device() {
+fn a_new_port_and_a_new_key_need_no_new_device() {
     let (lab, a, b) = pair();
     lab["h1"].ping_until("10.9.2.1", PATIENCE).unwrap();
     let index = lab["h1"].ip_json(&["link", "show", "ovt-0"]).unwrap()[0]["ifindex"].clone();
@@ -388,7 +389,7 @@ fn another_port_and_another_key_need_no_new_device() {
     let config = InterfaceConfig { key: key(1), listen, address: inside(1), vxlan_port: 51942 };
     lab["h1"].run(|| a.set_interface("ovt-0", &config)).unwrap().unwrap();
     assert_eq!(a.state().interfaces[0].listen, listen);
-    // The session goes on: the other end follows.
+    // The session continues, because the peer follows.
     lab["h1"].ping_until("10.9.2.1", PATIENCE).unwrap();
     let config = InterfaceConfig { key: key(5), ..config };
     lab["h1"].run(|| a.set_interface("ovt-0", &config)).unwrap().unwrap();
@@ -400,10 +401,10 @@ fn another_port_and_another_key_need_no_new_device() {
 }
 
 #[test]
-fn loss_of_every_third_datagram_costs_no_more_than_that() {
+fn a_third_of_the_datagrams_lost_loses_no_more_packets() {
     let (lab, a, _b) = pair();
     lab.loss(30.0).unwrap();
-    // New keys, with the handshake's own messages lost like others.
+    // The messages of the handshake are lost like others.
     lab["h1"].ping_until("10.9.2.1", PATIENCE).unwrap();
     let echo = lab["h2"].udp_echo(7).unwrap();
     let socket = lab["h1"].run(|| UdpSocket::bind("10.9.1.1:0")).unwrap().unwrap();
@@ -417,12 +418,12 @@ fn loss_of_every_third_datagram_costs_no_more_than_that() {
     while let Ok(length) = socket.recv(&mut buffer) {
         assert!(back.insert(buffer[..length].to_vec()), "twice");
     }
-    // About half of them make it there and back: 196, with a deviation of 10.
+    // About half of them cross both ways: 196, with a standard deviation of 10.
     assert!((130..260).contains(&back.len()), "{} of 400", back.len());
     assert_eq!(a.state().drops.unauthenticated, 0);
 }
 
-/// A switched network of both hosts: the devices themselves are the endpoints.
+/// Creates a switched network on a host. The TAP devices themselves are the endpoints.
 fn switched(lab: &Lab, n: u8, engine: &Engine) {
     let host = &lab[format!("h{n}").as_str()];
     let other = 3 - n;
@@ -433,14 +434,14 @@ fn switched(lab: &Lab, n: u8, engine: &Engine) {
     engine.add_flood("ovx-t", inside(other)).unwrap();
     let addresses =
         vec![format!("10.8.0.{other}").parse().unwrap(), format!("fd08::{other}").parse().unwrap()];
-    engine.set_source("ovx-t", mac(other), Source { from: inside(other), addresses }).unwrap();
+    engine.set_source("ovx-t", mac(other), FrameSource { from: inside(other), addresses }).unwrap();
     ip(host, &format!("link set ovx-t address 02:00:00:00:00:0{n} mtu 1370 up"));
     ip(host, &format!("addr add 10.8.0.{n}/24 dev ovx-t"));
     ip(host, &format!("addr add fd08::{n}/64 dev ovx-t nodad"));
 }
 
 #[test]
-fn frames_cross_and_strangers_among_them_do_not() {
+fn frames_cross_and_spoofed_frames_are_dropped() {
     let (lab, a, b) = pair();
     switched(&lab, 1, &a);
     switched(&lab, 2, &b);
@@ -452,7 +453,7 @@ fn frames_cross_and_strangers_among_them_do_not() {
         assert!(lab["h1"].tcp_roundtrip(to, echo.port(), &payload).unwrap() == payload, "{to}");
     }
     assert_eq!(a.state().drops.spoofed, 0);
-    // Another address, then another MAC address: neither is this host's.
+    // Another IP address, then another MAC address: the host may use neither.
     ip(&lab["h2"], "addr add 10.8.0.9/24 dev ovx-t");
     assert!(!lab["h2"].exec(["ping", "-c1", "-W1", "-I", "10.8.0.9", "10.8.0.1"]).unwrap().success());
     let spoofed = a.state().drops.spoofed;
@@ -465,4 +466,37 @@ fn frames_cross_and_strangers_among_them_do_not() {
     a.delete_tap("ovx-t");
     assert!(a.state().taps.is_empty());
     assert!(!lab["h1"].exec(["ip", "link", "show", "ovx-t"]).unwrap().success());
+}
+
+/// The names of this process's threads that serve a device.
+fn threads_of(device: &str) -> Vec<String> {
+    let tasks = std::fs::read_dir("/proc/self/task").unwrap();
+    let names = tasks.filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("comm")).ok());
+    names.filter(|name| name.starts_with(device)).collect()
+}
+
+#[test]
+fn a_dropped_interface_leaves_no_thread_and_no_device() {
+    const ROUNDS: u32 = 50;
+    let lab = lab();
+    let host = &lab["h1"];
+    let config = InterfaceConfig { key: key(1), listen: at(host), address: inside(1), vxlan_port: 51942 };
+    let mut ending = Duration::ZERO;
+    for _ in 0..ROUNDS {
+        let engine = Engine::new();
+        // Each round needs the name and the port that the one before has used.
+        host.run(|| engine.set_interface("ovt-end", &config)).unwrap().unwrap();
+        host.run(|| engine.add_tap("ovt-end-tap", 7)).unwrap().unwrap();
+        engine.set_peer("ovt-end", public_key(&key(2)), &peer(2, at(&lab["h2"]))).unwrap();
+        // A thread sets its name itself, after it was started.
+        wait_until(PATIENCE, "the threads run", || threads_of("ovt-end").len() >= 4).unwrap();
+        let before = Instant::now();
+        drop(engine);
+        ending += before.elapsed();
+    }
+    // Deleting the two devices takes the kernel most of this time.
+    assert!(ending < ROUNDS * Duration::from_millis(500), "{ending:?} for {ROUNDS} engines");
+    // A joined thread stays in /proc for a moment.
+    wait_until(Duration::from_secs(1), "all threads are gone", || threads_of("ovt-end").is_empty()).unwrap();
+    assert!(!host.exec(["ip", "link", "show", "ovt-end"]).unwrap().success());
 }
