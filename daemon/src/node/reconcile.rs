@@ -13,11 +13,10 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use ovl_core::desired;
-use ovl_core::device::{Device, Role};
+use ovl_core::device::Device;
 use ovl_core::diff::diff;
 use ovl_core::kernel::Kernel;
-use ovl_core::nft::{Element, Table};
-use ovl_core::op::Op;
+use ovl_core::op::{AnnouncedOp, LinkOp, Op};
 use ovl_core::policy;
 use ovl_core::touched;
 use ovl_proto::id::NetworkId;
@@ -267,30 +266,30 @@ impl Node {
         let networks = |refused: bool, counts: fn(&Op) -> bool| {
             let outcomes = outcomes.iter().filter(|outcome| outcome.result.is_err() == refused);
             let ops = outcomes.map(|outcome| &outcome.op).filter(|op| counts(op));
-            ops.filter_map(broken_network).collect::<BTreeSet<NetworkId>>()
+            ops.filter_map(Op::breaks_network).collect::<BTreeSet<NetworkId>>()
         };
-        let made = networks(false, |op| matches!(op, Op::AddLink(..)));
+        let made = networks(false, |op| matches!(op, Op::Link(LinkOp::Add(..))));
         for network in made.difference(&networks(true, |_| true)) {
             state.refused.remove(network);
         }
         for outcome in outcomes {
-            if let Op::AddAnnounced(_, address) = outcome.op {
+            if let Op::Announced(AnnouncedOp::Add(_, address)) = outcome.op {
                 state.ingress.note(address, outcome.result.is_ok());
             }
             let Err(error) = &outcome.result else { continue };
             let op = outcome.op.to_string();
             tracing::warn!(%op, %error, "the kernel refused");
-            if let Some(network) = broken_network(&outcome.op) {
+            if let Some(network) = outcome.op.breaks_network() {
                 // An attach must not believe that the network stands: neither one that comes next,
                 // nor one that was planned while these operations were under way.
                 state.applied.remove(&network);
                 state.refused.entry(network).or_insert_with(|| error.to_string());
             }
-            if is_policy(&outcome.op) {
+            if outcome.op.is_policy() {
                 state.unpoliced.get_or_insert_with(|| error.to_string());
             }
             let concerned = attached.is_some_and(|(network, device)| {
-                outcome.op.device() == Some(device) || broken_network(&outcome.op) == Some(network)
+                outcome.op.device() == Some(device) || outcome.op.breaks_network() == Some(network)
             });
             if concerned && first.is_none() {
                 first = Some(error.to_string());
@@ -351,57 +350,6 @@ impl Node {
             .await
             .map_err(super::Failed::from)?;
         Ok((pass.outcomes.into_iter().map(|outcome| outcome.op).collect(), pass.lost))
-    }
-}
-
-/// Whether network policies do not stand if this operation is refused.
-fn is_policy(op: &Op) -> bool {
-    let table = match op {
-        Op::Table(table, _) | Op::DelTable(table) => *table,
-        Op::SetElement(Element { set, .. }) | Op::DelElement(set, _) => set.table,
-        _ => return false,
-    };
-    matches!(table, Table::Policy | Table::PolicyFrames)
-}
-
-/// The network that cannot be used if this operation is refused: one on its devices or their
-/// addresses. An entry for a single endpoint is the loop's to try again.
-fn broken_network(op: &Op) -> Option<NetworkId> {
-    let network = match op.device()?.role()? {
-        Role::Bridge(id) | Role::Vxlan(id) => id,
-        Role::Endpoint(_) | Role::Tunnel(_) => return None,
-    };
-    match op {
-        Op::AddLink(..) | Op::SetLink(..) | Op::DelLink(_) | Op::AddAddress(..) | Op::DelAddress(..) => {
-            Some(network)
-        }
-        Op::Sysctl { .. }
-        | Op::SetLocalnet(_)
-        | Op::DelLocalnet(_)
-        | Op::Filter(_)
-        | Op::DelFilter
-        | Op::Table(..)
-        | Op::DelTable(_)
-        | Op::SetElement(_)
-        | Op::DelElement(..)
-        | Op::EndFlows(_)
-        | Op::AddAnnounced(..)
-        | Op::DelAnnounced(..)
-        | Op::SetRemote(..)
-        | Op::DelRemote(..)
-        | Op::AddFlood(..)
-        | Op::DelFlood(..)
-        | Op::AddPort(..)
-        | Op::DelPort(..)
-        | Op::SetNeighbour(..)
-        | Op::DelNeighbour(..)
-        | Op::SetTunnel(..)
-        | Op::SetTunnelPeer(..)
-        | Op::DelTunnelPeer(..)
-        | Op::SetSource(..)
-        | Op::DelSource(..)
-        | Op::SetRoute(..)
-        | Op::DelRoute(_) => None,
     }
 }
 

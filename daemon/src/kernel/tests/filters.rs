@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use ovl_core::op::Op;
+use ovl_core::op::{NftOp, Op};
 use ovl_core::{filter, ipam};
 use ovl_proto::clock::Stamp;
 use ovl_proto::object::{Backend, Driver, Mode, Network};
@@ -36,7 +36,7 @@ fn text() -> String {
 }
 
 async fn write(lab: &Lab, text: &str) {
-    lab.kernel.apply(vec![Op::Filter(text.to_owned())]).await.remove(0).result.expect("written");
+    lab.kernel.apply(vec![Op::Nft(NftOp::SetBase(text.to_owned()))]).await.remove(0).result.expect("written");
 }
 
 #[test]
@@ -104,8 +104,11 @@ fn what_nft_refuses_is_said() {
     in_namespace(async || {
         let lab = Lab::start();
         write(&lab, &text()).await;
-        let outcome =
-            lab.kernel.apply(vec![Op::Filter("table inet ovl { nonsense }".to_owned())]).await.remove(0);
+        let outcome = lab
+            .kernel
+            .apply(vec![Op::Nft(NftOp::SetBase("table inet ovl { nonsense }".to_owned()))])
+            .await
+            .remove(0);
         let error = outcome.result.unwrap_err().to_string();
         assert!(
             error.starts_with("nft refuses the packet filter: ") && error.contains("nonsense"),
