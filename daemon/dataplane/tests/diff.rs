@@ -289,7 +289,10 @@ proptest! {
     fn applying_the_difference_reaches_what_is_desired(actual in kernel(), desired in kernel()) {
         let mut after = actual.clone();
         for op in diff(&actual, &desired, true) {
+            let mut said = after.clone();
+            op.apply_to(&mut said);
             apply(&mut after, &op).map_err(TestCaseError::fail)?;
+            prop_assert_eq!(&said, &after, "{}", op);
         }
         prop_assert_eq!(&after, &reachable(&actual, &desired));
         prop_assert_eq!(diff(&after, &desired, true), vec![]);

@@ -140,7 +140,7 @@ impl Services {
             let ground = self::ground(view);
             if ground != self.ground {
                 self.ground = ground;
-                names.extend(view.resources.services.keys().cloned());
+                names.extend(view.resources.services().keys().cloned());
             }
             changes.extend(self.ledger.set(&Part::Host, host(view, &self.ground)));
             changes.extend(self.endpoints(view));
@@ -236,10 +236,10 @@ impl Services {
 
     /// One Service, looked at anew.
     fn service(&mut self, view: &View, backends: &Backends, name: &Name) -> Vec<Op> {
-        let service = view.resources.services.get(name);
+        let service = view.resources.services().get(name);
         let resolved = service.map(|service| {
             let of = backends.of(name);
-            resolve::resolve(&self.ground, &view.resources.claims, (name, service), of, &mut self.slots)
+            resolve::resolve(&self.ground, view.resources.claims(), (name, service), of, &mut self.slots)
         });
         let Resolved { entries, counts, sticky, flows, relays } = resolved.unwrap_or_default();
         if relays {

@@ -65,11 +65,12 @@ impl Ingress {
         all: bool,
         uplink: Option<Device>,
     ) -> Vec<Op> {
-        let balancer = |name: &Name| view.resources.services.get(name).filter(|service| is_balancer(service));
+        let balancer =
+            |name: &Name| view.resources.services().get(name).filter(|service| is_balancer(service));
         let concerned = services.filter(|name| self.services.contains_key(name) || balancer(name).is_some());
         let mut names: BTreeSet<Name> = concerned.cloned().collect();
         if all {
-            names.extend(view.resources.services.keys().filter(|name| balancer(name).is_some()).cloned());
+            names.extend(view.resources.services().keys().filter(|name| balancer(name).is_some()).cloned());
             names.extend(self.services.keys().cloned());
         } else if names.is_empty() {
             return Vec::new();

@@ -361,7 +361,7 @@ proptest! {
         // All anew gives as many backends at each place.
         let mut anew = Services::default();
         let World { view, backends } = &host.world;
-        let all: Vec<Name> = view.resources.services.keys().cloned().collect();
+        let all: Vec<Name> = view.resources.services().keys().cloned().collect();
         anew.plan(view, backends, all.iter(), true);
         let counts = |elements: &Elements| -> Vec<(String, usize)> {
             let counted = elements.sets().filter(|(set, _)| set.table == Table::Services);
