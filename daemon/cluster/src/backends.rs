@@ -129,7 +129,7 @@ impl Backends {
         let name = &node.record.name;
         for (slice, service) in &self.slice_of {
             let on_it = |slice: &EndpointSlice| slice.endpoints.iter().any(|it| it.node_name == *name);
-            if view.resources.slices.get(slice).is_some_and(on_it) {
+            if view.resources.slices().get(slice).is_some_and(on_it) {
                 self.dirty.entry(service.clone()).or_default();
             }
         }
@@ -153,7 +153,7 @@ impl Backends {
     }
 
     fn touch_service(&mut self, view: &View, name: &Name) {
-        let selector = view.resources.services.get(name).map(|service| &service.spec.selector);
+        let selector = view.resources.services().get(name).map(|service| &service.spec.selector);
         let selector = selector.filter(|selector| !selector.is_empty());
         if self.listed.get(name).map(|(_, listed)| listed) != selector {
             if let Some((label, _)) = self.listed.remove(name) {
@@ -172,7 +172,7 @@ impl Backends {
 
     fn touch_slice(&mut self, view: &View, name: &Name) {
         let label = |slice: &EndpointSlice| slice.metadata.labels.get(SERVICE_NAME_LABEL).cloned();
-        let service = view.resources.slices.get(name).and_then(label);
+        let service = view.resources.slices().get(name).and_then(label);
         let service = service.map(|service| Name::new(&name.namespace, service));
         if let Some(old) = self.slice_of.remove(name) {
             take(&mut self.slices, &old, name);
@@ -210,7 +210,7 @@ impl Backends {
         let mut settled = Settled { members: std::mem::take(&mut self.changes), ..Settled::default() };
         for (name, changed) in std::mem::take(&mut self.dirty) {
             let was = self.of.remove(&name);
-            let is = view.resources.services.get(&name).map(|service| self.backends(view, &name, service));
+            let is = view.resources.services().get(&name).map(|service| self.backends(view, &name, service));
             if changed || was != is {
                 settled.services.insert(name.clone());
             }
@@ -226,7 +226,7 @@ impl Backends {
         let mut backends: Vec<Backend> =
             selected.map(|(_, member)| of_member(view, service, member)).collect();
         for slice in self.slices.get(name).into_iter().flatten() {
-            if let Some(slice) = view.resources.slices.get(slice) {
+            if let Some(slice) = view.resources.slices().get(slice) {
                 let counted = slice.endpoints.iter().filter_map(|it| of_slice(view, service, slice, it));
                 backends.extend(counted);
             }
@@ -238,7 +238,7 @@ impl Backends {
 }
 
 fn of_member(view: &View, service: &Service, member: &Member) -> Backend {
-    let pod = view.resources.pods.get(&member.name);
+    let pod = view.resources.pods().get(&member.name);
     let port = |port: &ServicePort| match &port.target_port {
         None => Some(port.port),
         Some(IntOrString::Int(number)) => Some(*number),

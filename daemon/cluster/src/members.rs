@@ -151,7 +151,7 @@ impl Members {
     /// A Pod counts by itself while no host has an endpoint of it.
     fn touch_bare_pod(&mut self, view: &View, name: Name) -> Option<MemberChange> {
         let owned = || view.all_named(&name.name).any(|placed| placed.endpoint.namespace == name.namespace);
-        let pod = view.resources.pods.get(&name).filter(|pod| !pod.status.pod_ips.is_empty());
+        let pod = view.resources.pods().get(&name).filter(|pod| !pod.status.pod_ips.is_empty());
         let after = pod.filter(|_| !owned()).map(|pod| Member {
             name: name.clone(),
             network: None,

@@ -18,21 +18,40 @@ pub const NAMESPACE_NAME_LABEL: &str = "kubernetes.io/metadata.name";
 /// All of them, by kind and name.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Resources {
-    /// By their names alone.
-    pub namespaces: BTreeMap<String, Namespace>,
-    /// Whether there is an endpoint or not.
-    pub pods: BTreeMap<Name, Pod>,
-    /// With what was allocated, as far as no older Service has it.
-    pub services: BTreeMap<Name, Service>,
-    /// Whether there is a Service or not.
-    pub slices: BTreeMap<Name, EndpointSlice>,
-    /// Network policies.
-    pub policies: BTreeMap<Name, NetworkPolicy>,
-    /// Who has which addresses and node ports.
-    pub claims: Claims,
+    namespaces: BTreeMap<String, Namespace>,
+    pods: BTreeMap<Name, Pod>,
+    services: BTreeMap<Name, Service>,
+    slices: BTreeMap<Name, EndpointSlice>,
+    policies: BTreeMap<Name, NetworkPolicy>,
+    claims: Claims,
 }
 
 impl Resources {
+    /// Pods, whether there is an endpoint or not.
+    pub fn pods(&self) -> &BTreeMap<Name, Pod> {
+        &self.pods
+    }
+
+    /// Services with what was allocated, as far as no older Service has it.
+    pub fn services(&self) -> &BTreeMap<Name, Service> {
+        &self.services
+    }
+
+    /// EndpointSlices, whether there is a Service or not.
+    pub fn slices(&self) -> &BTreeMap<Name, EndpointSlice> {
+        &self.slices
+    }
+
+    /// Network policies.
+    pub fn policies(&self) -> &BTreeMap<Name, NetworkPolicy> {
+        &self.policies
+    }
+
+    /// Who has which addresses and node ports.
+    pub fn claims(&self) -> &Claims {
+        &self.claims
+    }
+
     /// Adds or replaces one. Gives those that this changes: itself, and Services that lose something to it or get
     /// something back.
     pub fn insert(&mut self, resource: Resource) -> Vec<ResourceKey> {

@@ -237,7 +237,7 @@ impl View {
 
     /// Whether there are Services.
     pub fn has_services(&self) -> bool {
-        !self.resources.services.is_empty()
+        !self.resources.services().is_empty()
     }
 
     /// A network by name or id. Should the cluster have got one with the name of a network of this host, this

@@ -10,7 +10,7 @@
 //! | file | what is in it |
 //! | --- | --- |
 //! | `acceptor.rs` | what a node must never forget, and how it votes |
-//! | `attempt.rs` | one ballot of a proposer |
+//! | `replica/attempt.rs` | one ballot of a proposer |
 //! | `queue.rs` | the changes that wait, and on whom |
 //! | `replica.rs` | the state machine around these: messages, requests, time |
 //! | `change.rs` | what a change makes of a map |
@@ -71,7 +71,6 @@
 //! [`AllocMap`]: ovl_proto::alloc::AllocMap
 
 mod acceptor;
-mod attempt;
 mod change;
 mod queue;
 mod replica;

@@ -1,12 +1,14 @@
 //! The state machine of one node.
 
+mod attempt;
+
 use std::collections::{BTreeMap, BTreeSet};
 
 use ovl_proto::alloc::{AllocMap, AllocMessage, Ballot, Change, Refusal};
 use ovl_proto::id::NodeId;
 
+use self::attempt::Attempt;
 use super::acceptor::{Answer, Durable};
-use super::attempt::Attempt;
 use super::queue::{Pending, Queue, Route};
 use super::{DEADLINE_MS, DELEGATE_MS, Event, Output, RESEND_MS};
 
@@ -16,19 +18,19 @@ const ASKED_AT_ONCE: usize = 3;
 /// One node's part in the agreement. Times are milliseconds of any clock that does not go back.
 #[derive(Debug)]
 pub struct Replica {
-    pub(super) me: NodeId,
-    pub(super) durable: Durable,
-    pub(super) alive: BTreeSet<NodeId>,
-    pub(super) queue: Queue,
-    pub(super) attempt: Option<Attempt>,
+    me: NodeId,
+    durable: Durable,
+    alive: BTreeSet<NodeId>,
+    queue: Queue,
+    attempt: Option<Attempt>,
     /// The highest ballot number that another proposer is known to use.
-    pub(super) highest_seen: u64,
+    highest_seen: u64,
     /// Ballots in a row that gave way to another proposer's.
-    pub(super) failures: u32,
+    failures: u32,
     /// No ballot begins before.
-    pub(super) not_before: u64,
+    not_before: u64,
     /// When each member last answered a ballot of ours.
-    pub(super) heard: BTreeMap<NodeId, u64>,
+    heard: BTreeMap<NodeId, u64>,
     /// A node without a map asks again then.
     ask_at: u64,
     next_id: u64,

@@ -6,7 +6,9 @@ use std::sync::Arc;
 use crate::device::Device;
 use crate::flows;
 use crate::nft::{Contents, Element, Key, Table, Value};
-use crate::op::Op;
+use crate::op::{
+    AddressOp, AnnouncedOp, FdbOp, LinkOp, NeighbourOp, NftOp, Op, RouteOp, SourceOp, SysctlOp, WireguardOp,
+};
 use crate::state::{Dataplane, Link};
 
 /// What to do so that `actual` becomes `desired`.
@@ -21,16 +23,18 @@ pub fn diff(actual: &Dataplane, desired: &Dataplane, prune: bool) -> Vec<Op> {
     if prune {
         // Before the table goes that keeps workloads from using it.
         let closed = actual.localnets.difference(&desired.localnets);
-        ops.extend(closed.map(|device| Op::DelLocalnet(*device)));
+        ops.extend(closed.map(|device| Op::Sysctl(SysctlOp::ForbidLocalnet(*device))));
     }
     for (name, value) in &desired.sysctls {
         if actual.sysctls.get(name) != Some(value) {
-            ops.push(Op::Sysctl { name: name.clone(), value: value.clone() });
+            ops.push(Op::Sysctl(SysctlOp::Set { name: name.clone(), value: value.clone() }));
         }
     }
     match &desired.filter {
-        Some(filter) if actual.filter.as_ref() != Some(filter) => ops.push(Op::Filter(filter.clone())),
-        None if prune && actual.filter.is_some() => ops.push(Op::DelFilter),
+        Some(filter) if actual.filter.as_ref() != Some(filter) => {
+            ops.push(Op::Nft(NftOp::SetBase(filter.clone())))
+        }
+        None if prune && actual.filter.is_some() => ops.push(Op::Nft(NftOp::DeleteBase)),
         Some(_) | None => {}
     }
     let (guards, tables): (Vec<Op>, Vec<Op>) = tables(actual, desired, prune).into_iter().partition(unguards);
@@ -40,7 +44,7 @@ pub fn diff(actual: &Dataplane, desired: &Dataplane, prune: bool) -> Vec<Op> {
     let there = |device: &Device| !gone.contains(device);
     let opened =
         desired.localnets.iter().filter(|device| !there(device) || !actual.localnets.contains(device));
-    ops.extend(opened.map(|device| Op::SetLocalnet(*device)));
+    ops.extend(opened.map(|device| Op::Sysctl(SysctlOp::AllowLocalnet(*device))));
 
     let addresses = actual.addresses.iter().filter(|(device, _)| there(device)).copied().collect();
     set(
@@ -48,27 +52,34 @@ pub fn diff(actual: &Dataplane, desired: &Dataplane, prune: bool) -> Vec<Op> {
         &desired.addresses,
         prune,
         &mut ops,
-        |(d, a)| Op::AddAddress(d, a),
-        |(d, a)| Op::DelAddress(d, a),
+        |(d, a)| Op::Address(AddressOp::Add(d, a)),
+        |(d, a)| Op::Address(AddressOp::Delete(d, a)),
     );
     set(
         &actual.announced,
         &desired.announced,
         prune,
         &mut ops,
-        |(d, a)| Op::AddAnnounced(d, a),
-        |(d, a)| Op::DelAnnounced(d, a),
+        |(d, a)| Op::Announced(AnnouncedOp::Add(d, a)),
+        |(d, a)| Op::Announced(AnnouncedOp::Delete(d, a)),
     );
     let ports = actual.ports.iter().filter(|(device, _)| there(device)).copied().collect();
-    set(&ports, &desired.ports, prune, &mut ops, |(d, m)| Op::AddPort(d, m), |(d, m)| Op::DelPort(d, m));
+    set(
+        &ports,
+        &desired.ports,
+        prune,
+        &mut ops,
+        |(d, m)| Op::Fdb(FdbOp::AddPort(d, m)),
+        |(d, m)| Op::Fdb(FdbOp::DeletePort(d, m)),
+    );
     let remotes = actual.remotes.iter().filter(|((device, _), _)| there(device)).map(copied).collect();
     map(
         &remotes,
         &desired.remotes,
         prune,
         &mut ops,
-        |(d, m), r| Op::SetRemote(d, m, r),
-        |(d, m)| Op::DelRemote(d, m),
+        |(d, m), r| Op::Fdb(FdbOp::SetRemote(d, m, r)),
+        |(d, m)| Op::Fdb(FdbOp::DeleteRemote(d, m)),
     );
     let neighbours = actual.neighbours.iter().filter(|((device, _), _)| there(device)).map(copied).collect();
     map(
@@ -76,11 +87,18 @@ pub fn diff(actual: &Dataplane, desired: &Dataplane, prune: bool) -> Vec<Op> {
         &desired.neighbours,
         prune,
         &mut ops,
-        |(d, a), m| Op::SetNeighbour(d, a, m),
-        |(d, a)| Op::DelNeighbour(d, a),
+        |(d, a), m| Op::Neighbour(NeighbourOp::Set(d, a, m)),
+        |(d, a)| Op::Neighbour(NeighbourOp::Delete(d, a)),
     );
     let floods = actual.floods.iter().filter(|(device, _)| there(device)).copied().collect();
-    set(&floods, &desired.floods, prune, &mut ops, |(d, r)| Op::AddFlood(d, r), |(d, r)| Op::DelFlood(d, r));
+    set(
+        &floods,
+        &desired.floods,
+        prune,
+        &mut ops,
+        |(d, r)| Op::Fdb(FdbOp::AddFlood(d, r)),
+        |(d, r)| Op::Fdb(FdbOp::DeleteFlood(d, r)),
+    );
     // What may send is known before anything can come.
     let sources = actual.sources.iter().filter(|((device, _), _)| there(device)).map(cloned).collect();
     map(
@@ -88,12 +106,19 @@ pub fn diff(actual: &Dataplane, desired: &Dataplane, prune: bool) -> Vec<Op> {
         &desired.sources,
         prune,
         &mut ops,
-        |(d, m), s| Op::SetSource(d, m, s),
-        |(d, m)| Op::DelSource(d, m),
+        |(d, m), s| Op::Source(SourceOp::Set(d, m, s)),
+        |(d, m)| Op::Source(SourceOp::Delete(d, m)),
     );
     let tunnels = actual.tunnels.iter().filter(|(device, _)| there(device)).map(copied).collect();
     // A tunnel goes with its device.
-    map(&tunnels, &desired.tunnels, false, &mut ops, Op::SetTunnel, Op::DelLink);
+    map(
+        &tunnels,
+        &desired.tunnels,
+        false,
+        &mut ops,
+        |d, t| Op::Wireguard(WireguardOp::SetInterface(d, t)),
+        |d| Op::Link(LinkOp::Delete(d)),
+    );
     let peers = actual.tunnel_peers.iter().filter(|((device, _), _)| there(device)).map(cloned).collect();
     // Members and their keys are on the disk: nothing that gossip has still to say makes one of them again,
     // and a host that was forgotten is out at once.
@@ -102,13 +127,20 @@ pub fn diff(actual: &Dataplane, desired: &Dataplane, prune: bool) -> Vec<Op> {
         &desired.tunnel_peers,
         true,
         &mut ops,
-        |(d, k), p| Op::SetTunnelPeer(d, k, p),
-        |(d, k)| Op::DelTunnelPeer(d, k),
+        |(d, k), p| Op::Wireguard(WireguardOp::SetPeer(d, k, p)),
+        |(d, k)| Op::Wireguard(WireguardOp::DeletePeer(d, k)),
     );
     // After the addresses that they name as source, and the neighbours that they lead to.
     let routes = actual.routes.iter().filter(|(_, hop)| hop.device.is_none_or(|device| there(&device)));
-    map(&routes.map(copied).collect(), &desired.routes, prune, &mut ops, Op::SetRoute, Op::DelRoute);
-    ops.extend(last.into_iter().map(Op::DelLink));
+    map(
+        &routes.map(copied).collect(),
+        &desired.routes,
+        prune,
+        &mut ops,
+        |to, hop| Op::Route(RouteOp::Set(to, hop)),
+        |to| Op::Route(RouteOp::Delete(to)),
+    );
+    ops.extend(last.into_iter().map(|device| Op::Link(LinkOp::Delete(device))));
     // Entries of an endpoint whose namespace is gone would only fail.
     let missing: BTreeSet<Device> = lost_endpoints(actual, desired).collect();
     ops.retain(|op| op.device().is_none_or(|device| !missing.contains(&device)));
@@ -121,13 +153,15 @@ fn tables(actual: &Dataplane, desired: &Dataplane, prune: bool) -> Vec<Op> {
     let mut ops = Vec::new();
     for (table, skeleton) in &desired.tables {
         if actual.tables.get(table) != Some(skeleton) {
-            ops.push(Op::Table(*table, Arc::clone(skeleton)));
+            ops.push(Op::Nft(NftOp::SetTable(*table, Arc::clone(skeleton))));
         }
     }
     // A part of the whole has elements in tables that are not its own.
     let goes = |table: &Table| actual.tables.contains_key(table) && !desired.tables.contains_key(table);
     let stays = |table: &Table| !prune || !goes(table);
-    ops.extend(actual.tables.keys().filter(|table| !stays(table)).map(|table| Op::DelTable(*table)));
+    ops.extend(
+        actual.tables.keys().filter(|table| !stays(table)).map(|table| Op::Nft(NftOp::DeleteTable(*table))),
+    );
     let none = Contents::new();
     for (set, held) in actual.elements.sets().filter(|(set, _)| stays(&set.table)) {
         let wanted = desired.elements.of(set).unwrap_or(&none);
@@ -135,13 +169,15 @@ fn tables(actual: &Dataplane, desired: &Dataplane, prune: bool) -> Vec<Op> {
             Some(wanted) => wanted != *value,
             None => prune,
         };
-        ops.extend(held.iter().filter(goes).map(|(key, _)| Op::DelElement(set.clone(), key.clone())));
+        ops.extend(
+            held.iter().filter(goes).map(|(key, _)| Op::Nft(NftOp::DeleteElement(set.clone(), key.clone()))),
+        );
     }
     for (set, wanted) in desired.elements.sets() {
         let held = actual.elements.of(set).unwrap_or(&none);
         let comes = |(key, value): &(&Key, &Value)| held.get(*key) != Some(*value);
         ops.extend(wanted.iter().filter(comes).map(|(key, value)| {
-            Op::SetElement(Element { set: set.clone(), key: key.clone(), value: value.clone() })
+            Op::Nft(NftOp::SetElement(Element { set: set.clone(), key: key.clone(), value: value.clone() }))
         }));
     }
     ops.extend(flows::ended(&actual.elements, &desired.elements, prune).into_iter().map(Op::EndFlows));
@@ -151,8 +187,8 @@ fn tables(actual: &Dataplane, desired: &Dataplane, prune: bool) -> Vec<Op> {
 /// Whether it takes the guard away from a port by which frames may leave that came in by it: not before that is over.
 fn unguards(op: &Op) -> bool {
     match op {
-        Op::DelTable(table) => *table == Table::PublishFrames,
-        Op::DelElement(set, _) => set.table == Table::PublishFrames,
+        Op::Nft(NftOp::DeleteTable(table)) => *table == Table::PublishFrames,
+        Op::Nft(NftOp::DeleteElement(set, _)) => set.table == Table::PublishFrames,
         _ => false,
     }
 }
@@ -196,7 +232,7 @@ fn links(
             gone.insert(*device);
             match (desired.links.get(device), link) {
                 (None, Link::Tunnel { .. }) => last.push(*device),
-                _ => ops.push(Op::DelLink(*device)),
+                _ => ops.push(Op::Link(LinkOp::Delete(*device))),
             }
         }
     }
@@ -206,11 +242,11 @@ fn links(
     for (device, link) in wanted {
         match actual.links.get(device).filter(|_| !gone.contains(device)) {
             None if matches!(link, Link::Endpoint { .. }) => {}
-            None => ops.push(Op::AddLink(*device, *link)),
+            None => ops.push(Op::Link(LinkOp::Add(*device, *link))),
             Some(found) => {
                 let found = without_masters(*found, &gone);
                 if found != *link {
-                    ops.push(Op::SetLink(*device, found, *link));
+                    ops.push(Op::Link(LinkOp::Set(*device, found, *link)));
                 }
             }
         }

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use crate::nft::{Element, Elements, Key, Set, Value};
-use crate::op::Op;
+use crate::op::{NftOp, Op};
 
 /// What one part wants.
 pub type Entries = BTreeMap<(Set, Key), Value>;
@@ -63,12 +63,16 @@ impl<P: Ord + Clone> Ledger<P> {
                 continue;
             }
             if was.is_some() {
-                gone.push(Op::DelElement(set.clone(), key.clone()));
+                gone.push(Op::Nft(NftOp::DeleteElement(set.clone(), key.clone())));
             }
             match value {
                 Some(value) => {
                     self.wanted.insert(set, key.clone(), value.clone());
-                    new.push(Op::SetElement(Element { set: set.clone(), key: key.clone(), value }));
+                    new.push(Op::Nft(NftOp::SetElement(Element {
+                        set: set.clone(),
+                        key: key.clone(),
+                        value,
+                    })));
                 }
                 None => {
                     self.wanted.remove(set, key);

@@ -9,7 +9,9 @@ use std::sync::Arc;
 use ovl_dataplane::device::Device;
 use ovl_dataplane::diff::{diff, lost_endpoints};
 use ovl_dataplane::nft::{Chain, Data, Element, Field, Key, Set, Shape, Skeleton, Table, Type, Value};
-use ovl_dataplane::op::Op;
+use ovl_dataplane::op::{
+    AddressOp, AnnouncedOp, FdbOp, LinkOp, NeighbourOp, NftOp, Op, RouteOp, SourceOp, SysctlOp, WireguardOp,
+};
 use ovl_dataplane::state::{Dataplane, Hop, Link, Remote, Source, Tunnel, TunnelKind, TunnelPeer};
 use ovl_proto::id::{EndpointId, Mac, NetworkId, TunnelKey};
 use proptest::prelude::*;
@@ -19,27 +21,27 @@ fn apply(kernel: &mut Dataplane, op: &Op) -> Result<(), String> {
     let there = |kernel: &Dataplane, device: &Device| {
         if kernel.links.contains_key(device) { Ok(()) } else { Err(format!("no device for: {op}")) }
     };
-    if !matches!(op, Op::AddLink(..))
+    if !matches!(op, Op::Link(LinkOp::Add(..)))
         && let Some(device) = op.device()
     {
         there(kernel, &device)?;
     }
     match op.clone() {
-        Op::SetLocalnet(device) => {
+        Op::Sysctl(SysctlOp::AllowLocalnet(device)) => {
             kernel.localnets.insert(device);
         }
-        Op::DelLocalnet(device) => {
+        Op::Sysctl(SysctlOp::ForbidLocalnet(device)) => {
             kernel.localnets.remove(&device);
         }
-        Op::Sysctl { name, value } => drop(kernel.sysctls.insert(name, value)),
-        Op::Filter(text) => kernel.filter = Some(text),
-        Op::DelFilter => kernel.filter = None,
-        Op::Table(table, skeleton) => drop(kernel.tables.insert(table, skeleton)),
-        Op::DelTable(table) => {
+        Op::Sysctl(SysctlOp::Set { name, value }) => drop(kernel.sysctls.insert(name, value)),
+        Op::Nft(NftOp::SetBase(text)) => kernel.filter = Some(text),
+        Op::Nft(NftOp::DeleteBase) => kernel.filter = None,
+        Op::Nft(NftOp::SetTable(table, skeleton)) => drop(kernel.tables.insert(table, skeleton)),
+        Op::Nft(NftOp::DeleteTable(table)) => {
             kernel.tables.remove(&table);
             kernel.elements.forget(table);
         }
-        Op::SetElement(Element { set, key, value }) => {
+        Op::Nft(NftOp::SetElement(Element { set, key, value })) => {
             if !kernel.tables.contains_key(&set.table) {
                 return Err(format!("no table for: {op}"));
             }
@@ -49,12 +51,12 @@ fn apply(kernel: &mut Dataplane, op: &Op) -> Result<(), String> {
         }
         // No difference has any.
         Op::EndFlows(_) => {}
-        Op::DelElement(set, key) => {
+        Op::Nft(NftOp::DeleteElement(set, key)) => {
             if kernel.elements.remove(&set, &key).is_none() {
                 return Err(format!("is not there: {op}"));
             }
         }
-        Op::AddLink(device, link) => {
+        Op::Link(LinkOp::Add(device, link)) => {
             if let Link::Vxlan { master: Some(master), .. }
             | Link::Tap { master: Some(master), .. }
             | Link::Endpoint { master: Some(master), .. } = link
@@ -65,31 +67,43 @@ fn apply(kernel: &mut Dataplane, op: &Op) -> Result<(), String> {
                 return Err(format!("exists: {op}"));
             }
         }
-        Op::SetLink(device, from, to) => {
+        Op::Link(LinkOp::Set(device, from, to)) => {
             if kernel.links.insert(device, to) != Some(from) {
                 return Err(format!("not what was found: {op}"));
             }
         }
-        Op::DelLink(device) => kernel.forget_device(device),
-        Op::AddAddress(device, address) => drop(kernel.addresses.insert((device, address))),
-        Op::DelAddress(device, address) => drop(kernel.addresses.remove(&(device, address))),
-        Op::AddAnnounced(device, address) => drop(kernel.announced.insert((device, address))),
-        Op::DelAnnounced(device, address) => drop(kernel.announced.remove(&(device, address))),
-        Op::SetRemote(device, mac, remote) => drop(kernel.remotes.insert((device, mac), remote)),
-        Op::DelRemote(device, mac) => drop(kernel.remotes.remove(&(device, mac))),
-        Op::AddFlood(device, remote) => drop(kernel.floods.insert((device, remote))),
-        Op::DelFlood(device, remote) => drop(kernel.floods.remove(&(device, remote))),
-        Op::AddPort(device, mac) => drop(kernel.ports.insert((device, mac))),
-        Op::DelPort(device, mac) => drop(kernel.ports.remove(&(device, mac))),
-        Op::SetNeighbour(device, address, mac) => drop(kernel.neighbours.insert((device, address), mac)),
-        Op::DelNeighbour(device, address) => drop(kernel.neighbours.remove(&(device, address))),
-        Op::SetRoute(to, hop) => drop(kernel.routes.insert(to, hop)),
-        Op::DelRoute(to) => drop(kernel.routes.remove(&to)),
-        Op::SetTunnel(device, tunnel) => drop(kernel.tunnels.insert(device, tunnel)),
-        Op::SetTunnelPeer(device, key, peer) => drop(kernel.tunnel_peers.insert((device, key), peer)),
-        Op::DelTunnelPeer(device, key) => drop(kernel.tunnel_peers.remove(&(device, key))),
-        Op::SetSource(device, mac, source) => drop(kernel.sources.insert((device, mac), source)),
-        Op::DelSource(device, mac) => drop(kernel.sources.remove(&(device, mac))),
+        Op::Link(LinkOp::Delete(device)) => kernel.forget_device(device),
+        Op::Address(AddressOp::Add(device, address)) => drop(kernel.addresses.insert((device, address))),
+        Op::Address(AddressOp::Delete(device, address)) => drop(kernel.addresses.remove(&(device, address))),
+        Op::Announced(AnnouncedOp::Add(device, address)) => drop(kernel.announced.insert((device, address))),
+        Op::Announced(AnnouncedOp::Delete(device, address)) => {
+            kernel.announced.remove(&(device, address));
+        }
+        Op::Fdb(FdbOp::SetRemote(device, mac, remote)) => drop(kernel.remotes.insert((device, mac), remote)),
+        Op::Fdb(FdbOp::DeleteRemote(device, mac)) => drop(kernel.remotes.remove(&(device, mac))),
+        Op::Fdb(FdbOp::AddFlood(device, remote)) => drop(kernel.floods.insert((device, remote))),
+        Op::Fdb(FdbOp::DeleteFlood(device, remote)) => drop(kernel.floods.remove(&(device, remote))),
+        Op::Fdb(FdbOp::AddPort(device, mac)) => drop(kernel.ports.insert((device, mac))),
+        Op::Fdb(FdbOp::DeletePort(device, mac)) => drop(kernel.ports.remove(&(device, mac))),
+        Op::Neighbour(NeighbourOp::Set(device, address, mac)) => {
+            kernel.neighbours.insert((device, address), mac);
+        }
+        Op::Neighbour(NeighbourOp::Delete(device, address)) => {
+            kernel.neighbours.remove(&(device, address));
+        }
+        Op::Route(RouteOp::Set(to, hop)) => drop(kernel.routes.insert(to, hop)),
+        Op::Route(RouteOp::Delete(to)) => drop(kernel.routes.remove(&to)),
+        Op::Wireguard(WireguardOp::SetInterface(device, tunnel)) => {
+            kernel.tunnels.insert(device, tunnel);
+        }
+        Op::Wireguard(WireguardOp::SetPeer(device, key, peer)) => {
+            kernel.tunnel_peers.insert((device, key), peer);
+        }
+        Op::Wireguard(WireguardOp::DeletePeer(device, key)) => {
+            kernel.tunnel_peers.remove(&(device, key));
+        }
+        Op::Source(SourceOp::Set(device, mac, source)) => drop(kernel.sources.insert((device, mac), source)),
+        Op::Source(SourceOp::Delete(device, mac)) => drop(kernel.sources.remove(&(device, mac))),
     }
     Ok(())
 }
@@ -275,7 +289,10 @@ proptest! {
     fn applying_the_difference_reaches_what_is_desired(actual in kernel(), desired in kernel()) {
         let mut after = actual.clone();
         for op in diff(&actual, &desired, true) {
+            let mut said = after.clone();
+            op.apply_to(&mut said);
             apply(&mut after, &op).map_err(TestCaseError::fail)?;
+            prop_assert_eq!(&said, &after, "{}", op);
         }
         prop_assert_eq!(&after, &reachable(&actual, &desired));
         prop_assert_eq!(diff(&after, &desired, true), vec![]);
@@ -285,7 +302,7 @@ proptest! {
     fn without_pruning_nothing_is_lost_and_all_that_is_desired_is_there(actual in kernel(), desired in kernel()) {
         let mut after = actual.clone();
         for op in diff(&actual, &desired, false) {
-            if let Op::DelLink(device) = &op {
+            if let Op::Link(LinkOp::Delete(device)) = &op {
                 prop_assert!(desired.links.contains_key(device), "only to make it anew: {}", op);
             }
             apply(&mut after, &op).map_err(TestCaseError::fail)?;

@@ -15,7 +15,7 @@ use etherparse::PacketBuilder;
 use nix::net::if_::if_nametoindex;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 use ovl_dataplane::device::{Device, Role};
-use ovl_dataplane::op::Op;
+use ovl_dataplane::op::{AnnouncedOp, NeighbourOp, Op};
 use ovl_proto::id::Mac;
 
 use super::error::{KernelError, Result};
@@ -79,7 +79,7 @@ impl Announcer {
         let taken = outcomes.iter().filter(|outcome| outcome.result.is_ok());
         let taken: Vec<(Device, IpAddr)> = taken
             .filter_map(|outcome| match outcome.op {
-                Op::AddAnnounced(device, address) => Some((device, address)),
+                Op::Announced(AnnouncedOp::Add(device, address)) => Some((device, address)),
                 _ => None,
             })
             .collect();
@@ -98,7 +98,9 @@ impl Announcer {
 
 fn on_bridge(op: &Op) -> Option<(Device, IpAddr, Mac)> {
     match op {
-        Op::SetNeighbour(device, address, mac) if matches!(device.role(), Some(Role::Bridge(_))) => {
+        Op::Neighbour(NeighbourOp::Set(device, address, mac))
+            if matches!(device.role(), Some(Role::Bridge(_))) =>
+        {
             Some((*device, *address, *mac))
         }
         _ => None,

@@ -9,7 +9,7 @@ use netlink_packet_route::link::LinkAttribute;
 use nix::libc::{EACCES, EADDRINUSE, EADDRNOTAVAIL, EEXIST, EINVAL, ENODEV, ENOENT, EOPNOTSUPP, ESRCH};
 use nix::net::if_::if_nametoindex;
 use ovl_dataplane::device::{Device, Role};
-use ovl_dataplane::op::Op;
+use ovl_dataplane::op::{AddressOp, FdbOp, LinkOp, Op, RouteOp};
 use ovl_dataplane::state::{Link, METRIC, TunnelKind};
 use ovl_proto::id::Mac;
 
@@ -93,38 +93,6 @@ impl Devices {
     }
 }
 
-/// Whether it is about an element of a table.
-pub(super) fn is_element(op: &Op) -> bool {
-    matches!(op, Op::SetElement(_) | Op::DelElement(..))
-}
-
-/// Whether [`entries`] does it.
-pub(super) fn is_entry(op: &Op) -> bool {
-    !matches!(
-        op,
-        Op::Sysctl { .. }
-            | Op::Filter(_)
-            | Op::DelFilter
-            | Op::SetLocalnet(_)
-            | Op::DelLocalnet(_)
-            | Op::Table(..)
-            | Op::DelTable(_)
-            | Op::SetElement(_)
-            | Op::DelElement(..)
-            | Op::EndFlows(_)
-            | Op::AddAnnounced(..)
-            | Op::DelAnnounced(..)
-            | Op::AddLink(..)
-            | Op::SetLink(..)
-            | Op::DelLink(_)
-            | Op::SetTunnel(..)
-            | Op::SetTunnelPeer(..)
-            | Op::DelTunnelPeer(..)
-            | Op::SetSource(..)
-            | Op::DelSource(..)
-    )
-}
-
 /// Does operations on entries, all in one batch.
 pub(super) fn entries(route: &mut Route, devices: &mut Devices, ops: &[Op]) -> Result<Vec<Result<()>>> {
     devices.find(route, ops.iter().filter_map(Op::device))?;
@@ -142,7 +110,7 @@ pub(super) fn entries(route: &mut Route, devices: &mut Devices, ops: &[Op]) -> R
                 }
                 None
             }
-            Some(Err(KernelError::NoDevice(_))) if takes_away(op) => Some(Ok(())),
+            Some(Err(KernelError::NoDevice(_))) if op.is_entry_deletion() => Some(Ok(())),
             Some(Err(error)) => Some(Err(error)),
             // A route that no device of ours is named in.
             None => {
@@ -172,7 +140,8 @@ fn change_routes(
 ) -> Result<()> {
     let mut again = Vec::new();
     for ((op, index), result) in asked.iter().zip(results.iter_mut()) {
-        if let (Op::SetRoute(to, _), Err(Refusal { errno: EEXIST | EINVAL, .. })) = (op, &*result) {
+        if let (Op::Route(RouteOp::Set(to, _)), Err(Refusal { errno: EEXIST | EINVAL, .. })) = (op, &*result)
+        {
             again.push((*op, *to, *index, result));
         }
     }
@@ -185,7 +154,9 @@ fn change_routes(
     for (op, to, index, result) in &again {
         // A next hop inside of its own destination: what leads there elsewhere has to go first.
         let blocked = matches!(result, Err(Refusal { errno: EINVAL, .. }));
-        if let Some((message, flags)) = message::entry(&Op::DelRoute(*to), *index).filter(|_| blocked) {
+        if let Some((message, flags)) =
+            message::entry(&Op::Route(RouteOp::Delete(*to)), *index).filter(|_| blocked)
+        {
             batch.push(message, flags);
         }
         if let Some((message, _)) = message::entry(op, *index) {
@@ -201,19 +172,6 @@ fn change_routes(
         *result = sent.next().unwrap_or(Ok(()));
     }
     Ok(())
-}
-
-fn takes_away(op: &Op) -> bool {
-    matches!(
-        op,
-        Op::DelAddress(..)
-            | Op::DelAnnounced(..)
-            | Op::DelRemote(..)
-            | Op::DelFlood(..)
-            | Op::DelPort(..)
-            | Op::DelNeighbour(..)
-            | Op::DelRoute(_)
-    )
 }
 
 /// Puts an address of a LoadBalancer on a device of somebody else's, or takes it away again. One that is there and
@@ -254,14 +212,14 @@ pub(super) fn announced(
 fn verdict(route: &mut Route, op: &Op, result: Result<(), Refusal>) -> Result<()> {
     let Err(refusal) = result else { return Ok(()) };
     match (op, refusal.errno) {
-        (op, ENOENT | ENODEV | EADDRNOTAVAIL | ESRCH) if takes_away(op) => Ok(()),
+        (op, ENOENT | ENODEV | EADDRNOTAVAIL | ESRCH) if op.is_entry_deletion() => Ok(()),
         // No port of a bridge any more: its entries went with that.
-        (Op::DelPort(..), EOPNOTSUPP) => Ok(()),
-        (Op::AddFlood(..) | Op::AddAddress(..), EEXIST) => Ok(()),
-        (Op::SetRoute(to, _), EEXIST) => Err(KernelError::Other(format!(
+        (Op::Fdb(FdbOp::DeletePort(..)), EOPNOTSUPP) => Ok(()),
+        (Op::Fdb(FdbOp::AddFlood(..)) | Op::Address(AddressOp::Add(..)), EEXIST) => Ok(()),
+        (Op::Route(RouteOp::Set(to, _)), EEXIST) => Err(KernelError::Other(format!(
             "somebody else has a route to {to} with metric {METRIC}, and ovl leaves it alone: give it another metric"
         ))),
-        (Op::AddAddress(device, net), EACCES) if net.addr().is_ipv6() => {
+        (Op::Address(AddressOp::Add(device, net)), EACCES) if net.addr().is_ipv6() => {
             // The host turns IPv6 off on new devices; this one needs it.
             let again = super::sysctl::allow_v6(device.as_str()).is_ok();
             let located = Devices::default().get(route, *device)?;
@@ -436,7 +394,7 @@ impl Common {
 /// An error with a VXLAN device whose VNI or port is taken names who has it; a kernel that lacks a kind of
 /// device is called that.
 fn explain(route: &mut Route, device: Device, link: &Link, refusal: Refusal, op: &Op) -> KernelError {
-    if let (Op::AddLink(..), EOPNOTSUPP) = (op, refusal.errno) {
+    if let (Op::Link(LinkOp::Add(..)), EOPNOTSUPP) = (op, refusal.errno) {
         return match link {
             Link::Bridge { .. } => KernelError::missing("bridges", "bridge"),
             Link::Vxlan { .. } => KernelError::missing("VXLAN", "vxlan"),
@@ -509,7 +467,7 @@ pub(super) fn delete(route: &mut Route, devices: &mut Devices, doomed: &[Device]
         *result = match devices.get(route, *device) {
             Ok(located) => match route.request(message::del_link(located.index), 0)? {
                 Err(refusal) if refusal.errno != ENODEV => {
-                    Err(refusal.into_error(Op::DelLink(*device).to_string()))
+                    Err(refusal.into_error(Op::Link(LinkOp::Delete(*device)).to_string()))
                 }
                 Ok(()) | Err(_) => Ok(()),
             },

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 use ovl_dataplane::device::{Device, Role};
-use ovl_dataplane::op::Op;
+use ovl_dataplane::op::{LinkOp, Op};
 use ovl_dataplane::state::{Dataplane, Link};
 
 use super::attribute::{Message, attributes, u8_at, u32_at};
@@ -73,86 +73,20 @@ impl Known {
 
     /// After an operation that succeeded.
     pub(super) fn applied(&mut self, op: &Op) {
-        let kernel = &mut self.kernel;
         match op {
-            Op::Sysctl { name, value } => {
-                kernel.sysctls.insert(name.clone(), value.clone());
-            }
             // The tables know themselves.
-            Op::Filter(_)
-            | Op::DelFilter
-            | Op::Table(..)
-            | Op::DelTable(_)
-            | Op::SetElement(_)
-            | Op::DelElement(..)
-            | Op::EndFlows(_) => {}
-            Op::SetLocalnet(device) => {
-                kernel.localnets.insert(*device);
-            }
-            Op::DelLocalnet(device) => {
-                kernel.localnets.remove(device);
-            }
-            Op::AddLink(device, link) | Op::SetLink(device, _, link) => {
-                kernel.links.insert(*device, *link);
-            }
-            Op::DelLink(device) => self.deleted(*device),
-            Op::AddAddress(device, net) => {
-                kernel.addresses.insert((*device, *net));
-            }
-            Op::DelAddress(device, net) => {
-                kernel.addresses.remove(&(*device, *net));
-            }
-            Op::AddAnnounced(device, address) => {
-                kernel.announced.insert((*device, *address));
-            }
-            Op::DelAnnounced(device, address) => {
-                kernel.announced.remove(&(*device, *address));
-            }
-            Op::SetRemote(device, mac, remote) => {
-                kernel.remotes.insert((*device, *mac), *remote);
-            }
-            Op::DelRemote(device, mac) => {
-                kernel.remotes.remove(&(*device, *mac));
-            }
-            Op::AddFlood(device, remote) => {
-                kernel.floods.insert((*device, *remote));
-            }
-            Op::DelFlood(device, remote) => {
-                kernel.floods.remove(&(*device, *remote));
-            }
-            Op::AddPort(device, mac) => {
-                kernel.ports.insert((*device, *mac));
-            }
-            Op::DelPort(device, mac) => {
-                kernel.ports.remove(&(*device, *mac));
-            }
-            Op::SetNeighbour(device, address, mac) => {
-                kernel.neighbours.insert((*device, *address), *mac);
-            }
-            Op::DelNeighbour(device, address) => {
-                kernel.neighbours.remove(&(*device, *address));
-            }
-            Op::SetTunnel(device, tunnel) => {
-                kernel.tunnels.insert(*device, *tunnel);
-            }
-            Op::SetTunnelPeer(device, key, peer) => {
-                kernel.tunnel_peers.insert((*device, *key), peer.clone());
-            }
-            Op::DelTunnelPeer(device, key) => {
-                kernel.tunnel_peers.remove(&(*device, *key));
-            }
-            Op::SetSource(device, mac, source) => {
-                kernel.sources.insert((*device, *mac), source.clone());
-            }
-            Op::DelSource(device, mac) => {
-                kernel.sources.remove(&(*device, *mac));
-            }
-            Op::SetRoute(to, hop) => {
-                kernel.routes.insert(*to, *hop);
-            }
-            Op::DelRoute(to) => {
-                kernel.routes.remove(to);
-            }
+            Op::Nft(_) => {}
+            Op::Link(LinkOp::Delete(device)) => self.deleted(*device),
+            Op::Link(_)
+            | Op::Address(_)
+            | Op::Announced(_)
+            | Op::Fdb(_)
+            | Op::Neighbour(_)
+            | Op::Route(_)
+            | Op::Wireguard(_)
+            | Op::Source(_)
+            | Op::Sysctl(_)
+            | Op::EndFlows(_) => op.apply_to(&mut self.kernel),
         }
     }
 

@@ -21,7 +21,7 @@ use netlink_packet_route::route::{
 };
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use ovl_dataplane::device::{ALIAS, Device, Role};
-use ovl_dataplane::op::Op;
+use ovl_dataplane::op::{AddressOp, FdbOp, NeighbourOp, Op, RouteOp};
 use ovl_dataplane::state::{Hop, Link, METRIC, PROTOCOL, Remote, TunnelKind};
 use ovl_proto::id::{EndpointId, Mac};
 
@@ -49,45 +49,32 @@ pub(super) fn entry(op: &Op, index: u32) -> Option<(RouteNetlinkMessage, u16)> {
     let new = |message| RouteNetlinkMessage::NewNeighbour(message);
     let del = |message| RouteNetlinkMessage::DelNeighbour(message);
     Some(match op {
-        Op::AddAddress(_, net) => (new_address(index, *net), PUT),
-        Op::DelAddress(_, net) => (RouteNetlinkMessage::DelAddress(address(index, *net)), 0),
-        Op::SetRemote(_, mac, remote) => (new(remote_entry(index, *mac, Some(*remote))), PUT),
-        Op::DelRemote(_, mac) => (del(remote_entry(index, *mac, None)), 0),
-        Op::AddFlood(_, remote) => {
+        Op::Address(AddressOp::Add(_, net)) => (new_address(index, *net), PUT),
+        Op::Address(AddressOp::Delete(_, net)) => (RouteNetlinkMessage::DelAddress(address(index, *net)), 0),
+        Op::Fdb(FdbOp::SetRemote(_, mac, remote)) => (new(remote_entry(index, *mac, Some(*remote))), PUT),
+        Op::Fdb(FdbOp::DeleteRemote(_, mac)) => (del(remote_entry(index, *mac, None)), 0),
+        Op::Fdb(FdbOp::AddFlood(_, remote)) => {
             (new(remote_entry(index, Mac::default(), Some(*remote))), NLM_F_CREATE | NLM_F_APPEND)
         }
-        Op::DelFlood(_, remote) => (del(remote_entry(index, Mac::default(), Some(*remote))), 0),
-        Op::AddPort(_, mac) => (new(port_entry(index, *mac)), PUT),
-        Op::DelPort(_, mac) => (del(port_entry(index, *mac)), 0),
-        Op::SetNeighbour(_, address, mac) => (permanent_neighbour(index, *address, *mac), PUT),
-        Op::DelNeighbour(_, address) => (del(neighbour(index, *address)), 0),
+        Op::Fdb(FdbOp::DeleteFlood(_, remote)) => {
+            (del(remote_entry(index, Mac::default(), Some(*remote))), 0)
+        }
+        Op::Fdb(FdbOp::AddPort(_, mac)) => (new(port_entry(index, *mac)), PUT),
+        Op::Fdb(FdbOp::DeletePort(_, mac)) => (del(port_entry(index, *mac)), 0),
+        Op::Neighbour(NeighbourOp::Set(_, address, mac)) => (permanent_neighbour(index, *address, *mac), PUT),
+        Op::Neighbour(NeighbourOp::Delete(_, address)) => (del(neighbour(index, *address)), 0),
         // Not `PUT`: that would replace somebody else's of the same destination and metric.
-        Op::SetRoute(to, hop) => {
+        Op::Route(RouteOp::Set(to, hop)) => {
             (RouteNetlinkMessage::NewRoute(route(*to, Some((hop, index)))), NLM_F_CREATE | NLM_F_EXCL)
         }
-        Op::DelRoute(to) => (RouteNetlinkMessage::DelRoute(route(*to, None)), 0),
-        Op::Sysctl { .. }
-        | Op::Filter(_)
-        | Op::DelFilter
-        | Op::SetLocalnet(_)
-        | Op::DelLocalnet(_)
-        | Op::Table(..)
-        | Op::DelTable(_)
-        | Op::SetElement(_)
-        | Op::DelElement(..)
-        | Op::EndFlows(_)
-        | Op::AddAnnounced(..)
-        | Op::DelAnnounced(..)
-        | Op::AddLink(..)
-        | Op::SetLink(..)
-        | Op::DelLink(_)
-        | Op::SetTunnel(..)
-        | Op::SetTunnelPeer(..)
-        | Op::DelTunnelPeer(..)
-        | Op::SetSource(..)
-        | Op::DelSource(..) => {
-            return None;
-        }
+        Op::Route(RouteOp::Delete(to)) => (RouteNetlinkMessage::DelRoute(route(*to, None)), 0),
+        Op::Link(_)
+        | Op::Announced(_)
+        | Op::Nft(_)
+        | Op::Wireguard(_)
+        | Op::Source(_)
+        | Op::Sysctl(_)
+        | Op::EndFlows(_) => return None,
     })
 }
 

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ovl_dataplane::nft::{Contents, Element, Elements, Key, Set, Skeleton, Table, Value};
-use ovl_dataplane::op::Op;
+use ovl_dataplane::op::{NftOp, Op};
 
 use super::Counted;
 use super::error::{KernelError, Result};
@@ -221,10 +221,10 @@ impl Tables {
         let mut wanted: Wanted<'_> = BTreeMap::new();
         for op in ops {
             match op {
-                Op::SetElement(Element { set, key, value }) => {
+                Op::Nft(NftOp::SetElement(Element { set, key, value })) => {
                     wanted.entry(set).or_default().insert(key, Some(value));
                 }
-                Op::DelElement(set, key) => {
+                Op::Nft(NftOp::DeleteElement(set, key)) => {
                     wanted.entry(set).or_default().insert(key, None);
                 }
                 _ => {}
@@ -246,7 +246,9 @@ impl Tables {
             }
         }
         let of = |op: &Op| match op {
-            Op::SetElement(Element { set, .. }) | Op::DelElement(set, _) => failed.get(&set.table).cloned(),
+            Op::Nft(NftOp::SetElement(Element { set, .. })) | Op::Nft(NftOp::DeleteElement(set, _)) => {
+                failed.get(&set.table).cloned()
+            }
             _ => None,
         };
         ops.iter().map(|op| of(op).map_or(Ok(()), Err)).collect()

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use ipnet::IpNet;
 use ovl_dataplane::device::{Device, Role};
-use ovl_dataplane::op::Op;
+use ovl_dataplane::op::{AddressOp, FdbOp, Op, RouteOp, SourceOp, WireguardOp};
 use ovl_dataplane::state::{Dataplane, Link, Remote, Source, Tunnel, TunnelKind, TunnelPeer};
 use ovl_proto::SEALED_VXLAN_PORT;
 use ovl_proto::id::{Mac, TunnelKey};
@@ -82,10 +82,10 @@ impl Tunnels {
     pub(super) fn expect(&mut self, ops: &[Op]) {
         for op in ops {
             match op {
-                Op::SetTunnel(device, tunnel) => {
+                Op::Wireguard(WireguardOp::SetInterface(device, tunnel)) => {
                     self.wanted.insert(*device, *tunnel);
                 }
-                Op::AddAddress(device, net) if is_end(*device) => {
+                Op::Address(AddressOp::Add(device, net)) if is_end(*device) => {
                     if let IpAddr::V6(address) = net.addr() {
                         self.addresses.insert(*device, address);
                     }
@@ -98,15 +98,8 @@ impl Tunnels {
     /// Whether [`Self::apply`] does it, and not netlink.
     pub(super) fn takes(&self, op: &Op) -> bool {
         match op {
-            Op::SetTunnel(..)
-            | Op::SetTunnelPeer(..)
-            | Op::DelTunnelPeer(..)
-            | Op::SetSource(..)
-            | Op::DelSource(..) => true,
-            Op::SetRemote(device, ..)
-            | Op::DelRemote(device, ..)
-            | Op::AddFlood(device, _)
-            | Op::DelFlood(device, _) => self.served.contains(device),
+            Op::Wireguard(_) | Op::Source(_) => true,
+            Op::Fdb(op) => op.is_remote() && self.served.contains(&op.device()),
             _ => false,
         }
     }
@@ -171,7 +164,7 @@ impl Tunnels {
 
     /// Whether it is about sources of frames that nftables looks at: [`Self::change_sources`] does many at once.
     pub(super) fn is_source(&self, op: &Op) -> bool {
-        matches!(op, Op::SetSource(device, ..) | Op::DelSource(device, _) if !self.served.contains(device))
+        matches!(op, Op::Source(op) if !self.served.contains(&op.device()))
     }
 
     /// All of them or none.
@@ -214,21 +207,25 @@ impl Tunnels {
     fn by_engine(&self, device: Device, op: &Op) -> Result<(), Refused> {
         let (engine, name) = (&self.engine, device.as_str());
         match op {
-            Op::SetTunnel(_, tunnel) => engine.set_interface(name, &self.config(device, *tunnel)?)?,
-            Op::SetTunnelPeer(_, key, TunnelPeer { endpoint, allowed }) => {
+            Op::Wireguard(WireguardOp::SetInterface(_, tunnel)) => {
+                engine.set_interface(name, &self.config(device, *tunnel)?)?
+            }
+            Op::Wireguard(WireguardOp::SetPeer(_, key, TunnelPeer { endpoint, allowed })) => {
                 let config = PeerConfig { endpoint: *endpoint, allowed: allowed.iter().copied().collect() };
                 engine.set_peer(name, key.0, &config)?;
             }
-            Op::DelTunnelPeer(_, key) => engine.delete_peer(name, key.0),
-            Op::SetRemote(_, mac, remote) => engine.set_remote(name, mac.0, inner(remote.vtep)?)?,
-            Op::DelRemote(_, mac) => engine.delete_remote(name, mac.0),
-            Op::AddFlood(_, remote) => engine.add_flood(name, inner(remote.vtep)?)?,
-            Op::DelFlood(_, remote) => engine.delete_flood(name, inner(remote.vtep)?),
-            Op::SetSource(_, mac, Source { from, addresses }) => {
+            Op::Wireguard(WireguardOp::DeletePeer(_, key)) => engine.delete_peer(name, key.0),
+            Op::Fdb(FdbOp::SetRemote(_, mac, remote)) => {
+                engine.set_remote(name, mac.0, inner(remote.vtep)?)?
+            }
+            Op::Fdb(FdbOp::DeleteRemote(_, mac)) => engine.delete_remote(name, mac.0),
+            Op::Fdb(FdbOp::AddFlood(_, remote)) => engine.add_flood(name, inner(remote.vtep)?)?,
+            Op::Fdb(FdbOp::DeleteFlood(_, remote)) => engine.delete_flood(name, inner(remote.vtep)?),
+            Op::Source(SourceOp::Set(_, mac, Source { from, addresses })) => {
                 let addresses = addresses.iter().copied().collect();
                 engine.set_source(name, mac.0, ovl_tunnel::FrameSource { from: inner(*from)?, addresses })?;
             }
-            Op::DelSource(_, mac) => engine.delete_source(name, mac.0),
+            Op::Source(SourceOp::Delete(_, mac)) => engine.delete_source(name, mac.0),
             _ => {}
         }
         Ok(())
@@ -236,12 +233,16 @@ impl Tunnels {
 
     fn by_kernel(&mut self, op: &Op) -> Result<()> {
         match op {
-            Op::SetTunnel(device, tunnel) => {
+            Op::Wireguard(WireguardOp::SetInterface(device, tunnel)) => {
                 let key = self.private(tunnel.key)?;
                 self.in_kernel.wireguard()?.set(*device, &key.0, tunnel.port)
             }
-            Op::SetTunnelPeer(device, key, peer) => self.in_kernel.wireguard()?.set_peer(*device, *key, peer),
-            Op::DelTunnelPeer(device, key) => self.in_kernel.wireguard()?.delete_peer(*device, *key),
+            Op::Wireguard(WireguardOp::SetPeer(device, key, peer)) => {
+                self.in_kernel.wireguard()?.set_peer(*device, *key, peer)
+            }
+            Op::Wireguard(WireguardOp::DeletePeer(device, key)) => {
+                self.in_kernel.wireguard()?.delete_peer(*device, *key)
+            }
             op => self.in_kernel.change_sources(std::slice::from_ref(op)),
         }
     }
@@ -250,7 +251,7 @@ impl Tunnels {
     /// addresses.
     pub(super) fn routed(&self, op: &Op) -> Result<()> {
         match op {
-            Op::SetRoute(IpNet::V6(to), hop) if to.prefix_len() == 128 => {
+            Op::Route(RouteOp::Set(IpNet::V6(to), hop)) if to.prefix_len() == 128 => {
                 // The kernel's own devices need no more than the route.
                 if let Some(device) = hop.device.filter(|at| is_end(*at) && self.served.contains(at)) {
                     self.engine
@@ -258,7 +259,9 @@ impl Tunnels {
                         .map_err(|error| KernelError::io(op.to_string(), &error))?;
                 }
             }
-            Op::DelRoute(IpNet::V6(to)) if to.prefix_len() == 128 => self.engine.delete_path(to.addr()),
+            Op::Route(RouteOp::Delete(IpNet::V6(to))) if to.prefix_len() == 128 => {
+                self.engine.delete_path(to.addr())
+            }
             _ => {}
         }
         Ok(())
@@ -434,8 +437,8 @@ impl InKernel {
         let mut changes = Vec::with_capacity(ops.len());
         for op in ops {
             let (device, mac, source) = match op {
-                Op::SetSource(device, mac, source) => (device, *mac, Some(source.clone())),
-                Op::DelSource(device, mac) => (device, *mac, None),
+                Op::Source(SourceOp::Set(device, mac, source)) => (device, *mac, Some(source.clone())),
+                Op::Source(SourceOp::Delete(device, mac)) => (device, *mac, None),
                 _ => continue,
             };
             match (self.vnis.get(device), &source) {

@@ -11,9 +11,9 @@ use std::sync::mpsc::{Receiver, TryRecvError};
 use ipnet::IpNet;
 use ovl_dataplane::device::Device;
 use ovl_dataplane::diff::{diff, lost_endpoints};
-use ovl_dataplane::nft::{Element, Skeleton, Table};
+use ovl_dataplane::nft::{Skeleton, Table};
 use ovl_dataplane::observed::Inside;
-use ovl_dataplane::op::Op;
+use ovl_dataplane::op::{AnnouncedOp, LinkOp, NftOp, Op, SysctlOp};
 use ovl_dataplane::state::{Dataplane, Link};
 use ovl_tunnel::PrivateKey;
 use tokio::sync::oneshot;
@@ -276,15 +276,15 @@ impl Worker {
         let mut ops = ops.into_iter().peekable();
         while let Some(op) = ops.next() {
             let mut run = vec![op];
-            let is_entry = |op: &Op| apply::is_entry(op) && !self.tunnels.takes(op);
-            let elements = run.first().is_some_and(apply::is_element);
+            let is_entry = |op: &Op| op.is_entry() && !self.tunnels.takes(op);
+            let elements = run.first().is_some_and(Op::is_element);
             let flows = run.first().is_some_and(|op| matches!(op, Op::EndFlows(_)));
             let same = |first: &Op, next: &Op| {
                 (is_entry(first) && is_entry(next))
-                    || (elements && apply::is_element(next))
+                    || (elements && next.is_element())
                     || (flows && matches!(next, Op::EndFlows(_)))
                     || (self.tunnels.is_source(first) && self.tunnels.is_source(next))
-                    || matches!((first, next), (Op::DelLink(_), Op::DelLink(_)))
+                    || matches!((first, next), (Op::Link(LinkOp::Delete(_)), Op::Link(LinkOp::Delete(_))))
             };
             while (elements || flows || run.len() < BATCH)
                 && let Some(op) = ops.next_if(|next| run.first().is_some_and(|first| same(first, next)))
@@ -315,7 +315,7 @@ impl Worker {
             results.unwrap_or_else(|error| run.iter().map(|_| Err(error.clone())).collect())
         };
         let one = match run {
-            [first, ..] if apply::is_element(first) => return self.tables.apply(run),
+            [first, ..] if first.is_element() => return self.tables.apply(run),
             [Op::EndFlows(_), ..] => {
                 let flows = run.iter().filter_map(|op| match op {
                     Op::EndFlows(flows) => Some(flows),
@@ -329,36 +329,43 @@ impl Worker {
                 return run.iter().map(|_| result.clone()).collect();
             }
             [op] if self.tunnels.takes(op) => self.tunnels.apply(op),
-            [Op::DelLink(_), ..] => {
+            [Op::Link(LinkOp::Delete(_)), ..] => {
                 let doomed: Vec<Device> = run.iter().filter_map(Op::device).collect();
                 doomed.iter().for_each(|device| self.tunnels.delete(*device));
                 return for_all(apply::delete(route, devices, &doomed));
             }
-            [Op::Sysctl { name, value }] => sysctl::write(name, value),
-            [Op::SetLocalnet(device)] => sysctl::route_localnet(*device, true),
-            [Op::DelLocalnet(device)] => sysctl::route_localnet(*device, false),
-            [op @ Op::AddAnnounced(device, address)] => apply::announced(route, op, *device, *address, true),
-            [op @ Op::DelAnnounced(device, address)] => apply::announced(route, op, *device, *address, false),
-            [Op::DelFilter] => self.filter.remove(&mut self.watch),
-            [Op::Filter(text)] => self.filter.replace(text, &mut self.watch),
-            [Op::DelTable(table)] => self.tables.remove(*table),
-            [Op::Table(table, skeleton)] => self.tables.write(*table, skeleton, Some(&mut self.watch)),
-            [op @ Op::AddLink(device, link)] => {
+            [Op::Sysctl(SysctlOp::Set { name, value })] => sysctl::write(name, value),
+            [Op::Sysctl(SysctlOp::AllowLocalnet(device))] => sysctl::route_localnet(*device, true),
+            [Op::Sysctl(SysctlOp::ForbidLocalnet(device))] => sysctl::route_localnet(*device, false),
+            [op @ Op::Announced(AnnouncedOp::Add(device, address))] => {
+                apply::announced(route, op, *device, *address, true)
+            }
+            [op @ Op::Announced(AnnouncedOp::Delete(device, address))] => {
+                apply::announced(route, op, *device, *address, false)
+            }
+            [Op::Nft(NftOp::DeleteBase)] => self.filter.remove(&mut self.watch),
+            [Op::Nft(NftOp::SetBase(text))] => self.filter.replace(text, &mut self.watch),
+            [Op::Nft(NftOp::DeleteTable(table))] => self.tables.remove(*table),
+            [Op::Nft(NftOp::SetTable(table, skeleton))] => {
+                self.tables.write(*table, skeleton, Some(&mut self.watch))
+            }
+            [op @ Op::Link(LinkOp::Add(device, link))] => {
                 let guarded = match link {
                     Link::Vxlan { vni, sealed: true, .. } => self.tunnels.guard(*device, *vni),
                     _ => Ok(()),
                 };
                 guarded.and_then(|()| apply::add_link(route, devices, &mut self.tunnels, op, *device, link))
             }
-            [op @ Op::SetLink(device, from, to)] => apply::set_link(route, devices, op, *device, from, to)
-                .and_then(|located| {
+            [op @ Op::Link(LinkOp::Set(device, from, to))] => {
+                apply::set_link(route, devices, op, *device, from, to).and_then(|located| {
                     let Some(mtu) = apply::peer_mtu(*device, from, to) else { return Ok(()) };
                     let peer = located.peer.zip(located.peer_netns);
                     let (index, netns) = peer
                         .ok_or_else(|| KernelError::Other(format!("the other end of {device} is unknown")))?;
                     peers.push(Peer { device: *device, index, netns, mtu });
                     Ok(())
-                }),
+                })
+            }
             _ => return for_all(apply::entries(route, devices, run)),
         };
         vec![one]
@@ -391,7 +398,7 @@ impl Worker {
                 let Err(error) = result else { continue };
                 let of_peer = |outcome: &&mut Outcome| {
                     outcome.result.is_ok()
-                        && matches!(outcome.op, Op::SetLink(device, ..) if device == peer.device)
+                        && matches!(outcome.op, Op::Link(LinkOp::Set(device, ..)) if device == peer.device)
                 };
                 if let Some(outcome) = outcomes.iter_mut().find(of_peer) {
                     outcome.result = Err(error);
@@ -481,9 +488,17 @@ impl Worker {
 /// Whether an operation publishes a port, takes one back, or ends what was before.
 fn publishes(op: &Op) -> bool {
     match op {
-        Op::SetElement(Element { set, .. }) | Op::DelElement(set, _) => set.table == Table::Publish,
+        Op::Nft(op) => op.is_element() && op.table() == Some(Table::Publish),
         Op::EndFlows(_) => true,
-        _ => false,
+        Op::Link(_)
+        | Op::Address(_)
+        | Op::Announced(_)
+        | Op::Fdb(_)
+        | Op::Neighbour(_)
+        | Op::Route(_)
+        | Op::Wireguard(_)
+        | Op::Source(_)
+        | Op::Sysctl(_) => false,
     }
 }
 

@@ -306,7 +306,7 @@ impl Node {
         let mut guard = self.state.borrow_mut();
         let state = &mut *guard;
         self.settle_backends(state);
-        let services = state.view.resources.services.iter();
+        let services = state.view.resources.services().iter();
         let asked_for = services.filter(|(name, _)| is_asked_for(query, name));
         asked_for.map(|(name, service)| backends(state, name, service)).collect()
     }
@@ -453,7 +453,7 @@ fn backends(state: &State, name: &Name, service: &Service) -> ServiceBackends {
         notes: state
             .view
             .resources
-            .claims
+            .claims()
             .lost_externals(name, service)
             .map(|(claim, other)| lost(&claim, other))
             .collect(),

@@ -199,7 +199,7 @@ impl Node {
         let (mut zone, mut cluster) = (self.names.zone.borrow_mut(), self.names.cluster.borrow_mut());
         let domain = &self.names.domain;
         for name in services {
-            let service = state.view.resources.services.get(&name);
+            let service = state.view.resources.services().get(&name);
             let names = service.map(|service| {
                 cluster_names::of_service(domain, service, state.workloads.backends().of(&name))
             });

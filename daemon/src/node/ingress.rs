@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use ovl_control::AnnouncedAddress;
-use ovl_dataplane::op::Op;
+use ovl_dataplane::op::{AnnouncedOp, Op};
 use ovl_proto::resource::{Name, Service};
 use ovl_proto::table::{Entry, Key};
 use ovl_subsystems::services::ingress;
@@ -112,8 +112,11 @@ impl Node {
     /// Takes this host's addresses away: it leaves.
     pub(super) async fn stop_announcing(&self) -> Result<(), Failed> {
         let found = self.kernel.dump().await.map_err(Failed::from)?;
-        let ops =
-            found.announced.iter().map(|(device, address)| Op::DelAnnounced(*device, *address)).collect();
+        let ops = found
+            .announced
+            .iter()
+            .map(|(device, address)| Op::Announced(AnnouncedOp::Delete(*device, *address)))
+            .collect();
         for outcome in self.kernel.apply(ops).await {
             outcome.result.map_err(Failed::from)?;
         }

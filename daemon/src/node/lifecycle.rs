@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use ovl_control::PeerState;
-use ovl_dataplane::op::Op;
+use ovl_dataplane::op::{Op, RouteOp};
 use ovl_proto::alloc::Change;
 use ovl_proto::record::Presence;
 use tokio::signal::unix::{SignalKind, signal};
@@ -248,7 +248,7 @@ impl Node {
         }
         let found = self.kernel.dump().await.map_err(Failed::from)?;
         // Not all of them go with a device.
-        let routes = found.routes.keys().map(|to| Op::DelRoute(*to)).collect();
+        let routes = found.routes.keys().map(|to| Op::Route(RouteOp::Delete(*to))).collect();
         for outcome in self.kernel.apply(routes).await {
             outcome.result.map_err(Failed::from)?;
         }

@@ -220,11 +220,11 @@ impl Node {
                 return;
             }
             let resources = &state.view.resources;
-            let lacking: std::collections::BTreeSet<&Name> = resources.claims.lacking().collect();
+            let lacking: std::collections::BTreeSet<&Name> = resources.claims().lacking().collect();
             let mut promised = Promised::default();
             let mut allocator = Allocator::new(resources, &self.config.ranges, &mut promised);
             let mended = lacking.into_iter().filter_map(|name| {
-                let before = resources.services.get(name)?;
+                let before = resources.services().get(name)?;
                 let mut service = before.clone();
                 allocator.allocate(&mut service).ok()?;
                 (service != *before).then(|| (Body::Resource(Resource::Service(Box::new(service))), false))

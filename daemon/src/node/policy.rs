@@ -163,13 +163,13 @@ impl Node {
     /// What was refused here, in Prometheus' text format; nothing without policies.
     pub(super) async fn policy_metrics(&self) -> Result<String, Failed> {
         let mut text = String::new();
-        if self.state.borrow().view.resources.policies.is_empty() {
+        if self.state.borrow().view.resources.policies().is_empty() {
             return Ok(text);
         }
         let refused = self.refused().await?;
         let forged = self.kernel.counter(Table::Policy, "forged").await.map_err(Failed::from)?;
         let state = self.state.borrow();
-        let count = state.view.resources.policies.len() as u64;
+        let count = state.view.resources.policies().len() as u64;
         head(&mut text, "ovl_policies", "Network policies in the cluster", "gauge");
         line(&mut text, "ovl_policies", &[], count);
         let name = "ovl_policy_refused_packets_total";

@@ -4,7 +4,7 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 use ovl_dataplane::nft::Table;
-use ovl_dataplane::op::Op;
+use ovl_dataplane::op::{NftOp, Op, SysctlOp};
 use ovl_kernel::{self as kernel, Outcome};
 use ovl_proto::id::EndpointId;
 use ovl_proto::object::Network;
@@ -265,9 +265,9 @@ fn is_ours(table: Table) -> bool {
 /// Why something that published ports need was refused, if it was.
 pub(super) fn refusal(outcome: &Outcome) -> Option<&ovl_kernel::KernelError> {
     let ours = match &outcome.op {
-        Op::Table(table, _) => is_ours(*table),
-        Op::SetElement(element) => is_ours(element.set.table),
-        Op::SetLocalnet(_) => true,
+        Op::Nft(NftOp::SetTable(table, _)) => is_ours(*table),
+        Op::Nft(NftOp::SetElement(element)) => is_ours(element.set.table),
+        Op::Sysctl(SysctlOp::AllowLocalnet(_)) => true,
         _ => false,
     };
     outcome.result.as_ref().err().filter(|_| ours)

@@ -231,8 +231,7 @@ impl Node {
             let Some(error) = error else { continue };
             tracing::warn!(%op, error, "the kernel refused");
             let concerned = attached.is_some_and(|(network, device)| {
-                op.device() == Some(device)
-                    || ovl_subsystems::networks::needed_by_network(op) == Some(network)
+                op.device() == Some(device) || op.breaks_network() == Some(network)
             });
             // The loop comes back with a full pass as long as anything is failing.
             state.reconcile.failing.insert(op.to_string(), format!("{op}: {error}"));

@@ -12,9 +12,8 @@ pub mod touched;
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use ovl_dataplane::device::Role;
 use ovl_dataplane::diff::diff;
-use ovl_dataplane::op::Op;
+use ovl_dataplane::op::{LinkOp, Op};
 use ovl_dataplane::state::Dataplane;
 use ovl_proto::id::NetworkId;
 use ovl_proto::object::Network;
@@ -207,20 +206,18 @@ impl Subsystem for Networks {
     }
 
     fn outcome(&mut self, outcome: Outcome<'_>) {
-        let Some(network) = network_of_device(outcome.op) else { return };
-        match outcome.refusal {
-            None if matches!(outcome.op, Op::AddLink(..)) => {
+        match (outcome.refusal, outcome.op.breaks_network()) {
+            (None, Some(network)) if matches!(outcome.op, Op::Link(LinkOp::Add(..))) => {
                 self.batch.created.insert(network);
             }
-            None => {}
-            Some(_) if needed_by_network(outcome.op).is_none() => {}
-            Some(reason) => {
+            (Some(reason), Some(network)) => {
                 self.batch.refused.insert(network);
                 // An attach must not believe that the network is built: neither one that comes next, nor one that
                 // was planned while these operations were in flight.
                 self.sent.remove(&network);
                 self.refused.entry(network).or_insert_with(|| reason.to_owned());
             }
+            (None, _) | (Some(_), None) => {}
         }
     }
 
@@ -244,50 +241,5 @@ impl Subsystem for Networks {
 
     fn withdraw(&mut self) {
         *self = Self::default();
-    }
-}
-
-/// The network whose bridge or VXLAN device an operation is about.
-fn network_of_device(op: &Op) -> Option<NetworkId> {
-    match op.device()?.role()? {
-        Role::Bridge(id) | Role::Vxlan(id) => Some(id),
-        Role::Endpoint(_) | Role::Tunnel(_) => None,
-    }
-}
-
-/// The network that cannot be used if this operation is refused: one on its devices or their addresses. An entry for
-/// a single endpoint is tried again by the loop.
-pub fn needed_by_network(op: &Op) -> Option<NetworkId> {
-    match op {
-        Op::AddLink(..) | Op::SetLink(..) | Op::DelLink(_) | Op::AddAddress(..) | Op::DelAddress(..) => {
-            network_of_device(op)
-        }
-        Op::Sysctl { .. }
-        | Op::SetLocalnet(_)
-        | Op::DelLocalnet(_)
-        | Op::Filter(_)
-        | Op::DelFilter
-        | Op::Table(..)
-        | Op::DelTable(_)
-        | Op::SetElement(_)
-        | Op::DelElement(..)
-        | Op::EndFlows(_)
-        | Op::AddAnnounced(..)
-        | Op::DelAnnounced(..)
-        | Op::SetRemote(..)
-        | Op::DelRemote(..)
-        | Op::AddFlood(..)
-        | Op::DelFlood(..)
-        | Op::AddPort(..)
-        | Op::DelPort(..)
-        | Op::SetNeighbour(..)
-        | Op::DelNeighbour(..)
-        | Op::SetTunnel(..)
-        | Op::SetTunnelPeer(..)
-        | Op::DelTunnelPeer(..)
-        | Op::SetSource(..)
-        | Op::DelSource(..)
-        | Op::SetRoute(..)
-        | Op::DelRoute(_) => None,
     }
 }

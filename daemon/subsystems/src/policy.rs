@@ -192,7 +192,7 @@ impl Policies {
         let mut all = Self::default();
         let mut builder = Builder::default();
         let mut numbers = BTreeSet::new();
-        for (name, policy) in &resources.policies {
+        for (name, policy) in resources.policies() {
             let number = free_number(name, &mut numbers);
             let place = all.list.len();
             let selecting = all.selecting.entry(name.namespace.clone()).or_default();

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use ovl_dataplane::op::Op;
+use ovl_dataplane::op::{FdbOp, LinkOp, NeighbourOp, Op};
 use ovl_dataplane::state::Link;
 
 use super::lab::{Container, Lab, add_endpoint, bridge, desired, endpoint, in_namespace, ip, mac, net, run};
@@ -21,9 +21,9 @@ fn an_endpoint_talks() {
         let mut wanted = network(&lab).await;
         let container = Container::new();
         let ops = vec![
-            Op::AddPort(endpoint(30), mac(30)),
-            Op::SetNeighbour(bridge(), ip("10.1.0.30"), mac(30)),
-            Op::SetNeighbour(bridge(), ip("fd00:1::1e"), mac(30)),
+            Op::Fdb(FdbOp::AddPort(endpoint(30), mac(30))),
+            Op::Neighbour(NeighbourOp::Set(bridge(), ip("10.1.0.30"), mac(30))),
+            Op::Neighbour(NeighbourOp::Set(bridge(), ip("fd00:1::1e"), mac(30))),
         ];
         let (outcomes, ifname) = lab.kernel.prepare_and_create(ops, container.spec(30)).await;
         assert_eq!(ifname.map(|made| made.ifname).as_deref(), Ok("eth0"));
@@ -196,7 +196,7 @@ fn a_pass_leaves_alone_what_is_being_made_and_can_be_a_plan() {
         for apply in [false, true] {
             let pass = lab.kernel.reconcile(goal(&[], apply)).await.expect("pass");
             let ops: Vec<Op> = pass.outcomes.into_iter().map(|outcome| outcome.op).collect();
-            assert_eq!(ops, [Op::DelLink(endpoint(30))]);
+            assert_eq!(ops, [Op::Link(LinkOp::Delete(endpoint(30)))]);
         }
         let mut wanted = desired.clone();
         add_endpoint(&mut wanted, 31);
@@ -233,8 +233,8 @@ fn attaching_takes_little_time() {
         for (n, container) in (100..).zip(&containers) {
             let spec = container.spec(n);
             let ops = vec![
-                Op::AddPort(endpoint(n), mac(n.into())),
-                Op::SetNeighbour(bridge(), ip(&format!("10.1.0.{n}")), mac(n.into())),
+                Op::Fdb(FdbOp::AddPort(endpoint(n), mac(n.into()))),
+                Op::Neighbour(NeighbourOp::Set(bridge(), ip(&format!("10.1.0.{n}")), mac(n.into()))),
             ];
             let start = Instant::now();
             let (_, result) = lab.kernel.prepare_and_create(ops, spec).await;

@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use ovl_cluster::addresses as ipam;
-use ovl_dataplane::op::Op;
+use ovl_dataplane::op::{NftOp, Op};
 use ovl_proto::clock::Stamp;
 use ovl_proto::object::{Backend, Driver, Mode, Network};
 use ovl_subsystems::networks::filter;
@@ -37,7 +37,7 @@ fn text() -> String {
 }
 
 async fn write(lab: &Lab, text: &str) {
-    lab.kernel.apply(vec![Op::Filter(text.to_owned())]).await.remove(0).result.expect("written");
+    lab.kernel.apply(vec![Op::Nft(NftOp::SetBase(text.to_owned()))]).await.remove(0).result.expect("written");
 }
 
 #[test]
@@ -105,8 +105,11 @@ fn what_nft_refuses_is_said() {
     in_namespace(async || {
         let lab = Lab::start();
         write(&lab, &text()).await;
-        let outcome =
-            lab.kernel.apply(vec![Op::Filter("table inet ovl { nonsense }".to_owned())]).await.remove(0);
+        let outcome = lab
+            .kernel
+            .apply(vec![Op::Nft(NftOp::SetBase("table inet ovl { nonsense }".to_owned()))])
+            .await
+            .remove(0);
         let error = outcome.result.unwrap_err().to_string();
         assert!(
             error.starts_with("nft refuses the packet filter: ") && error.contains("nonsense"),

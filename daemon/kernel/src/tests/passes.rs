@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use ovl_dataplane::device::Device;
-use ovl_dataplane::op::Op;
+use ovl_dataplane::op::{AddressOp, FdbOp, LinkOp, NeighbourOp, Op};
 use ovl_dataplane::state::{Dataplane, Link};
 use ovl_proto::id::NetworkId;
 
@@ -103,11 +103,11 @@ fn foreign_devices_are_left_alone() {
         assert_eq!(lab.dump().await.links, Default::default());
         let before = run(&format!("ip -d link show {}", bridge()));
         for op in [
-            Op::AddLink(bridge(), link),
-            Op::SetLink(bridge(), link, link),
-            Op::DelLink(bridge()),
-            Op::AddAddress(bridge(), net("10.1.0.1/16")),
-            Op::SetNeighbour(bridge(), ip("10.1.0.9"), super::lab::mac(9)),
+            Op::Link(LinkOp::Add(bridge(), link)),
+            Op::Link(LinkOp::Set(bridge(), link, link)),
+            Op::Link(LinkOp::Delete(bridge())),
+            Op::Address(AddressOp::Add(bridge(), net("10.1.0.1/16"))),
+            Op::Neighbour(NeighbourOp::Set(bridge(), ip("10.1.0.9"), super::lab::mac(9))),
         ] {
             let outcome = lab.kernel.apply(vec![op]).await.remove(0);
             assert_eq!(outcome.result, Err(KernelError::Foreign(bridge())), "{}", outcome.op);
@@ -123,8 +123,8 @@ fn who_has_the_vni_or_the_port_is_named() {
         let lab = Lab::start();
         let wanted = desired(ip("192.0.2.1"), 0);
         run("ip link add vx0 type vxlan id 4097 dstport 4789 local 192.0.2.1 nolearning");
-        lab.kernel.apply(vec![Op::AddLink(bridge(), wanted.links[&bridge()])]).await;
-        let add = Op::AddLink(vxlan(), wanted.links[&vxlan()]);
+        lab.kernel.apply(vec![Op::Link(LinkOp::Add(bridge(), wanted.links[&bridge()]))]).await;
+        let add = Op::Link(LinkOp::Add(vxlan(), wanted.links[&vxlan()]));
         let error =
             async || lab.kernel.apply(vec![add.clone()]).await.remove(0).result.unwrap_err().to_string();
         assert_eq!(error().await, "VNI 4097 on port 4789 is in use by device vx0");
@@ -143,9 +143,14 @@ fn who_has_the_vni_or_the_port_is_named() {
 fn a_device_that_is_missing_is_named() {
     in_namespace(async || {
         let lab = Lab::start();
-        let outcome = lab.kernel.apply(vec![Op::AddAddress(bridge(), net("10.1.0.1/16"))]).await.remove(0);
+        let outcome =
+            lab.kernel.apply(vec![Op::Address(AddressOp::Add(bridge(), net("10.1.0.1/16")))]).await.remove(0);
         assert_eq!(outcome.result, Err(KernelError::NoDevice(bridge())));
-        let outcome = lab.kernel.apply(vec![Op::DelAddress(bridge(), net("10.1.0.1/16"))]).await.remove(0);
+        let outcome = lab
+            .kernel
+            .apply(vec![Op::Address(AddressOp::Delete(bridge(), net("10.1.0.1/16")))])
+            .await
+            .remove(0);
         assert_eq!(outcome.result, Ok(()));
     });
 }
@@ -189,7 +194,7 @@ fn many_entries_take_little_time() {
         let remotes: Vec<Op> = dump
             .remotes
             .iter()
-            .map(|((device, mac), remote)| Op::SetRemote(*device, *mac, *remote))
+            .map(|((device, mac), remote)| Op::Fdb(FdbOp::SetRemote(*device, *mac, *remote)))
             .collect();
         let start = Instant::now();
         lab.kernel.apply(remotes).await;

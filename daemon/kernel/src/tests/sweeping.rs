@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use ovl_dataplane::op::Op;
+use ovl_dataplane::op::{FdbOp, NeighbourOp, Op};
 use ovl_dataplane::state::Link;
 
 use super::lab::{Container, Lab, bridge, desired, endpoint, in_namespace, ip, mac, run};
@@ -30,10 +30,10 @@ fn the_name_is_free_at_once_and_the_pair_goes_later() {
         lab.pass(&wanted).await;
         let container = Container::new();
         lab.create(container.spec(30)).await.expect("endpoint");
-        let neighbour = Op::SetNeighbour(bridge(), ip("10.1.0.30"), mac(30));
+        let neighbour = Op::Neighbour(NeighbourOp::Set(bridge(), ip("10.1.0.30"), mac(30)));
         lab.kernel.apply(vec![neighbour]).await;
 
-        let ops = vec![Op::DelNeighbour(bridge(), ip("10.1.0.30"))];
+        let ops = vec![Op::Neighbour(NeighbourOp::Delete(bridge(), ip("10.1.0.30")))];
         let (outcomes, result) = lab.kernel.retire(retired(30, Some(container.open())), ops).await;
         assert_eq!(result, Ok(()));
         assert!(outcomes.iter().all(|outcome| outcome.result.is_ok()), "{outcomes:?}");
@@ -50,9 +50,9 @@ fn the_name_is_free_at_once_and_the_pair_goes_later() {
         next.device = endpoint(31);
         next.ifname = Some("eth0".to_owned());
         let ops = vec![
-            Op::AddPort(endpoint(31), mac(30)),
-            Op::SetNeighbour(bridge(), ip("10.1.0.30"), mac(30)),
-            Op::SetNeighbour(bridge(), ip("fd00:1::1e"), mac(30)),
+            Op::Fdb(FdbOp::AddPort(endpoint(31), mac(30))),
+            Op::Neighbour(NeighbourOp::Set(bridge(), ip("10.1.0.30"), mac(30))),
+            Op::Neighbour(NeighbourOp::Set(bridge(), ip("fd00:1::1e"), mac(30))),
         ];
         lab.kernel.prepare_and_create(ops, next).await.1.expect("endpoint");
         container.run("ping -c1 -W1 10.1.0.1");

@@ -6,7 +6,7 @@ use std::time::Instant;
 use ovl_dataplane::nft::{
     Chain, Data, Field, Key, Object, Set, Shape, Skeleton, Table, Type, Value, Verdict,
 };
-use ovl_dataplane::op::Op;
+use ovl_dataplane::op::{NftOp, Op};
 use ovl_dataplane::state::Dataplane;
 use ovl_proto::id::Mac;
 
@@ -308,7 +308,8 @@ fn what_is_refused_is_said_and_hurts_no_other_table() {
         assert!(error.contains("cannot change elements of inet ovl-services"), "{error}");
         assert_eq!(dumped(&lab, &good).await, good);
         let text = Skeleton { chains: vec![chain("x", &["nonsense"])], ..Skeleton::default() };
-        let outcome = lab.kernel.apply(vec![Op::Table(Table::Policy, Arc::new(text))]).await.remove(0);
+        let outcome =
+            lab.kernel.apply(vec![Op::Nft(NftOp::SetTable(Table::Policy, Arc::new(text)))]).await.remove(0);
         let error = outcome.result.unwrap_err().to_string();
         assert!(error.contains("nonsense"), "{error}");
     });
@@ -355,7 +356,7 @@ fn many_are_changed_at_once() {
         for _ in 0..3 {
             let start = Instant::now();
             lab.kernel
-                .apply(vec![Op::DelElement(BACKENDS, key.clone())])
+                .apply(vec![Op::Nft(NftOp::DeleteElement(BACKENDS, key.clone()))])
                 .await
                 .remove(0)
                 .result

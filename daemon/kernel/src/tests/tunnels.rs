@@ -4,7 +4,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use ovl_cluster::addresses as ipam;
 use ovl_dataplane::device::Device;
-use ovl_dataplane::op::Op;
+use ovl_dataplane::op::{LinkOp, NftOp, Op};
 use ovl_dataplane::state::{Dataplane, Hop, Link, Remote, Source, Tunnel, TunnelKind, TunnelPeer};
 use ovl_proto::SEALED_VXLAN_PORT;
 use ovl_proto::clock::Stamp;
@@ -143,7 +143,7 @@ fn a_vxlan_device_in_a_tunnel_needs_no_checksums() {
             *sealed = true;
         }
         let ops = lab.pass(&wanted).await;
-        assert!(ops.contains(&Op::DelLink(vxlan())), "{ops:?}");
+        assert!(ops.contains(&Op::Link(LinkOp::Delete(vxlan()))), "{ops:?}");
         lab.assert_settled(&wanted).await;
         let shown = run(&format!("ip -d link show {}", vxlan()));
         assert!(shown.contains("udp6zerocsumtx udp6zerocsumrx"), "{shown}");
@@ -158,7 +158,7 @@ fn a_port_that_is_taken_is_named_and_nothing_stays() {
         let ops = ovl_dataplane::diff::diff(&lab.dump().await, &sealed(), true);
         let outcomes = lab.kernel.apply(ops).await;
         let error = outcomes.into_iter().find_map(|outcome| match outcome.op {
-            Op::AddLink(device, _) if device == end() => outcome.result.err(),
+            Op::Link(LinkOp::Add(device, _)) if device == end() => outcome.result.err(),
             _ => None,
         });
         let error = error.expect("refused").to_string();
@@ -199,7 +199,7 @@ fn nft_takes_the_filter_of_encrypted_networks() {
                     let tunnel = tunnel.then_some(filter::Tunnel { port: 51940, prefix, kernel });
                     let networks: Vec<&Network> = all.iter().take(count).collect();
                     let text = filter::render(&networks, &[ip("192.0.2.2")].into(), 4789, tunnel, masquerade);
-                    let op = Op::Filter(text.clone());
+                    let op = Op::Nft(NftOp::SetBase(text.clone()));
                     lab.kernel
                         .apply(vec![op])
                         .await

@@ -8,7 +8,7 @@ use ipnet::IpNet;
 use netlink_packet_wireguard::WireguardTimeSpec;
 use ovl_dataplane::device::Device;
 use ovl_dataplane::diff::diff;
-use ovl_dataplane::op::Op;
+use ovl_dataplane::op::{LinkOp, Op, WireguardOp};
 use ovl_dataplane::state::{Dataplane, Link, Source, Tunnel, TunnelKind, TunnelPeer};
 use ovl_proto::id::TunnelKey;
 use proptest::prelude::*;
@@ -56,9 +56,11 @@ fn key(n: u8) -> TunnelKey {
 /// What an operation of the loop does.
 fn apply(wireguard: &mut Wireguard, secrets: &BTreeMap<TunnelKey, [u8; 32]>, op: &Op) {
     match op {
-        Op::SetTunnel(device, Tunnel { key, port, .. }) => wireguard.set(*device, &secrets[key], *port),
-        Op::SetTunnelPeer(device, key, peer) => wireguard.set_peer(*device, *key, peer),
-        Op::DelTunnelPeer(device, key) => wireguard.delete_peer(*device, *key),
+        Op::Wireguard(WireguardOp::SetInterface(device, Tunnel { key, port, .. })) => {
+            wireguard.set(*device, &secrets[key], *port)
+        }
+        Op::Wireguard(WireguardOp::SetPeer(device, key, peer)) => wireguard.set_peer(*device, *key, peer),
+        Op::Wireguard(WireguardOp::DeletePeer(device, key)) => wireguard.delete_peer(*device, *key),
         other => panic!("{other}"),
     }
     .unwrap_or_else(|error| panic!("{op}: {error}"));
@@ -350,7 +352,8 @@ fn the_probe_agrees_with_the_kernel() {
     in_namespace(async || {
         let lab = Lab::start();
         let there = Wireguard::open().and_then(|mut wireguard| wireguard.is_there()).expect("probe");
-        let outcome = lab.kernel.apply(vec![Op::AddLink(device(), tunnel_link(1420))]).await.remove(0);
+        let outcome =
+            lab.kernel.apply(vec![Op::Link(LinkOp::Add(device(), tunnel_link(1420)))]).await.remove(0);
         match outcome.result {
             Ok(()) => assert!(there),
             Err(error) => {
@@ -383,7 +386,7 @@ fn the_real_kernels_state_becomes_what_is_wanted() {
         let found = lab.dump().await;
         assert_eq!(found.links, links.links);
         assert!(!run("ip -6 addr show dev ovt-0").contains("fe80"), "a link-local address");
-        let change = Op::SetLink(device(), tunnel_link(1420), tunnel_link(1380));
+        let change = Op::Link(LinkOp::Set(device(), tunnel_link(1420), tunnel_link(1380)));
         lab.kernel.apply(vec![change]).await.remove(0).result.expect("MTU");
         assert_eq!(lab.dump().await.links[&device()], tunnel_link(1380));
 
@@ -414,7 +417,7 @@ fn the_real_kernels_state_becomes_what_is_wanted() {
         println!("1,501 peers set, and dumped twice: {:?}", start.elapsed());
         assert_wg_agrees(&world);
         assert_eq!(wireguard.status(device()).expect("status").len(), 1501);
-        let doomed = devices.map(Op::DelLink).to_vec();
+        let doomed = devices.map(|device| Op::Link(LinkOp::Delete(device))).to_vec();
         lab.kernel.apply(doomed).await.into_iter().for_each(|outcome| outcome.result.expect("deleted"));
         assert_eq!(wireguard.dump(device()).map(drop), Err(KernelError::NoDevice(device())));
     });
@@ -433,7 +436,7 @@ fn packets_pass_through_real_devices() {
         run(&format!("ip link set up1 netns {}", far.path()));
         far.run("ip link set lo up; ip link set up1 up; ip addr add 192.0.2.2/24 dev up1");
         let keys = [[1; 32], [2; 32]].map(|secret| TunnelKey(public_of(secret)));
-        let op = Op::AddLink(device(), tunnel_link(1420));
+        let op = Op::Link(LinkOp::Add(device(), tunnel_link(1420)));
         lab.kernel.apply(vec![op]).await.remove(0).result.expect("link");
         wireguard.set(device(), &[1; 32], 51940).expect("set");
         wireguard.set_peer(device(), keys[1], &peer("192.0.2.2:51950", &["fd00::2/128"])).expect("peer");

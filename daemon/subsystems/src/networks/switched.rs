@@ -51,7 +51,7 @@ pub(super) fn part(kernel: &mut Dataplane, view: &View, local: &Local, network: 
 
 /// Whether the host's IP stack takes frames of a network, and gives them back to it, for network policies.
 pub(super) fn routes_for_policies(view: &View, network: &Network) -> bool {
-    network.mode == Mode::L2 && !view.resources.policies.is_empty()
+    network.mode == Mode::L2 && !view.resources.policies().is_empty()
 }
 
 /// The network's bridge with its addresses, and its VXLAN device, if it has other hosts. An encrypted network has one in the tunnel

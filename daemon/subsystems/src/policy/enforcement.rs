@@ -4,7 +4,6 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use super::{Standing, part};
-use ovl_dataplane::nft::{Element, Table};
 use ovl_dataplane::op::Op;
 use ovl_dataplane::state::Dataplane;
 use ovl_proto::id::NetworkId;
@@ -103,7 +102,7 @@ impl Subsystem for Enforcement {
     }
 
     fn outcome(&mut self, outcome: Outcome<'_>) {
-        if let Some(reason) = outcome.refusal.filter(|_| is_policy(outcome.op)) {
+        if let Some(reason) = outcome.refusal.filter(|_| outcome.op.is_policy()) {
             self.refused_in_batch = true;
             self.refused.get_or_insert_with(|| reason.to_owned());
         }
@@ -123,14 +122,4 @@ impl Subsystem for Enforcement {
     fn withdraw(&mut self) {
         *self = Self::new(self.ledger.generation());
     }
-}
-
-/// Whether network policies are not in force if this operation is refused.
-fn is_policy(op: &Op) -> bool {
-    let table = match op {
-        Op::Table(table, _) | Op::DelTable(table) => *table,
-        Op::SetElement(Element { set, .. }) | Op::DelElement(set, _) => set.table,
-        _ => return false,
-    };
-    matches!(table, Table::Policy | Table::PolicyFrames)
 }

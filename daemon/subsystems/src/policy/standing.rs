@@ -15,7 +15,7 @@ use ovl_cluster::view::{Placed, View};
 use ovl_dataplane::device::Device;
 use ovl_dataplane::diff::diff;
 use ovl_dataplane::nft::{Element, Table};
-use ovl_dataplane::op::Op;
+use ovl_dataplane::op::{NftOp, Op};
 use ovl_dataplane::state::Dataplane;
 
 /// An endpoint can be selected by so many policies in one direction before the table has to be written anew.
@@ -116,13 +116,13 @@ impl Standing {
             for (key, element) in &was_in {
                 if !is_in.contains_key(key) {
                     self.applied.elements.remove(&element.set, &element.key);
-                    ops.push(Op::DelElement(element.set.clone(), element.key.clone()));
+                    ops.push(Op::Nft(NftOp::DeleteElement(element.set.clone(), element.key.clone())));
                 }
             }
             for (key, element) in is_in {
                 if was_in.get(&key) != Some(&element) {
                     self.applied.elements.insert(&element.set, element.key.clone(), element.value.clone());
-                    ops.push(Op::SetElement(element));
+                    ops.push(Op::Nft(NftOp::SetElement(element)));
                 }
             }
             if is.is_empty() {
@@ -143,13 +143,13 @@ impl Standing {
             // Those that are maps' get another value.
             if element.set == members::CURRENT {
                 self.applied.elements.remove(&element.set, &element.key);
-                ops.push(Op::DelElement(element.set, element.key));
+                ops.push(Op::Nft(NftOp::DeleteElement(element.set, element.key)));
             }
         }
         self.generation += 1;
         for element in members::generation(self.generation) {
             self.applied.elements.insert(&element.set, element.key.clone(), element.value.clone());
-            ops.push(Op::SetElement(element));
+            ops.push(Op::Nft(NftOp::SetElement(element)));
         }
         ops
     }
@@ -173,7 +173,9 @@ pub fn part(view: &View, local: &Local, generation: u32) -> Dataplane {
 /// Whether nobody is the worse for it: somebody who may connect joins others, or has a port.
 fn is_addition(op: &Op) -> bool {
     match op {
-        Op::SetElement(Element { set, .. }) => set.name.starts_with("pods.") || set.name.starts_with("port."),
+        Op::Nft(NftOp::SetElement(Element { set, .. })) => {
+            set.name.starts_with("pods.") || set.name.starts_with("port.")
+        }
         _ => false,
     }
 }

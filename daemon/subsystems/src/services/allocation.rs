@@ -67,7 +67,7 @@ impl<'a> Allocator<'a> {
     pub fn allocate(&mut self, service: &mut Service) -> Result<(), Vec<Problem>> {
         let mut problems = Problems::default();
         let name = Name::new(&service.metadata.namespace, &service.metadata.name);
-        let old = self.resources.services.get(&name);
+        let old = self.resources.services().get(&name);
         if let Some(old) = old {
             carry_over(old, service, &mut problems);
         }
@@ -87,7 +87,7 @@ impl<'a> Allocator<'a> {
 
     /// Another Service that has it.
     fn other(&self, claim: Claim, name: &Name) -> Option<&Name> {
-        let holder = self.promised.0.get(&claim).or_else(|| self.resources.claims.holder(claim));
+        let holder = self.promised.0.get(&claim).or_else(|| self.resources.claims().holder(claim));
         holder.filter(|holder| *holder != name)
     }
 

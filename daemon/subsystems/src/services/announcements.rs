@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use ovl_dataplane::device::Device;
-use ovl_dataplane::op::Op;
+use ovl_dataplane::op::{AnnouncedOp, Op};
 use ovl_dataplane::state::Dataplane;
 use ovl_proto::resource::Name;
 use ovl_proto::table::{Entry, Key};
@@ -93,7 +93,7 @@ impl Subsystem for Announcements {
     }
 
     fn outcome(&mut self, outcome: Outcome<'_>) {
-        if let Op::AddAnnounced(_, address) = outcome.op {
+        if let Op::Announced(AnnouncedOp::Add(_, address)) = outcome.op {
             self.planned.note(*address, outcome.refusal.is_none());
         }
     }

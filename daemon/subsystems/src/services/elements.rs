@@ -21,7 +21,7 @@ use ovl_cluster::view::View;
 use ovl_dataplane::flows::Flows;
 use ovl_dataplane::ledger::{Entries, Ledger};
 use ovl_dataplane::nft::{Element, Field, Key, Set, Skeleton, Table, Value};
-use ovl_dataplane::op::Op;
+use ovl_dataplane::op::{NftOp, Op, SysctlOp};
 use ovl_dataplane::state::Dataplane;
 
 use self::resolve::{Resolved, Slots};
@@ -140,7 +140,7 @@ impl Services {
             let ground = self::ground(view);
             if ground != self.ground {
                 self.ground = ground;
-                names.extend(view.resources.services.keys().cloned());
+                names.extend(view.resources.services().keys().cloned());
             }
             changes.extend(self.ledger.set(&Part::Host, host(view, &self.ground)));
             changes.extend(self.endpoints(view));
@@ -161,30 +161,34 @@ impl Services {
         let was = std::mem::replace(&mut self.tables, now);
         let mut ops = Vec::new();
         if let Some(name) = self.forwarding().filter(|name| Some(*name) != forwarding) {
-            ops.push(Op::Sysctl { name: name.to_owned(), value: "1".to_owned() });
+            ops.push(Op::Sysctl(SysctlOp::Set { name: name.to_owned(), value: "1".to_owned() }));
         }
         for (table, skeleton) in &self.tables {
             if was.get(table) != Some(skeleton) {
-                ops.push(Op::Table(*table, Arc::clone(skeleton)));
+                ops.push(Op::Nft(NftOp::SetTable(*table, Arc::clone(skeleton))));
             }
         }
         let (gone, new): (Vec<Op>, Vec<Op>) =
-            changes.into_iter().partition(|op| matches!(op, Op::DelElement(..)));
+            changes.into_iter().partition(|op| matches!(op, Op::Nft(NftOp::DeleteElement(..))));
         let stays = |op: &Op| match op {
-            Op::SetElement(Element { set, .. }) | Op::DelElement(set, _) => {
+            Op::Nft(NftOp::SetElement(Element { set, .. })) | Op::Nft(NftOp::DeleteElement(set, _)) => {
                 self.tables.contains_key(&set.table) && was.contains_key(&set.table)
             }
             _ => true,
         };
         let dropped = was.keys().filter(|table| !self.tables.contains_key(table));
-        ops.extend(dropped.map(|table| Op::DelTable(*table)));
+        ops.extend(dropped.map(|table| Op::Nft(NftOp::DeleteTable(*table))));
         ops.extend(gone.into_iter().filter(stays));
         ops.extend(new.into_iter().filter(stays));
         // A table that was not there before gets all that it should have.
         for (set, contents) in self.ledger.wanted().sets() {
             if self.tables.contains_key(&set.table) && !was.contains_key(&set.table) {
                 ops.extend(contents.iter().map(|(key, value)| {
-                    Op::SetElement(Element { set: set.clone(), key: key.clone(), value: value.clone() })
+                    Op::Nft(NftOp::SetElement(Element {
+                        set: set.clone(),
+                        key: key.clone(),
+                        value: value.clone(),
+                    }))
                 }));
             }
         }
@@ -232,10 +236,10 @@ impl Services {
 
     /// One Service, looked at anew.
     fn service(&mut self, view: &View, backends: &Backends, name: &Name) -> Vec<Op> {
-        let service = view.resources.services.get(name);
+        let service = view.resources.services().get(name);
         let resolved = service.map(|service| {
             let of = backends.of(name);
-            resolve::resolve(&self.ground, &view.resources.claims, (name, service), of, &mut self.slots)
+            resolve::resolve(&self.ground, view.resources.claims(), (name, service), of, &mut self.slots)
         });
         let Resolved { entries, counts, sticky, flows, relays } = resolved.unwrap_or_default();
         if relays {

@@ -17,7 +17,7 @@ use ovl_cluster::backends::{Backends, Target, targets};
 use ovl_cluster::digest::hash;
 use ovl_cluster::view::{Node, View};
 use ovl_dataplane::device::Device;
-use ovl_dataplane::op::Op;
+use ovl_dataplane::op::{AnnouncedOp, Op};
 use ovl_dataplane::state::Dataplane;
 
 /// So often an address is announced after it was taken, and after hosts came or went: a frame may be lost, and
@@ -65,11 +65,12 @@ impl Ingress {
         all: bool,
         uplink: Option<Device>,
     ) -> Vec<Op> {
-        let balancer = |name: &Name| view.resources.services.get(name).filter(|service| is_balancer(service));
+        let balancer =
+            |name: &Name| view.resources.services().get(name).filter(|service| is_balancer(service));
         let concerned = services.filter(|name| self.services.contains_key(name) || balancer(name).is_some());
         let mut names: BTreeSet<Name> = concerned.cloned().collect();
         if all {
-            names.extend(view.resources.services.keys().filter(|name| balancer(name).is_some()).cloned());
+            names.extend(view.resources.services().keys().filter(|name| balancer(name).is_some()).cloned());
             names.extend(self.services.keys().cloned());
         } else if names.is_empty() {
             return Vec::new();
@@ -87,10 +88,13 @@ impl Ingress {
             .collect();
         let new = wanted.iter().filter(|announced| all || !self.planned.contains(announced));
         self.again.extend(new.map(|(_, address)| (*address, TIMES)));
-        let gone =
-            self.planned.difference(&wanted).map(|(device, address)| Op::DelAnnounced(*device, *address));
-        let new =
-            wanted.difference(&self.planned).map(|(device, address)| Op::AddAnnounced(*device, *address));
+        let gone = self
+            .planned
+            .difference(&wanted)
+            .map(|(device, address)| Op::Announced(AnnouncedOp::Delete(*device, *address)));
+        let new = wanted
+            .difference(&self.planned)
+            .map(|(device, address)| Op::Announced(AnnouncedOp::Add(*device, *address)));
         let ops = gone.chain(new).collect();
         self.planned = wanted;
         ops

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 
 use ovl_cluster::view::View;
 use ovl_dataplane::device::Device;
-use ovl_dataplane::op::Op;
+use ovl_dataplane::op::{AnnouncedOp, Op};
 use ovl_proto::id::NodeId;
 use ovl_proto::object::Mode;
 use ovl_proto::record::PeerState;
@@ -61,8 +61,8 @@ impl Cluster {
         let ops = ingress.plan(&view, &self.world.backends, std::iter::empty(), true, Device::new("eth0"));
         for op in ops {
             let (set, unset) = match op {
-                Op::AddAnnounced(_, address) => (vec![Entry::Announced(address)], vec![]),
-                Op::DelAnnounced(_, address) => (vec![], vec![Key::Announced(address)]),
+                Op::Announced(AnnouncedOp::Add(_, address)) => (vec![Entry::Announced(address)], vec![]),
+                Op::Announced(AnnouncedOp::Delete(_, address)) => (vec![], vec![Key::Announced(address)]),
                 other => panic!("{other}"),
             };
             let table = &mut self.world.view.nodes.get_mut(&id(host)).unwrap().table;

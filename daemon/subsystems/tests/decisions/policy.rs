@@ -5,7 +5,7 @@ use std::net::IpAddr;
 
 use ovl_cluster::view::View;
 use ovl_dataplane::nft::{Element, Table};
-use ovl_dataplane::op::Op;
+use ovl_dataplane::op::{NftOp, Op};
 use ovl_dataplane::state::Dataplane;
 use ovl_proto::id::{EndpointId, NetworkId};
 use ovl_proto::object::Mode;
@@ -333,7 +333,7 @@ fn make(view: &mut View, step: &Step) -> Option<(NetworkId, IpAddr)> {
 fn apply(kernel: &mut Dataplane, ops: Vec<Op>) {
     for op in ops {
         match op {
-            Op::Table(table, skeleton) => {
+            Op::Nft(NftOp::SetTable(table, skeleton)) => {
                 let sets: BTreeSet<_> = skeleton.sets.iter().cloned().collect();
                 let gone: Vec<_> = kernel
                     .elements
@@ -344,12 +344,14 @@ fn apply(kernel: &mut Dataplane, ops: Vec<Op>) {
                 gone.iter().for_each(|set| kernel.elements.set(set, Default::default()));
                 kernel.tables.insert(table, skeleton);
             }
-            Op::DelTable(table) => {
+            Op::Nft(NftOp::DeleteTable(table)) => {
                 kernel.tables.remove(&table);
                 kernel.elements.forget(table);
             }
-            Op::SetElement(Element { set, key, value }) => drop(kernel.elements.insert(&set, key, value)),
-            Op::DelElement(set, key) => drop(kernel.elements.remove(&set, &key)),
+            Op::Nft(NftOp::SetElement(Element { set, key, value })) => {
+                drop(kernel.elements.insert(&set, key, value))
+            }
+            Op::Nft(NftOp::DeleteElement(set, key)) => drop(kernel.elements.remove(&set, &key)),
             other => panic!("{other}"),
         }
     }

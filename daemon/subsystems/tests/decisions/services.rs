@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use ovl_dataplane::nft::{Element, Elements, Set, Skeleton, Table};
-use ovl_dataplane::op::Op;
+use ovl_dataplane::op::{NftOp, Op, SysctlOp};
 use ovl_proto::object::Mode;
 use ovl_proto::record::PeerState;
 use ovl_proto::resource::{Kind, Name};
@@ -46,19 +46,19 @@ impl Host {
         let shown = ops.iter().map(Op::to_string).collect();
         for op in ops {
             match op {
-                Op::Table(table, skeleton) => drop(self.tables.insert(table, skeleton)),
-                Op::DelTable(table) => {
+                Op::Nft(NftOp::SetTable(table, skeleton)) => drop(self.tables.insert(table, skeleton)),
+                Op::Nft(NftOp::DeleteTable(table)) => {
                     self.tables.remove(&table);
                     self.elements.forget(table);
                 }
-                Op::DelElement(set, key) => {
+                Op::Nft(NftOp::DeleteElement(set, key)) => {
                     self.elements.remove(&set, &key).unwrap_or_else(|| panic!("not there: {key:?}"));
                 }
-                Op::SetElement(Element { set, key, value }) => {
+                Op::Nft(NftOp::SetElement(Element { set, key, value })) => {
                     assert!(self.tables.contains_key(&set.table), "no table for {set:?}");
                     assert_eq!(self.elements.insert(&set, key, value), None, "there already");
                 }
-                Op::Sysctl { .. } => {}
+                Op::Sysctl(SysctlOp::Set { .. }) => {}
                 other => panic!("{other}"),
             }
         }
@@ -361,7 +361,7 @@ proptest! {
         // All anew gives as many backends at each place.
         let mut anew = Services::default();
         let World { view, backends } = &host.world;
-        let all: Vec<Name> = view.resources.services.keys().cloned().collect();
+        let all: Vec<Name> = view.resources.services().keys().cloned().collect();
         anew.plan(view, backends, all.iter(), true);
         let counts = |elements: &Elements| -> Vec<(String, usize)> {
             let counted = elements.sets().filter(|(set, _)| set.table == Table::Services);

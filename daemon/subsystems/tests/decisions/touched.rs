@@ -7,7 +7,7 @@ use ovl_cluster::addresses;
 use ovl_cluster::table::Table;
 use ovl_cluster::view::View;
 use ovl_dataplane::nft;
-use ovl_dataplane::op::Op;
+use ovl_dataplane::op::{LinkOp, NftOp, Op};
 use ovl_dataplane::state::{Dataplane, Link};
 use ovl_proto::id::{EndpointId, Mac};
 use ovl_proto::object::{Backend, Mode};
@@ -148,11 +148,17 @@ fn check_guards(ops: &[Op]) {
     let mut turned = false;
     for op in ops {
         match op {
-            Op::DelElement(set, _) if set.table == nft::Table::PublishFrames => unguarded = true,
-            Op::SetElement(element) if element.set.table == nft::Table::PublishFrames => {
+            Op::Nft(NftOp::DeleteElement(set, _)) if set.table == nft::Table::PublishFrames => {
+                unguarded = true
+            }
+            Op::Nft(NftOp::SetElement(element)) if element.set.table == nft::Table::PublishFrames => {
                 assert!(!turned, "{ops:?}");
             }
-            Op::SetLink(_, Link::Endpoint { hairpin: was, .. }, Link::Endpoint { hairpin: is, .. }) => {
+            Op::Link(LinkOp::Set(
+                _,
+                Link::Endpoint { hairpin: was, .. },
+                Link::Endpoint { hairpin: is, .. },
+            )) => {
                 assert!(is >= was || !unguarded, "{ops:?}");
                 turned |= is > was;
             }

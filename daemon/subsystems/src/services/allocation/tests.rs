@@ -243,7 +243,7 @@ fn the_older_service_keeps_what_two_have_claimed() {
     assert_eq!(put(&mut resources, service_at("young", 20, same.clone())), ["young"]);
     let name = |name: &str| Name::new("default", name);
     let has = |resources: &Resources, of: &str| {
-        let service = &resources.services[&name(of)];
+        let service = &resources.services()[&name(of)];
         (service.cluster_addresses().count(), service.spec.ports[0].node_port)
     };
     assert_eq!(has(&resources, "young"), (1, Some(30_100)));
@@ -251,19 +251,19 @@ fn the_older_service_keeps_what_two_have_claimed() {
     assert_eq!(put(&mut resources, service_at("old", 10, same.clone())), ["old", "young"]);
     assert_eq!(has(&resources, "old"), (1, Some(30_100)));
     assert_eq!(has(&resources, "young"), (0, None));
-    assert_eq!(resources.claims.lacking().collect::<Vec<_>>(), [&name("young")]);
+    assert_eq!(resources.claims().lacking().collect::<Vec<_>>(), [&name("young")]);
     // Whoever looks after it gives it others.
-    let mended = allocated(&resources, resources.services[&name("young")].clone());
+    let mended = allocated(&resources, resources.services()[&name("young")].clone());
     let mut gone = resources.clone();
     put(&mut resources, mended);
-    assert_eq!(resources.claims.lacking().count(), 0);
+    assert_eq!(resources.claims().lacking().count(), 0);
     assert_eq!(has(&resources, "young").0, 1);
     assert_ne!(has(&resources, "young").1, Some(30_100));
     // Or the older one goes first.
     let changed = gone.remove(&ResourceKey { kind: Kind::Service, name: name("old") });
     assert_eq!(changed.len(), 2);
     assert_eq!(has(&gone, "young"), (1, Some(30_100)));
-    assert_eq!(gone.claims.lacking().count(), 0);
+    assert_eq!(gone.claims().lacking().count(), 0);
 }
 
 proptest! {
@@ -285,19 +285,19 @@ proptest! {
                 None => drop(resources.remove(&ResourceKey { kind: Kind::Service, name: Name::new("default", name) })),
             }
             if mend {
-                let lacking: Vec<Name> = resources.claims.lacking().cloned().collect();
+                let lacking: Vec<Name> = resources.claims().lacking().cloned().collect();
                 for name in lacking {
-                    let mended = allocated(&resources, resources.services[&name].clone());
+                    let mended = allocated(&resources, resources.services()[&name].clone());
                     put(&mut resources, mended);
                 }
-                prop_assert_eq!(resources.claims.lacking().count(), 0);
+                prop_assert_eq!(resources.claims().lacking().count(), 0);
             }
-            let all: Vec<Claim> = resources.services.values().flat_map(claims_of).collect();
+            let all: Vec<Claim> = resources.services().values().flat_map(claims_of).collect();
             prop_assert_eq!(all.iter().collect::<BTreeSet<_>>().len(), all.len());
             // In whatever order they came.
             let mut fresh = Resources::default();
-            for service in resources.services.values() {
-                let raw = resources.claims.contested(&Name::new("default", &service.metadata.name));
+            for service in resources.services().values() {
+                let raw = resources.claims().contested(&Name::new("default", &service.metadata.name));
                 put(&mut fresh, raw.unwrap_or(service).clone());
             }
             prop_assert_eq!(&fresh, &resources);

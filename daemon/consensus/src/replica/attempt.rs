@@ -5,8 +5,8 @@ use std::collections::BTreeSet;
 use ovl_proto::alloc::{AllocMap, AllocMessage, Ballot, Refusal};
 use ovl_proto::id::NodeId;
 
-use super::replica::Replica;
-use super::{Output, RESEND_MS, apply_all, majority};
+use super::Replica;
+use crate::{Output, RESEND_MS, apply_all, majority};
 
 /// A ballot in flight. It is dropped as soon as a later map is known, so the map it builds on is
 /// always the one that its proposer knows.
