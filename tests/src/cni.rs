@@ -1,5 +1,5 @@
-//! Runs plugins as container runtimes do (libcni): a list of them on each `ADD`, each with the result
-//! of the one before; backwards on `DEL`.
+//! Runs CNI plugins as libcni does: `ADD` in the order of the list, each with the previous result, and `DEL` in reverse
+//! order.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -11,23 +11,23 @@ use anyhow::{Context as _, Result, bail, ensure};
 use netns_lab::{Host, Netns, Workload, find_binary, wait_until, without_prefix_length};
 use serde_json::{Map, Value, json};
 
-use crate::{SOON, assert_says, endpoints, rows, text, wait_clean};
+use crate::{SOON, assert_contains, endpoints, rows, text, wait_clean};
 
-/// Where Debian's package containernetworking-plugins has the reference plugins.
+/// Directory of the reference plugins, from Debian's package containernetworking-plugins.
 const REFERENCE_DIR: &str = "/usr/lib/cni";
 
-/// A list of plugins.
+/// A CNI network configuration list.
 #[derive(Debug, Clone)]
 pub struct Conflist {
-    /// Its name.
+    /// Network name.
     pub name: String,
-    /// The version of the specification.
+    /// CNI specification version.
     pub version: String,
-    /// What each is told, as it stands in the file.
+    /// Configuration of each plugin, as in the file.
     pub plugins: Vec<Value>,
 }
 
-/// A container, as a runtime knows it.
+/// A container, as a runtime describes it to plugins.
 #[derive(Debug, Clone)]
 pub struct Container {
     /// `CNI_CONTAINERID`.
@@ -38,27 +38,27 @@ pub struct Container {
     pub ifname: String,
     /// `CNI_ARGS`.
     pub args: String,
-    /// What plugins get as `runtimeConfig` that declare the capability.
+    /// `runtimeConfig` by capability, passed to plugins that declare the capability.
     pub capabilities: Map<String, Value>,
 }
 
-/// What a plugin did.
+/// Exit status and output of a plugin.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Ran {
-    /// Its exit status.
+pub struct PluginOutput {
+    /// Exit status; `None` if a signal ended it.
     pub code: Option<i32>,
-    /// What it printed; null where that was nothing.
+    /// JSON on standard output; null if it printed nothing.
     pub printed: Value,
 }
 
-impl Ran {
-    /// Its result; an error if that is what it printed.
+impl PluginOutput {
+    /// Returns its result, or an error if it failed.
     pub fn result(self) -> Result<Value> {
         ensure!(self.code == Some(0), "the plugin failed: {}", self.printed);
         Ok(self.printed)
     }
 
-    /// The code of its error, and all that it says.
+    /// Returns the code and text of its error. Fails if the plugin succeeded.
     pub fn error(self) -> Result<(u64, String)> {
         ensure!(self.code != Some(0), "the plugin succeeded: {}", self.printed);
         let code = self.printed["code"].as_u64().with_context(|| format!("no code in {}", self.printed))?;
@@ -69,12 +69,12 @@ impl Ran {
 }
 
 impl Container {
-    /// One whose namespace is a workload's, with an interface `eth0`.
-    pub fn of(workload: &Workload) -> Self {
+    /// A container in a workload's namespace, with the interface `eth0`.
+    pub fn for_workload(workload: &Workload) -> Self {
         Self::new(&format!("{}-container", workload.name()), workload.path_str())
     }
 
-    /// One of this id.
+    /// A container with this ID and namespace, and the interface `eth0`.
     pub fn new(id: &str, netns: &str) -> Self {
         Self {
             id: id.to_owned(),
@@ -85,37 +85,37 @@ impl Container {
         }
     }
 
-    /// The same container's other interface.
+    /// The same container with another interface.
     pub fn interface(&self, ifname: &str) -> Self {
         Self { ifname: ifname.to_owned(), ..self.clone() }
     }
 
-    /// With these arguments.
+    /// The same container with these `CNI_ARGS`.
     pub fn args(&self, args: &str) -> Self {
         Self { args: args.to_owned(), ..self.clone() }
     }
 
-    /// With a capability's content.
+    /// Adds the content of a capability.
     pub fn capability(mut self, name: &str, content: Value) -> Self {
         self.capabilities.insert(name.to_owned(), content);
         self
     }
 
-    /// As containerd calls at last, when the namespace is gone.
+    /// The same container without a namespace, as in containerd's last `DEL`.
     pub fn without_netns(&self) -> Self {
         Self { netns: String::new(), ..self.clone() }
     }
 }
 
 impl Conflist {
-    /// Our plugin alone, for a host's daemon.
+    /// A list of only the ovl plugin, for a host's daemon.
     pub fn new(host: &Host, network: &str) -> Self {
         let socket = host.socket();
         let plugin = json!({ "type": "ovl-cni", "network": network, "socket": socket.to_string_lossy() });
         Self { name: network.to_owned(), version: "1.1.0".to_owned(), plugins: vec![plugin] }
     }
 
-    /// What a file has.
+    /// Reads a list from a file.
     pub fn read(path: &Path) -> Result<Self> {
         let file = fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
         let list: Value = serde_json::from_str(&file)?;
@@ -123,19 +123,19 @@ impl Conflist {
         Ok(Self { name: text(&list["name"]), version: text(&list["cniVersion"]), plugins })
     }
 
-    /// In another version.
-    pub fn version(mut self, version: &str) -> Self {
+    /// Sets the CNI version.
+    pub fn with_version(mut self, version: &str) -> Self {
         self.version = version.to_owned();
         self
     }
 
-    /// Under another name.
-    pub fn named(mut self, name: &str) -> Self {
+    /// Sets the network name.
+    pub fn with_name(mut self, name: &str) -> Self {
         self.name = name.to_owned();
         self
     }
 
-    /// With one more key for each plugin of ours.
+    /// Sets a key in the configuration of each ovl plugin.
     pub fn with(mut self, key: &str, value: Value) -> Self {
         for plugin in self.plugins.iter_mut().filter(|plugin| plugin["type"] == "ovl-cni") {
             plugin[key] = value.clone();
@@ -143,20 +143,20 @@ impl Conflist {
         self
     }
 
-    /// With another plugin at the end.
-    pub fn then(mut self, plugin: Value) -> Self {
+    /// Appends a plugin.
+    pub fn with_last(mut self, plugin: Value) -> Self {
         self.plugins.push(plugin);
         self
     }
 
-    /// With another plugin at the beginning.
-    pub fn after(mut self, plugin: Value) -> Self {
+    /// Prepends a plugin.
+    pub fn with_first(mut self, plugin: Value) -> Self {
         self.plugins.insert(0, plugin);
         self
     }
 
-    /// Attaches a container, and gives the last plugin's result. After an error nothing is taken back:
-    /// that is for a `DEL`, as with a runtime.
+    /// Attaches a container, and returns the last plugin's result. A failed `ADD` is not rolled back: as with a
+    /// runtime, a `DEL` does that.
     pub fn add(&self, host: &Host, container: &Container) -> Result<Value> {
         let mut result = None;
         for plugin in &self.plugins {
@@ -166,7 +166,7 @@ impl Conflist {
         result.context("a list without plugins")
     }
 
-    /// Detaches it; with the result of `add`, if the runtime still has it.
+    /// Detaches a container, with the result of [`add`](Self::add) if the runtime still has it.
     pub fn del(&self, host: &Host, container: &Container, result: Option<&Value>) -> Result<()> {
         for plugin in self.plugins.iter().rev() {
             let ran = self.call(host, plugin, "DEL", container, result)?;
@@ -176,7 +176,7 @@ impl Conflist {
         Ok(())
     }
 
-    /// Compares it with the result of `add`.
+    /// Runs `CHECK` with the result of [`add`](Self::add).
     pub fn check(&self, host: &Host, container: &Container, result: &Value) -> Result<()> {
         for plugin in &self.plugins {
             let ran = self.call(host, plugin, "CHECK", container, Some(result))?;
@@ -185,13 +185,17 @@ impl Conflist {
         Ok(())
     }
 
-    /// One call of our plugin, whatever comes of it.
-    pub fn ask(&self, host: &Host, command: &str, container: &Container) -> Result<Ran> {
-        let ours = self.plugins.iter().find(|plugin| plugin["type"] == "ovl-cni").context("not our list")?;
-        self.call(host, ours, command, container, None)
+    /// Calls the ovl plugin once, and returns its output whether or not it succeeded.
+    pub fn call_ovl(&self, host: &Host, command: &str, container: &Container) -> Result<PluginOutput> {
+        let plugin = self
+            .plugins
+            .iter()
+            .find(|plugin| plugin["type"] == "ovl-cni")
+            .context("the list has no ovl-cni")?;
+        self.call(host, plugin, command, container, None)
     }
 
-    /// One call of one plugin.
+    /// Calls one plugin once.
     pub fn call(
         &self,
         host: &Host,
@@ -199,7 +203,7 @@ impl Conflist {
         command: &str,
         container: &Container,
         previous: Option<&Value>,
-    ) -> Result<Ran> {
+    ) -> Result<PluginOutput> {
         let mut config = plugin.clone();
         config["cniVersion"] = self.version.as_str().into();
         config["name"] = self.name.as_str().into();
@@ -230,7 +234,7 @@ impl Conflist {
     }
 }
 
-/// A plugin with nothing in its environment but where others are.
+/// Returns a command for a plugin, whose environment has only `PATH` and `CNI_PATH`.
 pub fn plugin_command(kind: &str) -> Result<Command> {
     let path = match kind {
         "ovl-cni" => binary()?,
@@ -238,12 +242,12 @@ pub fn plugin_command(kind: &str) -> Result<Command> {
     };
     ensure!(path.is_file(), "no plugin {}: apt-get install containernetworking-plugins", path.display());
     let mut command = Command::new(&path);
-    // iptables and tc are where an ordinary user's PATH does not lead.
+    // iptables and tc are in /usr/sbin, which is not in an ordinary user's PATH.
     command.env_clear().env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin").env("CNI_PATH", REFERENCE_DIR);
     Ok(command)
 }
 
-/// Our plugin: `$OVL_CNI`, or the one that was built.
+/// Returns the path of the ovl plugin: `$OVL_CNI`, or the one in the build directory.
 pub fn binary() -> Result<PathBuf> {
     match std::env::var_os("OVL_CNI") {
         Some(path) => Ok(path.into()),
@@ -252,7 +256,7 @@ pub fn binary() -> Result<PathBuf> {
 }
 
 /// Runs a plugin in a host's namespace, with this on its standard input.
-pub fn run(host: &Host, mut command: Command, input: &[u8]) -> Result<Ran> {
+pub fn run(host: &Host, mut command: Command, input: &[u8]) -> Result<PluginOutput> {
     let output = host.run(move || -> Result<_> {
         let mut child = command
             .stdin(Stdio::piped())
@@ -261,7 +265,7 @@ pub fn run(host: &Host, mut command: Command, input: &[u8]) -> Result<Ran> {
             .spawn()
             .with_context(|| format!("cannot run {:?}", command.get_program()))?;
         if let Some(mut stdin) = child.stdin.take() {
-            // One that does not read is told nothing.
+            // A plugin may exit without reading its input.
             let _ = stdin.write_all(input);
         }
         Ok(child.wait_with_output()?)
@@ -274,12 +278,12 @@ pub fn run(host: &Host, mut command: Command, input: &[u8]) -> Result<Ran> {
     if output.status.code().is_none() {
         bail!("the plugin was ended by a signal: {}", String::from_utf8_lossy(&output.stderr));
     }
-    Ok(Ran { code: output.status.code(), printed })
+    Ok(PluginOutput { code: output.status.code(), printed })
 }
 
-/// The interfaces in a workload, its loopback aside.
+/// Interfaces in a workload, except its loopback.
 pub fn interfaces(workload: &Workload) -> Result<BTreeSet<String>> {
-    // What was taken away has another name until it is swept.
+    // A detached interface is renamed, and deleted later.
     Ok(links(workload)?.filter(|name| name != "lo" && !name.starts_with("ovd-")).collect())
 }
 
@@ -290,15 +294,15 @@ fn links(netns: &Netns) -> Result<impl Iterator<Item = String>> {
     Ok(names.into_iter())
 }
 
-/// The addresses that a result tells, without their lengths.
+/// Addresses in a result, without prefix lengths.
 pub fn addresses(result: &Value) -> Vec<String> {
     let ips = result["ips"].as_array().into_iter().flatten();
     ips.map(|ip| without_prefix_length(&text(&ip["address"])).to_owned()).collect()
 }
 
-/// Waits until nothing is left of any attachment, on this host or in its tables.
+/// Waits until a host has no endpoint, device, file or address of any attachment left.
 pub fn wait_nothing_left(host: &Host) -> Result<()> {
-    wait_until(SOON, "no endpoint, device or file left", || {
+    wait_until(SOON, "no endpoint, device or file to be left", || {
         let endpoints = endpoints(host)?;
         let devices: Vec<String> = links(host)?.filter(|name| name.starts_with("ove-")).collect();
         let kept = fs::read_dir(host.run_dir().join("endpoints"))?.count();
@@ -313,10 +317,10 @@ pub fn wait_nothing_left(host: &Host) -> Result<()> {
     wait_clean(std::slice::from_ref(host), SOON)
 }
 
-/// Fails unless a plugin failed with this code and says this.
+/// Fails unless a plugin failed with this code and its error contains these parts.
 #[track_caller]
-pub fn assert_refused(ran: Ran, code: u64, parts: &[&str]) {
+pub fn assert_refused(ran: PluginOutput, code: u64, parts: &[&str]) {
     let error = ran.error().unwrap_or_else(|error| (0, format!("{error:#}")));
     assert_eq!(error.0, code, "{}", error.1);
-    assert_says(&error.1, parts);
+    assert_contains(&error.1, parts);
 }

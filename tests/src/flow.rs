@@ -1,4 +1,4 @@
-//! A flow of numbered datagrams, to see whether any of them is lost.
+//! A flow of numbered datagrams, to detect packet loss.
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
@@ -12,14 +12,14 @@ use netns_lab::{EchoServer, wait_until};
 
 use crate::{Attached, SOON};
 
-/// Between two datagrams.
+/// Time between two datagrams.
 const INTERVAL: Duration = Duration::from_millis(5);
-/// How long the last answers may take.
+/// How long to wait for the last replies.
 const TAIL: Duration = Duration::from_secs(3);
-/// How many are sent in a second.
-const MORE: u32 = 200;
+/// Datagrams in a second.
+const PER_SECOND: u32 = 200;
 
-/// Datagrams from one workload to another and back, 200 a second, from its start to
+/// Datagrams that one workload sends to another and gets back, 200 a second, from the start until
 /// [`finish`](Flow::finish).
 #[derive(Debug)]
 pub struct Flow {
@@ -29,17 +29,17 @@ pub struct Flow {
     _echo: EchoServer,
 }
 
-/// What became of a flow.
+/// Result of a flow.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FlowReport {
-    /// How many datagrams were sent.
+    /// Number of datagrams sent.
     pub sent: u32,
-    /// The numbers of those that were not answered.
+    /// Numbers of the datagrams without a reply.
     pub lost: Vec<u32>,
 }
 
 impl Flow {
-    /// Begins once the way is open.
+    /// Starts the flow once a ping gets through.
     pub fn start(from: &Attached, to: &Attached) -> Result<Self> {
         from.workload.ping_until(to.address(), SOON)?;
         let address: IpAddr = to.address().parse()?;
@@ -58,25 +58,25 @@ impl Flow {
         Ok(Self { stop, sent, sender: Some(sender), _echo: echo })
     }
 
-    /// Ends it, after the last answers are here or overdue.
+    /// Stops the flow, after the last replies have arrived or timed out.
     pub fn finish(mut self) -> Result<FlowReport> {
         self.stop.store(true, Ordering::Relaxed);
-        let sender = self.sender.take().context("a flow ends once")?;
+        let sender = self.sender.take().context("the flow is already finished")?;
         sender.join().map_err(|_| anyhow!("the flow's thread panicked"))
     }
 
-    /// Lets it go on for a second.
-    pub fn go_on(&self) -> Result<()> {
-        let enough = self.sent.load(Ordering::Relaxed) + MORE;
+    /// Waits until one more second's datagrams are sent.
+    pub fn run_for_a_second(&self) -> Result<()> {
+        let enough = self.sent.load(Ordering::Relaxed) + PER_SECOND;
         wait_until(SOON, "more datagrams of a flow", || self.sent.load(Ordering::Relaxed) >= enough)
     }
 
-    /// Ends it after a second more, and fails if a datagram was lost.
+    /// Stops the flow after one more second, and fails if a datagram was lost.
     pub fn finish_without_loss(self) -> Result<()> {
-        self.go_on()?;
+        self.run_for_a_second()?;
         let FlowReport { sent, lost } = self.finish()?;
         let ends = (lost.first(), lost.last());
-        ensure!(lost.is_empty(), "{} of {sent} datagrams are lost, from {ends:?} on", lost.len());
+        ensure!(lost.is_empty(), "{} of {sent} datagrams were lost (first and last: {ends:?})", lost.len());
         Ok(())
     }
 }
@@ -95,7 +95,7 @@ fn send(socket: &UdpSocket, stop: &AtomicBool, count: &AtomicU32) -> FlowReport 
     let mut sent = 0_u32;
     while !stop.load(Ordering::Relaxed) {
         unanswered.insert(sent);
-        // One that the kernel refuses stays among the unanswered, as one that is lost later.
+        // A datagram that the kernel refuses to send counts as lost.
         socket.send(&sent.to_be_bytes()).ok();
         sent += 1;
         count.store(sent, Ordering::Relaxed);
@@ -105,7 +105,7 @@ fn send(socket: &UdpSocket, stop: &AtomicBool, count: &AtomicU32) -> FlowReport 
     FlowReport { sent, lost: unanswered.into_iter().collect() }
 }
 
-/// Takes answers until the deadline; or until all are there, if that is what is waited for.
+/// Receives replies until the deadline, or earlier if `until_all` is set and none is missing.
 fn collect(socket: &UdpSocket, unanswered: &mut BTreeSet<u32>, deadline: Instant, until_all: bool) {
     let mut buffer = [0; 4];
     loop {
@@ -113,7 +113,7 @@ fn collect(socket: &UdpSocket, unanswered: &mut BTreeSet<u32>, deadline: Instant
         if left.is_zero() || (until_all && unanswered.is_empty()) {
             return;
         }
-        // Errors that are not the end of the time are those that an ICMP message left behind.
+        // Errors other than a timeout come from ICMP messages. They do not end the wait.
         if socket.set_read_timeout(Some(left)).is_ok() && socket.recv(&mut buffer).is_ok() {
             unanswered.remove(&u32::from_be_bytes(buffer));
         }

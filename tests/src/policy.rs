@@ -1,5 +1,5 @@
-//! Helpers for tests of network policies: nine pods in three namespaces, all of which try to reach each other,
-//! and what each should reach by a reading of the policies that shares nothing with ovl's.
+//! Helpers for tests of network policies: nine pods in three namespaces that all probe each other, and a reference
+//! evaluation of the policies that shares no code with ovl.
 
 mod probe;
 mod reference;
@@ -12,36 +12,36 @@ use anyhow::{Context as _, Result, ensure};
 use netns_lab::{EchoServer, Host, Lab, LabConfig, wait_until};
 use serde_json::{Value, json};
 
-use crate::routed::make_routed;
-use crate::{Attached, SOON, make_network, sctp, started_with};
+use crate::routed::create_routed_network;
+use crate::{Attached, SOON, create_network, sctp, start_lab_with};
 
 pub use probe::{PORTS, Probe, Proto, Reached};
 pub use reference::Reference;
 
-/// As long as a test waits until all hosts do what a manifest says: probes that are to be refused take a
-/// second each round.
-const SETTLED: Duration = Duration::from_secs(60);
+/// How long to wait until all hosts enforce a manifest. Each round of probes takes a second, because refused probes
+/// time out.
+const SETTLE_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// The name of a pod's port, as `serve-80-tcp`.
+/// Name of a pod's port, such as `serve-80-tcp`.
 pub fn port_name(port: u16, proto: Proto) -> String {
     format!("serve-{port}-{}", proto.name())
 }
 
-/// A pod of the nine.
+/// One of the pods.
 #[derive(Debug, Clone)]
 pub struct Pod {
     /// `x`, `y` or `z`.
     pub namespace: String,
     /// `a`, `b` or `c`.
     pub name: String,
-    /// What selectors see.
+    /// Labels, which selectors match.
     pub labels: BTreeMap<String, String>,
-    /// Where it is.
+    /// Its endpoint.
     pub attached: Attached,
 }
 
 impl Pod {
-    /// `x/a`.
+    /// Namespace and name, such as `x/a`.
     pub fn full_name(&self) -> String {
         format!("{}/{}", self.namespace, self.name)
     }
@@ -54,8 +54,8 @@ impl Pod {
 
 /// Three hosts, a network, and the pods on it, all listening.
 #[derive(Debug)]
-pub struct World {
-    /// The pods; dropped before the lab.
+pub struct PolicyLab {
+    /// The pods, which are dropped before the lab.
     pub pods: Vec<Pod>,
     servers: BTreeMap<String, (Vec<EchoServer>, sctp::Server)>,
     reference: Reference,
@@ -66,13 +66,13 @@ pub struct World {
 const SUBNETS: &[&str] = &["--subnet", "10.60.0.0/16", "--subnet", "fd60::/48"];
 const FLAT_SUBNETS: &[&str] = &["--subnet", "10.60.0.0/16", "--subnet", "fd60::/64"];
 
-impl World {
-    /// On a routed network (`l3`) or a switched one (`l2`), with these arguments beside its subnets.
+impl PolicyLab {
+    /// Creates a lab with a routed (`l3`) or switched (`l2`) network, with these arguments beside its subnets.
     pub fn new(mode: &str, more: &[&str]) -> Result<Self> {
-        let lab = started_with(LabConfig::hosts(3))?;
+        let lab = start_lab_with(LabConfig::hosts(3))?;
         match mode {
-            "l3" => make_routed(&lab, "pods", &[SUBNETS, more].concat())?,
-            _ => make_network(&lab, "pods", &[FLAT_SUBNETS, more].concat())?,
+            "l3" => create_routed_network(&lab, "pods", &[SUBNETS, more].concat())?,
+            _ => create_network(&lab, "pods", &[FLAT_SUBNETS, more].concat())?,
         }
         let mut world =
             Self { pods: Vec::new(), servers: BTreeMap::new(), reference: Reference::default(), lab };
@@ -81,7 +81,7 @@ impl World {
         world.apply(&objects)?;
         for (number, namespace) in namespaces.iter().enumerate() {
             for (other, name) in ["a", "b", "c"].iter().enumerate() {
-                // Each namespace has pods on all hosts, and each host pods of all namespaces.
+                // Each namespace has pods on all hosts, and each host has pods of all namespaces.
                 let host = world.lab.hosts()[(number + other) % 3].clone();
                 world.add(&host, namespace, name)?;
             }
@@ -89,7 +89,7 @@ impl World {
         Ok(world)
     }
 
-    /// Attaches a pod that listens, and says of it what a v1 Pod would.
+    /// Attaches a pod that listens on all ports, and applies its v1 Pod.
     pub fn add(&mut self, host: &Host, namespace: &str, name: &str) -> Result<()> {
         let workload = host.workload(&format!("{namespace}{name}"))?;
         let (key, label) = (format!("{namespace}/{name}"), format!("pod={name}"));
@@ -108,33 +108,33 @@ impl World {
         Ok(())
     }
 
-    /// Takes a pod away, with its namespace.
+    /// Deletes and detaches a pod, and deletes its network namespace.
     pub fn remove(&mut self, namespace: &str, name: &str) -> Result<()> {
-        let place = self.pods.iter().position(|pod| (&*pod.namespace, &*pod.name) == (namespace, name));
-        let pod = self.pods.remove(place.context("no such pod")?);
+        let position = self.pods.iter().position(|pod| (&*pod.namespace, &*pod.name) == (namespace, name));
+        let pod = self.pods.remove(position.context("no such pod")?);
         self.servers.remove(&pod.full_name());
         self.delete("pod", namespace, name)?;
         pod.attached.workload.host().ctl_ok(&["detach", name, "--namespace", namespace])?;
         pod.attached.workload.clone().destroy()
     }
 
-    /// One of the pods.
+    /// Looks a pod up.
     pub fn pod(&self, namespace: &str, name: &str) -> Result<&Pod> {
         let found = self.pods.iter().find(|pod| (&*pod.namespace, &*pod.name) == (namespace, name));
-        found.with_context(|| format!("there is no pod {namespace}/{name}"))
+        found.with_context(|| format!("no pod {namespace}/{name}"))
     }
 
-    /// Gives a pod other labels.
+    /// Replaces the labels of a pod.
     pub fn relabel(&mut self, namespace: &str, name: &str, labels: &[(&str, &str)]) -> Result<()> {
         let labels: BTreeMap<String, String> =
             labels.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
         self.apply(&[pod(namespace, name, &labels)])?;
         let found = self.pods.iter_mut().find(|pod| (&*pod.namespace, &*pod.name) == (namespace, name));
-        found.with_context(|| format!("there is no pod {namespace}/{name}"))?.labels = labels;
+        found.with_context(|| format!("no pod {namespace}/{name}"))?.labels = labels;
         Ok(())
     }
 
-    /// Applies manifests on the first host that runs.
+    /// Applies manifests on the first running host.
     pub fn apply(&mut self, objects: &[Value]) -> Result<()> {
         self.reference.apply(objects);
         let texts: Vec<String> = objects.iter().map(Value::to_string).collect();
@@ -153,11 +153,11 @@ impl World {
         self.lab.hosts().iter().find(|host| host.is_running()).context("no daemon runs")
     }
 
-    /// Waits until every pod reaches exactly those that it should, at every port, over TCP, UDP and SCTP, IPv4 and
-    /// IPv6.
-    pub fn settle(&self, what: &str) -> Result<()> {
+    /// Waits until every pod reaches exactly the pods and ports that the reference allows, over TCP, UDP and SCTP, IPv4
+    /// and IPv6.
+    pub fn wait_settled(&self, what: &str) -> Result<()> {
         let expected = self.reference.expected(&self.pods);
-        wait_until(SETTLED, what, || {
+        wait_until(SETTLE_TIMEOUT, what, || {
             let reached = probe::all(&self.pods)?;
             let wrong = reached.differences(&expected);
             ensure!(wrong.is_empty(), "{} of {}: {}", wrong.len(), expected.len(), wrong.join(", "));
@@ -166,13 +166,13 @@ impl World {
     }
 }
 
-/// A v1 Namespace.
+/// Returns a v1 Namespace.
 pub fn namespace(name: &str, labels: &[(&str, &str)]) -> Value {
     let labels: BTreeMap<&str, &str> = labels.iter().copied().collect();
     json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}})
 }
 
-/// A v1 Pod whose ports have names.
+/// Returns a v1 Pod with named ports.
 pub fn pod(namespace: &str, name: &str, labels: &BTreeMap<String, String>) -> Value {
     let ports: Vec<Value> = PORTS
         .iter()
@@ -190,7 +190,7 @@ pub fn pod(namespace: &str, name: &str, labels: &BTreeMap<String, String>) -> Va
     })
 }
 
-/// A NetworkPolicy.
+/// Returns a NetworkPolicy.
 pub fn policy(namespace: &str, name: &str, spec: Value) -> Value {
     json!({
         "apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy",
@@ -198,7 +198,7 @@ pub fn policy(namespace: &str, name: &str, spec: Value) -> Value {
     })
 }
 
-/// Waits until a host enforces what it was told: `ovlctl verify` finds nothing to do.
+/// Waits until a host enforces its policies: `ovlctl verify` finds no difference.
 pub fn wait_enforced(host: &Host) -> Result<()> {
     crate::wait_clean(std::slice::from_ref(host), SOON)
 }

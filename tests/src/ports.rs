@@ -1,4 +1,4 @@
-//! Helpers for tests of published ports: a server that says who asks, and asking it.
+//! Helpers for tests of published ports: a server that returns the client's address, and its clients.
 
 use std::io::Read as _;
 use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
@@ -9,10 +9,10 @@ use netns_lab::{Host, Lab, Netns, Spawned, wait_until};
 
 use crate::SOON;
 
-/// How long an answer may take that is on its way.
+/// Time limit of one request.
 const ANSWER: Duration = Duration::from_secs(2);
 
-/// Tells each client its own address, over TCP and UDP, IPv4 and IPv6.
+/// Perl server that returns each client's address, over TCP and UDP, IPv4 and IPv6.
 const SERVER: &str = r#"
     use IO::Select;
     use IO::Socket::IP;
@@ -29,7 +29,7 @@ const SERVER: &str = r#"
                 my $client = $tcp->accept or next;
                 print $client $client->peerhost;
                 close $client;
-            } elsif (defined(my $from = $udp->recv(my $asked, 2048))) {
+            } elsif (defined(my $from = $udp->recv(my $seen_client, 2048))) {
                 my ($error, $host) = getnameinfo($from, NI_NUMERICHOST | NI_NUMERICSERV);
                 $udp->send($host, 0, $from);
             }
@@ -37,18 +37,18 @@ const SERVER: &str = r#"
     }
 "#;
 
-/// A server at this port of a namespace; it ends when this is dropped.
-pub fn who_asks(at: &Netns, port: u16) -> Result<Spawned> {
+/// Starts the server on this port of a namespace. It is stopped when the value is dropped.
+pub fn start_address_server(at: &Netns, port: u16) -> Result<Spawned> {
     let server = at.spawn(["perl", "-e", SERVER, &port.to_string()])?;
-    wait_until(SOON, "a server to listen", || {
+    wait_until(SOON, "the address server to listen", || {
         ensure!(server.stdout() == "listening\n", "{}", server.stderr());
         Ok(())
     })?;
     Ok(server)
 }
 
-/// Whom the server takes us for that answers there over TCP, or an error without one.
-pub fn asked(from: &Netns, at: SocketAddr) -> Result<IpAddr> {
+/// Connects to the server over TCP, and returns the client address that it saw.
+pub fn seen_client(from: &Netns, at: SocketAddr) -> Result<IpAddr> {
     let said = from.run(|| -> Result<String> {
         let mut stream = TcpStream::connect_timeout(&at, ANSWER)?;
         stream.set_read_timeout(Some(ANSWER))?;
@@ -56,12 +56,12 @@ pub fn asked(from: &Netns, at: SocketAddr) -> Result<IpAddr> {
         stream.read_to_string(&mut said)?;
         Ok(said)
     })??;
-    ensure!(!said.is_empty(), "{at} ended the connection");
+    ensure!(!said.is_empty(), "{at} closed the connection without data");
     Ok(said.parse::<IpAddr>()?.to_canonical())
 }
 
-/// The same over UDP.
-pub fn asked_udp(from: &Netns, at: SocketAddr) -> Result<IpAddr> {
+/// Asks the server over UDP, and returns the client address that it saw.
+pub fn seen_client_udp(from: &Netns, at: SocketAddr) -> Result<IpAddr> {
     let said = from.run(|| -> Result<String> {
         let any: SocketAddr = if at.is_ipv4() { "0.0.0.0:0".parse()? } else { "[::]:0".parse()? };
         let socket = UdpSocket::bind(any)?;
@@ -75,13 +75,14 @@ pub fn asked_udp(from: &Netns, at: SocketAddr) -> Result<IpAddr> {
     Ok(said.parse::<IpAddr>()?.to_canonical())
 }
 
-/// Makes a bridge network on one host.
-pub fn make_bridge(host: &Host, name: &str, more: &[&str]) -> Result<String> {
+/// Creates a bridge network on one host, and returns the name of its bridge.
+pub fn create_bridge_network(host: &Host, name: &str, more: &[&str]) -> Result<String> {
     let made = host.ctl_json(&[&["network", "create", name, "--driver", "bridge"], more].concat())?;
     Ok(crate::text(&made["bridge"]))
 }
 
-/// Gives the switch addresses of the underlay: a machine that is no member, and knows no network of ours.
+/// Assigns underlay addresses to the switch, which then acts as a machine that is not a member and has no overlay
+/// route.
 pub fn outsider(lab: &Lab) -> Result<Netns> {
     let switch = lab.switch();
     switch.exec_ok(["ip", "addr", "add", "192.168.77.250/24", "dev", "br0"])?;

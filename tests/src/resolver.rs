@@ -1,4 +1,4 @@
-//! A resolver that does what a test wants, and what dig says.
+//! A fake DNS resolver with a chosen behaviour, and wrappers for dnsmasq and dig.
 
 use std::io::{Read as _, Write as _};
 use std::net::{Ipv4Addr, TcpListener, UdpSocket};
@@ -10,26 +10,26 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use netns_lab::{Host, LabConfig, Netns, Spawned, wait_until};
 
-/// What a [`FakeResolver`] does with a query that came by UDP.
+/// How a [`FakeResolver`] answers UDP queries.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Mood {
-    /// Answers 192.0.2.7, to be kept for a minute.
+pub enum Behaviour {
+    /// Answers 192.0.2.7 with a TTL of 60 s.
     Answers,
-    /// Says that there is no such name, to be kept for a minute.
-    Denies,
-    /// Answers when that much time has passed.
-    Slow(Duration),
+    /// Answers NXDOMAIN with a negative TTL of 60 s.
+    NxDomain,
+    /// Answers after this time.
+    Delayed(Duration),
     /// Never answers.
     Silent,
-    /// First sends answers with a wrong id, about another name, and from another port; then the right one.
-    Lies,
-    /// Cuts its answer, and gives it by TCP.
-    Truncates,
-    /// Says that it cannot.
-    Fails,
+    /// Sends answers with a wrong ID, about another name, and from another port, and then the right one.
+    Spoofed,
+    /// Truncates its UDP answer, and answers over TCP.
+    Truncated,
+    /// Answers SERVFAIL.
+    ServFail,
 }
 
-/// A resolver at port 53 of an address of a host. It ends when dropped.
+/// A resolver on port 53 of a host's address. It is stopped when dropped.
 #[derive(Debug)]
 pub struct FakeResolver {
     asked: Arc<AtomicUsize>,
@@ -38,22 +38,22 @@ pub struct FakeResolver {
     threads: Vec<JoinHandle<()>>,
 }
 
-const LOOK_AROUND: Duration = Duration::from_millis(50);
+const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
 impl FakeResolver {
-    /// Starts one.
-    pub fn start(host: &Host, address: Ipv4Addr, mood: Mood) -> Result<Self> {
+    /// Starts a resolver.
+    pub fn start(host: &Host, address: Ipv4Addr, behaviour: Behaviour) -> Result<Self> {
         let sockets = host.run(move || -> std::io::Result<_> {
             let udp = UdpSocket::bind((address, 53))?;
             Ok((udp, UdpSocket::bind((address, 0))?, TcpListener::bind((address, 53))?))
         })?;
         let (udp, other, tcp) = sockets.context("binding port 53")?;
-        udp.set_read_timeout(Some(LOOK_AROUND))?;
+        udp.set_read_timeout(Some(POLL_INTERVAL))?;
         tcp.set_nonblocking(true)?;
         let (asked, streams, ending) = (Arc::default(), Arc::default(), Arc::new(AtomicBool::new(false)));
         let datagrams = {
             let (asked, ending) = (Arc::clone(&asked), Arc::clone(&ending));
-            thread::spawn(move || by_udp(&udp, &other, mood, &asked, &ending))
+            thread::spawn(move || by_udp(&udp, &other, behaviour, &asked, &ending))
         };
         let connections = {
             let (streams, ending) = (Arc::clone(&streams), Arc::clone(&ending));
@@ -62,13 +62,13 @@ impl FakeResolver {
         Ok(Self { asked, streams, ending, threads: vec![datagrams, connections] })
     }
 
-    /// How many queries came by UDP.
-    pub fn asked(&self) -> usize {
+    /// Number of UDP queries so far.
+    pub fn udp_queries(&self) -> usize {
         self.asked.load(Ordering::SeqCst)
     }
 
-    /// How many came by TCP.
-    pub fn streams(&self) -> usize {
+    /// Number of TCP connections so far.
+    pub fn tcp_connections(&self) -> usize {
         self.streams.load(Ordering::SeqCst)
     }
 }
@@ -82,25 +82,31 @@ impl Drop for FakeResolver {
     }
 }
 
-fn by_udp(socket: &UdpSocket, other: &UdpSocket, mood: Mood, asked: &AtomicUsize, ending: &AtomicBool) {
+fn by_udp(
+    socket: &UdpSocket,
+    other: &UdpSocket,
+    behaviour: Behaviour,
+    asked: &AtomicUsize,
+    ending: &AtomicBool,
+) {
     let mut buffer = [0; 2048];
     while !ending.load(Ordering::SeqCst) {
         let Ok((length, from)) = socket.recv_from(&mut buffer) else { continue };
         asked.fetch_add(1, Ordering::SeqCst);
         let query = &buffer[..length];
         let send = |message: &[u8]| drop(socket.send_to(message, from));
-        match mood {
-            Mood::Answers => send(&answer(query, [192, 0, 2, 7])),
-            Mood::Denies => send(&denial(query)),
-            Mood::Slow(time) => {
+        match behaviour {
+            Behaviour::Answers => send(&answer(query, [192, 0, 2, 7])),
+            Behaviour::NxDomain => send(&denial(query)),
+            Behaviour::Delayed(time) => {
                 let (late, socket) = (answer(query, [192, 0, 2, 7]), socket.try_clone());
                 thread::spawn(move || {
                     thread::sleep(time);
                     socket.map(|socket| socket.send_to(&late, from)).ok()
                 });
             }
-            Mood::Silent => {}
-            Mood::Lies => {
+            Behaviour::Silent => {}
+            Behaviour::Spoofed => {
                 let lie = answer(query, [198, 51, 100, 66]);
                 let mut wrong_id = lie.clone();
                 wrong_id[0] ^= 0xff;
@@ -111,12 +117,12 @@ fn by_udp(socket: &UdpSocket, other: &UdpSocket, mood: Mood, asked: &AtomicUsize
                 let _ = other.send_to(&lie, from);
                 send(&answer(query, [192, 0, 2, 7]));
             }
-            Mood::Truncates => {
+            Behaviour::Truncated => {
                 let mut cut = head(query, 0x8380, 0);
                 cut.extend_from_slice(question(query));
                 send(&cut);
             }
-            Mood::Fails => {
+            Behaviour::ServFail => {
                 let mut failed = head(query, 0x8182, 0);
                 failed.extend_from_slice(question(query));
                 send(&failed);
@@ -128,7 +134,7 @@ fn by_udp(socket: &UdpSocket, other: &UdpSocket, mood: Mood, asked: &AtomicUsize
 fn by_tcp(listener: &TcpListener, streams: &AtomicUsize, ending: &AtomicBool) {
     while !ending.load(Ordering::SeqCst) {
         let Ok((mut stream, _)) = listener.accept() else {
-            thread::sleep(LOOK_AROUND);
+            thread::sleep(POLL_INTERVAL);
             continue;
         };
         streams.fetch_add(1, Ordering::SeqCst);
@@ -161,7 +167,7 @@ fn question(query: &[u8]) -> &[u8] {
     &query[12..at + 5]
 }
 
-/// One address for whatever name; for another type of record, none.
+/// Answers an A query for any name with one address, and other types with no record.
 fn answer(query: &[u8], address: [u8; 4]) -> Vec<u8> {
     let question = question(query);
     let is_a = question[question.len() - 4..] == [0, 1, 0, 1];
@@ -174,7 +180,7 @@ fn answer(query: &[u8], address: [u8; 4]) -> Vec<u8> {
     answer
 }
 
-/// With the start of authority of the root, whose minimum is a minute.
+/// Answers NXDOMAIN with a SOA record of the root, whose minimum is 60 s.
 fn denial(query: &[u8]) -> Vec<u8> {
     let mut denial = head(query, 0x8183, 0);
     denial[9] = 1;
@@ -186,15 +192,15 @@ fn denial(query: &[u8]) -> Vec<u8> {
     denial
 }
 
-/// A lab whose hosts ask the resolvers at these addresses for other names than ovl's; further lines of
-/// configuration follow.
+/// Returns the configuration of a lab whose hosts forward external names to these servers, with further lines of
+/// configuration.
 pub fn config(hosts: usize, servers: &[&str], more: &str) -> Result<(LabConfig, ResolvConf)> {
     let file = ResolvConf::new(servers)?;
     let config = LabConfig::hosts(hosts).config(&format!("resolv_conf = \"{}\"\n{more}", file.path()));
     Ok((config, file))
 }
 
-/// A resolv.conf of the test's own; removed when dropped.
+/// A resolv.conf of one test. It is removed when dropped.
 #[derive(Debug)]
 pub struct ResolvConf(std::path::PathBuf);
 
@@ -208,7 +214,7 @@ impl ResolvConf {
         Ok(file)
     }
 
-    /// Names other servers from now on.
+    /// Replaces the servers.
     pub fn set(&self, servers: &[&str]) -> Result<()> {
         let lines: String = servers.iter().map(|server| format!("nameserver {server}\n")).collect();
         std::fs::write(&self.0, lines).context("writing a resolv.conf")
@@ -225,8 +231,8 @@ impl Drop for ResolvConf {
     }
 }
 
-/// Starts Debian's dnsmasq at an address and port of a host, with these names alone, and waits until it answers. It ends
-/// when dropped.
+/// Starts dnsmasq on an address and port of a host, with only these records, and waits until it answers. It is
+/// stopped when dropped.
 pub fn dnsmasq(host: &Host, address: &str, port: u16, names: &[&str]) -> Result<Spawned> {
     let (listen, at) = (format!("--listen-address={address}"), format!("--port={port}"));
     let mut command = vec!["dnsmasq", "-k", "--bind-interfaces", "--no-resolv", "--no-hosts", "--pid-file="];
@@ -241,7 +247,7 @@ pub fn dnsmasq(host: &Host, address: &str, port: u16, names: &[&str]) -> Result<
     Ok(server)
 }
 
-/// What dig prints with `+short`, sorted, when it asks at a server in a namespace.
+/// Output lines of `dig +short` from a namespace, sorted.
 pub fn dig(from: &Netns, server: &str, question: &[&str]) -> Result<Vec<String>> {
     let at = format!("@{server}");
     let args = [&["dig", "+short", "+time=5", "+tries=1", &at], question].concat();
@@ -252,7 +258,7 @@ pub fn dig(from: &Netns, server: &str, question: &[&str]) -> Result<Vec<String>>
     Ok(lines)
 }
 
-/// How a query ends: `NOERROR`, `NXDOMAIN` and so on.
+/// Response code of a query: `NOERROR`, `NXDOMAIN` and so on.
 pub fn status(from: &Netns, server: &str, question: &[&str]) -> Result<String> {
     let at = format!("@{server}");
     let args = [&["dig", "+time=5", "+tries=1", &at], question].concat();

@@ -8,25 +8,25 @@ use anyhow::{Context as _, Result, anyhow, ensure};
 use netns_lab::{Host, Lab, Netns, wait_until};
 use serde_json::Value;
 
-use crate::{Attached, SOON, attach_workload, make_network, rows, strings, text, wait_clean};
+use crate::{Attached, SOON, attach_workload, create_network, rows, strings, text, wait_clean};
 
-/// Makes a routed network with these arguments, and waits until it is complete everywhere.
-pub fn make_routed(lab: &Lab, name: &str, more: &[&str]) -> Result<()> {
-    make_network(lab, name, &[&["--mode", "l3"], more].concat())?;
+/// Creates a routed network with these arguments, and waits until it is complete on all hosts.
+pub fn create_routed_network(lab: &Lab, name: &str, more: &[&str]) -> Result<()> {
+    create_network(lab, name, &[&["--mode", "l3"], more].concat())?;
     wait_routed(lab, name)
 }
 
-/// Waits until each host whose daemon runs has a block of each subnet, all know that, and no kernel
-/// lacks anything.
+/// Waits until each running host has a block of each subnet, all running hosts know these blocks, and `verify` finds
+/// no difference.
 pub fn wait_routed(lab: &Lab, name: &str) -> Result<()> {
     let running: Vec<Host> = lab.hosts().iter().filter(|host| host.is_running()).cloned().collect();
     for host in &running {
-        wait_until(SOON, &format!("blocks of {name} for all on {}", host.name()), || {
+        wait_until(SOON, &format!("{} to know the blocks of {name} of all hosts", host.name()), || {
             let info = host.ctl_json(&["network", "inspect", name])?;
             let wanted = strings(&info["subnets"]).len();
             for holder in &running {
                 let held = blocks(host, name, holder.name())?.len();
-                ensure!(held >= wanted, "{} holds {held} blocks", holder.name());
+                ensure!(held >= wanted, "{} holds {held} of {wanted} blocks", holder.name());
             }
             Ok(())
         })?;
@@ -34,14 +34,14 @@ pub fn wait_routed(lab: &Lab, name: &str) -> Result<()> {
     wait_clean(&running, SOON)
 }
 
-/// The blocks of a network that a host holds, as another one lists them.
+/// Blocks of a network that `holder` holds, as `asked` lists them.
 pub fn blocks(asked: &Host, network: &str, holder: &str) -> Result<Vec<String>> {
     let all = rows(asked, &["subnets"])?;
     let of = all.iter().filter(|row| row["network"] == network && row["node"] == holder);
     Ok(of.map(|row| text(&row["prefix"])).collect())
 }
 
-/// Our routes on a host, of both families: destination, type, next hop, device, MTU.
+/// ovl's routes on a host (protocol 79), of both families: destination, type, next hop, device, MTU.
 pub fn routes(host: &Netns) -> Result<Vec<String>> {
     let mut all = Vec::new();
     for family in ["-4", "-6"] {
@@ -66,26 +66,25 @@ pub fn routes(host: &Netns) -> Result<Vec<String>> {
     Ok(all)
 }
 
-/// The routes that lead to these blocks.
+/// ovl's routes to these blocks.
 pub fn routes_to(host: &Netns, blocks: &[String]) -> Result<Vec<String>> {
     let to = |route: &String| blocks.iter().any(|block| route.split(' ').next() == Some(block));
     Ok(routes(host)?.into_iter().filter(to).collect())
 }
 
-/// The name of a network's device on a host, by its first letters.
+/// Name of a network's device on a host, by its prefix.
 pub fn device_of(host: &Host, network: &str, prefix: &str) -> Result<String> {
     let info = host.ctl_json(&["network", "inspect", network])?;
-    Ok(info["bridge"].as_str().context("the network is not built")?.replace("ovb-", prefix))
+    Ok(info["bridge"].as_str().context("the network has no bridge")?.replace("ovb-", prefix))
 }
 
-/// Many endpoints on a host, one after the other.
+/// Attaches many endpoints on a host, one after the other.
 pub fn attach_many(host: &Host, stem: &str, count: usize, network: &str) -> Result<Vec<Attached>> {
     let workloads = host.bare_workloads(stem, count)?;
     workloads.into_iter().map(|each| attach_workload(each, network, &[])).collect()
 }
 
-/// The addresses that a listener sees datagrams and connections from a sender come from. The sender
-/// finds the listener at the address.
+/// Source addresses that a listener sees of a sender over UDP and TCP. The sender connects to `address`.
 pub fn seen_from(from: &Netns, to: &Netns, address: IpAddr) -> Result<(IpAddr, IpAddr)> {
     Ok((seen_udp(from, to, address)?, seen_tcp(from, to, address)?))
 }
@@ -95,24 +94,24 @@ fn any_of(like: IpAddr) -> SocketAddr {
 }
 
 fn seen_udp(from: &Netns, to: &Netns, address: IpAddr) -> Result<IpAddr> {
-    let hears = to.run(|| UdpSocket::bind((address, 0)))??;
-    hears.set_read_timeout(Some(SOON))?;
-    let port = hears.local_addr()?.port();
-    let speaks = from.run(|| UdpSocket::bind(any_of(address)))??;
-    speaks.connect((address, port))?;
-    speaks.set_read_timeout(Some(SOON))?;
-    speaks.send(b"who am I")?;
-    let (_, seen) = hears.recv_from(&mut [0; 64]).context("no datagram came")?;
-    hears.send_to(b"you", seen)?;
-    speaks.recv(&mut [0; 64]).context("no answer came")?;
+    let listener = to.run(|| UdpSocket::bind((address, 0)))??;
+    listener.set_read_timeout(Some(SOON))?;
+    let port = listener.local_addr()?.port();
+    let sender = from.run(|| UdpSocket::bind(any_of(address)))??;
+    sender.connect((address, port))?;
+    sender.set_read_timeout(Some(SOON))?;
+    sender.send(b"who am I")?;
+    let (_, seen) = listener.recv_from(&mut [0; 64]).context("no datagram arrived")?;
+    listener.send_to(b"you", seen)?;
+    sender.recv(&mut [0; 64]).context("no reply arrived")?;
     Ok(seen.ip())
 }
 
 fn seen_tcp(from: &Netns, to: &Netns, address: IpAddr) -> Result<IpAddr> {
     let listener = to.run(|| TcpListener::bind((address, 0)))??;
     let at = listener.local_addr()?;
-    let speaking = from.run(|| TcpStream::connect_timeout(&at, SOON))?.context("cannot connect")?;
-    let heard = thread::spawn(move || -> Result<IpAddr> {
+    let sender = from.run(|| TcpStream::connect_timeout(&at, SOON))?.context("cannot connect")?;
+    let source = thread::spawn(move || -> Result<IpAddr> {
         let (mut stream, peer) = listener.accept()?;
         stream.set_read_timeout(Some(SOON))?;
         let mut text = String::new();
@@ -120,32 +119,34 @@ fn seen_tcp(from: &Netns, to: &Netns, address: IpAddr) -> Result<IpAddr> {
         ensure!(text == "who am I", "{text:?}");
         Ok(peer.ip())
     });
-    let mut speaking = speaking;
-    speaking.write_all(b"who am I")?;
-    drop(speaking);
-    heard.join().map_err(|_| anyhow!("the listener panicked"))?
+    let mut sender = sender;
+    sender.write_all(b"who am I")?;
+    drop(sender);
+    source.join().map_err(|_| anyhow!("the listener panicked"))?
 }
 
 /// Checks that a receiver sees the sender's own address, over UDP and TCP, in each family.
 pub fn ensure_sees_own_address(from: &Attached, to: &Attached) -> Result<()> {
     for (own, target) in from.addresses().iter().zip(to.addresses()) {
-        let way = format!("from {} to {} at {target}", from.name, to.name);
+        let path = format!("from {} to {} at {target}", from.name, to.name);
         let own: IpAddr = own.parse()?;
-        let seen = seen_from(&from.workload, &to.workload, target.parse()?).context(way.clone())?;
-        ensure!(seen == (own, own), "{way} came {seen:?} and not {own}");
+        let seen = seen_from(&from.workload, &to.workload, target.parse()?).context(path.clone())?;
+        ensure!(seen == (own, own), "{path}: the source is {seen:?}, not {own}");
     }
     Ok(())
 }
 
-/// A counter in the table `watch` of a namespace.
+/// Packets of a counter in the table `watch` of a namespace.
 pub fn counted(at: &Netns, name: &str) -> Result<u64> {
     let listed = at.exec_ok(["nft", "-j", "list", "counter", "bridge", "watch", name])?;
     let listed: Value = serde_json::from_str(&listed)?;
     let all = listed["nftables"].as_array().into_iter().flatten();
-    all.filter_map(|each| each["counter"]["packets"].as_u64()).next().context("no such counter")
+    all.filter_map(|each| each["counter"]["packets"].as_u64())
+        .next()
+        .context("the counter has no packet count")
 }
 
-/// Counts at the switch what goes in VXLAN between hosts, and what does not.
+/// nftables rules for the switch: `inside` counts VXLAN packets, `plain` counts unencapsulated overlay packets.
 pub const WATCH: &str = "table bridge watch {
     counter inside {}
     counter plain {}

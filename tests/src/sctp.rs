@@ -1,5 +1,5 @@
-//! SCTP by raw packets, for kernels that have no such sockets: an INIT chunk, and the INIT ACK that answers it
-//! (RFC 9260, sections 3.3.2 and 3.3.3), with the checksum that connection tracking asks for.
+//! SCTP over raw sockets, for kernels without SCTP: an INIT chunk, and the INIT ACK that answers it (RFC 9260,
+//! sections 3.3.2 and 3.3.3), with the CRC32c checksum that connection tracking checks.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
@@ -21,12 +21,12 @@ use nix::sys::time::TimeVal;
 const INIT: u8 = 1;
 const INIT_ACK: u8 = 2;
 
-/// How long one wait for a packet is: how often a server looks whether it shall end.
-const TURN: Duration = Duration::from_millis(50);
-/// When a question is asked again.
-const AGAIN: Duration = Duration::from_millis(250);
+/// Receive timeout: how often a server checks whether to stop.
+const POLL_INTERVAL: Duration = Duration::from_millis(50);
+/// Time after which an INIT is sent again.
+const RETRY_INTERVAL: Duration = Duration::from_millis(250);
 
-/// Answers each INIT to its ports, of both families, until this is dropped.
+/// Answers each INIT to its ports, over IPv4 and IPv6, until it is dropped.
 #[derive(Debug)]
 pub struct Server {
     stop: Arc<AtomicBool>,
@@ -34,7 +34,7 @@ pub struct Server {
 }
 
 impl Server {
-    /// Starts one in a namespace.
+    /// Starts a server in a namespace.
     pub fn start(at: &Netns, ports: &[u16]) -> Result<Self> {
         let stop = Arc::new(AtomicBool::new(false));
         let mut threads = Vec::new();
@@ -46,9 +46,13 @@ impl Server {
                         && asked.kind == INIT
                         && ports.contains(&asked.to)
                     {
-                        // Whoever asked asks again if this does not arrive.
-                        let answer =
-                            Packet { from: asked.to, to: asked.from, tag: asked.own_tag, ..INIT_ACK.into() };
+                        // If this is lost, the client sends its INIT again.
+                        let answer = Packet {
+                            from: asked.to,
+                            to: asked.from,
+                            verification_tag: asked.initiate_tag,
+                            ..INIT_ACK.into()
+                        };
                         let _ = socket.send(from, answer);
                     }
                 }
@@ -65,16 +69,16 @@ impl Drop for Server {
     }
 }
 
-/// Sends INITs to all of these until they are answered or patience ends: who answered each.
-pub fn ask(
+/// Sends INITs to all targets until they are answered or the time is up. Returns who answered each.
+pub fn probe(
     from: &Netns,
     targets: &[SocketAddr],
-    patience: Duration,
+    timeout: Duration,
 ) -> Result<BTreeMap<SocketAddr, SocketAddr>> {
     let of_family = |v4: bool| -> Result<_> {
         let socket = Socket::open(from, v4)?;
         let targets = targets.iter().copied().filter(|target| target.is_ipv4() == v4);
-        ask_by(&socket, targets, patience)
+        ask_by(&socket, targets, timeout)
     };
     thread::scope(|scope| {
         let v4 = scope.spawn(|| of_family(true));
@@ -87,20 +91,20 @@ pub fn ask(
 fn ask_by(
     socket: &Socket,
     targets: impl Iterator<Item = SocketAddr>,
-    patience: Duration,
+    timeout: Duration,
 ) -> Result<BTreeMap<SocketAddr, SocketAddr>> {
-    // An association is tracked by its ports: each question has one of its own.
+    // Connection tracking identifies an association by its ports, so each INIT has a source port of its own.
     static PORT: AtomicU16 = AtomicU16::new(0);
     let mut waiting: BTreeMap<u16, SocketAddr> =
         targets.map(|target| (0x8000 | PORT.fetch_add(1, Ordering::Relaxed), target)).collect();
     let mut answered = BTreeMap::new();
     let begin = Instant::now();
     let mut again = begin;
-    while !waiting.is_empty() && begin.elapsed() < patience {
+    while !waiting.is_empty() && begin.elapsed() < timeout {
         if Instant::now() >= again {
-            again += AGAIN;
+            again += RETRY_INTERVAL;
             for (port, target) in &waiting {
-                // One that cannot be sent is one that is not answered.
+                // If it cannot be sent, the target counts as unanswered.
                 let _ = socket.send(target.ip(), Packet { from: *port, to: target.port(), ..INIT.into() });
             }
         }
@@ -114,32 +118,32 @@ fn ask_by(
     Ok(answered)
 }
 
-/// What of a packet with one such chunk counts here.
+/// The fields of a packet with an INIT or INIT ACK chunk.
 #[derive(Debug, Clone, Copy)]
 struct Packet {
     from: u16,
     to: u16,
-    /// The receiver's tag; none in an INIT.
-    tag: u32,
+    /// Verification tag; 0 in an INIT.
+    verification_tag: u32,
     kind: u8,
-    /// The sender's tag.
-    own_tag: u32,
+    /// Initiate tag.
+    initiate_tag: u32,
 }
 
 impl From<u8> for Packet {
     fn from(kind: u8) -> Self {
-        Self { from: 0, to: 0, tag: 0, kind, own_tag: 7 }
+        Self { from: 0, to: 0, verification_tag: 0, kind, initiate_tag: 7 }
     }
 }
 
 impl Packet {
     fn bytes(self) -> Vec<u8> {
         let mut bytes = [self.from.to_be_bytes(), self.to.to_be_bytes()].concat();
-        bytes.extend(self.tag.to_be_bytes());
+        bytes.extend(self.verification_tag.to_be_bytes());
         bytes.extend([0; 4]);
         bytes.extend([self.kind, 0, 0, 20]);
-        // The own tag, a receiver's window, one stream each way, the first number.
-        [self.own_tag, 65_536, 0x0001_0001, 1].iter().for_each(|word| bytes.extend(word.to_be_bytes()));
+        // Initiate verification_tag, receiver window, one stream in each direction, initial TSN.
+        [self.initiate_tag, 65_536, 0x0001_0001, 1].iter().for_each(|word| bytes.extend(word.to_be_bytes()));
         let sum = crc32c(&bytes).to_le_bytes();
         bytes.splice(8..12, sum);
         bytes
@@ -151,9 +155,9 @@ impl Packet {
         Some(Self {
             from: u16_at(0)?,
             to: u16_at(2)?,
-            tag: u32_at(4)?,
+            verification_tag: u32_at(4)?,
             kind: *bytes.get(12)?,
-            own_tag: u32_at(16)?,
+            initiate_tag: u32_at(16)?,
         })
     }
 }
@@ -167,7 +171,7 @@ fn crc32c(bytes: &[u8]) -> u32 {
     })
 }
 
-/// A raw socket of SCTP's, of one family.
+/// A raw SCTP socket of one address family.
 struct Socket {
     fd: OwnedFd,
     v4: bool,
@@ -179,7 +183,7 @@ impl Socket {
         let fd = at
             .run(|| socket(family, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::Sctp))?
             .context("a raw socket")?;
-        setsockopt(&fd, ReceiveTimeout, &TimeVal::new(0, TURN.subsec_micros().into()))?;
+        setsockopt(&fd, ReceiveTimeout, &TimeVal::new(0, POLL_INTERVAL.subsec_micros().into()))?;
         Ok(Self { fd, v4 })
     }
 
@@ -189,7 +193,7 @@ impl Socket {
         Ok(())
     }
 
-    /// A packet, if one comes in a turn, and who sent it.
+    /// Receives a packet and its sender; `None` if none arrives within [`POLL_INTERVAL`].
     fn receive(&self) -> Result<Option<(IpAddr, Packet)>> {
         let mut buffer = [0; 2048];
         let (length, from) = match recvfrom::<SockaddrStorage>(self.fd.as_raw_fd(), &mut buffer) {
@@ -203,7 +207,7 @@ impl Socket {
             (_, Some(v6)) => IpAddr::V6(v6.ip()),
             (None, None) => return Ok(None),
         };
-        // Of IPv4, its header too.
+        // A raw IPv4 socket delivers the IP header too.
         let start = if self.v4 { 4 * usize::from(buffer[0] & 15) } else { 0 };
         Ok(buffer.get(start..length).and_then(Packet::read).map(|packet| (from, packet)))
     }

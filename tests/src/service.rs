@@ -1,4 +1,4 @@
-//! Servers that say who they are and whom they see, behind Services.
+//! Servers behind Services that return their own name and the client's address, and their clients.
 
 use std::io::{self, Read as _, Write as _};
 use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
@@ -13,26 +13,26 @@ use netns_lab::{Host, Lab, Netns, wait_until};
 use crate::SOON;
 
 /// How long a client waits for an answer.
-const PATIENCE: Duration = Duration::from_secs(5);
-/// How often a server looks whether it shall end.
-const TURN: Duration = Duration::from_millis(50);
+const TIMEOUT: Duration = Duration::from_secs(5);
+/// How often a server checks whether to stop.
+const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
-/// A server of TCP and UDP at one port, which answers with its name and the address that it sees. It ends when
-/// this is dropped.
+/// A TCP and UDP server on one port, which answers with its name and the client's address. It is stopped when
+/// dropped.
 #[derive(Debug)]
-pub struct Named {
+pub struct NamedServer {
     stop: Arc<AtomicBool>,
     threads: Vec<JoinHandle<()>>,
 }
 
-impl Named {
-    /// Starts one in a namespace.
+impl NamedServer {
+    /// Starts a server in a namespace.
     pub fn start(netns: &Netns, name: &str, port: u16) -> Result<Self> {
         let at = SocketAddr::from((Ipv6Addr::UNSPECIFIED, port));
         let (tcp, udp) =
             netns.run(|| Ok::<_, io::Error>((TcpListener::bind(at)?, UdpSocket::bind(at)?)))??;
         tcp.set_nonblocking(true)?;
-        udp.set_read_timeout(Some(TURN))?;
+        udp.set_read_timeout(Some(POLL_INTERVAL))?;
         let stop = Arc::new(AtomicBool::new(false));
         let (named, ended) = (name.to_owned(), Arc::clone(&stop));
         let of_tcp = thread::spawn(move || {
@@ -55,7 +55,7 @@ impl Named {
     }
 }
 
-impl Drop for Named {
+impl Drop for NamedServer {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
         self.threads.drain(..).for_each(|thread| drop(thread.join()));
@@ -66,7 +66,7 @@ fn line(name: &str, from: SocketAddr) -> String {
     format!("{name} {}", from.ip().to_canonical())
 }
 
-/// Each connection has a thread that says who it is, and says it again for each byte that it gets.
+/// Answers a connection in a thread of its own: once on connect, and once more for each byte received.
 fn answer(mut stream: TcpStream, name: &str, from: SocketAddr) {
     let line = format!("{:<63}\n", line(name, from));
     thread::spawn(move || {
@@ -76,12 +76,12 @@ fn answer(mut stream: TcpStream, name: &str, from: SocketAddr) {
     });
 }
 
-/// Who answered, and from where it saw the question come.
+/// A server's answer.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Answer {
     /// The server's name.
     pub name: String,
-    /// The client, as the server sees it.
+    /// The client's address, as the server saw it.
     pub seen: IpAddr,
 }
 
@@ -91,42 +91,42 @@ fn parse(bytes: &[u8]) -> Result<Answer> {
     Ok(Answer { name: name.to_owned(), seen: seen.trim().parse()? })
 }
 
-/// A connection that stays.
+/// A TCP connection that stays open.
 #[derive(Debug)]
 pub struct Connection(TcpStream);
 
 impl Connection {
-    /// Opens one; an error is as the system gives it.
+    /// Connects. The inner error is the system's, so that tests can check its kind.
     pub fn open(from: &Netns, to: SocketAddr) -> Result<io::Result<Self>> {
         from.run(|| {
-            let stream = TcpStream::connect_timeout(&to, PATIENCE)?;
-            stream.set_read_timeout(Some(PATIENCE))?;
+            let stream = TcpStream::connect_timeout(&to, TIMEOUT)?;
+            stream.set_read_timeout(Some(TIMEOUT))?;
             Ok(Self(stream))
         })
     }
 
     /// Reads the next answer.
-    pub fn hear(&mut self) -> Result<Answer> {
+    pub fn read_answer(&mut self) -> Result<Answer> {
         let mut line = [0; 64];
         self.0.read_exact(&mut line)?;
         parse(&line)
     }
 
-    /// Asks for one more.
+    /// Sends a byte and reads one more answer.
     pub fn ask(&mut self) -> Result<Answer> {
         self.0.write_all(b"?")?;
-        self.hear()
+        self.read_answer()
     }
 }
 
 /// Asks once, over a new connection.
 pub fn ask(from: &Netns, to: SocketAddr) -> Result<Answer> {
-    Connection::open(from, to)??.hear()
+    Connection::open(from, to)??.read_answer()
 }
 
-/// Asks until exactly these have answered over a while.
+/// Waits until exactly these servers answer a series of new connections.
 pub fn wait_answers(from: &Netns, to: SocketAddr, names: &[&str]) -> Result<()> {
-    wait_until(SOON, &format!("answers of {names:?} from {to}"), || {
+    wait_until(SOON, &format!("exactly {names:?} to answer at {to}"), || {
         let mut seen: Vec<String> = Vec::new();
         for _ in 0..names.len() * 16 {
             seen.push(ask(from, to)?.name);
@@ -138,12 +138,12 @@ pub fn wait_answers(from: &Netns, to: SocketAddr, names: &[&str]) -> Result<()> 
     })
 }
 
-/// A socket of UDP that keeps its port.
+/// A connected UDP socket, which keeps its source port.
 #[derive(Debug)]
-pub struct Datagrams(UdpSocket);
+pub struct UdpClient(UdpSocket);
 
-impl Datagrams {
-    /// One for a destination.
+impl UdpClient {
+    /// Opens a socket to a destination.
     pub fn open(from: &Netns, to: SocketAddr) -> Result<Self> {
         let any: SocketAddr = if to.is_ipv4() { ([0; 4], 0).into() } else { ([0; 16], 0).into() };
         let socket = from.run(|| {
@@ -155,7 +155,7 @@ impl Datagrams {
         Ok(Self(socket))
     }
 
-    /// Sends one and waits for the answer.
+    /// Sends a datagram and waits for the answer.
     pub fn ask(&self) -> io::Result<Answer> {
         let mut buffer = [0; 64];
         self.0.send(b"?")?;

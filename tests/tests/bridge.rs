@@ -1,4 +1,4 @@
-//! Bridge networks: of one host alone. Names of tests quote what the document says of Docker's.
+//! Bridge networks, which are local to one host. They behave as Docker's bridge networks do.
 
 #![allow(clippy::unwrap_used, reason = "tests, and helpers of tests")]
 
@@ -6,18 +6,18 @@ use std::net::{IpAddr, SocketAddr, UdpSocket};
 
 use anyhow::{Result, ensure};
 use netns_lab::{Lab, LabConfig, Netns, Underlay, wait_until};
-use ovl_tests::ports::{make_bridge, outsider};
+use ovl_tests::ports::{create_bridge_network, outsider};
 use ovl_tests::{
-    Attached, SOON, assert_says, attach, endpoints, make_network, problems, refused, rows, started,
-    started_with, strings, text, wait_clean, wait_network, wait_problem,
+    Attached, SOON, assert_contains, attach, create_network, ctl_error, endpoints, problems, rows, start_lab,
+    start_lab_with, strings, text, wait_clean, wait_network, wait_problem,
 };
 use serde_json::json;
 
-/// An address of the underlay that belongs to no host: the switch's own.
+/// An underlay address of the switch, which is not a host of the cluster.
 const OUTSIDE: &str = "192.168.77.250";
 
-/// From where a datagram from a workload arrives at a place.
-fn seen_from(from: &Attached, at: &Netns, address: &str) -> Result<IpAddr> {
+/// Source address with which a datagram of a workload arrives in a namespace.
+fn source_of_datagram(from: &Attached, at: &Netns, address: &str) -> Result<IpAddr> {
     let address: IpAddr = address.parse()?;
     let listener = at.run(|| UdpSocket::bind(SocketAddr::new(address, 0)))??;
     listener.set_read_timeout(Some(SOON))?;
@@ -28,26 +28,28 @@ fn seen_from(from: &Attached, at: &Netns, address: &str) -> Result<IpAddr> {
     Ok(seen.ip())
 }
 
-fn cannot_reach(from: &Attached, address: &str) {
+fn assert_unreachable(from: &Attached, address: &str) {
     let output = from.workload.exec(["ping", "-n", "-c", "1", "-W", "1", address]).unwrap();
     assert!(!output.status.success(), "{} reaches {address}: {}", from.name, output.stdout);
 }
 
 #[test]
-fn network_namespace_veth_pair_ip_from_the_subnet_default_route_to_the_bridge() {
-    let lab = started(1).unwrap();
+fn bridge_endpoint_has_a_veth_an_address_of_the_subnet_and_a_default_route() {
+    let lab = start_lab(1).unwrap();
     let host = &lab["h1"];
-    let bridge = make_bridge(host, "mynet", &["--subnet", "172.30.0.0/16", "--subnet", "fd30::/64"]).unwrap();
+    let bridge =
+        create_bridge_network(host, "mynet", &["--subnet", "172.30.0.0/16", "--subnet", "fd30::/64"])
+            .unwrap();
     let web = attach(host, "web", "mynet", &[]).unwrap();
-    // One end of a pair of interfaces in the container, one on the bridge.
+    // One side of the veth pair is in the container, the other one is a port of the bridge.
     let inside = web.workload.ip_json(&["-d", "link", "show", "eth0"]).unwrap();
     assert_eq!(inside[0]["linkinfo"]["info_kind"], "veth");
     let outside = host.ip_json(&["link", "show", &web.device()]).unwrap();
     assert_eq!(outside[0]["master"], bridge.as_str());
-    // An address of the subnet, and a default route to the bridge's.
+    // An address of the subnet, and a default route to the address of the bridge.
     assert_eq!(strings(&web.json["addresses"]), ["172.30.0.2/16", "fd30::2/64"]);
     let addresses = host.ip_json(&["addr", "show", &bridge]).unwrap().to_string();
-    assert_says(&addresses, &["\"172.30.0.1\"", "\"fd30::1\""]);
+    assert_contains(&addresses, &["\"172.30.0.1\"", "\"fd30::1\""]);
     let ranges: Vec<_> = rows(host, &["subnets"])
         .unwrap()
         .iter()
@@ -63,40 +65,40 @@ fn network_namespace_veth_pair_ip_from_the_subnet_default_route_to_the_bridge() 
 }
 
 #[test]
-fn direct_layer_2_switching_through_the_bridge_no_nat_no_iptables() {
-    let lab = started(1).unwrap();
+fn bridge_switches_frames_without_nat_or_iptables() {
+    let lab = start_lab(1).unwrap();
     let host = &lab["h1"];
-    // A firewall that lets nothing be forwarded does not see it.
+    // The FORWARD policy of iptables does not apply to bridged frames.
     host.exec_ok(["iptables", "-P", "FORWARD", "DROP"]).unwrap();
-    make_bridge(host, "mynet", &["--subnet", "172.30.0.0/24", "--subnet", "fd30::/64"]).unwrap();
+    create_bridge_network(host, "mynet", &["--subnet", "172.30.0.0/24", "--subnet", "fd30::/64"]).unwrap();
     let (a, b) = (attach(host, "a", "mynet", &[]).unwrap(), attach(host, "b", "mynet", &[]).unwrap());
     for (own, other) in a.addresses().into_iter().zip(b.addresses()) {
         a.workload.ping_until(&other, SOON).unwrap();
-        assert_eq!(seen_from(&a, &b.workload, &other).unwrap().to_string(), own);
+        assert_eq!(source_of_datagram(&a, &b.workload, &other).unwrap().to_string(), own);
     }
-    // It is the neighbour itself that answers, not the gateway for it.
+    // The neighbour itself answers ARP, not the gateway for it.
     let neighbours = a.workload.ip_json(&["neigh", "show", &b.address()]).unwrap();
     assert_eq!(neighbours[0]["lladdr"], b.mac().as_str());
 }
 
 #[test]
-fn creates_a_new_bridge_separate_from_the_others() {
-    let lab = started(1).unwrap();
+fn each_bridge_network_has_a_bridge_and_a_subnet_of_its_own() {
+    let lab = start_lab(1).unwrap();
     let host = &lab["h1"];
     let bridges = || -> Vec<String> {
         let links = host.ip_json(&["link", "show", "type", "bridge"]).unwrap();
         links.as_array().unwrap().iter().map(|link| text(&link["ifname"])).collect()
     };
     assert_eq!(bridges(), Vec::<String>::new());
-    let one = make_bridge(host, "one", &[]).unwrap();
-    let two = make_bridge(host, "two", &[]).unwrap();
+    let one = create_bridge_network(host, "one", &[]).unwrap();
+    let two = create_bridge_network(host, "two", &[]).unwrap();
     wait_clean(lab.hosts(), SOON).unwrap();
     let mut found = bridges();
     let mut expected = vec![one, two];
     found.sort();
     expected.sort();
     assert_eq!(found, expected);
-    // A range for each, of the configured pool.
+    // Each network gets a subnet of its own from the configured pool.
     let ranges: Vec<String> =
         rows(host, &["network", "ls"]).unwrap().iter().map(|row| row["subnets"].to_string()).collect();
     assert_ne!(ranges[0], ranges[1]);
@@ -108,25 +110,25 @@ fn creates_a_new_bridge_separate_from_the_others() {
     })
     .unwrap();
     wait_clean(lab.hosts(), SOON).unwrap();
-    assert_says(&refused(host, &["network", "inspect", "one"]).unwrap(), &["no network one"]);
+    assert_contains(&ctl_error(host, &["network", "inspect", "one"]).unwrap(), &["no network one"]);
 }
 
 #[test]
-fn containers_on_different_networks_cannot_communicate_by_default() {
-    let lab = started(1).unwrap();
+fn endpoints_on_different_bridge_networks_cannot_communicate() {
+    let lab = start_lab(1).unwrap();
     let host = &lab["h1"];
-    make_bridge(host, "one", &["--subnet", "172.30.0.0/24", "--subnet", "fd30::/64"]).unwrap();
-    make_bridge(host, "two", &["--subnet", "172.31.0.0/24", "--subnet", "fd31::/64"]).unwrap();
-    make_network(&lab, "blue", &["--subnet", "10.1.0.0/24", "--subnet", "fd01::/64"]).unwrap();
+    create_bridge_network(host, "one", &["--subnet", "172.30.0.0/24", "--subnet", "fd30::/64"]).unwrap();
+    create_bridge_network(host, "two", &["--subnet", "172.31.0.0/24", "--subnet", "fd31::/64"]).unwrap();
+    create_network(&lab, "blue", &["--subnet", "10.1.0.0/24", "--subnet", "fd01::/64"]).unwrap();
     let all: Vec<Attached> = ["one", "two", "blue"]
         .map(|network| attach(host, &format!("on-{network}"), network, &[]).unwrap())
         .into();
     for (from, to) in all.iter().flat_map(|from| all.iter().map(move |to| (from, to))) {
         if from.name != to.name {
-            to.addresses().iter().for_each(|address| cannot_reach(from, address));
+            to.addresses().iter().for_each(|address| assert_unreachable(from, address));
         }
     }
-    // One that is on both is reached by both, and passes nothing on.
+    // A workload on both networks is reachable from both, and does not forward between them.
     let both = host.workload("both").unwrap();
     for network in ["one", "two"] {
         let address = {
@@ -139,25 +141,30 @@ fn containers_on_different_networks_cannot_communicate_by_default() {
 }
 
 #[test]
-fn nat_out_with_the_hosts_address_and_internal_with_no_way_out_at_all() {
+fn bridge_network_masquerades_and_internal_bridge_network_has_no_egress() {
     let lab =
-        started_with(LabConfig::hosts(1).underlay(Underlay::Dual).config("masquerade = false")).unwrap();
+        start_lab_with(LabConfig::hosts(1).underlay(Underlay::Dual).config("masquerade = false")).unwrap();
     let host = &lab["h1"];
     let outside = outsider(&lab).unwrap();
-    make_bridge(host, "open", &["--subnet", "172.30.0.0/24", "--subnet", "fd30::/64"]).unwrap();
-    make_bridge(host, "shut", &["--internal", "--subnet", "172.31.0.0/24", "--subnet", "fd31::/64"]).unwrap();
+    create_bridge_network(host, "open", &["--subnet", "172.30.0.0/24", "--subnet", "fd30::/64"]).unwrap();
+    create_bridge_network(
+        host,
+        "shut",
+        &["--internal", "--subnet", "172.31.0.0/24", "--subnet", "fd31::/64"],
+    )
+    .unwrap();
     let open = attach(host, "open", "open", &[]).unwrap();
-    // Whatever the cluster's networks do: nobody else knows the way to a bridge network.
+    // `masquerade = false` does not apply: hosts outside have no route to a bridge network, so it needs NAT.
     for (address, own) in [OUTSIDE, "fd77::fa"].iter().zip(host.addresses()) {
         open.workload.ping_until(address, SOON).unwrap();
-        assert_eq!(seen_from(&open, &outside, address).unwrap(), own);
+        assert_eq!(source_of_datagram(&open, &outside, address).unwrap(), own);
     }
     let (a, b) = (attach(host, "a", "shut", &[]).unwrap(), attach(host, "b", "shut", &[]).unwrap());
     a.workload.ping_until(b.address(), SOON).unwrap();
     for family in ["-4", "-6"] {
         assert_eq!(a.workload.ip_json(&[family, "route", "show", "default"]).unwrap(), json!([]));
     }
-    // Not even by a route of its own to the bridge's MAC address.
+    // Not even with a default route of its own through the MAC address of the bridge.
     let bridge = text(&host.ctl_json(&["network", "inspect", "shut"]).unwrap()["bridge"]);
     let mac = text(&host.ip_json(&["link", "show", &bridge]).unwrap()[0]["address"]);
     for line in [
@@ -170,51 +177,51 @@ fn nat_out_with_the_hosts_address_and_internal_with_no_way_out_at_all() {
         a.workload.exec_ok(["ip"].into_iter().chain(line.split(' '))).unwrap();
     }
     for address in [OUTSIDE, "fd77::fa", "192.168.77.1", &open.address()] {
-        cannot_reach(&a, address);
+        assert_unreachable(&a, address);
     }
 }
 
 #[test]
-fn a_bridge_network_is_of_one_host_alone() {
-    let lab = started(2).unwrap();
+fn bridge_network_is_local_to_its_host() {
+    let lab = start_lab(2).unwrap();
     let (h1, h2) = (&lab["h1"], &lab["h2"]);
-    // The same name and the same range on two hosts: neither knows of the other's.
+    // The same name and subnet on two hosts: neither host knows the other's network.
     for host in [h1, h2] {
-        make_bridge(host, "local", &["--subnet", "172.30.0.0/24"]).unwrap();
+        create_bridge_network(host, "local", &["--subnet", "172.30.0.0/24"]).unwrap();
     }
     let a = attach(h1, "web", "local", &[]).unwrap();
     assert_eq!(attach(h2, "web", "local", &[]).unwrap().address(), a.address());
     let info = h1.ctl_json(&["network", "inspect", "local"]).unwrap();
-    let at_a_glance =
+    let summary =
         json!([info["driver"], info["mode"], info["vni"], info["internal"], info["nodes"], info["dns"]]);
-    assert_eq!(at_a_glance, json!(["bridge", "l2", 0, false, ["h1"], true]));
-    make_network(&lab, "blue", &["--subnet", "10.1.0.0/24"]).unwrap();
+    assert_eq!(summary, json!(["bridge", "l2", 0, false, ["h1"], true]));
+    create_network(&lab, "blue", &["--subnet", "10.1.0.0/24"]).unwrap();
     attach(h2, "shared", "blue", &[]).unwrap();
-    wait_until(SOON, "the other host's endpoint", || {
+    wait_until(SOON, "the endpoint of the remote host", || {
         ensure!(endpoints(h1)? == ["shared on h2 is ready", "web on h1 is ready"], "{:?}", endpoints(h1)?);
         Ok(())
     })
     .unwrap();
-    // Detached is gone, and the rest is clean.
+    // A detach on h1 deletes only the endpoint of h1.
     h1.ctl_ok(&["detach", "web", "--network", "local"]).unwrap();
     wait_clean(lab.hosts(), SOON).unwrap();
     assert_eq!(endpoints(h2).unwrap(), ["shared on h2 is ready", "web on h2 is ready"]);
-    assert_says(&refused(h2, &["network", "rm", "local"]).unwrap(), &["has endpoints: web on h2"]);
+    assert_contains(&ctl_error(h2, &["network", "rm", "local"]).unwrap(), &["has endpoints: web on h2"]);
 }
 
 #[test]
-fn it_needs_nobodys_agreement_and_outlives_restarts() {
-    // The second host joins one that does not answer: it is never admitted.
+fn bridge_network_works_without_admission_and_survives_restarts() {
+    // The second host joins a host that does not answer, so it is never admitted.
     let lab = Lab::new(LabConfig::hosts(2)).unwrap();
     let host = &lab["h2"];
     host.start().unwrap();
-    wait_until(SOON, "the control socket", || host.ctl_ok(&["status"]).map(drop)).unwrap();
-    assert_says(&refused(host, &["network", "create", "blue"]).unwrap(), &["admitted"]);
-    make_bridge(host, "local", &["--subnet", "172.30.0.0/24"]).unwrap();
+    wait_until(SOON, "the control socket to answer", || host.ctl_ok(&["status"]).map(drop)).unwrap();
+    assert_contains(&ctl_error(host, &["network", "create", "blue"]).unwrap(), &["admitted"]);
+    create_bridge_network(host, "local", &["--subnet", "172.30.0.0/24"]).unwrap();
     let (a, b) = (attach(host, "a", "local", &[]).unwrap(), attach(host, "b", "local", &[]).unwrap());
     a.workload.ping_until(b.address(), SOON).unwrap();
-    assert_says(
-        &refused(
+    assert_contains(
+        &ctl_error(
             host,
             &["attach", "c", "--network", "local", "--netns", a.workload.path_str(), "--ip", &b.address()],
         )
@@ -224,39 +231,39 @@ fn it_needs_nobodys_agreement_and_outlives_restarts() {
     host.kill9().unwrap();
     a.workload.ping_until(b.address(), SOON).unwrap();
     host.start().unwrap();
-    wait_until(SOON, "both endpoints", || {
+    wait_until(SOON, "both endpoints to be ready", || {
         ensure!(endpoints(host)? == ["a on h2 is ready", "b on h2 is ready"], "{:?}", endpoints(host)?);
         Ok(())
     })
     .unwrap();
     a.workload.ping_until(b.address(), SOON).unwrap();
-    // What is detached is gone although gossip has never caught up.
+    // A detach takes effect although gossip has never caught up.
     host.ctl_ok(&["detach", "b"]).unwrap();
     let neighbours = host.ip_json(&["neigh", "show", &b.address()]).unwrap();
     assert_eq!(neighbours, json!([]));
 }
 
 #[test]
-fn conflicts_with_other_networks_are_refused_or_named() {
-    let lab = started(2).unwrap();
+fn conflicts_of_bridge_networks_are_refused_or_reported() {
+    let lab = start_lab(2).unwrap();
     let (h1, h2) = (&lab["h1"], &lab["h2"]);
-    make_network(&lab, "blue", &["--subnet", "10.1.0.0/24"]).unwrap();
+    create_network(&lab, "blue", &["--subnet", "10.1.0.0/24"]).unwrap();
     let create = |more: &[&str]| {
-        refused(h1, &[&["network", "create", "b", "--driver", "bridge"], more].concat()).unwrap()
+        ctl_error(h1, &[&["network", "create", "b", "--driver", "bridge"], more].concat()).unwrap()
     };
-    assert_says(&create(&["--subnet", "10.1.0.128/25"]), &["overlaps 10.1.0.0/24 of network blue"]);
-    assert_says(&create(&["--subnet", "192.168.77.0/24"]), &["the underlay address of host h"]);
-    assert_says(&create(&["--vni", "7"]), &["--vni is for networks of several hosts"]);
-    assert_says(&create(&["--mode", "l3"]), &["--mode l3 is for networks of several hosts"]);
-    assert_says(&create(&["--encrypted"]), &["--encrypted is for networks of several hosts"]);
-    make_bridge(h1, "local", &["--subnet", "172.30.0.0/24"]).unwrap();
+    assert_contains(&create(&["--subnet", "10.1.0.128/25"]), &["overlaps 10.1.0.0/24 of network blue"]);
+    assert_contains(&create(&["--subnet", "192.168.77.0/24"]), &["the underlay address of host h"]);
+    assert_contains(&create(&["--vni", "7"]), &["--vni is for networks of several hosts"]);
+    assert_contains(&create(&["--mode", "l3"]), &["--mode l3 is for networks of several hosts"]);
+    assert_contains(&create(&["--encrypted"]), &["--encrypted is for networks of several hosts"]);
+    create_bridge_network(h1, "local", &["--subnet", "172.30.0.0/24"]).unwrap();
     let again = ["network", "create", "local", "--driver", "bridge"];
-    assert_says(&refused(h1, &again).unwrap(), &["network local exists already"]);
-    assert_says(
-        &refused(h1, &["network", "create", "other", "--subnet", "172.30.0.0/16"]).unwrap(),
+    assert_contains(&ctl_error(h1, &again).unwrap(), &["network local exists already"]);
+    assert_contains(
+        &ctl_error(h1, &["network", "create", "other", "--subnet", "172.30.0.0/16"]).unwrap(),
         &["overlaps 172.30.0.0/24 of network local"],
     );
-    // Another host cannot know of it: the conflict is named where it is, and the name means what it meant.
+    // Another host cannot know the bridge network. h1 reports the conflict, and there the name keeps its meaning.
     h2.ctl_ok(&["network", "create", "local", "--subnet", "10.2.0.0/24"]).unwrap();
     h2.ctl_ok(&["network", "create", "wide", "--subnet", "172.30.0.0/16"]).unwrap();
     wait_problem(h1, &["local", "is called like one"], SOON).unwrap();
@@ -266,7 +273,7 @@ fn conflicts_with_other_networks_are_refused_or_named() {
     for name in ["local", "wide"] {
         h2.ctl_ok(&["network", "rm", name]).unwrap();
     }
-    wait_until(SOON, "no problem", || {
+    wait_until(SOON, "h1 to have no problem", || {
         ensure!(problems(h1)?.is_empty(), "{:?}", problems(h1)?);
         Ok(())
     })
@@ -274,31 +281,31 @@ fn conflicts_with_other_networks_are_refused_or_named() {
 }
 
 #[test]
-fn custom_networks_get_dns_and_a_default_one_does_not() {
-    let lab = started(1).unwrap();
+fn user_defined_bridge_networks_get_dns_and_the_default_bridge_does_not() {
+    let lab = start_lab(1).unwrap();
     let host = &lab["h1"];
     for (name, more, dns) in [("mynet", &[][..], true), ("bridge", &[], false), ("default", &["--dns"], true)]
     {
-        make_bridge(host, name, more).unwrap();
+        create_bridge_network(host, name, more).unwrap();
         assert_eq!(host.ctl_json(&["network", "inspect", name]).unwrap()["dns"], dns, "{name}");
     }
-    // One of the cluster was made by somebody who wanted it.
+    // A cluster network named `bridge` was created on purpose, so it has DNS.
     host.ctl_ok(&["network", "rm", "bridge"]).unwrap();
-    make_network(&lab, "bridge", &[]).unwrap();
+    create_network(&lab, "bridge", &[]).unwrap();
     wait_network(host, "bridge").unwrap();
     assert_eq!(host.ctl_json(&["network", "inspect", "bridge"]).unwrap()["dns"], true);
 }
 
 #[test]
-fn it_grows_and_goes_with_a_teardown() {
-    let lab = started(1).unwrap();
+fn bridge_network_can_be_extended_and_is_deleted_by_teardown() {
+    let lab = start_lab(1).unwrap();
     let host = &lab["h1"];
-    let bridge = make_bridge(host, "local", &["--subnet", "172.30.0.0/30"]).unwrap();
+    let bridge = create_bridge_network(host, "local", &["--subnet", "172.30.0.0/30"]).unwrap();
     let a = attach(host, "a", "local", &[]).unwrap();
     let full = host.workload("b").unwrap();
     let args = ["attach", "b", "--network", "local", "--netns", full.path_str()];
-    assert_says(
-        &refused(host, &args).unwrap(),
+    assert_contains(
+        &ctl_error(host, &args).unwrap(),
         &["no address is free in 172.30.0.0/30", "network update local"],
     );
     host.ctl_ok(&["network", "update", "local", "--subnet", "172.30.0.0/24"]).unwrap();

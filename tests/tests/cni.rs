@@ -1,4 +1,4 @@
-//! The CNI plugin against a real daemon, called as container runtimes call it.
+//! The CNI plugin with a real daemon, called as container runtimes call it.
 
 #![allow(clippy::unwrap_used, reason = "tests, and helpers of tests")]
 
@@ -10,38 +10,42 @@ use std::thread;
 use anyhow::ensure;
 use netns_lab::{Lab, wait_until};
 use ovl_tests::cni::{
-    self, Conflist, Container, Ran, addresses, assert_refused, interfaces, wait_nothing_left,
+    self, Conflist, Container, PluginOutput, addresses, assert_refused, interfaces, wait_nothing_left,
 };
-use ovl_tests::{SOON, assert_says, endpoints, make_network, rows, started, strings, text, wait_endpoints};
+use ovl_tests::{
+    SOON, assert_contains, create_network, endpoints, ensure_settled, rows, start_lab, strings, text,
+    wait_endpoints,
+};
 use serde_json::{Value, json};
 
-/// Hosts with a network of both address families.
+/// A lab with a switched network of both address families.
 fn lab(hosts: usize) -> Lab {
-    let lab = started(hosts).unwrap();
-    make_network(&lab, "pods", &["--subnet", "10.99.0.0/24", "--subnet", "fd99::/64"]).unwrap();
+    let lab = start_lab(hosts).unwrap();
+    create_network(&lab, "pods", &["--subnet", "10.99.0.0/24", "--subnet", "fd99::/64"]).unwrap();
     lab
 }
 
-/// The same, with a routed network.
+/// A lab with a routed network of both address families.
 fn routed_lab(hosts: usize) -> Lab {
-    let lab = started(hosts).unwrap();
-    make_network(&lab, "pods", &["--mode", "l3", "--subnet", "10.99.0.0/16", "--subnet", "fd99::/48"])
+    let lab = start_lab(hosts).unwrap();
+    create_network(&lab, "pods", &["--mode", "l3", "--subnet", "10.99.0.0/16", "--subnet", "fd99::/48"])
         .unwrap();
     lab
 }
 
 #[test]
-fn containers_come_reach_each_other_and_go() {
-    come_and_go(&lab(2), &["ovb-", "ove-"]);
+fn containers_of_a_switched_network_attach_reach_each_other_and_detach() {
+    check_attach_and_detach(&lab(2), &["ovb-", "ove-"]);
 }
 
 #[test]
-fn containers_of_a_routed_network_come_reach_each_other_and_go() {
-    come_and_go(&routed_lab(2), &["ove-"]);
+fn containers_of_a_routed_network_attach_reach_each_other_and_detach() {
+    check_attach_and_detach(&routed_lab(2), &["ove-"]);
 }
 
-/// `outside`: what the names of the host's devices in a result begin with.
-fn come_and_go(lab: &Lab, outside: &[&str]) {
+/// Attaches a container on each of two hosts, checks the result, and detaches both. `outside` has the name prefixes of
+/// the host's devices in a result.
+fn check_attach_and_detach(lab: &Lab, outside: &[&str]) {
     let all: Vec<_> = ["h1", "h2"]
         .into_iter()
         .map(|name| {
@@ -51,13 +55,13 @@ fn come_and_go(lab: &Lab, outside: &[&str]) {
             let pod = format!(
                 "K8S_POD_NAME=web-{name};K8S_POD_NAMESPACE=shop;K8S_POD_UID=u;K8S_POD_INFRA_CONTAINER_ID=c"
             );
-            let container = Container::of(&workload).args(&pod);
+            let container = Container::for_workload(&workload).args(&pod);
             let result = list.add(host, &container).unwrap();
             (host, workload, list, container, result)
         })
         .collect();
     for (host, workload, list, container, result) in &all {
-        // What is told is what is so.
+        // The result matches the kernel.
         let inside = &result["interfaces"][outside.len()];
         assert_eq!(
             (&inside["name"], text(&inside["sandbox"]).as_str()),
@@ -71,12 +75,12 @@ fn come_and_go(lab: &Lab, outside: &[&str]) {
             assert!(name.starts_with(prefix), "{result}");
             assert_eq!(host.ip_json(&["link", "show", &name]).unwrap()[0]["address"], device["mac"]);
         }
-        let told: Vec<Value> =
+        let reported: Vec<Value> =
             result["routes"].as_array().unwrap().iter().map(|route| route["gw"].clone()).collect();
         let routes = ["-4", "-6"].map(|family| {
             workload.ip_json(&[family, "route", "show", "default"]).unwrap()[0]["gateway"].clone()
         });
-        assert_eq!(told, routes);
+        assert_eq!(reported, routes);
         let row =
             rows(host, &["endpoints"]).unwrap().into_iter().find(|row| row["node"] == host.name()).unwrap();
         assert_eq!((text(&row["name"]), &row["namespace"]), (format!("web-{}", host.name()), &json!("shop")));
@@ -95,7 +99,7 @@ fn come_and_go(lab: &Lab, outside: &[&str]) {
     for (host, workload, list, container, result) in &all {
         list.del(host, container, Some(result)).unwrap();
         assert!(interfaces(workload).unwrap().is_empty());
-        // As often as a runtime likes, also without a namespace, and with one that is gone.
+        // DEL can be repeated, also without a namespace, and with one that does not exist.
         list.del(host, container, None).unwrap();
         list.del(host, &container.without_netns(), None).unwrap();
         list.del(host, &Container { netns: "/run/netns/never".into(), ..container.clone() }, None).unwrap();
@@ -103,42 +107,42 @@ fn come_and_go(lab: &Lab, outside: &[&str]) {
     for (host, ..) in &all {
         wait_nothing_left(host).unwrap();
     }
-    // Also when the network is not there any more.
+    // DEL also succeeds after the network was deleted.
     let (host, _, list, container, _) = &all[0];
     host.ctl_ok(&["network", "rm", "pods"]).unwrap();
     list.del(host, container, None).unwrap();
 }
 
 #[test]
-fn wishes_are_granted_and_names_never_in_the_way() {
+fn requested_parameters_are_applied_and_pod_names_never_conflict() {
     let lab = lab(1);
     let host = &lab["h1"];
     let list = Conflist::new(host, "pods").with(
         "capabilities",
         json!({ "ips": true, "mac": true, "dns": true, "io.kubernetes.cri.pod-annotations": true }),
     );
-    let a = Container::of(&host.workload("a").unwrap());
-    let wished = a
+    let a = Container::for_workload(&host.workload("a").unwrap());
+    let requested = a
         .args("IgnoreUnknown=1;K8S_POD_NAME=web;IP=10.99.0.50;COLOR=red")
         .capability("mac", json!("02:aa:00:00:00:01"))
         .capability("dns", json!({ "servers": ["10.99.0.1"] }))
         .capability("io.kubernetes.cri.pod-annotations", json!({ "ovl.labels": "app=shop,tier=front" }));
-    let result = list.add(host, &wished).unwrap();
+    let result = list.add(host, &requested).unwrap();
     assert_eq!(
         (addresses(&result)[0].as_str(), &result["interfaces"][2]["mac"]),
         ("10.99.0.50", &json!("02:aa:00:00:00:01"))
     );
     assert_eq!(result["dns"], json!({ "nameservers": ["10.99.0.1"] }));
     assert_eq!(rows(host, &["endpoints"]).unwrap()[0]["labels"], json!({ "app": "shop", "tier": "front" }));
-    // One more interface: the first one has the default routes.
+    // A second interface: the default routes stay on the first one.
     let more = list.add(host, &a.args("K8S_POD_NAME=web").interface("net1")).unwrap();
     assert_eq!(more["routes"], Value::Null);
     assert_eq!(addresses(&more).len(), 2);
-    // A second pod of that name, one of a long name, one of an odd one, and a container without any.
+    // A second pod of this name, one with a long name, one with an invalid name, and a container without a pod name.
     let names = ["web".to_owned(), "p".repeat(253), "a/b c".to_owned()];
     for (n, name) in names.iter().enumerate() {
         let workload = host.workload(&format!("w{n}")).unwrap();
-        list.add(host, &Container::of(&workload).args(&format!("K8S_POD_NAME={name}"))).unwrap();
+        list.add(host, &Container::for_workload(&workload).args(&format!("K8S_POD_NAME={name}"))).unwrap();
     }
     let nameless = Container::new("0123456789abcdef", host.workload("n").unwrap().path_str());
     list.add(host, &nameless).unwrap();
@@ -149,15 +153,15 @@ fn wishes_are_granted_and_names_never_in_the_way() {
         assert!(found.iter().any(|each| each == name), "{name} in {found:?}");
     }
     assert!(found.iter().any(|name| name.starts_with("a-b-c-")), "{found:?}");
-    // A DEL takes its own interface alone.
-    list.del(host, &wished, None).unwrap();
+    // A DEL detaches only its own interface.
+    list.del(host, &requested, None).unwrap();
     assert_eq!(interfaces(&host.find_workload("a").unwrap()).unwrap(), ["net1".to_owned()].into());
-    host.ctl_ok(&["verify"]).unwrap();
+    ensure_settled(host).unwrap();
 }
 
-/// A runtime's ids are its own: others may use the same ones.
+/// Container IDs are unique only within a runtime, so containers on several hosts may have the same one.
 #[test]
-fn containers_with_one_id_come_on_all_hosts() {
+fn containers_with_the_same_id_can_be_attached_on_all_hosts() {
     let lab = lab(3);
     let mut names = BTreeSet::new();
     for host in lab.hosts() {
@@ -168,9 +172,9 @@ fn containers_with_one_id_come_on_all_hosts() {
         names.extend(
             rows(host, &["endpoints"]).unwrap().iter().filter(|row| own(row)).map(|row| text(&row["name"])),
         );
-        // The next one knows whose names are taken.
+        // The next host must know which names are taken.
         for other in lab.hosts() {
-            wait_until(SOON, &format!("{names:?} on {}", other.name()), || {
+            wait_until(SOON, &format!("{} to list the endpoints {names:?}", other.name()), || {
                 let seen: BTreeSet<String> =
                     rows(other, &["endpoints"])?.iter().map(|row| text(&row["name"])).collect();
                 ensure!(seen == names, "{seen:?}");
@@ -184,12 +188,12 @@ fn containers_with_one_id_come_on_all_hosts() {
 }
 
 #[test]
-fn results_come_in_the_version_asked_for() {
+fn results_have_the_requested_cni_version() {
     let lab = lab(1);
     let host = &lab["h1"];
-    let container = Container::of(&host.workload("a").unwrap());
+    let container = Container::for_workload(&host.workload("a").unwrap());
     for version in ["0.3.1", "0.4.0", "1.0.0", "1.1.0"] {
-        let list = Conflist::new(host, "pods").version(version);
+        let list = Conflist::new(host, "pods").with_version(version);
         let result = list.add(host, &container).unwrap();
         assert_eq!(result["cniVersion"], version);
         let old = version.starts_with('0');
@@ -202,7 +206,7 @@ fn results_come_in_the_version_asked_for() {
         list.del(host, &container, Some(&result)).unwrap();
     }
     wait_nothing_left(host).unwrap();
-    // VERSION needs no daemon, and no input.
+    // VERSION needs neither a daemon nor valid input.
     host.stop().unwrap();
     for (input, version) in
         [(&br#"{"cniVersion":"0.4.0"}"#[..], "0.4.0"), (b"", "1.1.0"), (b"nonsense", "1.1.0")]
@@ -216,14 +220,14 @@ fn results_come_in_the_version_asked_for() {
 }
 
 #[test]
-fn each_error_has_its_code_and_leaves_nothing() {
+fn each_error_has_its_code_and_leaves_no_state() {
     let lab = lab(1);
     let host = &lab["h1"];
-    make_network(&lab, "tiny", &["--subnet", "10.98.0.0/29"]).unwrap();
+    create_network(&lab, "tiny", &["--subnet", "10.98.0.0/29"]).unwrap();
     let workload = host.workload("a").unwrap();
-    let container = Container::of(&workload);
+    let container = Container::for_workload(&workload);
     let list = Conflist::new(host, "pods");
-    let add = |list: &Conflist, container: &Container| list.ask(host, "ADD", container).unwrap();
+    let add = |list: &Conflist, container: &Container| list.call_ovl(host, "ADD", container).unwrap();
 
     let raw = |command: Option<&str>, input: &[u8]| {
         let mut program = cni::plugin_command("ovl-cni").unwrap();
@@ -240,7 +244,7 @@ fn each_error_has_its_code_and_leaves_nothing() {
     assert_refused(add(&list, &container.without_netns()), 4, &["CNI_NETNS"]);
     assert_refused(add(&list, &container.interface("")), 4, &["CNI_IFNAME"]);
     assert_refused(add(&list, &container.args("COLOR=red")), 4, &["COLOR", "IgnoreUnknown"]);
-    assert_refused(add(&list.clone().version("0.2.0"), &container), 1, &["0.2.0", "0.3.1"]);
+    assert_refused(add(&list.clone().with_version("0.2.0"), &container), 1, &["0.2.0", "0.3.1"]);
     assert_refused(
         add(&list.clone().with("ipam", json!({ "type": "host-local" })), &container),
         2,
@@ -269,11 +273,11 @@ fn each_error_has_its_code_and_leaves_nothing() {
     assert_refused(add(&list.clone().with("runtimeConfig", labels), &container), 7, &["64 labels"]);
     wait_nothing_left(host).unwrap();
 
-    // Twice without a DEL: refused, and what is there stays as it is.
+    // A second ADD without a DEL is ctl_error, and the existing attachment stays as it is.
     let result = list.add(host, &container).unwrap();
     assert_refused(add(&list, &container), 101, &["already", &container.id]);
     list.check(host, &container, &result).unwrap();
-    let other = Container::of(&host.workload("b").unwrap());
+    let other = Container::for_workload(&host.workload("b").unwrap());
     assert_refused(add(&list, &other.args(&format!("IP={}", addresses(&result)[0]))), 102, &["in use"]);
     list.del(host, &container, None).unwrap();
 
@@ -281,7 +285,7 @@ fn each_error_has_its_code_and_leaves_nothing() {
     let tiny = Conflist::new(host, "tiny");
     let mut attached = Vec::new();
     let full = (0..9).find_map(|n| {
-        let container = Container::of(&host.workload(&format!("t{n}")).unwrap());
+        let container = Container::for_workload(&host.workload(&format!("t{n}")).unwrap());
         let ran = add(&tiny, &container);
         if ran.code == Some(0) {
             attached.push(container);
@@ -298,21 +302,25 @@ fn each_error_has_its_code_and_leaves_nothing() {
 }
 
 #[test]
-fn check_names_what_changed() {
+fn check_reports_what_changed() {
     let lab = lab(1);
     let host = &lab["h1"];
     let workload = host.workload("a").unwrap();
-    let container = Container::of(&workload);
+    let container = Container::for_workload(&workload);
     let list = Conflist::new(host, "pods");
     let check =
         |result: Option<&Value>| list.call(host, &list.plugins[0], "CHECK", &container, result).unwrap();
     assert_refused(check(Some(&json!({}))), 100, &["is not attached to pods"]);
     let result = list.add(host, &container).unwrap();
     assert_refused(check(None), 7, &["prevResult"]);
-    assert_refused(list.clone().version("0.3.1").ask(host, "CHECK", &container).unwrap(), 1, &["CHECK"]);
+    assert_refused(
+        list.clone().with_version("0.3.1").call_ovl(host, "CHECK", &container).unwrap(),
+        1,
+        &["CHECK"],
+    );
     let [v4, v6] = &addresses(&result)[..] else { panic!("{result}") };
     let v4 = format!("{v4}/24");
-    for (change, back, part) in [
+    for (change, undo, part) in [
         (vec!["link", "set", "eth0", "mtu", "1400"], vec!["link", "set", "eth0", "mtu", "1300"], ""),
         (
             vec!["-6", "route", "del", "default"],
@@ -328,14 +336,14 @@ fn check_names_what_changed() {
     ] {
         workload.exec_ok([&["ip"], &change[..]].concat()).unwrap();
         if part.is_empty() {
-            // The MTU follows the path: it is not the container's to keep.
+            // The MTU follows the path, so CHECK ignores it.
             check(Some(&result)).result().unwrap();
         } else {
             assert_refused(check(Some(&result)), 100, &[part]);
         }
-        workload.exec_ok([&["ip"], &back[..]].concat()).unwrap();
+        workload.exec_ok([&["ip"], &undo[..]].concat()).unwrap();
     }
-    // With the IPv4 address the default route went.
+    // The kernel deleted the default route with the IPv4 address.
     assert_refused(check(Some(&result)), 100, &["10.99.0.1"]);
     workload.exec_ok(["ip", "route", "add", "default", "via", "10.99.0.1"]).unwrap();
     check(Some(&result)).result().unwrap();
@@ -344,7 +352,7 @@ fn check_names_what_changed() {
     let mut other = result.clone();
     other["ips"][1]["address"] = json!("fd99::77/64");
     workload.exec_ok(["ip", "link", "set", "eth0", "up"]).unwrap();
-    wait_until(SOON, "the address back", || {
+    wait_until(SOON, "the address to be restored", || {
         workload.exec_ok(["ip", "addr", "replace", &format!("{v6}/64"), "dev", "eth0", "nodad"]).map(drop)
     })
     .unwrap();
@@ -357,134 +365,141 @@ fn check_names_what_changed() {
 }
 
 #[test]
-fn gc_removes_what_the_runtime_does_not_know() {
+fn gc_removes_attachments_that_the_runtime_does_not_list() {
     let lab = lab(1);
     let host = &lab["h1"];
     let list = Conflist::new(host, "pods");
-    let other = list.clone().named("others");
-    let made: Vec<Container> =
-        ["a", "b", "c"].map(|name| Container::of(&host.workload(name).unwrap())).into();
-    for container in &made {
+    let other = list.clone().with_name("others");
+    let containers: Vec<Container> =
+        ["a", "b", "c"].map(|name| Container::for_workload(&host.workload(name).unwrap())).into();
+    for container in &containers {
         list.add(host, container).unwrap();
     }
-    list.add(host, &made[0].interface("net1")).unwrap();
-    // The same network by another configuration, and by hand: neither is this one's.
-    other.add(host, &Container::of(&host.workload("d").unwrap())).unwrap();
+    list.add(host, &containers[0].interface("net1")).unwrap();
+    // Attachments of another configuration of the same network, and of `ovlctl attach`, are not subject to this GC.
+    other.add(host, &Container::for_workload(&host.workload("d").unwrap())).unwrap();
     ovl_tests::attach(host, "e", "pods", &[]).unwrap();
     let gc = |valid: Value| {
         list.clone()
             .with("cni.dev/valid-attachments", valid)
-            .ask(host, "GC", &Container::new("", ""))
+            .call_ovl(host, "GC", &Container::new("", ""))
             .unwrap()
     };
-    assert_refused(list.ask(host, "GC", &made[0]).unwrap(), 7, &["cni.dev/valid-attachments"]);
+    assert_refused(list.call_ovl(host, "GC", &containers[0]).unwrap(), 7, &["cni.dev/valid-attachments"]);
     assert_refused(gc(json!([{ "containerID": 7 }])), 7, &["containerID"]);
-    assert_refused(list.clone().version("1.0.0").ask(host, "GC", &made[0]).unwrap(), 1, &["GC"]);
+    assert_refused(
+        list.clone().with_version("1.0.0").call_ovl(host, "GC", &containers[0]).unwrap(),
+        1,
+        &["GC"],
+    );
     assert_eq!(endpoints(host).unwrap().len(), 6);
     let valid = json!([
-        { "containerID": made[0].id, "ifname": "eth0" },
-        { "containerID": made[2].id, "ifname": "eth0" },
+        { "containerID": containers[0].id, "ifname": "eth0" },
+        { "containerID": containers[2].id, "ifname": "eth0" },
         { "containerID": "unheard-of", "ifname": "eth0" },
     ]);
     for _ in 0..2 {
-        assert_eq!(gc(valid.clone()), Ran { code: Some(0), printed: Value::Null });
+        assert_eq!(gc(valid.clone()), PluginOutput { code: Some(0), printed: Value::Null });
         let found = endpoints(host).unwrap();
         assert_eq!(found.len(), 4, "{found:?}");
     }
     assert_eq!(interfaces(&host.find_workload("a").unwrap()).unwrap(), ["eth0".to_owned()].into());
     assert!(interfaces(&host.find_workload("b").unwrap()).unwrap().is_empty());
-    // What survives is still known after a restart.
+    // The remaining attachments are known after a restart.
     host.restart().unwrap();
     host.wait_ready(SOON).unwrap();
     gc(json!([])).result().unwrap();
     wait_endpoints(host, &["d-container on h1 is ready", "e on h1 is ready"], SOON).unwrap();
-    host.ctl_ok(&["verify"]).unwrap();
+    ensure_settled(host).unwrap();
 }
 
 #[test]
-fn status_says_whether_an_add_would_work() {
+fn status_reports_whether_an_add_would_work() {
     let lab = lab(3);
     let (h1, h2) = (&lab["h1"], &lab["h2"]);
     let none = Container::new("", "");
     let list = Conflist::new(h1, "pods");
-    list.ask(h1, "STATUS", &none).unwrap().result().unwrap();
+    list.call_ovl(h1, "STATUS", &none).unwrap().result().unwrap();
     assert_refused(
-        Conflist::new(h1, "none").ask(h1, "STATUS", &none).unwrap(),
+        Conflist::new(h1, "none").call_ovl(h1, "STATUS", &none).unwrap(),
         50,
         &["there is no network none"],
     );
-    assert_refused(list.clone().version("1.0.0").ask(h1, "STATUS", &none).unwrap(), 1, &["STATUS"]);
+    assert_refused(list.clone().with_version("1.0.0").call_ovl(h1, "STATUS", &none).unwrap(), 1, &["STATUS"]);
     assert_refused(
-        list.clone().with("ipam", json!({ "type": "x" })).ask(h1, "STATUS", &none).unwrap(),
+        list.clone().with("ipam", json!({ "type": "x" })).call_ovl(h1, "STATUS", &none).unwrap(),
         2,
         &["ipam"],
     );
-    // One path of this host's two is cut, both ways; the third host says that the second lives.
+    // The path between h1 and h2 is cut in both directions, while h3 still reports h2 as alive.
     let cut = |verb: &str| {
         for (host, other) in [(h1, h2), (h2, h1)] {
             host.exec_ok(["ip", "route", verb, "blackhole", &other.address().unwrap().to_string()]).unwrap();
         }
     };
     cut("add");
-    wait_until(SOON, "a host that cannot be reached", || {
-        let (code, says) = list.ask(h1, "STATUS", &none)?.error()?;
-        ensure!(code == 51 && says.contains("h2"), "{code}: {says}");
+    wait_until(SOON, "STATUS to report that h2 is unreachable", || {
+        let (code, message) = list.call_ovl(h1, "STATUS", &none)?.error()?;
+        ensure!(code == 51 && message.contains("h2"), "{code}: {message}");
         Ok(())
     })
     .unwrap();
-    // The third one reaches both.
-    Conflist::new(&lab["h3"], "pods").ask(&lab["h3"], "STATUS", &none).unwrap().result().unwrap();
+    // h3 reaches both.
+    Conflist::new(&lab["h3"], "pods").call_ovl(&lab["h3"], "STATUS", &none).unwrap().result().unwrap();
     cut("del");
-    wait_until(SOON, "the path again", || list.ask(h1, "STATUS", &none)?.result().map(drop)).unwrap();
-    // One that is gone for good is no fault of this host's.
+    wait_until(SOON, "STATUS to succeed again", || list.call_ovl(h1, "STATUS", &none)?.result().map(drop))
+        .unwrap();
+    // A dead host is no reason to fail STATUS on another host.
     h2.destroy().unwrap();
     wait_until(SOON, "h2 to be dead", || {
         Ok::<_, anyhow::Error>(ovl_tests::peer(h1, "h2")?["state"] == "dead")
     })
     .unwrap();
-    list.ask(h1, "STATUS", &none).unwrap().result().unwrap();
+    list.call_ovl(h1, "STATUS", &none).unwrap().result().unwrap();
 }
 
 #[test]
-fn a_host_that_is_not_admitted_says_so() {
+fn status_and_add_fail_on_a_host_that_is_not_admitted() {
     let lab = Lab::new(netns_lab::LabConfig::hosts(2)).unwrap();
     let h2 = &lab["h2"];
     h2.start().unwrap();
-    wait_until(SOON, "the socket", || h2.ctl_ok(&["status"]).map(drop)).unwrap();
+    wait_until(SOON, "the control socket to answer", || h2.ctl_ok(&["status"]).map(drop)).unwrap();
     let list = Conflist::new(h2, "pods");
-    assert_refused(list.ask(h2, "STATUS", &Container::new("", "")).unwrap(), 50, &["not ready"]);
-    let container = Container::of(&h2.workload("a").unwrap());
-    assert_refused(list.ask(h2, "ADD", &container).unwrap(), 11, &["not ready"]);
+    assert_refused(list.call_ovl(h2, "STATUS", &Container::new("", "")).unwrap(), 50, &["not ready"]);
+    let container = Container::for_workload(&h2.workload("a").unwrap());
+    assert_refused(list.call_ovl(h2, "ADD", &container).unwrap(), 11, &["not ready"]);
     list.del(h2, &container, None).unwrap();
 }
 
 #[test]
-fn a_namespace_deleted_without_a_del_takes_its_attachment_along() {
+fn deleting_a_namespace_deletes_its_attachment() {
     let lab = lab(1);
     let host = &lab["h1"];
     let list = Conflist::new(host, "pods");
     let workload = host.workload("a").unwrap();
-    let container = Container::of(&workload);
+    let container = Container::for_workload(&workload);
     list.add(host, &container).unwrap();
     workload.destroy().unwrap();
     wait_endpoints(host, &[], SOON).unwrap();
     wait_nothing_left(host).unwrap();
     list.del(host, &container, None).unwrap();
-    // And its id can come again.
+    // The container ID can be used again.
     let workload = host.workload("a").unwrap();
-    list.add(host, &Container::of(&workload)).unwrap();
+    list.add(host, &Container::for_workload(&workload)).unwrap();
     list.del(host, &container, None).unwrap();
     wait_nothing_left(host).unwrap();
 }
 
 #[test]
-fn many_at_once_do_not_get_in_each_others_way() {
+fn concurrent_calls_do_not_conflict() {
     let lab = lab(1);
     let host = &lab["h1"];
     let list = Conflist::new(host, "pods");
     let workloads = host.bare_workloads("w", 24).unwrap();
-    let containers: Vec<_> =
-        workloads.iter().map(|workload| Container::of(workload).args("K8S_POD_NAME=same")).collect();
+    let containers: Vec<_> = workloads
+        .iter()
+        .map(|workload| Container::for_workload(workload).args("K8S_POD_NAME=same"))
+        .collect();
     for _ in 0..3 {
         let results: Vec<Value> = thread::scope(|scope| {
             let adds: Vec<_> = containers
@@ -502,24 +517,24 @@ fn many_at_once_do_not_get_in_each_others_way() {
         });
         thread::scope(|scope| {
             for container in &containers {
-                // Two at once for each: both succeed.
+                // Two concurrent DELs of each container both succeed.
                 scope.spawn(|| list.del(host, container, None).unwrap());
                 scope.spawn(|| list.del(host, &container.without_netns(), None).unwrap());
             }
         });
         wait_nothing_left(host).unwrap();
     }
-    // ADD and DEL of one container at the same time: whichever comes last has its way.
+    // ADD and DEL of one container at the same time: the state is that of the later one.
     let container = &containers[0];
     for _ in 0..10 {
         thread::scope(|scope| {
-            let add = scope.spawn(|| list.ask(host, "ADD", container).unwrap());
+            let add = scope.spawn(|| list.call_ovl(host, "ADD", container).unwrap());
             scope.spawn(|| list.del(host, container, None).unwrap());
             let add = add.join().unwrap();
             add.result().unwrap();
         });
-        let there = interfaces(&workloads[0]).unwrap().len();
-        assert_eq!(endpoints(host).unwrap().len(), there);
+        let interface_count = interfaces(&workloads[0]).unwrap().len();
+        assert_eq!(endpoints(host).unwrap().len(), interface_count);
         list.del(host, container, None).unwrap();
         assert!(interfaces(&workloads[0]).unwrap().is_empty());
     }
@@ -527,7 +542,7 @@ fn many_at_once_do_not_get_in_each_others_way() {
 }
 
 #[test]
-fn the_reference_plugins_can_be_chained() {
+fn reference_plugins_can_be_chained() {
     let lab = lab(2);
     let (h1, h2) = (&lab["h1"], &lab["h2"]);
     let address = h1.address().unwrap();
@@ -535,14 +550,14 @@ fn the_reference_plugins_can_be_chained() {
     let rate = json!({ "type": "bandwidth", "ingressRate": 80_000_000, "ingressBurst": 8_000_000,
         "egressRate": 80_000_000, "egressBurst": 8_000_000 });
     let list = Conflist::new(h1, "pods")
-        .version("1.0.0")
-        .after(json!({ "type": "loopback" }))
-        .then(json!({ "type": "portmap", "capabilities": { "portMappings": true } }))
-        .then(json!({ "type": "firewall", "backend": "iptables" }))
-        .then(json!({ "type": "tuning", "sysctl": { "net.core.somaxconn": "500" }, "promisc": true }))
-        .then(rate);
+        .with_version("1.0.0")
+        .with_first(json!({ "type": "loopback" }))
+        .with_last(json!({ "type": "portmap", "capabilities": { "portMappings": true } }))
+        .with_last(json!({ "type": "firewall", "backend": "iptables" }))
+        .with_last(json!({ "type": "tuning", "sysctl": { "net.core.somaxconn": "500" }, "promisc": true }))
+        .with_last(rate);
     let ports = json!([{ "hostPort": 8080, "containerPort": 80, "protocol": "tcp" }]);
-    let container = Container::of(&workload).capability("portMappings", ports);
+    let container = Container::for_workload(&workload).capability("portMappings", ports);
     let result = list.add(h1, &container).unwrap();
     let sandboxed =
         result["interfaces"].as_array().unwrap().iter().filter(|each| each["sandbox"].is_string());
@@ -551,7 +566,7 @@ fn the_reference_plugins_can_be_chained() {
     // Debian's portmap 1.1.1 looks for its IPv4 rules in ip6tables too, and misses them.
     checked.plugins.retain(|plugin| plugin["type"] != "portmap");
     checked.check(h1, &container, &result).unwrap();
-    // The port is published to other hosts, through what all of them set up.
+    // The other host reaches the published port through the whole chain.
     let echo = workload.tcp_echo(80).unwrap();
     wait_until(SOON, "the published port", || {
         let answer = h2.tcp_roundtrip(address, 8080, b"through")?;
@@ -562,8 +577,8 @@ fn the_reference_plugins_can_be_chained() {
     drop(echo);
     let link = workload.ip_json(&["-d", "link", "show", "eth0"]).unwrap();
     assert_eq!(link[0]["promiscuity"], 1, "{link}");
-    // What they set up is no drift to us.
-    h1.ctl_ok(&["verify"]).unwrap();
+    // Objects of the other plugins are not drift.
+    ensure_settled(h1).unwrap();
     list.del(h1, &container, Some(&result)).unwrap();
     list.del(h1, &container.without_netns(), None).unwrap();
     assert!(h2.tcp_roundtrip(address, 8080, b"through").is_err());
@@ -571,7 +586,7 @@ fn the_reference_plugins_can_be_chained() {
 }
 
 #[test]
-fn what_ovlctl_installs_is_what_a_runtime_needs() {
+fn installed_conflist_and_plugin_work() {
     let lab = lab(1);
     let host = &lab["h1"];
     let dir = host.dir().join("cni");
@@ -591,8 +606,11 @@ fn what_ovlctl_installs_is_what_a_runtime_needs() {
         bin.to_str().unwrap(),
     ];
     for _ in 0..2 {
-        let wrote = host.ctl_json(&args).unwrap();
-        assert_eq!(wrote, json!({ "conflist": conf.join("k8s.conflist"), "binary": bin.join("ovl-cni") }));
+        let installed = host.ctl_json(&args).unwrap();
+        assert_eq!(
+            installed,
+            json!({ "conflist": conf.join("k8s.conflist"), "binary": bin.join("ovl-cni") })
+        );
     }
     let names =
         |dir: &Path| fs::read_dir(dir).unwrap().map(|file| file.unwrap().file_name()).collect::<Vec<_>>();
@@ -605,13 +623,14 @@ fn what_ovlctl_installs_is_what_a_runtime_needs() {
     assert_eq!(fs::read(bin.join("ovl-cni")).unwrap(), fs::read(plugin).unwrap());
     let list = Conflist::read(&conf.join("k8s.conflist")).unwrap();
     assert_eq!((list.name.as_str(), list.version.as_str()), ("k8s", "1.0.0"));
-    let container = Container::of(&host.workload("a").unwrap()).capability("portMappings", json!([]));
+    let container =
+        Container::for_workload(&host.workload("a").unwrap()).capability("portMappings", json!([]));
     let result = list.add(host, &container).unwrap();
     list.check(host, &container, &result).unwrap();
     list.del(host, &container, Some(&result)).unwrap();
     wait_nothing_left(host).unwrap();
-    // Nothing half done where it cannot be done.
-    let says = ovl_tests::refused(
+    // A failed install leaves nothing behind.
+    let error = ovl_tests::ctl_error(
         host,
         &[
             "cni",
@@ -625,6 +644,6 @@ fn what_ovlctl_installs_is_what_a_runtime_needs() {
         ],
     )
     .unwrap();
-    assert_says(&says, &["/none", "--binary"]);
+    assert_contains(&error, &["/none", "--binary"]);
     assert_eq!(names(&conf).len(), 1);
 }

@@ -1,31 +1,32 @@
-//! containerd, driven over its runtime interface as the kubelet drives it, on the lab's hosts.
+//! containerd on the hosts of a lab, driven through the CRI as the kubelet drives it.
 
 #![allow(clippy::unwrap_used, reason = "tests, and helpers of tests")]
 
 use netns_lab::Signal;
 use ovl_tests::runtime::{
-    Before, Containerd, Place, PodOptions, answered, lab, reaches, wait_endpoint_count,
+    CommandTarget, Containerd, HostSnapshot, PodOptions, ensure_reaches, lab, wait_endpoint_count,
+    wait_http_source,
 };
 
 #[test]
-fn pods_on_two_hosts_talk_under_the_addresses_that_the_runtime_tells() {
+fn pods_on_two_hosts_communicate_with_the_addresses_that_the_runtime_reports() {
     let lab = lab().unwrap();
     let (h1, h2) = (&lab["h1"], &lab["h2"]);
     let (one, two) = (Containerd::start(h1).unwrap(), Containerd::start(h2).unwrap());
     let annotations = [("ovl.example/team", "blue"), ("note", "two words, \"quoted\"")];
     let web = one.run("web", &PodOptions { annotations: &annotations, ..PodOptions::default() }).unwrap();
     let db = two.run("db", &PodOptions::default()).unwrap();
-    reaches(&web, &db).unwrap();
-    reaches(&db, &web).unwrap();
+    ensure_reaches(&web, &db).unwrap();
+    ensure_reaches(&db, &web).unwrap();
     wait_endpoint_count(h1, 2).unwrap();
     for pod in [&web, &db] {
-        assert_eq!(pod.told_addresses().unwrap(), pod.addresses().unwrap());
+        assert_eq!(pod.reported_addresses().unwrap(), pod.addresses().unwrap());
     }
 
-    // Names are those of a namespace.
+    // Pod names are unique only within a Kubernetes namespace.
     let other = one.run("web", &PodOptions { namespace: "staging", ..PodOptions::default() }).unwrap();
-    reaches(&other, &web).unwrap();
-    reaches(&web, &other).unwrap();
+    ensure_reaches(&other, &web).unwrap();
+    ensure_reaches(&web, &other).unwrap();
 
     for (name, value) in annotations {
         assert_eq!(web.annotations().unwrap()[name], value);
@@ -42,25 +43,25 @@ fn pods_on_two_hosts_talk_under_the_addresses_that_the_runtime_tells() {
 }
 
 #[test]
-fn a_pod_with_a_host_port_is_reached_and_leaves_nothing() {
+fn pod_with_a_host_port_is_reachable_and_leaves_no_state() {
     let lab = lab().unwrap();
     let (h1, h2) = (&lab["h1"], &lab["h2"]);
     let containerd = Containerd::start(h1).unwrap();
-    let before = Before::of(h1).unwrap();
+    let before = HostSnapshot::take(h1).unwrap();
     let pod = containerd.run("web", &PodOptions { host_ports: &[(18080, 8080)], ..PodOptions::default() });
     let pod = pod.unwrap();
     for (server, client) in h1.addresses().into_iter().zip(h2.addresses()) {
-        let seen = answered(h2, server, 18080).unwrap();
-        assert_eq!(seen, client, "the client's own address arrives");
+        let seen = wait_http_source(h2, server, 18080).unwrap();
+        assert_eq!(seen, client, "the pod sees the client's own address");
     }
     let addresses = pod.addresses().unwrap();
 
     pod.stop().unwrap();
     assert!(!pod.is_ready().unwrap());
     before.wait_nothing_left(&addresses).unwrap();
-    h2.seen_from(h1.addresses()[0], 18080).expect_err("a port of nobody");
+    h2.http_source(h1.addresses()[0], 18080).expect_err("the host port is not released");
 
-    // As the kubelet does: again, and once more when it is removed. The namespace is gone by then.
+    // As the kubelet does: a second stop, and a second remove, when the namespace does not exist any more.
     pod.stop().unwrap();
     pod.remove().unwrap();
     pod.remove().unwrap();
@@ -71,10 +72,10 @@ fn a_pod_with_a_host_port_is_reached_and_leaves_nothing() {
     assert!(!deletes[0].netns.is_empty() && deletes[1].netns.is_empty(), "{calls:?}");
     before.wait_nothing_left(&addresses).unwrap();
 
-    // The port is free for the next one.
+    // The next pod can use the port.
     let next = containerd.run("web", &PodOptions { host_ports: &[(18080, 8080)], ..PodOptions::default() });
     let next = next.unwrap();
-    answered(h2, h1.addresses()[0], 18080).unwrap();
+    wait_http_source(h2, h1.addresses()[0], 18080).unwrap();
     wait_endpoint_count(h1, 1).unwrap();
     next.stop().unwrap();
     next.remove().unwrap();
@@ -82,28 +83,28 @@ fn a_pod_with_a_host_port_is_reached_and_leaves_nothing() {
 }
 
 #[test]
-fn pods_outlive_a_restart_of_the_runtime() {
+fn pods_survive_a_restart_of_the_runtime() {
     let lab = lab().unwrap();
     let (h1, h2) = (&lab["h1"], &lab["h2"]);
     let (mut one, two) = (Containerd::start(h1).unwrap(), Containerd::start(h2).unwrap());
-    let before = Before::of(h1).unwrap();
+    let before = HostSnapshot::take(h1).unwrap();
     let old = one.run("old", &PodOptions::default()).unwrap();
     let far = two.run("far", &PodOptions::default()).unwrap();
-    reaches(&old, &far).unwrap();
+    ensure_reaches(&old, &far).unwrap();
     let addresses = old.addresses().unwrap();
     for signal in [Signal::SIGTERM, Signal::SIGKILL] {
         one.end_daemon(signal).unwrap();
         for &address in &addresses {
-            far.ping(address).expect("a pod needs no runtime to be reached");
+            far.ping(address).expect("pods stay reachable while the runtime is stopped");
         }
         one.start_daemon().unwrap();
         assert!(old.is_ready().unwrap());
         assert_eq!(old.addresses().unwrap(), addresses);
-        reaches(&old, &far).unwrap();
+        ensure_reaches(&old, &far).unwrap();
     }
     let new = one.run("new", &PodOptions::default()).unwrap();
     assert!(new.addresses().unwrap().iter().all(|address| !addresses.contains(address)));
-    reaches(&new, &old).unwrap();
+    ensure_reaches(&new, &old).unwrap();
     wait_endpoint_count(h1, 3).unwrap();
 
     let gone = [addresses, new.addresses().unwrap(), far.addresses().unwrap()].concat();

@@ -1,4 +1,4 @@
-//! The cluster's DNS: pods' names, and search lists that cost one query.
+//! Cluster DNS: names of pods and Services, and search lists that cost one query.
 
 #![allow(clippy::unwrap_used, reason = "tests, and helpers of tests")]
 
@@ -8,21 +8,21 @@ use std::path::PathBuf;
 use anyhow::{Context as _, Result, ensure};
 use netns_lab::{Host, Lab, Workload, wait_until};
 use ovl_tests::cni::{Conflist, Container};
-use ovl_tests::resolver::{FakeResolver, Mood, ResolvConf, config, dig, status};
-use ovl_tests::routed::make_routed;
+use ovl_tests::resolver::{Behaviour, FakeResolver, ResolvConf, config, dig, status};
+use ovl_tests::routed::create_routed_network;
 use ovl_tests::service::apply;
-use ovl_tests::{Attached, SOON, attach, make_network, problems, started_with, text, wait_clean};
+use ovl_tests::{Attached, SOON, attach, create_network, problems, start_lab_with, text, wait_clean};
 use serde_json::json;
 
-/// Where the cluster's DNS is, on every host.
+/// Address of the cluster's DNS on every host.
 const AT: &str = "10.96.0.10";
 const SEARCH: &str = "shop.svc.cluster.local svc.cluster.local cluster.local";
 
-/// Hosts whose other resolver is at 127.0.0.1, and an endpoint on each in the Kubernetes namespace `shop`.
-fn world(hosts: usize, more: &str) -> (Lab, ResolvConf, Vec<Attached>) {
+/// A lab whose hosts forward to 127.0.0.1, with an endpoint on each host in the Kubernetes namespace `shop`.
+fn lab_with_pods(hosts: usize, more: &str) -> (Lab, ResolvConf, Vec<Attached>) {
     let (config, file) = config(hosts, &["127.0.0.1"], more).unwrap();
-    let lab = started_with(config).unwrap();
-    make_network(&lab, "blue", &["--subnet", "10.70.0.0/24"]).unwrap();
+    let lab = start_lab_with(config).unwrap();
+    create_network(&lab, "blue", &["--subnet", "10.70.0.0/24"]).unwrap();
     let pods = lab.hosts().iter().enumerate();
     let pods =
         pods.map(|(i, host)| attach(host, &format!("p{i}"), "blue", &["--namespace", "shop"]).unwrap());
@@ -30,10 +30,10 @@ fn world(hosts: usize, more: &str) -> (Lab, ResolvConf, Vec<Attached>) {
     (lab, file, pods)
 }
 
-/// A resolv.conf that `ip netns exec` shows inside; removed when dropped.
-struct Inside(PathBuf);
+/// A resolv.conf for `ip netns exec` in a namespace. It is removed when dropped.
+struct NetnsResolvConf(PathBuf);
 
-impl Inside {
+impl NetnsResolvConf {
     fn write(workload: &Workload) -> Result<Self> {
         let dir = PathBuf::from("/etc/netns").join(workload.netns_name());
         std::fs::create_dir_all(&dir)?;
@@ -45,13 +45,13 @@ impl Inside {
     }
 }
 
-impl Drop for Inside {
+impl Drop for NetnsResolvConf {
     fn drop(&mut self) {
         let _ = std::fs::remove_dir_all(&self.0);
     }
 }
 
-/// Queries so far, by what became of them.
+/// Number of queries so far with an outcome, from `ovlctl metrics`.
 fn count(lab: &Lab, outcome: &str) -> u64 {
     let metrics = lab.hosts()[0].ctl_ok(&["metrics"]).unwrap();
     let name = format!("ovl_dns_queries_total{{outcome=\"{outcome}\"}} ");
@@ -60,73 +60,73 @@ fn count(lab: &Lab, outcome: &str) -> u64 {
 }
 
 #[test]
-fn ndots_5_an_external_name_costs_one_query_upstream_and_one_answer() {
-    let (lab, _file, pods) = world(1, "");
-    let upstream = FakeResolver::start(&lab.hosts()[0], Ipv4Addr::LOCALHOST, Mood::Answers).unwrap();
-    let _inside = Inside::write(&pods[0].workload).unwrap();
+fn external_name_with_ndots_5_costs_one_upstream_query() {
+    let (lab, _file, pods) = lab_with_pods(1, "");
+    let upstream = FakeResolver::start(&lab.hosts()[0], Ipv4Addr::LOCALHOST, Behaviour::Answers).unwrap();
+    let _inside = NetnsResolvConf::write(&pods[0].workload).unwrap();
     let name = pods[0].workload.netns_name().to_owned();
     let before = ["zone", "cache", "forwarded"].map(|outcome| count(&lab, outcome));
     let output = lab.hosts()[0]
         .exec_ok(["ip", "netns", "exec", &name, "getent", "ahostsv4", "api.example.org"])
         .unwrap();
     assert!(output.starts_with("192.0.2.7 "), "{output}");
-    assert_eq!(upstream.asked(), 1);
+    assert_eq!(upstream.udp_queries(), 1);
     let after = ["zone", "cache", "forwarded"].map(|outcome| count(&lab, outcome));
-    // The one query of the C library was the one that went out; none was answered with nothing.
+    // The C library sent one query, which was forwarded. No query of its search list was answered with NXDOMAIN.
     assert_eq!([0, 1, 2].map(|i| after[i] - before[i]), [0, 0, 1]);
-    // The answer says what it stands for, by UDP and TCP.
+    // The answer has a CNAME record to the external name, over UDP and TCP.
     let walked = "api.example.org.shop.svc.cluster.local";
     for how in ["+notcp", "+tcp"] {
         assert_eq!(dig(&pods[0].workload, AT, &[walked, how]).unwrap(), ["192.0.2.7", "api.example.org."]);
     }
-    assert_eq!(upstream.asked(), 1);
+    assert_eq!(upstream.udp_queries(), 1);
     let answer = lab.hosts()[0].ctl_json(&["dns", walked, "--from", "p0"]).unwrap();
     assert!(text(&answer["why"]).contains("it stands for api.example.org"), "{answer}");
 }
 
 #[test]
-fn a_walk_is_never_answered_for_a_name_that_it_should_not() {
-    let (lab, _file, pods) = world(1, "");
-    let upstream = FakeResolver::start(&lab.hosts()[0], Ipv4Addr::LOCALHOST, Mood::Answers).unwrap();
+fn search_list_shortcut_applies_only_to_the_right_names() {
+    let (lab, _file, pods) = lab_with_pods(1, "");
+    let upstream = FakeResolver::start(&lab.hosts()[0], Ipv4Addr::LOCALHOST, Behaviour::Answers).unwrap();
     let ask = |name: &str| status(&pods[0].workload, AT, &[name]).unwrap();
     for name in [
-        // One label is the cluster's, or nobody's.
+        // A single label belongs to the cluster.
         "api.shop.svc.cluster.local",
-        // The search list of another namespace, and later steps of the own one.
+        // The search list of another namespace, and later steps of the pod's own one.
         "api.example.org.default.svc.cluster.local",
         "api.example.org.svc.cluster.local",
         "api.example.org.cluster.local",
-        // A name of the cluster that there is not, in full: its walk ends where it begins.
+        // A cluster name that does not exist, in full: the shortcut would lead to the cluster's domain again.
         "db.shop.svc.cluster.local.shop.svc.cluster.local",
     ] {
         assert_eq!(ask(name), "NXDOMAIN", "{name}");
     }
-    assert_eq!(upstream.asked(), 0);
-    // What others deny is denied, and what they cannot say is a failure.
+    assert_eq!(upstream.udp_queries(), 0);
+    // An upstream NXDOMAIN is passed on, and an upstream failure is SERVFAIL.
     drop(upstream);
-    let denies = FakeResolver::start(&lab.hosts()[0], Ipv4Addr::LOCALHOST, Mood::Denies).unwrap();
+    let denies = FakeResolver::start(&lab.hosts()[0], Ipv4Addr::LOCALHOST, Behaviour::NxDomain).unwrap();
     assert_eq!(ask("nobody.example.org.shop.svc.cluster.local"), "NXDOMAIN");
-    assert_eq!(denies.asked(), 1);
+    assert_eq!(denies.udp_queries(), 1);
     drop(denies);
     assert_eq!(ask("later.example.org.shop.svc.cluster.local"), "SERVFAIL");
 }
 
 #[test]
-fn walking_search_lists_can_be_switched_off() {
-    let (lab, _file, pods) = world(1, "walk_search_lists = false\n");
-    let upstream = FakeResolver::start(&lab.hosts()[0], Ipv4Addr::LOCALHOST, Mood::Answers).unwrap();
+fn search_list_shortcut_can_be_disabled() {
+    let (lab, _file, pods) = lab_with_pods(1, "walk_search_lists = false\n");
+    let upstream = FakeResolver::start(&lab.hosts()[0], Ipv4Addr::LOCALHOST, Behaviour::Answers).unwrap();
     let walked = "api.example.org.shop.svc.cluster.local";
     assert_eq!(status(&pods[0].workload, AT, &[walked]).unwrap(), "NXDOMAIN");
-    assert_eq!(upstream.asked(), 0);
+    assert_eq!(upstream.udp_queries(), 0);
     assert_eq!(dig(&pods[0].workload, AT, &["api.example.org"]).unwrap(), ["192.0.2.7"]);
 }
 
 #[test]
-fn the_clusters_dns_is_at_one_address_on_every_node_and_knows_pods_by_address() {
-    let (lab, _file, pods) = world(2, "cluster_domain = \"k8s.test\"\n");
+fn cluster_dns_has_one_address_on_every_host_and_resolves_pods_by_address() {
+    let (lab, _file, pods) = lab_with_pods(2, "cluster_domain = \"k8s.test\"\n");
     for pod in &pods {
         assert_eq!(dig(&pod.workload, AT, &["dns-version.k8s.test", "TXT"]).unwrap(), ["\"1.1.0\""]);
-        // Each is found from each host.
+        // Each pod's name resolves on each host.
         for other in &pods {
             let name = format!("{}.shop.pod.k8s.test", other.address().replace('.', "-"));
             wait_until(SOON, &name, || {
@@ -136,7 +136,7 @@ fn the_clusters_dns_is_at_one_address_on_every_node_and_knows_pods_by_address() 
             })
             .unwrap();
         }
-        // What has names beneath it is there; what is not, is not.
+        // Names with names beneath them exist (NOERROR); all others do not (NXDOMAIN).
         for (name, expected) in [
             ("k8s.test", "NOERROR"),
             ("svc.k8s.test", "NOERROR"),
@@ -150,7 +150,7 @@ fn the_clusters_dns_is_at_one_address_on_every_node_and_knows_pods_by_address() 
     let [h1, h2] = lab.hosts() else { panic!() };
     h2.ctl_ok(&["detach", "p1", "--namespace", "shop"]).unwrap();
     let name = format!("{}.shop.pod.k8s.test", pods[1].address().replace('.', "-"));
-    wait_until(SOON, "the pod's name to be gone", || {
+    wait_until(SOON, "the pod's name to be withdrawn", || {
         ensure!(status(&pods[0].workload, AT, &[&name])? == "NXDOMAIN");
         Ok(())
     })
@@ -159,15 +159,19 @@ fn the_clusters_dns_is_at_one_address_on_every_node_and_knows_pods_by_address() 
 }
 
 #[test]
-fn pods_on_an_internal_network_resolve_the_clusters_names_and_reach_nothing_outside() {
-    let (lab, _file, _pods) = world(2, "");
+fn pods_on_an_internal_network_resolve_cluster_names_and_reach_nothing_outside() {
+    let (lab, _file, _pods) = lab_with_pods(2, "");
     let [h1, h2] = lab.hosts() else { panic!() };
-    let _upstream = FakeResolver::start(h1, Ipv4Addr::LOCALHOST, Mood::Answers).unwrap();
+    let _upstream = FakeResolver::start(h1, Ipv4Addr::LOCALHOST, Behaviour::Answers).unwrap();
     apply(&lab, h1, SERVICES).unwrap();
-    make_network(&lab, "inner", &["--subnet", "10.72.0.0/24", "--subnet", "fd72::/64", "--internal"])
+    create_network(&lab, "inner", &["--subnet", "10.72.0.0/24", "--subnet", "fd72::/64", "--internal"])
         .unwrap();
-    make_routed(&lab, "routed", &["--subnet", "10.73.0.0/16", "--subnet", "fd73::/48", "--internal"])
-        .unwrap();
+    create_routed_network(
+        &lab,
+        "routed",
+        &["--subnet", "10.73.0.0/16", "--subnet", "fd73::/48", "--internal"],
+    )
+    .unwrap();
     for network in ["inner", "routed"] {
         let named = |host: &Host| {
             attach(host, &format!("{network}-{}", host.name()), network, &["--namespace", "shop"])
@@ -188,7 +192,7 @@ fn pods_on_an_internal_network_resolve_the_clusters_names_and_reach_nothing_outs
                 }
             }
         }
-        // No way out, and none to the host but for its resolver.
+        // No egress, and of the host only the resolver is reachable.
         for address in [h1.address().unwrap().to_string(), h2.address().unwrap().to_string()] {
             let ping = pod.workload.exec(["ping", "-n", "-c1", "-W1", &address]).unwrap();
             assert!(!ping.success(), "{network}: {address} answers");
@@ -226,10 +230,10 @@ spec: {type: ExternalName, externalName: db.example.org}
 ";
 
 #[test]
-fn services_have_the_names_of_the_specification_and_my_api_resolves_through_the_search_list() {
-    let (lab, _file, pods) = world(2, "");
+fn services_have_the_specified_names_and_resolve_through_the_search_list() {
+    let (lab, _file, pods) = lab_with_pods(2, "");
     let [h1, h2] = lab.hosts() else { panic!() };
-    let upstream = FakeResolver::start(h1, Ipv4Addr::LOCALHOST, Mood::Answers).unwrap();
+    let upstream = FakeResolver::start(h1, Ipv4Addr::LOCALHOST, Behaviour::Answers).unwrap();
     apply(&lab, h2, SERVICES).unwrap();
     let asker = &pods[0].workload;
     let pod = pods[1].address();
@@ -259,16 +263,16 @@ fn services_have_the_names_of_the_specification_and_my_api_resolves_through_the_
         })
         .unwrap();
     }
-    assert_eq!(upstream.asked(), 1);
-    let _inside = Inside::write(asker).unwrap();
+    assert_eq!(upstream.udp_queries(), 1);
+    let _inside = NetnsResolvConf::write(asker).unwrap();
     let name = asker.netns_name().to_owned();
     for (short, expected) in [("web", "10.96.0.50"), ("db.shop", &*pod), ("my-pod.db", &*pod)] {
         let found = h1.exec_ok(["ip", "netns", "exec", &name, "getent", "ahostsv4", short]).unwrap();
         assert!(found.starts_with(expected), "{short}: {found}");
     }
-    assert_eq!(upstream.asked(), 1);
-    // A backend that is not ready has no record, a headless Service without ready ones no name (section 2.4.1 of the
-    // specification), and a Service that is deleted neither.
+    assert_eq!(upstream.udp_queries(), 1);
+    // A backend that is not ready has no record, and a headless Service without ready backends has no name (section
+    // 2.4.1 of the specification).
     h2.ctl_ok(&["endpoint", "unready", "p1", "--namespace", "shop"]).unwrap();
     for (gone, expected) in
         [("my-pod.db.shop.svc.cluster.local", "NXDOMAIN"), ("db.shop.svc.cluster.local", "NXDOMAIN")]
@@ -280,7 +284,7 @@ fn services_have_the_names_of_the_specification_and_my_api_resolves_through_the_
         .unwrap();
     }
     h1.ctl_ok(&["delete", "service", "web", "--namespace", "shop"]).unwrap();
-    wait_until(SOON, "the Service's name to be gone", || {
+    wait_until(SOON, "the Service's name to be withdrawn", || {
         ensure!(status(asker, AT, &["web.shop.svc.cluster.local"])? == "NXDOMAIN");
         Ok(())
     })
@@ -288,12 +292,12 @@ fn services_have_the_names_of_the_specification_and_my_api_resolves_through_the_
 }
 
 #[test]
-fn a_runtime_is_told_the_clusters_dns_once_there_is_a_service_unless_it_knows_better() {
-    let (lab, _file, _pods) = world(1, "");
+fn cni_result_has_cluster_dns_once_a_service_exists_unless_overridden() {
+    let (lab, _file, _pods) = lab_with_pods(1, "");
     let host = &lab.hosts()[0];
     let add = |name: &str, list: &Conflist, args: &str| {
         let workload = host.workload(name).unwrap();
-        let result = list.add(host, &Container::of(&workload).args(args)).unwrap();
+        let result = list.add(host, &Container::for_workload(&workload).args(args)).unwrap();
         (workload, result["dns"].clone())
     };
     let list = Conflist::new(host, "blue");
@@ -312,13 +316,13 @@ fn a_runtime_is_told_the_clusters_dns_once_there_is_a_service_unless_it_knows_be
     };
     let (pod, dns) = add("pod", &list, &shop.replace("=a;", "=b;"));
     assert_eq!(dns, of("shop"));
-    // Of no pod: in the namespace that it is counted to.
+    // A container without a pod is in the default namespace.
     assert_eq!(add("plain", &list, "").1, of("default"));
-    // The network's own, and what the runtime asks for.
+    // The network's DNS configuration takes precedence.
     let own = json!({ "nameservers": ["192.0.2.53"] });
     assert_eq!(add("own", &list.with("dns", own.clone()), "").1, own);
-    // And it is so: with this resolv.conf the C library finds a Service by its short name.
-    let _inside = Inside::write(&pod).unwrap();
+    // With this resolv.conf the C library resolves the short name of a Service.
+    let _inside = NetnsResolvConf::write(&pod).unwrap();
     let name = pod.netns_name().to_owned();
     let found = host.exec_ok(["ip", "netns", "exec", &name, "getent", "ahostsv4", "web"]).unwrap();
     assert!(found.starts_with("10.96.0.50"), "{found}");

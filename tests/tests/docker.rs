@@ -1,4 +1,4 @@
-//! Real Docker Engines as clients: their networks are networks of the cluster.
+//! Real Docker Engines as clients, whose networks are networks of the cluster.
 
 #![allow(clippy::unwrap_used, reason = "tests, and helpers of tests")]
 
@@ -9,11 +9,13 @@ use std::time::Instant;
 
 use anyhow::ensure;
 use netns_lab::{Host, Lab, LabConfig, Signal, find_binary, wait_until};
-use ovl_tests::runtime::{Before, Docker, Place, answered, reaches, wait_endpoint_count};
-use ovl_tests::{SOON, assert_says, attach, rows, started, strings, text, wait_clean, wait_network};
+use ovl_tests::runtime::{
+    CommandTarget, Docker, HostSnapshot, ensure_reaches, wait_endpoint_count, wait_http_source,
+};
+use ovl_tests::{SOON, assert_contains, attach, rows, start_lab, strings, text, wait_clean, wait_network};
 use serde_json::{Value, json};
 
-/// `docker network create` with ovl's driver and IPAM.
+/// Runs `docker network create` with ovl's driver and IPAM.
 fn create(docker: &Docker, name: &str, more: &[&str]) -> String {
     docker
         .call(&[&["network", "create", "-d", "ovl", "--ipam-driver", "ovl"], more, &[name]].concat())
@@ -24,30 +26,33 @@ fn networks(host: &Host) -> Vec<String> {
     rows(host, &["network", "ls"]).unwrap().iter().map(|row| text(&row["name"])).collect()
 }
 
-/// The endpoint of a container, as the cluster knows it.
+/// The row of a container's endpoint in `ovlctl endpoints`.
 fn endpoint(host: &Host, address: IpAddr) -> Option<Value> {
-    let own = format!("{address}/");
+    let prefix = format!("{address}/");
     let all = rows(host, &["endpoints"]).unwrap();
-    all.into_iter().find(|row| strings(&row["addresses"]).iter().any(|each| each.starts_with(&own)))
+    all.into_iter().find(|row| strings(&row["addresses"]).iter().any(|each| each.starts_with(&prefix)))
 }
 
 #[test]
 fn containers_of_three_engines_reach_each_other() {
-    let lab = started(3).unwrap();
+    let lab = start_lab(3).unwrap();
     let hosts = [&lab["h1"], &lab["h2"], &lab["h3"]];
     let docker = hosts.map(|host| Docker::start(host, &[]).unwrap());
-    let before = hosts.map(|host| Before::of(host).unwrap());
+    let before = hosts.map(|host| HostSnapshot::take(host).unwrap());
     let [d1, d2, d3] = &docker;
 
-    // One makes the network, one joins it by its name and one by its range.
+    // One Engine creates the network, one joins it by its name, and one by its subnet.
     create(d1, "blue", &["-o", "ovl.network=blue", "--subnet", "10.77.0.0/16"]);
     hosts.iter().for_each(|host| wait_network(host, "blue").unwrap());
     create(d2, "other-name", &["-o", "ovl.network=blue"]);
     create(d3, "blue", &["--subnet", "10.77.0.0/16"]);
     assert_eq!(networks(hosts[2]), ["blue"]);
-    let told = d1.inspect("network", "blue").unwrap();
-    assert_eq!((text(&told["Driver"]), text(&told["Scope"])), ("ovl".to_owned(), "local".to_owned()));
-    assert_eq!(text(&told["IPAM"]["Config"][0]["Subnet"]), "10.77.0.0/16");
+    let inspected = d1.inspect("network", "blue").unwrap();
+    assert_eq!(
+        (text(&inspected["Driver"]), text(&inspected["Scope"])),
+        ("ovl".to_owned(), "local".to_owned())
+    );
+    assert_eq!(text(&inspected["IPAM"]["Config"][0]["Subnet"]), "10.77.0.0/16");
 
     let a = d1.run("aa", &["--network", "blue"]).unwrap();
     let b = d2.run("bb", &["--network", "other-name"]).unwrap();
@@ -55,70 +60,70 @@ fn containers_of_three_engines_reach_each_other() {
         .run("cc", &["--network", "blue", "--ip", "10.77.9.9", "--mac-address", "02:00:5e:00:00:07"])
         .unwrap();
     for (from, to) in [(&a, &b), (&a, &c), (&b, &a), (&b, &c), (&c, &a), (&c, &b)] {
-        reaches(from, to).unwrap();
+        ensure_reaches(from, to).unwrap();
     }
     let addresses: Vec<IpAddr> = [&a, &b, &c].iter().map(|each| each.addresses().unwrap()[0]).collect();
-    assert_eq!(a.told_address("blue").unwrap(), addresses[0]);
+    assert_eq!(a.reported_address("blue").unwrap(), addresses[0]);
     assert_eq!(addresses[2].to_string(), "10.77.9.9");
     assert_eq!(text(&endpoint(hosts[0], addresses[2]).unwrap()["mac"]), "02:00:5e:00:00:07");
-    // Two of one Engine, past its own rules for what it forwards.
+    // Two containers of one Engine, despite the Engine's own forwarding rules.
     let near = d1.run("near", &["--network", "blue"]).unwrap();
-    reaches(&near, &a).unwrap();
+    ensure_reaches(&near, &a).unwrap();
 
-    // And out into the world, as far as there is one.
+    // Egress.
     near.ping(hosts[1].address().unwrap()).unwrap();
-    // By name: those of its own Engine, and of others when it asks ovl's resolver for what the Engine does not know.
+    // By name: the Engine resolves its own containers, and forwards other names to ovl's resolver.
     let asker = d1.run("asker", &["--network", "blue", "--dns", "169.254.79.53"]).unwrap();
     for (name, address) in
         [("near", near.addresses().unwrap()[0]), ("bb", addresses[1]), ("cc", addresses[2])]
     {
-        wait_until(SOON, &format!("the name {name}"), || {
-            let said = asker.command(&["busybox", "nslookup", name])?;
-            ensure!(said.contains(&address.to_string()), "{said}");
+        wait_until(SOON, &format!("{name} to resolve"), || {
+            let output = asker.command(&["busybox", "nslookup", name])?;
+            ensure!(output.contains(&address.to_string()), "{output}");
             Ok(())
         })
         .unwrap();
     }
     d1.call(&["rm", "--force", "asker"]).unwrap();
 
-    // An address is given once, whichever Engine asks.
+    // An address is assigned once, whichever Engine requests it.
     let taken =
         d1.refused(&["run", "--rm", "--network", "blue", "--ip", "10.77.9.9", "localhost/ovl-test"]).unwrap();
-    assert_says(&taken, &["10.77.9.9"]);
+    assert_contains(&taken, &["10.77.9.9"]);
 
-    // A container is taken off a network, put on another one, on both.
-    // Both make it at one instant, and it is one network.
+    // A container leaves a network, joins another one, and is on both. Both Engines create the network at the same
+    // time, and it is one network.
     let make = ["network", "create", "-d", "ovl", "--ipam-driver", "ovl", "-o", "ovl.network=red"];
     let make = [&make[..], &["--subnet", "10.78.0.0/24", "red"]].concat();
-    let makers = [d1, d2].map(|each| each.host().spawn(each.command(&make)).unwrap());
-    for maker in makers {
-        let said = maker.finish(SOON).unwrap();
-        assert!(said.success(), "{}", said.stderr);
+    let creates = [d1, d2].map(|each| each.host().spawn(each.command(&make)).unwrap());
+    for create in creates {
+        let output = create.finish(SOON).unwrap();
+        assert!(output.success(), "{}", output.stderr);
     }
     let red = d2.run("red", &["--network", "red"]).unwrap();
     let red_address = red.addresses().unwrap()[0];
-    near.ping(red_address).expect_err("networks do not reach each other");
+    near.ping(red_address).expect_err("networks must be isolated");
     d1.call(&["network", "connect", "red", "near"]).unwrap();
     near.ping(red_address).unwrap();
-    reaches(&near, &a).unwrap();
+    ensure_reaches(&near, &a).unwrap();
     d1.call(&["network", "disconnect", "blue", "near"]).unwrap();
     near.ping(red_address).unwrap();
-    wait_until(SOON, "near off blue", || near.ping(addresses[0]).is_err()).unwrap();
+    wait_until(SOON, "near to be disconnected from blue", || near.ping(addresses[0]).is_err()).unwrap();
 
-    // A restart is another endpoint for the Engine; an address that was asked for stays.
+    // After a restart the Engine has another endpoint; the requested address stays.
     d3.call(&["restart", "--time", "0", "cc"]).unwrap();
-    reaches(&a, &c).unwrap();
+    ensure_reaches(&a, &c).unwrap();
     assert_eq!(c.addresses().unwrap(), [addresses[2]]);
     wait_clean(lab.hosts(), SOON).unwrap();
 
-    // A network in use stays; then each Engine removes its own, and the last one the cluster's.
-    assert_says(&d1.refused(&["network", "rm", "blue"]).unwrap(), &["active endpoints"]);
+    // A network in use cannot be removed. Then each Engine removes its own, and the last one removes the cluster's.
+    assert_contains(&d1.refused(&["network", "rm", "blue"]).unwrap(), &["active endpoints"]);
     d1.call(&["rm", "--force", "aa", "near"]).unwrap();
     d2.call(&["rm", "--force", "bb", "red"]).unwrap();
     d1.call(&["network", "rm", "blue", "red"]).unwrap();
-    assert_eq!(networks(hosts[0]), ["blue", "red"], "others have them");
+    assert_eq!(networks(hosts[0]), ["blue", "red"], "other Engines still use them");
     d2.call(&["network", "rm", "red", "other-name"]).unwrap();
-    reaches(&c, &c).unwrap();
+    ensure_reaches(&c, &c).unwrap();
     d3.call(&["rm", "--force", "cc"]).unwrap();
     d3.call(&["network", "rm", "blue"]).unwrap();
     for host in hosts {
@@ -130,8 +135,8 @@ fn containers_of_three_engines_reach_each_other() {
 }
 
 #[test]
-fn what_does_not_fit_is_refused_with_a_reason() {
-    let lab = started(1).unwrap();
+fn invalid_options_are_refused_with_a_reason() {
+    let lab = start_lab(1).unwrap();
     let h1 = &lab["h1"];
     h1.ctl_ok(&["network", "create", "plain", "--subnet", "10.70.0.0/24"]).unwrap();
     let docker = Docker::start(h1, &[]).unwrap();
@@ -139,36 +144,39 @@ fn what_does_not_fit_is_refused_with_a_reason() {
         let driver = ["network", "create", "-d", "ovl", "--ipam-driver", "ovl"];
         docker.refused(&[&driver, more, &["wrong"]].concat()).unwrap()
     };
-    assert_says(&refused(&["-o", "ovl.netwrok=x"]), &["ovl.netwrok"]);
-    assert_says(&refused(&["--subnet", "10.70.0.0/25"]), &["overlaps 10.70.0.0/24 of network plain"]);
-    assert_says(&refused(&["-o", "ovl.network=plain", "-o", "encrypted"]), &["plain is not encrypted"]);
-    assert_says(&refused(&["--subnet", "10.70.0.0/24", "--internal"]), &["plain is not internal"]);
-    assert_says(&refused(&["--subnet", "10.71.0.0/24", "--ip-range", "10.71.0.0/25"]), &["--ip-range"]);
-    assert_says(&refused(&["--subnet", "10.71.0.0/24", "--gateway", "10.71.0.9"]), &["10.71.0.1"]);
-    assert_says(&refused(&["--subnet", "10.71.0.0/24", "--aux-address", "x=10.71.0.9"]), &["--aux-address"]);
+    assert_contains(&refused(&["-o", "ovl.netwrok=x"]), &["ovl.netwrok"]);
+    assert_contains(&refused(&["--subnet", "10.70.0.0/25"]), &["overlaps 10.70.0.0/24 of network plain"]);
+    assert_contains(&refused(&["-o", "ovl.network=plain", "-o", "encrypted"]), &["plain is not encrypted"]);
+    assert_contains(&refused(&["--subnet", "10.70.0.0/24", "--internal"]), &["plain is not internal"]);
+    assert_contains(&refused(&["--subnet", "10.71.0.0/24", "--ip-range", "10.71.0.0/25"]), &["--ip-range"]);
+    assert_contains(&refused(&["--subnet", "10.71.0.0/24", "--gateway", "10.71.0.9"]), &["10.71.0.1"]);
+    assert_contains(
+        &refused(&["--subnet", "10.71.0.0/24", "--aux-address", "x=10.71.0.9"]),
+        &["--aux-address"],
+    );
     let own =
         docker.refused(&["network", "create", "-d", "ovl", "--subnet", "10.71.0.0/24", "wrong"]).unwrap();
-    assert_says(&own, &["--ipam-driver ovl"]);
-    assert_eq!(networks(h1), ["plain"], "nothing is left of them");
+    assert_contains(&own, &["--ipam-driver ovl"]);
+    assert_eq!(networks(h1), ["plain"], "a refused create left a network");
 
-    // A network that people made stays when the Engine leaves it.
+    // A network that `ovlctl` created stays when the Engine removes its own.
     create(&docker, "plain", &["--ipam-opt", "ovl.network=plain"]);
-    let told = docker.inspect("network", "plain").unwrap();
-    assert_eq!(text(&told["IPAM"]["Config"][0]["Subnet"]), "10.70.0.0/24");
+    let inspected = docker.inspect("network", "plain").unwrap();
+    assert_eq!(text(&inspected["IPAM"]["Config"][0]["Subnet"]), "10.70.0.0/24");
     docker.call(&["network", "rm", "plain"]).unwrap();
     assert_eq!(networks(h1), ["plain"]);
 
-    // Names and labels that an Engine hands on.
+    // Names and labels that an Engine passes on.
     create(&docker, "plain", &["-o", "ovl.network=plain"]);
     let options = "name=plain,driver-opt=ovl.name=web,driver-opt=ovl.alias=www,driver-opt=ovl.label.app=shop";
     docker.run("container", &["--network", options]).unwrap();
     let row = &rows(h1, &["endpoints"]).unwrap()[0];
     assert_eq!((text(&row["name"]), text(&row["labels"]["app"])), ("web".to_owned(), "shop".to_owned()));
     assert!(strings(&row["aliases"]).contains(&"www".to_owned()), "{row}");
-    // And the container's own, which the Engine is asked for.
+    // The container's own name, which ovl-docker gets from the Engine.
     let named =
         || strings(&rows(h1, &["endpoints"]).unwrap()[0]["aliases"]).contains(&"container".to_owned());
-    wait_until(SOON, "the container's name", named).unwrap();
+    wait_until(SOON, "the container's name as an alias", named).unwrap();
     let second = docker.run("second", &["--network", "plain", "--network-alias", "two"]).unwrap();
     let address = second.addresses().unwrap()[0];
     wait_until(SOON, "the container's name and alias", || {
@@ -177,7 +185,7 @@ fn what_does_not_fit_is_refused_with_a_reason() {
     })
     .unwrap();
 
-    // An Engine tells nobody of a new name: the endpoint gets it with the container's next start.
+    // An Engine does not announce a rename, so the endpoint gets the new name with the container's next start.
     docker.call(&["rename", "second", "third"]).unwrap();
     assert_eq!(text(&endpoint(h1, address).unwrap()["name"]), "second");
     docker.call(&["restart", "--time", "0", "third"]).unwrap();
@@ -185,10 +193,10 @@ fn what_does_not_fit_is_refused_with_a_reason() {
     wait_until(SOON, "the container's new name", renamed).unwrap();
 }
 
-/// Its containers end with it, and those that are to come back do.
+/// Containers stop with an Engine without live-restore, and start again if their restart policy says so.
 #[test]
-fn an_engine_without_live_restore_is_restarted_and_killed() {
-    let lab = started(2).unwrap();
+fn restart_and_kill_of_an_engine_without_live_restore() {
+    let lab = start_lab(2).unwrap();
     let (h1, h2) = (&lab["h1"], &lab["h2"]);
     let mut docker = Docker::start(h1, &[]).unwrap();
     create(&docker, "blue", &["-o", "ovl.network=blue", "--subnet", "10.77.0.0/16"]);
@@ -202,35 +210,35 @@ fn an_engine_without_live_restore_is_restarted_and_killed() {
     for signal in [Signal::SIGTERM, Signal::SIGKILL] {
         docker.end_daemon(signal).unwrap();
         docker.start_daemon().unwrap();
-        // One container is back, with its address and its port; of the other nothing is left.
+        // One container is back with its address and port. The other one left nothing.
         other.workload.ping_until(fixed, SOON).unwrap();
-        answered(h2, h1.address().unwrap(), 18080).unwrap();
+        wait_http_source(h2, h1.address().unwrap(), 18080).unwrap();
         wait_endpoint_count(h1, 2).unwrap();
         wait_clean(lab.hosts(), SOON).unwrap();
         let row = endpoint(h1, fixed).unwrap();
         wait_until(SOON, "the container's name", || text(&endpoint(h1, fixed).unwrap()["name"]) == "web")
             .unwrap_or_else(|error| panic!("{signal}: {error:#} {row}"));
         docker.call(&["start", "once"]).unwrap();
-        reaches(&docker.container("once"), &docker.container("web")).unwrap();
+        ensure_reaches(&docker.container("once"), &docker.container("web")).unwrap();
     }
 }
 
-/// A call as an Engine makes it, to a plugin on a host.
+/// Calls a plugin on a host as an Engine does.
 fn call(host: &Host, socket: &Path, method: &str, body: &Value) -> Value {
     let (socket, url) = (socket.to_str().unwrap(), format!("http://plugin/{method}"));
-    let said = host
+    let response = host
         .exec_ok(["curl", "-sS", "-X", "POST", "--unix-socket", socket, "-d", &body.to_string(), &url])
         .unwrap();
-    serde_json::from_str(&said).with_context(|| format!("{method}: {said}")).unwrap()
+    serde_json::from_str(&response).with_context(|| format!("{method}: {response}")).unwrap()
 }
 
 #[test]
-fn calls_of_an_engine_that_stumbles() {
+fn plugin_handles_repeated_and_incomplete_calls_of_an_engine() {
     let lab = Lab::new(LabConfig::hosts(2)).unwrap();
     let (h1, h2) = (&lab["h1"], &lab["h2"]);
     h1.start().unwrap();
     h1.wait_ready(SOON).unwrap();
-    // Nobody is there.
+    // No host has this address.
     h2.set_join(&["192.168.77.99"]).unwrap();
     h2.start().unwrap();
     let plugin = |host: &Host| {
@@ -247,24 +255,24 @@ fn calls_of_an_engine_that_stumbles() {
         wait_until(SOON, "ovl-docker", || socket.exists()).unwrap();
         (socket, running)
     };
-    let (lonely, _lonely) = plugin(h2);
+    let (unadmitted, _unadmitted) = plugin(h2);
     let pool =
         json!({ "AddressSpace": "ovl", "Pool": "10.77.0.0/24", "SubPool": "", "Options": {}, "V6": false });
     let begun = Instant::now();
-    let answer = call(h2, &lonely, "IpamDriver.RequestPool", &pool);
-    assert_says(&text(&answer["Error"]), &["ovld is not ready", "not admitted"]);
-    assert!(begun.elapsed().as_secs() < 10, "within seconds: {:?}", begun.elapsed());
+    let answer = call(h2, &unadmitted, "IpamDriver.RequestPool", &pool);
+    assert_contains(&text(&answer["Error"]), &["ovld is not ready", "not admitted"]);
+    assert!(begun.elapsed().as_secs() < 10, "the error took {:?}", begun.elapsed());
 
     let (socket, _plugin) = plugin(h1);
     let ask = |method: &str, body: Value| call(h1, &socket, method, &body);
     assert_eq!(ask("Plugin.Activate", Value::Null)["Implements"], json!(["NetworkDriver", "IpamDriver"]));
-    assert_says(&text(&ask("NetworkDriver.Fly", json!({}))["Err"]), &["NetworkDriver.Fly"]);
+    assert_contains(&text(&ask("NetworkDriver.Fly", json!({}))["Err"]), &["NetworkDriver.Fly"]);
     let pool = text(&ask("IpamDriver.RequestPool", pool)["PoolID"]);
     let made = json!({
         "NetworkID": "n1", "Options": { "com.docker.network.generic": { "ovl.network": "blue" } },
         "IPv4Data": [{ "AddressSpace": "ovl", "Pool": "10.77.0.0/24" }], "IPv6Data": [],
     });
-    // Twice: the first answer may have been lost.
+    // Repeated, as after a lost response.
     assert_eq!(ask("NetworkDriver.CreateNetwork", made.clone()), json!({}));
     assert_eq!(ask("NetworkDriver.CreateNetwork", made), json!({}));
 
@@ -282,34 +290,34 @@ fn calls_of_an_engine_that_stumbles() {
         ask("NetworkDriver.CreateEndpoint", body)
     };
     let [first, second] = [1, 2].map(address);
-    assert_ne!(first, second, "both are set aside");
+    assert_ne!(first, second, "both are reserved");
     assert_eq!(endpoint(1, &first), json!({ "Interface": {} }));
-    assert_eq!(endpoint(1, &first), json!({ "Interface": {} }), "the same once more");
-    assert_says(&text(&endpoint(3, &first)["Err"]), &[first.split('/').next().unwrap(), "in use"]);
+    assert_eq!(endpoint(1, &first), json!({ "Interface": {} }), "a repeated call");
+    assert_contains(&text(&endpoint(3, &first)["Err"]), &[first.split('/').next().unwrap(), "in use"]);
     let joined = ask("NetworkDriver.Join", id(1));
     h1.exec_ok(["ip", "link", "show", joined["InterfaceName"]["SrcName"].as_str().unwrap()]).unwrap();
-    assert_says(&text(&ask("NetworkDriver.Join", id(9))["Err"]), &["gone"]);
+    assert_contains(&text(&ask("NetworkDriver.Join", id(9))["Err"]), &["gone"]);
 
-    // What is given back is free, whatever else was forgotten.
+    // A released address is free, and so is everything of its endpoint that the Engine forgot to remove.
     assert_eq!(endpoint(2, &second), json!({ "Interface": {} }));
     wait_endpoint_count(h1, 2).unwrap();
     let gone = json!({ "PoolID": pool, "Address": second.split('/').next().unwrap() });
     assert_eq!(ask("IpamDriver.ReleaseAddress", gone), json!({}));
     wait_endpoint_count(h1, 1).unwrap();
-    // And a network takes along what is left of it.
+    // Deleting a network deletes its remaining endpoints.
     assert_eq!(ask("NetworkDriver.DeleteNetwork", json!({ "NetworkID": "n1" })), json!({}));
     wait_endpoint_count(h1, 0).unwrap();
     assert_eq!(networks(h1), [""; 0]);
     for method in ["NetworkDriver.Leave", "NetworkDriver.DeleteEndpoint"] {
-        assert_eq!(ask(method, id(1)), json!({}), "what is gone is");
+        assert_eq!(ask(method, id(1)), json!({}), "a call for a deleted object succeeds");
     }
     assert_eq!(ask("NetworkDriver.DeleteNetwork", json!({ "NetworkID": "n1" })), json!({}));
-    assert_says(&text(&endpoint(1, &first)["Err"]), &["docker network rm"]);
+    assert_contains(&text(&endpoint(1, &first)["Err"]), &["docker network rm"]);
 }
 
 #[test]
 fn encrypted_internal_and_routed_networks() {
-    let lab = started(2).unwrap();
+    let lab = start_lab(2).unwrap();
     let hosts = [&lab["h1"], &lab["h2"]];
     let docker = hosts.map(|host| Docker::start(host, &[]).unwrap());
     let [d1, d2] = &docker;
@@ -325,16 +333,16 @@ fn encrypted_internal_and_routed_networks() {
         create(d2, name, &options);
         let a = d1.run(&format!("{name}-a"), &["--network", name]).unwrap();
         let b = d2.run(&format!("{name}-b"), &["--network", name]).unwrap();
-        reaches(&a, &b).unwrap();
-        reaches(&b, &a).unwrap();
+        ensure_reaches(&a, &b).unwrap();
+        ensure_reaches(&b, &a).unwrap();
         let near = d1.run(&format!("{name}-near"), &["--network", name]).unwrap();
-        reaches(&near, &a).unwrap();
-        let told = hosts[0].ctl_json(&["network", "inspect", name]).unwrap();
+        ensure_reaches(&near, &a).unwrap();
+        let inspected = hosts[0].ctl_json(&["network", "inspect", name]).unwrap();
         assert_eq!(
-            (&told["encrypted"], &told["internal"]),
+            (&inspected["encrypted"], &inspected["internal"]),
             (&json!(name == "sealed"), &json!(name == "inside"))
         );
-        // One interface beside the loopback, which leads out unless the network is internal.
+        // One interface beside the loopback, with a default route unless the network is internal.
         let links = a.command(&["busybox", "ip", "-o", "link"]).unwrap();
         assert_eq!(links.lines().count(), 2, "{links}");
         let routes = a.command(&["busybox", "ip", "route"]).unwrap();
@@ -345,8 +353,8 @@ fn encrypted_internal_and_routed_networks() {
 }
 
 #[test]
-fn ports_that_an_engine_publishes() {
-    let lab = started(2).unwrap();
+fn published_ports_of_containers() {
+    let lab = start_lab(2).unwrap();
     let (h1, h2) = (&lab["h1"], &lab["h2"]);
     let docker = Docker::start(h1, &[]).unwrap();
     create(&docker, "blue", &["-o", "ovl.network=blue", "--subnet", "10.77.0.0/16"]);
@@ -355,30 +363,34 @@ fn ports_that_an_engine_publishes() {
     let near = docker.run("near", &["--network", "blue"]).unwrap();
     let (server, client) = (h1.address().unwrap(), h2.address().unwrap());
     let local = IpAddr::from([127, 0, 0, 1]);
-    assert_eq!(answered(h2, server, 18080).unwrap(), client, "the client's own address arrives");
-    answered(h1, server, 18080).unwrap();
-    answered(h1, local, 18080).unwrap();
-    answered(h1, local, 18081).unwrap();
-    // Hairpin: from a neighbour, and from itself.
-    answered(&near, server, 18080).unwrap();
-    answered(&web, server, 18080).unwrap();
-    h2.seen_from(server, 18081).expect_err("a port of localhost alone");
+    assert_eq!(
+        wait_http_source(h2, server, 18080).unwrap(),
+        client,
+        "the container sees the client's own address"
+    );
+    wait_http_source(h1, server, 18080).unwrap();
+    wait_http_source(h1, local, 18080).unwrap();
+    wait_http_source(h1, local, 18081).unwrap();
+    // Hairpin: from another container of the host, and from itself.
+    wait_http_source(&near, server, 18080).unwrap();
+    wait_http_source(&web, server, 18080).unwrap();
+    h2.http_source(server, 18081).expect_err("a port of 127.0.0.1 must not be reachable from another host");
     let row = endpoint(h1, web.addresses().unwrap()[0]).unwrap();
     assert!(row["publish"].to_string().contains("18080"), "{row}");
 
     let run = ["run", "--rm", "--network", "blue", "-p", "18080:8080", "localhost/ovl-test"];
-    assert_says(&docker.refused(&run).unwrap(), &["18080", "web"]);
+    assert_contains(&docker.refused(&run).unwrap(), &["18080", "web"]);
     docker.call(&["restart", "--time", "0", "web"]).unwrap();
-    assert_eq!(answered(h2, server, 18080).unwrap(), client);
+    assert_eq!(wait_http_source(h2, server, 18080).unwrap(), client);
     docker.call(&["rm", "--force", "web"]).unwrap();
-    h2.seen_from(server, 18080).expect_err("a port of nobody");
+    h2.http_source(server, 18080).expect_err("the port is not released");
     docker.run("web", &ports).unwrap();
-    answered(h2, server, 18080).unwrap();
+    wait_http_source(h2, server, 18080).unwrap();
 }
 
 #[test]
-fn engines_and_daemons_end_and_come_back() {
-    let lab = started(2).unwrap();
+fn engines_plugins_and_daemons_can_be_restarted_and_killed() {
+    let lab = start_lab(2).unwrap();
     let (h1, h2) = (&lab["h1"], &lab["h2"]);
     let mut d1 = Docker::start(h1, &["--live-restore"]).unwrap();
     let d2 = Docker::start(h2, &[]).unwrap();
@@ -387,57 +399,57 @@ fn engines_and_daemons_end_and_come_back() {
     create(&d2, "blue", &["-o", "ovl.network=blue", "--subnet", "10.77.0.0/16"]);
     d1.run("aa", &["--network", "blue"]).unwrap();
     let b = d2.run("bb", &["--network", "blue"]).unwrap();
-    reaches(&d1.container("aa"), &b).unwrap();
+    ensure_reaches(&d1.container("aa"), &b).unwrap();
     let own = d1.container("aa").addresses().unwrap()[0];
 
-    // The Engine is started anew, then killed, with a container running; so is the plugin.
+    // The Engine and the plugin are restarted, then killed, while a container runs.
     for signal in [Signal::SIGTERM, Signal::SIGKILL] {
         d1.end_daemon(signal).unwrap();
-        b.ping(own).expect("the container runs on");
+        b.ping(own).expect("the container must stay reachable");
         d1.end_plugin(signal).unwrap();
         d1.start_plugin().unwrap();
         d1.start_daemon().unwrap();
-        reaches(&d1.container("aa"), &b).unwrap();
+        ensure_reaches(&d1.container("aa"), &b).unwrap();
         let more = d1.run("more", &["--network", "blue"]).unwrap();
-        reaches(&more, &b).unwrap();
+        ensure_reaches(&more, &b).unwrap();
         d1.call(&["rm", "--force", "more"]).unwrap();
     }
 
-    // ovld is killed under a running Engine, and comes back.
+    // ovld is killed under a running Engine, and started again.
     h1.kill9().unwrap();
-    b.ping(own).expect("the kernel goes on");
+    b.ping(own).expect("the data plane must keep working");
     let begun = Instant::now();
     let refused = d1.refused(&["run", "--rm", "--network", "blue", "localhost/ovl-test", "true"]).unwrap();
-    assert_says(&refused, &["ovld is not running", "systemctl start ovld"]);
-    assert!(begun.elapsed().as_secs() < 10, "within seconds: {:?}", begun.elapsed());
-    d1.call(&["ps"]).expect("the Engine does not hang");
-    // What is taken away meanwhile is, and ovld hears of it later.
+    assert_contains(&refused, &["ovld is not running", "systemctl start ovld"]);
+    assert!(begun.elapsed().as_secs() < 10, "the error took {:?}", begun.elapsed());
+    d1.call(&["ps"]).expect("the Engine must not hang");
+    // A container that is removed meanwhile is gone, and ovld learns it later.
     d1.call(&["rm", "--force", "aa"]).unwrap();
-    // An Engine starts also without it.
+    // An Engine also starts without ovld.
     d1.end_daemon(Signal::SIGTERM).unwrap();
     d1.start_daemon().unwrap();
     h1.start().unwrap();
     h1.wait_ready(SOON).unwrap();
     wait_endpoint_count(h1, 1).unwrap();
     d1.run("aa", &["--network", "blue"]).unwrap();
-    reaches(&b, &d1.container("aa")).unwrap();
-    reaches(&d1.container("aa"), &b).unwrap();
+    ensure_reaches(&b, &d1.container("aa")).unwrap();
+    ensure_reaches(&d1.container("aa"), &b).unwrap();
 
-    // While it is started anew, nobody is refused.
+    // During a restart of ovld, calls are not refused.
     h1.restart().unwrap();
     let more = d1.run("more", &["--network", "blue"]).unwrap();
     h1.wait_ready(SOON).unwrap();
-    reaches(&more, &b).unwrap();
+    ensure_reaches(&more, &b).unwrap();
     wait_clean(lab.hosts(), SOON).unwrap();
     d1.call(&["rm", "--force", "aa", "more"]).unwrap();
     wait_endpoint_count(h1, 1).unwrap();
 
-    // A network that is removed meanwhile is left when it is back.
+    // A network that is removed while ovld is stopped is left once ovld runs.
     h1.stop().unwrap();
     d1.call(&["network", "rm", "blue"]).unwrap();
     h1.start().unwrap();
     h1.wait_ready(SOON).unwrap();
-    wait_until(SOON, "blue left", || h1.log().contains("left by a Docker Engine")).unwrap();
+    wait_until(SOON, "ovld to leave blue", || h1.log().contains("left by a Docker Engine")).unwrap();
     d2.call(&["rm", "--force", "bb"]).unwrap();
     d2.call(&["network", "rm", "blue"]).unwrap();
     wait_until(SOON, "no networks", || networks(h1).is_empty()).unwrap();

@@ -1,4 +1,4 @@
-//! Encrypted networks: what passes, what is seen of it on the wire, and what a stranger there can do.
+//! Encrypted networks: connectivity, what is visible on the underlay, and injected packets.
 
 #![allow(clippy::unwrap_used, reason = "tests, and helpers of tests")]
 
@@ -9,49 +9,49 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use netns_lab::{Host, Lab, LabConfig, Netns, Underlay, wait_until};
 use nix::libc;
-use ovl_tests::routed::{make_routed, routes};
+use ovl_tests::routed::{create_routed_network, routes};
 use ovl_tests::{
-    Attached, Capture, Flow, SOON, assert_says, attach, make_network, peer, ping_all_pairs, refused,
-    started_with, text, wait_clean, wait_problem,
+    Attached, Capture, Flow, SOON, assert_contains, assert_no_reply, attach, create_network, ctl_error, peer,
+    ping_all_pairs, start_lab_with, text, wait_clean, wait_problem,
 };
 use serde_json::Value;
 
-/// What must never be on the wire.
+/// Text that must never be visible on the underlay.
 const MARKER: &str = "the cat sat on the mat";
-/// What is, so that a capture that sees nothing is noticed.
+/// Text on an unencrypted network, which shows that the capture works.
 const OPEN: &str = "any dog may read this";
-/// What a stranger sends.
+/// Text in injected packets.
 const FORGED: &str = "forged by a stranger";
 /// UDP port of listeners in workloads.
 const PORT: u16 = 5000;
 const PLAIN_VXLAN: u16 = 4789;
 const SEALED_VXLAN: u16 = 51942;
 const SECOND: Duration = Duration::from_secs(1);
-/// A rotation waits until nothing comes by the old end for seconds.
+/// Timeout of a key rotation, which waits several seconds until no packet arrives through the old WireGuard interface.
 const LATER: Duration = Duration::from_secs(60);
 
-/// Three hosts with an encrypted switched network `blue` and an encrypted routed one `pods`, each with both
-/// families, and a plain network `open`.
-struct World {
+/// Three hosts with an encrypted switched network `blue`, an encrypted routed network `pods`, both dual-stack, and an
+/// unencrypted network `open`.
+struct EncryptedLab {
     lab: Lab,
     blue: Vec<Attached>,
     pods: Vec<Attached>,
     open: Vec<Attached>,
 }
 
-fn world(underlay: Underlay) -> World {
-    let lab = started_with(LabConfig::hosts(3).underlay(underlay)).unwrap();
-    let sealed = ["--encrypted", "--subnet", "10.99.0.0/24", "--subnet", "fd99::/64"];
-    make_network(&lab, "blue", &sealed).unwrap();
-    let sealed = ["--encrypted", "--subnet", "10.60.0.0/16", "--subnet", "fd60::/48"];
-    make_routed(&lab, "pods", &sealed).unwrap();
-    make_network(&lab, "open", &["--subnet", "10.98.0.0/24"]).unwrap();
+fn encrypted_lab(underlay: Underlay) -> EncryptedLab {
+    let lab = start_lab_with(LabConfig::hosts(3).underlay(underlay)).unwrap();
+    let options = ["--encrypted", "--subnet", "10.99.0.0/24", "--subnet", "fd99::/64"];
+    create_network(&lab, "blue", &options).unwrap();
+    let options = ["--encrypted", "--subnet", "10.60.0.0/16", "--subnet", "fd60::/48"];
+    create_routed_network(&lab, "pods", &options).unwrap();
+    create_network(&lab, "open", &["--subnet", "10.98.0.0/24"]).unwrap();
     let on = |network: &str, stem: &str| -> Vec<Attached> {
         let hosts = lab.hosts().iter();
         hosts.map(|h| attach(h, &format!("{stem}{}", h.name()), network, &[]).unwrap()).collect()
     };
     let (blue, pods, open) = (on("blue", "b"), on("pods", "p"), on("open", "o"));
-    let world = World { lab, blue, pods, open };
+    let world = EncryptedLab { lab, blue, pods, open };
     for all in [&world.blue, &world.pods, &world.open] {
         ping_all_pairs(all, SOON).unwrap();
     }
@@ -59,7 +59,7 @@ fn world(underlay: Underlay) -> World {
     world
 }
 
-impl World {
+impl EncryptedLab {
     fn host(&self, name: &str) -> &Host {
         &self.lab[name]
     }
@@ -69,25 +69,25 @@ impl World {
     }
 }
 
-/// A text and more around it, by UDP and TCP, from each to each other one and back.
-fn say_everywhere(all: &[Attached], said: &str) -> Result<()> {
-    let long = said.repeat(4000);
+/// Echoes a text, and more data made of it, over UDP and TCP, between all these workloads.
+fn echo_everywhere(all: &[Attached], text: &str) -> Result<()> {
+    let long = text.repeat(4000);
     for to in all {
         for address in to.addresses() {
             let at = SocketAddr::new(address.parse()?, 0);
             let (tcp, udp) = (to.workload.tcp_echo_on(at)?, to.workload.udp_echo_on(at)?);
             for from in all.iter().filter(|from| from.name != to.name) {
-                let way = || format!("from {} to {} at {address}", from.name, to.name);
-                from.workload.ping_until(&address, SOON).with_context(way)?;
+                let path = || format!("from {} to {} at {address}", from.name, to.name);
+                from.workload.ping_until(&address, SOON).with_context(path)?;
                 let back =
-                    from.workload.tcp_roundtrip(&address, tcp.port(), long.as_bytes()).with_context(way)?;
-                ensure!(back == long.as_bytes(), "TCP {}", way());
-                // More than one packet, too.
+                    from.workload.tcp_roundtrip(&address, tcp.port(), long.as_bytes()).with_context(path)?;
+                ensure!(back == long.as_bytes(), "TCP {}", path());
+                // Also a datagram of several fragments.
                 for times in [1, 200] {
-                    let datagram = said.repeat(times);
+                    let datagram = text.repeat(times);
                     let sent = datagram.as_bytes();
-                    let back = from.workload.udp_roundtrip(&address, udp.port(), sent).with_context(way)?;
-                    ensure!(back == sent, "UDP {}", way());
+                    let back = from.workload.udp_roundtrip(&address, udp.port(), sent).with_context(path)?;
+                    ensure!(back == sent, "UDP {}", path());
                 }
             }
         }
@@ -99,7 +99,7 @@ fn tunnel_of(host: &Host, name: &str) -> Result<Value> {
     Ok(peer(host, name)?["tunnel"].clone())
 }
 
-/// Waits until a host has heard of another one in the tunnel.
+/// Waits until a host has a session with another one in the tunnel.
 fn wait_session(host: &Host, name: &str) {
     wait_until(SOON, &format!("the tunnel from {} to {name}", host.name()), || {
         let tunnel = tunnel_of(host, name)?;
@@ -109,22 +109,23 @@ fn wait_session(host: &Host, name: &str) {
     .unwrap();
 }
 
-fn traffic_is_sealed_and_passes(underlay: Underlay) {
-    let world = world(underlay);
+fn traffic_passes_and_is_encrypted(underlay: Underlay) {
+    let world = encrypted_lab(underlay);
     let capture = Capture::start(&world.lab.switch(), &[MARKER, OPEN]).unwrap();
-    say_everywhere(&world.open, OPEN).unwrap();
-    wait_until(SOON, "what is said in plain", || capture.count(OPEN) > 0).unwrap();
+    echo_everywhere(&world.open, OPEN).unwrap();
+    wait_until(SOON, "the text of the unencrypted network to be captured", || capture.count(OPEN) > 0)
+        .unwrap();
     let before = capture.frames();
     for all in world.encrypted() {
-        say_everywhere(all, MARKER).unwrap();
+        echo_everywhere(all, MARKER).unwrap();
     }
-    // The host's own programs, too.
+    // Programs on the host use the tunnel, too.
     for address in world.pods[1].addresses() {
         world.host("h1").ping_until(address, SOON).unwrap();
     }
-    assert!(capture.frames() > before + 100, "nothing passed the switch");
-    assert_eq!(capture.count(MARKER), 0, "seen on the wire");
-    capture.finish().unwrap();
+    let captured = capture.finish().unwrap();
+    assert!(captured.frames() > before + 100, "no traffic passed the switch");
+    assert_eq!(captured.count(MARKER), 0, "plain text on the underlay");
 
     for host in world.lab.hosts() {
         for other in world.lab.hosts().iter().filter(|other| other.name() != host.name()) {
@@ -139,12 +140,12 @@ fn traffic_is_sealed_and_passes(underlay: Underlay) {
         let metrics = host.ctl_ok(&["metrics"]).unwrap();
         assert!(metrics.contains("ovl_tunnel_sent_bytes_total{peer="), "{metrics}");
     }
-    nothing_fragments(&world);
+    assert_no_fragmentation(&world);
     wait_clean(world.lab.hosts(), SOON).unwrap();
 }
 
-/// Exactly the MTU passes uncut, and no byte more.
-fn nothing_fragments(world: &World) {
+/// Checks that a packet of the MTU passes unfragmented, and that one more byte does not.
+fn assert_no_fragmentation(world: &EncryptedLab) {
     for (all, around) in [(&world.blue, 70 + 40), (&world.pods, 40)] {
         let outer = if world.host("h1").address().unwrap().is_ipv4() { 20 } else { 40 };
         let mtu = 1500 - around - outer;
@@ -156,36 +157,36 @@ fn nothing_fragments(world: &World) {
                 all[0].workload.exec(ping).unwrap().success()
             };
             wait_until(SOON, &format!("{mtu} bytes to {address}"), || fits(mtu)).unwrap();
-            assert!(!fits(mtu + 1), "{} bytes pass to {address}", mtu + 1);
+            assert!(!fits(mtu + 1), "{} bytes reach {address}", mtu + 1);
         }
     }
 }
 
 #[test]
-fn nothing_is_seen_on_an_ipv4_underlay() {
-    traffic_is_sealed_and_passes(Underlay::V4);
+fn no_plain_text_on_an_ipv4_underlay() {
+    traffic_passes_and_is_encrypted(Underlay::V4);
 }
 
 #[test]
-fn nothing_is_seen_on_an_ipv6_underlay() {
-    traffic_is_sealed_and_passes(Underlay::V6);
+fn no_plain_text_on_an_ipv6_underlay() {
+    traffic_passes_and_is_encrypted(Underlay::V6);
 }
 
-/// A socket that sends from an address that its host does not have.
-fn forging(at: &Netns, source: IpAddr) -> UdpSocket {
+/// Opens a UDP socket that sends from an address that its host does not have.
+fn spoofing_socket(at: &Netns, source: IpAddr) -> UdpSocket {
     at.run(|| -> Result<UdpSocket> {
         let (level, option) = match source {
             IpAddr::V4(_) => (libc::SOL_IP, libc::IP_TRANSPARENT),
             IpAddr::V6(_) => (libc::SOL_IPV6, libc::IPV6_TRANSPARENT),
         };
         let domain = if source.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
-        // SAFETY: the call takes three numbers, and what it gives is nobody else's.
+        // SAFETY: the arguments are plain numbers, and the returned descriptor is owned here.
         let fd = unsafe { libc::socket(domain, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0) };
         ensure!(fd >= 0, "{}", std::io::Error::last_os_error());
         // SAFETY: as above.
         let socket = unsafe { <UdpSocket as std::os::fd::FromRawFd>::from_raw_fd(fd) };
         let on: libc::c_int = 1;
-        // SAFETY: the pointer is to a value of that length.
+        // SAFETY: the pointer is valid for a value of this length.
         let done = unsafe {
             let length = size_of::<libc::c_int>() as libc::socklen_t;
             libc::setsockopt(socket.as_raw_fd(), level, option, (&raw const on).cast(), length)
@@ -214,7 +215,7 @@ fn forging(at: &Netns, source: IpAddr) -> UdpSocket {
                 ((&raw const v6).cast(), size_of::<libc::sockaddr_in6>())
             }
         };
-        // SAFETY: the pointer is to an address of that length.
+        // SAFETY: the pointer is valid for an address of this length.
         let done = unsafe { libc::bind(socket.as_raw_fd(), pointer, length as libc::socklen_t) };
         ensure!(done == 0, "{}", std::io::Error::last_os_error());
         Ok(socket)
@@ -227,15 +228,15 @@ fn mac_bytes(text: &str) -> Vec<u8> {
     text.split(':').map(|byte| u8::from_str_radix(byte, 16).unwrap()).collect()
 }
 
-/// A VXLAN packet with a datagram for an endpoint, as from another one, both by IPv4.
-fn vxlan(vni: u64, from: &Attached, to: &Attached, said: &str) -> Vec<u8> {
+/// Builds a VXLAN packet with an IPv4 datagram from one endpoint to another.
+fn vxlan(vni: u64, from: &Attached, to: &Attached, text: &str) -> Vec<u8> {
     let mut packet = vec![8, 0, 0, 0];
     packet.extend((vni << 8).to_be_bytes()[4..].iter());
     packet.extend(mac_bytes(&to.mac()));
     packet.extend(mac_bytes(&from.mac()));
     packet.extend([8, 0]);
     let ip = |each: &Attached| each.address().parse::<std::net::Ipv4Addr>().unwrap().octets();
-    let udp_length = u16::try_from(8 + said.len()).unwrap();
+    let udp_length = u16::try_from(8 + text.len()).unwrap();
     let mut header = vec![0x45, 0];
     header.extend((20 + udp_length).to_be_bytes());
     header.extend([0, 1, 0, 0, 64, 17, 0, 0]);
@@ -249,7 +250,7 @@ fn vxlan(vni: u64, from: &Attached, to: &Attached, said: &str) -> Vec<u8> {
     packet.extend(PORT.to_be_bytes());
     packet.extend(udp_length.to_be_bytes());
     packet.extend([0, 0]);
-    packet.extend(said.as_bytes());
+    packet.extend(text.as_bytes());
     packet
 }
 
@@ -257,7 +258,7 @@ fn vni_of(host: &Host, network: &str) -> u64 {
     host.ctl_json(&["network", "inspect", network]).unwrap()["vni"].as_u64().unwrap()
 }
 
-/// A socket in a workload whose reads end after a time.
+/// Binds a UDP socket in a workload. Its reads time out after `within`.
 fn listener(at: &Attached, address: &str, within: Duration) -> UdpSocket {
     let address = SocketAddr::new(address.parse().unwrap(), PORT);
     let socket = at.workload.run(|| UdpSocket::bind(address)).unwrap().unwrap();
@@ -265,27 +266,27 @@ fn listener(at: &Attached, address: &str, within: Duration) -> UdpSocket {
     socket
 }
 
-fn heard(socket: &UdpSocket) -> Option<String> {
+fn receive(socket: &UdpSocket) -> Option<String> {
     let mut buffer = [0; 2048];
     let (length, _) = socket.recv_from(&mut buffer).ok()?;
     Some(String::from_utf8_lossy(&buffer[..length]).into_owned())
 }
 
-/// Has what is for an address go by way of a host; not for IPv6 over IPv4.
-fn lead(switch: &Netns, to: &str, vtep: IpAddr) -> bool {
+/// Routes packets for an address through a host. `false` for IPv6 over IPv4, which is impossible.
+fn route_via(switch: &Netns, to: &str, vtep: IpAddr) -> bool {
     let is_v6 = to.contains(':');
     if is_v6 && vtep.is_ipv4() {
         return false;
     }
     let via = vtep.to_string();
-    // IPv4 may have an IPv6 next hop.
+    // An IPv4 route can have an IPv6 next hop.
     let via = if vtep.is_ipv6() && !is_v6 { vec!["via", "inet6", &via] } else { vec!["via", &via] };
     switch.exec_ok([&["ip", "route", "replace", to], via.as_slice(), &["dev", "br0"]].concat()).unwrap();
     true
 }
 
-fn strangers_reach_nobody(underlay: Underlay) {
-    let world = world(underlay);
+fn injected_packets_are_dropped(underlay: Underlay) {
+    let world = encrypted_lab(underlay);
     let (h1, h2) = (world.host("h1"), world.host("h2"));
     let switch = world.lab.switch();
     let (vtep, member) = (h1.address().unwrap(), h2.address().unwrap());
@@ -295,42 +296,43 @@ fn strangers_reach_nobody(underlay: Underlay) {
     switch.exec_ok([&["ip", "addr", "add", &prefix, "dev", "br0"], nodad].concat()).unwrap();
     let sources: [IpAddr; 2] = [outside.parse().unwrap(), member];
 
-    // What a stranger can do to a plain network, it can: so what follows proves something.
-    let hears = listener(&world.open[0], &world.open[0].address(), SECOND);
+    // The same packets do arrive on an unencrypted network, so dropping them below proves something.
+    let socket = listener(&world.open[0], &world.open[0].address(), SECOND);
     let packet = vxlan(vni_of(h1, "open"), &world.open[1], &world.open[0], FORGED);
-    wait_until(SOON, "what is forged to arrive on a plain network", || {
-        forging(&switch, member).send_to(&packet, (vtep, PLAIN_VXLAN))?;
-        anyhow::Ok(heard(&hears).as_deref() == Some(FORGED))
+    wait_until(SOON, "an injected VXLAN packet to arrive on an unencrypted network", || {
+        spoofing_socket(&switch, member).send_to(&packet, (vtep, PLAIN_VXLAN))?;
+        anyhow::Ok(receive(&socket).as_deref() == Some(FORGED))
     })
     .unwrap();
 
-    make_routed(&world.lab, "bare", &["--subnet", "10.61.0.0/16", "--subnet", "fd61::/48"]).unwrap();
+    create_routed_network(&world.lab, "bare", &["--subnet", "10.61.0.0/16", "--subnet", "fd61::/48"])
+        .unwrap();
     let bare = attach(h1, "bare", "bare", &[]).unwrap();
     for address in bare.addresses() {
-        let hears = listener(&bare, &address, SECOND);
+        let socket = listener(&bare, &address, SECOND);
         let (to, at): (IpAddr, _) = (address.parse().unwrap(), address.as_str());
-        wait_until(SOON, "what comes as it is to arrive on a plain network", || {
-            if !lead(&switch, at, vtep) {
+        wait_until(SOON, "an injected plain packet to arrive on an unencrypted network", || {
+            if !route_via(&switch, at, vtep) {
                 return anyhow::Ok(true);
             }
             let source = sources.into_iter().find(|source| source.is_ipv4() == to.is_ipv4());
             let source = source.unwrap_or([192, 0, 2, 77].into());
-            forging(&switch, source).send_to(FORGED.as_bytes(), (to, PORT))?;
-            Ok(heard(&hears).as_deref() == Some(FORGED))
+            spoofing_socket(&switch, source).send_to(FORGED.as_bytes(), (to, PORT))?;
+            Ok(receive(&socket).as_deref() == Some(FORGED))
         })
         .unwrap();
     }
 
-    let mut ears = Vec::new();
+    let mut listeners = Vec::new();
     for all in world.encrypted() {
         for address in all[0].addresses() {
-            ears.push((&all[1], address.clone(), listener(&all[0], &address, SOON)));
+            listeners.push((&all[1], address.clone(), listener(&all[0], &address, SOON)));
         }
     }
-    // VXLAN, from a stranger and as from a member, at both ports and with the identifiers of all networks.
+    // VXLAN packets from a non-member and with a member's address, to both ports and with the VNIs of all networks.
     let vnis = ["blue", "pods", "open"].map(|network| vni_of(h1, network));
     for source in sources {
-        let socket = forging(&switch, source);
+        let socket = spoofing_socket(&switch, source);
         for port in [PLAIN_VXLAN, SEALED_VXLAN] {
             for vni in vnis {
                 for all in world.encrypted() {
@@ -339,7 +341,7 @@ fn strangers_reach_nobody(underlay: Underlay) {
             }
         }
     }
-    // Through a plain network's gateway, as from an endpoint of an encrypted one.
+    // Through the gateway of the unencrypted network, with the address of an encrypted network's endpoint.
     let gateway = h1.ctl_json(&["network", "inspect", "open"]).unwrap();
     assert_eq!(gateway["gateways"][0], "10.98.0.1");
     let bridge = h1.ip_json(&["link", "show", "dev", &text(&gateway["bridge"])]).unwrap();
@@ -347,97 +349,97 @@ fn strangers_reach_nobody(underlay: Underlay) {
     for all in world.encrypted() {
         let mut packet = vxlan(vnis[2], &all[1], &all[0], FORGED);
         packet[8..14].copy_from_slice(&gateway);
-        forging(&switch, member).send_to(&packet, (vtep, PLAIN_VXLAN)).unwrap();
+        spoofing_socket(&switch, member).send_to(&packet, (vtep, PLAIN_VXLAN)).unwrap();
     }
-    // As they are: to the endpoints' addresses by way of the host, from the stranger, from a member, and as from
-    // an endpoint of another host; in both families if the underlay has both.
-    for (peer, address, _) in &ears {
+    // Plain packets to the endpoints' addresses through the host, from a non-member, a member, and a remote endpoint,
+    // in each family that the underlay has.
+    for (peer, address, _) in &listeners {
         let to: IpAddr = address.parse().unwrap();
-        if !lead(&switch, address, vtep) {
+        if !route_via(&switch, address, vtep) {
             continue;
         }
-        let own = peer.addresses().into_iter().map(|each| each.parse::<IpAddr>().unwrap());
-        let strange = [[192, 0, 2, 77].into()];
-        let all = sources.into_iter().chain(own).chain(strange);
+        let remote = peer.addresses().into_iter().map(|each| each.parse::<IpAddr>().unwrap());
+        let unknown = [[192, 0, 2, 77].into()];
+        let all = sources.into_iter().chain(remote).chain(unknown);
         for source in all.filter(|from| from.is_ipv4() == to.is_ipv4()) {
-            forging(&switch, source).send_to(FORGED.as_bytes(), (to, PORT)).unwrap();
+            spoofing_socket(&switch, source).send_to(FORGED.as_bytes(), (to, PORT)).unwrap();
         }
     }
-    // Whatever had passed would have been there before this.
-    for (from, address, hears) in &ears {
+    // Marker: an injected packet that was not dropped would be received first.
+    for (from, address, socket) in &listeners {
         let to = SocketAddr::new(address.parse().unwrap(), PORT);
         let any = if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
-        let socket = from.workload.run(|| UdpSocket::bind(any)).unwrap().unwrap();
-        socket.send_to(MARKER.as_bytes(), to).unwrap();
-        assert_eq!(heard(hears).as_deref(), Some(MARKER), "at {address}");
+        let sender = from.workload.run(|| UdpSocket::bind(any)).unwrap().unwrap();
+        sender.send_to(MARKER.as_bytes(), to).unwrap();
+        assert_eq!(receive(socket).as_deref(), Some(MARKER), "at {address}");
     }
     assert!(h1.exec_ok(["nft", "list", "table", "inet", "ovl"]).unwrap().contains("51942"));
 }
 
 #[test]
-fn strangers_on_an_ipv4_underlay_reach_nobody() {
-    strangers_reach_nobody(Underlay::V4);
+fn injected_packets_are_dropped_on_an_ipv4_underlay() {
+    injected_packets_are_dropped(Underlay::V4);
 }
 
 #[test]
-fn strangers_on_an_ipv6_underlay_reach_nobody() {
-    strangers_reach_nobody(Underlay::V6);
+fn injected_packets_are_dropped_on_an_ipv6_underlay() {
+    injected_packets_are_dropped(Underlay::V6);
 }
 
 #[test]
-fn without_ovld_nothing_passes_and_nothing_leaves_in_plain() {
-    let world = world(Underlay::V4);
+fn without_ovld_nothing_passes_and_nothing_leaves_unencrypted() {
+    let world = encrypted_lab(Underlay::V4);
     let (h1, h2) = (world.host("h1"), world.host("h2"));
     let capture = Capture::start(&world.lab.switch(), &[MARKER]).unwrap();
-    let speak = |said: &str| {
+    let send = |text: &str| {
         for all in world.encrypted() {
             for address in all[1].addresses() {
                 let to: SocketAddr = SocketAddr::new(address.parse().unwrap(), PORT);
                 let any = if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
                 let socket = all[0].workload.run(|| UdpSocket::bind(any)).unwrap().unwrap();
-                // "Unreachable" is an answer, too.
-                socket.send_to(said.as_bytes(), to).ok();
+                // ICMP "unreachable" makes this fail, which is fine.
+                socket.send_to(text.as_bytes(), to).ok();
             }
         }
     };
-    let reached =
-        |all: &[Attached]| all[1].addresses().iter().any(|address| all[0].workload.ping(address, SECOND / 2));
+    let assert_unreachable = |all: &[Attached]| {
+        all[1].addresses().iter().for_each(|address| assert_no_reply(&all[0].workload, address));
+    };
     h1.stop().unwrap();
-    speak(MARKER);
+    send(MARKER);
     for all in world.encrypted() {
-        assert!(!reached(all), "{} reaches {} without a tunnel", all[0].name, all[1].name);
+        assert_unreachable(all);
     }
-    speak(MARKER);
-    // Routes are the kernel's affair, and somebody may flush them.
+    send(MARKER);
+    // Without ovld, another program may also flush the routes.
     for family in ["-4", "-6"] {
         h1.exec_ok(["ip", family, "route", "flush", "proto", "79"]).unwrap();
     }
     h1.exec_ok(["ip", "route", "replace", "default", "via", &h2.address().unwrap().to_string()]).unwrap();
-    speak(MARKER);
+    send(MARKER);
     for all in world.encrypted() {
-        assert!(!reached(all), "{} reaches {} in plain", all[0].name, all[1].name);
+        assert_unreachable(all);
     }
     h1.start().unwrap();
-    speak(MARKER);
+    send(MARKER);
     h1.wait_ready(SOON).unwrap();
     for all in world.encrypted() {
         ping_all_pairs(all, SOON).unwrap();
     }
     h1.kill9().unwrap();
-    speak(MARKER);
+    send(MARKER);
     h1.start().unwrap();
     h1.wait_ready(SOON).unwrap();
     for all in world.encrypted() {
-        say_everywhere(all, MARKER).unwrap();
+        echo_everywhere(all, MARKER).unwrap();
     }
-    assert_eq!(capture.count(MARKER), 0, "seen on the wire");
-    capture.finish().unwrap();
+    assert_eq!(capture.finish().unwrap().count(MARKER), 0, "plain text on the underlay");
     wait_clean(world.lab.hosts(), SOON).unwrap();
 }
 
 #[test]
-fn endpoints_reach_the_world_by_their_host() {
-    let world = world(Underlay::Dual);
+fn encrypted_networks_have_egress_through_the_local_host() {
+    let world = encrypted_lab(Underlay::Dual);
     let switch = world.lab.switch();
     switch.exec_ok(["ip", "addr", "add", "192.168.77.250/24", "dev", "br0"]).unwrap();
     switch.exec_ok(["ip", "addr", "add", "fd77::fa/64", "dev", "br0", "nodad"]).unwrap();
@@ -451,63 +453,63 @@ fn endpoints_reach_the_world_by_their_host() {
 }
 
 #[test]
-fn a_host_that_is_forgotten_is_out_of_the_tunnel() {
-    let world = world(Underlay::V4);
+fn forgotten_host_is_removed_from_the_tunnel() {
+    let world = encrypted_lab(Underlay::V4);
     let (h1, h3) = (world.host("h1"), world.host("h3"));
     for name in ["h2", "h3"] {
         wait_session(h1, name);
     }
     h3.kill9().unwrap();
     h3.link_down().unwrap();
-    wait_until(SOON, "h3 dead on h1", || anyhow::Ok(peer(h1, "h3")?["state"] == "dead")).unwrap();
+    wait_until(SOON, "h3 to be dead on h1", || anyhow::Ok(peer(h1, "h3")?["state"] == "dead")).unwrap();
     assert_eq!(peer(h1, "h3").unwrap()["encryption"], "none");
     h1.ctl_ok(&["peers", "forget", "h3"]).unwrap();
-    // It comes back with its key, and nobody tells it yet that it is forgotten.
+    // h3 is cut off, so it does not learn that it was forgotten.
     let blocked: Vec<String> = world.pods[2].addresses();
     for host in ["h1", "h2"] {
-        wait_until(SOON, &format!("{host} without h3"), || {
+        wait_until(SOON, &format!("{host} to have no route or peer of h3"), || {
             let listed = routes(world.host(host))?;
             ensure!(!listed.iter().any(|route| blocked.iter().any(|b| route.contains(b))), "{listed:?}");
-            ensure!(peer(world.host(host), "h3").is_err(), "it is listed");
+            ensure!(peer(world.host(host), "h3").is_err(), "h3 is listed");
             Ok(())
         })
         .unwrap();
     }
     for all in world.encrypted() {
-        assert!(!all[0].workload.ping(all[2].address(), SECOND));
+        assert_no_reply(&all[0].workload, &all[2].address());
         ping_all_pairs(&all[..2], SOON).unwrap();
     }
     wait_clean(&world.lab.hosts()[..2], SOON).unwrap();
 }
 
 #[test]
-fn without_a_tunnel_of_the_wanted_kind_nothing_passes_and_status_says_so() {
+fn without_the_configured_tunnel_nothing_passes_and_status_reports_it() {
     let lab = Lab::new(LabConfig::hosts(2)).unwrap();
     lab["h2"].set_config("tunnel = 'kernel'\n").unwrap();
     lab.start_all().unwrap();
     if lab["h2"].exec(["ip", "link", "add", "probe0", "type", "wireguard"]).unwrap().success() {
         lab["h2"].exec_ok(["ip", "link", "del", "probe0"]).unwrap();
-        eprintln!("this kernel has WireGuard: nothing to see here");
+        eprintln!("skipped: this kernel has WireGuard");
         return;
     }
-    make_network(&lab, "blue", &["--encrypted", "--subnet", "10.99.0.0/24"]).unwrap();
+    create_network(&lab, "blue", &["--encrypted", "--subnet", "10.99.0.0/24"]).unwrap();
     let all = [("h1", "a"), ("h2", "b"), ("h2", "c")]
         .map(|(host, name)| attach(&lab[host], name, "blue", &[]).unwrap());
     wait_problem(&lab["h2"], &["tunnel = \"kernel\"", "WireGuard"], SOON).unwrap();
     wait_problem(&lab["h1"], &["host h2 has no tunnel"], SOON).unwrap();
     assert_eq!(peer(&lab["h1"], "h2").unwrap()["encryption"], "none");
-    // Within a host nothing is between them.
+    // Traffic within a host needs no tunnel.
     ping_all_pairs(&all[1..], SOON).unwrap();
-    assert!(!all[0].workload.ping(all[1].address(), SECOND));
-    assert!(!all[1].workload.ping(all[0].address(), SECOND));
+    assert_no_reply(&all[0].workload, &all[1].address());
+    assert_no_reply(&all[1].workload, &all[0].address());
 }
 
 #[test]
-fn encrypt_makes_all_networks_encrypted_and_names_those_that_are_not() {
+fn encrypt_setting_applies_to_new_networks_and_reports_unencrypted_ones() {
     let lab = Lab::new(LabConfig::hosts(2)).unwrap();
     lab["h2"].set_config("encrypt = true\n").unwrap();
     lab.start_all().unwrap();
-    make_network(&lab, "blue", &[]).unwrap();
+    create_network(&lab, "blue", &[]).unwrap();
     wait_problem(&lab["h2"], &["encrypt = true", "network blue is not encrypted"], SOON).unwrap();
     lab["h2"].ctl_ok(&["network", "create", "red"]).unwrap();
     let red = lab["h2"].ctl_json(&["network", "inspect", "red"]).unwrap();
@@ -518,7 +520,7 @@ fn encrypt_makes_all_networks_encrypted_and_names_those_that_are_not() {
     .unwrap();
 }
 
-/// The tunnel keys that a host says a host has, and whether it is changing them.
+/// Tunnel key of a host as another host reports it, and whether it is being rotated.
 fn tunnel_key(on: &Host, of: &str) -> Result<(String, bool)> {
     let status = on.ctl_json(&["key", "status"])?;
     let row = status["hosts"].as_array().into_iter().flatten().find(|row| row["name"] == of);
@@ -526,16 +528,16 @@ fn tunnel_key(on: &Host, of: &str) -> Result<(String, bool)> {
     Ok((text(&row["tunnel"]), row["tunnel_rotating"] == true))
 }
 
-/// The ends of the tunnel that stand on a host.
-fn ends(host: &Host) -> Result<Vec<String>> {
+/// Tunnel interfaces on a host.
+fn tunnel_interfaces(host: &Host) -> Result<Vec<String>> {
     let links = host.ip_json(&["link"])?;
     let names = links.as_array().into_iter().flatten().map(|link| text(&link["ifname"]));
     Ok(names.filter(|name| name.starts_with("ovt-")).collect())
 }
 
 #[test]
-fn new_tunnel_keys_cost_no_packet_and_show_nothing() {
-    let world = world(Underlay::V4);
+fn tunnel_key_rotation_loses_no_packet_and_leaks_no_plain_text() {
+    let world = encrypted_lab(Underlay::V4);
     let capture = Capture::start(&world.lab.switch(), &[MARKER]).unwrap();
     let flows: Vec<Flow> = world
         .encrypted()
@@ -543,53 +545,52 @@ fn new_tunnel_keys_cost_no_packet_and_show_nothing() {
         .flat_map(|all| [Flow::start(&all[0], &all[1]).unwrap(), Flow::start(&all[2], &all[1]).unwrap()])
         .collect();
     let hosts: Vec<&Host> = world.lab.hosts().iter().collect();
-    for (turn, name) in ["h2", "h1", "h2"].into_iter().enumerate() {
+    for (round, name) in ["h2", "h1", "h2"].into_iter().enumerate() {
         let host = world.host(name);
         let (before, _) = tunnel_key(host, name).unwrap();
-        if turn == 0 {
-            // One at a time, also while nobody waits for it.
+        if round == 0 {
+            // Only one rotation at a time, also without a waiting client.
             host.ctl_ok(&["key", "rotate", "--no-wait"]).unwrap();
-            let said = refused(host, &["key", "rotate"]).unwrap();
-            assert_says(&said, &["is being rotated", "key status"]);
+            let error = ctl_error(host, &["key", "rotate"]).unwrap();
+            assert_contains(&error, &["is being rotated", "key status"]);
         } else {
             host.ctl_ok(&["key", "rotate"]).unwrap();
         }
         for all in world.encrypted() {
-            say_everywhere(all, MARKER).unwrap();
+            echo_everywhere(all, MARKER).unwrap();
         }
-        wait_until(LATER, &format!("the new key of {name} everywhere, and one end on each host"), || {
+        wait_until(LATER, &format!("the new key of {name} and one tunnel interface on all hosts"), || {
             let (after, _) = tunnel_key(host, name)?;
             ensure!(after != before, "still {before}");
             for on in &hosts {
                 ensure!(tunnel_key(on, name)? == (after.clone(), false), "on {}", on.name());
-                let ends = ends(on)?;
-                ensure!(ends.len() == 1, "{ends:?} on {}", on.name());
+                let interfaces = tunnel_interfaces(on)?;
+                ensure!(interfaces.len() == 1, "{interfaces:?} on {}", on.name());
             }
             Ok(())
         })
         .unwrap();
         let key = std::fs::read_to_string(host.state_dir().join("tunnel.key")).unwrap();
-        assert_eq!(key.lines().count(), 1, "the old key is still there");
+        assert_eq!(key.lines().count(), 1, "the old key is still in the file");
         assert!(!host.log().contains(key.split_whitespace().next().unwrap()), "a private key is in the log");
     }
     for flow in flows {
         flow.finish_without_loss().unwrap();
     }
-    assert_eq!(capture.count(MARKER), 0, "seen on the wire");
-    capture.finish().unwrap();
+    assert_eq!(capture.finish().unwrap().count(MARKER), 0, "plain text on the underlay");
 }
 
 #[test]
-fn a_host_that_is_killed_while_its_key_changes_goes_on_with_it() {
-    let world = world(Underlay::V4);
+fn kill_during_a_tunnel_key_rotation_resumes_it() {
+    let world = encrypted_lab(Underlay::V4);
     let h1 = world.host("h1");
     h1.ctl_ok(&["key", "rotate", "--no-wait"]).unwrap();
     let (key, _) = tunnel_key(h1, "h1").unwrap();
     h1.kill9().unwrap();
     h1.start().unwrap();
-    wait_until(LATER, "the rotation at its end", || {
+    wait_until(LATER, "the rotation to finish", || {
         ensure!(tunnel_key(h1, "h1")? == (key.clone(), false), "{:?}", tunnel_key(h1, "h1")?);
-        ensure!(ends(h1)?.len() == 1, "{:?}", ends(h1)?);
+        ensure!(tunnel_interfaces(h1)?.len() == 1, "{:?}", tunnel_interfaces(h1)?);
         Ok(())
     })
     .unwrap();

@@ -1,5 +1,5 @@
-//! Addresses of LoadBalancers: one host answers for each on the underlay, another takes it over, and those who check
-//! hosts' health are told the truth.
+//! LoadBalancer addresses: one host announces each on the underlay, another one takes it over, and health checks report
+//! the state of a host.
 
 use std::collections::BTreeSet;
 use std::io::{Read as _, Write as _};
@@ -9,19 +9,19 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use netns_lab::{Host, Lab, LabConfig, Netns, Underlay, wait_until};
 use ovl_tests::ports::outsider;
-use ovl_tests::routed::make_routed;
-use ovl_tests::service::{Connection, Named, apply, ask, wait_answers};
-use ovl_tests::{Attached, SOON, attach, make_network, started_with, strings, text, wait_clean};
+use ovl_tests::routed::create_routed_network;
+use ovl_tests::service::{Connection, NamedServer, apply, ask, wait_answers};
+use ovl_tests::{Attached, SOON, attach, create_network, start_lab_with, strings, text, wait_clean};
 use serde_json::Value;
 
 const POOL: &str = "load_balancer_pool = [\"192.168.77.224/29\", \"fd77::e0/124\"]";
 const SUBNETS: [&str; 4] = ["--subnet", "10.60.0.0/16", "--subnet", "fd60::/64"];
 
 fn lab(hosts: usize) -> Result<Lab> {
-    started_with(LabConfig::hosts(hosts).underlay(Underlay::Dual).config(POOL))
+    start_lab_with(LabConfig::hosts(hosts).underlay(Underlay::Dual).config(POOL))
 }
 
-/// A Service `web` of that kind, with this much more in its specification.
+/// A Service `web` of type LoadBalancer, with these additional fields in its spec.
 fn web(more: &str) -> String {
     format!(
         "{{\"apiVersion\":\"v1\",\"kind\":\"Service\",\"metadata\":{{\"name\":\"web\"}},\"spec\":{{
@@ -30,13 +30,13 @@ fn web(more: &str) -> String {
     )
 }
 
-fn backend(host: &Host, name: &str) -> Result<(Attached, Named)> {
+fn backend(host: &Host, name: &str) -> Result<(Attached, NamedServer)> {
     let at = attach(host, name, "blue", &["--label", "app=web"])?;
-    let server = Named::start(&at.workload, name, 8080)?;
+    let server = NamedServer::start(&at.workload, name, 8080)?;
     Ok((at, server))
 }
 
-/// What the cluster gave the Service, as a host says it.
+/// Ingress addresses of the Service, as a host reports them.
 fn ingress(host: &Host) -> Result<Vec<IpAddr>> {
     let found = host.ctl_json(&["get", "svc", "web"])?;
     let all =
@@ -44,7 +44,7 @@ fn ingress(host: &Host) -> Result<Vec<IpAddr>> {
     Ok(all.iter().map(|each| text(&each["ip"]).parse()).collect::<Result<_, _>>()?)
 }
 
-/// Hosts whose kernel answers for an address.
+/// Hosts that have an address on their underlay interface.
 fn holders(lab: &Lab, address: IpAddr) -> Result<Vec<String>> {
     let mut all = Vec::new();
     for host in lab.hosts().iter().filter(|host| host.is_present()) {
@@ -57,34 +57,34 @@ fn holders(lab: &Lab, address: IpAddr) -> Result<Vec<String>> {
     Ok(all)
 }
 
-/// The one host that answers for an address, once there is one, it is among these, and all hosts say so.
+/// Waits until one host of `among` has an address, and all running hosts report so. Returns its name.
 fn wait_announced(lab: &Lab, address: IpAddr, among: &[&str]) -> Result<String> {
     wait_until(SOON, &format!("one of {among:?} to announce {address}"), || {
         let holders = holders(lab, address)?;
         let [holder] = holders.as_slice() else { anyhow::bail!("announced by {holders:?}") };
         ensure!(among.contains(&holder.as_str()), "announced by {holder}");
         for host in lab.hosts().iter().filter(|host| host.is_running()) {
-            let said = host.ctl_json(&["get", "endpoints", "web"])?;
-            let said = said["announced"].as_array().context("nothing is said")?.iter();
-            let said = said.filter(|each| text(&each["address"]) == address.to_string());
-            let nodes: Vec<String> = said.flat_map(|each| strings(&each["nodes"])).collect();
-            ensure!(nodes == holders, "{} says {nodes:?} and not {holders:?}", host.name());
+            let reported = host.ctl_json(&["get", "endpoints", "web"])?;
+            let reported = reported["announced"].as_array().context("no announcements")?.iter();
+            let reported = reported.filter(|each| text(&each["address"]) == address.to_string());
+            let nodes: Vec<String> = reported.flat_map(|each| strings(&each["nodes"])).collect();
+            ensure!(nodes == holders, "{} reports {nodes:?} instead of {holders:?}", host.name());
         }
         Ok(Some(holder.clone()))
     })
 }
 
-/// What a host says at a port for health checks: the status, and the number of endpoints.
+/// Asks a health check port. Returns the HTTP status and the number of local endpoints.
 fn health(from: &Netns, at: SocketAddr) -> Result<(u16, u64)> {
-    let answer = from.run(|| -> Result<String> {
+    let response = from.run(|| -> Result<String> {
         let mut stream = TcpStream::connect_timeout(&at, Duration::from_secs(2))?;
         stream.set_read_timeout(Some(Duration::from_secs(2)))?;
         stream.write_all(b"GET / HTTP/1.1\r\nHost: here\r\n\r\n")?;
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer)?;
-        Ok(answer)
+        let mut response = String::new();
+        stream.read_to_string(&mut response)?;
+        Ok(response)
     })??;
-    let (head, body) = answer.split_once("\r\n\r\n").context("no answer")?;
+    let (head, body) = response.split_once("\r\n\r\n").context("no response")?;
     let status = head.split(' ').nth(1).context("no status")?.parse()?;
     let body: Value = serde_json::from_str(body)?;
     ensure!(body["service"]["name"] == "web" && body["service"]["namespace"] == "default", "{body}");
@@ -92,10 +92,10 @@ fn health(from: &Netns, at: SocketAddr) -> Result<(u16, u64)> {
 }
 
 #[test]
-fn an_address_is_announced_by_one_host_and_taken_over() -> Result<()> {
+fn address_is_announced_by_one_host_and_taken_over() -> Result<()> {
     let lab = lab(4)?;
     let [h1, h2, h3, _] = lab.hosts() else { unreachable!() };
-    make_routed(&lab, "blue", &SUBNETS)?;
+    create_routed_network(&lab, "blue", &SUBNETS)?;
     apply(&lab, h1, &web(""))?;
     let (_one, _first) = backend(h1, "one")?;
     let (_two, _second) = backend(h2, "two")?;
@@ -112,7 +112,7 @@ fn an_address_is_announced_by_one_host_and_taken_over() -> Result<()> {
     }
     wait_clean(lab.hosts(), SOON)?;
 
-    // The host that has it goes, and with it its neighbours' entry for the address is wrong.
+    // The host with the address fails, so the client's neighbour entry for the address becomes stale.
     let to = addresses[0];
     let lost = wait_announced(&lab, to, &["h1", "h2", "h3", "h4"])?;
     let left: Vec<&str> = ["h1", "h2", "h3", "h4"].into_iter().filter(|name| *name != lost).collect();
@@ -126,18 +126,18 @@ fn an_address_is_announced_by_one_host_and_taken_over() -> Result<()> {
     wait_answers(&client, SocketAddr::new(to, 80), answering)?;
     wait_announced(&lab, to, &left)?;
 
-    // It comes back and has it again.
+    // When it returns, it announces the address again.
     host.restore()?;
     lab.start_all()?;
     wait_announced(&lab, to, &[&lost])?;
     wait_until(SOON, "an answer", || ask(&client, SocketAddr::new(to, 80)).map(drop))?;
 
-    // A host that leaves lets go at once, and nothing is left of a Service that is deleted.
+    // A host that leaves withdraws the address at once, and a deleted Service leaves nothing behind.
     host.ctl_ok(&["leave"])?;
     wait_announced(&lab, to, &left)?;
     let alive = lab.host(left[0])?;
     alive.ctl_ok(&["delete", "svc", "web"])?;
-    wait_until(SOON, "nobody to announce it", || {
+    wait_until(SOON, "no host to announce the address", || {
         let holders = holders(&lab, to)?;
         ensure!(holders.is_empty(), "{holders:?}");
         Ok(())
@@ -145,10 +145,10 @@ fn an_address_is_announced_by_one_host_and_taken_over() -> Result<()> {
 }
 
 #[test]
-fn connections_live_while_the_announcing_hosts_daemon_is_away() -> Result<()> {
+fn connections_survive_a_kill_of_the_announcing_hosts_daemon() -> Result<()> {
     let lab = lab(3)?;
     let names = ["h1", "h2", "h3"];
-    make_routed(&lab, "blue", &SUBNETS)?;
+    create_routed_network(&lab, "blue", &SUBNETS)?;
     apply(&lab, &lab.hosts()[0], &web(""))?;
     let (_one, _first) = backend(&lab.hosts()[0], "one")?;
     let client = outsider(&lab)?;
@@ -157,17 +157,20 @@ fn connections_live_while_the_announcing_hosts_daemon_is_away() -> Result<()> {
     let at = SocketAddr::new(to, 80);
     wait_answers(&client, at, &["one"])?;
     let mut open = Connection::open(&client, at)??;
-    open.hear()?;
+    open.read_answer()?;
     let host = lab.host(&holder)?;
     let was = host.ip_json(&["addr", "show", "dev", "eth0"])?;
     host.kill9()?;
-    // The others know that its kernel goes on.
-    let other = lab.hosts().iter().find(|other| other.name() != holder).context("no other")?;
-    wait_until(SOON, "the host to be missed", || {
-        let peer = ovl_tests::peer(other, &holder)?;
-        ensure!(peer["state"] != "alive", "{peer}");
-        Ok(())
-    })?;
+    // The other hosts leave the address where it is, because the kernel of the holder still works. The attach is a
+    // marker: it goes through each host's kernel queue after everything that followed from the failure.
+    for other in lab.hosts().iter().filter(|other| other.name() != holder) {
+        wait_until(SOON, &format!("{} to notice the failure", other.name()), || {
+            let peer = ovl_tests::peer(other, &holder)?;
+            ensure!(peer["state"] != "alive", "{peer}");
+            Ok(())
+        })?;
+        attach(other, &format!("marker-{}", other.name()), "blue", &[])?;
+    }
     ensure!(holders(&lab, to)? == [holder.as_str()], "{:?}", holders(&lab, to)?);
     open.ask()?;
     ask(&client, at)?;
@@ -178,7 +181,7 @@ fn connections_live_while_the_announcing_hosts_daemon_is_away() -> Result<()> {
     let is = host.ip_json(&["addr", "show", "dev", "eth0"])?;
     ensure!(was[0]["addr_info"] == is[0]["addr_info"], "{was} became {is}");
     open.ask()?;
-    // Somebody takes the address away under us.
+    // Another program deletes the address.
     let prefix = if to.is_ipv4() { 32 } else { 128 };
     host.exec_ok(["ip", "addr", "del", &format!("{to}/{prefix}"), "dev", "eth0"])?;
     wait_announced(&lab, to, &[&holder])?;
@@ -187,10 +190,10 @@ fn connections_live_while_the_announcing_hosts_daemon_is_away() -> Result<()> {
 }
 
 #[test]
-fn with_the_policy_local_only_hosts_with_backends_announce() -> Result<()> {
+fn external_traffic_policy_local_announces_only_from_hosts_with_backends() -> Result<()> {
     let lab = lab(3)?;
     let [h1, h2, h3] = lab.hosts() else { unreachable!() };
-    make_network(&lab, "blue", &SUBNETS)?;
+    create_network(&lab, "blue", &SUBNETS)?;
     apply(&lab, h1, &web(",\"externalTrafficPolicy\":\"Local\",\"healthCheckNodePort\":32001"))?;
     let (_two, _first) = backend(h2, "two")?;
     let client = outsider(&lab)?;
@@ -202,39 +205,39 @@ fn with_the_policy_local_only_hosts_with_backends_announce() -> Result<()> {
         let own: BTreeSet<&str> = ["192.168.77.250", "fd77::fa"].into();
         ensure!(own.contains(seen.to_string().as_str()), "the source became {seen}");
     }
-    let says = |host: &Host, what: (u16, u64)| {
+    let wait_health = |host: &Host, what: (u16, u64)| {
         let at = SocketAddr::new(host.address()?, 32001);
-        wait_until(SOON, &format!("{what:?} of {}", host.name()), || {
-            let said = health(&client, at)?;
-            ensure!(said == what, "{said:?}");
+        wait_until(SOON, &format!("{} to report {what:?}", host.name()), || {
+            let reported = health(&client, at)?;
+            ensure!(reported == what, "{reported:?}");
             Ok(())
         })
     };
     for (host, what) in [(h1, (503, 0)), (h2, (200, 1)), (h3, (503, 0))] {
-        says(host, what)?;
+        wait_health(host, what)?;
     }
     // The address follows the backends.
     let (_three, _second) = backend(h3, "three")?;
-    says(h3, (200, 1))?;
+    wait_health(h3, (200, 1))?;
     h2.ctl_ok(&["endpoint", "unready", "two"])?;
-    says(h2, (503, 0))?;
+    wait_health(h2, (503, 0))?;
     for address in &addresses {
         wait_announced(&lab, *address, &["h3"])?;
         wait_answers(&client, SocketAddr::new(*address, 80), &["three"])?;
     }
     wait_clean(lab.hosts(), SOON)?;
     h1.ctl_ok(&["delete", "svc", "web"])?;
-    wait_until(SOON, "no more answers to health checks", || {
+    wait_until(SOON, "health checks to be refused", || {
         ensure!(health(&client, SocketAddr::new(h3.address()?, 32001)).is_err());
         Ok(())
     })
 }
 
 #[test]
-fn a_side_that_was_split_off_gives_the_address_back() -> Result<()> {
+fn address_returns_to_its_holder_after_a_partition() -> Result<()> {
     let lab = lab(3)?;
     let names = ["h1", "h2", "h3"];
-    make_routed(&lab, "blue", &SUBNETS)?;
+    create_routed_network(&lab, "blue", &SUBNETS)?;
     apply(&lab, &lab.hosts()[0], &web(""))?;
     let to = ingress(&lab.hosts()[0])?[0];
     let holder = wait_announced(&lab, to, &names)?;

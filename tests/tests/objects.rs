@@ -1,5 +1,4 @@
-//! Kubernetes' objects: applied on one host, there on all, through splits and restarts; what they make of
-//! endpoints.
+//! Kubernetes objects: distribution to all hosts, also through partitions and restarts, and their effect on endpoints.
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
@@ -10,8 +9,8 @@ use anyhow::{Result, ensure};
 use netns_lab::{Host, Lab, LabConfig, wait_until};
 use ovl_tests::service::apply;
 use ovl_tests::{
-    SOON, assert_says, attach, ensure_status, make_network, peer, problems, refused, rows, started,
-    started_with, text,
+    SOON, assert_contains, attach, create_network, ctl_error, ensure_status, peer, problems, rows, start_lab,
+    start_lab_with, text,
 };
 use serde_json::Value;
 
@@ -51,25 +50,25 @@ items:
   ports: [{port: 443}]
 ";
 
-/// A file of the lab.
+/// Writes a file in the directory of the lab, and returns its path.
 fn file(lab: &Lab, name: &str, content: &str) -> Result<String> {
     let path = lab.dir().join(name);
     fs::write(&path, content)?;
     Ok(path.display().to_string())
 }
 
-/// One object as a host has it.
+/// One object, as a host shows it.
 fn get(host: &Host, kind: &str, name: &str, namespace: &str) -> Result<Value> {
     host.ctl_json(&["get", kind, name, "-n", namespace])
 }
 
-/// All objects of a host, as `NAMESPACE/NAME` of each kind, with all that they say.
+/// All objects of a host.
 fn all(host: &Host) -> Result<Vec<Value>> {
     let found = host.ctl_json(&["get", "ns,pods,svc,endpointslices,netpol", "-A"])?;
     Ok(found["items"].as_array().cloned().unwrap_or_default())
 }
 
-/// Waits until these hosts have the same objects, so many of them.
+/// Waits until these hosts have the same objects, `count` of them, and returns them.
 fn wait_same(hosts: &[&Host], count: usize, timeout: Duration) -> Result<Vec<Value>> {
     wait_until(timeout, &format!("the same {count} objects on all hosts"), || {
         let lists = hosts.iter().map(|host| all(host)).collect::<Result<Vec<_>>>()?;
@@ -81,7 +80,7 @@ fn wait_same(hosts: &[&Host], count: usize, timeout: Duration) -> Result<Vec<Val
     })
 }
 
-/// `ADDRESS:PORT` of what takes a Service's connections, as a host sees it.
+/// `ADDRESS:PORT` of each ready backend of a Service, as a host shows them.
 fn backends(host: &Host, service: &str, namespace: &str) -> Result<Vec<String>> {
     let found = get(host, "endpoints", service, namespace)?;
     let ports = found["ports"].as_array().cloned().unwrap_or_default();
@@ -97,7 +96,7 @@ fn wait_backends(hosts: &[&Host], service: &str, expected: &[String]) -> Result<
     let mut expected: Vec<&String> = expected.iter().collect();
     expected.sort_unstable();
     for host in hosts {
-        wait_until(SOON, &format!("behind {service} on {} {expected:?}", host.name()), || {
+        wait_until(SOON, &format!("{} to show the backends {expected:?} of {service}", host.name()), || {
             let found = backends(host, service, "shop")?;
             ensure!(found.iter().eq(expected.iter().copied()), "{found:?}");
             Ok(())
@@ -107,8 +106,8 @@ fn wait_backends(hosts: &[&Host], service: &str, expected: &[String]) -> Result<
 }
 
 #[test]
-fn what_is_applied_on_one_host_is_on_all_and_goes_from_all() {
-    let lab = started(3).unwrap();
+fn objects_are_applied_changed_and_deleted_on_all_hosts() {
+    let lab = start_lab(3).unwrap();
     let (h1, h2, h3) = (&lab["h1"], &lab["h2"], &lab["h3"]);
     let path = file(&lab, "shop.yaml", SHOP).unwrap();
     assert_eq!(
@@ -126,7 +125,7 @@ endpointslice.discovery.k8s.io/ext-1 created
 "
     );
     let seen = wait_same(&[h1, h2, h3], 4, SOON).unwrap();
-    // Written anywhere, it is the same again: nothing that was allocated changes.
+    // Applied again on another host, nothing changes, not even what was assigned automatically.
     let again = h2.ctl_ok(&["apply", "-f", &path]).unwrap();
     assert_eq!(again.lines().filter(|line| line.ends_with(" unchanged")).count(), 4, "{again}");
     assert_eq!(all(h2).unwrap(), seen);
@@ -137,8 +136,8 @@ endpointslice.discovery.k8s.io/ext-1 created
     let port = service["spec"]["ports"][0]["nodePort"].as_u64().unwrap();
     assert!((30_000..=32_767).contains(&port), "{service}");
     let table = h3.ctl_ok(&["get", "svc", "-A"]).unwrap();
-    assert_says(&table, &["NAMESPACE", "CLUSTER-IP", "NodePort", &ip, &format!("80:{port}/TCP")]);
-    // What is shown can be applied again, on another host.
+    assert_contains(&table, &["NAMESPACE", "CLUSTER-IP", "NodePort", &ip, &format!("80:{port}/TCP")]);
+    // Shown objects can be applied again, on another host.
     let shown = h3.ctl_ok(&["get", "svc,netpol,endpointslices,ns", "-A", "-o", "yaml"]).unwrap();
     let shown = file(&lab, "shown.yaml", &shown).unwrap();
     let again = h1.ctl_ok(&["apply", "-f", &shown]).unwrap();
@@ -147,31 +146,34 @@ endpointslice.discovery.k8s.io/ext-1 created
     let changed = file(&lab, "changed.yaml", &SHOP.replace("port: 5432", "port: 5433")).unwrap();
     let diff = h2.ctl(&["diff", "-f", &changed]).unwrap();
     ensure_status(&diff, &["diff"], 1).unwrap();
-    assert_says(&diff.stdout, &["-    - port: 5432", "+    - port: 5433", "shop/db-allow-api-only"]);
+    assert_contains(&diff.stdout, &["-    - port: 5432", "+    - port: 5433", "shop/db-allow-api-only"]);
     ensure_status(&h2.ctl(&["diff", "-f", &path]).unwrap(), &["diff"], 0).unwrap();
-    assert_says(
+    assert_contains(
         &h2.ctl_ok(&["apply", "-f", &changed]).unwrap(),
         &["networkpolicy.networking.k8s.io/db-allow-api-only configured", "service/web unchanged"],
     );
-    wait_until(SOON, "the change on h3", || -> Result<bool> {
+    wait_until(SOON, "h3 to show the change", || -> Result<bool> {
         let policy = get(h3, "netpol", "db-allow-api-only", "shop")?;
         Ok(policy["spec"]["ingress"][0]["ports"][0]["port"] == 5433)
     })
     .unwrap();
-    assert_says(
+    assert_contains(
         &h3.ctl_ok(&["describe", "netpol", "db-allow-api-only", "-n", "shop"]).unwrap(),
         &["Selects:", "app=db", "port: 5433"],
     );
 
-    // By name, by file, and once more: what is gone is gone.
-    let gone = h3.ctl_ok(&["delete", "svc", "web", "-n", "shop"]).unwrap();
-    assert_eq!(gone, "service \"web\" deleted\n");
+    // Deletion by name and by file; a second one reports that there is no such object.
+    let deleted = h3.ctl_ok(&["delete", "svc", "web", "-n", "shop"]).unwrap();
+    assert_eq!(deleted, "service \"web\" deleted\n");
     assert_eq!(h3.ctl_ok(&["delete", "svc/web", "-n", "shop"]).unwrap(), "service \"web\" not found\n");
     wait_same(&[h1, h2, h3], 3, SOON).unwrap();
-    assert_says(&refused(h1, &["get", "svc", "web", "-n", "shop"]).unwrap(), &["service \"web\" not found"]);
+    assert_contains(
+        &ctl_error(h1, &["get", "svc", "web", "-n", "shop"]).unwrap(),
+        &["service \"web\" not found"],
+    );
     h2.ctl_ok(&["delete", "-f", &path]).unwrap();
     wait_same(&[h1, h2, h3], 0, SOON).unwrap();
-    // Through restarts of all at once, what is gone stays gone, and what is there stays.
+    // Through a restart of all hosts at once, deleted objects stay deleted and the others stay.
     apply(&lab, h1, SHOP).unwrap();
     h1.ctl_ok(&["delete", "netpol", "db-allow-api-only", "-n", "shop"]).unwrap();
     let before = wait_same(&[h1, h2, h3], 3, SOON).unwrap();
@@ -183,10 +185,10 @@ endpointslice.discovery.k8s.io/ext-1 created
 }
 
 #[test]
-fn endpoints_stand_behind_the_services_that_select_them() {
-    let lab = started(3).unwrap();
+fn services_have_the_endpoints_that_they_select_as_backends() {
+    let lab = start_lab(3).unwrap();
     let (h1, h2, h3) = (&lab["h1"], &lab["h2"], &lab["h3"]);
-    make_network(&lab, "demo", &["--subnet", "10.1.0.0/24"]).unwrap();
+    create_network(&lab, "demo", &["--subnet", "10.1.0.0/24"]).unwrap();
     apply(&lab, h1, SHOP).unwrap();
     let all = [h1, h2, h3];
     wait_same(&all, 4, SOON).unwrap();
@@ -195,14 +197,14 @@ fn endpoints_stand_behind_the_services_that_select_them() {
     let b = attach(h2, "b", "demo", &[&shop[..], &["--label", "app=web", "--not-ready"]].concat()).unwrap();
     let c = attach(h3, "c", "demo", &shop).unwrap();
     let at = |attached: &ovl_tests::Attached, port: u16| format!("{}:{port}", attached.address());
-    // Another namespace, other labels, not ready, no labels: none of them counts.
+    // An endpoint of another namespace, one that is not ready, and one without the labels are not backends.
     attach(h1, "d", "demo", &["--label", "app=web"]).unwrap();
     wait_backends(&all, "web", &[at(&a, 8080)]).unwrap();
     h2.ctl_ok(&["endpoint", "ready", "b", "-n", "shop"]).unwrap();
     wait_backends(&all, "web", &[at(&a, 8080), at(&b, 8080)]).unwrap();
-    assert_says(&refused(h1, &["endpoint", "unready", "b", "-n", "shop"]).unwrap(), &["on host h2"]);
+    assert_contains(&ctl_error(h1, &["endpoint", "unready", "b", "-n", "shop"]).unwrap(), &["on host h2"]);
 
-    // A Pod gives labels and named ports to the endpoint of its name.
+    // A Pod adds its labels and named ports to the endpoint of its name.
     let pod = "\
 apiVersion: v1
 kind: Pod
@@ -213,26 +215,26 @@ spec:
     apply(&lab, h1, pod).unwrap();
     wait_backends(&all, "web", &[at(&a, 8080), at(&b, 8080), at(&c, 8080), at(&c, 9000)]).unwrap();
     let listed = h2.ctl_ok(&["get", "pods", "-n", "shop", "-o", "wide"]).unwrap();
-    assert_says(&listed, &["1/1", &c.address(), "h3", "app=web"]);
+    assert_contains(&listed, &["1/1", &c.address(), "h3", "app=web"]);
     let described = h2.ctl_ok(&["describe", "svc", "web", "-n", "shop"]).unwrap();
-    assert_says(&described, &["Port http 80/TCP:", &format!("{} a on h1", at(&a, 8080)), &at(&c, 9000)]);
+    assert_contains(&described, &["Port http 80/TCP:", &format!("{} a on h1", at(&a, 8080)), &at(&c, 9000)]);
     let endpoint = rows(h1, &["endpoints"]).unwrap().into_iter().find(|row| row["name"] == "c").unwrap();
     assert_eq!(endpoint["labels"]["app"], "web");
 
     h2.ctl_ok(&["endpoint", "unready", "b", "-n", "shop"]).unwrap();
     wait_backends(&all, "web", &[at(&a, 8080), at(&c, 8080), at(&c, 9000)]).unwrap();
-    // What was said of an endpoint outlives the daemon.
+    // The readiness of an endpoint survives a restart of the daemon.
     h2.kill9().unwrap();
     h2.start().unwrap();
     h2.wait_ready(SOON).unwrap();
     wait_backends(&all, "web", &[at(&a, 8080), at(&c, 8080), at(&c, 9000)]).unwrap();
 
-    // A host that is gone takes its endpoints along.
+    // Endpoints of a failed host are no backends.
     h3.destroy().unwrap();
     wait_backends(&[h1, h2], "web", &[at(&a, 8080)]).unwrap();
     h1.ctl_ok(&["detach", "a", "--namespace", "shop"]).unwrap();
     wait_backends(&[h1, h2], "web", &[]).unwrap();
-    // Slices list what is no endpoint of ours.
+    // EndpointSlices add backends that are not endpoints of the cluster.
     let external = "\
 apiVersion: v1
 kind: Service
@@ -244,8 +246,8 @@ spec: {ports: [{port: 8443}]}
 }
 
 #[test]
-fn a_manifest_that_is_wrong_changes_nothing_and_says_what_and_where() {
-    let lab = started(1).unwrap();
+fn invalid_manifest_changes_nothing_and_the_error_names_the_place() {
+    let lab = start_lab(1).unwrap();
     let h1 = &lab["h1"];
     let service = |name: &str, more: &str| {
         format!(
@@ -253,7 +255,7 @@ fn a_manifest_that_is_wrong_changes_nothing_and_says_what_and_where() {
         )
     };
     let good = service("good", "");
-    for (content, says) in [
+    for (content, parts) in [
         (format!("{good}{}", service("Bad", "")), vec!["document 2: metadata.name: not a Service's name"]),
         (
             format!("{good}{}", service("bad", ", clusterIP: 10.0.0.1")),
@@ -288,21 +290,24 @@ fn a_manifest_that_is_wrong_changes_nothing_and_says_what_and_where() {
         ),
     ] {
         let path = file(&lab, "manifest.yaml", &content).unwrap();
-        let error = refused(h1, &["apply", "-f", &path]).unwrap();
-        assert_says(
+        let error = ctl_error(h1, &["apply", "-f", &path]).unwrap();
+        assert_contains(
             &error,
-            &[&["manifest.yaml"], says.as_slice()].concat()[usize::from(says[0].starts_with("there"))..],
+            &[&["manifest.yaml"], parts.as_slice()].concat()[usize::from(parts[0].starts_with("there"))..],
         );
         assert!(all(h1).unwrap().is_empty(), "{content}");
     }
-    assert_says(&refused(h1, &["apply", "-f", "/nowhere.yaml"]).unwrap(), &["cannot read /nowhere.yaml"]);
-    // Lenient: a warning for each, and the rest is applied.
+    assert_contains(
+        &ctl_error(h1, &["apply", "-f", "/nowhere.yaml"]).unwrap(),
+        &["cannot read /nowhere.yaml"],
+    );
+    // With --lenient, each error is a warning, and the rest is applied.
     let path = file(&lab, "manifest.yaml", &service("odd", ", colour: red")).unwrap();
     let output = h1.ctl(&["apply", "-f", &path, "--lenient"]).unwrap();
     ensure_status(&output, &["apply"], 0).unwrap();
-    assert_says(&output.stderr, &["warning: ", "document 1: spec.colour: is not supported"]);
+    assert_contains(&output.stderr, &["warning: ", "document 1: spec.colour: is not supported"]);
     assert_eq!(output.stdout, "service/odd created\n");
-    // A folder is its files, by name.
+    // A directory stands for its files, sorted by name.
     let folder = lab.dir().join("folder");
     fs::create_dir_all(&folder).unwrap();
     fs::write(folder.join("b.yml"), service("b", "")).unwrap();
@@ -314,27 +319,27 @@ fn a_manifest_that_is_wrong_changes_nothing_and_says_what_and_where() {
     fs::write(folder.join("ignored.txt"), "x: [").unwrap();
     let done = h1.ctl_ok(&["apply", "-f", &folder.display().to_string()]).unwrap();
     assert_eq!(done, "service/a created\nservice/b created\n");
-    // An alias bomb costs nobody anything.
+    // An alias bomb is refused.
     let mut bomb = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n".to_owned();
     for n in 1..30 {
         writeln!(bomb, "a{n}: &a{n} [{}]", vec![format!("*a{}", n - 1); 10].join(", ")).unwrap();
     }
     let path = file(&lab, "bomb.yaml", &bomb).unwrap();
-    assert_says(
-        &refused(h1, &["apply", "-f", &path]).unwrap(),
+    assert_contains(
+        &ctl_error(h1, &["apply", "-f", &path]).unwrap(),
         &["bomb.yaml: line", "what aliases repeat included"],
     );
 }
 
 #[test]
-fn a_host_that_joins_late_and_both_sides_of_a_split_come_to_the_same() {
-    let lab = started_with(LabConfig {
+fn late_joiner_and_both_sides_of_a_partition_converge() {
+    let lab = start_lab_with(LabConfig {
         config: "load_balancer_pool = ['192.168.77.192/29']\n".to_owned(),
         ..LabConfig::hosts(4)
     })
     .unwrap();
     let (h1, h2, h3, h4) = (&lab["h1"], &lab["h2"], &lab["h3"], &lab["h4"]);
-    // As good as never there: without its state it is a new host.
+    // Without its state, h4 joins as a new host.
     h4.ctl_ok(&["leave"]).unwrap();
     h4.wait_exit(SOON).unwrap();
     fs::remove_dir_all(h4.state_dir()).unwrap();
@@ -347,11 +352,13 @@ fn a_host_that_joins_late_and_both_sides_of_a_split_come_to_the_same() {
     apply(&lab, h1, SHOP).unwrap();
     wait_same(&[h1, h2, h3], 4, SOON).unwrap();
     lab.partition(&[&["h1", "h2", "h4"], &["h3"]]).unwrap();
-    wait_until(SOON, "h3 sees nobody", || -> Result<bool> { Ok(peer(h3, "h1")?["state"] == "dead") })
+    wait_until(SOON, "h3 to be cut off", || -> Result<bool> { Ok(peer(h3, "h1")?["state"] == "dead") })
         .unwrap();
-    wait_until(SOON, "nobody sees h3", || -> Result<bool> { Ok(peer(h1, "h3")?["state"] == "dead") })
-        .unwrap();
-    // Both sides claim one address and one port, change one object, and delete one.
+    wait_until(SOON, "h1 to be cut off from h3", || -> Result<bool> {
+        Ok(peer(h1, "h3")?["state"] == "dead")
+    })
+    .unwrap();
+    // Both sides claim one address and one port, and change one object; one side deletes an object.
     apply(&lab, h1, &node_port("older", 30_777)).unwrap();
     apply(&lab, h3, &node_port("younger", 30_777)).unwrap();
     apply(&lab, h1, &SHOP.replace("5432", "1111")).unwrap();
@@ -362,7 +369,7 @@ fn a_host_that_joins_late_and_both_sides_of_a_split_come_to_the_same() {
     assert_eq!(get(h3, "svc", "younger", "default").unwrap()["spec"]["clusterIP"], "10.96.7.7");
     lab.heal().unwrap();
     wait_same(&[h1, h2, h3], 5, SOON).unwrap();
-    wait_until(SOON, "the younger Service has an address of its own", || {
+    wait_until(SOON, "the younger Service to get another address", || {
         let service = get(h2, "svc", "younger", "default")?;
         ensure!(service["spec"]["clusterIP"].is_string(), "{service}");
         ensure!(service["spec"]["ports"][0]["nodePort"].is_number(), "{service}");
@@ -371,10 +378,10 @@ fn a_host_that_joins_late_and_both_sides_of_a_split_come_to_the_same() {
     .unwrap();
     h4.start().unwrap();
     h4.wait_ready(SOON).unwrap();
-    let everywhere = wait_same(&[h1, h2, h3, h4], 5, SOON).unwrap();
+    let objects = wait_same(&[h1, h2, h3, h4], 5, SOON).unwrap();
     let claimed = |path: &str| {
         let each: Vec<String> =
-            everywhere.iter().filter_map(|it| it.pointer(path)).map(ToString::to_string).collect();
+            objects.iter().filter_map(|it| it.pointer(path)).map(ToString::to_string).collect();
         let different: BTreeSet<&String> = each.iter().collect();
         assert_eq!(different.len(), each.len(), "{path}: {each:?}");
         each.len()
@@ -385,7 +392,7 @@ fn a_host_that_joins_late_and_both_sides_of_a_split_come_to_the_same() {
     let older = get(h4, "svc", "older", "default").unwrap();
     assert_eq!(older["spec"]["clusterIP"], "10.96.7.7");
     assert_eq!(older["spec"]["ports"][0]["nodePort"], 30_777);
-    // The later write won, whole.
+    // The later write won, as a whole.
     let policy = get(h4, "netpol", "db-allow-api-only", "shop").unwrap();
     assert_eq!(policy["spec"]["ingress"][0]["ports"][0]["port"], 2222);
     assert!(problems(h4).unwrap().is_empty());
@@ -393,8 +400,8 @@ fn a_host_that_joins_late_and_both_sides_of_a_split_come_to_the_same() {
 
 #[test]
 fn ten_thousand_objects_are_applied_and_reach_all_hosts() {
-    const PATIENCE: Duration = Duration::from_secs(120);
-    let lab = started(3).unwrap();
+    const TIMEOUT: Duration = Duration::from_secs(120);
+    let lab = start_lab(3).unwrap();
     let (h1, h2, h3) = (&lab["h1"], &lab["h2"], &lab["h3"]);
     let mut manifest = String::new();
     for n in 0..5000 {
@@ -411,7 +418,7 @@ fn ten_thousand_objects_are_applied_and_reach_all_hosts() {
     }
     let path = file(&lab, "many.yaml", &manifest).unwrap();
     let run = |args: &[&str]| {
-        let output = h1.ctl_spawn(args).unwrap().finish(PATIENCE).unwrap();
+        let output = h1.ctl_spawn(args).unwrap().finish(TIMEOUT).unwrap();
         ensure_status(&output, args, 0).unwrap();
         output.stdout
     };
@@ -420,12 +427,12 @@ fn ten_thousand_objects_are_applied_and_reach_all_hosts() {
     let counted =
         |host: &Host| -> Result<usize> { Ok(rows_of(host, "svc")?.len() + rows_of(host, "pods")?.len()) };
     for host in [h2, h3] {
-        // The last one alone first: a list of all is much to ask for again and again.
-        wait_until(PATIENCE, &format!("the last objects on {}", host.name()), || {
+        // Wait for the last object first, because listing all objects is expensive.
+        wait_until(TIMEOUT, &format!("{} to have the last objects", host.name()), || {
             get(host, "svc", "s4999", "n9").and(get(host, "pod", "p4999", "n9")).map(drop)
         })
         .unwrap();
-        wait_until(PATIENCE, &format!("all objects on {}", host.name()), || -> Result<bool> {
+        wait_until(TIMEOUT, &format!("{} to have all objects", host.name()), || -> Result<bool> {
             Ok(counted(host)? == 10_000)
         })
         .unwrap();
@@ -433,13 +440,13 @@ fn ten_thousand_objects_are_applied_and_reach_all_hosts() {
     let addresses: BTreeSet<String> =
         rows_of(h2, "svc").unwrap().iter().map(|it| text(&it["spec"]["clusterIP"])).collect();
     assert_eq!(addresses.len(), 5000);
-    // Nothing more is written when nothing changes, and one among them is found at once.
+    // Applying the same again writes nothing, and one Service among many gets its backend at once.
     let again = run(&["apply", "-f", &path]);
     assert_eq!(again.lines().filter(|line| line.ends_with(" unchanged")).count(), 10_000);
-    make_network(&lab, "demo", &["--subnet", "10.1.0.0/24"]).unwrap();
+    create_network(&lab, "demo", &["--subnet", "10.1.0.0/24"]).unwrap();
     let endpoint = attach(h3, "p4321", "demo", &["--namespace", "n1"]).unwrap();
     let expected = vec![format!("{}:8080", endpoint.address())];
-    wait_until(SOON, "the endpoint behind its Service on h1", || {
+    wait_until(SOON, "h1 to show the endpoint as a backend", || {
         let found = backends(h1, "s4321", "n1")?;
         ensure!(found == expected, "{found:?}");
         Ok(())
@@ -447,7 +454,7 @@ fn ten_thousand_objects_are_applied_and_reach_all_hosts() {
     .unwrap();
     run(&["delete", "-f", &path]);
     for host in lab.hosts() {
-        wait_until(PATIENCE, &format!("nothing left on {}", host.name()), || -> Result<bool> {
+        wait_until(TIMEOUT, &format!("{} to have no objects", host.name()), || -> Result<bool> {
             Ok(counted(host)? == 0)
         })
         .unwrap();

@@ -1,4 +1,4 @@
-//! Network policies: who connects to whom, by the tables of Kubernetes' own tests, and what changes do.
+//! Network policies: connectivity as in the truth tables of the Kubernetes tests, and changes of policies and pods.
 
 #![allow(clippy::unwrap_used, reason = "tests, and helpers of tests")]
 
@@ -9,16 +9,16 @@ use std::time::Duration;
 
 use anyhow::{Result, bail, ensure};
 use netns_lab::{Lab, LabConfig, Netns, wait_until};
-use ovl_tests::policy::{Proto, World, namespace, policy, port_name, wait_enforced};
-use ovl_tests::routed::make_routed;
-use ovl_tests::service::{Named, apply};
+use ovl_tests::policy::{PolicyLab, Proto, namespace, policy, port_name, wait_enforced};
+use ovl_tests::routed::create_routed_network;
+use ovl_tests::service::{NamedServer, apply};
 use ovl_tests::{
-    Attached, SOON, assert_says, attach, attach_workload, make_network, rows, show_frames_to_firewall,
-    started, strings, text, wait_clean,
+    Attached, SOON, assert_contains, attach, attach_workload, create_network, rows, set_bridge_nf_call,
+    start_lab, strings, text, wait_clean,
 };
 use serde_json::{Value, json};
 
-/// The example of the networking model that ovl is built after.
+/// A policy that lets only pods with `app: api` connect to the database.
 const EXAMPLE: &str = "apiVersion: networking.k8s.io/v1
 kind: NetworkPolicy
 metadata:
@@ -44,18 +44,17 @@ fn labelled(lab: &Lab, host: &str, name: &str, app: &str) -> Attached {
     attach(&lab[host], name, "pods", &["--label", &format!("app={app}")]).unwrap()
 }
 
-fn connects(from: &Attached, to: &Attached, port: u16, patience: Duration) -> bool {
+fn connects(from: &Attached, to: &Attached, port: u16, timeout: Duration) -> bool {
     to.addresses().iter().all(|address| {
         let target = SocketAddr::new(address.parse().unwrap(), port);
-        from.workload.run(|| TcpStream::connect_timeout(&target, patience).is_ok()).unwrap()
+        from.workload.run(|| TcpStream::connect_timeout(&target, timeout).is_ok()).unwrap()
     })
 }
 
-/// The document's result: "api pod → database:5432 ✓ (allowed by policy)", "web pod → database:5432 ✗
-/// (blocked!)", "api pod → database:6379 ✗ (wrong port!)".
-fn assert_db_allow_api_only(make: impl Fn(&Lab)) {
-    let lab = started(2).unwrap();
-    make(&lab);
+/// Checks [`EXAMPLE`]: api reaches database:5432, web does not reach it, and api does not reach database:6379.
+fn assert_db_allow_api_only(create: impl Fn(&Lab)) {
+    let lab = start_lab(2).unwrap();
+    create(&lab);
     let database = labelled(&lab, "h1", "database", "database");
     let _servers = [5432, 6379].map(|port| database.workload.tcp_echo(port).unwrap());
     let others = [("h1", "api"), ("h2", "api"), ("h1", "web"), ("h2", "web")]
@@ -66,26 +65,27 @@ fn assert_db_allow_api_only(make: impl Fn(&Lab)) {
     apply(&lab, &lab["h1"], EXAMPLE).unwrap();
     for (app, from) in &others {
         let expected = (*app == "api", false);
-        wait_until(SOON, &format!("what {} reaches", from.name), || -> Result<()> {
-            // Both ways: an answer that is late is no refusal.
-            let patience = |passes| if passes { SOON } else { Duration::from_secs(1) };
+        wait_until(SOON, &format!("the expected connections of {}", from.name), || -> Result<()> {
+            // Expected connections get the full timeout. For refused ones, a dropped SYN leaves no event to wait for,
+            // so this tries for a second.
+            let timeout = |passes| if passes { SOON } else { Duration::from_secs(1) };
             let found = (
-                connects(from, &database, 5432, patience(expected.0)),
-                connects(from, &database, 6379, patience(expected.1)),
+                connects(from, &database, 5432, timeout(expected.0)),
+                connects(from, &database, 6379, timeout(expected.1)),
             );
-            ensure!(found == expected, "5432, 6379: {found:?} and not {expected:?}");
+            ensure!(found == expected, "5432, 6379: {found:?} instead of {expected:?}");
             Ok(())
         })
         .unwrap();
     }
-    // Why, and what was refused.
+    // The explanation of the decisions, and the refused packets.
     let explain = |from: &str, port: &str| {
         let found = rows(&lab["h2"], &["policy", "explain", from, &format!("database:{port}")]).unwrap();
         found.into_iter().next().unwrap()
     };
     let passes = explain("api-h2", "5432");
     assert_eq!((&passes["passes"], &passes["ingress"]["rule"]), (&json!(true), &json!(1)));
-    assert_says(&text(&passes["ingress"]["why"]), &["default/db-allow-api-only", "app=api", "TCP 5432"]);
+    assert_contains(&text(&passes["ingress"]["why"]), &["default/db-allow-api-only", "app=api", "TCP 5432"]);
     for (from, port) in [("web-h2", "5432"), ("api-h2", "6379")] {
         let refused = explain(from, port);
         assert_eq!(refused["passes"], json!(false), "{refused}");
@@ -107,7 +107,10 @@ fn assert_db_allow_api_only(make: impl Fn(&Lab)) {
     assert_eq!((&listed["endpoints"], text(&listed["name"])), (&json!(1), "db-allow-api-only".to_owned()));
     assert!(listed["refused"].as_u64() > Some(2), "{listed}");
     let metrics = lab["h1"].ctl_ok(&["metrics"]).unwrap();
-    assert_says(&metrics, &["ovl_policy_refused_packets_total{namespace=\"default\",endpoint=\"database\""]);
+    assert_contains(
+        &metrics,
+        &["ovl_policy_refused_packets_total{namespace=\"default\",endpoint=\"database\""],
+    );
     wait_clean(lab.hosts(), SOON).unwrap();
 }
 
@@ -116,35 +119,37 @@ const FLAT: &[&str] = &["--subnet", "10.60.0.0/16", "--subnet", "fd60::/64"];
 
 #[test]
 fn db_allow_api_only_on_a_routed_network() {
-    assert_db_allow_api_only(|lab| make_routed(lab, "pods", BOTH).unwrap());
+    assert_db_allow_api_only(|lab| create_routed_network(lab, "pods", BOTH).unwrap());
 }
 
 #[test]
 fn db_allow_api_only_on_a_switched_network() {
-    assert_db_allow_api_only(|lab| make_network(lab, "pods", FLAT).unwrap());
+    assert_db_allow_api_only(|lab| create_network(lab, "pods", FLAT).unwrap());
 }
 
 #[test]
 fn db_allow_api_only_on_a_switched_network_without_a_gateway() {
-    assert_db_allow_api_only(|lab| make_network(lab, "pods", &[FLAT, &["--internal"]].concat()).unwrap());
+    assert_db_allow_api_only(|lab| create_network(lab, "pods", &[FLAT, &["--internal"]].concat()).unwrap());
 }
 
 #[test]
 fn db_allow_api_only_on_an_encrypted_switched_network() {
-    assert_db_allow_api_only(|lab| make_network(lab, "pods", &[FLAT, &["--encrypted"]].concat()).unwrap());
+    assert_db_allow_api_only(|lab| create_network(lab, "pods", &[FLAT, &["--encrypted"]].concat()).unwrap());
 }
 
 #[test]
 fn db_allow_api_only_on_an_encrypted_routed_network() {
-    assert_db_allow_api_only(|lab| make_routed(lab, "pods", &[BOTH, &["--encrypted"]].concat()).unwrap());
+    assert_db_allow_api_only(|lab| {
+        create_routed_network(lab, "pods", &[BOTH, &["--encrypted"]].concat()).unwrap()
+    });
 }
 
 fn selector(key: &str, value: &str) -> Value {
     json!({"matchLabels": {key: value}})
 }
 
-/// A kind of policy, each with the namespace that it is made in.
-fn kinds(world: &World) -> Vec<(&'static str, Vec<Value>)> {
+/// Kinds of policies, with a name and the objects of each.
+fn kinds(world: &PolicyLab) -> Vec<(&'static str, Vec<Value>)> {
     let x = |name: &str, spec: Value| policy("x", name, spec);
     let address = |namespace: &str, name: &str, v4: bool| {
         let found = world.pod(namespace, name).unwrap().address(v4).unwrap();
@@ -184,7 +189,7 @@ fn kinds(world: &World) -> Vec<(&'static str, Vec<Value>)> {
             )],
         ),
         (
-            "from pods of a namespace: both",
+            "from pods of a namespace",
             vec![x(
                 "p",
                 json!({"podSelector": a,
@@ -192,7 +197,7 @@ fn kinds(world: &World) -> Vec<(&'static str, Vec<Value>)> {
             )],
         ),
         (
-            "from pods or a namespace: either",
+            "from pods or a namespace",
             vec![x(
                 "p",
                 json!({"podSelector": a,
@@ -223,7 +228,7 @@ fn kinds(world: &World) -> Vec<(&'static str, Vec<Value>)> {
             )],
         ),
         (
-            "out to a named port",
+            "to a named port",
             vec![x(
                 "p",
                 json!({"podSelector": a, "policyTypes": ["Egress"],
@@ -258,7 +263,7 @@ fn kinds(world: &World) -> Vec<(&'static str, Vec<Value>)> {
             ],
         ),
         (
-            "egress without policyTypes isolates both ways",
+            "egress without policyTypes isolates in both directions",
             vec![x(
                 "p",
                 json!({"podSelector": a,
@@ -266,7 +271,7 @@ fn kinds(world: &World) -> Vec<(&'static str, Vec<Value>)> {
             )],
         ),
         (
-            "out to an address",
+            "to an address",
             vec![x(
                 "p",
                 json!({"podSelector": a, "policyTypes": ["Egress"],
@@ -274,7 +279,7 @@ fn kinds(world: &World) -> Vec<(&'static str, Vec<Value>)> {
             )],
         ),
         (
-            "from addresses but one",
+            "from addresses with an exception",
             vec![x(
                 "p",
                 json!({"podSelector": a,
@@ -299,7 +304,7 @@ fn kinds(world: &World) -> Vec<(&'static str, Vec<Value>)> {
             ],
         ),
         (
-            "both ends have a say",
+            "egress and ingress policies both apply",
             vec![
                 x(
                     "p",
@@ -326,17 +331,17 @@ fn kinds(world: &World) -> Vec<(&'static str, Vec<Value>)> {
 }
 
 fn assert_truth_tables(mode: &str, more: &[&str]) {
-    let mut world = World::new(mode, more).unwrap();
-    world.settle("all reach all without policies").unwrap();
+    let mut world = PolicyLab::new(mode, more).unwrap();
+    world.wait_settled("full connectivity without policies").unwrap();
     for (kind, policies) in kinds(&world) {
         world.apply(&policies).unwrap();
-        world.settle(kind).unwrap();
+        world.wait_settled(kind).unwrap();
         for policy in &policies {
             let meta = &policy["metadata"];
             world.delete("networkpolicy", &text(&meta["namespace"]), &text(&meta["name"])).unwrap();
         }
     }
-    world.settle("all reach all again").unwrap();
+    world.wait_settled("full connectivity again").unwrap();
     wait_clean(world.lab.hosts(), SOON).unwrap();
 }
 
@@ -351,52 +356,52 @@ fn truth_tables_on_a_switched_network() {
 }
 
 #[test]
-fn what_changes_is_enforced_on_all_hosts() {
-    let mut world = World::new("l3", &[]).unwrap();
+fn changes_are_enforced_on_all_hosts() {
+    let mut world = PolicyLab::new("l3", &[]).unwrap();
     let allow = json!({"podSelector": selector("pod", "a"), "ingress": [
         {"from": [{"namespaceSelector": selector("ns", "y"), "podSelector": selector("pod", "b")}]}]});
     world.apply(&[policy("x", "p", allow)]).unwrap();
-    world.settle("a policy").unwrap();
-    // Labels of pods: of whom the rule means, and of whom the policy selects.
+    world.wait_settled("a policy").unwrap();
+    // Labels of pods: of a peer in a rule, and of a selected pod.
     world.relabel("y", "c", &[("pod", "b")]).unwrap();
-    world.settle("a pod with another label is meant").unwrap();
+    world.wait_settled("a relabelled pod is a peer").unwrap();
     world.relabel("y", "c", &[("pod", "c")]).unwrap();
     world.relabel("x", "b", &[("pod", "a"), ("more", "1")]).unwrap();
-    world.settle("a pod with another label is isolated").unwrap();
+    world.wait_settled("a relabelled pod is isolated").unwrap();
     world.relabel("x", "b", &[("pod", "b")]).unwrap();
-    world.settle("and no more").unwrap();
+    world.wait_settled("the pod is no longer isolated").unwrap();
     // Labels of namespaces.
     world.apply(&[namespace("z", &[("ns", "y")])]).unwrap();
-    world.settle("another namespace is meant").unwrap();
+    world.wait_settled("a relabelled namespace is a peer").unwrap();
     world.apply(&[namespace("z", &[("ns", "z")])]).unwrap();
-    world.settle("and no more, either").unwrap();
-    // Pods that go and come.
+    world.wait_settled("the namespace is no longer a peer").unwrap();
+    // Pods that are deleted and created on another host.
     world.remove("y", "b").unwrap();
     let host = world.lab.hosts()[2].clone();
     world.add(&host, "y", "b").unwrap();
     world.remove("x", "a").unwrap();
     let host = world.lab.hosts()[1].clone();
     world.add(&host, "x", "a").unwrap();
-    world.settle("pods on other hosts").unwrap();
-    // The policy itself.
+    world.wait_settled("pods on other hosts").unwrap();
+    // A change of the policy itself.
     let deny = json!({"podSelector": selector("pod", "a"), "policyTypes": ["Ingress", "Egress"]});
     world.apply(&[policy("x", "p", deny)]).unwrap();
-    world.settle("a policy that says something else").unwrap();
+    world.wait_settled("a changed policy").unwrap();
     world.delete("networkpolicy", "x", "p").unwrap();
-    world.settle("no policy").unwrap();
+    world.wait_settled("no policy").unwrap();
     wait_clean(world.lab.hosts(), SOON).unwrap();
 }
 
 #[test]
-fn what_others_flush_is_put_back_and_what_is_killed_stays() {
-    let mut world = World::new("l2", &[]).unwrap();
+fn flushed_policies_are_restored_and_stay_without_daemons() {
+    let mut world = PolicyLab::new("l2", &[]).unwrap();
     let spec = json!({"podSelector": {}, "ingress": [{"from": [{"podSelector": {}}]}]});
     world.apply(&[policy("y", "p", spec)]).unwrap();
-    world.settle("a policy").unwrap();
+    world.wait_settled("a policy").unwrap();
     for host in world.lab.hosts() {
         host.kill9().unwrap();
     }
-    world.settle("policies stand without daemons").unwrap();
+    world.wait_settled("policies without daemons").unwrap();
     for host in world.lab.hosts() {
         host.start().unwrap();
     }
@@ -405,16 +410,16 @@ fn what_others_flush_is_put_back_and_what_is_killed_stays() {
         host.exec_ok(["nft", "flush", "ruleset"]).unwrap();
         wait_enforced(host).unwrap();
     }
-    world.settle("after a flush").unwrap();
+    world.wait_settled("after a flush").unwrap();
     for table in ["inet", "bridge"] {
         world.lab["h2"].exec_ok(["nft", "delete", "table", table, "ovl-policy"]).unwrap();
     }
     wait_enforced(&world.lab["h2"]).unwrap();
-    world.settle("after a deletion").unwrap();
+    world.wait_settled("after a deletion").unwrap();
 }
 
-/// A connection that goes on, a byte each way at a time.
-fn talk(stream: &mut TcpStream) -> Result<()> {
+/// Sends one byte over a connection and reads one back.
+fn exchange(stream: &mut TcpStream) -> Result<()> {
     stream.write_all(b"x")?;
     let mut byte = [0];
     if stream.read(&mut byte)? == 0 {
@@ -423,72 +428,76 @@ fn talk(stream: &mut TcpStream) -> Result<()> {
     Ok(())
 }
 
-fn opened(from: &Attached, to: &Attached, port: u16) -> TcpStream {
+fn connected(from: &Attached, to: &Attached, port: u16) -> TcpStream {
     let target = SocketAddr::new(to.address().parse().unwrap(), port);
     let stream = from.workload.run(|| TcpStream::connect_timeout(&target, SOON)).unwrap().unwrap();
     stream.set_read_timeout(Some(SOON)).unwrap();
     stream
 }
 
-fn assert_cut(make: impl Fn(&Lab)) {
-    let lab = started(2).unwrap();
-    make(&lab);
+fn assert_connections_cut(create: impl Fn(&Lab)) {
+    let lab = start_lab(2).unwrap();
+    create(&lab);
     let database = labelled(&lab, "h1", "database", "database");
     let server = database.workload.tcp_echo(5432).unwrap();
     let mut allowed: Vec<TcpStream> = Vec::new();
     let mut forbidden: Vec<TcpStream> = Vec::new();
     for host in ["h1", "h2"] {
-        allowed.push(opened(&labelled(&lab, host, &format!("api-{host}"), "api"), &database, server.port()));
-        forbidden.push(opened(
+        allowed.push(connected(
+            &labelled(&lab, host, &format!("api-{host}"), "api"),
+            &database,
+            server.port(),
+        ));
+        forbidden.push(connected(
             &labelled(&lab, host, &format!("web-{host}"), "web"),
             &database,
             server.port(),
         ));
     }
-    allowed.iter_mut().chain(&mut forbidden).for_each(|stream| talk(stream).unwrap());
+    allowed.iter_mut().chain(&mut forbidden).for_each(|stream| exchange(stream).unwrap());
     apply(&lab, &lab["h1"], EXAMPLE).unwrap();
     for stream in &mut forbidden {
-        wait_until(SOON, "the end of a forbidden connection", || talk(stream).is_err()).unwrap();
+        wait_until(SOON, "a forbidden connection to be cut", || exchange(stream).is_err()).unwrap();
     }
     for stream in &mut allowed {
-        talk(stream).unwrap();
+        exchange(stream).unwrap();
     }
-    // A policy that is replaced cuts what passed under the one before.
+    // A replaced policy cuts connections that only the previous one allowed.
     apply(&lab, &lab["h1"], &EXAMPLE.replace("app: api", "app: nobody")).unwrap();
     for stream in &mut allowed {
-        wait_until(SOON, "the end of a connection that was allowed", || talk(stream).is_err()).unwrap();
+        wait_until(SOON, "a previously allowed connection to be cut", || exchange(stream).is_err()).unwrap();
     }
 }
 
 #[test]
-fn a_connection_that_a_new_policy_forbids_is_cut_on_a_routed_network() {
-    assert_cut(|lab| make_routed(lab, "pods", BOTH).unwrap());
+fn connections_that_a_new_policy_forbids_are_cut_on_a_routed_network() {
+    assert_connections_cut(|lab| create_routed_network(lab, "pods", BOTH).unwrap());
 }
 
 #[test]
-fn a_connection_that_a_new_policy_forbids_is_cut_on_a_switched_network() {
-    assert_cut(|lab| make_network(lab, "pods", FLAT).unwrap());
+fn connections_that_a_new_policy_forbids_are_cut_on_a_switched_network() {
+    assert_connections_cut(|lab| create_network(lab, "pods", FLAT).unwrap());
 }
 
 #[test]
-fn a_pod_does_not_get_around_a_policy_under_anothers_address() {
+fn spoofed_source_address_does_not_bypass_a_policy() {
     for mode in ["l3", "l2"] {
-        let lab = started(2).unwrap();
+        let lab = start_lab(2).unwrap();
         match mode {
-            "l3" => make_routed(&lab, "pods", &["--subnet", "10.60.0.0/16"]).unwrap(),
-            _ => make_network(&lab, "pods", &["--subnet", "10.60.0.0/16"]).unwrap(),
+            "l3" => create_routed_network(&lab, "pods", &["--subnet", "10.60.0.0/16"]).unwrap(),
+            _ => create_network(&lab, "pods", &["--subnet", "10.60.0.0/16"]).unwrap(),
         }
         let database = labelled(&lab, "h1", "database", "database");
         let api = labelled(&lab, "h2", "api", "api");
         apply(&lab, &lab["h1"], &EXAMPLE.replace("protocol: TCP", "protocol: UDP")).unwrap();
         lab.hosts().iter().for_each(|host| wait_enforced(host).unwrap());
-        let hears = database.workload.run(|| std::net::UdpSocket::bind("0.0.0.0:5432")).unwrap().unwrap();
-        hears.set_read_timeout(Some(Duration::from_secs(1))).unwrap();
+        let socket = database.workload.run(|| std::net::UdpSocket::bind("0.0.0.0:5432")).unwrap().unwrap();
+        socket.set_read_timeout(Some(Duration::from_secs(1))).unwrap();
+        let target = SocketAddr::new(database.address().parse().unwrap(), 5432);
         let stolen = api.address();
         for host in ["h1", "h2"] {
             let web = labelled(&lab, host, &format!("web-{host}"), "web");
             web.workload.exec_ok(["ip", "addr", "add", &format!("{stolen}/32"), "dev", "eth0"]).unwrap();
-            let target = SocketAddr::new(database.address().parse().unwrap(), 5432);
             let source: IpAddr = stolen.parse().unwrap();
             web.workload
                 .run(|| -> std::io::Result<()> {
@@ -497,25 +506,24 @@ fn a_pod_does_not_get_around_a_policy_under_anothers_address() {
                 })
                 .unwrap()
                 .unwrap();
-            let heard = hears.recv_from(&mut [0; 64]);
-            assert!(heard.is_err(), "on {mode} from {host}: {heard:?}");
+            // Marker: the owner's datagram, sent last and over the same path, is the first one to arrive.
+            wait_until(SOON, "the api's datagram", || -> Result<()> {
+                api.workload.run(|| -> std::io::Result<()> {
+                    std::net::UdpSocket::bind("0.0.0.0:0")?.send_to(b"own", target).map(drop)
+                })??;
+                let mut buffer = [0; 64];
+                let (length, from) = socket.recv_from(&mut buffer)?;
+                assert_eq!(&buffer[..length], b"own", "on {mode} from {host}: {from}");
+                ensure!(from.ip().to_string() == stolen, "{from}");
+                Ok(())
+            })
+            .unwrap();
         }
-        // The owner's own arrive.
-        let target = SocketAddr::new(database.address().parse().unwrap(), 5432);
-        wait_until(SOON, "the api's datagram", || -> Result<()> {
-            api.workload.run(|| -> std::io::Result<()> {
-                std::net::UdpSocket::bind("0.0.0.0:0")?.send_to(b"own", target).map(drop)
-            })??;
-            let (length, from) = hears.recv_from(&mut [0; 64])?;
-            ensure!((length, from.ip().to_string()) == (3, stolen.clone()), "{length} {from}");
-            Ok(())
-        })
-        .unwrap();
     }
 }
 
 #[test]
-fn a_pod_is_isolated_from_its_first_packet_on_also_on_a_host_that_joins_late() {
+fn new_pod_is_isolated_from_its_first_packet_on_also_on_a_late_joiner() {
     let lab = Lab::new(LabConfig::hosts(3)).unwrap();
     for host in ["h1", "h2"] {
         lab[host].start().unwrap();
@@ -524,7 +532,7 @@ fn a_pod_is_isolated_from_its_first_packet_on_also_on_a_host_that_joins_late() {
         lab[host].wait_ready(SOON).unwrap();
     }
     lab.wait_all_alive(SOON).unwrap();
-    make_routed(&lab, "pods", &["--subnet", "10.60.0.0/16"]).unwrap();
+    create_routed_network(&lab, "pods", &["--subnet", "10.60.0.0/16"]).unwrap();
     let api = labelled(&lab, "h1", "api", "api");
     let web = labelled(&lab, "h1", "web", "web");
     apply(&lab, &lab["h1"], EXAMPLE).unwrap();
@@ -540,22 +548,22 @@ fn a_pod_is_isolated_from_its_first_packet_on_also_on_a_host_that_joins_late() {
             let args = [&["--label", "app=database"], more].concat();
             (attach_workload(workload, "pods", &args).unwrap(), server)
         };
-        // The address that it will have.
+        // Find out which address the pod will get.
         let (first, _) = attach(&[]);
         let address = first.address();
         lab[host].ctl_ok(&["detach", &first.name]).unwrap();
         let target = SocketAddr::new(address.parse().unwrap(), 5432);
-        // Somebody who is not to reach it tries from before it is there until it is reached by who may.
+        // A client that the policy forbids keeps trying, from before the pod exists until an allowed client reaches it.
         let done = AtomicBool::new(false);
-        let reached = std::thread::scope(|scope| {
+        let connections = std::thread::scope(|scope| {
             let tries = scope.spawn(|| {
                 web.workload.run(|| {
-                    let mut reached = 0;
+                    let mut connections = 0;
                     while !done.load(Ordering::Relaxed) {
-                        let tried = TcpStream::connect_timeout(&target, Duration::from_millis(20));
-                        reached += usize::from(tried.is_ok());
+                        let attempt = TcpStream::connect_timeout(&target, Duration::from_millis(20));
+                        connections += usize::from(attempt.is_ok());
                     }
-                    reached
+                    connections
                 })
             });
             let (database, _server) = attach(&["--ip", &address]);
@@ -563,32 +571,34 @@ fn a_pod_is_isolated_from_its_first_packet_on_also_on_a_host_that_joins_late() {
             done.store(true, Ordering::Relaxed);
             tries.join().unwrap().unwrap()
         });
-        assert_eq!(reached, 0, "on {host}");
+        assert_eq!(connections, 0, "on {host}");
     }
 }
 
 #[test]
-fn broadcasts_and_link_local_packets_reach_whom_no_policy_isolates() {
-    for shown in [false, true] {
-        assert_no_way_around(shown);
+fn policies_apply_to_broadcast_and_link_local_traffic() {
+    for nf_call in [false, true] {
+        assert_no_bypass(nf_call);
     }
 }
 
-fn assert_no_way_around(shown: bool) {
-    let lab = started(2).unwrap();
-    lab.hosts().iter().for_each(|host| show_frames_to_firewall(host, shown).unwrap());
-    make_network(&lab, "pods", &["--subnet", "10.60.0.0/16"]).unwrap();
+fn assert_no_bypass(nf_call: bool) {
+    let lab = start_lab(2).unwrap();
+    lab.hosts().iter().for_each(|host| set_bridge_nf_call(host, nf_call).unwrap());
+    create_network(&lab, "pods", &["--subnet", "10.60.0.0/16"]).unwrap();
     let database = labelled(&lab, "h1", "database", "database");
     let other = labelled(&lab, "h1", "other", "other");
     let senders = ["h1", "h2"].map(|host| labelled(&lab, host, &format!("web-{host}"), "web"));
     apply(&lab, &lab["h1"], EXAMPLE).unwrap();
     lab.hosts().iter().for_each(|host| wait_enforced(host).unwrap());
-    let hears = |at: &Attached| {
+    let listen = |at: &Attached| {
         let socket = at.workload.run(|| std::net::UdpSocket::bind("0.0.0.0:5432")).unwrap().unwrap();
         socket.set_read_timeout(Some(Duration::from_secs(1))).unwrap();
         socket
     };
-    let (isolated, free) = (hears(&database), hears(&other));
+    let (isolated, free) = (listen(&database), listen(&other));
+    isolated.set_nonblocking(true).unwrap();
+    let api = labelled(&lab, "h2", "api", "api");
     let _servers = [&database, &other].map(|at| at.workload.tcp_echo(5432).unwrap());
     for from in &senders {
         wait_until(SOON, &format!("a broadcast of {}", from.name), || -> Result<()> {
@@ -601,24 +611,23 @@ fn assert_no_way_around(shown: bool) {
             Ok(())
         })
         .unwrap();
-        let heard = isolated.recv_from(&mut [0; 8]);
-        assert!(heard.is_err(), "frames shown: {shown}: {heard:?}");
-        // Addresses that nobody gave out. An own one may be new, and not usable yet.
-        let connects = |to: &Attached, patience| {
+        // Marker: a connection that the policy allows, and which needs ARP, is made after the broadcast.
+        wait_until(SOON, "the api's connection", || connects(&api, &database, 5432, SOON)).unwrap();
+        let received = isolated.recv_from(&mut [0; 8]);
+        assert!(received.is_err(), "bridge-nf-call-iptables={nf_call}: {received:?}");
+        // Link-local addresses, which are not assigned by ovl. The sender's own one may still be tentative.
+        let connects = |to: &Attached, timeout| {
             let target = link_local(to, from);
-            from.workload.run(|| TcpStream::connect_timeout(&target, patience)).unwrap()
+            from.workload.run(|| TcpStream::connect_timeout(&target, timeout)).unwrap()
         };
-        let what = format!("{} to {}, frames shown: {shown}", from.name, other.name);
+        let what = format!("{} to {}, bridge-nf-call-iptables={nf_call}", from.name, other.name);
         wait_until(SOON, &what, || connects(&other, SOON).map(drop)).unwrap();
-        let reached = connects(&database, Duration::from_secs(1));
-        assert!(reached.is_err(), "{} to {}, frames shown: {shown}", from.name, database.name);
+        let connected = connects(&database, Duration::from_secs(1));
+        assert!(connected.is_err(), "{} to {}, bridge-nf-call-iptables={nf_call}", from.name, database.name);
     }
-    // ARP still works for it.
-    let api = labelled(&lab, "h2", "api", "api");
-    wait_until(SOON, "the api's connection", || connects(&api, &database, 5432, SOON)).unwrap();
 }
 
-/// The address that an interface gave itself, as another one reaches it.
+/// Link-local address of an endpoint, with the interface index of another one.
 fn link_local(of: &Attached, from: &Attached) -> SocketAddr {
     let found = wait_until(SOON, "a link-local address", || -> Result<Option<std::net::Ipv6Addr>> {
         let shown = of.workload.exec_ok([
@@ -641,12 +650,13 @@ fn link_local(of: &Attached, from: &Attached) -> SocketAddr {
     std::net::SocketAddrV6::new(found, 5432, 0, index).into()
 }
 
-/// A Service is no way around a policy, and none in its way: what counts are the pods at both ends.
-fn assert_services_judged(make: impl Fn(&Lab)) {
-    let lab = started(2).unwrap();
-    make(&lab);
+/// Checks that policies apply to Services by the pods at both ends, so a Service neither bypasses a policy nor is
+/// blocked.
+fn assert_policies_apply_to_services(create: impl Fn(&Lab)) {
+    let lab = start_lab(2).unwrap();
+    create(&lab);
     let database = labelled(&lab, "h2", "database", "database");
-    let _server = Named::start(&database.workload, "database", 8080).unwrap();
+    let _server = NamedServer::start(&database.workload, "database", 8080).unwrap();
     let [api, near, web] = [("h1", "api"), ("h2", "api"), ("h1", "web")]
         .map(|(host, app)| labelled(&lab, host, &format!("{app}-{host}"), app));
     let service = json!({
@@ -662,23 +672,23 @@ fn assert_services_judged(make: impl Fn(&Lab)) {
         strings(&service["spec"]["clusterIPs"]).iter().map(|it| it.parse().unwrap()).collect();
     assert_eq!(addresses.len(), 2, "{service}");
     let node = SocketAddr::new(lab["h2"].address().unwrap(), 30080);
-    // The pods by the Service; another host, which is none of the cluster's pods, by the port of the backend's.
+    // Pods connect to the Service. h1, which is not a pod, connects to the node port on the backend's host.
     let expect = |what: &str, reaching: &[&Attached], outside: bool| {
         wait_until(SOON, what, || -> Result<()> {
             for from in [&api, &near, &web, &database] {
                 let expected = reaching.iter().any(|each| each.name == from.name);
                 for address in &addresses {
-                    let found = reaches(&from.workload, SocketAddr::new(*address, 80), expected);
+                    let found = answers(&from.workload, SocketAddr::new(*address, 80), expected);
                     ensure!(found == expected, "{} to {address}: {found}", from.name);
                 }
             }
-            let found = reaches(&lab["h1"], node, outside);
+            let found = answers(&lab["h1"], node, outside);
             ensure!(found == outside, "from outside: {found}");
             Ok(())
         })
         .unwrap();
     };
-    expect("all reach it", &[&api, &near, &web, &database], true);
+    expect("full connectivity", &[&api, &near, &web, &database], true);
     let ingress = |from: Value, port: u16| {
         let spec = json!({"podSelector": selector("app", "database"), "policyTypes": ["Ingress"],
             "ingress": [{"from": from, "ports": [{"port": port}]}]});
@@ -686,51 +696,52 @@ fn assert_services_judged(make: impl Fn(&Lab)) {
     };
     let apis = json!({"podSelector": selector("app", "api")});
     ingress(json!([apis]), 8080);
-    expect("those that the backend lets in, and itself", &[&api, &near, &database], false);
+    expect("the allowed pods and the backend itself", &[&api, &near, &database], false);
     ingress(json!([apis]), 80);
-    expect("the port is the pod's, not the Service's", &[&database], false);
+    expect("the ingress port is the pod's, not the Service's", &[&database], false);
     ingress(json!([apis, {"ipBlock": {"cidr": "192.168.77.0/24"}}]), 8080);
-    expect("one from outside has its own address", &[&api, &near, &database], true);
+    expect("a client outside is known by its own address", &[&api, &near, &database], true);
     let egress = |port: u16| {
         let spec = json!({"podSelector": selector("app", "api"), "policyTypes": ["Egress"],
             "egress": [{"to": [{"podSelector": selector("app", "database")}], "ports": [{"port": port}]}]});
         apply(&lab, &lab["h1"], &policy("default", "out", spec).to_string()).unwrap();
     };
     egress(80);
-    expect("nor is it the Service's for the client", &[&database], true);
+    expect("the egress port is the pod's, not the Service's", &[&database], true);
     egress(8080);
-    expect("the client's policy means the backend", &[&api, &near, &database], true);
-    // The same answer for who asks.
-    let asked = rows(&lab["h1"], &["policy", "explain", "web-h1", "database:8080"]).unwrap();
-    assert_eq!(asked[0]["passes"], json!(false), "{asked:?}");
+    expect("the egress policy applies to the backend", &[&api, &near, &database], true);
+    // `policy explain` gives the same answer.
+    let explained = rows(&lab["h1"], &["policy", "explain", "web-h1", "database:8080"]).unwrap();
+    assert_eq!(explained[0]["passes"], json!(false), "{explained:?}");
     wait_clean(lab.hosts(), SOON).unwrap();
 }
 
-/// Whether a server answers; patient where it should.
-fn reaches(from: &Netns, to: SocketAddr, expected: bool) -> bool {
-    let patience = if expected { SOON } else { Duration::from_secs(1) };
-    let said = from.run(|| -> Result<usize> {
-        let mut stream = TcpStream::connect_timeout(&to, patience)?;
-        stream.set_read_timeout(Some(patience))?;
+/// Whether a server answers. A refused connection leaves no event to wait for, so if none is expected, this tries for a
+/// second.
+fn answers(from: &Netns, to: SocketAddr, expected: bool) -> bool {
+    let timeout = if expected { SOON } else { Duration::from_secs(1) };
+    let answer = from.run(|| -> Result<usize> {
+        let mut stream = TcpStream::connect_timeout(&to, timeout)?;
+        stream.set_read_timeout(Some(timeout))?;
         Ok(stream.read(&mut [0; 64])?)
     });
-    said.unwrap().is_ok_and(|length| length > 0)
+    answer.unwrap().is_ok_and(|length| length > 0)
 }
 
 #[test]
-fn what_a_service_leads_to_is_judged_on_a_routed_network() {
-    assert_services_judged(|lab| make_routed(lab, "pods", BOTH).unwrap());
+fn policies_apply_to_services_on_a_routed_network() {
+    assert_policies_apply_to_services(|lab| create_routed_network(lab, "pods", BOTH).unwrap());
 }
 
 #[test]
-fn what_a_service_leads_to_is_judged_on_a_switched_network() {
-    assert_services_judged(|lab| make_network(lab, "pods", FLAT).unwrap());
+fn policies_apply_to_services_on_a_switched_network() {
+    assert_policies_apply_to_services(|lab| create_network(lab, "pods", FLAT).unwrap());
 }
 
 #[test]
-fn what_a_service_leads_to_is_judged_where_frames_are_translated_while_they_are_bridged() {
-    assert_services_judged(|lab| {
-        lab.hosts().iter().for_each(|host| show_frames_to_firewall(host, true).unwrap());
-        make_network(lab, "pods", FLAT).unwrap();
+fn policies_apply_to_services_where_bridged_frames_are_translated() {
+    assert_policies_apply_to_services(|lab| {
+        lab.hosts().iter().for_each(|host| set_bridge_nf_call(host, true).unwrap());
+        create_network(lab, "pods", FLAT).unwrap();
     });
 }

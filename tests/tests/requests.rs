@@ -1,4 +1,4 @@
-//! Requests: bad ones do no harm and leave nothing behind, good ones answer as documented.
+//! Requests: invalid ones are harmless and leave nothing behind, and valid ones are answered as documented.
 
 use std::collections::BTreeSet;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
@@ -10,18 +10,18 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use netns_lab::{Host, wait_until};
 use ovl_tests::{
-    SOON, assert_says, attach, attach_workload, ensure_status, ping_all_pairs, problems, refused, rows,
-    started, strings, text, wait_clean, wait_endpoints, wait_network,
+    SOON, assert_contains, attach, attach_workload, ctl_error, ensure_settled, ensure_status, ping_all_pairs,
+    problems, rows, start_lab, strings, text, wait_clean, wait_endpoints, wait_network,
 };
 use serde_json::{Value, json};
 
-/// A client that may say anything.
-struct Raw {
+/// A client that can send arbitrary bytes.
+struct RawClient {
     read: BufReader<UnixStream>,
     write: UnixStream,
 }
 
-impl Raw {
+impl RawClient {
     fn connect(host: &Host) -> Result<Self> {
         let write = UnixStream::connect(host.socket())?;
         write.set_read_timeout(Some(SOON))?;
@@ -33,27 +33,27 @@ impl Raw {
         Ok(self.write.write_all(bytes)?)
     }
 
-    /// The next line of an answer; nothing when ovld closed the connection.
+    /// Reads the next response. `None` if ovld closed the connection.
     fn answer(&mut self) -> Result<Option<Value>> {
         let mut line = String::new();
-        let length = self.read.read_line(&mut line).context("no answer in time")?;
+        let length = self.read.read_line(&mut line).context("no response in time")?;
         Ok(if length == 0 { None } else { Some(serde_json::from_str(&line)?) })
     }
 
     fn ask(&mut self, bytes: &[u8]) -> Result<Value> {
         self.send(bytes)?;
-        self.answer()?.context("the connection was closed without an answer")
+        self.answer()?.context("the connection was closed without a response")
     }
 }
 
-/// Fails unless the answer is an error that says this.
+/// Fails unless the response is an error whose message contains this part.
 #[track_caller]
 fn assert_error(answer: &Value, part: &str) {
     assert_eq!(answer["reply"], "error", "{answer}");
-    assert!(text(&answer["value"]["message"]).contains(part), "{answer} does not say {part:?}");
+    assert!(text(&answer["value"]["message"]).contains(part), "{answer} does not contain {part:?}");
 }
 
-/// Devices of ovl's in a host's namespace.
+/// Names of ovl's devices in a host's namespace.
 fn devices(host: &Host) -> Result<Vec<String>> {
     let links = host.ip_json(&["link", "show"])?;
     let names = links.as_array().into_iter().flatten().map(|link| text(&link["ifname"]));
@@ -61,12 +61,12 @@ fn devices(host: &Host) -> Result<Vec<String>> {
 }
 
 #[test]
-fn nothing_that_is_written_into_the_socket_harms_the_daemon() {
-    let lab = started(1).unwrap();
+fn invalid_bytes_on_the_control_socket_are_harmless() {
+    let lab = start_lab(1).unwrap();
     let h1 = &lab["h1"];
     let pid = h1.pid();
     let good = b"{\"request\":\"status\"}\n";
-    let mut raw = Raw::connect(h1).unwrap();
+    let mut raw = RawClient::connect(h1).unwrap();
     let bad: [(&[u8], &str); 17] = [
         (b"hello\n", "request"),
         (b"\n", "request"),
@@ -88,10 +88,10 @@ fn nothing_that_is_written_into_the_socket_harms_the_daemon() {
     ];
     for (bytes, part) in bad {
         assert_error(&raw.ask(bytes).unwrap(), part);
-        // The same connection goes on.
+        // The connection stays usable.
         assert_eq!(raw.ask(good).unwrap()["reply"], "status", "after {bytes:?}");
     }
-    // What clap would not let through is checked again.
+    // Values that the command line would reject are checked again.
     let attach = |fields: Value| {
         let mut request = json!({"request": "attach", "name": "x", "network": "none", "netns": {"path": "/run/netns/none"}});
         for (key, value) in fields.as_object().into_iter().flatten() {
@@ -108,57 +108,57 @@ fn nothing_that_is_written_into_the_socket_harms_the_daemon() {
         br#"{"request":"network-create","name":"x","driver":"overlay","mode":"l2","vni":16777216}"#;
     assert_error(&raw.ask(&[large_vni, &b"\n"[..]].concat()).unwrap(), "16777216");
 
-    // Nesting that would end a parser that recurses without a limit.
+    // Deep nesting, which would overflow the stack of a recursive parser without a limit.
     let nested = [b"{\"request\":".to_vec(), vec![b'['; 400_000], b"\n".to_vec()].concat();
     assert_error(&raw.ask(&nested).unwrap(), "request");
     assert_eq!(raw.ask(good).unwrap()["reply"], "status");
 
-    // Longer than any request: told so, and closed.
-    let mut long = Raw::connect(h1).unwrap();
+    // A request above the size limit gets an error, and the connection is closed.
+    let mut long = RawClient::connect(h1).unwrap();
     let line = vec![b'x'; 3 << 20];
-    // ovld may close before it has taken everything.
+    // ovld may close the connection before everything is sent.
     let _ = long.send(&line);
     match long.answer() {
         Ok(Some(answer)) => assert_error(&answer, "at most"),
-        Ok(None) => panic!("closed without a word"),
-        Err(error) => assert_says(&format!("{error:#}"), &["reset"]),
+        Ok(None) => panic!("the connection was closed without an error"),
+        Err(error) => assert_contains(&format!("{error:#}"), &["reset"]),
     }
-    // Half a line, then nothing; half a line, then the end.
-    let mut half = Raw::connect(h1).unwrap();
+    // Half a line whose rest comes later, and half a line before the client closes.
+    let mut half = RawClient::connect(h1).unwrap();
     half.send(b"{\"request\":\"sta").unwrap();
-    let mut cut = Raw::connect(h1).unwrap();
+    let mut cut = RawClient::connect(h1).unwrap();
     cut.send(b"{\"request\":\"sta").unwrap();
     drop(cut);
     half.send(b"tus\"}\n").unwrap();
     assert_eq!(half.answer().unwrap().unwrap()["reply"], "status");
-    // A request without an end of line, and no more to come.
-    let mut unended = Raw::connect(h1).unwrap();
+    // A request without a newline, before the client closes its sending side.
+    let mut unended = RawClient::connect(h1).unwrap();
     unended.send(b"{\"request\":\"status\"}").unwrap();
     unended.write.shutdown(std::net::Shutdown::Write).unwrap();
     let mut rest = String::new();
     unended.read.read_to_string(&mut rest).unwrap();
     assert!(rest.is_empty() || rest.contains("status"), "{rest}");
-    // Several at once, answered in order.
-    let mut many = Raw::connect(h1).unwrap();
+    // Several requests at once are answered in order.
+    let mut many = RawClient::connect(h1).unwrap();
     many.send(b"{\"request\":\"peers\"}\nnonsense\n{\"request\":\"subnets\"}\n").unwrap();
     let replies: Vec<String> = (0..3).map(|_| text(&many.answer().unwrap().unwrap()["reply"])).collect();
     assert_eq!(replies, ["peers", "error", "subnets"]);
-    // A client that asks and does not wait for the answer.
+    // A client that closes without reading the response.
     for _ in 0..50 {
-        Raw::connect(h1).unwrap().send(good).unwrap();
+        RawClient::connect(h1).unwrap().send(good).unwrap();
     }
-    // Two hundred that say nothing leave room for others.
-    let idle: Vec<Raw> = (0..200).map(|_| Raw::connect(h1).unwrap()).collect();
+    // 200 idle connections leave room for others.
+    let idle: Vec<RawClient> = (0..200).map(|_| RawClient::connect(h1).unwrap()).collect();
     assert_eq!(h1.ctl_json(&["status"]).unwrap()["state"], "ready");
     drop(idle);
-    assert_eq!(h1.pid(), pid, "the daemon is another one");
+    assert_eq!(h1.pid(), pid, "the daemon was restarted");
     assert_eq!(rows(h1, &["network", "ls"]).unwrap().len(), 0);
     assert_eq!(problems(h1).unwrap(), Vec::<String>::new());
 }
 
 #[test]
-fn whatever_is_refused_is_refused_in_words_and_leaves_nothing_behind() {
-    let lab = started(2).unwrap();
+fn refused_requests_get_a_reason_and_leave_nothing_behind() {
+    let lab = start_lab(2).unwrap();
     let (h1, h2) = (&lab["h1"], &lab["h2"]);
     let long = "x".repeat(64);
     let at_most = "y".repeat(63);
@@ -166,7 +166,7 @@ fn whatever_is_refused_is_refused_in_words_and_leaves_nothing_behind() {
     for name in ["", " ", "a b", "-a", ".a", "a/b", "ä", "名", "a\n", long.as_str()] {
         let output = h1.ctl(&["network", "create", "--", name]).unwrap();
         ensure_status(&output, &["network", "create", name], 1).unwrap();
-        assert_says(&output.stderr, &["ovlctl: ", "name"]);
+        assert_contains(&output.stderr, &["ovlctl: ", "name"]);
     }
     for (args, parts) in [
         (&["--mtu", "1279"][..], &["1279", "1280"][..]),
@@ -177,9 +177,9 @@ fn whatever_is_refused_is_refused_in_words_and_leaves_nothing_behind() {
         ),
         (&["--subnet", "10.1.0.5/24"][..], &["10.1.0.5/24", "10.1.0.0/24"][..]),
     ] {
-        assert_says(&refused(h1, &[&["network", "create", "bad"], args].concat()).unwrap(), parts);
+        assert_contains(&ctl_error(h1, &[&["network", "create", "bad"], args].concat()).unwrap(), parts);
     }
-    // What is wrong usage never reaches ovld.
+    // Usage errors never reach ovld.
     for args in [
         &["network", "create", "bad", "--vni", "0"][..],
         &["network", "create", "bad", "--vni", "16777216"],
@@ -205,30 +205,30 @@ fn whatever_is_refused_is_refused_in_words_and_leaves_nothing_behind() {
     wait_network(h2, &at_most).unwrap();
     for host in [h1, h2] {
         let again = ["network", "create", "demo"];
-        assert_says(&refused(host, &again).unwrap(), &["demo", "exists already"]);
+        assert_contains(&ctl_error(host, &again).unwrap(), &["demo", "exists already"]);
         let taken = ["network", "create", "other", "--vni", "77"];
-        assert_says(&refused(host, &taken).unwrap(), &["77", "demo"]);
+        assert_contains(&ctl_error(host, &taken).unwrap(), &["77", "demo"]);
         for command in ["inspect", "rm"] {
-            assert_says(
-                &refused(host, &["network", command, "nowhere"]).unwrap(),
+            assert_contains(
+                &ctl_error(host, &["network", command, "nowhere"]).unwrap(),
                 &["no network", "nowhere", "demo"],
             );
         }
-        assert_says(
-            &refused(host, &["network", "update", "nowhere", "--mtu", "1400"]).unwrap(),
+        assert_contains(
+            &ctl_error(host, &["network", "update", "nowhere", "--mtu", "1400"]).unwrap(),
             &["nowhere"],
         );
-        assert_says(
-            &refused(host, &["network", "update", "demo", "--mtu", "1000"]).unwrap(),
+        assert_contains(
+            &ctl_error(host, &["network", "update", "demo", "--mtu", "1000"]).unwrap(),
             &["1000", "1280"],
         );
-        assert_says(
-            &refused(host, &["network", "update", "demo", "--subnet", "10.9.0.0/16"]).unwrap(),
+        assert_contains(
+            &ctl_error(host, &["network", "update", "demo", "--subnet", "10.9.0.0/16"]).unwrap(),
             &["10.1.0.0/24"],
         );
     }
 
-    // The first attach of a network on this host: nothing may be left of one that fails.
+    // The first attach of a network on this host: a failed one must leave nothing behind.
     let web = h1.workload("web").unwrap();
     web.exec_ok(["ip", "link", "add", "taken", "type", "bridge"]).unwrap();
     let before = web.ip_json(&["link", "show"]).unwrap();
@@ -288,12 +288,12 @@ fn whatever_is_refused_is_refused_in_words_and_leaves_nothing_behind() {
     for (args, parts) in &cases {
         let all: Vec<&str> =
             ["attach", "--"].into_iter().filter(|each| *each != "--").chain(args.iter().copied()).collect();
-        let error = refused(h1, &all).unwrap_or_else(|error| panic!("{error:#}"));
-        assert_says(&error, parts);
+        let error = ctl_error(h1, &all).unwrap_or_else(|error| panic!("{error:#}"));
+        assert_contains(&error, parts);
     }
     assert_eq!(web.ip_json(&["link", "show"]).unwrap(), before);
     assert_eq!(rows(h1, &["endpoints"]).unwrap().len(), 0);
-    wait_until(SOON, "no device is left", || -> Result<()> {
+    wait_until(SOON, "no device to be left", || -> Result<()> {
         let left = devices(h1)?;
         ensure!(left.is_empty(), "{left:?}");
         Ok(())
@@ -303,13 +303,13 @@ fn whatever_is_refused_is_refused_in_words_and_leaves_nothing_behind() {
     let used: u64 = rows(h1, &["subnets"]).unwrap().iter().filter_map(|row| row["used"].as_u64()).sum();
     assert_eq!(used, 0);
 
-    // A name is taken on its network, on every host; not on another network.
+    // A name is unique on its network, on all hosts, but not across networks.
     let first = attach_workload(web.clone(), "demo", &[]).unwrap();
     wait_endpoints(h2, &["web on h1 is ready"], SOON).unwrap();
     for host in [h1, h2] {
         let second = host.workload("second").unwrap();
         let args = ["attach", "web", "--network", "demo", "--netns", second.path_str()];
-        assert_says(&refused(host, &args).unwrap(), &["web", "h1"]);
+        assert_contains(&ctl_error(host, &args).unwrap(), &["web", "h1"]);
         assert_eq!(second.ip_json(&["link", "show"]).unwrap().as_array().map(Vec::len), Some(1));
     }
     assert!(devices(h2).unwrap().is_empty(), "{:?}", devices(h2));
@@ -319,43 +319,44 @@ fn whatever_is_refused_is_refused_in_words_and_leaves_nothing_behind() {
     let args = ["attach", "web", "--network", "demo", "--netns", spaced.path_str(), "--namespace", "shop"];
     h1.ctl_ok(&args).unwrap();
 
-    // A network with endpoints stays, and they are named.
+    // A network with endpoints cannot be removed, and the error names them.
     for host in [h1, h2] {
-        wait_until(SOON, "both are known", || -> Result<bool> { Ok(rows(host, &["endpoints"])?.len() == 3) })
-            .unwrap();
-        assert_says(&refused(host, &["network", "rm", "demo"]).unwrap(), &["web on h1"]);
+        wait_until(SOON, "all endpoints to be known", || -> Result<bool> {
+            Ok(rows(host, &["endpoints"])?.len() == 3)
+        })
+        .unwrap();
+        assert_contains(&ctl_error(host, &["network", "rm", "demo"]).unwrap(), &["web on h1"]);
     }
-    // Detach: on the right host; what is gone is no error.
-    assert_says(&refused(h2, &["detach", "web"]).unwrap(), &["web", "h1"]);
+    // A detach works only on the endpoint's host. One of an unknown endpoint succeeds.
+    assert_contains(&ctl_error(h2, &["detach", "web"]).unwrap(), &["web", "h1"]);
     h1.ctl_ok(&["detach", "nobody"]).unwrap();
     h2.ctl_ok(&["detach", "nobody", "--network", "demo"]).unwrap();
-    assert_says(&refused(h1, &["detach", "web", "--network", "nowhere"]).unwrap(), &["nowhere"]);
+    assert_contains(&ctl_error(h1, &["detach", "web", "--network", "nowhere"]).unwrap(), &["nowhere"]);
     h1.ctl_ok(&["detach", "web", "--network", "demo"]).unwrap();
     assert_eq!(first.workload.ip_json(&["link", "show", "eth1"]).unwrap()[0]["ifname"], "eth1");
     h1.ctl_ok(&["detach", "web"]).unwrap();
     h1.ctl_ok(&["detach", "web"]).unwrap();
     h1.ctl_ok(&["detach", "web", "--namespace", "shop"]).unwrap();
-    wait_until(SOON, "what the detaches left is swept", || -> Result<bool> {
+    wait_until(SOON, "the detached interfaces to be deleted", || -> Result<bool> {
         Ok(web.ip_json(&["link", "show"])? == before)
     })
     .unwrap();
-    assert_says(&refused(h1, &["peers", "forget", "nobody"]).unwrap(), &["nobody"]);
-    assert_says(&refused(h1, &["peers", "forget", "h1"]).unwrap(), &["leave"]);
-    assert_says(&refused(h1, &["peers", "forget", "h2"]).unwrap(), &["alive"]);
+    assert_contains(&ctl_error(h1, &["peers", "forget", "nobody"]).unwrap(), &["nobody"]);
+    assert_contains(&ctl_error(h1, &["peers", "forget", "h1"]).unwrap(), &["leave"]);
+    assert_contains(&ctl_error(h1, &["peers", "forget", "h2"]).unwrap(), &["alive"]);
     for host in [h2, h1] {
-        wait_until(SOON, "nothing is attached", || -> Result<bool> {
-            Ok(rows(host, &["endpoints"])?.is_empty())
-        })
-        .unwrap();
+        wait_until(SOON, "no endpoint", || -> Result<bool> { Ok(rows(host, &["endpoints"])?.is_empty()) })
+            .unwrap();
     }
     h2.ctl_ok(&["network", "rm", "demo"]).unwrap();
-    wait_until(SOON, "the network is gone", || h1.ctl_ok(&["network", "inspect", "demo"]).is_err()).unwrap();
+    wait_until(SOON, "the network to be deleted", || h1.ctl_ok(&["network", "inspect", "demo"]).is_err())
+        .unwrap();
     wait_clean(lab.hosts(), SOON).unwrap();
 }
 
 #[test]
-fn attaches_and_removals_at_once_end_in_one_state_that_all_agree_on() {
-    let lab = started(2).unwrap();
+fn concurrent_attach_and_network_removal_converge() {
+    let lab = start_lab(2).unwrap();
     let (h1, h2) = (&lab["h1"], &lab["h2"]);
     let a = h1.workload("a").unwrap();
     let mut attached = 0;
@@ -363,7 +364,7 @@ fn attaches_and_removals_at_once_end_in_one_state_that_all_agree_on() {
         let network = format!("net{round}");
         h1.ctl_ok(&["network", "create", &network, "--subnet", "10.1.0.0/24"]).unwrap();
         wait_network(h2, &network).unwrap();
-        // Alternately: removed on the same host, and on the other one.
+        // Alternately removed on the same host and on the other one.
         let remover = if round % 2 == 0 { h1 } else { h2 };
         let args = ["attach", "a", "--network", &network, "--netns", a.path_str()];
         let (attach, remove) = thread::scope(|scope| {
@@ -374,39 +375,41 @@ fn attaches_and_removals_at_once_end_in_one_state_that_all_agree_on() {
         assert!(attach.success() || remove.success(), "both refused: {attach:?} {remove:?}");
         if attach.success() {
             attached += 1;
-            // It is served as long as it is there, whatever became of the removal.
+            // The endpoint works as long as it exists, whatever became of the removal.
             a.ping_until("10.1.0.1", SOON).unwrap();
             if remove.success() {
-                wait_until(SOON, "the network waits for its endpoint", || -> Result<bool> {
+                wait_until(SOON, "the network to wait for its endpoint", || -> Result<bool> {
                     Ok(h2.ctl_json(&["network", "inspect", &network])?["removing"] == true)
                 })
                 .unwrap();
             }
             h1.ctl_ok(&["detach", "a"]).unwrap();
         } else {
-            assert_says(&attach.stderr, &["ovlctl: ", &network]);
+            assert_contains(&attach.stderr, &["ovlctl: ", &network]);
         }
         if !remove.success() {
-            wait_until(SOON, "it can be removed", || h1.ctl_ok(&["network", "rm", &network]).map(drop))
-                .unwrap();
+            wait_until(SOON, "the network to be removable", || {
+                h1.ctl_ok(&["network", "rm", &network]).map(drop)
+            })
+            .unwrap();
         }
         for host in lab.hosts() {
-            wait_until(SOON, "the network is gone", || -> Result<bool> {
+            wait_until(SOON, "the network to be deleted", || -> Result<bool> {
                 Ok(rows(host, &["network", "ls"])?.is_empty())
             })
             .unwrap();
         }
-        wait_until(SOON, "what the detach left is swept", || -> Result<bool> {
+        wait_until(SOON, "the detached interface to be deleted", || -> Result<bool> {
             Ok(a.ip_json(&["link", "show"])?.as_array().is_some_and(|links| links.len() == 1))
         })
         .unwrap();
     }
-    println!("{attached} of 8 attaches came first");
-    wait_until(SOON, "no device is left", || -> Result<bool> { Ok(devices(h1)?.is_empty()) }).unwrap();
+    println!("the attach came first in {attached} of 8 rounds");
+    wait_until(SOON, "no device to be left", || -> Result<bool> { Ok(devices(h1)?.is_empty()) }).unwrap();
     wait_clean(lab.hosts(), SOON).unwrap();
 }
 
-/// Fails unless the object has all of these fields, none of which is null.
+/// Fails unless the object has all of these fields, and none is null.
 #[track_caller]
 fn assert_fields(object: &Value, fields: &[&str]) {
     for field in fields {
@@ -415,8 +418,8 @@ fn assert_fields(object: &Value, fields: &[&str]) {
 }
 
 #[test]
-fn answers_have_the_fields_that_the_design_promises() {
-    let lab = started(2).unwrap();
+fn responses_have_the_documented_fields() {
+    let lab = start_lab(2).unwrap();
     let (h1, h2) = (&lab["h1"], &lab["h2"]);
     let mut follow = h1.ctl_spawn(&["events", "--follow", "-o", "json"]).unwrap();
     let created = h1.ctl_json(&["network", "create", "demo", "--subnet", "10.1.0.0/24"]).unwrap();
@@ -425,7 +428,8 @@ fn answers_have_the_fields_that_the_design_promises() {
     let a = attach(h1, "a", "demo", &more).unwrap();
     let b = attach(h2, "b", "demo", &[]).unwrap();
     ping_all_pairs(&[a.clone(), b], SOON).unwrap();
-    wait_until(SOON, "b is known", || -> Result<bool> { Ok(rows(h1, &["endpoints"])?.len() == 2) }).unwrap();
+    wait_until(SOON, "b to be known", || -> Result<bool> { Ok(rows(h1, &["endpoints"])?.len() == 2) })
+        .unwrap();
 
     let network = ["name", "driver", "mode", "vni", "subnets", "mtu", "encrypted", "internal"];
     assert_fields(&created, &network);
@@ -464,7 +468,7 @@ fn answers_have_the_fields_that_the_design_promises() {
     assert_eq!((&peers[0]["self"], &peers[0]["name"]), (&true.into(), &"h1".into()));
     let fields = ["name", "id", "address", "vtep", "state", "endpoints", "version", "encryption"];
     peers.iter().for_each(|row| assert_fields(row, &fields));
-    wait_until(SOON, "a round trip is measured", || -> Result<bool> {
+    wait_until(SOON, "a round-trip time", || -> Result<bool> {
         let row = ovl_tests::peer(h1, "h2")?;
         Ok(row["rtt_us"].is_u64() && row["last_heard_ms"].is_u64())
     })
@@ -477,14 +481,13 @@ fn answers_have_the_fields_that_the_design_promises() {
     assert_eq!((&remote["destination"], &remote["node"]), (&"192.168.77.2".into(), &"h2".into()));
     assert_fields(&rows(h1, &["routes"]).unwrap()[0], &["network", "destination", "device"]);
     wait_clean(lab.hosts(), SOON).unwrap();
-    let verify = h1.ctl_json(&["verify"]).unwrap();
-    assert_eq!(verify, json!({"clean": true, "differences": []}));
+    ensure_settled(h1).unwrap();
     assert_eq!(h1.ctl_json(&["plan"]).unwrap(), json!([]));
     for event in rows(h1, &["events"]).unwrap() {
         assert_fields(&event, &["time_ms", "kind", "object", "message"]);
     }
 
-    // Metrics: each line a comment, or a name, labels and a number; each with its type.
+    // Metrics: each line is a comment, or a name with labels and a number; each name has a type.
     let metrics = h1.ctl_ok(&["metrics"]).unwrap();
     let (mut typed, mut seen) = (BTreeSet::new(), BTreeSet::new());
     for line in metrics.lines() {
@@ -502,10 +505,10 @@ fn answers_have_the_fields_that_the_design_promises() {
         }
     }
     assert!(seen.is_subset(&typed) && seen.len() > 10, "{metrics}");
-    assert_says(&metrics, &["ovl_endpoints 1\n", "ovl_peer_alive{peer=\"h2\",id=\"", "ovl_members 2\n"]);
+    assert_contains(&metrics, &["ovl_endpoints 1\n", "ovl_peer_alive{peer=\"h2\",id=\"", "ovl_members 2\n"]);
     assert_eq!(text(&h1.ctl_json(&["metrics"]).unwrap()["text"]).lines().count(), metrics.lines().count());
 
-    // By process id: the namespace of a process, without a name.
+    // Attach by process ID, to a namespace without a name.
     let mut sleeper = Command::new("unshare")
         .args(["-n", "sleep", "600"])
         .stdout(Stdio::null())
@@ -513,22 +516,22 @@ fn answers_have_the_fields_that_the_design_promises() {
         .spawn()
         .unwrap();
     let pid = sleeper.id().to_string();
-    wait_until(SOON, "the process has its own namespace", || -> Result<bool> {
-        let theirs = std::fs::read_link(format!("/proc/{pid}/ns/net"))?;
-        Ok(theirs != std::fs::read_link("/proc/self/ns/net")?)
+    wait_until(SOON, "the process to have its own namespace", || -> Result<bool> {
+        let netns = std::fs::read_link(format!("/proc/{pid}/ns/net"))?;
+        Ok(netns != std::fs::read_link("/proc/self/ns/net")?)
     })
     .unwrap();
     let by_pid = h1.ctl_json(&["attach", "process", "--network", "demo", "--pid", &pid]).unwrap();
     let address = strings(&by_pid["addresses"])[0].clone();
     a.workload.ping_until(&address, SOON).unwrap();
-    // With its last process the namespace goes, and with that the endpoint.
+    // The namespace ends with its last process, and the endpoint with it.
     sleeper.kill().unwrap();
     sleeper.wait().unwrap();
     for host in lab.hosts() {
         wait_endpoints(host, &["a on h1 is ready", "b on h2 is ready"], SOON).unwrap();
     }
 
-    // What was done meanwhile was told to who follows, one object a line.
+    // `events --follow` has printed the events since, one JSON object per line.
     h1.ctl_ok(&["detach", "a", "--namespace", "shop"]).unwrap();
     let expected =
         [("network", "demo", "created"), ("endpoint", "a", "attached"), ("endpoint", "a", "detached")];
@@ -538,7 +541,7 @@ fn answers_have_the_fields_that_the_design_promises() {
             .lines()
             .map(serde_json::from_str)
             .collect::<Result<_, _>>()
-            .context("half a line")?;
+            .context("incomplete line")?;
         for (kind, object, message) in expected {
             let found = lines
                 .iter()
@@ -549,7 +552,7 @@ fn answers_have_the_fields_that_the_design_promises() {
     })
     .unwrap();
     assert!(follow.is_running());
-    // Not SIGINT: whoever runs the tests in the background has it ignored.
+    // Not SIGINT, which is ignored in background jobs.
     follow.signal(netns_lab::Signal::SIGTERM).unwrap();
     follow.wait(Duration::from_secs(5)).unwrap();
 }

@@ -1,4 +1,4 @@
-//! Routed networks and routers that speak BGP: what `direct` routes, others can redistribute.
+//! Routed networks and BGP: routers can redistribute the routes of the backend `direct`.
 
 #![allow(clippy::unwrap_used, reason = "tests, and helpers of tests")]
 
@@ -8,25 +8,26 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Result, ensure};
 use netns_lab::{Host, Lab, LabConfig, Netns, Spawned, wait_until};
-use ovl_tests::routed::{blocks, make_routed, seen_from};
+use ovl_tests::routed::{blocks, create_routed_network, seen_from};
 use ovl_tests::{SOON, attach, ping_all_pairs, problems, wait_clean};
 
-/// Where Debian's package `frr` has its daemons.
+/// Directory of the daemons in Debian's package `frr`.
 const FRR: &str = "/usr/lib/frr";
 
-/// Zebra and bgpd in a namespace. They end when this is dropped.
-struct Speaker {
+/// zebra and bgpd in a namespace. They are stopped when this is dropped.
+struct BgpSpeaker {
     running: Vec<Spawned>,
     dir: PathBuf,
 }
 
-impl Speaker {
+impl BgpSpeaker {
     fn start(at: &Host, config: &str) -> Result<Self> {
         ensure!(
             Path::new(FRR).join("bgpd").exists() && Path::new(FRR).join("zebra").exists(),
             "this test needs zebra and bgpd in {FRR}: apt-get install frr"
         );
-        // They drop their rights before they make sockets and files: not in the lab's own directory.
+        // The daemons drop their privileges before they create sockets and files, which they cannot do in the lab's
+        // directory.
         let dir = PathBuf::from(format!("/tmp/{}-frr", at.netns_name()));
         fs::create_dir_all(&dir)?;
         let path = |name: &str| dir.join(name).display().to_string();
@@ -55,14 +56,14 @@ impl Speaker {
                 "stdout",
             ];
             speaker.running.push(at.spawn(args)?);
-            // Bgpd looks for zebra once in a while only.
+            // bgpd retries the connection to zebra only rarely, so zebra must be ready first.
             wait_until(SOON, "zebra's socket", || dir.join("zserv.api").exists())?;
         }
         Ok(speaker)
     }
 }
 
-impl Drop for Speaker {
+impl Drop for BgpSpeaker {
     fn drop(&mut self) {
         if std::thread::panicking() {
             for each in &self.running {
@@ -74,9 +75,8 @@ impl Drop for Speaker {
     }
 }
 
-/// A host's: it announces the blocks that it answers for itself, which are routes of ovl's without
-/// a next hop, and takes what the router knows. All hosts have one number, so that none learns from
-/// the router what it knows better.
+/// BGP configuration of a host. It announces the blocks of the host, which are ovl's routes without a next hop, and
+/// accepts the router's routes. All hosts have the same AS number, so none learns the blocks of others from the router.
 fn host_config(address: IpAddr) -> String {
     format!(
         "ip prefix-list pods seq 5 permit 10.60.0.0/16 ge 17
@@ -113,7 +113,7 @@ const ROUTER: &str = "router bgp 65000
 exit
 ";
 
-/// A machine behind the router, which knows nothing but its way there.
+/// Creates a machine behind the router, whose only route leads there.
 fn client_behind(router: &Host) -> Result<Netns> {
     let client = router.workload("client")?;
     let name = client.netns_name();
@@ -127,7 +127,7 @@ fn client_behind(router: &Host) -> Result<Netns> {
     Ok((*client).clone())
 }
 
-/// The routes that BGP brought, with their next hops.
+/// Routes learned over BGP, with their next hops.
 fn learned(at: &Netns) -> Result<Vec<String>> {
     let found = at.ip_json(&["route", "show", "proto", "bgp"])?;
     let mut all: Vec<String> = found
@@ -141,19 +141,19 @@ fn learned(at: &Netns) -> Result<Vec<String>> {
 }
 
 #[test]
-fn a_bgp_speaker_redistributes_what_is_routed_directly() {
-    // h3 is no member: it is the router.
+fn bgp_speaker_redistributes_direct_routes() {
+    // h3 is the router, not a member.
     let lab = Lab::new(LabConfig::hosts(3).config("masquerade = false")).unwrap();
     let (hosts, router) = (&lab.hosts()[..2], &lab["h3"]);
     for host in hosts {
         host.start().unwrap();
         host.wait_ready(SOON).unwrap();
     }
-    make_routed(&lab, "pods", &["--subnet", "10.60.0.0/16", "--backend", "direct"]).unwrap();
+    create_routed_network(&lab, "pods", &["--subnet", "10.60.0.0/16", "--backend", "direct"]).unwrap();
     let client = client_behind(router).unwrap();
-    let mut speakers = vec![Speaker::start(router, ROUTER).unwrap()];
+    let mut speakers = vec![BgpSpeaker::start(router, ROUTER).unwrap()];
     for host in hosts {
-        speakers.push(Speaker::start(host, &host_config(host.address().unwrap())).unwrap());
+        speakers.push(BgpSpeaker::start(host, &host_config(host.address().unwrap())).unwrap());
     }
     let expected = || -> Result<Vec<String>> {
         let mut all = Vec::new();
@@ -168,14 +168,14 @@ fn a_bgp_speaker_redistributes_what_is_routed_directly() {
     let wait_learned = || {
         wait_until(SOON, "the router to know all blocks", || -> Result<()> {
             let (found, expected) = (learned(router)?, expected()?);
-            ensure!(found == expected && expected.len() >= 2, "{found:?} and not {expected:?}");
+            ensure!(found == expected && expected.len() >= 2, "{found:?} instead of {expected:?}");
             Ok(())
         })
         .unwrap();
     };
     wait_learned();
     for host in hosts {
-        wait_until(SOON, "the way to the client", || -> Result<()> {
+        wait_until(SOON, "the route to the client", || -> Result<()> {
             let found = learned(host)?;
             ensure!(found == ["172.20.0.0/24 via 192.168.77.3"], "{found:?}");
             Ok(())
@@ -189,16 +189,16 @@ fn a_bgp_speaker_redistributes_what_is_routed_directly() {
     for pod in &all {
         let address: IpAddr = pod.address().parse().unwrap();
         client.ping_until(address, SOON).unwrap();
-        // Both ways without any translation.
+        // In both directions without NAT.
         assert_eq!(seen_from(&client, &pod.workload, address).unwrap(), (there, there));
         assert_eq!(seen_from(&pod.workload, &client, there).unwrap(), (address, address));
     }
-    // ovl lets alone what BGP brought, and BGP what ovl made.
+    // ovl and BGP do not touch each other's routes.
     wait_clean(hosts, SOON).unwrap();
     for host in hosts {
         assert_eq!(problems(host).unwrap(), Vec::<String>::new());
     }
-    // A new block is announced, and one that is gone withdrawn.
+    // A new block is announced, and a released one is withdrawn.
     let fresh = attach(&hosts[0], "fresh", "pods", &["--ip", "10.60.200.7"]).unwrap();
     assert_eq!(blocks(&hosts[0], "pods", "h1").unwrap().len(), 2);
     wait_learned();

@@ -11,15 +11,15 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, ensure};
 use netns_lab::{Host, Lab, LabConfig, Netns, Signal, Spawned, Workload, wait_until};
 use ovl_tests::{
-    Attached, Flow, SOON, assert_says, attach, endpoints, make_network, ping_all_pairs, problems, refused,
-    rows, started, strings, text, wait_clean, wait_endpoints,
+    Attached, Flow, SOON, assert_contains, attach, create_network, ctl_error, endpoints, ping_all_pairs,
+    problems, rows, start_lab, strings, text, wait_clean, wait_endpoints,
 };
 use serde_json::{Value, json};
 
-/// The port of [`serve`].
+/// Port of [`serve`].
 const PORT: u16 = 7000;
 
-/// Answers each connection with `from`, its own process's id, and the address it is asked at.
+/// Perl server that answers each connection with `from`, its process ID, and the address that the client connected to.
 const SERVER: &str = r#"
     use IO::Socket::INET;
     $| = 1;
@@ -29,12 +29,12 @@ const SERVER: &str = r#"
     while (my $client = $server->accept) { print $client "from $$ at ", $client->sockhost; close $client }
 "#;
 
-/// Makes a sandbox on these networks, under a name that is the lab's own on this machine.
+/// Creates a sandbox on these networks, under a name that is unique on this machine.
 fn sandbox(host: &Host, name: &str, networks: &[&str]) -> Result<Attached> {
-    make_sandbox(host.promised_workload(name)?, networks, &[])
+    create_sandbox(host.promised_workload(name)?, networks, &[])
 }
 
-fn make_sandbox(workload: Workload, networks: &[&str], more: &[&str]) -> Result<Attached> {
+fn create_sandbox(workload: Workload, networks: &[&str], more: &[&str]) -> Result<Attached> {
     let name = workload.netns_name().to_owned();
     let networks = networks.iter().flat_map(|network| ["--network", network]);
     let args: Vec<&str> =
@@ -47,13 +47,13 @@ fn remove(sandbox: &Attached) -> Result<()> {
     sandbox.workload.host().ctl_ok(&["sandbox", "rm", &sandbox.name]).map(drop)
 }
 
-/// Its row in `sandbox ls`; null without one.
+/// The sandbox's row in `sandbox ls`; null if there is none.
 fn row(sandbox: &Attached) -> Result<Value> {
     let all = rows(sandbox.workload.host(), &["sandbox", "ls"])?;
     Ok(all.into_iter().find(|row| row["name"] == sandbox.name.as_str()).unwrap_or_default())
 }
 
-/// Runs a program as people do: `ip netns exec` finds the sandbox by its name.
+/// Runs a program with `ip netns exec`, which finds the sandbox by its name.
 fn run_in(sandbox: &Attached, program: &[&str]) -> Result<Spawned> {
     sandbox.workload.host().spawn([&["ip", "netns", "exec", &sandbox.name], program].concat())
 }
@@ -67,15 +67,15 @@ fn serve(sandbox: &Attached) -> Result<Spawned> {
     Ok(server)
 }
 
-/// What the server at an address says to somebody in that namespace.
-fn asked(from: &Workload, address: &str) -> Result<String> {
+/// Connects to the server at an address from a namespace, and returns its answer.
+fn server_answer(from: &Workload, address: &str) -> Result<String> {
     let stream = from.run(|| TcpStream::connect((address, PORT)))?;
-    let mut said = String::new();
-    stream?.read_to_string(&mut said)?;
-    Ok(said)
+    let mut answer = String::new();
+    stream?.read_to_string(&mut answer)?;
+    Ok(answer)
 }
 
-/// The host's ends of endpoints.
+/// Host side interfaces of endpoints.
 fn endpoint_devices(host: &Host) -> Result<Vec<String>> {
     let links = host.ip_json(&["link", "show"])?;
     let names = links.as_array().into_iter().flatten().map(|link| text(&link["ifname"]));
@@ -87,15 +87,15 @@ fn interfaces(netns: &Netns) -> Vec<String> {
     links.as_array().unwrap().iter().map(|link| text(&link["ifname"])).collect()
 }
 
-/// Nothing of a sandbox is anywhere.
+/// Waits until no running host has a trace of a sandbox.
 fn wait_gone(lab: &Lab, sandbox: &str) {
     for host in lab.hosts().iter().filter(|host| host.is_running()) {
-        wait_until(SOON, &format!("nothing of {sandbox} on {}", host.name()), || {
+        wait_until(SOON, &format!("no trace of {sandbox} on {}", host.name()), || {
             let listed = rows(host, &["sandbox", "ls"])?.iter().any(|row| row["name"] == sandbox);
-            ensure!(!listed, "it is listed");
+            ensure!(!listed, "the sandbox is listed");
             ensure!(!endpoints(host)?.iter().any(|row| row.starts_with(sandbox)), "{:?}", endpoints(host)?);
             let kept = host.run_dir().join("sandboxes").join(format!("{sandbox}.json"));
-            ensure!(!kept.exists(), "{} is there", kept.display());
+            ensure!(!kept.exists(), "{} exists", kept.display());
             Ok(())
         })
         .unwrap();
@@ -105,15 +105,15 @@ fn wait_gone(lab: &Lab, sandbox: &str) {
 }
 
 #[test]
-fn programs_come_and_go_and_find_the_same_place() {
-    let lab = started(2).unwrap();
-    make_network(&lab, "blue", &["--subnet", "10.99.0.0/24", "--subnet", "fd99::/64"]).unwrap();
+fn programs_in_a_sandbox_can_be_replaced_and_share_its_address() {
+    let lab = start_lab(2).unwrap();
+    create_network(&lab, "blue", &["--subnet", "10.99.0.0/24", "--subnet", "fd99::/64"]).unwrap();
     let a = sandbox(&lab["h1"], "a", &["blue"]).unwrap();
     let b = sandbox(&lab["h2"], "b", &["blue"]).unwrap();
     assert_eq!(a.json["netns"], format!("/run/netns/{}", a.name));
     assert_eq!((strings(&a.json["networks"]), a.addresses().len()), (vec!["blue".to_owned()], 2));
     assert_eq!(interfaces(&a.workload), ["lo", "eth0"]);
-    // Both families, both ways.
+    // Both families, in both directions.
     for (from, to) in [(&a, &b), (&b, &a)] {
         for address in to.addresses() {
             from.workload.ping_until(address, SOON).unwrap();
@@ -122,25 +122,25 @@ fn programs_come_and_go_and_find_the_same_place() {
     let address = a.address();
     let mut server = serve(&a).unwrap();
     let pid = server.pid();
-    // From the other host, from another program at localhost, and by the address: one and the same.
-    let said = |at: &str| format!("from {pid} at {at}");
-    assert_eq!(asked(&b.workload, &address).unwrap(), said(&address));
-    assert_eq!(asked(&a.workload, "127.0.0.1").unwrap(), said("127.0.0.1"));
+    // The same process answers to the other host, at localhost, and at the sandbox's address.
+    let expected = |at: &str| format!("from {pid} at {at}");
+    assert_eq!(server_answer(&b.workload, &address).unwrap(), expected(&address));
+    assert_eq!(server_answer(&a.workload, "127.0.0.1").unwrap(), expected("127.0.0.1"));
     let second = run_in(&a, &["perl", "-e", SERVER]).unwrap().finish(SOON).unwrap();
-    assert_says(&second.stderr, &["Address already in use"]);
+    assert_contains(&second.stderr, &["Address already in use"]);
     assert!(!second.status.success());
     let path = format!("--net=/run/netns/{}", a.name);
     let seen = lab["h1"].exec_ok(["nsenter", &path, "ss", "-Hltn", "sport", "=", "7000"]).unwrap();
-    assert_says(&seen, &["0.0.0.0:7000"]);
+    assert_contains(&seen, &["0.0.0.0:7000"]);
     assert_eq!(row(&a).unwrap()["processes"], json!([pid]));
     assert_eq!(row(&b).unwrap()["processes"], json!([]));
-    // It dies, and its successor is where it was.
+    // After the process is killed, its successor has the same address.
     server.signal(Signal::SIGKILL).unwrap();
     server.wait(SOON).unwrap();
     assert_eq!(row(&a).unwrap()["addresses"], a.json["addresses"]);
     let again = serve(&a).unwrap();
-    assert_eq!(asked(&b.workload, &address).unwrap(), format!("from {} at {address}", again.pid()));
-    // `ip netns` has it too, and the table says how many are in it.
+    assert_eq!(server_answer(&b.workload, &address).unwrap(), format!("from {} at {address}", again.pid()));
+    // `ip netns` lists it too, and the table has the number of processes.
     let named = lab["h1"].exec_ok(["ip", "netns", "pids", &a.name]).unwrap();
     assert_eq!(named.trim(), again.pid().to_string());
     let table = lab["h1"].ctl_ok(&["sandbox", "ls"]).unwrap();
@@ -150,20 +150,20 @@ fn programs_come_and_go_and_find_the_same_place() {
 }
 
 #[test]
-fn a_sandbox_has_an_interface_for_each_network_in_their_order() {
-    let lab = started(2).unwrap();
-    make_network(&lab, "blue", &["--subnet", "10.99.0.0/24"]).unwrap();
-    make_network(&lab, "red", &["--subnet", "10.98.0.0/24"]).unwrap();
+fn sandbox_has_an_interface_for_each_network_in_order() {
+    let lab = start_lab(2).unwrap();
+    create_network(&lab, "blue", &["--subnet", "10.99.0.0/24"]).unwrap();
+    create_network(&lab, "red", &["--subnet", "10.98.0.0/24"]).unwrap();
     let more = ["--namespace", "shop", "--label", "app=web"];
     let web = lab["h1"].promised_workload("web").unwrap();
-    let web = make_sandbox(web, &["red", "blue"], &more).unwrap();
+    let web = create_sandbox(web, &["red", "blue"], &more).unwrap();
     assert_eq!(interfaces(&web.workload), ["lo", "eth0", "eth1"]);
     assert_eq!(strings(&web.json["networks"]), ["red", "blue"]);
     let addresses = web.addresses();
     assert!(addresses[0].starts_with("10.98.0.") && addresses[1].starts_with("10.99.0."), "{addresses:?}");
     let shown = web.workload.ip_json(&["-4", "addr", "show", "eth1"]).unwrap();
     assert_eq!(shown[0]["addr_info"][0]["local"], addresses[1].as_str());
-    // The way out of the first one is the way out.
+    // The default route goes through the first network.
     let routes = web.workload.ip_json(&["route", "show", "default"]).unwrap();
     assert_eq!((routes.as_array().unwrap().len(), &routes[0]["gateway"]), (1, &Value::from("10.98.0.1")));
     for (network, address) in [("red", &addresses[0]), ("blue", &addresses[1])] {
@@ -177,8 +177,8 @@ fn a_sandbox_has_an_interface_for_each_network_in_their_order() {
 }
 
 #[test]
-fn none_is_loopback_alone_and_host_is_the_hosts_own() {
-    let lab = started(1).unwrap();
+fn none_has_only_a_loopback_and_host_shares_the_hosts_namespace() {
+    let lab = start_lab(1).unwrap();
     let h1 = &lab["h1"];
     for (name, networks) in [("none", &["none"][..]), ("nothing", &[])] {
         let lone = sandbox(h1, name, networks).unwrap();
@@ -195,71 +195,75 @@ fn none_is_loopback_alone_and_host_is_the_hosts_own() {
     h1.wait_ready(SOON).unwrap();
     let listed = row(&own).unwrap();
     assert_eq!((&listed["networks"], &listed["processes"]), (&json!(["host"]), &json!([])));
-    // The daemon is in it, and is no reason to keep another name of it.
+    // The daemon itself runs in this namespace, which must not keep the sandbox from being removed.
     remove(&own).unwrap();
     wait_gone(&lab, &own.name);
     assert!(h1.exists() && h1.is_running());
 }
 
 #[test]
-fn what_cannot_be_made_is_refused_and_leaves_nothing() {
-    let lab = started(2).unwrap();
-    make_network(&lab, "blue", &["--subnet", "10.99.0.0/24"]).unwrap();
-    make_network(&lab, "red", &["--subnet", "10.98.0.0/24"]).unwrap();
+fn invalid_sandboxes_are_refused_and_leave_nothing() {
+    let lab = start_lab(2).unwrap();
+    create_network(&lab, "blue", &["--subnet", "10.99.0.0/24"]).unwrap();
+    create_network(&lab, "red", &["--subnet", "10.98.0.0/24"]).unwrap();
     let h1 = &lab["h1"];
     let create =
-        |name: &str, more: &[&str]| refused(h1, &[&["sandbox", "create", name], more].concat()).unwrap();
-    assert_says(&create("../web", &[]), &["'../web' is no name"]);
-    assert_says(&create("web", &["--network", "green"]), &["no network green"]);
-    assert_says(&create("web", &["--network", "host", "--network", "blue"]), &["'host' goes with no other"]);
-    assert_says(&create("web", &["--network", "blue", "--network", "blue"]), &["given twice"]);
-    assert_says(&create("web", &["--namespace", "shop"]), &["namespace and labels"]);
-    // The second network has an endpoint of the name, elsewhere: the first one's goes again.
+        |name: &str, more: &[&str]| ctl_error(h1, &[&["sandbox", "create", name], more].concat()).unwrap();
+    assert_contains(&create("../web", &[]), &["'../web' is no name"]);
+    assert_contains(&create("web", &["--network", "green"]), &["no network green"]);
+    assert_contains(
+        &create("web", &["--network", "host", "--network", "blue"]),
+        &["'host' goes with no other"],
+    );
+    assert_contains(&create("web", &["--network", "blue", "--network", "blue"]), &["given twice"]);
+    assert_contains(&create("web", &["--namespace", "shop"]), &["namespace and labels"]);
+    // The second network has an endpoint with the name on another host, so the endpoint on the first one is rolled
+    // back.
     let web = h1.promised_workload("web").unwrap();
     let name = web.netns_name().to_owned();
     let other = lab["h2"].workload("other").unwrap();
     lab["h2"].ctl_ok(&["attach", &name, "--network", "red", "--netns", other.path_str()]).unwrap();
     wait_endpoints(h1, &[&format!("{name} on h2 is ready")], SOON).unwrap();
-    let said = create(&name, &["--network", "blue", "--network", "red"]);
-    assert_says(&said, &["red has an endpoint", "h2"]);
+    let error = create(&name, &["--network", "blue", "--network", "red"]);
+    assert_contains(&error, &["red has an endpoint", "h2"]);
     wait_endpoints(&lab["h2"], &[&format!("{name} on h2 is ready")], SOON).unwrap();
     assert!(!web.exists() && endpoint_devices(h1).unwrap().is_empty());
     assert_eq!(rows(h1, &["sandbox", "ls"]).unwrap(), Vec::<Value>::new());
-    // What is at the path and not ours stays as it is, also when it is "removed".
+    // A foreign file or namespace at the path stays as it is, also when it is "removed".
     fs::write(web.path(), "mine").unwrap();
-    assert_says(&create(&name, &[]), &[web.path_str(), "is there already", "ip netns del"]);
+    assert_contains(&create(&name, &[]), &[web.path_str(), "is there already", "ip netns del"]);
     h1.ctl_ok(&["sandbox", "rm", &name, "--force"]).unwrap();
     assert_eq!(fs::read_to_string(web.path()).unwrap(), "mine");
     fs::remove_file(web.path()).unwrap();
-    let theirs = h1.workload("theirs").unwrap();
-    assert_says(&create(theirs.netns_name(), &[]), &["is there already"]);
-    h1.ctl_ok(&["sandbox", "rm", theirs.netns_name()]).unwrap();
-    assert_eq!(interfaces(&theirs), ["lo"]);
-    // A name is given once.
-    let web = make_sandbox(web, &["blue"], &[]).unwrap();
-    assert_says(&create(&web.name, &["--network", "blue"]), &["there is a sandbox", "already"]);
+    let foreign = h1.workload("foreign").unwrap();
+    assert_contains(&create(foreign.netns_name(), &[]), &["is there already"]);
+    h1.ctl_ok(&["sandbox", "rm", foreign.netns_name()]).unwrap();
+    assert_eq!(interfaces(&foreign), ["lo"]);
+    // Names are unique.
+    let web = create_sandbox(web, &["blue"], &[]).unwrap();
+    assert_contains(&create(&web.name, &["--network", "blue"]), &["there is a sandbox", "already"]);
     assert_eq!(row(&web).unwrap()["addresses"], web.json["addresses"]);
     remove(&web).unwrap();
     remove(&web).unwrap();
 }
 
 #[test]
-fn a_sandbox_with_somebody_in_it_is_removed_by_force_alone() {
-    let lab = started(2).unwrap();
-    make_network(&lab, "blue", &["--subnet", "10.99.0.0/24"]).unwrap();
+fn sandbox_with_a_process_is_removed_only_with_force() {
+    let lab = start_lab(2).unwrap();
+    create_network(&lab, "blue", &["--subnet", "10.99.0.0/24"]).unwrap();
     let web = sandbox(&lab["h1"], "web", &["blue"]).unwrap();
     let far = attach(&lab["h2"], "far", "blue", &[]).unwrap();
     let mut server = serve(&web).unwrap();
-    let said = refused(&lab["h1"], &["sandbox", "rm", &web.name]).unwrap();
-    assert_says(&said, &["a process is in sandbox", &format!("{} (perl)", server.pid()), "--force"]);
+    let error = ctl_error(&lab["h1"], &["sandbox", "rm", &web.name]).unwrap();
+    assert_contains(&error, &["a process is in sandbox", &format!("{} (perl)", server.pid()), "--force"]);
     assert_eq!(
-        asked(&far.workload, &web.address()).unwrap(),
+        server_answer(&far.workload, &web.address()).unwrap(),
         format!("from {} at {}", server.pid(), web.address())
     );
     lab["h1"].ctl_ok(&["sandbox", "rm", &web.name, "--force"]).unwrap();
     wait_gone(&lab, &web.name);
     assert!(server.is_running() && endpoint_devices(&lab["h1"]).unwrap().is_empty());
-    // It lives in what is left, and the name is free.
+    // The process keeps the disconnected namespace, and the name is free.
     let inside = format!("--net=/proc/{}/ns/net", server.pid());
     let links = lab["h1"].exec_ok(["nsenter", &inside, "ip", "-o", "link"]).unwrap();
     assert!(links.lines().count() == 1 && links.contains("lo:"), "{links}");
@@ -272,30 +276,30 @@ fn a_sandbox_with_somebody_in_it_is_removed_by_force_alone() {
 }
 
 #[test]
-fn a_killed_daemon_costs_a_sandbox_nothing() {
-    let lab = started(2).unwrap();
-    make_network(&lab, "blue", &["--subnet", "10.99.0.0/24"]).unwrap();
+fn sandbox_survives_a_kill_of_the_daemon() {
+    let lab = start_lab(2).unwrap();
+    create_network(&lab, "blue", &["--subnet", "10.99.0.0/24"]).unwrap();
     let [a, b] = [("h1", "a"), ("h2", "b")].map(|(host, name)| sandbox(&lab[host], name, &["blue"]).unwrap());
     let flow = Flow::start(&a, &b).unwrap();
     let server = serve(&a).unwrap();
     let before = row(&a).unwrap();
     lab["h1"].kill9().unwrap();
-    let said = format!("from {} at {}", server.pid(), a.address());
-    assert_eq!(asked(&b.workload, &a.address()).unwrap(), said);
+    let expected = format!("from {} at {}", server.pid(), a.address());
+    assert_eq!(server_answer(&b.workload, &a.address()).unwrap(), expected);
     lab["h1"].start().unwrap();
     lab["h1"].wait_ready(SOON).unwrap();
     assert_eq!(row(&a).unwrap(), before);
     flow.finish_without_loss().unwrap();
     ping_all_pairs(&[a.clone(), b], SOON).unwrap();
-    // The new daemon has it in hand.
-    refused(&lab["h1"], &["sandbox", "rm", &a.name]).unwrap();
+    // The new daemon has taken the sandbox over.
+    ctl_error(&lab["h1"], &["sandbox", "rm", &a.name]).unwrap();
     drop(server);
     remove(&a).unwrap();
     wait_gone(&lab, &a.name);
 }
 
-/// Begins a command, kills the daemon as soon as it is `time` to, which is told how long the command
-/// has run, and starts it again.
+/// Starts a command, kills the daemon as soon as `time` returns true for the time that the command has run, and starts
+/// the daemon again.
 fn kill_during(host: &Host, args: &[&str], time: &dyn Fn(Duration) -> bool) {
     let begun = Instant::now();
     let command = host.ctl_spawn(args).unwrap();
@@ -308,28 +312,28 @@ fn kill_during(host: &Host, args: &[&str], time: &dyn Fn(Duration) -> bool) {
     host.wait_ready(SOON).unwrap();
 }
 
-/// Moments from the begin of something that takes so long until a little after its end.
-fn moments(took: Duration) -> impl Iterator<Item = Duration> {
+/// Points in time from the start of an operation of this duration until shortly after its end.
+fn kill_times(took: Duration) -> impl Iterator<Item = Duration> {
     (0..=8).map(move |part| took * part / 7)
 }
 
 #[test]
-fn a_daemon_killed_while_it_makes_or_removes_a_sandbox_leaves_nothing_half_done() {
-    let lab = started(2).unwrap();
-    make_network(&lab, "blue", &["--subnet", "10.99.0.0/24"]).unwrap();
-    make_network(&lab, "red", &["--subnet", "10.98.0.0/24"]).unwrap();
+fn kill_during_sandbox_creation_or_removal_leaves_nothing_half_done() {
+    let lab = start_lab(2).unwrap();
+    create_network(&lab, "blue", &["--subnet", "10.99.0.0/24"]).unwrap();
+    create_network(&lab, "red", &["--subnet", "10.98.0.0/24"]).unwrap();
     let far = attach(&lab["h2"], "far", "red", &[]).unwrap();
     let h1 = &lab["h1"];
     let web = h1.promised_workload("web").unwrap();
     let begun = Instant::now();
-    let web = make_sandbox(web, &["blue", "red"], &[]).unwrap();
+    let web = create_sandbox(web, &["blue", "red"], &[]).unwrap();
     let making = begun.elapsed();
     let begun = Instant::now();
     remove(&web).unwrap();
     let removing = begun.elapsed();
     let create = ["sandbox", "create", &web.name, "--network", "blue", "--network", "red"];
-    // It is there with all that belongs to it, or not at all.
-    let whole = || -> bool {
+    // The sandbox is complete, or does not exist at all.
+    let is_complete = || -> bool {
         let listed = row(&web).unwrap();
         if listed.is_null() {
             wait_gone(&lab, &web.name);
@@ -342,40 +346,43 @@ fn a_daemon_killed_while_it_makes_or_removes_a_sandbox_leaves_nothing_half_done(
         wait_clean(lab.hosts(), SOON).unwrap();
         true
     };
-    let mut made = 0;
-    let mut killed_while_made = |time: &dyn Fn(Duration) -> bool| {
+    let mut created = 0;
+    let mut kill_while_creating = |time: &dyn Fn(Duration) -> bool| {
         kill_during(h1, &create, time);
-        made += u32::from(whole());
+        created += u32::from(is_complete());
         remove(&web).unwrap();
         wait_gone(&lab, &web.name);
     };
-    moments(making).for_each(|time| killed_while_made(&|elapsed| elapsed >= time));
-    // The first endpoint is there; the sandbox is written down; its file is there, and perhaps the mount.
+    kill_times(making).for_each(|time| kill_while_creating(&|elapsed| elapsed >= time));
+    // Kill once the first endpoint exists, once the sandbox is recorded, and once its file (and perhaps the mount)
+    // exists.
     let [endpoints, sandboxes] = ["endpoints", "sandboxes"].map(|part| h1.run_dir().join(part));
-    killed_while_made(&|_| fs::read_dir(&endpoints).unwrap().next().is_some());
-    killed_while_made(&|_| fs::read_dir(&sandboxes).unwrap().next().is_some());
-    killed_while_made(&|_| web.workload.exists());
+    kill_while_creating(&|_| fs::read_dir(&endpoints).unwrap().next().is_some());
+    kill_while_creating(&|_| fs::read_dir(&sandboxes).unwrap().next().is_some());
+    kill_while_creating(&|_| web.workload.exists());
     let mut left = 0;
-    let mut killed_while_removed = |time: &dyn Fn(Duration) -> bool| {
+    let mut kill_while_removing = |time: &dyn Fn(Duration) -> bool| {
         h1.ctl_ok(&create).unwrap();
         kill_during(h1, &["sandbox", "rm", &web.name], time);
-        left += u32::from(whole());
+        left += u32::from(is_complete());
         remove(&web).unwrap();
         wait_gone(&lab, &web.name);
     };
-    moments(removing).for_each(|time| killed_while_removed(&|elapsed| elapsed >= time));
-    killed_while_removed(&|_| !web.workload.exists());
-    killed_while_removed(&|_| fs::read_dir(&endpoints).unwrap().next().is_none());
-    eprintln!("killed while making: {made} of 12 were there; while removing: {left} of 11 were left");
+    kill_times(removing).for_each(|time| kill_while_removing(&|elapsed| elapsed >= time));
+    kill_while_removing(&|_| !web.workload.exists());
+    kill_while_removing(&|_| fs::read_dir(&endpoints).unwrap().next().is_none());
+    eprintln!(
+        "{created} of 12 sandboxes existed after a kill during creation, {left} of 11 after one during removal"
+    );
 }
 
 #[test]
-fn what_others_took_away_is_forgotten_and_what_they_put_there_is_theirs() {
-    let lab = started(2).unwrap();
-    make_network(&lab, "blue", &["--subnet", "10.99.0.0/24"]).unwrap();
+fn externally_deleted_sandboxes_are_forgotten_and_foreign_namespaces_untouched() {
+    let lab = start_lab(2).unwrap();
+    create_network(&lab, "blue", &["--subnet", "10.99.0.0/24"]).unwrap();
     let h1 = &lab["h1"];
     let web = sandbox(h1, "web", &["blue"]).unwrap();
-    // The new namespace has, most likely, the inode of the old one.
+    // The new namespace may well have the inode number of the old one.
     for line in ["del", "add"] {
         h1.exec_ok(["ip", "netns", line, &web.name]).unwrap();
     }
@@ -384,7 +391,7 @@ fn what_others_took_away_is_forgotten_and_what_they_put_there_is_theirs() {
     assert_eq!(interfaces(&web.workload), ["lo"]);
     wait_endpoints(&lab["h2"], &[], SOON).unwrap();
     h1.exec_ok(["ip", "netns", "del", &web.name]).unwrap();
-    // While nobody looks: with a program inside, which keeps the namespace alive, and with the file left.
+    // Deleted while ovld is not running: a process keeps the namespace alive, and the file stays.
     let created = h1.ctl_ok(&["sandbox", "create", &web.name, "--network", "blue"]);
     created.unwrap();
     let server = serve(&web).unwrap();
@@ -395,19 +402,19 @@ fn what_others_took_away_is_forgotten_and_what_they_put_there_is_theirs() {
     wait_gone(&lab, &web.name);
     assert!(endpoint_devices(h1).unwrap().is_empty());
     drop(server);
-    // A damaged file is named, and keeps nobody from starting.
+    // A damaged file is reported, and does not keep ovld from starting.
     h1.ctl_ok(&["sandbox", "create", &web.name]).unwrap();
     h1.kill9().unwrap();
     fs::write(h1.run_dir().join("sandboxes").join(format!("{}.json", web.name)), "{").unwrap();
     h1.start().unwrap();
     h1.wait_ready(SOON).unwrap();
-    assert_says(&problems(h1).unwrap().concat(), &["the file of a sandbox is damaged", &web.name]);
+    assert_contains(&problems(h1).unwrap().concat(), &["the file of a sandbox is damaged", &web.name]);
 }
 
 #[test]
-fn many_are_made_at_once_and_a_name_only_once() {
-    let lab = started(1).unwrap();
-    make_network(&lab, "blue", &["--subnet", "10.99.0.0/24"]).unwrap();
+fn concurrent_creates_succeed_once_for_each_name() {
+    let lab = start_lab(1).unwrap();
+    create_network(&lab, "blue", &["--subnet", "10.99.0.0/24"]).unwrap();
     let h1 = &lab["h1"];
     let all: Vec<Workload> =
         (1..=20).map(|number| h1.promised_workload(&format!("s{number}")).unwrap()).collect();
@@ -432,9 +439,9 @@ fn many_are_made_at_once_and_a_name_only_once() {
 }
 
 #[test]
-fn a_teardown_takes_sandboxes_away_and_leaves_programs_running() {
-    let lab = started(1).unwrap();
-    make_network(&lab, "blue", &["--subnet", "10.99.0.0/24"]).unwrap();
+fn teardown_deletes_sandboxes_and_leaves_their_programs_running() {
+    let lab = start_lab(1).unwrap();
+    create_network(&lab, "blue", &["--subnet", "10.99.0.0/24"]).unwrap();
     let h1 = &lab["h1"];
     let web = sandbox(h1, "web", &["blue"]).unwrap();
     let own = sandbox(h1, "own", &["host"]).unwrap();
@@ -448,8 +455,8 @@ fn a_teardown_takes_sandboxes_away_and_leaves_programs_running() {
     assert_eq!(rows(h1, &["sandbox", "ls"]).unwrap(), Vec::<Value>::new());
 }
 
-/// A daemon as its service manager starts it: with the unit's capabilities, in a mount namespace that
-/// follows the first process's, where it can write nothing. That first process is the script.
+/// Script that starts ovld as systemd does: with the unit's capabilities, and in a read-only mount namespace that is a
+/// slave of the first process's one. That first process is the script.
 const AS_A_SERVICE: &str = r#"#!/bin/sh
 exec unshare --pid --fork --kill-child --mount --mount-proc sh -c '
     mount --make-rshared /
@@ -460,7 +467,7 @@ exec unshare --pid --fork --kill-child --mount --mount-proc sh -c '
     wait' ovld "$@"
 "#;
 
-/// `-all,+net_admin,...` of the unit.
+/// The unit's capabilities for `setpriv`, such as `-all,+net_admin`.
 fn capabilities() -> String {
     let unit = include_str!("../../daemon/systemd/ovld.service");
     let line = unit.lines().find_map(|line| line.strip_prefix("CapabilityBoundingSet=")).unwrap();
@@ -469,7 +476,7 @@ fn capabilities() -> String {
 }
 
 #[test]
-fn a_daemon_in_a_mount_namespace_of_its_own_makes_sandboxes_that_the_host_sees() {
+fn sandboxes_of_a_daemon_in_its_own_mount_namespace_are_visible_on_the_host() {
     let mut config = LabConfig::hosts(1);
     let script = std::env::temp_dir().join(format!("ovld-as-a-service-{}", std::process::id()));
     let ovld = netns_lab::find_binary("ovld").unwrap();
@@ -480,10 +487,10 @@ fn a_daemon_in_a_mount_namespace_of_its_own_makes_sandboxes_that_the_host_sees()
     let lab = Lab::new(config).unwrap();
     lab.start_all().unwrap();
     fs::remove_file(script).unwrap();
-    make_network(&lab, "blue", &["--subnet", "10.99.0.0/24"]).unwrap();
+    create_network(&lab, "blue", &["--subnet", "10.99.0.0/24"]).unwrap();
     let h1 = &lab["h1"];
     let web = sandbox(h1, "web", &["blue"]).unwrap();
-    // Its host is the script's mount namespace, not the one of the test.
+    // The sandbox is visible in the script's mount namespace, not in the test's.
     assert!(!web.workload.exists());
     let unshare = h1.pid().unwrap();
     let first = fs::read_to_string(format!("/proc/{unshare}/task/{unshare}/children")).unwrap();
@@ -491,9 +498,9 @@ fn a_daemon_in_a_mount_namespace_of_its_own_makes_sandboxes_that_the_host_sees()
         h1.exec([&["nsenter", "--mount", "--pid", "--target", first.trim()], command].concat()).unwrap()
     };
     let seen = on_host(&["ip", "netns", "exec", &web.name, "ip", "-o", "-4", "addr", "show", "eth0"]);
-    assert_says(&seen.stdout, &[&web.address()]);
+    assert_contains(&seen.stdout, &[&web.address()]);
     assert_eq!(row(&web).unwrap()["addresses"], web.json["addresses"]);
-    // What others mount there later, the daemon sees.
+    // The daemon sees namespaces that others mount there later.
     assert!(on_host(&["ip", "netns", "add", "later"]).status.success());
     h1.ctl_ok(&["attach", "later", "--network", "blue", "--netns", "later"]).unwrap();
     remove(&web).unwrap();

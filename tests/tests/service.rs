@@ -1,4 +1,4 @@
-//! ovld as a service: what it tells its manager.
+//! ovld as a systemd service: its notifications to the service manager.
 
 use std::os::unix::net::UnixDatagram;
 use std::time::{Duration, Instant};
@@ -6,15 +6,15 @@ use std::time::{Duration, Instant};
 use netns_lab::{Lab, LabConfig, Signal, find_binary};
 use ovl_tests::SOON;
 
-/// One datagram of sd_notify(3).
-fn told(manager: &UnixDatagram) -> Option<String> {
+/// Receives one datagram of sd_notify(3).
+fn notification(manager: &UnixDatagram) -> Option<String> {
     let mut bytes = [0; 256];
     let length = manager.recv(&mut bytes).ok()?;
     String::from_utf8(bytes[..length].to_vec()).ok()
 }
 
 #[test]
-fn the_service_manager_hears_of_readiness_of_life_and_of_the_end() {
+fn service_manager_is_notified_of_ready_watchdog_and_stopping() {
     let lab = Lab::new(LabConfig::hosts(1)).unwrap();
     let host = &lab["h1"];
     let path = host.dir().join("notify");
@@ -39,16 +39,17 @@ fn the_service_manager_hears_of_readiness_of_life_and_of_the_end() {
             &address,
         ])
         .unwrap();
-    assert_eq!(told(&manager).unwrap().trim(), "READY=1");
-    host.ctl_ok(&["status"]).expect("the socket answers once it is ready");
+    assert_eq!(notification(&manager).unwrap().trim(), "READY=1");
+    host.ctl_ok(&["status"]).expect("the control socket must answer once ovld is ready");
     for _ in 0..3 {
-        assert_eq!(told(&manager).unwrap().trim(), "WATCHDOG=1");
+        assert_eq!(notification(&manager).unwrap().trim(), "WATCHDOG=1");
     }
-    let asked = Instant::now();
+    let signalled = Instant::now();
     ovld.signal(Signal::SIGTERM).unwrap();
-    let stopping = std::iter::from_fn(|| told(&manager)).take(3).any(|text| text.trim() == "STOPPING=1");
+    let stopping =
+        std::iter::from_fn(|| notification(&manager)).take(3).any(|text| text.trim() == "STOPPING=1");
     assert!(stopping);
     let output = ovld.finish(SOON).unwrap();
     assert_eq!(output.code(), Some(0), "{}", output.stderr);
-    assert!(asked.elapsed() < Duration::from_secs(2), "{:?}", asked.elapsed());
+    assert!(signalled.elapsed() < Duration::from_secs(2), "{:?}", signalled.elapsed());
 }

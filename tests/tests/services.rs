@@ -1,5 +1,4 @@
-//! Services by real connections: what each type and field does, on switched and on routed networks, and what
-//! happens to connections when backends, hosts and daemons go.
+//! Services: types and fields, on switched and routed networks, and connections while backends, hosts and daemons fail.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -8,22 +7,22 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use netns_lab::{Host, Lab, Netns, wait_until};
-use ovl_tests::routed::make_routed;
-use ovl_tests::service::{Connection, Datagrams, Named, apply, ask, wait_answers};
-use ovl_tests::{Attached, SOON, attach, make_network, started, text, wait_clean};
+use ovl_tests::routed::create_routed_network;
+use ovl_tests::service::{Connection, NamedServer, UdpClient, apply, ask, wait_answers};
+use ovl_tests::{Attached, SOON, attach, create_network, start_lab, text, wait_clean};
 
 const MODES: [&str; 2] = ["l2", "l3"];
 
-/// A network of both families, in one mode or the other.
+/// Creates a dual-stack network in a mode.
 fn network(lab: &Lab, mode: &str) -> Result<()> {
     let subnets = ["--subnet", "10.60.0.0/16", "--subnet", "fd60::/64"];
     match mode {
-        "l2" => make_network(lab, "blue", &subnets),
-        _ => make_routed(lab, "blue", &subnets),
+        "l2" => create_network(lab, "blue", &subnets),
+        _ => create_routed_network(lab, "blue", &subnets),
     }
 }
 
-/// A Service `web` of TCP port 80 and UDP port 53, with this much more in its specification.
+/// A Service `web` with TCP port 80 and UDP port 53, and these additional fields in its spec.
 fn web(more: &str) -> String {
     format!(
         "{{\"apiVersion\":\"v1\",\"kind\":\"Service\",\"metadata\":{{\"name\":\"web\"}},\"spec\":{{
@@ -34,17 +33,17 @@ fn web(more: &str) -> String {
     .replace(",\"nodePort\":NODEPORT", if more.contains("NodePort") { ",\"nodePort\":30080" } else { "" })
 }
 
-/// The addresses of a Service, as the first host says them.
+/// Cluster IPs of the Service, as the first host shows them.
 fn addresses(lab: &Lab) -> Result<Vec<IpAddr>> {
     let found = lab.hosts()[0].ctl_json(&["get", "svc", "web"])?;
     let all = found["spec"]["clusterIPs"].as_array().context("no addresses")?;
     Ok(all.iter().map(text).map(|each| each.parse()).collect::<Result<_, _>>()?)
 }
 
-/// A backend: an endpoint with the label, and a server in it.
-fn backend(host: &Host, name: &str) -> Result<(Attached, Named)> {
+/// Attaches a backend: an endpoint with the label, and a server in it.
+fn backend(host: &Host, name: &str) -> Result<(Attached, NamedServer)> {
     let at = attach(host, name, "blue", &["--label", "app=web"])?;
-    let server = Named::start(&at.workload, name, 8080)?;
+    let server = NamedServer::start(&at.workload, name, 8080)?;
     Ok((at, server))
 }
 
@@ -54,14 +53,14 @@ fn refused_at(from: &Netns, to: SocketAddr) -> Result<()> {
         Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {}
         other => anyhow::bail!("{to} is not refused: {other:?}"),
     }
-    ensure!(start.elapsed() < Duration::from_secs(3), "only after {:?}", start.elapsed());
+    ensure!(start.elapsed() < Duration::from_secs(3), "the refusal took {:?}", start.elapsed());
     Ok(())
 }
 
 #[test]
-fn an_address_leads_to_all_backends_from_everywhere() -> Result<()> {
+fn cluster_ip_leads_to_all_backends_from_everywhere() -> Result<()> {
     for mode in MODES {
-        let lab = started(3)?;
+        let lab = start_lab(3)?;
         let [h1, h2, h3] = lab.hosts() else { unreachable!() };
         network(&lab, mode)?;
         apply(&lab, h2, &web(""))?;
@@ -75,7 +74,7 @@ fn an_address_leads_to_all_backends_from_everywhere() -> Result<()> {
                 wait_answers(&from.workload, tcp, &["far", "near"])
                     .with_context(|| format!("{mode}: from {}", from.name))?;
             }
-            // Sources are kept, but for a backend that reaches itself.
+            // Source addresses are kept, except for a backend that connects to itself (hairpin).
             for from in [&client, &near] {
                 for _ in 0..8 {
                     let answer = ask(&from.workload, tcp)?;
@@ -93,7 +92,7 @@ fn an_address_leads_to_all_backends_from_everywhere() -> Result<()> {
                 let mut seen = Vec::new();
                 for _ in 0..24 {
                     seen.push(
-                        Datagrams::open(&from.workload, udp)?
+                        UdpClient::open(&from.workload, udp)?
                             .ask()
                             .with_context(|| format!("{mode}: UDP"))?
                             .name,
@@ -104,7 +103,7 @@ fn an_address_leads_to_all_backends_from_everywhere() -> Result<()> {
                 ensure!(seen == ["far", "near"], "{mode}: {seen:?}");
             }
         }
-        // Their own addresses work as before, beside the Service.
+        // The backends' own addresses still work beside the Service.
         for to in near.addresses() {
             let answer = ask(&client.workload, SocketAddr::new(to.parse()?, 8080))?;
             ensure!(
@@ -118,8 +117,8 @@ fn an_address_leads_to_all_backends_from_everywhere() -> Result<()> {
 }
 
 #[test]
-fn backends_have_equal_parts() -> Result<()> {
-    let lab = started(2)?;
+fn connections_are_balanced_equally() -> Result<()> {
+    let lab = start_lab(2)?;
     let [h1, h2] = lab.hosts() else { unreachable!() };
     network(&lab, "l3")?;
     apply(&lab, h1, &web(""))?;
@@ -137,27 +136,27 @@ fn backends_have_equal_parts() -> Result<()> {
     }
     let expected = f64::from(ASKED) / 3.0;
     let chi2: f64 = counts.values().map(|count| (count - expected).powi(2) / expected).sum();
-    // Two degrees of freedom: one run in a million is beyond.
+    // Chi-square with two degrees of freedom: a balanced run exceeds this once in a million.
     ensure!(counts.len() == 3 && chi2 < 27.6, "{counts:?}: chi square {chi2}");
     Ok(())
 }
 
 #[test]
-fn without_backends_it_is_refused_at_once() -> Result<()> {
+fn service_without_backends_refuses_at_once() -> Result<()> {
     for mode in MODES {
-        let lab = started(2)?;
+        let lab = start_lab(2)?;
         let [h1, h2] = lab.hosts() else { unreachable!() };
         network(&lab, mode)?;
         apply(&lab, h1, &web(",\"type\":\"NodePort\""))?;
         let client = attach(h1, "client", "blue", &[])?;
         let to = SocketAddr::new(addresses(&lab)?[0], 80);
         wait_until(SOON, "a refusal", || refused_at(&client.workload, to))?;
-        let udp = Datagrams::open(&client.workload, SocketAddr::new(to.ip(), 53))?;
-        let refusal = udp.ask().expect_err("nobody is there");
+        let udp = UdpClient::open(&client.workload, SocketAddr::new(to.ip(), 53))?;
+        let refusal = udp.ask().expect_err("no backend must answer");
         assert_eq!(refusal.kind(), io::ErrorKind::ConnectionRefused, "{mode}: {refusal}");
         let node = SocketAddr::new(h1.address()?, 30080);
         wait_until(SOON, "a refusal at the node port", || refused_at(h2, node))?;
-        // One that is not ready is none.
+        // A backend that is not ready does not count.
         let (_at, _server) = backend(h1, "web")?;
         wait_answers(&client.workload, to, &["web"])?;
         h1.ctl_ok(&["endpoint", "unready", "web"])?;
@@ -169,8 +168,8 @@ fn without_backends_it_is_refused_at_once() -> Result<()> {
 }
 
 #[test]
-fn a_node_port_is_one_on_every_host() -> Result<()> {
-    let lab = started(3)?;
+fn node_port_is_open_on_every_host() -> Result<()> {
+    let lab = start_lab(3)?;
     let [h1, h2, h3] = lab.hosts() else { unreachable!() };
     network(&lab, "l3")?;
     apply(&lab, h1, &web(",\"type\":\"NodePort\""))?;
@@ -180,14 +179,14 @@ fn a_node_port_is_one_on_every_host() -> Result<()> {
     for host in [h1, h2] {
         let to = SocketAddr::new(host.address()?, 30080);
         wait_answers(h3, to, &["one", "two"])?;
-        // Its address is kept where the backend is; from another host the answer would go another way.
+        // The source address is kept for a backend on the same host. Otherwise the reply would take another path.
         let here = if host.name() == h1.name() { "one" } else { "two" };
         for _ in 0..12 {
             let answer = ask(h3, to)?;
             ensure!((answer.seen == outside) == (answer.name == here), "at {to}: {answer:?}");
         }
     }
-    // With the policy Local each host has its own, and keeps the address.
+    // With externalTrafficPolicy Local, each host uses only its own backends, and keeps the source address.
     apply(&lab, h1, &web(",\"type\":\"NodePort\",\"externalTrafficPolicy\":\"Local\""))?;
     for (host, name) in [(h1, "one"), (h2, "two")] {
         let to = SocketAddr::new(host.address()?, 30080);
@@ -198,12 +197,12 @@ fn a_node_port_is_one_on_every_host() -> Result<()> {
 }
 
 #[test]
-fn a_client_stays_with_its_backend() -> Result<()> {
-    let lab = started(2)?;
+fn session_affinity_keeps_a_client_on_its_backend() -> Result<()> {
+    let lab = start_lab(2)?;
     let [h1, h2] = lab.hosts() else { unreachable!() };
     network(&lab, "l3")?;
     apply(&lab, h1, &web(",\"sessionAffinity\":\"ClientIP\""))?;
-    let mut servers: BTreeMap<&str, (Attached, Named)> = BTreeMap::new();
+    let mut servers: BTreeMap<&str, (Attached, NamedServer)> = BTreeMap::new();
     for (host, name) in [(h1, "a"), (h2, "b"), (h2, "c")] {
         servers.insert(name, backend(host, name)?);
     }
@@ -225,7 +224,7 @@ fn a_client_stays_with_its_backend() -> Result<()> {
         seen.dedup();
         ensure!(seen.len() > 1, "all clients are with {seen:?}");
     }
-    // When a backend goes, its clients go to another one and stay there; others' are not touched.
+    // When a backend is removed, its clients move to another one and stay there, and others' clients do not move.
     let to = SocketAddr::new(addresses(&lab)?[0], 80);
     let before: Vec<String> =
         clients.iter().map(|client| Ok(ask(&client.workload, to)?.name)).collect::<Result<_>>()?;
@@ -246,9 +245,9 @@ fn a_client_stays_with_its_backend() -> Result<()> {
 }
 
 #[test]
-fn what_a_backend_leaves_behind() -> Result<()> {
+fn removed_backend_loses_udp_flows_and_keeps_open_connections() -> Result<()> {
     for mode in MODES {
-        let lab = started(2)?;
+        let lab = start_lab(2)?;
         let [h1, h2] = lab.hosts() else { unreachable!() };
         network(&lab, mode)?;
         apply(&lab, h1, &web(""))?;
@@ -258,28 +257,28 @@ fn what_a_backend_leaves_behind() -> Result<()> {
         let [tcp, udp] = [80, 53].map(|port| addresses(&lab).map(|all| SocketAddr::new(all[0], port)));
         let (tcp, udp) = (tcp?, udp?);
         wait_answers(&client.workload, tcp, &["a", "b"])?;
-        // A flow of UDP and a connection that lead to the one that goes.
+        // A UDP flow and a TCP connection to the backend that is removed.
         let flow = wait_until(SOON, "a flow to b", || {
-            let flow = Datagrams::open(&client.workload, udp)?;
+            let flow = UdpClient::open(&client.workload, udp)?;
             ensure!(flow.ask()?.name == "b");
             Ok(Some(flow))
         })?;
         let mut open = wait_until(SOON, "a connection to b", || {
             let mut open = Connection::open(&client.workload, tcp)??;
-            ensure!(open.hear()?.name == "b");
+            ensure!(open.read_answer()?.name == "b");
             Ok(Some(open))
         })?;
         h2.ctl_ok(&["endpoint", "unready", "b"])?;
-        wait_until(SOON, "the flow at another backend", || {
+        wait_until(SOON, "the flow to move to another backend", || {
             ensure!(flow.ask()?.name == "a");
             Ok(())
         })?;
         wait_answers(&client.workload, tcp, &["a"])?;
-        // An open connection is not cut.
+        // The open connection is not cut.
         ensure!(open.ask()?.name == "b", "{mode}: the connection has moved");
-        // The last one too.
+        // The last backend, too.
         h1.ctl_ok(&["endpoint", "unready", "a"])?;
-        wait_until(SOON, "the flow refused", || match flow.ask() {
+        wait_until(SOON, "the flow to be refused", || match flow.ask() {
             Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => Ok(()),
             other => anyhow::bail!("{other:?}"),
         })?;
@@ -289,8 +288,8 @@ fn what_a_backend_leaves_behind() -> Result<()> {
 }
 
 #[test]
-fn connections_live_through_changes_of_others() -> Result<()> {
-    let lab = started(2)?;
+fn connections_survive_changes_of_other_backends() -> Result<()> {
+    let lab = start_lab(2)?;
     let [h1, h2] = lab.hosts() else { unreachable!() };
     network(&lab, "l2")?;
     apply(&lab, h1, &web(""))?;
@@ -302,18 +301,18 @@ fn connections_live_through_changes_of_others() -> Result<()> {
     let mut open = Vec::new();
     for _ in 0..16 {
         let mut connection = Connection::open(&client.workload, to)??;
-        open.push((connection.hear()?, connection));
+        open.push((connection.read_answer()?, connection));
     }
     for n in 0..8 {
         let (_at, server) = backend(if n % 2 == 0 { h1 } else { h2 }, &format!("x{n}"))?;
-        // New connections meet no one that is not there.
+        // New connections do not hit a removed backend.
         for _ in 0..8 {
             ask(&client.workload, to)?;
         }
         h1.ctl_ok(&["endpoints"])?;
         let host = if n % 2 == 0 { h1 } else { h2 };
         host.ctl_ok(&["endpoint", "unready", &format!("x{n}")])?;
-        wait_until(SOON, "no new connections to it", || {
+        wait_until(SOON, "no new connections to the removed backend", || {
             for _ in 0..16 {
                 ensure!(ask(&client.workload, to)?.name != format!("x{n}"));
             }
@@ -321,10 +320,10 @@ fn connections_live_through_changes_of_others() -> Result<()> {
         })?;
         drop(server);
     }
-    // A daemon that is killed, and the rules taken away under it.
+    // The daemon is killed, and then the rules are flushed.
     h1.kill9()?;
     for (first, connection) in &mut open {
-        ensure!(connection.ask()? == *first, "without ovld");
+        ensure!(connection.ask()? == *first, "while ovld is killed");
     }
     wait_answers(&client.workload, to, &["a", "b"])?;
     h1.start()?;
@@ -333,14 +332,14 @@ fn connections_live_through_changes_of_others() -> Result<()> {
     wait_answers(&client.workload, to, &["a", "b"])?;
     wait_clean(lab.hosts(), SOON)?;
     for (first, connection) in &mut open {
-        ensure!(connection.ask()? == *first, "after all that");
+        ensure!(connection.ask()? == *first, "after the flush");
     }
     Ok(())
 }
 
 #[test]
-fn a_dead_host_has_no_backends() -> Result<()> {
-    let lab = started(3)?;
+fn backends_of_a_dead_host_are_removed() -> Result<()> {
+    let lab = start_lab(3)?;
     let [h1, h2, _] = lab.hosts() else { unreachable!() };
     network(&lab, "l3")?;
     apply(&lab, h1, &web(""))?;
@@ -352,9 +351,9 @@ fn a_dead_host_has_no_backends() -> Result<()> {
     drop(two);
     h2.destroy()?;
     wait_answers(&client.workload, to, &["a"])?;
-    // Nothing is left of a Service that is deleted.
+    // A deleted Service leaves nothing behind.
     h1.ctl_ok(&["delete", "svc", "web"])?;
-    wait_until(SOON, "no table", || {
+    wait_until(SOON, "the tables to be deleted", || {
         let tables = h1.exec_ok(["nft", "list", "tables"])?;
         ensure!(!tables.contains("ovl-services") && !tables.contains("ovl-divert"), "{tables}");
         Ok(())

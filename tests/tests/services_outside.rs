@@ -1,4 +1,4 @@
-//! Services at addresses of others and from outside: externalIPs, traffic policies, and SCTP.
+//! Services from outside and at external addresses: externalIPs, traffic policies, and SCTP.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -8,15 +8,15 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use netns_lab::{Host, Lab, Netns, wait_until};
 use ovl_tests::ports::outsider;
-use ovl_tests::routed::make_routed;
-use ovl_tests::service::{Connection, Named, apply, ask, wait_answers};
-use ovl_tests::{Attached, SOON, attach, make_network, sctp, started, strings, text, wait_clean};
+use ovl_tests::routed::create_routed_network;
+use ovl_tests::service::{Connection, NamedServer, apply, ask, wait_answers};
+use ovl_tests::{Attached, SOON, attach, create_network, sctp, start_lab, strings, text, wait_clean};
 
 const SUBNETS: [&str; 4] = ["--subnet", "10.60.0.0/16", "--subnet", "fd60::/64"];
-/// Of nobody: others have to have a route to it.
+/// An address that no host has; clients need a route to it.
 const EXTERNAL: &str = "203.0.113.7";
 
-/// A Service of that name for pods with the label, with this much more in its specification.
+/// A Service of this name for pods with the label, with these additional fields in its spec.
 fn service(name: &str, label: &str, more: &str) -> String {
     format!(
         "{{\"apiVersion\":\"v1\",\"kind\":\"Service\",\"metadata\":{{\"name\":\"{name}\"}},\"spec\":{{
@@ -24,13 +24,13 @@ fn service(name: &str, label: &str, more: &str) -> String {
     )
 }
 
-fn backend(host: &Host, name: &str, label: &str) -> Result<(Attached, Named)> {
+fn backend(host: &Host, name: &str, label: &str) -> Result<(Attached, NamedServer)> {
     let at = attach(host, name, "blue", &["--label", &format!("app={label}")])?;
-    let server = Named::start(&at.workload, name, 8080)?;
+    let server = NamedServer::start(&at.workload, name, 8080)?;
     Ok((at, server))
 }
 
-/// A machine outside that reaches an external address by one of the hosts.
+/// A machine outside the cluster, with a route to the external address through one of the hosts.
 fn outside(lab: &Lab, by: &Host) -> Result<Netns> {
     let outside = outsider(lab)?;
     outside.exec_ok(["ip", "route", "add", EXTERNAL, "via", &by.address()?.to_string()])?;
@@ -42,10 +42,10 @@ fn cluster_address(host: &Host, name: &str) -> Result<IpAddr> {
 }
 
 #[test]
-fn an_external_address_leads_to_the_backends() -> Result<()> {
-    let lab = started(2)?;
+fn external_address_leads_to_the_backends() -> Result<()> {
+    let lab = start_lab(2)?;
     let [h1, h2] = lab.hosts() else { unreachable!() };
-    make_routed(&lab, "blue", &SUBNETS)?;
+    create_routed_network(&lab, "blue", &SUBNETS)?;
     let external = format!(",\"externalIPs\":[\"{EXTERNAL}\"]");
     apply(&lab, h1, &service("web", "web", &external))?;
     let (_one, _first) = backend(h1, "one", "web")?;
@@ -56,13 +56,14 @@ fn an_external_address_leads_to_the_backends() -> Result<()> {
     for from in [&outside, &*client.workload] {
         wait_answers(from, at, &["one", "two"])?;
     }
-    // Kept where the backend is on the host that it comes to; from another one the answer would go another way.
+    // The source address is kept for a backend on the host that the packet reaches. Otherwise the reply would take
+    // another path.
     let source: IpAddr = "192.168.77.250".parse()?;
     for _ in 0..12 {
         let answer = ask(&outside, at)?;
         ensure!((answer.seen == source) == (answer.name == "one"), "{answer:?}");
     }
-    // With the policy Local the host that it comes to has its own alone, and endpoints have all.
+    // With externalTrafficPolicy Local, that host uses only its own backends, and endpoints still reach all.
     apply(&lab, h2, &service("web", "web", &(external + ",\"externalTrafficPolicy\":\"Local\"")))?;
     wait_answers(&outside, at, &["one"])?;
     ensure!(ask(&outside, at)?.seen == source);
@@ -71,12 +72,12 @@ fn an_external_address_leads_to_the_backends() -> Result<()> {
 }
 
 #[test]
-fn of_two_services_with_one_external_port_the_older_has_it() -> Result<()> {
-    let lab = started(2)?;
+fn external_port_conflict_is_won_by_the_older_service() -> Result<()> {
+    let lab = start_lab(2)?;
     let [h1, h2] = lab.hosts() else { unreachable!() };
-    make_routed(&lab, "blue", &SUBNETS)?;
+    create_routed_network(&lab, "blue", &SUBNETS)?;
     let external = format!(",\"externalIPs\":[\"{EXTERNAL}\"]");
-    // By its name the younger one would be first.
+    // By name the younger one would come first.
     apply(&lab, h1, &service("older", "old", &external))?;
     apply(&lab, h1, &service("b-younger", "young", &external))?;
     let (_old, _first) = backend(h1, "old", "old")?;
@@ -85,24 +86,24 @@ fn of_two_services_with_one_external_port_the_older_has_it() -> Result<()> {
     let at = SocketAddr::new(EXTERNAL.parse()?, 80);
     wait_answers(&outside, at, &["old"])?;
     for host in lab.hosts() {
-        let said = host.ctl_ok(&["describe", "svc", "b-younger"])?;
+        let described = host.ctl_ok(&["describe", "svc", "b-younger"])?;
         let note = format!("external address {EXTERNAL} port 80/TCP is that of Service default/older");
-        ensure!(said.contains(&note), "{said}");
+        ensure!(described.contains(&note), "{described}");
         ensure!(!host.ctl_ok(&["describe", "svc", "older"])?.contains("Note:"));
     }
-    // At its own address it is reached all the same, and at the external one when the other is gone.
+    // The younger Service is reachable at its cluster IP, and at the external address once the older one is deleted.
     let client = attach(h1, "client", "blue", &[])?;
     wait_answers(&client.workload, SocketAddr::new(cluster_address(h1, "b-younger")?, 80), &["young"])?;
     h2.ctl_ok(&["delete", "svc", "older"])?;
     wait_answers(&outside, at, &["young"])?;
     let notes = h1.ctl_json(&["get", "endpoints", "b-younger"])?;
     ensure!(strings(&notes["notes"]).is_empty(), "{notes}");
-    // Nobody takes another Service's own address away by naming it.
+    // A Service cannot claim the cluster IP of another one.
     let own = cluster_address(h1, "b-younger")?;
-    apply(&lab, h1, &service("a-thief", "old", &format!(",\"externalIPs\":[\"{own}\"]")))?;
+    apply(&lab, h1, &service("a-claimant", "old", &format!(",\"externalIPs\":[\"{own}\"]")))?;
     wait_until(SOON, "the claim to be refused", || {
-        let said = h1.ctl_ok(&["describe", "svc", "a-thief"])?;
-        ensure!(said.contains("is that of Service default/b-younger"), "{said}");
+        let described = h1.ctl_ok(&["describe", "svc", "a-claimant"])?;
+        ensure!(described.contains("is that of Service default/b-younger"), "{described}");
         Ok(())
     })?;
     wait_answers(&client.workload, SocketAddr::new(own, 80), &["young"])?;
@@ -110,13 +111,13 @@ fn of_two_services_with_one_external_port_the_older_has_it() -> Result<()> {
 }
 
 #[test]
-fn inside_the_policy_local_leads_to_the_hosts_own_backends() -> Result<()> {
+fn internal_traffic_policy_local_uses_only_local_backends() -> Result<()> {
     for mode in ["l2", "l3"] {
-        let lab = started(3)?;
+        let lab = start_lab(3)?;
         let [h1, h2, h3] = lab.hosts() else { unreachable!() };
         match mode {
-            "l2" => make_network(&lab, "blue", &SUBNETS)?,
-            _ => make_routed(&lab, "blue", &SUBNETS)?,
+            "l2" => create_network(&lab, "blue", &SUBNETS)?,
+            _ => create_routed_network(&lab, "blue", &SUBNETS)?,
         }
         apply(&lab, h1, &service("web", "web", ",\"internalTrafficPolicy\":\"Local\""))?;
         let at = SocketAddr::new(cluster_address(h1, "web")?, 80);
@@ -127,7 +128,7 @@ fn inside_the_policy_local_leads_to_the_hosts_own_backends() -> Result<()> {
             wait_answers(&client.workload, at, &[name]).with_context(|| mode.to_owned())?;
         }
         let without = attach(h3, "client-none", "blue", &[])?;
-        wait_until(SOON, "a refusal where there is none", || {
+        wait_until(SOON, "a refusal on the host without backends", || {
             match Connection::open(&without.workload, at)? {
                 Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => Ok(()),
                 other => anyhow::bail!("{mode}: {other:?}"),
@@ -138,13 +139,13 @@ fn inside_the_policy_local_leads_to_the_hosts_own_backends() -> Result<()> {
 }
 
 #[test]
-fn sctp_is_translated_there_and_back() -> Result<()> {
+fn sctp_is_translated_in_both_directions() -> Result<()> {
     for mode in ["l2", "l3"] {
-        let lab = started(2)?;
+        let lab = start_lab(2)?;
         let [h1, h2] = lab.hosts() else { unreachable!() };
         match mode {
-            "l2" => make_network(&lab, "blue", &SUBNETS)?,
-            _ => make_routed(&lab, "blue", &SUBNETS)?,
+            "l2" => create_network(&lab, "blue", &SUBNETS)?,
+            _ => create_routed_network(&lab, "blue", &SUBNETS)?,
         }
         let manifest = service("web", "web", ",\"ipFamilyPolicy\":\"PreferDualStack\"")
             .replace("\"targetPort\":8080", "\"targetPort\":9000,\"protocol\":\"SCTP\"");
@@ -160,8 +161,8 @@ fn sctp_is_translated_there_and_back() -> Result<()> {
             let name = format!("at-{}", host.name());
             let at = attach(host, &name, "blue", &["--label", "app=web"])?;
             let _server = sctp::Server::start(&at.workload, &[9000])?;
-            wait_until(SOON, &format!("{mode}: answers of {name}"), || {
-                let answered = sctp::ask(&client.workload, &services, Duration::from_secs(1))?;
+            wait_until(SOON, &format!("{mode}: an answer of {name}"), || {
+                let answered = sctp::probe(&client.workload, &services, Duration::from_secs(1))?;
                 ensure!(answered == services.iter().map(|at| (*at, *at)).collect(), "{answered:?}");
                 Ok(())
             })?;
@@ -172,10 +173,10 @@ fn sctp_is_translated_there_and_back() -> Result<()> {
 }
 
 #[test]
-fn backends_of_switched_networks_on_other_hosts_are_reached_from_outside() -> Result<()> {
-    let lab = started(3)?;
+fn remote_backends_of_switched_networks_are_reachable_from_outside() -> Result<()> {
+    let lab = start_lab(3)?;
     let [h1, h2, h3] = lab.hosts() else { unreachable!() };
-    make_network(&lab, "blue", &SUBNETS)?;
+    create_network(&lab, "blue", &SUBNETS)?;
     let kind = format!(",\"type\":\"NodePort\",\"externalIPs\":[\"{EXTERNAL}\"]");
     let manifest =
         service("web", "web", &kind).replace("\"targetPort\"", "\"nodePort\":30080,\"targetPort\"");
@@ -183,7 +184,7 @@ fn backends_of_switched_networks_on_other_hosts_are_reached_from_outside() -> Re
     let (_one, _first) = backend(h1, "one", "web")?;
     let (_two, _second) = backend(h2, "two", "web")?;
     let (_three, _third) = backend(h2, "three", "web")?;
-    // By a host that has nothing of the network, and by those that have some of the backends.
+    // Through a host that has nothing of the network, and through hosts with some of the backends.
     let outside = outside(&lab, h3)?;
     let source: IpAddr = "192.168.77.250".parse()?;
     let external = SocketAddr::new(EXTERNAL.parse()?, 80);
@@ -194,13 +195,13 @@ fn backends_of_switched_networks_on_other_hosts_are_reached_from_outside() -> Re
     for to in &all {
         wait_answers(&outside, *to, &["one", "three", "two"]).with_context(|| format!("at {to}"))?;
     }
-    // Sources are kept where the backend is on the host that it comes to.
+    // The source address is kept for a backend on the host that the packet reaches.
     let by_first = SocketAddr::new(h1.address()?, 30080);
     for _ in 0..12 {
         let answer = ask(&outside, by_first)?;
         ensure!((answer.seen == source) == (answer.name == "one"), "{answer:?}");
     }
-    // Each backend has its part, whichever way leads to it.
+    // Connections are balanced equally, on every path.
     let mut counts: BTreeMap<String, f64> = BTreeMap::new();
     const ASKED: u16 = 300;
     for _ in 0..ASKED {
@@ -208,16 +209,16 @@ fn backends_of_switched_networks_on_other_hosts_are_reached_from_outside() -> Re
     }
     let expected = f64::from(ASKED) / 3.0;
     let chi2: f64 = counts.values().map(|count| (count - expected).powi(2) / expected).sum();
-    // Two degrees of freedom: one run in a million is beyond.
+    // Chi-square with two degrees of freedom: a balanced run exceeds this once in a million.
     ensure!(counts.len() == 3 && chi2 < 27.6, "{counts:?}: chi square {chi2}");
-    // So do programs of the hosts themselves, at the Service's own address too.
+    // Programs on the hosts themselves reach the Service too, also at its cluster IP.
     let own = SocketAddr::new(cluster_address(h1, "web")?, 80);
     h3.exec_ok(["ip", "route", "add", "default", "via", &h1.address()?.to_string()])?;
     for (from, to) in [(h3, own), (h3, SocketAddr::new(h3.address()?, 30080))] {
         wait_answers(from, to, &["one", "three", "two"])
             .with_context(|| format!("{to} from {}", from.name()))?;
     }
-    // What goes is not asked any more, and nobody is left out when a host is lost.
+    // An unready backend gets no new connections, and the loss of a host leaves the others.
     h2.ctl_ok(&["endpoint", "unready", "two"])?;
     wait_answers(&outside, external, &["one", "three"])?;
     wait_clean(lab.hosts(), SOON)?;

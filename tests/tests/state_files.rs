@@ -1,5 +1,5 @@
-//! Files that are damaged, missing or not to be written: refused or recovered as documented, and
-//! never silently emptied.
+//! Damaged, missing and read-only files: they are refused or recovered from as documented, and never silently
+//! emptied.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
@@ -8,41 +8,40 @@ use std::path::Path;
 use anyhow::{Context as _, Result, ensure};
 use netns_lab::{Host, Lab, LabConfig, wait_until};
 use ovl_tests::{
-    SOON, assert_says, attach, attach_workload, endpoints, ping_all_pairs, problems, rows, started, text,
-    wait_clean, wait_endpoints, wait_network, wait_problem,
+    SOON, assert_contains, attach, attach_workload, endpoints, ping_all_pairs, problems, rows, start_lab,
+    text, wait_clean, wait_endpoints, wait_network, wait_problem,
 };
 
-/// Starts a daemon that must not come up, and gives what it wrote.
-fn fails_to_start(host: &Host) -> Result<String> {
-    ends_with(host, 1)
+/// Starts a daemon that must fail to start, and returns its log.
+fn start_error(host: &Host) -> Result<String> {
+    start_error_with(host, 1)
 }
 
-/// The same with an exit status.
-fn ends_with(host: &Host, expected: i32) -> Result<String> {
+/// Starts a daemon that must exit with this status, and returns its log.
+fn start_error_with(host: &Host, expected: i32) -> Result<String> {
     let before = host.log().len();
     host.start()?;
     host.wait_exit(SOON)?;
     let status = host.exit_status().context("no exit status")?;
-    ensure!(status.code() == Some(expected), "ended with {status}: {}", host.log());
+    ensure!(status.code() == Some(expected), "exited with {status}: {}", host.log());
     Ok(host.log().split_off(before))
 }
 
-/// Kills the daemon, puts these bytes into a file of its state directory, and starts it: it must
-/// refuse, name the file and leave it as it is.
-fn refuses(host: &Host, path: &Path, bytes: &[u8], parts: &[&str]) -> Result<()> {
+/// Writes these bytes to a file of the state directory and starts the daemon, which must refuse to start, name the file
+/// and leave it as it is.
+fn assert_file_refused(host: &Host, path: &Path, bytes: &[u8], parts: &[&str]) -> Result<()> {
     fs::write(path, bytes)?;
-    // To start again would not help, and the unit does not.
-    let said = ends_with(host, 78)?;
-    assert_says(&said, &[&path.display().to_string()]);
-    assert_says(&said, parts);
+    // A restart would not help, so the status keeps systemd from trying.
+    let log = start_error_with(host, 78)?;
+    assert_contains(&log, &[&path.display().to_string()]);
+    assert_contains(&log, parts);
     ensure!(fs::read(path)? == bytes, "{} was changed", path.display());
     Ok(())
 }
 
-/// `h1` of a lab of two, killed, with a network, an endpoint and a peer to lose; and what the
-/// endpoint can reach.
+/// A lab of two hosts with a network and an endpoint on each. `h1` knows all of it, and is killed.
 fn killed() -> Result<(Lab, ovl_tests::Attached, ovl_tests::Attached)> {
-    let lab = started(2)?;
+    let lab = start_lab(2)?;
     lab["h1"].ctl_ok(&["network", "create", "demo", "--subnet", "10.1.0.0/24"])?;
     wait_network(&lab["h2"], "demo")?;
     let a = attach(&lab["h1"], "a", "demo", &[])?;
@@ -54,7 +53,7 @@ fn killed() -> Result<(Lab, ovl_tests::Attached, ovl_tests::Attached)> {
 }
 
 /// Starts `h1` again and checks that nothing was lost.
-fn comes_back(lab: &Lab, a: &ovl_tests::Attached, b: &ovl_tests::Attached) -> Result<()> {
+fn assert_recovers(lab: &Lab, a: &ovl_tests::Attached, b: &ovl_tests::Attached) -> Result<()> {
     let h1 = &lab["h1"];
     h1.start()?;
     h1.wait_ready(SOON)?;
@@ -65,7 +64,7 @@ fn comes_back(lab: &Lab, a: &ovl_tests::Attached, b: &ovl_tests::Attached) -> Re
 }
 
 #[test]
-fn a_damaged_state_file_is_refused_by_name_and_left_as_it_is() {
+fn damaged_state_file_is_refused_by_name_and_left_as_it_is() {
     let (lab, a, b) = killed().unwrap();
     let h1 = &lab["h1"];
     let id = text(&ovl_tests::peer(&lab["h2"], "h1").unwrap()["id"]);
@@ -93,30 +92,30 @@ fn a_damaged_state_file_is_refused_by_name_and_left_as_it_is() {
         ("a bit of the end", with_flipped(good.len() - 1)),
         ("another version", other_version),
     ] {
-        refuses(h1, &path, &bytes, &["state file", "ovlctl peers forget", "backup"])
+        assert_file_refused(h1, &path, &bytes, &["state file", "ovlctl peers forget", "backup"])
             .with_context(|| what)
             .unwrap();
     }
-    // A directory in its place, or nothing at all, is no reason to begin anew either.
+    // A directory in its place, or a missing file, must not start an empty state either.
     fs::remove_file(&path).unwrap();
-    assert_says(&fails_to_start(h1).unwrap(), &[path.to_str().unwrap(), "missing", "ovlctl peers forget"]);
+    assert_contains(&start_error(h1).unwrap(), &[path.to_str().unwrap(), "missing", "ovlctl peers forget"]);
     assert!(!path.exists());
     fs::create_dir(&path).unwrap();
-    assert_says(&fails_to_start(h1).unwrap(), &[path.to_str().unwrap()]);
+    assert_contains(&start_error(h1).unwrap(), &[path.to_str().unwrap()]);
     fs::remove_dir(&path).unwrap();
-    // All the while the kernel forwards.
+    // The data plane keeps working.
     a.workload.ping_until(b.address(), SOON).unwrap();
 
-    // A write that was cut short left this beside it: it is of no importance.
+    // An incomplete temporary file of an interrupted write is ignored.
     fs::write(&path, &good).unwrap();
     fs::write(path.with_extension("new"), b"half").unwrap();
-    comes_back(&lab, &a, &b).unwrap();
+    assert_recovers(&lab, &a, &b).unwrap();
     assert_eq!(text(&ovl_tests::peer(&lab["h2"], "h1").unwrap()["id"]), id);
     assert_eq!(rows(&lab["h2"], &["peers"]).unwrap().len(), 2);
 }
 
 #[test]
-fn a_missing_or_damaged_identity_is_refused_and_no_new_one_is_made() {
+fn missing_or_damaged_identity_is_refused_and_not_replaced() {
     let (lab, a, b) = killed().unwrap();
     let h1 = &lab["h1"];
     let id = text(&ovl_tests::peer(&lab["h2"], "h1").unwrap()["id"]);
@@ -129,23 +128,23 @@ fn a_missing_or_damaged_identity_is_refused_and_no_new_one_is_made() {
     for bytes in
         [Vec::new(), b"garbage".to_vec(), good[..good.len() / 2].to_vec(), vec![0; good.len()], flipped]
     {
-        refuses(h1, &path, &bytes, &["restore"]).unwrap();
+        assert_file_refused(h1, &path, &bytes, &["restore"]).unwrap();
     }
     fs::remove_file(&path).unwrap();
-    let said = fails_to_start(h1).unwrap();
-    assert_says(&said, &[path.to_str().unwrap(), "missing", "backup"]);
-    assert!(!path.exists(), "a new identity was made");
+    let log = start_error(h1).unwrap();
+    assert_contains(&log, &[path.to_str().unwrap(), "missing", "backup"]);
+    assert!(!path.exists(), "a new identity was created");
     fs::write(&path, &good).unwrap();
     fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
-    comes_back(&lab, &a, &b).unwrap();
+    assert_recovers(&lab, &a, &b).unwrap();
     assert_eq!(text(&ovl_tests::peer(&lab["h2"], "h1").unwrap()["id"]), id);
 }
 
 #[test]
-fn damaged_files_of_endpoints_are_set_aside_and_cached_tables_passed_over() {
+fn damaged_endpoint_files_are_set_aside_and_damaged_cached_tables_ignored() {
     let (lab, a, b) = killed().unwrap();
     let h1 = &lab["h1"];
-    comes_back(&lab, &a, &b).unwrap();
+    assert_recovers(&lab, &a, &b).unwrap();
     let c = attach(h1, "c", "demo", &[]).unwrap();
     ping_all_pairs(&[b.clone(), c.clone()], SOON).unwrap();
     let dir = h1.run_dir().join("endpoints");
@@ -159,7 +158,7 @@ fn damaged_files_of_endpoints_are_set_aside_and_cached_tables_passed_over() {
         anyhow::bail!("no file of {name} in {}", dir.display())
     };
     let tables = h1.run_dir().join("tables");
-    wait_until(SOON, "the other host's table is cached", || -> Result<bool> {
+    wait_until(SOON, "the table of the remote host to be cached", || -> Result<bool> {
         Ok(fs::read_dir(&tables)?.count() == 1)
     })
     .unwrap();
@@ -175,17 +174,17 @@ fn damaged_files_of_endpoints_are_set_aside_and_cached_tables_passed_over() {
     h1.start().unwrap();
     h1.wait_ready(SOON).unwrap();
     let aside = of_c.with_extension("damaged");
-    let sentence = wait_problem(h1, &["damaged", aside.to_str().unwrap()], SOON).unwrap();
-    assert_says(&sentence, &["attach it again"]);
+    let problem = wait_problem(h1, &["damaged", aside.to_str().unwrap()], SOON).unwrap();
+    assert_contains(&problem, &["attach it again"]);
     assert_eq!(fs::read(&aside).unwrap(), bytes[..bytes.len() / 2]);
     assert!(!of_c.exists());
-    // The other endpoints are as they were, and the table came from its owner.
+    // The other endpoints are unchanged, and the table was fetched from its owner.
     for host in lab.hosts() {
         wait_endpoints(host, &["a on h1 is ready", "b on h2 is ready"], SOON).unwrap();
     }
     wait_clean(lab.hosts(), SOON).unwrap();
     ping_all_pairs(&[a, b.clone()], SOON).unwrap();
-    wait_until(SOON, "the interface without an endpoint is gone", || -> Result<bool> {
+    wait_until(SOON, "the interface without an endpoint to be deleted", || -> Result<bool> {
         Ok(c.workload.ip_json(&["link", "show"])?.as_array().is_some_and(|links| links.len() == 1))
     })
     .unwrap();
@@ -194,15 +193,15 @@ fn damaged_files_of_endpoints_are_set_aside_and_cached_tables_passed_over() {
 }
 
 #[test]
-fn a_state_directory_that_cannot_be_written_promises_nothing_and_says_so() {
-    let lab = started(1).unwrap();
+fn unwritable_state_directory_blocks_acknowledgements_and_is_reported() {
+    let lab = start_lab(1).unwrap();
     let h1 = &lab["h1"];
-    // Where the next state is to be written there is a directory.
+    // A directory is in the way of the temporary file of the next write.
     let beside = h1.state_dir().join("state.new");
     fs::create_dir(&beside).unwrap();
     let mut create = h1.ctl_spawn(&["network", "create", "demo", "--subnet", "10.1.0.0/24"]).unwrap();
-    let sentence = wait_problem(h1, &["cannot be saved"], SOON).unwrap();
-    assert_says(&sentence, &[h1.state_dir().join("state").to_str().unwrap()]);
+    let problem = wait_problem(h1, &["cannot be saved"], SOON).unwrap();
+    assert_contains(&problem, &[h1.state_dir().join("state").to_str().unwrap()]);
     assert_eq!(h1.ctl_json(&["status"]).unwrap()["state"], "degraded");
     assert!(
         create.is_running(),
@@ -212,12 +211,13 @@ fn a_state_directory_that_cannot_be_written_promises_nothing_and_says_so() {
     );
     fs::remove_dir(&beside).unwrap();
     assert!(create.wait(SOON).unwrap().success(), "{}", create.stderr());
-    wait_until(SOON, "the problem is over", || -> Result<bool> { Ok(problems(h1)?.is_empty()) }).unwrap();
+    wait_until(SOON, "the problem to disappear", || -> Result<bool> { Ok(problems(h1)?.is_empty()) })
+        .unwrap();
     attach(h1, "a", "demo", &[]).unwrap();
     h1.stop().unwrap();
-    // At the start it is a reason not to.
+    // ovld does not start with it.
     fs::create_dir(&beside).unwrap();
-    assert_says(&fails_to_start(h1).unwrap(), &[h1.state_dir().join("state").to_str().unwrap()]);
+    assert_contains(&start_error(h1).unwrap(), &[h1.state_dir().join("state").to_str().unwrap()]);
     fs::remove_dir(&beside).unwrap();
     h1.start().unwrap();
     h1.wait_ready(SOON).unwrap();
@@ -225,7 +225,7 @@ fn a_state_directory_that_cannot_be_written_promises_nothing_and_says_so() {
 }
 
 #[test]
-fn a_configuration_that_is_not_understood_is_refused_with_its_line() {
+fn invalid_configuration_is_refused_with_its_line() {
     let lab = Lab::new(LabConfig::hosts(1)).unwrap();
     let h1 = &lab["h1"];
     let file = h1.dir().join("ovld.toml");
@@ -244,19 +244,19 @@ fn a_configuration_that_is_not_understood_is_refused_with_its_line() {
         ("pool = '10.0.0.0/30'\n", &["pool", "10.0.0.0/30"]),
     ] {
         h1.set_config(config).unwrap();
-        // To start again would not help.
-        let said = ends_with(h1, 78).unwrap();
-        assert_says(&said, parts);
+        // A restart would not help.
+        let log = start_error_with(h1, 78).unwrap();
+        assert_contains(&log, parts);
         if config.contains("fine") {
-            assert_says(&said, &[file.to_str().unwrap()]);
+            assert_contains(&log, &[file.to_str().unwrap()]);
         }
-        assert_eq!(said.lines().filter(|line| line.starts_with("ovld: ")).count(), 1, "{said}");
+        assert_eq!(log.lines().filter(|line| line.starts_with("ovld: ")).count(), 1, "{log}");
     }
-    // Nothing was made by a daemon that did not start; and with a good one it does.
+    // A daemon that failed to start created nothing. With a valid configuration it starts.
     assert!(!h1.state_dir().join("state").exists() && !h1.state_dir().join("identity").exists());
     h1.set_config("vxlan_port = 4790\npool = '10.200.0.0/16'\n").unwrap();
     h1.start().unwrap();
     h1.wait_ready(SOON).unwrap();
-    let made = h1.ctl_json(&["network", "create", "demo"]).unwrap();
-    assert!(text(&made["subnets"][0]).starts_with("10.200."), "{made}");
+    let created = h1.ctl_json(&["network", "create", "demo"]).unwrap();
+    assert!(text(&created["subnets"][0]).starts_with("10.200."), "{created}");
 }

@@ -1,4 +1,4 @@
-//! What scenarios ask of a machine, whoever runs it.
+//! Interface to a machine, which QEMU and Vagrant implement.
 
 use std::fmt;
 use std::net::IpAddr;
@@ -8,13 +8,13 @@ use anyhow::{Result, bail};
 use netns_lab::wait_until;
 use serde_json::Value;
 
-/// How long a command may take that takes an instant: the machines are emulated, on few cores.
+/// Timeout of a short command. It is long because the machines are emulated, on few cores.
 pub(crate) const SOON: Duration = Duration::from_secs(240);
 
-/// What a command gave.
+/// Output and exit status of a command.
 #[derive(Debug, Clone)]
-pub(crate) struct Ran {
-    /// Its exit status; 128 and the signal's number where that ended it.
+pub(crate) struct CommandOutput {
+    /// Exit status; 128 plus the signal's number if a signal ended the command.
     pub(crate) code: i32,
     /// Its standard output.
     pub(crate) out: String,
@@ -22,16 +22,16 @@ pub(crate) struct Ran {
     pub(crate) err: String,
 }
 
-impl Ran {
-    /// All that it wrote.
-    pub(crate) fn said(&self) -> String {
+impl CommandOutput {
+    /// Standard output and standard error.
+    pub(crate) fn text(&self) -> String {
         [self.out.trim(), self.err.trim()].join("\n").trim().to_owned()
     }
 }
 
-impl fmt::Display for Ran {
+impl fmt::Display for CommandOutput {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "exit status {}: {}", self.code, self.said())
+        write!(f, "exit status {}: {}", self.code, self.text())
     }
 }
 
@@ -41,36 +41,36 @@ pub(crate) trait Machine: Sync {
     fn name(&self) -> &str;
     /// Its address on the underlay.
     fn address(&self) -> IpAddr;
-    /// The device that has this address.
+    /// Network device with this address.
     fn link(&self) -> &str;
-    /// The folder in it with the packages, see [`crate::packages`].
+    /// Directory on the machine with the packages, see [`crate::packages`].
     fn files(&self) -> &str;
-    /// Runs a script with `sh` as root. What it leaves running must not hold its output open.
-    fn run_for(&self, timeout: Duration, script: &str) -> Result<Ran>;
-    /// Restarts it in order, and waits until commands can be run again.
+    /// Runs a script with `sh` as root. Processes that it leaves running must not keep its output open.
+    fn run_for(&self, timeout: Duration, script: &str) -> Result<CommandOutput>;
+    /// Reboots the machine gracefully, and waits until it accepts commands again.
     fn reboot(&self) -> Result<()>;
-    /// Pulls the plug: from one instant to the next nothing of it runs.
+    /// Stops the machine at once, like a power failure.
     fn power_off(&self) -> Result<()>;
-    /// Starts it again after [`power_off`](Self::power_off), and waits until commands can be run.
+    /// Starts the machine after [`power_off`](Self::power_off), and waits until it accepts commands.
     fn power_on(&self) -> Result<()>;
-    /// Lets nothing pass to and from it; the link stays up.
+    /// Blocks all traffic to and from the machine, while its link stays up.
     fn cut(&self) -> Result<()>;
     /// Undoes [`cut`](Self::cut).
     fn heal(&self) -> Result<()>;
 }
 
 impl dyn Machine + '_ {
-    /// Runs a script, whatever comes of it.
-    pub(crate) fn run(&self, script: &str) -> Result<Ran> {
+    /// Runs a script, and returns its result whether or not it succeeded.
+    pub(crate) fn run(&self, script: &str) -> Result<CommandOutput> {
         self.run_for(SOON, script)
     }
 
-    /// Runs a script that must succeed, and gives its standard output without white space at its ends.
+    /// Runs a script that must succeed, and returns its trimmed standard output.
     pub(crate) fn ok(&self, script: &str) -> Result<String> {
         self.ok_for(SOON, script)
     }
 
-    /// The same with a time-out.
+    /// Runs a script that must succeed within a timeout, and returns its trimmed standard output.
     pub(crate) fn ok_for(&self, timeout: Duration, script: &str) -> Result<String> {
         let ran = self.run_for(timeout, script)?;
         if ran.code != 0 {
@@ -79,31 +79,31 @@ impl dyn Machine + '_ {
         Ok(ran.out.trim().to_owned())
     }
 
-    /// Runs a script until it succeeds, and gives what it printed then. The machine looks by itself: to ask it
-    /// again and again would take more of its time than what is waited for has.
+    /// Runs a script until it succeeds, and returns its output. The loop runs on the machine: separate commands would
+    /// take more of its time than what is waited for.
     pub(crate) fn wait(&self, script: &str) -> Result<String> {
-        let looks = format!(
+        let script_loop = format!(
             "end=$(($(date +%s) + {})); until seen=$( ({script}) 2>&1); do \
              [ $(date +%s) -lt $end ] || {{ echo \"$seen\"; exit 1; }}; sleep 0.5; done; echo \"$seen\"",
             SOON.as_secs()
         );
-        let ran = self.run_for(SOON * 2, &looks)?;
+        let ran = self.run_for(SOON * 2, &script_loop)?;
         if ran.code != 0 {
             bail!(
                 "on {}: waited {SOON:?} in vain for success of `{script}`; last seen: {}",
                 self.name(),
-                ran.said()
+                ran.text()
             );
         }
         Ok(ran.out.trim().to_owned())
     }
 
-    /// What `ovlctl` with these words prints as JSON.
+    /// JSON output of `ovlctl` with these arguments.
     pub(crate) fn ctl(&self, words: &str) -> Result<Value> {
         Ok(serde_json::from_str(&self.ok(&format!("ovlctl -o json {words}"))?)?)
     }
 
-    /// Waits until `ovlctl` with these words shows what is looked for.
+    /// Waits until the JSON output of `ovlctl` with these arguments is as expected.
     pub(crate) fn wait_ctl<T>(
         &self,
         words: &str,
@@ -111,7 +111,7 @@ impl dyn Machine + '_ {
         look: impl Fn(&Value) -> Option<T>,
     ) -> Result<T> {
         wait_until(SOON, &format!("{what} in `ovlctl {words}` on {}", self.name()), || {
-            // Between two looks: see `wait`.
+            // A pause between two attempts, because each one takes time on an emulated machine.
             self.ok("sleep 0.2")?;
             let seen = self.ctl(words)?;
             match look(&seen) {

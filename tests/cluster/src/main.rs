@@ -1,14 +1,14 @@
 //! Scenarios on whole machines: Debian's kernel and systemd, the package, and nothing simulated.
 //!
-//! | module | what is in it |
+//! | module | content |
 //! | --- | --- |
-//! | [`machine`] | what a scenario may ask of a machine, whoever runs it |
+//! | [`machine`] | interface to a machine |
 //! | [`qemu`] | machines under plain QEMU |
 //! | [`vagrant`] | machines that `vagrant up` has started |
-//! | [`scenario`] | what is tried |
-//! | [`world`], [`flow`] | what scenarios share |
+//! | [`scenario`] | the scenarios |
+//! | [`world`], [`flow`] | helpers of the scenarios |
 //!
-//! `tests/cluster/qemu` and `tests/cluster/vagrant` build what this needs, and run it.
+//! `tests/cluster/qemu` and `tests/cluster/vagrant` build what this program needs, and run it.
 
 mod flow;
 mod machine;
@@ -30,7 +30,7 @@ use crate::machine::Machine;
 use crate::scenario::{ALL, NEEDED, Scenario};
 use crate::world::World;
 
-/// What is brought out of every machine when a scenario fails.
+/// Commands whose output is saved from every machine when a scenario fails.
 const STATE: &[(&str, &str)] = &[
     ("journal", "journalctl --no-pager -b -o short-precise"),
     (
@@ -52,25 +52,25 @@ const STATE: &[(&str, &str)] = &[
 /// Runs the scenarios on machines that it starts, or on those that Vagrant has started.
 #[derive(Debug, Parser)]
 struct Args {
-    /// A folder with disk, kernel and initrd, as tests/cluster/image makes them
+    /// Directory with disk, kernel and initrd, made by tests/cluster/image
     #[arg(long, required_unless_present = "vagrant", conflicts_with = "vagrant")]
     image: Option<PathBuf>,
-    /// A folder with a Vagrantfile, whose machines are up
+    /// Directory with a Vagrantfile whose machines are running
     #[arg(long)]
     vagrant: Option<PathBuf>,
-    /// A tar archive with the packages
+    /// Tar archive with the packages
     #[arg(long)]
     files: PathBuf,
-    /// Where consoles, sockets and the state of failed scenarios go
+    /// Directory for consoles, sockets and the state of failed scenarios
     #[arg(long)]
     dir: PathBuf,
-    /// How many machines
+    /// Number of machines
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u8).range(3..=9))]
     machines: u8,
-    /// Only scenarios whose names have this in them, besides those that make the cluster
+    /// Run only scenarios whose name contains this, besides those that create the cluster
     #[arg(long, value_name = "PART")]
     only: Vec<String>,
-    /// Only those that CI runs
+    /// Run only the scenarios for CI
     #[arg(long, conflicts_with = "only")]
     ci: bool,
 }
@@ -86,12 +86,12 @@ fn main() -> ExitCode {
     }
 }
 
-/// Whether all went well.
+/// Runs the scenarios. Returns whether all passed.
 fn run(args: &Args) -> Result<bool> {
     fs::create_dir_all(&args.dir)?;
     let begin = Instant::now();
-    let machines = start(args)
-        .with_context(|| format!("getting machines; what is known of them is in {}", args.dir.display()))?;
+    let machines =
+        start(args).with_context(|| format!("starting the machines (see {})", args.dir.display()))?;
     println!("{:<16} {:>6.1} s  {} machines", "(boot)", begin.elapsed().as_secs_f64(), machines.len());
     let world = World { machines: machines.iter().map(AsRef::as_ref).collect(), brief: args.ci };
     let (mut passed, mut failed) = (0, Vec::new());
@@ -114,14 +114,16 @@ fn run(args: &Args) -> Result<bool> {
                 let kept = args.dir.join(format!("failed-{name}"));
                 let note = match keep_state(&world, &kept) {
                     Ok(()) => format!("{error:#}\n  state of the machines: {}", kept.display()),
-                    Err(also) => format!("{error:#}\n  and their state could not be read: {also:#}"),
+                    Err(also) => {
+                        format!("{error:#}\n  the state of the machines could not be saved: {also:#}")
+                    }
                 };
                 ("FAILED", note)
             }
         };
         println!("{name:<16} {seconds:>6.1} s  {word}  {note}");
         if number < NEEDED && !failed.is_empty() {
-            println!("without a cluster there is nothing to try further");
+            println!("the other scenarios are skipped, because they need the cluster");
             break;
         }
     }
@@ -146,15 +148,15 @@ fn start(args: &Args) -> Result<Vec<Box<dyn Machine>>> {
     }
 }
 
-/// Writes down what every machine says of itself, and shows the end of what ovld says.
+/// Saves the state of every machine, and prints the end of ovld's log.
 fn keep_state(world: &World<'_>, dir: &Path) -> Result<()> {
     let written = world.on_all(|machine| {
         let dir = dir.join(machine.name());
         fs::create_dir_all(&dir)?;
         for (name, script) in STATE {
-            fs::write(dir.join(name), machine.run(script)?.said())?;
+            fs::write(dir.join(name), machine.run(script)?.text())?;
         }
-        machine.run("journalctl -u ovld --no-pager -n 15 -o short-precise").map(|ran| ran.said())
+        machine.run("journalctl -u ovld --no-pager -n 15 -o short-precise").map(|ran| ran.text())
     });
     match written {
         Ok(ends) => {

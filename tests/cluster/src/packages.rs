@@ -1,6 +1,6 @@
-//! What the machines find: two packages that differ by their version alone.
+//! File names of the packages on the machines, which differ only in their version.
 
-/// The one that is installed.
+/// The package that is installed first.
 pub(crate) const FIRST: &str = "first.deb";
-/// The one that is upgraded to.
+/// The package that is upgraded to.
 pub(crate) const NEXT: &str = "next.deb";

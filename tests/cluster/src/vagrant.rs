@@ -1,4 +1,4 @@
-//! Machines that `vagrant up` has started. Commands go by ssh with the settings that Vagrant tells: `vagrant ssh -c`
+//! Machines that `vagrant up` has started. Commands go through ssh with Vagrant's settings, because `vagrant ssh -c`
 //! takes seconds for each.
 
 use std::fs::{self, File};
@@ -13,34 +13,34 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail, ensure};
 use netns_lab::wait_until;
 
-use crate::machine::{Machine, Ran, SOON};
+use crate::machine::{CommandOutput, Machine, SOON};
 
-/// From the start of a machine to its first command.
+/// Timeout from the start of a machine to its first command.
 const BOOT: Duration = Duration::from_secs(600);
-/// Where the packages are unpacked.
+/// Directory where the packages are unpacked.
 const FILES: &str = "/opt/ovl";
-/// ssh's own status where the connection failed.
+/// Exit status of ssh when the connection failed.
 const NO_CONNECTION: i32 = 255;
 
-/// One machine.
+/// A machine of Vagrant.
 #[derive(Debug)]
 pub(crate) struct Vagrant {
     name: String,
-    /// The folder of the Vagrantfile.
+    /// Directory of the Vagrantfile.
     folder: PathBuf,
-    /// What `ssh -F` reads.
+    /// Configuration file for `ssh -F`.
     settings: PathBuf,
     address: IpAddr,
     link: String,
     booted: Mutex<String>,
 }
 
-/// The machines of the Vagrantfile in this folder, which must be up.
+/// Connects to the machines of the Vagrantfile in this directory, which must be running.
 ///
-/// `files` is a tar archive, which they find unpacked; `dir` takes what ssh needs.
+/// `files` is a tar archive, which is unpacked on the machines. `dir` is for the files of ssh.
 pub(crate) fn connect(folder: &Path, files: &Path, dir: &Path) -> Result<Vec<Vagrant>> {
     let status = vagrant(folder, &["status", "--machine-readable"])?;
-    // Time, machine, kind, data; see Vagrant's "Machine Readable Output".
+    // Fields: time, machine, kind, data; see Vagrant's "Machine Readable Output".
     let states = status.lines().filter_map(|line| {
         let mut fields = line.split(',').skip(1);
         let (name, kind, state) = (fields.next()?, fields.next()?, fields.next()?);
@@ -51,7 +51,7 @@ pub(crate) fn connect(folder: &Path, files: &Path, dir: &Path) -> Result<Vec<Vag
         ensure!(state == "running", "{name} is {state}: `vagrant up` in {} first", folder.display());
         machines.push(Vagrant::connect(name, folder, files, dir)?);
     }
-    ensure!(machines.len() >= 3, "{} machines, where scenarios need three", machines.len());
+    ensure!(machines.len() >= 3, "{} machines, but the scenarios need three", machines.len());
     Ok(machines)
 }
 
@@ -62,8 +62,8 @@ fn vagrant(folder: &Path, words: &[&str]) -> Result<String> {
         .stdin(Stdio::null())
         .output()
         .context("cannot run vagrant")?;
-    let said = String::from_utf8_lossy(&output.stderr);
-    ensure!(output.status.success(), "`vagrant {}`: {}", words.join(" "), said.trim());
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "`vagrant {}`: {}", words.join(" "), stderr.trim());
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
@@ -80,7 +80,7 @@ impl Vagrant {
         this.read_settings()?;
         this.wait_boot("")?;
         let machine: &dyn Machine = &this;
-        // The private network is the underlay, and the last one that the Vagrantfile gives a machine.
+        // The private network is the underlay, and the last network that the Vagrantfile gives a machine.
         let shown = machine.ok("ip -o -4 address show scope global | grep -v ' ov.-' | tail -n 1")?;
         let mut words = shown.split_whitespace().skip(1);
         let link = words.next().context("no device with an address")?.to_owned();
@@ -89,15 +89,15 @@ impl Vagrant {
         (this.link, this.address) = (link, address);
         let script = format!("rm -rf {FILES}; mkdir -p {FILES} && tar -xf - -C {FILES}");
         let ran = this.ssh(SOON, &script, Stdio::from(File::open(files)?))?;
-        ensure!(ran.code == 0, "bringing the packages to {name}: {ran}");
+        ensure!(ran.code == 0, "copying the packages to {name}: {ran}");
         Ok(this)
     }
 
-    /// Port and address may be others after a start.
+    /// Reads the ssh configuration. Port and address may change with a start.
     fn read_settings(&self) -> Result<()> {
         let settings = vagrant(&self.folder, &["ssh-config", &self.name])?;
         let control = self.settings.with_extension("control");
-        // A connection that stands is used for each command; one that hangs is given up.
+        // All commands share one connection, and a connection that hangs is closed.
         let more = format!(
             "  ControlMaster auto\n  ControlPath {}\n  ControlPersist 60\n  ServerAliveInterval 5\n  ServerAliveCountMax 12\n  \
              ConnectTimeout 20\n",
@@ -106,7 +106,7 @@ impl Vagrant {
         Ok(fs::write(&self.settings, format!("{}\n{more}", settings.trim_end()))?)
     }
 
-    fn ssh(&self, timeout: Duration, script: &str, stdin: Stdio) -> Result<Ran> {
+    fn ssh(&self, timeout: Duration, script: &str, stdin: Stdio) -> Result<CommandOutput> {
         let quoted = script.replace('\'', r"'\''");
         let child = Command::new("ssh")
             .arg("-F")
@@ -120,23 +120,23 @@ impl Vagrant {
         finish(child, timeout).with_context(|| format!("`{script}`"))
     }
 
-    /// Forgets the connection: what is at its other end is gone.
+    /// Closes the shared connection, whose other end is gone.
     fn hang_up(&self) {
-        // Without one there is nothing to end.
+        // This fails if there is no connection, which is fine.
         Command::new("ssh").arg("-F").arg(&self.settings).args(["-O", "exit", &self.name]).output().ok();
     }
 
-    /// Waits for a boot other than this one.
+    /// Waits for a boot with another boot ID than `last`.
     fn wait_boot(&self, last: &str) -> Result<()> {
         let id = wait_until(BOOT, &format!("{} to boot", self.name), || {
-            // Between two looks: each makes a process at both ends.
+            // A pause between two attempts, because each one starts processes at both ends.
             thread::sleep(Duration::from_millis(500));
             let ran =
                 self.ssh(Duration::from_secs(60), "cat /proc/sys/kernel/random/boot_id", Stdio::null())?;
             let id = ran.out.trim().to_owned();
             if ran.code != 0 || id == last {
                 self.hang_up();
-                bail!("it is not up again yet: {ran}");
+                bail!("not up again yet: {ran}");
             }
             Ok(Some(id))
         })?;
@@ -148,7 +148,7 @@ impl Vagrant {
         self.booted.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// What drops all that passes by the underlay's device, beneath everything that ovl or a firewall does.
+    /// Script that drops all packets at the underlay's device, before ovl and firewalls see them.
     fn barrier(&self) -> String {
         let chain = |name: &str| {
             format!(
@@ -160,8 +160,8 @@ impl Vagrant {
     }
 }
 
-/// Waits for an end, and reads meanwhile what is written.
-fn finish(mut child: Child, timeout: Duration) -> Result<Ran> {
+/// Waits for a process to exit, and reads its output meanwhile.
+fn finish(mut child: Child, timeout: Duration) -> Result<CommandOutput> {
     let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
     let read = |stream: Option<Box<dyn std::io::Read + Send>>| {
         thread::spawn(move || {
@@ -180,12 +180,12 @@ fn finish(mut child: Child, timeout: Duration) -> Result<Ran> {
         if Instant::now() > deadline {
             child.kill()?;
             child.wait()?;
-            bail!("no end within {timeout:?}");
+            bail!("not finished within {timeout:?}");
         }
         thread::sleep(Duration::from_millis(10));
     };
     let text = |thread: thread::JoinHandle<String>| thread.join().unwrap_or_default();
-    Ok(Ran { code: status.code().unwrap_or(NO_CONNECTION), out: text(out), err: text(err) })
+    Ok(CommandOutput { code: status.code().unwrap_or(NO_CONNECTION), out: text(out), err: text(err) })
 }
 
 impl Machine for Vagrant {
@@ -205,7 +205,7 @@ impl Machine for Vagrant {
         FILES
     }
 
-    fn run_for(&self, timeout: Duration, script: &str) -> Result<Ran> {
+    fn run_for(&self, timeout: Duration, script: &str) -> Result<CommandOutput> {
         let ran = self.ssh(timeout, script, Stdio::null()).with_context(|| format!("on {}", self.name))?;
         if ran.code == NO_CONNECTION {
             self.hang_up();

@@ -1,4 +1,4 @@
-//! DNS messages, of clients and of other resolvers.
+//! Parses DNS messages of clients and upstream resolvers.
 
 #![no_main]
 

@@ -1,4 +1,4 @@
-//! Files that people apply, and objects that hosts send: what is read can be shown and read again.
+//! Parses manifests of users and objects of other hosts. What is accepted can be printed and parsed again.
 
 #![no_main]
 

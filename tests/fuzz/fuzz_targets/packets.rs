@@ -1,4 +1,4 @@
-//! Packets out of the tunnel, and into it.
+//! Parses packets in both directions of the tunnel.
 
 #![no_main]
 

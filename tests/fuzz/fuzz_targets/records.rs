@@ -1,4 +1,4 @@
-//! What daemons send one another: frames of streams, records out of gossip.
+//! Parses what daemons send each other: frames of streams, and records in gossip.
 
 #![no_main]
 

@@ -1,4 +1,4 @@
-//! Who reaches whom: every pod tries every other one at once, from one thread for each protocol.
+//! Probes between all pairs of pods at once, with one thread for each pod and protocol.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
@@ -12,14 +12,14 @@ use tokio::task::JoinSet;
 use super::Pod;
 use crate::sctp;
 
-/// What all pods listen to.
+/// Ports that all pods listen on.
 pub const PORTS: [u16; 2] = [80, 81];
 
-/// What is not answered within this time is refused.
-const PATIENCE: Duration = Duration::from_secs(1);
-const AGAIN: Duration = Duration::from_millis(250);
+/// A probe without an answer within this time counts as refused.
+const TIMEOUT: Duration = Duration::from_secs(1);
+const RETRY_INTERVAL: Duration = Duration::from_millis(250);
 
-/// What is spoken.
+/// Transport protocol.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Proto {
     /// TCP.
@@ -31,10 +31,10 @@ pub enum Proto {
 }
 
 impl Proto {
-    /// Those that pods listen to.
+    /// Protocols that all pods listen on.
     pub const ALL: [Self; 3] = [Self::Tcp, Self::Udp, Self::Sctp];
 
-    /// In lower case.
+    /// Name in lower case.
     pub fn name(self) -> &'static str {
         match self {
             Self::Tcp => "tcp",
@@ -44,18 +44,18 @@ impl Proto {
     }
 }
 
-/// One try.
+/// A probe of one address and port.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Probe {
-    /// `x/a`.
+    /// Source pod, such as `x/a`.
     pub from: String,
-    /// The same.
+    /// Destination pod.
     pub to: String,
-    /// Whether over IPv4.
+    /// Whether it goes over IPv4.
     pub v4: bool,
-    /// What is spoken.
+    /// Protocol.
     pub proto: Proto,
-    /// To which port.
+    /// Destination port.
     pub port: u16,
 }
 
@@ -66,33 +66,33 @@ impl std::fmt::Display for Probe {
     }
 }
 
-/// The tries that were answered.
+/// The probes that were answered.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Reached(pub BTreeSet<Probe>);
 
 impl Reached {
-    /// What others expected and what not, in words.
+    /// Describes each probe that was answered against expectation, or not answered although expected.
     pub fn differences(&self, expected: &Self) -> Vec<String> {
         let wrong = |probes: &mut dyn Iterator<Item = &Probe>, word: &str| -> Vec<String> {
             probes.map(|probe| format!("{word} {probe}")).collect()
         };
-        let mut all = wrong(&mut self.0.difference(&expected.0), "passes:");
-        all.extend(wrong(&mut expected.0.difference(&self.0), "is refused:"));
+        let mut all = wrong(&mut self.0.difference(&expected.0), "unexpectedly allowed:");
+        all.extend(wrong(&mut expected.0.difference(&self.0), "unexpectedly refused:"));
         all
     }
 
-    /// How many were answered.
+    /// Number of answered probes.
     pub fn len(&self) -> usize {
         self.0.len()
     }
 
-    /// Whether none was.
+    /// Whether no probe was answered.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 }
 
-/// Every pod tries every other one.
+/// Probes every pod from every other pod.
 pub(super) fn all(pods: &[Pod]) -> Result<Reached> {
     thread::scope(|scope| {
         let threads: Vec<_> = pods
@@ -107,7 +107,7 @@ pub(super) fn all(pods: &[Pod]) -> Result<Reached> {
     })
 }
 
-/// What one pod reaches.
+/// Probes all other pods from one pod, and returns the answered probes.
 fn from(pod: &Pod, pods: &[Pod], proto: Proto) -> Result<Vec<Probe>> {
     let mut probes = BTreeMap::new();
     for to in pods.iter().filter(|to| to.full_name() != pod.full_name()) {
@@ -124,12 +124,12 @@ fn from(pod: &Pod, pods: &[Pod], proto: Proto) -> Result<Vec<Probe>> {
     let answered = match proto {
         Proto::Tcp => at.run(|| each(targets, tcp))??,
         Proto::Udp => at.run(|| each(targets, udp))??,
-        Proto::Sctp => sctp::ask(at, &targets, PATIENCE)?.into_keys().collect(),
+        Proto::Sctp => sctp::probe(at, &targets, TIMEOUT)?.into_keys().collect(),
     };
     Ok(answered.iter().filter_map(|target| probes.remove(target)).collect())
 }
 
-/// Those that answer, of all that are tried at once.
+/// Probes all targets concurrently, and returns those that answer.
 fn each<F>(targets: Vec<SocketAddr>, try_one: fn(SocketAddr) -> F) -> Result<Vec<SocketAddr>>
 where
     F: Future<Output = Result<()>> + Send + 'static,
@@ -138,11 +138,11 @@ where
     runtime.block_on(async {
         let mut tries = JoinSet::new();
         for target in targets {
-            tries.spawn(async move { (target, tokio::time::timeout(PATIENCE, try_one(target)).await) });
+            tries.spawn(async move { (target, tokio::time::timeout(TIMEOUT, try_one(target)).await) });
         }
         let mut answered = Vec::new();
         while let Some(done) = tries.join_next().await {
-            let (target, answer) = done.context("a try panicked")?;
+            let (target, answer) = done.context("a probe panicked")?;
             if matches!(answer, Ok(Ok(()))) {
                 answered.push(target);
             }
@@ -161,7 +161,7 @@ async fn udp(target: SocketAddr) -> Result<()> {
     socket.connect(target).await?;
     loop {
         socket.send(b"?").await?;
-        if let Ok(answer) = tokio::time::timeout(AGAIN, socket.recv(&mut [0; 8])).await {
+        if let Ok(answer) = tokio::time::timeout(RETRY_INTERVAL, socket.recv(&mut [0; 8])).await {
             return Ok(answer.map(drop)?);
         }
     }

@@ -1,4 +1,4 @@
-//! What policies mean, read from the manifests by the words of Kubernetes' documentation, as simply as can be.
+//! A reference evaluation of network policies, which follows the Kubernetes documentation as simply as possible.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -9,7 +9,7 @@ use serde_json::Value;
 use super::{PORTS, Pod, Probe, Proto, Reached, port_name};
 use crate::text;
 
-/// What was applied and not deleted.
+/// The policies and namespaces that were applied and not deleted.
 #[derive(Debug, Clone, Default)]
 pub struct Reference {
     policies: BTreeMap<(String, String), Value>,
@@ -21,7 +21,7 @@ fn key(object: &Value) -> (String, String) {
 }
 
 impl Reference {
-    /// Takes manifests in.
+    /// Applies manifests.
     pub fn apply(&mut self, objects: &[Value]) {
         for object in objects {
             match object["kind"].as_str() {
@@ -34,7 +34,7 @@ impl Reference {
         }
     }
 
-    /// Takes one out.
+    /// Deletes an object.
     pub fn delete(&mut self, kind: &str, namespace: &str, name: &str) {
         match kind {
             "networkpolicy" => drop(self.policies.remove(&(namespace.to_owned(), name.to_owned()))),
@@ -43,13 +43,13 @@ impl Reference {
         }
     }
 
-    /// All tries that should be answered.
+    /// All probes that should be answered.
     pub fn expected(&self, pods: &[Pod]) -> Reached {
         let mut all = BTreeSet::new();
         for from in pods {
             for to in pods.iter().filter(|to| to.full_name() != from.full_name()) {
-                for (v4, proto, port) in tries() {
-                    if to.address(v4).is_some() && self.passes(from, to, v4, proto, port) {
+                for (v4, proto, port) in attempts() {
+                    if to.address(v4).is_some() && self.allows(from, to, v4, proto, port) {
                         all.insert(Probe { from: from.full_name(), to: to.full_name(), v4, proto, port });
                     }
                 }
@@ -58,13 +58,13 @@ impl Reference {
         Reached(all)
     }
 
-    /// Whether a connection should be made.
-    pub fn passes(&self, from: &Pod, to: &Pod, v4: bool, proto: Proto, port: u16) -> bool {
-        let try_ = Try { v4, proto, port };
-        self.side(from, to, "Egress", &try_) && self.side(to, from, "Ingress", &try_)
+    /// Whether the policies allow a connection.
+    pub fn allows(&self, from: &Pod, to: &Pod, v4: bool, proto: Proto, port: u16) -> bool {
+        let attempt = Attempt { v4, proto, port };
+        self.side(from, to, "Egress", &attempt) && self.side(to, from, "Ingress", &attempt)
     }
 
-    fn side(&self, own: &Pod, other: &Pod, direction: &str, try_: &Try) -> bool {
+    fn side(&self, own: &Pod, other: &Pod, direction: &str, attempt: &Attempt) -> bool {
         let (rules, peers) = if direction == "Egress" { ("egress", "to") } else { ("ingress", "from") };
         let isolating: Vec<(&String, &Value)> = self
             .policies
@@ -82,8 +82,8 @@ impl Reference {
                     let peers = list(&rule[peers]);
                     let ports = list(&rule["ports"]);
                     (peers.is_empty()
-                        || peers.iter().any(|peer| self.is_peer(peer, namespace, other, try_.v4)))
-                        && (ports.is_empty() || ports.iter().any(|port| try_.is_at(port)))
+                        || peers.iter().any(|peer| self.is_peer(peer, namespace, other, attempt.v4)))
+                        && (ports.is_empty() || ports.iter().any(|port| attempt.is_at(port)))
                 })
             })
     }
@@ -115,13 +115,13 @@ impl Reference {
     }
 }
 
-struct Try {
+struct Attempt {
     v4: bool,
     proto: Proto,
     port: u16,
 }
 
-impl Try {
+impl Attempt {
     fn is_at(&self, port: &Value) -> bool {
         let proto = port["protocol"].as_str().unwrap_or("TCP").to_lowercase();
         if proto != self.proto.name() {
@@ -139,7 +139,7 @@ impl Try {
     }
 }
 
-fn tries() -> Vec<(bool, Proto, u16)> {
+fn attempts() -> Vec<(bool, Proto, u16)> {
     let mut all = Vec::new();
     for v4 in [true, false] {
         for proto in Proto::ALL {

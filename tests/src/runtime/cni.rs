@@ -1,4 +1,4 @@
-//! The CNI configuration and plugins of a runtime on a host, and a record of the plugin's calls.
+//! CNI configuration and plugins of a runtime on a host, and a record of the plugin calls.
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt as _, symlink};
@@ -7,25 +7,25 @@ use std::path::PathBuf;
 use anyhow::{Context as _, Result};
 use serde_json::Value;
 
-use super::{Home, NETWORK};
+use super::{NETWORK, RuntimeDir};
 
-/// What the conflist calls our plugin.
+/// File name of the ovl plugin, as in the conflist.
 const PLUGIN: &str = "ovl-cni";
 
-/// Where the calls are written down, in a runtime's directory.
+/// File in a runtime's directory that records the plugin calls.
 pub(super) const RECORD: &str = "cni-calls";
 
-/// What a runtime is told to use.
+/// CNI directories that a runtime is configured with.
 #[derive(Debug)]
 pub struct Cni {
-    /// Where the conflist is.
+    /// Directory of the conflist.
     pub conf_dir: PathBuf,
-    /// Where all plugins are.
+    /// Directory of the plugins.
     pub bin_dir: PathBuf,
     record: PathBuf,
 }
 
-/// One call of the plugin, as the runtime made it.
+/// One recorded call of the plugin by the runtime.
 #[derive(Debug)]
 pub struct Call {
     /// `CNI_COMMAND`.
@@ -36,15 +36,15 @@ pub struct Call {
     pub netns: String,
     /// `CNI_ARGS`.
     pub args: String,
-    /// What was on its standard input.
+    /// Configuration on the plugin's standard input.
     pub config: Value,
-    /// Whether it ended with status 0.
+    /// Whether the plugin exited with status 0.
     pub succeeded: bool,
-    /// What it wrote on its standard output.
+    /// What the plugin printed on standard output.
     pub answer: Value,
 }
 
-/// Stands in the plugin's place, calls it, and writes down what it was asked and what it answered.
+/// Wrapper script that is installed under the plugin's name, calls the plugin, and records its input and output.
 const RECORDER: &str = r#"#!/bin/sh
 input=$(cat)
 answer=$(printf '%s' "$input" | PLUGIN)
@@ -57,16 +57,16 @@ exit $status
 "#;
 
 impl Cni {
-    /// Installs the reference plugins, and ours as a person does it.
-    pub(super) fn install(home: &Home) -> Result<Self> {
+    /// Installs the reference plugins, and the ovl plugin with `ovlctl cni install`.
+    pub(super) fn install(home: &RuntimeDir) -> Result<Self> {
         let cni = Cni {
             conf_dir: home.dir.join("net.d"),
             bin_dir: home.dir.join("cni"),
             record: home.dir.join(RECORD),
         };
-        fs::create_dir(&cni.bin_dir).with_context(|| format!("cannot make {}", cni.bin_dir.display()))?;
+        fs::create_dir(&cni.bin_dir).with_context(|| format!("cannot create {}", cni.bin_dir.display()))?;
         for name in ["loopback", "portmap"] {
-            let plugin = super::need(name, "containernetworking-plugins")?;
+            let plugin = super::require_program(name, "containernetworking-plugins")?;
             symlink(plugin, cni.bin_dir.join(name))?;
         }
         let (conf_dir, bin_dir) = (home.path("net.d"), home.path("cni"));
@@ -76,21 +76,22 @@ impl Cni {
         Ok(cni)
     }
 
-    fn put_recorder(&self, home: &Home) -> Result<()> {
-        let (place, plugin) = (self.bin_dir.join(PLUGIN), home.path(PLUGIN));
-        fs::rename(&place, &plugin).with_context(|| format!("no plugin at {}", place.display()))?;
+    fn put_recorder(&self, home: &RuntimeDir) -> Result<()> {
+        let (installed, plugin) = (self.bin_dir.join(PLUGIN), home.path(PLUGIN));
+        fs::rename(&installed, &plugin).with_context(|| format!("no plugin at {}", installed.display()))?;
         let script = RECORDER.replace("RECORD", &self.record.to_string_lossy()).replace("PLUGIN", &plugin);
-        fs::write(&place, script)?;
-        Ok(fs::set_permissions(&place, fs::Permissions::from_mode(0o755))?)
+        fs::write(&installed, script)?;
+        Ok(fs::set_permissions(&installed, fs::Permissions::from_mode(0o755))?)
     }
 
-    /// All calls of the plugin but those for its versions, the first one first.
+    /// Returns all calls of the plugin except `VERSION`, oldest first.
     pub fn calls(&self) -> Result<Vec<Call>> {
         let text = if self.record.exists() { fs::read_to_string(&self.record)? } else { String::new() };
         let mut calls = Vec::new();
-        // One after the other, of any number of lines each.
+        // The record is a sequence of JSON documents, each of any number of lines.
         for call in serde_json::Deserializer::from_str(&text).into_iter() {
-            let mut call: Value = call.with_context(|| format!("{} has:\n{text}", self.record.display()))?;
+            let mut call: Value =
+                call.with_context(|| format!("{} contains:\n{text}", self.record.display()))?;
             let text = |name: &str| crate::text(&call[name]);
             let (command, container) = (text("command"), text("container"));
             let (netns, args) = (text("netns"), text("args"));

@@ -1,4 +1,4 @@
-//! containerd, driven as the kubelet drives it.
+//! containerd, driven through the CRI as the kubelet drives it.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -10,24 +10,24 @@ use netns_lab::{Host, Signal, Spawned, wait_until};
 
 use super::cri::{self, Call};
 use super::image::{self, IMAGE, PAUSE_IMAGE};
-use super::{Cni, Home, Place, need, succeeded, tail};
+use super::{Cni, CommandTarget, RuntimeDir, require_program, succeeded, tail};
 use crate::SOON;
 
-/// containerd on one host. Its pods go with it.
+/// A containerd on one host. Its pods are removed when it is dropped.
 #[derive(Debug)]
 pub struct Containerd {
     daemon: Option<Spawned>,
-    home: Home,
-    /// What it is told to use.
+    home: RuntimeDir,
+    /// Its CNI configuration.
     pub cni: Cni,
 }
 
-/// What a pod may have.
+/// Options of a pod.
 #[derive(Clone, Debug)]
 pub struct PodOptions<'a> {
-    /// Its namespace in the sense of Kubernetes.
+    /// Kubernetes namespace.
     pub namespace: &'a str,
-    /// A port of the host for each of these ports of the pod.
+    /// Pairs of host port and pod port.
     pub host_ports: &'a [(u16, u16)],
     /// Annotations.
     pub annotations: &'a [(&'a str, &'a str)],
@@ -40,7 +40,7 @@ impl Default for PodOptions<'_> {
 }
 
 impl Containerd {
-    /// Everything that it needs, the daemon, and the images.
+    /// Installs its configuration, starts the daemon and imports the images.
     pub fn start(host: &Host) -> Result<Self> {
         for (program, package) in [
             ("containerd", "containerd"),
@@ -49,9 +49,9 @@ impl Containerd {
             ("runc", "runc"),
             ("iptables", "iptables"),
         ] {
-            need(program, package)?;
+            require_program(program, package)?;
         }
-        let home = Home::new(host, "containerd")?;
+        let home = RuntimeDir::new(host, "containerd")?;
         let cni = Cni::install(&home)?;
         home.write("config.toml", &settings(&home, &cni))?;
         let archive = image::make(&home.dir)?;
@@ -61,7 +61,7 @@ impl Containerd {
         Ok(containerd)
     }
 
-    /// Starts the daemon and waits until it answers and has a network.
+    /// Starts the daemon and waits until the CRI reports it ready, its network included.
     pub fn start_daemon(&mut self) -> Result<()> {
         let config = self.home.path("config.toml");
         let daemon = self.daemon.insert(self.home.host.spawn([
@@ -71,8 +71,8 @@ impl Containerd {
             "--log-level",
             "warn",
         ])?);
-        let ready = wait_until(SOON, "containerd", || {
-            ensure!(daemon.is_running(), "it has ended");
+        let ready = wait_until(SOON, "containerd to become ready", || {
+            ensure!(daemon.is_running(), "containerd exited");
             let answer = cri::call(&self.home.dir.join("containerd.sock"), &cri::RuntimeStatus {})?;
             let conditions = answer.status.map(|status| status.conditions).unwrap_or_default();
             ensure!(!conditions.is_empty() && conditions.iter().all(|each| each.holds), "{conditions:?}");
@@ -81,9 +81,9 @@ impl Containerd {
         ready.with_context(|| daemon.stderr())
     }
 
-    /// Ends the daemon alone: its pods go on.
+    /// Stops the daemon with a signal. Its pods keep running.
     pub fn end_daemon(&mut self, signal: Signal) -> Result<()> {
-        let mut daemon = self.daemon.take().context("containerd does not run")?;
+        let mut daemon = self.daemon.take().context("containerd is not running")?;
         daemon.signal(signal)?;
         daemon.finish(SOON).map(drop)
     }
@@ -102,7 +102,7 @@ impl Containerd {
             archive,
         ];
         succeeded(self.home.host.exec(args)?, &args.join(" "))?;
-        wait_until(SOON, "the image", || {
+        wait_until(SOON, "the imported image", || {
             let images = self.call(&cri::ListImages {})?.images;
             ensure!(images.iter().any(|image| image.tags.iter().any(|tag| tag == IMAGE)), "{images:?}");
             Ok(())
@@ -114,7 +114,7 @@ impl Containerd {
             .with_context(|| format!("on {}", self.home.host.name()))
     }
 
-    /// Runs a pod with one container, which serves.
+    /// Runs a pod with one container, which serves HTTP on [`super::PORT`].
     pub fn run(&self, name: &str, options: &PodOptions) -> Result<Pod> {
         let config = self.pod_config(name, options);
         let id = self.call(&cri::RunPodSandbox { config: Some(config.clone()) })?.id;
@@ -152,7 +152,7 @@ impl Containerd {
         }
     }
 
-    /// Removes all pods and ends the daemon.
+    /// Removes all pods and stops the daemon.
     fn clear(&mut self) -> Result<()> {
         if !self.daemon.as_mut().is_some_and(Spawned::is_running) {
             self.start_daemon()?;
@@ -170,7 +170,11 @@ impl Drop for Containerd {
         if thread::panicking()
             && let Some(daemon) = &self.daemon
         {
-            eprintln!("--- {}: containerd says:\n{}", self.home.host.name(), tail(&daemon.stderr()));
+            eprintln!(
+                "--- {}: last log lines of containerd:\n{}",
+                self.home.host.name(),
+                tail(&daemon.stderr())
+            );
         }
         if let Err(error) = self.clear() {
             eprintln!("{}: {error:#}", self.home.host.name());
@@ -178,8 +182,8 @@ impl Drop for Containerd {
     }
 }
 
-/// `config.toml`: nothing of the machine's own, and what a build machine without systemd needs.
-fn settings(home: &Home, cni: &Cni) -> String {
+/// Returns `config.toml`: it uses nothing of the machine's own containerd, and works without systemd.
+fn settings(home: &RuntimeDir, cni: &Cni) -> String {
     format!(
         r#"version = 2
 root = "{root}"
@@ -217,10 +221,10 @@ SystemdCgroup = false
     )
 }
 
-/// A pod that runs.
+/// A running pod.
 #[derive(Debug)]
 pub struct Pod {
-    /// Its sandbox's identifier, which is also what the CNI calls name.
+    /// ID of its sandbox, which is also `CNI_CONTAINERID`.
     pub id: String,
     called: String,
     container: String,
@@ -233,13 +237,13 @@ impl Pod {
         answer.status.with_context(|| format!("{} has no status", self.called))
     }
 
-    /// Whether the runtime calls it ready.
+    /// Whether the runtime reports it ready.
     pub fn is_ready(&self) -> Result<bool> {
         Ok(self.status()?.state == 0)
     }
 
-    /// Its addresses as the runtime tells them, sorted.
-    pub fn told_addresses(&self) -> Result<Vec<IpAddr>> {
+    /// Its addresses as the runtime reports them, sorted.
+    pub fn reported_addresses(&self) -> Result<Vec<IpAddr>> {
         let network = self.status()?.network.unwrap_or_default();
         let texts = std::iter::once(&network.ip).chain(network.additional.iter().map(|each| &each.ip));
         let mut all: Vec<IpAddr> = texts.map(|text| text.parse()).collect::<Result<_, _>>()?;
@@ -247,23 +251,23 @@ impl Pod {
         Ok(all)
     }
 
-    /// Its annotations as the runtime tells them.
+    /// Its annotations as the runtime reports them.
     pub fn annotations(&self) -> Result<BTreeMap<String, String>> {
         Ok(self.status()?.annotations)
     }
 
-    /// `StopPodSandbox`.
+    /// Calls `StopPodSandbox`.
     pub fn stop(&self) -> Result<()> {
         cri::call(&self.socket, &cri::StopPodSandbox { id: self.id.clone() }).map(drop)
     }
 
-    /// `RemovePodSandbox`.
+    /// Calls `RemovePodSandbox`.
     pub fn remove(&self) -> Result<()> {
         cri::call(&self.socket, &cri::RemovePodSandbox { id: self.id.clone() }).map(drop)
     }
 }
 
-impl Place for Pod {
+impl CommandTarget for Pod {
     fn called(&self) -> String {
         self.called.clone()
     }

@@ -1,5 +1,5 @@
-//! A client of the container runtime interface, as the kubelet is one: the few messages that the
-//! tests need, and unary gRPC calls over the runtime's socket.
+//! A client of the Container Runtime Interface (CRI): the messages that the tests require_program, and unary gRPC calls over
+//! the runtime's socket.
 
 use std::collections::BTreeMap;
 use std::future::poll_fn;
@@ -12,37 +12,37 @@ use http::{HeaderMap, Request};
 use prost::Message;
 use tokio::net::UnixStream;
 
-/// How long a call may take.
+/// Time limit of a call.
 const TIMEOUT: Duration = Duration::from_secs(60);
 
-/// What goes before each message: a byte for compression, four for its length.
+/// Length of the header before each gRPC message: one byte for compression, four for the length.
 const PREFIX: usize = 5;
 
-/// A method and its two messages.
+/// A request message, with its method and its response message.
 pub(super) trait Call: Message {
-    /// What it answers.
+    /// The response message.
     type Answer: Message + Default;
-    /// Service and method.
+    /// Service and method name.
     const METHOD: &'static str;
 }
 
-/// Calls a method of the runtime that listens there.
+/// Calls a method of the runtime that listens on this socket.
 pub(super) fn call<C: Call>(socket: &Path, request: &C) -> Result<C::Answer> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let answer = runtime.block_on(async {
         match tokio::time::timeout(TIMEOUT, exchange(socket, C::METHOD, request.encode_to_vec())).await {
             Ok(answer) => answer,
-            Err(_) => bail!("no answer in {TIMEOUT:?}"),
+            Err(_) => bail!("no response within {TIMEOUT:?}"),
         }
     });
     let answer = answer.with_context(|| format!("{} at {}", C::METHOD, socket.display()))?;
-    C::Answer::decode(answer).with_context(|| format!("the answer of {}", C::METHOD))
+    C::Answer::decode(answer).with_context(|| format!("decoding the response of {}", C::METHOD))
 }
 
 async fn exchange(socket: &Path, method: &str, message: Vec<u8>) -> Result<Bytes> {
     let stream = UnixStream::connect(socket).await.context("cannot connect")?;
     let (client, connection) = h2::client::handshake(stream).await?;
-    // It ends with the client, or with an error that the client sees too.
+    // This task ends with the client, or with an error that the client returns too.
     let connection = tokio::spawn(connection);
     let mut client = client.ready().await?;
 
@@ -58,7 +58,7 @@ async fn exchange(socket: &Path, method: &str, message: Vec<u8>) -> Result<Bytes
     body.send_data(frame.freeze(), true)?;
 
     let (head, mut body) = response.await?.into_parts();
-    // A failed call may have its status where the answer would begin.
+    // A failed call may have its status in the header ("trailers-only").
     ensure_ok(&head.headers)?;
     let mut answer = BytesMut::new();
     while let Some(data) = body.data().await {
@@ -67,21 +67,21 @@ async fn exchange(socket: &Path, method: &str, message: Vec<u8>) -> Result<Bytes
         answer.extend_from_slice(&data);
     }
     let trailers = poll_fn(|context| body.poll_trailers(context)).await?;
-    ensure_ok(&trailers.context("an answer without a status")?)?;
-    ensure!(answer.len() >= PREFIX, "an answer of {} bytes", answer.len());
+    ensure_ok(&trailers.context("response without trailers")?)?;
+    ensure!(answer.len() >= PREFIX, "response of only {} bytes", answer.len());
     connection.abort();
     Ok(answer.freeze().split_off(PREFIX))
 }
 
-/// An error unless the call succeeded, or says nothing of that yet.
+/// Fails if the gRPC status says that the call failed. Headers without a status pass.
 fn ensure_ok(headers: &HeaderMap) -> Result<()> {
     let text = |name| headers.get(name).map(|value| String::from_utf8_lossy(value.as_bytes()).into_owned());
     let status = text("grpc-status").unwrap_or_else(|| "0".to_owned());
-    ensure!(status == "0", "refused (gRPC status {status}): {}", text("grpc-message").unwrap_or_default());
+    ensure!(status == "0", "gRPC status {status}: {}", text("grpc-message").unwrap_or_default());
     Ok(())
 }
 
-/// Ties a request to its answer and its method.
+/// Implements [`Call`] for each request.
 macro_rules! calls {
     ($($request:ident => $answer:ty, $method:literal;)*) => {
         $(impl Call for $request {
@@ -104,7 +104,7 @@ calls! {
     ListImages => Images, "ImageService/ListImages";
 }
 
-// The fields' numbers are those of Kubernetes' `runtime.v1`. What the tests do not look at is left out.
+// Field numbers are those of Kubernetes' `runtime.v1`. Fields that the tests do not use are left out.
 
 #[derive(Clone, PartialEq, Message)]
 pub(super) struct Empty {}
@@ -119,7 +119,7 @@ pub(super) struct PodMetadata {
     pub(super) namespace: String,
 }
 
-/// The protocol is left at its first value, TCP.
+/// A port mapping. The protocol field is left at its default, TCP.
 #[derive(Clone, PartialEq, Message)]
 pub(super) struct PortMapping {
     #[prost(int32, tag = "2")]
@@ -190,7 +190,7 @@ pub(super) struct PodNetwork {
 
 #[derive(Clone, PartialEq, Message)]
 pub(super) struct PodStatus {
-    /// 0 is ready, 1 is not.
+    /// 0 is `SANDBOX_READY`, 1 is `SANDBOX_NOTREADY`.
     #[prost(int32, tag = "3")]
     pub(super) state: i32,
     #[prost(message, optional, tag = "5")]

@@ -1,4 +1,4 @@
-//! Docker Engines on the lab's hosts, each with ovl's plugin.
+//! Docker Engines on the hosts of a lab, each with the ovl plugin.
 
 use std::net::IpAddr;
 use std::ops::{Deref, DerefMut};
@@ -6,15 +6,15 @@ use std::ops::{Deref, DerefMut};
 use anyhow::{Context as _, Result};
 use netns_lab::{Engine, Host};
 
-use super::Place;
+use super::CommandTarget;
 use super::image::{self, IMAGE};
 
-/// An Engine with the image.
+/// A Docker Engine that has loaded the test image.
 #[derive(Debug)]
 pub struct Docker(Engine);
 
 impl Docker {
-    /// Everything that it needs.
+    /// Starts an Engine and loads the image.
     pub fn start(host: &Host, options: &[&str]) -> Result<Self> {
         let engine = Engine::start(host, options)?;
         let dir = host.dir().join("docker-image");
@@ -24,15 +24,15 @@ impl Docker {
         Ok(Docker(engine))
     }
 
-    /// Starts a container of that name, which serves, with further arguments.
+    /// Starts a container of the image, with further arguments of `docker run`.
     pub fn run(&self, name: &str, more: &[&str]) -> Result<DockerContainer<'_>> {
-        // Killed and not asked to end: nothing in it does that.
+        // Nothing in the container handles SIGTERM, so a graceful stop would only wait for its timeout.
         let own = ["run", "--detach", "--name", name, "--stop-signal", "SIGKILL"];
         self.call(&[&own, more, &[IMAGE]].concat())?;
         Ok(self.container(name))
     }
 
-    /// A container that is there already.
+    /// Returns a handle to an existing container.
     pub fn container(&self, name: &str) -> DockerContainer<'_> {
         DockerContainer { engine: &self.0, name: name.to_owned() }
     }
@@ -52,7 +52,7 @@ impl DerefMut for Docker {
     }
 }
 
-/// A container that runs.
+/// A running container.
 #[derive(Debug)]
 pub struct DockerContainer<'engine> {
     engine: &'engine Engine,
@@ -60,15 +60,15 @@ pub struct DockerContainer<'engine> {
 }
 
 impl DockerContainer<'_> {
-    /// The address that the Engine says it has on a network.
-    pub fn told_address(&self, network: &str) -> Result<IpAddr> {
+    /// The address that the Engine reports for it on a network.
+    pub fn reported_address(&self, network: &str) -> Result<IpAddr> {
         let told = self.engine.inspect("container", &self.name)?;
         let text = told["NetworkSettings"]["Networks"][network]["IPAddress"].as_str().unwrap_or_default();
-        text.parse().with_context(|| format!("{text:?} is no address of {}", self.called()))
+        text.parse().with_context(|| format!("{text:?} is not an address of {}", self.called()))
     }
 }
 
-impl Place for DockerContainer<'_> {
+impl CommandTarget for DockerContainer<'_> {
     fn called(&self) -> String {
         format!("container {} on {}", self.name, self.engine.host().name())
     }

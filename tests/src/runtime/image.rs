@@ -1,5 +1,4 @@
-//! The two images, made on the spot from a static busybox: one Docker archive, which Podman and
-//! containerd both take.
+//! The two test images, built from a static busybox into one Docker archive that Podman, containerd and Docker load.
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt as _, symlink};
@@ -10,21 +9,21 @@ use anyhow::{Context as _, Result, ensure};
 use ring::digest::{SHA256, digest};
 use serde_json::{Value, json};
 
-use super::{PORT, need};
+use super::{PORT, require_program};
 
-/// The image whose containers serve on [`super::PORT`].
+/// Name of the image whose containers serve HTTP on [`super::PORT`].
 pub(super) const IMAGE: &str = "localhost/ovl-test:latest";
 
-/// The image of a pod's first container, which does nothing until it is killed.
+/// Name of the image of a pod's infrastructure container, which sleeps until it is killed.
 pub(super) const PAUSE_IMAGE: &str = "localhost/ovl-pause:latest";
 
-/// An HTTP server at a port, whose only page tells the client's address.
+/// Script that runs an HTTP server on a port. Its only page returns the client's address.
 const SERVE_SCRIPT: &str = "#!/bin/sh\nexec busybox httpd -f -p \"[::]:$1\" -h /www\n";
 const PAGE_SCRIPT: &str = "#!/bin/sh\nprintf 'Content-Type: text/plain\\r\\n\\r\\n%s' \"$REMOTE_ADDR\"\n";
 
-/// Makes the archive in a directory, where its parts stay beside it.
+/// Builds the archive in a directory. Its intermediate files stay there.
 pub(super) fn make(dir: &Path) -> Result<PathBuf> {
-    let busybox = need("busybox", "busybox-static")?;
+    let busybox = require_program("busybox", "busybox-static")?;
     let (root, parts) = (dir.join("image-root"), dir.join("image-parts"));
     for each in ["bin", "etc", "proc", "sys", "dev", "run", "tmp", "www/cgi-bin"] {
         fs::create_dir_all(root.join(each))?;
@@ -65,7 +64,7 @@ pub(super) fn make(dir: &Path) -> Result<PathBuf> {
     Ok(archive)
 }
 
-/// Whether a 64-bit program asks for no loader of shared libraries: it has no `PT_INTERP`.
+/// Whether a 64-bit ELF program is linked statically: it has no `PT_INTERP` segment.
 fn is_static(elf: &[u8]) -> bool {
     const PT_INTERP: u64 = 3;
     let number = |at: usize, length: usize| {
@@ -85,6 +84,6 @@ fn sha256(bytes: &[u8]) -> String {
 
 fn tar(dir: &Path, archive: &Path, names: &[String]) -> Result<()> {
     let status = Command::new("tar").arg("-C").arg(dir).arg("-cf").arg(archive).args(names).status();
-    ensure!(status.context("cannot run tar")?.success(), "cannot make {}", archive.display());
+    ensure!(status.context("cannot run tar")?.success(), "cannot create {}", archive.display());
     Ok(())
 }

@@ -1,5 +1,5 @@
-//! Real container runtimes on a lab's hosts: Podman, containerd and Docker Engines, each with everything that is
-//! its own below a directory of its host, which goes with its guard. Nothing is pulled.
+//! Real container runtimes on the hosts of a lab: Podman, containerd and Docker Engines. Each keeps everything in a
+//! directory of its host, which is removed when the runtime is dropped. No image is pulled.
 
 mod cni;
 mod containerd;
@@ -22,41 +22,42 @@ pub use containerd::{Containerd, Pod, PodOptions};
 pub use docker::{Docker, DockerContainer};
 pub use podman::{Container, Podman};
 
-use crate::{SOON, make_network, started_with};
+use crate::{SOON, create_network, start_lab_with};
 
-/// The network that the runtimes' CNI configuration names.
+/// Network in the CNI configuration of the runtimes.
 pub const NETWORK: &str = "pods";
 
-/// How much of a log a failed test shows.
+/// Number of log lines that a failed test prints.
 const LOG_LINES: usize = 20;
 
-/// The port that the image's program serves on unless told otherwise.
+/// Default port of the HTTP server in the image.
 pub const PORT: u16 = 8080;
 
-/// A lab of two hosts, and the network that the runtimes' configuration names.
+/// Starts a lab of two hosts and creates [`NETWORK`].
 pub fn lab() -> Result<Lab> {
-    let lab = started_with(LabConfig::hosts(2).underlay(Underlay::Dual))?;
-    make_network(&lab, NETWORK, &["--mode", "l3", "--subnet", "10.60.0.0/16", "--subnet", "fd60::/48"])?;
+    let lab = start_lab_with(LabConfig::hosts(2).underlay(Underlay::Dual))?;
+    create_network(&lab, NETWORK, &["--mode", "l3", "--subnet", "10.60.0.0/16", "--subnet", "fd60::/48"])?;
     Ok(lab)
 }
 
-/// Fails unless the program is there, with the package that has it.
-fn need(program: &str, package: &str) -> Result<PathBuf> {
+/// Returns the path of a program, or an error that names its Debian package.
+fn require_program(program: &str, package: &str) -> Result<PathBuf> {
     let candidates = ["/usr/bin", "/usr/sbin", "/usr/lib/cni"].map(|dir| Path::new(dir).join(program));
-    candidates.into_iter().find(|path| path.is_file()).with_context(|| {
-        format!("no {program} on this machine: apt-get install {package} (tests/run does so)")
-    })
+    candidates
+        .into_iter()
+        .find(|path| path.is_file())
+        .with_context(|| format!("{program} is not installed: apt-get install {package} (tests/run does so)"))
 }
 
-/// Somewhere that commands run: in a container, in a pod, on a host.
-pub trait Place {
-    /// What it is called in messages.
+/// A place where commands run: a container, a pod or a host.
+pub trait CommandTarget {
+    /// Its name in messages.
     fn called(&self) -> String;
 
-    /// Runs a command that must succeed, and gives its standard output.
+    /// Runs a command, which must succeed, and returns its standard output.
     fn command(&self, words: &[&str]) -> Result<String>;
 
-    /// The addresses that it sees for itself on `eth0`, IPv4 first.
+    /// Its global addresses on `eth0`, sorted, IPv4 first.
     fn addresses(&self) -> Result<Vec<IpAddr>> {
         let text = self.command(&["busybox", "ip", "-o", "addr", "show", "dev", "eth0"])?;
         let mut found: Vec<IpAddr> = text
@@ -69,26 +70,27 @@ pub trait Place {
         Ok(found)
     }
 
-    /// Whether a ping is answered.
+    /// Sends one ping. Fails if there is no reply.
     fn ping(&self, to: IpAddr) -> Result<()> {
-        let way = || format!("ping from {} to {to}", self.called());
-        self.command(&["busybox", "ping", "-c1", "-W2", &to.to_string()]).map(drop).with_context(way)
+        let path = || format!("ping from {} to {to}", self.called());
+        self.command(&["busybox", "ping", "-c1", "-W2", &to.to_string()]).map(drop).with_context(path)
     }
 
-    /// Connects over TCP to the image's program, which tells where the connection came from.
-    fn seen_from(&self, server: IpAddr, port: u16) -> Result<IpAddr> {
+    /// Connects over TCP to the image's HTTP server, and returns the source address that the server saw.
+    fn http_source(&self, server: IpAddr, port: u16) -> Result<IpAddr> {
         let script =
             format!("printf 'GET /cgi-bin/peer HTTP/1.0\\r\\n\\r\\n' | busybox nc -w 3 {server} {port}");
         let answer = self
             .command(&["busybox", "sh", "-c", &script])
             .with_context(|| format!("TCP from {} to {server} port {port}", self.called()))?;
-        let (_, told) = answer.split_once("\r\n\r\n").with_context(|| format!("no answer: {answer:?}"))?;
-        let address = told.trim().trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>();
-        Ok(address.with_context(|| format!("{told:?} is no address"))?.to_canonical())
+        let (_, body) =
+            answer.split_once("\r\n\r\n").with_context(|| format!("not an HTTP response: {answer:?}"))?;
+        let address = body.trim().trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>();
+        Ok(address.with_context(|| format!("{body:?} is not an address"))?.to_canonical())
     }
 }
 
-impl Place for Host {
+impl CommandTarget for Host {
     fn called(&self) -> String {
         self.name().to_owned()
     }
@@ -98,38 +100,39 @@ impl Place for Host {
     }
 }
 
-/// Waits for an answer over TCP, and gives the address that the connection came from.
-pub fn answered(from: &dyn Place, server: IpAddr, port: u16) -> Result<IpAddr> {
-    wait_until(SOON, &format!("an answer to {}", from.called()), || from.seen_from(server, port).map(Some))
+/// Waits for an HTTP response, and returns the source address that the server saw.
+pub fn wait_http_source(from: &dyn CommandTarget, server: IpAddr, port: u16) -> Result<IpAddr> {
+    wait_until(SOON, &format!("an HTTP response from {server} to {}", from.called()), || {
+        from.http_source(server, port).map(Some)
+    })
 }
 
-/// Pings and TCP from one to the other, over all its addresses: it is seen there under the very
-/// addresses that it sees for itself.
-pub fn reaches(from: &dyn Place, to: &dyn Place) -> Result<()> {
+/// Checks ping and TCP to every address of a target, and that the target sees the source's own address (no NAT).
+pub fn ensure_reaches(from: &dyn CommandTarget, to: &dyn CommandTarget) -> Result<()> {
     let (own, theirs) = (from.addresses()?, to.addresses()?);
     for server in theirs {
-        wait_until(SOON, &format!("an answer to {} from {server}", from.called()), || from.ping(server))?;
-        let seen = answered(from, server, PORT)?;
+        wait_until(SOON, &format!("a ping reply to {} from {server}", from.called()), || from.ping(server))?;
+        let seen = wait_http_source(from, server, PORT)?;
         ensure!(own.contains(&seen), "{} has {own:?}, and {server} saw {seen}", from.called());
     }
     Ok(())
 }
 
-/// What a host had before a runtime used it.
+/// The interfaces of a host before a runtime used it.
 #[derive(Debug)]
-pub struct Before<'host> {
+pub struct HostSnapshot<'host> {
     host: &'host Host,
     interfaces: Vec<String>,
 }
 
-impl<'host> Before<'host> {
-    /// Looks now.
-    pub fn of(host: &'host Host) -> Result<Self> {
-        Ok(Before { host, interfaces: interfaces(host)? })
+impl<'host> HostSnapshot<'host> {
+    /// Takes the snapshot now.
+    pub fn take(host: &'host Host) -> Result<Self> {
+        Ok(HostSnapshot { host, interfaces: interfaces(host)? })
     }
 
-    /// Waits until the host has no endpoint, no interface more than before, and nothing in its rules,
-    /// routes and neighbours of these addresses.
+    /// Waits until the host has no endpoint, the same interfaces as before, and no packet filter rule, route or
+    /// neighbour with one of these addresses.
     pub fn wait_nothing_left(&self, addresses: &[IpAddr]) -> Result<()> {
         let host = self.host;
         wait_endpoint_count(host, 0)?;
@@ -138,7 +141,7 @@ impl<'host> Before<'host> {
             ensure!(now == self.interfaces, "{now:?}, before {:?}", self.interfaces);
             Ok(())
         })?;
-        wait_until(SOON, &format!("nothing of {addresses:?} on {}", host.name()), || {
+        wait_until(SOON, &format!("no trace of {addresses:?} on {}", host.name()), || {
             let left = traces(host, addresses)?;
             ensure!(left.is_empty(), "{left:?}");
             Ok(())
@@ -146,7 +149,7 @@ impl<'host> Before<'host> {
     }
 }
 
-/// The lines with any of these addresses in a host's packet filters, routes and neighbours.
+/// Lines with any of these addresses in a host's packet filter, routes and neighbour table.
 pub fn traces(host: &Host, addresses: &[IpAddr]) -> Result<Vec<String>> {
     let is_of_these = |word: &str| address_in(word).is_some_and(|found| addresses.contains(&found));
     let mut lines = Vec::new();
@@ -163,14 +166,14 @@ pub fn traces(host: &Host, addresses: &[IpAddr]) -> Result<Vec<String>> {
     Ok(lines)
 }
 
-/// The address that a word of a tool's output has, with a prefix length or a port or without.
+/// Parses the address in a word of a tool's output, with or without a prefix length or port.
 fn address_in(word: &str) -> Option<IpAddr> {
     let word = word.trim_matches(['{', '}', ';', '"']);
     let alone = word.split('/').next().unwrap_or(word);
     alone.parse().ok().or_else(|| word.parse::<SocketAddr>().ok().map(|at| at.ip()))
 }
 
-/// Waits until a host lists that many endpoints, of all hosts.
+/// Waits until a host lists this number of endpoints, of all hosts.
 pub fn wait_endpoint_count(host: &Host, count: usize) -> Result<()> {
     wait_until(SOON, &format!("{count} endpoints on {}", host.name()), || {
         let found = crate::endpoints(host)?;
@@ -179,7 +182,7 @@ pub fn wait_endpoint_count(host: &Host, count: usize) -> Result<()> {
     })
 }
 
-/// The names of a host's interfaces.
+/// Interface names of a host, sorted.
 fn interfaces(host: &Host) -> Result<Vec<String>> {
     let links = host.ip_json(&["link", "show"])?;
     let mut names: Vec<String> =
@@ -188,27 +191,27 @@ fn interfaces(host: &Host) -> Result<Vec<String>> {
     Ok(names)
 }
 
-/// A runtime's directory on its host. What is mounted in it is unmounted with it.
+/// The directory of a runtime on its host. When it is dropped, mounts in it are unmounted and it is removed.
 #[derive(Debug)]
-struct Home {
+struct RuntimeDir {
     host: Host,
     dir: PathBuf,
 }
 
-impl Home {
-    /// Makes the directory.
+impl RuntimeDir {
+    /// Creates the directory.
     fn new(host: &Host, name: &str) -> Result<Self> {
         let dir = host.dir().join(name);
-        fs::create_dir(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
-        Ok(Home { host: host.clone(), dir })
+        fs::create_dir(&dir).with_context(|| format!("cannot create {}", dir.display()))?;
+        Ok(RuntimeDir { host: host.clone(), dir })
     }
 
-    /// A path in it, as text.
+    /// Path of an entry, as text.
     fn path(&self, name: &str) -> String {
         self.dir.join(name).to_string_lossy().into_owned()
     }
 
-    /// Writes a file into it.
+    /// Writes a file in the directory.
     fn write(&self, name: &str, text: &str) -> Result<()> {
         let path = self.path(name);
         fs::write(&path, text).with_context(|| format!("cannot write {path}"))
@@ -216,7 +219,7 @@ impl Home {
 
     fn clean(&self) -> Result<()> {
         let mounts = fs::read_to_string("/proc/self/mounts").context("cannot list mounts")?;
-        // The latest first: it may lie on an earlier one.
+        // Unmount the latest mount first: it may lie on an earlier one.
         for mount in mounts.lines().rev().filter_map(|line| line.split(' ').nth(1)) {
             if Path::new(mount).starts_with(&self.dir) {
                 umount2(mount, MntFlags::MNT_DETACH).with_context(|| format!("cannot unmount {mount}"))?;
@@ -226,11 +229,11 @@ impl Home {
     }
 }
 
-impl Drop for Home {
+impl Drop for RuntimeDir {
     fn drop(&mut self) {
         if thread::panicking() {
             let calls = fs::read_to_string(self.dir.join(cni::RECORD)).unwrap_or_default();
-            eprintln!("--- {}: the last calls of the plugin:\n{}", self.host.name(), tail(&calls));
+            eprintln!("--- {}: last plugin calls:\n{}", self.host.name(), tail(&calls));
         }
         if let Err(error) = self.clean() {
             eprintln!("{}: {error:#}", self.host.name());
@@ -238,13 +241,13 @@ impl Drop for Home {
     }
 }
 
-/// The last lines of a log.
+/// The last [`LOG_LINES`] lines of a log.
 fn tail(text: &str) -> String {
     let lines: Vec<&str> = text.lines().collect();
     lines[lines.len().saturating_sub(LOG_LINES)..].join("\n")
 }
 
-/// The standard output of a command that must have succeeded.
+/// Returns the standard output of a command, or an error if it failed.
 fn succeeded(output: Output, what: &str) -> Result<String> {
     let Output { status, stdout, stderr } = output;
     ensure!(status.success(), "`{what}` failed ({status}): {}{}", stdout.trim(), stderr.trim());
@@ -256,7 +259,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn addresses_are_found_in_what_tools_print() {
+    fn addresses_are_parsed_from_tool_output() {
         let v4 = Some("10.60.0.5".parse().unwrap());
         let v6 = Some("fd60::5".parse().unwrap());
         for word in ["10.60.0.5", "10.60.0.5/32", "10.60.0.5:8080", "{10.60.0.5", "10.60.0.5;"] {
@@ -271,8 +274,8 @@ mod tests {
     }
 
     #[test]
-    fn a_program_that_is_missing_is_named_with_its_package() {
-        let error = need("no-such-program", "some-package").unwrap_err().to_string();
+    fn missing_program_error_names_its_package() {
+        let error = require_program("no-such-program", "some-package").unwrap_err().to_string();
         assert!(
             error.contains("no-such-program") && error.contains("apt-get install some-package"),
             "{error}"

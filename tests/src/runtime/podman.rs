@@ -1,4 +1,4 @@
-//! Podman as root, with its CNI back end.
+//! Podman as root, with the CNI network backend.
 
 use std::net::IpAddr;
 
@@ -7,25 +7,25 @@ use netns_lab::{Host, Output};
 use serde_json::Value;
 
 use super::image::{self, IMAGE, PAUSE_IMAGE};
-use super::{Cni, Home, NETWORK, Place, need, succeeded};
+use super::{Cni, CommandTarget, NETWORK, RuntimeDir, require_program, succeeded};
 
-/// Podman on one host. Its containers and pods go with it.
+/// A Podman on one host. Its containers and pods are removed when it is dropped.
 #[derive(Debug)]
 pub struct Podman {
-    home: Home,
-    /// What it is told to use.
+    home: RuntimeDir,
+    /// Its CNI configuration.
     pub cni: Cni,
 }
 
 impl Podman {
-    /// Everything that it needs, and the image.
+    /// Installs its configuration and loads the images.
     pub fn new(host: &Host) -> Result<Self> {
         for (program, package) in
             [("podman", "podman"), ("runc", "runc"), ("conmon", "conmon"), ("iptables", "iptables")]
         {
-            need(program, package)?;
+            require_program(program, package)?;
         }
-        let home = Home::new(host, "podman")?;
+        let home = RuntimeDir::new(host, "podman")?;
         let cni = Cni::install(&home)?;
         home.write("containers.conf", &settings(&cni))?;
         let archive = image::make(&home.dir)?;
@@ -34,32 +34,32 @@ impl Podman {
         Ok(podman)
     }
 
-    /// `podman` with these arguments, however it ends.
+    /// Runs `podman` with these arguments, and returns its output and exit status.
     pub fn try_call(&self, args: &[&str]) -> Result<Output> {
         let settings = format!("CONTAINERS_CONF={}", self.home.path("containers.conf"));
         let [root, run, tmp] = ["root", "run", "tmp"].map(|name| self.home.path(name));
         let podman = ["env", &settings, "podman", "--storage-driver", "vfs"];
-        let places = ["--root", &root, "--runroot", &run, "--tmpdir", &tmp];
-        self.home.host.exec([&podman[..], &places, args].concat())
+        let dirs = ["--root", &root, "--runroot", &run, "--tmpdir", &tmp];
+        self.home.host.exec([&podman[..], &dirs, args].concat())
     }
 
-    /// `podman` with these arguments, which must succeed: its standard output.
+    /// Runs `podman` with these arguments, which must succeed, and returns its standard output.
     pub fn call(&self, args: &[&str]) -> Result<String> {
         succeeded(self.try_call(args)?, &format!("podman {}", args.join(" ")))
             .with_context(|| format!("on {}", self.home.host.name()))
     }
 
-    /// Starts a container of the image under that name in the network, with further arguments.
+    /// Starts a container of the image on [`NETWORK`], with further arguments.
     pub fn run(&self, name: &str, more: &[&str]) -> Result<Container<'_>> {
         self.start(name, &[&["--network", NETWORK], more].concat(), &[])
     }
 
-    /// Makes a pod in the network, with further arguments.
+    /// Creates a pod on [`NETWORK`], with further arguments.
     pub fn pod(&self, name: &str, more: &[&str]) -> Result<()> {
         self.call(&[&["pod", "create", "--name", name, "--network", NETWORK], more].concat()).map(drop)
     }
 
-    /// Starts a container in a pod, whose program serves on that port.
+    /// Starts a container in a pod, whose HTTP server listens on this port.
     pub fn run_in_pod(&self, pod: &str, name: &str, port: u16) -> Result<Container<'_>> {
         self.start(name, &["--pod", pod], &["/bin/serve", &port.to_string()])
     }
@@ -69,7 +69,7 @@ impl Podman {
         Ok(Container { podman: self, name: name.to_owned() })
     }
 
-    /// Removes everything.
+    /// Removes all pods and containers.
     fn clear(&self) -> Result<()> {
         self.call(&["pod", "rm", "--all", "--force", "--time", "0"])?;
         self.call(&["rm", "--all", "--force", "--time", "0"]).map(drop)
@@ -84,7 +84,7 @@ impl Drop for Podman {
     }
 }
 
-/// `containers.conf`: nothing of the machine's own, and what a build machine without systemd needs.
+/// Returns `containers.conf`: it uses nothing of the machine's own Podman, and works without systemd.
 fn settings(cni: &Cni) -> String {
     format!(
         r#"[containers]
@@ -109,7 +109,7 @@ network_config_dir = "{networks}"
     )
 }
 
-/// A container that runs.
+/// A running container.
 #[derive(Debug)]
 pub struct Container<'podman> {
     podman: &'podman Podman,
@@ -117,14 +117,14 @@ pub struct Container<'podman> {
 }
 
 impl Container<'_> {
-    /// What `podman inspect` says of its network.
+    /// The part of `podman inspect` about [`NETWORK`].
     pub fn inspect(&self) -> Result<Value> {
         let text = self.podman.call(&["inspect", "--type", "container", &self.name])?;
-        let mut all: Value = serde_json::from_str(&text).with_context(|| format!("no JSON: {text}"))?;
+        let mut all: Value = serde_json::from_str(&text).with_context(|| format!("not JSON: {text}"))?;
         Ok(all[0]["NetworkSettings"]["Networks"][NETWORK].take())
     }
 
-    /// Removes it, and gives the addresses that it had.
+    /// Removes it, and returns the addresses that it had.
     pub fn remove(self) -> Result<Vec<IpAddr>> {
         let addresses = self.addresses()?;
         self.podman.call(&["rm", "--force", "--time", "0", &self.name])?;
@@ -132,7 +132,7 @@ impl Container<'_> {
     }
 }
 
-impl Place for Container<'_> {
+impl CommandTarget for Container<'_> {
     fn called(&self) -> String {
         format!("container {} on {}", self.name, self.podman.home.host.name())
     }

@@ -1,4 +1,4 @@
-//! The guest agent of a machine, over a Unix socket: one JSON object a line.
+//! Client of a machine's QEMU guest agent, over a Unix socket with one JSON object a line.
 
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::os::unix::net::UnixStream;
@@ -12,17 +12,17 @@ use anyhow::{Context as _, Result, bail, ensure};
 use data_encoding::BASE64;
 use serde_json::{Value, json};
 
-use crate::machine::Ran;
+use crate::machine::CommandOutput;
 
-/// How long the agent may take for an answer: it does nothing that takes time.
+/// Timeout for a response. The agent itself does nothing that takes long.
 const ANSWER: Duration = Duration::from_secs(60);
-/// How long one attempt to be heard takes. A machine that boots answers what was sent before, once it can.
+/// Timeout of one attempt to reach the agent. A booting machine answers earlier requests once its agent runs.
 const ATTEMPT: Duration = Duration::from_secs(5);
-/// Until the first look at a command that runs, and the longest time between two: each look takes time that the
-/// command could have had.
-const LOOK: (Duration, Duration) = (Duration::from_millis(30), Duration::from_millis(400));
+/// Shortest and longest pause between two checks of a running command. Each check takes time that the command could
+/// use.
+const PAUSES: (Duration, Duration) = (Duration::from_millis(30), Duration::from_millis(400));
 
-/// The way to a machine's agent.
+/// Connection to a machine's agent.
 #[derive(Debug)]
 pub(crate) struct Agent {
     socket: PathBuf,
@@ -41,11 +41,11 @@ impl Agent {
     }
 
     /// Runs a script with `sh`.
-    pub(crate) fn run(&self, timeout: Duration, script: &str) -> Result<Ran> {
+    pub(crate) fn run(&self, timeout: Duration, script: &str) -> Result<CommandOutput> {
         let deadline = Instant::now() + timeout;
         let arguments = json!({ "path": "/bin/sh", "arg": ["-c", script], "capture-output": true });
         let pid = self.ask("guest-exec", &arguments, ANSWER)?["pid"].clone();
-        let (mut pause, longest) = LOOK;
+        let (mut pause, longest) = PAUSES;
         loop {
             thread::sleep(pause);
             pause = (pause * 3 / 2).min(longest);
@@ -53,17 +53,17 @@ impl Agent {
             if status["exited"] == true {
                 let code =
                     status["exitcode"].as_i64().or(status["signal"].as_i64().map(|signal| 128 + signal));
-                return Ok(Ran {
+                return Ok(CommandOutput {
                     code: i32::try_from(code.context("neither a status nor a signal")?)?,
                     out: decode(&status["out-data"])?,
                     err: decode(&status["err-data"])?,
                 });
             }
-            ensure!(Instant::now() < deadline, "`{script}` has not ended within {timeout:?}");
+            ensure!(Instant::now() < deadline, "`{script}` did not finish within {timeout:?}");
         }
     }
 
-    /// The kernel's id of this boot, as soon as the agent answers; one attempt.
+    /// Kernel's ID of this boot. One attempt, which fails while the agent does not answer.
     pub(crate) fn boot_id(&self) -> Result<String> {
         let path = json!({ "path": "/proc/sys/kernel/random/boot_id", "mode": "r" });
         let handle = self.ask("guest-file-open", &path, ATTEMPT)?;
@@ -72,7 +72,7 @@ impl Agent {
         decode(&read["buf-b64"])
     }
 
-    /// Forgets the connection: the agent at its other end is gone.
+    /// Drops the connection, whose other end is gone.
     pub(crate) fn reset(&self) {
         *self.connection.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
@@ -88,7 +88,7 @@ impl Agent {
             connection.ask(command, arguments)
         })();
         if result.is_err() {
-            // What arrives late must not be taken for the answer to the next question.
+            // A late response must not be taken for the response to the next request.
             *slot = None;
         }
         result.with_context(|| format!("asking the agent for {command}"))
@@ -96,7 +96,7 @@ impl Agent {
 }
 
 impl Connection {
-    /// Connects, and reads away what an earlier connection has left in the pipe.
+    /// Connects, and discards what an earlier connection left in the channel.
     fn open(socket: &PathBuf) -> Result<Self> {
         let writer = UnixStream::connect(socket)?;
         writer.set_write_timeout(Some(ATTEMPT))?;
@@ -104,7 +104,7 @@ impl Connection {
         let mut this = Self { reader: BufReader::new(writer.try_clone()?), writer };
         static LAST: AtomicU64 = AtomicU64::new(0);
         let id = LAST.fetch_add(1, Ordering::Relaxed) + 1;
-        // The byte in front ends whatever the agent's parser has in hand.
+        // The first byte makes the agent's parser drop an incomplete request.
         this.writer.write_all(b"\xff")?;
         this.send("guest-sync-delimited", &json!({ "id": id }))?;
         let deadline = Instant::now() + ATTEMPT;
@@ -113,7 +113,7 @@ impl Connection {
                 return Ok(this);
             }
         }
-        bail!("the agent is silent")
+        bail!("the agent does not answer")
     }
 
     fn ask(&mut self, command: &str, arguments: &Value) -> Result<Value> {

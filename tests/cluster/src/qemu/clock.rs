@@ -1,24 +1,25 @@
-//! What a machine is told of its clock.
+//! Kernel parameters for the clock of an emulated machine.
 
 use std::time::{Duration, Instant};
 
 /// How long the rate is measured.
 const MEASURED: Duration = Duration::from_millis(300);
 
-/// The part of the kernel's command line.
+/// Kernel parameters for the clock source.
 ///
-/// A kernel measures the rate of the time-stamp counter as it boots. On a busy host it is wrong by any factor then, and
-/// an hour passes in a few minutes. The emulated counter is the host's own, whose rate can be found out here, with
-/// patience; the kernel measures again later, and keeps what it was told when it finds more than a hundredth beside it.
+/// A kernel measures the rate of the time-stamp counter at boot. On a busy host the result can be wrong by any
+/// factor, and an hour passes in a few minutes. The emulated counter is the host's, whose rate can be measured here
+/// over a longer time. The kernel measures again later, and keeps the given rate if its own result differs by more
+/// than 1 %.
 pub(super) fn parameters() -> String {
     match rate() {
         Some(khz) => format!("tsc=reliable tsc_early_khz={khz}"),
-        // The rate of this one is known, but each look at it costs as much as some thousand instructions.
+        // The rate of this clock is known, but reading it costs as much as some thousand instructions.
         None => "tsc=unstable clocksource=acpi_pm".to_owned(),
     }
 }
 
-/// In kHz.
+/// Measures the rate of the time-stamp counter in kHz.
 fn rate() -> Option<u64> {
     let (began, from) = sample()?;
     std::thread::sleep(MEASURED);
@@ -27,7 +28,7 @@ fn rate() -> Option<u64> {
     to.checked_sub(from)?.saturating_mul(1000).checked_div(passed)
 }
 
-/// The counter and the time of one instant: the pair that was read most quickly, so that nothing came in between.
+/// Reads the counter and the time together: of many pairs, the one that was read most quickly, without interruption.
 fn sample() -> Option<(Instant, u64)> {
     (0..1000)
         .filter_map(|_| {
@@ -41,7 +42,7 @@ fn sample() -> Option<(Instant, u64)> {
 
 #[cfg(target_arch = "x86_64")]
 fn counter() -> Option<u64> {
-    // SAFETY: the instruction reads a register, and every processor that QEMU's emulation is used on has it.
+    // SAFETY: the instruction only reads a register, and every processor that runs QEMU here has it.
     Some(unsafe { std::arch::x86_64::_rdtsc() })
 }
 

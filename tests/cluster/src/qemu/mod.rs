@@ -1,6 +1,5 @@
-//! Machines under plain QEMU, without hardware virtualisation, on a switch in a network namespace of
-//! their own. Everything here ends with this process: the machines are told to die with it, and what
-//! is left of a namespace goes with the next run.
+//! Machines under plain QEMU, without hardware virtualisation, on a switch in a network namespace. Everything ends with
+//! this process: the machines are killed with it, and the next run removes what is left of a namespace.
 
 mod agent;
 mod clock;
@@ -20,23 +19,23 @@ use nix::sys::signal::kill;
 use nix::unistd::Pid;
 
 use self::agent::Agent;
-use crate::machine::{Machine, Ran};
+use crate::machine::{CommandOutput, Machine};
 
-/// From the start of a machine to its first command. It takes 20 s where nobody else is at work.
+/// Timeout from the start of a machine to its first command. It takes 20 s on an idle host.
 const BOOT: Duration = Duration::from_secs(180);
-/// What namespaces are called, with the process id behind.
+/// Prefix of the namespace names, before the process ID.
 const NAMESPACE: &str = "ovl-cluster-";
-/// Where the second disk is unpacked.
+/// Directory where the second disk is unpacked.
 const FILES: &str = "/opt/ovl";
 const BRIDGE: &str = "switch";
 
-/// The switch; it goes with the last machine on it.
+/// The switch. It is removed with the last machine on it.
 #[derive(Debug)]
 struct Switch {
     namespace: String,
 }
 
-/// One machine.
+/// A machine under QEMU.
 #[derive(Debug)]
 pub(crate) struct Qemu {
     name: String,
@@ -50,9 +49,9 @@ pub(crate) struct Qemu {
     switch: std::sync::Arc<Switch>,
 }
 
-/// Starts that many machines from an image, and waits until all of them take commands.
+/// Starts machines from an image, and waits until all of them accept commands.
 ///
-/// `files` is a tar archive, which they find unpacked; `dir` takes sockets and consoles.
+/// `files` is a tar archive, which is unpacked on the machines. `dir` is for sockets and consoles.
 pub(crate) fn start(count: u8, image: &Path, files: &Path, dir: &Path) -> Result<Vec<Qemu>> {
     let switch = std::sync::Arc::new(Switch::new()?);
     let machines = (1..=count)
@@ -83,12 +82,12 @@ impl Switch {
 
 impl Drop for Switch {
     fn drop(&mut self) {
-        // There is nothing that could be done about an error; the next run tries again.
+        // On an error, the next run tries again.
         ip(&["netns", "del", &self.namespace]).ok();
     }
 }
 
-/// Removes the namespaces of runs that were killed. Their machines died with them.
+/// Deletes the namespaces of runs that were killed. Their machines were killed with them.
 fn sweep() -> Result<()> {
     let Ok(entries) = fs::read_dir("/run/netns") else { return Ok(()) };
     for entry in entries {
@@ -103,8 +102,8 @@ fn sweep() -> Result<()> {
 
 fn ip(words: &[&str]) -> Result<()> {
     let output = Command::new("ip").args(words).output().context("cannot run ip")?;
-    let said = String::from_utf8_lossy(&output.stderr);
-    ensure!(output.status.success(), "`ip {}` failed: {}", words.join(" "), said.trim());
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "`ip {}` failed: {}", words.join(" "), stderr.trim());
     Ok(())
 }
 
@@ -130,7 +129,7 @@ impl Qemu {
             u128::from(number) + (u128::from(std::process::id()) << 32) + (0x6f76_6c00_u128 << 96)
         );
         let mut command = Command::new("ip");
-        // Killed together with us, whatever ends us.
+        // QEMU is killed with this process, however this ends.
         command.args(["netns", "exec", &switch.namespace, "setpriv", "--pdeathsig", "KILL"]).args([
             "qemu-system-x86_64",
             "-nodefaults",
@@ -147,7 +146,7 @@ impl Qemu {
             "qboot.rom",
             "-m",
             "384",
-            // A machine that turns itself off is stopped, and can be started again with its disk.
+            // A machine that powers itself off is only stopped, and can be started again with its disk.
             "-no-shutdown",
             "-device",
             "virtio-rng-pci",
@@ -165,7 +164,7 @@ impl Qemu {
         pair("-serial", format!("file:{}", console.display()));
         pair("-qmp", format!("unix:{},server=on,wait=off", qmp.display()));
         pair("-chardev", format!("socket,id=agent,path={},server=on,wait=off", socket.display()));
-        // What is written stays in memory and in a temporary file: all machines share one image.
+        // All machines share one image. Their writes go to a temporary file.
         let disk = image.join("disk");
         pair("-drive", format!("file={},format=raw,if=virtio,snapshot=on", disk.display()));
         pair("-drive", format!("file={},format=raw,if=virtio,readonly=on", files.display()));
@@ -190,11 +189,11 @@ impl Qemu {
         })
     }
 
-    /// Waits for a boot other than this one.
+    /// Waits for a boot with another boot ID than `last`.
     fn wait_boot(&self, last: &str) -> Result<()> {
         let id = wait_until(BOOT, &format!("{} to boot", self.name), || {
             let id = self.agent.boot_id()?;
-            ensure!(id != last, "it has not gone down yet");
+            ensure!(id != last, "not rebooted yet");
             Ok(Some(id))
         })?;
         *self.booted.lock().unwrap_or_else(PoisonError::into_inner) = id;
@@ -223,13 +222,13 @@ impl Machine for Qemu {
         FILES
     }
 
-    fn run_for(&self, timeout: Duration, script: &str) -> Result<Ran> {
+    fn run_for(&self, timeout: Duration, script: &str) -> Result<CommandOutput> {
         self.agent.run(timeout, script).with_context(|| format!("on {}", self.name))
     }
 
     fn reboot(&self) -> Result<()> {
         let last = self.boot();
-        // In a moment, so that the agent can answer before it is ended.
+        // Delayed, so that the agent can answer before it is stopped.
         let script = "(sleep 0.5; systemctl reboot) >/dev/null 2>&1 </dev/null &";
         self.run_for(crate::machine::SOON, script)?;
         self.wait_boot(&last)
@@ -257,7 +256,7 @@ impl Machine for Qemu {
 
 impl Drop for Qemu {
     fn drop(&mut self) {
-        // Errors mean that it has ended, which is what is wanted.
+        // Errors mean that QEMU has exited already.
         self.child.kill().ok();
         self.child.wait().ok();
     }

@@ -1,4 +1,4 @@
-//! QEMU's own socket: a machine is stopped, reset and let go on by it.
+//! Client of QEMU's monitor (QMP), which stops, resets and resumes a machine.
 
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::os::unix::net::UnixStream;
@@ -8,10 +8,10 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 use serde_json::{Value, json};
 
-/// How long QEMU may take for one.
+/// Timeout for a response of QEMU.
 const ANSWER: Duration = Duration::from_secs(20);
 
-/// Carries these commands out, one after the other.
+/// Runs these commands, one after the other.
 pub(crate) fn run(socket: &Path, commands: &[&str]) -> Result<()> {
     let mut writer = UnixStream::connect(socket)?;
     writer.set_read_timeout(Some(ANSWER))?;
@@ -22,8 +22,8 @@ pub(crate) fn run(socket: &Path, commands: &[&str]) -> Result<()> {
             let mut line = String::new();
             ensure!(reader.read_line(&mut line)? > 0, "QEMU closed its socket");
             let answer: Value = serde_json::from_str(&line)?;
-            ensure!(answer["error"].is_null(), "QEMU refuses {command}: {}", answer["error"]["desc"]);
-            // Greetings and events come in between.
+            ensure!(answer["error"].is_null(), "QEMU rejects {command}: {}", answer["error"]["desc"]);
+            // Skip greetings and events.
             if !answer["return"].is_null() {
                 break;
             }

@@ -1,4 +1,4 @@
-//! Encrypted networks by the kernel's WireGuard.
+//! Encrypted networks with the kernel's WireGuard.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -9,12 +9,12 @@ use crate::flow::none_lost;
 use crate::machine::Machine;
 use crate::world::{Workload, World};
 
-/// What pings carry, and the wire must not: `ovlmark!`.
+/// Pattern in pings that must not be visible on the underlay, `ovlmark!`.
 const MARKER: &str = "6f766c6d61726b21";
-/// The first end of the tunnel.
+/// The WireGuard device of the first key epoch.
 const DEVICE: &str = "ovt-0";
 
-/// A peer as `wg` shows it.
+/// A peer in the output of `wg`.
 struct Peer {
     endpoint: String,
     allowed: BTreeSet<String>,
@@ -28,14 +28,14 @@ pub(super) fn kernel(world: &World<'_>) -> Result<String> {
     let (switched, routed) = (world.workloads("secret")?, world.workloads("secret-pods")?);
     for all in [&switched, &routed] {
         world.ping_all(all)?;
-        marked(all)?;
+        ping_marked(all)?;
     }
     world.wait_settled()?;
-    keys(world)?;
+    ensure_keys(world)?;
     let rates = (switched[0].tcp(&switched[1], 2)?, routed[0].tcp(&routed[1], 2)?);
-    world.on_all(nothing_plain)?;
+    world.on_all(ensure_nothing_unencrypted)?;
 
-    // The device is the kernel's: it goes on without the daemon.
+    // The device belongs to the kernel, so it works without the daemon.
     let flows = Flow::start(&[(&switched[0], &switched[1]), (&routed[0], &routed[1])])?;
     first.ok("systemctl kill -s KILL ovld")?;
     first.wait("ovlctl verify")?;
@@ -43,7 +43,7 @@ pub(super) fn kernel(world: &World<'_>) -> Result<String> {
     Ok(format!("TCP {:.0} and {:.0} Mbit/s; daemon killed: {lost}", rates.0, rates.1))
 }
 
-/// One machine does it in ovld, the others in their kernels; then a key is rotated among them.
+/// One machine encrypts in ovld and the others in their kernels, and keys are rotated.
 pub(super) fn mixed(world: &World<'_>) -> Result<String> {
     const CONFIG: &str = "/etc/ovl/ovld.toml";
     let (first, last) = (world.machines[0], world.last());
@@ -61,7 +61,7 @@ pub(super) fn mixed(world: &World<'_>) -> Result<String> {
     let (switched, routed) = (world.workloads("secret")?, world.workloads("secret-pods")?);
     for all in [&switched, &routed] {
         world.ping_all(all)?;
-        marked(all)?;
+        ping_marked(all)?;
     }
     world.wait_settled()?;
     let (Some(there), Some(routed_there)) = (switched.last(), routed.last()) else {
@@ -71,18 +71,19 @@ pub(super) fn mixed(world: &World<'_>) -> Result<String> {
     let flows =
         Flow::start(&[(&switched[0], &switched[1]), (&switched[0], there), (&routed[0], routed_there)])?;
     first.ok("timeout 120 ovlctl key rotate")?;
-    last.ok("timeout 120 ovlctl key rotate || { sleep 20; timeout 120 ovlctl key rotate; }")?;
+    // Refused while the first machine's rotation is in progress.
+    last.wait("timeout 120 ovlctl key rotate")?;
     let lost = none_lost(flows)?;
-    world.on_all(nothing_plain)?;
+    world.on_all(ensure_nothing_unencrypted)?;
     last.ok(&format!("cp /run/ovld.toml {CONFIG}; systemctl restart ovld"))?;
     world.ping_all(&switched)?;
     world.wait_settled()?;
     Ok(format!("TCP {:.0} and {:.0} Mbit/s; two keys rotated: {lost}", rates.0, rates.1))
 }
 
-/// Each machine's tunnel has exactly the others as peers, with the keys that these have themselves, at their
-/// addresses, and no address is allowed to two of them.
-fn keys(world: &World<'_>) -> Result<()> {
+/// Checks that each machine's tunnel has exactly the other machines as peers, with their own keys and addresses, and
+/// that no prefix is allowed for two of them.
+fn ensure_keys(world: &World<'_>) -> Result<()> {
     let shown = world.on_all(|machine| {
         let differences = machine.ctl("plan")?;
         ensure!(differences.as_array().is_some_and(Vec::is_empty), "{}: {differences}", machine.name());
@@ -98,17 +99,20 @@ fn keys(world: &World<'_>) -> Result<()> {
     for (own, _, peers) in &shown {
         let others: BTreeSet<&String> =
             shown.iter().map(|(key, _, _)| key).filter(|key| *key != own).collect();
-        ensure!(peers.keys().collect::<BTreeSet<_>>() == others, "other peers than the members have keys");
+        ensure!(
+            peers.keys().collect::<BTreeSet<_>>() == others,
+            "the peers are not exactly the other members"
+        );
         let mut seen = BTreeSet::new();
         for (key, peer) in peers {
             let (_, address, _) =
-                shown.iter().find(|(each, _, _)| each == key).context("a stranger's key")?;
+                shown.iter().find(|(each, _, _)| each == key).context("the key of an unknown host")?;
             ensure!(
                 peer.endpoint.contains(address.as_str()),
-                "{key} at {} and not at {address}",
+                "{key} is at {} instead of {address}",
                 peer.endpoint
             );
-            ensure!(!peer.allowed.is_empty(), "nothing is allowed to {key}");
+            ensure!(!peer.allowed.is_empty(), "no prefix is allowed for {key}");
             for prefix in &peer.allowed {
                 ensure!(seen.insert(prefix), "{prefix} is allowed twice");
             }
@@ -121,7 +125,9 @@ fn peers(dump: &str) -> Result<BTreeMap<String, Peer>> {
     dump.lines()
         .map(|line| {
             let mut fields = line.split('\t');
-            let mut next = || fields.next().map(str::to_owned).with_context(|| format!("{line:?} of wg"));
+            let mut next = || {
+                fields.next().map(str::to_owned).with_context(|| format!("unexpected line of wg: {line:?}"))
+            };
             let (key, endpoint, allowed) = (next()?, next()?, next()?);
             let allowed = allowed.split(',').filter(|each| *each != "(none)").map(str::to_owned).collect();
             Ok((key, Peer { endpoint, allowed }))
@@ -129,7 +135,7 @@ fn peers(dump: &str) -> Result<BTreeMap<String, Peer>> {
         .collect()
 }
 
-/// Listens on the underlay until [`nothing_plain`].
+/// Starts a capture on the underlay, which [`ensure_nothing_unencrypted`] stops.
 fn capture(machine: &dyn Machine) -> Result<String> {
     machine.ok(
         &format!("tcpdump -i {} -s 200 -U -w /run/capture udp or icmp or icmp6 or ip proto 4 >/dev/null 2>/run/capture.log </dev/null & \
@@ -137,22 +143,22 @@ fn capture(machine: &dyn Machine) -> Result<String> {
     )
 }
 
-fn marked(all: &[Workload<'_>]) -> Result<()> {
+fn ping_marked(all: &[Workload<'_>]) -> Result<()> {
     for (from, to) in all.iter().zip(all.iter().cycle().skip(1)) {
         from.ok(&format!("ping -n -c 3 -i 0.2 -p {MARKER} {}", to.address))?;
     }
     Ok(())
 }
 
-/// The capture has tunnel packets, no marker, and nothing at the VXLAN port that this scenario's networks sent.
-fn nothing_plain(machine: &dyn Machine) -> Result<()> {
+/// Stops the capture, and checks that it has tunnel packets and no marker.
+fn ensure_nothing_unencrypted(machine: &dyn Machine) -> Result<()> {
     machine.ok(
         "kill -INT $(cat /run/capture.pid); while [ -e /proc/$(cat /run/capture.pid) ]; do sleep 0.1; done",
     )?;
     let marked = machine.ok("grep -c 'ovlmark!' /run/capture || true")?;
-    ensure!(marked == "0", "the marker is on the wire of {}", machine.name());
+    ensure!(marked == "0", "the marker is visible on the underlay of {}", machine.name());
     let tunnel = machine
         .ok("tcpdump -r /run/capture -n udp portrange 51940-51941 2>/dev/null | wc -l; rm /run/capture")?;
-    ensure!(tunnel != "0", "nothing went through the tunnel of {}", machine.name());
+    ensure!(tunnel != "0", "no packet went through the tunnel of {}", machine.name());
     Ok(())
 }

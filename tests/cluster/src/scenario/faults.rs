@@ -1,4 +1,4 @@
-//! Machines go and come back.
+//! Reboot, power failure and isolation of a machine.
 
 use anyhow::{Result, ensure};
 
@@ -7,12 +7,12 @@ use crate::flow::{Flow, none_lost};
 use crate::machine::Machine;
 use crate::world::World;
 
-/// In order: the others do not notice; it comes back with its networks.
+/// Reboots a machine gracefully: the others do not notice, and it returns with its networks.
 pub(super) fn reboot(world: &World<'_>) -> Result<String> {
     without(world, |machine| machine.reboot())
 }
 
-/// From one instant to the next.
+/// Powers a machine off and on again.
 pub(super) fn power(world: &World<'_>) -> Result<String> {
     without(world, |machine| {
         machine.power_off()?;
@@ -21,20 +21,20 @@ pub(super) fn power(world: &World<'_>) -> Result<String> {
     })
 }
 
-/// The last machine goes and comes, while the first two ping each other.
-fn without(world: &World<'_>, go_and_come: impl Fn(&dyn Machine) -> Result<()>) -> Result<String> {
+/// Takes the last machine down and up, while the first two ping each other.
+fn without(world: &World<'_>, take_down_and_up: impl Fn(&dyn Machine) -> Result<()>) -> Result<String> {
     let last = world.last();
     let (flat, pods) = (world.workloads("flat")?, world.workloads("pods")?);
     let others = Flow::start(&[(&flat[0], &flat[1]), (&pods[0], &pods[1])])?;
     world.network("straight", DIRECT)?;
-    go_and_come(last)?;
+    take_down_and_up(last)?;
     last.wait("systemctl is-active ovld")?;
     world.wait_settled()?;
-    // The block that it held, and its routes, without anybody's doing.
+    // The machine gets its block and its routes back by itself.
     let blocks = last.ctl("subnets")?;
     let own = blocks.as_array().into_iter().flatten();
     ensure!(own.clone().any(|each| each["node"] == last.name() && each["network"] == "pods"), "{blocks}");
-    // Endpoints end with the kernel; new ones reach everybody.
+    // Endpoints do not survive a reboot. New ones are reachable from everywhere.
     for network in ["flat", "pods", "straight"] {
         let all = world.workloads(network)?;
         world.ping_all(&all)?;
@@ -42,7 +42,7 @@ fn without(world: &World<'_>, go_and_come: impl Fn(&dyn Machine) -> Result<()>) 
     Ok(format!("between the others {}", none_lost(others)?))
 }
 
-/// Cut off until the others give it up, and back with all that it had.
+/// Cuts a machine off until the others declare it dead, and reconnects it with all that it had.
 pub(super) fn cut(world: &World<'_>) -> Result<String> {
     let last = world.last();
     let (flat, pods) = (world.workloads("flat")?, world.workloads("pods")?);
@@ -58,7 +58,7 @@ pub(super) fn cut(world: &World<'_>) -> Result<String> {
     Ok(format!("between the others {}", none_lost(others)?))
 }
 
-/// Waits until the others call a machine this.
+/// Waits until the other machines list a machine in this state.
 fn wait_state(world: &World<'_>, machine: &dyn Machine, state: &str) -> Result<()> {
     for other in world.machines.iter().filter(|other| other.name() != machine.name()) {
         other.wait_ctl("peers", &format!("{} {state}", machine.name()), |peers| {

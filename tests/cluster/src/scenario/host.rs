@@ -1,22 +1,22 @@
-//! Hosts with less than they should have, and with more.
+//! Machines that lack kernel modules, and machines with NetworkManager.
 
 use anyhow::{Result, ensure};
 
 use crate::flow::none_lost;
-use crate::world::{Undo, World, ensure_says};
+use crate::world::{Undo, World, ensure_contains};
 
-/// Where modules are forbidden.
+/// File that forbids kernel modules.
 const FORBIDDEN: &str = "/etc/modprobe.d/ovl-test.conf";
 const CONFIG: &str = "/etc/ovl/ovld.toml";
 
-/// What a kernel may lack: the module, and what is said then.
+/// Kernel modules, and the problem that is reported without each.
 const FEATURES: [(&str, &str); 3] = [
     ("vxlan", "no VXLAN: install or allow its module `vxlan`"),
     ("nf_tables", "no nftables: install or allow its module `nf_tables`"),
     ("wireguard", "no WireGuard devices (`modprobe wireguard`)"),
 ];
 
-/// A machine whose kernel has neither says so for each, and works as soon as it gets them.
+/// A machine whose kernel lacks the modules reports each of them, and works as soon as it gets them.
 pub(super) fn features(world: &World<'_>) -> Result<String> {
     let last = world.last();
     world.network("secret", "--subnet 10.73.0.0/16 --encrypted")?;
@@ -31,15 +31,15 @@ pub(super) fn features(world: &World<'_>) -> Result<String> {
     }
     last.ok(&format!("cp {CONFIG} /root/ovld.toml; sed -i '1i tunnel = \"kernel\"' {CONFIG}"))?;
     last.reboot()?;
-    for (_, said) in FEATURES {
-        last.wait(&format!("ovlctl status | grep -F '{said}'"))?;
+    for (_, problem) in FEATURES {
+        last.wait(&format!("ovlctl status | grep -F '{problem}'"))?;
     }
-    ensure_says(&last.ok("ovlctl status")?, &["degraded"])?;
-    for (module, said) in &FEATURES[..2] {
-        ensure_says(&last.ok("journalctl -u ovld -b -p warning -q --no-pager")?, &[said])?;
+    ensure_contains(&last.ok("ovlctl status")?, &["degraded"])?;
+    for (module, problem) in &FEATURES[..2] {
+        ensure_contains(&last.ok("journalctl -u ovld -b -p warning -q --no-pager")?, &[problem])?;
         last.ok(&format!("sed -i '/ {module} /d' {FORBIDDEN}"))?;
     }
-    // Without another start.
+    // Without a restart.
     last.wait(&format!("! ovlctl status | grep -F -e '{}' -e '{}'", FEATURES[0].1, FEATURES[1].1))?;
     let flat = world.workloads("flat")?;
     world.ping_all(&flat)?;
@@ -47,10 +47,10 @@ pub(super) fn features(world: &World<'_>) -> Result<String> {
     world.wait_settled()?;
     let secret = world.workloads("secret")?;
     world.ping_all(&secret)?;
-    Ok("vxlan, nf_tables and wireguard named".to_owned())
+    Ok("vxlan, nf_tables and wireguard reported when missing".to_owned())
 }
 
-/// NetworkManager leaves alone what is ours, old and new.
+/// NetworkManager leaves ovl's devices alone, existing and new ones.
 pub(super) fn network_manager(world: &World<'_>) -> Result<String> {
     let last = world.last();
     let flat = world.workloads("flat")?;

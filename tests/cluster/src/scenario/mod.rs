@@ -1,4 +1,4 @@
-//! What is tried, in order: each scenario finds the cluster as those before have left it, whole.
+//! The scenarios, in order. Each one finds the cluster intact, as the previous ones have left it.
 
 mod encryption;
 mod faults;
@@ -12,18 +12,18 @@ use anyhow::Result;
 
 use crate::world::World;
 
-/// Something that must work.
+/// A scenario.
 pub(crate) struct Scenario {
     pub(crate) name: &'static str,
     pub(crate) run: fn(&World<'_>) -> Result<String>,
-    /// Whether CI runs it, within its few minutes.
+    /// Whether CI runs it, within its time limit of a few minutes.
     pub(crate) ci: bool,
 }
 
-/// How many of [`ALL`] make the cluster that the others need.
+/// Number of scenarios at the start of [`ALL`] that create the cluster for the others.
 pub(crate) const NEEDED: usize = 4;
 
-/// All of them, in order.
+/// All scenarios, in order.
 pub(crate) const ALL: &[Scenario] = &[
     Scenario { name: "install", run: package::install, ci: true },
     Scenario { name: "form", run: service::form, ci: true },

@@ -5,11 +5,11 @@ use serde_json::{Value, json};
 
 use crate::flow::{Flow, at_most_lost, none_lost};
 use crate::machine::Machine;
-use crate::world::{World, ensure_says};
+use crate::world::{World, ensure_contains};
 
 /// Options of the network `straight`.
 pub(super) const DIRECT: &str = "--mode l3 --backend direct --subnet 10.72.0.0/16";
-/// Pings that may be lost until direct routes are back: 4 s.
+/// Number of pings that may be lost until direct routes are repaired: 4 s.
 const REPAIR: usize = 100;
 
 pub(super) fn switched(world: &World<'_>) -> Result<String> {
@@ -20,7 +20,7 @@ pub(super) fn routed(world: &World<'_>) -> Result<String> {
     connected(world, "pods", "--mode l3 --subnet 10.71.0.0/16 --subnet fd71::/48")
 }
 
-/// Routes over the segment, which networkd manages, and whose foreign routes it removes when it feels like it.
+/// Direct routes over the segment, which networkd manages, and whose foreign routes it may remove at any time.
 pub(super) fn direct(world: &World<'_>) -> Result<String> {
     connected(world, "straight", DIRECT)
 }
@@ -30,15 +30,15 @@ fn connected(world: &World<'_>, network: &str, options: &str) -> Result<String> 
     let all = world.workloads(network)?;
     world.ping_all(&all)?;
     if options.contains("fd7") {
-        six(world, network)?;
+        ping_ipv6(world, network)?;
     }
     let rate = all[0].tcp(&all[1], 2)?;
     world.wait_settled()?;
     Ok(format!("TCP {rate:.0} Mbit/s"))
 }
 
-/// The same over IPv6, from the first machine to the others.
-fn six(world: &World<'_>, network: &str) -> Result<()> {
+/// Pings over IPv6 from the first machine to the others.
+fn ping_ipv6(world: &World<'_>, network: &str) -> Result<()> {
     let endpoints = world.machines[0].ctl("endpoints")?;
     let addresses = endpoints.as_array().into_iter().flatten();
     for address in
@@ -51,7 +51,7 @@ fn six(world: &World<'_>, network: &str) -> Result<()> {
     Ok(())
 }
 
-/// As a runtime does it: the configuration that `ovlctl cni install` wrote, a process for each call.
+/// Attaches pods as a runtime does: with the configuration of `ovlctl cni install`, and one process for each call.
 pub(super) fn pods(world: &World<'_>) -> Result<String> {
     let addresses = world.on_all(|machine| {
         machine.ok("ovlctl cni install --network pods && ip netns add pod && ip -n pod link set lo up")?;
@@ -75,7 +75,7 @@ pub(super) fn pods(world: &World<'_>) -> Result<String> {
     Ok(String::new())
 }
 
-/// One call of the plugin.
+/// Calls the plugin once.
 fn cni(machine: &dyn Machine, command: &str, previous: &Value) -> Result<Value> {
     let list: Value = serde_json::from_str(&machine.ok("cat /etc/cni/net.d/pods.conflist")?)?;
     let mut config = list["plugins"][0].clone();
@@ -91,7 +91,7 @@ fn cni(machine: &dyn Machine, command: &str, previous: &Value) -> Result<Value> 
     Ok(if text.is_empty() { json!({}) } else { serde_json::from_str(&text)? })
 }
 
-/// udev and networkd look at everything again, and nothing of ours changes.
+/// udev and networkd process all devices again, and ovl's devices do not change.
 pub(super) fn link_managers(world: &World<'_>) -> Result<String> {
     let machine = world.last();
     world.network("straight", DIRECT)?;
@@ -101,13 +101,13 @@ pub(super) fn link_managers(world: &World<'_>) -> Result<String> {
     let load = world.load()?;
     machine.ok("udevadm trigger --action=add --subsystem-match=net && udevadm settle")?;
     let by_udev = none_lost(load)?;
-    ensure_says(&machine.ok("udevadm info /sys/class/net/ovb-*")?, &["10-ovl.link"])?;
+    ensure_contains(&machine.ok("udevadm info /sys/class/net/ovb-*")?, &["10-ovl.link"])?;
 
     if !machine.ok("systemctl is-active systemd-networkd || true")?.starts_with("active") {
-        return Ok(format!("udev: {by_udev}; networkd does not run here"));
+        return Ok(format!("udev: {by_udev}; networkd is not running"));
     }
-    // Restarted, networkd takes eth0's address away and sets it again. What the underlay loses then, networks on
-    // it lose too, and no more; routes directly over it are gone with the address, until ovld has set them again.
+    // When networkd is restarted, it removes eth0's address and sets it again. Networks on the underlay may lose what
+    // the underlay loses then, and no more. Direct routes are deleted with the address, until ovld sets them again.
     let load = world.load()?;
     let hosts = world.hosts();
     let underlay = Flow::start(&[(&hosts[1], &hosts[2])])?;

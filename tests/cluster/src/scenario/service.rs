@@ -5,15 +5,15 @@ use netns_lab::wait_until;
 
 use crate::flow::none_lost;
 use crate::machine::{Machine, SOON};
-use crate::world::{World, ensure_says};
+use crate::world::{World, ensure_contains};
 
-/// docs/operations.md explains each of the points that make it up.
+/// Highest accepted exposure level. docs/operations.md explains each point of it.
 const EXPOSURE: f64 = 3.0;
 
-/// The three become a cluster: key, configuration, start.
+/// Forms a cluster of the machines: key, configuration, start.
 pub(super) fn form(world: &World<'_>) -> Result<String> {
     let first = world.machines[0];
-    // As the package tells whoever installs it.
+    // The commands that the package prints.
     first.ok("ovlctl key generate >/etc/ovl/cluster.key")?;
     let key = first.ok("cat /etc/ovl/cluster.key")?;
     world.on_all(|machine| {
@@ -32,17 +32,17 @@ pub(super) fn form(world: &World<'_>) -> Result<String> {
     Ok(format!("{} members", world.machines.len()))
 }
 
-/// What the unit promises its manager.
+/// Checks the properties of the unit.
 pub(super) fn unit(world: &World<'_>) -> Result<String> {
     world.on_all(|machine| {
         let shown = machine
             .ok("systemctl show ovld -p Type -p WatchdogUSec -p Restart -p NRestarts -p After -p Before")?;
-        ensure_says(&shown, &["Type=notify", "WatchdogUSec=30s", "Restart=always", "NRestarts=0"])?;
-        ensure_says(&shown, &["network-online.target", "containerd.service"])?;
-        // Levels are the journal's, so that `journalctl -p warning` finds what there is.
+        ensure_contains(&shown, &["Type=notify", "WatchdogUSec=30s", "Restart=always", "NRestarts=0"])?;
+        ensure_contains(&shown, &["network-online.target", "containerd.service"])?;
+        // Log levels are the journal's priorities, so `journalctl -p warning` finds problems.
         machine.ok("journalctl -u ovld -o json --no-pager PRIORITY=6 OVL_KIND=peer | grep -q OVL_OBJECT")?;
-        let said = machine.ok("journalctl -u ovld -p err -q --no-pager")?;
-        ensure!(said.is_empty(), "errors in the journal: {said}");
+        let errors = machine.ok("journalctl -u ovld -p err -q --no-pager")?;
+        ensure!(errors.is_empty(), "errors in the journal: {errors}");
         Ok(())
     })?;
     Ok(world.machines[0].ok("systemctl show -P MemoryCurrent ovld")? + " bytes of memory")
@@ -66,8 +66,8 @@ pub(super) fn security(world: &World<'_>) -> Result<String> {
     Ok(format!("exposure {score}"))
 }
 
-/// What the unit forbids does not blind ovld: it mounts a namespace that the host sees, with names and a published port
-/// of the system's, sees processes of other users in it, and enters that of a process which is not root's.
+/// The restrictions of the unit do not get in the way: ovld mounts a namespace that the host sees, with DNS and a
+/// published port, sees processes of other users in it, and attaches the namespace of a process of another user.
 pub(super) fn sandbox(world: &World<'_>) -> Result<String> {
     let machine = world.machines[0];
     let flat = world.workloads("flat")?;
@@ -80,8 +80,8 @@ pub(super) fn sandbox(world: &World<'_>) -> Result<String> {
     let inside = machine.ok(&format!("ip netns exec box {nobody}"))?;
     machine.wait(&format!("readlink /proc/{inside}/exe | grep -q sleep"))?;
     let refused = machine.run("ovlctl sandbox rm box")?;
-    ensure!(refused.code == 1, "removed with a process in it: {refused}");
-    ensure_says(&refused.err, &[&inside])?;
+    ensure!(refused.code == 1, "the sandbox was removed with a process in it: {refused}");
+    ensure_contains(&refused.err, &[&inside])?;
     machine.ok(&format!("kill {inside}"))?;
     machine.wait("ovlctl sandbox rm box && [ ! -e /run/netns/box ]")?;
 
@@ -93,7 +93,7 @@ pub(super) fn sandbox(world: &World<'_>) -> Result<String> {
     Ok(String::new())
 }
 
-/// Stopped and started in order.
+/// Restarts ovld gracefully, under load.
 pub(super) fn restart(world: &World<'_>) -> Result<String> {
     let load = world.load()?;
     world.machines[1].ok("systemctl restart ovld")?;
@@ -101,7 +101,7 @@ pub(super) fn restart(world: &World<'_>) -> Result<String> {
     none_lost(load)
 }
 
-/// Killed three times in the middle of everything.
+/// Kills ovld three times, under load.
 pub(super) fn kill(world: &World<'_>) -> Result<String> {
     let load = world.load()?;
     let machine = world.machines[1];
@@ -114,12 +114,12 @@ pub(super) fn kill(world: &World<'_>) -> Result<String> {
     none_lost(load)
 }
 
-/// One that does nothing any more is replaced. Its patience is cut down so that this does not take half a minute.
+/// systemd replaces a frozen ovld. The watchdog time is reduced so that this does not take half a minute.
 pub(super) fn watchdog(world: &World<'_>) -> Result<String> {
     let machine = world.machines[1];
     let dir = "/run/systemd/system/ovld.service.d";
     machine.ok(&format!(
-        "mkdir -p {dir}; printf '[Service]\\nWatchdogSec=5\\n' >{dir}/patience.conf; systemctl daemon-reload; \
+        "mkdir -p {dir}; printf '[Service]\\nWatchdogSec=5\\n' >{dir}/watchdog.conf; systemctl daemon-reload; \
          systemctl restart ovld"
     ))?;
     world.wait_settled()?;
@@ -127,7 +127,7 @@ pub(super) fn watchdog(world: &World<'_>) -> Result<String> {
     let pid = machine.ok("systemctl show -P MainPID ovld")?;
     machine.ok(&format!("kill -STOP {pid}"))?;
     wait_other_daemon(machine, &pid)?;
-    ensure_says(&machine.ok("journalctl -u ovld -q --no-pager -n 50")?, &["atchdog"])?;
+    ensure_contains(&machine.ok("journalctl -u ovld -q --no-pager -n 50")?, &["atchdog"])?;
     machine.ok(&format!("rm -r {dir}; systemctl daemon-reload; systemctl restart ovld"))?;
     world.wait_settled()?;
     none_lost(load)

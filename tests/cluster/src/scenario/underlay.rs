@@ -1,4 +1,4 @@
-//! What lies under the networks is not what it was, or not what it should be.
+//! Changes and limitations of the underlay: addresses, delay, loss and firewalls.
 
 use std::net::{IpAddr, Ipv4Addr};
 
@@ -7,16 +7,17 @@ use anyhow::{Result, bail, ensure};
 use super::network::DIRECT;
 use crate::flow::{Flow, PINGS_A_SECOND, at_most_lost, none_lost};
 use crate::machine::SOON;
-use crate::world::{Undo, World, ensure_says};
+use crate::world::{Undo, World, ensure_contains};
 
-/// Pings that may be lost until all have followed a machine to its new address: 15 s. It waits for the old one
-/// for 2 s, and the machines are slow.
+/// Number of pings that may be lost until all machines have followed one to its new address: 15 s. ovld waits 2 s for
+/// the old address to return, and the machines are slow.
 const FOLLOWED: usize = 15 * PINGS_A_SECOND as usize;
 
-/// And while a firewall reads its rules, which on a machine of full speed is a fraction of a second: 20 s.
+/// Number of pings that may be lost while a firewall loads its rules: 20 s. At full speed it takes a fraction of a
+/// second.
 const RELOADED: usize = 20 * PINGS_A_SECOND as usize;
 
-/// A machine's address changes under its daemon, and back again while that does not run.
+/// A machine's address changes while its daemon runs, and back again while it is stopped.
 pub(super) fn address(world: &World<'_>) -> Result<String> {
     world.network("straight", DIRECT)?;
     world.network("secret", "--subnet 10.73.0.0/16 --encrypted")?;
@@ -41,7 +42,7 @@ pub(super) fn address(world: &World<'_>) -> Result<String> {
         world.ping_all(workloads)?;
     }
     world.wait_settled()?;
-    ensure_says(&last.ok("ovlctl events")?, &[&format!("follows its address to {new}")])?;
+    ensure_contains(&last.ok("ovlctl events")?, &[&format!("follows its address to {new}")])?;
     let mut sent = 0;
     let lost = at_most_lost(moved, FOLLOWED, &mut sent)?;
 
@@ -64,7 +65,7 @@ fn beside(address: IpAddr) -> Result<IpAddr> {
     Ok(Ipv4Addr::new(a, b, c, d + 100).into())
 }
 
-/// Waits until all machines know the last one at this address.
+/// Waits until all machines know the last one's address.
 fn wait_vtep(world: &World<'_>, address: IpAddr) -> Result<()> {
     let name = world.last().name();
     world
@@ -77,8 +78,8 @@ fn wait_vtep(world: &World<'_>, address: IpAddr) -> Result<()> {
         .map(drop)
 }
 
-/// First late, in another order and twice; then with losses. Nobody is taken for dead, nothing is lost that the
-/// underlay does not lose, and what is new gets everywhere.
+/// Packets are delayed, reordered and duplicated, and then lost. No machine is declared dead, nothing is lost that the
+/// underlay does not lose, and changes reach all machines.
 pub(super) fn netem(world: &World<'_>) -> Result<String> {
     let deaths = "journalctl -u ovld -q --no-pager | grep -c -- '-> dead' || true";
     let before = world.on_all(|machine| machine.ok(deaths))?;
@@ -93,10 +94,10 @@ pub(super) fn netem(world: &World<'_>) -> Result<String> {
             .to_owned(),
     );
 
-    // With room for all that TCP has under way: what finds none is lost.
+    // The queue has room for all that TCP has in flight. Otherwise it would drop packets.
     netem("limit 20000 delay 20ms 8ms reorder 25% 50% duplicate 5%")?;
     let load = world.load()?;
-    arrives(world, "late", "--subnet 10.75.0.0/16")?;
+    try_network(world, "late", "--subnet 10.75.0.0/16")?;
     world.on_all(|machine| {
         machine.ok(&format!("tc -s qdisc show dev {} | grep -q 'dropped 0,'", machine.link()))
     })?;
@@ -104,22 +105,22 @@ pub(super) fn netem(world: &World<'_>) -> Result<String> {
 
     netem("delay 10ms 3ms loss 10%")?;
     let load = world.load()?;
-    let rate = arrives(world, "lossy", "--mode l3 --subnet 10.76.0.0/16")?;
+    let rate = try_network(world, "lossy", "--mode l3 --subnet 10.76.0.0/16")?;
     let mut sent = 0;
     let most = at_most_lost(load, usize::MAX, &mut sent)?;
     world.wait_settled()?;
-    ensure!(before == world.on_all(|machine| machine.ok(deaths))?, "a machine was taken for dead");
+    ensure!(before == world.on_all(|machine| machine.ok(deaths))?, "a machine was declared dead");
     drop(undo);
     world.wait_settled()?;
     Ok(format!(
-        "late, reordered, doubled: {late}; 10 % loss each way: nobody taken for dead, TCP {rate:.1} Mbit/s, {most} \
+        "delayed, reordered, duplicated: {late}; 10 % loss each way: no machine declared dead, TCP {rate:.1} Mbit/s, {most} \
          lost on the worst of 6 flows ({} pings each)",
         sent / 6
     ))
 }
 
-/// A network that is made now, its workloads, and their TCP; then it goes again. Gives Mbit/s.
-fn arrives(world: &World<'_>, network: &str, options: &str) -> Result<f64> {
+/// Creates a network with workloads, measures TCP, and deletes it again. Returns Mbit/s.
+fn try_network(world: &World<'_>, network: &str, options: &str) -> Result<f64> {
     world.network(network, options)?;
     let all = world.workloads(network)?;
     world.ping_all(&all)?;
@@ -128,18 +129,18 @@ fn arrives(world: &World<'_>, network: &str, options: &str) -> Result<f64> {
     Ok(rate)
 }
 
-/// What Debian has that drops by default what comes in and what is forwarded: how it is turned on and off, and how
-/// docs/operations.md opens it.
+/// A firewall of Debian that drops incoming and forwarded packets by default: how to turn it on and off, and how to
+/// open it as docs/operations.md describes.
 struct Firewall {
-    /// With no more let in than the commands of the one who runs the scenarios.
+    /// Turns it on, and lets only ssh in, which the scenarios need.
     on: &'static str,
     off: &'static str,
-    /// Lets a segment in: segment, protocol, port or `FIRST:LAST`.
+    /// Lets a segment in. Parameters: segment, protocol, port or `FIRST:LAST`.
     open: fn(&str, &str, &str) -> String,
     /// Lets the routed network pass.
     pass: &'static str,
     reload: &'static str,
-    /// Succeeds when it has read its rules.
+    /// Succeeds once it has loaded its rules.
     active: &'static str,
 }
 
@@ -163,7 +164,7 @@ const FIREWALLD: Firewall = Firewall {
         )
     },
     pass: "firewall-cmd --permanent --zone=trusted --add-source=10.71.0.0/16 --add-source=fd71::/48 && systemctl reload firewalld",
-    // `firewall-cmd --reload` gives up after the bus's 25 s, which these machines may need.
+    // `firewall-cmd --reload` gives up after the D-Bus timeout of 25 s, which these machines may exceed.
     reload: "systemctl reload firewalld",
     active: "firewall-cmd --state && ! nft list table inet firewalld_policy_drop",
 };
@@ -176,16 +177,16 @@ pub(super) fn firewalld(world: &World<'_>) -> Result<String> {
     behind(world, &FIREWALLD)
 }
 
-/// One machine's firewall is active. With what docs/operations.md opens in it everything works.
+/// Activates a firewall on one machine, and opens it as docs/operations.md describes. Then everything works.
 fn behind(world: &World<'_>, firewall: &Firewall) -> Result<String> {
     let machine = world.machines[1];
     let networks = ["flat", "pods"];
     let all = networks.iter().map(|network| world.workloads(network)).collect::<Result<Vec<_>>>()?;
     let undo = Undo::on(vec![machine], firewall.off.to_owned());
-    // Both are programs in Python.
+    // ufw and firewalld are slow here, because they are written in Python.
     let run = |script: &str| machine.ok_for(SOON * 4, script).map(drop);
     run(firewall.on)?;
-    // Gossip passes, for this host speaks first; what VXLAN brings is nobody's answer.
+    // Gossip passes, because this host sends first. VXLAN packets are no replies.
     let (from, to) = (&all[0][0], &all[0][1]);
     from.machine.wait(&format!("! {} ping -n -c 2 -W 2 {}", from.exec(), to.address))?;
 
@@ -198,14 +199,14 @@ fn behind(world: &World<'_>, firewall: &Firewall) -> Result<String> {
     for workloads in &all {
         world.ping_all(workloads)?;
     }
-    // While it reads its rules it drops what belongs to no connection, and VXLAN's packets are nobody's answers. All
-    // goes on by itself when it has them.
+    // While the firewall loads its rules, it drops what belongs to no connection, such as VXLAN packets. Afterwards all
+    // traffic recovers by itself.
     let load = world.load()?;
     run(firewall.reload)?;
     machine.wait(firewall.active)?;
     let reloaded = at_most_lost(load, RELOADED, &mut 0)?;
     world.wait_settled()?;
-    // The daemon comes and goes without anybody noticing.
+    // A restart of the daemon loses no packet.
     let load = world.load()?;
     machine.ok("systemctl restart ovld")?;
     world.wait_settled()?;
@@ -214,7 +215,7 @@ fn behind(world: &World<'_>, firewall: &Firewall) -> Result<String> {
     drop(undo);
     world.wait_settled()?;
     Ok(format!(
-        "the daemon restarted: {lost}; rules read anew: {:.1} s without an answer",
+        "daemon restarted: {lost}; rules reloaded: {:.1} s without a reply",
         reloaded as f64 / f64::from(PINGS_A_SECOND)
     ))
 }
