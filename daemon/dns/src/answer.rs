@@ -1,23 +1,14 @@
 //! Answers queries from the zone, or decides that they are forwarded. Pure functions, which allocate nothing
 //! for the usual record types.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{Ipv4Addr, Ipv6Addr};
 
 use crate::name::Name;
 use crate::wire::{HEADER, QR, Query, QueryError, RA, Rcode, RecordType, Writer};
-use crate::zone::{NetworkKey, Records, Resolution, Zone};
+use crate::zone::{Client, NetworkKey, Records, Resolution, Zone};
 
 /// The time to live of answers from the zone, in seconds. Short, because endpoints come and go.
 pub(crate) const TTL: u32 = 5;
-
-/// The client that sent a query.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Client {
-    /// The host itself, which sees the names of all networks, by full names alone.
-    Host,
-    /// The endpoint with this address.
-    Endpoint(IpAddr),
-}
 
 /// The transport of a query.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -2,22 +2,22 @@
 
 use std::cell::Cell;
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::thread;
 
 use arc_swap::ArcSwap;
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, oneshot};
 
-use crate::answer::Client;
 use crate::forward::{Forwarder, Job, Lookup, Waiter};
 use crate::name::Name;
 use crate::resolv::ResolvConfWatcher;
 use crate::servers::{FailingServer, StubDomain};
+use crate::shared::{Counters, ListenRole, Shared};
 use crate::wire::{RecordType, question};
 use crate::zone::Zone;
 use crate::{sys, tcp, udp};
@@ -26,25 +26,6 @@ use crate::{sys, tcp, udp};
 const MAX_THREADS: usize = 4;
 /// The limit of queries that wait for the forwarding thread.
 const JOBS: usize = 1024;
-
-/// The kind of the clients at a listening address.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum ListenRole {
-    /// Endpoints, which the zone knows by their addresses.
-    Endpoints,
-    /// The host itself.
-    Host,
-}
-
-impl ListenRole {
-    #[inline]
-    pub(crate) fn client(self, from: IpAddr) -> Client {
-        match self {
-            Self::Endpoints => Client::Endpoint(from),
-            Self::Host => Client::Host,
-        }
-    }
-}
 
 /// A listening address for UDP and TCP. The host need not have the address yet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -79,25 +60,6 @@ pub struct Stats {
     pub forwarded: u64,
     /// Forwarded questions that no server answered.
     pub failed: u64,
-}
-
-/// The counters behind [`Stats`].
-#[derive(Debug, Default)]
-pub(crate) struct Counters {
-    pub(crate) answered: AtomicU64,
-    pub(crate) ignored: AtomicU64,
-    pub(crate) cached: AtomicU64,
-    pub(crate) forwarded: AtomicU64,
-    pub(crate) failed: AtomicU64,
-}
-
-/// The state that all threads share.
-#[derive(Debug)]
-pub(crate) struct Shared {
-    pub(crate) zone: ArcSwap<Zone>,
-    pub(crate) counters: Counters,
-    pub(crate) failing: ArcSwap<Vec<FailingServer>>,
-    pub(crate) ending: AtomicBool,
 }
 
 /// A DNS server. It ends when it is dropped.

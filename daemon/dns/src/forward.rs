@@ -14,10 +14,10 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::answer::{self, Target};
 use crate::cache::{Cache, Question};
-use crate::engine::Shared;
 use crate::name::Name;
 use crate::resolv::ResolvConfWatcher;
 use crate::servers::{Servers, StubDomain};
+use crate::shared::Shared;
 use crate::upstream::{self, Reply};
 use crate::wire::{AA, AD, HEADER, QR, Query, RA, Rcode, TC, opt, u16_at};
 

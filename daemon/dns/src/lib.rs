@@ -18,6 +18,7 @@ mod message;
 mod name;
 mod resolv;
 mod servers;
+mod shared;
 mod sys;
 mod tcp;
 #[cfg(test)]
@@ -27,11 +28,12 @@ mod upstream;
 mod wire;
 mod zone;
 
-pub use answer::{Client, Outcome, Target, Transport, answer, target};
-pub use engine::{Config, Engine, Listen, ListenRole, Stats};
+pub use answer::{Outcome, Target, Transport, answer, target};
+pub use engine::{Config, Engine, Listen, Stats};
 pub use forward::{AnswerOrigin, Lookup};
 pub use message::{Record, RecordData, records};
 pub use name::Name;
 pub use servers::{FailingServer, StubDomain};
+pub use shared::ListenRole;
 pub use wire::{Query, Rcode, RecordType, question};
-pub use zone::{ClientContext, NetworkKey, Records, Resolution, Zone};
+pub use zone::{Client, ClientContext, NetworkKey, Records, Resolution, Zone};

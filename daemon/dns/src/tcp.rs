@@ -13,8 +13,8 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
 
 use crate::answer::{Outcome, Transport, answer, target};
-use crate::engine::{ListenRole, Shared};
 use crate::forward::{Job, Waiter};
+use crate::shared::{ListenRole, Shared};
 
 /// The limit of open connections. Further ones are closed at once.
 const MAX_CONNECTIONS: usize = 200;

@@ -135,10 +135,11 @@ mod search_lists {
     use std::net::{IpAddr, Ipv4Addr};
     use std::sync::Arc;
 
-    use crate::answer::{Client, Outcome, Target, Transport, answer, target};
+    use crate::answer::{Outcome, Target, Transport, answer, target};
     use crate::message::{compose_alias_answer, records};
     use crate::name::Name;
     use crate::wire::{Query, RecordType, question};
+    use crate::zone::Client;
     use crate::zone::{ClientContext, Records, Zone};
 
     const CLIENT: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 0, 0, 2));

@@ -10,8 +10,8 @@ use ovl_udp::{ReceiveBatch, Received, SendBatch};
 use tokio::sync::mpsc;
 
 use crate::answer::{Outcome, Transport, answer, target};
-use crate::engine::{ListenRole, Shared};
 use crate::forward::{Job, Waiter};
+use crate::shared::{ListenRole, Shared};
 use crate::sys::wait_readable;
 use crate::wire::MAX_UDP;
 

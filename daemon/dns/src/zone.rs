@@ -8,8 +8,16 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 
-use crate::answer::Client;
 use crate::name::Name;
+
+/// The client that sent a query.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Client {
+    /// The host itself, which sees the names of all networks, by full names alone.
+    Host,
+    /// The endpoint with this address.
+    Endpoint(IpAddr),
+}
 
 /// Identifies a network.
 pub type NetworkKey = u64;

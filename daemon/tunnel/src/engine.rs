@@ -11,9 +11,9 @@ use crate::api::{
     public_key,
 };
 use crate::backend::{Backend, DeviceKind};
-use crate::interface::{Interface, run_tap};
+use crate::interface::{Interface, Paths, run_tap};
 use crate::stop::ThreadGroup;
-use crate::switch::{ForwardingTable, Switch, Tap};
+use crate::switch::{ForwardingTable, Tap};
 use crate::sys::Linux;
 
 /// Threads per direction of an interface, on a machine that has as many cores.
@@ -29,7 +29,7 @@ pub struct Engine<B: Backend = Linux>(Arc<Shared<B>>);
 
 struct Shared<B: Backend> {
     backend: B,
-    switch: Arc<Switch<B>>,
+    switch: Arc<Paths<B>>,
     control: Mutex<Control<B>>,
 }
 
@@ -54,11 +54,11 @@ struct RunningInterface<B: Backend> {
 struct RunningTap<B: Backend> {
     tap: Arc<Tap<B>>,
     threads: ThreadGroup,
-    switch: Arc<Switch<B>>,
+    switch: Arc<Paths<B>>,
 }
 
 impl<B: Backend> RunningInterface<B> {
-    fn start(name: &str, config: &InterfaceConfig, backend: &B, switch: &Arc<Switch<B>>) -> io::Result<Self> {
+    fn start(name: &str, config: &InterfaceConfig, backend: &B, switch: &Arc<Paths<B>>) -> io::Result<Self> {
         let queues = available_parallelism().map_or(1, usize::from).min(MAX_THREADS);
         let sockets = open_sockets(backend, config, queues)?;
         let devices = backend.open_device(name, DeviceKind::Tun, queues)?;
@@ -138,7 +138,7 @@ impl<B: Backend> Drop for RunningInterface<B> {
 }
 
 impl<B: Backend> RunningTap<B> {
-    fn start(name: &str, vni: u32, backend: &B, switch: &Arc<Switch<B>>) -> io::Result<Self> {
+    fn start(name: &str, vni: u32, backend: &B, switch: &Arc<Paths<B>>) -> io::Result<Self> {
         let device = backend.open_device(name, DeviceKind::Tap, 1)?.pop().ok_or(io::ErrorKind::NotFound)?;
         let device = Arc::new(device);
         let threads = ThreadGroup::new()?;

@@ -69,6 +69,9 @@ impl Identity {
     }
 }
 
+/// The switch of an engine, whose paths are interfaces.
+pub(crate) type Paths<B> = Switch<B, Interface<B>>;
+
 /// A WireGuard interface, as its threads share it.
 pub(crate) struct Interface<B: Backend> {
     name: String,
@@ -78,7 +81,7 @@ pub(crate) struct Interface<B: Backend> {
     /// The sockets to send from; none after [`Interface::close`].
     sockets: RwLock<Vec<Arc<B::Socket>>>,
     peers: RwLock<PeerTable>,
-    switch: Arc<Switch<B>>,
+    switch: Arc<Paths<B>>,
     /// The MTU of the device in bytes, as the last tick found it.
     mtu: AtomicUsize,
     /// The kernel divides datagrams (`UDP_SEGMENT`).
@@ -92,7 +95,7 @@ impl<B: Backend> Interface<B> {
         name: &str,
         config: &InterfaceConfig,
         sockets: Vec<Arc<B::Socket>>,
-        switch: &Arc<Switch<B>>,
+        switch: &Arc<Paths<B>>,
         stop: &Arc<StopSignal>,
     ) -> io::Result<Self> {
         let mtu = sockets.first().ok_or(io::ErrorKind::NotFound)?.device_mtu(name)?;
@@ -309,7 +312,7 @@ fn next_packet(
 }
 
 /// Carries frames from a switched network to the peers until told to end or the device is gone.
-pub(crate) fn run_tap<B: Backend>(tap: &Tap<B>, device: &B::Device, switch: &Switch<B>, stop: &StopSignal) {
+pub(crate) fn run_tap<B: Backend>(tap: &Tap<B>, device: &B::Device, switch: &Paths<B>, stop: &StopSignal) {
     let mut sealer = Sealer::default();
     let mut buffer = vec![0; HEADROOM + MAX_PACKET + TAILROOM];
     let mut copy = Vec::new();

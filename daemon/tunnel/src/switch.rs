@@ -8,19 +8,18 @@ use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Wea
 
 use crate::api::{Drops, FrameSource, Mac};
 use crate::backend::{Backend, Device};
-use crate::interface::Interface;
 use crate::join::Output;
 use crate::packet::{macs, sender};
 use crate::stop::StopSignal;
 
-/// What all threads of an engine share.
-pub(crate) struct Switch<B: Backend> {
+/// The state that all threads of an engine share. A path is an interface that leads to an address.
+pub(crate) struct Switch<B: Backend, P> {
     taps: RwLock<HashMap<u32, Arc<Tap<B>>>>,
-    paths: RwLock<HashMap<Ipv6Addr, Weak<Interface<B>>>>,
+    paths: RwLock<HashMap<Ipv6Addr, Weak<P>>>,
     pub(crate) counters: Counters,
 }
 
-impl<B: Backend> Default for Switch<B> {
+impl<B: Backend, P> Default for Switch<B, P> {
     fn default() -> Self {
         Self { taps: RwLock::default(), paths: RwLock::default(), counters: Counters::default() }
     }
@@ -59,7 +58,7 @@ pub(crate) fn writing<T>(lock: &RwLock<T>) -> RwLockWriteGuard<'_, T> {
     lock.write().unwrap_or_else(PoisonError::into_inner)
 }
 
-impl<B: Backend> Switch<B> {
+impl<B: Backend, P> Switch<B, P> {
     pub(crate) fn tap(&self, vni: u32) -> Option<Arc<Tap<B>>> {
         reading(&self.taps).get(&vni).cloned()
     }
@@ -72,11 +71,11 @@ impl<B: Backend> Switch<B> {
         writing(&self.taps).remove(&vni);
     }
 
-    pub(crate) fn path(&self, to: Ipv6Addr) -> Option<Arc<Interface<B>>> {
+    pub(crate) fn path(&self, to: Ipv6Addr) -> Option<Arc<P>> {
         reading(&self.paths).get(&to).and_then(Weak::upgrade)
     }
 
-    pub(crate) fn put_path(&self, to: Ipv6Addr, interface: &Arc<Interface<B>>) {
+    pub(crate) fn put_path(&self, to: Ipv6Addr, interface: &Arc<P>) {
         writing(&self.paths).insert(to, Arc::downgrade(interface));
     }
 

@@ -1,0 +1,47 @@
+//! The state that all threads of an engine share.
+
+use std::net::IpAddr;
+use std::sync::atomic::{AtomicBool, AtomicU64};
+
+use arc_swap::ArcSwap;
+
+use crate::servers::FailingServer;
+use crate::zone::{Client, Zone};
+
+/// The kind of the clients at a listening address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ListenRole {
+    /// Endpoints, which the zone knows by their addresses.
+    Endpoints,
+    /// The host itself.
+    Host,
+}
+
+impl ListenRole {
+    #[inline]
+    pub(crate) fn client(self, from: IpAddr) -> Client {
+        match self {
+            Self::Endpoints => Client::Endpoint(from),
+            Self::Host => Client::Host,
+        }
+    }
+}
+
+/// The counters behind [`crate::Stats`].
+#[derive(Debug, Default)]
+pub(crate) struct Counters {
+    pub(crate) answered: AtomicU64,
+    pub(crate) ignored: AtomicU64,
+    pub(crate) cached: AtomicU64,
+    pub(crate) forwarded: AtomicU64,
+    pub(crate) failed: AtomicU64,
+}
+
+/// The state that all threads share.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    pub(crate) zone: ArcSwap<Zone>,
+    pub(crate) counters: Counters,
+    pub(crate) failing: ArcSwap<Vec<FailingServer>>,
+    pub(crate) ending: AtomicBool,
+}
