@@ -248,7 +248,7 @@ mod tests {
     /// What goes from one to the other is understood, whatever each has heard of the other.
     fn all_understand(hosts: &[Host]) -> Result<(), TestCaseError> {
         for (a, from) in hosts.iter().enumerate() {
-            prop_assert!(from.keys.opens.len() <= ovl_proto::record::MOST_OTHER_KEYS);
+            prop_assert!(from.keys.opens.len() <= ovl_proto::record::MAX_OTHER_KEYS);
             for (b, to) in hosts.iter().enumerate() {
                 prop_assert!(to.keys.has(from.keys.seals), "{a} -> {b}: {:?} {:?}", from.keys, to.keys);
                 if let Some(heard) = &from.heard[b] {
