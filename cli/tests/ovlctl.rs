@@ -136,8 +136,11 @@ fn metrics_are_printed_unmodified() {
 fn verify_prints_differences_and_exits_with_status_1() {
     let difference =
         "kernel: needs `bridge fdb replace 02:00:0a:01:00:12 dev ovx-04gc3g8k self static dst 192.0.2.2 port 4789`".to_owned();
-    let fake =
-        FakeDaemon::new(&[Reply::Verify(Verify { clean: false, settled_ms: None, differences: vec![difference.clone()] })]);
+    let fake = FakeDaemon::new(&[Reply::Verify(Verify {
+        clean: false,
+        settled_ms: None,
+        differences: vec![difference.clone()],
+    })]);
     let ran = fake.run("verify");
     assert_eq!((ran.code, ran.out, ran.err), (Some(1), format!("{difference}\n"), String::new()));
     let ran = fake.run("verify -o json");
@@ -157,7 +160,11 @@ fn unreachable_daemon_error_has_advice() {
         assert!(ran.err.contains("Is it running?"), "{}", ran.err);
     }
     // The option overrides the environment variable.
-    let fake = FakeDaemon::new(&[Reply::Verify(Verify { clean: true, settled_ms: Some(3), differences: Vec::new() })]);
+    let fake = FakeDaemon::new(&[Reply::Verify(Verify {
+        clean: true,
+        settled_ms: Some(3),
+        differences: Vec::new(),
+    })]);
     let mut command = fake.command("verify");
     run(command.arg("--socket").arg(dir.0.join("none"))).fails(1, "cannot reach ovld");
 }
@@ -175,7 +182,7 @@ fn error_of_ovld_is_printed_with_control_characters_escaped() {
 #[test]
 fn unexpected_reply_is_an_error() {
     FakeDaemon::new(&[Reply::Done]).run("status").fails(1, "ovld sent a reply of an unexpected type");
-    FakeDaemon::raw("{}\n".into()).run("status").fails(1, "ovld answered with something");
+    FakeDaemon::raw("{}\n".into()).run("status").fails(1, "ovld sent a reply");
     FakeDaemon::raw(String::new()).run("status").fails(1, "lost the connection to ovld");
 }
 
