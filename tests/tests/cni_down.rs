@@ -35,7 +35,7 @@ fn without_ovld_an_add_fails_at_once_and_a_del_is_remembered() {
     assert_refused(list.ask(host, "CHECK", &a).unwrap(), 11, &["systemctl start ovld"]);
     assert_refused(list.ask(host, "GC", &a).unwrap(), 11, &["systemctl start ovld"]);
     assert!(start.elapsed() < Duration::from_secs(2), "{:?}", start.elapsed());
-    // What names no attachment cannot be remembered.
+    // A DEL that does not identify an attachment cannot be stored.
     assert_refused(list.ask(host, "DEL", &Container::new("", "")).unwrap(), 4, &["CNI_CONTAINERID"]);
     assert_refused(list.ask(host, "DEL", &Container::new("../../x", "")).unwrap(), 4, &["CNI_CONTAINERID"]);
     for container in [&a, &a.without_netns(), &a.interface("net9")] {
@@ -90,9 +90,9 @@ fn an_ovld_that_does_not_answer_holds_nobody_up_for_ever() {
             scope.spawn(move || list.ask(host, command, container).unwrap())
         };
         let (add, del, status) = (ask("ADD", &b), ask("DEL", &a), ask("STATUS", &a));
-        assert_refused(status.join().unwrap(), 50, &["did not answer within 5 s"]);
+        assert_refused(status.join().unwrap(), 50, &["did not reply within 5 s"]);
         del.join().unwrap().result().unwrap();
-        assert_refused(add.join().unwrap(), 11, &["did not answer within 30 s"]);
+        assert_refused(add.join().unwrap(), 11, &["did not reply within 30 s"]);
     });
     assert!(host.run_dir().join("cni-deleted/a-container:eth0:pods").exists());
     host.signal(Signal::SIGCONT).unwrap();
