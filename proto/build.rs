@@ -1,5 +1,7 @@
-//! The commit goes into `--version`. Whoever builds for others says it (packaging/deb and tests/run do): asking
-//! git here would make every build depend on it, and every commit build everything anew.
+//! Passes the commit from the environment variable `OVL_COMMIT` on to `--version`.
+//!
+//! packaging/deb and tests/run set the variable. Asking git here would make every build depend on git, and every
+//! commit would rebuild all crates.
 
 fn main() {
     println!("cargo::rerun-if-env-changed=OVL_COMMIT");

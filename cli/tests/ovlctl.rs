@@ -182,7 +182,7 @@ fn error_of_ovld_is_printed_with_control_characters_escaped() {
 #[test]
 fn unexpected_reply_is_an_error() {
     FakeDaemon::new(&[Reply::Done]).run("status").fails(1, "ovld sent a reply of an unexpected type");
-    FakeDaemon::raw("{}\n".into()).run("status").fails(1, "ovld answered with something");
+    FakeDaemon::raw("{}\n".into()).run("status").fails(1, "ovld sent a reply");
     FakeDaemon::raw(String::new()).run("status").fails(1, "lost the connection to ovld");
 }
 

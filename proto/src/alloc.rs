@@ -1,5 +1,5 @@
-//! The allocation map: which hosts are members, and which of them holds which block of addresses.
-//! It is one value that changes only by agreement of a majority; `core`'s `alloc` has the protocol.
+//! The allocation map: which hosts are members, and which member holds which block of addresses. It is one value that
+//! changes only by agreement of a majority. The protocol is in the crate `ovl-consensus`.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -13,88 +13,88 @@ use crate::id::{ClusterKeyId, NetworkId, NodeId};
 pub struct Block {
     /// The network.
     pub network: NetworkId,
-    /// The block itself: a multiple of its own size.
+    /// The prefix of the block, without host bits.
     pub prefix: IpNet,
 }
 
-/// The cluster key that all members have, or shall have.
+/// The cluster key that the members agreed on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct AgreedKey {
     /// Its id.
     pub id: ClusterKeyId,
-    /// When it was agreed on, by the clock of the host that was asked: milliseconds since 1970.
+    /// When the rotation to it started, by the clock of the host that requested it, in milliseconds since 1970.
     pub since_ms: u64,
 }
 
 /// The allocation map at one version.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct AllocMap {
-    /// Drawn by the host that bootstrapped; 0 where none has been heard of.
+    /// The cluster number, drawn at random by the host that bootstrapped; 0 if no map is known.
     pub cluster: u64,
-    /// Grows by one with each agreement.
+    /// The version, which each agreement increments by one.
     pub version: u64,
-    /// The electorate, and the only hosts whose entries count.
+    /// The members: the electorate, and the only hosts whose entries are used.
     pub members: BTreeSet<NodeId>,
-    /// The electorate of the version before, whose majority agreed to this one.
+    /// The members at the previous version, whose majority agreed to this one.
     pub previous_members: BTreeSet<NodeId>,
-    /// Hosts that were members and are no more. One that returns is admitted anew.
+    /// Former members. A host that returns is admitted again.
     pub forgotten: BTreeSet<NodeId>,
-    /// Who holds what.
+    /// The holder of each block.
     pub blocks: BTreeMap<Block, NodeId>,
-    /// The last key that a rotation was begun to; none before the first one. So no two rotations are
-    /// ever under way, and hosts that are cut off from a majority begin none.
+    /// The key of the last rotation that was started; `None` before the first one. Because it is part of the map, two
+    /// rotations never run at once, and hosts without a majority cannot start one.
     pub key: Option<AgreedKey>,
 }
 
-/// A wish to change the map. All of them are idempotent: asking twice changes nothing more.
+/// A change of the allocation map. All changes are idempotent.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Change {
-    /// Make a host a member.
+    /// Admits a host as a member.
     Admit(NodeId),
-    /// Take a host out, and free its blocks.
+    /// Removes a member and frees its blocks.
     Forget(NodeId),
-    /// See to it that a host holds this many blocks of a subnet.
+    /// Ensures that a host holds a number of blocks of a subnet.
     Claim {
         /// The network.
         network: NetworkId,
-        /// The subnet, whose first block is taken that is free.
+        /// The subnet. Its first free blocks are taken.
         subnet: IpNet,
         /// The prefix length of its blocks.
         block_length: u8,
-        /// Who wants it.
+        /// The host that requests the blocks.
         owner: NodeId,
-        /// How many blocks of the subnet the owner shall hold at the end.
+        /// How many blocks of the subnet the owner holds afterwards.
         blocks: u32,
     },
-    /// See to it that a host holds this very block; refused if another one does.
+    /// Ensures that a host holds a given block. Refused if another host holds it.
     ClaimExact {
         /// The block.
         block: Block,
-        /// Who wants it.
+        /// The host that requests the block.
         owner: NodeId,
     },
-    /// Give a block back; nothing happens if it is not the owner's.
+    /// Releases a block. No effect if the owner does not hold it.
     Release {
         /// The block.
         block: Block,
-        /// Who gives it back.
+        /// The host that releases the block.
         owner: NodeId,
     },
-    /// Free all blocks of a network that is gone.
+    /// Frees all blocks of a deleted network.
     DropNetwork(NetworkId),
-    /// Begin a rotation of the cluster key, unless another one was begun meanwhile.
+    /// Starts a rotation of the cluster key, unless another one was started meanwhile.
     Key {
-        /// The last one that was begun to, as far as the asker knows.
+        /// The key of the last rotation that the requester knows.
         from: Option<ClusterKeyId>,
-        /// The new one.
+        /// The new key.
         to: AgreedKey,
     },
 }
 
-/// Why a change was not made.
+/// Why a change was refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error, Serialize, Deserialize)]
 pub enum Refusal {
-    /// Another host holds the block that was asked for.
+    /// Another host holds the requested block.
     #[error("block {prefix} is held by {holder}")]
     Held {
         /// The block.
@@ -103,103 +103,103 @@ pub enum Refusal {
         holder: NodeId,
     },
     /// Every block of the subnet has a holder.
-    #[error("all {blocks} blocks of {subnet} are held")]
+    #[error("subnet {subnet}: another host holds each of the {blocks} blocks")]
     Full {
         /// The subnet.
         subnet: IpNet,
         /// How many blocks it has.
         blocks: u64,
     },
-    /// The host that asks is no member.
+    /// The requesting host is not a member.
     #[error("{0} is not a member of the cluster")]
     NotMember(NodeId),
     /// The last member cannot be forgotten.
     #[error("{0} is the only member")]
     LastMember(NodeId),
     /// Too few members answered in time.
-    #[error("{answered} of {members} known hosts answered and {needed} are needed")]
+    #[error("no majority: {answered} of {members} members answered, {needed} are needed")]
     NoMajority {
-        /// How many answered.
+        /// The number of members that answered.
         answered: u32,
-        /// How many are needed.
+        /// The number of members that are a majority.
         needed: u32,
-        /// How many there are.
+        /// The number of members.
         members: u32,
     },
-    /// A block that is not aligned, or not of the length that the subnet has.
-    #[error("{0} is not a block")]
+    /// The prefix is not aligned, or does not have the subnet's block length.
+    #[error("invalid block {0}: not aligned, or not of the subnet's block length")]
     NotABlock(IpNet),
-    /// Another rotation of the cluster key was begun.
-    #[error("the cluster key is being changed to {0}")]
+    /// Another rotation of the cluster key was started.
+    #[error("a rotation of the cluster key to {0} is already in progress")]
     AnotherKey(ClusterKeyId),
 }
 
-/// The number of an attempt to change the map; ordered by counter, then by proposer.
+/// A ballot number, ordered by counter, then by proposer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, Serialize, Deserialize)]
 pub struct Ballot {
-    /// Grows.
+    /// The counter, which only grows.
     pub counter: u64,
-    /// Who tries.
+    /// The proposer.
     pub node: NodeId,
 }
 
-/// What proposers and acceptors say to each other.
+/// A message of the consensus protocol.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum AllocMessage {
-    /// Phase one: promise to take part in no earlier ballot.
+    /// Phase one: asks for a promise to take part in no earlier ballot.
     Prepare {
-        /// The attempt.
+        /// The ballot.
         ballot: Ballot,
-        /// The version that the proposer knows to be agreed.
+        /// The last agreed version that the proposer knows.
         known: u64,
     },
     /// The answer to [`Self::Prepare`].
     Promise {
-        /// The attempt.
+        /// The ballot.
         ballot: Ballot,
-        /// The last value that was accepted here, with its ballot.
+        /// The last map that the sender accepted, with its ballot.
         accepted: Option<(Ballot, AllocMap)>,
-        /// The last map known here to be agreed, if it is later than what the proposer knows.
+        /// The last agreed map that the sender knows, if it is later than the proposer's.
         learned: Option<AllocMap>,
     },
-    /// Phase two: accept this map.
+    /// Phase two: asks to accept a map.
     Accept {
-        /// The attempt.
+        /// The ballot.
         ballot: Ballot,
         /// The map.
         map: AllocMap,
     },
     /// The answer to [`Self::Accept`].
     Accepted {
-        /// The attempt.
+        /// The ballot.
         ballot: Ballot,
     },
-    /// The answer to either where a later ballot was promised.
+    /// The answer to [`Self::Prepare`] or [`Self::Accept`] of an acceptor that promised a later ballot.
     Nack {
-        /// The attempt that is refused.
+        /// The refused ballot.
         ballot: Ballot,
-        /// The one that was promised.
+        /// The promised ballot.
         promised: Ballot,
     },
     /// A map that a majority agreed on.
     Learn(AllocMap),
-    /// Which version do you know? Answered with [`Self::Learn`] if it is later than `known`.
+    /// Asks for the agreed map. Answered with [`Self::Learn`] if the receiver's is later than `known`.
     Ask {
-        /// The asker's version.
+        /// The sender's version.
         known: u64,
     },
-    /// Please make this change: to the member that proposes for all while it is alive.
+    /// Asks the coordinator to propose a change.
     Request {
-        /// The asker's number for it.
+        /// The requester's number for it.
         id: u64,
         /// The change.
         change: Change,
     },
     /// The answer to [`Self::Request`].
     Reply {
-        /// The asker's number.
+        /// The requester's number.
         id: u64,
-        /// Done, at this version, or why not.
+        /// The version that contains the change, or why it was refused.
         result: Result<u64, Refusal>,
     },
 }

@@ -1,23 +1,23 @@
-//! Hybrid logical clock (Kulkarni et al., "Logical Physical Clocks", 2014): stamps that grow
-//! along every chain of cause and effect and stay near the wall clock.
+//! The hybrid logical clock (Kulkarni et al., "Logical Physical Clocks", 2014). Its stamps grow along every chain of
+//! cause and effect, and stay close to the wall clock.
 
 use serde::{Deserialize, Serialize};
 
 use crate::id::NodeId;
 
-/// When a cluster object was written. Orders all writes in the cluster; equal only for the same
-/// write.
+/// The time of a write of a cluster object. Stamps order all writes in the cluster; only the same write has an equal
+/// stamp.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize)]
 pub struct Stamp {
-    /// Milliseconds since 1970, or ahead of the writer's own clock where it had seen later ones.
+    /// Milliseconds since 1970. Ahead of the writer's own clock if the writer had seen a later stamp.
     pub wall_ms: u64,
-    /// Tells writes of one millisecond apart.
+    /// Distinguishes writes of one millisecond.
     pub count: u32,
     /// The writer.
     pub node: NodeId,
 }
 
-/// The clock of one node.
+/// The clock of one host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Clock {
     wall_ms: u64,
@@ -25,7 +25,7 @@ pub struct Clock {
 }
 
 impl Clock {
-    /// A stamp later than all that this clock gave or saw.
+    /// Returns a stamp that is later than all that this clock returned or observed.
     pub fn tick(&mut self, now_ms: u64, node: NodeId) -> Stamp {
         if now_ms > self.wall_ms {
             *self = Self { wall_ms: now_ms, count: 0 };
@@ -37,8 +37,12 @@ impl Clock {
         Stamp { wall_ms: self.wall_ms, count: self.count, node }
     }
 
-    /// Takes note of another node's stamp. One that is more than `MAX_AHEAD_MS` in the future is
-    /// refused, so that a host with a broken clock cannot drag the cluster's along.
+    /// Advances the clock to another host's stamp.
+    ///
+    /// # Errors
+    ///
+    /// If the stamp is more than [`MAX_AHEAD_MS`] in the future, so that a host with a wrong clock does not advance
+    /// the clocks of the cluster.
     pub fn observe(&mut self, stamp: Stamp, now_ms: u64) -> Result<(), TooFarAhead> {
         if stamp.wall_ms > now_ms.saturating_add(MAX_AHEAD_MS) {
             return Err(TooFarAhead { by_ms: stamp.wall_ms - now_ms });
@@ -50,18 +54,18 @@ impl Clock {
     }
 }
 
-/// How far ahead of ours another host's clock may be.
+/// How far another host's clock may be ahead of the local one, in milliseconds.
 pub const MAX_AHEAD_MS: u64 = 24 * 60 * 60 * 1000;
 
-/// A stamp from the future.
+/// The error for a stamp that is too far in the future.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("stamped {by_ms} ms in the future; check the clocks of the hosts")]
 pub struct TooFarAhead {
-    /// Distance to our own clock.
+    /// The distance to the local clock, in milliseconds.
     pub by_ms: u64,
 }
 
-/// Milliseconds since 1970 in UTC as RFC 3339 has it: `2026-02-28T23:59:59.007Z`.
+/// Formats milliseconds since 1970 as UTC time (RFC 3339): `2026-02-28T23:59:59.007Z`.
 pub fn timestamp(ms: u64) -> String {
     let (second_of_day, day) = (ms / 1000 % 86_400, ms / 86_400_000);
     let (year, month, day) = civil(day);
@@ -69,9 +73,9 @@ pub fn timestamp(ms: u64) -> String {
     format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{:03}Z", ms % 1000)
 }
 
-/// Year, month and day of a day since 1970: Howard Hinnant's `civil_from_days`, for days from
-/// 1970 on. Its years begin in March, so that the leap day is the last one, and its eras are the
-/// 400 years after which the calendar repeats.
+/// Returns the year, month and day of a number of days since 1970 (Howard Hinnant's `civil_from_days`, for days from
+/// 1970 on). A year begins in March, so that the leap day is its last day. An era is the 400 years after which the
+/// calendar repeats.
 fn civil(days: u64) -> (u64, u64, u64) {
     let days = days + 719_468; // from 0000-03-01
     let (era, day_of_era) = (days / 146_097, days % 146_097);
@@ -88,7 +92,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn stamps_grow_even_if_the_wall_clock_goes_back() {
+    fn stamps_grow_when_the_wall_clock_goes_back() {
         let mut clock = Clock::default();
         let node = NodeId::default();
         let first = clock.tick(1000, node);
@@ -98,7 +102,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stamp_follows_what_was_seen() {
+    fn stamp_is_later_than_observed_stamps() {
         let mut clock = Clock::default();
         let seen = Stamp { wall_ms: 5000, count: 7, node: NodeId([9; 10]) };
         assert_eq!(clock.observe(seen, 4000), Ok(()));
@@ -106,7 +110,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stamp_from_the_far_future_is_refused() {
+    fn stamp_far_in_the_future_is_rejected() {
         let mut clock = Clock::default();
         let stamp = Stamp { wall_ms: u64::MAX, count: 0, node: NodeId::default() };
         assert!(clock.observe(stamp, 0).is_err());
@@ -114,7 +118,7 @@ mod tests {
     }
 
     #[test]
-    fn timestamps_agree_with_date() {
+    fn timestamp_equals_that_of_date() {
         // Each from `date -u -d @SECONDS +%FT%TZ`.
         for (s, text) in [
             (0, "1970-01-01T00:00:00.000Z"),

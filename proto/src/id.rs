@@ -1,4 +1,4 @@
-//! Ids and MAC addresses: fixed bytes on the wire, short text (RFC 4648 base 32 hex) for people.
+//! Ids and MAC addresses: fixed bytes on the wire, short text (RFC 4648 base32hex) for people.
 
 use std::fmt;
 use std::str::FromStr;
@@ -7,9 +7,9 @@ use data_encoding::{BASE32_DNSSEC as TEXT, BASE64};
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-/// Text that is not an id or a MAC address.
+/// The error for a text that is not an id, MAC address or key.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("'{text}' is not a {what}")]
+#[error("invalid {what} '{text}'")]
 pub struct ParseIdError {
     what: &'static str,
     text: String,
@@ -49,7 +49,7 @@ macro_rules! id {
     };
 }
 
-/// Text in JSON, plain bytes on the wire.
+/// Implements serde for a type: text in JSON, plain bytes on the wire.
 macro_rules! text_or_bytes {
     ($name:ident, $len:literal) => {
         impl Serialize for $name {
@@ -75,42 +75,43 @@ macro_rules! text_or_bytes {
 }
 
 id!(
-    /// A host: the first ten bytes of the SHA-256 of its Ed25519 public key, so that nobody can
-    /// sign as another host. Short, because every gossip digest repeats it.
+    /// The id of a host: the first ten bytes of the SHA-256 of its Ed25519 public key, so that no host can sign as
+    /// another one. It is short because every gossip digest repeats it.
     NodeId, 10, "node id"
 );
 id!(
-    /// A network, drawn at random by the host that makes it.
+    /// The id of a network, drawn at random by the host that creates it.
     NetworkId, 5, "network id"
 );
 id!(
-    /// An endpoint, drawn at random by its host and unique there.
+    /// The id of an endpoint, drawn at random by its host and unique there.
     EndpointId, 5, "endpoint id"
 );
 id!(
-    /// Names a cluster key and tells nothing about it: derived from the key by HKDF.
+    /// The public id of a cluster key, derived from the key by HKDF. It reveals nothing about the key.
     ClusterKeyId, 4, "cluster key id"
 );
 
-/// An Ethernet address.
+/// An Ethernet (MAC) address.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct Mac(pub [u8; 6]);
 
 impl Mac {
-    /// A network's gateway has the same address on every host: locally administered, then the
+    /// Returns the MAC address of a network's gateway, the same on every host: locally administered, then the
     /// network's id.
     pub fn of_gateway(network: NetworkId) -> Self {
         let [a, b, c, d, e] = network.0;
         Self([0x0a, a, b, c, d, e])
     }
 
-    /// A switched network's VXLAN device: only ever a port of its bridge, so it is the same everywhere.
+    /// Returns the MAC address of a switched network's VXLAN device. The device is only ever a bridge port, so all
+    /// hosts use the same address.
     pub fn of_vxlan(network: NetworkId) -> Self {
         let [a, b, c, d, e] = network.0;
         Self([0x0e, a, b, c, d, e])
     }
 
-    /// False for group addresses and for the all-zero one, which no interface may have.
+    /// Whether an interface may have the address: false for group addresses and for the all-zero address.
     pub fn is_unicast(self) -> bool {
         self.0[0] & 1 == 0 && self.0 != [0; 6]
     }
@@ -149,7 +150,7 @@ impl FromStr for Mac {
 
 text_or_bytes!(Mac, 6);
 
-/// The public half of a tunnel's key pair (X25519, RFC 7748); as text what `wg` shows.
+/// The public half of a tunnel key pair (X25519, RFC 7748). Its text form is that of `wg`.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct TunnelKey(pub [u8; 32]);
 
@@ -185,7 +186,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_id_reads_back_from_its_text() {
+    fn id_round_trips_through_text() {
         let id = NodeId([0, 1, 2, 3, 4, 250, 251, 252, 253, 255]);
         assert_eq!(id.to_string().len(), 16);
         assert_eq!(id.to_string().parse(), Ok(id));
@@ -193,7 +194,7 @@ mod tests {
     }
 
     #[test]
-    fn text_that_is_no_id_is_refused() {
+    fn invalid_ids_are_rejected() {
         for text in ["", "abc", "aaaaaaaz", "aaaaaaaaa", "aaaa aaa"] {
             assert!(text.parse::<NetworkId>().is_err(), "{text}");
         }
@@ -203,7 +204,7 @@ mod tests {
     }
 
     #[test]
-    fn a_mac_reads_back_from_its_text() {
+    fn mac_round_trips_through_text() {
         let mac = Mac([2, 0x4f, 0, 0xff, 9, 1]);
         assert_eq!(mac.to_string(), "02:4f:00:ff:09:01");
         assert_eq!(mac.to_string().parse(), Ok(mac));

@@ -1,18 +1,18 @@
-//! What ovl's binaries say to each other and to the person at the terminal.
+//! The types that ovl's binaries exchange, and the wire codec.
 //!
-//! | module | what is in it |
+//! | module | content |
 //! | --- | --- |
 //! | [`id`] | node, network and endpoint ids, MAC addresses |
 //! | [`clock`] | the hybrid logical clock that orders cluster objects |
-//! | [`record`] | the signed node record that travels in gossip |
-//! | [`table`] | owner tables: what one node owns, with one writer |
-//! | [`object`] | cluster objects: networks and what manifests say; many writers, the last one wins |
-//! | [`resource`] | Kubernetes' objects |
+//! | [`record`] | the signed host record that travels in gossip |
+//! | [`table`] | owner tables: what one host owns; one writer |
+//! | [`object`] | cluster objects: networks and Kubernetes objects; many writers, the last write wins |
+//! | [`resource`] | Kubernetes objects |
 //! | [`publish`] | published ports |
-//! | [`alloc`] | the map of members and address blocks that a majority agrees on |
+//! | [`alloc`] | the allocation map: members and address blocks, agreed on by a majority |
 //! | [`sync`] | messages of the encrypted stream between two daemons |
-//! | [`secret`] | what does not print |
-//! | [`wire`] | the binary codec all of the above share |
+//! | [`secret`] | values that are never printed |
+//! | [`wire`] | the binary codec that all of the above share |
 
 pub mod alloc;
 pub mod clock;
@@ -26,8 +26,10 @@ pub mod sync;
 pub mod table;
 pub mod wire;
 
-/// What `--version` prints behind a program's name: the release, the commit that it was built from, and what
-/// this release can do: kinds of networks, then what workloads on them get, then who attaches them. All of it is in every build.
+/// The text that `--version` prints after a program's name: release, commit and features.
+///
+/// The features are the kinds of networks, then what workloads on them get, then who attaches workloads. Every
+/// build has all of them.
 pub const VERSION: &str = concat!(
     env!("CARGO_PKG_VERSION"),
     "\ncommit: ",
@@ -35,15 +37,15 @@ pub const VERSION: &str = concat!(
     "\nfeatures: switched, routed, bridge, encrypted, publish, dns, services, policy, sandbox, cni, docker"
 );
 
-/// The port of gossip (UDP) and of the sync streams (TCP). 7946 is Docker's.
+/// The default port of gossip (UDP) and of streams (TCP). 7946 is Docker's.
 pub const DEFAULT_PORT: u16 = 7940;
 /// The VXLAN port that IANA assigned (RFC 7348).
 pub const DEFAULT_VXLAN_PORT: u16 = 4789;
-/// The tunnel's UDP port, and with the next one the second port that it has while keys are rotated; 51820 is what
-/// people give to a WireGuard of their own.
+/// The default UDP port of the tunnel. During a key rotation the next port is in use too. 51820 is left to other
+/// WireGuard interfaces of the host.
 pub const DEFAULT_TUNNEL_PORT: u16 = 51940;
-/// The UDP port of VXLAN inside the tunnel, the same on all hosts: another one than outside, so that what
-/// comes in plain can never meet an encrypted network.
+/// The UDP port of VXLAN inside the tunnel, the same on all hosts. It differs from the port outside, so that an
+/// unencrypted packet never reaches an encrypted network.
 pub const SEALED_VXLAN_PORT: u16 = 51942;
-/// Where `ovlctl` finds the daemon unless told otherwise.
+/// The default path of the control socket.
 pub const DEFAULT_SOCKET: &str = "/run/ovl/ovld.sock";

@@ -1,5 +1,5 @@
-//! Cluster objects: many writers, the last one wins (by [`Stamp`]), tombstones included, kept by
-//! every node.
+//! Cluster objects: every member may write them, the last write wins (by [`Stamp`]), and every host keeps all of
+//! them, tombstones included.
 
 use std::net::IpAddr;
 
@@ -12,32 +12,32 @@ use crate::record::{PublicKey, Signature};
 use crate::resource::{Resource, ResourceKey};
 use crate::wire::{self, WireError};
 
-/// Which object.
+/// The key of a cluster object.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum ObjectKey {
     /// A network.
     Network(NetworkId),
-    /// One of Kubernetes' objects.
+    /// A Kubernetes object.
     Resource(ResourceKey),
 }
 
-/// How a network is built.
+/// The driver of a network.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Driver {
-    /// Stretched over hosts.
+    /// The network spans hosts.
     Overlay,
-    /// On one host alone, which keeps it for itself: never one of the cluster's objects.
+    /// The network is local to one host, which alone stores it. It is never a cluster object.
     Bridge,
 }
 
-/// What an overlay carries.
+/// What an overlay network carries.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Mode {
     /// Ethernet: one subnet on all hosts.
     L2,
-    /// IP: each host routes to the blocks of the others.
+    /// IP: each host has blocks of its own, and routes to the blocks of other hosts.
     L3,
 }
 
@@ -45,38 +45,38 @@ pub enum Mode {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Backend {
-    /// In VXLAN, whatever lies between the hosts.
+    /// Encapsulated in VXLAN.
     #[default]
     Vxlan,
-    /// As they are: all hosts are on one segment, or the routers between them know the blocks.
+    /// Not encapsulated: all hosts are on one segment, or the routers between them have routes to the blocks.
     Direct,
-    /// As they are to hosts on our segment, in VXLAN to the others.
+    /// Not encapsulated to hosts on the local segment, in VXLAN to all others.
     Auto,
 }
 
-/// One range of addresses of a network.
+/// A subnet of a network.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Subnet {
-    /// The range.
+    /// The prefix.
     pub prefix: IpNet,
-    /// The gateway's address: the first one of the range as it was when the network was made, so
-    /// that it stays when the range grows. Set aside on an internal network too.
+    /// The gateway address: the first host address of the prefix at the time of creation. It stays when the prefix
+    /// grows. It is reserved on an internal network too.
     pub gateway: IpAddr,
-    /// The prefix length of the blocks that hosts claim from it; fixed when the network is made,
-    /// so that blocks stay aligned when the range grows.
+    /// The prefix length of the blocks that hosts claim from the subnet. It is fixed at creation, so that blocks
+    /// stay aligned when the prefix grows.
     pub block_length: u8,
-    /// Of a routed network: each block has a gateway of its own, its first host address.
+    /// Whether the network is routed. Then each block has its own gateway, its first host address.
     pub routed: bool,
 }
 
-/// A network, as it was asked for.
+/// A network as the user requested it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Network {
-    /// Drawn by its maker.
+    /// The id, drawn at random by the host that creates the network.
     pub id: NetworkId,
-    /// For people; unique in the cluster, see `core`'s resolution of conflicts.
+    /// The name, unique in the cluster after conflicts are resolved (`ovl_cluster::networks`).
     pub name: String,
-    /// When it was made: of two networks with one name or one VNI the older one keeps it.
+    /// The time of creation. Of two networks with the same name or VNI, the older one keeps it.
     pub created: Stamp,
     /// See [`Driver`].
     pub driver: Driver,
@@ -84,29 +84,29 @@ pub struct Network {
     pub mode: Mode,
     /// VXLAN network identifier, 1 to 2^24 - 1; 0 on a bridge network.
     pub vni: u32,
-    /// At least one; at most one an address family is usual and not required.
+    /// The subnets, at least one. More than one of an address family is possible but unusual.
     pub subnets: Vec<Subnet>,
-    /// Asked for by the user; nothing: what the paths carry.
+    /// The MTU that the user requested, in bytes. `None`: derived from the path MTUs.
     pub mtu: Option<u16>,
-    /// Only ever through the tunnel.
+    /// Whether traffic between hosts passes only through the tunnel.
     pub encrypted: bool,
-    /// Without a gateway.
+    /// Whether the network has no gateway.
     pub internal: bool,
-    /// See [`Backend`]; of use on a routed network.
+    /// See [`Backend`]. Used on a routed network only.
     pub backend: Backend,
-    /// Its endpoints have a resolver, which knows their names.
+    /// Whether its endpoints have a resolver that resolves their names.
     pub names: bool,
-    /// Made by a container engine: it goes with the last engine's network that stands for it, see
+    /// Whether a container engine created it. It is deleted with the last engine network that refers to it, see
     /// [`crate::table::Entry::Held`].
     pub on_demand: bool,
 }
 
-/// An object at one moment.
+/// One write of a cluster object.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Object {
-    /// The write; its node is the writer.
+    /// The stamp of the write. Its node is the writer.
     pub stamp: Stamp,
-    /// A tombstone. The body stays, so that what still uses the object can be named and served.
+    /// Whether this is a tombstone. The body stays, because hosts may still use the object.
     pub deleted: bool,
     /// The content.
     pub body: Body,
@@ -117,12 +117,12 @@ pub struct Object {
 pub enum Body {
     /// A network.
     Network(Network),
-    /// One of Kubernetes' objects.
+    /// A Kubernetes object.
     Resource(Resource),
 }
 
 impl Object {
-    /// Which object.
+    /// Returns the key of the object.
     pub fn key(&self) -> ObjectKey {
         match &self.body {
             Body::Network(network) => ObjectKey::Network(network.id),
@@ -131,20 +131,24 @@ impl Object {
     }
 }
 
-/// An object with its writer's signature over the exact bytes that were encoded.
+/// A cluster object with its writer's signature over the exact bytes that were encoded.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SignedObject {
     /// An encoded [`Object`].
     #[serde(with = "wire::bytes")]
     pub body: Vec<u8>,
-    /// The writer's key; its hash is the writer's id.
+    /// The writer's public key. Its hash is the writer's id.
     pub writer_key: PublicKey,
-    /// In [`crate::record::Domain::Object`].
+    /// The signature, in [`crate::record::Domain::Object`].
     pub signature: Signature,
 }
 
 impl SignedObject {
-    /// The object inside, before anything is checked.
+    /// Decodes the object without verifying its signature.
+    ///
+    /// # Errors
+    ///
+    /// If the body is malformed.
     pub fn object(&self) -> Result<Object, WireError> {
         wire::decode_body(&self.body)
     }

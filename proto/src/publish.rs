@@ -1,4 +1,4 @@
-//! Published ports: what is sent to a port of the host, an endpoint gets.
+//! Published ports: ports of a host that lead to ports of an endpoint on it.
 
 use std::fmt;
 use std::net::{IpAddr, Ipv6Addr};
@@ -6,7 +6,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-/// What runs over IP and has ports.
+/// A transport protocol of published ports.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Transport {
@@ -20,7 +20,7 @@ pub enum Transport {
 }
 
 impl Transport {
-    /// Its number in IP's header (IANA, "Protocol Numbers").
+    /// Returns the protocol number of the IP header (IANA, "Protocol Numbers").
     pub fn number(self) -> u8 {
         match self {
             Self::Tcp => 6,
@@ -40,23 +40,23 @@ impl fmt::Display for Transport {
     }
 }
 
-/// A port, or several that follow each other.
+/// A port, or a range of consecutive ports.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Ports {
-    /// The first one; not 0.
+    /// The first port, not 0.
     pub first: u16,
-    /// The last one, not before the first.
+    /// The last port, not less than the first.
     pub last: u16,
 }
 
 impl Ports {
-    /// One port.
+    /// Creates a range of one port.
     pub fn one(port: u16) -> Self {
         Self { first: port, last: port }
     }
 
-    /// How many; none where first and last are not in order.
+    /// Returns the number of ports; 0 if the last is less than the first.
     pub fn count(self) -> u16 {
         self.last.checked_sub(self.first).map_or(0, |more| more.saturating_add(1))
     }
@@ -69,54 +69,54 @@ impl fmt::Display for Ports {
     }
 }
 
-/// A port to be published, as `--publish` has it: `[ADDR:][HOST[-END]:]CONTAINER[-END][/tcp|udp|sctp]`, where an
-/// IPv6 address stands in brackets.
+/// A request to publish ports, as `--publish` takes it: `[ADDR:][HOST[-END]:]CONTAINER[-END][/tcp|udp|sctp]`, with an
+/// IPv6 address in brackets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Publish {
-    /// At this address of the host; the unspecified one: at all of its family; nothing: at all.
+    /// The address of the host. The unspecified address: all addresses of its family. `None`: all addresses.
     #[serde(default)]
     pub address: Option<IpAddr>,
-    /// At these ports of the host, as many as the endpoint's; or, for one of the endpoint's, at any of these; nothing:
-    /// at any that is free.
+    /// The ports of the host: as many as the endpoint's, or a range from which one is chosen for a single port of the
+    /// endpoint. `None`: any free port.
     #[serde(default)]
     pub host: Option<Ports>,
-    /// The endpoint's.
+    /// The ports of the endpoint.
     pub container: Ports,
-    /// What runs over IP.
+    /// The transport protocol.
     #[serde(default)]
     pub transport: Transport,
 }
 
-/// Ports that are published.
+/// Published ports.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Published {
-    /// What runs over IP.
+    /// The transport protocol.
     pub transport: Transport,
     /// As [`Publish::address`].
     pub address: Option<IpAddr>,
-    /// The first one on the host.
+    /// The first port on the host.
     pub host: u16,
-    /// The first one of the endpoint.
+    /// The first port of the endpoint.
     pub container: u16,
-    /// How many: those that follow on the host lead to those that follow at the endpoint.
+    /// The number of ports. Consecutive ports of the host lead to consecutive ports of the endpoint.
     pub count: u16,
 }
 
 impl Published {
-    /// Each port of the host with the one that it leads to.
+    /// Returns each port of the host with the endpoint's port that it leads to.
     pub fn pairs(self) -> impl Iterator<Item = (u16, u16)> {
         (0..self.count)
             .filter_map(move |at| Some((self.host.checked_add(at)?, self.container.checked_add(at)?)))
     }
 
-    /// Whether it is for addresses of this family.
+    /// Whether it applies to addresses of a family.
     pub fn is_for(self, v4: bool) -> bool {
         self.address.is_none_or(|address| address.is_ipv4() == v4)
     }
 
-    /// The first port of the host that both would have.
-    pub fn meets(self, other: Self) -> Option<u16> {
+    /// Returns the first port of the host that both publish; `None` if they do not conflict.
+    pub fn conflict_with(self, other: Self) -> Option<u16> {
         let same_address = match (self.address, other.address) {
             (None, _) | (_, None) => true,
             (Some(a), Some(b)) => {
@@ -143,7 +143,7 @@ impl fmt::Display for Published {
     }
 }
 
-/// What is wrong with the text of a port to be published.
+/// The error for an invalid `--publish` value.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PublishError(String);
 
@@ -165,7 +165,9 @@ impl FromStr for Publish {
             Some((rest, "udp")) => (rest, Transport::Udp),
             Some((rest, "sctp")) => (rest, Transport::Sctp),
             Some((_, other)) => {
-                return Err(PublishError(format!("'{other}' is no transport: tcp, udp or sctp")));
+                return Err(PublishError(format!(
+                    "invalid protocol '{other}': tcp, udp and sctp are supported"
+                )));
             }
         };
         let (address, ports) = split_address(rest)?;
@@ -178,7 +180,7 @@ impl FromStr for Publish {
         match host {
             Some(host) if host.count() != container.count() && container.count() != 1 => {
                 Err(PublishError(format!(
-                    "{} ports of the host for {} of the endpoint: as many are needed, or one of the endpoint's",
+                    "{} ports of the host for {} ports of the endpoint: give as many, or one port of the endpoint",
                     host.count(),
                     container.count()
                 )))
@@ -188,14 +190,16 @@ impl FromStr for Publish {
     }
 }
 
-/// The address, if there is one, and what follows its colon.
+/// Splits the address off, if there is one, and returns it with the rest.
 fn split_address(text: &str) -> Result<(Option<IpAddr>, &str), PublishError> {
     if let Some(rest) = text.strip_prefix('[') {
         let parts = rest.split_once("]:").and_then(|(address, ports)| {
             let address: Ipv6Addr = address.parse().ok()?;
             Some((Some(IpAddr::V6(address)), ports))
         });
-        return parts.ok_or_else(|| PublishError("an IPv6 address looks like [fd00::1]:8080:80".to_owned()));
+        return parts.ok_or_else(|| {
+            PublishError("invalid IPv6 address: expected the form [fd00::1]:8080:80".to_owned())
+        });
     }
     match text.split_once(':') {
         Some((first, rest)) if rest.contains(':') => match first.parse() {
@@ -203,7 +207,8 @@ fn split_address(text: &str) -> Result<(Option<IpAddr>, &str), PublishError> {
                 Ok((Some(IpAddr::V4(address)), rest))
             }
             _ => Err(PublishError(
-                "an address is an IPv4 address, or an IPv6 one in brackets: 192.0.2.1:8080:80, [fd00::1]:8080:80"
+                "invalid address: expected an IPv4 address or an IPv6 address in brackets, such as 192.0.2.1:8080:80 or \
+                 [fd00::1]:8080:80"
                     .to_owned(),
             )),
         },
@@ -216,7 +221,9 @@ fn parse_ports(text: &str) -> Result<Ports, PublishError> {
     let number = |text: &str| text.parse::<u16>().ok().filter(|port| *port > 0 && !text.starts_with('+'));
     match (number(first), number(last)) {
         (Some(first), Some(last)) if first <= last => Ok(Ports { first, last }),
-        _ => Err(PublishError(format!("'{text}' is no port, and no range of ports such as 8000-8009"))),
+        _ => Err(PublishError(format!(
+            "invalid port '{text}': expected 1 to 65535, or a range such as 8000-8009"
+        ))),
     }
 }
 
@@ -239,7 +246,7 @@ mod tests {
     }
 
     #[test]
-    fn all_forms_are_understood() {
+    fn all_forms_are_parsed() {
         use Transport::{Sctp, Tcp, Udp};
         for (text, meant) in [
             ("8080:80", publish(None, Some((8080, 8080)), (80, 80), Tcp)),
@@ -258,7 +265,7 @@ mod tests {
     }
 
     #[test]
-    fn nonsense_is_refused() {
+    fn invalid_values_are_rejected() {
         for text in [
             "",
             ":",
@@ -287,7 +294,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_published_shows_as_it_was_asked_for_and_meets_what_it_overlaps() {
+    fn published_ports_display_as_requested_and_conflict_where_they_overlap() {
         let published = |text: &str| {
             let Publish { address, host, container, transport } = text.parse().unwrap();
             let host = host.unwrap().first;
@@ -296,19 +303,23 @@ mod tests {
         for text in ["8080:80/tcp", "192.0.2.1:8000-8009:80-89/udp", "[fd00::1]:7:7/sctp"] {
             assert_eq!(published(text).to_string(), text);
         }
-        let meets = |a: &str, b: &str| {
-            assert_eq!(published(a).meets(published(b)), published(b).meets(published(a)), "{a} {b}");
-            published(a).meets(published(b))
+        let conflict = |a: &str, b: &str| {
+            assert_eq!(
+                published(a).conflict_with(published(b)),
+                published(b).conflict_with(published(a)),
+                "{a} {b}"
+            );
+            published(a).conflict_with(published(b))
         };
-        assert_eq!(meets("80:1", "80:2"), Some(80));
-        assert_eq!(meets("80:1", "80:1/udp"), None);
-        assert_eq!(meets("80:1", "81:1"), None);
-        assert_eq!(meets("80-90:80-90", "85-95:85-95"), Some(85));
-        assert_eq!(meets("80-90:80-90", "91-95:91-95"), None);
-        assert_eq!(meets("192.0.2.1:80:1", "80:1"), Some(80));
-        assert_eq!(meets("192.0.2.1:80:1", "192.0.2.2:80:1"), None);
-        assert_eq!(meets("192.0.2.1:80:1", "0.0.0.0:80:1"), Some(80));
-        assert_eq!(meets("192.0.2.1:80:1", "[::]:80:1"), None);
+        assert_eq!(conflict("80:1", "80:2"), Some(80));
+        assert_eq!(conflict("80:1", "80:1/udp"), None);
+        assert_eq!(conflict("80:1", "81:1"), None);
+        assert_eq!(conflict("80-90:80-90", "85-95:85-95"), Some(85));
+        assert_eq!(conflict("80-90:80-90", "91-95:91-95"), None);
+        assert_eq!(conflict("192.0.2.1:80:1", "80:1"), Some(80));
+        assert_eq!(conflict("192.0.2.1:80:1", "192.0.2.2:80:1"), None);
+        assert_eq!(conflict("192.0.2.1:80:1", "0.0.0.0:80:1"), Some(80));
+        assert_eq!(conflict("192.0.2.1:80:1", "[::]:80:1"), None);
         assert_eq!(published("65530-65535:1-6").pairs().last(), Some((65535, 6)));
     }
 }

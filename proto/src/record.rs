@@ -1,5 +1,4 @@
-//! The node record: what every host must know of every other, in one small signed value that
-//! travels in gossip.
+//! The host record: what every host must know of every other, in one small signed value that travels in gossip.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -11,21 +10,21 @@ use crate::wire::{self, WireError};
 /// An Ed25519 public key.
 pub type PublicKey = [u8; 32];
 
-/// What a signature is over, so that one made for one purpose never serves another.
+/// The purpose of a signature, so that a signature made for one purpose is invalid for another.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Domain {
-    /// A node record.
+    /// A host record.
     Record,
     /// The head of an owner table.
     Table,
     /// A cluster object.
     Object,
-    /// The handshake of a sync stream.
+    /// The handshake of a stream.
     Stream,
 }
 
 impl Domain {
-    /// The bytes to sign: a label that ends in a zero byte, then the message.
+    /// Returns the bytes to sign: a label that ends in a zero byte, then the message.
     pub fn message(self, body: &[u8]) -> Vec<u8> {
         let label: &[u8] = match self {
             Self::Record => b"ovl record v1\0",
@@ -64,76 +63,76 @@ impl<'de> Deserialize<'de> for Signature {
     }
 }
 
-/// What a node says of itself about its being there.
+/// The presence that a host states in its record.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Presence {
-    /// At work.
+    /// The daemon is running.
     Running,
-    /// Stopped to be started again: its kernel goes on forwarding, so its entries are kept.
+    /// The daemon is restarting. Its kernel goes on forwarding, so its entries stay in use.
     Restarting,
-    /// Withdrawn by `ovlctl leave` or `teardown`: its entries go at once.
+    /// The host left by `ovlctl leave` or `teardown`. Its entries are withdrawn at once.
     Left,
 }
 
-/// How a node's end of the tunnel is reached.
+/// How peers reach the tunnel of a host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Tunnel {
-    /// The public half of its key pair.
+    /// The public tunnel key.
     pub key: TunnelKey,
-    /// The UDP port, at the VTEP's address: even in even epochs.
+    /// The UDP port at the VTEP's address. It is even in even key epochs.
     pub port: u16,
-    /// Counts the rotations of any host's key: see `core`'s ends.
+    /// The key epoch. It counts the rotations of any host's tunnel key.
     pub epoch: u32,
-    /// It has moved to this epoch, and the end of the one before is still there.
+    /// Whether the WireGuard interface of the previous key epoch still exists.
     pub rotating: bool,
-    /// The kernel's WireGuard device does it; else ovld itself. The two speak the same protocol.
+    /// Whether the kernel's WireGuard encrypts; else ovld itself does. Both speak the same protocol.
     pub kernel: bool,
 }
 
-/// Other cluster keys than the one that it seals with, at most, that a node opens with.
-pub const MOST_OTHER_KEYS: usize = 2;
+/// The maximum number of cluster keys that a host opens with, other than the one that it seals with.
+pub const MAX_OTHER_KEYS: usize = 2;
 
-/// The cluster keys that a node has.
+/// The cluster keys of a host.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct ClusterKeys {
-    /// What it sends is sealed with this one.
+    /// The key that it seals with.
     pub seals: ClusterKeyId,
-    /// The others that it takes, at most [`MOST_OTHER_KEYS`]; none unless the key is being rotated.
+    /// The other keys that it opens with, at most [`MAX_OTHER_KEYS`]. Empty unless a rotation is in progress.
     pub opens: Vec<ClusterKeyId>,
 }
 
 impl ClusterKeys {
-    /// Whether it understands what is sealed with that key.
+    /// Whether the host can open what is sealed with a key.
     pub fn has(&self, key: ClusterKeyId) -> bool {
         self.seals == key || self.opens.contains(&key)
     }
 }
 
-/// A node, as it describes itself.
+/// A host's statement about itself.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NodeRecord {
     /// The hash of `public_key`: see [`NodeId`].
     pub id: NodeId,
-    /// Checks this record's signature, and those of the node's table and objects.
+    /// The key that verifies the signatures of this record and of the host's table and objects.
     pub public_key: PublicKey,
-    /// For people; unique in a healthy cluster.
+    /// The host's name, unique in a correctly configured cluster.
     pub name: String,
-    /// Grows with every start and every change of address; the highest one counts.
+    /// The generation, which grows with every start and every change of address. The highest one is current.
     pub generation: u64,
-    /// Grows with every change of the record within a generation.
+    /// The revision, which grows with every change of the record within a generation.
     pub revision: u64,
-    /// The cluster that it was admitted to; 0 before that.
+    /// The number of the cluster that admitted it; 0 before admission.
     pub cluster: u64,
-    /// Where gossip and sync reach it.
+    /// The address of gossip and streams.
     pub address: SocketAddr,
-    /// Where its VXLAN packets come from and go to.
+    /// The VTEP: the source and destination address of its VXLAN packets.
     pub vtep: IpAddr,
     /// The UDP port of its VXLAN device.
     pub vxlan_port: u16,
     /// The MTU of the link that holds `vtep`, in bytes.
     pub link_mtu: u16,
-    /// Its end of the tunnel; none where it has none, and gets nothing of encrypted networks.
+    /// The tunnel. A host without one takes no part in encrypted networks.
     pub tunnel: Option<Tunnel>,
     /// See [`ClusterKeys`].
     pub keys: ClusterKeys,
@@ -144,34 +143,47 @@ pub struct NodeRecord {
 }
 
 impl NodeRecord {
-    /// Which of two records of one node is the later one.
+    /// Returns the value by which two records of one host are ordered: the larger one is later.
     pub fn order(&self) -> (u64, u64) {
         (self.generation, self.revision)
     }
 }
 
-/// A record with its owner's signature over the exact bytes that were encoded.
+/// A host record with its owner's signature over the exact bytes that were encoded.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SignedRecord {
     /// An encoded [`NodeRecord`].
     pub body: Vec<u8>,
-    /// By the key inside, in [`Domain::Record`].
+    /// The signature by the record's own key, in [`Domain::Record`].
     pub signature: Signature,
 }
 
 impl SignedRecord {
-    /// The record inside, before anything is checked.
+    /// Decodes the record without verifying its signature.
+    ///
+    /// # Errors
+    ///
+    /// If the body is malformed.
     pub fn record(&self) -> Result<NodeRecord, WireError> {
         wire::decode_body(&self.body)
     }
 
-    /// As a gossip value, which must be text. Stays well under 1 KiB: chitchat gives up on nodes
-    /// with values too large for one delta.
+    /// Encodes the record as a gossip value, which must be text.
+    ///
+    /// It stays well below 1 KiB, because chitchat does not send a host's values if they exceed one delta.
+    ///
+    /// # Errors
+    ///
+    /// If the record cannot be encoded.
     pub fn to_text(&self) -> Result<String, WireError> {
         Ok(data_encoding::BASE64_NOPAD.encode(&wire::encode(self)?))
     }
 
-    /// The reverse of [`Self::to_text`].
+    /// Decodes the text that [`Self::to_text`] returns.
+    ///
+    /// # Errors
+    ///
+    /// If the text is not Base64, or the frame is malformed.
     pub fn from_text(text: &str) -> Result<Self, WireError> {
         let bytes = data_encoding::BASE64_NOPAD
             .decode(text.as_bytes())
@@ -180,17 +192,17 @@ impl SignedRecord {
     }
 }
 
-/// What is known of a host's liveness.
+/// The liveness of a host: the verdict of the local host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum PeerState {
-    /// Gossips.
+    /// The host gossips.
     Alive,
-    /// Does not gossip, and its kernel still answers, or it said that it restarts: its entries stay.
+    /// The host does not gossip, but its kernel answers or it announced a restart. Its entries stay in use.
     Suspect,
-    /// Neither gossips nor answers: its entries are withdrawn.
+    /// The host neither gossips nor answers. Its entries are withdrawn.
     Dead,
-    /// Withdrew by itself.
+    /// The host left the cluster.
     Left,
 }
 
@@ -210,7 +222,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_record_stays_small_enough_for_gossip() {
+    fn record_fits_a_gossip_value() {
         let record = NodeRecord {
             id: NodeId([1; 10]),
             public_key: [2; 32],
@@ -231,7 +243,7 @@ mod tests {
             }),
             keys: ClusterKeys {
                 seals: ClusterKeyId([5; 4]),
-                opens: vec![ClusterKeyId([6; 4]); MOST_OTHER_KEYS],
+                opens: vec![ClusterKeyId([6; 4]); MAX_OTHER_KEYS],
             },
             presence: Presence::Running,
             version: "100.100.100".to_owned(),

@@ -1,10 +1,9 @@
-//! Kubernetes' objects, as far as ovl acts on them: v1 Namespace, Pod and Service, discovery.k8s.io/v1
-//! EndpointSlice, networking.k8s.io/v1 NetworkPolicy.
+//! The Kubernetes objects that ovl acts on: v1 Namespace, Pod and Service, discovery.k8s.io/v1 EndpointSlice,
+//! networking.k8s.io/v1 NetworkPolicy.
 //!
-//! One set of types for manifests (JSON and YAML, with Kubernetes' field names) and for the wire. The wire's
-//! codec does not describe itself, so every field is always written: what a manifest leaves out is filled in
-//! when it is read, and [`Resource::to_manifest`] leaves out again what is empty. What is in the cluster has
-//! all defaults filled in.
+//! The same types serve manifests (JSON and YAML, with the field names of Kubernetes) and the wire. The wire codec is
+//! not self-describing, so every field is always written. Reading a manifest fills in absent fields, and
+//! [`Resource::to_manifest`] omits empty ones. Objects in the cluster have all defaults filled in.
 
 mod pod;
 mod policy;
@@ -25,7 +24,7 @@ pub use self::service::*;
 pub use self::slice::*;
 use crate::clock::{Stamp, timestamp};
 
-/// The namespace of what names none.
+/// The namespace of objects that do not name one.
 pub const DEFAULT_NAMESPACE: &str = "default";
 
 /// The kinds of object that ovl acts on.
@@ -44,11 +43,11 @@ pub enum Kind {
 }
 
 impl Kind {
-    /// All of them, in the order in which they are listed.
+    /// All kinds, in the order in which they are listed.
     pub const ALL: [Self; 5] =
         [Self::Namespace, Self::Pod, Self::Service, Self::EndpointSlice, Self::NetworkPolicy];
 
-    /// As manifests say it.
+    /// Returns the `kind` of manifests.
     pub fn name(self) -> &'static str {
         match self {
             Self::Namespace => "Namespace",
@@ -59,7 +58,7 @@ impl Kind {
         }
     }
 
-    /// As manifests say it.
+    /// Returns the `apiVersion` of manifests.
     pub fn api_version(self) -> &'static str {
         match self {
             Self::Namespace | Self::Pod | Self::Service => "v1",
@@ -68,7 +67,7 @@ impl Kind {
         }
     }
 
-    /// As kubectl prints it before a `/`.
+    /// Returns the qualified name that kubectl prints before a `/`.
     pub fn qualified(self) -> &'static str {
         match self {
             Self::Namespace => "namespace",
@@ -79,7 +78,7 @@ impl Kind {
         }
     }
 
-    /// Singular, plural and short names, as kubectl takes them; in lower case.
+    /// Returns the singular, plural and short names that kubectl accepts, in lower case.
     pub fn spellings(self) -> &'static [&'static str] {
         match self {
             Self::Namespace => &["namespace", "namespaces", "ns"],
@@ -101,7 +100,7 @@ impl Kind {
         }
     }
 
-    /// Whether its objects are in namespaces.
+    /// Whether objects of this kind are in namespaces.
     pub fn is_namespaced(self) -> bool {
         self != Self::Namespace
     }
@@ -113,17 +112,17 @@ impl std::fmt::Display for Kind {
     }
 }
 
-/// The name of an object among those of its kind.
+/// The name of an object, unique among those of its kind.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Name {
-    /// Empty for kinds that are in no namespace.
+    /// The namespace; empty for kinds without one.
     pub namespace: String,
-    /// Within the namespace.
+    /// The name within the namespace.
     pub name: String,
 }
 
 impl Name {
-    /// One in a namespace.
+    /// Creates a name in a namespace.
     pub fn new(namespace: impl Into<String>, name: impl Into<String>) -> Self {
         Self { namespace: namespace.into(), name: name.into() }
     }
@@ -136,12 +135,12 @@ impl std::fmt::Display for Name {
     }
 }
 
-/// Which object.
+/// The key of a Kubernetes object.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct ResourceKey {
-    /// Its kind.
+    /// The kind.
     pub kind: Kind,
-    /// Its name.
+    /// The name.
     pub name: Name,
 }
 
@@ -151,15 +150,16 @@ impl std::fmt::Display for ResourceKey {
     }
 }
 
-/// When an object was made: of two objects that claim one address or port the older one keeps it. In
-/// manifests a time of day, which is not read back: only the cluster knows.
+/// The creation time of an object. Of two objects that claim the same address or port, the older one keeps it.
+///
+/// Manifests show it as a timestamp. It is not read back, because only the cluster sets it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
 pub struct Created(pub Stamp);
 
 impl Serialize for Created {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         if serializer.is_human_readable() {
-            // To the second, as Kubernetes has it.
+            // Kubernetes uses a resolution of one second.
             let time = timestamp(self.0.wall_ms / 1000 * 1000).replace(".000Z", "Z");
             serializer.serialize_str(&time)
         } else {
@@ -178,70 +178,70 @@ impl<'de> Deserialize<'de> for Created {
     }
 }
 
-/// Labels, and what selectors require of them.
+/// Labels: keys and values.
 pub type Labels = BTreeMap<String, String>;
 
-/// What all objects have.
+/// The metadata of an object.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Meta {
-    /// Within the namespace.
+    /// The name within the namespace.
     pub name: String,
-    /// Empty for kinds that are in no namespace.
+    /// The namespace; empty for kinds without one.
     pub namespace: String,
-    /// What selectors match.
+    /// The labels that selectors match.
     pub labels: Labels,
-    /// For people and programs; ovl does not look at them.
+    /// The annotations, which ovl ignores.
     pub annotations: BTreeMap<String, String>,
-    /// Written by the cluster.
+    /// The creation time, written by the cluster.
     pub creation_timestamp: Created,
 }
 
-/// Requirements on labels; none at all match everything.
+/// Requirements on labels. An empty selector matches everything.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct LabelSelector {
-    /// Labels with these values.
+    /// Labels that must have these values.
     pub match_labels: Labels,
-    /// All of these hold too.
+    /// Further requirements, all of which must hold.
     pub match_expressions: Vec<Requirement>,
 }
 
-/// One requirement on one label.
+/// A requirement on one label.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Requirement {
-    /// The label.
+    /// The label's key.
     pub key: String,
-    /// What is required of it.
+    /// The condition.
     pub operator: Operator,
-    /// Some with `In` and `NotIn`, none with the others.
+    /// The values: at least one with `In` and `NotIn`, none with the other operators.
     #[serde(default)]
     pub values: Vec<String>,
 }
 
-/// How a label is judged.
+/// The condition on a label.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum Operator {
-    /// It is there, with one of the values.
+    /// The label exists with one of the values.
     In,
-    /// It is not there, or with another value.
+    /// The label is absent, or has another value.
     NotIn,
-    /// It is there.
+    /// The label exists.
     Exists,
-    /// It is not there.
+    /// The label is absent.
     DoesNotExist,
 }
 
 impl LabelSelector {
-    /// Whether these labels are selected.
+    /// Whether the selector matches labels.
     pub fn matches(&self, labels: &Labels) -> bool {
         has_all(labels, &self.match_labels) && self.match_expressions.iter().all(|r| r.matches(labels))
     }
 }
 
 impl Requirement {
-    /// Whether these labels meet it.
+    /// Whether labels meet the requirement.
     pub fn matches(&self, labels: &Labels) -> bool {
         let value = labels.get(&self.key);
         match self.operator {
@@ -253,12 +253,12 @@ impl Requirement {
     }
 }
 
-/// Whether labels have all those that are required, with the same values: a Service's selector.
+/// Whether labels contain all required labels with the same values: the selector of a Service.
 pub fn has_all(labels: &Labels, required: &Labels) -> bool {
     required.iter().all(|(key, value)| labels.get(key) == Some(value))
 }
 
-/// v1 Namespace. One that nobody made exists as well, with no labels but the one that Kubernetes gives to each.
+/// v1 Namespace. A namespace without an object exists too; its only label is the one that Kubernetes adds.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Namespace {
@@ -282,7 +282,7 @@ pub enum Resource {
 }
 
 impl Resource {
-    /// Its kind.
+    /// Returns the kind.
     pub fn kind(&self) -> Kind {
         match self {
             Self::Namespace(_) => Kind::Namespace,
@@ -293,7 +293,7 @@ impl Resource {
         }
     }
 
-    /// Its metadata.
+    /// Returns the metadata.
     pub fn meta(&self) -> &Meta {
         match self {
             Self::Namespace(it) => &it.metadata,
@@ -304,7 +304,7 @@ impl Resource {
         }
     }
 
-    /// Its metadata, to be changed.
+    /// Returns the metadata for modification.
     pub fn meta_mut(&mut self) -> &mut Meta {
         match self {
             Self::Namespace(it) => &mut it.metadata,
@@ -315,17 +315,21 @@ impl Resource {
         }
     }
 
-    /// Its name among those of its kind.
+    /// Returns the name.
     pub fn name(&self) -> Name {
         Name::new(&self.meta().namespace, &self.meta().name)
     }
 
-    /// Which object it is.
+    /// Returns the key.
     pub fn key(&self) -> ResourceKey {
         ResourceKey { kind: self.kind(), name: self.name() }
     }
 
-    /// As a manifest, without what is empty or left at nothing.
+    /// Returns the object as a manifest without empty fields.
+    ///
+    /// # Errors
+    ///
+    /// If serialization fails.
     pub fn to_manifest(&self) -> Result<Value, serde_json::Error> {
         let mut value = match self {
             Self::Namespace(it) => serde_json::to_value(it),
@@ -334,9 +338,9 @@ impl Resource {
             Self::EndpointSlice(it) => serde_json::to_value(it),
             Self::NetworkPolicy(it) => serde_json::to_value(it),
         }?;
-        leave_out_empty(&mut value);
+        remove_empty(&mut value);
         if let Self::Service(service) = self {
-            leave_out_moot(service, &mut value);
+            remove_inapplicable(service, &mut value);
         }
         if let Value::Object(fields) = &mut value {
             fields.insert("apiVersion".to_owned(), self.kind().api_version().into());
@@ -345,8 +349,13 @@ impl Resource {
         Ok(value)
     }
 
-    /// From a manifest without `apiVersion` and `kind`, read by `read`: so the caller chooses what becomes of
-    /// unknown fields, and how errors name their place.
+    /// Reads an object from a manifest without `apiVersion` and `kind`.
+    ///
+    /// The caller's `read` decides how unknown fields are handled and how errors name the field.
+    ///
+    /// # Errors
+    ///
+    /// The error of `read`.
     pub fn read<E>(kind: Kind, read: impl ReadManifest<Error = E>) -> Result<Self, E> {
         Ok(match kind {
             Kind::Namespace => Self::Namespace(read.read()?),
@@ -358,22 +367,27 @@ impl Resource {
     }
 }
 
-/// See [`Resource::read`].
+/// Deserializes a manifest for [`Resource::read`].
 pub trait ReadManifest {
-    /// Why it cannot be read.
+    /// Why the manifest cannot be read.
     type Error;
 
-    /// Reads it as this type.
+    /// Reads the manifest as a type.
+    ///
+    /// # Errors
+    ///
+    /// If the manifest does not fit the type.
     fn read<T: DeserializeOwned>(self) -> Result<T, Self::Error>;
 }
 
-/// The fields of manifests that hold a map whose keys are the user's.
-const USERS_MAPS: [&str; 4] = ["labels", "annotations", "matchLabels", "selector"];
+/// The manifest fields whose value is a map with keys of the user.
+const USER_MAPS: [&str; 4] = ["labels", "annotations", "matchLabels", "selector"];
 
-/// Takes out of a manifest what is null, an empty list, an empty text, or an empty map that was one before. A
-/// map that only becomes empty stays: a selector without requirements is another thing than none. Of a map whose
-/// keys are the user's, every entry stays: a label without a value is a label.
-fn leave_out_empty(value: &mut Value) {
+/// Removes null, empty lists, empty strings and empty maps from a manifest.
+///
+/// A map that only becomes empty by this stays: a selector without requirements differs from no selector. A map with
+/// keys of the user keeps every entry: a label without a value is a label.
+fn remove_empty(value: &mut Value) {
     match value {
         Value::Object(fields) => {
             fields.retain(|_, field| match field {
@@ -385,16 +399,16 @@ fn leave_out_empty(value: &mut Value) {
             });
             fields
                 .iter_mut()
-                .filter(|(key, _)| !USERS_MAPS.contains(&key.as_str()))
-                .for_each(|(_, field)| leave_out_empty(field));
+                .filter(|(key, _)| !USER_MAPS.contains(&key.as_str()))
+                .for_each(|(_, field)| remove_empty(field));
         }
-        Value::Array(items) => items.iter_mut().for_each(leave_out_empty),
+        Value::Array(items) => items.iter_mut().for_each(remove_empty),
         Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) => {}
     }
 }
 
-/// Takes out of a Service's manifest what Kubernetes does not write, or would refuse to read.
-fn leave_out_moot(service: &Service, value: &mut Value) {
+/// Removes the fields of a Service's manifest that Kubernetes does not write, or would reject.
+fn remove_inapplicable(service: &Service, value: &mut Value) {
     let Some(Value::Object(spec)) = value.get_mut("spec") else { return };
     if !service.is_reached_from_outside() {
         spec.remove("externalTrafficPolicy");

@@ -1,8 +1,8 @@
-//! What must not be seen.
+//! A wrapper for secrets that keeps them out of logs.
 
 use serde::{Deserialize, Serialize};
 
-/// A secret on its way over an encrypted stream or the Unix socket: it does not print.
+/// A secret that travels over an encrypted stream or the control socket. Its `Debug` output hides the value.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Secret<T>(pub T);
@@ -18,7 +18,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_secret_does_not_print_and_is_its_value_in_json() {
+    fn debug_hides_the_secret_and_json_contains_it() {
         let secret = Secret("xyzzy".to_owned());
         assert_eq!(format!("{secret:?}"), "Secret(..)");
         assert_eq!(serde_json::to_string(&secret).unwrap(), "\"xyzzy\"");

@@ -1,5 +1,5 @@
-//! Messages of the sync stream. The stream is one-way in purpose: each node dials every live peer,
-//! and what it has to say, question or answer, goes over the connection that it dialled.
+//! The messages of a stream between two daemons. Messages travel in one direction: each host connects to every live
+//! peer, and sends its requests and its replies over the connection that it opened.
 
 use std::net::IpAddr;
 
@@ -13,54 +13,53 @@ use crate::record::SignedRecord;
 use crate::secret::Secret;
 use crate::table::Update;
 
-/// Whatever one daemon has to say to another beside gossip.
+/// A message from one daemon to another.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Message {
-    /// The sender's record, for a receiver that gossip has not told yet.
+    /// The sender's record, for a receiver that does not have it from gossip yet.
     Record(SignedRecord),
-    /// A change of a table, pushed by its owner, or a whole table, from whoever has it.
+    /// A change of a table, pushed by its owner, or a whole table, from any host that has it.
     Table(Update),
-    /// Please send the whole table of this node.
+    /// A request for the whole table of a host.
     TablePull(NodeId),
-    /// The answer to [`Self::TablePull`] by one that does not have it.
+    /// The reply to [`Self::TablePull`] if the receiver does not have the table.
     TableUnknown(NodeId),
-    /// Objects, pushed when they are written or asked for.
+    /// Objects: pushed when they are written, or sent on request.
     Objects(Vec<SignedObject>),
-    /// All objects that the sender has. Answered with those that it lacks, or has older.
+    /// An index of all objects that the sender has. The reply is those that it lacks or has an older version of.
     ObjectIndex {
-        /// Each with its stamp.
+        /// The key and stamp of each object.
         index: Vec<(ObjectKey, Stamp)>,
-        /// Whether the receiver shall send its own index in turn.
+        /// Whether the receiver replies with its own index.
         reply: bool,
     },
-    /// Agreement on the allocation map.
+    /// A message of the consensus on the allocation map.
     Alloc(AllocMessage),
-    /// May I use this address out of your block? Without an address: any one of that family that
-    /// is free.
+    /// A request for a lease of an address of the receiver's block.
     LeaseRequest {
-        /// The asker's number.
+        /// The requester's number.
         id: u64,
         /// The network.
         network: NetworkId,
-        /// What is asked for.
+        /// The requested address.
         wish: LeaseWish,
     },
-    /// The answer to [`Self::LeaseRequest`].
+    /// The reply to [`Self::LeaseRequest`].
     LeaseReply {
-        /// The asker's number.
+        /// The requester's number.
         id: u64,
-        /// The address, or why not, in words for the user.
+        /// The address, or an error message for the user.
         result: Result<IpAddr, String>,
     },
     /// The cluster key that the allocation map names, for a member that does not have it.
     ClusterKey(Secret<[u8; 32]>),
 }
 
-/// Which address is wanted from another host's block.
+/// The address that a lease request asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum LeaseWish {
-    /// This one.
+    /// This address.
     Exact(IpAddr),
-    /// Any one of this subnet.
+    /// Any free address of this subnet.
     AnyOf(ipnet::IpNet),
 }

@@ -1,5 +1,5 @@
-//! Owner tables: what one node owns. One writer, a revision, and a signature that lets anybody
-//! pass the table on and nobody change it.
+//! Owner tables: what one host owns. A table has one writer, a revision, and a signature, so that any host can forward
+//! it and none can change it.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -11,12 +11,12 @@ use crate::id::{EndpointId, Mac, NetworkId, NodeId};
 use crate::publish::Published;
 use crate::record::Signature;
 
-/// The state of a table: a later run of the owner, then a later change.
+/// The revision of a table, ordered by the owner's epoch, then by change.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, Serialize, Deserialize)]
 pub struct Revision {
-    /// The generation of the owner when it began this table anew.
+    /// The generation of the owner when it started this epoch of the table.
     pub epoch: u64,
-    /// Grows by one with each change.
+    /// The change number, which each change increments by one.
     pub change: u64,
 }
 
@@ -35,67 +35,67 @@ impl std::str::FromStr for Revision {
     }
 }
 
-/// An interface of a workload on a network.
+/// An endpoint: an interface of a workload on a network.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Endpoint {
-    /// Unique on its host.
+    /// The id, unique on its host.
     pub id: EndpointId,
-    /// Unique on its network, among hosts that hear each other.
+    /// The name, unique on its network among hosts that reach each other.
     pub name: String,
-    /// The Kubernetes namespace, `default` unless given.
+    /// The Kubernetes namespace; `default` by default.
     pub namespace: String,
-    /// What it is attached to.
+    /// The network that it is attached to.
     pub network: NetworkId,
-    /// Of the interface inside the namespace.
+    /// The MAC address of the interface in the workload's namespace.
     pub mac: Mac,
-    /// Each with the length of its subnet, in the order of the network's subnets.
+    /// The addresses, each with the prefix length of its subnet, in the order of the network's subnets.
     pub addresses: Vec<IpNet>,
-    /// More names that it answers to.
+    /// Further names that resolve to it.
     pub aliases: Vec<String>,
-    /// What selectors match; a v1 Pod of the same namespace and name may say more.
+    /// The labels that selectors match. A v1 Pod of the same namespace and name may add labels.
     pub labels: BTreeMap<String, String>,
-    /// Services send it connections. Set by whoever attached it.
+    /// Whether Services send it connections. Set by the client that attached it.
     pub ready: bool,
-    /// Ports of its host that lead to it.
+    /// The published ports of its host.
     pub publish: Vec<Published>,
 }
 
 impl Endpoint {
-    /// The names and aliases in lower case: the form in which they are compared (RFC 4343).
+    /// Returns the name and the aliases in lower case, the form in which names are compared (RFC 4343).
     pub fn canonical_names(&self) -> impl Iterator<Item = String> {
         std::iter::once(&self.name).chain(&self.aliases).map(|name| name.to_ascii_lowercase())
     }
 }
 
-/// One thing that a node owns.
+/// An entry of an owner table.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Entry {
-    /// An interface of a workload.
+    /// An endpoint.
     Endpoint(Endpoint),
-    /// An address of one of the owner's blocks that another node may use: for `--ip`, and when no
-    /// block is left to claim.
+    /// A lease: an address of one of the owner's blocks that another host may use, for `--ip` and when no block is
+    /// free.
     Lease {
         /// The network.
         network: NetworkId,
         /// The address.
         address: IpAddr,
-        /// Who may use it.
+        /// The host that may use it.
         to: NodeId,
     },
-    /// The path to a peer carries less than the owner's link does.
+    /// The path MTU to a peer, if it is less than the MTU of the owner's link.
     PathMtu {
         /// The peer.
         peer: NodeId,
-        /// In bytes, the outer IP header included.
+        /// The path MTU in bytes, including the outer IP header.
         mtu: u16,
     },
-    /// A container engine of this host has the network among its own: it is not to be removed.
+    /// A container engine of the owner refers to the network, so it must not be deleted.
     Held(NetworkId),
-    /// The owner answers for this address of a LoadBalancer on the underlay.
+    /// The owner announces this address of a LoadBalancer on the underlay.
     Announced(IpAddr),
 }
 
-/// Which entry of a table.
+/// The key of an entry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum Key {
     /// [`Entry::Endpoint`].
@@ -111,7 +111,7 @@ pub enum Key {
 }
 
 impl Entry {
-    /// Its place in the table.
+    /// Returns the key of the entry.
     pub fn key(&self) -> Key {
         match self {
             Self::Endpoint(endpoint) => Key::Endpoint(endpoint.id),
@@ -123,34 +123,34 @@ impl Entry {
     }
 }
 
-/// What the owner signs (in [`crate::record::Domain::Table`], encoded as a body): enough to check
-/// a whole table, whoever sent it.
+/// The part of a table that the owner signs (in [`crate::record::Domain::Table`], encoded as a body). It suffices to
+/// verify a whole table from any sender.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Head {
-    /// Whose table.
+    /// The owner of the table.
     pub owner: NodeId,
-    /// Its state.
+    /// The revision of the table.
     pub revision: Revision,
-    /// Of all entries, in two steps, so that a change of one costs little however many there are: the
-    /// SHA-256 of each encoded entry belongs to the part that its first byte modulo [`Self::PARTS`]
-    /// names; each part has the SHA-256 over its hashes in ascending order, or zeros if it has none;
-    /// this is the SHA-256 over the parts.
+    /// The digest of all entries, in two steps, so that its update after a change does not depend on the number of
+    /// entries. The SHA-256 of each encoded entry belongs to the part that its first byte modulo [`Self::PARTS`]
+    /// selects. The hash of a part is the SHA-256 of its entries' hashes in ascending order, or zeros if the part is
+    /// empty. The digest is the SHA-256 of the hashes of the parts.
     pub digest: [u8; 32],
 }
 
 impl Head {
-    /// Into how many parts the entries fall for the digest.
+    /// The number of parts of the digest.
     pub const PARTS: usize = 64;
 }
 
-/// A change of a table, or all of it.
+/// An update of a table: a change, or the whole table.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Update {
-    /// The state after the update.
+    /// The head after the update.
     pub head: Head,
-    /// Of `head`, by the owner.
+    /// The owner's signature of `head`.
     pub signature: Signature,
-    /// The state that it applies to; nothing where it is the whole table.
+    /// The revision that the update applies to. `None` if it is the whole table.
     pub base: Option<Revision>,
     /// Entries to add or replace.
     pub set: Vec<Entry>,

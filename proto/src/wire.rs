@@ -1,54 +1,65 @@
-//! The one binary codec: bincode, bounded. Every top-level frame begins with a version byte.
+//! The binary codec: bincode with size limits. Every top-level frame begins with a version byte.
 //!
-//! bincode is unmaintained (RUSTSEC-2025-0141); `docs/dependencies.md` has the waiver. All use of
-//! it is in this module.
+//! bincode is unmaintained (RUSTSEC-2025-0141); `docs/dependencies.md` has the waiver. Only this module uses it.
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-/// The version byte of every frame: gossip datagrams and sync messages alike. A frame with another
-/// version is refused, and counted.
+/// The version byte of every frame, in gossip datagrams and streams. A frame with another version is rejected, and
+/// counted.
 pub const VERSION: u8 = 1;
 
-/// No frame is larger than this, on any path.
+/// The maximum size of a frame in bytes.
 pub const MAX_FRAME: usize = 16 << 20;
 
-/// Bytes that are no frame of ours.
+/// Why bytes cannot be encoded or decoded.
 #[derive(Debug, thiserror::Error)]
 pub enum WireError {
-    /// Sent by a version that we do not speak.
-    #[error("frame of version {0}, this is version {VERSION}")]
+    /// The frame has another version.
+    #[error("frame has version {0}, this release understands {VERSION}")]
     Version(u8),
-    /// Nothing there.
+    /// The frame is empty.
     #[error("empty frame")]
     Empty,
-    /// Cut short, too long, or not what was expected.
+    /// The frame is truncated, too long, or of another type.
     #[error("malformed frame: {0}")]
     Malformed(String),
 }
 
-/// Nothing that is kept in a file of ours is larger than this.
+/// The maximum size of a state file in bytes.
 pub const MAX_STORED: usize = 256 << 20;
 
-/// The body of a frame without its version byte: for what is nested in other frames, and signed.
+/// Encodes a value without a version byte: for values that are signed or nested in frames.
+///
+/// # Errors
+///
+/// If the encoding exceeds [`MAX_FRAME`].
 pub fn encode_body<T: Serialize>(value: &T) -> Result<Vec<u8>, WireError> {
-    within(MAX_FRAME, encode_stored(value)?)
+    check_size(MAX_FRAME, encode_stored(value)?)
 }
 
-/// For a file of ours: several things that each fit a frame.
+/// Encodes a value for a state file, which may contain several values of frame size.
+///
+/// # Errors
+///
+/// If the encoding exceeds [`MAX_STORED`].
 pub fn encode_stored<T: Serialize>(value: &T) -> Result<Vec<u8>, WireError> {
     let bytes = bincode::serde::encode_to_vec(value, bincode::config::standard())
         .map_err(|error| WireError::Malformed(error.to_string()))?;
-    within(MAX_STORED, bytes)
+    check_size(MAX_STORED, bytes)
 }
 
-/// The reverse of [`encode_stored`].
+/// Decodes what [`encode_stored`] returns.
+///
+/// # Errors
+///
+/// If the bytes are malformed or exceed [`MAX_STORED`].
 pub fn decode_stored<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, WireError> {
     decode_with::<T, MAX_STORED>(bytes)
 }
 
-/// bincode applies its limit when it reads, and not when it writes.
-fn within(most: usize, bytes: Vec<u8>) -> Result<Vec<u8>, WireError> {
+/// Checks the size of an encoding: bincode enforces its limit only when it decodes.
+fn check_size(most: usize, bytes: Vec<u8>) -> Result<Vec<u8>, WireError> {
     if bytes.len() > most {
         return Err(too_long(bytes.len(), most));
     }
@@ -56,10 +67,14 @@ fn within(most: usize, bytes: Vec<u8>) -> Result<Vec<u8>, WireError> {
 }
 
 fn too_long(length: usize, most: usize) -> WireError {
-    WireError::Malformed(format!("{length} bytes, at most {most} are allowed"))
+    WireError::Malformed(format!("{length} bytes exceed the limit of {most}"))
 }
 
-/// The reverse of [`encode_body`]; bytes left over are an error.
+/// Decodes what [`encode_body`] returns.
+///
+/// # Errors
+///
+/// If the bytes are malformed, exceed [`MAX_FRAME`], or are longer than the value.
 pub fn decode_body<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, WireError> {
     decode_with::<T, MAX_FRAME>(bytes)
 }
@@ -77,14 +92,22 @@ fn decode_with<T: DeserializeOwned, const MOST: usize>(bytes: &[u8]) -> Result<T
     Ok(value)
 }
 
-/// A whole frame: version byte, then the body.
+/// Encodes a frame: the version byte, then the value.
+///
+/// # Errors
+///
+/// If the encoding exceeds [`MAX_FRAME`].
 pub fn encode<T: Serialize>(value: &T) -> Result<Vec<u8>, WireError> {
     let mut frame = vec![VERSION];
     frame.append(&mut encode_body(value)?);
     Ok(frame)
 }
 
-/// The reverse of [`encode`].
+/// Decodes what [`encode`] returns.
+///
+/// # Errors
+///
+/// If the frame is empty, malformed or of another version.
 pub fn decode<T: DeserializeOwned>(frame: &[u8]) -> Result<T, WireError> {
     match frame.split_first() {
         None => Err(WireError::Empty),
@@ -93,18 +116,18 @@ pub fn decode<T: DeserializeOwned>(frame: &[u8]) -> Result<T, WireError> {
     }
 }
 
-/// Bytes as what they are, and not as a list of numbers that is gone through one by one: for fields with
-/// `#[serde(with = "wire::bytes")]`. On the wire it is the same.
+/// Serializes a byte vector as bytes rather than element by element, for fields with `#[serde(with = "wire::bytes")]`.
+/// The encoding on the wire is the same.
 pub mod bytes {
     use serde::de::{Error, SeqAccess, Visitor};
     use serde::{Deserializer, Serializer};
 
-    /// Writes them.
+    /// Serializes bytes.
     pub fn serialize<S: Serializer>(bytes: &[u8], serializer: S) -> Result<S::Ok, S::Error> {
         serializer.serialize_bytes(bytes)
     }
 
-    /// Reads them.
+    /// Deserializes bytes.
     pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<u8>, D::Error> {
         deserializer.deserialize_byte_buf(Bytes)
     }
@@ -144,14 +167,14 @@ mod tests {
     use crate::sync::Message;
 
     #[test]
-    fn another_version_is_refused() {
+    fn other_version_is_rejected() {
         assert!(matches!(decode::<u8>(&[9, 1]), Err(WireError::Version(9))));
         assert!(matches!(decode::<u8>(&[]), Err(WireError::Empty)));
         assert!(matches!(decode::<u8>(&[VERSION, 1, 2]), Err(WireError::Malformed(_))));
     }
 
     #[test]
-    fn bytes_are_on_the_wire_what_a_list_of_them_is() {
+    fn bytes_have_the_same_encoding_as_a_list() {
         #[derive(Debug, PartialEq, serde::Serialize, serde::Deserialize)]
         struct Holder(#[serde(with = "bytes")] Vec<u8>);
         for length in [0, 1, 300] {
@@ -160,7 +183,7 @@ mod tests {
             assert_eq!(encoded, encode_body(&all).unwrap());
             assert_eq!(decode_body::<Holder>(&encoded).unwrap(), Holder(all));
         }
-        // A length that is not there allocates nothing.
+        // A length without its bytes allocates nothing.
         assert!(decode_body::<Holder>(&[0xfc, 0xff, 0xff, 0xff, 0x7f]).is_err());
     }
 

@@ -96,7 +96,7 @@ fn calls_to_a_frozen_ovld_time_out() {
         let (add, del, status) = (call("ADD", &b), call("DEL", &a), call("STATUS", &a));
         assert_refused(status.join().unwrap(), 50, &["did not answer within 5 s"]);
         del.join().unwrap().result().unwrap();
-        assert_refused(add.join().unwrap(), 11, &["did not answer within 30 s"]);
+        assert_refused(add.join().unwrap(), 11, &["did not reply within 30 s"]);
     });
     assert!(host.run_dir().join("cni-deleted/a-container:eth0:pods").exists());
     host.signal(Signal::SIGCONT).unwrap();

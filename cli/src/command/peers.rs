@@ -1,7 +1,7 @@
 //! `ovlctl peers`: lists the hosts of the cluster, or forgets one.
 
 use clap::Subcommand;
-use ovl_control::{Peer, PeerState, PeerTunnel, Reply, Request};
+use ovl_control::{PeerInfo, PeerState, PeerTunnel, Reply, Request};
 
 use crate::args::Output;
 use crate::context::Context;
@@ -44,7 +44,7 @@ pub(crate) fn run(context: &Context, args: Args) -> Result<()> {
     context.print(&peers, |peers| render(peers, context.output == Output::Wide))
 }
 
-fn render(peers: &[Peer], wide: bool) -> String {
+fn render(peers: &[PeerInfo], wide: bool) -> String {
     let tunnels = || peers.iter().map(|peer| peer.tunnel.as_ref());
     let table = TextTable::new()
         .column("NAME", peers.iter().map(|peer| format!("{}{}", peer.name, if peer.own { " *" } else { "" })))
@@ -91,7 +91,7 @@ fn some_loss(tunnel: &PeerTunnel) -> String {
 }
 
 /// Returns the `NOTE` of a host: irregularities that its state does not show.
-fn note(peer: &Peer) -> String {
+fn note(peer: &PeerInfo) -> String {
     let mut notes = Vec::new();
     if !peer.member {
         notes.push("not a member");
@@ -107,8 +107,8 @@ fn note(peer: &Peer) -> String {
 mod tests {
     use super::*;
 
-    fn peer(number: u8) -> Peer {
-        Peer {
+    fn peer(number: u8) -> PeerInfo {
+        PeerInfo {
             name: format!("host{number}"),
             id: "0410c3g8kt7o2s00".parse().unwrap(),
             address: format!("192.0.2.{number}:7940").parse().unwrap(),
@@ -129,8 +129,9 @@ mod tests {
 
     #[test]
     fn local_host_is_marked_and_default_columns_are_omitted() {
-        let own = Peer { own: true, last_heard_ms: None, rtt_us: None, ..peer(1) };
-        let dead = Peer { state: PeerState::Dead, last_heard_ms: Some(72_000), reachable: false, ..peer(3) };
+        let own = PeerInfo { own: true, last_heard_ms: None, rtt_us: None, ..peer(1) };
+        let dead =
+            PeerInfo { state: PeerState::Dead, last_heard_ms: Some(72_000), reachable: false, ..peer(3) };
         assert_eq!(
             render(&[own, peer(2), dead], false),
             "\
@@ -152,8 +153,8 @@ host3    192.0.2.3:7940  192.0.2.3  dead   1m12s  0.4ms  4          0.1.0
             rtt_us: Some(412),
             loss_percent: Some(5),
         };
-        let own = Peer { own: true, encryption: "wireguard (userspace)".into(), ..peer(1) };
-        let other = Peer { tunnel: Some(tunnel.clone()), ..Peer { own: false, ..own.clone() } };
+        let own = PeerInfo { own: true, encryption: "wireguard (userspace)".into(), ..peer(1) };
+        let other = PeerInfo { tunnel: Some(tunnel.clone()), ..PeerInfo { own: false, ..own.clone() } };
         let last = |text: String| {
             text.lines()
                 .map(|line| {
@@ -173,14 +174,14 @@ host3    192.0.2.3:7940  192.0.2.3  dead   1m12s  0.4ms  4          0.1.0
             ]
         );
         assert_eq!(last(render(&[own.clone(), other.clone()], false)), ["TUNNEL-LOSS", "-", "5%"]);
-        let well = Peer { tunnel: Some(PeerTunnel { loss_percent: Some(0), ..tunnel }), ..other };
+        let well = PeerInfo { tunnel: Some(PeerTunnel { loss_percent: Some(0), ..tunnel }), ..other };
         assert_eq!(last(render(&[own, well], false)), ["", "", ""]);
     }
 
     #[test]
     fn irregular_hosts_have_a_note() {
-        let odd = Peer { reachable: false, encryption: "wireguard".into(), ..peer(2) };
-        let new = Peer { member: false, reachable: false, ..peer(3) };
+        let odd = PeerInfo { reachable: false, encryption: "wireguard".into(), ..peer(2) };
+        let new = PeerInfo { member: false, reachable: false, ..peer(3) };
         let text = render(&[odd, new], false);
         let ends: Vec<_> = text
             .lines()

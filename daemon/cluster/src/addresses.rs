@@ -1,8 +1,8 @@
-//! Addresses: which subnets a network may have, which addresses of them are for endpoints, and how
-//! a node picks one out of the blocks it holds (on who holds which block the hosts agree by consensus).
+//! Subnets and the address picker: which subnets a network may have, which of their addresses are for endpoints, and how
+//! a host picks a free one from the blocks that it holds. (Consensus decides which host holds which block.)
 //!
-//! Addresses are counted as `u128`, of either family, and sets of them are never enumerated: an
-//! IPv6 block is as cheap as an IPv4 one.
+//! Addresses of both families are handled as `u128`, and sets of them are never enumerated: an IPv6 block costs no more
+//! than an IPv4 block.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -10,53 +10,61 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use ovl_proto::id::{Mac, NetworkId, NodeId};
 use ovl_proto::object::{Network, Subnet};
 
-/// Why a range cannot be a network's subnet.
+/// Why a prefix cannot be a network's subnet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum SubnetError {
     /// Host bits are set.
-    #[error("{0} has host bits set; did you mean {mean}?", mean = .0.trunc())]
+    #[error("subnet {0} has host bits set; did you mean {mean}?", mean = .0.trunc())]
     HostBits(IpNet),
-    /// There would be no room for a gateway and an endpoint.
-    #[error("{0} is too small: a subnet needs at least four addresses (/30, or /126 for IPv6)")]
+    /// There is no room for a gateway and an endpoint.
+    #[error("subnet {0} is too small: it needs at least four addresses (/30, or /126 for IPv6)")]
     TooSmall(IpNet),
-    /// It meets addresses that no endpoint may have.
-    #[error("{prefix} overlaps {special}, the {what} addresses")]
+    /// It overlaps addresses that no endpoint may have.
+    #[error("subnet {prefix} overlaps {special}, the {what} addresses")]
     Special {
         /// The subnet.
         prefix: IpNet,
         /// What it overlaps.
         special: IpNet,
-        /// What these are for.
+        /// The purpose of the special addresses.
         what: &'static str,
     },
-    /// Blocks are part of the subnet and have room for a gateway and an endpoint.
-    #[error("blocks of /{length} in {prefix}: from /{from} to /{longest}", from = .prefix.prefix_len())]
+    /// The block length is not between the subnet's and the longest one with room for a gateway and an endpoint.
+    #[error("subnet {prefix}: invalid block length /{length}: expected /{from} to /{longest}", from = .prefix.prefix_len())]
     BlockLength {
         /// The subnet.
         prefix: IpNet,
-        /// Of the blocks.
+        /// The requested block length.
         length: u8,
-        /// What is possible.
+        /// The longest possible one.
         longest: u8,
     },
-    /// A subnet grows only into one that contains it.
-    #[error("{new} does not contain {old}")]
+    /// A subnet can grow only to a prefix that contains it.
+    #[error("subnet {new} does not contain the current subnet {old}")]
     NotLarger {
-        /// The subnet as it is.
+        /// The current subnet.
         old: IpNet,
-        /// What was asked for.
+        /// The requested subnet.
         new: IpNet,
     },
 }
 
-/// A subnet as a network is made with: with its gateway and the usual length of blocks.
+/// Creates a subnet of a switched network, with its gateway and the default block length.
+///
+/// # Errors
+///
+/// If the prefix is invalid, see [`validate_subnet`].
 pub fn new_subnet(prefix: IpNet) -> Result<Subnet, SubnetError> {
     validate_subnet(prefix)?;
     Ok(Subnet { prefix, block_length: default_block_length(prefix), gateway: gateway(prefix), routed: false })
 }
 
-/// A routed network's subnet, with blocks of that length, or of one that people know: a /24, or a
-/// /64 of IPv6, where that leaves room for 16 hosts.
+/// Creates a subnet of a routed network. The default block length is a /24, or a /64 for IPv6, if that leaves room for
+/// 16 hosts.
+///
+/// # Errors
+///
+/// If the prefix or the block length is invalid.
 pub fn new_routed_subnet(prefix: IpNet, block_length: Option<u8>) -> Result<Subnet, SubnetError> {
     validate_subnet(prefix)?;
     let (usual, longest) = match prefix {
@@ -71,8 +79,12 @@ pub fn new_routed_subnet(prefix: IpNet, block_length: Option<u8>) -> Result<Subn
     Ok(Subnet { prefix, block_length, gateway: gateway(prefix), routed: true })
 }
 
-/// The subnet grown to a range that contains it. Gateway and block length stay as they were: the
-/// endpoints have the one in their routes, and blocks that are held have the other.
+/// Returns the subnet grown to a prefix that contains it. Gateway and block length stay: the endpoints have routes via
+/// the gateway, and held blocks have that length.
+///
+/// # Errors
+///
+/// If the new prefix is invalid, or does not contain the subnet.
 pub fn can_grow(old: &Subnet, new: IpNet) -> Result<Subnet, SubnetError> {
     validate_subnet(new)?;
     if !new.contains(&old.prefix) {
@@ -81,7 +93,11 @@ pub fn can_grow(old: &Subnet, new: IpNet) -> Result<Subnet, SubnetError> {
     Ok(Subnet { prefix: new, ..*old })
 }
 
-/// Whether a network may have this range.
+/// Checks that a prefix can be a network's subnet.
+///
+/// # Errors
+///
+/// If it has host bits set, is too small, or overlaps special addresses.
 pub fn validate_subnet(prefix: IpNet) -> Result<(), SubnetError> {
     if prefix != prefix.trunc() {
         return Err(SubnetError::HostBits(prefix));
@@ -114,7 +130,7 @@ fn special_ranges() -> [(IpNet, &'static str); 10] {
     ]
 }
 
-/// The length of the blocks that hosts claim: a compromise between many hosts in a small subnet
+/// Returns the default block length of a switched network's subnet: a compromise between many hosts in a small subnet
 /// and few claims in a large one. /24 gives 32 blocks of 8 addresses, /16 gives 256 of 256.
 pub fn default_block_length(prefix: IpNet) -> u8 {
     let bits = host_bits(prefix);
@@ -123,19 +139,19 @@ pub fn default_block_length(prefix: IpNet) -> u8 {
     prefix.max_prefix_len() - block_bits
 }
 
-/// The gateway of a network that is made with this range: its first host address.
+/// Returns the gateway of a new subnet or block: its first host address.
 pub fn gateway(prefix: IpNet) -> IpAddr {
     let (first, last) = span(prefix);
     address(prefix, first.saturating_add(1).min(last))
 }
 
-/// How many addresses of a subnet are for endpoints.
+/// Returns the number of addresses of a subnet that are for endpoints.
 pub fn usable(subnet: &Subnet) -> u128 {
     usable_in_block(subnet.prefix, subnet)
 }
 
-/// How many addresses of a block are for endpoints. None for some of the smallest blocks: whoever
-/// got such a one claims another.
+/// Returns the number of addresses of a block that are for endpoints. It is 0 for some of the smallest blocks; a host
+/// that gets such a block claims another one.
 pub fn usable_in_block(block: IpNet, subnet: &Subnet) -> u128 {
     let Some((first, last)) = common(block, subnet.prefix) else { return 0 };
     let size = (last - first).saturating_add(1);
@@ -151,9 +167,10 @@ pub fn is_usable(at: IpAddr, subnet: &Subnet) -> bool {
     subnet.prefix.contains(&at) && !is_reserved(number(at), subnet)
 }
 
-/// The next free address of a node's blocks. It looks first behind `cursor`, the address that was
-/// given out last, so that an address that was just released rests a while: neighbours and DNS
-/// clients remember its former holder.
+/// Picks the next free address of a host's blocks.
+///
+/// The search starts after `cursor`, the last picked address, so that a released address is not reused at once:
+/// neighbours and DNS clients remember its former holder.
 pub fn allocate(
     blocks: &[IpNet],
     subnet: &Subnet,
@@ -175,7 +192,7 @@ pub fn allocate(
         .or_else(|| before.filter_map(|(first, last)| free(*first, *last.min(&behind))).next())
 }
 
-/// The first free address from `first` to `last`: one step for each taken one before it.
+/// Returns the first free address from `first` to `last`, with one step for each taken address before it.
 fn first_free(first: u128, last: u128, subnet: &Subnet, in_use: impl Fn(IpAddr) -> bool) -> Option<IpAddr> {
     (first..=last)
         .filter(|at| !is_reserved(*at, subnet))
@@ -187,7 +204,7 @@ fn is_reserved(at: u128, subnet: &Subnet) -> bool {
     reserved(unit(at, subnet), gateway_in_unit(at, subnet)).any(|reserved| reserved == at)
 }
 
-/// What has a gateway of its own: the block on a routed network, else all of the subnet.
+/// Returns the range that has its own gateway: the block on a routed network, else the whole subnet.
 fn unit(at: u128, subnet: &Subnet) -> IpNet {
     if !subnet.routed {
         return subnet.prefix;
@@ -195,7 +212,7 @@ fn unit(at: u128, subnet: &Subnet) -> IpNet {
     IpNet::new(address(subnet.prefix, at), subnet.block_length).map_or(subnet.prefix, |block| block.trunc())
 }
 
-/// The gateway of an address of a network: that of its subnet, or on a routed network of its block.
+/// Returns the gateway for an address of a network: that of its subnet, or on a routed network that of its block.
 pub fn gateway_on(network: &Network, at: IpAddr) -> Option<IpAddr> {
     let subnet = network.subnets.iter().find(|subnet| subnet.prefix.contains(&at))?;
     Some(gateway_in_unit(number(at), subnet))
@@ -205,18 +222,18 @@ fn gateway_in_unit(at: u128, subnet: &Subnet) -> IpAddr {
     if subnet.routed { gateway(unit(at, subnet)) } else { subnet.gateway }
 }
 
-/// What no endpoint gets: the network's address (IPv6: the subnet-router anycast address), the
-/// IPv4 broadcast address, and the gateway. The gateway also where there is none: an internal
-/// network that is opened later needs it.
+/// Returns the reserved addresses: the network address (IPv6: the subnet-router anycast address), the
+/// IPv4 broadcast address, and the gateway. An internal network reserves the gateway too, for the case that it gets
+/// one later.
 fn reserved(unit: IpNet, gateway: IpAddr) -> impl Iterator<Item = u128> {
     let (first, last) = span(unit);
     let broadcast = matches!(unit, IpNet::V4(_)).then_some(last);
     [Some(first), Some(number(gateway)), broadcast].into_iter().flatten()
 }
 
-/// An endpoint's MAC address, the same whoever computes it: locally administered, and for IPv4
-/// with the address in it, so that two endpoints of a network cannot have one. The first byte
-/// keeps it apart from [`Mac::of_gateway`].
+/// Returns the MAC address of an endpoint, the same on every host: locally administered, and for IPv4
+/// with the address in it, so that two endpoints of a network never share one. The first byte
+/// distinguishes it from [`Mac::of_gateway`].
 pub fn mac_of(network: NetworkId, at: IpAddr) -> Mac {
     match at {
         IpAddr::V4(at) => {
@@ -231,15 +248,15 @@ pub fn mac_of(network: NetworkId, at: IpAddr) -> Mac {
     }
 }
 
-/// The MAC address of a host's VXLAN device on a routed network, the same whoever computes it. The
-/// first byte keeps it apart from those of endpoints and gateways.
+/// Returns the MAC address of a host's VXLAN device on a routed network, the same on every host. The
+/// first byte distinguishes it from those of endpoints and gateways.
 pub fn mac_of_host(network: NetworkId, host: NodeId) -> Mac {
     let [a, b, c, d, e, ..] = hash(&network.0, &host.0);
     Mac([0x1a, a, b, c, d, e])
 }
 
-/// FNV-1a, then its bits mixed: the multiplication alone leaves the high bytes, which are the
-/// ones used, weak in what was hashed last.
+/// Returns a hash: FNV-1a followed by a bit mixer. FNV-1a alone barely mixes the last input bytes into the high bytes
+/// of the hash, which are the ones used.
 fn hash(first: &[u8], then: &[u8]) -> [u8; 8] {
     let mut hash = 0xcbf2_9ce4_8422_2325_u64;
     for byte in first.iter().chain(then) {
@@ -249,12 +266,12 @@ fn hash(first: &[u8], then: &[u8]) -> [u8; 8] {
     (hash ^ (hash >> 32)).to_be_bytes()
 }
 
-/// The first and the last address of a range.
+/// Returns the first and the last address of a prefix as numbers.
 pub fn span(range: IpNet) -> (u128, u128) {
     (number(range.network()), number(range.broadcast()))
 }
 
-/// The addresses that are in both; of two prefixes one contains the other or they are disjoint.
+/// Returns the addresses that are in both prefixes: one contains the other, or they are disjoint.
 fn common(one: IpNet, other: IpNet) -> Option<(u128, u128)> {
     match (one.contains(&other), other.contains(&one)) {
         (_, true) => Some(span(one)),
@@ -263,7 +280,7 @@ fn common(one: IpNet, other: IpNet) -> Option<(u128, u128)> {
     }
 }
 
-/// The address of that number, in the family of `like`.
+/// Returns the address of a number in the family of `like`.
 pub fn address(like: IpNet, number: u128) -> IpAddr {
     match like {
         IpNet::V4(_) => IpAddr::V4(Ipv4Addr::from_bits(number as u32)),
@@ -302,7 +319,7 @@ mod tests {
         new_subnet(net(text)).unwrap()
     }
 
-    /// Gives out addresses until there is none left.
+    /// Picks addresses until none is left.
     fn exhaust(blocks: &[IpNet], subnet: &Subnet, mut cursor: Option<IpAddr>) -> BTreeSet<IpAddr> {
         let mut in_use = BTreeSet::new();
         while let Some(at) = allocate(blocks, subnet, |at| in_use.contains(&at), cursor) {
@@ -335,7 +352,7 @@ mod tests {
     }
 
     #[test]
-    fn ranges_that_no_endpoint_may_have_are_refused() {
+    fn special_and_too_small_subnets_are_rejected() {
         let special = [
             "0.0.0.0/0",
             "0.1.0.0/16",
@@ -357,14 +374,14 @@ mod tests {
             assert_eq!(validate_subnet(net(prefix)), Err(SubnetError::TooSmall(net(prefix))));
         }
         let error = validate_subnet(net("10.1.4.1/24")).unwrap_err();
-        assert_eq!(error.to_string(), "10.1.4.1/24 has host bits set; did you mean 10.1.4.0/24?");
+        assert_eq!(error.to_string(), "subnet 10.1.4.1/24 has host bits set; did you mean 10.1.4.0/24?");
         for prefix in ["10.0.0.0/8", "192.168.1.0/30", "100.64.0.0/10", "fd00::/64", "2001:db8::/126"] {
             assert_eq!(validate_subnet(net(prefix)), Ok(()));
         }
     }
 
     #[test]
-    fn a_subnet_that_grows_keeps_its_gateway_and_its_blocks() {
+    fn growing_subnet_keeps_its_gateway_and_block_length() {
         let old = subnet("10.1.4.0/24");
         let new = can_grow(&old, net("10.1.0.0/16")).unwrap();
         assert_eq!(new.gateway, "10.1.4.1".parse::<IpAddr>().unwrap());
@@ -382,7 +399,7 @@ mod tests {
     }
 
     #[test]
-    fn a_released_address_rests() {
+    fn released_address_is_not_reused_at_once() {
         let subnet = subnet("10.1.4.0/24");
         let blocks = [net("10.1.4.8/29"), net("10.1.4.0/29")];
         let mut in_use = BTreeSet::new();
@@ -398,7 +415,7 @@ mod tests {
     }
 
     #[test]
-    fn a_huge_block_costs_nothing() {
+    fn huge_block_costs_no_more() {
         let subnet = subnet("fd00::/64");
         let mut in_use = BTreeSet::new();
         for _ in 0..1000 {
@@ -414,7 +431,7 @@ mod tests {
     }
 
     #[test]
-    fn mac_addresses_follow_from_the_address() {
+    fn mac_address_derives_from_the_address() {
         let network = NetworkId([1, 2, 3, 4, 5]);
         let mac = mac_of(network, "10.1.4.2".parse().unwrap());
         assert_eq!(mac.0[0], 0x02);
@@ -427,7 +444,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn every_usable_address_is_given_out_once(
+        fn every_usable_address_is_picked_once(
             at: u32, length in 22_u8..=30, v6: bool, blocks in 1_usize..6, start: u16, grown in 0_u8..4,
         ) {
             let bits = 32 - length;

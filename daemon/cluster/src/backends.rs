@@ -1,6 +1,5 @@
-//! What stands behind each Service: out of its selector, endpoints and Pods, EndpointSlices, and the liveness of
-//! hosts. Kept up change by change: one endpoint that comes or goes costs a look at the Services that
-//! select it, however many others there are.
+//! The backends of each Service, from its selector, endpoints and Pods, EndpointSlices, and the liveness of hosts. The
+//! index is updated incrementally: a change of an endpoint costs an update of only those Services that select it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -11,51 +10,51 @@ use ovl_proto::resource::{
     SliceEndpoint, has_all,
 };
 
-use crate::members::{Member, MemberChange, Members, pair, take};
 use crate::resources::named_port;
+use crate::selectables::{Selectable, SelectableChange, Selectables, label_key, take};
 use crate::view::View;
 
-/// How far a backend takes connections.
+/// Whether a backend accepts connections.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Readiness {
-    /// New ones too.
+    /// It accepts new connections.
     Ready,
-    /// It is on its way out and still serves: it gets new ones only where nobody is ready.
+    /// It is shutting down and still serves. It receives new connections only if no backend is ready.
     Draining,
-    /// None. It is listed for those who ask.
+    /// It accepts no connections. It is listed for information.
     NotReady,
 }
 
-/// What stands behind a Service.
+/// A backend of a Service.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Backend {
-    /// One for each address family that it has.
+    /// The addresses, one for each address family.
     pub addresses: Vec<IpAddr>,
-    /// The port for each of the Service's ports, in their order; nothing where it has none of that name.
+    /// The port for each port of the Service, in their order. `None` if the backend has no port of that name.
     pub ports: Vec<Option<u16>>,
-    /// Its host, where that is known.
+    /// The host, if known.
     pub host: Option<NodeId>,
-    /// See [`Readiness`]; `Ready` whatever it says itself where the Service publishes addresses that are not.
+    /// The readiness; always `Ready` if the Service publishes addresses that are not ready.
     pub readiness: Readiness,
-    /// The name of its own record in DNS, under the Service's; empty: none was given.
+    /// The name of its own DNS record, under the Service's name. Empty: it has none.
     pub hostname: String,
-    /// The endpoint or Pod, for people; empty where an EndpointSlice lists an address.
+    /// The name of the endpoint or Pod, for people. Empty for an address of an EndpointSlice.
     pub name: String,
 }
 
 /// A backend for one port and address family of a Service.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Target {
-    /// Where it listens.
+    /// The address at which it listens.
     pub address: IpAddr,
-    /// Where it listens.
+    /// The port at which it listens.
     pub port: u16,
-    /// Its host, where that is known.
+    /// The host, if known.
     pub host: Option<NodeId>,
 }
 
-/// The backends of one port, for the addresses of one family: the ready ones, or where there are none those
-/// that drain. With `on`, those of that host alone are looked at: the traffic policy Local. In order, each once.
+/// Returns the backends of one port and address family: the ready ones, or if there are none, the draining ones. With
+/// `on`, only those of that host (the traffic policy Local). They are sorted and unique.
 pub fn targets(backends: &[Backend], port: usize, ipv4: bool, on: Option<NodeId>) -> Vec<Target> {
     let all = |readiness| {
         let fitting = backends
@@ -74,56 +73,56 @@ pub fn targets(backends: &[Backend], port: usize, ipv4: bool, on: Option<NodeId>
     if ready.is_empty() { all(Readiness::Draining) } else { ready }
 }
 
-/// What stands behind all Services.
+/// The backends of all Services.
 #[derive(Debug, Clone, Default)]
 pub struct Backends {
-    members: Members,
+    selectables: Selectables,
     of: BTreeMap<Name, Vec<Backend>>,
     /// Services with a selector, each under one of its labels.
     selectors: BTreeMap<(String, String, String), BTreeSet<Name>>,
-    /// Under which label and with which selector each is listed.
+    /// The label under which each Service is indexed, and its selector.
     listed: BTreeMap<Name, ((String, String, String), Labels)>,
     /// The Service of each slice, and the slices of each Service.
     slice_of: BTreeMap<Name, Name>,
     slices: BTreeMap<Name, BTreeSet<Name>>,
-    /// To be looked at by the next [`Self::settle`], and whether the Service itself changed.
+    /// The Services that the next [`Self::settle`] updates, and whether the Service itself changed.
     dirty: BTreeMap<Name, bool>,
-    changes: Vec<MemberChange>,
+    changes: Vec<SelectableChange>,
 }
 
-/// What a [`Backends::settle`] changed.
+/// The changes of a [`Backends::settle`].
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Settled {
-    /// Services that came, went or changed, or whose backends did.
+    /// Services that were added, changed or removed, or whose backends changed.
     pub services: BTreeSet<Name>,
-    /// Workloads that came, went or changed, in the order in which they did.
-    pub members: Vec<MemberChange>,
+    /// Selectables that were added, changed or removed, in the order of the changes.
+    pub selectables: Vec<SelectableChange>,
 }
 
 impl Backends {
-    /// Who can be selected.
-    pub fn members(&self) -> &Members {
-        &self.members
+    /// Returns the selectables.
+    pub fn selectables(&self) -> &Selectables {
+        &self.selectables
     }
 
-    /// What stands behind a Service as of the last [`Self::settle`], whether ready or not, in order.
+    /// Returns the backends of a Service as of the last [`Self::settle`], ready or not, in order.
     pub fn of(&self, service: &Name) -> &[Backend] {
         self.of.get(service).map_or(&[], Vec::as_slice)
     }
 
-    /// An endpoint came, went or changed.
+    /// Records that an endpoint was added, changed or removed.
     pub fn touch_endpoint(&mut self, view: &View, host: NodeId, id: EndpointId) {
-        let changes = self.members.touch_endpoint(view, host, id);
+        let changes = self.selectables.touch_endpoint(view, host, id);
         self.note(changes);
     }
 
-    /// Whether a network's endpoints count may have changed: a host died or came back, or blocks moved.
+    /// Records that the set of a network's used endpoints may have changed: a host died or returned, or blocks moved.
     pub fn touch_network(&mut self, view: &View, network: NetworkId) {
-        let changes = self.members.touch_network(view, network);
+        let changes = self.selectables.touch_network(view, network);
         self.note(changes);
     }
 
-    /// The liveness of a host has changed: slices name hosts too.
+    /// Records that the liveness of a host has changed, which affects slices that name it.
     pub fn touch_host(&mut self, view: &View, host: NodeId) {
         let Some(node) = view.nodes.get(&host) else { return };
         let name = &node.record.name;
@@ -135,18 +134,18 @@ impl Backends {
         }
     }
 
-    /// An object came, went or changed.
+    /// Records that a Kubernetes object was added, changed or removed.
     pub fn touch_resource(&mut self, view: &View, key: &ResourceKey) {
         match key.kind {
             Kind::Service => self.touch_service(view, &key.name),
             Kind::EndpointSlice => self.touch_slice(view, &key.name),
             Kind::Pod => {
-                let changes = self.members.touch_pod(view, &key.name);
+                let changes = self.selectables.touch_pod(view, &key.name);
                 self.note(changes);
-                // Its named ports may be others while its labels are the same.
-                let named: Vec<Member> =
-                    self.members.named(&key.name).map(|(_, member)| member.clone()).collect();
-                named.iter().for_each(|member| self.select(member));
+                // Its named ports may have changed while its labels are the same.
+                let named: Vec<Selectable> =
+                    self.selectables.named(&key.name).map(|(_, selectable)| selectable.clone()).collect();
+                named.iter().for_each(|selectable| self.select(selectable));
             }
             Kind::Namespace | Kind::NetworkPolicy => {}
         }
@@ -159,8 +158,8 @@ impl Backends {
             if let Some((label, _)) = self.listed.remove(name) {
                 take(&mut self.selectors, &label, name);
             }
-            // Where the fewest others are, so that a label that all have is no burden.
-            let labels = selector.into_iter().flatten().map(|label| pair(&name.namespace, label));
+            // Index the Service under its rarest label, so that a label of all Services costs nothing.
+            let labels = selector.into_iter().flatten().map(|label| label_key(&name.namespace, label));
             let label = labels.min_by_key(|label| self.selectors.get(label).map_or(0, BTreeSet::len));
             if let (Some(label), Some(selector)) = (label, selector) {
                 self.selectors.entry(label.clone()).or_default().insert(name.clone());
@@ -185,29 +184,30 @@ impl Backends {
         }
     }
 
-    fn note(&mut self, changes: Vec<MemberChange>) {
+    fn note(&mut self, changes: Vec<SelectableChange>) {
         for change in changes {
-            for member in change.before.iter().chain(&change.after) {
-                self.select(member);
+            for selectable in change.before.iter().chain(&change.after) {
+                self.select(selectable);
             }
             self.changes.push(change);
         }
     }
 
-    /// Marks the Services that select a member.
-    fn select(&mut self, member: &Member) {
-        let labels = member.labels.iter().map(|label| pair(&member.name.namespace, label));
+    /// Marks the Services that select a selectable as dirty.
+    fn select(&mut self, selectable: &Selectable) {
+        let labels = selectable.labels.iter().map(|label| label_key(&selectable.name.namespace, label));
         let candidates = labels.filter_map(|label| self.selectors.get(&label)).flatten();
-        let selecting = candidates
-            .filter(|name| self.listed.get(*name).is_some_and(|(_, wants)| has_all(&member.labels, wants)));
+        let selecting = candidates.filter(|name| {
+            self.listed.get(*name).is_some_and(|(_, wants)| has_all(&selectable.labels, wants))
+        });
         for name in selecting {
             self.dirty.entry(name.clone()).or_default();
         }
     }
 
-    /// Works out the backends of what was touched.
+    /// Updates the backends of all recorded changes.
     pub fn settle(&mut self, view: &View) -> Settled {
-        let mut settled = Settled { members: std::mem::take(&mut self.changes), ..Settled::default() };
+        let mut settled = Settled { selectables: std::mem::take(&mut self.changes), ..Settled::default() };
         for (name, changed) in std::mem::take(&mut self.dirty) {
             let was = self.of.remove(&name);
             let is = view.resources.services().get(&name).map(|service| self.backends(view, &name, service));
@@ -222,12 +222,13 @@ impl Backends {
     }
 
     fn backends(&self, view: &View, name: &Name, service: &Service) -> Vec<Backend> {
-        let selected = self.members.with_labels(&name.namespace, &service.spec.selector);
+        let selected = self.selectables.with_labels(&name.namespace, &service.spec.selector);
         let mut backends: Vec<Backend> =
-            selected.map(|(_, member)| of_member(view, service, member)).collect();
+            selected.map(|(_, selectable)| backend_of_selectable(view, service, selectable)).collect();
         for slice in self.slices.get(name).into_iter().flatten() {
             if let Some(slice) = view.resources.slices().get(slice) {
-                let counted = slice.endpoints.iter().filter_map(|it| of_slice(view, service, slice, it));
+                let counted =
+                    slice.endpoints.iter().filter_map(|it| backend_of_slice(view, service, slice, it));
                 backends.extend(counted);
             }
         }
@@ -237,28 +238,28 @@ impl Backends {
     }
 }
 
-fn of_member(view: &View, service: &Service, member: &Member) -> Backend {
-    let pod = view.resources.pods().get(&member.name);
+fn backend_of_selectable(view: &View, service: &Service, selectable: &Selectable) -> Backend {
+    let pod = view.resources.pods().get(&selectable.name);
     let port = |port: &ServicePort| match &port.target_port {
         None => Some(port.port),
         Some(IntOrString::Int(number)) => Some(*number),
         Some(IntOrString::String(name)) => named_port(pod?, name, port.protocol),
     };
-    // As in Kubernetes, a pod's host name is one under the Service that its subdomain names.
+    // As in Kubernetes, a pod's host name applies to the Service that its subdomain names.
     let named = pod.filter(|pod| pod.spec.subdomain == service.metadata.name);
-    let ready = member.ready || service.spec.publish_not_ready_addresses;
+    let ready = selectable.ready || service.spec.publish_not_ready_addresses;
     Backend {
-        addresses: member.addresses.clone(),
+        addresses: selectable.addresses.clone(),
         ports: service.spec.ports.iter().map(port).collect(),
-        host: member.host,
+        host: selectable.host,
         readiness: if ready { Readiness::Ready } else { Readiness::NotReady },
         hostname: named.map(|pod| pod.spec.hostname.clone()).unwrap_or_default(),
-        name: member.name.name.clone(),
+        name: selectable.name.name.clone(),
     }
 }
 
-/// Nothing where its host is known and does not count.
-fn of_slice(
+/// Returns the backend of a slice's endpoint; `None` if its host is known and its entries are not used.
+fn backend_of_slice(
     view: &View,
     service: &Service,
     slice: &EndpointSlice,

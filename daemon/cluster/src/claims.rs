@@ -1,19 +1,20 @@
-//! Who has which addresses and node ports. Hosts choose them by themselves when a Service is applied, so two Services
-//! can claim the same on two sides of a split. The older one keeps it, then the one with the smaller name.
+//! Conflicts of Services about addresses and node ports. Hosts choose these without consensus when a Service is applied,
+//! so on two sides of a split two Services can claim the same one. The older Service keeps it, then the one with the
+//! smaller name.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use ovl_proto::resource::{Created, Kind, Name, Protocol, ResourceKey, Service, ServiceType};
 
-/// What one Service alone may have.
+/// An address or port that only one Service may have.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Claim {
-    /// A clusterIP, or an address of a LoadBalancer.
+    /// A cluster IP, or an address of a LoadBalancer.
     Address(IpAddr),
-    /// A port of all hosts, whatever the protocol.
+    /// A node port, for all protocols.
     NodePort(u16),
-    /// A port at an external address, which other Services may have at other ports.
+    /// A port at an external address. Other Services may have other ports of the address.
     External(IpAddr, Protocol, u16),
 }
 
@@ -27,7 +28,7 @@ impl std::fmt::Display for Claim {
     }
 }
 
-/// What a Service claims.
+/// Returns what a Service claims.
 pub fn claims_of(service: &Service) -> BTreeSet<Claim> {
     let addresses = service.cluster_addresses().chain(service.load_balancer_addresses());
     let ports = service.spec.ports.iter().filter_map(|port| port.node_port);
@@ -35,7 +36,7 @@ pub fn claims_of(service: &Service) -> BTreeSet<Claim> {
     addresses.map(Claim::Address).chain(ports.map(Claim::NodePort)).chain(externals_of(service)).collect()
 }
 
-/// Ports at external addresses.
+/// Returns the ports at external addresses that a Service claims.
 fn externals_of(service: &Service) -> impl Iterator<Item = Claim> {
     let ports = |address| {
         service.spec.ports.iter().map(move |port| Claim::External(address, port.protocol, port.port))
@@ -43,7 +44,7 @@ fn externals_of(service: &Service) -> impl Iterator<Item = Claim> {
     service.spec.external_ips.iter().copied().flat_map(ports)
 }
 
-/// The Service without what it has lost.
+/// Returns a Service without its lost claims.
 fn without(service: &Service, lost: &BTreeSet<Claim>) -> Service {
     let mut service = service.clone();
     let kept = |address: IpAddr| !lost.contains(&Claim::Address(address));
@@ -59,37 +60,37 @@ fn without(service: &Service, lost: &BTreeSet<Claim>) -> Service {
     service
 }
 
-/// Who has claimed what. A Service that lost something goes without it until the coordinator has given it
-/// something else.
+/// The claims of all Services. A Service that lost a claim works without it until the coordinator has allocated another
+/// address or port.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Claims {
     all: BTreeMap<Claim, BTreeSet<(Created, Name)>>,
-    /// Services that lost something, as they were written.
+    /// Services that lost a claim, as they were written.
     contested: BTreeMap<Name, Service>,
     /// LoadBalancers without an address.
     waiting: BTreeSet<Name>,
 }
 
 impl Claims {
-    /// Who has it.
+    /// Returns the Service that holds a claim.
     pub fn holder(&self, claim: Claim) -> Option<&Name> {
         self.all.get(&claim)?.first().map(|(_, name)| name)
     }
 
-    /// Who has it instead of this Service: a port at one of its external addresses, or the whole address.
+    /// Returns another Service that holds the port at an external address, or the whole address.
     fn other_at(&self, name: &Name, claim: Claim) -> Option<&Name> {
         let Claim::External(address, ..) = claim else { return None };
         let holders = [self.holder(Claim::Address(address)), self.holder(claim)];
         holders.into_iter().flatten().find(|holder| *holder != name)
     }
 
-    /// Whether a port at an external address is this Service's: nobody has the address for itself, and no older one
-    /// has the port.
+    /// Whether a Service holds a port at an external address: no other Service has the whole address, and no older one
+    /// the port.
     pub fn has_external(&self, name: &Name, address: IpAddr, protocol: Protocol, port: u16) -> bool {
         self.other_at(name, Claim::External(address, protocol, port)).is_none()
     }
 
-    /// What a Service names at external addresses and others have, with these others.
+    /// Returns the ports at external addresses that a Service lost, with the Services that hold them.
     pub fn lost_externals<'a>(
         &'a self,
         name: &'a Name,
@@ -98,7 +99,7 @@ impl Claims {
         externals_of(service).filter_map(move |claim| Some((claim, self.other_at(name, claim)?)))
     }
 
-    /// Services with ports at an external address.
+    /// Returns the Services with ports at an external address.
     fn externals_at(&self, address: IpAddr) -> impl Iterator<Item = &(Created, Name)> {
         let all = self.all.range(Claim::External(address, Protocol::Tcp, 0)..);
         let here =
@@ -106,17 +107,17 @@ impl Claims {
         here.flat_map(|(_, claimants)| claimants)
     }
 
-    /// A Service as it was written, if it lost something to others.
+    /// Returns a Service as it was written, if it lost a claim.
     pub fn contested(&self, name: &Name) -> Option<&Service> {
         self.contested.get(name)
     }
 
-    /// Services that lack something.
+    /// Returns the Services that lost a claim or lack an address.
     pub fn lacking(&self) -> impl Iterator<Item = &Name> {
         self.contested.keys().chain(&self.waiting)
     }
 
-    /// Takes a Service in, or out, and gives those that this changes, itself first.
+    /// Adds, replaces or removes a Service. Returns the Services that this changes, itself first.
     pub(crate) fn put(
         &mut self,
         services: &mut BTreeMap<Name, Service>,
@@ -159,11 +160,11 @@ impl Claims {
         changed.into_iter().map(|name| ResourceKey { kind: Kind::Service, name }).collect()
     }
 
-    /// What a Service has in effect; says whether that changed.
+    /// Computes the effective form of a Service. Returns whether it has changed.
     fn judge(&mut self, services: &mut BTreeMap<Name, Service>, name: &Name) -> bool {
         let raw = self.contested.remove(name);
         let Some(raw) = raw.or_else(|| services.get(name).cloned()) else { return false };
-        // What it lacks at external addresses nobody can give it.
+        // Ports at external addresses cannot be allocated, so their loss does not make a Service contested.
         let given = |claim: &Claim| !matches!(claim, Claim::External(..));
         let lost: BTreeSet<Claim> = claims_of(&raw)
             .into_iter()

@@ -1,18 +1,19 @@
-//! A digest over a set that costs little to keep up when one element of many comes or goes.
+//! A digest of a set with cheap updates when an element is added or removed.
 
 use std::collections::BTreeSet;
 
 use ring::digest::{Context, SHA256, digest};
 
-/// A SHA-256.
+/// A SHA-256 hash.
 pub type Hash = [u8; 32];
 
-/// Into how many parts the elements fall.
+/// The number of parts of a digest.
 pub const PARTS: usize = 64;
 
-/// In two steps: the hash of each element belongs to the part that its first byte modulo [`PARTS`] names;
-/// each part has the hash over its hashes in ascending order, or zeros if it has none; the digest is the
-/// hash over the parts.
+/// A digest of a set of hashes, in two steps.
+///
+/// The hash of each element belongs to the part that its first byte modulo [`PARTS`] selects. The hash of a part is the
+/// hash of its elements' hashes in ascending order, or zeros if it is empty. The digest is the hash of the parts' hashes.
 #[derive(Debug, Clone)]
 pub struct Digest {
     hashes: [BTreeSet<Hash>; PARTS],
@@ -26,12 +27,12 @@ impl Default for Digest {
 }
 
 impl Digest {
-    /// Adds an element.
+    /// Adds the hash of an element.
     pub fn insert(&mut self, hash: Hash) {
         self.with_part(&hash, |part| part.insert(hash));
     }
 
-    /// Takes one out.
+    /// Removes the hash of an element.
     pub fn remove(&mut self, hash: &Hash) {
         self.with_part(hash, |part| part.remove(hash));
     }
@@ -45,13 +46,13 @@ impl Digest {
         }
     }
 
-    /// Of all elements.
+    /// Returns the digest of all elements.
     pub fn total(&self) -> Hash {
         hash_all(&self.parts)
     }
 }
 
-/// The hash of an element.
+/// Returns the hash of an element.
 pub fn hash(bytes: &[u8]) -> Hash {
     let mut out = [0; 32];
     out.copy_from_slice(digest(&SHA256, bytes).as_ref());

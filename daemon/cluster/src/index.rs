@@ -1,5 +1,5 @@
-//! Where a table's endpoints are found without looking at each: hosts have thousands, and a change
-//! of one must not cost what all of them cost.
+//! Indexes of a table's endpoints. A host has thousands of endpoints, and the cost of a change of one must not depend on
+//! their number.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -11,20 +11,20 @@ use ovl_proto::table::Endpoint;
 const FIRST: EndpointId = EndpointId([0; 5]);
 const LAST: EndpointId = EndpointId([u8::MAX; 5]);
 
-/// The endpoints of one table, by what they are looked up by.
+/// The endpoints of one table by network, address, MAC address and name.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(crate) struct Index {
+pub(crate) struct EndpointIndex {
     networks: BTreeMap<NetworkId, BTreeSet<EndpointId>>,
     addresses: BTreeSet<(NetworkId, IpAddr, EndpointId)>,
     macs: BTreeSet<(NetworkId, Mac, EndpointId)>,
     names: BTreeMap<String, BTreeSet<EndpointId>>,
-    /// By name and alias, in lower case.
+    /// By names and aliases in lower case.
     called: BTreeMap<String, BTreeSet<EndpointId>>,
-    /// The ranges that they were attached with, and how many have each.
+    /// The subnets with which endpoints were attached, and the number of endpoints of each.
     ranges: BTreeMap<(NetworkId, IpNet), usize>,
 }
 
-impl Index {
+impl EndpointIndex {
     pub(crate) fn insert(&mut self, endpoint: &Endpoint) {
         let Endpoint { id, network, mac, .. } = *endpoint;
         self.networks.entry(network).or_default().insert(id);
@@ -59,7 +59,7 @@ impl Index {
         }
     }
 
-    /// Networks with endpoints.
+    /// Returns the networks with endpoints.
     pub(crate) fn networks(&self) -> impl Iterator<Item = NetworkId> {
         self.networks.keys().copied()
     }

@@ -1,16 +1,15 @@
-//! Rotating the cluster key: what a host does next, out of what all hosts say of their keys.
+//! The rotation of the cluster key: the next step of a host, from the keys in all hosts' records.
 //!
-//! A majority agrees on the id of the new key ([`AllocMap::key`]). Members that have the key hand it
-//! to those that do not. A host goes through three phases, and each step is on its disk before others
-//! hear of it:
+//! A majority agrees on the id of the new key ([`AllocMap::key`]). Members that have the key send it to those that do
+//! not. A host goes through three phases, and stores each step on disk before it announces the step:
 //!
-//! 1. It has the new key, and opens with both.
-//! 2. When every live member has it, it seals with the new one.
+//! 1. It has the new key, and opens with both keys.
+//! 2. When every live member has the new key, it seals with the new one.
 //! 3. When every live member seals with the new one, it drops the old one.
 //!
-//! What a host says of itself only ever goes forward, so a record that is late holds a host up and
-//! never lets it go too far: nobody seals with what another one lacks, and nobody drops what another
-//! one seals with. A host that is dead is not waited for.
+//! A host's record only ever goes forward, so an outdated record delays a host but never lets it proceed too early: no
+//! host seals with a key that another one lacks, and no host drops a key that another one seals with. Dead hosts are not
+//! waited for.
 //!
 //! [`AllocMap::key`]: ovl_proto::alloc::AllocMap::key
 
@@ -20,50 +19,51 @@ use ovl_proto::record::ClusterKeys;
 
 use crate::view::View;
 
-/// What a host does next.
+/// The next step of a host in a rotation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Step {
-    /// Nothing, or nothing yet.
+pub enum RotationStep {
+    /// No step, or not yet.
     Wait,
-    /// Seal with this key, which it has.
+    /// Seal with this key, which the host has.
     Seal(ClusterKeyId),
-    /// Drop all keys but the one that it seals with.
+    /// Drop all keys but the sealing key.
     Drop,
 }
 
-/// The members that a rotation waits for, and what each has; nothing where that is not known yet.
+/// The live members and their keys, from which the steps of a rotation derive.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Live {
-    /// The key that all shall have.
+pub struct RotationState {
+    /// The key that the members agreed on.
     agreed: Option<AgreedKey>,
-    /// Live members, the own host among them if it is one.
+    /// The live members, including the local host if it is one. `None`: the keys are not known yet.
     hosts: Vec<(NodeId, Option<ClusterKeys>)>,
-    /// Whether they are a majority of all members: a side that has none goes no further, for the
-    /// other one may not have the key.
+    /// Whether they are a majority of all members. A side of a split without a majority must not proceed, because the
+    /// other side may not have the key.
     majority: bool,
 }
 
-/// How far a rotation is.
+/// The progress of a rotation.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Progress {
-    /// To which key, and since when.
+pub struct RotationProgress {
+    /// The new key, and the start of the rotation.
     pub key: AgreedKey,
-    /// Live members.
+    /// The number of live members.
     pub hosts: usize,
-    /// Of those, the ones that have the key.
+    /// The number of live members that have the key.
     pub have: usize,
-    /// Of those, the ones that seal with it.
+    /// The number of live members that seal with it.
     pub seal: usize,
     /// Whether a majority is alive.
     pub majority: bool,
-    /// Who holds it up.
+    /// The hosts that the rotation waits for.
     pub waits_for: Vec<NodeId>,
 }
 
-impl Live {
-    /// Out of the view. `own` is what this host has, which its record may not say yet. With
-    /// `unknown`, members that nobody has told us of count as live: they were admitted a moment ago.
-    /// Without it they do not, for of those that are long dead nobody has a record.
+impl RotationState {
+    /// Computes the state from the view. `own` are the keys of this host, which its record may not contain yet.
+    ///
+    /// With `unknown`, members without a known record count as live, because they may have been admitted just now.
+    /// Without it they do not, because members that have been dead for long have no record either.
     pub fn of(view: &View, own: &ClusterKeys, unknown: bool) -> Self {
         let members = &view.alloc.members;
         let hosts: Vec<_> = members
@@ -78,27 +78,27 @@ impl Live {
         Self { agreed: view.alloc.key, majority: known > members.len() / 2, hosts }
     }
 
-    /// What a host that has these keys does next.
-    pub fn step(&self, own: &ClusterKeys) -> Step {
+    /// Returns the next step of a host that has these keys.
+    pub fn step(&self, own: &ClusterKeys) -> RotationStep {
         let all = |says: &dyn Fn(&ClusterKeys) -> bool| {
             self.majority && self.hosts.iter().all(|(_, keys)| keys.as_ref().is_some_and(says))
         };
         match self.agreed {
             Some(key) if key.id != own.seals => {
                 if own.has(key.id) && all(&|keys| keys.has(key.id)) {
-                    Step::Seal(key.id)
+                    RotationStep::Seal(key.id)
                 } else {
-                    Step::Wait
+                    RotationStep::Wait
                 }
             }
-            // Without an agreed one a key was about to be, and the host died.
-            _ if !own.opens.is_empty() && all(&|keys| keys.seals == own.seals) => Step::Drop,
-            _ => Step::Wait,
+            // Without an agreed key: a host proposed a key and died.
+            _ if !own.opens.is_empty() && all(&|keys| keys.seals == own.seals) => RotationStep::Drop,
+            _ => RotationStep::Wait,
         }
     }
 
-    /// The rotation that is under way; nothing when every live member is through.
-    pub fn progress(&self) -> Option<Progress> {
+    /// Returns the progress of the rotation; `None` if every live member has completed it.
+    pub fn progress(&self) -> Option<RotationProgress> {
         let key = self.agreed?;
         let lacks = |says: &dyn Fn(&ClusterKeys) -> bool| -> Vec<NodeId> {
             let lacking = self.hosts.iter().filter(|(_, keys)| !keys.as_ref().is_some_and(says));
@@ -110,12 +110,12 @@ impl Live {
         let hosts = self.hosts.len();
         let (have, seal) = (hosts - without.len(), hosts - on_another.len());
         let waits_for = [without, on_another, not_through].into_iter().find(|some| !some.is_empty())?;
-        Some(Progress { key, hosts, have, seal, majority: self.majority, waits_for })
+        Some(RotationProgress { key, hosts, have, seal, majority: self.majority, waits_for })
     }
 }
 
-/// The key for what goes to a host that has `theirs`: the one that we seal with, unless it lacks that
-/// one and has another of ours. So one that joins late, or comes back, understands us.
+/// Returns the key for datagrams to a host that has the keys `theirs`: the sealing key, or another one of this host if
+/// the peer lacks it. So a host that joins late, or returns, understands this one.
 pub fn key_towards(own: &ClusterKeys, theirs: &ClusterKeys) -> ClusterKeyId {
     let ours = std::iter::once(&own.seals).chain(&own.opens);
     ours.copied().find(|key| theirs.has(*key)).unwrap_or(own.seals)
@@ -138,27 +138,27 @@ mod tests {
         ClusterKeys { seals, opens: opens.to_vec() }
     }
 
-    fn live(key: Option<AgreedKey>, members: usize, hosts: &[Option<ClusterKeys>]) -> Live {
+    fn live(key: Option<AgreedKey>, members: usize, hosts: &[Option<ClusterKeys>]) -> RotationState {
         let known = hosts.iter().flatten().count();
         let hosts = (0_u8..).zip(hosts).map(|(n, keys)| (NodeId([n; 10]), keys.clone())).collect();
-        Live { agreed: key, hosts, majority: known > members / 2 }
+        RotationState { agreed: key, hosts, majority: known > members / 2 }
     }
 
     #[test]
-    fn a_host_seals_when_all_have_the_key_and_drops_the_old_one_when_all_seal() {
+    fn host_seals_when_all_have_the_key_and_drops_the_old_one_when_all_seal() {
         let (before, has, seals, through) =
             (keys(OLD, &[]), keys(OLD, &[NEW]), keys(NEW, &[OLD]), keys(NEW, &[]));
         for (own, other, step) in [
-            (&has, Some(&before), Step::Wait),
-            (&before, Some(&has), Step::Wait),
-            (&has, None, Step::Wait),
-            (&has, Some(&has), Step::Seal(NEW)),
-            (&has, Some(&seals), Step::Seal(NEW)),
-            (&has, Some(&through), Step::Seal(NEW)),
-            (&seals, Some(&has), Step::Wait),
-            (&seals, None, Step::Wait),
-            (&seals, Some(&seals), Step::Drop),
-            (&through, Some(&seals), Step::Wait),
+            (&has, Some(&before), RotationStep::Wait),
+            (&before, Some(&has), RotationStep::Wait),
+            (&has, None, RotationStep::Wait),
+            (&has, Some(&has), RotationStep::Seal(NEW)),
+            (&has, Some(&seals), RotationStep::Seal(NEW)),
+            (&has, Some(&through), RotationStep::Seal(NEW)),
+            (&seals, Some(&has), RotationStep::Wait),
+            (&seals, None, RotationStep::Wait),
+            (&seals, Some(&seals), RotationStep::Drop),
+            (&through, Some(&seals), RotationStep::Wait),
         ] {
             let live = live(Some(agreed(NEW)), 2, &[Some(own.clone()), other.cloned()]);
             assert_eq!(live.step(own), step, "{own:?} {other:?}");
@@ -166,20 +166,20 @@ mod tests {
     }
 
     #[test]
-    fn a_minority_goes_no_further() {
+    fn minority_does_not_proceed() {
         let has = keys(OLD, &[NEW]);
-        assert_eq!(live(Some(agreed(NEW)), 2, &[Some(has.clone())]).step(&has), Step::Wait);
-        assert_eq!(live(Some(agreed(NEW)), 1, &[Some(has.clone())]).step(&has), Step::Seal(NEW));
+        assert_eq!(live(Some(agreed(NEW)), 2, &[Some(has.clone())]).step(&has), RotationStep::Wait);
+        assert_eq!(live(Some(agreed(NEW)), 1, &[Some(has.clone())]).step(&has), RotationStep::Seal(NEW));
     }
 
     #[test]
-    fn a_key_that_was_never_agreed_on_is_dropped() {
+    fn key_without_agreement_is_dropped() {
         let (has, before) = (keys(OLD, &[NEW]), keys(OLD, &[]));
-        assert_eq!(live(None, 2, &[Some(has.clone()), Some(before)]).step(&has), Step::Drop);
+        assert_eq!(live(None, 2, &[Some(has.clone()), Some(before)]).step(&has), RotationStep::Drop);
     }
 
     #[test]
-    fn progress_names_who_holds_it_up() {
+    fn progress_names_the_hosts_it_waits_for() {
         let (before, has, seals, through) =
             (keys(OLD, &[]), keys(OLD, &[NEW]), keys(NEW, &[OLD]), keys(NEW, &[]));
         let progress = |hosts: [&ClusterKeys; 3]| {
@@ -196,7 +196,7 @@ mod tests {
     }
 
     #[test]
-    fn what_goes_to_a_host_is_sealed_with_a_key_that_it_has() {
+    fn datagrams_are_sealed_with_a_key_of_the_receiver() {
         let seals = keys(NEW, &[OLD]);
         assert_eq!(key_towards(&seals, &keys(OLD, &[])), OLD);
         assert_eq!(key_towards(&seals, &keys(OLD, &[NEW])), NEW);
@@ -204,8 +204,8 @@ mod tests {
         assert_eq!(key_towards(&keys(NEW, &[]), &keys(OLD, &[])), NEW);
     }
 
-    /// A host of the model: what it has on disk, what it knows to be agreed, and the last record of
-    /// each other one that reached it.
+    /// A host of the model: its keys on disk, the key that it knows to be agreed, and the last record that it received of
+    /// each other host.
     #[derive(Clone)]
     struct Host {
         keys: ClusterKeys,
@@ -214,7 +214,7 @@ mod tests {
     }
 
     impl Host {
-        fn live(&self) -> Live {
+        fn live(&self) -> RotationState {
             live(self.agreed, self.heard.len(), &self.heard)
         }
 
@@ -225,18 +225,18 @@ mod tests {
 
         fn step(&mut self, me: usize) {
             match self.live().step(&self.keys) {
-                Step::Wait => {}
-                Step::Seal(key) => {
+                RotationStep::Wait => {}
+                RotationStep::Seal(key) => {
                     let mut opens = self.keys.opens.clone();
                     opens.retain(|other| *other != key);
                     opens.push(self.keys.seals);
                     self.set(me, ClusterKeys { seals: key, opens });
                 }
-                Step::Drop => self.set(me, keys(self.keys.seals, &[])),
+                RotationStep::Drop => self.set(me, keys(self.keys.seals, &[])),
             }
         }
 
-        /// A key arrives; it is taken if it is the agreed one.
+        /// Receives a key, and stores it if it is the agreed one.
         fn take(&mut self, me: usize, key: ClusterKeyId) {
             if self.agreed.is_some_and(|agreed| agreed.id == key) && !self.keys.has(key) {
                 let opens = [&self.keys.opens[..], &[key]].concat();
@@ -245,10 +245,10 @@ mod tests {
         }
     }
 
-    /// What goes from one to the other is understood, whatever each has heard of the other.
+    /// Checks that every host can open what any other one sends, whatever records they have.
     fn all_understand(hosts: &[Host]) -> Result<(), TestCaseError> {
         for (a, from) in hosts.iter().enumerate() {
-            prop_assert!(from.keys.opens.len() <= ovl_proto::record::MOST_OTHER_KEYS);
+            prop_assert!(from.keys.opens.len() <= ovl_proto::record::MAX_OTHER_KEYS);
             for (b, to) in hosts.iter().enumerate() {
                 prop_assert!(to.keys.has(from.keys.seals), "{a} -> {b}: {:?} {:?}", from.keys, to.keys);
                 if let Some(heard) = &from.heard[b] {
@@ -262,23 +262,23 @@ mod tests {
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(2000))]
-        /// Maps, keys and records arrive in any order and late, hosts restart and know nothing of the
-        /// others, and rotations follow one another: no host ever seals with what another one lacks,
-        /// and at the end all have the last key and no other.
+        /// Maps, keys and records arrive late and in any order, hosts restart without knowledge of the others, and
+        /// rotations follow one another. No host ever seals with a key that another one lacks, and at the end all hosts
+        /// have only the last key.
         #[test]
-        fn no_order_of_events_leaves_two_hosts_that_do_not_understand_each_other(
+        fn hosts_understand_each_other_after_any_order_of_events(
             count in 2_usize..5,
             events in prop::collection::vec((0_u8..7, 0_usize..4, 0_usize..4), 0..300),
         ) {
             let first = Host { keys: keys(OLD, &[]), agreed: None, heard: vec![Some(keys(OLD, &[])); count] };
             let mut hosts = vec![first; count];
-            // What a majority has agreed on.
+            // The key that a majority has agreed on.
             let mut map: Option<AgreedKey> = None;
             let mut begun = 0;
             for (kind, a, b) in events {
                 let (a, b) = (a % count, b % count);
                 match kind {
-                    // One that knows the last map, and that the last rotation is over.
+                    // A host that knows the last map, and that the last rotation is complete.
                     0 if hosts[a].agreed == map && hosts[a].live().progress().is_none()
                         && hosts[a].heard.iter().all(Option::is_some) =>
                     {

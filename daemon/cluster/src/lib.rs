@@ -1,6 +1,6 @@
-//! What the hosts of a cluster say of themselves and of what they share: owner tables ([`table`]), cluster objects
-//! ([`objects`], [`resources`]), liveness ([`liveness`]), and the whole as one host sees it ([`view`]). Every
-//! subsystem reads this, and none is known here. No clock, no I/O.
+//! The state of the cluster: owner tables ([`table`]), cluster objects ([`objects`], [`resources`]), liveness
+//! ([`liveness`]), and the whole as one host sees it ([`view`]). Every subsystem reads it; this crate knows no subsystem.
+//! It has no clock and no I/O.
 
 pub mod addresses;
 pub mod backends;
@@ -9,9 +9,9 @@ pub mod digest;
 mod index;
 pub mod keys;
 pub mod liveness;
-pub mod members;
 pub mod networks;
 pub mod objects;
 pub mod resources;
+pub mod selectables;
 pub mod table;
 pub mod view;

@@ -1,5 +1,5 @@
-//! Networks out of cluster objects: names, VNIs and ranges without collision, also after a split
-//! in which both sides made some.
+//! Resolves conflicts between networks of cluster objects, so that names, VNIs and subnets are unique even after a split
+//! in which both sides created networks.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -11,25 +11,26 @@ use crate::view::NetworkState;
 
 /// The largest VXLAN network identifier.
 pub const MAX_VNI: u32 = (1 << 24) - 1;
-/// Automatic VNIs begin here, as Docker's do; smaller ones are left to people.
+/// The smallest automatic VNI, as in Docker. Smaller ones are left to users.
 pub const FIRST_AUTO_VNI: u32 = 4096;
 
-/// What the objects say, with conflicts settled.
+/// The networks after conflicts are resolved.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Resolution {
-    /// All networks that exist, those being removed included.
+    /// All networks, including those that are being deleted.
     pub networks: BTreeMap<NetworkId, NetworkState>,
-    /// Networks whose name or VNI had to change: whoever resolves writes them, and since every
-    /// host comes to the same result it does not matter who is first.
+    /// Networks whose name or VNI had to change. Any host writes them: all hosts compute the same result, so the order
+    /// of the writes does not matter.
     pub rewritten: Vec<Network>,
-    /// Networks of which ranges overlap; the later one of each pair first.
+    /// Pairs of networks with overlapping subnets, the later one of each pair first.
     pub overlaps: Vec<(NetworkId, NetworkId)>,
 }
 
-/// Settles conflicts: of two networks with one name or one VNI the older keeps it, then the one
-/// with the smaller id. The other gets a name with its id in it, or the next free VNI.
+/// Resolves conflicts: of two networks with the same name or VNI the older one keeps it, then the one with the smaller
+/// id. The other one gets a name that contains its id, or the next free VNI.
 ///
-/// `networks` says of each whether it was removed; `in_use` tells whether a network that was removed still has endpoints anywhere.
+/// `networks` yields each network and whether it was deleted. `in_use` returns whether a deleted network still has
+/// endpoints anywhere.
 pub fn resolve<'a>(
     networks: impl Iterator<Item = (&'a Network, bool)>,
     in_use: impl Fn(NetworkId) -> bool,
@@ -47,7 +48,7 @@ pub fn resolve<'a>(
             names.insert(settled.name.clone());
         }
         if !vnis.insert(settled.vni) {
-            // Not one that another network asked for, or that one would have to move too.
+            // A VNI that another network requested would force that one to change too.
             while asked_for.contains(&settled.vni) || vnis.contains(&settled.vni) {
                 settled.vni = next_vni(settled.vni);
             }
@@ -80,8 +81,8 @@ pub fn overlaps(a: IpNet, b: IpNet) -> bool {
     a.contains(&b) || b.contains(&a)
 }
 
-/// A VNI for a new network that none of these has. Begins at a place that depends on the id, so
-/// that hosts which make networks at the same instant seldom choose the same one.
+/// Returns a VNI for a new network that no existing one has. The search starts at a value that depends on the id, so
+/// that hosts which create networks at the same instant rarely choose the same one.
 pub fn choose_vni(networks: &BTreeMap<NetworkId, NetworkState>, id: NetworkId) -> u32 {
     let [_, a, b, c, d] = id.0;
     let span = MAX_VNI - FIRST_AUTO_VNI + 1;
@@ -93,18 +94,19 @@ pub fn choose_vni(networks: &BTreeMap<NetworkId, NetworkState>, id: NetworkId) -
     vni
 }
 
-/// A range of `length` out of `pool` that overlaps none of `taken`. Of `hosts` hosts each one, by its
-/// `rank`, looks first at candidates that no other looks at: so those that choose at the same
-/// instant, or on two sides of a split, do not choose the same one.
+/// Returns a subnet of `length` from `pool` that overlaps none of `taken`; `None` if there is none.
+///
+/// Each of `hosts` hosts, by its `rank`, first tries candidates that no other host tries. So hosts that choose at the
+/// same instant, or on two sides of a split, do not choose the same one.
 pub fn choose_subnet(pool: IpNet, length: u8, taken: &[IpNet], rank: usize, hosts: usize) -> Option<IpNet> {
-    // Each range that is taken rules out at most a few candidates in a row, so a bounded walk of a
-    // large pool is enough to find a free one if there are any worth finding.
+    // Each taken subnet excludes at most a few consecutive candidates, so a bounded search of a large pool is enough to
+    // find a free one.
     let candidates = || Some(pool.subnets(length).ok()?.take(1 << 16));
     let free = |candidate: &IpNet| !taken.iter().any(|other| overlaps(*candidate, *other));
     candidates()?.skip(rank).step_by(hosts.max(1)).find(free).or_else(|| candidates()?.find(free))
 }
 
-/// The last such range, far from those that others choose.
+/// Returns the last such subnet, which is far from those that other hosts choose.
 pub fn choose_last_subnet(pool: IpNet, length: u8, taken: &[IpNet]) -> Option<IpNet> {
     let candidates: Vec<IpNet> = pool.subnets(length).ok()?.take(1 << 16).collect();
     let free = |candidate: &IpNet| !taken.iter().any(|other| overlaps(*candidate, *other));
@@ -141,7 +143,7 @@ mod tests {
     }
 
     #[test]
-    fn the_older_network_keeps_its_name_and_vni() {
+    fn older_network_keeps_its_name_and_vni() {
         let networks = [network(1, "blue", 5000, 20), network(2, "blue", 5000, 10)];
         let result = settle(&networks);
         assert_eq!(result.networks[&NetworkId([2; 5])].network.name, "blue");
@@ -153,7 +155,7 @@ mod tests {
     }
 
     #[test]
-    fn the_result_does_not_depend_on_the_order() {
+    fn result_does_not_depend_on_the_order() {
         let mut networks =
             [network(3, "a", 7, 1), network(1, "a", 7, 1), network(2, "a", 8, 1), network(4, "b", 7, 0)];
         let first = settle(&networks);
@@ -164,7 +166,7 @@ mod tests {
     }
 
     #[test]
-    fn a_removed_network_stays_while_it_is_used() {
+    fn deleted_network_stays_while_it_is_used() {
         let removed = [network(1, "a", 7, 1)];
         let removed = || removed.iter().map(|network| (network, true));
         assert!(resolve(removed(), |_| false).networks.is_empty());
@@ -186,7 +188,7 @@ mod tests {
         let pool = "10.0.0.0/14".parse().unwrap();
         let chosen: Vec<_> = (0..3).filter_map(|rank| choose_subnet(pool, 16, &[], rank, 3)).collect();
         assert_eq!(chosen.iter().collect::<BTreeSet<_>>().len(), 3, "{chosen:?}");
-        // Where there is none left of its own, a host takes another's.
+        // When its own candidates are exhausted, a host takes another host's.
         assert_eq!(choose_subnet(pool, 16, &chosen, 2, 3), "10.3.0.0/16".parse().ok());
     }
 }

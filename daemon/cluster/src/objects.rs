@@ -1,4 +1,4 @@
-//! The store of cluster objects: of each the last write, with its proof.
+//! The store of cluster objects: the last write of each object, with its signature.
 
 use std::collections::BTreeMap;
 
@@ -11,44 +11,44 @@ use ovl_proto::wire;
 use crate::digest::{Digest, Hash, hash};
 use crate::resources::Resources;
 
-/// Objects, removed ones included: an index of all of them fits a frame.
+/// The maximum number of objects, tombstones included. An index of this many fits a frame.
 pub const MAX_OBJECTS: usize = 65_536;
-/// One of them, encoded.
+/// The maximum size of an encoded object in bytes.
 pub const MAX_OBJECT_BYTES: usize = 256 << 10;
-/// All of them, encoded: together with all else they fit the state file.
+/// The maximum size of all encoded objects in bytes. Together with all other state they fit the state file.
 pub const MAX_BYTES: usize = 128 << 20;
 
-/// The last write of one object. What the cluster is to do about Kubernetes' objects is in [`Resources`].
+/// The last write of an object. The content of Kubernetes objects is in [`Resources`].
 #[derive(Debug, Clone)]
 pub struct Stored {
-    /// The write with its proof.
+    /// The signed write.
     pub signed: SignedObject,
-    /// The write.
+    /// The stamp of the write.
     pub stamp: Stamp,
-    /// It is gone.
+    /// Whether it is a tombstone.
     pub deleted: bool,
-    /// Of a network, also of one that is gone: its devices may still be in use.
+    /// The network, also of a tombstone, because its devices may still be in use. `None` for a Kubernetes object.
     pub network: Option<Network>,
     hash: Hash,
 }
 
-/// Why a write was not kept.
+/// Why a write was rejected.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Full {
-    /// Too many.
+    /// There are too many objects.
     #[error(
-        "there are {MAX_OBJECTS} objects already, removed ones included; removed ones are forgotten after 30 days"
+        "the limit of {MAX_OBJECTS} objects is reached, deleted ones included; deleted ones are removed after 30 days"
     )]
     Objects,
-    /// Too large together.
-    #[error("all objects together would be larger than {} MiB", MAX_BYTES >> 20)]
+    /// All objects together are too large.
+    #[error("all objects together would exceed the limit of {} MiB", MAX_BYTES >> 20)]
     Bytes,
-    /// Too large.
-    #[error("it is {0} bytes long and may be {MAX_OBJECT_BYTES}")]
+    /// The object is too large.
+    #[error("the object has {0} bytes, the limit is {MAX_OBJECT_BYTES}")]
     Object(usize),
 }
 
-/// All objects.
+/// The store of cluster objects.
 #[derive(Debug, Clone, Default)]
 pub struct Objects {
     all: BTreeMap<ObjectKey, Stored>,
@@ -57,48 +57,52 @@ pub struct Objects {
 }
 
 impl Objects {
-    /// One of them.
+    /// Returns an object.
     pub fn get(&self, key: &ObjectKey) -> Option<&Stored> {
         self.all.get(key)
     }
 
-    /// All, by key.
+    /// Returns all objects by key.
     pub fn iter(&self) -> impl Iterator<Item = (&ObjectKey, &Stored)> {
         self.all.iter()
     }
 
-    /// How many, removed ones included.
+    /// Returns the number of objects, tombstones included.
     pub fn len(&self) -> usize {
         self.all.len()
     }
 
-    /// Whether there are none.
+    /// Whether there are no objects.
     pub fn is_empty(&self) -> bool {
         self.all.is_empty()
     }
 
-    /// Networks, and whether each is gone.
+    /// Returns the networks, and whether each is deleted.
     pub fn networks(&self) -> impl Iterator<Item = (&Network, bool)> {
-        // They come first.
+        // Networks come first in the order of keys.
         self.all.values().map_while(|stored| Some((stored.network.as_ref()?, stored.deleted)))
     }
 
-    /// A network that somebody made, also one that is gone.
+    /// Returns the object of a network, also if it is a tombstone.
     pub fn network(&self, id: NetworkId) -> Option<&Stored> {
         self.get(&ObjectKey::Network(id))
     }
 
-    /// Which objects there are, at which state; zeros where there are none.
+    /// Returns the digest of all keys and stamps; zeros if there are no objects.
     pub fn digest(&self) -> Hash {
         if self.all.is_empty() { [0; 32] } else { self.digest.total() }
     }
 
-    /// Each with its stamp.
+    /// Returns the key and stamp of each object.
     pub fn index(&self) -> Vec<(ObjectKey, Stamp)> {
         self.all.iter().map(|(key, stored)| (key.clone(), stored.stamp)).collect()
     }
 
-    /// Whether all of these can be put.
+    /// Checks that writes fit the limits.
+    ///
+    /// # Errors
+    ///
+    /// If they do not.
     pub fn has_room<'a>(
         &self,
         writes: impl Iterator<Item = (ObjectKey, &'a SignedObject)>,
@@ -124,8 +128,13 @@ impl Objects {
         Ok(())
     }
 
-    /// Keeps the later one of two writes, in `resources` too. If that is this one, gives which of Kubernetes'
-    /// objects it changes.
+    /// Applies a write to the store and to `resources`.
+    ///
+    /// Returns the keys of the Kubernetes objects that it changes; `None` if a later write is known.
+    ///
+    /// # Errors
+    ///
+    /// If the write exceeds a limit.
     pub fn put(
         &mut self,
         signed: SignedObject,
@@ -139,7 +148,7 @@ impl Objects {
         }
         self.has_room(std::iter::once((key.clone(), &signed)))?;
         self.bytes = self.bytes - old.map_or(0, |old| old.signed.body.len()) + signed.body.len();
-        // What cannot be encoded was never received or sent.
+        // A key and stamp that cannot be encoded were never received or sent.
         let hash = hash(&wire::encode_body(&(&key, object.stamp)).unwrap_or_default());
         let Object { stamp, deleted, body } = object;
         let (network, changed) = match body {
@@ -154,7 +163,7 @@ impl Objects {
         Ok(Some(changed))
     }
 
-    /// Forgets the objects for which `keep` says no.
+    /// Removes the objects for which `keep` returns false.
     pub fn retain(&mut self, mut keep: impl FnMut(&ObjectKey, &Stored) -> bool) {
         let Self { all, digest, bytes } = self;
         all.retain(|key, stored| {

@@ -1,5 +1,5 @@
-//! Kubernetes' objects of the cluster, those that are gone left out, and what follows for endpoints: labels,
-//! named ports, names in DNS.
+//! The Kubernetes objects of the cluster, without tombstones, and what they add to endpoints: labels, named ports and
+//! DNS names.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -12,10 +12,10 @@ use ovl_proto::table::Endpoint;
 
 use crate::claims::Claims;
 
-/// The label that every namespace has, with its name for a value.
+/// The label that every namespace has, with the namespace's name as its value.
 pub const NAMESPACE_NAME_LABEL: &str = "kubernetes.io/metadata.name";
 
-/// All of them, by kind and name.
+/// All Kubernetes objects, by kind and name.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Resources {
     namespaces: BTreeMap<String, Namespace>,
@@ -27,17 +27,17 @@ pub struct Resources {
 }
 
 impl Resources {
-    /// Pods, whether there is an endpoint or not.
+    /// Pods, with or without an endpoint.
     pub fn pods(&self) -> &BTreeMap<Name, Pod> {
         &self.pods
     }
 
-    /// Services with what was allocated, as far as no older Service has it.
+    /// Services with what was allocated, except what an older Service holds.
     pub fn services(&self) -> &BTreeMap<Name, Service> {
         &self.services
     }
 
-    /// EndpointSlices, whether there is a Service or not.
+    /// EndpointSlices, with or without a Service.
     pub fn slices(&self) -> &BTreeMap<Name, EndpointSlice> {
         &self.slices
     }
@@ -47,13 +47,13 @@ impl Resources {
         &self.policies
     }
 
-    /// Who has which addresses and node ports.
+    /// The claims of Services on addresses and node ports.
     pub fn claims(&self) -> &Claims {
         &self.claims
     }
 
-    /// Adds or replaces one. Gives those that this changes: itself, and Services that lose something to it or get
-    /// something back.
+    /// Adds or replaces an object. Returns the objects that this changes: itself, and Services that lose or regain a
+    /// claim.
     pub fn insert(&mut self, resource: Resource) -> Vec<ResourceKey> {
         let key = resource.key();
         let name = key.name.clone();
@@ -67,7 +67,7 @@ impl Resources {
         vec![key]
     }
 
-    /// Takes one out, if it is there. Gives those that this changes.
+    /// Removes an object if it exists. Returns the objects that this changes.
     pub fn remove(&mut self, key: &ResourceKey) -> Vec<ResourceKey> {
         match key.kind {
             Kind::Namespace => drop(self.namespaces.remove(&key.name.name)),
@@ -79,7 +79,7 @@ impl Resources {
         vec![key.clone()]
     }
 
-    /// One, as what it is in general.
+    /// Returns an object.
     pub fn get(&self, key: &ResourceKey) -> Option<Resource> {
         match key.kind {
             Kind::Namespace => self.namespaces.get(&key.name.name).cloned().map(Resource::Namespace),
@@ -90,7 +90,7 @@ impl Resources {
         }
     }
 
-    /// What is said of one, if it is there.
+    /// Returns the metadata of an object.
     pub fn meta(&self, key: &ResourceKey) -> Option<&Meta> {
         let name = &key.name;
         match key.kind {
@@ -102,7 +102,7 @@ impl Resources {
         }
     }
 
-    /// The names of all of a kind, in order.
+    /// Returns the names of all objects of a kind, in order.
     pub fn names(&self, kind: Kind) -> Vec<Name> {
         match kind {
             Kind::Namespace => self.namespaces.keys().map(|name| Name::new("", name)).collect(),
@@ -113,7 +113,7 @@ impl Resources {
         }
     }
 
-    /// The labels of a namespace: those of its object, if there is one, and the one that each has.
+    /// Returns the labels of a namespace: those of its object, if there is one, and [`NAMESPACE_NAME_LABEL`].
     pub fn namespace_labels(&self, namespace: &str) -> Labels {
         let mut labels =
             self.namespaces.get(namespace).map(|it| it.metadata.labels.clone()).unwrap_or_default();
@@ -121,12 +121,12 @@ impl Resources {
         labels
     }
 
-    /// The v1 Pod of an endpoint: that of the same namespace and name.
+    /// Returns the v1 Pod of an endpoint: that of the same namespace and name.
     pub fn pod_of(&self, endpoint: &Endpoint) -> Option<&Pod> {
         self.pods.get(&Name::new(&endpoint.namespace, &endpoint.name))
     }
 
-    /// What selectors match on an endpoint: its own labels, overlaid by those of its Pod.
+    /// Returns the effective labels of an endpoint: its own, overlaid by those of its Pod.
     pub fn labels<'a>(&'a self, endpoint: &'a Endpoint) -> Cow<'a, Labels> {
         match self.pod_of(endpoint) {
             None => Cow::Borrowed(&endpoint.labels),
@@ -139,12 +139,12 @@ impl Resources {
         }
     }
 
-    /// The port that an endpoint has under a name.
+    /// Returns the port that an endpoint has under a name.
     pub fn named_port(&self, endpoint: &Endpoint, name: &str, protocol: Protocol) -> Option<u16> {
         named_port(self.pod_of(endpoint)?, name, protocol)
     }
 
-    /// The host name and the subdomain that an endpoint has in DNS, if its Pod gives it any.
+    /// Returns the host name and the subdomain of an endpoint in DNS; `None` if its Pod specifies neither.
     pub fn host_name(&self, endpoint: &Endpoint) -> Option<(&str, &str)> {
         let spec = &self.pod_of(endpoint)?.spec;
         let given = !spec.hostname.is_empty() || !spec.subdomain.is_empty();
@@ -152,7 +152,7 @@ impl Resources {
     }
 }
 
-/// The port that a pod has under a name: the first one of that protocol, as with Kubernetes.
+/// Returns the port that a pod has under a name: the first one of that protocol, as in Kubernetes.
 pub fn named_port(pod: &Pod, name: &str, protocol: Protocol) -> Option<u16> {
     let ports = pod.spec.containers.iter().flat_map(|container| &container.ports);
     let mut fitting = ports.filter(|port| port.name == name && port.protocol == protocol);
@@ -213,7 +213,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pod_of_the_same_name_says_more_of_an_endpoint() {
+    fn pod_of_the_same_name_adds_to_an_endpoint() {
         let endpoint = endpoint(&[("app", "old"), ("own", "1")]);
         let mut resources = Resources::default();
         assert_eq!(*resources.labels(&endpoint), endpoint.labels);
@@ -236,7 +236,7 @@ mod tests {
     }
 
     #[test]
-    fn every_namespace_is_labelled_with_its_name() {
+    fn every_namespace_has_its_name_label() {
         let mut resources = Resources::default();
         assert_eq!(resources.namespace_labels("shop"), labels(&[(NAMESPACE_NAME_LABEL, "shop")]));
         resources.insert(Resource::Namespace(Namespace {

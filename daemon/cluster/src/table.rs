@@ -1,4 +1,4 @@
-//! One node's owner table, as every node holds it.
+//! The owner table of a host, as every host stores it.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -10,71 +10,71 @@ use ovl_proto::table::{Endpoint, Entry, Head, Key, Revision, Update};
 use ovl_proto::wire;
 
 use crate::digest::{Digest, Hash, hash};
-use crate::index::Index;
+use crate::index::EndpointIndex;
 
-/// Why an update was not taken in.
+/// Why an update was rejected.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Rejected {
-    /// We have this state, or a later one.
-    #[error("revision {0} is not news")]
+    /// This revision, or a later one, is known.
+    #[error("revision {0} is not newer than the known one")]
     Stale(Revision),
-    /// Changes before it are missing: pull the whole table.
-    #[error("revision {has} is at hand and the update builds on {base}")]
+    /// Earlier changes are missing: pull the whole table.
+    #[error("the update builds on revision {base}, but revision {has} is known")]
     Gap {
-        /// Ours.
+        /// The known revision.
         has: Revision,
-        /// What it needs.
+        /// The revision that the update builds on.
         base: Revision,
     },
-    /// The entries are not those that the owner signed.
-    #[error("the entries are not those that were signed")]
+    /// The entries do not match the signed digest.
+    #[error("the entries do not match the signed digest")]
     Digest,
 }
 
-/// A table with the proof that its owner wrote it.
+/// An owner table with its owner's signature.
 #[derive(Debug, Clone)]
 pub struct Table {
     head: Head,
     signature: Signature,
-    contents: Contents,
+    contents: TableContents,
 }
 
-/// What a table holds, with all that follows from it and is kept up with each entry.
+/// The entries of a table with their indexes, which are updated with each entry.
 #[derive(Debug, Clone, Default)]
-struct Contents {
-    /// Those without a hash are the owner's alone: they are in no digest and travel nowhere.
+struct TableContents {
+    /// The entries by key. Entries without a hash are private to the owner: they are not in the digest and not sent.
     entries: BTreeMap<Key, (Entry, Option<Hash>)>,
-    index: Index,
+    index: EndpointIndex,
     digest: Digest,
 }
 
 impl Table {
-    /// An empty table, older than any that was ever signed.
+    /// Creates an empty table, older than any signed one.
     pub fn new(owner: NodeId) -> Self {
         let head = Head { owner, revision: Revision::default(), digest: [0; 32] };
-        Self { head, signature: Signature([0; 64]), contents: Contents::default() }
+        Self { head, signature: Signature([0; 64]), contents: TableContents::default() }
     }
 
-    /// Its state.
+    /// Returns the revision.
     pub fn revision(&self) -> Revision {
         self.head.revision
     }
 
-    /// All entries, by key.
+    /// Returns all entries by key.
     pub fn entries(&self) -> impl Iterator<Item = &Entry> {
         self.contents.entries.values().map(|(entry, _)| entry)
     }
 
-    /// All endpoints, by id.
+    /// Returns all endpoints by id.
     pub fn endpoints(&self) -> impl Iterator<Item = &Endpoint> {
         self.entries().map_while(|entry| match entry {
             Entry::Endpoint(endpoint) => Some(endpoint),
-            // They come first.
+            // Endpoints come first in the order of keys.
             Entry::Lease { .. } | Entry::PathMtu { .. } | Entry::Held(_) | Entry::Announced(_) => None,
         })
     }
 
-    /// One endpoint.
+    /// Returns an endpoint.
     pub fn endpoint(&self, id: EndpointId) -> Option<&Endpoint> {
         match self.get(&Key::Endpoint(id))? {
             Entry::Endpoint(endpoint) => Some(endpoint),
@@ -82,43 +82,42 @@ impl Table {
         }
     }
 
-    /// Networks with endpoints.
+    /// Returns the networks with endpoints.
     pub fn networks(&self) -> impl Iterator<Item = NetworkId> {
         self.contents.index.networks()
     }
 
-    /// The endpoints on a network, by id.
+    /// Returns the endpoints on a network by id.
     pub fn endpoints_on(&self, network: NetworkId) -> impl Iterator<Item = &Endpoint> {
         self.contents.index.on(network).filter_map(|id| self.endpoint(id))
     }
 
-    /// Those with an address.
+    /// Returns the endpoints with an address on a network.
     pub fn with_address(&self, network: NetworkId, address: IpAddr) -> impl Iterator<Item = &Endpoint> {
         self.contents.index.with_address(network, address).filter_map(|id| self.endpoint(id))
     }
 
-    /// Those with a MAC address.
+    /// Returns the endpoints with a MAC address on a network.
     pub fn with_mac(&self, network: NetworkId, mac: Mac) -> impl Iterator<Item = &Endpoint> {
         self.contents.index.with_mac(network, mac).filter_map(|id| self.endpoint(id))
     }
 
-    /// Those of a name, on any network and in any namespace.
+    /// Returns the endpoints of a name, on any network and in any namespace.
     pub fn named(&self, name: &str) -> impl Iterator<Item = &Endpoint> {
         self.contents.index.named(name).filter_map(|id| self.endpoint(id))
     }
 
-    /// Those with a name or alias, which is in lower case, on any network.
+    /// Returns the endpoints with a name or alias, given in lower case, on any network.
     pub fn called(&self, name: &str) -> impl Iterator<Item = &Endpoint> {
         self.contents.index.called(name).filter_map(|id| self.endpoint(id))
     }
 
-    /// The ranges that endpoints on a network were attached with.
+    /// Returns the subnets with which endpoints on a network were attached.
     pub fn ranges(&self, network: NetworkId) -> impl Iterator<Item = IpNet> {
         self.contents.index.ranges(network)
     }
 
-    /// The peers to which the path carries less than the owner's link, and how much: few entries, at
-    /// the end of the table.
+    /// Returns the path MTUs that are less than the MTU of the owner's link. They are few, at the end of the table.
     pub fn path_mtus(&self) -> impl Iterator<Item = (NodeId, u16)> {
         let entries = self.contents.entries.range(Key::PathMtu(NodeId::default())..);
         entries.filter_map(|(_, (entry, _))| match entry {
@@ -127,7 +126,7 @@ impl Table {
         })
     }
 
-    /// Whether an engine of the owner's has a network among its own.
+    /// Whether a container engine of the owner refers to a network.
     pub fn holds(&self, network: NetworkId) -> bool {
         self.get(&Key::Held(network)).is_some()
     }
@@ -137,7 +136,7 @@ impl Table {
         self.get(&Key::Announced(address)).is_some()
     }
 
-    /// All that it announces: they come last.
+    /// Returns all addresses that the owner announces, which are the last entries.
     pub fn announced(&self) -> impl Iterator<Item = IpAddr> {
         let entries = self.contents.entries.keys().rev();
         entries.map_while(|key| match key {
@@ -146,19 +145,24 @@ impl Table {
         })
     }
 
-    /// One entry.
+    /// Returns an entry.
     pub fn get(&self, key: &Key) -> Option<&Entry> {
         self.contents.entries.get(key).map(|(entry, _)| entry)
     }
 
-    /// Takes in an update whose signature was checked.
+    /// Applies an update whose signature was verified.
+    ///
+    /// # Errors
+    ///
+    /// If the update is outdated, builds on an unknown revision, or does not match its digest. The table is unchanged
+    /// then.
     pub fn apply(&mut self, update: Update) -> Result<(), Rejected> {
         if update.head.revision <= self.head.revision {
             return Err(Rejected::Stale(update.head.revision));
         }
         match update.base {
             None => {
-                let mut next = Contents::default();
+                let mut next = TableContents::default();
                 for entry in update.set {
                     next.put(entry, true);
                 }
@@ -170,8 +174,8 @@ impl Table {
             Some(base) if base != self.head.revision => {
                 return Err(Rejected::Gap { has: self.head.revision, base });
             }
-            // The changes are undone if the digest does not fit; a copy of the entries touched is
-            // cheaper than one of the table.
+            // The changes are undone if the digest does not match. A copy of the changed entries is cheaper than one of the
+            // table.
             Some(_) => self.contents.change(update.set, &update.unset, &update.head.digest)?,
         }
         self.head = update.head;
@@ -179,7 +183,7 @@ impl Table {
         Ok(())
     }
 
-    /// The whole table, for a node that has it not; nothing before the owner has signed any state.
+    /// Returns the whole table as an update; `None` before the owner has signed any revision.
     pub fn whole(&self) -> Option<Update> {
         (self.head.revision != Revision::default()).then(|| Update {
             head: self.head.clone(),
@@ -190,8 +194,8 @@ impl Table {
         })
     }
 
-    /// Makes a change as the owner and returns what to push to the peers. The first change of an
-    /// epoch is sent as the whole table.
+    /// Writes a change as the owner, and returns the update for the peers. The first update of an epoch is the whole
+    /// table.
     pub fn write(
         &mut self,
         epoch: u64,
@@ -219,7 +223,7 @@ impl Table {
         Update { head: self.head.clone(), signature: self.signature, base, set, unset }
     }
 
-    /// Makes a change that concerns the owner alone: nobody is told, and the state stays.
+    /// Writes a change of private entries: peers are not informed, and the revision stays.
     pub fn keep(&mut self, set: Vec<Entry>, unset: &[Key]) {
         for key in unset {
             self.contents.take(key);
@@ -229,22 +233,22 @@ impl Table {
         }
     }
 
-    /// Whether an entry is there that nobody else has.
+    /// Whether an entry exists and is private to the owner.
     pub fn is_kept(&self, key: &Key) -> bool {
         self.contents.entries.get(key).is_some_and(|(_, hash)| hash.is_none())
     }
 }
 
-impl Contents {
-    /// What others have too.
+impl TableContents {
+    /// Returns the entries that are sent to peers.
     fn shared(&self) -> impl Iterator<Item = &Entry> {
         self.entries.values().filter(|(_, hash)| hash.is_some()).map(|(entry, _)| entry)
     }
 
-    /// Adds or replaces an entry; gives the one that it replaces.
+    /// Adds or replaces an entry. Returns the replaced entry.
     fn put(&mut self, entry: Entry, shared: bool) -> Option<Entry> {
-        // An entry that cannot be encoded cannot have been received or sent either; its hash is then
-        // that of nothing, which no peer's is.
+        // An entry that cannot be encoded was never received or sent either. Its hash is then that of no bytes, which no
+        // peer has.
         let hash = shared.then(|| hash(&wire::encode_body(&entry).unwrap_or_default()));
         let key = entry.key();
         let old = self.take(&key);
@@ -269,7 +273,7 @@ impl Contents {
         Some(entry)
     }
 
-    /// All of it, or nothing if that is not what was signed.
+    /// Applies a change, or undoes it if the digest does not match.
     fn change(&mut self, set: Vec<Entry>, unset: &[Key], signed: &Hash) -> Result<(), Rejected> {
         let mut before = Vec::with_capacity(set.len() + unset.len());
         for key in unset {
@@ -310,7 +314,7 @@ mod tests {
     }
 
     #[test]
-    fn changes_travel_and_gaps_are_noticed() {
+    fn updates_apply_and_gaps_are_detected() {
         let owner = NodeId([1; 10]);
         let (mut here, mut there) = (Table::new(owner), Table::new(owner));
         let first = here.write(7, vec![lease(1)], vec![], sign);
@@ -333,7 +337,7 @@ mod tests {
     }
 
     #[test]
-    fn entries_that_were_not_signed_are_refused_and_leave_nothing() {
+    fn forged_update_is_rejected_and_undone() {
         let owner = NodeId([1; 10]);
         let (mut here, mut there) = (Table::new(owner), Table::new(owner));
         there.apply(here.write(1, vec![lease(1), lease(2)], vec![], sign)).unwrap();
@@ -347,7 +351,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_kept_is_the_owners_alone() {
+    fn private_entries_are_not_sent() {
         let owner = NodeId([1; 10]);
         let (mut here, mut there) = (Table::new(owner), Table::new(owner));
         here.keep(vec![lease(9)], &[]);
@@ -364,7 +368,7 @@ mod tests {
     }
 
     #[test]
-    fn a_new_epoch_begins_with_the_whole_table() {
+    fn new_epoch_starts_with_the_whole_table() {
         let owner = NodeId([1; 10]);
         let (mut here, mut there) = (Table::new(owner), Table::new(owner));
         there.apply(here.write(1, vec![lease(1)], vec![], sign)).unwrap();

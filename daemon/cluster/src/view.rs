@@ -1,4 +1,4 @@
-//! The cluster as one host knows it.
+//! The view: the cluster as one host sees it.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -14,42 +14,42 @@ use crate::addresses;
 use crate::resources::Resources;
 use crate::table::Table;
 
-/// One host.
+/// A host.
 #[derive(Debug, Clone)]
 pub struct Node {
-    /// As it describes itself.
+    /// Its record.
     pub record: NodeRecord,
-    /// As we find it; [`PeerState::Alive`] for the own one.
+    /// Its liveness; [`PeerState::Alive`] for the local host.
     pub state: PeerState,
-    /// What it owns.
+    /// Its owner table.
     pub table: Table,
 }
 
 /// The cluster as one host sees it.
 #[derive(Debug, Clone)]
 pub struct View {
-    /// The host that looks.
+    /// The local host.
     pub me: NodeId,
-    /// All hosts known, the own one included.
+    /// All known hosts, including the local host.
     pub nodes: BTreeMap<NodeId, Node>,
-    /// All networks after conflicts are resolved, those being removed included.
+    /// All networks after conflicts are resolved, including those that are being deleted.
     pub networks: BTreeMap<NetworkId, NetworkState>,
-    /// Members and blocks.
+    /// The allocation map.
     pub alloc: AllocMap,
-    /// Kubernetes' objects.
+    /// Kubernetes objects.
     pub resources: Resources,
 }
 
-/// A network, and whether it is on its way out.
+/// A network, and whether it is being deleted.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NetworkState {
-    /// As asked for.
+    /// The network.
     pub network: Network,
-    /// Removed while it had endpoints somewhere: it is served until they are gone.
+    /// Whether it was deleted while it had endpoints. It stays in use until they are gone.
     pub removing: bool,
 }
 
-/// An endpoint that counts, with its host.
+/// An endpoint with its host.
 #[derive(Debug, Clone, Copy)]
 pub struct Placed<'a> {
     /// Its host.
@@ -59,17 +59,17 @@ pub struct Placed<'a> {
 }
 
 impl View {
-    /// The own host.
+    /// Returns the local host.
     pub fn own(&self) -> Option<&Node> {
         self.nodes.get(&self.me)
     }
 
-    /// A host's name, or its id where no record is known.
+    /// Returns a host's name, or its id if no record is known.
     pub fn name_of(&self, node: NodeId) -> String {
         self.nodes.get(&node).map_or_else(|| node.to_string(), |node| node.record.name.clone())
     }
 
-    /// Whether what a host says it owns is used: a member's is, while it lives or is expected back.
+    /// Whether the entries of a host are used: it is a member, and alive or suspect.
     pub fn counts(&self, node: &Node) -> bool {
         self.alloc.members.contains(&node.record.id)
             && match node.state {
@@ -78,47 +78,47 @@ impl View {
             }
     }
 
-    /// Whether a network is of this host alone: what is on it needs nobody's agreement, and others have no say.
+    /// Whether a network is a bridge network of the local host, which needs no consensus and ignores all peers.
     pub fn is_own(&self, network: NetworkId) -> bool {
         self.networks.get(&network).is_some_and(|found| found.network.driver == Driver::Bridge)
     }
 
-    /// Whether what a host says it has on a network is used.
+    /// Whether the entries of a host on a network are used.
     pub fn counts_on(&self, node: &Node, network: NetworkId) -> bool {
         if self.is_own(network) { node.record.id == self.me } else { self.counts(node) }
     }
 
-    /// All endpoints that any host says it has, whether they count or not.
+    /// Returns all endpoints in all tables, whether they are used or not.
     pub fn all_endpoints(&self) -> impl Iterator<Item = Placed<'_>> {
         self.placed(Table::endpoints)
     }
 
-    /// Those on a network.
+    /// Returns all endpoints on a network, whether they are used or not.
     pub fn all_endpoints_on(&self, network: NetworkId) -> impl Iterator<Item = Placed<'_>> {
         self.placed(move |table| table.endpoints_on(network))
     }
 
-    /// Those with an address on a network.
+    /// Returns all endpoints with an address on a network, whether they are used or not.
     pub fn all_with_address(&self, network: NetworkId, address: IpAddr) -> impl Iterator<Item = Placed<'_>> {
         self.placed(move |table| table.with_address(network, address))
     }
 
-    /// Those with a MAC address on a network.
+    /// Returns all endpoints with a MAC address on a network, whether they are used or not.
     pub fn all_with_mac(&self, network: NetworkId, mac: Mac) -> impl Iterator<Item = Placed<'_>> {
         self.placed(move |table| table.with_mac(network, mac))
     }
 
-    /// Those of a name, on any network.
+    /// Returns all endpoints of a name on any network, whether they are used or not.
     pub fn all_named<'a>(&'a self, name: &'a str) -> impl Iterator<Item = Placed<'a>> {
         self.placed(move |table| table.named(name))
     }
 
-    /// Those with a name or alias, which is in lower case, on any network.
+    /// Returns all endpoints with a name or alias, given in lower case, on any network.
     pub fn all_called<'a>(&'a self, name: &'a str) -> impl Iterator<Item = Placed<'a>> {
         self.placed(move |table| table.called(name))
     }
 
-    /// What `find` finds in each host's table.
+    /// Returns the endpoints that `find` returns for each host's table.
     fn placed<'a, I: Iterator<Item = &'a Endpoint> + 'a>(
         &'a self,
         find: impl Fn(&'a Table) -> I + 'a,
@@ -128,8 +128,7 @@ impl View {
             .flat_map(move |node| find(&node.table).map(move |endpoint| Placed { node, endpoint }))
     }
 
-    /// The endpoints of a network that count: those of members that are there, with addresses
-    /// which the host may use.
+    /// Returns the endpoints of a network that are used: those of live members, with addresses that the host may use.
     pub fn endpoints(&self, network: NetworkId) -> impl Iterator<Item = Placed<'_>> {
         self.nodes
             .values()
@@ -140,13 +139,13 @@ impl View {
             .filter(|placed| self.address_conflict(placed.node.record.id, placed.endpoint).is_none())
     }
 
-    /// Whether an endpoint is one of [`Self::endpoints`].
+    /// Whether an endpoint is used, as those of [`Self::endpoints`].
     pub fn is_counted(&self, placed: &Placed<'_>) -> bool {
         self.counts_on(placed.node, placed.endpoint.network)
             && self.address_conflict(placed.node.record.id, placed.endpoint).is_none()
     }
 
-    /// The hosts with endpoints on a network that count.
+    /// Returns the hosts with used endpoints on a network.
     pub fn hosts_on(&self, network: NetworkId) -> impl Iterator<Item = &Node> {
         self.nodes.values().filter(move |node| {
             self.counts_on(node, network)
@@ -157,7 +156,7 @@ impl View {
         })
     }
 
-    /// The first address of an endpoint that its host has no right to.
+    /// Returns the first address of an endpoint that its host may not use.
     pub fn address_conflict(&self, owner: NodeId, endpoint: &Endpoint) -> Option<IpAddr> {
         endpoint
             .addresses
@@ -166,8 +165,8 @@ impl View {
             .find(|address| !self.may_use(owner, endpoint.network, *address))
     }
 
-    /// Whether a host may use an address: it holds the block, or leased it from the holder; or the network is
-    /// its own.
+    /// Whether a host may use an address: it holds the block or has a lease of its holder, or the network is a bridge
+    /// network of that host.
     pub fn may_use(&self, node: NodeId, network: NetworkId, address: IpAddr) -> bool {
         if self.is_own(network) {
             return node == self.me;
@@ -184,7 +183,7 @@ impl View {
         }
     }
 
-    /// Who holds the block that an address is in.
+    /// Returns the host that holds the block of an address.
     pub fn holder_of(&self, network: NetworkId, address: IpAddr) -> Option<NodeId> {
         use ovl_proto::alloc::Block;
         let host = IpNet::from(address);
@@ -198,13 +197,13 @@ impl View {
             .map(|(_, holder)| *holder)
     }
 
-    /// The blocks of a network, with their holders.
+    /// Returns the blocks of a network with their holders.
     pub fn blocks(&self, network: NetworkId) -> impl Iterator<Item = (IpNet, NodeId)> {
         let all = self.alloc.blocks.iter().filter(move |(block, _)| block.network == network);
         all.map(|(block, holder)| (block.prefix, *holder))
     }
 
-    /// The blocks of a network that a host holds, in order.
+    /// Returns the blocks of a network that a host holds, in order.
     pub fn blocks_of(&self, network: NetworkId, node: NodeId) -> impl Iterator<Item = IpNet> {
         self.blocks(network).filter(move |(_, holder)| *holder == node).map(|(block, _)| block)
     }
@@ -214,23 +213,23 @@ impl View {
         self.blocks_of(network, self.me).next().is_some()
     }
 
-    /// The gateways of a routed network on a host: one for each block that the host holds, in the order of the blocks.
+    /// Returns the gateways of a routed network on a host: one for each block that the host holds, in order.
     pub fn gateways(&self, network: NetworkId, node: NodeId) -> impl Iterator<Item = IpAddr> {
         self.blocks_of(network, node).map(addresses::gateway)
     }
 
-    /// The first gateway of a routed network on a host that has the address family of `like`: what the host sends
-    /// from, and the next hop of the other hosts.
+    /// Returns the first gateway of a routed network on a host with the address family of `like`. It is the host's source
+    /// address, and the next hop for other hosts.
     pub fn first_gateway(&self, network: NetworkId, node: NodeId, like: IpAddr) -> Option<IpAddr> {
         self.gateways(network, node).find(|gateway| gateway.is_ipv4() == like.is_ipv4())
     }
 
-    /// The endpoint that has an address on a network, if it counts.
+    /// Returns the used endpoint that has an address on a network.
     pub fn endpoint_by_address(&self, network: NetworkId, address: IpAddr) -> Option<Placed<'_>> {
         self.all_with_address(network, address).find(|placed| self.is_counted(placed))
     }
 
-    /// Switched networks.
+    /// Returns the switched networks.
     pub fn switched(&self) -> impl Iterator<Item = &Network> {
         self.networks.values().map(|found| &found.network).filter(|network| network.mode == Mode::L2)
     }
@@ -240,8 +239,8 @@ impl View {
         !self.resources.services().is_empty()
     }
 
-    /// A network by name or id. Should the cluster have got one with the name of a network of this host, this
-    /// host's is meant, as it was before.
+    /// Returns a network by name or id. If a network of the cluster and a bridge network have the same name, the bridge
+    /// network takes precedence, because it was there first.
     pub fn network(&self, name: &str) -> Option<&NetworkState> {
         let named = || self.networks.values().filter(|state| state.network.name == name);
         named()

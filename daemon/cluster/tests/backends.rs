@@ -1,4 +1,4 @@
-//! What stands behind Services.
+//! The backends of Services.
 #![cfg(test)]
 
 mod world;
@@ -6,7 +6,7 @@ mod world;
 use std::collections::BTreeSet;
 
 use ovl_cluster::backends::{Backend, Backends, Readiness, Settled, Target, targets};
-use ovl_cluster::members::MemberId;
+use ovl_cluster::selectables::SelectableId;
 use ovl_cluster::view::View;
 use ovl_proto::id::{EndpointId, NodeId};
 use ovl_proto::record::PeerState;
@@ -37,12 +37,12 @@ fn endpoints_are_selected_by_their_labels() {
     assert_eq!(targets(world.of("web"), 0, true, Some(id(1))), [first]);
     assert_eq!(targets(world.of("web"), 0, true, None).len(), 2);
     assert!(targets(world.of("web"), 0, false, None).is_empty());
-    // The named port is a Pod's, and there is none.
+    // The named port needs a Pod, and there is none.
     assert!(targets(world.of("web"), 1, true, None).is_empty());
 }
 
 #[test]
-fn a_change_touches_the_services_that_select_it_alone() {
+fn change_touches_only_the_services_that_select_it() {
     let mut world = World::new();
     for n in 0..100 {
         world.service(&format!("s{n}"), json!({ "app": format!("a{n}"), "part-of": "shop" }));
@@ -51,18 +51,18 @@ fn a_change_touches_the_services_that_select_it_alone() {
     world.attach(1, 1, &[("app", "a7"), ("part-of", "shop")], true);
     let settled = world.settle();
     assert_eq!(settled.services, names(&["s7"]));
-    assert_eq!(settled.members.len(), 1);
-    assert_eq!(settled.members[0].before, None);
+    assert_eq!(settled.selectables.len(), 1);
+    assert_eq!(settled.selectables[0].before, None);
     assert_eq!(world.settle(), Settled::default());
     world.detach(1, 1);
     let settled = world.settle();
     assert_eq!(settled.services, names(&["s7"]));
-    assert_eq!(settled.members[0].id, MemberId::Endpoint(id(1), EndpointId([1; 5])));
-    assert_eq!(settled.members[0].after, None);
+    assert_eq!(settled.selectables[0].id, SelectableId::Endpoint(id(1), EndpointId([1; 5])));
+    assert_eq!(settled.selectables[0].after, None);
 }
 
 #[test]
-fn a_pod_gives_labels_and_named_ports() {
+fn pod_adds_labels_and_named_ports() {
     let mut world = World::new();
     world.service("web", json!({ "app": "web" }));
     world.attach(1, 1, &[], true);
@@ -92,7 +92,7 @@ fn a_pod_gives_labels_and_named_ports() {
 }
 
 #[test]
-fn a_pod_that_is_no_endpoint_counts_by_the_address_that_it_says() {
+fn pod_without_an_endpoint_is_a_backend_by_its_own_address() {
     let mut world = World::new();
     world.service("web", json!({ "app": "web" }));
     world.put(read(
@@ -105,7 +105,7 @@ fn a_pod_that_is_no_endpoint_counts_by_the_address_that_it_says() {
     world.settle();
     assert_eq!(world.of("web")[0].addresses, ["192.0.2.9".parse::<std::net::IpAddr>().unwrap()]);
     assert_eq!(world.of("web")[0].host, None);
-    // An endpoint of that name knows better.
+    // An endpoint of that name takes precedence.
     world.attach(2, 1, &[], true);
     world.settle();
     assert_eq!(world.of("web").len(), 1);
@@ -113,7 +113,7 @@ fn a_pod_that_is_no_endpoint_counts_by_the_address_that_it_says() {
 }
 
 #[test]
-fn who_is_not_ready_gets_nothing_unless_the_service_says_so() {
+fn unready_backends_are_targets_only_if_the_service_publishes_them() {
     let mut world = World::new();
     world.service("web", json!({ "app": "web" }));
     world.attach(1, 1, WEB, false);
@@ -133,7 +133,7 @@ fn who_is_not_ready_gets_nothing_unless_the_service_says_so() {
 }
 
 #[test]
-fn a_dead_hosts_endpoints_are_out() {
+fn endpoints_of_a_dead_host_are_no_backends() {
     let mut world = World::new();
     world.service("web", json!({ "app": "web" }));
     world.attach(1, 1, WEB, true);
@@ -150,7 +150,7 @@ fn a_dead_hosts_endpoints_are_out() {
 }
 
 #[test]
-fn slices_list_backends() {
+fn slices_add_backends() {
     let mut world = World::new();
     world.service("web", json!({}));
     world.put(read(
@@ -175,7 +175,7 @@ fn slices_list_backends() {
     };
     assert_eq!(last(&world), ["192.0.2.1"]);
     assert_eq!(world.of("web")[0].ports, [Some(9000), None]);
-    // With its host, the ready one goes; the one that drains is all there is.
+    // When its host dies, only the draining backend remains.
     world.host(2, PeerState::Dead);
     assert_eq!(world.settle().services, names(&["web"]));
     assert_eq!(last(&world), ["192.0.2.3"]);
@@ -184,7 +184,7 @@ fn slices_list_backends() {
     assert!(world.of("web").is_empty());
 }
 
-/// One thing that happens.
+/// One event of a random test.
 #[derive(Debug, Clone)]
 enum Step {
     Attach { host: u8, n: u8, app: u8, tier: u8, ready: bool },
@@ -217,7 +217,7 @@ fn step() -> impl Strategy<Value = Step> {
     ]
 }
 
-fn carry_out(world: &mut World, step: Step) {
+fn perform(world: &mut World, step: Step) {
     match step {
         Step::Attach { host, n, app, tier, ready } => {
             let (app, tier) = (format!("a{app}"), format!("t{tier}"));
@@ -261,8 +261,8 @@ fn carry_out(world: &mut World, step: Step) {
     }
 }
 
-/// The same view, looked at for the first time.
-fn from_nothing(view: &View) -> Backends {
+/// Computes the backends of a view from scratch.
+fn from_scratch(view: &View) -> Backends {
     let mut backends = Backends::default();
     backends.touch_network(view, NET);
     for kind in Kind::ALL {
@@ -276,28 +276,28 @@ fn from_nothing(view: &View) -> Backends {
 
 proptest! {
     #[test]
-    fn step_by_step_leads_to_what_looking_at_all_gives(steps in prop::collection::vec(step(), 1..60)) {
+    fn incremental_updates_equal_a_full_computation(steps in prop::collection::vec(step(), 1..60)) {
         let mut world = World::new();
         let all: Vec<Name> = (0..4).map(|n| Name::new("default", format!("s{n}"))).collect();
         for step in steps {
             let settle = matches!(step, Step::Settle);
-            carry_out(&mut world, step);
+            perform(&mut world, step);
             if !settle {
                 continue;
             }
             let before: Vec<Vec<Backend>> = all.iter().map(|name| world.backends.of(name).to_vec()).collect();
             let settled = world.settle();
-            let fresh = from_nothing(&world.view);
+            let fresh = from_scratch(&world.view);
             for (name, before) in all.iter().zip(before) {
                 let now = world.backends.of(name);
                 prop_assert_eq!(now, fresh.of(name), "{}", name);
-                prop_assert!(settled.services.contains(name) || now == before, "{} changed untold", name);
+                prop_assert!(settled.services.contains(name) || now == before, "{} changed without a report", name);
             }
-            let members = |backends: &Backends| {
-                backends.members().iter().map(|(id, member)| (id.clone(), member.clone())).collect::<Vec<_>>()
+            let selectables = |backends: &Backends| {
+                backends.selectables().iter().map(|(id, selectable)| (id.clone(), selectable.clone())).collect::<Vec<_>>()
             };
-            prop_assert_eq!(members(&world.backends), members(&fresh));
-            let hosts: BTreeSet<Option<NodeId>> = world.backends.members().iter().map(|(_, m)| m.host).collect();
+            prop_assert_eq!(selectables(&world.backends), selectables(&fresh));
+            let hosts: BTreeSet<Option<NodeId>> = world.backends.selectables().iter().map(|(_, m)| m.host).collect();
             for dead in world.view.nodes.values().filter(|node| node.state == PeerState::Dead) {
                 prop_assert!(!hosts.contains(&Some(dead.record.id)));
             }

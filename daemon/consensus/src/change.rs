@@ -1,4 +1,4 @@
-//! What a change makes of a map: pure, and the same wherever it is computed.
+//! The effect of a change on a map: a pure function, with the same result on every host.
 
 use std::net::IpAddr;
 
@@ -8,11 +8,15 @@ use ovl_proto::id::{NetworkId, NodeId};
 
 use ovl_cluster::addresses;
 
-/// A host that asks for more new blocks of one subnet than this gets this many, and may ask again: a
-/// number in a request must not decide how large the map becomes.
-pub const MOST_BLOCKS_AT_ONCE: usize = 1024;
+/// The maximum number of new blocks per claim. A host that requests more gets this many, and may repeat the request.
+/// Without the limit, a number in a request would determine the size of the map.
+pub const MAX_BLOCKS_PER_CLAIM: usize = 1024;
 
-/// The next map with one change made; nothing if there is nothing to do.
+/// Returns the next map with one change applied; `None` if the change has no effect.
+///
+/// # Errors
+///
+/// If the change is refused.
 pub fn apply(map: &AllocMap, change: &Change) -> Result<Option<AllocMap>, Refusal> {
     let (next, mut results) = apply_all(map, [change]);
     match results.pop() {
@@ -21,8 +25,8 @@ pub fn apply(map: &AllocMap, change: &Change) -> Result<Option<AllocMap>, Refusa
     }
 }
 
-/// The next map with all changes made, one after the other, and what became of each; no map if
-/// there is nothing to do.
+/// Returns the next map with all changes applied in order, and the result of each. The map is `None` if no change has
+/// an effect.
 pub fn apply_all<'a>(
     map: &AllocMap,
     changes: impl IntoIterator<Item = &'a Change>,
@@ -36,8 +40,8 @@ pub fn apply_all<'a>(
     (changed.then_some(next), results)
 }
 
-/// Changes the map in place and says whether there was anything to change. A refusal leaves the
-/// map as it was.
+/// Applies a change to the map in place. Returns whether the map changed. A refused change leaves the map
+/// unmodified.
 fn make(map: &mut AllocMap, change: &Change) -> Result<bool, Refusal> {
     match change {
         Change::Admit(node) => {
@@ -46,7 +50,7 @@ fn make(map: &mut AllocMap, change: &Change) -> Result<bool, Refusal> {
         }
         Change::Forget(node) => forget(map, *node),
         Change::Claim { network, subnet, block_length, owner, blocks } => {
-            let claim = Claim {
+            let claim = BlockClaim {
                 network: *network,
                 subnet: subnet.trunc(),
                 block_length: *block_length,
@@ -98,8 +102,8 @@ fn claim_exact(map: &mut AllocMap, block: Block, owner: NodeId) -> Result<bool, 
     if block.prefix != block.prefix.trunc() {
         return Err(Refusal::NotABlock(block.prefix));
     }
-    let in_the_way = overlapping(map, block.network, block.prefix).next();
-    match in_the_way {
+    let conflict = overlapping(map, block.network, block.prefix).next();
+    match conflict {
         Some((held, holder)) if holder == owner && held.contains(&block.prefix) => Ok(false),
         Some((held, holder)) => Err(Refusal::Held { prefix: held, holder }),
         None => {
@@ -109,15 +113,15 @@ fn claim_exact(map: &mut AllocMap, block: Block, owner: NodeId) -> Result<bool, 
     }
 }
 
-/// [`Change::Claim`].
-struct Claim {
+/// A claim of any blocks of a subnet: [`Change::Claim`].
+struct BlockClaim {
     network: NetworkId,
     subnet: IpNet,
     block_length: u8,
     owner: NodeId,
 }
 
-impl Claim {
+impl BlockClaim {
     fn apply_to(&self, map: &mut AllocMap, blocks: u32) -> Result<bool, Refusal> {
         if !map.members.contains(&self.owner) {
             return Err(Refusal::NotMember(self.owner));
@@ -127,7 +131,7 @@ impl Claim {
         }
         let held: Vec<(IpNet, NodeId)> = overlapping(map, self.network, self.subnet).collect();
         let own = held.iter().filter(|(_, owner)| *owner == self.owner).count();
-        let wanted = (blocks as usize).saturating_sub(own).min(MOST_BLOCKS_AT_ONCE);
+        let wanted = (blocks as usize).saturating_sub(own).min(MAX_BLOCKS_PER_CLAIM);
         let free = self.first_free(&held, wanted);
         if free.len() < wanted {
             return Err(Refusal::Full { subnet: self.subnet, blocks: self.count() });
@@ -138,15 +142,15 @@ impl Claim {
         Ok(!free.is_empty())
     }
 
-    /// The lowest blocks of the subnet that overlap none of `held`, which is in order: a walk
-    /// along the gaps between them, since the blocks of an IPv6 subnet are too many to count.
+    /// Returns the lowest blocks of the subnet that overlap none of `held`, which is sorted. It walks along the gaps
+    /// between them, because the blocks of an IPv6 subnet are too many to enumerate.
     fn first_free(&self, held: &[(IpNet, NodeId)], wanted: usize) -> Vec<IpNet> {
         let (start, end) = addresses::span(self.subnet);
         let (_, last_of_first) = addresses::span(self.block(start));
         let mask = last_of_first ^ start;
         let mut free = Vec::new();
         let mut next = Some(start);
-        // A block behind the last one held stands for the end of the subnet.
+        // The final `None` represents the end of the subnet.
         let spans = held.iter().map(|(prefix, _)| Some(addresses::span(*prefix))).chain([None]);
         for span in spans {
             while let Some(at) = next.filter(|at| *at <= end && free.len() < wanted) {
@@ -175,8 +179,8 @@ impl Claim {
     }
 }
 
-/// The blocks of a network that overlap a range, in the order of their addresses. Blocks never
-/// overlap each other, so at most one of them begins before the range does.
+/// Returns the blocks of a network that overlap a range, sorted by address. Blocks never overlap each other, so at most
+/// one of them begins before the range.
 fn overlapping(
     map: &AllocMap,
     network: NetworkId,

@@ -1,96 +1,98 @@
-//! Changes that wait to be made, in the order in which they came.
+//! The queue of pending changes, in the order of their arrival.
 
 use std::collections::BTreeMap;
 
 use ovl_proto::alloc::Change;
 use ovl_proto::id::NodeId;
 
-/// So many requests of other hosts wait here; more are ignored, and their hosts propose them
-/// themselves after a while.
-pub const MOST_REMOTE_REQUESTS: usize = 1024;
+/// The maximum number of pending requests of other hosts. Further ones are ignored, and their hosts propose the changes
+/// themselves after [`super::DELEGATE_MS`].
+pub const MAX_REMOTE_REQUESTS: usize = 1024;
 
-/// A change that waits.
+/// A pending change.
 #[derive(Debug)]
-pub(super) struct Pending {
-    /// The asker's number for it.
+pub(super) struct PendingChange {
+    /// The requester's number for it.
     pub(super) id: u64,
-    /// Who asked, if not we.
+    /// The requesting host; `None` for the local host.
     pub(super) origin: Option<NodeId>,
     pub(super) change: Change,
     pub(super) deadline: u64,
-    pub(super) route: Route,
+    pub(super) route: Delegation,
 }
 
-/// On whom a change waits.
+/// What a pending change waits for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Route {
+pub(super) enum Delegation {
     /// Not decided yet.
     New,
-    /// On the coordinator, until then.
-    Asked { whom: NodeId, until: u64 },
-    /// On the map of this version, in which the coordinator says that it is done.
-    Learning { whom: NodeId, version: u64, until: u64 },
-    /// On our own next ballot.
+    /// A reply of the coordinator, until a time.
+    Asked { coordinator: NodeId, until: u64 },
+    /// The map of the version in which the change is done, as the coordinator replied.
+    Learning { coordinator: NodeId, version: u64, until: u64 },
+    /// The next ballot of this node.
     Own,
 }
 
-/// All that wait, by a number of our own that grows.
+/// The pending changes, by a local number that grows.
 #[derive(Debug, Default)]
-pub(super) struct Queue {
-    pending: BTreeMap<u64, Pending>,
+pub(super) struct ChangeQueue {
+    pending: BTreeMap<u64, PendingChange>,
     next: u64,
     remote: usize,
 }
 
-impl Queue {
+impl ChangeQueue {
     pub(super) fn push_local(&mut self, id: u64, change: Change, deadline: u64) {
-        self.push(Pending { id, origin: None, change, deadline, route: Route::New });
+        self.push(PendingChange { id, origin: None, change, deadline, route: Delegation::New });
     }
 
-    /// Adds another host's request, unless it waits already or there are too many.
+    /// Adds another host's request, unless it is pending already or there are too many.
     pub(super) fn push_remote(&mut self, from: NodeId, id: u64, change: Change, deadline: u64) {
-        let waits = |pending: &Pending| pending.origin == Some(from) && pending.id == id;
-        if self.remote < MOST_REMOTE_REQUESTS && !self.pending.values().any(waits) {
-            self.push(Pending { id, origin: Some(from), change, deadline, route: Route::Own });
+        let waits = |pending: &PendingChange| pending.origin == Some(from) && pending.id == id;
+        if self.remote < MAX_REMOTE_REQUESTS && !self.pending.values().any(waits) {
+            self.push(PendingChange { id, origin: Some(from), change, deadline, route: Delegation::Own });
         }
     }
 
-    fn push(&mut self, pending: Pending) {
+    fn push(&mut self, pending: PendingChange) {
         self.remote += usize::from(pending.origin.is_some());
         self.pending.insert(self.next, pending);
         self.next += 1;
     }
 
-    pub(super) fn remove(&mut self, key: u64) -> Option<Pending> {
+    pub(super) fn remove(&mut self, key: u64) -> Option<PendingChange> {
         let pending = self.pending.remove(&key)?;
         self.remote -= usize::from(pending.origin.is_some());
         Some(pending)
     }
 
-    pub(super) fn iter(&self) -> impl Iterator<Item = (u64, &Pending)> {
+    pub(super) fn iter(&self) -> impl Iterator<Item = (u64, &PendingChange)> {
         self.pending.iter().map(|(key, pending)| (*key, pending))
     }
 
-    pub(super) fn iter_mut(&mut self) -> impl Iterator<Item = (u64, &mut Pending)> {
+    pub(super) fn iter_mut(&mut self) -> impl Iterator<Item = (u64, &mut PendingChange)> {
         self.pending.iter_mut().map(|(key, pending)| (*key, pending))
     }
 
-    /// The changes for our own next ballot.
+    /// Returns the changes for this node's next ballot.
     pub(super) fn own(&self) -> impl Iterator<Item = (u64, &Change)> {
-        self.iter().filter(|(_, pending)| pending.route == Route::Own).map(|(key, p)| (key, &p.change))
+        self.iter().filter(|(_, pending)| pending.route == Delegation::Own).map(|(key, p)| (key, &p.change))
     }
 
-    /// Our own request of this number that was given to this host.
-    pub(super) fn asked(&mut self, asked: NodeId, id: u64) -> Option<(u64, &mut Pending)> {
-        let given = move |pending: &Pending| match pending.route {
-            Route::Asked { whom, .. } | Route::Learning { whom, .. } => whom == asked,
-            Route::New | Route::Own => false,
+    /// Returns the local request of this number that was sent to a host.
+    pub(super) fn asked(&mut self, asked: NodeId, id: u64) -> Option<(u64, &mut PendingChange)> {
+        let given = move |pending: &PendingChange| match pending.route {
+            Delegation::Asked { coordinator, .. } | Delegation::Learning { coordinator, .. } => {
+                coordinator == asked
+            }
+            Delegation::New | Delegation::Own => false,
         };
         self.iter_mut().find(|(_, pending)| pending.origin.is_none() && pending.id == id && given(pending))
     }
 
-    /// Those that meet a condition.
-    pub(super) fn keys(&self, condition: impl Fn(&Pending) -> bool) -> Vec<u64> {
+    /// Returns the keys of the changes that meet a condition.
+    pub(super) fn keys(&self, condition: impl Fn(&PendingChange) -> bool) -> Vec<u64> {
         self.iter().filter(|(_, pending)| condition(pending)).map(|(key, _)| key).collect()
     }
 }

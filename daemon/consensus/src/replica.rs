@@ -1,4 +1,4 @@
-//! The state machine of one node.
+//! The state machine of a consensus replica.
 
 mod attempt;
 
@@ -8,45 +8,46 @@ use ovl_proto::alloc::{AllocMap, AllocMessage, Ballot, Change, Refusal};
 use ovl_proto::id::NodeId;
 
 use self::attempt::Attempt;
-use super::acceptor::{Answer, Durable};
-use super::queue::{Pending, Queue, Route};
+use super::acceptor::{Durable, Vote};
+use super::queue::{ChangeQueue, Delegation, PendingChange};
 use super::{DEADLINE_MS, DELEGATE_MS, Event, Output, RESEND_MS};
 
-/// So many peers a node asks for the map at once that has none.
-const ASKED_AT_ONCE: usize = 3;
+/// The number of peers that a node without a map asks for it at a time.
+const PEERS_ASKED: usize = 3;
 
-/// One node's part in the agreement. Times are milliseconds of any clock that does not go back.
+/// A consensus replica: one host's part in the agreement. Times are milliseconds of a clock that never goes back.
 #[derive(Debug)]
 pub struct Replica {
     me: NodeId,
     durable: Durable,
     alive: BTreeSet<NodeId>,
-    queue: Queue,
+    queue: ChangeQueue,
     attempt: Option<Attempt>,
-    /// The highest ballot number that another proposer is known to use.
+    /// The highest ballot number that another proposer is known to have used.
     highest_seen: u64,
-    /// Ballots in a row that gave way to another proposer's.
+    /// The number of consecutive ballots that yielded to another proposer's.
     failures: u32,
-    /// No ballot begins before.
+    /// The time before which no ballot starts.
     not_before: u64,
-    /// When each member last answered a ballot of ours.
+    /// The time at which each member last answered a ballot of this replica.
     heard: BTreeMap<NodeId, u64>,
-    /// A node without a map asks again then.
+    /// The time at which a node without a map asks for it again.
     ask_at: u64,
     next_id: u64,
     random: u64,
 }
 
 impl Replica {
-    /// A node with what it had on disk, or [`Durable::default`]. The seed must be a new random
-    /// number in each run: request ids begin with it, and peers would take the same one for a
-    /// duplicate.
+    /// Creates a replica with its durable state, or [`Durable::default`] for a new host.
+    ///
+    /// `seed` must be a new random number in each run: it determines the first request id, and peers would take a
+    /// repeated id for a duplicate.
     pub fn new(me: NodeId, durable: Durable, seed: u64) -> Self {
-        let mut allocator = Self {
+        let mut replica = Self {
             me,
             durable,
             alive: BTreeSet::new(),
-            queue: Queue::default(),
+            queue: ChangeQueue::default(),
             attempt: None,
             highest_seen: 0,
             failures: 0,
@@ -56,12 +57,12 @@ impl Replica {
             next_id: 0,
             random: seed,
         };
-        allocator.next_id = allocator.random();
-        allocator
+        replica.next_id = replica.random();
+        replica
     }
 
-    /// Makes this node the only member of a new cluster, if it knows of none. The cluster's number
-    /// is random and not 0.
+    /// Makes this node the only member of a new cluster, if it knows of no cluster. The cluster number must be random
+    /// and not 0.
     pub fn bootstrap(&mut self, cluster: u64) -> Output {
         let mut out = Output::default();
         let members = BTreeSet::from([self.me]);
@@ -69,39 +70,41 @@ impl Replica {
         out
     }
 
-    /// The last map known to be agreed.
+    /// Returns the last map that is known to be agreed.
     pub fn map(&self) -> &AllocMap {
         &self.durable.learned
     }
 
-    /// What has to be on disk whenever an output says so.
+    /// Returns the state that must be on disk when [`Output::persist`] is set.
     pub fn durable(&self) -> &Durable {
         &self.durable
     }
 
-    /// Who proposes for all: the smallest live member, as far as is known here.
+    /// Returns the coordinator: the smallest live member, as far as this node knows.
     pub fn coordinator(&self) -> Option<NodeId> {
         let live = |node: &&NodeId| **node == self.me || self.alive.contains(*node);
         self.map().members.iter().find(live).copied()
     }
 
-    /// When [`Self::tick`] is next needed; a later call does no harm but takes longer.
+    /// Returns when [`Self::tick`] is needed next. A later call is safe, but delays requests.
     pub fn next_tick(&self) -> Option<u64> {
-        let waits = |pending: &Pending| match pending.route {
-            Route::New => self.ask_at.min(pending.deadline),
-            Route::Asked { until, .. } | Route::Learning { until, .. } => until.min(pending.deadline),
-            Route::Own if self.attempt.is_none() => self.not_before.min(pending.deadline),
-            Route::Own => pending.deadline,
+        let waits = |pending: &PendingChange| match pending.route {
+            Delegation::New => self.ask_at.min(pending.deadline),
+            Delegation::Asked { until, .. } | Delegation::Learning { until, .. } => {
+                until.min(pending.deadline)
+            }
+            Delegation::Own if self.attempt.is_none() => self.not_before.min(pending.deadline),
+            Delegation::Own => pending.deadline,
         };
         let resend = self.attempt.as_ref().map(|attempt| attempt.resend_at);
         self.queue.iter().map(|(_, pending)| waits(pending)).chain(resend).min()
     }
 
-    /// Asks for a change, and gives the number under which [`Event::Done`] reports it, perhaps in
-    /// this very output. `alive` are the peers that can be reached.
+    /// Requests a change, and returns the number with which [`Event::Done`] reports it, possibly in the same output.
+    /// `alive` are the reachable peers.
     ///
-    /// Ends within [`DEADLINE_MS`]. [`Refusal::NoMajority`] leaves open whether the change will
-    /// still be made. For [`Change::Release`] see the module's documentation.
+    /// The request ends within [`DEADLINE_MS`]. After [`Refusal::NoMajority`] the change may still be
+    /// made. For [`Change::Release`] see the crate's documentation.
     pub fn request(&mut self, now_ms: u64, change: Change, alive: &BTreeSet<NodeId>) -> (u64, Output) {
         let id = self.next_id;
         self.next_id = id.wrapping_add(1);
@@ -109,7 +112,7 @@ impl Replica {
         (id, self.tick(now_ms, alive))
     }
 
-    /// Time passes: sends again what was not answered, and gives up what took too long.
+    /// Advances the time: resends unanswered messages, and fails expired requests.
     pub fn tick(&mut self, now_ms: u64, alive: &BTreeSet<NodeId>) -> Output {
         self.alive.clone_from(alive);
         let mut out = Output::default();
@@ -117,7 +120,7 @@ impl Replica {
         out
     }
 
-    /// Gossip says which map a peer has.
+    /// Handles a peer's hint in gossip about the map that it has.
     pub fn hear(&mut self, from: NodeId, cluster: u64, version: u64) -> Output {
         let mut out = Output::default();
         if !self.reject_foreign(from, cluster, &mut out) && version > self.map().version {
@@ -126,7 +129,7 @@ impl Replica {
         out
     }
 
-    /// A message has come. `from` must be authentic.
+    /// Handles a message. `from` must be authenticated.
     pub fn handle(&mut self, now_ms: u64, from: NodeId, message: AllocMessage) -> Output {
         let mut out = Output::default();
         if from != self.me {
@@ -148,7 +151,7 @@ impl Replica {
                     self.answer(now, from, ballot, answer, out);
                 }
             }
-            // A ballot of another than the sender is nothing that a proposer sends.
+            // A proposer sends only its own ballots.
             AllocMessage::Prepare { .. } | AllocMessage::Accept { .. } => {}
             AllocMessage::Promise { ballot, accepted, learned } => {
                 let maps = [accepted.as_ref().map(|(_, map)| map), learned.as_ref()];
@@ -157,7 +160,7 @@ impl Replica {
                     self.reject_foreign(from, map.cluster, out);
                     return;
                 }
-                // After a later map the ballot is over, and this answer to it of no use.
+                // A later map ends the ballot, so this answer to it is obsolete.
                 if !learned.is_some_and(|map| self.learn(&map, out)) {
                     self.on_promise(now, from, ballot, accepted, out);
                 }
@@ -179,7 +182,7 @@ impl Replica {
         }
     }
 
-    fn answer(&mut self, now: u64, to: NodeId, ballot: Ballot, answer: Answer, out: &mut Output) {
+    fn answer(&mut self, now: u64, to: NodeId, ballot: Ballot, answer: Vote, out: &mut Output) {
         out.persist |= answer.persist;
         if answer.ask {
             out.send(to, AllocMessage::Ask { known: self.map().version });
@@ -188,7 +191,7 @@ impl Replica {
             out.send(to, message);
         }
         if self.durable.promised == ballot {
-            self.on_promised_to_another(now);
+            self.on_promise_to_other(now);
         }
     }
 
@@ -196,7 +199,7 @@ impl Replica {
         let map = self.map();
         if known < map.version {
             out.send(from, AllocMessage::Learn(map.clone()));
-            self.accept_again(from, out);
+            self.resend_accept(from, out);
         } else if known > map.version {
             out.send(from, AllocMessage::Ask { known: map.version });
         }
@@ -206,19 +209,22 @@ impl Replica {
         let known = self.map().version;
         let Some((key, pending)) = self.queue.asked(from, id) else { return };
         match result {
-            // The asker will look into its map.
+            // The requester waits until it has that map itself.
             Ok(version) if version > known => {
-                pending.route =
-                    Route::Learning { whom: from, version, until: now.saturating_add(DELEGATE_MS) };
+                pending.route = Delegation::Learning {
+                    coordinator: from,
+                    version,
+                    until: now.saturating_add(DELEGATE_MS),
+                };
                 out.send(from, AllocMessage::Ask { known });
             }
-            // That the coordinator reaches no majority does not mean that we do not.
-            Err(Refusal::NoMajority { .. }) => pending.route = Route::Own,
+            // This node may reach a majority even if the coordinator does not.
+            Err(Refusal::NoMajority { .. }) => pending.route = Delegation::Own,
             result => self.finish(key, result, out),
         }
     }
 
-    /// Says so, if a map is of another cluster than ours.
+    /// Whether a map is of another cluster; reports that as an event.
     fn reject_foreign(&self, from: NodeId, cluster: u64, out: &mut Output) -> bool {
         let foreign = self.durable.is_foreign(cluster);
         if foreign {
@@ -227,7 +233,7 @@ impl Replica {
         foreign
     }
 
-    /// Takes over an agreed map, if it is later than ours, and says whether.
+    /// Adopts an agreed map if it is later than the known one. Returns whether it was adopted.
     pub(super) fn learn(&mut self, map: &AllocMap, out: &mut Output) -> bool {
         if !self.durable.learn(map) {
             return false;
@@ -237,14 +243,15 @@ impl Replica {
         self.heard.retain(|node, _| map.members.contains(node));
         self.end_attempt(out);
         let known = self.map().version;
-        let done = |route: Route| matches!(route, Route::Learning { version, .. } if version <= known);
+        let done =
+            |route: Delegation| matches!(route, Delegation::Learning { version, .. } if version <= known);
         for key in self.queue.keys(|pending| done(pending.route)) {
             self.finish(key, Ok(known), out);
         }
         true
     }
 
-    /// Everything that time or a new state of things makes due.
+    /// Performs all actions that are due.
     fn advance(&mut self, now: u64, out: &mut Output) {
         self.expire(now, out);
         self.route(now, out);
@@ -255,8 +262,10 @@ impl Replica {
         }
     }
 
-    /// One ballot may end at once, if this node alone is a majority, and leave the next to do: the
-    /// first one may have had to complete what was begun before.
+    /// Starts ballots until none is needed or one is in flight.
+    ///
+    /// If this node alone is a majority, a ballot ends at once. Another one may be needed, because the first may have
+    /// completed an earlier proposal instead of its own.
     fn start_ballots(&mut self, now: u64, out: &mut Output) {
         while self.attempt.is_none() && self.not_before <= now && self.queue.own().next().is_some() {
             let before = self.durable.promised;
@@ -281,7 +290,7 @@ impl Replica {
         }
     }
 
-    /// Finds somebody to propose each of our own changes.
+    /// Decides for each local change who proposes it.
     fn route(&mut self, now: u64, out: &mut Output) {
         let me = self.me;
         let fresh = self.durable.is_fresh();
@@ -289,32 +298,34 @@ impl Replica {
         let alive = &self.alive;
         for (_, pending) in self.queue.iter_mut().filter(|(_, pending)| pending.origin.is_none()) {
             pending.route = match pending.route {
-                Route::Asked { until, .. } | Route::Learning { until, .. } if until <= now => Route::Own,
-                Route::Asked { whom, .. } if !alive.contains(&whom) => Route::New,
+                Delegation::Asked { until, .. } | Delegation::Learning { until, .. } if until <= now => {
+                    Delegation::Own
+                }
+                Delegation::Asked { coordinator, .. } if !alive.contains(&coordinator) => Delegation::New,
                 route => route,
             };
-            if pending.route != Route::New || fresh {
+            if pending.route != Delegation::New || fresh {
                 continue;
             }
             pending.route = match coordinator {
-                Some(whom) if may_be_forwarded(&pending.change, me) => {
+                Some(coordinator) if may_be_forwarded(&pending.change, me) => {
                     let change = pending.change.clone();
-                    out.send(whom, AllocMessage::Request { id: pending.id, change });
-                    Route::Asked { whom, until: now.saturating_add(DELEGATE_MS) }
+                    out.send(coordinator, AllocMessage::Request { id: pending.id, change });
+                    Delegation::Asked { coordinator, until: now.saturating_add(DELEGATE_MS) }
                 }
-                Some(_) | None => Route::Own,
+                Some(_) | None => Delegation::Own,
             };
         }
         if fresh && self.ask_at <= now && self.queue.iter().next().is_some() {
-            self.ask_anyone(now, out);
+            self.ask_peers(now, out);
         }
     }
 
-    /// A node without a map asks a few peers: in a large cluster all of them would answer.
-    fn ask_anyone(&mut self, now: u64, out: &mut Output) {
+    /// Asks a few peers for the map. In a large cluster, too many replies would follow if all were asked.
+    fn ask_peers(&mut self, now: u64, out: &mut Output) {
         let mut peers: Vec<NodeId> = self.alive.iter().copied().filter(|node| *node != self.me).collect();
         self.ask_at = now.saturating_add(if peers.is_empty() { RESEND_MS } else { DELEGATE_MS });
-        for _ in 0..ASKED_AT_ONCE.min(peers.len()) {
+        for _ in 0..PEERS_ASKED.min(peers.len()) {
             let pick = self.random() as usize % peers.len();
             out.send(peers.swap_remove(pick), AllocMessage::Ask { known: 0 });
         }
@@ -331,7 +342,7 @@ impl Replica {
         }
     }
 
-    /// Answers whoever asked, if the request has not expired meanwhile.
+    /// Completes a request and reports the result to the requester. No effect if the request has expired.
     fn finish(&mut self, key: u64, result: Result<u64, Refusal>, out: &mut Output) {
         let Some(pending) = self.queue.remove(key) else { return };
         match pending.origin {
@@ -340,7 +351,7 @@ impl Replica {
         }
     }
 
-    /// SplitMix64 (Steele, Lea, Flood, 2014).
+    /// Returns a pseudo-random number: SplitMix64 (Steele, Lea, Flood, 2014).
     pub(super) fn random(&mut self) -> u64 {
         self.random = self.random.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.random;
@@ -350,8 +361,9 @@ impl Replica {
     }
 }
 
-/// Whether another host may propose the change for the one that wants it. A copy that is late must
-/// do no harm, which rules out what takes away; and a host claims for itself.
+/// Whether another host may propose a change on behalf of the requester.
+///
+/// A late copy must do no harm, which excludes changes that take something away. And a host claims only for itself.
 fn may_be_forwarded(change: &Change, wanted_by: NodeId) -> bool {
     match change {
         Change::Admit(_) | Change::DropNetwork(_) | Change::Key { .. } => true,

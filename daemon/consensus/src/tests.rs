@@ -1,5 +1,5 @@
-//! What a change makes of a map, and the cases of the protocol that the simulation in
-//! `tests/alloc_sim` meets too rarely.
+//! The effect of changes on a map, and the cases of the protocol that the simulation in `tests/simulation` meets too
+//! rarely.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -8,7 +8,7 @@ use ovl_proto::alloc::{AgreedKey, AllocMap, AllocMessage, Ballot, Block, Change,
 use ovl_proto::id::{ClusterKeyId, NetworkId, NodeId};
 use proptest::prelude::*;
 
-use super::{DEADLINE_MS, DELEGATE_MS, Durable, Event, MOST_REMOTE_REQUESTS, Output, Replica, apply};
+use super::{DEADLINE_MS, DELEGATE_MS, Durable, Event, MAX_REMOTE_REQUESTS, Output, Replica, apply};
 
 const A: NodeId = NodeId([1; 10]);
 const B: NodeId = NodeId([2; 10]);
@@ -46,7 +46,7 @@ fn held(map: &AllocMap, owner: NodeId) -> Vec<String> {
     map.blocks.iter().filter(|(_, o)| **o == owner).map(|(b, _)| b.prefix.to_string()).collect()
 }
 
-/// A node that is where the others are, with nothing in flight.
+/// Creates a replica that knows a map, with nothing in flight.
 fn node(me: NodeId, map: &AllocMap) -> Replica {
     Replica::new(me, Durable { learned: map.clone(), ..Durable::default() }, 5)
 }
@@ -59,7 +59,7 @@ fn done(out: &Output) -> Option<Result<u64, Refusal>> {
 }
 
 #[test]
-fn a_claim_takes_the_lowest_blocks_that_overlap_none() {
+fn claim_takes_the_lowest_free_blocks() {
     let map = map_of(&[A, B], &[("10.0.0.8/29", B), ("10.0.0.17/32", B), ("10.0.0.32/27", B)]);
     let next = apply(&map, &claim(A, "10.0.0.0/24", 29, 4)).unwrap().unwrap();
     assert_eq!(held(&next, A), ["10.0.0.0/29", "10.0.0.24/29", "10.0.0.64/29", "10.0.0.72/29"]);
@@ -72,7 +72,7 @@ fn a_claim_takes_the_lowest_blocks_that_overlap_none() {
 }
 
 #[test]
-fn the_ends_of_the_address_space_are_no_trouble() {
+fn claim_works_at_both_ends_of_the_address_space() {
     let map = map_of(&[A, B], &[("ffff:ffff:ffff:ffff::/65", B), ("255.255.255.254/32", B)]);
     let next = apply(&map, &claim(A, "ffff:ffff:ffff:ffff::/64", 65, 1)).unwrap().unwrap();
     assert_eq!(held(&next, A), ["ffff:ffff:ffff:ffff:8000::/65"]);
@@ -85,11 +85,11 @@ fn the_ends_of_the_address_space_are_no_trouble() {
         assert!(apply(&map, &claim(A, all, length, 1)).unwrap().is_some());
     }
     let much = apply(&map, &claim(A, "fd00::/8", 128, u32::MAX)).unwrap().unwrap();
-    assert_eq!(much.blocks.len(), super::MOST_BLOCKS_AT_ONCE);
+    assert_eq!(much.blocks.len(), super::MAX_BLOCKS_PER_CLAIM);
 }
 
 #[test]
-fn a_claim_of_blocks_that_are_held_changes_nothing() {
+fn claim_of_held_blocks_changes_nothing() {
     let map = map_of(&[A, B], &[("10.0.0.0/29", A), ("10.0.0.8/29", B)]);
     assert_eq!(apply(&map, &claim(A, "10.0.0.0/24", 29, 1)), Ok(None));
     assert_eq!(apply(&map, &exact(A, "10.0.0.0/29")), Ok(None));
@@ -112,7 +112,7 @@ fn a_claim_of_blocks_that_are_held_changes_nothing() {
 }
 
 #[test]
-fn a_forgotten_host_gives_its_blocks_back_and_may_return() {
+fn forgotten_host_loses_its_blocks_and_may_return() {
     let map = map_of(&[A, B], &[("10.0.0.0/29", A), ("10.0.0.8/29", B)]);
     let next = apply(&map, &Change::Forget(B)).unwrap().unwrap();
     assert!(held(&next, B).is_empty() && next.forgotten.contains(&B));
@@ -124,7 +124,7 @@ fn a_forgotten_host_gives_its_blocks_back_and_may_return() {
 }
 
 #[test]
-fn of_two_rotations_of_the_cluster_key_the_second_is_refused() {
+fn second_rotation_of_the_cluster_key_is_refused() {
     let key = |n: u8| AgreedKey { id: ClusterKeyId([n; 4]), since_ms: u64::from(n) };
     let map = map_of(&[A], &[]);
     let first = Change::Key { from: None, to: key(1) };
@@ -140,9 +140,9 @@ fn of_two_rotations_of_the_cluster_key_the_second_is_refused() {
 }
 
 proptest! {
-    /// Against a list of every address of a small range.
+    /// Compares with a list of every address of a small range.
     #[test]
-    fn no_sequence_of_changes_makes_blocks_overlap(
+    fn blocks_never_overlap(
         steps in prop::collection::vec((0_u8..5, 0_u8..3, any::<u8>(), 24_u8..=32, 0_u32..4), 1..60),
     ) {
         let mut map = map_of(&[A, B, C], &[]);
@@ -183,7 +183,7 @@ proptest! {
 }
 
 #[test]
-fn a_single_member_decides_alone_and_at_once() {
+fn single_member_decides_at_once() {
     let mut a = Replica::new(A, Durable::default(), 1);
     let out = a.bootstrap(9);
     assert!(out.persist && out.events == [Event::Learned] && a.map().members == BTreeSet::from([A]));
@@ -196,7 +196,7 @@ fn a_single_member_decides_alone_and_at_once() {
 }
 
 #[test]
-fn an_acceptor_accepts_only_on_top_of_what_it_knows_to_be_agreed() {
+fn acceptor_accepts_only_the_successor_of_an_agreed_map() {
     let v4 = map_of(&[A, B, C], &[]);
     let v5 = apply(&v4, &exact(A, "10.0.0.0/29")).unwrap().unwrap();
     let v6 = apply(&v5, &exact(A, "10.0.0.8/29")).unwrap().unwrap();
@@ -204,7 +204,7 @@ fn an_acceptor_accepts_only_on_top_of_what_it_knows_to_be_agreed() {
     let ballot = |counter| Ballot { counter, node: A };
     let out = b.handle(0, A, AllocMessage::Accept { ballot: ballot(1), map: v5.clone() });
     assert_eq!(out.send, [(A, AllocMessage::Accepted { ballot: ballot(1) })]);
-    // The decision of version 5 was lost on the way. What is accepted must stay to be seen.
+    // The decision of version 5 was lost. The accepted map must stay visible to proposers.
     let next = AllocMessage::Accept { ballot: ballot(2), map: v6.clone() };
     let out = b.handle(0, A, next.clone());
     assert_eq!(out.send, [(A, AllocMessage::Ask { known: 4 })]);
@@ -215,7 +215,7 @@ fn an_acceptor_accepts_only_on_top_of_what_it_knows_to_be_agreed() {
 }
 
 #[test]
-fn a_change_of_all_members_is_done_only_when_the_new_ones_have_it_too() {
+fn change_of_members_needs_a_majority_of_the_new_ones() {
     let old = map_of(&[A], &[]);
     let mut a = node(A, &old);
     let (_, out) = a.request(0, Change::Admit(B), &BTreeSet::from([B]));
@@ -224,7 +224,7 @@ fn a_change_of_all_members_is_done_only_when_the_new_ones_have_it_too() {
     };
     assert_eq!(done(&out), None);
     let mut b = Replica::new(B, Durable::default(), 1);
-    // Out of order: b knows nothing to put the map on.
+    // Out of order: b does not have the preceding map.
     let accept = AllocMessage::Accept { ballot: *ballot, map: map.clone() };
     assert_eq!(b.handle(0, A, accept.clone()).send, [(A, AllocMessage::Ask { known: 0 })]);
     let out = a.handle(1, B, AllocMessage::Ask { known: 0 });
@@ -236,7 +236,7 @@ fn a_change_of_all_members_is_done_only_when_the_new_ones_have_it_too() {
 }
 
 #[test]
-fn requests_go_to_the_coordinator_and_come_back_if_it_is_silent() {
+fn host_proposes_a_request_itself_if_the_coordinator_is_silent() {
     let map = map_of(&[A, B, C], &[]);
     let mut b = node(B, &map);
     let alive = BTreeSet::from([A, C]);
@@ -247,7 +247,7 @@ fn requests_go_to_the_coordinator_and_come_back_if_it_is_silent() {
     assert!(matches!(out.send.as_slice(), [(A, AllocMessage::Prepare { .. }), (C, _)]), "{out:?}");
     let out = b.tick(DEADLINE_MS, &alive);
     assert_eq!(done(&out), Some(Err(Refusal::NoMajority { answered: 1, needed: 2, members: 3 })));
-    // Taking away is never left to another.
+    // Forget is never forwarded to another host.
     let (_, out) = b.request(9000, Change::Forget(C), &alive);
     assert!(matches!(out.send.as_slice(), [(A, AllocMessage::Prepare { .. }), (C, _)]), "{out:?}");
     let mut a = node(A, &map);
@@ -256,7 +256,7 @@ fn requests_go_to_the_coordinator_and_come_back_if_it_is_silent() {
 }
 
 #[test]
-fn another_cluster_is_named_and_never_taken_over() {
+fn map_of_another_cluster_is_reported_and_never_adopted() {
     let map = map_of(&[A, B], &[]);
     let mut other = map_of(&[A, B, C], &[]);
     (other.cluster, other.version) = (10, 50);
@@ -279,7 +279,7 @@ fn another_cluster_is_named_and_never_taken_over() {
 }
 
 #[test]
-fn requests_of_others_are_bounded_and_coalesced() {
+fn remote_requests_are_limited_and_deduplicated() {
     let mut a = node(A, &map_of(&[A, B, C], &[]));
     for id in (0..5000).chain(0..5000) {
         let _ = a.handle(0, B, AllocMessage::Request { id, change: claim(B, "10.0.0.0/24", 29, 1) });
@@ -293,11 +293,11 @@ fn requests_of_others_are_bounded_and_coalesced() {
             message => panic!("{message:?}"),
         })
         .collect();
-    assert_eq!((replies.len(), out.send.len()), (MOST_REMOTE_REQUESTS, MOST_REMOTE_REQUESTS));
+    assert_eq!((replies.len(), out.send.len()), (MAX_REMOTE_REQUESTS, MAX_REMOTE_REQUESTS));
 }
 
 #[test]
-fn at_the_end_of_the_ballot_numbers_requests_fail_and_nothing_else() {
+fn requests_fail_when_ballot_numbers_are_exhausted() {
     let mut a = node(A, &map_of(&[A, B], &[]));
     let ballot = Ballot { counter: u64::MAX, node: B };
     assert_eq!(a.handle(0, B, AllocMessage::Prepare { ballot, known: 4 }).send.len(), 1);

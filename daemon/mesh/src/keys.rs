@@ -16,7 +16,7 @@ use anyhow::{Context, bail};
 use data_encoding::BASE64;
 use ovl_files::{Damaged, sha256};
 use ovl_proto::id::{NodeId, TunnelKey};
-use ovl_proto::record::{Domain, MOST_OTHER_KEYS, NodeRecord, PublicKey, Signature, SignedRecord};
+use ovl_proto::record::{Domain, MAX_OTHER_KEYS, NodeRecord, PublicKey, Signature, SignedRecord};
 use ovl_proto::wire::{self, WireError};
 use ovl_tunnel::PrivateKey;
 use ring::rand::{SecureRandom as _, SystemRandom};
@@ -292,7 +292,7 @@ fn nonsense(record: &NodeRecord) -> Option<&'static str> {
     if record.link_mtu < 576 {
         return Some("its link MTU is below 576");
     }
-    if record.keys.opens.len() > MOST_OTHER_KEYS {
+    if record.keys.opens.len() > MAX_OTHER_KEYS {
         return Some("it has too many cluster keys");
     }
     if record.version.len() > 32 || !record.version.bytes().all(|b| b.is_ascii_graphic()) {

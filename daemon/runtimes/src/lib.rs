@@ -1,5 +1,5 @@
-//! What calls of container runtimes mean, what is decided for them, and what is answered. ovld uses it, and the
-//! plugin of Docker Engines does too, so it depends on nothing that only a daemon needs. No I/O.
+//! Calls of container runtimes: parsing, decisions and responses, without I/O. Both ovld and the Docker plugin use this
+//! crate, so it depends on nothing that only a daemon needs.
 
 pub mod cni;
 pub mod docker;

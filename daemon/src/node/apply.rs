@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use ovl_cluster::backends::Readiness;
 use ovl_cluster::claims::Claim;
-use ovl_cluster::members::Member;
 use ovl_cluster::objects::{MAX_OBJECT_BYTES, MAX_OBJECTS};
+use ovl_cluster::selectables::Selectable;
 use ovl_control::{
     Action, Applied, AppliedAll, Apply, BackendInfo, BackendPort, Document, ManifestProblem, PodEndpoint,
     Reply, ResourceInfo, ResourceQuery, ServiceBackends,
@@ -364,16 +364,16 @@ fn node_name(state: &State, host: Option<NodeId>) -> String {
 }
 
 fn info(state: &State, kind: Kind, name: Name) -> Result<ResourceInfo, Failed> {
-    let members = state.workloads.backends().members();
+    let selectables = state.workloads.backends().selectables();
     let resource = state.view.resources.get(&ResourceKey { kind, name: name.clone() });
     let resource = resource.ok_or_else(|| Failed::internal("an object that is listed is not there"))?;
-    let endpoint = |member: &Member| PodEndpoint {
-        node: node_name(state, member.host),
-        addresses: member.addresses.clone(),
-        ready: member.ready,
+    let endpoint = |selectable: &Selectable| PodEndpoint {
+        node: node_name(state, selectable.host),
+        addresses: selectable.addresses.clone(),
+        ready: selectable.ready,
     };
     let endpoints = match &resource {
-        Resource::Pod(_) => members.named(&name).map(|(_, member)| endpoint(member)).collect(),
+        Resource::Pod(_) => selectables.named(&name).map(|(_, selectable)| endpoint(selectable)).collect(),
         Resource::Namespace(_)
         | Resource::Service(_)
         | Resource::EndpointSlice(_)
@@ -381,10 +381,10 @@ fn info(state: &State, kind: Kind, name: Name) -> Result<ResourceInfo, Failed> {
     };
     let mut selects: Vec<String> = match &resource {
         Resource::NetworkPolicy(policy) => {
-            let here = members.iter().map(|(_, member)| member);
-            let here = here.filter(|member| member.name.namespace == name.namespace);
-            here.filter(|member| policy.spec.pod_selector.matches(&member.labels))
-                .map(|member| member.name.name.clone())
+            let here = selectables.iter().map(|(_, selectable)| selectable);
+            let here = here.filter(|selectable| selectable.name.namespace == name.namespace);
+            here.filter(|selectable| policy.spec.pod_selector.matches(&selectable.labels))
+                .map(|selectable| selectable.name.name.clone())
                 .collect()
         }
         Resource::Namespace(_) | Resource::Pod(_) | Resource::Service(_) | Resource::EndpointSlice(_) => {

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use ovl_cluster::keys::{Live, Progress, Step, key_towards};
+use ovl_cluster::keys::{RotationProgress, RotationState, RotationStep, key_towards};
 use ovl_control::{FailureKind, HostKeys, KeyRotation, KeyStatus, PeerState};
 use ovl_mesh::keys::{ClusterKey, KeyFile, Keyring};
 use ovl_proto::alloc::{AgreedKey, Change};
@@ -64,9 +64,9 @@ impl Keys {
 }
 
 impl State {
-    fn live(&self) -> Live {
+    fn live(&self) -> RotationState {
         let unknown = self.now().saturating_sub(self.keys.map_changed) < UNKNOWN_FOR_MS;
-        Live::of(&self.view, &self.keys.ring.ids(), unknown)
+        RotationState::of(&self.view, &self.keys.ring.ids(), unknown)
     }
 }
 
@@ -97,15 +97,15 @@ impl Node {
                     (Some(key), _) if keys.ring.get(key.id()).is_none() => {
                         Some((keys.ring.opening_too(key.clone()), "this host has the new cluster key"))
                     }
-                    (_, Step::Seal(id)) => keys
+                    (_, RotationStep::Seal(id)) => keys
                         .ring
                         .sealing_with(id)
                         .map(|ring| (ring, "all hosts have the new cluster key: it is used from now on")),
-                    (_, Step::Drop) if keys.beginning.is_none() => Some((
+                    (_, RotationStep::Drop) if keys.beginning.is_none() => Some((
                         keys.ring.alone(),
                         "all hosts use the same cluster key: no other one is taken any more",
                     )),
-                    (_, Step::Drop | Step::Wait) => None,
+                    (_, RotationStep::Drop | RotationStep::Wait) => None,
                 }
             };
             let Some((ring, what)) = next else { return };
@@ -404,7 +404,7 @@ impl Node {
     }
 }
 
-fn rotation_of(state: &State, progress: &Progress) -> KeyRotation {
+fn rotation_of(state: &State, progress: &RotationProgress) -> KeyRotation {
     let count = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
     KeyRotation {
         key: progress.key.id,

@@ -2,12 +2,12 @@
 
 use std::fmt::Write as _;
 
-use ovl_control::{DaemonState, Peer, PeerState, PeerTunnel, Status};
+use ovl_control::{DaemonState, PeerInfo, PeerState, PeerTunnel, Status};
 
 /// All of them.
 pub(super) fn render(
     status: &Status,
-    peers: &[Peer],
+    peers: &[PeerInfo],
     drops: &[(&str, u64)],
     names: &[(&str, u64)],
 ) -> String {
@@ -83,7 +83,7 @@ pub(super) fn render(
 }
 
 /// Nothing where there is no tunnel.
-fn tunnel(text: &mut String, peers: &[Peer], drops: &[(&str, u64)]) {
+fn tunnel(text: &mut String, peers: &[PeerInfo], drops: &[(&str, u64)]) {
     let tunnels: Vec<_> = peers.iter().filter_map(|peer| Some((peer, peer.tunnel.as_ref()?))).collect();
     let mut each = |name: &str, help: &str, kind: &str, value: &dyn Fn(&PeerTunnel) -> Option<u64>| {
         if tunnels.is_empty() {

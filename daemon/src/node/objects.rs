@@ -201,7 +201,11 @@ impl Node {
         }
         if settled != Settled::default() {
             state.changed(What::Backends(&settled));
-            tracing::debug!(services = settled.services.len(), members = settled.members.len(), "backends");
+            tracing::debug!(
+                services = settled.services.len(),
+                selectables = settled.selectables.len(),
+                "backends"
+            );
         }
     }
 

@@ -103,7 +103,7 @@ impl Node {
 
     fn try_ports(&self, published: Published, before: &[Published]) -> Result<Vec<Held>, Failed> {
         let transport = published.transport;
-        if let Some(port) = before.iter().find_map(|other| published.meets(*other)) {
+        if let Some(port) = before.iter().find_map(|other| published.conflict_with(*other)) {
             return Err(Failed::invalid(format!("port {port}/{transport} is asked for twice")));
         }
         if let Some(sentence) = publisher(&self.state.borrow(), published) {
@@ -276,8 +276,8 @@ pub(super) fn refusal(outcome: &Outcome) -> Option<&ovl_kernel::KernelError> {
 /// Who has published one of these ports, or is about to.
 fn publisher(state: &State, published: Published) -> Option<String> {
     let transport = published.transport;
-    let meets = |others: &[Published]| others.iter().find_map(|other| published.meets(*other));
-    let held = state.own_endpoints().find_map(|endpoint| Some((endpoint, meets(&endpoint.publish)?)));
+    let conflict = |others: &[Published]| others.iter().find_map(|other| published.conflict_with(*other));
+    let held = state.own_endpoints().find_map(|endpoint| Some((endpoint, conflict(&endpoint.publish)?)));
     if let Some((endpoint, port)) = held {
         let network = state.view.networks.get(&endpoint.network);
         let network =
@@ -288,7 +288,7 @@ fn publisher(state: &State, published: Published) -> Option<String> {
         ));
     }
     state.pending.ports.values().find_map(|(name, others)| {
-        let port = meets(others)?;
+        let port = conflict(others)?;
         Some(format!("port {port}/{transport} is being published for endpoint {name} at this moment"))
     })
 }

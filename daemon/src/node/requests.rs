@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use ovl_cluster::addresses as ipam;
 use ovl_control::{
-    DaemonState, Document, Failure, FailureKind, FdbRow, Peer, PeerState, Problem, ReconcileStatus, Reply,
-    Request, RouteRow, Status, SubnetUse, Verify,
+    DaemonState, Document, Failure, FailureKind, FdbRow, PeerInfo, PeerState, Problem, ReconcileStatus,
+    Reply, Request, RouteRow, Status, SubnetUse, Verify,
 };
 use ovl_dataplane::device::Device;
 use ovl_dataplane::state::{Dataplane, Hop};
@@ -213,12 +213,12 @@ impl Node {
     }
 
     /// All hosts, the own one first, then by name.
-    pub(super) fn peers(&self) -> Vec<Peer> {
+    pub(super) fn peers(&self) -> Vec<PeerInfo> {
         let contacts = self.gossip().contacts();
         let paths = self.gossip().path_mtus();
         let state = self.state.borrow();
         let sealed = tunnel::kind(&state).map(|kind| (tunnel::name(kind), sealed_to(&state.view)));
-        let mut peers: Vec<Peer> = state
+        let mut peers: Vec<PeerInfo> = state
             .view
             .nodes
             .values()
@@ -228,7 +228,7 @@ impl Node {
                 let contact = contacts.get(&record.id);
                 let endpoints =
                     node.table.entries().filter(|entry| matches!(entry, Entry::Endpoint(_))).count();
-                Peer {
+                PeerInfo {
                     name: record.name.clone(),
                     id: record.id,
                     address: record.address,

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use ovl_cluster::backends::Settled;
-use ovl_cluster::members::MemberChange;
+use ovl_cluster::selectables::SelectableChange;
 use ovl_dataplane::op::Op;
 use ovl_dataplane::state::Dataplane;
 use ovl_proto::id::NetworkId;
@@ -33,10 +33,10 @@ pub struct Marks {
 impl Marks {
     fn settled(&mut self, settled: &Settled) {
         self.services.extend(settled.services.iter().cloned());
-        for MemberChange { before, after, .. } in &settled.members {
-            for (member, is_there) in [(before, false), (after, true)] {
+        for SelectableChange { before, after, .. } in &settled.selectables {
+            for (selectable, is_there) in [(before, false), (after, true)] {
                 let pod =
-                    member.as_ref().map(|it| (it.name.namespace.clone(), it.addresses.clone(), is_there));
+                    selectable.as_ref().map(|it| (it.name.namespace.clone(), it.addresses.clone(), is_there));
                 self.pods.extend(pod);
             }
         }

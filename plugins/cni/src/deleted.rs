@@ -1,4 +1,4 @@
-//! A `DEL` without ovld: it succeeds, for the runtime must be able to go on, and waits on disk.
+//! A `DEL` while ovld is unavailable: it succeeds, so that the runtime can go on, and is stored for ovld.
 
 use std::fs::{self, DirBuilder, OpenOptions};
 use std::io::{self, Write as _};
@@ -10,29 +10,29 @@ use ovl_control::{CniCall, CniDeleted, CniError};
 
 use crate::call;
 
-/// "Invalid necessary environment variables".
+/// The specification's "Invalid necessary environment variables".
 const ENVIRONMENT: u32 = 4;
-/// "I/O failure".
+/// The specification's "I/O failure".
 const IO: u32 = 5;
 
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 
-/// Puts the call where ovld finds it.
-pub(crate) fn remember(call: &CniCall) -> Result<(), CniError> {
+/// Stores the call for ovld.
+pub(crate) fn store(call: &CniCall) -> Result<(), CniError> {
     let path = path(call).ok_or_else(|| {
         call::error(
             ENVIRONMENT,
-            "this DEL names no attachment",
-            "CNI_CONTAINERID, CNI_IFNAME and the configuration's `name` must be there, without slashes, colons and a \
+            "the DEL does not identify an attachment",
+            "CNI_CONTAINERID, CNI_IFNAME and the configuration's `name` must be set, without slashes, colons and a \
              leading dot",
         )
     })?;
     write(&path, call).map_err(|error| {
         let details = format!(
-            "writing {}: {error}. Is ovld to run here at all, and this plugin as root?",
+            "cannot write {}: {error}. Is ovld meant to run on this host, and does this plugin run as root?",
             path.display()
         );
-        call::error(IO, "ovld is not running, and the DEL cannot be remembered", &details)
+        call::error(IO, "ovld is not running, and the DEL cannot be stored for it", &details)
     })
 }
 
@@ -42,26 +42,26 @@ fn path(call: &CniCall) -> Option<PathBuf> {
     Some(CniDeleted::dir(&call::socket(&call.config)).join(name))
 }
 
-/// All or nothing. It ends with the kernel, as the container does, so no disk is waited for.
+/// Writes the file atomically. It is not synced to disk, because after a reboot neither it nor the container exists.
 fn write(path: &Path, call: &CniCall) -> io::Result<()> {
     let boot_id = fs::read_to_string(BOOT_ID)?.trim().to_owned();
     let bytes = serde_json::to_vec(&CniDeleted { boot_id, call: call.clone() })?;
     let dir = path.parent().unwrap_or(Path::new("/"));
     DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
-    // Hidden, so that ovld does not take it before it is whole.
+    // Hidden, so that ovld does not read an incomplete file.
     let name = path.file_name().unwrap_or_default().to_string_lossy();
-    let beside = dir.join(format!(".{name}.{}", process::id()));
+    let temporary = dir.join(format!(".{name}.{}", process::id()));
     let write = || {
         OpenOptions::new()
             .write(true)
             .create(true)
             .truncate(true)
             .mode(0o600)
-            .open(&beside)?
+            .open(&temporary)?
             .write_all(&bytes)?;
-        fs::rename(&beside, path)
+        fs::rename(&temporary, path)
     };
     write().inspect_err(|_| {
-        let _ = fs::remove_file(&beside);
+        let _ = fs::remove_file(&temporary);
     })
 }

@@ -1,11 +1,10 @@
-//! `ovl-cni`, the plugin that container runtimes run (CNI specification 1.1.0). It decides nothing:
-//! each call becomes one request to ovld, and ovld's answer is printed. What it does by itself is
-//! what has to be done when ovld does not answer.
+//! `ovl-cni`, the plugin that container runtimes run (CNI specification 1.1.0). It makes no decisions: each call becomes
+//! one request to ovld, and ovld's reply is printed. The plugin acts on its own only if ovld does not reply.
 //!
-//! | module | what is in it |
+//! | module | content |
 //! | --- | --- |
 //! | [`call`] | environment and standard input |
-//! | [`deleted`] | a `DEL` that waits on disk for ovld |
+//! | [`deleted`] | a `DEL` that is stored for ovld |
 
 mod call;
 mod deleted;
@@ -22,15 +21,15 @@ use serde_json::{Value, json};
 
 use crate::call::Asked;
 
-/// "Try again later" of the specification.
+/// The specification's "Try again later".
 const LATER: u32 = 11;
-/// "The plugin is not available", for `STATUS`.
+/// The specification's "The plugin is not available", for `STATUS`.
 const UNAVAILABLE: u32 = 50;
-/// Ours: ovld and this plugin do not understand each other.
+/// A code of ovl: ovld and this plugin are of incompatible releases.
 const MISMATCH: u32 = 105;
 
 fn main() -> ExitCode {
-    // Runtimes give no arguments: this is for people.
+    // Runtimes pass no arguments, so this is only for users.
     if std::env::args_os().nth(1).is_some_and(|argument| argument == "--version") {
         let mut stdout = io::stdout().lock();
         let written = writeln!(stdout, "ovl-cni {}\nCNI: {}", ovl_proto::VERSION, CNI_VERSIONS.join(", "));
@@ -50,15 +49,15 @@ fn main() -> ExitCode {
     }
 }
 
-/// One request; a `DEL` that ovld is not there for is remembered.
+/// Sends the call to ovld. A `DEL` is stored if ovld is unavailable.
 fn carry_out(call: &CniCall) -> Result<Value, CniError> {
     match ask(call) {
         Ok(outcome) => outcome,
-        Err(why) if call.command == CniCommand::Del && why.is_for_later() => {
-            deleted::remember(call)?;
-            // ovld may have begun to listen, and looked for files, before this one was in place. Having
-            // done what it asks for, it removes it. In all other cases it runs, and comes across it.
-            if matches!(why, Silence::Down(_)) {
+        Err(why) if call.command == CniCommand::Del && why.is_temporary() => {
+            deleted::store(call)?;
+            // If ovld started to listen and read the directory before the file was written, this second request
+            // reaches it, and it deletes the file. In all other cases ovld finds the file later.
+            if matches!(why, NoReply::Down(_)) {
                 let _ = ask(call);
             }
             Ok(Value::Null)
@@ -67,21 +66,21 @@ fn carry_out(call: &CniCall) -> Result<Value, CniError> {
     }
 }
 
-/// What ovld says; or why it says nothing.
-fn ask(call: &CniCall) -> Result<Result<Value, CniError>, Silence> {
+/// Sends the call to ovld and returns its reply, or why there is none.
+fn ask(call: &CniCall) -> Result<Result<Value, CniError>, NoReply> {
     let patience = patience(call.command);
     let request = Request::Cni(Box::new(call.clone()));
     let reply = Client::connect(&call::socket(&call.config), Some(patience))
         .and_then(|mut client| client.request(&request))
-        .map_err(|error| Silence::of(error, patience))?;
+        .map_err(|error| NoReply::of(error, patience))?;
     match reply {
         Reply::Cni(result) => Ok(Ok(result)),
         Reply::CniError(error) => Ok(Err(error)),
-        _ => Err(Silence::Mismatch("ovld gave an answer that does not belong to the question".to_owned())),
+        _ => Err(NoReply::Mismatch("ovld sent a reply of another type".to_owned())),
     }
 }
 
-/// How long ovld may take: `ADD` can wait for other hosts, `DEL` for nobody but the kernel.
+/// Returns how long ovld may take: `ADD` can wait for other hosts, `DEL` only for the kernel.
 fn patience(command: CniCommand) -> Duration {
     Duration::from_secs(match command {
         CniCommand::Add | CniCommand::Check | CniCommand::Gc => 30,
@@ -90,20 +89,20 @@ fn patience(command: CniCommand) -> Duration {
     })
 }
 
-/// Why there is no answer to a call.
+/// Why there is no reply to a call.
 #[derive(Debug)]
-enum Silence {
-    /// Nobody listens.
+enum NoReply {
+    /// The socket cannot be connected to.
     Down(String),
-    /// It did not come to an end.
+    /// The connection was lost, or the time is over.
     Unfinished(String),
-    /// ovld cannot take calls at this moment.
+    /// ovld cannot handle calls now.
     Busy(String),
-    /// ovld does not take this call from us at all.
+    /// ovld does not understand the call, or the plugin not its reply.
     Mismatch(String),
 }
 
-impl Silence {
+impl NoReply {
     fn of(error: ClientError, patience: Duration) -> Self {
         match error {
             ClientError::Connect { path, error } => Self::Down(format!(
@@ -119,14 +118,14 @@ impl Silence {
                 if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) =>
             {
                 Self::Unfinished(format!(
-                    "ovld did not answer within {} s, and may still be at work: `ovlctl status` and \
-                     `journalctl -u ovld` tell what holds it up",
+                    "ovld did not reply within {} s, and may still handle the call: `ovlctl status` and \
+                     `journalctl -u ovld` show the cause",
                     patience.as_secs()
                 ))
             }
             ClientError::Io(error) => Self::Unfinished(format!(
-                "lost the connection to ovld: {error}. `systemctl start ovld` starts it if it has ended, \
-                 `journalctl -u ovld` tells why"
+                "lost the connection to ovld: {error}. If ovld has exited, `journalctl -u ovld` shows why, and \
+                 `systemctl start ovld` starts it"
             )),
             ClientError::Failed(failure) if failure.kind == FailureKind::Unavailable => {
                 Self::Busy(failure.message)
@@ -136,8 +135,8 @@ impl Silence {
         }
     }
 
-    /// Whether ovld can do later what it did not do now.
-    fn is_for_later(&self) -> bool {
+    /// Whether ovld can handle the call later.
+    fn is_temporary(&self) -> bool {
         !matches!(self, Self::Mismatch(_))
     }
 
@@ -145,11 +144,11 @@ impl Silence {
         let later = if command == CniCommand::Status { UNAVAILABLE } else { LATER };
         let (code, msg, details) = match self {
             Self::Down(details) => (later, "ovld is not running", details),
-            Self::Unfinished(details) => (later, "ovld gave no answer", details),
-            Self::Busy(details) => (later, "ovld cannot do this now", details),
+            Self::Unfinished(details) => (later, "ovld sent no reply", details),
+            Self::Busy(details) => (later, "ovld cannot handle the call now", details),
             Self::Mismatch(details) => (
                 MISMATCH,
-                "ovl-cni and ovld do not understand each other",
+                "ovl-cni and ovld are of incompatible releases",
                 format!("{details}. Install the plugin of ovld's release: `ovlctl cni install`"),
             ),
         };
@@ -157,7 +156,7 @@ impl Silence {
     }
 }
 
-/// An error, as the specification wants it: on standard output, with a status that is not 0.
+/// Prints an error on standard output, as the specification requires, and returns an exit status other than 0.
 fn report(config: &Value, error: CniError) -> ExitCode {
     #[derive(Serialize)]
     struct Report<'a> {
@@ -176,6 +175,6 @@ fn print<T: Serialize>(value: &T) -> ExitCode {
         stdout.write_all(b"\n")?;
         stdout.flush()
     });
-    // Without a reader there is nobody to tell but the exit status.
+    // If standard output is closed, only the exit status can report it.
     if written.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }

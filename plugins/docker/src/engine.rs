@@ -1,5 +1,5 @@
-//! The Engine's own interface, of which two questions are asked: which container an endpoint is of,
-//! and what that is called. No call to a plugin tells it.
+//! A client of the Engine's API. It finds the container of an endpoint and the container's names, which no call to a
+//! plugin contains.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -18,16 +18,16 @@ use tokio::time::{Instant, sleep, timeout};
 
 use crate::ovld::Ovld;
 
-/// How long it may take until the Engine knows an endpoint that it has just joined.
+/// How long to wait until the Engine knows an endpoint that has just joined.
 const KNOWN: Duration = Duration::from_secs(30);
-/// Between two questions at first; it doubles.
+/// The pause after the first query. It doubles with each query.
 const PAUSE: Duration = Duration::from_millis(50);
-/// For one question. While it starts a container the Engine may not answer for that network.
+/// The timeout of one query. While it starts a container, the Engine may not answer queries about that network.
 const ANSWER: Duration = Duration::from_secs(10);
-/// The longest answer that is read: a network with very many containers.
+/// The maximum size of a response in bytes: that of a network with very many containers.
 const MAX_ANSWER: usize = 16 << 20;
 
-/// The Engine.
+/// A client of the Engine's API.
 #[derive(Debug, Clone)]
 pub(crate) struct Engine {
     socket: Arc<PathBuf>,
@@ -38,7 +38,7 @@ impl Engine {
         Self { socket: Arc::new(socket) }
     }
 
-    /// Finds out what a container that has just joined is called, and tells ovld.
+    /// Finds the names of a container that has just joined, and sends them to ovld.
     pub(crate) async fn name(self, ovld: Ovld, join: Value) {
         let id = |key: &str| join.get(key).and_then(Value::as_str).unwrap_or_default().to_owned();
         let (network, endpoint) = (id("NetworkID"), id("EndpointID"));
@@ -49,17 +49,17 @@ impl Engine {
             pause = (pause * 2).min(Duration::from_secs(2));
             match self.names(&network, &endpoint).await {
                 Ok(Some(names)) => {
-                    // One that is gone again has no name.
+                    // The endpoint may have been deleted meanwhile.
                     let _ = ovld.ask(Request::DockerName(names), KNOWN).await;
                     return;
                 }
                 Ok(None) => {}
-                Err(error) => eprintln!("ovl-docker: the name of an endpoint: {error:#}"),
+                Err(error) => eprintln!("ovl-docker: cannot get the name of endpoint {endpoint}: {error:#}"),
             }
         }
     }
 
-    /// Nothing while the Engine does not know the endpoint.
+    /// Returns the names of an endpoint's container; `None` while the Engine does not know the endpoint.
     async fn names(&self, network: &str, endpoint: &str) -> Result<Option<DockerName>> {
         let Some(found) = self.get(&format!("/networks/{network}")).await? else { return Ok(None) };
         let containers = found.get("Containers").and_then(Value::as_object);
@@ -80,15 +80,17 @@ impl Engine {
         }))
     }
 
-    /// Nothing for what is not there.
+    /// Queries the Engine with a timeout; `None` if the object does not exist.
     async fn get(&self, path: &str) -> Result<Option<Value>> {
-        timeout(ANSWER, self.ask(path)).await.with_context(|| format!("no answer to {path}"))?
+        timeout(ANSWER, self.ask(path))
+            .await
+            .with_context(|| format!("no response to {path} within {} s", ANSWER.as_secs()))?
     }
 
     async fn ask(&self, path: &str) -> Result<Option<Value>> {
         let stream = UnixStream::connect(self.socket.as_path())
             .await
-            .with_context(|| format!("the Engine at {}", self.socket.display()))?;
+            .with_context(|| format!("cannot connect to the Engine at {}", self.socket.display()))?;
         let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
         let driver = tokio::spawn(connection);
         let request = HttpRequest::get(path).header(HOST, "docker").body(Empty::<Bytes>::new())?;
@@ -99,7 +101,7 @@ impl Engine {
         if status == StatusCode::NOT_FOUND {
             return Ok(None);
         }
-        ensure!(status.is_success(), "the Engine answers {path} with {status}");
+        ensure!(status.is_success(), "the Engine responds to {path} with {status}");
         let bytes = body.map_err(|error| anyhow::anyhow!("{path}: {error}"))?.to_bytes();
         Ok(Some(serde_json::from_slice(&bytes)?))
     }

@@ -1,15 +1,15 @@
-//! `ovl-docker`, the network and IPAM plugin of Docker Engines (libnetwork's remote protocols over
-//! HTTP on a Unix socket). It decides nothing: each call becomes one request to ovld.
+//! `ovl-docker`, the network and IPAM plugin of Docker Engines (libnetwork's remote protocols over HTTP on a Unix
+//! socket). It makes no decisions: each call becomes one request to ovld.
 //!
-//! It is a process of its own because an Engine repeats a call to a plugin that is away for 15
-//! seconds, and waits as long when it starts. This one is always there: it answers within seconds
-//! while ovld is started anew or down, and what the Engine takes away meanwhile it keeps for ovld.
+//! It is a separate process because an Engine repeats a call to an unavailable plugin for 15 seconds, and waits as long
+//! when it starts. This plugin is always available: it responds within seconds while ovld restarts or is down, and
+//! stores deletions for ovld meanwhile.
 //!
-//! | module | what is in it |
+//! | module | content |
 //! | --- | --- |
-//! | [`plugin`] | the socket, HTTP |
-//! | [`ovld`] | the way to ovld, and what is done without it |
-//! | [`engine`] | the names of containers, which the Engine tells no plugin: it is asked for them |
+//! | [`plugin`] | the plugin's socket, HTTP |
+//! | [`ovld`] | requests to ovld, and what happens while it is unavailable |
+//! | [`engine`] | queries to the Engine for the names of containers, which no call contains |
 
 mod engine;
 mod ovld;
@@ -23,17 +23,17 @@ use clap::{CommandFactory as _, Parser};
 use crate::engine::Engine;
 use crate::ovld::Ovld;
 
-/// The Docker Engine plugin of ovl: networks of the cluster for containers of this host's Engine.
+/// The Docker Engine plugin of ovl: connects containers of this host's Engine to networks of the cluster.
 #[derive(Debug, Parser)]
 #[command(name = "ovl-docker", version, long_version = ovl_proto::VERSION)]
 struct Args {
-    /// Where the Engine looks for plugins; the file's name is the driver's
+    /// The socket where the Engine looks for plugins; its file name is the driver's name
     #[arg(long, value_name = "PATH", default_value = "/run/docker/plugins/ovl.sock")]
     listen: PathBuf,
     /// The control socket of ovld
     #[arg(long, value_name = "PATH", env = "OVL_SOCKET", default_value = ovl_proto::DEFAULT_SOCKET)]
     socket: PathBuf,
-    /// The Engine's own socket, to ask for containers' names; `none`: not to ask
+    /// The socket of the Engine's API, for the names of containers; `none`: do not query it
     #[arg(long, value_name = "PATH", default_value = "/run/docker.sock")]
     engine: PathBuf,
     /// Print the manual page, for packages

@@ -1,4 +1,4 @@
-//! The way to ovld, and what is done without it.
+//! Requests to ovld, and what happens while it is unavailable.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -8,14 +8,14 @@ use ovl_control::{Client, ClientError, DockerCall, DockerDeleted, FailureKind, R
 use ovl_runtimes::docker::{self, Later};
 use serde_json::Value;
 
-/// How long ovld may take for a call that it has taken: it may wait for other hosts.
+/// How long ovld may take for a call that it has accepted: it may wait for other hosts.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// How long one that is down or not ready is waited for: to start it anew takes less.
+/// How long to retry while ovld is down or not ready: a restart takes less.
 const RETRY: Duration = Duration::from_secs(3);
-/// Between two attempts.
+/// The pause between two attempts.
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// The way to ovld.
+/// A client of ovld.
 #[derive(Debug, Clone)]
 pub(crate) struct Ovld {
     socket: PathBuf,
@@ -26,7 +26,7 @@ impl Ovld {
         Self { socket }
     }
 
-    /// What an Engine is answered.
+    /// Returns the response to a call of the Engine.
     pub(crate) async fn answer(&self, call: &DockerCall) -> Value {
         let meaning = match docker::parse(&call.method, &call.body) {
             Ok(meaning) => meaning,
@@ -36,19 +36,20 @@ impl Ovld {
             return answer;
         }
         let later = docker::later(&meaning);
-        // Whoever takes something away is not held up.
+        // A deletion does not wait for ovld: it can be completed later.
         let retry = if later == Later::No { RETRY } else { Duration::ZERO };
         match self.ask(Request::Docker(call.clone()), retry).await {
             Ok(Reply::Docker(answer)) => answer,
-            Ok(_) => docker::failed(
-                "ovld gave an answer that does not belong to the question: are both of one release?",
-            ),
-            Err(why) => self.without(later, call, &why),
+            Ok(_) => {
+                docker::failed("ovld sent a reply of another type: are ovld and ovl-docker of one release?")
+            }
+            Err(why) => self.respond_without_ovld(later, call, &why),
         }
     }
 
-    /// The Engine goes on whatever we say when it takes something away: that is kept for ovld.
-    fn without(&self, later: Later, call: &DockerCall, why: &ClientError) -> Value {
+    /// Returns the response if ovld is unavailable. A deletion is stored for ovld, because the Engine goes on even if
+    /// it fails.
+    fn respond_without_ovld(&self, later: Later, call: &DockerCall, why: &ClientError) -> Value {
         eprintln!("ovl-docker: {}: {why}", call.method);
         match later {
             Later::No => docker::failed(&explain(why, &self.socket)),
@@ -56,13 +57,13 @@ impl Ovld {
             Later::Keep(key) => match DockerDeleted::keep(&self.socket, &key, call) {
                 Ok(()) => docker::nothing(),
                 Err(error) => docker::failed(&format!(
-                    "ovld is not running, and the call cannot be kept for it: {error}"
+                    "ovld is not running, and the call cannot be stored for it: {error}"
                 )),
             },
         }
     }
 
-    /// Asks until there is an answer, for that long.
+    /// Sends a request, and retries for a time while ovld is unavailable.
     pub(crate) async fn ask(&self, request: Request, retry: Duration) -> Result<Reply, ClientError> {
         let socket = self.socket.clone();
         let ask = move || {
@@ -74,7 +75,7 @@ impl Ovld {
                     Ok(reply) => return Ok(reply),
                     Err(error) => error,
                 };
-                if Instant::now() >= end || !is_for_a_moment(&error) {
+                if Instant::now() >= end || !is_temporary(&error) {
                     return Err(error);
                 }
                 std::thread::sleep(PAUSE);
@@ -87,8 +88,8 @@ impl Ovld {
     }
 }
 
-/// Whether it may be otherwise in a moment. To ask twice does no harm.
-fn is_for_a_moment(error: &ClientError) -> bool {
+/// Whether a retry may succeed. A request that is sent twice does no harm.
+fn is_temporary(error: &ClientError) -> bool {
     match error {
         ClientError::Connect { error, .. } => error.kind() != io::ErrorKind::PermissionDenied,
         ClientError::Io(error) => {
@@ -109,7 +110,7 @@ fn explain(error: &ClientError, socket: &Path) -> String {
             if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) =>
         {
             format!(
-                "ovld did not answer within {} s: `ovlctl status` and `journalctl -u ovld` tell what holds it up",
+                "ovld did not reply within {} s: `ovlctl status` and `journalctl -u ovld` show the cause",
                 PATIENCE.as_secs()
             )
         }

@@ -1,4 +1,4 @@
-//! The socket that the Engine finds, and HTTP on it.
+//! The plugin's socket, which the Engine finds, and HTTP on it.
 
 use std::convert::Infallible;
 use std::fs::{self, DirBuilder, Permissions};
@@ -23,12 +23,12 @@ use tokio::signal::unix::{SignalKind, signal};
 use crate::engine::Engine;
 use crate::ovld::Ovld;
 
-/// What plugins and Engines call their JSON.
+/// The content type of plugin calls and responses.
 const JSON: &str = "application/vnd.docker.plugins.v1.2+json";
-/// The longest body: the request that carries it is somewhat longer.
+/// The maximum length of a body. The request to ovld that carries it is somewhat longer.
 const MAX_BODY: usize = MAX_REQUEST / 2;
 
-/// Serves until it is told to end.
+/// Serves calls until SIGTERM or SIGINT.
 pub(crate) async fn serve(path: &Path, ovld: Ovld, engine: Option<Engine>) -> Result<()> {
     let listener = listen(path)?;
     let mut terminate = signal(SignalKind::terminate())?;
@@ -38,8 +38,8 @@ pub(crate) async fn serve(path: &Path, ovld: Ovld, engine: Option<Engine>) -> Re
             accepted = listener.accept() => match accepted {
                 Ok((stream, _)) => stream,
                 Err(error) => {
-                    // Out of descriptors, most likely: connections that end give some back.
-                    eprintln!("ovl-docker: cannot take a connection: {error}");
+                    // The likely cause is a lack of file descriptors, which later closed connections free.
+                    eprintln!("ovl-docker: cannot accept a connection: {error}");
                     tokio::time::sleep(Duration::from_millis(100)).await;
                     continue;
                 }
@@ -50,33 +50,34 @@ pub(crate) async fn serve(path: &Path, ovld: Ovld, engine: Option<Engine>) -> Re
         let (ovld, engine) = (ovld.clone(), engine.clone());
         tokio::spawn(async move {
             let answer = service_fn(|request| answer(request, ovld.clone(), engine.clone()));
-            // An Engine that goes away in the middle of a call is told nothing any more.
+            // An error means that the Engine closed the connection, so there is no recipient for it.
             let _ = hyper::server::conn::http1::Builder::new()
                 .serve_connection(TokioIo::new(stream), answer)
                 .await;
         });
     }
-    fs::remove_file(path).with_context(|| format!("removing {}", path.display()))
+    fs::remove_file(path).with_context(|| format!("cannot remove {}", path.display()))
 }
 
-/// In place of a socket that the last run left, and of no other.
+/// Listens on the socket. Replaces a socket that a previous run left, but not one that another process listens on.
 fn listen(path: &Path) -> Result<UnixListener> {
     if let Some(dir) = path.parent() {
         DirBuilder::new()
             .recursive(true)
             .mode(0o711)
             .create(dir)
-            .with_context(|| format!("making {}", dir.display()))?;
+            .with_context(|| format!("cannot create {}", dir.display()))?;
     }
     if path.exists() {
         if BlockingStream::connect(path).is_ok() {
-            bail!("another plugin listens on {}: only one can", path.display());
+            bail!("another process already listens on {}", path.display());
         }
-        fs::remove_file(path).with_context(|| format!("removing {}", path.display()))?;
+        fs::remove_file(path).with_context(|| format!("cannot remove {}", path.display()))?;
     }
-    let listener = UnixListener::bind(path).with_context(|| format!("listening on {}", path.display()))?;
+    let listener =
+        UnixListener::bind(path).with_context(|| format!("cannot listen on {}", path.display()))?;
     fs::set_permissions(path, Permissions::from_mode(0o600))
-        .with_context(|| format!("protecting {}", path.display()))?;
+        .with_context(|| format!("cannot set the permissions of {}", path.display()))?;
     Ok(listener)
 }
 
@@ -105,14 +106,14 @@ async fn answer(
     Ok(response(StatusCode::OK, &answer))
 }
 
-/// Whatever the headers say: an Engine gives no type, and some an empty host.
+/// Reads the JSON body regardless of the headers: an Engine sends no content type, and some send an empty host.
 async fn read(request: Request<Incoming>) -> Result<Value, String> {
     let body = Limited::new(request.into_body(), MAX_BODY).collect().await;
-    let bytes = body.map_err(|error| format!("the call cannot be read: {error}"))?.to_bytes();
+    let bytes = body.map_err(|error| format!("cannot read the call: {error}"))?.to_bytes();
     if bytes.is_empty() {
         return Ok(Value::Null);
     }
-    serde_json::from_slice(&bytes).map_err(|error| format!("the call is no JSON: {error}"))
+    serde_json::from_slice(&bytes).map_err(|error| format!("the call is not JSON: {error}"))
 }
 
 fn response(status: StatusCode, body: &Value) -> Response<Full<Bytes>> {

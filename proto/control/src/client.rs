@@ -1,4 +1,4 @@
-//! A blocking client: all that `ovlctl` and the CNI plugin need.
+//! A blocking client for the control socket, used by `ovlctl` and the plugins.
 
 use std::io::{self, BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
@@ -8,24 +8,26 @@ use std::time::Duration;
 use crate::reply::{Failure, Reply};
 use crate::request::Request;
 
-/// Why there is no reply.
+/// Why a request failed.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
-    /// Nobody listens.
+    /// The socket cannot be connected to.
     #[error("cannot reach ovld at {}: {error}. {}", path.display(), advice(error))]
     Connect {
         /// The socket.
         path: PathBuf,
-        /// What the system said.
+        /// The error of the system call.
         error: io::Error,
     },
-    /// The connection broke.
+    /// The connection was lost.
     #[error("lost the connection to ovld: {0}. Is it restarting? `journalctl -u ovld` shows its log")]
     Io(#[from] io::Error),
-    /// Not our protocol.
-    #[error("ovld answered with something this release does not understand: {0}")]
+    /// The reply is not a valid one.
+    #[error(
+        "ovld sent a reply that this release does not understand: {0}. Compare `ovlctl --version` and `ovld --version`"
+    )]
     Protocol(#[from] serde_json::Error),
-    /// ovld said no.
+    /// ovld replied with an error.
     #[error("{}", .0.message)]
     Failed(Failure),
 }
@@ -44,7 +46,11 @@ pub struct Client {
 }
 
 impl Client {
-    /// Connects. `timeout` bounds each later read; nothing means to wait for ever.
+    /// Connects to ovld. `timeout` bounds each later read; `None` waits without limit.
+    ///
+    /// # Errors
+    ///
+    /// If the socket cannot be connected to.
     pub fn connect(path: &Path, timeout: Option<Duration>) -> Result<Self, ClientError> {
         let connect = || {
             let stream = UnixStream::connect(path)?;
@@ -57,7 +63,11 @@ impl Client {
             .map_err(|error| ClientError::Connect { path: path.to_owned(), error })
     }
 
-    /// Asks, and reads the one reply. [`Reply::Error`] comes back as an error.
+    /// Sends a request and reads its reply.
+    ///
+    /// # Errors
+    ///
+    /// If the connection is lost, the reply is malformed, or it is [`Reply::Error`].
     pub fn request(&mut self, request: &Request) -> Result<Reply, ClientError> {
         let mut line = serde_json::to_vec(request)?;
         line.push(b'\n');
@@ -65,7 +75,11 @@ impl Client {
         self.next_reply()
     }
 
-    /// Reads one more reply: for [`Request::Events`].
+    /// Reads the next reply to [`Request::Events`].
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::request`].
     pub fn next_reply(&mut self) -> Result<Reply, ClientError> {
         let mut line = String::new();
         if self.stream.read_line(&mut line)? == 0 {

@@ -1,5 +1,5 @@
-//! What the plugin and ovld agree on beside the request itself: the versions, and the directory
-//! where a `DEL` waits for an ovld that is not there.
+//! What `ovl-cni` and ovld share beside the request: the supported versions, and the directory in which the plugin
+//! stores a `DEL` while ovld is unavailable.
 
 use std::path::{Path, PathBuf};
 
@@ -7,30 +7,31 @@ use serde::{Deserialize, Serialize};
 
 use crate::request::CniCall;
 
-/// The versions of the CNI specification that are spoken, oldest first.
+/// The supported versions of the CNI specification, oldest first.
 pub const CNI_VERSIONS: [&str; 4] = ["0.3.1", "0.4.0", "1.0.0", "1.1.0"];
 
-/// A `DEL` that ovld could not be told: the content of one file.
+/// A stored `DEL`, the content of one file.
 ///
-/// The plugin puts the file in place and then tries ovld once more. ovld listens first and looks
-/// into the directory afterwards. So either the one finds the file, or the other a socket.
+/// The plugin writes the file and then tries ovld once more. ovld first listens and then reads the directory. So
+/// either ovld finds the file, or the plugin finds the socket.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct CniDeleted {
-    /// The run of the kernel that it belongs to: with the next one the container is gone anyway.
+    /// The boot id of the kernel. After a reboot the container no longer exists.
     pub boot_id: String,
-    /// As it came.
+    /// The unmodified call.
     pub call: CniCall,
 }
 
 impl CniDeleted {
-    /// Where the files are: beside the socket.
+    /// Returns the directory of the files, next to the socket.
     pub fn dir(socket: &Path) -> PathBuf {
         socket.with_file_name("cni-deleted")
     }
 
-    /// The file's name, the same for each `DEL` of one attachment. Nothing for what cannot be one:
-    /// no part may be empty, hidden, or lead elsewhere.
+    /// Returns the file name, which is the same for each `DEL` of one attachment.
+    ///
+    /// `None` if a part is empty, starts with a dot, or contains a separator, because it would name another file.
     pub fn file_name(network: &str, container_id: &str, ifname: &str) -> Option<String> {
         let parts = [container_id, ifname, network];
         let plain =
@@ -44,12 +45,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_directory_is_beside_the_socket() {
+    fn directory_is_next_to_the_socket() {
         assert_eq!(CniDeleted::dir(Path::new("/run/ovl/ovld.sock")), Path::new("/run/ovl/cni-deleted"));
     }
 
     #[test]
-    fn a_file_name_stays_in_its_directory_and_tells_attachments_apart() {
+    fn file_name_is_unique_and_stays_in_its_directory() {
         let name = CniDeleted::file_name;
         assert_eq!(name("pods", "c1", "eth0").as_deref(), Some("c1:eth0:pods"));
         for (network, container, ifname) in [

@@ -1,5 +1,4 @@
-//! What `ovl-docker` and ovld agree on beside the requests: the directory where calls that take
-//! something away wait for an ovld that is not there.
+//! The directory in which `ovl-docker` stores deletions while ovld is unavailable.
 
 use std::fs::{self, DirBuilder, OpenOptions};
 use std::io::{self, Write as _};
@@ -8,35 +7,43 @@ use std::path::{Path, PathBuf};
 
 use crate::request::DockerCall;
 
-/// Calls that wait. There is one file for each thing that is to go; the plugin writes it, and ovld
-/// looks for it when it starts and from time to time.
+/// Access to stored deletions, one file for each network or endpoint. The plugin writes a file, and ovld reads it at
+/// startup and periodically.
 #[derive(Debug)]
 pub struct DockerDeleted;
 
 impl DockerDeleted {
-    /// Where the files are: beside the socket.
+    /// Returns the directory of the files, next to the socket.
     pub fn dir(socket: &Path) -> PathBuf {
         socket.with_file_name("docker-deleted")
     }
 
-    /// Puts a call where ovld finds it, whole or not at all. `key` is the file's name.
+    /// Stores a call for ovld atomically. `key` is the file name.
+    ///
+    /// # Errors
+    ///
+    /// If the file cannot be written or renamed.
     pub fn keep(socket: &Path, key: &str, call: &DockerCall) -> io::Result<()> {
         let dir = Self::dir(socket);
         DirBuilder::new().recursive(true).mode(0o700).create(&dir)?;
-        // Hidden, so that ovld does not take it before it is whole.
-        let beside = dir.join(format!(".{key}"));
+        // Hidden, so that ovld does not read an incomplete file.
+        let temporary = dir.join(format!(".{key}"));
         let bytes = serde_json::to_vec(call)?;
         OpenOptions::new()
             .write(true)
             .create(true)
             .truncate(true)
             .mode(0o600)
-            .open(&beside)?
+            .open(&temporary)?
             .write_all(&bytes)?;
-        fs::rename(&beside, dir.join(key))
+        fs::rename(&temporary, dir.join(key))
     }
 
-    /// The calls that wait, with their files. What cannot be read comes as an error.
+    /// Returns the stored calls with their files. An unreadable file is returned as an error.
+    ///
+    /// # Errors
+    ///
+    /// If the directory cannot be read.
     pub fn all(socket: &Path) -> io::Result<Vec<(PathBuf, io::Result<DockerCall>)>> {
         let entries = match fs::read_dir(Self::dir(socket)) {
             Ok(entries) => entries,
@@ -52,7 +59,7 @@ impl DockerDeleted {
                 calls.push((path, call));
             }
         }
-        // Endpoints go before their networks.
+        // By file name, so that endpoints precede their networks.
         calls.sort_by(|a, b| a.0.cmp(&b.0));
         Ok(calls)
     }
@@ -63,7 +70,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn calls_that_wait_are_found_once_they_are_whole() {
+    fn complete_stored_calls_are_found() {
         let dir = std::env::temp_dir().join(format!("ovl-docker-deleted-{}", std::process::id()));
         let socket = dir.join("ovld.sock");
         assert!(DockerDeleted::all(&socket).unwrap().is_empty());

@@ -1,10 +1,10 @@
 //! The control protocol on ovld's Unix socket.
 //!
-//! The client writes one [`Request`] as a line of JSON and reads one [`Reply`] as a line of JSON;
-//! then it may write the next one. [`Request::Events`] is answered with [`Reply::Events`] lines
-//! until the client closes the connection. A request line is at most [`MAX_REQUEST`] bytes.
+//! The client writes one [`Request`] as a line of JSON and reads one [`Reply`] as a line of JSON. Then it may write the
+//! next request. The replies to [`Request::Events`] are [`Reply::Events`] lines until the client closes the connection.
+//! A request line has at most [`MAX_REQUEST`] bytes.
 //!
-//! The types here are also what `ovlctl -o json` prints: field names are stable, see `docs/cli.md`.
+//! `ovlctl -o json` prints the types of this crate. Field names are stable, see `docs/cli.md`.
 
 mod client;
 mod cni;
@@ -22,5 +22,5 @@ pub use reply::*;
 pub use request::*;
 pub use resources::*;
 
-/// The longest request line, in bytes.
+/// The maximum length of a request line in bytes.
 pub const MAX_REQUEST: usize = 1 << 20;

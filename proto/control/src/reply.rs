@@ -1,4 +1,4 @@
-//! What ovld answers. Everything here is printed by `ovlctl -o json` as it stands.
+//! The replies of ovld. `ovlctl -o json` prints them unchanged.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
@@ -12,31 +12,31 @@ use ovl_proto::object::{Backend, Driver, Mode};
 use ovl_proto::publish::Published;
 use ovl_proto::record::PeerState;
 
-/// One reply.
+/// A reply.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "reply", content = "value", rename_all = "kebab-case")]
 pub enum Reply {
-    /// It was done.
+    /// The request succeeded.
     Done,
-    /// It was not done.
+    /// The request failed.
     Error(Failure),
-    /// Text to be printed as it is.
+    /// Text to print unchanged.
     Text(String),
-    /// How the daemon is.
+    /// The daemon's status.
     Status(Box<Status>),
-    /// All hosts, the own one first.
-    Peers(Vec<Peer>),
-    /// Who has which cluster key.
+    /// All hosts, the local host first.
+    Peers(Vec<PeerInfo>),
+    /// The keys of all hosts.
     Keys(Box<KeyStatus>),
     /// All blocks.
     Subnets(Vec<SubnetUse>),
-    /// What the kernel holds.
+    /// FDB entries of the kernel, with their neighbour entries.
     Fdb(Vec<FdbRow>),
-    /// What the kernel holds.
+    /// Routes and addresses of the kernel.
     Routes(Vec<RouteRow>),
-    /// Commands that the loop would run now; none when all is as it should be.
+    /// The commands that a reconciliation would apply now. Empty if there is no drift.
     Plan(Vec<String>),
-    /// The outcome of a comparison.
+    /// The result of a comparison with the kernel.
     Verify(Verify),
     /// Events, oldest first.
     Events(Vec<Event>),
@@ -48,92 +48,92 @@ pub enum Reply {
     Endpoint(Box<EndpointInfo>),
     /// All endpoints of the cluster, by network and name.
     Endpoints(Vec<EndpointInfo>),
-    /// What the plugin prints; null where a call has no result.
+    /// The result that the CNI plugin prints; null if the call has no result.
     Cni(serde_json::Value),
-    /// What the plugin prints when a call failed.
+    /// The error that the CNI plugin prints.
     CniError(CniError),
     /// One sandbox.
     Sandbox(Box<SandboxInfo>),
     /// All sandboxes of this host, by name.
     Sandboxes(Vec<SandboxInfo>),
-    /// What an Engine is answered, an error with `Err` included.
+    /// The response to a Docker Engine, including errors in `Err`.
     Docker(serde_json::Value),
     /// All network policies, by namespace and name.
     Policies(Vec<PolicyRow>),
-    /// What they say of a connection: for each two addresses of one family.
+    /// The decision of network policies on a connection, for each two addresses of one family.
     PolicyExplain(Vec<PolicyJudgement>),
-    /// What they refused lately on this host, the latest first.
+    /// Connections that network policies recently refused on this host, the latest first.
     PolicyDrops(Vec<PolicyDrop>),
-    /// What would be answered.
+    /// The answer to a DNS query.
     Dns(Box<DnsAnswer>),
-    /// What became of each object.
+    /// What was done with each object.
     Applied(Box<AppliedAll>),
-    /// Nothing was written, because this is wrong.
+    /// Nothing was written, because of these problems.
     Refused(Vec<ManifestProblem>),
-    /// Objects.
+    /// Kubernetes objects.
     Resources(Vec<ResourceInfo>),
-    /// Services with what stands behind them.
+    /// Services with their backends.
     Backends(Vec<ServiceBackends>),
 }
 
-/// `ovlctl dns`.
+/// The answer to a DNS query, as `ovlctl dns` prints it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DnsAnswer {
-    /// What was asked for.
+    /// The queried name.
     pub name: String,
-    /// The type of record.
+    /// The record type.
     #[serde(rename = "type")]
     pub kind: String,
-    /// Who asks: the endpoint's name, or `host`.
+    /// The name of the querying endpoint, or `host`.
     pub from: String,
-    /// How it ends: `NOERROR`, `NXDOMAIN`, `SERVFAIL`, `REFUSED` and so on.
+    /// The response code: `NOERROR`, `NXDOMAIN`, `SERVFAIL`, `REFUSED` and so on.
     pub status: String,
     /// The records.
     pub answers: Vec<DnsRecord>,
-    /// Where the answer comes from, in a sentence.
+    /// The origin of the answer, in a sentence.
     pub why: String,
 }
 
-/// A record of an answer.
+/// A DNS record of an answer.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DnsRecord {
-    /// Whose it is.
+    /// The owner name.
     pub name: String,
-    /// Its type.
+    /// The record type.
     #[serde(rename = "type")]
     pub kind: String,
-    /// For how long it may be kept, in seconds.
+    /// The time to live, in seconds.
     pub ttl: u32,
-    /// An address, a name, or the like.
+    /// The record data: an address, a name, or the like.
     pub data: String,
 }
 
-/// An error as container runtimes understand it (CNI specification 1.1.0, section 5, "Error").
+/// An error in the form of the CNI specification 1.1.0, section 5, "Error".
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CniError {
-    /// One of the well-known ones, or one of ours from 100 on.
+    /// A well-known code, or a code of ovl from 100 on.
     pub code: u32,
-    /// In a few words.
+    /// A short message.
     pub msg: String,
     /// What is wrong and what to do.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub details: String,
 }
 
-/// `ovlctl sandbox ls`, and what `create` answers.
+/// A sandbox, as `ovlctl sandbox ls` and `create` print it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct SandboxInfo {
     /// The name.
     pub name: String,
-    /// The namespace's file; `ip netns exec` takes its last part.
+    /// The namespace's file. `ip netns exec` takes its last path component.
     pub netns: std::path::PathBuf,
-    /// The networks' names, or `host`, or `none`.
+    /// The names of its networks, or `host`, or `none`.
     pub networks: Vec<String>,
-    /// Of all its endpoints.
+    /// The addresses of all its endpoints.
     pub addresses: Vec<IpNet>,
-    /// Ids of the processes inside.
+    /// The ids of the processes inside.
     pub processes: Vec<u32>,
-    /// As [`EndpointInfo::warnings`].
+    /// Warnings, see [`EndpointInfo::warnings`].
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub warnings: Vec<String>,
 }
@@ -141,9 +141,9 @@ pub struct SandboxInfo {
 /// Why a request failed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Failure {
-    /// For programs.
+    /// The kind, for programs.
     pub kind: FailureKind,
-    /// For people: what is wrong, and what to do.
+    /// What is wrong and what to do, for people.
     pub message: String,
 }
 
@@ -151,58 +151,58 @@ pub struct Failure {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum FailureKind {
-    /// The request itself is wrong.
+    /// The request is invalid.
     Invalid,
-    /// What it names is not there.
+    /// A named object does not exist.
     NotFound,
-    /// What it wants is taken, or in use.
+    /// A requested resource is taken or in use.
     Conflict,
     /// No address is left.
     Exhausted,
-    /// It cannot be done now: no majority, not yet ready.
+    /// The request cannot succeed now: no majority, or not ready yet.
     Unavailable,
-    /// The kernel refused.
+    /// The kernel rejected an operation.
     Kernel,
-    /// A fault of ours.
+    /// An internal error of ovld.
     Internal,
 }
 
-/// How a daemon is.
+/// The state of a daemon.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum DaemonState {
-    /// Not yet a member, or not yet caught up with gossip: nothing is pruned.
+    /// The host is not a member yet, or has not caught up with gossip: ovld deletes nothing.
     Starting,
-    /// All is as it should be.
+    /// The daemon works and there is no problem.
     Ready,
-    /// At work, and something is wrong: see the problems.
+    /// The daemon works, but there are problems.
     Degraded,
 }
 
-/// Something that is wrong on a host.
+/// A problem on a host.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Problem {
-    /// Stable, such as `OVL-E020`; `docs/problems.md` has a section for each.
+    /// A stable code such as `OVL-E020`. `docs/problems.md` has a section for each.
     pub code: String,
-    /// How bad it is.
+    /// The severity.
     pub severity: Severity,
-    /// What it is about: a host, a network, an endpoint, a file. Empty for the host that reports it.
+    /// The affected object: a host, network, endpoint or file. Empty: the host that reports it.
     pub object: String,
     /// What is wrong and what to do, in one or two sentences.
     pub message: String,
 }
 
-/// How bad a problem is.
+/// The severity of a problem.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Severity {
     /// Something does not work.
     Error,
-    /// Everything works, but it will not stay so, or not as intended.
+    /// Everything works, but a failure is likely or something is not as intended.
     Warning,
 }
 
-/// `ovlctl status`.
+/// The daemon's status, as `ovlctl status` prints it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Status {
     /// The node's name.
@@ -213,68 +213,68 @@ pub struct Status {
     pub version: String,
     /// See [`DaemonState`].
     pub state: DaemonState,
-    /// What is wrong.
+    /// The problems.
     pub problems: Vec<Problem>,
-    /// Where gossip and sync reach this node.
+    /// The address of gossip and streams.
     pub address: SocketAddr,
-    /// Where its VXLAN packets come from.
+    /// The VTEP.
     pub vtep: IpAddr,
-    /// Seconds since the daemon started.
+    /// The time since the daemon started, in seconds.
     pub uptime_s: u64,
-    /// Members of the cluster, this one included.
+    /// The number of members, including this host.
     pub members: u32,
-    /// Those that are alive, this one included.
+    /// The number of live members, including this host.
     pub alive: u32,
-    /// Endpoints on this host.
+    /// The number of endpoints on this host.
     pub endpoints: u32,
-    /// Networks in the cluster.
+    /// The number of networks in the cluster.
     pub networks: u32,
-    /// The rotation of the cluster key that is under way.
+    /// The rotation of the cluster key in progress, if any.
     pub rotation: Option<KeyRotation>,
-    /// Counters of gossip and sync.
+    /// Counters of gossip datagrams.
     pub gossip: GossipCounters,
-    /// The reconcile loop.
+    /// The state of reconciliation.
     pub reconcile: ReconcileStatus,
 }
 
-/// Datagrams by what became of them.
+/// The numbers of gossip datagrams.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GossipCounters {
     /// Sent.
     pub sent: u64,
-    /// Received and good.
+    /// Received and valid.
     pub received: u64,
-    /// Dropped: not sealed with a key that we have.
+    /// Dropped: not sealed with a known key.
     pub dropped_unauthenticated: u64,
-    /// Dropped: seen before, or too old.
+    /// Dropped: duplicate, or too old.
     pub dropped_replayed: u64,
-    /// Dropped: sealed well, and not to be understood.
+    /// Dropped: authentic but malformed.
     pub dropped_malformed: u64,
-    /// Where the unauthenticated ones came from lately.
+    /// The recent sources of unauthenticated datagrams.
     pub strangers: Vec<IpAddr>,
 }
 
-/// The reconcile loop.
+/// The state of reconciliation.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct ReconcileStatus {
-    /// Whole passes, each with a kernel dump.
+    /// The number of full passes.
     pub passes: u64,
-    /// Operations carried out.
+    /// The number of operations applied.
     pub operations: u64,
-    /// Of those, repairs of what somebody else had changed.
+    /// The number of these that repaired drift.
     pub repairs: u64,
-    /// Objects that the kernel refuses, with its reason.
+    /// The objects that the kernel rejects, with its error.
     pub failing: Vec<String>,
 }
 
-/// `ovlctl key status`: ids of keys, never keys.
+/// The state of all keys, as `ovlctl key status` prints it: ids of keys, never keys.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct KeyStatus {
-    /// The rotation of the cluster key that is under way.
+    /// The rotation of the cluster key in progress, if any.
     pub rotation: Option<KeyRotation>,
-    /// Names of the hosts that this one waits for while a tunnel key, its own or another's, is rotated; none: none is.
+    /// The names of the hosts that this host waits for during a rotation of any host's tunnel key. `None`: no rotation.
     pub tunnel_waits_for: Option<Vec<String>>,
-    /// All hosts, the own one first, then by name.
+    /// All hosts, the local host first, then by name.
     pub hosts: Vec<HostKeys>,
 }
 
@@ -283,218 +283,218 @@ pub struct KeyStatus {
 pub struct KeyRotation {
     /// The new key's id.
     pub key: ClusterKeyId,
-    /// When it began, in milliseconds since 1970.
+    /// The start of the rotation, in milliseconds since 1970.
     pub since_ms: u64,
-    /// Live members.
+    /// The number of live members.
     pub hosts: u32,
-    /// Of those, the ones that have the new key.
+    /// The number of live members that have the new key.
     pub have: u32,
-    /// Of those, the ones that seal with it.
+    /// The number of live members that seal with it.
     pub seal: u32,
-    /// Whether a majority of the members is alive; without one it goes no further.
+    /// Whether a majority of the members is alive. The rotation needs one to proceed.
     pub majority: bool,
-    /// Names of the hosts that hold it up.
+    /// The names of the hosts that the rotation waits for.
     pub waits_for: Vec<String>,
 }
 
-/// The cluster keys of a host, as it says.
+/// The keys of a host, as its record states.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HostKeys {
     /// The host's name.
     pub name: String,
-    /// Its id.
+    /// The host's id.
     pub id: NodeId,
-    /// See [`PeerState`].
+    /// The host's liveness.
     pub state: PeerState,
     /// Whether a majority has admitted it.
     pub member: bool,
     /// The id of the key that it seals with.
     pub seals: ClusterKeyId,
-    /// Ids of the others that it takes.
+    /// The ids of the other keys that it opens with.
     pub opens: Vec<ClusterKeyId>,
-    /// Its tunnel key, as `wg` shows it; none where it has no tunnel.
+    /// The tunnel key in the form of `wg`. `None`: the host has no tunnel.
     pub tunnel: Option<TunnelKey>,
-    /// It is on its way to other keys: what it had before is still there.
+    /// Whether a rotation of the tunnel key is in progress: the previous key is still in use.
     pub tunnel_rotating: bool,
-    /// The host that answers.
+    /// Whether this is the local host.
     #[serde(rename = "self")]
     pub own: bool,
 }
 
-/// `ovlctl peers`.
+/// A host, as `ovlctl peers` prints it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Peer {
+pub struct PeerInfo {
     /// The host's name.
     pub name: String,
-    /// Its id.
+    /// The host's id.
     pub id: NodeId,
-    /// Where gossip and sync reach it.
+    /// The address of gossip and streams.
     pub address: SocketAddr,
-    /// Where its VXLAN packets come from.
+    /// The VTEP.
     pub vtep: IpAddr,
-    /// See [`PeerState`].
+    /// The host's liveness.
     pub state: PeerState,
-    /// Since anything came from it directly; nothing for the own node and for one never heard.
+    /// The time since the last direct datagram from it, in milliseconds. `None` for the local host, and before the first.
     pub last_heard_ms: Option<u64>,
-    /// Round trip to its daemon, smoothed.
+    /// The smoothed round-trip time to its daemon, in microseconds.
     pub rtt_us: Option<u64>,
-    /// How many it owns.
+    /// The number of its endpoints.
     pub endpoints: u32,
-    /// Its release.
+    /// The release of its ovld.
     pub version: String,
-    /// What protects traffic of encrypted networks to it: `wireguard (kernel)` or `wireguard (userspace)`, by who
-    /// does it on this host; `none` where there is no such traffic.
+    /// The encryption of traffic of encrypted networks to it: `wireguard (kernel)` or `wireguard (userspace)`, as this
+    /// host does it; `none` if there is no such traffic.
     pub encryption: String,
-    /// The tunnel to it, where there is one.
+    /// The tunnel to it. `None`: there is none.
     pub tunnel: Option<PeerTunnel>,
-    /// Whether this line is the node that answers.
+    /// Whether this is the local host.
     #[serde(rename = "self")]
     pub own: bool,
     /// Whether a majority has admitted it.
     pub member: bool,
-    /// Whether packets of gossip arrive from it directly, and not only through others.
+    /// Whether gossip datagrams arrive from it directly, and not only through other hosts.
     pub reachable: bool,
-    /// What the path to it carries, outer IP header included, in bytes.
+    /// The path MTU to it in bytes, including the outer IP header.
     pub path_mtu: Option<u16>,
 }
 
 /// The tunnel to a peer.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct PeerTunnel {
-    /// Where the last authenticated datagram came from, or where its record says that it is.
+    /// The source of the last authenticated datagram, or else the address in the peer's record.
     pub endpoint: Option<SocketAddr>,
-    /// Seconds since the last handshake; nothing before the first.
+    /// The time since the last handshake, in seconds. `None` before the first.
     pub last_handshake_s: Option<u64>,
-    /// Bytes of packets for it.
+    /// The number of bytes sent to it.
     pub sent_bytes: u64,
-    /// Bytes of packets from it.
+    /// The number of bytes received from it.
     pub received_bytes: u64,
-    /// Round trip through the tunnel, kernel to kernel, smoothed.
+    /// The smoothed round-trip time through the tunnel between the two kernels, in microseconds.
     pub rtt_us: Option<u64>,
-    /// How many of the last probes through the tunnel were not answered.
+    /// The percentage of recent probes through the tunnel that were not answered.
     pub loss_percent: Option<u8>,
 }
 
-/// `ovlctl subnets`: one block.
+/// A block and its use, as `ovlctl subnets` prints it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct SubnetUse {
     /// The network's name.
     pub network: String,
     /// The block.
     pub prefix: IpNet,
-    /// The name of its holder.
+    /// The name of the host that holds it.
     pub node: String,
-    /// Addresses in use.
+    /// The number of addresses in use.
     pub used: u64,
-    /// Addresses that can be used.
+    /// The number of addresses for endpoints.
     pub size: u64,
 }
 
-/// `ovlctl fdb`: where the kernel sends frames.
+/// An FDB entry, as `ovlctl fdb` prints it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct FdbRow {
     /// The network's name.
     pub network: String,
-    /// The destination; all zeroes: broadcast, multicast and what is unknown.
+    /// The destination MAC address. The zero address: the flood entry.
     pub mac: Mac,
-    /// The device that it leaves by.
+    /// The output interface.
     pub device: String,
-    /// The VTEP, for a remote one.
+    /// The VTEP of a remote destination.
     pub destination: Option<IpAddr>,
-    /// The host.
+    /// The name of the destination's host.
     pub node: Option<String>,
-    /// The endpoint.
+    /// The name of the destination endpoint.
     pub endpoint: Option<String>,
-    /// The addresses that the kernel holds for it in the neighbour table.
+    /// The addresses of its neighbour entries.
     pub addresses: Vec<IpAddr>,
 }
 
-/// `ovlctl routes`: routes and addresses of our devices.
+/// A route or an address of a device of ovl, as `ovlctl routes` prints it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct RouteRow {
     /// The network's name.
     pub network: String,
-    /// Where to.
+    /// The destination.
     pub destination: IpNet,
     /// The next hop.
     pub via: Option<IpAddr>,
-    /// The device.
+    /// The output interface.
     pub device: String,
-    /// The host behind it; nothing where it is this one.
+    /// The destination's host. `None`: the local host.
     pub node: Option<String>,
 }
 
-/// `ovlctl verify`.
+/// The result of a comparison with the kernel, as `ovlctl verify` prints it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Verify {
-    /// No differences.
+    /// Whether there are no differences.
     pub clean: bool,
-    /// Milliseconds until nothing differed any more. `None` if something still does.
+    /// The time until nothing differed, in milliseconds. `None` if something still differs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub settled_ms: Option<u64>,
-    /// Each names the object.
+    /// The differences; each names the object.
     pub differences: Vec<String>,
 }
 
-/// Something that happened.
+/// An event.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Event {
-    /// Milliseconds since 1970.
+    /// The time, in milliseconds since 1970.
     pub time_ms: u64,
-    /// `peer`, `network`, `endpoint`, `block`, `kernel`, `problem`.
+    /// The kind: `peer`, `network`, `endpoint`, `block`, `kernel`, `problem`.
     pub kind: String,
-    /// What it happened to.
+    /// The affected object.
     pub object: String,
     /// What happened.
     pub message: String,
 }
 
-/// `ovlctl network ls` and `inspect`.
+/// A network, as `ovlctl network ls` and `inspect` print it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct NetworkInfo {
     /// The name.
     pub name: String,
     /// The id.
     pub id: NetworkId,
-    /// How it is built.
+    /// The driver.
     pub driver: Driver,
-    /// What it carries.
+    /// The mode.
     pub mode: Mode,
-    /// VXLAN network identifier.
+    /// The VXLAN network identifier.
     pub vni: u32,
-    /// The ranges.
+    /// The subnets.
     pub subnets: Vec<IpNet>,
-    /// The gateway in each range; none on an internal network.
+    /// The gateway of each subnet. Empty on an internal network.
     pub gateways: Vec<IpAddr>,
-    /// In force now, in bytes.
+    /// The current MTU in bytes.
     pub mtu: u16,
-    /// Only ever through the tunnel.
+    /// Whether traffic between hosts passes only through the tunnel.
     pub encrypted: bool,
-    /// Without a gateway.
+    /// Whether the network has no gateway.
     pub internal: bool,
-    /// How a routed network reaches other hosts; nothing on a switched one.
+    /// How a routed network reaches other hosts. `None` on a switched network.
     pub backend: Option<Backend>,
-    /// Removed, and waiting for its last endpoints to go.
+    /// Whether the network is deleted but still has endpoints.
     pub removing: bool,
-    /// Endpoints in the whole cluster.
+    /// The number of endpoints in the cluster.
     pub endpoints: u32,
-    /// Hosts that have endpoints on it.
+    /// The hosts that have endpoints on it.
     pub nodes: Vec<String>,
-    /// The bridge on this host, if it has one.
+    /// The bridge on this host, if any.
     pub bridge: Option<String>,
     /// Whether names resolve on it.
     pub dns: bool,
 }
 
-/// How an endpoint is.
+/// The state of an endpoint.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum EndpointState {
-    /// In use.
+    /// The endpoint is in use.
     Ready,
-    /// Its host is dead: the entry waits for it.
+    /// Its host is dead. The entry is restored when the host returns.
     Suspended,
-    /// Its address belongs to another host now: it is cut off.
+    /// Its address belongs to another host now, so it is disconnected.
     Isolated,
 }
 
@@ -508,7 +508,7 @@ impl std::fmt::Display for EndpointState {
     }
 }
 
-/// `ovlctl endpoints`, and what `attach` answers.
+/// An endpoint, as `ovlctl endpoints` and `attach` print it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct EndpointInfo {
     /// The name.
@@ -519,100 +519,100 @@ pub struct EndpointInfo {
     pub network: String,
     /// The host's name.
     pub node: String,
-    /// Of the interface.
+    /// The MAC address of the interface.
     pub mac: Mac,
-    /// Each with the length of its subnet.
+    /// The addresses, each with the prefix length of its subnet.
     pub addresses: Vec<IpNet>,
-    /// More names.
+    /// Further names that resolve to it.
     pub aliases: Vec<String>,
-    /// What selectors match.
+    /// The labels that selectors match.
     pub labels: BTreeMap<String, String>,
-    /// See [`EndpointState`].
+    /// The state.
     pub state: EndpointState,
-    /// The interface's name in the workload's namespace; only known on its own host.
+    /// The interface's name in the workload's namespace. `None` for an endpoint of another host.
     pub ifname: Option<String>,
-    /// The host's end of the pair; only known on its own host.
+    /// The host's interface of the veth pair. `None` for an endpoint of another host.
     pub device: Option<String>,
-    /// Ports of its host that lead to it.
+    /// The published ports of its host.
     pub publish: Vec<Published>,
-    /// What may keep it from being reached, as far as whoever attached it has to know.
+    /// Warnings about what may prevent connections to it, for the client that attached it.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub warnings: Vec<String>,
-    /// Services send it connections.
+    /// Whether Services send it connections.
     pub ready: bool,
 }
 
-/// `ovlctl policy ls`.
+/// A network policy, as `ovlctl policy ls` prints it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PolicyRow {
-    /// Its namespace.
+    /// The namespace.
     pub namespace: String,
-    /// Its name.
+    /// The name.
     pub name: String,
-    /// The pods that it selects, as `kubectl -l` takes it; empty: all of the namespace.
+    /// The selector in the form of `kubectl -l`. Empty: all pods of the namespace.
     pub selects: String,
-    /// In which directions it isolates them.
+    /// The directions in which it isolates the selected pods.
     pub isolates: Vec<String>,
-    /// The endpoints that it selects, in the cluster.
+    /// The number of endpoints in the cluster that it selects.
     pub endpoints: u64,
-    /// Packets that were refused to, or from, those of them that are on this host, because no policy let
-    /// them pass: each counts for every policy that isolates the endpoint.
+    /// The number of packets to or from its endpoints on this host that no policy allowed. Each packet counts for every
+    /// policy that isolates the endpoint.
     pub refused: u64,
-    /// What it lets pass, in words: `ingress: from ...`.
+    /// The allowed connections, in words: `ingress: from ...`.
     pub rules: Vec<String>,
 }
 
-/// What network policies say of a connection.
+/// The decision of network policies on a connection.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PolicyJudgement {
     /// The source.
     pub from: IpAddr,
     /// The destination.
     pub to: IpAddr,
-    /// Whether the connection is made.
+    /// Whether the connection is allowed.
     pub passes: bool,
-    /// What decides at the source.
+    /// The decision at the source.
     pub egress: PolicySide,
-    /// What decides at the destination.
+    /// The decision at the destination.
     pub ingress: PolicySide,
 }
 
-/// What one end's network policies say.
+/// The decision of the network policies of the source or the destination.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PolicySide {
-    /// Whether it passes there.
+    /// Whether the connection is allowed there.
     pub passes: bool,
-    /// The policies that decide, as `NAMESPACE/NAME`: the one that lets it pass, or all that isolate the
-    /// endpoint; none where it is not isolated.
+    /// The deciding policies as `NAMESPACE/NAME`: the one that allows the connection, or all that isolate the
+    /// endpoint. Empty if the endpoint is not isolated.
     pub policies: Vec<String>,
-    /// The rule of the policy that lets it pass, counted from 1.
+    /// The number of the rule that allows it, from 1.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rule: Option<u64>,
-    /// Why, in a sentence.
+    /// The reason, in a sentence.
     pub why: String,
 }
 
-/// Connections that network policies refused: `ovlctl policy drops`.
+/// Refused connections, as `ovlctl policy drops` prints them.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PolicyDrop {
-    /// Whose policies: `egress` the source's, `ingress` the destination's.
+    /// The deciding policies: `egress` of the source, `ingress` of the destination.
     pub direction: String,
     /// The source.
     pub from: IpAddr,
-    /// The endpoint that has it, as `NAMESPACE/NAME`.
+    /// The source endpoint, as `NAMESPACE/NAME`.
     pub from_endpoint: Option<String>,
     /// The destination.
     pub to: IpAddr,
-    /// The endpoint that has it.
+    /// The destination endpoint, as `NAMESPACE/NAME`.
     pub to_endpoint: Option<String>,
     /// `TCP`, `UDP`, `SCTP`, or the number of another protocol.
     pub protocol: String,
-    /// Of the destination; none with other protocols.
+    /// The destination port. `None` for protocols without ports.
     pub port: Option<u16>,
-    /// Packets, since they are remembered.
+    /// The number of recorded packets.
     pub packets: u64,
-    /// Since the last one, in milliseconds.
+    /// The time since the last packet, in milliseconds.
     pub last_ms: u64,
-    /// The policies that isolate the endpoint, none of which lets it pass.
+    /// The policies that isolate the endpoint; none of them allows the connection.
     pub policies: Vec<String>,
 }

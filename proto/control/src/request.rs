@@ -1,4 +1,4 @@
-//! What can be asked of ovld.
+//! The requests that ovld accepts.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -14,190 +14,187 @@ use ovl_proto::publish::Publish;
 use ovl_proto::resource::ResourceKey;
 use ovl_proto::secret::Secret;
 
-/// One request.
+/// A request. Each variant's documentation names its reply.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "request", rename_all = "kebab-case", deny_unknown_fields)]
 pub enum Request {
-    /// Answered with [`crate::Reply::Status`].
+    /// Returns the daemon's status: [`crate::Reply::Status`].
     Status,
-    /// Answered with [`crate::Reply::Peers`].
+    /// Lists all hosts: [`crate::Reply::Peers`].
     Peers,
-    /// Take a dead host out of the cluster and free its blocks. Answered with
-    /// [`crate::Reply::Done`] when a majority has agreed.
+    /// Removes a dead host from the cluster and frees its blocks: [`crate::Reply::Done`] when a majority has agreed.
     PeersForget {
-        /// Name or id.
+        /// The host's name or id.
         node: String,
     },
-    /// Begin to change the cluster key on all hosts. Answered with [`crate::Reply::Keys`] when a
-    /// majority has agreed.
+    /// Starts a rotation of the cluster key: [`crate::Reply::Keys`] when a majority has agreed.
     KeyRotateCluster {
         /// The new key, as the content of a key file.
         key: Secret<String>,
     },
-    /// Change this host's tunnel key. Answered with [`crate::Reply::Keys`] when the new one is published.
+    /// Starts a rotation of this host's tunnel key: [`crate::Reply::Keys`] when the new key is published.
     KeyRotateTunnel,
-    /// Answered with [`crate::Reply::Keys`].
+    /// Returns the keys of all hosts: [`crate::Reply::Keys`].
     KeyStatus,
-    /// Withdraw this host from the cluster and end the daemon. [`crate::Reply::Done`].
+    /// Withdraws this host from the cluster and ends the daemon: [`crate::Reply::Done`].
     Leave,
-    /// The same, and remove every kernel object of ours. [`crate::Reply::Done`].
+    /// As [`Self::Leave`], and deletes every kernel object of ovl: [`crate::Reply::Done`].
     Teardown,
-    /// Answered with [`crate::Reply::Subnets`].
+    /// Lists all blocks: [`crate::Reply::Subnets`].
     Subnets,
-    /// Answered with [`crate::Reply::Fdb`].
+    /// Lists FDB and neighbour entries: [`crate::Reply::Fdb`].
     Fdb,
-    /// Answered with [`crate::Reply::Routes`].
+    /// Lists routes and addresses: [`crate::Reply::Routes`].
     Routes,
-    /// Answered with [`crate::Reply::Plan`].
+    /// Returns the plan without applying it: [`crate::Reply::Plan`].
     Plan,
-    /// Answered with [`crate::Reply::Verify`].
+    /// Compares the kernel with the desired data plane: [`crate::Reply::Verify`].
     Verify,
-    /// The latest events; with `follow`, then each new one as it happens.
+    /// Returns the latest events, and with `follow` each new event as it occurs: [`crate::Reply::Events`].
     Events {
-        /// Go on until the client closes the connection.
+        /// Whether to continue until the client closes the connection.
         follow: bool,
     },
-    /// In Prometheus' text format: [`crate::Reply::Text`].
+    /// Returns the metrics in Prometheus text format: [`crate::Reply::Text`].
     Metrics,
-    /// Answered with [`crate::Reply::Network`].
+    /// Creates a network: [`crate::Reply::Network`].
     NetworkCreate(NetworkCreate),
-    /// Answered with [`crate::Reply::Networks`].
+    /// Lists all networks: [`crate::Reply::Networks`].
     NetworkLs,
-    /// Answered with [`crate::Reply::Network`].
+    /// Returns a network: [`crate::Reply::Network`].
     NetworkInspect {
-        /// Name or id.
+        /// The network's name or id.
         name: String,
     },
-    /// Answered with [`crate::Reply::Network`].
+    /// Changes a network: [`crate::Reply::Network`].
     NetworkUpdate {
-        /// Name or id.
+        /// The network's name or id.
         name: String,
-        /// Larger ranges, each of which holds one that the network has.
+        /// Larger prefixes, each of which contains a subnet of the network.
         #[serde(default)]
         subnets: Vec<IpNet>,
-        /// A fixed MTU; 0 means what the paths carry.
+        /// A fixed MTU in bytes. 0: derived from the path MTUs. `None`: unchanged.
         #[serde(default)]
         mtu: Option<u16>,
     },
-    /// Refused while the network has endpoints. [`crate::Reply::Done`].
+    /// Deletes a network; refused while it has endpoints: [`crate::Reply::Done`].
     NetworkRm {
-        /// Name or id.
+        /// The network's name or id.
         name: String,
     },
-    /// Answered with [`crate::Reply::Endpoint`] when the kernel holds it.
+    /// Creates an endpoint: [`crate::Reply::Endpoint`] when the kernel is configured.
     Attach(Attach),
-    /// Succeeds where nothing is attached. [`crate::Reply::Done`].
+    /// Deletes endpoints; succeeds if there are none: [`crate::Reply::Done`].
     Detach {
         /// The endpoint's name.
         name: String,
-        /// Only from this network.
+        /// Only on this network. `None`: on all networks.
         #[serde(default)]
         network: Option<String>,
-        /// Its Kubernetes namespace.
+        /// The Kubernetes namespace. `None`: `default`.
         #[serde(default)]
         namespace: Option<String>,
     },
-    /// Answered with [`crate::Reply::Endpoints`].
+    /// Lists all endpoints: [`crate::Reply::Endpoints`].
     Endpoints,
-    /// One call of a container runtime, passed on by `ovl-cni`. Answered with
-    /// [`crate::Reply::Cni`] or [`crate::Reply::CniError`].
+    /// Handles a call of a container runtime, forwarded by `ovl-cni`: [`crate::Reply::Cni`] or
+    /// [`crate::Reply::CniError`].
     Cni(Box<CniCall>),
-    /// Makes a network namespace that outlives its programs and this daemon, with an endpoint on
-    /// each network. Answered with [`crate::Reply::Sandbox`].
+    /// Creates a sandbox with an endpoint on each network: [`crate::Reply::Sandbox`].
     SandboxCreate(SandboxCreate),
-    /// Succeeds where there is none. Refused while processes are inside. [`crate::Reply::Done`].
+    /// Deletes a sandbox; succeeds if there is none, and is refused while processes are inside: [`crate::Reply::Done`].
     SandboxRm {
         /// The sandbox's name.
         name: String,
-        /// Whatever is inside.
+        /// Whether to delete it even if processes are inside.
         #[serde(default)]
         force: bool,
     },
-    /// Answered with [`crate::Reply::Sandboxes`].
+    /// Lists the sandboxes of this host: [`crate::Reply::Sandboxes`].
     SandboxLs,
-    /// One call of a Docker Engine, passed on by `ovl-docker`. Answered with [`crate::Reply::Docker`].
+    /// Handles a call of a Docker Engine, forwarded by `ovl-docker`: [`crate::Reply::Docker`].
     Docker(DockerCall),
-    /// What an Engine calls one of its endpoints. [`crate::Reply::Done`].
+    /// Sets the names of a Docker Engine's endpoint: [`crate::Reply::Done`].
     DockerName(DockerName),
-    /// Answered with [`crate::Reply::Policies`].
+    /// Lists all network policies: [`crate::Reply::Policies`].
     PolicyLs,
-    /// What network policies say of a connection. Answered with [`crate::Reply::PolicyExplain`].
+    /// Explains whether network policies allow a connection: [`crate::Reply::PolicyExplain`].
     PolicyExplain {
-        /// An endpoint's name, with its namespace and a slash before it or not; or an address.
+        /// The source: an endpoint's name, `NAMESPACE/NAME`, or an address.
         from: String,
-        /// The same.
+        /// The destination, in the same form.
         to: String,
-        /// The destination's port; none: of a protocol that has none.
+        /// The destination port. `None` for a protocol without ports.
         #[serde(default)]
         port: Option<u16>,
-        /// TCP unless given; without a port of no meaning.
+        /// The protocol, TCP by default. Ignored without a port.
         #[serde(default)]
         protocol: ovl_proto::resource::Protocol,
     },
-    /// What network policies refused lately on this host. Answered with [`crate::Reply::PolicyDrops`].
+    /// Lists connections that network policies recently refused on this host: [`crate::Reply::PolicyDrops`].
     PolicyDrops,
-    /// What a DNS query would be answered, and why. Answered with [`crate::Reply::Dns`].
+    /// Resolves a DNS query and explains the answer: [`crate::Reply::Dns`].
     Dns(DnsQuestion),
-    /// What belongs into an endpoint's resolv.conf(5). Answered with [`crate::Reply::Text`].
+    /// Returns the content of an endpoint's resolv.conf(5): [`crate::Reply::Text`].
     ResolvConf {
-        /// The endpoint, on this host.
+        /// The name of an endpoint on this host.
         endpoint: String,
-        /// Its network; nothing: the one network on which there is an endpoint of the name.
+        /// The network. `None`: the only network on which an endpoint has the name.
         #[serde(default)]
         network: Option<String>,
     },
-    /// Says whether Services send connections to an endpoint of this host. [`crate::Reply::Done`].
+    /// Sets whether Services send connections to an endpoint of this host: [`crate::Reply::Done`].
     EndpointReady {
         /// The endpoint's name.
         name: String,
-        /// Only on this network.
+        /// Only on this network. `None`: on all networks.
         #[serde(default)]
         network: Option<String>,
-        /// Its Kubernetes namespace.
+        /// The Kubernetes namespace. `None`: `default`.
         #[serde(default)]
         namespace: Option<String>,
-        /// Whether it is.
+        /// Whether it is ready.
         ready: bool,
     },
-    /// More documents for the next [`Self::Apply`] or [`Self::Delete`] of this connection.
-    /// [`crate::Reply::Done`].
+    /// Adds documents for the next [`Self::Apply`] or [`Self::Delete`] of this connection: [`crate::Reply::Done`].
     Stage {
-        /// In their order.
+        /// The documents, in order.
         documents: Vec<Document>,
     },
-    /// Makes or changes the objects of the staged documents: all of them, or none if any is wrong. Answered
-    /// with [`crate::Reply::Applied`] or [`crate::Reply::Refused`].
+    /// Creates or changes the objects of the staged documents: all of them, or none if one is invalid.
+    /// [`crate::Reply::Applied`] or [`crate::Reply::Refused`].
     Apply(Apply),
-    /// Deletes the objects of the staged documents, and these. Answered with [`crate::Reply::Applied`] or
+    /// Deletes the objects of the staged documents and the named objects: [`crate::Reply::Applied`] or
     /// [`crate::Reply::Refused`].
     Delete {
-        /// By name.
+        /// The named objects.
         keys: Vec<ResourceKey>,
-        /// For staged objects that name none; nothing: `default`.
+        /// The namespace of staged objects that do not name one. `None`: `default`.
         #[serde(default)]
         namespace: Option<String>,
-        /// Everything but writing.
+        /// Whether to only check, without writing.
         #[serde(default)]
         dry_run: bool,
     },
-    /// Answered with [`crate::Reply::Resources`], by namespace and name.
+    /// Lists objects by namespace and name: [`crate::Reply::Resources`].
     Get(ResourceQuery),
-    /// Answered with [`crate::Reply::Backends`], by namespace and name; the query's kind is Service.
+    /// Lists Services with their backends, by namespace and name: [`crate::Reply::Backends`]. The kind of the query is
+    /// Service.
     Backends(ResourceQuery),
 }
 
-/// A call as the Engine made it: all that it means is decided in the daemon.
+/// An unmodified call of a Docker Engine. ovld interprets it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DockerCall {
-    /// `NetworkDriver.Join` and the like.
+    /// The method, such as `NetworkDriver.Join`.
     pub method: String,
-    /// Null where it has none.
+    /// The body; null if absent.
     #[serde(default)]
     pub body: serde_json::Value,
 }
 
-/// The names of an Engine's endpoint, which no call tells.
+/// The names of a Docker Engine's endpoint, which are not part of any call.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DockerName {
@@ -205,22 +202,21 @@ pub struct DockerName {
     pub endpoint: String,
     /// The container's name.
     pub name: String,
-    /// What else it is to answer to.
+    /// Further names that resolve to it.
     #[serde(default)]
     pub aliases: Vec<String>,
 }
 
-/// What a container runtime handed to the plugin (CNI specification 1.1.0, section 2), as it came:
-/// all that it means is decided in the daemon.
+/// An unmodified call of a container runtime (CNI specification 1.1.0, section 2). ovld interprets it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct CniCall {
-    /// `CNI_COMMAND`; `VERSION` is answered by the plugin itself.
+    /// `CNI_COMMAND`. The plugin itself handles `VERSION`.
     pub command: CniCommand,
     /// `CNI_CONTAINERID`.
     #[serde(default)]
     pub container_id: String,
-    /// `CNI_NETNS`; empty where the runtime has none.
+    /// `CNI_NETNS`; empty if absent.
     #[serde(default)]
     pub netns: String,
     /// `CNI_IFNAME`.
@@ -236,126 +232,126 @@ pub struct CniCall {
     pub config: serde_json::Value,
 }
 
-/// What the runtime wants.
+/// A CNI command.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "UPPERCASE")]
 pub enum CniCommand {
-    /// Put a container on a network.
+    /// Attaches a container to a network.
     Add,
-    /// Take it off.
+    /// Detaches it.
     Del,
-    /// Say whether it is as it was.
+    /// Checks that the attachment is intact.
     Check,
-    /// Take off all that the runtime does not know any more.
+    /// Deletes the attachments that the runtime no longer knows.
     Gc,
-    /// Say whether an `ADD` would work.
+    /// Checks whether an `ADD` would succeed.
     Status,
 }
 
-/// A sandbox to be made.
+/// A request to create a sandbox.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SandboxCreate {
-    /// As an endpoint's.
+    /// The name, with the rules of endpoint names.
     pub name: String,
-    /// Names or ids of networks, in the order of its interfaces; or only `host`, or only `none`.
+    /// The names or ids of networks, in the order of the sandbox's interfaces; or only `host`, or only `none`.
     #[serde(default)]
     pub networks: Vec<String>,
-    /// The Kubernetes namespace; nothing: `default`.
+    /// The Kubernetes namespace. `None`: `default`.
     #[serde(default)]
     pub namespace: Option<String>,
-    /// What selectors match.
+    /// The labels that selectors match.
     #[serde(default)]
     pub labels: BTreeMap<String, String>,
-    /// Ports of this host that lead to it, at its first network that is not internal.
+    /// The ports to publish, on its first network that is not internal.
     #[serde(default)]
     pub publish: Vec<Publish>,
 }
 
-/// A network to be made.
+/// A request to create a network.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct NetworkCreate {
-    /// Letters, digits, `-`, `_` and `.`, at most 63.
+    /// The name: letters, digits, `-`, `_` and `.`, at most 63.
     pub name: String,
-    /// How it is built.
+    /// The driver.
     pub driver: Driver,
-    /// What it carries.
+    /// The mode.
     pub mode: Mode,
-    /// Nothing: a free range of the configured pool.
+    /// The subnets. Empty: a free subnet of the configured pool.
     #[serde(default)]
     pub subnets: Vec<IpNet>,
-    /// Nothing: a free one.
+    /// The VNI. `None`: a free VNI.
     #[serde(default)]
     pub vni: Option<u32>,
-    /// Only ever through the tunnel.
+    /// Whether traffic between hosts passes only through the tunnel.
     #[serde(default)]
     pub encrypted: bool,
-    /// Without a gateway.
+    /// Whether the network has no gateway.
     #[serde(default)]
     pub internal: bool,
-    /// Nothing: what the paths carry.
+    /// The MTU in bytes. `None`: derived from the path MTUs.
     #[serde(default)]
     pub mtu: Option<u16>,
-    /// How a routed network reaches other hosts; nothing: in VXLAN.
+    /// How a routed network reaches other hosts. `None`: VXLAN.
     #[serde(default)]
     pub backend: Option<Backend>,
-    /// The prefix length of each host's block, one for each of `subnets`; none: what fits.
+    /// The block lengths, one for each of `subnets`. Empty: derived from the subnet's size.
     #[serde(default)]
     pub block_lengths: Vec<u8>,
-    /// Names resolve, also on a bridge network that is called `default` or `bridge`.
+    /// Whether to enable the resolver on a bridge network that is called `default` or `bridge`, too.
     #[serde(default)]
     pub dns: bool,
 }
 
-/// An endpoint to be made.
+/// A request to create an endpoint.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Attach {
     /// The endpoint's name, unique on its network.
     pub name: String,
-    /// Name or id.
+    /// The network's name or id.
     pub network: String,
-    /// Where the interface goes.
+    /// The network namespace of the interface.
     pub netns: NetnsRef,
-    /// These addresses and no others; one an address family.
+    /// The requested addresses, one per address family. Empty: free addresses.
     #[serde(default)]
     pub addresses: Vec<IpAddr>,
-    /// This MAC address; nothing: one made from the address.
+    /// The MAC address. `None`: derived from the address.
     #[serde(default)]
     pub mac: Option<Mac>,
-    /// The interface's name; nothing: the first free one of eth0, eth1, ...
+    /// The interface's name. `None`: the first free name of eth0, eth1, ...
     #[serde(default)]
     pub ifname: Option<String>,
-    /// More names.
+    /// Further names that resolve to it.
     #[serde(default)]
     pub aliases: Vec<String>,
-    /// The Kubernetes namespace; nothing: `default`.
+    /// The Kubernetes namespace. `None`: `default`.
     #[serde(default)]
     pub namespace: Option<String>,
-    /// What selectors match.
+    /// The labels that selectors match.
     #[serde(default)]
     pub labels: BTreeMap<String, String>,
-    /// Ports of this host that lead to it.
+    /// The ports to publish.
     #[serde(default)]
     pub publish: Vec<Publish>,
-    /// Services send it nothing before [`Request::EndpointReady`].
+    /// Whether Services send it no connections until [`Request::EndpointReady`].
     #[serde(default)]
     pub not_ready: bool,
 }
 
-/// A DNS query that is only thought of.
+/// A hypothetical DNS query.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DnsQuestion {
-    /// The name that is asked for.
+    /// The queried name.
     pub name: String,
-    /// `A`, `AAAA`, `PTR` and so on, or `TYPE` with a number.
+    /// The record type: `A`, `AAAA`, `PTR` and so on, or `TYPE` with a number.
     pub kind: String,
-    /// The endpoint of this host that asks; nothing: the host itself.
+    /// The querying endpoint of this host. `None`: the host itself.
     #[serde(default)]
     pub from: Option<String>,
-    /// Of that endpoint, where its name is on several networks.
+    /// The network of that endpoint, if its name is on several networks.
     #[serde(default)]
     pub network: Option<String>,
 }
@@ -366,6 +362,6 @@ pub struct DnsQuestion {
 pub enum NetnsRef {
     /// A file such as `/run/netns/blue`.
     Path(PathBuf),
-    /// That of a process, by its id as ovld sees it.
+    /// The network namespace of a process, by its id as ovld sees it.
     Pid(u32),
 }

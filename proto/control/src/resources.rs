@@ -1,4 +1,4 @@
-//! Kubernetes' objects over the control socket.
+//! The parts of requests and replies about Kubernetes objects.
 
 use std::net::IpAddr;
 
@@ -7,54 +7,54 @@ use serde_json::Value;
 
 use ovl_proto::resource::{Kind, Protocol};
 
-/// Documents that a client may stage on one connection, and their bytes.
+/// The maximum number of documents that a client may stage on one connection.
 pub const MAX_STAGED: usize = 65_536;
-/// See [`MAX_STAGED`].
+/// The maximum size of all staged documents of one connection, in bytes.
 pub const MAX_STAGED_BYTES: usize = 128 << 20;
 
-/// A document of a file.
+/// A document of a manifest file.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Document {
-    /// The file, as the user knows it.
+    /// The file name, as the user gave it.
     pub file: String,
-    /// Its place in the file, from 1.
+    /// The number of the document in the file, from 1.
     pub document: usize,
-    /// What it says.
+    /// The content.
     pub value: Value,
 }
 
-/// What is to become of the staged documents.
+/// A request to apply the staged documents.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Apply {
-    /// For objects that name none; nothing: `default`.
+    /// The namespace of objects that do not name one. `None`: `default`.
     #[serde(default)]
     pub namespace: Option<String>,
-    /// Everything but writing.
+    /// Whether to only check, without writing.
     #[serde(default)]
     pub dry_run: bool,
-    /// Fields that are not supported are warnings.
+    /// Whether unsupported fields are warnings instead of errors.
     #[serde(default)]
     pub lenient: bool,
-    /// Send each object as it was and as it would be.
+    /// Whether the reply contains each object before and after.
     #[serde(default)]
     pub show: bool,
 }
 
-/// What became of an object.
+/// What a request did with an object.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Action {
-    /// There was none.
+    /// It did not exist before.
     Created,
-    /// It was another.
+    /// It was changed.
     Configured,
-    /// It was so already.
+    /// It already had this content.
     Unchanged,
-    /// It is gone.
+    /// It was deleted.
     Deleted,
-    /// There was none to delete.
+    /// It did not exist, so it could not be deleted.
     Absent,
 }
 
@@ -70,44 +70,44 @@ impl std::fmt::Display for Action {
     }
 }
 
-/// An object that was written, or would be.
+/// An object that was written, or would be in a dry run.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Applied {
-    /// Its kind.
+    /// The kind.
     pub kind: Kind,
-    /// Empty for kinds that are in no namespace.
+    /// The namespace; empty for kinds without one.
     pub namespace: String,
-    /// Its name.
+    /// The name.
     pub name: String,
-    /// What became of it.
+    /// What was done with it.
     pub action: Action,
-    /// As it was; with [`Apply::show`].
+    /// The object before the change, with [`Apply::show`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub before: Option<Value>,
-    /// As it is or would be; with [`Apply::show`].
+    /// The object after the change, with [`Apply::show`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub after: Option<Value>,
 }
 
-/// What was written.
+/// The result of [`crate::Request::Apply`] and [`crate::Request::Delete`].
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct AppliedAll {
-    /// In the order of the documents.
+    /// The objects, in the order of the documents.
     pub objects: Vec<Applied>,
-    /// Fields that were passed over.
+    /// The fields that were ignored.
     pub warnings: Vec<ManifestProblem>,
 }
 
-/// What is wrong with a field of a manifest.
+/// A problem with a field of a manifest.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ManifestProblem {
-    /// The file, as the user knows it.
+    /// The file name, as the user gave it.
     pub file: String,
-    /// The document's place in it, from 1.
+    /// The number of the document in the file, from 1.
     pub document: usize,
-    /// Such as `spec.ports[0].port`; empty: the document as a whole.
+    /// The path of the field, such as `spec.ports[0].port`. Empty: the whole document.
     pub field: String,
-    /// What is wrong, and what would be right.
+    /// What is wrong, and what is expected.
     pub reason: String,
 }
 
@@ -121,36 +121,36 @@ impl std::fmt::Display for ManifestProblem {
     }
 }
 
-/// Which objects are asked for.
+/// Selects the objects of a request.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ResourceQuery {
-    /// Their kind.
+    /// The kind.
     pub kind: Kind,
-    /// Nothing: all namespaces.
+    /// The namespace. `None`: all namespaces.
     #[serde(default)]
     pub namespace: Option<String>,
-    /// Nothing: all names.
+    /// The name. `None`: all names.
     #[serde(default)]
     pub name: Option<String>,
 }
 
-/// An object as users see it.
+/// A Kubernetes object, as `ovlctl get` shows it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct ResourceInfo {
-    /// Its kind.
+    /// The kind.
     pub kind: Kind,
-    /// Empty for kinds that are in no namespace.
+    /// The namespace; empty for kinds without one.
     pub namespace: String,
-    /// Its name.
+    /// The name.
     pub name: String,
-    /// When it was made, in milliseconds since 1970.
+    /// The creation time, in milliseconds since 1970.
     pub created_ms: u64,
-    /// With what was allocated.
+    /// The manifest, with what was allocated.
     pub manifest: Value,
-    /// Of a Pod: its endpoints, one for each network.
+    /// The endpoints of a Pod, one for each network.
     pub endpoints: Vec<PodEndpoint>,
-    /// Of a NetworkPolicy: names of the pods that it selects, with their namespace.
+    /// The pods that a NetworkPolicy selects, as `NAMESPACE/NAME`.
     pub selects: Vec<String>,
 }
 
@@ -159,62 +159,62 @@ pub struct ResourceInfo {
 pub struct PodEndpoint {
     /// The host's name.
     pub node: String,
-    /// One for each address family that it has.
+    /// The addresses, one for each address family.
     pub addresses: Vec<IpAddr>,
-    /// Services send it connections.
+    /// Whether Services send it connections.
     pub ready: bool,
 }
 
-/// A Service and what stands behind it.
+/// A Service and its backends.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ServiceBackends {
-    /// Its namespace.
+    /// The namespace.
     pub namespace: String,
-    /// Its name.
+    /// The name.
     pub name: String,
-    /// When it was made, in milliseconds since 1970.
+    /// The creation time, in milliseconds since 1970.
     pub created_ms: u64,
-    /// In its order.
+    /// The ports, in the order of the Service.
     pub ports: Vec<BackendPort>,
-    /// Of a LoadBalancer: its addresses, and who announces each.
+    /// The addresses of a LoadBalancer, and which hosts announce each.
     pub announced: Vec<AnnouncedAddress>,
-    /// What is not as its specification asks, in sentences.
+    /// Sentences on what differs from its specification.
     pub notes: Vec<String>,
 }
 
-/// An address of a LoadBalancer.
+/// An announced address of a LoadBalancer.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct AnnouncedAddress {
     /// The address.
     pub address: IpAddr,
-    /// Hosts that answer for it on the underlay: one, but for an instant.
+    /// The hosts that answer for it on the underlay: one, but for an instant.
     pub nodes: Vec<String>,
 }
 
-/// A port of a Service.
+/// A port of a Service and its backends.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BackendPort {
-    /// May be empty.
+    /// The name; may be empty.
     pub name: String,
-    /// What it runs over.
+    /// The protocol.
     pub protocol: Protocol,
-    /// At the Service's addresses; nothing of a headless Service without ports.
+    /// The port at the Service's addresses. `None` for a headless Service without ports.
     pub port: Option<u16>,
-    /// Who takes connections, or would if they were ready.
+    /// The backends, including those that are not ready.
     pub backends: Vec<BackendInfo>,
 }
 
 /// A backend of a port.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BackendInfo {
-    /// Where it listens.
+    /// The address at which it listens.
     pub address: IpAddr,
-    /// Where it listens; nothing of a headless Service without ports.
+    /// The port at which it listens. `None` for a headless Service without ports.
     pub port: Option<u16>,
-    /// The endpoint or Pod; empty where an EndpointSlice lists an address.
+    /// The name of the endpoint or Pod. Empty for an address of an EndpointSlice.
     pub name: String,
-    /// The host's name; empty: unknown.
+    /// The host's name. Empty: unknown.
     pub node: String,
-    /// Services send it connections.
+    /// Whether Services send it connections.
     pub ready: bool,
 }

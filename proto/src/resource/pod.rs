@@ -1,4 +1,4 @@
-//! v1 Pod: what an endpoint of the same namespace and name gets from it.
+//! v1 Pod: labels, named ports and DNS names for endpoints of the same namespace and name.
 
 use std::net::IpAddr;
 
@@ -10,23 +10,23 @@ use super::{Meta, Protocol};
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Pod {
-    /// Its labels are those of the endpoint.
+    /// The metadata. Its labels apply to the endpoint.
     pub metadata: Meta,
-    /// What was asked for.
+    /// The desired state.
     pub spec: PodSpec,
-    /// What became of it; as given in the manifest.
+    /// The status, as given in the manifest.
     pub status: PodStatus,
 }
 
-/// What was asked for.
+/// The specification of a Pod.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct PodSpec {
-    /// At least one in Kubernetes; here none are needed.
+    /// The containers. Kubernetes requires at least one, ovl none.
     pub containers: Vec<Container>,
-    /// Of its record in DNS; empty: the pod's name.
+    /// The host name in its DNS record. Empty: the pod's name.
     pub hostname: String,
-    /// The headless Service under whose name the record is; empty: no record.
+    /// The headless Service under whose name the DNS record is. Empty: no record.
     pub subdomain: String,
 }
 
@@ -34,9 +34,9 @@ pub struct PodSpec {
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Container {
-    /// For people.
+    /// The container's name.
     pub name: String,
-    /// Those that have a name can be named by Services and policies.
+    /// The ports. Services and policies can refer to a port by its name.
     pub ports: Vec<ContainerPort>,
 }
 
@@ -44,15 +44,15 @@ pub struct Container {
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct ContainerPort {
-    /// May be empty.
+    /// The port's name; may be empty.
     pub name: String,
-    /// 1 to 65535.
+    /// The port number, 1 to 65535.
     pub container_port: u16,
-    /// TCP unless given.
+    /// The protocol; TCP by default.
     pub protocol: Protocol,
 }
 
-/// The addresses of a pod that is no endpoint of ours.
+/// The status of a Pod: its addresses if it has no endpoint.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct PodStatus {

@@ -1,4 +1,4 @@
-//! networking.k8s.io/v1 NetworkPolicy, in full.
+//! networking.k8s.io/v1 NetworkPolicy, all fields.
 
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
@@ -9,87 +9,87 @@ use super::{IntOrString, LabelSelector, Meta, Protocol};
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct NetworkPolicy {
-    /// The policy selects pods of its own namespace.
+    /// The metadata. The policy selects pods of its own namespace.
     pub metadata: Meta,
-    /// What was asked for.
+    /// The desired state.
     pub spec: PolicySpec,
 }
 
-/// What was asked for.
+/// The specification of a NetworkPolicy.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct PolicySpec {
-    /// Whom it isolates; without requirements every pod of the namespace.
+    /// The pods that it isolates. Without requirements: every pod of the namespace.
     pub pod_selector: LabelSelector,
-    /// In which directions. In the cluster always filled in: what the manifest says, or ingress, and egress where
-    /// there are rules for it.
+    /// The directions in which it isolates. In the cluster this is always filled in: by default ingress, and egress if
+    /// there are egress rules.
     pub policy_types: Vec<PolicyType>,
-    /// What may come in; nothing may where there are no rules and `policy_types` names the direction.
+    /// The ingress rules. Without rules no ingress is allowed if `policy_types` contains ingress.
     pub ingress: Vec<IngressRule>,
-    /// What may go out.
+    /// The egress rules.
     pub egress: Vec<EgressRule>,
 }
 
-/// A direction, as the selected pod sees it.
+/// A direction, as seen from the selected pod.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum PolicyType {
-    /// To it.
+    /// Connections to the pod.
     Ingress,
-    /// From it.
+    /// Connections from the pod.
     Egress,
 }
 
-/// What may come in: from any of the peers, to any of the ports.
+/// An ingress rule: allows connections from any of the peers to any of the ports.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct IngressRule {
-    /// None: every port and protocol.
+    /// The ports. Empty: every port and protocol.
     pub ports: Vec<PolicyPort>,
-    /// None: everybody.
+    /// The peers. Empty: every source.
     pub from: Vec<PolicyPeer>,
 }
 
-/// What may go out: to any of the peers, at any of the ports.
+/// An egress rule: allows connections to any of the peers at any of the ports.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct EgressRule {
-    /// None: every port and protocol.
+    /// The ports. Empty: every port and protocol.
     pub ports: Vec<PolicyPort>,
-    /// None: everybody.
+    /// The peers. Empty: every destination.
     pub to: Vec<PolicyPeer>,
 }
 
-/// Ports.
+/// A port or a range of ports of a rule.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct PolicyPort {
-    /// TCP unless given.
+    /// The protocol; TCP by default.
     pub protocol: Protocol,
-    /// A number, or a name that the receiving pod gives to one of its ports. Nothing: all of the protocol.
+    /// A number, or a name that the receiving pod gives to one of its ports. `None`: all ports of the protocol.
     pub port: Option<IntOrString>,
-    /// All from `port`, a number then, to this one.
+    /// The last port of a range that starts at `port`, which is a number then.
     pub end_port: Option<u16>,
 }
 
-/// Whom a rule is about: addresses, or pods.
+/// A peer of a rule: addresses, or pods.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct PolicyPeer {
     /// Pods of the policy's own namespace, or of those that `namespace_selector` selects.
     pub pod_selector: Option<LabelSelector>,
-    /// All pods of these namespaces, or those of them that `pod_selector` selects.
+    /// The namespaces whose pods match: all of them, or those that `pod_selector` selects.
     pub namespace_selector: Option<LabelSelector>,
-    /// Addresses; neither selector stands beside it.
+    /// The addresses. Excludes both selectors.
     pub ip_block: Option<IpBlock>,
 }
 
-/// Addresses.
+/// A range of addresses with exceptions.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct IpBlock {
     /// The range.
     pub cidr: IpNet,
-    /// Ranges within it that do not belong to it.
+    /// Ranges within it that are excluded.
     #[serde(default)]
     pub except: Vec<IpNet>,
 }

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-/// What runs over IP.
+/// A transport protocol, as Kubernetes writes it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize)]
 #[serde(rename_all = "UPPERCASE")]
 pub enum Protocol {
@@ -25,12 +25,12 @@ impl std::fmt::Display for Protocol {
     }
 }
 
-/// A port by its number, or by the name that a container gives to one.
+/// A port by number, or by a container's name for it.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub enum IntOrString {
     /// 1 to 65535.
     Int(u16),
-    /// The name of a container's port: one pod may have it at another number than the next.
+    /// The name of a container port. Its number may differ between pods.
     String(String),
 }
 
@@ -43,7 +43,7 @@ impl std::fmt::Display for IntOrString {
     }
 }
 
-/// The wire's form: it does not describe itself.
+/// The form on the wire, which is not self-describing and so needs a tag.
 #[derive(Serialize, Deserialize)]
 #[serde(rename = "IntOrString")]
 enum Tagged {
@@ -81,7 +81,7 @@ impl serde::de::Visitor<'_> for Visitor {
     type Value = IntOrString;
 
     fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("a port's number, or a name")
+        f.write_str("a port number or a port name")
     }
 
     fn visit_u64<E: serde::de::Error>(self, number: u64) -> Result<IntOrString, E> {

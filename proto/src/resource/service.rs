@@ -7,78 +7,79 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::{IntOrString, Labels, Meta, Protocol};
 
-/// Ports of all hosts that are kept free for Services of type NodePort and LoadBalancer, as with Kubernetes.
+/// The node port range, reserved on all hosts for Services of type NodePort and LoadBalancer, as in Kubernetes.
 pub const NODE_PORTS: RangeInclusive<u16> = 30_000..=32_767;
 
 /// v1 Service.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Service {
-    /// Its name is one in DNS.
+    /// The metadata. The name is a DNS label.
     pub metadata: Meta,
-    /// What was asked for, and what was allocated.
+    /// The desired state, with what was allocated.
     pub spec: ServiceSpec,
-    /// Written by the cluster.
+    /// The status, written by the cluster.
     pub status: ServiceStatus,
 }
 
-/// What was asked for, and what was allocated.
+/// The specification of a Service, with what was allocated.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct ServiceSpec {
-    /// How it is reached.
+    /// The type: how clients reach the Service.
     #[serde(rename = "type")]
     pub kind: ServiceType,
-    /// Which endpoints of its namespace are its backends. Empty: EndpointSlices say.
+    /// The labels that select its backends among the endpoints of its namespace. Empty: EndpointSlices list them.
     pub selector: Labels,
-    /// At least one, except of a headless or external one.
+    /// The ports: at least one, unless the Service is headless or of type ExternalName.
     pub ports: Vec<ServicePort>,
-    /// The first of `cluster_ips`; none of an external one.
+    /// The first of `cluster_ips`; `None` for an ExternalName.
     #[serde(rename = "clusterIP", deserialize_with = "ClusterIp::or_empty")]
     pub cluster_ip: Option<ClusterIp>,
-    /// One for each of `ip_families`, in that order; `None` alone for a headless Service; none for an external one,
-    /// and before any was allocated.
+    /// The cluster IPs, one per entry of `ip_families` and in that order. A headless Service has only
+    /// [`ClusterIp::Headless`]. Empty for an ExternalName, and before allocation.
     #[serde(rename = "clusterIPs")]
     pub cluster_ips: Vec<ClusterIp>,
-    /// The families of its addresses; of a headless Service those of its records.
+    /// The address families of its addresses; of a headless Service those of its DNS records.
     pub ip_families: Vec<IpFamily>,
-    /// Which families it wants.
+    /// Which address families it requests.
     pub ip_family_policy: Option<IpFamilyPolicy>,
-    /// Addresses that somebody routes to the hosts, and at which it answers as well.
+    /// Addresses that an external router sends to the hosts, and at which the Service answers too.
     #[serde(rename = "externalIPs")]
     pub external_ips: Vec<IpAddr>,
-    /// The name that it stands for; of an external one.
+    /// The target name of an ExternalName.
     pub external_name: String,
-    /// Whether a client stays with its backend.
+    /// Whether a client's connections go to the same backend.
     pub session_affinity: SessionAffinity,
-    /// For how long.
+    /// The affinity timeout.
     pub session_affinity_config: Option<SessionAffinityConfig>,
-    /// Who takes what comes from within the cluster.
+    /// Which backends receive connections from within the cluster.
     pub internal_traffic_policy: TrafficPolicy,
-    /// Who takes what comes from outside.
+    /// Which backends receive connections from outside.
     pub external_traffic_policy: TrafficPolicy,
-    /// Where hosts tell load balancers whether they have backends: of a LoadBalancer with external policy Local.
+    /// The health check port at which hosts report whether they have backends. Only for a LoadBalancer with external
+    /// traffic policy Local.
     pub health_check_node_port: Option<u16>,
-    /// Backends count and have records whether they are ready or not.
+    /// Whether backends that are not ready receive connections and have DNS records.
     pub publish_not_ready_addresses: bool,
-    /// The address that is wanted of the pool.
+    /// The requested address of the pool.
     #[serde(rename = "loadBalancerIP")]
     pub load_balancer_ip: Option<IpAddr>,
-    /// Whether a LoadBalancer's ports get node ports as well. Nothing: yes.
+    /// Whether the ports of a LoadBalancer get node ports as well. `None`: yes.
     pub allocate_load_balancer_node_ports: Option<bool>,
 }
 
-/// How a Service is reached.
+/// The type of a Service: how clients reach it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub enum ServiceType {
-    /// At an address of the cluster.
+    /// At a cluster IP.
     #[default]
     ClusterIP,
     /// Also at a port of every host.
     NodePort,
     /// Also at an address of the pool, which one host at a time announces.
     LoadBalancer,
-    /// Not at all: it is another name in DNS.
+    /// By a CNAME record only.
     ExternalName,
 }
 
@@ -92,31 +93,31 @@ impl std::fmt::Display for ServiceType {
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct ServicePort {
-    /// Unique within the Service; empty only where it is the only port.
+    /// The name, unique within the Service. Empty only if it is the only port.
     pub name: String,
-    /// TCP unless given.
+    /// The protocol; TCP by default.
     pub protocol: Protocol,
-    /// For people and programs.
+    /// The application protocol, informational.
     pub app_protocol: Option<String>,
-    /// At the Service's addresses; 1 to 65535.
+    /// The port at the Service's addresses, 1 to 65535.
     pub port: u16,
-    /// On the backends. In the cluster always filled in: `port` unless given.
+    /// The port on the backends. In the cluster always filled in; defaults to `port`.
     pub target_port: Option<IntOrString>,
-    /// On every host, 30000 to 32767; nothing: there is none, or none was allocated yet.
+    /// The node port, 30000 to 32767. `None` if the Service has none, or none was allocated yet.
     pub node_port: Option<u16>,
 }
 
-/// An address within the cluster, or the word that there shall be none.
+/// A cluster IP, or the marker of a headless Service.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum ClusterIp {
-    /// `None`: the Service is headless, and its name leads to its backends.
+    /// `None` in a manifest: the Service is headless, and its name resolves to its backends.
     Headless,
     /// The address.
     Address(IpAddr),
 }
 
 impl ClusterIp {
-    /// The address, if it is one.
+    /// Returns the address; `None` for a headless Service.
     pub fn address(self) -> Option<IpAddr> {
         match self {
             Self::Headless => None,
@@ -124,7 +125,7 @@ impl ClusterIp {
         }
     }
 
-    /// Manifests have `clusterIP: ""` for one that is to be allocated.
+    /// Deserializes a cluster IP. Manifests use `clusterIP: ""` for an address that is to be allocated.
     fn or_empty<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Self>, D::Error> {
         let text = Option::<String>::deserialize(deserializer)?;
         text.filter(|text| !text.is_empty()).map(|text| parse(&text)).transpose()
@@ -174,7 +175,7 @@ pub enum IpFamily {
 }
 
 impl IpFamily {
-    /// That of an address.
+    /// Returns the family of an address.
     pub fn of(address: IpAddr) -> Self {
         if address.is_ipv4() { Self::IPv4 } else { Self::IPv6 }
     }
@@ -186,74 +187,74 @@ impl std::fmt::Display for IpFamily {
     }
 }
 
-/// Which address families a Service wants.
+/// Which address families a Service requests.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum IpFamilyPolicy {
-    /// One.
+    /// One family.
     SingleStack,
-    /// Both where the cluster has both, else one.
+    /// Both families if the cluster has both, else one.
     PreferDualStack,
-    /// Both, or it is refused.
+    /// Both families; the Service is refused if the cluster has only one.
     RequireDualStack,
 }
 
-/// Whether a client stays with its backend.
+/// Whether a client's connections go to the same backend.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub enum SessionAffinity {
-    /// Each connection may go to another one.
+    /// Each connection may go to another backend.
     #[default]
     None,
-    /// By its address.
+    /// Connections from one client address go to the same backend.
     ClientIP,
 }
 
-/// For how long a client stays with its backend.
+/// The configuration of session affinity.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct SessionAffinityConfig {
-    /// Of [`SessionAffinity::ClientIP`].
+    /// The configuration for [`SessionAffinity::ClientIP`].
     #[serde(rename = "clientIP")]
     pub client_ip: Option<ClientIpConfig>,
 }
 
-/// For how long a client stays with its backend.
+/// The configuration of affinity by client address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct ClientIpConfig {
-    /// Seconds after its last packet, 1 to 86,400. Nothing: [`DEFAULT_AFFINITY_SECONDS`].
+    /// The timeout after a client's last packet, 1 to 86,400 seconds. `None`: [`DEFAULT_AFFINITY_SECONDS`].
     pub timeout_seconds: Option<u32>,
 }
 
-/// Kubernetes' default: three hours.
+/// The default affinity timeout of Kubernetes: three hours, in seconds.
 pub const DEFAULT_AFFINITY_SECONDS: u32 = 10_800;
 
-/// Which backends take traffic.
+/// Which backends receive connections.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub enum TrafficPolicy {
-    /// All.
+    /// All backends.
     #[default]
     Cluster,
-    /// Those of the host where it comes in; the client's address is kept.
+    /// Only backends on the host where the connection arrives. The client's address is kept.
     Local,
 }
 
-/// Written by the cluster.
+/// The status of a Service, written by the cluster.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct ServiceStatus {
-    /// Of a LoadBalancer.
+    /// The status of a LoadBalancer.
     pub load_balancer: LoadBalancerStatus,
 }
 
-/// Written by the cluster.
+/// The status of a LoadBalancer, written by the cluster.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct LoadBalancerStatus {
-    /// Its addresses, one for each family that the pool has and the Service wants.
+    /// The addresses, one for each family that the pool has and the Service requests.
     pub ingress: Vec<LoadBalancerIngress>,
 }
 
-/// An address of the pool.
+/// An address of the load balancer pool.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LoadBalancerIngress {
     /// The address.
@@ -261,25 +262,25 @@ pub struct LoadBalancerIngress {
 }
 
 impl ServiceSpec {
-    /// Whether hosts tell load balancers if they have backends.
+    /// Whether hosts report to load balancers if they have backends.
     pub fn wants_health_check(&self) -> bool {
         self.kind == ServiceType::LoadBalancer && self.external_traffic_policy == TrafficPolicy::Local
     }
 }
 
 impl Service {
-    /// Its addresses within the cluster: none of a headless one, an external one, and one for which none was
+    /// Returns its cluster IPs: none for a headless Service, an ExternalName, and a Service for which no address was
     /// free.
     pub fn cluster_addresses(&self) -> impl Iterator<Item = IpAddr> {
         self.spec.cluster_ips.iter().filter_map(|ip| ip.address())
     }
 
-    /// Whether its name leads to its backends.
+    /// Whether the Service is headless: its name resolves to its backends.
     pub fn is_headless(&self) -> bool {
         self.spec.cluster_ips.contains(&ClusterIp::Headless)
     }
 
-    /// Whether there is a way to it that is not for the cluster alone.
+    /// Whether clients outside the cluster can reach it.
     pub fn is_reached_from_outside(&self) -> bool {
         match self.spec.kind {
             ServiceType::ClusterIP => !self.spec.external_ips.is_empty(),
@@ -288,12 +289,12 @@ impl Service {
         }
     }
 
-    /// Its addresses of the pool.
+    /// Returns its addresses of the load balancer pool.
     pub fn load_balancer_addresses(&self) -> impl Iterator<Item = IpAddr> {
         self.status.load_balancer.ingress.iter().map(|ingress| ingress.ip)
     }
 
-    /// For how many seconds a client stays with its backend; nothing: it need not.
+    /// Returns the affinity timeout in seconds; `None` without session affinity.
     pub fn affinity_seconds(&self) -> Option<u32> {
         let config = self.spec.session_affinity_config.and_then(|config| config.client_ip);
         match self.spec.session_affinity {

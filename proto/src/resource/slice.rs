@@ -1,4 +1,4 @@
-//! discovery.k8s.io/v1 EndpointSlice: backends that somebody else lists.
+//! discovery.k8s.io/v1 EndpointSlice: backends that another program lists.
 
 use std::net::IpAddr;
 
@@ -6,22 +6,22 @@ use serde::{Deserialize, Serialize};
 
 use super::{Meta, Protocol};
 
-/// The label that names the Service of a slice, in the same namespace.
+/// The label with the name of a slice's Service, which is in the same namespace.
 pub const SERVICE_NAME_LABEL: &str = "kubernetes.io/service-name";
 
 /// discovery.k8s.io/v1 EndpointSlice.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct EndpointSlice {
-    /// [`SERVICE_NAME_LABEL`] tells the Service.
+    /// The metadata. The label [`SERVICE_NAME_LABEL`] names the Service.
     #[serde(default)]
     pub metadata: Meta,
-    /// Of all addresses.
+    /// The family of all addresses.
     pub address_type: AddressType,
-    /// At most 1,000.
+    /// The endpoints, at most 1,000.
     #[serde(default)]
     pub endpoints: Vec<SliceEndpoint>,
-    /// The same on all endpoints.
+    /// The ports, the same on all endpoints.
     #[serde(default)]
     pub ports: Vec<SlicePort>,
 }
@@ -35,29 +35,29 @@ pub enum AddressType {
     IPv6,
 }
 
-/// A backend.
+/// An endpoint of a slice: one backend.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct SliceEndpoint {
-    /// Interchangeable; at least one. The first one counts, as with kube-proxy.
+    /// Its addresses, at least one. Only the first one is used, as by kube-proxy.
     pub addresses: Vec<IpAddr>,
-    /// Whether it takes connections.
+    /// Whether it accepts connections.
     pub conditions: Conditions,
-    /// Of its record in DNS, under the Service's.
+    /// The host name of its DNS record, under the Service's name.
     pub hostname: String,
-    /// The host that it is on, by its name in the cluster; empty: unknown.
+    /// The name of its host in the cluster. Empty: unknown.
     pub node_name: String,
 }
 
-/// Whether a backend takes connections; nothing said counts as Kubernetes has it.
+/// Whether a backend accepts connections. Absent values have the defaults of Kubernetes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Conditions {
-    /// Nothing: yes.
+    /// Whether it accepts new connections. `None`: yes.
     pub ready: Option<bool>,
-    /// As `ready`, whether it is on its way out or not. Nothing: as `ready`.
+    /// As `ready`, regardless of termination. `None`: as `ready`.
     pub serving: Option<bool>,
-    /// On its way out. Nothing: no.
+    /// Whether it is shutting down. `None`: no.
     pub terminating: Option<bool>,
 }
 
@@ -65,12 +65,12 @@ pub struct Conditions {
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct SlicePort {
-    /// The name of the Service's port that it belongs to.
+    /// The name of the Service port that it belongs to.
     pub name: String,
-    /// TCP unless given.
+    /// The protocol; TCP by default.
     pub protocol: Protocol,
-    /// Where the endpoints listen. Nothing, all ports, is of no use to a Service.
+    /// The port at which the endpoints listen. `None` means all ports, which a Service cannot use.
     pub port: Option<u16>,
-    /// For people.
+    /// The application protocol, informational.
     pub app_protocol: Option<String>,
 }

@@ -49,7 +49,7 @@ fn policy() -> NetworkPolicy {
 }
 
 #[test]
-fn the_wire_keeps_what_manifests_say() {
+fn resources_round_trip_through_the_wire_codec() {
     for resource in [
         Resource::Service(Box::new(service())),
         Resource::Service(Box::default()),
@@ -63,7 +63,7 @@ fn the_wire_keeps_what_manifests_say() {
 }
 
 #[test]
-fn a_manifest_leaves_out_what_is_empty_and_keeps_empty_selectors() {
+fn manifest_omits_empty_fields_but_keeps_empty_selectors() {
     let manifest = Resource::NetworkPolicy(policy()).to_manifest().unwrap();
     assert_eq!(manifest["kind"], "NetworkPolicy");
     assert_eq!(manifest["apiVersion"], "networking.k8s.io/v1");
@@ -81,7 +81,7 @@ fn a_manifest_leaves_out_what_is_empty_and_keeps_empty_selectors() {
 }
 
 #[test]
-fn cluster_addresses_are_addresses_or_none_at_all() {
+fn cluster_ip_is_an_address_or_none() {
     let spec =
         |ip| serde_json::from_value::<ServiceSpec>(json!({ "clusterIP": ip })).map(|spec| spec.cluster_ip);
     assert_eq!(spec("None").unwrap(), Some(ClusterIp::Headless));
@@ -101,7 +101,7 @@ fn a_port_is_a_number_or_a_name() {
 }
 
 #[test]
-fn selectors_select() {
+fn label_selectors_match_labels() {
     let labels = Labels::from([("app".to_owned(), "web".to_owned())]);
     let selects = |selector| serde_json::from_value::<LabelSelector>(selector).unwrap().matches(&labels);
     let expression = |key: &str, operator: &str, values: &[&str]| {

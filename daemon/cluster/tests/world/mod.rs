@@ -1,4 +1,4 @@
-//! Hosts and networks to decide about; also for the tests of the subsystems.
+//! Test hosts and networks. The tests of the subsystems use them too.
 #![allow(dead_code, reason = "not each of the tests uses all of it")]
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -51,7 +51,7 @@ pub(crate) fn node(n: u8) -> Node {
     }
 }
 
-/// Hosts h1 to h3, of which h1 looks; one network, of which host n holds that block.
+/// Creates the view of host h1 with the hosts h1 to h3 and one network, in which host n holds `block(n)`.
 pub(crate) fn view_of(mode: Mode, backend: Backend, subnet: Subnet, block: impl Fn(u8) -> IpNet) -> View {
     let network = Network {
         id: NET,
@@ -85,7 +85,7 @@ pub(crate) fn view_of(mode: Mode, backend: Backend, subnet: Subnet, block: impl 
     }
 }
 
-/// A switched network of which host n holds the block 10.9.0.8n/29.
+/// Creates a view with a switched network in which host n holds the block 10.9.0.8n/29.
 pub(crate) fn switched() -> View {
     let subnet = addresses::new_subnet(net("10.9.0.0/24")).unwrap();
     view_of(Mode::L2, Backend::Vxlan, subnet, |n| net(&format!("10.9.0.{}/29", 8 * n)))
@@ -95,7 +95,7 @@ pub(crate) fn tunnel_key(n: u8) -> TunnelKey {
     TunnelKey([100 + n; 32])
 }
 
-/// Gives every host an end of the tunnel, and has the network encrypted.
+/// Gives every host a tunnel, and encrypts the network.
 pub(crate) fn encrypt(view: &mut View, kernel: bool) {
     for (n, node) in (1..).zip(view.nodes.values_mut()) {
         node.record.tunnel =
@@ -134,7 +134,7 @@ pub(crate) fn read(kind: Kind, manifest: Value) -> Resource {
     }
 }
 
-/// A view whose backends are kept up.
+/// A view and its backends, which are kept up to date.
 pub(crate) struct World {
     pub(crate) view: View,
     pub(crate) backends: Backends,

@@ -1,4 +1,4 @@
-//! One ballot of a proposer, from the first message to the decision.
+//! A ballot of a proposer, from the first message to the decision.
 
 use std::collections::BTreeSet;
 
@@ -8,8 +8,8 @@ use ovl_proto::id::NodeId;
 use super::Replica;
 use crate::{Output, RESEND_MS, apply_all, majority};
 
-/// A ballot in flight. It is dropped as soon as a later map is known, so the map it builds on is
-/// always the one that its proposer knows.
+/// A ballot in flight. It is dropped as soon as a later map is known, so it always builds on the map that its
+/// proposer knows.
 #[derive(Debug)]
 pub(super) struct Attempt {
     ballot: Ballot,
@@ -21,21 +21,21 @@ pub(super) struct Attempt {
 enum Phase {
     Prepare {
         promised: BTreeSet<NodeId>,
-        /// What has to be completed before anything else.
+        /// The accepted map with the highest ballot, which must be completed before any other proposal.
         best: Option<(Ballot, AllocMap)>,
     },
     Accept {
         map: AllocMap,
         accepted: BTreeSet<NodeId>,
-        /// What the map means for the changes in it, by their keys in the queue.
+        /// The results of the changes in the map, by their keys in the queue.
         results: Vec<(u64, Result<(), Refusal>)>,
     },
 }
 
 impl Replica {
-    /// Begins a ballot for the changes that wait for one.
+    /// Starts a ballot for the pending changes that this node proposes itself.
     pub(super) fn start(&mut self, now: u64, out: &mut Output) {
-        // At the end of the numbers nothing can be proposed; better than using one twice.
+        // When the ballot numbers are exhausted nothing can be proposed, because a number must not be used twice.
         let Some(counter) = self.durable.promised.counter.max(self.highest_seen).checked_add(1) else {
             self.not_before = now.saturating_add(RESEND_MS);
             return;
@@ -88,7 +88,7 @@ impl Replica {
                 let (map, results) = apply_all(learned, changes);
                 let results: Vec<_> = keys.into_iter().zip(results).collect();
                 let Some(map) = map else {
-                    // A majority was asked and knows of nothing later: the answers hold.
+                    // A majority has promised and knows no later map, so the results hold.
                     let version = learned.version;
                     self.attempt = None;
                     self.failures = 0;
@@ -98,7 +98,7 @@ impl Replica {
                 (map, results)
             }
         };
-        // Another proposer's later ballot may have been promised here since this one began.
+        // This node may have promised another proposer's later ballot since this one started.
         if self.durable.promised > attempt.ballot {
             self.give_way(now);
             return;
@@ -139,8 +139,8 @@ impl Replica {
         self.learn(&map, out);
     }
 
-    /// A later map is known, so the ballot that built on the earlier one is over; its changes are
-    /// made if that map is its own, and wait for the next ballot if not.
+    /// Ends the ballot because a later map is known. If that map is its own, its changes are done; if not, they wait
+    /// for the next ballot.
     pub(super) fn end_attempt(&mut self, out: &mut Output) {
         self.failures = 0;
         let Some(Attempt { phase: Phase::Accept { map, results, .. }, .. }) = self.attempt.take() else {
@@ -151,7 +151,7 @@ impl Replica {
         }
     }
 
-    /// Somebody promised a later ballot to another.
+    /// Handles a reply that the sender promised a later ballot.
     pub(super) fn on_nack(&mut self, now: u64, from: NodeId, ballot: Ballot, promised: Ballot) {
         if self.attempt.as_ref().is_none_or(|attempt| attempt.ballot != ballot) {
             return;
@@ -163,17 +163,17 @@ impl Replica {
         self.give_way(now);
     }
 
-    /// While still preparing, a ballot is lost when this node promises a later one; once it has
-    /// been accepted here it may still succeed.
-    pub(super) fn on_promised_to_another(&mut self, now: u64) {
+    /// Handles a promise of this node to another proposer. A ballot in its prepare phase is lost then. One that was
+    /// accepted locally may still succeed.
+    pub(super) fn on_promise_to_other(&mut self, now: u64) {
         let preparing = |attempt: &Attempt| matches!(attempt.phase, Phase::Prepare { .. });
         if self.attempt.as_ref().is_some_and(preparing) {
             self.give_way(now);
         }
     }
 
-    /// Drops the ballot and leaves the field to the other proposer for a random while, which
-    /// grows so that two of them cannot keep each other from succeeding forever.
+    /// Drops the ballot and waits for a random time before the next one. The time grows with each failure, so that two
+    /// proposers do not prevent each other's success forever.
     fn give_way(&mut self, now: u64) {
         self.attempt = None;
         let window = 10_u64 << self.failures.min(4);
@@ -181,7 +181,7 @@ impl Replica {
         self.not_before = now.saturating_add(window + self.random() % (2 * window + 1));
     }
 
-    /// Sends the ballot's message to all who have not answered it.
+    /// Sends the ballot's message to all members that have not answered it.
     pub(super) fn resend(&mut self, now: u64, out: &mut Output) {
         let learned = &self.durable.learned;
         let Some(attempt) = &mut self.attempt else { return };
@@ -195,7 +195,7 @@ impl Replica {
             }
             Phase::Accept { map, accepted, .. } => {
                 for to in learned.members.union(&map.members).filter(|to| !accepted.contains(to)) {
-                    // One who joins has nothing yet to put the map on top of.
+                    // A joining host needs the agreed map before it can accept the next one.
                     if !learned.members.contains(to) {
                         out.send(*to, AllocMessage::Learn(learned.clone()));
                     }
@@ -205,8 +205,9 @@ impl Replica {
         }
     }
 
-    /// Somebody could not accept for want of the agreed map, which it has been sent now.
-    pub(super) fn accept_again(&self, to: NodeId, out: &mut Output) {
+    /// Resends the accept message to a node that could not accept because it lacked the agreed map, which it was sent
+    /// now.
+    pub(super) fn resend_accept(&self, to: NodeId, out: &mut Output) {
         let Some(Attempt { ballot, phase: Phase::Accept { map, accepted, .. }, .. }) = &self.attempt else {
             return;
         };
@@ -216,8 +217,9 @@ impl Replica {
         }
     }
 
-    /// How many of the electorate answered since then, for the error that says so: of the old
-    /// electorate, or of the new one if the old one is not what is missing.
+    /// Returns the error for a missing majority, with the number of members that have answered since a time.
+    ///
+    /// It counts the old members, or the new ones if the old ones are not what is missing.
     pub(super) fn shortage(&self, since: u64) -> Refusal {
         let old = &self.durable.learned.members;
         let electorate = match &self.attempt {
@@ -240,7 +242,7 @@ impl Replica {
 }
 
 impl Attempt {
-    /// Takes note of what an acceptor, this node included, accepted before it promised.
+    /// Records the map that an acceptor, which may be this node, accepted before it promised.
     fn report(&mut self, accepted: Option<(Ballot, AllocMap)>, learned: u64) {
         let Phase::Prepare { best, .. } = &mut self.phase else { return };
         let Some((ballot, map)) = accepted.filter(|(_, map)| map.version.checked_sub(1) == Some(learned))

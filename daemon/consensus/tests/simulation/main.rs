@@ -1,7 +1,7 @@
-//! The agreement on the allocation map under everything that a network and hosts do: messages are
-//! lost, doubled and overtaken, hosts crash before and after they wrote to disk, the network splits,
-//! hosts join and are forgotten, and all of them claim at once. Deterministic: a failure names the
-//! seed, and `OVL_SIM_SEED=n` runs that one alone; `OVL_SIM_SEEDS=n` runs so many.
+//! A simulation of the consensus on the allocation map under faults of networks and hosts: messages are lost, duplicated
+//! and reordered, hosts crash before and after they write to disk, the network splits, hosts join and are forgotten, and
+//! all of them claim at once. It is deterministic: a failure names the seed. `OVL_SIM_SEED=n` runs only that seed,
+//! `OVL_SIM_SEEDS=n` runs n seeds.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests, and helpers of tests")]
 
@@ -17,14 +17,14 @@ fn number(variable: &str) -> Option<u64> {
 }
 
 #[test]
-fn no_block_has_two_holders_whatever_happens() {
+fn no_block_ever_has_two_holders() {
     let only = number("OVL_SIM_SEED");
     let many = number("OVL_SIM_SEEDS").unwrap_or(1200);
     let seeds = only.map_or(0..many, |seed| seed..seed + 1);
     let mut total = Stats::default();
     for seed in seeds {
         let mut world = World::new(seed, 1 + (seed % 7) as usize);
-        // The panic's own message does not say which run it was.
+        // The panic message does not contain the seed.
         let run = std::panic::AssertUnwindSafe(|| {
             world.storm(5000);
             world.heal_and_claim();
@@ -36,14 +36,14 @@ fn no_block_has_two_holders_whatever_happens() {
     }
     println!("{total:?}");
     if only.is_none() && many >= 1200 {
-        // The storm must be one: all that it is about has happened, and often.
+        // The simulation is only meaningful if all faults occur often.
         assert!(total.decrees > 20_000 && total.done > 40_000, "{total:?}");
         assert!(total.no_majority > 4000 && total.crashes > 6000 && total.forgets > 6000, "{total:?}");
     }
 }
 
 #[test]
-fn the_smaller_side_of_a_split_says_that_it_has_no_majority() {
+fn minority_side_of_a_split_reports_no_majority() {
     for seed in 0..20 {
         let mut world = World::new(seed, 5);
         world.heal_and_claim();

@@ -1,24 +1,24 @@
-//! What goes wrong, what hosts wish for meanwhile, and that it all comes right in the end.
+//! The faults of a run, the requests of hosts during it, and the recovery at its end.
 
 use ovl_proto::alloc::{Block, Change};
 use ovl_proto::id::{NetworkId, NodeId};
 
 use super::world::{Node, Random, World, network};
 
-/// How bad it gets, drawn anew for each run: what one fault hides another one shows.
+/// The rates of faults, chosen anew for each run, because one fault can mask another.
 pub(crate) struct Weather {
-    /// Of a hundred messages.
+    /// The percentage of lost messages.
     pub(crate) lost: u64,
-    /// Of a hundred messages.
+    /// The percentage of duplicated messages.
     pub(crate) doubled: u64,
-    /// The longest delay of a message.
+    /// The longest delay of a message, in milliseconds.
     pub(crate) slowest: u64,
-    /// Of a hundred looks at a peer, those that are wrong about whether it lives.
+    /// The percentage of wrong verdicts about a peer's liveness.
     pub(crate) mistaken: u64,
-    /// One of so many outputs ends in a crash.
+    /// One of this many outputs ends in a crash.
     pub(crate) crash_one_of: u64,
-    /// Of a hundred wishes, those that change much of the membership at once. None in half of the
-    /// runs, because what a forgotten host believes to hold says nothing.
+    /// The percentage of requests that replace much of the membership. 0 in half of the runs, because the blocks that
+    /// a forgotten host believes to hold prove nothing.
     upheaval: u64,
 }
 
@@ -43,11 +43,11 @@ impl World {
         let end = self.now + for_ms;
         while self.now < end {
             if self.random.percent(8) {
-                self.misfortune();
+                self.inject_fault();
             }
             if self.random.percent(25) {
                 let node = self.any();
-                if self.random.percent(upheaval) { self.upheaval(node) } else { self.wish(node) }
+                if self.random.percent(upheaval) { self.upheaval(node) } else { self.request_any(node) }
             }
             self.step();
         }
@@ -63,7 +63,7 @@ impl World {
         self.nodes[node].id
     }
 
-    fn misfortune(&mut self) {
+    fn inject_fault(&mut self) {
         let count = self.nodes.len();
         match self.random.below(12) {
             0 => {
@@ -75,14 +75,14 @@ impl World {
                 let side: Vec<u64> = (0..count).map(|_| self.random.below(2)).collect();
                 self.split(&side);
             }
-            // Whom A hears need not hear A.
+            // Reachability need not be symmetric.
             6..=7 => self.cut = (0..count * count).map(|_| self.random.percent(30)).collect(),
             8..=10 => self.cut.fill(false),
             _ => {}
         }
     }
 
-    /// A host asks for an electorate that has little in common with the one there is.
+    /// Requests a change to members that have little in common with the current ones.
     fn upheaval(&mut self, node: usize) {
         for _ in 0..1 + self.random.below(4) {
             let gone = self.any_id();
@@ -96,8 +96,8 @@ impl World {
         }
     }
 
-    /// A host asks for something of the usual kind.
-    fn wish(&mut self, node: usize) {
+    /// Requests a change of a common kind.
+    fn request_any(&mut self, node: usize) {
         let Node { id: me, up: Some(up), open, giving_up, .. } = &self.nodes[node] else { return };
         let (me, map) = (*me, up.map());
         let held: Vec<Block> = map.blocks.iter().filter(|(_, o)| **o == me).map(|(b, _)| *b).collect();
@@ -144,7 +144,7 @@ impl World {
         self.ask(node, Change::Claim { network, subnet, block_length, owner, blocks });
     }
 
-    /// All that is wrong ends; everybody joins, and then claims at the same instant.
+    /// Ends all faults. Then all hosts join, and claim at the same instant.
     pub(crate) fn heal_and_claim(&mut self) {
         self.cut.fill(false);
         self.start_all();
@@ -165,15 +165,15 @@ impl World {
             let held = map.blocks.iter().filter(|(b, o)| b.network == network(8) && **o == node.id);
             assert_eq!(held.count(), 2);
         }
-        // What is left of the storm's requests may be decided yet.
-        self.run_until("all know the same", |world| {
+        // Remaining requests of the storm may still be decided.
+        self.run_until("all hosts have the same map", |world| {
             let map = &world.nodes[0].disk.learned;
             let same = world.nodes.iter().all(|node| node.disk.learned == *map);
             same && map.members.len() == world.nodes.len()
         });
     }
 
-    /// Until every request has an answer, which it must have in time.
+    /// Runs until every request is answered, and fails if one is not answered in time.
     fn run_until_answered(&mut self) {
         self.run_until("requests are answered", |world| world.nodes.iter().all(|node| node.open.is_empty()));
     }
@@ -181,7 +181,7 @@ impl World {
     fn run_until(&mut self, what: &str, holds: impl Fn(&Self) -> bool) {
         let deadline = self.now + 3100;
         while !holds(self) {
-            assert!(self.now < deadline, "in time, {what}");
+            assert!(self.now < deadline, "not in time: {what}");
             self.step();
         }
     }

@@ -1,4 +1,4 @@
-//! Hosts, the network between them, and what must hold at every moment.
+//! Simulated hosts, the network between them, and the invariants.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -34,7 +34,7 @@ impl Stats {
     }
 }
 
-/// SplitMix64.
+/// A pseudo-random number generator: SplitMix64.
 pub(crate) struct Random(u64);
 
 impl Random {
@@ -59,16 +59,16 @@ pub(crate) struct Node {
     pub(crate) id: NodeId,
     pub(crate) up: Option<Replica>,
     pub(crate) disk: Durable,
-    /// Requests without an answer.
+    /// Unanswered requests.
     pub(crate) open: BTreeMap<u64, Change>,
-    /// The last answer.
+    /// The result of the last request.
     pub(crate) last: Option<Result<u64, Refusal>>,
-    /// Blocks that it asked to release, and does not use until it is told that it did.
+    /// Blocks whose release it requested. It does not use them until the release succeeds.
     pub(crate) giving_up: BTreeSet<Block>,
     pub(crate) has_released: bool,
 }
 
-struct Letter {
+struct Envelope {
     at: u64,
     from: usize,
     to: usize,
@@ -77,19 +77,20 @@ struct Letter {
 
 pub(crate) struct World {
     pub(crate) random: Random,
-    /// Fair if there is none.
+    /// The rates of faults; no faults if `None`.
     pub(crate) weather: Option<Weather>,
     pub(crate) now: u64,
     pub(crate) nodes: Vec<Node>,
-    /// Whether what one sends to another is lost; from × to.
+    /// Whether messages from one host to another are lost, as a from × to matrix.
     pub(crate) cut: Vec<bool>,
-    /// Every map that anybody ever learned.
+    /// Every map that any host ever learned.
     pub(crate) agreed: BTreeMap<u64, AllocMap>,
-    /// Whoever forgets a host says that it is gone, so what these believe to hold does not count.
+    /// Hosts that were ever forgotten. A host is forgotten only if it is gone, so the blocks that these believe to hold are
+    /// not checked.
     pub(crate) ever_forgotten: BTreeSet<NodeId>,
     pub(crate) stats: Stats,
-    wire: Vec<Letter>,
-    /// Somebody's map, or use of it, changed since the last look.
+    wire: Vec<Envelope>,
+    /// Whether any host's map, or its use of it, has changed since the last check.
     news: bool,
 }
 
@@ -135,7 +136,7 @@ impl World {
         self.nodes[node].open.clear();
     }
 
-    /// Only those on the same side reach each other.
+    /// Splits the network: only hosts on the same side reach each other.
     pub(crate) fn split(&mut self, side: &[u64]) {
         let pairs = side.iter().flat_map(|from| side.iter().map(move |to| from != to));
         self.cut = pairs.collect();
@@ -149,15 +150,15 @@ impl World {
         let alive = self.alive(node);
         let Node { up: Some(up), open, .. } = &mut self.nodes[node] else { return };
         let (id, out) = up.request(self.now, change.clone(), &alive);
-        // The answer may be in the same output.
+        // The result may be in the same output.
         open.insert(id, change);
         self.absorb(node, out);
     }
 
     pub(crate) fn step(&mut self) {
         self.now += STEP_MS;
-        while let Some(next) = self.next_letter() {
-            let Letter { from, to, message, .. } = self.wire.swap_remove(next);
+        while let Some(next) = self.next_due() {
+            let Envelope { from, to, message, .. } = self.wire.swap_remove(next);
             if self.reaches(from, to) {
                 let from = self.nodes[from].id;
                 self.with(to, |up, now| up.handle(now, from, message));
@@ -178,13 +179,13 @@ impl World {
         }
     }
 
-    /// Any of those that are due: letters overtake each other.
-    fn next_letter(&mut self) -> Option<usize> {
+    /// Returns any message that is due, because messages are reordered.
+    fn next_due(&mut self) -> Option<usize> {
         let due: Vec<usize> = (0..self.wire.len()).filter(|i| self.wire[*i].at <= self.now).collect();
         (!due.is_empty()).then(|| due[self.random.below(due.len() as u64) as usize])
     }
 
-    /// Which peers a node believes to be alive.
+    /// Returns the peers that a node believes to be alive.
     fn alive(&mut self, node: usize) -> BTreeSet<NodeId> {
         let mistaken = self.weather.as_ref().map_or(0, |weather| weather.mistaken);
         let mut alive = BTreeSet::new();
@@ -205,12 +206,12 @@ impl World {
         }
     }
 
-    /// The shell's part, which may die anywhere in it.
+    /// Acts on an output as the daemon does. The host may crash at any point of it.
     fn absorb(&mut self, node: usize, out: Output) {
         let busy = out.persist || !out.send.is_empty();
         let chance = self.weather.as_ref().filter(|_| busy).map(|weather| weather.crash_one_of);
         let dies = chance.is_some_and(|one_of| self.random.below(one_of) == 0);
-        // Before the disk, after it, or in the middle of the messages.
+        // Crash before the write, after it, or in the middle of the messages.
         let dies = if dies { self.random.below(3) } else { 3 };
         if dies == 0 {
             return self.crash(node);
@@ -223,7 +224,7 @@ impl World {
             self.news = true;
             self.check_agreed(node);
         } else {
-            assert_eq!(disk, up.durable(), "a change that was not announced");
+            assert_eq!(disk, up.durable(), "a durable change without `persist`");
         }
         if dies == 1 {
             return self.crash(node);
@@ -239,14 +240,14 @@ impl World {
             match event {
                 Event::Done { id, result } => self.done(node, id, result),
                 Event::Learned => {}
-                Event::ForeignCluster { .. } => panic!("there is one cluster"),
+                Event::ForeignCluster { .. } => panic!("there is only one cluster"),
             }
         }
     }
 
     fn post(&mut self, from: usize, to: NodeId, message: AllocMessage) {
         if let AllocMessage::Prepare { ballot, .. } | AllocMessage::Accept { ballot, .. } = &message {
-            assert!(*ballot <= self.nodes[from].disk.promised, "a ballot that a restart would use again");
+            assert!(*ballot <= self.nodes[from].disk.promised, "a restart would reuse the ballot");
         }
         let to = self.nodes.iter().position(|node| node.id == to).expect("a known node");
         assert_ne!(from, to, "a message to itself");
@@ -257,9 +258,9 @@ impl World {
         }
         let copies = 1 + u64::from(self.random.percent(doubled));
         for copy in 0..copies {
-            // A second copy may come much later.
+            // A duplicate may arrive much later.
             let at = self.now + 1 + self.random.below(slowest) + copy * self.random.below(3000);
-            self.wire.push(Letter { at, from, to, message: message.clone() });
+            self.wire.push(Envelope { at, from, to, message: message.clone() });
         }
     }
 
@@ -271,11 +272,11 @@ impl World {
             Ok(version) => {
                 self.stats.done += 1;
                 self.news = true;
-                assert!(version <= disk.learned.version, "what is done is known");
+                assert!(version <= disk.learned.version, "a completed change is in the known map");
                 if let Change::Release { block, .. } = &change {
                     giving_up.remove(block);
                 }
-                // Network 3 is dropped at times, which undoes claims in the same decree.
+                // Network 3 is sometimes dropped, which undoes claims in the same decree.
                 let claim = matches!(&change, Change::Claim { network: n, .. } if *n != network(3));
                 if claim && !*has_released && !self.ever_forgotten.contains(me) {
                     assert_eq!(apply(&self.agreed[&version], &change), Ok(None), "{change:?} is done");
@@ -286,7 +287,7 @@ impl World {
         }
     }
 
-    /// There is one map of each version, in which no two blocks overlap.
+    /// Checks that there is one map of each version, in which no two blocks overlap.
     fn check_agreed(&mut self, node: usize) {
         let learned = &self.nodes[node].disk.learned;
         if learned.version == 0 {
@@ -302,8 +303,7 @@ impl World {
         self.stats.decrees += 1;
     }
 
-    /// No two hosts believe at one time that they hold the same address, old as the map may be
-    /// that each of them has.
+    /// Checks that no two hosts believe at one time that they hold the same address, however old their maps are.
     fn check_holders(&self) {
         let mut held = Vec::new();
         for node in self.nodes.iter().filter(|node| !self.ever_forgotten.contains(&node.id)) {
@@ -316,7 +316,7 @@ impl World {
     }
 }
 
-/// For blocks in order, in which any overlap is one of neighbours.
+/// Checks that no blocks overlap. They must be sorted, so that overlapping blocks are neighbours.
 fn assert_disjoint<'a>(blocks: impl IntoIterator<Item = &'a Block>) {
     let mut last: Option<&Block> = None;
     for block in blocks {

@@ -6,7 +6,7 @@ use anyhow::{Context, bail};
 use data_encoding::BASE64;
 use ovl_files::sha256;
 use ovl_proto::id::ClusterKeyId;
-use ovl_proto::record::{ClusterKeys, MOST_OTHER_KEYS};
+use ovl_proto::record::{ClusterKeys, MAX_OTHER_KEYS};
 use ovl_proto::secret::Secret;
 use ring::hmac;
 
@@ -122,7 +122,7 @@ impl Keyring {
     pub fn opening_too(&self, key: ClusterKey) -> Self {
         let mut others = self.others.clone();
         others.push(key);
-        others.drain(..others.len().saturating_sub(MOST_OTHER_KEYS));
+        others.drain(..others.len().saturating_sub(MAX_OTHER_KEYS));
         Self::new(self.first.clone(), others)
     }
 
@@ -236,7 +236,7 @@ mod tests {
         assert_eq!(ring.sealing_with(old.id()).unwrap().ids().seals, old.id());
         assert_eq!(ring.alone().ids().opens, []);
         let more = ring.opening_too(ClusterKey::new([3; 32])).opening_too(ClusterKey::new([4; 32]));
-        assert_eq!((more.sealing().id(), more.all().count()), (new.id(), 1 + MOST_OTHER_KEYS));
+        assert_eq!((more.sealing().id(), more.all().count()), (new.id(), 1 + MAX_OTHER_KEYS));
         assert!(more.get(old.id()).is_none(), "the oldest one made room");
         assert_eq!(format!("{ring:?}"), "Keyring { first: ClusterKey(..), others: [ClusterKey(..)] }");
     }

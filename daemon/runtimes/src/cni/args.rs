@@ -1,5 +1,5 @@
-//! Wishes for one container, from all the places where runtimes put them: `CNI_ARGS`, `args.cni`
-//! and `runtimeConfig`. What comes later in this list wins.
+//! The options for one container, from all the places where runtimes put them: `CNI_ARGS`, `args.cni` and
+//! `runtimeConfig`. A later place in this list takes precedence.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -11,12 +11,12 @@ use serde_json::{Map, Value};
 
 use super::{code, error};
 
-/// The pod's annotations, as containerd and CRI-O name the capability.
+/// The capability with the pod's annotations in containerd and CRI-O.
 const ANNOTATIONS: &str = "io.kubernetes.cri.pod-annotations";
 /// The annotation that labels the endpoint: `app=shop,tier=front`.
 const LABELS: &str = "ovl.labels";
 
-/// What is wished.
+/// The options for a container.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Wishes {
     pub(super) addresses: Vec<IpAddr>,
@@ -24,11 +24,11 @@ pub(super) struct Wishes {
     pub(super) pod: Option<String>,
     pub(super) namespace: Option<String>,
     pub(super) labels: BTreeMap<String, String>,
-    /// Instead of the configuration's.
+    /// Replaces the DNS configuration of the network configuration.
     pub(super) dns: Option<Map<String, Value>>,
 }
 
-/// Reads them all.
+/// Reads the options from all places.
 pub(super) fn wishes(args: &str, config: &Map<String, Value>) -> Result<Wishes, CniError> {
     let mut wishes = Wishes::default();
     wishes.read_environment(args)?;
@@ -47,8 +47,7 @@ pub(super) fn wishes(args: &str, config: &Map<String, Value>) -> Result<Wishes, 
 }
 
 impl Wishes {
-    /// `KEY=VALUE;KEY=VALUE`. Keys that we do not know are an error unless the runtime says
-    /// `IgnoreUnknown`.
+    /// Reads `CNI_ARGS`: `KEY=VALUE;KEY=VALUE`. Unknown keys are an error unless `IgnoreUnknown` is set.
     fn read_environment(&mut self, args: &str) -> Result<(), CniError> {
         let (mut unknown, mut tolerated) = (Vec::new(), false);
         for pair in args.split(';').filter(|pair| !pair.is_empty()) {
@@ -63,7 +62,7 @@ impl Wishes {
                         "0" | "f" | "false" => false,
                         _ => {
                             return Err(environment(format!(
-                                "CNI_ARGS: IgnoreUnknown={value} is neither 1 nor 0"
+                                "CNI_ARGS: invalid value IgnoreUnknown={value}: expected 1 or 0"
                             )));
                         }
                     }
@@ -85,7 +84,7 @@ impl Wishes {
             return Ok(());
         }
         Err(environment(format!(
-            "CNI_ARGS: {} unknown to ovl-cni; IgnoreUnknown=1 makes it pass over what it does not know",
+            "CNI_ARGS: {} unknown to ovl-cni; IgnoreUnknown=1 makes it ignore unknown keys",
             match unknown.as_slice() {
                 [one] => format!("{one} is"),
                 many => format!("{} are", many.join(", ")),
@@ -93,7 +92,7 @@ impl Wishes {
         )))
     }
 
-    /// What the conventions of the specification have for all plugins.
+    /// Reads `args.cni`, as the conventions of the specification define it for all plugins.
     fn read_args(&mut self, args: &Map<String, Value>) -> Result<(), CniError> {
         self.read_addresses("args.cni", args)?;
         for label in list("args.cni.labels", args.get("labels"))? {
@@ -113,7 +112,7 @@ impl Wishes {
             return Err(error(
                 code::UNSUPPORTED,
                 "ovl-cni does not publish ports by itself",
-                "chain the reference plugin `portmap` behind it, which takes the capability portMappings: \
+                "chain the reference plugin `portmap` after it, which takes the capability portMappings: \
                  `ovlctl cni install --portmap` writes such a configuration",
             ));
         }
@@ -170,7 +169,7 @@ impl Wishes {
     }
 }
 
-/// The capability has other names for what a result calls `nameservers` and `search`.
+/// Translates the `dns` capability, whose keys differ from `nameservers` and `search` in a result.
 fn runtime_dns(dns: &Map<String, Value>) -> Result<Map<String, Value>, CniError> {
     let mut result = Map::new();
     for (from, to) in [("servers", "nameservers"), ("searches", "search"), ("options", "options")] {
@@ -186,7 +185,7 @@ fn runtime_dns(dns: &Map<String, Value>) -> Result<Map<String, Value>, CniError>
     Ok(result)
 }
 
-/// An address, whatever prefix length comes with it: that is the network's.
+/// Parses an address. A prefix length is ignored, because the network defines it.
 fn address(place: &str, text: &str) -> Result<IpAddr, CniError> {
     let text = text.trim();
     let parsed = text.parse().ok().or_else(|| text.parse::<IpNet>().ok().map(|net| net.addr()));
@@ -194,14 +193,14 @@ fn address(place: &str, text: &str) -> Result<IpAddr, CniError> {
 }
 
 fn mac(place: &str, text: &str) -> Result<Mac, CniError> {
-    // Docker and Podman also take the other spellings of Go's net.ParseMAC.
+    // Docker and Podman also accept the other forms of Go's net.ParseMAC.
     let parsed: Option<Mac> = text.replace('-', ":").parse().ok();
     parsed
         .filter(|mac| mac.is_unicast())
-        .ok_or_else(|| invalid(place, format!("{place}: {text:?} is not the MAC address of one interface")))
+        .ok_or_else(|| invalid(place, format!("{place}: {text:?} is not a unicast MAC address")))
 }
 
-/// Nothing and null are an empty list.
+/// Returns a list; absent and null values are an empty list.
 pub(super) fn list<'a>(name: &str, value: Option<&'a Value>) -> Result<&'a [Value], CniError> {
     match value {
         None | Some(Value::Null) => Ok(&[]),
@@ -210,19 +209,19 @@ pub(super) fn list<'a>(name: &str, value: Option<&'a Value>) -> Result<&'a [Valu
     }
 }
 
-/// Something in the configuration is of the wrong kind.
+/// Creates the error for a configuration value of the wrong type.
 pub(super) fn wrong(name: &str, wanted: &str) -> CniError {
-    error(code::CONFIG, "the network configuration is wrong", format!("{name} must be {wanted}"))
+    error(code::CONFIG, "invalid network configuration", format!("{name} must be {wanted}"))
 }
 
 fn environment(details: String) -> CniError {
-    error(code::ENVIRONMENT, "an environment variable is wrong", details)
+    error(code::ENVIRONMENT, "invalid environment variable", details)
 }
 
 fn invalid(place: &str, details: String) -> CniError {
     if place.starts_with("CNI_ARGS") {
         environment(details)
     } else {
-        error(code::CONFIG, "the network configuration is wrong", details)
+        error(code::CONFIG, "invalid network configuration", details)
     }
 }

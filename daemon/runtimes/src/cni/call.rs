@@ -1,4 +1,4 @@
-//! What a call means.
+//! Parses the calls of a container runtime.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -12,30 +12,30 @@ use serde_json::{Map, Value};
 use super::args::{list, wishes, wrong};
 use super::{Attachment, Version, code, error};
 
-/// The longest name that Kubernetes gives a pod.
+/// The maximum length of a pod name in Kubernetes.
 pub const MAX_NAME: usize = 253;
 
-/// A call that makes sense.
+/// A parsed call.
 #[derive(Debug, PartialEq)]
 pub enum Call {
-    /// Make an attachment.
+    /// Creates an attachment.
     Add(Box<Add>),
-    /// Take it away.
+    /// Deletes an attachment.
     Del(Attachment),
-    /// Compare it with what was made.
+    /// Compares an attachment with the one that was created.
     Check(Box<Check>),
-    /// Take away all of a network's that are not wanted any more.
+    /// Deletes all attachments of a network that are not in a list.
     Gc(Gc),
-    /// Say whether an attachment could be made.
+    /// Checks whether an attachment could be created.
     Status(Status),
 }
 
-/// An attachment to be made.
+/// A request to create an attachment.
 #[derive(Debug, PartialEq)]
 pub struct Add {
-    /// To answer in.
+    /// The version of the result.
     pub version: Version,
-    /// Which.
+    /// The key of the attachment.
     pub attachment: Attachment,
     /// The container's namespace.
     pub netns: PathBuf,
@@ -45,39 +45,39 @@ pub struct Add {
     pub name: String,
     /// The Kubernetes namespace.
     pub namespace: Option<String>,
-    /// These addresses; none: any.
+    /// The requested addresses. Empty: any.
     pub addresses: Vec<IpAddr>,
-    /// This MAC address.
+    /// The requested MAC address.
     pub mac: Option<Mac>,
     /// The endpoint's labels.
     pub labels: BTreeMap<String, String>,
-    /// For the result.
+    /// The DNS configuration for the result.
     pub dns: Map<String, Value>,
-    /// The result of plugins that come before us.
+    /// The result of the plugins earlier in the chain.
     pub previous: Option<Map<String, Value>>,
 }
 
-/// An attachment to be compared.
+/// A request to check an attachment.
 #[derive(Debug, PartialEq)]
 pub struct Check {
-    /// Which.
+    /// The key of the attachment.
     pub attachment: Attachment,
     /// The container's namespace.
     pub netns: PathBuf,
-    /// The whole chain's result.
+    /// The result of the whole chain.
     pub previous: Map<String, Value>,
 }
 
-/// Attachments to be kept.
+/// A request to delete all attachments but those listed.
 #[derive(Debug, PartialEq)]
 pub struct Gc {
     /// The name of the configuration.
     pub network: String,
-    /// Containers and their interfaces.
+    /// The attachments to keep: container ids and interface names.
     pub valid: BTreeSet<(String, String)>,
 }
 
-/// What is asked about.
+/// A request for the status of a network.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Status {
     /// The network's name or id.
@@ -85,28 +85,31 @@ pub struct Status {
 }
 
 impl Gc {
-    /// Whether the runtime still has this one.
+    /// Whether the runtime keeps an attachment.
     pub fn keeps(&self, attachment: &Attachment) -> bool {
         self.valid.iter().any(|(id, ifname)| (id, ifname) == (&attachment.container_id, &attachment.ifname))
     }
 }
 
 impl Add {
-    /// A name that no other attachment wants, on this host or another.
+    /// Returns a name that no other attachment requests, on this host or another.
     pub fn other_name(&self, host: NodeId) -> String {
         distinct(&self.name, &self.attachment, &host.to_string())
     }
 }
 
-/// Reads a call. Whatever is not ours to know is passed over.
+/// Parses a call. Unknown keys of the configuration are ignored.
+///
+/// # Errors
+///
+/// If the configuration or an environment variable is invalid.
 pub fn parse(call: &CniCall) -> Result<Call, CniError> {
     let Value::Object(config) = &call.config else {
-        return Err(error(code::DECODE, "the network configuration is no JSON object", ""));
+        return Err(error(code::DECODE, "the network configuration is not a JSON object", ""));
     };
     let version = version(config, call.command)?;
     let name = name(config)?;
-    // What takes away asks for no more than it needs: it must go on working with a configuration
-    // that has become wrong.
+    // Deletions validate only what they need: they must succeed even if the configuration has become invalid.
     match call.command {
         CniCommand::Del => return Ok(Call::Del(attachment(call, name)?)),
         CniCommand::Gc => return gc(config, name),
@@ -161,9 +164,9 @@ pub fn parse(call: &CniCall) -> Result<Call, CniError> {
 }
 
 fn version(config: &Map<String, Value>, command: CniCommand) -> Result<Version, CniError> {
-    let spoken = CNI_VERSIONS.join(", ");
+    let supported = CNI_VERSIONS.join(", ");
     let text = match config.get("cniVersion") {
-        // What configurations were before they had to say it.
+        // The version of configurations without the key.
         None => "0.1.0",
         Some(Value::String(text)) => text,
         Some(_) => return Err(wrong("cniVersion", "text")),
@@ -172,7 +175,7 @@ fn version(config: &Map<String, Value>, command: CniCommand) -> Result<Version, 
         error(
             code::VERSION,
             format!("CNI version {text} is not supported"),
-            format!("ovl-cni speaks {spoken}: put one of them into the configuration's `cniVersion`"),
+            format!("ovl-cni supports {supported}: set `cniVersion` in the configuration to one of them"),
         )
     })?;
     let (name, since) = match command {
@@ -187,22 +190,22 @@ fn version(config: &Map<String, Value>, command: CniCommand) -> Result<Version, 
     Err(error(
         code::VERSION,
         format!("CNI version {text} has no {name}"),
-        format!("it came with {}: put that into the configuration's `cniVersion`", since.as_str()),
+        format!("it needs version {}: set `cniVersion` in the configuration", since.as_str()),
     ))
 }
 
-/// Of the configuration.
+/// Returns the name of the configuration.
 fn name(config: &Map<String, Value>) -> Result<&str, CniError> {
     match config.get("name") {
         Some(Value::String(name)) if is_identifier(name) => Ok(name),
         Some(_) => {
             Err(wrong("name", "letters, digits, '-', '_' and '.', at most 253, a letter or digit first"))
         }
-        None => Err(wrong("name", "there")),
+        None => Err(wrong("name", "set")),
     }
 }
 
-/// Of the overlay network.
+/// Returns the name or id of the network.
 fn network(config: &Map<String, Value>, name: &str) -> Result<String, CniError> {
     match config.get("network") {
         None | Some(Value::Null) => Ok(name.to_owned()),
@@ -217,8 +220,8 @@ fn refuse_ipam(config: &Map<String, Value>) -> Result<(), CniError> {
         Some(Value::Object(ipam)) if ipam.is_empty() => Ok(()),
         Some(_) => Err(error(
             code::UNSUPPORTED,
-            "ovl-cni takes no `ipam`",
-            "ovl gives out the addresses itself, from the network's subnets, see `ovlctl network inspect`: remove the \
+            "ovl-cni does not support `ipam`",
+            "ovl itself allocates the addresses from the network's subnets, see `ovlctl network inspect`: remove the \
              key from the configuration",
         )),
     }
@@ -255,26 +258,26 @@ fn attachment(call: &CniCall, name: &str) -> Result<Attachment, CniError> {
 
 fn gc(config: &Map<String, Value>, name: &str) -> Result<Call, CniError> {
     const KEY: &str = "cni.dev/valid-attachments";
-    // The second name was in the specification's code for a while.
+    // The specification's code used the second key for a while.
     let Some(given) = config.get(KEY).or_else(|| config.get("cni.dev/attachments")) else {
         return Err(error(
             code::CONFIG,
             format!("`{KEY}` is missing"),
-            "a GC without it would take every container off the network; an empty list does that",
+            "a GC without it would detach every container; an empty list does that",
         ));
     };
     let mut valid = BTreeSet::new();
     for attachment in list(KEY, Some(given))? {
         match (attachment["containerID"].as_str(), attachment["ifname"].as_str()) {
             (Some(id), Some(ifname)) => valid.insert((id.to_owned(), ifname.to_owned())),
-            // A list that is not understood must not cost anybody the network.
+            // An invalid list must not detach any container.
             _ => return Err(wrong(KEY, r#"a list of {"containerID": "...", "ifname": "..."}"#)),
         };
     }
     Ok(Call::Gc(Gc { network: name.to_owned(), valid }))
 }
 
-/// A pod's name is an endpoint's as it stands, or made to be one.
+/// Returns the endpoint name for a pod: the pod's name, if necessary with its invalid characters replaced.
 fn endpoint_name(pod: &str, attachment: &Attachment) -> String {
     if is_identifier(pod) {
         return pod.to_owned();
@@ -284,8 +287,8 @@ fn endpoint_name(pod: &str, attachment: &Attachment) -> String {
     distinct(if name.is_empty() { "pod" } else { &name }, attachment, "")
 }
 
-/// The name with a few digits that belong to the attachment alone, on this host if one is named: containers of several
-/// hosts may have the same id.
+/// Appends digits to a name that are unique to the attachment. `host` makes them unique among hosts, since containers of
+/// several hosts may have the same id.
 fn distinct(name: &str, attachment: &Attachment, host: &str) -> String {
     let Attachment { network, container_id, ifname } = attachment;
     let hash = digest(&SHA256, format!("{container_id}/{ifname}/{network}/{host}").as_bytes());
@@ -294,7 +297,7 @@ fn distinct(name: &str, attachment: &Attachment, host: &str) -> String {
     format!("{}-{digits}", name.chars().take(room).collect::<String>())
 }
 
-/// As the specification has them, with an end.
+/// Whether a text is an identifier of the specification of at most [`MAX_NAME`] bytes.
 fn is_identifier(text: &str) -> bool {
     text.len() <= MAX_NAME
         && text.starts_with(|c: char| c.is_ascii_alphanumeric())

@@ -1,4 +1,4 @@
-//! Whether an attachment is as it was made.
+//! The `CHECK` of an attachment.
 
 use std::net::IpAddr;
 
@@ -12,12 +12,16 @@ use ovl_dataplane::observed::Inside;
 
 use super::{Check, code, error};
 
-/// Compares what ovl has, what the runtime was told, and what the kernel holds. Names the first
-/// difference. What other plugins of the chain made is theirs to look at.
+/// Compares the attachment in ovl's state, in the runtime's result and in the kernel. What other plugins of the chain
+/// created is ignored.
+///
+/// # Errors
+///
+/// Names the first difference.
 pub fn check(call: &Check, endpoint: &Endpoint, found: Option<&Inside>) -> Result<(), CniError> {
     let ifname = &call.attachment.ifname;
     let Some(found) = found else {
-        return difference(format!("there is no interface {ifname} in {}", call.netns.display()));
+        return difference(format!("no interface {ifname} in {}", call.netns.display()));
     };
     if !found.up {
         return difference(format!("{ifname} is down"));
@@ -36,7 +40,7 @@ pub fn check(call: &Check, endpoint: &Endpoint, found: Option<&Inside>) -> Resul
     check_previous(call, endpoint, found)
 }
 
-/// The runtime's idea of our interface.
+/// Compares the runtime's result with the interface.
 fn check_previous(call: &Check, endpoint: &Endpoint, found: &Inside) -> Result<(), CniError> {
     let ifname = &call.attachment.ifname;
     let all = |key: &str| call.previous.get(key).and_then(Value::as_array).map_or(&[][..], Vec::as_slice);
@@ -74,13 +78,13 @@ fn check_previous(call: &Check, endpoint: &Endpoint, found: &Inside) -> Result<(
     }
     for route in all("routes") {
         let default = matches!(route["dst"].as_str(), Some("0.0.0.0/0" | "::/0"));
-        // Those via other gateways are other plugins'.
+        // Routes via other gateways belong to other plugins.
         let ours = ips.iter().any(|ip| ip["gateway"].is_string() && ip["gateway"] == route["gw"]);
         let gateway = route["gw"].as_str().and_then(|gateway| gateway.parse::<IpAddr>().ok());
         if let Some(gateway) = gateway.filter(|gateway| default && ours && !found.gateways.contains(gateway))
         {
             return difference(format!(
-                "the default route via {gateway} is gone from {}",
+                "the default route via {gateway} is missing in {}",
                 call.netns.display()
             ));
         }
@@ -96,5 +100,5 @@ fn shown(addresses: &[IpNet]) -> String {
 }
 
 fn difference(details: String) -> Result<(), CniError> {
-    Err(error(code::DIFFERENCE, "the container's network is not as it was made", details))
+    Err(error(code::DIFFERENCE, "the container's attachment differs from the one that was created", details))
 }

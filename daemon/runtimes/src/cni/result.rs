@@ -1,4 +1,4 @@
-//! The result of an `ADD`, in each version.
+//! The result of an `ADD`, in the form of each version.
 
 use std::net::IpAddr;
 
@@ -10,18 +10,18 @@ use ovl_dataplane::observed::Inside;
 
 use super::{Add, Version};
 
-/// An attachment that was made.
+/// A created attachment.
 #[derive(Debug)]
 pub struct Made<'a> {
-    /// Devices on the host: name and MAC address, outermost first.
+    /// The devices on the host: name and MAC address, outermost first.
     pub host: Vec<(String, Mac)>,
     /// The interface in the container.
     pub inside: &'a Inside,
-    /// Each address with the length of its subnet, and the gateway there.
+    /// Each address with the prefix length of its subnet, and the gateway there.
     pub addresses: Vec<(IpNet, Option<IpAddr>)>,
 }
 
-/// What is printed: what plugins before us made, and then ours.
+/// Returns the result: that of the plugins earlier in the chain, followed by that of ovl.
 pub fn render(add: &Add, made: &Made<'_>) -> Value {
     let mut result = add.previous.clone().unwrap_or_default();
     result.insert("cniVersion".to_owned(), add.version.as_str().into());
@@ -57,7 +57,7 @@ pub fn render(add: &Add, made: &Made<'_>) -> Value {
     append(&mut result, "interfaces", interfaces);
     append(&mut result, "ips", ips.collect());
     append(&mut result, "routes", routes.collect());
-    // Of two that say something about names, the one that was given to us wins.
+    // The DNS configuration given to ovl takes precedence over that of an earlier plugin.
     if !add.dns.is_empty() || !result.contains_key("dns") {
         result.insert("dns".to_owned(), Value::Object(add.dns.clone()));
     }

@@ -21,7 +21,7 @@ fn call(command: CniCommand, config: Value) -> CniCall {
     }
 }
 
-/// A configuration with these keys beside the ones that all have.
+/// Returns a configuration with these keys in addition to the common ones.
 fn config(more: Value) -> Value {
     let mut config = json!({ "cniVersion": "1.1.0", "name": "pods", "type": "ovl-cni" });
     for (key, value) in more.as_object().unwrap() {
@@ -45,7 +45,7 @@ fn assert_fails<T: std::fmt::Debug>(result: Result<T, CniError>, number: u32, pa
     assert!(format!("{} {}", error.msg, error.details).contains(part), "{error:?} does not say {part:?}");
 }
 
-/// What containerd was recorded to send, with our type.
+/// A recorded call of containerd, with the plugin type of ovl.
 fn containerds() -> CniCall {
     CniCall {
         args: "K8S_POD_NAMESPACE=shop;K8S_POD_NAME=p1;K8S_POD_INFRA_CONTAINER_ID=0d0d;K8S_POD_UID=uid-p1;IgnoreUnknown=1".into(),
@@ -66,20 +66,20 @@ fn containerds() -> CniCall {
 }
 
 #[test]
-fn a_call_of_containerd_is_understood() {
+fn containerd_call_is_parsed() {
     let Call::Add(add) = parse(&containerds()).unwrap() else { panic!() };
     assert_eq!((add.version, add.network.as_str(), add.name.as_str()), (Version::V0_4_0, "blue", "p1"));
     assert_eq!(add.namespace.as_deref(), Some("shop"));
     assert_eq!(add.attachment.network, "k8snet");
     let labels = [("app", "shop"), ("tier", "front")].map(|(key, value)| (key.to_owned(), value.to_owned()));
     assert_eq!(add.labels, labels.into());
-    // Its second DEL has no namespace any more.
+    // Its second DEL has no namespace.
     let del = CniCall { command: CniCommand::Del, netns: String::new(), ..containerds() };
     assert_eq!(parse(&del), Ok(Call::Del(add.attachment)));
 }
 
 #[test]
-fn a_call_of_podman_is_understood() {
+fn podman_call_is_parsed() {
     let args = "IgnoreUnknown=1;K8S_POD_NAME=elegant_blackburn;MAC=02:aa:00:00:00:01;IP=10.91.0.77";
     let add = add(args, json!({ "cniVersion": "0.4.0" })).unwrap();
     assert_eq!(add.name, "elegant_blackburn");
@@ -89,12 +89,12 @@ fn a_call_of_podman_is_understood() {
 }
 
 #[test]
-fn without_a_pod_the_container_gives_the_name() {
+fn endpoint_is_named_after_the_container_without_a_pod() {
     assert_eq!(add("", json!({})).unwrap().name, "0d0de92591a6");
 }
 
 #[test]
-fn a_name_never_fails_an_add() {
+fn any_pod_name_gives_a_valid_endpoint_name() {
     let name = |pod: &str| add(&format!("K8S_POD_NAME={pod}"), json!({})).unwrap().name;
     assert_eq!(name(&"p".repeat(253)), "p".repeat(253));
     for odd in ["-x", "a b", "ü", "...", &"p".repeat(300)] {
@@ -112,7 +112,7 @@ fn a_name_never_fails_an_add() {
 }
 
 #[test]
-fn wishes_come_from_three_places_and_the_last_one_wins() {
+fn options_come_from_three_places_and_the_last_one_wins() {
     let cni = json!({ "cni": { "ips": ["10.0.0.2/24", "fd00::2"], "mac": "02-00-00-00-00-02", "labels": [{ "key": "a", "value": "b" }] } });
     let environment = "IP=10.0.0.1/24,fd00::1/64;MAC=02:00:00:00:00:01";
     let wish = |more| {
@@ -123,7 +123,7 @@ fn wishes_come_from_three_places_and_the_last_one_wins() {
     assert_eq!(wish(json!({ "args": cni })), ("10.0.0.2 fd00::2".into(), 2));
     let runtime = json!({ "ips": ["10.0.0.3"], "mac": "02:00:00:00:00:03" });
     assert_eq!(wish(json!({ "args": cni, "runtimeConfig": runtime })), ("10.0.0.3".into(), 3));
-    // Nothing given is no wish.
+    // Empty values are no options.
     let nothing =
         json!({ "args": { "cni": { "ips": [], "mac": "" } }, "runtimeConfig": { "ips": null, "mac": null } });
     assert_eq!(wish(nothing), ("10.0.0.1 fd00::1".into(), 1));
@@ -131,7 +131,7 @@ fn wishes_come_from_three_places_and_the_last_one_wins() {
 }
 
 #[test]
-fn dns_passes_through_and_the_capability_wins() {
+fn dns_is_passed_on_and_the_capability_takes_precedence() {
     let given =
         json!({ "nameservers": ["10.0.0.10"], "domain": "x", "search": ["a"], "options": ["ndots:5"] });
     assert_eq!(Value::Object(add("", json!({ "dns": given })).unwrap().dns), given);
@@ -201,7 +201,7 @@ fn each_error_has_its_code() {
 }
 
 #[test]
-fn commands_belong_to_versions() {
+fn commands_require_their_version() {
     let of = |command, version: &str| {
         parse(&call(
             command,
@@ -217,7 +217,7 @@ fn commands_belong_to_versions() {
 }
 
 #[test]
-fn gc_needs_its_list_and_reads_it_whole() {
+fn gc_requires_a_valid_list() {
     let gc = |more| {
         parse(&CniCall {
             container_id: String::new(),
@@ -245,7 +245,7 @@ fn gc_needs_its_list_and_reads_it_whole() {
 }
 
 #[test]
-fn what_takes_away_goes_on_with_a_configuration_that_became_wrong() {
+fn del_succeeds_with_an_invalid_configuration() {
     let more =
         json!({ "ipam": { "type": "x" }, "network": 7, "runtimeConfig": 1, "prevResult": 1, "dns": 1 });
     let del = CniCall { args: "nonsense".into(), ..call(CniCommand::Del, config(more)) };
@@ -279,7 +279,7 @@ fn rendered(add: &Add) -> Value {
 }
 
 #[test]
-fn a_result_is_written_in_the_version_asked_for() {
+fn result_has_the_requested_version() {
     let expected = |old: bool, new: bool| {
         let mut result = json!({
             "interfaces": [
@@ -313,7 +313,7 @@ fn a_result_is_written_in_the_version_asked_for() {
 }
 
 #[test]
-fn the_result_of_plugins_before_us_is_kept() {
+fn result_of_earlier_plugins_is_kept() {
     let previous = json!({
         "cniVersion": "1.0.0",
         "interfaces": [{ "name": "lo", "sandbox": "/var/run/netns/cni-1" }],
@@ -357,9 +357,9 @@ fn checked(change: impl FnOnce(&mut Value, &mut Endpoint, &mut Inside)) -> Resul
 }
 
 #[test]
-fn a_check_names_the_difference() {
+fn check_names_the_difference() {
     assert_eq!(checked(|_, _, _| ()), Ok(()));
-    // What others add is theirs.
+    // What other plugins add is ignored.
     assert_eq!(
         checked(|previous, _, found| {
             found.addresses.push("10.9.0.1/24".parse().unwrap());
@@ -409,7 +409,7 @@ fn a_check_names_the_difference() {
     assert_fails(parse(&self::call(CniCommand::Check, config(json!({})))), code::CONFIG, "prevResult");
 }
 
-/// Any JSON, not too deep.
+/// Returns arbitrary JSON of limited depth.
 fn any_json() -> impl Strategy<Value = Value> {
     let leaf = prop_oneof![
         Just(Value::Null),
@@ -427,7 +427,7 @@ fn any_json() -> impl Strategy<Value = Value> {
     })
 }
 
-/// One that is looked for somewhere, more often than not.
+/// Returns a key that the parser reads, more often than not.
 fn key() -> impl Strategy<Value = String> {
     let known = prop::sample::select(vec![
         "args",
@@ -457,7 +457,7 @@ fn key() -> impl Strategy<Value = String> {
 
 proptest! {
     #[test]
-    fn nothing_that_a_runtime_sends_panics(
+    fn arbitrary_calls_do_not_panic(
         command in prop::sample::select(vec![CniCommand::Add, CniCommand::Del, CniCommand::Check, CniCommand::Gc, CniCommand::Status]),
         version in prop::sample::select(CNI_VERSIONS.to_vec()),
         more in prop::collection::vec((key(), any_json()), 0..6),

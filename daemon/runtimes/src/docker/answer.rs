@@ -1,4 +1,4 @@
-//! What is answered, as JSON.
+//! Responses to an Engine, as JSON.
 
 use std::net::IpAddr;
 
@@ -7,15 +7,14 @@ use serde_json::{Value, json};
 
 use super::{Call, Pool, SPACE, same_family};
 
-/// What is always answered in the same way, whatever the cluster is like.
+/// Returns the response to a call if it does not depend on the cluster; `None` otherwise.
 pub fn always(call: &Call) -> Option<Value> {
     Some(match call {
         Call::Activate => json!({ "Implements": ["NetworkDriver", "IpamDriver"] }),
-        // `local`: without Swarm an Engine takes back networks that are global, and it is ovl that
-        // tells the hosts.
+        // `local`: without Swarm, an Engine does not keep global networks, and ovl itself distributes networks to hosts.
         Call::DriverCapabilities => json!({ "Scope": "local", "ConnectivityScope": "global" }),
-        // A MAC address with each request tells endpoints from auxiliary addresses. Nothing is to be
-        // repeated after a restart of the Engine: what it knows of us, we know too.
+        // A MAC address with each request distinguishes endpoints from auxiliary addresses. No replay is needed after a
+        // restart of the Engine, because ovld stores its state.
         Call::IpamCapabilities => json!({ "RequiresMACAddress": true, "RequiresRequestReplay": false }),
         Call::AddressSpaces => {
             json!({ "LocalDefaultAddressSpace": SPACE, "GlobalDefaultAddressSpace": SPACE })
@@ -26,50 +25,52 @@ pub fn always(call: &Call) -> Option<Value> {
     })
 }
 
-/// A range.
+/// Returns the response with a pool.
 pub fn pool(pool: Pool) -> Value {
     json!({ "PoolID": pool.to_string(), "Pool": pool.prefix.to_string(), "Data": {} })
 }
 
-/// An address with its length.
+/// Returns the response with an address and its prefix length.
 pub fn address(net: IpNet) -> Value {
     json!({ "Address": net.to_string(), "Data": {} })
 }
 
-/// An endpoint that has what the Engine gave it.
+/// Returns the response for an endpoint whose interface is as the Engine requested.
 pub fn endpoint() -> Value {
     json!({ "Interface": {} })
 }
 
-/// There is nothing to say about endpoints that the Engine would show.
+/// Returns an empty description: the Engine shows no further data of endpoints.
 fn described() -> Value {
     json!({ "Value": {} })
 }
 
-/// It was done.
+/// Returns the response for success without data.
 pub fn nothing() -> Value {
     json!({})
 }
 
-/// It was not. The two protocols have another name for that.
+/// Returns the response for an error. The driver and IPAM protocols use different keys for it.
 pub fn failed(why: &str) -> Value {
     let why = format!("ovl: {why}");
     json!({ "Err": why, "Error": why })
 }
 
-/// What an Engine is to put into a container.
+/// What an Engine configures in a container.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Joined {
-    /// The interface's name in the host's namespace.
+    /// The name of the interface in the host's namespace, which the Engine moves.
     pub device: String,
-    /// One for each address.
+    /// The gateways, one for each address.
     pub gateways: Vec<IpAddr>,
-    /// What is behind the gateways, if the addresses' own ranges do not say so: of a routed network.
+    /// The subnets behind the gateways, on a routed network, where the addresses' own prefixes do not cover them.
     pub ranges: Vec<IpNet>,
 }
 
-/// The Engine names the interface `eth0` or the next one. Without a gateway it would put a bridge of
-/// its own beside, unless it is told not to.
+/// Returns the response to a join.
+///
+/// The Engine names the interface `eth0` or the next free name. Without a gateway it would also attach the container to
+/// its own bridge, unless `DisableGatewayService` is set.
 pub fn joined(joined: &Joined, internal: bool) -> Value {
     let mut routes = Vec::new();
     for gateway in &joined.gateways {
@@ -78,7 +79,7 @@ pub fn joined(joined: &Joined, internal: bool) -> Value {
         if behind.is_empty() {
             continue;
         }
-        // The addresses have no range of their own to find the gateway in.
+        // The addresses have full-length prefixes, so the gateway needs a route of its own.
         routes.push(json!({ "Destination": IpNet::from(*gateway).to_string(), "RouteType": 1 }));
         routes.extend(behind.iter().map(|range| {
             json!({ "Destination": range.to_string(), "RouteType": 0, "NextHop": gateway.to_string() })

@@ -1,4 +1,4 @@
-//! What a call means.
+//! Parses the calls of a Docker Engine.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -13,7 +13,7 @@ use serde_json::{Map, Value};
 
 use super::{EngineEndpoint, Pool, SPACE};
 
-/// The longest name that the Engine gives a container.
+/// The maximum length of a container name.
 pub const MAX_NAME: usize = 253;
 
 const GENERIC: &str = "com.docker.network.generic";
@@ -24,113 +24,117 @@ const DRIVER_MTU: &str = "com.docker.network.driver.mtu";
 const GATEWAY: &str = "com.docker.network.gateway";
 const ADDRESS_TYPE: &str = "RequestAddressType";
 
-/// A call that makes sense.
+/// A parsed call.
 #[derive(Debug, PartialEq)]
 pub enum Call {
-    /// What is this plugin?
+    /// Requests the protocols of the plugin.
     Activate,
-    /// What does the driver do?
+    /// Requests the capabilities of the network driver.
     DriverCapabilities,
-    /// What does the IPAM need?
+    /// Requests the capabilities of the IPAM driver.
     IpamCapabilities,
-    /// What are the address spaces called?
+    /// Requests the names of the address spaces.
     AddressSpaces,
-    /// A range for a network that is to be made.
+    /// Requests a pool for a network that is to be created.
     RequestPool(PoolWish),
-    /// An address of a pool.
+    /// Requests an address of a pool.
     RequestAddress(AddressWish),
-    /// It is not used any more.
+    /// Releases an address.
     ReleaseAddress {
-        /// The pool it came from.
+        /// The pool of the address.
         pool: Pool,
         /// The address.
         address: IpAddr,
     },
-    /// Make or join a network.
+    /// Creates or joins a network.
     CreateNetwork(Box<NetworkWish>),
-    /// Leave it: the Engine's id.
+    /// Leaves a network, by the Engine's id.
     DeleteNetwork(String),
-    /// Make an endpoint.
+    /// Creates an endpoint.
     CreateEndpoint(Box<EndpointWish>),
-    /// Remove it.
+    /// Deletes an endpoint.
     DeleteEndpoint(EngineEndpoint),
-    /// Tell what is to be put into the container.
+    /// Requests the interface and routes for a container.
     Join(EngineEndpoint),
-    /// The container is off the network.
+    /// Reports that a container was disconnected from the network.
     Leave(EngineEndpoint),
-    /// Publish ports.
+    /// Publishes ports of an endpoint.
     Publish(EngineEndpoint, Vec<Publish>),
-    /// Publish none any more.
+    /// Unpublishes all ports of an endpoint.
     Revoke(EngineEndpoint),
-    /// What is there to say about it?
+    /// Requests a description of an endpoint.
     Describe(EngineEndpoint),
-    /// Nothing that we would have to do.
+    /// Requires no action.
     Nothing,
 }
 
-/// A range of addresses that is asked for.
+/// A request for a pool.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PoolWish {
-    /// This one.
+    /// The requested prefix.
     pub prefix: Option<IpNet>,
-    /// That of this network of the cluster.
+    /// The network of the cluster whose subnet is requested.
     pub network: Option<String>,
-    /// Of IPv6.
+    /// Whether the pool is for IPv6.
     pub v6: bool,
 }
 
-/// An address that is asked for.
+/// A request for an address.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum AddressWish {
-    /// The gateway's, for the Engine to show: this one, or any.
+    /// The gateway, which the Engine shows: a given address, or any.
     Gateway(Pool, Option<IpAddr>),
-    /// An endpoint's: this one, or any.
+    /// An address for an endpoint: a given address, or any.
     Endpoint(Pool, Option<IpAddr>),
 }
 
-/// A network that is to be made or joined.
+/// A request to create or join a network.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NetworkWish {
-    /// The Engine's id.
+    /// The Engine's id of the network.
     pub id: String,
     /// The name in the cluster.
     pub name: Option<String>,
-    /// At most one of each family.
+    /// The subnets, at most one of each family.
     pub prefixes: Vec<IpNet>,
-    /// Without a way out.
+    /// Whether the network has no gateway.
     pub internal: bool,
-    /// Only ever through the tunnel; nothing: as it is, or not.
+    /// Whether it is encrypted. `None`: as the existing network, or not encrypted.
     pub encrypted: Option<bool>,
-    /// Nothing: as it is, or switched.
+    /// The mode. `None`: as the existing network, or switched.
     pub mode: Option<Mode>,
-    /// Nothing: as it is, or a free one.
+    /// The VNI. `None`: as the existing network, or a free one.
     pub vni: Option<u32>,
-    /// Nothing: as it is, or what the paths carry.
+    /// The MTU in bytes. `None`: as the existing network, or derived from the path MTUs.
     pub mtu: Option<u16>,
-    /// Nothing: as it is, or VXLAN.
+    /// The backend. `None`: as the existing network, or VXLAN.
     pub backend: Option<Backend>,
 }
 
-/// An endpoint that is to be made.
+/// A request to create an endpoint.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct EndpointWish {
-    /// Which.
+    /// The Engine's ids.
     pub id: EngineEndpoint,
-    /// One of each family, all out of our hands.
+    /// The addresses, one of each family, all assigned by ovl's IPAM.
     pub addresses: Vec<IpAddr>,
-    /// The interface's.
+    /// The MAC address of the interface.
     pub mac: Mac,
-    /// What the cluster calls it.
+    /// The name in the cluster.
     pub name: String,
-    /// More names.
+    /// Further names that resolve to it.
     pub aliases: Vec<String>,
     /// The Kubernetes namespace.
     pub namespace: Option<String>,
-    /// What selectors match.
+    /// The labels that selectors match.
     pub labels: BTreeMap<String, String>,
 }
 
-/// Reads a call: its path without the slash, and its body. The error is for people.
+/// Parses a call from its path without the slash, and its body.
+///
+/// # Errors
+///
+/// A message for the user if the call is unknown or invalid.
 pub fn parse(method: &str, body: &Value) -> Result<Call, String> {
     Ok(match method {
         "Plugin.Activate" => Call::Activate,
@@ -156,27 +160,26 @@ pub fn parse(method: &str, body: &Value) -> Result<Call, String> {
         }
         "NetworkDriver.RevokeExternalConnectivity" => Call::Revoke(which(read(body)?)?),
         "NetworkDriver.EndpointOperInfo" => Call::Describe(which(read(body)?)?),
-        // Ranges belong to networks and go with them; who else is there, we know ourselves.
+        // A subnet belongs to its network and is deleted with it. ovld itself knows the other hosts.
         "IpamDriver.ReleasePool" | "NetworkDriver.DiscoverNew" | "NetworkDriver.DiscoverDelete" => {
             Call::Nothing
         }
-        other => return Err(format!("ovl does not know the call {other}")),
+        other => return Err(format!("unknown call {other}: ovl does not support it")),
     })
 }
 
-/// Whether a call takes something away. An Engine that is told that it failed goes on all the same, so
-/// it can as well be done later.
+/// Whether a call can be completed later. This applies to deletions: an Engine goes on even if they fail.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Later {
-    /// It does not.
+    /// It cannot be completed later.
     No,
-    /// It follows from others that come with it.
+    /// Another call, which the Engine sends too, has the same effect.
     Follows,
-    /// It has to be kept, under this name.
+    /// It must be stored under this name.
     Keep(String),
 }
 
-/// What can be done with a call while ovld is not there.
+/// Returns whether a call can be completed later if ovld is unavailable.
 pub fn later(call: &Call) -> Later {
     match call {
         Call::DeleteEndpoint(id) | Call::Leave(id) => Later::Keep(format!("endpoint-{}", id.endpoint)),
@@ -187,11 +190,11 @@ pub fn later(call: &Call) -> Later {
     }
 }
 
-/// Nothing stands for a body without fields.
+/// Deserializes a body; null is a body without fields.
 fn read<T: DeserializeOwned>(body: &Value) -> Result<T, String> {
     let empty = Value::Object(Map::new());
     let body = if body.is_null() { &empty } else { body };
-    T::deserialize(body).map_err(|error| format!("ovl does not understand the call: {error}"))
+    T::deserialize(body).map_err(|error| format!("invalid body of the call: {error}"))
 }
 
 #[derive(Deserialize)]
@@ -211,11 +214,11 @@ struct RawPool {
 
 fn pool(raw: RawPool) -> Result<PoolWish, String> {
     if raw.address_space != SPACE {
-        return Err(format!("the address space {:?} is not ovl's, which is {SPACE}", raw.address_space));
+        return Err(format!("address space {:?} is not supported: ovl has only {SPACE}", raw.address_space));
     }
     if !raw.sub_pool.is_empty() {
         return Err(format!(
-            "ovl divides a network's range among the hosts itself: leave --ip-range {} out",
+            "ovl itself divides a network's subnet among the hosts: omit --ip-range {}",
             raw.sub_pool
         ));
     }
@@ -223,12 +226,12 @@ fn pool(raw: RawPool) -> Result<PoolWish, String> {
     for (key, value) in raw.options.into_iter().flatten() {
         match key.as_str() {
             "ovl.network" => network = Some(value),
-            _ => return Err(format!("--ipam-opt {key}: ovl knows only ovl.network=NAME there")),
+            _ => return Err(format!("--ipam-opt {key} is not supported: ovl has only ovl.network=NAME")),
         }
     }
     let prefix = match raw.pool.as_str() {
         "" => None,
-        text => Some(text.parse().map_err(|_| format!("{text:?} is no range of addresses"))?),
+        text => Some(text.parse().map_err(|_| format!("invalid subnet {text:?}"))?),
     };
     Ok(PoolWish { prefix, network, v6: raw.v6 })
 }
@@ -252,7 +255,7 @@ fn address(raw: RawAddress) -> Result<AddressWish, String> {
     }
     if !options.contains_key(MAC) {
         return Err(format!(
-            "ovl sets no address aside for --aux-address{}: give endpoints outside of Docker one with `ovlctl attach --ip`",
+            "ovl does not support --aux-address{}: reserve the address for an endpoint outside of Docker with `ovlctl attach --ip`",
             address.map(|address| format!(" {address}")).unwrap_or_default()
         ));
     }
@@ -285,21 +288,20 @@ fn network(raw: RawNetwork) -> Result<NetworkWish, String> {
     for range in raw.v4.into_iter().chain(raw.v6).flatten() {
         if range.address_space != SPACE {
             return Err(
-                "the addresses of an ovl network are given out for all hosts together: add --ipam-driver ovl"
+                "ovl allocates the addresses of a network for all hosts together: add --ipam-driver ovl"
                     .to_owned(),
             );
         }
-        let prefix: IpNet =
-            range.pool.parse().map_err(|_| format!("{:?} is no range of addresses", range.pool))?;
+        let prefix: IpNet = range.pool.parse().map_err(|_| format!("invalid subnet {:?}", range.pool))?;
         if prefixes.iter().any(|other| other.addr().is_ipv4() == prefix.addr().is_ipv4()) {
             return Err(format!(
-                "{prefix} is a second range of its family: a container has one address of each on a network"
+                "{prefix} is a second subnet of its family: a network has at most one IPv4 and one IPv6 subnet"
             ));
         }
         prefixes.push(prefix);
     }
     if prefixes.is_empty() {
-        return Err("a network without a range of addresses: add --ipam-driver ovl".to_owned());
+        return Err("the network has no subnet: add --ipam-driver ovl".to_owned());
     }
     let options = raw.options.unwrap_or_default();
     let mut wish = NetworkWish {
@@ -320,9 +322,9 @@ fn network(raw: RawNetwork) -> Result<NetworkWish, String> {
     Ok(wish)
 }
 
-/// Takes in one `-o KEY=VALUE`.
+/// Applies one `-o KEY=VALUE`.
 fn set(wish: &mut NetworkWish, key: &str, value: &str) -> Result<(), String> {
-    let wrong = |wanted: &str| format!("-o {key}={value}: {wanted}");
+    let wrong = |wanted: &str| format!("-o {key}={value}: expected {wanted}");
     match key {
         "ovl.network" => wish.name = Some(value.to_owned()),
         "ovl.encrypted" | "encrypted" => {
@@ -349,11 +351,11 @@ fn set(wish: &mut NetworkWish, key: &str, value: &str) -> Result<(), String> {
         }
         "ovl.vni" => wish.vni = Some(value.parse().map_err(|_| wrong("a number"))?),
         "ovl.mtu" | DRIVER_MTU => wish.mtu = Some(value.parse().map_err(|_| wrong("a number of bytes"))?),
-        // Tools hand other drivers' options to all.
+        // Tools pass the options of other drivers to all drivers.
         _ if key.starts_with("com.docker.") => {}
         _ => {
             return Err(format!(
-                "-o {key} is no option of ovl, which are ovl.network, ovl.encrypted, ovl.mode, ovl.backend, ovl.vni and \
+                "unknown option -o {key}: ovl has ovl.network, ovl.encrypted, ovl.mode, ovl.backend, ovl.vni and \
                  ovl.mtu"
             ));
         }
@@ -399,13 +401,14 @@ fn endpoint(mut raw: RawEndpoint) -> Result<EndpointWish, String> {
     let id = which(raw.id)?;
     let mut addresses = Vec::new();
     for text in [&interface.v4, &interface.v6].into_iter().filter(|text| !text.is_empty()) {
-        let net: IpNet = text.parse().map_err(|_| format!("{text:?} is no address with its length"))?;
+        let net: IpNet =
+            text.parse().map_err(|_| format!("invalid address {text:?}: expected ADDRESS/LENGTH"))?;
         addresses.push(net.addr());
     }
-    // We ask for one with our capabilities.
-    let mac = interface.mac.parse().map_err(|_| format!("{:?} is no MAC address", interface.mac))?;
+    // The Engine sends one because of `RequiresMACAddress` in the capabilities.
+    let mac = interface.mac.parse().map_err(|_| format!("invalid MAC address {:?}", interface.mac))?;
     if addresses.is_empty() {
-        return Err("an endpoint without an address".to_owned());
+        return Err("the endpoint has no address".to_owned());
     }
     let mut wish = EndpointWish {
         name: id.endpoint.chars().take(12).collect(),
@@ -429,7 +432,7 @@ fn endpoint(mut raw: RawEndpoint) -> Result<EndpointWish, String> {
                 "namespace" => wish.namespace = Some(value.to_owned()),
                 _ => {
                     return Err(format!(
-                        "{key} is no option of ovl for an endpoint, which are ovl.name, ovl.alias, ovl.namespace and \
+                        "unknown endpoint option {key}: ovl has ovl.name, ovl.alias, ovl.namespace and \
                          ovl.label.KEY"
                     ));
                 }
@@ -458,7 +461,7 @@ fn ports(options: &Option<Map<String, Value>>) -> Result<Vec<Publish>, String> {
     raw.unwrap_or_default().into_iter().map(port).collect()
 }
 
-/// An Engine gives a first and a last port of the host also where it means one, and 0 for any.
+/// Parses a published port. An Engine sends a first and a last port of the host even for a single one, and 0 for any.
 fn port(raw: RawPort) -> Result<Publish, String> {
     let transports = [Transport::Tcp, Transport::Udp, Transport::Sctp];
     let transport = transports.into_iter().find(|transport| transport.number() == raw.proto);
@@ -467,18 +470,18 @@ fn port(raw: RawPort) -> Result<Publish, String> {
         address: if raw.host_ip.is_empty() { None } else { Some(ip(&raw.host_ip)?) },
         host: (raw.host_port > 0).then_some(Ports { first: raw.host_port, last }),
         container: Ports::one(raw.port),
-        transport: transport.ok_or_else(|| format!("ports of protocol {} cannot be published", raw.proto))?,
+        transport: transport.ok_or_else(|| format!("cannot publish ports of protocol {}", raw.proto))?,
     })
 }
 
-/// With a length or without.
+/// Parses an address with or without a prefix length.
 fn ip(text: &str) -> Result<IpAddr, String> {
     let alone = text.split_once('/').map_or(text, |(address, _)| address);
-    alone.parse().map_err(|_| format!("{text:?} is no address"))
+    alone.parse().map_err(|_| format!("invalid address {text:?}"))
 }
 
-/// Ids become names of files.
+/// Checks an id of an Engine, which becomes a file name.
 fn engine_id(id: String) -> Result<String, String> {
     let proper = (1..=128).contains(&id.len()) && id.chars().all(|c| c.is_ascii_alphanumeric());
-    if proper { Ok(id) } else { Err(format!("{id:?} is no id of an Engine")) }
+    if proper { Ok(id) } else { Err(format!("invalid id of an Engine {id:?}")) }
 }

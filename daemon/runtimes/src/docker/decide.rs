@@ -1,4 +1,4 @@
-//! Which network of the cluster a network of an Engine is, and what its pools stand for.
+//! Decides which network of the cluster a network of a Docker Engine is, and which subnet a pool stands for.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -14,34 +14,38 @@ use ovl_cluster::addresses;
 use ovl_cluster::networks::overlaps;
 use ovl_cluster::view::NetworkState;
 
-type Networks = BTreeMap<NetworkId, NetworkState>;
+type NetworkMap = BTreeMap<NetworkId, NetworkState>;
 
-/// The range for a wish.
+/// How to choose the subnet of a pool.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Choice {
-    /// This one.
+    /// This subnet.
     Range(IpNet),
-    /// One that is free, of IPv6 or not.
+    /// A free subnet.
     Free {
-        /// Of IPv6.
+        /// Whether it is an IPv6 subnet.
         v6: bool,
     },
 }
 
-/// What becomes of a network that an Engine makes.
+/// What to do when an Engine creates a network.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Plan {
-    /// It is this one.
+    /// Join this network of the cluster.
     Join(NetworkId),
-    /// It is a new one.
+    /// Create a network.
     Make(Box<NetworkCreate>),
 }
 
-/// The range for a network: as asked for, or that of the network that was named.
-pub fn choose_pool(wish: &PoolWish, networks: &Networks) -> Result<Choice, String> {
+/// Chooses the subnet of a pool: the requested one, or that of the named network.
+///
+/// # Errors
+///
+/// If the request contradicts the named network, or the subnet overlaps another one or is invalid.
+pub fn choose_pool(wish: &PoolWish, networks: &NetworkMap) -> Result<Choice, String> {
     let family = |prefix: &IpNet| prefix.addr().is_ipv4() != wish.v6;
     if let Some(prefix) = wish.prefix.filter(|prefix| !family(prefix)) {
-        return Err(format!("{prefix} is of the other family"));
+        return Err(format!("subnet {prefix} is of the other family than requested"));
     }
     let named = wish.network.as_deref().and_then(|name| find(networks, name));
     if let (Some(network), None) = (named, wish.prefix) {
@@ -69,18 +73,22 @@ pub fn choose_pool(wish: &PoolWish, networks: &Networks) -> Result<Choice, Strin
         .find_map(|state| Some((&state.network, state.network.subnets.iter().find(|s| overlapping(s))?)));
     match other {
         Some((network, subnet)) => Err(format!(
-            "{prefix} overlaps {} of network {}: give that very range to join it",
+            "subnet {prefix} overlaps {} of network {}: give exactly that subnet to join the network",
             subnet.prefix, network.name
         )),
         None => addresses::validate_subnet(prefix).map(|()| Choice::Range(prefix)).map_err(|e| e.to_string()),
     }
 }
 
-/// Makes or joins. Of the wish's ranges, those that we chose ourselves (`chosen`) do not count when
-/// there is a network already.
+/// Decides whether to create a network or to join an existing one. Subnets for which `chosen` is true were chosen by
+/// ovl itself, and are ignored if the network exists.
+///
+/// # Errors
+///
+/// If the request contradicts the existing network.
 pub fn plan_network(
     wish: &NetworkWish,
-    networks: &Networks,
+    networks: &NetworkMap,
     chosen: impl Fn(IpNet) -> bool,
 ) -> Result<Plan, String> {
     let given: Vec<IpNet> = wish.prefixes.iter().copied().filter(|prefix| !chosen(*prefix)).collect();
@@ -92,7 +100,7 @@ pub fn plan_network(
             None => match by_range {
                 Some(other) => {
                     return Err(format!(
-                        "{} is the range of network {}: leave -o ovl.network={name} out to join that, or give another range",
+                        "{} is the subnet of network {}: omit -o ovl.network={name} to join it, or give another subnet",
                         ranges(&other.network),
                         other.network.name
                     ));
@@ -105,7 +113,7 @@ pub fn plan_network(
     let Some(found) = found else { return Ok(Plan::Make(Box::new(create(wish)))) };
     let network = &found.network;
     if found.removing {
-        return Err(format!("network {} was removed and waits for its last endpoints to go", network.name));
+        return Err(format!("network {} is being deleted: it waits for its last endpoints", network.name));
     }
     if let Some(prefix) = given.iter().find(|prefix| !has(network, prefix)) {
         return Err(format!("network {} has {}, not {prefix}", network.name, ranges(network)));
@@ -121,7 +129,7 @@ pub fn plan_network(
     differences(wish, network).map_or(Ok(Plan::Join(network.id)), Err)
 }
 
-/// What an Engine asks for beyond what there is.
+/// Returns the first difference between the requested and the existing network.
 fn differences(wish: &NetworkWish, network: &Network) -> Option<String> {
     let name = &network.name;
     let is_not = |what: &str| Some(format!("network {name} {what}"));
@@ -131,7 +139,7 @@ fn differences(wish: &NetworkWish, network: &Network) -> Option<String> {
         _ => {}
     }
     match (wish.internal, network.internal) {
-        (true, false) => return is_not("is not internal: leave --internal out to join it"),
+        (true, false) => return is_not("is not internal: omit --internal to join it"),
         (false, true) => return is_not("is internal: add --internal to join it"),
         _ => {}
     }
@@ -171,14 +179,14 @@ fn create(wish: &NetworkWish) -> NetworkCreate {
     }
 }
 
-/// Of a network that nobody named: its range is the same on all hosts.
+/// Returns the name of an unnamed network. It derives from the subnet, so it is the same on all hosts.
 fn default_name(prefixes: &[IpNet]) -> String {
     let range = prefixes.first().map(ToString::to_string).unwrap_or_default();
     format!("docker-{}", range.replace(['/', ':'], "-"))
 }
 
-/// The id of a network that is made for an Engine, the same wherever it is made: several hosts may be
-/// told to at one instant. `attempt` counts the ids that were networks before.
+/// Returns the id of a network that is created for an Engine. It is the same on every host, because several hosts may
+/// create the network at the same instant. `attempt` is the number of ids that former networks have used.
 pub fn network_id(name: &str, attempt: u32) -> NetworkId {
     let hash = digest(&SHA256, format!("network {attempt} {name}").as_bytes());
     let mut id = [0; 5];
@@ -186,12 +194,16 @@ pub fn network_id(name: &str, attempt: u32) -> NetworkId {
     NetworkId(id)
 }
 
-/// The network and the range of it that a pool stands for: that of the Engine's network which came
-/// with the pool, or else of whichever network has the range.
+/// Returns the network and the subnet that a pool stands for: those of the Engine's network that was created with the
+/// pool, or else of the network that has the pool's prefix.
+///
+/// # Errors
+///
+/// If no network has the pool.
 pub fn subnet_of<'a>(
     pool: Pool,
     kept: impl Iterator<Item = &'a EngineNetwork>,
-    networks: &'a Networks,
+    networks: &'a NetworkMap,
 ) -> Result<(&'a Network, &'a Subnet), String> {
     let bound = kept.filter(|kept| pool.chosen.is_some() && kept.pools.contains(&pool));
     let by_pool = bound.filter_map(|kept| networks.get(&kept.network));
@@ -201,18 +213,25 @@ pub fn subnet_of<'a>(
         .filter(|state| !state.removing)
         .find_map(|state| {
             let subnets = &state.network.subnets;
-            // A range may have grown since.
+            // The subnet may have grown since.
             let covers = |subnet: &&Subnet| subnet.prefix.contains(&pool.prefix);
             let family = |subnet: &&Subnet| pool.chosen.is_some() && like(subnet, pool.prefix.addr());
             let subnet = subnets.iter().find(covers).or_else(|| subnets.iter().find(family))?;
             Some((&state.network, subnet))
         })
         .ok_or_else(|| {
-            format!("no network of the cluster has the range {}, see `ovlctl network ls`", pool.prefix)
+            format!(
+                "pool {}: no network of the cluster has this subnet, see `ovlctl network ls`",
+                pool.prefix
+            )
         })
 }
 
-/// The gateway that an Engine shows for a range, with its length; an error if it wants another one.
+/// Returns the gateway that an Engine shows for a subnet, with its prefix length.
+///
+/// # Errors
+///
+/// If the Engine requests another gateway.
 pub fn wanted_gateway(
     prefix: IpNet,
     subnet: Option<&Subnet>,
@@ -221,13 +240,13 @@ pub fn wanted_gateway(
     let gateway = subnet.map_or_else(|| addresses::gateway(prefix), |subnet| subnet.gateway);
     if let Some(wanted) = wanted.filter(|wanted| *wanted != gateway) {
         return Err(format!(
-            "the gateway in {prefix} is {gateway} on all hosts: leave --gateway {wanted} out"
+            "subnet {prefix}: the gateway is {gateway} on all hosts: omit --gateway {wanted}"
         ));
     }
     IpNet::new(gateway, prefix.prefix_len()).map_err(|error| error.to_string())
 }
 
-fn find<'a>(networks: &'a Networks, name: &str) -> Option<&'a Network> {
+fn find<'a>(networks: &'a NetworkMap, name: &str) -> Option<&'a Network> {
     networks.values().map(|state| &state.network).find(|network| is_called(network, name))
 }
 

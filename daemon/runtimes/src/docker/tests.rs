@@ -10,14 +10,14 @@ use super::*;
 use ovl_cluster::addresses;
 use ovl_cluster::view::NetworkState;
 
-/// Every call of two real Engines: what was run, then the path and the body of each call. Of the
-/// recordings only the plugin's own words are changed: the name of its address space, and an option.
+/// Every call of two real Engines: the command that was run, then the path and the body of each call. Only ovl's own
+/// words differ from the recordings: the name of its address space, and an option.
 const TRACES: [(&str, &str); 2] = [
     ("20.10", include_str!("../../tests/traces/docker-20.10.jsonl")),
     ("28", include_str!("../../tests/traces/docker-28.jsonl")),
 ];
 
-/// The calls, each with the command that was run before.
+/// Returns the calls, each with the command that was run before.
 fn calls(trace: &'static str) -> Vec<(String, String, Value)> {
     let mut scenario = String::new();
     let mut calls = Vec::new();
@@ -84,7 +84,7 @@ fn plan(options: Value, v4: &str) -> Result<Plan, String> {
 }
 
 #[test]
-fn every_recorded_call_is_understood_or_refused_for_a_reason() {
+fn every_recorded_call_is_parsed_or_rejected_with_a_reason() {
     for (version, trace) in TRACES {
         let calls = calls(trace);
         assert!(calls.len() > 100, "{version}: {} calls", calls.len());
@@ -93,7 +93,7 @@ fn every_recorded_call_is_understood_or_refused_for_a_reason() {
                 Ok(_) => continue,
                 Err(why) => why,
             };
-            // The two things that a plugin which shares its addresses with other hosts does not do.
+            // The two options that a plugin with cluster-wide addresses does not support.
             let expected = match method.as_str() {
                 "NetworkDriver.CreateNetwork" | "NetworkDriver.CreateEndpoint"
                     if scenario.contains("docker-ipam") =>
@@ -113,7 +113,7 @@ fn every_recorded_call_is_understood_or_refused_for_a_reason() {
 }
 
 #[test]
-fn the_calls_of_a_container_are_the_same_from_both_engines() {
+fn calls_of_a_container_are_the_same_from_both_engines() {
     for (version, trace) in TRACES {
         let run: Vec<Call> = calls(trace)
             .into_iter()
@@ -138,7 +138,7 @@ fn the_calls_of_a_container_are_the_same_from_both_engines() {
 }
 
 #[test]
-fn addresses_and_macs_that_were_asked_for_arrive() {
+fn requested_addresses_and_macs_are_parsed() {
     for (version, trace) in TRACES {
         let wanted: Vec<Call> = calls(trace)
             .into_iter()
@@ -158,7 +158,7 @@ fn addresses_and_macs_that_were_asked_for_arrive() {
 }
 
 #[test]
-fn a_dual_stack_internal_network_is_read_as_one() {
+fn dual_stack_internal_network_is_parsed() {
     for (version, trace) in TRACES {
         let made = calls(trace).into_iter().find_map(|(scenario, method, body)| {
             (scenario.contains("--internal") && method == "NetworkDriver.CreateNetwork").then_some(body)
@@ -172,7 +172,7 @@ fn a_dual_stack_internal_network_is_read_as_one() {
 }
 
 #[test]
-fn options_of_networks_and_endpoints() {
+fn options_of_networks_and_endpoints_are_parsed() {
     let wish = wish(
         json!({ "ovl.network": "blue", "encrypted": "", "ovl.mode": "l3", "ovl.vni": "42", "ovl.backend": "auto",
                 "com.docker.network.driver.mtu": "1400", "com.docker.network.bridge.name": "br0" }),
@@ -219,7 +219,7 @@ fn options_of_networks_and_endpoints() {
 }
 
 #[test]
-fn what_is_no_call_is_refused() {
+fn invalid_calls_are_rejected() {
     for (method, body) in [
         ("NetworkDriver.Fly", json!({})),
         ("NetworkDriver.Join", json!({})),
@@ -235,7 +235,7 @@ fn what_is_no_call_is_refused() {
 }
 
 #[test]
-fn a_pool_is_the_range_of_a_network_or_a_free_one() {
+fn pool_is_the_subnet_of_a_network_or_a_free_one() {
     let choose = |prefix: Option<&str>, network: Option<&str>, v6| {
         let wish = PoolWish { prefix: prefix.map(net), network: network.map(str::to_owned), v6 };
         choose_pool(&wish, &blue())
@@ -259,7 +259,7 @@ fn a_pool_is_the_range_of_a_network_or_a_free_one() {
 }
 
 #[test]
-fn a_network_is_joined_by_its_name_or_its_range_and_else_made() {
+fn network_is_joined_by_name_or_subnet_or_else_created() {
     assert_eq!(plan(json!({ "ovl.network": "blue" }), "10.77.0.0/16"), Ok(Plan::Join(BLUE)));
     assert_eq!(plan(json!({ "ovl.network": BLUE.to_string() }), "10.77.0.0/16"), Ok(Plan::Join(BLUE)));
     assert_eq!(plan(json!({}), "10.77.0.0/16"), Ok(Plan::Join(BLUE)));
@@ -278,7 +278,7 @@ fn a_network_is_joined_by_its_name_or_its_range_and_else_made() {
             "10.5.0.0/16",
             "has 10.77.0.0/16 and fd00:77::/64, not 10.5.0.0/16",
         ),
-        (json!({ "ovl.network": "green" }), "10.77.0.0/16", "is the range of network blue"),
+        (json!({ "ovl.network": "green" }), "10.77.0.0/16", "is the subnet of network blue"),
         (json!({ "ovl.network": "red", "encrypted": "" }), "10.78.0.0/24", "is not encrypted"),
         (json!({ "ovl.network": "red", "ovl.mode": "l3" }), "10.78.0.0/24", "is switched"),
         (json!({ "ovl.network": "red", "ovl.vni": "9" }), "10.78.0.0/24", "VNI 4098, not 9"),
@@ -293,7 +293,7 @@ fn a_network_is_joined_by_its_name_or_its_range_and_else_made() {
 }
 
 #[test]
-fn a_range_that_we_chose_gives_way_to_that_of_a_network_which_is_there() {
+fn chosen_subnet_yields_to_that_of_an_existing_network() {
     let chosen = net("10.128.0.0/20");
     let wish = wish(json!({ "ovl.network": "blue" }), "10.128.0.0/20");
     assert_eq!(plan_network(&wish, &blue(), |prefix| prefix == chosen), Ok(Plan::Join(BLUE)));
@@ -310,7 +310,7 @@ fn a_range_that_we_chose_gives_way_to_that_of_a_network_which_is_there() {
 }
 
 #[test]
-fn a_pool_still_stands_for_a_range_that_has_grown() {
+fn pool_stands_for_a_subnet_that_has_grown() {
     let mut all = blue();
     let subnet = &mut all.get_mut(&BLUE).unwrap().network.subnets[0];
     *subnet = addresses::can_grow(subnet, net("10.76.0.0/15")).unwrap();
@@ -321,14 +321,14 @@ fn a_pool_still_stands_for_a_range_that_has_grown() {
 }
 
 #[test]
-fn hosts_that_make_a_network_at_one_instant_make_the_same_one() {
+fn network_id_is_the_same_on_all_hosts() {
     assert_eq!(network_id("blue", 0), network_id("blue", 0));
     let ids = [network_id("blue", 0), network_id("blue", 1), network_id("red", 0)];
     assert_eq!(ids.iter().collect::<std::collections::BTreeSet<_>>().len(), 3);
 }
 
 #[test]
-fn the_gateway_is_where_it_is() {
+fn other_gateway_is_rejected() {
     let prefix = net("10.77.0.0/16");
     let gateway = |wanted: &str| wanted_gateway(prefix, None, Some(wanted.parse().unwrap()));
     assert_eq!(wanted_gateway(prefix, None, None), Ok(net("10.77.0.1/16")));
@@ -337,7 +337,7 @@ fn the_gateway_is_where_it_is() {
 }
 
 #[test]
-fn pools_read_as_they_are_written() {
+fn pools_round_trip_through_text() {
     for text in ["10.77.0.0/16", "fd00::/64", "10.128.0.0/20#0badcafe"] {
         assert_eq!(text.parse::<Pool>().unwrap().to_string(), text);
     }
@@ -347,7 +347,7 @@ fn pools_read_as_they_are_written() {
 }
 
 #[test]
-fn what_an_engine_puts_into_a_container() {
+fn join_response_has_gateways_and_routes() {
     let ip = |text: &str| text.parse::<IpAddr>().unwrap();
     let switched = Joined {
         device: "ovc-1".to_owned(),

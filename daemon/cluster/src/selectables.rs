@@ -1,6 +1,5 @@
-//! What selectors select: endpoints that count, with the labels that they have in effect, and Pods that
-//! are no endpoint of ours and say their own addresses. Indexed by label, so that a change of one costs what it
-//! concerns.
+//! What label selectors match: used endpoints with their effective labels, and Pods that are not endpoints of ovl and
+//! list their own addresses. Indexed by label, so that the cost of a change does not depend on their number.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -10,99 +9,99 @@ use ovl_proto::resource::{Labels, Name, has_all};
 
 use crate::view::{Placed, View};
 
-/// Which member.
+/// The key of a selectable.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-pub enum MemberId {
+pub enum SelectableId {
     /// An endpoint of a host.
     Endpoint(NodeId, EndpointId),
     /// A Pod of which no host has an endpoint.
     Pod(Name),
 }
 
-/// A workload that can be selected.
+/// A workload that selectors can match.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Member {
-    /// Its Kubernetes namespace and name: those of its Pod, if there is one.
+pub struct Selectable {
+    /// The Kubernetes namespace and name, which are also those of its Pod.
     pub name: Name,
-    /// What it is attached to; nothing for what is no endpoint of ours.
+    /// The network that it is attached to. `None` for a Pod that is not an endpoint.
     pub network: Option<NetworkId>,
-    /// Its host, where that is known.
+    /// The host, if known.
     pub host: Option<NodeId>,
-    /// One for each address family that it has.
+    /// The addresses, one for each address family.
     pub addresses: Vec<IpAddr>,
-    /// In effect: its own, overlaid by its Pod's.
+    /// The effective labels: its own, overlaid by its Pod's.
     pub labels: Labels,
-    /// Services send it connections.
+    /// Whether Services send it connections.
     pub ready: bool,
 }
 
-/// A label with its value, in a namespace.
-type Pair = (String, String, String);
+/// A label in a namespace: namespace, key and value.
+type LabelKey = (String, String, String);
 
-/// All members.
+/// All selectables.
 #[derive(Debug, Clone, Default)]
-pub struct Members {
-    all: BTreeMap<MemberId, Member>,
-    by_label: BTreeMap<Pair, BTreeSet<MemberId>>,
-    by_name: BTreeMap<Name, BTreeSet<MemberId>>,
-    /// Every endpoint, whether it counts or not.
+pub struct Selectables {
+    all: BTreeMap<SelectableId, Selectable>,
+    by_label: BTreeMap<LabelKey, BTreeSet<SelectableId>>,
+    by_name: BTreeMap<Name, BTreeSet<SelectableId>>,
+    /// Every endpoint, whether it is used or not.
     endpoints: BTreeMap<(NodeId, EndpointId), (NetworkId, Name)>,
     by_network: BTreeMap<NetworkId, BTreeSet<(NodeId, EndpointId)>>,
 }
 
-/// A member before and after a change.
+/// A selectable before and after a change.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct MemberChange {
-    /// Which one.
-    pub id: MemberId,
-    /// As it was; nothing for a new one.
-    pub before: Option<Member>,
-    /// As it is; nothing for one that is gone.
-    pub after: Option<Member>,
+pub struct SelectableChange {
+    /// The key.
+    pub id: SelectableId,
+    /// The selectable before the change. `None` if it is new.
+    pub before: Option<Selectable>,
+    /// The selectable after the change. `None` if it was removed.
+    pub after: Option<Selectable>,
 }
 
-impl Members {
-    /// One of them.
-    pub fn get(&self, id: &MemberId) -> Option<&Member> {
+impl Selectables {
+    /// Returns a selectable.
+    pub fn get(&self, id: &SelectableId) -> Option<&Selectable> {
         self.all.get(id)
     }
 
-    /// All of them.
-    pub fn iter(&self) -> impl Iterator<Item = (&MemberId, &Member)> {
+    /// Returns all selectables by key.
+    pub fn iter(&self) -> impl Iterator<Item = (&SelectableId, &Selectable)> {
         self.all.iter()
     }
 
-    /// Those of a Kubernetes namespace and name: one for each network that it is attached to.
-    pub fn named(&self, name: &Name) -> impl Iterator<Item = (&MemberId, &Member)> {
+    /// Returns the selectables of a Kubernetes namespace and name: one for each network that it is attached to.
+    pub fn named(&self, name: &Name) -> impl Iterator<Item = (&SelectableId, &Selectable)> {
         self.these(self.by_name.get(name))
     }
 
-    /// Those in a namespace that have all of these labels; none where no label is required, as with a Service
-    /// that has no selector.
+    /// Returns the selectables in a namespace that have all required labels. Empty if no label is required, as for a
+    /// Service without a selector.
     pub fn with_labels<'a>(
         &'a self,
         namespace: &'a str,
         required: &'a Labels,
-    ) -> impl Iterator<Item = (&'a MemberId, &'a Member)> {
-        // The label that the fewest have; one that nobody has ends it at once.
+    ) -> impl Iterator<Item = (&'a SelectableId, &'a Selectable)> {
+        // Start from the rarest label.
         let ids = required
             .iter()
-            .map(|label| self.by_label.get(&pair(namespace, label)))
+            .map(|label| self.by_label.get(&label_key(namespace, label)))
             .min_by_key(|ids| ids.map_or(0, BTreeSet::len))
             .flatten();
-        self.these(ids).filter(|(_, member)| has_all(&member.labels, required))
+        self.these(ids).filter(|(_, selectable)| has_all(&selectable.labels, required))
     }
 
     fn these<'a>(
         &'a self,
-        ids: Option<&'a BTreeSet<MemberId>>,
-    ) -> impl Iterator<Item = (&'a MemberId, &'a Member)> {
+        ids: Option<&'a BTreeSet<SelectableId>>,
+    ) -> impl Iterator<Item = (&'a SelectableId, &'a Selectable)> {
         ids.into_iter().flatten().filter_map(|id| self.all.get_key_value(id))
     }
 
-    /// Looks at an endpoint anew: it came, went or changed.
-    pub fn touch_endpoint(&mut self, view: &View, host: NodeId, id: EndpointId) -> Vec<MemberChange> {
-        let key = MemberId::Endpoint(host, id);
+    /// Updates an endpoint that was added, changed or removed.
+    pub fn touch_endpoint(&mut self, view: &View, host: NodeId, id: EndpointId) -> Vec<SelectableChange> {
+        let key = SelectableId::Endpoint(host, id);
         let found = view.nodes.get(&host).and_then(|node| {
             let endpoint = node.table.endpoint(id)?;
             Some(Placed { node, endpoint })
@@ -120,7 +119,7 @@ impl Members {
         }
         let after = found.filter(|placed| view.is_counted(placed)).map(|placed| of_endpoint(view, placed));
         let mut changes: Vec<_> = self.set(key, after).into_iter().collect();
-        // Its Pod is known by the endpoint now, or by itself again.
+        // A Pod with an endpoint is not a selectable of its own.
         let names = was.into_iter().chain(is).map(|(_, name)| name);
         for name in BTreeSet::from_iter(names) {
             changes.extend(self.touch_bare_pod(view, name));
@@ -128,8 +127,8 @@ impl Members {
         changes
     }
 
-    /// Looks at all endpoints of a network anew: whether they count may have changed.
-    pub fn touch_network(&mut self, view: &View, network: NetworkId) -> Vec<MemberChange> {
+    /// Updates all endpoints of a network, because the set of those that are used may have changed.
+    pub fn touch_network(&mut self, view: &View, network: NetworkId) -> Vec<SelectableChange> {
         let known = self.by_network.get(&network).into_iter().flatten().copied();
         let listed = view.all_endpoints_on(network);
         let listed = listed.map(|placed| (placed.node.record.id, placed.endpoint.id));
@@ -137,8 +136,8 @@ impl Members {
         all.into_iter().flat_map(|(host, id)| self.touch_endpoint(view, host, id)).collect()
     }
 
-    /// Looks at the endpoints of a Pod anew, and at the Pod itself: it came, went or changed.
-    pub fn touch_pod(&mut self, view: &View, name: &Name) -> Vec<MemberChange> {
+    /// Updates a Pod that was added, changed or removed, and its endpoints.
+    pub fn touch_pod(&mut self, view: &View, name: &Name) -> Vec<SelectableChange> {
         let endpoints =
             view.all_named(&name.name).filter(|placed| placed.endpoint.namespace == name.namespace);
         let endpoints: Vec<_> = endpoints.map(|placed| (placed.node.record.id, placed.endpoint.id)).collect();
@@ -148,11 +147,11 @@ impl Members {
         changes
     }
 
-    /// A Pod counts by itself while no host has an endpoint of it.
-    fn touch_bare_pod(&mut self, view: &View, name: Name) -> Option<MemberChange> {
+    /// Updates the selectable of a Pod, which exists while no host has an endpoint of the Pod.
+    fn touch_bare_pod(&mut self, view: &View, name: Name) -> Option<SelectableChange> {
         let owned = || view.all_named(&name.name).any(|placed| placed.endpoint.namespace == name.namespace);
         let pod = view.resources.pods().get(&name).filter(|pod| !pod.status.pod_ips.is_empty());
-        let after = pod.filter(|_| !owned()).map(|pod| Member {
+        let after = pod.filter(|_| !owned()).map(|pod| Selectable {
             name: name.clone(),
             network: None,
             host: None,
@@ -160,42 +159,42 @@ impl Members {
             labels: pod.metadata.labels.clone(),
             ready: true,
         });
-        self.set(MemberId::Pod(name), after)
+        self.set(SelectableId::Pod(name), after)
     }
 
-    fn set(&mut self, id: MemberId, after: Option<Member>) -> Option<MemberChange> {
+    fn set(&mut self, id: SelectableId, after: Option<Selectable>) -> Option<SelectableChange> {
         if self.all.get(&id) == after.as_ref() {
             return None;
         }
         let before = self.all.remove(&id);
-        if let Some(member) = &before {
-            self.unlist(&id, member);
+        if let Some(selectable) = &before {
+            self.unlist(&id, selectable);
         }
-        if let Some(member) = &after {
-            self.list(&id, member);
-            self.all.insert(id.clone(), member.clone());
+        if let Some(selectable) = &after {
+            self.list(&id, selectable);
+            self.all.insert(id.clone(), selectable.clone());
         }
-        Some(MemberChange { id, before, after })
+        Some(SelectableChange { id, before, after })
     }
 
-    fn list(&mut self, id: &MemberId, member: &Member) {
-        for label in &member.labels {
-            self.by_label.entry(pair(&member.name.namespace, label)).or_default().insert(id.clone());
+    fn list(&mut self, id: &SelectableId, selectable: &Selectable) {
+        for label in &selectable.labels {
+            self.by_label.entry(label_key(&selectable.name.namespace, label)).or_default().insert(id.clone());
         }
-        self.by_name.entry(member.name.clone()).or_default().insert(id.clone());
+        self.by_name.entry(selectable.name.clone()).or_default().insert(id.clone());
     }
 
-    fn unlist(&mut self, id: &MemberId, member: &Member) {
-        for label in &member.labels {
-            take(&mut self.by_label, &pair(&member.name.namespace, label), id);
+    fn unlist(&mut self, id: &SelectableId, selectable: &Selectable) {
+        for label in &selectable.labels {
+            take(&mut self.by_label, &label_key(&selectable.name.namespace, label), id);
         }
-        take(&mut self.by_name, &member.name, id);
+        take(&mut self.by_name, &selectable.name, id);
     }
 }
 
-fn of_endpoint(view: &View, placed: Placed<'_>) -> Member {
+fn of_endpoint(view: &View, placed: Placed<'_>) -> Selectable {
     let endpoint = placed.endpoint;
-    Member {
+    Selectable {
         name: Name::new(&endpoint.namespace, &endpoint.name),
         network: Some(endpoint.network),
         host: Some(placed.node.record.id),
@@ -205,12 +204,12 @@ fn of_endpoint(view: &View, placed: Placed<'_>) -> Member {
     }
 }
 
-/// The key of a label in an index.
-pub(crate) fn pair(namespace: &str, (key, value): (&String, &String)) -> Pair {
+/// Returns the key of a label in an index.
+pub(crate) fn label_key(namespace: &str, (key, value): (&String, &String)) -> LabelKey {
     (namespace.to_owned(), key.clone(), value.clone())
 }
 
-/// Takes one out of a set, and the set with the last one.
+/// Removes a value from a set, and the set itself when it becomes empty.
 pub(crate) fn take<K: Ord, V: Ord>(sets: &mut BTreeMap<K, BTreeSet<V>>, key: &K, value: &V) {
     if let Some(set) = sets.get_mut(key) {
         set.remove(value);
