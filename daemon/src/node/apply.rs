@@ -17,7 +17,7 @@ use ovl_proto::resource::{
     Created, Kind, Meta, Name, Namespace, NetworkPolicy, Pod, Protocol, Resource, ResourceKey, Service,
 };
 use ovl_proto::wire;
-use ovl_subsystems::services::allocation::{Allocator, Promised};
+use ovl_subsystems::services::allocation::{Promised, ServiceAllocator};
 use serde_json::Value;
 use tokio::task::yield_now;
 
@@ -150,7 +150,7 @@ impl Node {
         promised: &mut Promised,
     ) -> Vec<ManifestProblem> {
         let state = self.state.borrow();
-        let mut allocator = Allocator::new(&state.view.resources, &self.config.ranges, promised);
+        let mut allocator = ServiceAllocator::new(&state.view.resources, &self.config.ranges, promised);
         let mut problems = Vec::new();
         for (place, resource) in read {
             if let Resource::Service(service) = resource

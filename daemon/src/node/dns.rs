@@ -32,7 +32,7 @@ use super::{Failed, Node};
 use crate::config::{Config, OWN_DOMAIN};
 use crate::problems::{Code, Problem};
 use ovl_subsystems::Change;
-use ovl_subsystems::names::Marks as NameMarks;
+use ovl_subsystems::names::NameMarks;
 
 /// A resolver that nobody has asked since then may be well again.
 const FAILED_LATELY: Duration = Duration::from_secs(300);

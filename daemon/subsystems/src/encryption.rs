@@ -1,4 +1,4 @@
 //! What carries encrypted networks: the tunnel between hosts, and its keys while they are rotated.
 
-pub mod ends;
+pub mod epochs;
 pub mod tunnel;

@@ -22,11 +22,11 @@ pub fn endpoint_part(
     endpoint: &Endpoint,
     mtu: u16,
 ) -> Dataplane {
-    let mut kernel = Dataplane::default();
+    let mut dataplane = Dataplane::default();
     match network.mode {
-        Mode::L2 => switched::endpoint_part(&mut kernel, local, network, endpoint, mtu),
-        Mode::L3 => routed::endpoint_part(&mut kernel, view, local, network, endpoint, mtu),
+        Mode::L2 => switched::endpoint_part(&mut dataplane, local, network, endpoint, mtu),
+        Mode::L3 => routed::endpoint_part(&mut dataplane, view, local, network, endpoint, mtu),
     }
-    publish::elements(&mut kernel, network, endpoint);
-    kernel
+    publish::elements(&mut dataplane, network, endpoint);
+    dataplane
 }

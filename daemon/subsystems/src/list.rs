@@ -6,7 +6,7 @@ use ovl_proto::id::NetworkId;
 use ovl_proto::object::Network;
 use ovl_proto::table::Endpoint;
 
-use crate::names::Names;
+use crate::names::NameTracker;
 use crate::networks::Networks;
 use crate::policy::Enforcement;
 use crate::services::{Announcements, Translation};
@@ -19,8 +19,8 @@ pub type SubsystemList<'a> = [&'a mut dyn Subsystem; 5];
 pub struct Subsystems {
     /// Network policies.
     pub policy: Enforcement,
-    /// Names.
-    pub names: Names,
+    /// Names of endpoints, Services and pods.
+    pub names: NameTracker,
     /// Devices, forwarding entries, neighbours and routes.
     pub networks: Networks,
     /// Translation of Services.

@@ -9,7 +9,7 @@ use ovl_proto::id::{EndpointId, NetworkId};
 use ovl_proto::object::Mode;
 use ovl_proto::table::Endpoint;
 
-use crate::encryption::ends::Ends;
+use crate::encryption::epochs::KeyEpochs;
 
 /// This host's own part, beside its table.
 #[derive(Debug, Clone, Default)]
@@ -29,7 +29,7 @@ pub struct Local {
     /// Whether traffic that leaves the cluster gets this host's address.
     pub masquerade: bool,
     /// What is remembered and seen of tunnels while keys are rotated.
-    pub ends: Ends,
+    pub key_epochs: KeyEpochs,
     /// Endpoints that are being made: policies stand before one can be reached.
     pub attaching: BTreeMap<EndpointId, Endpoint>,
     /// Endpoints whose other ends a Docker Engine sets up.

@@ -1,4 +1,4 @@
-//! Names: which of them may have changed. The zone is brought up to date from these marks.
+//! NameTracker: which of them may have changed. The zone is brought up to date from these marks.
 
 pub mod cluster_names;
 pub mod resolver;
@@ -17,9 +17,9 @@ use ovl_proto::table::Entry;
 
 use crate::subsystem::{Change, Cluster, Subsystem};
 
-/// Names that may have changed.
+/// NameTracker that may have changed.
 #[derive(Debug, Default)]
-pub struct Marks {
+pub struct NameMarks {
     /// Single names and addresses of these networks.
     pub single: BTreeMap<NetworkId, zone::Marks>,
     /// Networks of which all names may have changed.
@@ -30,7 +30,7 @@ pub struct Marks {
     pub pods: Vec<(String, Vec<IpAddr>, bool)>,
 }
 
-impl Marks {
+impl NameMarks {
     fn settled(&mut self, settled: &Settled) {
         self.services.extend(settled.services.iter().cloned());
         for MemberChange { before, after, .. } in &settled.members {
@@ -45,18 +45,18 @@ impl Marks {
 
 /// The names' part of what changes.
 #[derive(Debug, Default)]
-pub struct Names {
-    marks: Marks,
+pub struct NameTracker {
+    marks: NameMarks,
 }
 
-impl Names {
+impl NameTracker {
     /// What may have changed since the last time.
-    pub fn take_marks(&mut self) -> Marks {
+    pub fn take_marks(&mut self) -> NameMarks {
         std::mem::take(&mut self.marks)
     }
 }
 
-impl Subsystem for Names {
+impl Subsystem for NameTracker {
     fn changed(&mut self, change: &Change<'_>, cluster: &Cluster<'_>) {
         match *change {
             Change::Entry { entry: Entry::Endpoint(endpoint), .. } => {

@@ -22,7 +22,7 @@ use ovl_proto::resource::Kind;
 use ovl_proto::table::{Endpoint, Entry};
 
 use self::mtu::network_mtu;
-use self::touched::Touched;
+use self::touched::TouchedEndpoints;
 use crate::endpoints::endpoint_part;
 use crate::subsystem::{Change, Cluster, Outcome, Part, Subsystem};
 
@@ -34,17 +34,17 @@ pub struct Networks {
     /// Networks to be compared as a whole.
     changed: BTreeSet<NetworkId>,
     /// Single endpoints of other networks.
-    touched: BTreeMap<NetworkId, Touched>,
+    touched: BTreeMap<NetworkId, TouchedEndpoints>,
     /// What concerns no single network.
     host_changed: bool,
     /// Networks of which something was refused since all of it was last sent, with the first reason.
     refused: BTreeMap<NetworkId, String>,
-    batch: Batch,
+    batch: BatchNetworks,
 }
 
 /// The networks that the batch under way is about.
 #[derive(Debug, Default)]
-struct Batch {
+struct BatchNetworks {
     created: BTreeSet<NetworkId>,
     refused: BTreeSet<NetworkId>,
 }
@@ -225,7 +225,7 @@ impl Subsystem for Networks {
     }
 
     fn batch_done(&mut self, full: bool) {
-        let Batch { created, refused } = std::mem::take(&mut self.batch);
+        let BatchNetworks { created, refused } = std::mem::take(&mut self.batch);
         if full {
             // An attach in flight was planned on what was refused before this pass.
             self.refused.retain(|network, _| refused.contains(network));

@@ -8,10 +8,10 @@ mod enforcement;
 pub mod explain;
 mod frames;
 mod index;
+mod ledger;
 pub mod members;
 pub mod refused;
 mod rules;
-mod standing;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -27,7 +27,7 @@ use ovl_cluster::digest::hash;
 use ovl_cluster::resources::Resources;
 
 pub use enforcement::Enforcement;
-pub use standing::{Standing, part};
+pub use ledger::{PolicyLedger, part};
 
 /// A direction, as the isolated endpoint sees it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -106,9 +106,9 @@ impl Policy {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Rule {
     /// Empty: everybody.
-    pub peers: Vec<Peer>,
+    pub peers: Vec<RulePeer>,
     /// Empty: all, whatever the protocol.
-    pub ports: Vec<Port>,
+    pub ports: Vec<RulePort>,
 }
 
 impl Rule {
@@ -120,7 +120,7 @@ impl Rule {
 
 /// Whom a rule is about.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Peer {
+pub enum RulePeer {
     /// Endpoints: the place of their selector among [`Policies::pods`].
     Pods(usize),
     /// Addresses.
@@ -134,7 +134,7 @@ pub enum Peer {
 
 /// At which port.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Port {
+pub enum RulePort {
     /// All of a protocol.
     All(Protocol),
     /// From the first to the last.
@@ -303,9 +303,9 @@ impl Builder {
         }
     }
 
-    fn peer(&mut self, of: &Name, peer: &PolicyPeer) -> Peer {
+    fn peer(&mut self, of: &Name, peer: &PolicyPeer) -> RulePeer {
         if let Some(IpBlock { cidr, except }) = &peer.ip_block {
-            return Peer::Block { cidr: cidr.trunc(), except: IpNet::aggregate(except) };
+            return RulePeer::Block { cidr: cidr.trunc(), except: IpNet::aggregate(except) };
         }
         let namespaces = match &peer.namespace_selector {
             Some(selector) => Namespaces::Selected(selector.clone()),
@@ -317,20 +317,20 @@ impl Builder {
         if place == next {
             self.pods.push(pods);
         }
-        Peer::Pods(place)
+        RulePeer::Pods(place)
     }
 
-    fn port(&mut self, PolicyPort { protocol, port, end_port }: &PolicyPort) -> Port {
+    fn port(&mut self, PolicyPort { protocol, port, end_port }: &PolicyPort) -> RulePort {
         match port {
-            None => Port::All(*protocol),
-            Some(IntOrString::Int(first)) => Port::Range(*protocol, *first, end_port.unwrap_or(*first)),
+            None => RulePort::All(*protocol),
+            Some(IntOrString::Int(first)) => RulePort::Range(*protocol, *first, end_port.unwrap_or(*first)),
             Some(IntOrString::String(name)) => {
                 let wanted = (name.clone(), *protocol);
                 let place = self.ports.iter().position(|port| *port == wanted).unwrap_or_else(|| {
                     self.ports.push(wanted);
                     self.ports.len() - 1
                 });
-                Port::Named(place)
+                RulePort::Named(place)
             }
         }
     }

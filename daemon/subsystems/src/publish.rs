@@ -97,22 +97,22 @@ pub(crate) fn table() -> (Table, Arc<Skeleton>) {
     (Table::Publish, skeleton())
 }
 
-/// The table that goes with [`turns_round`].
+/// The table that goes with [`needs_hairpin`].
 pub(crate) fn frames_table() -> (Table, Arc<Skeleton>) {
     (Table::PublishFrames, frames())
 }
 
 /// Whether an endpoint of a switched network may have to get back what it sent: it has published ports, or may be behind
 /// a Service.
-pub fn turns_round(local: &Local, network: &Network, endpoint: &Endpoint) -> bool {
+pub fn needs_hairpin(local: &Local, network: &Network, endpoint: &Endpoint) -> bool {
     network.mode == Mode::L2 && (!endpoint.publish.is_empty() || local.served)
 }
 
-/// The element that goes with [`turns_round`].
-pub(crate) fn guard(kernel: &mut Dataplane, local: &Local, network: &Network, endpoint: &Endpoint) {
-    if turns_round(local, network, endpoint) {
+/// The element that goes with [`needs_hairpin`].
+pub(crate) fn guard(dataplane: &mut Dataplane, local: &Local, network: &Network, endpoint: &Endpoint) {
+    if needs_hairpin(local, network, endpoint) {
         let (set, key) = hairpin(Device::endpoint(endpoint.id));
-        kernel.elements.insert(set, key, Value::None);
+        dataplane.elements.insert(set, key, Value::None);
     }
 }
 
@@ -193,37 +193,37 @@ fn skeleton() -> Arc<Skeleton> {
 }
 
 /// What an endpoint of this host has published.
-pub(crate) fn elements(kernel: &mut Dataplane, network: &Network, endpoint: &Endpoint) {
+pub(crate) fn elements(dataplane: &mut Dataplane, network: &Network, endpoint: &Endpoint) {
     if endpoint.publish.is_empty() {
         return;
     }
     for (set, key, value) in endpoint.publish.iter().flat_map(|published| translations(endpoint, *published))
     {
-        kernel.elements.insert(set, key, value);
+        dataplane.elements.insert(set, key, value);
     }
     match network.mode {
-        Mode::L2 => bridge_part(kernel, network, endpoint),
+        Mode::L2 => bridge_part(dataplane, network, endpoint),
         Mode::L3 => {
             let device = Device::endpoint(endpoint.id);
             for (set, key) in own_turns(endpoint) {
-                kernel.elements.insert(set, key, Value::None);
+                dataplane.elements.insert(set, key, Value::None);
             }
-            localnet(kernel, device, endpoint);
+            localnet(dataplane, device, endpoint);
         }
     }
 }
 
 /// What the bridge of a switched network needs for an endpoint with published ports: the same for all behind it.
-pub(crate) fn bridge_part(kernel: &mut Dataplane, network: &Network, endpoint: &Endpoint) {
+pub(crate) fn bridge_part(dataplane: &mut Dataplane, network: &Network, endpoint: &Endpoint) {
     for (set, key) in bridge_turns(network) {
-        kernel.elements.insert(set, key, Value::None);
+        dataplane.elements.insert(set, key, Value::None);
     }
-    localnet(kernel, Device::bridge(network.id), endpoint);
+    localnet(dataplane, Device::bridge(network.id), endpoint);
 }
 
-fn localnet(kernel: &mut Dataplane, device: Device, endpoint: &Endpoint) {
+fn localnet(dataplane: &mut Dataplane, device: Device, endpoint: &Endpoint) {
     if endpoint.addresses.iter().any(|net| net.addr().is_ipv4()) {
-        kernel.localnets.insert(device);
+        dataplane.localnets.insert(device);
     }
 }
 

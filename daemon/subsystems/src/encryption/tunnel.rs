@@ -12,7 +12,7 @@ use ovl_proto::id::NodeId;
 use ovl_proto::object::Mode;
 use ovl_proto::record;
 
-use super::ends::{self, Ends, Way};
+use super::epochs::{self, KeyEpochs, PeerRoute};
 use crate::mtu::{self, MIN_MTU, wireguard_overhead};
 use ovl_cluster::view::{Node, View};
 use ovl_dataplane::state::{Dataplane, Hop, Link, Remote, Tunnel, TunnelKind, TunnelPeer};
@@ -81,14 +81,14 @@ pub(crate) fn remotes(view: &View) -> BTreeMap<NodeId, Remote> {
 }
 
 /// The way to each of them.
-pub fn ways(view: &View, ends: &Ends) -> BTreeMap<NodeId, Way> {
+pub fn peer_routes(view: &View, epochs: &KeyEpochs) -> BTreeMap<NodeId, PeerRoute> {
     let Some((_, own)) = own(view) else { return BTreeMap::new() };
-    let way = |(id, (_, end))| (id, ends::way(own, ends, id, end));
-    peers(view).into_iter().map(way).collect()
+    let route = |(id, (_, end))| (id, epochs::route_to(own, epochs, id, end));
+    peers(view).into_iter().map(route).collect()
 }
 
 /// The end of the tunnel on this host, two while keys are rotated, and the ways into it.
-pub(crate) fn part(kernel: &mut Dataplane, view: &View, ends: &Ends) {
+pub(crate) fn part(dataplane: &mut Dataplane, view: &View, epochs: &KeyEpochs) {
     let Some((own, tunnel)) = own(view).filter(|_| is_wanted(view)) else { return };
     let mtu = mtu(own);
     let (kind, listen) = match tunnel.kernel {
@@ -97,34 +97,34 @@ pub(crate) fn part(kernel: &mut Dataplane, view: &View, ends: &Ends) {
     };
     let cluster = view.alloc.cluster;
     let here = IpAddr::V6(address(cluster, view.me));
-    for port in [tunnel.port, ends::other_port(tunnel.port)] {
-        let device = ends::end_of(port);
-        let Some(key) = ends::key_of(tunnel, ends, device) else { continue };
-        kernel.links.insert(device, Link::Tunnel { kind, mtu, up: true });
-        kernel.addresses.insert((device, IpNet::from(here)));
-        kernel.tunnels.insert(device, Tunnel { key, port, local: listen });
+    for port in [tunnel.port, epochs::other_port(tunnel.port)] {
+        let device = epochs::interface_of(port);
+        let Some(key) = epochs::key_of(tunnel, epochs, device) else { continue };
+        dataplane.links.insert(device, Link::Tunnel { kind, mtu, up: true });
+        dataplane.addresses.insert((device, IpNet::from(here)));
+        dataplane.tunnels.insert(device, Tunnel { key, port, local: listen });
     }
     // What is not a host that we have a way to never leaves by a default route.
-    kernel.routes.insert(prefix(cluster), Hop::UNREACHABLE);
+    dataplane.routes.insert(prefix(cluster), Hop::UNREACHABLE);
     let mut allowed: BTreeMap<NodeId, BTreeSet<IpNet>> = BTreeMap::new();
     for state in view.networks.values().filter(|s| s.network.encrypted && s.network.mode == Mode::L3) {
         for (block, holder) in view.blocks(state.network.id) {
             allowed.entry(holder).or_default().insert(block);
         }
     }
-    for (id, way) in ways(view, ends) {
+    for (id, route) in peer_routes(view, epochs) {
         let Some(peer) = view.nodes.get(&id) else { continue };
         let to = IpNet::from(IpAddr::V6(address(cluster, id)));
-        if way.by.is_some() {
+        if route.output.is_some() {
             let mtu = path_mtu(own, peer, mtu);
-            kernel.routes.insert(to, Hop { device: way.by, gateway: None, source: Some(here), mtu });
+            dataplane.routes.insert(to, Hop { device: route.output, gateway: None, source: Some(here), mtu });
         }
         let mut allowed = allowed.remove(&id).unwrap_or_default();
         allowed.insert(to);
-        for (device, key, port) in way.ends {
+        for (device, key, port) in route.interfaces {
             let endpoint = SocketAddr::new(peer.record.vtep, port);
             let allowed = allowed.clone();
-            kernel.tunnel_peers.insert((device, key), TunnelPeer { endpoint, allowed });
+            dataplane.tunnel_peers.insert((device, key), TunnelPeer { endpoint, allowed });
         }
     }
 }

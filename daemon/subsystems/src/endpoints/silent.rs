@@ -5,7 +5,7 @@ use ovl_dataplane::state::{Dataplane, Link};
 use ovl_proto::table::Endpoint;
 
 /// The host's end of an endpoint that must not talk.
-pub(crate) fn silent(kernel: &mut Dataplane, endpoint: &Endpoint, mtu: u16) {
+pub(crate) fn silent(dataplane: &mut Dataplane, endpoint: &Endpoint, mtu: u16) {
     let link = Link::Endpoint { mtu, master: None, up: false, tuned: false, hairpin: false };
-    kernel.links.insert(Device::endpoint(endpoint.id), link);
+    dataplane.links.insert(Device::endpoint(endpoint.id), link);
 }

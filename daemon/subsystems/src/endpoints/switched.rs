@@ -20,21 +20,21 @@ use crate::publish;
 
 /// Where a switched network's frames for other hosts go.
 #[derive(Debug)]
-pub(crate) enum Ways {
+pub(crate) enum FrameRoutes {
     /// To the VTEPs of this family: a VXLAN device sends to one only; `status` names other hosts.
-    Plain {
+    Underlay {
         /// IPv4.
         v4: bool,
     },
     /// Through the tunnel, to these hosts and no others.
-    Sealed(BTreeMap<NodeId, Remote>),
+    Tunnel(BTreeMap<NodeId, Remote>),
 }
 
-impl Ways {
+impl FrameRoutes {
     pub(crate) fn of(view: &View, network: &Network) -> Self {
         match network.encrypted {
-            true => Self::Sealed(tunnel::remotes(view)),
-            false => Self::Plain { v4: view.own().is_some_and(|own| own.record.vtep.is_ipv4()) },
+            true => Self::Tunnel(tunnel::remotes(view)),
+            false => Self::Underlay { v4: view.own().is_some_and(|own| own.record.vtep.is_ipv4()) },
         }
     }
 
@@ -42,15 +42,15 @@ impl Ways {
     pub(crate) fn to(&self, node: &Node) -> Option<Remote> {
         let Remote { vtep, port } = Remote { vtep: node.record.vtep, port: node.record.vxlan_port };
         match self {
-            Self::Plain { v4 } => (vtep.is_ipv4() == *v4).then_some(Remote { vtep, port }),
-            Self::Sealed(remotes) => remotes.get(&node.record.id).copied(),
+            Self::Underlay { v4 } => (vtep.is_ipv4() == *v4).then_some(Remote { vtep, port }),
+            Self::Tunnel(remotes) => remotes.get(&node.record.id).copied(),
         }
     }
 }
 
 /// An endpoint that frames are sent to.
 #[derive(Debug)]
-pub(crate) struct Claim<'a> {
+pub(crate) struct MacClaim<'a> {
     /// The endpoint.
     pub(crate) endpoint: &'a Endpoint,
     /// Where it is; nothing if it is here.
@@ -59,13 +59,13 @@ pub(crate) struct Claim<'a> {
     sealed: bool,
 }
 
-impl<'a> Claim<'a> {
+impl<'a> MacClaim<'a> {
     /// Nothing for one of those that count which has no business on the network after all.
     pub(crate) fn of(
         view: &View,
         local: &Local,
         network: &Network,
-        ways: &Ways,
+        routes: &FrameRoutes,
         placed: Placed<'a>,
         wins: impl Fn(&Placed<'_>) -> bool,
     ) -> Option<Self> {
@@ -76,7 +76,7 @@ impl<'a> Claim<'a> {
             return None;
         }
         let mine = node.record.id == view.me;
-        let remote = if mine { None } else { Some(ways.to(node)?) };
+        let remote = if mine { None } else { Some(routes.to(node)?) };
         if mine && local.isolated.contains_key(&endpoint.id) {
             return None;
         }
@@ -84,55 +84,55 @@ impl<'a> Claim<'a> {
     }
 
     /// Where frames for its MAC address go.
-    pub(crate) fn mac(&self, kernel: &mut Dataplane) {
+    pub(crate) fn mac(&self, dataplane: &mut Dataplane) {
         let Endpoint { id, network, mac, .. } = *self.endpoint;
         let vxlan = Device::vxlan(network);
-        kernel.remotes.extend(self.remote.map(|remote| ((vxlan, mac), remote)));
-        kernel.ports.insert((if self.remote.is_some() { vxlan } else { Device::endpoint(id) }, mac));
+        dataplane.remotes.extend(self.remote.map(|remote| ((vxlan, mac), remote)));
+        dataplane.ports.insert((if self.remote.is_some() { vxlan } else { Device::endpoint(id) }, mac));
         if let Some(remote) = self.remote.filter(|_| self.sealed) {
             let addresses = self.endpoint.addresses.iter().map(IpNet::addr).collect();
-            kernel.sources.insert((vxlan, mac), Source { from: remote.vtep, addresses });
+            dataplane.sources.insert((vxlan, mac), Source { from: remote.vtep, addresses });
         }
     }
 }
 
 /// The host's end of an endpoint's pair.
 pub(crate) fn own_endpoint(
-    kernel: &mut Dataplane,
+    dataplane: &mut Dataplane,
     local: &Local,
     network: &Network,
     endpoint: &Endpoint,
     mtu: u16,
 ) {
     if local.isolated.contains_key(&endpoint.id) {
-        silent(kernel, endpoint, mtu);
+        silent(dataplane, endpoint, mtu);
     } else {
-        port(kernel, local, network, endpoint, mtu);
+        port(dataplane, local, network, endpoint, mtu);
     }
 }
 
 /// The port of a bridge.
-fn port(kernel: &mut Dataplane, local: &Local, network: &Network, endpoint: &Endpoint, mtu: u16) {
-    let hairpin = publish::turns_round(local, network, endpoint);
+fn port(dataplane: &mut Dataplane, local: &Local, network: &Network, endpoint: &Endpoint, mtu: u16) {
+    let hairpin = publish::needs_hairpin(local, network, endpoint);
     let link =
         Link::Endpoint { mtu, master: Some(Device::bridge(network.id)), up: true, tuned: true, hairpin };
-    kernel.links.insert(Device::endpoint(endpoint.id), link);
-    publish::guard(kernel, local, network, endpoint);
+    dataplane.links.insert(Device::endpoint(endpoint.id), link);
+    publish::guard(dataplane, local, network, endpoint);
 }
 
 /// A port of the bridge, and the entries that lead to it.
 pub(super) fn endpoint_part(
-    kernel: &mut Dataplane,
+    dataplane: &mut Dataplane,
     local: &Local,
     network: &Network,
     endpoint: &Endpoint,
     mtu: u16,
 ) {
     let (device, bridge) = (Device::endpoint(endpoint.id), Device::bridge(network.id));
-    port(kernel, local, network, endpoint, mtu);
-    kernel.ports.insert((device, endpoint.mac));
+    port(dataplane, local, network, endpoint, mtu);
+    dataplane.ports.insert((device, endpoint.mac));
     for address in &endpoint.addresses {
-        kernel.neighbours.insert((bridge, address.addr()), endpoint.mac);
+        dataplane.neighbours.insert((bridge, address.addr()), endpoint.mac);
     }
 }
 

@@ -1,4 +1,4 @@
-//! Names of Services and pods, by the Kubernetes DNS specification 1.1.
+//! ClusterNames of Services and pods, by the Kubernetes DNS specification 1.1.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -35,7 +35,7 @@ impl Set {
 
 /// What a Service has in DNS.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Names {
+pub struct ClusterNames {
     /// By full name without a dot at the end, in lower case. A name with nothing has others beneath it: it is
     /// there all the same (RFC 8020).
     pub sets: BTreeMap<String, Set>,
@@ -44,11 +44,11 @@ pub struct Names {
 }
 
 /// The names of a Service with these backends, under the cluster's domain.
-pub fn of_service(domain: &str, service: &Service, backends: &[Backend]) -> Names {
+pub fn of_service(domain: &str, service: &Service, backends: &[Backend]) -> ClusterNames {
     let meta = &service.metadata;
     let namespace = format!("{}.svc.{domain}", meta.namespace);
     let base = format!("{}.{namespace}", meta.name);
-    let mut names = Names::default();
+    let mut names = ClusterNames::default();
     names.sets.entry(namespace).or_default();
     let set = names.sets.entry(base.clone()).or_default();
     if service.spec.kind == ServiceType::ExternalName {
@@ -94,7 +94,7 @@ pub fn of_service(domain: &str, service: &Service, backends: &[Backend]) -> Name
     names
 }
 
-impl Names {
+impl ClusterNames {
     /// The record of a port that has a name, and what is above it.
     fn port(&mut self, base: &str, name: &str, protocol: &str, number: u16, target: &str) {
         if name.is_empty() {
@@ -108,9 +108,9 @@ impl Names {
 }
 
 /// The names of a pod's addresses: `10-1-0-5.NAMESPACE.pod.DOMAIN`.
-pub fn of_pod(domain: &str, namespace: &str, addresses: &[IpAddr]) -> Names {
+pub fn of_pod(domain: &str, namespace: &str, addresses: &[IpAddr]) -> ClusterNames {
     let above = format!("{namespace}.pod.{domain}");
-    let mut names = Names::default();
+    let mut names = ClusterNames::default();
     names.sets.entry(above.clone()).or_default();
     for address in addresses {
         let name = format!("{}.{above}", dashed(*address));
@@ -181,7 +181,7 @@ mod tests {
     }
 
     /// All records as zone files have them, those of nothing left out.
-    fn zone(names: &Names) -> Vec<String> {
+    fn zone(names: &ClusterNames) -> Vec<String> {
         let mut lines = Vec::new();
         for (name, set) in &names.sets {
             for address in &set.addresses {

@@ -30,13 +30,13 @@ pub const PORT: u16 = 7953;
 pub const PORT_DIRECT: u16 = 7954;
 
 /// The addresses of ovld's resolver on a network's bridge, as far as its endpoints have such addresses.
-pub(crate) fn on_bridge(kernel: &mut Dataplane, network: &Network, cluster: &[IpAddr]) {
+pub(crate) fn on_bridge(dataplane: &mut Dataplane, network: &Network, cluster: &[IpAddr]) {
     let bridge = Device::bridge(network.id);
     let has = |v4| network.subnets.iter().any(|subnet| subnet.prefix.addr().is_ipv4() == v4);
     let own = [IpAddr::from(ADDRESS_V4), IpAddr::from(ADDRESS_V6)];
     let cluster = cluster.iter().map(|address| stand_in(*address));
     for address in own.into_iter().chain(cluster).filter(|address| has(address.is_ipv4())) {
-        kernel.addresses.insert((bridge, IpNet::from(address)));
+        dataplane.addresses.insert((bridge, IpNet::from(address)));
     }
 }
 

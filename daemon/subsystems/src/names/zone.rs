@@ -1,4 +1,4 @@
-//! Names of endpoints, as DNS has them: what there is of a name on a network, and of an address.
+//! NameTracker of endpoints, as DNS has them: what there is of a name on a network, and of an address.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;

@@ -18,12 +18,13 @@ const OURS: [&str; 3] = ["ovb-*", "ovx-*", "ove-*"];
 
 /// Neither of these: packets are in plain there, whoever made the device. What comes by a VXLAN device of ours
 /// is of some plain network.
-const IN_PLAIN: &str = "iifname != \"ove-*\" iifname != \"ovb-*\" iifname != \"ovt-*\" iifname != \"lo\"";
-const TO_PLAIN: &str = "oifname != \"ove-*\" oifname != \"ovb-*\" oifname != \"ovt-*\" oifname != \"lo\"";
+const FROM_UNDERLAY: &str =
+    "iifname != \"ove-*\" iifname != \"ovb-*\" iifname != \"ovt-*\" iifname != \"lo\"";
+const TO_UNDERLAY: &str = "oifname != \"ove-*\" oifname != \"ovb-*\" oifname != \"ovt-*\" oifname != \"lo\"";
 
 /// This host's end of the tunnel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Tunnel {
+pub struct FilterTunnel {
     /// Its UDP port.
     pub port: u16,
     /// Where the tunnel's addresses are.
@@ -33,7 +34,7 @@ pub struct Tunnel {
 }
 
 /// Not to an endpoint of this host, on whichever network.
-const TO_OTHERS: &str = "oifname != \"ovb-*\" oifname != \"ove-*\"";
+const TO_OTHER_HOSTS: &str = "oifname != \"ovb-*\" oifname != \"ove-*\"";
 
 const REJECT: &str = "reject with icmpx admin-prohibited";
 
@@ -56,7 +57,7 @@ pub fn render(
     networks: &[&Network],
     vteps: &BTreeSet<IpAddr>,
     vxlan_port: u16,
-    tunnel: Option<Tunnel>,
+    tunnel: Option<FilterTunnel>,
     masquerade: bool,
 ) -> String {
     let mut text = String::new();
@@ -101,7 +102,7 @@ fn raw(
     networks: &[&Network],
     vteps: &BTreeSet<IpAddr>,
     vxlan_port: u16,
-    sealed: Option<Option<Tunnel>>,
+    sealed: Option<Option<FilterTunnel>>,
 ) {
     let plain = networks.iter().any(|network| has_vxlan(network));
     if plain {
@@ -155,9 +156,9 @@ fn raw(
 ///   nothing in plain to an endpoint. Answers to what was translated are for the host's address here.
 ///
 /// ICMPv6 by its number: a minimal system has no /etc/protocols that nft could look into.
-fn sealed_in(text: &mut String, networks: &[&Network], tunnel: Option<Tunnel>) {
+fn sealed_in(text: &mut String, networks: &[&Network], tunnel: Option<FilterTunnel>) {
     let port = SEALED_VXLAN_PORT;
-    if let Some(Tunnel { port: outer, prefix, .. }) = tunnel {
+    if let Some(FilterTunnel { port: outer, prefix, .. }) = tunnel {
         let _ = writeln!(
             text,
             "\t\tudp dport {outer} fib daddr type local notrack\n\
@@ -172,7 +173,7 @@ fn sealed_in(text: &mut String, networks: &[&Network], tunnel: Option<Tunnel>) {
             writeln!(text, "\t\tiifname \"ovt-*\" {family} saddr {prefix} {family} daddr {prefix} accept");
     }
     let _ = writeln!(text, "\t\tiifname \"ovt-*\" counter drop");
-    if let Some(Tunnel { prefix, .. }) = tunnel {
+    if let Some(FilterTunnel { prefix, .. }) = tunnel {
         for side in ["saddr", "daddr"] {
             let _ = writeln!(text, "\t\tip6 {side} {prefix} iifname != \"lo\" counter drop");
         }
@@ -188,7 +189,7 @@ fn sealed_in(text: &mut String, networks: &[&Network], tunnel: Option<Tunnel>) {
             let (family, prefix) = (family(subnet.prefix), subnet.prefix);
             let _ = writeln!(
                 text,
-                "\t\t{family} daddr {prefix} {IN_PLAIN} counter drop\n\
+                "\t\t{family} daddr {prefix} {FROM_UNDERLAY} counter drop\n\
                  \t\t{family} saddr {prefix} {elsewhere} counter drop"
             );
         }
@@ -196,8 +197,8 @@ fn sealed_in(text: &mut String, networks: &[&Network], tunnel: Option<Tunnel>) {
 }
 
 /// Nothing for a host in the tunnel, or for an endpoint of an encrypted network, leaves by another device.
-fn sealed_out(text: &mut String, networks: &[&Network], tunnel: Option<Tunnel>) {
-    if let Some(Tunnel { port, prefix, kernel }) = tunnel {
+fn sealed_out(text: &mut String, networks: &[&Network], tunnel: Option<FilterTunnel>) {
+    if let Some(FilterTunnel { port, prefix, kernel }) = tunnel {
         let vxlan = if kernel { "notrack" } else { "counter drop" };
         let _ = writeln!(
             text,
@@ -208,7 +209,7 @@ fn sealed_out(text: &mut String, networks: &[&Network], tunnel: Option<Tunnel>) 
     }
     for subnet in encrypted(networks).flat_map(|network| &network.subnets) {
         let (family, prefix) = (family(subnet.prefix), subnet.prefix);
-        let _ = writeln!(text, "\t\t{family} daddr {prefix} {TO_PLAIN} counter drop");
+        let _ = writeln!(text, "\t\t{family} daddr {prefix} {TO_UNDERLAY} counter drop");
     }
 }
 
@@ -233,7 +234,7 @@ fn forward(text: &mut String, networks: &[&Network], masquerade: bool) {
     );
     for subnet in encrypted(networks).flat_map(|network| &network.subnets) {
         let (family, prefix) = (family(subnet.prefix), subnet.prefix);
-        let _ = writeln!(text, "\t\t{family} daddr {prefix} {TO_PLAIN} counter drop");
+        let _ = writeln!(text, "\t\t{family} daddr {prefix} {TO_UNDERLAY} counter drop");
         // What is not translated would have an endpoint's address, and its answers would be dropped.
         // So may be an answer to what was sent to a published port.
         let untranslated = if masquerade {
@@ -241,7 +242,7 @@ fn forward(text: &mut String, networks: &[&Network], masquerade: bool) {
         } else {
             format!("ct status ! dnat {REJECT}")
         };
-        let _ = writeln!(text, "\t\t{family} saddr {prefix} {TO_PLAIN} {untranslated}");
+        let _ = writeln!(text, "\t\t{family} saddr {prefix} {TO_UNDERLAY} {untranslated}");
     }
     let internal: Vec<&Network> = networks.iter().copied().filter(|network| network.internal).collect();
     for bridge in switched(&internal).map(|network| Device::bridge(network.id)) {
@@ -316,12 +317,12 @@ fn postrouting(text: &mut String, networks: &[&Network]) {
             let (family, prefix) = (family(subnet.prefix), subnet.prefix);
             let _ = match network.mode {
                 Mode::L2 => {
-                    writeln!(text, "\t\t{family} saddr {prefix} {TO_OTHERS} masquerade")
+                    writeln!(text, "\t\t{family} saddr {prefix} {TO_OTHER_HOSTS} masquerade")
                 }
                 Mode::L3 => {
                     writeln!(
                         text,
-                        "\t\t{family} saddr {prefix} {family} daddr != {prefix} {TO_OTHERS} masquerade"
+                        "\t\t{family} saddr {prefix} {family} daddr != {prefix} {TO_OTHER_HOSTS} masquerade"
                     )
                 }
             };

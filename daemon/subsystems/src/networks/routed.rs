@@ -25,9 +25,9 @@ use crate::publish;
 
 /// How packets get to another host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Way {
+enum PeerPath {
     /// Through this end of the tunnel, as they are.
-    Sealed(Device),
+    Tunnel(Device),
     Vxlan,
     /// Over the segment.
     Direct,
@@ -35,7 +35,7 @@ enum Way {
     Routers,
 }
 
-fn way(network: &Network, local: &Local, own: &Node, peer: &Node, block: IpNet) -> Option<Way> {
+fn path_to(network: &Network, local: &Local, own: &Node, peer: &Node, block: IpNet) -> Option<PeerPath> {
     let (here, there) = (own.record.vtep, peer.record.vtep);
     // A VXLAN device sends to one address family only; `status` names such a host.
     if here.is_ipv4() != there.is_ipv4() {
@@ -45,59 +45,60 @@ fn way(network: &Network, local: &Local, own: &Node, peer: &Node, block: IpNet) 
     let is_near = local.segment.is_some_and(|segment| segment.contains(&there))
         && block.addr().is_ipv4() == there.is_ipv4();
     Some(match network.backend {
-        Backend::Vxlan => Way::Vxlan,
-        Backend::Auto if is_near => Way::Direct,
-        Backend::Auto => Way::Vxlan,
-        Backend::Direct if is_near => Way::Direct,
-        Backend::Direct => Way::Routers,
+        Backend::Vxlan => PeerPath::Vxlan,
+        Backend::Auto if is_near => PeerPath::Direct,
+        Backend::Auto => PeerPath::Vxlan,
+        Backend::Direct if is_near => PeerPath::Direct,
+        Backend::Direct => PeerPath::Routers,
     })
 }
 
 /// What the network needs on this host.
-pub(super) fn part(kernel: &mut Dataplane, view: &View, local: &Local, network: &Network, own: &Node) {
+pub(super) fn part(dataplane: &mut Dataplane, view: &View, local: &Local, network: &Network, own: &Node) {
     let mtu = endpoint_mtu(network, own);
     let bridge = Device::bridge(network.id);
-    devices(kernel, network, own, mtu);
+    devices(dataplane, network, own, mtu);
     for gateway in view.gateways(network.id, view.me) {
-        kernel.addresses.insert((bridge, IpNet::from(gateway)));
+        dataplane.addresses.insert((bridge, IpNet::from(gateway)));
     }
     // What nobody answers for: not by a default route. Where routers know more than we do, only
     // what we should answer for ourselves.
     for block in view.blocks_of(network.id, view.me) {
-        kernel.routes.insert(block, Hop::UNREACHABLE);
+        dataplane.routes.insert(block, Hop::UNREACHABLE);
     }
     if network.encrypted || network.backend != Backend::Direct {
         for subnet in &network.subnets {
-            kernel.routes.insert(subnet.prefix, Hop::UNREACHABLE);
+            dataplane.routes.insert(subnet.prefix, Hop::UNREACHABLE);
         }
     }
-    let sealed = if network.encrypted { tunnel::ways(view, &local.ends) } else { BTreeMap::new() };
+    let sealed =
+        if network.encrypted { tunnel::peer_routes(view, &local.key_epochs) } else { BTreeMap::new() };
     let there = view.nodes.iter().filter(|(id, node)| **id != view.me && view.counts(node));
     let peers: BTreeMap<NodeId, &Node> = there.map(|(id, node)| (*id, node)).collect();
     for (block, holder) in view.blocks(network.id) {
         let Some(peer) = peers.get(&holder) else { continue };
-        let way = match network.encrypted {
-            true => sealed.get(&holder).and_then(|sealed| sealed.by).map(Way::Sealed),
-            false => way(network, local, own, peer, block),
+        let path = match network.encrypted {
+            true => sealed.get(&holder).and_then(|route| route.output).map(PeerPath::Tunnel),
+            false => path_to(network, local, own, peer, block),
         };
-        if let Some(way) = way {
-            to_peer(kernel, view, network, own, peer, block, way, mtu);
+        if let Some(path) = path {
+            to_peer(dataplane, view, network, own, peer, block, path, mtu);
         }
     }
     for endpoint in own.table.endpoints_on(network.id) {
-        own_endpoint(kernel, view, local, network, endpoint, mtu);
+        own_endpoint(dataplane, view, local, network, endpoint, mtu);
         if !local.isolated.contains_key(&endpoint.id) {
-            publish::elements(kernel, network, endpoint);
+            publish::elements(dataplane, network, endpoint);
         }
     }
 }
 
 /// The network's bridge, and its VXLAN device if it has one.
-pub(super) fn devices(kernel: &mut Dataplane, network: &Network, own: &Node, mtu: u16) {
+pub(super) fn devices(dataplane: &mut Dataplane, network: &Network, own: &Node, mtu: u16) {
     let mac = Mac::of_gateway(network.id);
-    kernel.links.insert(Device::bridge(network.id), Link::Bridge { mac, mtu, up: true, tuned: true });
+    dataplane.links.insert(Device::bridge(network.id), Link::Bridge { mac, mtu, up: true, tuned: true });
     if !network.encrypted && network.backend != Backend::Direct {
-        kernel.links.insert(Device::vxlan(network.id), vxlan(network, own));
+        dataplane.links.insert(Device::vxlan(network.id), vxlan(network, own));
     }
 }
 
@@ -118,38 +119,38 @@ fn vxlan(network: &Network, own: &Node) -> Link {
 
 #[expect(clippy::too_many_arguments, reason = "they are what a route is made of")]
 fn to_peer(
-    kernel: &mut Dataplane,
+    dataplane: &mut Dataplane,
     view: &View,
     network: &Network,
     own: &Node,
     peer: &Node,
     block: IpNet,
-    way: Way,
+    path: PeerPath,
     mtu: u16,
 ) {
     let id = peer.record.id;
     let source = view.first_gateway(network.id, view.me, block.addr());
     let outer = path_mtu(own, peer);
     let narrower = |carried: u16| Some(carried.max(MIN_MTU)).filter(|carried| *carried < mtu);
-    match way {
-        Way::Routers => {}
-        Way::Sealed(device) => {
+    match path {
+        PeerPath::Routers => {}
+        PeerPath::Tunnel(device) => {
             // The endpoints' MTU is what the own link carries in the tunnel, unless the user asked for less.
             let mtu = tunnel::path_mtu(own, peer, mtu);
-            kernel.routes.insert(block, Hop { device: Some(device), gateway: None, source, mtu });
+            dataplane.routes.insert(block, Hop { device: Some(device), gateway: None, source, mtu });
         }
-        Way::Direct => {
+        PeerPath::Direct => {
             let gateway = Some(peer.record.vtep);
-            kernel.routes.insert(block, Hop { device: None, gateway, source, mtu: narrower(outer) });
+            dataplane.routes.insert(block, Hop { device: None, gateway, source, mtu: narrower(outer) });
         }
-        Way::Vxlan => {
+        PeerPath::Vxlan => {
             let Some(gateway) = view.first_gateway(network.id, id, block.addr()) else { return };
             let (device, mac) = (Device::vxlan(network.id), addresses::mac_of_host(network.id, id));
             let remote = Remote { vtep: peer.record.vtep, port: peer.record.vxlan_port };
-            kernel.remotes.insert((device, mac), remote);
-            kernel.neighbours.insert((device, gateway), mac);
+            dataplane.remotes.insert((device, mac), remote);
+            dataplane.neighbours.insert((device, gateway), mac);
             let mtu = narrower(outer.saturating_sub(vxlan_overhead(own.record.vtep)));
-            kernel.routes.insert(block, Hop { device: Some(device), gateway: Some(gateway), source, mtu });
+            dataplane.routes.insert(block, Hop { device: Some(device), gateway: Some(gateway), source, mtu });
         }
     }
 }

@@ -13,38 +13,39 @@ use ovl_proto::record::Tunnel;
 
 use super::mtu::network_mtu;
 use crate::encryption::tunnel;
-use crate::endpoints::switched::{self, Claim, Ways, rank};
+use crate::endpoints::switched::{self, FrameRoutes, MacClaim, rank};
 use crate::local::Local;
 use crate::publish;
 
-pub(super) fn part(kernel: &mut Dataplane, view: &View, local: &Local, network: &Network, own: &Node) {
+pub(super) fn part(dataplane: &mut Dataplane, view: &View, local: &Local, network: &Network, own: &Node) {
     let id = network.id;
     let mtu = network_mtu(view, network);
-    let ways = Ways::of(view, network);
-    devices(kernel, view, network, own, mtu);
+    let routes = FrameRoutes::of(view, network);
+    devices(dataplane, view, network, own, mtu);
     let placed: Vec<Placed<'_>> = view.endpoints(id).collect();
     let mut best = BTreeMap::new();
     for rank in placed.iter().map(|placed| (placed.endpoint.mac, rank(network, placed))) {
         best.entry(rank.0).and_modify(|best| *best = rank.1.min(*best)).or_insert(rank.1);
     }
     let wins = |placed: &Placed<'_>| best.get(&placed.endpoint.mac) == Some(&rank(network, placed));
-    for claim in placed.iter().filter_map(|placed| Claim::of(view, local, network, &ways, *placed, wins)) {
-        claim.mac(kernel);
-        kernel.floods.extend(claim.remote.map(|remote| (Device::vxlan(id), remote)));
+    for claim in placed.iter().filter_map(|placed| MacClaim::of(view, local, network, &routes, *placed, wins))
+    {
+        claim.mac(dataplane);
+        dataplane.floods.extend(claim.remote.map(|remote| (Device::vxlan(id), remote)));
         for address in &claim.endpoint.addresses {
-            kernel.neighbours.insert((Device::bridge(id), address.addr()), claim.endpoint.mac);
+            dataplane.neighbours.insert((Device::bridge(id), address.addr()), claim.endpoint.mac);
         }
     }
     if network.internal && (routes_for_policies(view, network) || local.resolved.contains(&id)) {
         // Without a gateway's address there is no other.
         let hop = Hop { device: Some(Device::bridge(id)), ..Hop::UNREACHABLE };
-        kernel.routes.extend(network.subnets.iter().map(|subnet| (subnet.prefix, hop)));
+        dataplane.routes.extend(network.subnets.iter().map(|subnet| (subnet.prefix, hop)));
     }
     // The host's ends: all that the table names, isolated or not, so that none is swept away.
     for endpoint in own.table.endpoints_on(id) {
-        switched::own_endpoint(kernel, local, network, endpoint, mtu);
+        switched::own_endpoint(dataplane, local, network, endpoint, mtu);
         if !local.isolated.contains_key(&endpoint.id) {
-            publish::elements(kernel, network, endpoint);
+            publish::elements(dataplane, network, endpoint);
         }
     }
 }
@@ -56,9 +57,9 @@ pub(super) fn routes_for_policies(view: &View, network: &Network) -> bool {
 
 /// The network's bridge with its addresses, and its VXLAN device, if it has other hosts. An encrypted network has one in the tunnel
 /// alone: without a tunnel, none.
-pub(super) fn devices(kernel: &mut Dataplane, view: &View, network: &Network, own: &Node, mtu: u16) {
+pub(super) fn devices(dataplane: &mut Dataplane, view: &View, network: &Network, own: &Node, mtu: u16) {
     let (bridge, vxlan) = (Device::bridge(network.id), Device::vxlan(network.id));
-    kernel
+    dataplane
         .links
         .insert(bridge, Link::Bridge { mac: Mac::of_gateway(network.id), mtu, up: true, tuned: true });
     let (vni, master, mac) = (network.vni, Some(bridge), Mac::of_vxlan(network.id));
@@ -79,11 +80,11 @@ pub(super) fn devices(kernel: &mut Dataplane, view: &View, network: &Network, ow
         Driver::Overlay if network.encrypted => tunnel::own(view).map(|(_, end)| sealed(end)),
         Driver::Overlay => Some(plain()),
     };
-    kernel.links.extend(link.map(|link| (vxlan, link)));
+    dataplane.links.extend(link.map(|link| (vxlan, link)));
     if !network.internal {
         for subnet in &network.subnets {
             if let Ok(address) = IpNet::new(subnet.gateway, subnet.prefix.prefix_len()) {
-                kernel.addresses.insert((bridge, address));
+                dataplane.addresses.insert((bridge, address));
             }
         }
     }

@@ -16,7 +16,7 @@ use ovl_proto::table::Endpoint;
 use super::mtu::network_mtu;
 use super::{routed, switched as devices_of};
 use crate::endpoints;
-use crate::endpoints::switched::{Claim, Ways, own_endpoint, rank};
+use crate::endpoints::switched::{FrameRoutes, MacClaim, own_endpoint, rank};
 use crate::local::Local;
 use crate::publish;
 use ovl_cluster::view::{Node, Placed, View};
@@ -28,7 +28,7 @@ use ovl_dataplane::state::{Dataplane, Remote};
 
 /// Endpoints of one network that came, went or changed, by what they have or had.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Touched {
+pub struct TouchedEndpoints {
     own: BTreeSet<EndpointId>,
     hosts: BTreeSet<NodeId>,
     macs: BTreeSet<Mac>,
@@ -37,7 +37,7 @@ pub struct Touched {
     ports: BTreeSet<(&'static Set, Key)>,
 }
 
-impl Touched {
+impl TouchedEndpoints {
     /// Takes note of an endpoint as it was or as it is.
     pub fn note(&mut self, me: NodeId, host: NodeId, endpoint: &Endpoint) {
         if host == me {
@@ -66,7 +66,7 @@ pub fn plan(
     view: &View,
     local: &Local,
     id: NetworkId,
-    mut touched: Touched,
+    mut touched: TouchedEndpoints,
     applied: &mut Dataplane,
     prune: bool,
 ) -> Option<Vec<Op>> {
@@ -108,7 +108,7 @@ fn on_devices(
     local: &Local,
     network: &Network,
     own: &Node,
-    touched: &Touched,
+    touched: &TouchedEndpoints,
     applied: &Dataplane,
     mtu: u16,
 ) -> (Dataplane, Dataplane) {
@@ -137,27 +137,28 @@ fn switched(
     local: &Local,
     network: &Network,
     own: &Node,
-    touched: Touched,
+    touched: TouchedEndpoints,
     applied: &Dataplane,
     mtu: u16,
 ) -> (Dataplane, Dataplane) {
     let id = network.id;
     let (bridge, vxlan) = (Device::bridge(id), Device::vxlan(id));
-    let Touched { own: ids, mut hosts, macs, mut addresses, ports: _ } = touched;
+    let TouchedEndpoints { own: ids, mut hosts, macs, mut addresses, ports: _ } = touched;
     // Whoever shares a MAC address may have won or lost it, and all its entries with it.
     for placed in macs.iter().flat_map(|mac| view.all_with_mac(id, *mac)) {
         hosts.insert(placed.node.record.id);
         addresses.extend(placed.endpoint.addresses.iter().map(|net| net.addr()));
     }
-    let ways = Ways::of(view, network);
-    let remotes: BTreeSet<Remote> = hosts.iter().filter_map(|host| ways.to(view.nodes.get(host)?)).collect();
+    let routes = FrameRoutes::of(view, network);
+    let remotes: BTreeSet<Remote> =
+        hosts.iter().filter_map(|host| routes.to(view.nodes.get(host)?)).collect();
 
     let mut is = Dataplane::default();
     let wins = |placed: &Placed<'_>| {
         let others = view.all_with_mac(id, placed.endpoint.mac).filter(|other| view.is_counted(other));
         others.map(|other| rank(network, &other)).min() == Some(rank(network, placed))
     };
-    let claim = |placed| Claim::of(view, local, network, &ways, placed, wins);
+    let claim = |placed| MacClaim::of(view, local, network, &routes, placed, wins);
     for mac in &macs {
         let placed = view.all_with_mac(id, *mac).filter(|placed| view.is_counted(placed));
         for claim in placed.filter_map(claim) {
@@ -170,7 +171,7 @@ fn switched(
             is.neighbours.insert((bridge, *address), claim.endpoint.mac);
         }
     }
-    for node in view.nodes.values().filter(|node| ways.to(node).is_some_and(|way| remotes.contains(&way))) {
+    for node in view.nodes.values().filter(|node| routes.to(node).is_some_and(|way| remotes.contains(&way))) {
         let mut claims = node
             .table
             .endpoints_on(id)

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 
-use super::{Standing, part};
+use super::{PolicyLedger, part};
 use ovl_dataplane::nft::{Element, Table};
 use ovl_dataplane::op::Op;
 use ovl_dataplane::state::Dataplane;
@@ -17,7 +17,7 @@ use crate::subsystem::{Change, Cluster, Outcome, Part, Subsystem};
 /// What was last sent of network policies, and what may have changed since.
 #[derive(Debug)]
 pub struct Enforcement {
-    ledger: Standing,
+    ledger: PolicyLedger,
     /// Everything, whichever endpoints.
     all_changed: bool,
     /// Endpoints with these addresses.
@@ -31,7 +31,7 @@ impl Enforcement {
     /// Connections that an earlier run marked are judged again, if it marked them with another generation.
     pub fn new(generation: u32) -> Self {
         Self {
-            ledger: Standing::new(generation),
+            ledger: PolicyLedger::new(generation),
             all_changed: false,
             touched: BTreeSet::new(),
             refused: None,

@@ -7,19 +7,19 @@ use std::net::IpAddr;
 use ovl_proto::object::Mode;
 use ovl_proto::resource::{LabelSelector, Name, Operator, Protocol, Requirement};
 
-use super::{Direction, Namespaces, Peer, Policies, Policy, Port, Rule, in_block};
+use super::{Direction, Namespaces, Policies, Policy, Rule, RulePeer, RulePort, in_block};
 use ovl_cluster::view::{Placed, View};
 
 /// Where a connection comes from or goes to.
 #[derive(Debug, Clone, Copy)]
-pub struct End<'a> {
+pub struct ConnectionEnd<'a> {
     /// Its address.
     pub address: IpAddr,
     /// Whose that is; nothing for the world outside.
     pub endpoint: Option<Placed<'a>>,
 }
 
-impl<'a> End<'a> {
+impl<'a> ConnectionEnd<'a> {
     /// What has an address.
     pub fn of(view: &'a View, address: IpAddr) -> Self {
         let mut found = view.networks.keys().filter_map(|id| view.endpoint_by_address(*id, address));
@@ -88,11 +88,11 @@ impl Judgement {
 pub fn explain(
     view: &View,
     policies: &Policies,
-    from: &End<'_>,
-    to: &End<'_>,
+    from: &ConnectionEnd<'_>,
+    to: &ConnectionEnd<'_>,
     port: Option<(Protocol, u16)>,
 ) -> Judgement {
-    let side = |own: &End<'_>, other: &End<'_>, direction| {
+    let side = |own: &ConnectionEnd<'_>, other: &ConnectionEnd<'_>, direction| {
         let Some(Placed { endpoint, .. }) = own.endpoint else { return Side::Outside };
         let labels = view.resources.labels(endpoint);
         let isolating: Vec<(&Policy, &[Rule])> = policies
@@ -122,10 +122,10 @@ pub fn explain(
     Judgement { egress: side(from, to, Direction::Egress), ingress: side(to, from, Direction::Ingress) }
 }
 
-fn peers_fit(view: &View, policies: &Policies, peers: &[Peer], other: &End<'_>) -> bool {
-    let fits = |peer: &Peer| match peer {
-        Peer::Block { cidr, except } => in_block(other.address, *cidr, except),
-        Peer::Pods(place) => policies.pods(*place).zip(other.endpoint).is_some_and(|(pods, placed)| {
+fn peers_fit(view: &View, policies: &Policies, peers: &[RulePeer], other: &ConnectionEnd<'_>) -> bool {
+    let fits = |peer: &RulePeer| match peer {
+        RulePeer::Block { cidr, except } => in_block(other.address, *cidr, except),
+        RulePeer::Pods(place) => policies.pods(*place).zip(other.endpoint).is_some_and(|(pods, placed)| {
             let endpoint = placed.endpoint;
             let namespace = view.resources.namespace_labels(&endpoint.namespace);
             pods.matches(&endpoint.namespace, &namespace, &view.resources.labels(endpoint))
@@ -137,16 +137,16 @@ fn peers_fit(view: &View, policies: &Policies, peers: &[Peer], other: &End<'_>) 
 fn ports_fit(
     view: &View,
     policies: &Policies,
-    ports: &[Port],
-    to: &End<'_>,
+    ports: &[RulePort],
+    to: &ConnectionEnd<'_>,
     wanted: Option<(Protocol, u16)>,
 ) -> bool {
-    let fits = |port: &Port| {
+    let fits = |port: &RulePort| {
         let Some((protocol, number)) = wanted else { return false };
         match port {
-            Port::All(of) => *of == protocol,
-            Port::Range(of, first, last) => *of == protocol && (*first..=*last).contains(&number),
-            Port::Named(place) => policies.port(*place).is_some_and(|(name, of)| {
+            RulePort::All(of) => *of == protocol,
+            RulePort::Range(of, first, last) => *of == protocol && (*first..=*last).contains(&number),
+            RulePort::Named(place) => policies.port(*place).is_some_and(|(name, of)| {
                 let named = |placed: Placed<'_>| view.resources.named_port(placed.endpoint, name, of);
                 of == protocol && to.endpoint.and_then(named) == Some(number)
             }),
@@ -167,14 +167,14 @@ pub fn describe(policies: &Policies, rule: &Rule, direction: Direction) -> Strin
     format!("{word} {}, {}", any(peers, "everybody"), any(ports, "all ports"))
 }
 
-fn describe_peer(policies: &Policies, peer: &Peer) -> String {
+fn describe_peer(policies: &Policies, peer: &RulePeer) -> String {
     match peer {
-        Peer::Block { cidr, except } if except.is_empty() => cidr.to_string(),
-        Peer::Block { cidr, except } => {
+        RulePeer::Block { cidr, except } if except.is_empty() => cidr.to_string(),
+        RulePeer::Block { cidr, except } => {
             let except: Vec<String> = except.iter().map(ToString::to_string).collect();
             format!("{cidr} except {}", except.join(" and "))
         }
-        Peer::Pods(place) => policies.pods(*place).map_or_else(String::new, |pods| {
+        RulePeer::Pods(place) => policies.pods(*place).map_or_else(String::new, |pods| {
             let which = match &pods.namespaces {
                 Namespaces::One(name) => format!("namespace {name}"),
                 Namespaces::Selected(selector) => match Shown(selector).to_string() {
@@ -190,12 +190,12 @@ fn describe_peer(policies: &Policies, peer: &Peer) -> String {
     }
 }
 
-fn describe_port(policies: &Policies, port: &Port) -> String {
+fn describe_port(policies: &Policies, port: &RulePort) -> String {
     match port {
-        Port::All(protocol) => format!("all {protocol} ports"),
-        Port::Range(protocol, first, last) if first == last => format!("{protocol} {first}"),
-        Port::Range(protocol, first, last) => format!("{protocol} {first}-{last}"),
-        Port::Named(place) => {
+        RulePort::All(protocol) => format!("all {protocol} ports"),
+        RulePort::Range(protocol, first, last) if first == last => format!("{protocol} {first}"),
+        RulePort::Range(protocol, first, last) => format!("{protocol} {first}-{last}"),
+        RulePort::Named(place) => {
             policies.port(*place).map_or_else(String::new, |(name, protocol)| format!("{protocol} '{name}'"))
         }
     }

@@ -83,7 +83,7 @@ pub(super) fn closed(direction: Direction) -> Set {
 
 /// One thing that an address is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum Member {
+pub(super) enum Membership {
     /// One of those that a selector means, by its place.
     Pods(usize),
     /// It has a port under a name, by the name's place.
@@ -100,7 +100,7 @@ pub(super) enum Member {
     Closed(Direction, Device),
 }
 
-impl Member {
+impl Membership {
     /// The elements that say it.
     pub(super) fn elements(&self, policies: &Policies, address: IpAddr) -> Vec<Element> {
         let v4 = address.is_ipv4();

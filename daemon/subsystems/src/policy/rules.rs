@@ -13,7 +13,7 @@
 use ovl_proto::resource::Protocol;
 
 use super::members::{self, GENERATION};
-use super::{Direction, Peer, Policies, Policy, Port, Rule, protocol_name};
+use super::{Direction, Policies, Policy, Rule, RulePeer, RulePort, protocol_name};
 use ovl_dataplane::nft::{Chain, Object, Set, Skeleton};
 
 /// Marks of connections that were judged are these bits and a generation.
@@ -262,16 +262,16 @@ fn lines(policies: &Policies, rule: &Rule, direction: Direction) -> Vec<String> 
     lines
 }
 
-fn peer_matches(policies: &Policies, peer: &Peer, direction: Direction) -> Vec<Match> {
+fn peer_matches(policies: &Policies, peer: &RulePeer, direction: Direction) -> Vec<Match> {
     match peer {
-        Peer::Pods(place) => [true, false]
+        RulePeer::Pods(place) => [true, false]
             .iter()
             .filter_map(|v4| {
                 let set = members::pods(policies, *place, *v4)?.name;
                 Some((Some(*v4), format!("{} @{set} ", other_end(direction, *v4))))
             })
             .collect(),
-        Peer::Block { cidr, except } => {
+        RulePeer::Block { cidr, except } => {
             let v4 = cidr.addr().is_ipv4();
             let end = other_end(direction, v4);
             // Everything is no prefix to nft.
@@ -292,14 +292,14 @@ fn peer_matches(policies: &Policies, peer: &Peer, direction: Direction) -> Vec<M
     }
 }
 
-fn port_matches(policies: &Policies, port: &Port) -> Vec<Match> {
+fn port_matches(policies: &Policies, port: &RulePort) -> Vec<Match> {
     match port {
-        Port::All(protocol) => vec![(None, format!("meta l4proto {} ", protocol_name(*protocol)))],
-        Port::Range(protocol, first, last) => {
+        RulePort::All(protocol) => vec![(None, format!("meta l4proto {} ", protocol_name(*protocol)))],
+        RulePort::Range(protocol, first, last) => {
             let ports = if first == last { first.to_string() } else { format!("{first}-{last}") };
             vec![(None, format!("meta l4proto {} ct reply proto-src {ports} ", protocol_name(*protocol)))]
         }
-        Port::Named(place) => [true, false]
+        RulePort::Named(place) => [true, false]
             .iter()
             .filter_map(|v4| {
                 let set = members::port(policies, *place, *v4)?.name;

@@ -51,13 +51,13 @@ pub struct Promised(BTreeMap<Claim, Name>);
 
 /// Allocates for several Services, of which none is in the cluster yet.
 #[derive(Debug)]
-pub struct Allocator<'a> {
+pub struct ServiceAllocator<'a> {
     resources: &'a Resources,
     ranges: &'a Ranges,
     promised: &'a mut Promised,
 }
 
-impl<'a> Allocator<'a> {
+impl<'a> ServiceAllocator<'a> {
     /// Among what there is and what was promised.
     pub fn new(resources: &'a Resources, ranges: &'a Ranges, promised: &'a mut Promised) -> Self {
         Self { resources, ranges, promised }

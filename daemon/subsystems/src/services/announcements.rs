@@ -76,12 +76,12 @@ impl Subsystem for Announcements {
     }
 
     fn desired(&self, _: &Cluster<'_>) -> Dataplane {
-        self.planned.kernel()
+        self.planned.dataplane()
     }
 
     fn resync(&mut self, cluster: &Cluster<'_>) -> Dataplane {
         self.replan(cluster, true);
-        self.planned.kernel()
+        self.planned.dataplane()
     }
 
     fn plan(&mut self, cluster: &Cluster<'_>) -> Vec<Op> {
@@ -89,7 +89,7 @@ impl Subsystem for Announcements {
     }
 
     fn sent(&self) -> Option<Dataplane> {
-        Some(self.planned.kernel())
+        Some(self.planned.dataplane())
     }
 
     fn outcome(&mut self, outcome: Outcome<'_>) {

@@ -29,7 +29,7 @@ use self::skeleton::Sticky;
 
 /// What wants elements.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-enum Part {
+enum ElementOwner {
     Host,
     Endpoint(EndpointId),
     Service(Name),
@@ -40,7 +40,7 @@ type At = (Option<IpAddr>, u8, u16);
 
 /// What a whole look at networks decides for all Services.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(crate) struct Ground {
+pub(crate) struct NetworkContext {
     /// This host.
     pub(crate) me: Option<NodeId>,
     /// Its underlay address.
@@ -53,7 +53,7 @@ pub(crate) struct Ground {
     pub(crate) hosts: BTreeMap<NodeId, IpAddr>,
 }
 
-impl Ground {
+impl NetworkContext {
     /// Whether it is the address of an endpoint of a switched network.
     fn is_switched(&self, address: IpAddr) -> bool {
         self.switched.iter().any(|prefix| prefix.contains(&address))
@@ -78,8 +78,8 @@ impl Ground {
 /// All Services of the cluster, for one host.
 #[derive(Debug, Clone, Default)]
 pub struct Services {
-    ledger: Ledger<Part>,
-    ground: Ground,
+    ledger: Ledger<ElementOwner>,
+    context: NetworkContext,
     slots: Slots,
     /// Where each Service's UDP ports lead.
     flows: BTreeMap<Name, resolve::UdpPorts>,
@@ -99,19 +99,19 @@ pub struct Services {
 
 impl Services {
     /// What belongs into the desired state.
-    pub fn kernel(&self) -> Dataplane {
+    pub fn dataplane(&self) -> Dataplane {
         let (tables, elements) = (self.tables.clone(), self.ledger.wanted().clone());
         let sysctls = self.forwarding().into_iter().map(|name| (name.to_owned(), "1".to_owned())).collect();
-        let mut kernel = Dataplane { tables, elements, sysctls, ..Dataplane::default() };
+        let mut dataplane = Dataplane { tables, elements, sysctls, ..Dataplane::default() };
         for table in Table::ALL.into_iter().filter(|table| !self.tables.contains_key(table)) {
-            kernel.elements.forget(table);
+            dataplane.elements.forget(table);
         }
-        kernel
+        dataplane
     }
 
     /// The setting without which nothing is passed on.
     fn forwarding(&self) -> Option<&'static str> {
-        let ipv4 = self.ground.vtep.filter(|_| !self.relaying.is_empty())?.is_ipv4();
+        let ipv4 = self.context.vtep.filter(|_| !self.relaying.is_empty())?.is_ipv4();
         Some(if ipv4 { "net.ipv4.ip_forward" } else { "net.ipv6.conf.all.forwarding" })
     }
 
@@ -120,7 +120,7 @@ impl Services {
         std::mem::take(&mut self.ended).into_iter().map(Op::EndFlows).collect()
     }
 
-    /// What these Services need beyond what was planned last; with `ground`, networks, blocks or endpoints of
+    /// What these Services need beyond what was planned last; with `context`, networks, blocks or endpoints of
     /// this host may be others too. Not before gossip has caught up: a Service without the backends of hosts
     /// that were not heard yet would refuse connections.
     pub fn plan<'a>(
@@ -128,21 +128,21 @@ impl Services {
         view: &View,
         backends: &Backends,
         services: impl Iterator<Item = &'a Name>,
-        ground: bool,
+        context: bool,
     ) -> Vec<Op> {
         let mut names: BTreeSet<Name> = services.cloned().collect();
         let forwarding = self.forwarding();
         let mut changes = Vec::new();
         let is_first = !std::mem::replace(&mut self.started, true);
         let any = view.has_services();
-        let ground = ground || std::mem::replace(&mut self.any, any) != any;
-        if ground || is_first {
-            let ground = self::ground(view);
-            if ground != self.ground {
-                self.ground = ground;
+        let context = context || std::mem::replace(&mut self.any, any) != any;
+        if context || is_first {
+            let context = self::context(view);
+            if context != self.context {
+                self.context = context;
                 names.extend(view.resources.services.keys().cloned());
             }
-            changes.extend(self.ledger.set(&Part::Host, host(view, &self.ground)));
+            changes.extend(self.ledger.set(&ElementOwner::Host, host(view, &self.context)));
             changes.extend(self.endpoints(view));
         }
         for name in names {
@@ -201,7 +201,7 @@ impl Services {
             let old = self.tables.get(&table).filter(|_| same).map(Arc::clone);
             tables.insert(table, old.unwrap_or_else(|| Arc::new(make())));
         };
-        if self.ledger.parts().any(|part| matches!(part, Part::Service(_))) {
+        if self.ledger.parts().any(|part| matches!(part, ElementOwner::Service(_))) {
             need(Table::Services, same, &|| skeleton::skeleton(&self.counts, &self.sticky));
         }
         if divert::BACKENDS.iter().any(|set| self.ledger.wanted().of(set).is_some()) {
@@ -222,12 +222,12 @@ impl Services {
             }
         }
         let there = self.ledger.parts().filter_map(|part| match part {
-            Part::Endpoint(id) => Some(*id),
-            Part::Host | Part::Service(_) => None,
+            ElementOwner::Endpoint(id) => Some(*id),
+            ElementOwner::Host | ElementOwner::Service(_) => None,
         });
         let gone: Vec<EndpointId> = there.filter(|id| !wanted.contains_key(id)).collect();
         let all = gone.into_iter().map(|id| (id, Entries::new())).chain(wanted);
-        all.flat_map(|(id, entries)| self.ledger.set(&Part::Endpoint(id), entries)).collect()
+        all.flat_map(|(id, entries)| self.ledger.set(&ElementOwner::Endpoint(id), entries)).collect()
     }
 
     /// One Service, looked at anew.
@@ -235,7 +235,7 @@ impl Services {
         let service = view.resources.services.get(name);
         let resolved = service.map(|service| {
             let of = backends.of(name);
-            resolve::resolve(&self.ground, &view.resources.claims, (name, service), of, &mut self.slots)
+            resolve::resolve(&self.context, &view.resources.claims, (name, service), of, &mut self.slots)
         });
         let Resolved { entries, counts, sticky, flows, relays } = resolved.unwrap_or_default();
         if relays {
@@ -261,7 +261,7 @@ impl Services {
         if !flows.is_empty() {
             self.flows.insert(name.clone(), flows);
         }
-        self.ledger.set(&Part::Service(name.clone()), entries)
+        self.ledger.set(&ElementOwner::Service(name.clone()), entries)
     }
 }
 
@@ -274,7 +274,7 @@ fn flows_of((address, _, port): At, ipv4: bool, keep: BTreeSet<(IpAddr, u16)>) -
     Flows { address, port, keep, ipv4, held: false }
 }
 
-fn ground(view: &View) -> Ground {
+fn context(view: &View) -> NetworkContext {
     let prefixes = |networks: Vec<&Network>| -> Vec<IpNet> {
         networks.into_iter().flat_map(|network| &network.subnets).map(|subnet| subnet.prefix).collect()
     };
@@ -283,7 +283,7 @@ fn ground(view: &View) -> Ground {
     // Who comes and goes concerns nobody where nothing is passed on.
     let others = view.nodes.values().filter(|node| !switched.is_empty() && node.record.id != view.me);
     let hosts = others.filter(|node| view.counts(node)).map(|node| (node.record.id, node.record.vtep));
-    Ground {
+    NetworkContext {
         me: Some(view.me),
         vtep: view.own().map(|own| own.record.vtep),
         hosts: hosts.collect(),
@@ -310,9 +310,9 @@ fn endpoint_part(endpoint: &Endpoint) -> Entries {
 }
 
 /// What follows from networks alone.
-fn host(view: &View, ground: &Ground) -> Entries {
+fn host(view: &View, context: &NetworkContext) -> Entries {
     let mut entries = Entries::new();
-    for address in ground.hosts.values() {
+    for address in context.hosts.values() {
         let set = of_family(&skeleton::HOSTS, address.is_ipv4()).clone();
         entries.insert((set, Key::of(&[Field::Ip(*address)])), Value::None);
     }

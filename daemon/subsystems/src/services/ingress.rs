@@ -101,7 +101,7 @@ impl Ingress {
     }
 
     /// What belongs into the desired state.
-    pub fn kernel(&self) -> Dataplane {
+    pub fn dataplane(&self) -> Dataplane {
         Dataplane { announced: self.planned.clone(), ..Dataplane::default() }
     }
 

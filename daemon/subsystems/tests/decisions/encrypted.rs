@@ -74,10 +74,10 @@ fn the_tunnel_has_an_address_a_peer_and_a_route_for_each_member() {
         ]
     );
     assert_eq!(with(&all, "unreachable"), ["ip route replace unreachable CLUSTER proto 79 metric 79"]);
-    let kernel = desired(&sealed_switch(true), &local());
+    let dataplane = desired(&sealed_switch(true), &local());
     let device = Device::tunnel(false);
-    assert_eq!(kernel.links[&device], Link::Tunnel { kind: TunnelKind::Kernel, mtu: 1440, up: true });
-    assert_eq!(kernel.tunnels[&device].local, None);
+    assert_eq!(dataplane.links[&device], Link::Tunnel { kind: TunnelKind::Kernel, mtu: 1440, up: true });
+    assert_eq!(dataplane.tunnels[&device].local, None);
 }
 
 #[test]
@@ -133,14 +133,16 @@ fn a_routed_network_goes_through_the_tunnel_as_it_is() {
 fn without_a_tunnel_there_is_no_way() {
     for mut view in [sealed_switch(false), sealed_routes()] {
         view.nodes.get_mut(&id(1)).unwrap().record.tunnel = None;
-        let kernel = desired(&view, &local());
+        let dataplane = desired(&view, &local());
         let ways = |link: &Link| matches!(link, Link::Tap { .. } | Link::Vxlan { .. } | Link::Tunnel { .. });
-        assert!(!kernel.links.values().any(ways), "{:?}", kernel.links);
-        assert!(kernel.remotes.is_empty() && kernel.floods.is_empty() && kernel.tunnel_peers.is_empty());
+        assert!(!dataplane.links.values().any(ways), "{:?}", dataplane.links);
+        assert!(
+            dataplane.remotes.is_empty() && dataplane.floods.is_empty() && dataplane.tunnel_peers.is_empty()
+        );
         let own = |(to, _): &(&ipnet::IpNet, &Hop)| net("10.60.1.0/24").contains(&to.addr());
-        let out = kernel.routes.iter().filter(|route| !own(route)).map(|(_, hop)| hop);
-        assert!(out.clone().all(|hop| *hop == Hop::UNREACHABLE), "{:?}", kernel.routes);
-        let filter = kernel.filter.unwrap();
+        let out = dataplane.routes.iter().filter(|route| !own(route)).map(|(_, hop)| hop);
+        assert!(out.clone().all(|hop| *hop == Hop::UNREACHABLE), "{:?}", dataplane.routes);
+        let filter = dataplane.filter.unwrap();
         assert!(filter.contains("udp dport 51942 fib daddr type != unicast counter drop"), "{filter}");
     }
 }
@@ -162,8 +164,8 @@ fn only_members_that_are_there_and_have_a_key_of_their_own_are_peers() {
     // It claims the key of another one.
     view.nodes.get_mut(&id(3)).unwrap().record.tunnel.as_mut().unwrap().key = tunnel_key(2);
     assert_eq!(tunnel::copies(&view), [id(3)].into());
-    let kernel = desired(&view, &local());
-    let ends: Vec<IpAddr> = kernel.tunnel_peers.values().map(|peer| peer.endpoint.ip()).collect();
+    let dataplane = desired(&view, &local());
+    let ends: Vec<IpAddr> = dataplane.tunnel_peers.values().map(|peer| peer.endpoint.ip()).collect();
     assert_eq!(ends, [IpAddr::from([192, 168, 77, 2])]);
     // Ours is nobody else's either.
     view.nodes.get_mut(&id(3)).unwrap().record.tunnel.as_mut().unwrap().key = tunnel_key(1);

@@ -16,9 +16,9 @@ pub(crate) struct Packet {
 }
 
 /// Whether it gets through the table; without one it does.
-pub(crate) fn passes(kernel: &Dataplane, packet: &Packet) -> bool {
-    let Some(skeleton) = kernel.tables.get(&Table::Policy) else { return true };
-    let mut run = Run { kernel, skeleton, packet, priority: 0 };
+pub(crate) fn passes(dataplane: &Dataplane, packet: &Packet) -> bool {
+    let Some(skeleton) = dataplane.tables.get(&Table::Policy) else { return true };
+    let mut run = Run { dataplane, skeleton, packet, priority: 0 };
     run.chain("forward") != End::Drop
 }
 
@@ -34,7 +34,7 @@ enum End {
 }
 
 struct Run<'a> {
-    kernel: &'a Dataplane,
+    dataplane: &'a Dataplane,
     skeleton: &'a Skeleton,
     packet: &'a Packet,
     priority: u32,
@@ -151,7 +151,7 @@ impl Run<'_> {
         let name = name.trim_start_matches('@');
         let set = self.skeleton.sets.iter().find(|set| set.name == name);
         let set = set.unwrap_or_else(|| panic!("no set {name}"));
-        self.kernel.elements.of(set)?.get(&Key::of(key)).cloned()
+        self.dataplane.elements.of(set)?.get(&Key::of(key)).cloned()
     }
 }
 

@@ -17,8 +17,8 @@ use ovl_proto::resource::{
 };
 use ovl_proto::table::{Endpoint, Entry, Key};
 use ovl_subsystems::local::Local;
-use ovl_subsystems::policy::explain::{End, Side, explain};
-use ovl_subsystems::policy::{Policies, Standing, part, protocol_number};
+use ovl_subsystems::policy::explain::{ConnectionEnd, Side, explain};
+use ovl_subsystems::policy::{Policies, PolicyLedger, part, protocol_number};
 use proptest::prelude::*;
 
 use super::nft::{Packet, passes};
@@ -100,11 +100,11 @@ fn example() -> View {
 #[test]
 fn a_policy_becomes_a_chain_and_a_pod_an_element_of_each_set() {
     let mut view = example();
-    let mut standing = Standing::new(7);
+    let mut standing = PolicyLedger::new(7);
     let local = Local::default();
     standing.plan(&view, &local, true);
-    let kernel = part(&view, &local, standing.generation());
-    let skeleton = &kernel.tables[&Table::Policy];
+    let dataplane = part(&view, &local, standing.generation());
+    let skeleton = &dataplane.tables[&Table::Policy];
     let chain = skeleton.chains.iter().find(|chain| chain.name == "default/db-allow-api-only/ingress");
     let [v4, v6] = &chain.unwrap().rules[..] else { panic!("two rules") };
     let set = v4.split('@').nth(1).unwrap().split(' ').next().unwrap().to_owned();
@@ -134,7 +134,7 @@ fn a_policy_becomes_a_chain_and_a_pod_an_element_of_each_set() {
 fn an_endpoint_that_is_being_made_is_isolated_before_it_is_there() {
     let mut view = example();
     let mut local = Local::default();
-    let mut standing = Standing::new(1);
+    let mut standing = PolicyLedger::new(1);
     standing.plan(&view, &local, true);
     let generation = standing.generation();
     let second = endpoint(11, "default", labels(&[("app", "database")]));
@@ -165,7 +165,7 @@ fn the_explanation_names_the_policy_and_the_rule() {
     let view = example();
     let policies = Policies::new(&view.resources);
     let judge = |from: u8, port: u16| {
-        let [from, to] = [from, 9].map(|n| End::of(&view, address(n)));
+        let [from, to] = [from, 9].map(|n| ConnectionEnd::of(&view, address(n)));
         explain(&view, &policies, &from, &to, Some((Protocol::Tcp, port)))
     };
     let name = Name::new("default", "db-allow-api-only");
@@ -176,8 +176,8 @@ fn the_explanation_names_the_policy_and_the_rule() {
     assert_eq!(judge(17, 5432).ingress, Side::Refused(vec![name.clone()]));
     assert_eq!(judge(10, 6379).ingress, Side::Refused(vec![name]));
     // Its own host's programs always reach it.
-    let host = End::of(&view, "10.9.0.1".parse().unwrap());
-    let judged = explain(&view, &policies, &host, &End::of(&view, address(9)), None);
+    let host = ConnectionEnd::of(&view, "10.9.0.1".parse().unwrap());
+    let judged = explain(&view, &policies, &host, &ConnectionEnd::of(&view, address(9)), None);
     assert_eq!((judged.egress, judged.ingress), (Side::Outside, Side::AtHome));
 }
 
@@ -330,26 +330,26 @@ fn make(view: &mut View, step: &Step) -> Option<(NetworkId, IpAddr)> {
 }
 
 /// What operations make of what stands.
-fn apply(kernel: &mut Dataplane, ops: Vec<Op>) {
+fn apply(dataplane: &mut Dataplane, ops: Vec<Op>) {
     for op in ops {
         match op {
             Op::Table(table, skeleton) => {
                 let sets: BTreeSet<_> = skeleton.sets.iter().cloned().collect();
-                let gone: Vec<_> = kernel
+                let gone: Vec<_> = dataplane
                     .elements
                     .sets()
                     .filter(|(set, _)| set.table == table && !sets.contains(*set))
                     .map(|(set, _)| set.clone())
                     .collect();
-                gone.iter().for_each(|set| kernel.elements.set(set, Default::default()));
-                kernel.tables.insert(table, skeleton);
+                gone.iter().for_each(|set| dataplane.elements.set(set, Default::default()));
+                dataplane.tables.insert(table, skeleton);
             }
             Op::DelTable(table) => {
-                kernel.tables.remove(&table);
-                kernel.elements.forget(table);
+                dataplane.tables.remove(&table);
+                dataplane.elements.forget(table);
             }
-            Op::SetElement(Element { set, key, value }) => drop(kernel.elements.insert(&set, key, value)),
-            Op::DelElement(set, key) => drop(kernel.elements.remove(&set, &key)),
+            Op::SetElement(Element { set, key, value }) => drop(dataplane.elements.insert(&set, key, value)),
+            Op::DelElement(set, key) => drop(dataplane.elements.remove(&set, &key)),
             other => panic!("{other}"),
         }
     }
@@ -372,12 +372,12 @@ proptest! {
         let ends = [9_u8, 10, 17, 18, 77];
         for from in ends {
             for to in ends.into_iter().filter(|to| *to != from) {
-                let [here, there] = [from, to].map(|n| End::of(&view, address(n)));
+                let [here, there] = [from, to].map(|n| ConnectionEnd::of(&view, address(n)));
                 for protocol in [Protocol::Tcp, Protocol::Udp, Protocol::Sctp] {
                     for port in 80..84_u16 {
                         let judged = explain(&view, &policies, &here, &there, Some((protocol, port)));
                         let packet = Packet { from: address(from), to: address(to), protocol: protocol_number(protocol), port };
-                        let by_tables = [from, to].iter().filter_map(|n| kernels.get(&host_of(*n))).all(|kernel| passes(kernel, &packet));
+                        let by_tables = [from, to].iter().filter_map(|n| kernels.get(&host_of(*n))).all(|dataplane| passes(dataplane, &packet));
                         prop_assert_eq!(judged.passes(), by_tables, "{:?}: {:?}", packet, judged);
                     }
                 }
@@ -389,16 +389,16 @@ proptest! {
     fn the_short_way_and_the_long_one_lead_to_the_same(steps in prop::collection::vec(steps(), 1..40)) {
         let mut view = switched();
         let local = Local::default();
-        let mut standing = Standing::new(1);
-        let mut kernel = Dataplane::default();
+        let mut standing = PolicyLedger::new(1);
+        let mut dataplane = Dataplane::default();
         for step in &steps {
             let touched = make(&mut view, step);
             let short = touched.and_then(|at| standing.plan_touched(&view, &local, &BTreeSet::from([at])));
             let ops = short.unwrap_or_else(|| standing.plan(&view, &local, true));
-            apply(&mut kernel, ops);
+            apply(&mut dataplane, ops);
             let wanted = part(&view, &local, standing.generation());
-            prop_assert_eq!(&kernel.tables, &wanted.tables);
-            prop_assert_eq!(&kernel.elements, &wanted.elements);
+            prop_assert_eq!(&dataplane.tables, &wanted.tables);
+            prop_assert_eq!(&dataplane.elements, &wanted.elements);
             prop_assert_eq!(standing.plan(&view, &local, true), []);
         }
     }

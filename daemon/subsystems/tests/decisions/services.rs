@@ -66,7 +66,7 @@ impl Host {
     }
 
     fn assert_sent(&self) {
-        let wanted = self.services.kernel();
+        let wanted = self.services.dataplane();
         assert_eq!((&self.tables, &self.elements), (&wanted.tables, &wanted.elements));
     }
 
@@ -368,7 +368,7 @@ proptest! {
             counted.map(|(set, contents)| (set.name.to_string(), contents.len())).collect()
         };
         let local = |elements: &Elements| elements.of(&ovl_subsystems::services::inside(true)).cloned();
-        prop_assert_eq!(counts(&anew.kernel().elements), counts(&host.elements));
-        prop_assert_eq!(local(&anew.kernel().elements), local(&host.elements));
+        prop_assert_eq!(counts(&anew.dataplane().elements), counts(&host.elements));
+        prop_assert_eq!(local(&anew.dataplane().elements), local(&host.elements));
     }
 }

@@ -103,8 +103,8 @@ fn a_stolen_mac_stays_with_whose_address_makes_it() {
     let Entry::Endpoint(mut thief) = endpoint(2, "10.9.0.17/24") else { unreachable!() };
     thief.mac = addresses::mac_of(NET, "10.9.0.25".parse().unwrap());
     give(&mut view, 2, vec![Entry::Endpoint(thief)]);
-    let kernel = desired(&view, &local());
-    let vteps: Vec<String> = kernel.remotes.values().map(|remote| remote.vtep.to_string()).collect();
+    let dataplane = desired(&view, &local());
+    let vteps: Vec<String> = dataplane.remotes.values().map(|remote| remote.vtep.to_string()).collect();
     assert_eq!(vteps, ["192.168.77.3"]);
 }
 
@@ -133,10 +133,10 @@ fn an_internal_network_has_no_gateway_and_no_way_out() {
     let mut view = switched();
     give(&mut view, 1, vec![endpoint(1, "10.9.0.9/24")]);
     view.networks.get_mut(&NET).unwrap().network.internal = true;
-    let kernel = desired(&view, &local());
-    assert!(kernel.addresses.is_empty());
-    assert!(kernel.sysctls.is_empty());
-    let filter = kernel.filter.unwrap();
+    let dataplane = desired(&view, &local());
+    assert!(dataplane.addresses.is_empty());
+    assert!(dataplane.sysctls.is_empty());
+    let filter = dataplane.filter.unwrap();
     assert!(filter.contains("iifname \"ovb-00000000\" oifname != \"ovb-00000000\" counter drop"), "{filter}");
     assert!(!filter.contains("masquerade"), "{filter}");
 }
@@ -156,12 +156,12 @@ fn an_isolated_endpoint_is_cut_off_and_kept() {
     give(&mut view, 1, vec![endpoint(1, "10.9.0.9/24")]);
     view.alloc.blocks.clear();
     let isolated = BTreeMap::from([(EndpointId([1; 5]), "its block went to another host".to_owned())]);
-    let kernel = desired(&view, &Local { isolated, ..local() });
-    let link = kernel
+    let dataplane = desired(&view, &Local { isolated, ..local() });
+    let link = dataplane
         .links
         .values()
         .find(|link| matches!(link, ovl_dataplane::state::Link::Endpoint { .. }))
         .unwrap();
     assert!(matches!(link, ovl_dataplane::state::Link::Endpoint { master: None, up: false, .. }), "{link:?}");
-    assert!(kernel.neighbours.is_empty());
+    assert!(dataplane.neighbours.is_empty());
 }

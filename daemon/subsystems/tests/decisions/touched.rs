@@ -16,7 +16,7 @@ use ovl_proto::record::Signature;
 use ovl_proto::table::{Endpoint, Entry, Key};
 use ovl_subsystems::local::Local;
 use ovl_subsystems::networks::desired::network_part;
-use ovl_subsystems::networks::touched::{Touched, plan};
+use ovl_subsystems::networks::touched::{TouchedEndpoints, plan};
 use proptest::prelude::*;
 
 use super::world::{NET, encrypt, id, net, switched, view_of};
@@ -72,8 +72,8 @@ fn entry(step: &Step, address: u8) -> Endpoint {
 }
 
 /// Writes the entry and gives what that touched.
-fn write(view: &mut View, step: &Step) -> Touched {
-    let mut touched = Touched::default();
+fn write(view: &mut View, step: &Step) -> TouchedEndpoints {
+    let mut touched = TouchedEndpoints::default();
     let (me, host) = (view.me, id(step.host));
     let table = &mut view.nodes.get_mut(&host).unwrap().table;
     let endpoint = EndpointId([step.endpoint; 5]);
@@ -131,15 +131,15 @@ fn is_taken(view: &View, step: &Step) -> bool {
 }
 
 /// Each port by which frames may leave that came in by it has a guard, and nobody else has.
-fn check_guarded(kernel: &Dataplane) {
-    let guards: usize = kernel
+fn check_guarded(dataplane: &Dataplane) {
+    let guards: usize = dataplane
         .elements
         .sets()
         .filter(|(set, _)| set.table == nft::Table::PublishFrames)
         .map(|(_, held)| held.len())
         .sum();
     let turning = |link: &&Link| matches!(link, Link::Endpoint { hairpin: true, .. });
-    assert_eq!(guards, kernel.links.values().filter(turning).count());
+    assert_eq!(guards, dataplane.links.values().filter(turning).count());
 }
 
 /// A guard comes before its port is such a one, and goes after.
@@ -184,7 +184,7 @@ proptest! {
         let isolated = isolated.into_iter().map(|n| (EndpointId([n; 5]), String::new())).collect();
         let local = Local { isolated, wanted: BTreeMap::from([(NET, 1)]), served, ..Local::default() };
         let mut applied = Dataplane::default();
-        let mut left = Touched::default();
+        let mut left = TouchedEndpoints::default();
         for (step, together) in steps {
             // No host gives an address to two of its endpoints.
             if routed && is_taken(&view, &step) {

@@ -27,7 +27,7 @@ fn service(name: &str, spec: Value) -> Service {
 }
 
 fn allocate(resources: &Resources, service: &mut Service, ranges: &Ranges) -> Result<(), Vec<Problem>> {
-    Allocator::new(resources, ranges, &mut Promised::default()).allocate(service)
+    ServiceAllocator::new(resources, ranges, &mut Promised::default()).allocate(service)
 }
 
 fn allocated(resources: &Resources, mut service: Service) -> Service {

@@ -7,10 +7,10 @@ use ipnet::IpNet;
 use ovl_proto::resource::{IpFamily, Name, Protocol, Service, ServicePort, TrafficPolicy};
 
 use super::skeleton::{
-    self, BACKENDS, DROP, HAIRPIN, IDS, INSIDE, Kind, MOST_STICKY, NODE_IDS, NODE_STAY, NODES, OUTSIDE,
-    PORTS, REFUSE, RELAYED, ROUTED, STAY, Sticky,
+    self, BACKENDS, BackendKind, DROP, HAIRPIN, IDS, INSIDE, MOST_STICKY, NODE_IDS, NODE_STAY, NODES,
+    OUTSIDE, PORTS, REFUSE, RELAYED, ROUTED, STAY, Sticky,
 };
-use super::{At, Ground, of_family};
+use super::{At, NetworkContext, of_family};
 use crate::services::divert;
 use ovl_cluster::backends::{Backend, Target, targets};
 use ovl_cluster::claims::Claims;
@@ -42,7 +42,7 @@ pub(super) struct Resolved {
 pub(super) struct Slots(BTreeMap<Name, Numbers>);
 
 /// Of one Service, by port, whether it is IPv4, and whose backends they are.
-type Numbers = BTreeMap<(At, bool, Kind), Vec<Backing>>;
+type Numbers = BTreeMap<(At, bool, BackendKind), Vec<Backing>>;
 
 type Backing = (IpAddr, u16);
 
@@ -75,13 +75,13 @@ fn number(before: &[Backing], now: &[Backing]) -> Vec<Backing> {
 }
 
 pub(super) fn resolve(
-    ground: &Ground,
+    context: &NetworkContext,
     claims: &Claims,
     (name, service): (&Name, &Service),
     backends: &[Backend],
     slots: &mut Slots,
 ) -> Resolved {
-    let mut out = Writer {
+    let mut out = ElementWriter {
         resolved: Resolved::default(),
         before: slots.0.remove(name).unwrap_or_default(),
         after: BTreeMap::new(),
@@ -92,7 +92,7 @@ pub(super) fn resolve(
         let given = given.filter(|address| claims.has_external(name, *address, port.protocol, port.port));
         let external: BTreeSet<IpAddr> = given.chain(service.load_balancer_addresses()).collect();
         for ipv4 in [true, false] {
-            one(&mut out, ground, service, (i, port), &external, backends, ipv4);
+            one(&mut out, context, service, (i, port), &external, backends, ipv4);
         }
     }
     if !out.after.is_empty() {
@@ -103,8 +103,8 @@ pub(super) fn resolve(
 
 /// One port for the addresses of one family.
 fn one(
-    out: &mut Writer,
-    ground: &Ground,
+    out: &mut ElementWriter,
+    context: &NetworkContext,
     service: &Service,
     (i, port): (usize, &ServicePort),
     external: &BTreeSet<IpAddr>,
@@ -120,14 +120,14 @@ fn one(
         return;
     }
     let all = targets(backends, i, ipv4, None);
-    let local = targets(backends, i, ipv4, ground.me);
+    let local = targets(backends, i, ipv4, context.me);
     // Endpoints of switched networks have no way to answer to another host: theirs has.
     let by_host = |target: &Target| {
-        let (address, port) = (ground.relay(target)?, node_port?);
+        let (address, port) = (context.relay(target)?, node_port?);
         Some(Target { address, port, host: target.host })
     };
     let reached = all.iter().filter_map(|target| {
-        match target.host == ground.me || !ground.is_switched(target.address) {
+        match target.host == context.me || !context.is_switched(target.address) {
             true => Some(*target),
             false => by_host(target),
         }
@@ -148,11 +148,12 @@ fn one(
     }
     if let Some(node_port) = node_port {
         out.node_port((None, protocol, node_port), ipv4, outside, nobody);
-        let passed_on = local.iter().filter(|target| !is_local && ground.is_relayed(target.address)).copied();
+        let passed_on =
+            local.iter().filter(|target| !is_local && context.is_relayed(target.address)).copied();
         out.relayed((None, protocol, node_port), ipv4, &passed_on.collect::<Vec<_>>());
     }
-    for host in outside.iter().filter(|target| ground.hosts.values().any(|host| *host == target.address)) {
-        if let Some(own) = ground.vtep {
+    for host in outside.iter().filter(|target| context.hosts.values().any(|host| *host == target.address)) {
+        if let Some(own) = context.vtep {
             let to = IpNet::from(host.address);
             out.put(of_family(&ROUTED, ipv4), &[Field::Net(to)], Value::of(&[Field::Ip(own)]));
             out.resolved.relays = true;
@@ -162,10 +163,10 @@ fn one(
     for backend in backends {
         let address = backend.addresses.iter().copied().find(of_this);
         let Some((address, port)) = address.zip(backend.ports.get(i).copied().flatten()) else { continue };
-        if backend.host == ground.me {
+        if backend.host == context.me {
             out.put(of_family(&HAIRPIN, ipv4), &[Field::Ip(address); 2], Value::None);
         }
-        if ground.is_switched(address) {
+        if context.is_switched(address) {
             let key = [Field::Ip(address), Field::Protocol(protocol), Field::Port(port)];
             out.put(of_family(&divert::BACKENDS, ipv4), &key, Value::None);
         }
@@ -181,14 +182,14 @@ fn number_of(protocol: Protocol) -> u8 {
     }
 }
 
-struct Writer {
+struct ElementWriter {
     resolved: Resolved,
     before: Numbers,
     after: Numbers,
     affinity: Option<u32>,
 }
 
-impl Writer {
+impl ElementWriter {
     fn put(&mut self, set: &Set, key: &[Field<'_>], value: Value) {
         self.resolved.entries.insert((set.clone(), Key::of(key)), value);
     }
@@ -197,10 +198,10 @@ impl Writer {
     fn address(&mut self, at: At, ipv4: bool, inside: &[Target], outside: &[Target], nobody: u32) {
         let (Some(address), protocol, port) = at else { return };
         let key = [Field::Ip(address), Field::Protocol(protocol), Field::Port(port)];
-        let count = self.backends(at, ipv4, Kind::Of, inside, REFUSE);
+        let count = self.backends(at, ipv4, BackendKind::Of, inside, REFUSE);
         self.put(of_family(&INSIDE, ipv4), &key, Value::of(&[Field::Number(count)]));
         if inside != outside || (outside.is_empty() && nobody != REFUSE) {
-            let count = self.backends(at, ipv4, Kind::Others, outside, nobody);
+            let count = self.backends(at, ipv4, BackendKind::Others, outside, nobody);
             self.put(of_family(&OUTSIDE, ipv4), &key, Value::of(&[Field::Number(count)]));
         }
         self.flows(at, ipv4, &[inside, outside]);
@@ -209,7 +210,7 @@ impl Writer {
     fn node_port(&mut self, at: At, ipv4: bool, outside: &[Target], nobody: u32) {
         let (_, protocol, port) = at;
         let key = [Field::Protocol(protocol), Field::Port(port)];
-        let count = self.backends(at, ipv4, Kind::Nodes, outside, nobody);
+        let count = self.backends(at, ipv4, BackendKind::Nodes, outside, nobody);
         self.put(of_family(&PORTS, ipv4), &key, Value::of(&[Field::Number(count)]));
         self.flows(at, ipv4, &[outside]);
     }
@@ -220,14 +221,14 @@ impl Writer {
         if here.is_empty() {
             return;
         }
-        let count = self.backends(at, ipv4, Kind::Relayed, here, REFUSE);
+        let count = self.backends(at, ipv4, BackendKind::Relayed, here, REFUSE);
         let key = [Field::Protocol(protocol), Field::Port(port)];
         self.put(of_family(&RELAYED, ipv4), &key, Value::of(&[Field::Number(count)]));
         self.flows(at, ipv4, &[here]);
     }
 
     /// Numbers backends; gives what leads to them.
-    fn backends(&mut self, at: At, ipv4: bool, kind: Kind, targets: &[Target], nobody: u32) -> u32 {
+    fn backends(&mut self, at: At, ipv4: bool, kind: BackendKind, targets: &[Target], nobody: u32) -> u32 {
         let most = if self.affinity.is_some() { MOST_STICKY } else { MOST };
         let now: Vec<Backing> =
             targets.iter().take(most).map(|target| (target.address, target.port)).collect();

@@ -95,13 +95,13 @@ const CLIENTS: u32 = 1 << 20;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Sticky {
     pub(super) seconds: u32,
-    pub(super) kind: Kind,
+    pub(super) kind: BackendKind,
     pub(super) count: u32,
 }
 
 /// Whose backends are numbered, and where.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum Kind {
+pub(super) enum BackendKind {
     /// Endpoints', at an address.
     Of,
     /// All others', at an address: numbered from [`APART`].
@@ -113,9 +113,10 @@ pub(super) enum Kind {
 }
 
 /// All of them.
-const KINDS: [Kind; 4] = [Kind::Of, Kind::Others, Kind::Nodes, Kind::Relayed];
+const KINDS: [BackendKind; 4] =
+    [BackendKind::Of, BackendKind::Others, BackendKind::Nodes, BackendKind::Relayed];
 
-impl Kind {
+impl BackendKind {
     fn name(self) -> &'static str {
         match self {
             Self::Of => "of",
@@ -159,7 +160,7 @@ impl Sticky {
 }
 
 /// The number of backends without affinity, as it stands in maps.
-pub(super) fn number(kind: Kind, count: u32) -> u32 {
+pub(super) fn number(kind: BackendKind, count: u32) -> u32 {
     (kind as u32) << 16 | count
 }
 

@@ -17,11 +17,11 @@ use ovl_dataplane::device::Device;
 
 /// What a host remembers and sees, beside the records.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Ends {
+pub struct KeyEpochs {
     /// The key before the published one, while this host rotates.
-    pub own_old: Option<TunnelKey>,
+    pub own_previous: Option<TunnelKey>,
     /// Of peers that rotate: the key that they published before.
-    pub old: BTreeMap<NodeId, TunnelKey>,
+    pub previous: BTreeMap<NodeId, TunnelKey>,
     /// Keys of peers with which an end has a session.
     pub sessions: BTreeSet<(Device, TunnelKey)>,
     /// Of those, the ones from which nothing has come for a while.
@@ -30,16 +30,16 @@ pub struct Ends {
 
 /// The way to a peer.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Way {
+pub struct PeerRoute {
     /// Where packets for it are received and, by one of them, sent: the end, the peer's key and port there.
     /// None while the two have no epoch in common: then one of them is about to follow.
-    pub ends: Vec<(Device, TunnelKey, u16)>,
+    pub interfaces: Vec<(Device, TunnelKey, u16)>,
     /// By which of these they are sent.
-    pub by: Option<Device>,
+    pub output: Option<Device>,
 }
 
 /// The end that has a port. A host has a pair of ports, the second one odd.
-pub fn end_of(port: u16) -> Device {
+pub fn interface_of(port: u16) -> Device {
     Device::tunnel(port & 1 == 1)
 }
 
@@ -54,34 +54,35 @@ pub fn port_in(first: u16, epoch: u32) -> u16 {
 }
 
 /// The key of one of this host's ends; none if it has no such end.
-pub fn key_of(own: Tunnel, ends: &Ends, device: Device) -> Option<TunnelKey> {
-    match (device == end_of(own.port), own.rotating) {
+pub fn key_of(own: Tunnel, epochs: &KeyEpochs, device: Device) -> Option<TunnelKey> {
+    match (device == interface_of(own.port), own.rotating) {
         (true, _) => Some(own.key),
-        (false, true) => Some(ends.own_old.unwrap_or(own.key)),
+        (false, true) => Some(epochs.own_previous.unwrap_or(own.key)),
         (false, false) => None,
     }
 }
 
 /// The way to a peer that publishes `peer`.
-pub fn way(own: Tunnel, ends: &Ends, id: NodeId, peer: Tunnel) -> Way {
+pub fn route_to(own: Tunnel, epochs: &KeyEpochs, id: NodeId, peer: Tunnel) -> PeerRoute {
     let meet = |port: u16| {
-        let device = end_of(port);
-        key_of(own, ends, device)?;
-        if device == end_of(peer.port) {
+        let device = interface_of(port);
+        key_of(own, epochs, device)?;
+        if device == interface_of(peer.port) {
             return Some((device, peer.key, peer.port));
         }
         // Whoever does not know what it was takes it for one that follows, with the key that it has.
-        let old = ends.old.get(&id).copied().unwrap_or(peer.key);
+        let old = epochs.previous.get(&id).copied().unwrap_or(peer.key);
         peer.rotating.then_some((device, old, other_port(peer.port)))
     };
     let (later, earlier) = (meet(own.port), meet(other_port(own.port)));
-    let has_session = |(device, key, _): &(Device, TunnelKey, u16)| ends.sessions.contains(&(*device, *key));
-    let by = match (&later, &earlier) {
+    let has_session =
+        |(device, key, _): &(Device, TunnelKey, u16)| epochs.sessions.contains(&(*device, *key));
+    let output = match (&later, &earlier) {
         (Some(later), Some(earlier)) if !has_session(later) => Some(earlier.0),
         (Some(later), _) => Some(later.0),
         (None, earlier) => earlier.as_ref().map(|earlier| earlier.0),
     };
-    Way { ends: [later, earlier].into_iter().flatten().collect(), by }
+    PeerRoute { interfaces: [later, earlier].into_iter().flatten().collect(), output }
 }
 
 /// The epoch that this host has to follow to, if any: a peer is there. Not before its own move is over.
@@ -93,16 +94,16 @@ pub fn to_follow(own: Tunnel, peers: impl Iterator<Item = Tunnel>) -> Option<u32
 /// The peers that this host waits for, before it gives its earlier end up.
 pub fn awaited<'a>(
     own: Tunnel,
-    ends: &'a Ends,
+    epochs: &'a KeyEpochs,
     peers: impl Iterator<Item = (NodeId, Tunnel)> + 'a,
 ) -> impl Iterator<Item = NodeId> + 'a {
-    let (later, earlier) = (end_of(own.port), end_of(other_port(own.port)));
+    let (later, earlier) = (interface_of(own.port), interface_of(other_port(own.port)));
     peers
         .filter(move |(id, peer)| {
-            let has_moved = ends.sessions.contains(&(later, peer.key)) && end_of(peer.port) == later;
-            let old = ends.old.get(id).copied().unwrap_or(peer.key);
+            let has_moved = epochs.sessions.contains(&(later, peer.key)) && interface_of(peer.port) == later;
+            let old = epochs.previous.get(id).copied().unwrap_or(peer.key);
             let place = (earlier, old);
-            !has_moved || (ends.sessions.contains(&place) && !ends.quiet.contains(&place))
+            !has_moved || (epochs.sessions.contains(&place) && !epochs.quiet.contains(&place))
         })
         .map(|(id, _)| id)
 }
@@ -123,20 +124,20 @@ mod tests {
     #[derive(Debug, Clone)]
     struct Host {
         own: Tunnel,
-        ends: Ends,
+        epochs: KeyEpochs,
         /// What it knows of each host.
         known: Vec<Tunnel>,
         /// What it has set up.
-        ways: Vec<Option<Way>>,
+        routes: Vec<Option<PeerRoute>>,
     }
 
     impl Host {
         fn key(&self, device: Device) -> Option<TunnelKey> {
-            key_of(self.own, &self.ends, device)
+            key_of(self.own, &self.epochs, device)
         }
 
         fn port(&self, device: Device) -> u16 {
-            if device == end_of(self.own.port) { self.own.port } else { other_port(self.own.port) }
+            if device == interface_of(self.own.port) { self.own.port } else { other_port(self.own.port) }
         }
     }
 
@@ -144,21 +145,21 @@ mod tests {
     /// the other is.
     fn meet(hosts: &[Host], a: usize, at_a: Device, b: usize, at_b: Device) -> bool {
         let find = |x: usize, at: Device, y: usize| {
-            hosts[x].ways[y].as_ref()?.ends.iter().find(|(device, ..)| *device == at).copied()
+            hosts[x].routes[y].as_ref()?.interfaces.iter().find(|(device, ..)| *device == at).copied()
         };
         let (Some(from_a), Some(from_b)) = (find(a, at_a, b), find(b, at_b, a)) else { return false };
         let keys = Some(from_a.1) == hosts[b].key(at_b) && Some(from_b.1) == hosts[a].key(at_a);
         keys && (from_a.2 == hosts[b].port(at_b) || from_b.2 == hosts[a].port(at_a))
     }
 
-    const ENDS: [bool; 2] = [false, true];
+    const INTERFACES: [bool; 2] = [false, true];
 
     /// Sets up what is wanted now; sessions that neither end was taken away from stay, others begin.
     fn settle(hosts: &mut [Host], n: usize) {
         for peer in (0..HOSTS).filter(|peer| *peer != n) {
             let host = &hosts[n];
-            let wanted = way(host.own, &host.ends, id(peer), host.known[peer]);
-            hosts[n].ways[peer] = Some(wanted);
+            let wanted = route_to(host.own, &host.epochs, id(peer), host.known[peer]);
+            hosts[n].routes[peer] = Some(wanted);
         }
         see(hosts);
     }
@@ -168,8 +169,9 @@ mod tests {
             .map(|a| {
                 let mut all = BTreeSet::new();
                 for b in (0..HOSTS).filter(|b| *b != a) {
-                    for (at_a, at_b) in
-                        ENDS.iter().flat_map(|x| ENDS.map(|y| (Device::tunnel(*x), Device::tunnel(y))))
+                    for (at_a, at_b) in INTERFACES
+                        .iter()
+                        .flat_map(|x| INTERFACES.map(|y| (Device::tunnel(*x), Device::tunnel(y))))
                     {
                         if meet(hosts, a, at_a, b, at_b) {
                             all.extend(hosts[b].key(at_b).map(|key| (at_a, key)));
@@ -180,19 +182,19 @@ mod tests {
             })
             .collect();
         for (host, sessions) in hosts.iter_mut().zip(sessions) {
-            host.ends.sessions = sessions;
+            host.epochs.sessions = sessions;
         }
         // Quiet is an end by which the peer does not send.
         for a in 0..HOSTS {
             let mut quiet = BTreeSet::new();
             for b in (0..HOSTS).filter(|b| *b != a) {
-                for at in ENDS.map(Device::tunnel) {
-                    let by = hosts[b].ways[a].as_ref().and_then(|way| way.by);
+                for at in INTERFACES.map(Device::tunnel) {
+                    let by = hosts[b].routes[a].as_ref().and_then(|route| route.output);
                     let comes = by.is_some_and(|by| meet(hosts, b, by, a, at));
                     quiet.extend(hosts[b].key(at).filter(|_| !comes).map(|key| (at, key)));
                 }
             }
-            hosts[a].ends.quiet = quiet;
+            hosts[a].epochs.quiet = quiet;
         }
     }
 
@@ -200,8 +202,8 @@ mod tests {
     fn lost(hosts: &[Host]) -> Option<(usize, usize)> {
         let pairs = (0..HOSTS).flat_map(|a| (0..HOSTS).map(move |b| (a, b))).filter(|(a, b)| a != b);
         pairs.into_iter().find(|(a, b)| {
-            let by = hosts[*a].ways[*b].as_ref().and_then(|way| way.by);
-            !ENDS.iter().any(|at| by.is_some_and(|by| meet(hosts, *a, by, *b, Device::tunnel(*at))))
+            let by = hosts[*a].routes[*b].as_ref().and_then(|route| route.output);
+            !INTERFACES.iter().any(|at| by.is_some_and(|by| meet(hosts, *a, by, *b, Device::tunnel(*at))))
         })
     }
 
@@ -219,9 +221,9 @@ mod tests {
             .iter()
             .map(|own| Host {
                 own: *own,
-                ends: Ends::default(),
+                epochs: KeyEpochs::default(),
                 known: tunnels.clone(),
-                ways: vec![None; HOSTS],
+                routes: vec![None; HOSTS],
             })
             .collect();
         (0..HOSTS).for_each(|n| settle(&mut hosts, n));
@@ -230,7 +232,7 @@ mod tests {
 
     fn hear(hosts: &mut [Host], from: usize, to: usize) {
         let (was, is) = (hosts[to].known[from], hosts[from].own);
-        let old = &mut hosts[to].ends.old;
+        let old = &mut hosts[to].epochs.previous;
         if is.rotating && was.epoch < is.epoch {
             old.insert(id(from), was.key);
         } else if !is.rotating {
@@ -241,12 +243,12 @@ mod tests {
 
     fn waits(host: &Host, n: usize) -> bool {
         let peers = host.known.iter().copied().enumerate().filter(|(peer, _)| *peer != n);
-        awaited(host.own, &host.ends, peers.map(|(peer, tunnel)| (id(peer), tunnel))).next().is_some()
+        awaited(host.own, &host.epochs, peers.map(|(peer, tunnel)| (id(peer), tunnel))).next().is_some()
     }
 
     /// To the next epoch, with a new key or without.
     fn move_on(host: &mut Host, epoch: u32, fresh: Option<u8>) {
-        host.ends.own_old = Some(host.own.key);
+        host.epochs.own_previous = Some(host.own.key);
         let key = fresh.map_or(host.own.key, |fresh| TunnelKey([fresh; 32]));
         let rotating = (epoch ^ host.own.epoch) & 1 == 1;
         host.own = Tunnel { key, epoch, port: port_in(51940, epoch), rotating, ..host.own };
@@ -304,7 +306,7 @@ mod tests {
                     Event::Follow(n) => follow(&mut hosts, n),
                     Event::Finish(n) if hosts[n].own.rotating && !waits(&hosts[n], n) => {
                         hosts[n].own.rotating = false;
-                        hosts[n].ends.own_old = None;
+                        hosts[n].epochs.own_previous = None;
                         settle(&mut hosts, n);
                     }
                     _ => {}
@@ -333,7 +335,7 @@ mod tests {
                     settle(&mut hosts, n);
                     if hosts[n].own.rotating && !waits(&hosts[n], n) {
                         hosts[n].own.rotating = false;
-                        hosts[n].ends.own_old = None;
+                        hosts[n].epochs.own_previous = None;
                         settle(&mut hosts, n);
                     }
                     assert_eq!(lost(&hosts), None);
@@ -342,11 +344,11 @@ mod tests {
             // One end each is left, and it is the new one.
             for (n, host) in hosts.iter().enumerate() {
                 assert!(!host.own.rotating, "host {n} in round {round}");
-                for way in host.ways.iter().flatten() {
+                for route in host.routes.iter().flatten() {
                     assert_eq!(
-                        (way.ends.len(), way.by),
-                        (1, Some(end_of(host.own.port))),
-                        "host {n}: {way:?}"
+                        (route.interfaces.len(), route.output),
+                        (1, Some(interface_of(host.own.port))),
+                        "host {n}: {route:?}"
                     );
                 }
             }
