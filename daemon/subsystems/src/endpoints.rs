@@ -1,5 +1,8 @@
-//! What one endpoint needs: its device on its own host, and on a switched network the entries that lead to it on
-//! all hosts.
+//! The part of one endpoint in the data plane.
+//!
+//! That is its interface on its own host and, on a switched network, its FDB entries and neighbours on all hosts. The
+//! module owns no state. Begin to read at [`endpoint_part`], which an attach uses; [`crate::networks`] uses the
+//! sub-modules for all endpoints of a network.
 
 pub(crate) mod routed;
 pub(crate) mod silent;
@@ -13,8 +16,8 @@ use ovl_proto::table::Endpoint;
 use crate::local::Local;
 use crate::publish;
 
-/// What one endpoint of this host needs beside its network's devices. Its link is made by an
-/// attach.
+/// Returns the data plane of one endpoint of this host, beside its network's devices. The attach itself creates the
+/// veth pair.
 pub fn endpoint_part(
     view: &View,
     local: &Local,

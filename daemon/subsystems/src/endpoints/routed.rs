@@ -1,4 +1,6 @@
-//! An endpoint of a routed network: a device of its own, with a route for each of its addresses.
+//! The data plane of one endpoint of a routed network: its interface, and a route and a neighbour for each address.
+//!
+//! The module owns no state. Begin to read at [`endpoint_part`].
 
 use ipnet::IpNet;
 use ovl_cluster::addresses;
@@ -11,7 +13,7 @@ use ovl_proto::table::Endpoint;
 use super::silent::silent;
 use crate::local::Local;
 
-/// An endpoint of this host; one that must not talk is silent, and not swept away.
+/// Adds an endpoint of this host. An isolated endpoint keeps its interface, which is down, so that it is not deleted.
 pub(crate) fn own_endpoint(
     dataplane: &mut Dataplane,
     view: &View,
@@ -27,7 +29,7 @@ pub(crate) fn own_endpoint(
     }
 }
 
-/// An endpoint of this host: routes and neighbours on its device.
+/// Adds the interface of an endpoint of this host, with its routes and neighbours.
 pub(crate) fn endpoint_part(
     dataplane: &mut Dataplane,
     view: &View,
@@ -43,15 +45,15 @@ pub(crate) fn endpoint_part(
     for net in &endpoint.addresses {
         let address = net.addr();
         dataplane.neighbours.insert((device, address), endpoint.mac);
-        // The host speaks to its endpoints as their gateway. While an attach is under way its block
-        // may be too new for the bridge to have the address.
+        // The host talks to its endpoints from their gateway address. During an attach, the block may be too new for
+        // the bridge to have that address.
         let source = addresses::gateway_on(network, address)
             .filter(|at| view.gateways(network.id, view.me).any(|g| g == *at));
         let hop = Hop { device: Some(device), gateway: None, source, mtu: None };
         dataplane.routes.insert(IpNet::from(address), hop);
         if address.is_ipv6() && local.fetched.contains(&endpoint.id) {
-            // An Engine sets no neighbour for the gateway, and who asks for an IPv6 address is answered only where the
-            // device has it.
+            // A Docker Engine sets no neighbour for the gateway, and the kernel answers a neighbour solicitation only if
+            // the receiving device has the address.
             let gateway = addresses::gateway_on(network, address);
             dataplane.addresses.extend(gateway.map(|gateway| (device, IpNet::from(gateway))));
         }

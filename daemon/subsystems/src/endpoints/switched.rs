@@ -1,5 +1,7 @@
-//! An endpoint of a switched network: a port of the bridge on its own host, and on the others entries that lead to
-//! that host.
+//! The data plane of one endpoint of a switched network: a bridge port on its own host, FDB entries on the others.
+//!
+//! If two endpoints claim one MAC address, all hosts choose the same one ([`rank`]). The module owns no state. Begin to
+//! read at [`MacClaim`].
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -18,19 +20,21 @@ use crate::encryption::tunnel;
 use crate::local::Local;
 use crate::publish;
 
-/// Where a switched network's frames for other hosts go.
+/// The VTEPs to which a switched network's frames for remote hosts are sent.
 #[derive(Debug)]
 pub(crate) enum FrameRoutes {
-    /// To the VTEPs of this family: a VXLAN device sends to one only; `status` names other hosts.
+    /// VTEPs on the underlay, of one address family: a VXLAN device sends to one family only. `status` reports hosts of
+    /// the other family.
     Underlay {
         /// IPv4.
         v4: bool,
     },
-    /// Through the tunnel, to these hosts and no others.
+    /// VTEPs inside the tunnel, of these hosts only.
     Tunnel(BTreeMap<NodeId, Remote>),
 }
 
 impl FrameRoutes {
+    /// Returns the routes of a network's frames.
     pub(crate) fn of(view: &View, network: &Network) -> Self {
         match network.encrypted {
             true => Self::Tunnel(tunnel::remotes(view)),
@@ -38,7 +42,7 @@ impl FrameRoutes {
         }
     }
 
-    /// Where a host receives frames; nothing if it cannot be reached.
+    /// Returns the VTEP of a host. `None` if it cannot be reached.
     pub(crate) fn to(&self, node: &Node) -> Option<Remote> {
         let Remote { vtep, port } = Remote { vtep: node.record.vtep, port: node.record.vxlan_port };
         match self {
@@ -48,19 +52,20 @@ impl FrameRoutes {
     }
 }
 
-/// An endpoint that frames are sent to.
+/// An endpoint that holds its MAC address, so that frames are sent to it.
 #[derive(Debug)]
 pub(crate) struct MacClaim<'a> {
     /// The endpoint.
     pub(crate) endpoint: &'a Endpoint,
-    /// Where it is; nothing if it is here.
+    /// The VTEP of its host. `None` if it is on this host.
     pub(crate) remote: Option<Remote>,
-    /// Whether frames from it must come from there.
+    /// Whether frames from its MAC address are accepted only from that VTEP: the network is encrypted.
     sealed: bool,
 }
 
 impl<'a> MacClaim<'a> {
-    /// Nothing for one of those that count which has no business on the network after all.
+    /// Returns the claim of an endpoint. `None` if it is outside the network's subnets, does not win its MAC address, is
+    /// isolated, or its host cannot be reached.
     pub(crate) fn of(
         view: &View,
         local: &Local,
@@ -83,7 +88,7 @@ impl<'a> MacClaim<'a> {
         Some(Self { endpoint, remote, sealed: network.encrypted })
     }
 
-    /// Where frames for its MAC address go.
+    /// Adds the FDB entries of the endpoint's MAC address.
     pub(crate) fn mac(&self, dataplane: &mut Dataplane) {
         let Endpoint { id, network, mac, .. } = *self.endpoint;
         let vxlan = Device::vxlan(network);
@@ -96,7 +101,7 @@ impl<'a> MacClaim<'a> {
     }
 }
 
-/// The host's end of an endpoint's pair.
+/// Adds the host interface of a local endpoint, which is down if the endpoint is isolated.
 pub(crate) fn own_endpoint(
     dataplane: &mut Dataplane,
     local: &Local,
@@ -111,7 +116,7 @@ pub(crate) fn own_endpoint(
     }
 }
 
-/// The port of a bridge.
+/// Adds a bridge port, with hairpin mode if the endpoint needs it.
 fn port(dataplane: &mut Dataplane, local: &Local, network: &Network, endpoint: &Endpoint, mtu: u16) {
     let hairpin = publish::needs_hairpin(local, network, endpoint);
     let link =
@@ -120,7 +125,7 @@ fn port(dataplane: &mut Dataplane, local: &Local, network: &Network, endpoint: &
     publish::guard(dataplane, local, network, endpoint);
 }
 
-/// A port of the bridge, and the entries that lead to it.
+/// Adds the bridge port of a local endpoint, and its FDB entry and neighbours.
 pub(super) fn endpoint_part(
     dataplane: &mut Dataplane,
     local: &Local,
@@ -136,9 +141,11 @@ pub(super) fn endpoint_part(
     }
 }
 
-/// Orders the endpoints that claim a MAC address; it belongs to the first: the one whose own address
-/// makes it (nobody else can hold that), then the one on the host with the smaller id. The same on all
-/// hosts, so that a frame never wanders.
+/// Orders the endpoints that claim a MAC address; the smallest rank holds it.
+///
+/// The endpoint from whose IP address the MAC address is derived comes first (no other endpoint can hold that IP
+/// address), then the one on the host with the smallest id. All hosts compute the same order, so a frame is never
+/// forwarded between hosts that disagree.
 pub(crate) fn rank(network: &Network, placed: &Placed<'_>) -> (bool, NodeId, EndpointId) {
     let makes = |net: &IpNet| addresses::mac_of(network.id, net.addr()) == placed.endpoint.mac;
     let by_right = placed.endpoint.addresses.iter().any(makes);

@@ -1,5 +1,7 @@
-//! What the kernel should hold, from what the cluster says. One network at a time, so that a change costs what its
-//! own network costs.
+//! Computes the desired data plane of networks from the view.
+//!
+//! Each network is computed alone, so that the cost of a change does not depend on other networks. The module owns no
+//! state. Begin to read at [`network_part`]; [`host`] adds the packet filter and the tunnel.
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -17,7 +19,7 @@ use crate::local::Local;
 use crate::names::resolver;
 use crate::publish;
 
-/// All of it: every network that has something here, and what concerns the host as a whole.
+/// Returns the desired data plane of all networks and of the host as a whole.
 pub fn desired(view: &View, local: &Local) -> Dataplane {
     let mut dataplane = host(view, local);
     for network in view.networks.keys() {
@@ -26,7 +28,7 @@ pub fn desired(view: &View, local: &Local) -> Dataplane {
     dataplane
 }
 
-/// What concerns no single network: the packet filter, and the settings that it needs.
+/// Returns the part that belongs to no single network: the tunnel, the packet filter, tables and IP forwarding.
 pub fn host(view: &View, local: &Local) -> Dataplane {
     let built: Vec<&Network> = view
         .networks
@@ -49,7 +51,7 @@ pub fn host(view: &View, local: &Local) -> Dataplane {
     let tunnel = dataplane.tunnels.values().next().map(|end| filter::FilterTunnel {
         port: end.port,
         prefix: tunnel::prefix(view.alloc.cluster),
-        // The kernel's device has no socket of ours.
+        // A kernel WireGuard interface needs no local socket address.
         kernel: end.local.is_none(),
     });
     dataplane.tables.extend(local.publishing.then(publish::table));
@@ -74,7 +76,7 @@ pub fn host(view: &View, local: &Local) -> Dataplane {
     dataplane
 }
 
-/// What one network needs on this host.
+/// Returns the part of one network on this host. Empty if the host does not need its devices.
 pub fn network_part(view: &View, local: &Local, id: NetworkId) -> Dataplane {
     let mut dataplane = Dataplane::default();
     let (Some(state), Some(own)) = (view.networks.get(&id), view.own()) else { return dataplane };

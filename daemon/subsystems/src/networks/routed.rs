@@ -1,10 +1,9 @@
-//! Routed networks: each host answers for the addresses of its blocks, and the others need one
-//! route for each of these, whatever the number of endpoints.
+//! The data plane of a routed network on this host.
 //!
-//! Endpoints hang on pairs of interfaces of their own, each with a route for its address; there is
-//! no bridging. The first host address of a block is the gateway of the endpoints in it. All
-//! gateways of a host are addresses of the network's bridge, which has no ports: it is there to
-//! carry them.
+//! Each host holds blocks of the subnet; every other host has one route for each block, whatever the number of
+//! endpoints. Each endpoint has a veth pair and a route for its address; nothing is bridged. The first host address of a
+//! block is the gateway of the endpoints in it; all gateways of a host are addresses of the network's bridge, which has
+//! no ports. The module owns no state. Begin to read at [`part`].
 
 use std::collections::BTreeMap;
 
@@ -23,15 +22,16 @@ use crate::local::Local;
 use crate::mtu::{MIN_MTU, path_mtu, vxlan_overhead};
 use crate::publish;
 
-/// How packets get to another host.
+/// The path of packets to a remote host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum PeerPath {
-    /// Through this end of the tunnel, as they are.
+    /// Through this tunnel interface, without VXLAN.
     Tunnel(Device),
+    /// Through the network's VXLAN device.
     Vxlan,
-    /// Over the segment.
+    /// By a route whose gateway is the remote host, which is on-link.
     Direct,
-    /// By routers that know where: nothing of ours stands in their way.
+    /// By routers of the underlay that know the block: ovld adds no route.
     Routers,
 }
 
@@ -41,7 +41,7 @@ fn path_to(network: &Network, local: &Local, own: &Node, peer: &Node, block: IpN
     if here.is_ipv4() != there.is_ipv4() {
         return None;
     }
-    // A next hop is of the family of what it leads to.
+    // The gateway of a route must be of the same address family as its destination.
     let is_near = local.segment.is_some_and(|segment| segment.contains(&there))
         && block.addr().is_ipv4() == there.is_ipv4();
     Some(match network.backend {
@@ -53,7 +53,7 @@ fn path_to(network: &Network, local: &Local, own: &Node, peer: &Node, block: IpN
     })
 }
 
-/// What the network needs on this host.
+/// Adds the data plane of a routed network on this host.
 pub(super) fn part(dataplane: &mut Dataplane, view: &View, local: &Local, network: &Network, own: &Node) {
     let mtu = endpoint_mtu(network, own);
     let bridge = Device::bridge(network.id);
@@ -61,8 +61,8 @@ pub(super) fn part(dataplane: &mut Dataplane, view: &View, local: &Local, networ
     for gateway in view.gateways(network.id, view.me) {
         dataplane.addresses.insert((bridge, IpNet::from(gateway)));
     }
-    // What nobody answers for: not by a default route. Where routers know more than we do, only
-    // what we should answer for ourselves.
+    // Packets to free addresses must not follow a default route. With underlay routers, only the local blocks are
+    // unreachable by default: the routers may know the rest of the subnet.
     for block in view.blocks_of(network.id, view.me) {
         dataplane.routes.insert(block, Hop::UNREACHABLE);
     }
@@ -93,7 +93,7 @@ pub(super) fn part(dataplane: &mut Dataplane, view: &View, local: &Local, networ
     }
 }
 
-/// The network's bridge, and its VXLAN device if it has one.
+/// Adds the network's bridge, and its VXLAN device if it has one.
 pub(super) fn devices(dataplane: &mut Dataplane, network: &Network, own: &Node, mtu: u16) {
     let mac = Mac::of_gateway(network.id);
     dataplane.links.insert(Device::bridge(network.id), Link::Bridge { mac, mtu, up: true, tuned: true });
@@ -135,7 +135,7 @@ fn to_peer(
     match path {
         PeerPath::Routers => {}
         PeerPath::Tunnel(device) => {
-            // The endpoints' MTU is what the own link carries in the tunnel, unless the user asked for less.
+            // The endpoints' MTU is what the local link carries in the tunnel, unless the user asked for less.
             let mtu = tunnel::path_mtu(own, peer, mtu);
             dataplane.routes.insert(block, Hop { device: Some(device), gateway: None, source, mtu });
         }

@@ -1,4 +1,7 @@
-//! Switched networks: one broadcast domain over all hosts, a bridge and a VXLAN device on each.
+//! The data plane of a switched network on this host: one broadcast domain over all hosts.
+//!
+//! Each host has a bridge and a VXLAN device, and FDB entries and neighbours for the endpoints of all hosts. The module
+//! owns no state. Begin to read at [`part`].
 
 use std::collections::BTreeMap;
 
@@ -17,6 +20,7 @@ use crate::endpoints::switched::{self, FrameRoutes, MacClaim, rank};
 use crate::local::Local;
 use crate::publish;
 
+/// Adds the data plane of a switched network on this host.
 pub(super) fn part(dataplane: &mut Dataplane, view: &View, local: &Local, network: &Network, own: &Node) {
     let id = network.id;
     let mtu = network_mtu(view, network);
@@ -37,11 +41,11 @@ pub(super) fn part(dataplane: &mut Dataplane, view: &View, local: &Local, networ
         }
     }
     if network.internal && (routes_for_policies(view, network) || local.resolved.contains(&id)) {
-        // Without a gateway's address there is no other.
+        // An internal network has no gateway address, and so no connected route.
         let hop = Hop { device: Some(Device::bridge(id)), ..Hop::UNREACHABLE };
         dataplane.routes.extend(network.subnets.iter().map(|subnet| (subnet.prefix, hop)));
     }
-    // The host's ends: all that the table names, isolated or not, so that none is swept away.
+    // Host interfaces of all endpoints in the table, also of isolated ones, so that none is deleted.
     for endpoint in own.table.endpoints_on(id) {
         switched::own_endpoint(dataplane, local, network, endpoint, mtu);
         if !local.isolated.contains_key(&endpoint.id) {
@@ -50,13 +54,13 @@ pub(super) fn part(dataplane: &mut Dataplane, view: &View, local: &Local, networ
     }
 }
 
-/// Whether the host's IP stack takes frames of a network, and gives them back to it, for network policies.
+/// Whether the host routes frames within a switched network, so that network policies apply to them.
 pub(super) fn routes_for_policies(view: &View, network: &Network) -> bool {
     network.mode == Mode::L2 && !view.resources.policies.is_empty()
 }
 
-/// The network's bridge with its addresses, and its VXLAN device, if it has other hosts. An encrypted network has one in the tunnel
-/// alone: without a tunnel, none.
+/// Adds the network's bridge with its addresses and, unless it is a bridge network, its VXLAN device. An encrypted
+/// network sends VXLAN only through the tunnel: without a tunnel it has no such device.
 pub(super) fn devices(dataplane: &mut Dataplane, view: &View, network: &Network, own: &Node, mtu: u16) {
     let (bridge, vxlan) = (Device::bridge(network.id), Device::vxlan(network.id));
     dataplane
