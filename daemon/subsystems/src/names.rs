@@ -1,4 +1,8 @@
-//! NameTracker: which of them may have changed. The zone is brought up to date from these marks.
+//! The subsystem of names: it records which DNS names may have changed.
+//!
+//! [`NameTracker`] owns these marks; it wants nothing in the kernel. The daemon's resolver takes the marks and updates
+//! its zone from [`zone`] (endpoints) and [`cluster_names`] (Services and pods); [`resolver`] redirects queries to it.
+//! Begin to read at the `Subsystem` implementation of [`NameTracker`].
 
 pub mod cluster_names;
 pub mod resolver;
@@ -17,16 +21,16 @@ use ovl_proto::table::Entry;
 
 use crate::subsystem::{Change, Cluster, Subsystem};
 
-/// NameTracker that may have changed.
+/// Names that may have changed.
 #[derive(Debug, Default)]
 pub struct NameMarks {
-    /// Single names and addresses of these networks.
+    /// Single names and addresses, by network.
     pub single: BTreeMap<NetworkId, zone::Marks>,
-    /// Networks of which all names may have changed.
+    /// Networks whose names may all have changed.
     pub networks: BTreeSet<NetworkId>,
-    /// Services.
+    /// Services whose names may have changed.
     pub services: BTreeSet<Name>,
-    /// Pods: namespace, addresses, and whether it is there; in order.
+    /// Changes of pods, in order: namespace, addresses, and whether the pod exists.
     pub pods: Vec<(String, Vec<IpAddr>, bool)>,
 }
 
@@ -43,14 +47,14 @@ impl NameMarks {
     }
 }
 
-/// The names' part of what changes.
+/// Tracks the names that may have changed.
 #[derive(Debug, Default)]
 pub struct NameTracker {
     marks: NameMarks,
 }
 
 impl NameTracker {
-    /// What may have changed since the last time.
+    /// Returns the names that may have changed since the last call.
     pub fn take_marks(&mut self) -> NameMarks {
         std::mem::take(&mut self.marks)
     }

@@ -189,7 +189,7 @@ fn switched(
     let mut was = Dataplane::default();
     for device in ids.iter().map(|id| Device::endpoint(*id)) {
         was.links.extend(applied.links.get(&device).map(|link| (device, *link)));
-        take_over(&mut was, applied, publish::hairpin(device));
+        take_over(&mut was, applied, publish::hairpin_guard(device));
     }
     for mac in &macs {
         was.remotes.extend(applied.remotes.get(&(vxlan, *mac)).map(|remote| ((vxlan, *mac), *remote)));
@@ -236,7 +236,7 @@ fn published(
             .for_each(|endpoint| publish::bridge_part(&mut others, network, endpoint));
         is.merge(others);
     }
-    let shared = publish::bridge_turns(network).filter(|_| network.mode == Mode::L2);
+    let shared = publish::bridge_hairpins(network).filter(|_| network.mode == Mode::L2);
     ports.into_iter().chain(shared).for_each(|element| take_over(was, applied, element));
     was.localnets.extend(devices.iter().filter(|device| applied.localnets.contains(device)));
 }
