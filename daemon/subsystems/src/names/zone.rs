@@ -53,7 +53,7 @@ fn counts(view: &View, network: NetworkId, placed: &Placed<'_>) -> bool {
 
 /// A client of the resolver.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Asker {
+pub struct DnsClient {
     /// The networks of the client, in the order of its interfaces.
     pub networks: Vec<NetworkId>,
     /// The Kubernetes namespace of the client.
@@ -62,24 +62,24 @@ pub struct Asker {
 
 /// Returns the clients of the resolver by source address: the local endpoints without an address conflict. `place` returns
 /// the network namespace of an endpoint and its position there; `None` leaves the endpoint out.
-pub fn askers<P: Ord + Clone, O: Ord>(
+pub fn dns_clients<P: Ord + Clone, O: Ord>(
     view: &View,
     place: impl Fn(&Endpoint) -> Option<(P, O)>,
-) -> BTreeMap<IpAddr, Asker> {
-    let mut places: BTreeMap<P, BTreeMap<O, &Endpoint>> = BTreeMap::new();
+) -> BTreeMap<IpAddr, DnsClient> {
+    let mut namespaces: BTreeMap<P, BTreeMap<O, &Endpoint>> = BTreeMap::new();
     let own = view.own().into_iter().flat_map(|own| own.table.endpoints());
     for endpoint in own.filter(|endpoint| view.address_conflict(view.me, endpoint).is_none()) {
         if let Some((at, order)) = place(endpoint) {
-            places.entry(at).or_default().insert(order, endpoint);
+            namespaces.entry(at).or_default().insert(order, endpoint);
         }
     }
-    let mut askers = BTreeMap::new();
-    for endpoints in places.values() {
+    let mut clients = BTreeMap::new();
+    for endpoints in namespaces.values() {
         let networks: Vec<NetworkId> = endpoints.values().map(|endpoint| endpoint.network).collect();
         for endpoint in endpoints.values() {
-            let asker = Asker { networks: networks.clone(), namespace: endpoint.namespace.clone() };
-            askers.extend(endpoint.addresses.iter().map(|net| (net.addr(), asker.clone())));
+            let client = DnsClient { networks: networks.clone(), namespace: endpoint.namespace.clone() };
+            clients.extend(endpoint.addresses.iter().map(|net| (net.addr(), client.clone())));
         }
     }
-    askers
+    clients
 }

@@ -1,5 +1,7 @@
-//! Why something passes, or does not: the same judgement as the tables make, by labels and addresses, with
-//! reasons.
+//! Explains why a connection is allowed or refused.
+//!
+//! It evaluates labels and addresses instead of nftables sets, so it is independent of the tables, and it names the policy
+//! and the rule that decide. The module owns no state. Begin to read at [`explain`].
 
 use std::fmt;
 use std::net::IpAddr;
@@ -10,23 +12,23 @@ use ovl_proto::resource::{LabelSelector, Name, Operator, Protocol, Requirement};
 use super::{Direction, Namespaces, Policies, Policy, Rule, RulePeer, RulePort, in_block};
 use ovl_cluster::view::{Placed, View};
 
-/// Where a connection comes from or goes to.
+/// The source or the destination of a connection.
 #[derive(Debug, Clone, Copy)]
 pub struct ConnectionEnd<'a> {
-    /// Its address.
+    /// The address.
     pub address: IpAddr,
-    /// Whose that is; nothing for the world outside.
+    /// The endpoint with that address. `None` for an address outside the cluster.
     pub endpoint: Option<Placed<'a>>,
 }
 
 impl<'a> ConnectionEnd<'a> {
-    /// What has an address.
+    /// Finds the endpoint with an address.
     pub fn of(view: &'a View, address: IpAddr) -> Self {
         let mut found = view.networks.keys().filter_map(|id| view.endpoint_by_address(*id, address));
         Self { address, endpoint: found.next() }
     }
 
-    /// Whether the other end is the host of this one.
+    /// Whether the other end is the host of this endpoint.
     fn is_at_home(&self, view: &View, other: &Self) -> bool {
         let Some(Placed { node, endpoint }) = self.endpoint else { return false };
         let network = view.networks.get(&endpoint.network).map(|state| &state.network);
@@ -39,52 +41,52 @@ impl<'a> ConnectionEnd<'a> {
     }
 }
 
-/// What an end's policies say.
+/// The verdict of the policies of one end.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Side {
-    /// No endpoint, so no policy is about it.
+    /// The end is no endpoint, so no policy selects it.
     Outside,
-    /// The other end is its own host, or the endpoint itself: that always passes.
+    /// The other end is the endpoint's own host or the endpoint itself, which is always allowed.
     AtHome,
     /// No policy selects it for this direction.
     NotIsolated,
-    /// This rule of this policy lets it pass.
+    /// A rule of a policy allows it.
     Passes {
         /// The policy.
         policy: Name,
-        /// The rule, counted from 1.
+        /// The number of the rule, from 1.
         rule: usize,
-        /// What it says.
+        /// The rule in words.
         says: String,
     },
-    /// These policies select it, and none of their rules lets it pass.
+    /// These policies select the endpoint, and none of their rules allows the connection.
     Refused(Vec<Name>),
 }
 
 impl Side {
-    /// Whether it lets the connection pass.
+    /// Whether this end allows the connection.
     pub fn passes(&self) -> bool {
         !matches!(self, Self::Refused(_))
     }
 }
 
-/// What the policies of both ends say.
+/// The verdicts of the policies of both ends.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Judgement {
-    /// Of the source.
+    /// The verdict of the source.
     pub egress: Side,
-    /// Of the destination.
+    /// The verdict of the destination.
     pub ingress: Side,
 }
 
 impl Judgement {
-    /// Whether the connection is made.
+    /// Whether both ends allow the connection.
     pub fn passes(&self) -> bool {
         self.egress.passes() && self.ingress.passes()
     }
 }
 
-/// What the policies say of a connection; without a protocol, of what is none of those with ports.
+/// Returns the verdicts on a connection. Without `port`, the connection has a protocol without ports.
 pub fn explain(
     view: &View,
     policies: &Policies,
@@ -155,7 +157,7 @@ fn ports_fit(
     ports.is_empty() || ports.iter().any(fits)
 }
 
-/// A rule in words.
+/// Describes a rule in words.
 pub fn describe(policies: &Policies, rule: &Rule, direction: Direction) -> String {
     let word = match direction {
         Direction::Ingress => "from",
@@ -201,7 +203,7 @@ fn describe_port(policies: &Policies, port: &RulePort) -> String {
     }
 }
 
-/// A selector as `kubectl -l` takes it; empty if it selects everything.
+/// Displays a selector in the format of `kubectl -l`: empty if it selects everything.
 #[derive(Debug, Clone, Copy)]
 pub struct Shown<'a>(pub &'a LabelSelector);
 

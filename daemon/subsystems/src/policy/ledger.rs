@@ -1,4 +1,8 @@
-//! What stands of the policies on this host, and what a change of the cluster changes in it.
+//! The policy ledger: the network policies that were last sent to the kernel, and the plan of a change.
+//!
+//! [`PolicyLedger`] owns the policies, the memberships of each address, the sent data plane and the generation of
+//! connection marks. A change that could tighten policies begins a new generation, so that open connections are judged
+//! again. Begin to read at [`PolicyLedger::plan`]; [`PolicyLedger::plan_touched`] does the same for single addresses.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -18,13 +22,13 @@ use ovl_dataplane::nft::{Element, Table};
 use ovl_dataplane::op::Op;
 use ovl_dataplane::state::Dataplane;
 
-/// An endpoint can be selected by so many policies in one direction before the table has to be written anew.
+/// The number of policies that can select one endpoint in one direction before the table must be rewritten.
 const SLOTS: usize = 4;
 
-/// An address of the cluster.
+/// An address on a network.
 type Address = (NetworkId, IpAddr);
 
-/// What was last sent to the kernel, and what it was made from.
+/// The network policies that were last sent to the kernel, and their input.
 #[derive(Debug, Clone, Default)]
 pub struct PolicyLedger {
     policies: Arc<Policies>,
@@ -32,40 +36,40 @@ pub struct PolicyLedger {
     slots: usize,
     addresses: BTreeMap<Address, Vec<Membership>>,
     applied: Dataplane,
-    /// Connections that were judged under an earlier one are judged anew.
+    /// The current generation. Connections with the mark of an earlier one are judged again.
     generation: u32,
 }
 
 impl PolicyLedger {
-    /// Nothing yet. The generation should be none that connections of an earlier run may have been marked
-    /// with.
+    /// Creates an empty ledger. The generation should differ from that of an earlier run, whose marks connections may
+    /// still have.
     pub fn new(generation: u32) -> Self {
         Self { generation, ..Self::default() }
     }
 
-    /// The policies.
+    /// Returns the policies that were last sent.
     pub fn policies(&self) -> &Arc<Policies> {
         &self.policies
     }
 
-    /// What connections are marked with now.
+    /// Returns the current generation.
     pub fn generation(&self) -> u32 {
         self.generation
     }
 
-    /// What was last sent.
+    /// Returns the data plane that was last sent.
     pub fn sent(&self) -> &Dataplane {
         &self.applied
     }
 
-    /// All that should be in the kernel, which counts as sent: for a comparison with a dump that also
-    /// repairs. Without `prune`, what stood before is part of it.
-    pub fn anew(&mut self, view: &View, local: &Local, prune: bool) -> Dataplane {
+    /// Returns the desired data plane and records it as sent, for a full pass. Without `prune`, it includes what was sent
+    /// before.
+    pub fn resync(&mut self, view: &View, local: &Local, prune: bool) -> Dataplane {
         self.plan(view, local, prune);
         self.applied.clone()
     }
 
-    /// What must be done after whatever has changed; without `prune` nothing is taken away. It counts as done.
+    /// Returns the operations for any change, and records them as applied. Without `prune`, nothing is deleted.
     pub fn plan(&mut self, view: &View, local: &Local, prune: bool) -> Vec<Op> {
         let mut next = PolicyParts::of(view, local);
         next.add_generation(self.generation);
@@ -86,7 +90,8 @@ impl PolicyLedger {
         ops
     }
 
-    /// The same where nothing has changed but at these addresses; nothing if all must be looked at.
+    /// Returns the operations for a change of these addresses only, and records them as applied. `None` if everything must
+    /// be compared.
     pub fn plan_touched(
         &mut self,
         view: &View,
@@ -137,10 +142,11 @@ impl PolicyLedger {
         Some(ops)
     }
 
+    /// Begins the next generation and returns its operations.
     fn next_generation(&mut self) -> Vec<Op> {
         let mut ops = Vec::new();
         for element in members::generation(self.generation) {
-            // Those that are maps' get another value.
+            // Elements of the map are replaced, so only those of the set are deleted.
             if element.set == members::CURRENT {
                 self.applied.elements.remove(&element.set, &element.key);
                 ops.push(Op::DelElement(element.set, element.key));
@@ -163,14 +169,14 @@ impl PolicyLedger {
     }
 }
 
-/// What should be in the kernel of policies; for a comparison alone.
+/// Returns the desired data plane of network policies, and records nothing.
 pub fn part(view: &View, local: &Local, generation: u32) -> Dataplane {
     let mut parts = PolicyParts::of(view, local);
     parts.add_generation(generation);
     parts.dataplane
 }
 
-/// Whether nobody is the worse for it: somebody who may connect joins others, or has a port.
+/// Whether an operation can only allow more connections: it adds an address to a selector or to a named port.
 fn is_addition(op: &Op) -> bool {
     match op {
         Op::SetElement(Element { set, .. }) => set.name.starts_with("pods.") || set.name.starts_with("port."),
@@ -178,14 +184,14 @@ fn is_addition(op: &Op) -> bool {
     }
 }
 
-/// The same for what an address is.
+/// Whether the new memberships of an address may allow fewer connections.
 fn is_tighter(was: &[Membership], is: &[Membership]) -> bool {
     let isolates = |member: &Membership| matches!(member, Membership::Slot(..));
     was.iter().any(|member| !is.contains(member))
         || is.iter().any(|member| isolates(member) && !was.contains(member))
 }
 
-/// Whether an address is that of an endpoint that is just being made: it has no connections.
+/// Whether an address is that of an endpoint whose attach is in flight: it has no connections yet.
 fn is_new(local: &Local, (network, address): Address) -> bool {
     local.attaching.values().any(|endpoint| {
         endpoint.network == network && endpoint.addresses.iter().any(|net| net.addr() == address)
@@ -207,7 +213,7 @@ fn elements(policies: &Policies, (_, address): Address, members: &[Membership]) 
     all.map(|element| ((element.set.path(), element.key.clone()), element)).collect()
 }
 
-/// What kinds of network this host builds.
+/// The modes of the networks that have devices on this host.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 struct BuiltModes {
     routed: bool,
@@ -225,7 +231,7 @@ impl BuiltModes {
     }
 }
 
-/// All that follows from a view.
+/// The policies, memberships and data plane that follow from a view.
 struct PolicyParts {
     policies: Arc<Policies>,
     kinds: BuiltModes,
@@ -289,7 +295,7 @@ impl PolicyParts {
     }
 }
 
-/// What an address is, whoever has it.
+/// Returns the memberships of an address, of all endpoints that have it.
 fn members_at(
     policies: &Policies,
     view: &View,
@@ -297,18 +303,18 @@ fn members_at(
     (network, address): Address,
 ) -> Vec<Membership> {
     let placed = view.all_with_address(network, address);
-    let standing = placed.map(|placed| (placed.node.record.id, placed.endpoint));
+    let attached = placed.map(|placed| (placed.node.record.id, placed.endpoint));
     let attaching = local.attaching.values().filter(|endpoint| {
         endpoint.network == network && endpoint.addresses.iter().any(|net| net.addr() == address)
     });
-    standing
+    attached
         .chain(attaching.map(|endpoint| (view.me, endpoint)))
         .flat_map(|(node, endpoint)| members_of(policies, view, local, node, endpoint))
         .collect()
 }
 
-/// What an endpoint's address is. Rules mean it wherever it is, as long as it counts; it is isolated on its own
-/// host, whatever others may think of it.
+/// Returns the memberships of an endpoint's addresses. Selectors match it on any host while its address is valid; it is
+/// isolated on its own host in any case.
 fn members_of(
     policies: &Policies,
     view: &View,
@@ -326,7 +332,10 @@ fn members_of(
     if counts || local.attaching.contains_key(&endpoint.id) {
         let namespace = view.resources.namespace_labels(&endpoint.namespace);
         members.extend(
-            policies.meaning(&endpoint.namespace, &namespace, &labels).into_iter().map(Membership::Pods),
+            policies
+                .pods_matching(&endpoint.namespace, &namespace, &labels)
+                .into_iter()
+                .map(Membership::Pods),
         );
         for (place, (name, protocol)) in policies.ports.iter().enumerate() {
             let number = view.resources.named_port(endpoint, name, *protocol);
@@ -339,6 +348,7 @@ fn members_of(
     members
 }
 
+/// Adds the memberships of a local endpoint that policies select.
 fn isolation(members: &mut Vec<Membership>, network: &Network, endpoint: &Endpoint, by: &[&Policy]) {
     let device = Device::endpoint(endpoint.id);
     let switched = network.mode == Mode::L2;
