@@ -284,7 +284,7 @@ fn a_manifest_that_is_wrong_changes_nothing_and_says_what_and_where() {
                 service("p", ", type: NodePort").replace("port: 80", "port: 80, nodePort: 30500"),
                 service("q", ", type: NodePort").replace("port: 80", "port: 80, nodePort: 30500")
             ),
-            vec!["document 3: spec.ports[0].nodePort: node port 30500 is Service default/p's"],
+            vec!["document 3: spec.ports[0].nodePort: node port 30500 is in use by Service default/p"],
         ),
     ] {
         let path = file(&lab, "manifest.yaml", &content).unwrap();

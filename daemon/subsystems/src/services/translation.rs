@@ -1,4 +1,7 @@
-//! Services in this host's kernel.
+//! The `Subsystem` implementation of Service translation.
+//!
+//! [`Translation`] owns the planned tables and elements ([`super::Services`]) and the Services that may have changed
+//! since. Begin to read at its `plan`.
 
 use std::collections::BTreeSet;
 
@@ -8,13 +11,13 @@ use ovl_proto::resource::Name;
 
 use crate::subsystem::{Change, Cluster, Subsystem};
 
-/// What was last sent of Services, and what may have changed since.
+/// The Service tables that were last sent, and what may have changed since.
 #[derive(Debug, Default)]
 pub struct Translation {
     planned: super::Services,
-    /// Services that were added, changed or removed, or whose backends were.
+    /// Services that were changed, or whose backends were.
     changed: BTreeSet<Name>,
-    /// Networks, blocks, hosts or endpoints of this host.
+    /// Whether networks, blocks, hosts or local endpoints may have changed.
     context_changed: bool,
 }
 

@@ -196,9 +196,9 @@ fn what_the_kernel_refused_is_not_said() {
     let [holder] = cluster.holders("192.0.2.1")[..] else { panic!() };
     let ingress = cluster.hosts.get_mut(&id(holder)).unwrap();
     let address: IpAddr = [192, 0, 2, 1].into();
-    assert_eq!(ingress.said(), [address].into());
-    ingress.note(address, false);
-    assert!(ingress.said().is_empty());
+    assert_eq!(ingress.claimed(), [address].into());
+    ingress.record_outcome(address, false);
+    assert!(ingress.claimed().is_empty());
     // Announced three times, and no more.
     assert_eq!((0..5).map(|_| ingress.again(8).len()).collect::<Vec<_>>(), [1, 1, 1, 0, 0]);
 }

@@ -1,4 +1,7 @@
-//! One Service's elements, out of its ports and backends.
+//! Computes the set elements of one Service from its ports and backends.
+//!
+//! [`Slots`] owns the numbers of backends, so that a backend that stays keeps its number; the rest is computed anew. Begin
+//! to read at [`resolve`].
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -7,8 +10,8 @@ use ipnet::IpNet;
 use ovl_proto::resource::{IpFamily, Name, Protocol, Service, ServicePort, TrafficPolicy};
 
 use super::skeleton::{
-    self, BACKENDS, BackendKind, DROP, HAIRPIN, IDS, INSIDE, MOST_STICKY, NODE_IDS, NODE_STAY, NODES,
-    OUTSIDE, PORTS, REFUSE, RELAYED, ROUTED, STAY, Sticky,
+    self, BACKENDS, BackendKind, DROP, HAIRPIN, IDS, INSIDE, MAX_STICKY, NODE_IDS, NODE_STAY, NODES, OUTSIDE,
+    PORTS, REFUSE, RELAYED, ROUTED, STAY, Sticky,
 };
 use super::{At, NetworkContext, of_family};
 use crate::services::divert;
@@ -17,43 +20,44 @@ use ovl_cluster::claims::Claims;
 use ovl_dataplane::ledger::Entries;
 use ovl_dataplane::nft::{Field, Key, Set, Value};
 
-/// Numbers in a map are 16 bits beside what they are.
-const MOST: usize = 0xffff;
+/// The maximum number of backends: numbers in a map have 16 bits, the others say what kind of number it is.
+const MAX_BACKENDS: usize = 0xffff;
 
-/// UDP ports, with whether it is IPv4, and the backends of each.
+/// UDP ports (with `true` for IPv4) and the backends of each.
 pub(super) type UdpPorts = BTreeMap<(At, bool), BTreeSet<(IpAddr, u16)>>;
 
-/// What one Service comes to.
+/// The elements of one Service, and the chains that they need.
 #[derive(Debug, Default)]
 pub(super) struct Resolved {
     pub(super) entries: Entries,
-    /// Numbers of backends that there must be chains for.
+    /// The numbers of backends for which there must be chains.
     pub(super) counts: BTreeSet<u32>,
-    /// Ports with affinity that there must be chains for.
+    /// The kinds of affinity for which there must be chains.
     pub(super) sticky: BTreeSet<Sticky>,
-    /// Where its UDP ports lead.
+    /// The backends of its UDP ports.
     pub(super) flows: UdpPorts,
-    /// Connections are passed on to other hosts.
+    /// Whether connections are relayed to remote hosts.
     pub(super) relays: bool,
 }
 
-/// Which backend has which number: one that stays keeps its own.
+/// The numbers of backends, by Service. A backend that stays keeps its number.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Slots(BTreeMap<Name, Numbers>);
 
-/// Of one Service, by port, whether it is IPv4, and whose backends they are.
+/// The backends of one Service in the order of their numbers, by port, address family (`true` for IPv4) and kind.
 type Numbers = BTreeMap<(At, bool, BackendKind), Vec<Backing>>;
 
 type Backing = (IpAddr, u16);
 
 impl Slots {
+    /// Drops the numbers of a deleted Service.
     pub(super) fn forget(&mut self, name: &Name) {
         self.0.remove(name);
     }
 }
 
-/// Those that are there keep their numbers as far as there are so many; others fill the holes. A host that
-/// connections are passed on to is there once for each of its backends.
+/// Numbers the backends in `now`. Backends that are in `before` keep their numbers where those are still in range; the
+/// others fill the gaps. A host to which connections are relayed occurs once for each of its backends.
 fn number(before: &[Backing], now: &[Backing]) -> Vec<Backing> {
     let mut left: BTreeMap<Backing, usize> = BTreeMap::new();
     for backing in now {
@@ -74,6 +78,7 @@ fn number(before: &[Backing], now: &[Backing]) -> Vec<Backing> {
     slots.into_iter().filter_map(|slot| slot.or_else(|| others.next())).collect()
 }
 
+/// Returns the elements of a Service with these backends.
 pub(super) fn resolve(
     context: &NetworkContext,
     claims: &Claims,
@@ -92,7 +97,7 @@ pub(super) fn resolve(
         let given = given.filter(|address| claims.has_external(name, *address, port.protocol, port.port));
         let external: BTreeSet<IpAddr> = given.chain(service.load_balancer_addresses()).collect();
         for ipv4 in [true, false] {
-            one(&mut out, context, service, (i, port), &external, backends, ipv4);
+            resolve_port(&mut out, context, service, (i, port), &external, backends, ipv4);
         }
     }
     if !out.after.is_empty() {
@@ -101,8 +106,8 @@ pub(super) fn resolve(
     out.resolved
 }
 
-/// One port for the addresses of one family.
-fn one(
+/// Adds the elements of one port for one address family.
+fn resolve_port(
     out: &mut ElementWriter,
     context: &NetworkContext,
     service: &Service,
@@ -121,7 +126,7 @@ fn one(
     }
     let all = targets(backends, i, ipv4, None);
     let local = targets(backends, i, ipv4, context.me);
-    // Endpoints of switched networks have no way to answer to another host: theirs has.
+    // An endpoint of a switched network cannot answer through another host, so connections go through its own host.
     let by_host = |target: &Target| {
         let (address, port) = (context.relay(target)?, node_port?);
         Some(Target { address, port, host: target.host })
@@ -142,15 +147,14 @@ fn one(
     }
     let is_local = service.spec.external_traffic_policy == TrafficPolicy::Local;
     let outside = if is_local { &local } else { &reached };
-    let nobody = if is_local && !all.is_empty() { DROP } else { REFUSE };
+    let no_backend = if is_local && !all.is_empty() { DROP } else { REFUSE };
     for address in external {
-        out.address((Some(address), protocol, port.port), ipv4, &all, outside, nobody);
+        out.address((Some(address), protocol, port.port), ipv4, &all, outside, no_backend);
     }
     if let Some(node_port) = node_port {
-        out.node_port((None, protocol, node_port), ipv4, outside, nobody);
-        let passed_on =
-            local.iter().filter(|target| !is_local && context.is_relayed(target.address)).copied();
-        out.relayed((None, protocol, node_port), ipv4, &passed_on.collect::<Vec<_>>());
+        out.node_port((None, protocol, node_port), ipv4, outside, no_backend);
+        let relayed = local.iter().filter(|target| !is_local && context.is_relayed(target.address)).copied();
+        out.relayed((None, protocol, node_port), ipv4, &relayed.collect::<Vec<_>>());
     }
     for host in outside.iter().filter(|target| context.hosts.values().any(|host| *host == target.address)) {
         if let Some(own) = context.vtep {
@@ -159,7 +163,7 @@ fn one(
             out.resolved.relays = true;
         }
     }
-    // Ready or not: connections that are open go on.
+    // Also for backends that are not ready: open connections continue.
     for backend in backends {
         let address = backend.addresses.iter().copied().find(of_this);
         let Some((address, port)) = address.zip(backend.ports.get(i).copied().flatten()) else { continue };
@@ -173,7 +177,7 @@ fn one(
     }
 }
 
-/// IANA's number of a protocol.
+/// Returns the IP protocol number.
 fn number_of(protocol: Protocol) -> u8 {
     match protocol {
         Protocol::Tcp => 6,
@@ -194,28 +198,29 @@ impl ElementWriter {
         self.resolved.entries.insert((set.clone(), Key::of(key)), value);
     }
 
-    /// A port at an address: backends for endpoints, and for all others.
-    fn address(&mut self, at: At, ipv4: bool, inside: &[Target], outside: &[Target], nobody: u32) {
+    /// Adds a port at an address, with the backends for endpoints and those for all other clients.
+    fn address(&mut self, at: At, ipv4: bool, inside: &[Target], outside: &[Target], no_backend: u32) {
         let (Some(address), protocol, port) = at else { return };
         let key = [Field::Ip(address), Field::Protocol(protocol), Field::Port(port)];
-        let count = self.backends(at, ipv4, BackendKind::Of, inside, REFUSE);
+        let count = self.backends(at, ipv4, BackendKind::Inside, inside, REFUSE);
         self.put(of_family(&INSIDE, ipv4), &key, Value::of(&[Field::Number(count)]));
-        if inside != outside || (outside.is_empty() && nobody != REFUSE) {
-            let count = self.backends(at, ipv4, BackendKind::Others, outside, nobody);
+        if inside != outside || (outside.is_empty() && no_backend != REFUSE) {
+            let count = self.backends(at, ipv4, BackendKind::Outside, outside, no_backend);
             self.put(of_family(&OUTSIDE, ipv4), &key, Value::of(&[Field::Number(count)]));
         }
         self.flows(at, ipv4, &[inside, outside]);
     }
 
-    fn node_port(&mut self, at: At, ipv4: bool, outside: &[Target], nobody: u32) {
+    /// Adds a node port.
+    fn node_port(&mut self, at: At, ipv4: bool, outside: &[Target], no_backend: u32) {
         let (_, protocol, port) = at;
         let key = [Field::Protocol(protocol), Field::Port(port)];
-        let count = self.backends(at, ipv4, BackendKind::Nodes, outside, nobody);
+        let count = self.backends(at, ipv4, BackendKind::NodePort, outside, no_backend);
         self.put(of_family(&PORTS, ipv4), &key, Value::of(&[Field::Number(count)]));
         self.flows(at, ipv4, &[outside]);
     }
 
-    /// What other hosts pass on to the node port.
+    /// Adds a node port for connections that remote hosts relay.
     fn relayed(&mut self, at: At, ipv4: bool, here: &[Target]) {
         let (_, protocol, port) = at;
         if here.is_empty() {
@@ -227,13 +232,20 @@ impl ElementWriter {
         self.flows(at, ipv4, &[here]);
     }
 
-    /// Numbers backends; gives what leads to them.
-    fn backends(&mut self, at: At, ipv4: bool, kind: BackendKind, targets: &[Target], nobody: u32) -> u32 {
-        let most = if self.affinity.is_some() { MOST_STICKY } else { MOST };
+    /// Adds numbered backends, and returns the number that selects their chain.
+    fn backends(
+        &mut self,
+        at: At,
+        ipv4: bool,
+        kind: BackendKind,
+        targets: &[Target],
+        no_backend: u32,
+    ) -> u32 {
+        let max = if self.affinity.is_some() { MAX_STICKY } else { MAX_BACKENDS };
         let now: Vec<Backing> =
-            targets.iter().take(most).map(|target| (target.address, target.port)).collect();
+            targets.iter().take(max).map(|target| (target.address, target.port)).collect();
         if now.is_empty() {
-            return nobody;
+            return no_backend;
         }
         let before = self.before.remove(&(at, ipv4, kind)).unwrap_or_default();
         let numbered = number(&before, &now);
@@ -262,14 +274,15 @@ impl ElementWriter {
         skeleton::number(kind, count)
     }
 
-    /// Puts in what hangs on a port and a number.
+    /// Adds an element for a port and a number.
     fn put_at(&mut self, set: &Set, (address, protocol, port): At, number: u32, value: Value) {
         let mut key: Vec<Field<'_>> = address.map(Field::Ip).into_iter().collect();
         key.extend([Field::Protocol(protocol), Field::Port(port), Field::Number(number)]);
         self.put(set, &key, value);
     }
 
-    /// Remembers where packets of UDP may go on to: it has no connections that end.
+    /// Records the backends to which UDP flows may continue. UDP has no end of a connection, so flows to other backends
+    /// must be ended.
     fn flows(&mut self, at: At, ipv4: bool, targets: &[&[Target]]) {
         let (_, protocol, _) = at;
         if protocol == number_of(Protocol::Udp) {
@@ -279,7 +292,8 @@ impl ElementWriter {
     }
 }
 
-/// The same in every run, so that clients stay while ovld is away: FNV-1a over the address.
+/// Returns the identity of a backend for affinity: FNV-1a over its address. It is the same in every run, so that clients
+/// keep their backends while ovld restarts.
 fn identity(address: IpAddr) -> u32 {
     let hash = |octets: &[u8]| {
         octets
