@@ -35,8 +35,8 @@ pub struct Local {
     /// Whether traffic that leaves the cluster is masqueraded. Written from the configuration. The packet filter reads
     /// it.
     pub masquerade: bool,
-    /// Previous tunnel keys and the sessions of the tunnel interfaces. Written by key rotation. The tunnel and routed
-    /// networks choose the output interface by it.
+    /// Previous tunnel keys and the sessions of the tunnel interfaces. Written by key rotation and when the record of a
+    /// peer changes. The tunnel and routed networks choose the output interface by it.
     pub key_epochs: KeyEpochs,
     /// Endpoints whose attach is in flight. Written by attach. Policies, names and published ports apply to them before
     /// they can be reached.

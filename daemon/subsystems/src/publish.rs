@@ -143,6 +143,7 @@ fn frames() -> Arc<Skeleton> {
     Arc::clone(&SKELETON)
 }
 
+/// Returns the table of published ports without elements.
 fn skeleton() -> Arc<Skeleton> {
     static SKELETON: LazyLock<Arc<Skeleton>> = LazyLock::new(|| {
         let ours = "{ \"ovb-*\", \"ove-*\" }";

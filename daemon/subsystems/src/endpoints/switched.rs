@@ -60,7 +60,7 @@ pub(crate) struct MacClaim<'a> {
     /// The VTEP of its host. `None` if it is on this host.
     pub(crate) remote: Option<Remote>,
     /// Whether frames from its MAC address are accepted only from that VTEP: the network is encrypted.
-    sealed: bool,
+    checks_source: bool,
 }
 
 impl<'a> MacClaim<'a> {
@@ -85,7 +85,7 @@ impl<'a> MacClaim<'a> {
         if mine && local.isolated.contains_key(&endpoint.id) {
             return None;
         }
-        Some(Self { endpoint, remote, sealed: network.encrypted })
+        Some(Self { endpoint, remote, checks_source: network.encrypted })
     }
 
     /// Adds the FDB entries of the endpoint's MAC address.
@@ -94,7 +94,7 @@ impl<'a> MacClaim<'a> {
         let vxlan = Device::vxlan(network);
         dataplane.remotes.extend(self.remote.map(|remote| ((vxlan, mac), remote)));
         dataplane.ports.insert((if self.remote.is_some() { vxlan } else { Device::endpoint(id) }, mac));
-        if let Some(remote) = self.remote.filter(|_| self.sealed) {
+        if let Some(remote) = self.remote.filter(|_| self.checks_source) {
             let addresses = self.endpoint.addresses.iter().map(IpNet::addr).collect();
             dataplane.sources.insert((vxlan, mac), Source { from: remote.vtep, addresses });
         }

@@ -48,11 +48,11 @@ pub fn host(view: &View, local: &Local) -> Dataplane {
         .map(|node| node.record.vtep)
         .collect();
     let port = view.own().map_or(ovl_proto::DEFAULT_VXLAN_PORT, |own| own.record.vxlan_port);
-    let tunnel = dataplane.tunnels.values().next().map(|end| filter::FilterTunnel {
-        port: end.port,
+    let tunnel = dataplane.tunnels.values().next().map(|tunnel| filter::FilterTunnel {
+        port: tunnel.port,
         prefix: tunnel::prefix(view.alloc.cluster),
         // A kernel WireGuard interface needs no local socket address.
-        kernel: end.local.is_none(),
+        kernel: tunnel.local.is_none(),
     });
     dataplane.tables.extend(local.publishing.then(publish::table));
     if local.publishing || (local.served && built.iter().any(|network| network.mode == Mode::L2)) {

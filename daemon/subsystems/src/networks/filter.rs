@@ -70,9 +70,9 @@ pub fn render(
     let _ =
         writeln!(text, "table inet {BASE_TABLE}\ndelete table inet {BASE_TABLE}\ntable inet {BASE_TABLE} {{");
     // Unneeded chains are left out: each chain that a packet passes costs a twentieth of the throughput.
-    let sealed = tunnel.is_some() || networks.iter().any(|network| network.encrypted);
-    if sealed || networks.iter().any(|network| has_vxlan(network) || network.mode == Mode::L2) {
-        raw(&mut text, networks, vteps, vxlan_port, sealed.then_some(tunnel));
+    let encryption = tunnel.is_some() || networks.iter().any(|network| network.encrypted);
+    if encryption || networks.iter().any(|network| has_vxlan(network) || network.mode == Mode::L2) {
+        raw(&mut text, networks, vteps, vxlan_port, encryption.then_some(tunnel));
     }
     if networks.len() > 1 || networks.iter().any(|network| network.internal || network.encrypted) {
         forward(&mut text, networks, masquerade);
@@ -101,27 +101,27 @@ fn is_translated(network: &Network, masquerade: bool) -> bool {
     !network.internal && (masquerade || network.driver == Driver::Bridge)
 }
 
-/// Writes the chains that admit tunnel and VXLAN packets and exempt packets from connection tracking. `sealed` is set
+/// Writes the chains that admit tunnel and VXLAN packets and exempt packets from connection tracking. `encryption` is set
 /// if there are encrypted networks; its inner value is the local tunnel interface, if any.
 fn raw(
     text: &mut String,
     networks: &[&Network],
     vteps: &BTreeSet<IpAddr>,
     vxlan_port: u16,
-    sealed: Option<Option<FilterTunnel>>,
+    encryption: Option<Option<FilterTunnel>>,
 ) {
-    let plain = networks.iter().any(|network| has_vxlan(network));
-    if plain {
+    let has_unencrypted_vxlan = networks.iter().any(|network| has_vxlan(network));
+    if has_unencrypted_vxlan {
         set(text, "vteps4", "ipv4_addr", vteps.iter().filter(|vtep| vtep.is_ipv4()));
         set(text, "vteps6", "ipv6_addr", vteps.iter().filter(|vtep| vtep.is_ipv6()));
     }
     // One chain for both purposes: each chain costs throughput.
     let _ =
         writeln!(text, "\tchain prerouting {{\n\t\ttype filter hook prerouting priority raw; policy accept;");
-    if let Some(tunnel) = sealed {
+    if let Some(tunnel) = encryption {
         encrypted_in(text, networks, tunnel);
     }
-    if plain {
+    if has_unencrypted_vxlan {
         let _ = writeln!(
             text,
             "\t\tudp dport {vxlan_port} ip saddr @vteps4 notrack accept\n\
@@ -141,10 +141,10 @@ fn raw(
     }
     let _ =
         writeln!(text, "\t}}\n\tchain output {{\n\t\ttype filter hook output priority raw; policy accept;");
-    if let Some(tunnel) = sealed {
+    if let Some(tunnel) = encryption {
         encrypted_out(text, networks, tunnel);
     }
-    if plain {
+    if has_unencrypted_vxlan {
         let _ = writeln!(text, "\t\tudp dport {vxlan_port} notrack");
     }
     let _ = writeln!(text, "\t}}");

@@ -71,14 +71,14 @@ pub(super) fn part(dataplane: &mut Dataplane, view: &View, local: &Local, networ
             dataplane.routes.insert(subnet.prefix, Hop::UNREACHABLE);
         }
     }
-    let sealed =
+    let tunnel_routes =
         if network.encrypted { tunnel::peer_routes(view, &local.key_epochs) } else { BTreeMap::new() };
     let there = view.nodes.iter().filter(|(id, node)| **id != view.me && view.counts(node));
     let peers: BTreeMap<NodeId, &Node> = there.map(|(id, node)| (*id, node)).collect();
     for (block, holder) in view.blocks(network.id) {
         let Some(peer) = peers.get(&holder) else { continue };
         let path = match network.encrypted {
-            true => sealed.get(&holder).and_then(|route| route.output).map(PeerPath::Tunnel),
+            true => tunnel_routes.get(&holder).and_then(|route| route.output).map(PeerPath::Tunnel),
             false => path_to(network, local, own, peer, block),
         };
         if let Some(path) = path {

@@ -68,21 +68,21 @@ pub(super) fn devices(dataplane: &mut Dataplane, view: &View, network: &Network,
         .insert(bridge, Link::Bridge { mac: Mac::of_gateway(network.id), mtu, up: true, tuned: true });
     let (vni, master, mac) = (network.vni, Some(bridge), Mac::of_vxlan(network.id));
     let (up, tuned) = (true, true);
-    let plain = || {
+    let on_underlay = || {
         let (local, port) = (own.record.vtep, own.record.vxlan_port);
         Link::Vxlan { vni, local, port, mtu, master, mac, up, tuned, sealed: false }
     };
-    let sealed = |end: Tunnel| {
+    let in_tunnel = |own: Tunnel| {
         let (local, port) = (tunnel::address(view.alloc.cluster, view.me).into(), SEALED_VXLAN_PORT);
-        match end.kernel {
+        match own.kernel {
             true => Link::Vxlan { vni, local, port, mtu, master, mac, up, tuned, sealed: true },
             false => Link::Tap { vni, mtu, master, up, tuned },
         }
     };
     let link = match network.driver {
         Driver::Bridge => None,
-        Driver::Overlay if network.encrypted => tunnel::own(view).map(|(_, end)| sealed(end)),
-        Driver::Overlay => Some(plain()),
+        Driver::Overlay if network.encrypted => tunnel::own(view).map(|(_, own)| in_tunnel(own)),
+        Driver::Overlay => Some(on_underlay()),
     };
     dataplane.links.extend(link.map(|link| (vxlan, link)));
     if !network.internal {

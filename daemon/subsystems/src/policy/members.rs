@@ -8,10 +8,14 @@ use std::net::IpAddr;
 
 use ovl_proto::id::Mac;
 
-use super::rules::{MARK, family, short};
 use super::{Direction, Policies, protocol_name};
 use ovl_dataplane::device::Device;
 use ovl_dataplane::nft::{Data, Element, Field, Key, Set, Shape, Table, Type, Value};
+
+/// The fixed bits of the mark of judged connections; the other bits are a generation.
+pub(super) const MARK: u32 = 0xa000_0000;
+/// The mask of the fixed bits.
+pub(super) const MARK_MASK: u32 = 0xf000_0000;
 
 const NFPROTO: Type = Type::Expression("meta nfproto", 1);
 
@@ -28,6 +32,19 @@ pub(super) const CURRENT: Set =
 
 /// The number of generations: they are counted in the bits that [`MARK`] does not use.
 const GENERATIONS: u32 = 1 << 28;
+
+/// Returns the abbreviation of a direction in names of sets and chains.
+pub(super) fn short(direction: Direction) -> &'static str {
+    match direction {
+        Direction::Ingress => "in",
+        Direction::Egress => "eg",
+    }
+}
+
+/// Returns the abbreviation of an address family in names of sets and chains.
+pub(super) fn family(v4: bool) -> char {
+    if v4 { '4' } else { '6' }
+}
 
 fn set(table: Table, name: String, key: &'static [Type], data: Data) -> Set {
     Set { table, name: Cow::Owned(name), shape: Shape { key, data, ranges: false } }

@@ -14,14 +14,9 @@
 
 use ovl_proto::resource::Protocol;
 
-use super::members::{self, GENERATION};
+use super::members::{self, GENERATION, MARK, MARK_MASK, family, short};
 use super::{Direction, Policies, Policy, Rule, RulePeer, RulePort, protocol_name};
 use ovl_dataplane::nft::{Chain, Object, Set, Skeleton};
-
-/// The fixed bits of the mark of judged connections; the other bits are a generation.
-pub(super) const MARK: u32 = 0xa000_0000;
-/// The mask of the fixed bits.
-pub(super) const MARK_MASK: u32 = 0xf000_0000;
 
 /// The size and timeout of the sets of refused connections.
 const REMEMBERED: &str = "size 4096; flags dynamic,timeout; timeout 10m; counter";
@@ -38,17 +33,6 @@ pub(crate) fn counted(direction: Direction, v4: bool) -> String {
 /// Returns the name of the set of recently refused connections in a direction: source, destination, protocol, port.
 pub(crate) fn remembered(direction: Direction, v4: bool) -> String {
     format!("recent.{}.{}", short(direction), family(v4))
-}
-
-pub(super) fn short(direction: Direction) -> &'static str {
-    match direction {
-        Direction::Ingress => "in",
-        Direction::Egress => "eg",
-    }
-}
-
-pub(super) fn family(v4: bool) -> char {
-    if v4 { '4' } else { '6' }
 }
 
 fn ip(v4: bool) -> &'static str {

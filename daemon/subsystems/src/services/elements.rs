@@ -4,6 +4,7 @@
 //! owns the elements that were last planned and the numbers of backends. Begin to read at [`Services::plan`], and then at
 //! [`resolve::resolve`] for one Service.
 
+mod context;
 mod resolve;
 mod skeleton;
 
@@ -12,13 +13,13 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use ipnet::IpNet;
-use ovl_proto::id::{EndpointId, Mac, NodeId};
+use ovl_proto::id::{EndpointId, Mac};
 use ovl_proto::object::{Mode, Network, Subnet};
 use ovl_proto::resource::Name;
 use ovl_proto::table::Endpoint;
 
 use super::divert;
-use ovl_cluster::backends::{Backends, Target};
+use ovl_cluster::backends::Backends;
 use ovl_cluster::view::View;
 use ovl_dataplane::flows::Flows;
 use ovl_dataplane::ledger::{Entries, Ledger};
@@ -26,6 +27,7 @@ use ovl_dataplane::nft::{Element, Field, Key, Set, Skeleton, Table, Value};
 use ovl_dataplane::op::Op;
 use ovl_dataplane::state::Dataplane;
 
+use self::context::{At, NetworkContext, of_family};
 use self::resolve::{Resolved, Slots};
 use self::skeleton::Sticky;
 
@@ -35,46 +37,6 @@ enum ElementOwner {
     Host,
     Endpoint(EndpointId),
     Service(Name),
-}
-
-/// The address (`None` for a node port), the IP protocol number and the port of a Service.
-type At = (Option<IpAddr>, u8, u16);
-
-/// Properties of networks and hosts on which all Services depend.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(crate) struct NetworkContext {
-    /// The local host.
-    pub(crate) me: Option<NodeId>,
-    /// The underlay address of the local host.
-    pub(crate) vtep: Option<IpAddr>,
-    /// Prefixes of switched networks. Their endpoints on remote hosts cannot answer outside clients through this host.
-    pub(crate) switched: Vec<IpNet>,
-    /// Prefixes of encrypted switched networks. Their packets must not cross the underlay unencrypted.
-    pub(crate) encrypted: Vec<IpNet>,
-    /// Underlay addresses of the remote hosts that are alive or suspect. Connections are relayed to their node ports.
-    pub(crate) hosts: BTreeMap<NodeId, IpAddr>,
-}
-
-impl NetworkContext {
-    /// Whether an address is on a switched network.
-    fn is_switched(&self, address: IpAddr) -> bool {
-        self.switched.iter().any(|prefix| prefix.contains(&address))
-    }
-
-    /// Whether connections from outside to an endpoint may be relayed over the underlay to its host.
-    fn is_relayed(&self, address: IpAddr) -> bool {
-        self.is_switched(address) && !self.encrypted.iter().any(|prefix| prefix.contains(&address))
-    }
-
-    /// Returns the underlay address of the host to which connections from outside are relayed. `None` if they are not
-    /// relayed, or if a host has no underlay address of the backend's family.
-    fn relay(&self, target: &Target) -> Option<IpAddr> {
-        let host = *self.hosts.get(&target.host?)?;
-        let fits = |address: &IpAddr| address.is_ipv4() == target.address.is_ipv4();
-        (self.is_relayed(target.address) && self.vtep.is_some_and(|own| fits(&own)))
-            .then_some(host)
-            .filter(fits)
-    }
 }
 
 /// The tables and elements of all Services on one host.
@@ -141,7 +103,7 @@ impl Services {
         let any = view.has_services();
         let context = context || std::mem::replace(&mut self.any, any) != any;
         if context || is_first {
-            let context = self::context(view);
+            let context = NetworkContext::of(view);
             if context != self.context {
                 self.context = context;
                 names.extend(view.resources.services.keys().cloned());
@@ -276,30 +238,6 @@ pub fn inside(ipv4: bool) -> Set {
 
 fn flows_of((address, _, port): At, ipv4: bool, keep: BTreeSet<(IpAddr, u16)>) -> Flows {
     Flows { address, port, keep, ipv4, held: false }
-}
-
-fn context(view: &View) -> NetworkContext {
-    let prefixes = |networks: Vec<&Network>| -> Vec<IpNet> {
-        networks.into_iter().flat_map(|network| &network.subnets).map(|subnet| subnet.prefix).collect()
-    };
-    let switched: Vec<&Network> = view.switched().collect();
-    let encrypted = switched.iter().copied().filter(|network| network.encrypted).collect();
-    // Remote hosts matter only if there are switched networks, whose connections are relayed.
-    let others = view.nodes.values().filter(|node| !switched.is_empty() && node.record.id != view.me);
-    let hosts = others.filter(|node| view.counts(node)).map(|node| (node.record.id, node.record.vtep));
-    NetworkContext {
-        me: Some(view.me),
-        vtep: view.own().map(|own| own.record.vtep),
-        hosts: hosts.collect(),
-        encrypted: prefixes(encrypted),
-        switched: prefixes(switched),
-    }
-}
-
-/// Returns the set of an address family, out of a pair.
-pub(crate) fn of_family(sets: &[Set; 2], ipv4: bool) -> &Set {
-    let [v4, v6] = sets;
-    if ipv4 { v4 } else { v6 }
 }
 
 fn endpoint_part(endpoint: &Endpoint) -> Entries {

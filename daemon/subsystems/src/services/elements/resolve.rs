@@ -9,11 +9,11 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use ovl_proto::resource::{IpFamily, Name, Protocol, Service, ServicePort, TrafficPolicy};
 
+use super::context::{At, NetworkContext, of_family};
 use super::skeleton::{
     self, BACKENDS, BackendKind, DROP, HAIRPIN, IDS, INSIDE, MAX_STICKY, NODE_IDS, NODE_STAY, NODES, OUTSIDE,
     PORTS, REFUSE, RELAYED, ROUTED, STAY, Sticky,
 };
-use super::{At, NetworkContext, of_family};
 use crate::services::divert;
 use ovl_cluster::backends::{Backend, Target, targets};
 use ovl_cluster::claims::Claims;
