@@ -286,7 +286,7 @@ fn invalid_manifest_changes_nothing_and_the_error_names_the_place() {
                 service("p", ", type: NodePort").replace("port: 80", "port: 80, nodePort: 30500"),
                 service("q", ", type: NodePort").replace("port: 80", "port: 80, nodePort: 30500")
             ),
-            vec!["document 3: spec.ports[0].nodePort: node port 30500 is Service default/p's"],
+            vec!["document 3: spec.ports[0].nodePort: node port 30500 is in use by Service default/p"],
         ),
     ] {
         let path = file(&lab, "manifest.yaml", &content).unwrap();

@@ -17,7 +17,7 @@ use ovl_proto::resource::{
     Created, Kind, Meta, Name, Namespace, NetworkPolicy, Pod, Protocol, Resource, ResourceKey, Service,
 };
 use ovl_proto::wire;
-use ovl_subsystems::services::allocation::{Allocator, Promised};
+use ovl_subsystems::services::allocation::{ReservedClaims, ServiceAllocator};
 use serde_json::Value;
 use tokio::task::yield_now;
 
@@ -131,7 +131,7 @@ impl Node {
             yield_now().await;
         }
         // Those first that ask for something: what is chosen for others is not to be in their way.
-        let mut promised = Promised::default();
+        let mut promised = ReservedClaims::default();
         for asking in [true, false] {
             for some in read.chunks_mut(AT_A_TIME) {
                 problems.extend(self.allocate(some, asking, &mut promised));
@@ -147,10 +147,10 @@ impl Node {
         &self,
         read: &mut [(Place, Resource)],
         asking: bool,
-        promised: &mut Promised,
+        promised: &mut ReservedClaims,
     ) -> Vec<ManifestProblem> {
         let state = self.state.borrow();
-        let mut allocator = Allocator::new(&state.view.resources, &self.config.ranges, promised);
+        let mut allocator = ServiceAllocator::new(&state.view.resources, &self.config.ranges, promised);
         let mut problems = Vec::new();
         for (place, resource) in read {
             if let Resource::Service(service) = resource

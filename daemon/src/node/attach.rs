@@ -23,7 +23,7 @@ use ovl_runtimes::cni::{self, Attachment};
 use ovl_runtimes::docker::EngineEndpoint;
 use ovl_subsystems::local::Local;
 use ovl_subsystems::networks::mtu::network_mtu;
-use ovl_subsystems::publish::turns_round;
+use ovl_subsystems::publish::needs_hairpin;
 use serde::{Deserialize, Serialize};
 
 use super::addresses::Reserved;
@@ -724,7 +724,7 @@ fn netns_path(netns: &NetnsRef) -> PathBuf {
 
 fn host_end(local: &Local, network: &Network, endpoint: &Endpoint) -> HostEnd {
     if network.mode == Mode::L2 {
-        return HostEnd::Port(Device::bridge(network.id), turns_round(local, network, endpoint));
+        return HostEnd::Port(Device::bridge(network.id), needs_hairpin(local, network, endpoint));
     }
     let mut routes = Vec::new();
     for address in endpoint.addresses.iter().map(IpNet::addr) {

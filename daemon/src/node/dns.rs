@@ -32,7 +32,7 @@ use super::{Failed, Node};
 use crate::config::{Config, OWN_DOMAIN};
 use crate::problems::{Code, Problem};
 use ovl_subsystems::Change;
-use ovl_subsystems::names::Marks as NameMarks;
+use ovl_subsystems::names::NameMarks;
 
 /// A resolver that nobody has asked since then may be well again.
 const FAILED_LATELY: Duration = Duration::from_secs(300);
@@ -378,12 +378,12 @@ fn set_clients(zone: &mut Zone, state: &State) {
         let alone = (local.inode == 0).then_some(endpoint.id);
         Some(((local.inode, alone), local.ifname.clone()))
     };
-    let askers = zone::askers(&state.view, place).into_iter().map(|(address, asker)| {
-        let networks = asker.networks.into_iter().map(key).collect();
-        let search = Name::parse(&format!("{}.svc", asker.namespace));
+    let clients = zone::dns_clients(&state.view, place).into_iter().map(|(address, client)| {
+        let networks = client.networks.into_iter().map(key).collect();
+        let search = Name::parse(&format!("{}.svc", client.namespace));
         (address, ClientContext { networks, search })
     });
-    zone.set_clients(askers.collect());
+    zone.set_clients(clients.collect());
 }
 
 /// Sets what there is of these names and addresses now.

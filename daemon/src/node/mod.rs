@@ -64,7 +64,7 @@ use crate::problems::{Code, Problems};
 use crate::store;
 use crate::workloads::Workloads;
 use ovl_subsystems::Subsystems;
-use ovl_subsystems::names::Names as NameMarks;
+use ovl_subsystems::names::NameTracker;
 use ovl_subsystems::networks::Networks;
 use ovl_subsystems::policy::Enforcement;
 use ovl_subsystems::services::{Announcements, Translation};
@@ -213,7 +213,7 @@ impl Node {
         let signed = identity.sign_record(&record)?;
         let keys = keys::Keys::new(Arc::clone(&keyring), key_file);
         let mut state = first_state(&config, &record, &signed, &saved, keys);
-        state.local.ends.own_old = secret.previous();
+        state.local.key_epochs.own_previous = secret.previous();
         state
             .subsystems
             .announcements
@@ -487,7 +487,7 @@ fn first_state(
         subsystems: Subsystems {
             // Connections that an earlier run marked are judged again.
             policy: Enforcement::new(u32::from_le_bytes(random())),
-            names: NameMarks::default(),
+            names: NameTracker::default(),
             networks: Networks::default(),
             services: Translation::default(),
             announcements: Announcements::default(),

@@ -16,7 +16,7 @@ use ovl_proto::record::Domain;
 use ovl_proto::resource::{Name, Resource, ResourceKey};
 use ovl_proto::sync::Message;
 use ovl_proto::wire;
-use ovl_subsystems::services::allocation::{Allocator, Promised};
+use ovl_subsystems::services::allocation::{ReservedClaims, ServiceAllocator};
 
 use super::state::State;
 use super::{Failed, Node, wall_ms};
@@ -225,8 +225,8 @@ impl Node {
             }
             let resources = &state.view.resources;
             let lacking: std::collections::BTreeSet<&Name> = resources.claims().lacking().collect();
-            let mut promised = Promised::default();
-            let mut allocator = Allocator::new(resources, &self.config.ranges, &mut promised);
+            let mut promised = ReservedClaims::default();
+            let mut allocator = ServiceAllocator::new(resources, &self.config.ranges, &mut promised);
             let mended = lacking.into_iter().filter_map(|name| {
                 let before = resources.services().get(name)?;
                 let mut service = before.clone();

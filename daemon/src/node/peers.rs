@@ -523,14 +523,14 @@ fn note_cluster(state: &mut State, record: &NodeRecord) {
 
 /// The tunnel key that a peer published before it moved to another epoch: it is still taken.
 fn note_end(state: &mut State, record: &NodeRecord, before: Option<record::Tunnel>) {
-    let ends = &mut state.local.ends.old;
+    let previous = &mut state.local.key_epochs.previous;
     match (before, record.tunnel) {
         (Some(old), Some(new)) if new.rotating && new.epoch != old.epoch => {
-            ends.insert(record.id, old.key);
+            previous.insert(record.id, old.key);
         }
         (_, Some(new)) if new.rotating => {}
         _ => {
-            ends.remove(&record.id);
+            previous.remove(&record.id);
         }
     }
 }

@@ -9,7 +9,7 @@ use ovl_dataplane::nft::Table;
 use ovl_proto::id::EndpointId;
 use ovl_proto::resource::{Name, Protocol};
 use ovl_proto::table::Endpoint;
-use ovl_subsystems::policy::explain::{End, Shown, Side, describe, explain};
+use ovl_subsystems::policy::explain::{ConnectionEnd, Shown, Side, describe, explain};
 use ovl_subsystems::policy::refused::{Connection, Counter, REMEMBERED_MS};
 use ovl_subsystems::policy::{Direction, Policies, protocol_number};
 
@@ -121,7 +121,7 @@ impl Node {
         let mut judgements = Vec::new();
         for from in &sources {
             for to in targets.iter().filter(|to| to.is_ipv4() == from.is_ipv4()) {
-                let [source, target] = [from, to].map(|address| End::of(&state.view, *address));
+                let [source, target] = [from, to].map(|address| ConnectionEnd::of(&state.view, *address));
                 let judged = explain(&state.view, &policies, &source, &target, port);
                 judgements.push(PolicyJudgement {
                     from: *from,
@@ -180,7 +180,7 @@ impl Node {
             "counter",
         );
         for ((direction, address), packets) in &refused {
-            let Some(placed) = End::of(&state.view, *address).endpoint else { continue };
+            let Some(placed) = ConnectionEnd::of(&state.view, *address).endpoint else { continue };
             let labels = [
                 ("namespace", &*placed.endpoint.namespace),
                 ("endpoint", &*placed.endpoint.name),
@@ -216,12 +216,12 @@ fn addresses(state: &State, text: &str) -> Result<Vec<IpAddr>, Failed> {
     Ok(addresses)
 }
 
-fn full_name(end: &End<'_>) -> Option<String> {
+fn full_name(end: &ConnectionEnd<'_>) -> Option<String> {
     let placed = end.endpoint?;
     Some(format!("{}/{}", placed.endpoint.namespace, placed.endpoint.name))
 }
 
-fn side(side: Side, end: &End<'_>, direction: Direction) -> PolicySide {
+fn side(side: Side, end: &ConnectionEnd<'_>, direction: Direction) -> PolicySide {
     let passes = side.passes();
     let who = full_name(end).unwrap_or_else(|| end.address.to_string());
     let direction = direction.name();
@@ -248,7 +248,7 @@ fn side(side: Side, end: &End<'_>, direction: Direction) -> PolicySide {
 
 fn drop_of(state: &State, policies: &Policies, direction: Direction, connection: Connection) -> PolicyDrop {
     let Connection { from, to, protocol, port } = connection;
-    let [source, target] = [from, to].map(|address| End::of(&state.view, address));
+    let [source, target] = [from, to].map(|address| ConnectionEnd::of(&state.view, address));
     let own = match direction {
         Direction::Ingress => &target,
         Direction::Egress => &source,

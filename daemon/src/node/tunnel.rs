@@ -12,7 +12,7 @@ use ovl_kernel::{self as kernel, KernelHandle, TunnelPeerStatus, TunnelStatus};
 use ovl_mesh::keys::TunnelSecret;
 use ovl_proto::id::{NodeId, TunnelKey};
 use ovl_proto::record;
-use ovl_subsystems::encryption::ends::{self, Ends};
+use ovl_subsystems::encryption::epochs::{self, KeyEpochs};
 use ovl_subsystems::encryption::tunnel;
 
 use super::state::State;
@@ -87,7 +87,7 @@ pub(super) async fn choose(
     }
     let end = record::Tunnel {
         key: secret.public(),
-        port: ends::port_in(config.tunnel_port, secret.epoch()),
+        port: epochs::port_in(config.tunnel_port, secret.epoch()),
         epoch: secret.epoch(),
         rotating: secret.previous().is_some(),
         kernel: has_wireguard,
@@ -170,7 +170,7 @@ impl Node {
             let state = self.state.borrow();
             let Some((_, own)) = tunnel::own(&state.view) else { return };
             let peers = tunnel::peers(&state.view);
-            let Some(epoch) = ends::to_follow(own, peers.values().map(|(_, end)| *end)) else { return };
+            let Some(epoch) = epochs::to_follow(own, peers.values().map(|(_, end)| *end)) else { return };
             // With the same port nothing has to stand beside it, and without a network nothing does.
             (epoch, tunnel::is_wanted(&state.view) && (epoch ^ own.epoch) & 1 == 1)
         };
@@ -189,12 +189,12 @@ impl Node {
         for key in secret.private() {
             self.kernel.learn_key(key).await.map_err(Failed::from)?;
         }
-        self.state.borrow_mut().local.ends.own_old = secret.previous();
+        self.state.borrow_mut().local.key_epochs.own_previous = secret.previous();
         self.change_record(|record| {
             if let Some(end) = &mut record.tunnel {
                 (end.key, end.epoch, end.rotating) =
                     (secret.public(), secret.epoch(), secret.previous().is_some());
-                end.port = ends::port_in(self.config.tunnel_port, end.epoch);
+                end.port = epochs::port_in(self.config.tunnel_port, end.epoch);
             }
         });
         self.tunnel.borrow_mut().secret = secret;
@@ -221,16 +221,17 @@ impl Node {
         {
             let mut guard = self.state.borrow_mut();
             let state = &mut *guard;
-            let before = tunnel::ways(&state.view, &state.local.ends);
-            state.local.ends = Ends { sessions, quiet, ..std::mem::take(&mut state.local.ends) };
-            if tunnel::ways(&state.view, &state.local.ends) != before {
+            let before = tunnel::peer_routes(&state.view, &state.local.key_epochs);
+            state.local.key_epochs =
+                KeyEpochs { sessions, quiet, ..std::mem::take(&mut state.local.key_epochs) };
+            if tunnel::peer_routes(&state.view, &state.local.key_epochs) != before {
                 state.changed(Change::Tunnel);
                 self.work.notify_one();
             }
         }
         let state = self.state.borrow();
         let reached = if wanted { tunnel::peers(&state.view) } else { BTreeMap::new() };
-        let ways = tunnel::ways(&state.view, &state.local.ends);
+        let routes = tunnel::peer_routes(&state.view, &state.local.key_epochs);
         watch.drops = ends.iter().flat_map(|end| end.drops.iter().copied()).collect();
         watch.peers.retain(|id, _| reached.contains_key(id));
         for id in reached.into_keys() {
@@ -241,12 +242,13 @@ impl Node {
                 round_trip: None,
             });
             // Of the end by which packets go there now.
-            let Some(way) = ways.get(&id) else { continue };
-            let mut here = ends.iter().filter(|end| Some(end.device) == way.by).flat_map(|end| &end.peers);
-            let keys: Vec<TunnelKey> = way
-                .ends
+            let Some(route) = routes.get(&id) else { continue };
+            let mut here =
+                ends.iter().filter(|end| Some(end.device) == route.output).flat_map(|end| &end.peers);
+            let keys: Vec<TunnelKey> = route
+                .interfaces
                 .iter()
-                .filter(|(device, ..)| Some(*device) == way.by)
+                .filter(|(device, ..)| Some(*device) == route.output)
                 .map(|(_, key, _)| *key)
                 .collect();
             watched.status = here.rfind(|status| keys.contains(&status.key)).cloned();
@@ -303,7 +305,7 @@ impl Node {
             return;
         }
         self.tunnel.borrow_mut().secret = settled;
-        self.state.borrow_mut().local.ends.own_old = None;
+        self.state.borrow_mut().local.key_epochs.own_previous = None;
         self.change_record(|record| {
             if let Some(end) = &mut record.tunnel {
                 end.rotating = false;
@@ -319,7 +321,7 @@ impl Node {
         let own = tunnel::own(&state.view).map(|(_, own)| own).filter(|own| own.rotating);
         own.into_iter().flat_map(|own| {
             let peers = tunnel::peers(&state.view).into_iter().map(|(id, (_, end))| (id, end));
-            ends::awaited(own, &state.local.ends, peers)
+            epochs::awaited(own, &state.local.key_epochs, peers)
         })
     }
 

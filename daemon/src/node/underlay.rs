@@ -104,7 +104,7 @@ impl Node {
 
     /// Another address of the device, of the same family and not link-local, nor a LoadBalancer's.
     fn address_of(&self, device: &str, old: IpAddr) -> Option<IpAddr> {
-        let announced = self.state.borrow().subsystems.announcements.said();
+        let announced = self.state.borrow().subsystems.announcements.claimed();
         addresses_of(device, old.is_ipv4()).into_iter().find(|address| !announced.contains(address))
     }
 

@@ -1,5 +1,8 @@
-//! What one endpoint needs: its device on its own host, and on a switched network the entries that lead to it on
-//! all hosts.
+//! The part of one endpoint in the data plane.
+//!
+//! That is its interface on its own host and, on a switched network, its FDB entries and neighbours on all hosts. The
+//! module owns no state. Begin to read at [`endpoint_part`], which an attach uses; [`crate::networks`] uses the
+//! sub-modules for all endpoints of a network.
 
 pub(crate) mod routed;
 pub(crate) mod silent;
@@ -13,8 +16,8 @@ use ovl_proto::table::Endpoint;
 use crate::local::Local;
 use crate::publish;
 
-/// What one endpoint of this host needs beside its network's devices. Its link is made by an
-/// attach.
+/// Returns the data plane of one endpoint of this host, beside its network's devices. The attach itself creates the
+/// veth pair.
 pub fn endpoint_part(
     view: &View,
     local: &Local,
@@ -22,11 +25,11 @@ pub fn endpoint_part(
     endpoint: &Endpoint,
     mtu: u16,
 ) -> Dataplane {
-    let mut kernel = Dataplane::default();
+    let mut dataplane = Dataplane::default();
     match network.mode {
-        Mode::L2 => switched::endpoint_part(&mut kernel, local, network, endpoint, mtu),
-        Mode::L3 => routed::endpoint_part(&mut kernel, view, local, network, endpoint, mtu),
+        Mode::L2 => switched::endpoint_part(&mut dataplane, local, network, endpoint, mtu),
+        Mode::L3 => routed::endpoint_part(&mut dataplane, view, local, network, endpoint, mtu),
     }
-    publish::elements(&mut kernel, network, endpoint);
-    kernel
+    publish::elements(&mut dataplane, network, endpoint);
+    dataplane
 }

@@ -1,21 +1,22 @@
-//! Other people's firewalls on this host: what they make of packets that are forwarded to endpoints and from them.
+//! Firewalls of other programs on this host, and whether they drop packets that are forwarded to or from endpoints.
 //!
-//! They decide, and are not gone around. Only where Docker drops whatever it does not know is there one rule of ours
-//! among those that it leaves to users: it leads to a chain of our own with what concerns our devices. For all others
-//! it is said what stops packets, and what would let them pass.
+//! ovld does not bypass them. Only where Docker drops all packets that it does not know does ovld add one rule to the
+//! chain that Docker leaves to users; it jumps to a chain of ovld that accepts packets of ovld's devices. For every other
+//! firewall, `status` names the firewall that drops packets and the command that would allow them. The module owns no
+//! state. Begin to read at [`decide`].
 
 use ovl_proto::object::{Mode, Network};
 
 use ovl_dataplane::device::Device;
 use ovl_dataplane::observed::{Chain, Foreign, Iptables};
 
-/// The chain of Docker's that belongs to users.
+/// Docker's chain for rules of the administrator.
 pub const USERS: &str = "DOCKER-USER";
-/// Ours, beside it.
+/// The chain of ovld to which [`USERS`] jumps.
 pub const OURS: &str = "OVL";
 
-/// What our chain does: what comes from our devices or goes to them passes. Who may reach whose network is decided in
-/// our own table, and between our networks and Docker's by Docker's rules.
+/// The rules of [`OURS`]: packets from or to devices of ovld are accepted. Isolation between networks is enforced in
+/// ovld's own table, and isolation between networks of ovld and of Docker by Docker's rules.
 const PASS: [&str; 6] = [
     "-o docker+ -j RETURN",
     "-o br-+ -j RETURN",
@@ -25,17 +26,19 @@ const PASS: [&str; 6] = [
     "-o ove-+ -j ACCEPT",
 ];
 
-/// What follows.
+/// The commands to run and the problems to report.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Decision {
     /// Commands to run, each a program and its arguments.
     pub commands: Vec<Vec<String>>,
-    /// What stops packets, and what would let them pass: one sentence each, with a name of its own.
+    /// Problems: a unique key, and a sentence that says what drops packets and which command would allow them.
     pub problems: Vec<(String, String)>,
 }
 
-/// `networks` are those that are built here. Of internal ones nothing is routed, but where Docker has the packet filter look
-/// at bridges (`net.bridge.bridge-nf-call-iptables`), it sees their frames as well.
+/// Decides what to do about the firewalls of other programs. `networks` are the networks with devices on this host.
+///
+/// Packets of internal networks are not routed. But where Docker passes bridged frames to the packet filter
+/// (`net.bridge.bridge-nf-call-iptables`), Docker's chains see them too.
 pub fn decide(foreign: &Foreign, networks: &[&Network]) -> Decision {
     let mut decision = Decision::default();
     let all = networks;
@@ -44,7 +47,7 @@ pub fn decide(foreign: &Foreign, networks: &[&Network]) -> Decision {
     for table in &foreign.iptables {
         let wanted = subnets(networks, table.v4);
         if table.has_chain(USERS) {
-            door(table, !subnets(all, table.v4).is_empty() && table.drops(), &mut decision.commands);
+            user_chain(table, !subnets(all, table.v4).is_empty() && table.drops(), &mut decision.commands);
         } else if table.drops() {
             let text = table.lines.join("\n");
             let (ufw, tool) = (table.lines.iter().any(|line| line.starts_with(":ufw")), table.command());
@@ -96,7 +99,7 @@ pub fn decide(foreign: &Foreign, networks: &[&Network]) -> Decision {
     decision
 }
 
-/// All ranges of a family, with their networks.
+/// Returns all subnets of one address family, with their networks.
 fn subnets<'a>(networks: &[&'a Network], v4: bool) -> Vec<(&'a Network, String)> {
     let all = networks
         .iter()
@@ -105,7 +108,8 @@ fn subnets<'a>(networks: &[&'a Network], v4: bool) -> Vec<(&'a Network, String)>
     family.map(|(network, prefix)| (network, prefix.to_string())).collect()
 }
 
-/// A sentence for each network that no rule names, by its device or its range: then nobody has thought of it.
+/// Returns a problem for each network that no rule names by its device or its subnet. If a rule names it, the
+/// administrator has already decided about it.
 fn stopped(
     wanted: &[(&Network, String)],
     rules: &str,
@@ -123,8 +127,8 @@ fn stopped(
     unnamed
         .map(|(network, subnet)| {
             let sentence = format!(
-                "{who} drops forwarded packets that no rule allows, those of network {} ({subnet}) among them: {} would \
-                 let them pass",
+                "network {}: {who} drops forwarded packets of subnet {subnet}, because no rule allows them: allow them \
+                 with {}",
                 network.name,
                 advice(network, subnet)
             );
@@ -133,8 +137,8 @@ fn stopped(
         .collect()
 }
 
-/// Puts our rule among the users', or takes it away.
-fn door(iptables: &Iptables, wanted: bool, commands: &mut Vec<Vec<String>>) {
+/// Adds the jump to [`OURS`] to Docker's user chain, or removes it.
+fn user_chain(iptables: &Iptables, wanted: bool, commands: &mut Vec<Vec<String>>) {
     let mut run = |line: String| {
         let words = [&iptables.tool, "-w", "5"].into_iter().map(str::to_owned);
         commands.push(words.chain(line.split(' ').map(str::to_owned)).collect());
@@ -162,7 +166,7 @@ fn door(iptables: &Iptables, wanted: bool, commands: &mut Vec<Vec<String>>) {
         }
     }
     if jumps == 0 {
-        // Behind what an administrator has put there, and before the rule by which Docker ends the chain.
+        // After the administrator's rules, which decide first, and before the RETURN by which Docker ends the chain.
         let before = users.iter().position(|rule| *rule == "-j RETURN");
         run(format!("-I {USERS} {} {jump}", before.unwrap_or(users.len()) + 1));
     }
@@ -214,7 +218,7 @@ mod tests {
         -A DOCKER-USER -j RETURN";
 
     #[test]
-    fn our_rule_is_behind_the_administrators_and_goes_again() {
+    fn the_jump_follows_the_administrators_rules_and_is_removed_when_not_needed() {
         let network = network();
         let made = commands(&iptables(DOCKER), &[&network]);
         assert_eq!(made.first().unwrap(), "iptables-nft -w 5 -N OVL");
@@ -228,13 +232,13 @@ mod tests {
         let gone =
             ["-D DOCKER-USER -j OVL", "-F OVL", "-X OVL"].map(|line| format!("iptables-nft -w 5 {line}"));
         assert_eq!(commands(&iptables(&there), &[]), gone);
-        // Docker that drops nothing needs no rule of ours.
+        // The rule is not needed where Docker drops nothing.
         assert_eq!(commands(&iptables(&there.replace("FORWARD DROP", "FORWARD ACCEPT")), &[&network]), gone);
         assert_eq!(commands(&iptables(DOCKER), &[]), Vec::<String>::new());
     }
 
     #[test]
-    fn what_would_have_to_be_allowed_is_said_until_it_is() {
+    fn a_problem_advises_a_rule_until_a_rule_names_the_network() {
         let network = network();
         let said = |foreign: &Foreign| -> Vec<String> {
             let decision = decide(foreign, &[&network]);

@@ -1,10 +1,12 @@
-//! The parts of ovl that want something in the kernel, side by side: each owns its state and its decisions, and none
-//! uses another's inside. What the cluster says ([`ovl_cluster`]) gives what the kernel should hold
-//! ([`ovl_dataplane`]).
+//! The subsystems of ovld: networks, endpoints, encryption, published ports, names, Services and policies.
 //!
-//! A change in the cluster or on this host is told to each of them ([`Subsystem::changed`]), at the cost of that
-//! change. The reconcile loop, `plan`, `verify`, attach, detach and teardown iterate over the list ([`Subsystems`]) and
-//! name none. To add a subsystem: a folder here, and a line in the list.
+//! Each subsystem computes its part of the data plane ([`ovl_dataplane`]) from the state of the cluster
+//! ([`ovl_cluster`]). It owns its state and its decisions, and does not use the private parts of another one.
+//!
+//! Each change in the cluster or on the local host is reported to all subsystems ([`Subsystem::changed`]); the cost
+//! depends on the change, not on the size of the cluster. The reconcile loop, `plan`, `verify`, attach, detach and
+//! teardown iterate over the list ([`Subsystems`]) and name no subsystem. A new subsystem is a folder here and a line
+//! in the list. Begin to read at [`Subsystem`].
 
 pub mod encryption;
 pub mod endpoints;

@@ -1,4 +1,7 @@
-//! The list of subsystems, and what is done with such a list, whichever they are.
+//! The list of all subsystems, and the functions that apply a step to each of them.
+//!
+//! [`Subsystems`] owns one value of each subsystem. Begin to read at [`Subsystems::all`]: its order is the order in which
+//! plans are applied. The functions below take any list, so tests can add a subsystem of their own.
 
 use ovl_dataplane::op::Op;
 use ovl_dataplane::state::Dataplane;
@@ -6,49 +9,49 @@ use ovl_proto::id::NetworkId;
 use ovl_proto::object::Network;
 use ovl_proto::table::Endpoint;
 
-use crate::names::Names;
+use crate::names::NameTracker;
 use crate::networks::Networks;
 use crate::policy::Enforcement;
 use crate::services::{Announcements, Translation};
 use crate::subsystem::{Cluster, Outcome, Part, Subsystem};
 
-/// The list of a daemon's subsystems.
+/// The subsystems of a daemon, as trait objects.
 pub type SubsystemList<'a> = [&'a mut dyn Subsystem; 5];
 
 /// All subsystems of a daemon.
 pub struct Subsystems {
     /// Network policies.
     pub policy: Enforcement,
-    /// Names.
-    pub names: Names,
+    /// Names of endpoints, Services and pods.
+    pub names: NameTracker,
     /// Devices, forwarding entries, neighbours and routes.
     pub networks: Networks,
-    /// Translation of Services.
+    /// Address translation for Services.
     pub services: Translation,
-    /// Addresses of LoadBalancers that this host announces.
+    /// Announcements of LoadBalancer addresses.
     pub announcements: Announcements,
 }
 
 impl Subsystems {
-    /// The list, in the order in which plans are carried out. Policies come first: an endpoint that they isolate is
-    /// not reachable before they are in force.
+    /// Returns the subsystems in the order in which their plans are applied. Policies come first, so that an endpoint
+    /// that they isolate is not reachable before they are in force.
     pub fn all(&mut self) -> SubsystemList<'_> {
         let Self { policy, names, networks, services, announcements } = self;
         [policy, names, networks, services, announcements]
     }
 }
 
-/// All that subsystems want.
+/// Returns the desired data plane of all subsystems.
 pub fn desired(subsystems: &[&mut dyn Subsystem], cluster: &Cluster<'_>) -> Dataplane {
     merged(subsystems.iter().map(|subsystem| subsystem.desired(cluster)))
 }
 
-/// All that they want, which counts as sent from here on.
+/// Returns the desired data plane of all subsystems and records it as sent.
 pub fn resync(subsystems: &mut [&mut dyn Subsystem], cluster: &Cluster<'_>) -> Dataplane {
     merged(subsystems.iter_mut().map(|subsystem| subsystem.resync(cluster)))
 }
 
-/// What has changed since their last plan, as operations in the order in which they are to be carried out.
+/// Returns the operations for all changes since the last plan, in the order in which they must be applied.
 pub fn plan(subsystems: &mut [&mut dyn Subsystem], cluster: &Cluster<'_>) -> Vec<Op> {
     let mut ops: Vec<Op> = subsystems.iter_mut().flat_map(|subsystem| subsystem.plan(cluster)).collect();
     ops.extend(afterwards(subsystems));
@@ -57,12 +60,12 @@ pub fn plan(subsystems: &mut [&mut dyn Subsystem], cluster: &Cluster<'_>) -> Vec
     ops
 }
 
-/// What waits until all that was planned is carried out.
+/// Returns the operations that must follow everything that was planned.
 pub fn afterwards(subsystems: &mut [&mut dyn Subsystem]) -> Vec<Op> {
     subsystems.iter_mut().flat_map(|subsystem| subsystem.afterwards()).collect()
 }
 
-/// Their parts of an endpoint that is about to be created.
+/// Returns the merged parts of all subsystems for an endpoint that is about to be created.
 pub fn prepare(
     subsystems: &mut [&mut dyn Subsystem],
     endpoint: &Endpoint,
@@ -78,12 +81,12 @@ pub fn prepare(
     all
 }
 
-/// The operations that belong to endpoints that were detached from a network, as far as they are cheap.
+/// Returns the operations for endpoints that were detached from a network, if they are cheap to compute.
 pub fn detached(subsystems: &mut [&mut dyn Subsystem], network: NetworkId, cluster: &Cluster<'_>) -> Vec<Op> {
     subsystems.iter_mut().flat_map(|subsystem| subsystem.detached(network, cluster)).collect()
 }
 
-/// Tells the kernel's answers to one batch; a batch of a full pass, which sent everything, is `full`.
+/// Reports the kernel's answers to one batch. `full` is set for the batch of a full pass, which compared everything.
 pub fn outcomes<'a>(
     subsystems: &mut [&mut dyn Subsystem],
     outcomes: impl IntoIterator<Item = Outcome<'a>>,
@@ -95,7 +98,8 @@ pub fn outcomes<'a>(
     subsystems.iter_mut().for_each(|subsystem| subsystem.batch_done(full));
 }
 
-/// Why an endpoint cannot be attached to a network: something that it needs was refused.
+/// Returns why an endpoint cannot be attached to a network: the kernel rejected an operation that it depends on. `None`
+/// if it can.
 pub fn refusal<'a>(subsystems: &'a [&mut dyn Subsystem], network: NetworkId) -> Option<&'a str> {
     subsystems.iter().find_map(|subsystem| subsystem.refusal(network))
 }
@@ -106,7 +110,8 @@ fn merged(parts: impl Iterator<Item = Dataplane>) -> Dataplane {
     all
 }
 
-/// A quick pass must leave what a full one would. Before gossip has caught up more may stand than is wanted.
+/// Asserts that a quick pass left what a full pass would leave. Before gossip has caught up, the kernel may hold more
+/// than is wanted.
 #[cfg(debug_assertions)]
 fn compare(subsystems: &[&mut dyn Subsystem], cluster: &Cluster<'_>) {
     if !cluster.caught_up {

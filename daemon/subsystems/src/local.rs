@@ -1,4 +1,7 @@
-//! What a host knows beside its table and the cluster, and several subsystems read.
+//! State of the local host that several subsystems read and that is in neither the view nor the owner table.
+//!
+//! The daemon owns one [`Local`] and writes it; subsystems only read it, through [`crate::Cluster`]. The doc comment of
+//! each field says which part of the daemon writes it and why others read it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -9,40 +12,49 @@ use ovl_proto::id::{EndpointId, NetworkId};
 use ovl_proto::object::Mode;
 use ovl_proto::table::Endpoint;
 
-use crate::encryption::ends::Ends;
+use crate::encryption::epochs::KeyEpochs;
 
-/// This host's own part, beside its table.
+/// Local state of the host, beside its owner table.
 #[derive(Debug, Clone, Default)]
 pub struct Local {
-    /// Endpoints of this host that must not talk: their addresses belong to others now.
+    /// Endpoints of this host that are disconnected, with the reason: their addresses belong to other hosts now.
+    /// Written when blocks or leases change hands. Networks, endpoints and published ports leave them out.
     pub isolated: BTreeMap<EndpointId, String>,
-    /// Networks whose devices are needed although no endpoint is in the table yet: an attach is
-    /// under way.
+    /// Networks whose devices are needed although no endpoint is in the table yet, with the number of attaches in
+    /// flight. Written by attach. Networks create the devices.
     pub wanted: BTreeMap<NetworkId, u32>,
-    /// The segment of the underlay that this host is on: other hosts' addresses in it are reached
-    /// without a router.
+    /// The on-link prefix of this host's underlay address: hosts in it are reached without a router. Written when the
+    /// underlay is observed. Routed networks choose direct routes by it.
     pub segment: Option<IpNet>,
-    /// Networks with endpoints of this host that have a resolver.
+    /// Networks with endpoints of this host that use the resolver. Written by attach and by names. The packet filter
+    /// and the bridges carry the resolver's addresses for them.
     pub resolved: BTreeSet<NetworkId>,
-    /// Where pods find the cluster's DNS: at most one address a family.
+    /// Addresses of the cluster DNS, at most one of each family. Written from the configuration. Names and bridges
+    /// redirect queries for them.
     pub cluster_dns: Vec<IpAddr>,
-    /// Whether traffic that leaves the cluster gets this host's address.
+    /// Whether traffic that leaves the cluster is masqueraded. Written from the configuration. The packet filter reads
+    /// it.
     pub masquerade: bool,
-    /// What is remembered and seen of tunnels while keys are rotated.
-    pub ends: Ends,
-    /// Endpoints that are being made: policies stand before one can be reached.
+    /// Previous tunnel keys and the sessions of the tunnel interfaces. Written by key rotation and when the record of a
+    /// peer changes. The tunnel and routed networks choose the output interface by it.
+    pub key_epochs: KeyEpochs,
+    /// Endpoints whose attach is in flight. Written by attach. Policies, names and published ports apply to them before
+    /// they can be reached.
     pub attaching: BTreeMap<EndpointId, Endpoint>,
-    /// Endpoints whose other ends a Docker Engine sets up.
+    /// Endpoints whose container interface a Docker Engine configures. Written by attach. Routed endpoints read it:
+    /// the Engine sets no neighbour entry for an IPv6 gateway.
     pub fetched: BTreeSet<EndpointId>,
-    /// Ports are, or were a moment ago, published here: their table stands.
+    /// Whether the tables of published ports are wanted: ports are published, or were until the last full pass. Written
+    /// by publish and reconcile. Networks read it.
     pub publishing: bool,
-    /// There are, or were a moment ago, Services: an endpoint may reach itself by one.
+    /// Whether there are Services, or were until the last full pass. Written when objects change and by reconcile.
+    /// Switched endpoints read it: one may reach itself through a Service and then needs hairpin.
     pub served: bool,
 }
 
 impl Local {
-    /// Whether the local host needs the devices of a network: endpoints, a block of a routed network, or an attach under
-    /// way.
+    /// Whether the local host needs the devices of a network: it has endpoints there, holds a block of a routed network,
+    /// or an attach is in flight. A bridge network always needs them.
     pub fn is_built(&self, view: &View, network: NetworkId) -> bool {
         let is_routed = view.networks.get(&network).is_some_and(|state| state.network.mode == Mode::L3);
         self.wanted.contains_key(&network)

@@ -1,28 +1,30 @@
-//! What packets need and what paths carry, in bytes: the arithmetic that subsystems share.
+//! Encapsulation overhead and path MTUs, in bytes, shared by several subsystems.
+//!
+//! This module owns no state. Begin to read at [`path_mtu`]; the MTU of a network is in
+//! [`crate::networks::mtu`].
 
 use std::net::IpAddr;
 
 use ovl_cluster::view::Node;
 use ovl_proto::id::NodeId;
 
-/// The smallest MTU that IPv6 allows (RFC 8200, section 5), and what a network gets at the least.
+/// The smallest MTU of a network, in bytes: the minimum link MTU of IPv6 (RFC 8200, section 5).
 pub const MIN_MTU: u16 = 1280;
 
-/// Bytes that WireGuard puts around an IP packet, the outer IP header aside: UDP 8, its own header 16,
-/// the tag 16.
+/// Overhead of WireGuard without the outer IP header, in bytes: UDP 8, WireGuard header 16, authentication tag 16.
 pub const WIREGUARD_OVERHEAD: u16 = 8 + 16 + 16;
 
-/// Bytes that VXLAN puts before an IP packet: inner Ethernet 14, VXLAN 8, UDP 8, outer IP.
+/// Returns the overhead of VXLAN, in bytes: inner Ethernet 14, VXLAN 8, UDP 8, outer IP header 20 or 40.
 pub(crate) fn vxlan_overhead(vtep: IpAddr) -> u16 {
     14 + 8 + 8 + if vtep.is_ipv4() { 20 } else { 40 }
 }
 
-/// Bytes around an IP packet in the tunnel, the outer IP header included.
+/// Returns the overhead of the tunnel, in bytes, including the outer IP header.
 pub(crate) fn wireguard_overhead(vtep: IpAddr) -> u16 {
     WIREGUARD_OVERHEAD + if vtep.is_ipv4() { 20 } else { 40 }
 }
 
-/// What the path between two hosts carries, outer IP header included.
+/// Returns the MTU of the path between two hosts, in bytes, including the outer IP header.
 pub(crate) fn path_mtu(own: &Node, peer: &Node) -> u16 {
     let links = own.record.link_mtu.min(peer.record.link_mtu);
     let found = |from: &Node, to: NodeId| {

@@ -1,4 +1,8 @@
-//! Names: which of them may have changed. The zone is brought up to date from these marks.
+//! The subsystem of names: it records which DNS names may have changed.
+//!
+//! [`NameTracker`] owns these marks; it wants nothing in the kernel. The daemon's resolver takes the marks and updates
+//! its zone from [`zone`] (endpoints) and [`cluster_names`] (Services and pods); [`resolver`] redirects queries to it.
+//! Begin to read at the `Subsystem` implementation of [`NameTracker`].
 
 pub mod cluster_names;
 pub mod resolver;
@@ -19,18 +23,18 @@ use crate::subsystem::{Change, Cluster, Subsystem};
 
 /// Names that may have changed.
 #[derive(Debug, Default)]
-pub struct Marks {
-    /// Single names and addresses of these networks.
+pub struct NameMarks {
+    /// Single names and addresses, by network.
     pub single: BTreeMap<NetworkId, zone::Marks>,
-    /// Networks of which all names may have changed.
+    /// Networks whose names may all have changed.
     pub networks: BTreeSet<NetworkId>,
-    /// Services.
+    /// Services whose names may have changed.
     pub services: BTreeSet<Name>,
-    /// Pods: namespace, addresses, and whether it is there; in order.
+    /// Changes of pods, in order: namespace, addresses, and whether the pod exists.
     pub pods: Vec<(String, Vec<IpAddr>, bool)>,
 }
 
-impl Marks {
+impl NameMarks {
     fn settled(&mut self, settled: &Settled) {
         self.services.extend(settled.services.iter().cloned());
         for SelectableChange { before, after, .. } in &settled.selectables {
@@ -43,20 +47,20 @@ impl Marks {
     }
 }
 
-/// The names' part of what changes.
+/// Tracks the names that may have changed.
 #[derive(Debug, Default)]
-pub struct Names {
-    marks: Marks,
+pub struct NameTracker {
+    marks: NameMarks,
 }
 
-impl Names {
-    /// What may have changed since the last time.
-    pub fn take_marks(&mut self) -> Marks {
+impl NameTracker {
+    /// Returns the names that may have changed since the last call.
+    pub fn take_marks(&mut self) -> NameMarks {
         std::mem::take(&mut self.marks)
     }
 }
 
-impl Subsystem for Names {
+impl Subsystem for NameTracker {
     fn changed(&mut self, change: &Change<'_>, cluster: &Cluster<'_>) {
         match *change {
             Change::Entry { entry: Entry::Endpoint(endpoint), .. } => {

@@ -1,7 +1,8 @@
-//! Networks: bridges, VXLAN devices, forwarding entries, neighbours, routes and the base packet filter.
+//! The subsystem of networks: bridges, VXLAN devices, FDB entries, neighbours, routes and the base packet filter.
 //!
-//! What was last sent is kept for each network and for the host as a whole. A change of single endpoints is planned
-//! at the cost of these alone ([`ovl_subsystems::networks::touched`]); any other change of a network compares the whole network.
+//! [`Networks`] owns the data plane that was last sent, separately for each network and for the host as a whole. If only
+//! single endpoints changed, the plan looks at these alone ([`touched`]); any other change compares the whole network.
+//! Begin to read at [`desired::network_part`], and then at the `Subsystem` implementation of [`Networks`].
 
 pub mod desired;
 pub mod filter;
@@ -21,29 +22,29 @@ use ovl_proto::resource::Kind;
 use ovl_proto::table::{Endpoint, Entry};
 
 use self::mtu::network_mtu;
-use self::touched::Touched;
+use self::touched::TouchedEndpoints;
 use crate::endpoints::endpoint_part;
 use crate::subsystem::{Change, Cluster, Outcome, Part, Subsystem};
 
-/// What was last sent, what may have changed since, and what was refused.
+/// The data plane of networks that was last sent, what may have changed since, and what the kernel rejected.
 #[derive(Debug, Default)]
 pub struct Networks {
     sent: BTreeMap<NetworkId, Dataplane>,
     sent_host: Dataplane,
-    /// Networks to be compared as a whole.
+    /// Networks that must be compared as a whole.
     changed: BTreeSet<NetworkId>,
-    /// Single endpoints of other networks.
-    touched: BTreeMap<NetworkId, Touched>,
-    /// What concerns no single network.
+    /// Changed endpoints of networks that need no whole comparison.
+    touched: BTreeMap<NetworkId, TouchedEndpoints>,
+    /// Whether the part of the host as a whole may have changed.
     host_changed: bool,
-    /// Networks of which something was refused since all of it was last sent, with the first reason.
+    /// Networks with a rejected operation since the last full pass, with the first reason.
     refused: BTreeMap<NetworkId, String>,
-    batch: Batch,
+    batch: BatchNetworks,
 }
 
-/// The networks that the batch under way is about.
+/// The networks whose devices were created or rejected in the current batch.
 #[derive(Debug, Default)]
-struct Batch {
+struct BatchNetworks {
     created: BTreeSet<NetworkId>,
     refused: BTreeSet<NetworkId>,
 }
@@ -74,8 +75,8 @@ impl Networks {
         ops
     }
 
-    /// What the endpoints of a network that were touched need. `None` if the network must be compared as a whole,
-    /// for which it is marked then.
+    /// Returns the operations for the touched endpoints of a network. `None` if the network must be compared as a whole;
+    /// it is then marked for that.
     fn plan_touched(&mut self, network: NetworkId, cluster: &Cluster<'_>) -> Option<Vec<Op>> {
         if self.changed.contains(&network) {
             return None;
@@ -135,7 +136,7 @@ impl Subsystem for Networks {
             }
             Change::Resources(keys) => {
                 if keys.iter().any(|key| key.kind == Kind::NetworkPolicy) {
-                    // The host routes for internal networks as soon as there are policies.
+                    // With policies, the host routes between endpoints of an internal network.
                     let networks = cluster.view.switched().filter(|network| network.internal);
                     let internal: Vec<NetworkId> = networks.map(|network| network.id).collect();
                     self.host_changed |= !internal.is_empty();
@@ -188,7 +189,7 @@ impl Subsystem for Networks {
         before.extend(ops);
         let mtu = network_mtu(cluster.view, network);
         let wants = endpoint_part(cluster.view, cluster.local, network, endpoint, mtu);
-        // The pair of interfaces itself is not created by an operation, and what its neighbours need too is there.
+        // Attach creates the veth pair itself, without an operation. What neighbours also need exists already.
         let sent = self.sent.get(&network.id).map(|sent| &sent.localnets);
         let shared = sent.into_iter().flat_map(|sent| wants.localnets.intersection(sent)).copied();
         let there =
@@ -212,8 +213,8 @@ impl Subsystem for Networks {
             }
             (Some(reason), Some(network)) => {
                 self.batch.refused.insert(network);
-                // An attach must not believe that the network is built: neither one that comes next, nor one that
-                // was planned while these operations were in flight.
+                // An attach must not take the devices as created: neither the next one, nor one that was planned while
+                // these operations were in flight.
                 self.sent.remove(&network);
                 self.refused.entry(network).or_insert_with(|| reason.to_owned());
             }
@@ -222,9 +223,9 @@ impl Subsystem for Networks {
     }
 
     fn batch_done(&mut self, full: bool) {
-        let Batch { created, refused } = std::mem::take(&mut self.batch);
+        let BatchNetworks { created, refused } = std::mem::take(&mut self.batch);
         if full {
-            // An attach in flight was planned on what was refused before this pass.
+            // Keep only networks that this pass could not repair.
             self.refused.retain(|network, _| refused.contains(network));
         } else {
             // Keep the first failure until one batch has created all of the network's devices. A later batch is

@@ -1,17 +1,18 @@
-//! Network policies: who may connect to whom, by the addresses that endpoints really have, at both ends.
+//! The subsystem of network policies: which endpoints may connect, enforced by address on the hosts of both ends.
 //!
-//! [`Policies`] is what the cluster's objects say, made ready to be asked. From it follow the tables
-//! ([`rules`]), what an address is in them ([`members`]), and the answer to why something passes or does
-//! not ([`explain`]).
+//! [`Policies`] is the compiled form of the cluster's NetworkPolicy objects. The nftables table ([`rules`]), the set
+//! elements of each address ([`members`]) and the explanation of a verdict ([`explain`]) all follow from it.
+//! [`Enforcement`] owns the state: its [`PolicyLedger`] is what was last sent to the kernel. Begin to read at
+//! [`Policies::new`], and then at [`PolicyLedger::plan`].
 
 mod enforcement;
 pub mod explain;
 mod frames;
 mod index;
+mod ledger;
 pub mod members;
 pub mod refused;
 mod rules;
-mod standing;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -27,22 +28,22 @@ use ovl_cluster::digest::hash;
 use ovl_cluster::resources::Resources;
 
 pub use enforcement::Enforcement;
-pub use standing::{Standing, part};
+pub use ledger::{PolicyLedger, part};
 
-/// A direction, as the isolated endpoint sees it.
+/// A direction, as seen by the isolated endpoint.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Direction {
-    /// To it.
+    /// To the endpoint.
     Ingress,
-    /// From it.
+    /// From the endpoint.
     Egress,
 }
 
 impl Direction {
-    /// Both.
+    /// Both directions.
     pub const ALL: [Self; 2] = [Self::Ingress, Self::Egress];
 
-    /// `ingress` or `egress`.
+    /// Returns `ingress` or `egress`.
     pub fn name(self) -> &'static str {
         match self {
             Self::Ingress => "ingress",
@@ -58,42 +59,42 @@ impl Direction {
     }
 }
 
-/// All policies of the cluster.
+/// All network policies of the cluster, compiled for lookups.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Policies {
-    /// In the order of their names.
+    /// The policies, ordered by name.
     list: Vec<Policy>,
-    /// Whom they select, by namespace.
+    /// The selectors of the policies, by namespace.
     selecting: BTreeMap<String, Index>,
-    /// What their rules look for: each selector once, whoever uses it.
+    /// The distinct selectors of all rules.
     pods: Vec<Pods>,
-    /// What tells the set of each from others.
+    /// The key of each selector, which is part of the name of its set.
     keys: Vec<String>,
-    /// Places in `pods`, for endpoints of one namespace.
+    /// Indexes into `pods` of selectors for one namespace.
     in_namespace: BTreeMap<String, Index>,
-    /// The same for endpoints of whichever namespace.
+    /// Indexes into `pods` of selectors for any namespace.
     anywhere: Index,
-    /// Names of ports that rules use.
+    /// The distinct named ports of all rules.
     ports: Vec<(String, Protocol)>,
 }
 
-/// A policy.
+/// A compiled network policy.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Policy {
-    /// Its namespace and name.
+    /// The namespace and name.
     pub name: Name,
-    /// Stands for it in maps.
+    /// The number of the policy in nftables maps.
     pub number: u32,
-    /// Whom it selects, in its namespace.
+    /// The selector of the endpoints that it isolates, in its namespace.
     pub selector: LabelSelector,
-    /// What it lets in; nothing if it does not isolate in that direction.
+    /// The ingress rules. `None` if it does not isolate in that direction.
     pub ingress: Option<Vec<Rule>>,
-    /// What it lets out.
+    /// The egress rules. `None` if it does not isolate in that direction.
     pub egress: Option<Vec<Rule>>,
 }
 
 impl Policy {
-    /// Its rules for a direction, if it isolates in that.
+    /// Returns the rules for a direction. `None` if it does not isolate in that direction.
     pub fn rules(&self, direction: Direction) -> Option<&[Rule]> {
         match direction {
             Direction::Ingress => self.ingress.as_deref(),
@@ -102,67 +103,67 @@ impl Policy {
     }
 }
 
-/// What passes: from, or to, any of the peers, at any of the ports.
+/// An allow rule: connections from or to any of the peers, at any of the ports.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Rule {
-    /// Empty: everybody.
-    pub peers: Vec<Peer>,
-    /// Empty: all, whatever the protocol.
-    pub ports: Vec<Port>,
+    /// The allowed peers. Empty: all.
+    pub peers: Vec<RulePeer>,
+    /// The allowed ports. Empty: all ports and protocols.
+    pub ports: Vec<RulePort>,
 }
 
 impl Rule {
-    /// Whether everything passes.
+    /// Whether the rule allows everything.
     fn is_open(&self) -> bool {
         self.peers.is_empty() && self.ports.is_empty()
     }
 }
 
-/// Whom a rule is about.
+/// A peer of a rule.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Peer {
-    /// Endpoints: the place of their selector among [`Policies::pods`].
+pub enum RulePeer {
+    /// Endpoints: the index of their selector in [`Policies::pods`].
     Pods(usize),
-    /// Addresses.
+    /// A range of addresses.
     Block {
-        /// The range.
+        /// The prefix of the range.
         cidr: IpNet,
-        /// Within it, and not meant. None overlaps another.
+        /// The prefixes that are excluded from it. They do not overlap.
         except: Vec<IpNet>,
     },
 }
 
-/// At which port.
+/// A port of a rule.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Port {
-    /// All of a protocol.
+pub enum RulePort {
+    /// All ports of a protocol.
     All(Protocol),
-    /// From the first to the last.
+    /// The ports from the first to the last.
     Range(Protocol, u16, u16),
-    /// The one to which the receiving endpoint gives this name: its place among [`Policies::ports`].
+    /// The port with this name on the receiving endpoint: the index in [`Policies::ports`].
     Named(usize),
 }
 
-/// Endpoints that a rule is about.
+/// A selector of endpoints in a rule.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Pods {
-    /// Of which namespaces.
+    /// The namespaces of the endpoints.
     pub namespaces: Namespaces,
-    /// With which labels.
+    /// The labels of the endpoints.
     pub labels: LabelSelector,
 }
 
-/// Of which namespaces.
+/// The namespaces of a selector.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Namespaces {
-    /// This one.
+    /// One namespace.
     One(String),
-    /// Those with such labels.
+    /// The namespaces with these labels.
     Selected(LabelSelector),
 }
 
 impl Pods {
-    /// Whether an endpoint with these labels is meant.
+    /// Whether the selector matches an endpoint with these labels.
     pub fn matches(&self, namespace: &str, namespace_labels: &Labels, labels: &Labels) -> bool {
         let here = match &self.namespaces {
             Namespaces::One(name) => name == namespace,
@@ -171,7 +172,7 @@ impl Pods {
         here && self.labels.matches(labels)
     }
 
-    /// What tells its set from others: the same on every host, and at every start.
+    /// Returns the key of the selector: the same on every host and after every start.
     fn key(&self) -> String {
         let mut bytes = match &self.namespaces {
             Namespaces::One(name) => format!("one {name}"),
@@ -187,7 +188,7 @@ fn hex(bytes: &[u8], count: usize) -> String {
 }
 
 impl Policies {
-    /// Made ready from the cluster's objects.
+    /// Compiles the NetworkPolicy objects of the cluster.
     pub fn new(resources: &Resources) -> Self {
         let mut all = Self::default();
         let mut builder = Builder::default();
@@ -213,31 +214,31 @@ impl Policies {
         all
     }
 
-    /// Whether there are none.
+    /// Whether there are no policies.
     pub fn is_empty(&self) -> bool {
         self.list.is_empty()
     }
 
-    /// All of them, by name.
+    /// Returns all policies, ordered by name.
     pub fn iter(&self) -> impl Iterator<Item = &Policy> {
         self.list.iter()
     }
 
-    /// One by its name.
+    /// Returns the policy with a name. `None` if there is none.
     pub fn get(&self, name: &Name) -> Option<&Policy> {
         let place = self.list.binary_search_by(|policy| policy.name.cmp(name)).ok()?;
         self.list.get(place)
     }
 
-    /// Those that select an endpoint with these labels, in the order of their names.
+    /// Returns the policies that select an endpoint with these labels, ordered by name.
     pub fn selecting(&self, namespace: &str, labels: &Labels) -> Vec<&Policy> {
         let Some(index) = self.selecting.get(namespace) else { return Vec::new() };
         let candidates = index.candidates(labels).into_iter().filter_map(|place| self.list.get(place));
         candidates.filter(|policy| policy.selector.matches(labels)).collect()
     }
 
-    /// The selectors of rules that an endpoint with these labels is meant by, as places in [`Self::pods`].
-    fn meaning(&self, namespace: &str, namespace_labels: &Labels, labels: &Labels) -> Vec<usize> {
+    /// Returns the selectors of rules that match an endpoint with these labels, as indexes into [`Self::pods`].
+    fn pods_matching(&self, namespace: &str, namespace_labels: &Labels, labels: &Labels) -> Vec<usize> {
         let here = self.in_namespace.get(namespace).map(|index| index.candidates(labels));
         let mut places = here.unwrap_or_default();
         places.extend(self.anywhere.candidates(labels));
@@ -247,18 +248,19 @@ impl Policies {
         places
     }
 
-    /// The selector at that place.
+    /// Returns the selector at an index. `None` if the index is out of range.
     pub fn pods(&self, place: usize) -> Option<&Pods> {
         self.pods.get(place)
     }
 
-    /// The name and the protocol at that place.
+    /// Returns the name and the protocol of the named port at an index. `None` if the index is out of range.
     pub fn port(&self, place: usize) -> Option<(&str, Protocol)> {
         self.ports.get(place).map(|(name, protocol)| (name.as_str(), *protocol))
     }
 }
 
-/// The same for a policy on every host and at every start, as long as no two share one.
+/// Returns the number of a policy: a hash of its name, the same on every host and after every start unless two policies
+/// collide.
 fn free_number(name: &Name, taken: &mut BTreeSet<u32>) -> u32 {
     let mut text = name.to_string();
     loop {
@@ -271,7 +273,7 @@ fn free_number(name: &Name, taken: &mut BTreeSet<u32>) -> u32 {
     }
 }
 
-/// Finds what is used twice.
+/// Collects selectors and named ports, each once.
 #[derive(Default)]
 struct Builder {
     pods: Vec<Pods>,
@@ -303,9 +305,9 @@ impl Builder {
         }
     }
 
-    fn peer(&mut self, of: &Name, peer: &PolicyPeer) -> Peer {
+    fn peer(&mut self, of: &Name, peer: &PolicyPeer) -> RulePeer {
         if let Some(IpBlock { cidr, except }) = &peer.ip_block {
-            return Peer::Block { cidr: cidr.trunc(), except: IpNet::aggregate(except) };
+            return RulePeer::Block { cidr: cidr.trunc(), except: IpNet::aggregate(except) };
         }
         let namespaces = match &peer.namespace_selector {
             Some(selector) => Namespaces::Selected(selector.clone()),
@@ -317,26 +319,26 @@ impl Builder {
         if place == next {
             self.pods.push(pods);
         }
-        Peer::Pods(place)
+        RulePeer::Pods(place)
     }
 
-    fn port(&mut self, PolicyPort { protocol, port, end_port }: &PolicyPort) -> Port {
+    fn port(&mut self, PolicyPort { protocol, port, end_port }: &PolicyPort) -> RulePort {
         match port {
-            None => Port::All(*protocol),
-            Some(IntOrString::Int(first)) => Port::Range(*protocol, *first, end_port.unwrap_or(*first)),
+            None => RulePort::All(*protocol),
+            Some(IntOrString::Int(first)) => RulePort::Range(*protocol, *first, end_port.unwrap_or(*first)),
             Some(IntOrString::String(name)) => {
                 let wanted = (name.clone(), *protocol);
                 let place = self.ports.iter().position(|port| *port == wanted).unwrap_or_else(|| {
                     self.ports.push(wanted);
                     self.ports.len() - 1
                 });
-                Port::Named(place)
+                RulePort::Named(place)
             }
         }
     }
 }
 
-/// The number of a protocol in IP packets.
+/// Returns the IP protocol number.
 pub fn protocol_number(protocol: Protocol) -> u8 {
     match protocol {
         Protocol::Tcp => 6,
@@ -345,7 +347,7 @@ pub fn protocol_number(protocol: Protocol) -> u8 {
     }
 }
 
-/// As nft, and people, write it.
+/// Returns the protocol's name in nft.
 fn protocol_name(protocol: Protocol) -> &'static str {
     match protocol {
         Protocol::Tcp => "tcp",
@@ -354,7 +356,7 @@ fn protocol_name(protocol: Protocol) -> &'static str {
     }
 }
 
-/// Whether an address is in a block.
+/// Whether an address is in a range of addresses.
 fn in_block(address: IpAddr, cidr: IpNet, except: &[IpNet]) -> bool {
     cidr.contains(&address) && !except.iter().any(|net| net.contains(&address))
 }

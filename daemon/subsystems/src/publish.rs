@@ -1,10 +1,13 @@
-//! Published ports: what is sent to a port of this host goes to an endpoint on it. All of it is in one nftables
-//! table, in maps: a port more is an element more.
+//! Published ports: packets to a port of this host are translated to a port of an endpoint on it.
 //!
-//! Packets are translated where they arrive, and then forwarded like any others, so the rules of the host's firewall
-//! for forwarded packets decide about them. The client's address stays, but where an answer would not come back through
-//! the host (from an endpoint to its neighbour behind one bridge, or to itself) and where nobody could answer it
-//! (127.0.0.1). The kernel forwards nothing from `::1`: there the daemon passes on by itself.
+//! The rules are in one nftables table with maps, so one more port is one more element. Packets are translated in
+//! `prerouting` and then forwarded like any others, so the host's firewall for forwarded packets applies to them. The
+//! client's address is kept, with two exceptions: where the answer would not come back through the host (hairpin between
+//! endpoints behind one bridge, or to the endpoint itself), and where the address cannot be answered (127.0.0.1). The
+//! kernel does not forward packets from `::1`, so the daemon relays these connections itself.
+//!
+//! The module owns no state: the elements belong to the network of the endpoint. Begin to read at [`elements`] and
+//! [`skeleton`].
 
 use std::net::IpAddr;
 use std::sync::{Arc, LazyLock};
@@ -19,14 +22,14 @@ use ovl_dataplane::device::Device;
 use ovl_dataplane::nft::{Chain, Data, Field, Key, Set, Shape, Skeleton, Table, Type, Value};
 use ovl_dataplane::state::Dataplane;
 
-/// Ports of one endpoint, at most: the daemon holds a socket for each.
+/// The maximum number of published ports of one endpoint: the daemon holds a socket for each.
 pub const MOST_PORTS: u32 = 16_384;
-/// Ranges of them, at most.
+/// The maximum number of published port ranges of one endpoint.
 pub const MOST_RANGES: usize = 1_024;
 
-/// Set from where a packet of a workload is translated to where it leaves: the answer may have to come back the same
-/// way. Bits of others are let alone.
-const FROM_US: &str = "0x1000";
+/// The bit of the packet mark that tells `postrouting` that a translated packet comes from a workload: its answer may
+/// have to come back through the host. Other bits are left unchanged.
+const FROM_WORKLOAD: &str = "0x1000";
 
 static ANY4: Set = Set::new(
     Table::Publish,
@@ -64,9 +67,11 @@ static AT6: Set = Set::new(
         ranges: false,
     },
 );
-/// Devices, and those behind them whose translated packets' answers would not come back by themselves if
-/// they leave there. By the source and not by the device that a packet came from: that is not known where the
-/// kernel bridges what was translated (`net.bridge.bridge-nf-call-iptables`).
+/// Pairs of output interface and source prefix whose translated packets are masqueraded, because their answers would not
+/// come back through the host: hairpin traffic.
+///
+/// The source is matched, not the input interface: that is unknown where the kernel bridges translated frames
+/// (`net.bridge.bridge-nf-call-iptables`).
 static TURNS4: Set = Set::new(
     Table::Publish,
     "turns4",
@@ -77,7 +82,7 @@ static TURNS6: Set = Set::new(
     "turns6",
     Shape { key: &[Type::Leaves, Type::Ipv6], data: Data::None, ranges: true },
 );
-/// Ports of bridges by which frames may leave that came in by them.
+/// Bridge ports with hairpin mode.
 static HAIRPINS: Set = Set::new(
     Table::PublishFrames,
     "hairpins",
@@ -92,35 +97,36 @@ fn chain(name: &str, hook: Option<&str>, rules: &[&str]) -> Chain {
     }
 }
 
-/// The table of ports without elements. It is there while anything is published.
+/// Returns the table of published ports without elements. It exists while any port is published.
 pub(crate) fn table() -> (Table, Arc<Skeleton>) {
     (Table::Publish, skeleton())
 }
 
-/// The table that goes with [`turns_round`].
+/// Returns the bridge table that endpoints with hairpin mode need, see [`needs_hairpin`].
 pub(crate) fn frames_table() -> (Table, Arc<Skeleton>) {
     (Table::PublishFrames, frames())
 }
 
-/// Whether an endpoint of a switched network may have to get back what it sent: it has published ports, or may be behind
-/// a Service.
-pub fn turns_round(local: &Local, network: &Network, endpoint: &Endpoint) -> bool {
+/// Whether the bridge port of an endpoint needs hairpin mode: the endpoint has published ports or may be a backend of a
+/// Service, so it can send to itself.
+pub fn needs_hairpin(local: &Local, network: &Network, endpoint: &Endpoint) -> bool {
     network.mode == Mode::L2 && (!endpoint.publish.is_empty() || local.served)
 }
 
-/// The element that goes with [`turns_round`].
-pub(crate) fn guard(kernel: &mut Dataplane, local: &Local, network: &Network, endpoint: &Endpoint) {
-    if turns_round(local, network, endpoint) {
-        let (set, key) = hairpin(Device::endpoint(endpoint.id));
-        kernel.elements.insert(set, key, Value::None);
+/// Adds the element that keeps broadcast frames from the bridge port of an endpoint with hairpin mode.
+pub(crate) fn guard(dataplane: &mut Dataplane, local: &Local, network: &Network, endpoint: &Endpoint) {
+    if needs_hairpin(local, network, endpoint) {
+        let (set, key) = hairpin_guard(Device::endpoint(endpoint.id));
+        dataplane.elements.insert(set, key, Value::None);
     }
 }
 
-/// With `net.bridge.bridge-nf-call-iptables`, as Docker sets it, the kernel translates packets while they are
-/// still frames, and bridges those that are for the same bridge then. What an endpoint sends to a port that it has
-/// published itself, or to a Service that it is behind, has to leave by the port of the bridge where it came in. The
-/// bridge lets it do that ([`ovl_dataplane::state::Link::Endpoint`]'s `hairpin`); what is for a group does not come back that
-/// way.
+/// The bridge table that drops group frames which would leave by the bridge port by which they arrived.
+///
+/// With `net.bridge.bridge-nf-call-iptables`, as Docker sets it, the kernel translates packets of bridged frames and
+/// bridges them again if the new destination is on the same bridge. A packet that an endpoint sends to its own published
+/// port, or to a Service of which it is a backend, must then leave by the port by which it arrived. Hairpin mode
+/// ([`ovl_dataplane::state::Link::Endpoint`]) allows that; this table keeps it from returning broadcast and multicast.
 fn frames() -> Arc<Skeleton> {
     static SKELETON: LazyLock<Arc<Skeleton>> = LazyLock::new(|| {
         let rule = format!(
@@ -137,17 +143,21 @@ fn frames() -> Arc<Skeleton> {
     Arc::clone(&SKELETON)
 }
 
+/// Returns the table of published ports without elements.
 fn skeleton() -> Arc<Skeleton> {
     static SKELETON: LazyLock<Arc<Skeleton>> = LazyLock::new(|| {
         let ours = "{ \"ovb-*\", \"ove-*\" }";
-        let turns = |family: &str, set: &Set| {
-            format!("meta mark & {FROM_US} == {FROM_US} oifname . {family} saddr @{} masquerade", set.name)
+        let hairpins = |family: &str, set: &Set| {
+            format!(
+                "meta mark & {FROM_WORKLOAD} == {FROM_WORKLOAD} oifname . {family} saddr @{} masquerade",
+                set.name
+            )
         };
         Arc::new(Skeleton {
             sets: [&ANY4, &ANY6, &AT4, &AT6, &TURNS4, &TURNS6].map(Set::clone).into(),
             objects: Vec::new(),
             chains: vec![
-                // What makes 127.0.0.1 work for the host would open it to workloads.
+                // route_localnet makes 127.0.0.1 work for the host, but would also open it to workloads.
                 chain(
                     "guard",
                     Some("type filter hook prerouting priority raw; policy accept;"),
@@ -168,7 +178,7 @@ fn skeleton() -> Arc<Skeleton> {
                     Some("type nat hook prerouting priority dstnat; policy accept;"),
                     &[
                         "fib daddr type != local return",
-                        &format!("iifname {ours} meta mark set meta mark | {FROM_US}"),
+                        &format!("iifname {ours} meta mark set meta mark | {FROM_WORKLOAD}"),
                         "jump translate",
                     ],
                 ),
@@ -182,8 +192,8 @@ fn skeleton() -> Arc<Skeleton> {
                     Some("type nat hook postrouting priority srcnat; policy accept;"),
                     &[
                         &format!("ip saddr 127.0.0.0/8 oifname {ours} masquerade"),
-                        &turns("ip", &TURNS4),
-                        &turns("ip6", &TURNS6),
+                        &hairpins("ip", &TURNS4),
+                        &hairpins("ip6", &TURNS6),
                     ],
                 ),
             ],
@@ -192,71 +202,74 @@ fn skeleton() -> Arc<Skeleton> {
     Arc::clone(&SKELETON)
 }
 
-/// What an endpoint of this host has published.
-pub(crate) fn elements(kernel: &mut Dataplane, network: &Network, endpoint: &Endpoint) {
+/// Adds the elements for the published ports of an endpoint of this host.
+pub(crate) fn elements(dataplane: &mut Dataplane, network: &Network, endpoint: &Endpoint) {
     if endpoint.publish.is_empty() {
         return;
     }
     for (set, key, value) in endpoint.publish.iter().flat_map(|published| translations(endpoint, *published))
     {
-        kernel.elements.insert(set, key, value);
+        dataplane.elements.insert(set, key, value);
     }
     match network.mode {
-        Mode::L2 => bridge_part(kernel, network, endpoint),
+        Mode::L2 => bridge_part(dataplane, network, endpoint),
         Mode::L3 => {
             let device = Device::endpoint(endpoint.id);
-            for (set, key) in own_turns(endpoint) {
-                kernel.elements.insert(set, key, Value::None);
+            for (set, key) in endpoint_hairpins(endpoint) {
+                dataplane.elements.insert(set, key, Value::None);
             }
-            localnet(kernel, device, endpoint);
+            localnet(dataplane, device, endpoint);
         }
     }
 }
 
-/// What the bridge of a switched network needs for an endpoint with published ports: the same for all behind it.
-pub(crate) fn bridge_part(kernel: &mut Dataplane, network: &Network, endpoint: &Endpoint) {
-    for (set, key) in bridge_turns(network) {
-        kernel.elements.insert(set, key, Value::None);
+/// Adds the elements for the bridge of a switched network that has an endpoint with published ports. All such endpoints
+/// behind the bridge share them.
+pub(crate) fn bridge_part(dataplane: &mut Dataplane, network: &Network, endpoint: &Endpoint) {
+    for (set, key) in bridge_hairpins(network) {
+        dataplane.elements.insert(set, key, Value::None);
     }
-    localnet(kernel, Device::bridge(network.id), endpoint);
+    localnet(dataplane, Device::bridge(network.id), endpoint);
 }
 
-fn localnet(kernel: &mut Dataplane, device: Device, endpoint: &Endpoint) {
+/// Enables `route_localnet` on a device if the endpoint has an IPv4 address.
+fn localnet(dataplane: &mut Dataplane, device: Device, endpoint: &Endpoint) {
     if endpoint.addresses.iter().any(|net| net.addr().is_ipv4()) {
-        kernel.localnets.insert(device);
+        dataplane.localnets.insert(device);
     }
 }
 
-/// The keys of [`elements`] on whatever kind of network, those aside that an endpoint shares with its neighbours.
+/// Returns the keys of [`elements`] for a network of any mode, without those that endpoints of one bridge share.
 pub(crate) fn keys(endpoint: &Endpoint) -> impl Iterator<Item = (&'static Set, Key)> {
     let all = endpoint.publish.iter().flat_map(|published| translations(endpoint, *published));
-    let of_device = (!endpoint.publish.is_empty()).then(|| own_turns(endpoint));
+    let of_device = (!endpoint.publish.is_empty()).then(|| endpoint_hairpins(endpoint));
     all.map(|(set, key, _)| (set, key)).chain(of_device.into_iter().flatten())
 }
 
-/// On a switched network whoever is behind the bridge turns round there.
-pub(crate) fn bridge_turns(network: &Network) -> impl Iterator<Item = (&'static Set, Key)> {
+/// Returns the hairpin elements of a switched network: any endpoint behind its bridge may send to any other.
+pub(crate) fn bridge_hairpins(network: &Network) -> impl Iterator<Item = (&'static Set, Key)> {
     let bridge = Device::bridge(network.id);
-    network.subnets.iter().map(move |subnet| turn(bridge, subnet.prefix))
+    network.subnets.iter().map(move |subnet| hairpin_source(bridge, subnet.prefix))
 }
 
-/// On a routed network the endpoint alone does.
-fn own_turns(endpoint: &Endpoint) -> impl Iterator<Item = (&'static Set, Key)> {
+/// Returns the hairpin elements of an endpoint of a routed network: only the endpoint itself is behind its device.
+fn endpoint_hairpins(endpoint: &Endpoint) -> impl Iterator<Item = (&'static Set, Key)> {
     let device = Device::endpoint(endpoint.id);
-    endpoint.addresses.iter().map(move |net| turn(device, IpNet::from(net.addr())))
+    endpoint.addresses.iter().map(move |net| hairpin_source(device, IpNet::from(net.addr())))
 }
 
-fn turn(leaves: Device, from: IpNet) -> (&'static Set, Key) {
+/// Returns the element for packets from a prefix with this output interface.
+fn hairpin_source(output: Device, from: IpNet) -> (&'static Set, Key) {
     let set = if from.addr().is_ipv4() { &TURNS4 } else { &TURNS6 };
-    (set, Key::of(&[Field::Device(leaves.as_str()), Field::Net(from)]))
+    (set, Key::of(&[Field::Device(output.as_str()), Field::Net(from)]))
 }
 
-/// What keeps frames for groups from leaving by the port by which they came.
-pub(crate) fn hairpin(device: Device) -> (&'static Set, Key) {
+/// Returns the element that keeps group frames from leaving by the bridge port by which they arrived.
+pub(crate) fn hairpin_guard(device: Device) -> (&'static Set, Key) {
     (&HAIRPINS, Key::of(&[Field::Device(device.as_str()), Field::Device(device.as_str())]))
 }
 
-/// Each port that is published, once for each family for which the endpoint has an address.
+/// Returns the translation of each published port, once for each address family of the endpoint.
 fn translations(
     endpoint: &Endpoint,
     published: Published,

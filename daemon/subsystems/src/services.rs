@@ -1,4 +1,8 @@
-//! Services: their addresses and ports, what the kernel holds for them, and which host announces LoadBalancers.
+//! The subsystems of Services: address translation, and announcements of LoadBalancer addresses.
+//!
+//! [`Translation`] owns the set elements that were last sent ([`Services`]); [`Announcements`] owns the addresses that this
+//! host announces ([`ingress`]). [`allocation`] chooses addresses and ports when a Service is applied, and owns no state.
+//! Begin to read at [`Services::plan`].
 
 pub mod allocation;
 mod announcements;

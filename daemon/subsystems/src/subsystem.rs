@@ -1,4 +1,7 @@
-//! The trait behind which each part of ovl stands that wants something in the kernel, and what it is told.
+//! The trait that all subsystems implement, and the types of its arguments and results.
+//!
+//! This module owns no state. Begin to read at [`Subsystem`]; [`Change`] lists the events that a subsystem hears of,
+//! and [`Cluster`] is what it may read.
 
 use ovl_cluster::backends::{Backends, Settled};
 use ovl_cluster::view::View;
@@ -11,155 +14,163 @@ use ovl_proto::table::{Endpoint, Entry, Key};
 
 use crate::local::Local;
 
-/// What subsystems read: the cluster as this host sees it, and this host's own part.
+/// The state that subsystems read: the local host's view of the cluster, and the local state of the host.
 #[derive(Clone, Copy)]
 pub struct Cluster<'a> {
-    /// Hosts, networks, blocks, Kubernetes objects.
+    /// Hosts, networks, blocks and Kubernetes objects.
     pub view: &'a View,
-    /// Who can be selected, and what stands behind each Service.
+    /// The endpoints that selectors can select, and the backends of each Service.
     pub backends: &'a Backends,
-    /// This host's own part, beside its owner table.
+    /// Local state of the host that is not in its owner table.
     pub local: &'a Local,
-    /// Gossip has told all there is to know: what nobody wants may be removed.
+    /// Whether the view is complete after a start. Before that, kernel objects that are not wanted must be kept: the
+    /// entry that wants them may not have arrived yet.
     pub caught_up: bool,
 }
 
 impl Cluster<'_> {
-    /// Whether what a network does not need any more may be removed. A bridge network is local to this host, so
+    /// Whether kernel objects that a network does not need may be deleted. A bridge network is local to this host, so
     /// there is no peer state to wait for.
     pub fn may_prune(&self, network: NetworkId) -> bool {
         self.caught_up || self.view.is_own(network)
     }
 }
 
-/// Something that changed in the cluster or on this host.
+/// A change in the cluster or on the local host.
 #[derive(Debug, Clone, Copy)]
 pub enum Change<'a> {
-    /// An entry of a host's owner table, as it was before or as it is now. Each is told once.
+    /// An entry of a host's owner table: the old value or the new one. Each value is reported once.
     Entry {
-        /// Whose table it is.
+        /// The owner of the table.
         host: NodeId,
         /// The entry.
         entry: &'a Entry,
     },
-    /// Which endpoints of this network count may have changed: blocks, leases, liveness, whole tables.
+    /// The set of endpoints of this network with a valid address may have changed: blocks, leases, liveness, or whole
+    /// tables.
     Rights(NetworkId),
     /// A network was added, changed or removed.
     Network(NetworkId),
-    /// Whether this host builds a network's devices may have changed.
+    /// The local host may have to create or delete the devices of this network.
     Built(NetworkId),
-    /// The record or the liveness of another host. [`Change::Rights`] of its networks come first.
+    /// The record or the liveness of a remote host changed. [`Change::Rights`] of its networks are reported first.
     Host(NodeId),
-    /// Keys, sessions or routes of the tunnel.
+    /// Keys, sessions or routes of the tunnel changed.
     Tunnel,
-    /// Something of this host that each network may depend on: its address, its MTU, its segment, the allocation
-    /// map. [`Change::Rights`] of all networks come first.
+    /// A property of the local host that each network may depend on changed: its address, its MTU, its segment or the
+    /// allocation map. [`Change::Rights`] of all networks are reported first.
     ThisHost,
-    /// An endpoint of this host that is about to be created, or is not any more.
+    /// An attach of this endpoint of the local host began or ended.
     Attaching(&'a Endpoint),
-    /// Ports are about to be published on this host for the first time.
+    /// The local host is about to publish its first port.
     Publishing,
-    /// Kubernetes objects that were added, changed or removed.
+    /// Kubernetes objects were added, changed or removed.
     Resources(&'a [ResourceKey]),
-    /// What stands behind Services, and who can be selected.
+    /// Backends of Services or the set of selectable endpoints changed.
     Backends(&'a Settled),
-    /// The hosts that announce addresses of LoadBalancers.
+    /// The hosts that announce LoadBalancer addresses changed.
     Announcers,
-    /// The device on which this host announces addresses.
+    /// The device on which the local host announces addresses changed.
     Uplink,
 }
 
-/// What became of an operation.
+/// The result of an operation.
 #[derive(Debug, Clone, Copy)]
 pub struct Outcome<'a> {
     /// The operation.
     pub op: &'a Op,
-    /// Why the kernel refused it. `None` if it was carried out.
+    /// The reason why the kernel rejected it. `None` if it was applied.
     pub refusal: Option<&'a str>,
 }
 
 /// A subsystem's part of an endpoint that is about to be created.
 #[derive(Debug, Default)]
 pub struct Part {
-    /// What must be in place before the endpoint's interfaces are created.
+    /// Operations that must be applied before the endpoint's interfaces are created.
     pub before: Vec<Op>,
-    /// All that the endpoint wants for itself. Operations for what is not there yet are in `before`, too.
+    /// The endpoint's own part of the data plane. Operations that create missing objects of it are also in `before`.
     pub wants: Dataplane,
 }
 
-/// Entries that this host's owner table should have, and those that it should lose.
+/// A change of the local host's owner table.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct TableChange {
-    /// Added or replaced.
+    /// Entries to add or replace.
     pub set: Vec<Entry>,
-    /// Removed.
+    /// Keys of entries to remove.
     pub unset: Vec<Key>,
 }
 
-/// A part of ovl that wants something in the kernel.
+/// A part of ovld that contributes to the desired data plane.
+///
+/// A subsystem remembers what it last sent to the kernel. *Sent* below means: planned, and taken as applied until a
+/// rejection is reported.
 pub trait Subsystem {
     /// Records a change, at the cost of that change.
     fn changed(&mut self, change: &Change<'_>, cluster: &Cluster<'_>);
 
-    /// All that it wants, without recording anything: for `plan` and `verify`.
+    /// Returns its part of the desired data plane and records nothing. `plan` and `verify` use it.
     fn desired(&self, cluster: &Cluster<'_>) -> Dataplane;
 
-    /// All that it wants, which counts as sent from here on: for a pass that compares with a dump. Nothing stays
-    /// marked as changed.
+    /// Returns its part of the desired data plane and records it as sent. A full pass, which compares it with a dump,
+    /// uses it. All marks of changes are cleared.
     fn resync(&mut self, cluster: &Cluster<'_>) -> Dataplane;
 
-    /// The operations that bring the kernel from what counts as sent to what it wants now, which counts as sent then.
+    /// Returns the operations that lead from what was sent to what is wanted now, and records the latter as sent.
     fn plan(&mut self, cluster: &Cluster<'_>) -> Vec<Op>;
 
-    /// What counts as sent. After a plan it is what [`Self::desired`] gives, once gossip has caught up. `None` while
-    /// something that was sent is known to have been refused.
+    /// Returns what was sent. After a plan it equals [`Self::desired`], once gossip has caught up. `None` while a
+    /// rejected operation has not been repaired.
     fn sent(&self) -> Option<Dataplane>;
 
-    /// Its part of an endpoint of this host that is about to be created.
+    /// Returns its part of an endpoint of the local host that is about to be created.
     fn prepare(&mut self, endpoint: &Endpoint, network: &Network, cluster: &Cluster<'_>) -> Part {
         let _ = (endpoint, network, cluster);
         Part::default()
     }
 
-    /// The operations that belong to endpoints that were detached from a network, as far as they are cheap. The rest
+    /// Returns the operations for endpoints that were detached from a network, if they are cheap to compute. The rest
     /// stays marked for the next [`Self::plan`].
     fn detached(&mut self, network: NetworkId, cluster: &Cluster<'_>) -> Vec<Op> {
         let _ = (network, cluster);
         Vec::new()
     }
 
-    /// An endpoint was created with the parts that all subsystems gave.
+    /// Records that an endpoint was created with the merged parts of all subsystems.
     fn attached(&mut self, endpoint: &Endpoint, wants: &Dataplane) {
         let _ = (endpoint, wants);
     }
 
-    /// Operations that wait until everything planned was carried out. Each is given once.
+    /// Returns the operations that must follow everything that was planned. Each is returned once.
     fn afterwards(&mut self) -> Vec<Op> {
         Vec::new()
     }
 
-    /// The kernel's answer to an operation, of whichever subsystem.
+    /// Records the kernel's answer to an operation of any subsystem.
     fn outcome(&mut self, outcome: Outcome<'_>) {
         let _ = outcome;
     }
 
-    /// The answers to one batch have all been told. A batch of a full pass, which sent everything, is `full`.
+    /// Records that all answers to one batch were reported. `full` is set for the batch of a full pass, which compared
+    /// everything.
     fn batch_done(&mut self, full: bool) {
         let _ = full;
     }
 
-    /// Why an endpoint cannot be attached to this network: something that it needs was refused.
+    /// Returns why an endpoint cannot be attached to this network: the kernel rejected an operation that it depends
+    /// on. `None` if it can.
     fn refusal(&self, network: NetworkId) -> Option<&str> {
         let _ = network;
         None
     }
 
-    /// What this host's owner table should say because of what is in the kernel. `None` if nothing changed.
+    /// Returns the change of the local host's owner table that follows from the kernel's state. `None` if nothing
+    /// changed.
     fn table_change(&mut self, cluster: &Cluster<'_>) -> Option<TableChange> {
         let _ = cluster;
         None
     }
 
-    /// Wants nothing any more: teardown.
+    /// Drops all wishes, at teardown.
     fn withdraw(&mut self);
 }

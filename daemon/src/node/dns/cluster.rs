@@ -5,7 +5,7 @@ use std::net::IpAddr;
 
 use ovl_dns::{Name, Records, Zone};
 use ovl_proto::resource::Name as ResourceName;
-use ovl_subsystems::names::cluster_names::{Names, Set, VERSION};
+use ovl_subsystems::names::cluster_names::{ClusterNames, Set, VERSION};
 
 use super::records_of;
 
@@ -37,14 +37,14 @@ pub(super) enum Owner {
 /// The names of Services and pods. One name can be several's: what is above others, and of an address.
 #[derive(Debug, Default)]
 pub(super) struct Cluster {
-    of: BTreeMap<Owner, Names>,
+    of: BTreeMap<Owner, ClusterNames>,
     sets: BTreeMap<String, BTreeSet<Owner>>,
     reverse: BTreeMap<IpAddr, BTreeSet<Owner>>,
 }
 
 impl Cluster {
     /// Sets what an owner has, or that it has nothing any more.
-    pub(super) fn change(&mut self, zone: &mut Zone, owner: Owner, names: Option<Names>) {
+    pub(super) fn change(&mut self, zone: &mut Zone, owner: Owner, names: Option<ClusterNames>) {
         let was = self.of.remove(&owner).unwrap_or_default();
         let is = names.unwrap_or_default();
         for name in was.sets.keys().filter(|name| !is.sets.contains_key(*name)) {

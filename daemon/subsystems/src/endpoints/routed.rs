@@ -1,4 +1,6 @@
-//! An endpoint of a routed network: a device of its own, with a route for each of its addresses.
+//! The data plane of one endpoint of a routed network: its interface, and a route and a neighbour for each address.
+//!
+//! The module owns no state. Begin to read at [`endpoint_part`].
 
 use ipnet::IpNet;
 use ovl_cluster::addresses;
@@ -11,9 +13,9 @@ use ovl_proto::table::Endpoint;
 use super::silent::silent;
 use crate::local::Local;
 
-/// An endpoint of this host; one that must not talk is silent, and not swept away.
+/// Adds an endpoint of this host. An isolated endpoint keeps its interface, which is down, so that it is not deleted.
 pub(crate) fn own_endpoint(
-    kernel: &mut Dataplane,
+    dataplane: &mut Dataplane,
     view: &View,
     local: &Local,
     network: &Network,
@@ -21,15 +23,15 @@ pub(crate) fn own_endpoint(
     mtu: u16,
 ) {
     if local.isolated.contains_key(&endpoint.id) || view.address_conflict(view.me, endpoint).is_some() {
-        silent(kernel, endpoint, mtu);
+        silent(dataplane, endpoint, mtu);
     } else {
-        endpoint_part(kernel, view, local, network, endpoint, mtu);
+        endpoint_part(dataplane, view, local, network, endpoint, mtu);
     }
 }
 
-/// An endpoint of this host: routes and neighbours on its device.
+/// Adds the interface of an endpoint of this host, with its routes and neighbours.
 pub(crate) fn endpoint_part(
-    kernel: &mut Dataplane,
+    dataplane: &mut Dataplane,
     view: &View,
     local: &Local,
     network: &Network,
@@ -37,21 +39,23 @@ pub(crate) fn endpoint_part(
     mtu: u16,
 ) {
     let device = Device::endpoint(endpoint.id);
-    kernel.links.insert(device, Link::Endpoint { mtu, master: None, up: true, tuned: false, hairpin: false });
+    dataplane
+        .links
+        .insert(device, Link::Endpoint { mtu, master: None, up: true, tuned: false, hairpin: false });
     for net in &endpoint.addresses {
         let address = net.addr();
-        kernel.neighbours.insert((device, address), endpoint.mac);
-        // The host speaks to its endpoints as their gateway. While an attach is under way its block
-        // may be too new for the bridge to have the address.
+        dataplane.neighbours.insert((device, address), endpoint.mac);
+        // The host talks to its endpoints from their gateway address. During an attach, the block may be too new for
+        // the bridge to have that address.
         let source = addresses::gateway_on(network, address)
             .filter(|at| view.gateways(network.id, view.me).any(|g| g == *at));
         let hop = Hop { device: Some(device), gateway: None, source, mtu: None };
-        kernel.routes.insert(IpNet::from(address), hop);
+        dataplane.routes.insert(IpNet::from(address), hop);
         if address.is_ipv6() && local.fetched.contains(&endpoint.id) {
-            // An Engine sets no neighbour for the gateway, and who asks for an IPv6 address is answered only where the
-            // device has it.
+            // A Docker Engine sets no neighbour for the gateway, and the kernel answers a neighbour solicitation only if
+            // the receiving device has the address.
             let gateway = addresses::gateway_on(network, address);
-            kernel.addresses.extend(gateway.map(|gateway| (device, IpNet::from(gateway))));
+            dataplane.addresses.extend(gateway.map(|gateway| (device, IpNet::from(gateway))));
         }
     }
 }

@@ -1,11 +1,13 @@
-//! An endpoint that must not talk.
+//! The data plane of an isolated endpoint: an interface that is down.
+//!
+//! The module owns no state and has one function.
 
 use ovl_dataplane::device::Device;
 use ovl_dataplane::state::{Dataplane, Link};
 use ovl_proto::table::Endpoint;
 
-/// The host's end of an endpoint that must not talk.
-pub(crate) fn silent(kernel: &mut Dataplane, endpoint: &Endpoint, mtu: u16) {
+/// Adds the host interface of an isolated endpoint, without a bridge and down.
+pub(crate) fn silent(dataplane: &mut Dataplane, endpoint: &Endpoint, mtu: u16) {
     let link = Link::Endpoint { mtu, master: None, up: false, tuned: false, hairpin: false };
-    kernel.links.insert(Device::endpoint(endpoint.id), link);
+    dataplane.links.insert(Device::endpoint(endpoint.id), link);
 }

@@ -1,5 +1,7 @@
-//! An endpoint of a switched network: a port of the bridge on its own host, and on the others entries that lead to
-//! that host.
+//! The data plane of one endpoint of a switched network: a bridge port on its own host, FDB entries on the others.
+//!
+//! If two endpoints claim one MAC address, all hosts choose the same one ([`rank`]). The module owns no state. Begin to
+//! read at [`MacClaim`].
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -18,54 +20,57 @@ use crate::encryption::tunnel;
 use crate::local::Local;
 use crate::publish;
 
-/// Where a switched network's frames for other hosts go.
+/// The VTEPs to which a switched network's frames for remote hosts are sent.
 #[derive(Debug)]
-pub(crate) enum Ways {
-    /// To the VTEPs of this family: a VXLAN device sends to one only; `status` names other hosts.
-    Plain {
+pub(crate) enum FrameRoutes {
+    /// VTEPs on the underlay, of one address family: a VXLAN device sends to one family only. `status` reports hosts of
+    /// the other family.
+    Underlay {
         /// IPv4.
         v4: bool,
     },
-    /// Through the tunnel, to these hosts and no others.
-    Sealed(BTreeMap<NodeId, Remote>),
+    /// VTEPs inside the tunnel, of these hosts only.
+    Tunnel(BTreeMap<NodeId, Remote>),
 }
 
-impl Ways {
+impl FrameRoutes {
+    /// Returns the routes of a network's frames.
     pub(crate) fn of(view: &View, network: &Network) -> Self {
         match network.encrypted {
-            true => Self::Sealed(tunnel::remotes(view)),
-            false => Self::Plain { v4: view.own().is_some_and(|own| own.record.vtep.is_ipv4()) },
+            true => Self::Tunnel(tunnel::remotes(view)),
+            false => Self::Underlay { v4: view.own().is_some_and(|own| own.record.vtep.is_ipv4()) },
         }
     }
 
-    /// Where a host receives frames; nothing if it cannot be reached.
+    /// Returns the VTEP of a host. `None` if it cannot be reached.
     pub(crate) fn to(&self, node: &Node) -> Option<Remote> {
         let Remote { vtep, port } = Remote { vtep: node.record.vtep, port: node.record.vxlan_port };
         match self {
-            Self::Plain { v4 } => (vtep.is_ipv4() == *v4).then_some(Remote { vtep, port }),
-            Self::Sealed(remotes) => remotes.get(&node.record.id).copied(),
+            Self::Underlay { v4 } => (vtep.is_ipv4() == *v4).then_some(Remote { vtep, port }),
+            Self::Tunnel(remotes) => remotes.get(&node.record.id).copied(),
         }
     }
 }
 
-/// An endpoint that frames are sent to.
+/// An endpoint that holds its MAC address, so that frames are sent to it.
 #[derive(Debug)]
-pub(crate) struct Claim<'a> {
+pub(crate) struct MacClaim<'a> {
     /// The endpoint.
     pub(crate) endpoint: &'a Endpoint,
-    /// Where it is; nothing if it is here.
+    /// The VTEP of its host. `None` if it is on this host.
     pub(crate) remote: Option<Remote>,
-    /// Whether frames from it must come from there.
-    sealed: bool,
+    /// Whether frames from its MAC address are accepted only from that VTEP: the network is encrypted.
+    checks_source: bool,
 }
 
-impl<'a> Claim<'a> {
-    /// Nothing for one of those that count which has no business on the network after all.
+impl<'a> MacClaim<'a> {
+    /// Returns the claim of an endpoint. `None` if it is outside the network's subnets, does not win its MAC address, is
+    /// isolated, or its host cannot be reached.
     pub(crate) fn of(
         view: &View,
         local: &Local,
         network: &Network,
-        ways: &Ways,
+        routes: &FrameRoutes,
         placed: Placed<'a>,
         wins: impl Fn(&Placed<'_>) -> bool,
     ) -> Option<Self> {
@@ -76,69 +81,71 @@ impl<'a> Claim<'a> {
             return None;
         }
         let mine = node.record.id == view.me;
-        let remote = if mine { None } else { Some(ways.to(node)?) };
+        let remote = if mine { None } else { Some(routes.to(node)?) };
         if mine && local.isolated.contains_key(&endpoint.id) {
             return None;
         }
-        Some(Self { endpoint, remote, sealed: network.encrypted })
+        Some(Self { endpoint, remote, checks_source: network.encrypted })
     }
 
-    /// Where frames for its MAC address go.
-    pub(crate) fn mac(&self, kernel: &mut Dataplane) {
+    /// Adds the FDB entries of the endpoint's MAC address.
+    pub(crate) fn mac(&self, dataplane: &mut Dataplane) {
         let Endpoint { id, network, mac, .. } = *self.endpoint;
         let vxlan = Device::vxlan(network);
-        kernel.remotes.extend(self.remote.map(|remote| ((vxlan, mac), remote)));
-        kernel.ports.insert((if self.remote.is_some() { vxlan } else { Device::endpoint(id) }, mac));
-        if let Some(remote) = self.remote.filter(|_| self.sealed) {
+        dataplane.remotes.extend(self.remote.map(|remote| ((vxlan, mac), remote)));
+        dataplane.ports.insert((if self.remote.is_some() { vxlan } else { Device::endpoint(id) }, mac));
+        if let Some(remote) = self.remote.filter(|_| self.checks_source) {
             let addresses = self.endpoint.addresses.iter().map(IpNet::addr).collect();
-            kernel.sources.insert((vxlan, mac), Source { from: remote.vtep, addresses });
+            dataplane.sources.insert((vxlan, mac), Source { from: remote.vtep, addresses });
         }
     }
 }
 
-/// The host's end of an endpoint's pair.
+/// Adds the host interface of a local endpoint, which is down if the endpoint is isolated.
 pub(crate) fn own_endpoint(
-    kernel: &mut Dataplane,
+    dataplane: &mut Dataplane,
     local: &Local,
     network: &Network,
     endpoint: &Endpoint,
     mtu: u16,
 ) {
     if local.isolated.contains_key(&endpoint.id) {
-        silent(kernel, endpoint, mtu);
+        silent(dataplane, endpoint, mtu);
     } else {
-        port(kernel, local, network, endpoint, mtu);
+        port(dataplane, local, network, endpoint, mtu);
     }
 }
 
-/// The port of a bridge.
-fn port(kernel: &mut Dataplane, local: &Local, network: &Network, endpoint: &Endpoint, mtu: u16) {
-    let hairpin = publish::turns_round(local, network, endpoint);
+/// Adds a bridge port, with hairpin mode if the endpoint needs it.
+fn port(dataplane: &mut Dataplane, local: &Local, network: &Network, endpoint: &Endpoint, mtu: u16) {
+    let hairpin = publish::needs_hairpin(local, network, endpoint);
     let link =
         Link::Endpoint { mtu, master: Some(Device::bridge(network.id)), up: true, tuned: true, hairpin };
-    kernel.links.insert(Device::endpoint(endpoint.id), link);
-    publish::guard(kernel, local, network, endpoint);
+    dataplane.links.insert(Device::endpoint(endpoint.id), link);
+    publish::guard(dataplane, local, network, endpoint);
 }
 
-/// A port of the bridge, and the entries that lead to it.
+/// Adds the bridge port of a local endpoint, and its FDB entry and neighbours.
 pub(super) fn endpoint_part(
-    kernel: &mut Dataplane,
+    dataplane: &mut Dataplane,
     local: &Local,
     network: &Network,
     endpoint: &Endpoint,
     mtu: u16,
 ) {
     let (device, bridge) = (Device::endpoint(endpoint.id), Device::bridge(network.id));
-    port(kernel, local, network, endpoint, mtu);
-    kernel.ports.insert((device, endpoint.mac));
+    port(dataplane, local, network, endpoint, mtu);
+    dataplane.ports.insert((device, endpoint.mac));
     for address in &endpoint.addresses {
-        kernel.neighbours.insert((bridge, address.addr()), endpoint.mac);
+        dataplane.neighbours.insert((bridge, address.addr()), endpoint.mac);
     }
 }
 
-/// Orders the endpoints that claim a MAC address; it belongs to the first: the one whose own address
-/// makes it (nobody else can hold that), then the one on the host with the smaller id. The same on all
-/// hosts, so that a frame never wanders.
+/// Orders the endpoints that claim a MAC address; the smallest rank holds it.
+///
+/// The endpoint from whose IP address the MAC address is derived comes first (no other endpoint can hold that IP
+/// address), then the one on the host with the smallest id. All hosts compute the same order, so a frame is never
+/// forwarded between hosts that disagree.
 pub(crate) fn rank(network: &Network, placed: &Placed<'_>) -> (bool, NodeId, EndpointId) {
     let makes = |net: &IpNet| addresses::mac_of(network.id, net.addr()) == placed.endpoint.mac;
     let by_right = placed.endpoint.addresses.iter().any(makes);

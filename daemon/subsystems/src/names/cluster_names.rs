@@ -1,4 +1,6 @@
-//! Names of Services and pods, by the Kubernetes DNS specification 1.1.
+//! DNS names of Services and pods (Kubernetes DNS specification 1.1).
+//!
+//! The module owns no state: it computes the records of one Service or one pod. Begin to read at [`of_service`].
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -7,24 +9,25 @@ use ovl_proto::resource::{Service, ServiceType};
 
 use ovl_cluster::backends::{Backend, Readiness};
 
-/// The version of the specification, which `dns-version.DOMAIN` tells.
+/// The version of the specification, the answer to `dns-version.DOMAIN`.
 pub const VERSION: &str = "1.1.0";
 
-/// What there is of a name.
+/// The records of one name.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Set {
-    /// A and AAAA.
+    /// A and AAAA records.
     pub addresses: BTreeSet<IpAddr>,
-    /// SRV: port and name.
+    /// SRV records: port and target name.
     pub services: BTreeSet<(u16, String)>,
-    /// CNAME: the name that an external Service stands for.
+    /// CNAME record: the target of a Service of type ExternalName.
     pub alias: Option<String>,
-    /// A headless Service without ready endpoints: there is no such name (section 2.4.1), and nobody else's either.
+    /// Whether the name belongs to a headless Service without ready endpoints. The name does not exist then (section
+    /// 2.4.1), also if an endpoint has the same name.
     pub unready: bool,
 }
 
 impl Set {
-    /// Takes in another's.
+    /// Adds the records of another set.
     pub fn merge(&mut self, other: &Self) {
         self.addresses.extend(&other.addresses);
         self.services.extend(other.services.iter().cloned());
@@ -33,22 +36,22 @@ impl Set {
     }
 }
 
-/// What a Service has in DNS.
+/// The records of a Service or a pod.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Names {
-    /// By full name without a dot at the end, in lower case. A name with nothing has others beneath it: it is
-    /// there all the same (RFC 8020).
+pub struct ClusterNames {
+    /// Records by full name, in lower case and without a final dot. An empty set is a name that exists only because
+    /// there are names below it (RFC 8020).
     pub sets: BTreeMap<String, Set>,
-    /// PTR: the names of addresses.
+    /// PTR records by address.
     pub reverse: BTreeMap<IpAddr, BTreeSet<String>>,
 }
 
-/// The names of a Service with these backends, under the cluster's domain.
-pub fn of_service(domain: &str, service: &Service, backends: &[Backend]) -> Names {
+/// Returns the records of a Service with these backends, under the cluster's domain.
+pub fn of_service(domain: &str, service: &Service, backends: &[Backend]) -> ClusterNames {
     let meta = &service.metadata;
     let namespace = format!("{}.svc.{domain}", meta.namespace);
     let base = format!("{}.{namespace}", meta.name);
-    let mut names = Names::default();
+    let mut names = ClusterNames::default();
     names.sets.entry(namespace).or_default();
     let set = names.sets.entry(base.clone()).or_default();
     if service.spec.kind == ServiceType::ExternalName {
@@ -94,8 +97,8 @@ pub fn of_service(domain: &str, service: &Service, backends: &[Backend]) -> Name
     names
 }
 
-impl Names {
-    /// The record of a port that has a name, and what is above it.
+impl ClusterNames {
+    /// Adds the SRV record of a named port, and the name above it.
     fn port(&mut self, base: &str, name: &str, protocol: &str, number: u16, target: &str) {
         if name.is_empty() {
             return;
@@ -107,10 +110,10 @@ impl Names {
     }
 }
 
-/// The names of a pod's addresses: `10-1-0-5.NAMESPACE.pod.DOMAIN`.
-pub fn of_pod(domain: &str, namespace: &str, addresses: &[IpAddr]) -> Names {
+/// Returns the records of a pod's addresses: `10-1-0-5.NAMESPACE.pod.DOMAIN`.
+pub fn of_pod(domain: &str, namespace: &str, addresses: &[IpAddr]) -> ClusterNames {
     let above = format!("{namespace}.pod.{domain}");
-    let mut names = Names::default();
+    let mut names = ClusterNames::default();
     names.sets.entry(above.clone()).or_default();
     for address in addresses {
         let name = format!("{}.{above}", dashed(*address));
@@ -119,10 +122,11 @@ pub fn of_pod(domain: &str, namespace: &str, addresses: &[IpAddr]) -> Names {
     names
 }
 
+/// Returns an address as one label, with hyphens.
 fn dashed(address: IpAddr) -> String {
     match address {
         IpAddr::V4(address) => address.to_string().replace('.', "-"),
-        // Without the double colon, which would leave a hyphen at an end.
+        // Without `::`, which would leave a hyphen at the beginning or end of a label.
         IpAddr::V6(address) => {
             let groups = address.segments();
             groups.map(|group| format!("{group:x}")).join("-")
@@ -130,13 +134,12 @@ fn dashed(address: IpAddr) -> String {
     }
 }
 
-/// What a pod of a namespace searches, as Kubernetes has it; and how many dots make a name that is tried as it is
-/// first.
+/// Returns the search domains of a pod of a namespace, in the order of Kubernetes.
 pub fn search(domain: &str, namespace: &str) -> [String; 3] {
     [format!("{namespace}.svc.{domain}"), format!("svc.{domain}"), domain.to_owned()]
 }
 
-/// Kubernetes' `ndots`.
+/// The `ndots` option of Kubernetes: a name with at least this many dots is queried as it is first.
 pub const NDOTS: u8 = 5;
 
 #[cfg(test)]
@@ -180,8 +183,8 @@ mod tests {
         }
     }
 
-    /// All records as zone files have them, those of nothing left out.
-    fn zone(names: &Names) -> Vec<String> {
+    /// Returns all records in the format of a zone file, without empty names.
+    fn zone(names: &ClusterNames) -> Vec<String> {
         let mut lines = Vec::new();
         for (name, set) in &names.sets {
             for address in &set.addresses {
@@ -215,7 +218,7 @@ mod tests {
 
     /// Section 2.4: records for a headless Service: its ready endpoints, by host name where they have one.
     #[test]
-    fn a_headless_service_leads_to_its_ready_endpoints() {
+    fn a_headless_service_resolves_to_its_ready_endpoints() {
         let service = service(&[ClusterIp::Headless], &[("pg", Protocol::Tcp, 5432)]);
         let backends = [
             backend(&["10.1.0.5", "fd01::5"], "My-Pod", Readiness::Ready),
@@ -248,7 +251,7 @@ mod tests {
 
     /// Section 2.5: records for external name Services.
     #[test]
-    fn an_external_service_is_another_name() {
+    fn an_external_service_has_a_cname_record() {
         let mut service = service(&[], &[]);
         service.spec.kind = ServiceType::ExternalName;
         service.spec.external_name = "DB.example.org.".to_owned();
@@ -259,7 +262,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_above_a_name_is_there_and_pods_are_found_by_their_addresses() {
+    fn names_above_a_record_exist_and_pods_resolve_by_their_addresses() {
         let service = service(&[ClusterIp::Headless], &[("pg", Protocol::Tcp, 5432)]);
         let names = of_service(DOMAIN, &service, &[backend(&["10.1.0.5"], "", Readiness::Ready)]);
         for above in ["shop.svc.cluster.local", "_tcp.db.shop.svc.cluster.local"] {

@@ -1,10 +1,11 @@
-//! How endpoints reach the resolver of their host, without a socket in their namespaces.
+//! The packet filter rules by which endpoints reach the resolver of their host, without a socket in their namespaces.
 //!
-//! In the namespace 127.0.0.11 is no local address: a route leads it to the host, whatever the network is like,
-//! and packets for it come from the endpoint's own address, by which the asker is known. The host's kernel puts
-//! ovld's address and port into each packet, and 127.0.0.11 with port 53 back into each answer; no connection
-//! is tracked for that. An endpoint without an IPv4 address has no way to 127.0.0.11, and asks at
-//! [`ADDRESS_V6`].
+//! In an endpoint's namespace, 127.0.0.11 is not a local address: a route leads it to the host, and queries carry the
+//! endpoint's own source address, which identifies the client. The host's kernel rewrites the destination of each query
+//! to ovld's address and port, and the source of each answer to 127.0.0.11 port 53, without connection tracking. An
+//! endpoint without an IPv4 address has no route to 127.0.0.11 and queries [`ADDRESS_V6`].
+//!
+//! The module owns no state. Begin to read at [`chains`].
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
@@ -20,33 +21,35 @@ use ovl_dataplane::nft::{BASE_TABLE, Chain, Skeleton, Table};
 pub use ovl_dataplane::resolver::{ADDRESS_V4, ADDRESS_V6, LOOPBACK};
 use ovl_dataplane::state::Dataplane;
 
-/// What stands for the addresses of the cluster's DNS on the host, as [`ADDRESS_V4`] does for 127.0.0.11.
+/// The address on the host to which queries to the cluster DNS are rewritten, as [`ADDRESS_V4`] is for 127.0.0.11.
 pub const CLUSTER_V4: Ipv4Addr = Ipv4Addr::new(169, 254, 79, 10);
-/// The same for an IPv6 address.
+/// The address on the host to which queries to the cluster DNS are rewritten, over IPv6.
 pub const CLUSTER_V6: Ipv6Addr = Ipv6Addr::new(0xfd6f, 0x766c, 0, 0, 0, 0, 0, 0xa);
-/// Where ovld listens there: port 53 may be anybody's.
+/// The port on which ovld listens for rewritten queries. Port 53 may be in use by another server.
 pub const PORT: u16 = 7953;
-/// The same for who asks at [`ADDRESS_V4`] itself, such as a container whose 127.0.0.11 is a Docker Engine's.
+/// The port for queries that were sent to [`ADDRESS_V4`] itself, for example by a container whose 127.0.0.11 is served by
+/// a Docker Engine.
 pub const PORT_DIRECT: u16 = 7954;
 
-/// The addresses of ovld's resolver on a network's bridge, as far as its endpoints have such addresses.
-pub(crate) fn on_bridge(kernel: &mut Dataplane, network: &Network, cluster: &[IpAddr]) {
+/// Adds the resolver's addresses to a network's bridge, of the address families that the network has.
+pub(crate) fn on_bridge(dataplane: &mut Dataplane, network: &Network, cluster: &[IpAddr]) {
     let bridge = Device::bridge(network.id);
     let has = |v4| network.subnets.iter().any(|subnet| subnet.prefix.addr().is_ipv4() == v4);
     let own = [IpAddr::from(ADDRESS_V4), IpAddr::from(ADDRESS_V6)];
     let cluster = cluster.iter().map(|address| stand_in(*address));
     for address in own.into_iter().chain(cluster).filter(|address| has(address.is_ipv4())) {
-        kernel.addresses.insert((bridge, IpNet::from(address)));
+        dataplane.addresses.insert((bridge, IpNet::from(address)));
     }
 }
 
-/// What stands for an address of the cluster's DNS.
+/// Returns the address on the host for an address of the cluster DNS.
 fn stand_in(address: IpAddr) -> IpAddr {
     if address.is_ipv4() { CLUSTER_V4.into() } else { CLUSTER_V6.into() }
 }
 
-/// The chains that lead queries to ovld and its answers back, if one of these networks has endpoints with a
-/// resolver. Nobody else reaches it: not from the underlay, whatever address is used.
+/// Returns the chains that rewrite queries and answers. `None` if no endpoint of these networks uses the resolver.
+///
+/// Packets from the underlay to the resolver are dropped, whatever address they use.
 pub(crate) fn chains(
     networks: &[&Network],
     resolved: &BTreeSet<NetworkId>,
@@ -56,13 +59,13 @@ pub(crate) fn chains(
         return None;
     }
     let (v4, v6, lo) = (ADDRESS_V4, ADDRESS_V6, LOOPBACK);
-    let strange = "iifname != \"ovb-*\" iifname != \"ove-*\" iifname != \"lo\" counter drop";
+    let drop_others = "iifname != \"ovb-*\" iifname != \"ove-*\" iifname != \"lo\" counter drop";
     let mut text = format!("table inet {BASE_TABLE} {{\n\tchain resolver-in {{\n");
     let _ = writeln!(
         text,
         "\t\ttype filter hook prerouting priority raw - 5; policy accept;\n\
-         \t\tip daddr {{ {lo}, {v4} }} {strange}\n\
-         \t\tip6 daddr {v6} {strange}"
+         \t\tip daddr {{ {lo}, {v4} }} {drop_others}\n\
+         \t\tip6 daddr {v6} {drop_others}"
     );
     for proto in ["udp", "tcp"] {
         let _ = writeln!(
@@ -73,7 +76,7 @@ pub(crate) fn chains(
         );
     }
     for (family, address, at) in cluster.iter().map(with_stand_in) {
-        let _ = writeln!(text, "\t\t{family} daddr {{ {address}, {at} }} {strange}");
+        let _ = writeln!(text, "\t\t{family} daddr {{ {address}, {at} }} {drop_others}");
         for proto in ["udp", "tcp"] {
             let _ = writeln!(
                 text,
@@ -105,11 +108,13 @@ pub(crate) fn chains(
     Some(text)
 }
 
-/// The tables that give queries to ovld as if they came by the loopback device. A firewall of the host that lets in
-/// only what it knows knows that device, and would drop what comes from a bridge: a later chain's drop is final, so
-/// none of ours could let it in there. Whom the resolver answers it decides itself.
+/// Returns the tables that deliver queries to ovld by the loopback device.
+///
+/// A firewall of the host that drops unknown packets accepts that device, but would drop packets from a bridge: the drop
+/// of a later chain is final, so ovld could not accept them in a chain of its own. The resolver itself decides which
+/// clients it answers.
 pub(crate) fn past_firewalls() -> impl Iterator<Item = (Table, Arc<Skeleton>)> {
-    // The last address says by which route of the loopback device a packet goes; its own address stays.
+    // The last address selects the route over the loopback device. The packet's destination does not change.
     let all: [(Table, [IpAddr; 3]); 2] = [
         (Table::Resolver4, [ADDRESS_V4.into(), CLUSTER_V4.into(), Ipv4Addr::LOCALHOST.into()]),
         (Table::Resolver6, [ADDRESS_V6.into(), CLUSTER_V6.into(), Ipv6Addr::LOCALHOST.into()]),
@@ -120,19 +125,19 @@ pub(crate) fn past_firewalls() -> impl Iterator<Item = (Table, Arc<Skeleton>)> {
             "iifname {{ \"ovb-*\", \"ove-*\" }} {family} daddr {{ {own}, {cluster} }} meta l4proto {{ tcp, udp }} \
              th dport {{ {PORT}, {PORT_DIRECT} }} dup to {loopback} device \"lo\" drop"
         );
-        // After the chain that puts these addresses and ports in.
+        // After the chain that rewrites addresses and ports.
         let hook = "type filter hook prerouting priority raw - 4; policy accept;".to_owned();
         let chain = Chain { name: "prerouting".to_owned(), hook: Some(hook), rules: vec![rule] };
         (table, Arc::new(Skeleton { chains: vec![chain], ..Skeleton::default() }))
     })
 }
 
-/// With its family as nftables has it.
+/// Returns the family's name in nft, the address, and the address on the host that it is rewritten to.
 fn with_stand_in(address: &IpAddr) -> (&'static str, IpAddr, IpAddr) {
     (if address.is_ipv4() { "ip" } else { "ip6" }, *address, stand_in(*address))
 }
 
-/// What belongs into an endpoint's resolv.conf(5): names are asked for as they are.
+/// Returns the content of an endpoint's resolv.conf(5). Names are queried as they are (`ndots:0`).
 pub fn resolv_conf(addresses: &[IpNet]) -> String {
     let server = match addresses.iter().any(|net| net.addr().is_ipv4()) {
         true => IpAddr::from(LOOPBACK),

@@ -1,5 +1,7 @@
-//! What the kernel should hold, from what the cluster says. One network at a time, so that a change costs what its
-//! own network costs.
+//! Computes the desired data plane of networks from the view.
+//!
+//! Each network is computed alone, so that the cost of a change does not depend on other networks. The module owns no
+//! state. Begin to read at [`network_part`]; [`host`] adds the packet filter and the tunnel.
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -17,16 +19,16 @@ use crate::local::Local;
 use crate::names::resolver;
 use crate::publish;
 
-/// All of it: every network that has something here, and what concerns the host as a whole.
+/// Returns the desired data plane of all networks and of the host as a whole.
 pub fn desired(view: &View, local: &Local) -> Dataplane {
-    let mut kernel = host(view, local);
+    let mut dataplane = host(view, local);
     for network in view.networks.keys() {
-        kernel.merge(network_part(view, local, *network));
+        dataplane.merge(network_part(view, local, *network));
     }
-    kernel
+    dataplane
 }
 
-/// What concerns no single network: the packet filter, and the settings that it needs.
+/// Returns the part that belongs to no single network: the tunnel, the packet filter, tables and IP forwarding.
 pub fn host(view: &View, local: &Local) -> Dataplane {
     let built: Vec<&Network> = view
         .networks
@@ -34,10 +36,10 @@ pub fn host(view: &View, local: &Local) -> Dataplane {
         .map(|state| &state.network)
         .filter(|network| local.is_built(view, network.id))
         .collect();
-    let mut kernel = Dataplane::default();
-    tunnel::part(&mut kernel, view, &local.ends);
-    if built.is_empty() && kernel.links.is_empty() {
-        return kernel;
+    let mut dataplane = Dataplane::default();
+    tunnel::part(&mut dataplane, view, &local.key_epochs);
+    if built.is_empty() && dataplane.links.is_empty() {
+        return dataplane;
     }
     let vteps: BTreeSet<IpAddr> = view
         .nodes
@@ -46,52 +48,52 @@ pub fn host(view: &View, local: &Local) -> Dataplane {
         .map(|node| node.record.vtep)
         .collect();
     let port = view.own().map_or(ovl_proto::DEFAULT_VXLAN_PORT, |own| own.record.vxlan_port);
-    let tunnel = kernel.tunnels.values().next().map(|end| filter::Tunnel {
-        port: end.port,
+    let tunnel = dataplane.tunnels.values().next().map(|tunnel| filter::FilterTunnel {
+        port: tunnel.port,
         prefix: tunnel::prefix(view.alloc.cluster),
-        // The kernel's device has no socket of ours.
-        kernel: end.local.is_none(),
+        // A kernel WireGuard interface needs no local socket address.
+        kernel: tunnel.local.is_none(),
     });
-    kernel.tables.extend(local.publishing.then(publish::table));
+    dataplane.tables.extend(local.publishing.then(publish::table));
     if local.publishing || (local.served && built.iter().any(|network| network.mode == Mode::L2)) {
-        kernel.tables.extend([publish::frames_table()]);
+        dataplane.tables.extend([publish::frames_table()]);
     }
     let mut text = filter::render(&built, &vteps, port, tunnel, local.masquerade);
     if let Some(chains) = resolver::chains(&built, &local.resolved, &local.cluster_dns) {
         text += &chains;
-        kernel.tables.extend(resolver::past_firewalls());
+        dataplane.tables.extend(resolver::past_firewalls());
     }
-    kernel.filter = Some(text);
+    dataplane.filter = Some(text);
     for network in built.iter().filter(|network| !network.internal || routes_for_policies(view, network)) {
         for subnet in &network.subnets {
             let name = match subnet.prefix {
                 IpNet::V4(_) => "net.ipv4.ip_forward",
                 IpNet::V6(_) => "net.ipv6.conf.all.forwarding",
             };
-            kernel.sysctls.insert(name.to_owned(), "1".to_owned());
+            dataplane.sysctls.insert(name.to_owned(), "1".to_owned());
         }
     }
-    kernel
+    dataplane
 }
 
-/// What one network needs on this host.
+/// Returns the part of one network on this host. Empty if the host does not need its devices.
 pub fn network_part(view: &View, local: &Local, id: NetworkId) -> Dataplane {
-    let mut kernel = Dataplane::default();
-    let (Some(state), Some(own)) = (view.networks.get(&id), view.own()) else { return kernel };
+    let mut dataplane = Dataplane::default();
+    let (Some(state), Some(own)) = (view.networks.get(&id), view.own()) else { return dataplane };
     if !local.is_built(view, id) {
-        return kernel;
+        return dataplane;
     }
     let network = &state.network;
     match network.mode {
-        Mode::L2 => switched::part(&mut kernel, view, local, network, own),
-        Mode::L3 => routed::part(&mut kernel, view, local, network, own),
+        Mode::L2 => switched::part(&mut dataplane, view, local, network, own),
+        Mode::L3 => routed::part(&mut dataplane, view, local, network, own),
     }
     for endpoint in local.attaching.values().filter(|endpoint| endpoint.network == id) {
-        publish::guard(&mut kernel, local, network, endpoint);
-        publish::elements(&mut kernel, network, endpoint);
+        publish::guard(&mut dataplane, local, network, endpoint);
+        publish::elements(&mut dataplane, network, endpoint);
     }
     if local.resolved.contains(&id) {
-        resolver::on_bridge(&mut kernel, network, &local.cluster_dns);
+        resolver::on_bridge(&mut dataplane, network, &local.cluster_dns);
     }
-    kernel
+    dataplane
 }

@@ -1,4 +1,7 @@
-//! Our nftables table, as text for `nft -f -`: one transaction replaces all of it.
+//! The base nftables table of ovld, as text for `nft -f -`: one transaction replaces all of it.
+//!
+//! It isolates networks from each other, admits VXLAN only from members, keeps encrypted networks off the underlay, and
+//! masquerades traffic that leaves the cluster. The module owns no state. Begin to read at [`render`].
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
@@ -13,60 +16,63 @@ use crate::names::resolver::{ADDRESS_V4, ADDRESS_V6, CLUSTER_V4, CLUSTER_V6};
 use ovl_dataplane::device::Device;
 use ovl_dataplane::nft::BASE_TABLE;
 
-/// Devices of ours that packets come from.
+/// Devices of ovld from which packets arrive.
 const OURS: [&str; 3] = ["ovb-*", "ovx-*", "ove-*"];
 
-/// Neither of these: packets are in plain there, whoever made the device. What comes by a VXLAN device of ours
-/// is of some plain network.
-const IN_PLAIN: &str = "iifname != \"ove-*\" iifname != \"ovb-*\" iifname != \"ovt-*\" iifname != \"lo\"";
-const TO_PLAIN: &str = "oifname != \"ove-*\" oifname != \"ovb-*\" oifname != \"ovt-*\" oifname != \"lo\"";
+/// Matches packets that arrive unencrypted, by any device that is not listed here. VXLAN devices of ovld carry only
+/// unencrypted networks, so they are not listed.
+const FROM_UNDERLAY: &str =
+    "iifname != \"ove-*\" iifname != \"ovb-*\" iifname != \"ovt-*\" iifname != \"lo\"";
+/// Matches packets that leave unencrypted.
+const TO_UNDERLAY: &str = "oifname != \"ove-*\" oifname != \"ovb-*\" oifname != \"ovt-*\" oifname != \"lo\"";
 
-/// This host's end of the tunnel.
+/// The properties of the local tunnel interface that the packet filter depends on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Tunnel {
+pub struct FilterTunnel {
     /// Its UDP port.
     pub port: u16,
-    /// Where the tunnel's addresses are.
+    /// The prefix of all addresses in the tunnel.
     pub prefix: IpNet,
-    /// The kernel's devices do it, VXLAN included; else nothing but ovld puts VXLAN into the tunnel.
+    /// Whether the kernel implements WireGuard and VXLAN. Otherwise ovld itself sends VXLAN into the tunnel, and no local
+    /// process may.
     pub kernel: bool,
 }
 
-/// Not to an endpoint of this host, on whichever network.
-const TO_OTHERS: &str = "oifname != \"ovb-*\" oifname != \"ove-*\"";
+/// Matches packets whose output interface leads to no endpoint of this host.
+const TO_OTHER_HOSTS: &str = "oifname != \"ovb-*\" oifname != \"ove-*\"";
 
 const REJECT: &str = "reject with icmpx admin-prohibited";
 
-/// The table for a host that has these networks.
+/// Returns the table for a host that has these networks. It has these chains:
 ///
-/// * `prerouting`: the VXLAN socket listens on every address of the host and takes packets from
-///   anybody; only members' VTEPs may use it. What passes through this host to another one is let alone.
-///   To and from encrypted networks nothing comes in plain: see [`sealed_in`].
-/// * `prerouting`, `output`: neither the tunnels' own packets nor what stays within a network need
-///   connection tracking, which the translation below would switch on for them too (a seventh of
-///   the throughput). What goes to or from a gateway is tracked: the host's own rules may look at it. So is
-///   what was diverted to the host, which has the gateway's MAC address.
-///   So is what is routed: an endpoint may answer a packet that was translated on its way to it.
-/// * `output`, `forward`: nothing for an encrypted network leaves in plain, should a route be missing.
-/// * `forward`: networks do not reach each other, and an internal one reaches nothing.
-/// * `input`: nor does it reach a host.
-/// * `postrouting`: what leaves the cluster gets the host's address. What goes to another endpoint of this host, at a
-///   published port, keeps its own.
+/// * `prerouting`: the kernel's VXLAN socket listens on every address of the host and accepts packets from any source;
+///   this chain admits only VTEPs of members. Packets that are forwarded to another host are not affected. Unencrypted
+///   packets to and from encrypted networks are dropped: see [`encrypted_in`].
+/// * `prerouting`, `output`: packets of the tunnel itself and packets within one network need no connection tracking,
+///   which the address translation below would enable for them too; it costs a seventh of the throughput. Packets to
+///   or from a gateway are tracked, because the host's own rules may match them. So are packets that were diverted to
+///   the host, which have the gateway's MAC address, and routed packets: an endpoint may answer a packet whose address
+///   was translated.
+/// * `output`, `forward`: packets to an encrypted network do not leave unencrypted if a route is missing.
+/// * `forward`: networks cannot reach each other, and an internal network reaches nothing else.
+/// * `input`: an internal network does not reach the host.
+/// * `postrouting`: packets that leave the cluster are masqueraded. Packets to another endpoint of this host, at a
+///   published port, keep their source address.
 pub fn render(
     networks: &[&Network],
     vteps: &BTreeSet<IpAddr>,
     vxlan_port: u16,
-    tunnel: Option<Tunnel>,
+    tunnel: Option<FilterTunnel>,
     masquerade: bool,
 ) -> String {
     let mut text = String::new();
     // Adding before deleting makes the deletion succeed where there is no table yet.
     let _ =
         writeln!(text, "table inet {BASE_TABLE}\ndelete table inet {BASE_TABLE}\ntable inet {BASE_TABLE} {{");
-    // What has no work is left out: each chain that a packet passes costs a twentieth of the throughput.
-    let sealed = tunnel.is_some() || networks.iter().any(|network| network.encrypted);
-    if sealed || networks.iter().any(|network| has_vxlan(network) || network.mode == Mode::L2) {
-        raw(&mut text, networks, vteps, vxlan_port, sealed.then_some(tunnel));
+    // Unneeded chains are left out: each chain that a packet passes costs a twentieth of the throughput.
+    let encryption = tunnel.is_some() || networks.iter().any(|network| network.encrypted);
+    if encryption || networks.iter().any(|network| has_vxlan(network) || network.mode == Mode::L2) {
+        raw(&mut text, networks, vteps, vxlan_port, encryption.then_some(tunnel));
     }
     if networks.len() > 1 || networks.iter().any(|network| network.internal || network.encrypted) {
         forward(&mut text, networks, masquerade);
@@ -89,32 +95,33 @@ fn has_vxlan(network: &Network) -> bool {
         && (network.mode == Mode::L2 || network.backend != Backend::Direct)
 }
 
-/// Whether what leaves the network gets the host's address. Nobody else knows the addresses of a bridge network.
+/// Whether packets that leave the network are masqueraded. Always for a bridge network: other hosts have no route to its
+/// addresses.
 fn is_translated(network: &Network, masquerade: bool) -> bool {
     !network.internal && (masquerade || network.driver == Driver::Bridge)
 }
 
-/// Whose packets are taken, and what is not tracked. `sealed`: there are encrypted networks, and maybe an end of
-/// the tunnel here.
+/// Writes the chains that admit tunnel and VXLAN packets and exempt packets from connection tracking. `encryption` is set
+/// if there are encrypted networks; its inner value is the local tunnel interface, if any.
 fn raw(
     text: &mut String,
     networks: &[&Network],
     vteps: &BTreeSet<IpAddr>,
     vxlan_port: u16,
-    sealed: Option<Option<Tunnel>>,
+    encryption: Option<Option<FilterTunnel>>,
 ) {
-    let plain = networks.iter().any(|network| has_vxlan(network));
-    if plain {
+    let has_unencrypted_vxlan = networks.iter().any(|network| has_vxlan(network));
+    if has_unencrypted_vxlan {
         set(text, "vteps4", "ipv4_addr", vteps.iter().filter(|vtep| vtep.is_ipv4()));
         set(text, "vteps6", "ipv6_addr", vteps.iter().filter(|vtep| vtep.is_ipv6()));
     }
-    // One chain for all of it.
+    // One chain for both purposes: each chain costs throughput.
     let _ =
         writeln!(text, "\tchain prerouting {{\n\t\ttype filter hook prerouting priority raw; policy accept;");
-    if let Some(tunnel) = sealed {
-        sealed_in(text, networks, tunnel);
+    if let Some(tunnel) = encryption {
+        encrypted_in(text, networks, tunnel);
     }
-    if plain {
+    if has_unencrypted_vxlan {
         let _ = writeln!(
             text,
             "\t\tudp dport {vxlan_port} ip saddr @vteps4 notrack accept\n\
@@ -134,30 +141,29 @@ fn raw(
     }
     let _ =
         writeln!(text, "\t}}\n\tchain output {{\n\t\ttype filter hook output priority raw; policy accept;");
-    if let Some(tunnel) = sealed {
-        sealed_out(text, networks, tunnel);
+    if let Some(tunnel) = encryption {
+        encrypted_out(text, networks, tunnel);
     }
-    if plain {
+    if has_unencrypted_vxlan {
         let _ = writeln!(text, "\t\tudp dport {vxlan_port} notrack");
     }
     let _ = writeln!(text, "\t}}");
 }
 
-/// What of encrypted networks is taken:
+/// Writes the rules for packets of encrypted networks that arrive. They accept only:
 ///
-/// * VXLAN from the tunnel alone. The port is another one than outside, so a plain packet meets none of the
-///   encrypted networks, whatever its identifier;
-/// * nothing else for the hosts' addresses in the tunnel than echo and errors, and that from the tunnel; so no
-///   workload gets its packets into the tunnel under this host's name;
-/// * from the tunnel, packets within one encrypted routed network. WireGuard has checked that the source is
-///   the sender's;
-/// * from elsewhere, nothing whose source is an endpoint's unless it comes in where that endpoint is; and
-///   nothing in plain to an endpoint. Answers to what was translated are for the host's address here.
+/// * VXLAN from the tunnel. Its port differs from the VXLAN port on the underlay, so an unencrypted packet never
+///   reaches an encrypted network, whatever its VNI;
+/// * ICMPv6 from the tunnel to the hosts' addresses in it, and nothing else to these addresses. So no workload can
+///   send packets into the tunnel with the host's source address;
+/// * from the tunnel, packets within one encrypted routed network. WireGuard has checked the source address;
+/// * from other devices, a source address of an endpoint only by the device of that endpoint, and nothing unencrypted
+///   to an endpoint. Answers to translated packets are not affected: here their destination is the host's address.
 ///
-/// ICMPv6 by its number: a minimal system has no /etc/protocols that nft could look into.
-fn sealed_in(text: &mut String, networks: &[&Network], tunnel: Option<Tunnel>) {
+/// ICMPv6 is matched by its number: a minimal system has no /etc/protocols for nft to read.
+fn encrypted_in(text: &mut String, networks: &[&Network], tunnel: Option<FilterTunnel>) {
     let port = SEALED_VXLAN_PORT;
-    if let Some(Tunnel { port: outer, prefix, .. }) = tunnel {
+    if let Some(FilterTunnel { port: outer, prefix, .. }) = tunnel {
         let _ = writeln!(
             text,
             "\t\tudp dport {outer} fib daddr type local notrack\n\
@@ -172,7 +178,7 @@ fn sealed_in(text: &mut String, networks: &[&Network], tunnel: Option<Tunnel>) {
             writeln!(text, "\t\tiifname \"ovt-*\" {family} saddr {prefix} {family} daddr {prefix} accept");
     }
     let _ = writeln!(text, "\t\tiifname \"ovt-*\" counter drop");
-    if let Some(Tunnel { prefix, .. }) = tunnel {
+    if let Some(FilterTunnel { prefix, .. }) = tunnel {
         for side in ["saddr", "daddr"] {
             let _ = writeln!(text, "\t\tip6 {side} {prefix} iifname != \"lo\" counter drop");
         }
@@ -188,16 +194,17 @@ fn sealed_in(text: &mut String, networks: &[&Network], tunnel: Option<Tunnel>) {
             let (family, prefix) = (family(subnet.prefix), subnet.prefix);
             let _ = writeln!(
                 text,
-                "\t\t{family} daddr {prefix} {IN_PLAIN} counter drop\n\
+                "\t\t{family} daddr {prefix} {FROM_UNDERLAY} counter drop\n\
                  \t\t{family} saddr {prefix} {elsewhere} counter drop"
             );
         }
     }
 }
 
-/// Nothing for a host in the tunnel, or for an endpoint of an encrypted network, leaves by another device.
-fn sealed_out(text: &mut String, networks: &[&Network], tunnel: Option<Tunnel>) {
-    if let Some(Tunnel { port, prefix, kernel }) = tunnel {
+/// Writes the rules that drop local packets to an address in the tunnel, or to an endpoint of an encrypted network, whose
+/// output interface is another device.
+fn encrypted_out(text: &mut String, networks: &[&Network], tunnel: Option<FilterTunnel>) {
+    if let Some(FilterTunnel { port, prefix, kernel }) = tunnel {
         let vxlan = if kernel { "notrack" } else { "counter drop" };
         let _ = writeln!(
             text,
@@ -208,7 +215,7 @@ fn sealed_out(text: &mut String, networks: &[&Network], tunnel: Option<Tunnel>) 
     }
     for subnet in encrypted(networks).flat_map(|network| &network.subnets) {
         let (family, prefix) = (family(subnet.prefix), subnet.prefix);
-        let _ = writeln!(text, "\t\t{family} daddr {prefix} {TO_PLAIN} counter drop");
+        let _ = writeln!(text, "\t\t{family} daddr {prefix} {TO_UNDERLAY} counter drop");
     }
 }
 
@@ -224,8 +231,8 @@ fn routed<'a>(networks: &'a [&'a Network]) -> impl Iterator<Item = &'a Network> 
     networks.iter().copied().filter(|network| network.mode == Mode::L3)
 }
 
-/// A switched network is behind its bridge. An endpoint of a routed one has a device of its own, so
-/// there addresses tell where a packet belongs.
+/// Writes the chain that isolates networks from each other. Rules for a switched network match its bridge; rules for a
+/// routed network match addresses, because each of its endpoints has its own device.
 fn forward(text: &mut String, networks: &[&Network], masquerade: bool) {
     let _ = writeln!(
         text,
@@ -233,15 +240,15 @@ fn forward(text: &mut String, networks: &[&Network], masquerade: bool) {
     );
     for subnet in encrypted(networks).flat_map(|network| &network.subnets) {
         let (family, prefix) = (family(subnet.prefix), subnet.prefix);
-        let _ = writeln!(text, "\t\t{family} daddr {prefix} {TO_PLAIN} counter drop");
-        // What is not translated would have an endpoint's address, and its answers would be dropped.
-        // So may be an answer to what was sent to a published port.
+        let _ = writeln!(text, "\t\t{family} daddr {prefix} {TO_UNDERLAY} counter drop");
+        // A packet that is not masqueraded keeps an endpoint's address, so its answers would be dropped. Packets that
+        // answer a connection to a published port are accepted: connection tracking restores the host's address.
         let untranslated = if masquerade {
             "ct state invalid counter drop".to_owned()
         } else {
             format!("ct status ! dnat {REJECT}")
         };
-        let _ = writeln!(text, "\t\t{family} saddr {prefix} {TO_PLAIN} {untranslated}");
+        let _ = writeln!(text, "\t\t{family} saddr {prefix} {TO_UNDERLAY} {untranslated}");
     }
     let internal: Vec<&Network> = networks.iter().copied().filter(|network| network.internal).collect();
     for bridge in switched(&internal).map(|network| Device::bridge(network.id)) {
@@ -255,8 +262,8 @@ fn forward(text: &mut String, networks: &[&Network], masquerade: bool) {
     }
     let open: Vec<&Network> = networks.iter().copied().filter(|network| !network.internal).collect();
     if open.len() > 1 {
-        // It was sent to an address that the other network's endpoints do not have: one of this host's, at which a
-        // port is published, or a service's. Whoever translated it has decided.
+        // The packet was sent to a published port of this host or to a Service, not to an endpoint of the other network.
+        // The tables that translated it have decided about it.
         let _ = writeln!(text, "\t\tct status dnat accept");
     }
     for bridge in switched(&open).map(|network| Device::bridge(network.id)) {
@@ -279,8 +286,8 @@ fn forward(text: &mut String, networks: &[&Network], masquerade: bool) {
     let _ = writeln!(text, "\t}}");
 }
 
-/// Who is on an internal network reaches nothing of a host either, but its resolver: the host has a way back to it. On a
-/// routed network the host itself may begin, and is answered.
+/// Writes the chain that keeps endpoints of an internal network from the host, except from its resolver. Without it the
+/// host would answer, since it has a route to them. On a routed network, connections that the host opens are answered.
 fn input(text: &mut String, networks: &[&Network]) {
     let _ =
         writeln!(text, "\tchain input {{\n\t\ttype filter hook input priority filter - 10; policy accept;");
@@ -297,7 +304,7 @@ fn input(text: &mut String, networks: &[&Network]) {
     }
     for subnet in routed(networks).filter(|network| network.internal).flat_map(|network| &network.subnets) {
         let (family, prefix) = (family(subnet.prefix), subnet.prefix);
-        // What is for the resolver is not tracked, nor is neighbour discovery.
+        // Queries to the resolver and neighbour discovery are untracked, so this rule does not match them.
         let _ = writeln!(
             text,
             "\t\t{family} saddr {prefix} iifname != \"lo\" ct state {{ invalid, new }} counter drop"
@@ -306,6 +313,7 @@ fn input(text: &mut String, networks: &[&Network]) {
     let _ = writeln!(text, "\t}}");
 }
 
+/// Writes the chain that masquerades packets that leave the cluster.
 fn postrouting(text: &mut String, networks: &[&Network]) {
     let _ = writeln!(
         text,
@@ -316,12 +324,12 @@ fn postrouting(text: &mut String, networks: &[&Network]) {
             let (family, prefix) = (family(subnet.prefix), subnet.prefix);
             let _ = match network.mode {
                 Mode::L2 => {
-                    writeln!(text, "\t\t{family} saddr {prefix} {TO_OTHERS} masquerade")
+                    writeln!(text, "\t\t{family} saddr {prefix} {TO_OTHER_HOSTS} masquerade")
                 }
                 Mode::L3 => {
                     writeln!(
                         text,
-                        "\t\t{family} saddr {prefix} {family} daddr != {prefix} {TO_OTHERS} masquerade"
+                        "\t\t{family} saddr {prefix} {family} daddr != {prefix} {TO_OTHER_HOSTS} masquerade"
                     )
                 }
             };
@@ -330,6 +338,7 @@ fn postrouting(text: &mut String, networks: &[&Network]) {
     let _ = writeln!(text, "\t}}");
 }
 
+/// Returns the family's name in nft.
 fn family(prefix: IpNet) -> &'static str {
     match prefix {
         IpNet::V4(_) => "ip",
@@ -337,6 +346,7 @@ fn family(prefix: IpNet) -> &'static str {
     }
 }
 
+/// Writes a set with its elements.
 fn set<'a>(text: &mut String, name: &str, kind: &str, elements: impl Iterator<Item = &'a IpAddr>) {
     let elements: Vec<String> = elements.map(IpAddr::to_string).collect();
     let _ = writeln!(text, "\tset {name} {{\n\t\ttype {kind}");

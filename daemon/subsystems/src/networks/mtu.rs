@@ -1,4 +1,7 @@
 //! The MTU of a network on this host.
+//!
+//! It follows from the link MTU, the encapsulation and, for a switched network, the path MTUs between its hosts. The
+//! module owns no state. Begin to read at [`network_mtu`].
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -9,10 +12,10 @@ use ovl_proto::object::{Backend, Driver, Mode, Network};
 
 use crate::mtu::{MIN_MTU, vxlan_overhead, wireguard_overhead};
 
-/// The MTU of a network's endpoints on this host, in bytes.
+/// Returns the MTU of a network's endpoints on this host, in bytes, at least [`MIN_MTU`].
 pub fn network_mtu(view: &View, network: &Network) -> u16 {
     match (network.driver, network.mode) {
-        // Nothing is put around its packets.
+        // A bridge network has no encapsulation.
         (Driver::Bridge, _) => {
             let link = view.own().map_or(MIN_MTU, |own| own.record.link_mtu);
             link.min(network.mtu.unwrap_or(u16::MAX)).max(MIN_MTU)
@@ -22,8 +25,8 @@ pub fn network_mtu(view: &View, network: &Network) -> u16 {
     }
 }
 
-/// What every pair of a network's hosts can carry, so that it is the same on all of them; less if
-/// the user asked for less.
+/// Returns the MTU that every path between two hosts of the network can carry, so that all hosts choose the same. A
+/// smaller MTU that the user asked for wins.
 fn switched_mtu(view: &View, network: &Network) -> u16 {
     let mut hosts: BTreeMap<NodeId, &Node> =
         view.hosts_on(network.id).map(|node| (node.record.id, node)).collect();
@@ -46,14 +49,14 @@ fn switched_mtu(view: &View, network: &Network) -> u16 {
     carried.min(network.mtu.unwrap_or(u16::MAX)).max(MIN_MTU)
 }
 
-/// What is put around the packets of a switched network: VXLAN, which is inside the tunnel's IPv6 if the
-/// network is encrypted.
+/// Returns the overhead of a switched network, in bytes: VXLAN, which is inside the tunnel's IPv6 if the network is
+/// encrypted.
 fn switched_overhead(network: &Network, vtep: IpAddr) -> u16 {
     if network.encrypted { 14 + 8 + 8 + 40 + wireguard_overhead(vtep) } else { vxlan_overhead(vtep) }
 }
 
-/// The MTU of the endpoints of this host: what its own link carries. Where the way to a host
-/// carries less, the route says so, and senders are told by this host's kernel.
+/// Returns the MTU of the local endpoints of a routed network: the link MTU without overhead. If the path to a host
+/// carries less, its route has a smaller MTU, and the local kernel tells senders by ICMP.
 pub(crate) fn endpoint_mtu(network: &Network, own: &Node) -> u16 {
     let around = match network.backend {
         _ if network.encrypted => wireguard_overhead(own.record.vtep),

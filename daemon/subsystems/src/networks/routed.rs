@@ -1,10 +1,9 @@
-//! Routed networks: each host answers for the addresses of its blocks, and the others need one
-//! route for each of these, whatever the number of endpoints.
+//! The data plane of a routed network on this host.
 //!
-//! Endpoints hang on pairs of interfaces of their own, each with a route for its address; there is
-//! no bridging. The first host address of a block is the gateway of the endpoints in it. All
-//! gateways of a host are addresses of the network's bridge, which has no ports: it is there to
-//! carry them.
+//! Each host holds blocks of the subnet; every other host has one route for each block, whatever the number of
+//! endpoints. Each endpoint has a veth pair and a route for its address; nothing is bridged. The first host address of a
+//! block is the gateway of the endpoints in it; all gateways of a host are addresses of the network's bridge, which has
+//! no ports. The module owns no state. Begin to read at [`part`].
 
 use std::collections::BTreeMap;
 
@@ -23,81 +22,83 @@ use crate::local::Local;
 use crate::mtu::{MIN_MTU, path_mtu, vxlan_overhead};
 use crate::publish;
 
-/// How packets get to another host.
+/// The path of packets to a remote host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Way {
-    /// Through this end of the tunnel, as they are.
-    Sealed(Device),
+enum PeerPath {
+    /// Through this tunnel interface, without VXLAN.
+    Tunnel(Device),
+    /// Through the network's VXLAN device.
     Vxlan,
-    /// Over the segment.
+    /// By a route whose gateway is the remote host, which is on-link.
     Direct,
-    /// By routers that know where: nothing of ours stands in their way.
+    /// By routers of the underlay that know the block: ovld adds no route.
     Routers,
 }
 
-fn way(network: &Network, local: &Local, own: &Node, peer: &Node, block: IpNet) -> Option<Way> {
+fn path_to(network: &Network, local: &Local, own: &Node, peer: &Node, block: IpNet) -> Option<PeerPath> {
     let (here, there) = (own.record.vtep, peer.record.vtep);
     // A VXLAN device sends to one address family only; `status` names such a host.
     if here.is_ipv4() != there.is_ipv4() {
         return None;
     }
-    // A next hop is of the family of what it leads to.
+    // The gateway of a route must be of the same address family as its destination.
     let is_near = local.segment.is_some_and(|segment| segment.contains(&there))
         && block.addr().is_ipv4() == there.is_ipv4();
     Some(match network.backend {
-        Backend::Vxlan => Way::Vxlan,
-        Backend::Auto if is_near => Way::Direct,
-        Backend::Auto => Way::Vxlan,
-        Backend::Direct if is_near => Way::Direct,
-        Backend::Direct => Way::Routers,
+        Backend::Vxlan => PeerPath::Vxlan,
+        Backend::Auto if is_near => PeerPath::Direct,
+        Backend::Auto => PeerPath::Vxlan,
+        Backend::Direct if is_near => PeerPath::Direct,
+        Backend::Direct => PeerPath::Routers,
     })
 }
 
-/// What the network needs on this host.
-pub(super) fn part(kernel: &mut Dataplane, view: &View, local: &Local, network: &Network, own: &Node) {
+/// Adds the data plane of a routed network on this host.
+pub(super) fn part(dataplane: &mut Dataplane, view: &View, local: &Local, network: &Network, own: &Node) {
     let mtu = endpoint_mtu(network, own);
     let bridge = Device::bridge(network.id);
-    devices(kernel, network, own, mtu);
+    devices(dataplane, network, own, mtu);
     for gateway in view.gateways(network.id, view.me) {
-        kernel.addresses.insert((bridge, IpNet::from(gateway)));
+        dataplane.addresses.insert((bridge, IpNet::from(gateway)));
     }
-    // What nobody answers for: not by a default route. Where routers know more than we do, only
-    // what we should answer for ourselves.
+    // Packets to free addresses must not follow a default route. With underlay routers, only the local blocks are
+    // unreachable by default: the routers may know the rest of the subnet.
     for block in view.blocks_of(network.id, view.me) {
-        kernel.routes.insert(block, Hop::UNREACHABLE);
+        dataplane.routes.insert(block, Hop::UNREACHABLE);
     }
     if network.encrypted || network.backend != Backend::Direct {
         for subnet in &network.subnets {
-            kernel.routes.insert(subnet.prefix, Hop::UNREACHABLE);
+            dataplane.routes.insert(subnet.prefix, Hop::UNREACHABLE);
         }
     }
-    let sealed = if network.encrypted { tunnel::ways(view, &local.ends) } else { BTreeMap::new() };
+    let tunnel_routes =
+        if network.encrypted { tunnel::peer_routes(view, &local.key_epochs) } else { BTreeMap::new() };
     let there = view.nodes.iter().filter(|(id, node)| **id != view.me && view.counts(node));
     let peers: BTreeMap<NodeId, &Node> = there.map(|(id, node)| (*id, node)).collect();
     for (block, holder) in view.blocks(network.id) {
         let Some(peer) = peers.get(&holder) else { continue };
-        let way = match network.encrypted {
-            true => sealed.get(&holder).and_then(|sealed| sealed.by).map(Way::Sealed),
-            false => way(network, local, own, peer, block),
+        let path = match network.encrypted {
+            true => tunnel_routes.get(&holder).and_then(|route| route.output).map(PeerPath::Tunnel),
+            false => path_to(network, local, own, peer, block),
         };
-        if let Some(way) = way {
-            to_peer(kernel, view, network, own, peer, block, way, mtu);
+        if let Some(path) = path {
+            to_peer(dataplane, view, network, own, peer, block, path, mtu);
         }
     }
     for endpoint in own.table.endpoints_on(network.id) {
-        own_endpoint(kernel, view, local, network, endpoint, mtu);
+        own_endpoint(dataplane, view, local, network, endpoint, mtu);
         if !local.isolated.contains_key(&endpoint.id) {
-            publish::elements(kernel, network, endpoint);
+            publish::elements(dataplane, network, endpoint);
         }
     }
 }
 
-/// The network's bridge, and its VXLAN device if it has one.
-pub(super) fn devices(kernel: &mut Dataplane, network: &Network, own: &Node, mtu: u16) {
+/// Adds the network's bridge, and its VXLAN device if it has one.
+pub(super) fn devices(dataplane: &mut Dataplane, network: &Network, own: &Node, mtu: u16) {
     let mac = Mac::of_gateway(network.id);
-    kernel.links.insert(Device::bridge(network.id), Link::Bridge { mac, mtu, up: true, tuned: true });
+    dataplane.links.insert(Device::bridge(network.id), Link::Bridge { mac, mtu, up: true, tuned: true });
     if !network.encrypted && network.backend != Backend::Direct {
-        kernel.links.insert(Device::vxlan(network.id), vxlan(network, own));
+        dataplane.links.insert(Device::vxlan(network.id), vxlan(network, own));
     }
 }
 
@@ -118,38 +119,38 @@ fn vxlan(network: &Network, own: &Node) -> Link {
 
 #[expect(clippy::too_many_arguments, reason = "they are what a route is made of")]
 fn to_peer(
-    kernel: &mut Dataplane,
+    dataplane: &mut Dataplane,
     view: &View,
     network: &Network,
     own: &Node,
     peer: &Node,
     block: IpNet,
-    way: Way,
+    path: PeerPath,
     mtu: u16,
 ) {
     let id = peer.record.id;
     let source = view.first_gateway(network.id, view.me, block.addr());
     let outer = path_mtu(own, peer);
     let narrower = |carried: u16| Some(carried.max(MIN_MTU)).filter(|carried| *carried < mtu);
-    match way {
-        Way::Routers => {}
-        Way::Sealed(device) => {
-            // The endpoints' MTU is what the own link carries in the tunnel, unless the user asked for less.
+    match path {
+        PeerPath::Routers => {}
+        PeerPath::Tunnel(device) => {
+            // The endpoints' MTU is what the local link carries in the tunnel, unless the user asked for less.
             let mtu = tunnel::path_mtu(own, peer, mtu);
-            kernel.routes.insert(block, Hop { device: Some(device), gateway: None, source, mtu });
+            dataplane.routes.insert(block, Hop { device: Some(device), gateway: None, source, mtu });
         }
-        Way::Direct => {
+        PeerPath::Direct => {
             let gateway = Some(peer.record.vtep);
-            kernel.routes.insert(block, Hop { device: None, gateway, source, mtu: narrower(outer) });
+            dataplane.routes.insert(block, Hop { device: None, gateway, source, mtu: narrower(outer) });
         }
-        Way::Vxlan => {
+        PeerPath::Vxlan => {
             let Some(gateway) = view.first_gateway(network.id, id, block.addr()) else { return };
             let (device, mac) = (Device::vxlan(network.id), addresses::mac_of_host(network.id, id));
             let remote = Remote { vtep: peer.record.vtep, port: peer.record.vxlan_port };
-            kernel.remotes.insert((device, mac), remote);
-            kernel.neighbours.insert((device, gateway), mac);
+            dataplane.remotes.insert((device, mac), remote);
+            dataplane.neighbours.insert((device, gateway), mac);
             let mtu = narrower(outer.saturating_sub(vxlan_overhead(own.record.vtep)));
-            kernel.routes.insert(block, Hop { device: Some(device), gateway: Some(gateway), source, mtu });
+            dataplane.routes.insert(block, Hop { device: Some(device), gateway: Some(gateway), source, mtu });
         }
     }
 }

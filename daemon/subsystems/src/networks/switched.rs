@@ -1,4 +1,7 @@
-//! Switched networks: one broadcast domain over all hosts, a bridge and a VXLAN device on each.
+//! The data plane of a switched network on this host: one broadcast domain over all hosts.
+//!
+//! Each host has a bridge and a VXLAN device, and FDB entries and neighbours for the endpoints of all hosts. The module
+//! owns no state. Begin to read at [`part`].
 
 use std::collections::BTreeMap;
 
@@ -13,77 +16,79 @@ use ovl_proto::record::Tunnel;
 
 use super::mtu::network_mtu;
 use crate::encryption::tunnel;
-use crate::endpoints::switched::{self, Claim, Ways, rank};
+use crate::endpoints::switched::{self, FrameRoutes, MacClaim, rank};
 use crate::local::Local;
 use crate::publish;
 
-pub(super) fn part(kernel: &mut Dataplane, view: &View, local: &Local, network: &Network, own: &Node) {
+/// Adds the data plane of a switched network on this host.
+pub(super) fn part(dataplane: &mut Dataplane, view: &View, local: &Local, network: &Network, own: &Node) {
     let id = network.id;
     let mtu = network_mtu(view, network);
-    let ways = Ways::of(view, network);
-    devices(kernel, view, network, own, mtu);
+    let routes = FrameRoutes::of(view, network);
+    devices(dataplane, view, network, own, mtu);
     let placed: Vec<Placed<'_>> = view.endpoints(id).collect();
     let mut best = BTreeMap::new();
     for rank in placed.iter().map(|placed| (placed.endpoint.mac, rank(network, placed))) {
         best.entry(rank.0).and_modify(|best| *best = rank.1.min(*best)).or_insert(rank.1);
     }
     let wins = |placed: &Placed<'_>| best.get(&placed.endpoint.mac) == Some(&rank(network, placed));
-    for claim in placed.iter().filter_map(|placed| Claim::of(view, local, network, &ways, *placed, wins)) {
-        claim.mac(kernel);
-        kernel.floods.extend(claim.remote.map(|remote| (Device::vxlan(id), remote)));
+    for claim in placed.iter().filter_map(|placed| MacClaim::of(view, local, network, &routes, *placed, wins))
+    {
+        claim.mac(dataplane);
+        dataplane.floods.extend(claim.remote.map(|remote| (Device::vxlan(id), remote)));
         for address in &claim.endpoint.addresses {
-            kernel.neighbours.insert((Device::bridge(id), address.addr()), claim.endpoint.mac);
+            dataplane.neighbours.insert((Device::bridge(id), address.addr()), claim.endpoint.mac);
         }
     }
     if network.internal && (routes_for_policies(view, network) || local.resolved.contains(&id)) {
-        // Without a gateway's address there is no other.
+        // An internal network has no gateway address, and so no connected route.
         let hop = Hop { device: Some(Device::bridge(id)), ..Hop::UNREACHABLE };
-        kernel.routes.extend(network.subnets.iter().map(|subnet| (subnet.prefix, hop)));
+        dataplane.routes.extend(network.subnets.iter().map(|subnet| (subnet.prefix, hop)));
     }
-    // The host's ends: all that the table names, isolated or not, so that none is swept away.
+    // Host interfaces of all endpoints in the table, also of isolated ones, so that none is deleted.
     for endpoint in own.table.endpoints_on(id) {
-        switched::own_endpoint(kernel, local, network, endpoint, mtu);
+        switched::own_endpoint(dataplane, local, network, endpoint, mtu);
         if !local.isolated.contains_key(&endpoint.id) {
-            publish::elements(kernel, network, endpoint);
+            publish::elements(dataplane, network, endpoint);
         }
     }
 }
 
-/// Whether the host's IP stack takes frames of a network, and gives them back to it, for network policies.
+/// Whether the host routes frames within a switched network, so that network policies apply to them.
 pub(super) fn routes_for_policies(view: &View, network: &Network) -> bool {
     network.mode == Mode::L2 && !view.resources.policies().is_empty()
 }
 
-/// The network's bridge with its addresses, and its VXLAN device, if it has other hosts. An encrypted network has one in the tunnel
-/// alone: without a tunnel, none.
-pub(super) fn devices(kernel: &mut Dataplane, view: &View, network: &Network, own: &Node, mtu: u16) {
+/// Adds the network's bridge with its addresses and, unless it is a bridge network, its VXLAN device. An encrypted
+/// network sends VXLAN only through the tunnel: without a tunnel it has no such device.
+pub(super) fn devices(dataplane: &mut Dataplane, view: &View, network: &Network, own: &Node, mtu: u16) {
     let (bridge, vxlan) = (Device::bridge(network.id), Device::vxlan(network.id));
-    kernel
+    dataplane
         .links
         .insert(bridge, Link::Bridge { mac: Mac::of_gateway(network.id), mtu, up: true, tuned: true });
     let (vni, master, mac) = (network.vni, Some(bridge), Mac::of_vxlan(network.id));
     let (up, tuned) = (true, true);
-    let plain = || {
+    let on_underlay = || {
         let (local, port) = (own.record.vtep, own.record.vxlan_port);
         Link::Vxlan { vni, local, port, mtu, master, mac, up, tuned, sealed: false }
     };
-    let sealed = |end: Tunnel| {
+    let in_tunnel = |own: Tunnel| {
         let (local, port) = (tunnel::address(view.alloc.cluster, view.me).into(), SEALED_VXLAN_PORT);
-        match end.kernel {
+        match own.kernel {
             true => Link::Vxlan { vni, local, port, mtu, master, mac, up, tuned, sealed: true },
             false => Link::Tap { vni, mtu, master, up, tuned },
         }
     };
     let link = match network.driver {
         Driver::Bridge => None,
-        Driver::Overlay if network.encrypted => tunnel::own(view).map(|(_, end)| sealed(end)),
-        Driver::Overlay => Some(plain()),
+        Driver::Overlay if network.encrypted => tunnel::own(view).map(|(_, own)| in_tunnel(own)),
+        Driver::Overlay => Some(on_underlay()),
     };
-    kernel.links.extend(link.map(|link| (vxlan, link)));
+    dataplane.links.extend(link.map(|link| (vxlan, link)));
     if !network.internal {
         for subnet in &network.subnets {
             if let Ok(address) = IpNet::new(subnet.gateway, subnet.prefix.prefix_len()) {
-                kernel.addresses.insert((bridge, address));
+                dataplane.addresses.insert((bridge, address));
             }
         }
     }

@@ -1,9 +1,9 @@
-//! What the change of single endpoints means for the kernel, at the cost of these alone.
+//! Plans the change of single endpoints of a network without a comparison of the whole network.
 //!
-//! [`plan`] gives what [`super::desired::network_part`] and [`ovl_dataplane::diff::diff`] give for the whole
-//! network, as long as the network's devices stay as they are. It looks at the entries that can
-//! have changed, and at the endpoints that have a say in them: those with the same MAC address or
-//! an address in common.
+//! [`plan`] returns what [`super::desired::network_part`] and [`ovl_dataplane::diff::diff`] return for the whole
+//! network, as long as the network's devices are unchanged; a property test proves it. It looks only at the entries that
+//! can have changed, and at the endpoints that influence them: those with the same MAC address or a common address. The
+//! module owns no state: its caller keeps [`TouchedEndpoints`] and the data plane that was last sent.
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -16,7 +16,7 @@ use ovl_proto::table::Endpoint;
 use super::mtu::network_mtu;
 use super::{routed, switched as devices_of};
 use crate::endpoints;
-use crate::endpoints::switched::{Claim, Ways, own_endpoint, rank};
+use crate::endpoints::switched::{FrameRoutes, MacClaim, own_endpoint, rank};
 use crate::local::Local;
 use crate::publish;
 use ovl_cluster::view::{Node, Placed, View};
@@ -26,19 +26,19 @@ use ovl_dataplane::nft::{Key, Set};
 use ovl_dataplane::op::Op;
 use ovl_dataplane::state::{Dataplane, Remote};
 
-/// Endpoints of one network that came, went or changed, by what they have or had.
+/// Endpoints of one network that were added, removed or changed, by their old and new properties.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Touched {
+pub struct TouchedEndpoints {
     own: BTreeSet<EndpointId>,
     hosts: BTreeSet<NodeId>,
     macs: BTreeSet<Mac>,
     addresses: BTreeSet<IpAddr>,
-    /// Elements of the ports that are published for own ones.
+    /// Elements of the published ports of local endpoints.
     ports: BTreeSet<(&'static Set, Key)>,
 }
 
-impl Touched {
-    /// Takes note of an endpoint as it was or as it is.
+impl TouchedEndpoints {
+    /// Records the old or the new value of an endpoint.
     pub fn note(&mut self, me: NodeId, host: NodeId, endpoint: &Endpoint) {
         if host == me {
             self.own.insert(endpoint.id);
@@ -49,7 +49,7 @@ impl Touched {
         self.addresses.extend(endpoint.addresses.iter().map(|net| net.addr()));
     }
 
-    /// Takes in another's.
+    /// Adds the endpoints of another set.
     pub fn merge(&mut self, other: Self) {
         let Self { own, hosts, macs, addresses, ports } = other;
         self.own.extend(own);
@@ -60,13 +60,13 @@ impl Touched {
     }
 }
 
-/// The operations that bring `applied`, what was last sent for the network, up to date, and does the
-/// same to `applied`. Nothing if the network must be looked at as a whole.
+/// Returns the operations that bring the network up to date, and applies them to `applied`, the data plane that was last
+/// sent for it. `None` if the network must be compared as a whole.
 pub fn plan(
     view: &View,
     local: &Local,
     id: NetworkId,
-    mut touched: Touched,
+    mut touched: TouchedEndpoints,
     applied: &mut Dataplane,
     prune: bool,
 ) -> Option<Vec<Op>> {
@@ -101,14 +101,14 @@ pub fn plan(
     Some(ops)
 }
 
-/// On a routed network, what hangs on the devices of this host's endpoints; others' concern nobody
-/// but their hosts.
+/// Returns the sent and the desired data plane of the touched endpoints of a routed network. Only local endpoints count:
+/// remote ones are covered by the route of their block.
 fn on_devices(
     view: &View,
     local: &Local,
     network: &Network,
     own: &Node,
-    touched: &Touched,
+    touched: &TouchedEndpoints,
     applied: &Dataplane,
     mtu: u16,
 ) -> (Dataplane, Dataplane) {
@@ -131,33 +131,34 @@ fn on_devices(
     (was, is)
 }
 
-/// What is there of the touched endpoints of a switched network, and what should be.
+/// Returns the sent and the desired data plane of the touched endpoints of a switched network.
 fn switched(
     view: &View,
     local: &Local,
     network: &Network,
     own: &Node,
-    touched: Touched,
+    touched: TouchedEndpoints,
     applied: &Dataplane,
     mtu: u16,
 ) -> (Dataplane, Dataplane) {
     let id = network.id;
     let (bridge, vxlan) = (Device::bridge(id), Device::vxlan(id));
-    let Touched { own: ids, mut hosts, macs, mut addresses, ports: _ } = touched;
-    // Whoever shares a MAC address may have won or lost it, and all its entries with it.
+    let TouchedEndpoints { own: ids, mut hosts, macs, mut addresses, ports: _ } = touched;
+    // An endpoint with the same MAC address may have won or lost it, and with it all of its entries.
     for placed in macs.iter().flat_map(|mac| view.all_with_mac(id, *mac)) {
         hosts.insert(placed.node.record.id);
         addresses.extend(placed.endpoint.addresses.iter().map(|net| net.addr()));
     }
-    let ways = Ways::of(view, network);
-    let remotes: BTreeSet<Remote> = hosts.iter().filter_map(|host| ways.to(view.nodes.get(host)?)).collect();
+    let routes = FrameRoutes::of(view, network);
+    let remotes: BTreeSet<Remote> =
+        hosts.iter().filter_map(|host| routes.to(view.nodes.get(host)?)).collect();
 
     let mut is = Dataplane::default();
     let wins = |placed: &Placed<'_>| {
         let others = view.all_with_mac(id, placed.endpoint.mac).filter(|other| view.is_counted(other));
         others.map(|other| rank(network, &other)).min() == Some(rank(network, placed))
     };
-    let claim = |placed| Claim::of(view, local, network, &ways, placed, wins);
+    let claim = |placed| MacClaim::of(view, local, network, &routes, placed, wins);
     for mac in &macs {
         let placed = view.all_with_mac(id, *mac).filter(|placed| view.is_counted(placed));
         for claim in placed.filter_map(claim) {
@@ -170,7 +171,7 @@ fn switched(
             is.neighbours.insert((bridge, *address), claim.endpoint.mac);
         }
     }
-    for node in view.nodes.values().filter(|node| ways.to(node).is_some_and(|way| remotes.contains(&way))) {
+    for node in view.nodes.values().filter(|node| routes.to(node).is_some_and(|way| remotes.contains(&way))) {
         let mut claims = node
             .table
             .endpoints_on(id)
@@ -188,7 +189,7 @@ fn switched(
     let mut was = Dataplane::default();
     for device in ids.iter().map(|id| Device::endpoint(*id)) {
         was.links.extend(applied.links.get(&device).map(|link| (device, *link)));
-        take_over(&mut was, applied, publish::hairpin(device));
+        take_over(&mut was, applied, publish::hairpin_guard(device));
     }
     for mac in &macs {
         was.remotes.extend(applied.remotes.get(&(vxlan, *mac)).map(|remote| ((vxlan, *mac), *remote)));
@@ -207,7 +208,7 @@ fn switched(
     (was, is)
 }
 
-/// What is there for the ports of touched endpoints, and what should be.
+/// Adds the sent and the desired elements for the published ports of touched endpoints.
 fn published(
     local: &Local,
     network: &Network,
@@ -226,7 +227,7 @@ fn published(
         Mode::L2 => vec![Device::bridge(network.id)],
         Mode::L3 => ids.iter().map(|id| Device::endpoint(*id)).collect(),
     };
-    // Neighbours behind one bridge share what lets answers turn round there.
+    // Endpoints behind one bridge share the elements for hairpin traffic.
     if network.mode == Mode::L2 {
         let mut others = Dataplane::default();
         let all = own.table.endpoints_on(network.id).chain(local.attaching.values());
@@ -235,18 +236,19 @@ fn published(
             .for_each(|endpoint| publish::bridge_part(&mut others, network, endpoint));
         is.merge(others);
     }
-    let shared = publish::bridge_turns(network).filter(|_| network.mode == Mode::L2);
+    let shared = publish::bridge_hairpins(network).filter(|_| network.mode == Mode::L2);
     ports.into_iter().chain(shared).for_each(|element| take_over(was, applied, element));
     was.localnets.extend(devices.iter().filter(|device| applied.localnets.contains(device)));
 }
 
-/// An element as it is, if it is there.
+/// Copies an element that was sent, if it was.
 fn take_over(was: &mut Dataplane, applied: &Dataplane, (set, key): (&'static Set, Key)) {
     if let Some(value) = applied.elements.of(set).and_then(|held| held.get(&key)) {
         was.elements.insert(set, key, value.clone());
     }
 }
 
+/// Removes the entries of `part` from `applied`.
 fn take_out(applied: &mut Dataplane, part: &Dataplane) {
     for device in part.links.keys() {
         applied.links.remove(device);

@@ -1,9 +1,12 @@
-//! Network policies in this host's kernel: what was sent, and which addresses may have changed since.
+//! The `Subsystem` implementation of network policies.
+//!
+//! [`Enforcement`] owns the [`PolicyLedger`] (the policies that were last sent) and the addresses that may have changed
+//! since. Begin to read at its `plan`.
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 
-use super::{Standing, part};
+use super::{PolicyLedger, part};
 use ovl_dataplane::op::Op;
 use ovl_dataplane::state::Dataplane;
 use ovl_proto::id::NetworkId;
@@ -13,24 +16,24 @@ use ovl_proto::table::{Endpoint, Entry};
 
 use crate::subsystem::{Change, Cluster, Outcome, Part, Subsystem};
 
-/// What was last sent of network policies, and what may have changed since.
+/// The network policies that were last sent, and the addresses that may have changed since.
 #[derive(Debug)]
 pub struct Enforcement {
-    ledger: Standing,
-    /// Everything, whichever endpoints.
+    ledger: PolicyLedger,
+    /// Whether all endpoints may have changed.
     all_changed: bool,
-    /// Endpoints with these addresses.
+    /// Addresses whose endpoints may have changed.
     touched: BTreeSet<(NetworkId, IpAddr)>,
-    /// Why policies may not be in force, since all of them were last sent.
+    /// The first reason since the last full pass why policies may not be in force.
     refused: Option<String>,
     refused_in_batch: bool,
 }
 
 impl Enforcement {
-    /// Connections that an earlier run marked are judged again, if it marked them with another generation.
+    /// Begins with a generation. Connections that an earlier run marked with another generation are judged again.
     pub fn new(generation: u32) -> Self {
         Self {
-            ledger: Standing::new(generation),
+            ledger: PolicyLedger::new(generation),
             all_changed: false,
             touched: BTreeSet::new(),
             refused: None,
@@ -62,7 +65,7 @@ impl Subsystem for Enforcement {
                     }
                 }
             }
-            // The right to addresses comes and goes with whole networks and hosts.
+            // With a network or a host, the right to many addresses may change.
             Change::Rights(_)
             | Change::Network(_)
             | Change::Built(_)
@@ -81,7 +84,7 @@ impl Subsystem for Enforcement {
     fn resync(&mut self, cluster: &Cluster<'_>) -> Dataplane {
         self.all_changed = false;
         self.touched.clear();
-        self.ledger.anew(cluster.view, cluster.local, cluster.caught_up)
+        self.ledger.resync(cluster.view, cluster.local, cluster.caught_up)
     }
 
     fn plan(&mut self, cluster: &Cluster<'_>) -> Vec<Op> {

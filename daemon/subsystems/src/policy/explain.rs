@@ -1,5 +1,7 @@
-//! Why something passes, or does not: the same judgement as the tables make, by labels and addresses, with
-//! reasons.
+//! Explains why a connection is allowed or refused.
+//!
+//! It evaluates labels and addresses instead of nftables sets, so it is independent of the tables, and it names the policy
+//! and the rule that decide. The module owns no state. Begin to read at [`explain`].
 
 use std::fmt;
 use std::net::IpAddr;
@@ -7,26 +9,26 @@ use std::net::IpAddr;
 use ovl_proto::object::Mode;
 use ovl_proto::resource::{LabelSelector, Name, Operator, Protocol, Requirement};
 
-use super::{Direction, Namespaces, Peer, Policies, Policy, Port, Rule, in_block};
+use super::{Direction, Namespaces, Policies, Policy, Rule, RulePeer, RulePort, in_block};
 use ovl_cluster::view::{Placed, View};
 
-/// Where a connection comes from or goes to.
+/// The source or the destination of a connection.
 #[derive(Debug, Clone, Copy)]
-pub struct End<'a> {
-    /// Its address.
+pub struct ConnectionEnd<'a> {
+    /// The address.
     pub address: IpAddr,
-    /// Whose that is; nothing for the world outside.
+    /// The endpoint with that address. `None` for an address outside the cluster.
     pub endpoint: Option<Placed<'a>>,
 }
 
-impl<'a> End<'a> {
-    /// What has an address.
+impl<'a> ConnectionEnd<'a> {
+    /// Finds the endpoint with an address.
     pub fn of(view: &'a View, address: IpAddr) -> Self {
         let mut found = view.networks.keys().filter_map(|id| view.endpoint_by_address(*id, address));
         Self { address, endpoint: found.next() }
     }
 
-    /// Whether the other end is the host of this one.
+    /// Whether the other end is the host of this endpoint.
     fn is_at_home(&self, view: &View, other: &Self) -> bool {
         let Some(Placed { node, endpoint }) = self.endpoint else { return false };
         let network = view.networks.get(&endpoint.network).map(|state| &state.network);
@@ -39,60 +41,60 @@ impl<'a> End<'a> {
     }
 }
 
-/// What an end's policies say.
+/// The verdict of the policies of one end.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Side {
-    /// No endpoint, so no policy is about it.
+    /// The end is no endpoint, so no policy selects it.
     Outside,
-    /// The other end is its own host, or the endpoint itself: that always passes.
+    /// The other end is the endpoint's own host or the endpoint itself, which is always allowed.
     AtHome,
     /// No policy selects it for this direction.
     NotIsolated,
-    /// This rule of this policy lets it pass.
+    /// A rule of a policy allows it.
     Passes {
         /// The policy.
         policy: Name,
-        /// The rule, counted from 1.
+        /// The number of the rule, from 1.
         rule: usize,
-        /// What it says.
+        /// The rule in words.
         says: String,
     },
-    /// These policies select it, and none of their rules lets it pass.
+    /// These policies select the endpoint, and none of their rules allows the connection.
     Refused(Vec<Name>),
 }
 
 impl Side {
-    /// Whether it lets the connection pass.
+    /// Whether this end allows the connection.
     pub fn passes(&self) -> bool {
         !matches!(self, Self::Refused(_))
     }
 }
 
-/// What the policies of both ends say.
+/// The verdicts of the policies of both ends.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Judgement {
-    /// Of the source.
+    /// The verdict of the source.
     pub egress: Side,
-    /// Of the destination.
+    /// The verdict of the destination.
     pub ingress: Side,
 }
 
 impl Judgement {
-    /// Whether the connection is made.
+    /// Whether both ends allow the connection.
     pub fn passes(&self) -> bool {
         self.egress.passes() && self.ingress.passes()
     }
 }
 
-/// What the policies say of a connection; without a protocol, of what is none of those with ports.
+/// Returns the verdicts on a connection. Without `port`, the connection has a protocol without ports.
 pub fn explain(
     view: &View,
     policies: &Policies,
-    from: &End<'_>,
-    to: &End<'_>,
+    from: &ConnectionEnd<'_>,
+    to: &ConnectionEnd<'_>,
     port: Option<(Protocol, u16)>,
 ) -> Judgement {
-    let side = |own: &End<'_>, other: &End<'_>, direction| {
+    let side = |own: &ConnectionEnd<'_>, other: &ConnectionEnd<'_>, direction| {
         let Some(Placed { endpoint, .. }) = own.endpoint else { return Side::Outside };
         let labels = view.resources.labels(endpoint);
         let isolating: Vec<(&Policy, &[Rule])> = policies
@@ -122,10 +124,10 @@ pub fn explain(
     Judgement { egress: side(from, to, Direction::Egress), ingress: side(to, from, Direction::Ingress) }
 }
 
-fn peers_fit(view: &View, policies: &Policies, peers: &[Peer], other: &End<'_>) -> bool {
-    let fits = |peer: &Peer| match peer {
-        Peer::Block { cidr, except } => in_block(other.address, *cidr, except),
-        Peer::Pods(place) => policies.pods(*place).zip(other.endpoint).is_some_and(|(pods, placed)| {
+fn peers_fit(view: &View, policies: &Policies, peers: &[RulePeer], other: &ConnectionEnd<'_>) -> bool {
+    let fits = |peer: &RulePeer| match peer {
+        RulePeer::Block { cidr, except } => in_block(other.address, *cidr, except),
+        RulePeer::Pods(place) => policies.pods(*place).zip(other.endpoint).is_some_and(|(pods, placed)| {
             let endpoint = placed.endpoint;
             let namespace = view.resources.namespace_labels(&endpoint.namespace);
             pods.matches(&endpoint.namespace, &namespace, &view.resources.labels(endpoint))
@@ -137,16 +139,16 @@ fn peers_fit(view: &View, policies: &Policies, peers: &[Peer], other: &End<'_>) 
 fn ports_fit(
     view: &View,
     policies: &Policies,
-    ports: &[Port],
-    to: &End<'_>,
+    ports: &[RulePort],
+    to: &ConnectionEnd<'_>,
     wanted: Option<(Protocol, u16)>,
 ) -> bool {
-    let fits = |port: &Port| {
+    let fits = |port: &RulePort| {
         let Some((protocol, number)) = wanted else { return false };
         match port {
-            Port::All(of) => *of == protocol,
-            Port::Range(of, first, last) => *of == protocol && (*first..=*last).contains(&number),
-            Port::Named(place) => policies.port(*place).is_some_and(|(name, of)| {
+            RulePort::All(of) => *of == protocol,
+            RulePort::Range(of, first, last) => *of == protocol && (*first..=*last).contains(&number),
+            RulePort::Named(place) => policies.port(*place).is_some_and(|(name, of)| {
                 let named = |placed: Placed<'_>| view.resources.named_port(placed.endpoint, name, of);
                 of == protocol && to.endpoint.and_then(named) == Some(number)
             }),
@@ -155,7 +157,7 @@ fn ports_fit(
     ports.is_empty() || ports.iter().any(fits)
 }
 
-/// A rule in words.
+/// Describes a rule in words.
 pub fn describe(policies: &Policies, rule: &Rule, direction: Direction) -> String {
     let word = match direction {
         Direction::Ingress => "from",
@@ -167,14 +169,14 @@ pub fn describe(policies: &Policies, rule: &Rule, direction: Direction) -> Strin
     format!("{word} {}, {}", any(peers, "everybody"), any(ports, "all ports"))
 }
 
-fn describe_peer(policies: &Policies, peer: &Peer) -> String {
+fn describe_peer(policies: &Policies, peer: &RulePeer) -> String {
     match peer {
-        Peer::Block { cidr, except } if except.is_empty() => cidr.to_string(),
-        Peer::Block { cidr, except } => {
+        RulePeer::Block { cidr, except } if except.is_empty() => cidr.to_string(),
+        RulePeer::Block { cidr, except } => {
             let except: Vec<String> = except.iter().map(ToString::to_string).collect();
             format!("{cidr} except {}", except.join(" and "))
         }
-        Peer::Pods(place) => policies.pods(*place).map_or_else(String::new, |pods| {
+        RulePeer::Pods(place) => policies.pods(*place).map_or_else(String::new, |pods| {
             let which = match &pods.namespaces {
                 Namespaces::One(name) => format!("namespace {name}"),
                 Namespaces::Selected(selector) => match Shown(selector).to_string() {
@@ -190,18 +192,18 @@ fn describe_peer(policies: &Policies, peer: &Peer) -> String {
     }
 }
 
-fn describe_port(policies: &Policies, port: &Port) -> String {
+fn describe_port(policies: &Policies, port: &RulePort) -> String {
     match port {
-        Port::All(protocol) => format!("all {protocol} ports"),
-        Port::Range(protocol, first, last) if first == last => format!("{protocol} {first}"),
-        Port::Range(protocol, first, last) => format!("{protocol} {first}-{last}"),
-        Port::Named(place) => {
+        RulePort::All(protocol) => format!("all {protocol} ports"),
+        RulePort::Range(protocol, first, last) if first == last => format!("{protocol} {first}"),
+        RulePort::Range(protocol, first, last) => format!("{protocol} {first}-{last}"),
+        RulePort::Named(place) => {
             policies.port(*place).map_or_else(String::new, |(name, protocol)| format!("{protocol} '{name}'"))
         }
     }
 }
 
-/// A selector as `kubectl -l` takes it; empty if it selects everything.
+/// Displays a selector in the format of `kubectl -l`: empty if it selects everything.
 #[derive(Debug, Clone, Copy)]
 pub struct Shown<'a>(pub &'a LabelSelector);
 

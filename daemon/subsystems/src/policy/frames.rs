@@ -1,30 +1,34 @@
-//! The table `bridge ovl-policy`: on a switched network the frames of isolated endpoints of this host, to and
-//! from them, go through its IP stack, where the other table judges them.
+//! The table `bridge ovl-policy`: it diverts frames of isolated endpoints on switched networks to the host's IP stack,
+//! where the table `inet ovl-policy` applies the policies.
 //!
-//! A frame is diverted by giving it the gateway's MAC address; it is routed back out of the same bridge by the
-//! permanent neighbours, and gets its sender's MAC address again: other hosts, and the check of what comes out
-//! of the tunnel, see it as it was. What is bridged to or from an isolated endpoint all the same is no IP
-//! packet for its address, and dropped but for ARP and neighbour discovery.
+//! A frame is diverted when its destination is rewritten to the gateway's MAC address. It is routed back out of the same
+//! bridge by the permanent neighbours, and its source MAC address is restored, so that other hosts and the source check of
+//! the tunnel see the original address. A frame that is still bridged to or from an isolated endpoint is not an IP packet
+//! for its address; it is dropped unless it is ARP or neighbour discovery.
 //!
-//! With `net.bridge.bridge-nf-call-iptables`, as Docker and Kubernetes set it, frames that the kernel translates are bridged
-//! and not routed, and the other table judges them on their way: `forward` comes after that, and lets those pass that
-//! it has seen. Only those: what was not translated may be for nobody's address, and nobody would judge it.
+//! With `net.bridge.bridge-nf-call-iptables`, as Docker and Kubernetes set it, the kernel bridges frames whose packets it
+//! translated instead of routing them, and `inet ovl-policy` judges them in passing. The chain `forward` comes later and
+//! accepts only frames that were translated and judged: other frames may be for an unknown address, to which no policy was
+//! applied.
+//!
+//! The module owns no state. Begin to read at [`skeleton`].
 
 use super::Direction;
 use super::members;
 use ovl_dataplane::nft::{Chain, Skeleton};
 
-/// Neighbour discovery: it must not be routed, its hop limit says so.
+/// Neighbour discovery (RFC 4861). It must not be routed: receivers require a hop limit of 255.
 const DISCOVERY: &str = "icmpv6 type { 133, 134, 135, 136 }";
-/// And who listens to which multicast group: without that a switch may keep discovery back.
+/// Neighbour discovery and multicast listener reports. Without the reports, a switch may withhold neighbour discovery.
 const DISCOVERY_AND_GROUPS: &str = "icmpv6 type { 130, 131, 132, 133, 134, 135, 136, 143 }";
 
-/// A bit of the packet mark of what was translated and then judged by the other table, on its way from a bridge to a
-/// bridge. No packet comes with it, and none leaves with it.
+/// The bit of the packet mark of bridged frames that were translated and then judged by `inet ovl-policy`. It is cleared
+/// on arrival and before a frame leaves.
 pub(super) const SEEN: u32 = 0x2000;
-/// The kernel has frames looked at by IP's forward chains at -1 (`NF_BR_PRI_BRNF` - 1).
+/// A priority after the one at which the kernel passes bridged frames to the IP forward chains, -1 (`NF_BR_PRI_BRNF` - 1).
 const AFTER_BRIDGE_NF: &str = "10";
 
+/// Returns the table without elements.
 pub(super) fn skeleton() -> Skeleton {
     let families = [("ip", true), ("ip6", false)];
     let unsee = format!("meta mark set meta mark & {:#010x}", !SEEN);
@@ -68,7 +72,7 @@ pub(super) fn skeleton() -> Skeleton {
         sets,
         objects: Vec::new(),
         chains: vec![
-            // Before anything of ours looks at where a frame goes.
+            // Before all chains of ovld that match the destination of a frame.
             chain("prerouting", "dstnat - 10", prerouting),
             chain("forward", AFTER_BRIDGE_NF, forward),
             chain("output", "filter", output),

@@ -1,30 +1,50 @@
-//! What an endpoint's address is in the tables' sets and maps.
+//! The elements that an endpoint's address has in the sets and maps of the policy tables.
+//!
+//! The module owns no state: the [`super::PolicyLedger`] keeps the memberships of each address. Begin to read at
+//! [`Membership`].
 
 use std::borrow::Cow;
 use std::net::IpAddr;
 
 use ovl_proto::id::Mac;
 
-use super::rules::{MARK, family, short};
 use super::{Direction, Policies, protocol_name};
 use ovl_dataplane::device::Device;
 use ovl_dataplane::nft::{Data, Element, Field, Key, Set, Shape, Table, Type, Value};
 
+/// The fixed bits of the mark of judged connections; the other bits are a generation.
+pub(super) const MARK: u32 = 0xa000_0000;
+/// The mask of the fixed bits.
+pub(super) const MARK_MASK: u32 = 0xf000_0000;
+
 const NFPROTO: Type = Type::Expression("meta nfproto", 1);
 
-/// The mark for connections that are judged now; by address family, because nft wants a key.
+/// The map to the mark of connections that are judged now. The key is the address family, because nft requires a key.
 pub(super) const GENERATION: Set = Set::new(
     Table::Policy,
     "generation",
     Shape { key: &[NFPROTO], data: Data::Fields(&[Type::Mark]), ranges: false },
 );
 
-/// The same mark: what has it need not be judged.
+/// The set of the current mark: a connection with it need not be judged.
 pub(super) const CURRENT: Set =
     Set::new(Table::Policy, "current", Shape { key: &[Type::Mark], data: Data::None, ranges: false });
 
-/// Generations are counted in the bits that [`MARK`] leaves.
+/// The number of generations: they are counted in the bits that [`MARK`] does not use.
 const GENERATIONS: u32 = 1 << 28;
+
+/// Returns the abbreviation of a direction in names of sets and chains.
+pub(super) fn short(direction: Direction) -> &'static str {
+    match direction {
+        Direction::Ingress => "in",
+        Direction::Egress => "eg",
+    }
+}
+
+/// Returns the abbreviation of an address family in names of sets and chains.
+pub(super) fn family(v4: bool) -> char {
+    if v4 { '4' } else { '6' }
+}
 
 fn set(table: Table, name: String, key: &'static [Type], data: Data) -> Set {
     Set { table, name: Cow::Owned(name), shape: Shape { key, data, ranges: false } }
@@ -34,25 +54,25 @@ fn address(v4: bool) -> &'static [Type] {
     if v4 { &[Type::Ipv4] } else { &[Type::Ipv6] }
 }
 
-/// The policies that select an endpoint, the first one's number in the first slot.
+/// Returns the map from isolated addresses to the number of the policy in a slot. The first policy is in slot 1.
 pub(super) fn slot(direction: Direction, v4: bool, slot: usize) -> Set {
     let name = format!("{}{}.{slot}", short(direction), family(v4));
     set(Table::Policy, name, address(v4), Data::Fields(&[Type::Priority]))
 }
 
-/// Isolated endpoints, each twice: nobody is kept from reaching itself.
+/// Returns the set of pairs of an isolated address with itself: an endpoint may always reach itself.
 pub(super) fn itself(v4: bool) -> Set {
     let key: &[Type] = if v4 { &[Type::Ipv4, Type::Ipv4] } else { &[Type::Ipv6, Type::Ipv6] };
     set(Table::Policy, format!("itself.{}", family(v4)), key, Data::None)
 }
 
-/// The endpoints that a selector means.
+/// Returns the set of the addresses that a selector matches. `None` if the index is out of range.
 pub(super) fn pods(policies: &Policies, place: usize, v4: bool) -> Option<Set> {
     let key = policies.keys.get(place)?;
     Some(set(Table::Policy, format!("pods.{key}.{}", family(v4)), address(v4), Data::None))
 }
 
-/// The ports that endpoints have under a name.
+/// Returns the set of addresses and numbers of a named port. `None` if the index is out of range.
 pub(super) fn port(policies: &Policies, place: usize, v4: bool) -> Option<Set> {
     let (name, protocol) = policies.port(place)?;
     let key: &[Type] = if v4 { &[Type::Ipv4, Type::Port] } else { &[Type::Ipv6, Type::Port] };
@@ -60,48 +80,48 @@ pub(super) fn port(policies: &Policies, place: usize, v4: bool) -> Option<Set> {
     Some(set(Table::Policy, name, key, Data::None))
 }
 
-/// Which addresses may come from an endpoint's device, on a switched network.
+/// Returns the set of the source addresses that are allowed on an endpoint's device of a switched network.
 pub(super) fn owned(v4: bool) -> Set {
     let key: &[Type] = if v4 { &[Type::Device, Type::Ipv4] } else { &[Type::Device, Type::Ipv6] };
     set(Table::PolicyFrames, format!("owned.{}", family(v4)), key, Data::None)
 }
 
-/// Whose frames go through the host's IP stack: the MAC address of their gateway.
+/// Returns the map from addresses whose frames are diverted to the host's IP stack to their gateway's MAC address.
 pub(super) fn diverted(v4: bool) -> Set {
     set(Table::PolicyFrames, format!("diverted.{}", family(v4)), address(v4), Data::Fields(&[Type::Mac]))
 }
 
-/// From which MAC address they go on.
+/// Returns the map from diverted addresses to the MAC address that is restored.
 pub(super) fn macs(v4: bool) -> Set {
     set(Table::PolicyFrames, format!("macs.{}", family(v4)), address(v4), Data::Fields(&[Type::Mac]))
 }
 
-/// Devices to which, or from which, nothing is bridged.
+/// Returns the set of devices to which, or from which, no frame is bridged.
 pub(super) fn closed(direction: Direction) -> Set {
     set(Table::PolicyFrames, format!("closed.{}", short(direction)), &[Type::Device], Data::None)
 }
 
-/// One thing that an address is.
+/// A membership of an address in sets and maps of the policy tables.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum Member {
-    /// One of those that a selector means, by its place.
+pub(super) enum Membership {
+    /// A selector matches it, by the selector's index.
     Pods(usize),
-    /// It has a port under a name, by the name's place.
+    /// It has a named port: the index of the name, and the port.
     Port(usize, u16),
-    /// A policy selects it: slot and number.
+    /// A policy selects it: direction, slot and policy number.
     Slot(Direction, usize, u32),
-    /// It is isolated.
+    /// It is isolated, and may reach itself.
     Itself,
-    /// The address of this device's endpoint.
+    /// It is the address of the endpoint on this device.
     Owned(Device),
-    /// Its frames go through the host: the gateway's MAC address and its own.
+    /// Its frames are diverted to the host: the gateway's MAC address and its own.
     Diverted(Mac, Mac),
-    /// Nothing is bridged to, or from, its device.
+    /// No frame is bridged to, or from, its device.
     Closed(Direction, Device),
 }
 
-impl Member {
-    /// The elements that say it.
+impl Membership {
+    /// Returns the elements of the membership.
     pub(super) fn elements(&self, policies: &Policies, address: IpAddr) -> Vec<Element> {
         let v4 = address.is_ipv4();
         let own = Key::of(&[Field::Ip(address)]);
@@ -131,7 +151,7 @@ impl Member {
     }
 }
 
-/// The elements that say which generation it is.
+/// Returns the elements of a generation.
 pub(super) fn generation(number: u32) -> Vec<Element> {
     let mark = Field::Number(MARK | (number % GENERATIONS));
     // NFPROTO_IPV4, NFPROTO_IPV6.

@@ -1,14 +1,16 @@
-//! What was refused: the sets in which the kernel counts it, and what their elements say.
+//! Decodes the sets in which the kernel counts refused packets.
+//!
+//! The module owns no state: the sets are in the kernel. Begin to read at [`Counter`].
 
 use std::net::IpAddr;
 
 use super::Direction;
 use super::rules::{counted, remembered};
 
-/// One of these sets.
+/// A pair of sets that count refused packets: by endpoint and by connection, for one direction and address family.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Counter {
-    /// Whose policies.
+    /// The direction of the policies that refused the packets.
     pub direction: Direction,
     v4: bool,
 }
@@ -20,34 +22,34 @@ pub struct Connection {
     pub from: IpAddr,
     /// The destination.
     pub to: IpAddr,
-    /// The number of its protocol.
+    /// The IP protocol number.
     pub protocol: u8,
-    /// Of the destination; 0 where there is none.
+    /// The destination port. 0 if the protocol has none.
     pub port: u16,
 }
 
-/// A connection is remembered for so many milliseconds after its last packet.
+/// The time for which a refused connection is kept after its last packet, in milliseconds.
 pub const REMEMBERED_MS: u64 = 600_000;
 
 impl Counter {
-    /// All of them.
+    /// Returns the counters of all directions and address families.
     pub fn all() -> [Self; 4] {
         let [ingress, egress] = Direction::ALL;
         [(ingress, true), (ingress, false), (egress, true), (egress, false)]
             .map(|(direction, v4)| Self { direction, v4 })
     }
 
-    /// The set that counts packets by the isolated endpoint's address.
+    /// Returns the name of the set that counts packets by the isolated endpoint's address.
     pub fn by_endpoint(self) -> String {
         counted(self.direction, self.v4)
     }
 
-    /// The set that counts packets by connection.
+    /// Returns the name of the set that counts packets by connection.
     pub fn by_connection(self) -> String {
         remembered(self.direction, self.v4)
     }
 
-    /// The address that an element's key is.
+    /// Decodes the key of an element of the set by endpoint. `None` if its length is wrong.
     pub fn address(self, key: &[u8]) -> Option<IpAddr> {
         if self.v4 {
             <[u8; 4]>::try_from(key).ok().map(IpAddr::from)
@@ -56,7 +58,7 @@ impl Counter {
         }
     }
 
-    /// The connection that an element's key is.
+    /// Decodes the key of an element of the set by connection. `None` if its length is wrong.
     pub fn connection(self, key: &[u8]) -> Option<Connection> {
         let length = if self.v4 { 4 } else { 16 };
         let (from, rest) = key.split_at_checked(length)?;

@@ -1,69 +1,55 @@
-//! The table `inet ovl-policy`: its chains, as text.
+//! The chains of the table `inet ovl-policy`, as text.
 //!
-//! A connection is judged by what it is, not by the packet that happens to come: where it comes from before
-//! any translation (`ct original saddr`), and whom it reaches after that (`ct reply saddr`, `proto-src`). So a
-//! packet of either direction leads to the same judgement, and one that was accepted under other policies can
-//! be judged anew. One that passes gets the current generation for its mark, and from then on costs one lookup.
+//! A connection is judged by its original source (`ct original saddr`) and by its final destination (`ct reply saddr`,
+//! `proto-src`), not by the addresses of the current packet. So packets of both directions get the same verdict, and a
+//! connection that was accepted under other policies can be judged again. An allowed connection is marked with the
+//! current generation, and from then on costs one lookup.
 //!
-//! An isolated endpoint's policies are found in maps, one for each of a number of *slots*: the first policy's
-//! number in the first, and so on. The number is handed on in the packet's priority: no packet of ours has one
-//! that matters, it is cleared again, and a change of a map of numbers is cheap where one of verdicts makes the
-//! kernel look for loops in all of the table.
+//! The policies of an isolated endpoint are found in maps, one for each *slot*: the first policy's number in the first
+//! map, and so on. The number is passed on in the packet's priority, which is cleared afterwards and which ovld does not
+//! use otherwise. A map of numbers is cheap to change; a change of a map of verdicts makes the kernel check the whole
+//! table for loops.
+//!
+//! The module owns no state. Begin to read at [`skeleton`].
 
 use ovl_proto::resource::Protocol;
 
-use super::members::{self, GENERATION};
-use super::{Direction, Peer, Policies, Policy, Port, Rule, protocol_name};
+use super::members::{self, GENERATION, MARK, MARK_MASK, family, short};
+use super::{Direction, Policies, Policy, Rule, RulePeer, RulePort, protocol_name};
 use ovl_dataplane::nft::{Chain, Object, Set, Skeleton};
 
-/// Marks of connections that were judged are these bits and a generation.
-pub(super) const MARK: u32 = 0xa000_0000;
-/// The bits.
-pub(super) const MARK_MASK: u32 = 0xf000_0000;
-
-/// Who is refused is remembered this long, and of so many connections.
+/// The size and timeout of the sets of refused connections.
 const REMEMBERED: &str = "size 4096; flags dynamic,timeout; timeout 10m; counter";
-/// So many endpoints' refusals are counted.
+/// The size of the sets that count refused packets by endpoint.
 const COUNTED: &str = "size 65535; flags dynamic; counter";
 
 const PROTOCOLS: [Protocol; 3] = [Protocol::Tcp, Protocol::Udp, Protocol::Sctp];
 
-/// The set that counts what was refused to, or from, an endpoint's address.
+/// Returns the name of the set that counts refused packets to, or from, an endpoint's address.
 pub(crate) fn counted(direction: Direction, v4: bool) -> String {
     format!("refused.{}.{}", short(direction), family(v4))
 }
 
-/// The set of connections that were refused lately: source, destination, protocol, port; the direction in
-/// which.
+/// Returns the name of the set of recently refused connections in a direction: source, destination, protocol, port.
 pub(crate) fn remembered(direction: Direction, v4: bool) -> String {
     format!("recent.{}.{}", short(direction), family(v4))
-}
-
-pub(super) fn short(direction: Direction) -> &'static str {
-    match direction {
-        Direction::Ingress => "in",
-        Direction::Egress => "eg",
-    }
-}
-
-pub(super) fn family(v4: bool) -> char {
-    if v4 { '4' } else { '6' }
 }
 
 fn ip(v4: bool) -> &'static str {
     if v4 { "ip" } else { "ip6" }
 }
 
-/// Where a connection comes from, and where it gets to.
+/// Returns the expression for the original source of a connection.
 fn source(v4: bool) -> String {
     format!("ct original {} saddr", ip(v4))
 }
 
+/// Returns the expression for the final destination of a connection.
 fn target(v4: bool) -> String {
     format!("ct reply {} saddr", ip(v4))
 }
 
-/// The end that a direction is about, the isolated one.
+/// Returns the expression for the isolated end.
 fn own_end(direction: Direction, v4: bool) -> String {
     match direction {
         Direction::Ingress => target(v4),
@@ -71,6 +57,7 @@ fn own_end(direction: Direction, v4: bool) -> String {
     }
 }
 
+/// Returns the expression for the end that is not the isolated one.
 fn other_end(direction: Direction, v4: bool) -> String {
     match direction {
         Direction::Ingress => source(v4),
@@ -78,10 +65,10 @@ fn other_end(direction: Direction, v4: bool) -> String {
     }
 }
 
-/// The chain of a policy's rules for a direction.
+/// Returns the name of the chain of a policy's rules for a direction.
 fn chain_of(policy: &Policy, direction: Direction) -> String {
     let text = format!("{}/{}", policy.name, direction.name());
-    // Longer than the kernel takes, or something that nft would not read as a name.
+    // The kernel limits the length of a name, and nft reads only names that begin with a letter.
     let begins = text.starts_with(|c: char| c.is_ascii_alphabetic());
     if text.len() <= 200 && begins {
         text
@@ -90,11 +77,11 @@ fn chain_of(policy: &Policy, direction: Direction) -> String {
     }
 }
 
-/// All of the table but its elements. `slots`: so many policies can select one endpoint in one direction;
-/// `routed`: whether there are routed networks, `switched`: switched ones.
+/// Returns the table without elements. `slots` is the number of policies that can select one endpoint in one direction;
+/// `routed` and `switched` say which modes of network exist.
 pub(super) fn skeleton(policies: &Policies, slots: usize, routed: bool, switched: bool) -> Skeleton {
-    // What is judged by its real ends alone, that is.
-    let seen = format!(
+    // Marks bridged frames that were translated, so that the bridge table knows that they were judged.
+    let mark_seen = format!(
         "iifname \"ovb-*\" oifname \"ovb-*\" ct status dnat meta mark set meta mark | {:#x}",
         super::frames::SEEN
     );
@@ -104,12 +91,12 @@ pub(super) fn skeleton(policies: &Policies, slots: usize, routed: bool, switched
         "ct state new tcp flags & (fin | syn | rst | ack) != syn goto midstream".to_owned(),
         "goto from".to_owned(),
     ];
-    let forward: Vec<String> = switched.then_some(seen).into_iter().chain(judged).collect();
+    let forward: Vec<String> = switched.then_some(mark_seen).into_iter().chain(judged).collect();
     let mut chains = vec![
         chain("forward", Some("filter hook forward priority filter - 5"), &forward),
         chain("from", None, &look_up(Direction::Egress, "goto to")),
         chain("to", None, &look_up(Direction::Ingress, "return")),
-        // What one end's policies let pass is judged by those of the other.
+        // What the policies of one end allow is then judged by those of the other end.
         chain("pass.eg", None, &look_up(Direction::Ingress, "goto pass.in")),
         chain("pass.in", None, &approve()),
         chain("midstream", None, &midstream()),
@@ -130,7 +117,7 @@ pub(super) fn skeleton(policies: &Policies, slots: usize, routed: bool, switched
         chains.push(chain("prerouting", Some("filter hook prerouting priority raw"), &forged()));
     }
     if switched {
-        // Who is diverted could go the short way, and is not to be told.
+        // The host must not tell senders of diverted frames that there is a shorter path.
         chains.push(chain(
             "output",
             Some("filter hook output priority filter"),
@@ -181,7 +168,8 @@ fn chain(name: &str, hook: Option<&str>, rules: &[String]) -> Chain {
     Chain { name: name.to_owned(), hook, rules: rules.to_vec() }
 }
 
-/// Goes to an isolated endpoint's policies, with the first one's number; else `otherwise`.
+/// Returns the rules that go to the policies of an isolated endpoint, with the number of the first one, and else to
+/// `otherwise`.
 fn look_up(direction: Direction, otherwise: &str) -> Vec<String> {
     let mut rules: Vec<String> = [true, false]
         .map(|v4| {
@@ -198,8 +186,8 @@ fn judge_name(direction: Direction, v4: bool) -> String {
     format!("{}.{}", direction.name(), family(v4))
 }
 
-/// All policies of an isolated endpoint, one after the other; what none lets pass is refused. Nobody is kept
-/// from reaching itself: through a service, that is.
+/// Returns the chain that tries the policies of an isolated endpoint in turn, and refuses what none of them allows. An
+/// endpoint may always reach itself, which it does through a Service.
 fn judge(direction: Direction, v4: bool, slots: usize) -> Chain {
     let policies = format!("policies.{}", short(direction));
     let mut rules = vec![format!("jump {policies}")];
@@ -213,7 +201,7 @@ fn judge(direction: Direction, v4: bool, slots: usize) -> Chain {
     chain(&judge_name(direction, v4), None, &rules)
 }
 
-/// Finds a policy by its number.
+/// Returns the chain that jumps to a policy by its number.
 fn dispatch(policies: &Policies, direction: Direction) -> Chain {
     let elements: Vec<String> = policies
         .iter()
@@ -227,7 +215,7 @@ fn dispatch(policies: &Policies, direction: Direction) -> Chain {
     chain(&format!("policies.{}", short(direction)), None, &rules)
 }
 
-/// A number as nft writes priorities.
+/// Formats a number as nft writes priorities.
 fn handle(number: u32) -> String {
     format!("{:x}:{:x}", number >> 16, number & 0xffff)
 }
@@ -238,7 +226,7 @@ fn policy_chain(policies: &Policies, policy: &Policy, direction: Direction) -> O
     Some(chain(&chain_of(policy, direction), None, &lines))
 }
 
-/// A part of a rule; of one address family, or of both.
+/// A part of a rule: the address family, `None` for both, and the text.
 type Match = (Option<bool>, String);
 
 fn lines(policies: &Policies, rule: &Rule, direction: Direction) -> Vec<String> {
@@ -262,19 +250,19 @@ fn lines(policies: &Policies, rule: &Rule, direction: Direction) -> Vec<String> 
     lines
 }
 
-fn peer_matches(policies: &Policies, peer: &Peer, direction: Direction) -> Vec<Match> {
+fn peer_matches(policies: &Policies, peer: &RulePeer, direction: Direction) -> Vec<Match> {
     match peer {
-        Peer::Pods(place) => [true, false]
+        RulePeer::Pods(place) => [true, false]
             .iter()
             .filter_map(|v4| {
                 let set = members::pods(policies, *place, *v4)?.name;
                 Some((Some(*v4), format!("{} @{set} ", other_end(direction, *v4))))
             })
             .collect(),
-        Peer::Block { cidr, except } => {
+        RulePeer::Block { cidr, except } => {
             let v4 = cidr.addr().is_ipv4();
             let end = other_end(direction, v4);
-            // Everything is no prefix to nft.
+            // nft takes no prefix of length 0.
             let mut text = match (cidr.prefix_len(), v4) {
                 (0, true) => "meta nfproto ipv4 ".to_owned(),
                 (0, false) => "meta nfproto ipv6 ".to_owned(),
@@ -292,14 +280,14 @@ fn peer_matches(policies: &Policies, peer: &Peer, direction: Direction) -> Vec<M
     }
 }
 
-fn port_matches(policies: &Policies, port: &Port) -> Vec<Match> {
+fn port_matches(policies: &Policies, port: &RulePort) -> Vec<Match> {
     match port {
-        Port::All(protocol) => vec![(None, format!("meta l4proto {} ", protocol_name(*protocol)))],
-        Port::Range(protocol, first, last) => {
+        RulePort::All(protocol) => vec![(None, format!("meta l4proto {} ", protocol_name(*protocol)))],
+        RulePort::Range(protocol, first, last) => {
             let ports = if first == last { first.to_string() } else { format!("{first}-{last}") };
             vec![(None, format!("meta l4proto {} ct reply proto-src {ports} ", protocol_name(*protocol)))]
         }
-        Port::Named(place) => [true, false]
+        RulePort::Named(place) => [true, false]
             .iter()
             .filter_map(|v4| {
                 let set = members::port(policies, *place, *v4)?.name;
@@ -311,7 +299,8 @@ fn port_matches(policies: &Policies, port: &Port) -> Vec<Match> {
     }
 }
 
-/// It passes, and so do the packets that follow. A mark of somebody else's stays: then each packet is judged.
+/// Returns the rules that accept a connection and mark it, so that its later packets are accepted too. A mark of another
+/// program is kept; then each packet is judged.
 fn approve() -> Vec<String> {
     let set = format!("ct mark set meta nfproto map @{}", GENERATION.name);
     vec![
@@ -322,8 +311,9 @@ fn approve() -> Vec<String> {
     ]
 }
 
-/// A connection that was not tracked from its beginning. Which end opened it cannot be seen, so what may be
-/// an answer does not pass for a question: its other end hears that it is over, or speaks up itself.
+/// Returns the rules for a TCP connection that was not tracked from its beginning. It is unknown which end opened it, so
+/// a possible answer of an isolated endpoint must not count as a new connection: it is rejected with a TCP reset.
+/// The other end then learns that the connection is closed, or sends a packet itself, which is judged.
 fn midstream() -> Vec<String> {
     let mut rules = Vec::new();
     for (direction, end) in [(Direction::Ingress, "saddr"), (Direction::Egress, "daddr")] {
@@ -336,7 +326,8 @@ fn midstream() -> Vec<String> {
     rules
 }
 
-/// Packets of no connection that is known.
+/// Returns the rules for packets that belong to no tracked connection: those of isolated endpoints are counted and
+/// dropped.
 fn stateless() -> Vec<String> {
     let mut rules = Vec::new();
     for (direction, end) in [(Direction::Ingress, "daddr"), (Direction::Egress, "saddr")] {
@@ -349,7 +340,7 @@ fn stateless() -> Vec<String> {
     rules
 }
 
-/// Counts it, remembers it, and refuses it.
+/// Returns the chain that counts, records and refuses a packet.
 fn refuse(direction: Direction, v4: bool) -> Chain {
     let counted = counted(direction, v4);
     let remembered = remembered(direction, v4);
@@ -365,12 +356,12 @@ fn refuse(direction: Direction, v4: bool) -> Chain {
     chain(&format!("refuse.{}.{}", short(direction), family(v4)), None, &rules)
 }
 
-/// On a routed network each endpoint has a device of its own, and a route to it: what comes in there with
-/// another source would pass for somebody else's.
+/// Returns the rules that drop packets with a forged source address on a routed network. Each endpoint has its own device
+/// and a route to it, so the reverse path must be the input interface.
 fn forged() -> Vec<String> {
-    let unlike = "fib saddr . iif oif missing counter name forged drop";
+    let drop_forged = "fib saddr . iif oif missing counter name forged drop";
     vec![
-        format!("iifname \"ove-*\" ip saddr != 0.0.0.0 {unlike}"),
-        format!("iifname \"ove-*\" ip6 saddr != {{ ::, fe80::/10 }} {unlike}"),
+        format!("iifname \"ove-*\" ip saddr != 0.0.0.0 {drop_forged}"),
+        format!("iifname \"ove-*\" ip6 saddr != {{ ::, fe80::/10 }} {drop_forged}"),
     ]
 }

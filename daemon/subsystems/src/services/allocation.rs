@@ -1,7 +1,9 @@
-//! Addresses and ports of Services, without a server that hands them out: the host on which a Service is applied
-//! chooses, at a place that follows from the Service's name, so that hosts that choose at the same
-//! instant seldom choose the same. Where two Services have claimed the same after all, on two sides of a split, the
-//! older one keeps it, then the one with the smaller name: see [`ovl_cluster::claims`].
+//! Chooses addresses and ports of Services, without a central allocator.
+//!
+//! The host on which a Service is applied chooses, beginning at an offset that follows from the Service's name, so that
+//! hosts which choose at the same time seldom choose the same. If two Services still claim the same, on two sides of a
+//! partition, the older one keeps it, then the one with the smaller name: see [`ovl_cluster::claims`]. The module owns no
+//! state. Begin to read at [`ServiceAllocator::allocate`].
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -16,28 +18,28 @@ use ovl_proto::resource::{
     ServiceType,
 };
 
-/// The first node ports, left to people, as with Kubernetes.
-const NODE_PORTS_FOR_PEOPLE: u16 = 86;
-/// The place of the cluster DNS in a range of Services.
-const DNS_PLACE: u128 = 10;
-/// The first addresses of a range, left to people.
-const FOR_PEOPLE: u128 = 256;
-/// Places that are looked at before a range counts as full.
-const MAX_LOOKS: u128 = 1 << 18;
+/// The number of node ports at the start of the range that are used last, so that users can choose them (as in Kubernetes).
+const MANUAL_NODE_PORTS: u16 = 86;
+/// The offset of the cluster DNS in a Service range.
+const DNS_OFFSET: u128 = 10;
+/// The number of addresses at the start of a range that are used last, so that users can choose them.
+const MANUAL_ADDRESSES: u128 = 256;
+/// The number of addresses that are tried before a range counts as full.
+const MAX_PROBES: u128 = 1 << 18;
 
-/// Where addresses come from: the same on all hosts.
+/// The ranges of Service addresses. They must be the same on all hosts.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Ranges {
-    /// Of clusterIPs: at most one of each family; the first one is that of Services that do not say.
+    /// Ranges of clusterIPs, at most one of each family. The first one is the default.
     pub services: Vec<IpNet>,
-    /// Of LoadBalancers; none: they wait.
+    /// Pools of LoadBalancer addresses. If empty, Services of type LoadBalancer get no address.
     pub load_balancers: Vec<IpNet>,
 }
 
 impl Ranges {
-    /// The addresses of the cluster DNS: the tenth of each range.
+    /// Returns the addresses of the cluster DNS: the tenth address of each range.
     pub fn dns_addresses(&self) -> impl Iterator<Item = IpAddr> {
-        self.services.iter().filter_map(|range| at(*range, DNS_PLACE))
+        self.services.iter().filter_map(|range| address_at(*range, DNS_OFFSET))
     }
 
     fn of(&self, family: IpFamily) -> Option<IpNet> {
@@ -45,25 +47,29 @@ impl Ranges {
     }
 }
 
-/// What was allocated to Services that are not in the cluster yet.
+/// Claims of Services that are being applied and not in the cluster yet.
 #[derive(Debug, Default)]
-pub struct Promised(BTreeMap<Claim, Name>);
+pub struct ReservedClaims(BTreeMap<Claim, Name>);
 
-/// Allocates for several Services, of which none is in the cluster yet.
+/// Allocates addresses and ports for Services that are being applied.
 #[derive(Debug)]
-pub struct Allocator<'a> {
+pub struct ServiceAllocator<'a> {
     resources: &'a Resources,
     ranges: &'a Ranges,
-    promised: &'a mut Promised,
+    reserved: &'a mut ReservedClaims,
 }
 
-impl<'a> Allocator<'a> {
-    /// Among what there is and what was promised.
-    pub fn new(resources: &'a Resources, ranges: &'a Ranges, promised: &'a mut Promised) -> Self {
-        Self { resources, ranges, promised }
+impl<'a> ServiceAllocator<'a> {
+    /// Creates an allocator that avoids the claims of `resources` and the reserved claims.
+    pub fn new(resources: &'a Resources, ranges: &'a Ranges, reserved: &'a mut ReservedClaims) -> Self {
+        Self { resources, ranges, reserved }
     }
 
-    /// Fills in what the Service wants and does not have. What an earlier state of it has stays.
+    /// Fills in the addresses and ports that a Service needs. Values of its current version in the cluster are kept.
+    ///
+    /// # Errors
+    ///
+    /// The fields whose value is outside a range or in use, or for which nothing is free.
     pub fn allocate(&mut self, service: &mut Service) -> Result<(), Vec<Problem>> {
         let mut problems = Problems::default();
         let name = Name::new(&service.metadata.namespace, &service.metadata.name);
@@ -81,13 +87,13 @@ impl<'a> Allocator<'a> {
         if !problems.is_empty() {
             return Err(problems.into_inner());
         }
-        self.promised.0.extend(claims_of(service).into_iter().map(|claim| (claim, name.clone())));
+        self.reserved.0.extend(claims_of(service).into_iter().map(|claim| (claim, name.clone())));
         Ok(())
     }
 
-    /// Another Service that has it.
+    /// Returns another Service that holds a claim. `None` if it is free.
     fn other(&self, claim: Claim, name: &Name) -> Option<&Name> {
-        let holder = self.promised.0.get(&claim).or_else(|| self.resources.claims().holder(claim));
+        let holder = self.reserved.0.get(&claim).or_else(|| self.resources.claims().holder(claim));
         holder.filter(|holder| *holder != name)
     }
 
@@ -121,7 +127,7 @@ impl<'a> Allocator<'a> {
                 problems.want(
                     families.len() == 2 || policy == IpFamilyPolicy::PreferDualStack,
                     "spec.ipFamilyPolicy",
-                    "RequireDualStack goes with a service_range of each family",
+                    "RequireDualStack needs a service_range of each address family in the configuration",
                 );
             }
         }
@@ -143,7 +149,7 @@ impl<'a> Allocator<'a> {
                     let reason = format!("{address} is not in the service_range {range}");
                     problems.want(range.contains(address), &path, reason);
                     let dns = self.ranges.dns_addresses().any(|dns| dns == *address);
-                    problems.want(!dns, &path, format!("{address} is that of the cluster DNS"));
+                    problems.want(!dns, &path, format!("{address} is reserved for the cluster DNS"));
                     self.want_free(Claim::Address(*address), name, &path, problems);
                     ips.push(ClusterIp::Address(*address));
                 }
@@ -220,35 +226,37 @@ impl<'a> Allocator<'a> {
             }
         }
         let fits = wanted.is_none_or(|wanted| ingress.contains(&wanted));
-        problems.want(fits, "spec.loadBalancerIP", "is not of the Service's ipFamilies");
+        problems.want(fits, "spec.loadBalancerIP", "is not of an address family in spec.ipFamilies");
         let ingress = ingress.into_iter().map(|ip| LoadBalancerIngress { ip });
         service.status.load_balancer.ingress = ingress.collect();
     }
 
     fn want_free(&self, claim: Claim, name: &Name, path: &str, problems: &mut Problems) {
         if let Some(other) = self.other(claim, name) {
-            problems.add(path, format!("{claim} is Service {other}'s"));
+            problems.add(path, format!("{claim} is in use by Service {other}"));
         }
     }
 
-    /// A free address, beginning at a place that follows from the name. The first ones of a large range come last.
+    /// Returns a free address, beginning at an offset that follows from the name. The first addresses of a large range are
+    /// tried last. `None` if the range is full.
     fn free_in(&self, range: IpNet, name: &Name) -> Option<IpAddr> {
         let bits = u32::from(range.max_prefix_len() - range.prefix_len()).min(32);
         let size = 1_u128 << bits;
-        let first = if size > 2 * FOR_PEOPLE { FOR_PEOPLE } else { 0 };
-        let start = place(&name.to_string()) % (size - first);
-        let upper = (0..(size - first).min(MAX_LOOKS)).map(|n| first + (start + n) % (size - first));
-        upper.chain(0..first).filter_map(|place| at(range, place)).find(|address| {
-            is_given_out(range, *address)
+        let first = if size > 2 * MANUAL_ADDRESSES { MANUAL_ADDRESSES } else { 0 };
+        let start = name_hash(&name.to_string()) % (size - first);
+        let upper = (0..(size - first).min(MAX_PROBES)).map(|n| first + (start + n) % (size - first));
+        upper.chain(0..first).filter_map(|offset| address_at(range, offset)).find(|address| {
+            is_allocatable(range, *address)
                 && self.other(Claim::Address(*address), name).is_none()
                 && !self.ranges.dns_addresses().any(|dns| dns == *address)
         })
     }
 
+    /// Returns a free node port, beginning at an offset that follows from the name. `None` if all are in use.
     fn free_port(&self, name: &Name, port: &str, own: &BTreeSet<u16>) -> Option<u16> {
-        let first = NODE_PORTS.start() + NODE_PORTS_FOR_PEOPLE;
+        let first = NODE_PORTS.start() + MANUAL_NODE_PORTS;
         let size = u128::from(NODE_PORTS.end() - first) + 1;
-        let start = place(&format!("{name} {port}")) % size;
+        let start = name_hash(&format!("{name} {port}")) % size;
         let upper = (0..size).filter_map(|n| u16::try_from((start + n) % size).ok()).map(|n| first + n);
         upper
             .chain(*NODE_PORTS.start()..first)
@@ -256,7 +264,7 @@ impl<'a> Allocator<'a> {
     }
 }
 
-/// What stays as it is where the manifest does not say otherwise.
+/// Keeps allocated values of the current version where the manifest does not set them.
 fn carry_over(old: &Service, new: &mut Service, problems: &mut Problems) {
     new.metadata.creation_timestamp = old.metadata.creation_timestamp;
     let reached = |service: &Service| service.spec.kind != ServiceType::ExternalName;
@@ -296,24 +304,25 @@ fn carry_over(old: &Service, new: &mut Service, problems: &mut Problems) {
     new.status = old.status.clone();
 }
 
-/// Spreads names over a range.
-fn place(text: &str) -> u128 {
+/// Hashes a name, to spread names over a range.
+fn name_hash(text: &str) -> u128 {
     hash(text.as_bytes()).iter().take(8).fold(0, |sum, byte| sum << 8 | u128::from(*byte))
 }
 
-/// The address at a place of a range, counted from its first one.
-fn at(range: IpNet, place: u128) -> Option<IpAddr> {
+/// Returns the address at an offset of a range. `None` if it is outside.
+fn address_at(range: IpNet, offset: u128) -> Option<IpAddr> {
     let address = match range.network() {
         IpAddr::V4(first) => IpAddr::V4(
-            u32::try_from(place).ok().and_then(|place| u32::from(first).checked_add(place))?.into(),
+            u32::try_from(offset).ok().and_then(|offset| u32::from(first).checked_add(offset))?.into(),
         ),
-        IpAddr::V6(first) => IpAddr::V6(u128::from(first).checked_add(place)?.into()),
+        IpAddr::V6(first) => IpAddr::V6(u128::from(first).checked_add(offset)?.into()),
     };
     range.contains(&address).then_some(address)
 }
 
-/// Not the first and the last one, which some take for the network's and for everybody's.
-fn is_given_out(range: IpNet, address: IpAddr) -> bool {
+/// Whether an address may be allocated: not the first and the last one, which may be taken for network and broadcast
+/// addresses.
+fn is_allocatable(range: IpNet, address: IpAddr) -> bool {
     let small = range.max_prefix_len() - range.prefix_len() < 3;
     small || (address != range.network() && address != range.broadcast())
 }

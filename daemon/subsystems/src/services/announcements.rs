@@ -1,4 +1,7 @@
-//! Addresses of LoadBalancers that this host announces, and what it answers to health checks.
+//! The `Subsystem` implementation that announces LoadBalancer addresses and answers health checks.
+//!
+//! [`Announcements`] owns the announcements that were last planned and the Services that may have changed since. Begin to
+//! read at its `plan`; the choice of the host is in [`super::ingress`].
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -12,35 +15,35 @@ use ovl_proto::table::{Entry, Key};
 use super::ingress;
 use crate::subsystem::{Change, Cluster, Outcome, Subsystem, TableChange};
 
-/// What was last planned of LoadBalancers, and what may have changed since.
+/// The LoadBalancer addresses that were last planned, and what may have changed since.
 #[derive(Debug, Default)]
 pub struct Announcements {
     planned: ingress::Ingress,
-    /// Services that were added, changed or removed, or whose backends were.
+    /// Services that were changed, or whose backends were.
     changed: BTreeSet<Name>,
-    /// Hosts, or what they announce.
+    /// Whether hosts, or the addresses that they announce, may have changed.
     hosts_changed: bool,
-    /// The device on which addresses are announced. `None` if there is none, or this host leaves.
+    /// The device on which addresses are announced. `None` if there is none, or if this host leaves the cluster.
     uplink: Option<Device>,
 }
 
 impl Announcements {
-    /// Sets the device on which addresses are announced. Says whether it is another one.
+    /// Sets the device on which addresses are announced, and returns whether it changed.
     pub fn set_uplink(&mut self, uplink: Option<Device>) -> bool {
         std::mem::replace(&mut self.uplink, uplink) != uplink
     }
 
-    /// The addresses that this host can say that it announces.
-    pub fn said(&self) -> BTreeSet<IpAddr> {
-        self.planned.said()
+    /// Returns the addresses that this host's owner table should name as announced.
+    pub fn claimed(&self) -> BTreeSet<IpAddr> {
+        self.planned.claimed()
     }
 
-    /// Addresses that are to be announced once more, at most so many.
-    pub fn again(&mut self, most: usize) -> Vec<(Device, IpAddr)> {
-        self.planned.again(most)
+    /// Returns at most `max` addresses that must be announced once more.
+    pub fn again(&mut self, max: usize) -> Vec<(Device, IpAddr)> {
+        self.planned.again(max)
     }
 
-    /// The Services with a health check port, and what is answered there.
+    /// Returns the Services with a health check port, and the answers to their health checks.
     pub fn health(&self) -> impl Iterator<Item = (&Name, &ingress::Health)> {
         self.planned.health()
     }
@@ -76,12 +79,12 @@ impl Subsystem for Announcements {
     }
 
     fn desired(&self, _: &Cluster<'_>) -> Dataplane {
-        self.planned.kernel()
+        self.planned.dataplane()
     }
 
     fn resync(&mut self, cluster: &Cluster<'_>) -> Dataplane {
         self.replan(cluster, true);
-        self.planned.kernel()
+        self.planned.dataplane()
     }
 
     fn plan(&mut self, cluster: &Cluster<'_>) -> Vec<Op> {
@@ -89,24 +92,24 @@ impl Subsystem for Announcements {
     }
 
     fn sent(&self) -> Option<Dataplane> {
-        Some(self.planned.kernel())
+        Some(self.planned.dataplane())
     }
 
     fn outcome(&mut self, outcome: Outcome<'_>) {
         if let Op::Announced(AnnouncedOp::Add(_, address)) = outcome.op {
-            self.planned.note(*address, outcome.refusal.is_none());
+            self.planned.record_outcome(*address, outcome.refusal.is_none());
         }
     }
 
     fn table_change(&mut self, cluster: &Cluster<'_>) -> Option<TableChange> {
         let own = cluster.view.own().filter(|_| cluster.caught_up)?;
-        if !self.planned.take_news() {
+        if !self.planned.take_changed() {
             return None;
         }
-        let (said, is) = (own.table.announced().collect::<BTreeSet<IpAddr>>(), self.planned.said());
+        let (claimed, is) = (own.table.announced().collect::<BTreeSet<IpAddr>>(), self.planned.claimed());
         Some(TableChange {
-            set: is.difference(&said).copied().map(Entry::Announced).collect(),
-            unset: said.difference(&is).copied().map(Key::Announced).collect(),
+            set: is.difference(&claimed).copied().map(Entry::Announced).collect(),
+            unset: claimed.difference(&is).copied().map(Key::Announced).collect(),
         })
     }
 

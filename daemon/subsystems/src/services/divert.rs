@@ -1,10 +1,12 @@
-//! The table `bridge ovl-divert`: on a switched network, frames between an endpoint of this host and a backend
-//! of a Service go through the host's IP stack, in both directions, so that connection tracking sees them whole
-//! and answers get the Service's address again.
+//! The table `bridge ovl-divert`: on a switched network, it diverts frames between a local endpoint and a backend of a
+//! Service to the host's IP stack.
 //!
-//! A frame is diverted by giving it the gateway's MAC address. It is routed back out of the same bridge by the
-//! permanent neighbours, and gets its sender's MAC address again, so that other hosts, and the check of what
-//! comes out of the tunnel, see it as it was. Fragments after the first have no ports, and are not diverted.
+//! Both directions are diverted, so that connection tracking sees the whole connection and restores the Service's address
+//! in answers. A frame is diverted when its destination is rewritten to the gateway's MAC address. It is routed back out
+//! of the same bridge by the permanent neighbours, and its source MAC address is restored, so that other hosts and the
+//! source check of the tunnel see the original address. Fragments after the first have no ports and are not diverted.
+//!
+//! The module owns no state. Begin to read at [`skeleton`].
 
 use ovl_dataplane::nft::{Chain, Data, Set, Shape, Skeleton, Table, Type};
 
@@ -21,19 +23,20 @@ pub(crate) static BACKENDS: [Set; 2] = [
 ];
 /// MAC addresses of this host's endpoints.
 pub(crate) const LOCAL: Set = set("local", &[Type::Mac], Data::None, false);
-/// The same by their addresses.
+/// MAC addresses of this host's endpoints, by IP address.
 pub(crate) static MACS: [Set; 2] =
     [set("macs4", &[Type::Ipv4], MAC, false), set("macs6", &[Type::Ipv6], MAC, false)];
 /// The gateway's MAC address on each subnet.
 pub(crate) static GATEWAYS: [Set; 2] =
     [set("gateways4", &[Type::Ipv4], MAC, true), set("gateways6", &[Type::Ipv6], MAC, true)];
 
-/// Ports of our bridges.
+/// Ports of ovld's bridges.
 const PORTS: &str = "{ \"ove-*\", \"ovx-*\" }";
 
+/// Returns the table without elements.
 pub(crate) fn skeleton() -> Skeleton {
     let (mut prerouting, mut divert, mut output) = (Vec::new(), Vec::new(), Vec::new());
-    // A host that routes a packet back by the way that it came tells its sender of a shorter one.
+    // A host that routes a packet back by its input interface sends a redirect. The sender must not get it.
     output.push(format!("oifname {PORTS} icmp type redirect drop"));
     output.push(format!("oifname {PORTS} icmpv6 type nd-redirect drop"));
     for (ip, n) in [("ip", 0), ("ip6", 1)] {

@@ -1,7 +1,10 @@
-//! Services in the kernel: what the elements of `inet ovl-services` and `bridge ovl-divert` should be, kept up
-//! Service by Service. A backend that comes or goes costs a few elements, however many Services and backends
-//! there are.
+//! The elements of `inet ovl-services` and `bridge ovl-divert`, updated Service by Service.
+//!
+//! A backend that is added or removed costs a few elements, whatever the number of Services and backends. [`Services`]
+//! owns the elements that were last planned and the numbers of backends. Begin to read at [`Services::plan`], and then at
+//! [`resolve::resolve`] for one Service.
 
+mod context;
 mod resolve;
 mod skeleton;
 
@@ -10,13 +13,13 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use ipnet::IpNet;
-use ovl_proto::id::{EndpointId, Mac, NodeId};
+use ovl_proto::id::{EndpointId, Mac};
 use ovl_proto::object::{Mode, Network, Subnet};
 use ovl_proto::resource::Name;
 use ovl_proto::table::Endpoint;
 
 use super::divert;
-use ovl_cluster::backends::{Backends, Target};
+use ovl_cluster::backends::Backends;
 use ovl_cluster::view::View;
 use ovl_dataplane::flows::Flows;
 use ovl_dataplane::ledger::{Entries, Ledger};
@@ -24,132 +27,95 @@ use ovl_dataplane::nft::{Element, Field, Key, Set, Skeleton, Table, Value};
 use ovl_dataplane::op::{NftOp, Op, SysctlOp};
 use ovl_dataplane::state::Dataplane;
 
+use self::context::{At, NetworkContext, of_family};
 use self::resolve::{Resolved, Slots};
 use self::skeleton::Sticky;
 
-/// What wants elements.
+/// The owner of elements in the ledger.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-enum Part {
+enum ElementOwner {
     Host,
     Endpoint(EndpointId),
     Service(Name),
 }
 
-/// A Service's port as packets find it: with an address, or a node port.
-type At = (Option<IpAddr>, u8, u16);
-
-/// What a whole look at networks decides for all Services.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(crate) struct Ground {
-    /// This host.
-    pub(crate) me: Option<NodeId>,
-    /// Its underlay address.
-    pub(crate) vtep: Option<IpAddr>,
-    /// Prefixes of switched networks: their endpoints on other hosts answer to nobody outside.
-    pub(crate) switched: Vec<IpNet>,
-    /// Those of them whose packets may not cross the underlay in plain.
-    pub(crate) sealed: Vec<IpNet>,
-    /// Underlay addresses of the other hosts that are there: connections are passed on to their node ports.
-    pub(crate) hosts: BTreeMap<NodeId, IpAddr>,
-}
-
-impl Ground {
-    /// Whether it is the address of an endpoint of a switched network.
-    fn is_switched(&self, address: IpAddr) -> bool {
-        self.switched.iter().any(|prefix| prefix.contains(&address))
-    }
-
-    /// Whether what comes from outside for an endpoint may cross the underlay to its host.
-    fn is_relayed(&self, address: IpAddr) -> bool {
-        self.is_switched(address) && !self.sealed.iter().any(|prefix| prefix.contains(&address))
-    }
-
-    /// The host that what comes from outside for an endpoint is passed on to; nothing where that has no address of
-    /// the family.
-    fn relay(&self, target: &Target) -> Option<IpAddr> {
-        let host = *self.hosts.get(&target.host?)?;
-        let fits = |address: &IpAddr| address.is_ipv4() == target.address.is_ipv4();
-        (self.is_relayed(target.address) && self.vtep.is_some_and(|own| fits(&own)))
-            .then_some(host)
-            .filter(fits)
-    }
-}
-
-/// All Services of the cluster, for one host.
+/// The tables and elements of all Services on one host.
 #[derive(Debug, Clone, Default)]
 pub struct Services {
-    ledger: Ledger<Part>,
-    ground: Ground,
+    ledger: Ledger<ElementOwner>,
+    context: NetworkContext,
     slots: Slots,
-    /// Where each Service's UDP ports lead.
+    /// The backends of each Service's UDP ports.
     flows: BTreeMap<Name, resolve::UdpPorts>,
     counts: BTreeSet<u32>,
     sticky: BTreeSet<Sticky>,
-    /// How many there were of the two when the skeleton was made.
+    /// The sizes of `counts` and `sticky` when the skeleton was built.
     chains: (usize, usize),
-    /// What was planned last.
+    /// The tables that were planned last.
     tables: BTreeMap<Table, Arc<Skeleton>>,
     ended: Vec<Flows>,
     started: bool,
     /// Whether there are Services at all.
     any: bool,
-    /// Services of which something is passed on to other hosts.
+    /// Services with connections that are relayed to remote hosts.
     relaying: BTreeSet<Name>,
 }
 
 impl Services {
-    /// What belongs into the desired state.
-    pub fn kernel(&self) -> Dataplane {
+    /// Returns the desired data plane.
+    pub fn dataplane(&self) -> Dataplane {
         let (tables, elements) = (self.tables.clone(), self.ledger.wanted().clone());
         let sysctls = self.forwarding().into_iter().map(|name| (name.to_owned(), "1".to_owned())).collect();
-        let mut kernel = Dataplane { tables, elements, sysctls, ..Dataplane::default() };
+        let mut dataplane = Dataplane { tables, elements, sysctls, ..Dataplane::default() };
         for table in Table::ALL.into_iter().filter(|table| !self.tables.contains_key(table)) {
-            kernel.elements.forget(table);
+            dataplane.elements.forget(table);
         }
-        kernel
+        dataplane
     }
 
-    /// The setting without which nothing is passed on.
+    /// Returns the sysctl that relaying needs. `None` if nothing is relayed.
     fn forwarding(&self) -> Option<&'static str> {
-        let ipv4 = self.ground.vtep.filter(|_| !self.relaying.is_empty())?.is_ipv4();
+        let ipv4 = self.context.vtep.filter(|_| !self.relaying.is_empty())?.is_ipv4();
         Some(if ipv4 { "net.ipv4.ip_forward" } else { "net.ipv6.conf.all.forwarding" })
     }
 
-    /// Flows that are to end after what was planned is done; each is given once.
+    /// Returns the operations that end UDP flows. They must follow the planned operations. Each is returned once.
     pub fn ended(&mut self) -> Vec<Op> {
         std::mem::take(&mut self.ended).into_iter().map(Op::EndFlows).collect()
     }
 
-    /// What these Services need beyond what was planned last; with `ground`, networks, blocks or endpoints of
-    /// this host may be others too. Not before gossip has caught up: a Service without the backends of hosts
-    /// that were not heard yet would refuse connections.
+    /// Returns the operations for these changed Services. With `context`, networks, blocks, hosts or local endpoints may
+    /// have changed too.
+    ///
+    /// It must not be called before gossip has caught up: without the backends of hosts that are still unknown, a Service
+    /// would refuse connections.
     pub fn plan<'a>(
         &mut self,
         view: &View,
         backends: &Backends,
         services: impl Iterator<Item = &'a Name>,
-        ground: bool,
+        context: bool,
     ) -> Vec<Op> {
         let mut names: BTreeSet<Name> = services.cloned().collect();
         let forwarding = self.forwarding();
         let mut changes = Vec::new();
         let is_first = !std::mem::replace(&mut self.started, true);
         let any = view.has_services();
-        let ground = ground || std::mem::replace(&mut self.any, any) != any;
-        if ground || is_first {
-            let ground = self::ground(view);
-            if ground != self.ground {
-                self.ground = ground;
+        let context = context || std::mem::replace(&mut self.any, any) != any;
+        if context || is_first {
+            let context = NetworkContext::of(view);
+            if context != self.context {
+                self.context = context;
                 names.extend(view.resources.services().keys().cloned());
             }
-            changes.extend(self.ledger.set(&Part::Host, host(view, &self.ground)));
+            changes.extend(self.ledger.set(&ElementOwner::Host, host(view, &self.context)));
             changes.extend(self.endpoints(view));
         }
         for name in names {
             changes.extend(self.service(view, backends, &name));
         }
         if is_first {
-            // Whatever went while nobody looked.
+            // End flows to backends that were removed while ovld was not running.
             self.ended = self
                 .flows
                 .values()
@@ -168,7 +134,7 @@ impl Services {
                 ops.push(Op::Nft(NftOp::SetTable(*table, Arc::clone(skeleton))));
             }
         }
-        let (gone, new): (Vec<Op>, Vec<Op>) =
+        let (deleted, new): (Vec<Op>, Vec<Op>) =
             changes.into_iter().partition(|op| matches!(op, Op::Nft(NftOp::DeleteElement(..))));
         let stays = |op: &Op| match op {
             Op::Nft(NftOp::SetElement(Element { set, .. })) | Op::Nft(NftOp::DeleteElement(set, _)) => {
@@ -178,9 +144,9 @@ impl Services {
         };
         let dropped = was.keys().filter(|table| !self.tables.contains_key(table));
         ops.extend(dropped.map(|table| Op::Nft(NftOp::DeleteTable(*table))));
-        ops.extend(gone.into_iter().filter(stays));
+        ops.extend(deleted.into_iter().filter(stays));
         ops.extend(new.into_iter().filter(stays));
-        // A table that was not there before gets all that it should have.
+        // A new table gets all of its elements.
         for (set, contents) in self.ledger.wanted().sets() {
             if self.tables.contains_key(&set.table) && !was.contains_key(&set.table) {
                 ops.extend(contents.iter().map(|(key, value)| {
@@ -195,17 +161,17 @@ impl Services {
         ops
     }
 
-    /// The tables that are needed.
+    /// Returns the tables that are needed.
     fn skeletons(&mut self) -> BTreeMap<Table, Arc<Skeleton>> {
         let mut tables = BTreeMap::new();
-        // Chains only ever come: as many as before are the same.
+        // Chains are only added, so an equal number of them means that they are the same.
         let chains = (self.counts.len(), self.sticky.len());
         let same = std::mem::replace(&mut self.chains, chains) == chains;
         let mut need = |table: Table, same: bool, make: &dyn Fn() -> Skeleton| {
             let old = self.tables.get(&table).filter(|_| same).map(Arc::clone);
             tables.insert(table, old.unwrap_or_else(|| Arc::new(make())));
         };
-        if self.ledger.parts().any(|part| matches!(part, Part::Service(_))) {
+        if self.ledger.parts().any(|part| matches!(part, ElementOwner::Service(_))) {
             need(Table::Services, same, &|| skeleton::skeleton(&self.counts, &self.sticky));
         }
         if divert::BACKENDS.iter().any(|set| self.ledger.wanted().of(set).is_some()) {
@@ -214,10 +180,10 @@ impl Services {
         tables
     }
 
-    /// Endpoints of this host on switched networks.
+    /// Updates the elements of local endpoints on switched networks.
     fn endpoints(&mut self, view: &View) -> Vec<Op> {
         let mut wanted: BTreeMap<EndpointId, Entries> = BTreeMap::new();
-        // Without Services nothing is diverted.
+        // Without Services, no frame is diverted.
         let own = view.own().filter(|_| view.has_services());
         for endpoint in own.into_iter().flat_map(|own| own.table.endpoints()) {
             let network = view.networks.get(&endpoint.network).map(|found| &found.network);
@@ -226,20 +192,20 @@ impl Services {
             }
         }
         let there = self.ledger.parts().filter_map(|part| match part {
-            Part::Endpoint(id) => Some(*id),
-            Part::Host | Part::Service(_) => None,
+            ElementOwner::Endpoint(id) => Some(*id),
+            ElementOwner::Host | ElementOwner::Service(_) => None,
         });
-        let gone: Vec<EndpointId> = there.filter(|id| !wanted.contains_key(id)).collect();
-        let all = gone.into_iter().map(|id| (id, Entries::new())).chain(wanted);
-        all.flat_map(|(id, entries)| self.ledger.set(&Part::Endpoint(id), entries)).collect()
+        let removed: Vec<EndpointId> = there.filter(|id| !wanted.contains_key(id)).collect();
+        let all = removed.into_iter().map(|id| (id, Entries::new())).chain(wanted);
+        all.flat_map(|(id, entries)| self.ledger.set(&ElementOwner::Endpoint(id), entries)).collect()
     }
 
-    /// One Service, looked at anew.
+    /// Updates the elements of one Service.
     fn service(&mut self, view: &View, backends: &Backends, name: &Name) -> Vec<Op> {
         let service = view.resources.services().get(name);
         let resolved = service.map(|service| {
             let of = backends.of(name);
-            resolve::resolve(&self.ground, view.resources.claims(), (name, service), of, &mut self.slots)
+            resolve::resolve(&self.context, view.resources.claims(), (name, service), of, &mut self.slots)
         });
         let Resolved { entries, counts, sticky, flows, relays } = resolved.unwrap_or_default();
         if relays {
@@ -250,14 +216,14 @@ impl Services {
         if service.is_none() {
             self.slots.forget(name);
         }
-        // Chains stay once they are there: they are written before the elements that lead to others.
+        // Chains are kept once they exist: the table is written before elements are removed that lead to them.
         self.sticky.extend(sticky);
         self.counts.extend(counts.into_iter().filter(|count| *count > skeleton::ALWAYS));
         let old = self.flows.remove(name).unwrap_or_default();
         let none = BTreeSet::new();
         for at in old.keys().chain(flows.keys()).collect::<BTreeSet<_>>() {
             let (was, is) = (old.get(at).unwrap_or(&none), flows.get(at).unwrap_or(&none));
-            // Also what came before there was a backend, and went elsewhere.
+            // Flows that began before there was a backend went elsewhere, so they end too.
             if !was.is_subset(is) || (was.is_empty() && !is.is_empty()) {
                 self.ended.push(flows_of(at.0, at.1, is.clone()));
             }
@@ -265,41 +231,17 @@ impl Services {
         if !flows.is_empty() {
             self.flows.insert(name.clone(), flows);
         }
-        self.ledger.set(&Part::Service(name.clone()), entries)
+        self.ledger.set(&ElementOwner::Service(name.clone()), entries)
     }
 }
 
-/// How many backends ports at addresses have for endpoints.
+/// Returns the set that maps ports at addresses to their number of backends, for clients that are endpoints.
 pub fn inside(ipv4: bool) -> Set {
     of_family(&skeleton::INSIDE, ipv4).clone()
 }
 
 fn flows_of((address, _, port): At, ipv4: bool, keep: BTreeSet<(IpAddr, u16)>) -> Flows {
     Flows { address, port, keep, ipv4, held: false }
-}
-
-fn ground(view: &View) -> Ground {
-    let prefixes = |networks: Vec<&Network>| -> Vec<IpNet> {
-        networks.into_iter().flat_map(|network| &network.subnets).map(|subnet| subnet.prefix).collect()
-    };
-    let switched: Vec<&Network> = view.switched().collect();
-    let sealed = switched.iter().copied().filter(|network| network.encrypted).collect();
-    // Who comes and goes concerns nobody where nothing is passed on.
-    let others = view.nodes.values().filter(|node| !switched.is_empty() && node.record.id != view.me);
-    let hosts = others.filter(|node| view.counts(node)).map(|node| (node.record.id, node.record.vtep));
-    Ground {
-        me: Some(view.me),
-        vtep: view.own().map(|own| own.record.vtep),
-        hosts: hosts.collect(),
-        sealed: prefixes(sealed),
-        switched: prefixes(switched),
-    }
-}
-
-/// The network's sets of the family of an address.
-pub(crate) fn of_family(sets: &[Set; 2], ipv4: bool) -> &Set {
-    let [v4, v6] = sets;
-    if ipv4 { v4 } else { v6 }
 }
 
 fn endpoint_part(endpoint: &Endpoint) -> Entries {
@@ -313,10 +255,10 @@ fn endpoint_part(endpoint: &Endpoint) -> Entries {
     entries
 }
 
-/// What follows from networks alone.
-fn host(view: &View, ground: &Ground) -> Entries {
+/// Returns the elements that follow from networks and hosts alone.
+fn host(view: &View, context: &NetworkContext) -> Entries {
     let mut entries = Entries::new();
-    for address in ground.hosts.values() {
+    for address in context.hosts.values() {
         let set = of_family(&skeleton::HOSTS, address.is_ipv4()).clone();
         entries.insert((set, Key::of(&[Field::Ip(*address)])), Value::None);
     }
@@ -343,7 +285,7 @@ fn host(view: &View, ground: &Ground) -> Entries {
     entries
 }
 
-/// What this host sends from on a network.
+/// Returns the local host's source address on a subnet.
 fn own_address(view: &View, network: &Network, subnet: &Subnet) -> Option<IpAddr> {
     match network.mode {
         Mode::L2 => Some(subnet.gateway),

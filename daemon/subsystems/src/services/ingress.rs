@@ -1,9 +1,11 @@
-//! LoadBalancers: which host announces each address, and what a host answers to those who check its health.
+//! Chooses the host that announces each LoadBalancer address, and computes the answers to health checks.
 //!
-//! Nobody is asked. Each host computes who it should be, by rendezvous hashing over the hosts that can serve the
-//! address: so when one goes, only its own addresses move. What a host has taken stands in its table. It lets go
-//! when the one that should have it says so there, and not before: a host that has just come back has still to
-//! hear of everything.
+//! Hosts do not negotiate. Each host computes the announcer by rendezvous hashing over the hosts that can serve the
+//! address, so if a host fails, only its addresses move. A host names the addresses that it announces in its owner table.
+//! It withdraws an address only when the chosen host names it there: a host that has just restarted does not yet know
+//! the whole cluster.
+//!
+//! [`Ingress`] owns the addresses that were last planned. Begin to read at [`Ingress::plan`].
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -20,43 +22,44 @@ use ovl_dataplane::device::Device;
 use ovl_dataplane::op::{AnnouncedOp, Op};
 use ovl_dataplane::state::Dataplane;
 
-/// So often an address is announced after it was taken, and after hosts came or went: a frame may be lost, and
-/// on another side of a split another host may have had it.
-const TIMES: u8 = 3;
+/// The number of announcements of an address after it moved here, and after hosts joined or left: a frame may be lost,
+/// and another host may have announced it on the other side of a partition.
+const REPEATS: u8 = 3;
 
-/// What is answered at a `healthCheckNodePort`.
+/// The answer at a `healthCheckNodePort`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Health {
-    /// Where, on all addresses of the host.
+    /// The port, on all addresses of the host.
     pub port: u16,
-    /// How many backends that take connections are on this host.
+    /// The number of backends on this host that accept connections.
     pub local: usize,
 }
 
-/// What one Service comes to on this host.
+/// The part of one Service on this host.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-struct Here {
+struct ServiceIngress {
     announced: BTreeSet<IpAddr>,
     health: Option<Health>,
 }
 
-/// All LoadBalancers of the cluster, for one host.
+/// The LoadBalancer addresses and health checks of one host.
 #[derive(Debug, Clone, Default)]
 pub struct Ingress {
-    services: BTreeMap<Name, Here>,
-    /// What was planned last.
+    services: BTreeMap<Name, ServiceIngress>,
+    /// The announcements that were planned last.
     planned: BTreeSet<(Device, IpAddr)>,
-    /// Addresses that the kernel did not take.
+    /// Addresses that the kernel rejected.
     refused: BTreeSet<IpAddr>,
-    /// How often each is still to be announced.
+    /// The number of announcements that are still due, by address.
     again: BTreeMap<IpAddr, u8>,
-    /// What is said and answered may be other than it was.
-    news: bool,
+    /// Whether the announced addresses or health checks may have changed.
+    changed: bool,
 }
 
 impl Ingress {
-    /// What these Services need beyond what was planned last; `all`: hosts, or what they have announced, may be
-    /// others. Not before gossip has caught up.
+    /// Returns the operations for these changed Services. With `all`, hosts or their announcements may have changed too.
+    ///
+    /// It must not be called before gossip has caught up.
     pub fn plan<'a>(
         &mut self,
         view: &View,
@@ -75,10 +78,10 @@ impl Ingress {
         } else if names.is_empty() {
             return Vec::new();
         }
-        self.news = true;
+        self.changed = true;
         for name in names {
-            match balancer(&name).map(|service| here(view, backends, &name, service)) {
-                Some(here) => drop(self.services.insert(name, here)),
+            match balancer(&name).map(|service| service_ingress(view, backends, &name, service)) {
+                Some(part) => drop(self.services.insert(name, part)),
                 None => drop(self.services.remove(&name)),
             }
         }
@@ -87,52 +90,53 @@ impl Ingress {
             .flat_map(|device| self.announced().map(move |address| (device, address)))
             .collect();
         let new = wanted.iter().filter(|announced| all || !self.planned.contains(announced));
-        self.again.extend(new.map(|(_, address)| (*address, TIMES)));
-        let gone = self
+        self.again.extend(new.map(|(_, address)| (*address, REPEATS)));
+        let withdrawn = self
             .planned
             .difference(&wanted)
             .map(|(device, address)| Op::Announced(AnnouncedOp::Delete(*device, *address)));
         let new = wanted
             .difference(&self.planned)
             .map(|(device, address)| Op::Announced(AnnouncedOp::Add(*device, *address)));
-        let ops = gone.chain(new).collect();
+        let ops = withdrawn.chain(new).collect();
         self.planned = wanted;
         ops
     }
 
     fn announced(&self) -> impl Iterator<Item = IpAddr> {
-        self.services.values().flat_map(|here| here.announced.iter().copied())
+        self.services.values().flat_map(|part| part.announced.iter().copied())
     }
 
-    /// What belongs into the desired state.
-    pub fn kernel(&self) -> Dataplane {
+    /// Returns the desired data plane.
+    pub fn dataplane(&self) -> Dataplane {
         Dataplane { announced: self.planned.clone(), ..Dataplane::default() }
     }
 
-    /// What became of an address.
-    pub fn note(&mut self, address: IpAddr, taken: bool) {
-        self.news = true;
-        if taken {
+    /// Records whether the kernel accepted an address.
+    pub fn record_outcome(&mut self, address: IpAddr, accepted: bool) {
+        self.changed = true;
+        if accepted {
             self.refused.remove(&address);
         } else {
             self.refused.insert(address);
         }
     }
 
-    /// Whether there is something to tell since this was asked last.
-    pub fn take_news(&mut self) -> bool {
-        std::mem::take(&mut self.news)
+    /// Whether announced addresses or health checks may have changed since the last call.
+    pub fn take_changed(&mut self) -> bool {
+        std::mem::take(&mut self.changed)
     }
 
-    /// What this host can say that it announces.
-    pub fn said(&self) -> BTreeSet<IpAddr> {
+    /// Returns the addresses that this host's owner table should name as announced: those that were planned and not
+    /// rejected.
+    pub fn claimed(&self) -> BTreeSet<IpAddr> {
         let all = self.planned.iter().map(|(_, address)| *address);
         all.filter(|address| !self.refused.contains(address)).collect()
     }
 
-    /// Addresses that are to be announced once more, at most so many.
-    pub fn again(&mut self, most: usize) -> Vec<(Device, IpAddr)> {
-        let now: Vec<IpAddr> = self.again.keys().take(most).copied().collect();
+    /// Returns at most `max` addresses that must be announced once more.
+    pub fn again(&mut self, max: usize) -> Vec<(Device, IpAddr)> {
+        let now: Vec<IpAddr> = self.again.keys().take(max).copied().collect();
         for address in &now {
             if let Some(times) = self.again.get_mut(address) {
                 *times -= 1;
@@ -144,13 +148,13 @@ impl Ingress {
         self.planned.iter().filter(|(_, address)| now.contains(address)).copied().collect()
     }
 
-    /// What is answered where, for each Service.
+    /// Returns the answers to health checks, by Service.
     pub fn health(&self) -> impl Iterator<Item = (&Name, &Health)> {
-        self.services.iter().filter_map(|(name, here)| Some((name, here.health.as_ref()?)))
+        self.services.iter().filter_map(|(name, part)| Some((name, part.health.as_ref()?)))
     }
 }
 
-/// The hosts that say that they announce an address: one, but for an instant.
+/// Returns the hosts whose owner tables name an address as announced. While an address moves, it can be two.
 pub fn announcers(view: &View, address: IpAddr) -> impl Iterator<Item = &Node> {
     view.nodes.values().filter(move |node| view.counts(node) && node.table.announces(address))
 }
@@ -159,7 +163,7 @@ fn is_balancer(service: &Service) -> bool {
     service.load_balancer_addresses().next().is_some() || service.spec.health_check_node_port.is_some()
 }
 
-fn here(view: &View, backends: &Backends, name: &Name, service: &Service) -> Here {
+fn service_ingress(view: &View, backends: &Backends, name: &Name, service: &Service) -> ServiceIngress {
     let behind = |ipv4| -> BTreeSet<Target> {
         let ports = 0..service.spec.ports.len();
         ports.flat_map(|port| targets(backends.of(name), port, ipv4, None)).collect()
@@ -170,14 +174,14 @@ fn here(view: &View, backends: &Backends, name: &Name, service: &Service) -> Her
     let announced =
         addresses.filter(|address| is_ours(view, service, of(address.is_ipv4()), *address)).collect();
     let health = service.spec.health_check_node_port.map(|port| {
-        // A backend of several ports or of both families is one.
+        // A backend with several ports or with addresses of both families counts once.
         let local = |behind: &BTreeSet<Target>| {
             let here = behind.iter().filter(|target| target.host == Some(view.me));
             here.map(|target| target.address).collect::<BTreeSet<IpAddr>>().len()
         };
         Health { port, local: local(&v4).max(local(&v6)) }
     });
-    Here { announced, health }
+    ServiceIngress { announced, health }
 }
 
 /// Whether this host announces an address.
@@ -187,14 +191,15 @@ fn is_ours(view: &View, service: &Service, behind: &BTreeSet<Target>, address: I
     chosen == view.me || (has(view.me) && !has(chosen))
 }
 
-/// The host that should announce an address: of those that can serve it the one with the highest hash of both.
+/// Returns the host that should announce an address: among the hosts that can serve it, the one with the highest hash of
+/// host and address. `None` if there is no host.
 fn chosen(view: &View, service: &Service, behind: &BTreeSet<Target>, address: IpAddr) -> Option<NodeId> {
-    // A host whose ovld is silent takes nothing; what it has taken its kernel still answers for.
-    let there =
+    // A host whose ovld is silent cannot take over an address, but its kernel still answers for those that it announces.
+    let is_candidate =
         |node: &&Node| view.counts(node) && (node.state == PeerState::Alive || node.table.announces(address));
-    let hosts: Vec<NodeId> = view.nodes.values().filter(there).map(|node| node.record.id).collect();
+    let hosts: Vec<NodeId> = view.nodes.values().filter(is_candidate).map(|node| node.record.id).collect();
     let local = |host: &&NodeId| behind.iter().any(|target| target.host == Some(**host));
-    // Endpoints of switched networks answer to nobody outside but by their own host.
+    // Endpoints of switched networks can answer outside clients only through their own host.
     let switched: Vec<IpNet> =
         view.switched().flat_map(|network| &network.subnets).map(|subnet| subnet.prefix).collect();
     let from_all = |target: &Target| !switched.iter().any(|prefix| prefix.contains(&target.address));
@@ -202,7 +207,7 @@ fn chosen(view: &View, service: &Service, behind: &BTreeSet<Target>, address: Ip
         service.spec.external_traffic_policy == TrafficPolicy::Cluster && behind.iter().any(from_all);
     let serving: Vec<NodeId> =
         if everywhere { Vec::new() } else { hosts.iter().filter(local).copied().collect() };
-    // Without backends somebody has to refuse.
+    // Without backends, one host must still refuse connections.
     let candidates = if serving.is_empty() { hosts } else { serving };
     candidates.into_iter().max_by_key(|host| rank(*host, address))
 }

@@ -1,4 +1,7 @@
-//! Services in this host's kernel.
+//! The `Subsystem` implementation of Service translation.
+//!
+//! [`Translation`] owns the planned tables and elements ([`super::Services`]) and the Services that may have changed
+//! since. Begin to read at its `plan`.
 
 use std::collections::BTreeSet;
 
@@ -8,24 +11,24 @@ use ovl_proto::resource::Name;
 
 use crate::subsystem::{Change, Cluster, Subsystem};
 
-/// What was last sent of Services, and what may have changed since.
+/// The Service tables that were last sent, and what may have changed since.
 #[derive(Debug, Default)]
 pub struct Translation {
     planned: super::Services,
-    /// Services that were added, changed or removed, or whose backends were.
+    /// Services that were changed, or whose backends were.
     changed: BTreeSet<Name>,
-    /// Networks, blocks, hosts or endpoints of this host.
-    ground_changed: bool,
+    /// Whether networks, blocks, hosts or local endpoints may have changed.
+    context_changed: bool,
 }
 
 impl Translation {
-    fn replan(&mut self, cluster: &Cluster<'_>, ground: bool) -> Vec<Op> {
+    fn replan(&mut self, cluster: &Cluster<'_>, context: bool) -> Vec<Op> {
         if !cluster.caught_up {
             return Vec::new();
         }
         let changed = std::mem::take(&mut self.changed);
-        let ground = std::mem::take(&mut self.ground_changed) || ground;
-        self.planned.plan(cluster.view, cluster.backends, changed.iter(), ground)
+        let context = std::mem::take(&mut self.context_changed) || context;
+        self.planned.plan(cluster.view, cluster.backends, changed.iter(), context)
     }
 }
 
@@ -39,7 +42,7 @@ impl Subsystem for Translation {
             | Change::Built(_)
             | Change::Host(_)
             | Change::Tunnel
-            | Change::ThisHost => self.ground_changed = true,
+            | Change::ThisHost => self.context_changed = true,
             Change::Publishing
             | Change::Attaching(_)
             | Change::Resources(_)
@@ -49,12 +52,12 @@ impl Subsystem for Translation {
     }
 
     fn desired(&self, _: &Cluster<'_>) -> Dataplane {
-        self.planned.kernel()
+        self.planned.dataplane()
     }
 
     fn resync(&mut self, cluster: &Cluster<'_>) -> Dataplane {
         self.replan(cluster, true);
-        self.planned.kernel()
+        self.planned.dataplane()
     }
 
     fn plan(&mut self, cluster: &Cluster<'_>) -> Vec<Op> {
@@ -62,7 +65,7 @@ impl Subsystem for Translation {
     }
 
     fn sent(&self) -> Option<Dataplane> {
-        Some(self.planned.kernel())
+        Some(self.planned.dataplane())
     }
 
     fn afterwards(&mut self) -> Vec<Op> {

@@ -1,4 +1,4 @@
-//! What the kernel of a host holds of encrypted networks, and of the tunnel that carries them.
+//! Tests of the desired data plane of encrypted networks and of the tunnel.
 
 use std::net::IpAddr;
 
@@ -25,7 +25,7 @@ fn here(n: u8) -> String {
     tunnel::address(1, id(n)).to_string()
 }
 
-/// Without those of the host as a whole but the tunnel's, and with names that are easy to read.
+/// Returns the commands of networks and the tunnel, with short names.
 fn commands(view: &View) -> Vec<String> {
     diff(&Dataplane::default(), &desired(view, &local()), true)
         .iter()
@@ -43,7 +43,7 @@ fn with(commands: &[String], part: &str) -> Vec<String> {
     commands.iter().filter(|text| text.contains(part)).cloned().collect()
 }
 
-fn sealed_switch(kernel: bool) -> View {
+fn encrypted_switched(kernel: bool) -> View {
     let mut view = switched();
     encrypt(&mut view, kernel);
     give(&mut view, 1, vec![endpoint(1, "10.9.0.9/24")]);
@@ -51,7 +51,7 @@ fn sealed_switch(kernel: bool) -> View {
     view
 }
 
-fn sealed_routes() -> View {
+fn encrypted_routed() -> View {
     let subnet = addresses::new_routed_subnet(net("10.60.0.0/16"), None).unwrap();
     let mut view = view_of(Mode::L3, Backend::Vxlan, subnet, |n| net(&format!("10.60.{n}.0/24")));
     encrypt(&mut view, false);
@@ -60,7 +60,7 @@ fn sealed_routes() -> View {
 
 #[test]
 fn the_tunnel_has_an_address_a_peer_and_a_route_for_each_member() {
-    let all = commands(&sealed_switch(false));
+    let all = commands(&encrypted_switched(false));
     assert_eq!(
         with(&all, "ovt"),
         [
@@ -74,10 +74,10 @@ fn the_tunnel_has_an_address_a_peer_and_a_route_for_each_member() {
         ]
     );
     assert_eq!(with(&all, "unreachable"), ["ip route replace unreachable CLUSTER proto 79 metric 79"]);
-    let kernel = desired(&sealed_switch(true), &local());
+    let dataplane = desired(&encrypted_switched(true), &local());
     let device = Device::tunnel(false);
-    assert_eq!(kernel.links[&device], Link::Tunnel { kind: TunnelKind::Kernel, mtu: 1440, up: true });
-    assert_eq!(kernel.tunnels[&device].local, None);
+    assert_eq!(dataplane.links[&device], Link::Tunnel { kind: TunnelKind::Kernel, mtu: 1440, up: true });
+    assert_eq!(dataplane.tunnels[&device].local, None);
 }
 
 #[test]
@@ -94,7 +94,7 @@ fn a_switched_network_has_a_tap_with_sources_or_a_vxlan_device_in_the_tunnel() {
              nolearning udp6zerocsumtx udp6zerocsumrx && bridge link set dev ovx learning off neigh_suppress on",
         ),
     ] {
-        let all = commands(&sealed_switch(kernel));
+        let all = commands(&encrypted_switched(kernel));
         assert_eq!(
             with(&all, "ovx"),
             [
@@ -109,8 +109,8 @@ fn a_switched_network_has_a_tap_with_sources_or_a_vxlan_device_in_the_tunnel() {
 }
 
 #[test]
-fn a_routed_network_goes_through_the_tunnel_as_it_is() {
-    let view = sealed_routes();
+fn a_routed_network_uses_the_tunnel_without_vxlan() {
+    let view = encrypted_routed();
     let all = commands(&view);
     assert!(with(&all, "ovx").is_empty(), "{all:?}");
     assert_eq!(
@@ -130,25 +130,28 @@ fn a_routed_network_goes_through_the_tunnel_as_it_is() {
 }
 
 #[test]
-fn without_a_tunnel_there_is_no_way() {
-    for mut view in [sealed_switch(false), sealed_routes()] {
+fn without_a_tunnel_there_is_no_route() {
+    for mut view in [encrypted_switched(false), encrypted_routed()] {
         view.nodes.get_mut(&id(1)).unwrap().record.tunnel = None;
-        let kernel = desired(&view, &local());
-        let ways = |link: &Link| matches!(link, Link::Tap { .. } | Link::Vxlan { .. } | Link::Tunnel { .. });
-        assert!(!kernel.links.values().any(ways), "{:?}", kernel.links);
-        assert!(kernel.remotes.is_empty() && kernel.floods.is_empty() && kernel.tunnel_peers.is_empty());
+        let dataplane = desired(&view, &local());
+        let is_carrier =
+            |link: &Link| matches!(link, Link::Tap { .. } | Link::Vxlan { .. } | Link::Tunnel { .. });
+        assert!(!dataplane.links.values().any(is_carrier), "{:?}", dataplane.links);
+        assert!(
+            dataplane.remotes.is_empty() && dataplane.floods.is_empty() && dataplane.tunnel_peers.is_empty()
+        );
         let own = |(to, _): &(&ipnet::IpNet, &Hop)| net("10.60.1.0/24").contains(&to.addr());
-        let out = kernel.routes.iter().filter(|route| !own(route)).map(|(_, hop)| hop);
-        assert!(out.clone().all(|hop| *hop == Hop::UNREACHABLE), "{:?}", kernel.routes);
-        let filter = kernel.filter.unwrap();
+        let out = dataplane.routes.iter().filter(|route| !own(route)).map(|(_, hop)| hop);
+        assert!(out.clone().all(|hop| *hop == Hop::UNREACHABLE), "{:?}", dataplane.routes);
+        let filter = dataplane.filter.unwrap();
         assert!(filter.contains("udp dport 51942 fib daddr type != unicast counter drop"), "{filter}");
     }
 }
 
 #[test]
-fn only_members_that_are_there_and_have_a_key_of_their_own_are_peers() {
+fn only_live_members_with_a_key_of_their_own_are_peers() {
     let peers = |view: &View| desired(view, &local()).tunnel_peers.len();
-    let mut view = sealed_switch(false);
+    let mut view = encrypted_switched(false);
     assert_eq!(peers(&view), 2);
     for (state, expected) in [(PeerState::Suspect, 2), (PeerState::Dead, 1), (PeerState::Left, 1)] {
         view.nodes.get_mut(&id(2)).unwrap().state = state;
@@ -159,34 +162,36 @@ fn only_members_that_are_there_and_have_a_key_of_their_own_are_peers() {
     assert_eq!(peers(&view), 1, "forgotten");
     assert!(desired(&view, &local()).remotes.is_empty());
     view.alloc.members.insert(id(2));
-    // It claims the key of another one.
+    // The host publishes the key of another host.
     view.nodes.get_mut(&id(3)).unwrap().record.tunnel.as_mut().unwrap().key = tunnel_key(2);
     assert_eq!(tunnel::copies(&view), [id(3)].into());
-    let kernel = desired(&view, &local());
-    let ends: Vec<IpAddr> = kernel.tunnel_peers.values().map(|peer| peer.endpoint.ip()).collect();
-    assert_eq!(ends, [IpAddr::from([192, 168, 77, 2])]);
-    // Ours is nobody else's either.
+    let dataplane = desired(&view, &local());
+    let endpoints: Vec<IpAddr> = dataplane.tunnel_peers.values().map(|peer| peer.endpoint.ip()).collect();
+    assert_eq!(endpoints, [IpAddr::from([192, 168, 77, 2])]);
+    // The same for the key of the local host.
     view.nodes.get_mut(&id(3)).unwrap().record.tunnel.as_mut().unwrap().key = tunnel_key(1);
     assert_eq!(peers(&view), 1);
     view.alloc.members.remove(&id(1));
-    assert_eq!(peers(&view), 0, "we are no member ourselves");
+    assert_eq!(peers(&view), 0, "the local host is no member");
 }
 
 #[test]
-fn a_peer_goes_before_gossip_has_caught_up() {
-    let mut view = sealed_switch(false);
+fn a_peer_is_deleted_even_before_gossip_has_caught_up() {
+    let mut view = encrypted_switched(false);
     let before = desired(&view, &local());
     view.alloc.members.remove(&id(3));
     let ops = diff(&before, &desired(&view, &local()), false);
-    let gone = format!("wg set ovt-0 peer {} remove", tunnel_key(3));
-    assert!(ops.iter().any(|op| op.to_string() == gone), "{ops:?}");
+    let removed = format!("wg set ovt-0 peer {} remove", tunnel_key(3));
+    assert!(ops.iter().any(|op| op.to_string() == removed), "{ops:?}");
 }
 
 #[test]
-fn every_header_is_counted() {
+fn the_mtu_leaves_room_for_every_header() {
     let mtu = |view: &View| network_mtu(view, &view.networks[&NET].network);
     for (v6, switched_mtu, routed_mtu) in [(false, 1370, 1440), (true, 1350, 1420)] {
-        for (mut view, expected) in [(sealed_switch(false), switched_mtu), (sealed_routes(), routed_mtu)] {
+        for (mut view, expected) in
+            [(encrypted_switched(false), switched_mtu), (encrypted_routed(), routed_mtu)]
+        {
             if v6 {
                 for (n, node) in (1..).zip(view.nodes.values_mut()) {
                     node.record.vtep = [0xfd77, 0, 0, 0, 0, 0, 0, n].into();
@@ -195,7 +200,7 @@ fn every_header_is_counted() {
             assert_eq!(mtu(&view), expected);
         }
     }
-    let mut view = sealed_switch(false);
+    let mut view = encrypted_switched(false);
     give(&mut view, 2, vec![Entry::PathMtu { peer: id(1), mtu: 1450 }]);
     assert_eq!(mtu(&view), 1320);
     let to = net(&format!("{}/128", here(2)));
@@ -203,8 +208,8 @@ fn every_header_is_counted() {
 }
 
 #[test]
-fn nothing_in_plain_is_taken_or_sent() {
-    let mut view = sealed_routes();
+fn no_unencrypted_packet_is_accepted_or_sent() {
+    let mut view = encrypted_routed();
     let filter = desired(&view, &local()).filter.unwrap();
     for rule in [
         "iifname \"ovt-*\" ip saddr 10.60.0.0/16 ip daddr 10.60.0.0/16 accept",
@@ -218,13 +223,13 @@ fn nothing_in_plain_is_taken_or_sent() {
     }
     let place = |text: &str| filter.find(text).unwrap_or_else(|| panic!("{text}\n{filter}"));
     assert!(place("10.60.0.0/16 accept") < place("iifname \"ovt-*\" counter drop"));
-    assert!(!filter.contains("vteps4") && !filter.contains("4789"), "no plain VXLAN: {filter}");
+    assert!(!filter.contains("vteps4") && !filter.contains("4789"), "unencrypted VXLAN: {filter}");
     let unmasked = desired(&view, &Local::default()).filter.unwrap();
     assert!(
         unmasked.contains("oifname != \"lo\" ct status ! dnat reject with icmpx admin-prohibited"),
         "{unmasked}"
     );
-    // A network that nobody encrypted has none of it.
+    // A network without encryption has none of this.
     view.networks.get_mut(&NET).unwrap().network.encrypted = false;
     let plain = desired(&view, &local());
     assert!(plain.tunnels.is_empty());

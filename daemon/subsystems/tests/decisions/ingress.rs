@@ -1,4 +1,4 @@
-//! Which host announces an address of a LoadBalancer.
+//! Tests of the choice of the host that announces a LoadBalancer address.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -20,7 +20,7 @@ use super::world::{World, read};
 
 const WEB: &[(&str, &str)] = &[("app", "web")];
 
-/// Three hosts that see the same, each with its own plan.
+/// Three hosts with the same view, each with its own plan.
 struct Cluster {
     world: World,
     hosts: BTreeMap<NodeId, Ingress>,
@@ -53,7 +53,7 @@ impl Cluster {
         view
     }
 
-    /// One host looks at everything, does what it planned, and says so.
+    /// Lets one host plan, apply its operations and update its owner table.
     fn turn(&mut self, host: u8) {
         self.world.settle();
         let view = self.view_of(id(host));
@@ -70,7 +70,7 @@ impl Cluster {
         }
     }
 
-    /// All that are alive, twice: whoever let go of something did so for one that came before it.
+    /// Lets all live hosts plan twice: a host withdraws an address for one that planned before it.
     fn settle(&mut self) {
         for host in [1, 2, 3, 1, 2, 3] {
             if self.world.view.nodes[&id(host)].state == PeerState::Alive {
@@ -79,7 +79,7 @@ impl Cluster {
         }
     }
 
-    /// Who says that it announces an address, among those that are not dead.
+    /// Returns the hosts that are not dead and whose owner tables name an address as announced.
     fn holders(&self, address: &str) -> Vec<u8> {
         let address: IpAddr = address.parse().unwrap();
         let nodes = self.world.view.nodes.values();
@@ -93,7 +93,7 @@ fn addresses() -> Vec<String> {
 }
 
 #[test]
-fn addresses_are_spread_and_only_a_lost_hosts_move() {
+fn addresses_are_spread_and_only_those_of_a_lost_host_move() {
     let mut cluster = Cluster::new(Mode::L3);
     cluster.world.attach(1, 1, WEB, true);
     for (n, address) in addresses().iter().enumerate() {
@@ -112,7 +112,7 @@ fn addresses_are_spread_and_only_a_lost_hosts_move() {
         assert_eq!(now.len(), 1);
         assert!(now == *before || *before == [3], "{address} went from {before:?} to {now:?}");
     }
-    // It is back, with an empty table, and has them again.
+    // The host is back with an empty table, and gets its addresses again.
     let lost = &mut cluster.world.view.nodes.get_mut(&id(3)).unwrap().table;
     let keys: Vec<Key> = lost.announced().map(Key::Announced).collect();
     lost.write(1, vec![], keys, |_| Signature([0; 64]));
@@ -124,7 +124,7 @@ fn addresses_are_spread_and_only_a_lost_hosts_move() {
 }
 
 #[test]
-fn a_host_lets_go_when_the_next_one_has_it_and_not_before() {
+fn a_host_withdraws_an_address_only_when_the_next_one_announces_it() {
     let mut cluster = Cluster::new(Mode::L3);
     cluster.service("web", "192.0.2.1", json!({}));
     cluster.settle();
@@ -137,14 +137,14 @@ fn a_host_lets_go_when_the_next_one_has_it_and_not_before() {
     cluster.hosts.insert(id(first), Ingress::default());
     cluster.world.host(first, PeerState::Alive);
     cluster.turn(second);
-    assert_eq!(cluster.holders("192.0.2.1"), [second], "nobody has it");
+    assert_eq!(cluster.holders("192.0.2.1"), [second], "no host announces it");
     cluster.turn(first);
     cluster.turn(second);
     assert_eq!(cluster.holders("192.0.2.1"), [first]);
 }
 
 #[test]
-fn a_silent_daemon_keeps_what_its_kernel_has_and_takes_nothing() {
+fn a_silent_host_keeps_its_addresses_and_gets_no_new_ones() {
     let mut cluster = Cluster::new(Mode::L3);
     cluster.service("web", "192.0.2.1", json!({}));
     cluster.settle();
@@ -152,7 +152,7 @@ fn a_silent_daemon_keeps_what_its_kernel_has_and_takes_nothing() {
     cluster.world.host(holder, PeerState::Suspect);
     cluster.settle();
     assert_eq!(cluster.holders("192.0.2.1"), [holder]);
-    // All that it would have got go to others.
+    // Addresses that it would get go to other hosts.
     for (n, address) in addresses().iter().enumerate().skip(1) {
         cluster.service(&format!("s{n}"), address, json!({}));
     }
@@ -164,13 +164,13 @@ fn a_silent_daemon_keeps_what_its_kernel_has_and_takes_nothing() {
 }
 
 #[test]
-fn an_address_is_where_backends_can_be_reached() {
+fn an_address_is_announced_where_backends_can_be_reached() {
     for (mode, policy) in [(Mode::L3, "Local"), (Mode::L2, "Local"), (Mode::L2, "Cluster")] {
         let mut cluster = Cluster::new(mode);
         let more = json!({ "externalTrafficPolicy": policy, "healthCheckNodePort": 32000 });
         cluster.service("web", "192.0.2.1", more);
         cluster.settle();
-        // Without any somebody has to refuse.
+        // Without backends, one host must refuse connections.
         assert_eq!(cluster.holders("192.0.2.1").len(), 1);
         for n in [2, 3, 1] {
             cluster.world.attach(n, n, WEB, true);
@@ -189,16 +189,16 @@ fn an_address_is_where_backends_can_be_reached() {
 }
 
 #[test]
-fn what_the_kernel_refused_is_not_said() {
+fn an_address_that_the_kernel_rejects_is_not_claimed() {
     let mut cluster = Cluster::new(Mode::L3);
     cluster.service("web", "192.0.2.1", json!({}));
     cluster.settle();
     let [holder] = cluster.holders("192.0.2.1")[..] else { panic!() };
     let ingress = cluster.hosts.get_mut(&id(holder)).unwrap();
     let address: IpAddr = [192, 0, 2, 1].into();
-    assert_eq!(ingress.said(), [address].into());
-    ingress.note(address, false);
-    assert!(ingress.said().is_empty());
-    // Announced three times, and no more.
+    assert_eq!(ingress.claimed(), [address].into());
+    ingress.record_outcome(address, false);
+    assert!(ingress.claimed().is_empty());
+    // The address is announced three times, and no more.
     assert_eq!((0..5).map(|_| ingress.again(8).len()).collect::<Vec<_>>(), [1, 1, 1, 0, 0]);
 }

@@ -1,4 +1,4 @@
-//! Decisions: what a host's kernel should hold, whatever way leads there.
+//! Tests of the decisions of subsystems: the desired data plane of a host, and the plans that lead to it.
 #![cfg(test)]
 
 mod encrypted;

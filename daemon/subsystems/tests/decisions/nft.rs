@@ -1,4 +1,4 @@
-//! Enough of nftables to see what becomes of the first packet of a connection in `inet ovl-policy`.
+//! An interpreter of nftables rules that is sufficient for the first packet of a connection in `inet ovl-policy`.
 
 use std::net::IpAddr;
 
@@ -15,70 +15,70 @@ pub(crate) struct Packet {
     pub(crate) port: u16,
 }
 
-/// Whether it gets through the table; without one it does.
-pub(crate) fn passes(kernel: &Dataplane, packet: &Packet) -> bool {
-    let Some(skeleton) = kernel.tables.get(&Table::Policy) else { return true };
-    let mut run = Run { kernel, skeleton, packet, priority: 0 };
-    run.chain("forward") != End::Drop
+/// Whether the table accepts a packet. Without a table, it is accepted.
+pub(crate) fn passes(dataplane: &Dataplane, packet: &Packet) -> bool {
+    let Some(skeleton) = dataplane.tables.get(&Table::Policy) else { return true };
+    let mut run = Run { dataplane, skeleton, packet, priority: 0 };
+    run.chain("forward") != Verdict::Drop
 }
 
-/// How a chain, or a rule, ends.
+/// The result of a chain or a rule.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum End {
+enum Verdict {
     Accept,
     Drop,
-    /// Back to who jumped here.
+    /// Return to the calling chain.
     Return,
-    /// With the next rule.
+    /// Continue with the next rule.
     Next,
 }
 
 struct Run<'a> {
-    kernel: &'a Dataplane,
+    dataplane: &'a Dataplane,
     skeleton: &'a Skeleton,
     packet: &'a Packet,
     priority: u32,
 }
 
 impl Run<'_> {
-    fn chain(&mut self, name: &str) -> End {
+    fn chain(&mut self, name: &str) -> Verdict {
         let chain = self.skeleton.chains.iter().find(|chain| chain.name == name);
         for rule in &chain.unwrap_or_else(|| panic!("no chain {name}")).rules {
             let words: Vec<&str> = rule.split(' ').filter(|word| *word != ".").collect();
             match self.rule(&words) {
-                End::Next => {}
+                Verdict::Next => {}
                 end => return end,
             }
         }
-        End::Return
+        Verdict::Return
     }
 
-    fn rule(&mut self, words: &[&str]) -> End {
+    fn rule(&mut self, words: &[&str]) -> Verdict {
         match words {
-            [] => End::Next,
-            ["accept"] => End::Accept,
-            ["drop"] => End::Drop,
-            ["return"] => End::Return,
-            // It is a new connection, and begins as one should; nothing was marked yet.
-            ["ct", "state" | "mark", ..] | ["tcp", "flags", ..] => End::Next,
+            [] => Verdict::Next,
+            ["accept"] => Verdict::Accept,
+            ["drop"] => Verdict::Drop,
+            ["return"] => Verdict::Return,
+            // The packet begins a new connection, is a valid first packet, and has no mark.
+            ["ct", "state" | "mark", ..] | ["tcp", "flags", ..] => Verdict::Next,
             ["update", _, "{", rest @ ..] => {
                 let end = rest.iter().position(|word| *word == "}").unwrap();
                 self.rule(&rest[end + 1..])
             }
             ["goto", chain] => match self.chain(chain) {
-                End::Next => End::Return,
+                Verdict::Next => Verdict::Return,
                 end => end,
             },
             ["jump", chain] => match self.chain(chain) {
-                End::Return => End::Next,
+                Verdict::Return => Verdict::Next,
                 end => end,
             },
-            ["meta", "priority", "set", "0"] => End::Next,
-            // For the bridge; it judges nothing.
-            ["iifname", _, "oifname", _, "ct", "status", "dnat", "meta", "mark", "set", ..] => End::Next,
+            ["meta", "priority", "set", "0"] => Verdict::Next,
+            // This rule is for the bridge table and has no verdict.
+            ["iifname", _, "oifname", _, "ct", "status", "dnat", "meta", "mark", "set", ..] => Verdict::Next,
             ["meta", "priority", "set", "ct", way, family, "saddr", "map", map, rest @ ..] => {
                 let found = self.address(way, family).and_then(|at| self.look_up(map, &[Field::Ip(at)]));
-                let Some(Value::Data(bytes)) = found else { return End::Next };
+                let Some(Value::Data(bytes)) = found else { return Verdict::Next };
                 self.priority = u32::from_ne_bytes((&*bytes).try_into().unwrap());
                 self.rule(rest)
             }
@@ -86,7 +86,7 @@ impl Run<'_> {
                 let own = format!("{:x}:{:x}", self.priority >> 16, self.priority & 0xffff);
                 match rest.iter().position(|word| *word == own) {
                     Some(at) => self.rule(&["jump", rest[at + 3].trim_end_matches(',')]),
-                    None => End::Next,
+                    None => Verdict::Next,
                 }
             }
             ["meta", "nfproto", family, rest @ ..] => {
@@ -124,7 +124,7 @@ impl Run<'_> {
                 self.given(at.is_some() && !rest[..end].iter().any(within), &rest[end + 1..])
             }
             ["ct", way, family, "saddr", what, rest @ ..] => {
-                let Some(at) = self.address(way, family) else { return End::Next };
+                let Some(at) = self.address(way, family) else { return Verdict::Next };
                 let fits = match what.strip_prefix('@') {
                     Some(_) => self.look_up(what, &[Field::Ip(at)]).is_some(),
                     None => what.parse::<IpNet>().unwrap().contains(&at),
@@ -135,8 +135,8 @@ impl Run<'_> {
         }
     }
 
-    fn given(&mut self, fits: bool, rest: &[&str]) -> End {
-        if fits { self.rule(rest) } else { End::Next }
+    fn given(&mut self, fits: bool, rest: &[&str]) -> Verdict {
+        if fits { self.rule(rest) } else { Verdict::Next }
     }
 
     fn address(&self, way: &str, family: &str) -> Option<IpAddr> {
@@ -151,7 +151,7 @@ impl Run<'_> {
         let name = name.trim_start_matches('@');
         let set = self.skeleton.sets.iter().find(|set| set.name == name);
         let set = set.unwrap_or_else(|| panic!("no set {name}"));
-        self.kernel.elements.of(set)?.get(&Key::of(key)).cloned()
+        self.dataplane.elements.of(set)?.get(&Key::of(key)).cloned()
     }
 }
 

@@ -1,4 +1,4 @@
-//! Network policies: what is written into the tables says the same as the explanation, and as the short way.
+//! Tests of network policies: the tables agree with the explanation, and single changes with a full plan.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -17,8 +17,8 @@ use ovl_proto::resource::{
 };
 use ovl_proto::table::{Endpoint, Entry, Key};
 use ovl_subsystems::local::Local;
-use ovl_subsystems::policy::explain::{End, Side, explain};
-use ovl_subsystems::policy::{Policies, Standing, part, protocol_number};
+use ovl_subsystems::policy::explain::{ConnectionEnd, Side, explain};
+use ovl_subsystems::policy::{Policies, PolicyLedger, part, protocol_number};
 use proptest::prelude::*;
 
 use super::nft::{Packet, passes};
@@ -40,7 +40,7 @@ fn policy(namespace: &str, name: &str, spec: PolicySpec) -> Resource {
     Resource::NetworkPolicy(NetworkPolicy { metadata: meta(namespace, name, Labels::new()), spec })
 }
 
-/// An endpoint with the address 10.9.0.n of the host that holds its block, h1 to h3.
+/// Returns an endpoint with the address 10.9.0.n, of the host that holds its block: h1 to h3.
 fn endpoint(n: u8, namespace: &str, all: Labels) -> Endpoint {
     Endpoint {
         id: EndpointId([n; 5]),
@@ -76,7 +76,7 @@ fn address(n: u8) -> IpAddr {
     IpAddr::from([10, 9, 0, n])
 }
 
-/// `db-allow-api-only`.
+/// Returns a view with the policy `db-allow-api-only`.
 fn example() -> View {
     let mut view = switched();
     for (n, app) in [(9, "database"), (10, "api"), (17, "web"), (18, "api")] {
@@ -100,11 +100,11 @@ fn example() -> View {
 #[test]
 fn a_policy_becomes_a_chain_and_a_pod_an_element_of_each_set() {
     let mut view = example();
-    let mut standing = Standing::new(7);
+    let mut ledger = PolicyLedger::new(7);
     let local = Local::default();
-    standing.plan(&view, &local, true);
-    let kernel = part(&view, &local, standing.generation());
-    let skeleton = &kernel.tables[&Table::Policy];
+    ledger.plan(&view, &local, true);
+    let dataplane = part(&view, &local, ledger.generation());
+    let skeleton = &dataplane.tables[&Table::Policy];
     let chain = skeleton.chains.iter().find(|chain| chain.name == "default/db-allow-api-only/ingress");
     let [v4, v6] = &chain.unwrap().rules[..] else { panic!("two rules") };
     let set = v4.split('@').nth(1).unwrap().split(' ').next().unwrap().to_owned();
@@ -113,51 +113,51 @@ fn a_policy_becomes_a_chain_and_a_pod_an_element_of_each_set() {
         format!("ct original ip saddr @{set} meta l4proto tcp ct reply proto-src 5432 goto pass.in")
     );
     assert!(v6.starts_with("ct original ip6 saddr @pods."), "{v6}");
-    // One more api, on another host: one element.
+    // Another endpoint with the label, on a remote host, costs one element.
     put(&mut view, endpoint(25, "default", labels(&[("app", "api")])));
     let touched = BTreeSet::from([(NET, address(25))]);
-    let ops = standing.plan_touched(&view, &local, &touched).unwrap();
+    let ops = ledger.plan_touched(&view, &local, &touched).unwrap();
     let texts: Vec<String> = ops.iter().map(ToString::to_string).collect();
     assert_eq!(texts, [format!("nft add element inet ovl-policy {set} '{{ 10.9.0.25 }}'")]);
-    // It goes: connections are judged anew.
+    // Its removal begins a new generation: connections are judged again.
     take(&mut view, 25);
-    let ops = standing.plan_touched(&view, &local, &touched).unwrap();
+    let ops = ledger.plan_touched(&view, &local, &touched).unwrap();
     let texts: Vec<String> = ops.iter().map(ToString::to_string).collect();
     assert_eq!(texts[0], format!("nft delete element inet ovl-policy {set} '{{ 10.9.0.25 }}'"));
     assert!(
         texts.len() > 1 && texts[1..].iter().all(|op| op.contains("generation") || op.contains("current"))
     );
-    assert_eq!(standing.plan(&view, &local, true), []);
+    assert_eq!(ledger.plan(&view, &local, true), []);
 }
 
 #[test]
-fn an_endpoint_that_is_being_made_is_isolated_before_it_is_there() {
+fn an_endpoint_is_isolated_before_its_attach_completes() {
     let mut view = example();
     let mut local = Local::default();
-    let mut standing = Standing::new(1);
-    standing.plan(&view, &local, true);
-    let generation = standing.generation();
+    let mut ledger = PolicyLedger::new(1);
+    ledger.plan(&view, &local, true);
+    let generation = ledger.generation();
     let second = endpoint(11, "default", labels(&[("app", "database")]));
     local.attaching.insert(second.id, second.clone());
     let touched = BTreeSet::from([(NET, address(11))]);
-    let ops = standing.plan_touched(&view, &local, &touched).unwrap();
+    let ops = ledger.plan_touched(&view, &local, &touched).unwrap();
     let texts: Vec<String> = ops.iter().map(ToString::to_string).collect();
     assert!(texts.iter().any(|op| op.starts_with("nft add element inet ovl-policy in4.1 '{ 10.9.0.11 : ")));
     assert!(
         texts.iter().any(|op| op.starts_with("nft add element bridge ovl-policy diverted.4 '{ 10.9.0.11 : "))
     );
-    // It has no connections that could be forbidden.
-    assert_eq!(standing.generation(), generation);
-    // Whatever else is planned meanwhile, it stays.
-    assert_eq!(standing.plan(&view, &local, true), []);
+    // It has no connections yet, so no new generation begins.
+    assert_eq!(ledger.generation(), generation);
+    // A full plan meanwhile keeps it.
+    assert_eq!(ledger.plan(&view, &local, true), []);
     put(&mut view, second);
     local.attaching.clear();
-    assert_eq!(standing.plan_touched(&view, &local, &touched).unwrap(), []);
-    assert_eq!(standing.plan(&view, &local, true), []);
-    // An attach that failed leaves nothing.
+    assert_eq!(ledger.plan_touched(&view, &local, &touched).unwrap(), []);
+    assert_eq!(ledger.plan(&view, &local, true), []);
+    // A failed attach leaves nothing.
     take(&mut view, 11);
-    assert!(!standing.plan_touched(&view, &local, &touched).unwrap().is_empty());
-    assert_eq!(standing.plan(&view, &local, true), []);
+    assert!(!ledger.plan_touched(&view, &local, &touched).unwrap().is_empty());
+    assert_eq!(ledger.plan(&view, &local, true), []);
 }
 
 #[test]
@@ -165,7 +165,7 @@ fn the_explanation_names_the_policy_and_the_rule() {
     let view = example();
     let policies = Policies::new(&view.resources);
     let judge = |from: u8, port: u16| {
-        let [from, to] = [from, 9].map(|n| End::of(&view, address(n)));
+        let [from, to] = [from, 9].map(|n| ConnectionEnd::of(&view, address(n)));
         explain(&view, &policies, &from, &to, Some((Protocol::Tcp, port)))
     };
     let name = Name::new("default", "db-allow-api-only");
@@ -175,9 +175,9 @@ fn the_explanation_names_the_policy_and_the_rule() {
     assert_eq!(passes.egress, Side::NotIsolated);
     assert_eq!(judge(17, 5432).ingress, Side::Refused(vec![name.clone()]));
     assert_eq!(judge(10, 6379).ingress, Side::Refused(vec![name]));
-    // Its own host's programs always reach it.
-    let host = End::of(&view, "10.9.0.1".parse().unwrap());
-    let judged = explain(&view, &policies, &host, &End::of(&view, address(9)), None);
+    // Programs of its own host always reach it.
+    let host = ConnectionEnd::of(&view, "10.9.0.1".parse().unwrap());
+    let judged = explain(&view, &policies, &host, &ConnectionEnd::of(&view, address(9)), None);
     assert_eq!((judged.egress, judged.ingress), (Side::Outside, Side::AtHome));
 }
 
@@ -266,7 +266,7 @@ fn namespace_of(choice: bool) -> &'static str {
     if choice { "x" } else { "y" }
 }
 
-/// One change of the cluster.
+/// A change of the cluster.
 #[derive(Debug, Clone)]
 enum Step {
     Put(u8, bool, Labels),
@@ -278,7 +278,7 @@ enum Step {
 }
 
 fn steps() -> impl Strategy<Value = Step> {
-    // Of the blocks of h1 and h2.
+    // Addresses in the blocks of h1 and h2.
     let n = prop::sample::select(vec![9_u8, 10, 11, 17, 18, 19]);
     prop_oneof![
         4 => (n.clone(), any::<bool>(), few_labels()).prop_map(|(n, space, labels)| Step::Put(n, space, labels)),
@@ -290,7 +290,7 @@ fn steps() -> impl Strategy<Value = Step> {
     ]
 }
 
-/// Makes the change; gives the address whose endpoint came, changed or went, if it is no more than that.
+/// Makes the change, and returns the address of the endpoint that it adds, changes or removes. `None` for other changes.
 fn make(view: &mut View, step: &Step) -> Option<(NetworkId, IpAddr)> {
     match step {
         Step::Put(n, space, labels) => {
@@ -329,29 +329,29 @@ fn make(view: &mut View, step: &Step) -> Option<(NetworkId, IpAddr)> {
     None
 }
 
-/// What operations make of what stands.
-fn apply(kernel: &mut Dataplane, ops: Vec<Op>) {
+/// Applies operations to a data plane.
+fn apply(dataplane: &mut Dataplane, ops: Vec<Op>) {
     for op in ops {
         match op {
             Op::Nft(NftOp::SetTable(table, skeleton)) => {
                 let sets: BTreeSet<_> = skeleton.sets.iter().cloned().collect();
-                let gone: Vec<_> = kernel
+                let removed: Vec<_> = dataplane
                     .elements
                     .sets()
                     .filter(|(set, _)| set.table == table && !sets.contains(*set))
                     .map(|(set, _)| set.clone())
                     .collect();
-                gone.iter().for_each(|set| kernel.elements.set(set, Default::default()));
-                kernel.tables.insert(table, skeleton);
+                removed.iter().for_each(|set| dataplane.elements.set(set, Default::default()));
+                dataplane.tables.insert(table, skeleton);
             }
             Op::Nft(NftOp::DeleteTable(table)) => {
-                kernel.tables.remove(&table);
-                kernel.elements.forget(table);
+                dataplane.tables.remove(&table);
+                dataplane.elements.forget(table);
             }
             Op::Nft(NftOp::SetElement(Element { set, key, value })) => {
-                drop(kernel.elements.insert(&set, key, value))
+                drop(dataplane.elements.insert(&set, key, value))
             }
-            Op::Nft(NftOp::DeleteElement(set, key)) => drop(kernel.elements.remove(&set, &key)),
+            Op::Nft(NftOp::DeleteElement(set, key)) => drop(dataplane.elements.remove(&set, &key)),
             other => panic!("{other}"),
         }
     }
@@ -361,25 +361,25 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 128, ..ProptestConfig::default() })]
 
     #[test]
-    fn tables_and_explanation_say_the_same(steps in prop::collection::vec(steps(), 1..25)) {
+    fn tables_and_explanation_agree(steps in prop::collection::vec(steps(), 1..25)) {
         let mut view = switched();
         for step in &steps {
             make(&mut view, step);
         }
         let policies = Policies::new(&view.resources);
-        let kernels: BTreeMap<u8, Dataplane> = [1, 2].map(|host| {
+        let dataplanes: BTreeMap<u8, Dataplane> = [1, 2].map(|host| {
             view.me = id(host);
             (host, part(&view, &Local::default(), 1))
         }).into();
         let ends = [9_u8, 10, 17, 18, 77];
         for from in ends {
             for to in ends.into_iter().filter(|to| *to != from) {
-                let [here, there] = [from, to].map(|n| End::of(&view, address(n)));
+                let [here, there] = [from, to].map(|n| ConnectionEnd::of(&view, address(n)));
                 for protocol in [Protocol::Tcp, Protocol::Udp, Protocol::Sctp] {
                     for port in 80..84_u16 {
                         let judged = explain(&view, &policies, &here, &there, Some((protocol, port)));
                         let packet = Packet { from: address(from), to: address(to), protocol: protocol_number(protocol), port };
-                        let by_tables = [from, to].iter().filter_map(|n| kernels.get(&host_of(*n))).all(|kernel| passes(kernel, &packet));
+                        let by_tables = [from, to].iter().filter_map(|n| dataplanes.get(&host_of(*n))).all(|dataplane| passes(dataplane, &packet));
                         prop_assert_eq!(judged.passes(), by_tables, "{:?}: {:?}", packet, judged);
                     }
                 }
@@ -388,26 +388,26 @@ proptest! {
     }
 
     #[test]
-    fn the_short_way_and_the_long_one_lead_to_the_same(steps in prop::collection::vec(steps(), 1..40)) {
+    fn plans_of_single_changes_lead_to_the_desired_data_plane(steps in prop::collection::vec(steps(), 1..40)) {
         let mut view = switched();
         let local = Local::default();
-        let mut standing = Standing::new(1);
-        let mut kernel = Dataplane::default();
+        let mut ledger = PolicyLedger::new(1);
+        let mut dataplane = Dataplane::default();
         for step in &steps {
             let touched = make(&mut view, step);
-            let short = touched.and_then(|at| standing.plan_touched(&view, &local, &BTreeSet::from([at])));
-            let ops = short.unwrap_or_else(|| standing.plan(&view, &local, true));
-            apply(&mut kernel, ops);
-            let wanted = part(&view, &local, standing.generation());
-            prop_assert_eq!(&kernel.tables, &wanted.tables);
-            prop_assert_eq!(&kernel.elements, &wanted.elements);
-            prop_assert_eq!(standing.plan(&view, &local, true), []);
+            let quick = touched.and_then(|at| ledger.plan_touched(&view, &local, &BTreeSet::from([at])));
+            let ops = quick.unwrap_or_else(|| ledger.plan(&view, &local, true));
+            apply(&mut dataplane, ops);
+            let wanted = part(&view, &local, ledger.generation());
+            prop_assert_eq!(&dataplane.tables, &wanted.tables);
+            prop_assert_eq!(&dataplane.elements, &wanted.elements);
+            prop_assert_eq!(ledger.plan(&view, &local, true), []);
         }
     }
 }
 
 #[test]
-fn a_mode_of_network_without_frames_has_no_table_for_them() {
+fn a_host_without_switched_networks_has_no_bridge_table() {
     let mut view = example();
     assert!(part(&view, &Local::default(), 1).tables.contains_key(&Table::PolicyFrames));
     view.networks.get_mut(&NET).unwrap().network.mode = Mode::L3;

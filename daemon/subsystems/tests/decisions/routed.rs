@@ -1,4 +1,4 @@
-//! What the kernel of a host holds of a routed network, as the commands that would make it.
+//! Tests of the desired data plane of a routed network, as the commands that would create it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -34,11 +34,11 @@ fn local() -> Local {
     Local { masquerade: true, segment: Some(net("192.168.77.0/24")), ..Local::default() }
 }
 
-/// As commands, without those of the host as a whole, and with names that are easy to read.
+/// Returns the commands without those of the host as a whole, and with short names.
 fn commands_of(view: &View, local: &Local) -> Vec<String> {
     let mac = |n: u8| addresses::mac_of_host(NET, id(n)).to_string();
     let desired = desired(view, local);
-    // Devices of endpoints are made by attaching.
+    // Attach creates the devices of endpoints.
     let found = Dataplane {
         links: desired
             .links
@@ -61,16 +61,16 @@ fn commands(view: &View) -> Vec<String> {
     commands_of(view, &local())
 }
 
-/// Those that make routes, without the words that all have.
+/// Returns the routes, without the words that all of them have.
 fn routes(commands: &[String]) -> Vec<String> {
     let made = commands.iter().filter_map(|text| text.strip_prefix("ip route replace "));
     made.map(|text| text.strip_suffix(" proto 79 metric 79").unwrap().to_owned()).collect()
 }
 
 #[test]
-fn in_vxlan_each_other_host_is_a_route_a_neighbour_and_an_fdb_entry() {
+fn with_vxlan_each_remote_host_has_a_route_a_neighbour_and_an_fdb_entry() {
     let mut view = view(Backend::Vxlan);
-    // However many endpoints it has.
+    // Whatever the number of its endpoints.
     give(&mut view, 2, (1..=20).map(|n| endpoint(n, &format!("10.60.2.{}/32", n + 1))).collect());
     let all = commands(&view);
     assert_eq!(
@@ -94,9 +94,9 @@ fn in_vxlan_each_other_host_is_a_route_a_neighbour_and_an_fdb_entry() {
 }
 
 #[test]
-fn directly_there_are_routes_over_the_segment_and_nothing_else() {
+fn the_direct_backend_has_on_link_routes_and_nothing_else() {
     let all = commands(&view(Backend::Direct));
-    // What nobody holds may be somebody else's: routers know.
+    // Blocks that no host holds have no route: routers may know them.
     assert_eq!(
         routes(&all),
         [
@@ -109,7 +109,7 @@ fn directly_there_are_routes_over_the_segment_and_nothing_else() {
 }
 
 #[test]
-fn a_host_beyond_the_segment_is_left_to_routers_or_reached_in_vxlan() {
+fn a_host_that_is_not_on_link_is_left_to_routers_or_reached_by_vxlan() {
     for (backend, expected) in [
         (Backend::Direct, &[][..]),
         (Backend::Auto, &["10.60.3.0/24 via 10.60.3.1 dev ovx onlink src 10.60.1.1 mtu 1450"][..]),
@@ -129,7 +129,7 @@ fn a_host_beyond_the_segment_is_left_to_routers_or_reached_in_vxlan() {
 }
 
 #[test]
-fn auto_sends_the_other_family_in_vxlan() {
+fn auto_uses_vxlan_for_the_other_address_family() {
     let mut view = view(Backend::Auto);
     let network = &mut view.networks.get_mut(&NET).unwrap().network;
     network.subnets.push(addresses::new_routed_subnet(net("fd60::/48"), None).unwrap());
@@ -141,7 +141,7 @@ fn auto_sends_the_other_family_in_vxlan() {
     assert!(all.contains(&"10.60.2.0/24 via 192.168.77.2 src 10.60.1.1".to_owned()), "{all:?}");
     let in_vxlan = "fd60:0:0:2::/64 via fd60:0:0:2::1 dev ovx onlink src fd60:0:0:1::1 mtu 1450";
     assert!(all.contains(&in_vxlan.to_owned()), "{all:?}");
-    // A host whose underlay is of the other family than ours is not reached at all.
+    // A host with an underlay address of the other family is not reached at all.
     peer(&mut view, 2).record.vtep = "fd77::2".parse().unwrap();
     let all = routes(&commands(&view));
     assert!(
@@ -151,7 +151,7 @@ fn auto_sends_the_other_family_in_vxlan() {
 }
 
 #[test]
-fn an_endpoint_is_a_route_and_a_neighbour_on_its_own_device() {
+fn an_endpoint_has_a_route_and_a_neighbour_on_its_own_device() {
     let mut view = view(Backend::Vxlan);
     give(&mut view, 1, vec![endpoint(7, "10.60.1.9/32")]);
     let device = ovl_dataplane::device::Device::endpoint(EndpointId([7; 5]));
@@ -164,7 +164,7 @@ fn an_endpoint_is_a_route_and_a_neighbour_on_its_own_device() {
         "{all:?}"
     );
     assert!(routes(&all).contains(&format!("10.60.1.9/32 dev {device} scope link src 10.60.1.1")), "{all:?}");
-    // One that is isolated keeps its device, and that is all.
+    // An isolated endpoint keeps only its device.
     let isolated = Local { isolated: BTreeMap::from([(EndpointId([7; 5]), String::new())]), ..local() };
     let mut taken = view.clone();
     taken.alloc.blocks.insert(Block { network: NET, prefix: net("10.60.1.0/24") }, id(2));
@@ -177,7 +177,7 @@ fn an_endpoint_is_a_route_and_a_neighbour_on_its_own_device() {
 }
 
 #[test]
-fn a_block_whose_host_does_not_count_is_unreachable() {
+fn a_block_of_a_dead_host_is_unreachable() {
     let mut dead = view(Backend::Vxlan);
     peer(&mut dead, 2).state = PeerState::Dead;
     let mut left = view(Backend::Vxlan);
@@ -189,7 +189,7 @@ fn a_block_whose_host_does_not_count_is_unreachable() {
         assert!(!all.iter().any(|text| text.contains("10.60.2.") || text.contains("MAC2")), "{all:?}");
         assert!(all.iter().any(|text| text.contains("MAC3")), "{all:?}");
     }
-    // One that is expected back is waited for.
+    // The block of a suspect host keeps its route.
     let mut suspect = view(Backend::Vxlan);
     peer(&mut suspect, 2).state = PeerState::Suspect;
     assert_eq!(commands(&suspect), commands(&view(Backend::Vxlan)));
@@ -203,7 +203,7 @@ fn a_host_without_a_block_has_nothing_of_the_network() {
 }
 
 #[test]
-fn the_route_says_where_the_way_is_narrower() {
+fn a_route_has_an_mtu_if_the_path_carries_less() {
     for (backend, narrow, narrower) in [
         (Backend::Vxlan, " mtu 1350", " mtu 1300"),
         (Backend::Direct, " mtu 1400", " mtu 1350"),
@@ -216,10 +216,10 @@ fn the_route_says_where_the_way_is_narrower() {
         assert!(!to_h2(&view).contains("mtu"), "{}", to_h2(&view));
         peer(&mut view, 2).record.link_mtu = 1400;
         assert!(to_h2(&view).ends_with(narrow), "{}", to_h2(&view));
-        // What either of the two found out on the way counts.
+        // The path MTU that either of the two hosts found counts.
         give(&mut view, 2, vec![Entry::PathMtu { peer: id(1), mtu: 1350 }]);
         assert!(to_h2(&view).ends_with(narrower), "{}", to_h2(&view));
-        // No smaller than IPv6 allows; and a larger way is no matter.
+        // Not less than IPv6 allows. A larger path MTU changes nothing.
         peer(&mut view, 2).record.link_mtu = 900;
         assert!(to_h2(&view).ends_with(" mtu 1280"), "{}", to_h2(&view));
         peer(&mut view, 2).table = Table::new(id(2));
@@ -229,7 +229,7 @@ fn the_route_says_where_the_way_is_narrower() {
 }
 
 #[test]
-fn several_blocks_have_a_gateway_each_and_the_first_is_the_next_hop() {
+fn each_block_has_a_gateway_and_the_first_is_the_next_hop() {
     let mut view = view(Backend::Vxlan);
     for (n, block) in [(1, "10.60.8.0/24"), (2, "10.60.9.0/24")] {
         view.alloc.blocks.insert(Block { network: NET, prefix: net(block) }, id(n));
@@ -248,7 +248,7 @@ fn several_blocks_have_a_gateway_each_and_the_first_is_the_next_hop() {
 }
 
 #[test]
-fn lengths_of_blocks_have_bounds_and_sensible_defaults() {
+fn block_lengths_have_bounds_and_defaults() {
     for (prefix, length) in [
         ("10.0.0.0/8", 24),
         ("10.60.0.0/16", 24),
@@ -281,7 +281,7 @@ fn lengths_of_blocks_have_bounds_and_sensible_defaults() {
     }
 }
 
-/// All addresses of a block that is small enough.
+/// Returns all addresses of a small block.
 fn addresses(block: IpNet) -> Vec<IpAddr> {
     match block {
         IpNet::V4(block) => (0..1_u32 << (32 - block.prefix_len()))
@@ -295,7 +295,7 @@ fn addresses(block: IpNet) -> Vec<IpAddr> {
 
 proptest! {
     #[test]
-    fn every_usable_address_is_given_out_once_and_none_is_set_aside(
+    fn every_usable_address_is_allocated_once_and_no_reserved_one(
         v6: bool, host_bits in 4_u8..=9, block_bits in 2_u8..=5, at: u16, held in 1_usize..6, skip in 1_usize..4, behind: u16,
     ) {
         let block_bits = block_bits.min(host_bits);
@@ -318,7 +318,7 @@ proptest! {
         let mut expected = BTreeSet::new();
         for block in &blocks {
             let mut of_block = addresses(*block);
-            // The network's own, the gateway, and of IPv4 the broadcast address.
+            // The network address, the gateway and, for IPv4, the broadcast address.
             prop_assert_eq!(of_block.remove(0), block.network());
             prop_assert_eq!(of_block.remove(0), addresses::gateway(*block));
             if !v6 {

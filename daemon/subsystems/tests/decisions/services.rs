@@ -1,4 +1,4 @@
-//! What Services come to in a host's kernel.
+//! Tests of the tables and elements of Services.
 
 use std::collections::BTreeMap;
 
@@ -15,7 +15,7 @@ use std::sync::Arc;
 use super::world::NET;
 use super::world::{World, read};
 
-/// A host that plans, and what it has sent.
+/// A host that plans Services, and the tables and elements that it has sent.
 struct Host {
     world: World,
     services: Services,
@@ -38,11 +38,11 @@ impl Host {
         self.world.put(read(Kind::Service, manifest));
     }
 
-    /// Plans and sends; gives what was sent.
-    fn plan(&mut self, ground: bool) -> Vec<String> {
+    /// Plans, applies the operations and returns them as text.
+    fn plan(&mut self, context: bool) -> Vec<String> {
         let settled = self.world.settle();
         let World { view, backends } = &self.world;
-        let ops = self.services.plan(view, backends, settled.services.iter(), ground);
+        let ops = self.services.plan(view, backends, settled.services.iter(), context);
         let shown = ops.iter().map(Op::to_string).collect();
         for op in ops {
             match op {
@@ -66,7 +66,7 @@ impl Host {
     }
 
     fn assert_sent(&self) {
-        let wanted = self.services.kernel();
+        let wanted = self.services.dataplane();
         assert_eq!((&self.tables, &self.elements), (&wanted.tables, &wanted.elements));
     }
 
@@ -74,7 +74,7 @@ impl Host {
         self.services.ended().iter().map(Op::to_string).collect()
     }
 
-    /// All elements of a set.
+    /// Returns all elements of a set.
     fn of(&self, name: &str) -> Vec<String> {
         let of = |set: &Set| set.table == Table::Services && set.name == name;
         let set = self.elements.sets().filter(|(set, _)| of(set));
@@ -103,7 +103,7 @@ fn web(more: Value) -> Value {
 }
 
 #[test]
-fn a_service_leads_to_its_backends_in_equal_parts() {
+fn a_service_chooses_its_backends_with_equal_probability() {
     let mut host = Host::new();
     host.world.attach(1, 1, WEB, true);
     host.world.attach(2, 2, WEB, true);
@@ -120,10 +120,10 @@ fn a_service_leads_to_its_backends_in_equal_parts() {
             "10.96.0.10 . tcp . 80 . 1:0 : 10.9.0.9 . 8080"
         ]
     );
-    // On a switched network others than its endpoints reach those of this host alone.
+    // On a switched network, clients that are no endpoints reach only the backends of this host.
     assert_eq!(host.of("outside4"), ["10.96.0.10 . tcp . 80 : 1:1"]);
     assert_eq!(host.of("hairpin4"), ["10.9.0.9 . 10.9.0.9"]);
-    // Frames of the bridge that go through the host's IP stack.
+    // Frames that are diverted to the host's IP stack.
     let diverted: Vec<String> = host
         .elements
         .sets()
@@ -131,7 +131,7 @@ fn a_service_leads_to_its_backends_in_equal_parts() {
         .map(|(s, _)| s.name.to_string())
         .collect();
     assert_eq!(diverted, ["backends4", "gateways4", "local", "macs4"]);
-    // On a routed network everybody reaches everybody.
+    // On a routed network, all clients reach all backends.
     host.world.view.networks.get_mut(&NET).unwrap().network.mode = Mode::L3;
     host.plan(true);
     host.assert_sent();
@@ -168,7 +168,7 @@ fn a_backend_costs_a_few_elements_and_the_others_keep_their_numbers() {
     let ops = host.plan(false);
     assert_eq!(ops.len(), 4, "{ops:#?}");
     host.assert_sent();
-    // More than there are chains for: the skeleton grows.
+    // With more backends than there are chains for, the skeleton grows.
     let endpoints: Vec<Value> =
         (1..=20).map(|n| json!({ "addresses": [format!("203.0.113.{n}")] })).collect();
     host.world.put(read(
@@ -183,7 +183,7 @@ fn a_backend_costs_a_few_elements_and_the_others_keep_their_numbers() {
 }
 
 #[test]
-fn who_takes_what_follows_from_the_policies() {
+fn the_backends_follow_from_the_traffic_policies() {
     let mut host = Host::new();
     host.world.view.networks.get_mut(&NET).unwrap().network.mode = Mode::L3;
     let both = json!({
@@ -195,16 +195,16 @@ fn who_takes_what_follows_from_the_policies() {
     });
     host.service("web", web(both));
     host.plan(true);
-    // Nobody at all: refused.
+    // Without backends, connections are refused.
     assert_eq!(host.of("inside4"), ["10.96.0.10 . tcp . 80 : 10:0", "192.0.2.7 . tcp . 80 : 10:0"]);
     assert_eq!((host.of("outside4"), host.of("ports4")), (vec![], vec!["tcp . 30080 : 10:0".to_owned()]));
-    // On another host alone: what comes from outside is for that one.
+    // With a backend on a remote host only, connections from outside are dropped here.
     host.world.attach(2, 2, WEB, true);
     host.plan(false);
     assert_eq!(host.of("inside4"), ["10.96.0.10 . tcp . 80 : 10:0", "192.0.2.7 . tcp . 80 : 0:1"]);
     assert_eq!(host.of("outside4"), ["192.0.2.7 . tcp . 80 : 20:0"]);
     assert_eq!(host.of("ports4"), ["tcp . 30080 : 20:0"]);
-    // Here too.
+    // With a local backend too.
     host.world.attach(1, 1, WEB, true);
     host.plan(false);
     assert_eq!(host.of("inside4"), ["10.96.0.10 . tcp . 80 : 0:1", "192.0.2.7 . tcp . 80 : 0:2"]);
@@ -212,7 +212,7 @@ fn who_takes_what_follows_from_the_policies() {
     assert_eq!(host.of("ports4"), ["tcp . 30080 : 2:1"]);
     assert_eq!(host.of("nodes4"), ["tcp . 30080 . 0:0 : 10.9.0.9 . 8080"]);
     host.assert_sent();
-    // A dead host's are no backends.
+    // Endpoints of a dead host are no backends.
     host.world.host(2, PeerState::Dead);
     host.plan(false);
     assert_eq!(host.of("inside4"), ["10.96.0.10 . tcp . 80 : 0:1", "192.0.2.7 . tcp . 80 : 0:1"]);
@@ -239,7 +239,7 @@ fn clients_with_affinity_keep_the_identity_of_their_backend() {
 }
 
 #[test]
-fn flows_of_udp_end_with_their_backends() {
+fn udp_flows_end_with_their_backends() {
     let mut host = Host::new();
     host.world.view.networks.get_mut(&NET).unwrap().network.mode = Mode::L3;
     host.service(
@@ -259,7 +259,7 @@ fn flows_of_udp_end_with_their_backends() {
     for (n, ended) in [(1, vec![line(1)]), (2, vec![])] {
         host.world.attach(1, n, WEB, true);
         host.plan(false);
-        assert_eq!(host.ended(), ended, "what came before the first one went elsewhere");
+        assert_eq!(host.ended(), ended, "flows from before the first backend went elsewhere");
     }
     for (n, left) in [(1, 1), (2, 0)] {
         host.world.detach(1, n);
@@ -269,7 +269,7 @@ fn flows_of_udp_end_with_their_backends() {
 }
 
 #[test]
-fn what_comes_from_outside_for_another_hosts_switched_endpoints_is_passed_on() {
+fn connections_from_outside_are_relayed_to_switched_endpoints_of_remote_hosts() {
     let mut host = Host::new();
     for (on, n) in [(1, 1), (2, 2), (2, 3)] {
         host.world.attach(on, n, WEB, true);
@@ -279,17 +279,17 @@ fn what_comes_from_outside_for_another_hosts_switched_endpoints_is_passed_on() {
     let sent = host.plan(true);
     host.assert_sent();
     assert!(sent.contains(&"sysctl -w net.ipv4.ip_forward=1".to_owned()), "{sent:?}");
-    // Once for each backend.
+    // One element for each backend.
     let nodes = host.of("nodes4");
-    let passed_on = nodes.iter().filter(|line| line.ends_with(" : 192.168.77.2 . 30080")).count();
-    assert_eq!((nodes.len(), passed_on), (4, 2), "{nodes:?}");
+    let relayed = nodes.iter().filter(|line| line.ends_with(" : 192.168.77.2 . 30080")).count();
+    assert_eq!((nodes.len(), relayed), (4, 2), "{nodes:?}");
     assert_eq!(host.of("ports4"), ["tcp . 30080 : 2:3"]);
-    // What others pass on is for those that are here.
+    // Relayed connections go to local backends only.
     assert_eq!(host.of("relayed4"), ["tcp . 30080 : 3:1"]);
     assert!(nodes.contains(&"tcp . 30080 . 1:0 : 10.9.0.9 . 8080".to_owned()), "{nodes:?}");
     assert_eq!(host.of("hosts4"), ["192.168.77.2", "192.168.77.3"]);
     assert!(host.of("routed4").iter().any(|line| line.ends_with("192.168.77.1")), "{:?}", host.of("routed4"));
-    // Not in plain, what is encrypted.
+    // Connections to encrypted networks are not relayed unencrypted.
     host.world.view.networks.get_mut(&NET).unwrap().network.encrypted = true;
     host.plan(true);
     host.assert_sent();
@@ -324,7 +324,7 @@ fn spec(n: u8, kind: u8) -> Value {
         "type": if kind & 1 == 0 { "ClusterIP" } else { "NodePort" },
         "externalTrafficPolicy": if kind & 2 == 0 { "Cluster" } else { "Local" },
         "sessionAffinity": if kind & 4 == 0 { "None" } else { "ClientIP" },
-        // One that two of them claim.
+        // An address that two Services claim.
         "externalIPs": ["192.0.2.7"],
     });
     if kind & 1 == 1 {
@@ -336,7 +336,7 @@ fn spec(n: u8, kind: u8) -> Value {
 
 proptest! {
     #[test]
-    fn what_is_sent_step_by_step_is_what_is_wanted(steps in proptest::collection::vec(step(), 1..30)) {
+    fn plans_of_single_steps_lead_to_the_desired_elements(steps in proptest::collection::vec(step(), 1..30)) {
         let mut host = Host::new();
         for step in steps {
             let mut ground = false;
@@ -358,7 +358,7 @@ proptest! {
             host.plan(ground);
             host.assert_sent();
         }
-        // All anew gives as many backends at each place.
+        // A plan from scratch gives the same number of backends everywhere.
         let mut anew = Services::default();
         let World { view, backends } = &host.world;
         let all: Vec<Name> = view.resources.services().keys().cloned().collect();
@@ -368,7 +368,7 @@ proptest! {
             counted.map(|(set, contents)| (set.name.to_string(), contents.len())).collect()
         };
         let local = |elements: &Elements| elements.of(&ovl_subsystems::services::inside(true)).cloned();
-        prop_assert_eq!(counts(&anew.kernel().elements), counts(&host.elements));
-        prop_assert_eq!(local(&anew.kernel().elements), local(&host.elements));
+        prop_assert_eq!(counts(&anew.dataplane().elements), counts(&host.elements));
+        prop_assert_eq!(local(&anew.dataplane().elements), local(&host.elements));
     }
 }

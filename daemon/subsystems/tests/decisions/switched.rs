@@ -1,4 +1,4 @@
-//! What the kernel should hold, as the commands that would make it: a view goes in, text comes out.
+//! Tests of the desired data plane of a switched network, as the commands that would create it.
 
 use std::collections::BTreeMap;
 
@@ -19,7 +19,7 @@ fn local() -> Local {
     Local { masquerade: true, ..Local::default() }
 }
 
-/// As commands, without those of the host as a whole.
+/// Returns the commands without those of the host as a whole.
 fn commands(view: &View) -> Vec<String> {
     diff(&Dataplane::default(), &desired(view, &local()), true)
         .iter()
@@ -29,14 +29,14 @@ fn commands(view: &View) -> Vec<String> {
 }
 
 #[test]
-fn a_network_without_an_endpoint_here_is_not_built() {
+fn a_network_without_a_local_endpoint_has_no_devices() {
     let mut view = switched();
     give(&mut view, 2, vec![endpoint(2, "10.9.0.17/24")]);
     assert_eq!(desired(&view, &local()), Dataplane::default());
 }
 
 #[test]
-fn a_network_with_endpoints_here_and_there() {
+fn a_network_with_local_and_remote_endpoints() {
     let mut view = switched();
     give(&mut view, 1, vec![endpoint(1, "10.9.0.9/24")]);
     give(&mut view, 2, vec![endpoint(2, "10.9.0.17/24")]);
@@ -58,7 +58,7 @@ fn a_network_with_endpoints_here_and_there() {
 }
 
 #[test]
-fn floods_go_only_to_hosts_with_endpoints_there() {
+fn flood_entries_exist_only_for_hosts_with_endpoints() {
     let mut view = switched();
     give(&mut view, 1, vec![endpoint(1, "10.9.0.9/24")]);
     give(&mut view, 3, vec![endpoint(3, "10.9.0.25/24")]);
@@ -68,7 +68,7 @@ fn floods_go_only_to_hosts_with_endpoints_there() {
 }
 
 #[test]
-fn only_members_that_are_there_count() {
+fn only_live_members_have_entries() {
     let mut view = switched();
     give(&mut view, 1, vec![endpoint(1, "10.9.0.9/24")]);
     give(&mut view, 2, vec![endpoint(2, "10.9.0.17/24")]);
@@ -85,7 +85,7 @@ fn only_members_that_are_there_count() {
 }
 
 #[test]
-fn an_address_of_another_hosts_block_does_not_count_without_a_lease() {
+fn an_address_of_another_hosts_block_needs_a_lease() {
     let mut view = switched();
     give(&mut view, 1, vec![endpoint(1, "10.9.0.9/24")]);
     give(&mut view, 2, vec![endpoint(2, "10.9.0.26/24")]);
@@ -96,53 +96,53 @@ fn an_address_of_another_hosts_block_does_not_count_without_a_lease() {
 }
 
 #[test]
-fn a_stolen_mac_stays_with_whose_address_makes_it() {
+fn a_claimed_mac_stays_with_the_endpoint_from_whose_address_it_is_derived() {
     let mut view = switched();
     give(&mut view, 1, vec![endpoint(1, "10.9.0.9/24")]);
     give(&mut view, 3, vec![endpoint(3, "10.9.0.25/24")]);
     let Entry::Endpoint(mut thief) = endpoint(2, "10.9.0.17/24") else { unreachable!() };
     thief.mac = addresses::mac_of(NET, "10.9.0.25".parse().unwrap());
     give(&mut view, 2, vec![Entry::Endpoint(thief)]);
-    let kernel = desired(&view, &local());
-    let vteps: Vec<String> = kernel.remotes.values().map(|remote| remote.vtep.to_string()).collect();
+    let dataplane = desired(&view, &local());
+    let vteps: Vec<String> = dataplane.remotes.values().map(|remote| remote.vtep.to_string()).collect();
     assert_eq!(vteps, ["192.168.77.3"]);
 }
 
 #[test]
-fn the_mtu_is_what_every_pair_can_carry() {
+fn the_mtu_fits_the_path_between_every_pair_of_hosts() {
     let mut view = switched();
     for n in 1..=3 {
         give(&mut view, n, vec![endpoint(n, &format!("10.9.0.{}/24", 8 * n + 1))]);
     }
     let mtu = |view: &View| network_mtu(view, &view.networks[&NET].network);
     assert_eq!(mtu(&view), 1450);
-    // A path between two others is narrower: the same here.
+    // A path between two remote hosts carries less: the MTU is the same here.
     give(&mut view, 2, vec![Entry::PathMtu { peer: id(3), mtu: 1400 }]);
     assert_eq!(mtu(&view), 1350);
-    // Of hosts that have nothing on the network none counts.
+    // Paths to hosts without endpoints on the network do not count.
     give(&mut view, 2, vec![Entry::PathMtu { peer: id(9), mtu: 1300 }]);
     assert_eq!(mtu(&view), 1350);
     view.networks.get_mut(&NET).unwrap().network.mtu = Some(1300);
     assert_eq!(mtu(&view), 1300);
     view.networks.get_mut(&NET).unwrap().network.mtu = Some(9000);
-    assert_eq!(mtu(&view), 1350, "more than the path carries would be lost");
+    assert_eq!(mtu(&view), 1350, "larger packets than the path carries would be lost");
 }
 
 #[test]
-fn an_internal_network_has_no_gateway_and_no_way_out() {
+fn an_internal_network_has_no_gateway_and_is_not_forwarded() {
     let mut view = switched();
     give(&mut view, 1, vec![endpoint(1, "10.9.0.9/24")]);
     view.networks.get_mut(&NET).unwrap().network.internal = true;
-    let kernel = desired(&view, &local());
-    assert!(kernel.addresses.is_empty());
-    assert!(kernel.sysctls.is_empty());
-    let filter = kernel.filter.unwrap();
+    let dataplane = desired(&view, &local());
+    assert!(dataplane.addresses.is_empty());
+    assert!(dataplane.sysctls.is_empty());
+    let filter = dataplane.filter.unwrap();
     assert!(filter.contains("iifname \"ovb-00000000\" oifname != \"ovb-00000000\" counter drop"), "{filter}");
     assert!(!filter.contains("masquerade"), "{filter}");
 }
 
 #[test]
-fn strangers_may_not_send_to_the_vxlan_port() {
+fn only_members_may_send_to_the_vxlan_port() {
     let mut view = switched();
     give(&mut view, 1, vec![endpoint(1, "10.9.0.9/24")]);
     let filter = desired(&view, &local()).filter.unwrap();
@@ -151,17 +151,17 @@ fn strangers_may_not_send_to_the_vxlan_port() {
 }
 
 #[test]
-fn an_isolated_endpoint_is_cut_off_and_kept() {
+fn an_isolated_endpoint_is_disconnected_and_kept() {
     let mut view = switched();
     give(&mut view, 1, vec![endpoint(1, "10.9.0.9/24")]);
     view.alloc.blocks.clear();
     let isolated = BTreeMap::from([(EndpointId([1; 5]), "its block went to another host".to_owned())]);
-    let kernel = desired(&view, &Local { isolated, ..local() });
-    let link = kernel
+    let dataplane = desired(&view, &Local { isolated, ..local() });
+    let link = dataplane
         .links
         .values()
         .find(|link| matches!(link, ovl_dataplane::state::Link::Endpoint { .. }))
         .unwrap();
     assert!(matches!(link, ovl_dataplane::state::Link::Endpoint { master: None, up: false, .. }), "{link:?}");
-    assert!(kernel.neighbours.is_empty());
+    assert!(dataplane.neighbours.is_empty());
 }

@@ -1,5 +1,5 @@
-//! The short way and the long one lead to the same: what [`ovl_subsystems::networks::touched`] makes of single changes
-//! is what looking at the whole network gives, and a table's index finds what a search finds.
+//! Tests that [`ovl_subsystems::networks::touched`] plans single changes as a comparison of the whole network does, and
+//! that the index of an owner table finds what a search finds.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -16,22 +16,22 @@ use ovl_proto::record::Signature;
 use ovl_proto::table::{Endpoint, Entry, Key};
 use ovl_subsystems::local::Local;
 use ovl_subsystems::networks::desired::network_part;
-use ovl_subsystems::networks::touched::{Touched, plan};
+use ovl_subsystems::networks::touched::{TouchedEndpoints, plan};
 use proptest::prelude::*;
 
 use super::world::{NET, encrypt, id, net, switched, view_of};
 
-/// One endpoint of a host comes, changes or goes; of few, so that they meet.
+/// One endpoint of a host is added, changed or removed. There are few of them, so that they collide.
 #[derive(Debug, Clone)]
 struct Step {
     host: u8,
     endpoint: u8,
-    /// The last byte of its address; nothing if it goes.
+    /// The last byte of its address. `None` if it is removed.
     address: Option<u8>,
     second: Option<u8>,
-    /// Another MAC address than the one that follows from the address.
+    /// A MAC address that is not derived from the address.
     mac: Option<u8>,
-    /// Has a port published, of its own among all.
+    /// The transport of a published port, which no other endpoint has.
     publishes: Option<Transport>,
 }
 
@@ -71,9 +71,9 @@ fn entry(step: &Step, address: u8) -> Endpoint {
     }
 }
 
-/// Writes the entry and gives what that touched.
-fn write(view: &mut View, step: &Step) -> Touched {
-    let mut touched = Touched::default();
+/// Writes the entry and returns the touched endpoints.
+fn write(view: &mut View, step: &Step) -> TouchedEndpoints {
+    let mut touched = TouchedEndpoints::default();
     let (me, host) = (view.me, id(step.host));
     let table = &mut view.nodes.get_mut(&host).unwrap().table;
     let endpoint = EndpointId([step.endpoint; 5]);
@@ -117,7 +117,7 @@ fn check_index(table: &Table) {
     assert_eq!(table.ranges(NET).collect::<BTreeSet<_>>(), ranges);
 }
 
-/// A routed network with the blocks of the switched one.
+/// Returns a routed network with the blocks of the switched one.
 fn small_blocks() -> View {
     let subnet = addresses::new_routed_subnet(net("10.9.0.0/24"), Some(29)).unwrap();
     view_of(Mode::L3, Backend::Vxlan, subnet, |n| net(&format!("10.9.0.{}/29", 8 * n)))
@@ -130,29 +130,29 @@ fn is_taken(view: &View, step: &Step) -> bool {
     others.any(|other| other.id != new.id)
 }
 
-/// Each port by which frames may leave that came in by it has a guard, and nobody else has.
-fn check_guarded(kernel: &Dataplane) {
-    let guards: usize = kernel
+/// Checks that each bridge port with hairpin mode has a guard, and no other port has.
+fn check_guarded(dataplane: &Dataplane) {
+    let guards: usize = dataplane
         .elements
         .sets()
         .filter(|(set, _)| set.table == nft::Table::PublishFrames)
         .map(|(_, held)| held.len())
         .sum();
-    let turning = |link: &&Link| matches!(link, Link::Endpoint { hairpin: true, .. });
-    assert_eq!(guards, kernel.links.values().filter(turning).count());
+    let has_hairpin = |link: &&Link| matches!(link, Link::Endpoint { hairpin: true, .. });
+    assert_eq!(guards, dataplane.links.values().filter(has_hairpin).count());
 }
 
-/// A guard comes before its port is such a one, and goes after.
+/// Checks that a guard is added before its port gets hairpin mode, and deleted after it loses it.
 fn check_guards(ops: &[Op]) {
     let mut unguarded = false;
-    let mut turned = false;
+    let mut enabled = false;
     for op in ops {
         match op {
             Op::Nft(NftOp::DeleteElement(set, _)) if set.table == nft::Table::PublishFrames => {
                 unguarded = true
             }
             Op::Nft(NftOp::SetElement(element)) if element.set.table == nft::Table::PublishFrames => {
-                assert!(!turned, "{ops:?}");
+                assert!(!enabled, "{ops:?}");
             }
             Op::Link(LinkOp::Set(
                 _,
@@ -160,7 +160,7 @@ fn check_guards(ops: &[Op]) {
                 Link::Endpoint { hairpin: is, .. },
             )) => {
                 assert!(is >= was || !unguarded, "{ops:?}");
-                turned |= is > was;
+                enabled |= is > was;
             }
             _ => {}
         }
@@ -169,13 +169,13 @@ fn check_guards(ops: &[Op]) {
 
 proptest! {
     #[test]
-    fn single_changes_lead_to_what_the_whole_network_needs(
+    fn plans_of_single_changes_equal_a_comparison_of_the_whole_network(
         steps in prop::collection::vec((step(), 1..4_usize), 1..40),
         isolated in prop::collection::btree_set(0..6_u8, 0..2),
         routed: bool,
-        // In the kernel, or not.
+        // `Some` for an encrypted network: whether its tunnel is in the kernel.
         encrypted: Option<bool>,
-        // Services.
+        // Whether there are Services.
         served: bool,
         // A host without a tunnel.
         deaf in prop::option::weighted(0.2, 1..=3_u8),
@@ -190,9 +190,9 @@ proptest! {
         let isolated = isolated.into_iter().map(|n| (EndpointId([n; 5]), String::new())).collect();
         let local = Local { isolated, wanted: BTreeMap::from([(NET, 1)]), served, ..Local::default() };
         let mut applied = Dataplane::default();
-        let mut left = Touched::default();
+        let mut left = TouchedEndpoints::default();
         for (step, together) in steps {
-            // No host gives an address to two of its endpoints.
+            // No host allocates an address to two of its endpoints.
             if routed && is_taken(&view, &step) {
                 continue;
             }
@@ -213,7 +213,7 @@ proptest! {
                         check_guards(ops);
                     }
                 }
-                // Only the devices, which never change here, need the long way.
+                // Only the first plan, which creates the devices, compares the whole network.
                 None => {
                     assert_eq!(before, Dataplane::default());
                     applied = whole.clone();

@@ -1,3 +1,5 @@
+//! Tests of the choice of Service addresses and ports.
+
 use std::collections::BTreeSet;
 
 use ovl_proto::clock::Stamp;
@@ -27,7 +29,7 @@ fn service(name: &str, spec: Value) -> Service {
 }
 
 fn allocate(resources: &Resources, service: &mut Service, ranges: &Ranges) -> Result<(), Vec<Problem>> {
-    Allocator::new(resources, ranges, &mut Promised::default()).allocate(service)
+    ServiceAllocator::new(resources, ranges, &mut ReservedClaims::default()).allocate(service)
 }
 
 fn allocated(resources: &Resources, mut service: Service) -> Service {
@@ -50,14 +52,14 @@ fn one(kind: &str) -> Value {
 }
 
 #[test]
-fn a_service_gets_what_it_wants() {
+fn a_service_gets_the_addresses_and_ports_of_its_type() {
     let none = Resources::default();
     let plain = allocated(&none, service("web", one("ClusterIP")));
     assert_eq!(plain.spec.cluster_ips.len(), 1);
     assert_eq!(plain.spec.ip_families, [IpFamily::IPv4]);
     assert_eq!(plain.spec.ip_family_policy, Some(IpFamilyPolicy::SingleStack));
     assert_eq!(plain.spec.ports[0].node_port, None);
-    // The same on each host: whoever chooses.
+    // Every host chooses the same.
     assert_eq!(allocated(&none, service("web", one("ClusterIP"))), plain);
     assert_ne!(allocated(&none, service("other", one("ClusterIP"))).spec.cluster_ips, plain.spec.cluster_ips);
 
@@ -81,7 +83,7 @@ fn a_service_gets_what_it_wants() {
 }
 
 #[test]
-fn families_follow_the_policy_and_what_is_given() {
+fn families_follow_the_policy_and_the_given_addresses() {
     use IpFamily::{IPv4, IPv6};
     for (spec, families, addresses) in [
         (json!({}), vec![IPv4], 1),
@@ -92,7 +94,7 @@ fn families_follow_the_policy_and_what_is_given() {
         (json!({ "ipFamilies": ["IPv6"], "ipFamilyPolicy": "PreferDualStack" }), vec![IPv6, IPv4], 2),
         (json!({ "clusterIP": "fd00:10:96::7", "clusterIPs": ["fd00:10:96::7"] }), vec![IPv6], 1),
         (json!({ "clusterIP": "None", "clusterIPs": ["None"], "selector": { "a": "b" } }), vec![IPv4], 0),
-        // Without a selector nobody knows the families of what it lists.
+        // Without a selector, the families of its endpoints are unknown.
         (json!({ "clusterIP": "None", "clusterIPs": ["None"] }), vec![IPv4, IPv6], 0),
     ] {
         let mut spec = spec;
@@ -114,12 +116,12 @@ fn families_follow_the_policy_and_what_is_given() {
     let require = try_v4(json!({ "ipFamilyPolicy": "RequireDualStack", "ports": [{ "port": 80 }] }));
     assert_eq!(require.unwrap_err()[0].field, "spec.ipFamilyPolicy");
     assert_eq!(try_v4(json!({ "ipFamilies": ["IPv6"] })).unwrap_err()[0].field, "spec.ipFamilies[0]");
-    // Without a pool a LoadBalancer waits.
+    // Without a pool, a LoadBalancer gets no address.
     assert!(try_v4(one("LoadBalancer")).unwrap().status.load_balancer.ingress.is_empty());
 }
 
 #[test]
-fn what_is_given_must_be_free_and_in_range() {
+fn given_values_must_be_free_and_in_range() {
     let mut resources = Resources::default();
     let first = allocated(&resources, service("first", one("LoadBalancer")));
     let (ip, port) = (first.cluster_addresses().next().unwrap(), first.spec.ports[0].node_port.unwrap());
@@ -127,19 +129,19 @@ fn what_is_given_must_be_free_and_in_range() {
     put(&mut resources, first.clone());
     let given = |spec| refused(&resources, service("second", spec));
     for (spec, says) in [
-        (json!({ "clusterIP": ip, "clusterIPs": [ip] }), format!("{ip} is Service default/first's")),
+        (json!({ "clusterIP": ip, "clusterIPs": [ip] }), format!("{ip} is in use by Service default/first")),
         (
             json!({ "clusterIPs": ["10.97.0.1"] }),
             "10.97.0.1 is not in the service_range 10.96.0.0/16".to_owned(),
         ),
-        (json!({ "clusterIPs": ["10.96.0.10"] }), "10.96.0.10 is that of the cluster DNS".to_owned()),
+        (json!({ "clusterIPs": ["10.96.0.10"] }), "10.96.0.10 is reserved for the cluster DNS".to_owned()),
         (
             json!({ "type": "NodePort", "ports": [{ "port": 1, "nodePort": port }] }),
-            format!("node port {port} is Service default/first's"),
+            format!("node port {port} is in use by Service default/first"),
         ),
         (
             json!({ "type": "LoadBalancer", "loadBalancerIP": balanced }),
-            format!("{balanced} is Service default/first's"),
+            format!("{balanced} is in use by Service default/first"),
         ),
         (
             json!({ "type": "LoadBalancer", "loadBalancerIP": "198.51.100.1" }),
@@ -147,11 +149,11 @@ fn what_is_given_must_be_free_and_in_range() {
         ),
         (
             json!({ "type": "LoadBalancer", "loadBalancerIP": "fd00::1" }),
-            "not of the Service's ipFamilies".to_owned(),
+            "is not of an address family in spec.ipFamilies".to_owned(),
         ),
         (
             json!({ "type": "LoadBalancer", "externalTrafficPolicy": "Local", "healthCheckNodePort": port }),
-            format!("node port {port} is Service"),
+            format!("node port {port} is in use by Service"),
         ),
         (
             json!({ "type": "LoadBalancer", "externalTrafficPolicy": "Local", "healthCheckNodePort": 30_007, "ports": [{ "port": 1, "nodePort": 30_007 }] }),
@@ -161,7 +163,7 @@ fn what_is_given_must_be_free_and_in_range() {
         let found = given(spec.clone());
         assert!(found.contains(&says), "{spec}: {found}");
     }
-    // Its own are its own.
+    // A Service may keep its own values.
     assert_eq!(allocated(&resources, first.clone()), first);
 }
 
@@ -196,11 +198,11 @@ fn a_change_keeps_what_was_allocated() {
         node_port(&changed, 2)
             .is_some_and(|port| ![node_port(&first, 0), node_port(&first, 1)].contains(&Some(port)))
     );
-    // To a plain one and back, the node ports and the address of the pool are let go.
+    // A change to ClusterIP releases the node ports and the pool's address.
     let plain = allocated(&resources, service("web", one("ClusterIP")));
     assert_eq!(plain.spec.cluster_ips, first.spec.cluster_ips);
     assert_eq!((node_port(&plain, 0), plain.status.load_balancer.ingress.len()), (None, 0));
-    // Two families, and one again.
+    // To two families, and back to one.
     let dual = allocated(
         &resources,
         service("web", json!({ "ipFamilyPolicy": "PreferDualStack", "ports": [{ "port": 80 }] })),
@@ -220,7 +222,7 @@ fn a_change_keeps_what_was_allocated() {
 }
 
 #[test]
-fn a_pool_that_is_full_says_so() {
+fn a_full_pool_is_reported() {
     let mut resources = Resources::default();
     let mut given = BTreeSet::new();
     for n in 0..6 {
@@ -236,7 +238,7 @@ fn a_pool_that_is_full_says_so() {
 }
 
 #[test]
-fn the_older_service_keeps_what_two_have_claimed() {
+fn the_older_of_two_services_keeps_a_claim() {
     let mut resources = Resources::default();
     let same = json!({ "type": "NodePort", "clusterIP": "10.96.1.1", "clusterIPs": ["10.96.1.1"],
         "ports": [{ "port": 80, "nodePort": 30_100 }] });
@@ -247,19 +249,19 @@ fn the_older_service_keeps_what_two_have_claimed() {
         (service.cluster_addresses().count(), service.spec.ports[0].node_port)
     };
     assert_eq!(has(&resources, "young"), (1, Some(30_100)));
-    // The older one comes later, as after a split.
+    // The older one arrives later, as after a partition.
     assert_eq!(put(&mut resources, service_at("old", 10, same.clone())), ["old", "young"]);
     assert_eq!(has(&resources, "old"), (1, Some(30_100)));
     assert_eq!(has(&resources, "young"), (0, None));
     assert_eq!(resources.claims().lacking().collect::<Vec<_>>(), [&name("young")]);
-    // Whoever looks after it gives it others.
+    // Allocation gives it other values.
     let mended = allocated(&resources, resources.services()[&name("young")].clone());
     let mut gone = resources.clone();
     put(&mut resources, mended);
     assert_eq!(resources.claims().lacking().count(), 0);
     assert_eq!(has(&resources, "young").0, 1);
     assert_ne!(has(&resources, "young").1, Some(30_100));
-    // Or the older one goes first.
+    // Or the older one is deleted first.
     let changed = gone.remove(&ResourceKey { kind: Kind::Service, name: name("old") });
     assert_eq!(changed.len(), 2);
     assert_eq!(has(&gone, "young"), (1, Some(30_100)));
@@ -268,7 +270,7 @@ fn the_older_service_keeps_what_two_have_claimed() {
 
 proptest! {
     #[test]
-    fn no_two_services_ever_have_the_same_in_effect(
+    fn no_two_services_hold_the_same_claim(
         steps in prop::collection::vec((0..5_u8, prop::option::of((0..4_u64, 1..4_u8, 0..3_u16)), any::<bool>()), 1..40),
     ) {
         let mut resources = Resources::default();
@@ -294,7 +296,7 @@ proptest! {
             }
             let all: Vec<Claim> = resources.services().values().flat_map(claims_of).collect();
             prop_assert_eq!(all.iter().collect::<BTreeSet<_>>().len(), all.len());
-            // In whatever order they came.
+            // The order of arrival does not matter.
             let mut fresh = Resources::default();
             for service in resources.services().values() {
                 let raw = resources.claims().contested(&Name::new("default", &service.metadata.name));

@@ -1,4 +1,7 @@
-//! One Service's elements, out of its ports and backends.
+//! Computes the set elements of one Service from its ports and backends.
+//!
+//! [`Slots`] owns the numbers of backends, so that a backend that stays keeps its number; the rest is computed anew. Begin
+//! to read at [`resolve`].
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -6,54 +9,55 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use ovl_proto::resource::{IpFamily, Name, Protocol, Service, ServicePort, TrafficPolicy};
 
+use super::context::{At, NetworkContext, of_family};
 use super::skeleton::{
-    self, BACKENDS, DROP, HAIRPIN, IDS, INSIDE, Kind, MOST_STICKY, NODE_IDS, NODE_STAY, NODES, OUTSIDE,
+    self, BACKENDS, BackendKind, DROP, HAIRPIN, IDS, INSIDE, MAX_STICKY, NODE_IDS, NODE_STAY, NODES, OUTSIDE,
     PORTS, REFUSE, RELAYED, ROUTED, STAY, Sticky,
 };
-use super::{At, Ground, of_family};
 use crate::services::divert;
 use ovl_cluster::backends::{Backend, Target, targets};
 use ovl_cluster::claims::Claims;
 use ovl_dataplane::ledger::Entries;
 use ovl_dataplane::nft::{Field, Key, Set, Value};
 
-/// Numbers in a map are 16 bits beside what they are.
-const MOST: usize = 0xffff;
+/// The maximum number of backends: numbers in a map have 16 bits, the others say what kind of number it is.
+const MAX_BACKENDS: usize = 0xffff;
 
-/// UDP ports, with whether it is IPv4, and the backends of each.
+/// UDP ports (with `true` for IPv4) and the backends of each.
 pub(super) type UdpPorts = BTreeMap<(At, bool), BTreeSet<(IpAddr, u16)>>;
 
-/// What one Service comes to.
+/// The elements of one Service, and the chains that they need.
 #[derive(Debug, Default)]
 pub(super) struct Resolved {
     pub(super) entries: Entries,
-    /// Numbers of backends that there must be chains for.
+    /// The numbers of backends for which there must be chains.
     pub(super) counts: BTreeSet<u32>,
-    /// Ports with affinity that there must be chains for.
+    /// The kinds of affinity for which there must be chains.
     pub(super) sticky: BTreeSet<Sticky>,
-    /// Where its UDP ports lead.
+    /// The backends of its UDP ports.
     pub(super) flows: UdpPorts,
-    /// Connections are passed on to other hosts.
+    /// Whether connections are relayed to remote hosts.
     pub(super) relays: bool,
 }
 
-/// Which backend has which number: one that stays keeps its own.
+/// The numbers of backends, by Service. A backend that stays keeps its number.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Slots(BTreeMap<Name, Numbers>);
 
-/// Of one Service, by port, whether it is IPv4, and whose backends they are.
-type Numbers = BTreeMap<(At, bool, Kind), Vec<Backing>>;
+/// The backends of one Service in the order of their numbers, by port, address family (`true` for IPv4) and kind.
+type Numbers = BTreeMap<(At, bool, BackendKind), Vec<Backing>>;
 
 type Backing = (IpAddr, u16);
 
 impl Slots {
+    /// Drops the numbers of a deleted Service.
     pub(super) fn forget(&mut self, name: &Name) {
         self.0.remove(name);
     }
 }
 
-/// Those that are there keep their numbers as far as there are so many; others fill the holes. A host that
-/// connections are passed on to is there once for each of its backends.
+/// Numbers the backends in `now`. Backends that are in `before` keep their numbers where those are still in range; the
+/// others fill the gaps. A host to which connections are relayed occurs once for each of its backends.
 fn number(before: &[Backing], now: &[Backing]) -> Vec<Backing> {
     let mut left: BTreeMap<Backing, usize> = BTreeMap::new();
     for backing in now {
@@ -74,14 +78,15 @@ fn number(before: &[Backing], now: &[Backing]) -> Vec<Backing> {
     slots.into_iter().filter_map(|slot| slot.or_else(|| others.next())).collect()
 }
 
+/// Returns the elements of a Service with these backends.
 pub(super) fn resolve(
-    ground: &Ground,
+    context: &NetworkContext,
     claims: &Claims,
     (name, service): (&Name, &Service),
     backends: &[Backend],
     slots: &mut Slots,
 ) -> Resolved {
-    let mut out = Writer {
+    let mut out = ElementWriter {
         resolved: Resolved::default(),
         before: slots.0.remove(name).unwrap_or_default(),
         after: BTreeMap::new(),
@@ -92,7 +97,7 @@ pub(super) fn resolve(
         let given = given.filter(|address| claims.has_external(name, *address, port.protocol, port.port));
         let external: BTreeSet<IpAddr> = given.chain(service.load_balancer_addresses()).collect();
         for ipv4 in [true, false] {
-            one(&mut out, ground, service, (i, port), &external, backends, ipv4);
+            resolve_port(&mut out, context, service, (i, port), &external, backends, ipv4);
         }
     }
     if !out.after.is_empty() {
@@ -101,10 +106,10 @@ pub(super) fn resolve(
     out.resolved
 }
 
-/// One port for the addresses of one family.
-fn one(
-    out: &mut Writer,
-    ground: &Ground,
+/// Adds the elements of one port for one address family.
+fn resolve_port(
+    out: &mut ElementWriter,
+    context: &NetworkContext,
     service: &Service,
     (i, port): (usize, &ServicePort),
     external: &BTreeSet<IpAddr>,
@@ -120,14 +125,14 @@ fn one(
         return;
     }
     let all = targets(backends, i, ipv4, None);
-    let local = targets(backends, i, ipv4, ground.me);
-    // Endpoints of switched networks have no way to answer to another host: theirs has.
+    let local = targets(backends, i, ipv4, context.me);
+    // An endpoint of a switched network cannot answer through another host, so connections go through its own host.
     let by_host = |target: &Target| {
-        let (address, port) = (ground.relay(target)?, node_port?);
+        let (address, port) = (context.relay(target)?, node_port?);
         Some(Target { address, port, host: target.host })
     };
     let reached = all.iter().filter_map(|target| {
-        match target.host == ground.me || !ground.is_switched(target.address) {
+        match target.host == context.me || !context.is_switched(target.address) {
             true => Some(*target),
             false => by_host(target),
         }
@@ -142,37 +147,37 @@ fn one(
     }
     let is_local = service.spec.external_traffic_policy == TrafficPolicy::Local;
     let outside = if is_local { &local } else { &reached };
-    let nobody = if is_local && !all.is_empty() { DROP } else { REFUSE };
+    let no_backend = if is_local && !all.is_empty() { DROP } else { REFUSE };
     for address in external {
-        out.address((Some(address), protocol, port.port), ipv4, &all, outside, nobody);
+        out.address((Some(address), protocol, port.port), ipv4, &all, outside, no_backend);
     }
     if let Some(node_port) = node_port {
-        out.node_port((None, protocol, node_port), ipv4, outside, nobody);
-        let passed_on = local.iter().filter(|target| !is_local && ground.is_relayed(target.address)).copied();
-        out.relayed((None, protocol, node_port), ipv4, &passed_on.collect::<Vec<_>>());
+        out.node_port((None, protocol, node_port), ipv4, outside, no_backend);
+        let relayed = local.iter().filter(|target| !is_local && context.is_relayed(target.address)).copied();
+        out.relayed((None, protocol, node_port), ipv4, &relayed.collect::<Vec<_>>());
     }
-    for host in outside.iter().filter(|target| ground.hosts.values().any(|host| *host == target.address)) {
-        if let Some(own) = ground.vtep {
+    for host in outside.iter().filter(|target| context.hosts.values().any(|host| *host == target.address)) {
+        if let Some(own) = context.vtep {
             let to = IpNet::from(host.address);
             out.put(of_family(&ROUTED, ipv4), &[Field::Net(to)], Value::of(&[Field::Ip(own)]));
             out.resolved.relays = true;
         }
     }
-    // Ready or not: connections that are open go on.
+    // Also for backends that are not ready: open connections continue.
     for backend in backends {
         let address = backend.addresses.iter().copied().find(of_this);
         let Some((address, port)) = address.zip(backend.ports.get(i).copied().flatten()) else { continue };
-        if backend.host == ground.me {
+        if backend.host == context.me {
             out.put(of_family(&HAIRPIN, ipv4), &[Field::Ip(address); 2], Value::None);
         }
-        if ground.is_switched(address) {
+        if context.is_switched(address) {
             let key = [Field::Ip(address), Field::Protocol(protocol), Field::Port(port)];
             out.put(of_family(&divert::BACKENDS, ipv4), &key, Value::None);
         }
     }
 }
 
-/// IANA's number of a protocol.
+/// Returns the IP protocol number.
 fn number_of(protocol: Protocol) -> u8 {
     match protocol {
         Protocol::Tcp => 6,
@@ -181,58 +186,66 @@ fn number_of(protocol: Protocol) -> u8 {
     }
 }
 
-struct Writer {
+struct ElementWriter {
     resolved: Resolved,
     before: Numbers,
     after: Numbers,
     affinity: Option<u32>,
 }
 
-impl Writer {
+impl ElementWriter {
     fn put(&mut self, set: &Set, key: &[Field<'_>], value: Value) {
         self.resolved.entries.insert((set.clone(), Key::of(key)), value);
     }
 
-    /// A port at an address: backends for endpoints, and for all others.
-    fn address(&mut self, at: At, ipv4: bool, inside: &[Target], outside: &[Target], nobody: u32) {
+    /// Adds a port at an address, with the backends for endpoints and those for all other clients.
+    fn address(&mut self, at: At, ipv4: bool, inside: &[Target], outside: &[Target], no_backend: u32) {
         let (Some(address), protocol, port) = at else { return };
         let key = [Field::Ip(address), Field::Protocol(protocol), Field::Port(port)];
-        let count = self.backends(at, ipv4, Kind::Of, inside, REFUSE);
+        let count = self.backends(at, ipv4, BackendKind::Inside, inside, REFUSE);
         self.put(of_family(&INSIDE, ipv4), &key, Value::of(&[Field::Number(count)]));
-        if inside != outside || (outside.is_empty() && nobody != REFUSE) {
-            let count = self.backends(at, ipv4, Kind::Others, outside, nobody);
+        if inside != outside || (outside.is_empty() && no_backend != REFUSE) {
+            let count = self.backends(at, ipv4, BackendKind::Outside, outside, no_backend);
             self.put(of_family(&OUTSIDE, ipv4), &key, Value::of(&[Field::Number(count)]));
         }
         self.flows(at, ipv4, &[inside, outside]);
     }
 
-    fn node_port(&mut self, at: At, ipv4: bool, outside: &[Target], nobody: u32) {
+    /// Adds a node port.
+    fn node_port(&mut self, at: At, ipv4: bool, outside: &[Target], no_backend: u32) {
         let (_, protocol, port) = at;
         let key = [Field::Protocol(protocol), Field::Port(port)];
-        let count = self.backends(at, ipv4, Kind::Nodes, outside, nobody);
+        let count = self.backends(at, ipv4, BackendKind::NodePort, outside, no_backend);
         self.put(of_family(&PORTS, ipv4), &key, Value::of(&[Field::Number(count)]));
         self.flows(at, ipv4, &[outside]);
     }
 
-    /// What other hosts pass on to the node port.
+    /// Adds a node port for connections that remote hosts relay.
     fn relayed(&mut self, at: At, ipv4: bool, here: &[Target]) {
         let (_, protocol, port) = at;
         if here.is_empty() {
             return;
         }
-        let count = self.backends(at, ipv4, Kind::Relayed, here, REFUSE);
+        let count = self.backends(at, ipv4, BackendKind::Relayed, here, REFUSE);
         let key = [Field::Protocol(protocol), Field::Port(port)];
         self.put(of_family(&RELAYED, ipv4), &key, Value::of(&[Field::Number(count)]));
         self.flows(at, ipv4, &[here]);
     }
 
-    /// Numbers backends; gives what leads to them.
-    fn backends(&mut self, at: At, ipv4: bool, kind: Kind, targets: &[Target], nobody: u32) -> u32 {
-        let most = if self.affinity.is_some() { MOST_STICKY } else { MOST };
+    /// Adds numbered backends, and returns the number that selects their chain.
+    fn backends(
+        &mut self,
+        at: At,
+        ipv4: bool,
+        kind: BackendKind,
+        targets: &[Target],
+        no_backend: u32,
+    ) -> u32 {
+        let max = if self.affinity.is_some() { MAX_STICKY } else { MAX_BACKENDS };
         let now: Vec<Backing> =
-            targets.iter().take(most).map(|target| (target.address, target.port)).collect();
+            targets.iter().take(max).map(|target| (target.address, target.port)).collect();
         if now.is_empty() {
-            return nobody;
+            return no_backend;
         }
         let before = self.before.remove(&(at, ipv4, kind)).unwrap_or_default();
         let numbered = number(&before, &now);
@@ -261,14 +274,15 @@ impl Writer {
         skeleton::number(kind, count)
     }
 
-    /// Puts in what hangs on a port and a number.
+    /// Adds an element for a port and a number.
     fn put_at(&mut self, set: &Set, (address, protocol, port): At, number: u32, value: Value) {
         let mut key: Vec<Field<'_>> = address.map(Field::Ip).into_iter().collect();
         key.extend([Field::Protocol(protocol), Field::Port(port), Field::Number(number)]);
         self.put(set, &key, value);
     }
 
-    /// Remembers where packets of UDP may go on to: it has no connections that end.
+    /// Records the backends to which UDP flows may continue. UDP has no end of a connection, so flows to other backends
+    /// must be ended.
     fn flows(&mut self, at: At, ipv4: bool, targets: &[&[Target]]) {
         let (_, protocol, _) = at;
         if protocol == number_of(Protocol::Udp) {
@@ -278,7 +292,8 @@ impl Writer {
     }
 }
 
-/// The same in every run, so that clients stay while ovld is away: FNV-1a over the address.
+/// Returns the identity of a backend for affinity: FNV-1a over its address. It is the same in every run, so that clients
+/// keep their backends while ovld restarts.
 fn identity(address: IpAddr) -> u32 {
     let hash = |octets: &[u8]| {
         octets

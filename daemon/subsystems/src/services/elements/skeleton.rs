@@ -1,9 +1,12 @@
-//! The table `inet ovl-services`. The cost of a connection does not depend on how many Services there are: the
-//! first packet looks up how many backends are behind its destination, then one of them; the rest is
-//! connection tracking's.
+//! The sets and chains of the table `inet ovl-services`.
 //!
-//! Numbers go through the packet's priority: from a map to the chain for so many backends, and from a random number
-//! to a backend. A map of verdicts would be simpler, but the kernel walks through all of one with each change.
+//! The cost of a connection does not depend on the number of Services: its first packet looks up the number of backends of
+//! its destination, and then one of them; connection tracking translates the rest.
+//!
+//! Numbers are passed on in the packet's priority: from a map to the chain for a number of backends, and from a random
+//! number to a backend. A map of verdicts would be simpler, but the kernel walks through all of it at each change.
+//!
+//! The module owns no state. Begin to read at [`skeleton`].
 
 use std::collections::BTreeSet;
 
@@ -19,136 +22,138 @@ const PORT6: &[Type] = &[Type::Ipv6, Type::Protocol, Type::Port];
 const TARGET4: Data = Data::Fields(&[Type::Ipv4, Type::Port]);
 const TARGET6: Data = Data::Fields(&[Type::Ipv6, Type::Port]);
 
-/// How many backends a port at an address has for endpoints.
+/// Maps a port at an address to its number of backends, for clients that are endpoints.
 pub(super) static INSIDE: [Set; 2] =
     [set("inside4", PORT4, COUNT, false), set("inside6", PORT6, COUNT, false)];
-/// The same for everybody else, where that is another number, or they are others.
+/// Maps a port at an address to its number of backends for all other clients, if their backends differ.
 pub(super) static OUTSIDE: [Set; 2] =
     [set("outside4", PORT4, COUNT, false), set("outside6", PORT6, COUNT, false)];
-/// A port at an address, and the number of the backend.
+/// Maps a port at an address and the number of a backend to the backend.
 pub(super) static BACKENDS: [Set; 2] = [
     set("backends4", &[Type::Ipv4, Type::Protocol, Type::Port, Type::Priority], TARGET4, false),
     set("backends6", &[Type::Ipv6, Type::Protocol, Type::Port, Type::Priority], TARGET6, false),
 ];
-/// How many backends a node port has.
+/// Maps a node port to its number of backends.
 pub(super) static PORTS: [Set; 2] = [
     set("ports4", &[Type::Protocol, Type::Port], COUNT, false),
     set("ports6", &[Type::Protocol, Type::Port], COUNT, false),
 ];
-/// How many of a node port's backends are on switched networks of this host: what other hosts pass on is for them.
+/// Maps a node port to its number of backends on switched networks of this host. Remote hosts relay connections to them.
 pub(super) static RELAYED: [Set; 2] = [
     set("relayed4", &[Type::Protocol, Type::Port], COUNT, false),
     set("relayed6", &[Type::Protocol, Type::Port], COUNT, false),
 ];
-/// The other hosts.
+/// The underlay addresses of remote hosts.
 pub(super) static HOSTS: [Set; 2] =
     [set("hosts4", &[Type::Ipv4], Data::None, false), set("hosts6", &[Type::Ipv6], Data::None, false)];
-/// A node port, and the number of the backend.
+/// Maps a node port and the number of a backend to the backend.
 pub(super) static NODES: [Set; 2] = [
     set("nodes4", &[Type::Protocol, Type::Port, Type::Priority], TARGET4, false),
     set("nodes6", &[Type::Protocol, Type::Port, Type::Priority], TARGET6, false),
 ];
-/// Backends of this host that reach themselves.
+/// Local backends, each with itself: hairpin traffic.
 pub(super) static HAIRPIN: [Set; 2] = [
     set("hairpin4", &[Type::Ipv4, Type::Ipv4], Data::None, false),
     set("hairpin6", &[Type::Ipv6, Type::Ipv6], Data::None, false),
 ];
-/// The own address of this host on each network.
+/// Maps each subnet to the local host's address on it.
 pub(super) static GATEWAYS: [Set; 2] = [
     set("gateways4", &[Type::Ipv4], Data::Fields(&[Type::Ipv4]), true),
     set("gateways6", &[Type::Ipv6], Data::Fields(&[Type::Ipv6]), true),
 ];
-/// The same of routed networks, whose endpoints on other hosts answer to it; and of other hosts that connections are
-/// passed on to.
+/// Maps each subnet of a routed network, and each remote host that connections are relayed to, to the local host's address
+/// that answers are sent to.
 pub(super) static ROUTED: [Set; 2] = [
     set("routed4", &[Type::Ipv4], Data::Fields(&[Type::Ipv4]), true),
     set("routed6", &[Type::Ipv6], Data::Fields(&[Type::Ipv6]), true),
 ];
-/// All networks.
+/// The prefixes of all networks.
 pub(super) static OURS: [Set; 2] =
     [set("ours4", &[Type::Ipv4], Data::None, true), set("ours6", &[Type::Ipv6], Data::None, true)];
 
-/// A port at an address with affinity, and the number of the backend: its identity, which stays.
+/// Maps a port at an address with affinity and the number of a backend to the backend's identity, which is stable.
 pub(super) static IDS: [Set; 2] = [
     set("ids4", &[Type::Ipv4, Type::Protocol, Type::Port, Type::Priority], COUNT, false),
     set("ids6", &[Type::Ipv6, Type::Protocol, Type::Port, Type::Priority], COUNT, false),
 ];
-/// The backend of an identity.
+/// Maps a port at an address with affinity and an identity to the backend.
 pub(super) static STAY: [Set; 2] = [
     set("stay4", &[Type::Ipv4, Type::Protocol, Type::Port, Type::Priority], TARGET4, false),
     set("stay6", &[Type::Ipv6, Type::Protocol, Type::Port, Type::Priority], TARGET6, false),
 ];
-/// The same of node ports.
+/// Maps a node port with affinity and the number of a backend to the backend's identity.
 pub(super) static NODE_IDS: [Set; 2] = [
     set("node_ids4", &[Type::Protocol, Type::Port, Type::Priority], COUNT, false),
     set("node_ids6", &[Type::Protocol, Type::Port, Type::Priority], COUNT, false),
 ];
+/// Maps a node port with affinity and an identity to the backend.
 pub(super) static NODE_STAY: [Set; 2] = [
     set("node_stay4", &[Type::Protocol, Type::Port, Type::Priority], TARGET4, false),
     set("node_stay6", &[Type::Protocol, Type::Port, Type::Priority], TARGET6, false),
 ];
 
-/// So many clients are remembered for each family, at addresses and at node ports.
+/// The maximum number of clients with affinity, for each address family, at addresses and at node ports.
 const CLIENTS: u32 = 1 << 20;
 
-/// Ports with affinity: how long clients stay, whose backends they are, and how many.
+/// A kind of affinity: its timeout in seconds, the kind of backends, and their number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Sticky {
     pub(super) seconds: u32,
-    pub(super) kind: Kind,
+    pub(super) kind: BackendKind,
     pub(super) count: u32,
 }
 
-/// Whose backends are numbered, and where.
+/// The clients and the kind of port for which backends are numbered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum Kind {
-    /// Endpoints', at an address.
-    Of,
-    /// All others', at an address: numbered from [`APART`].
-    Others,
-    /// At a node port.
-    Nodes,
-    /// At a node port, for what other hosts pass on: numbered from [`APART`].
+pub(super) enum BackendKind {
+    /// Clients that are endpoints, at an address.
+    Inside,
+    /// All other clients, at an address. Numbers begin at [`SECOND_RANGE`].
+    Outside,
+    /// Clients at a node port.
+    NodePort,
+    /// Connections that remote hosts relay to a node port. Numbers begin at [`SECOND_RANGE`].
     Relayed,
 }
 
-/// All of them.
-const KINDS: [Kind; 4] = [Kind::Of, Kind::Others, Kind::Nodes, Kind::Relayed];
+/// All kinds.
+const KINDS: [BackendKind; 4] =
+    [BackendKind::Inside, BackendKind::Outside, BackendKind::NodePort, BackendKind::Relayed];
 
-impl Kind {
+impl BackendKind {
     fn name(self) -> &'static str {
         match self {
-            Self::Of => "of",
-            Self::Others => "others",
-            Self::Nodes => "nodes",
+            Self::Inside => "of",
+            Self::Outside => "others",
+            Self::NodePort => "nodes",
             Self::Relayed => "relayed",
         }
     }
 
-    /// Whether it is about node ports.
+    /// Whether the kind is for node ports.
     pub(super) fn is_node(self) -> bool {
-        matches!(self, Self::Nodes | Self::Relayed)
+        matches!(self, Self::NodePort | Self::Relayed)
     }
 
-    /// The number of the first backend.
+    /// Returns the number of the first backend.
     pub(super) fn first(self) -> u32 {
         match self {
-            Self::Of | Self::Nodes => 0,
-            Self::Others | Self::Relayed => APART,
+            Self::Inside | Self::NodePort => 0,
+            Self::Outside | Self::Relayed => SECOND_RANGE,
         }
     }
 
-    /// The same in a rule.
+    /// Returns the offset of the first backend, as part of a rule.
     fn offset(self) -> String {
         if self.first() == 0 { String::new() } else { format!(" offset {}", self.first()) }
     }
 }
 
-/// The most backends that a port with affinity has.
-pub(super) const MOST_STICKY: usize = 0xfff;
+/// The maximum number of backends of a port with affinity.
+pub(super) const MAX_STICKY: usize = 0xfff;
 
 impl Sticky {
-    /// As it stands in maps.
+    /// Returns the number that selects the chain in maps.
     pub(super) fn number(self) -> u32 {
         1 << 31 | (self.seconds & 0x1_ffff) << 14 | (self.kind as u32) << 12 | self.count
     }
@@ -158,8 +163,8 @@ impl Sticky {
     }
 }
 
-/// The number of backends without affinity, as it stands in maps.
-pub(super) fn number(kind: Kind, count: u32) -> u32 {
+/// Returns the number that selects the chain for a number of backends without affinity in maps.
+pub(super) fn number(kind: BackendKind, count: u32) -> u32 {
     (kind as u32) << 16 | count
 }
 
@@ -167,19 +172,21 @@ fn family(n: usize) -> u8 {
     if n == 0 { 4 } else { 6 }
 }
 
-/// There are no backends: refused at once.
+/// The number for a port without backends: the connection is refused.
 pub(super) const REFUSE: u32 = 0x10 << 16;
-/// There are some, and none here: dropped, so that a load balancer goes elsewhere.
+/// The number for a port with backends on other hosts only: the packet is dropped, so that a load balancer tries another
+/// host.
 pub(super) const DROP: u32 = 0x20 << 16;
-/// Where the numbers of backends for others begin.
-pub(super) const APART: u32 = 1 << 16;
+/// The first number of backends of the second kind that shares a map.
+pub(super) const SECOND_RANGE: u32 = 1 << 16;
 
-/// So many backends have chains whether there are Services that have so many or not.
+/// Chains for up to this number of backends always exist.
 pub(super) const ALWAYS: u32 = 16;
 
+/// Devices of ovld from which packets arrive.
 const OUR_DEVICES: &str = "{ \"ovb-*\", \"ove-*\", \"ovx-*\", \"ovt-*\" }";
 
-/// With chains for these numbers of backends, and these ports with affinity.
+/// Returns the table without elements, with chains for these numbers of backends and these kinds of affinity.
 pub(super) fn skeleton(counts: &BTreeSet<u32>, sticky: &BTreeSet<Sticky>) -> Skeleton {
     let counts: Vec<u32> =
         (1..=ALWAYS).chain(counts.iter().copied().filter(|count| *count > ALWAYS)).collect();
@@ -226,7 +233,7 @@ pub(super) fn skeleton(counts: &BTreeSet<u32>, sticky: &BTreeSet<Sticky>) -> Ske
     };
     chains.push(chain("inside", then(look(&INSIDE), "goto nodes")));
     chains.push(chain("outside", then([look(&OUTSIDE), look(&INSIDE)].concat(), "goto nodes")));
-    // Before others' translations at the usual priority.
+    // Before address translation of other programs at the usual priority.
     let hooked = |name: &str, hook: &str, rules| Chain {
         hook: Some(format!("{hook}; policy accept;")),
         ..chain(name, rules)
@@ -237,7 +244,7 @@ pub(super) fn skeleton(counts: &BTreeSet<u32>, sticky: &BTreeSet<Sticky>) -> Ske
         vec![format!("iifname {OUR_DEVICES} goto inside"), "goto outside".to_owned()],
     ));
     chains.push(hooked("output", "type nat hook output priority -105", vec!["goto outside".to_owned()]));
-    // Who has passed something on by the way that it came would tell its sender of a shorter one.
+    // A host that relays a packet back by its input interface sends a redirect. The sender must not get it.
     chains.push(hooked(
         "redirects",
         "type filter hook output priority filter",
@@ -251,11 +258,12 @@ fn chain(name: &str, rules: Vec<String>) -> Chain {
     Chain { name: name.to_owned(), hook: None, rules }
 }
 
+/// Returns the rules for both address families.
 fn each<T>(rules: impl Fn(&str, usize) -> Vec<T>) -> Vec<T> {
     [("ip", 0), ("ip6", 1)].into_iter().flat_map(|(ip, n)| rules(ip, n)).collect()
 }
 
-/// Each of so many backends as often as the others.
+/// Returns the chains that choose one of `count` backends with equal probability.
 fn of_count(count: u32) -> [Chain; 4] {
     KINDS.map(|kind| {
         let rules = each(|ip, n| {
@@ -272,7 +280,7 @@ fn of_count(count: u32) -> [Chain; 4] {
     })
 }
 
-/// From a number to its chain.
+/// Returns the chain that goes from a number to the chain that it selects.
 fn pick(counts: &[u32], sticky: &BTreeSet<Sticky>) -> Chain {
     let show = |number: u32| format!("{:x}:{:x}", number >> 16, number & 0xffff);
     let mut map = vec![format!("{} : goto refuse", show(REFUSE)), format!("{} : drop", show(DROP))];
@@ -285,8 +293,8 @@ fn pick(counts: &[u32], sticky: &BTreeSet<Sticky>) -> Chain {
     chain("pick", vec![format!("meta priority vmap {{ {} }}", map.join(", "))])
 }
 
-/// What a client and where it goes are remembered by, at an address or at a node port. `nft` has room for 16 bytes: of
-/// IPv6 the lower 96 bits of the client's address, and the lower 32 of the Service's, or the port.
+/// Returns the key of a client and its destination, at an address or at a node port. `nft` limits it to 16 bytes: for IPv6
+/// it has the lower 96 bits of the client's address, and the lower 32 bits of the Service's address or the port.
 fn client(n: usize, node: bool) -> &'static str {
     match (n, node) {
         (0, false) => "ip saddr . ip daddr",
@@ -296,7 +304,7 @@ fn client(n: usize, node: bool) -> &'static str {
     }
 }
 
-/// Clients that have been here, and the identities of their backends. Packets fill them.
+/// Returns the maps from clients to the identities of their backends. Packets fill them.
 fn clients(_: &str, n: usize) -> Vec<Object> {
     let map = |name: &str, node| Object {
         kind: "map",
@@ -309,8 +317,9 @@ fn clients(_: &str, n: usize) -> Vec<Object> {
     vec![map("clients", false), map("node_clients", true)]
 }
 
-/// A client that has been here before goes where it went, as long as that is a backend; else it is remembered where
-/// it goes. An update leaves what is there and renews its time, so what leads nowhere is deleted first.
+/// Returns the chains of a kind of affinity. A known client goes to its earlier backend while that exists; otherwise a
+/// backend is chosen and recorded. An update renews the timeout of an entry but keeps its value, so an entry whose
+/// backend no longer exists is deleted first.
 fn staying(sticky: Sticky) -> [Chain; 2] {
     let Sticky { seconds, kind, count } = sticky;
     let offset = kind.offset();
@@ -353,8 +362,8 @@ fn staying(sticky: Sticky) -> [Chain; 2] {
     ]
 }
 
-/// Sources are kept but for a backend that reaches itself, and for what comes from outside, or from this host,
-/// for a backend on another host, which would answer by another way.
+/// Returns the rules for source addresses. They are kept, with two exceptions: a backend that reaches itself, and a
+/// connection from outside or from this host to a backend on a remote host, which would answer by another path.
 fn postrouting() -> Vec<String> {
     each(|ip, n| {
         let [hairpin, gateways, routed, ours] =

@@ -1,4 +1,8 @@
-//! What stands of the policies on this host, and what a change of the cluster changes in it.
+//! The policy ledger: the network policies that were last sent to the kernel, and the plan of a change.
+//!
+//! [`PolicyLedger`] owns the policies, the memberships of each address, the sent data plane and the generation of
+//! connection marks. A change that could tighten policies begins a new generation, so that open connections are judged
+//! again. Begin to read at [`PolicyLedger::plan`]; [`PolicyLedger::plan_touched`] does the same for single addresses.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -8,7 +12,7 @@ use ovl_proto::id::{Mac, NetworkId, NodeId};
 use ovl_proto::object::{Mode, Network};
 use ovl_proto::table::Endpoint;
 
-use super::members::{self, Member};
+use super::members::{self, Membership};
 use super::{Direction, Policies, Policy, frames, rules};
 use crate::local::Local;
 use ovl_cluster::view::{Placed, View};
@@ -18,85 +22,86 @@ use ovl_dataplane::nft::{Element, Table};
 use ovl_dataplane::op::{NftOp, Op};
 use ovl_dataplane::state::Dataplane;
 
-/// An endpoint can be selected by so many policies in one direction before the table has to be written anew.
+/// The number of policies that can select one endpoint in one direction before the table must be rewritten.
 const SLOTS: usize = 4;
 
-/// An address of the cluster.
+/// An address on a network.
 type Address = (NetworkId, IpAddr);
 
-/// What was last sent to the kernel, and what it was made from.
+/// The network policies that were last sent to the kernel, and their input.
 #[derive(Debug, Clone, Default)]
-pub struct Standing {
+pub struct PolicyLedger {
     policies: Arc<Policies>,
-    kinds: Kinds,
+    kinds: BuiltModes,
     slots: usize,
-    addresses: BTreeMap<Address, Vec<Member>>,
+    addresses: BTreeMap<Address, Vec<Membership>>,
     applied: Dataplane,
-    /// Connections that were judged under an earlier one are judged anew.
+    /// The current generation. Connections with the mark of an earlier one are judged again.
     generation: u32,
 }
 
-impl Standing {
-    /// Nothing yet. The generation should be none that connections of an earlier run may have been marked
-    /// with.
+impl PolicyLedger {
+    /// Creates an empty ledger. The generation should differ from that of an earlier run, whose marks connections may
+    /// still have.
     pub fn new(generation: u32) -> Self {
         Self { generation, ..Self::default() }
     }
 
-    /// The policies.
+    /// Returns the policies that were last sent.
     pub fn policies(&self) -> &Arc<Policies> {
         &self.policies
     }
 
-    /// What connections are marked with now.
+    /// Returns the current generation.
     pub fn generation(&self) -> u32 {
         self.generation
     }
 
-    /// What was last sent.
+    /// Returns the data plane that was last sent.
     pub fn sent(&self) -> &Dataplane {
         &self.applied
     }
 
-    /// All that should be in the kernel, which counts as sent: for a comparison with a dump that also
-    /// repairs. Without `prune`, what stood before is part of it.
-    pub fn anew(&mut self, view: &View, local: &Local, prune: bool) -> Dataplane {
+    /// Returns the desired data plane and records it as sent, for a full pass. Without `prune`, it includes what was sent
+    /// before.
+    pub fn resync(&mut self, view: &View, local: &Local, prune: bool) -> Dataplane {
         self.plan(view, local, prune);
         self.applied.clone()
     }
 
-    /// What must be done after whatever has changed; without `prune` nothing is taken away. It counts as done.
+    /// Returns the operations for any change, and records them as applied. Without `prune`, nothing is deleted.
     pub fn plan(&mut self, view: &View, local: &Local, prune: bool) -> Vec<Op> {
-        let mut next = Parts::of(view, local);
+        let mut next = PolicyParts::of(view, local);
         next.add_generation(self.generation);
-        let mut ops = diff(&self.applied, &next.kernel, prune);
+        let mut ops = diff(&self.applied, &next.dataplane, prune);
         if ops.iter().any(|op| !is_addition(op)) {
             let later = self.generation + 1;
             next.remove_generation(self.generation);
             next.add_generation(later);
             self.generation = later;
-            ops = diff(&self.applied, &next.kernel, prune);
+            ops = diff(&self.applied, &next.dataplane, prune);
         }
         if !prune {
             let mut kept = self.applied.clone();
-            kept.merge(next.kernel);
-            next.kernel = kept;
+            kept.merge(next.dataplane);
+            next.dataplane = kept;
         }
         self.take(next);
         ops
     }
 
-    /// The same where nothing has changed but at these addresses; nothing if all must be looked at.
+    /// Returns the operations for a change of these addresses only, and records them as applied. `None` if everything must
+    /// be compared.
     pub fn plan_touched(
         &mut self,
         view: &View,
         local: &Local,
         touched: &BTreeSet<Address>,
     ) -> Option<Vec<Op>> {
-        if Kinds::of(view, local) != self.kinds {
+        if BuiltModes::of(view, local) != self.kinds {
             return None;
         }
-        if self.policies.is_empty() || self.kinds == Kinds::default() {
+        if self.policies.is_empty() || self.kinds == BuiltModes::default() {
             return Some(Vec::new());
         }
         let policies = Arc::clone(&self.policies);
@@ -137,10 +142,11 @@ impl Standing {
         Some(ops)
     }
 
+    /// Begins the next generation and returns its operations.
     fn next_generation(&mut self) -> Vec<Op> {
         let mut ops = Vec::new();
         for element in members::generation(self.generation) {
-            // Those that are maps' get another value.
+            // Elements of the map are replaced, so only those of the set are deleted.
             if element.set == members::CURRENT {
                 self.applied.elements.remove(&element.set, &element.key);
                 ops.push(Op::Nft(NftOp::DeleteElement(element.set, element.key)));
@@ -154,23 +160,23 @@ impl Standing {
         ops
     }
 
-    fn take(&mut self, Parts { policies, kinds, slots, addresses, kernel }: Parts) {
+    fn take(&mut self, PolicyParts { policies, kinds, slots, addresses, dataplane }: PolicyParts) {
         self.policies = policies;
         self.kinds = kinds;
         self.slots = slots;
         self.addresses = addresses;
-        self.applied = kernel;
+        self.applied = dataplane;
     }
 }
 
-/// What should be in the kernel of policies; for a comparison alone.
+/// Returns the desired data plane of network policies, and records nothing.
 pub fn part(view: &View, local: &Local, generation: u32) -> Dataplane {
-    let mut parts = Parts::of(view, local);
+    let mut parts = PolicyParts::of(view, local);
     parts.add_generation(generation);
-    parts.kernel
+    parts.dataplane
 }
 
-/// Whether nobody is the worse for it: somebody who may connect joins others, or has a port.
+/// Whether an operation can only allow more connections: it adds an address to a selector or to a named port.
 fn is_addition(op: &Op) -> bool {
     match op {
         Op::Nft(NftOp::SetElement(Element { set, .. })) => {
@@ -180,23 +186,23 @@ fn is_addition(op: &Op) -> bool {
     }
 }
 
-/// The same for what an address is.
-fn is_tighter(was: &[Member], is: &[Member]) -> bool {
-    let isolates = |member: &Member| matches!(member, Member::Slot(..));
+/// Whether the new memberships of an address may allow fewer connections.
+fn is_tighter(was: &[Membership], is: &[Membership]) -> bool {
+    let isolates = |member: &Membership| matches!(member, Membership::Slot(..));
     was.iter().any(|member| !is.contains(member))
         || is.iter().any(|member| isolates(member) && !was.contains(member))
 }
 
-/// Whether an address is that of an endpoint that is just being made: it has no connections.
+/// Whether an address is that of an endpoint whose attach is in flight: it has no connections yet.
 fn is_new(local: &Local, (network, address): Address) -> bool {
     local.attaching.values().any(|endpoint| {
         endpoint.network == network && endpoint.addresses.iter().any(|net| net.addr() == address)
     })
 }
 
-fn slots_of(members: &[Member]) -> usize {
+fn slots_of(members: &[Membership]) -> usize {
     let slots = members.iter().map(|member| match member {
-        Member::Slot(_, slot, _) => *slot,
+        Membership::Slot(_, slot, _) => *slot,
         _ => 0,
     });
     slots.max().unwrap_or(0)
@@ -204,19 +210,19 @@ fn slots_of(members: &[Member]) -> usize {
 
 type ByKey = BTreeMap<(String, ovl_dataplane::nft::Key), Element>;
 
-fn elements(policies: &Policies, (_, address): Address, members: &[Member]) -> ByKey {
+fn elements(policies: &Policies, (_, address): Address, members: &[Membership]) -> ByKey {
     let all = members.iter().flat_map(|member| member.elements(policies, address));
     all.map(|element| ((element.set.path(), element.key.clone()), element)).collect()
 }
 
-/// What kinds of network this host builds.
+/// The modes of the networks that have devices on this host.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-struct Kinds {
+struct BuiltModes {
     routed: bool,
     switched: bool,
 }
 
-impl Kinds {
+impl BuiltModes {
     fn of(view: &View, local: &Local) -> Self {
         let built = view.networks.values().map(|state| &state.network);
         let built = built.filter(|network| local.is_built(view, network.id));
@@ -227,26 +233,26 @@ impl Kinds {
     }
 }
 
-/// All that follows from a view.
-struct Parts {
+/// The policies, memberships and data plane that follow from a view.
+struct PolicyParts {
     policies: Arc<Policies>,
-    kinds: Kinds,
+    kinds: BuiltModes,
     slots: usize,
-    addresses: BTreeMap<Address, Vec<Member>>,
-    kernel: Dataplane,
+    addresses: BTreeMap<Address, Vec<Membership>>,
+    dataplane: Dataplane,
 }
 
-impl Parts {
+impl PolicyParts {
     fn of(view: &View, local: &Local) -> Self {
         let policies = Arc::new(Policies::new(&view.resources));
         let mut parts = Self {
             policies: Arc::clone(&policies),
-            kinds: Kinds::of(view, local),
+            kinds: BuiltModes::of(view, local),
             slots: SLOTS,
             addresses: BTreeMap::new(),
-            kernel: Dataplane::default(),
+            dataplane: Dataplane::default(),
         };
-        if policies.is_empty() || parts.kinds == Kinds::default() {
+        if policies.is_empty() || parts.kinds == BuiltModes::default() {
             return parts;
         }
         let attaching = local.attaching.values().map(|endpoint| (view.me, endpoint));
@@ -262,57 +268,62 @@ impl Parts {
                 for Element { set, key, value } in
                     members.iter().flat_map(|member| member.elements(&policies, address))
                 {
-                    parts.kernel.elements.insert(&set, key, value);
+                    parts.dataplane.elements.insert(&set, key, value);
                 }
                 parts.addresses.entry((endpoint.network, address)).or_default().extend(&members);
             }
         }
-        let Kinds { routed, switched } = parts.kinds;
+        let BuiltModes { routed, switched } = parts.kinds;
         let skeleton = rules::skeleton(&policies, parts.slots, routed, switched);
-        parts.kernel.tables.insert(Table::Policy, Arc::new(skeleton));
+        parts.dataplane.tables.insert(Table::Policy, Arc::new(skeleton));
         if switched {
-            parts.kernel.tables.insert(Table::PolicyFrames, Arc::new(frames::skeleton()));
+            parts.dataplane.tables.insert(Table::PolicyFrames, Arc::new(frames::skeleton()));
         }
         parts
     }
 
     fn add_generation(&mut self, generation: u32) {
-        if self.kernel.tables.contains_key(&Table::Policy) {
+        if self.dataplane.tables.contains_key(&Table::Policy) {
             for Element { set, key, value } in members::generation(generation) {
-                self.kernel.elements.insert(&set, key, value);
+                self.dataplane.elements.insert(&set, key, value);
             }
         }
     }
 
     fn remove_generation(&mut self, generation: u32) {
         for Element { set, key, .. } in members::generation(generation) {
-            self.kernel.elements.remove(&set, &key);
+            self.dataplane.elements.remove(&set, &key);
         }
     }
 }
 
-/// What an address is, whoever has it.
-fn members_at(policies: &Policies, view: &View, local: &Local, (network, address): Address) -> Vec<Member> {
+/// Returns the memberships of an address, of all endpoints that have it.
+fn members_at(
+    policies: &Policies,
+    view: &View,
+    local: &Local,
+    (network, address): Address,
+) -> Vec<Membership> {
     let placed = view.all_with_address(network, address);
-    let standing = placed.map(|placed| (placed.node.record.id, placed.endpoint));
+    let attached = placed.map(|placed| (placed.node.record.id, placed.endpoint));
     let attaching = local.attaching.values().filter(|endpoint| {
         endpoint.network == network && endpoint.addresses.iter().any(|net| net.addr() == address)
     });
-    standing
+    attached
         .chain(attaching.map(|endpoint| (view.me, endpoint)))
         .flat_map(|(node, endpoint)| members_of(policies, view, local, node, endpoint))
         .collect()
 }
 
-/// What an endpoint's address is. Rules mean it wherever it is, as long as it counts; it is isolated on its own
-/// host, whatever others may think of it.
+/// Returns the memberships of an endpoint's addresses. Selectors match it on any host while its address is valid; it is
+/// isolated on its own host in any case.
 fn members_of(
     policies: &Policies,
     view: &View,
     local: &Local,
     node: NodeId,
     endpoint: &Endpoint,
-) -> Vec<Member> {
+) -> Vec<Membership> {
     let Some(network) = view.networks.get(&endpoint.network).map(|state| &state.network) else {
         return Vec::new();
     };
@@ -322,11 +333,15 @@ fn members_of(
     let counts = view.nodes.get(&node).is_some_and(|node| view.is_counted(&Placed { node, endpoint }));
     if counts || local.attaching.contains_key(&endpoint.id) {
         let namespace = view.resources.namespace_labels(&endpoint.namespace);
-        members
-            .extend(policies.meaning(&endpoint.namespace, &namespace, &labels).into_iter().map(Member::Pods));
+        members.extend(
+            policies
+                .pods_matching(&endpoint.namespace, &namespace, &labels)
+                .into_iter()
+                .map(Membership::Pods),
+        );
         for (place, (name, protocol)) in policies.ports.iter().enumerate() {
             let number = view.resources.named_port(endpoint, name, *protocol);
-            members.extend(number.map(|number| Member::Port(place, number)));
+            members.extend(number.map(|number| Membership::Port(place, number)));
         }
     }
     if own {
@@ -335,28 +350,31 @@ fn members_of(
     members
 }
 
-fn isolation(members: &mut Vec<Member>, network: &Network, endpoint: &Endpoint, by: &[&Policy]) {
+/// Adds the memberships of a local endpoint that policies select.
+fn isolation(members: &mut Vec<Membership>, network: &Network, endpoint: &Endpoint, by: &[&Policy]) {
     let device = Device::endpoint(endpoint.id);
     let switched = network.mode == Mode::L2;
     if switched {
-        members.push(Member::Owned(device));
+        members.push(Membership::Owned(device));
     }
     let mut isolated = false;
     for direction in Direction::ALL {
         let policies: Vec<(&&Policy, &[super::Rule])> =
             by.iter().filter_map(|policy| Some((policy, policy.rules(direction)?))).collect();
         let numbers = policies.iter().enumerate();
-        members.extend(numbers.map(|(place, (policy, _))| Member::Slot(direction, place + 1, policy.number)));
+        members.extend(
+            numbers.map(|(place, (policy, _))| Membership::Slot(direction, place + 1, policy.number)),
+        );
         isolated |= !policies.is_empty();
         let open = policies.iter().any(|(_, rules)| rules.iter().any(super::Rule::is_open));
         if switched && !policies.is_empty() && !open {
-            members.push(Member::Closed(direction, device));
+            members.push(Membership::Closed(direction, device));
         }
     }
     if isolated {
-        members.push(Member::Itself);
+        members.push(Membership::Itself);
         if switched {
-            members.push(Member::Diverted(Mac::of_gateway(network.id), endpoint.mac));
+            members.push(Membership::Diverted(Mac::of_gateway(network.id), endpoint.mac));
         }
     }
 }

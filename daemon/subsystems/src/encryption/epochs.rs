@@ -1,12 +1,15 @@
-//! Which of a host's two ends of the tunnel leads to a peer. There are two only while a key is rotated: one end
-//! has one private key, and takes a peer's addresses from one key alone, so for a while the old and the new keys
-//! need ends of their own on both hosts.
+//! Chooses the WireGuard interface for each peer while tunnel keys are rotated.
 //!
-//! All hosts move together, from one epoch to the next. Each epoch has one of the two ports that a host has, and
-//! an end there. A host that rotates its key makes the next epoch's end with the new key, and publishes both;
-//! the others follow with the keys that they have. Two hosts meet in each epoch in which both have an end, and
-//! send by the later one as soon as it has a session; the earlier one still receives. A host gives its earlier
-//! end up when all peers have followed and nothing comes by it any more.
+//! A host has two interfaces only during a rotation. A WireGuard interface has one private key and accepts the allowed
+//! IPs of a peer from one public key only, so the old and the new key need an interface each, on both hosts.
+//!
+//! All hosts move from one key epoch to the next. Each epoch uses one of the two UDP ports of a host, with an interface on
+//! it. A host that rotates its key creates the interface of the next epoch with the new key and publishes both; the
+//! other hosts follow with the keys that they have. Two hosts can exchange packets in each epoch in which both have an
+//! interface. They send by the later interface as soon as it has a session; the earlier one still receives. A host
+//! deletes its earlier interface when all peers have followed and no packet arrives by it any more.
+//!
+//! [`KeyEpochs`] is the state, which the daemon owns. Begin to read at [`route_to`].
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -15,94 +18,96 @@ use ovl_proto::record::Tunnel;
 
 use ovl_dataplane::device::Device;
 
-/// What a host remembers and sees, beside the records.
+/// Previous keys and sessions of the local WireGuard interfaces, which the records do not contain.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Ends {
-    /// The key before the published one, while this host rotates.
-    pub own_old: Option<TunnelKey>,
-    /// Of peers that rotate: the key that they published before.
-    pub old: BTreeMap<NodeId, TunnelKey>,
-    /// Keys of peers with which an end has a session.
+pub struct KeyEpochs {
+    /// The local host's previous key, while it rotates.
+    pub own_previous: Option<TunnelKey>,
+    /// The previous key of each peer that rotates.
+    pub previous: BTreeMap<NodeId, TunnelKey>,
+    /// Interfaces and the keys of peers with which they have a session.
     pub sessions: BTreeSet<(Device, TunnelKey)>,
-    /// Of those, the ones from which nothing has come for a while.
+    /// The sessions from which no packet has arrived for a while.
     pub quiet: BTreeSet<(Device, TunnelKey)>,
 }
 
-/// The way to a peer.
+/// The route to a peer through the tunnel.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Way {
-    /// Where packets for it are received and, by one of them, sent: the end, the peer's key and port there.
-    /// None while the two have no epoch in common: then one of them is about to follow.
-    pub ends: Vec<(Device, TunnelKey, u16)>,
-    /// By which of these they are sent.
-    pub by: Option<Device>,
+pub struct PeerRoute {
+    /// The local interfaces that have the peer, with its key and port there. All of them receive. Empty while the two
+    /// hosts have no epoch in common: then one of them is about to follow.
+    pub interfaces: Vec<(Device, TunnelKey, u16)>,
+    /// The output interface. `None` if there is no interface.
+    pub output: Option<Device>,
 }
 
-/// The end that has a port. A host has a pair of ports, the second one odd.
-pub fn end_of(port: u16) -> Device {
+/// Returns the interface that listens on a port. A host has a pair of ports, of which the second is odd.
+pub fn interface_of(port: u16) -> Device {
     Device::tunnel(port & 1 == 1)
 }
 
-/// The other port of a host.
+/// Returns the other port of the pair.
 pub fn other_port(port: u16) -> u16 {
     port ^ 1
 }
 
-/// The port of a host in an epoch, of the pair that begins with `first`.
+/// Returns a host's port in an epoch, from the pair that begins with `first`.
 pub fn port_in(first: u16, epoch: u32) -> u16 {
     first & !1 | u16::from(epoch & 1 == 1)
 }
 
-/// The key of one of this host's ends; none if it has no such end.
-pub fn key_of(own: Tunnel, ends: &Ends, device: Device) -> Option<TunnelKey> {
-    match (device == end_of(own.port), own.rotating) {
+/// Returns the key of a local interface. `None` if the host does not have that interface now.
+pub fn key_of(own: Tunnel, epochs: &KeyEpochs, device: Device) -> Option<TunnelKey> {
+    match (device == interface_of(own.port), own.rotating) {
         (true, _) => Some(own.key),
-        (false, true) => Some(ends.own_old.unwrap_or(own.key)),
+        (false, true) => Some(epochs.own_previous.unwrap_or(own.key)),
         (false, false) => None,
     }
 }
 
-/// The way to a peer that publishes `peer`.
-pub fn way(own: Tunnel, ends: &Ends, id: NodeId, peer: Tunnel) -> Way {
+/// Returns the route to a peer that publishes `peer`.
+pub fn route_to(own: Tunnel, epochs: &KeyEpochs, id: NodeId, peer: Tunnel) -> PeerRoute {
     let meet = |port: u16| {
-        let device = end_of(port);
-        key_of(own, ends, device)?;
-        if device == end_of(peer.port) {
+        let device = interface_of(port);
+        key_of(own, epochs, device)?;
+        if device == interface_of(peer.port) {
             return Some((device, peer.key, peer.port));
         }
-        // Whoever does not know what it was takes it for one that follows, with the key that it has.
-        let old = ends.old.get(&id).copied().unwrap_or(peer.key);
+        // Without a known previous key, assume that the peer follows with the key that it has.
+        let old = epochs.previous.get(&id).copied().unwrap_or(peer.key);
         peer.rotating.then_some((device, old, other_port(peer.port)))
     };
     let (later, earlier) = (meet(own.port), meet(other_port(own.port)));
-    let has_session = |(device, key, _): &(Device, TunnelKey, u16)| ends.sessions.contains(&(*device, *key));
-    let by = match (&later, &earlier) {
+    let has_session =
+        |(device, key, _): &(Device, TunnelKey, u16)| epochs.sessions.contains(&(*device, *key));
+    let output = match (&later, &earlier) {
         (Some(later), Some(earlier)) if !has_session(later) => Some(earlier.0),
         (Some(later), _) => Some(later.0),
         (None, earlier) => earlier.as_ref().map(|earlier| earlier.0),
     };
-    Way { ends: [later, earlier].into_iter().flatten().collect(), by }
+    PeerRoute { interfaces: [later, earlier].into_iter().flatten().collect(), output }
 }
 
-/// The epoch that this host has to follow to, if any: a peer is there. Not before its own move is over.
+/// Returns the epoch that this host must follow to: the latest of its peers. `None` if it is there already, or until
+/// its current rotation is complete.
 pub fn to_follow(own: Tunnel, peers: impl Iterator<Item = Tunnel>) -> Option<u32> {
     let latest = peers.map(|peer| peer.epoch).max().filter(|epoch| *epoch > own.epoch)?;
     (!own.rotating).then_some(latest)
 }
 
-/// The peers that this host waits for, before it gives its earlier end up.
+/// Returns the peers that this host waits for before it deletes its earlier interface.
 pub fn awaited<'a>(
     own: Tunnel,
-    ends: &'a Ends,
+    epochs: &'a KeyEpochs,
     peers: impl Iterator<Item = (NodeId, Tunnel)> + 'a,
 ) -> impl Iterator<Item = NodeId> + 'a {
-    let (later, earlier) = (end_of(own.port), end_of(other_port(own.port)));
+    let (later, earlier) = (interface_of(own.port), interface_of(other_port(own.port)));
     peers
         .filter(move |(id, peer)| {
-            let has_moved = ends.sessions.contains(&(later, peer.key)) && end_of(peer.port) == later;
-            let old = ends.old.get(id).copied().unwrap_or(peer.key);
-            let place = (earlier, old);
-            !has_moved || (ends.sessions.contains(&place) && !ends.quiet.contains(&place))
+            let has_moved = epochs.sessions.contains(&(later, peer.key)) && interface_of(peer.port) == later;
+            let old = epochs.previous.get(id).copied().unwrap_or(peer.key);
+            let session = (earlier, old);
+            !has_moved || (epochs.sessions.contains(&session) && !epochs.quiet.contains(&session))
         })
         .map(|(id, _)| id)
 }
@@ -119,46 +124,46 @@ mod tests {
         NodeId([n as u8; 10])
     }
 
-    /// One host, as far as tunnels go.
+    /// The tunnel state of one host.
     #[derive(Debug, Clone)]
     struct Host {
         own: Tunnel,
-        ends: Ends,
-        /// What it knows of each host.
+        epochs: KeyEpochs,
+        /// The tunnel that it knows of each host.
         known: Vec<Tunnel>,
-        /// What it has set up.
-        ways: Vec<Option<Way>>,
+        /// The routes that it has set up.
+        routes: Vec<Option<PeerRoute>>,
     }
 
     impl Host {
         fn key(&self, device: Device) -> Option<TunnelKey> {
-            key_of(self.own, &self.ends, device)
+            key_of(self.own, &self.epochs, device)
         }
 
         fn port(&self, device: Device) -> u16 {
-            if device == end_of(self.own.port) { self.own.port } else { other_port(self.own.port) }
+            if device == interface_of(self.own.port) { self.own.port } else { other_port(self.own.port) }
         }
     }
 
-    /// Whether an end of one and an end of another meet: each has the other's key, and at least one knows where
-    /// the other is.
+    /// Whether interfaces of two hosts can exchange packets: each has the other's key, and at least one knows the
+    /// other's port.
     fn meet(hosts: &[Host], a: usize, at_a: Device, b: usize, at_b: Device) -> bool {
         let find = |x: usize, at: Device, y: usize| {
-            hosts[x].ways[y].as_ref()?.ends.iter().find(|(device, ..)| *device == at).copied()
+            hosts[x].routes[y].as_ref()?.interfaces.iter().find(|(device, ..)| *device == at).copied()
         };
         let (Some(from_a), Some(from_b)) = (find(a, at_a, b), find(b, at_b, a)) else { return false };
         let keys = Some(from_a.1) == hosts[b].key(at_b) && Some(from_b.1) == hosts[a].key(at_a);
         keys && (from_a.2 == hosts[b].port(at_b) || from_b.2 == hosts[a].port(at_a))
     }
 
-    const ENDS: [bool; 2] = [false, true];
+    const INTERFACES: [bool; 2] = [false, true];
 
-    /// Sets up what is wanted now; sessions that neither end was taken away from stay, others begin.
+    /// Sets up the routes that are wanted now. Sessions whose interfaces both remain are kept, others begin.
     fn settle(hosts: &mut [Host], n: usize) {
         for peer in (0..HOSTS).filter(|peer| *peer != n) {
             let host = &hosts[n];
-            let wanted = way(host.own, &host.ends, id(peer), host.known[peer]);
-            hosts[n].ways[peer] = Some(wanted);
+            let wanted = route_to(host.own, &host.epochs, id(peer), host.known[peer]);
+            hosts[n].routes[peer] = Some(wanted);
         }
         see(hosts);
     }
@@ -168,8 +173,9 @@ mod tests {
             .map(|a| {
                 let mut all = BTreeSet::new();
                 for b in (0..HOSTS).filter(|b| *b != a) {
-                    for (at_a, at_b) in
-                        ENDS.iter().flat_map(|x| ENDS.map(|y| (Device::tunnel(*x), Device::tunnel(y))))
+                    for (at_a, at_b) in INTERFACES
+                        .iter()
+                        .flat_map(|x| INTERFACES.map(|y| (Device::tunnel(*x), Device::tunnel(y))))
                     {
                         if meet(hosts, a, at_a, b, at_b) {
                             all.extend(hosts[b].key(at_b).map(|key| (at_a, key)));
@@ -180,28 +186,28 @@ mod tests {
             })
             .collect();
         for (host, sessions) in hosts.iter_mut().zip(sessions) {
-            host.ends.sessions = sessions;
+            host.epochs.sessions = sessions;
         }
-        // Quiet is an end by which the peer does not send.
+        // A session is quiet if the peer sends by another interface.
         for a in 0..HOSTS {
             let mut quiet = BTreeSet::new();
             for b in (0..HOSTS).filter(|b| *b != a) {
-                for at in ENDS.map(Device::tunnel) {
-                    let by = hosts[b].ways[a].as_ref().and_then(|way| way.by);
+                for at in INTERFACES.map(Device::tunnel) {
+                    let by = hosts[b].routes[a].as_ref().and_then(|route| route.output);
                     let comes = by.is_some_and(|by| meet(hosts, b, by, a, at));
                     quiet.extend(hosts[b].key(at).filter(|_| !comes).map(|key| (at, key)));
                 }
             }
-            hosts[a].ends.quiet = quiet;
+            hosts[a].epochs.quiet = quiet;
         }
     }
 
-    /// Whether what each sends to each other arrives.
+    /// Returns a pair of hosts between which packets are lost. `None` if all packets arrive.
     fn lost(hosts: &[Host]) -> Option<(usize, usize)> {
         let pairs = (0..HOSTS).flat_map(|a| (0..HOSTS).map(move |b| (a, b))).filter(|(a, b)| a != b);
         pairs.into_iter().find(|(a, b)| {
-            let by = hosts[*a].ways[*b].as_ref().and_then(|way| way.by);
-            !ENDS.iter().any(|at| by.is_some_and(|by| meet(hosts, *a, by, *b, Device::tunnel(*at))))
+            let by = hosts[*a].routes[*b].as_ref().and_then(|route| route.output);
+            !INTERFACES.iter().any(|at| by.is_some_and(|by| meet(hosts, *a, by, *b, Device::tunnel(*at))))
         })
     }
 
@@ -219,9 +225,9 @@ mod tests {
             .iter()
             .map(|own| Host {
                 own: *own,
-                ends: Ends::default(),
+                epochs: KeyEpochs::default(),
                 known: tunnels.clone(),
-                ways: vec![None; HOSTS],
+                routes: vec![None; HOSTS],
             })
             .collect();
         (0..HOSTS).for_each(|n| settle(&mut hosts, n));
@@ -230,7 +236,7 @@ mod tests {
 
     fn hear(hosts: &mut [Host], from: usize, to: usize) {
         let (was, is) = (hosts[to].known[from], hosts[from].own);
-        let old = &mut hosts[to].ends.old;
+        let old = &mut hosts[to].epochs.previous;
         if is.rotating && was.epoch < is.epoch {
             old.insert(id(from), was.key);
         } else if !is.rotating {
@@ -241,12 +247,12 @@ mod tests {
 
     fn waits(host: &Host, n: usize) -> bool {
         let peers = host.known.iter().copied().enumerate().filter(|(peer, _)| *peer != n);
-        awaited(host.own, &host.ends, peers.map(|(peer, tunnel)| (id(peer), tunnel))).next().is_some()
+        awaited(host.own, &host.epochs, peers.map(|(peer, tunnel)| (id(peer), tunnel))).next().is_some()
     }
 
-    /// To the next epoch, with a new key or without.
+    /// Moves a host to an epoch, with a new key or without.
     fn move_on(host: &mut Host, epoch: u32, fresh: Option<u8>) {
-        host.ends.own_old = Some(host.own.key);
+        host.epochs.own_previous = Some(host.own.key);
         let key = fresh.map_or(host.own.key, |fresh| TunnelKey([fresh; 32]));
         let rotating = (epoch ^ host.own.epoch) & 1 == 1;
         host.own = Tunnel { key, epoch, port: port_in(51940, epoch), rotating, ..host.own };
@@ -283,12 +289,12 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(2_000))]
         #[test]
-        fn at_no_moment_of_a_rotation_is_a_packet_lost(events in prop::collection::vec(event(), 1..80)) {
+        fn no_packet_is_lost_at_any_moment_of_a_rotation(events in prop::collection::vec(event(), 1..80)) {
             let mut hosts = hosts();
             let mut fresh = 100;
             for event in events {
                 match event {
-                    // One that a host knows of is waited for by it.
+                    // A host does not begin a rotation while it knows of another one.
                     Event::Rotate(n) if !hosts[n].own.rotating
                         && hosts[n].known.iter().all(|known| !known.rotating && known.epoch == hosts[n].own.epoch) => {
                         fresh += 1;
@@ -304,7 +310,7 @@ mod tests {
                     Event::Follow(n) => follow(&mut hosts, n),
                     Event::Finish(n) if hosts[n].own.rotating && !waits(&hosts[n], n) => {
                         hosts[n].own.rotating = false;
-                        hosts[n].ends.own_old = None;
+                        hosts[n].epochs.own_previous = None;
                         settle(&mut hosts, n);
                     }
                     _ => {}
@@ -315,7 +321,7 @@ mod tests {
     }
 
     #[test]
-    fn a_rotation_comes_to_its_end() {
+    fn a_rotation_completes() {
         let mut hosts = hosts();
         for round in 0..3_u32 {
             move_on(&mut hosts[1], round + 1, Some(50 + round as u8));
@@ -333,20 +339,20 @@ mod tests {
                     settle(&mut hosts, n);
                     if hosts[n].own.rotating && !waits(&hosts[n], n) {
                         hosts[n].own.rotating = false;
-                        hosts[n].ends.own_old = None;
+                        hosts[n].epochs.own_previous = None;
                         settle(&mut hosts, n);
                     }
                     assert_eq!(lost(&hosts), None);
                 }
             }
-            // One end each is left, and it is the new one.
+            // Only the new interface is left on each host.
             for (n, host) in hosts.iter().enumerate() {
                 assert!(!host.own.rotating, "host {n} in round {round}");
-                for way in host.ways.iter().flatten() {
+                for route in host.routes.iter().flatten() {
                     assert_eq!(
-                        (way.ends.len(), way.by),
-                        (1, Some(end_of(host.own.port))),
-                        "host {n}: {way:?}"
+                        (route.interfaces.len(), route.output),
+                        (1, Some(interface_of(host.own.port))),
+                        "host {n}: {route:?}"
                     );
                 }
             }
@@ -354,7 +360,7 @@ mod tests {
     }
 
     #[test]
-    fn a_host_that_was_away_meets_the_others_again() {
+    fn a_host_that_missed_epochs_reaches_the_others_again() {
         let mut hosts = hosts();
         for other in &mut hosts[1..] {
             move_on(other, 5, None);
@@ -367,10 +373,10 @@ mod tests {
         (0..HOSTS).for_each(|n| settle(&mut hosts, n));
         assert_eq!((hosts[0].own.epoch, hosts[0].own.port), (5, 51941));
         assert_eq!(lost(&hosts), None);
-        // And two epochs later, at the port that it has.
+        // Two epochs later, the port is the same.
         let far = || [Tunnel { epoch: 7, ..hosts[1].own }].into_iter();
         assert_eq!(to_follow(Tunnel { rotating: false, ..hosts[0].own }, far()), Some(7));
-        // Not in the middle of a move.
+        // It does not follow during a rotation of its own.
         assert_eq!(to_follow(Tunnel { rotating: true, ..hosts[0].own }, far()), None);
     }
 }
