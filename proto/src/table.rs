@@ -1,5 +1,5 @@
-//! Owner tables: what one host owns. A table has one writer, a revision, and a signature, so that any host can forward
-//! it and none can change it.
+//! Owner tables: what one host owns. A table has one writer, a revision, and a signature, so that any host can
+//! forward it and none can change it.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;

@@ -116,7 +116,8 @@ pub fn decode<T: DeserializeOwned>(frame: &[u8]) -> Result<T, WireError> {
     }
 }
 
-/// Serializes a byte vector as bytes rather than element by element, for fields with `#[serde(with = "wire::bytes")]`.
+/// Serializes a byte vector as bytes rather than element by element: for `#[serde(with = "wire::bytes")]`.
+///
 /// The encoding on the wire is the same.
 pub mod bytes {
     use serde::de::{Error, SeqAccess, Visitor};

@@ -256,20 +256,20 @@ fn invalid_manifest_changes_nothing_and_the_error_names_the_place() {
     };
     let good = service("good", "");
     for (content, parts) in [
-        (format!("{good}{}", service("Bad", "")), vec!["document 2: metadata.name: not a Service's name"]),
+        (format!("{good}{}", service("Bad", "")), vec!["document 2: metadata.name: not a Service name"]),
         (
             format!("{good}{}", service("bad", ", clusterIP: 10.0.0.1")),
             vec!["document 2", "not in the service_range"],
         ),
         (
             format!("{good}---\n{}", service("bad", ", colour: red, selector: {a: 'x y'}")),
-            vec!["document 3: spec.colour: is not supported", "spec.selector.a: not the value of a label"],
+            vec!["document 3: spec.colour: is not supported", "spec.selector.a: not a label value"],
         ),
         (
             format!("{good}{good}"),
             vec!["document 2: metadata.name: Service default/good comes twice", "document 1"],
         ),
-        (format!("{good}a: 1\na: 2\n"), vec!["line", "the key a comes twice"]),
+        (format!("{good}a: 1\na: 2\n"), vec!["line", "duplicate key a"]),
         (format!("{good}b: [1\n"), vec!["manifest.yaml: line"]),
         (format!("{good}just text\n"), vec!["document 2", "not an object"]),
         ("---\n".to_owned(), vec!["contain no objects"]),

@@ -1,8 +1,8 @@
-//! Subnets and the address picker: which subnets a network may have, which of their addresses are for endpoints, and how
-//! a host picks a free one from the blocks that it holds. (Consensus decides which host holds which block.)
+//! Subnets and the address picker: which subnets a network may have, which of their addresses are for endpoints,
+//! and how a host picks a free one from the blocks that it holds. (Consensus decides which host holds which block.)
 //!
-//! Addresses of both families are handled as `u128`, and sets of them are never enumerated: an IPv6 block costs no more
-//! than an IPv4 block.
+//! Addresses of both families are handled as `u128`, and sets of them are never enumerated: an IPv6 block costs no
+//! more than an IPv4 block.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -59,8 +59,8 @@ pub fn new_subnet(prefix: IpNet) -> Result<Subnet, SubnetError> {
     Ok(Subnet { prefix, block_length: default_block_length(prefix), gateway: gateway(prefix), routed: false })
 }
 
-/// Creates a subnet of a routed network. The default block length is a /24, or a /64 for IPv6, if that leaves room for
-/// 16 hosts.
+/// Creates a subnet of a routed network. The default block length is a /24, or a /64 for IPv6, if that leaves room
+/// for 16 hosts.
 ///
 /// # Errors
 ///
@@ -79,8 +79,8 @@ pub fn new_routed_subnet(prefix: IpNet, block_length: Option<u8>) -> Result<Subn
     Ok(Subnet { prefix, block_length, gateway: gateway(prefix), routed: true })
 }
 
-/// Returns the subnet grown to a prefix that contains it. Gateway and block length stay: the endpoints have routes via
-/// the gateway, and held blocks have that length.
+/// Returns the subnet grown to a prefix that contains it. Gateway and block length stay: the endpoints have routes
+/// via the gateway, and held blocks have that length.
 ///
 /// # Errors
 ///

@@ -1,5 +1,6 @@
-//! The backends of each Service, from its selector, endpoints and Pods, EndpointSlices, and the liveness of hosts. The
-//! index is updated incrementally: a change of an endpoint costs an update of only those Services that select it.
+//! The backends of each Service, from its selector, endpoints and Pods, EndpointSlices, and the liveness of hosts.
+//! The index is updated incrementally: a change of an endpoint costs an update of only those Services that select
+//! it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;

@@ -1,6 +1,6 @@
-//! Conflicts of Services about addresses and node ports. Hosts choose these without consensus when a Service is applied,
-//! so on two sides of a split two Services can claim the same one. The older Service keeps it, then the one with the
-//! smaller name.
+//! Conflicts of Services about addresses and node ports. Hosts choose these without consensus when a Service is
+//! applied, so on two sides of a split two Services can claim the same one. The older Service keeps it, then the
+//! one with the smaller name.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -60,8 +60,8 @@ fn without(service: &Service, lost: &BTreeSet<Claim>) -> Service {
     service
 }
 
-/// The claims of all Services. A Service that lost a claim works without it until the coordinator has allocated another
-/// address or port.
+/// The claims of all Services. A Service that lost a claim works without it until the coordinator has allocated
+/// another address or port.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Claims {
     all: BTreeMap<Claim, BTreeSet<(Created, Name)>>,
@@ -84,8 +84,8 @@ impl Claims {
         holders.into_iter().flatten().find(|holder| *holder != name)
     }
 
-    /// Whether a Service holds a port at an external address: no other Service has the whole address, and no older one
-    /// the port.
+    /// Whether a Service holds a port at an external address: no other Service has the whole address, and no older
+    /// one the port.
     pub fn has_external(&self, name: &Name, address: IpAddr, protocol: Protocol, port: u16) -> bool {
         self.other_at(name, Claim::External(address, protocol, port)).is_none()
     }

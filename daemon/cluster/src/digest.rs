@@ -12,8 +12,9 @@ pub const PARTS: usize = 64;
 
 /// A digest of a set of hashes, in two steps.
 ///
-/// The hash of each element belongs to the part that its first byte modulo [`PARTS`] selects. The hash of a part is the
-/// hash of its elements' hashes in ascending order, or zeros if it is empty. The digest is the hash of the parts' hashes.
+/// The hash of each element belongs to the part that its first byte modulo [`PARTS`] selects. The hash of a part is
+/// the hash of its elements' hashes in ascending order, or zeros if it is empty. The digest is the hash of the
+/// parts' hashes.
 #[derive(Debug, Clone)]
 pub struct Digest {
     hashes: [BTreeSet<Hash>; PARTS],

@@ -1,5 +1,5 @@
-//! Indexes of a table's endpoints. A host has thousands of endpoints, and the cost of a change of one must not depend on
-//! their number.
+//! Indexes of a table's endpoints. A host has thousands of endpoints, and the cost of a change of one must not
+//! depend on their number.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;

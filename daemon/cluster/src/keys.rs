@@ -7,9 +7,9 @@
 //! 2. When every live member has the new key, it seals with the new one.
 //! 3. When every live member seals with the new one, it drops the old one.
 //!
-//! A host's record only ever goes forward, so an outdated record delays a host but never lets it proceed too early: no
-//! host seals with a key that another one lacks, and no host drops a key that another one seals with. Dead hosts are not
-//! waited for.
+//! A host's record only ever goes forward, so an outdated record delays a host but never lets it proceed too early:
+//! no host seals with a key that another one lacks, and no host drops a key that another one seals with. Dead hosts
+//! are not waited for.
 //!
 //! [`AllocMap::key`]: ovl_proto::alloc::AllocMap::key
 
@@ -114,8 +114,8 @@ impl RotationState {
     }
 }
 
-/// Returns the key for datagrams to a host that has the keys `theirs`: the sealing key, or another one of this host if
-/// the peer lacks it. So a host that joins late, or returns, understands this one.
+/// Returns the key for datagrams to a host that has the keys `theirs`: the sealing key, or another one of this host
+/// if the peer lacks it. So a host that joins late, or returns, understands this one.
 pub fn key_towards(own: &ClusterKeys, theirs: &ClusterKeys) -> ClusterKeyId {
     let ours = std::iter::once(&own.seals).chain(&own.opens);
     ours.copied().find(|key| theirs.has(*key)).unwrap_or(own.seals)
@@ -204,8 +204,8 @@ mod tests {
         assert_eq!(key_towards(&keys(NEW, &[]), &keys(OLD, &[])), NEW);
     }
 
-    /// A host of the model: its keys on disk, the key that it knows to be agreed, and the last record that it received of
-    /// each other host.
+    /// A host of the model: its keys on disk, the key that it knows to be agreed, and the last record that it
+    /// received of each other host.
     #[derive(Clone)]
     struct Host {
         keys: ClusterKeys,
@@ -263,8 +263,8 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(2000))]
         /// Maps, keys and records arrive late and in any order, hosts restart without knowledge of the others, and
-        /// rotations follow one another. No host ever seals with a key that another one lacks, and at the end all hosts
-        /// have only the last key.
+        /// rotations follow one another. No host ever seals with a key that another one lacks, and at the end all
+        /// hosts have only the last key.
         #[test]
         fn hosts_understand_each_other_after_any_order_of_events(
             count in 2_usize..5,

@@ -1,6 +1,6 @@
 //! The state of the cluster: owner tables ([`table`]), cluster objects ([`objects`], [`resources`]), liveness
-//! ([`liveness`]), and the whole as one host sees it ([`view`]). Every subsystem reads it; this crate knows no subsystem.
-//! It has no clock and no I/O.
+//! ([`liveness`]), and the whole as one host sees it ([`view`]). Every subsystem reads it; this crate knows no
+//! subsystem. It has no clock and no I/O.
 
 pub mod addresses;
 pub mod backends;

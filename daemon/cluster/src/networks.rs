@@ -1,5 +1,5 @@
-//! Resolves conflicts between networks of cluster objects, so that names, VNIs and subnets are unique even after a split
-//! in which both sides created networks.
+//! Resolves conflicts between networks of cluster objects, so that names, VNIs and subnets are unique even after a
+//! split in which both sides created networks.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -19,15 +19,15 @@ pub const FIRST_AUTO_VNI: u32 = 4096;
 pub struct Resolution {
     /// All networks, including those that are being deleted.
     pub networks: BTreeMap<NetworkId, NetworkState>,
-    /// Networks whose name or VNI had to change. Any host writes them: all hosts compute the same result, so the order
-    /// of the writes does not matter.
+    /// Networks whose name or VNI had to change. Any host writes them: all hosts compute the same result, so the
+    /// order of the writes does not matter.
     pub rewritten: Vec<Network>,
     /// Pairs of networks with overlapping subnets, the later one of each pair first.
     pub overlaps: Vec<(NetworkId, NetworkId)>,
 }
 
-/// Resolves conflicts: of two networks with the same name or VNI the older one keeps it, then the one with the smaller
-/// id. The other one gets a name that contains its id, or the next free VNI.
+/// Resolves conflicts: of two networks with the same name or VNI the older one keeps it, then the one with the
+/// smaller id. The other one gets a name that contains its id, or the next free VNI.
 ///
 /// `networks` yields each network and whether it was deleted. `in_use` returns whether a deleted network still has
 /// endpoints anywhere.
@@ -99,8 +99,8 @@ pub fn choose_vni(networks: &BTreeMap<NetworkId, NetworkState>, id: NetworkId) -
 /// Each of `hosts` hosts, by its `rank`, first tries candidates that no other host tries. So hosts that choose at the
 /// same instant, or on two sides of a split, do not choose the same one.
 pub fn choose_subnet(pool: IpNet, length: u8, taken: &[IpNet], rank: usize, hosts: usize) -> Option<IpNet> {
-    // Each taken subnet excludes at most a few consecutive candidates, so a bounded search of a large pool is enough to
-    // find a free one.
+    // Each taken subnet excludes at most a few consecutive candidates, so a bounded search of a large pool is
+    // enough to find a free one.
     let candidates = || Some(pool.subnets(length).ok()?.take(1 << 16));
     let free = |candidate: &IpNet| !taken.iter().any(|other| overlaps(*candidate, *other));
     candidates()?.skip(rank).step_by(hosts.max(1)).find(free).or_else(|| candidates()?.find(free))

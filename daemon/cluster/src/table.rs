@@ -174,8 +174,8 @@ impl Table {
             Some(base) if base != self.head.revision => {
                 return Err(Rejected::Gap { has: self.head.revision, base });
             }
-            // The changes are undone if the digest does not match. A copy of the changed entries is cheaper than one of the
-            // table.
+            // The changes are undone if the digest does not match. A copy of the changed entries is cheaper than
+            // one of the table.
             Some(_) => self.contents.change(update.set, &update.unset, &update.head.digest)?,
         }
         self.head = update.head;
@@ -247,8 +247,8 @@ impl TableContents {
 
     /// Adds or replaces an entry. Returns the replaced entry.
     fn put(&mut self, entry: Entry, shared: bool) -> Option<Entry> {
-        // An entry that cannot be encoded was never received or sent either. Its hash is then that of no bytes, which no
-        // peer has.
+        // An entry that cannot be encoded was never received or sent either. Its hash is then that of no bytes,
+        // which no peer has.
         let hash = shared.then(|| hash(&wire::encode_body(&entry).unwrap_or_default()));
         let key = entry.key();
         let old = self.take(&key);

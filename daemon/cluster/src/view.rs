@@ -218,8 +218,8 @@ impl View {
         self.blocks_of(network, node).map(addresses::gateway)
     }
 
-    /// Returns the first gateway of a routed network on a host with the address family of `like`. It is the host's source
-    /// address, and the next hop for other hosts.
+    /// Returns the first gateway of a routed network on a host with the address family of `like`. It is the host's
+    /// source address, and the next hop for other hosts.
     pub fn first_gateway(&self, network: NetworkId, node: NodeId, like: IpAddr) -> Option<IpAddr> {
         self.gateways(network, node).find(|gateway| gateway.is_ipv4() == like.is_ipv4())
     }
@@ -239,8 +239,8 @@ impl View {
         !self.resources.services().is_empty()
     }
 
-    /// Returns a network by name or id. If a network of the cluster and a bridge network have the same name, the bridge
-    /// network takes precedence, because it was there first.
+    /// Returns a network by name or id. If a network of the cluster and a bridge network have the same name, the
+    /// bridge network takes precedence, because it was there first.
     pub fn network(&self, name: &str) -> Option<&NetworkState> {
         let named = || self.networks.values().filter(|state| state.network.name == name);
         named()

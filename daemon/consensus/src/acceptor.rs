@@ -82,7 +82,8 @@ impl Durable {
         !known
     }
 
-    /// Adopts an agreed map if it is later than the known one and of the same cluster. Returns whether it was adopted.
+    /// Adopts an agreed map if it is later than the known one and of the same cluster. Returns whether it was
+    /// adopted.
     pub(super) fn learn(&mut self, map: &AllocMap) -> bool {
         let later = map.cluster != 0 && map.version > self.learned.version;
         if !later || self.is_foreign(map.cluster) {

@@ -179,8 +179,8 @@ impl BlockClaim {
     }
 }
 
-/// Returns the blocks of a network that overlap a range, sorted by address. Blocks never overlap each other, so at most
-/// one of them begins before the range.
+/// Returns the blocks of a network that overlap a range, sorted by address. Blocks never overlap each other, so at
+/// most one of them begins before the range.
 fn overlapping(
     map: &AllocMap,
     network: NetworkId,

@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use ovl_proto::alloc::Change;
 use ovl_proto::id::NodeId;
 
-/// The maximum number of pending requests of other hosts. Further ones are ignored, and their hosts propose the changes
-/// themselves after [`super::DELEGATE_MS`].
+/// The maximum number of pending requests of other hosts. Further ones are ignored, and their hosts propose the
+/// changes themselves after [`super::DELEGATE_MS`].
 pub const MAX_REMOTE_REQUESTS: usize = 1024;
 
 /// A pending change.

@@ -91,8 +91,8 @@ impl Version {
 /// The key of an attachment, unique on a host.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Attachment {
-    /// The name of the network configuration. It is not the network's name: while the attachment exists, the network may
-    /// be deleted, or a changed configuration may name another one.
+    /// The name of the network configuration. It is not the network's name: while the attachment exists, the
+    /// network may be deleted, or a changed configuration may name another one.
     pub network: String,
     /// The container's id.
     pub container_id: String,

@@ -75,8 +75,8 @@ impl std::str::FromStr for Pool {
     }
 }
 
-/// Returns the name that a container's interface has until the Engine moves it, by the name of the host's interface of
-/// the pair. It is not the name of an ovl device, because the Engine owns it from then on.
+/// Returns the name that a container's interface has until the Engine moves it, by the name of the host's interface
+/// of the pair. It is not the name of an ovl device, because the Engine owns it from then on.
 pub fn waiting_name(host_end: &str) -> String {
     host_end.replacen("ove-", "ovc-", 1)
 }

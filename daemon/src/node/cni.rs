@@ -93,7 +93,11 @@ impl Node {
     async fn cni_check(&self, check: &Check) -> Result<(), CniError> {
         let _alone = self.containers.alone(&check.attachment.container_id).await;
         let difference = |details: String| {
-            Err(error(code::DIFFERENCE, "the container's network is not as it was made", details))
+            Err(error(
+                code::DIFFERENCE,
+                "the container's attachment differs from the one that was created",
+                details,
+            ))
         };
         let endpoint = {
             let state = self.state.borrow();

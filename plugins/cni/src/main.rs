@@ -1,5 +1,6 @@
-//! `ovl-cni`, the plugin that container runtimes run (CNI specification 1.1.0). It makes no decisions: each call becomes
-//! one request to ovld, and ovld's reply is printed. The plugin acts on its own only if ovld does not reply.
+//! `ovl-cni`, the plugin that container runtimes run (CNI specification 1.1.0). It makes no decisions: each call
+//! becomes one request to ovld, and ovld's reply is printed. The plugin acts on its own only if ovld does not
+//! reply.
 //!
 //! | module | content |
 //! | --- | --- |

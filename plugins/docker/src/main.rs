@@ -1,9 +1,9 @@
 //! `ovl-docker`, the network and IPAM plugin of Docker Engines (libnetwork's remote protocols over HTTP on a Unix
 //! socket). It makes no decisions: each call becomes one request to ovld.
 //!
-//! It is a separate process because an Engine repeats a call to an unavailable plugin for 15 seconds, and waits as long
-//! when it starts. This plugin is always available: it responds within seconds while ovld restarts or is down, and
-//! stores deletions for ovld meanwhile.
+//! It is a separate process because an Engine repeats a call to an unavailable plugin for 15 seconds, and waits as
+//! long when it starts. This plugin is always available: it responds within seconds while ovld restarts or is down,
+//! and stores deletions for ovld meanwhile.
 //!
 //! | module | content |
 //! | --- | --- |

@@ -1,5 +1,5 @@
-//! What `ovl-cni` and ovld share beside the request: the supported versions, and the directory in which the plugin
-//! stores a `DEL` while ovld is unavailable.
+//! What `ovl-cni` and ovld share in addition to the request: the supported versions, and the directory in which the
+//! plugin stores a `DEL` while ovld is unavailable.
 
 use std::path::{Path, PathBuf};
 

@@ -1,8 +1,8 @@
 //! The control protocol on ovld's Unix socket.
 //!
-//! The client writes one [`Request`] as a line of JSON and reads one [`Reply`] as a line of JSON. Then it may write the
-//! next request. The replies to [`Request::Events`] are [`Reply::Events`] lines until the client closes the connection.
-//! A request line has at most [`MAX_REQUEST`] bytes.
+//! The client writes one [`Request`] as a line of JSON and reads one [`Reply`] as a line of JSON. Then it may write
+//! the next request. The replies to [`Request::Events`] are [`Reply::Events`] lines until the client closes the
+//! connection. A request line has at most [`MAX_REQUEST`] bytes.
 //!
 //! `ovlctl -o json` prints the types of this crate. Field names are stable, see `docs/cli.md`.
 

@@ -272,7 +272,8 @@ pub struct ReconcileStatus {
 pub struct KeyStatus {
     /// The rotation of the cluster key in progress, if any.
     pub rotation: Option<KeyRotation>,
-    /// The names of the hosts that this host waits for during a rotation of any host's tunnel key. `None`: no rotation.
+    /// The names of the hosts that this host waits for during a rotation of any host's tunnel key. `None`: no
+    /// rotation.
     pub tunnel_waits_for: Option<Vec<String>>,
     /// All hosts, the local host first, then by name.
     pub hosts: Vec<HostKeys>,
@@ -334,7 +335,8 @@ pub struct PeerInfo {
     pub vtep: IpAddr,
     /// The host's liveness.
     pub state: PeerState,
-    /// The time since the last direct datagram from it, in milliseconds. `None` for the local host, and before the first.
+    /// The time since the last direct datagram from it, in milliseconds. `None` for the local host, and before the
+    /// first.
     pub last_heard_ms: Option<u64>,
     /// The smoothed round-trip time to its daemon, in microseconds.
     pub rtt_us: Option<u64>,
@@ -342,8 +344,8 @@ pub struct PeerInfo {
     pub endpoints: u32,
     /// The release of its ovld.
     pub version: String,
-    /// The encryption of traffic of encrypted networks to it: `wireguard (kernel)` or `wireguard (userspace)`, as this
-    /// host does it; `none` if there is no such traffic.
+    /// The encryption of traffic of encrypted networks to it: `wireguard (kernel)` or `wireguard (userspace)`, as
+    /// this host does it; `none` if there is no such traffic.
     pub encryption: String,
     /// The tunnel to it. `None`: there is none.
     pub tunnel: Option<PeerTunnel>,
@@ -555,8 +557,8 @@ pub struct PolicyRow {
     pub isolates: Vec<String>,
     /// The number of endpoints in the cluster that it selects.
     pub endpoints: u64,
-    /// The number of packets to or from its endpoints on this host that no policy allowed. Each packet counts for every
-    /// policy that isolates the endpoint.
+    /// The number of packets to or from its endpoints on this host that no policy allowed. Each packet counts for
+    /// every policy that isolates the endpoint.
     pub refused: u64,
     /// The allowed connections, in words: `ingress: from ...`.
     pub rules: Vec<String>,

@@ -102,7 +102,8 @@ pub enum Request {
     Cni(Box<CniCall>),
     /// Creates a sandbox with an endpoint on each network: [`crate::Reply::Sandbox`].
     SandboxCreate(SandboxCreate),
-    /// Deletes a sandbox; succeeds if there is none, and is refused while processes are inside: [`crate::Reply::Done`].
+    /// Deletes a sandbox; succeeds if there is none, and is refused while processes are inside:
+    /// [`crate::Reply::Done`].
     SandboxRm {
         /// The sandbox's name.
         name: String,
@@ -178,8 +179,8 @@ pub enum Request {
     },
     /// Lists objects by namespace and name: [`crate::Reply::Resources`].
     Get(ResourceQuery),
-    /// Lists Services with their backends, by namespace and name: [`crate::Reply::Backends`]. The kind of the query is
-    /// Service.
+    /// Lists Services with their backends, by namespace and name: [`crate::Reply::Backends`]. The kind of the query
+    /// is Service.
     Backends(ResourceQuery),
 }
 
@@ -314,7 +315,7 @@ pub struct Attach {
     pub network: String,
     /// The network namespace of the interface.
     pub netns: NetnsRef,
-    /// The requested addresses, one per address family. Empty: free addresses.
+    /// The requested addresses, at most one per address family, and no others. Empty: free addresses.
     #[serde(default)]
     pub addresses: Vec<IpAddr>,
     /// The MAC address. `None`: derived from the address.

@@ -1,5 +1,5 @@
-//! Kubernetes manifests: files of YAML or JSON as values ([`yaml`]), and such values as objects, filled in and
-//! checked field by field ([`object`]).
+//! Kubernetes manifests: parses files of YAML or JSON into values ([`yaml`]), and values into typed objects that are
+//! completed and validated field by field ([`object`]).
 
 pub mod object;
 mod problem;

@@ -1,4 +1,5 @@
-//! Manifests as objects: read, filled in, and checked field by field, as Kubernetes' API server does.
+//! Reads manifests as typed objects, completes them, and validates them field by field, as the Kubernetes API server
+//! does.
 
 mod names;
 mod policy;
@@ -16,21 +17,21 @@ use crate::problem::{Problem, Problems};
 
 use self::names::{is_label, is_label_key, is_label_value, is_service_name, is_subdomain};
 
-/// All annotations of an object together, in bytes.
+/// The maximum size of all annotations of an object, in bytes.
 const MAX_ANNOTATIONS: usize = 128 << 10;
-/// Labels of an object.
+/// The maximum number of labels of an object.
 const MAX_LABELS: usize = 64;
 
-/// An object out of a manifest.
+/// An object that was read from a manifest.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Read {
-    /// With defaults filled in; not yet what is allocated.
+    /// The object with defaults, but without what the cluster allocates.
     pub resource: Resource,
-    /// Fields that were passed over.
+    /// The fields that were ignored.
     pub warnings: Vec<Problem>,
 }
 
-/// The objects of a document: itself, or the items of a list, each with the path that leads to it.
+/// Returns the objects of a document: the document itself, or the items of a list, each with its path.
 pub fn items(document: Value) -> Vec<(String, Value)> {
     let is_list = document.get("kind").and_then(Value::as_str).is_some_and(|kind| kind.ends_with("List"));
     match document {
@@ -45,7 +46,11 @@ pub fn items(document: Value) -> Vec<(String, Value)> {
     }
 }
 
-/// Which object a manifest is about.
+/// Returns the key of a manifest's object. `namespace` applies if the manifest names none.
+///
+/// # Errors
+///
+/// If a field of the key is missing or invalid.
 pub fn key(manifest: &Value, namespace: Option<&str>) -> Result<ResourceKey, Vec<Problem>> {
     let mut problems = Problems::default();
     let key = read_key(manifest, namespace, &mut problems);
@@ -73,29 +78,33 @@ fn read_key(manifest: &Value, namespace: Option<&str>, problems: &mut Problems) 
     };
     let own = text("/metadata/namespace");
     if !kind.is_namespaced() {
-        problems.want(own.is_none(), "metadata.namespace", format!("a {kind} is in no namespace"));
+        problems.want(own.is_none(), "metadata.namespace", format!("a {kind} has no namespace"));
         return Some(ResourceKey { kind, name: Name::new("", name) });
     }
     if let (Some(own), Some(wanted)) = (own, namespace)
         && own != wanted
     {
-        problems.add("metadata.namespace", format!("is {own}, and {wanted} was asked for"));
+        problems.add("metadata.namespace", format!("is {own}, but {wanted} was requested"));
     }
     let namespace = own.or(namespace).unwrap_or(DEFAULT_NAMESPACE);
     Some(ResourceKey { kind, name: Name::new(namespace, name) })
 }
 
-/// Reads a manifest. `namespace` is for what names none itself. Fields that are not supported are problems, or
-/// with `lenient` warnings.
+/// Reads a manifest. `namespace` applies if the manifest names none. Unsupported fields are problems, or warnings if
+/// `lenient`.
+///
+/// # Errors
+///
+/// All problems of the manifest.
 pub fn read(manifest: Value, namespace: Option<&str>, lenient: bool) -> Result<Read, Vec<Problem>> {
     let mut problems = Problems::default();
     let Some(key) = read_key(&manifest, namespace, &mut problems) else { return Err(problems.into_inner()) };
     let Value::Object(mut fields) = manifest else { return Err(problems.into_inner()) };
     fields.remove("apiVersion");
     fields.remove("kind");
-    drop_what_the_server_writes(key.kind, &mut fields);
+    remove_server_fields(key.kind, &mut fields);
     let mut given = Value::Object(fields);
-    drop_nulls(&mut given);
+    remove_nulls(&mut given);
     let mut resource = match Resource::read(key.kind, Typed(&given)) {
         Ok(resource) => resource,
         Err(problem) => {
@@ -104,9 +113,9 @@ pub fn read(manifest: Value, namespace: Option<&str>, lenient: bool) -> Result<R
         }
     };
     let mut unknown = Vec::new();
-    // What the types do not have does not come out again.
+    // Serializing the typed object omits the fields that the types do not have.
     match as_written(&resource) {
-        Ok(known) => left_over(&given, &known, "", &mut unknown),
+        Ok(known) => find_unsupported(&given, &known, "", &mut unknown),
         Err(error) => problems.add("", error.to_string()),
     }
     if !lenient {
@@ -118,16 +127,20 @@ pub fn read(manifest: Value, namespace: Option<&str>, lenient: bool) -> Result<R
     if problems.is_empty() { Ok(Read { resource, warnings: unknown }) } else { Err(problems.into_inner()) }
 }
 
-/// Whether hosts can rely on an object: the same for manifests and for what other hosts write.
+/// Validates an object, whether it comes from a manifest or from another host.
+///
+/// # Errors
+///
+/// All problems of the object.
 pub fn check(resource: &Resource) -> Result<(), Vec<Problem>> {
     let mut problems = Problems::default();
     check_into(resource, &mut problems);
     if problems.is_empty() { Ok(()) } else { Err(problems.into_inner()) }
 }
 
-/// What Kubernetes' server writes itself and takes no notice of in a manifest. It says how another cluster's
-/// object was, which is nothing to this one.
-fn drop_what_the_server_writes(kind: Kind, fields: &mut Map<String, Value>) {
+/// Removes the fields that the Kubernetes API server writes and ignores in a manifest. They describe the object of
+/// another cluster.
+fn remove_server_fields(kind: Kind, fields: &mut Map<String, Value>) {
     if let Some(Value::Object(metadata)) = fields.get_mut("metadata") {
         for field in
             ["creationTimestamp", "generation", "managedFields", "resourceVersion", "selfLink", "uid"]
@@ -135,24 +148,24 @@ fn drop_what_the_server_writes(kind: Kind, fields: &mut Map<String, Value>) {
             metadata.remove(field);
         }
     }
-    // Only a Pod's has something in it that ovl goes by.
+    // ovl uses only the status of a Pod.
     if kind != Kind::Pod {
         fields.remove("status");
     }
 }
 
-fn drop_nulls(value: &mut Value) {
+fn remove_nulls(value: &mut Value) {
     match value {
         Value::Object(fields) => {
             fields.retain(|_, field| !field.is_null());
-            fields.values_mut().for_each(drop_nulls);
+            fields.values_mut().for_each(remove_nulls);
         }
-        Value::Array(items) => items.iter_mut().for_each(drop_nulls),
+        Value::Array(items) => items.iter_mut().for_each(remove_nulls),
         Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) => {}
     }
 }
 
-/// Reads a value as a type; an error names the field.
+/// Reads a value as a type. An error names the field.
 struct Typed<'a>(&'a Value);
 
 impl ReadManifest for Typed<'_> {
@@ -162,7 +175,7 @@ impl ReadManifest for Typed<'_> {
         serde_path_to_error::deserialize(self.0).map_err(|error| {
             let path = error.path().to_string();
             let reason = error.into_inner().to_string();
-            // Of a field that is missing the path leads to where it should be.
+            // For a missing field, the path is that of its parent.
             let missing = reason.strip_prefix("missing field `").and_then(|rest| rest.strip_suffix('`'));
             match missing {
                 Some(field) => Problem {
@@ -179,7 +192,7 @@ fn join(path: &str, field: &str) -> String {
     if path.is_empty() { field.to_owned() } else { format!("{path}.{field}") }
 }
 
-/// With every field that the type has.
+/// Returns the object as a value with every field of its type.
 fn as_written(resource: &Resource) -> Result<Value, serde_json::Error> {
     match resource {
         Resource::Namespace(it) => serde_json::to_value(it),
@@ -190,28 +203,28 @@ fn as_written(resource: &Resource) -> Result<Value, serde_json::Error> {
     }
 }
 
-/// The fields of `given` that `known` has not.
-fn left_over(given: &Value, known: &Value, path: &str, unknown: &mut Vec<Problem>) {
+/// Adds a problem for each field of `given` that `known` does not have.
+fn find_unsupported(given: &Value, known: &Value, path: &str, unknown: &mut Vec<Problem>) {
     match (given, known) {
         (Value::Object(given), Value::Object(known)) => {
             for (key, value) in given {
                 let field = join(path, key);
                 match known.get(key) {
-                    Some(known) => left_over(value, known, &field, unknown),
+                    Some(known) => find_unsupported(value, known, &field, unknown),
                     None => unknown.push(Problem { field, reason: "is not supported".to_owned() }),
                 }
             }
         }
         (Value::Array(given), Value::Array(known)) => {
             for (n, (given, known)) in given.iter().zip(known).enumerate() {
-                left_over(given, known, &format!("{path}[{n}]"), unknown);
+                find_unsupported(given, known, &format!("{path}[{n}]"), unknown);
             }
         }
         _ => {}
     }
 }
 
-/// Fills in what follows from the rest.
+/// Fills in the fields that derive from others.
 fn complete(resource: &mut Resource) {
     match resource {
         Resource::Namespace(_) | Resource::EndpointSlice(_) => {}
@@ -263,18 +276,18 @@ fn check_meta(kind: Kind, meta: &Meta, problems: &mut Problems) {
         names::LABEL_KEY,
     );
     let size: usize = meta.annotations.iter().map(|(key, value)| key.len() + value.len()).sum();
-    problems.want(size <= MAX_ANNOTATIONS, "metadata.annotations", "are larger than 128 KiB together");
+    problems.want(size <= MAX_ANNOTATIONS, "metadata.annotations", "are larger than 128 KiB in total");
 }
 
 pub(crate) fn check_labels(field: &str, labels: &ovl_proto::resource::Labels, problems: &mut Problems) {
-    problems.want(labels.len() <= MAX_LABELS, field, format!("are more than {MAX_LABELS}"));
+    problems.want(labels.len() <= MAX_LABELS, field, format!("exceed the limit of {MAX_LABELS}"));
     for (key, value) in labels {
         problems.want(is_label_key(key), format!("{field}.{key}"), names::LABEL_KEY);
         problems.want(is_label_value(value), format!("{field}.{key}"), names::LABEL_VALUE);
     }
 }
 
-/// A port by number or by a container's name for it.
+/// Validates a port number, or a container's name for a port.
 pub(crate) fn check_port(field: &str, port: &IntOrString, problems: &mut Problems) {
     match port {
         IntOrString::Int(number) => check_number(field, *number, problems),
@@ -283,10 +296,10 @@ pub(crate) fn check_port(field: &str, port: &IntOrString, problems: &mut Problem
 }
 
 pub(crate) fn check_number(field: &str, port: u16, problems: &mut Problems) {
-    problems.want(port != 0, field, "a port is between 1 and 65535");
+    problems.want(port != 0, field, "a port must be between 1 and 65535");
 }
 
-/// Whether an address can be one of a workload or a Service.
+/// Whether an address can be that of a workload or a Service.
 pub(crate) fn is_usable(address: std::net::IpAddr) -> bool {
     let link_local = match address {
         std::net::IpAddr::V4(v4) => v4.is_link_local(),
@@ -296,7 +309,7 @@ pub(crate) fn is_usable(address: std::net::IpAddr) -> bool {
 }
 
 pub(crate) const USABLE: &str =
-    "not the address of one host: neither unspecified, nor loopback, link-local or multicast";
+    "not the address of one host: it must not be unspecified, loopback, link-local or multicast";
 
 #[cfg(test)]
 mod tests;

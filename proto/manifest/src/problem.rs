@@ -1,17 +1,17 @@
-//! What is wrong with a manifest.
+//! The problems of a manifest.
 
 use serde::Serialize;
 
-/// What is wrong with one field.
+/// A problem with one field of a manifest.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Problem {
-    /// Its path, such as `spec.ports[0].port`.
+    /// The path of the field, such as `spec.ports[0].port`.
     pub field: String,
-    /// What is wrong, and what would be right.
+    /// What is wrong, and what is expected.
     pub reason: String,
 }
 
-/// The problems of one manifest, collected so that all of them are told at once.
+/// The problems of one manifest, collected so that they are reported together.
 #[derive(Debug, Default)]
 pub struct Problems(Vec<Problem>);
 
@@ -26,17 +26,17 @@ impl Problems {
         self.0.push(problem);
     }
 
-    /// Moves all of `others` in.
+    /// Moves all problems out of `others`.
     pub fn append(&mut self, others: &mut Vec<Problem>) {
         self.0.append(others);
     }
 
-    /// Whether there are none.
+    /// Whether there are no problems.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
-    /// The problems, in the order in which they were added.
+    /// Returns the problems in the order in which they were added.
     pub fn into_inner(self) -> Vec<Problem> {
         self.0
     }

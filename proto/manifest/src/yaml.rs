@@ -1,8 +1,8 @@
-//! Files of manifests, YAML or JSON with several documents each, as values; and values as YAML.
+//! Parses files of YAML or JSON documents into values, and writes values as YAML.
 //!
-//! Scalars are those of YAML 1.2's core schema: `yes` and `on` are texts. Keys that come twice are an error.
-//! Aliases are copies, and count each time towards the bound on the size, so that a few lines cannot
-//! unfold into what fills the memory. Merge keys (`<<`) are refused.
+//! Scalars follow the core schema of YAML 1.2: `yes` and `on` are strings. Duplicate keys are an error.
+//! An alias is a copy that counts towards the size limits each time, so that a short file cannot expand to fill the
+//! memory. Merge keys (`<<`) are rejected.
 
 mod emit;
 
@@ -13,39 +13,43 @@ use serde_json::{Map, Number, Value};
 
 pub use self::emit::to_yaml;
 
-/// Bytes in a file.
+/// The maximum size of a file in bytes.
 pub const MAX_FILE: usize = 64 << 20;
-/// Documents in a file.
+/// The maximum number of documents in a file.
 pub const MAX_DOCUMENTS: usize = 65_536;
-/// Values in a document, those that aliases repeat included.
+/// The maximum number of values in a document, including copies by aliases.
 pub const MAX_NODES: usize = 1 << 20;
-/// Bytes of text in a document, those that aliases repeat included.
+/// The maximum size of all strings in a document in bytes, including copies by aliases.
 pub const MAX_TEXT: usize = 8 << 20;
-/// Lists and maps within each other.
+/// The maximum nesting depth of lists and maps.
 pub const MAX_DEPTH: usize = 64;
 
 /// Why a file cannot be read.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("line {line}: {reason}")]
 pub struct Unreadable {
-    /// From 1.
+    /// The line, from 1.
     pub line: usize,
-    /// What is wrong there.
+    /// What is wrong.
     pub reason: String,
 }
 
-/// One document of a file.
+/// A document of a file.
 #[derive(Debug, Clone, PartialEq)]
 pub struct FileDocument {
-    /// Its place in the file, from 1; documents that are empty count.
+    /// The number of the document in the file, from 1. Empty documents count.
     pub number: usize,
-    /// Where it begins, from 1.
+    /// The line where it begins, from 1.
     pub line: usize,
-    /// What it says; never null.
+    /// The content; never null.
     pub value: Value,
 }
 
-/// The documents of a file, empty ones left out.
+/// Returns the non-empty documents of a file.
+///
+/// # Errors
+///
+/// If the file is malformed or exceeds a limit.
 pub fn read(text: &str) -> Result<Vec<FileDocument>, Unreadable> {
     if text.len() > MAX_FILE {
         return Err(Unreadable {
@@ -53,14 +57,14 @@ pub fn read(text: &str) -> Result<Vec<FileDocument>, Unreadable> {
             reason: format!("the file is larger than {} MiB", MAX_FILE >> 20),
         });
     }
-    // JSON is YAML as well, but for tabs, and is read faster by what is made for it. What only looks like it is
-    // left to the YAML reader, which tells better what is wrong.
+    // JSON is also YAML, except for tabs, but a JSON parser is faster. What only looks like JSON is left to the YAML
+    // parser, which has better error messages.
     if text.trim_start().starts_with(['{', '['])
         && let Ok(documents) = read_json(text)
     {
         return Ok(documents);
     }
-    let mut reader = Reader { documents: Vec::new(), count: 0, state: Document::default() };
+    let mut reader = Reader { documents: Vec::new(), count: 0, state: DocumentState::default() };
     for event in Parser::new_from_str(text) {
         let (event, span) = event
             .map_err(|error| Unreadable { line: error.marker().line(), reason: error.info().to_owned() })?;
@@ -90,16 +94,16 @@ fn read_json(text: &str) -> Result<Vec<FileDocument>, serde_json::Error> {
     Ok(documents)
 }
 
-/// A list or a map that is not complete.
-enum Open {
+/// An incomplete list or map.
+enum Container {
     List { anchor: usize, items: Vec<Value> },
     Map { anchor: usize, fields: Map<String, Value>, key: Option<String> },
 }
 
 #[derive(Default)]
-struct Document {
+struct DocumentState {
     line: usize,
-    open: Vec<Open>,
+    open: Vec<Container>,
     root: Option<Value>,
     anchors: HashMap<usize, Value>,
     nodes: usize,
@@ -109,7 +113,7 @@ struct Document {
 struct Reader {
     documents: Vec<FileDocument>,
     count: usize,
-    state: Document,
+    state: DocumentState,
 }
 
 impl Reader {
@@ -118,7 +122,7 @@ impl Reader {
         match event {
             Event::DocumentStart(_) => {
                 self.count += 1;
-                *state = Document { line, ..Document::default() };
+                *state = DocumentState { line, ..DocumentState::default() };
             }
             Event::DocumentEnd => {
                 let value = state.root.take().unwrap_or_default();
@@ -134,18 +138,19 @@ impl Reader {
                 let value = scalar(&text, style, tag.as_deref())?;
                 state.complete(value, anchor)?;
             }
-            Event::SequenceStart(anchor, _) => state.open(Open::List { anchor, items: Vec::new() })?,
+            Event::SequenceStart(anchor, _) => state.open(Container::List { anchor, items: Vec::new() })?,
             Event::MappingStart(anchor, _) => {
-                state.open(Open::Map { anchor, fields: Map::new(), key: None })?;
+                state.open(Container::Map { anchor, fields: Map::new(), key: None })?;
             }
             Event::SequenceEnd | Event::MappingEnd => match state.open.pop() {
-                Some(Open::List { anchor, items }) => state.complete(Value::Array(items), anchor)?,
-                Some(Open::Map { anchor, fields, .. }) => state.complete(Value::Object(fields), anchor)?,
+                Some(Container::List { anchor, items }) => state.complete(Value::Array(items), anchor)?,
+                Some(Container::Map { anchor, fields, .. }) => {
+                    state.complete(Value::Object(fields), anchor)?
+                }
                 None => {}
             },
             Event::Alias(anchor) => {
-                let value =
-                    state.anchors.get(&anchor).cloned().ok_or("an alias within what it stands for")?;
+                let value = state.anchors.get(&anchor).cloned().ok_or("an alias within its own anchor")?;
                 let (nodes, text) = size(&value);
                 state.nodes += nodes;
                 state.text += text;
@@ -157,26 +162,26 @@ impl Reader {
     }
 }
 
-impl Document {
-    fn open(&mut self, open: Open) -> Result<(), String> {
+impl DocumentState {
+    fn open(&mut self, open: Container) -> Result<(), String> {
         if self.open.len() >= MAX_DEPTH {
-            return Err(format!("more than {MAX_DEPTH} lists and maps within each other"));
+            return Err(format!("lists and maps are nested more than {MAX_DEPTH} levels deep"));
         }
         self.open.push(open);
         Ok(())
     }
 
-    /// Puts a value that is complete where it belongs.
+    /// Adds a complete value to its container.
     fn complete(&mut self, value: Value, anchor: usize) -> Result<(), String> {
         self.nodes += 1;
         if self.nodes > MAX_NODES || self.text > MAX_TEXT {
             return Err(format!(
-                "a document may have {MAX_NODES} values and {} MiB of text, what aliases repeat included",
+                "a document may have {MAX_NODES} values and {} MiB of text, including copies by aliases",
                 MAX_TEXT >> 20
             ));
         }
         if anchor != 0 {
-            // The copy is kept as long as the document is read.
+            // The copy is kept until the document is complete.
             let (nodes, text) = size(&value);
             self.nodes += nodes;
             self.text += text;
@@ -184,12 +189,12 @@ impl Document {
         }
         match self.open.last_mut() {
             None => self.root = Some(value),
-            Some(Open::List { items, .. }) => items.push(value),
-            Some(Open::Map { fields, key, .. }) => match key.take() {
+            Some(Container::List { items, .. }) => items.push(value),
+            Some(Container::Map { fields, key, .. }) => match key.take() {
                 None => *key = Some(key_text(value)?),
                 Some(name) => {
                     if fields.contains_key(&name) {
-                        return Err(format!("the key {name} comes twice"));
+                        return Err(format!("duplicate key {name}"));
                     }
                     fields.insert(name, value);
                 }
@@ -203,15 +208,15 @@ fn key_text(value: Value) -> Result<String, String> {
     match value {
         Value::String(text) if text == "<<" => Err("merge keys (<<) are not supported".to_owned()),
         Value::String(text) => Ok(text),
-        // As YAML's users expect of `1: x` and `true: x`, and JSON cannot have otherwise.
+        // JSON has only string keys, and users of YAML expect `1: x` and `true: x` to work.
         Value::Number(number) => Ok(number.to_string()),
         Value::Bool(truth) => Ok(truth.to_string()),
         Value::Null => Ok(String::new()),
-        Value::Array(_) | Value::Object(_) => Err("a list or a map for a key".to_owned()),
+        Value::Array(_) | Value::Object(_) => Err("a list or a map cannot be a key".to_owned()),
     }
 }
 
-/// Values and bytes of text.
+/// Returns the number of values and the size of all strings in bytes.
 fn size(value: &Value) -> (usize, usize) {
     let add = |(a, b): (usize, usize), (c, d): (usize, usize)| (a + c, b + d);
     match value {
@@ -232,12 +237,12 @@ fn scalar(text: &str, style: ScalarStyle, tag: Option<&Tag>) -> Result<Value, St
         (None, _) if tag.is_none() || tag.is_some_and(|tag| tag.handle == "!" && tag.suffix.is_empty()) => {
             return Ok(Value::String(text.to_owned()));
         }
-        (_, _) => return Err("a tag that JSON has no type for".to_owned()),
+        (_, _) => return Err("a tag without a corresponding JSON type".to_owned()),
     }
     Ok(plain(text))
 }
 
-/// A plain scalar of the core schema (YAML 1.2.2, section 10.3.2).
+/// Parses a plain scalar of the core schema (YAML 1.2.2, section 10.3.2).
 pub(crate) fn plain(text: &str) -> Value {
     match text {
         "" | "~" | "null" | "Null" | "NULL" => return Value::Null,
@@ -254,7 +259,7 @@ pub(crate) fn plain(text: &str) -> Value {
     read.map_or_else(|| Value::String(text.to_owned()), Value::Number)
 }
 
-/// `[-+]? [0-9]+`, or `[-+]? ( \. [0-9]+ | [0-9]+ ( \. [0-9]* )? ) ( [eE] [-+]? [0-9]+ )?`.
+/// Parses `[-+]? [0-9]+`, or `[-+]? ( \. [0-9]+ | [0-9]+ ( \. [0-9]* )? ) ( [eE] [-+]? [0-9]+ )?`.
 fn decimal(text: &str) -> Option<Number> {
     let unsigned = text.strip_prefix(['-', '+']).unwrap_or(text);
     if !unsigned.starts_with(|c: char| c.is_ascii_digit() || c == '.')

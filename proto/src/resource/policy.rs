@@ -21,8 +21,8 @@ pub struct NetworkPolicy {
 pub struct PolicySpec {
     /// The pods that it isolates. Without requirements: every pod of the namespace.
     pub pod_selector: LabelSelector,
-    /// The directions in which it isolates. In the cluster this is always filled in: by default ingress, and egress if
-    /// there are egress rules.
+    /// The directions in which it isolates. In the cluster this is always filled in: by default ingress, and egress
+    /// if there are egress rules.
     pub policy_types: Vec<PolicyType>,
     /// The ingress rules. Without rules no ingress is allowed if `policy_types` contains ingress.
     pub ingress: Vec<IngressRule>,

@@ -131,8 +131,8 @@ impl Replica {
         if !has_majority(accepted, old) || !has_majority(accepted, &map.members) {
             return;
         }
-        let told: BTreeSet<_> = old.union(&map.members).chain(&self.alive).copied().collect();
-        for node in told.into_iter().filter(|node| *node != self.me) {
+        let recipients: BTreeSet<_> = old.union(&map.members).chain(&self.alive).copied().collect();
+        for node in recipients.into_iter().filter(|node| *node != self.me) {
             out.send(node, AllocMessage::Learn(map.clone()));
         }
         let map = map.clone();
@@ -172,8 +172,8 @@ impl Replica {
         }
     }
 
-    /// Drops the ballot and waits for a random time before the next one. The time grows with each failure, so that two
-    /// proposers do not prevent each other's success forever.
+    /// Drops the ballot and waits for a random time before the next one. The time grows with each failure, so that
+    /// two proposers do not prevent each other's success forever.
     fn give_way(&mut self, now: u64) {
         self.attempt = None;
         let window = 10_u64 << self.failures.min(4);

@@ -1,7 +1,7 @@
-//! A simulation of the consensus on the allocation map under faults of networks and hosts: messages are lost, duplicated
-//! and reordered, hosts crash before and after they write to disk, the network splits, hosts join and are forgotten, and
-//! all of them claim at once. It is deterministic: a failure names the seed. `OVL_SIM_SEED=n` runs only that seed,
-//! `OVL_SIM_SEEDS=n` runs n seeds.
+//! A simulation of the consensus on the allocation map under faults of networks and hosts: messages are lost,
+//! duplicated and reordered, hosts crash before and after they write to disk, the network splits, hosts join and
+//! are forgotten, and all of them claim at once. It is deterministic: a failure names the seed. `OVL_SIM_SEED=n`
+//! runs only that seed, `OVL_SIM_SEEDS=n` runs n seeds.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests, and helpers of tests")]
 

@@ -85,8 +85,8 @@ pub(crate) struct World {
     pub(crate) cut: Vec<bool>,
     /// Every map that any host ever learned.
     pub(crate) agreed: BTreeMap<u64, AllocMap>,
-    /// Hosts that were ever forgotten. A host is forgotten only if it is gone, so the blocks that these believe to hold are
-    /// not checked.
+    /// Hosts that were ever forgotten. A host is forgotten only if it is gone, so the blocks that these believe to
+    /// hold are not checked.
     pub(crate) ever_forgotten: BTreeSet<NodeId>,
     pub(crate) stats: Stats,
     wire: Vec<Envelope>,

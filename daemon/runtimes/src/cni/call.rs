@@ -287,8 +287,8 @@ fn endpoint_name(pod: &str, attachment: &Attachment) -> String {
     distinct(if name.is_empty() { "pod" } else { &name }, attachment, "")
 }
 
-/// Appends digits to a name that are unique to the attachment. `host` makes them unique among hosts, since containers of
-/// several hosts may have the same id.
+/// Appends digits to a name that are unique to the attachment. `host` makes them unique among hosts, since
+/// containers of several hosts may have the same id.
 fn distinct(name: &str, attachment: &Attachment, host: &str) -> String {
     let Attachment { network, container_id, ifname } = attachment;
     let hash = digest(&SHA256, format!("{container_id}/{ifname}/{network}/{host}").as_bytes());

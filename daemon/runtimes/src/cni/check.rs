@@ -44,17 +44,18 @@ pub fn check(call: &Check, endpoint: &Endpoint, found: Option<&Inside>) -> Resul
 fn check_previous(call: &Check, endpoint: &Endpoint, found: &Inside) -> Result<(), CniError> {
     let ifname = &call.attachment.ifname;
     let all = |key: &str| call.previous.get(key).and_then(Value::as_array).map_or(&[][..], Vec::as_slice);
-    let is_ours = |interface: &Value| {
+    let is_own = |interface: &Value| {
         interface["name"] == ifname.as_str()
             && interface["sandbox"].as_str().is_some_and(|path| !path.is_empty())
     };
-    let Some(at) = all("interfaces").iter().position(is_ours) else {
+    let Some(at) = all("interfaces").iter().position(is_own) else {
         return difference(format!("prevResult has no interface {ifname} in a sandbox"));
     };
-    let told = all("interfaces").get(at).and_then(|interface| interface["mac"].as_str()).unwrap_or_default();
-    if told.parse::<Mac>() != Ok(found.mac) {
+    let reported =
+        all("interfaces").get(at).and_then(|interface| interface["mac"].as_str()).unwrap_or_default();
+    if reported.parse::<Mac>() != Ok(found.mac) {
         return difference(format!(
-            "prevResult has {ifname} with the MAC address {told:?} instead of {}",
+            "prevResult has {ifname} with the MAC address {reported:?} instead of {}",
             found.mac
         ));
     }
@@ -62,16 +63,16 @@ fn check_previous(call: &Check, endpoint: &Endpoint, found: &Inside) -> Result<(
         .iter()
         .filter(|ip| ip["interface"].as_u64().is_some_and(|index| index == at as u64))
         .collect();
-    let ours: Vec<&str> = ips.iter().filter_map(|ip| ip["address"].as_str()).collect();
+    let own: Vec<&str> = ips.iter().filter_map(|ip| ip["address"].as_str()).collect();
     for net in &endpoint.addresses {
-        if !ours.iter().any(|told| told.parse::<IpNet>() == Ok(*net)) {
+        if !own.iter().any(|reported| reported.parse::<IpNet>() == Ok(*net)) {
             return difference(format!("prevResult does not have the address {net} of {ifname}"));
         }
     }
-    for told in &ours {
-        if !told.parse::<IpNet>().is_ok_and(|net| found.addresses.contains(&net)) {
+    for reported in &own {
+        if !reported.parse::<IpNet>().is_ok_and(|net| found.addresses.contains(&net)) {
             return difference(format!(
-                "prevResult has the address {told}, and {ifname} has {}",
+                "prevResult has the address {reported}, and {ifname} has {}",
                 shown(&found.addresses)
             ));
         }
@@ -79,10 +80,9 @@ fn check_previous(call: &Check, endpoint: &Endpoint, found: &Inside) -> Result<(
     for route in all("routes") {
         let default = matches!(route["dst"].as_str(), Some("0.0.0.0/0" | "::/0"));
         // Routes via other gateways belong to other plugins.
-        let ours = ips.iter().any(|ip| ip["gateway"].is_string() && ip["gateway"] == route["gw"]);
+        let own = ips.iter().any(|ip| ip["gateway"].is_string() && ip["gateway"] == route["gw"]);
         let gateway = route["gw"].as_str().and_then(|gateway| gateway.parse::<IpAddr>().ok());
-        if let Some(gateway) = gateway.filter(|gateway| default && ours && !found.gateways.contains(gateway))
-        {
+        if let Some(gateway) = gateway.filter(|gateway| default && own && !found.gateways.contains(gateway)) {
             return difference(format!(
                 "the default route via {gateway} is missing in {}",
                 call.netns.display()

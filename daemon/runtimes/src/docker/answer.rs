@@ -11,10 +11,11 @@ use super::{Call, Pool, SPACE, same_family};
 pub fn always(call: &Call) -> Option<Value> {
     Some(match call {
         Call::Activate => json!({ "Implements": ["NetworkDriver", "IpamDriver"] }),
-        // `local`: without Swarm, an Engine does not keep global networks, and ovl itself distributes networks to hosts.
+        // `local`: without Swarm, an Engine does not keep global networks, and ovl itself distributes networks to
+        // hosts.
         Call::DriverCapabilities => json!({ "Scope": "local", "ConnectivityScope": "global" }),
-        // A MAC address with each request distinguishes endpoints from auxiliary addresses. No replay is needed after a
-        // restart of the Engine, because ovld stores its state.
+        // A MAC address with each request distinguishes endpoints from auxiliary addresses. No replay is needed
+        // after a restart of the Engine, because ovld stores its state.
         Call::IpamCapabilities => json!({ "RequiresMACAddress": true, "RequiresRequestReplay": false }),
         Call::AddressSpaces => {
             json!({ "LocalDefaultAddressSpace": SPACE, "GlobalDefaultAddressSpace": SPACE })
@@ -69,8 +70,8 @@ pub struct Joined {
 
 /// Returns the response to a join.
 ///
-/// The Engine names the interface `eth0` or the next free name. Without a gateway it would also attach the container to
-/// its own bridge, unless `DisableGatewayService` is set.
+/// The Engine names the interface `eth0` or the next free name. Without a gateway it would also attach the
+/// container to its own bridge, unless `DisableGatewayService` is set.
 pub fn joined(joined: &Joined, internal: bool) -> Value {
     let mut routes = Vec::new();
     for gateway in &joined.gateways {

@@ -1,26 +1,26 @@
-//! What Kubernetes takes for names.
+//! The syntax of names in Kubernetes.
 
 pub(crate) const LABEL: &str =
     "not a DNS label: at most 63 lower-case letters, digits and '-', a letter or digit first and last";
-pub(crate) const SERVICE_NAME: &str = "not a Service's name: at most 63 lower-case letters, digits and '-', a letter first, a letter or digit last";
-pub(crate) const SUBDOMAIN: &str =
-    "not a DNS name: at most 253 characters, DNS labels with dots between them";
-pub(crate) const LABEL_KEY: &str = "not the key of a label: at most 63 letters, digits, '-', '_' and '.', a letter or \
-     digit first and last; a DNS name and a '/' may stand before it";
-pub(crate) const LABEL_VALUE: &str = "not the value of a label: at most 63 letters, digits, '-', '_' and '.', a letter or digit first and last";
-pub(crate) const PORT_NAME: &str = "not a port's name: at most 15 lower-case letters, digits and '-', a letter among them, no '-' first, last or twice";
+pub(crate) const SERVICE_NAME: &str = "not a Service name: at most 63 lower-case letters, digits and '-', a letter first, a letter or digit last";
+pub(crate) const SUBDOMAIN: &str = "not a DNS name: at most 253 characters, DNS labels separated by dots";
+pub(crate) const LABEL_KEY: &str = "not a label key: at most 63 letters, digits, '-', '_' and '.', a letter or \
+     digit first and last, optionally after a DNS name and a '/'";
+pub(crate) const LABEL_VALUE: &str =
+    "not a label value: at most 63 letters, digits, '-', '_' and '.', a letter or digit first and last";
+pub(crate) const PORT_NAME: &str = "not a port name: at most 15 lower-case letters, digits and '-', at least one letter, no '-' first, last or twice in a row";
 
-/// DNS-1123 label.
+/// Whether a name is a DNS-1123 label.
 pub(crate) fn is_label(name: &str) -> bool {
     name.len() <= 63 && is_framed(name, |c| c.is_ascii_lowercase() || c.is_ascii_digit(), |c| c == '-')
 }
 
-/// DNS-1035 label.
+/// Whether a name is a DNS-1035 label.
 pub(crate) fn is_service_name(name: &str) -> bool {
     is_label(name) && name.starts_with(|c: char| c.is_ascii_lowercase())
 }
 
-/// DNS-1123 subdomain.
+/// Whether a name is a DNS-1123 subdomain.
 pub(crate) fn is_subdomain(name: &str) -> bool {
     name.len() <= 253 && name.split('.').all(is_label)
 }
@@ -36,7 +36,7 @@ pub(crate) fn is_label_value(value: &str) -> bool {
             && is_framed(value, |c| c.is_ascii_alphanumeric(), |c| matches!(c, '-' | '_' | '.'))
 }
 
-/// IANA service name (RFC 6335, section 5.1), in lower case.
+/// Whether a name is an IANA service name (RFC 6335, section 5.1) in lower case.
 pub(crate) fn is_port_name(name: &str) -> bool {
     name.len() <= 15
         && is_label(name)
@@ -44,7 +44,7 @@ pub(crate) fn is_port_name(name: &str) -> bool {
         && name.contains(|c: char| c.is_ascii_lowercase())
 }
 
-/// Not empty; `outer` characters first and last, `inner` ones as well between them.
+/// Whether a name is not empty, has `outer` characters first and last, and only `outer` or `inner` ones between them.
 fn is_framed(name: &str, outer: impl Fn(char) -> bool, inner: impl Fn(char) -> bool) -> bool {
     name.starts_with(&outer) && name.ends_with(&outer) && name.chars().all(|c| outer(c) || inner(c))
 }

@@ -1,4 +1,4 @@
-//! Checks of v1 NetworkPolicy.
+//! Validation of v1 NetworkPolicy.
 
 use ovl_proto::resource::{
     IntOrString, IpBlock, LabelSelector, NetworkPolicy, Operator, PolicyPeer, PolicyPort,
@@ -9,7 +9,7 @@ use crate::problem::Problems;
 use super::names::{LABEL_KEY, LABEL_VALUE, is_label_key, is_label_value};
 use super::{check_labels, check_port};
 
-/// Rules of a policy, in each direction.
+/// The maximum number of rules of a policy in each direction.
 const MAX_RULES: usize = 1000;
 
 pub(super) fn check(policy: &NetworkPolicy, problems: &mut Problems) {
@@ -20,7 +20,11 @@ pub(super) fn check(policy: &NetworkPolicy, problems: &mut Problems) {
     problems.want(types.len() == spec.policy_types.len(), "spec.policyTypes", "names a direction twice");
     problems.want(!types.is_empty(), "spec.policyTypes", "is empty");
     for (direction, rules) in [("ingress", spec.ingress.len()), ("egress", spec.egress.len())] {
-        problems.want(rules <= MAX_RULES, format!("spec.{direction}"), format!("are more than {MAX_RULES}"));
+        problems.want(
+            rules <= MAX_RULES,
+            format!("spec.{direction}"),
+            format!("exceeds the limit of {MAX_RULES}"),
+        );
     }
     for (n, rule) in spec.ingress.iter().enumerate() {
         check_rule(&format!("spec.ingress[{n}]"), &rule.ports, "from", &rule.from, problems);
@@ -37,7 +41,7 @@ fn check_rule(path: &str, ports: &[PolicyPort], side: &str, peers: &[PolicyPeer]
             check_port(&format!("{path}.port"), port, problems);
         }
         if let Some(end) = port.end_port {
-            let reason = "endPort goes with a port that is a number and not larger";
+            let reason = "endPort requires a port that is a number and not larger";
             let fits = matches!(port.port, Some(IntOrString::Int(first)) if first <= end);
             problems.want(fits, format!("{path}.endPort"), reason);
         }
@@ -50,12 +54,12 @@ fn check_rule(path: &str, ports: &[PolicyPort], side: &str, peers: &[PolicyPeer]
         problems.want(
             any || peer.ip_block.is_some(),
             &path,
-            "names nobody: podSelector, namespaceSelector or ipBlock",
+            "selects nothing: it needs a podSelector, namespaceSelector or ipBlock",
         );
         problems.want(
             !(any && peer.ip_block.is_some()),
             format!("{path}.ipBlock"),
-            "stands beside a selector: make them two peers",
+            "excludes a selector: use two peers",
         );
         for (name, selector) in selectors {
             if let Some(selector) = selector {
@@ -81,8 +85,8 @@ fn check_selector(path: &str, selector: &LabelSelector, problems: &mut Problems)
         let path = format!("{path}.matchExpressions[{n}]");
         problems.want(is_label_key(&requirement.key), format!("{path}.key"), LABEL_KEY);
         let (wants_values, reason) = match requirement.operator {
-            Operator::In | Operator::NotIn => (true, "In and NotIn go with at least one value"),
-            Operator::Exists | Operator::DoesNotExist => (false, "Exists and DoesNotExist go with no values"),
+            Operator::In | Operator::NotIn => (true, "In and NotIn require at least one value"),
+            Operator::Exists | Operator::DoesNotExist => (false, "Exists and DoesNotExist allow no values"),
         };
         problems.want(requirement.values.is_empty() != wants_values, format!("{path}.values"), reason);
         problems.want(

@@ -1,5 +1,5 @@
-//! Checks of v1 Service that need nothing but the Service itself; what is taken by others is for
-//! the host that applies them.
+//! Validation of v1 Service as far as it needs only the Service itself. The host that applies a Service checks for
+//! conflicts with others.
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -14,12 +14,12 @@ use crate::problem::Problems;
 use super::names::{LABEL, SUBDOMAIN, is_label, is_subdomain};
 use super::{USABLE, check_labels, check_number, check_port, is_usable};
 
-/// Ports of a Service.
+/// The maximum number of ports of a Service.
 const MAX_PORTS: usize = 1000;
-/// The longest that a client stays with its backend.
+/// The maximum affinity timeout in seconds.
 const MAX_AFFINITY_SECONDS: u32 = 86_400;
 
-/// Fills in what follows from the rest.
+/// Fills in the fields that derive from others.
 pub(super) fn complete(service: &mut Service) {
     let spec = &mut service.spec;
     match (spec.cluster_ip, spec.cluster_ips.first()) {
@@ -48,11 +48,11 @@ pub(super) fn check(service: &Service, problems: &mut Problems) {
             problems.want(spec.ip_family_policy.is_none(), "spec.ipFamilyPolicy", "an ExternalName has none");
         }
         ServiceType::ClusterIP | ServiceType::NodePort | ServiceType::LoadBalancer => {
-            problems.want(spec.external_name.is_empty(), "spec.externalName", "goes with type ExternalName");
+            problems.want(spec.external_name.is_empty(), "spec.externalName", "requires type ExternalName");
             problems.want(
                 !spec.ports.is_empty() || service.is_headless(),
                 "spec.ports",
-                "at least one port, except of a headless Service",
+                "needs at least one port, unless the Service is headless",
             );
         }
     }
@@ -60,7 +60,7 @@ pub(super) fn check(service: &Service, problems: &mut Problems) {
 
 fn check_ports(service: &Service, problems: &mut Problems) {
     let spec = &service.spec;
-    problems.want(spec.ports.len() <= MAX_PORTS, "spec.ports", format!("are more than {MAX_PORTS}"));
+    problems.want(spec.ports.len() <= MAX_PORTS, "spec.ports", format!("exceed the limit of {MAX_PORTS}"));
     let (mut names, mut numbers, mut node_ports) = (BTreeSet::new(), BTreeSet::new(), BTreeSet::new());
     for (n, port) in spec.ports.iter().enumerate() {
         let path = format!("spec.ports[{n}]");
@@ -68,13 +68,13 @@ fn check_ports(service: &Service, problems: &mut Problems) {
         let unnamed = port.name.is_empty();
         problems.want(!unnamed || spec.ports.len() == 1, format!("{path}.name"), "several ports need names");
         problems.want(unnamed || is_label(&port.name), format!("{path}.name"), LABEL);
-        problems.want(unnamed || names.insert(&port.name), format!("{path}.name"), "comes twice");
+        problems.want(unnamed || names.insert(&port.name), format!("{path}.name"), "is a duplicate");
         problems.want(
             numbers.insert((port.protocol, port.port)),
             format!("{path}.port"),
-            format!("{} {} comes twice", port.protocol, port.port),
+            format!("{} {} is a duplicate", port.protocol, port.port),
         );
-        // The same number, which is what it is unless given, need not be told twice.
+        // The default, the same number, was validated above.
         if let Some(target) =
             port.target_port.as_ref().filter(|target| **target != IntOrString::Int(port.port))
         {
@@ -83,9 +83,9 @@ fn check_ports(service: &Service, problems: &mut Problems) {
         if let Some(node_port) = port.node_port {
             let path = format!("{path}.nodePort");
             let exposed = matches!(spec.kind, ServiceType::NodePort | ServiceType::LoadBalancer);
-            problems.want(exposed, &path, "goes with type NodePort or LoadBalancer");
+            problems.want(exposed, &path, "requires type NodePort or LoadBalancer");
             check_node_port(&path, node_port, problems);
-            problems.want(node_ports.insert((port.protocol, node_port)), &path, "comes twice");
+            problems.want(node_ports.insert((port.protocol, node_port)), &path, "is a duplicate");
         }
     }
     if let Some(port) = spec.health_check_node_port {
@@ -93,7 +93,7 @@ fn check_ports(service: &Service, problems: &mut Problems) {
         problems.want(
             spec.wants_health_check(),
             path,
-            "goes with type LoadBalancer and externalTrafficPolicy Local",
+            "requires type LoadBalancer and externalTrafficPolicy Local",
         );
         check_node_port(path, port, problems);
     }
@@ -116,11 +116,11 @@ fn check_addresses(spec: &ServiceSpec, problems: &mut Problems) {
         "is not the first of clusterIPs",
     );
     let headless = ips.contains(&ClusterIp::Headless);
-    problems.want(!headless || ips.len() == 1, "spec.clusterIPs", "None stands alone");
+    problems.want(!headless || ips.len() == 1, "spec.clusterIPs", "None must be the only entry");
     problems.want(
         !headless || spec.kind == ServiceType::ClusterIP,
         "spec.clusterIP",
-        "None goes with type ClusterIP",
+        "None requires type ClusterIP",
     );
     let addresses: Vec<IpAddr> = ips.iter().filter_map(|ip| ip.address()).collect();
     let families: Vec<IpFamily> = addresses.iter().copied().map(IpFamily::of).collect();
@@ -143,17 +143,17 @@ fn check_addresses(spec: &ServiceSpec, problems: &mut Problems) {
     problems.want(
         !(both && spec.ip_family_policy == Some(IpFamilyPolicy::SingleStack)),
         "spec.ipFamilyPolicy",
-        "SingleStack goes with one family",
+        "SingleStack allows only one family",
     );
     for (n, address) in addresses.iter().enumerate() {
         problems.want(is_usable(*address), format!("spec.clusterIPs[{n}]"), USABLE);
     }
-    problems.want(spec.external_ips.len() <= 64, "spec.externalIPs", "are more than 64");
+    problems.want(spec.external_ips.len() <= 64, "spec.externalIPs", "exceed the limit of 64");
     for (n, address) in spec.external_ips.iter().enumerate() {
         problems.want(is_usable(*address), format!("spec.externalIPs[{n}]"), USABLE);
     }
     let balanced = spec.kind == ServiceType::LoadBalancer;
-    let reason = "goes with type LoadBalancer";
+    let reason = "requires type LoadBalancer";
     problems.want(balanced || spec.load_balancer_ip.is_none(), "spec.loadBalancerIP", reason);
     problems.want(
         balanced || spec.allocate_load_balancer_node_ports.is_none(),
@@ -167,13 +167,13 @@ fn check_policies(service: &Service, problems: &mut Problems) {
     problems.want(
         service.is_reached_from_outside() || spec.external_traffic_policy == TrafficPolicy::Cluster,
         "spec.externalTrafficPolicy",
-        "goes with type NodePort or LoadBalancer, or with externalIPs",
+        "requires type NodePort or LoadBalancer, or with externalIPs",
     );
     let Some(config) = spec.session_affinity_config else { return };
     problems.want(
         spec.session_affinity == SessionAffinity::ClientIP,
         "spec.sessionAffinityConfig",
-        "goes with sessionAffinity ClientIP",
+        "requires sessionAffinity ClientIP",
     );
     if let Some(seconds) = config.client_ip.and_then(|config| config.timeout_seconds) {
         problems.want(

@@ -57,7 +57,7 @@ fn accepted(manifest: Value) -> Resource {
     read(manifest.clone(), None, false).unwrap_or_else(|problems| panic!("{manifest}: {problems:?}")).resource
 }
 
-/// Puts a value at a place, making what leads there.
+/// Sets a value at a path, and creates the path.
 fn set(manifest: &mut Value, path: &str, value: Value) {
     let mut at = manifest;
     for part in path.split('.') {
@@ -76,7 +76,7 @@ fn set(manifest: &mut Value, path: &str, value: Value) {
                 if !at.is_object() {
                     *at = json!({});
                 }
-                // A slash stands for a dot.
+                // A '|' represents a dot.
                 at.as_object_mut().unwrap().entry(part.replace('|', ".")).or_insert(json!({}))
             }
         };
@@ -85,7 +85,7 @@ fn set(manifest: &mut Value, path: &str, value: Value) {
 }
 
 #[test]
-fn good_manifests_are_read_and_filled_in() {
+fn valid_manifests_are_read_and_completed() {
     let Resource::Service(service) = accepted(service()) else { panic!() };
     assert_eq!(service.spec.ports[0].target_port, Some(IntOrString::Int(80)));
     let Resource::NetworkPolicy(found) = accepted(policy()) else { panic!() };
@@ -95,7 +95,7 @@ fn good_manifests_are_read_and_filled_in() {
     assert_eq!(pod.status.pod_ips.len(), 1);
     accepted(slice());
     accepted(namespace());
-    // Without types, ingress is isolated, and egress where there are rules for it.
+    // Without types, ingress is isolated, and egress if there are egress rules.
     let mut egress = policy();
     set(&mut egress, "spec.policyTypes", json!(null));
     set(&mut egress, "spec.egress", json!([{}]));
@@ -104,7 +104,7 @@ fn good_manifests_are_read_and_filled_in() {
 }
 
 #[test]
-fn what_is_shown_can_be_applied_again() {
+fn written_manifests_can_be_applied_again() {
     let mut dual = service();
     for (path, value) in [
         ("spec.type", json!("LoadBalancer")),
@@ -132,7 +132,7 @@ fn what_is_shown_can_be_applied_again() {
 }
 
 #[test]
-fn what_another_cluster_wrote_is_taken_no_notice_of() {
+fn server_fields_of_another_cluster_are_ignored() {
     let mut dumped = service();
     for (path, value) in [
         ("metadata.uid", json!("7f3")),
@@ -150,7 +150,7 @@ fn what_another_cluster_wrote_is_taken_no_notice_of() {
 }
 
 #[test]
-fn a_list_is_its_items() {
+fn list_is_split_into_its_items() {
     let list = json!({ "apiVersion": "v1", "kind": "List", "items": [service(), policy()] });
     let found = items(list);
     assert_eq!(found.iter().map(|(path, _)| path.as_str()).collect::<Vec<_>>(), ["items[0].", "items[1]."]);
@@ -159,7 +159,7 @@ fn a_list_is_its_items() {
 }
 
 #[test]
-fn the_namespace_is_the_manifests_own_or_the_one_asked_for() {
+fn namespace_is_the_manifests_own_or_the_requested_one() {
     let name = |manifest: Value, namespace| key(&manifest, namespace).map(|key| key.name.to_string());
     assert_eq!(name(policy(), None).unwrap(), "default/db-allow-api-only");
     assert_eq!(name(policy(), Some("shop")).unwrap(), "shop/db-allow-api-only");
@@ -169,7 +169,7 @@ fn the_namespace_is_the_manifests_own_or_the_one_asked_for() {
 }
 
 #[test]
-fn every_field_that_is_wrong_is_named_with_the_reason() {
+fn every_invalid_field_is_named_with_the_reason() {
     let long = "a".repeat(64);
     let service_rows = [
         ("apiVersion", json!("v2"), "kind", "v2 Service is not supported"),
@@ -177,15 +177,15 @@ fn every_field_that_is_wrong_is_named_with_the_reason() {
         ("kind", json!(null), "kind", "is missing"),
         ("apiVersion", json!(7), "apiVersion", "is missing"),
         ("metadata.name", json!(null), "metadata.name", "is missing"),
-        ("metadata.name", json!("Web"), "metadata.name", "not a Service's name"),
-        ("metadata.name", json!("1web"), "metadata.name", "not a Service's name"),
-        ("metadata.name", json!(long), "metadata.name", "not a Service's name"),
+        ("metadata.name", json!("Web"), "metadata.name", "not a Service name"),
+        ("metadata.name", json!("1web"), "metadata.name", "not a Service name"),
+        ("metadata.name", json!(long), "metadata.name", "not a Service name"),
         ("metadata.namespace", json!("a.b"), "metadata.namespace", "not a DNS label"),
-        ("metadata.labels.a b", json!("x"), "metadata.labels.a b", "not the key of a label"),
-        ("metadata.labels.a", json!("x y"), "metadata.labels.a", "not the value of a label"),
+        ("metadata.labels.a b", json!("x"), "metadata.labels.a b", "not a label key"),
+        ("metadata.labels.a", json!("x y"), "metadata.labels.a", "not a label value"),
         ("metadata.labels.a", json!(1), "metadata.labels.a", "invalid type: integer"),
         ("metadata.labels", json!(["a"]), "metadata.labels", "invalid type: sequence"),
-        ("metadata.annotations.-", json!("x"), "metadata.annotations", "not the key"),
+        ("metadata.annotations.-", json!("x"), "metadata.annotations", "not a label key"),
         (
             "metadata.annotations.a",
             json!("x".repeat(MAX_ANNOTATIONS)),
@@ -193,7 +193,7 @@ fn every_field_that_is_wrong_is_named_with_the_reason() {
             "larger than 128 KiB",
         ),
         ("metadata.finalizers", json!(["x"]), "metadata.finalizers", "is not supported"),
-        ("spec.selector", json!({ "app": "x y" }), "spec.selector.app", "not the value"),
+        ("spec.selector", json!({ "app": "x y" }), "spec.selector.app", "not a label value"),
         ("spec.ports", json!([]), "spec.ports", "at least one port"),
         ("spec.ports", json!("80"), "spec.ports", "invalid type: string"),
         ("spec.ports.0.port", json!(0), "spec.ports[0].port", "between 1 and 65535"),
@@ -201,29 +201,29 @@ fn every_field_that_is_wrong_is_named_with_the_reason() {
         ("spec.ports.0.port", json!("http"), "spec.ports[0].port", "invalid type: string"),
         ("spec.ports.0.protocol", json!("tcp"), "spec.ports[0].protocol", "unknown variant `tcp`"),
         ("spec.ports.0.targetPort", json!(0), "spec.ports[0].targetPort", "between 1 and 65535"),
-        ("spec.ports.0.targetPort", json!("a--b"), "spec.ports[0].targetPort", "not a port's name"),
-        ("spec.ports.0.targetPort", json!("123"), "spec.ports[0].targetPort", "not a port's name"),
+        ("spec.ports.0.targetPort", json!("a--b"), "spec.ports[0].targetPort", "not a port name"),
+        ("spec.ports.0.targetPort", json!("123"), "spec.ports[0].targetPort", "not a port name"),
         ("spec.ports.0.name", json!("Http"), "spec.ports[0].name", "not a DNS label"),
-        ("spec.ports.0.nodePort", json!(30_000), "spec.ports[0].nodePort", "goes with type NodePort"),
+        ("spec.ports.0.nodePort", json!(30_000), "spec.ports[0].nodePort", "requires type NodePort"),
         ("spec.ports.0.nodeport", json!(30_000), "spec.ports[0].nodeport", "is not supported"),
         ("spec.ports.1.port", json!(81), "spec.ports[0].name", "several ports need names"),
         (
             "spec.ports",
             json!([{ "name": "a", "port": 1 }, { "name": "a", "port": 2 }]),
             "spec.ports[1].name",
-            "comes twice",
+            "is a duplicate",
         ),
         (
             "spec.ports",
             json!([{ "name": "a", "port": 1 }, { "name": "b", "port": 1 }]),
             "spec.ports[1].port",
-            "TCP 1 comes twice",
+            "TCP 1 is a duplicate",
         ),
         ("spec.type", json!("Balancer"), "spec.type", "unknown variant `Balancer`"),
         ("spec.clusterIP", json!("10.0.0"), "spec.clusterIP", "None for a headless Service"),
         ("spec.clusterIP", json!("127.0.0.1"), "spec.clusterIPs[0]", "not the address of one host"),
         ("spec.clusterIPs", json!(["10.0.0.1", "10.0.0.2"]), "spec.clusterIPs", "one IPv4 and one IPv6"),
-        ("spec.clusterIPs", json!(["None", "10.0.0.2"]), "spec.clusterIPs", "None stands alone"),
+        ("spec.clusterIPs", json!(["None", "10.0.0.2"]), "spec.clusterIPs", "None must be the only entry"),
         (
             "spec",
             json!({ "clusterIP": "10.0.0.1", "clusterIPs": ["10.0.0.2"], "ports": [{ "port": 1 }] }),
@@ -240,7 +240,7 @@ fn every_field_that_is_wrong_is_named_with_the_reason() {
             "spec",
             json!({ "clusterIP": "None", "type": "NodePort", "ports": [{ "port": 1 }] }),
             "spec.clusterIP",
-            "None goes with type ClusterIP",
+            "None requires type ClusterIP",
         ),
         ("spec.ipFamilies", json!(["IPv4", "IPv4"]), "spec.ipFamilies", "each once"),
         ("spec.ipFamilies", json!(["IPv5"]), "spec.ipFamilies[0]", "unknown variant `IPv5`"),
@@ -248,12 +248,12 @@ fn every_field_that_is_wrong_is_named_with_the_reason() {
             "spec",
             json!({ "ipFamilies": ["IPv4", "IPv6"], "ipFamilyPolicy": "SingleStack", "ports": [{ "port": 1 }] }),
             "spec.ipFamilyPolicy",
-            "SingleStack goes with one family",
+            "SingleStack allows only one family",
         ),
         ("spec.ipFamilyPolicy", json!("DualStack"), "spec.ipFamilyPolicy", "unknown variant"),
         ("spec.externalIPs", json!(["224.0.0.1"]), "spec.externalIPs[0]", "not the address of one host"),
         ("spec.externalIPs", json!(["x"]), "spec.externalIPs[0]", "invalid IP address"),
-        ("spec.externalName", json!("a.example"), "spec.externalName", "goes with type ExternalName"),
+        ("spec.externalName", json!("a.example"), "spec.externalName", "requires type ExternalName"),
         ("spec", json!({ "type": "ExternalName" }), "spec.externalName", "not a DNS name"),
         (
             "spec",
@@ -290,20 +290,20 @@ fn every_field_that_is_wrong_is_named_with_the_reason() {
             "spec.sessionAffinityConfig",
             json!({ "clientIP": { "timeoutSeconds": 5 } }),
             "spec.sessionAffinityConfig",
-            "goes with sessionAffinity ClientIP",
+            "requires sessionAffinity ClientIP",
         ),
         ("spec.internalTrafficPolicy", json!("local"), "spec.internalTrafficPolicy", "unknown variant"),
         (
             "spec.externalTrafficPolicy",
             json!("Local"),
             "spec.externalTrafficPolicy",
-            "goes with type NodePort",
+            "requires type NodePort",
         ),
         (
             "spec.healthCheckNodePort",
             json!(30_001),
             "spec.healthCheckNodePort",
-            "goes with type LoadBalancer and",
+            "requires type LoadBalancer and",
         ),
         (
             "spec.publishNotReadyAddresses",
@@ -311,12 +311,12 @@ fn every_field_that_is_wrong_is_named_with_the_reason() {
             "spec.publishNotReadyAddresses",
             "invalid type: string",
         ),
-        ("spec.loadBalancerIP", json!("192.0.2.1"), "spec.loadBalancerIP", "goes with type LoadBalancer"),
+        ("spec.loadBalancerIP", json!("192.0.2.1"), "spec.loadBalancerIP", "requires type LoadBalancer"),
         (
             "spec.allocateLoadBalancerNodePorts",
             json!(false),
             "spec.allocateLoadBalancerNodePorts",
-            "goes with type LoadBalancer",
+            "requires type LoadBalancer",
         ),
         (
             "spec.loadBalancerSourceRanges",
@@ -346,7 +346,7 @@ fn every_field_that_is_wrong_is_named_with_the_reason() {
                 "spec.ports",
                 json!([{ "name": "a", "port": 1, "nodePort": 30_001 }, { "name": "b", "port": 2, "nodePort": 30_001 }]),
                 "spec.ports[1].nodePort",
-                "comes twice",
+                "is a duplicate",
             ),
             (
                 "spec.sessionAffinityConfig.clientIP.timeoutSeconds",
@@ -371,7 +371,7 @@ fn every_field_that_is_wrong_is_named_with_the_reason() {
                 "spec.podSelector.matchLabels.app",
                 json!("x y"),
                 "spec.podSelector.matchLabels.app",
-                "not the value",
+                "not a label value",
             ),
             (
                 "spec.podSelector.matchExpressions",
@@ -389,7 +389,7 @@ fn every_field_that_is_wrong_is_named_with_the_reason() {
                 "spec.podSelector.matchExpressions",
                 json!([{ "key": "a b", "operator": "Exists" }]),
                 "spec.podSelector.matchExpressions[0].key",
-                "not the key",
+                "not a label key",
             ),
             (
                 "spec.podSelector.matchExpressions",
@@ -407,7 +407,7 @@ fn every_field_that_is_wrong_is_named_with_the_reason() {
                 "spec.podSelector.matchExpressions",
                 json!([{ "key": "a", "operator": "NotIn", "values": ["b c"] }]),
                 "spec.podSelector.matchExpressions[0].values",
-                "not the value",
+                "not a label value",
             ),
             ("spec.policyTypes", json!(["In"]), "spec.policyTypes[0]", "unknown variant"),
             (
@@ -417,7 +417,7 @@ fn every_field_that_is_wrong_is_named_with_the_reason() {
                 "names a direction twice",
             ),
             ("spec.ingress.0.ports.0.port", json!(0), "spec.ingress[0].ports[0].port", "between 1 and 65535"),
-            ("spec.ingress.0.ports.0.port", json!("A"), "spec.ingress[0].ports[0].port", "not a port's name"),
+            ("spec.ingress.0.ports.0.port", json!("A"), "spec.ingress[0].ports[0].port", "not a port name"),
             (
                 "spec.ingress.0.ports.0.protocol",
                 json!("ICMP"),
@@ -428,26 +428,26 @@ fn every_field_that_is_wrong_is_named_with_the_reason() {
                 "spec.ingress.0.ports.0.endPort",
                 json!(80),
                 "spec.ingress[0].ports[0].endPort",
-                "endPort goes with a port",
+                "endPort requires a port",
             ),
             (
                 "spec.ingress.0.ports.0",
                 json!({ "port": "pg", "endPort": 80 }),
                 "spec.ingress[0].ports[0].endPort",
-                "endPort goes with a port",
+                "endPort requires a port",
             ),
             (
                 "spec.ingress.0.ports.0",
                 json!({ "endPort": 80 }),
                 "spec.ingress[0].ports[0].endPort",
-                "endPort goes with a port",
+                "endPort requires a port",
             ),
-            ("spec.ingress.0.from.0", json!({}), "spec.ingress[0].from[0]", "names nobody"),
+            ("spec.ingress.0.from.0", json!({}), "spec.ingress[0].from[0]", "selects nothing"),
             (
                 "spec.ingress.0.from.0.ipBlock",
                 json!({ "cidr": "10.0.0.0/8" }),
                 "spec.ingress[0].from[0].ipBlock",
-                "beside a selector",
+                "excludes a selector",
             ),
             (
                 "spec.ingress.0.from.0",
@@ -477,15 +477,15 @@ fn every_field_that_is_wrong_is_named_with_the_reason() {
                 "spec.ingress.0.from.0.namespaceSelector",
                 json!({ "matchLabels": { "a b": "c" } }),
                 "spec.ingress[0].from[0].namespaceSelector.matchLabels.a b",
-                "not the key",
+                "not a label key",
             ),
             ("spec.ingress.0.to", json!([]), "spec.ingress[0].to", "is not supported"),
-            ("spec.egress", json!([{ "to": [{}] }]), "spec.egress[0].to[0]", "names nobody"),
+            ("spec.egress", json!([{ "to": [{}] }]), "spec.egress[0].to[0]", "selects nothing"),
             (
                 "spec.egress",
                 json!([{ "ports": [{ "port": 1, "endPort": 0 }] }]),
                 "spec.egress[0].ports[0].endPort",
-                "endPort goes with a port",
+                "endPort requires a port",
             ),
             ("spec.egress", json!([{ "from": [] }]), "spec.egress[0].from", "is not supported"),
             ("spec.podSelectors", json!({}), "spec.podSelectors", "is not supported"),
@@ -515,7 +515,7 @@ fn every_field_that_is_wrong_is_named_with_the_reason() {
                 "spec.containers.0.ports.0.name",
                 json!("Http"),
                 "spec.containers[0].ports[0].name",
-                "not a port's name",
+                "not a port name",
             ),
             (
                 "spec.containers.0.ports.0.protocol",
@@ -533,7 +533,7 @@ fn every_field_that_is_wrong_is_named_with_the_reason() {
                 "spec.containers.0.ports",
                 json!([{ "name": "a", "containerPort": 1 }, { "name": "a", "containerPort": 2 }]),
                 "spec.containers[0].ports[1].name",
-                "comes twice",
+                "is a duplicate",
             ),
             ("spec.hostNetwork", json!(true), "spec.hostNetwork", "is not supported"),
             ("status.podIP", json!("10.0.0.0/8"), "status.podIP", "invalid IP address"),
@@ -556,7 +556,7 @@ fn every_field_that_is_wrong_is_named_with_the_reason() {
                 "metadata.labels.kubernetes|io/service-name",
                 json!("a b"),
                 "metadata.labels.kubernetes.io/service-name",
-                "not the value",
+                "not a label value",
             ),
             ("addressType", json!(null), "addressType", "is missing"),
             ("addressType", json!("FQDN"), "addressType", "unknown variant"),
@@ -575,7 +575,7 @@ fn every_field_that_is_wrong_is_named_with_the_reason() {
             ("endpoints.0.targetRef", json!({ "kind": "Pod" }), "endpoints[0].targetRef", "is not supported"),
             ("ports.0.port", json!(0), "ports[0].port", "between 1 and 65535"),
             ("ports.0.name", json!("a b"), "ports[0].name", "not a DNS label"),
-            ("ports.1.name", json!("http"), "ports[1].name", "comes twice"),
+            ("ports.1.name", json!("http"), "ports[1].name", "is a duplicate"),
             ("ports.0.protocol", json!("X"), "ports[0].protocol", "unknown variant"),
         ],
     );
@@ -583,8 +583,8 @@ fn every_field_that_is_wrong_is_named_with_the_reason() {
         namespace(),
         &[
             ("metadata.name", json!("a.b"), "metadata.name", "not a DNS label"),
-            ("metadata.namespace", json!("x"), "metadata.namespace", "is in no namespace"),
-            ("metadata.labels.team", json!("-"), "metadata.labels.team", "not the value"),
+            ("metadata.namespace", json!("x"), "metadata.namespace", "has no namespace"),
+            ("metadata.labels.team", json!("-"), "metadata.labels.team", "not a label value"),
             ("spec", json!({ "finalizers": ["kubernetes"] }), "spec", "is not supported"),
         ],
     );
@@ -594,7 +594,7 @@ fn every_field_that_is_wrong_is_named_with_the_reason() {
     );
 }
 
-/// Each row: a place, what is put there, the field that is named, and a part of the reason.
+/// Checks rows of a path, its new value, the named field, and a part of the reason.
 fn wrong(good: Value, rows: &[(&str, Value, &str, &str)]) {
     accepted(good.clone());
     for (place, value, field, reason) in rows {
@@ -607,7 +607,7 @@ fn wrong(good: Value, rows: &[(&str, Value, &str, &str)]) {
 }
 
 #[test]
-fn lenient_makes_fields_that_are_not_supported_warnings_and_nothing_else() {
+fn lenient_makes_only_unsupported_fields_warnings() {
     let mut manifest = pod();
     set(&mut manifest, "spec.containers.0.image", json!("nginx"));
     set(&mut manifest, "spec.restartPolicy", json!("Always"));
@@ -621,7 +621,7 @@ fn lenient_makes_fields_that_are_not_supported_warnings_and_nothing_else() {
 }
 
 #[test]
-fn all_problems_of_a_manifest_are_told_at_once() {
+fn all_problems_of_a_manifest_are_reported() {
     let mut manifest = service();
     set(&mut manifest, "metadata.name", json!("Web"));
     set(&mut manifest, "spec.ports.0.port", json!(0));
@@ -665,7 +665,7 @@ fn places(value: &Value, at: String, all: &mut Vec<String>) {
 
 proptest! {
     #[test]
-    fn whatever_stands_in_a_field_what_is_accepted_can_be_shown_and_applied_again(
+    fn accepted_arbitrary_manifests_round_trip(
         which in 0..5_usize,
         changes in prop::collection::vec((any::<prop::sample::Index>(), any_json()), 1..4),
         lenient: bool,

@@ -1,4 +1,4 @@
-//! Checks of v1 Pod and EndpointSlice.
+//! Validation of v1 Pod and EndpointSlice.
 
 use std::collections::BTreeSet;
 
@@ -9,14 +9,16 @@ use crate::problem::Problems;
 use super::names::{LABEL, PORT_NAME, is_label, is_port_name};
 use super::{USABLE, check_number, is_usable};
 
-/// Containers of a pod, and ports of each.
+/// The maximum number of containers of a pod.
 const MAX_CONTAINERS: usize = 100;
+/// The maximum number of ports of a container or a slice.
 const MAX_PORTS: usize = 100;
-/// Of a slice, as Kubernetes has it.
+/// The maximum number of endpoints of a slice, as in Kubernetes.
 const MAX_SLICE_ENDPOINTS: usize = 1000;
+/// The maximum number of addresses of a slice's endpoint, as in Kubernetes.
 const MAX_SLICE_ADDRESSES: usize = 100;
 
-/// The one address and the list say the same.
+/// Makes the single address and the list of addresses consistent.
 pub(super) fn complete(pod: &mut Pod) {
     let status = &mut pod.status;
     match (status.pod_ip, status.pod_ips.first()) {
@@ -31,11 +33,11 @@ pub(super) fn check_pod(pod: &Pod, problems: &mut Problems) {
     for (field, name) in [("spec.hostname", &spec.hostname), ("spec.subdomain", &spec.subdomain)] {
         problems.want(name.is_empty() || is_label(name), field, LABEL);
     }
-    problems.want(spec.containers.len() <= MAX_CONTAINERS, "spec.containers", "are more than 100");
+    problems.want(spec.containers.len() <= MAX_CONTAINERS, "spec.containers", "exceed the limit of 100");
     for (n, container) in spec.containers.iter().enumerate() {
         let path = format!("spec.containers[{n}]");
         problems.want(is_label(&container.name), format!("{path}.name"), LABEL);
-        problems.want(container.ports.len() <= MAX_PORTS, format!("{path}.ports"), "are more than 100");
+        problems.want(container.ports.len() <= MAX_PORTS, format!("{path}.ports"), "exceed the limit of 100");
         let mut names = BTreeSet::new();
         for (n, port) in container.ports.iter().enumerate() {
             let path = format!("{path}.ports[{n}]");
@@ -45,7 +47,7 @@ pub(super) fn check_pod(pod: &Pod, problems: &mut Problems) {
                 problems.want(
                     names.insert(&port.name),
                     format!("{path}.name"),
-                    "comes twice in one container",
+                    "is a duplicate in the container",
                 );
             }
         }
@@ -68,14 +70,14 @@ pub(super) fn check_slice(slice: &EndpointSlice, problems: &mut Problems) {
     problems.want(
         slice.endpoints.len() <= MAX_SLICE_ENDPOINTS,
         "endpoints",
-        format!("are more than {MAX_SLICE_ENDPOINTS}"),
+        format!("exceed the limit of {MAX_SLICE_ENDPOINTS}"),
     );
     for (n, endpoint) in slice.endpoints.iter().enumerate() {
         let path = format!("endpoints[{n}]");
         problems.want(
             (1..=MAX_SLICE_ADDRESSES).contains(&endpoint.addresses.len()),
             format!("{path}.addresses"),
-            format!("between 1 and {MAX_SLICE_ADDRESSES} addresses"),
+            format!("must be between 1 and {MAX_SLICE_ADDRESSES} addresses"),
         );
         for (n, address) in endpoint.addresses.iter().enumerate() {
             let path = format!("{path}.addresses[{n}]");
@@ -88,12 +90,12 @@ pub(super) fn check_slice(slice: &EndpointSlice, problems: &mut Problems) {
             LABEL,
         );
     }
-    problems.want(slice.ports.len() <= MAX_PORTS, "ports", "are more than 100");
+    problems.want(slice.ports.len() <= MAX_PORTS, "ports", "exceed the limit of 100");
     let mut names = BTreeSet::new();
     for (n, port) in slice.ports.iter().enumerate() {
         let path = format!("ports[{n}]");
         problems.want(port.name.is_empty() || is_label(&port.name), format!("{path}.name"), LABEL);
-        problems.want(names.insert(&port.name), format!("{path}.name"), "comes twice");
+        problems.want(names.insert(&port.name), format!("{path}.name"), "is a duplicate");
         if let Some(number) = port.port {
             check_number(&format!("{path}.port"), number, problems);
         }

@@ -1,11 +1,11 @@
-//! Values as YAML, as kubectl prints them: block style, keys in order.
+//! Writes values as YAML in the form of kubectl: block style, keys in order.
 
 use serde_json::Value;
 
-/// A key may be this long, in characters, without a mark before it (YAML 1.2, section 7.4).
-const MOST_IMPLICIT: usize = 1024;
+/// The maximum length of an implicit key, in characters (YAML 1.2, section 7.4).
+const MAX_IMPLICIT_KEY: usize = 1024;
 
-/// A document, with a newline at its end.
+/// Returns a value as a YAML document with a final newline.
 pub fn to_yaml(value: &Value) -> String {
     let mut out = String::new();
     match value {
@@ -22,12 +22,12 @@ pub fn to_yaml(value: &Value) -> String {
 fn map(out: &mut String, value: &Value, indent: usize) {
     let Value::Object(fields) = value else { return };
     for (n, (key, value)) in fields.iter().enumerate() {
-        // The first field of a list's item stands on the line of its dash.
+        // The first field of a list item is on the line of its dash.
         if n > 0 || !out.ends_with("- ") {
             pad(out, indent);
         }
         let key = text(key);
-        if key.chars().count() > MOST_IMPLICIT {
+        if key.chars().count() > MAX_IMPLICIT_KEY {
             out.push_str("? ");
             out.push_str(&key);
             out.push('\n');
@@ -41,7 +41,7 @@ fn map(out: &mut String, value: &Value, indent: usize) {
                 out.push('\n');
                 map(out, value, indent + 2);
             }
-            // As kubectl has it: a list is not indented beneath its key.
+            // Like kubectl, do not indent a list beneath its key.
             Value::Array(items) if !items.is_empty() => {
                 out.push('\n');
                 list(out, value, indent);
@@ -88,13 +88,13 @@ fn scalar(value: &Value) -> String {
     }
 }
 
-/// Plain where no reader takes it for anything else, those of YAML 1.1 included; else in double quotes, as
-/// JSON has them.
+/// Returns a string as a plain scalar if no parser, including those of YAML 1.1, reads it as another type.
+/// Otherwise in double quotes, as in JSON.
 fn text(string: &str) -> String {
     let first = |c: char| c.is_ascii_alphabetic() || matches!(c, '/' | '_');
     let rest = |c: char| c.is_ascii_alphanumeric() || matches!(c, '/' | '_' | '.' | '-');
     let words = ["y", "n", "yes", "no", "on", "off", "true", "false", "null"];
-    // Addresses begin with digits, and are no numbers; one with colons only could be taken for base 60.
+    // An IPv4 address is not a number. An IPv6 address with only colons could be read as base 60.
     let address = string.parse::<std::net::Ipv4Addr>().is_ok() || string.parse::<ipnet::Ipv4Net>().is_ok();
     let plain = address
         || (string.starts_with(first)

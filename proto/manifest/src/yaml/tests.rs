@@ -8,7 +8,7 @@ fn values(text: &str) -> Vec<Value> {
 }
 
 #[test]
-fn several_documents_keep_their_numbers_and_lines() {
+fn documents_keep_their_numbers_and_lines() {
     let text = "# first\na: 1\n---\n# nothing\n---\nb: [x, 'y', \"z\"]\n---\nc:\n- d: e\n  f: g\n";
     let found = read(text).unwrap();
     let places: Vec<_> = found.iter().map(|document| document.number).collect();
@@ -23,15 +23,15 @@ fn several_documents_keep_their_numbers_and_lines() {
 }
 
 #[test]
-fn json_is_read_too_and_one_document_may_follow_another() {
+fn json_documents_are_read() {
     assert_eq!(values("{\"a\":\t1}\n\n{\"b\": null}"), [json!({"a": 1}), json!({"b": null})]);
     assert_eq!(read("{\"a\": 1}\n\n{\"b\": 2}").unwrap()[1].line, 3);
-    // Flow style, which only looks like it.
+    // Flow style, which only looks like JSON.
     assert_eq!(values("{a: b, c: [1, 2]}"), [json!({"a": "b", "c": [1, 2]})]);
 }
 
 #[test]
-fn scalars_are_those_of_the_core_schema() {
+fn scalars_follow_the_core_schema() {
     for (text, value) in [
         ("80", json!(80)),
         ("-7", json!(-7)),
@@ -68,14 +68,14 @@ fn scalars_are_those_of_the_core_schema() {
 }
 
 #[test]
-fn what_is_wrong_is_said_with_its_line() {
+fn errors_name_the_line() {
     for (text, line, reason) in [
-        ("a: 1\nb: 2\na: 3\n", 3, "the key a comes twice"),
+        ("a: 1\nb: 2\na: 3\n", 3, "duplicate key a"),
         ("a: 1\n b: 2\n", 2, ""),
         ("a: [1\n", 0, ""),
         ("x: *nowhere\n", 1, ""),
         ("base: &b {a: 1}\nit:\n  <<: *b\n", 3, "merge keys"),
-        ("{a: 1}: 2\n", 1, "a list or a map for a key"),
+        ("{a: 1}: 2\n", 1, "a list or a map cannot be a key"),
         ("a: !!binary aGk=\n", 1, "a tag"),
     ] {
         let error = read(text).expect_err(text);
@@ -85,11 +85,11 @@ fn what_is_wrong_is_said_with_its_line() {
     let deep = "[".repeat(100_000);
     assert!(read(&deep).is_err());
     let deep = "- ".repeat(MAX_DEPTH + 1) + "x";
-    assert!(read(&deep).unwrap_err().reason.contains("within each other"));
+    assert!(read(&deep).unwrap_err().reason.contains("nested more than"));
 }
 
 #[test]
-fn aliases_are_copies_and_cannot_unfold_without_bound() {
+fn aliases_are_copies_within_the_limits() {
     assert_eq!(values("a: &x {k: v}\nb: *x\n"), [json!({ "a": { "k": "v" }, "b": { "k": "v" } })]);
     let mut bomb = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n".to_owned();
     for n in 1..12 {
@@ -97,14 +97,14 @@ fn aliases_are_copies_and_cannot_unfold_without_bound() {
         bomb += &format!("a{n}: &a{n} [{}]\n", vec![format!("*a{before}"); 10].join(", "));
     }
     let error = read(&bomb).unwrap_err();
-    assert!(error.reason.contains("what aliases repeat included"), "{error}");
+    assert!(error.reason.contains("including copies by aliases"), "{error}");
     let long = "x".repeat(1 << 20);
     let bomb = format!("a: &a {long}\nb: [{}]\n", vec!["*a"; 100].join(", "));
     assert!(read(&bomb).is_err());
 }
 
 #[test]
-fn yaml_looks_as_kubectl_prints_it() {
+fn yaml_has_the_form_of_kubectl() {
     let value = json!({
         "apiVersion": "v1",
         "kind": "Service",
@@ -159,7 +159,7 @@ fn any_value() -> impl Strategy<Value = Value> {
 }
 
 #[test]
-fn a_key_of_any_length_is_read_again() {
+fn keys_of_any_length_round_trip() {
     for length in [1020, 1024, 1025, 3000] {
         for key in ["k".repeat(length), "\u{17}".repeat(length / 6 + 1)] {
             for inner in [json!("v"), json!({"a": 1}), json!(["a", {"b": 1}]), json!(null)] {
@@ -174,7 +174,7 @@ fn a_key_of_any_length_is_read_again() {
 
 proptest! {
     #[test]
-    fn what_is_written_is_read_again(value in any_value()) {
+    fn values_round_trip(value in any_value()) {
         let text = to_yaml(&value);
         let read = read(&text).unwrap_or_else(|error| panic!("{error}: {text}"));
         let read: Vec<Value> = read.into_iter().map(|it| it.value).collect();
@@ -183,12 +183,12 @@ proptest! {
     }
 
     #[test]
-    fn whatever_a_file_holds_it_does_not_panic(text in "[ -~\n\t]{0,200}") {
+    fn arbitrary_text_does_not_panic(text in "[ -~\n\t]{0,200}") {
         let _ = read(&text);
     }
 
     #[test]
-    fn nor_where_it_looks_like_yaml(parts in prop::collection::vec(
+    fn yaml_like_text_does_not_panic(parts in prop::collection::vec(
         prop_oneof!["- ", ": ", "\n", "  ", "a", "&a ", "\\*a", "---", "\\[", "\\]", "\\{", "\\}", "\"", "'", "!!", "\\|", "#", ","],
         0..60,
     )) {
