@@ -34,11 +34,21 @@ pub struct KeyEpochs {
 /// The route to a peer through the tunnel.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PeerRoute {
-    /// The local interfaces that have the peer, with its key and port there. All of them receive. Empty while the two
-    /// hosts have no epoch in common: then one of them is about to follow.
-    pub interfaces: Vec<(Device, TunnelKey, u16)>,
-    /// The output interface. `None` if there is no interface.
-    pub output: Option<Device>,
+    interfaces: Vec<(Device, TunnelKey, u16)>,
+    output: Option<Device>,
+}
+
+impl PeerRoute {
+    /// Returns the local interfaces that have the peer, with its key and port there. All of them receive. Empty while the
+    /// two hosts have no epoch in common: then one of them is about to follow.
+    pub fn interfaces(&self) -> &[(Device, TunnelKey, u16)] {
+        &self.interfaces
+    }
+
+    /// Returns the output interface. `None` if there is no interface.
+    pub fn output(&self) -> Option<Device> {
+        self.output
+    }
 }
 
 /// Returns the interface that listens on a port. A host has a pair of ports, of which the second is odd.

@@ -116,13 +116,15 @@ pub(crate) fn part(dataplane: &mut Dataplane, view: &View, epochs: &KeyEpochs) {
     for (id, route) in peer_routes(view, epochs) {
         let Some(peer) = view.nodes.get(&id) else { continue };
         let to = IpNet::from(IpAddr::V6(address(cluster, id)));
-        if route.output.is_some() {
+        if route.output().is_some() {
             let mtu = path_mtu(own, peer, mtu);
-            dataplane.routes.insert(to, Hop { device: route.output, gateway: None, source: Some(here), mtu });
+            dataplane
+                .routes
+                .insert(to, Hop { device: route.output(), gateway: None, source: Some(here), mtu });
         }
         let mut allowed = allowed.remove(&id).unwrap_or_default();
         allowed.insert(to);
-        for (device, key, port) in route.interfaces {
+        for (device, key, port) in route.interfaces().iter().copied() {
             let endpoint = SocketAddr::new(peer.record.vtep, port);
             let allowed = allowed.clone();
             dataplane.tunnel_peers.insert((device, key), TunnelPeer { endpoint, allowed });

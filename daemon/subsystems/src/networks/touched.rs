@@ -168,7 +168,7 @@ fn switched(
     for address in &addresses {
         let placed = view.all_with_address(id, *address).filter(|placed| view.is_counted(placed));
         for claim in placed.filter_map(claim) {
-            is.neighbours.insert((bridge, *address), claim.endpoint.mac);
+            is.neighbours.insert((bridge, *address), claim.endpoint().mac);
         }
     }
     for node in view.nodes.values().filter(|node| routes.to(node).is_some_and(|way| remotes.contains(&way))) {
@@ -178,7 +178,7 @@ fn switched(
             .map(|endpoint| Placed { node, endpoint })
             .filter(|placed| view.is_counted(placed))
             .filter_map(claim);
-        if let Some(remote) = claims.next().and_then(|claim| claim.remote) {
+        if let Some(remote) = claims.next().and_then(|claim| claim.remote()) {
             is.floods.insert((vxlan, remote));
         }
     }
