@@ -6,8 +6,8 @@
 //! endpoints behind one bridge, or to the endpoint itself), and where the address cannot be answered (127.0.0.1). The
 //! kernel does not forward packets from `::1`, so the daemon relays these connections itself.
 //!
-//! The module owns no state: the elements belong to the network of the endpoint. Begin to read at [`elements`] and
-//! [`skeleton`].
+//! The module owns no state: the elements belong to the network of the endpoint. Begin to read at `elements` and
+//! `skeleton`.
 
 use std::net::IpAddr;
 use std::sync::{Arc, LazyLock};

@@ -2,7 +2,7 @@
 //!
 //! One tunnel carries all encrypted networks. Each host has an address in it, which is its VTEP for switched networks;
 //! blocks of routed networks are routed into it without VXLAN. The allowed IPs of a peer are its address and its blocks.
-//! The module owns no state. Begin to read at [`peers`] and [`part`].
+//! The module owns no state. Begin to read at [`peers`] and `part`.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};

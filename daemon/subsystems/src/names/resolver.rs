@@ -5,7 +5,7 @@
 //! to ovld's address and port, and the source of each answer to 127.0.0.11 port 53, without connection tracking. An
 //! endpoint without an IPv4 address has no route to 127.0.0.11 and queries [`ADDRESS_V6`].
 //!
-//! The module owns no state. Begin to read at [`chains`].
+//! The module owns no state. Begin to read at `chains`.
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;

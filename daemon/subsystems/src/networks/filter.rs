@@ -47,7 +47,7 @@ const REJECT: &str = "reject with icmpx admin-prohibited";
 ///
 /// * `prerouting`: the kernel's VXLAN socket listens on every address of the host and accepts packets from any source;
 ///   this chain admits only VTEPs of members. Packets that are forwarded to another host are not affected. Unencrypted
-///   packets to and from encrypted networks are dropped: see [`encrypted_in`].
+///   packets to and from encrypted networks are dropped: see `encrypted_in`.
 /// * `prerouting`, `output`: packets of the tunnel itself and packets within one network need no connection tracking,
 ///   which the address translation below would enable for them too; it costs a seventh of the throughput. Packets to
 ///   or from a gateway are tracked, because the host's own rules may match them. So are packets that were diverted to
