@@ -62,8 +62,8 @@ pub(crate) struct MacClaim<'a> {
 }
 
 impl<'a> MacClaim<'a> {
-    /// Returns the claim of an endpoint. `None` if it is outside the network's subnets, does not win its MAC address, is
-    /// isolated, or its host cannot be reached.
+    /// Returns the claim of an endpoint. `None` if it is outside the network's subnets, does not win its MAC address,
+    /// is isolated, or its host cannot be reached.
     pub(crate) fn of(
         view: &View,
         local: &Local,

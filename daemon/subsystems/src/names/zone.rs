@@ -70,8 +70,8 @@ pub struct DnsClient {
     pub namespace: String,
 }
 
-/// Returns the clients of the resolver by source address: the local endpoints without an address conflict. `place` returns
-/// the network namespace of an endpoint and its position there; `None` leaves the endpoint out.
+/// Returns the clients of the resolver by source address: the local endpoints without an address conflict. `place`
+/// returns the network namespace of an endpoint and its position there; `None` leaves the endpoint out.
 pub fn dns_clients<P: Ord + Clone, O: Ord>(
     view: &View,
     place: impl Fn(&Endpoint) -> Option<(P, O)>,

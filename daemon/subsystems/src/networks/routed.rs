@@ -1,9 +1,9 @@
 //! The data plane of a routed network on this host.
 //!
 //! Each host holds blocks of the subnet; every other host has one route for each block, whatever the number of
-//! endpoints. Each endpoint has a veth pair and a route for its address; nothing is bridged. The first host address of a
-//! block is the gateway of the endpoints in it; all gateways of a host are addresses of the network's bridge, which has
-//! no ports. The module owns no state. Begin to read at [`part`].
+//! endpoints. Each endpoint has a veth pair and a route for its address; nothing is bridged. The first host address of
+//! a block is the gateway of the endpoints in it; all gateways of a host are addresses of the network's bridge, which
+//! has no ports. The module owns no state. Begin to read at [`part`].
 
 use std::collections::BTreeMap;
 
