@@ -140,7 +140,7 @@ impl Node {
             zone.has_client(address) || all.any(|placed| placed.node.record.id == me)
         };
         let asks = !whole.is_empty()
-            || marks.iter().any(|(network, marks)| marks.addresses.iter().any(|at| is_own(*network, *at)));
+            || marks.iter().any(|(network, marks)| marks.addresses().iter().any(|at| is_own(*network, *at)));
         if !whole.is_empty() || zone.networks() != state.view.networks.len() {
             let networks: HashSet<_> = state.view.networks.keys().map(|id| key(*id)).collect();
             zone.retain_networks(|key| networks.contains(&key));
@@ -154,10 +154,10 @@ impl Node {
             let gone = zone.names(key(*network));
             for name in gone {
                 match name.reversed() {
-                    Some(address) if !there.addresses.contains(&address) => {
+                    Some(address) if !there.addresses().contains(&address) => {
                         zone.set(key(*network), &name, Records::default());
                     }
-                    None if !there.names.contains(&name.to_string()) => {
+                    None if !there.names().contains(&name.to_string()) => {
                         zone.set(key(*network), &name, Records::default());
                     }
                     Some(_) | None => {}
@@ -388,12 +388,12 @@ fn set_clients(zone: &mut Zone, state: &State) {
 
 /// Sets what there is of these names and addresses now.
 fn set(zone: &mut Zone, state: &State, network: NetworkId, marks: &Marks) {
-    for text in &marks.names {
+    for text in marks.names() {
         // Not all that may be an endpoint's name may be one in DNS.
         let Some(name) = Name::parse(text) else { continue };
         zone.set(key(network), &name, records_of(zone::addresses(&state.view, network, text)));
     }
-    for address in &marks.addresses {
+    for address in marks.addresses() {
         let names = zone::names_of(&state.view, network, *address);
         let names = names.iter().filter_map(|name| Name::parse(name)).collect();
         zone.set(key(network), &Name::reverse_of(*address), Records { names, ..Records::default() });

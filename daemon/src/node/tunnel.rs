@@ -244,11 +244,11 @@ impl Node {
             // Of the end by which packets go there now.
             let Some(route) = routes.get(&id) else { continue };
             let mut here =
-                ends.iter().filter(|end| Some(end.device) == route.output).flat_map(|end| &end.peers);
+                ends.iter().filter(|end| Some(end.device) == route.output()).flat_map(|end| &end.peers);
             let keys: Vec<TunnelKey> = route
-                .interfaces
+                .interfaces()
                 .iter()
-                .filter(|(device, ..)| Some(*device) == route.output)
+                .filter(|(device, ..)| Some(*device) == route.output())
                 .map(|(_, key, _)| *key)
                 .collect();
             watched.status = here.rfind(|status| keys.contains(&status.key)).cloned();

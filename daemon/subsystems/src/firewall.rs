@@ -1,9 +1,9 @@
 //! Firewalls of other programs on this host, and whether they drop packets that are forwarded to or from endpoints.
 //!
 //! ovld does not bypass them. Only where Docker drops all packets that it does not know does ovld add one rule to the
-//! chain that Docker leaves to users; it jumps to a chain of ovld that accepts packets of ovld's devices. For every other
-//! firewall, `status` names the firewall that drops packets and the command that would allow them. The module owns no
-//! state. Begin to read at [`decide`].
+//! chain that Docker leaves to users; it jumps to a chain of ovld that accepts packets of ovld's devices. For every
+//! other firewall, `status` names the firewall that drops packets and the command that would allow them. The module
+//! owns no state. Begin to read at [`decide`].
 
 use ovl_proto::object::{Mode, Network};
 

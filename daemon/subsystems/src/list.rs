@@ -1,7 +1,7 @@
 //! The list of all subsystems, and the functions that apply a step to each of them.
 //!
-//! [`Subsystems`] owns one value of each subsystem. Begin to read at [`Subsystems::all`]: its order is the order in which
-//! plans are applied. The functions below take any list, so tests can add a subsystem of their own.
+//! [`Subsystems`] owns one value of each subsystem. Begin to read at [`Subsystems::all`]: its order is the order in
+//! which plans are applied. The functions below take any list, so tests can add a subsystem of their own.
 
 use ovl_dataplane::op::Op;
 use ovl_dataplane::state::Dataplane;

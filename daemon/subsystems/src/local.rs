@@ -53,8 +53,8 @@ pub struct Local {
 }
 
 impl Local {
-    /// Whether the local host needs the devices of a network: it has endpoints there, holds a block of a routed network,
-    /// or an attach is in flight. A bridge network always needs them.
+    /// Whether the local host needs the devices of a network: it has endpoints there, holds a block of a routed
+    /// network, or an attach is in flight. A bridge network always needs them.
     pub fn is_built(&self, view: &View, network: NetworkId) -> bool {
         let is_routed = view.networks.get(&network).is_some_and(|state| state.network.mode == Mode::L3);
         self.wanted.contains_key(&network)

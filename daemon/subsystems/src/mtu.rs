@@ -1,6 +1,6 @@
 //! Encapsulation overhead and path MTUs, in bytes, shared by several subsystems.
 //!
-//! This module owns no state. Begin to read at [`path_mtu`]; the MTU of a network is in
+//! This module owns no state. Begin to read at `path_mtu`; the MTU of a network is in
 //! [`crate::networks::mtu`].
 
 use std::net::IpAddr;

@@ -1,8 +1,8 @@
 //! The subsystem of networks: bridges, VXLAN devices, FDB entries, neighbours, routes and the base packet filter.
 //!
-//! [`Networks`] owns the data plane that was last sent, separately for each network and for the host as a whole. If only
-//! single endpoints changed, the plan looks at these alone ([`touched`]); any other change compares the whole network.
-//! Begin to read at [`desired::network_part`], and then at the `Subsystem` implementation of [`Networks`].
+//! [`Networks`] owns the data plane that was last sent, separately for each network and for the host as a whole. If
+//! only single endpoints changed, the plan looks at these alone ([`touched`]); any other change compares the whole
+//! network. Begin to read at [`desired::network_part`], and then at the `Subsystem` implementation of [`Networks`].
 
 pub mod desired;
 pub mod filter;
@@ -75,8 +75,8 @@ impl Networks {
         ops
     }
 
-    /// Returns the operations for the touched endpoints of a network. `None` if the network must be compared as a whole;
-    /// it is then marked for that.
+    /// Returns the operations for the touched endpoints of a network. `None` if the network must be compared as a
+    /// whole; it is then marked for that.
     fn plan_touched(&mut self, network: NetworkId, cluster: &Cluster<'_>) -> Option<Vec<Op>> {
         if self.changed.contains(&network) {
             return None;

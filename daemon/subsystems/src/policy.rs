@@ -1,6 +1,6 @@
 //! The subsystem of network policies: which endpoints may connect, enforced by address on the hosts of both ends.
 //!
-//! [`Policies`] is the compiled form of the cluster's NetworkPolicy objects. The nftables table ([`rules`]), the set
+//! [`Policies`] is the compiled form of the cluster's NetworkPolicy objects. The nftables table (`rules`), the set
 //! elements of each address ([`members`]) and the explanation of a verdict ([`explain`]) all follow from it.
 //! [`Enforcement`] owns the state: its [`PolicyLedger`] is what was last sent to the kernel. Begin to read at
 //! [`Policies::new`], and then at [`PolicyLedger::plan`].
@@ -140,7 +140,7 @@ pub enum RulePort {
     All(Protocol),
     /// The ports from the first to the last.
     Range(Protocol, u16, u16),
-    /// The port with this name on the receiving endpoint: the index in [`Policies::ports`].
+    /// The port with this name on the receiving endpoint: the index in `Policies::ports`.
     Named(usize),
 }
 

@@ -2,12 +2,12 @@
 //!
 //! The rules are in one nftables table with maps, so one more port is one more element. Packets are translated in
 //! `prerouting` and then forwarded like any others, so the host's firewall for forwarded packets applies to them. The
-//! client's address is kept, with two exceptions: where the answer would not come back through the host (hairpin between
-//! endpoints behind one bridge, or to the endpoint itself), and where the address cannot be answered (127.0.0.1). The
-//! kernel does not forward packets from `::1`, so the daemon relays these connections itself.
+//! client's address is kept, with two exceptions: where the answer would not come back through the host (hairpin
+//! between endpoints behind one bridge, or to the endpoint itself), and where the address cannot be answered
+//! (127.0.0.1). The kernel does not forward packets from `::1`, so the daemon relays these connections itself.
 //!
-//! The module owns no state: the elements belong to the network of the endpoint. Begin to read at [`elements`] and
-//! [`skeleton`].
+//! The module owns no state: the elements belong to the network of the endpoint. Begin to read at `elements` and
+//! `skeleton`.
 
 use std::net::IpAddr;
 use std::sync::{Arc, LazyLock};
@@ -67,8 +67,8 @@ static AT6: Set = Set::new(
         ranges: false,
     },
 );
-/// Pairs of output interface and source prefix whose translated packets are masqueraded, because their answers would not
-/// come back through the host: hairpin traffic.
+/// Pairs of output interface and source prefix whose translated packets are masqueraded, because their answers would
+/// not come back through the host: hairpin traffic.
 ///
 /// The source is matched, not the input interface: that is unknown where the kernel bridges translated frames
 /// (`net.bridge.bridge-nf-call-iptables`).
@@ -124,9 +124,10 @@ pub(crate) fn guard(dataplane: &mut Dataplane, local: &Local, network: &Network,
 /// The bridge table that drops group frames which would leave by the bridge port by which they arrived.
 ///
 /// With `net.bridge.bridge-nf-call-iptables`, as Docker sets it, the kernel translates packets of bridged frames and
-/// bridges them again if the new destination is on the same bridge. A packet that an endpoint sends to its own published
-/// port, or to a Service of which it is a backend, must then leave by the port by which it arrived. Hairpin mode
-/// ([`ovl_dataplane::state::Link::Endpoint`]) allows that; this table keeps it from returning broadcast and multicast.
+/// bridges them again if the new destination is on the same bridge. A packet that an endpoint sends to its own
+/// published port, or to a Service of which it is a backend, must then leave by the port by which it arrived. Hairpin
+/// mode ([`ovl_dataplane::state::Link::Endpoint`]) allows that; this table keeps it from returning broadcast and
+/// multicast.
 fn frames() -> Arc<Skeleton> {
     static SKELETON: LazyLock<Arc<Skeleton>> = LazyLock::new(|| {
         let rule = format!(

@@ -1,8 +1,8 @@
 //! The subsystems of Services: address translation, and announcements of LoadBalancer addresses.
 //!
-//! [`Translation`] owns the set elements that were last sent ([`Services`]); [`Announcements`] owns the addresses that this
-//! host announces ([`ingress`]). [`allocation`] chooses addresses and ports when a Service is applied, and owns no state.
-//! Begin to read at [`Services::plan`].
+//! [`Translation`] owns the set elements that were last sent ([`Services`]); [`Announcements`] owns the addresses that
+//! this host announces ([`ingress`]). [`allocation`] chooses addresses and ports when a Service is applied, and owns no
+//! state. Begin to read at [`Services::plan`].
 
 pub mod allocation;
 mod announcements;

@@ -3,8 +3,8 @@
 //! A host has two interfaces only during a rotation. A WireGuard interface has one private key and accepts the allowed
 //! IPs of a peer from one public key only, so the old and the new key need an interface each, on both hosts.
 //!
-//! All hosts move from one key epoch to the next. Each epoch uses one of the two UDP ports of a host, with an interface on
-//! it. A host that rotates its key creates the interface of the next epoch with the new key and publishes both; the
+//! All hosts move from one key epoch to the next. Each epoch uses one of the two UDP ports of a host, with an interface
+//! on it. A host that rotates its key creates the interface of the next epoch with the new key and publishes both; the
 //! other hosts follow with the keys that they have. Two hosts can exchange packets in each epoch in which both have an
 //! interface. They send by the later interface as soon as it has a session; the earlier one still receives. A host
 //! deletes its earlier interface when all peers have followed and no packet arrives by it any more.
@@ -34,11 +34,21 @@ pub struct KeyEpochs {
 /// The route to a peer through the tunnel.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PeerRoute {
-    /// The local interfaces that have the peer, with its key and port there. All of them receive. Empty while the two
-    /// hosts have no epoch in common: then one of them is about to follow.
-    pub interfaces: Vec<(Device, TunnelKey, u16)>,
-    /// The output interface. `None` if there is no interface.
-    pub output: Option<Device>,
+    interfaces: Vec<(Device, TunnelKey, u16)>,
+    output: Option<Device>,
+}
+
+impl PeerRoute {
+    /// Returns the local interfaces that have the peer, with its key and port there. All of them receive. Empty while
+    /// the two hosts have no epoch in common: then one of them is about to follow.
+    pub fn interfaces(&self) -> &[(Device, TunnelKey, u16)] {
+        &self.interfaces
+    }
+
+    /// Returns the output interface. `None` if there is no interface.
+    pub fn output(&self) -> Option<Device> {
+        self.output
+    }
 }
 
 /// Returns the interface that listens on a port. A host has a pair of ports, of which the second is odd.

@@ -1,8 +1,8 @@
 //! The data plane of the tunnel: WireGuard interfaces, peers, addresses and routes.
 //!
 //! One tunnel carries all encrypted networks. Each host has an address in it, which is its VTEP for switched networks;
-//! blocks of routed networks are routed into it without VXLAN. The allowed IPs of a peer are its address and its blocks.
-//! The module owns no state. Begin to read at [`peers`] and [`part`].
+//! blocks of routed networks are routed into it without VXLAN. The allowed IPs of a peer are its address and its
+//! blocks. The module owns no state. Begin to read at [`peers`] and `part`.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
@@ -21,8 +21,8 @@ use ovl_dataplane::state::{Dataplane, Hop, Link, Remote, Tunnel, TunnelKind, Tun
 /// The length of the prefix that the tunnel addresses of all hosts of a cluster share.
 const PREFIX_LENGTH: u8 = 48;
 
-/// Returns a host's address in the tunnel: a unique local address (RFC 4193) whose global id is the cluster's number and
-/// whose last bits are the host's id. So it needs no allocation, and it identifies its host.
+/// Returns a host's address in the tunnel: a unique local address (RFC 4193) whose global id is the cluster's number
+/// and whose last bits are the host's id. So it needs no allocation, and it identifies its host.
 pub fn address(cluster: u64, node: NodeId) -> Ipv6Addr {
     let mut bytes = [0; 16];
     let [_, _, _, global @ ..] = cluster.to_be_bytes();
@@ -61,8 +61,8 @@ pub fn copies(view: &View) -> BTreeSet<NodeId> {
         .collect()
 }
 
-/// Returns the hosts that are reached through the tunnel: members that are alive or suspect, publish a tunnel key of their
-/// own, and have an underlay address of the local host's family. Empty if the local host has no tunnel.
+/// Returns the hosts that are reached through the tunnel: members that are alive or suspect, publish a tunnel key of
+/// their own, and have an underlay address of the local host's family. Empty if the local host has no tunnel.
 pub fn peers(view: &View) -> BTreeMap<NodeId, (&Node, record::Tunnel)> {
     let Some((own, own_tunnel)) = own(view) else { return BTreeMap::new() };
     let copies = copies(view);
@@ -116,13 +116,15 @@ pub(crate) fn part(dataplane: &mut Dataplane, view: &View, epochs: &KeyEpochs) {
     for (id, route) in peer_routes(view, epochs) {
         let Some(peer) = view.nodes.get(&id) else { continue };
         let to = IpNet::from(IpAddr::V6(address(cluster, id)));
-        if route.output.is_some() {
+        if route.output().is_some() {
             let mtu = path_mtu(own, peer, mtu);
-            dataplane.routes.insert(to, Hop { device: route.output, gateway: None, source: Some(here), mtu });
+            dataplane
+                .routes
+                .insert(to, Hop { device: route.output(), gateway: None, source: Some(here), mtu });
         }
         let mut allowed = allowed.remove(&id).unwrap_or_default();
         allowed.insert(to);
-        for (device, key, port) in route.interfaces {
+        for (device, key, port) in route.interfaces().iter().copied() {
             let endpoint = SocketAddr::new(peer.record.vtep, port);
             let allowed = allowed.clone();
             dataplane.tunnel_peers.insert((device, key), TunnelPeer { endpoint, allowed });

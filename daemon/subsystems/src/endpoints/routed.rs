@@ -52,8 +52,8 @@ pub(crate) fn endpoint_part(
         let hop = Hop { device: Some(device), gateway: None, source, mtu: None };
         dataplane.routes.insert(IpNet::from(address), hop);
         if address.is_ipv6() && local.fetched.contains(&endpoint.id) {
-            // A Docker Engine sets no neighbour for the gateway, and the kernel answers a neighbour solicitation only if
-            // the receiving device has the address.
+            // A Docker Engine sets no neighbour for the gateway, and the kernel answers a neighbour solicitation only
+            // if the receiving device has the address.
             let gateway = addresses::gateway_on(network, address);
             dataplane.addresses.extend(gateway.map(|gateway| (device, IpNet::from(gateway))));
         }

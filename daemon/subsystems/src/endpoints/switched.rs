@@ -55,17 +55,15 @@ impl FrameRoutes {
 /// An endpoint that holds its MAC address, so that frames are sent to it.
 #[derive(Debug)]
 pub(crate) struct MacClaim<'a> {
-    /// The endpoint.
-    pub(crate) endpoint: &'a Endpoint,
-    /// The VTEP of its host. `None` if it is on this host.
-    pub(crate) remote: Option<Remote>,
+    endpoint: &'a Endpoint,
+    remote: Option<Remote>,
     /// Whether frames from its MAC address are accepted only from that VTEP: the network is encrypted.
     checks_source: bool,
 }
 
 impl<'a> MacClaim<'a> {
-    /// Returns the claim of an endpoint. `None` if it is outside the network's subnets, does not win its MAC address, is
-    /// isolated, or its host cannot be reached.
+    /// Returns the claim of an endpoint. `None` if it is outside the network's subnets, does not win its MAC address,
+    /// is isolated, or its host cannot be reached.
     pub(crate) fn of(
         view: &View,
         local: &Local,
@@ -86,6 +84,16 @@ impl<'a> MacClaim<'a> {
             return None;
         }
         Some(Self { endpoint, remote, checks_source: network.encrypted })
+    }
+
+    /// Returns the endpoint.
+    pub(crate) fn endpoint(&self) -> &'a Endpoint {
+        self.endpoint
+    }
+
+    /// Returns the VTEP of its host. `None` if it is on this host.
+    pub(crate) fn remote(&self) -> Option<Remote> {
+        self.remote
     }
 
     /// Adds the FDB entries of the endpoint's MAC address.

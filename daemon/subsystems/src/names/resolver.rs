@@ -5,7 +5,7 @@
 //! to ovld's address and port, and the source of each answer to 127.0.0.11 port 53, without connection tracking. An
 //! endpoint without an IPv4 address has no route to 127.0.0.11 and queries [`ADDRESS_V6`].
 //!
-//! The module owns no state. Begin to read at [`chains`].
+//! The module owns no state. Begin to read at `chains`.
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
@@ -27,8 +27,8 @@ pub const CLUSTER_V4: Ipv4Addr = Ipv4Addr::new(169, 254, 79, 10);
 pub const CLUSTER_V6: Ipv6Addr = Ipv6Addr::new(0xfd6f, 0x766c, 0, 0, 0, 0, 0, 0xa);
 /// The port on which ovld listens for rewritten queries. Port 53 may be in use by another server.
 pub const PORT: u16 = 7953;
-/// The port for queries that were sent to [`ADDRESS_V4`] itself, for example by a container whose 127.0.0.11 is served by
-/// a Docker Engine.
+/// The port for queries that were sent to [`ADDRESS_V4`] itself, for example by a container whose 127.0.0.11 is served
+/// by a Docker Engine.
 pub const PORT_DIRECT: u16 = 7954;
 
 /// Adds the resolver's addresses to a network's bridge, of the address families that the network has.
@@ -110,9 +110,9 @@ pub(crate) fn chains(
 
 /// Returns the tables that deliver queries to ovld by the loopback device.
 ///
-/// A firewall of the host that drops unknown packets accepts that device, but would drop packets from a bridge: the drop
-/// of a later chain is final, so ovld could not accept them in a chain of its own. The resolver itself decides which
-/// clients it answers.
+/// A firewall of the host that drops unknown packets accepts that device, but would drop packets from a bridge: the
+/// drop of a later chain is final, so ovld could not accept them in a chain of its own. The resolver itself decides
+/// which clients it answers.
 pub(crate) fn past_firewalls() -> impl Iterator<Item = (Table, Arc<Skeleton>)> {
     // The last address selects the route over the loopback device. The packet's destination does not change.
     let all: [(Table, [IpAddr; 3]); 2] = [

@@ -15,9 +15,9 @@ use ovl_cluster::view::{Placed, View};
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Marks {
     /// Names, in lower case.
-    pub names: BTreeSet<String>,
+    names: BTreeSet<String>,
     /// Addresses whose names may have changed.
-    pub addresses: BTreeSet<IpAddr>,
+    addresses: BTreeSet<IpAddr>,
 }
 
 impl Marks {
@@ -25,6 +25,16 @@ impl Marks {
     pub fn note(&mut self, endpoint: &Endpoint) {
         self.names.extend(endpoint.canonical_names());
         self.addresses.extend(endpoint.addresses.iter().map(IpNet::addr));
+    }
+
+    /// Returns the names, in lower case.
+    pub fn names(&self) -> &BTreeSet<String> {
+        &self.names
+    }
+
+    /// Returns the addresses whose names may have changed.
+    pub fn addresses(&self) -> &BTreeSet<IpAddr> {
+        &self.addresses
     }
 
     /// Returns the names and addresses of all endpoints that any host has on a network.
@@ -60,8 +70,8 @@ pub struct DnsClient {
     pub namespace: String,
 }
 
-/// Returns the clients of the resolver by source address: the local endpoints without an address conflict. `place` returns
-/// the network namespace of an endpoint and its position there; `None` leaves the endpoint out.
+/// Returns the clients of the resolver by source address: the local endpoints without an address conflict. `place`
+/// returns the network namespace of an endpoint and its position there; `None` leaves the endpoint out.
 pub fn dns_clients<P: Ord + Clone, O: Ord>(
     view: &View,
     place: impl Fn(&Endpoint) -> Option<(P, O)>,

@@ -33,8 +33,8 @@ pub struct FilterTunnel {
     pub port: u16,
     /// The prefix of all addresses in the tunnel.
     pub prefix: IpNet,
-    /// Whether the kernel implements WireGuard and VXLAN. Otherwise ovld itself sends VXLAN into the tunnel, and no local
-    /// process may.
+    /// Whether the kernel implements WireGuard and VXLAN. Otherwise ovld itself sends VXLAN into the tunnel, and no
+    /// local process may.
     pub kernel: bool,
 }
 
@@ -47,7 +47,7 @@ const REJECT: &str = "reject with icmpx admin-prohibited";
 ///
 /// * `prerouting`: the kernel's VXLAN socket listens on every address of the host and accepts packets from any source;
 ///   this chain admits only VTEPs of members. Packets that are forwarded to another host are not affected. Unencrypted
-///   packets to and from encrypted networks are dropped: see [`encrypted_in`].
+///   packets to and from encrypted networks are dropped: see `encrypted_in`.
 /// * `prerouting`, `output`: packets of the tunnel itself and packets within one network need no connection tracking,
 ///   which the address translation below would enable for them too; it costs a seventh of the throughput. Packets to
 ///   or from a gateway are tracked, because the host's own rules may match them. So are packets that were diverted to
@@ -95,14 +95,14 @@ fn has_vxlan(network: &Network) -> bool {
         && (network.mode == Mode::L2 || network.backend != Backend::Direct)
 }
 
-/// Whether packets that leave the network are masqueraded. Always for a bridge network: other hosts have no route to its
-/// addresses.
+/// Whether packets that leave the network are masqueraded. Always for a bridge network: other hosts have no route to
+/// its addresses.
 fn is_translated(network: &Network, masquerade: bool) -> bool {
     !network.internal && (masquerade || network.driver == Driver::Bridge)
 }
 
-/// Writes the chains that admit tunnel and VXLAN packets and exempt packets from connection tracking. `encryption` is set
-/// if there are encrypted networks; its inner value is the local tunnel interface, if any.
+/// Writes the chains that admit tunnel and VXLAN packets and exempt packets from connection tracking. `encryption` is
+/// set if there are encrypted networks; its inner value is the local tunnel interface, if any.
 fn raw(
     text: &mut String,
     networks: &[&Network],
@@ -201,8 +201,8 @@ fn encrypted_in(text: &mut String, networks: &[&Network], tunnel: Option<FilterT
     }
 }
 
-/// Writes the rules that drop local packets to an address in the tunnel, or to an endpoint of an encrypted network, whose
-/// output interface is another device.
+/// Writes the rules that drop local packets to an address in the tunnel, or to an endpoint of an encrypted network,
+/// whose output interface is another device.
 fn encrypted_out(text: &mut String, networks: &[&Network], tunnel: Option<FilterTunnel>) {
     if let Some(FilterTunnel { port, prefix, kernel }) = tunnel {
         let vxlan = if kernel { "notrack" } else { "counter drop" };
@@ -262,8 +262,8 @@ fn forward(text: &mut String, networks: &[&Network], masquerade: bool) {
     }
     let open: Vec<&Network> = networks.iter().copied().filter(|network| !network.internal).collect();
     if open.len() > 1 {
-        // The packet was sent to a published port of this host or to a Service, not to an endpoint of the other network.
-        // The tables that translated it have decided about it.
+        // The packet was sent to a published port of this host or to a Service, not to an endpoint of the other
+        // network. The tables that translated it have decided about it.
         let _ = writeln!(text, "\t\tct status dnat accept");
     }
     for bridge in switched(&open).map(|network| Device::bridge(network.id)) {

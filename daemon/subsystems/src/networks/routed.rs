@@ -1,9 +1,9 @@
 //! The data plane of a routed network on this host.
 //!
 //! Each host holds blocks of the subnet; every other host has one route for each block, whatever the number of
-//! endpoints. Each endpoint has a veth pair and a route for its address; nothing is bridged. The first host address of a
-//! block is the gateway of the endpoints in it; all gateways of a host are addresses of the network's bridge, which has
-//! no ports. The module owns no state. Begin to read at [`part`].
+//! endpoints. Each endpoint has a veth pair and a route for its address; nothing is bridged. The first host address of
+//! a block is the gateway of the endpoints in it; all gateways of a host are addresses of the network's bridge, which
+//! has no ports. The module owns no state. Begin to read at [`part`].
 
 use std::collections::BTreeMap;
 
@@ -16,6 +16,7 @@ use ovl_proto::id::{Mac, NodeId};
 use ovl_proto::object::{Backend, Network};
 
 use super::mtu::endpoint_mtu;
+use crate::encryption::epochs::PeerRoute;
 use crate::encryption::tunnel;
 use crate::endpoints::routed::own_endpoint;
 use crate::local::Local;
@@ -78,7 +79,7 @@ pub(super) fn part(dataplane: &mut Dataplane, view: &View, local: &Local, networ
     for (block, holder) in view.blocks(network.id) {
         let Some(peer) = peers.get(&holder) else { continue };
         let path = match network.encrypted {
-            true => tunnel_routes.get(&holder).and_then(|route| route.output).map(PeerPath::Tunnel),
+            true => tunnel_routes.get(&holder).and_then(PeerRoute::output).map(PeerPath::Tunnel),
             false => path_to(network, local, own, peer, block),
         };
         if let Some(path) = path {

@@ -35,9 +35,9 @@ pub(super) fn part(dataplane: &mut Dataplane, view: &View, local: &Local, networ
     for claim in placed.iter().filter_map(|placed| MacClaim::of(view, local, network, &routes, *placed, wins))
     {
         claim.mac(dataplane);
-        dataplane.floods.extend(claim.remote.map(|remote| (Device::vxlan(id), remote)));
-        for address in &claim.endpoint.addresses {
-            dataplane.neighbours.insert((Device::bridge(id), address.addr()), claim.endpoint.mac);
+        dataplane.floods.extend(claim.remote().map(|remote| (Device::vxlan(id), remote)));
+        for address in &claim.endpoint().addresses {
+            dataplane.neighbours.insert((Device::bridge(id), address.addr()), claim.endpoint().mac);
         }
     }
     if network.internal && (routes_for_policies(view, network) || local.resolved.contains(&id)) {

@@ -1,9 +1,9 @@
 //! Plans the change of single endpoints of a network without a comparison of the whole network.
 //!
 //! [`plan`] returns what [`super::desired::network_part`] and [`ovl_dataplane::diff::diff`] return for the whole
-//! network, as long as the network's devices are unchanged; a property test proves it. It looks only at the entries that
-//! can have changed, and at the endpoints that influence them: those with the same MAC address or a common address. The
-//! module owns no state: its caller keeps [`TouchedEndpoints`] and the data plane that was last sent.
+//! network, as long as the network's devices are unchanged; a property test proves it. It looks only at the entries
+//! that can have changed, and at the endpoints that influence them: those with the same MAC address or a common
+//! address. The module owns no state: its caller keeps [`TouchedEndpoints`] and the data plane that was last sent.
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -60,8 +60,8 @@ impl TouchedEndpoints {
     }
 }
 
-/// Returns the operations that bring the network up to date, and applies them to `applied`, the data plane that was last
-/// sent for it. `None` if the network must be compared as a whole.
+/// Returns the operations that bring the network up to date, and applies them to `applied`, the data plane that was
+/// last sent for it. `None` if the network must be compared as a whole.
 pub fn plan(
     view: &View,
     local: &Local,
@@ -101,8 +101,8 @@ pub fn plan(
     Some(ops)
 }
 
-/// Returns the sent and the desired data plane of the touched endpoints of a routed network. Only local endpoints count:
-/// remote ones are covered by the route of their block.
+/// Returns the sent and the desired data plane of the touched endpoints of a routed network. Only local endpoints
+/// count: remote ones are covered by the route of their block.
 fn on_devices(
     view: &View,
     local: &Local,
@@ -168,7 +168,7 @@ fn switched(
     for address in &addresses {
         let placed = view.all_with_address(id, *address).filter(|placed| view.is_counted(placed));
         for claim in placed.filter_map(claim) {
-            is.neighbours.insert((bridge, *address), claim.endpoint.mac);
+            is.neighbours.insert((bridge, *address), claim.endpoint().mac);
         }
     }
     for node in view.nodes.values().filter(|node| routes.to(node).is_some_and(|way| remotes.contains(&way))) {
@@ -178,7 +178,7 @@ fn switched(
             .map(|endpoint| Placed { node, endpoint })
             .filter(|placed| view.is_counted(placed))
             .filter_map(claim);
-        if let Some(remote) = claims.next().and_then(|claim| claim.remote) {
+        if let Some(remote) = claims.next().and_then(|claim| claim.remote()) {
             is.floods.insert((vxlan, remote));
         }
     }

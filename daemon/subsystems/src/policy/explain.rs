@@ -1,7 +1,7 @@
 //! Explains why a connection is allowed or refused.
 //!
-//! It evaluates labels and addresses instead of nftables sets, so it is independent of the tables, and it names the policy
-//! and the rule that decide. The module owns no state. Begin to read at [`explain`].
+//! It evaluates labels and addresses instead of nftables sets, so it is independent of the tables, and it names the
+//! policy and the rule that decide. The module owns no state. Begin to read at [`explain`].
 
 use std::fmt;
 use std::net::IpAddr;

@@ -1,15 +1,15 @@
 //! The table `bridge ovl-policy`: it diverts frames of isolated endpoints on switched networks to the host's IP stack,
 //! where the table `inet ovl-policy` applies the policies.
 //!
-//! A frame is diverted when its destination is rewritten to the gateway's MAC address. It is routed back out of the same
-//! bridge by the permanent neighbours, and its source MAC address is restored, so that other hosts and the source check of
-//! the tunnel see the original address. A frame that is still bridged to or from an isolated endpoint is not an IP packet
-//! for its address; it is dropped unless it is ARP or neighbour discovery.
+//! A frame is diverted when its destination is rewritten to the gateway's MAC address. It is routed back out of the
+//! same bridge by the permanent neighbours, and its source MAC address is restored, so that other hosts and the source
+//! check of the tunnel see the original address. A frame that is still bridged to or from an isolated endpoint is not
+//! an IP packet for its address; it is dropped unless it is ARP or neighbour discovery.
 //!
-//! With `net.bridge.bridge-nf-call-iptables`, as Docker and Kubernetes set it, the kernel bridges frames whose packets it
-//! translated instead of routing them, and `inet ovl-policy` judges them in passing. The chain `forward` comes later and
-//! accepts only frames that were translated and judged: other frames may be for an unknown address, to which no policy was
-//! applied.
+//! With `net.bridge.bridge-nf-call-iptables`, as Docker and Kubernetes set it, the kernel bridges frames whose packets
+//! it translated instead of routing them, and `inet ovl-policy` judges them in passing. The chain `forward` comes later
+//! and accepts only frames that were translated and judged: other frames may be for an unknown address, to which no
+//! policy was applied.
 //!
 //! The module owns no state. Begin to read at [`skeleton`].
 
@@ -22,10 +22,10 @@ const DISCOVERY: &str = "icmpv6 type { 133, 134, 135, 136 }";
 /// Neighbour discovery and multicast listener reports. Without the reports, a switch may withhold neighbour discovery.
 const DISCOVERY_AND_GROUPS: &str = "icmpv6 type { 130, 131, 132, 133, 134, 135, 136, 143 }";
 
-/// The bit of the packet mark of bridged frames that were translated and then judged by `inet ovl-policy`. It is cleared
-/// on arrival and before a frame leaves.
+/// The bit of the packet mark of bridged frames that were translated and then judged by `inet ovl-policy`. It is
+/// cleared on arrival and before a frame leaves.
 pub(super) const SEEN: u32 = 0x2000;
-/// A priority after the one at which the kernel passes bridged frames to the IP forward chains, -1 (`NF_BR_PRI_BRNF` - 1).
+/// A priority after -1 (`NF_BR_PRI_BRNF` - 1), at which the kernel passes bridged frames to the IP forward chains.
 const AFTER_BRIDGE_NF: &str = "10";
 
 /// Returns the table without elements.

@@ -1,7 +1,7 @@
 //! An index that finds the selectors that may match a set of labels, without a test of each.
 //!
-//! A selector that requires a label with one value is found by that label; all others are always candidates. [`Index`] owns
-//! the positions of the selectors in a list of its caller. Begin to read at [`Index::candidates`].
+//! A selector that requires a label with one value is found by that label; all others are always candidates. [`Index`]
+//! owns the positions of the selectors in a list of its caller. Begin to read at [`Index::candidates`].
 
 use std::collections::BTreeMap;
 

@@ -62,8 +62,8 @@ impl PolicyLedger {
         &self.applied
     }
 
-    /// Returns the desired data plane and records it as sent, for a full pass. Without `prune`, it includes what was sent
-    /// before.
+    /// Returns the desired data plane and records it as sent, for a full pass. Without `prune`, it includes what was
+    /// sent before.
     pub fn resync(&mut self, view: &View, local: &Local, prune: bool) -> Dataplane {
         self.plan(view, local, prune);
         self.applied.clone()
@@ -90,8 +90,8 @@ impl PolicyLedger {
         ops
     }
 
-    /// Returns the operations for a change of these addresses only, and records them as applied. `None` if everything must
-    /// be compared.
+    /// Returns the operations for a change of these addresses only, and records them as applied. `None` if everything
+    /// must be compared.
     pub fn plan_touched(
         &mut self,
         view: &View,

@@ -1,7 +1,7 @@
 //! The elements that an endpoint's address has in the sets and maps of the policy tables.
 //!
 //! The module owns no state: the [`super::PolicyLedger`] keeps the memberships of each address. Begin to read at
-//! [`Membership`].
+//! `Membership`.
 
 use std::borrow::Cow;
 use std::net::IpAddr;

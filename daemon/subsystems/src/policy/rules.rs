@@ -6,9 +6,9 @@
 //! current generation, and from then on costs one lookup.
 //!
 //! The policies of an isolated endpoint are found in maps, one for each *slot*: the first policy's number in the first
-//! map, and so on. The number is passed on in the packet's priority, which is cleared afterwards and which ovld does not
-//! use otherwise. A map of numbers is cheap to change; a change of a map of verdicts makes the kernel check the whole
-//! table for loops.
+//! map, and so on. The number is passed on in the packet's priority, which is cleared afterwards and which ovld does
+//! not use otherwise. A map of numbers is cheap to change; a change of a map of verdicts makes the kernel check the
+//! whole table for loops.
 //!
 //! The module owns no state. Begin to read at [`skeleton`].
 
@@ -299,8 +299,8 @@ fn port_matches(policies: &Policies, port: &RulePort) -> Vec<Match> {
     }
 }
 
-/// Returns the rules that accept a connection and mark it, so that its later packets are accepted too. A mark of another
-/// program is kept; then each packet is judged.
+/// Returns the rules that accept a connection and mark it, so that its later packets are accepted too. A mark of
+/// another program is kept; then each packet is judged.
 fn approve() -> Vec<String> {
     let set = format!("ct mark set meta nfproto map @{}", GENERATION.name);
     vec![
@@ -311,8 +311,8 @@ fn approve() -> Vec<String> {
     ]
 }
 
-/// Returns the rules for a TCP connection that was not tracked from its beginning. It is unknown which end opened it, so
-/// a possible answer of an isolated endpoint must not count as a new connection: it is rejected with a TCP reset.
+/// Returns the rules for a TCP connection that was not tracked from its beginning. It is unknown which end opened it,
+/// so a possible answer of an isolated endpoint must not count as a new connection: it is rejected with a TCP reset.
 /// The other end then learns that the connection is closed, or sends a packet itself, which is judged.
 fn midstream() -> Vec<String> {
     let mut rules = Vec::new();
@@ -356,8 +356,8 @@ fn refuse(direction: Direction, v4: bool) -> Chain {
     chain(&format!("refuse.{}.{}", short(direction), family(v4)), None, &rules)
 }
 
-/// Returns the rules that drop packets with a forged source address on a routed network. Each endpoint has its own device
-/// and a route to it, so the reverse path must be the input interface.
+/// Returns the rules that drop packets with a forged source address on a routed network. Each endpoint has its own
+/// device and a route to it, so the reverse path must be the input interface.
 fn forged() -> Vec<String> {
     let drop_forged = "fib saddr . iif oif missing counter name forged drop";
     vec![

@@ -2,8 +2,8 @@
 //!
 //! The host on which a Service is applied chooses, beginning at an offset that follows from the Service's name, so that
 //! hosts which choose at the same time seldom choose the same. If two Services still claim the same, on two sides of a
-//! partition, the older one keeps it, then the one with the smaller name: see [`ovl_cluster::claims`]. The module owns no
-//! state. Begin to read at [`ServiceAllocator::allocate`].
+//! partition, the older one keeps it, then the one with the smaller name: see [`ovl_cluster::claims`]. The module owns
+//! no state. Begin to read at [`ServiceAllocator::allocate`].
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -18,7 +18,8 @@ use ovl_proto::resource::{
     ServiceType,
 };
 
-/// The number of node ports at the start of the range that are used last, so that users can choose them (as in Kubernetes).
+/// The number of node ports at the start of the range that are used last, so that users can choose them (as in
+/// Kubernetes).
 const MANUAL_NODE_PORTS: u16 = 86;
 /// The offset of the cluster DNS in a Service range.
 const DNS_OFFSET: u128 = 10;
@@ -237,8 +238,8 @@ impl<'a> ServiceAllocator<'a> {
         }
     }
 
-    /// Returns a free address, beginning at an offset that follows from the name. The first addresses of a large range are
-    /// tried last. `None` if the range is full.
+    /// Returns a free address, beginning at an offset that follows from the name. The first addresses of a large range
+    /// are tried last. `None` if the range is full.
     fn free_in(&self, range: IpNet, name: &Name) -> Option<IpAddr> {
         let bits = u32::from(range.max_prefix_len() - range.prefix_len()).min(32);
         let size = 1_u128 << bits;

@@ -1,7 +1,7 @@
 //! The `Subsystem` implementation that announces LoadBalancer addresses and answers health checks.
 //!
-//! [`Announcements`] owns the announcements that were last planned and the Services that may have changed since. Begin to
-//! read at its `plan`; the choice of the host is in [`super::ingress`].
+//! [`Announcements`] owns the announcements that were last planned and the Services that may have changed since. Begin
+//! to read at its `plan`; the choice of the host is in [`super::ingress`].
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;

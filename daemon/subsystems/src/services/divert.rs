@@ -1,10 +1,11 @@
 //! The table `bridge ovl-divert`: on a switched network, it diverts frames between a local endpoint and a backend of a
 //! Service to the host's IP stack.
 //!
-//! Both directions are diverted, so that connection tracking sees the whole connection and restores the Service's address
-//! in answers. A frame is diverted when its destination is rewritten to the gateway's MAC address. It is routed back out
-//! of the same bridge by the permanent neighbours, and its source MAC address is restored, so that other hosts and the
-//! source check of the tunnel see the original address. Fragments after the first have no ports and are not diverted.
+//! Both directions are diverted, so that connection tracking sees the whole connection and restores the Service's
+//! address in answers. A frame is diverted when its destination is rewritten to the gateway's MAC address. It is routed
+//! back out of the same bridge by the permanent neighbours, and its source MAC address is restored, so that other hosts
+//! and the source check of the tunnel see the original address. Fragments after the first have no ports and are not
+//! diverted.
 //!
 //! The module owns no state. Begin to read at [`skeleton`].
 

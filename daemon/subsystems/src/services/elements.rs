@@ -1,8 +1,8 @@
 //! The elements of `inet ovl-services` and `bridge ovl-divert`, updated Service by Service.
 //!
 //! A backend that is added or removed costs a few elements, whatever the number of Services and backends. [`Services`]
-//! owns the elements that were last planned and the numbers of backends. Begin to read at [`Services::plan`], and then at
-//! [`resolve::resolve`] for one Service.
+//! owns the elements that were last planned and the numbers of backends. Begin to read at [`Services::plan`], and then
+//! at [`resolve::resolve`] for one Service.
 
 mod context;
 mod resolve;
@@ -84,11 +84,11 @@ impl Services {
         std::mem::take(&mut self.ended).into_iter().map(Op::EndFlows).collect()
     }
 
-    /// Returns the operations for these changed Services. With `context`, networks, blocks, hosts or local endpoints may
-    /// have changed too.
+    /// Returns the operations for these changed Services. With `context`, networks, blocks, hosts or local endpoints
+    /// may have changed too.
     ///
-    /// It must not be called before gossip has caught up: without the backends of hosts that are still unknown, a Service
-    /// would refuse connections.
+    /// It must not be called before gossip has caught up: without the backends of hosts that are still unknown, a
+    /// Service would refuse connections.
     pub fn plan<'a>(
         &mut self,
         view: &View,

@@ -1,9 +1,9 @@
 //! Chooses the host that announces each LoadBalancer address, and computes the answers to health checks.
 //!
 //! Hosts do not negotiate. Each host computes the announcer by rendezvous hashing over the hosts that can serve the
-//! address, so if a host fails, only its addresses move. A host names the addresses that it announces in its owner table.
-//! It withdraws an address only when the chosen host names it there: a host that has just restarted does not yet know
-//! the whole cluster.
+//! address, so if a host fails, only its addresses move. A host names the addresses that it announces in its owner
+//! table. It withdraws an address only when the chosen host names it there: a host that has just restarted does not yet
+//! know the whole cluster.
 //!
 //! [`Ingress`] owns the addresses that were last planned. Begin to read at [`Ingress::plan`].
 
@@ -57,7 +57,8 @@ pub struct Ingress {
 }
 
 impl Ingress {
-    /// Returns the operations for these changed Services. With `all`, hosts or their announcements may have changed too.
+    /// Returns the operations for these changed Services. With `all`, hosts or their announcements may have changed
+    /// too.
     ///
     /// It must not be called before gossip has caught up.
     pub fn plan<'a>(
@@ -191,10 +192,11 @@ fn is_ours(view: &View, service: &Service, behind: &BTreeSet<Target>, address: I
     chosen == view.me || (has(view.me) && !has(chosen))
 }
 
-/// Returns the host that should announce an address: among the hosts that can serve it, the one with the highest hash of
-/// host and address. `None` if there is no host.
+/// Returns the host that should announce an address: among the hosts that can serve it, the one with the highest hash
+/// of host and address. `None` if there is no host.
 fn chosen(view: &View, service: &Service, behind: &BTreeSet<Target>, address: IpAddr) -> Option<NodeId> {
-    // A host whose ovld is silent cannot take over an address, but its kernel still answers for those that it announces.
+    // A host whose ovld is silent cannot take over an address, but its kernel still answers for those that it
+    // announces.
     let is_candidate =
         |node: &&Node| view.counts(node) && (node.state == PeerState::Alive || node.table.announces(address));
     let hosts: Vec<NodeId> = view.nodes.values().filter(is_candidate).map(|node| node.record.id).collect();

@@ -290,7 +290,8 @@ fn steps() -> impl Strategy<Value = Step> {
     ]
 }
 
-/// Makes the change, and returns the address of the endpoint that it adds, changes or removes. `None` for other changes.
+/// Makes the change, and returns the address of the endpoint that it adds, changes or removes. `None` for other
+/// changes.
 fn make(view: &mut View, step: &Step) -> Option<(NetworkId, IpAddr)> {
     match step {
         Step::Put(n, space, labels) => {

@@ -1,6 +1,7 @@
 //! The properties of networks and hosts on which the elements of all Services depend.
 //!
-//! [`NetworkContext`] is computed from the view and owned by [`super::Services`]. Begin to read at [`NetworkContext::of`].
+//! [`NetworkContext`] is computed from the view and owned by [`super::Services`]. Begin to read at
+//! [`NetworkContext::of`].
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;

@@ -1,7 +1,7 @@
 //! Computes the set elements of one Service from its ports and backends.
 //!
-//! [`Slots`] owns the numbers of backends, so that a backend that stays keeps its number; the rest is computed anew. Begin
-//! to read at [`resolve`].
+//! [`Slots`] owns the numbers of backends, so that a backend that stays keeps its number; the rest is computed anew.
+//! Begin to read at [`resolve`].
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -292,8 +292,8 @@ impl ElementWriter {
     }
 }
 
-/// Returns the identity of a backend for affinity: FNV-1a over its address. It is the same in every run, so that clients
-/// keep their backends while ovld restarts.
+/// Returns the identity of a backend for affinity: FNV-1a over its address. It is the same in every run, so that
+/// clients keep their backends while ovld restarts.
 fn identity(address: IpAddr) -> u32 {
     let hash = |octets: &[u8]| {
         octets

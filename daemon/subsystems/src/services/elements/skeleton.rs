@@ -1,7 +1,7 @@
 //! The sets and chains of the table `inet ovl-services`.
 //!
-//! The cost of a connection does not depend on the number of Services: its first packet looks up the number of backends of
-//! its destination, and then one of them; connection tracking translates the rest.
+//! The cost of a connection does not depend on the number of Services: its first packet looks up the number of backends
+//! of its destination, and then one of them; connection tracking translates the rest.
 //!
 //! Numbers are passed on in the packet's priority: from a map to the chain for a number of backends, and from a random
 //! number to a backend. A map of verdicts would be simpler, but the kernel walks through all of it at each change.
@@ -38,7 +38,8 @@ pub(super) static PORTS: [Set; 2] = [
     set("ports4", &[Type::Protocol, Type::Port], COUNT, false),
     set("ports6", &[Type::Protocol, Type::Port], COUNT, false),
 ];
-/// Maps a node port to its number of backends on switched networks of this host. Remote hosts relay connections to them.
+/// Maps a node port to its number of backends on switched networks of this host. Remote hosts relay connections to
+/// them.
 pub(super) static RELAYED: [Set; 2] = [
     set("relayed4", &[Type::Protocol, Type::Port], COUNT, false),
     set("relayed6", &[Type::Protocol, Type::Port], COUNT, false),
@@ -61,8 +62,8 @@ pub(super) static GATEWAYS: [Set; 2] = [
     set("gateways4", &[Type::Ipv4], Data::Fields(&[Type::Ipv4]), true),
     set("gateways6", &[Type::Ipv6], Data::Fields(&[Type::Ipv6]), true),
 ];
-/// Maps each subnet of a routed network, and each remote host that connections are relayed to, to the local host's address
-/// that answers are sent to.
+/// Maps each subnet of a routed network, and each remote host that connections are relayed to, to the local host's
+/// address that answers are sent to.
 pub(super) static ROUTED: [Set; 2] = [
     set("routed4", &[Type::Ipv4], Data::Fields(&[Type::Ipv4]), true),
     set("routed6", &[Type::Ipv6], Data::Fields(&[Type::Ipv6]), true),
@@ -174,8 +175,8 @@ fn family(n: usize) -> u8 {
 
 /// The number for a port without backends: the connection is refused.
 pub(super) const REFUSE: u32 = 0x10 << 16;
-/// The number for a port with backends on other hosts only: the packet is dropped, so that a load balancer tries another
-/// host.
+/// The number for a port with backends on other hosts only: the packet is dropped, so that a load balancer tries
+/// another host.
 pub(super) const DROP: u32 = 0x20 << 16;
 /// The first number of backends of the second kind that shares a map.
 pub(super) const SECOND_RANGE: u32 = 1 << 16;
@@ -293,8 +294,8 @@ fn pick(counts: &[u32], sticky: &BTreeSet<Sticky>) -> Chain {
     chain("pick", vec![format!("meta priority vmap {{ {} }}", map.join(", "))])
 }
 
-/// Returns the key of a client and its destination, at an address or at a node port. `nft` limits it to 16 bytes: for IPv6
-/// it has the lower 96 bits of the client's address, and the lower 32 bits of the Service's address or the port.
+/// Returns the key of a client and its destination, at an address or at a node port. `nft` limits it to 16 bytes: for
+/// IPv6 it has the lower 96 bits of the client's address, and the lower 32 bits of the Service's address or the port.
 fn client(n: usize, node: bool) -> &'static str {
     match (n, node) {
         (0, false) => "ip saddr . ip daddr",
