@@ -216,7 +216,7 @@ fn foreign_routes_are_untouched_and_teardown_leaves_nothing() {
     lab.start_all().unwrap();
     create_network(&lab, "pods", &[&["--mode", "l3"], BOTH].concat()).unwrap();
     // A route that conflicts with one of ovl's is reported.
-    wait_problem(h1, &["somebody else", "10.60.0.0/16", "metric 79"], SOON).unwrap();
+    wait_problem(h1, &["another program", "10.60.0.0/16", "metric 79"], SOON).unwrap();
     assert_eq!(foreign(), before);
     let clash = FOREIGN[2];
     h1.exec_ok(["ip", "route", "del"].into_iter().chain(clash.split(' '))).unwrap();

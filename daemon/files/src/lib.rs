@@ -1,6 +1,6 @@
-//! Files that are replaced as a whole, and never changed in place: written beside, renamed, mode 0600.
+//! Atomic replacement of files: the new content is written to a temporary file with mode 0600, which is then renamed.
 //!
-//! After a crash such a file has its old content or its new content.
+//! After a crash the file has its old content or its new content.
 
 #![warn(missing_docs)]
 
@@ -9,25 +9,25 @@ use std::io::{self, ErrorKind, Write as _};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 
-/// A file whose content must not be lost is damaged. The text names the file and says what to do.
+/// The error about a damaged file whose content must not be lost. The text names the file and says what to do.
 ///
 /// A restart finds the same file, so a service manager should not try one.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub struct Damaged(pub String);
 
-/// Whether a write waits for the disk.
+/// The durability of a write.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Durability {
-    /// The new content outlives a power failure once the call returns.
+    /// The write waits for the disk: the new content survives a power failure once the call returns.
     Synced,
-    /// The new content outlives the process, not a power failure: for files that end with the kernel.
+    /// The new content survives the process, but not a power failure: for files in the run directory.
     Unsynced,
 }
 
 /// Replaces a file that only this daemon writes.
 ///
-/// The new content is first in `path` with the extension `new`. One that a killed daemon left there is overwritten.
+/// The temporary file is `path` with the extension `new`. One that a killed daemon left is overwritten.
 ///
 /// # Errors
 ///
@@ -36,7 +36,7 @@ pub fn replace(path: &Path, content: &[u8], durability: Durability) -> io::Resul
     put(&path.with_extension("new"), path, content, durability, rename)
 }
 
-/// Replaces a file that several daemons of a host may write at the same time, and syncs it.
+/// Replaces and syncs a file that several daemons of a host may write at the same time.
 ///
 /// # Errors
 ///
@@ -45,13 +45,13 @@ pub fn replace_shared(path: &Path, content: &[u8]) -> io::Result<()> {
     put(&own_temporary(path), path, content, Durability::Synced, rename)
 }
 
-/// Creates a file and syncs it. A file that is already there, or that somebody creates meanwhile, is kept.
+/// Creates and syncs a file. A file that exists, or that another process creates meanwhile, is kept.
 ///
 /// # Errors
 ///
 /// An I/O error; there is then no file, unless the directory could not be synced.
 pub fn create(path: &Path, content: &[u8]) -> io::Result<()> {
-    // A link, and not a rename: it does not replace what is there.
+    // A hard link, not a rename: it does not replace an existing file.
     put(&own_temporary(path), path, content, Durability::Synced, |temporary, path| {
         let linked = match fs::hard_link(temporary, path) {
             Err(error) if error.kind() == ErrorKind::AlreadyExists => Ok(()),
@@ -62,7 +62,7 @@ pub fn create(path: &Path, content: &[u8]) -> io::Result<()> {
     })
 }
 
-/// Removes a file; it is no error if it is absent.
+/// Deletes a file. An absent file is no error.
 ///
 /// # Errors
 ///
@@ -74,7 +74,7 @@ pub fn remove_if_present(path: &Path) -> io::Result<()> {
     }
 }
 
-/// SHA-256, the checksum in the head of state files.
+/// Computes SHA-256, which is the checksum in the header of state files.
 pub fn sha256(bytes: &[u8]) -> [u8; 32] {
     let digest = ring::digest::digest(&ring::digest::SHA256, bytes);
     let mut out = [0; 32];
@@ -84,7 +84,7 @@ pub fn sha256(bytes: &[u8]) -> [u8; 32] {
     out
 }
 
-/// A name beside `path` that no other process uses.
+/// The path of a temporary file in the same directory that no other process uses.
 fn own_temporary(path: &Path) -> PathBuf {
     let mut temporary = path.as_os_str().to_owned();
     temporary.push(format!(".{}.tmp", std::process::id()));
@@ -95,7 +95,7 @@ fn rename(temporary: &Path, path: &Path) -> io::Result<()> {
     fs::rename(temporary, path).inspect_err(|_| drop(fs::remove_file(temporary)))
 }
 
-/// Writes `temporary`, has it put into the place of `path`, and syncs both it and the directory if asked to.
+/// Writes the temporary file, moves it to `path` by `put`, and syncs the file and its directory if requested.
 fn put(
     temporary: &Path,
     path: &Path,
@@ -103,7 +103,7 @@ fn put(
     durability: Durability,
     put: impl FnOnce(&Path, &Path) -> io::Result<()>,
 ) -> io::Result<()> {
-    // Left behind by a daemon that was killed here. A file made anew has mode 0600, whoever made the old one.
+    // A killed daemon may have left it. It is created again, so that its mode is 0600.
     remove_if_present(temporary)?;
     let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(temporary)?;
     let sync = |file: &File| match durability {
@@ -118,7 +118,7 @@ fn put(
     if durability == Durability::Unsynced {
         return Ok(());
     }
-    // The new name is on the disk only with its directory.
+    // The new directory entry is durable only after its directory is synced.
     let directory = match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
@@ -132,7 +132,7 @@ mod tests {
 
     use super::*;
 
-    /// A directory that goes with the test.
+    /// A directory that is deleted after the test.
     struct Dir(PathBuf);
 
     impl Dir {
@@ -162,7 +162,7 @@ mod tests {
     fn replace_leaves_one_private_file_with_the_new_content() {
         let dir = Dir::new("replace");
         let path = dir.0.join("state");
-        // What a killed daemon left, readable by all.
+        // A temporary file of a killed daemon, readable by all users.
         fs::write(dir.0.join("state.new"), "half").unwrap();
         for durability in [Durability::Synced, Durability::Unsynced] {
             replace(&path, format!("{durability:?}").as_bytes(), durability).unwrap();
@@ -175,7 +175,7 @@ mod tests {
     }
 
     #[test]
-    fn a_failed_replace_keeps_the_old_content_and_leaves_nothing_beside() {
+    fn failed_replace_keeps_the_old_content_and_deletes_the_temporary_file() {
         let dir = Dir::new("failed");
         let path = dir.0.join("state");
         fs::create_dir(&path).unwrap();
@@ -186,7 +186,7 @@ mod tests {
     }
 
     #[test]
-    fn create_keeps_what_is_there() {
+    fn create_keeps_an_existing_file() {
         let dir = Dir::new("create");
         let path = dir.0.join("identity");
         create(&path, b"first").unwrap();

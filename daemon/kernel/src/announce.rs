@@ -1,11 +1,11 @@
-//! Tells the endpoints on this host where an address is now; and the underlay, where this host has taken an address of
-//! a LoadBalancer.
+//! Announces the MAC address of an address: of a new neighbour to the endpoints on this host, and of an announced
+//! address to the underlay.
 //!
-//! Whoever asks for an address that nobody has asks again a second later; whoever knew it at another
-//! MAC address goes on sending there for half a minute. So when a neighbour is set on a bridge, the
-//! bridge's ports are sent an ARP announcement (RFC 5227) or an unsolicited neighbour advertisement
-//! (RFC 4861, 7.2.6): a kernel takes both in for an entry that it has, and makes none for them. They
-//! stay on this host: the VXLAN port suppresses what asks for neighbours, and every host sends its own.
+//! A kernel whose neighbour resolution failed retries a second later, and one with an old entry sends to the
+//! old MAC address for half a minute. So when a neighbour is set on a bridge, its ports receive an ARP announcement
+//! (RFC 5227) or an unsolicited neighbour advertisement (RFC 4861, section 7.2.6). A kernel updates an existing entry
+//! by either, and adds no new entry. The frames stay on this host: the VXLAN port suppresses neighbour discovery, and
+//! every host sends its own.
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -23,33 +23,34 @@ use super::link::LinkView;
 use super::socket::{Batch, Route};
 use super::{Outcome, message, sys};
 
-/// Where more come at once nobody waits for one of them, and each would be a frame for every port.
-const MOST: usize = 16;
+/// The maximum number of neighbours per batch that are announced. In a larger batch no workload waits for a single
+/// one, and each announcement would be a frame for every port.
+const MAX_ANNOUNCED: usize = 16;
 
 const BROADCAST: [u8; 6] = [0xff; 6];
 /// The MAC address of all nodes on a link, ff02::1 (RFC 2464).
 const ALL_NODES: [u8; 6] = [0x33, 0x33, 0, 0, 0, 1];
 const NEIGHBOUR_ADVERTISEMENT: u8 = 136;
-/// Of an advertisement: it takes the place of what was known.
+/// The override flag of a neighbour advertisement: it replaces an existing entry.
 const OVERRIDE: [u8; 4] = [0x20, 0, 0, 0];
 
-/// Sends announcements.
+/// A packet socket that sends announcements.
 #[derive(Debug)]
 pub(super) struct Announcer {
     socket: OwnedFd,
 }
 
 impl Announcer {
-    /// In the network namespace of the calling thread.
+    /// Opens the socket in the network namespace of the calling thread.
     pub(super) fn open() -> Result<Self> {
         let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-        // Without a protocol it receives nothing.
+        // A packet socket without a protocol receives nothing.
         let socket = socket(AddressFamily::Packet, SockType::Raw, flags, None)
             .map_err(|error| KernelError::io("cannot open a packet socket", &error.into()))?;
         Ok(Self { socket })
     }
 
-    /// Tells the underlay that this host has these addresses.
+    /// Announces addresses of this host on the links of their devices.
     pub(super) fn announce_at(&self, route: &mut Route, addresses: &[(Device, IpAddr)]) {
         let devices: BTreeSet<Device> = addresses.iter().map(|(device, _)| *device).collect();
         for device in devices {
@@ -57,16 +58,16 @@ impl Announcer {
             batch.push(message::get_link(device), 0);
             let answer = route.execute(batch).ok().and_then(|(_, mut answers)| answers.pop());
             let link = answer.as_ref().and_then(|answer| LinkView::parse(&answer.payload));
-            // A device without one has no link where addresses are asked for.
+            // A device without a MAC address has no neighbour resolution.
             let Some((index, mac)) = link.and_then(|link| Some((link.index, link.mac?))) else { continue };
             for (_, address) in addresses.iter().filter(|(on, _)| *on == device) {
-                self.tell(device, index, *address, mac);
+                self.send(device, index, *address, mac);
             }
         }
     }
 
-    /// Whom it does not reach finds out as ever, so a device that is gone again is fine.
-    fn tell(&self, device: Device, index: u32, address: IpAddr, mac: Mac) {
+    /// Sends one announcement. A failure is only logged: neighbour resolution works without it.
+    fn send(&self, device: Device, index: u32, address: IpAddr, mac: Mac) {
         if let Some(frame) = frame(address, mac)
             && let Err(error) = sys::send_frame(self.socket.as_fd(), index, &frame)
         {
@@ -74,24 +75,24 @@ impl Announcer {
         }
     }
 
-    /// Tells of the neighbours that were set, and of addresses that were taken.
+    /// Announces the neighbours and announced addresses that operations have set.
     pub(super) fn announce(&self, route: &mut Route, outcomes: &[Outcome]) {
-        let taken = outcomes.iter().filter(|outcome| outcome.result.is_ok());
-        let taken: Vec<(Device, IpAddr)> = taken
+        let added = outcomes.iter().filter(|outcome| outcome.result.is_ok());
+        let added: Vec<(Device, IpAddr)> = added
             .filter_map(|outcome| match outcome.op {
                 Op::Announced(AnnouncedOp::Add(device, address)) => Some((device, address)),
                 _ => None,
             })
             .collect();
-        self.announce_at(route, &taken);
+        self.announce_at(route, &added);
         let set = outcomes.iter().filter(|outcome| outcome.result.is_ok());
         let set: Vec<(Device, IpAddr, Mac)> = set.filter_map(|outcome| on_bridge(&outcome.op)).collect();
-        if set.len() > MOST {
+        if set.len() > MAX_ANNOUNCED {
             return;
         }
         for (bridge, address, mac) in set {
             let Ok(index) = if_nametoindex(bridge.as_str()) else { continue };
-            self.tell(bridge, index, address, mac);
+            self.send(bridge, index, address, mac);
         }
     }
 }
@@ -113,7 +114,7 @@ fn frame(address: IpAddr, mac: Mac) -> Option<Vec<u8>> {
             let mut frame = Vec::with_capacity(42);
             frame.extend(BROADCAST);
             frame.extend(mac.0);
-            // ARP; Ethernet, IPv4, their lengths; a request.
+            // EtherType ARP; hardware type Ethernet, protocol IPv4, their address lengths; operation request.
             frame.extend([0x08, 0x06, 0, 1, 0x08, 0, 6, 4, 0, 1]);
             frame.extend(mac.0);
             frame.extend(address.octets());
@@ -126,7 +127,7 @@ fn frame(address: IpAddr, mac: Mac) -> Option<Vec<u8>> {
             let builder = PacketBuilder::ethernet2(mac.0, ALL_NODES)
                 .ipv6(address.octets(), all_nodes, 255)
                 .icmpv6_raw(NEIGHBOUR_ADVERTISEMENT, 0, OVERRIDE);
-            // The target, and the option with its link-layer address.
+            // The target address, and the option with its link-layer address.
             let mut payload = address.octets().to_vec();
             payload.extend([2, 1]);
             payload.extend(mac.0);
@@ -144,7 +145,7 @@ mod tests {
     const MAC: Mac = Mac([2, 0, 0, 0, 0, 7]);
 
     #[test]
-    fn an_arp_announcement_names_the_address_as_sender_and_target() {
+    fn arp_announcement_has_the_address_as_sender_and_target() {
         let frame = frame("10.1.0.9".parse().unwrap(), MAC).unwrap();
         assert_eq!(frame.len(), 42);
         assert_eq!((&frame[..6], &frame[6..12]), (&BROADCAST[..], &MAC.0[..]));
@@ -154,7 +155,7 @@ mod tests {
     }
 
     #[test]
-    fn an_advertisement_is_to_all_nodes_and_overrides() {
+    fn neighbour_advertisement_goes_to_all_nodes_with_the_override_flag() {
         let address: IpAddr = "fd00::9".parse().unwrap();
         let frame = frame(address, MAC).unwrap();
         let packet = etherparse::PacketHeaders::from_ethernet_slice(&frame).unwrap();

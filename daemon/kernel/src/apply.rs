@@ -1,4 +1,4 @@
-//! Operations, done.
+//! Applies operations on links, addresses, forwarding entries, neighbours and routes.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
@@ -13,14 +13,14 @@ use ovl_dataplane::op::{AddressOp, FdbOp, LinkOp, Op, RouteOp};
 use ovl_dataplane::state::{Link, METRIC, TunnelKind};
 use ovl_proto::id::Mac;
 
+use super::dump;
 use super::error::{KernelError, Result};
 use super::link::{DOOMED, LinkView};
 use super::message::{self, Target};
 use super::socket::{Batch, Refusal, Route};
 use super::tunnel::Tunnels;
-use super::{dump, wireguard};
 
-/// A device of ours that is there.
+/// The indexes of an existing device of ovl and of its peer interface.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Located {
     pub(super) index: u32,
@@ -28,16 +28,16 @@ pub(super) struct Located {
     pub(super) peer_netns: Option<i32>,
 }
 
-/// So many devices are asked for at once: the answers, some KiB each, wait in the socket.
+/// Devices per lookup batch: the replies, some KiB each, wait in the receive buffer of the socket.
 pub(super) const QUESTIONS: usize = 128;
 
-/// Devices looked up during one request. What is there is asked of the kernel each time, so that
-/// no entry is ever written to a device that took over an index, or that is not ours.
+/// The devices that were looked up for one request to the worker. Each request looks them up again, so that
+/// no entry is written to a device that has reused an index, or that ovl does not own.
 #[derive(Debug, Default)]
 pub(super) struct Devices(HashMap<Device, Result<Located>>);
 
 impl Devices {
-    /// Looks up those that are not looked up yet, all in one go.
+    /// Looks up the devices that were not looked up yet, in batches.
     pub(super) fn find(&mut self, route: &mut Route, devices: impl Iterator<Item = Device>) -> Result<()> {
         let mut wanted: Vec<Device> = devices.filter(|device| !self.0.contains_key(device)).collect();
         wanted.sort();
@@ -76,29 +76,33 @@ impl Devices {
         Ok(())
     }
 
-    /// One of them.
+    /// The indexes of a device.
+    ///
+    /// # Errors
+    ///
+    /// [`KernelError::NoDevice`], or [`KernelError::Foreign`] if ovl does not own it.
     pub(super) fn get(&mut self, route: &mut Route, device: Device) -> Result<Located> {
         self.find(route, std::iter::once(device))?;
         self.0.get(&device).cloned().unwrap_or(Err(KernelError::NoDevice(device)))
     }
 
-    /// It was made, and looked at.
+    /// Stores the indexes of a device that was just created.
     pub(super) fn add(&mut self, device: Device, located: Located) {
         self.0.insert(device, Ok(located));
     }
 
-    /// It was made or deleted.
+    /// Forgets the lookup of a device that is being created or deleted.
     pub(super) fn forget(&mut self, device: Device) {
         self.0.remove(&device);
     }
 }
 
-/// Does operations on entries, all in one batch.
+/// Applies operations on entries of devices in one batch. Returns the result of each.
 pub(super) fn entries(route: &mut Route, devices: &mut Devices, ops: &[Op]) -> Result<Vec<Result<()>>> {
     devices.find(route, ops.iter().filter_map(Op::device))?;
     let mut batch = Batch::default();
     let mut asked = Vec::new();
-    // What is not in the batch has its result already.
+    // `None` for operations in the batch, whose results come from the kernel.
     let mut results: Vec<Option<Result<()>>> = Vec::with_capacity(ops.len());
     for op in ops {
         let located = op.device().map(|device| devices.get(route, device));
@@ -112,7 +116,7 @@ pub(super) fn entries(route: &mut Route, devices: &mut Devices, ops: &[Op]) -> R
             }
             Some(Err(KernelError::NoDevice(_))) if op.is_entry_deletion() => Some(Ok(())),
             Some(Err(error)) => Some(Err(error)),
-            // A route that no device of ours is named in.
+            // A route without a device.
             None => {
                 if let Some((message, flags)) = message::entry(op, 0) {
                     batch.push(message, flags);
@@ -128,11 +132,14 @@ pub(super) fn entries(route: &mut Route, devices: &mut Devices, ops: &[Op]) -> R
     Ok(ops
         .iter()
         .zip(results)
-        .map(|(op, result)| result.unwrap_or_else(|| verdict(route, op, sent.next().unwrap_or(Ok(())))))
+        .map(|(op, result)| {
+            result.unwrap_or_else(|| ignore_if_done(route, op, sent.next().unwrap_or(Ok(()))))
+        })
         .collect())
 }
 
-/// Routes to destinations that have one: ours are replaced, and nobody else's.
+/// Retries refused routes whose destination has a route of ovl, and replaces that route. Routes of other programs are
+/// kept.
 fn change_routes(
     route: &mut Route,
     asked: &[(&Op, u32)],
@@ -152,7 +159,7 @@ fn change_routes(
     again.retain(|(_, to, _, _)| ours.contains_key(to));
     let mut batch = Batch::default();
     for (op, to, index, result) in &again {
-        // A next hop inside of its own destination: what leads there elsewhere has to go first.
+        // The next hop is inside its own destination: the old route there must be deleted first.
         let blocked = matches!(result, Err(Refusal { errno: EINVAL, .. }));
         if let Some((message, flags)) =
             message::entry(&Op::Route(RouteOp::Delete(*to)), *index).filter(|_| blocked)
@@ -174,8 +181,7 @@ fn change_routes(
     Ok(())
 }
 
-/// Puts an address of a LoadBalancer on a device of somebody else's, or takes it away again. One that is there and
-/// not ours stays as it is.
+/// Adds an announced address to a device of the host, or deletes it. An address that ovl did not add is kept.
 pub(super) fn announced(
     route: &mut Route,
     op: &Op,
@@ -189,38 +195,38 @@ pub(super) fn announced(
     let ours = |route: &mut Route| Ok(dump::announced(route)?.contains(&(index, address)));
     let message = message::announced(index, address);
     if !add {
-        // What the kernel deletes it finds by the address alone.
+        // The kernel ignores the protocol of a deletion, and would delete an address of another program.
         if !ours(route)? {
             return Ok(());
         }
         let result = route.request(RouteNetlinkMessage::DelAddress(message), 0)?;
-        return verdict(route, op, result);
+        return ignore_if_done(route, op, result);
     }
     match route.request(RouteNetlinkMessage::NewAddress(message), NLM_F_CREATE | NLM_F_EXCL)? {
         Ok(()) => Ok(()),
         Err(refusal) if refusal.errno == EEXIST => match ours(route)? {
             true => Ok(()),
             false => Err(KernelError::Other(format!(
-                "{device} has the address {address} already, and not from ovl: take it away, or out of load_balancer_pool"
+                "{device} already has address {address}, which ovl did not add: delete it, or exclude it from load_balancer_pool"
             ))),
         },
         Err(refusal) => Err(refusal.into_error(op.to_string())),
     }
 }
 
-/// What has the wanted effect already is no error.
-fn verdict(route: &mut Route, op: &Op, result: Result<(), Refusal>) -> Result<()> {
+/// Maps a refusal to success if the kernel is already in the wanted state.
+fn ignore_if_done(route: &mut Route, op: &Op, result: Result<(), Refusal>) -> Result<()> {
     let Err(refusal) = result else { return Ok(()) };
     match (op, refusal.errno) {
         (op, ENOENT | ENODEV | EADDRNOTAVAIL | ESRCH) if op.is_entry_deletion() => Ok(()),
-        // No port of a bridge any more: its entries went with that.
+        // The device is no longer a bridge port, so its entries are gone.
         (Op::Fdb(FdbOp::DeletePort(..)), EOPNOTSUPP) => Ok(()),
         (Op::Fdb(FdbOp::AddFlood(..)) | Op::Address(AddressOp::Add(..)), EEXIST) => Ok(()),
         (Op::Route(RouteOp::Set(to, _)), EEXIST) => Err(KernelError::Other(format!(
-            "somebody else has a route to {to} with metric {METRIC}, and ovl leaves it alone: give it another metric"
+            "another program has added a route to {to} with metric {METRIC}, which ovl does not replace: change its metric"
         ))),
         (Op::Address(AddressOp::Add(device, net)), EACCES) if net.addr().is_ipv6() => {
-            // The host turns IPv6 off on new devices; this one needs it.
+            // The host's configuration turns IPv6 off on new devices.
             let again = super::sysctl::allow_v6(device.as_str()).is_ok();
             let located = Devices::default().get(route, *device)?;
             match message::entry(op, located.index) {
@@ -234,8 +240,8 @@ fn verdict(route: &mut Route, op: &Op, result: Result<(), Refusal>) -> Result<()
     }
 }
 
-/// Makes a device, or leaves nothing behind. One that is there is left as it is:
-/// the next dump shows what is to be changed on it.
+/// Creates a device. On failure no device remains. An existing device of ovl is not changed: the next full pass finds
+/// the differences.
 pub(super) fn add_link(
     route: &mut Route,
     devices: &mut Devices,
@@ -245,7 +251,7 @@ pub(super) fn add_link(
     link: &Link,
 ) -> Result<()> {
     if let Link::Endpoint { .. } = link {
-        return Err(KernelError::Other(format!("{device} is made by an attach, not by the loop")));
+        return Err(KernelError::Other(format!("{device} is created by an attach, not by reconciliation")));
     }
     let (alias, master, up) = match link {
         Link::Bridge { up, .. } => ("bridge", None, *up),
@@ -256,7 +262,7 @@ pub(super) fn add_link(
     };
     let master = master.map(|bridge| devices.get(route, bridge)).transpose()?;
     devices.forget(device);
-    // With a device of this name there, all requests but the first would be for that device.
+    // If a device had this name, all requests of the batch but the first would change that device.
     match devices.get(route, device) {
         Ok(_) => return Ok(()),
         Err(KernelError::NoDevice(_)) => devices.forget(device),
@@ -276,7 +282,7 @@ pub(super) fn add_link(
     if let Some(master) = master {
         attributes.push(LinkAttribute::Controller(master.index));
     }
-    // In one go: a daemon that is killed in between would find a device that is not known as its own.
+    // One batch: a daemon that is killed in between would leave a device without its alias, which ovl would not own.
     let mut batch = Batch::default();
     let new = message::new_link(device, link);
     let by_engine = new.is_none();
@@ -302,7 +308,7 @@ pub(super) fn add_link(
     Err(error)
 }
 
-/// Brings a device from the first state to the second, as far as they differ.
+/// Changes the settings of a device in which `from` and `to` differ. Returns its indexes.
 pub(super) fn set_link(
     route: &mut Route,
     devices: &mut Devices,
@@ -313,14 +319,14 @@ pub(super) fn set_link(
 ) -> Result<Located> {
     let located = devices.get(route, device)?;
     let target = Target::Index(located.index);
-    let was = Common::of(from);
-    let is = Common::of(to);
+    let was = LinkSettings::of(from);
+    let is = LinkSettings::of(to);
     let mut batch = Batch::default();
     let mut attributes = Vec::new();
     if was.mac != is.mac
         && let Some(mac) = is.mac
     {
-        // Only then: it makes the kernel forget all neighbours.
+        // Only if it differs: the change makes the kernel forget all neighbours.
         attributes.push(message::hardware_address(mac));
     }
     if was.mtu != is.mtu {
@@ -349,7 +355,7 @@ pub(super) fn set_link(
     }
     if was.up != is.up {
         batch.push(message::set_up(target, is.up), 0);
-        // For the effect, as when an endpoint is made.
+        // For the side effect, as for a new endpoint.
         batch.push(message::get_link_at(located.index), 0);
     }
     let (results, _) = route.execute(batch)?;
@@ -359,8 +365,8 @@ pub(super) fn set_link(
     }
 }
 
-/// What devices of all kinds, or most of them, have.
-struct Common {
+/// The settings that links of all kinds, or most of them, have.
+struct LinkSettings {
     mac: Option<Mac>,
     mtu: u16,
     master: Option<Device>,
@@ -369,7 +375,7 @@ struct Common {
     hairpin: bool,
 }
 
-impl Common {
+impl LinkSettings {
     fn of(link: &Link) -> Self {
         match *link {
             Link::Bridge { mac, mtu, up, tuned } => {
@@ -391,14 +397,14 @@ impl Common {
     }
 }
 
-/// An error with a VXLAN device whose VNI or port is taken names who has it; a kernel that lacks a kind of
-/// device is called that.
+/// Converts the refusal of a link. The error names the device that uses the VNI or port, or the missing kernel
+/// feature.
 fn explain(route: &mut Route, device: Device, link: &Link, refusal: Refusal, op: &Op) -> KernelError {
     if let (Op::Link(LinkOp::Add(..)), EOPNOTSUPP) = (op, refusal.errno) {
         return match link {
-            Link::Bridge { .. } => KernelError::missing("bridges", "bridge"),
-            Link::Vxlan { .. } => KernelError::missing("VXLAN", "vxlan"),
-            Link::Tunnel { kind: TunnelKind::Kernel, .. } => wireguard::no_wireguard(),
+            Link::Bridge { .. } => KernelError::MissingFeature { feature: "bridges", module: "bridge" },
+            Link::Vxlan { .. } => KernelError::MissingFeature { feature: "VXLAN", module: "vxlan" },
+            Link::Tunnel { kind: TunnelKind::Kernel, .. } => KernelError::NoWireguard,
             Link::Tunnel { .. } | Link::Tap { .. } | Link::Endpoint { .. } => {
                 refusal.into_error(op.to_string())
             }
@@ -423,23 +429,23 @@ fn explain(route: &mut Route, device: Device, link: &Link, refusal: Refusal, op:
         },
         EADDRINUSE => match holder(route, None) {
             Some(name) => KernelError::Other(format!(
-                "UDP port {port} is in use by device {name}, which is set up in a way that does not go with ours"
+                "UDP port {port} is in use by VXLAN device {name}, whose configuration does not allow {device} to share it"
             )),
-            None => KernelError::Other(format!(
-                "UDP port {port}, which VXLAN needs, is in use by another program (`ss -ulnp sport = :{port}` shows it)"
-            )),
+            None => KernelError::UdpPortInUse { port: *port, purpose: "VXLAN", setting: "vxlan_port" },
         },
         _ => refusal.into_error(op.to_string()),
     }
 }
 
-/// Whether this kernel has IPv6; `ipv6.disable=1` takes it away.
+/// Whether this kernel has IPv6. The boot parameter `ipv6.disable=1` disables it.
 pub fn has_inet6() -> bool {
     std::path::Path::new("/proc/sys/net/ipv6").exists()
 }
 
-/// Deletes devices of ours; gives each one's result. The kernel waits for all processors once for
-/// each request, not for each device: many together take as long as one.
+/// Deletes devices of ovl. Returns the result of each; an absent device is no error.
+///
+/// The kernel waits for all processors once per request, not per device, so deleting many takes as long as
+/// deleting one.
 pub(super) fn delete(route: &mut Route, devices: &mut Devices, doomed: &[Device]) -> Result<Vec<Result<()>>> {
     for device in doomed {
         devices.forget(*device);
@@ -479,15 +485,19 @@ pub(super) fn delete(route: &mut Route, devices: &mut Devices, doomed: &[Device]
     Ok(results)
 }
 
-/// Deletes devices that were just looked at, in one request.
+/// Deletes devices that were just looked up, in one request: it moves them to a new link group and deletes the
+/// group.
 pub(super) fn delete_group(route: &mut Route, there: &[u32]) -> Result<Result<(), Refusal>> {
     if there.is_empty() {
         return Ok(Ok(()));
     }
-    // One that nothing else is in, for that would go too; and by which we know what we hear of them.
+    // A random group, because all its members are deleted. Its upper half marks the members as doomed in
+    // notifications.
     let mut random = [0; 2];
     if ring::rand::SecureRandom::fill(&ring::rand::SystemRandom::new(), &mut random).is_err() {
-        return Err(KernelError::Other("the system gives no random numbers".to_owned()));
+        return Err(KernelError::Other(
+            "cannot delete devices: the kernel returned no random numbers".to_owned(),
+        ));
     }
     let group = DOOMED & !0xffff | u32::from(u16::from_ne_bytes(random));
     let group = if group == DOOMED { group ^ 1 } else { group };
@@ -496,16 +506,17 @@ pub(super) fn delete_group(route: &mut Route, there: &[u32]) -> Result<Result<()
         batch.push(message::set(Target::Index(*index), vec![LinkAttribute::Group(group)]), 0);
     }
     let (results, _) = route.execute(batch)?;
-    // Those that are gone already are not in it; with none left there is no such group.
+    // Absent devices cannot join the group. If all are absent, the group does not exist.
     if results.iter().all(Result::is_err) {
         return Ok(Ok(()));
     }
     route.request(message::del_group(group), 0)
 }
 
-/// Whether an endpoint's MTU changes: then the other end needs the same.
+/// The new MTU of an endpoint, which the peer interface needs too. `None` if the MTU does not change or the device is
+/// not an endpoint.
 pub(super) fn peer_mtu(device: Device, from: &Link, to: &Link) -> Option<u16> {
     let Some(Role::Endpoint(_)) = device.role() else { return None };
-    let (was, is) = (Common::of(from).mtu, Common::of(to).mtu);
+    let (was, is) = (LinkSettings::of(from).mtu, LinkSettings::of(to).mtu);
     (was != is).then_some(is)
 }

@@ -1,9 +1,12 @@
-//! Reading of netlink attributes, as far as a dump and the monitor need it. The crate's own parser
-//! decodes all of every message and fails on the first thing it does not know: neither is right
-//! for ten thousand entries, and for devices of others that a newer kernel describes. And writing,
-//! for families that the crate does not know.
+//! Reads and writes netlink messages and attributes.
+//!
+//! The parser of `netlink-packet-route` decodes every attribute of every message and fails on the first one
+//! that it does not know. That is too slow for ten thousand entries, and wrong for devices of other programs
+//! that a newer kernel describes. Writing is for families that the `netlink-packet` crates do not support.
 
-/// A netlink message within a buffer: its header and what follows.
+use netlink_packet_core::{NLA_F_NESTED, NLA_TYPE_MASK};
+
+/// A netlink message in a buffer.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Message<'a> {
     pub(super) kind: u16,
@@ -16,7 +19,7 @@ pub(super) struct Message<'a> {
 /// The length of a netlink message's header.
 pub(super) const HEADER: usize = 16;
 
-/// The messages in a buffer.
+/// Iterates over the messages in a buffer.
 pub(super) fn messages(mut bytes: &[u8]) -> impl Iterator<Item = Message<'_>> {
     std::iter::from_fn(move || {
         let length = u32_at(bytes, 0)? as usize;
@@ -33,35 +36,36 @@ pub(super) fn messages(mut bytes: &[u8]) -> impl Iterator<Item = Message<'_>> {
     })
 }
 
-/// The attributes in a payload after its fixed part.
+/// Iterates over the attributes of a payload, each with its type and value. `fixed` is the length of the fixed
+/// part before them.
 pub(super) fn attributes(payload: &[u8], fixed: usize) -> impl Iterator<Item = (u16, &[u8])> {
     let mut bytes = payload.get(fixed..).unwrap_or_default();
     std::iter::from_fn(move || {
         let length = usize::from(u16_at(bytes, 0)?);
-        // The two highest bits are flags.
-        let kind = u16_at(bytes, 2)? & 0x3fff;
+        let kind = u16_at(bytes, 2)? & NLA_TYPE_MASK;
         let value = bytes.get(4..length)?;
         bytes = bytes.get(aligned(length)..).unwrap_or_default();
         Some((kind, value))
     })
 }
 
-/// Attributes being written. The length of each, with all that is nested in it, has to fit 16 bits:
-/// who writes many cuts them.
+/// A writer of attributes. The length of each attribute, nested ones included, must fit 16 bits: the caller
+/// splits longer lists.
 #[derive(Default)]
 pub(super) struct Attributes(Vec<u8>);
 
 impl Attributes {
-    /// After the fixed part of a message.
+    /// Starts with the fixed part of a message.
     pub(super) fn after(fixed: &[u8]) -> Self {
         Self(fixed.to_vec())
     }
 
+    /// Appends an attribute.
     pub(super) fn put(&mut self, kind: u16, value: &[u8]) {
         self.write(kind, |bytes| bytes.extend_from_slice(value));
     }
 
-    /// A text with the zero byte after it.
+    /// Appends a text attribute, with its terminating zero byte.
     pub(super) fn put_text(&mut self, kind: u16, value: &str) {
         self.write(kind, |bytes| {
             bytes.extend_from_slice(value.as_bytes());
@@ -69,10 +73,10 @@ impl Attributes {
         });
     }
 
+    /// Appends an attribute whose value is the attributes that `inner` writes.
     pub(super) fn nest(&mut self, kind: u16, inner: impl FnOnce(&mut Self)) {
-        const NESTED: u16 = 1 << 15;
-        self.write(kind | NESTED, |bytes| {
-            // Everything is aligned here, so that the inside can be written in place.
+        self.write(kind | NLA_F_NESTED, |bytes| {
+            // The position is aligned, so the nested attributes can be written in place.
             let mut nested = Self(std::mem::take(bytes));
             inner(&mut nested);
             *bytes = nested.0;
@@ -99,7 +103,7 @@ impl Attributes {
     }
 }
 
-/// Text that ends with a zero byte.
+/// The text before the first zero byte; empty if it is not UTF-8.
 pub(super) fn text(value: &[u8]) -> &str {
     let end = value.iter().position(|byte| *byte == 0).unwrap_or(value.len());
     value.get(..end).and_then(|bytes| std::str::from_utf8(bytes).ok()).unwrap_or_default()
@@ -121,7 +125,7 @@ pub(super) fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
     Some(u32::from_ne_bytes(bytes.get(at..at + 4)?.try_into().ok()?))
 }
 
-/// An address of either family, by its length.
+/// An IPv4 or IPv6 address, by its length.
 pub(super) fn ip(bytes: &[u8]) -> Option<std::net::IpAddr> {
     match bytes.len() {
         4 => <[u8; 4]>::try_from(bytes).ok().map(Into::into),

@@ -1,19 +1,23 @@
-//! Connection tracking by netlink: ends flows of UDP that lead where they should not any more.
+//! Deletes stale UDP flows from connection tracking by netlink, after the backends of a port have changed.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
+use netlink_packet_core::NLA_F_NESTED;
 use netlink_sys::protocols::NETLINK_NETFILTER;
 use nix::libc::ENOENT;
 use ovl_dataplane::flows::Flows;
 
 use super::attribute::{Attributes, attributes, ip, u16_be};
 use super::error::{KernelError, Result};
+use super::nftables::FIXED;
 use super::socket::{Batch, Netlink};
 use super::sys;
 
-/// NFNL_SUBSYS_CTNETLINK, in the upper half of a message's kind.
-const SUBSYSTEM: u16 = 1;
+/// The subsystem of connection tracking, in the upper half of a message type.
+const SUBSYSTEM: u16 = nix::libc::NFNL_SUBSYS_CTNETLINK as u16;
+// The message types and attributes (`IPCTNL_...` and `CTA_...` in `linux/netfilter/nfnetlink_conntrack.h`), which
+// `libc` does not define.
 const GET: u16 = SUBSYSTEM << 8 | 1;
 const DELETE: u16 = SUBSYSTEM << 8 | 2;
 
@@ -26,16 +30,12 @@ const TUPLE_PROTO: u16 = 2;
 const PROTO_NUMBER: u16 = 1;
 const PROTO_SOURCE: u16 = 2;
 const PROTO_DESTINATION: u16 = 3;
-const NESTED: u16 = 1 << 15;
-const UDP: u8 = 17;
+const UDP: u8 = nix::libc::IPPROTO_UDP as u8;
 
-/// The length of a message's fixed part, `nfgenmsg`.
-const FIXED: usize = 4;
-
-/// So many are deleted with one batch of requests.
+/// The number of flows that are deleted in one batch.
 const AT_ONCE: usize = 512;
 
-/// Ends flows, as far as there are any; what is gone meanwhile is fine.
+/// Deletes stale flows. A flow that ends meanwhile is no error.
 pub(super) fn end(flows: &[&Flows]) -> Result<()> {
     let mut netlink = None;
     for (ipv4, family) in [(true, nix::libc::AF_INET), (false, nix::libc::AF_INET6)] {
@@ -55,7 +55,7 @@ pub(super) fn end(flows: &[&Flows]) -> Result<()> {
     Ok(())
 }
 
-/// By port and address. The last word counts.
+/// The wanted flows by destination port and address. For each destination the last operation counts.
 type Wanted<'a> = BTreeMap<(u16, Option<IpAddr>), &'a Flows>;
 
 fn end_of_family(netlink: &mut Netlink, family: u8, wanted: &Wanted<'_>) -> Result<()> {
@@ -68,7 +68,7 @@ fn end_of_family(netlink: &mut Netlink, family: u8, wanted: &Wanted<'_>) -> Resu
     let mut batch = Batch::default();
     batch.push_built(GET, 0, &[family, 0, 0, 0]);
     let dump =
-        netlink.dump(batch)?.map_err(|refusal| refusal.into_error("cannot read the table of connections"))?;
+        netlink.dump(batch)?.map_err(|refusal| refusal.into_error("cannot dump connection tracking"))?;
     let doomed: Vec<Attributes> = dump
         .messages()
         .filter(|message| message.kind >> 8 == SUBSYSTEM)
@@ -80,18 +80,18 @@ fn end_of_family(netlink: &mut Netlink, family: u8, wanted: &Wanted<'_>) -> Resu
         some.iter().for_each(|entry| batch.push_built(DELETE, 0, entry.bytes()));
         let (results, _) = netlink.execute(batch)?;
         if let Some(refusal) = results.into_iter().filter_map(Result::err).find(|r| r.errno != ENOENT) {
-            return Err(refusal.into_error("cannot end a connection"));
+            return Err(refusal.into_error("cannot delete a flow from connection tracking"));
         }
     }
     Ok(())
 }
 
-/// What names an entry: how it began, and its number, so that none that came after it is meant.
+/// The attributes that identify an entry: its original tuple, and its id, so that no later entry is deleted.
 fn named(family: u8, payload: &[u8]) -> Attributes {
     let mut message = Attributes::after(&[family, 0, 0, 0]);
     for (kind, value) in attributes(payload, FIXED) {
         match kind {
-            TUPLE_ORIGINAL => message.put(kind | NESTED, value),
+            TUPLE_ORIGINAL => message.put(kind | NLA_F_NESTED, value),
             ID | ZONE => message.put(kind, value),
             _ => {}
         }
@@ -112,7 +112,7 @@ fn is_stale(payload: &[u8], wanted: &Wanted<'_>, own: &BTreeSet<IpAddr>) -> bool
     if let Some(flows) = wanted.get(&(to.1, Some(to.0))) {
         return !flows.keep.contains(&reply.source);
     }
-    // At a node port something of the host's own may listen as well.
+    // A program on the host may listen on a node port as well.
     let any = wanted.get(&(to.1, None)).filter(|flows| flows.held || reply.source != to);
     any.is_some_and(|flows| own.contains(&to.0) && !flows.keep.contains(&reply.source))
 }
@@ -130,7 +130,7 @@ impl Tuple {
         let mut ports = [None; 2];
         for (kind, value) in attributes(tuple, 0) {
             match kind {
-                // Sources have odd numbers, of either family.
+                // CTA_IP_V4_SRC and CTA_IP_V6_SRC.
                 TUPLE_IP => attributes(value, 0).for_each(|(kind, value)| match kind {
                     1 | 3 => addresses[0] = ip(value),
                     _ => addresses[1] = ip(value),

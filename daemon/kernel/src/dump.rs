@@ -1,4 +1,4 @@
-//! All of ours that is in the kernel.
+//! Dumps the actual data plane from the kernel, and reads devices, addresses and routes of the host.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
@@ -9,6 +9,7 @@ use netlink_packet_route::link::{LinkAttribute, LinkExtentMask, LinkMessage};
 use netlink_packet_route::neighbour::NeighbourMessage;
 use netlink_packet_route::route::{RouteMessage, RouteProtocol};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
+use nix::libc::{self, RTM_NEWADDR, RTM_NEWLINK, RTM_NEWNEIGH, RTM_NEWROUTE};
 use ovl_dataplane::device::Device;
 use ovl_dataplane::state::{Dataplane, Hop, PROTOCOL};
 
@@ -16,27 +17,27 @@ use super::Underlay;
 use super::attribute::{attributes, ip, u8_at};
 use super::error::{KernelError, Result};
 use super::fact;
-use super::known::{RTM_NEWADDR, RTM_NEWLINK, RTM_NEWNEIGH, RTM_NEWROUTE};
+
 use super::link::{LinkView, Neighbour};
 use super::message;
 use super::socket::{Batch, Dump, Route};
 use super::sysctl;
 
-/// What a dump gives beside the model.
+/// The devices of the host by index, as a dump found them.
 #[derive(Debug, Default)]
-pub(super) struct Names {
-    /// All devices of the host by index.
+pub(super) struct DeviceNames {
+    /// The names of all devices.
     pub(super) all: HashMap<u32, Device>,
-    /// Those that are ours.
+    /// The devices of ovl.
     pub(super) ours: HashMap<u32, Device>,
-    /// What is left of endpoints that are gone.
+    /// The doomed devices: host interfaces of removed endpoints.
     pub(super) doomed: Vec<u32>,
-    /// MTU and state of those that are not.
+    /// The MTU of each device of the host, and whether it is up.
     pub(super) others: HashMap<u32, (u32, bool)>,
 }
 
-/// Everything except the packet filter and what is inside of tunnels.
-pub(super) fn kernel(route: &mut Route) -> Result<(Dataplane, Names)> {
+/// Dumps everything except the nftables tables and the configuration of tunnels.
+pub(super) fn kernel(route: &mut Route) -> Result<(Dataplane, DeviceNames)> {
     let mut kernel = Dataplane::default();
     let names = links(route, &mut kernel)?;
     for message in addresses(route)?.messages().filter(|message| message.kind == RTM_NEWADDR) {
@@ -57,9 +58,9 @@ pub(super) fn kernel(route: &mut Route) -> Result<(Dataplane, Names)> {
         for message in dump.messages().filter(|message| message.kind == RTM_NEWNEIGH) {
             if let Some(entry) = Neighbour::parse(message.payload)
                 && let Some(device) = names.ours.get(&entry.index)
-                && let Some((place, value)) = fact::of_neighbour(&entry, *device, kernel.links.get(device))
+                && let Some((key, value)) = fact::of_neighbour(&entry, *device, kernel.links.get(device))
             {
-                fact::set(&mut kernel, place, value);
+                fact::set(&mut kernel, key, value);
             }
         }
     }
@@ -72,9 +73,9 @@ pub(super) fn kernel(route: &mut Route) -> Result<(Dataplane, Names)> {
     Ok((kernel, names))
 }
 
-fn links(route: &mut Route, kernel: &mut Dataplane) -> Result<Names> {
+fn links(route: &mut Route, kernel: &mut Dataplane) -> Result<DeviceNames> {
     let dump = all_links(route)?;
-    let mut names = Names::default();
+    let mut names = DeviceNames::default();
     let views = || {
         dump.messages()
             .filter(|message| message.kind == RTM_NEWLINK)
@@ -103,7 +104,7 @@ fn links(route: &mut Route, kernel: &mut Dataplane) -> Result<Names> {
     Ok(names)
 }
 
-/// All devices, ours or not, without their counters.
+/// Dumps all devices, without their statistics.
 pub(super) fn all_links(route: &mut Route) -> Result<Dump> {
     let mut message = LinkMessage::default();
     message.attributes = vec![LinkAttribute::ExtMask(vec![LinkExtentMask::SkipStats])];
@@ -120,7 +121,7 @@ fn neighbours(route: &mut Route, family: AddressFamily) -> Result<Dump> {
     route.dump(&RouteNetlinkMessage::GetNeighbour(message))
 }
 
-/// Addresses of LoadBalancers on devices of this host, by the devices' indexes.
+/// Lists the announced addresses of this host, with the indexes of their devices.
 pub(super) fn announced(route: &mut Route) -> Result<BTreeSet<(u32, IpAddr)>> {
     let dump = addresses(route)?;
     let ours = dump.messages().filter(|message| message.kind == RTM_NEWADDR);
@@ -131,7 +132,7 @@ pub(super) fn announced(route: &mut Route) -> Result<BTreeSet<(u32, IpAddr)>> {
         .collect())
 }
 
-/// The device that has an address.
+/// Looks up the device that has an address.
 pub(super) fn underlay(route: &mut Route, vtep: IpAddr) -> Result<Underlay> {
     let dump = addresses(route)?;
     let (index, prefix) = dump
@@ -151,24 +152,24 @@ pub(super) fn underlay(route: &mut Route, vtep: IpAddr) -> Result<Underlay> {
             mtu: view.mtu.try_into().unwrap_or(u16::MAX),
             prefix,
         })
-        .ok_or_else(|| KernelError::Other(format!("the device with the address {vtep} is gone")))
+        .ok_or_else(|| KernelError::Other(format!("the device with the address {vtep} was deleted")))
 }
 
-/// The device by which packets to an address leave.
-pub(super) fn way_to(route: &mut Route, address: IpAddr) -> Result<Option<u32>> {
+/// Looks up the output interface of packets to an address. `None` if there is no route.
+pub(super) fn output_interface(route: &mut Route, address: IpAddr) -> Result<Option<u32>> {
     let mut batch = Batch::default();
     batch.push(message::get_route(address), 0);
     let (_, answers) = route.execute(batch)?;
     Ok(answers.first().and_then(|answer| destination_device(&answer.payload)))
 }
 
-/// The routes that are ours.
+/// Dumps the routes of ovl.
 pub(super) fn routes(route: &mut Route, ours: &HashMap<u32, Device>) -> Result<BTreeMap<IpNet, Hop>> {
     let mut routes = BTreeMap::new();
     for family in [AddressFamily::Inet, AddressFamily::Inet6] {
         let mut message = RouteMessage::default();
         message.header.address_family = family;
-        // Hosts may have the whole internet's: the kernel picks out ours.
+        // The kernel filters by protocol: a host may have a full routing table.
         message.header.protocol = RouteProtocol::Other(PROTOCOL);
         let dump = route.dump(&RouteNetlinkMessage::GetRoute(message))?;
         for message in dump.messages().filter(|message| message.kind == RTM_NEWROUTE) {
@@ -178,7 +179,8 @@ pub(super) fn routes(route: &mut Route, ours: &HashMap<u32, Device>) -> Result<B
     Ok(routes)
 }
 
-/// Prefixes of addresses and of routes, those of our devices and those that every host has aside.
+/// Lists the prefixes of the addresses and routes of the host, except those of ovl devices and those that every host
+/// has, such as loopback.
 pub(super) fn prefixes(route: &mut Route) -> Result<Vec<IpNet>> {
     let names = links(route, &mut Dataplane::default())?;
     let mut prefixes = Vec::new();
@@ -208,18 +210,19 @@ pub(super) fn prefixes(route: &mut Route) -> Result<Vec<IpNet>> {
     Ok(prefixes)
 }
 
-/// A unicast route's destination, and its device if it has only one.
+/// Parses the destination of a route, and its output interface if it has a single one. `None` for a default route and
+/// for routes that repeat addresses.
 fn destination(payload: &[u8]) -> Option<(IpNet, Option<u32>)> {
-    /// `rtm_type`: local, broadcast, anycast, multicast: they repeat the addresses.
-    const NOT_DESTINATIONS: std::ops::RangeInclusive<u8> = 2..=5;
+    /// The types local, broadcast, anycast and multicast, which repeat the addresses of the host.
+    const NOT_DESTINATIONS: std::ops::RangeInclusive<u8> = libc::RTN_LOCAL..=libc::RTN_MULTICAST;
     if NOT_DESTINATIONS.contains(&u8_at(payload, 7)?) {
         return None;
     }
     let (mut to, mut device) = (None, None);
     for (kind, value) in attributes(payload, 12) {
         match kind {
-            1 => to = ip(value),
-            4 => device = super::attribute::u32_at(value, 0),
+            libc::RTA_DST => to = ip(value),
+            libc::RTA_OIF => device = super::attribute::u32_at(value, 0),
             _ => {}
         }
     }
@@ -229,25 +232,26 @@ fn destination(payload: &[u8]) -> Option<(IpNet, Option<u32>)> {
 
 fn destination_device(payload: &[u8]) -> Option<u32> {
     attributes(payload, 12)
-        .find(|(kind, _)| *kind == 4)
+        .find(|(kind, _)| *kind == libc::RTA_OIF)
         .and_then(|(_, value)| super::attribute::u32_at(value, 0))
 }
 
+/// Whether every host has an address like this: loopback, multicast or link-local.
 fn is_everywhere(address: IpAddr) -> bool {
     address.is_loopback()
         || address.is_multicast()
         || matches!(address, IpAddr::V6(address) if address.is_unicast_link_local())
 }
 
-/// Whether a namespace has a default route of the address's family, in the main table.
+/// Whether a namespace has a default route of an address family in its main table.
 pub(super) fn has_default_route(route: &mut Route, family: AddressFamily) -> Result<bool> {
     let mut message = RouteMessage::default();
     message.header.address_family = family;
-    message.header.table = 254;
+    message.header.table = libc::RT_TABLE_MAIN;
     let dump = route.dump(&RouteNetlinkMessage::GetRoute(message))?;
     Ok(dump.messages().any(|message| {
         message.kind == RTM_NEWROUTE
             && u8_at(message.payload, 1) == Some(0)
-            && u8_at(message.payload, 7) == Some(1)
+            && u8_at(message.payload, 7) == Some(libc::RTN_UNICAST)
     }))
 }

@@ -1,5 +1,5 @@
-//! An endpoint's pair of interfaces: made in one batch here and one inside of its namespace, or not
-//! at all.
+//! Creates the veth pair of an endpoint: one batch of requests in the host's namespace, and one in the
+//! workload's. If one fails, the pair is deleted.
 
 use std::net::IpAddr;
 use std::os::fd::{AsFd, OwnedFd};
@@ -16,41 +16,39 @@ use super::dump::has_default_route;
 use super::error::{KernelError, Result};
 use super::link::LinkView;
 use super::message::{self, Outer, Target};
-use super::netns::{self, Visitor};
+use super::netns::{self, NetnsWorker};
 use super::resolver::{self, Resolver};
 use super::socket::{Batch, Refusal, Route};
 use super::sweep::Sweeper;
+use super::sys::LOOPBACK;
 use super::sysctl;
-use super::{EndpointSpec, HostEnd, Made};
+use super::{CreatedEndpoint, EndpointSpec, HostEnd};
 
-/// The kernel puts the first free number in.
+/// An interface name that the kernel completes with the first free number.
 const ANY_NAME: &str = "eth%d";
 
-/// Every namespace's loopback device has this index.
-pub(super) const LOOPBACK: u32 = 1;
-
-/// What was made.
+/// A created veth pair.
 #[derive(Debug)]
-pub(super) struct Created {
+pub(super) struct CreatedPair {
     pub(super) index: u32,
     pub(super) link: Link,
-    pub(super) made: Made,
+    pub(super) made: CreatedEndpoint,
 }
 
-/// Makes the pair.
+/// Creates the veth pair of an endpoint.
 pub(super) fn create(
     route: &mut Route,
     devices: &mut Devices,
-    visitor: &mut Visitor,
+    netns_worker: &mut NetnsWorker,
     sweeper: &Sweeper,
     spec: EndpointSpec,
-) -> Result<Created> {
+) -> Result<CreatedPair> {
     let EndpointSpec { device, name, netns, ifname, mac, mtu, host_end, addresses, gateways, resolver } =
         spec;
     if let Some(name) = &ifname
         && !is_plain_name(name)
     {
-        return Err(KernelError::Other(format!("'{name}' cannot be the name of an interface")));
+        return Err(KernelError::InvalidInterfaceName(name.clone()));
     }
     let (outer, bridge, hairpin) = match host_end {
         HostEnd::Port(bridge, hairpin) => {
@@ -59,20 +57,22 @@ pub(super) fn create(
         }
         HostEnd::Routed { mac, .. } => (Outer::Alone(mac), None, false),
     };
-    // With a device of this name there, all requests but the first would be for that device.
+    // If a device had this name, all requests of the batch but the first would change that device.
     match devices.get(route, device) {
         Err(KernelError::NoDevice(_)) => devices.forget(device),
         Err(error) => return Err(error),
-        Ok(_) => return Err(KernelError::Other(format!("the device {device} is there already"))),
+        Ok(_) => return Err(KernelError::DeviceExists(device)),
     }
     let wanted = ifname.as_deref().unwrap_or(ANY_NAME);
-    let here = if netns.is_none() { Some(netns::own()?) } else { None };
-    let place = netns.as_ref().map(|netns| netns.fd.as_fd()).or(here.as_ref().map(AsFd::as_fd));
-    let Some(place) = place else { return Err(KernelError::Other("no namespace".to_owned())) };
+    let own = if netns.is_none() { Some(netns::own()?) } else { None };
+    let target_netns = netns.as_ref().map(|netns| netns.fd.as_fd()).or(own.as_ref().map(AsFd::as_fd));
+    let Some(target_netns) = target_netns else {
+        return Err(KernelError::Other(format!("cannot create {device}: it has no network namespace")));
+    };
     let make = |route: &mut Route| {
         let target = Target::Name(device);
         let mut batch = Batch::default();
-        let pair = message::new_pair(device, outer, mtu, place, wanted, mac);
+        let pair = message::new_pair(device, outer, mtu, target_netns, wanted, mac);
         batch.push(pair, NLM_F_CREATE | NLM_F_EXCL);
         let mut attributes = vec![message::alias(&format!("endpoint {name}"))];
         if bridge.is_some() {
@@ -82,15 +82,15 @@ pub(super) fn create(
             attributes.push(message::no_link_local());
         }
         batch.push(message::set(target, attributes), 0);
-        // Only now: the kernel would make a link-local address at once.
+        // Not earlier: the kernel adds a link-local address as soon as the device is up.
         batch.push(message::set_up(target, true), 0);
         batch.push(message::get_link(device), 0);
         route.execute(batch)
     };
     let (mut results, mut answers) = make(route)?;
     if let Some(Err(Refusal { errno: EXFULL, .. })) = results.first() {
-        // Pairs that were taken away and not swept yet are ports of the bridge still.
-        sweeper.now()?;
+        // Doomed pairs that are not deleted yet still use ports of the bridge.
+        sweeper.sweep_now()?;
         (results, answers) = make(route)?;
     }
     let mut results = results.into_iter();
@@ -103,7 +103,7 @@ pub(super) fn create(
         (None, Some(view)) => match netns {
             Some(netns) => {
                 let inside = Inside { ifname, addresses, gateways, host_end, resolver };
-                finish(view, inside, visitor, netns.fd)
+                finish(view, inside, netns_worker, netns.fd)
             }
             None => Ok((located(&view), wanted.to_owned(), Vec::new())),
         },
@@ -113,24 +113,24 @@ pub(super) fn create(
         Ok((located, ifname, gateways)) => {
             devices.add(device, located);
             if bridge.is_some() {
-                // Asking is for the effect: the kernel brings a port that has just got its carrier
-                // into use before it answers, and else whenever it gets round to that.
+                // The request is sent for its side effect: before the kernel replies, it enables a port that has
+                // just gained its carrier. Otherwise it does so at a later time.
                 let _ = route.request(message::get_link_at(located.index), 0)?;
             }
             let link = Link::Endpoint { mtu, master: bridge, up: true, tuned: bridge.is_some(), hairpin };
-            Ok(Created { index: located.index, link, made: Made { ifname, mtu, gateways } })
+            Ok(CreatedPair { index: located.index, link, made: CreatedEndpoint { ifname, mtu, gateways } })
         }
         Err(error) => {
-            // With its one end the other goes too.
+            // This deletes both interfaces of the pair.
             if let Err(refusal) = route.request(message::del_link_named(device), 0)? {
-                tracing::warn!("{device} is left over from an attach that failed: {refusal:?}");
+                tracing::warn!(%device, ?refusal, "cannot delete the device of a failed attach");
             }
             Err(error)
         }
     }
 }
 
-/// What is to be done inside.
+/// The configuration of the peer interface in the workload's namespace.
 #[derive(Debug)]
 struct Inside {
     ifname: Option<String>,
@@ -143,12 +143,16 @@ struct Inside {
 fn finish(
     view: LinkView<'_>,
     inside: Inside,
-    visitor: &mut Visitor,
+    netns_worker: &mut NetnsWorker,
     netns: OwnedFd,
 ) -> Result<(Located, String, Vec<IpAddr>)> {
-    let peer =
-        view.peer.ok_or_else(|| KernelError::Other("the kernel does not tell the other end".to_owned()))?;
-    let (ifname, gateways) = visitor.visit(netns, move |route| configure(route, peer, inside))?;
+    let peer = view.peer.ok_or_else(|| {
+        KernelError::Other(format!(
+            "{}: the kernel does not report the index of the peer interface",
+            view.name
+        ))
+    })?;
+    let (ifname, gateways) = netns_worker.run_in(netns, move |route| configure(route, peer, inside))?;
     Ok((located(&view), ifname, gateways))
 }
 
@@ -156,8 +160,9 @@ fn located(view: &LinkView<'_>) -> Located {
     Located { index: view.index, peer: view.peer, peer_netns: view.peer_netns }
 }
 
-/// Inside of the namespace: addresses, and default routes where there are none. Gives the
-/// interface's name and the gateways of these routes.
+/// Configures the peer interface: its addresses, the routes to the resolver and the gateways, and default routes of
+/// the address families that have none. `route` is a socket in its namespace. Returns the name of the interface and
+/// the gateways of the default routes that were added.
 fn configure(route: &mut Route, index: u32, inside: Inside) -> Result<(String, Vec<IpAddr>)> {
     let mut batch = Batch::default();
     batch.push(message::set_up(Target::Index(LOOPBACK), true), 0);
@@ -172,7 +177,7 @@ fn configure(route: &mut Route, index: u32, inside: Inside) -> Result<(String, V
         .and_then(|answer| LinkView::parse(&answer.payload))
         .map(|view| view.name.to_owned())
         .or(inside.ifname)
-        .ok_or_else(|| KernelError::Other("the namespace lost the interface at once".to_owned()))?;
+        .ok_or_else(|| KernelError::Other("the new interface vanished from its namespace".to_owned()))?;
     let mut results = results.into_iter();
     for (name, result) in ["lo", &ifname].into_iter().zip(&mut results) {
         result.map_err(|refusal| refusal.into_error(format!("cannot set {name} up in the namespace")))?;
@@ -184,8 +189,8 @@ fn configure(route: &mut Route, index: u32, inside: Inside) -> Result<(String, V
         }
     }
     if let Some(resolver) = &inside.resolver {
-        let guarded = matches!(inside.host_end, HostEnd::Port(..));
-        resolver::lead(route, index, &ifname, resolver, &inside.addresses, guarded)?;
+        let shared_segment = matches!(inside.host_end, HostEnd::Port(..));
+        resolver::add_routes(route, index, &ifname, resolver, &inside.addresses, shared_segment)?;
     }
     if let HostEnd::Routed { mac, routes } = inside.host_end {
         reach_gateways(route, index, &ifname, mac, &routes)?;
@@ -205,7 +210,8 @@ fn configure(route: &mut Route, index: u32, inside: Inside) -> Result<(String, V
     Ok((ifname, gateways))
 }
 
-/// The gateways are on the other end of the pair, and what is routed is behind them.
+/// Adds the routes of a routed endpoint: the gateways resolve to the MAC address of the host's interface, and the
+/// prefixes are routed through them.
 fn reach_gateways(
     route: &mut Route,
     index: u32,
@@ -215,7 +221,7 @@ fn reach_gateways(
 ) -> Result<()> {
     let mut batch = Batch::default();
     for (gateway, behind) in routes {
-        // The interface may have been in use with another one.
+        // The interface may have entries of another network.
         let put = NLM_F_CREATE | NLM_F_REPLACE;
         batch.push(message::permanent_neighbour(index, *gateway, mac), put);
         batch.push(message::inner_route(index, IpNet::from(*gateway), None), NLM_F_CREATE | NLM_F_EXCL);
@@ -228,9 +234,10 @@ fn reach_gateways(
     })
 }
 
-/// Runtimes turn IPv6 off in namespaces that shall have none; this one shall.
+/// Turns IPv6 on for the interface and adds the address again. Container runtimes turn IPv6 off in namespaces
+/// without IPv6 networks.
 fn add_again(route: &mut Route, index: u32, ifname: &str, net: IpNet, refusal: Refusal) -> Result<()> {
-    let action = || format!("cannot give {ifname} the address {net}");
+    let action = || format!("cannot add address {net} to {ifname}");
     if refusal.errno != EACCES || net.addr().is_ipv4() {
         return Err(refusal.into_error(action()));
     }
@@ -242,21 +249,22 @@ fn add_again(route: &mut Route, index: u32, ifname: &str, net: IpNet, refusal: R
         .map_err(|refusal| refusal.into_error(action()))
 }
 
-/// That the host's end was not there before is known: it is the other end whose name is taken.
+/// Converts the refusal of a new pair. `EEXIST` is about the name of the peer interface: the caller has checked that
+/// the host's interface does not exist.
 fn explain(refusal: Refusal, ifname: &str) -> KernelError {
     match refusal.errno {
-        EOPNOTSUPP => KernelError::missing("veth pairs", "veth"),
+        EOPNOTSUPP => KernelError::MissingFeature { feature: "veth pairs", module: "veth" },
         EEXIST => KernelError::Other(format!("the namespace already has an interface {ifname}")),
         EXFULL => KernelError::Other(
-            "the network's bridge is full: the kernel takes 1,024 ports, endpoints and the VXLAN device together. Attach \
-             to it on another host, or to another network"
+            "the bridge of the network has the maximum of 1,024 ports (endpoints and the VXLAN device): attach \
+             on another host, or to another network"
                 .to_owned(),
         ),
-        _ => refusal.into_error(format!("cannot make the interface {ifname} in the namespace")),
+        _ => refusal.into_error(format!("cannot create interface {ifname} in the namespace")),
     }
 }
 
-/// The kernel's rules, and no `%`, which it would replace.
+/// Whether the kernel accepts an interface name and does not expand it (`%`).
 fn is_plain_name(name: &str) -> bool {
     !name.is_empty()
         && name.len() <= 15
@@ -265,13 +273,13 @@ fn is_plain_name(name: &str) -> bool {
         && !name.contains(|c: char| c == '/' || c == ':' || c == '%' || c.is_whitespace() || c.is_control())
 }
 
-/// Gives other ends of pairs an MTU, each in its namespace.
+/// Sets the MTU of peer interfaces in one namespace. `peers` are their indexes and MTUs.
 pub(super) fn set_peer_mtu(
-    visitor: &mut Visitor,
+    netns_worker: &mut NetnsWorker,
     netns: OwnedFd,
     peers: Vec<(u32, u16)>,
 ) -> Result<Vec<Result<()>>> {
-    visitor.visit(netns, move |route| {
+    netns_worker.run_in(netns, move |route| {
         let mut batch = Batch::default();
         for (index, mtu) in &peers {
             let mtu = LinkAttribute::Mtu(u32::from(*mtu));
@@ -280,9 +288,7 @@ pub(super) fn set_peer_mtu(
         let (results, _) = route.execute(batch)?;
         Ok(results
             .into_iter()
-            .map(|result| {
-                result.map_err(|refusal| refusal.into_error("cannot set the MTU inside of the namespace"))
-            })
+            .map(|result| result.map_err(|refusal| refusal.into_error("cannot set the MTU in the namespace")))
             .collect())
     })
 }

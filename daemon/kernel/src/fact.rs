@@ -1,9 +1,10 @@
-//! What an FDB entry, a neighbour or an address says, in the model's terms.
+//! Converts messages about FDB entries, neighbours, addresses and routes to entries of the data plane.
 
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::IpNet;
+use nix::libc::{self, NTF_SELF, NUD_NOARP, NUD_PERMANENT};
 use ovl_dataplane::device::{Device, Role};
 use ovl_dataplane::state::{Dataplane, Hop, Link, METRIC, PROTOCOL, Remote};
 use ovl_proto::id::Mac;
@@ -11,15 +12,12 @@ use ovl_proto::id::Mac;
 use super::attribute::{attributes, ip, u8_at, u32_at};
 use super::link::Neighbour;
 
-const AF_INET: u8 = 2;
-const AF_BRIDGE: u8 = 7;
-const NTF_SELF: u8 = 2;
-const NUD_NOARP: u16 = 0x40;
-const NUD_PERMANENT: u16 = 0x80;
+const AF_INET: u8 = libc::AF_INET as u8;
+const AF_BRIDGE: u8 = libc::AF_BRIDGE as u8;
 
-/// Where in the model something stands.
+/// The key of an entry in the data plane.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Place {
+pub(super) enum EntryKey {
     Remote(Device, Mac),
     Flood(Device, Remote),
     Port(Device, Mac),
@@ -28,63 +26,72 @@ pub(super) enum Place {
     Route(IpNet),
 }
 
-/// What stands there; none if it is something that is not for the model, such as an entry that
+/// The value of an entry in the data plane. [`Self::None`] for an entry that is not part of it, such as one that
 /// expires.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Value {
+pub(super) enum EntryValue {
     Remote(Remote),
     Mac(Mac),
     Hop(Hop),
-    There,
+    /// The key is the whole entry.
+    Present,
     None,
 }
 
-/// Reads an FDB entry or a neighbour of a device of ours; nothing if the model has no place for it.
-pub(super) fn of_neighbour(entry: &Neighbour, device: Device, link: Option<&Link>) -> Option<(Place, Value)> {
+/// Converts an FDB entry or a neighbour of a device of ovl. `None` if the data plane has no such entries.
+pub(super) fn of_neighbour(
+    entry: &Neighbour,
+    device: Device,
+    link: Option<&Link>,
+) -> Option<(EntryKey, EntryValue)> {
     let role = device.role()?;
     let fixed = entry.state & (NUD_NOARP | NUD_PERMANENT) != 0;
     if entry.family != AF_BRIDGE {
-        // Multicast addresses have entries that are NOARP; ours are permanent.
-        let value = entry.mac.filter(|_| entry.state == NUD_PERMANENT).map_or(Value::None, Value::Mac);
-        return Some((Place::Neighbour(device, entry.address?), value));
+        // The kernel adds NOARP entries for multicast addresses. Entries of ovl are permanent.
+        let value =
+            entry.mac.filter(|_| entry.state == NUD_PERMANENT).map_or(EntryValue::None, EntryValue::Mac);
+        return Some((EntryKey::Neighbour(device, entry.address?), value));
     }
     let mac = entry.mac?;
     if entry.flags & NTF_SELF == 0 {
-        // Permanent ones are the addresses of the ports themselves.
+        // Permanent entries are the MAC addresses of the ports themselves.
         if matches!(role, Role::Bridge(_)) || entry.vlan.is_some() || entry.state & NUD_PERMANENT != 0 {
             return None;
         }
-        return Some((Place::Port(device, mac), if fixed { Value::There } else { Value::None }));
+        return Some((
+            EntryKey::Port(device, mac),
+            if fixed { EntryValue::Present } else { EntryValue::None },
+        ));
     }
     let Role::Vxlan(_) = role else { return None };
     let own_port = match link {
         Some(Link::Vxlan { port, .. }) => *port,
-        // What it says of itself are multicast addresses that it listens to: where frames go, who serves it knows.
+        // These are the multicast addresses that the device receives. The remote entries are in the tunnel engine.
         Some(Link::Tap { .. }) => return None,
         _ => ovl_proto::DEFAULT_VXLAN_PORT,
     };
-    // An entry with another VNI or a device of its own is none that we make: with this VTEP it
-    // differs from all that we want, and is replaced.
+    // ovl never adds an entry with another VNI or an output interface. The unspecified VTEP differs from every
+    // desired entry, so that it is replaced.
     let vtep = entry.address.filter(|_| !entry.odd).unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED));
     let remote = Remote { vtep, port: entry.port.unwrap_or(own_port) };
     if mac == Mac::default() {
-        return (!entry.odd).then_some((Place::Flood(device, remote), Value::There));
+        return (!entry.odd).then_some((EntryKey::Flood(device, remote), EntryValue::Present));
     }
-    Some((Place::Remote(device, mac), if fixed { Value::Remote(remote) } else { Value::None }))
+    Some((EntryKey::Remote(device, mac), if fixed { EntryValue::Remote(remote) } else { EntryValue::None }))
 }
 
-/// Whether addresses on a device of ours are ours too.
+/// Whether ovl owns the addresses of a device of ovl.
 pub(super) fn has_addresses(device: Device) -> bool {
     matches!(device.role(), Some(Role::Bridge(_) | Role::Tunnel(_) | Role::Endpoint(_)))
 }
 
-/// An address of any device: the device's index, and the address with its prefix.
+/// Parses an address message: the index of its device, and the address with its prefix length.
 pub(super) fn address(payload: &[u8]) -> Option<(u32, IpNet)> {
     let (mut local, mut peer) = (None, None);
     for (kind, value) in attributes(payload, 8) {
         match kind {
-            1 => peer = ip(value),
-            2 => local = ip(value),
+            libc::IFA_ADDRESS => peer = ip(value),
+            libc::IFA_LOCAL => local = ip(value),
             _ => {}
         }
     }
@@ -92,17 +99,18 @@ pub(super) fn address(payload: &[u8]) -> Option<(u32, IpNet)> {
     Some((u32_at(payload, 4)?, net))
 }
 
-/// Whether an address is one that we announce for a LoadBalancer: it says who put it there.
+/// Whether an address is an announced address: its protocol is that of ovl.
 pub(super) fn is_announced(payload: &[u8]) -> bool {
+    /// Not defined by `libc`.
     const IFA_PROTO: u16 = 11;
     attributes(payload, 8).any(|(kind, value)| kind == IFA_PROTO && value == [PROTOCOL])
 }
 
-/// A route of ours, in the main table; nothing if it is somebody else's.
+/// Parses a route message. `None` if ovl does not own the route: another protocol, table or metric.
 pub(super) fn route(payload: &[u8], ours: &HashMap<u32, Device>) -> Option<(IpNet, Hop)> {
-    const MAIN: u32 = 254;
-    const UNICAST: u8 = 1;
-    const UNREACHABLE: u8 = 7;
+    /// Not defined by `libc`.
+    const RTAX_MTU: u16 = 2;
+    const MAIN: u32 = libc::RT_TABLE_MAIN as u32;
     if u8_at(payload, 5)? != PROTOCOL {
         return None;
     }
@@ -111,16 +119,17 @@ pub(super) fn route(payload: &[u8], ours: &HashMap<u32, Device>) -> Option<(IpNe
     let mut hop = Hop::UNREACHABLE;
     for (kind, value) in attributes(payload, 12) {
         match kind {
-            1 => to = ip(value),
-            4 => device = u32_at(value, 0),
-            5 => hop.gateway = ip(value),
-            6 => metric = u32_at(value, 0)?,
-            7 => hop.source = ip(value),
-            8 => {
-                let mtu = attributes(value, 0).find(|(kind, _)| *kind == 2).and_then(|(_, v)| u32_at(v, 0));
+            libc::RTA_DST => to = ip(value),
+            libc::RTA_OIF => device = u32_at(value, 0),
+            libc::RTA_GATEWAY => hop.gateway = ip(value),
+            libc::RTA_PRIORITY => metric = u32_at(value, 0)?,
+            libc::RTA_PREFSRC => hop.source = ip(value),
+            libc::RTA_METRICS => {
+                let mtu = attributes(value, 0).find(|(kind, _)| *kind == RTAX_MTU);
+                let mtu = mtu.and_then(|(_, value)| u32_at(value, 0));
                 hop.mtu = mtu.map(|mtu| mtu.try_into().unwrap_or(u16::MAX));
             }
-            15 => table = u32_at(value, 0)?,
+            libc::RTA_TABLE => table = u32_at(value, 0)?,
             _ => {}
         }
     }
@@ -134,43 +143,43 @@ pub(super) fn route(payload: &[u8], ours: &HashMap<u32, Device>) -> Option<(IpNe
     };
     let to = IpNet::new(to.unwrap_or(everywhere), u8_at(payload, 1)?).ok()?;
     match u8_at(payload, 7)? {
-        UNICAST => hop.device = device.and_then(|index| ours.get(&index).copied()),
-        UNREACHABLE => hop = Hop::UNREACHABLE,
-        // None that we make: it differs from all that we want, and is replaced.
+        libc::RTN_UNICAST => hop.device = device.and_then(|index| ours.get(&index).copied()),
+        libc::RTN_UNREACHABLE => hop = Hop::UNREACHABLE,
+        // ovl never adds another type. An MTU of 0 differs from every desired route, so that it is replaced.
         _ => hop.mtu = Some(0),
     }
-    if hop == Hop::UNREACHABLE && u8_at(payload, 7) == Some(UNICAST) {
+    if hop == Hop::UNREACHABLE && u8_at(payload, 7) == Some(libc::RTN_UNICAST) {
         hop.mtu = Some(0);
     }
     Some((to, hop))
 }
 
-/// Writes into the model; gives whether that changed it.
-pub(super) fn set(kernel: &mut Dataplane, place: Place, value: Value) -> bool {
-    match (place, value) {
-        (_, Value::None) => unset(kernel, place),
-        (Place::Remote(device, mac), Value::Remote(remote)) => {
+/// Sets an entry of the data plane. Returns whether that changed it.
+pub(super) fn set(kernel: &mut Dataplane, key: EntryKey, value: EntryValue) -> bool {
+    match (key, value) {
+        (_, EntryValue::None) => unset(kernel, key),
+        (EntryKey::Remote(device, mac), EntryValue::Remote(remote)) => {
             kernel.remotes.insert((device, mac), remote) != Some(remote)
         }
-        (Place::Neighbour(device, address), Value::Mac(mac)) => {
+        (EntryKey::Neighbour(device, address), EntryValue::Mac(mac)) => {
             kernel.neighbours.insert((device, address), mac) != Some(mac)
         }
-        (Place::Route(to), Value::Hop(hop)) => kernel.routes.insert(to, hop) != Some(hop),
-        (Place::Flood(device, remote), _) => kernel.floods.insert((device, remote)),
-        (Place::Port(device, mac), _) => kernel.ports.insert((device, mac)),
-        (Place::Address(device, net), _) => kernel.addresses.insert((device, net)),
-        (Place::Remote(..) | Place::Neighbour(..) | Place::Route(_), _) => false,
+        (EntryKey::Route(to), EntryValue::Hop(hop)) => kernel.routes.insert(to, hop) != Some(hop),
+        (EntryKey::Flood(device, remote), _) => kernel.floods.insert((device, remote)),
+        (EntryKey::Port(device, mac), _) => kernel.ports.insert((device, mac)),
+        (EntryKey::Address(device, net), _) => kernel.addresses.insert((device, net)),
+        (EntryKey::Remote(..) | EntryKey::Neighbour(..) | EntryKey::Route(_), _) => false,
     }
 }
 
-/// Takes out of the model; gives whether it was there.
-pub(super) fn unset(kernel: &mut Dataplane, place: Place) -> bool {
-    match place {
-        Place::Remote(device, mac) => kernel.remotes.remove(&(device, mac)).is_some(),
-        Place::Flood(device, remote) => kernel.floods.remove(&(device, remote)),
-        Place::Port(device, mac) => kernel.ports.remove(&(device, mac)),
-        Place::Neighbour(device, address) => kernel.neighbours.remove(&(device, address)).is_some(),
-        Place::Address(device, net) => kernel.addresses.remove(&(device, net)),
-        Place::Route(to) => kernel.routes.remove(&to).is_some(),
+/// Deletes an entry of the data plane. Returns whether it was present.
+pub(super) fn unset(kernel: &mut Dataplane, key: EntryKey) -> bool {
+    match key {
+        EntryKey::Remote(device, mac) => kernel.remotes.remove(&(device, mac)).is_some(),
+        EntryKey::Flood(device, remote) => kernel.floods.remove(&(device, remote)),
+        EntryKey::Port(device, mac) => kernel.ports.remove(&(device, mac)),
+        EntryKey::Neighbour(device, address) => kernel.neighbours.remove(&(device, address)).is_some(),
+        EntryKey::Address(device, net) => kernel.addresses.remove(&(device, net)),
+        EntryKey::Route(to) => kernel.routes.remove(&to).is_some(),
     }
 }

@@ -1,4 +1,4 @@
-//! Our base table of nftables: written and read by `nft`.
+//! The base nftables table, written and read by `nft`.
 
 use std::fs::File;
 use std::io::{self, Read, Seek, Write};
@@ -13,38 +13,38 @@ use super::error::{KernelError, Result};
 use super::sys;
 use super::watch::Watch;
 
-/// How long `nft` may take.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// The maximum run time of `nft`.
+const NFT_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// A dump looks at the table when somebody changed it, and after this time in any case.
+/// A dump lists the table after a change by another program, and otherwise after this time.
 const MAX_AGE: Duration = Duration::from_secs(30);
 
-/// What stands for a table in a dump that is not what we wrote: different from all that is wanted.
+/// The text of a table in a dump that ovl did not write: it differs from every desired text.
 const UNKNOWN: &str = "unknown";
 
-/// What is known about the table.
+/// The state of the table as far as it is known.
 #[derive(Debug, Default)]
 pub(super) struct Filter {
-    /// What was written last, and how `nft` lists it.
+    /// The text that was written last, and how `nft` lists it.
     written: Option<(String, String)>,
-    /// What the last look found, and when; none if it has to be looked at.
+    /// The text that was found last, and when; `None` if the table must be listed again.
     seen: Option<(Option<String>, Instant)>,
 }
 
 impl Filter {
-    /// Replaces the table. What others do to it meanwhile, the watch tells.
+    /// Replaces the table. `watch` reports changes by other programs meanwhile.
     pub(super) fn replace(&mut self, wanted: &str, watch: &mut Watch) -> Result<()> {
         self.written = None;
         self.seen = None;
         let done = run(&["-f", "-"], wanted);
         let pid = done.as_ref().map_or(0, |done| done.pid);
-        let result = done.and_then(Done::check);
+        let result = done.and_then(NftRun::check);
         if result.is_err() {
             watch.drain(pid);
             return result.map(drop);
         }
         let listing = list()?;
-        // Between the two somebody else may have been there: then the listing is not of our text.
+        // If another program changed the table between the two runs, the listing is not of the written text.
         watch.drain(pid);
         if let Some(listing) = listing.filter(|_| !watch.is_filter_touched()) {
             self.written = Some((wanted.to_owned(), listing));
@@ -57,14 +57,14 @@ impl Filter {
     pub(super) fn remove(&mut self, watch: &mut Watch) -> Result<()> {
         self.written = None;
         self.seen = None;
-        // The first makes the second succeed where there is none.
+        // The first command creates the table if it is absent, so that the second succeeds.
         let done = run(&["-f", "-"], &format!("table inet {BASE_TABLE}\ndelete table inet {BASE_TABLE}\n"))?;
         watch.drain(done.pid);
         done.check().map(drop)
     }
 
-    /// The text that made the table; another one if somebody else, or another run, did; none if
-    /// there is no table.
+    /// The text that created the table, or [`UNKNOWN`] if another program or process wrote it. `None` if there is no
+    /// table.
     pub(super) fn current(&mut self) -> Result<Option<String>> {
         if let Some((seen, at)) = &self.seen
             && at.elapsed() < MAX_AGE
@@ -72,8 +72,13 @@ impl Filter {
             return Ok(seen.clone());
         }
         let current = match (list(), &self.written) {
-            // Nothing of ours can be there, and what needs the table will say that `nft` is missing.
-            (Err(KernelError::Other(_)), None) => None,
+            // The table cannot be present. An operation that needs it will report the missing `nft` or nftables.
+            (
+                Err(
+                    KernelError::MissingProgram(_) | KernelError::MissingFeature { .. } | KernelError::Nft(_),
+                ),
+                None,
+            ) => None,
             (listing, written) => listing?.map(|listing| match written {
                 Some((text, ours)) if *ours == listing => text.clone(),
                 _ => UNKNOWN.to_owned(),
@@ -83,13 +88,13 @@ impl Filter {
         Ok(current)
     }
 
-    /// Somebody else has changed it, or may have.
+    /// Notes that another program has changed the table, or may have.
     pub(super) fn touched(&mut self) {
         self.seen = None;
     }
 }
 
-/// How `nft` shows our table, without counters; none if there is none.
+/// Lists the table with `nft`, without counters. `None` if there is no table.
 fn list() -> Result<Option<String>> {
     let done = run(&["-s", "-n", "list", "table", "inet", BASE_TABLE], "")?;
     if !done.success && done.errors.contains("No such file or directory") {
@@ -98,42 +103,46 @@ fn list() -> Result<Option<String>> {
     done.check().map(Some)
 }
 
-/// What came of a run of `nft`.
+/// The result of a run of `nft`.
 #[derive(Debug)]
-pub(super) struct Done {
+pub(super) struct NftRun {
     pub(super) pid: u32,
     success: bool,
     output: String,
     errors: String,
 }
 
-impl Done {
+impl NftRun {
+    /// The output of a successful run.
+    ///
+    /// # Errors
+    ///
+    /// [`KernelError::MissingFeature`] if the kernel has no nftables, otherwise [`KernelError::Nft`].
     pub(super) fn check(self) -> Result<String> {
         if self.success {
             return Ok(self.output);
         }
-        // What nft says where the kernel has no nftables, or nothing that it could be asked by.
+        // The messages of nft if the kernel has no nftables or no nfnetlink.
         if ["cache initialization failed", "initialize Netlink socket"]
             .iter()
             .any(|no| self.errors.contains(no))
         {
-            return Err(KernelError::missing("nftables", "nf_tables"));
+            return Err(KernelError::MissingFeature { feature: "nftables", module: "nf_tables" });
         }
-        Err(KernelError::Other(format!("nft refuses the packet filter: {}", self.errors.trim())))
+        Err(KernelError::Nft(format!("nft rejected the ruleset: {}", self.errors.trim())))
     }
 }
 
-pub(super) fn run(arguments: &[&str], input: &str) -> Result<Done> {
+/// Runs `nft` with `input` as its standard input.
+pub(super) fn run(arguments: &[&str], input: &str) -> Result<NftRun> {
     try_run(arguments, input).map_err(|error| match error.kind() {
-        io::ErrorKind::NotFound => {
-            KernelError::Other("the program nft is missing: install nftables".to_owned())
-        }
-        _ => KernelError::Other(format!("cannot run nft: {error}")),
+        io::ErrorKind::NotFound => KernelError::MissingProgram("nft".to_owned()),
+        _ => KernelError::Nft(format!("cannot run nft: {error}")),
     })
 }
 
-fn try_run(arguments: &[&str], input: &str) -> io::Result<Done> {
-    // A file in memory takes any length at once; a pipe would need somebody to feed it.
+fn try_run(arguments: &[&str], input: &str) -> io::Result<NftRun> {
+    // A memfd holds input of any length. A pipe would need a thread that writes it.
     let mut stdin = File::from(memfd_create("nft", MFdFlags::MFD_CLOEXEC)?);
     stdin.write_all(input.as_bytes())?;
     stdin.rewind()?;
@@ -144,13 +153,13 @@ fn try_run(arguments: &[&str], input: &str) -> io::Result<Done> {
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()?;
-    let read = read_both(&mut child, Instant::now() + PATIENCE);
+    let read = read_both(&mut child, Instant::now() + NFT_TIMEOUT);
     if read.is_err() {
         let _ = child.kill();
     }
     let status = child.wait()?;
     let (output, errors) = read?;
-    Ok(Done {
+    Ok(NftRun {
         pid: child.id(),
         success: status.success(),
         output: String::from_utf8_lossy(&output).into_owned(),
@@ -168,7 +177,7 @@ fn read_both(child: &mut Child, deadline: Instant) -> io::Result<(Vec<u8>, Vec<u
         if left.is_zero() {
             return Err(io::Error::new(
                 io::ErrorKind::TimedOut,
-                format!("no end after {} s", PATIENCE.as_secs()),
+                format!("it did not exit within {} s", NFT_TIMEOUT.as_secs()),
             ));
         }
         if out_ready {
@@ -181,7 +190,7 @@ fn read_both(child: &mut Child, deadline: Instant) -> io::Result<(Vec<u8>, Vec<u
     Ok((output, errors))
 }
 
-/// Reads once; at the end the stream is dropped.
+/// Reads once. At the end of the stream it is dropped.
 fn read_some(stream: &mut Option<impl Read>, to: &mut Vec<u8>) -> io::Result<()> {
     let Some(open) = stream else { return Ok(()) };
     let mut chunk = [0; 16 * 1024];

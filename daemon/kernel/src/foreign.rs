@@ -1,5 +1,4 @@
-//! Other people's firewalls: read, and changed where the caller says so, by their own programs. All of it
-//! may take a while, and blocks.
+//! Firewalls of other programs: reads them, and changes them on request, with their own tools. All functions block.
 
 use std::io;
 use std::path::Path;
@@ -10,15 +9,19 @@ use serde_json::Value;
 
 use super::error::{KernelError, Result};
 
-/// Names of our own tables begin so.
+/// The prefix of the names of ovl's own tables.
 const OURS: &str = "ovl";
 
-/// What is there, in the network namespace of the calling thread.
+/// Reads the forward chains of other programs in the network namespace of the calling thread.
+///
+/// # Errors
+///
+/// A tool that is installed fails.
 pub fn look() -> Result<Foreign> {
     let mut foreign = Foreign::default();
     let chains = match output("nft", &["-j", "list", "chains"]) {
         Ok(text) => serde_json::from_str(&text).unwrap_or(Value::Null),
-        // Without nft, whatever there is is iptables' own.
+        // Without nft, only iptables can have rules.
         Err(_) => Value::Null,
     };
     let listed = chains["nftables"].as_array().into_iter().flatten().map(|entry| &entry["chain"]);
@@ -50,8 +53,12 @@ pub fn look() -> Result<Foreign> {
     Ok(foreign)
 }
 
-/// Runs these commands, one after the other, until one fails.
-pub fn run_all(commands: &[Vec<String>]) -> Result<()> {
+/// Runs commands in order, and stops at the first failure.
+///
+/// # Errors
+///
+/// A program is not installed or fails.
+pub fn run_commands(commands: &[Vec<String>]) -> Result<()> {
     for command in commands {
         if let [program, arguments @ ..] = &command[..] {
             let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
@@ -61,19 +68,19 @@ pub fn run_all(commands: &[Vec<String>]) -> Result<()> {
     Ok(())
 }
 
-/// The filter table of iptables; nothing without the program.
+/// Reads the filter table of iptables. `None` if the tool is not installed.
 fn saved(tool: &str, v4: bool) -> Result<Option<Iptables>> {
     match output(&format!("{tool}-save"), &["-t", "filter"]) {
         Ok(text) => {
             let lines = text.lines().map(str::to_owned).collect();
             Ok(Some(Iptables { tool: tool.to_owned(), v4, lines }))
         }
-        Err(KernelError::Missing(_)) => Ok(None),
+        Err(KernelError::MissingProgram(_)) => Ok(None),
         Err(error) => Err(error),
     }
 }
 
-/// Whether the last rule of a chain, as `nft` lists it, is for all packets, and lets none pass.
+/// Whether the last rule of a chain, as `nft` lists it, drops or rejects all packets.
 fn ends_with_drop(table: &str, chain: &str) -> bool {
     let begin = format!("chain {chain} {{");
     let mut lines = table.lines().map(str::trim).skip_while(|line| *line != begin);
@@ -88,14 +95,14 @@ fn output(program: &str, arguments: &[&str]) -> Result<String> {
     let shown = || format!("{program} {}", arguments.join(" "));
     let done = Command::new(program).args(arguments).env("LC_ALL", "C").stdin(Stdio::null()).output();
     let done = done.map_err(|error| match error.kind() {
-        io::ErrorKind::NotFound => KernelError::Missing(program.to_owned()),
-        _ => KernelError::io(shown(), &error),
+        io::ErrorKind::NotFound => KernelError::MissingProgram(program.to_owned()),
+        _ => KernelError::io(format!("cannot run `{}`", shown()), &error),
     })?;
     if done.status.success() {
         return Ok(String::from_utf8_lossy(&done.stdout).into_owned());
     }
     let why = String::from_utf8_lossy(&done.stderr);
-    Err(KernelError::Other(format!("{}: {}", shown(), why.trim())))
+    Err(KernelError::Other(format!("`{}` failed: {}", shown(), why.trim())))
 }
 
 #[cfg(test)]
@@ -103,7 +110,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_chain_that_refuses_in_the_end_is_told_from_one_that_does_not() {
+    fn chain_whose_last_rule_drops_everything_is_detected() {
         let table = "table inet firewalld {\n\tchain other {\n\t\tdrop\n\t}\n\tchain filter_FORWARD {\n\t\ttype filter hook \
                      forward priority filter + 10; policy accept;\n\t\tct status dnat accept\n\t\tLAST\n\t}\n}\n";
         for (last, drops) in [

@@ -1,31 +1,25 @@
-//! What an interface in another namespace is like.
+//! Reads the state of an interface in another namespace.
 
 use std::net::IpAddr;
 
 use netlink_packet_route::address::AddressMessage;
 use netlink_packet_route::route::RouteMessage;
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
+use nix::libc::{RT_TABLE_MAIN, RTA_GATEWAY, RTA_OIF, RTM_NEWADDR, RTM_NEWROUTE, RTN_UNICAST};
 use ovl_dataplane::device::Device;
 use ovl_dataplane::observed::Inside;
 
 use super::attribute::{attributes, ip, u8_at, u32_at};
 use super::error::{KernelError, Result};
 use super::fact;
-use super::known::RTM_NEWADDR;
+
 use super::link::LinkView;
 use super::message;
 use super::socket::{Batch, Route};
 
-const RTM_NEWROUTE: u16 = 24;
-/// RTN_UNICAST, and the two attributes that a default route is known by.
-const UNICAST: u8 = 1;
-const RTA_OIF: u16 = 4;
-const RTA_GATEWAY: u16 = 5;
-
-/// Nothing if there is no interface of that name. `route` is a socket in the namespace.
+/// Reads the state of an interface through a socket in its namespace. `None` if there is no such interface.
 pub(super) fn inspect(route: &mut Route, ifname: &str) -> Result<Option<Inside>> {
-    let name = Device::new(ifname)
-        .ok_or_else(|| KernelError::Other(format!("'{ifname}' cannot be the name of an interface")))?;
+    let name = Device::new(ifname).ok_or_else(|| KernelError::InvalidInterfaceName(ifname.to_owned()))?;
     let mut batch = Batch::default();
     batch.push(message::get_link(name), 0);
     let (_, answers) = route.execute(batch)?;
@@ -47,10 +41,11 @@ pub(super) fn inspect(route: &mut Route, ifname: &str) -> Result<Option<Inside>>
     for family in [AddressFamily::Inet, AddressFamily::Inet6] {
         let mut message = RouteMessage::default();
         message.header.address_family = family;
-        message.header.table = 254;
+        message.header.table = RT_TABLE_MAIN;
         let dump = route.dump(&RouteNetlinkMessage::GetRoute(message))?;
         for message in dump.messages().filter(|message| message.kind == RTM_NEWROUTE) {
-            let default = u8_at(message.payload, 1) == Some(0) && u8_at(message.payload, 7) == Some(UNICAST);
+            let default =
+                u8_at(message.payload, 1) == Some(0) && u8_at(message.payload, 7) == Some(RTN_UNICAST);
             let (mut gateway, mut on) = (None, None);
             for (kind, value) in attributes(message.payload, 12) {
                 match kind {

@@ -1,4 +1,5 @@
-//! What we believe the kernel holds, and what a notification says that is new.
+//! The model of what the kernel holds. It follows operations and notifications, and detects notifications of changes
+//! that ovld did not make.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
@@ -8,73 +9,72 @@ use ovl_dataplane::device::{Device, Role};
 use ovl_dataplane::op::{LinkOp, Op};
 use ovl_dataplane::state::{Dataplane, Link};
 
+use nix::libc::{
+    RTM_DELADDR, RTM_DELLINK, RTM_DELNEIGH, RTM_DELROUTE, RTM_NEWADDR, RTM_NEWLINK, RTM_NEWNEIGH,
+    RTM_NEWNETCONF, RTM_NEWROUTE,
+};
+
 use super::attribute::{Message, attributes, u8_at, u32_at};
-use super::dump::Names;
-use super::fact::{self, Place, Value};
+use super::dump::DeviceNames;
+use super::fact::{self, EntryKey, EntryValue};
 use super::link::{LinkView, Neighbour};
 
-pub(super) const RTM_NEWLINK: u16 = 16;
-const RTM_DELLINK: u16 = 17;
-pub(super) const RTM_NEWADDR: u16 = 20;
-const RTM_DELADDR: u16 = 21;
-pub(super) const RTM_NEWNEIGH: u16 = 28;
-const RTM_DELNEIGH: u16 = 29;
-pub(super) const RTM_NEWROUTE: u16 = 24;
-const RTM_DELROUTE: u16 = 25;
-const RTM_NEWNETCONF: u16 = 80;
-
-/// What notifications said that was not known.
+/// Changes by other programs, as notifications reported them.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub(super) struct News {
+pub(super) struct Changes {
+    /// Whether an object of ovl changed.
     pub(super) changed: bool,
+    /// Whether a device or address of the host changed.
     pub(super) underlay: bool,
+    /// Endpoints whose host interfaces were deleted.
     pub(super) gone: Vec<Device>,
 }
 
-/// The last dump, with our operations and the notifications since.
+/// The last dump, updated by the operations and notifications since.
 #[derive(Debug, Default)]
-pub(super) struct Known {
+pub(super) struct KernelModel {
     kernel: Dataplane,
-    names: Names,
-    news: News,
-    /// Devices of ours that notifications were about, and what the last one said.
-    told: HashMap<u32, Told>,
+    names: DeviceNames,
+    changes: Changes,
+    /// The last notification about each device of ovl, by index, since the last call of [`Self::changes`].
+    notices: HashMap<u32, LinkNotice>,
 }
 
 #[derive(Debug, Default)]
-struct Told {
-    device: Option<State>,
-    /// By the bridge, after that.
+/// The last notifications about a link.
+struct LinkNotice {
+    device: Option<LinkState>,
+    /// Whether the bridge port is tuned, if the bridge reported it after that.
     port_is_tuned: Option<bool>,
 }
 
 #[derive(Debug)]
-enum State {
+enum LinkState {
     Ours(Link),
-    /// It has lost its name or alias, or has not got them yet.
+    /// It has lost its name or alias of ovl, or does not have them yet.
     NotOurs,
 }
 
-impl Known {
-    /// After a dump.
-    pub(super) fn load(&mut self, kernel: Dataplane, names: Names) {
-        // Their notifications were lost, or come only now and find nothing that they could end.
+impl KernelModel {
+    /// Replaces the model by a new dump.
+    pub(super) fn load(&mut self, kernel: Dataplane, names: DeviceNames) {
+        // Notifications of these deletions were lost, or arrive later and then find no device in the model.
         let gone = self.kernel.links.keys().filter(|device| !kernel.links.contains_key(device));
-        self.news.gone.extend(gone.filter(|device| matches!(device.role(), Some(Role::Endpoint(_)))));
+        self.changes.gone.extend(gone.filter(|device| matches!(device.role(), Some(Role::Endpoint(_)))));
         self.kernel = kernel;
         self.names = names;
-        self.told.clear();
+        self.notices.clear();
     }
 
-    /// What we believe.
+    /// The data plane that the kernel is believed to hold.
     pub(super) fn kernel(&self) -> &Dataplane {
         &self.kernel
     }
 
-    /// After an operation that succeeded.
+    /// Updates the model by an operation that succeeded.
     pub(super) fn applied(&mut self, op: &Op) {
         match op {
-            // The tables know themselves.
+            // The modules of the nftables tables have models of their own.
             Op::Nft(_) => {}
             Op::Link(LinkOp::Delete(device)) => self.deleted(*device),
             Op::Link(_)
@@ -90,20 +90,20 @@ impl Known {
         }
     }
 
-    /// After we deleted a device.
+    /// Removes a device that ovld deleted.
     pub(super) fn deleted(&mut self, device: Device) {
         self.kernel.forget_device(device);
         self.names.ours.retain(|_, name| *name != device);
     }
 
-    /// After we made one.
+    /// Adds a device that ovld created.
     pub(super) fn created(&mut self, index: u32, device: Device, link: Link) {
         self.kernel.links.insert(device, link);
         self.names.ours.insert(index, device);
         self.names.all.insert(index, device);
     }
 
-    /// Takes in one notification.
+    /// Updates the model by a notification.
     pub(super) fn note(&mut self, message: &Message<'_>) {
         let payload = message.payload;
         match message.kind {
@@ -122,7 +122,7 @@ impl Known {
             RTM_NEWNEIGH | RTM_DELNEIGH => self.note_neighbour(payload, message.kind == RTM_NEWNEIGH),
             RTM_NEWROUTE | RTM_DELROUTE => {
                 if let Some((to, hop)) = fact::route(payload, &self.names.ours) {
-                    self.note_fact(Place::Route(to), Value::Hop(hop), message.kind == RTM_NEWROUTE);
+                    self.note_fact(EntryKey::Route(to), EntryValue::Hop(hop), message.kind == RTM_NEWROUTE);
                 }
             }
             RTM_NEWNETCONF => self.note_forwarding(payload),
@@ -130,37 +130,39 @@ impl Known {
         }
     }
 
-    /// Once all notifications that were waiting are noted: an operation of ours can pass through
-    /// states that are not the one it leaves, so only the last state of a device counts.
-    pub(super) fn news(&mut self) -> News {
-        for (index, told) in std::mem::take(&mut self.told) {
+    /// Returns the changes since the last call.
+    ///
+    /// Call it only after all waiting notifications were noted: an operation of ovld can pass through intermediate
+    /// states, so only the last state of a device counts.
+    pub(super) fn changes(&mut self) -> Changes {
+        for (index, told) in std::mem::take(&mut self.notices) {
             let Some(device) = self.names.ours.get(&index).copied() else { continue };
             let known = self.kernel.links.get(&device).copied();
             let mut now = match (told.device, known) {
-                (Some(State::Ours(link)), _) | (None, Some(link)) => link,
-                (Some(State::NotOurs), _) => {
+                (Some(LinkState::Ours(link)), _) | (None, Some(link)) => link,
+                (Some(LinkState::NotOurs), _) => {
                     self.names.ours.remove(&index);
-                    lost(&mut self.kernel, &mut self.news, device);
+                    lost(&mut self.kernel, &mut self.changes, device);
                     continue;
                 }
                 (None, None) => continue,
             };
             if let (Link::Tap { vni, .. }, Some(Link::Tap { vni: served, .. })) = (&mut now, known) {
-                // The kernel does not know it.
+                // The kernel does not know the VNI.
                 *vni = served;
             }
             if let Some((port, was_tuned)) = told.port_is_tuned.zip(is_tuned(&mut now)) {
-                // Of the bridge's message we learn about the port alone. If that is as it should
-                // be and the device was not, a dump tells.
-                self.news.changed |= port != *was_tuned;
+                // A message of the bridge is about the port alone. If the port is tuned and the device was not, only
+                // a dump shows the state of the device.
+                self.changes.changed |= port != *was_tuned;
                 *was_tuned &= port;
             }
             if known != Some(now) {
                 self.kernel.links.insert(device, now);
-                self.news.changed = true;
+                self.changes.changed = true;
             }
         }
-        std::mem::take(&mut self.news)
+        std::mem::take(&mut self.changes)
     }
 
     fn note_link(&mut self, payload: &[u8]) {
@@ -168,7 +170,7 @@ impl Known {
         if view.is_port_message {
             if let Some(device) = self.names.ours.get(&view.index) {
                 let is_vxlan = matches!(device.role(), Some(Role::Vxlan(_)));
-                let told = self.told.entry(view.index).or_default();
+                let told = self.notices.entry(view.index).or_default();
                 told.port_is_tuned = view.port_is_tuned(is_vxlan).or(told.port_is_tuned);
             }
             return;
@@ -177,43 +179,45 @@ impl Known {
         self.names.all.insert(view.index, name);
         if let Some((device, link)) = view.ours().zip(view.model(&self.names.all)) {
             if let Some(renamed) = self.names.ours.insert(view.index, device).filter(|old| *old != device) {
-                lost(&mut self.kernel, &mut self.news, renamed);
+                lost(&mut self.kernel, &mut self.changes, renamed);
             }
-            self.told.insert(view.index, Told { device: Some(State::Ours(link)), port_is_tuned: None });
+            self.notices
+                .insert(view.index, LinkNotice { device: Some(LinkState::Ours(link)), port_is_tuned: None });
             return;
         }
         if self.names.ours.contains_key(&view.index) {
-            self.told.insert(view.index, Told { device: Some(State::NotOurs), port_is_tuned: None });
+            self.notices
+                .insert(view.index, LinkNotice { device: Some(LinkState::NotOurs), port_is_tuned: None });
         }
-        // One with our name and without our alias is about to get it.
+        // A device with a name of ovl and without its alias is about to get the alias.
         let state = (view.mtu, view.up);
         if name.role().is_none() && self.names.others.insert(view.index, state) != Some(state) {
-            self.news.underlay = true;
+            self.changes.underlay = true;
         }
     }
 
     fn note_deletion(&mut self, payload: &[u8]) {
         let Some(view) = LinkView::parse(payload) else { return };
         if view.is_port_message {
-            return; // It is no port any more; a message about the device itself says the same.
+            return; // It is no longer a port. A message about the device itself reports the same.
         }
         self.names.all.remove(&view.index);
-        self.told.remove(&view.index);
-        self.news.underlay |= self.names.others.remove(&view.index).is_some();
+        self.notices.remove(&view.index);
+        self.changes.underlay |= self.names.others.remove(&view.index).is_some();
         if let Some(device) = self.names.ours.remove(&view.index) {
-            lost(&mut self.kernel, &mut self.news, device);
+            lost(&mut self.kernel, &mut self.changes, device);
         }
     }
 
     fn note_address(&mut self, index: u32, net: IpNet, new: bool) {
         let Some(device) = self.names.ours.get(&index) else {
-            // What was one of ours until a moment ago is not the underlay.
+            // A device of ovl that was just deleted is not part of the underlay.
             let name = self.names.all.get(&index);
-            self.news.underlay |= name.is_none_or(|name| name.role().is_none());
+            self.changes.underlay |= name.is_none_or(|name| name.role().is_none());
             return;
         };
         if fact::has_addresses(*device) {
-            self.note_fact(Place::Address(*device, net), Value::There, new);
+            self.note_fact(EntryKey::Address(*device, net), EntryValue::Present, new);
         }
     }
 
@@ -221,23 +225,20 @@ impl Known {
         let Some(device) = self.names.all.get(&index) else { return };
         let announced = &mut self.kernel.announced;
         let at = (*device, address);
-        self.news.changed |= if new { announced.insert(at) } else { announced.remove(&at) };
+        self.changes.changed |= if new { announced.insert(at) } else { announced.remove(&at) };
     }
 
     fn note_neighbour(&mut self, payload: &[u8], new: bool) {
         let Some(entry) = Neighbour::parse(payload) else { return };
         let Some(device) = self.names.ours.get(&entry.index) else { return };
-        if let Some((place, value)) = fact::of_neighbour(&entry, *device, self.kernel.links.get(device)) {
-            self.note_fact(place, value, new);
+        if let Some((key, value)) = fact::of_neighbour(&entry, *device, self.kernel.links.get(device)) {
+            self.note_fact(key, value, new);
         }
     }
 
-    fn note_fact(&mut self, place: Place, value: Value, new: bool) {
-        self.news.changed |= if new {
-            fact::set(&mut self.kernel, place, value)
-        } else {
-            fact::unset(&mut self.kernel, place)
-        };
+    fn note_fact(&mut self, key: EntryKey, value: EntryValue, new: bool) {
+        self.changes.changed |=
+            if new { fact::set(&mut self.kernel, key, value) } else { fact::unset(&mut self.kernel, key) };
     }
 
     fn note_forwarding(&mut self, payload: &[u8]) {
@@ -253,17 +254,17 @@ impl Known {
         let value = forwarding.to_string();
         if self.kernel.sysctls.get(name) != Some(&value) {
             self.kernel.sysctls.insert(name.to_owned(), value);
-            self.news.changed = true;
+            self.changes.changed = true;
         }
     }
 }
 
-fn lost(kernel: &mut Dataplane, news: &mut News, device: Device) {
+fn lost(kernel: &mut Dataplane, changes: &mut Changes, device: Device) {
     if kernel.links.contains_key(&device) {
         kernel.forget_device(device);
-        news.changed = true;
+        changes.changed = true;
         if let Some(Role::Endpoint(_)) = device.role() {
-            news.gone.push(device);
+            changes.gone.push(device);
         }
     }
 }

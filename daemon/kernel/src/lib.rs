@@ -1,9 +1,9 @@
-//! The kernel: the only code of ovl that speaks netlink, runs `nft` and writes sysctls.
+//! The interface to the kernel: the only code of ovl that uses netlink, runs `nft` and writes sysctls.
 //!
-//! One thread owns the sockets and does all work in order. It also watches what others do to our
-//! objects: it keeps what it believes the kernel holds ([`known`]), and reports a notification only
-//! where it disagrees with that. So what ovld itself changes causes no event, whatever port id the
-//! kernel writes into the message (for most of them it writes none).
+//! One thread, the kernel worker, owns the sockets and applies operations in order. It also detects drift:
+//! it keeps a model of what the kernel holds ([`known`]), and reports a notification only if it contradicts
+//! the model. So a change by ovld itself causes no event, whatever port id the kernel writes into the
+//! message (for most of them it writes none).
 
 #![warn(missing_docs)]
 
@@ -14,6 +14,7 @@ mod conntrack;
 mod dump;
 mod endpoint;
 mod error;
+mod event_queue;
 mod fact;
 mod filter;
 mod foreign;
@@ -24,7 +25,6 @@ mod message;
 mod monitor;
 mod netns;
 mod nftables;
-mod outbox;
 mod probe;
 mod resolver;
 mod sandbox;
@@ -57,222 +57,238 @@ use ovl_proto::id::Mac;
 use ovl_tunnel::PrivateKey;
 use tokio::sync::{mpsc, oneshot};
 
-use self::outbox::Outbox;
+use self::event_queue::EventQueue;
 use self::tunnel::Tunnels;
 use self::worker::{Request, Worker};
 
 pub use apply::has_inet6;
 pub use error::{KernelError, Result};
-pub use foreign::{look as foreign_firewalls, run_all};
+pub use foreign::{look as foreign_firewalls, run_commands};
 pub use message::port_mac;
 pub use netns::{Netns, open_netns};
 pub use probe::Prober;
 pub use resolver::Resolver;
 pub use sandbox::{
-    Cookie, Held, Place, Process, look_at, mount_netns, netns_file, new_netns, own_netns, processes_in,
-    unmount_netns,
+    MountPoint, NetnsCookie, NetnsHandle, Process, mount_netns, mount_points, netns_file, new_netns,
+    own_netns, processes_in, unmount_netns,
 };
 pub use sys::own_addresses;
 pub use tunnel::{TunnelPeerStatus, TunnelStatus};
 
-/// What happened in the kernel that ovld did not do itself. At most one of each kind waits in the
-/// channel.
+/// A change in the kernel that ovld did not make. The channel holds at most one event of each kind.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum KernelEvent {
-    /// Somebody else changed something of ours: dump again.
+    /// Another program changed an object of ovl: a full pass is needed.
     Changed,
-    /// The host's end of an endpoint was deleted by somebody else, or its namespace is gone.
+    /// The host's interface of an endpoint was deleted by another program, or with its namespace.
     EndpointGone(Device),
-    /// An address, the MTU or the state of a device that is not ours changed.
+    /// An address, the MTU or the state of a device of the host, not of ovl, changed.
     Underlay,
-    /// Notifications were lost: dump again.
+    /// Notifications were lost: a full pass is needed.
     Overrun,
-    /// Somebody else changed one of our nftables tables.
+    /// Another program changed an nftables table of ovl.
     FilterChanged,
 }
 
-/// An endpoint's pair of interfaces.
+/// The veth pair of an endpoint to be created.
 #[derive(Debug)]
 pub struct EndpointSpec {
-    /// The host's end.
+    /// The host's interface.
     pub device: Device,
-    /// For the alias of the host's end: `ovl endpoint NAME`.
+    /// The name of the endpoint; the alias of the host's interface is `ovl endpoint NAME`.
     pub name: String,
-    /// Where the other end goes; closed when the work is done, for it keeps the namespace alive.
-    /// Nothing: it stays here, down and without addresses, until somebody fetches and sets it up.
+    /// The workload's namespace, which receives the peer interface. It is closed as soon as the pair is
+    /// created, because an open descriptor keeps the namespace alive.
+    /// `None` if the peer interface stays in the host's namespace, down and without addresses, until
+    /// the container runtime moves it and configures it.
     pub netns: Option<Netns>,
-    /// The name of the other end; without one, the first free `ethN`.
+    /// The name of the peer interface; `None` for the first free `ethN`.
     pub ifname: Option<String>,
-    /// Of the other end.
+    /// The MAC address of the peer interface.
     pub mac: Mac,
-    /// Of both ends.
+    /// The MTU of both interfaces, in bytes.
     pub mtu: u16,
-    /// What the host's end becomes.
+    /// How the host's interface is connected.
     pub host_end: HostEnd,
-    /// Of the other end.
+    /// The addresses of the peer interface.
     pub addresses: Vec<IpNet>,
-    /// Default routes; one is only set if the namespace has no default route of its family.
+    /// The gateways of the default routes. A default route is only added if the namespace has none of its
+    /// address family.
     pub gateways: Vec<IpAddr>,
-    /// If ways to the resolver are to be made.
+    /// The routes to the resolver; `None` if the endpoint uses no resolver of ovl.
     pub resolver: Option<Resolver>,
 }
 
-/// What the host's end of a pair becomes.
+/// How the host's interface of a veth pair is connected.
 #[derive(Debug, Clone)]
 pub enum HostEnd {
-    /// A port of this bridge; whether frames may leave by it that came in by it.
+    /// It is a port of this bridge; the flag is the port's hairpin mode.
     Port(Device, bool),
-    /// The next hop of the other end.
+    /// It is the next hop of the peer interface.
     Routed {
-        /// Its MAC address.
+        /// The MAC address of the host's interface.
         mac: Mac,
-        /// Each gateway that it stands for, and what is reached through it beside the default.
+        /// The gateways that resolve to this MAC address, each with the prefix that is routed through it
+        /// in addition to the default route.
         routes: Vec<(IpAddr, IpNet)>,
     },
 }
 
-/// An endpoint that was made.
+/// The result of [`KernelHandle::prepare_and_create`].
 #[derive(Debug)]
-pub struct Made {
-    /// The name of the other end.
+pub struct CreatedEndpoint {
+    /// The name of the peer interface.
     pub ifname: String,
-    /// Of both ends, in bytes.
+    /// The MTU of both interfaces, in bytes.
     pub mtu: u16,
-    /// Of the default routes that were set.
+    /// The gateways of the default routes that were added.
     pub gateways: Vec<IpAddr>,
 }
 
-/// An endpoint that goes.
+/// An endpoint to be removed.
 #[derive(Debug)]
-pub struct Retired {
-    /// The host's end.
+pub struct RetiredEndpoint {
+    /// The host's interface.
     pub device: Device,
-    /// Where the other end is.
-    pub other: Other,
+    /// Where the peer interface is.
+    pub other: PeerLocation,
 }
 
-/// Where the other end of an endpoint's pair is.
+/// The location of the peer interface of an endpoint's veth pair.
 #[derive(Debug)]
-pub enum Other {
-    /// In this namespace.
-    In(Netns),
-    /// Nobody knows, and a detach takes longer. So it does if it is not where it should be.
-    Lost,
-    /// Whoever fetched it brings it back under a name that is in nobody's way.
-    Fetched,
+pub enum PeerLocation {
+    /// It is in this namespace.
+    Netns(Netns),
+    /// Its namespace is unknown. The pair is then deleted at once, so that a detach takes longer; the same
+    /// happens if the interface is not in the namespace of [`Self::Netns`].
+    Unknown,
+    /// The container runtime moved it, and moves it back under a name that cannot collide.
+    Moved,
 }
 
-/// An element of a set that packets add to, with its counter.
+/// An element of an nftables set that packets add elements to, with its counter.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Counted {
-    /// As the kernel has it.
+pub struct CountedElement {
+    /// The key, as the kernel encodes it.
     pub key: Box<[u8]>,
-    /// Packets.
+    /// The number of packets.
     pub packets: u64,
-    /// After so many milliseconds without one it is forgotten.
+    /// The time until the element expires, in milliseconds; `None` if the set has no timeout.
     pub left_ms: Option<u64>,
 }
 
-/// What became of one operation.
+/// The result of one operation.
 #[derive(Debug)]
 pub struct Outcome {
-    /// As it was asked for.
+    /// The operation.
     pub op: Op,
-    /// How it ended.
+    /// Its result.
     pub result: Result<()>,
 }
 
-/// What should be, to be compared with what is.
+/// The input of a full pass.
 #[derive(Debug)]
 pub struct Goal {
-    /// All of ours that should be in the kernel.
+    /// The desired data plane.
     pub desired: Dataplane,
-    /// Whether what should not be there may be removed.
+    /// Whether objects that are not in the desired data plane are deleted.
     pub prune: bool,
-    /// Devices that are left alone, with all that hangs on them: they are being made.
+    /// Devices that are being created: they and their entries are not compared.
     pub ignored: BTreeSet<Device>,
-    /// Neighbours on bridges that come with such devices.
+    /// Neighbours on bridges that belong to ignored devices.
     pub expected: BTreeSet<(Device, IpAddr)>,
-    /// Whether the difference is applied, or only told.
+    /// Whether the plan is applied, or only returned.
     pub apply: bool,
 }
 
-/// What a comparison of everything with a dump found.
+/// The result of a full pass.
 #[derive(Debug)]
 pub struct Pass {
-    /// The difference, and what became of each operation; all well if none was applied.
+    /// The plan, with the result of each operation; all are `Ok` if the plan was not applied.
     pub outcomes: Vec<Outcome>,
-    /// Endpoints whose host's ends are missing.
+    /// Endpoints whose host interfaces are missing.
     pub lost: Vec<Device>,
 }
 
-/// The device that has an address of this host.
+/// The device that has the underlay address of this host.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Underlay {
-    /// Its name.
+    /// The name of the device.
     pub device: String,
-    /// Its index.
+    /// The index of the device.
     pub index: u32,
-    /// Its MTU.
+    /// The MTU of the device, in bytes.
     pub mtu: u16,
-    /// The address and its prefix.
+    /// The address with its prefix length.
     pub prefix: IpNet,
 }
 
-/// Starts the worker, in the network namespace of the calling thread; with the private keys that ends of the
-/// tunnel may get.
+/// Starts the kernel worker in the network namespace of the calling thread. `tunnel_keys` are the private keys
+/// that tunnel devices may be configured with.
+///
+/// # Errors
+///
+/// The thread, or one of its sockets, cannot be created, or the first dump fails.
 pub fn start(events: mpsc::Sender<KernelEvent>, tunnel_keys: Vec<PrivateKey>) -> Result<KernelHandle> {
-    let error = |error| KernelError::io("cannot start the thread that talks to the kernel", &error);
+    let error = |error| KernelError::io("cannot start the kernel worker", &error);
     let (bell, wake) = UnixStream::pair().map_err(error)?;
-    // A full socket means that the worker has enough to wake up for.
+    // A full socket wakes the worker just as well.
     bell.set_nonblocking(true).map_err(error)?;
     wake.set_nonblocking(true).map_err(error)?;
-    let worker = Worker::new(Outbox::new(events), Tunnels::new(tunnel_keys))?;
+    let worker = Worker::new(EventQueue::new(events), Tunnels::new(tunnel_keys))?;
     let (requests, queue) = queue::channel();
     std::thread::Builder::new()
         .name("kernel".to_owned())
         .spawn(move || worker.run(&queue, wake))
         .map_err(error)?;
-    Ok(KernelHandle(Arc::new(Way { requests, bell })))
+    Ok(KernelHandle(Arc::new(Channel { requests, bell })))
 }
 
-/// A setting under `net.`, by its name with dots, in the network namespace of the calling thread.
-pub fn setting(name: &str) -> Option<String> {
+/// Reads a sysctl, such as `net.ipv4.ip_forward`, in the network namespace of the calling thread. `None` if
+/// the kernel has no such sysctl.
+pub fn read_sysctl(name: &str) -> Option<String> {
     sysctl::read(name)
 }
 
-/// The way to the worker. It ends with the last handle.
+/// A handle to the kernel worker. The worker exits when the last handle is dropped.
+///
+/// Methods return [`KernelError::Stopped`] if the worker has exited.
 #[derive(Debug, Clone)]
-pub struct KernelHandle(Arc<Way>);
+pub struct KernelHandle(Arc<Channel>);
 
-// The queue is dropped before the bell: hearing that, the worker finds the queue closed.
+// The queue must be dropped before the bell: the closed bell wakes the worker, which then finds the queue closed.
 #[derive(Debug)]
-struct Way {
+struct Channel {
     requests: queue::Sender<Request>,
     bell: UnixStream,
 }
 
 impl KernelHandle {
-    /// All of ours that is in the kernel.
+    /// Dumps the actual data plane: all objects of ovl in the kernel.
     pub async fn dump(&self) -> Result<Dataplane> {
         self.ask(Request::Dump).await?
     }
 
-    /// Dumps, compares and applies in one go, so that nothing handed in later comes between.
+    /// Runs a full pass: dumps, compares and applies in one request, so that no later request comes between.
     pub async fn reconcile(&self, goal: Goal) -> Result<Pass> {
         self.ask(|reply| Request::Reconcile(Box::new(goal), reply)).await?
     }
 
-    /// Does all of them in order, whatever becomes of each.
+    /// Applies all operations in order. A failed operation does not stop the later ones.
     pub async fn apply(&self, ops: Vec<Op>) -> Vec<Outcome> {
-        // For the answer where there is no worker to give one.
+        // For the reply if the worker has exited.
         let asked = ops.clone();
         self.ask(|reply| Request::Apply(ops, reply)).await.unwrap_or_else(|error| failed(asked, &error))
     }
 
-    /// Makes an endpoint's pair, all or nothing. Operations on
-    /// the pair's device are done after that, and not at all if it failed; all others before.
-    pub async fn prepare_and_create(&self, ops: Vec<Op>, spec: EndpointSpec) -> (Vec<Outcome>, Result<Made>) {
+    /// Applies operations and creates the veth pair of an endpoint. On failure no interface remains.
+    ///
+    /// Operations on the pair's own device follow its creation, and fail if that failed. All others precede it.
+    pub async fn prepare_and_create(
+        &self,
+        ops: Vec<Op>,
+        spec: EndpointSpec,
+    ) -> (Vec<Outcome>, Result<CreatedEndpoint>) {
         let asked = ops.clone();
         match self.ask(|reply| Request::Create(ops, Box::new(spec), reply)).await {
             Ok(answer) => answer,
@@ -280,14 +296,14 @@ impl KernelHandle {
         }
     }
 
-    /// What an interface in that namespace is like; nothing if it is not there.
+    /// Reads the state of an interface in a namespace. `None` if there is no such interface.
     pub async fn inspect(&self, netns: Netns, ifname: String) -> Result<Option<Inside>> {
         self.ask(|reply| Request::Inspect(netns, ifname, reply)).await?
     }
 
-    /// Takes endpoints away and does these operations after that. The names of their other ends are free
-    /// and nothing passes any more when this returns; the pairs are deleted later.
-    pub async fn retire(&self, retired: Vec<Retired>, ops: Vec<Op>) -> (Vec<Outcome>, Result<()>) {
+    /// Disconnects endpoints, then applies operations. When this returns, no traffic passes and the names of
+    /// the peer interfaces are free. The pairs are deleted later, see [`Self::sweep`].
+    pub async fn retire(&self, retired: Vec<RetiredEndpoint>, ops: Vec<Op>) -> (Vec<Outcome>, Result<()>) {
         let asked = ops.clone();
         match self.ask(|reply| Request::Retire(retired, ops, reply)).await {
             Ok(answer) => answer,
@@ -295,63 +311,64 @@ impl KernelHandle {
         }
     }
 
-    /// Deletes what is left of endpoints that were taken away.
+    /// Deletes the veth pairs of endpoints that [`Self::retire`] disconnected.
     pub async fn sweep(&self) -> Result<()> {
         self.ask(Request::Sweep).await?
     }
 
-    /// Deletes devices of ours; what is gone already is fine.
+    /// Deletes devices of ovl. A device that is absent is no error.
     pub async fn delete_links(&self, devices: Vec<Device>) -> Result<()> {
         self.ask(|reply| Request::Delete(devices, reply)).await?
     }
 
-    /// The device that has this address.
+    /// Looks up the device that has an address.
     pub async fn underlay(&self, vtep: IpAddr) -> Result<Underlay> {
         self.ask(|reply| Request::Underlay(vtep, reply)).await?
     }
 
-    /// Tells the links of these devices once more that this host has an address.
+    /// Announces addresses of this host again on the links of these devices, by ARP or neighbour discovery.
     pub async fn announce(&self, addresses: Vec<(Device, IpAddr)>) -> Result<()> {
         self.ask(|reply| Request::Announce(addresses, reply)).await
     }
 
-    /// The index of the device by which packets to an address leave; nothing if there is no way.
-    pub async fn way_to(&self, address: IpAddr) -> Result<Option<u32>> {
-        self.ask(|reply| Request::WayTo(address, reply)).await?
+    /// Looks up the index of the output interface of packets to an address. `None` if there is no route.
+    pub async fn output_interface(&self, address: IpAddr) -> Result<Option<u32>> {
+        self.ask(|reply| Request::OutputInterface(address, reply)).await?
     }
 
-    /// The prefixes that this host has addresses in or routes to, our own devices' aside: a new
-    /// network's subnet should collide with none.
+    /// Lists the prefixes that this host has addresses in or routes to, except those of ovl devices. The subnet
+    /// of a new network should overlap none of them.
     pub async fn prefixes(&self) -> Result<Vec<IpNet>> {
         self.ask(Request::Prefixes).await?
     }
 
-    /// What sets of a table count that packets add to; nothing where there is no such set.
-    pub async fn counts(&self, table: Table, sets: Vec<String>) -> Result<Vec<Vec<Counted>>> {
+    /// Reads the elements and counters of nftables sets that packets add elements to. The list of a set that does
+    /// not exist is empty.
+    pub async fn counts(&self, table: Table, sets: Vec<String>) -> Result<Vec<Vec<CountedElement>>> {
         self.ask(|reply| Request::Counts(table, sets, reply)).await?
     }
 
-    /// How many packets a counter of a table has seen.
+    /// Reads a named nftables counter, in packets. It is 0 if there is no such counter.
     pub async fn counter(&self, table: Table, name: &'static str) -> Result<u64> {
         self.ask(|reply| Request::Counter(table, name, reply)).await?
     }
 
-    /// Whether the kernel makes WireGuard devices.
+    /// Checks whether the kernel supports WireGuard devices.
     pub async fn has_wireguard(&self) -> Result<bool> {
         self.ask(Request::HasWireguard).await
     }
 
-    /// Takes another private key that an end of the tunnel may get.
+    /// Adds a private key that tunnel devices may be configured with.
     pub async fn learn_key(&self, key: PrivateKey) -> Result<()> {
         self.ask(|reply| Request::LearnKey(key, reply)).await
     }
 
-    /// How the ends of the tunnel do.
+    /// Reads the status of all tunnel devices and their peers.
     pub async fn tunnels(&self) -> Result<Vec<TunnelStatus>> {
         self.ask(Request::Tunnels).await?
     }
 
-    /// Removes our nftables tables, for a teardown.
+    /// Deletes all nftables tables of ovl, for a teardown.
     pub async fn remove_filter(&self) -> Result<()> {
         self.ask(Request::RemoveFilter).await?
     }

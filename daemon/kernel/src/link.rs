@@ -1,29 +1,30 @@
-//! Devices, as the kernel describes them in dumps, answers and notifications.
+//! Parses the link and neighbour messages of rtnetlink: dumps, replies and notifications.
 
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr};
 
+use nix::libc;
 use ovl_dataplane::device::{ALIAS, Device, Role};
 use ovl_dataplane::state::{Link, TunnelKind};
 use ovl_proto::id::Mac;
 
 use super::attribute::{attributes, ip, text, u8_at, u16_at, u16_be, u32_at};
 
+/// The length of `ifinfomsg`.
 const HEADER: usize = 16;
-const IFF_UP: u32 = 1;
-const AF_BRIDGE: u8 = 7;
-const AF_INET: u16 = 2;
-const AF_INET6: u16 = 10;
+/// The families of nested attributes, which are attribute types there.
+const AF_INET: u16 = libc::AF_INET as u16;
+const AF_INET6: u16 = libc::AF_INET6 as u16;
 
-/// The group of the host's ends of endpoints that are gone and still to be deleted; "ovld". Groups with
-/// the same upper half are for those that are being deleted.
+/// The link group of doomed devices: host interfaces of removed endpoints that are still to be deleted
+/// ("ovld"). Groups with the same upper half are of devices that are being deleted.
 pub(super) const DOOMED: u32 = 0x6f76_6c64;
 
-/// What is needed of a device's description. What the message does not have is zero or empty.
+/// The needed fields of a link message. A field that the message does not contain is zero or empty.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct LinkView<'a> {
     pub(super) index: u32,
-    /// The message is about the device as a port of its bridge, and says little else.
+    /// Whether the message (`AF_BRIDGE`) describes the device as a port of its bridge. It contains little else.
     pub(super) is_port_message: bool,
     pub(super) up: bool,
     pub(super) name: &'a str,
@@ -31,27 +32,28 @@ pub(super) struct LinkView<'a> {
     pub(super) mtu: u32,
     pub(super) master: Option<u32>,
     pub(super) group: u32,
-    /// Of a pair: the other end's index, and its namespace as seen from here.
+    /// The index of the peer interface of a veth pair.
     pub(super) peer: Option<u32>,
+    /// The id of the peer interface's namespace, in the namespace of the socket.
     pub(super) peer_netns: Option<i32>,
     pub(super) mac: Option<Mac>,
     kind: &'a str,
     data: &'a [u8],
-    /// How it behaves as a port; in a port message the same under another name.
+    /// The bridge port attributes (`IFLA_INFO_SLAVE_DATA`, or `IFLA_PROTINFO` in a port message).
     port: Option<&'a [u8]>,
-    /// How the kernel makes link-local addresses on it; none where IPv6 is off.
+    /// The generation mode of IPv6 link-local addresses; `None` if IPv6 is off.
     address_mode: Option<u8>,
-    /// Packets from 127.0.0.1 may leave by it.
+    /// The `route_localnet` setting: packets from 127.0.0.1 may be routed through the device.
     pub(super) localnet: bool,
 }
 
 impl<'a> LinkView<'a> {
-    /// Of the payload of RTM_NEWLINK or RTM_DELLINK.
+    /// Parses the payload of RTM_NEWLINK or RTM_DELLINK.
     pub(super) fn parse(payload: &'a [u8]) -> Option<Self> {
         let mut view = Self {
             index: u32_at(payload, 4)?,
-            is_port_message: u8_at(payload, 0)? == AF_BRIDGE,
-            up: u32_at(payload, 8)? & IFF_UP != 0,
+            is_port_message: i32::from(u8_at(payload, 0)?) == libc::AF_BRIDGE,
+            up: u32_at(payload, 8)? & libc::IFF_UP as u32 != 0,
             name: "",
             alias: "",
             mtu: 0,
@@ -68,20 +70,20 @@ impl<'a> LinkView<'a> {
         };
         for (kind, value) in attributes(payload, HEADER) {
             match kind {
-                1 => view.mac = value.try_into().ok().map(Mac),
-                3 => view.name = text(value),
-                4 => view.mtu = u32_at(value, 0)?,
-                5 => view.peer = u32_at(value, 0),
-                10 => view.master = u32_at(value, 0),
-                12 if view.is_port_message => view.port = Some(value),
-                18 => view.parse_info(value),
-                20 => view.alias = text(value),
-                26 if !view.is_port_message => {
+                libc::IFLA_ADDRESS => view.mac = value.try_into().ok().map(Mac),
+                libc::IFLA_IFNAME => view.name = text(value),
+                libc::IFLA_MTU => view.mtu = u32_at(value, 0)?,
+                libc::IFLA_LINK => view.peer = u32_at(value, 0),
+                libc::IFLA_MASTER => view.master = u32_at(value, 0),
+                libc::IFLA_PROTINFO if view.is_port_message => view.port = Some(value),
+                libc::IFLA_LINKINFO => view.parse_info(value),
+                libc::IFLA_IFALIAS => view.alias = text(value),
+                libc::IFLA_AF_SPEC if !view.is_port_message => {
                     view.address_mode = address_mode(value);
                     view.localnet = localnet(value);
                 }
-                27 => view.group = u32_at(value, 0)?,
-                37 => view.peer_netns = u32_at(value, 0).map(|id| id as i32),
+                libc::IFLA_GROUP => view.group = u32_at(value, 0)?,
+                libc::IFLA_LINK_NETNSID => view.peer_netns = u32_at(value, 0).map(|id| id as i32),
                 _ => {}
             }
         }
@@ -91,35 +93,35 @@ impl<'a> LinkView<'a> {
     fn parse_info(&mut self, info: &'a [u8]) {
         for (kind, value) in attributes(info, 0) {
             match kind {
-                1 => self.kind = text(value),
-                2 => self.data = value,
-                5 => self.port = Some(value),
+                libc::IFLA_INFO_KIND => self.kind = text(value),
+                libc::IFLA_INFO_DATA => self.data = value,
+                libc::IFLA_INFO_SLAVE_DATA => self.port = Some(value),
                 _ => {}
             }
         }
     }
 
-    /// The name as ours, whether the device is or not.
+    /// The name of the device, which need not be a device of ovl.
     pub(super) fn device(&self) -> Option<Device> {
         Device::new(self.name)
     }
 
-    /// The device, if it is ours: one of our names, our alias, and the kind that goes with them. One
-    /// that is about to be deleted is not.
+    /// The device, if ovl owns it: it has a name and an alias of ovl, and the matching link kind. `None` for a
+    /// doomed device.
     pub(super) fn ours(&self) -> Option<Device> {
-        self.made_by_us().filter(|_| !self.in_doomed_group())
+        self.created_by_ovl().filter(|_| !self.is_in_doomed_group())
     }
 
-    /// Whether it is what is left of an endpoint that is gone.
+    /// Whether it is the host interface of a removed endpoint, still to be deleted.
     pub(super) fn is_doomed(&self) -> bool {
-        self.in_doomed_group() && self.made_by_us().is_some()
+        self.is_in_doomed_group() && self.created_by_ovl().is_some()
     }
 
-    fn in_doomed_group(&self) -> bool {
+    fn is_in_doomed_group(&self) -> bool {
         self.group >> 16 == DOOMED >> 16
     }
 
-    fn made_by_us(&self) -> Option<Device> {
+    fn created_by_ovl(&self) -> Option<Device> {
         let device = self.device()?;
         let kinds: &[&str] = match device.role()? {
             Role::Bridge(_) => &["bridge"],
@@ -130,22 +132,22 @@ impl<'a> LinkView<'a> {
         (kinds.contains(&self.kind) && self.alias.starts_with(ALIAS)).then_some(device)
     }
 
-    /// A device of ours in the model's terms.
+    /// The link as part of the data plane. `None` if ovl does not own the device.
     pub(super) fn model(&self, names: &HashMap<u32, Device>) -> Option<Link> {
         let mtu = self.mtu.try_into().unwrap_or(u16::MAX);
         let up = self.up;
-        // A master whose name is not known is some other's, which is all that matters.
+        // A master without a known name is not a device of ovl. Which one it is makes no difference.
         let unknown = Device::new("?");
         let master = self.master.and_then(|index| names.get(&index).copied().or(unknown));
         let quiet = self.address_mode.is_none_or(|mode| mode == 1);
         let data = || attributes(self.data, 0);
-        Some(match self.made_by_us()?.role()? {
+        Some(match self.created_by_ovl()?.role()? {
             Role::Bridge(_) => {
                 Link::Bridge { mac: self.mac?, mtu, up, tuned: quiet && data().all(is_bridge_tuned) }
             }
             Role::Vxlan(_) if self.kind == "tun" => {
                 let tuned = quiet && (master.is_none() || self.port_is_tuned(true) == Some(true));
-                // Whoever serves it knows the network.
+                // Only the tunnel engine knows the VNI.
                 Link::Tap { vni: 0, mtu, master, up, tuned }
             }
             Role::Tunnel(_) => {
@@ -187,26 +189,29 @@ impl<'a> LinkView<'a> {
         Some(learning == 0 && (suppress != 0 || !is_vxlan))
     }
 
-    /// One of a port's settings, by its number; none if it is no port, or the message does not say.
+    /// A setting of the bridge port, by its `IFLA_BRPORT_...` number. `None` if the device is not a port, or the
+    /// message does not contain the setting.
     fn port_flag(&self, wanted: u16) -> Option<u8> {
         let (_, value) = attributes(self.port?, 0).find(|(kind, _)| *kind == wanted)?;
         u8_at(value, 0)
     }
 
-    /// A VXLAN device's VNI and port, whoever it belongs to; the VNI is none if it takes them all.
+    /// The VNI and UDP port of any VXLAN device. The VNI is `None` if the device accepts all VNIs. `None` if it is
+    /// not a VXLAN device.
     pub(super) fn vxlan(&self) -> Option<(Option<u32>, u16)> {
         if self.kind != "vxlan" {
             return None;
         }
         let find =
             |wanted| attributes(self.data, 0).find(|(kind, _)| *kind == wanted).map(|(_, value)| value);
-        let takes_all = find(25).and_then(|value| u8_at(value, 0)).is_some_and(|flag| flag != 0);
+        let accepts_all = find(25).and_then(|value| u8_at(value, 0)).is_some_and(|flag| flag != 0);
         let vni = find(1).and_then(|value| u32_at(value, 0));
-        Some((vni.filter(|_| !takes_all), find(15).and_then(u16_be)?))
+        Some((vni.filter(|_| !accepts_all), find(15).and_then(u16_be)?))
     }
 }
 
-/// Multicast snooping, spanning tree, and the calls into iptables are off.
+/// Whether a bridge attribute has the value that ovl sets: spanning tree, multicast snooping and the calls into
+/// iptables are off.
 fn is_bridge_tuned((kind, value): (u16, &[u8])) -> bool {
     match kind {
         5 => u32_at(value, 0) == Some(0),
@@ -221,7 +226,8 @@ fn address_mode(families: &[u8]) -> Option<u8> {
     u8_at(mode, 0)
 }
 
-/// `route_localnet`, out of all settings of IPv4: numbers in the order of `IPV4_DEVCONF_*`, of which it is the 26th.
+/// Reads `route_localnet` from the IPv4 settings of a device. They are an array in the order of `IPV4_DEVCONF_*`, of
+/// which it is the 26th.
 fn localnet(families: &[u8]) -> bool {
     const AT: usize = 25 * 4;
     let settings = attributes(families, 0)
@@ -230,7 +236,7 @@ fn localnet(families: &[u8]) -> bool {
     settings.and_then(|(_, values)| u32_at(values, AT)).is_some_and(|value| value != 0)
 }
 
-/// An FDB entry or a neighbour.
+/// A neighbour message: an FDB entry or a neighbour.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Neighbour {
     pub(super) family: u8,
@@ -241,13 +247,15 @@ pub(super) struct Neighbour {
     pub(super) mac: Option<Mac>,
     pub(super) port: Option<u16>,
     pub(super) vlan: Option<u16>,
-    /// A VXLAN entry with a VNI, a device or a next hop of its own.
+    /// Whether it has an attribute that ovl never sets: a VNI, an output interface or a next hop of its own.
     pub(super) odd: bool,
 }
 
 impl Neighbour {
-    /// Of the payload of RTM_NEWNEIGH or RTM_DELNEIGH.
+    /// Parses the payload of RTM_NEWNEIGH or RTM_DELNEIGH.
     pub(super) fn parse(payload: &[u8]) -> Option<Self> {
+        /// Not defined by `libc`.
+        const NDA_NH_ID: u16 = 13;
         let mut entry = Self {
             family: u8_at(payload, 0)?,
             index: u32_at(payload, 4)?,
@@ -261,11 +269,11 @@ impl Neighbour {
         };
         for (kind, value) in attributes(payload, 12) {
             match kind {
-                1 => entry.address = ip(value),
-                2 => entry.mac = value.try_into().ok().map(Mac),
-                5 => entry.vlan = u16_at(value, 0),
-                6 => entry.port = u16_be(value),
-                7 | 8 | 13 => entry.odd = true,
+                libc::NDA_DST => entry.address = ip(value),
+                libc::NDA_LLADDR => entry.mac = value.try_into().ok().map(Mac),
+                libc::NDA_VLAN => entry.vlan = u16_at(value, 0),
+                libc::NDA_PORT => entry.port = u16_be(value),
+                libc::NDA_VNI | libc::NDA_IFINDEX | NDA_NH_ID => entry.odd = true,
                 _ => {}
             }
         }

@@ -1,4 +1,4 @@
-//! Requests for the kernel, built.
+//! Builds rtnetlink requests.
 
 use std::net::IpAddr;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -20,30 +20,29 @@ use netlink_packet_route::route::{
     RouteAddress, RouteAttribute, RouteFlags, RouteMessage, RouteMetric, RouteProtocol, RouteScope, RouteType,
 };
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
+use nix::libc::{self, RT_TABLE_MAIN};
 use ovl_dataplane::device::{ALIAS, Device, Role};
 use ovl_dataplane::op::{AddressOp, FdbOp, NeighbourOp, Op, RouteOp};
 use ovl_dataplane::state::{Hop, Link, METRIC, PROTOCOL, Remote, TunnelKind};
 use ovl_proto::id::{EndpointId, Mac};
 
-/// NUD_NOARP and NUD_REACHABLE: what `bridge` calls static.
-const STATIC: NeighbourState = NeighbourState::Other(0x42);
+/// The state that `bridge` calls static.
+const STATIC: NeighbourState = NeighbourState::Other(libc::NUD_NOARP | libc::NUD_REACHABLE);
 
-/// Of each end of a pair. The kernel makes one for each processor, then takes all but one out of use
-/// again and waits for its processors each time: a third of what a pair costs.
+/// The number of queues of each interface of a veth pair. By default the kernel creates one for each processor, then
+/// disables all but one and waits for its processors each time: a third of the cost of a pair.
 const QUEUES: u32 = 1;
 
-/// The longest alias: with its zero byte it must be shorter than IFALIASZ.
+/// The maximum length of an alias in bytes: with its zero byte it must be shorter than IFALIASZ.
 const MAX_ALIAS: usize = 254;
 
-const MAIN_TABLE: u8 = 254;
-
-/// The family of an address.
+/// The address family of an address.
 pub(super) fn family(address: IpAddr) -> AddressFamily {
     if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 }
 }
 
-/// The request for an operation on an entry of a device, with its flags; nothing for those on
-/// devices themselves and for settings.
+/// The request for an operation on an entry of the device with this index, and its flags. `None` for operations on
+/// devices, sysctls and tables.
 pub(super) fn entry(op: &Op, index: u32) -> Option<(RouteNetlinkMessage, u16)> {
     const PUT: u16 = NLM_F_CREATE | NLM_F_REPLACE;
     let new = |message| RouteNetlinkMessage::NewNeighbour(message);
@@ -63,7 +62,7 @@ pub(super) fn entry(op: &Op, index: u32) -> Option<(RouteNetlinkMessage, u16)> {
         Op::Fdb(FdbOp::DeletePort(_, mac)) => (del(port_entry(index, *mac)), 0),
         Op::Neighbour(NeighbourOp::Set(_, address, mac)) => (permanent_neighbour(index, *address, *mac), PUT),
         Op::Neighbour(NeighbourOp::Delete(_, address)) => (del(neighbour(index, *address)), 0),
-        // Not `PUT`: that would replace somebody else's of the same destination and metric.
+        // Not `PUT`: that would replace a route of another program with the same destination and metric.
         Op::Route(RouteOp::Set(to, hop)) => {
             (RouteNetlinkMessage::NewRoute(route(*to, Some((hop, index)))), NLM_F_CREATE | NLM_F_EXCL)
         }
@@ -106,8 +105,8 @@ fn neighbour(index: u32, at: IpAddr) -> NeighbourMessage {
     message
 }
 
-/// An address on a device; for IPv6 without the duplicate address detection, during which it
-/// could not be used: ovl hands out no address twice.
+/// A new address of a device. IPv6 addresses skip duplicate address detection, during which they could not be used:
+/// ovl never allocates an address twice.
 pub(super) fn new_address(index: u32, net: IpNet) -> RouteNetlinkMessage {
     let mut message = address(index, net);
     if net.addr().is_ipv6() {
@@ -126,8 +125,8 @@ fn address(index: u32, net: IpNet) -> AddressMessage {
     message
 }
 
-/// An address that this host answers for on a device of somebody else's, and never sends from by itself: of IPv4
-/// with the scope of the host, of IPv6 deprecated at once.
+/// An announced address. The kernel must not select it as a source address, so an IPv4 address has host scope, and an
+/// IPv6 address is deprecated at once.
 pub(super) fn announced(index: u32, of: IpAddr) -> AddressMessage {
     let mut message = address(index, IpNet::from(of));
     message.attributes.push(AddressAttribute::Protocol(AddressProtocol::Other(PROTOCOL)));
@@ -143,12 +142,12 @@ pub(super) fn announced(index: u32, of: IpAddr) -> AddressMessage {
     message
 }
 
-/// A route of ours, in the main table; without a hop, enough to delete it.
+/// A route of ovl in the main table, with the index of its output interface. Without a hop, the fields that delete it.
 fn route(to: IpNet, hop: Option<(&Hop, u32)>) -> RouteMessage {
     let mut message = RouteMessage::default();
     message.header.address_family = family(to.addr());
     message.header.destination_prefix_length = to.prefix_len();
-    message.header.table = MAIN_TABLE;
+    message.header.table = RT_TABLE_MAIN;
     message.header.protocol = RouteProtocol::Other(PROTOCOL);
     message.header.scope = RouteScope::Universe;
     message.attributes =
@@ -184,12 +183,12 @@ fn route(to: IpNet, hop: Option<(&Hop, u32)>) -> RouteMessage {
     message
 }
 
-/// In a namespace: what is behind an interface, or behind a gateway there.
+/// A route in a workload's namespace: through an interface, or through a gateway on it.
 pub(super) fn inner_route(index: u32, to: IpNet, gateway: Option<IpAddr>) -> RouteNetlinkMessage {
     let mut message = RouteMessage::default();
     message.header.address_family = family(to.addr());
     message.header.destination_prefix_length = to.prefix_len();
-    message.header.table = MAIN_TABLE;
+    message.header.table = RT_TABLE_MAIN;
     message.header.protocol = RouteProtocol::Boot;
     message.header.kind = RouteType::Unicast;
     message.header.scope =
@@ -202,7 +201,7 @@ pub(super) fn inner_route(index: u32, to: IpNet, gateway: Option<IpAddr>) -> Rou
     RouteNetlinkMessage::NewRoute(message)
 }
 
-/// A neighbour that stays.
+/// A permanent neighbour.
 pub(super) fn permanent_neighbour(index: u32, at: IpAddr, mac: Mac) -> RouteNetlinkMessage {
     let mut message = neighbour(index, at);
     message.header.state = NeighbourState::Permanent;
@@ -214,7 +213,7 @@ pub(super) fn permanent_neighbour(index: u32, at: IpAddr, mac: Mac) -> RouteNetl
 pub(super) fn default_route(index: u32, gateway: IpAddr) -> RouteNetlinkMessage {
     let mut message = RouteMessage::default();
     message.header.address_family = family(gateway);
-    message.header.table = MAIN_TABLE;
+    message.header.table = RT_TABLE_MAIN;
     message.header.protocol = RouteProtocol::Boot;
     message.header.scope = RouteScope::Universe;
     message.header.kind = RouteType::Unicast;
@@ -223,7 +222,7 @@ pub(super) fn default_route(index: u32, gateway: IpAddr) -> RouteNetlinkMessage 
     RouteNetlinkMessage::NewRoute(message)
 }
 
-/// The question how packets to an address leave.
+/// A lookup of the route of packets to an address.
 pub(super) fn get_route(address: IpAddr) -> RouteNetlinkMessage {
     let mut message = RouteMessage::default();
     message.header.address_family = family(address);
@@ -232,7 +231,7 @@ pub(super) fn get_route(address: IpAddr) -> RouteNetlinkMessage {
     RouteNetlinkMessage::GetRoute(message)
 }
 
-/// A question about one device.
+/// A lookup of a device by name.
 pub(super) fn get_link(device: Device) -> RouteNetlinkMessage {
     let mut message = LinkMessage::default();
     message.attributes = vec![
@@ -242,7 +241,7 @@ pub(super) fn get_link(device: Device) -> RouteNetlinkMessage {
     RouteNetlinkMessage::GetLink(message)
 }
 
-/// The same by index.
+/// A lookup of a device by index.
 pub(super) fn get_link_at(index: u32) -> RouteNetlinkMessage {
     let mut message = LinkMessage::default();
     message.header.index = index;
@@ -250,32 +249,33 @@ pub(super) fn get_link_at(index: u32) -> RouteNetlinkMessage {
     RouteNetlinkMessage::GetLink(message)
 }
 
+/// Deletes a device by index.
 pub(super) fn del_link(index: u32) -> RouteNetlinkMessage {
     let mut message = LinkMessage::default();
     message.header.index = index;
     RouteNetlinkMessage::DelLink(message)
 }
 
-/// For a device that we have just made: it may not have its alias yet.
+/// Deletes a device by name. Only for a device that was just created, because the name does not prove that ovl owns it.
 pub(super) fn del_link_named(device: Device) -> RouteNetlinkMessage {
     RouteNetlinkMessage::DelLink(change(Target::Name(device), Vec::new()))
 }
 
-/// Deletes all devices of a group at once.
+/// Deletes all devices of a link group.
 pub(super) fn del_group(group: u32) -> RouteNetlinkMessage {
     let mut message = LinkMessage::default();
     message.attributes = vec![LinkAttribute::Group(group)];
     RouteNetlinkMessage::DelLink(message)
 }
 
-/// Which device a change is for: one that was just made has no index that we know.
+/// The device that a change is for: by name if it was just created, because its index is not known yet.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Target {
     Name(Device),
     Index(u32),
 }
 
-/// A change of a device that is there.
+/// A change of an existing device.
 pub(super) fn change(target: Target, attributes: Vec<LinkAttribute>) -> LinkMessage {
     let mut message = LinkMessage::default();
     match target {
@@ -286,7 +286,7 @@ pub(super) fn change(target: Target, attributes: Vec<LinkAttribute>) -> LinkMess
     message
 }
 
-/// Sets it up or down.
+/// Sets a device up or down.
 pub(super) fn set_up(target: Target, up: bool) -> RouteNetlinkMessage {
     let mut message = change(target, Vec::new());
     message.header.flags = if up { LinkFlags::Up } else { LinkFlags::empty() };
@@ -294,10 +294,12 @@ pub(super) fn set_up(target: Target, up: bool) -> RouteNetlinkMessage {
     RouteNetlinkMessage::NewLink(message)
 }
 
+/// Sets attributes of a device.
 pub(super) fn set(target: Target, attributes: Vec<LinkAttribute>) -> RouteNetlinkMessage {
     RouteNetlinkMessage::NewLink(change(target, attributes))
 }
 
+/// The alias of a device of ovl, cut to [`MAX_ALIAS`].
 pub(super) fn alias(text: &str) -> LinkAttribute {
     let mut whole = format!("{ALIAS}{text}");
     while whole.len() > MAX_ALIAS {
@@ -306,25 +308,27 @@ pub(super) fn alias(text: &str) -> LinkAttribute {
     LinkAttribute::IfAlias(whole)
 }
 
-/// The kernel makes no link-local IPv6 address on it.
+/// Turns off the generation of IPv6 link-local addresses.
 pub(super) fn no_link_local() -> LinkAttribute {
     LinkAttribute::AfSpecUnspec(vec![AfSpecUnspec::Inet6(vec![AfSpecInet6::AddrGenMode(
         In6AddrGenMode::None,
     )])])
 }
 
+/// The MAC address of a device.
 pub(super) fn hardware_address(mac: Mac) -> LinkAttribute {
     LinkAttribute::Address(mac.0.to_vec())
 }
 
-/// Makes a bridge, a VXLAN device or the kernel's end of a tunnel, down and bare.
+/// Creates a bridge, a VXLAN device or a WireGuard device, down and without entries. `None` for a link that the tunnel
+/// engine or an attach creates.
 pub(super) fn new_link(device: Device, link: &Link) -> Option<RouteNetlinkMessage> {
     let mut attributes = vec![LinkAttribute::IfName(device.as_str().to_owned())];
     let info = match link {
         Link::Bridge { mac, mtu, .. } => {
             attributes.push(hardware_address(*mac));
-            // The bridge stops taking over its ports' MTU when its own is changed, and only then:
-            // so it is made with another one than it gets.
+            // A bridge follows the MTU of its ports until its own MTU is changed. So it is created with a different
+            // MTU, and a later request sets the wanted one.
             attributes.push(LinkAttribute::Mtu(u32::from(mtu ^ 1)));
             bridge_info()
         }
@@ -346,7 +350,7 @@ pub(super) fn new_link(device: Device, link: &Link) -> Option<RouteNetlinkMessag
             attributes.push(LinkAttribute::Mtu(u32::from(*mtu)));
             vec![LinkInfo::Kind(InfoKind::Wireguard)]
         }
-        // Made by the tunnel's engine, or by an attach.
+        // Created by the tunnel engine, or by an attach.
         Link::Tap { .. } | Link::Tunnel { kind: TunnelKind::Userspace, .. } | Link::Endpoint { .. } => {
             return None;
         }
@@ -357,7 +361,7 @@ pub(super) fn new_link(device: Device, link: &Link) -> Option<RouteNetlinkMessag
     Some(RouteNetlinkMessage::NewLink(message))
 }
 
-/// A bridge without spanning tree, multicast snooping and detours through iptables.
+/// The settings of a bridge: no spanning tree, no multicast snooping, no calls into iptables.
 pub(super) fn bridge_info() -> Vec<LinkInfo> {
     vec![
         LinkInfo::Kind(InfoKind::Bridge),
@@ -371,13 +375,13 @@ pub(super) fn bridge_info() -> Vec<LinkInfo> {
     ]
 }
 
-/// Makes a VXLAN device forget nothing and learn nothing.
+/// Turns off learning on a VXLAN device.
 pub(super) fn no_learning() -> Vec<LinkInfo> {
     vec![LinkInfo::Kind(InfoKind::Vxlan), LinkInfo::Data(InfoData::Vxlan(vec![InfoVxlan::Learning(false)]))]
 }
 
-/// How a port of ours behaves: it learns nothing, and on the VXLAN device questions about
-/// neighbours that are known are answered here. By that of an endpoint frames may leave that came in by it, or not.
+/// The settings of a bridge port: no learning; neighbour suppression on a VXLAN device, the given hairpin mode on an
+/// endpoint.
 pub(super) fn port(device: Device, hairpin: bool) -> LinkAttribute {
     let mut flags = vec![InfoBridgePort::Learning(false)];
     match device.role() {
@@ -390,17 +394,17 @@ pub(super) fn port(device: Device, hairpin: bool) -> LinkAttribute {
     ])
 }
 
-/// The host's end of a pair.
+/// The host's interface of a veth pair.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Outer {
     /// A port of the bridge with this index.
     Port(u32),
-    /// A device by itself, with this address.
+    /// A device without a bridge, with this MAC address.
     Alone(Mac),
 }
 
-/// An endpoint's pair, the other end straight in its namespace. Both are down: the kernel can only
-/// set an end up that has another.
+/// Creates the veth pair of an endpoint, with the peer interface in its namespace. Both are down: the kernel cannot
+/// set an interface up before its peer exists.
 pub(super) fn new_pair(
     device: Device,
     outer: Outer,
@@ -436,8 +440,8 @@ pub(super) fn new_pair(
     RouteNetlinkMessage::NewLink(message)
 }
 
-/// The address of a port itself. Nothing is ever sent from it; it is set so that udev sets no
-/// other. The first byte keeps it apart from those of endpoints and gateways.
+/// The MAC address of the host's interface of an endpoint. No frame is sent from it; it is set so that udev sets no
+/// other. Its first byte differs from that of endpoints and gateways.
 pub fn port_mac(device: Device) -> Mac {
     match device.role() {
         Some(Role::Endpoint(EndpointId([a, b, c, d, e]))) => Mac([0x12, a, b, c, d, e]),

@@ -1,5 +1,5 @@
-//! Network namespaces of endpoints. A descriptor of one keeps it alive, so none is held longer than
-//! a request takes.
+//! Network namespaces of endpoints. A descriptor keeps its namespace alive, so none is held longer than a request
+//! takes.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{File, OpenOptions};
@@ -19,39 +19,42 @@ use super::error::{KernelError, Result};
 use super::socket::{Batch, Route};
 use super::sys;
 
-/// The namespace of the thread that looks.
+/// The namespace of the calling thread.
 const OWN: &str = "/proc/thread-self/ns/net";
 
-/// An open network namespace that is not ovld's own.
+/// An open network namespace other than that of ovld.
 #[derive(Debug)]
 pub struct Netns {
     /// The descriptor.
     pub fd: OwnedFd,
-    /// The number that names it while it exists (as in `net:[4026531840]`).
+    /// The inode, which identifies the namespace while it exists (as in `net:[4026531840]`).
     pub inode: u64,
 }
 
-/// Opens `/run/netns/NAME`, `/proc/PID/ns/net` or the like.
+/// Opens a network namespace by path, such as `/run/netns/NAME` or `/proc/PID/ns/net`.
+///
+/// # Errors
+///
+/// The path does not exist or is not a network namespace, or it is the namespace of ovld itself.
 pub fn open_netns(path: &Path) -> Result<Netns> {
     let text = path.display();
-    // What is not a namespace might be a FIFO, and hold up the one who opens it.
+    // Without O_NONBLOCK, to open a FIFO would block.
     let file =
         OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path).map_err(
             |error| match error.kind() {
                 io::ErrorKind::NotFound => {
-                    KernelError::Other(format!("there is no network namespace {text}"))
+                    KernelError::Other(format!("network namespace {text} does not exist"))
                 }
                 _ => KernelError::io(format!("cannot open the network namespace {text}"), &error),
             },
         )?;
-    let no_namespace = || KernelError::Other(format!("{text} is not a network namespace"));
     if !is_netns(&file) {
-        return Err(no_namespace());
+        return Err(KernelError::Other(format!("{text} is not a network namespace")));
     }
     let inode = inode(&file)?;
     if inode == self::inode(&own()?)? {
         return Err(KernelError::Other(format!(
-            "{text} is the network namespace of ovld itself: a container with the host's network needs no endpoint"
+            "{text} is the network namespace of ovld itself: a container on the host network needs no endpoint"
         )));
     }
     Ok(Netns { fd: file.into(), inode })
@@ -59,7 +62,7 @@ pub fn open_netns(path: &Path) -> Result<Netns> {
 
 /// Whether an open file is a network namespace.
 pub(super) fn is_netns(file: &File) -> bool {
-    // On another file system the request below could mean something else.
+    // On another file system the ioctl below could have another meaning.
     nix::sys::statfs::fstatfs(file)
         .is_ok_and(|system| system.filesystem_type() == nix::sys::statfs::NSFS_MAGIC)
         && sys::namespace_type(file.as_fd()).is_ok_and(|kind| kind == libc::CLONE_NEWNET)
@@ -72,24 +75,24 @@ pub(super) fn own() -> Result<File> {
 
 fn inode(file: &File) -> Result<u64> {
     let metadata =
-        file.metadata().map_err(|error| KernelError::io("cannot look at a network namespace", &error))?;
+        file.metadata().map_err(|error| KernelError::io("cannot inspect a network namespace", &error))?;
     Ok(metadata.ino())
 }
 
-/// What to do inside, and then, outside again, how to answer.
+/// Work in a namespace. It returns a closure that sends the result, to be called after the namespace was left.
 type Job = Box<dyn FnOnce() -> Answer + Send>;
 type Answer = Box<dyn FnOnce() + Send>;
 
-/// A thread that works inside of other namespaces. It is the only one of ovld that ever enters one;
-/// should it not find back, it ends, and another takes its place.
+/// A handle to the thread that works in other namespaces. If the thread cannot return to its own namespace, it exits,
+/// and the next job starts a new one.
 #[derive(Debug, Default)]
-pub(super) struct Visitor {
+pub(super) struct NetnsWorker {
     jobs: Option<mpsc::Sender<(OwnedFd, Job)>>,
 }
 
-impl Visitor {
-    /// Does the job with a netlink socket in the namespace, and lets go of the namespace.
-    pub(super) fn visit<T: Send + 'static>(
+impl NetnsWorker {
+    /// Runs a job with a netlink socket in a namespace, and closes the namespace. It blocks until the job is done.
+    pub(super) fn run_in<T: Send + 'static>(
         &mut self,
         netns: OwnedFd,
         job: impl FnOnce(&mut Route) -> Result<T> + Send + 'static,
@@ -104,7 +107,7 @@ impl Visitor {
         self.send((netns, job))?;
         receiver.recv().unwrap_or_else(|_| {
             self.jobs = None;
-            Err(KernelError::Other("cannot enter the network namespace".to_owned()))
+            Err(KernelError::Other("cannot enter the network namespace of a workload".to_owned()))
         })
     }
 
@@ -121,7 +124,7 @@ impl Visitor {
         thread::Builder::new()
             .name("netns".to_owned())
             .spawn(move || serve(&home, &receiver))
-            .map_err(|error| KernelError::io("cannot start a thread", &error))?;
+            .map_err(|error| KernelError::io("cannot start the thread that enters namespaces", &error))?;
         let _ = sender.send(job);
         self.jobs = Some(sender);
         Ok(())
@@ -131,24 +134,24 @@ impl Visitor {
 fn serve(home: &File, jobs: &mpsc::Receiver<(OwnedFd, Job)>) {
     for (netns, job) in jobs {
         if let Err(error) = setns(&netns, CloneFlags::CLONE_NEWNET) {
-            tracing::error!("cannot enter a network namespace: {error}");
+            tracing::error!(%error, "cannot enter a network namespace");
             return;
         }
         let answer = job();
         let left = setns(home, CloneFlags::CLONE_NEWNET);
-        // Who gets the answer may rely on it that we do not hold the namespace any more: its
-        // descriptor, the job's socket and this thread all did.
+        // When the requester receives the result, nothing of ovld may keep the namespace alive: neither its
+        // descriptor, nor the job's socket, nor this thread.
         drop(netns);
         answer();
         if let Err(error) = left {
-            tracing::error!("cannot leave a network namespace: {error}");
+            tracing::error!(%error, "cannot leave a network namespace");
             return;
         }
     }
 }
 
-/// Opens the namespaces that the kernel knows under these ids, seen from `route`'s. An id cannot be
-/// opened, so all namespaces that have a name or a process are asked for theirs.
+/// Opens the namespaces with these ids, which are relative to the namespace of `route`. An id cannot be opened, so this
+/// compares the ids of all namespaces that have a name or a process.
 pub(super) fn by_id(route: &mut Route, wanted: &BTreeSet<i32>) -> Result<BTreeMap<i32, OwnedFd>> {
     let mut found = BTreeMap::new();
     let mut seen = BTreeSet::new();
@@ -159,7 +162,7 @@ pub(super) fn by_id(route: &mut Route, wanted: &BTreeSet<i32>) -> Result<BTreeMa
         if !seen.insert(inode) {
             continue;
         }
-        // What was read a moment ago may have ended, and its path lead to another.
+        // The namespace may have been deleted meanwhile, and its path refer to another.
         let Some(netns) = open_netns(&path).ok().filter(|netns| netns.inode == inode) else { continue };
         if let Some(id) = id_of(route, &netns)?.filter(|id| wanted.contains(id)) {
             found.insert(id, netns.fd);
@@ -168,7 +171,7 @@ pub(super) fn by_id(route: &mut Route, wanted: &BTreeSet<i32>) -> Result<BTreeMa
     Ok(found)
 }
 
-/// The id under which `route`'s namespace knows another, if it does.
+/// The id of a namespace in the namespace of `route`. `None` if it has none there.
 pub(super) fn id_of(route: &mut Route, netns: &Netns) -> Result<Option<i32>> {
     let mut message = NsidMessage::default();
     message.attributes.push(NsidAttribute::Fd(netns.fd.as_raw_fd().unsigned_abs()));
@@ -181,7 +184,7 @@ pub(super) fn id_of(route: &mut Route, netns: &Netns) -> Result<Option<i32>> {
     }))
 }
 
-/// Namespaces with a name: mounts of the namespace file system.
+/// Lists the namespaces that are mounted, with their inodes.
 fn mounted() -> Vec<(u64, PathBuf)> {
     let Ok(text) = std::fs::read_to_string("/proc/thread-self/mountinfo") else { return Vec::new() };
     text.lines()
@@ -193,7 +196,7 @@ fn mounted() -> Vec<(u64, PathBuf)> {
         .collect()
 }
 
-/// Spaces and the like are octal numbers in mountinfo.
+/// Decodes the octal escapes of white space and backslashes in mountinfo.
 fn unescape(word: &str) -> String {
     ["\\040", "\\011", "\\012", "\\134"]
         .into_iter()
@@ -201,7 +204,7 @@ fn unescape(word: &str) -> String {
         .fold(word.to_owned(), |word, (code, char)| word.replace(code, char))
 }
 
-/// Namespaces of processes.
+/// Lists the namespaces of all processes, with their inodes.
 pub(super) fn of_processes() -> impl Iterator<Item = (u64, PathBuf)> {
     let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
     entries
@@ -213,7 +216,7 @@ pub(super) fn of_processes() -> impl Iterator<Item = (u64, PathBuf)> {
         })
 }
 
-/// Of `net:[4026531840]`.
+/// Parses the inode in a text such as `net:[4026531840]`.
 fn inode_in(text: &str) -> Option<u64> {
     text.strip_prefix("net:[")?.strip_suffix(']')?.parse().ok()
 }

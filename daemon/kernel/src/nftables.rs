@@ -1,37 +1,43 @@
-//! nftables by netlink: how the kernel describes a table, and its elements. Rules and sets are written by
-//! `nft`, which knows how to say them.
+//! Access to nftables by netlink: descriptions of tables, and elements of sets. `nft` writes the rules and sets.
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use netlink_packet_core::NLM_F_CREATE;
 use netlink_sys::protocols::NETLINK_NETFILTER;
-use nix::libc::ENOENT;
+use nix::libc::{self, ENOENT};
 use ovl_dataplane::nft::{Contents, Data, Key, Set, Table, Value, Verdict, length};
 
-use super::Counted;
+use super::CountedElement;
 use super::attribute::{Attributes, attributes, text, u8_at};
 use super::error::Result;
 use super::socket::{Batch, Netlink, Refusal};
 
-/// NFNL_SUBSYS_NFTABLES, in the upper half of a message's kind.
-const SUBSYSTEM: u16 = 10;
-const BATCH_BEGIN: u16 = 0x10;
-const BATCH_END: u16 = 0x11;
-const GET_TABLE: u16 = SUBSYSTEM << 8 | 1;
-const DEL_TABLE: u16 = SUBSYSTEM << 8 | 2;
-const GET_CHAIN: u16 = SUBSYSTEM << 8 | 4;
-const DEL_CHAIN: u16 = SUBSYSTEM << 8 | 5;
-const GET_RULE: u16 = SUBSYSTEM << 8 | 7;
-const DEL_RULE: u16 = SUBSYSTEM << 8 | 8;
-const GET_SET: u16 = SUBSYSTEM << 8 | 10;
-const DEL_SET: u16 = SUBSYSTEM << 8 | 11;
-const NEW_ELEMENTS: u16 = SUBSYSTEM << 8 | 12;
-const GET_ELEMENTS: u16 = SUBSYSTEM << 8 | 13;
-const DEL_ELEMENTS: u16 = SUBSYSTEM << 8 | 14;
-const GET_OBJECT: u16 = SUBSYSTEM << 8 | 19;
-const DEL_OBJECT: u16 = SUBSYSTEM << 8 | 20;
-const NLM_F_CREATE: u16 = 0x400;
+/// The subsystem of nftables, in the upper half of a message type.
+pub(super) const SUBSYSTEM: u16 = libc::NFNL_SUBSYS_NFTABLES as u16;
+pub(super) const BATCH_BEGIN: u16 = libc::NFNL_MSG_BATCH_BEGIN as u16;
+pub(super) const BATCH_END: u16 = libc::NFNL_MSG_BATCH_END as u16;
+const GET_TABLE: u16 = message_type(libc::NFT_MSG_GETTABLE);
+const DEL_TABLE: u16 = message_type(libc::NFT_MSG_DELTABLE);
+const GET_CHAIN: u16 = message_type(libc::NFT_MSG_GETCHAIN);
+const DEL_CHAIN: u16 = message_type(libc::NFT_MSG_DELCHAIN);
+const GET_RULE: u16 = message_type(libc::NFT_MSG_GETRULE);
+const DEL_RULE: u16 = message_type(libc::NFT_MSG_DELRULE);
+const GET_SET: u16 = message_type(libc::NFT_MSG_GETSET);
+const DEL_SET: u16 = message_type(libc::NFT_MSG_DELSET);
+const NEW_ELEMENTS: u16 = message_type(libc::NFT_MSG_NEWSETELEM);
+const GET_ELEMENTS: u16 = message_type(libc::NFT_MSG_GETSETELEM);
+const DEL_ELEMENTS: u16 = message_type(libc::NFT_MSG_DELSETELEM);
+const GET_OBJECT: u16 = message_type(libc::NFT_MSG_GETOBJ);
+const DEL_OBJECT: u16 = message_type(libc::NFT_MSG_DELOBJ);
 
-/// The first attribute of all objects.
+/// The netlink message type of an `NFT_MSG_...` constant.
+pub(super) const fn message_type(message: libc::c_int) -> u16 {
+    SUBSYSTEM << 8 | message as u16
+}
+
+// Attributes of nftables (`NFTA_...` in `linux/netfilter/nf_tables.h`), which `libc` does not define.
+
+/// The name of the table, which is the first attribute of all objects.
 const IN_TABLE: u16 = 1;
 const CHAIN_NAME: u16 = 3;
 const RULE_CHAIN: u16 = 2;
@@ -57,70 +63,71 @@ const OBJECT_DATA: u16 = 4;
 const COUNTER: u32 = 1;
 const COUNTER_PACKETS: u16 = 2;
 
-/// NFT_SET_ANONYMOUS: a rule's own, which goes with it.
-const ANONYMOUS: u32 = 1;
-/// NFT_SET_ELEM_INTERVAL_END: the key is the first one after a range.
-const INTERVAL_END: u32 = 1;
+/// The flag of an anonymous set, which belongs to a rule and is deleted with it.
+const ANONYMOUS: u32 = libc::NFT_SET_ANONYMOUS as u32;
+/// The flag of an element whose key is the first one after a range.
+const INTERVAL_END: u32 = libc::NFT_SET_ELEM_INTERVAL_END as u32;
 
-/// A list of elements is at most 64 KiB; a new one begins when so much is in it.
+/// The size in bytes at which a list of elements is split: an attribute has at most 64 KiB.
 const LIST: usize = 56 * 1024;
 
-/// The length of a message's fixed part, `nfgenmsg`.
+/// The length of `nfgenmsg`, the fixed part of a message.
 pub(super) const FIXED: usize = 4;
 
-/// The number of a table's family.
+/// The `NFPROTO_...` number of the family of a table.
 pub(super) fn family(table: Table) -> u8 {
-    // NFPROTO_INET, _IPV4, _BRIDGE, _IPV6.
-    match table.family() {
-        "ip" => 2,
-        "bridge" => 7,
-        "ip6" => 10,
-        _ => 1,
-    }
+    let family = match table.family() {
+        "ip" => libc::NFPROTO_IPV4,
+        "bridge" => libc::NFPROTO_BRIDGE,
+        "ip6" => libc::NFPROTO_IPV6,
+        _ => libc::NFPROTO_INET,
+    };
+    family as u8
 }
 
-/// What changes in one set.
+/// The changes of one set.
 #[derive(Debug, Default)]
 pub(super) struct Change<'a> {
-    /// Goes.
+    /// The elements to delete.
     pub(super) gone: Vec<(&'a Key, &'a Value)>,
-    /// Comes, after that.
+    /// The elements to add after that.
     pub(super) new: Vec<(&'a Key, &'a Value)>,
 }
 
-/// Names of what stands in a table: chains, sets, and other objects with their types.
+/// The names in a table: of chains, sets, and stateful objects with their types.
 #[derive(Debug, Default)]
-pub(super) struct Names {
+pub(super) struct ObjectNames {
     pub(super) chains: BTreeSet<String>,
     pub(super) sets: BTreeSet<String>,
     pub(super) objects: BTreeSet<(u32, String)>,
 }
 
-impl Names {
-    /// Whether there is nothing.
+impl ObjectNames {
+    /// Whether there are no names.
     pub(super) fn is_empty(&self) -> bool {
         self.chains.is_empty() && self.sets.is_empty() && self.objects.is_empty()
     }
 }
 
-/// A socket for it.
+/// A netlink socket for nftables.
 #[derive(Debug)]
 pub(super) struct Nftables(Netlink);
 
 impl Nftables {
-    /// In the network namespace of the calling thread.
+    /// Opens the socket in the network namespace of the calling thread.
     pub(super) fn open() -> Result<Self> {
         Netlink::open(NETLINK_NETFILTER).map(Self)
     }
 
-    /// Who sends what we change, as notifications name it.
+    /// The port id of the socket, by which notifications name the sender of a change.
     pub(super) fn port(&self) -> u32 {
         self.0.port()
     }
 
-    /// How the kernel describes a table, its chains, rules, sets and objects, by their handles, which are
-    /// never used again: other bytes where somebody has changed them, or written the same anew. Elements
-    /// and counts are not in it. None without the table.
+    /// Reads the kernel's description of a table, its chains, rules, sets and objects. `None` if there is no table.
+    ///
+    /// It contains the handles, which the kernel never reuses, so that it differs after any change by another program,
+    /// even one that writes the same rules again. It does not contain elements and counters.
     pub(super) fn described(&mut self, table: Table) -> Result<Option<Vec<u8>>> {
         const TABLE: &[u16] = &[2, 4];
         const CHAIN: &[u16] = &[2, 3, 4, 5, 7, 10];
@@ -143,9 +150,9 @@ impl Nftables {
         Ok(Some(bytes))
     }
 
-    /// What has a name in the table.
-    pub(super) fn names(&mut self, table: Table) -> Result<Names> {
-        let mut names = Names::default();
+    /// Lists the names in a table.
+    pub(super) fn names(&mut self, table: Table) -> Result<ObjectNames> {
+        let mut names = ObjectNames::default();
         self.all(GET_CHAIN, table, |payload| names.chains.extend(name_in(payload, CHAIN_NAME)))?;
         self.all(GET_SET, table, |payload| {
             if number_in(payload, SET_FLAGS).unwrap_or(0) & ANONYMOUS == 0 {
@@ -158,7 +165,7 @@ impl Nftables {
         Ok(names)
     }
 
-    /// All elements of a set that can be read as its shape says; none without the set.
+    /// Reads the elements of a set. `None` if there is no set.
     pub(super) fn contents(&mut self, set: &Set) -> Result<Option<Contents>> {
         let mut question = in_table(set.table);
         question.put_text(ELEMENTS_SET, &set.name);
@@ -175,7 +182,7 @@ impl Nftables {
                 .map(|(_, list)| list)
         });
         let elements =
-            lists.flat_map(|list| attributes(list, 0)).filter_map(|(_, element)| Read::of(element));
+            lists.flat_map(|list| attributes(list, 0)).filter_map(|(_, element)| DumpedElement::of(element));
         let plain_ranges = set.shape.ranges && set.shape.key.len() == 1;
         Ok(Some(if plain_ranges {
             pair(elements.collect())
@@ -184,8 +191,8 @@ impl Nftables {
         }))
     }
 
-    /// What a set counts that packets add to; nothing without it.
-    pub(super) fn counts(&mut self, table: Table, set: &str) -> Result<Vec<Counted>> {
+    /// Reads the elements and counters of a set that packets add elements to; empty if there is no set.
+    pub(super) fn counts(&mut self, table: Table, set: &str) -> Result<Vec<CountedElement>> {
         let mut question = in_table(table);
         question.put_text(ELEMENTS_SET, set);
         let mut batch = Batch::default();
@@ -203,7 +210,7 @@ impl Nftables {
         Ok(lists.flat_map(|list| attributes(list, 0)).filter_map(|(_, element)| counted(element)).collect())
     }
 
-    /// Changes elements of any tables, all or nothing.
+    /// Changes elements of sets, in one transaction.
     pub(super) fn change(&mut self, changes: &BTreeMap<&Set, Change<'_>>) -> Result<Result<(), Refusal>> {
         if changes.values().all(|change| change.gone.is_empty() && change.new.is_empty()) {
             return Ok(Ok(()));
@@ -218,8 +225,8 @@ impl Nftables {
         self.commit(batch)
     }
 
-    /// Deletes what has these names, all or nothing.
-    pub(super) fn delete(&mut self, table: Table, names: &Names) -> Result<Result<(), Refusal>> {
+    /// Deletes chains, sets and objects by name, in one transaction.
+    pub(super) fn delete(&mut self, table: Table, names: &ObjectNames) -> Result<Result<(), Refusal>> {
         let mut batch = begin();
         let mut push = |kind, attribute, name: &str, object: Option<u32>| {
             let mut message = in_table(table);
@@ -229,7 +236,7 @@ impl Nftables {
             }
             batch.push_built(kind, 0, message.bytes());
         };
-        // Their rules first: they may lead to each other.
+        // The rules first: they may refer to other chains and sets.
         names.chains.iter().for_each(|chain| push(DEL_RULE, RULE_CHAIN, chain, None));
         names.chains.iter().for_each(|chain| push(DEL_CHAIN, CHAIN_NAME, chain, None));
         names.sets.iter().for_each(|set| push(DEL_SET, SET_NAME, set, None));
@@ -237,7 +244,7 @@ impl Nftables {
         self.commit(batch)
     }
 
-    /// Deletes a table; where there is none that is done.
+    /// Deletes a table. An absent table is no error.
     pub(super) fn remove(&mut self, table: Table) -> Result<()> {
         let mut batch = begin();
         batch.push_built(DEL_TABLE, 0, in_table(table).bytes());
@@ -249,7 +256,7 @@ impl Nftables {
         }
     }
 
-    /// How many packets a counter of a table has seen; none without it.
+    /// Reads a named counter, in packets. `None` if there is no counter.
     pub(super) fn counted(&mut self, table: Table, counter: &str) -> Result<Option<u64>> {
         let mut question = in_table(table);
         question.put_text(OBJECT_NAME, counter);
@@ -259,7 +266,7 @@ impl Nftables {
         Ok(packets.and_then(|value| value.try_into().ok()).map(u64::from_be_bytes))
     }
 
-    /// A question with one answer; none where there is no such thing.
+    /// Sends a request that has one reply. `None` if the object does not exist.
     fn ask(&mut self, kind: u16, table: Table, question: &Attributes) -> Result<Option<Vec<u8>>> {
         let mut batch = Batch::default();
         batch.push_built(kind, 0, question.bytes());
@@ -271,7 +278,7 @@ impl Nftables {
         }
     }
 
-    /// Everything of a kind in a table.
+    /// Calls `each` for every object of a kind in a table.
     fn all(&mut self, kind: u16, table: Table, mut each: impl FnMut(&[u8])) -> Result<()> {
         let mut batch = Batch::default();
         batch.push_built(kind, 0, in_table(table).bytes());
@@ -281,7 +288,7 @@ impl Nftables {
             Err(refusal) => return Err(refusal.into_error(format!("cannot read the table {table}"))),
         };
         for message in dump.messages().filter(|message| message.kind >> 8 == SUBSYSTEM) {
-            // Some kernels tell of others' too.
+            // Some kernels ignore the filter and dump all tables.
             if is_in(table, message.payload) {
                 each(message.payload);
             }
@@ -296,18 +303,18 @@ impl Nftables {
     }
 }
 
-fn counted(element: &[u8]) -> Option<Counted> {
+fn counted(element: &[u8]) -> Option<CountedElement> {
     let number = |data: &[u8]| data.try_into().ok().map(u64::from_be_bytes);
     let key = find(find(element, 0, ELEMENT_KEY)?, 0, DATA_VALUE)?;
     let counter = find(element, 0, ELEMENT_EXPRESSION).and_then(|counter| find(counter, 0, EXPRESSION_DATA));
-    Some(Counted {
+    Some(CountedElement {
         key: key.into(),
         packets: counter.and_then(|data| find(data, 0, COUNTER_PACKETS)).and_then(number)?,
         left_ms: find(element, 0, ELEMENT_EXPIRATION).and_then(number),
     })
 }
 
-/// The first attribute of a kind.
+/// The first attribute of a type.
 fn find(payload: &[u8], fixed: usize, wanted: u16) -> Option<&[u8]> {
     attributes(payload, fixed).find(|(kind, _)| *kind == wanted).map(|(_, value)| value)
 }
@@ -320,7 +327,7 @@ fn number_in(payload: &[u8], wanted: u16) -> Option<u32> {
     find(payload, FIXED, wanted).and_then(|value| value.try_into().ok()).map(u32::from_be_bytes)
 }
 
-/// Whether a message is about something in a table.
+/// Whether a message is about an object of a table.
 pub(super) fn is_in(table: Table, payload: &[u8]) -> bool {
     u8_at(payload, 0) == Some(family(table))
         && attributes(payload, FIXED).any(|(kind, value)| kind == IN_TABLE && text(value) == table.name())
@@ -342,7 +349,7 @@ fn begin() -> Batch {
     batch
 }
 
-/// Adds messages about elements of a set.
+/// Adds requests for elements of a set, as many as their size needs.
 fn lists(batch: &mut Batch, set: &Set, kind: u16, flags: u16, elements: &[(&Key, &Value)]) {
     let mut elements = elements.iter().peekable();
     while elements.peek().is_some() {
@@ -364,7 +371,7 @@ fn put_element(list: &mut Attributes, set: &Set, key: &Key, value: &Value) {
     let plain_ranges = set.shape.ranges && set.shape.key.len() == 1;
     list.nest(ELEMENT, |element| {
         element.nest(ELEMENT_KEY, |data| data.put(DATA_VALUE, key.first()));
-        // Also where it is the same: `nft` could not show the set otherwise.
+        // Even if it equals the key: otherwise `nft` cannot list the set.
         if set.shape.ranges && !plain_ranges {
             element.nest(ELEMENT_KEY_END, |data| data.put(DATA_VALUE, last));
         }
@@ -384,15 +391,14 @@ fn put_element(list: &mut Attributes, set: &Set, key: &Key, value: &Value) {
     }
 }
 
-/// Verdicts as in `uapi/linux/netfilter/nf_tables.h`.
 fn put_verdict(data: &mut Attributes, verdict: &Verdict) {
     let (code, chain) = match verdict {
-        Verdict::Drop => (0, None),
-        Verdict::Accept => (1, None),
-        Verdict::Continue => (-1, None),
-        Verdict::Jump(chain) => (-3, Some(chain)),
-        Verdict::Goto(chain) => (-4, Some(chain)),
-        Verdict::Return => (-5_i32, None),
+        Verdict::Drop => (libc::NF_DROP, None),
+        Verdict::Accept => (libc::NF_ACCEPT, None),
+        Verdict::Continue => (libc::NFT_CONTINUE, None),
+        Verdict::Jump(chain) => (libc::NFT_JUMP, Some(chain)),
+        Verdict::Goto(chain) => (libc::NFT_GOTO, Some(chain)),
+        Verdict::Return => (libc::NFT_RETURN, None),
     };
     data.put(VERDICT_CODE, &code.to_be_bytes());
     if let Some(chain) = chain {
@@ -403,25 +409,25 @@ fn put_verdict(data: &mut Attributes, verdict: &Verdict) {
 fn read_verdict(data: &[u8]) -> Option<Verdict> {
     let chain = || find(data, 0, VERDICT_CHAIN).map(|name| text(name).to_owned().into());
     Some(match i32::from_be_bytes(find(data, 0, VERDICT_CODE)?.try_into().ok()?) {
-        0 => Verdict::Drop,
-        1 => Verdict::Accept,
-        -1 => Verdict::Continue,
-        -3 => Verdict::Jump(chain()?),
-        -4 => Verdict::Goto(chain()?),
-        -5 => Verdict::Return,
+        libc::NF_DROP => Verdict::Drop,
+        libc::NF_ACCEPT => Verdict::Accept,
+        libc::NFT_CONTINUE => Verdict::Continue,
+        libc::NFT_JUMP => Verdict::Jump(chain()?),
+        libc::NFT_GOTO => Verdict::Goto(chain()?),
+        libc::NFT_RETURN => Verdict::Return,
         _ => return None,
     })
 }
 
-/// An element as a dump shows it.
-struct Read {
+/// An element of a set in a dump.
+struct DumpedElement {
     first: Box<[u8]>,
     last: Option<Box<[u8]>>,
     value: Value,
     is_end: bool,
 }
 
-impl Read {
+impl DumpedElement {
     fn of(element: &[u8]) -> Option<Self> {
         let (mut first, mut last, mut value, mut is_end) = (None, None, Value::None, false);
         for (kind, data) in attributes(element, 0) {
@@ -445,26 +451,26 @@ impl Read {
     }
 }
 
-/// Ranges of a set with one field: each begins with an element and ends before the next one, which says
-/// that it is an end. The last one may have none.
-fn pair(mut elements: Vec<Read>) -> Contents {
+/// Joins the elements of a set of ranges with one field. A range is an element with its first key, and an end element
+/// with the key after its last one. The last range may have no end.
+fn pair(mut elements: Vec<DumpedElement>) -> Contents {
     elements.sort_by(|a, b| (&a.first, !a.is_end).cmp(&(&b.first, !b.is_end)));
     let mut contents = Contents::new();
-    let mut open: Option<Read> = None;
+    let mut open: Option<DumpedElement> = None;
     for read in elements {
-        if let Some(Read { first, value, .. }) = open.take() {
+        if let Some(DumpedElement { first, value, .. }) = open.take() {
             contents.insert(Key::from_bytes(first, Some(predecessor(&read.first))), value);
         }
         open = (!read.is_end).then_some(read);
     }
-    if let Some(Read { first, value, .. }) = open {
+    if let Some(DumpedElement { first, value, .. }) = open {
         let last = vec![u8::MAX; first.len()];
         contents.insert(Key::from_bytes(first, Some(last.into())), value);
     }
     contents
 }
 
-/// The key after this one; nothing after the last.
+/// The key after this one. `None` if it is the last.
 fn successor(last: &[u8]) -> Option<Vec<u8>> {
     let mut after = last.to_vec();
     for byte in after.iter_mut().rev() {
@@ -489,7 +495,7 @@ fn predecessor(after: &[u8]) -> Box<[u8]> {
     last.into()
 }
 
-/// Whether what was read can be of this shape: another version's set of the same name may be another.
+/// Whether the elements fit the shape of a set: another version of ovl may have used another shape.
 pub(super) fn fits(set: &Set, contents: &Contents) -> bool {
     contents.iter().all(|(key, value)| {
         let value_fits = match (set.shape.data, value) {

@@ -1,4 +1,4 @@
-//! Whether a host's kernel answers: ICMP echo. It does so while ovld there is stopped.
+//! Probes hosts with ICMP echo requests. The kernel of a host replies even while its ovld is stopped.
 
 use std::collections::HashMap;
 use std::io;
@@ -15,17 +15,17 @@ use tokio::task::JoinHandle;
 
 use super::error::{KernelError, Result};
 
-/// After the ICMP header; any bytes would do.
+/// The payload of echo requests, which has no meaning.
 const PAYLOAD: &[u8] = b"ovl: is this host up?";
 
-/// Sends echo requests. Clones share the sockets.
+/// Sends ICMP echo requests. Clones share the sockets.
 #[derive(Debug, Clone)]
 pub struct Prober(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
     v4: Family,
-    /// None on a kernel without IPv6.
+    /// `None` on a kernel without IPv6.
     v6: Option<Family>,
     id: u16,
     next: AtomicU16,
@@ -38,21 +38,25 @@ struct Family {
     reader: JoinHandle<()>,
 }
 
-/// Who waits for which answer: by address, identifier and sequence number.
+/// The probes that wait for a reply, by address, identifier and sequence number.
 type Waiting = Arc<Mutex<HashMap<(IpAddr, u16, u16), oneshot::Sender<()>>>>;
 
 impl Prober {
-    /// Within a tokio runtime; needs CAP_NET_RAW.
+    /// Opens the sockets. It must be called within a tokio runtime.
+    ///
+    /// # Errors
+    ///
+    /// A raw socket cannot be opened: it needs CAP_NET_RAW.
     pub fn new() -> Result<Self> {
         let error = |error| KernelError::io("cannot open a socket for ICMP", &error);
         let v4 = Family::open(Domain::IPV4, Protocol::ICMPV4, echo_reply_v4).map_err(error)?;
         let v6 = Family::open(Domain::IPV6, Protocol::ICMPV6, echo_reply_v6).ok();
-        // Another ovld of this host, in another process, gets answers to ours too.
+        // A raw socket receives the replies for all processes of the host, another ovld included.
         let id = std::process::id() as u16;
         Ok(Self(Arc::new(Inner { v4, v6, id, next: AtomicU16::new(0) })))
     }
 
-    /// Whether an answer came in time. Many may run at once.
+    /// Sends an echo request. Returns whether a reply arrived in time. Probes may run in parallel.
     pub async fn probe(&self, address: IpAddr, timeout: Duration) -> bool {
         let inner = &*self.0;
         let family = match address {
@@ -80,7 +84,7 @@ impl Family {
     ) -> io::Result<Self> {
         let socket = Socket::new(domain, Type::RAW, Some(protocol))?;
         socket.set_nonblocking(true)?;
-        // It is no UDP socket, but is read and written like one.
+        // It is a raw socket, but is read and written like a UDP socket.
         let socket = Arc::new(UdpSocket::from_std(socket.into())?);
         let waiting = Waiting::default();
         let reader = tokio::spawn(read(Arc::clone(&socket), Arc::clone(&waiting), parse));
@@ -110,7 +114,7 @@ impl Drop for Family {
 async fn read(socket: Arc<UdpSocket>, waiting: Waiting, parse: fn(&[u8]) -> Option<IcmpEchoHeader>) {
     let mut packet = [0; 512];
     loop {
-        // Errors such as "no route to host" belong to packets that were sent, and end nothing.
+        // Errors such as "no route to host" are about packets that were sent. The socket remains usable.
         let Ok((length, from)) = socket.recv_from(&mut packet).await else { continue };
         if let Some(echo) = packet.get(..length).and_then(parse)
             && let Some(sender) = lock(&waiting).remove(&(from.ip(), echo.id, echo.seq))
@@ -120,7 +124,7 @@ async fn read(socket: Arc<UdpSocket>, waiting: Waiting, parse: fn(&[u8]) -> Opti
     }
 }
 
-/// Of a packet with its IP header.
+/// Parses an echo reply in a packet with its IP header.
 fn echo_reply_v4(packet: &[u8]) -> Option<IcmpEchoHeader> {
     let header = Ipv4HeaderSlice::from_slice(packet).ok()?;
     match Icmpv4Header::from_slice(packet.get(header.slice().len()..)?).ok()?.0.icmp_type {
@@ -129,7 +133,7 @@ fn echo_reply_v4(packet: &[u8]) -> Option<IcmpEchoHeader> {
     }
 }
 
-/// Of a packet that begins with ICMP.
+/// Parses an echo reply in a packet that begins with its ICMPv6 header.
 fn echo_reply_v6(packet: &[u8]) -> Option<IcmpEchoHeader> {
     match Icmpv6Header::from_slice(packet).ok()?.0.icmp_type {
         Icmpv6Type::EchoReply(echo) => Some(echo),

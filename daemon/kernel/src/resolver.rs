@@ -1,4 +1,4 @@
-//! Inside of a namespace: the way to the resolver of the host.
+//! Adds the routes to the host's resolver in a workload's namespace.
 
 use std::net::IpAddr;
 
@@ -10,7 +10,7 @@ use netlink_packet_route::route::{
     RouteAddress, RouteAttribute, RouteFlags, RouteMessage, RouteProtocol, RouteScope, RouteType,
 };
 use netlink_sys::protocols::NETLINK_NETFILTER;
-use nix::libc::EEXIST;
+use nix::libc::{self, EEXIST};
 use ovl_dataplane::resolver::{ADDRESS_V4, ADDRESS_V6, LOOPBACK};
 use ovl_dataplane::state::PROTOCOL;
 use ovl_proto::id::Mac;
@@ -18,38 +18,37 @@ use ovl_proto::id::Mac;
 use super::attribute::Attributes;
 use super::error::Result;
 use super::message::{self, Target};
+use super::nftables::{BATCH_BEGIN, BATCH_END, SUBSYSTEM, message_type};
 use super::socket::{Batch, Netlink, Route};
 
-/// The table that is looked up first: 127.0.0.0/8 is there.
-const LOCAL_TABLE: u8 = 255;
-/// IFLA_INET_CONF, and in it the setting `route_localnet` (IPV4_DEVCONF_ROUTE_LOCALNET).
+/// IFLA_INET_CONF and IPV4_DEVCONF_ROUTE_LOCALNET, which `libc` does not define.
 const INET_CONF: u16 = 1;
 const ROUTE_LOCALNET: u16 = 26;
 
-/// The ways to the resolver of the host.
+/// The addresses at which an endpoint reaches the host's resolver.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Resolver {
-    /// The MAC address behind which it is.
+    /// The MAC address of the host.
     pub mac: Mac,
-    /// Whether it is at 127.0.0.11; pods are told by their runtime where it is.
+    /// Whether the endpoint reaches it at 127.0.0.11. Pods do not: their runtime configures their resolver.
     pub loopback: bool,
-    /// The addresses of the cluster's DNS to which no other route leads.
+    /// The addresses of the cluster's DNS that no other route leads to.
     pub cluster: Vec<IpAddr>,
 }
 
-/// Leads to the resolver by an interface. `guarded`: there are neighbours on the interface's segment, who must not reach
-/// what listens on loopback.
-pub(super) fn lead(
+/// Adds the routes to the resolver through an interface. `route` is a socket in its namespace. With
+/// `shared_segment` other endpoints are on the same segment; they must not reach programs that listen on loopback.
+pub(super) fn add_routes(
     route: &mut Route,
     index: u32,
     ifname: &str,
     resolver: &Resolver,
     addresses: &[IpNet],
-    guarded: bool,
+    shared_segment: bool,
 ) -> Result<()> {
     let mac = resolver.mac;
     let find = |v4| addresses.iter().map(IpNet::addr).find(|address| address.is_ipv4() == v4);
-    // The interface may have been in use with another network.
+    // The interface may have entries of another network.
     let put = NLM_F_CREATE | NLM_F_REPLACE;
     let mut batch = Batch::default();
     for address in &resolver.cluster {
@@ -59,12 +58,12 @@ pub(super) fn lead(
     match (find(true), find(false)) {
         _ if !resolver.loopback => {}
         (Some(source), _) => {
-            if guarded {
-                guard()?;
+            if shared_segment {
+                protect_loopback()?;
             }
             batch.push(message::permanent_neighbour(index, ADDRESS_V4.into(), mac), put);
             batch.push(to_loopback(index, source), put);
-            batch.push(message::set(Target::Index(index), vec![takes_loopback()]), 0);
+            batch.push(message::set(Target::Index(index), vec![accept_loopback()]), 0);
         }
         (None, Some(_)) => {
             batch.push(message::permanent_neighbour(index, ADDRESS_V6.into(), mac), put);
@@ -77,11 +76,12 @@ pub(super) fn lead(
     let refused =
         results.into_iter().filter_map(std::result::Result::err).find(|error| error.errno != EEXIST);
     refused.map_or(Ok(()), |refusal| {
-        Err(refusal.into_error(format!("cannot lead to the resolver by {ifname} in the namespace")))
+        Err(refusal.into_error(format!("cannot add the routes to the resolver on {ifname} in the namespace")))
     })
 }
 
-/// With several interfaces the first counts, and the next one when that goes.
+/// A route to an address of the cluster's DNS. With several interfaces the first one is used, and the next one after
+/// its deletion.
 fn to_cluster(index: u32, address: IpAddr) -> RouteNetlinkMessage {
     let mut message = message::inner_route(index, IpNet::from(address), None);
     if let RouteNetlinkMessage::NewRoute(route) = &mut message {
@@ -90,13 +90,14 @@ fn to_cluster(index: u32, address: IpAddr) -> RouteNetlinkMessage {
     message
 }
 
-/// The resolver's address leads out, from the endpoint's own address. With several interfaces the first counts,
-/// and the next one when that goes.
+/// A route to 127.0.0.11 through the interface, with the endpoint's address as source. With several interfaces the
+/// first one is used, and the next one after its deletion.
 fn to_loopback(index: u32, source: IpAddr) -> RouteNetlinkMessage {
     let mut message = RouteMessage::default();
     message.header.address_family = message::family(source);
     message.header.destination_prefix_length = 32;
-    message.header.table = LOCAL_TABLE;
+    // The table that is looked up first, which contains 127.0.0.0/8.
+    message.header.table = libc::RT_TABLE_LOCAL;
     message.header.protocol = RouteProtocol::Other(PROTOCOL);
     message.header.scope = RouteScope::Universe;
     message.header.kind = RouteType::Unicast;
@@ -111,8 +112,8 @@ fn to_loopback(index: u32, source: IpAddr) -> RouteNetlinkMessage {
     RouteNetlinkMessage::NewRoute(message)
 }
 
-/// Packets from 127.0.0.11 are taken from the interface.
-fn takes_loopback() -> LinkAttribute {
+/// Turns `route_localnet` on, so that the interface accepts packets from 127.0.0.11.
+fn accept_loopback() -> LinkAttribute {
     let mut settings = Attributes::default();
     settings.put(ROUTE_LOCALNET, &1u32.to_ne_bytes());
     let nested = DefaultNla::new(INET_CONF, settings.bytes().to_vec());
@@ -120,15 +121,11 @@ fn takes_loopback() -> LinkAttribute {
 }
 
 const TABLE: &str = "ovl-dns";
-const NFPROTO_IPV4: u8 = 2;
-const SUBSYSTEM: u16 = 10;
-const BATCH_BEGIN: u16 = 0x10;
-const BATCH_END: u16 = 0x11;
-const NEW_TABLE: u16 = SUBSYSTEM << 8;
-const NEW_CHAIN: u16 = SUBSYSTEM << 8 | 3;
-const NEW_RULE: u16 = SUBSYSTEM << 8 | 6;
+const NEW_TABLE: u16 = message_type(libc::NFT_MSG_NEWTABLE);
+const NEW_CHAIN: u16 = message_type(libc::NFT_MSG_NEWCHAIN);
+const NEW_RULE: u16 = message_type(libc::NFT_MSG_NEWRULE);
 
-/// What `nft` would make of
+/// Creates a table that protects loopback, as `nft` would from
 ///
 /// ```text
 /// table ip ovl-dns {
@@ -139,15 +136,14 @@ const NEW_RULE: u16 = SUBSYSTEM << 8 | 6;
 /// }
 /// ```
 ///
-/// in the calling thread's namespace, unless the table is there. A process would take longer than all else
-/// that an attach does.
-fn guard() -> Result<()> {
-    /// NF_INET_PRE_ROUTING, before all else.
-    const HOOK: u32 = 0;
-    const RAW: i32 = -300;
-    const ACCEPT: u32 = 1;
+/// in the namespace of the calling thread, unless the table exists. It does not run `nft`, because a process would take
+/// longer than the rest of an attach.
+fn protect_loopback() -> Result<()> {
+    const HOOK: u32 = libc::NF_INET_PRE_ROUTING as u32;
+    const RAW: i32 = libc::NF_IP_PRI_RAW;
+    const ACCEPT: u32 = libc::NF_ACCEPT as u32;
     let about = |fields: &dyn Fn(&mut Attributes)| {
-        let mut message = Attributes::after(&[NFPROTO_IPV4, 0, 0, 0]);
+        let mut message = Attributes::after(&[libc::NFPROTO_IPV4 as u8, 0, 0, 0]);
         message.put_text(1, TABLE);
         fields(&mut message);
         message
@@ -176,21 +172,23 @@ fn guard() -> Result<()> {
     match results.into_iter().find_map(std::result::Result::err) {
         Some(refusal) if refusal.errno != EEXIST => {
             Err(refusal
-                .into_error("cannot keep neighbours away from what listens on loopback in the namespace"))
+                .into_error("cannot create the nftables table that protects loopback in the namespace"))
         }
         Some(_) | None => Ok(()),
     }
 }
 
-/// Of the one rule.
+/// Writes the expressions of the rule.
 fn expressions(list: &mut Attributes) {
-    const REGISTER: [u8; 4] = 1u32.to_be_bytes();
-    const IIF: u32 = 4;
-    const EQUAL: u32 = 0;
-    const OTHER: u32 = 1;
-    const NETWORK_HEADER: u32 = 1;
-    /// Of the destination in an IPv4 header, of which the first byte tells 127.0.0.0/8.
+    const REGISTER: [u8; 4] = (libc::NFT_REG_1 as u32).to_be_bytes();
+    const IIF: u32 = libc::NFT_META_IIF as u32;
+    const EQUAL: u32 = libc::NFT_CMP_EQ as u32;
+    const OTHER: u32 = libc::NFT_CMP_NEQ as u32;
+    const NETWORK_HEADER: u32 = libc::NFT_PAYLOAD_NETWORK_HEADER as u32;
+    /// The offset of the destination in an IPv4 header. Its first byte identifies 127.0.0.0/8.
     const DESTINATION: u32 = 16;
+    const VERDICT_REGISTER: u32 = libc::NFT_REG_VERDICT as u32;
+    const DROP: u32 = libc::NF_DROP as u32;
     let mut expression = |name: &str, fields: &dyn Fn(&mut Attributes)| {
         list.nest(1, |element| {
             element.put_text(1, name);
@@ -209,7 +207,7 @@ fn expressions(list: &mut Attributes) {
         data.put(1, &REGISTER);
         data.put(2, &IIF.to_be_bytes());
     });
-    expression("cmp", &compare(OTHER, &super::endpoint::LOOPBACK.to_ne_bytes()));
+    expression("cmp", &compare(OTHER, &super::sys::LOOPBACK.to_ne_bytes()));
     expression("payload", &|data| {
         data.put(1, &REGISTER);
         data.put(2, &NETWORK_HEADER.to_be_bytes());
@@ -218,8 +216,7 @@ fn expressions(list: &mut Attributes) {
     });
     expression("cmp", &compare(EQUAL, &[127]));
     expression("immediate", &|data| {
-        // The verdict's register, and NF_DROP in it.
-        data.put(1, &0u32.to_be_bytes());
-        data.nest(2, |data| data.nest(2, |verdict| verdict.put(1, &0u32.to_be_bytes())));
+        data.put(1, &VERDICT_REGISTER.to_be_bytes());
+        data.nest(2, |data| data.nest(2, |verdict| verdict.put(1, &DROP.to_be_bytes())));
     });
 }

@@ -1,37 +1,39 @@
-//! A netlink socket for requests: many in one send, answers matched by sequence number.
+//! A netlink socket for requests: many in one send, with replies matched by sequence number.
 
 use std::{fmt, io};
 
-use netlink_packet_core::{NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkMessage};
+use netlink_packet_core::{
+    NLM_F_ACK, NLM_F_ACK_TLVS, NLM_F_CAPPED, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NetlinkMessage,
+};
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_sys::protocols::NETLINK_ROUTE;
 use netlink_sys::{Socket, SocketAddr};
+use nix::libc;
 use nix::sys::socket::{setsockopt, sockopt};
 use nix::sys::time::{TimeVal, TimeValLike};
 
 use super::attribute::{HEADER, Message, attributes, messages, text, u16_at, u32_at};
 use super::error::{KernelError, Result};
 
-const NLMSG_ERROR: u16 = 2;
-const NLMSG_DONE: u16 = 3;
-const NLM_F_DUMP_INTR: u16 = 0x10;
-const NLM_F_CAPPED: u16 = 0x100;
-const NLM_F_ACK_TLVS: u16 = 0x200;
+const NLMSG_ERROR: u16 = libc::NLMSG_ERROR as u16;
+const NLMSG_DONE: u16 = libc::NLMSG_DONE as u16;
+/// The text of an extended acknowledgement; `libc` does not define it.
 const NLMSGERR_ATTR_MSG: u16 = 1;
 
-/// The kernel writes at most 32 KiB at once in a dump; a single answer can be somewhat longer.
+/// The size of the buffer for a datagram. The kernel writes at most 32 KiB at once in a dump; a single reply can be
+/// somewhat longer.
 const RECEIVE: usize = 64 * 1024;
 
-/// What a socket takes at once by itself, with some room.
+/// The size of a batch, in bytes, up to which the default send buffer is large enough.
 const SEND: usize = 128 * 1024;
 
-/// How often a dump that changed under our eyes is repeated.
-const REPEATS: usize = 5;
+/// The number of attempts at a dump during which the dumped objects change.
+const MAX_DUMPS: usize = 5;
 
-/// The kernel answers within the call that asks; this is for what cannot happen.
-const PATIENCE_SECONDS: i64 = 20;
+/// The receive timeout. The kernel replies within the sending call, so it never expires in practice.
+const TIMEOUT_SECONDS: i64 = 20;
 
-/// Why the kernel refused one request.
+/// The error with which the kernel refused a request.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Refusal {
     pub(super) errno: i32,
@@ -39,22 +41,22 @@ pub(super) struct Refusal {
 }
 
 impl Refusal {
-    /// With what was tried.
+    /// The error of a failed action.
     pub(super) fn into_error(self, action: impl Into<String>) -> KernelError {
         KernelError::Refused { action: action.into(), errno: self.errno, reason: self.reason }
     }
 }
 
-/// Requests that go to the kernel together. It handles them in order, each for itself.
+/// Requests that are sent together. The kernel handles them in order; one that fails does not stop the others.
 #[derive(Default)]
 pub(super) struct Batch {
     bytes: Vec<u8>,
     starts: Vec<usize>,
-    /// The first request opens a transaction: refused, it ends all of it.
+    /// Whether the first request begins a transaction. If it is refused, the kernel skips all others.
     is_transaction: bool,
 }
 
-/// The requests may hold a private key.
+/// Shows no content: the requests may contain a private key.
 impl fmt::Debug for Batch {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Batch").field("requests", &self.starts.len()).finish_non_exhaustive()
@@ -75,13 +77,13 @@ impl Batch {
         self.starts.push(start);
     }
 
-    /// The same with a payload that is built already.
+    /// Adds a request with an encoded payload; NLM_F_REQUEST is implied.
     pub(super) fn push_built(&mut self, kind: u16, flags: u16, payload: &[u8]) {
         self.starts.push(self.bytes.len());
         self.append(kind, flags, payload);
     }
 
-    /// Ends what the first request has opened, with a message that is never answered.
+    /// Ends the transaction that the first request begins. The kernel sends no reply to this message.
     pub(super) fn close_transaction(&mut self, kind: u16, payload: &[u8]) {
         self.append(kind, 0, payload);
         self.is_transaction = true;
@@ -93,29 +95,30 @@ impl Batch {
         self.bytes.extend_from_slice(&(length as u32).to_ne_bytes());
         self.bytes.extend_from_slice(&kind.to_ne_bytes());
         self.bytes.extend_from_slice(&(NLM_F_REQUEST | flags).to_ne_bytes());
-        // Its number is put in when it is sent; the kernel knows the sender.
+        // The sequence number is set when it is sent. The kernel fills in the port id.
         self.bytes.extend_from_slice(&[0; 8]);
         self.bytes.extend_from_slice(payload);
         self.bytes.resize(start + length.next_multiple_of(4), 0);
     }
 
+    /// The number of requests.
     pub(super) fn len(&self) -> usize {
         self.starts.len()
     }
 }
 
-/// One answer that carries something: a device that was asked for.
+/// A reply with a payload.
 pub(super) struct Answer {
-    /// Which request of the batch asked for it.
+    /// The position of its request in the batch.
     pub(super) request: usize,
-    /// The message after its header.
+    /// The message without its header.
     pub(super) payload: Vec<u8>,
 }
 
-/// Each request's result, and the answers to questions.
+/// The result of each request, and the replies with a payload.
 pub(super) type Replies = (Vec<Result<(), Refusal>>, Vec<Answer>);
 
-/// A dump's messages.
+/// The messages of a dump.
 pub(super) struct Dump(Vec<u8>);
 
 impl Dump {
@@ -131,7 +134,7 @@ pub(super) struct Netlink {
     buffer: Vec<u8>,
 }
 
-/// The buffer may hold a private key.
+/// Shows no buffer: it may contain a private key.
 impl fmt::Debug for Netlink {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Netlink").field("socket", &self.socket).finish_non_exhaustive()
@@ -139,7 +142,7 @@ impl fmt::Debug for Netlink {
 }
 
 impl Netlink {
-    /// In the network namespace of the calling thread; the family is a NETLINK_... number.
+    /// Opens a socket in the network namespace of the calling thread. The family is a NETLINK_... number.
     pub(super) fn open(family: isize) -> Result<Self> {
         Self::try_open(family).map_err(|error| KernelError::io("cannot open a netlink socket", &error))
     }
@@ -148,34 +151,34 @@ impl Netlink {
         let mut socket = Socket::new(family)?;
         socket.bind_auto()?;
         socket.connect(&SocketAddr::new(0, 0))?;
-        // An acknowledgement need not repeat the request, and says in words what was wrong.
+        // Acknowledgements without a copy of the request, and with an error text.
         socket.set_cap_ack(true)?;
         socket.set_ext_ack(true)?;
         socket.set_netlink_get_strict_chk(true)?;
-        // Both are for safety: a batch has one acknowledgement unless something fails.
+        // Both are precautions: a batch has one acknowledgement unless requests fail.
         setsockopt(&socket, sockopt::RcvBufForce, &(2 << 20))
             .or_else(|_| setsockopt(&socket, sockopt::RcvBuf, &(2 << 20)))?;
-        setsockopt(&socket, sockopt::ReceiveTimeout, &TimeVal::seconds(PATIENCE_SECONDS))?;
+        setsockopt(&socket, sockopt::ReceiveTimeout, &TimeVal::seconds(TIMEOUT_SECONDS))?;
         Ok(Self::over(socket))
     }
 
-    /// Its address, by which notifications name who made a change.
+    /// The port id of the socket, by which notifications name the sender of a change.
     pub(super) fn port(&self) -> u32 {
         let mut address = SocketAddr::new(0, 0);
         let _ = self.socket.get_address(&mut address);
         address.port_number()
     }
 
-    /// Of a socket with the kernel, or what stands for it, at its other end.
+    /// Uses a socket that is connected to the kernel, or to a fake of it.
     pub(super) fn over(socket: Socket) -> Self {
         Self { socket, sequence: 0, buffer: Vec::with_capacity(RECEIVE) }
     }
 
-    /// Sends all requests and gives each one's result, and the answers to questions.
+    /// Sends all requests. Returns the result of each, and the replies with a payload.
     ///
-    /// Only the last request asks for an acknowledgement: an error is reported in any case, and the
-    /// kernel handles requests in order, so that silence about the others is success. In a transaction
-    /// one that is refused means that nothing was done.
+    /// Only the last request asks for an acknowledgement: the kernel always reports errors and handles requests in
+    /// order, so that the others succeeded if there is no error message for them. In a transaction one refused
+    /// request means that no change was made.
     pub(super) fn execute(&mut self, mut batch: Batch) -> Result<Replies> {
         let count = batch.len();
         let mut results = vec![Ok(()); count];
@@ -197,7 +200,7 @@ impl Netlink {
             for message in messages(&self.buffer) {
                 let request = message.sequence.wrapping_sub(first) as usize;
                 let Some(result) = results.get_mut(request) else {
-                    continue; // An answer to something given up earlier.
+                    continue; // A late reply to an earlier request.
                 };
                 if message.kind != NLMSG_ERROR {
                     answers.push(Answer { request, payload: message.payload.to_vec() });
@@ -215,14 +218,14 @@ impl Netlink {
         }
     }
 
-    /// All objects of a kind, for which the batch asks with one request.
+    /// Dumps all objects that the single request of the batch selects.
     pub(super) fn dump(&mut self, mut batch: Batch) -> Result<Result<Dump, Refusal>> {
         let mut bytes = Vec::new();
         if let Some(start) = batch.starts.first() {
             let flags = u16_at(&batch.bytes, start + 6).unwrap_or(NLM_F_REQUEST) | NLM_F_DUMP;
             put(&mut batch.bytes, start + 6, flags.to_ne_bytes());
         }
-        for _ in 0..REPEATS {
+        for _ in 0..MAX_DUMPS {
             bytes.clear();
             match self.dump_once(&mut batch, &mut bytes)? {
                 Ok(true) => break,
@@ -230,11 +233,11 @@ impl Netlink {
                 Err(refusal) => return Ok(Err(refusal)),
             }
         }
-        // If it still changes: what is wrong in this one, the notifications of the change put right.
+        // If the last attempt was inconsistent too, the notifications of the changes correct it.
         Ok(Ok(Dump(bytes)))
     }
 
-    /// Gives false if objects were added or removed meanwhile, so that some may be missing.
+    /// Dumps once. Returns false if objects were added or deleted meanwhile, so that some may be missing.
     fn dump_once(&mut self, batch: &mut Batch, bytes: &mut Vec<u8>) -> Result<Result<bool, Refusal>> {
         let sequence = self.next_sequence(1);
         put(&mut batch.bytes, 8, sequence.to_ne_bytes());
@@ -247,7 +250,7 @@ impl Netlink {
                 whole &= message.flags & NLM_F_DUMP_INTR == 0;
                 match message.kind {
                     NLMSG_ERROR => done = Some(refusal(&message)),
-                    // A dump that fails half-way says so in its last message.
+                    // A dump that fails half-way has the error in its last message.
                     NLMSG_DONE => {
                         done = Some(errno_of(&message).map(|errno| Refusal { errno, reason: None }))
                     }
@@ -273,15 +276,15 @@ impl Netlink {
 
     fn send(&self, bytes: &[u8]) -> Result<()> {
         if bytes.len() > SEND {
-            // The kernel takes what fits the buffer, and transactions cannot be cut.
+            // A transaction must be one datagram, which must fit the send buffer.
             setsockopt(&self.socket, sockopt::SndBufForce, &bytes.len())
-                .map_err(|error| KernelError::io("cannot ask the kernel", &error.into()))?;
+                .map_err(|error| KernelError::io("cannot enlarge a netlink send buffer", &error.into()))?;
         }
         loop {
             match self.socket.send(bytes, 0) {
                 Ok(_) => return Ok(()),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(KernelError::io("cannot ask the kernel", &error)),
+                Err(error) => return Err(KernelError::io("cannot send a netlink request", &error)),
             }
         }
     }
@@ -292,7 +295,7 @@ impl Netlink {
             match self.socket.recv(&mut self.buffer, 0) {
                 Ok(_) => return Ok(()),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(KernelError::io("cannot read the kernel's answer", &error)),
+                Err(error) => return Err(KernelError::io("cannot receive a netlink reply", &error)),
             }
         }
     }
@@ -303,17 +306,17 @@ impl Netlink {
 pub(super) struct Route(Netlink);
 
 impl Route {
-    /// In the network namespace of the calling thread.
+    /// Opens a socket in the network namespace of the calling thread.
     pub(super) fn open() -> Result<Self> {
         Netlink::open(NETLINK_ROUTE).map(Self)
     }
 
-    /// See [`Netlink::execute`].
+    /// Sends all requests, see [`Netlink::execute`].
     pub(super) fn execute(&mut self, batch: Batch) -> Result<Replies> {
         self.0.execute(batch)
     }
 
-    /// One request.
+    /// Sends one request.
     pub(super) fn request(
         &mut self,
         message: RouteNetlinkMessage,
@@ -325,15 +328,15 @@ impl Route {
         Ok(results.pop().unwrap_or(Ok(())))
     }
 
-    /// All objects of a kind.
+    /// Dumps all objects that a request selects.
     pub(super) fn dump(&mut self, message: &RouteNetlinkMessage) -> Result<Dump> {
         let mut batch = Batch::default();
         batch.push(message.clone(), 0);
-        self.0.dump(batch)?.map_err(|refusal| refusal.into_error("cannot read the kernel's state"))
+        self.0.dump(batch)?.map_err(|refusal| refusal.into_error("cannot dump the state of the kernel"))
     }
 }
 
-/// Nothing if it is an acknowledgement.
+/// Parses an error message. `None` if it is an acknowledgement.
 fn refusal(message: &Message<'_>) -> Option<Refusal> {
     let errno = errno_of(message)?;
     let request = if message.flags & NLM_F_CAPPED == 0 {

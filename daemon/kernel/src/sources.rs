@@ -1,10 +1,10 @@
-//! Who may send what inside of the kernel's tunnel. WireGuard proves which host a packet comes from; that
-//! the frame in a VXLAN packet comes from an endpoint of that host is looked up here, in a table of our
-//! own with nftables: its rules are written once, by `nft`, and its elements changed by netlink.
+//! The anti-spoofing filter of the kernel's tunnel: an nftables table with the hosts and addresses that each MAC
+//! address may send from. WireGuard authenticates the host of a packet; the table checks that the frame in a VXLAN
+//! packet comes from an endpoint of that host. `nft` writes the rules once, and netlink changes the elements.
 //!
-//! The rules are where packets are delivered to this host, not where they arrive: what passes through to
-//! a pod that happens to use the same UDP port is none of theirs. They never let a frame pass that they
-//! cannot read: fragments without the inner headers, tags and protocols other than ARP and IP are refused.
+//! The rules are in the input hook, not in prerouting, so that they do not see packets that are forwarded to a pod
+//! which uses the same UDP port. They drop every frame that they cannot parse: fragments without the inner headers,
+//! VLAN tags, and protocols other than ARP and IP.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv6Addr};
@@ -19,10 +19,10 @@ use super::attribute::ip;
 use super::error::{KernelError, Result};
 use super::tables::{Tables, Wanted};
 
-/// Beside that of the base packet filter, which is replaced as a whole whenever it changes.
+/// A table of its own, because the base table is replaced as a whole whenever it changes.
 const TABLE: Table = Table::Sources;
 
-/// The VXLAN network identifier, and the frame's source.
+/// The VNI and the source MAC address of the inner frame.
 const VNI: Type = Type::Expression("@th,96,24", 3);
 const MAC: Type = Type::Expression("@th,176,48", 6);
 
@@ -30,52 +30,52 @@ const fn set(name: &'static str, key: &'static [Type]) -> Set {
     Set::new(TABLE, name, Shape { key, data: Data::None, ranges: false })
 }
 
-/// What a frame is looked up in.
+/// The sets in which a frame is looked up.
 const HOSTS: Set = set("hosts", &[Type::Ipv6, VNI, MAC]);
 const V4: Set = set("v4", &[VNI, MAC, Type::Expression("@th,336,32", 4)]);
 const V6: Set = set("v6", &[VNI, MAC, Type::Expression("@th,304,128", 16)]);
 
-/// A change for one MAC address of a network.
+/// A change of the allowed source of a MAC address in a network.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Change {
-    /// VXLAN network identifier.
+    /// The VXLAN network identifier.
     pub(super) vni: u32,
-    /// What frames come from.
+    /// The source MAC address of frames.
     pub(super) mac: Mac,
-    /// Who may send them; none: nobody.
+    /// The host and addresses that may send them; `None` if none may.
     pub(super) source: Option<Source>,
 }
 
-/// What one element allows to a MAC address of a network.
+/// What an element allows a MAC address of a network.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Allowed {
-    /// To come from this host.
+    /// Frames from this host.
     From(Ipv6Addr),
-    /// To send from, and speak for, this address.
+    /// Packets from this address, and ARP and neighbour discovery for it.
     Address(IpAddr),
 }
 
-/// All elements, by network and MAC address.
+/// All elements, by VNI and MAC address.
 type Elements = BTreeMap<(u32, Mac), BTreeSet<Allowed>>;
 
-/// The table.
+/// The table of allowed sources.
 #[derive(Debug)]
 pub(super) struct Sources {
     tables: Tables,
     rules: Arc<Skeleton>,
-    /// What the kernel holds, as far as we know.
+    /// The elements in the kernel; `None` if they must be read.
     known: Option<Elements>,
 }
 
 impl Sources {
-    /// In the network namespace of the calling thread; `port` is that of VXLAN packets inside of the
-    /// tunnel. Changes nothing yet.
+    /// Opens a socket in the network namespace of the calling thread, and changes nothing in the kernel. `port` is the
+    /// UDP port of VXLAN packets in the tunnel.
     pub(super) fn open(port: u16) -> Result<Self> {
         Ok(Self { tables: Tables::open()?, rules: Arc::new(rules(port)), known: None })
     }
 
-    /// Makes the table, or puts its rules right, where they are not as we wrote them; elements stay. Until
-    /// then whatever comes is let in: before the first device of an encrypted network comes up.
+    /// Creates the table, or repairs its rules; elements are kept. It must be called before the first device of an
+    /// encrypted network is up, because without the table every frame passes.
     pub(super) fn ensure(&mut self) -> Result<()> {
         if self.tables.is_as_written(TABLE)? {
             return Ok(());
@@ -84,7 +84,7 @@ impl Sources {
         self.tables.write(TABLE, &self.rules, None)
     }
 
-    /// Makes changes, all or none of them, in one transaction. A MAC address has what its last change says.
+    /// Applies changes in one transaction. For each MAC address the last change counts.
     pub(super) fn apply(&mut self, changes: &[Change]) -> Result<()> {
         let mut wanted: Elements = BTreeMap::new();
         for Change { vni, mac, source } in changes {
@@ -115,7 +115,7 @@ impl Sources {
         result
     }
 
-    /// Takes away what belongs to other networks than these: when one is gone, or another run left some.
+    /// Deletes the elements of all other networks: of deleted ones, and of those that an earlier process left.
     pub(super) fn retain(&mut self, vnis: &BTreeSet<u32>) -> Result<()> {
         if !self.tables.is_as_written(TABLE)? {
             return Ok(());
@@ -126,9 +126,10 @@ impl Sources {
         if strays.is_empty() { Ok(()) } else { self.apply(&strays) }
     }
 
-    /// What is in the table for these networks' devices, by VNI: read from the kernel. Nothing where the
-    /// rules are not as we wrote them, so that all is set again, and the rules with it. A MAC address that
-    /// several hosts may send from, or none, shows as the unspecified address's.
+    /// Reads the elements of these networks from the kernel. `devices` are the devices by VNI.
+    ///
+    /// The result is empty if the rules are not as written, so that all elements, and with them the rules, are set
+    /// again. A MAC address with several hosts, or none, has the unspecified address as its host.
     pub(super) fn dump(
         &mut self,
         devices: &BTreeMap<u32, Device>,
@@ -158,18 +159,18 @@ impl Sources {
         Ok(held.collect())
     }
 
-    /// How many packets were refused since the table was made.
+    /// The number of packets that were dropped since the table was created.
     pub(super) fn refused(&mut self) -> Result<u64> {
         self.tables.counted(TABLE, "refused")
     }
 
-    /// Removes the table; where there is none that is done.
+    /// Deletes the table. An absent table is no error.
     pub(super) fn remove(&mut self) -> Result<()> {
         self.known = None;
         self.tables.remove(TABLE)
     }
 
-    /// What is known, or else read.
+    /// The elements in the kernel, which are read unless they are known.
     fn held(&mut self) -> Result<&Elements> {
         let held = match self.known.take() {
             Some(known) => known,
@@ -192,13 +193,13 @@ impl Sources {
 
 fn allowed(source: &Source) -> Result<BTreeSet<Allowed>> {
     let IpAddr::V6(from) = source.from else {
-        return Err(KernelError::Other(format!("{} is no address inside of the tunnel", source.from)));
+        return Err(KernelError::NotTunnelAddress(source.from));
     };
     let addresses = source.addresses.iter().map(|address| Allowed::Address(*address));
     Ok(addresses.chain([Allowed::From(from)]).collect())
 }
 
-/// The set and the key of an element.
+/// The set and key of an element.
 fn entry((vni, mac): (u32, Mac), allowed: Allowed) -> (Set, Key) {
     let [_, vni @ ..] = vni.to_be_bytes();
     let who = [Field::Bytes(&vni), Field::Mac(mac)];
@@ -210,7 +211,7 @@ fn entry((vni, mac): (u32, Mac), allowed: Allowed) -> (Set, Key) {
     }
 }
 
-/// What an element says: a network and a MAC address, and what these may.
+/// Parses the key of an element: VNI, MAC address, and what is allowed.
 fn parse(set: &Set, key: &[u8]) -> Option<((u32, Mac), Allowed)> {
     const WHO: usize = 12;
     let is_host = *set == HOSTS;
@@ -228,13 +229,13 @@ fn parse(set: &Set, key: &[u8]) -> Option<((u32, Mac), Allowed)> {
     Some(((u32::from_be_bytes([0, a, b, c]), Mac(mac)), allowed))
 }
 
-/// The table's rules. Bits are counted from the UDP header: 96 is the VNI, 176 the frame's source, 224 its
-/// type, 240 what it carries. A rule does not match a packet that ends before the bits that it names, so what
-/// lets pass is what matches, and the end of each chain refuses.
+/// The rules of the table. Bit offsets start at the UDP header: 96 is the VNI, 176 the source MAC address, 224 the
+/// EtherType, 240 the payload of the frame. A rule does not match a packet that ends before the named bits, so
+/// rules accept what matches, and the end of each chain drops.
 ///
-/// An ARP message, and an advertisement of IPv6's neighbour discovery, speak for an address that is not
-/// the packet's source: that is looked up too. Options that an advertisement could hide behind are
-/// refused; those of multicast listener reports are not.
+/// An ARP message and a neighbour advertisement are about an address that is not the source of the packet: it is
+/// looked up too. Extension headers that could hide an advertisement are dropped, except the hop-by-hop options of
+/// multicast listener reports.
 fn rules(port: u16) -> Skeleton {
     let chain = |name: &str, rules: &str| Chain {
         name: name.to_owned(),

@@ -1,12 +1,12 @@
-//! Endpoints that were taken away, and the removal of what is left of them.
+//! Removes endpoints: disconnects them at once, and deletes their veth pairs later.
 //!
-//! To delete a pair of interfaces takes tens of milliseconds, in which the kernel waits for its
-//! processors. A detach does not wait for that: it sets the other end down and gives it another name,
-//! so that nothing passes and the name in the namespace is free, and dooms the pair. A thread of its
-//! own deletes doomed pairs, many at a time, when nobody is waiting for the kernel.
+//! To delete a veth pair takes tens of milliseconds, in which the kernel waits for its processors. A detach does not
+//! wait for that: it sets the peer interface down and renames it, so that no traffic passes and the name in the
+//! namespace is free, and dooms the pair. The sweeper thread deletes doomed pairs, many at a time, while the kernel
+//! worker is idle.
 //!
-//! A doomed pair is known by the group of the host's end, and is no device of ours any more for
-//! anybody else: no dump shows it. What a daemon that was killed has left, the next dump finds.
+//! The host interface of a doomed pair is in the link group [`DOOMED`]. The rest of ovl does not treat it as a device
+//! of ovl, and no dump contains it. The first dump after a crash finds the pairs that were not deleted.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -23,24 +23,25 @@ use super::apply::{self, Devices, Located};
 use super::error::{KernelError, Result};
 use super::link::{DOOMED, LinkView};
 use super::message::{self, Target};
-use super::netns::{Visitor, id_of};
+use super::netns::{NetnsWorker, id_of};
 use super::socket::{Batch, Route};
-use super::{Netns, Other, Retired};
+use super::{Netns, PeerLocation, RetiredEndpoint};
 
-/// Nobody has asked for anything for so long: time to sweep.
-const QUIET: Duration = Duration::from_millis(50);
-/// So many at a time then: somebody may ask meanwhile.
-const FEW: usize = 32;
-/// With so many waiting, or one waiting for so long, it is time in any case.
-const MANY: usize = 512;
-const LONG: Duration = Duration::from_secs(10);
+/// The time without a request after which the kernel worker counts as idle.
+const IDLE: Duration = Duration::from_millis(50);
+/// The number of pairs deleted at a time while idle: small, because a request may arrive meanwhile.
+const IDLE_BATCH: usize = 32;
+/// If this many pairs are doomed, they are deleted even if the worker is not idle.
+const MAX_DOOMED: usize = 512;
+/// After this time doomed pairs are deleted even if the worker is not idle.
+const MAX_DELAY: Duration = Duration::from_secs(10);
 
-/// Cuts an endpoint off and dooms it. Where its namespace is not at hand, it is deleted here and now.
+/// Disconnects an endpoint and dooms its pair. If its namespace is unknown, the pair is deleted at once.
 pub(super) fn retire(
     route: &mut Route,
-    visitor: &mut Visitor,
+    netns_worker: &mut NetnsWorker,
     sweeper: &Sweeper,
-    Retired { device, other }: Retired,
+    RetiredEndpoint { device, other }: RetiredEndpoint,
 ) -> Result<()> {
     let mut devices = Devices::default();
     let located = match devices.get(route, device) {
@@ -48,16 +49,16 @@ pub(super) fn retire(
         Err(KernelError::NoDevice(_)) => return Ok(()),
         Err(error) => return Err(error),
     };
-    if matches!(other, Other::Fetched) {
+    if matches!(other, PeerLocation::Moved) {
         let mut batch = Batch::default();
         batch.push(message::set(Target::Index(located.index), vec![LinkAttribute::Group(DOOMED)]), 0);
-        // Not the other end, which is somebody else's to handle: nothing passes all the same.
+        // Only the host's interface: the container runtime manages the peer. No traffic passes all the same.
         batch.push(message::set_up(Target::Index(located.index), false), 0);
         let (results, _) = route.execute(batch)?;
         return match results.into_iter().find_map(Result::err) {
-            // It went with the container's namespace a moment ago.
+            // It was deleted with the container's namespace a moment ago.
             Some(refusal) if refusal.errno != ENODEV => {
-                Err(refusal.into_error(format!("cannot doom {device}")))
+                Err(refusal.into_error(format!("cannot mark {device} for deletion")))
             }
             _ => {
                 sweeper.doom([located.index]);
@@ -67,22 +68,25 @@ pub(super) fn retire(
     }
     if let Some((netns, peer)) = other_end(route, other, located)? {
         let group = message::set(Target::Index(located.index), vec![LinkAttribute::Group(DOOMED)]);
-        route.request(group, 0)?.map_err(|refusal| refusal.into_error(format!("cannot doom {device}")))?;
+        let action = || format!("cannot mark {device} for deletion");
+        route.request(group, 0)?.map_err(|refusal| refusal.into_error(action()))?;
         let name = device.as_str().replacen("ove-", "ovd-", 1);
-        let done = visitor.visit(netns.fd, move |route| {
+        let done = netns_worker.run_in(netns.fd, move |route| {
             let mut batch = Batch::default();
-            // Down first: before Linux 6.2 an interface that is up keeps its name.
+            // Down first: before Linux 6.2 an interface that is up cannot be renamed.
             batch.push(message::set_up(Target::Index(peer), false), 0);
             batch.push(message::set(Target::Index(peer), vec![LinkAttribute::IfName(name)]), 0);
             let (results, _) = route.execute(batch)?;
             Ok(results.into_iter().find_map(Result::err))
         });
         match done {
-            // It went with its namespace a moment ago, or was swept already.
+            // It was deleted with its namespace a moment ago, or by the sweeper.
             Ok(Some(refusal)) if refusal.errno == ENODEV => {}
             Ok(None) => {}
-            Ok(Some(refusal)) => tracing::warn!(%device, ?refusal, "the other end cannot be put aside"),
-            Err(error) => tracing::warn!(%device, %error, "the other end cannot be put aside"),
+            Ok(Some(refusal)) => {
+                tracing::warn!(%device, ?refusal, "cannot disable and rename the peer interface")
+            }
+            Err(error) => tracing::warn!(%device, %error, "cannot disable and rename the peer interface"),
         }
         sweeper.doom([located.index]);
         return Ok(());
@@ -90,110 +94,110 @@ pub(super) fn retire(
     apply::delete(route, &mut devices, &[device])?.into_iter().collect()
 }
 
-/// The namespace, if it is the one that the other end was put into, and that end's index.
-fn other_end(route: &mut Route, other: Other, located: Located) -> Result<Option<(Netns, u32)>> {
-    let Other::In(netns) = other else { return Ok(None) };
+/// The namespace and index of the peer interface. `None` if it is not in the namespace that the caller names.
+fn other_end(route: &mut Route, other: PeerLocation, located: Located) -> Result<Option<(Netns, u32)>> {
+    let PeerLocation::Netns(netns) = other else { return Ok(None) };
     let Some((id, peer)) = located.peer_netns.zip(located.peer) else { return Ok(None) };
     Ok((id_of(route, &netns)? == Some(id)).then_some((netns, peer)))
 }
 
 #[derive(Debug)]
-enum Word {
+enum Command {
     Doomed(Vec<u32>),
     All(oneshot::Sender<Result<()>>),
 }
 
-/// The way to the thread that deletes.
+/// A handle to the sweeper thread. The thread exits when the handle is dropped.
 #[derive(Debug)]
 pub(super) struct Sweeper {
-    words: mpsc::Sender<Word>,
-    /// Counts what was asked of the kernel.
+    commands: mpsc::Sender<Command>,
+    /// The number of requests to the kernel worker.
     work: Arc<AtomicU64>,
 }
 
 impl Sweeper {
-    /// In the network namespace of the calling thread. It ends with the last way to it.
+    /// Starts the thread, in the network namespace of the calling thread.
     pub(super) fn start() -> Result<Self> {
         let mut route = Route::open()?;
-        let (words, inbox) = mpsc::channel();
+        let (commands, inbox) = mpsc::channel();
         let work = Arc::<AtomicU64>::default();
         let counter = Arc::clone(&work);
         thread::Builder::new()
             .name("sweep".to_owned())
             .spawn(move || run(&mut route, &inbox, &counter))
-            .map_err(|error| KernelError::io("cannot start a thread", &error))?;
-        Ok(Self { words, work })
+            .map_err(|error| KernelError::io("cannot start the sweeper thread", &error))?;
+        Ok(Self { commands, work })
     }
 
-    /// Somebody waits for something else.
+    /// Notes a request to the kernel worker: it is not idle.
     pub(super) fn note_work(&self) {
         self.work.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// To be deleted some time; told twice is fine.
+    /// Queues doomed devices for deletion, by index. To queue one twice is harmless.
     pub(super) fn doom(&self, indexes: impl IntoIterator<Item = u32>) {
         let indexes: Vec<u32> = indexes.into_iter().collect();
         if !indexes.is_empty() {
-            let _ = self.words.send(Word::Doomed(indexes));
+            let _ = self.commands.send(Command::Doomed(indexes));
         }
     }
 
-    /// Deletes all now.
-    pub(super) fn all(&self, reply: oneshot::Sender<Result<()>>) {
-        let _ = self.words.send(Word::All(reply));
+    /// Deletes all doomed pairs, and sends the result to `reply`.
+    pub(super) fn sweep_all(&self, reply: oneshot::Sender<Result<()>>) {
+        let _ = self.commands.send(Command::All(reply));
     }
 
-    /// The same, and waits until it is done; not for the runtime's threads.
-    pub(super) fn now(&self) -> Result<()> {
+    /// Deletes all doomed pairs and waits for it. It blocks, so it must not run on a thread of the async runtime.
+    pub(super) fn sweep_now(&self) -> Result<()> {
         let (reply, done) = oneshot::channel();
-        self.all(reply);
+        self.sweep_all(reply);
         done.blocking_recv().map_err(|_| KernelError::Stopped)?
     }
 }
 
-fn run(route: &mut Route, words: &mpsc::Receiver<Word>, work: &AtomicU64) {
+fn run(route: &mut Route, commands: &mpsc::Receiver<Command>, work: &AtomicU64) {
     let mut doomed = BTreeSet::new();
     let (mut since, mut seen) = (Instant::now(), 0);
     loop {
         let word = if doomed.is_empty() {
-            words.recv().map_err(RecvTimeoutError::from)
+            commands.recv().map_err(RecvTimeoutError::from)
         } else {
-            words.recv_timeout(QUIET)
+            commands.recv_timeout(IDLE)
         };
-        let mut quiet = false;
+        let mut idle = false;
         match word {
-            Ok(Word::Doomed(indexes)) => {
+            Ok(Command::Doomed(indexes)) => {
                 if doomed.is_empty() {
                     since = Instant::now();
                 }
                 doomed.extend(indexes);
             }
-            Ok(Word::All(reply)) => {
+            Ok(Command::All(reply)) => {
                 let _ = reply.send(sweep(route, &mut doomed, usize::MAX));
             }
             Err(RecvTimeoutError::Timeout) => {
                 let now = work.load(Ordering::Relaxed);
-                quiet = now == seen;
+                idle = now == seen;
                 seen = now;
             }
             Err(RecvTimeoutError::Disconnected) => return,
         }
-        let count = if doomed.len() >= MANY || since.elapsed() >= LONG {
-            MANY
-        } else if quiet {
-            FEW
+        let count = if doomed.len() >= MAX_DOOMED || since.elapsed() >= MAX_DELAY {
+            MAX_DOOMED
+        } else if idle {
+            IDLE_BATCH
         } else {
             continue;
         };
         since = Instant::now();
-        // What cannot be deleted now, the next dump finds again.
+        // The next dump finds pairs that could not be deleted.
         if let Err(error) = sweep(route, &mut doomed, count) {
-            tracing::warn!(%error, "interfaces of endpoints that are gone are left over for now");
+            tracing::warn!(%error, "cannot delete interfaces of removed endpoints; the next full pass retries");
         }
     }
 }
 
-/// Deletes some, in one request: however many they are, the kernel waits once.
+/// Deletes up to `count` doomed devices in one request: the kernel waits once, however many they are.
 fn sweep(route: &mut Route, doomed: &mut BTreeSet<u32>, count: usize) -> Result<()> {
     let mut some = Vec::new();
     while some.len() < count
@@ -207,9 +211,9 @@ fn sweep(route: &mut Route, doomed: &mut BTreeSet<u32>, count: usize) -> Result<
         some.iter().for_each(|index| batch.push(message::get_link_at(*index), 0));
         let (_, answers) = route.execute(batch)?;
         let views = answers.iter().filter_map(|answer| LinkView::parse(&answer.payload));
-        // Another device may have got the index meanwhile.
+        // Another device may have reused the index meanwhile.
         there.extend(views.filter(LinkView::is_doomed).map(|view| view.index));
     }
     apply::delete_group(route, &there)?
-        .map_err(|refusal| refusal.into_error("cannot delete interfaces of endpoints that are gone"))
+        .map_err(|refusal| refusal.into_error("cannot delete interfaces of removed endpoints"))
 }

@@ -1,4 +1,4 @@
-//! The system calls that no crate of ours wraps.
+//! System calls that neither `nix` nor `socket2` wraps.
 
 use std::io;
 use std::net::IpAddr;
@@ -8,10 +8,17 @@ use std::time::Duration;
 use nix::libc;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 
-/// `NS_GET_NSTYPE` of `linux/nsfs.h`.
+/// The index of the loopback device, in every namespace.
+pub(super) const LOOPBACK: u32 = 1;
+
+/// The ioctl `NS_GET_NSTYPE` of `linux/nsfs.h`, which `libc` does not define.
 const NS_GET_NSTYPE: libc::c_ulong = 0xb703;
 
-/// All addresses of this host, each with the name of its device.
+/// Lists all addresses of this host, each with the name of its device.
+///
+/// # Errors
+///
+/// getifaddrs(3) fails.
 pub fn own_addresses() -> io::Result<impl Iterator<Item = (String, IpAddr)>> {
     let all = nix::ifaddrs::getifaddrs()?;
     Ok(all.filter_map(|entry| {
@@ -22,7 +29,8 @@ pub fn own_addresses() -> io::Result<impl Iterator<Item = (String, IpAddr)>> {
     }))
 }
 
-/// Waits until one of the descriptors can be read or its other end is closed; says which.
+/// Waits until a descriptor is readable or closed by its peer. Returns the state of each; none is ready after a
+/// timeout or a signal.
 pub(super) fn poll<const N: usize>(
     fds: [Option<RawFd>; N],
     timeout: Option<Duration>,
@@ -42,7 +50,7 @@ pub(super) fn poll<const N: usize>(
     }
 }
 
-/// Sends a whole frame out of a device, by a packet socket.
+/// Sends an Ethernet frame through a device, with a packet socket.
 pub(super) fn send_frame(socket: BorrowedFd<'_>, index: u32, frame: &[u8]) -> io::Result<()> {
     // SAFETY: all zeros are a valid address.
     let mut to: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
@@ -62,7 +70,7 @@ pub(super) fn send_frame(socket: BorrowedFd<'_>, index: u32, frame: &[u8]) -> io
     if sent < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// What kind of namespace a descriptor of the namespace file system is: a `CLONE_NEW...` number.
+/// The type of the namespace behind a descriptor of nsfs: a `CLONE_NEW...` constant.
 pub(super) fn namespace_type(fd: BorrowedFd<'_>) -> io::Result<i32> {
     // SAFETY: the request takes no argument.
     match unsafe { libc::ioctl(fd.as_raw_fd(), NS_GET_NSTYPE as _) } {
@@ -71,10 +79,9 @@ pub(super) fn namespace_type(fd: BorrowedFd<'_>) -> io::Result<i32> {
     }
 }
 
-/// The cookie of the network namespace that the calling thread is in: a number that no other namespace
-/// of this boot had or gets.
+/// The cookie of the network namespace of the calling thread, which is unique until the next boot.
 pub(super) fn netns_cookie() -> io::Result<u64> {
-    // Sockets of every family belong to one.
+    // A socket of any family belongs to the namespace.
     let socket = socket(AddressFamily::Unix, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
     let mut cookie = 0u64;
     let mut length = size_of::<u64>() as libc::socklen_t;

@@ -1,5 +1,5 @@
-//! Settings under /proc/sys/net. The kernel shows there what belongs to the network namespace of
-//! the thread that opens the file.
+//! Sysctls under /proc/sys/net. The kernel shows those of the network namespace of the thread that opens the
+//! file.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -8,18 +8,18 @@ use ovl_dataplane::device::Device;
 
 use super::error::{KernelError, Result};
 
-/// What a dump reads.
+/// The sysctls that a dump contains.
 pub(super) const WATCHED: [&str; 2] = ["net.ipv4.ip_forward", FORWARDING_V6];
 
 const FORWARDING_V6: &str = "net.ipv6.conf.all.forwarding";
 const CONF_V6: &str = "/proc/sys/net/ipv6/conf";
 
-/// The value; nothing if there is no such setting, as where IPv6 is off.
+/// Reads a sysctl. `None` if there is no such sysctl, for example of IPv6 on a kernel without IPv6.
 pub(super) fn read(name: &str) -> Option<String> {
     std::fs::read_to_string(path(name)).ok().map(|text| text.trim().to_owned())
 }
 
-/// Sets it.
+/// Writes a sysctl.
 pub(super) fn write(name: &str, value: &str) -> Result<()> {
     if name == FORWARDING_V6 && value != "0" {
         keep_router_advertisements();
@@ -28,7 +28,8 @@ pub(super) fn write(name: &str, value: &str) -> Result<()> {
         .map_err(|error| KernelError::io(format!("cannot set {name} to {value}"), &error))
 }
 
-/// Lets packets from 127.0.0.1 leave by a device, or not. A device that is gone lets none.
+/// Sets `route_localnet` of a device: whether packets from 127.0.0.1 may be routed through it. To turn it off on
+/// a device that does not exist is no error.
 pub(super) fn route_localnet(device: Device, on: bool) -> Result<()> {
     let path = Path::new("/proc/sys/net/ipv4/conf").join(device.as_str()).join("route_localnet");
     match std::fs::write(path, if on { "1" } else { "0" }) {
@@ -39,12 +40,12 @@ pub(super) fn route_localnet(device: Device, on: bool) -> Result<()> {
     }
 }
 
-/// Lets a device have IPv6 addresses.
+/// Turns IPv6 on for a device.
 pub(super) fn allow_v6(device: &str) -> io::Result<()> {
     std::fs::write(Path::new(CONF_V6).join(device).join("disable_ipv6"), "0")
 }
 
-/// As sysctl(8) has it: a dot within a device's name is written as a slash.
+/// The file of a sysctl. As for sysctl(8), a dot in the name of a device is written as a slash.
 fn path(name: &str) -> PathBuf {
     let swapped = name.chars().map(|c| match c {
         '.' => '/',
@@ -54,8 +55,8 @@ fn path(name: &str) -> PathBuf {
     Path::new("/proc/sys").join(swapped.collect::<String>())
 }
 
-/// A host that forwards ignores router advertisements, and with them loses its default route,
-/// unless it is told that it shall take them all the same.
+/// Sets `accept_ra` to 2 on all devices that have 1. Otherwise a host that forwards IPv6 ignores router
+/// advertisements, and loses its default route.
 fn keep_router_advertisements() {
     let Ok(devices) = std::fs::read_dir(CONF_V6) else { return };
     for device in devices.flatten() {

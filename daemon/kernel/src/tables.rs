@@ -1,6 +1,6 @@
-//! Our tables of nftables beside the base one: skeletons, which `nft` writes, and elements, which netlink
-//! changes. What the kernel holds is remembered, and read again only where somebody else has touched a
-//! table, and from time to time.
+//! The nftables tables of ovl except the base table. `nft` writes their skeletons, and netlink changes their
+//! elements. The content of the kernel is cached. It is read again after a change by another program, and after a
+//! maximum age.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
@@ -10,49 +10,49 @@ use std::time::{Duration, Instant};
 use ovl_dataplane::nft::{Contents, Element, Elements, Key, Set, Skeleton, Table, Value};
 use ovl_dataplane::op::{NftOp, Op};
 
-use super::Counted;
+use super::CountedElement;
 use super::error::{KernelError, Result};
-use super::filter::{self, Done};
-use super::nftables::{Change, Names, Nftables, fits};
+use super::filter::{self, NftRun};
+use super::nftables::{Change, Nftables, ObjectNames, fits};
 use super::watch::Watch;
 
-/// A dump looks at a table's skeleton when somebody changed the table, and after this time in any case.
+/// The maximum age of a cached skeleton.
 const SKELETON_AGE: Duration = Duration::from_secs(30);
-/// The same of its elements: forty thousand take a tenth of a second.
+/// The maximum age of cached elements: to read forty thousand takes a tenth of a second.
 const ELEMENTS_AGE: Duration = Duration::from_secs(300);
 
-/// What is known about the tables.
+/// The tables as far as they are known.
 #[derive(Debug)]
 pub(super) struct Tables {
     nftables: Nftables,
-    states: BTreeMap<Table, State>,
+    states: BTreeMap<Table, TableState>,
 }
 
-/// What is known about one of them.
+/// The cached state of one table.
 #[derive(Debug, Default)]
-struct State {
-    /// What was written last, and how the kernel described it.
+struct TableState {
+    /// The skeleton that was written last, and the kernel's description of it.
     written: Option<(Arc<Skeleton>, Vec<u8>)>,
-    /// What the last look found, and when; none if it has to be looked at.
+    /// The skeleton that was found last, and when; `None` if it must be read again.
     seen: Option<(Option<Arc<Skeleton>>, Instant)>,
-    /// What is in these sets, since when; others are not read yet, or have to be read again.
+    /// The contents of sets, and when they were read. Sets that must be read again are absent.
     known: BTreeMap<Set, (Arc<Contents>, Instant)>,
-    /// Things of an earlier skeleton that could not be deleted yet.
+    /// Whether objects of an earlier skeleton could not be deleted yet.
     stale: bool,
 }
 
 impl Tables {
-    /// In the network namespace of the calling thread.
+    /// Opens a socket in the network namespace of the calling thread.
     pub(super) fn open() -> Result<Self> {
         Ok(Self { nftables: Nftables::open()?, states: BTreeMap::new() })
     }
 
-    /// Who changes elements, as notifications name it.
+    /// The port id of the socket, by which notifications name the sender of a change.
     pub(super) fn port(&self) -> u32 {
         self.nftables.port()
     }
 
-    /// Others have changed these tables, or may have.
+    /// Notes that other programs have changed these tables, or may have.
     pub(super) fn touched(&mut self, tables: &BTreeSet<Table>) {
         for table in tables {
             let state = self.states.entry(*table).or_default();
@@ -61,8 +61,8 @@ impl Tables {
         }
     }
 
-    /// The skeleton that made a table; an empty one if somebody else, or another run, did; none if there is
-    /// no table.
+    /// The skeleton that a table was written from. It is empty if another program or process wrote the table. `None`
+    /// if there is no table.
     pub(super) fn current(&mut self, table: Table) -> Result<Option<Arc<Skeleton>>> {
         let state = self.states.entry(table).or_default();
         if let Some((seen, at)) = &state.seen
@@ -71,7 +71,7 @@ impl Tables {
             return Ok(seen.clone());
         }
         let current = match (self.nftables.described(table), &state.written) {
-            // A kernel without nftables; what needs the table will say so.
+            // The kernel has no nftables. An operation that needs the table will report it.
             (Err(KernelError::Refused { .. }), None) => None,
             (described, written) => described?.map(|described| match written {
                 Some((skeleton, ours)) if *ours == described => Arc::clone(skeleton),
@@ -82,8 +82,8 @@ impl Tables {
         Ok(current)
     }
 
-    /// What is there of all tables of a kernel's model. A table that another run made has the sets that are
-    /// `wanted` there, if they are.
+    /// Dumps the skeletons and elements of all tables. From a table that another process wrote, the sets of the
+    /// `wanted` skeleton are read.
     pub(super) fn dump(
         &mut self,
         wanted: &BTreeMap<Table, Arc<Skeleton>>,
@@ -108,15 +108,15 @@ impl Tables {
         Ok((tables, elements))
     }
 
-    /// Makes a table, or puts its rules right, in one transaction; elements of sets that stay are kept. What
-    /// is in the table and not in the skeleton goes as soon as no element leads to it.
+    /// Writes a table in one transaction. Elements of sets that remain are kept. Objects that are not in the skeleton
+    /// are deleted as soon as no element refers to them.
     pub(super) fn write(
         &mut self,
         table: Table,
         skeleton: &Arc<Skeleton>,
         mut watch: Option<&mut Watch>,
     ) -> Result<()> {
-        // Of a table that stands as we wrote it, `nft` is given only what changes: of a thousand policies one.
+        // If the table is as written, only the difference is passed to `nft`: one of a thousand policies.
         let part = match self.current(table)? {
             Some(there) if *there != Skeleton::default() => skeleton.since(&there),
             _ => Skeleton::clone(skeleton),
@@ -130,10 +130,10 @@ impl Tables {
         }
         text += &part.text(table);
         if let Err(error) = run(&text, watch.as_deref_mut())?.check() {
-            // Made by another version, or by somebody else, with other sets or hooks: all anew.
-            tracing::info!(%table, %error, "the table is made anew");
-            let anew = self.anew(table, skeleton)?;
-            run(&anew, watch.as_deref_mut())?.check()?;
+            // Another version of ovl or another program created it with other sets or hooks.
+            tracing::info!(%table, %error, "cannot update the nftables table: it is created again");
+            let text = self.recreation(table, skeleton)?;
+            run(&text, watch.as_deref_mut())?.check()?;
             if let Some(state) = self.states.get_mut(&table) {
                 state.known.clear();
             }
@@ -144,7 +144,7 @@ impl Tables {
         self.sweep(table, skeleton)?;
         self.describe(table, skeleton)?;
         if let Some(watch) = watch {
-            // Somebody else may have been there between the two: then the description is not of our text.
+            // If another program changed the table in between, the description is not of the written skeleton.
             watch.drain(0);
             if watch.is_touched(table) {
                 self.states.remove(&table);
@@ -153,8 +153,8 @@ impl Tables {
         Ok(())
     }
 
-    /// The text that makes a table from nothing, with those elements that it holds and that fit.
-    fn anew(&mut self, table: Table, skeleton: &Skeleton) -> Result<String> {
+    /// The text that deletes and creates a table, with those of its elements that fit the skeleton.
+    fn recreation(&mut self, table: Table, skeleton: &Skeleton) -> Result<String> {
         let mut text = format!("table {table}\ndelete table {table}\n{}", skeleton.text(table));
         for set in &skeleton.sets {
             let Some(contents) = self.nftables.contents(set)?.filter(|contents| fits(set, contents)) else {
@@ -172,9 +172,9 @@ impl Tables {
         Ok(text)
     }
 
-    /// Deletes what is in a table and not in its skeleton, unless elements still lead there.
+    /// Deletes the objects of a table that are not in its skeleton, unless elements still refer to them.
     fn sweep(&mut self, table: Table, skeleton: &Skeleton) -> Result<()> {
-        let Names { mut chains, mut sets, mut objects } = self.nftables.names(table)?;
+        let ObjectNames { mut chains, mut sets, mut objects } = self.nftables.names(table)?;
         for chain in &skeleton.chains {
             chains.remove(&chain.name);
         }
@@ -185,7 +185,7 @@ impl Tables {
             sets.remove(&object.name);
             objects.retain(|(_, name)| *name != object.name);
         }
-        let names = Names { chains, sets, objects };
+        let names = ObjectNames { chains, sets, objects };
         let stale = !names.is_empty() && self.nftables.delete(table, &names)?.is_err();
         self.states.entry(table).or_default().stale = stale;
         Ok(())
@@ -199,24 +199,24 @@ impl Tables {
         Ok(())
     }
 
-    /// Removes a table; where there is none that is done.
+    /// Deletes a table. An absent table is no error.
     pub(super) fn remove(&mut self, table: Table) -> Result<()> {
         self.states.remove(&table);
         self.nftables.remove(table)
     }
 
-    /// What sets count that packets add to.
-    pub(super) fn counts(&mut self, table: Table, sets: &[String]) -> Result<Vec<Vec<Counted>>> {
+    /// Reads the elements and counters of sets that packets add elements to.
+    pub(super) fn counts(&mut self, table: Table, sets: &[String]) -> Result<Vec<Vec<CountedElement>>> {
         sets.iter().map(|set| self.nftables.counts(table, set)).collect()
     }
 
-    /// How many packets a counter of a table has seen.
+    /// Reads a named counter, in packets; 0 if there is no counter.
     pub(super) fn counted(&mut self, table: Table, counter: &str) -> Result<u64> {
         Ok(self.nftables.counted(table, counter)?.unwrap_or(0))
     }
 
-    /// Does operations on elements: for each table all of them or none, in one transaction for all tables if
-    /// none is refused. Gives each one's result.
+    /// Applies operations on elements in one transaction. If it is refused, in one transaction for each table. Returns
+    /// the result of each operation.
     pub(super) fn apply(&mut self, ops: &[Op]) -> Vec<Result<()>> {
         let mut wanted: Wanted<'_> = BTreeMap::new();
         for op in ops {
@@ -236,9 +236,8 @@ impl Tables {
             for table in &tables {
                 let result = match tables.len() {
                     1 => Err(error.clone()),
-                    _ => {
-                        self.change(&wanted.iter().filter(|(set, _)| set.table == *table).map(same).collect())
-                    }
+                    _ => self
+                        .change(&wanted.iter().filter(|(set, _)| set.table == *table).map(copied).collect()),
                 };
                 if let Err(error) = result {
                     failed.insert(*table, error);
@@ -254,14 +253,14 @@ impl Tables {
         ops.iter().map(|op| of(op).map_or(Ok(()), Err)).collect()
     }
 
-    /// Brings keys of sets to these values, in one transaction.
+    /// Sets keys of sets to these values, in one transaction.
     pub(super) fn change(&mut self, wanted: &Wanted<'_>) -> Result<()> {
         let mut refused = None;
-        // What we know may be old: then the kernel refuses to delete what is gone.
+        // The cache may be stale. Then the kernel refuses to delete an absent element, and a second attempt reads again.
         for _ in 0..2 {
             let mut held = BTreeMap::new();
             for (set, keys) in wanted {
-                // What has only to go and is in no set of ours went with its set.
+                // Elements to be deleted from a set that is not in the skeleton were deleted with the set.
                 if keys.values().all(Option::is_none) && !self.is_there(set) {
                     continue;
                 }
@@ -299,13 +298,13 @@ impl Tables {
             .map_or(Ok(()), |refusal| Err(refusal.into_error(format!("cannot change elements of {tables}"))))
     }
 
-    /// Whether a set is in the skeleton that was written last, as far as we know that.
+    /// Whether a set is in the skeleton that was written last, or the skeleton is unknown.
     fn is_there(&self, set: &Set) -> bool {
         let written = self.states.get(&set.table).and_then(|state| state.written.as_ref());
         written.is_none_or(|(skeleton, _)| skeleton.sets.contains(set))
     }
 
-    /// Remembers what was changed.
+    /// Updates the cache by a change that succeeded.
     fn note(&mut self, set: &Set, keys: &BTreeMap<&Key, Option<&Value>>) {
         let Some(state) = self.states.get_mut(&set.table) else { return };
         let Some((contents, _)) = state.known.get_mut(set) else { return };
@@ -318,7 +317,7 @@ impl Tables {
         }
     }
 
-    /// What was in the way of a deletion may be gone.
+    /// Retries the deletion of stale objects, to which elements may no longer refer.
     fn sweep_again(&mut self, wanted: &Wanted<'_>) -> Result<()> {
         let tables: BTreeSet<Table> = wanted.keys().map(|set| set.table).collect();
         for table in tables {
@@ -331,7 +330,7 @@ impl Tables {
         Ok(())
     }
 
-    /// What is in a set: known, or else read.
+    /// The content of a set, which is read unless it is cached.
     pub(super) fn held(&mut self, set: &Set) -> Result<Arc<Contents>> {
         let state = self.states.entry(set.table).or_default();
         if let Some((contents, since)) = state.known.get(set)
@@ -339,7 +338,7 @@ impl Tables {
         {
             return Ok(Arc::clone(contents));
         }
-        // Of another shape it is another version's, which the skeleton replaces.
+        // A set of another shape is of another version of ovl. Writing the skeleton replaces it.
         let contents =
             self.nftables.contents(set)?.filter(|contents| fits(set, contents)).unwrap_or_default();
         let contents = Arc::new(contents);
@@ -347,28 +346,28 @@ impl Tables {
         Ok(contents)
     }
 
-    /// Reads all sets of a table again when they are asked for.
+    /// Drops the cached sets of a table.
     pub(super) fn forget(&mut self, table: Table) {
         self.states.entry(table).or_default().known.clear();
     }
 
-    /// Whether a table is as it was written, looked at now.
+    /// Whether a table is as this process wrote it. It reads the kernel, not the cache.
     pub(super) fn is_as_written(&mut self, table: Table) -> Result<bool> {
         self.states.entry(table).or_default().seen = None;
         Ok(self.current(table)?.is_some_and(|skeleton| *skeleton != Skeleton::default()))
     }
 }
 
-/// What keys of sets should lead to; none: they go.
+/// The wanted value of each key of each set; `None` to delete it.
 pub(super) type Wanted<'a> = BTreeMap<&'a Set, BTreeMap<&'a Key, Option<&'a Value>>>;
 
-fn same<'a>(
+fn copied<'a>(
     (set, keys): (&&'a Set, &BTreeMap<&'a Key, Option<&'a Value>>),
 ) -> (&'a Set, BTreeMap<&'a Key, Option<&'a Value>>) {
     (*set, keys.clone())
 }
 
-fn run(text: &str, watch: Option<&mut Watch>) -> Result<Done> {
+fn run(text: &str, watch: Option<&mut Watch>) -> Result<NftRun> {
     let done = filter::run(&["-f", "-"], text)?;
     if let Some(watch) = watch {
         watch.drain(done.pid);

@@ -1,5 +1,5 @@
-//! Against the real kernel, each test in network namespaces of its own; and against a fake of what the
-//! build machines' kernel does not have.
+//! Tests against the real kernel, each in network namespaces of its own, and against a fake of the features that the
+//! kernels of build machines lack.
 
 mod drift;
 mod endpoints;

@@ -1,5 +1,5 @@
-//! The ends of tunnels and the devices of encrypted networks, by who does the work: the engine in this process,
-//! whose TUN and TAP devices live as long as it does, or the kernel's own devices.
+//! Tunnel devices and the devices of encrypted networks, in two implementations: the engine in this process, whose TUN
+//! and TAP devices exist as long as it does, and WireGuard and VXLAN devices of the kernel.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -18,54 +18,56 @@ use super::error::{KernelError, Result};
 use super::sources::{Change, Sources};
 use super::wireguard::Wireguard;
 
-/// One end of a tunnel, as it is.
+/// The status of a tunnel device.
 #[derive(Debug, Clone)]
 pub struct TunnelStatus {
-    /// Which.
+    /// The device.
     pub device: Device,
-    /// The other ends.
+    /// Its peers.
     pub peers: Vec<TunnelPeerStatus>,
-    /// What was dropped so far, by the reason; the kernel's device does not tell.
+    /// The number of dropped packets by reason. Only the first device has them, for all devices together. WireGuard
+    /// devices of the kernel do not count drops.
     pub drops: Vec<(&'static str, u64)>,
 }
 
-/// The other end of a tunnel, as it is.
+/// The status of a peer of a tunnel device.
 #[derive(Debug, Clone)]
 pub struct TunnelPeerStatus {
-    /// Whose.
+    /// The public key.
     pub key: TunnelKey,
-    /// Where its last authenticated datagram came from.
+    /// The source of its last authenticated datagram.
     pub endpoint: Option<SocketAddr>,
-    /// Since the last handshake.
+    /// The time since the last handshake; `None` before the first.
     pub last_handshake: Option<Duration>,
-    /// Bytes of packets for it.
+    /// The number of bytes sent to it.
     pub sent: u64,
-    /// Bytes of packets from it.
+    /// The number of bytes received from it.
     pub received: u64,
 }
 
-/// All of them. Deleting what is gone succeeds.
+/// All tunnel devices, and the devices of encrypted networks. To delete an absent one is no error.
 #[derive(Debug)]
 pub(super) struct Tunnels {
-    /// This host's private keys, by their public halves.
+    /// The private keys of this host, by their public halves.
     keys: BTreeMap<TunnelKey, PrivateKey>,
     engine: Engine,
-    /// Devices of the engine.
+    /// The devices of the engine.
     served: BTreeSet<Device>,
-    in_kernel: InKernel,
-    /// Of each end: what it is about to be, for the engine's cannot be made without that.
+    kernel_tunnels: KernelTunnels,
+    /// The wanted configuration of each tunnel device, which the engine needs to create it.
     wanted: BTreeMap<Device, Tunnel>,
-    /// Of each end: the own address inside.
+    /// The tunnel address of this host on each tunnel device.
     addresses: BTreeMap<Device, Ipv6Addr>,
 }
 
 impl Tunnels {
+    /// Creates the engine, without devices.
     pub(super) fn new(keys: Vec<PrivateKey>) -> Self {
         let mut tunnels = Self {
             keys: BTreeMap::new(),
             engine: Engine::new(),
             served: BTreeSet::new(),
-            in_kernel: InKernel::default(),
+            kernel_tunnels: KernelTunnels::default(),
             wanted: BTreeMap::new(),
             addresses: BTreeMap::new(),
         };
@@ -73,19 +75,19 @@ impl Tunnels {
         tunnels
     }
 
-    /// Takes another private key that an end may get.
+    /// Adds a private key that tunnel devices may be configured with.
     pub(super) fn learn(&mut self, key: PrivateKey) {
         self.keys.insert(TunnelKey(public_key(&key)), key);
     }
 
-    /// Takes note of operations that are about to be done.
+    /// Notes the configuration in operations that are about to be applied.
     pub(super) fn expect(&mut self, ops: &[Op]) {
         for op in ops {
             match op {
                 Op::Wireguard(WireguardOp::SetInterface(device, tunnel)) => {
                     self.wanted.insert(*device, *tunnel);
                 }
-                Op::Address(AddressOp::Add(device, net)) if is_end(*device) => {
+                Op::Address(AddressOp::Add(device, net)) if is_tunnel(*device) => {
                     if let IpAddr::V6(address) = net.addr() {
                         self.addresses.insert(*device, address);
                     }
@@ -95,7 +97,7 @@ impl Tunnels {
         }
     }
 
-    /// Whether [`Self::apply`] does it, and not netlink.
+    /// Whether [`Self::apply`] applies an operation, and not rtnetlink.
     pub(super) fn takes(&self, op: &Op) -> bool {
         match op {
             Op::Wireguard(_) | Op::Source(_) => true,
@@ -104,9 +106,9 @@ impl Tunnels {
         }
     }
 
-    /// Makes a TUN or a TAP device, administratively down.
+    /// Creates a TUN or TAP device, administratively down.
     pub(super) fn make(&mut self, device: Device, link: &Link) -> Result<()> {
-        // Somebody may have deleted the device of one that is still served.
+        // Another program may have deleted a device that the engine still serves.
         self.delete(device);
         let name = device.as_str();
         match link {
@@ -114,25 +116,25 @@ impl Tunnels {
             Link::Tunnel { kind: TunnelKind::Userspace, .. } => {
                 let wanted = self.wanted.get(&device).copied();
                 let config = wanted.map(|wanted| self.config(device, wanted)).transpose()?.ok_or_else(|| {
-                    KernelError::Other(format!("{device} cannot be made before its key is known"))
+                    KernelError::Other(format!("cannot create {device}: its key is not known yet"))
                 })?;
                 self.engine.set_interface(name, &config)
             }
-            _ => return Err(KernelError::Other(format!("{device} is no device of the tunnel"))),
+            _ => return Err(KernelError::Other(format!("{device} is not a device of the tunnel engine"))),
         }
         .map_err(|error| match (error.kind(), link) {
             (io::ErrorKind::NotFound, _) => KernelError::Other(format!(
-                "cannot make {device}: /dev/net/tun is missing (`modprobe tun`, or pass the device into the container)"
+                "cannot create {device}: /dev/net/tun is missing (`modprobe tun`, or pass the device into the container)"
             )),
-            (io::ErrorKind::AddrInUse, _) => KernelError::Other(
-                "the tunnel's UDP port is in use by another program (`ss -ulnp` shows it): give another one with \
-                 tunnel_port"
-                    .to_owned(),
-            ),
+            (io::ErrorKind::AddrInUse, _) => KernelError::UdpPortInUse {
+                port: self.wanted.get(&device).map_or(0, |wanted| wanted.port),
+                purpose: "the tunnel",
+                setting: "tunnel_port",
+            },
             (io::ErrorKind::AlreadyExists, Link::Tap { vni, .. }) => {
                 KernelError::Other(format!("VNI {vni} is in use by another encrypted network"))
             }
-            _ => KernelError::io(format!("cannot make {device}"), &error),
+            _ => KernelError::io(format!("cannot create {device}"), &error),
         })?;
         self.served.insert(device);
         Ok(())
@@ -142,46 +144,46 @@ impl Tunnels {
         let key = self.private(tunnel.key)?;
         let listen = tunnel
             .local
-            .ok_or_else(|| KernelError::Other(format!("{device} has no address to listen on")))?;
+            .ok_or_else(|| KernelError::Other(format!("{device} has no underlay address to listen on")))?;
         let address = self.addresses.get(&device).copied();
         Ok(InterfaceConfig {
             key,
             listen: SocketAddr::new(listen, tunnel.port),
-            address: address.ok_or_else(|| KernelError::Other(format!("{device} has no address inside")))?,
+            address: address.ok_or_else(|| KernelError::Other(format!("{device} has no tunnel address")))?,
             vxlan_port: SEALED_VXLAN_PORT,
         })
     }
 
     fn private(&self, key: TunnelKey) -> Result<PrivateKey> {
         let found = self.keys.get(&key).cloned();
-        found.ok_or_else(|| KernelError::Other(format!("the private half of the key {key} is not at hand")))
+        found.ok_or_else(|| KernelError::Other(format!("the private key of tunnel key {key} is unknown")))
     }
 
-    /// The VXLAN device of a switched network inside the kernel's tunnel is about to be made.
+    /// Prepares for the VXLAN device of a switched network in the kernel's tunnel: creates the anti-spoofing filter.
     pub(super) fn guard(&mut self, device: Device, vni: u32) -> Result<()> {
-        self.in_kernel.guard(device, vni)
+        self.kernel_tunnels.guard(device, vni)
     }
 
-    /// Whether it is about sources of frames that nftables looks at: [`Self::change_sources`] does many at once.
+    /// Whether an operation changes the anti-spoofing filter of the kernel's tunnel, see [`Self::change_sources`].
     pub(super) fn is_source(&self, op: &Op) -> bool {
         matches!(op, Op::Source(op) if !self.served.contains(&op.device()))
     }
 
-    /// All of them or none.
+    /// Applies changes of the anti-spoofing filter in one transaction.
     pub(super) fn change_sources(&mut self, ops: &[Op]) -> Result<()> {
-        self.in_kernel.change_sources(ops)
+        self.kernel_tunnels.change_sources(ops)
     }
 
-    /// For a teardown: what no device takes with it.
+    /// Deletes the anti-spoofing filter, for a teardown.
     pub(super) fn remove(&mut self) -> Result<()> {
-        self.in_kernel.sources()?.remove()
+        self.kernel_tunnels.sources()?.remove()
     }
 
-    /// A device is about to be deleted: the engine ends it, if it is one of its own.
+    /// Prepares for the deletion of a device: releases its filter elements, and deletes it if the engine serves it.
     pub(super) fn delete(&mut self, device: Device) {
-        if let Err(error) = self.in_kernel.release(device) {
-            // They let through what no device takes any more; the next start sees to it.
-            tracing::warn!(%error, %device, "sources of a network that is gone are left over");
+        if let Err(error) = self.kernel_tunnels.release(device) {
+            // They accept frames that no device receives any more. The next start deletes them.
+            tracing::warn!(%error, %device, "cannot delete the anti-spoofing elements of a deleted network");
         }
         if self.served.remove(&device) {
             match device.role() {
@@ -191,20 +193,20 @@ impl Tunnels {
         }
     }
 
-    /// Does an operation that [`Self::takes`] says is ours.
+    /// Applies an operation for which [`Self::takes`] returns true.
     pub(super) fn apply(&mut self, op: &Op) -> Result<()> {
         let Some(device) = op.device() else { return Ok(()) };
         if self.served.contains(&device) {
             self.by_engine(device, op).map_err(|error| match error {
-                Refused::Io(error) => KernelError::io(op.to_string(), &error),
-                Refused::Known(error) => error,
+                EngineError::Io(error) => KernelError::io(op.to_string(), &error),
+                EngineError::Known(error) => error,
             })
         } else {
             self.by_kernel(op)
         }
     }
 
-    fn by_engine(&self, device: Device, op: &Op) -> Result<(), Refused> {
+    fn by_engine(&self, device: Device, op: &Op) -> Result<(), EngineError> {
         let (engine, name) = (&self.engine, device.as_str());
         match op {
             Op::Wireguard(WireguardOp::SetInterface(_, tunnel)) => {
@@ -235,25 +237,25 @@ impl Tunnels {
         match op {
             Op::Wireguard(WireguardOp::SetInterface(device, tunnel)) => {
                 let key = self.private(tunnel.key)?;
-                self.in_kernel.wireguard()?.set(*device, &key.0, tunnel.port)
+                self.kernel_tunnels.wireguard()?.set(*device, &key.0, tunnel.port)
             }
             Op::Wireguard(WireguardOp::SetPeer(device, key, peer)) => {
-                self.in_kernel.wireguard()?.set_peer(*device, *key, peer)
+                self.kernel_tunnels.wireguard()?.set_peer(*device, *key, peer)
             }
             Op::Wireguard(WireguardOp::DeletePeer(device, key)) => {
-                self.in_kernel.wireguard()?.delete_peer(*device, *key)
+                self.kernel_tunnels.wireguard()?.delete_peer(*device, *key)
             }
-            op => self.in_kernel.change_sources(std::slice::from_ref(op)),
+            op => self.kernel_tunnels.change_sources(std::slice::from_ref(op)),
         }
     }
 
-    /// After a route was set or deleted: by which end a host is reached follows from the routes to the hosts'
-    /// addresses.
+    /// Updates the engine after a route to the tunnel address of a host was set or deleted: the route selects the
+    /// tunnel device through which the host is reached.
     pub(super) fn routed(&self, op: &Op) -> Result<()> {
         match op {
             Op::Route(RouteOp::Set(IpNet::V6(to), hop)) if to.prefix_len() == 128 => {
-                // The kernel's own devices need no more than the route.
-                if let Some(device) = hop.device.filter(|at| is_end(*at) && self.served.contains(at)) {
+                // Devices of the kernel need only the route.
+                if let Some(device) = hop.device.filter(|at| is_tunnel(*at) && self.served.contains(at)) {
                     self.engine
                         .set_path(to.addr(), device.as_str())
                         .map_err(|error| KernelError::io(op.to_string(), &error))?;
@@ -267,7 +269,7 @@ impl Tunnels {
         Ok(())
     }
 
-    /// Adds to a dump what netlink does not tell: only of devices that are there.
+    /// Adds the configuration of tunnels to a dump of links. Devices that are not in the dump are skipped.
     pub(super) fn fill(&mut self, kernel: &mut Dataplane) -> Result<()> {
         let state = self.engine.state();
         for interface in state.interfaces {
@@ -295,10 +297,10 @@ impl Tunnels {
                 ((device, Mac(mac)), Source { from: source.from.into(), addresses })
             }));
         }
-        self.in_kernel.fill(kernel)
+        self.kernel_tunnels.fill(kernel)
     }
 
-    /// How each end does that is there.
+    /// Reads the status of each tunnel device.
     pub(super) fn status(&mut self, kernel: &Dataplane) -> Result<Vec<TunnelStatus>> {
         let state = self.engine.state();
         let drops = state.drops;
@@ -323,7 +325,7 @@ impl Tunnels {
             })
             .collect();
         if let Some(first) = all.first_mut() {
-            // The engine counts them for all its interfaces together.
+            // The engine counts drops for all its interfaces together.
             first.drops = vec![
                 ("unauthenticated", drops.unauthenticated),
                 ("spoofed", drops.spoofed),
@@ -331,22 +333,22 @@ impl Tunnels {
                 ("full", drops.full),
             ];
         }
-        for device in ends_in_kernel(kernel) {
-            let peers = self.in_kernel.status(device)?;
+        for device in kernel_tunnel_devices(kernel) {
+            let peers = self.kernel_tunnels.status(device)?;
             all.push(TunnelStatus { device, peers, drops: Vec::new() });
         }
         if let Some(first) = all.first_mut().filter(|first| first.drops.is_empty()) {
-            first.drops = self.in_kernel.drops()?;
+            first.drops = self.kernel_tunnels.drops()?;
         }
         Ok(all)
     }
 }
 
-fn is_end(device: Device) -> bool {
+fn is_tunnel(device: Device) -> bool {
     matches!(device.role(), Some(Role::Tunnel(_)))
 }
 
-fn ends_in_kernel(kernel: &Dataplane) -> Vec<Device> {
+fn kernel_tunnel_devices(kernel: &Dataplane) -> Vec<Device> {
     let links = kernel.links.iter();
     links
         .filter(|(_, link)| matches!(link, Link::Tunnel { kind: TunnelKind::Kernel, .. }))
@@ -354,54 +356,54 @@ fn ends_in_kernel(kernel: &Dataplane) -> Vec<Device> {
         .collect()
 }
 
-/// Why the engine did not do something.
-enum Refused {
+/// An error of an operation of the engine.
+enum EngineError {
     Io(io::Error),
     Known(KernelError),
 }
 
-impl From<io::Error> for Refused {
+impl From<io::Error> for EngineError {
     fn from(error: io::Error) -> Self {
         Self::Io(error)
     }
 }
 
-impl From<KernelError> for Refused {
+impl From<KernelError> for EngineError {
     fn from(error: KernelError) -> Self {
         Self::Known(error)
     }
 }
 
-/// Hosts have IPv6 addresses in the tunnel.
+/// The tunnel address of a host, which must be IPv6.
 fn inner(address: IpAddr) -> Result<Ipv6Addr, KernelError> {
     match address {
         IpAddr::V6(address) => Ok(address),
-        IpAddr::V4(address) => Err(KernelError::Other(format!("{address} is no address in the tunnel"))),
+        IpAddr::V4(_) => Err(KernelError::NotTunnelAddress(address)),
     }
 }
 
-/// Whether this kernel makes WireGuard devices.
+/// Whether this kernel supports WireGuard devices.
 pub(super) fn kernel_has_wireguard() -> bool {
     match Wireguard::open().and_then(|mut wireguard| wireguard.is_there()) {
         Ok(is_there) => is_there,
         Err(error) => {
-            tracing::warn!(%error, "the kernel does not say whether it has WireGuard");
+            tracing::warn!(%error, "cannot check whether the kernel has WireGuard");
             false
         }
     }
 }
 
-/// The kernel's WireGuard devices, and nftables for what may come out of them. Their sockets are opened with the
-/// first use: most hosts need neither.
+/// The WireGuard devices of the kernel, and their anti-spoofing filter. The sockets are opened at the first use: most
+/// hosts need neither.
 #[derive(Debug, Default)]
-struct InKernel {
+struct KernelTunnels {
     wireguard: Option<Wireguard>,
     sources: Option<Sources>,
-    /// Switched networks whose frames come through the kernel's tunnel.
+    /// The VNIs of the switched networks in the kernel's tunnel.
     vnis: BTreeMap<Device, u32>,
 }
 
-impl InKernel {
+impl KernelTunnels {
     fn wireguard(&mut self) -> Result<&mut Wireguard> {
         match &mut self.wireguard {
             Some(wireguard) => Ok(wireguard),
@@ -416,13 +418,13 @@ impl InKernel {
         }
     }
 
-    /// A network's device is about to be made: what is not known to be honest is refused from the first frame.
+    /// Adds a network before its device is created, so that the filter applies from the first frame.
     fn guard(&mut self, device: Device, vni: u32) -> Result<()> {
         self.vnis.insert(device, vni);
         self.sources()?.ensure()
     }
 
-    /// A network's device is gone, and what was known of its sources with it.
+    /// Removes a network whose device was deleted, with its filter elements.
     fn release(&mut self, device: Device) -> Result<()> {
         if self.vnis.remove(&device).is_none() {
             return Ok(());
@@ -432,7 +434,7 @@ impl InKernel {
         if left.is_empty() { sources.remove() } else { sources.retain(&left) }
     }
 
-    /// One transaction for all of them.
+    /// Applies changes of the filter in one transaction.
     fn change_sources(&mut self, ops: &[Op]) -> Result<()> {
         let mut changes = Vec::with_capacity(ops.len());
         for op in ops {
@@ -443,7 +445,7 @@ impl InKernel {
             };
             match (self.vnis.get(device), &source) {
                 (Some(vni), _) => changes.push(Change { vni: *vni, mac, source }),
-                // It went with its device.
+                // It was deleted with its device.
                 (None, None) => {}
                 (None, Some(_)) => return Err(KernelError::NoDevice(*device)),
             }
@@ -452,7 +454,7 @@ impl InKernel {
     }
 
     fn fill(&mut self, kernel: &mut Dataplane) -> Result<()> {
-        for device in ends_in_kernel(kernel) {
+        for device in kernel_tunnel_devices(kernel) {
             let (tunnel, peers) = self.wireguard()?.dump(device)?;
             kernel.tunnels.insert(device, tunnel);
             kernel.tunnel_peers.extend(peers.into_iter().map(|(key, peer)| ((device, key), peer)));
@@ -470,7 +472,7 @@ impl InKernel {
             return Ok(());
         }
         if is_first {
-            // What another run left of networks that are gone.
+            // Delete elements that an earlier process left of deleted networks.
             let there = self.vnis.values().copied().collect();
             self.sources()?.retain(&there)?;
         }

@@ -1,4 +1,4 @@
-//! Notifications of what changes in nftables: whether somebody else has touched a table of ours.
+//! Notifications of nftables: detects changes of ovl's tables by other programs.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -6,50 +6,48 @@ use std::os::fd::{AsRawFd, RawFd};
 
 use netlink_sys::protocols::NETLINK_NETFILTER;
 use netlink_sys::{Socket, SocketAddr};
+use nix::libc;
 use ovl_dataplane::nft::BASE_TABLE;
 use ovl_dataplane::nft::Table;
 
 use super::attribute::{Message, attributes, messages, text, u8_at};
-use super::nftables::{FIXED, is_in};
+use super::nftables::{FIXED, SUBSYSTEM, is_in};
 
-const NFNLGRP_NFTABLES: u32 = 7;
-const NFPROTO_INET: u8 = 1;
-/// NFNL_SUBSYS_NFTABLES, and NFT_MSG_NEWGEN, which ends a transaction.
-const SUBSYSTEM: u8 = 10;
-const NEW_GENERATION: u8 = 15;
+/// The message that ends a transaction.
+const NEW_GENERATION: u8 = libc::NFT_MSG_NEWGEN as u8;
 
-/// Room for the notifications of forty thousand elements of ours that are changed at once.
-const ROOM: usize = 64 << 20;
+/// The receive buffer, in bytes: enough for the notifications of forty thousand elements that are changed at once.
+const RECEIVE_BUFFER: usize = 64 << 20;
 
-/// Tables of ours.
+/// The changed tables.
 #[derive(Debug, Default)]
 struct Touched {
     filter: bool,
     tables: BTreeSet<Table>,
 }
 
-/// A socket that hears of changes.
+/// A socket that receives the notifications.
 #[derive(Debug)]
 pub(super) struct Watch {
     socket: Option<Socket>,
     buffer: Vec<u8>,
-    /// Sockets of ours that change tables.
+    /// The port ids of ovld's sockets that change tables.
     own: Vec<u32>,
-    /// By the transaction that is being read.
+    /// The tables that the transaction being read has changed.
     reading: Touched,
-    /// By others.
+    /// The tables that other programs have changed.
     touched: Touched,
 }
 
 impl Watch {
-    /// In the network namespace of the calling thread; `own` are the ports of our sockets that change
-    /// tables.
+    /// Opens the socket in the network namespace of the calling thread. `own` are the port ids of ovld's sockets that
+    /// change tables.
     pub(super) fn new(own: Vec<u32>) -> Self {
         let socket = match open() {
             Ok(socket) => Some(socket),
             Err(error) => {
-                // A kernel without nftables: `nft` will say so when it is needed.
-                tracing::debug!("cannot watch nftables: {error}");
+                // The kernel has no nftables. `nft` will report it when it is needed.
+                tracing::debug!(%error, "cannot subscribe to nftables notifications");
                 None
             }
         };
@@ -57,32 +55,32 @@ impl Watch {
         Self { socket, buffer, own, reading: Touched::default(), touched: Touched::default() }
     }
 
-    /// Becomes readable when somebody changes tables.
+    /// The descriptor of the socket, to be polled. `None` if the kernel has no nftables.
     pub(super) fn descriptor(&self) -> Option<RawFd> {
         self.socket.as_ref().map(AsRawFd::as_raw_fd)
     }
 
-    /// Whether others have touched the base table, since the last time.
+    /// Whether other programs have changed the base table since the last call.
     pub(super) fn take_filter(&mut self) -> bool {
         std::mem::take(&mut self.touched.filter)
     }
 
-    /// Whether [`Self::take_filter`] would say so.
+    /// Whether [`Self::take_filter`] would return true.
     pub(super) fn is_filter_touched(&self) -> bool {
         self.touched.filter
     }
 
-    /// The same of another table.
+    /// Whether other programs have changed a table since the last call of [`Self::take_tables`].
     pub(super) fn is_touched(&self, table: Table) -> bool {
         self.touched.tables.contains(&table)
     }
 
-    /// Which of the other tables others have touched, since the last time.
+    /// The tables, except the base table, that other programs have changed since the last call.
     pub(super) fn take_tables(&mut self) -> BTreeSet<Table> {
         std::mem::take(&mut self.touched.tables)
     }
 
-    /// Reads all that waits; `own` is a process of ours that changes tables, or 0.
+    /// Reads all waiting notifications. `own` is the id of an `nft` process that ovld has run, or 0.
     pub(super) fn drain(&mut self, own: u32) {
         let Some(socket) = &self.socket else { return };
         loop {
@@ -98,13 +96,13 @@ impl Watch {
             }
             for message in messages(&self.buffer) {
                 let [kind, subsystem] = message.kind.to_le_bytes();
-                if subsystem != SUBSYSTEM {
+                if u16::from(subsystem) != SUBSYSTEM {
                     continue;
                 }
                 if kind == NEW_GENERATION {
                     let Touched { filter, tables } = std::mem::take(&mut self.reading);
-                    // Seen from another process namespace the process has another number than its
-                    // socket, which is named after the number that it has for us.
+                    // In another PID namespace the process id differs from the port id of its socket, which is derived
+                    // from the id that ovld sees.
                     let is_own = self.own.contains(&message.sender)
                         || message.sender == own
                         || process(&message) == Some(own);
@@ -126,18 +124,18 @@ impl Watch {
 fn open() -> io::Result<Socket> {
     let mut socket = Socket::new(NETLINK_NETFILTER)?;
     socket.bind(&SocketAddr::new(0, 0))?;
-    let _ = nix::sys::socket::setsockopt(&socket, nix::sys::socket::sockopt::RcvBufForce, &ROOM);
-    socket.add_membership(NFNLGRP_NFTABLES)?;
+    let _ = nix::sys::socket::setsockopt(&socket, nix::sys::socket::sockopt::RcvBufForce, &RECEIVE_BUFFER);
+    socket.add_membership(libc::NFNLGRP_NFTABLES as u32)?;
     Ok(socket)
 }
 
-/// All objects name their table in their first attribute.
+/// Whether a message is about the base table: the first attribute of all objects is the name of their table.
 fn is_filter(message: &Message<'_>) -> bool {
-    u8_at(message.payload, 0) == Some(NFPROTO_INET)
+    u8_at(message.payload, 0).map(i32::from) == Some(libc::NFPROTO_INET)
         && attributes(message.payload, FIXED).any(|(kind, value)| kind == 1 && text(value) == BASE_TABLE)
 }
 
-/// Who made a generation.
+/// The id of the process that committed a transaction.
 fn process(message: &Message<'_>) -> Option<u32> {
     let (_, value) = attributes(message.payload, FIXED).find(|(kind, _)| *kind == 2)?;
     Some(u32::from_be_bytes(value.try_into().ok()?))

@@ -1,9 +1,9 @@
-//! The kernel's WireGuard devices: keys, ports and peers, over generic netlink. The devices themselves
-//! are links like others, see [`super::message::new_link`].
+//! Configures WireGuard devices of the kernel by generic netlink: keys, ports and peers. The devices themselves are
+//! ordinary links, see [`super::message::new_link`].
 //!
-//! The messages are few and written here (`linux/wireguard.h`): those of `netlink-packet-wireguard` show
-//! the private key in their `Debug`, and their parser refuses a whole dump for one attribute that it
-//! does not know, and panics at an empty one. The tests have it speak for the other side.
+//! This module encodes the messages itself (`linux/wireguard.h`): those of `netlink-packet-wireguard` show the private
+//! key in their `Debug`, and their parser rejects a whole dump for one unknown attribute, and panics at an empty one.
+//! The tests use that crate for the side of the kernel.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv6Addr, SocketAddr, SocketAddrV6};
@@ -11,7 +11,7 @@ use std::time::{Duration, SystemTime};
 
 use ipnet::IpNet;
 use netlink_sys::protocols::NETLINK_GENERIC;
-use nix::libc::{AF_INET, AF_INET6, EADDRINUSE, ENODEV, ENOENT, EOPNOTSUPP};
+use nix::libc::{self, AF_INET, AF_INET6, EADDRINUSE, ENODEV, ENOENT, EOPNOTSUPP};
 use ovl_dataplane::device::Device;
 use ovl_dataplane::state::{Tunnel, TunnelPeer};
 use ovl_proto::id::TunnelKey;
@@ -20,12 +20,12 @@ use super::attribute::{Attributes, attributes, ip, u8_at, u16_at, u16_be, u32_at
 use super::error::{KernelError, Result};
 use super::socket::{Batch, Dump, Netlink, Refusal};
 
-/// The length of a generic message's own header.
+/// The length of `genlmsghdr`.
 const GENERIC: usize = 4;
-const GENL_ID_CTRL: u16 = 0x10;
-const CTRL_CMD_GETFAMILY: u8 = 3;
-const CTRL_ATTR_FAMILY_ID: u16 = 1;
-const CTRL_ATTR_FAMILY_NAME: u16 = 2;
+const GENL_ID_CTRL: u16 = libc::GENL_ID_CTRL as u16;
+const CTRL_CMD_GETFAMILY: u8 = libc::CTRL_CMD_GETFAMILY as u8;
+const CTRL_ATTR_FAMILY_ID: u16 = libc::CTRL_ATTR_FAMILY_ID as u16;
+const CTRL_ATTR_FAMILY_NAME: u16 = libc::CTRL_ATTR_FAMILY_NAME as u16;
 
 const FAMILY: &str = "wireguard";
 const GET_DEVICE: u8 = 0;
@@ -56,56 +56,56 @@ const ALLOWED_FAMILY: u16 = 1;
 const ALLOWED_ADDRESS: u16 = 2;
 const ALLOWED_LENGTH: u16 = 3;
 
-/// So many allowed addresses go into one message; each takes up to 44 bytes, and a list of them at most
-/// 64 KiB.
+/// The maximum number of allowed addresses in a message: each takes up to 44 bytes, and a list has at most 64 KiB.
 const ALLOWED_AT_ONCE: usize = 512;
 
-/// Seconds after which a session without traffic is kept up. With the first one, which is sent when the peer is
-/// set, the kernel makes the session: it would not without traffic, and a new end gets none before it has one.
+/// The persistent keepalive interval, in seconds. The kernel sends the first keepalive when the peer is set, which
+/// starts the handshake. Without it there would be no session: the kernel starts one only on traffic, and a device of
+/// a new key epoch gets no traffic before it has a session.
 const KEEPALIVE: u16 = 25;
 
-/// What stands in a dump for a key, or an endpoint, that goes with settings which ovl never makes: it is
-/// different from all that is wanted, and what is set in its place undoes them.
+/// The key and endpoint that a dump shows for a device or peer with settings that ovl never makes. They differ from
+/// every desired value, and the operation that corrects them also resets those settings.
 const NO_KEY: TunnelKey = TunnelKey([0; 32]);
 const NO_ENDPOINT: SocketAddr = SocketAddr::V6(SocketAddrV6::new(Ipv6Addr::UNSPECIFIED, 0, 0, 0));
 
-/// How it goes with a peer.
+/// The status of a WireGuard peer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct PeerStatus {
-    /// Where the last authenticated datagram came from; until then, as it was set.
+    /// The source of the last authenticated datagram; until then, the configured endpoint.
     pub(super) endpoint: Option<SocketAddr>,
-    /// Since the last handshake; none before the first.
+    /// The time since the last handshake; `None` before the first.
     pub(super) last_handshake: Option<Duration>,
-    /// Bytes.
+    /// The number of bytes received from it.
     pub(super) received: u64,
-    /// Bytes.
+    /// The number of bytes sent to it.
     pub(super) sent: u64,
 }
 
-/// A socket for WireGuard devices. Keeps no state: the kernel is asked each time.
+/// A socket for WireGuard devices. It keeps no state about them.
 #[derive(Debug)]
 pub(super) struct Wireguard {
     netlink: Netlink,
 }
 
 impl Wireguard {
-    /// For devices in the network namespace of the calling thread.
+    /// Opens a socket for devices in the network namespace of the calling thread.
     pub(super) fn open() -> Result<Self> {
         Netlink::open(NETLINK_GENERIC).map(Self::over)
     }
 
-    /// See [`Netlink::over`].
+    /// Uses an open socket, see [`Netlink::over`].
     pub(super) fn over(netlink: Netlink) -> Self {
         Self { netlink }
     }
 
-    /// Whether this kernel can make WireGuard devices. The question loads the module where there is
-    /// one, and leaves nothing else behind.
+    /// Whether this kernel supports WireGuard devices. The request loads the module if it is installed, and has no
+    /// other side effect.
     pub(super) fn is_there(&mut self) -> Result<bool> {
         Ok(self.family()?.is_some())
     }
 
-    /// Gives a device its private key and its UDP port; peers stay.
+    /// Sets the private key and the UDP port of a device. Its peers are kept.
     pub(super) fn set(&mut self, device: Device, key: &[u8; 32], port: u16) -> Result<()> {
         let mut batch = Batch::default();
         let family = self.known_family()?;
@@ -115,17 +115,16 @@ impl Wireguard {
         message.put(DEVICE_MARK, &0u32.to_ne_bytes());
         batch.push_built(family, 0, message.bytes());
         self.change(batch, device).map_err(|refusal| match refusal {
-            KernelError::Refused { errno: EADDRINUSE, .. } => KernelError::Other(format!(
-                "UDP port {port}, which the tunnel needs, is in use by another program (`ss -ulnp sport = :{port}` shows it)"
-            )),
+            KernelError::Refused { errno: EADDRINUSE, .. } => {
+                KernelError::UdpPortInUse { port, purpose: "the tunnel", setting: "tunnel_port" }
+            }
             other => other,
         })
     }
 
-    /// Adds a peer, or changes it: its allowed addresses become these, and nobody else has them any
-    /// more. Sessions that stand go on.
+    /// Adds or changes a peer. Its allowed addresses are replaced, and removed from other peers. Its session is kept.
     ///
-    /// More than fit one message take several, between which the peer has a part of them.
+    /// More allowed addresses than fit a message are sent in several, between which the peer has a part of them.
     pub(super) fn set_peer(&mut self, device: Device, key: TunnelKey, peer: &TunnelPeer) -> Result<()> {
         let family = self.known_family()?;
         let allowed: Vec<IpNet> = peer.allowed.iter().copied().collect();
@@ -145,7 +144,7 @@ impl Wireguard {
         self.change(batch, device)
     }
 
-    /// Ends its sessions at once. One that is gone, or whose device is, is no error.
+    /// Deletes a peer and its session. An absent peer or device is no error.
     pub(super) fn delete_peer(&mut self, device: Device, key: TunnelKey) -> Result<()> {
         let Some(family) = self.family()? else { return Ok(()) };
         let mut batch = Batch::default();
@@ -156,7 +155,8 @@ impl Wireguard {
         }
     }
 
-    /// What a device holds. Settings that ovl never makes show as a key, or an endpoint, of nobody.
+    /// Reads the configuration of a device and its peers. Settings that ovl never makes show as [`NO_KEY`] or
+    /// [`NO_ENDPOINT`].
     pub(super) fn dump(&mut self, device: Device) -> Result<(Tunnel, BTreeMap<TunnelKey, TunnelPeer>)> {
         let read = self.read(device)?;
         let key = read.key.filter(|_| read.mark == 0).unwrap_or(NO_KEY);
@@ -167,7 +167,7 @@ impl Wireguard {
         Ok((Tunnel { key, port: read.port, local: None }, peers.collect()))
     }
 
-    /// How it goes with each peer.
+    /// Reads the status of each peer.
     pub(super) fn status(&mut self, device: Device) -> Result<BTreeMap<TunnelKey, PeerStatus>> {
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         let peers = self.read(device)?.peers.into_iter().map(|(key, peer)| {
@@ -182,15 +182,15 @@ impl Wireguard {
         Ok(peers.collect())
     }
 
-    fn read(&mut self, device: Device) -> Result<Read> {
+    fn read(&mut self, device: Device) -> Result<DeviceDump> {
         let mut batch = Batch::default();
         let family = self.known_family()?;
         batch.push_built(family, 0, about(device, GET_DEVICE).bytes());
         let dump = self.netlink.dump(batch)?;
-        dump.map(|dump| Read::of(&dump, family)).map_err(|refusal| explain(device, refusal))
+        dump.map(|dump| DeviceDump::of(&dump, family)).map_err(|refusal| explain(device, refusal))
     }
 
-    /// Does what a batch asks for; the first refusal counts.
+    /// Sends a batch of changes. Returns the first error.
     fn change(&mut self, batch: Batch, device: Device) -> Result<()> {
         let (results, _) = self.netlink.execute(batch)?;
         match results.into_iter().find_map(Result::err) {
@@ -200,11 +200,11 @@ impl Wireguard {
     }
 
     fn known_family(&mut self) -> Result<u16> {
-        self.family()?.ok_or_else(no_wireguard)
+        self.family()?.ok_or(KernelError::NoWireguard)
     }
 
-    /// The number that the kernel has given to WireGuard's messages. Another one when the module comes
-    /// back, so it is asked for each time.
+    /// The message type that the kernel has assigned to WireGuard. `None` if it has no WireGuard. It changes when the
+    /// module is loaded again, so it is looked up each time.
     fn family(&mut self) -> Result<Option<u16>> {
         let mut message = Attributes::after(&[CTRL_CMD_GETFAMILY, 1, 0, 0]);
         message.put_text(CTRL_ATTR_FAMILY_NAME, FAMILY);
@@ -213,7 +213,7 @@ impl Wireguard {
         let (mut results, answers) = self.netlink.execute(batch)?;
         match results.pop() {
             Some(Err(refusal)) if refusal.errno == ENOENT => Ok(None),
-            Some(Err(refusal)) => Err(refusal.into_error("cannot ask the kernel for WireGuard")),
+            Some(Err(refusal)) => Err(refusal.into_error("cannot look up the netlink family of WireGuard")),
             Some(Ok(())) | None => Ok(answers
                 .iter()
                 .flat_map(|answer| attributes(&answer.payload, GENERIC))
@@ -223,21 +223,13 @@ impl Wireguard {
     }
 }
 
-/// For users whose kernel has none.
-pub(super) fn no_wireguard() -> KernelError {
-    KernelError::Other(
-        "this kernel has no WireGuard: install its module `wireguard`, or set `tunnel = \"userspace\"`"
-            .to_owned(),
-    )
-}
-
 fn explain(device: Device, refusal: Refusal) -> KernelError {
     match refusal.errno {
         ENODEV => KernelError::NoDevice(device),
         EOPNOTSUPP => KernelError::Other(format!(
-            "{device} is no WireGuard device of this kernel: delete it (`ip link del {device}`), and ovl makes it anew"
+            "{device} is not a WireGuard device: delete it (`ip link del {device}`); ovld then creates a new one"
         )),
-        _ => refusal.into_error(format!("cannot set up the tunnel {device}")),
+        _ => refusal.into_error(format!("cannot configure the tunnel device {device}")),
     }
 }
 
@@ -259,7 +251,7 @@ fn about_peer(device: Device, key: TunnelKey, flags: u32, more: impl FnOnce(&mut
     message
 }
 
-/// As a `sockaddr_in` or `sockaddr_in6`.
+/// Writes an endpoint as a `sockaddr_in` or `sockaddr_in6`.
 fn put_endpoint(peer: &mut Attributes, endpoint: SocketAddr) {
     let mut bytes = Vec::with_capacity(28);
     let family = if endpoint.is_ipv4() { AF_INET } else { AF_INET6 };
@@ -312,28 +304,28 @@ fn allowed(entry: &[u8]) -> Option<IpNet> {
     IpNet::new(ip(find(ALLOWED_ADDRESS)?)?, u8_at(find(ALLOWED_LENGTH)?, 0)?).ok()
 }
 
-/// A device and its peers, as a dump describes them. The private key is left where it is.
+/// A device and its peers in a dump. The private key is not copied.
 #[derive(Debug, Default)]
-struct Read {
+struct DeviceDump {
     key: Option<TunnelKey>,
     port: u16,
     mark: u32,
-    peers: BTreeMap<TunnelKey, ReadPeer>,
+    peers: BTreeMap<TunnelKey, PeerDump>,
 }
 
 #[derive(Debug, Default)]
-struct ReadPeer {
+struct PeerDump {
     endpoint: Option<SocketAddr>,
     allowed: BTreeSet<IpNet>,
-    /// Since 1970.
+    /// The time of the last handshake since the Unix epoch.
     handshake: Option<Duration>,
     received: u64,
     sent: u64,
-    /// It has a preshared key, or another keepalive.
+    /// Whether it has settings that ovl never makes: a preshared key, or another keepalive interval.
     is_foreign: bool,
 }
 
-impl Read {
+impl DeviceDump {
     fn of(dump: &Dump, family: u16) -> Self {
         let mut read = Self::default();
         for message in dump.messages().filter(|message| message.kind == family) {
@@ -350,7 +342,8 @@ impl Read {
         read
     }
 
-    /// One that does not fit a message goes on in the next, with its key and more allowed addresses.
+    /// Parses a peer. A peer that does not fit a message continues in the next one, with its key and more allowed
+    /// addresses.
     fn peer(&mut self, bytes: &[u8]) {
         let key = attributes(bytes, 0).find(|(kind, _)| *kind == PEER_KEY);
         let Some(key) = key.and_then(|(_, value)| value.try_into().ok()) else { return };
@@ -372,7 +365,7 @@ impl Read {
     }
 }
 
-/// Of a `__kernel_timespec`; all zero before the first.
+/// Parses a `__kernel_timespec`. `None` if it is zero: there was no handshake.
 fn handshake(bytes: &[u8]) -> Option<Duration> {
     let (seconds, nanoseconds) = (u64_of(bytes), u64_of(bytes.get(8..)?));
     let at = Duration::new(seconds, u32::try_from(nanoseconds).ok()?.min(999_999_999));

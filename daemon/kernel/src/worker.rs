@@ -1,4 +1,4 @@
-//! The thread that does all work on the kernel, in order.
+//! The kernel worker: the thread that serves all requests to the kernel in order.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::Read;
@@ -21,39 +21,42 @@ use tokio::sync::oneshot;
 use super::announce::Announcer;
 use super::apply::{self, Devices};
 use super::error::{KernelError, Result};
+use super::event_queue::EventQueue;
 use super::filter::Filter;
-use super::known::Known;
+use super::known::KernelModel;
 use super::monitor::Monitor;
-use super::netns::{self, Netns, Visitor};
-use super::outbox::Outbox;
+use super::netns::{self, Netns, NetnsWorker};
 use super::socket::Route;
 use super::sweep::{self, Sweeper};
 use super::tables::Tables;
 use super::tunnel::{self, TunnelStatus, Tunnels};
 use super::watch::Watch;
-use super::{Counted, EndpointSpec, Goal, HostEnd, KernelEvent, Made, Outcome, Pass, Retired, Underlay};
+use super::{
+    CountedElement, CreatedEndpoint, EndpointSpec, Goal, HostEnd, KernelEvent, Outcome, Pass,
+    RetiredEndpoint, Underlay,
+};
 use super::{conntrack, dump, endpoint, inspect, sysctl};
 
-/// So many entries go to the kernel at once.
+/// The maximum number of operations in a batch.
 const BATCH: usize = 256;
 
-/// What the worker is asked to do, and where the answer goes.
+/// A request to the worker, with the channel for the reply.
 #[derive(Debug)]
 pub(super) enum Request {
     Dump(oneshot::Sender<Result<Dataplane>>),
     Reconcile(Box<Goal>, oneshot::Sender<Result<Pass>>),
     Apply(Vec<Op>, oneshot::Sender<Vec<Outcome>>),
-    Create(Vec<Op>, Box<EndpointSpec>, oneshot::Sender<(Vec<Outcome>, Result<Made>)>),
+    Create(Vec<Op>, Box<EndpointSpec>, oneshot::Sender<(Vec<Outcome>, Result<CreatedEndpoint>)>),
     Inspect(Netns, String, oneshot::Sender<Result<Option<Inside>>>),
     Delete(Vec<Device>, oneshot::Sender<Result<()>>),
     Underlay(IpAddr, oneshot::Sender<Result<Underlay>>),
     Announce(Vec<(Device, IpAddr)>, oneshot::Sender<()>),
-    WayTo(IpAddr, oneshot::Sender<Result<Option<u32>>>),
+    OutputInterface(IpAddr, oneshot::Sender<Result<Option<u32>>>),
     Prefixes(oneshot::Sender<Result<Vec<IpNet>>>),
     RemoveFilter(oneshot::Sender<Result<()>>),
-    Retire(Vec<Retired>, Vec<Op>, oneshot::Sender<(Vec<Outcome>, Result<()>)>),
+    Retire(Vec<RetiredEndpoint>, Vec<Op>, oneshot::Sender<(Vec<Outcome>, Result<()>)>),
     Sweep(oneshot::Sender<Result<()>>),
-    Counts(Table, Vec<String>, oneshot::Sender<Result<Vec<Vec<Counted>>>>),
+    Counts(Table, Vec<String>, oneshot::Sender<Result<Vec<Vec<CountedElement>>>>),
     Counter(Table, &'static str, oneshot::Sender<Result<u64>>),
     HasWireguard(oneshot::Sender<bool>),
     LearnKey(PrivateKey, oneshot::Sender<()>),
@@ -67,24 +70,24 @@ pub(super) struct Worker {
     watch: Watch,
     filter: Filter,
     tables: Tables,
-    known: Known,
-    visitor: Visitor,
+    known: KernelModel,
+    netns_worker: NetnsWorker,
     sweeper: Sweeper,
     tunnels: Tunnels,
     announcer: Announcer,
-    outbox: Outbox,
+    event_queue: EventQueue,
 }
 
 impl Worker {
-    /// In the network namespace of the calling thread.
-    pub(super) fn new(outbox: Outbox, tunnels: Tunnels) -> Result<Self> {
-        // First the ears, then the first look: so nothing falls between.
+    /// Opens the sockets in the network namespace of the calling thread, and takes a first dump.
+    pub(super) fn new(event_queue: EventQueue, tunnels: Tunnels) -> Result<Self> {
+        // Subscribe before the dump, so that no change is missed between them.
         let monitor = Monitor::open()?;
         let tables = Tables::open()?;
         let watch = Watch::new(vec![tables.port()]);
         let filter = Filter::default();
         let mut route = Route::open()?;
-        let mut known = Known::default();
+        let mut known = KernelModel::default();
         let (kernel, names) = dump::kernel(&mut route)?;
         let sweeper = Sweeper::start()?;
         sweeper.doom(names.doomed.iter().copied());
@@ -96,19 +99,19 @@ impl Worker {
             filter,
             tables,
             known,
-            visitor: Visitor::default(),
+            netns_worker: NetnsWorker::default(),
             sweeper,
             tunnels,
             announcer: Announcer::open()?,
-            outbox,
+            event_queue,
         })
     }
 
-    /// Until all senders of requests are gone.
+    /// Serves requests and notifications until all senders of requests are dropped.
     pub(super) fn run(mut self, requests: &Receiver<Request>, mut wake: UnixStream) {
         let mut waiting = None;
         loop {
-            let again = self.outbox.flush();
+            let again = self.event_queue.flush();
             let fds = [Some(wake.as_raw_fd()), Some(self.monitor.descriptor()), self.watch.descriptor()];
             let Ok([_, changes, nftables]) = super::sys::poll(fds, again) else { return };
             let mut bytes = [0; 64];
@@ -129,10 +132,10 @@ impl Worker {
         }
     }
 
-    /// Gives back a request that was taken from the queue and is not for it.
+    /// Serves a request. Returns the next request if it was taken from the queue and is of another kind.
     fn serve(&mut self, request: Request, requests: &Receiver<Request>) -> Option<Request> {
         self.sweeper.note_work();
-        // Who asked may have gone away: then nobody wants the answer.
+        // The requester may have been cancelled, so errors of `reply.send` are ignored.
         match request {
             Request::Dump(reply) => {
                 let _ = reply.send(self.dump(&BTreeMap::new()));
@@ -148,8 +151,8 @@ impl Worker {
                 self.listen();
             }
             Request::Inspect(netns, ifname, reply) => {
-                let look = move |route: &mut Route| inspect::inspect(route, &ifname);
-                let _ = reply.send(self.visitor.visit(netns.fd, look));
+                let job = move |route: &mut Route| inspect::inspect(route, &ifname);
+                let _ = reply.send(self.netns_worker.run_in(netns.fd, job));
             }
             Request::Delete(devices, reply) => return self.delete(devices, reply, requests),
             Request::Underlay(vtep, reply) => {
@@ -159,8 +162,8 @@ impl Worker {
                 self.announcer.announce_at(&mut self.route, &addresses);
                 let _ = reply.send(());
             }
-            Request::WayTo(address, reply) => {
-                let _ = reply.send(dump::way_to(&mut self.route, address));
+            Request::OutputInterface(address, reply) => {
+                let _ = reply.send(dump::output_interface(&mut self.route, address));
             }
             Request::Prefixes(reply) => {
                 let _ = reply.send(dump::prefixes(&mut self.route));
@@ -169,7 +172,7 @@ impl Worker {
                 let _ = reply.send(self.retire(retired, ops));
                 self.listen();
             }
-            Request::Sweep(reply) => self.sweeper.all(reply),
+            Request::Sweep(reply) => self.sweeper.sweep_all(reply),
             Request::Counts(table, sets, reply) => {
                 let _ = reply.send(self.tables.counts(table, &sets));
             }
@@ -193,22 +196,23 @@ impl Worker {
         None
     }
 
-    /// Reads what the kernel says has changed, and passes on what we did not know.
+    /// Reads rtnetlink notifications, and queues events for changes by other programs.
     fn listen(&mut self) {
         if self.monitor.drain(&mut self.known) {
-            self.outbox.add(KernelEvent::Overrun);
+            self.event_queue.add(KernelEvent::Overrun);
         }
-        let news = self.known.news();
-        self.outbox.add_gone(news.gone);
-        if news.changed {
-            self.outbox.add(KernelEvent::Changed);
+        let changes = self.known.changes();
+        self.event_queue.add_gone(changes.gone);
+        if changes.changed {
+            self.event_queue.add(KernelEvent::Changed);
         }
-        if news.underlay {
-            self.outbox.add(KernelEvent::Underlay);
+        if changes.underlay {
+            self.event_queue.add(KernelEvent::Underlay);
         }
     }
 
-    /// The same for tables. What we change there ourselves is read too, so that it does not pile up.
+    /// Reads nftables notifications, and queues an event for changes by other programs. Notifications of changes by
+    /// ovld are read too, so that they do not fill the buffer.
     fn listen_to_tables(&mut self) {
         self.watch.drain(0);
         let filter = self.watch.take_filter();
@@ -218,18 +222,19 @@ impl Worker {
         }
         self.tables.touched(&tables);
         if filter || !tables.is_empty() {
-            self.outbox.add(KernelEvent::FilterChanged);
+            self.event_queue.add(KernelEvent::FilterChanged);
         }
     }
 
-    /// For a teardown.
+    /// Deletes all nftables tables of ovl.
     fn remove_tables(&mut self) -> Result<()> {
         self.tunnels.remove()?;
         self.filter.remove(&mut self.watch)?;
         Table::ALL.into_iter().try_for_each(|table| self.tables.remove(table))
     }
 
-    /// Of our tables, what `wanted` says is looked for where we did not write it.
+    /// Dumps the actual data plane. `wanted` names the sets to read from nftables tables that this process did not
+    /// write.
     fn dump(&mut self, wanted: &BTreeMap<Table, Arc<Skeleton>>) -> Result<Dataplane> {
         self.listen();
         let (mut kernel, names) = dump::kernel(&mut self.route)?;
@@ -249,7 +254,7 @@ impl Worker {
         actual.ports.retain(|(device, _)| !goal.ignored.contains(device));
         actual.routes.retain(|_, hop| hop.device.is_none_or(|device| !goal.ignored.contains(&device)));
         actual.neighbours.retain(|key, _| !goal.ignored.contains(&key.0) && !goal.expected.contains(key));
-        // What others opened, as the plugin portmap does, is theirs to close.
+        // Other programs, such as the CNI plugin portmap, set route_localnet on devices too. ovl does not reset it there.
         actual.localnets.retain(|device| goal.desired.localnets.contains(device));
         let ops = diff(&actual, &goal.desired, goal.prune);
         let lost = lost_endpoints(&actual, &goal.desired).collect();
@@ -268,7 +273,7 @@ impl Worker {
         outcomes
     }
 
-    /// Leaves some of what the kernel says about it to be heard.
+    /// Applies operations in batches of one kind. Some notifications about them may still have to be read afterwards.
     fn carry_out(&mut self, ops: Vec<Op>, devices: &mut Devices) -> Vec<Outcome> {
         let mut outcomes = Vec::with_capacity(ops.len());
         let mut peers = Vec::new();
@@ -308,8 +313,8 @@ impl Worker {
         outcomes
     }
 
-    /// Operations of one kind; `peers` takes the MTUs of other ends that are still to be set.
-    fn run_of(&mut self, run: &[Op], devices: &mut Devices, peers: &mut Vec<Peer>) -> Vec<Result<()>> {
+    /// Applies operations of one kind. Adds the MTUs that peer interfaces still need to `peers`.
+    fn run_of(&mut self, run: &[Op], devices: &mut Devices, peers: &mut Vec<PeerMtu>) -> Vec<Result<()>> {
         let route = &mut self.route;
         let for_all = |results: Result<Vec<Result<()>>>| {
             results.unwrap_or_else(|error| run.iter().map(|_| Err(error.clone())).collect())
@@ -360,9 +365,12 @@ impl Worker {
                 apply::set_link(route, devices, op, *device, from, to).and_then(|located| {
                     let Some(mtu) = apply::peer_mtu(*device, from, to) else { return Ok(()) };
                     let peer = located.peer.zip(located.peer_netns);
-                    let (index, netns) = peer
-                        .ok_or_else(|| KernelError::Other(format!("the other end of {device} is unknown")))?;
-                    peers.push(Peer { device: *device, index, netns, mtu });
+                    let (index, netns) = peer.ok_or_else(|| {
+                        KernelError::Other(format!(
+                            "cannot set the MTU of the peer interface of {device}: it is unknown"
+                        ))
+                    })?;
+                    peers.push(PeerMtu { device: *device, index, netns, mtu });
                     Ok(())
                 })
             }
@@ -371,12 +379,12 @@ impl Worker {
         vec![one]
     }
 
-    /// Gives the other ends of endpoints their MTU, namespace by namespace.
-    fn set_peers(&mut self, peers: Vec<Peer>, outcomes: &mut [Outcome]) {
+    /// Sets the MTUs of peer interfaces, namespace by namespace. A failure replaces the result of the operation.
+    fn set_peers(&mut self, peers: Vec<PeerMtu>, outcomes: &mut [Outcome]) {
         if peers.is_empty() {
             return;
         }
-        let mut by_netns: BTreeMap<i32, Vec<Peer>> = BTreeMap::new();
+        let mut by_netns: BTreeMap<i32, Vec<PeerMtu>> = BTreeMap::new();
         for peer in peers {
             by_netns.entry(peer.netns).or_default().push(peer);
         }
@@ -386,11 +394,10 @@ impl Worker {
             let results = match found.remove(&id) {
                 Some(netns) => {
                     let mtus = peers.iter().map(|peer| (peer.index, peer.mtu)).collect();
-                    endpoint::set_peer_mtu(&mut self.visitor, netns, mtus)
+                    endpoint::set_peer_mtu(&mut self.netns_worker, netns, mtus)
                 }
                 None => Err(KernelError::Other(
-                    "cannot set the MTU inside of a namespace that has neither a name nor a process"
-                        .to_owned(),
+                    "cannot set the MTU in a namespace that has neither a name nor a process".to_owned(),
                 )),
             };
             let results = results.unwrap_or_else(|error| peers.iter().map(|_| Err(error.clone())).collect());
@@ -407,19 +414,20 @@ impl Worker {
         }
     }
 
-    fn create(&mut self, ops: Vec<Op>, spec: EndpointSpec) -> (Vec<Outcome>, Result<Made>) {
+    fn create(&mut self, ops: Vec<Op>, spec: EndpointSpec) -> (Vec<Outcome>, Result<CreatedEndpoint>) {
         let device = spec.device;
         let (after, before): (Vec<Op>, Vec<Op>) =
             ops.into_iter().partition(|op| op.device() == Some(device) || publishes(op));
         let mut devices = Devices::default();
-        // All in one go; what is wrong with one of them, its user hears.
+        // One lookup for both devices. An error is returned when the device is used.
         let bridge = match spec.host_end {
             HostEnd::Port(bridge, _) => Some(bridge),
             HostEnd::Routed { .. } => None,
         };
         let _ = devices.find(&mut self.route, bridge.into_iter().chain([device]));
         let mut outcomes = self.carry_out(before, &mut devices);
-        let created = endpoint::create(&mut self.route, &mut devices, &mut self.visitor, &self.sweeper, spec);
+        let created =
+            endpoint::create(&mut self.route, &mut devices, &mut self.netns_worker, &self.sweeper, spec);
         let result = match created {
             Ok(created) => {
                 self.known.created(created.index, device, created.link);
@@ -434,11 +442,11 @@ impl Worker {
         (outcomes, result)
     }
 
-    fn retire(&mut self, retired: Vec<Retired>, ops: Vec<Op>) -> (Vec<Outcome>, Result<()>) {
+    fn retire(&mut self, retired: Vec<RetiredEndpoint>, ops: Vec<Op>) -> (Vec<Outcome>, Result<()>) {
         let mut all = Ok(());
         for one in retired {
             let device = one.device;
-            match sweep::retire(&mut self.route, &mut self.visitor, &self.sweeper, one) {
+            match sweep::retire(&mut self.route, &mut self.netns_worker, &self.sweeper, one) {
                 Ok(()) => self.known.deleted(device),
                 Err(error) => all = Err(error),
             }
@@ -446,7 +454,8 @@ impl Worker {
         (self.carry_out(ops, &mut Devices::default()), all)
     }
 
-    /// Takes along further requests of the kind that wait already: together they take no longer.
+    /// Deletes devices, together with those of all `Delete` requests that follow in the queue: deleting many takes as
+    /// long as deleting one. Returns the next request of another kind.
     fn delete(
         &mut self,
         devices: Vec<Device>,
@@ -477,7 +486,7 @@ impl Worker {
         self.listen();
         let mut results = results.into_iter();
         for (devices, reply) in together {
-            // Each takes as many as it asked for, also where one of them failed.
+            // Take one result per requested device, even after a failure.
             let its: Vec<Result<()>> = results.by_ref().take(devices.len()).collect();
             let _ = reply.send(its.into_iter().collect());
         }
@@ -485,7 +494,7 @@ impl Worker {
     }
 }
 
-/// Whether an operation publishes a port, takes one back, or ends what was before.
+/// Whether an operation publishes a port, withdraws one, or ends its old flows.
 fn publishes(op: &Op) -> bool {
     match op {
         Op::Nft(op) => op.is_element() && op.table() == Some(Table::Publish),
@@ -502,9 +511,9 @@ fn publishes(op: &Op) -> bool {
     }
 }
 
-/// The other end of an endpoint whose MTU changes.
+/// The peer interface of an endpoint whose MTU changes.
 #[derive(Debug)]
-struct Peer {
+struct PeerMtu {
     device: Device,
     index: u32,
     netns: i32,

@@ -1,7 +1,7 @@
-//! Who a node is (an Ed25519 key pair), what it signs, and the keys that all nodes of a cluster share.
+//! Identities (Ed25519 key pairs), signatures, tunnel keys, and the cluster key.
 //!
-//! Nothing secret has a `Debug` that shows it, and every file with a secret is refused when others
-//! can read it: such a secret must be taken for known.
+//! No `Debug` shows a secret. A file with a secret is refused if other users can read it, because the secret must be
+//! considered disclosed.
 
 mod cluster;
 mod keyfile;
@@ -25,10 +25,10 @@ use ring::signature::{ED25519, Ed25519KeyPair, KeyPair, UnparsedPublicKey};
 pub use cluster::{ClusterKey, Keyring};
 pub use keyfile::KeyFile;
 
-/// A file with a secret is never larger than this.
+/// The maximum size of a file with a secret, in bytes.
 const MAX_SECRET_FILE: u64 = 4096;
 
-/// The node's key pair.
+/// The key pair of a host.
 pub struct Identity {
     pair: Ed25519KeyPair,
     public: PublicKey,
@@ -42,50 +42,55 @@ impl std::fmt::Debug for Identity {
 }
 
 impl Identity {
-    /// Reads the key pair, or makes it where there is no file yet. A file that is there and is not
-    /// good is an error, and never replaced: the node would become another one.
+    /// Reads the key pair, or creates it if there is no file. An invalid file is never replaced: the host would get
+    /// another id.
+    ///
+    /// # Errors
+    ///
+    /// [`Damaged`] if the file is invalid; otherwise it cannot be read or written, or other users can read it.
     pub fn load_or_create(path: &Path) -> anyhow::Result<Self> {
         if let Some(document) = read_secret(path)? {
             return Self::from_pkcs8(&document).with_context(|| {
                 Damaged(format!(
-                    "{} does not hold this node's key pair (cut short, or overwritten); restore it, or remove \
-                     it to make this host a new node",
+                    "{}: invalid key pair (the file is truncated or overwritten): restore it, or delete it to make this \
+                     a new host",
                     path.display()
                 ))
             });
         }
-        let document = Ed25519KeyPair::generate_pkcs8(&SystemRandom::new())
-            .map_err(|_| anyhow::anyhow!("the kernel gave no random numbers"))?;
+        let document = Ed25519KeyPair::generate_pkcs8(&SystemRandom::new()).map_err(|_| {
+            anyhow::anyhow!("cannot create a key pair: the kernel returned no random numbers")
+        })?;
         ovl_files::create(path, document.as_ref())
             .with_context(|| format!("cannot write {}", path.display()))?;
-        // Read back what is there: if two daemons start at once, the first one's file counts.
-        let Some(document) = read_secret(path)? else { bail!("{} vanished", path.display()) };
+        // Read it back: if two daemons start at once, the file of the first one counts.
+        let Some(document) = read_secret(path)? else { bail!("{} was deleted meanwhile", path.display()) };
         Self::from_pkcs8(&document)
     }
 
-    /// One that is kept nowhere, for tests.
+    /// Creates a key pair without a file, for tests.
     #[cfg(test)]
     pub fn ephemeral() -> Self {
         Self::from_pkcs8(Ed25519KeyPair::generate_pkcs8(&SystemRandom::new()).unwrap().as_ref()).unwrap()
     }
 
-    /// From the content of a file, for tests.
+    /// Parses the content of a file, for tests.
     #[cfg(test)]
     pub fn from_pkcs8_for_tests(document: &[u8]) -> Self {
         Self::from_pkcs8(document).unwrap()
     }
 
-    /// The hash of the public key.
+    /// The id of the host: the hash of the public key.
     pub fn id(&self) -> NodeId {
         self.id
     }
 
-    /// What checks this node's signatures.
+    /// The public key, which verifies the signatures of the host.
     pub fn public_key(&self) -> &PublicKey {
         &self.public
     }
 
-    /// Signs for one purpose.
+    /// Signs a body for one purpose.
     pub fn sign(&self, domain: Domain, body: &[u8]) -> Signature {
         let signature = self.pair.sign(&domain.message(body));
         let mut bytes = [0; 64];
@@ -95,7 +100,11 @@ impl Identity {
         Signature(bytes)
     }
 
-    /// Encodes and signs the node's own record.
+    /// Encodes and signs the record of the host.
+    ///
+    /// # Errors
+    ///
+    /// The record cannot be encoded.
     pub fn sign_record(&self, record: &NodeRecord) -> Result<SignedRecord, WireError> {
         let body = wire::encode_body(record)?;
         let signature = self.sign(Domain::Record, &body);
@@ -103,16 +112,16 @@ impl Identity {
     }
 
     fn from_pkcs8(document: &[u8]) -> anyhow::Result<Self> {
-        // Checks that the public key in the file belongs to the private one.
+        // This also checks that the public key in the file belongs to the private key.
         let pair = Ed25519KeyPair::from_pkcs8(document)
-            .map_err(|error| anyhow::anyhow!("no Ed25519 key: {error}"))?;
+            .map_err(|error| anyhow::anyhow!("invalid Ed25519 key: {error}"))?;
         let public: PublicKey = pair.public_key().as_ref().try_into()?;
         Ok(Self { id: node_id(&public), pair, public })
     }
 }
 
-/// The private keys of this host's end of the tunnel, as they are on the disk: a line for the key, as `wg genkey`
-/// writes it, with the epoch after it (0 is left out); while it moves to that epoch a line for the key before it.
+/// The tunnel keys of this host, as stored on disk: one line with the private key, as `wg genkey` writes it, followed
+/// by its epoch (omitted if it is 0). During a rotation, a second line has the previous key.
 #[derive(Clone)]
 pub struct TunnelSecret {
     current: PrivateKey,
@@ -127,12 +136,17 @@ impl std::fmt::Debug for TunnelSecret {
 }
 
 impl TunnelSecret {
-    /// Reads the keys, or makes one where there is no file yet. One that is there and is not good is an error.
+    /// Reads the keys, or creates a key if there is no file.
+    ///
+    /// # Errors
+    ///
+    /// [`Damaged`] if the file is invalid; otherwise it cannot be read or written, or other users can read it.
     pub fn load_or_create(path: &Path) -> anyhow::Result<Self> {
         if let Some(text) = read_secret(path)? {
             return Self::from_text(&text).with_context(|| {
                 Damaged(format!(
-                    "{} does not hold a tunnel key; restore it, or remove it: the other hosts learn the new one",
+                    "{}: invalid tunnel key: restore the file, or delete it to create a new key, which the other hosts \
+                     learn",
                     path.display()
                 ))
             });
@@ -140,47 +154,55 @@ impl TunnelSecret {
         let fresh = Self { current: new_private_key()?, epoch: 0, previous: None };
         ovl_files::create(path, fresh.to_text().as_bytes())
             .with_context(|| format!("cannot write {}", path.display()))?;
-        let Some(text) = read_secret(path)? else { bail!("{} vanished", path.display()) };
+        let Some(text) = read_secret(path)? else { bail!("{} was deleted meanwhile", path.display()) };
         Self::from_text(&text)
     }
 
-    /// Puts them on the disk.
-    pub fn keep(&self, path: &Path) -> anyhow::Result<()> {
+    /// Writes the keys to disk.
+    ///
+    /// # Errors
+    ///
+    /// The file cannot be written.
+    pub fn save(&self, path: &Path) -> anyhow::Result<()> {
         ovl_files::replace_shared(path, self.to_text().as_bytes())
             .with_context(|| format!("cannot write {}", path.display()))
     }
 
-    /// A new key.
-    pub fn renewed(&self) -> anyhow::Result<Self> {
+    /// Replaces the current key by a new one.
+    ///
+    /// # Errors
+    ///
+    /// The kernel returns no random numbers.
+    pub fn with_new_key(&self) -> anyhow::Result<Self> {
         Ok(Self { current: new_private_key()?, ..self.clone() })
     }
 
-    /// In another epoch; where the one before is still there, its key is kept.
-    pub fn moved(&self, epoch: u32, before: Option<&Self>) -> Self {
+    /// Sets the epoch. `before` is the previous epoch if it is still in use; its key is kept as the previous key.
+    pub fn with_epoch(&self, epoch: u32, before: Option<&Self>) -> Self {
         Self { current: self.current.clone(), epoch, previous: before.map(|before| before.current.clone()) }
     }
 
-    /// The end of a move.
-    pub fn settled(&self) -> Self {
+    /// Drops the previous key, at the end of a rotation.
+    pub fn without_previous(&self) -> Self {
         Self { previous: None, ..self.clone() }
     }
 
-    /// The public half.
+    /// The public half of the current key.
     pub fn public(&self) -> TunnelKey {
         TunnelKey(ovl_tunnel::public_key(&self.current))
     }
 
-    /// That of the key before, during a move.
+    /// The public half of the previous key; `None` if there is no rotation.
     pub fn previous(&self) -> Option<TunnelKey> {
         self.previous.as_ref().map(|key| TunnelKey(ovl_tunnel::public_key(key)))
     }
 
-    /// The epoch of the current key: whoever moves the tunnel decides when the next one begins.
+    /// The epoch of the current key.
     pub fn epoch(&self) -> u32 {
         self.epoch
     }
 
-    /// The private halves, for who opens the tunnel.
+    /// The private keys, for the tunnel devices.
     pub fn private(&self) -> Vec<PrivateKey> {
         std::iter::once(&self.current).chain(&self.previous).cloned().collect()
     }
@@ -193,7 +215,7 @@ impl TunnelSecret {
     }
 
     fn from_text(text: &[u8]) -> anyhow::Result<Self> {
-        // What is wrong with it is not said: it may be most of a key.
+        // The errors do not show the text: it may be most of a key.
         let key = |line: &[u8]| {
             let bytes = BASE64.decode(line).ok().and_then(|bytes| bytes.try_into().ok());
             bytes.map(PrivateKey).context("not 32 bytes in base64")
@@ -202,7 +224,9 @@ impl TunnelSecret {
         let mut first = lines.next().unwrap_or_default().splitn(2, |byte| *byte == b' ');
         let current = key(first.next().unwrap_or_default())?;
         let epoch = match first.next() {
-            Some(epoch) => std::str::from_utf8(epoch)?.parse().context("no number after the key")?,
+            Some(epoch) => {
+                std::str::from_utf8(epoch)?.parse().context("the epoch after the key is not a number")?
+            }
             None => 0,
         };
         let previous = lines.next().map(key).transpose()?;
@@ -215,43 +239,49 @@ impl TunnelSecret {
 
 fn new_private_key() -> anyhow::Result<PrivateKey> {
     let mut bytes = [0; 32];
-    SystemRandom::new().fill(&mut bytes).map_err(|_| anyhow::anyhow!("the kernel gave no random numbers"))?;
-    // RFC 7748, section 5.
+    SystemRandom::new()
+        .fill(&mut bytes)
+        .map_err(|_| anyhow::anyhow!("cannot create a tunnel key: the kernel returned no random numbers"))?;
+    // Clamping: RFC 7748, section 5.
     let [first, .., last] = &mut bytes;
     *first &= 248;
     *last = *last & 127 | 64;
     Ok(PrivateKey(bytes))
 }
 
-/// Whether the signature is by that key, over that body, for that purpose.
+/// Whether a signature of a body is valid for a key and a purpose.
 pub fn verify(key: &PublicKey, domain: Domain, body: &[u8], signature: &Signature) -> bool {
     UnparsedPublicKey::new(&ED25519, key).verify(&domain.message(body), &signature.0).is_ok()
 }
 
-/// The id that belongs to a public key.
+/// The id of the host with a public key.
 pub fn node_id(key: &PublicKey) -> NodeId {
     let [a, b, c, d, e, f, g, h, i, j, ..] = sha256(key);
     NodeId([a, b, c, d, e, f, g, h, i, j])
 }
 
-/// Why a node record is not believed.
+/// The reason why a record is invalid.
 #[derive(Debug, thiserror::Error)]
 pub enum RecordError {
-    /// Not a record.
+    /// It cannot be decoded.
     #[error(transparent)]
     Wire(#[from] WireError),
-    /// The id is not that of the key.
-    #[error("the node id {0} does not belong to the key in the record")]
+    /// The id is not the hash of the public key.
+    #[error("record of host {0}: the id does not match the public key in the record")]
     Id(NodeId),
-    /// Not signed by the key inside.
-    #[error("the record of {0} is not signed by its key")]
+    /// The signature is invalid.
+    #[error("record of host {0}: invalid signature")]
     Signature(NodeId),
-    /// Signed, and nonsense all the same.
-    #[error("the record of {0} is not usable: {1}")]
+    /// The signature is valid, but a field is not.
+    #[error("record of host {0}: {1}")]
     Field(NodeId, &'static str),
 }
 
-/// Decodes a record and checks all that can be checked without knowing anything else.
+/// Decodes a record and validates its id, signature and fields.
+///
+/// # Errors
+///
+/// The first check that fails.
 pub fn open_record(signed: &SignedRecord) -> Result<NodeRecord, RecordError> {
     let record = signed.record()?;
     let id = record.id;
@@ -261,42 +291,43 @@ pub fn open_record(signed: &SignedRecord) -> Result<NodeRecord, RecordError> {
     if !verify(&record.public_key, Domain::Record, &signed.body, &signed.signature) {
         return Err(RecordError::Signature(id));
     }
-    match nonsense(&record) {
+    match invalid_field(&record) {
         Some(what) => Err(RecordError::Field(id, what)),
         None => Ok(record),
     }
 }
 
-/// Whether a node may be called so: 1 to 63 letters, digits, dots, underscores and hyphens.
+/// Whether a host name is valid: 1 to 63 letters, digits, dots, underscores and hyphens.
 pub fn is_node_name(name: &str) -> bool {
     (1..=63).contains(&name.len()) && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b))
 }
 
-fn nonsense(record: &NodeRecord) -> Option<&'static str> {
+/// Describes the first invalid field of a record. `None` if all are valid.
+fn invalid_field(record: &NodeRecord) -> Option<&'static str> {
     if !is_node_name(&record.name) {
-        return Some("its name is not 1 to 63 letters, digits, '.', '_' and '-'");
+        return Some("invalid name: 1 to 63 letters, digits, '.', '_' and '-' are allowed");
     }
     if !is_host(record.vtep) {
-        return Some("its VTEP is not the address of a host");
+        return Some("the VTEP is not a host address");
     }
     if !is_host(record.address.ip()) || record.address.port() == 0 {
-        return Some("its gossip address is not that of a host");
+        return Some("the gossip address is not a host address with a port");
     }
     if record.vxlan_port == 0 {
-        return Some("its VXLAN port is 0");
+        return Some("the VXLAN port is 0");
     }
     if record.tunnel.is_some_and(|tunnel| tunnel.port == 0 || tunnel.key.0 == [0; 32]) {
-        return Some("its end of the tunnel has no port or no key");
+        return Some("the tunnel has no port or no key");
     }
-    // IPv4 asks of every host that it takes 576 bytes.
+    // Every IPv4 host must accept datagrams of 576 bytes (RFC 791, section 3.1).
     if record.link_mtu < 576 {
-        return Some("its link MTU is below 576");
+        return Some("the link MTU is below 576");
     }
     if record.keys.opens.len() > MAX_OTHER_KEYS {
-        return Some("it has too many cluster keys");
+        return Some("too many cluster keys");
     }
     if record.version.len() > 32 || !record.version.bytes().all(|b| b.is_ascii_graphic()) {
-        return Some("its version is not short plain text");
+        return Some("the version is not at most 32 printable ASCII characters");
     }
     None
 }
@@ -306,7 +337,7 @@ fn is_host(ip: IpAddr) -> bool {
     !ip.is_unspecified() && !ip.is_multicast() && !broadcast
 }
 
-/// The content of a file that only its owner can read; nothing if there is no such file.
+/// Reads a file that only its owner may access. `None` if there is no file.
 fn read_secret(path: &Path) -> anyhow::Result<Option<Vec<u8>>> {
     let file = match fs::File::open(path) {
         Ok(file) => file,
@@ -320,8 +351,8 @@ fn read_secret(path: &Path) -> anyhow::Result<Option<Vec<u8>>> {
     let mode = metadata.permissions().mode() & 0o7777;
     if mode & 0o077 != 0 {
         bail!(
-            "{path} can be read or written by others (mode {mode:04o}): run 'chmod 600 {path}', and make a new key if \
-             anybody may have read it",
+            "{path} can be read or written by other users (mode {mode:04o}): run 'chmod 600 {path}', and create a new \
+             key if another user may have read it",
             path = path.display()
         );
     }
@@ -330,7 +361,7 @@ fn read_secret(path: &Path) -> anyhow::Result<Option<Vec<u8>>> {
         .read_to_end(&mut content)
         .with_context(|| format!("cannot read {}", path.display()))?;
     if content.len() as u64 > MAX_SECRET_FILE {
-        bail!("{} is too large to be a key", path.display());
+        bail!("{} is larger than {MAX_SECRET_FILE} bytes, so it is not a key file", path.display());
     }
     Ok(Some(content))
 }

@@ -1,9 +1,9 @@
-//! How daemons talk to each other.
+//! Communication between daemons.
 //!
-//! | module | what is in it |
+//! | module | content |
 //! | --- | --- |
-//! | [`gossip`] | sealed datagrams, chitchat over them, pings, path MTU |
-//! | [`streams`] | encrypted TCP streams between daemons |
+//! | [`gossip`] | sealed datagrams: chitchat, pings, path MTU probes |
+//! | [`streams`] | encrypted TCP streams |
 //! | [`keys`] | identity, cluster key, signatures, and the files that hold them |
 
 #![warn(missing_docs)]

@@ -15,7 +15,9 @@ use ovl_dataplane::device::{Device, Role};
 use ovl_dataplane::op::Op;
 use ovl_dataplane::state::Dataplane;
 use ovl_files::{Durability, replace};
-use ovl_kernel::{EndpointSpec, HostEnd, Made, Netns, Other, Resolver, Retired, open_netns};
+use ovl_kernel::{
+    CreatedEndpoint, EndpointSpec, HostEnd, Netns, PeerLocation, Resolver, RetiredEndpoint, open_netns,
+};
 use ovl_proto::id::{EndpointId, Mac, NetworkId};
 use ovl_proto::object::{Driver, Mode, Network, Subnet};
 use ovl_proto::table::{Endpoint, Entry, Key};
@@ -101,7 +103,7 @@ impl Node {
         &self,
         request: Attach,
         cni: Option<Attachment>,
-    ) -> Result<(EndpointInfo, Made), Failed> {
+    ) -> Result<(EndpointInfo, CreatedEndpoint), Failed> {
         let own = {
             let state = self.state.borrow();
             state.view.network(&request.network).is_some_and(|found| found.network.driver == Driver::Bridge)
@@ -131,7 +133,7 @@ impl Node {
         (reserved, ports): (Vec<Reserved<'_>>, SetAside<'_>),
         local: LocalEndpoint,
         netns: Option<Netns>,
-    ) -> Result<(EndpointInfo, Made), Failed> {
+    ) -> Result<(EndpointInfo, CreatedEndpoint), Failed> {
         // Pods are given the address of a resolver by their runtime.
         let resolver = local.cni.is_none();
         if resolver || self.has_services() {
@@ -512,14 +514,15 @@ impl Node {
     }
 
     /// What the kernel is told of endpoints that go, and their networks.
-    fn retired(&self, ids: &[EndpointId]) -> (Vec<Retired>, BTreeSet<NetworkId>) {
+    fn retired(&self, ids: &[EndpointId]) -> (Vec<RetiredEndpoint>, BTreeSet<NetworkId>) {
         let state = self.state.borrow();
         let other = |id| match state.endpoints.get(id) {
-            Some(local) if local.docker.is_some() => Other::Fetched,
-            Some(local) => open_netns(&local.netns).map_or(Other::Lost, Other::In),
-            None => Other::Lost,
+            Some(local) if local.docker.is_some() => PeerLocation::Moved,
+            Some(local) => open_netns(&local.netns).map_or(PeerLocation::Unknown, PeerLocation::Netns),
+            None => PeerLocation::Unknown,
         };
-        let retired = ids.iter().map(|id| Retired { device: Device::endpoint(*id), other: other(id) });
+        let retired =
+            ids.iter().map(|id| RetiredEndpoint { device: Device::endpoint(*id), other: other(id) });
         let networks = ids.iter().filter_map(|id| state.own_endpoint(*id)).map(|endpoint| endpoint.network);
         (retired.collect(), networks.collect())
     }

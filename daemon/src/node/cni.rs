@@ -228,7 +228,7 @@ impl Node {
 }
 
 /// The result of an `ADD`.
-fn render(add: &Add, network: &Network, endpoint: &EndpointInfo, made: kernel::Made) -> Value {
+fn render(add: &Add, network: &Network, endpoint: &EndpointInfo, made: kernel::CreatedEndpoint) -> Value {
     let host = |device: Device, mac: Mac| (device.to_string(), mac);
     let bridge =
         (network.mode == Mode::L2).then(|| host(Device::bridge(network.id), Mac::of_gateway(network.id)));

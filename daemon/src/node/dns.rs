@@ -101,7 +101,7 @@ impl Names {
 }
 
 fn has_v6() -> bool {
-    ovl_kernel::setting("net.ipv6.conf.all.forwarding").is_some()
+    ovl_kernel::read_sysctl("net.ipv6.conf.all.forwarding").is_some()
 }
 
 fn key(network: NetworkId) -> ovl_dns::NetworkKey {

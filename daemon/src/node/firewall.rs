@@ -62,7 +62,7 @@ impl Node {
             for command in &commands {
                 self.event("kernel", BASE_TABLE, &command.join(" "));
             }
-            blocking(move || kernel::run_all(&commands)).await?;
+            blocking(move || kernel::run_commands(&commands)).await?;
         }
         self.state.borrow_mut().problems.replace(Code::Firewall, problems);
         Ok(())

@@ -125,7 +125,7 @@ impl Node {
     async fn keep_keys(&self, turn: &Turn<'_>, ring: Keyring) -> anyhow::Result<()> {
         let ring = Arc::new(ring);
         let kept = Arc::clone(&ring);
-        self.with_key_file(turn, move |file| file.keep(&kept)).await?;
+        self.with_key_file(turn, move |file| file.save(&kept)).await?;
         {
             let keys = &mut self.state.borrow_mut().keys;
             keys.offered.take_if(|key| ring.get(key.id()).is_some());

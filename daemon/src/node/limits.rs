@@ -48,7 +48,7 @@ impl Node {
             && source_filter(&underlay.device) == STRICT
         {
             for (name, vtep) in peers {
-                match self.kernel.way_to(vtep).await {
+                match self.kernel.output_interface(vtep).await {
                     Ok(Some(index)) if index != underlay.index => {
                         sentence = Some(format!(
                             "net.ipv4.conf.{0}.rp_filter is 1 (strict), and the way back to host {name} at {vtep} \
@@ -74,7 +74,7 @@ impl Node {
             _ => ("ipv6", false),
         };
         let name = format!("net.{family}.neigh.default.gc_thresh3");
-        let most = kernel::setting(&name).and_then(|value| value.parse::<usize>().ok());
+        let most = kernel::read_sysctl(&name).and_then(|value| value.parse::<usize>().ok());
         let near = state.view.nodes.values().filter(|node| node.record.vtep.is_ipv4() == is_v4);
         let near = match state.local.segment {
             Some(segment) => near.filter(|node| segment.contains(&node.record.vtep)).count(),
@@ -95,7 +95,7 @@ impl Node {
 fn source_filter(device: &str) -> u32 {
     // A device's name may have dots; sysctl writes them as slashes.
     let of = |name: &str| {
-        let value = kernel::setting(&format!("net.ipv4.conf.{}.rp_filter", name.replace('.', "/")));
+        let value = kernel::read_sysctl(&format!("net.ipv4.conf.{}.rp_filter", name.replace('.', "/")));
         value.and_then(|value| value.parse().ok()).unwrap_or(0)
     };
     of("all").max(of(device))

@@ -50,7 +50,7 @@ use ovl_dataplane::device::Device;
 use ovl_kernel::{self as kernel, KernelEvent, KernelHandle, Prober};
 use ovl_mesh::gossip::{Gossip, GossipConfig, GossipEvent, Hints};
 use ovl_mesh::keys::{ClusterKey, Identity, KeyFile, Keyring, TunnelSecret};
-use ovl_mesh::streams::{LinkEvent, Links, LinksConfig};
+use ovl_mesh::streams::{StreamEvent, Streams, StreamsConfig};
 use ovl_proto::id::NodeId;
 use ovl_proto::record::{NodeRecord, Presence, SignedRecord};
 use ovl_subsystems::local::Local;
@@ -96,9 +96,9 @@ pub(crate) struct Node {
     prober: Prober,
     ports: Ports,
     gossip: RefCell<Gossip>,
-    links: RefCell<Links>,
+    links: RefCell<Streams>,
     gossip_events: mpsc::Sender<GossipEvent>,
-    link_events: mpsc::Sender<LinkEvent>,
+    link_events: mpsc::Sender<StreamEvent>,
     writer: store::Writer,
     state: RefCell<State>,
     /// Calls of container runtimes that are under way.
@@ -138,7 +138,7 @@ pub(crate) struct Node {
 /// The receiving ends of what a node is told.
 struct Inbox {
     gossip: mpsc::Receiver<GossipEvent>,
-    links: mpsc::Receiver<LinkEvent>,
+    links: mpsc::Receiver<StreamEvent>,
     kernel: mpsc::Receiver<KernelEvent>,
     saved: mpsc::UnboundedReceiver<(u64, Result<()>)>,
 }
@@ -337,7 +337,7 @@ impl Node {
         self.gossip.borrow()
     }
 
-    fn links(&self) -> Ref<'_, Links> {
+    fn links(&self) -> Ref<'_, Streams> {
         self.links.borrow()
     }
 
@@ -423,8 +423,8 @@ async fn open(
     record: &NodeRecord,
     signed: &SignedRecord,
     gossip: mpsc::Sender<GossipEvent>,
-    links: mpsc::Sender<LinkEvent>,
-) -> Result<(Gossip, Links)> {
+    links: mpsc::Sender<StreamEvent>,
+) -> Result<(Gossip, Streams)> {
     let taken = || {
         format!(
             "listening on {}: is another daemon using the port? `ss -lnup sport = :{}` shows it",
@@ -432,13 +432,13 @@ async fn open(
             record.address.port()
         )
     };
-    let links_config = LinksConfig {
+    let links_config = StreamsConfig {
         listen: record.address,
         identity: Arc::clone(identity),
         keyring: Arc::clone(keyring),
         record: signed.clone(),
     };
-    let links = Links::start(links_config, links).await.with_context(taken)?;
+    let links = Streams::start(links_config, links).await.with_context(taken)?;
     let gossip_config = GossipConfig {
         listen: record.address,
         keyring: Arc::clone(keyring),

@@ -10,7 +10,7 @@ use ovl_cluster::table::Table;
 use ovl_cluster::view;
 use ovl_control::PeerState;
 use ovl_mesh::gossip::{GossipEvent, Hints};
-use ovl_mesh::streams::LinkEvent;
+use ovl_mesh::streams::StreamEvent;
 use ovl_proto::alloc::{AllocMessage, Change};
 use ovl_proto::id::{ClusterKeyId, NodeId};
 use ovl_proto::record::{self, NodeRecord, Presence, SignedRecord};
@@ -114,17 +114,17 @@ impl Node {
     }
 
     /// One event of the sync streams.
-    pub(super) fn on_link(&self, event: LinkEvent) {
+    pub(super) fn on_link(&self, event: StreamEvent) {
         match event {
-            LinkEvent::Up(peer) => self.greet(peer),
-            LinkEvent::Down(peer) => tracing::debug!(%peer, "stream down"),
-            LinkEvent::Record { record, signed } => {
+            StreamEvent::Up(peer) => self.greet(peer),
+            StreamEvent::Down(peer) => tracing::debug!(%peer, "stream down"),
+            StreamEvent::Record { record, signed } => {
                 let peer = record.id;
                 self.take_record(record, signed);
                 // It has just reached us: it can be reached, however long it was not.
                 self.links().kick(peer);
             }
-            LinkEvent::Message { from, key, message } => self.on_message(from, key, message),
+            StreamEvent::Message { from, key, message } => self.on_message(from, key, message),
         }
     }
 

@@ -347,7 +347,7 @@ fn check(network: &Network, wishes: &[Publish]) -> Result<(), Failed> {
 
 /// Where ports may be taken from that nobody named, beginning anywhere: so many in a row.
 fn ephemeral(count: u16) -> Vec<u16> {
-    let range = kernel::setting("net.ipv4.ip_local_port_range").and_then(|text| {
+    let range = kernel::read_sysctl("net.ipv4.ip_local_port_range").and_then(|text| {
         let mut ports = text.split_ascii_whitespace().map(str::parse);
         Some(Range { first: ports.next()?.ok()?, last: ports.next()?.ok()? })
     });

@@ -15,7 +15,7 @@ use anyhow::Context as _;
 use ovl_control::{Attach, EndpointInfo, NetnsRef, SandboxCreate, SandboxInfo};
 use ovl_dataplane::device::{Device, Role};
 use ovl_files::{Durability, replace};
-use ovl_kernel::{self as kernel, Cookie, Held, Place, Process};
+use ovl_kernel::{self as kernel, MountPoint, NetnsCookie, NetnsHandle, Process};
 use ovl_proto::id::{EndpointId, NetworkId};
 use ovl_subsystems::names::resolver::resolv_conf;
 use serde::{Deserialize, Serialize};
@@ -44,7 +44,7 @@ pub(crate) struct Sandbox {
     name: String,
     joined: Joined,
     /// Which namespace it is, whatever is at its path.
-    cookie: Cookie,
+    cookie: NetnsCookie,
     endpoints: Vec<EndpointId>,
 }
 
@@ -80,13 +80,13 @@ impl Node {
                 "there is a sandbox {name} already: `ovlctl sandbox rm {name}` removes it"
             )));
         }
-        if look_at(path.clone()).await? != Place::Free {
+        if mount_point(path.clone()).await? != MountPoint::Free {
             return Err(Failed::conflict(format!(
                 "{} is there already, and is not ovl's: choose another name, or remove it (`ip netns del {name}`)",
                 path.display()
             )));
         }
-        let Held { netns, cookie } = match joined {
+        let NetnsHandle { netns, cookie } = match joined {
             Joined::Host => kernel::own_netns().await,
             Joined::Networks(_) => kernel::new_netns().await,
         }
@@ -219,7 +219,7 @@ impl Node {
         let Some(sandbox) = self.state.borrow().sandboxes.get(name).cloned() else { return Ok(()) };
         if !force
             && sandbox.joined != Joined::Host
-            && let Place::Netns(cookie, inode) = look_at(kernel::netns_file(name)).await?
+            && let MountPoint::Netns(cookie, inode) = mount_point(kernel::netns_file(name)).await?
             && cookie == sandbox.cookie
         {
             let inside = kernel::processes_in(BTreeSet::from([inode])).await.map_err(Failed::from)?;
@@ -261,11 +261,11 @@ impl Node {
             return Ok(Vec::new());
         }
         let paths = all.iter().map(|sandbox| kernel::netns_file(&sandbox.name)).collect();
-        let places = kernel::look_at(paths).await.map_err(Failed::from)?;
+        let places = kernel::mount_points(paths).await.map_err(Failed::from)?;
         let mut living = Vec::new();
         for (sandbox, place) in all.into_iter().zip(places) {
             match place {
-                Place::Netns(cookie, inode) if cookie == sandbox.cookie => living.push((sandbox, inode)),
+                MountPoint::Netns(cookie, inode) if cookie == sandbox.cookie => living.push((sandbox, inode)),
                 _ => {
                     // Whoever is at it at this moment does what is to be done.
                     let Ok(_busy) = self.take_sandbox(&sandbox.name) else { continue };
@@ -401,8 +401,8 @@ fn endpoint_id(made: &EndpointInfo) -> Result<EndpointId, Failed> {
     }
 }
 
-async fn look_at(path: PathBuf) -> Result<Place, Failed> {
-    let places = kernel::look_at(vec![path]).await.map_err(Failed::from)?;
+async fn mount_point(path: PathBuf) -> Result<MountPoint, Failed> {
+    let places = kernel::mount_points(vec![path]).await.map_err(Failed::from)?;
     places.first().copied().ok_or_else(|| Failed::internal("a path was not looked at"))
 }
 

@@ -175,7 +175,7 @@ impl Node {
             (epoch, tunnel::is_wanted(&state.view) && (epoch ^ own.epoch) & 1 == 1)
         };
         let before = self.tunnel.borrow().secret.clone();
-        let moved = before.moved(epoch, Some(&before).filter(|_| stands));
+        let moved = before.with_epoch(epoch, Some(&before).filter(|_| stands));
         if let Err(failed) = self.move_tunnel(moved).await {
             let sentence = failed.0.message;
             tracing::warn!("the tunnel cannot follow to another epoch: {sentence}");
@@ -185,7 +185,7 @@ impl Node {
     /// Publishes these keys and this epoch, when they are on the disk.
     async fn move_tunnel(&self, secret: TunnelSecret) -> Result<(), Failed> {
         let io = |error: anyhow::Error| Failed::unavailable(format!("{error:#}"));
-        secret.keep(&self.config.state_dir.join("tunnel.key")).map_err(io)?;
+        secret.save(&self.config.state_dir.join("tunnel.key")).map_err(io)?;
         for key in secret.private() {
             self.kernel.learn_key(key).await.map_err(Failed::from)?;
         }
@@ -281,9 +281,9 @@ impl Node {
             (own.epoch, tunnel::is_wanted(&state.view))
         };
         let before = self.tunnel.borrow().secret.clone();
-        let fresh = before.renewed().map_err(|error| Failed::unavailable(format!("{error:#}")))?;
+        let fresh = before.with_new_key().map_err(|error| Failed::unavailable(format!("{error:#}")))?;
         // Without an encrypted network there are no sessions that would have to go on.
-        let moved = if stands { fresh.moved(epoch.wrapping_add(1), Some(&before)) } else { fresh };
+        let moved = if stands { fresh.with_epoch(epoch.wrapping_add(1), Some(&before)) } else { fresh };
         let key = moved.public();
         self.move_tunnel(moved).await?;
         self.event("key", &key.to_string(), "this host has a new tunnel key, by request");
@@ -299,8 +299,8 @@ impl Node {
                 return;
             }
         }
-        let settled = self.tunnel.borrow().secret.settled();
-        if let Err(error) = settled.keep(&self.config.state_dir.join("tunnel.key")) {
+        let settled = self.tunnel.borrow().secret.without_previous();
+        if let Err(error) = settled.save(&self.config.state_dir.join("tunnel.key")) {
             tracing::warn!("the old key of the tunnel cannot be given up: {error:#}");
             return;
         }

@@ -1,4 +1,4 @@
-//! Whatever others change on our objects is noticed and repaired.
+//! Drift: changes of ovl's objects by other programs are noticed and repaired.
 
 use std::time::Duration;
 
@@ -72,7 +72,7 @@ fn every_kind_of_drift_is_repaired() {
             assert!(!events.contains(&KernelEvent::Overrun), "{line}: {events:?}");
             let ops = lab.pass(&wanted).await;
             assert!(!ops.is_empty(), "{line}: nothing to repair?");
-            // What hangs on a device can go with it unseen in the first pass.
+            // Entries of a deleted device may be missing without a notification, so a second pass may repair more.
             let more = lab.pass(&wanted).await;
             println!("{line}: {} operations, then {}", ops.len(), more.len());
             lab.assert_settled(&wanted).await;
@@ -84,13 +84,13 @@ fn every_kind_of_drift_is_repaired() {
 }
 
 #[test]
-fn noise_is_no_drift() {
+fn learned_entries_are_not_drift() {
     in_namespace(async || {
         let mut lab = Lab::start();
         let wanted = desired(ip("192.0.2.1"), 20);
         lab.pass(&wanted).await;
         lab.events().await;
-        // Neighbours that the kernel looks for and learns by itself; ports of others.
+        // Neighbours that the kernel resolves or learns by itself, and ports of other programs.
         run("ping -c1 -W1 10.1.200.1 >/dev/null || true");
         run(&format!("ip neigh add 10.1.200.2 lladdr 02:00:00:00:00:77 dev {} nud reachable", bridge()));
         run(&format!("ip neigh del 10.1.200.2 dev {}", bridge()));
@@ -102,11 +102,11 @@ fn noise_is_no_drift() {
 #[test]
 fn lost_notifications_are_reported() {
     in_namespace(async || {
-        // A channel that nobody reads holds up nothing either.
+        // A full event channel does not block the worker either.
         let (sender, mut events) = tokio::sync::mpsc::channel(1);
         let mut monitor = crate::monitor::Monitor::open().expect("monitor");
         monitor.shrink();
-        let mut known = crate::known::Known::default();
+        let mut known = crate::known::KernelModel::default();
         let kernel = crate::start(sender, Vec::new()).expect("worker");
         let lab = Lab { kernel, events: tokio::sync::mpsc::channel(1).1 };
         lab.pass(&desired(ip("192.0.2.1"), 100)).await;

@@ -1,4 +1,4 @@
-//! Pairs of interfaces.
+//! The veth pairs of endpoints.
 
 use std::time::{Duration, Instant};
 
@@ -15,7 +15,7 @@ async fn network(lab: &Lab) -> ovl_dataplane::state::Dataplane {
 }
 
 #[test]
-fn an_endpoint_talks() {
+fn endpoint_reaches_its_gateways() {
     in_namespace(async || {
         let mut lab = Lab::start();
         let mut wanted = network(&lab).await;
@@ -30,7 +30,7 @@ fn an_endpoint_talks() {
         assert!(outcomes.iter().all(|outcome| outcome.result.is_ok()), "{outcomes:?}");
         add_endpoint(&mut wanted, 30);
         lab.assert_settled(&wanted).await;
-        assert_eq!(lab.events().await, [], "our own doing");
+        assert_eq!(lab.events().await, [], "ovld made this change");
         container.run("ping -c1 -W1 10.1.0.1");
         container.run("ping -c1 -W1 fd00:1::1");
         container.run("ping -c1 -W1 127.0.0.1");
@@ -50,7 +50,7 @@ fn an_endpoint_talks() {
 }
 
 #[test]
-fn an_endpoint_is_made_whole_or_not_at_all() {
+fn failed_creation_leaves_no_interface() {
     in_namespace(async || {
         let mut lab = Lab::start();
         let wanted = network(&lab).await;
@@ -68,10 +68,10 @@ fn an_endpoint_is_made_whole_or_not_at_all() {
         homeless.host_end = HostEnd::Port(endpoint(200), false);
         for (spec, words) in [
             (taken, "the namespace already has an interface eth7"),
-            (twice, "cannot give eth0 the address 10.1.0.30/16: File exists"),
+            (twice, "cannot add address 10.1.0.30/16 to eth0: File exists"),
             (nowhere, "cannot set the default route via 172.31.0.1 in the namespace"),
-            (bad, "'a/b' cannot be the name of an interface"),
-            (homeless, "there is no device ove-"),
+            (bad, "invalid interface name 'a/b'"),
+            (homeless, "device ove-"),
         ] {
             let error = lab.create(spec).await.unwrap_err().to_string();
             assert!(error.starts_with(words), "{error}");
@@ -81,15 +81,15 @@ fn an_endpoint_is_made_whole_or_not_at_all() {
             );
             lab.assert_settled(&wanted).await;
         }
-        assert_eq!(lab.events().await, [], "nothing to see");
-        lab.create(container.spec(30)).await.expect("at last");
+        assert_eq!(lab.events().await, [], "no event");
+        lab.create(container.spec(30)).await.expect("endpoint");
         let error = lab.create(container.spec(30)).await.unwrap_err().to_string();
-        assert_eq!(error, format!("the device {} is there already", endpoint(30)));
+        assert_eq!(error, format!("device {} already exists", endpoint(30)));
     });
 }
 
 #[test]
-fn a_namespace_without_ipv6_gets_it_on_this_interface() {
+fn ipv6_is_turned_on_for_the_interface_if_disabled() {
     in_namespace(async || {
         let lab = Lab::start();
         network(&lab).await;
@@ -101,7 +101,7 @@ fn a_namespace_without_ipv6_gets_it_on_this_interface() {
 }
 
 #[test]
-fn the_end_of_a_namespace_is_noticed_and_it_is_not_held() {
+fn deleted_namespace_is_noticed_and_not_kept_alive() {
     in_namespace(async || {
         let mut lab = Lab::start();
         network(&lab).await;
@@ -119,12 +119,12 @@ fn the_end_of_a_namespace_is_noticed_and_it_is_not_held() {
         assert!(lab.events().await.contains(&KernelEvent::EndpointGone(endpoint(31))));
         lab.create(other.spec(32)).await.expect("endpoint");
         lab.kernel.delete_links(vec![endpoint(32)]).await.expect("deleted");
-        assert_eq!(lab.events().await, [], "we did that");
+        assert_eq!(lab.events().await, [], "ovld made this change");
     });
 }
 
 #[test]
-fn both_ends_get_a_new_mtu() {
+fn both_interfaces_of_a_pair_get_a_new_mtu() {
     in_namespace(async || {
         let lab = Lab::start();
         let mut wanted = network(&lab).await;
@@ -154,7 +154,7 @@ fn both_ends_get_a_new_mtu() {
 }
 
 #[test]
-fn an_isolated_endpoint_is_off_and_comes_back() {
+fn isolated_endpoint_is_down_until_it_is_restored() {
     in_namespace(async || {
         let lab = Lab::start();
         let mut wanted = network(&lab).await;
@@ -172,13 +172,13 @@ fn an_isolated_endpoint_is_off_and_comes_back() {
         lab.assert_settled(&isolated).await;
         lab.pass(&wanted).await;
         lab.assert_settled(&wanted).await;
-        // The end in the container gets its carrier back when the kernel has time for it.
+        // The kernel restores the carrier of the peer interface with a delay.
         container.run("ping -c5 -i0.3 -W1 10.1.0.1");
     });
 }
 
 #[test]
-fn a_pass_leaves_alone_what_is_being_made_and_can_be_a_plan() {
+fn pass_skips_ignored_devices_and_can_be_a_dry_run() {
     in_namespace(async || {
         let lab = Lab::start();
         let desired = network(&lab).await;
@@ -212,10 +212,10 @@ fn a_pass_leaves_alone_what_is_being_made_and_can_be_a_plan() {
 }
 
 #[test]
-fn only_another_network_namespace_will_do() {
+fn open_netns_accepts_only_another_network_namespace() {
     in_namespace(async || {
         let error = |path: &str| open_netns(path.as_ref()).unwrap_err().to_string();
-        assert_eq!(error("/run/netns/no-such"), "there is no network namespace /run/netns/no-such");
+        assert_eq!(error("/run/netns/no-such"), "network namespace /run/netns/no-such does not exist");
         assert_eq!(error("/etc/hostname"), "/etc/hostname is not a network namespace");
         assert_eq!(error("/proc/self/ns/mnt"), "/proc/self/ns/mnt is not a network namespace");
         assert!(error("/proc/thread-self/ns/net").contains("is the network namespace of ovld itself"));
@@ -224,7 +224,7 @@ fn only_another_network_namespace_will_do() {
 }
 
 #[test]
-fn attaching_takes_little_time() {
+fn attach_is_fast() {
     in_namespace(async || {
         let lab = Lab::start();
         network(&lab).await;

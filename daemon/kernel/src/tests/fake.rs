@@ -1,6 +1,6 @@
-//! A kernel with WireGuard, as far as generic netlink shows it: behind a socket, as the real one, and
-//! with messages of other people's making (`netlink-packet-wireguard`), so that both have to agree on
-//! the bytes. What it does is what `drivers/net/wireguard/netlink.c` does.
+//! A fake of the generic netlink interface of WireGuard, behind a socket like the real one. It encodes messages with
+//! `netlink-packet-wireguard`, so that two implementations must agree on the bytes. It behaves as
+//! `drivers/net/wireguard/netlink.c`.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -36,21 +36,21 @@ const INTERRUPTED: u16 = 0x10;
 const CAPPED: u16 = 0x100;
 const DUMP: u16 = 0x300;
 
-/// What its devices hold.
+/// The state of the fake kernel.
 #[derive(Debug, Default)]
 pub(super) struct State {
-    /// WireGuard's number among the families; none: a kernel without it.
+    /// The message type of WireGuard; `None` for a kernel without WireGuard.
     pub(super) family: Option<u16>,
     pub(super) devices: BTreeMap<String, Device>,
-    /// A dump's messages are cut after so many bytes.
+    /// The size in bytes after which a dump starts a new message.
     pub(super) cut: usize,
-    /// So many dumps are disturbed by a change half-way.
+    /// The number of dumps that a change interrupts half-way.
     pub(super) disturb: usize,
-    /// Ports that other programs have.
+    /// The UDP ports of other programs.
     pub(super) taken: Vec<u16>,
-    /// Messages of dumps, so far.
+    /// The number of dump messages that were sent.
     pub(super) dumped: usize,
-    /// Requests that change a device, so far.
+    /// The number of requests that changed a device.
     pub(super) changes: usize,
 }
 
@@ -61,7 +61,7 @@ pub(super) struct Device {
     pub(super) private: Option<[u8; 32]>,
     pub(super) port: u16,
     pub(super) mark: u32,
-    /// In the order in which they came.
+    /// The peers, in the order in which they were added.
     pub(super) peers: Vec<Peer>,
 }
 
@@ -91,7 +91,7 @@ pub(super) fn public_of(private: [u8; 32]) -> [u8; 32] {
     x25519_dalek::PublicKey::from(&x25519_dalek::StaticSecret::from(private)).to_bytes()
 }
 
-/// It ends when the socket to it is closed; what went wrong in it is told then.
+/// A running fake kernel. It stops when its socket is closed, and then reports its failures.
 pub(super) struct Fake {
     state: Arc<Mutex<State>>,
     thread: Option<JoinHandle<()>>,
@@ -104,7 +104,7 @@ impl Fake {
         let state = Arc::new(Mutex::new(state));
         let shared = state.clone();
         let thread = std::thread::spawn(move || serve(&its, &shared));
-        // SAFETY: the descriptor is open, and given away.
+        // SAFETY: the descriptor is open, and its ownership is passed on.
         let socket = unsafe { Socket::from_raw_fd(ours.into_raw_fd()) };
         (Self { state, thread: Some(thread) }, Netlink::over(socket))
     }
@@ -113,7 +113,7 @@ impl Fake {
         self.state.lock().expect("the fake kernel has failed")
     }
 
-    /// After the socket is closed.
+    /// Waits for its end, after the socket is closed.
     pub(super) fn end(mut self) {
         self.thread.take().expect("thread").join().expect("the fake kernel has failed");
     }
@@ -131,7 +131,7 @@ fn serve(socket: &OwnedFd, state: &Mutex<State>) {
             let message = NetlinkBuffer::new_checked(rest).expect("whole message");
             let size = message.length() as usize;
             for answer in state.lock().expect("state").answer(&rest[..size]) {
-                // Who asked may have gone away.
+                // The requester may have closed its socket.
                 let _ = send(socket.as_raw_fd(), &answer, MsgFlags::MSG_NOSIGNAL);
             }
             rest = &rest[size.next_multiple_of(4).min(rest.len())..];
@@ -142,7 +142,7 @@ fn serve(socket: &OwnedFd, state: &Mutex<State>) {
 type Outcome = Result<Vec<Vec<u8>>, i32>;
 
 impl State {
-    /// One message, as it came; gives the messages that go back.
+    /// Handles one message. Returns the reply messages.
     fn answer(&mut self, bytes: &[u8]) -> Vec<Vec<u8>> {
         let header = NetlinkBuffer::new(bytes);
         let (kind, flags, sequence) = (header.message_type(), header.flags(), header.sequence_number());
@@ -255,7 +255,7 @@ impl State {
                     if rest.is_empty() {
                         break;
                     }
-                    // The next message goes on with the key and nothing else.
+                    // The next message continues with the key alone.
                     attributes = vec![WireguardPeerAttribute::PublicKey(peer.key)];
                 }
                 messages.push((Vec::new(), Vec::new()));
@@ -300,14 +300,14 @@ impl State {
             if device.up && taken.contains(&port) {
                 return Err(EADDRINUSE);
             }
-            // One is chosen where a socket is opened, else when the device comes up.
+            // The kernel chooses a port when it opens the socket, or when the device comes up.
             device.port = if device.up && port == 0 { 40_000 + device.index as u16 } else { port };
         }
         if flags == Some(WireguardDeviceFlags::ReplacePeers) {
             device.peers.clear();
         }
         if let Some(key) = key {
-            // All zero takes it away. A key is clamped when it is used, and `wg` shows it so.
+            // A zero key deletes it. A key is clamped when it is used, and `wg` shows it clamped.
             device.private = (key != [0; 32]).then_some(key);
             let own = device.public();
             device.peers.retain(|peer| Some(peer.key) != own);
@@ -357,7 +357,7 @@ fn set_peer(device: &mut Device, peer: WireguardPeer) -> Result<(), i32> {
     }
     for entry in entries {
         let net = net(&entry).ok_or(EINVAL)?;
-        // One address is one peer's: it moves.
+        // An address belongs to one peer: it is moved.
         device.peers.iter_mut().for_each(|peer| peer.allowed.retain(|other| *other != net));
         device.peer(key).allowed.push(net);
     }
@@ -366,7 +366,7 @@ fn set_peer(device: &mut Device, peer: WireguardPeer) -> Result<(), i32> {
     Ok(())
 }
 
-/// The kernel keeps what the mask covers.
+/// The network of an allowed address: the kernel keeps the bits of the prefix.
 fn net(entry: &WireguardAllowedIp) -> Option<IpNet> {
     let (mut family, mut address, mut length) = (None, None, None);
     for attribute in &entry.0 {

@@ -1,4 +1,4 @@
-//! The nftables table.
+//! The base nftables table.
 
 use std::time::Instant;
 
@@ -41,7 +41,7 @@ async fn write(lab: &Lab, text: &str) {
 }
 
 #[test]
-fn the_table_is_written_recognised_and_removed() {
+fn base_table_is_written_recognised_and_removed() {
     in_namespace(async || {
         let mut lab = Lab::start();
         assert_eq!(lab.dump().await.filter, None);
@@ -52,19 +52,19 @@ fn the_table_is_written_recognised_and_removed() {
         let start = Instant::now();
         lab.dump().await;
         println!("a dump: {:?}", start.elapsed());
-        assert_eq!(lab.events().await, [], "our own doing");
+        assert_eq!(lab.events().await, [], "ovld made this change");
         let other = text().replace("192.0.2.3", "192.0.2.4");
         write(&lab, &other).await;
         assert_eq!(lab.dump().await.filter, Some(other));
         lab.kernel.remove_filter().await.expect("removed");
         assert_eq!(lab.dump().await.filter, None);
-        lab.kernel.remove_filter().await.expect("gone is fine");
+        lab.kernel.remove_filter().await.expect("an absent object is no error");
         assert_eq!(lab.events().await, []);
     });
 }
 
 #[test]
-fn what_others_do_to_it_is_noticed() {
+fn changes_of_the_base_table_by_others_are_noticed() {
     in_namespace(async || {
         let mut lab = Lab::start();
         write(&lab, &text()).await;
@@ -90,7 +90,7 @@ fn what_others_do_to_it_is_noticed() {
 }
 
 #[test]
-fn a_new_run_does_not_know_the_table() {
+fn base_table_of_an_earlier_process_is_unknown() {
     in_namespace(async || {
         write(&Lab::start(), &text()).await;
         let lab = Lab::start();
@@ -101,7 +101,7 @@ fn a_new_run_does_not_know_the_table() {
 }
 
 #[test]
-fn what_nft_refuses_is_said() {
+fn error_of_nft_is_reported() {
     in_namespace(async || {
         let lab = Lab::start();
         write(&lab, &text()).await;
@@ -111,9 +111,6 @@ fn what_nft_refuses_is_said() {
             .await
             .remove(0);
         let error = outcome.result.unwrap_err().to_string();
-        assert!(
-            error.starts_with("nft refuses the packet filter: ") && error.contains("nonsense"),
-            "{error}"
-        );
+        assert!(error.starts_with("nft rejected the ruleset: ") && error.contains("nonsense"), "{error}");
     });
 }

@@ -1,4 +1,4 @@
-//! A network namespace for each test, on a thread of its own.
+//! Runs each test in a network namespace of its own, on a new thread.
 
 use std::future::Future;
 use std::net::IpAddr;
@@ -16,8 +16,8 @@ use tokio::sync::mpsc;
 
 use crate::{EndpointSpec, HostEnd, KernelEvent, KernelHandle, Netns, Result, open_netns, start};
 
-/// Runs the body on a thread that has a fresh network namespace with an underlay device `up0`, as
-/// the worker and all commands that it starts have.
+/// Runs the body on a new thread in a new network namespace with an underlay device `up0`. The worker and all commands
+/// that it starts are in that namespace too.
 pub(super) fn in_namespace<F: Future<Output = ()>>(body: impl FnOnce() -> F + Send + 'static) {
     let thread = std::thread::spawn(move || {
         unshare(CloneFlags::CLONE_NEWNET).expect("these tests need root");
@@ -35,7 +35,7 @@ pub(super) fn in_namespace<F: Future<Output = ()>>(body: impl FnOnce() -> F + Se
     }
 }
 
-/// Runs a command in the thread's namespace; gives its output.
+/// Runs a command in the namespace of the thread. Returns its output.
 pub(super) fn run(line: &str) -> String {
     let output = Command::new("sh").args(["-c", line]).output().expect(line);
     assert!(output.status.success(), "{line}: {}", String::from_utf8_lossy(&output.stderr));
@@ -57,12 +57,12 @@ impl Lab {
         self.kernel.dump().await.expect("dump")
     }
 
-    /// Makes an endpoint's pair and nothing else.
+    /// Creates the veth pair of an endpoint, without further operations.
     pub(super) async fn create(&self, spec: EndpointSpec) -> Result<String> {
         self.kernel.prepare_and_create(Vec::new(), spec).await.1.map(|made| made.ifname)
     }
 
-    /// One pass of the loop; gives what it did.
+    /// Runs a full pass. Returns the operations that it applied.
     pub(super) async fn pass(&self, desired: &Dataplane) -> Vec<Op> {
         let ops = diff(&self.dump().await, desired, true);
         for outcome in self.kernel.apply(ops.clone()).await {
@@ -71,13 +71,13 @@ impl Lab {
         ops
     }
 
-    /// Nothing is left to do.
+    /// Asserts that the plan is empty.
     pub(super) async fn assert_settled(&self, desired: &Dataplane) {
         let left = diff(&self.dump().await, desired, true);
         assert!(left.is_empty(), "left to do: {left:#?}");
     }
 
-    /// All events until none has come for a while.
+    /// Receives events until none has arrived for a while.
     pub(super) async fn events(&mut self) -> Vec<KernelEvent> {
         let mut events = Vec::new();
         while let Ok(Some(event)) = tokio::time::timeout(Duration::from_millis(150), self.events.recv()).await
@@ -116,7 +116,7 @@ pub(super) fn ip(text: &str) -> IpAddr {
     text.parse().expect(text)
 }
 
-/// A network with so many remote endpoints, spread over hosts.
+/// The data plane of a network with `remotes` remote endpoints on several hosts.
 pub(super) fn desired(local: IpAddr, remotes: u32) -> Dataplane {
     let mut kernel = Dataplane::default();
     let (bridge, vxlan) = (bridge(), vxlan());
@@ -157,7 +157,7 @@ pub(super) fn desired(local: IpAddr, remotes: u32) -> Dataplane {
     kernel
 }
 
-/// A namespace of a container: it lives as long as the process in it.
+/// The namespace of a container, which exists as long as its process.
 pub(super) struct Container(std::process::Child);
 
 impl Container {
@@ -206,7 +206,7 @@ impl Drop for Container {
     }
 }
 
-/// What the model holds of such an endpoint.
+/// Adds the entries of an endpoint to the data plane.
 pub(super) fn add_endpoint(kernel: &mut Dataplane, n: u8) {
     let link = Link::Endpoint { mtu: 1400, master: Some(bridge()), up: true, tuned: true, hairpin: false };
     kernel.links.insert(endpoint(n), link);

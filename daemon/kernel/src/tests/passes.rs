@@ -1,4 +1,4 @@
-//! What is wanted is reached, and recognised when it is there.
+//! Full passes: the desired data plane is reached, and recognized once it is present.
 
 use std::time::Instant;
 
@@ -11,7 +11,7 @@ use super::lab::{Lab, PORT, bridge, desired, in_namespace, ip, net, run, vxlan};
 use crate::{KernelError, KernelEvent};
 
 #[test]
-fn an_empty_host_has_nothing_of_ours() {
+fn empty_host_has_an_empty_data_plane() {
     in_namespace(async || {
         let lab = Lab::start();
         let kernel = lab.dump().await;
@@ -30,35 +30,35 @@ async fn reach(underlay: &str) {
     lab.pass(&desired).await;
     lab.assert_settled(&desired).await;
     assert_eq!(run("sysctl -n net.ipv6.conf.up0.accept_ra").trim(), "2", "still takes router advertisements");
-    assert_eq!(lab.events().await, [], "what we do ourselves is no event");
+    assert_eq!(lab.events().await, [], "ovld made the changes");
     lab.assert_settled(&desired).await;
-    // All of it can be repeated.
+    // All operations can be repeated.
     for outcome in lab.kernel.apply(ovl_dataplane::diff::diff(&Dataplane::default(), &desired, true)).await {
         outcome.result.unwrap_or_else(|error| panic!("{}: {error}", outcome.op));
     }
     lab.assert_settled(&desired).await;
-    // A new worker finds the same.
+    // A new worker finds the same data plane.
     Lab::start().assert_settled(&desired).await;
-    // And away again.
+    // Delete all objects again.
     let nothing = Dataplane { sysctls: desired.sysctls.clone(), ..Dataplane::default() };
     let ops = lab.pass(&nothing).await;
     assert_eq!(ops.len(), 2, "{ops:?}");
     lab.assert_settled(&nothing).await;
-    assert_eq!(lab.events().await, [], "nor is what we take away");
+    assert_eq!(lab.events().await, [], "ovld made the changes");
 }
 
 #[test]
-fn a_network_over_ipv4_is_reached_and_left() {
+fn network_over_ipv4_is_created_and_deleted() {
     in_namespace(async || reach("192.0.2.1").await);
 }
 
 #[test]
-fn a_network_over_ipv6_is_reached_and_left() {
+fn network_over_ipv6_is_created_and_deleted() {
     in_namespace(async || reach("2001:db8:ffff::1").await);
 }
 
 #[test]
-fn entries_go_and_may_be_gone() {
+fn deletion_of_absent_entries_succeeds() {
     in_namespace(async || {
         let mut lab = Lab::start();
         lab.pass(&desired(ip("192.0.2.1"), 100)).await;
@@ -74,7 +74,7 @@ fn entries_go_and_may_be_gone() {
 }
 
 #[test]
-fn a_network_changes() {
+fn network_is_changed_in_place() {
     in_namespace(async || {
         let lab = Lab::start();
         let mut wanted = desired(ip("192.0.2.1"), 10);
@@ -94,7 +94,7 @@ fn a_network_changes() {
 }
 
 #[test]
-fn foreign_devices_are_left_alone() {
+fn foreign_devices_are_not_changed() {
     in_namespace(async || {
         let lab = Lab::start();
         run(&format!("ip link add {} type bridge", bridge()));
@@ -118,7 +118,7 @@ fn foreign_devices_are_left_alone() {
 }
 
 #[test]
-fn who_has_the_vni_or_the_port_is_named() {
+fn error_names_the_user_of_the_vni_or_port() {
     in_namespace(async || {
         let lab = Lab::start();
         let wanted = desired(ip("192.0.2.1"), 0);
@@ -131,8 +131,8 @@ fn who_has_the_vni_or_the_port_is_named() {
         run("ip link del vx0");
         let taken = std::net::UdpSocket::bind(("0.0.0.0", PORT)).expect("port");
         let text = error().await;
-        assert!(text.starts_with("UDP port 4789, which VXLAN needs, is in use by another program"), "{text}");
-        assert!(!lab.dump().await.links.contains_key(&vxlan()), "nothing half made is left");
+        assert!(text.starts_with("UDP port 4789 of VXLAN is in use by another program"), "{text}");
+        assert!(!lab.dump().await.links.contains_key(&vxlan()), "no device remains");
         drop(taken);
         lab.pass(&wanted).await;
         lab.assert_settled(&wanted).await;
@@ -140,7 +140,7 @@ fn who_has_the_vni_or_the_port_is_named() {
 }
 
 #[test]
-fn a_device_that_is_missing_is_named() {
+fn error_names_the_missing_device() {
     in_namespace(async || {
         let lab = Lab::start();
         let outcome =
@@ -156,7 +156,7 @@ fn a_device_that_is_missing_is_named() {
 }
 
 #[test]
-fn the_underlay_is_described_and_watched() {
+fn underlay_is_described_and_watched() {
     in_namespace(async || {
         let mut lab = Lab::start();
         let underlay = lab.kernel.underlay(ip("192.0.2.1")).await.expect("underlay");
@@ -179,7 +179,7 @@ fn the_underlay_is_described_and_watched() {
 }
 
 #[test]
-fn many_entries_take_little_time() {
+fn many_entries_are_fast() {
     in_namespace(async || {
         let mut lab = Lab::start();
         let wanted = desired(ip("192.0.2.1"), 10_000);
@@ -207,6 +207,6 @@ fn many_entries_take_little_time() {
         lab.kernel
             .delete_links(vec![vxlan(), bridge(), Device::bridge(NetworkId([7; 5]))])
             .await
-            .expect("gone is fine");
+            .expect("an absent object is no error");
     });
 }

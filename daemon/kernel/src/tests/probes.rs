@@ -1,4 +1,4 @@
-//! Echo requests.
+//! ICMP echo probes.
 
 use std::time::{Duration, Instant};
 
@@ -6,7 +6,7 @@ use super::lab::{Container, in_namespace, ip, run};
 use crate::Prober;
 
 #[test]
-fn a_kernel_answers_and_an_empty_address_does_not() {
+fn probe_succeeds_only_if_a_host_has_the_address() {
     in_namespace(async || {
         let container = Container::new();
         run(&format!("ip link set up1 netns {}", container.path().split('/').nth(2).expect("pid")));

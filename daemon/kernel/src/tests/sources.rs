@@ -1,4 +1,4 @@
-//! Who may send what: real VXLAN packets, over a pair of interfaces that stands for the tunnel.
+//! The anti-spoofing filter: real VXLAN packets over a veth pair that replaces the tunnel.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{Ipv6Addr, SocketAddr, UdpSocket};
@@ -27,10 +27,10 @@ fn devices() -> BTreeMap<u32, Device> {
     [(VNI, vxlan()), (OTHER, Device::vxlan(NetworkId([9; 5])))].into()
 }
 
-/// Another host at the end of a tunnel, with a VXLAN device; and the one here.
+/// A remote host behind a tunnel, and the local host's VXLAN device.
 struct Hosts {
     far: Container,
-    /// Of its namespace, at its tunnel address and at another.
+    /// Sockets in the namespace of the remote host: at its tunnel address, and at another address.
     senders: [UdpSocket; 2],
 }
 
@@ -57,7 +57,7 @@ impl Hosts {
         Self { far, senders: senders.join().expect("far end") }
     }
 
-    /// Whether a frame in a VXLAN packet gets in; by the one or the other count of the kernel's.
+    /// Sends a frame in a VXLAN packet. Returns whether it passed, as the counters of the kernel show.
     fn passes(&self, sources: &mut Sources, from: usize, vni: u32, frame: &[u8]) -> bool {
         let (refused, received) = (sources.refused().expect("count"), received());
         let to: SocketAddr = (ip("fd00::1"), PORT).into();
@@ -73,14 +73,14 @@ impl Hosts {
         }
     }
 
-    /// Nothing else speaks: no neighbour discovery of either end.
+    /// Stops all other traffic, such as neighbour discovery.
     fn quiet(&self) {
         run("ip link set vx addrgenmode none; ip addr flush dev vx");
         self.far.run("ip link set vx down");
     }
 }
 
-/// Frames that the VXLAN device took out of packets.
+/// The number of frames that the VXLAN device received.
 fn received() -> u64 {
     let shown: serde_json::Value = serde_json::from_str(&run("ip -s -j link show vx")).expect("JSON");
     shown[0]["stats64"]["rx"]["packets"].as_u64().expect("count")
@@ -111,14 +111,14 @@ fn ipv6(from: Mac, address: &str, next: u8, payload: &[u8]) -> Vec<u8> {
     frame(from, 0x86dd, &[&fixed[..], &address.octets(), &[0xff; 16], payload].concat())
 }
 
-/// For an address, as an answer to all.
+/// A neighbour advertisement for an address, to all nodes.
 fn advertisement(target: &str) -> Vec<u8> {
     let target: Ipv6Addr = target.parse().expect(target);
     [&[136, 0, 0, 0, 0x20, 0, 0, 0][..], &target.octets(), &[2, 1], &mac(2).0].concat()
 }
 
 #[test]
-fn frames_of_their_senders_pass_and_all_others_are_refused_and_counted() {
+fn only_frames_of_allowed_sources_pass_and_others_are_counted() {
     in_namespace(async || {
         let mut sources = Sources::open(PORT).expect("socket");
         sources
@@ -131,7 +131,7 @@ fn frames_of_their_senders_pass_and_all_others_are_refused_and_counted() {
         let hosts = Hosts::new();
         hosts.quiet();
         let (own, other, elsewhere) = (mac(2), mac(3), mac(4));
-        // The report's header, with the option that routers look at.
+        // The hop-by-hop header of a multicast listener report, with the router alert option.
         let report = |kind| [&[58, 0, 5, 2, 0, 0, 1, 0, kind][..], &[0; 19]].concat();
         let hidden = [&[58, 0, 1, 4, 0, 0, 0, 0][..], &advertisement("fd10::3")].concat();
         let cases: &[(&str, usize, u32, Vec<u8>, bool)] = &[
@@ -177,7 +177,7 @@ fn frames_of_their_senders_pass_and_all_others_are_refused_and_counted() {
             refused += u64::from(!passes);
         }
         assert_eq!(sources.refused().expect("count"), refused);
-        // Other ports are none of its business.
+        // The filter ignores other ports.
         let to: SocketAddr = (ip("fd00::1"), PORT + 1).into();
         let other = UdpSocket::bind(to).expect("socket");
         other.set_read_timeout(Some(Duration::from_secs(10))).expect("time-out");
@@ -187,10 +187,10 @@ fn frames_of_their_senders_pass_and_all_others_are_refused_and_counted() {
     });
 }
 
-/// A packet in fragments is read whole, or as far as its first one goes: what is refused as one is
-/// refused in parts.
+/// The filter sees a fragmented packet reassembled, or its first fragment alone. A frame that is refused whole is
+/// refused in fragments too.
 #[test]
-fn fragments_hide_nothing() {
+fn fragments_do_not_bypass_the_filter() {
     in_namespace(async || {
         let mut sources = Sources::open(PORT).expect("socket");
         sources.apply(&[change(VNI, 2, source("fd00::2", &["10.1.0.2"]))]).expect("set");
@@ -208,7 +208,7 @@ fn fragments_hide_nothing() {
 }
 
 #[test]
-fn programs_talk_as_long_as_they_may() {
+fn traffic_passes_only_while_its_source_is_allowed() {
     in_namespace(async || {
         let mut sources = Sources::open(PORT).expect("socket");
         let there = source("fd00::2", &["10.1.0.2", "fd10::2"]);
@@ -223,7 +223,7 @@ fn programs_talk_as_long_as_they_may() {
                 .success()
         };
         run("ping -c 2 -i 0.1 -w 20 10.1.0.2; ping -c 2 -i 0.1 -w 20 fd10::2");
-        assert_eq!(sources.refused().expect("count"), 0, "nothing that they send by themselves");
+        assert_eq!(sources.refused().expect("count"), 0, "no packet of the kernels themselves");
         sources.apply(&[change(VNI, 2, source("fd00::2", &["fd10::2"]))]).expect("set");
         assert!(!ping("10.1.0.2") && ping("fd10::2"));
         sources.apply(&[Change { vni: VNI, mac: mac(2), source: None }]).expect("set");
@@ -234,7 +234,7 @@ fn programs_talk_as_long_as_they_may() {
 }
 
 #[test]
-fn what_is_set_is_dumped() {
+fn dump_returns_what_was_set() {
     in_namespace(async || {
         let mut sources = Sources::open(PORT).expect("socket");
         assert_eq!(sources.dump(&devices()).expect("dump"), BTreeMap::new());
@@ -251,16 +251,16 @@ fn what_is_set_is_dumped() {
         let [here, there] = [VNI, OTHER].map(|vni| (devices()[&vni], mac(2)));
         let all = BTreeMap::from([(here, first), (there, second.clone())]);
         assert_eq!(sources.dump(&devices()).expect("dump"), all);
-        // To another host, with one address less.
+        // Moved to another host, with one address fewer.
         let moved = source("fd00::4", &["10.1.0.2", "fd10::2"]);
         sources.apply(&[change(VNI, 2, moved.clone())]).expect("set");
         assert_eq!(sources.dump(&devices()).expect("dump")[&here], moved);
-        // The last one counts.
+        // The last change counts.
         let gone = Change { vni: OTHER, mac: mac(2), source: None };
         sources.apply(&[change(OTHER, 2, moved.clone()), gone.clone()]).expect("set");
-        sources.apply(&[gone]).expect("gone is fine");
+        sources.apply(&[gone]).expect("an absent object is no error");
         assert_eq!(sources.dump(&devices()).expect("dump"), [(here, moved.clone())].into());
-        // A new run finds them, and takes away what belongs to no network.
+        // A new process finds the elements, and deletes those of unknown networks.
         let mut sources = Sources::open(PORT).expect("socket");
         sources.ensure().expect("rules");
         assert_eq!(sources.dump(&devices()).expect("dump"), [(here, moved)].into());
@@ -272,15 +272,15 @@ fn what_is_set_is_dumped() {
         sources.retain(&BTreeSet::new()).expect("strays");
         assert_eq!(sources.dump(&devices()).expect("dump"), BTreeMap::new());
         sources.remove().expect("removed");
-        sources.remove().expect("gone is fine");
+        sources.remove().expect("an absent object is no error");
         assert!(!run("nft list tables").contains("ovl-sources"));
         let error = sources.apply(&[change(VNI, 2, source("192.0.2.1", &[]))]).expect_err("IPv4").to_string();
-        assert!(error.contains("192.0.2.1 is no address inside of the tunnel"), "{error}");
+        assert!(error.contains("192.0.2.1 is not a tunnel address"), "{error}");
     });
 }
 
 #[test]
-fn what_others_change_is_seen_and_put_right() {
+fn changes_of_sources_by_others_are_noticed_and_repaired() {
     in_namespace(async || {
         let mut sources = Sources::open(PORT).expect("socket");
         let wanted = source("fd00::2", &["10.1.0.2", "fd10::2"]);
@@ -310,11 +310,11 @@ fn what_others_change_is_seen_and_put_right() {
                 "{line}"
             );
         }
-        // Without a look in between, so that what is known is old.
+        // Without a dump in between, so that the cache is stale.
         run(&format!("nft delete element inet ovl-sources hosts '{{ fd00::2 . {them} }}'"));
         sources.apply(&[Change { vni: VNI, mac: mac(2), source: None }]).expect("set");
         assert_eq!(sources.dump(&devices()).expect("dump").len(), 1);
-        // Sets of another shape, as another version may have left.
+        // Sets of another shape, as another version may have created.
         run("nft delete table inet ovl-sources; nft add table inet ovl-sources");
         run("nft add set inet ovl-sources hosts '{ type ipv4_addr; }'");
         sources.apply(&set).expect("set");
@@ -323,7 +323,7 @@ fn what_others_change_is_seen_and_put_right() {
 }
 
 #[test]
-fn many_are_set_at_once() {
+fn many_sources_are_set_at_once() {
     in_namespace(async || {
         let mut sources = Sources::open(PORT).expect("socket");
         let start = Instant::now();

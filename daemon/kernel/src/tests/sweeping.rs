@@ -1,4 +1,4 @@
-//! Endpoints that go, and what is left of them for a while.
+//! Removal of endpoints, and the later deletion of their veth pairs.
 
 use std::time::Duration;
 
@@ -7,10 +7,13 @@ use ovl_dataplane::state::Link;
 
 use super::lab::{Container, Lab, bridge, desired, endpoint, in_namespace, ip, mac, run};
 use crate::link::DOOMED;
-use crate::{Netns, Other, Retired};
+use crate::{Netns, PeerLocation, RetiredEndpoint};
 
-fn retired(n: u8, netns: Option<Netns>) -> Vec<Retired> {
-    vec![Retired { device: endpoint(n), other: netns.map_or(Other::Lost, Other::In) }]
+fn retired(n: u8, netns: Option<Netns>) -> Vec<RetiredEndpoint> {
+    vec![RetiredEndpoint {
+        device: endpoint(n),
+        other: netns.map_or(PeerLocation::Unknown, PeerLocation::Netns),
+    }]
 }
 
 async fn wait_until_gone(n: u8) {
@@ -23,7 +26,7 @@ async fn wait_until_gone(n: u8) {
 }
 
 #[test]
-fn the_name_is_free_at_once_and_the_pair_goes_later() {
+fn retire_frees_the_name_at_once_and_the_pair_is_deleted_later() {
     in_namespace(async || {
         let mut lab = Lab::start();
         let mut wanted = desired(ip("192.0.2.1"), 3);
@@ -40,12 +43,12 @@ fn the_name_is_free_at_once_and_the_pair_goes_later() {
         assert!(!container.run("ip -o link").contains("eth0"));
         assert_eq!(container.run("ip -o link show up").lines().count(), 1, "only lo");
         assert_eq!(container.run("ip route; ip -6 route").trim(), "");
-        // For everybody else it is gone: nothing is left to do, and to take it away again is fine.
+        // The rest of ovl treats it as absent: the plan is empty, and to retire it again is no error.
         lab.assert_settled(&wanted).await;
         lab.kernel.delete_links(vec![endpoint(30)]).await.expect("deleted");
         assert_eq!(lab.kernel.retire(retired(30, None), Vec::new()).await.1, Ok(()));
 
-        // The next one has its name, its addresses and its MAC address.
+        // The next endpoint has the same name, addresses and MAC address.
         let mut next = container.spec(30);
         next.device = endpoint(31);
         next.ifname = Some("eth0".to_owned());
@@ -60,7 +63,7 @@ fn the_name_is_free_at_once_and_the_pair_goes_later() {
         wait_until_gone(30).await;
         container.run("ping -c1 -W1 10.1.0.1");
         assert_eq!(container.run("ip -o link").lines().count(), 2, "lo and eth0");
-        assert_eq!(lab.events().await, [], "our own doing");
+        assert_eq!(lab.events().await, [], "ovld made this change");
         let link =
             Link::Endpoint { mtu: 1400, master: Some(bridge()), up: true, tuned: true, hairpin: false };
         wanted.links.insert(endpoint(31), link);
@@ -72,7 +75,7 @@ fn the_name_is_free_at_once_and_the_pair_goes_later() {
 }
 
 #[test]
-fn many_are_swept_on_demand() {
+fn sweep_deletes_many_pairs_at_once() {
     in_namespace(async || {
         let lab = Lab::start();
         lab.pass(&desired(ip("192.0.2.1"), 3)).await;
@@ -94,7 +97,7 @@ fn many_are_swept_on_demand() {
 }
 
 #[test]
-fn without_its_namespace_an_endpoint_is_deleted_at_once() {
+fn endpoint_with_unknown_namespace_is_deleted_at_once() {
     in_namespace(async || {
         let lab = Lab::start();
         lab.pass(&desired(ip("192.0.2.1"), 3)).await;
@@ -103,7 +106,7 @@ fn without_its_namespace_an_endpoint_is_deleted_at_once() {
         lab.create(container.spec(31)).await.expect("endpoint");
         lab.create(other.spec(32)).await.expect("endpoint");
         assert_eq!(lab.kernel.retire(retired(30, None), Vec::new()).await.1, Ok(()));
-        // Not the one that it was put into: indexes there mean something else.
+        // Not the namespace of the peer interface: its index means another device there.
         assert_eq!(lab.kernel.retire(retired(31, Some(other.open())), Vec::new()).await.1, Ok(()));
         let left = run("ip -o link");
         assert!(
@@ -112,14 +115,14 @@ fn without_its_namespace_an_endpoint_is_deleted_at_once() {
         );
         assert_eq!(container.run("ip -o link").lines().count(), 1);
         assert!(other.run("ip -o link show up").contains("eth0"));
-        // Nor one that has ended.
+        // Nor a namespace that was deleted.
         drop(other);
         assert_eq!(lab.kernel.retire(retired(32, None), Vec::new()).await.1, Ok(()));
     });
 }
 
 #[test]
-fn what_a_daemon_left_that_was_killed_is_swept_by_the_next() {
+fn new_worker_deletes_doomed_pairs_of_a_killed_daemon() {
     in_namespace(async || {
         let lab = Lab::start();
         let wanted = desired(ip("192.0.2.1"), 3);
@@ -128,7 +131,7 @@ fn what_a_daemon_left_that_was_killed_is_swept_by_the_next() {
         lab.create(container.spec(30)).await.expect("endpoint");
         drop(lab);
         run(&format!("ip link set {} group {DOOMED}", endpoint(30)));
-        // Somebody else's, in the same group.
+        // A device of another program in the same group.
         run(&format!("ip link add other type veth peer name another; ip link set other group {DOOMED}"));
         let next = Lab::start();
         next.assert_settled(&wanted).await;

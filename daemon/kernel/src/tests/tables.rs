@@ -1,4 +1,4 @@
-//! Tables with elements: skeletons and elements of each kind, what others do to them, and many at once.
+//! Tables with elements: skeletons and elements of each kind, changes by other programs, and many elements at once.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -93,12 +93,12 @@ fn wanted() -> Dataplane {
     kernel
 }
 
-/// What was heard of tables; devices may still be coming up.
+/// The events about tables. Other events are ignored, because devices may still be coming up.
 async fn noticed(lab: &mut Lab) -> Vec<KernelEvent> {
     lab.events().await.into_iter().filter(|event| *event != KernelEvent::Underlay).collect()
 }
 
-/// What a dump says of our tables.
+/// Dumps the tables of ovl.
 async fn dumped(lab: &Lab, wanted: &Dataplane) -> Dataplane {
     let goal = |desired| Goal {
         desired,
@@ -113,7 +113,7 @@ async fn dumped(lab: &Lab, wanted: &Dataplane) -> Dataplane {
     Dataplane { tables, elements, ..Dataplane::default() }
 }
 
-/// Compares and puts right; gives what was done.
+/// Runs a full pass. Returns the applied operations as text.
 async fn repair(lab: &Lab, wanted: &Dataplane) -> Vec<String> {
     let goal = Goal {
         desired: wanted.clone(),
@@ -131,14 +131,14 @@ async fn repair(lab: &Lab, wanted: &Dataplane) -> Vec<String> {
 }
 
 #[test]
-fn elements_of_every_kind_are_written_changed_and_removed() {
+fn elements_of_every_kind_are_written_changed_and_deleted() {
     in_namespace(async || {
         let mut lab = Lab::start();
         let mut wanted = wanted();
         lab.pass(&wanted).await;
         assert_eq!(dumped(&lab, &wanted).await, wanted);
-        assert_eq!(noticed(&mut lab).await, [], "our own doing");
-        // What nft shows is what we mean.
+        assert_eq!(noticed(&mut lab).await, [], "ovld made this change");
+        // nft lists the wanted elements.
         let listing = run("nft list table inet ovl-services");
         for line in [
             "elements = { 0-9, 10, 80-99, 60000-65535 }",
@@ -151,7 +151,7 @@ fn elements_of_every_kind_are_written_changed_and_removed() {
         ] {
             assert!(listing.contains(line), "{line}\n{listing}");
         }
-        // Each of our commands is one that nft takes.
+        // nft accepts the text of each operation.
         let key = Key::of(&[Field::Net(net("10.0.0.0/8")), Field::Protocol(17), Field::Ports(1, u16::MAX)]);
         let value = wanted.elements.insert(&PEERS, key.clone(), verdict("y"));
         let ops = repair(&lab, &wanted).await;
@@ -172,12 +172,12 @@ fn elements_of_every_kind_are_written_changed_and_removed() {
         assert_eq!(dumped(&lab, &wanted).await, wanted);
         repair(&lab, &Dataplane::default()).await;
         assert!(!run("nft list tables").contains("ovl-services"));
-        lab.kernel.remove_filter().await.expect("gone is fine");
+        lab.kernel.remove_filter().await.expect("an absent object is no error");
     });
 }
 
 #[test]
-fn a_skeleton_changes_under_its_elements() {
+fn skeleton_changes_keep_elements() {
     in_namespace(async || {
         let lab = Lab::start();
         let mut wanted = wanted();
@@ -187,7 +187,7 @@ fn a_skeleton_changes_under_its_elements() {
             change(&mut skeleton);
             Arc::new(skeleton)
         };
-        // Rules and chains come and go; the elements are not touched, nor is what packets have added.
+        // Rules and chains change. Elements are kept, also those that packets have added.
         run("nft 'add element inet ovl-services affinity { 10.0.0.1 . 80 : 10.0.0.2 }'");
         let more = skeleton(&|s| {
             s.chains[1].rules.push("accept".to_owned());
@@ -200,7 +200,7 @@ fn a_skeleton_changes_under_its_elements() {
         }
         assert!(!run("nft list table inet ovl-services").contains("chain z"));
         assert!(run("nft list map inet ovl-services affinity").contains("10.0.0.1 . 80"));
-        // A chain goes when no element leads to it any more; a set goes with its elements.
+        // A chain is deleted once no element refers to it. A set is deleted with its elements.
         wanted.tables.insert(T, skeleton(&|s| drop(s.chains.remove(1))));
         let key = Key::of(&[Field::Ip(ip("192.0.2.9")), Field::Protocol(17), Field::Port(53)]);
         wanted.elements.remove(&PEERS, &key).expect("there");
@@ -212,7 +212,7 @@ fn a_skeleton_changes_under_its_elements() {
         repair(&lab, &wanted).await;
         assert_eq!(dumped(&lab, &wanted).await, wanted);
         assert!(!run("nft list table inet ovl-services").contains("map marks"));
-        // Another hook: all is written anew, and the elements are in the same transaction.
+        // Another hook: the table is created again, with its elements, in one transaction.
         let hook = Some("type filter hook input priority 7; policy accept;".to_owned());
         wanted.tables.insert(
             T,
@@ -231,7 +231,7 @@ fn a_skeleton_changes_under_its_elements() {
 }
 
 #[test]
-fn what_others_do_to_a_table_is_noticed_and_put_right() {
+fn changes_of_tables_by_others_are_noticed_and_repaired() {
     in_namespace(async || {
         let mut lab = Lab::start();
         let wanted = wanted();
@@ -257,14 +257,14 @@ fn what_others_do_to_a_table_is_noticed_and_put_right() {
             assert_eq!(noticed(&mut lab).await, [], "{line}");
         }
         assert!(!run("nft list table inet ovl-services").contains("theirs"));
-        // What packets do is nobody's change.
+        // Elements that packets add are not drift.
         run("nft 'add element inet ovl-services affinity { 10.0.0.1 . 80 : 10.0.0.2 }'");
         assert!(repair(&lab, &wanted).await.is_empty());
     });
 }
 
 #[test]
-fn another_run_takes_over_what_is_there() {
+fn new_process_adopts_existing_tables() {
     in_namespace(async || {
         let wanted = wanted();
         Lab::start().pass(&wanted).await;
@@ -275,7 +275,7 @@ fn another_run_takes_over_what_is_there() {
             "the rules are written again, and the elements stay"
         );
         assert_eq!(dumped(&lab, &wanted).await, wanted);
-        // Sets of another shape, as another version may have left.
+        // Sets of another shape, as another version may have created.
         run("nft delete table inet ovl-services; nft add table inet ovl-services");
         run("nft add set inet ovl-services ports '{ type ipv4_addr; }'");
         run("nft add element inet ovl-services ports '{ 10.0.0.1 }'");
@@ -286,7 +286,7 @@ fn another_run_takes_over_what_is_there() {
 }
 
 #[test]
-fn what_is_refused_is_said_and_hurts_no_other_table() {
+fn refused_change_is_reported_and_affects_no_other_table() {
     in_namespace(async || {
         let lab = Lab::start();
         let mut wanted = wanted();
@@ -316,7 +316,7 @@ fn what_is_refused_is_said_and_hurts_no_other_table() {
 }
 
 #[test]
-fn many_are_changed_at_once() {
+fn many_elements_are_changed_at_once() {
     in_namespace(async || {
         let mut lab = Lab::start();
         let mut wanted = wanted();
@@ -343,7 +343,7 @@ fn many_are_changed_at_once() {
             outcome.result.expect("set");
         }
         println!("set: {:?}", start.elapsed());
-        assert_eq!(noticed(&mut lab).await, [], "our own doing, however much");
+        assert_eq!(noticed(&mut lab).await, [], "ovld made all changes");
         let start = Instant::now();
         assert_eq!(lab.dump().await.elements, wanted.elements);
         println!("a dump: {:?}", start.elapsed());
@@ -367,7 +367,7 @@ fn many_are_changed_at_once() {
         let start = Instant::now();
         let done = repair(&other, &wanted).await;
         println!("{} operations by another run: {:?}", done.len(), start.elapsed());
-        assert_eq!(done.len(), 2, "the rules, and the one that was taken out");
+        assert_eq!(done.len(), 2, "the rules, and the deleted element");
     });
 }
 

@@ -1,4 +1,4 @@
-//! TUN and TAP devices of the engine, and the VXLAN devices that go into a tunnel.
+//! TUN and TAP devices of the engine, and VXLAN devices in a tunnel.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -28,7 +28,7 @@ fn end() -> Device {
     Device::tunnel(false)
 }
 
-/// A switched network in the tunnel, as [`desired`] has it in plain, with two peers.
+/// The network of [`desired`] as an encrypted network, with two peers.
 fn sealed() -> Dataplane {
     let plain = desired(ip("192.0.2.1"), 0);
     let mut kernel = Dataplane { addresses: plain.addresses, ..Dataplane::default() };
@@ -62,13 +62,13 @@ fn sealed() -> Dataplane {
 }
 
 #[test]
-fn the_engines_devices_are_made_read_back_and_repaired() {
+fn engine_devices_are_created_dumped_and_repaired() {
     in_namespace(async || {
         let mut lab = lab();
         let wanted = sealed();
         lab.pass(&wanted).await;
         lab.assert_settled(&wanted).await;
-        assert_eq!(lab.events().await, [], "our own doing");
+        assert_eq!(lab.events().await, [], "ovld made this change");
         let (end, tap) = (end(), vxlan());
         let m2 = mac(2);
         for line in [
@@ -88,7 +88,7 @@ fn the_engines_devices_are_made_read_back_and_repaired() {
         ] {
             run(&line);
             assert!(!lab.events().await.is_empty(), "not noticed: {line}");
-            assert!(!lab.pass(&wanted).await.is_empty(), "nothing to repair after: {line}");
+            assert!(!lab.pass(&wanted).await.is_empty(), "no operation after: {line}");
             lab.assert_settled(&wanted).await;
             lab.events().await;
         }
@@ -96,7 +96,7 @@ fn the_engines_devices_are_made_read_back_and_repaired() {
 }
 
 #[test]
-fn what_is_inside_of_a_tunnel_changes_one_by_one_and_goes_with_it() {
+fn tunnel_entries_change_one_by_one_and_are_deleted_with_the_device() {
     in_namespace(async || {
         let mut lab = lab();
         let mut wanted = sealed();
@@ -111,19 +111,19 @@ fn what_is_inside_of_a_tunnel_changes_one_by_one_and_goes_with_it() {
         lab.assert_settled(&wanted).await;
         let status = lab.kernel.tunnels().await.expect("status");
         assert_eq!(status.iter().flat_map(|end| &end.peers).count(), 1);
-        // Another port, another network identifier.
+        // Another port and another VNI.
         wanted.tunnels.values_mut().for_each(|tunnel| tunnel.port = 51999);
         if let Some(Link::Tap { vni, .. }) = wanted.links.get_mut(&vxlan()) {
             *vni = 77;
         }
         lab.pass(&wanted).await;
         lab.assert_settled(&wanted).await;
-        assert_eq!(lab.events().await, [], "our own doing");
+        assert_eq!(lab.events().await, [], "ovld made this change");
         lab.pass(&Dataplane::default()).await;
         lab.assert_settled(&Dataplane::default()).await;
         assert_eq!(run("ip -br link show type tun"), "");
         assert!(lab.kernel.tunnels().await.expect("status").is_empty());
-        // With the worker all of it goes.
+        // All devices are deleted with the worker.
         lab.pass(&wanted).await;
         assert_ne!(run("ip -br link show type tun"), "");
         drop(lab);
@@ -134,7 +134,7 @@ fn what_is_inside_of_a_tunnel_changes_one_by_one_and_goes_with_it() {
 }
 
 #[test]
-fn a_vxlan_device_in_a_tunnel_needs_no_checksums() {
+fn vxlan_device_in_a_tunnel_has_no_udp_checksums() {
     in_namespace(async || {
         let lab = Lab::start();
         let mut wanted = desired(ip("2001:db8:ffff::1"), 3);
@@ -151,7 +151,7 @@ fn a_vxlan_device_in_a_tunnel_needs_no_checksums() {
 }
 
 #[test]
-fn a_port_that_is_taken_is_named_and_nothing_stays() {
+fn error_names_a_port_in_use_and_no_device_remains() {
     in_namespace(async || {
         let _taken = std::net::UdpSocket::bind("192.0.2.1:51940").expect("free");
         let lab = lab();
@@ -168,7 +168,7 @@ fn a_port_that_is_taken_is_named_and_nothing_stays() {
 }
 
 #[test]
-fn nft_takes_the_filter_of_encrypted_networks() {
+fn nft_accepts_the_filter_of_encrypted_networks() {
     in_namespace(async || {
         let lab = Lab::start();
         let network = |n: u8, mode, encrypted, internal, subnets: [&str; 2]| Network {

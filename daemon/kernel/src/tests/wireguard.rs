@@ -1,4 +1,4 @@
-//! The kernel's WireGuard devices: against the fake everywhere, against the real one where it is.
+//! WireGuard devices of the kernel: against the fake, and against the real kernel if it has WireGuard.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
@@ -53,7 +53,7 @@ fn key(n: u8) -> TunnelKey {
     TunnelKey([n; 32])
 }
 
-/// What an operation of the loop does.
+/// Applies an operation as the worker does.
 fn apply(wireguard: &mut Wireguard, secrets: &BTreeMap<TunnelKey, [u8; 32]>, op: &Op) {
     match op {
         Op::Wireguard(WireguardOp::SetInterface(device, Tunnel { key, port, .. })) => {
@@ -76,7 +76,7 @@ fn dump(wireguard: &mut Wireguard, devices: &[Device]) -> Dataplane {
     kernel
 }
 
-/// Brings it to what is wanted; afterwards nothing is left to do.
+/// Applies the plan to the desired state, and asserts that the plan is empty afterwards.
 fn settle(wireguard: &mut Wireguard, secrets: &BTreeMap<TunnelKey, [u8; 32]>, desired: &Dataplane) {
     let devices: Vec<Device> = desired.tunnels.keys().copied().collect();
     for op in diff(&dump(wireguard, &devices), desired, true) {
@@ -88,7 +88,7 @@ fn settle(wireguard: &mut Wireguard, secrets: &BTreeMap<TunnelKey, [u8; 32]>, de
 }
 
 #[test]
-fn a_device_gets_its_key_its_port_and_its_peers() {
+fn device_has_the_configured_key_port_and_peers() {
     let (fake, mut wireguard) = start(8192);
     assert!(wireguard.is_there().expect("answer"));
     let (tunnel, peers) = wireguard.dump(device()).expect("dump");
@@ -105,19 +105,19 @@ fn a_device_gets_its_key_its_port_and_its_peers() {
     assert_eq!(peers[&key(3)], peer("[2001:db8::3]:7", &["fd00::3/128"]));
     assert_eq!(wireguard.dump(Device::tunnel(true)).expect("dump").1.len(), 0, "the other is another");
 
-    // A new key leaves the peers.
+    // A new key keeps the peers.
     wireguard.set(device(), &[8; 32], 51940).expect("set");
     assert_eq!(wireguard.dump(device()).expect("dump").1, peers);
 
     wireguard.delete_peer(device(), key(2)).expect("deleted");
-    wireguard.delete_peer(device(), key(2)).expect("gone is fine");
+    wireguard.delete_peer(device(), key(2)).expect("an absent object is no error");
     assert_eq!(wireguard.dump(device()).expect("dump").1.keys().collect::<Vec<_>>(), [&key(3)]);
     assert_eq!(fake.state().devices["ovt-0"].private, Some([8; 32]));
     end(fake, wireguard);
 }
 
 #[test]
-fn an_allowed_address_is_one_peers() {
+fn allowed_address_belongs_to_one_peer() {
     let (fake, mut wireguard) = start(8192);
     wireguard
         .set_peer(device(), key(1), &peer("192.0.2.1:1", &["10.0.0.0/24", "10.0.1.0/24"]))
@@ -126,14 +126,14 @@ fn an_allowed_address_is_one_peers() {
     let (_, peers) = wireguard.dump(device()).expect("dump");
     assert_eq!(peers[&key(1)].allowed, [net("10.0.0.0/24")].into());
     assert_eq!(peers[&key(2)].allowed, [net("10.0.1.0/24")].into());
-    // All are replaced, and none is a state too.
+    // All addresses are replaced, also by none.
     wireguard.set_peer(device(), key(1), &peer("192.0.2.1:1", &[])).expect("peer");
     assert_eq!(wireguard.dump(device()).expect("dump").1[&key(1)].allowed, [].into());
     end(fake, wireguard);
 }
 
 #[test]
-fn long_lists_take_several_messages_each_way() {
+fn long_lists_are_split_into_messages_in_both_directions() {
     let (fake, mut wireguard) = start(3000);
     let allowed: BTreeSet<IpNet> = (0..2500u32)
         .map(|n| {
@@ -154,13 +154,13 @@ fn long_lists_take_several_messages_each_way() {
     let (_, peers) = wireguard.dump(device()).expect("dump");
     assert_eq!(peers.len(), 101);
     assert_eq!(peers[&key(200)], long);
-    assert_eq!(peers[&key(99)].allowed, [net("fd01::/64")].into(), "the last that it was given to");
+    assert_eq!(peers[&key(99)].allowed, [net("fd01::/64")].into(), "the last peer that got it");
     assert!(fake.state().dumped > 20, "{}", fake.state().dumped);
     end(fake, wireguard);
 }
 
 #[test]
-fn a_dump_that_was_disturbed_is_made_again() {
+fn interrupted_dump_is_repeated() {
     let (fake, mut wireguard) = start(600);
     for n in 0..20 {
         wireguard.set_peer(device(), key(n), &peer("192.0.2.1:1", &[])).expect("peer");
@@ -172,7 +172,7 @@ fn a_dump_that_was_disturbed_is_made_again() {
 }
 
 #[test]
-fn what_others_set_is_seen_and_undone() {
+fn settings_by_others_are_noticed_and_undone() {
     let (fake, mut wireguard) = start(8192);
     let secrets = BTreeMap::from([(TunnelKey(public_of([1; 32])), [1; 32])]);
     let mut desired = Dataplane::default();
@@ -203,7 +203,7 @@ fn what_others_set_is_seen_and_undone() {
 }
 
 #[test]
-fn status_tells_how_it_goes() {
+fn status_has_endpoint_handshake_and_counters() {
     let (fake, mut wireguard) = start(8192);
     wireguard.set_peer(device(), key(1), &peer("192.0.2.1:1", &[])).expect("peer");
     wireguard.set_peer(device(), key(2), &peer("192.0.2.2:1", &[])).expect("peer");
@@ -228,12 +228,12 @@ fn status_tells_how_it_goes() {
 }
 
 #[test]
-fn refusals_say_what_to_do() {
+fn errors_say_what_to_do() {
     let (fake, mut wireguard) = start(8192);
     fake.state().taken = vec![51940];
     let error = wireguard.set(device(), &[1; 32], 51940).expect_err("taken").to_string();
     assert!(error.contains("UDP port 51940") && error.contains("ss -ulnp"), "{error}");
-    // A port may be left to the kernel.
+    // Port 0 lets the kernel choose.
     wireguard.set(device(), &[1; 32], 1).expect("set");
     wireguard.set(device(), &[1; 32], 0).expect("set");
     assert_ne!(wireguard.dump(device()).expect("dump").0.port, 0);
@@ -243,21 +243,21 @@ fn refusals_say_what_to_do() {
     assert_eq!(wireguard.set(gone, &[1; 32], 1), none);
     assert_eq!(wireguard.set_peer(gone, key(1), &peer("192.0.2.1:1", &[])), none);
     assert_eq!(wireguard.dump(gone).map(drop), none);
-    wireguard.delete_peer(gone, key(1)).expect("gone is fine");
+    wireguard.delete_peer(gone, key(1)).expect("an absent object is no error");
 
-    // Another number for the family, as after the module was loaded anew.
+    // Another message type of the family, as after the module was loaded again.
     fake.state().family = Some(FAMILY + 1);
     wireguard.set(device(), &[1; 32], 1).expect("set");
     fake.state().family = None;
     assert!(!wireguard.is_there().expect("answer"));
     let error = wireguard.set(device(), &[1; 32], 1).expect_err("no WireGuard").to_string();
     assert!(error.contains("no WireGuard") && error.contains("userspace"), "{error}");
-    wireguard.delete_peer(device(), key(1)).expect("gone is fine");
+    wireguard.delete_peer(device(), key(1)).expect("an absent object is no error");
     end(fake, wireguard);
 }
 
 #[test]
-fn a_peer_that_is_this_host_is_passed_over() {
+fn peer_with_the_devices_own_key_is_skipped() {
     let (fake, mut wireguard) = start(8192);
     wireguard.set_peer(device(), TunnelKey(public_of([1; 32])), &peer("192.0.2.1:1", &[])).expect("peer");
     wireguard.set(device(), &[1; 32], 1).expect("set");
@@ -268,12 +268,12 @@ fn a_peer_that_is_this_host_is_passed_over() {
 }
 
 #[test]
-fn the_private_key_is_shown_nowhere() {
+fn debug_output_has_no_private_key() {
     let (fake, mut wireguard) = start(8192);
     let secret = [0xa7; 32];
     wireguard.set(device(), &secret, 51940).expect("set");
     wireguard.dump(device()).expect("dump");
-    // The dump that was received last has it.
+    // The last received dump contains it.
     let shown = format!("{wireguard:?}");
     assert!(!shown.contains("167, 167") && !shown.contains("a7a7"), "{shown}");
     let mut batch = Batch::default();
@@ -282,8 +282,8 @@ fn the_private_key_is_shown_nowhere() {
     end(fake, wireguard);
 }
 
-/// Two ends of the tunnel with peers that share a small world of keys and addresses, so that addresses
-/// move; each address is one peer's.
+/// Two tunnel devices whose peers share a few keys and addresses, so that addresses move between peers. Each address
+/// belongs to one peer.
 fn world() -> impl Strategy<Value = Dataplane> {
     let peer = (0u8..6, any::<bool>(), 1u16..4, any::<bool>());
     let peers = proptest::collection::vec(peer, 0..8);
@@ -317,9 +317,9 @@ fn world() -> impl Strategy<Value = Dataplane> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(200))]
 
-    /// What `wg` would show is what is wanted, whatever was wanted before.
+    /// The kernel reaches each desired state from the one before.
     #[test]
-    fn the_kernels_state_becomes_what_is_wanted(worlds in proptest::collection::vec(world(), 1..6), cut in 200usize..2000) {
+    fn kernel_reaches_the_desired_state(worlds in proptest::collection::vec(world(), 1..6), cut in 200usize..2000) {
         let (fake, mut wireguard) = start(cut);
         let secrets = (100..104).map(|n| (TunnelKey(public_of([n; 32])), [n; 32])).collect();
         for world in &worlds {
@@ -329,11 +329,11 @@ proptest! {
     }
 }
 
-/// Whether this machine's kernel has WireGuard; says so loudly where it has not.
+/// Whether the kernel of this machine has WireGuard. Prints a notice if not.
 fn has_wireguard() -> bool {
     let there = Wireguard::open().and_then(|mut wireguard| wireguard.is_there()).expect("probe");
     if !there {
-        // Not through the tests' capture: nobody shall believe that it ran.
+        // Not through the capture of the test runner: a skipped test must be visible.
         let _ = std::io::Write::write_all(
             &mut std::io::stderr(),
             b"\n*** SKIPPED: this kernel has no WireGuard; the virtual machines run this test ***\n",
@@ -346,9 +346,9 @@ fn tunnel_link(mtu: u16) -> Link {
     Link::Tunnel { kind: TunnelKind::Kernel, mtu, up: true }
 }
 
-/// The probe tells the truth on any kernel: where it says no, none can be made, and the error says so.
+/// The probe is correct on any kernel: if it returns false, no device can be created, and the error says why.
 #[test]
-fn the_probe_agrees_with_the_kernel() {
+fn wireguard_probe_agrees_with_the_kernel() {
     in_namespace(async || {
         let lab = Lab::start();
         let there = Wireguard::open().and_then(|mut wireguard| wireguard.is_there()).expect("probe");
@@ -365,9 +365,9 @@ fn the_probe_agrees_with_the_kernel() {
     });
 }
 
-/// The same as against the fake, and `wg` agrees where it is installed.
+/// As against the fake, and `wg` shows the same if it is installed.
 #[test]
-fn the_real_kernels_state_becomes_what_is_wanted() {
+fn real_kernel_reaches_the_desired_state() {
     in_namespace(async || {
         if !has_wireguard() {
             return;
@@ -399,7 +399,7 @@ fn the_real_kernels_state_becomes_what_is_wanted() {
             settle(&mut wireguard, &secrets, &world);
             assert_wg_agrees(&world);
         }
-        // More than one message, and more than one datagram back.
+        // More than one message, and more than one datagram in reply.
         let mut world = dump(&mut wireguard, &devices);
         world.tunnel_peers.clear();
         for n in 0..1500u16 {
@@ -423,9 +423,9 @@ fn the_real_kernels_state_becomes_what_is_wanted() {
     });
 }
 
-/// Packets pass between two hosts' devices, and stop when the peer is taken away.
+/// Packets pass between the devices of two hosts, until the peer is deleted.
 #[test]
-fn packets_pass_through_real_devices() {
+fn packets_pass_through_real_wireguard_devices() {
     in_namespace(async || {
         if !has_wireguard() {
             return;
@@ -440,7 +440,7 @@ fn packets_pass_through_real_devices() {
         lab.kernel.apply(vec![op]).await.remove(0).result.expect("link");
         wireguard.set(device(), &[1; 32], 51940).expect("set");
         wireguard.set_peer(device(), keys[1], &peer("192.0.2.2:51950", &["fd00::2/128"])).expect("peer");
-        // The socket of a device stays in the namespace where it was made: the far end's is made there.
+        // The socket of a device stays in the namespace where it was created, so the remote device is created there.
         far.run("ip link add ovt-0 mtu 1420 type wireguard; ip link set ovt-0 up; ip addr add fd00::2/64 dev ovt-0 nodad");
         let netns = std::fs::File::open(far.path()).expect("namespace");
         let there = std::thread::spawn(move || {
@@ -458,7 +458,7 @@ fn packets_pass_through_real_devices() {
         assert!(status.received > 0 && status.sent > 0, "{status:?}");
         assert_eq!(status.endpoint, Some("192.0.2.2:51950".parse().expect("endpoint")));
 
-        // A switched network through it, where the far end may send what is its own and nothing else.
+        // A switched network in the tunnel: the remote host may send only from its own addresses.
         let mut sources = Sources::open(51942).expect("socket");
         sources.ensure().expect("rules");
         for (n, other) in [(1, 2), (2, 1)] {
@@ -485,7 +485,7 @@ fn packets_pass_through_real_devices() {
         assert!(sources.refused().expect("count") > refused);
 
         wireguard.delete_peer(device(), keys[1]).expect("deleted");
-        assert!(!answers("fd00::2"), "from a peer that is gone");
+        assert!(!answers("fd00::2"), "from a deleted peer");
     });
 }
 
@@ -495,7 +495,7 @@ fn answers(address: &str) -> bool {
     ping.expect("ping").status.success()
 }
 
-/// `wg show` names the same keys, ports, endpoints and allowed addresses.
+/// Asserts that `wg show` lists the same keys, ports, endpoints and allowed addresses.
 fn assert_wg_agrees(world: &Dataplane) {
     if std::process::Command::new("wg").arg("--version").output().is_err() {
         let _ = std::io::Write::write_all(&mut std::io::stderr(), b"\n*** no program wg: not compared ***\n");

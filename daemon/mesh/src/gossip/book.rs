@@ -1,5 +1,4 @@
-//! Everything known of the way to each peer: its address, when it was heard, how long a round trip
-//! takes and what the path carries.
+//! The state of the path to each peer: its address, when it was heard, round-trip time and path MTU.
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::SocketAddr;
@@ -10,64 +9,65 @@ use ovl_proto::id::NodeId;
 use super::Contact;
 use super::mtu::{PathMtu, Probe};
 
-/// Heard within this time, a peer is alive, whatever chitchat thinks.
+/// A peer that was heard within this time is alive, even if chitchat says otherwise.
 pub(super) const HEARD_LATELY: Duration = Duration::from_secs(2);
 const PING_EVERY: Duration = Duration::from_secs(1);
 const DIAL_EVERY: Duration = Duration::from_secs(1);
-/// Searches for the path MTU at a time: each sends a few dozen large packets.
+/// The maximum number of concurrent path MTU searches: each sends a few dozen large packets.
 const MAX_SEARCHES: usize = 16;
 
-/// One peer.
+/// The state of one peer.
 #[derive(Debug)]
 pub(super) struct Peer {
     addr: SocketAddr,
-    /// chitchat has it.
+    /// Whether it is in the state of chitchat.
     listed: bool,
-    /// The engine wants it dialled.
+    /// Whether the daemon wants it to be dialled.
     known: bool,
     alive: bool,
     link_mtu: u16,
     last_heard: Option<Instant>,
     rtt: Option<Duration>,
-    /// The share of pings that were answered lately.
+    /// The share of recent pings that were answered.
     answered: f64,
     ping: Option<(u64, Instant)>,
     next_ping: Instant,
     next_dial: Instant,
     mtu: Option<PathMtu>,
     reported_mtu: Option<u16>,
-    /// In the nonces of its probes.
+    /// A random part of the nonces of its probes.
     salt: u32,
 }
 
 /// All peers.
 #[derive(Debug)]
-pub(super) struct Book {
+pub(super) struct PeerBook {
     peers: BTreeMap<NodeId, Peer>,
     link_mtu: u16,
     nonce: u64,
 }
 
-/// Something to be sent to a peer now.
+/// A ping or probe to be sent now.
 #[derive(Debug)]
 pub(super) enum Due {
     Ping { to: SocketAddr, nonce: u64 },
     Probe { node: NodeId, to: SocketAddr, nonce: u64, size: u16 },
 }
 
-impl Book {
-    /// `nonce` is where nonces begin: random, so that no answer to an earlier run fits.
+impl PeerBook {
+    /// Creates an empty book. `nonce` is the first nonce: it must be random, so that replies to an earlier process do
+    /// not match.
     pub(super) fn new(link_mtu: u16, nonce: u64) -> Self {
         Self { peers: BTreeMap::new(), link_mtu, nonce }
     }
 
-    /// A number never used before.
+    /// A new nonce.
     pub(super) fn nonce(&mut self) -> u64 {
         self.nonce = self.nonce.wrapping_add(1);
         self.nonce
     }
 
-    /// What chitchat has of a peer.
+    /// Updates a peer from the state of chitchat.
     pub(super) fn list(&mut self, node: NodeId, addr: SocketAddr, link_mtu: u16, alive: bool, now: Instant) {
         let own = self.link_mtu;
         let peer = self.entry(node, addr, now);
@@ -82,7 +82,7 @@ impl Book {
         }
     }
 
-    /// chitchat has forgotten a peer.
+    /// Notes that chitchat has forgotten a peer.
     pub(super) fn unlist(&mut self, node: NodeId) {
         if let Some(peer) = self.peers.get_mut(&node) {
             (peer.listed, peer.alive) = (false, false);
@@ -92,7 +92,7 @@ impl Book {
         }
     }
 
-    /// Those to dial for ever, and no others.
+    /// Replaces the set of peers to dial.
     pub(super) fn set_known(&mut self, known: &[(NodeId, SocketAddr)], now: Instant) {
         for peer in self.peers.values_mut() {
             peer.known = false;
@@ -117,14 +117,14 @@ impl Book {
         }
     }
 
-    /// Something came directly from a peer.
+    /// Notes an authenticated datagram from a peer.
     pub(super) fn heard(&mut self, node: NodeId, now: Instant) {
         if let Some(peer) = self.peers.get_mut(&node) {
             peer.last_heard = Some(now);
         }
     }
 
-    /// Whether the nonce is that of the ping under way to that peer.
+    /// Notes a pong. Returns whether its nonce is that of the pending ping to the peer.
     pub(super) fn ponged(&mut self, node: NodeId, nonce: u64, now: Instant) -> bool {
         let Some(peer) = self.peers.get_mut(&node) else { return false };
         let Some((_, sent)) = peer.ping.take_if(|(sent, _)| *sent == nonce) else { return false };
@@ -134,7 +134,7 @@ impl Book {
         true
     }
 
-    /// A probe came through.
+    /// Notes the acknowledgement of a path MTU probe.
     pub(super) fn probed(&mut self, node: NodeId, nonce: u64, now: Instant) {
         let Some(peer) = self.peers.get_mut(&node) else { return };
         let [a, b, c, d, r, s, t, u] = nonce.to_be_bytes();
@@ -146,14 +146,14 @@ impl Book {
         }
     }
 
-    /// The kernel did not take a probe.
+    /// Notes that the kernel refused to send a probe of this size (EMSGSIZE).
     pub(super) fn too_big(&mut self, node: NodeId, size: u16) {
         if let Some(mtu) = self.peers.get_mut(&node).and_then(|peer| peer.mtu.as_mut()) {
             mtu.too_big(size);
         }
     }
 
-    /// Pings and probes to be sent now.
+    /// The pings and probes to send now.
     pub(super) fn due(&mut self, now: Instant) -> Vec<Due> {
         let mut due = Vec::new();
         let mut searches = self.peers.values().filter(|peer| peer.is_searching()).count();
@@ -181,7 +181,7 @@ impl Book {
         due
     }
 
-    /// Peers that are not alive and shall be dialled now, those first that waited longest.
+    /// The peers to dial now: up to `most` that are not alive, those first that have waited longest.
     pub(super) fn dials(&mut self, now: Instant, most: usize) -> Vec<(SocketAddr, Due)> {
         let due = self.peers.iter().filter(|(_, peer)| !peer.alive && now >= peer.next_dial);
         let mut due: Vec<(Instant, NodeId)> = due.map(|(node, peer)| (peer.next_dial, *node)).collect();
@@ -198,7 +198,7 @@ impl Book {
         dials
     }
 
-    /// Whether any path is being searched, so that time matters.
+    /// Whether a path MTU search is in progress.
     pub(super) fn is_searching(&self) -> bool {
         self.peers.values().any(Peer::is_searching)
     }
@@ -211,7 +211,7 @@ impl Book {
         self.peers.values().any(|peer| peer.alive && peer.addr == addr)
     }
 
-    /// Addresses of peers; of all, or of those alive.
+    /// The addresses of all peers, or of those that are alive.
     pub(super) fn addresses(&self, only_alive: bool) -> Vec<SocketAddr> {
         self.peers.values().filter(|peer| peer.alive || !only_alive).map(|peer| peer.addr).collect()
     }
@@ -224,7 +224,7 @@ impl Book {
         self.peers.iter().filter_map(contact).collect()
     }
 
-    /// Path MTUs that are news.
+    /// The path MTUs that have changed since the last call.
     pub(super) fn new_mtus(&mut self) -> Vec<(NodeId, u16)> {
         let mut news = Vec::new();
         for (node, peer) in &mut self.peers {
@@ -241,7 +241,7 @@ impl Book {
 
     fn entry(&mut self, node: NodeId, addr: SocketAddr, now: Instant) -> &mut Peer {
         let nonce = self.nonce();
-        // Spread over the second, so that not all are pinged in one go.
+        // Pings are spread over the second, so that they are not a burst.
         let spread = PING_EVERY / 8 * (self.peers.len() % 8) as u32;
         self.peers.entry(node).or_insert_with(|| Peer {
             addr,

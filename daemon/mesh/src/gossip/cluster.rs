@@ -1,4 +1,4 @@
-//! chitchat, on our socket.
+//! chitchat over the socket of the hub.
 
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -17,37 +17,37 @@ use tracing::error;
 
 use super::hub::Hub;
 
-/// The cluster key keeps clusters apart; this only has to be the same everywhere.
+/// The cluster id of chitchat. It is the same for all clusters, which differ by their cluster keys.
 const CLUSTER: &str = "ovl";
-/// After this a dead node is forgotten. Its id is in every digest until then.
+/// The time after which a dead host is forgotten. Until then its id is in every digest.
 const GRACE: Duration = Duration::from_secs(600);
-/// Messages that wait for chitchat, at most.
+/// The maximum number of messages that wait for chitchat.
 const INBOX: usize = 512;
 
-/// Keys in chitchat: short, as they are repeated.
+/// The keys in chitchat: short, because every delta repeats them.
 pub(super) const KEY_RECORD: &str = "r";
 const KEY_TABLE: &str = "t";
 const KEY_OBJECTS: &str = "o";
 const KEY_ALLOC: &str = "a";
 
-/// What a node tells in gossip of its state, so that peers notice what they missed.
+/// The hints of a host: a summary of its state, by which peers detect missing state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Hints {
-    /// Of its own table.
+    /// The revision of its owner table.
     pub table: Revision,
-    /// Over all cluster objects that it has.
+    /// The digest of its cluster objects.
     pub objects: [u8; 32],
-    /// Version of the allocation map.
+    /// The version of its allocation map.
     pub alloc: u64,
 }
 
-/// The handle of chitchat, which may be replaced when its task has failed.
+/// A running chitchat, which is restarted if its task fails.
 pub(super) struct Cluster {
     hub: Arc<Hub>,
     id: ChitchatId,
     interval: Duration,
     handle: Mutex<Arc<ChitchatHandle>>,
-    /// What we publish.
+    /// The published values.
     values: Mutex<Values>,
 }
 
@@ -86,16 +86,16 @@ impl Cluster {
         Arc::clone(&self.handle.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Looks at chitchat's state, or changes it.
+    /// Runs a closure on the state of chitchat.
     pub(super) async fn with<T>(&self, act: impl FnMut(&mut Chitchat) -> T) -> T {
         self.handle().with_chitchat(act).await
     }
 
-    /// Gossips with that address at once.
+    /// Gossips with an address at once.
     pub(super) fn gossip(&self, to: SocketAddr) {
-        // It fails only while chitchat is being replaced, and will be done again.
+        // It fails only while chitchat is being restarted. The caller retries.
         if self.handle().gossip(to).is_err() {
-            tracing::debug!(%to, "no gossip: chitchat is not running");
+            tracing::debug!(%to, "cannot gossip: chitchat is not running");
         }
     }
 
@@ -111,7 +111,7 @@ impl Cluster {
         self.publish().await;
     }
 
-    /// chitchat sees by itself what has not changed.
+    /// Writes the values to chitchat, which ignores those that have not changed.
     pub(super) async fn publish(&self) {
         let pairs = self.values.lock().unwrap_or_else(PoisonError::into_inner).pairs();
         self.with(|chitchat| {
@@ -123,24 +123,24 @@ impl Cluster {
         .await;
     }
 
-    /// chitchat has assertions that a peer with a fault could trip: then it starts again, as a later
-    /// run, for what peers have of this one must not count.
+    /// Restarts chitchat if its task fails: a faulty peer could trigger its assertions. It restarts with a new
+    /// generation, so that peers discard the state of the old one.
     pub(super) async fn supervise(&self) {
         let mut id = self.id.clone();
         loop {
             let ended = self.handle().termination_watcher().await;
-            error!(?ended, "gossip has failed and is started again");
+            error!(?ended, "chitchat failed: it is restarted");
             tokio::time::sleep(Duration::from_secs(1)).await;
             id.generation_id += 1;
             let values = self.values.lock().unwrap_or_else(PoisonError::into_inner).clone();
             match spawn(&self.hub, id.clone(), self.interval, &values).await {
                 Ok(handle) => *self.handle.lock().unwrap_or_else(PoisonError::into_inner) = handle,
-                Err(error) => error!(%error, "gossip cannot be started again"),
+                Err(error) => error!(%error, "cannot restart chitchat"),
             }
         }
     }
 
-    /// Stops chitchat, and waits until it has let go of the socket.
+    /// Stops chitchat, and waits until it has released the socket.
     pub(super) async fn stop(&self) {
         let handle = self.handle();
         let stopping = handle.initiate_shutdown();
@@ -162,7 +162,7 @@ async fn spawn(
         chitchat_id: id,
         cluster_id: CLUSTER.to_owned(),
         gossip_interval: interval,
-        // Seeds and the dead are dialled by ourselves: see `pulse`.
+        // The module `pulse` dials seeds and dead hosts.
         seed_nodes: Vec::new(),
         failure_detector_config: failure_detector(interval),
         marked_for_deletion_grace_period: Duration::from_secs(3600),
@@ -186,8 +186,8 @@ async fn spawn(
     Ok(Arc::new(handle))
 }
 
-/// With one sample and a threshold of 1 this is a time-out: five parts of the initial interval and
-/// one of the last one seen, over six; about 2 s.
+/// Configures the failure detector as a timeout of about 2 s: with one sample and a threshold of 1 it is five sixths of
+/// the initial interval and one sixth of the last one.
 fn failure_detector(interval: Duration) -> FailureDetectorConfig {
     FailureDetectorConfig {
         phi_threshold: 1.0,
@@ -198,7 +198,7 @@ fn failure_detector(interval: Duration) -> FailureDetectorConfig {
     }
 }
 
-/// The hints in a node's state; what is missing or malformed is as if it had nothing.
+/// Parses the hints in the state of a host. A missing or malformed value has its default.
 pub(super) fn hints_of(state: &chitchat::NodeState) -> Hints {
     let number = state.get(KEY_ALLOC).and_then(|text| text.parse().ok());
     Hints {
@@ -237,13 +237,13 @@ struct OurSocket {
 
 #[async_trait]
 impl Socket for OurSocket {
-    // chitchat does nothing else meanwhile, so this neither waits nor fails.
+    // chitchat blocks on this call, so it neither waits nor fails.
     async fn send(&mut self, to: SocketAddr, message: ChitchatMessage) -> anyhow::Result<()> {
         self.hub.send_chitchat(to, &message);
         Ok(())
     }
 
     async fn recv(&mut self) -> anyhow::Result<(SocketAddr, ChitchatMessage)> {
-        self.inbox.recv().await.ok_or_else(|| anyhow::anyhow!("the socket was replaced"))
+        self.inbox.recv().await.ok_or_else(|| anyhow::anyhow!("the inbox was replaced"))
     }
 }

@@ -1,5 +1,5 @@
-//! Messages of chitchat grow to 64 KiB and more: here they are compressed where that helps, cut
-//! into datagrams that every path carries, and put together again, within bounds.
+//! Fragmentation of chitchat messages, which may exceed 64 KiB: they are compressed if that makes them smaller, split
+//! into datagrams that fit every path, and reassembled with bounded memory.
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
@@ -7,16 +7,16 @@ use std::time::{Duration, Instant};
 use super::packet::{Bytes, Fragment, MAX_FRAGMENT};
 use super::seal::RunId;
 
-/// chitchat's messages end at 64 KiB and a little; larger ones are neither sent nor made.
+/// The maximum size of a message in bytes. Messages of chitchat are slightly larger than 64 KiB at most.
 pub(super) const MAX_MESSAGE: usize = 128 << 10;
-/// Messages of one sender that are in pieces at a time.
+/// The maximum number of incomplete messages of one sender.
 const MAX_OPEN_PER_RUN: usize = 8;
-/// Bytes of all messages in pieces.
+/// The maximum size in bytes of all incomplete messages.
 const MAX_OPEN_BYTES: usize = 8 << 20;
-/// A message that is not whole by then has lost a piece.
-const PATIENCE: Duration = Duration::from_secs(2);
+/// The time after which an incomplete message is dropped.
+const REASSEMBLY_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Cuts messages to size.
+/// Splits messages into fragments.
 pub(super) struct Splitter {
     compressor: zstd::bulk::Compressor<'static>,
     scratch: Vec<u8>,
@@ -28,14 +28,14 @@ impl Splitter {
         Ok(Self { compressor: zstd::bulk::Compressor::new(1)?, scratch: Vec::new(), next: 0 })
     }
 
-    /// The fragments of a message; none if it is too large.
+    /// Splits a message into fragments. Returns none if it is too large.
     pub(super) fn split(&mut self, message: Vec<u8>) -> Vec<Fragment> {
         if message.len() > MAX_MESSAGE {
             return Vec::new();
         }
         self.next = self.next.wrapping_add(1);
         let number = self.next;
-        // What fits one datagram gains nothing.
+        // A message that fits one datagram is not compressed.
         if message.len() <= MAX_FRAGMENT {
             let data = Bytes(message);
             return vec![Fragment { message: number, index: 0, count: 1, compressed: false, data }];
@@ -43,7 +43,7 @@ impl Splitter {
         self.scratch.resize(message.len(), 0);
         let (compressed, data) = match self.compressor.compress_to_buffer(&message, &mut self.scratch) {
             Ok(length) => (true, self.scratch.get(..length).unwrap_or_default()),
-            // It does not get smaller.
+            // Compression does not make it smaller.
             Err(_) => (false, &message[..]),
         };
         let count = data.len().div_ceil(MAX_FRAGMENT) as u16;
@@ -58,7 +58,7 @@ impl Splitter {
     }
 }
 
-/// Puts messages together.
+/// Reassembles messages.
 #[derive(Default)]
 pub(super) struct Joiner {
     open: HashMap<(RunId, u32), Partial>,
@@ -74,8 +74,11 @@ struct Partial {
 }
 
 impl Joiner {
-    /// Takes a fragment; gives the message if it was the last one missing. An error is a fragment
-    /// that no honest sender makes.
+    /// Adds a fragment. Returns the message if it is complete.
+    ///
+    /// # Errors
+    ///
+    /// A fragment that no correct sender produces.
     pub(super) fn join(
         &mut self,
         run: RunId,
@@ -84,10 +87,10 @@ impl Joiner {
     ) -> Result<Option<Vec<u8>>, &'static str> {
         let Fragment { message, index, count, compressed, data } = fragment;
         if index >= count || usize::from(count) > MAX_MESSAGE.div_ceil(MAX_FRAGMENT) {
-            return Err("a fragment that cannot be");
+            return Err("invalid fragment: index or count out of range");
         }
         if data.0.len() > MAX_FRAGMENT {
-            return Err("a fragment too large");
+            return Err("invalid fragment: too large");
         }
         if count == 1 {
             return decompressed(data.0, compressed).map(Some);
@@ -101,14 +104,14 @@ impl Joiner {
         }
         let Some(partial) = self.open.get_mut(&key) else { return Ok(None) };
         if partial.pieces.len() != usize::from(count) || partial.compressed != compressed {
-            return Err("fragments that do not belong together");
+            return Err("invalid fragment: it does not match the others of its message");
         }
         match partial.pieces.get_mut(usize::from(index)) {
-            Some(place @ None) => {
+            Some(slot @ None) => {
                 partial.bytes += data.0.len();
                 self.bytes += data.0.len();
                 partial.missing -= 1;
-                *place = Some(data);
+                *slot = Some(data);
             }
             _ => return Ok(None),
         }
@@ -123,12 +126,12 @@ impl Joiner {
         decompressed(joined, compressed).map(Some)
     }
 
-    /// Drops what will never be whole. Cheap when there is nothing.
+    /// Drops the incomplete messages that are too old.
     pub(super) fn expire(&mut self, now: Instant) {
         if self.open.is_empty() {
             return;
         }
-        let stale = |partial: &Partial| now.saturating_duration_since(partial.since) > PATIENCE;
+        let stale = |partial: &Partial| now.saturating_duration_since(partial.since) > REASSEMBLY_TIMEOUT;
         let gone: Vec<_> =
             self.open.iter().filter(|(_, partial)| stale(partial)).map(|(key, _)| *key).collect();
         for key in gone {
@@ -136,7 +139,7 @@ impl Joiner {
         }
     }
 
-    /// The oldest go first: of the same sender if it has too many, else of all.
+    /// Drops the oldest incomplete messages: of this sender if it has too many, and of all if they use too much memory.
     fn make_room(&mut self, run: RunId, now: Instant) {
         self.expire(now);
         let mut own: Vec<_> = self
@@ -171,7 +174,7 @@ fn decompressed(data: Vec<u8>, compressed: bool) -> Result<Vec<u8>, &'static str
     if !compressed {
         return Ok(data);
     }
-    zstd::bulk::decompress(&data, MAX_MESSAGE).map_err(|_| "compressed data that is damaged or too large")
+    zstd::bulk::decompress(&data, MAX_MESSAGE).map_err(|_| "invalid compressed message: damaged or too large")
 }
 
 #[cfg(test)]
@@ -196,7 +199,7 @@ mod tests {
     }
 
     #[test]
-    fn messages_of_all_sizes_survive_in_any_order() {
+    fn messages_of_all_sizes_are_reassembled_in_any_order() {
         let mut splitter = Splitter::new().unwrap();
         let mut joiner = Joiner::default();
         for length in [0, 1, MAX_FRAGMENT, MAX_FRAGMENT + 1, 65_536, MAX_MESSAGE] {
@@ -212,7 +215,7 @@ mod tests {
     }
 
     #[test]
-    fn memory_is_bounded_and_stale_pieces_go() {
+    fn memory_is_bounded_and_old_fragments_are_dropped() {
         let mut splitter = Splitter::new().unwrap();
         let mut joiner = Joiner::default();
         let now = Instant::now();
@@ -228,12 +231,12 @@ mod tests {
             assert!(mine <= MAX_OPEN_PER_RUN);
             assert!(joiner.bytes <= MAX_OPEN_BYTES);
         }
-        joiner.expire(now + PATIENCE * 2);
+        joiner.expire(now + REASSEMBLY_TIMEOUT * 2);
         assert!(joiner.open.is_empty() && joiner.bytes == 0);
     }
 
     #[test]
-    fn a_bomb_does_not_go_off() {
+    fn decompression_bomb_is_rejected() {
         let bomb = zstd::bulk::compress(&vec![0; 64 << 20], 1).unwrap();
         assert!(bomb.len() > MAX_FRAGMENT || decompressed(bomb.clone(), true).is_err());
         assert!(decompressed(bomb, true).is_err());
@@ -249,7 +252,7 @@ mod tests {
             for (message, index, count, compressed, length) in pieces {
                 let data = Bytes(vec![1; length]);
                 let fragment = Fragment { message, index, count, compressed, data };
-                // Errors are fine, and so are messages.
+                // Errors and messages are both valid results.
                 drop(joiner.join([0; 16], fragment, Instant::now()));
             }
         }

@@ -1,5 +1,4 @@
-//! The socket and all that is shared around it: what is sent is sealed here, what arrives is
-//! opened here and handed to whom it concerns.
+//! The hub of gossip: seals and sends packets, and opens received datagrams and dispatches their packets.
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
@@ -17,40 +16,39 @@ use tokio::sync::{Notify, mpsc};
 use tracing::{debug, warn};
 
 use super::GossipEvent;
-use super::book::{Book, Due};
+use super::book::{Due, PeerBook};
 use super::fragment::{Joiner, Splitter};
 use super::packet::{Fragment, Packet};
-use super::seal::{Opener, Refused, RunId, Sealer, Sender};
+use super::seal::{OpenError, Opener, RunId, Sealer, Sender};
 use super::strangers::Strangers;
 use crate::keys::{self, ClusterKey, Keyring};
 
-/// Announcements that wait for the engine, at most.
+/// The maximum number of announcements that wait for the daemon.
 const MAX_QUEUE: usize = 1024;
-/// Nodes whose last announcement is remembered, at most.
+/// The maximum number of hosts whose last announcement is remembered.
 const MAX_ANNOUNCED: usize = 4096;
-/// A sender that has not yet proved to be there is asked again after this time.
+/// The interval between challenges of a sender that has not answered one.
 const CHALLENGE_EVERY: Duration = Duration::from_secs(1);
 
-/// Sources of datagrams that are sealed with another key, and addresses that sealed with one of ours:
-/// of each no more than this are remembered.
+/// The maximum number of remembered sources of datagrams with an unknown key, and of addresses with a known key.
 const MAX_ADDRESSES: usize = 1024;
-/// How long such a source is remembered.
+/// The time for which a source of datagrams with an unknown key is remembered.
 const OTHER_KEY_FOR: Duration = Duration::from_secs(10);
 
-/// With which key to seal for whom, while there are several: whoever joins or comes back within a
-/// rotation does not have the new one yet.
+/// The selection of the key to seal with for each address during a rotation. A host that joins or returns then does
+/// not have the new key yet.
 #[derive(Default)]
-struct Towards {
-    /// By what the hosts there say of their keys.
+struct KeySelection {
+    /// The keys according to the records of the hosts.
     known: HashMap<SocketAddr, ClusterKeyId>,
-    /// By what last came from there.
+    /// The keys of the last datagrams from the addresses.
     heard: HashMap<SocketAddr, ClusterKeyId>,
 }
 
-impl Towards {
+impl KeySelection {
     fn key(&self, to: SocketAddr, usual: ClusterKeyId) -> ClusterKeyId {
         let heard = self.heard.get(&to).copied();
-        // Whoever seals with the usual one has it, whatever an old record says.
+        // A host that seals with the usual key has it, even if an old record says otherwise.
         if heard == Some(usual) {
             return usual;
         }
@@ -65,26 +63,26 @@ impl Towards {
     }
 }
 
-/// See the module.
+/// The socket and the state of gossip.
 pub(super) struct Hub {
     pub(super) node: NodeId,
     socket: UdpSocket,
     state: Mutex<State>,
-    /// Wakes the monitor: something changed that it has to look at.
+    /// Wakes the monitor after a change.
     pub(super) news: Notify,
 }
 
-/// What the lock protects.
+/// The state that the lock protects.
 pub(super) struct State {
-    pub(super) book: Book,
-    /// For the monitor to pass on.
+    pub(super) book: PeerBook,
+    /// Events that the monitor passes on.
     pub(super) queue: VecDeque<GossipEvent>,
     counters: GossipCounters,
     strangers: Strangers,
-    /// One for each key; the first one is for all that need no other.
+    /// One sealer for each key. The first one is used unless the key selection has another.
     sealers: Vec<Sealer>,
-    towards: Towards,
-    /// Who sends what is sealed with a key that we do not have.
+    key_selection: KeySelection,
+    /// The sources of datagrams with an unknown key, and when the last one arrived.
     other_keys: HashMap<IpAddr, Instant>,
     opener: Opener,
     splitter: Splitter,
@@ -104,13 +102,13 @@ impl Hub {
         let sealers = keyring.all().map(Sealer::new).collect::<anyhow::Result<Vec<_>>>()?;
         let [a, b, c, d, e, f, g, h, ..] = sealers.first().map(Sealer::run).unwrap_or_default();
         let state = State {
-            // Random, and used by nobody else.
-            book: Book::new(link_mtu, u64::from_be_bytes([a, b, c, d, e, f, g, h])),
+            // The id of the run is random and unique.
+            book: PeerBook::new(link_mtu, u64::from_be_bytes([a, b, c, d, e, f, g, h])),
             queue: VecDeque::new(),
             counters: GossipCounters::default(),
             strangers: Strangers::default(),
             sealers,
-            towards: Towards::default(),
+            key_selection: KeySelection::default(),
             other_keys: HashMap::new(),
             opener: Opener::new(keyring),
             splitter: Splitter::new()?,
@@ -122,7 +120,7 @@ impl Hub {
         Ok(Self { node, socket, state: Mutex::new(state), news: Notify::new() })
     }
 
-    /// Never held across an await.
+    /// Locks the state. The guard must not be held across an await.
     pub(super) fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -132,8 +130,7 @@ impl Hub {
         GossipCounters { strangers: state.strangers.recent(), ..state.counters.clone() }
     }
 
-    /// Seals with the first of these keys from now on, or with another one where `known` says so, and
-    /// opens with all of them.
+    /// Replaces the cluster keys, see [`super::Gossip::set_keys`].
     pub(super) fn set_keys(
         &self,
         keyring: Arc<Keyring>,
@@ -141,58 +138,59 @@ impl Hub {
     ) -> anyhow::Result<()> {
         let mut guard = self.lock();
         let state = &mut *guard;
-        // A run whose key stays goes on: peers have seen that it is there.
+        // Sealers of keys that remain are kept, because peers have authenticated their runs.
         let lacking = keyring.all().filter(|key| state.sealer_of(key.id()).is_none());
         let new = lacking.map(Sealer::new).collect::<anyhow::Result<Vec<_>>>()?;
         state.sealers.extend(new);
         let order: Vec<ClusterKeyId> = keyring.all().map(ClusterKey::id).collect();
         state.sealers.retain(|sealer| order.contains(&sealer.key_id()));
         state.sealers.sort_by_key(|sealer| order.iter().position(|id| *id == sealer.key_id()));
-        state.towards.known = known;
+        state.key_selection.known = known;
         if keyring.ids().opens.is_empty() {
-            state.towards = Towards::default();
+            state.key_selection = KeySelection::default();
         }
         state.opener.set_keyring(keyring);
         Ok(())
     }
 
-    /// Where datagrams came from lately that are sealed with a key that we do not have.
+    /// The recent sources of datagrams with an unknown key.
     pub(super) fn other_keys(&self) -> Vec<IpAddr> {
         let mut state = self.lock();
         state.other_keys.retain(|_, at| at.elapsed() < OTHER_KEY_FOR);
         state.other_keys.keys().copied().collect()
     }
 
-    /// Where messages for chitchat go from now on.
+    /// Sets the channel for messages to chitchat.
     pub(super) fn set_inbox(&self, inbox: mpsc::Sender<(SocketAddr, ChitchatMessage)>) {
         self.lock().inbox = Some(inbox);
     }
 
-    /// Sends now or never: a datagram that the kernel has no room for is lost like any other.
+    /// Sends a packet without waiting. If the send buffer is full, the datagram is lost.
     pub(super) fn send(&self, to: SocketAddr, packet: &Packet) {
         let sent = self.lock().send(&self.socket, to, packet);
         if let Err(error) = sent {
-            debug!(%to, %error, "not sent");
+            debug!(%to, %error, "cannot send a packet");
         }
     }
 
+    /// Sends a message of chitchat in fragments.
     pub(super) fn send_chitchat(&self, to: SocketAddr, message: &ChitchatMessage) {
         let bytes = message.serialize_to_vec();
         let length = bytes.len();
         let mut state = self.lock();
         let fragments = state.splitter.split(bytes);
         if fragments.is_empty() {
-            warn!(%to, length, "a gossip message is too large to be sent: the cluster has too many hosts");
+            warn!(%to, length, "cannot send a gossip message: it is too large, because the cluster has too many hosts");
         }
         for fragment in fragments {
             if let Err(error) = state.send(&self.socket, to, &Packet::Chitchat(fragment)) {
-                debug!(%to, %error, "not sent");
+                debug!(%to, %error, "cannot send a fragment");
                 return;
             }
         }
     }
 
-    /// Pings and probes that are due.
+    /// Sends pings and probes.
     pub(super) fn send_due(&self, due: Vec<Due>) {
         let mut state = self.lock();
         for due in due {
@@ -200,7 +198,7 @@ impl Hub {
                 Due::Ping { to, nonce } => {
                     let ping = Packet::Ping { node: self.node, nonce };
                     if let Err(error) = state.send(&self.socket, to, &ping) {
-                        debug!(%to, %error, "no ping");
+                        debug!(%to, %error, "cannot send a ping");
                     }
                 }
                 Due::Probe { node, to, nonce, size } => {
@@ -209,7 +207,7 @@ impl Hub {
                         Err(error) if error.raw_os_error() == Some(nix::libc::EMSGSIZE) => {
                             state.book.too_big(node, size);
                         }
-                        Err(error) => debug!(%to, %error, "no probe"),
+                        Err(error) => debug!(%to, %error, "cannot send a path MTU probe"),
                         Ok(()) => {}
                     }
                 }
@@ -217,7 +215,7 @@ impl Hub {
         }
     }
 
-    /// Reads for ever.
+    /// Receives datagrams forever.
     pub(super) async fn receive(&self) {
         let mut buffer = vec![0; 1 << 16];
         loop {
@@ -228,8 +226,8 @@ impl Hub {
                     }
                 }
                 Err(error) => {
-                    // Of the link, not of the socket: it passes.
-                    debug!(%error, "cannot receive");
+                    // The error is about the link and temporary; the socket remains usable.
+                    debug!(%error, "cannot receive a datagram");
                     tokio::time::sleep(Duration::from_millis(20)).await;
                 }
             }
@@ -242,20 +240,20 @@ impl Hub {
         let state = &mut *state;
         let (run, plain) = match state.opener.open(datagram) {
             Ok(opened) => opened,
-            Err(Refused::Replayed) => {
+            Err(OpenError::Replayed) => {
                 state.counters.dropped_replayed += 1;
                 return;
             }
             Err(refused) => return state.stranger(from, refused, now),
         };
         if state.sealers.iter().any(|sealer| sealer.run() == run) {
-            // One of the addresses to join is our own.
+            // One of the addresses to join is that of the local host.
             return;
         }
         if state.sealers.len() > 1
             && let Some(key) = state.opener.key_of(&run)
         {
-            state.towards.heard(from, key);
+            state.key_selection.heard(from, key);
         }
         let Ok(packet) = Packet::decode(plain) else {
             state.counters.dropped_malformed += 1;
@@ -265,7 +263,7 @@ impl Hub {
         if let Packet::Pong { node, nonce } = packet {
             let expected = state.book.ponged(node, nonce, now);
             if state.opener.answered(&run, node, nonce, expected) {
-                // Whoever was just seen to be there is alive: the monitor does not wait for its tick.
+                // The peer is now known to be alive, so the monitor need not wait for its tick.
                 self.news.notify_one();
             }
         }
@@ -306,14 +304,14 @@ impl Hub {
         };
         for packet in [answer, challenge].into_iter().flatten() {
             if let Err(error) = state.send(&self.socket, from, &packet) {
-                debug!(%from, %error, "no answer");
+                debug!(%from, %error, "cannot send a reply");
             }
         }
     }
 }
 
 impl State {
-    /// Drops what waits in vain.
+    /// Drops incomplete messages that are too old.
     pub(super) fn expire(&mut self, now: Instant) {
         self.joiner.expire(now);
     }
@@ -325,34 +323,35 @@ impl State {
     fn send(&mut self, socket: &UdpSocket, to: SocketAddr, packet: &Packet) -> io::Result<()> {
         let plain = packet.encode().map_err(io::Error::other)?;
         let usual = self.sealers.first().map(Sealer::key_id).unwrap_or_default();
-        let key = if self.sealers.len() > 1 { self.towards.key(to, usual) } else { usual };
+        let key = if self.sealers.len() > 1 { self.key_selection.key(to, usual) } else { usual };
         let at = self.sealer_of(key).unwrap_or_default();
         self.sealers
             .get_mut(at)
-            .ok_or_else(|| io::Error::other("there is no key"))?
+            .ok_or_else(|| io::Error::other("there is no cluster key"))?
             .seal(&plain, &mut self.datagram)
-            .ok_or_else(|| io::Error::other("the datagram cannot be sealed"))?;
-        // Not through tokio, which would have to be told first that the socket is writable.
+            .ok_or_else(|| io::Error::other("cannot seal the datagram"))?;
+        // Not through tokio, which would first wait for the socket to be writable.
         SockRef::from(socket).send_to(&self.datagram, &to.into())?;
         self.counters.sent += 1;
         Ok(())
     }
 
-    fn stranger(&mut self, from: SocketAddr, refused: Refused, now: Instant) {
+    /// Counts and logs a datagram that could not be opened.
+    fn stranger(&mut self, from: SocketAddr, refused: OpenError, now: Instant) {
         self.counters.dropped_unauthenticated += 1;
-        if refused == Refused::UnknownKey
+        if refused == OpenError::UnknownKey
             && (self.other_keys.len() < MAX_ADDRESSES || self.other_keys.contains_key(&from.ip()))
         {
             self.other_keys.insert(from.ip(), now);
         }
         if self.strangers.note(from.ip(), now) {
             let reason = match refused {
-                Refused::UnknownKey => "it is sealed with another cluster key",
-                Refused::BadSeal => "its seal is broken: it was damaged, or forged",
-                Refused::Foreign => "it is not gossip of ours, or of another version",
-                Refused::Replayed => "it was seen before",
+                OpenError::UnknownKey => "it is sealed with an unknown cluster key",
+                OpenError::BadSeal => "its seal is invalid: it was damaged or forged",
+                OpenError::Foreign => "it is not gossip, or of another protocol version",
+                OpenError::Replayed => "it was received before",
             };
-            warn!(source = %from, "a datagram is dropped: {reason} (said at most once a minute for a source)");
+            warn!(source = %from, "dropped a gossip datagram: {reason} (logged at most once a minute per source)");
         }
     }
 
@@ -365,22 +364,22 @@ impl State {
             Err(error) => Err(error.to_owned()),
         };
         match message {
-            // A full inbox loses the message, as the network might have.
+            // If the inbox is full, the message is lost, as on the network.
             Ok(message) => {
                 if self.inbox.as_ref().is_none_or(|inbox| inbox.try_send((from, message)).is_err()) {
-                    debug!(%from, "chitchat does not keep up");
+                    debug!(%from, "dropped a gossip message: the inbox of chitchat is full");
                 }
             }
             Err(error) => {
                 self.counters.dropped_malformed += 1;
-                debug!(%from, %error, "malformed");
+                debug!(%from, %error, "dropped a malformed gossip message");
             }
         }
     }
 
-    /// Whether this is news.
+    /// Verifies and queues an announced record. Returns whether it is new.
     fn announced(&mut self, own: NodeId, signed: SignedRecord) -> bool {
-        // Everything is said three times: do not check signatures three times.
+        // Each announcement is sent three times. Verify its signature once.
         let Ok(claimed) = signed.record() else {
             self.counters.dropped_malformed += 1;
             return false;
@@ -400,7 +399,7 @@ impl State {
             Ok(_) => false,
             Err(error) => {
                 self.counters.dropped_malformed += 1;
-                debug!(%error, "announcement refused");
+                debug!(%error, "dropped an invalid announcement");
                 false
             }
         }

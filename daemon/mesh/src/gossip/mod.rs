@@ -1,15 +1,15 @@
-//! Gossip: who is there, and what each says of itself.
+//! Gossip: the exchange of sealed datagrams that spreads each host's record and detects silent hosts.
 //!
-//! | module | what is in it |
+//! | module | content |
 //! | --- | --- |
-//! | [`seal`], [`replay`] | every datagram is sealed, and opened once |
-//! | [`packet`], [`fragment`] | what is inside |
-//! | [`socket`], [`hub`] | the socket, and who gets what arrives |
+//! | [`seal`], [`replay`] | encryption, authentication and replay protection of datagrams |
+//! | [`packet`], [`fragment`] | the plaintext of datagrams |
+//! | [`socket`], [`hub`] | the socket, and the dispatch of packets |
 //! | [`cluster`] | chitchat, which spreads records and hints |
-//! | [`monitor`] | from chitchat's state to events |
-//! | [`book`], [`mtu`] | the way to each peer: pings, round trips, path MTU |
-//! | [`pulse`] | the timer, and dialling those who do not answer |
-//! | [`strangers`] | who sends what we cannot open |
+//! | [`monitor`] | the conversion of chitchat's state to events |
+//! | [`book`], [`mtu`] | the path to each peer: pings, round-trip times, path MTU |
+//! | [`pulse`] | the timer, and dialling of peers that are not alive |
+//! | [`strangers`] | the sources of datagrams that do not authenticate |
 
 mod book;
 mod cluster;
@@ -46,85 +46,85 @@ use packet::Packet;
 use pulse::Seeds;
 pub(crate) use strangers::Strangers;
 
-/// Changed hints are published no more often than this: they are a safety net.
+/// The minimum interval between publications of hints. They may be late: peers use them only to find missed state.
 const HINTS_EVERY: Duration = Duration::from_millis(100);
-/// A change of ours is told to this many peers at once; they tell the others.
-const TELL_AT_ONCE: usize = 64;
-/// When the copies of an announcement go out: one of them gets through.
+/// The maximum number of peers that receive a local change directly. They spread it to the others.
+const MAX_DIRECT_PEERS: usize = 64;
+/// The pauses before the copies of an announcement, so that a lost datagram does not lose it.
 const COPIES: [Duration; 3] = [Duration::ZERO, Duration::from_millis(20), Duration::from_millis(25)];
 
-/// What gossip has to be told.
+/// The configuration of gossip.
 pub struct GossipConfig {
-    /// Where to listen.
+    /// The UDP address to listen on.
     pub listen: SocketAddr,
-    /// What seals and opens.
+    /// The cluster keys.
     pub keyring: Arc<Keyring>,
-    /// The own record. Its id, generation and address are used for the whole run.
+    /// The record of the local host. Its id, generation and address must not change until gossip is stopped.
     pub record: SignedRecord,
-    /// The first ones.
+    /// The initial hints.
     pub hints: Hints,
-    /// Where to find the cluster: `host[:port]`.
+    /// The addresses of hosts to join: `host[:port]`.
     pub join: Vec<String>,
-    /// Between rounds.
+    /// The interval between rounds of gossip.
     pub interval: Duration,
 }
 
-/// What gossip has to tell.
+/// An event of gossip.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum GossipEvent {
-    /// Something about a peer is new: its record, its hints, or whether it is alive.
+    /// The record, the hints or the liveness of a peer changed.
     Peer {
-        /// Verified. The latest one, whatever came before.
+        /// The latest record, verified.
         record: NodeRecord,
-        /// The same, to be passed on.
+        /// The signed record, to be passed on.
         signed: SignedRecord,
-        /// See [`Hints`].
+        /// The hints of the peer.
         hints: Hints,
-        /// Heard lately, directly or through others.
+        /// Whether it was heard lately, directly or through other hosts.
         alive: bool,
     },
-    /// It was dead for so long that gossip has forgotten it.
+    /// A peer was dead for so long that gossip has forgotten it.
     Gone(NodeId),
-    /// A record that came in an announcement. Not known to be the latest one.
+    /// A record that arrived in an announcement. It may not be the latest one.
     Announced {
-        /// Verified.
+        /// The record, verified.
         record: NodeRecord,
-        /// The same, to be passed on.
+        /// The signed record, to be passed on.
         signed: SignedRecord,
     },
-    /// What the path to a peer carries was measured.
+    /// The path MTU of a peer was measured.
     PathMtu {
         /// The peer.
         node: NodeId,
-        /// In bytes, the outer IP header included.
+        /// The path MTU in bytes, including the outer IP header.
         mtu: u16,
     },
-    /// Two daemons with one key have been at work for longer than a restart takes. Repeated every
-    /// ten seconds while it lasts. The node may be this one.
+    /// Two daemons with the same identity have run for longer than a restart takes. The event repeats every ten
+    /// seconds while it lasts. The identity may be that of the local host.
     Clash {
-        /// Who both say they are.
+        /// The id of both.
         node: NodeId,
-        /// Where they are.
+        /// Their gossip addresses.
         addresses: [SocketAddr; 2],
-        /// Of their gossip.
+        /// Their gossip generations.
         generations: [u64; 2],
     },
 }
 
-/// The direct way to a peer.
+/// The state of the direct path to a peer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Contact {
-    /// When anything came from it directly.
+    /// The time of the last authenticated datagram from it.
     pub last_heard: Instant,
-    /// Round trip, smoothed.
+    /// The smoothed round-trip time; `None` before the first.
     pub rtt: Option<Duration>,
-    /// Where gossip reaches it.
+    /// Its gossip address.
     pub addr: SocketAddr,
-    /// What the path carries, as far as it is known.
+    /// The path MTU in bytes; `None` if it is not known yet.
     pub path_mtu: Option<u16>,
 }
 
-/// A run of gossip. Ends when dropped.
+/// Running gossip. It stops when dropped.
 pub struct Gossip {
     hub: Arc<Hub>,
     cluster: Arc<Cluster>,
@@ -133,7 +133,7 @@ pub struct Gossip {
     tasks: JoinSet<()>,
 }
 
-/// What waits to be published.
+/// The record and hints that wait to be published.
 #[derive(Default)]
 struct Outgoing {
     waiting: Mutex<(Option<SignedRecord>, Option<Hints>)>,
@@ -141,9 +141,13 @@ struct Outgoing {
 }
 
 impl Gossip {
-    /// Opens the socket and joins. Events that the receiver is slow to take are merged, not lost.
+    /// Opens the socket and joins the cluster. If the receiver is slow, events are merged, not lost.
+    ///
+    /// # Errors
+    ///
+    /// The record is invalid, or the address cannot be bound.
     pub async fn start(config: GossipConfig, events: mpsc::Sender<GossipEvent>) -> anyhow::Result<Self> {
-        let record = keys::open_record(&config.record).context("the own record is not usable")?;
+        let record = keys::open_record(&config.record).context("invalid record of the local host")?;
         let socket = socket::open(config.listen)
             .with_context(|| format!("cannot listen for gossip on {} (UDP)", config.listen))?;
         let hub = Arc::new(Hub::new(socket, record.id, config.keyring, record.link_mtu)?);
@@ -169,7 +173,7 @@ impl Gossip {
         Ok(Self { hub, cluster, seeds, outgoing, tasks })
     }
 
-    /// Publishes a new record and gossips it at once. Its address must be that of the start.
+    /// Publishes a new record and gossips it at once. Its address must be the initial one.
     pub fn set_record(&self, record: SignedRecord) {
         if let Ok(record) = record.record() {
             self.set_link_mtu(record.link_mtu);
@@ -178,25 +182,29 @@ impl Gossip {
         self.outgoing.changed.notify_one();
     }
 
-    /// Publishes new hints, soon.
+    /// Publishes new hints within 100 ms.
     pub fn set_hints(&self, hints: Hints) {
         self.outgoing.waiting.lock().unwrap_or_else(PoisonError::into_inner).1 = Some(hints);
         self.outgoing.changed.notify_one();
     }
 
-    /// Those that are dialled for as long as they are not alive, beside those to join.
+    /// Sets the peers that are dialled while they are not alive, in addition to the hosts to join.
     pub fn set_known(&self, mut known: Vec<(NodeId, SocketAddr)>) {
         known.retain(|(node, _)| *node != self.hub.node);
         self.hub.lock().book.set_known(&known, Instant::now());
     }
 
-    /// The MTU of the link to the underlay, where it has changed since the start.
+    /// Sets the MTU of the underlay device.
     pub fn set_link_mtu(&self, mtu: u16) {
         self.hub.lock().book.set_link_mtu(mtu, Instant::now());
     }
 
-    /// Seals with the first of these keys from now on, or with another one towards the addresses that
-    /// `known` has, and opens with all of them.
+    /// Replaces the cluster keys: the first one seals, except for the addresses in `known`, which use the key given
+    /// there. All keys open.
+    ///
+    /// # Errors
+    ///
+    /// The kernel returns no random numbers.
     pub fn set_keys(
         &self,
         keyring: Arc<Keyring>,
@@ -205,13 +213,13 @@ impl Gossip {
         self.hub.set_keys(keyring, known)
     }
 
-    /// Where datagrams came from lately that are sealed with a key that we do not have.
+    /// The recent sources of datagrams that were sealed with an unknown cluster key.
     pub fn other_keys(&self) -> Vec<IpAddr> {
         self.hub.other_keys()
     }
 
-    /// Sends a record to everybody right away, several times: gossip is not waited for. Done when the
-    /// last copy is out, after about 50 ms.
+    /// Sends a record to all known addresses, several times, without waiting for a round of gossip. The future
+    /// completes after the last copy, about 50 ms later.
     pub fn announce(&self, record: SignedRecord) -> impl Future<Output = ()> + Send + use<> {
         let mut to: HashSet<SocketAddr> = self.hub.lock().book.addresses(false).into_iter().collect();
         to.extend(self.seeds.addresses());
@@ -229,23 +237,23 @@ impl Gossip {
         }
     }
 
-    /// The direct way to each peer that was ever heard.
+    /// The state of the direct path to each peer that was ever heard.
     pub fn contacts(&self) -> HashMap<NodeId, Contact> {
         self.hub.lock().book.contacts()
     }
 
-    /// What the path to each peer carries, as far as it is known.
+    /// The known path MTUs, in bytes.
     pub fn path_mtus(&self) -> HashMap<NodeId, u16> {
         let contacts = self.contacts();
         contacts.into_iter().filter_map(|(node, contact)| Some((node, contact.path_mtu?))).collect()
     }
 
-    /// Since the start.
+    /// The counters since the start.
     pub fn counters(&self) -> GossipCounters {
         self.hub.counters()
     }
 
-    /// Stops, and gives the socket back.
+    /// Stops gossip and closes the socket.
     pub async fn shutdown(mut self) {
         self.tasks.shutdown().await;
         self.cluster.stop().await;
@@ -270,7 +278,7 @@ async fn publish(hub: Arc<Hub>, cluster: Arc<Cluster>, outgoing: Arc<Outgoing>) 
         if let Some(record) = record {
             changed = true;
             if let Err(error) = cluster.set_record(&record).await {
-                error!(%error, "the own record cannot be published");
+                error!(%error, "cannot publish the record of the local host");
             }
         }
         if Instant::now() >= next_hints
@@ -282,7 +290,7 @@ async fn publish(hub: Arc<Hub>, cluster: Arc<Cluster>, outgoing: Arc<Outgoing>) 
         }
         if changed {
             let alive = hub.lock().book.addresses(true);
-            for to in alive.into_iter().take(TELL_AT_ONCE) {
+            for to in alive.into_iter().take(MAX_DIRECT_PEERS) {
                 cluster.gossip(to);
             }
         }

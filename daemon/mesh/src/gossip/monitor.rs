@@ -1,5 +1,4 @@
-//! Turns chitchat's state into events: the latest record of each node, its hints, and whether it is
-//! alive.
+//! Converts the state of chitchat to events: the latest record of each host, its hints, and its liveness.
 
 use std::collections::{BTreeMap, HashSet};
 use std::net::SocketAddr;
@@ -17,15 +16,16 @@ use super::cluster::{self, Cluster, Hints, KEY_RECORD};
 use super::hub::Hub;
 use crate::keys;
 
-/// Longer than the old run of a restarted node can seem alive.
+/// The time after which two live generations of a host are a clash. It is longer than the old generation of a
+/// restarted host can seem alive.
 const CLASH_AFTER: Duration = Duration::from_secs(6);
 const CLASH_EVERY: Duration = Duration::from_secs(10);
-/// Ticks come far more often; when they did not, we were stopped, and know nothing of the others.
-const PAUSE: Duration = Duration::from_secs(1);
-/// After a pause nobody is declared dead for so long.
+/// The maximum gap between ticks. After a longer one this process was suspended, and its liveness data is stale.
+const MAX_TICK_GAP: Duration = Duration::from_secs(1);
+/// The time after a suspension in which no host is declared dead.
 const RECOVERY: Duration = Duration::from_secs(2);
 
-/// Watches for as long as there is somebody to tell.
+/// Sends events until their receiver is dropped.
 pub(super) async fn run(hub: Arc<Hub>, cluster: Arc<Cluster>, events: mpsc::Sender<GossipEvent>) {
     let mut monitor = Monitor::default();
     let mut last = Instant::now();
@@ -33,14 +33,14 @@ pub(super) async fn run(hub: Arc<Hub>, cluster: Arc<Cluster>, events: mpsc::Send
     loop {
         hub.news.notified().await;
         let now = Instant::now();
-        if now.saturating_duration_since(last) > PAUSE {
+        if now.saturating_duration_since(last) > MAX_TICK_GAP {
             trust_from = now + RECOVERY;
         }
         last = now;
         let (mut news, overwritten) =
             cluster.with(|chitchat| monitor.scan(chitchat, &hub, now, now >= trust_from)).await;
         if overwritten {
-            // A peer with a fault may have changed our own values.
+            // A faulty peer may have changed the values of the local host.
             cluster.publish().await;
         }
         {
@@ -54,20 +54,20 @@ pub(super) async fn run(hub: Arc<Hub>, cluster: Arc<Cluster>, events: mpsc::Send
                 return;
             }
         }
-        // What the engine took its time for is not a pause of ours.
+        // Time that the receiver of events needed is not a suspension.
         last = last.max(Instant::now());
     }
 }
 
 #[derive(Default)]
 struct Monitor {
-    seen: BTreeMap<ChitchatId, Seen>,
-    told: BTreeMap<NodeId, Told>,
+    seen: BTreeMap<ChitchatId, SeenGeneration>,
+    reported: BTreeMap<NodeId, ReportedPeer>,
     clashes: BTreeMap<NodeId, (Instant, Option<Instant>)>,
 }
 
-/// One generation of a node, as far as it is understood.
-struct Seen {
+/// A generation of a host in the state of chitchat.
+struct SeenGeneration {
     version: u64,
     live: bool,
     hints: Hints,
@@ -75,16 +75,16 @@ struct Seen {
     scan: Instant,
 }
 
-/// What the engine knows.
+/// The last event about a peer.
 #[derive(PartialEq)]
-struct Told {
+struct ReportedPeer {
     signed: SignedRecord,
     hints: Hints,
     alive: bool,
 }
 
 impl Monitor {
-    /// What changed; and whether our own values are to be checked.
+    /// Returns the events since the last scan, and whether the values of the local host must be published again.
     fn scan(
         &mut self,
         chitchat: &mut Chitchat,
@@ -105,54 +105,55 @@ impl Monitor {
                 seen.scan = now;
                 continue;
             }
-            // Our own: mostly because we have published something, and then publishing is no change.
+            // The local host's values mostly change by publishing. To publish the same values again has no effect.
             overwritten |= *id == own;
             let text = state.get(KEY_RECORD).filter(|_| *id != own);
             let record = text.and_then(|text| self.read(id, text));
             let hints = cluster::hints_of(state);
-            let seen = Seen { version, live: live.contains(id), hints, record, scan: now };
+            let seen = SeenGeneration { version, live: live.contains(id), hints, record, scan: now };
             self.seen.insert(id.clone(), seen);
         }
         self.seen.retain(|_, seen| seen.scan == now);
 
         let mut events = Vec::new();
-        let mut ids: Vec<(NodeId, &ChitchatId, &Seen)> = Vec::new();
+        let mut ids: Vec<(NodeId, &ChitchatId, &SeenGeneration)> = Vec::new();
         for (id, seen) in &self.seen {
             if let Ok(node) = id.node_id.parse() {
                 ids.push((node, id, seen));
             }
         }
         let mut present = HashSet::new();
-        // Ids of one node are neighbours: they are sorted by their text.
+        // The generations of a host are adjacent, because the ids are sorted by their text.
         for group in ids.chunk_by(|one, other| one.0 == other.0) {
             let Some(&(node, ..)) = group.first() else { continue };
             present.insert(node);
             clash(&mut self.clashes, node, group, now, &mut events);
             if node != hub.node {
-                tell(&mut self.told, node, group, hub, now, trust, &mut events);
+                report(&mut self.reported, node, group, hub, now, trust, &mut events);
             }
         }
         self.clashes.retain(|node, _| present.contains(node));
-        let gone: Vec<NodeId> = self.told.keys().filter(|node| !present.contains(node)).copied().collect();
+        let gone: Vec<NodeId> =
+            self.reported.keys().filter(|node| !present.contains(node)).copied().collect();
         for node in gone {
-            self.told.remove(&node);
+            self.reported.remove(&node);
             hub.lock().book.unlist(node);
             events.push(GossipEvent::Gone(node));
         }
         (events, overwritten)
     }
 
-    /// A record that is good and that of this node; it need not be checked again where it is the
-    /// one that was read before.
+    /// Decodes and verifies the record of a host. `None` if it is invalid or of another host. A record that was
+    /// verified before is not verified again.
     fn read(&self, id: &ChitchatId, text: &str) -> Option<(NodeRecord, SignedRecord)> {
         let signed = match SignedRecord::from_text(text) {
             Ok(signed) => signed,
             Err(error) => {
-                warn!(node = %id.node_id, %error, "its record in gossip is not readable");
+                warn!(node = %id.node_id, %error, "cannot decode the record of a host in gossip");
                 return None;
             }
         };
-        if let Some(Seen { record: Some((record, known)), .. }) = self.seen.get(id)
+        if let Some(SeenGeneration { record: Some((record, known)), .. }) = self.seen.get(id)
             && *known == signed
         {
             return Some((record.clone(), signed));
@@ -160,33 +161,33 @@ impl Monitor {
         match keys::open_record(&signed) {
             Ok(record) if record.id.to_string() == *id.node_id => Some((record, signed)),
             Ok(record) => {
-                warn!(node = %id.node_id, record = %record.id, "its record in gossip is that of another node");
+                warn!(node = %id.node_id, record = %record.id, "rejected a record in gossip: it is of another host");
                 None
             }
             Err(error) => {
-                warn!(node = %id.node_id, %error, "its record in gossip is refused");
+                warn!(node = %id.node_id, %error, "rejected an invalid record in gossip");
                 None
             }
         }
     }
 }
 
-/// Tells of the latest generation, if there is anything new.
-fn tell(
-    told: &mut BTreeMap<NodeId, Told>,
+/// Adds an event about the latest generation of a peer, if it differs from the last event.
+fn report(
+    reported: &mut BTreeMap<NodeId, ReportedPeer>,
     node: NodeId,
-    group: &[(NodeId, &ChitchatId, &Seen)],
+    group: &[(NodeId, &ChitchatId, &SeenGeneration)],
     hub: &Hub,
     now: Instant,
     trust: bool,
     events: &mut Vec<GossipEvent>,
 ) {
     let readable = group.iter().filter_map(|(_, id, seen)| Some((id, seen, seen.record.as_ref()?)));
-    // By the record's own order first: that is signed.
+    // By the order in the record first, because it is signed.
     let latest = readable
         .max_by_key(|(id, _, (record, _))| (record.order(), id.generation_id, id.gossip_advertise_addr));
     let Some((_, seen, (record, signed))) = latest else { return };
-    let before = told.get(&node);
+    let before = reported.get(&node);
     let mut state = hub.lock();
     let mut alive = seen.live || state.book.was_heard_lately(node, now);
     if !alive && !trust && before.is_some_and(|before| before.alive) {
@@ -196,17 +197,17 @@ fn tell(
     let news =
         before.is_none_or(|told| told.alive != alive || told.hints != seen.hints || told.signed != *signed);
     if news {
-        told.insert(node, Told { signed: signed.clone(), hints: seen.hints, alive });
+        reported.insert(node, ReportedPeer { signed: signed.clone(), hints: seen.hints, alive });
         let (record, signed, hints) = (record.clone(), signed.clone(), seen.hints);
         events.push(GossipEvent::Peer { record, signed, hints, alive });
     }
 }
 
-/// Two runs of one node that live side by side are two daemons with one key.
+/// Adds an event if two generations of a host are alive: two daemons run with the same identity.
 fn clash(
     clashes: &mut BTreeMap<NodeId, (Instant, Option<Instant>)>,
     node: NodeId,
-    group: &[(NodeId, &ChitchatId, &Seen)],
+    group: &[(NodeId, &ChitchatId, &SeenGeneration)],
     now: Instant,
     events: &mut Vec<GossipEvent>,
 ) {

@@ -1,41 +1,40 @@
-//! What the path to one peer carries: a state machine without clock or socket.
+//! The path MTU search for one peer: a state machine without clock or socket.
 //!
-//! In each round every size in question is sent once, beside a small control. A size counts as lost
-//! only in rounds whose control came through, and it is given up only when so many losses in a row
-//! are not to be explained by the loss that small packets suffer as well. So a lossy path makes
-//! the search slower, and not the MTU smaller.
+//! Each round sends one probe of each candidate size, and a small control probe. A candidate counts as lost only in
+//! rounds whose control probe was acknowledged. It is given up only if that many consecutive losses are unlikely at
+//! the loss rate of small packets. So a lossy path makes the search slower, but the MTU not smaller.
 
 use std::time::{Duration, Instant};
 
-/// Every IPv6 link carries this much; less is not looked for.
-const FLOOR: u16 = 1280;
-/// Sizes that paths have for a reason: jumbo frames, Ethernet, PPPoE, tunnels of all kinds.
+/// The smallest path MTU that is searched: the minimum link MTU of IPv6 (RFC 8200, section 5).
+const MIN_MTU: u16 = 1280;
+/// Common MTUs: jumbo frames, Ethernet, PPPoE, and various tunnels.
 const COMMON: [u16; 15] =
     [9000, 8900, 1500, 1492, 1480, 1460, 1450, 1440, 1420, 1400, 1380, 1360, 1340, 1320, 1300];
-/// A difference not worth more probes.
+/// The precision of the result, in bytes.
 const GRANULARITY: u32 = 8;
-/// How many sizes between two known ones are tried at a time.
+/// The number of parts into which the range between two known sizes is split per stage.
 const SPLIT: u32 = 8;
-/// How unlikely losses in a row must be before they are taken for the size's fault.
-const DOUBT: f64 = 1e-4;
-/// The value in use is checked this often.
+/// A size is given up if its consecutive losses would occur by chance with at most this probability.
+const MAX_CHANCE: f64 = 1e-4;
+/// The interval between checks of the current value.
 const CHECK_EVERY: Duration = Duration::from_secs(10);
-/// A larger one is looked for this often, and sooner after a fall.
+/// The interval between searches for a larger value, which is shorter after a decrease.
 const SEARCH_EVERY: Duration = Duration::from_secs(300);
 const SEARCH_AFTER_FALL: Duration = Duration::from_secs(30);
 
-/// The size of a control.
+/// The size of a control probe.
 pub(super) const CONTROL: u16 = 0;
 
-/// A probe to be sent.
+/// A probe to send.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Probe {
-    /// Of the whole IP packet, or [`CONTROL`].
+    /// The size of the whole IP packet in bytes, or [`CONTROL`].
     pub size: u16,
     pub round: u16,
 }
 
-/// The state for one peer.
+/// The path MTU search for one peer.
 #[derive(Debug)]
 pub(super) struct PathMtu {
     limit: u16,
@@ -49,13 +48,13 @@ pub(super) struct PathMtu {
 
 #[derive(Debug)]
 struct Search {
-    /// The largest size known to get through; the floor is taken for granted.
+    /// The largest size known to pass. The minimum is assumed to pass.
     good: u16,
-    /// Whether `good` was seen to get through in this search.
+    /// Whether a probe of the size `good` was acknowledged in this search.
     proven: bool,
-    /// The smallest size known not to.
+    /// The smallest size known not to pass.
     bad: u32,
-    /// Only the value in use is in question.
+    /// Whether this is only a check of the current value.
     check: bool,
     candidates: Vec<Candidate>,
     round_ends: Instant,
@@ -71,7 +70,7 @@ struct Candidate {
 }
 
 impl PathMtu {
-    /// Nothing is known yet. The links at both ends carry `limit`.
+    /// Starts without a value. `limit` is the smaller link MTU of both hosts.
     pub(super) fn new(limit: u16, now: Instant) -> Self {
         Self {
             limit,
@@ -84,17 +83,17 @@ impl PathMtu {
         }
     }
 
-    /// The largest packet known to get through, once anything is known.
+    /// The path MTU in bytes; `None` if it is not known yet.
     pub(super) fn current(&self) -> Option<u16> {
         self.current
     }
 
-    /// Whether it wants to be polled often.
+    /// Whether a search is in progress, so that it must be polled often.
     pub(super) fn is_searching(&self) -> bool {
         self.search.is_some()
     }
 
-    /// The links at the ends have changed.
+    /// Sets the smaller link MTU of both hosts.
     pub(super) fn set_limit(&mut self, limit: u16, now: Instant) {
         if limit == self.limit {
             return;
@@ -105,7 +104,8 @@ impl PathMtu {
         self.next_search = now;
     }
 
-    /// What to send now. `answered` is the share of pings that the peer answers.
+    /// The probes to send now. `answered` is the share of pings that the peer answers. A new search begins only if
+    /// `may_start`.
     pub(super) fn poll(&mut self, now: Instant, rtt: Duration, answered: f64, may_start: bool) -> Vec<Probe> {
         match &mut self.search {
             None if may_start => self.start(now),
@@ -125,10 +125,10 @@ impl PathMtu {
         sizes.map(|size| Probe { size, round: self.round }).collect()
     }
 
-    /// The peer has got a probe.
+    /// Notes that the peer acknowledged a probe.
     pub(super) fn acked(&mut self, probe: Probe, now: Instant) {
         let Some(search) = &mut self.search else {
-            // Late. A size that got through gets through.
+            // A late acknowledgement still proves that the size passes.
             if self.current.is_some_and(|current| current < probe.size) && probe.size <= self.limit {
                 self.current = Some(probe.size);
             }
@@ -154,7 +154,7 @@ impl PathMtu {
         }
     }
 
-    /// Our own kernel refuses the size.
+    /// Notes that the local kernel refused to send a size (EMSGSIZE).
     pub(super) fn too_big(&mut self, size: u16) {
         if let Some(search) = &mut self.search
             && size > search.good
@@ -164,7 +164,7 @@ impl PathMtu {
     }
 
     fn start(&mut self, now: Instant) {
-        let floor = FLOOR.min(self.limit);
+        let floor = MIN_MTU.min(self.limit);
         let above = u32::from(self.limit) + 1;
         let (good, bad, check) = match self.current {
             Some(current) if now >= self.next_search && current < self.limit => (current, above, false),
@@ -184,7 +184,7 @@ impl PathMtu {
             proven: false,
             bad,
             check,
-            // Mostly this is all there is to it.
+            // On most paths the largest size passes, and the search ends.
             candidates: vec![Candidate { size: (bad - 1) as u16, lost: 0 }],
             round_ends: now,
             controls: 0,
@@ -193,7 +193,7 @@ impl PathMtu {
         });
     }
 
-    /// Goes on to other sizes where the present ones are settled.
+    /// Selects new candidates if the present ones are decided.
     fn end_stage(&mut self, now: Instant) {
         let Some(search) = &mut self.search else { return };
         let (good, bad) = (u32::from(search.good), search.bad);
@@ -212,7 +212,7 @@ impl PathMtu {
             search.check = false;
             search.candidates = between(search.good, bad);
         } else if !search.check && !search.proven && search.candidates.len() == 1 {
-            // The largest did not get through at once: see meanwhile what does.
+            // The largest size was not acknowledged at once: try smaller ones meanwhile.
             search.candidates.extend(between(search.good, bad - 1));
         }
     }
@@ -236,7 +236,7 @@ impl Search {
         self.bad <= u32::from(self.good) + GRANULARITY
     }
 
-    /// What did not come back in a round that was not lost altogether is lost.
+    /// Counts the remaining candidates as lost, if the control probe was acknowledged.
     fn end_round(&mut self, answered: f64) {
         if !self.control_back {
             return;
@@ -245,14 +245,14 @@ impl Search {
         let chance = 1.0 - back.min(answered.clamp(0.05, 1.0));
         for candidate in &mut self.candidates {
             candidate.lost += 1;
-            if candidate.lost >= 3 && chance.powi(candidate.lost as i32) < DOUBT {
+            if candidate.lost >= 3 && chance.powi(candidate.lost as i32) < MAX_CHANCE {
                 self.bad = self.bad.min(u32::from(candidate.size));
             }
         }
     }
 }
 
-/// Sizes to try between two: the common ones, and where there are none, evenly spread ones.
+/// The candidates between two sizes: common MTUs, or evenly spaced sizes if there are none.
 fn between(good: u16, bad: u32) -> Vec<Candidate> {
     let inside = |size: &u16| (u32::from(good) + 1..bad).contains(&u32::from(*size));
     let mut sizes: Vec<u16> = COMMON.into_iter().filter(inside).collect();

@@ -1,6 +1,6 @@
 use super::*;
 
-/// A path, and the machine at one end of it, with time of its own.
+/// A simulated path with a clock.
 struct Path {
     carries: u16,
     refused_above: u16,
@@ -19,12 +19,12 @@ impl Path {
         self.random ^= self.random << 13;
         self.random ^= self.random >> 7;
         self.random ^= self.random << 17;
-        // There and back.
+        // The probe and its acknowledgement.
         let back = (1.0 - self.loss) * (1.0 - self.loss);
         ((self.random % 100_000) as f64) < back * 100_000.0
     }
 
-    /// Lets that much time pass; says what values the machine held on the way.
+    /// Runs the search for a time. Returns the values that it had meanwhile.
     fn run(&mut self, machine: &mut PathMtu, time: Duration) -> Vec<u16> {
         let end = self.now + time;
         let mut values: Vec<u16> = machine.current().into_iter().collect();
@@ -50,7 +50,7 @@ impl Path {
 const SECONDS: fn(u64) -> Duration = Duration::from_secs;
 
 #[test]
-fn a_path_as_wide_as_its_links_takes_one_probe() {
+fn path_as_wide_as_its_links_needs_one_probe() {
     let mut path = Path::new(9000);
     let mut machine = PathMtu::new(9000, path.now);
     path.run(&mut machine, Duration::from_millis(50));
@@ -59,7 +59,7 @@ fn a_path_as_wide_as_its_links_takes_one_probe() {
 }
 
 #[test]
-fn narrower_paths_are_found_in_time() {
+fn narrow_paths_are_found_in_time() {
     for (limit, carries, least) in [
         (9000, 1500, 1500),
         (1500, 1450, 1450),
@@ -81,7 +81,7 @@ fn narrower_paths_are_found_in_time() {
 }
 
 #[test]
-fn the_first_answer_comes_before_the_finest_one() {
+fn first_value_is_available_before_the_exact_one() {
     let mut path = Path::new(1500);
     let mut machine = PathMtu::new(9000, path.now);
     path.run(&mut machine, Duration::from_millis(800));
@@ -89,7 +89,7 @@ fn the_first_answer_comes_before_the_finest_one() {
 }
 
 #[test]
-fn a_path_that_narrows_is_noticed_and_one_that_widens_too() {
+fn changes_of_the_path_are_noticed() {
     let mut path = Path::new(1500);
     let mut machine = PathMtu::new(1500, path.now);
     path.run(&mut machine, SECONDS(5));
@@ -102,7 +102,7 @@ fn a_path_that_narrows_is_noticed_and_one_that_widens_too() {
 }
 
 #[test]
-fn a_link_that_changes_is_followed_at_once() {
+fn change_of_the_link_mtu_applies_at_once() {
     let mut path = Path::new(9000);
     let mut machine = PathMtu::new(1500, path.now);
     path.run(&mut machine, SECONDS(1));
@@ -114,7 +114,7 @@ fn a_link_that_changes_is_followed_at_once() {
 }
 
 #[test]
-fn what_the_kernel_refuses_needs_no_waiting() {
+fn size_refused_by_the_kernel_is_given_up_at_once() {
     let mut path = Path::new(1500);
     path.refused_above = 1500;
     let mut machine = PathMtu::new(9000, path.now);
@@ -123,7 +123,7 @@ fn what_the_kernel_refuses_needs_no_waiting() {
 }
 
 #[test]
-fn loss_does_not_make_the_path_narrower() {
+fn loss_does_not_reduce_the_path_mtu() {
     for seed in 1..40 {
         let mut path = Path::new(1500);
         path.random = seed * 7919;
@@ -135,7 +135,7 @@ fn loss_does_not_make_the_path_narrower() {
 }
 
 #[test]
-fn under_loss_the_right_value_is_found_all_the_same() {
+fn value_is_exact_despite_loss() {
     for seed in 1..20 {
         let mut path = Path::new(1450);
         path.random = seed * 104_729;
@@ -147,7 +147,7 @@ fn under_loss_the_right_value_is_found_all_the_same() {
 }
 
 #[test]
-fn a_dead_path_changes_nothing() {
+fn dead_path_keeps_the_value() {
     let mut path = Path::new(1500);
     let mut machine = PathMtu::new(1500, path.now);
     path.run(&mut machine, SECONDS(1));
@@ -156,7 +156,7 @@ fn a_dead_path_changes_nothing() {
 }
 
 #[test]
-fn at_rest_it_is_nearly_silent() {
+fn idle_search_sends_few_probes() {
     let mut path = Path::new(1500);
     let mut machine = PathMtu::new(1500, path.now);
     path.run(&mut machine, SECONDS(600));

@@ -1,4 +1,4 @@
-//! What is inside a sealed datagram.
+//! Packets: the plaintext of sealed datagrams.
 
 use ovl_proto::id::NodeId;
 use ovl_proto::record::SignedRecord;
@@ -8,43 +8,43 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 use super::seal::OVERHEAD;
 use super::socket;
 
-/// A UDP payload of gossip is never larger: with its headers it fits the least MTU of IPv6.
+/// The maximum UDP payload of gossip in bytes: with its headers it fits the minimum MTU of IPv6.
 pub(super) const MAX_PAYLOAD: usize = 1200;
 
-/// One datagram.
+/// The packet of one datagram.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum Packet {
-    /// A piece of a message of chitchat.
+    /// A fragment of a chitchat message.
     Chitchat(Fragment),
-    /// Are you there?
+    /// A request for a pong.
     Ping { node: NodeId, nonce: u64 },
-    /// I am. The nonce is that of the ping.
+    /// The reply to a ping, with its nonce.
     Pong { node: NodeId, nonce: u64 },
-    /// The sender's record, or that of another, without waiting for a round of gossip.
+    /// A record of the sender or another host, outside the rounds of gossip.
     Announce(SignedRecord),
-    /// As large as the path shall carry.
+    /// A path MTU probe, padded to the probed size.
     Probe { nonce: u64, padding: Bytes },
-    /// A probe arrived whole.
+    /// The acknowledgement of a probe, with its nonce.
     ProbeAck { nonce: u64 },
 }
 
-/// A piece of a message.
+/// A fragment of a message.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Fragment {
-    /// The sender's number of the message.
+    /// The number of the message, which the sender assigns.
     pub message: u32,
-    /// Which piece, from 0.
+    /// The index of the fragment, from 0.
     pub index: u16,
-    /// Of how many.
+    /// The number of fragments of the message.
     pub count: u16,
-    /// Whether the message, once whole, is to be decompressed.
+    /// Whether the complete message is compressed.
     pub compressed: bool,
     pub data: Bytes,
 }
 
-/// What encoding a fragment adds to its data, at most.
+/// The maximum number of bytes that the encoding adds to the data of a fragment.
 const FRAGMENT_OVERHEAD: usize = 1 + 5 + 3 + 3 + 1 + 3;
-/// Data in a fragment, at most.
+/// The maximum size of the data of a fragment, in bytes.
 pub(super) const MAX_FRAGMENT: usize = MAX_PAYLOAD - OVERHEAD - FRAGMENT_OVERHEAD;
 
 impl Packet {
@@ -56,11 +56,11 @@ impl Packet {
         wire::decode_body(bytes)
     }
 
-    /// A probe whose IP packet is of exactly that size; a small one if there is no room.
+    /// A probe whose IP packet has exactly this size in bytes; without padding if the size is too small.
     pub(super) fn probe(nonce: u64, size: u16, to: std::net::IpAddr) -> Self {
         let room = usize::from(size).saturating_sub(socket::header_len(to) + OVERHEAD);
-        // The variant, the nonce as bincode writes it, and the length of the padding: one byte up
-        // to 250, three up to 65535.
+        // The variant and the nonce, as bincode encodes them. The length of the padding follows: one byte up to 250,
+        // three bytes up to 65535.
         let fixed = 1 + match nonce {
             0..=250 => 1,
             251..=0xffff => 3,
@@ -75,7 +75,7 @@ impl Packet {
     }
 }
 
-/// Bytes that are copied at once; serde would take a `Vec<u8>` byte by byte.
+/// Bytes that are copied at once. serde would process a `Vec<u8>` byte by byte.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Bytes(pub Vec<u8>);
 
@@ -103,7 +103,7 @@ impl<'de> Deserialize<'de> for Bytes {
                 Ok(Bytes(bytes))
             }
         }
-        // Borrowed from the datagram: a length that it does not have is an error, and no allocation.
+        // Borrowed from the datagram: a length beyond its end is an error before any allocation.
         deserializer.deserialize_bytes(Visitor)
     }
 }
@@ -115,7 +115,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_probe_is_of_the_size_that_was_asked_for() {
+    fn probe_has_the_requested_size() {
         for (ip, headers) in [("10.0.0.1", 28), ("fd00::1", 48)] {
             for nonce in [1, 300, 70_000, u64::MAX] {
                 for size in [600, 1279, 1280, 1281, 1500, 8900, 9000, 65_535] {
@@ -129,7 +129,7 @@ mod tests {
     }
 
     #[test]
-    fn the_largest_fragment_fits() {
+    fn largest_fragment_fits_the_maximum_payload() {
         let fragment = Fragment {
             message: u32::MAX,
             index: u16::MAX,

@@ -1,4 +1,4 @@
-//! The one timer: pings, path probes, and dialling whoever does not answer.
+//! The timer of gossip: sends pings and path MTU probes, and dials hosts that are not alive.
 
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -11,18 +11,19 @@ use super::cluster::Cluster;
 use super::hub::Hub;
 
 const TICK: Duration = Duration::from_millis(200);
-/// While a path is being searched.
+/// The interval during a path MTU search.
 const SHORT_TICK: Duration = Duration::from_millis(20);
-/// Dials in one tick: 20 a second.
-const DIALS: usize = 4;
+/// The maximum number of dials in one tick: 20 a second.
+const MAX_DIALS: usize = 4;
 const DIAL_EVERY: Duration = Duration::from_secs(1);
-/// Names may come to mean other hosts.
+/// The interval at which names are resolved again, because their addresses may change.
 const RESOLVE_EVERY: Duration = Duration::from_secs(30);
+/// The interval after a failed resolution.
 const RESOLVE_AGAIN: Duration = Duration::from_secs(3);
-/// Addresses that one name may have.
+/// The maximum number of addresses of a name.
 const MAX_ADDRESSES: usize = 16;
 
-/// Where to find the cluster, by configuration.
+/// The configured addresses of hosts to join.
 pub(super) struct Seeds {
     own: SocketAddr,
     addresses: Mutex<Vec<Seed>>,
@@ -45,7 +46,7 @@ impl Seeds {
         seeds.iter().map(|seed| seed.addr).collect()
     }
 
-    /// Those to dial now, where nobody alive is known to be.
+    /// The addresses to dial now. Addresses of live peers are skipped.
     fn due(&self, hub: &Hub, now: Instant, most: usize) -> Vec<SocketAddr> {
         let mut seeds = self.addresses.lock().unwrap_or_else(PoisonError::into_inner);
         let state = hub.lock();
@@ -66,7 +67,7 @@ impl Seeds {
         let mut found = found.filter(|addr| addr.is_ipv4() == self.own.is_ipv4()).peekable();
         if found.peek().is_none() {
             let family = if self.own.is_ipv4() { "IPv4" } else { "IPv6" };
-            warn!(%name, "an address to join is not {family}, as this host's own address is: it is not used");
+            warn!(%name, "ignored an address to join: it is not {family}, the family of this host's address");
         }
         let usable = found.filter(|addr| *addr != self.own);
         seeds.extend(usable.take(MAX_ADDRESSES).map(|addr| Seed {
@@ -78,7 +79,7 @@ impl Seeds {
         self.changed.notify_one();
     }
 
-    /// Keeps looking up one entry; ends at once for an address.
+    /// Resolves an entry repeatedly. Returns at once for an address.
     pub(super) async fn resolve(self: Arc<Self>, name: String) {
         loop {
             let wait = match tokio::net::lookup_host(&name).await {
@@ -87,8 +88,8 @@ impl Seeds {
                     RESOLVE_EVERY
                 }
                 Err(error) => {
-                    // What it meant before is better than nothing.
-                    warn!(%name, %error, "an address to join is not found; it is looked up again");
+                    // The earlier addresses remain in use.
+                    warn!(%name, %error, "cannot resolve an address to join; retrying");
                     RESOLVE_AGAIN
                 }
             };
@@ -100,7 +101,7 @@ impl Seeds {
     }
 }
 
-/// Ticks for ever.
+/// Runs the timer forever.
 pub(super) async fn run(hub: Arc<Hub>, cluster: Arc<Cluster>, seeds: Arc<Seeds>) {
     let mut next_tick = Instant::now();
     loop {
@@ -127,8 +128,8 @@ pub(super) async fn run(hub: Arc<Hub>, cluster: Arc<Cluster>, seeds: Arc<Seeds>)
 }
 
 fn dial(hub: &Hub, cluster: &Cluster, seeds: &Seeds, now: Instant) {
-    let known = hub.lock().book.dials(now, DIALS);
-    let more = seeds.due(hub, now, DIALS.saturating_sub(known.len()));
+    let known = hub.lock().book.dials(now, MAX_DIALS);
+    let more = seeds.due(hub, now, MAX_DIALS.saturating_sub(known.len()));
     for to in known.iter().map(|(to, _)| *to).chain(more) {
         debug!(%to, "dialling");
         cluster.gossip(to);
@@ -136,7 +137,7 @@ fn dial(hub: &Hub, cluster: &Cluster, seeds: &Seeds, now: Instant) {
     hub.send_due(known.into_iter().map(|(_, ping)| ping).collect());
 }
 
-/// The host and port of an entry; the default port where there is none.
+/// The host and port of an entry, with the default port if it has none.
 pub(super) fn with_port(entry: &str) -> String {
     use std::net::IpAddr;
     let default = ovl_proto::DEFAULT_PORT;

@@ -1,14 +1,14 @@
-//! Which counters of a run were seen.
+//! Replay protection: the counters of a run that were received.
 
-/// Counters this far behind the highest one are still taken, once.
+/// The size of the window: older counters are rejected.
 const WINDOW: u64 = 2048;
 const WORDS: usize = (WINDOW / 64) as usize;
 
 /// A sliding window over counters, as in RFC 6479.
 pub(super) struct ReplayWindow {
-    /// One more than the highest counter seen.
+    /// One more than the highest received counter.
     next: u64,
-    /// A ring: the bit of a counter is `counter % WINDOW`.
+    /// A ring: the bit of a counter is at `counter % WINDOW`.
     bits: Box<[u64; WORDS]>,
 }
 
@@ -19,17 +19,17 @@ impl Default for ReplayWindow {
 }
 
 impl ReplayWindow {
-    /// Whether the counter was seen, or is too old to say.
+    /// Whether a counter was received before, or is older than the window.
     pub(super) fn has(&self, counter: u64) -> bool {
         if counter >= self.next {
-            // The last counter of all would overflow `next`; nobody gets there honestly.
+            // The maximum would overflow `next`. No correct sender reaches it.
             return counter == u64::MAX;
         }
-        let (word, bit) = place(counter);
+        let (word, bit) = position(counter);
         self.next - counter > WINDOW || self.bits.get(word).is_none_or(|word| word & bit != 0)
     }
 
-    /// Remembers a counter that [`Self::has`] not.
+    /// Inserts a counter for which [`Self::has`] returns false.
     pub(super) fn insert(&mut self, counter: u64) {
         if counter >= self.next {
             if counter - self.next >= WINDOW {
@@ -45,7 +45,7 @@ impl ReplayWindow {
     }
 
     fn change(&mut self, counter: u64, seen: bool) {
-        let (word, bit) = place(counter);
+        let (word, bit) = position(counter);
         if let Some(word) = self.bits.get_mut(word) {
             if seen {
                 *word |= bit;
@@ -56,7 +56,7 @@ impl ReplayWindow {
     }
 }
 
-fn place(counter: u64) -> (usize, u64) {
+fn position(counter: u64) -> (usize, u64) {
     let index = counter % WINDOW;
     ((index / 64) as usize, 1 << (index % 64))
 }
@@ -70,7 +70,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn jumps_and_the_edges_of_the_window() {
+    fn jumps_and_edges_of_the_window() {
         let mut window = ReplayWindow::default();
         window.insert(0);
         assert!(window.has(0));
@@ -87,7 +87,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn it_agrees_with_a_set(counters in proptest::collection::vec(0_u64..6000, 1..400)) {
+        fn window_agrees_with_a_set(counters in proptest::collection::vec(0_u64..6000, 1..400)) {
             let mut window = ReplayWindow::default();
             let mut seen = BTreeSet::new();
             for counter in counters {

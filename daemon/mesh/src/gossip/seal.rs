@@ -1,8 +1,7 @@
-//! Sealing of datagrams: AES-256-GCM, with a key for each run of each sender.
+//! Sealing of datagrams: AES-256-GCM with a key for each run of each sender.
 //!
-//! A run draws 16 random bytes and derives its key from them and the cluster key, so a counter
-//! from 0 is a safe nonce: no state must outlive the process, and no two senders share a key. The
-//! receiver derives the same key from the header.
+//! The key of a run is derived from 16 random bytes and the cluster key. So a counter from 0 is a safe nonce: no state
+//! must outlive the process, and no two senders share a key. The receiver derives the same key from the header.
 //!
 //! ```text
 //! version (1) | key id (4) | run (16) | counter (8, big endian) | ciphertext | tag (16)
@@ -20,33 +19,33 @@ use ring::rand::{SecureRandom, SystemRandom};
 use super::replay::ReplayWindow;
 use crate::keys::{ClusterKey, Keyring};
 
-/// Names a run of a sender.
+/// The id of a run: the lifetime of a sealer of one sender.
 pub(super) type RunId = [u8; 16];
 
-/// In front of the ciphertext.
+/// The length of the header, in bytes.
 pub(super) const HEADER: usize = 1 + 4 + 16 + 8;
-/// Behind the ciphertext.
+/// The length of the authentication tag, in bytes.
 const TAG: usize = 16;
-/// What sealing adds to a plaintext.
+/// The number of bytes that sealing adds to a plaintext.
 pub(super) const OVERHEAD: usize = HEADER + TAG;
 
-/// No more runs than this are remembered; the one that was heard the longest ago goes first.
+/// The maximum number of remembered runs. The least recently heard run is dropped first.
 const MAX_RUNS: usize = 4096;
 
-/// Why a datagram was not opened.
+/// The reason why a datagram could not be opened.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Refused {
-    /// Too short, or of another version.
+pub(super) enum OpenError {
+    /// It is too short, or of another protocol version.
     Foreign,
-    /// Sealed with a key that we do not have.
+    /// It is sealed with an unknown key.
     UnknownKey,
-    /// The key is known, and the seal is broken.
+    /// The key is known, and the authentication fails.
     BadSeal,
-    /// Seen before, or too old.
+    /// It was received before, or is too old.
     Replayed,
 }
 
-/// Seals what this run sends.
+/// Seals the datagrams of a run.
 pub(super) struct Sealer {
     key: LessSafeKey,
     key_id: ClusterKeyId,
@@ -55,13 +54,14 @@ pub(super) struct Sealer {
 }
 
 impl Sealer {
-    /// A new run.
+    /// Starts a new run.
     pub(super) fn new(cluster: &ClusterKey) -> anyhow::Result<Self> {
         let mut run = RunId::default();
         SystemRandom::new()
             .fill(&mut run)
-            .map_err(|_| anyhow::anyhow!("the kernel gave no random numbers"))?;
-        let key = run_key(cluster, &run).ok_or_else(|| anyhow::anyhow!("no AES-256-GCM"))?;
+            .map_err(|_| anyhow::anyhow!("cannot start gossip: the kernel returned no random numbers"))?;
+        let key =
+            run_key(cluster, &run).ok_or_else(|| anyhow::anyhow!("cannot create an AES-256-GCM key"))?;
         Ok(Self { key, key_id: cluster.id(), run, counter: 0 })
     }
 
@@ -69,12 +69,12 @@ impl Sealer {
         self.run
     }
 
-    /// The cluster key that it was made from.
+    /// The id of the cluster key from which the key is derived.
     pub(super) fn key_id(&self) -> ClusterKeyId {
         self.key_id
     }
 
-    /// Seals `plaintext` into `out`, whose former content is lost.
+    /// Seals a plaintext into `out`, and replaces its content. `None` if the encryption fails.
     pub(super) fn seal(&mut self, plaintext: &[u8], out: &mut Vec<u8>) -> Option<()> {
         out.clear();
         out.push(wire::VERSION);
@@ -90,7 +90,7 @@ impl Sealer {
     }
 }
 
-/// Opens what others sent.
+/// Opens received datagrams.
 pub(super) struct Opener {
     keyring: Arc<Keyring>,
     runs: HashMap<RunId, Run>,
@@ -98,24 +98,24 @@ pub(super) struct Opener {
 }
 
 struct Run {
-    /// The cluster key that it is sealed with.
+    /// The id of the cluster key from which the key is derived.
     cluster: ClusterKeyId,
     key: LessSafeKey,
     window: ReplayWindow,
     used: u64,
     sender: Sender,
-    /// The nonce that the sender was asked for.
+    /// The nonce of the challenge to the sender.
     asked: Option<u64>,
 }
 
-/// What is known of the sender of a run. What it seals could be a recording, played to a receiver
-/// that is younger than it; only one that answers a new nonce is there.
+/// The authentication state of the sender of a run. A datagram of a new run may be a replayed recording, if the receiver
+/// started after it. Only a sender that answers a new nonce is live.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Sender {
     New,
-    /// It was asked for an answer.
+    /// It was challenged at this time.
     Asked(Instant),
-    /// It has answered, as this node.
+    /// It has answered as this host.
     Proved(NodeId),
 }
 
@@ -124,33 +124,33 @@ impl Opener {
         Self { keyring, runs: HashMap::new(), clock: 0 }
     }
 
-    /// Opens with these keys from now on. Runs that were sealed with another one are forgotten.
+    /// Replaces the cluster keys. Runs with other keys are forgotten.
     pub(super) fn set_keyring(&mut self, keyring: Arc<Keyring>) {
         self.runs.retain(|_, run| keyring.get(run.cluster).is_some());
         self.keyring = keyring;
     }
 
-    /// The cluster key that a run is sealed with.
+    /// The id of the cluster key of a run; `None` if the run is unknown.
     pub(super) fn key_of(&self, run: &RunId) -> Option<ClusterKeyId> {
         self.runs.get(run).map(|run| run.cluster)
     }
 
-    /// Opens a datagram in place. Nothing is remembered of one that is not authentic.
-    pub(super) fn open<'a>(&mut self, datagram: &'a mut [u8]) -> Result<(RunId, &'a [u8]), Refused> {
-        let (header, text) = datagram.split_at_mut_checked(HEADER).ok_or(Refused::Foreign)?;
-        let parsed = Header::parse(header).ok_or(Refused::Foreign)?;
+    /// Opens a datagram in place. A datagram that is not authentic does not change the state.
+    pub(super) fn open<'a>(&mut self, datagram: &'a mut [u8]) -> Result<(RunId, &'a [u8]), OpenError> {
+        let (header, text) = datagram.split_at_mut_checked(HEADER).ok_or(OpenError::Foreign)?;
+        let parsed = Header::parse(header).ok_or(OpenError::Foreign)?;
         if text.len() < TAG {
-            return Err(Refused::Foreign);
+            return Err(OpenError::Foreign);
         }
         self.clock += 1;
         let aad = Aad::from(&*header);
         if let Some(run) = self.runs.get_mut(&parsed.run) {
-            // Before decryption: a flood of replays costs next to nothing.
+            // Before decryption, so that a flood of replays costs little.
             if run.window.has(parsed.counter) {
-                return Err(Refused::Replayed);
+                return Err(OpenError::Replayed);
             }
             let plain =
-                run.key.open_in_place(nonce(parsed.counter), aad, text).map_err(|_| Refused::BadSeal)?;
+                run.key.open_in_place(nonce(parsed.counter), aad, text).map_err(|_| OpenError::BadSeal)?;
             run.window.insert(parsed.counter);
             run.used = self.clock;
             return Ok((parsed.run, plain));
@@ -158,12 +158,12 @@ impl Opener {
         self.open_first(&parsed, aad, text)
     }
 
-    /// What is known of a sender.
+    /// The authentication state of the sender of a run.
     pub(super) fn sender(&self, run: &RunId) -> Sender {
         self.runs.get(run).map_or(Sender::New, |run| run.sender)
     }
 
-    /// The sender is being asked for that nonce.
+    /// Notes that the sender was challenged with a nonce.
     pub(super) fn ask(&mut self, run: &RunId, nonce: u64, now: Instant) {
         if let Some(run) = self.runs.get_mut(run) {
             run.sender = Sender::Asked(now);
@@ -171,8 +171,8 @@ impl Opener {
         }
     }
 
-    /// The sender gives a nonce; `expected` says that it is one of a ping to that node. Says whether
-    /// the sender has proved to be there, and had not before.
+    /// Notes a pong of the sender. `expected` says whether its nonce is that of a pending ping to that host. Returns
+    /// whether the sender has now proved to be live, and had not before.
     pub(super) fn answered(&mut self, run: &RunId, node: NodeId, nonce: u64, expected: bool) -> bool {
         match self.runs.get_mut(run) {
             Some(run) if expected || run.asked == Some(nonce) => {
@@ -183,16 +183,16 @@ impl Opener {
         }
     }
 
-    /// The first datagram of a run that we hear.
+    /// Opens the first datagram of a run.
     fn open_first<'a>(
         &mut self,
         header: &Header,
         aad: Aad<&[u8]>,
         text: &'a mut [u8],
-    ) -> Result<(RunId, &'a [u8]), Refused> {
+    ) -> Result<(RunId, &'a [u8]), OpenError> {
         let mut candidates = self.keyring.opening(header.key_id).peekable();
         if candidates.peek().is_none() {
-            return Err(Refused::UnknownKey);
+            return Err(OpenError::UnknownKey);
         }
         let sealed = text.to_vec();
         for cluster in candidates {
@@ -216,7 +216,7 @@ impl Opener {
             );
             return Ok((header.run, text.get(..length).unwrap_or_default()));
         }
-        Err(Refused::BadSeal)
+        Err(OpenError::BadSeal)
     }
 }
 
@@ -262,7 +262,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_sealed_opens_once() {
+    fn sealed_datagram_opens_once() {
         let mut sealer = Sealer::new(&ClusterKey::new([1; 32])).unwrap();
         let mut opener = Opener::new(keyring(1));
         let first = sealed(&mut sealer, b"first");
@@ -270,32 +270,32 @@ mod tests {
         assert_eq!(first.len(), 5 + OVERHEAD);
         assert_eq!(opener.open(&mut second.clone()), Ok((sealer.run(), &b"second"[..])));
         assert_eq!(opener.open(&mut first.clone()), Ok((sealer.run(), &b"first"[..])));
-        assert_eq!(opener.open(&mut first.clone()), Err(Refused::Replayed));
-        assert_eq!(opener.open(&mut second.clone()), Err(Refused::Replayed));
+        assert_eq!(opener.open(&mut first.clone()), Err(OpenError::Replayed));
+        assert_eq!(opener.open(&mut second.clone()), Err(OpenError::Replayed));
     }
 
     #[test]
-    fn the_other_key_of_the_ring_opens_too() {
+    fn second_key_of_the_keyring_opens_too() {
         let mut sealer = Sealer::new(&ClusterKey::new([2; 32])).unwrap();
         let mut datagram = sealed(&mut sealer, b"x");
         assert!(Opener::new(keyring(1)).open(&mut datagram).is_ok());
     }
 
     #[test]
-    fn a_key_that_is_dropped_opens_nothing_more_not_even_of_a_known_run() {
+    fn dropped_key_opens_nothing_even_of_a_known_run() {
         let mut opener = Opener::new(keyring(1));
         let mut sealer = Sealer::new(&ClusterKey::new([2; 32])).unwrap();
         assert!(opener.open(&mut sealed(&mut sealer, b"x")).is_ok());
         assert_eq!(opener.key_of(&sealer.run()), Some(sealer.key_id()));
         opener.set_keyring(Arc::new(Keyring::new(ClusterKey::new([1; 32]), Vec::new())));
-        assert_eq!(opener.open(&mut sealed(&mut sealer, b"x")), Err(Refused::UnknownKey));
+        assert_eq!(opener.open(&mut sealed(&mut sealer, b"x")), Err(OpenError::UnknownKey));
     }
 
     #[test]
-    fn another_key_and_a_broken_seal_are_refused_and_not_remembered() {
+    fn unknown_key_and_invalid_seal_are_refused_without_state() {
         let mut opener = Opener::new(keyring(1));
         let mut stranger = Sealer::new(&ClusterKey::new([9; 32])).unwrap();
-        assert_eq!(opener.open(&mut sealed(&mut stranger, b"x")), Err(Refused::UnknownKey));
+        assert_eq!(opener.open(&mut sealed(&mut stranger, b"x")), Err(OpenError::UnknownKey));
         let mut sealer = Sealer::new(&ClusterKey::new([1; 32])).unwrap();
         let good = sealed(&mut sealer, b"good");
         for position in 0..good.len() {
@@ -305,15 +305,15 @@ mod tests {
         }
         assert!(opener.runs.is_empty());
         assert!(opener.open(&mut good.clone()).is_ok());
-        // Nor does a forged counter of a known run move its window.
+        // A forged counter of a known run does not move its window.
         let mut forged = good.clone();
         *forged.get_mut(HEADER - 8).unwrap() = 0xff;
-        assert_eq!(opener.open(&mut forged), Err(Refused::BadSeal));
+        assert_eq!(opener.open(&mut forged), Err(OpenError::BadSeal));
         assert!(opener.open(&mut sealed(&mut sealer, b"next")).is_ok());
     }
 
     #[test]
-    fn the_memory_of_runs_is_bounded() {
+    fn number_of_remembered_runs_is_bounded() {
         let mut opener = Opener::new(keyring(1));
         for _ in 0..MAX_RUNS + 10 {
             let mut sealer = Sealer::new(&ClusterKey::new([1; 32])).unwrap();

@@ -1,4 +1,4 @@
-//! The UDP socket: one for everything, never fragmenting.
+//! The UDP socket of gossip. Its datagrams are never fragmented.
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -9,15 +9,15 @@ use nix::{setsockopt_impl, sockopt_impl};
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::net::UdpSocket;
 
-/// Gossip comes in bursts: a whole cluster may answer at once.
+/// The size of the socket buffers in bytes: all hosts of a cluster may reply at once.
 const BUFFER: usize = 4 << 20;
 
-// Sets DF, and goes by the MTU of the device alone: what routers say of the path is not
-// authenticated, and we measure it ourselves.
+// Sets DF and ignores the path MTU cache of the kernel: ICMP errors are not authenticated, and gossip measures the path
+// MTU itself.
 sockopt_impl!(MtuDiscover4, SetOnly, libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, libc::c_int);
 sockopt_impl!(MtuDiscover6, SetOnly, libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER, libc::c_int);
 
-/// Opens it on exactly that address.
+/// Opens the socket on an address.
 pub(super) fn open(listen: SocketAddr) -> io::Result<UdpSocket> {
     let socket = Socket::new(Domain::for_address(listen), Type::DGRAM, Some(Protocol::UDP))?;
     socket.set_nonblocking(true)?;
@@ -28,7 +28,7 @@ pub(super) fn open(listen: SocketAddr) -> io::Result<UdpSocket> {
             setsockopt(&socket, MtuDiscover6, &libc::IPV6_PMTUDISC_PROBE)?;
         }
     }
-    // Beyond the system's limit if we may, up to it otherwise.
+    // Beyond the limit of the system if the process has CAP_NET_ADMIN, otherwise up to it.
     if setsockopt(&socket, sockopt::RcvBufForce, &BUFFER).is_err() {
         socket.set_recv_buffer_size(BUFFER)?;
     }
@@ -39,7 +39,7 @@ pub(super) fn open(listen: SocketAddr) -> io::Result<UdpSocket> {
     UdpSocket::from_std(socket.into())
 }
 
-/// Bytes of IP and UDP headers around a datagram to that address.
+/// The length in bytes of the IP and UDP headers of a datagram to an address.
 pub(super) fn header_len(to: IpAddr) -> usize {
     match to {
         IpAddr::V4(_) => 20 + 8,
@@ -52,7 +52,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn both_families_are_opened_on_their_own() {
+    async fn sockets_of_both_families_share_a_port() {
         let four = open(SocketAddr::from(([127, 0, 0, 1], 0))).unwrap();
         let Ok(six) = open(SocketAddr::new("::1".parse().unwrap(), four.local_addr().unwrap().port())) else {
             // No IPv6 here.

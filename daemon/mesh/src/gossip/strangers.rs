@@ -1,4 +1,5 @@
-//! Who sends what we cannot open: remembered, and logged, within bounds.
+//! Remembers the sources of unauthenticated datagrams and connections with bounded memory, and limits the log lines
+//! about them.
 
 use std::collections::{HashMap, VecDeque};
 use std::net::IpAddr;
@@ -8,7 +9,7 @@ const LOG_EVERY: Duration = Duration::from_secs(60);
 const MAX_SOURCES: usize = 1024;
 const MAX_RECENT: usize = 16;
 
-/// Sources of datagrams or connections that did not authenticate.
+/// The sources of datagrams or connections that did not authenticate.
 #[derive(Debug, Default)]
 pub(crate) struct Strangers {
     logged: HashMap<IpAddr, Instant>,
@@ -16,7 +17,7 @@ pub(crate) struct Strangers {
 }
 
 impl Strangers {
-    /// Remembers the source; says whether this is worth a line in the log.
+    /// Remembers a source. Returns whether to log it: at most once a minute.
     pub(crate) fn note(&mut self, source: IpAddr, now: Instant) -> bool {
         if self.recent.back() != Some(&source) {
             self.recent.retain(|known| *known != source);
@@ -31,7 +32,7 @@ impl Strangers {
         if self.logged.len() >= MAX_SOURCES {
             self.logged.retain(|_, last| now.saturating_duration_since(*last) < LOG_EVERY);
             if self.logged.len() >= MAX_SOURCES {
-                // Sources are forged: a line for each would be the attack.
+                // So many sources are forged, and a line for each would flood the log.
                 return false;
             }
         }
@@ -39,7 +40,7 @@ impl Strangers {
         true
     }
 
-    /// The latest ones, each once.
+    /// The latest sources, without duplicates.
     pub(crate) fn recent(&self) -> Vec<IpAddr> {
         self.recent.iter().copied().collect()
     }

@@ -10,7 +10,7 @@ struct Node {
     record: NodeRecord,
     gossip: Gossip,
     events: mpsc::Receiver<GossipEvent>,
-    /// What the events have told so far.
+    /// The latest event about each peer.
     peers: HashMap<NodeId, (NodeRecord, Hints, bool)>,
 }
 
@@ -72,12 +72,12 @@ impl Node {
         event
     }
 
-    /// Until an event comes that fits.
+    /// Waits for an event that fits.
     async fn wait(&mut self, fits: impl Fn(&GossipEvent) -> bool) {
         while !fits(&self.next().await) {}
     }
 
-    /// Until what was told of a peer fits; says how long that took.
+    /// Waits until the latest event about a peer fits. Returns the time that it took.
     async fn wait_peer(&mut self, id: NodeId, fits: impl Fn(&NodeRecord, &Hints, bool) -> bool) -> Duration {
         let start = Instant::now();
         while !self.peers.get(&id).is_some_and(|(record, hints, alive)| fits(record, hints, *alive)) {
@@ -92,7 +92,7 @@ impl Node {
 }
 
 #[tokio::test]
-async fn keys_change_without_a_word_lost_and_who_has_the_old_one_alone_is_understood() {
+async fn rotation_loses_no_event_and_a_host_with_the_old_key_alone_is_understood() {
     let key = |n: u8| ClusterKey::new([n; 32]);
     let ring = |first, others: &[u8]| {
         Arc::new(Keyring::new(key(first), others.iter().map(|other| key(*other)).collect()))
@@ -108,7 +108,7 @@ async fn keys_change_without_a_word_lost_and_who_has_the_old_one_alone_is_unders
     for gossip in [&a.gossip, &b.gossip] {
         gossip.set_keys(ring(2, &[1]), HashMap::new()).unwrap();
     }
-    // Nobody knows anything of it: it is answered with the key that it seals with.
+    // The host is new: replies to it use the key that it seals with.
     let mut c = node(&[a.record.address]).await;
     let idc = c.record.id;
     c.wait_alive(ida).await;
@@ -117,21 +117,21 @@ async fn keys_change_without_a_word_lost_and_who_has_the_old_one_alone_is_unders
     a.gossip.set_hints(hints);
     b.wait_peer(ida, |_, told, _| *told == hints).await;
     c.wait_peer(ida, |_, told, _| *told == hints).await;
-    // From here on it is a stranger, to whom nobody is known any more.
+    // The old key is dropped: the host with the old key alone loses its peers.
     for gossip in [&a.gossip, &b.gossip] {
         gossip.set_keys(ring(2, &[]), HashMap::new()).unwrap();
     }
     a.wait_peer(idc, |_, _, alive| !alive).await;
     c.wait_peer(ida, |_, _, alive| !alive).await;
     assert!(!a.gossip.other_keys().is_empty() && !c.gossip.other_keys().is_empty());
-    assert!(b.peers[&ida].2 && a.peers[&idb].2, "those two never lost each other");
+    assert!(b.peers[&ida].2 && a.peers[&idb].2, "the two other hosts never lost each other");
     for node in [a, b, c] {
         node.gossip.shutdown().await;
     }
 }
 
 #[tokio::test]
-async fn three_nodes_find_each_other_and_learn_what_changes() {
+async fn three_hosts_find_each_other_and_learn_changes() {
     let mut a = node(&[]).await;
     let mut b = node(&[a.record.address]).await;
     let mut c = node(&[a.record.address, b.record.address]).await;
@@ -170,7 +170,7 @@ async fn three_nodes_find_each_other_and_learn_what_changes() {
     assert!(contacts[&ida].rtt.is_some() && contacts[&ida].last_heard.elapsed() < Duration::from_secs(2));
     assert_eq!(b.gossip.counters().dropped_malformed, 0);
 
-    // Killed: nothing is said.
+    // Killed: it sends no announcement.
     drop(c);
     let took = a.wait_peer(idc, |_, _, alive| !alive).await;
     assert!(took > Duration::from_millis(1900) && took < Duration::from_secs(4), "{took:?}");
@@ -178,12 +178,12 @@ async fn three_nodes_find_each_other_and_learn_what_changes() {
 
     for node in [a, b] {
         node.gossip.shutdown().await;
-        std::net::UdpSocket::bind(node.record.address).expect("the socket is given back");
+        std::net::UdpSocket::bind(node.record.address).expect("the socket is closed");
     }
 }
 
 #[tokio::test]
-async fn a_restarted_node_is_the_same_one() {
+async fn restarted_host_keeps_its_identity() {
     let mut a = node(&[]).await;
     let b = node(&[a.record.address]).await;
     let (id, address) = (b.record.id, b.record.address);
@@ -196,11 +196,11 @@ async fn a_restarted_node_is_the_same_one() {
         Duration::from_secs(4),
         a.wait(|event| matches!(event, GossipEvent::Peer { alive: false, .. })),
     );
-    assert!(later.await.is_err(), "its old run does not make it dead");
+    assert!(later.await.is_err(), "its old generation does not make it dead");
 }
 
 #[tokio::test]
-async fn a_known_node_is_dialled_for_ever() {
+async fn known_host_is_dialled_until_it_answers() {
     let mut a = node(&[]).await;
     let identity = Identity::ephemeral();
     let (id, address) = (identity.id(), free_port());
@@ -211,7 +211,7 @@ async fn a_known_node_is_dialled_for_ever() {
 }
 
 #[tokio::test]
-async fn another_key_is_a_stranger() {
+async fn host_with_another_key_is_not_authenticated() {
     let mut a = node(&[]).await;
     let b = node_of(Identity::ephemeral(), free_port(), 1, &[a.record.address], 2).await;
     let found = timeout(Duration::from_secs(2), a.wait(|_| true)).await;
@@ -247,7 +247,7 @@ async fn garbage_and_replays_are_dropped() {
 }
 
 #[tokio::test]
-async fn a_cloned_node_is_noticed() {
+async fn clash_of_a_cloned_host_is_reported() {
     let mut a = node(&[]).await;
     let document = ring::signature::Ed25519KeyPair::generate_pkcs8(&ring::rand::SystemRandom::new()).unwrap();
     let clone = || Identity::from_pkcs8_for_tests(document.as_ref());

@@ -1,4 +1,4 @@
-//! The cluster key: whoever has it may gossip. Every use derives a key of its own from it.
+//! The cluster key, which authorizes a host to gossip. Each use derives a key of its own from it.
 
 use std::path::Path;
 
@@ -12,7 +12,7 @@ use ring::hmac;
 
 use super::read_secret;
 
-/// 32 secret bytes that all nodes of a cluster share.
+/// The cluster key: 32 secret bytes that all hosts of a cluster share.
 #[derive(Clone, PartialEq, Eq)]
 pub struct ClusterKey {
     bytes: [u8; 32],
@@ -26,20 +26,28 @@ impl std::fmt::Debug for ClusterKey {
 }
 
 impl ClusterKey {
-    /// Reads a key as `wg genkey` and `ovlctl key generate` write it: 44 characters of base 64.
+    /// Reads a key file as `wg genkey` and `ovlctl key generate` write it: 44 characters of base64.
+    ///
+    /// # Errors
+    ///
+    /// The file is absent, invalid, or accessible to other users.
     pub fn read(path: &Path) -> anyhow::Result<Self> {
         let Some(content) = read_secret(path)? else {
-            bail!("there is no cluster key at {}: make one with 'ovlctl key generate'", path.display())
+            bail!("no cluster key at {}: create one with 'ovlctl key generate'", path.display())
         };
-        Self::parse(&content).with_context(|| format!("{} does not hold a cluster key", path.display()))
+        Self::parse(&content).with_context(|| format!("{}: invalid cluster key", path.display()))
     }
 
-    /// The content of such a file. The error shows nothing of it.
+    /// Parses the content of a key file.
+    ///
+    /// # Errors
+    ///
+    /// The content is not a key. The error does not show the content.
     pub fn parse(content: &[u8]) -> anyhow::Result<Self> {
         let text = content.strip_suffix(b"\n").unwrap_or(content);
         let text = text.strip_suffix(b"\r").unwrap_or(text);
         let bytes = decode_base64(text).context(
-            "44 characters of base 64 are expected, as 'ovlctl key generate' and 'wg genkey' write them",
+            "expected 44 characters of base64, as 'ovlctl key generate' and 'wg genkey' write them",
         )?;
         if bytes == [0; 32] {
             bail!("the key is all zeroes");
@@ -47,39 +55,39 @@ impl ClusterKey {
         Ok(Self::new(bytes))
     }
 
-    /// The content of a file with this key.
+    /// Formats the key as the content of a key file.
     pub fn to_text(&self) -> Secret<String> {
         Secret(BASE64.encode(&self.bytes) + "\n")
     }
 
-    /// The key itself, to be kept or handed to a member.
+    /// The bytes of the key, to be stored or sent to a member.
     pub fn secret(&self) -> Secret<[u8; 32]> {
         Secret(self.bytes)
     }
 
-    /// A key that everybody knows: `--insecure` runs the same code, and protects nothing.
+    /// The public key of `--insecure`: the same code runs, without protection.
     pub fn insecure() -> Self {
         Self::new(sha256(b"ovl insecure: everybody knows this key"))
     }
 
-    /// From the bytes themselves.
+    /// Creates a key from its bytes.
     pub fn new(bytes: [u8; 32]) -> Self {
         let [a, b, c, d, ..] = hkdf(&bytes, b"", b"ovl key id v1");
         Self { bytes, id: ClusterKeyId([a, b, c, d]) }
     }
 
-    /// What names the key on the wire, and tells nothing about it.
+    /// The public id of the key, which is derived from it and does not disclose it.
     pub fn id(&self) -> ClusterKeyId {
         self.id
     }
 
-    /// A key for one purpose.
+    /// Derives a key for one purpose.
     pub fn derive(&self, salt: &[u8], purpose: &[u8]) -> [u8; 32] {
         hkdf(&self.bytes, salt, purpose)
     }
 }
 
-/// The keys that are in use; more than one while they are being rotated.
+/// The cluster keys in use: more than one during a rotation.
 #[derive(Debug, Clone)]
 pub struct Keyring {
     first: ClusterKey,
@@ -87,12 +95,12 @@ pub struct Keyring {
 }
 
 impl Keyring {
-    /// The first key seals, and all of them open.
+    /// Creates a keyring. The first key seals, and all keys open.
     pub fn new(first: ClusterKey, others: Vec<ClusterKey>) -> Self {
         Self { first, others }
     }
 
-    /// The key for what this node sends.
+    /// The key that seals.
     pub fn sealing(&self) -> &ClusterKey {
         &self.first
     }
@@ -102,23 +110,23 @@ impl Keyring {
         std::iter::once(&self.first).chain(&self.others)
     }
 
-    /// All keys of that id: ids are short, so two keys may share one.
+    /// The keys with an id. Ids are short, so two keys may have the same.
     pub fn opening(&self, id: ClusterKeyId) -> impl Iterator<Item = &ClusterKey> {
         self.all().filter(move |key| key.id == id)
     }
 
-    /// The key of that id.
+    /// The first key with an id; `None` if there is none.
     pub fn get(&self, id: ClusterKeyId) -> Option<&ClusterKey> {
         self.opening(id).next()
     }
 
-    /// What the node's record says of it.
+    /// The ids of the keys, for the record of the host.
     pub fn ids(&self) -> ClusterKeys {
         ClusterKeys { seals: self.first.id, opens: self.others.iter().map(|key| key.id).collect() }
     }
 
-    /// One that opens with this key too. Where there are too many the oldest of the others goes: it is
-    /// left over from a rotation that the rest of the cluster has long finished.
+    /// Adds a key that opens. If there are too many, the oldest is dropped: it is left from a rotation that the rest of
+    /// the cluster finished long ago.
     pub fn opening_too(&self, key: ClusterKey) -> Self {
         let mut others = self.others.clone();
         others.push(key);
@@ -126,25 +134,25 @@ impl Keyring {
         Self::new(self.first.clone(), others)
     }
 
-    /// One that seals with that one of its keys, and still opens with all.
+    /// Selects another of its keys as the one that seals. All keys still open. `None` if it has no such key.
     pub fn sealing_with(&self, id: ClusterKeyId) -> Option<Self> {
         let first = self.get(id)?.clone();
         let others = self.all().filter(|key| key.id != id).cloned().collect();
         Some(Self::new(first, others))
     }
 
-    /// One without that key, which is not the one that seals.
+    /// Drops a key that does not seal.
     pub fn without(&self, id: ClusterKeyId) -> Self {
         Self::new(self.first.clone(), self.others.iter().filter(|key| key.id != id).cloned().collect())
     }
 
-    /// One without all keys but the one that seals.
+    /// Drops all keys except the one that seals.
     pub fn alone(&self) -> Self {
         Self::new(self.first.clone(), Vec::new())
     }
 }
 
-/// HKDF-SHA256 (RFC 5869) for 32 bytes, which take one round: with nothing that could fail.
+/// HKDF-SHA256 (RFC 5869) with an output of 32 bytes: one round of the expansion, which cannot fail.
 fn hkdf(secret: &[u8], salt: &[u8], info: &[u8]) -> [u8; 32] {
     let extracted = hmac::sign(&hmac::Key::new(hmac::HMAC_SHA256, salt), secret);
     let mut context = hmac::Context::with_key(&hmac::Key::new(hmac::HMAC_SHA256, extracted.as_ref()));
@@ -157,11 +165,12 @@ fn hkdf(secret: &[u8], salt: &[u8], info: &[u8]) -> [u8; 32] {
     out
 }
 
-/// Standard base 64 of exactly 32 bytes.
+/// Decodes standard base64 of exactly 32 bytes.
 fn decode_base64(text: &[u8]) -> anyhow::Result<[u8; 32]> {
-    let bytes = BASE64.decode(text).map_err(|_| anyhow::anyhow!("{} bytes that are not it", text.len()))?;
+    let bytes =
+        BASE64.decode(text).map_err(|_| anyhow::anyhow!("the {} bytes are not base64", text.len()))?;
     let length = bytes.len();
-    bytes.try_into().map_err(|_| anyhow::anyhow!("it is {length} bytes in place of 32"))
+    bytes.try_into().map_err(|_| anyhow::anyhow!("the key has {length} bytes, not 32"))
 }
 
 #[cfg(test)]
@@ -171,7 +180,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn hkdf_is_the_one_of_the_rfc() {
+    fn hkdf_matches_the_test_vector_of_the_rfc() {
         // RFC 5869, test case 1: the first 32 of its 42 bytes.
         let salt: Vec<u8> = (0..=0x0c).collect();
         let info: Vec<u8> = (0xf0..=0xf9).collect();
@@ -201,7 +210,7 @@ mod tests {
     }
 
     #[test]
-    fn key_files_are_checked() {
+    fn key_files_are_validated() {
         let dir = std::env::temp_dir().join(format!("ovl-key-{}", std::process::id()));
         std::fs::create_dir_all(&dir).unwrap();
         let path = dir.join("key");
@@ -226,7 +235,7 @@ mod tests {
     }
 
     #[test]
-    fn the_first_key_seals_and_all_open() {
+    fn first_key_seals_and_all_keys_open() {
         let (old, new) = (ClusterKey::new([1; 32]), ClusterKey::new([2; 32]));
         let ring = Keyring::new(new.clone(), vec![old.clone()]);
         assert_eq!(ring.sealing().id(), new.id());
@@ -237,7 +246,7 @@ mod tests {
         assert_eq!(ring.alone().ids().opens, []);
         let more = ring.opening_too(ClusterKey::new([3; 32])).opening_too(ClusterKey::new([4; 32]));
         assert_eq!((more.sealing().id(), more.all().count()), (new.id(), 1 + MAX_OTHER_KEYS));
-        assert!(more.get(old.id()).is_none(), "the oldest one made room");
+        assert!(more.get(old.id()).is_none(), "the oldest key is dropped");
         assert_eq!(format!("{ring:?}"), "Keyring { first: ClusterKey(..), others: [ClusterKey(..)] }");
     }
 }

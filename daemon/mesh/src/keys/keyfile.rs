@@ -1,8 +1,8 @@
-//! The cluster key on the disk: the file that the configuration names, and beside it, while the key is
-//! being rotated and until that file has the new one, a copy of all keys in the state directory.
+//! The cluster key on disk: the key file that the configuration names, and during a rotation, until the key file has
+//! the new key, a copy of all keys in the state directory.
 //!
-//! The copy counts as long as the file holds one of its keys, or the one that it held when the copy was
-//! written. Otherwise somebody has put another key into the file, and means it.
+//! The copy is valid as long as the key file contains one of its keys, or the key that it contained when the copy was
+//! written. Otherwise an administrator has put another key into the key file, which then takes precedence.
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
@@ -19,36 +19,41 @@ use super::{ClusterKey, Keyring, read_secret};
 
 const MAGIC: &[u8] = b"ovl keys 1\n";
 
-/// Where the cluster key is kept.
+/// The files with the cluster key.
 #[derive(Debug)]
 pub struct KeyFile {
-    /// As the configuration names it.
+    /// The key file, which the configuration names.
     path: PathBuf,
+    /// The copy in the state directory.
     copy: PathBuf,
-    /// What the file held when it was last seen to be in order.
+    /// The key in the key file when it was last known to be current.
     held: ClusterKeyId,
 }
 
 #[derive(Serialize, Deserialize)]
-struct Copy {
+struct KeyringCopy {
     held: ClusterKeyId,
-    /// The one that seals first.
+    /// The keys, with the one that seals first.
     keys: Vec<Secret<[u8; 32]>>,
 }
 
 impl KeyFile {
-    /// The keys to start with.
+    /// Reads the keys at the start of the daemon.
+    ///
+    /// # Errors
+    ///
+    /// The key file is absent or invalid, or the copy is [`Damaged`].
     pub fn load(path: PathBuf, copy: PathBuf) -> Result<(Self, Keyring)> {
         let key = ClusterKey::read(&path)?;
         let file = Self { held: key.id(), path, copy };
-        let Some(kept) = file.read_copy()? else { return Ok((file, Keyring::new(key, Vec::new()))) };
-        let mut keys = kept.keys.into_iter().map(|bytes| ClusterKey::new(bytes.0));
+        let Some(saved) = file.read_copy()? else { return Ok((file, Keyring::new(key, Vec::new()))) };
+        let mut keys = saved.keys.into_iter().map(|bytes| ClusterKey::new(bytes.0));
         let kept_keys = keys.next().map(|first| Keyring::new(first, keys.collect()));
         match kept_keys {
-            Some(ring) if kept.held == key.id() || ring.get(key.id()).is_some() => Ok((file, ring)),
+            Some(ring) if saved.held == key.id() || ring.get(key.id()).is_some() => Ok((file, ring)),
             _ => {
                 tracing::warn!(
-                    "{} holds another key than before: it counts, and the keys of the last rotation are dropped",
+                    "{} contains a key that is not of the last rotation: it is used, and the keys of the rotation are dropped",
                     file.path.display()
                 );
                 file.remove_copy()?;
@@ -57,50 +62,59 @@ impl KeyFile {
         }
     }
 
-    /// Puts the keys on the disk: a restart from now on comes up with them.
-    pub fn keep(&self, ring: &Keyring) -> Result<()> {
-        let copy = Copy { held: self.held, keys: ring.all().map(ClusterKey::secret).collect() };
+    /// Writes the keys to the copy, so that a restart uses them.
+    ///
+    /// # Errors
+    ///
+    /// The copy cannot be written.
+    pub fn save(&self, ring: &Keyring) -> Result<()> {
+        let copy = KeyringCopy { held: self.held, keys: ring.all().map(ClusterKey::secret).collect() };
         let body = wire::encode_stored(&copy)?;
         replace_shared(&self.copy, &[MAGIC, &sha256(&body), &body].concat())
-            .with_context(|| format!("writing {}", self.copy.display()))
+            .with_context(|| format!("cannot write {}", self.copy.display()))
     }
 
-    /// Gives the file the key that seals, and removes the copy. The error says what to do.
+    /// Writes the key that seals to the key file, and deletes the copy.
+    ///
+    /// # Errors
+    ///
+    /// The key file cannot be replaced: it has an unknown key, another owner, or is read-only.
     pub fn settle(&mut self, ring: &Keyring) -> Result<()> {
         let key = ring.sealing();
         let path = self.path.display();
         if ClusterKey::read(&self.path)? != *key {
-            // What is behind a link is replaced, and not the link.
-            let target = fs::canonicalize(&self.path).with_context(|| format!("looking for {path}"))?;
-            let metadata = fs::metadata(&target).with_context(|| format!("inspecting {path}"))?;
+            // The target of a symbolic link is replaced, not the link.
+            let target = fs::canonicalize(&self.path).with_context(|| format!("cannot resolve {path}"))?;
+            let metadata = fs::metadata(&target).with_context(|| format!("cannot inspect {path}"))?;
             let held = ClusterKey::read(&self.path)?.id();
             if held != self.held && ring.get(held).is_none() {
-                bail!("{path} was given a key that is not the cluster's");
+                bail!("{path} contains a key that is not the cluster's");
             }
             if metadata.uid() != nix::unistd::geteuid().as_raw() {
-                bail!("{path} belongs to user {}, and is left alone", metadata.uid());
+                bail!("{path} is owned by user {}, not by the user of ovld", metadata.uid());
             }
             if metadata.permissions().mode() & 0o200 == 0 {
                 bail!("{path} is read-only (mode {:04o})", metadata.permissions().mode() & 0o7777);
             }
-            replace_shared(&target, key.to_text().0.as_bytes()).with_context(|| format!("writing {path}"))?;
+            replace_shared(&target, key.to_text().0.as_bytes())
+                .with_context(|| format!("cannot write {path}"))?;
         }
         self.held = key.id();
         self.remove_copy()
     }
 
-    /// Whether there is a copy, and so something to settle.
+    /// Whether there is a copy, so that [`Self::settle`] must be called.
     pub fn has_copy(&self) -> bool {
         self.copy.exists()
     }
 
     fn remove_copy(&self) -> Result<()> {
-        remove_if_present(&self.copy).with_context(|| format!("removing {}", self.copy.display()))
+        remove_if_present(&self.copy).with_context(|| format!("cannot delete {}", self.copy.display()))
     }
 
-    fn read_copy(&self) -> Result<Option<Copy>> {
+    fn read_copy(&self) -> Result<Option<KeyringCopy>> {
         let Some(content) = read_secret(&self.copy)? else { return Ok(None) };
-        let decode = || -> Option<Copy> {
+        let decode = || -> Option<KeyringCopy> {
             let (sum, body) = content.strip_prefix(MAGIC)?.split_at_checked(32)?;
             if sha256(body) != sum {
                 return None;
@@ -110,8 +124,8 @@ impl KeyFile {
         match decode() {
             Some(copy) => Ok(Some(copy)),
             None => Err(Damaged(format!(
-                "{} is damaged, which holds the cluster's keys while they are being rotated. See `ovlctl key status` \
-                 on another host: put the key that is in use there into {}, and remove the damaged file",
+                "{} is damaged: it contains the cluster keys during a rotation. Put the key that is in use on another \
+                 host (`ovlctl key status`) into {}, and delete the damaged file",
                 self.copy.display(),
                 self.path.display()
             ))
@@ -124,7 +138,7 @@ impl KeyFile {
 mod tests {
     use super::*;
 
-    /// A directory with a key file that holds key 1.
+    /// A directory with a key file that contains key 1.
     struct Dir(PathBuf);
 
     impl Dir {
@@ -144,7 +158,7 @@ mod tests {
             replace_shared(&self.file(), key(n).to_text().0.as_bytes()).unwrap();
         }
 
-        /// What a daemon that is started now comes up with.
+        /// The keys with which a daemon would start.
         fn load(&self) -> (KeyFile, Keyring) {
             KeyFile::load(self.file(), self.0.join("cluster-keys")).unwrap()
         }
@@ -173,18 +187,18 @@ mod tests {
     }
 
     #[test]
-    fn a_start_in_any_phase_comes_up_with_the_right_keys() {
+    fn start_in_any_phase_of_a_rotation_has_the_right_keys() {
         let dir = Dir::new("phases");
         let (mut file, ring) = dir.load();
         assert_eq!(dir.ring(), [id(1)]);
         let ring = ring.opening_too(key(2));
-        file.keep(&ring).unwrap();
+        file.save(&ring).unwrap();
         assert_eq!(dir.ring(), [id(1), id(2)]);
         let ring = ring.sealing_with(id(2)).unwrap();
-        file.keep(&ring).unwrap();
+        file.save(&ring).unwrap();
         assert_eq!(dir.ring(), [id(2), id(1)]);
         let ring = ring.alone();
-        file.keep(&ring).unwrap();
+        file.save(&ring).unwrap();
         assert_eq!((dir.ring(), dir.in_file()), (vec![id(2)], id(1)));
         file.settle(&ring).unwrap();
         assert_eq!((dir.ring(), dir.in_file()), (vec![id(2)], id(2)));
@@ -194,21 +208,21 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_cannot_be_replaced_waits_and_one_that_somebody_wrote_counts() {
+    fn read_only_key_file_is_kept_and_a_new_key_in_it_takes_precedence() {
         let dir = Dir::new("readonly");
         let (mut file, ring) = dir.load();
         let ring = ring.opening_too(key(2)).sealing_with(id(2)).unwrap().alone();
-        file.keep(&ring).unwrap();
+        file.save(&ring).unwrap();
         fs::set_permissions(dir.file(), fs::Permissions::from_mode(0o400)).unwrap();
         assert!(file.settle(&ring).unwrap_err().to_string().contains("read-only"));
         assert_eq!((dir.ring(), dir.in_file()), (vec![id(2)], id(1)));
-        // By hand, as the problem says.
+        // By hand, as the error says.
         dir.put(2);
         fs::set_permissions(dir.file(), fs::Permissions::from_mode(0o400)).unwrap();
         file.settle(&ring).unwrap();
         assert!(!file.has_copy());
-        // A key that neither of them ever had is what somebody wants.
-        file.keep(&ring).unwrap();
+        // A key that neither file ever contained takes precedence.
+        file.save(&ring).unwrap();
         dir.put(3);
         assert!(file.settle(&ring).unwrap_err().to_string().contains("not the cluster's"));
         assert_eq!(dir.ring(), [id(3)]);
@@ -216,14 +230,14 @@ mod tests {
     }
 
     #[test]
-    fn a_link_stays_a_link_and_damage_is_named() {
+    fn symbolic_link_is_kept_and_error_names_the_damaged_copy() {
         let dir = Dir::new("link");
         let real = dir.0.join("real");
         fs::rename(dir.file(), &real).unwrap();
         std::os::unix::fs::symlink(&real, dir.file()).unwrap();
         let (mut file, ring) = dir.load();
         let ring = ring.opening_too(key(2)).sealing_with(id(2)).unwrap().alone();
-        file.keep(&ring).unwrap();
+        file.save(&ring).unwrap();
         file.settle(&ring).unwrap();
         assert!(fs::symlink_metadata(dir.file()).unwrap().is_symlink());
         assert_eq!(ClusterKey::read(&real).unwrap().id(), id(2));

@@ -22,7 +22,7 @@ pub(crate) fn record_of(identity: &Identity) -> NodeRecord {
 }
 
 #[test]
-fn an_identity_is_made_once_and_kept() {
+fn identity_is_created_once_and_kept() {
     let dir = std::env::temp_dir().join(format!("ovl-identity-{}", std::process::id()));
     fs::create_dir_all(&dir).unwrap();
     let path = dir.join("node.key");
@@ -47,7 +47,7 @@ fn an_identity_is_made_once_and_kept() {
 }
 
 #[test]
-fn a_signature_serves_one_purpose() {
+fn signature_is_valid_for_one_purpose() {
     let identity = Identity::ephemeral();
     let signature = identity.sign(Domain::Table, b"body");
     assert!(verify(identity.public_key(), Domain::Table, b"body", &signature));
@@ -58,7 +58,7 @@ fn a_signature_serves_one_purpose() {
 }
 
 #[test]
-fn only_good_records_are_opened() {
+fn invalid_records_are_rejected() {
     let identity = Identity::ephemeral();
     let good = record_of(&identity);
     assert_eq!(open_record(&identity.sign_record(&good).unwrap()).unwrap(), good);
@@ -86,7 +86,7 @@ fn only_good_records_are_opened() {
 }
 
 #[test]
-fn a_tunnel_key_is_made_once_kept_as_wg_prints_it_and_never_shown() {
+fn tunnel_key_is_created_once_stored_as_wg_prints_it_and_never_shown() {
     let dir = std::env::temp_dir().join(format!("ovl-tunnel-key-{}", std::process::id()));
     fs::create_dir_all(&dir).unwrap();
     let path = dir.join("tunnel.key");
@@ -108,7 +108,7 @@ fn a_tunnel_key_is_made_once_kept_as_wg_prints_it_and_never_shown() {
 }
 
 #[test]
-fn a_record_with_an_end_of_the_tunnel_that_nobody_could_reach_is_refused() {
+fn record_with_an_unreachable_tunnel_is_rejected() {
     let identity = Identity::ephemeral();
     let with = |key, port| {
         let end =

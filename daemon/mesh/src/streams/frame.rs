@@ -1,7 +1,6 @@
-//! Messages on an authenticated stream: cut into chunks of at most 64 KiB, sealed, put together.
+//! Messages on an authenticated stream: split into chunks of at most 64 KiB, sealed, and reassembled.
 //!
-//! The plaintext of a message is its length in four bytes, then the message. Chunks hold no more
-//! than one message each.
+//! The plaintext of a message is its length in four bytes, then the message. A chunk contains data of one message only.
 
 use anyhow::{bail, ensure};
 use bytes::{Buf, BytesMut};
@@ -10,12 +9,12 @@ use snow::TransportState;
 
 use super::noise::{MAX_FRAME, TAG};
 
-/// Plaintext in a chunk, at most.
+/// The maximum plaintext of a chunk, in bytes.
 const MAX_CHUNK: usize = MAX_FRAME - TAG;
-/// Room that is kept for the next messages; more is given back.
-const KEEP: usize = 256 << 10;
+/// The capacity that is kept for the next messages; more is released.
+const KEEP_CAPACITY: usize = 256 << 10;
 
-/// Seals a message, chunk by chunk: a message may be far larger than what is written at a time.
+/// Seals a message chunk by chunk: a message may be far larger than one write.
 pub(super) struct Sealing {
     message: bytes::Bytes,
     sent: usize,
@@ -26,7 +25,11 @@ impl Sealing {
         Self { message, sent: 0 }
     }
 
-    /// Appends the next chunk to `out`; says whether there are more.
+    /// Appends the next chunk to `out`. Returns whether there are more.
+    ///
+    /// # Errors
+    ///
+    /// The message is too large, or the encryption fails.
     pub(super) fn chunk(&mut self, noise: &mut TransportState, out: &mut Vec<u8>) -> anyhow::Result<bool> {
         let prefix = if self.sent == 0 {
             u32::try_from(self.message.len())?.to_be_bytes().to_vec()
@@ -51,15 +54,18 @@ impl Sealing {
     }
 }
 
-/// Opens what arrives.
+/// Opens received chunks and reassembles messages.
 #[derive(Default)]
 pub(super) struct Opening {
     plain: Vec<u8>,
 }
 
 impl Opening {
-    /// Takes the next frame out of `arrived`, if a whole one is there, and gives the message that
-    /// it completes. `None` where more bytes are needed.
+    /// Takes frames out of `arrived` until a message is complete. `None` if more bytes are needed.
+    ///
+    /// # Errors
+    ///
+    /// A chunk is not authentic, or a message is too long.
     pub(super) fn next(
         &mut self,
         noise: &mut TransportState,
@@ -72,7 +78,7 @@ impl Opening {
                 return Ok(None);
             };
             let have = self.plain.len();
-            // Grows by what has arrived, and not by what is promised.
+            // The buffer grows by the received data, not by the claimed length.
             self.plain.resize(have + length, 0);
             let opened = noise.read_message(sealed, self.plain.get_mut(have..).unwrap_or_default())?;
             self.plain.truncate(have + opened);
@@ -86,22 +92,22 @@ impl Opening {
 
     fn complete(&mut self) -> anyhow::Result<Option<Vec<u8>>> {
         let Some((total, message)) = self.plain.split_first_chunk() else {
-            bail!("a chunk without a length")
+            bail!("invalid chunk: the length of the message is missing")
         };
         let total = u32::from_be_bytes(*total) as usize;
         ensure!(
             total <= wire::MAX_FRAME,
-            "a message of {total} bytes, at most {} are allowed",
+            "invalid message: {total} bytes, at most {} are allowed",
             wire::MAX_FRAME
         );
-        ensure!(message.len() <= total, "a message longer than it says");
+        ensure!(message.len() <= total, "invalid message: longer than its length field");
         if message.len() < total {
             return Ok(None);
         }
         let message = message.to_vec();
         self.plain.clear();
-        if self.plain.capacity() > KEEP {
-            self.plain.shrink_to(KEEP);
+        if self.plain.capacity() > KEEP_CAPACITY {
+            self.plain.shrink_to(KEEP_CAPACITY);
         }
         Ok(Some(message))
     }
@@ -126,7 +132,7 @@ mod tests {
     }
 
     #[test]
-    fn messages_of_all_sizes_arrive_whatever_the_pieces() {
+    fn messages_of_all_sizes_arrive_in_any_segmentation() {
         let (mut one, mut other) = pair();
         let mut wire = Vec::new();
         let sizes =
@@ -149,7 +155,7 @@ mod tests {
     }
 
     #[test]
-    fn a_promise_of_too_much_is_refused_and_one_of_much_takes_no_memory() {
+    fn excessive_length_is_refused_and_a_claimed_length_allocates_nothing() {
         for (total, good) in
             [(wire::MAX_FRAME as u32, true), (wire::MAX_FRAME as u32 + 1, false), (u32::MAX, false)]
         {
@@ -166,7 +172,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn garbage_is_an_error_and_no_panic(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
+        fn garbage_returns_an_error(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
             let (_, mut other) = pair();
             let mut arrived = BytesMut::from(&bytes[..]);
             let found = Opening::default().next(&mut other, &mut arrived);

@@ -1,4 +1,4 @@
-//! Streams that others dial: accepted, authenticated, read.
+//! Accepted streams: authenticates and reads them.
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::{IpAddr, SocketAddr};
@@ -17,34 +17,37 @@ use tokio::time::timeout;
 use tracing::{debug, warn};
 
 use super::frame::Opening;
-use super::noise::Secured;
-use super::{HANDSHAKE, LinkEvent, Shared, noise, tune};
+use super::noise::AuthenticatedStream;
+use super::{HANDSHAKE, Shared, StreamEvent, noise, tune};
 use crate::gossip::Strangers;
 use crate::keys::Keyring;
 
-/// Connections that have not yet said who they are: in all, and from one address.
+/// The maximum number of unauthenticated connections.
 const MAX_UNKNOWN: usize = 64;
+/// The maximum number of unauthenticated connections from one address.
 const MAX_UNKNOWN_PER_SOURCE: usize = 16;
-/// Connections that have.
+/// The maximum number of authenticated connections.
 const MAX_KNOWN: usize = 4096;
 
-/// Who is connected to us.
+/// The accepted connections.
 #[derive(Default)]
 pub(super) struct Inbound {
-    /// Ends the connection of a node when a newer one replaces it, or its cluster key is dropped.
+    /// For each host, the cluster key of its connection, and the notification that closes it: because a newer connection
+    /// replaces it, or the key is dropped.
     known: Mutex<BTreeMap<NodeId, (ClusterKeyId, Arc<Notify>)>>,
     unknown: Mutex<HashMap<IpAddr, usize>>,
     strangers: Mutex<Strangers>,
 }
 
-/// Counts a connection as unknown for as long as it lives.
-struct Unknown<'a> {
+/// Counts a connection as unauthenticated until it is dropped.
+struct UnauthenticatedGuard<'a> {
     inbound: &'a Inbound,
     source: IpAddr,
 }
 
 impl Inbound {
-    fn admit(&self, source: IpAddr) -> Option<Unknown<'_>> {
+    /// Counts a new connection. `None` if there are too many unauthenticated ones.
+    fn admit(&self, source: IpAddr) -> Option<UnauthenticatedGuard<'_>> {
         let mut unknown = self.unknown.lock().unwrap_or_else(PoisonError::into_inner);
         let all: usize = unknown.values().sum();
         let own = unknown.entry(source).or_default();
@@ -52,10 +55,11 @@ impl Inbound {
             return None;
         }
         *own += 1;
-        Some(Unknown { inbound: self, source })
+        Some(UnauthenticatedGuard { inbound: self, source })
     }
 
-    /// The connection of this node from now on; what it gets tells when it is no more.
+    /// Registers the connection of a host, and closes its older one. Returns the notification that closes the new one;
+    /// `None` if there are too many connections.
     fn enter(&self, node: NodeId, key: ClusterKeyId) -> Option<Arc<Notify>> {
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         if known.len() >= MAX_KNOWN && !known.contains_key(&node) {
@@ -75,7 +79,7 @@ impl Inbound {
         }
     }
 
-    /// Ends all connections that a key has opened which is not in use any more.
+    /// Closes all connections with a key that is not in the keyring.
     pub(super) fn set_keyring(&self, keyring: &Keyring) {
         let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         for (_, ends) in known.values().filter(|(key, _)| keyring.get(*key).is_none()) {
@@ -83,16 +87,17 @@ impl Inbound {
         }
     }
 
+    /// Logs a refused connection, at most once a minute per source.
     fn stranger(&self, from: SocketAddr, error: &anyhow::Error) {
         let worth =
             self.strangers.lock().unwrap_or_else(PoisonError::into_inner).note(from.ip(), Instant::now());
         if worth {
-            warn!(source = %from, "a sync stream is refused: {error:#} (said at most once a minute for a source)");
+            warn!(source = %from, "refused a stream: {error:#} (logged at most once a minute per source)");
         }
     }
 }
 
-impl Drop for Unknown<'_> {
+impl Drop for UnauthenticatedGuard<'_> {
     fn drop(&mut self) {
         let mut unknown = self.inbound.unknown.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(count) = unknown.get_mut(&self.source) {
@@ -104,7 +109,7 @@ impl Drop for Unknown<'_> {
     }
 }
 
-/// Accepts for ever.
+/// Accepts connections forever.
 pub(super) async fn run(listener: TcpListener, shared: Arc<Shared>) {
     let mut connections = JoinSet::new();
     loop {
@@ -113,8 +118,8 @@ pub(super) async fn run(listener: TcpListener, shared: Arc<Shared>) {
                 connections.spawn(connection(stream, from, Arc::clone(&shared)));
             }
             Err(error) => {
-                // Out of descriptors, or reset before it was accepted: it passes.
-                debug!(%error, "cannot accept a stream");
+                // Temporary: out of descriptors, or the connection was reset before it was accepted.
+                debug!(%error, "cannot accept a connection");
                 tokio::time::sleep(Duration::from_millis(50)).await;
             }
         }
@@ -124,7 +129,7 @@ pub(super) async fn run(listener: TcpListener, shared: Arc<Shared>) {
 
 async fn connection(mut stream: TcpStream, from: SocketAddr, shared: Arc<Shared>) {
     let Some(unknown) = shared.inbound.admit(from.ip()) else {
-        shared.inbound.stranger(from, &anyhow::anyhow!("too many connections do not say who they are"));
+        shared.inbound.stranger(from, &anyhow::anyhow!("too many unauthenticated connections"));
         return;
     };
     let handshake = async {
@@ -134,18 +139,22 @@ async fn connection(mut stream: TcpStream, from: SocketAddr, shared: Arc<Shared>
     let secured = match timeout(HANDSHAKE, handshake).await {
         Ok(Ok(secured)) => secured,
         Ok(Err(error)) => return shared.inbound.stranger(from, &error),
-        Err(_) => return shared.inbound.stranger(from, &anyhow::anyhow!("it does not finish the handshake")),
+        Err(_) => {
+            return shared
+                .inbound
+                .stranger(from, &anyhow::anyhow!("the peer did not complete the handshake"));
+        }
     };
     drop(unknown);
     let node = secured.record.id;
     if node == shared.identity.id() {
-        return shared.inbound.stranger(from, &anyhow::anyhow!("it has this node's own key"));
+        return shared.inbound.stranger(from, &anyhow::anyhow!("the peer has the identity of this host"));
     }
     let Some(replaced) = shared.inbound.enter(node, secured.key) else {
-        return shared.inbound.stranger(from, &anyhow::anyhow!("too many nodes are connected"));
+        return shared.inbound.stranger(from, &anyhow::anyhow!("too many hosts are connected"));
     };
     if shared.keyring().get(secured.key).is_none() {
-        // Dropped while it shook hands.
+        // The key was dropped during the handshake.
         replaced.notify_one();
     }
     let ended = tokio::select! {
@@ -156,30 +165,31 @@ async fn connection(mut stream: TcpStream, from: SocketAddr, shared: Arc<Shared>
     shared.inbound.leave(node, &replaced);
     if let Err(error) = ended {
         if error.is::<wire::WireError>() {
-            // It will dial again and say it again: somebody must hear of it.
+            // The peer will dial and send the message again, so an administrator must see it.
             shared.inbound.stranger(from, &error);
         }
-        debug!(peer = %node, "incoming stream: {error:#}");
+        debug!(peer = %node, "incoming stream closed: {error:#}");
     }
 }
 
-async fn read(mut stream: TcpStream, secured: Secured, shared: &Shared) -> anyhow::Result<()> {
-    let Secured { mut noise, key, record, signed } = secured;
+async fn read(mut stream: TcpStream, secured: AuthenticatedStream, shared: &Shared) -> anyhow::Result<()> {
+    let AuthenticatedStream { mut noise, key, record, signed } = secured;
     let from = record.id;
-    let gone = || anyhow::anyhow!("nobody listens to links any more");
-    shared.events.send(LinkEvent::Record { record, signed }).await.map_err(|_| gone())?;
+    let gone = || anyhow::anyhow!("the receiver of stream events was dropped");
+    shared.events.send(StreamEvent::Record { record, signed }).await.map_err(|_| gone())?;
     let mut arrived = BytesMut::with_capacity(4096);
     let mut opening = Opening::default();
     loop {
         while let Some(bytes) = opening.next(&mut noise, &mut arrived)? {
-            let message = wire::decode(&bytes).context("it says what this version does not understand")?;
-            shared.events.send(LinkEvent::Message { from, key, message }).await.map_err(|_| gone())?;
+            let message = wire::decode(&bytes)
+                .context("cannot decode a message: the peer may run another version of ovld")?;
+            shared.events.send(StreamEvent::Message { from, key, message }).await.map_err(|_| gone())?;
         }
         arrived.reserve(4096);
         let length = stream.read_buf(&mut arrived).await?;
         if length == 0 {
-            ensure!(arrived.is_empty(), "closed in the middle of a frame");
-            bail!("closed by the peer");
+            ensure!(arrived.is_empty(), "the peer closed the connection in the middle of a frame");
+            bail!("the peer closed the connection");
         }
     }
 }

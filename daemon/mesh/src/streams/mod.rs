@@ -1,11 +1,11 @@
-//! Sync streams: what one daemon has to say to another beside gossip, over TCP, encrypted, and with
-//! each side's identity proved. Each node dials every peer and writes on the streams that it
-//! dialled; on those that others dialled it only reads.
+//! Streams: encrypted TCP connections between daemons, with both identities authenticated. Tables, objects and
+//! consensus messages travel over them. Each host dials every peer. It writes only on the streams that it dialled, and
+//! reads only on those that it accepted.
 //!
-//! | module | what is in it |
+//! | module | content |
 //! | --- | --- |
 //! | [`noise`] | the handshake |
-//! | [`frame`] | messages cut into sealed chunks |
+//! | [`frame`] | the sealed chunks of messages |
 //! | [`outbound`] | dialling and writing |
 //! | [`inbound`] | accepting and reading |
 
@@ -33,54 +33,54 @@ use tracing::error;
 
 use crate::keys::{Identity, Keyring};
 use inbound::Inbound;
-use outbound::{End, Outbound};
+use outbound::{Outbound, Shutdown};
 
-/// From the first packet to both identities proved.
+/// The timeout of dialling and the handshake.
 const HANDSHAKE: Duration = Duration::from_secs(5);
-/// A peer that acknowledges nothing for so long is gone.
+/// The time without an acknowledgement after which a connection is closed.
 const DEAD_AFTER: Duration = Duration::from_secs(10);
-/// How long a shutdown waits for queues.
+/// The time that a shutdown waits for the queues to be written.
 const FLUSH: Duration = Duration::from_secs(1);
 
-/// What links have to be told.
-pub struct LinksConfig {
-    /// Where to listen.
+/// The configuration of streams.
+pub struct StreamsConfig {
+    /// The TCP address to listen on.
     pub listen: SocketAddr,
-    /// Who we are.
+    /// The identity of the local host.
     pub identity: Arc<Identity>,
-    /// Who may connect at all.
+    /// The cluster keys. A peer needs one of them to connect.
     pub keyring: Arc<Keyring>,
-    /// What we say of ourselves in handshakes.
+    /// The record of the local host, which handshakes send.
     pub record: SignedRecord,
 }
 
-/// What links have to tell.
+/// An event of streams.
 #[derive(Debug)]
-pub enum LinkEvent {
-    /// The stream that we dialled to a peer can be used.
+pub enum StreamEvent {
+    /// The dialled stream to a peer is connected.
     Up(NodeId),
-    /// It cannot any more, and what was queued is lost. Always follows an `Up`.
+    /// The dialled stream to a peer was closed, and queued messages are lost. It follows an `Up`.
     Down(NodeId),
-    /// A peer says something.
+    /// A message arrived.
     Message {
-        /// Who, proved.
+        /// The authenticated sender.
         from: NodeId,
-        /// The cluster key that it has.
+        /// The cluster key of the stream.
         key: ClusterKeyId,
-        /// What.
+        /// The message.
         message: Message,
     },
-    /// A peer has dialled us.
+    /// A peer has connected.
     Record {
-        /// Verified. Not known to be the latest one.
+        /// Its record, verified. It may not be the latest one.
         record: NodeRecord,
-        /// The same, to be passed on.
+        /// The signed record, to be passed on.
         signed: SignedRecord,
     },
 }
 
-/// All streams. They end when it is dropped.
-pub struct Links {
+/// All streams. They are closed when it is dropped.
+pub struct Streams {
     shared: Arc<Shared>,
     peers: Mutex<Peers>,
     listener: JoinHandle<()>,
@@ -94,12 +94,12 @@ struct Peers {
     tasks: JoinSet<()>,
 }
 
-/// What all streams need.
+/// The state that all streams share.
 struct Shared {
     identity: Arc<Identity>,
     keyring: Mutex<Arc<Keyring>>,
     record: Mutex<SignedRecord>,
-    events: mpsc::Sender<LinkEvent>,
+    events: mpsc::Sender<StreamEvent>,
     inbound: Inbound,
 }
 
@@ -113,12 +113,16 @@ impl Shared {
     }
 }
 
-impl Links {
-    /// Listens, and dials nobody yet.
-    pub async fn start(config: LinksConfig, events: mpsc::Sender<LinkEvent>) -> anyhow::Result<Self> {
-        let LinksConfig { listen, identity, keyring, record } = config;
+impl Streams {
+    /// Starts to listen. No peer is dialled until [`Self::set_peers`].
+    ///
+    /// # Errors
+    ///
+    /// The address cannot be bound.
+    pub async fn start(config: StreamsConfig, events: mpsc::Sender<StreamEvent>) -> anyhow::Result<Self> {
+        let StreamsConfig { listen, identity, keyring, record } = config;
         let listener =
-            open(listen).with_context(|| format!("cannot listen for sync streams on {listen} (TCP)"))?;
+            open(listen).with_context(|| format!("cannot listen for streams on {listen} (TCP)"))?;
         #[cfg(test)]
         let local_addr = listener.local_addr()?;
         let (record, keyring, inbound) = (Mutex::new(record), Mutex::new(keyring), Inbound::default());
@@ -133,7 +137,7 @@ impl Links {
         })
     }
 
-    /// Whether whoever listens there has our own identity: a clash is believed only if so.
+    /// Checks whether the daemon at an address has the identity of the local host. Only then is a clash real.
     pub fn is_us(&self, addr: SocketAddr) -> impl Future<Output = bool> + Send + use<> {
         let shared = Arc::clone(&self.shared);
         async move {
@@ -147,14 +151,13 @@ impl Links {
         }
     }
 
-    /// What later handshakes say of us.
+    /// Sets the record that later handshakes send.
     pub fn set_record(&self, record: SignedRecord) {
         *self.shared.record.lock().unwrap_or_else(PoisonError::into_inner) = record;
     }
 
-    /// The first of these keys opens new streams, and all of them are taken. Streams that another one
-    /// has opened are renewed where we dialled them, without losing anything; those that a key opened
-    /// which is not among these end.
+    /// Replaces the cluster keys: the first one dials new streams, and all are accepted. Dialled streams with another
+    /// of these keys are replaced by new ones without losing a message. Streams with any other key are closed.
     pub fn set_keyring(&self, keyring: Arc<Keyring>) {
         *self.shared.keyring.lock().unwrap_or_else(PoisonError::into_inner) = Arc::clone(&keyring);
         self.shared.inbound.set_keyring(&keyring);
@@ -163,14 +166,14 @@ impl Links {
         }
     }
 
-    /// Those to be connected to, for ever; links to others end.
+    /// Sets the peers to dial, and their addresses. Streams to other peers are closed.
     pub fn set_peers(&self, wanted: BTreeMap<NodeId, SocketAddr>) {
         let mut peers = self.lock();
         let Peers { outbound, tasks } = &mut *peers;
         outbound.retain(|node, peer| {
             let keep = wanted.contains_key(node);
             if !keep {
-                peer.end(End::Now);
+                peer.end(Shutdown::Now);
             }
             keep
         });
@@ -189,7 +192,7 @@ impl Links {
         while tasks.try_join_next().is_some() {}
     }
 
-    /// Dials a peer now if it is not connected, whatever the backoff says.
+    /// Dials a peer now if it is not connected, regardless of the backoff.
     pub fn kick(&self, node: NodeId) {
         if let Some(peer) = self.lock().outbound.get(&node)
             && !peer.is_connected()
@@ -198,13 +201,13 @@ impl Links {
         }
     }
 
-    /// Queues a message; false if there is no link to that peer.
+    /// Queues a message. Returns false if there is no connected stream to the peer.
     pub fn send(&self, to: NodeId, message: &Message) -> bool {
         let Some(peer) = self.lock().outbound.get(&to).map(Arc::clone) else { return false };
         peer.is_connected() && encode(message).is_some_and(|bytes| peer.send(bytes))
     }
 
-    /// Queues a message for everybody who is connected; says for how many.
+    /// Queues a message for all connected peers. Returns their number.
     pub fn broadcast(&self, message: &Message) -> usize {
         let connected: Vec<_> =
             self.lock().outbound.values().filter(|peer| peer.is_connected()).map(Arc::clone).collect();
@@ -215,39 +218,39 @@ impl Links {
         connected.iter().filter(|peer| peer.send(bytes.clone())).count()
     }
 
-    /// Peers that [`Self::send`] reaches.
+    /// The peers with a connected stream.
     pub fn connected(&self) -> BTreeSet<NodeId> {
         let peers = self.lock();
         peers.outbound.iter().filter(|(_, peer)| peer.is_connected()).map(|(node, _)| *node).collect()
     }
 
-    /// Where it listens, for tests that let the kernel choose.
+    /// The address that it listens on, for tests that let the kernel choose the port.
     #[cfg(test)]
     fn local_addr(&self) -> SocketAddr {
         self.local_addr
     }
 
-    /// Writes what is queued, for a second at most, then ends all. Events must still be received, or
-    /// have room, until this returns.
+    /// Writes queued messages for up to one second, then closes all streams. Until it returns, events must be received
+    /// or have room in their channel.
     pub async fn shutdown(mut self) {
         let mut tasks = {
             let mut peers = self.lock();
             for peer in peers.outbound.values() {
-                peer.end(End::Flushed);
+                peer.end(Shutdown::Flushed);
             }
             std::mem::take(&mut peers.tasks)
         };
         let flushed = tokio::time::timeout(FLUSH, async { while tasks.join_next().await.is_some() {} }).await;
         if flushed.is_err() {
-            tracing::debug!("not all streams could be flushed");
+            tracing::debug!("cannot write all queued messages before the shutdown");
         }
         tasks.shutdown().await;
         self.listener.abort();
-        // The port is free when this returns.
+        // Wait for the task, so that the port is free when this returns.
         if let Err(error) = (&mut self.listener).await
             && !error.is_cancelled()
         {
-            error!(%error, "the listener for sync streams had failed");
+            error!(%error, "the listener for streams has failed");
         }
     }
 
@@ -256,7 +259,7 @@ impl Links {
     }
 }
 
-impl Drop for Links {
+impl Drop for Streams {
     fn drop(&mut self) {
         self.listener.abort();
     }
@@ -266,11 +269,11 @@ fn encode(message: &Message) -> Option<Bytes> {
     match wire::encode(message) {
         Ok(bytes) if bytes.len() <= wire::MAX_FRAME => Some(bytes.into()),
         Ok(bytes) => {
-            error!(length = bytes.len(), "a message is too large to be sent");
+            error!(length = bytes.len(), "cannot send a message: it is too large");
             None
         }
         Err(error) => {
-            error!(%error, "a message cannot be encoded");
+            error!(%error, "cannot encode a message");
             None
         }
     }
@@ -279,7 +282,7 @@ fn encode(message: &Message) -> Option<Bytes> {
 fn open(listen: SocketAddr) -> std::io::Result<TcpListener> {
     let socket = Socket::new(Domain::for_address(listen), Type::STREAM, Some(Protocol::TCP))?;
     socket.set_nonblocking(true)?;
-    // What an earlier run left in TIME_WAIT is no reason to fail.
+    // Connections of an earlier process in TIME_WAIT must not prevent the bind.
     socket.set_reuse_address(true)?;
     if listen.is_ipv6() {
         socket.set_only_v6(true)?;
@@ -289,7 +292,7 @@ fn open(listen: SocketAddr) -> std::io::Result<TcpListener> {
     TcpListener::from_std(socket.into())
 }
 
-/// Small messages leave at once, and a dead peer is noticed.
+/// Configures a connection: no delay of small messages, and detection of dead peers.
 fn tune(stream: &TcpStream) -> std::io::Result<()> {
     stream.set_nodelay(true)?;
     let socket = SockRef::from(stream);

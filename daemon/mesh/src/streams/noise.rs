@@ -1,13 +1,13 @@
 //! The handshake of a stream, and its frames.
 //!
-//! The cluster key opens the door (Noise NNpsk0), and then each side shows who it is: its record,
-//! and a signature over the handshake, which no other connection has.
+//! The cluster key encrypts the handshake (Noise NNpsk0). Then each side authenticates itself: it sends its record, and
+//! a signature of the handshake hash, which is unique to the connection.
 //!
 //! ```text
 //! dialler:   length (2) | version (1) | key id (4) | Noise message 1
 //! listener:  length (2) | Noise message 2
 //! both:      length (2) | sealed hello
-//! dialler:   length (2) | sealed chunk, for ever
+//! dialler:   length (2) | sealed chunk, repeated
 //! ```
 
 use anyhow::{Context, bail, ensure};
@@ -23,46 +23,46 @@ use crate::keys::{self, ClusterKey, Identity, Keyring};
 
 const PATTERN: &str = "Noise_NNpsk0_25519_AESGCM_SHA256";
 const PROLOGUE: &[u8] = b"ovl stream v1";
-/// An ephemeral key and a tag.
+/// The length of a Noise message: an ephemeral key and a tag.
 const NOISE_MESSAGE: usize = 32 + 16;
-/// A hello holds one record and one signature.
+/// The maximum length of a hello: it contains one record and one signature.
 const MAX_HELLO: usize = 2048;
-/// What Noise adds to a chunk.
+/// The number of bytes that Noise adds to a chunk.
 pub(super) const TAG: usize = 16;
-/// The largest frame that a length of two bytes allows.
+/// The maximum length of a frame, which has a length field of two bytes.
 pub(super) const MAX_FRAME: usize = 65_535;
 
-/// Which end of the stream one is. Signed, so that a hello cannot be sent back to its maker.
+/// The role of a side. It is signed, so that a hello cannot be reflected to its sender.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Role {
     Dialler = 0,
     Listener = 1,
 }
 
-/// Who one is.
+/// The message by which a side authenticates itself.
 #[derive(Debug, Serialize, Deserialize)]
 struct Hello {
     record: SignedRecord,
-    /// In [`Domain::Stream`], over the role and the hash of the handshake.
+    /// The signature in [`Domain::Stream`] of the role and the handshake hash.
     signature: Signature,
 }
 
 /// An authenticated stream.
-pub(super) struct Secured {
+pub(super) struct AuthenticatedStream {
     pub(super) noise: TransportState,
-    /// The cluster key that opened the door.
+    /// The cluster key of the handshake.
     pub(super) key: ClusterKeyId,
     pub(super) record: NodeRecord,
     pub(super) signed: SignedRecord,
 }
 
-/// The dialler's side, with that key.
+/// Runs the handshake of the dialler with a cluster key.
 pub(super) async fn dial(
     stream: &mut TcpStream,
     key: &ClusterKey,
     identity: &Identity,
     own: &SignedRecord,
-) -> anyhow::Result<Secured> {
+) -> anyhow::Result<AuthenticatedStream> {
     let psk = psk(key);
     let mut noise = builder(&psk)?.build_initiator()?;
     let mut first = vec![0; NOISE_MESSAGE];
@@ -73,26 +73,28 @@ pub(super) async fn dial(
     frame.append(&mut first);
     write_frame(stream, &frame).await?;
 
-    let second = read_frame(stream, NOISE_MESSAGE).await.context("no answer to the handshake")?;
+    let second = read_frame(stream, NOISE_MESSAGE).await.context("no reply to the handshake")?;
     noise.read_message(&second, &mut []).context("the peer does not have this cluster key")?;
     introduce(stream, noise, Role::Dialler, key, identity, own).await
 }
 
-/// The listener's side.
+/// Runs the handshake of the listener.
 pub(super) async fn listen(
     stream: &mut TcpStream,
     keyring: &Keyring,
     identity: &Identity,
     own: &SignedRecord,
-) -> anyhow::Result<Secured> {
-    let first = read_frame(stream, 1 + 4 + NOISE_MESSAGE).await.context("no handshake of ours")?;
-    let Some((&version, rest)) = first.split_first() else { bail!("an empty handshake") };
+) -> anyhow::Result<AuthenticatedStream> {
+    let first = read_frame(stream, 1 + 4 + NOISE_MESSAGE).await.context("invalid handshake")?;
+    let Some((&version, rest)) = first.split_first() else { bail!("invalid handshake: it is empty") };
     ensure!(
         version == wire::VERSION,
-        "it speaks version {version} of the protocol, and we {}",
+        "the peer uses protocol version {version}, this host uses {}: run the same version of ovld on both",
         wire::VERSION
     );
-    let Some((key_id, message)) = rest.split_first_chunk() else { bail!("a handshake cut short") };
+    let Some((key_id, message)) = rest.split_first_chunk() else {
+        bail!("invalid handshake: it is truncated")
+    };
     let mut known = false;
     for key in keyring.opening(ClusterKeyId(*key_id)) {
         known = true;
@@ -107,11 +109,11 @@ pub(super) async fn listen(
         write_frame(stream, &second).await?;
         return introduce(stream, noise, Role::Listener, key, identity, own).await;
     }
-    ensure!(known, "it has another cluster key");
-    bail!("its handshake is damaged or forged")
+    ensure!(known, "the peer uses an unknown cluster key");
+    bail!("invalid handshake: it is damaged or forged")
 }
 
-/// Each side says who it is, and proves it.
+/// Authenticates both sides: exchanges and verifies their hellos.
 async fn introduce(
     stream: &mut TcpStream,
     noise: HandshakeState,
@@ -119,7 +121,7 @@ async fn introduce(
     key: &ClusterKey,
     identity: &Identity,
     own: &SignedRecord,
-) -> anyhow::Result<Secured> {
+) -> anyhow::Result<AuthenticatedStream> {
     let hash = noise.get_handshake_hash().to_vec();
     let mut noise = noise.into_transport_mode()?;
     let signature = identity.sign(Domain::Stream, &proof(role, &hash));
@@ -129,7 +131,7 @@ async fn introduce(
     sealed.truncate(length);
     write_frame(stream, &sealed).await?;
 
-    let sealed = read_frame(stream, MAX_HELLO).await.context("the peer does not say who it is")?;
+    let sealed = read_frame(stream, MAX_HELLO).await.context("the peer does not authenticate itself")?;
     let mut hello = vec![0; sealed.len()];
     let length = noise.read_message(&sealed, &mut hello)?;
     hello.truncate(length);
@@ -138,11 +140,11 @@ async fn introduce(
     let theirs = if role == Role::Dialler { Role::Listener } else { Role::Dialler };
     ensure!(
         keys::verify(&record.public_key, Domain::Stream, &proof(theirs, &hash), &signature),
-        "it is not the node {} ({}) that it says it is",
+        "the peer claims to be host {} ({}), but its signature is invalid",
         record.name,
         record.id
     );
-    Ok(Secured { noise, key: key.id(), record, signed })
+    Ok(AuthenticatedStream { noise, key: key.id(), record, signed })
 }
 
 fn proof(role: Role, hash: &[u8]) -> Vec<u8> {
@@ -164,10 +166,10 @@ async fn write_frame(stream: &mut TcpStream, frame: &[u8]) -> anyhow::Result<()>
     Ok(())
 }
 
-/// A frame of the handshake: nobody has proved anything, so its size is bounded first.
+/// Reads a frame of the handshake. Its size is bounded, because the peer is not authenticated yet.
 async fn read_frame(stream: &mut TcpStream, most: usize) -> anyhow::Result<Vec<u8>> {
     let length = usize::from(stream.read_u16().await?);
-    ensure!(length <= most, "a frame of {length} bytes, at most {most} are expected");
+    ensure!(length <= most, "invalid frame: {length} bytes, at most {most} are expected");
     let mut frame = vec![0; length];
     stream.read_exact(&mut frame).await?;
     Ok(frame)

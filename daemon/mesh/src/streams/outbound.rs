@@ -1,4 +1,4 @@
-//! Our end of the streams that we dial: one task and one queue for each peer.
+//! Dialled streams: one task and one queue for each peer.
 
 use std::collections::VecDeque;
 use std::net::SocketAddr;
@@ -16,50 +16,50 @@ use tokio::time::timeout;
 use tracing::{debug, warn};
 
 use super::frame::Sealing;
-use super::noise::{self, Secured};
-use super::{HANDSHAKE, LinkEvent, Shared, tune};
+use super::noise::{self, AuthenticatedStream};
+use super::{HANDSHAKE, Shared, StreamEvent, tune};
 use crate::keys::{ClusterKey, Keyring};
 
-/// Bytes that wait for one peer. One that does not keep up starts anew.
+/// The maximum size of a queue in bytes. If it is exceeded, the stream is closed and dialled again.
 const MAX_QUEUE: usize = 16 << 20;
-/// What is sealed before it is written: many small messages, or some chunks of a large one.
+/// The number of bytes that are sealed before a write: many small messages, or some chunks of a large one.
 const BATCH: usize = 256 << 10;
-/// The room for it that is kept while there is nothing to do.
-const KEEP: usize = 16 << 10;
+/// The capacity of the write buffer that is kept while the stream is idle.
+const KEEP_CAPACITY: usize = 16 << 10;
 const MIN_BACKOFF: Duration = Duration::from_millis(50);
 const MAX_BACKOFF: Duration = Duration::from_secs(2);
-/// A link that held for so long was a good one: it is dialled again at once.
-const GOOD_LINK: Duration = Duration::from_secs(5);
+/// After a stream that lasted this long, the backoff is reset.
+const RESET_BACKOFF_AFTER: Duration = Duration::from_secs(5);
 const WARN_EVERY: Duration = Duration::from_secs(60);
 
-/// One peer that we dial.
+/// The dialled stream to one peer.
 pub(super) struct Outbound {
     node: NodeId,
     queue: Mutex<Queue>,
-    /// There is something to write, or nothing more will come.
+    /// Wakes the task: there is something to write, or the task must end.
     wake: Notify,
-    /// The connection must end.
+    /// Closes the connection.
     halt: Notify,
-    /// Dial now.
+    /// Ends the backoff: dial now.
     kick: Notify,
 }
 
 struct Queue {
     addr: SocketAddr,
     connected: bool,
-    /// The cluster key that opened the connection.
+    /// The cluster key of the connection.
     key: ClusterKeyId,
-    /// The connection is to be replaced by one that another key opens, once all is written.
+    /// Whether the connection must be replaced by one with another key once the queue is written.
     renew: bool,
     messages: VecDeque<Bytes>,
     bytes: usize,
-    end: Option<End>,
+    end: Option<Shutdown>,
 }
 
-/// Why a task is to end.
+/// How the task of a stream ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum End {
-    /// As soon as all is written.
+pub(super) enum Shutdown {
+    /// After the queue is written.
     Flushed,
     /// At once.
     Now,
@@ -91,7 +91,7 @@ impl Outbound {
         self.kick.notify_one();
     }
 
-    /// Where it is now. A connection to elsewhere ends.
+    /// Sets the address of the peer. A connection to another address is closed.
     pub(super) fn set_addr(&self, addr: SocketAddr) {
         let mut queue = self.lock();
         if queue.addr != addr {
@@ -103,8 +103,8 @@ impl Outbound {
         }
     }
 
-    /// A connection that another key opened than the one that seals now is renewed; one whose key is
-    /// not in use any more ends.
+    /// Applies new cluster keys: a connection with a key that no longer seals is replaced, and one with an unknown key is
+    /// closed.
     pub(super) fn set_keyring(&self, keyring: &Keyring) {
         let mut queue = self.lock();
         if !queue.connected {
@@ -118,23 +118,23 @@ impl Outbound {
         }
     }
 
-    pub(super) fn end(&self, end: End) {
+    pub(super) fn end(&self, end: Shutdown) {
         self.lock().end = Some(end);
         self.wake.notify_one();
         self.kick.notify_one();
-        if end == End::Now {
+        if end == Shutdown::Now {
             self.halt.notify_one();
         }
     }
 
-    /// Queues an encoded message; says whether there is a link for it.
+    /// Queues an encoded message. Returns false if the stream is not connected.
     pub(super) fn send(&self, message: Bytes) -> bool {
         let mut queue = self.lock();
         if !queue.connected || queue.end.is_some() {
             return false;
         }
         if queue.bytes + message.len() > MAX_QUEUE && !queue.messages.is_empty() {
-            warn!(peer = %self.node, "it does not take what is sent to it: the stream is started again");
+            warn!(peer = %self.node, "the queue to a peer is full: the stream is closed and dialled again");
             queue.disconnect();
             self.halt.notify_one();
             return false;
@@ -145,7 +145,7 @@ impl Outbound {
         true
     }
 
-    /// A connection is there, which that key opened. The keys may have changed meanwhile.
+    /// Notes a new connection with a cluster key. The keyring may have changed during the handshake.
     fn connected(&self, shared: &Shared, key: ClusterKeyId) {
         {
             let mut queue = self.lock();
@@ -165,11 +165,11 @@ impl Outbound {
         Some(message)
     }
 
-    fn ends(&self) -> Option<End> {
+    fn ends(&self) -> Option<Shutdown> {
         self.lock().end
     }
 
-    /// Returns when the task is to end. Only where nothing else waits to be woken.
+    /// Completes when the task must end. It must be the only waiter for `wake`.
     async fn ended(&self) {
         while self.ends().is_none() {
             self.wake.notified().await;
@@ -185,7 +185,7 @@ impl Queue {
     }
 }
 
-/// Dials until it is told to end.
+/// Dials the peer and serves its stream until the task must end.
 pub(super) async fn run(peer: Arc<Outbound>, shared: Arc<Shared>) {
     let mut backoff = MIN_BACKOFF;
     let mut warned: Option<Instant> = None;
@@ -199,24 +199,24 @@ pub(super) async fn run(peer: Arc<Outbound>, shared: Arc<Shared>) {
         let result = match dialled {
             Ok(Ok((stream, secured))) => {
                 let result = serve(&peer, &shared, stream, secured).await;
-                if start.elapsed() > GOOD_LINK {
+                if start.elapsed() > RESET_BACKOFF_AFTER {
                     backoff = MIN_BACKOFF;
                 }
                 result
             }
-            Ok(Err(Failed::Connect(error))) => Err(error),
-            Ok(Err(Failed::Handshake(error))) => {
-                // Somebody is there, and it is not the one, or not with our key.
+            Ok(Err(DialError::Connect(error))) => Err(error),
+            Ok(Err(DialError::Handshake(error))) => {
+                // Another host, or a host without the cluster key, listens at the address.
                 if warned.is_none_or(|last| last.elapsed() > WARN_EVERY) {
                     warned = Some(Instant::now());
-                    warn!(peer = %peer.node, %addr, "the sync stream is refused: {error:#} (said at most once a minute)");
+                    warn!(peer = %peer.node, %addr, "cannot open a stream to the peer: {error:#} (logged at most once a minute)");
                 }
                 Err(error)
             }
-            Err(_) => Err(anyhow::anyhow!("no answer in {HANDSHAKE:?}")),
+            Err(_) => Err(anyhow::anyhow!("no answer within {HANDSHAKE:?}")),
         };
         if let Err(error) = result {
-            debug!(peer = %peer.node, %addr, "stream: {error:#}");
+            debug!(peer = %peer.node, %addr, "outgoing stream closed: {error:#}");
         }
         if peer.ends().is_some() {
             return;
@@ -228,19 +228,23 @@ pub(super) async fn run(peer: Arc<Outbound>, shared: Arc<Shared>) {
     }
 }
 
-enum Failed {
+enum DialError {
     Connect(anyhow::Error),
     Handshake(anyhow::Error),
 }
 
-/// With each key until the peer takes one: whoever joins late or was away has not all of them.
-async fn dial(peer: &Outbound, shared: &Shared, addr: SocketAddr) -> Result<(TcpStream, Secured), Failed> {
+/// Dials with each key until the peer accepts one: a peer that joined late or was away does not have all of them.
+async fn dial(
+    peer: &Outbound,
+    shared: &Shared,
+    addr: SocketAddr,
+) -> Result<(TcpStream, AuthenticatedStream), DialError> {
     let keyring = shared.keyring();
     let mut keys = keyring.all();
     let mut result = dial_with(peer, shared, addr, keyring.sealing()).await;
     keys.next();
     for key in keys {
-        if !matches!(result, Err(Failed::Handshake(_))) {
+        if !matches!(result, Err(DialError::Handshake(_))) {
             break;
         }
         if let Ok(good) = dial_with(peer, shared, addr, key).await {
@@ -255,57 +259,64 @@ async fn dial_with(
     shared: &Shared,
     addr: SocketAddr,
     key: &ClusterKey,
-) -> Result<(TcpStream, Secured), Failed> {
+) -> Result<(TcpStream, AuthenticatedStream), DialError> {
     let connect = async {
         let stream = TcpStream::connect(addr).await?;
         tune(&stream)?;
         anyhow::Ok(stream)
     };
-    let mut stream = connect.await.map_err(Failed::Connect)?;
+    let mut stream = connect.await.map_err(DialError::Connect)?;
     let record = shared.record();
     let secured =
-        noise::dial(&mut stream, key, &shared.identity, &record).await.map_err(Failed::Handshake)?;
+        noise::dial(&mut stream, key, &shared.identity, &record).await.map_err(DialError::Handshake)?;
     if secured.record.id != peer.node {
-        let other = format!("the node {} ({}) answers there", secured.record.name, secured.record.id);
-        return Err(Failed::Handshake(anyhow::anyhow!(other)));
+        let other = format!("another host answers: {} ({})", secured.record.name, secured.record.id);
+        return Err(DialError::Handshake(anyhow::anyhow!(other)));
     }
     Ok((stream, secured))
 }
 
-/// From up to down.
-async fn serve(peer: &Outbound, shared: &Shared, stream: TcpStream, secured: Secured) -> anyhow::Result<()> {
+/// Serves a connected stream until it is closed.
+async fn serve(
+    peer: &Outbound,
+    shared: &Shared,
+    stream: TcpStream,
+    secured: AuthenticatedStream,
+) -> anyhow::Result<()> {
     peer.lock().disconnect();
     peer.connected(shared, secured.key);
-    let result = match shared.events.send(LinkEvent::Up(peer.node)).await {
+    let result = match shared.events.send(StreamEvent::Up(peer.node)).await {
         Ok(()) => write_on(peer, shared, stream, secured.noise).await,
         Err(_) => Ok(()),
     };
     peer.lock().disconnect();
-    if shared.events.send(LinkEvent::Down(peer.node)).await.is_err() {
-        debug!("nobody listens to links any more");
+    if shared.events.send(StreamEvent::Down(peer.node)).await.is_err() {
+        debug!("the receiver of stream events was dropped");
     }
     result
 }
 
-/// Over one connection after the other: one is renewed when all is written to it and read by the peer,
-/// so that nothing is lost and nobody notices.
+/// Writes the queue, over several connections if the key changes: a connection is replaced after the peer has read
+/// everything on it, so that no message is lost and the stream stays up.
 async fn write_on(
     peer: &Outbound,
     shared: &Shared,
     mut stream: TcpStream,
     mut noise: TransportState,
 ) -> anyhow::Result<()> {
-    while write(peer, stream, noise).await? == Written::Renew {
+    while write(peer, stream, noise).await? == WriteEnd::Renew {
         let addr = peer.lock().addr;
         let secured = match timeout(HANDSHAKE, dial(peer, shared, addr)).await {
             Ok(Ok((fresh, secured))) => {
                 stream = fresh;
                 secured
             }
-            Ok(Err(Failed::Connect(error) | Failed::Handshake(error))) => {
-                return Err(error.context("renewed for another cluster key"));
+            Ok(Err(DialError::Connect(error) | DialError::Handshake(error))) => {
+                return Err(error.context("cannot replace the stream by one with another cluster key"));
             }
-            Err(_) => bail!("no answer in {HANDSHAKE:?} when it was renewed for another cluster key"),
+            Err(_) => bail!(
+                "cannot replace the stream by one with another cluster key: no answer within {HANDSHAKE:?}"
+            ),
         };
         peer.connected(shared, secured.key);
         noise = secured.noise;
@@ -313,16 +324,20 @@ async fn write_on(
     Ok(())
 }
 
-/// Why nothing more is written to a connection.
+/// The reason why writing to a connection ended.
 #[derive(Debug, PartialEq, Eq)]
-enum Written {
-    /// The task is to end.
+enum WriteEnd {
+    /// The task must end.
     All,
-    /// Another connection goes on.
+    /// Another connection replaces it.
     Renew,
 }
 
-async fn write(peer: &Outbound, mut stream: TcpStream, mut noise: TransportState) -> anyhow::Result<Written> {
+async fn write(
+    peer: &Outbound,
+    mut stream: TcpStream,
+    mut noise: TransportState,
+) -> anyhow::Result<WriteEnd> {
     let (mut reader, mut writer) = stream.split();
     let mut buffer = Vec::new();
     let mut current: Option<Sealing> = None;
@@ -341,32 +356,34 @@ async fn write(peer: &Outbound, mut stream: TcpStream, mut noise: TransportState
             }
             continue;
         }
-        buffer.shrink_to(KEEP);
-        if peer.ends() == Some(End::Flushed) {
+        buffer.shrink_to(KEEP_CAPACITY);
+        if peer.ends() == Some(Shutdown::Flushed) {
             writer.shutdown().await.context("cannot close")?;
-            return Ok(Written::All);
+            return Ok(WriteEnd::All);
         }
         let mut nothing = [0];
         if peer.lock().renew {
             writer.shutdown().await.context("cannot close")?;
             let closed = timeout(HANDSHAKE, reader.read(&mut nothing)).await;
-            // It closes when it has read all that there is.
-            closed.context("the peer does not read what is left")?.context("the connection broke")?;
-            return Ok(Written::Renew);
+            // The peer closes the connection after it has read everything.
+            closed
+                .context("the peer does not read the remaining messages")?
+                .context("the connection failed")?;
+            return Ok(WriteEnd::Renew);
         }
         tokio::select! {
             () = peer.wake.notified() => {}
             () = peer.halt.notified() => bail!("ended by ourselves"),
             read = reader.read(&mut nothing) => {
-                let length = read.context("the connection broke")?;
-                ensure!(length == 0, "the peer talks where it should listen");
+                let length = read.context("the connection failed")?;
+                ensure!(length == 0, "the peer sent data on a stream that it must only read");
                 bail!("the peer closed the connection");
             }
         }
     }
 }
 
-/// Hosts that lost a peer at one instant shall not all come back at one instant.
+/// Varies the backoff, so that hosts that lost a peer at the same time do not all dial it at the same time.
 fn jitter(backoff: Duration) -> Duration {
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     backoff * 3 / 4 + backoff.mul_f64(f64::from(now.subsec_nanos() % 1000) / 2000.0)

@@ -10,8 +10,8 @@ use crate::keys::ClusterKey;
 
 struct Node {
     id: NodeId,
-    links: Links,
-    events: mpsc::Receiver<LinkEvent>,
+    links: Streams,
+    events: mpsc::Receiver<StreamEvent>,
 }
 
 fn record_of(identity: &Identity, name: &str) -> NodeRecord {
@@ -43,7 +43,7 @@ async fn node_at(listen: SocketAddr, identity: Arc<Identity>, keys: &[u8]) -> No
     let record = identity.sign_record(&record_of(&identity, "node")).unwrap();
     let (sender, events) = mpsc::channel(64);
     let id = identity.id();
-    let links = Links::start(LinksConfig { listen, identity, keyring, record }, sender).await.unwrap();
+    let links = Streams::start(StreamsConfig { listen, identity, keyring, record }, sender).await.unwrap();
     Node { id, links, events }
 }
 
@@ -60,10 +60,10 @@ impl Node {
         self.links.set_peers(others.iter().map(|other| (other.id, other.addr())).collect());
     }
 
-    async fn wait<T>(&mut self, fits: impl Fn(LinkEvent) -> Option<T>) -> T {
+    async fn wait<T>(&mut self, fits: impl Fn(StreamEvent) -> Option<T>) -> T {
         let found = async {
             loop {
-                if let Some(found) = fits(self.events.recv().await.expect("links ended")) {
+                if let Some(found) = fits(self.events.recv().await.expect("streams ended")) {
                     return found;
                 }
             }
@@ -72,16 +72,16 @@ impl Node {
     }
 
     async fn wait_up(&mut self, node: NodeId) {
-        self.wait(|event| matches!(event, LinkEvent::Up(peer) if peer == node).then_some(())).await;
+        self.wait(|event| matches!(event, StreamEvent::Up(peer) if peer == node).then_some(())).await;
     }
 
     async fn wait_down(&mut self, node: NodeId) {
-        self.wait(|event| matches!(event, LinkEvent::Down(peer) if peer == node).then_some(())).await;
+        self.wait(|event| matches!(event, StreamEvent::Down(peer) if peer == node).then_some(())).await;
     }
 
     async fn wait_message(&mut self) -> (NodeId, Message) {
         self.wait(|event| match event {
-            LinkEvent::Message { from, message, .. } => Some((from, message)),
+            StreamEvent::Message { from, message, .. } => Some((from, message)),
             _ => None,
         })
         .await
@@ -93,7 +93,7 @@ fn text(length: usize) -> Message {
 }
 
 #[tokio::test]
-async fn messages_go_both_ways_over_two_streams() {
+async fn messages_travel_in_both_directions_over_two_streams() {
     let (mut a, mut b) = (node(&[1]).await, node(&[1]).await);
     assert!(!a.links.send(b.id, &text(1)));
     a.dial(&[&b]);
@@ -119,13 +119,13 @@ async fn messages_go_both_ways_over_two_streams() {
 }
 
 #[tokio::test]
-async fn the_own_record_is_shown_and_the_wrong_node_refused() {
+async fn handshake_sends_the_record_and_another_host_is_refused() {
     let (mut a, mut b, c) = (node(&[1]).await, node(&[1]).await, node(&[1]).await);
-    // Where b listens, c is looked for.
+    // a expects c at the address of b.
     a.links.set_peers([(c.id, b.addr())].into());
     let record = b
         .wait(|event| match event {
-            LinkEvent::Record { record, .. } => Some(record),
+            StreamEvent::Record { record, .. } => Some(record),
             _ => None,
         })
         .await;
@@ -135,9 +135,9 @@ async fn the_own_record_is_shown_and_the_wrong_node_refused() {
 }
 
 #[tokio::test]
-async fn a_stolen_record_is_refused() {
+async fn record_of_another_host_is_refused() {
     let (mut a, mut b) = (node(&[1]).await, node(&[1]).await);
-    // a says that it is somebody else, whose record everybody has, and whose key it has not.
+    // a sends the record of another host without having its key.
     let other = Identity::ephemeral();
     a.links.set_record(other.sign_record(&record_of(&other, "other")).unwrap());
     a.dial(&[&b]);
@@ -145,7 +145,7 @@ async fn a_stolen_record_is_refused() {
     b.dial(&[&a]);
     assert!(
         timeout(Duration::from_millis(500), async {
-            while !matches!(b.events.recv().await, Some(LinkEvent::Up(_))) {}
+            while !matches!(b.events.recv().await, Some(StreamEvent::Up(_))) {}
         })
         .await
         .is_err()
@@ -154,7 +154,7 @@ async fn a_stolen_record_is_refused() {
 }
 
 #[tokio::test]
-async fn another_cluster_key_is_refused_and_any_of_the_ring_will_do() {
+async fn unknown_cluster_key_is_refused_and_any_key_of_the_keyring_is_accepted() {
     let (mut a, b, mut c) = (node(&[1]).await, node(&[2]).await, node(&[3, 1]).await);
     a.dial(&[&b, &c]);
     a.wait_up(c.id).await;
@@ -165,7 +165,7 @@ async fn another_cluster_key_is_refused_and_any_of_the_ring_will_do() {
 }
 
 #[tokio::test]
-async fn a_stream_is_renewed_for_another_key_without_losing_anything() {
+async fn stream_is_replaced_for_another_key_without_losing_a_message() {
     let (mut a, mut b) = (node(&[1]).await, node(&[1]).await);
     a.dial(&[&b]);
     a.wait_up(b.id).await;
@@ -183,7 +183,7 @@ async fn a_stream_is_renewed_for_another_key_without_losing_anything() {
     let mut last = None;
     for number in 0..2000 {
         let next = |event| match event {
-            LinkEvent::Message { key, message, .. } => Some((key, message)),
+            StreamEvent::Message { key, message, .. } => Some((key, message)),
             _ => None,
         };
         let (key, message) = b.wait(next).await;
@@ -191,18 +191,18 @@ async fn a_stream_is_renewed_for_another_key_without_losing_anything() {
         last = Some(key);
     }
     assert_eq!(last, Some(new));
-    // The old key goes, and what it opened with it: that is nothing.
+    // The old key is dropped. No stream uses it any more, so none is closed.
     b.links.set_keyring(keyring(&[2]));
     a.links.set_keyring(keyring(&[2]));
     assert!(a.links.send(b.id, &text(1)));
     b.wait_message().await;
-    assert!(a.events.try_recv().is_err(), "neither down nor up");
+    assert!(a.events.try_recv().is_err(), "no event");
 }
 
 #[tokio::test]
-async fn a_key_that_is_dropped_closes_the_door_behind_those_who_have_no_other() {
+async fn dropping_a_key_closes_the_streams_that_use_it() {
     let (mut a, mut b) = (node(&[1]).await, node(&[2, 1]).await);
-    // b has not seen that a lacks its first key.
+    // b does not know that a lacks its first key.
     b.dial(&[&a]);
     a.dial(&[&b]);
     b.wait_up(a.id).await;
@@ -215,7 +215,7 @@ async fn a_key_that_is_dropped_closes_the_door_behind_those_who_have_no_other() 
 }
 
 #[tokio::test]
-async fn garbage_does_no_harm() {
+async fn garbage_is_refused_and_silent_connections_are_bounded() {
     let (mut a, mut b) = (node(&[1]).await, node(&[1]).await);
     let mut slow = Vec::new();
     for garbage in [&b""[..], b"\0", b"\xff\xff", b"\0\x35\x01garbage", b"GET / HTTP/1.1\r\n\r\n", &[0; 5000]]
@@ -224,14 +224,14 @@ async fn garbage_does_no_harm() {
         stream.write_all(garbage).await.unwrap();
         slow.push(stream);
     }
-    // A handshake of the right size and key id, and random otherwise.
+    // A handshake with the right size and key id, and random content.
     let mut forged = vec![0, 53, wire::VERSION];
     forged.extend_from_slice(&ClusterKey::new([1; 32]).id().0);
     forged.extend_from_slice(&[7; 48]);
     let mut stream = TcpStream::connect(b.addr()).await.unwrap();
     stream.write_all(&forged).await.unwrap();
-    assert_eq!(stream.read(&mut [0; 100]).await.unwrap(), 0, "closed without a word");
-    // Many who say nothing are bounded, and do not keep others out for long.
+    assert_eq!(stream.read(&mut [0; 100]).await.unwrap(), 0, "closed without a reply");
+    // The number of silent connections is bounded, and they block other peers only for a short time.
     for _ in 0..40 {
         slow.push(TcpStream::connect(b.addr()).await.unwrap());
     }
@@ -243,7 +243,7 @@ async fn garbage_does_no_harm() {
 }
 
 #[tokio::test]
-async fn a_peer_that_restarts_is_dialled_again() {
+async fn restarted_peer_is_dialled_again() {
     let identity = Arc::new(Identity::ephemeral());
     let mut a = node(&[1]).await;
     let b = node_at("127.0.0.1:0".parse().unwrap(), Arc::clone(&identity), &[1]).await;
@@ -263,7 +263,7 @@ async fn a_peer_that_restarts_is_dialled_again() {
 }
 
 #[tokio::test]
-async fn what_is_queued_is_flushed_at_the_end() {
+async fn shutdown_writes_queued_messages() {
     let (mut a, mut b) = (node(&[1]).await, node(&[1]).await);
     a.dial(&[&b]);
     a.wait_up(b.id).await;
@@ -280,11 +280,11 @@ async fn what_is_queued_is_flushed_at_the_end() {
 }
 
 #[tokio::test]
-async fn a_peer_that_takes_nothing_is_dropped() {
+async fn stream_to_a_peer_that_does_not_read_is_closed() {
     let (mut a, mut b) = (node(&[1]).await, node(&[1]).await);
     a.dial(&[&b]);
     a.wait_up(b.id).await;
-    // b's events are not taken, so b reads no more.
+    // The events of b are not received, so b stops reading.
     let sent = (0..200).take_while(|_| a.links.send(b.id, &text(1 << 20))).count();
     assert!((15..100).contains(&sent), "{sent}");
     assert!(a.links.connected().is_empty());
@@ -294,7 +294,7 @@ async fn a_peer_that_takes_nothing_is_dropped() {
 }
 
 #[tokio::test]
-async fn a_push_reaches_seven_others_at_once() {
+async fn broadcast_reaches_seven_peers_at_once() {
     let mut nodes = Vec::new();
     for _ in 0..7 {
         nodes.push(node(&[1]).await);

@@ -1,4 +1,4 @@
-//! Events on their way to the engine: at most one of each kind waits in the channel.
+//! The queue of kernel events to the daemon: the channel holds at most one event of each kind.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -8,42 +8,45 @@ use tokio::sync::mpsc::Sender;
 
 use super::KernelEvent;
 
-/// When to look again whether the engine has taken what it was given.
-const AGAIN: Duration = Duration::from_millis(5);
+/// The time after which the channel is checked again for received events.
+const RETRY: Duration = Duration::from_millis(5);
 
+/// Events that wait for the channel.
 #[derive(Debug)]
-pub(super) struct Outbox {
+pub(super) struct EventQueue {
     channel: Sender<KernelEvent>,
     waiting: VecDeque<KernelEvent>,
-    /// In the channel, as far as we know.
-    given: Vec<KernelEvent>,
+    /// Events that were put into the channel and may still be in it.
+    sent: Vec<KernelEvent>,
 }
 
-impl Outbox {
+impl EventQueue {
     pub(super) fn new(channel: Sender<KernelEvent>) -> Self {
-        Self { channel, waiting: VecDeque::new(), given: Vec::new() }
+        Self { channel, waiting: VecDeque::new(), sent: Vec::new() }
     }
 
+    /// Queues an event, unless the same event is queued already.
     pub(super) fn add(&mut self, event: KernelEvent) {
         if !self.waiting.contains(&event) {
             self.waiting.push_back(event);
         }
     }
 
+    /// Queues an event for each endpoint whose host interface was deleted.
     pub(super) fn add_gone(&mut self, devices: Vec<Device>) {
         devices.into_iter().for_each(|device| self.add(KernelEvent::EndpointGone(device)));
     }
 
-    /// Hands over what can be handed over; gives when to try again, if something is left.
+    /// Moves events into the channel. Returns the time after which to call it again; `None` if no event is left.
     pub(super) fn flush(&mut self) -> Option<Duration> {
-        // Nobody but us sends: an empty channel means that all was taken.
+        // This queue is the only sender, so an empty channel means that all events were received.
         if self.channel.capacity() == self.channel.max_capacity() {
-            self.given.clear();
+            self.sent.clear();
         }
         let mut left = VecDeque::new();
         for event in self.waiting.drain(..) {
-            if !self.given.contains(&event) && self.channel.try_send(event).is_ok() {
-                self.given.push(event);
+            if !self.sent.contains(&event) && self.channel.try_send(event).is_ok() {
+                self.sent.push(event);
             } else {
                 left.push_back(event);
             }
@@ -52,6 +55,6 @@ impl Outbox {
             left.clear();
         }
         self.waiting = left;
-        (!self.waiting.is_empty()).then_some(AGAIN)
+        (!self.waiting.is_empty()).then_some(RETRY)
     }
 }
