@@ -28,6 +28,7 @@ mod outbox;
 mod probe;
 mod resolver;
 mod sandbox;
+mod simulated;
 mod socket;
 mod sources;
 mod sweep;
@@ -45,6 +46,7 @@ use std::collections::BTreeSet;
 use std::io::Write;
 use std::net::IpAddr;
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::sync::{Arc, mpsc as queue};
 
 use ipnet::IpNet;
@@ -66,12 +68,13 @@ pub use error::{KernelError, Result};
 pub use foreign::{look as foreign_firewalls, run_all};
 pub use message::port_mac;
 pub use netns::{Netns, open_netns};
-pub use probe::Prober;
+pub use probe::{Probe, Prober};
 pub use resolver::Resolver;
 pub use sandbox::{
     Cookie, Held, Place, Process, look_at, mount_netns, netns_file, new_netns, own_netns, processes_in,
     unmount_netns,
 };
+pub use simulated::SimulatedKernel;
 pub use sys::own_addresses;
 pub use tunnel::{TunnelPeerStatus, TunnelStatus};
 
@@ -233,7 +236,7 @@ pub fn start(events: mpsc::Sender<KernelEvent>, tunnel_keys: Vec<PrivateKey>) ->
         .name("kernel".to_owned())
         .spawn(move || worker.run(&queue, wake))
         .map_err(error)?;
-    Ok(KernelHandle(Arc::new(Way { requests, bell })))
+    Ok(KernelHandle(Arc::new(Way::Thread { requests, bell })))
 }
 
 /// A setting under `net.`, by its name with dots, in the network namespace of the calling thread.
@@ -245,14 +248,22 @@ pub fn setting(name: &str) -> Option<String> {
 #[derive(Debug, Clone)]
 pub struct KernelHandle(Arc<Way>);
 
-// The queue is dropped before the bell: hearing that, the worker finds the queue closed.
 #[derive(Debug)]
-struct Way {
-    requests: queue::Sender<Request>,
-    bell: UnixStream,
+enum Way {
+    // The queue is dropped before the bell: hearing that, the worker finds the queue closed.
+    Thread { requests: queue::Sender<Request>, bell: UnixStream },
+    Simulated(mpsc::UnboundedSender<Request>),
 }
 
 impl KernelHandle {
+    /// Opens the network namespace of a workload, as [`open_netns`] does.
+    pub fn open_netns(&self, path: &Path) -> Result<Netns> {
+        match &*self.0 {
+            Way::Thread { .. } => open_netns(path),
+            Way::Simulated(_) => simulated::netns(path),
+        }
+    }
+
     /// All of ours that is in the kernel.
     pub async fn dump(&self) -> Result<Dataplane> {
         self.ask(Request::Dump).await?
@@ -358,8 +369,13 @@ impl KernelHandle {
 
     async fn ask<T>(&self, request: impl FnOnce(oneshot::Sender<T>) -> Request) -> Result<T> {
         let (reply, answer) = oneshot::channel();
-        self.0.requests.send(request(reply)).map_err(|_| KernelError::Stopped)?;
-        let _ = (&self.0.bell).write(&[0]);
+        match &*self.0 {
+            Way::Thread { requests, bell } => {
+                requests.send(request(reply)).map_err(|_| KernelError::Stopped)?;
+                let _ = (&mut &*bell).write(&[0]);
+            }
+            Way::Simulated(requests) => requests.send(request(reply)).map_err(|_| KernelError::Stopped)?,
+        }
         answer.await.map_err(|_| KernelError::Stopped)
     }
 }

@@ -244,15 +244,7 @@ impl Worker {
     }
 
     fn reconcile(&mut self, goal: &Goal) -> Result<Pass> {
-        let mut actual = self.dump(&goal.desired.tables)?;
-        actual.links.retain(|device, _| !goal.ignored.contains(device));
-        actual.ports.retain(|(device, _)| !goal.ignored.contains(device));
-        actual.routes.retain(|_, hop| hop.device.is_none_or(|device| !goal.ignored.contains(&device)));
-        actual.neighbours.retain(|key, _| !goal.ignored.contains(&key.0) && !goal.expected.contains(key));
-        // What others opened, as the plugin portmap does, is theirs to close.
-        actual.localnets.retain(|device| goal.desired.localnets.contains(device));
-        let ops = diff(&actual, &goal.desired, goal.prune);
-        let lost = lost_endpoints(&actual, &goal.desired).collect();
+        let (ops, lost) = compare(self.dump(&goal.desired.tables)?, goal);
         let outcomes = if goal.apply {
             self.apply(ops, &mut Devices::default())
         } else {
@@ -478,8 +470,21 @@ impl Worker {
     }
 }
 
+/// The operations that lead from a dump to what is desired, and the endpoints whose host's ends are missing.
+pub(super) fn compare(mut actual: Dataplane, goal: &Goal) -> (Vec<Op>, Vec<Device>) {
+    actual.links.retain(|device, _| !goal.ignored.contains(device));
+    actual.ports.retain(|(device, _)| !goal.ignored.contains(device));
+    actual.routes.retain(|_, hop| hop.device.is_none_or(|device| !goal.ignored.contains(&device)));
+    actual.neighbours.retain(|key, _| !goal.ignored.contains(&key.0) && !goal.expected.contains(key));
+    // What others opened, as the plugin portmap does, is theirs to close.
+    actual.localnets.retain(|device| goal.desired.localnets.contains(device));
+    let ops = diff(&actual, &goal.desired, goal.prune);
+    let lost = lost_endpoints(&actual, &goal.desired).collect();
+    (ops, lost)
+}
+
 /// Whether an operation publishes a port, takes one back, or ends what was before.
-fn publishes(op: &Op) -> bool {
+pub(super) fn publishes(op: &Op) -> bool {
     match op {
         Op::SetElement(Element { set, .. }) | Op::DelElement(set, _) => set.table == Table::Publish,
         Op::EndFlows(_) => true,

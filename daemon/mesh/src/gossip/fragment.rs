@@ -2,7 +2,8 @@
 //! into datagrams that every path carries, and put together again, within bounds.
 
 use std::collections::HashMap;
-use std::time::{Duration, Instant};
+use std::time::Duration;
+use tokio::time::Instant;
 
 use super::packet::{Bytes, Fragment, MAX_FRAGMENT};
 use super::seal::RunId;

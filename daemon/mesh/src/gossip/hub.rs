@@ -2,18 +2,19 @@
 //! opened here and handed to whom it concerns.
 
 use std::collections::{HashMap, VecDeque};
+use std::future::poll_fn;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use chitchat::{ChitchatMessage, Deserializable, Serializable};
 use ovl_control::GossipCounters;
 use ovl_proto::id::{ClusterKeyId, NodeId};
 use ovl_proto::record::SignedRecord;
-use socket2::SockRef;
-use tokio::net::UdpSocket;
+use tokio::io::ReadBuf;
 use tokio::sync::{Notify, mpsc};
+use tokio::time::Instant;
 use tracing::{debug, warn};
 
 use super::GossipEvent;
@@ -23,6 +24,7 @@ use super::packet::{Fragment, Packet};
 use super::seal::{Opener, Refused, RunId, Sealer, Sender};
 use super::strangers::Strangers;
 use crate::keys::{self, ClusterKey, Keyring};
+use crate::transport::Datagrams;
 
 /// Announcements that wait for the engine, at most.
 const MAX_QUEUE: usize = 1024;
@@ -68,7 +70,7 @@ impl Towards {
 /// See the module.
 pub(super) struct Hub {
     pub(super) node: NodeId,
-    socket: UdpSocket,
+    socket: Box<dyn Datagrams>,
     state: Mutex<State>,
     /// Wakes the monitor: something changed that it has to look at.
     pub(super) news: Notify,
@@ -96,7 +98,7 @@ pub(super) struct State {
 
 impl Hub {
     pub(super) fn new(
-        socket: UdpSocket,
+        socket: Box<dyn Datagrams>,
         node: NodeId,
         keyring: Arc<Keyring>,
         link_mtu: u16,
@@ -170,7 +172,7 @@ impl Hub {
 
     /// Sends now or never: a datagram that the kernel has no room for is lost like any other.
     pub(super) fn send(&self, to: SocketAddr, packet: &Packet) {
-        let sent = self.lock().send(&self.socket, to, packet);
+        let sent = self.lock().send(&*self.socket, to, packet);
         if let Err(error) = sent {
             debug!(%to, %error, "not sent");
         }
@@ -185,7 +187,7 @@ impl Hub {
             warn!(%to, length, "a gossip message is too large to be sent: the cluster has too many hosts");
         }
         for fragment in fragments {
-            if let Err(error) = state.send(&self.socket, to, &Packet::Chitchat(fragment)) {
+            if let Err(error) = state.send(&*self.socket, to, &Packet::Chitchat(fragment)) {
                 debug!(%to, %error, "not sent");
                 return;
             }
@@ -199,13 +201,13 @@ impl Hub {
             match due {
                 Due::Ping { to, nonce } => {
                     let ping = Packet::Ping { node: self.node, nonce };
-                    if let Err(error) = state.send(&self.socket, to, &ping) {
+                    if let Err(error) = state.send(&*self.socket, to, &ping) {
                         debug!(%to, %error, "no ping");
                     }
                 }
                 Due::Probe { node, to, nonce, size } => {
                     let probe = Packet::probe(nonce, size, to.ip());
-                    match state.send(&self.socket, to, &probe) {
+                    match state.send(&*self.socket, to, &probe) {
                         Err(error) if error.raw_os_error() == Some(nix::libc::EMSGSIZE) => {
                             state.book.too_big(node, size);
                         }
@@ -221,12 +223,9 @@ impl Hub {
     pub(super) async fn receive(&self) {
         let mut buffer = vec![0; 1 << 16];
         loop {
-            match self.socket.recv_from(&mut buffer).await {
-                Ok((length, from)) => {
-                    if let Some(datagram) = buffer.get_mut(..length) {
-                        self.received(datagram, from);
-                    }
-                }
+            let mut buffer = ReadBuf::new(&mut buffer);
+            match poll_fn(|context| self.socket.poll_receive(context, &mut buffer)).await {
+                Ok(from) => self.received(buffer.filled_mut(), from),
                 Err(error) => {
                     // Of the link, not of the socket: it passes.
                     debug!(%error, "cannot receive");
@@ -305,7 +304,7 @@ impl Hub {
             }
         };
         for packet in [answer, challenge].into_iter().flatten() {
-            if let Err(error) = state.send(&self.socket, from, &packet) {
+            if let Err(error) = state.send(&*self.socket, from, &packet) {
                 debug!(%from, %error, "no answer");
             }
         }
@@ -322,7 +321,7 @@ impl State {
         self.sealers.iter().position(|sealer| sealer.key_id() == key)
     }
 
-    fn send(&mut self, socket: &UdpSocket, to: SocketAddr, packet: &Packet) -> io::Result<()> {
+    fn send(&mut self, socket: &dyn Datagrams, to: SocketAddr, packet: &Packet) -> io::Result<()> {
         let plain = packet.encode().map_err(io::Error::other)?;
         let usual = self.sealers.first().map(Sealer::key_id).unwrap_or_default();
         let key = if self.sealers.len() > 1 { self.towards.key(to, usual) } else { usual };
@@ -332,8 +331,7 @@ impl State {
             .ok_or_else(|| io::Error::other("there is no key"))?
             .seal(&plain, &mut self.datagram)
             .ok_or_else(|| io::Error::other("the datagram cannot be sealed"))?;
-        // Not through tokio, which would have to be told first that the socket is writable.
-        SockRef::from(socket).send_to(&self.datagram, &to.into())?;
+        socket.send(&self.datagram, to)?;
         self.counters.sent += 1;
         Ok(())
     }

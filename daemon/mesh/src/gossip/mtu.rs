@@ -5,7 +5,8 @@
 //! are not to be explained by the loss that small packets suffer as well. So a lossy path makes
 //! the search slower, and not the MTU smaller.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
+use tokio::time::Instant;
 
 /// Every IPv6 link carries this much; less is not looked for.
 const FLOOR: u16 = 1280;

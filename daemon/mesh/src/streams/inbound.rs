@@ -1,26 +1,27 @@
 //! Streams that others dial: accepted, authenticated, read.
 
 use std::collections::{BTreeMap, HashMap};
+use std::future::poll_fn;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
 use bytes::BytesMut;
 use ovl_proto::id::{ClusterKeyId, NodeId};
 use ovl_proto::wire;
 use tokio::io::AsyncReadExt;
-use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Notify;
 use tokio::task::JoinSet;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 use tracing::{debug, warn};
 
 use super::frame::Opening;
 use super::noise::Secured;
-use super::{HANDSHAKE, LinkEvent, Shared, noise, tune};
+use super::{HANDSHAKE, LinkEvent, Shared, noise};
 use crate::gossip::Strangers;
 use crate::keys::Keyring;
+use crate::transport::{Listener, Stream};
 
 /// Connections that have not yet said who they are: in all, and from one address.
 const MAX_UNKNOWN: usize = 64;
@@ -105,10 +106,10 @@ impl Drop for Unknown<'_> {
 }
 
 /// Accepts for ever.
-pub(super) async fn run(listener: TcpListener, shared: Arc<Shared>) {
+pub(super) async fn run(listener: Box<dyn Listener>, shared: Arc<Shared>) {
     let mut connections = JoinSet::new();
     loop {
-        match listener.accept().await {
+        match poll_fn(|context| listener.poll_accept(context)).await {
             Ok((stream, from)) => {
                 connections.spawn(connection(stream, from, Arc::clone(&shared)));
             }
@@ -122,14 +123,14 @@ pub(super) async fn run(listener: TcpListener, shared: Arc<Shared>) {
     }
 }
 
-async fn connection(mut stream: TcpStream, from: SocketAddr, shared: Arc<Shared>) {
+async fn connection(mut stream: Box<dyn Stream>, from: SocketAddr, shared: Arc<Shared>) {
     let Some(unknown) = shared.inbound.admit(from.ip()) else {
         shared.inbound.stranger(from, &anyhow::anyhow!("too many connections do not say who they are"));
         return;
     };
     let handshake = async {
-        tune(&stream)?;
-        noise::listen(&mut stream, &shared.keyring(), &shared.identity, &shared.record()).await
+        stream.tune()?;
+        noise::listen(&mut *stream, &shared.keyring(), &shared.identity, &shared.record()).await
     };
     let secured = match timeout(HANDSHAKE, handshake).await {
         Ok(Ok(secured)) => secured,
@@ -163,7 +164,7 @@ async fn connection(mut stream: TcpStream, from: SocketAddr, shared: Arc<Shared>
     }
 }
 
-async fn read(mut stream: TcpStream, secured: Secured, shared: &Shared) -> anyhow::Result<()> {
+async fn read(mut stream: Box<dyn Stream>, secured: Secured, shared: &Shared) -> anyhow::Result<()> {
     let Secured { mut noise, key, record, signed } = secured;
     let from = record.id;
     let gone = || anyhow::anyhow!("nobody listens to links any more");

@@ -25,20 +25,17 @@ use ovl_proto::id::{ClusterKeyId, NodeId};
 use ovl_proto::record::{NodeRecord, SignedRecord};
 use ovl_proto::sync::Message;
 use ovl_proto::wire;
-use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
-use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
 use tokio::task::{JoinHandle, JoinSet};
 use tracing::error;
 
 use crate::keys::{Identity, Keyring};
+use crate::transport::Transport;
 use inbound::Inbound;
 use outbound::{End, Outbound};
 
 /// From the first packet to both identities proved.
 const HANDSHAKE: Duration = Duration::from_secs(5);
-/// A peer that acknowledges nothing for so long is gone.
-const DEAD_AFTER: Duration = Duration::from_secs(10);
 /// How long a shutdown waits for queues.
 const FLUSH: Duration = Duration::from_secs(1);
 
@@ -52,6 +49,8 @@ pub struct LinksConfig {
     pub keyring: Arc<Keyring>,
     /// What we say of ourselves in handshakes.
     pub record: SignedRecord,
+    /// Opens streams and listens for them.
+    pub transport: Arc<dyn Transport>,
 }
 
 /// What links have to tell.
@@ -96,6 +95,7 @@ struct Peers {
 
 /// What all streams need.
 struct Shared {
+    transport: Arc<dyn Transport>,
     identity: Arc<Identity>,
     keyring: Mutex<Arc<Keyring>>,
     record: Mutex<SignedRecord>,
@@ -116,13 +116,14 @@ impl Shared {
 impl Links {
     /// Listens, and dials nobody yet.
     pub async fn start(config: LinksConfig, events: mpsc::Sender<LinkEvent>) -> anyhow::Result<Self> {
-        let LinksConfig { listen, identity, keyring, record } = config;
-        let listener =
-            open(listen).with_context(|| format!("cannot listen for sync streams on {listen} (TCP)"))?;
+        let LinksConfig { listen, identity, keyring, record, transport } = config;
+        let listener = transport
+            .listen(listen)
+            .with_context(|| format!("cannot listen for sync streams on {listen} (TCP)"))?;
         #[cfg(test)]
         let local_addr = listener.local_addr()?;
         let (record, keyring, inbound) = (Mutex::new(record), Mutex::new(keyring), Inbound::default());
-        let shared = Arc::new(Shared { identity, keyring, record, events, inbound });
+        let shared = Arc::new(Shared { transport, identity, keyring, record, events, inbound });
         let listener = tokio::spawn(inbound::run(listener, Arc::clone(&shared)));
         Ok(Self {
             shared,
@@ -138,9 +139,9 @@ impl Links {
         let shared = Arc::clone(&self.shared);
         async move {
             let ask = async {
-                let mut stream = tokio::net::TcpStream::connect(addr).await?;
+                let mut stream = shared.transport.connect(addr).await?;
                 let keyring = shared.keyring();
-                noise::dial(&mut stream, keyring.sealing(), &shared.identity, &shared.record()).await
+                noise::dial(&mut *stream, keyring.sealing(), &shared.identity, &shared.record()).await
             };
             let answer = tokio::time::timeout(Duration::from_secs(5), ask).await;
             matches!(answer, Ok(Ok(secured)) if secured.record.id == shared.identity.id())
@@ -274,31 +275,6 @@ fn encode(message: &Message) -> Option<Bytes> {
             None
         }
     }
-}
-
-fn open(listen: SocketAddr) -> std::io::Result<TcpListener> {
-    let socket = Socket::new(Domain::for_address(listen), Type::STREAM, Some(Protocol::TCP))?;
-    socket.set_nonblocking(true)?;
-    // What an earlier run left in TIME_WAIT is no reason to fail.
-    socket.set_reuse_address(true)?;
-    if listen.is_ipv6() {
-        socket.set_only_v6(true)?;
-    }
-    socket.bind(&listen.into())?;
-    socket.listen(1024)?;
-    TcpListener::from_std(socket.into())
-}
-
-/// Small messages leave at once, and a dead peer is noticed.
-fn tune(stream: &TcpStream) -> std::io::Result<()> {
-    stream.set_nodelay(true)?;
-    let socket = SockRef::from(stream);
-    let keepalive = TcpKeepalive::new()
-        .with_time(Duration::from_secs(4))
-        .with_interval(Duration::from_secs(2))
-        .with_retries(3);
-    socket.set_tcp_keepalive(&keepalive)?;
-    socket.set_tcp_user_timeout(Some(DEAD_AFTER))
 }
 
 #[cfg(test)]

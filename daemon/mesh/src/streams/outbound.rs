@@ -3,22 +3,22 @@
 use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, bail, ensure};
 use bytes::Bytes;
 use ovl_proto::id::{ClusterKeyId, NodeId};
 use snow::TransportState;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpStream;
 use tokio::sync::Notify;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 use tracing::{debug, warn};
 
 use super::frame::Sealing;
 use super::noise::{self, Secured};
-use super::{HANDSHAKE, LinkEvent, Shared, tune};
+use super::{HANDSHAKE, LinkEvent, Shared};
 use crate::keys::{ClusterKey, Keyring};
+use crate::transport::Stream;
 
 /// Bytes that wait for one peer. One that does not keep up starts anew.
 const MAX_QUEUE: usize = 16 << 20;
@@ -234,7 +234,11 @@ enum Failed {
 }
 
 /// With each key until the peer takes one: whoever joins late or was away has not all of them.
-async fn dial(peer: &Outbound, shared: &Shared, addr: SocketAddr) -> Result<(TcpStream, Secured), Failed> {
+async fn dial(
+    peer: &Outbound,
+    shared: &Shared,
+    addr: SocketAddr,
+) -> Result<(Box<dyn Stream>, Secured), Failed> {
     let keyring = shared.keyring();
     let mut keys = keyring.all();
     let mut result = dial_with(peer, shared, addr, keyring.sealing()).await;
@@ -255,16 +259,16 @@ async fn dial_with(
     shared: &Shared,
     addr: SocketAddr,
     key: &ClusterKey,
-) -> Result<(TcpStream, Secured), Failed> {
+) -> Result<(Box<dyn Stream>, Secured), Failed> {
     let connect = async {
-        let stream = TcpStream::connect(addr).await?;
-        tune(&stream)?;
+        let stream = shared.transport.connect(addr).await?;
+        stream.tune()?;
         anyhow::Ok(stream)
     };
     let mut stream = connect.await.map_err(Failed::Connect)?;
     let record = shared.record();
     let secured =
-        noise::dial(&mut stream, key, &shared.identity, &record).await.map_err(Failed::Handshake)?;
+        noise::dial(&mut *stream, key, &shared.identity, &record).await.map_err(Failed::Handshake)?;
     if secured.record.id != peer.node {
         let other = format!("the node {} ({}) answers there", secured.record.name, secured.record.id);
         return Err(Failed::Handshake(anyhow::anyhow!(other)));
@@ -273,7 +277,12 @@ async fn dial_with(
 }
 
 /// From up to down.
-async fn serve(peer: &Outbound, shared: &Shared, stream: TcpStream, secured: Secured) -> anyhow::Result<()> {
+async fn serve(
+    peer: &Outbound,
+    shared: &Shared,
+    stream: Box<dyn Stream>,
+    secured: Secured,
+) -> anyhow::Result<()> {
     peer.lock().disconnect();
     peer.connected(shared, secured.key);
     let result = match shared.events.send(LinkEvent::Up(peer.node)).await {
@@ -292,7 +301,7 @@ async fn serve(peer: &Outbound, shared: &Shared, stream: TcpStream, secured: Sec
 async fn write_on(
     peer: &Outbound,
     shared: &Shared,
-    mut stream: TcpStream,
+    mut stream: Box<dyn Stream>,
     mut noise: TransportState,
 ) -> anyhow::Result<()> {
     while write(peer, stream, noise).await? == Written::Renew {
@@ -322,8 +331,12 @@ enum Written {
     Renew,
 }
 
-async fn write(peer: &Outbound, mut stream: TcpStream, mut noise: TransportState) -> anyhow::Result<Written> {
-    let (mut reader, mut writer) = stream.split();
+async fn write(
+    peer: &Outbound,
+    stream: Box<dyn Stream>,
+    mut noise: TransportState,
+) -> anyhow::Result<Written> {
+    let (mut reader, mut writer) = tokio::io::split(stream);
     let mut buffer = Vec::new();
     let mut current: Option<Sealing> = None;
     loop {
