@@ -45,7 +45,8 @@ async fn node_at(listen: SocketAddr, identity: Arc<Identity>, keys: &[u8]) -> No
     let (sender, events) = mpsc::channel(64);
     let id = identity.id();
     let transport = Arc::new(crate::transport::HostTransport);
-    let links = Links::start(LinksConfig { listen, identity, keyring, record, transport }, sender).await.unwrap();
+    let links =
+        Links::start(LinksConfig { listen, identity, keyring, record, transport }, sender).await.unwrap();
     Node { id, links, events }
 }
 
