@@ -43,6 +43,8 @@ struct Fabric {
     connections: Vec<Weak<Connection>>,
     next_port: u16,
     order: u64,
+    /// Over all datagrams.
+    digest: u64,
 }
 
 impl Network {
@@ -57,6 +59,7 @@ impl Network {
             connections: Vec::new(),
             next_port: 32768,
             order: 0,
+            digest: 0,
         })))
     }
 
@@ -103,6 +106,11 @@ impl Network {
             }
             state.wake();
         }
+    }
+
+    /// A digest of all datagrams that were delivered so far. Two runs with the same digest were the same run.
+    pub fn digest(&self) -> u64 {
+        self.lock().digest
     }
 
     /// Closes all sockets of a host, as the end of its daemon's process does.
@@ -225,6 +233,10 @@ impl Datagrams for Socket {
         let at = Instant::now() + fabric.latency();
         fabric.order += 1;
         let key = (at, fabric.order);
+        for byte in datagram.iter().copied().chain(to.to_string().into_bytes()) {
+            // FNV-1a.
+            fabric.digest = (fabric.digest ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
+        }
         drop(fabric);
         let mut arrivals = lock(&inbox.0);
         arrivals.waiting.insert(key, (self.address, datagram.to_vec()));

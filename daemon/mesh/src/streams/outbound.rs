@@ -3,11 +3,12 @@
 use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
 use bytes::Bytes;
 use ovl_proto::id::{ClusterKeyId, NodeId};
+use ring::rand::{SecureRandom as _, SystemRandom};
 use snow::TransportState;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::Notify;
@@ -381,6 +382,10 @@ async fn write(
 
 /// Hosts that lost a peer at one instant shall not all come back at one instant.
 fn jitter(backoff: Duration) -> Duration {
-    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    backoff * 3 / 4 + backoff.mul_f64(f64::from(now.subsec_nanos() % 1000) / 2000.0)
+    let mut random = [0; 2];
+    // Without random numbers there is no jitter, and no handshake either.
+    if SystemRandom::new().fill(&mut random).is_err() {
+        return backoff;
+    }
+    backoff * 3 / 4 + backoff.mul_f64(f64::from(u16::from_be_bytes(random)) / 65536.0 / 2.0)
 }
