@@ -268,10 +268,13 @@ impl Datagrams for Socket {
     }
 }
 
+/// With who dialled, and the task to wake.
+type Waiting = (VecDeque<(End, SocketAddr)>, Option<Waker>);
+
 /// Streams that wait to be accepted.
 #[derive(Debug, Default)]
 struct Backlog {
-    waiting: Mutex<(VecDeque<(End, SocketAddr)>, Option<Waker>)>,
+    waiting: Mutex<Waiting>,
 }
 
 struct Accepting {
