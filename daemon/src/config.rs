@@ -3,6 +3,7 @@
 mod stubs;
 
 use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -144,58 +145,63 @@ pub(crate) struct NoAddress;
 
 /// All settings, checked.
 #[derive(Debug, Clone)]
-pub(crate) struct Config {
+pub struct Config {
     /// This host's name in the cluster.
-    pub node: String,
+    pub(crate) node: String,
     /// What must outlive a reboot.
-    pub state_dir: PathBuf,
+    pub(crate) state_dir: PathBuf,
     /// Socket, lock, and what ends with the kernel.
-    pub run_dir: PathBuf,
+    pub(crate) run_dir: PathBuf,
     /// Where peers reach this host.
-    pub advertise: SocketAddr,
+    pub(crate) advertise: SocketAddr,
     /// Hosts to join by, as `host:port`.
-    pub join: Vec<String>,
+    pub(crate) join: Vec<String>,
     /// Begin a new cluster if this host is in none.
-    pub bootstrap: bool,
+    pub(crate) bootstrap: bool,
     /// The file with the cluster key; nothing with `insecure`.
-    pub cluster_key: Option<PathBuf>,
+    pub(crate) cluster_key: Option<PathBuf>,
     /// The least level that is logged.
-    pub log: tracing::Level,
+    pub(crate) log: tracing::Level,
     /// UDP port of the VXLAN devices.
-    pub vxlan_port: u16,
+    pub(crate) vxlan_port: u16,
     /// Between two rounds of gossip.
-    pub gossip_interval: Duration,
+    pub(crate) gossip_interval: Duration,
     /// How long the entries of a host are kept whose daemon is silent while its kernel answers.
-    pub keep: Duration,
+    pub(crate) keep: Duration,
     /// After how long a dead host is forgotten and its blocks are free; zero: never.
-    pub forget_after: Duration,
+    pub(crate) forget_after: Duration,
     /// Where the ranges of networks come from that are made without `--subnet`.
-    pub pool: IpNet,
+    pub(crate) pool: IpNet,
     /// Where addresses of Services come from.
-    pub ranges: Ranges,
+    pub(crate) ranges: Ranges,
     /// Where addresses of LoadBalancers are announced; nothing: where this host's own is.
-    pub load_balancer_device: Option<Device>,
+    pub(crate) load_balancer_device: Option<Device>,
     /// What the names of Services end with in DNS.
-    pub cluster_domain: String,
+    pub(crate) cluster_domain: String,
     /// Whether what leaves the cluster gets this host's address.
-    pub masquerade: bool,
+    pub(crate) masquerade: bool,
     /// Who carries encrypted networks.
-    pub tunnel: TunnelMode,
+    pub(crate) tunnel: TunnelMode,
     /// UDP port of the tunnel.
-    pub tunnel_port: u16,
+    pub(crate) tunnel_port: u16,
     /// Whether networks made by this host are encrypted, asked for or not.
-    pub encrypt: bool,
+    pub(crate) encrypt: bool,
     /// Where the resolvers for all other names are found.
-    pub resolv_conf: PathBuf,
+    pub(crate) resolv_conf: PathBuf,
     /// Where the host itself may ask for names.
-    pub dns_listen: Vec<SocketAddr>,
+    pub(crate) dns_listen: Vec<SocketAddr>,
     /// Whether a pod's search list is walked for it.
-    pub walk_search_lists: bool,
+    pub(crate) walk_search_lists: bool,
     /// Domains with resolvers of their own.
-    pub stub_domains: Vec<StubDomain>,
+    pub(crate) stub_domains: Vec<StubDomain>,
 }
 
 impl Config {
+    /// Reads the flags, the name of the program first, and the file that they name.
+    pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Self> {
+        Self::load(Args::try_parse_from(args)?)
+    }
+
     /// Reads the file that the flags name and puts the two together.
     pub(crate) fn load(args: Args) -> Result<Self> {
         let file = read_file(args.config.as_deref())?;

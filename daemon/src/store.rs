@@ -20,6 +20,8 @@ use ovl_runtimes::docker::EngineNetwork;
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 
+use crate::environment::Disk;
+
 const MAGIC: &[u8] = b"ovl state 1\n";
 
 /// What must outlive a reboot.
@@ -75,13 +77,21 @@ fn decode(bytes: &[u8]) -> Result<State> {
 }
 
 /// Encodes and writes the file, and does not return before it is on the disk.
-pub(crate) fn write(path: &Path, state: &State) -> Result<()> {
-    let body = wire::encode_stored(state)?;
-    replace(path, &[MAGIC, &sha256(&body), &body].concat())
+pub(crate) fn write(path: &Path, state: &State, disk: Disk) -> Result<()> {
+    replace(path, &encode(state)?, disk)
 }
 
-fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
-    ovl_files::replace(path, bytes, Durability::Synced).with_context(|| format!("writing {}", path.display()))
+fn encode(state: &State) -> Result<Vec<u8>> {
+    let body = wire::encode_stored(state)?;
+    Ok([MAGIC, &sha256(&body), &body].concat())
+}
+
+fn replace(path: &Path, bytes: &[u8], disk: Disk) -> Result<()> {
+    let durability = match disk {
+        Disk::Synced => Durability::Synced,
+        Disk::Simulated(_) => Durability::Unsynced,
+    };
+    ovl_files::replace(path, bytes, durability).with_context(|| format!("writing {}", path.display()))
 }
 
 /// A request to the writer: the state's bytes, and its number.
@@ -89,14 +99,35 @@ type Job = (u64, Vec<u8>);
 
 /// Writes in a thread of its own; of several states that wait, only the last one.
 #[derive(Debug)]
-pub(crate) struct Writer {
-    jobs: std::sync::mpsc::Sender<Job>,
+pub(crate) enum Writer {
+    Thread(std::sync::mpsc::Sender<Job>),
+    Task(mpsc::UnboundedSender<Job>),
 }
 
 impl Writer {
     /// Each number that was handed in, or a later one, comes back on `done` when that state is on
     /// the disk; an error when it could not be written, and is to be tried again.
-    pub(crate) fn start(path: PathBuf, done: mpsc::UnboundedSender<(u64, Result<()>)>) -> Result<Self> {
+    pub(crate) fn start(
+        path: PathBuf,
+        done: mpsc::UnboundedSender<(u64, Result<()>)>,
+        disk: Disk,
+    ) -> Result<Self> {
+        if let Disk::Simulated(latency) = disk {
+            let (jobs, mut queue) = mpsc::unbounded_channel::<Job>();
+            tokio::task::spawn_local(async move {
+                while let Some(mut job) = queue.recv().await {
+                    while let Ok(later) = queue.try_recv() {
+                        job = later;
+                    }
+                    tokio::time::sleep(latency).await;
+                    let (number, body) = job;
+                    if done.send((number, replace(&path, &body, disk))).is_err() {
+                        return;
+                    }
+                }
+            });
+            return Ok(Self::Task(jobs));
+        }
         let (jobs, queue) = std::sync::mpsc::channel::<Job>();
         std::thread::Builder::new().name("store".to_owned()).spawn(move || {
             while let Ok(mut job) = queue.recv() {
@@ -104,20 +135,26 @@ impl Writer {
                     job = later;
                 }
                 let (number, body) = job;
-                let result = replace(&path, &body);
+                let result = replace(&path, &body, disk);
                 if done.send((number, result)).is_err() {
                     return;
                 }
             }
         })?;
-        Ok(Self { jobs })
+        Ok(Self::Thread(jobs))
     }
 
     /// Queues a state.
     pub(crate) fn save(&self, number: u64, state: &State) -> Result<()> {
-        let body = wire::encode_stored(state)?;
-        let file = [MAGIC, &sha256(&body), &body].concat();
-        self.jobs.send((number, file)).context("the thread that writes the state has ended")
+        let job = (number, encode(state)?);
+        let sent = match self {
+            Self::Thread(jobs) => jobs.send(job).is_ok(),
+            Self::Task(jobs) => jobs.send(job).is_ok(),
+        };
+        if !sent {
+            bail!("the thread that writes the state has ended");
+        }
+        Ok(())
     }
 }
 
@@ -131,7 +168,7 @@ mod tests {
         fs::create_dir_all(&dir).unwrap();
         let path = dir.join("state");
         assert!(read(&path).unwrap().is_none());
-        write(&path, &State { generation: 7, ..State::default() }).unwrap();
+        write(&path, &State { generation: 7, ..State::default() }, Disk::Synced).unwrap();
         assert_eq!(read(&path).unwrap().unwrap().generation, 7);
         let good = fs::read(&path).unwrap();
         for bad in [&good[..good.len() - 1], &good[..20], b"", b"garbage"] {

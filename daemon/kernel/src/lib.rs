@@ -28,6 +28,7 @@ mod nftables;
 mod probe;
 mod resolver;
 mod sandbox;
+mod simulated;
 mod socket;
 mod sources;
 mod sweep;
@@ -45,6 +46,7 @@ use std::collections::BTreeSet;
 use std::io::Write;
 use std::net::IpAddr;
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::sync::{Arc, mpsc as queue};
 
 use ipnet::IpNet;
@@ -66,12 +68,13 @@ pub use error::{KernelError, Result};
 pub use foreign::{look as foreign_firewalls, run_commands};
 pub use message::port_mac;
 pub use netns::{Netns, open_netns};
-pub use probe::Prober;
+pub use probe::{Probe, Prober};
 pub use resolver::Resolver;
 pub use sandbox::{
     MountPoint, NetnsCookie, NetnsHandle, Process, mount_netns, mount_points, netns_file, new_netns,
     own_netns, processes_in, unmount_netns,
 };
+pub use simulated::SimulatedKernel;
 pub use sys::own_addresses;
 pub use tunnel::{TunnelPeerStatus, TunnelStatus};
 
@@ -241,7 +244,7 @@ pub fn start(events: mpsc::Sender<KernelEvent>, tunnel_keys: Vec<PrivateKey>) ->
         .name("kernel".to_owned())
         .spawn(move || worker.run(&queue, wake))
         .map_err(error)?;
-    Ok(KernelHandle(Arc::new(Channel { requests, bell })))
+    Ok(KernelHandle(Arc::new(Channel::Thread { requests, bell })))
 }
 
 /// Reads a sysctl, such as `net.ipv4.ip_forward`, in the network namespace of the calling thread. `None` if
@@ -256,14 +259,26 @@ pub fn read_sysctl(name: &str) -> Option<String> {
 #[derive(Debug, Clone)]
 pub struct KernelHandle(Arc<Channel>);
 
-// The queue must be dropped before the bell: the closed bell wakes the worker, which then finds the queue closed.
 #[derive(Debug)]
-struct Channel {
-    requests: queue::Sender<Request>,
-    bell: UnixStream,
+enum Channel {
+    // The queue must be dropped before the bell: the closed bell wakes the worker, which then finds the queue closed.
+    Thread { requests: queue::Sender<Request>, bell: UnixStream },
+    Simulated(mpsc::UnboundedSender<Request>),
 }
 
 impl KernelHandle {
+    /// Opens the network namespace of a workload, as [`open_netns`] does.
+    ///
+    /// # Errors
+    ///
+    /// The file does not exist or is not a network namespace.
+    pub fn open_netns(&self, path: &Path) -> Result<Netns> {
+        match &*self.0 {
+            Channel::Thread { .. } => open_netns(path),
+            Channel::Simulated(_) => simulated::netns(path),
+        }
+    }
+
     /// Dumps the actual data plane: all objects of ovl in the kernel.
     pub async fn dump(&self) -> Result<Dataplane> {
         self.ask(Request::Dump).await?
@@ -375,8 +390,15 @@ impl KernelHandle {
 
     async fn ask<T>(&self, request: impl FnOnce(oneshot::Sender<T>) -> Request) -> Result<T> {
         let (reply, answer) = oneshot::channel();
-        self.0.requests.send(request(reply)).map_err(|_| KernelError::Stopped)?;
-        let _ = (&self.0.bell).write(&[0]);
+        match &*self.0 {
+            Channel::Thread { requests, bell } => {
+                requests.send(request(reply)).map_err(|_| KernelError::Stopped)?;
+                let _ = (&mut &*bell).write(&[0]);
+            }
+            Channel::Simulated(requests) => {
+                requests.send(request(reply)).map_err(|_| KernelError::Stopped)?
+            }
+        }
         answer.await.map_err(|_| KernelError::Stopped)
     }
 }

@@ -249,15 +249,7 @@ impl Worker {
     }
 
     fn reconcile(&mut self, goal: &Goal) -> Result<Pass> {
-        let mut actual = self.dump(&goal.desired.tables)?;
-        actual.links.retain(|device, _| !goal.ignored.contains(device));
-        actual.ports.retain(|(device, _)| !goal.ignored.contains(device));
-        actual.routes.retain(|_, hop| hop.device.is_none_or(|device| !goal.ignored.contains(&device)));
-        actual.neighbours.retain(|key, _| !goal.ignored.contains(&key.0) && !goal.expected.contains(key));
-        // Other programs, such as the CNI plugin portmap, set route_localnet on devices too. ovl does not reset it there.
-        actual.localnets.retain(|device| goal.desired.localnets.contains(device));
-        let ops = diff(&actual, &goal.desired, goal.prune);
-        let lost = lost_endpoints(&actual, &goal.desired).collect();
+        let (ops, lost) = compare(self.dump(&goal.desired.tables)?, goal);
         let outcomes = if goal.apply {
             self.apply(ops, &mut Devices::default())
         } else {
@@ -494,8 +486,22 @@ impl Worker {
     }
 }
 
+/// Returns the operations that lead from a dump to the desired data plane, and the endpoints whose host interfaces are
+/// missing.
+pub(super) fn compare(mut actual: Dataplane, goal: &Goal) -> (Vec<Op>, Vec<Device>) {
+    actual.links.retain(|device, _| !goal.ignored.contains(device));
+    actual.ports.retain(|(device, _)| !goal.ignored.contains(device));
+    actual.routes.retain(|_, hop| hop.device.is_none_or(|device| !goal.ignored.contains(&device)));
+    actual.neighbours.retain(|key, _| !goal.ignored.contains(&key.0) && !goal.expected.contains(key));
+    // Other programs, such as the CNI plugin portmap, set route_localnet on devices too. ovl does not reset it there.
+    actual.localnets.retain(|device| goal.desired.localnets.contains(device));
+    let ops = diff(&actual, &goal.desired, goal.prune);
+    let lost = lost_endpoints(&actual, &goal.desired).collect();
+    (ops, lost)
+}
+
 /// Whether an operation publishes a port, withdraws one, or ends its old flows.
-fn publishes(op: &Op) -> bool {
+pub(super) fn publishes(op: &Op) -> bool {
     match op {
         Op::Nft(op) => op.is_element() && op.table() == Some(Table::Publish),
         Op::EndFlows(_) => true,

@@ -4,6 +4,7 @@
 //! | --- | --- |
 //! | [`gossip`] | sealed datagrams: chitchat, pings, path MTU probes |
 //! | [`streams`] | encrypted TCP streams |
+//! | [`transport`] | the sockets under both |
 //! | [`keys`] | identity, cluster key, signatures, and the files that hold them |
 
 #![warn(missing_docs)]
@@ -11,3 +12,4 @@
 pub mod gossip;
 pub mod keys;
 pub mod streams;
+pub mod transport;

@@ -3,7 +3,7 @@
 
 use std::net::IpAddr;
 use std::rc::Rc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use ovl_consensus::{Event, Output};
 use ovl_control::PeerState;
@@ -12,9 +12,10 @@ use ovl_proto::id::{NetworkId, NodeId};
 use ovl_proto::sync::{LeaseWish, Message};
 use ovl_proto::table::Entry;
 use tokio::sync::oneshot;
+use tokio::time::Instant;
 
 use super::state::{Durable, Lent, State};
-use super::{Failed, Node, wall_ms};
+use super::{Failed, Node};
 use crate::problems::Code;
 use crate::store;
 use ovl_subsystems::Change as What;
@@ -274,7 +275,7 @@ impl Node {
     pub(super) fn snapshot(&self) -> store::State {
         let state = self.state.borrow();
         store::State {
-            saved_ms: wall_ms(),
+            saved_ms: self.wall_ms(),
             generation: state.record().map_or(0, |record| record.generation),
             clock: state.clock,
             objects: state.objects.iter().map(|(_, stored)| stored.signed.clone()).collect(),
@@ -628,7 +629,7 @@ impl Node {
                 .filter(|(id, peer)| {
                     !peer.signs.gossip
                         && state.view.alloc.members.contains(id)
-                        && wall_ms().saturating_sub(peer.last_alive_ms) > limit
+                        && self.wall_ms().saturating_sub(peer.last_alive_ms) > limit
                 })
                 .map(|(id, _)| *id)
                 .collect()

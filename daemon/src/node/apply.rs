@@ -22,7 +22,7 @@ use serde_json::Value;
 use tokio::task::yield_now;
 
 use super::state::State;
-use super::{Failed, Node, wall_ms};
+use super::{Failed, Node};
 
 /// Documents that are read, and objects that are written, before others have their turn.
 const AT_A_TIME: usize = 250;
@@ -182,7 +182,7 @@ impl Node {
         for (_, resource) in read {
             let old = state.view.resources.meta(&resource.key()).map(|old| old.creation_timestamp);
             resource.meta_mut().creation_timestamp =
-                old.unwrap_or_else(|| Created(state.clock.tick(wall_ms(), me)));
+                old.unwrap_or_else(|| Created(state.clock.tick(state.environment.wall_ms(), me)));
         }
     }
 

@@ -15,9 +15,7 @@ use ovl_dataplane::device::{Device, Role};
 use ovl_dataplane::op::Op;
 use ovl_dataplane::state::Dataplane;
 use ovl_files::{Durability, replace};
-use ovl_kernel::{
-    CreatedEndpoint, EndpointSpec, HostEnd, Netns, PeerLocation, Resolver, RetiredEndpoint, open_netns,
-};
+use ovl_kernel::{CreatedEndpoint, EndpointSpec, HostEnd, Netns, PeerLocation, Resolver, RetiredEndpoint};
 use ovl_proto::id::{EndpointId, Mac, NetworkId};
 use ovl_proto::object::{Driver, Mode, Network, Subnet};
 use ovl_proto::table::{Endpoint, Entry, Key};
@@ -31,7 +29,7 @@ use serde::{Deserialize, Serialize};
 use super::addresses::Reserved;
 use super::publish::{self, SetAside};
 use super::state::LocalEndpoint;
-use super::{Failed, Node, random, remove_if_there};
+use super::{Failed, Node, remove_if_there};
 use crate::config::{MAX_NAME, is_name_within};
 use crate::problems::Code;
 use ovl_subsystems::{self as subsystems, Change, Part};
@@ -114,7 +112,7 @@ impl Node {
         }
         let network = self.check_attach(&request, if cni.is_some() { cni::MAX_NAME } else { MAX_NAME })?;
         let path = netns_path(&request.netns);
-        let netns = open_netns(&path).map_err(Failed::from)?;
+        let netns = self.kernel.open_netns(&path).map_err(Failed::from)?;
         let inode = netns.inode;
         let place = self.take_place(&request, &network)?;
         let ports = self.set_ports_aside(&request.name, &network, &request.publish)?;
@@ -341,7 +339,7 @@ impl Node {
             )));
         }
         let device = loop {
-            let id = EndpointId(random());
+            let id = EndpointId(self.random());
             if state.own_endpoint(id).is_none() && state.pending.devices.insert(Device::endpoint(id)) {
                 break Device::endpoint(id);
             }
@@ -518,7 +516,9 @@ impl Node {
         let state = self.state.borrow();
         let other = |id| match state.endpoints.get(id) {
             Some(local) if local.docker.is_some() => PeerLocation::Moved,
-            Some(local) => open_netns(&local.netns).map_or(PeerLocation::Unknown, PeerLocation::Netns),
+            Some(local) => {
+                self.kernel.open_netns(&local.netns).map_or(PeerLocation::Unknown, PeerLocation::Netns)
+            }
             None => PeerLocation::Unknown,
         };
         let retired =

@@ -47,8 +47,8 @@ pub(super) struct Names {
 }
 
 impl Names {
-    /// Starts the resolver; without it, says why.
-    pub(super) fn start(config: &Config) -> (Self, Option<String>) {
+    /// Starts the resolver if it is to serve; if it cannot, says why.
+    pub(super) fn start(config: &Config, serves: bool) -> (Self, Option<String>) {
         let mut zone = Zone::new(Name::parse(OWN_DOMAIN));
         let domain = config.cluster_domain.trim_end_matches('.').to_ascii_lowercase();
         cluster::begin(&mut zone, &domain, config.walk_search_lists);
@@ -64,9 +64,10 @@ impl Names {
             resolv_conf: config.resolv_conf.clone(),
             stubs: config.stub_domains.clone(),
         };
-        let (engine, problem) = match Engine::start(config, zone.clone()) {
-            Ok(engine) => (Some(engine), None),
-            Err(error) => (None, Some(format!("names are not resolved: {error}"))),
+        let (engine, problem) = match serves.then(|| Engine::start(config, zone.clone())) {
+            None => (None, None),
+            Some(Ok(engine)) => (Some(engine), None),
+            Some(Err(error)) => (None, Some(format!("names are not resolved: {error}"))),
         };
         let zone = RefCell::new(zone);
         (Self { engine, zone, cluster: RefCell::default(), domain }, problem)

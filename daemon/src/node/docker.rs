@@ -27,7 +27,7 @@ use ovl_runtimes::docker::{
 use serde_json::Value;
 
 use super::state::{LocalEndpoint, State};
-use super::{Failed, Node, random};
+use super::{Failed, Node};
 
 /// An Engine is answered in time, whatever there is to wait for.
 const SETTLED: Duration = Duration::from_secs(2);
@@ -140,7 +140,7 @@ impl Node {
         let state = &mut *guard;
         taken.extend(state.docker.chosen.iter().map(|(pool, _)| pool.prefix));
         let prefix = self.choose_subnet(state, &taken, false)?;
-        let pool = Pool { prefix, chosen: Some(u32::from_le_bytes(random())) };
+        let pool = Pool { prefix, chosen: Some(u32::from_le_bytes(self.random())) };
         let now = state.now();
         state.docker.chosen.push((pool, now));
         Ok(pool)

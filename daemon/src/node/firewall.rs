@@ -55,6 +55,9 @@ impl Node {
     }
 
     async fn mind_firewalls(&self, networks: &[Network]) -> Result<(), Failed> {
+        if !self.environment.owns_host() {
+            return Ok(());
+        }
         let _turn = self.firewall_turn.lock().await;
         let foreign = blocking(kernel::foreign_firewalls).await?;
         let Decision { commands, problems } = decide(&foreign, &networks.iter().collect::<Vec<_>>());

@@ -16,7 +16,7 @@ use ovl_proto::secret::Secret;
 use ovl_proto::sync::Message;
 
 use super::state::State;
-use super::{Failed, Node, wall_ms};
+use super::{Failed, Node};
 use crate::problems::Code;
 
 /// Between two looks when nothing happens.
@@ -253,7 +253,7 @@ impl Node {
         let stalled = state
             .live()
             .progress()
-            .filter(|progress| wall_ms().saturating_sub(progress.key.since_ms) > STALLED_MS);
+            .filter(|progress| self.wall_ms().saturating_sub(progress.key.since_ms) > STALLED_MS);
         let sentence = stalled.map(|progress| rotation_sentence(&rotation_of(state, &progress)));
         state.problems.set(Code::KeyRotation, "", sentence);
         let away: Vec<String> = state
@@ -389,7 +389,7 @@ impl Node {
                     .map_err(|error| Failed::internal(format!("the new key cannot be kept: {error:#}")))?;
             }
         }
-        let to = AgreedKey { id, since_ms: wall_ms() };
+        let to = AgreedKey { id, since_ms: self.wall_ms() };
         let change = Change::Key { from: agreed.map(|key| key.id), to };
         let result = self.change(change).await;
         if result.as_ref().is_err_and(|failed| failed.0.kind == FailureKind::Conflict) {

@@ -1,20 +1,27 @@
 //! From start to stop: the tasks, the clock, and the ways to end.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use ovl_control::PeerState;
+use ovl_cluster::view::Node as Known;
+use ovl_control::{PeerState, Reply, Request};
 use ovl_dataplane::op::{Op, RouteOp};
+use ovl_dataplane::state::Dataplane;
 use ovl_proto::alloc::Change;
+use ovl_proto::id::{NetworkId, NodeId};
 use ovl_proto::record::Presence;
+use ovl_proto::table::Entry;
+use tokio::net::UnixListener;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::task::spawn_local;
+use tokio::task::{JoinError, JoinSet, spawn_local};
 use tokio::time::{MissedTickBehavior, interval};
 
 use super::{Failed, Inbox, Node, Stop};
 use crate::config::Config;
 use crate::control;
+use crate::environment::Environment;
 use crate::problems::Code;
 
 /// Between two looks at everything that depends on time.
@@ -23,43 +30,8 @@ const TICK: Duration = Duration::from_millis(200);
 const CATCH_UP_MS: u64 = 30_000;
 
 /// Runs the daemon until it is told to end.
-pub(crate) async fn run(config: Config) -> Result<()> {
-    let (node, inbox) = Node::boot(config).await?;
-    let listener = control::listen(&node.run_dir.socket())?;
-    // Between the two: a plugin that finds no socket finds its file carried out, and one that finds
-    // it is answered afterwards.
-    node.carry_out_all_deleted().await;
-    node.carry_out_docker().await;
-    let Inbox { mut gossip, mut links, mut kernel, saved } = inbox;
-    let mut tasks = tokio::task::JoinSet::new();
-    tasks.spawn_local(control::serve(Rc::clone(&node), listener));
-    tasks.spawn_local(Rc::clone(&node).save_loop(saved));
-    tasks.spawn_local(Rc::clone(&node).reconcile_loop());
-    tasks.spawn_local(Rc::clone(&node).admission_loop());
-    tasks.spawn_local(Rc::clone(&node).underlay_loop());
-    tasks.spawn_local(Rc::clone(&node).claim_loop());
-    tasks.spawn_local(Rc::clone(&node).limits_loop());
-    tasks.spawn_local(Rc::clone(&node).firewall_loop());
-    tasks.spawn_local(Rc::clone(&node).key_loop());
-    tasks.spawn_local(Rc::clone(&node).tick_loop());
-    tasks.spawn_local(Rc::clone(&node).tunnel_loop());
-    tasks.spawn_local(Rc::clone(&node).deleted_loop());
-    let (on_gossip, on_links, on_kernel) = (Rc::clone(&node), Rc::clone(&node), Rc::clone(&node));
-    tasks.spawn_local(async move {
-        while let Some(event) = gossip.recv().await {
-            on_gossip.on_gossip(event);
-        }
-    });
-    tasks.spawn_local(async move {
-        while let Some(event) = links.recv().await {
-            on_links.on_link(event);
-        }
-    });
-    tasks.spawn_local(async move {
-        while let Some(event) = kernel.recv().await {
-            on_kernel.on_kernel(event);
-        }
-    });
+pub(crate) async fn run(config: Config, environment: Rc<dyn Environment>) -> Result<()> {
+    let Daemon { node, mut tasks } = Daemon::start(config, environment).await?;
     notify(&[sd_notify::NotifyState::Ready]);
     tracing::info!(node = %node.config.node, id = %node.identity.id(), address = %node.config.advertise, "ovld is up");
 
@@ -80,6 +52,120 @@ pub(crate) async fn run(config: Config) -> Result<()> {
     tasks.shutdown().await;
     super::remove_if_there(&node.run_dir.socket())?;
     result
+}
+
+/// A running daemon. Its tasks are on the `LocalSet` that started it, and end with that.
+pub struct Daemon {
+    node: Rc<Node>,
+    tasks: JoinSet<()>,
+}
+
+/// What a daemon knows, for the invariants of tests.
+#[derive(Debug, Clone)]
+pub struct Inspection {
+    /// This host.
+    pub id: NodeId,
+    /// The data plane that it wants the kernel to hold.
+    pub desired: Dataplane,
+    /// The entries of each host's table.
+    pub tables: BTreeMap<NodeId, Vec<Entry>>,
+    /// The members of the cluster.
+    pub members: BTreeSet<NodeId>,
+    /// The version of the allocation map.
+    pub version: u64,
+    /// The networks of the cluster, by id, with their names.
+    pub networks: BTreeMap<NetworkId, String>,
+}
+
+impl Daemon {
+    /// Starts a daemon on the current `LocalSet`.
+    pub async fn start(config: Config, environment: Rc<dyn Environment>) -> Result<Self> {
+        let owns_host = environment.owns_host();
+        let (node, inbox) = Node::boot(config, environment).await?;
+        let listener = owns_host.then(|| control::listen(&node.run_dir.socket())).transpose()?;
+        let tasks = start_tasks(&node, inbox, listener).await;
+        Ok(Self { node, tasks })
+    }
+
+    /// Answers a request, as the control socket does.
+    pub fn answer(&self, request: Request) -> impl Future<Output = Reply> + use<> {
+        let node = Rc::clone(&self.node);
+        async move { node.answer(request, Vec::new()).await }
+    }
+
+    /// What it knows now.
+    pub fn inspect(&self) -> Inspection {
+        let desired = self.node.desired();
+        let state = self.node.state.borrow();
+        let table = |(id, node): (&NodeId, &Known)| (*id, node.table.entries().cloned().collect());
+        Inspection {
+            id: state.view.me,
+            desired,
+            tables: state.view.nodes.iter().map(table).collect(),
+            members: state.view.alloc.members.iter().copied().collect(),
+            version: state.view.alloc.version,
+            networks: state
+                .view
+                .networks
+                .iter()
+                .map(|(id, found)| (*id, found.network.name.clone()))
+                .collect(),
+        }
+    }
+
+    /// Waits for a task that ends, which none should.
+    pub async fn failed(&mut self) -> Option<Result<(), JoinError>> {
+        self.tasks.join_next().await
+    }
+
+    /// Ends it as SIGTERM does.
+    pub async fn stop(self) -> Result<()> {
+        let Self { node, mut tasks } = self;
+        node.stop.set(Some(Stop::Restart));
+        let result = node.end().await;
+        tasks.shutdown().await;
+        result
+    }
+}
+
+async fn start_tasks(node: &Rc<Node>, inbox: Inbox, listener: Option<UnixListener>) -> JoinSet<()> {
+    // Between the two: a plugin that finds no socket finds its file carried out, and one that finds
+    // it is answered afterwards.
+    node.carry_out_all_deleted().await;
+    node.carry_out_docker().await;
+    let Inbox { mut gossip, mut links, mut kernel, saved } = inbox;
+    let mut tasks = JoinSet::new();
+    if let Some(listener) = listener {
+        tasks.spawn_local(control::serve(Rc::clone(node), listener));
+    }
+    tasks.spawn_local(Rc::clone(node).save_loop(saved));
+    tasks.spawn_local(Rc::clone(node).reconcile_loop());
+    tasks.spawn_local(Rc::clone(node).admission_loop());
+    tasks.spawn_local(Rc::clone(node).underlay_loop());
+    tasks.spawn_local(Rc::clone(node).claim_loop());
+    tasks.spawn_local(Rc::clone(node).limits_loop());
+    tasks.spawn_local(Rc::clone(node).firewall_loop());
+    tasks.spawn_local(Rc::clone(node).key_loop());
+    tasks.spawn_local(Rc::clone(node).tick_loop());
+    tasks.spawn_local(Rc::clone(node).tunnel_loop());
+    tasks.spawn_local(Rc::clone(node).deleted_loop());
+    let (on_gossip, on_links, on_kernel) = (Rc::clone(node), Rc::clone(node), Rc::clone(node));
+    tasks.spawn_local(async move {
+        while let Some(event) = gossip.recv().await {
+            on_gossip.on_gossip(event);
+        }
+    });
+    tasks.spawn_local(async move {
+        while let Some(event) = links.recv().await {
+            on_links.on_link(event);
+        }
+    });
+    tasks.spawn_local(async move {
+        while let Some(event) = kernel.recv().await {
+            on_kernel.on_kernel(event);
+        }
+    });
+    tasks
 }
 
 fn notify(states: &[sd_notify::NotifyState<'_>]) {

@@ -37,7 +37,6 @@ use std::net::SocketAddr;
 use std::path::Path;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail};
 use ovl_cluster::objects::Objects;
@@ -47,18 +46,21 @@ use ovl_cluster::view::{self, View};
 use ovl_consensus::Replica as Allocator;
 use ovl_control::{Event, Failure, PeerState};
 use ovl_dataplane::device::Device;
-use ovl_kernel::{self as kernel, KernelEvent, KernelHandle, Prober};
+use ovl_kernel::{KernelEvent, KernelHandle, Prober};
 use ovl_mesh::gossip::{Gossip, GossipConfig, GossipEvent, Hints};
 use ovl_mesh::keys::{ClusterKey, Identity, KeyFile, Keyring, TunnelSecret};
 use ovl_mesh::streams::{StreamEvent, Streams, StreamsConfig};
+use ovl_mesh::transport::Transport;
 use ovl_proto::id::NodeId;
 use ovl_proto::record::{NodeRecord, Presence, SignedRecord};
 use ovl_subsystems::local::Local;
 use tokio::sync::{Notify, mpsc};
+use tokio::time::Instant;
 
 use self::events::Events;
 use self::state::{RunDir, State};
 use crate::config::Config;
+use crate::environment::Environment;
 use crate::ports::Ports;
 use crate::problems::{Code, Problems};
 use crate::store;
@@ -89,6 +91,7 @@ pub(crate) enum Stop {
 /// This host.
 pub(crate) struct Node {
     config: Config,
+    environment: Rc<dyn Environment>,
     run_dir: RunDir,
     boot_id: String,
     identity: Arc<Identity>,
@@ -148,7 +151,8 @@ const INBOX: usize = 256;
 
 impl Node {
     /// Reads what is on the disk, opens the sockets, and adopts what stands in the kernel.
-    async fn boot(config: Config) -> Result<(Rc<Self>, Inbox)> {
+    async fn boot(config: Config, environment: Rc<dyn Environment>) -> Result<(Rc<Self>, Inbox)> {
+        let disk = environment.disk();
         let state_path = config.state_dir.join("state");
         let saved = store::read(&state_path)?;
         let identity_path = config.state_dir.join("identity");
@@ -168,7 +172,7 @@ impl Node {
                 identity_path.display()
             ),
             // The state comes first, so that an identity never stands without one.
-            (None, false) => store::write(&state_path, &store::State::default())?,
+            (None, false) => store::write(&state_path, &store::State::default(), disk)?,
             (Some(_), _) => {}
         }
         let identity = Arc::new(Identity::load_or_create(&identity_path)?);
@@ -186,7 +190,7 @@ impl Node {
         }
         let (kernel_tell, kernel_events) = mpsc::channel(INBOX);
         let secret = TunnelSecret::load_or_create(&config.state_dir.join("tunnel.key"))?;
-        let kernel = kernel::start(kernel_tell, secret.private()).context("opening netlink")?;
+        let kernel = environment.start_kernel(kernel_tell, &secret).context("opening netlink")?;
         let (end, missing) = tunnel::choose(&config, &secret, &kernel).await;
         let link = kernel.underlay(config.advertise.ip()).await.with_context(|| {
             format!(
@@ -198,7 +202,7 @@ impl Node {
             id: identity.id(),
             public_key: *identity.public_key(),
             name: config.node.clone(),
-            generation: next_generation(saved.generation),
+            generation: next_generation(saved.generation, environment.wall_ms()),
             revision: 1,
             cluster: saved.alloc.as_ref().map_or(0, |alloc| alloc.learned.cluster),
             address: config.advertise,
@@ -212,7 +216,7 @@ impl Node {
         };
         let signed = identity.sign_record(&record)?;
         let keys = keys::Keys::new(Arc::clone(&keyring), key_file);
-        let mut state = first_state(&config, &record, &signed, &saved, keys);
+        let mut state = first_state(&config, &environment, &record, &signed, &saved, keys);
         state.local.key_epochs.own_previous = secret.previous();
         state
             .subsystems
@@ -220,24 +224,31 @@ impl Node {
             .set_uplink(config.load_balancer_device.or_else(|| Device::new(&link.device)));
         let (gossip_tell, gossip_events) = mpsc::channel(INBOX);
         let (link_tell, link_events) = mpsc::channel(INBOX);
-        let (gossip, links) =
-            open(&config, &identity, &keyring, &record, &signed, gossip_tell.clone(), link_tell.clone())
-                .await?;
+        let (gossip, links) = open(
+            &config,
+            environment.transport(),
+            &identity,
+            &keyring,
+            (&record, &signed),
+            gossip_tell.clone(),
+            link_tell.clone(),
+        )
+        .await?;
         let (saved_tell, saved_events) = mpsc::unbounded_channel();
-        let (names, unnamed) = dns::Names::start(&config);
+        let (names, unnamed) = dns::Names::start(&config, environment.owns_host());
         state.problems.set(Code::ResolverDown, "", unnamed);
         let node = Rc::new(Self {
             boot_id: boot_id()?,
             run_dir,
             identity,
             kernel,
-            prober: Prober::new().context("opening a socket for ICMP")?,
+            prober: environment.prober().context("opening a socket for ICMP")?,
             ports: Ports::start().context("starting the thread for published ports")?,
             gossip: RefCell::new(gossip),
             links: RefCell::new(links),
             gossip_events: gossip_tell,
             link_events: link_tell,
-            writer: store::Writer::start(state_path.clone(), saved_tell)?,
+            writer: store::Writer::start(state_path.clone(), saved_tell, disk)?,
             state: RefCell::new(state),
             containers: cni::Containers::default(),
             names,
@@ -257,10 +268,11 @@ impl Node {
             stop: Cell::new(None),
             stopping: Notify::new(),
             config,
+            environment,
         });
         node.recall(saved);
         // A generation is on the disk before anybody hears of it.
-        store::write(&state_path, &node.snapshot())?;
+        store::write(&state_path, &node.snapshot(), disk)?;
         node.adopt().await?;
         Ok((
             node,
@@ -271,7 +283,7 @@ impl Node {
     /// Peers, objects and tables of the last run.
     fn recall(&self, saved: store::State) {
         // Time in which this host was off is not held against the others.
-        let off = wall_ms().saturating_sub(saved.saved_ms);
+        let off = self.wall_ms().saturating_sub(saved.saved_ms);
         for (signed, last_alive_ms) in saved.peers {
             match ovl_mesh::keys::open_record(&signed) {
                 Ok(record) => {
@@ -292,7 +304,7 @@ impl Node {
         };
         if bootstrap {
             let mut state = self.state.borrow_mut();
-            let cluster = u64::from_le_bytes(random()).max(1);
+            let cluster = u64::from_le_bytes(self.random()).max(1);
             tracing::info!(cluster, "began a new cluster");
             // The state is written before anything is sent: see `boot`.
             let output = state.allocator.bootstrap(cluster);
@@ -333,6 +345,15 @@ impl Node {
         Ok(())
     }
 
+    /// Milliseconds since 1970.
+    fn wall_ms(&self) -> u64 {
+        self.environment.wall_ms()
+    }
+
+    fn random<const N: usize>(&self) -> [u8; N] {
+        random(&*self.environment)
+    }
+
     fn gossip(&self) -> Ref<'_, Gossip> {
         self.gossip.borrow()
     }
@@ -366,7 +387,7 @@ impl Node {
             return;
         }
         self.change_record(|record| {
-            record.generation = next_generation(record.generation.max(last));
+            record.generation = next_generation(record.generation.max(last), self.wall_ms());
             record.revision = 0;
         });
         self.write_table(Vec::new(), Vec::new());
@@ -407,7 +428,7 @@ impl Node {
     fn event(&self, kind: &str, object: &str, message: &str) {
         tracing::info!(kind, object, "{message}");
         self.events.push(Event {
-            time_ms: wall_ms(),
+            time_ms: self.wall_ms(),
             kind: kind.to_owned(),
             object: object.to_owned(),
             message: message.to_owned(),
@@ -418,10 +439,10 @@ impl Node {
 /// Opens the sockets of gossip and streams at the record's address.
 async fn open(
     config: &Config,
+    transport: Arc<dyn Transport>,
     identity: &Arc<Identity>,
     keyring: &Arc<Keyring>,
-    record: &NodeRecord,
-    signed: &SignedRecord,
+    (record, signed): (&NodeRecord, &SignedRecord),
     gossip: mpsc::Sender<GossipEvent>,
     links: mpsc::Sender<StreamEvent>,
 ) -> Result<(Gossip, Streams)> {
@@ -437,6 +458,7 @@ async fn open(
         identity: Arc::clone(identity),
         keyring: Arc::clone(keyring),
         record: signed.clone(),
+        transport: Arc::clone(&transport),
     };
     let links = Streams::start(links_config, links).await.with_context(taken)?;
     let gossip_config = GossipConfig {
@@ -446,6 +468,7 @@ async fn open(
         hints: Hints::default(),
         join: config.join.clone(),
         interval: config.gossip_interval,
+        transport,
     };
     let gossip = Gossip::start(gossip_config, gossip).await.with_context(taken)?;
     gossip.set_link_mtu(record.link_mtu);
@@ -454,6 +477,7 @@ async fn open(
 
 fn first_state(
     config: &Config,
+    environment: &Rc<dyn Environment>,
     record: &NodeRecord,
     signed: &SignedRecord,
     saved: &store::State,
@@ -486,7 +510,7 @@ fn first_state(
         workloads: Workloads::default(),
         subsystems: Subsystems {
             // Connections that an earlier run marked are judged again.
-            policy: Enforcement::new(u32::from_le_bytes(random())),
+            policy: Enforcement::new(u32::from_le_bytes(random(&**environment))),
             names: NameTracker::default(),
             networks: Networks::default(),
             services: Translation::default(),
@@ -495,7 +519,7 @@ fn first_state(
         health: BTreeMap::new(),
         clock: saved.clock,
         keys,
-        allocator: Allocator::new(me, durable, u64::from_le_bytes(random())),
+        allocator: Allocator::new(me, durable, u64::from_le_bytes(random(&**environment))),
         claims: HashMap::new(),
         leases: HashMap::new(),
         lent: saved
@@ -503,7 +527,7 @@ fn first_state(
             .iter()
             .map(|(network, address, to)| ((*network, *address), state::Lent { to: *to, at: 0, seen: true }))
             .collect(),
-        next_request: u64::from_le_bytes(random()),
+        next_request: u64::from_le_bytes(random(&**environment)),
         endpoints: BTreeMap::new(),
         sandboxes: BTreeMap::new(),
         docker: docker::Docker::recalled(&saved.docker),
@@ -519,29 +543,18 @@ fn first_state(
         uncached: BTreeSet::new(),
         epoch: Instant::now(),
         leaving: false,
+        environment: Rc::clone(environment),
     }
 }
 
 /// Higher than that of any earlier run, also where the state directory is an old copy.
-fn next_generation(last: u64) -> u64 {
-    (last + 1).max(wall_ms() / 1000)
+fn next_generation(last: u64, wall_ms: u64) -> u64 {
+    (last + 1).max(wall_ms / 1000)
 }
 
-/// Milliseconds since 1970.
-fn wall_ms() -> u64 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
-}
-
-/// Random bytes of the system.
-fn random<const N: usize>() -> [u8; N] {
-    use ring::rand::SecureRandom as _;
+fn random<const N: usize>(environment: &dyn Environment) -> [u8; N] {
     let mut bytes = [0; N];
-    if ring::rand::SystemRandom::new().fill(&mut bytes).is_err() {
-        // The kernel's generator cannot fail once it is seeded, which it is long before any daemon
-        // starts; ids that collide are refused anyway.
-        tracing::error!("the system gives no random numbers");
-    }
+    environment.fill_random(&mut bytes);
     bytes
 }
 
@@ -556,4 +569,5 @@ fn remove_if_there(path: &Path) -> Result<()> {
     ovl_files::remove_if_present(path).with_context(|| format!("removing {}", path.display()))
 }
 
+pub use lifecycle::{Daemon, Inspection};
 pub(crate) use lifecycle::{StoodAside, run};

@@ -19,7 +19,7 @@ use ovl_proto::object::{Backend, Driver, Mode, Network, ObjectKey};
 use ovl_subsystems::encryption::tunnel;
 
 use super::state::State;
-use super::{Failed, Node, random, wall_ms};
+use super::{Failed, Node};
 use crate::config::is_name;
 
 /// The prefix length of a range that is chosen for the user.
@@ -105,7 +105,7 @@ impl Node {
         // Engines of several hosts are told to make one network at the same instant: then it is one.
         let id = match on_demand {
             true => (0..).map(|attempt| docker::network_id(&request.name, attempt)).find(is_free),
-            false => std::iter::repeat_with(|| NetworkId(random())).find(is_free),
+            false => std::iter::repeat_with(|| NetworkId(self.random())).find(is_free),
         };
         let id = id.ok_or_else(|| Failed::internal("no id is free"))?;
         let vni = match request.vni {
@@ -420,5 +420,5 @@ fn check_mtu(mtu: Option<u16>) -> Result<(), Failed> {
 
 fn stamp(state: &mut State) -> Stamp {
     let me = state.view.me;
-    state.clock.tick(wall_ms(), me)
+    state.clock.tick(state.environment.wall_ms(), me)
 }

@@ -19,7 +19,7 @@ use ovl_proto::wire;
 use ovl_subsystems::services::allocation::{ReservedClaims, ServiceAllocator};
 
 use super::state::State;
-use super::{Failed, Node, wall_ms};
+use super::{Failed, Node};
 use crate::problems::Code;
 use ovl_subsystems::Change as What;
 
@@ -50,7 +50,8 @@ impl Node {
             let me = state.view.me;
             let mut written = Vec::with_capacity(writes.len());
             for (body, deleted) in writes {
-                let object = Object { stamp: state.clock.tick(wall_ms(), me), deleted, body };
+                let object =
+                    Object { stamp: state.clock.tick(state.environment.wall_ms(), me), deleted, body };
                 let body = wire::encode_body(&object).map_err(|error| Failed::internal(error.to_string()))?;
                 let signed = SignedObject {
                     signature: self.identity.sign(Domain::Object, &body),
@@ -136,9 +137,10 @@ impl Node {
         let mut guard = self.state.borrow_mut();
         let state = &mut *guard;
         let before = state.objects.len();
+        let wall_ms = state.wall_ms();
         let (networks, blocks) = (&state.view.networks, &state.view.alloc.blocks);
         state.objects.retain(|key, object| {
-            !is_old_tombstone(object.deleted, object.stamp)
+            !is_old_tombstone(object.deleted, object.stamp, wall_ms)
                 || match key {
                     ObjectKey::Network(id) => {
                         networks.contains_key(id) || blocks.keys().any(|block| block.network == *id)
@@ -388,17 +390,17 @@ fn take_object(state: &mut State, signed: SignedObject, changes: &mut Changes) -
     let ours = state.objects.get(&object.key());
     // One that we have, or have forgotten and the sender has not yet: no signature is checked for it.
     if ours.is_some_and(|ours| ours.stamp >= object.stamp)
-        || (ours.is_none() && is_old_tombstone(object.deleted, object.stamp))
+        || (ours.is_none() && is_old_tombstone(object.deleted, object.stamp, state.wall_ms()))
     {
         return Ok(());
     }
     check_object(&signed, &object)?;
-    state.clock.observe(object.stamp, wall_ms()).map_err(|error| error.to_string())?;
+    state.clock.observe(object.stamp, state.environment.wall_ms()).map_err(|error| error.to_string())?;
     changes.put(state, signed, object).map_err(|full| full.to_string())
 }
 
-fn is_old_tombstone(deleted: bool, stamp: Stamp) -> bool {
-    deleted && wall_ms().saturating_sub(stamp.wall_ms) > TOMBSTONE_MS
+fn is_old_tombstone(deleted: bool, stamp: Stamp, wall_ms: u64) -> bool {
+    deleted && wall_ms.saturating_sub(stamp.wall_ms) > TOMBSTONE_MS
 }
 
 /// Networks that are gone and still have blocks.

@@ -18,7 +18,7 @@ use ovl_proto::sync::Message;
 use ovl_proto::table::{Entry, Key};
 
 use super::state::{Clash, Peer, State};
-use super::{Node, Stop, wall_ms};
+use super::{Node, Stop};
 use crate::problems::Code;
 use ovl_subsystems::Change as What;
 
@@ -236,7 +236,7 @@ impl Node {
                         signed,
                         signs: Signs { gossip: false, silent_since: now, probed_at: None },
                         hints: Hints::default(),
-                        last_alive_ms: wall_ms(),
+                        last_alive_ms: state.environment.wall_ms(),
                         pulled_at: None,
                         objects_asked: None,
                         probe_sent_at: 0,
@@ -327,7 +327,7 @@ impl Node {
                 verdict = PeerState::Suspect;
             }
             if peer.signs.gossip {
-                peer.last_alive_ms = wall_ms();
+                peer.last_alive_ms = state.environment.wall_ms();
             }
             if node.state != verdict {
                 changed.push((*id, node.record.name.clone(), node.state, verdict));
@@ -438,10 +438,9 @@ impl Node {
             // One that was never admitted, or not yet, is given some time to come back.
             let never = state.is_member()
                 && !alloc.members.contains(id)
-                && state
-                    .peers
-                    .get(id)
-                    .is_some_and(|peer| wall_ms().saturating_sub(peer.last_alive_ms) > NEVER_ADMITTED_MS);
+                && state.peers.get(id).is_some_and(|peer| {
+                    state.environment.wall_ms().saturating_sub(peer.last_alive_ms) > NEVER_ADMITTED_MS
+                });
             alloc.forgotten.contains(id) || never
         };
         let gone: Vec<NodeId> = state

@@ -13,7 +13,7 @@ use ovl_proto::table::{Endpoint, Entry};
 use ovl_subsystems::publish::{MOST_PORTS, MOST_RANGES};
 
 use super::state::State;
-use super::{Failed, Node, random};
+use super::{Failed, Node};
 use crate::ports::{self, Held, Refused};
 use crate::problems::Code;
 use ovl_subsystems::{self as subsystems, Change};
@@ -53,7 +53,7 @@ impl Node {
         wishes: &[Publish],
     ) -> Result<SetAside<'_>, Failed> {
         check(network, wishes)?;
-        let number = u64::from_ne_bytes(random());
+        let number = u64::from_ne_bytes(self.random());
         let mut aside = SetAside { node: self, number, published: Vec::new(), held: Vec::new() };
         for wish in wishes {
             let (published, held) = self.find_ports(*wish, &aside.published)?;
@@ -79,7 +79,7 @@ impl Node {
         let candidates: Vec<u16> = match host {
             Some(host) if host.count() == container.count() => vec![host.first],
             Some(host) => (host.first..=host.last).collect(),
-            None => ephemeral(container.count()),
+            None => ephemeral(container.count(), u16::from_ne_bytes(self.random())),
         };
         let mut first = None;
         for candidate in candidates {
@@ -346,7 +346,7 @@ fn check(network: &Network, wishes: &[Publish]) -> Result<(), Failed> {
 }
 
 /// Where ports may be taken from that nobody named, beginning anywhere: so many in a row.
-fn ephemeral(count: u16) -> Vec<u16> {
+fn ephemeral(count: u16, random: u16) -> Vec<u16> {
     let range = kernel::read_sysctl("net.ipv4.ip_local_port_range").and_then(|text| {
         let mut ports = text.split_ascii_whitespace().map(str::parse);
         Some(Range { first: ports.next()?.ok()?, last: ports.next()?.ok()? })
@@ -354,7 +354,7 @@ fn ephemeral(count: u16) -> Vec<u16> {
     let Range { first, last } = range.filter(|range| range.count() > 0).unwrap_or(EPHEMERAL);
     let last = last.saturating_sub(count.saturating_sub(1));
     let Some(choices) = last.checked_sub(first).map(|more| u32::from(more) + 1) else { return Vec::new() };
-    let begin = u32::from(u16::from_ne_bytes(random()));
+    let begin = u32::from(random);
     let step = u32::from(count.max(1));
     (0..u32::from(TRIES).min(choices))
         .filter_map(|at| u16::try_from(u32::from(first) + (begin + at * step) % choices).ok())

@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use ovl_dataplane::device::Device;
 use ovl_dataplane::op::Op;
+use ovl_dataplane::state::Dataplane;
 use ovl_kernel::{Goal, KernelEvent, Outcome};
 use ovl_proto::id::NetworkId;
 use ovl_proto::object::{Backend, Mode, Network};
@@ -271,6 +272,13 @@ impl Node {
             tokio::time::sleep(SETTLE).await;
             node.work.notify_one();
         });
+    }
+
+    /// The data plane that the kernel should hold.
+    pub(super) fn desired(&self) -> Dataplane {
+        let mut state = self.state.borrow_mut();
+        let (cluster, subsystems) = state.parts();
+        subsystems::desired(&subsystems, &cluster)
     }
 
     /// What the loop would do now, and endpoints whose host's ends are missing.

@@ -5,7 +5,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 use std::path::PathBuf;
-use std::time::Instant;
+use std::rc::Rc;
 
 use ovl_cluster::liveness::Signs;
 use ovl_cluster::objects::Objects;
@@ -25,11 +25,13 @@ use ovl_runtimes::cni::Attachment;
 use ovl_runtimes::docker::EngineEndpoint;
 use ovl_subsystems::local::Local;
 use tokio::sync::oneshot;
+use tokio::time::Instant;
 
 use super::Failed;
 use super::docker::Docker;
 use super::reconcile::Progress;
 use super::sandbox::Sandbox;
+use crate::environment::Environment;
 use crate::ports::Answer;
 use crate::problems::{Code, Problems};
 use crate::workloads::Workloads;
@@ -179,6 +181,8 @@ pub(crate) struct State {
     pub epoch: Instant,
     /// This daemon is on its way out.
     pub leaving: bool,
+    /// Where the time comes from.
+    pub environment: Rc<dyn Environment>,
 }
 
 /// An address lent to another host.
@@ -207,6 +211,11 @@ impl State {
     /// Milliseconds of the clock that never goes back.
     pub(crate) fn now(&self) -> u64 {
         u64::try_from(self.epoch.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+
+    /// Milliseconds since 1970.
+    pub(crate) fn wall_ms(&self) -> u64 {
+        self.environment.wall_ms()
     }
 
     /// Members that are alive, this host included.

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::IpAddr;
 use std::rc::Rc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use ovl_control::{KeyStatus, PeerState, PeerTunnel};
 use ovl_dataplane::device::Device;
@@ -14,6 +14,7 @@ use ovl_proto::id::{NodeId, TunnelKey};
 use ovl_proto::record;
 use ovl_subsystems::encryption::epochs::{self, KeyEpochs};
 use ovl_subsystems::encryption::tunnel;
+use tokio::time::Instant;
 
 use super::state::State;
 use super::{Failed, Node};

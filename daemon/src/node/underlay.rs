@@ -3,12 +3,13 @@
 use std::net::{IpAddr, SocketAddr};
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use ipnet::IpNet;
 use ovl_dataplane::device::Device;
 use ovl_kernel::own_addresses;
 use ovl_proto::record::Presence;
+use tokio::time::Instant;
 
 use super::{Node, next_generation, open};
 use crate::problems::Code;
@@ -114,7 +115,7 @@ impl Node {
             let state = self.state.borrow();
             let Some(own) = state.view.own() else { return Ok(()) };
             let mut record = own.record.clone();
-            record.generation = next_generation(record.generation);
+            record.generation = next_generation(record.generation, self.wall_ms());
             record.revision = 1;
             record.address = SocketAddr::new(address, record.address.port());
             record.vtep = address;
@@ -123,10 +124,10 @@ impl Node {
         };
         let (gossip, links) = open(
             &self.config,
+            self.environment.transport(),
             &self.identity,
             &keyring,
-            &record,
-            &signed,
+            (&record, &signed),
             self.gossip_events.clone(),
             self.link_events.clone(),
         )

@@ -2,9 +2,10 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::SocketAddr;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use ovl_proto::id::NodeId;
+use tokio::time::Instant;
 
 use super::Contact;
 use super::mtu::{PathMtu, Probe};

@@ -2,7 +2,8 @@
 //! into datagrams that fit every path, and reassembled with bounded memory.
 
 use std::collections::HashMap;
-use std::time::{Duration, Instant};
+use std::time::Duration;
+use tokio::time::Instant;
 
 use super::packet::{Bytes, Fragment, MAX_FRAGMENT};
 use super::seal::RunId;

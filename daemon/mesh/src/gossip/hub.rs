@@ -1,18 +1,19 @@
 //! The hub of gossip: seals and sends packets, and opens received datagrams and dispatches their packets.
 
 use std::collections::{HashMap, VecDeque};
+use std::future::poll_fn;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use chitchat::{ChitchatMessage, Deserializable, Serializable};
 use ovl_control::GossipCounters;
 use ovl_proto::id::{ClusterKeyId, NodeId};
 use ovl_proto::record::SignedRecord;
-use socket2::SockRef;
-use tokio::net::UdpSocket;
+use tokio::io::ReadBuf;
 use tokio::sync::{Notify, mpsc};
+use tokio::time::Instant;
 use tracing::{debug, warn};
 
 use super::GossipEvent;
@@ -22,6 +23,7 @@ use super::packet::{Fragment, Packet};
 use super::seal::{OpenError, Opener, RunId, Sealer, Sender};
 use super::strangers::Strangers;
 use crate::keys::{self, ClusterKey, Keyring};
+use crate::transport::Datagrams;
 
 /// The maximum number of announcements that wait for the daemon.
 const MAX_QUEUE: usize = 1024;
@@ -66,7 +68,7 @@ impl KeySelection {
 /// The socket and the state of gossip.
 pub(super) struct Hub {
     pub(super) node: NodeId,
-    socket: UdpSocket,
+    socket: Box<dyn Datagrams>,
     state: Mutex<State>,
     /// Wakes the monitor after a change.
     pub(super) news: Notify,
@@ -94,7 +96,7 @@ pub(super) struct State {
 
 impl Hub {
     pub(super) fn new(
-        socket: UdpSocket,
+        socket: Box<dyn Datagrams>,
         node: NodeId,
         keyring: Arc<Keyring>,
         link_mtu: u16,
@@ -167,7 +169,7 @@ impl Hub {
 
     /// Sends a packet without waiting. If the send buffer is full, the datagram is lost.
     pub(super) fn send(&self, to: SocketAddr, packet: &Packet) {
-        let sent = self.lock().send(&self.socket, to, packet);
+        let sent = self.lock().send(&*self.socket, to, packet);
         if let Err(error) = sent {
             debug!(%to, %error, "cannot send a packet");
         }
@@ -183,7 +185,7 @@ impl Hub {
             warn!(%to, length, "cannot send a gossip message: it is too large, because the cluster has too many hosts");
         }
         for fragment in fragments {
-            if let Err(error) = state.send(&self.socket, to, &Packet::Chitchat(fragment)) {
+            if let Err(error) = state.send(&*self.socket, to, &Packet::Chitchat(fragment)) {
                 debug!(%to, %error, "cannot send a fragment");
                 return;
             }
@@ -197,13 +199,13 @@ impl Hub {
             match due {
                 Due::Ping { to, nonce } => {
                     let ping = Packet::Ping { node: self.node, nonce };
-                    if let Err(error) = state.send(&self.socket, to, &ping) {
+                    if let Err(error) = state.send(&*self.socket, to, &ping) {
                         debug!(%to, %error, "cannot send a ping");
                     }
                 }
                 Due::Probe { node, to, nonce, size } => {
                     let probe = Packet::probe(nonce, size, to.ip());
-                    match state.send(&self.socket, to, &probe) {
+                    match state.send(&*self.socket, to, &probe) {
                         Err(error) if error.raw_os_error() == Some(nix::libc::EMSGSIZE) => {
                             state.book.too_big(node, size);
                         }
@@ -219,12 +221,9 @@ impl Hub {
     pub(super) async fn receive(&self) {
         let mut buffer = vec![0; 1 << 16];
         loop {
-            match self.socket.recv_from(&mut buffer).await {
-                Ok((length, from)) => {
-                    if let Some(datagram) = buffer.get_mut(..length) {
-                        self.received(datagram, from);
-                    }
-                }
+            let mut buffer = ReadBuf::new(&mut buffer);
+            match poll_fn(|context| self.socket.poll_receive(context, &mut buffer)).await {
+                Ok(from) => self.received(buffer.filled_mut(), from),
                 Err(error) => {
                     // The error is about the link and temporary; the socket remains usable.
                     debug!(%error, "cannot receive a datagram");
@@ -303,7 +302,7 @@ impl Hub {
             }
         };
         for packet in [answer, challenge].into_iter().flatten() {
-            if let Err(error) = state.send(&self.socket, from, &packet) {
+            if let Err(error) = state.send(&*self.socket, from, &packet) {
                 debug!(%from, %error, "cannot send a reply");
             }
         }
@@ -320,7 +319,7 @@ impl State {
         self.sealers.iter().position(|sealer| sealer.key_id() == key)
     }
 
-    fn send(&mut self, socket: &UdpSocket, to: SocketAddr, packet: &Packet) -> io::Result<()> {
+    fn send(&mut self, socket: &dyn Datagrams, to: SocketAddr, packet: &Packet) -> io::Result<()> {
         let plain = packet.encode().map_err(io::Error::other)?;
         let usual = self.sealers.first().map(Sealer::key_id).unwrap_or_default();
         let key = if self.sealers.len() > 1 { self.key_selection.key(to, usual) } else { usual };
@@ -330,8 +329,7 @@ impl State {
             .ok_or_else(|| io::Error::other("there is no cluster key"))?
             .seal(&plain, &mut self.datagram)
             .ok_or_else(|| io::Error::other("cannot seal the datagram"))?;
-        // Not through tokio, which would first wait for the socket to be writable.
-        SockRef::from(socket).send_to(&self.datagram, &to.into())?;
+        socket.send(&self.datagram, to)?;
         self.counters.sent += 1;
         Ok(())
     }

@@ -27,7 +27,7 @@ mod strangers;
 use std::collections::{HashMap, HashSet};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::Context;
 use chitchat::ChitchatId;
@@ -36,14 +36,17 @@ use ovl_proto::id::{ClusterKeyId, NodeId};
 use ovl_proto::record::{NodeRecord, SignedRecord};
 use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinSet;
+use tokio::time::Instant;
 use tracing::error;
 
 use crate::keys::{self, Keyring};
+use crate::transport::Transport;
 use cluster::Cluster;
 pub use cluster::Hints;
 use hub::Hub;
 use packet::Packet;
 use pulse::Seeds;
+pub(crate) use socket::open as open_socket;
 pub(crate) use strangers::Strangers;
 
 /// The minimum interval between publications of hints. They may be late: peers use them only to find missed state.
@@ -67,6 +70,8 @@ pub struct GossipConfig {
     pub join: Vec<String>,
     /// The interval between rounds of gossip.
     pub interval: Duration,
+    /// Opens the socket.
+    pub transport: Arc<dyn Transport>,
 }
 
 /// An event of gossip.
@@ -148,7 +153,9 @@ impl Gossip {
     /// The record is invalid, or the address cannot be bound.
     pub async fn start(config: GossipConfig, events: mpsc::Sender<GossipEvent>) -> anyhow::Result<Self> {
         let record = keys::open_record(&config.record).context("invalid record of the local host")?;
-        let socket = socket::open(config.listen)
+        let socket = config
+            .transport
+            .datagrams(config.listen)
             .with_context(|| format!("cannot listen for gossip on {} (UDP)", config.listen))?;
         let hub = Arc::new(Hub::new(socket, record.id, config.keyring, record.link_mtu)?);
         let id = ChitchatId::new(record.id.to_string(), record.generation, record.address);
@@ -267,7 +274,7 @@ async fn publish(hub: Arc<Hub>, cluster: Arc<Cluster>, outgoing: Arc<Outgoing>) 
         let due = hints.is_some();
         tokio::select! {
             () = outgoing.changed.notified() => {}
-            () = tokio::time::sleep_until(next_hints.into()), if due => {}
+            () = tokio::time::sleep_until(next_hints), if due => {}
         }
         let record = {
             let mut waiting = outgoing.waiting.lock().unwrap_or_else(PoisonError::into_inner);

@@ -3,12 +3,13 @@
 use std::collections::{BTreeMap, HashSet};
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use chitchat::{Chitchat, ChitchatId};
 use ovl_proto::id::NodeId;
 use ovl_proto::record::{NodeRecord, SignedRecord};
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 use tracing::warn;
 
 use super::GossipEvent;

@@ -4,7 +4,8 @@
 //! rounds whose control probe was acknowledged. It is given up only if that many consecutive losses are unlikely at
 //! the loss rate of small packets. So a lossy path makes the search slower, but the MTU not smaller.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
+use tokio::time::Instant;
 
 /// The smallest path MTU that is searched: the minimum link MTU of IPv6 (RFC 8200, section 5).
 const MIN_MTU: u16 = 1280;

@@ -9,12 +9,12 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::Instant;
 
 use ovl_proto::id::{ClusterKeyId, NodeId};
 use ovl_proto::wire;
 use ring::aead::{AES_256_GCM, Aad, LessSafeKey, Nonce, UnboundKey};
 use ring::rand::{SecureRandom, SystemRandom};
+use tokio::time::Instant;
 
 use super::replay::ReplayWindow;
 use crate::keys::{ClusterKey, Keyring};

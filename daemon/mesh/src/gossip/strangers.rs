@@ -3,7 +3,8 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::net::IpAddr;
-use std::time::{Duration, Instant};
+use std::time::Duration;
+use tokio::time::Instant;
 
 const LOG_EVERY: Duration = Duration::from_secs(60);
 const MAX_SOURCES: usize = 1024;

@@ -53,6 +53,7 @@ async fn node_of(
         hints: Hints::default(),
         join: join.iter().map(SocketAddr::to_string).collect(),
         interval: Duration::from_millis(200),
+        transport: Arc::new(crate::transport::HostTransport),
     };
     let gossip = Gossip::start(config, sender).await.unwrap();
     Node { identity, record, gossip, events, peers: HashMap::new() }

@@ -1,26 +1,27 @@
 //! Accepted streams: authenticates and reads them.
 
 use std::collections::{BTreeMap, HashMap};
+use std::future::poll_fn;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
 use bytes::BytesMut;
 use ovl_proto::id::{ClusterKeyId, NodeId};
 use ovl_proto::wire;
 use tokio::io::AsyncReadExt;
-use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Notify;
 use tokio::task::JoinSet;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 use tracing::{debug, warn};
 
 use super::frame::Opening;
 use super::noise::AuthenticatedStream;
-use super::{HANDSHAKE, Shared, StreamEvent, noise, tune};
+use super::{HANDSHAKE, Shared, StreamEvent, noise};
 use crate::gossip::Strangers;
 use crate::keys::Keyring;
+use crate::transport::{Listener, Stream};
 
 /// The maximum number of unauthenticated connections.
 const MAX_UNKNOWN: usize = 64;
@@ -110,10 +111,10 @@ impl Drop for UnauthenticatedGuard<'_> {
 }
 
 /// Accepts connections forever.
-pub(super) async fn run(listener: TcpListener, shared: Arc<Shared>) {
+pub(super) async fn run(listener: Box<dyn Listener>, shared: Arc<Shared>) {
     let mut connections = JoinSet::new();
     loop {
-        match listener.accept().await {
+        match poll_fn(|context| listener.poll_accept(context)).await {
             Ok((stream, from)) => {
                 connections.spawn(connection(stream, from, Arc::clone(&shared)));
             }
@@ -127,14 +128,14 @@ pub(super) async fn run(listener: TcpListener, shared: Arc<Shared>) {
     }
 }
 
-async fn connection(mut stream: TcpStream, from: SocketAddr, shared: Arc<Shared>) {
+async fn connection(mut stream: Box<dyn Stream>, from: SocketAddr, shared: Arc<Shared>) {
     let Some(unknown) = shared.inbound.admit(from.ip()) else {
         shared.inbound.stranger(from, &anyhow::anyhow!("too many unauthenticated connections"));
         return;
     };
     let handshake = async {
-        tune(&stream)?;
-        noise::listen(&mut stream, &shared.keyring(), &shared.identity, &shared.record()).await
+        stream.tune()?;
+        noise::listen(&mut *stream, &shared.keyring(), &shared.identity, &shared.record()).await
     };
     let secured = match timeout(HANDSHAKE, handshake).await {
         Ok(Ok(secured)) => secured,
@@ -172,7 +173,11 @@ async fn connection(mut stream: TcpStream, from: SocketAddr, shared: Arc<Shared>
     }
 }
 
-async fn read(mut stream: TcpStream, secured: AuthenticatedStream, shared: &Shared) -> anyhow::Result<()> {
+async fn read(
+    mut stream: Box<dyn Stream>,
+    secured: AuthenticatedStream,
+    shared: &Shared,
+) -> anyhow::Result<()> {
     let AuthenticatedStream { mut noise, key, record, signed } = secured;
     let from = record.id;
     let gone = || anyhow::anyhow!("the receiver of stream events was dropped");

@@ -25,20 +25,17 @@ use ovl_proto::id::{ClusterKeyId, NodeId};
 use ovl_proto::record::{NodeRecord, SignedRecord};
 use ovl_proto::sync::Message;
 use ovl_proto::wire;
-use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
-use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
 use tokio::task::{JoinHandle, JoinSet};
 use tracing::error;
 
 use crate::keys::{Identity, Keyring};
+use crate::transport::Transport;
 use inbound::Inbound;
 use outbound::{Outbound, Shutdown};
 
 /// The timeout of dialling and the handshake.
 const HANDSHAKE: Duration = Duration::from_secs(5);
-/// The time without an acknowledgement after which a connection is closed.
-const DEAD_AFTER: Duration = Duration::from_secs(10);
 /// The time that a shutdown waits for the queues to be written.
 const FLUSH: Duration = Duration::from_secs(1);
 
@@ -52,6 +49,8 @@ pub struct StreamsConfig {
     pub keyring: Arc<Keyring>,
     /// The record of the local host, which handshakes send.
     pub record: SignedRecord,
+    /// Opens streams and listens for them.
+    pub transport: Arc<dyn Transport>,
 }
 
 /// An event of streams.
@@ -96,6 +95,7 @@ struct Peers {
 
 /// The state that all streams share.
 struct Shared {
+    transport: Arc<dyn Transport>,
     identity: Arc<Identity>,
     keyring: Mutex<Arc<Keyring>>,
     record: Mutex<SignedRecord>,
@@ -120,13 +120,14 @@ impl Streams {
     ///
     /// The address cannot be bound.
     pub async fn start(config: StreamsConfig, events: mpsc::Sender<StreamEvent>) -> anyhow::Result<Self> {
-        let StreamsConfig { listen, identity, keyring, record } = config;
-        let listener =
-            open(listen).with_context(|| format!("cannot listen for streams on {listen} (TCP)"))?;
+        let StreamsConfig { listen, identity, keyring, record, transport } = config;
+        let listener = transport
+            .listen(listen)
+            .with_context(|| format!("cannot listen for streams on {listen} (TCP)"))?;
         #[cfg(test)]
         let local_addr = listener.local_addr()?;
         let (record, keyring, inbound) = (Mutex::new(record), Mutex::new(keyring), Inbound::default());
-        let shared = Arc::new(Shared { identity, keyring, record, events, inbound });
+        let shared = Arc::new(Shared { transport, identity, keyring, record, events, inbound });
         let listener = tokio::spawn(inbound::run(listener, Arc::clone(&shared)));
         Ok(Self {
             shared,
@@ -142,9 +143,9 @@ impl Streams {
         let shared = Arc::clone(&self.shared);
         async move {
             let ask = async {
-                let mut stream = tokio::net::TcpStream::connect(addr).await?;
+                let mut stream = shared.transport.connect(addr).await?;
                 let keyring = shared.keyring();
-                noise::dial(&mut stream, keyring.sealing(), &shared.identity, &shared.record()).await
+                noise::dial(&mut *stream, keyring.sealing(), &shared.identity, &shared.record()).await
             };
             let answer = tokio::time::timeout(Duration::from_secs(5), ask).await;
             matches!(answer, Ok(Ok(secured)) if secured.record.id == shared.identity.id())
@@ -277,31 +278,6 @@ fn encode(message: &Message) -> Option<Bytes> {
             None
         }
     }
-}
-
-fn open(listen: SocketAddr) -> std::io::Result<TcpListener> {
-    let socket = Socket::new(Domain::for_address(listen), Type::STREAM, Some(Protocol::TCP))?;
-    socket.set_nonblocking(true)?;
-    // Connections of an earlier process in TIME_WAIT must not prevent the bind.
-    socket.set_reuse_address(true)?;
-    if listen.is_ipv6() {
-        socket.set_only_v6(true)?;
-    }
-    socket.bind(&listen.into())?;
-    socket.listen(1024)?;
-    TcpListener::from_std(socket.into())
-}
-
-/// Configures a connection: no delay of small messages, and detection of dead peers.
-fn tune(stream: &TcpStream) -> std::io::Result<()> {
-    stream.set_nodelay(true)?;
-    let socket = SockRef::from(stream);
-    let keepalive = TcpKeepalive::new()
-        .with_time(Duration::from_secs(4))
-        .with_interval(Duration::from_secs(2))
-        .with_retries(3);
-    socket.set_tcp_keepalive(&keepalive)?;
-    socket.set_tcp_user_timeout(Some(DEAD_AFTER))
 }
 
 #[cfg(test)]

@@ -17,9 +17,9 @@ use ovl_proto::wire;
 use serde::{Deserialize, Serialize};
 use snow::{Builder, HandshakeState, TransportState};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpStream;
 
 use crate::keys::{self, ClusterKey, Identity, Keyring};
+use crate::transport::Stream;
 
 const PATTERN: &str = "Noise_NNpsk0_25519_AESGCM_SHA256";
 const PROLOGUE: &[u8] = b"ovl stream v1";
@@ -58,7 +58,7 @@ pub(super) struct AuthenticatedStream {
 
 /// Runs the handshake of the dialler with a cluster key.
 pub(super) async fn dial(
-    stream: &mut TcpStream,
+    stream: &mut dyn Stream,
     key: &ClusterKey,
     identity: &Identity,
     own: &SignedRecord,
@@ -80,7 +80,7 @@ pub(super) async fn dial(
 
 /// Runs the handshake of the listener.
 pub(super) async fn listen(
-    stream: &mut TcpStream,
+    stream: &mut dyn Stream,
     keyring: &Keyring,
     identity: &Identity,
     own: &SignedRecord,
@@ -115,7 +115,7 @@ pub(super) async fn listen(
 
 /// Authenticates both sides: exchanges and verifies their hellos.
 async fn introduce(
-    stream: &mut TcpStream,
+    stream: &mut dyn Stream,
     noise: HandshakeState,
     role: Role,
     key: &ClusterKey,
@@ -159,7 +159,7 @@ fn builder(psk: &[u8; 32]) -> Result<Builder<'_>, snow::Error> {
     Builder::new(PATTERN.parse()?).prologue(PROLOGUE)?.psk(0, psk)
 }
 
-async fn write_frame(stream: &mut TcpStream, frame: &[u8]) -> anyhow::Result<()> {
+async fn write_frame(stream: &mut dyn Stream, frame: &[u8]) -> anyhow::Result<()> {
     let mut bytes = u16::try_from(frame.len())?.to_be_bytes().to_vec();
     bytes.extend_from_slice(frame);
     stream.write_all(&bytes).await?;
@@ -167,7 +167,7 @@ async fn write_frame(stream: &mut TcpStream, frame: &[u8]) -> anyhow::Result<()>
 }
 
 /// Reads a frame of the handshake. Its size is bounded, because the peer is not authenticated yet.
-async fn read_frame(stream: &mut TcpStream, most: usize) -> anyhow::Result<Vec<u8>> {
+async fn read_frame(stream: &mut dyn Stream, most: usize) -> anyhow::Result<Vec<u8>> {
     let length = usize::from(stream.read_u16().await?);
     ensure!(length <= most, "invalid frame: {length} bytes, at most {most} are expected");
     let mut frame = vec![0; length];

@@ -3,22 +3,23 @@
 use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
 use bytes::Bytes;
 use ovl_proto::id::{ClusterKeyId, NodeId};
+use ring::rand::{SecureRandom as _, SystemRandom};
 use snow::TransportState;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpStream;
 use tokio::sync::Notify;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 use tracing::{debug, warn};
 
 use super::frame::Sealing;
 use super::noise::{self, AuthenticatedStream};
-use super::{HANDSHAKE, Shared, StreamEvent, tune};
+use super::{HANDSHAKE, Shared, StreamEvent};
 use crate::keys::{ClusterKey, Keyring};
+use crate::transport::Stream;
 
 /// The maximum size of a queue in bytes. If it is exceeded, the stream is closed and dialled again.
 const MAX_QUEUE: usize = 16 << 20;
@@ -238,7 +239,7 @@ async fn dial(
     peer: &Outbound,
     shared: &Shared,
     addr: SocketAddr,
-) -> Result<(TcpStream, AuthenticatedStream), DialError> {
+) -> Result<(Box<dyn Stream>, AuthenticatedStream), DialError> {
     let keyring = shared.keyring();
     let mut keys = keyring.all();
     let mut result = dial_with(peer, shared, addr, keyring.sealing()).await;
@@ -259,16 +260,16 @@ async fn dial_with(
     shared: &Shared,
     addr: SocketAddr,
     key: &ClusterKey,
-) -> Result<(TcpStream, AuthenticatedStream), DialError> {
+) -> Result<(Box<dyn Stream>, AuthenticatedStream), DialError> {
     let connect = async {
-        let stream = TcpStream::connect(addr).await?;
-        tune(&stream)?;
+        let stream = shared.transport.connect(addr).await?;
+        stream.tune()?;
         anyhow::Ok(stream)
     };
     let mut stream = connect.await.map_err(DialError::Connect)?;
     let record = shared.record();
     let secured =
-        noise::dial(&mut stream, key, &shared.identity, &record).await.map_err(DialError::Handshake)?;
+        noise::dial(&mut *stream, key, &shared.identity, &record).await.map_err(DialError::Handshake)?;
     if secured.record.id != peer.node {
         let other = format!("another host answers: {} ({})", secured.record.name, secured.record.id);
         return Err(DialError::Handshake(anyhow::anyhow!(other)));
@@ -280,7 +281,7 @@ async fn dial_with(
 async fn serve(
     peer: &Outbound,
     shared: &Shared,
-    stream: TcpStream,
+    stream: Box<dyn Stream>,
     secured: AuthenticatedStream,
 ) -> anyhow::Result<()> {
     peer.lock().disconnect();
@@ -301,7 +302,7 @@ async fn serve(
 async fn write_on(
     peer: &Outbound,
     shared: &Shared,
-    mut stream: TcpStream,
+    mut stream: Box<dyn Stream>,
     mut noise: TransportState,
 ) -> anyhow::Result<()> {
     while write(peer, stream, noise).await? == WriteEnd::Renew {
@@ -335,10 +336,10 @@ enum WriteEnd {
 
 async fn write(
     peer: &Outbound,
-    mut stream: TcpStream,
+    stream: Box<dyn Stream>,
     mut noise: TransportState,
 ) -> anyhow::Result<WriteEnd> {
-    let (mut reader, mut writer) = stream.split();
+    let (mut reader, mut writer) = tokio::io::split(stream);
     let mut buffer = Vec::new();
     let mut current: Option<Sealing> = None;
     loop {
@@ -385,6 +386,10 @@ async fn write(
 
 /// Varies the backoff, so that hosts that lost a peer at the same time do not all dial it at the same time.
 fn jitter(backoff: Duration) -> Duration {
-    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    backoff * 3 / 4 + backoff.mul_f64(f64::from(now.subsec_nanos() % 1000) / 2000.0)
+    let mut random = [0; 2];
+    // Without random numbers there is no jitter, and no handshake either.
+    if SystemRandom::new().fill(&mut random).is_err() {
+        return backoff;
+    }
+    backoff * 3 / 4 + backoff.mul_f64(f64::from(u16::from_be_bytes(random)) / 65536.0 / 2.0)
 }

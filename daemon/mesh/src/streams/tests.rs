@@ -3,6 +3,7 @@ use std::time::Instant;
 use ovl_proto::record::Presence;
 use ovl_proto::sync::Message;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
 use tokio::time::timeout;
 
 use super::*;
@@ -43,7 +44,9 @@ async fn node_at(listen: SocketAddr, identity: Arc<Identity>, keys: &[u8]) -> No
     let record = identity.sign_record(&record_of(&identity, "node")).unwrap();
     let (sender, events) = mpsc::channel(64);
     let id = identity.id();
-    let links = Streams::start(StreamsConfig { listen, identity, keyring, record }, sender).await.unwrap();
+    let transport = Arc::new(crate::transport::HostTransport);
+    let links =
+        Streams::start(StreamsConfig { listen, identity, keyring, record, transport }, sender).await.unwrap();
     Node { id, links, events }
 }
 

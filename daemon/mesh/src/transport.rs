@@ -1,0 +1,129 @@
+//! The network under gossip and streams: sockets of this host, or a network in memory.
+
+use std::fmt;
+use std::io;
+use std::net::SocketAddr;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::{TcpListener, TcpStream, UdpSocket};
+
+use crate::gossip;
+
+/// A peer that acknowledges nothing for so long is gone.
+const DEAD_AFTER: Duration = Duration::from_secs(10);
+
+/// Opens sockets.
+#[async_trait]
+pub trait Transport: fmt::Debug + Send + Sync {
+    /// Opens a datagram socket that is bound to this address.
+    fn datagrams(&self, listen: SocketAddr) -> io::Result<Box<dyn Datagrams>>;
+
+    /// Listens for streams on this address.
+    fn listen(&self, listen: SocketAddr) -> io::Result<Box<dyn Listener>>;
+
+    /// Opens a stream to this address.
+    async fn connect(&self, to: SocketAddr) -> io::Result<Box<dyn Stream>>;
+}
+
+/// A datagram socket that never fragments.
+pub trait Datagrams: Send + Sync {
+    /// Sends one datagram at once, or fails.
+    ///
+    /// # Errors
+    ///
+    /// `EMSGSIZE` if the datagram is larger than the MTU of the local device.
+    fn send(&self, datagram: &[u8], to: SocketAddr) -> io::Result<()>;
+
+    /// Receives one datagram. Only one task may wait at a time.
+    fn poll_receive(
+        &self,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<SocketAddr>>;
+}
+
+/// A socket that accepts streams.
+pub trait Listener: Send + Sync {
+    /// Accepts one stream.
+    fn poll_accept(&self, context: &mut Context<'_>) -> Poll<io::Result<(Box<dyn Stream>, SocketAddr)>>;
+
+    /// The address that it is bound to.
+    fn local_addr(&self) -> io::Result<SocketAddr>;
+}
+
+/// One stream. It fails when the other end has acknowledged nothing for ten seconds.
+pub trait Stream: AsyncRead + AsyncWrite + Send + Sync + Unpin {
+    /// Disables the delay of small writes and enables the detection of dead peers.
+    fn tune(&self) -> io::Result<()>;
+}
+
+/// The sockets of this host.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct HostTransport;
+
+#[async_trait]
+impl Transport for HostTransport {
+    fn datagrams(&self, listen: SocketAddr) -> io::Result<Box<dyn Datagrams>> {
+        Ok(Box::new(gossip::open_socket(listen)?))
+    }
+
+    fn listen(&self, listen: SocketAddr) -> io::Result<Box<dyn Listener>> {
+        let socket = Socket::new(Domain::for_address(listen), Type::STREAM, Some(Protocol::TCP))?;
+        socket.set_nonblocking(true)?;
+        // What an earlier run left in TIME_WAIT is no reason to fail.
+        socket.set_reuse_address(true)?;
+        if listen.is_ipv6() {
+            socket.set_only_v6(true)?;
+        }
+        socket.bind(&listen.into())?;
+        socket.listen(1024)?;
+        Ok(Box::new(TcpListener::from_std(socket.into())?))
+    }
+
+    async fn connect(&self, to: SocketAddr) -> io::Result<Box<dyn Stream>> {
+        Ok(Box::new(TcpStream::connect(to).await?))
+    }
+}
+
+impl Datagrams for UdpSocket {
+    fn send(&self, datagram: &[u8], to: SocketAddr) -> io::Result<()> {
+        // Not through tokio, which would have to be told first that the socket is writable.
+        SockRef::from(self).send_to(datagram, &to.into()).map(drop)
+    }
+
+    fn poll_receive(
+        &self,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<SocketAddr>> {
+        self.poll_recv_from(context, buffer)
+    }
+}
+
+impl Listener for TcpListener {
+    fn poll_accept(&self, context: &mut Context<'_>) -> Poll<io::Result<(Box<dyn Stream>, SocketAddr)>> {
+        self.poll_accept(context)
+            .map_ok(|(stream, from)| -> (Box<dyn Stream>, SocketAddr) { (Box::new(stream), from) })
+    }
+
+    fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.local_addr()
+    }
+}
+
+impl Stream for TcpStream {
+    fn tune(&self) -> io::Result<()> {
+        self.set_nodelay(true)?;
+        let socket = SockRef::from(self);
+        let keepalive = TcpKeepalive::new()
+            .with_time(Duration::from_secs(4))
+            .with_interval(Duration::from_secs(2))
+            .with_retries(3);
+        socket.set_tcp_keepalive(&keepalive)?;
+        socket.set_tcp_user_timeout(Some(DEAD_AFTER))
+    }
+}

@@ -1,0 +1,118 @@
+//! ovld: builds overlay networks on this host and shares them with its peers by gossip.
+//!
+//! The program is [`main`]. [`Daemon`] is one daemon in an [`Environment`], for tests that run many in one process.
+
+#![warn(missing_docs)]
+
+mod config;
+mod control;
+mod environment;
+mod log;
+mod node;
+mod ports;
+mod problems;
+mod store;
+mod workloads;
+
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::path::Path;
+use std::process::ExitCode;
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use clap::{CommandFactory as _, Parser as _};
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
+
+use crate::config::{Args, NoAddress};
+
+pub use crate::config::Config;
+pub use crate::environment::{Disk, Environment, Host};
+pub use crate::node::{Daemon, Inspection};
+
+/// To start again would not help (sysexits.h): the unit does not.
+const EX_CONFIG: u8 = 78;
+/// How long another process may hold our lock before that is an error.
+const LOCK_WITHIN: Duration = Duration::from_secs(1);
+
+/// Runs the program `ovld`.
+pub fn main() -> ExitCode {
+    let args = Args::parse();
+    let result = if args.man { print_manual() } else { start(args) };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("ovld: {error:#}");
+            let in_vain = error.is::<node::StoodAside>()
+                || error.is::<Misconfigured>()
+                || error.is::<ovl_files::Damaged>();
+            if in_vain { ExitCode::from(EX_CONFIG) } else { ExitCode::FAILURE }
+        }
+    }
+}
+
+/// The configuration says what cannot be, and will when started again.
+#[derive(Debug, thiserror::Error)]
+#[error("wrong configuration")]
+struct Misconfigured;
+
+fn print_manual() -> Result<()> {
+    clap_mangen::Man::new(Args::command()).section("8").render(&mut std::io::stdout())?;
+    Ok(())
+}
+
+fn start(args: Args) -> Result<()> {
+    let config = Config::load(args).map_err(|error| match error.is::<NoAddress>() {
+        true => error,
+        false => error.context(Misconfigured),
+    })?;
+    log::init(config.log);
+    if !nix::unistd::geteuid().is_root() {
+        bail!("ovld makes network devices, which only root may: start it by systemd, or with sudo");
+    }
+    for dir in [&config.state_dir, &config.run_dir] {
+        std::fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(dir)
+            .with_context(|| format!("making {}", dir.display()))?;
+    }
+    let _locks = [
+        lock(&config.run_dir, "run directory", "--run-dir")?,
+        lock(&config.state_dir, "state directory", "--state-dir")?,
+    ];
+    // Everything that counts runs on one thread; the kernel's worker and the disk have their own.
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("starting the event loop")?;
+    tokio::task::LocalSet::new().block_on(&runtime, node::run(config, Rc::new(Host)))
+}
+
+/// One daemon for each directory: held until the process ends, however it ends.
+fn lock(dir: &Path, what: &str, flag: &str) -> Result<Flock<File>> {
+    let path = dir.join("lock");
+    let mut file = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .open(&path)
+        .with_context(|| format!("opening {}", path.display()))?;
+    let start = Instant::now();
+    loop {
+        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => return Ok(lock),
+            // A process that was killed a moment ago may not have let go of it yet.
+            Err((same, Errno::EWOULDBLOCK)) if start.elapsed() < LOCK_WITHIN => file = same,
+            Err((_, Errno::EWOULDBLOCK)) => bail!(
+                "another ovld is running with the {what} {}: stop it, or give this one its own with {flag}",
+                dir.display()
+            ),
+            Err((_, error)) => return Err(error).with_context(|| format!("locking {}", path.display())),
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
