@@ -7,6 +7,7 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -134,7 +135,10 @@ impl World {
     pub fn new(seed: u64) -> Result<Self> {
         START.set(Some(Instant::now()));
         let mut random = Random::new(seed);
-        let directory = std::env::temp_dir().join(format!("ovl-simulation-{}-{seed}", std::process::id()));
+        // Several worlds of one process may have one seed.
+        static WORLDS: AtomicU64 = AtomicU64::new(0);
+        let number = WORLDS.fetch_add(1, Ordering::Relaxed);
+        let directory = std::env::temp_dir().join(format!("ovl-simulation-{}-{number}", std::process::id()));
         std::fs::create_dir_all(&directory)?;
         std::fs::write(directory.join("ovld.toml"), "")?;
         let mut key = [0; 32];
