@@ -242,11 +242,17 @@ impl KernelModel {
     }
 
     fn note_forwarding(&mut self, payload: &[u8]) {
+        // Attributes of `linux/netconf.h`, which `libc` does not define.
+        const NETCONFA_IFINDEX: u16 = 1;
+        const NETCONFA_FORWARDING: u16 = 2;
+        /// The index for all devices (NETCONFA_IFINDEX_ALL).
         const ALL: u32 = u32::MAX;
         let find =
             |wanted| attributes(payload, 4).find(|(kind, _)| *kind == wanted).and_then(|(_, v)| u32_at(v, 0));
-        let (Some(ALL), Some(forwarding)) = (find(1), find(2)) else { return };
-        let name = if u8_at(payload, 0) == Some(10) {
+        let (Some(ALL), Some(forwarding)) = (find(NETCONFA_IFINDEX), find(NETCONFA_FORWARDING)) else {
+            return;
+        };
+        let name = if u8_at(payload, 0).map(i32::from) == Some(nix::libc::AF_INET6) {
             "net.ipv6.conf.all.forwarding"
         } else {
             "net.ipv4.ip_forward"

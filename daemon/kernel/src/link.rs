@@ -12,6 +12,26 @@ use super::attribute::{attributes, ip, text, u8_at, u16_at, u16_be, u32_at};
 
 /// The length of `ifinfomsg`.
 const HEADER: usize = 16;
+// Attributes of `linux/if_link.h` and `linux/if_bridge.h`, which `libc` does not define.
+const IFLA_BR_STP_STATE: u16 = 5;
+const IFLA_BR_MCAST_SNOOPING: u16 = 23;
+const IFLA_BR_NF_CALL_IPTABLES: u16 = 36;
+const IFLA_BR_NF_CALL_ARPTABLES: u16 = 38;
+const IFLA_BRPORT_MODE: u16 = 4;
+const IFLA_BRPORT_LEARNING: u16 = 8;
+const IFLA_BRPORT_NEIGH_SUPPRESS: u16 = 32;
+const IFLA_VXLAN_ID: u16 = 1;
+const IFLA_VXLAN_LOCAL: u16 = 4;
+const IFLA_VXLAN_LEARNING: u16 = 7;
+const IFLA_VXLAN_PORT: u16 = 15;
+const IFLA_VXLAN_LOCAL6: u16 = 17;
+const IFLA_VXLAN_UDP_ZERO_CSUM6_TX: u16 = 19;
+const IFLA_VXLAN_UDP_ZERO_CSUM6_RX: u16 = 20;
+const IFLA_VXLAN_COLLECT_METADATA: u16 = 25;
+const IFLA_INET_CONF: u16 = 1;
+const IFLA_INET6_ADDR_GEN_MODE: u16 = 8;
+const IN6_ADDR_GEN_MODE_NONE: u8 = 1;
+
 /// The families of nested attributes, which are attribute types there.
 const AF_INET: u16 = libc::AF_INET as u16;
 const AF_INET6: u16 = libc::AF_INET6 as u16;
@@ -139,7 +159,7 @@ impl<'a> LinkView<'a> {
         // A master without a known name is not a device of ovl. Which one it is makes no difference.
         let unknown = Device::new("?");
         let master = self.master.and_then(|index| names.get(&index).copied().or(unknown));
-        let quiet = self.address_mode.is_none_or(|mode| mode == 1);
+        let quiet = self.address_mode.is_none_or(|mode| mode == IN6_ADDR_GEN_MODE_NONE);
         let data = || attributes(self.data, 0);
         Some(match self.created_by_ovl()?.role()? {
             Role::Bridge(_) => {
@@ -161,12 +181,12 @@ impl<'a> LinkView<'a> {
                 let mut local = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
                 for (kind, value) in data() {
                     match kind {
-                        1 => vni = u32_at(value, 0)?,
-                        4 | 17 => local = ip(value)?,
-                        7 => learning = u8_at(value, 0)? != 0,
-                        15 => port = u16_be(value)?,
-                        19 => bare_out = u8_at(value, 0)? != 0,
-                        20 => bare_in = u8_at(value, 0)? != 0,
+                        IFLA_VXLAN_ID => vni = u32_at(value, 0)?,
+                        IFLA_VXLAN_LOCAL | IFLA_VXLAN_LOCAL6 => local = ip(value)?,
+                        IFLA_VXLAN_LEARNING => learning = u8_at(value, 0)? != 0,
+                        IFLA_VXLAN_PORT => port = u16_be(value)?,
+                        IFLA_VXLAN_UDP_ZERO_CSUM6_TX => bare_out = u8_at(value, 0)? != 0,
+                        IFLA_VXLAN_UDP_ZERO_CSUM6_RX => bare_in = u8_at(value, 0)? != 0,
                         _ => {}
                     }
                 }
@@ -177,15 +197,17 @@ impl<'a> LinkView<'a> {
             }
             Role::Endpoint(_) => {
                 let tuned = quiet && self.port_is_tuned(false) == Some(true);
-                let hairpin = self.port_flag(4).is_some_and(|mode| mode != 0);
+                let hairpin = self.port_flag(IFLA_BRPORT_MODE).is_some_and(|mode| mode != 0);
                 Link::Endpoint { mtu, master, up, tuned, hairpin }
             }
         })
     }
 
-    /// Whether it behaves as a port should; none if it is no port, or the message does not say.
+    /// Whether the bridge port has the settings of ovl. `None` if the device is not a port, or the message does not
+    /// contain them.
     pub(super) fn port_is_tuned(&self, is_vxlan: bool) -> Option<bool> {
-        let (learning, suppress) = (self.port_flag(8)?, self.port_flag(32)?);
+        let learning = self.port_flag(IFLA_BRPORT_LEARNING)?;
+        let suppress = self.port_flag(IFLA_BRPORT_NEIGH_SUPPRESS)?;
         Some(learning == 0 && (suppress != 0 || !is_vxlan))
     }
 
@@ -204,9 +226,10 @@ impl<'a> LinkView<'a> {
         }
         let find =
             |wanted| attributes(self.data, 0).find(|(kind, _)| *kind == wanted).map(|(_, value)| value);
-        let accepts_all = find(25).and_then(|value| u8_at(value, 0)).is_some_and(|flag| flag != 0);
-        let vni = find(1).and_then(|value| u32_at(value, 0));
-        Some((vni.filter(|_| !accepts_all), find(15).and_then(u16_be)?))
+        let accepts_all =
+            find(IFLA_VXLAN_COLLECT_METADATA).and_then(|value| u8_at(value, 0)).is_some_and(|flag| flag != 0);
+        let vni = find(IFLA_VXLAN_ID).and_then(|value| u32_at(value, 0));
+        Some((vni.filter(|_| !accepts_all), find(IFLA_VXLAN_PORT).and_then(u16_be)?))
     }
 }
 
@@ -214,15 +237,17 @@ impl<'a> LinkView<'a> {
 /// iptables are off.
 fn is_bridge_tuned((kind, value): (u16, &[u8])) -> bool {
     match kind {
-        5 => u32_at(value, 0) == Some(0),
-        23 | 36..=38 => u8_at(value, 0) == Some(0),
+        IFLA_BR_STP_STATE => u32_at(value, 0) == Some(0),
+        IFLA_BR_MCAST_SNOOPING | IFLA_BR_NF_CALL_IPTABLES..=IFLA_BR_NF_CALL_ARPTABLES => {
+            u8_at(value, 0) == Some(0)
+        }
         _ => true,
     }
 }
 
 fn address_mode(families: &[u8]) -> Option<u8> {
     let (_, inet6) = attributes(families, 0).find(|(family, _)| *family == AF_INET6)?;
-    let (_, mode) = attributes(inet6, 0).find(|(kind, _)| *kind == 8)?;
+    let (_, mode) = attributes(inet6, 0).find(|(kind, _)| *kind == IFLA_INET6_ADDR_GEN_MODE)?;
     u8_at(mode, 0)
 }
 
@@ -232,7 +257,7 @@ fn localnet(families: &[u8]) -> bool {
     const AT: usize = 25 * 4;
     let settings = attributes(families, 0)
         .find(|(family, _)| *family == AF_INET)
-        .and_then(|(_, inet)| attributes(inet, 0).find(|(kind, _)| *kind == 1));
+        .and_then(|(_, inet)| attributes(inet, 0).find(|(kind, _)| *kind == IFLA_INET_CONF));
     settings.and_then(|(_, values)| u32_at(values, AT)).is_some_and(|value| value != 0)
 }
 

@@ -173,13 +173,15 @@ pub(super) fn by_id(route: &mut Route, wanted: &BTreeSet<i32>) -> Result<BTreeMa
 
 /// The id of a namespace in the namespace of `route`. `None` if it has none there.
 pub(super) fn id_of(route: &mut Route, netns: &Netns) -> Result<Option<i32>> {
+    /// Not defined by `libc`.
+    const NETNSA_NSID: u16 = 1;
     let mut message = NsidMessage::default();
     message.attributes.push(NsidAttribute::Fd(netns.fd.as_raw_fd().unsigned_abs()));
     let mut batch = Batch::default();
     batch.push(RouteNetlinkMessage::GetNsId(message), 0);
     let (_, answers) = route.execute(batch)?;
     Ok(answers.first().and_then(|answer| {
-        let (_, id) = attributes(&answer.payload, 4).find(|(kind, _)| *kind == 1)?;
+        let (_, id) = attributes(&answer.payload, 4).find(|(kind, _)| *kind == NETNSA_NSID)?;
         u32_at(id, 0).map(|id| id as i32)
     }))
 }

@@ -38,7 +38,7 @@ pub(super) const fn message_type(message: libc::c_int) -> u16 {
 // Attributes of nftables (`NFTA_...` in `linux/netfilter/nf_tables.h`), which `libc` does not define.
 
 /// The name of the table, which is the first attribute of all objects.
-const IN_TABLE: u16 = 1;
+pub(super) const IN_TABLE: u16 = 1;
 const CHAIN_NAME: u16 = 3;
 const RULE_CHAIN: u16 = 2;
 const SET_NAME: u16 = 2;

@@ -153,7 +153,7 @@ pub async fn unmount_netns(path: PathBuf, cookie: NetnsCookie) -> Result<()> {
         match mount_point(&path)? {
             MountPoint::Netns(found, _) if found == cookie => {
                 let action = || format!("cannot unmount {}", path.display());
-                // Lazily, as `ip netns del` does: somebody may have the file open.
+                // Lazily, as `ip netns del` does: a process may have the file open.
                 umount2(&path, MntFlags::MNT_DETACH)
                     .map_err(|error| KernelError::io(action(), &error.into()))?;
             }

@@ -11,7 +11,7 @@ use ovl_dataplane::nft::BASE_TABLE;
 use ovl_dataplane::nft::Table;
 
 use super::attribute::{Message, attributes, messages, text, u8_at};
-use super::nftables::{FIXED, SUBSYSTEM, is_in};
+use super::nftables::{FIXED, IN_TABLE, SUBSYSTEM, is_in};
 
 /// The message that ends a transaction.
 const NEW_GENERATION: u8 = libc::NFT_MSG_NEWGEN as u8;
@@ -132,11 +132,14 @@ fn open() -> io::Result<Socket> {
 /// Whether a message is about the base table: the first attribute of all objects is the name of their table.
 fn is_filter(message: &Message<'_>) -> bool {
     u8_at(message.payload, 0).map(i32::from) == Some(libc::NFPROTO_INET)
-        && attributes(message.payload, FIXED).any(|(kind, value)| kind == 1 && text(value) == BASE_TABLE)
+        && attributes(message.payload, FIXED)
+            .any(|(kind, value)| kind == IN_TABLE && text(value) == BASE_TABLE)
 }
 
 /// The id of the process that committed a transaction.
 fn process(message: &Message<'_>) -> Option<u32> {
-    let (_, value) = attributes(message.payload, FIXED).find(|(kind, _)| *kind == 2)?;
+    /// Not defined by `libc`.
+    const NFTA_GEN_PROC_PID: u16 = 2;
+    let (_, value) = attributes(message.payload, FIXED).find(|(kind, _)| *kind == NFTA_GEN_PROC_PID)?;
     Some(u32::from_be_bytes(value.try_into().ok()?))
 }
