@@ -11,5 +11,6 @@
 
 pub mod gossip;
 pub mod keys;
+mod socket;
 pub mod streams;
 pub mod transport;

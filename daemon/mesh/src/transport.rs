@@ -11,7 +11,7 @@ use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream, UdpSocket};
 
-use crate::gossip;
+use crate::socket;
 
 /// A peer that acknowledges nothing for so long is gone.
 const DEAD_AFTER: Duration = Duration::from_secs(10);
@@ -68,7 +68,7 @@ pub struct HostTransport;
 #[async_trait]
 impl Transport for HostTransport {
     fn datagrams(&self, listen: SocketAddr) -> io::Result<Box<dyn Datagrams>> {
-        Ok(Box::new(gossip::open_socket(listen)?))
+        Ok(Box::new(socket::open(listen)?))
     }
 
     fn listen(&self, listen: SocketAddr) -> io::Result<Box<dyn Listener>> {

@@ -50,6 +50,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("netns-lab-bench", &["netns-lab"]),
     ("ovl-tests", &["netns-lab"]),
     ("ovl-machines", &["netns-lab"]),
+    ("ovl-simulation", &["ovl-proto", "ovl-control", "ovl-dataplane", "ovl-kernel", "ovl-mesh", "ovld"]),
     ("ovl-rooms", &[]),
 ];
 

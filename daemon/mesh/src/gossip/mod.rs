@@ -4,7 +4,7 @@
 //! | --- | --- |
 //! | [`seal`], [`replay`] | encryption, authentication and replay protection of datagrams |
 //! | [`packet`], [`fragment`] | the plaintext of datagrams |
-//! | [`socket`], [`hub`] | the socket, and the dispatch of packets |
+//! | [`hub`] | the dispatch of packets |
 //! | [`cluster`] | chitchat, which spreads records and hints |
 //! | [`monitor`] | the conversion of chitchat's state to events |
 //! | [`book`], [`mtu`] | the path to each peer: pings, round-trip times, path MTU |
@@ -21,7 +21,6 @@ mod packet;
 mod pulse;
 mod replay;
 mod seal;
-mod socket;
 mod strangers;
 
 use std::collections::{HashMap, HashSet};
@@ -46,7 +45,6 @@ pub use cluster::Hints;
 use hub::Hub;
 use packet::Packet;
 use pulse::Seeds;
-pub(crate) use socket::open as open_socket;
 pub(crate) use strangers::Strangers;
 
 /// The minimum interval between publications of hints. They may be late: peers use them only to find missed state.

@@ -6,7 +6,7 @@ use ovl_proto::wire::{self, WireError};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
 use super::seal::OVERHEAD;
-use super::socket;
+use crate::socket;
 
 /// The maximum UDP payload of gossip in bytes: with its headers it fits the minimum MTU of IPv6.
 pub(super) const MAX_PAYLOAD: usize = 1200;

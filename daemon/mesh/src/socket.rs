@@ -40,7 +40,7 @@ pub(crate) fn open(listen: SocketAddr) -> io::Result<UdpSocket> {
 }
 
 /// The length in bytes of the IP and UDP headers of a datagram to an address.
-pub(super) fn header_len(to: IpAddr) -> usize {
+pub(crate) fn header_len(to: IpAddr) -> usize {
     match to {
         IpAddr::V4(_) => 20 + 8,
         IpAddr::V6(_) => 40 + 8,
