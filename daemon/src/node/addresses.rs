@@ -1,4 +1,4 @@
-//! Addresses for endpoints: out of our blocks, out of a new block, or leased from another host.
+//! Addresses for endpoints: from a block of this host, from a newly claimed block, or leased from another host.
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -13,16 +13,16 @@ use ovl_proto::sync::LeaseWish;
 use super::state::State;
 use super::{Failed, Node};
 
-/// An address that is set aside for an attach, and free again when this is dropped.
+/// An address that is reserved for an attach, and released when this is dropped.
 pub(super) struct Reserved<'a> {
     node: &'a Node,
     network: NetworkId,
-    /// The address, with the length of its subnet.
+    /// The address, with the prefix length that the endpoint gets.
     pub(super) net: IpNet,
 }
 
 impl Reserved<'_> {
-    /// Leaves it set aside, also without this.
+    /// Keeps the address reserved after this value is gone, and returns it.
     pub(super) fn keep(self) -> IpNet {
         let net = self.net;
         std::mem::forget(self);
@@ -37,7 +37,11 @@ impl Drop for Reserved<'_> {
 }
 
 impl Node {
-    /// Sets a free address of a subnet aside.
+    /// Reserves any free address of a subnet.
+    ///
+    /// # Errors
+    ///
+    /// Every address is in use, or no majority of the members can be reached to claim a block.
     pub(super) async fn reserve_any(
         &self,
         network: &Network,
@@ -49,7 +53,7 @@ impl Node {
         if self.state.borrow().view.is_own(network.id) {
             return Err(self.full(network, subnet));
         }
-        // Another attach may take what a claim brought in before this one comes to it.
+        // A concurrent attach may take the addresses of the claimed block before this one runs again, hence the loop.
         for _ in 0..16 {
             match self.claim_block(network, subnet).await? {
                 Ok(()) => {
@@ -57,7 +61,8 @@ impl Node {
                         return Ok(reserved);
                     }
                 }
-                // An address that is routed to its block's host cannot be lent to another.
+                // On a routed network, an address is routed to the holder of its block, so it cannot be leased to
+                // another host.
                 Err(Refusal::Full { .. }) if subnet.routed => return Err(self.full(network, subnet)),
                 Err(Refusal::Full { .. }) => return self.lease_any(network, subnet).await,
                 Err(refusal) => return Err(self.explain(&refusal)),
@@ -66,6 +71,7 @@ impl Node {
         Err(self.full(network, subnet))
     }
 
+    /// Reserves a free address of the blocks that this host holds. `None` if they have none.
     fn try_pick(&self, network: &Network, subnet: &Subnet) -> Option<Reserved<'_>> {
         let mut state = self.state.borrow_mut();
         let address = pick(&mut state, network.id, subnet)?;
@@ -73,23 +79,25 @@ impl Node {
         self.set_aside(network.id, subnet, address)
     }
 
-    /// Takes over an address that was kept aside.
+    /// Takes over an address that was reserved earlier with [`Reserved::keep`]. `None` if it is in no subnet.
     pub(super) fn reserve_kept(&self, network: &Network, address: IpAddr) -> Option<Reserved<'_>> {
         let subnet = network.subnets.iter().find(|subnet| subnet.prefix.contains(&address))?;
         self.state.borrow_mut().pending.addresses.remove(&(network.id, address));
         self.set_aside(network.id, subnet, address)
     }
 
+    /// Marks an address as reserved. `None` if it is reserved already.
     fn set_aside(&self, network: NetworkId, subnet: &Subnet, address: IpAddr) -> Option<Reserved<'_>> {
-        // On a routed network nobody else is on the link.
+        // On a routed network, no other host is on the link.
         let length = if subnet.routed { subnet.prefix.max_prefix_len() } else { subnet.prefix.prefix_len() };
         let net = IpNet::new(address, length).ok()?;
         let fresh = self.state.borrow_mut().pending.addresses.insert((network, address));
-        // Not `then_some`: what is not handed out must not be dropped either.
+        // Not `then_some`: that would create the value in any case, and dropping it would release the other
+        // reservation.
         fresh.then(|| Reserved { node: self, network, net })
     }
 
-    /// One more block than we hold.
+    /// Claims one block more than this host holds.
     pub(super) async fn claim_block(
         &self,
         network: &Network,
@@ -113,7 +121,7 @@ impl Node {
         Ok(result)
     }
 
-    /// Every block has a holder: one of them may have an address to spare.
+    /// Leases any free address of a subnet from a live host. To be called when every block has a holder.
     async fn lease_any(&self, network: &Network, subnet: &Subnet) -> Result<Reserved<'_>, Failed> {
         let holders: BTreeSet<NodeId> = {
             let state = self.state.borrow();
@@ -132,7 +140,7 @@ impl Node {
         Err(self.full(network, subnet))
     }
 
-    /// Says how full a subnet is and how to make it larger.
+    /// Returns the error for a full subnet: how many addresses are in use, and how to extend the subnet.
     fn full(&self, network: &Network, subnet: &Subnet) -> Failed {
         let state = self.state.borrow();
         let used: usize = state
@@ -166,7 +174,12 @@ impl Node {
         ))
     }
 
-    /// Sets one particular address aside.
+    /// Reserves one particular address.
+    ///
+    /// # Errors
+    ///
+    /// The address is outside the subnets, not usable, in use, or in a block whose holder does not lease it; or no
+    /// majority can be reached to claim its block.
     pub(super) async fn reserve_exact(
         &self,
         network: &Network,
@@ -234,7 +247,7 @@ impl Node {
     }
 }
 
-/// Our blocks of a subnet; of a network of our own, all of it.
+/// Returns the blocks of a subnet that this host holds. For a bridge network, it is the whole subnet.
 fn blocks(state: &State, network: NetworkId, subnet: &Subnet) -> Vec<IpNet> {
     if state.view.is_own(network) {
         return vec![subnet.prefix];
@@ -245,6 +258,7 @@ fn blocks(state: &State, network: NetworkId, subnet: &Subnet) -> Vec<IpNet> {
         .collect()
 }
 
+/// Returns the holder of each claimed block of a subnet.
 fn holders<'a>(
     state: &'a State,
     network: NetworkId,
@@ -253,6 +267,7 @@ fn holders<'a>(
     held(state, network, subnet).map(|(_, holder)| holder)
 }
 
+/// Returns the claimed blocks of a subnet with their holders.
 fn held<'a>(
     state: &'a State,
     network: NetworkId,
@@ -268,9 +283,11 @@ fn held<'a>(
         .map(|(block, holder)| (block.prefix, *holder))
 }
 
-/// Tells addresses of a network that this host does not give out: those of its endpoints, of other
-/// hosts and of attaches under way; and those that older endpoints take for a broadcast address,
-/// because the subnet has grown since they were attached.
+/// Returns a predicate for addresses of a network that this host must not assign.
+///
+/// These are the addresses of its endpoints, addresses that are leased to other hosts, and those that are reserved
+/// for attaches in flight. After a subnet was extended, it also includes the addresses that older endpoints take for
+/// the network or broadcast address.
 pub(super) fn in_use(state: &State, network: NetworkId) -> impl Fn(IpAddr) -> bool {
     let edges = edges(state, network);
     move |address| {
@@ -282,13 +299,13 @@ pub(super) fn in_use(state: &State, network: NetworkId) -> impl Fn(IpAddr) -> bo
     }
 }
 
-/// The first and the last addresses of the ranges that the endpoints were attached with.
+/// Returns the first and the last address of each range with which endpoints were attached.
 fn edges(state: &State, network: NetworkId) -> BTreeSet<IpAddr> {
     let ranges = state.view.nodes.values().flat_map(|node| node.table.ranges(network));
     ranges.flat_map(|range| [range.network(), range.broadcast()]).collect()
 }
 
-/// A free address of our blocks.
+/// Picks a free address of the blocks that this host holds. `None` if there is none.
 pub(super) fn pick(state: &mut State, network: NetworkId, subnet: &Subnet) -> Option<IpAddr> {
     let cursor = (network, subnet.gateway);
     let address = ipam::allocate(
@@ -301,14 +318,14 @@ pub(super) fn pick(state: &mut State, network: NetworkId, subnet: &Subnet) -> Op
     Some(address)
 }
 
-/// The block that an address belongs to, held or not.
+/// Returns the block that contains an address, whether it is claimed or not. `None` if no subnet contains it.
 pub(super) fn block_of(state: &State, network: NetworkId, address: IpAddr) -> Option<IpNet> {
     let network = &state.view.networks.get(&network)?.network;
     let subnet = network.subnets.iter().find(|subnet| subnet.prefix.contains(&address))?;
     IpNet::new(address, subnet.block_length).ok().map(|net| net.trunc())
 }
 
-/// Who has an address.
+/// Describes who uses an address, for an error message.
 pub(super) fn describe_use(state: &State, network: NetworkId, address: IpAddr) -> String {
     match state.view.all_with_address(network, address).next() {
         Some(placed) => {

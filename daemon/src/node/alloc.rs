@@ -1,5 +1,5 @@
-//! The allocator's shell: its messages, its promises on disk, and those who wait for it. Also
-//! leases: addresses out of another host's block.
+//! The consensus replica's I/O: its messages, its promises on disk, and the requests that wait for it. Also leases:
+//! addresses from a block of another host.
 
 use std::net::IpAddr;
 use std::rc::Rc;
@@ -20,21 +20,22 @@ use crate::problems::Code;
 use crate::store;
 use ovl_subsystems::Change as What;
 
-/// A host that does not answer a request for a lease is given up after this time.
+/// How long a host has to answer a lease request.
 const LEASE_TIMEOUT: Duration = Duration::from_secs(3);
-/// So often a change is asked for while a majority is alive and does not answer in time.
+/// How many times a change is requested while a majority is alive but does not answer in time.
 const AGREE_TRIES: u32 = 4;
-/// What must be on the disk is there by then, or something is wrong with the disk.
+/// How long a write to the state file may take before the disk is reported as stuck.
 const DISK_TIMEOUT: Duration = Duration::from_secs(10);
-/// Between two attempts to get our addresses back: the others' streams may not be up yet.
+/// Time between two attempts to reclaim this host's addresses. The streams to other hosts may not be up yet.
 const RECLAIM_RETRY: Duration = Duration::from_secs(2);
-/// Between two attempts to become a member.
+/// Time between two attempts to become a member.
 const ADMISSION_RETRY: Duration = Duration::from_millis(200);
-/// A host that has found no cluster says so after this time.
+/// How long a host looks for a cluster before it reports that there is none.
 const NOBODY_AFTER: Duration = Duration::from_secs(3);
-/// How long a new host waits for the records of all members before it asks for admission.
+/// How long a new host waits for the records of all members before it requests admission.
 const RECORDS_WITHIN: Duration = Duration::from_secs(2);
 
+/// Whether an address satisfies a lease request.
 fn fits(wish: LeaseWish, address: IpAddr) -> bool {
     match wish {
         LeaseWish::Exact(wanted) => wanted == address,
@@ -43,7 +44,7 @@ fn fits(wish: LeaseWish, address: IpAddr) -> bool {
 }
 
 impl Node {
-    /// A message of another host's allocator.
+    /// Handles a message from the consensus replica of another host.
     pub(super) fn on_alloc(&self, from: NodeId, message: AllocMessage) {
         if let AllocMessage::Request { change: Change::DropNetwork(network), .. } = &message
             && self.state.borrow().view.networks.contains_key(network)
@@ -59,7 +60,7 @@ impl Node {
         self.carry_out(output);
     }
 
-    /// Time for the allocator; also asks for admission as long as this host is no member.
+    /// Advances the time of the consensus replica.
     pub(super) fn tick_alloc(&self) {
         let output = {
             let mut state = self.state.borrow_mut();
@@ -69,7 +70,7 @@ impl Node {
         self.carry_out(output);
     }
 
-    /// Asks for a change; the answer goes to `waiting`.
+    /// Requests a change of the allocation map. The result is sent to `waiting`.
     pub(super) fn request_change(
         &self,
         change: Change,
@@ -87,21 +88,22 @@ impl Node {
         self.carry_out(output);
     }
 
-    /// Asks for a change and waits for the answer.
+    /// Requests a change of the allocation map and waits for the result.
     pub(super) async fn change(&self, change: Change) -> Result<(), Failed> {
         self.agree(&change).await?.map_err(|refusal| self.explain(&refusal))
     }
 
-    /// The same, with the refusal as it is. Too few answers in time while a majority is alive means
-    /// that packets are lost: it is tried again, for changes can be asked for twice.
+    /// Requests a change of the allocation map and returns a refusal as it is.
+    ///
+    /// If too few members answer in time although a majority is alive, packets are being lost. The request is then
+    /// repeated, which is safe because changes are idempotent.
     pub(super) async fn agree(&self, change: &Change) -> Result<Result<(), Refusal>, Failed> {
         let mut tries = 0;
         loop {
             let (tell, answer) = oneshot::channel();
             self.request_change(change.clone(), Some(tell));
             tries += 1;
-            // The allocator gives up by itself; beyond that only a disk that takes nothing can hold
-            // it up.
+            // The replica fails expired requests itself. Only a stuck disk can delay its answer for longer.
             match tokio::time::timeout(DISK_TIMEOUT, answer).await {
                 Ok(Ok(Err(Refusal::NoMajority { .. })))
                     if tries < AGREE_TRIES && self.majority_is_alive() => {}
@@ -112,19 +114,21 @@ impl Node {
         }
     }
 
+    /// Whether a majority of the members is alive, as seen by this host.
     fn majority_is_alive(&self) -> bool {
         let state = self.state.borrow();
         let members = &state.view.alloc.members;
         state.alive().intersection(members).count() > members.len() / 2
     }
 
+    /// Returns the error for a write to the state file that did not complete in time.
     fn disk_is_stuck(&self) -> Failed {
         let state = self.state.borrow();
         let why = state.problems.get(Code::StateFile, "");
         Failed::unavailable(why.unwrap_or("the state cannot be saved in time: is the disk stuck?"))
     }
 
-    /// A refusal in words for the user.
+    /// Converts a refusal to an error for the user.
     pub(super) fn explain(&self, refusal: &Refusal) -> Failed {
         let state = self.state.borrow();
         match refusal {
@@ -166,7 +170,7 @@ impl Node {
         }
     }
 
-    /// Carries out what the allocator says, after its promises are on the disk.
+    /// Carries out the output of the consensus replica, once its promises are on disk.
     pub(super) fn carry_out(&self, output: Output) {
         {
             let mut state = self.state.borrow_mut();
@@ -174,7 +178,7 @@ impl Node {
                 self.save_then(&mut state, Durable::Alloc(output));
                 return;
             }
-            // Not before what was said earlier and still waits for the disk.
+            // Keep the order: an earlier output may still wait for the disk.
             let waiting = &mut state.save.waiting;
             let last = waiting.iter().rev().find(|(_, durable)| matches!(durable, Durable::Alloc(_)));
             if let Some(number) = last.map(|(number, _)| *number) {
@@ -185,6 +189,7 @@ impl Node {
         self.carry_out_now(output);
     }
 
+    /// Sends the messages of an output and delivers its events.
     fn carry_out_now(&self, output: Output) {
         for (to, message) in output.send {
             self.links().send(to, &Message::Alloc(message));
@@ -194,11 +199,11 @@ impl Node {
                 Event::Learned => self.on_learned(),
                 Event::Done { id, result } => {
                     if let Some(waiting) = self.state.borrow_mut().claims.remove(&id) {
-                        // Whoever asked may have given up.
+                        // The requester may have timed out.
                         waiting.send(result).ok();
                     }
                 }
-                // The record says so too, with a name: see `note_cluster`.
+                // The record of that host shows it too, with its name: see `note_cluster`.
                 Event::ForeignCluster { from, cluster } => {
                     tracing::debug!(%from, cluster, "a map of another cluster");
                 }
@@ -206,7 +211,7 @@ impl Node {
         }
     }
 
-    /// The map is a later one.
+    /// Takes over a newer allocation map from the consensus replica.
     fn on_learned(&self) {
         let newly: Vec<NodeId> = {
             let mut guard = self.state.borrow_mut();
@@ -216,7 +221,7 @@ impl Node {
             if before.members != state.view.alloc.members {
                 state.keys.map_changed = state.now();
             }
-            // What was said before either side was a member was passed over: it is said again.
+            // Messages that arrived before both sides were members were ignored, so exchange them again.
             let all_new = state.is_member() && !was_member;
             let news = |id: &&NodeId| all_new || !before.members.contains(*id);
             let newly: Vec<NodeId> = state.view.alloc.members.iter().filter(news).copied().collect();
@@ -230,7 +235,7 @@ impl Node {
                 self.event("peer", &self.config.node, "admitted to the cluster");
             }
             self.drop_forgotten(state);
-            // Which entries count depends on the map.
+            // The map determines which entries are used.
             state.changed(What::ThisHost);
             self.publish_hints(state);
             newly
@@ -246,7 +251,7 @@ impl Node {
         self.membership.notify_waiters();
     }
 
-    /// Marks the state file as out of date, and keeps `then` until it is on the disk.
+    /// Requests a write of the state file. `then` is carried out once the file is on disk.
     pub(super) fn save_then(&self, state: &mut State, then: Durable) {
         let number = state.save.handed + 1;
         state.save.waiting.push((number, then));
@@ -254,13 +259,17 @@ impl Node {
         self.saver.notify_one();
     }
 
-    /// The same, with nothing that waits.
+    /// Requests a write of the state file, without waiting for it.
     pub(super) fn save_soon(&self) {
         self.state.borrow_mut().save.wanted = true;
         self.saver.notify_one();
     }
 
-    /// Returns when all that is known now is on the disk.
+    /// Returns once the current state is on disk.
+    ///
+    /// # Errors
+    ///
+    /// The disk is stuck, or ovld is stopping.
     pub(super) async fn saved(&self) -> Result<(), Failed> {
         let (tell, done) = oneshot::channel();
         self.save_then(&mut self.state.borrow_mut(), Durable::Tell(tell));
@@ -271,7 +280,7 @@ impl Node {
         }
     }
 
-    /// What goes into the state file.
+    /// Returns the content of the state file.
     pub(super) fn snapshot(&self) -> store::State {
         let state = self.state.borrow();
         store::State {
@@ -291,13 +300,13 @@ impl Node {
         }
     }
 
-    /// Hands states to the writer and lets go what waited for them. Runs for ever.
+    /// Passes snapshots of the state to the writer, and carries out what waited for each. Runs forever.
     pub(super) async fn save_loop(
         self: Rc<Self>,
         mut done: tokio::sync::mpsc::UnboundedReceiver<(u64, anyhow::Result<()>)>,
     ) {
-        // One at a time: while the disk is at work a state of thousands of objects is not put together again
-        // and again, and the next one has all that came meanwhile.
+        // One write at a time: a snapshot of thousands of objects is not built again and again while the disk is
+        // busy, and the next snapshot contains all changes up to then.
         let mut under_way = false;
         loop {
             let wanted = {
@@ -324,7 +333,7 @@ impl Node {
                         self.let_go(number);
                     }
                     Some((_, Err(error))) => {
-                        // What waits goes on waiting: nothing is promised that is not on the disk.
+                        // Keep everything waiting: nothing may be promised that is not on disk.
                         let sentence = format!("the state cannot be saved, and nothing new is promised: {error:#}");
                         self.state.borrow_mut().problems.set(Code::StateFile, "", Some(sentence));
                         tokio::time::sleep(Duration::from_secs(1)).await;
@@ -337,6 +346,7 @@ impl Node {
         }
     }
 
+    /// Carries out everything that waited for a snapshot up to this number.
     fn let_go(&self, number: u64) {
         let ready: Vec<Durable> = {
             let mut state = self.state.borrow_mut();
@@ -351,13 +361,17 @@ impl Node {
                 Durable::Send(to, message) => {
                     self.links().send(to, &message);
                 }
-                // Whoever waits may have given up.
+                // The waiting task may have timed out.
                 Durable::Tell(tell) => drop(tell.send(())),
             }
         }
     }
 
-    /// Asks the holder of a block for one of its addresses.
+    /// Requests an address from the holder of its block.
+    ///
+    /// # Errors
+    ///
+    /// The holder refuses, does not answer within 3 s, or offers an address that was not requested.
     pub(super) async fn lease(
         &self,
         holder: NodeId,
@@ -384,7 +398,7 @@ impl Node {
         }
     }
 
-    /// Answers [`Message::LeaseRequest`]; a lease is on the disk before it is given.
+    /// Answers [`Message::LeaseRequest`]. A lease is on disk before it is granted.
     pub(super) fn grant_lease(&self, to: NodeId, id: u64, network: NetworkId, wish: LeaseWish) {
         let result = self.find_lease(to, network, wish);
         let reply = Message::LeaseReply { id, result: result.clone() };
@@ -400,6 +414,7 @@ impl Node {
         }
     }
 
+    /// Chooses the address for a lease and records it as lent. Fails with the reason for the refusal.
     fn find_lease(&self, to: NodeId, network: NetworkId, wish: LeaseWish) -> Result<IpAddr, String> {
         let mut guard = self.state.borrow_mut();
         let state = &mut *guard;
@@ -439,16 +454,16 @@ impl Node {
         Ok(address)
     }
 
-    /// Asks for admission until it is given, then sees to it that our addresses are still ours.
+    /// Requests admission until this host is a member, then reclaims the addresses of its endpoints. Runs forever.
     pub(super) async fn admission_loop(self: Rc<Self>) {
         let mut known_since = None;
         loop {
-            // Made before the map is looked at, so that no change of it is missed.
+            // Created before the map is read, so that no change of the map is missed.
             let news = self.membership.notified();
             if self.state.borrow().is_member() {
                 self.state.borrow_mut().problems.set(Code::Admission, "", None);
                 if self.reclaim().await {
-                    // Until the map changes again: it may say that we were forgotten.
+                    // Wait for a change of the map: a later one may have forgotten this host.
                     news.await;
                 } else {
                     tokio::time::timeout(RECLAIM_RETRY, news).await.ok();
@@ -462,7 +477,7 @@ impl Node {
         }
     }
 
-    /// Asks for admission once it is known who the members are: one of them may have our name.
+    /// Requests admission once the members are known, because one of them may have this host's name.
     async fn seek_admission(&self, known_since: &mut Option<Instant>) {
         let (me, fresh, strangers, blocked) = {
             let state = self.state.borrow();
@@ -484,7 +499,7 @@ impl Node {
             }
             return;
         }
-        // Of members that are long dead nobody has a record any more.
+        // No host has a record of members that have been dead for long, so the wait is limited.
         let known_since = known_since.get_or_insert_with(Instant::now);
         if let Some(reason) = blocked {
             self.state.borrow_mut().problems.set(Code::Admission, "", Some(reason));
@@ -496,8 +511,10 @@ impl Node {
         }
     }
 
-    /// A host with another's name stands aside until it gets its own: with a member's, or with that
-    /// of another one that waits, if both came at the same time.
+    /// Returns why this host must not request admission because of its name. `None` if it may.
+    ///
+    /// A host whose name is in use waits until it has another name. The name is in use if a member has it, or a live
+    /// host with a smaller id that is waiting too.
     fn stands_aside(&self, state: &State) -> Option<String> {
         let double = state.view.nodes.values().find(|node| {
             let id = node.record.id;
@@ -512,7 +529,9 @@ impl Node {
         ))
     }
 
-    /// A host that was taken out of the cluster gets in again with the last key only.
+    /// Returns why this host must not request admission because of its cluster key. `None` if it may.
+    ///
+    /// A host that was removed from the cluster needs the latest cluster key to return.
     fn shut_out(&self, state: &State) -> Option<String> {
         let file = self.config.cluster_key.as_ref()?;
         let key = state.view.alloc.key?.id;
@@ -527,6 +546,7 @@ impl Node {
         })
     }
 
+    /// Returns the problem to report if no member of a cluster was found.
     fn nobody_found(&self) -> String {
         let whom = if self.config.join.is_empty() { "peers".to_owned() } else { self.config.join.join(", ") };
         format!(
@@ -536,9 +556,10 @@ impl Node {
         )
     }
 
-    /// Endpoints that were here before this host was (again) a member: their blocks are claimed
-    /// anew, and those whose addresses went to others are cut off and named.
-    /// Says whether nothing is left to be done.
+    /// Reclaims the blocks and leases of endpoints that existed before this host became a member (again). Returns
+    /// whether all of it is done.
+    ///
+    /// Endpoints whose addresses now belong to other hosts are isolated and reported.
     async fn reclaim(&self) -> bool {
         let wanted: Vec<(NetworkId, IpAddr)> = {
             let state = self.state.borrow();
@@ -581,7 +602,7 @@ impl Node {
         done
     }
 
-    /// Cuts off endpoints of ours whose addresses belong to others, and says which.
+    /// Isolates local endpoints whose addresses belong to other hosts, and reports them as problems.
     pub(super) fn note_isolated(&self) {
         let mut guard = self.state.borrow_mut();
         let state = &mut *guard;
@@ -592,7 +613,7 @@ impl Node {
             .own_endpoints()
             .filter_map(|endpoint| {
                 let address = state.view.address_conflict(state.view.me, endpoint)?;
-                // In nobody's block: it is claimed again at this moment, or when there is a majority.
+                // If no host holds the block, it is being reclaimed, or will be once there is a majority.
                 let holder = state.view.name_of(state.view.holder_of(endpoint.network, address)?);
                 let sentence = format!(
                     "endpoint {} is cut off: its address {address} is in a block of {holder} now. Detach it and attach \
@@ -612,7 +633,7 @@ impl Node {
         self.work.notify_one();
     }
 
-    /// Hosts that were dead for very long are forgotten by the coordinator.
+    /// Requests, as the coordinator, that members that have been dead for longer than `forget_after` are forgotten.
     pub(super) fn forget_long_dead(&self) {
         if self.config.forget_after.is_zero() {
             return;

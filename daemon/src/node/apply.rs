@@ -1,4 +1,4 @@
-//! Kubernetes' objects by request: manifests applied, objects shown and deleted.
+//! Requests for Kubernetes objects: apply manifests, show and delete objects.
 
 use std::collections::BTreeMap;
 
@@ -24,20 +24,20 @@ use tokio::task::yield_now;
 use super::state::State;
 use super::{Failed, Node};
 
-/// Documents that are read, and objects that are written, before others have their turn.
+/// How many documents are read or objects are written before other tasks may run.
 const AT_A_TIME: usize = 250;
-/// Problems that are told at most.
+/// How many problems are reported at most.
 const MOST_PROBLEMS: usize = 200;
 
-/// Objects to be written; tombstones where `true` stands beside them.
+/// Objects to write; `true` marks a tombstone.
 type Writes = Vec<(Body, bool)>;
 
-/// Where an object was found.
+/// The location of an object in the manifests.
 #[derive(Debug, Clone)]
 struct Place {
     file: String,
     document: usize,
-    /// The path of the object within the document: empty, or that of a list's item.
+    /// The path of the object within the document: empty, or the path of an item of a list.
     within: String,
 }
 
@@ -63,7 +63,7 @@ impl std::fmt::Display for Place {
     }
 }
 
-/// Each object of the documents, by itself.
+/// Returns each object of the documents with its location. The items of a list are separate objects.
 fn objects_of(documents: Vec<Document>) -> impl Iterator<Item = (Place, Value)> {
     documents.into_iter().flat_map(|Document { file, document, value }| {
         let items = manifest::items(value);
@@ -72,10 +72,10 @@ fn objects_of(documents: Vec<Document>) -> impl Iterator<Item = (Place, Value)> 
 }
 
 impl Node {
-    /// Makes or changes the objects of the documents: all of them, or none if any is wrong.
+    /// Creates or changes the objects of the documents. If one of them is invalid, nothing is changed.
     pub(super) async fn apply(&self, documents: Vec<Document>, apply: &Apply) -> Result<Reply, Failed> {
         self.member()?;
-        // One after the other: each is judged by what there is, and others have their turn meanwhile.
+        // One request at a time: each is validated against the current objects, and other tasks run meanwhile.
         let _turn = self.applying.lock().await;
         let mut problems = Vec::new();
         let mut warnings = Vec::new();
@@ -115,11 +115,12 @@ impl Node {
         Ok(Reply::Applied(Box::new(AppliedAll { objects, warnings })))
     }
 
+    /// Fails if this host is not a member.
     fn member(&self) -> Result<(), Failed> {
         self.state.borrow().check_member()
     }
 
-    /// Fills in what the cluster decides.
+    /// Sets the fields that the cluster chooses. Returns the problems, empty if there are none.
     async fn complete(&self, read: &mut [(Place, Resource)]) -> Vec<ManifestProblem> {
         if let Some(problem) = self.lacks_room(read) {
             return vec![problem];
@@ -130,7 +131,8 @@ impl Node {
             problems.extend(some.iter().filter_map(|(place, resource)| too_long(place, resource)));
             yield_now().await;
         }
-        // Those first that ask for something: what is chosen for others is not to be in their way.
+        // Services that request certain addresses or ports come first, so that no address or port that is chosen for
+        // another Service collides with a requested one.
         let mut promised = ReservedClaims::default();
         for asking in [true, false] {
             for some in read.chunks_mut(AT_A_TIME) {
@@ -142,7 +144,7 @@ impl Node {
         problems
     }
 
-    /// Chooses addresses and ports for the Services among these that ask for certain ones, or for the others.
+    /// Chooses addresses and ports for those Services that request certain ones (`asking`), or for all others.
     fn allocate(
         &self,
         read: &mut [(Place, Resource)],
@@ -163,6 +165,7 @@ impl Node {
         problems
     }
 
+    /// Returns a problem if the cluster would have too many objects, including tombstones. `None` if there is room.
     fn lacks_room(&self, read: &[(Place, Resource)]) -> Option<ManifestProblem> {
         let state = self.state.borrow();
         let is_new = |resource: &Resource| state.view.resources.meta(&resource.key()).is_none();
@@ -174,7 +177,7 @@ impl Node {
         read.first().map(|(place, _)| place.problem(Problem { field: String::new(), reason }))
     }
 
-    /// Since when they are there.
+    /// Sets the creation timestamp of each object; an existing object keeps its own.
     fn created(&self, read: &mut [(Place, Resource)]) {
         let mut guard = self.state.borrow_mut();
         let state = &mut *guard;
@@ -186,7 +189,7 @@ impl Node {
         }
     }
 
-    /// What would become of each, and which have to be written.
+    /// Determines the action for each object, and which objects have to be written.
     async fn judge(
         &self,
         read: Vec<(Place, Resource)>,
@@ -219,7 +222,7 @@ impl Node {
         Ok((objects, writes))
     }
 
-    /// Writes objects a few at a time; returns when they are on this host's disk and all live peers were told.
+    /// Writes objects in batches. Returns once they are on this host's disk and were sent to all live peers.
     async fn write_resources(&self, mut writes: Writes) -> Result<(), Failed> {
         if writes.is_empty() {
             return Ok(());
@@ -233,6 +236,7 @@ impl Node {
         self.saved().await
     }
 
+    /// Reports an event for the changed objects: its name for a single one, the number for several.
     fn tell_applied(&self, objects: &[Applied]) {
         let changed = objects.iter().filter(|it| !matches!(it.action, Action::Unchanged | Action::Absent));
         let changed: Vec<&Applied> = changed.collect();
@@ -244,7 +248,7 @@ impl Node {
         }
     }
 
-    /// Deletes the objects of the documents, and those of the keys.
+    /// Deletes the objects of the documents and those with the given keys.
     pub(super) async fn delete(
         &self,
         documents: Vec<Document>,
@@ -291,7 +295,7 @@ impl Node {
         Ok(Reply::Applied(Box::new(AppliedAll { objects, warnings: Vec::new() })))
     }
 
-    /// Objects as users see them.
+    /// Returns the objects that match a query, in the form that users see.
     pub(super) fn resources(&self, query: &ResourceQuery) -> Result<Vec<ResourceInfo>, Failed> {
         let mut guard = self.state.borrow_mut();
         let state = &mut *guard;
@@ -301,7 +305,7 @@ impl Node {
         found.map(|name| info(state, query.kind, name)).collect()
     }
 
-    /// Services with what stands behind them.
+    /// Returns the Services that match a query, with their backends.
     pub(super) fn service_backends(&self, query: &ResourceQuery) -> Vec<ServiceBackends> {
         let mut guard = self.state.borrow_mut();
         let state = &mut *guard;
@@ -312,7 +316,7 @@ impl Node {
     }
 }
 
-/// Whether a Service wants certain addresses or ports.
+/// Whether a Service requests certain addresses or ports.
 fn asks(service: &Service) -> bool {
     let spec = &service.spec;
     !spec.cluster_ips.is_empty()
@@ -321,12 +325,13 @@ fn asks(service: &Service) -> bool {
         || spec.ports.iter().any(|port| port.node_port.is_some())
 }
 
-/// An object as its manifest, if that is to be shown.
+/// Returns the manifest of an object. `None` if there is no object, or `show` is not set.
 fn shown(resource: Option<&Resource>, show: bool) -> Result<Option<Value>, Failed> {
     let manifest = resource.filter(|_| show).map(Resource::to_manifest).transpose();
     manifest.map_err(|error| Failed::internal(error.to_string()))
 }
 
+/// Returns a problem if the encoded object is too long. `None` if its length is valid.
 fn too_long(place: &Place, resource: &Resource) -> Option<ManifestProblem> {
     let most = MAX_OBJECT_BYTES - 128;
     let length = wire::encode_body(resource).map_or(usize::MAX, |bytes| bytes.len());
@@ -334,13 +339,14 @@ fn too_long(place: &Place, resource: &Resource) -> Option<ManifestProblem> {
     (length > most).then(|| place.problem(Problem { field: String::new(), reason }))
 }
 
+/// Whether a query selects an object by its namespace and name.
 fn is_asked_for(query: &ResourceQuery, name: &Name) -> bool {
     let in_namespace = !query.kind.is_namespaced()
         || query.namespace.as_ref().is_none_or(|namespace| *namespace == name.namespace);
     in_namespace && query.name.as_ref().is_none_or(|wanted| *wanted == name.name)
 }
 
-/// Of an object that is gone only its name is kept.
+/// Returns the object to write as a tombstone: only the name of a deleted object is kept.
 fn tombstone(kind: Kind, name: &Name) -> Resource {
     let metadata = Meta { name: name.name.clone(), namespace: name.namespace.clone(), ..Meta::default() };
     match kind {

@@ -1,4 +1,4 @@
-//! Endpoints of this host: attach, detach, and those that vanish with their namespaces.
+//! Endpoints of this host: attach, detach, and endpoints that disappear with their network namespace.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
@@ -34,7 +34,8 @@ use crate::config::{MAX_NAME, is_name_within};
 use crate::problems::Code;
 use ovl_subsystems::{self as subsystems, Change, Part};
 
-/// What is kept of an endpoint while the kernel runs: a daemon that is started anew finds it here.
+/// The file of an endpoint in the run directory, from which a restarted daemon restores it. It is valid until the
+/// host reboots.
 #[derive(Debug, Serialize, Deserialize)]
 struct Kept {
     boot_id: String,
@@ -49,16 +50,16 @@ struct Kept {
     inode: u64,
 }
 
-/// Takes an attach's place among the pending ones, and gives it back when dropped.
+/// The reservation of a name and a device for an attach in flight, released when dropped.
 pub(super) struct Place<'a> {
     node: &'a Node,
     network: NetworkId,
     name: (NetworkId, String, String),
-    /// The host's end.
+    /// The host interface.
     pub(super) device: Device,
 }
 
-/// A MAC address of an attach under way, given back when dropped.
+/// The reservation of a MAC address for an attach in flight, released when dropped.
 struct TakenMac<'a> {
     node: &'a Node,
     network: NetworkId,
@@ -83,7 +84,7 @@ impl Drop for Place<'_> {
             }
         }
         if !state.local.is_built(&state.view, self.network) {
-            // Nothing came of it: the network's devices are of no use any more.
+            // The attach failed, and no other endpoint needs the devices of the network.
             state.changed(Change::Built(self.network));
             self.node.work.notify_one();
         }
@@ -91,12 +92,12 @@ impl Drop for Place<'_> {
 }
 
 impl Node {
-    /// Makes an endpoint; returns when the kernel holds it and all peers were told.
+    /// Creates an endpoint. Returns once the kernel has it and all peers were told.
     pub(super) async fn attach(&self, request: Attach) -> Result<EndpointInfo, Failed> {
         self.attach_for(request, None).await.map(|(endpoint, _)| endpoint)
     }
 
-    /// The same for a container runtime, or for nobody in particular; tells also what was made.
+    /// Creates an endpoint, for a container runtime if `cni` is set. Also returns what was created in the kernel.
     pub(super) async fn attach_for(
         &self,
         request: Attach,
@@ -106,7 +107,7 @@ impl Node {
             let state = self.state.borrow();
             state.view.network(&request.network).is_some_and(|found| found.network.driver == Driver::Bridge)
         };
-        // Of an own network nobody else has anything to say.
+        // A bridge network is local to this host, so there is no peer state to wait for.
         if !own {
             self.settled().await;
         }
@@ -121,8 +122,10 @@ impl Node {
         self.make(request, &network, place, (reserved, ports), local, Some(netns)).await
     }
 
-    /// Makes an endpoint of which name, addresses and ports are set aside. The other end goes into the
-    /// namespace, or waits here for whoever fetches it.
+    /// Creates an endpoint whose name, addresses and ports are reserved.
+    ///
+    /// The container interface is created in the namespace `netns`. Without one, it stays in the host's namespace
+    /// until a Docker Engine moves it.
     pub(super) async fn make(
         &self,
         request: Attach,
@@ -132,7 +135,7 @@ impl Node {
         local: LocalEndpoint,
         netns: Option<Netns>,
     ) -> Result<(EndpointInfo, CreatedEndpoint), Failed> {
-        // Pods are given the address of a resolver by their runtime.
+        // A container runtime writes resolv.conf of a pod, so pods do not use the resolver at 127.0.0.11.
         let resolver = local.cni.is_none();
         if resolver || self.has_services() {
             self.will_resolve(network.id);
@@ -161,7 +164,7 @@ impl Node {
         let addresses = endpoint.addresses.iter().map(IpNet::addr);
         let gateways = addresses.filter(|_| !network.internal).filter_map(|at| ipam::gateway_on(network, at));
         let gateways: Vec<IpAddr> = gateways.collect();
-        // Until it is in the table, or nothing came of it.
+        // Held until the endpoint is in the table or the attach has failed.
         let _policed = self.police_attach(&endpoint);
         if local.docker.is_some() {
             self.state.borrow_mut().local.fetched.insert(id);
@@ -219,7 +222,7 @@ impl Node {
         Ok((info, made))
     }
 
-    /// What may be left of the elements of an endpoint that was not made is the loop's.
+    /// Requests a full pass, which deletes the set elements that a failed attach may have left in the kernel.
     fn leave_to_the_loop(&self, part: &Dataplane) {
         if part.elements.sets().next().is_some() {
             self.state.borrow_mut().reconcile.ask_full();
@@ -227,13 +230,13 @@ impl Node {
         }
     }
 
-    /// Takes an endpoint out of the kernel that is not in our table yet.
+    /// Deletes an endpoint from the kernel that is not in the owner table yet.
     async fn take_back(&self, endpoint: &Endpoint) -> Result<(), Failed> {
         self.state.borrow_mut().local.fetched.remove(&endpoint.id);
         self.kernel.delete_links(vec![Device::endpoint(endpoint.id)]).await.map_err(Failed::from)
     }
 
-    /// The endpoint is in the kernel: from here on it counts.
+    /// Adds an endpoint that the kernel has to the owner table.
     fn commit(
         &self,
         endpoint: Endpoint,
@@ -245,7 +248,7 @@ impl Node {
             let mut guard = self.state.borrow_mut();
             let state = &mut *guard;
             if state.view.address_conflict(state.view.me, &endpoint).is_some() {
-                // Its block was lost meanwhile: the loop is to see that.
+                // This host lost the block in the meantime: the next pass has to isolate the endpoint.
                 state.changed(Change::Rights(network));
             }
             state.endpoints.insert(id, local);
@@ -257,7 +260,7 @@ impl Node {
         self.own_info(id)
     }
 
-    /// An endpoint of this host as users see it.
+    /// Returns an endpoint of this host in the form that users see.
     fn own_info(&self, id: EndpointId) -> Result<EndpointInfo, Failed> {
         let state = self.state.borrow();
         let placed = state.view.own().and_then(|node| {
@@ -269,6 +272,12 @@ impl Node {
             .ok_or_else(|| Failed::internal("the endpoint is not in our own table"))
     }
 
+    /// Validates a request and returns its network. `longest` is the maximum length of the endpoint's name in bytes.
+    ///
+    /// # Errors
+    ///
+    /// A name or size is invalid, the network is absent or being removed, or this host is not a member, which only a
+    /// bridge network permits.
     pub(super) fn check_attach(&self, request: &Attach, longest: usize) -> Result<Network, Failed> {
         let others = request.aliases.iter().chain(&request.namespace).map(|name| (name, MAX_NAME));
         for (name, longest) in std::iter::once((&request.name, longest)).chain(others) {
@@ -303,7 +312,10 @@ impl Node {
         Ok(found.network.clone())
     }
 
-    /// Where there is no way out, there is one to the cluster's DNS.
+    /// Returns how the endpoint reaches the resolver. `None` if it does not use one.
+    ///
+    /// On an internal network, there is no default route, so the endpoint gets routes to the addresses of the cluster
+    /// DNS.
     fn ways_to_resolver(&self, network: &Network, endpoint: &Endpoint, loopback: bool) -> Option<Resolver> {
         let has = |v4| endpoint.addresses.iter().any(|net| net.addr().is_ipv4() == v4);
         let all = self.config.ranges.dns_addresses().filter(|address| has(address.is_ipv4()));
@@ -312,7 +324,7 @@ impl Node {
         (loopback || !cluster.is_empty()).then_some(Resolver { mac, loopback, cluster })
     }
 
-    /// The bridge of this network gets the resolver's address.
+    /// Marks a network as one whose bridge needs the address of the resolver.
     fn will_resolve(&self, network: NetworkId) {
         let mut state = self.state.borrow_mut();
         if state.local.resolved.insert(network) {
@@ -320,7 +332,7 @@ impl Node {
         }
     }
 
-    /// Takes the name, before anything is awaited.
+    /// Reserves the name and the device of an endpoint. To be called before the first `await` of an attach.
     pub(super) fn take_place(&self, request: &Attach, network: &Network) -> Result<Place<'_>, Failed> {
         let namespace = request.namespace.clone().unwrap_or_else(|| "default".to_owned());
         let mut guard = self.state.borrow_mut();
@@ -351,8 +363,8 @@ impl Node {
         Ok(Place { node: self, network: network.id, name, device })
     }
 
-    /// Addresses as asked for; of each family of which none was, a free one of the first subnet that
-    /// has any.
+    /// Reserves the requested addresses. For each family without a requested address, it reserves a free one of the
+    /// first subnet that has any.
     async fn reserve(&self, request: &Attach, network: &Network) -> Result<Vec<Reserved<'_>>, Failed> {
         let mut reserved: Vec<Reserved<'_>> = Vec::new();
         for address in &request.addresses {
@@ -386,7 +398,7 @@ impl Node {
         Ok(reserved)
     }
 
-    /// Sets a MAC address aside that no endpoint has.
+    /// Reserves a MAC address that no endpoint of the network has.
     fn take_mac(&self, network: NetworkId, mac: Mac) -> Result<TakenMac<'_>, Failed> {
         if !mac.is_unicast() {
             return Err(Failed::invalid(format!("{mac} is not the address of one interface")));
@@ -409,7 +421,7 @@ impl Node {
         Ok(TakenMac { node: self, network, mac })
     }
 
-    /// Takes an endpoint away. One that is not there is fine.
+    /// Detaches an endpoint of this host. Succeeds if it does not exist.
     pub(super) async fn detach(
         &self,
         name: &str,
@@ -420,7 +432,11 @@ impl Node {
         self.take_away(&ids).await
     }
 
-    /// Endpoints of this host by name. Where only another host has one, `advice` is what to do.
+    /// Returns the endpoints of this host with a name.
+    ///
+    /// # Errors
+    ///
+    /// Only another host has such an endpoint; `advice` is the last part of that error.
     fn own_named(
         &self,
         name: &str,
@@ -456,7 +472,7 @@ impl Node {
         Ok(ids)
     }
 
-    /// Says whether Services send connections to an endpoint, on each network that it is on.
+    /// Sets whether Services send connections to an endpoint, on each network that it is on.
     pub(super) fn endpoint_ready(
         &self,
         name: &str,
@@ -488,14 +504,14 @@ impl Node {
         Ok(())
     }
 
-    /// Takes endpoints out of the table and the kernel.
+    /// Deletes endpoints from the owner table and from the kernel.
     pub(super) async fn take_away(&self, ids: &[EndpointId]) -> Result<(), Failed> {
         let (retired, networks) = self.retired(ids);
         self.withdraw(ids, "detached")?;
         let ops = {
             let mut state = self.state.borrow_mut();
             let (cluster, mut subsystems) = state.parts();
-            // What is more than entries takes longer, and is left to the loop.
+            // Only changes of entries are planned here. The rest takes longer and is left to the next pass.
             let ops = networks
                 .into_iter()
                 .flat_map(|network| subsystems::detached(&mut subsystems, network, &cluster));
@@ -511,7 +527,7 @@ impl Node {
         })
     }
 
-    /// What the kernel is told of endpoints that go, and their networks.
+    /// Returns what the kernel worker needs to delete these endpoints, and the networks that they are on.
     fn retired(&self, ids: &[EndpointId]) -> (Vec<RetiredEndpoint>, BTreeSet<NetworkId>) {
         let state = self.state.borrow();
         let other = |id| match state.endpoints.get(id) {
@@ -527,7 +543,7 @@ impl Node {
         (retired.collect(), networks.collect())
     }
 
-    /// Takes endpoints out of the table, and what is kept of them off the disk.
+    /// Deletes endpoints from the owner table, and their files from the run directory.
     pub(super) fn withdraw(&self, ids: &[EndpointId], why: &str) -> Result<(), Failed> {
         let mut names = Vec::new();
         {
@@ -553,7 +569,7 @@ impl Node {
             self.event("endpoint", &name, why);
         }
         if networks != self.own_networks() {
-            // One that was removed is served until its last endpoint goes.
+            // A removed network is served until its last endpoint is deleted.
             self.recompute_networks();
         }
         Ok(())
@@ -563,7 +579,7 @@ impl Node {
         self.state.borrow().view.own().map_or_else(Vec::new, |own| own.table.networks().collect())
     }
 
-    /// The host's ends of these endpoints are gone, so their namespaces are.
+    /// Withdraws the endpoints whose host interfaces are gone: the kernel deletes them with the namespace.
     pub(super) fn lost(&self, devices: impl IntoIterator<Item = Device>) {
         let ids: Vec<EndpointId> = {
             let state = self.state.borrow();
@@ -585,10 +601,12 @@ impl Node {
         }
     }
 
+    /// Returns the path of an endpoint's file in the run directory.
     fn kept_path(&self, id: EndpointId) -> PathBuf {
         self.run_dir.endpoints().join(format!("{id}.json"))
     }
 
+    /// Writes the file of an endpoint, from which a restarted daemon restores it.
     pub(super) fn keep_endpoint(&self, endpoint: &Endpoint, local: &LocalEndpoint) -> anyhow::Result<()> {
         let LocalEndpoint { ifname, netns, inode, cni, docker } = local.clone();
         let boot_id = self.boot_id.clone();
@@ -598,8 +616,8 @@ impl Node {
             .with_context(|| format!("writing {}", path.display()))
     }
 
-    /// Reads what the last run kept. Files of an earlier boot go: the kernel has forgotten them too.
-    /// A damaged one is set aside and named.
+    /// Restores the endpoints that the previous run stored. Files of an earlier boot are deleted, because the kernel
+    /// no longer has their interfaces. A damaged file is renamed and reported.
     pub(super) fn read_kept(&self) -> anyhow::Result<Vec<Endpoint>> {
         let dir = self.run_dir.endpoints();
         let mut endpoints = Vec::new();
@@ -607,7 +625,7 @@ impl Node {
             let path = file?.path();
             match path.extension().and_then(OsStr::to_str) {
                 Some("json") => {}
-                // A run that was killed had not finished writing it.
+                // The previous run was killed while it wrote this file.
                 Some("new") => {
                     remove_if_there(&path)?;
                     continue;
@@ -648,24 +666,24 @@ impl Node {
         Ok(endpoints)
     }
 
-    /// Removes what an attach left that was cut short: what is not kept was never told to anybody,
-    /// and its interface would be in the way of the next attach.
+    /// Deletes what an interrupted attach left in the kernel. An endpoint without a file was never announced, and its
+    /// interface would collide with the next attach.
     pub(super) async fn remove_unfinished(&self, kept: &[Endpoint]) {
         let is_kept = |device: &Device| kept.iter().any(|endpoint| Device::endpoint(endpoint.id) == *device);
         let removed = async {
             let links = self.kernel.dump().await?.links.into_keys();
             let ends = links.filter(|device| matches!(device.role(), Some(Role::Endpoint(_))));
             self.kernel.delete_links(ends.filter(|device| !is_kept(device)).collect()).await?;
-            // A detach that was cut short may have left the other end as it was.
+            // An interrupted detach may have left the container interface unchanged.
             self.kernel.sweep().await
         };
-        // The loop tries again once gossip has caught up.
+        // The reconcile loop tries again once gossip has caught up.
         if let Err(error) = removed.await {
             tracing::warn!(%error, "cannot remove what was left of attaches");
         }
     }
 
-    /// An endpoint as users see it.
+    /// Returns an endpoint in the form that users see.
     pub(super) fn endpoint_info(
         &self,
         state: &super::state::State,
@@ -705,7 +723,11 @@ impl Node {
     }
 }
 
-/// What an endpoint may carry, so that thousands of them stay small.
+/// Checks the limits for aliases and labels, which keep thousands of endpoints small.
+///
+/// # Errors
+///
+/// A sentence with the limits.
 pub(super) fn check_sizes(aliases: &[String], labels: &BTreeMap<String, String>) -> Result<(), String> {
     let length: usize = labels.iter().map(|(key, value)| key.len() + value.len()).sum();
     let clean = labels.iter().all(|(key, value)| !key.chars().chain(value.chars()).any(char::is_control));
@@ -718,6 +740,7 @@ pub(super) fn check_sizes(aliases: &[String], labels: &BTreeMap<String, String>)
     Ok(())
 }
 
+/// Returns the path of a network namespace.
 fn netns_path(netns: &NetnsRef) -> PathBuf {
     match netns {
         NetnsRef::Path(path) => path.clone(),
@@ -725,6 +748,7 @@ fn netns_path(netns: &NetnsRef) -> PathBuf {
     }
 }
 
+/// Returns the configuration of the host interface: a bridge port, or routed with the subnets behind each gateway.
 fn host_end(local: &Local, network: &Network, endpoint: &Endpoint) -> HostEnd {
     if network.mode == Mode::L2 {
         return HostEnd::Port(Device::bridge(network.id), needs_hairpin(local, network, endpoint));

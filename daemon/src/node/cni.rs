@@ -1,5 +1,5 @@
-//! Calls of container runtimes. What they mean is decided in [`ovl_runtimes::cni`]; here it is done, one
-//! call for a container at a time.
+//! Calls of container runtimes. [`ovl_runtimes::cni`] parses them; this module carries them out, one call at a time
+//! for each container.
 
 mod alone;
 mod deleted;
@@ -23,7 +23,7 @@ use super::{Failed, Node};
 use crate::problems::Code;
 
 impl Node {
-    /// Does what a runtime asks for, and gives what the plugin prints.
+    /// Carries out a call of a runtime, and returns what the plugin prints.
     pub(super) async fn cni(&self, call: &CniCall) -> Result<Value, CniError> {
         match cni::parse(call)? {
             Call::Add(add) => self.cni_add(&add).await,
@@ -36,7 +36,7 @@ impl Node {
 
     async fn cni_add(&self, add: &Add) -> Result<Value, CniError> {
         let _alone = self.containers.alone(&add.attachment.container_id).await;
-        // It came earlier than this.
+        // That DEL came before this ADD.
         self.carry_out_deleted(&add.attachment).await?;
         if let Some(id) = self.attached(&add.attachment) {
             return Err(error(
@@ -50,7 +50,7 @@ impl Node {
             ));
         }
         let network = self.cni_network(&add.network)?;
-        // Told apart from what else may go wrong in there.
+        // Opened once before the attach, so that an absent namespace has an error code of its own.
         container_netns(&add.netns)?;
         let request = Attach {
             name: self.free_name(add, &network),
@@ -68,7 +68,7 @@ impl Node {
         let (endpoint, made) =
             self.attach_for(request, Some(add.attachment.clone())).await.map_err(explain)?;
         let mut result = render(add, &network, &endpoint, made);
-        // Where nobody says anything else, pods find the cluster's DNS.
+        // If the configuration has no `dns`, pods get the cluster DNS.
         let silent = result["dns"].as_object().is_none_or(serde_json::Map::is_empty);
         if let Some(dns) = self.pod_dns(&endpoint.namespace).filter(|_| silent) {
             result["dns"] = dns;
@@ -82,7 +82,7 @@ impl Node {
         self.forget_deleted(attachment)
     }
 
-    /// Succeeds where there is nothing. The caller has the container for itself.
+    /// Detaches an attachment. Succeeds if it does not exist. The caller must hold the lock of the container.
     async fn cni_take_away(&self, attachment: &Attachment) -> Result<(), CniError> {
         match self.attached(attachment) {
             Some(id) => self.take_away(&[id]).await.map_err(explain),
@@ -120,7 +120,7 @@ impl Node {
         cni::check(check, &endpoint, inside.as_ref())
     }
 
-    /// Goes on with the others where one cannot be taken away.
+    /// Deletes the stale attachments of a network. If one cannot be deleted, the others still are.
     async fn cni_gc(&self, gc: &Gc) -> Result<(), CniError> {
         let stale: Vec<Attachment> = {
             let state = self.state.borrow();
@@ -154,8 +154,8 @@ impl Node {
             .into_iter()
             .filter(|peer| !peer.own && peer.member && peer.state == PeerState::Alive);
         let (near, far): (Vec<_>, Vec<_>) = alive.partition(|peer| peer.reachable);
-        // Where one host of many cannot be reached the fault is most likely there, and must not take
-        // all the others out of service.
+        // If a minority of the hosts is unreachable, the fault is most likely there, and must not take this host out
+        // of service.
         if far.is_empty() || far.len() < near.len() {
             return Ok(());
         }
@@ -171,7 +171,7 @@ impl Node {
         ))
     }
 
-    /// The network, if an attachment could be made now.
+    /// Returns the network if an attachment could be created now.
     fn cni_network(&self, name: &str) -> Result<Network, CniError> {
         let state = self.state.borrow();
         let found = state.view.network(name);
@@ -196,7 +196,7 @@ impl Node {
         Ok(found.network.clone())
     }
 
-    /// What a runtime attached.
+    /// Returns the endpoint of an attachment. `None` if there is none.
     fn attached(&self, attachment: &Attachment) -> Option<EndpointId> {
         let state = self.state.borrow();
         state.endpoints.iter().find(|(_, local)| local.cni.as_ref() == Some(attachment)).map(|(id, _)| *id)
@@ -208,8 +208,8 @@ impl Node {
         found.map_or_else(|| id.to_string(), |endpoint| endpoint.name.clone())
     }
 
-    /// The name that the container brings, or one beside it: pods come again under their names, maybe
-    /// on another host before the first one is gone.
+    /// Returns the name that the runtime requests, or a derived name if that is taken. A pod may be created again
+    /// with the same name, maybe on another host, before its previous endpoint is deleted.
     fn free_name(&self, add: &Add, network: &Network) -> String {
         let state = self.state.borrow();
         let namespace = add.namespace.clone().unwrap_or_else(|| "default".to_owned());
@@ -227,7 +227,7 @@ impl Node {
     }
 }
 
-/// The result of an `ADD`.
+/// Returns the result of an `ADD`.
 fn render(add: &Add, network: &Network, endpoint: &EndpointInfo, made: kernel::CreatedEndpoint) -> Value {
     let host = |device: Device, mac: Mac| (device.to_string(), mac);
     let bridge =
@@ -253,7 +253,7 @@ fn render(add: &Add, network: &Network, endpoint: &EndpointInfo, made: kernel::C
     cni::render(add, &made)
 }
 
-/// Opens a container's namespace.
+/// Opens the network namespace of a container.
 fn container_netns(path: &Path) -> Result<Netns, CniError> {
     open_netns(path).map_err(|cause| {
         if path.exists() {
@@ -268,7 +268,7 @@ fn kernel_error(cause: &KernelError) -> CniError {
     error(code::KERNEL, "the kernel refused", cause.to_string())
 }
 
-/// A failure of ours, as runtimes understand it.
+/// Converts a failure of ovld to a CNI error.
 fn explain(Failed(failure): Failed) -> CniError {
     let (code, msg) = match failure.kind {
         FailureKind::Invalid | FailureKind::NotFound => {

@@ -1,8 +1,8 @@
-//! Names: what the resolver answers, kept in step with what the cluster says.
+//! The resolver and its zone, which is derived from the state of the cluster.
 //!
-//! Whatever changes the cluster's tables leaves marks, and [`Node::refresh_names`] turns them into a new zone.
-//! It is called before the kernel is looked at, and where an endpoint of this host comes or goes before anybody
-//! is told so.
+//! A change of tables or objects leaves marks, and [`Node::refresh_names`] applies them to the zone. It is called
+//! before each pass. It is also called when an endpoint of this host is attached or detached, before any peer is
+//! told.
 
 mod cluster;
 
@@ -34,7 +34,7 @@ use crate::problems::{Code, Problem};
 use ovl_subsystems::Change;
 use ovl_subsystems::names::NameMarks;
 
-/// A resolver that nobody has asked since then may be well again.
+/// How long a failure of an upstream resolver is reported. One that was not queried since then may have recovered.
 const FAILED_LATELY: Duration = Duration::from_secs(300);
 
 /// The resolver and its zone.
@@ -42,12 +42,12 @@ pub(super) struct Names {
     engine: Option<Engine>,
     zone: RefCell<Zone>,
     cluster: RefCell<Cluster>,
-    /// The cluster's, under which Services are.
+    /// The cluster domain, which contains the names of Services.
     domain: String,
 }
 
 impl Names {
-    /// Starts the resolver if it is to serve; if it cannot, says why.
+    /// Starts the resolver if `serves` is set. If it cannot start, the second value is the reason.
     pub(super) fn start(config: &Config, serves: bool) -> (Self, Option<String>) {
         let mut zone = Zone::new(Name::parse(OWN_DOMAIN));
         let domain = config.cluster_domain.trim_end_matches('.').to_ascii_lowercase();
@@ -73,7 +73,7 @@ impl Names {
         (Self { engine, zone, cluster: RefCell::default(), domain }, problem)
     }
 
-    /// The resolvers that did not answer of late.
+    /// Returns a problem for each upstream resolver that recently failed to answer.
     pub(super) fn problems(&self) -> Vec<Problem> {
         let failing = self.engine.as_ref().map(Engine::failing).unwrap_or_default();
         let lately = failing.iter().filter(|each| each.at.elapsed() < FAILED_LATELY);
@@ -88,7 +88,7 @@ impl Names {
         lately.map(sentence).collect()
     }
 
-    /// What the resolver has done, by a name for metrics.
+    /// Returns the counters of the resolver, with their names for metrics.
     pub(super) fn counts(&self) -> Vec<(&'static str, u64)> {
         let Some(stats) = self.engine.as_ref().map(Engine::stats) else { return Vec::new() };
         vec![
@@ -110,7 +110,7 @@ fn key(network: NetworkId) -> ovl_dns::NetworkKey {
 }
 
 impl Node {
-    /// Brings the zone up to date with all marks.
+    /// Applies all marks to the zone.
     pub(super) fn refresh_names(&self) {
         let mut guard = self.state.borrow_mut();
         let state = &mut *guard;
@@ -122,7 +122,7 @@ impl Node {
         self.name(state, &networks, single);
     }
 
-    /// The same for all networks, whatever is marked.
+    /// Applies all marks to the zone, and computes the names of all networks again.
     pub(super) fn refresh_all_names(&self) {
         let mut guard = self.state.borrow_mut();
         let state = &mut *guard;
@@ -132,9 +132,10 @@ impl Node {
         self.name(state, &all, single);
     }
 
+    /// Updates the zone: all names of the networks in `whole`, and the marked names of the others.
     fn name(&self, state: &State, whole: &BTreeSet<NetworkId>, marks: BTreeMap<NetworkId, Marks>) {
         let mut zone = self.names.zone.borrow_mut();
-        // Who asks, and from where, changes with this host's own endpoints, and with who else has their addresses.
+        // The clients depend on this host's endpoints, and on which other hosts have the same addresses.
         let is_own = |network: NetworkId, address: IpAddr| {
             let me = state.view.me;
             let mut all = state.view.all_with_address(network, address);
@@ -177,7 +178,7 @@ impl Node {
         }
     }
 
-    /// Brings the names of Services and pods up to date; says whether there was anything to do.
+    /// Updates the names of Services and pods in the zone. Returns whether any was marked.
     fn name_cluster(
         &self,
         state: &mut State,
@@ -188,7 +189,7 @@ impl Node {
             return false;
         }
         if state.view.has_services() {
-            // With the first Service, pods that are there already need its name too.
+            // From the first Service on, existing pods need the resolver's address too.
             let networks: Vec<_> =
                 state.view.own().into_iter().flat_map(|own| own.table.networks()).collect();
             for network in networks {
@@ -213,12 +214,13 @@ impl Node {
         true
     }
 
-    /// Whether pods need the cluster's DNS.
+    /// Whether pods need the cluster DNS: there is a Service.
     pub(super) fn has_services(&self) -> bool {
         self.state.borrow().view.has_services()
     }
 
-    /// What a pod's resolv.conf should have, as container runtimes are told (CNI specification 1.1.0, "DNS").
+    /// Returns the DNS configuration of a pod, as the result of a CNI call has it (CNI specification 1.1.0, "DNS").
+    /// `None` if there is no Service.
     pub(super) fn pod_dns(&self, namespace: &str) -> Option<serde_json::Value> {
         let (servers, domain) = (self.config.ranges.dns_addresses().collect::<Vec<_>>(), &self.names.domain);
         self.has_services().then(|| {
@@ -230,7 +232,7 @@ impl Node {
         })
     }
 
-    /// What a query would be answered, and why.
+    /// Returns the answer to a query and the reason for it.
     pub(super) async fn dns(&self, question: DnsQuestion) -> Result<DnsAnswer, Failed> {
         let address: Option<IpAddr> = question.name.parse().ok();
         let name = match address {
@@ -308,7 +310,7 @@ impl Node {
         })
     }
 
-    /// Why the zone answers what it does.
+    /// Explains an answer from the zone.
     fn why(&self, zone: &Zone, asker: Client, name: &Name) -> String {
         let state = self.state.borrow();
         match zone.find(asker, name) {
@@ -335,11 +337,16 @@ impl Node {
         }
     }
 
-    /// What belongs into an endpoint's resolv.conf.
+    /// Returns the content of resolv.conf for an endpoint.
     pub(super) fn resolv_conf(&self, endpoint: &str, network: Option<&str>) -> Result<String, Failed> {
         Ok(resolv_conf(&self.own_endpoint_called(endpoint, network)?.addresses))
     }
 
+    /// Returns the endpoint of this host with a name.
+    ///
+    /// # Errors
+    ///
+    /// There is none, or it is on several networks and `network` is absent.
     fn own_endpoint_called(&self, name: &str, network: Option<&str>) -> Result<Endpoint, Failed> {
         let state = self.state.borrow();
         let network = match network {
@@ -371,11 +378,11 @@ fn records_of(addresses: BTreeSet<IpAddr>) -> Records {
     records
 }
 
-/// Sets who asks from which address.
+/// Sets the clients of the zone by their addresses.
 fn set_clients(zone: &mut Zone, state: &State) {
     let place = |endpoint: &Endpoint| {
         let local = state.endpoints.get(&endpoint.id)?;
-        // Whose namespace is not known has it alone.
+        // If the namespace is unknown, assume that the endpoint does not share it.
         let alone = (local.inode == 0).then_some(endpoint.id);
         Some(((local.inode, alone), local.ifname.clone()))
     };
@@ -387,10 +394,10 @@ fn set_clients(zone: &mut Zone, state: &State) {
     zone.set_clients(clients.collect());
 }
 
-/// Sets what there is of these names and addresses now.
+/// Sets the current records of the marked names and addresses.
 fn set(zone: &mut Zone, state: &State, network: NetworkId, marks: &Marks) {
     for text in marks.names() {
-        // Not all that may be an endpoint's name may be one in DNS.
+        // Not every valid endpoint name is a valid DNS name.
         let Some(name) = Name::parse(text) else { continue };
         zone.set(key(network), &name, records_of(zone::addresses(&state.view, network, text)));
     }

@@ -1,8 +1,8 @@
-//! Calls of Docker Engines. What they mean is decided in [`ovl_runtimes::docker`]; here it is done.
+//! Calls of Docker Engines. [`ovl_runtimes::docker`] parses them; this module carries them out.
 //!
-//! An Engine does not repeat after its restart what it has made, and ignores it when it cannot take
-//! something away. So its networks are in the state file, its endpoints with all others in the run
-//! directory, and what it forgets is collected.
+//! An Engine does not repeat its calls after a restart, and ignores a failed deletion. Therefore its networks are in
+//! the state file, its endpoints are in the run directory with all others, and what it leaves behind is deleted
+//! later.
 
 mod collect;
 
@@ -29,38 +29,38 @@ use serde_json::Value;
 use super::state::{LocalEndpoint, State};
 use super::{Failed, Node};
 
-/// An Engine is answered in time, whatever there is to wait for.
+/// How long a call waits for gossip to catch up. The Engine must get its response in time.
 const SETTLED: Duration = Duration::from_secs(2);
-/// The host's own namespace: the Engine fetches interfaces there.
+/// The host's own network namespace, from which the Engine moves interfaces into containers.
 const HERE: &str = "/proc/thread-self/ns/net";
 
-/// What is kept for Engines.
+/// The state of the networks and endpoints of Docker Engines.
 #[derive(Debug, Default)]
 pub(crate) struct Docker {
-    /// Their networks, by the Engine's id.
+    /// The networks, by the id that the Engine uses.
     networks: BTreeMap<String, EngineNetwork>,
-    /// Addresses given out for endpoints that are still to be made, since when.
+    /// Addresses that are reserved for endpoints yet to be created, with the time of the reservation.
     reserved: BTreeMap<(NetworkId, IpAddr), u64>,
-    /// Ranges given out for networks that are still to be made, since when.
+    /// Pools that were chosen for networks yet to be created, with the time of the choice.
     chosen: Vec<(Pool, u64)>,
-    /// Endpoints whose other ends are in this namespace, since when.
+    /// Endpoints whose container interface is in the host's namespace, with the time when it was first seen there.
     unfetched: BTreeMap<EndpointId, u64>,
-    /// Networks that were made for Engines and that none has, since when.
+    /// Networks that were created for Engines and are unused, with the time when this was first seen.
     unused: BTreeMap<NetworkId, u64>,
 }
 
 impl Docker {
-    /// What the last run knew.
+    /// Restores the networks from the state file.
     pub(super) fn recalled(networks: &[(String, EngineNetwork)]) -> Self {
         Self { networks: networks.iter().cloned().collect(), ..Self::default() }
     }
 
-    /// What is to outlive this one.
+    /// Returns the networks for the state file.
     pub(super) fn kept(&self) -> Vec<(String, EngineNetwork)> {
         self.networks.iter().map(|(id, kept)| (id.clone(), kept.clone())).collect()
     }
 
-    /// For the table: what must not be removed.
+    /// Returns the entries of the owner table that keep these networks from removal.
     pub(super) fn held(&self) -> Vec<Entry> {
         let all: BTreeSet<NetworkId> = self.networks.values().map(|kept| kept.network).collect();
         all.into_iter().map(Entry::Held).collect()
@@ -68,8 +68,11 @@ impl Docker {
 }
 
 impl Node {
-    /// Does what an Engine asks for, and gives what it is answered. Only what may be otherwise in a
-    /// moment is a failure here: `ovl-docker` asks again.
+    /// Carries out a call of an Engine, and returns the response.
+    ///
+    /// # Errors
+    ///
+    /// Only a temporary failure: `ovl-docker` then repeats the call. Any other failure is part of the response.
     pub(super) async fn docker(&self, call: &DockerCall) -> Result<Value, Failed> {
         let outcome = match docker::parse(&call.method, &call.body) {
             Ok(call) => self.docker_call(call).await,
@@ -117,7 +120,7 @@ impl Node {
         }
     }
 
-    /// A range, before it is known what for.
+    /// Returns an address pool. The Engine requests it before it creates the network.
     async fn docker_pool(&self, wish: &PoolWish) -> Result<Pool, Failed> {
         let choice = {
             let state = self.state.borrow();
@@ -146,6 +149,7 @@ impl Node {
         Ok(pool)
     }
 
+    /// Reserves an address for an endpoint that the Engine has yet to create, or returns the address of a gateway.
     async fn docker_address(&self, wish: AddressWish) -> Result<IpNet, Failed> {
         let (pool, wanted) = match wish {
             AddressWish::Gateway(pool, wanted) => {
@@ -172,7 +176,7 @@ impl Node {
         Ok(net)
     }
 
-    /// Whatever of ours still has the address, the Engine has not.
+    /// Releases an address. An endpoint of the Engine that still has it is deleted.
     async fn docker_release(&self, pool: Pool, address: IpAddr) -> Result<Value, Failed> {
         let left: Vec<EndpointId> = {
             let mut guard = self.state.borrow_mut();
@@ -191,7 +195,7 @@ impl Node {
         Ok(docker::nothing())
     }
 
-    /// Makes or joins a network; returns when it is on this host's disk which one it is.
+    /// Creates or joins a network. Returns once the association is on this host's disk.
     async fn docker_network(&self, wish: NetworkWish) -> Result<Value, Failed> {
         let (plan, pools) = {
             let mut guard = self.state.borrow_mut();
@@ -215,7 +219,7 @@ impl Node {
             Plan::Join(network) => network,
             Plan::Make(create) => match self.network_create_for(*create, true).await {
                 Ok(made) => made.id,
-                // Another Engine's host may have been quicker.
+                // A host of another Engine may have created the network at the same time.
                 Err(failed) => {
                     let is_chosen = |prefix| pools.iter().any(|pool: &Pool| pool.prefix == prefix);
                     match docker::plan_network(&wish, &self.state.borrow().view.networks, is_chosen) {
@@ -237,7 +241,7 @@ impl Node {
         Ok(docker::nothing())
     }
 
-    /// Leaves a network, with what the Engine could not take away of its endpoints there.
+    /// Leaves a network. Endpoints on it that the Engine failed to delete are deleted first.
     async fn docker_network_rm(&self, id: &str) -> Result<Value, Failed> {
         let left: Vec<EndpointId> = {
             let state = self.state.borrow();
@@ -251,8 +255,8 @@ impl Node {
         Ok(docker::nothing())
     }
 
-    /// Forgets an Engine's network. The cluster's goes with the last one that stands for it, if it
-    /// was made for Engines.
+    /// Forgets a network of the Engine. If it was the last one on this host for a network of the cluster, that
+    /// network is no longer held here, and is removed if it was created for Engines and is unused.
     fn leave_network(&self, id: &str) -> Result<(), Failed> {
         let Some(network) = self.state.borrow_mut().docker.networks.remove(id).map(|kept| kept.network)
         else {
@@ -266,11 +270,12 @@ impl Node {
         let name = self.network_name(network);
         self.write_table(Vec::new(), vec![Key::Held(network)]);
         self.event("network", &name, "left by a Docker Engine");
-        // Who else has it is not known before that: then it is collected.
+        // Before gossip has caught up, the other holders are unknown. The network is then removed later if it is
+        // unused.
         if self.state.borrow().caught_up { self.remove_unused(network) } else { Ok(()) }
     }
 
-    /// Removes a network that was made for Engines, if none has it any more.
+    /// Removes a network that was created for Engines and is unused. Does nothing otherwise.
     fn remove_unused(&self, network: NetworkId) -> Result<(), Failed> {
         let unused = {
             let state = self.state.borrow();
@@ -284,6 +289,7 @@ impl Node {
         Ok(())
     }
 
+    /// Creates an endpoint. Succeeds if it exists with the same addresses; one with other addresses is replaced.
     async fn docker_endpoint(&self, wish: EndpointWish) -> Result<Value, Failed> {
         let _alone = self.containers.alone(&wish.id.endpoint).await;
         let network = {
@@ -297,7 +303,7 @@ impl Node {
             })?
         };
         if let Some((id, there)) = self.of_engine(&wish.id) {
-            // The answer was lost, and the call comes again.
+            // The response was lost, and the Engine repeats the call.
             if there.addresses.iter().map(IpNet::addr).eq(wish.addresses.iter().copied()) {
                 return Ok(docker::endpoint());
             }
@@ -345,7 +351,7 @@ impl Node {
         Ok(docker::endpoint())
     }
 
-    /// One that is not there is fine.
+    /// Deletes an endpoint. Succeeds if it does not exist.
     async fn docker_endpoint_rm(&self, id: &EngineEndpoint) -> Result<Value, Failed> {
         let _alone = self.containers.alone(&id.endpoint).await;
         if let Some((id, _)) = self.of_engine(id) {
@@ -354,7 +360,7 @@ impl Node {
         Ok(docker::nothing())
     }
 
-    /// What is published for the container from now on, and nothing else.
+    /// Replaces the published ports of an endpoint.
     async fn docker_publish(&self, id: &EngineEndpoint, ports: &[Publish]) -> Result<Value, Failed> {
         let _alone = self.containers.alone(&id.endpoint).await;
         let (id, _) = self
@@ -367,7 +373,7 @@ impl Node {
         Ok(docker::nothing())
     }
 
-    /// Nothing any more.
+    /// Withdraws all published ports of an endpoint. Succeeds if it does not exist.
     async fn docker_revoke(&self, id: &EngineEndpoint) -> Result<Value, Failed> {
         let _alone = self.containers.alone(&id.endpoint).await;
         if let Some((id, _)) = self.of_engine(id) {
@@ -376,7 +382,7 @@ impl Node {
         Ok(docker::nothing())
     }
 
-    /// What the Engine is to put into the container.
+    /// Returns the interface and the routes that the Engine configures in the container.
     fn docker_join(&self, id: &EngineEndpoint) -> Result<Value, Failed> {
         let gone = || Failed::not_found("the endpoint is gone: start the container again");
         let (_, endpoint) = self.of_engine(id).ok_or_else(gone)?;
@@ -398,8 +404,8 @@ impl Node {
         Ok(docker::joined(&joined, network.internal))
     }
 
-    /// Gives an endpoint the name that its container has in the Engine, or, where that is taken on the
-    /// network, lets it answer to it.
+    /// Gives an endpoint the name that its container has in the Engine. If the name is taken on the network, it
+    /// becomes an alias.
     pub(super) fn name_docker(&self, names: &DockerName) -> Result<(), Failed> {
         let found = {
             let state = self.state.borrow();
@@ -438,7 +444,7 @@ impl Node {
         Ok(())
     }
 
-    /// An Engine's endpoint on this host.
+    /// Returns the endpoint of this host by the Engine's id. `None` if it does not exist.
     fn of_engine(&self, id: &EngineEndpoint) -> Option<(EndpointId, Endpoint)> {
         let state = self.state.borrow();
         let found =
@@ -446,13 +452,14 @@ impl Node {
         Some((found, state.own_endpoint(found)?.clone()))
     }
 
+    /// Returns the name of a network, or its id if it is unknown.
     fn network_name(&self, id: NetworkId) -> String {
         let state = self.state.borrow();
         state.view.networks.get(&id).map_or_else(|| id.to_string(), |found| found.network.name.clone())
     }
 }
 
-/// Whether a network was made for Engines, and no host has it for one any more, nor endpoints on it.
+/// Whether a network was created for Engines, and no member holds it or has an endpoint on it.
 fn is_unused(state: &State, found: &NetworkState) -> bool {
     let id = found.network.id;
     let members = state.view.nodes.values().filter(|node| state.view.alloc.members.contains(&node.record.id));
@@ -464,10 +471,12 @@ fn is_unused(state: &State, found: &NetworkState) -> bool {
             .any(|node| node.table.holds(id) || node.table.endpoints_on(id).next().is_some())
 }
 
+/// Returns the Engine's id of an endpoint. `None` if no Engine created it.
 fn engine_endpoint(state: &State, id: EndpointId) -> Option<&EngineEndpoint> {
     state.endpoints.get(&id)?.docker.as_ref()
 }
 
+/// Returns the network and subnet of an address pool.
 fn subnet_of(state: &State, pool: Pool) -> Result<(&Network, &ovl_proto::object::Subnet), Failed> {
     docker::subnet_of(pool, state.docker.networks.values(), &state.view.networks).map_err(Failed::not_found)
 }

@@ -1,4 +1,4 @@
-//! What happened lately, and whoever wants to hear of it.
+//! Recent events, and their subscribers.
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
@@ -6,10 +6,10 @@ use std::collections::VecDeque;
 use ovl_control::Event;
 use tokio::sync::broadcast;
 
-/// How many are kept.
+/// How many events are kept.
 const KEPT: usize = 1000;
 
-/// The latest events.
+/// The most recent events.
 #[derive(Debug)]
 pub(crate) struct Events {
     kept: RefCell<VecDeque<Event>>,
@@ -23,23 +23,23 @@ impl Default for Events {
 }
 
 impl Events {
-    /// Takes note of one.
+    /// Adds an event and sends it to all subscribers. If there are too many, the oldest is dropped.
     pub(super) fn push(&self, event: Event) {
         let mut kept = self.kept.borrow_mut();
         if kept.len() == KEPT {
             kept.pop_front();
         }
         kept.push_back(event.clone());
-        // Nobody may be listening.
+        // There may be no subscriber.
         self.live.send(event).ok();
     }
 
-    /// All that are kept, oldest first.
+    /// Returns the kept events, oldest first.
     pub(crate) fn all(&self) -> Vec<Event> {
         self.kept.borrow().iter().cloned().collect()
     }
 
-    /// All that are kept, and each new one from there on.
+    /// Returns the kept events and a receiver for all later ones.
     pub(crate) fn follow(&self) -> (Vec<Event>, broadcast::Receiver<Event>) {
         (self.all(), self.live.subscribe())
     }

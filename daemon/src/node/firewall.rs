@@ -1,5 +1,5 @@
-//! Other people's firewalls, looked at now and then: our one rule in Docker's is kept there, and what stops our packets
-//! is named.
+//! Firewalls of other programs, which are checked periodically: ovld's one rule in Docker's chain is maintained, and
+//! firewalls that drop packets of ovl are reported.
 
 use std::rc::Rc;
 use std::time::Duration;
@@ -12,16 +12,16 @@ use ovl_subsystems::firewall::{Decision, decide};
 use super::{Failed, Node};
 use crate::problems::Code;
 
-/// Between two looks.
+/// Time between two checks.
 const AGAIN: Duration = Duration::from_secs(5);
 
 impl Node {
-    /// Runs for ever.
+    /// Checks the firewalls periodically. Runs forever.
     pub(super) async fn firewall_loop(self: Rc<Self>) {
         let mut idle = false;
         loop {
             let networks = self.built_networks();
-            // Without networks one look is enough, to take away what the last run may have left.
+            // Without networks one check is enough, to delete a rule that the previous run may have left.
             if !(idle && networks.is_empty())
                 && let Err(failed) = self.mind_firewalls(&networks).await
             {
@@ -32,28 +32,30 @@ impl Node {
         }
     }
 
-    /// Takes our rule away, for a teardown.
+    /// Deletes ovld's rule in Docker's chain, for a teardown.
     pub(super) async fn close_firewalls(&self) -> Result<(), Failed> {
         self.mind_firewalls(&[]).await
     }
 
-    /// Sentences about firewalls that stop what is published or sent.
+    /// Returns the reported problems: firewalls that drop packets of endpoints or of published ports.
     pub(super) fn firewall_problems(&self) -> Vec<String> {
         let state = self.state.borrow();
         state.problems.of(Code::Firewall).map(|(_, sentence)| sentence.to_owned()).collect()
     }
 
+    /// Returns the networks whose devices exist on this host.
     fn built_networks(&self) -> Vec<Network> {
         let state = self.state.borrow();
         let all = state.view.networks.values().map(|found| &found.network);
         all.filter(|network| state.local.is_built(&state.view, network.id)).cloned().collect()
     }
 
-    /// Has a look now: a Docker Engine's first container must not wait for the next one.
+    /// Checks the firewalls at once, so that the first container of a Docker Engine does not wait for the next check.
     pub(super) async fn mind_firewalls_now(&self) -> Result<(), Failed> {
         self.mind_firewalls(&self.built_networks()).await
     }
 
+    /// Maintains the rule in Docker's chain for these networks, and reports firewalls that drop their packets.
     async fn mind_firewalls(&self, networks: &[Network]) -> Result<(), Failed> {
         if !self.environment.owns_host() {
             return Ok(());
@@ -72,6 +74,7 @@ impl Node {
     }
 }
 
+/// Runs blocking work in another thread.
 async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, KernelError> + Send + 'static,
 ) -> Result<T, Failed> {

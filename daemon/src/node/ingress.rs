@@ -1,4 +1,5 @@
-//! LoadBalancers: addresses that this host announces, and ports at which it says whether it has backends.
+//! Services of type LoadBalancer: the addresses that this host announces, and the ports at which it answers health
+//! checks.
 
 use std::collections::BTreeMap;
 
@@ -14,10 +15,10 @@ use crate::ports::{Answer, listen_everywhere};
 use crate::problems::Code;
 use ovl_subsystems::TableChange;
 
-/// So many addresses are announced again at a time.
+/// How many addresses are announced again in one batch.
 const AT_A_TIME: usize = 512;
 
-/// Who announces a Service's addresses.
+/// Returns the addresses of a Service with the hosts that announce them.
 pub(super) fn announced(state: &State, service: &Service) -> Vec<AnnouncedAddress> {
     let names =
         |address| ingress::announcers(&state.view, address).map(|node| node.record.name.clone()).collect();
@@ -28,7 +29,7 @@ pub(super) fn announced(state: &State, service: &Service) -> Vec<AnnouncedAddres
 }
 
 impl Node {
-    /// Says in this host's owner table what follows from what is in the kernel, and answers health checks.
+    /// Updates this host's owner table after the kernel was changed, and answers health checks.
     pub(super) fn tell_announced(&self) {
         let changes: Vec<TableChange> = {
             let mut state = self.state.borrow_mut();
@@ -56,10 +57,10 @@ impl Node {
         self.answer_health();
     }
 
-    /// Announces once more what was taken lately.
+    /// Announces recently acquired addresses once more.
     pub(super) async fn announce_again(&self) {
         let again = self.state.borrow_mut().subsystems.announcements.again(AT_A_TIME);
-        // A worker that is gone is noticed elsewhere.
+        // A kernel worker that ended is detected elsewhere.
         if !again.is_empty()
             && let Err(error) = self.kernel.announce(again).await
         {
@@ -67,7 +68,8 @@ impl Node {
         }
     }
 
-    /// Answers at the `healthCheckNodePort`s of all Services. One that somebody else has is tried again.
+    /// Answers at the `healthCheckNodePort`s of all Services. A port that another program has is reported and tried
+    /// again.
     pub(super) fn answer_health(&self) {
         let mut guard = self.state.borrow_mut();
         let state = &mut *guard;
@@ -109,7 +111,7 @@ impl Node {
         self.ports.answer(answered, new);
     }
 
-    /// Takes this host's addresses away: it leaves.
+    /// Deletes the announced addresses of this host from the kernel, when it leaves the cluster.
     pub(super) async fn stop_announcing(&self) -> Result<(), Failed> {
         let found = self.kernel.dump().await.map_err(Failed::from)?;
         let ops = found

@@ -1,5 +1,5 @@
-//! The cluster key, and its rotation: `ovl_cluster::keys` decides, and this carries it out. Whatever is
-//! sealed with a key, or said of it in the record, is on the disk before.
+//! The cluster key and its rotation: `ovl_cluster::keys` decides, and this module carries it out. A key is on disk
+//! before anything is sealed with it and before this host's record names it.
 
 use std::collections::HashMap;
 use std::rc::Rc;
@@ -19,32 +19,32 @@ use super::state::State;
 use super::{Failed, Node};
 use crate::problems::Code;
 
-/// Between two looks when nothing happens.
+/// Time between two checks if there is no event.
 const LOOK: Duration = Duration::from_secs(1);
-/// A member that lacks the key gets it again after this time.
+/// Time after which a member that lacks the key gets it again, in milliseconds.
 const GIVE_AGAIN_MS: u64 = 2000;
-/// Members whose records nobody has sent are waited for this long after the map named them.
+/// How long members without a known record count as live after the list of members changed, in milliseconds.
 const UNKNOWN_FOR_MS: u64 = 10_000;
-/// A rotation that takes longer is a problem.
+/// Time after which a rotation is reported as a problem, in milliseconds.
 const STALLED_MS: u64 = 15_000;
 
-/// Held from a look at the keys until what follows from it is done.
+/// The lock that is held from a read of the keys until the change that follows from it is done.
 type Turn<'a> = tokio::sync::MutexGuard<'a, ()>;
 
-/// Beside the keys themselves.
+/// The keys of this host, and the state of a rotation.
 #[derive(Debug)]
 pub(crate) struct Keys {
-    /// What this host seals and opens with. On the disk.
+    /// The keys with which this host seals and opens. They are on disk.
     pub ring: Arc<Keyring>,
-    /// Where they are kept; nothing with `--insecure`. Taken out while the disk is at work.
+    /// The key file. `None` with `--insecure`, and while another thread writes it.
     file: Option<KeyFile>,
-    /// Handed to us, by a request or a member, before the map named it.
+    /// A key that came from a request or a member before the allocation map named it.
     offered: Option<ClusterKey>,
-    /// A request is under way, so this key is kept although the map does not name it yet.
+    /// The key of a request in flight, which is kept although the allocation map does not name it yet.
     beginning: Option<ClusterKeyId>,
     /// When each member was last given the key, or was first seen to lack it.
     given: HashMap<NodeId, u64>,
-    /// When the map last changed.
+    /// When the list of members in the allocation map last changed.
     pub map_changed: u64,
     insecure: bool,
 }
@@ -71,7 +71,7 @@ impl State {
 }
 
 impl Node {
-    /// Takes every step as soon as it may be taken. Runs for ever.
+    /// Takes each step of a rotation as soon as it is allowed. Runs forever.
     pub(super) async fn key_loop(self: Rc<Self>) {
         loop {
             if !self.state.borrow().keys.insecure {
@@ -85,6 +85,7 @@ impl Node {
         }
     }
 
+    /// Takes all steps of a rotation that are allowed now.
     async fn turn_keys(&self) {
         loop {
             let turn = self.key_turn.lock().await;
@@ -121,7 +122,7 @@ impl Node {
         }
     }
 
-    /// Puts the keys on the disk, then into use, then into the record.
+    /// Stores the keys on disk, then uses them, then names them in the record.
     async fn keep_keys(&self, turn: &Turn<'_>, ring: Keyring) -> anyhow::Result<()> {
         let ring = Arc::new(ring);
         let kept = Arc::clone(&ring);
@@ -137,7 +138,7 @@ impl Node {
         Ok(())
     }
 
-    /// Lets the disk work on the files in another thread: this one must not wait for it.
+    /// Runs work on the key file in another thread, because this thread must not wait for the disk.
     async fn with_key_file(
         &self,
         _: &Turn<'_>,
@@ -154,13 +155,13 @@ impl Node {
         result
     }
 
-    /// Gives the keys to gossip and streams.
+    /// Passes the keys to gossip and streams.
     pub(super) fn use_keys(&self) -> anyhow::Result<()> {
         let (ring, known) = {
             let state = self.state.borrow();
             let own = state.keys.ring.ids();
             let others = state.view.nodes.values().filter(|node| node.record.id != state.view.me);
-            // One that is gone may have left its address to another one.
+            // The address of a host that left may now belong to another host.
             let others = others.filter(|node| node.state != PeerState::Left);
             let known = others.map(|node| (node.record.address, key_towards(&own, &node.record.keys)));
             (Arc::clone(&state.keys.ring), known.collect())
@@ -170,7 +171,8 @@ impl Node {
         Ok(())
     }
 
-    /// What others have decides with which key we seal for them, as long as there are several.
+    /// Updates the key with which this host seals for each peer, which depends on the keys of the peer. Does nothing
+    /// if this host has only one key.
     fn use_keys_towards(&self) {
         if !self.state.borrow().keys.ring.ids().opens.is_empty()
             && let Err(error) = self.use_keys()
@@ -179,8 +181,8 @@ impl Node {
         }
     }
 
-    /// Gives the agreed key to the live members that lack it. One is given some time first, for
-    /// somebody else may be about to.
+    /// Sends the agreed key to members that lack it. Each gets it only after it was seen to lack it for `every`
+    /// milliseconds, because another host may be about to send it.
     fn hand_out_key(&self, every: u64) {
         let (lacking, key) = {
             let mut guard = self.state.borrow_mut();
@@ -214,7 +216,7 @@ impl Node {
         }
     }
 
-    /// A member hands us the key. It is taken when the map names it.
+    /// Takes note of a key that a member sent. It is used once the allocation map names it.
     pub(super) fn take_key(&self, secret: &Secret<[u8; 32]>) {
         let key = ClusterKey::new(secret.0);
         let mut state = self.state.borrow_mut();
@@ -224,7 +226,7 @@ impl Node {
         }
     }
 
-    /// Gives the configured file the key, once it is the only one.
+    /// Writes the key to the configured key file once it is the only key, and deletes the copy.
     async fn settle_key_file(&self) {
         let turn = self.key_turn.lock().await;
         let ring = {
@@ -245,7 +247,7 @@ impl Node {
         self.state.borrow_mut().problems.set(Code::KeyFile, "", sentence);
     }
 
-    /// A rotation that is under way, and hosts that seal with keys that we do not have, are named.
+    /// Reports a rotation that takes too long, and hosts that seal with a key that this host does not have.
     fn note_keys(&self) {
         let others = self.gossip().other_keys();
         let mut guard = self.state.borrow_mut();
@@ -283,12 +285,12 @@ impl Node {
         state.problems.set(Code::KeyMissed, "", sentence);
     }
 
-    /// For `ovlctl status`.
+    /// Returns the progress of a rotation for `ovlctl status`. `None` if there is none.
     pub(super) fn key_rotation(state: &State) -> Option<KeyRotation> {
         state.live().progress().filter(|_| !state.keys.insecure).map(|progress| rotation_of(state, &progress))
     }
 
-    /// `ovlctl key status`.
+    /// Returns the answer to `ovlctl key status`.
     pub(super) fn key_status(&self) -> Result<KeyStatus, Failed> {
         let state = self.state.borrow();
         let own_keys = state.keys.ring.ids();
@@ -319,8 +321,8 @@ impl Node {
         Ok(KeyStatus { rotation, tunnel_waits_for: is_own.then(awaited), hosts })
     }
 
-    /// `ovlctl key rotate --cluster`: done when a majority has agreed and the key is on this host's
-    /// disk. The rest goes by itself.
+    /// Begins a rotation: `ovlctl key rotate --cluster`. Returns once a majority has agreed and the key is on this
+    /// host's disk. The remaining steps follow without further requests.
     pub(super) async fn rotate_cluster_key(&self, text: &Secret<String>) -> Result<KeyStatus, Failed> {
         if self.state.borrow().keys.insecure {
             return Err(no_key());
@@ -339,7 +341,8 @@ impl Node {
         self.key_status()
     }
 
-    /// Whether a rotation to this key can begin, or be taken up again; gives what the map says now.
+    /// Checks whether a rotation to this key can begin or continue, and returns the key that the allocation map
+    /// names.
     fn may_begin(&self, key: &ClusterKey) -> Result<Option<AgreedKey>, Failed> {
         let state = self.state.borrow();
         if !state.is_member() {
@@ -358,7 +361,7 @@ impl Node {
         }
         let progress = state.live().progress();
         match &progress {
-            // Its key is handed out anew, also where no live host had it any more.
+            // The key of that rotation is sent again, even if no live host has it any more.
             Some(progress) if progress.key.id == id => {}
             Some(progress) if progress.have > 0 => {
                 return Err(Failed::conflict(format!(
@@ -380,7 +383,8 @@ impl Node {
     async fn begin_rotation(&self, key: ClusterKey, agreed: Option<AgreedKey>) -> Result<(), Failed> {
         let id = key.id();
         {
-            // On the disk first: what is agreed on can be carried out whatever happens to this host then.
+            // The key is stored on disk first: once it is agreed, the rotation can complete whatever happens to this
+            // host.
             let turn = self.key_turn.lock().await;
             let ring = Arc::clone(&self.state.borrow().keys.ring);
             if ring.get(id).is_none() {
@@ -393,7 +397,7 @@ impl Node {
         let change = Change::Key { from: agreed.map(|key| key.id), to };
         let result = self.change(change).await;
         if result.as_ref().is_err_and(|failed| failed.0.kind == FailureKind::Conflict) {
-            // It is nobody's.
+            // The members agreed on another key, so no host uses this one.
             let turn = self.key_turn.lock().await;
             let ring = self.state.borrow().keys.ring.without(id);
             if let Err(error) = self.keep_keys(&turn, ring).await {

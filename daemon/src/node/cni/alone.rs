@@ -1,5 +1,5 @@
-//! One call for a container at a time, in the order in which they come: a `DEL` that comes during
-//! an `ADD` waits, and then takes away what that has made.
+//! A lock for each container, so that its calls run one at a time, in the order of their arrival. A `DEL` that
+//! arrives during an `ADD` waits, and then deletes what the `ADD` created.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -7,21 +7,21 @@ use std::sync::Arc;
 
 use tokio::sync::{Mutex, OwnedMutexGuard};
 
-/// Containers that a call is under way for.
+/// Containers with a call in flight.
 #[derive(Debug, Default)]
 pub(in crate::node) struct Containers(RefCell<BTreeMap<String, Arc<Mutex<()>>>>);
 
-/// The container is the holder's alone until this is dropped.
+/// The lock of a container, held until this is dropped.
 #[derive(Debug)]
 pub(in crate::node) struct Alone<'a> {
     all: &'a Containers,
     container: String,
-    /// Nothing only while this is being dropped.
+    /// `None` only during `drop`.
     guard: Option<OwnedMutexGuard<()>>,
 }
 
 impl Containers {
-    /// Waits for all earlier calls for this container to end.
+    /// Locks a container. Returns once all earlier calls for it have ended.
     pub(in crate::node) async fn alone(&self, container: &str) -> Alone<'_> {
         let mutex = Arc::clone(self.0.borrow_mut().entry(container.to_owned()).or_default());
         let guard = Some(mutex.lock_owned().await);
@@ -33,7 +33,7 @@ impl Drop for Alone<'_> {
     fn drop(&mut self) {
         drop(self.guard.take());
         let mut all = self.all.0.borrow_mut();
-        // Those who wait for it hold it too.
+        // Waiting calls have a reference too.
         if all.get(&self.container).is_some_and(|mutex| Arc::strong_count(mutex) == 1) {
             all.remove(&self.container);
         }
@@ -77,7 +77,7 @@ mod tests {
                     .collect();
                 let expected = [1, 2, 4].into_iter().flat_map(|n| [(n, "begins"), (n, "ends")]);
                 assert_eq!(of_a, expected.collect::<Vec<_>>());
-                // The other one did not wait for them.
+                // The call for the other container did not wait.
                 assert_eq!(told.borrow().get(1), Some(&("b", 3, "begins")));
                 assert!(containers.0.borrow().is_empty());
             })

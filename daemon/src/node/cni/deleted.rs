@@ -1,7 +1,7 @@
-//! `DEL`s that came while ovld was not there. The plugin left a file for each.
+//! Stored `DEL` calls, which came while ovld was not running. The plugin wrote a file for each.
 //!
-//! ovld looks for them after it has begun to listen and before it answers anybody, before each `ADD`
-//! of the same attachment, and from time to time, for a plugin whose request came to no end.
+//! ovld carries them out after it has begun to listen and before it answers any request. It does so again before each
+//! `ADD` of the same attachment, and periodically, for plugins whose request was interrupted.
 
 use std::fs::{self, File};
 use std::io::{ErrorKind, Read as _};
@@ -15,11 +15,11 @@ use ovl_runtimes::cni::{self, Attachment, Call, code, error};
 
 use super::super::{Node, remove_if_there};
 
-/// Between two looks for those whose plugin asked, and got no answer.
+/// Time between two checks for stored calls.
 const AGAIN: Duration = Duration::from_secs(2);
 
 impl Node {
-    /// Runs for ever.
+    /// Carries out stored calls periodically. Runs forever.
     pub(in crate::node) async fn deleted_loop(self: Rc<Self>) {
         loop {
             tokio::time::sleep(AGAIN).await;
@@ -28,7 +28,7 @@ impl Node {
         }
     }
 
-    /// Carries all of them out. One that fails stays for the next time.
+    /// Carries out all stored `DEL` calls. One that fails is kept for the next check.
     pub(in crate::node) async fn carry_out_all_deleted(&self) {
         let dir = CniDeleted::dir(&self.run_dir.socket());
         let files = match fs::read_dir(&dir) {
@@ -40,7 +40,7 @@ impl Node {
             }
         };
         for file in files.flatten() {
-            // One that is hidden is still being written.
+            // A hidden file is still being written.
             if file.file_name().to_string_lossy().starts_with('.') {
                 continue;
             }
@@ -52,7 +52,7 @@ impl Node {
                 continue;
             };
             let _alone = self.containers.alone(&attachment.container_id).await;
-            // A DEL and an ADD may have come in between.
+            // A DEL or an ADD may have carried it out in the meantime.
             if !path.exists() {
                 continue;
             }
@@ -70,7 +70,8 @@ impl Node {
         }
     }
 
-    /// That of one attachment, if there is one. The caller has the container for itself.
+    /// Carries out the stored `DEL` of one attachment, if there is one. The caller must hold the lock of the
+    /// container.
     pub(super) async fn carry_out_deleted(&self, attachment: &Attachment) -> Result<(), CniError> {
         if self.deleted_path(attachment).is_some_and(|path| path.exists()) {
             self.cni_take_away(attachment).await?;
@@ -79,7 +80,7 @@ impl Node {
         Ok(())
     }
 
-    /// It is done.
+    /// Deletes the file of a `DEL` that was carried out.
     pub(super) fn forget_deleted(&self, attachment: &Attachment) -> Result<(), CniError> {
         let removed = self.deleted_path(attachment).map_or(Ok(()), |path| remove_if_there(&path));
         removed.map_err(|cause| {
@@ -87,12 +88,13 @@ impl Node {
         })
     }
 
+    /// Returns the path of the file for a stored `DEL`. `None` if the attachment has no valid file name.
     fn deleted_path(&self, attachment: &Attachment) -> Option<PathBuf> {
         let name = CniDeleted::file_name(&attachment.network, &attachment.container_id, &attachment.ifname)?;
         Some(CniDeleted::dir(&self.run_dir.socket()).join(name))
     }
 
-    /// What a file asks for; nothing if that is of no use any more, or was never of any.
+    /// Reads the attachment from a file. `None` if the file is of an earlier boot or invalid.
     fn read_deleted(&self, path: &Path) -> Option<Attachment> {
         let read = || -> anyhow::Result<CniDeleted> {
             let mut bytes = Vec::new();

@@ -1,4 +1,4 @@
-//! Names of Services and pods in the zone: which of them come and go with what changed.
+//! Names of Services and pods in the zone, updated for each Service or pod that changed.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -9,7 +9,7 @@ use ovl_subsystems::names::cluster_names::{ClusterNames, Set, VERSION};
 
 use super::records_of;
 
-/// What the cluster says of itself, and no Service does (section 2.2 of the specification).
+/// Adds the cluster domain and the names that belong to no Service (Kubernetes DNS specification, section 2.2).
 pub(super) fn begin(zone: &mut Zone, domain: &str, walks: bool) {
     let Some(name) = Name::parse(domain) else { return };
     zone.begin_cluster(name, walks);
@@ -25,16 +25,17 @@ pub(super) fn begin(zone: &mut Zone, domain: &str, walks: bool) {
     }
 }
 
-/// Whose a name is.
+/// The owner of a name.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Owner {
-    /// A Service's.
+    /// A Service.
     Service(ResourceName),
-    /// A pod's: its namespace and addresses.
+    /// A pod: its namespace and addresses.
     Pod(String, Vec<IpAddr>),
 }
 
-/// The names of Services and pods. One name can be several's: what is above others, and of an address.
+/// The names of Services and pods. A name can have several owners: a name with other names below it, or the PTR name
+/// of an address.
 #[derive(Debug, Default)]
 pub(super) struct Cluster {
     of: BTreeMap<Owner, ClusterNames>,
@@ -43,7 +44,7 @@ pub(super) struct Cluster {
 }
 
 impl Cluster {
-    /// Sets what an owner has, or that it has nothing any more.
+    /// Sets the names of an owner. With `None`, it has none any more.
     pub(super) fn change(&mut self, zone: &mut Zone, owner: Owner, names: Option<ClusterNames>) {
         let was = self.of.remove(&owner).unwrap_or_default();
         let is = names.unwrap_or_default();
@@ -62,7 +63,7 @@ impl Cluster {
         if !is.sets.is_empty() {
             self.of.insert(owner, is.clone());
         }
-        // What is above others, all of a namespace's Services have: looked at only where it may be another.
+        // All Services of a namespace share the names above theirs. Compute them only if their records may differ.
         let nothing = Set::default();
         let differs = |name: &&String| {
             let [before, after] = [&was, &is].map(|names| names.sets.get(*name).unwrap_or(&nothing));
@@ -83,6 +84,7 @@ impl Cluster {
         }
     }
 
+    /// Merges the records of all owners of a name.
     fn records(&self, name: &str) -> Records {
         let Some(owners) = self.sets.get(name) else { return Records::default() };
         let mut all = Set::default();
@@ -96,6 +98,7 @@ impl Cluster {
     }
 }
 
+/// Removes an owner from a set, and the set if it is empty.
 fn take<K: Ord>(sets: &mut BTreeMap<K, BTreeSet<Owner>>, key: &K, owner: &Owner) {
     if let Some(owners) = sets.get_mut(key) {
         owners.remove(owner);

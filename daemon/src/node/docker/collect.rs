@@ -1,4 +1,5 @@
-//! What Engines leave: calls that came while ovld was away, and what they never come for.
+//! What Docker Engines leave behind: calls that came while ovld was not running, and reservations, interfaces and
+//! networks that they no longer use.
 
 use std::rc::Rc;
 
@@ -11,16 +12,15 @@ use ovl_runtimes::docker;
 use super::super::{Node, remove_if_there};
 use super::is_unused;
 
-/// What an Engine asks for first and names later, it names at once: after this time, in milliseconds,
-/// it has forgotten.
+/// Time after which an unused reservation is released or an unused network is removed, in milliseconds. An Engine
+/// uses what it requested at once, so one that has not used it by then has given it up.
 const UNUSED_MS: u64 = 60_000;
-/// An interface that the Engine has not fetched, or has brought back and told nobody, is taken away
-/// after this time. Starting a container takes a second.
+/// Time after which an endpoint is deleted whose container interface is in the host's namespace, in milliseconds: the
+/// Engine has not moved it, or has moved it back without a call. Starting a container takes a second.
 const UNFETCHED_MS: u64 = 120_000;
 
 impl Node {
-    /// Carries out what was to be taken away while ovld was not there. What fails stays for the next
-    /// time.
+    /// Carries out the stored calls, which came while ovld was not running. One that fails is kept for the next time.
     pub(in crate::node) async fn carry_out_docker(&self) {
         let calls = match DockerDeleted::all(&self.run_dir.socket()) {
             Ok(calls) => calls,
@@ -43,6 +43,7 @@ impl Node {
         }
     }
 
+    /// Carries out one stored call. Returns whether it succeeded.
     async fn carry_out_kept(&self, call: &DockerCall) -> bool {
         match self.docker(call).await {
             Ok(answer) => {
@@ -56,8 +57,7 @@ impl Node {
         }
     }
 
-    /// Takes back what an Engine asked for and did not come for, and what it left. To be called now
-    /// and then.
+    /// Releases what an Engine requested but did not use, and deletes what it left behind. To be called periodically.
     pub(in crate::node) fn collect_docker(self: &Rc<Self>) {
         let stale: Vec<EndpointId> = {
             let mut guard = self.state.borrow_mut();
@@ -95,8 +95,8 @@ impl Node {
         });
     }
 
-    /// Removes networks that were made for Engines and that nobody has any more: the last Engine went
-    /// with its host, or could not tell who else there was.
+    /// Removes unused networks that were created for Engines. This is needed if the host of the last Engine is gone,
+    /// or if that host did not know which others hold the network.
     fn collect_networks(&self) {
         let old: Vec<NetworkId> = {
             let mut guard = self.state.borrow_mut();
