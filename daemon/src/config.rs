@@ -1,4 +1,4 @@
-//! Flags and the configuration file. A flag wins over the file; `--join` adds to it.
+//! The flags and the configuration file of ovld. A flag overrides the file, except that `--join` adds to it.
 
 mod stubs;
 
@@ -18,14 +18,14 @@ use ovl_proto::{DEFAULT_PORT, DEFAULT_TUNNEL_PORT, DEFAULT_VXLAN_PORT, SEALED_VX
 use ovl_subsystems::services::allocation::Ranges;
 use serde::Deserialize;
 
-/// Where the configuration is looked for unless `--config` says otherwise.
+/// Path of the configuration file if `--config` is absent.
 const DEFAULT_CONFIG: &str = "/etc/ovl/ovld.toml";
 
-/// Under it the host finds endpoints: `NAME.NETWORK.ovl.internal`. The top-level domain is set aside for private
-/// use.
+/// Domain under which the host resolves endpoints, as `NAME.NETWORK.ovl.internal`. The top-level domain
+/// `internal` is reserved for private use.
 pub(crate) const OWN_DOMAIN: &str = "ovl.internal";
 
-/// Where Kubernetes often has them.
+/// Default address ranges of Services. Kubernetes clusters often use these.
 const DEFAULT_SERVICE_RANGES: [IpNet; 2] = [
     IpNet::V4(Ipv4Net::new_assert(Ipv4Addr::new(10, 96, 0, 0), 16)),
     IpNet::V6(Ipv6Net::new_assert(Ipv6Addr::new(0xfd00, 0x10, 0x96, 0, 0, 0, 0, 0), 112)),
@@ -82,7 +82,7 @@ pub(crate) struct Args {
     pub(crate) man: bool,
 }
 
-/// The configuration file. The names are those of the flags.
+/// The configuration file. Its keys have the names of the flags.
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct File {
@@ -124,7 +124,7 @@ struct File {
     stub_domains: BTreeMap<String, Vec<String>>,
 }
 
-/// Who carries encrypted networks between hosts.
+/// Implementation of the tunnel that carries encrypted networks between hosts.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum TunnelMode {
@@ -137,72 +137,74 @@ pub(crate) enum TunnelMode {
     Userspace,
 }
 
-/// What may be otherwise in a moment: all other errors of [`Config::load`] stay until somebody changes the
-/// configuration.
+/// The address of this host cannot be determined. This error may be temporary, unlike all other errors of
+/// [`Config::load`], which last until the configuration is changed.
 #[derive(Debug, thiserror::Error)]
 #[error("the address of this host is not clear")]
 pub(crate) struct NoAddress;
 
-/// All settings, checked.
+/// All settings, validated.
 #[derive(Debug, Clone)]
 pub struct Config {
-    /// This host's name in the cluster.
+    /// Name of this host in the cluster.
     pub(crate) node: String,
-    /// What must outlive a reboot.
+    /// State directory: the files that must outlive a reboot.
     pub(crate) state_dir: PathBuf,
-    /// Socket, lock, and what ends with the kernel.
+    /// Run directory: the control socket, the lock and the state that ends with the kernel.
     pub(crate) run_dir: PathBuf,
-    /// Where peers reach this host.
+    /// Address at which peers reach this host.
     pub(crate) advertise: SocketAddr,
-    /// Hosts to join by, as `host:port`.
+    /// Hosts through which to join, as `host:port`.
     pub(crate) join: Vec<String>,
-    /// Begin a new cluster if this host is in none.
+    /// Whether to begin a new cluster if this host is in none.
     pub(crate) bootstrap: bool,
-    /// The file with the cluster key; nothing with `insecure`.
+    /// File with the cluster key. `None` if `insecure` is set.
     pub(crate) cluster_key: Option<PathBuf>,
-    /// The least level that is logged.
+    /// Least severe level that is logged.
     pub(crate) log: tracing::Level,
     /// UDP port of the VXLAN devices.
     pub(crate) vxlan_port: u16,
-    /// Between two rounds of gossip.
+    /// Time between two rounds of gossip.
     pub(crate) gossip_interval: Duration,
-    /// How long the entries of a host are kept whose daemon is silent while its kernel answers.
+    /// How long the entries of a suspect host stay in use: its daemon is silent, but its kernel answers.
     pub(crate) keep: Duration,
-    /// After how long a dead host is forgotten and its blocks are free; zero: never.
+    /// Time after which a dead host is forgotten and its blocks are free. Zero means never.
     pub(crate) forget_after: Duration,
-    /// Where the ranges of networks come from that are made without `--subnet`.
+    /// Pool from which a network gets its subnet if `--subnet` is absent.
     pub(crate) pool: IpNet,
-    /// Where addresses of Services come from.
+    /// Ranges from which Services get their addresses.
     pub(crate) ranges: Ranges,
-    /// Where addresses of LoadBalancers are announced; nothing: where this host's own is.
+    /// Device on which the addresses of LoadBalancers are announced. `None` means the device with this host's
+    /// own address.
     pub(crate) load_balancer_device: Option<Device>,
-    /// What the names of Services end with in DNS.
+    /// DNS domain under which the names of Services are resolved.
     pub(crate) cluster_domain: String,
-    /// Whether what leaves the cluster gets this host's address.
+    /// Whether traffic that leaves the cluster is masqueraded with this host's address.
     pub(crate) masquerade: bool,
-    /// Who carries encrypted networks.
+    /// Implementation of the tunnel that carries encrypted networks.
     pub(crate) tunnel: TunnelMode,
     /// UDP port of the tunnel.
     pub(crate) tunnel_port: u16,
-    /// Whether networks made by this host are encrypted, asked for or not.
+    /// Whether every network created by this host is encrypted, even if the request does not ask for it.
     pub(crate) encrypt: bool,
-    /// Where the resolvers for all other names are found.
+    /// File with the upstream resolvers for all names that ovl does not serve.
     pub(crate) resolv_conf: PathBuf,
-    /// Where the host itself may ask for names.
+    /// Addresses at which the resolver listens for queries of the host itself.
     pub(crate) dns_listen: Vec<SocketAddr>,
-    /// Whether a pod's search list is walked for it.
+    /// Whether the resolver walks the search list of a pod on its behalf.
     pub(crate) walk_search_lists: bool,
-    /// Domains with resolvers of their own.
+    /// Domains that are forwarded to resolvers of their own.
     pub(crate) stub_domains: Vec<StubDomain>,
 }
 
 impl Config {
-    /// Reads the flags, the name of the program first, and the file that they name.
+    /// Reads the configuration from command-line arguments and the file that they name. The first argument is
+    /// the name of the program.
     pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Self> {
         Self::load(Args::try_parse_from(args)?)
     }
 
-    /// Reads the file that the flags name and puts the two together.
+    /// Reads the file that the flags name and merges it with the flags.
     pub(crate) fn load(args: Args) -> Result<Self> {
         let file = read_file(args.config.as_deref())?;
         let join: Vec<String> = file
@@ -351,15 +353,15 @@ impl Config {
     }
 }
 
-/// The longest name that people give: it fits a DNS label and a column.
+/// Longest name of a host, network or endpoint, in bytes. It fits a DNS label and a column of a listing.
 pub(crate) const MAX_NAME: usize = 63;
 
-/// Names of hosts, networks and endpoints.
+/// Whether a string is a valid name of a host, network or endpoint.
 pub(crate) fn is_name(name: &str) -> bool {
     is_name_within(name, MAX_NAME)
 }
 
-/// The same with another length: Kubernetes gives pods longer ones.
+/// Like [`is_name`], with another maximum length. Kubernetes gives pods longer names.
 pub(crate) fn is_name_within(name: &str, longest: usize) -> bool {
     (1..=longest).contains(&name.len())
         && name.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'))
@@ -377,7 +379,8 @@ fn read_file(path: Option<&Path>) -> Result<File> {
     toml::from_str(&text).with_context(|| format!("in {}", path.display()))
 }
 
-/// `host`, `host:port`, `addr`, `[addr]:port` or a bare IPv6 address, with the port made explicit.
+/// Adds the default port to an address that has none. Accepts `host`, `host:port`, `addr`, `[addr]:port` and
+/// a bare IPv6 address.
 fn with_port(setting: &str, text: &str, port: u16) -> Result<String> {
     if let Ok(ip) = text.trim_matches(['[', ']']).parse::<IpAddr>() {
         return Ok(SocketAddr::new(ip, port).to_string());
@@ -396,11 +399,16 @@ fn parse_address(setting: &str, text: &str, port: u16) -> Result<SocketAddr> {
         .map_err(|_| anyhow::anyhow!("{setting}: '{text}' is not ADDR[:PORT]; host names are not taken here"))
 }
 
-/// The address that this host would use towards the first peer; towards the world if there is
-/// none. Connecting a UDP socket asks the routing table and sends nothing.
+/// Returns the source address that this host would use for the first peer of `join`, or for the default route
+/// if there is none. Connecting a UDP socket consults the routing table and sends nothing.
+///
+/// # Errors
+///
+/// The first peer cannot be resolved, or there is no route to it.
 fn own_address(join: &[String]) -> Result<IpAddr> {
     let target = match join.first() {
-        // A name that cannot be resolved yet is no reason to choose another way out.
+        // A name that cannot be resolved yet must not select another route: its source address could be
+        // wrong.
         Some(peer) => peer
             .to_socket_addrs()
             .ok()

@@ -1,4 +1,4 @@
-//! The Unix socket that `ovlctl` and the CNI plugin talk to. The protocol is in `ovl_control`.
+//! The control socket, which serves `ovlctl` and the CNI plugin. The protocol is in `ovl_control`.
 
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
@@ -17,11 +17,11 @@ use tokio::sync::broadcast::error::RecvError;
 
 use crate::node::Node;
 
-/// Clients at one time; more of them wait.
+/// Maximum number of clients that are served at a time. Further clients wait.
 const MAX_CLIENTS: usize = 256;
 
-/// Makes the socket, for root and its group alone. One that is left over belongs to no daemon: the
-/// lock on the run directory is ours.
+/// Creates the socket, accessible to root and its group only. A socket that is left over belongs to no
+/// daemon, because this process holds the lock on the run directory.
 pub(crate) fn listen(path: &Path) -> Result<UnixListener> {
     if let Err(error) = std::fs::remove_file(path)
         && error.kind() != std::io::ErrorKind::NotFound
@@ -34,7 +34,7 @@ pub(crate) fn listen(path: &Path) -> Result<UnixListener> {
     Ok(listener)
 }
 
-/// Serves clients for ever.
+/// Serves clients forever.
 pub(crate) async fn serve(node: Rc<Node>, listener: UnixListener) {
     let places = Arc::new(Semaphore::new(MAX_CLIENTS));
     loop {
@@ -50,7 +50,8 @@ pub(crate) async fn serve(node: Rc<Node>, listener: UnixListener) {
                 });
             }
             Err(error) => {
-                // Out of descriptors, most likely: clients that end give some back.
+                // The usual cause is that the file descriptors are exhausted. Clients that disconnect free
+                // some.
                 tracing::warn!(%error, "cannot accept a client");
                 tokio::time::sleep(std::time::Duration::from_millis(100)).await;
             }
@@ -65,7 +66,7 @@ async fn client(node: &Rc<Node>, stream: UnixStream) -> std::io::Result<()> {
     let mut staged = Staged::default();
     loop {
         line.clear();
-        // One byte more than allowed tells a line that is too long from one that just fits.
+        // The extra byte distinguishes a line that is too long from one that just fits.
         let length = (&mut read).take(MAX_REQUEST as u64 + 1).read_until(b'\n', &mut line).await?;
         if length == 0 {
             return Ok(());
@@ -76,7 +77,7 @@ async fn client(node: &Rc<Node>, stream: UnixStream) -> std::io::Result<()> {
         }
         match parse(&line) {
             Ok(Request::Events { follow: true }) => {
-                // A client that goes away says so on its side of the connection alone.
+                // A client that disconnects is only seen by reading from its connection.
                 let mut ignored = tokio::io::sink();
                 return tokio::select! {
                     result = follow(node, &mut write) => result,
@@ -100,7 +101,7 @@ async fn client(node: &Rc<Node>, stream: UnixStream) -> std::io::Result<()> {
     }
 }
 
-/// Documents of a client that come in several requests.
+/// Documents that a client sends in several requests.
 #[derive(Default)]
 struct Staged {
     documents: Vec<Document>,
@@ -123,10 +124,10 @@ impl Staged {
     }
 }
 
-/// Reads a request, and nothing beside it.
+/// Parses a request and rejects unknown fields.
 fn parse(line: &[u8]) -> Result<Request, String> {
     let request: Request = serde_json::from_slice(line).map_err(|error| error.to_string())?;
-    // serde passes over what stands beside the name of a request that has no fields.
+    // serde ignores unknown fields next to a request that has no fields.
     let given: Map<String, Value> = serde_json::from_slice(line).map_err(|error| error.to_string())?;
     let known = serde_json::to_value(&request).map_err(|error| error.to_string())?;
     match given.keys().find(|key| known.get(*key).is_none()) {
@@ -141,7 +142,7 @@ async fn follow(node: &Rc<Node>, write: &mut (impl tokio::io::AsyncWrite + Unpin
     loop {
         let events: Vec<Event> = match live.recv().await {
             Ok(event) => vec![event],
-            // A client that reads too slowly misses some, and goes on with the next.
+            // A client that reads too slowly misses events and continues with the next one.
             Err(RecvError::Lagged(_)) => continue,
             Err(RecvError::Closed) => return Ok(()),
         };

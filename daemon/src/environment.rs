@@ -1,4 +1,4 @@
-//! What a daemon takes from outside: the clock, random bytes, the network, the kernel and the disk.
+//! The environment of a daemon: the clock, random bytes, the network, the kernel and the disk.
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -8,48 +8,52 @@ use ovl_mesh::keys::TunnelSecret;
 use ovl_mesh::transport::{HostTransport, Transport};
 use tokio::sync::mpsc;
 
-/// The world around one daemon. Durations are measured by tokio's clock.
+/// The environment of one daemon. Durations are measured by tokio's clock.
 ///
-/// Keys, nonces and the ids of gossip runs do not come from here: ring and snow draw them from the system. A test that
-/// needs the same run for the same seed has to replace `getrandom`.
+/// Keys, nonces and the ids of gossip runs do not come from here: ring and snow draw them from the system. A
+/// test that needs the same run for the same seed has to replace `getrandom`.
 pub trait Environment {
-    /// Milliseconds since 1970.
+    /// Returns the wall-clock time in milliseconds since 1970.
     fn wall_ms(&self) -> u64;
 
     /// Fills a buffer with random bytes.
     fn fill_random(&self, bytes: &mut [u8]);
 
-    /// The network under gossip and streams.
+    /// Returns the network that carries gossip and streams.
     fn transport(&self) -> Arc<dyn Transport>;
 
     /// Connects to the kernel. The secret holds the private keys of the tunnel.
+    ///
+    /// # Errors
+    ///
+    /// The kernel worker cannot open its netlink sockets.
     fn start_kernel(
         &self,
         events: mpsc::Sender<KernelEvent>,
         secret: &TunnelSecret,
     ) -> ovl_kernel::Result<KernelHandle>;
 
-    /// Sends ICMP probes.
+    /// Creates the prober, which sends ICMP probes.
     fn prober(&self) -> ovl_kernel::Result<Prober>;
 
-    /// How the state file is written.
+    /// Returns how the state file is written.
     fn disk(&self) -> Disk;
 
-    /// Whether this host is the daemon's alone: it serves DNS and the control socket, and checks the packet filters of
-    /// other programs.
+    /// Whether this daemon has the host to itself. If so, it serves DNS and the control socket, and checks
+    /// the packet filters of other programs.
     fn owns_host(&self) -> bool;
 }
 
-/// How the state file is written.
+/// Way in which the state file is written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Disk {
-    /// Synced, by a thread.
+    /// A thread writes and syncs the file.
     Synced,
-    /// Not synced, by a task that takes this long.
+    /// A task writes the file without a sync and takes this long.
     Simulated(Duration),
 }
 
-/// This host.
+/// The environment of the real host.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Host;
 
@@ -62,8 +66,8 @@ impl Environment for Host {
     fn fill_random(&self, bytes: &mut [u8]) {
         use ring::rand::SecureRandom as _;
         if ring::rand::SystemRandom::new().fill(bytes).is_err() {
-            // The kernel's generator cannot fail once it is seeded, which it is long before any daemon
-            // starts; ids that collide are refused anyway.
+            // The kernel's generator cannot fail once it is seeded, which it is long before a daemon starts.
+            // Ids that collide are rejected anyway.
             tracing::error!("the system gives no random numbers");
         }
     }

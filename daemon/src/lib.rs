@@ -1,6 +1,7 @@
 //! ovld: builds overlay networks on this host and shares them with its peers by gossip.
 //!
-//! The program is [`main`]. [`Daemon`] is one daemon in an [`Environment`], for tests that run many in one process.
+//! [`main`] is the program. [`Daemon`] is one daemon in an [`Environment`], for tests that run many in one
+//! process.
 
 #![warn(missing_docs)]
 
@@ -32,9 +33,10 @@ pub use crate::config::Config;
 pub use crate::environment::{Disk, Environment, Host};
 pub use crate::node::{Daemon, Inspection};
 
-/// To start again would not help (sysexits.h): the unit does not.
+/// Exit status `EX_CONFIG` of sysexits.h. A restart would not help, so the systemd unit does not restart
+/// ovld.
 const EX_CONFIG: u8 = 78;
-/// How long another process may hold our lock before that is an error.
+/// How long to wait for another process to release the lock.
 const LOCK_WITHIN: Duration = Duration::from_secs(1);
 
 /// Runs the program `ovld`.
@@ -53,7 +55,7 @@ pub fn main() -> ExitCode {
     }
 }
 
-/// The configuration says what cannot be, and will when started again.
+/// The configuration is invalid, so a restart would fail in the same way.
 #[derive(Debug, thiserror::Error)]
 #[error("wrong configuration")]
 struct Misconfigured;
@@ -83,7 +85,7 @@ fn start(args: Args) -> Result<()> {
         lock(&config.run_dir, "run directory", "--run-dir")?,
         lock(&config.state_dir, "state directory", "--state-dir")?,
     ];
-    // Everything that counts runs on one thread; the kernel's worker and the disk have their own.
+    // All state is on one thread. The kernel worker and the state file's writer have threads of their own.
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -91,7 +93,12 @@ fn start(args: Args) -> Result<()> {
     tokio::task::LocalSet::new().block_on(&runtime, node::run(config, Rc::new(Host)))
 }
 
-/// One daemon for each directory: held until the process ends, however it ends.
+/// Locks a directory, so that only one daemon uses it. The lock is held until the process ends, however it
+/// ends.
+///
+/// # Errors
+///
+/// Another process holds the lock for longer than [`LOCK_WITHIN`].
 fn lock(dir: &Path, what: &str, flag: &str) -> Result<Flock<File>> {
     let path = dir.join("lock");
     let mut file = OpenOptions::new()
@@ -105,7 +112,7 @@ fn lock(dir: &Path, what: &str, flag: &str) -> Result<Flock<File>> {
     loop {
         match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
             Ok(lock) => return Ok(lock),
-            // A process that was killed a moment ago may not have let go of it yet.
+            // A process that was killed a moment ago may still hold the lock.
             Err((same, Errno::EWOULDBLOCK)) if start.elapsed() < LOCK_WITHIN => file = same,
             Err((_, Errno::EWOULDBLOCK)) => bail!(
                 "another ovld is running with the {what} {}: stop it, or give this one its own with {flag}",

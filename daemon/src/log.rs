@@ -1,4 +1,4 @@
-//! Where ovld's messages go: into the journal with their levels and fields, or to standard error.
+//! Logging of ovld: to the journal with levels and fields, or to standard error.
 
 use std::fmt::{Debug, Write as _};
 use std::io::{self, IsTerminal as _};
@@ -9,12 +9,12 @@ use tracing_subscriber::filter::LevelFilter;
 use tracing_subscriber::layer::{Context, Layer, SubscriberExt as _};
 use tracing_subscriber::util::SubscriberInitExt as _;
 
-/// Where journald listens for messages in its own form.
+/// Socket at which journald receives messages in its native protocol.
 const SOCKET: &str = "/run/systemd/journal/socket";
-/// What the names of our fields begin with in the journal.
+/// Prefix of ovld's field names in the journal.
 const PREFIX: &str = "OVL_";
 
-/// To be called once.
+/// Installs the subscriber for log messages. Must be called only once.
 pub(crate) fn init(level: tracing::Level) {
     match Journal::connect() {
         Some(journal) => {
@@ -29,13 +29,14 @@ pub(crate) fn init(level: tracing::Level) {
     }
 }
 
-/// The journal, where a message is a datagram of fields.
+/// The journal. Each message is a datagram of fields.
 struct Journal(UnixDatagram);
 
 impl Journal {
-    /// None where standard error goes elsewhere, or there is no journal.
+    /// Connects to the journal. `None` if there is no journal, or standard error does not lead to it.
     fn connect() -> Option<Self> {
-        // What systemd.exec(5) says of JOURNAL_STREAM: others may have inherited it, and write elsewhere.
+        // See JOURNAL_STREAM in systemd.exec(5): the variable may be inherited while standard error is
+        // redirected.
         let stderr = nix::sys::stat::fstat(io::stderr()).ok()?;
         let stream = std::env::var("JOURNAL_STREAM").ok()?;
         if stream != format!("{}:{}", stderr.st_dev, stderr.st_ino) {
@@ -43,7 +44,7 @@ impl Journal {
         }
         let socket = UnixDatagram::unbound().ok()?;
         socket.connect(SOCKET).ok()?;
-        // A journal that does not keep up loses messages; it must not hold the daemon up.
+        // If the journal does not keep up, messages are lost. It must not block the daemon.
         socket.set_nonblocking(true).ok()?;
         Some(Self(socket))
     }
@@ -56,13 +57,14 @@ impl<S: tracing::Subscriber> Layer<S> for Journal {
         let priority = priority(*event.metadata().level());
         let sent = self.0.send(&entry.datagram(priority));
         if sent.is_err_and(|error| error.kind() != io::ErrorKind::WouldBlock) {
-            // Too large, or another journal than before. This way ends there too, with the level in front of the line.
+            // The message is too large, or the journal was restarted. Standard error leads to the journal
+            // too, with the level as a prefix of the line.
             eprintln!("<{priority}>{}", entry.text());
         }
     }
 }
 
-/// Syslog's number.
+/// Returns the syslog priority of a level.
 fn priority(level: tracing::Level) -> u8 {
     match level {
         tracing::Level::ERROR => 3,
@@ -72,11 +74,11 @@ fn priority(level: tracing::Level) -> u8 {
     }
 }
 
-/// What is said at once.
+/// One log message with its fields.
 #[derive(Default)]
 struct Entry {
     message: String,
-    /// Name, value for machines, value as people read it.
+    /// Name, value for machines, and value for people.
     fields: Vec<(&'static str, String, String)>,
 }
 
@@ -98,7 +100,7 @@ impl Visit for Entry {
 }
 
 impl Entry {
-    /// The message, and its fields behind it.
+    /// Formats the message followed by its fields.
     fn text(&self) -> String {
         let mut text = self.message.clone();
         for (name, _, shown) in &self.fields {
@@ -108,7 +110,7 @@ impl Entry {
         text
     }
 
-    /// The form that systemd's "Native Journal Protocol" describes.
+    /// Encodes the message in systemd's "Native Journal Protocol".
     fn datagram(&self, priority: u8) -> Vec<u8> {
         let mut datagram = format!("PRIORITY={priority}\nSYSLOG_IDENTIFIER=ovld\n").into_bytes();
         let mut put = |name: &str, value: &str| {
@@ -140,7 +142,7 @@ mod tests {
 
     use super::*;
 
-    /// Keeps what would be sent.
+    /// A layer that keeps the datagrams that would be sent.
     struct Kept(Arc<Mutex<Vec<Vec<u8>>>>);
 
     impl<S: tracing::Subscriber> Layer<S> for Kept {
@@ -163,7 +165,7 @@ mod tests {
         let first = "PRIORITY=4\nSYSLOG_IDENTIFIER=ovld\nMESSAGE=cannot reach it peer=b error=\"no way\" tries=3\n\
                      OVL_PEER=b\nOVL_ERROR=no way\nOVL_TRIES=3\n";
         assert_eq!(String::from_utf8_lossy(&said[0]), first);
-        // No line of a message can be taken for a field.
+        // A line of a message must not be taken for a field.
         let second = b"PRIORITY=6\nSYSLOG_IDENTIFIER=ovld\nMESSAGE\n\x09\0\0\0\0\0\0\0two\nlines\n";
         assert_eq!(said[1], second);
     }

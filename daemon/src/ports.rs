@@ -1,8 +1,10 @@
-//! Ports of this host that are published: held, so that nobody else gets them, and answered at `[::1]`, where the
-//! kernel would not forward. Whatever comes from another host never gets here, as long as the packet filter stands; if
-//! it does not, it is refused: it would pass by the host's firewall.
+//! Published ports of this host. Each port is bound, so that no other program gets it, and is served at
+//! `[::1]`, where the kernel would not forward.
 //!
-//! A thread of its own passes on; who only wants to know whether a port is free has the answer at once.
+//! Connections from other hosts never arrive here as long as the packet filter is in place. Without it they
+//! are refused, because they would bypass the host's firewall.
+//!
+//! A thread of its own relays the data. Whether a port is free is answered at once, without that thread.
 
 mod health;
 mod holder;
@@ -23,29 +25,29 @@ use tokio::task::{JoinSet, LocalSet};
 
 pub(crate) use health::Answer;
 
-/// Connections that wait to be passed on.
+/// Listen backlog of a published port, in connections.
 const BACKLOG: i32 = 128;
 
-/// A port of this host that is ours.
+/// A socket that is bound to a published port, with the container's port.
 #[derive(Debug)]
 pub(crate) enum Held {
     Tcp(TcpListener, u16),
     Udp(UdpSocket, u16),
 }
 
-/// Why a port could not be had.
+/// Why a port cannot be bound.
 #[derive(Debug)]
 pub(crate) enum Refused {
-    /// Somebody else has it.
+    /// Another program has bound the port.
     Taken {
         /// The port.
         port: u16,
-        /// Who, as far as it can be found out.
+        /// The process that has it. `None` if it cannot be determined.
         holder: Option<String>,
     },
-    /// The address is not one of this host's.
+    /// The address does not belong to this host.
     NoAddress(IpAddr),
-    /// Something else.
+    /// Another error.
     Other(io::Error),
 }
 
@@ -55,11 +57,11 @@ enum Order {
     Answer(BTreeMap<u16, Answer>, Vec<(u16, TcpListener)>),
 }
 
-/// The way to the thread; it ends with this.
+/// Handle of the thread that relays published ports. The thread ends when the handle is dropped.
 pub(crate) struct Ports(mpsc::UnboundedSender<Order>);
 
 impl Ports {
-    /// Starts the thread, in the network namespace of the calling one.
+    /// Starts the thread in the network namespace of the calling thread.
     pub(crate) fn start() -> io::Result<Self> {
         let (orders, inbox) = mpsc::unbounded_channel();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
@@ -69,26 +71,26 @@ impl Ports {
         Ok(Self(orders))
     }
 
-    /// Keeps ports for an endpoint, and passes on to its addresses what comes from this host itself. Until
-    /// [`Self::release`].
+    /// Keeps the ports of an endpoint and relays connections of this host itself to the endpoint's addresses,
+    /// until [`Self::release`] is called.
     pub(crate) fn serve(&self, endpoint: EndpointId, held: Vec<Held>, targets: Vec<IpAddr>) {
-        // The thread ends with the daemon alone.
+        // The send cannot fail while the daemon runs: the thread ends only with it.
         let _ = self.0.send(Order::Serve(endpoint, held, targets));
     }
 
-    /// Answers health checks at these ports from now on, and at no others. Each either was among them the last
-    /// time, or has its listener among `new`.
+    /// Replaces the ports at which health checks are answered. Each port either was in the previous call, or
+    /// has its listener in `new`.
     pub(crate) fn answer(&self, answers: BTreeMap<u16, Answer>, new: Vec<(u16, TcpListener)>) {
         let _ = self.0.send(Order::Answer(answers, new));
     }
 
-    /// Lets go of all ports of an endpoint.
+    /// Closes all published ports of an endpoint.
     pub(crate) fn release(&self, endpoint: EndpointId) {
         let _ = self.0.send(Order::Release(endpoint));
     }
 }
 
-/// Runs until nobody can send orders any more.
+/// Handles orders until the sender is dropped.
 async fn obey(mut inbox: mpsc::UnboundedReceiver<Order>) {
     let mut served: HashMap<EndpointId, JoinSet<()>> = HashMap::new();
     let mut answered: HashMap<u16, (Rc<RefCell<Answer>>, JoinSet<()>)> = HashMap::new();
@@ -104,7 +106,7 @@ async fn obey(mut inbox: mpsc::UnboundedReceiver<Order>) {
                     };
                 }
             }
-            // With the tasks go their sockets, and with these what was passed on.
+            // Dropping the tasks closes their sockets and the relayed connections.
             Order::Release(endpoint) => drop(served.remove(&endpoint)),
             Order::Answer(answers, new) => {
                 answered.retain(|port, _| answers.contains_key(port));
@@ -123,7 +125,8 @@ async fn obey(mut inbox: mpsc::UnboundedReceiver<Order>) {
     }
 }
 
-/// Takes all ports of a range, or none. SCTP's are not held: a kernel may have no such sockets, and few programs do.
+/// Binds all ports of a range, or none. SCTP ports are not bound: the kernel may not support such sockets,
+/// and few programs use them.
 pub(crate) fn hold(published: Published) -> Result<Vec<Held>, Refused> {
     published
         .pairs()
@@ -150,7 +153,11 @@ fn hold_one(published: Published, port: u16, container: u16) -> Result<Option<He
     }
 }
 
-/// A port of TCP at all addresses of this host; else why it cannot be had, as the end of a sentence.
+/// Listens on a TCP port at all addresses of this host.
+///
+/// # Errors
+///
+/// The reason why the port cannot be bound, as the end of a sentence.
 pub(crate) fn listen_everywhere(port: u16) -> Result<TcpListener, String> {
     listen(None, port).map_err(|error| match error.raw_os_error() {
         Some(nix::libc::EADDRINUSE) => {
@@ -171,7 +178,8 @@ fn bind(address: Option<IpAddr>, port: u16) -> io::Result<UdpSocket> {
     socket(address, port, Type::DGRAM, Protocol::UDP).map(Into::into)
 }
 
-/// At that address; nothing: at all of both families, as far as the kernel has them.
+/// Binds a socket to an address and a port. `None` means all addresses of both families, as far as the kernel
+/// supports them.
 fn socket(address: Option<IpAddr>, port: u16, kind: Type, protocol: Protocol) -> io::Result<Socket> {
     let inet6 = ovl_kernel::has_inet6();
     let any = if inet6 { IpAddr::V6(Ipv6Addr::UNSPECIFIED) } else { IpAddr::V4(Ipv4Addr::UNSPECIFIED) };
@@ -181,7 +189,8 @@ fn socket(address: Option<IpAddr>, port: u16, kind: Type, protocol: Protocol) ->
         socket.set_only_v6(address.is_some())?;
     }
     if kind == Type::STREAM {
-        // Connections of the last run may linger. It opens the port to nobody: this one listens.
+        // Connections of the last run may linger. The option lets no other program have the port, because
+        // this socket listens.
         socket.set_reuse_address(true)?;
     }
     socket.set_nonblocking(true)?;

@@ -1,26 +1,27 @@
-//! What is wrong on this host, for `ovlctl status`: each problem with a stable code, a severity, the object that it is
-//! about, and a sentence that says what to do.
+//! Problems of this host, as `ovlctl status` shows them. Each has a stable code, a severity, the object that
+//! it is about, and a sentence that says what to do.
 
 use std::collections::BTreeMap;
 
 pub(crate) use ovl_control::{Problem, Severity};
 
-/// What kind of problem it is. Codes are stable: scripts and runbooks rely on them. `docs/problems.md` lists them.
+/// Kind of a problem. Codes are stable, because scripts and runbooks rely on them. `docs/problems.md` lists
+/// them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) enum Code {
-    /// This host's address is on no device, or its new one cannot be used.
+    /// This host's address is on no device, or its new address cannot be used.
     Address,
     /// The state file cannot be written.
     StateFile,
-    /// A file in the run directory is damaged and was set aside.
+    /// A file in the run directory is damaged and was moved away.
     DamagedFile,
     /// The kernel's state cannot be read.
     KernelDump,
-    /// The kernel refuses an operation.
+    /// The kernel rejects an operation.
     KernelRefusal,
     /// This host is not admitted to the cluster.
     Admission,
-    /// Another host has the identity of this one or of a third one.
+    /// Another host has the identity of this host or of a third one.
     IdentityClash,
     /// A host with the cluster key belongs to another cluster.
     ForeignCluster,
@@ -30,9 +31,9 @@ pub(crate) enum Code {
     Unreachable,
     /// A host's VTEP is of another address family.
     VtepFamily,
-    /// The cluster key cannot be written to the state directory.
+    /// The cluster key cannot be saved to the state directory.
     KeyDisk,
-    /// The configured cluster key file does not have the key in use.
+    /// The configured cluster key file does not contain the key in use.
     KeyFile,
     /// A rotation of the cluster key makes no progress.
     KeyRotation,
@@ -44,13 +45,13 @@ pub(crate) enum Code {
     BridgeConflict,
     /// This host has no block of a routed network.
     NoBlock,
-    /// An endpoint is cut off: its address belongs to another host.
+    /// An endpoint is isolated: its address belongs to another host.
     EndpointIsolated,
     /// This host has no tunnel.
     NoTunnel,
     /// Another host has no tunnel.
     PeerWithoutTunnel,
-    /// Two hosts publish one tunnel key.
+    /// Two hosts publish the same tunnel key.
     TunnelKeyCopied,
     /// The tunnel to a host has no session.
     NoTunnelSession,
@@ -60,20 +61,20 @@ pub(crate) enum Code {
     PublishedPort,
     /// The health check port of a Service is held by another program.
     HealthPort,
-    /// Another program's firewall stops packets.
+    /// Another program's firewall drops packets.
     Firewall,
-    /// The resolver does not run.
+    /// The resolver is not running.
     ResolverDown,
-    /// A resolver of the host does not answer.
+    /// An upstream resolver of the host does not answer.
     UpstreamResolver,
-    /// Strict source validation drops packets of a host.
+    /// Strict reverse path filtering drops packets of a host.
     SourceValidation,
     /// The kernel's neighbour table is too small.
     NeighbourTable,
 }
 
 impl Code {
-    /// All of them, in the order of their numbers.
+    /// All codes, in the order of their numbers.
     #[cfg(test)]
     const ALL: [Self; 31] = [
         Self::Address,
@@ -109,8 +110,9 @@ impl Code {
         Self::NeighbourTable,
     ];
 
-    /// The code as users see it, such as `OVL-E011`. The tens tell the area: 1 this host, 2 members, 3 cluster key,
-    /// 4 networks, 5 encryption, 6 published ports and Services, 7 names, 8 settings of the host.
+    /// Returns the code as users see it, such as `OVL-E011`. The tens digit names the area: 1 this host, 2
+    /// members, 3 cluster key, 4 networks, 5 encryption, 6 published ports and Services, 7 names, 8 settings
+    /// of the host.
     pub(crate) const fn as_str(self) -> &'static str {
         match self {
             Self::Address => "OVL-E010",
@@ -147,7 +149,7 @@ impl Code {
         }
     }
 
-    /// How bad it is.
+    /// Returns the severity of the problem.
     pub(crate) const fn severity(self) -> Severity {
         match self {
             Self::Address
@@ -184,7 +186,7 @@ impl Code {
         }
     }
 
-    /// A problem of this kind. `object` names what it is about, and is empty for this host itself.
+    /// Creates a problem of this kind. `object` names what it is about and is empty for this host itself.
     pub(crate) fn about(self, object: impl Into<String>, message: impl Into<String>) -> Problem {
         Problem {
             code: self.as_str().to_owned(),
@@ -195,12 +197,12 @@ impl Code {
     }
 }
 
-/// The problems that last until they are taken back. One for each code and object.
+/// Problems that last until they are cleared. There is at most one for each code and object.
 #[derive(Debug, Default)]
 pub(crate) struct Problems(BTreeMap<(Code, String), String>);
 
 impl Problems {
-    /// Raises a problem, or takes it back where there is no `message`.
+    /// Raises a problem, or clears it if `message` is `None`.
     pub(crate) fn set(&mut self, code: Code, object: impl Into<String>, message: Option<String>) {
         let key = (code, object.into());
         match message {
@@ -228,23 +230,23 @@ impl Problems {
         }
     }
 
-    /// The message of a problem. `None` if it is not raised.
+    /// Returns the message of a problem. `None` if it is not raised.
     pub(crate) fn get(&self, code: Code, object: &str) -> Option<&str> {
         self.of(code).find(|(about, _)| *about == object).map(|(_, message)| message)
     }
 
-    /// The objects and messages of all problems of a code.
+    /// Returns the objects and messages of all problems of a code.
     pub(crate) fn of(&self, code: Code) -> impl Iterator<Item = (&str, &str)> {
         let all = self.0.range((code, String::new())..).take_while(move |((of, _), _)| *of == code);
         all.map(|((_, object), message)| (object.as_str(), message.as_str()))
     }
 
-    /// The objects of all problems of a code.
+    /// Returns the objects of all problems of a code.
     fn objects(&self, code: Code) -> impl Iterator<Item = &str> {
         self.of(code).map(|(object, _)| object)
     }
 
-    /// All of them, as users see them, by code and object.
+    /// Returns all problems as users see them, ordered by code and object.
     pub(crate) fn all(&self) -> impl Iterator<Item = Problem> {
         self.0.iter().map(|((code, object), message)| code.about(object, message))
     }

@@ -1,8 +1,9 @@
-//! What must outlive a reboot, in one file that is replaced whole: written beside, synced, renamed.
+//! The state file: what must outlive a reboot. It is replaced as a whole: written to a temporary file, synced
+//! and renamed.
 //!
-//! The file is `ovl state 1`, the SHA-256 of what follows, and the encoded [`State`]. One that is
-//! cut short or changed is refused with its name: to go on with an empty one would forget promises
-//! that other hosts rely on.
+//! The file is `ovl state 1`, the SHA-256 of the rest, and the encoded [`State`]. A file that is truncated or
+//! changed is an error that names it: to continue with an empty state would break promises that other hosts
+//! rely on.
 
 use std::fs;
 use std::io::ErrorKind;
@@ -27,27 +28,31 @@ const MAGIC: &[u8] = b"ovl state 1\n";
 /// What must outlive a reboot.
 #[derive(Debug, Default, Serialize, Deserialize)]
 pub(crate) struct State {
-    /// When it was saved, in milliseconds since 1970.
+    /// Time of the save, in milliseconds since 1970.
     pub saved_ms: u64,
-    /// Of the last run; the next one's is higher.
+    /// Generation of the last run. That of the next run is higher.
     pub generation: u64,
-    /// The clock of cluster objects.
+    /// Hybrid logical clock of the cluster objects.
     pub clock: Clock,
     /// All cluster objects.
     pub objects: Vec<SignedObject>,
-    /// Every host ever known, with the milliseconds since 1970 when it was last alive.
+    /// Every known host, with the time in milliseconds since 1970 when it was last alive.
     pub peers: Vec<(SignedRecord, u64)>,
     /// Addresses lent to other hosts.
     pub leases: Vec<(NetworkId, std::net::IpAddr, NodeId)>,
-    /// Promises made, the map accepted and the map learned.
+    /// State of the consensus replica: the promise, the accepted map and the learned map.
     pub alloc: Option<alloc::Durable>,
-    /// Networks of this host alone.
+    /// Bridge networks of this host.
     pub bridges: Vec<Network>,
-    /// Networks of Docker Engines, by the Engine's id.
+    /// Networks of Docker Engines, with the id of the Engine.
     pub docker: Vec<(String, EngineNetwork)>,
 }
 
-/// Reads the file; nothing where there is none yet.
+/// Reads the state file. `None` if there is none yet.
+///
+/// # Errors
+///
+/// The file cannot be read, or it is damaged.
 pub(crate) fn read(path: &Path) -> Result<Option<State>> {
     let bytes = match fs::read(path) {
         Ok(bytes) => bytes,
@@ -76,7 +81,7 @@ fn decode(bytes: &[u8]) -> Result<State> {
     Ok(wire::decode_stored(body)?)
 }
 
-/// Encodes and writes the file, and does not return before it is on the disk.
+/// Encodes the state and writes the file. Returns when it is on the disk.
 pub(crate) fn write(path: &Path, state: &State, disk: Disk) -> Result<()> {
     replace(path, &encode(state)?, disk)
 }
@@ -94,10 +99,10 @@ fn replace(path: &Path, bytes: &[u8], disk: Disk) -> Result<()> {
     ovl_files::replace(path, bytes, durability).with_context(|| format!("writing {}", path.display()))
 }
 
-/// A request to the writer: the state's bytes, and its number.
+/// A request to the writer: the number of the state and its encoded bytes.
 type Job = (u64, Vec<u8>);
 
-/// Writes in a thread of its own; of several states that wait, only the last one.
+/// Writes the state file in the background. Of several states that wait, only the last one is written.
 #[derive(Debug)]
 pub(crate) enum Writer {
     Thread(std::sync::mpsc::Sender<Job>),
@@ -105,8 +110,8 @@ pub(crate) enum Writer {
 }
 
 impl Writer {
-    /// Each number that was handed in, or a later one, comes back on `done` when that state is on
-    /// the disk; an error when it could not be written, and is to be tried again.
+    /// Starts the writer. For each queued number, that number or a later one is sent on `done` when its state
+    /// is on the disk. An error on `done` means that the write failed and is to be repeated.
     pub(crate) fn start(
         path: PathBuf,
         done: mpsc::UnboundedSender<(u64, Result<()>)>,
@@ -144,7 +149,7 @@ impl Writer {
         Ok(Self::Thread(jobs))
     }
 
-    /// Queues a state.
+    /// Queues a state to be written.
     pub(crate) fn save(&self, number: u64, state: &State) -> Result<()> {
         let job = (number, encode(state)?);
         let sent = match self {

@@ -1,4 +1,5 @@
-//! Who can be selected by labels and what stands behind each Service, kept up to date change by change.
+//! An index of the endpoints that labels select and of the backends of each Service, updated change by
+//! change.
 
 use std::collections::BTreeSet;
 
@@ -9,11 +10,11 @@ use ovl_proto::table::Entry;
 
 use ovl_subsystems::Change;
 
-/// The index, and what may have changed since it was last brought up to date.
+/// The index, with the changes since its last update.
 #[derive(Default)]
 pub(crate) struct Workloads {
     backends: Backends,
-    /// Networks of which all endpoints may have begun or ceased to count.
+    /// Networks whose endpoints may all have become, or ceased to be, eligible.
     networks: BTreeSet<NetworkId>,
     endpoints: BTreeSet<(NodeId, EndpointId)>,
     /// Hosts that died or came back.
@@ -21,12 +22,12 @@ pub(crate) struct Workloads {
 }
 
 impl Workloads {
-    /// The index, as of the last [`Self::settle`].
+    /// Returns the index as of the last [`Self::settle`].
     pub(crate) fn backends(&self) -> &Backends {
         &self.backends
     }
 
-    /// Records a change.
+    /// Records a change for the next [`Self::settle`].
     pub(crate) fn changed(&mut self, change: &Change<'_>, view: &View) {
         match *change {
             Change::Entry { host, entry: Entry::Endpoint(endpoint) } => {
@@ -52,7 +53,7 @@ impl Workloads {
         }
     }
 
-    /// Works out what all recorded changes mean for Services and members.
+    /// Applies all recorded changes to the index. Returns their effect on Services and members.
     pub(crate) fn settle(&mut self, view: &View) -> Settled {
         for network in std::mem::take(&mut self.networks) {
             self.backends.touch_network(view, network);
@@ -66,7 +67,7 @@ impl Workloads {
         self.backends.settle(view)
     }
 
-    /// Forgets everything: teardown.
+    /// Clears the index, for teardown.
     pub(crate) fn clear(&mut self) {
         *self = Self::default();
     }

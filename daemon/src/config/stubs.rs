@@ -1,13 +1,13 @@
-//! Domains with resolvers of their own.
+//! Stub domains: domains that are forwarded to resolvers of their own.
 
 use anyhow::{Context as _, Result, bail};
 use ovl_dns::{Name, StubDomain};
 
 use super::{Config, OWN_DOMAIN, parse_address};
 
-/// Where resolvers are (RFC 1035, section 4.2).
+/// Default port of a DNS server (RFC 1035, section 4.2).
 const PORT: u16 = 53;
-/// As many as of a resolv.conf.
+/// Maximum number of servers of one domain, the same as for a `resolv.conf`.
 const MAX_SERVERS: usize = 8;
 
 pub(super) fn parse((domain, servers): (&String, &Vec<String>)) -> Result<StubDomain> {
@@ -19,7 +19,11 @@ pub(super) fn parse((domain, servers): (&String, &Vec<String>)) -> Result<StubDo
     })
 }
 
-/// Whether all of them can be asked.
+/// Checks that all stub domains can be forwarded.
+///
+/// # Errors
+///
+/// A domain is served by ovld itself or is given twice, or it has no server that can be queried.
 pub(super) fn check(config: &Config) -> Result<()> {
     let ours = [config.cluster_domain.as_str(), OWN_DOMAIN].map(Name::parse);
     for (n, StubDomain { domain, servers }) in config.stub_domains.iter().enumerate() {

@@ -1,4 +1,4 @@
-//! From start to stop: the tasks, the clock, and the ways to end.
+//! Lifecycle of the daemon: start, periodic work, and the ways to stop.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
@@ -24,12 +24,17 @@ use crate::control;
 use crate::environment::Environment;
 use crate::problems::Code;
 
-/// Between two looks at everything that depends on time.
+/// Interval of the periodic work.
 const TICK: Duration = Duration::from_millis(200);
-/// A daemon that has not heard all that is announced takes what it has for good after this time.
+/// Time in milliseconds after which a daemon that has not received everything that peers announce treats its
+/// picture as complete.
 const CATCH_UP_MS: u64 = 30_000;
 
-/// Runs the daemon until it is told to end.
+/// Runs the daemon until it is told to stop.
+///
+/// # Errors
+///
+/// The daemon cannot start, one of its tasks exited, or its state was not saved.
 pub(crate) async fn run(config: Config, environment: Rc<dyn Environment>) -> Result<()> {
     let Daemon { node, mut tasks } = Daemon::start(config, environment).await?;
     notify(&[sd_notify::NotifyState::Ready]);
@@ -47,38 +52,43 @@ pub(crate) async fn run(config: Config, environment: Rc<dyn Environment>) -> Res
     }
     notify(&[sd_notify::NotifyState::Stopping]);
     let result = node.end().await;
-    // The answer to the request that ended us is written by a task; the socket goes with the
-    // process, and a client that reads until the end gets it first.
+    // The reply to the request that stops the daemon is written by a task. The socket is closed with the
+    // process, and a client that reads until the end receives the reply before that.
     tasks.shutdown().await;
     super::remove_if_there(&node.run_dir.socket())?;
     result
 }
 
-/// A running daemon. Its tasks are on the `LocalSet` that started it, and end with that.
+/// A running daemon. Its tasks run on the `LocalSet` that started it and end with it.
 pub struct Daemon {
     node: Rc<Node>,
     tasks: JoinSet<()>,
 }
 
-/// What a daemon knows, for the invariants of tests.
+/// A snapshot of what a daemon knows, for the invariants of tests.
 #[derive(Debug, Clone)]
 pub struct Inspection {
-    /// This host.
+    /// Id of this host.
     pub id: NodeId,
-    /// The data plane that it wants the kernel to hold.
+    /// Desired data plane.
     pub desired: Dataplane,
-    /// The entries of each host's table.
+    /// Entries of each host's owner table.
     pub tables: BTreeMap<NodeId, Vec<Entry>>,
-    /// The members of the cluster.
+    /// Members of the cluster.
     pub members: BTreeSet<NodeId>,
-    /// The version of the allocation map.
+    /// Version of the allocation map.
     pub version: u64,
-    /// The networks of the cluster, by id, with their names.
+    /// Names of the cluster's networks, by id.
     pub networks: BTreeMap<NetworkId, String>,
 }
 
 impl Daemon {
     /// Starts a daemon on the current `LocalSet`.
+    ///
+    /// # Errors
+    ///
+    /// The state directory cannot be read or written, a socket cannot be opened, or the kernel cannot be
+    /// reached.
     pub async fn start(config: Config, environment: Rc<dyn Environment>) -> Result<Self> {
         let owns_host = environment.owns_host();
         let (node, inbox) = Node::boot(config, environment).await?;
@@ -93,7 +103,7 @@ impl Daemon {
         async move { node.answer(request, Vec::new()).await }
     }
 
-    /// What it knows now.
+    /// Returns a snapshot of what the daemon knows.
     pub fn inspect(&self) -> Inspection {
         let desired = self.node.desired();
         let state = self.node.state.borrow();
@@ -113,12 +123,16 @@ impl Daemon {
         }
     }
 
-    /// Waits for a task that ends, which none should.
+    /// Waits until one of the daemon's tasks exits, which is always an error. `None` if there are no tasks.
     pub async fn failed(&mut self) -> Option<Result<(), JoinError>> {
         self.tasks.join_next().await
     }
 
-    /// Ends it as SIGTERM does.
+    /// Stops the daemon as SIGTERM does.
+    ///
+    /// # Errors
+    ///
+    /// The state was not saved.
     pub async fn stop(self) -> Result<()> {
         let Self { node, mut tasks } = self;
         node.stop.set(Some(Stop::Restart));
@@ -129,8 +143,8 @@ impl Daemon {
 }
 
 async fn start_tasks(node: &Rc<Node>, inbox: Inbox, listener: Option<UnixListener>) -> JoinSet<()> {
-    // Between the two: a plugin that finds no socket finds its file carried out, and one that finds
-    // it is answered afterwards.
+    // This must happen before the socket is created. A plugin that finds no socket leaves a file, which is
+    // processed here. A plugin that finds the socket is answered afterwards.
     node.carry_out_all_deleted().await;
     node.carry_out_docker().await;
     let Inbox { mut gossip, mut links, mut kernel, saved } = inbox;
@@ -174,7 +188,7 @@ fn notify(states: &[sd_notify::NotifyState<'_>]) {
     }
 }
 
-/// Another daemon runs with our identity, and was there first. To be started again would not help.
+/// Another daemon runs with this host's identity and was started first. A restart would not help.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub(crate) struct StoodAside(String);
@@ -197,7 +211,8 @@ impl Node {
             self.tick_alloc();
             self.check_caught_up();
             self.ask_missing_objects(count.is_multiple_of(25));
-            // Often: what is not there when we are killed is not known after a start without peers.
+            // Often: a table that is not cached when the daemon is killed is unknown after a start without
+            // peers.
             if let Err(error) = self.cache_tables() {
                 tracing::warn!("{error:#}");
             }
@@ -218,14 +233,14 @@ impl Node {
             if count.is_multiple_of(300) {
                 self.forget_long_dead();
                 self.drop_old_tombstones();
-                // When each host was last alive outlives a restart only by this.
+                // The time when each host was last alive survives a restart only in the state file.
                 self.save_soon();
             }
         }
     }
 
-    /// Gossip has caught up when all that live peers announce is here. Only from then on is
-    /// anything removed from the kernel.
+    /// Checks whether gossip has caught up: all that live peers announce has arrived. Nothing is removed from
+    /// the kernel before that.
     fn check_caught_up(&self) {
         let mut guard = self.state.borrow_mut();
         let state = &mut *guard;
@@ -245,10 +260,11 @@ impl Node {
                 PeerState::Alive => {
                     peer.hints.table != ovl_proto::table::Revision::default()
                         && node.table.revision() >= peer.hints.table
-                        // We may have been forgotten while we were away, and our blocks be others'.
+                        // This host may have been forgotten while it was down, and its blocks may belong to
+                        // other hosts.
                         && state.view.alloc.version >= peer.hints.alloc
                 }
-                // It is silent: what was cached of it is all there is.
+                // The peer is silent, so nothing newer than its cached table can arrive.
                 PeerState::Suspect => state.now() > 5_000,
                 PeerState::Dead | PeerState::Left => true,
             },
@@ -266,8 +282,8 @@ impl Node {
         }
     }
 
-    /// Returns when gossip has caught up, or this host is no member: before that it may have been forgotten
-    /// without knowing it, and the addresses of its blocks be others'.
+    /// Waits until gossip has caught up, or this host is not a member. Before that, the cluster may have
+    /// forgotten this host without its knowledge, and the addresses of its blocks may belong to other hosts.
     pub(super) async fn settled(&self) {
         loop {
             let settled = self.membership.notified();
@@ -283,17 +299,21 @@ impl Node {
         }
     }
 
-    /// Withdraws this host: `ovlctl leave` and `teardown`. The daemon ends afterwards.
+    /// Withdraws this host from the cluster, for `ovlctl leave` and `teardown`. The daemon stops afterwards.
+    ///
+    /// # Errors
+    ///
+    /// A teardown cannot remove all kernel objects. The daemon then continues to run.
     pub(super) async fn leave(self: &Rc<Self>, how: Stop) -> Result<(), Failed> {
         let (me, alone) = {
             let mut state = self.state.borrow_mut();
             state.leaving = true;
-            // The addresses of LoadBalancers are for another host to announce.
+            // Another host has to announce the addresses of LoadBalancers.
             state.subsystems.announcements.set_uplink(None);
             (state.view.me, state.view.alloc.members.len() <= 1 || !state.is_member())
         };
         if !alone && let Err(failed) = self.change(Change::Forget(me)).await {
-            // Withdrawn all the same; its blocks stay with it until the others forget it.
+            // The host is withdrawn nevertheless. It keeps its blocks until the other hosts forget it.
             tracing::warn!(error = failed.0.message, "the cluster cannot be asked to forget this host");
         }
         if let Err(failed) = self.stop_announcing().await {
@@ -302,7 +322,7 @@ impl Node {
         if how == Stop::Teardown
             && let Err(failed) = self.remove_all().await
         {
-            // Still here, and ready to be asked again.
+            // The daemon keeps running, so that the request can be repeated.
             self.state.borrow_mut().leaving = false;
             self.underlay.notify_one();
             self.recompute_networks();
@@ -311,20 +331,20 @@ impl Node {
         self.stop.set(Some(how));
         let node = Rc::clone(self);
         spawn_local(async move {
-            // The answer goes out first.
+            // Let the reply be sent first.
             tokio::time::sleep(Duration::from_millis(50)).await;
             node.stopping.notify_one();
         });
         Ok(())
     }
 
-    /// Removes every kernel object of ours and what is kept of endpoints.
+    /// Removes all kernel objects of ovl and all files about endpoints.
     async fn remove_all(&self) -> Result<(), Failed> {
         self.close_firewalls().await?;
         self.remove_sandboxes().await?;
         let ids: Vec<_> = self.state.borrow().own_endpoints().map(|endpoint| endpoint.id).collect();
         self.withdraw(&ids, "detached by teardown")?;
-        // The loop must not build again what is removed here.
+        // The reconcile loop must not create again what is removed here.
         {
             let mut state = self.state.borrow_mut();
             state.view.networks.clear();
@@ -333,7 +353,7 @@ impl Node {
             state.subsystems.all().into_iter().for_each(|subsystem| subsystem.withdraw());
         }
         let found = self.kernel.dump().await.map_err(Failed::from)?;
-        // Not all of them go with a device.
+        // Some routes are not removed with a device.
         let routes = found.routes.keys().map(|to| Op::Route(RouteOp::Delete(*to))).collect();
         for outcome in self.kernel.apply(routes).await {
             outcome.result.map_err(Failed::from)?;
@@ -343,7 +363,11 @@ impl Node {
         self.kernel.remove_filter().await.map_err(Failed::from)
     }
 
-    /// The last words, within two seconds.
+    /// Announces the stop to peers and saves the state, within two seconds.
+    ///
+    /// # Errors
+    ///
+    /// The state was not saved, or the daemon stops because of another one with its identity.
     async fn end(self: &Rc<Self>) -> Result<()> {
         let how = self.stop.get().unwrap_or(Stop::Restart);
         tracing::info!(?how, "ovld ends");
@@ -351,7 +375,7 @@ impl Node {
         let presence = match how {
             Stop::Restart => Presence::Restarting,
             Stop::Leave | Stop::Teardown => Presence::Left,
-            // Whatever was said now would be said in the other's name.
+            // An announcement would be made in the name of the other daemon.
             Stop::Aside => return Err(StoodAside(self.clash_sentence()).into()),
         };
         self.publish_record(presence);
@@ -363,12 +387,12 @@ impl Node {
         if let Err(error) = self.cache_tables() {
             tracing::warn!("{error:#}");
         }
-        // For the case that no other daemon is started here; else that one would see to it.
+        // Needed only if no other daemon is started on this host. Otherwise, that one would remove them.
         let swept = tokio::time::timeout(Duration::from_millis(500), self.kernel.sweep()).await;
         if let Ok(Err(error)) = swept {
             tracing::warn!(%error, "interfaces of endpoints that are gone are left over");
         }
-        // By the writer, which may be at work on that very file.
+        // The writer saves the state, because it may be writing the same file now.
         match tokio::time::timeout(Duration::from_secs(1), self.saved()).await {
             Ok(Ok(())) => Ok(()),
             Ok(Err(failed)) => anyhow::bail!("{}", failed.0.message),

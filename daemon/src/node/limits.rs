@@ -1,4 +1,5 @@
-//! Settings of the host that are not ours to change and that would bite: they are named.
+//! Checks of host settings that ovld must not change itself and that would break the overlay. Each is
+//! reported as a problem.
 
 use std::net::IpAddr;
 use std::rc::Rc;
@@ -10,12 +11,12 @@ use ovl_kernel as kernel;
 use super::Node;
 use crate::problems::Code;
 
-/// Between two looks.
+/// Interval of the checks.
 const EVERY: Duration = Duration::from_secs(30);
 const STRICT: u32 = 1;
 
 impl Node {
-    /// Runs for ever.
+    /// Runs the checks forever.
     pub(super) async fn limits_loop(self: Rc<Self>) {
         loop {
             self.check_source_filter().await;
@@ -27,8 +28,8 @@ impl Node {
         }
     }
 
-    /// Where the way back to a peer leaves by another device than its packets come in by, a strict
-    /// `rp_filter` (RFC 3704, section 2.2) drops them without a word.
+    /// Checks whether strict `rp_filter` (RFC 3704, section 2.2) drops packets of a peer. It silently drops
+    /// them if the route to the peer has another interface than the one on which they arrive.
     async fn check_source_filter(&self) {
         let (here, peers) = {
             let state = self.state.borrow();
@@ -64,8 +65,8 @@ impl Node {
         self.state.borrow_mut().problems.set(Code::SourceValidation, "", sentence);
     }
 
-    /// Entries of ours are permanent and not counted by the kernel. Those of the peers' underlay
-    /// addresses are.
+    /// Checks whether the kernel's neighbour table has room for the peers' underlay addresses. The entries
+    /// that ovld creates are permanent, and the kernel does not count them.
     fn check_neighbour_table(&self) {
         let mut state = self.state.borrow_mut();
         let peers = state.view.nodes.len();
@@ -80,7 +81,7 @@ impl Node {
             Some(segment) => near.filter(|node| segment.contains(&node.record.vtep)).count(),
             None => peers,
         };
-        // Other programs need some, too.
+        // Other programs need entries, too.
         let sentence = most.filter(|most| near.saturating_mul(2) > *most).map(|most| {
             format!(
                 "{name} is {most}, and {near} hosts of the cluster are on this segment: set it to {} or more",
@@ -91,9 +92,10 @@ impl Node {
     }
 }
 
-/// The filter that is in force on a device: the larger of two settings (ip-sysctl, `rp_filter`).
+/// Returns the effective `rp_filter` of a device: the larger of the settings of `all` and of the device
+/// (ip-sysctl).
 fn source_filter(device: &str) -> u32 {
-    // A device's name may have dots; sysctl writes them as slashes.
+    // The name of a device may contain dots. sysctl writes them as slashes.
     let of = |name: &str| {
         let value = kernel::read_sysctl(&format!("net.ipv4.conf.{}.rp_filter", name.replace('.', "/")));
         value.and_then(|value| value.parse().ok()).unwrap_or(0)

@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use ovl_control::{DaemonState, PeerInfo, PeerState, PeerTunnel, Status};
 
-/// All of them.
+/// Renders all metrics except those of network policies.
 pub(super) fn render(
     status: &Status,
     peers: &[PeerInfo],
@@ -82,7 +82,7 @@ pub(super) fn render(
     text
 }
 
-/// Nothing where there is no tunnel.
+/// Renders the metrics of the tunnel. Adds nothing if there is no tunnel.
 fn tunnel(text: &mut String, peers: &[PeerInfo], drops: &[(&str, u64)]) {
     let tunnels: Vec<_> = peers.iter().filter_map(|peer| Some((peer, peer.tunnel.as_ref()?))).collect();
     let mut each = |name: &str, help: &str, kind: &str, value: &dyn Fn(&PeerTunnel) -> Option<u64>| {
@@ -130,7 +130,7 @@ pub(super) fn head(text: &mut String, name: &str, help: &str, kind: &str) {
     let _ = writeln!(text, "# HELP {name} {help}\n# TYPE {name} {kind}");
 }
 
-/// Names of hosts need no escapes: see `is_name`.
+/// Renders a sample. Names of hosts need no escapes: see `is_name`.
 pub(super) fn line(text: &mut String, name: &str, labels: &[(&str, &str)], value: u64) {
     let labels: Vec<String> = labels.iter().map(|(key, value)| format!("{key}=\"{value}\"")).collect();
     let labels = if labels.is_empty() { String::new() } else { format!("{{{}}}", labels.join(",")) };

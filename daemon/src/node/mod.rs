@@ -1,7 +1,8 @@
-//! The node: one state, and the tasks that keep it, the peers and the kernel in step.
+//! The node: the state of the daemon, and the tasks that keep the state, the peers and the kernel in
+//! agreement.
 //!
-//! Everything runs on one thread. A task borrows the state, decides, and gives it back before it
-//! awaits anything. What it learns from the kernel, a peer or the disk, it learns by awaiting.
+//! Everything runs on one thread. A task borrows the state, decides, and releases it before it awaits
+//! anything. It learns from the kernel, a peer or the disk only by awaiting.
 
 mod addresses;
 mod alloc;
@@ -75,20 +76,20 @@ use ovl_subsystems::services::{Announcements, Translation};
 #[derive(Debug)]
 pub(crate) struct Failed(pub(crate) Failure);
 
-/// How the daemon ends.
+/// Reason why the daemon stops.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Stop {
-    /// To be started again: peers keep our entries, the kernel goes on forwarding.
+    /// Stop for a restart: peers keep this host's entries, and the kernel continues to forward.
     Restart,
-    /// Withdrawn.
+    /// Leave the cluster.
     Leave,
-    /// Withdrawn, and every kernel object of ours is removed.
+    /// Leave the cluster and remove all kernel objects of ovl.
     Teardown,
-    /// Another daemon has this identity, and was there first.
+    /// Stop because another daemon with this identity was started first.
     Aside,
 }
 
-/// This host.
+/// The local host: its state, its sockets and its connection to the kernel.
 pub(crate) struct Node {
     config: Config,
     environment: Rc<dyn Environment>,
@@ -104,41 +105,42 @@ pub(crate) struct Node {
     link_events: mpsc::Sender<StreamEvent>,
     writer: store::Writer,
     state: RefCell<State>,
-    /// Calls of container runtimes that are under way.
+    /// Calls of container runtimes that are in flight.
     containers: cni::Containers,
     /// The resolver.
     names: dns::Names,
-    /// What is known of the tunnel.
+    /// Keys and measurements of the tunnel.
     tunnel: RefCell<tunnel::Tunnel>,
-    /// Whom gossip and streams were last told to talk to.
+    /// Peers and addresses that gossip and streams were last given.
     pointed: RefCell<BTreeMap<NodeId, SocketAddr>>,
-    /// What happened lately.
+    /// Recent events.
     pub(crate) events: Events,
-    /// There is something to reconcile.
+    /// Wakes the reconcile loop.
     work: Notify,
-    /// There is something to save.
+    /// Wakes the task that saves the state.
     saver: Notify,
-    /// The map names another cluster key, or somebody's keys are others.
+    /// Signals that the allocation map names another cluster key, or that the keys of a host changed.
     keys: Notify,
     key_turn: tokio::sync::Mutex<()>,
-    /// Manifests are applied one request at a time.
+    /// Ensures that manifests are applied one request at a time.
     applying: tokio::sync::Mutex<()>,
-    /// Other people's firewalls are looked at by one at a time.
+    /// Ensures that one task at a time inspects the firewalls of other programs.
     firewall_turn: tokio::sync::Mutex<()>,
-    /// A key of the tunnel is about to change.
+    /// Signals that a tunnel key or a key epoch changed.
     tunnel_turn: Notify,
-    /// The allocation map changed, or gossip has caught up.
+    /// Signals that the allocation map changed, or that gossip has caught up.
     membership: Notify,
-    /// The allocation map or the networks changed: a routed network may lack a block of ours.
+    /// Signals that the allocation map or the networks changed, so this host may need a block of a routed
+    /// network.
     routed: Notify,
-    /// The device with our address changed, or the address did.
+    /// Signals that the underlay device or its addresses changed.
     underlay: Notify,
-    /// How to end, once it is time to.
+    /// How to stop. `None` while the daemon is to run.
     stop: Cell<Option<Stop>>,
     stopping: Notify,
 }
 
-/// The receiving ends of what a node is told.
+/// Receivers of the events that a node handles.
 struct Inbox {
     gossip: mpsc::Receiver<GossipEvent>,
     links: mpsc::Receiver<StreamEvent>,
@@ -146,18 +148,18 @@ struct Inbox {
     saved: mpsc::UnboundedReceiver<(u64, Result<()>)>,
 }
 
-/// How many events of one kind may wait. Streams are held back beyond it.
+/// Capacity of each event channel. When the channel of streams is full, streams are slowed down.
 const INBOX: usize = 256;
 
 impl Node {
-    /// Reads what is on the disk, opens the sockets, and adopts what stands in the kernel.
+    /// Reads the state directory, opens the sockets, and adopts the objects that are in the kernel.
     async fn boot(config: Config, environment: Rc<dyn Environment>) -> Result<(Rc<Self>, Inbox)> {
         let disk = environment.disk();
         let state_path = config.state_dir.join("state");
         let saved = store::read(&state_path)?;
         let identity_path = config.state_dir.join("identity");
         match (&saved, identity_path.exists()) {
-            // An empty one was left by a first start that was cut short.
+            // A state without a generation was left by a first start that was interrupted.
             (Some(state), false) if state.generation > 0 => bail!(
                 "{} is missing while {} is there: restore it from a backup, or remove the whole directory to begin \
                  anew under another identity",
@@ -171,7 +173,7 @@ impl Node {
                 state_path.display(),
                 identity_path.display()
             ),
-            // The state comes first, so that an identity never stands without one.
+            // The state is written first, so that an identity never exists without a state.
             (None, false) => store::write(&state_path, &store::State::default(), disk)?,
             (Some(_), _) => {}
         }
@@ -271,7 +273,7 @@ impl Node {
             environment,
         });
         node.recall(saved);
-        // A generation is on the disk before anybody hears of it.
+        // The generation must be on the disk before any peer learns of it.
         store::write(&state_path, &node.snapshot(), disk)?;
         node.adopt().await?;
         Ok((
@@ -280,9 +282,9 @@ impl Node {
         ))
     }
 
-    /// Peers, objects and tables of the last run.
+    /// Restores the peers, objects and tables of the last run.
     fn recall(&self, saved: store::State) {
-        // Time in which this host was off is not held against the others.
+        // The time in which this host was down does not count as silence of its peers.
         let off = self.wall_ms().saturating_sub(saved.saved_ms);
         for (signed, last_alive_ms) in saved.peers {
             match ovl_mesh::keys::open_record(&signed) {
@@ -314,7 +316,7 @@ impl Node {
         self.recompute_networks();
     }
 
-    /// Takes over what the last run left in the kernel, and learns what is gone.
+    /// Adopts what the last run left in the kernel, and withdraws endpoints whose interfaces are gone.
     async fn adopt(&self) -> Result<()> {
         let kept = self.read_kept()?;
         self.remove_unfinished(&kept).await;
@@ -333,7 +335,7 @@ impl Node {
             kept.into_iter().map(ovl_proto::table::Entry::Endpoint).chain(leases).chain(held).collect();
         self.write_table(entries, Vec::new());
         self.hold_ports_again();
-        // A network that was removed is served as long as it has endpoints, and these are some.
+        // A removed network stays in service while it has endpoints, and the adopted endpoints count.
         self.recompute_networks();
         self.refresh_all_names();
         self.full_pass().await;
@@ -345,7 +347,7 @@ impl Node {
         Ok(())
     }
 
-    /// Milliseconds since 1970.
+    /// Returns the wall-clock time in milliseconds since 1970.
     fn wall_ms(&self) -> u64 {
         self.environment.wall_ms()
     }
@@ -362,7 +364,7 @@ impl Node {
         self.links.borrow()
     }
 
-    /// Tells gossip which states we have, so that peers notice what they missed.
+    /// Gives gossip the hints of this host, so that peers notice which state they miss.
     fn publish_hints(&self, state: &State) {
         let table = state.view.own().map(|own| own.table.revision()).unwrap_or_default();
         self.gossip().set_hints(Hints {
@@ -372,7 +374,7 @@ impl Node {
         });
     }
 
-    /// Says what we are about to do, or which cluster we are in.
+    /// Publishes this host's presence and cluster in its record.
     fn publish_record(&self, presence: Presence) {
         let cluster = self.state.borrow().view.alloc.cluster;
         self.change_record(|record| {
@@ -381,7 +383,8 @@ impl Node {
         });
     }
 
-    /// Gives the own record a generation beyond `last`, if it is not, and begins the table anew with it.
+    /// Raises the generation of this host's record above `last` if necessary. The owner table then starts
+    /// again with the new generation.
     fn renew_generation(&self, last: u64) {
         if self.state.borrow().record().is_some_and(|record| record.generation > last) {
             return;
@@ -394,8 +397,8 @@ impl Node {
         self.save_soon();
     }
 
-    /// Changes the own record, signs it anew, and gives it to gossip and streams. Says whether
-    /// there was anything to change.
+    /// Changes this host's record, signs it, and gives it to gossip and streams. Returns whether the record
+    /// changed.
     fn change_record(&self, change: impl FnOnce(&mut NodeRecord)) -> bool {
         let signed = {
             let mut guard = self.state.borrow_mut();
@@ -424,7 +427,7 @@ impl Node {
         true
     }
 
-    /// Takes note of something that happened.
+    /// Records an event.
     fn event(&self, kind: &str, object: &str, message: &str) {
         tracing::info!(kind, object, "{message}");
         self.events.push(Event {
@@ -436,7 +439,7 @@ impl Node {
     }
 }
 
-/// Opens the sockets of gossip and streams at the record's address.
+/// Opens the sockets of gossip and streams at the address of the record.
 async fn open(
     config: &Config,
     transport: Arc<dyn Transport>,
@@ -509,7 +512,7 @@ fn first_state(
         objects_taken_at: 0,
         workloads: Workloads::default(),
         subsystems: Subsystems {
-            // Connections that an earlier run marked are judged again.
+            // Connections that an earlier run marked are evaluated again.
             policy: Enforcement::new(u32::from_le_bytes(random(&**environment))),
             names: NameTracker::default(),
             networks: Networks::default(),
@@ -547,7 +550,8 @@ fn first_state(
     }
 }
 
-/// Higher than that of any earlier run, also where the state directory is an old copy.
+/// Returns a generation that is higher than that of any earlier run, even if the state directory is an old
+/// copy.
 fn next_generation(last: u64, wall_ms: u64) -> u64 {
     (last + 1).max(wall_ms / 1000)
 }
@@ -558,13 +562,13 @@ fn random<const N: usize>(environment: &dyn Environment) -> [u8; N] {
     bytes
 }
 
-/// Names this run of the kernel: what is kept beside the socket ends with it.
+/// Returns the id of this boot of the kernel. The files in the run directory are valid only for one boot.
 fn boot_id() -> Result<String> {
     let path = "/proc/sys/kernel/random/boot_id";
     Ok(std::fs::read_to_string(path).with_context(|| format!("reading {path}"))?.trim().to_owned())
 }
 
-/// Removes a file; one that is not there is fine.
+/// Deletes a file if it exists.
 fn remove_if_there(path: &Path) -> Result<()> {
     ovl_files::remove_if_present(path).with_context(|| format!("removing {}", path.display()))
 }

@@ -1,4 +1,4 @@
-//! Networks: made, changed, removed and described.
+//! Networks: creation, update, deletion and description.
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -22,26 +22,26 @@ use super::state::State;
 use super::{Failed, Node};
 use crate::config::is_name;
 
-/// The prefix length of a range that is chosen for the user.
+/// Prefix lengths of a subnet that is chosen automatically.
 const AUTO_LENGTH_V4: u8 = 20;
 const AUTO_LENGTH_V6: u8 = 64;
-/// What people call the network that containers are on unless they say otherwise: no names resolve there, as
-/// with Docker's.
+/// Usual names of the network that containers are on by default. Names do not resolve there, as on Docker's
+/// default network.
 const UNNAMED: [&str; 2] = ["default", "bridge"];
 
 impl Node {
-    /// Makes a network; returns when it is on this host's disk and all live peers were told.
+    /// Creates a network. Returns when it is on this host's disk and has been sent to all live peers.
     pub(super) async fn network_create(&self, request: NetworkCreate) -> Result<NetworkInfo, Failed> {
         self.network_create_for(request, false).await
     }
 
-    /// The same for a container engine (`on_demand`), or for people.
+    /// Creates a network for a container engine (`on_demand`) or for a user.
     pub(super) async fn network_create_for(
         &self,
         mut request: NetworkCreate,
         on_demand: bool,
     ) -> Result<NetworkInfo, Failed> {
-        // There is nothing to encrypt between hosts of which there is one.
+        // A bridge network is local to one host, so there is no traffic between hosts to encrypt.
         request.encrypted |= self.config.encrypt && request.driver == Driver::Overlay;
         if !is_name(&request.name) {
             return Err(Failed::invalid(format!(
@@ -65,7 +65,7 @@ impl Node {
         self.network_info_by_id(id)
     }
 
-    /// Writes a network where it belongs: among the cluster's objects, or among this host's own.
+    /// Stores a network among the cluster objects, or among the bridge networks of this host.
     fn put_network(&self, network: Network) -> Result<(), Failed> {
         match network.driver {
             Driver::Overlay => self.write_network(network, false),
@@ -76,7 +76,7 @@ impl Node {
         }
     }
 
-    /// Everything but the stamp.
+    /// Builds a network from a request, without the stamp of a cluster object.
     fn plan_create(
         &self,
         state: &State,
@@ -102,7 +102,8 @@ impl Node {
         let is_free = |id: &NetworkId| {
             !state.view.networks.contains_key(id) && state.objects.get(&ObjectKey::Network(*id)).is_none()
         };
-        // Engines of several hosts are told to make one network at the same instant: then it is one.
+        // Engines on several hosts may create the same network at the same time. A derived id makes it one
+        // network.
         let id = match on_demand {
             true => (0..).map(|attempt| docker::network_id(&request.name, attempt)).find(is_free),
             false => std::iter::repeat_with(|| NetworkId(self.random())).find(is_free),
@@ -161,14 +162,15 @@ impl Node {
             encrypted: request.encrypted,
             internal: request.internal,
             backend: request.backend.unwrap_or_default(),
-            // As Docker's own default network has none.
+            // Docker's own default network has no names either.
             names: request.dns || !(own && UNNAMED.contains(&request.name.as_str())),
             on_demand,
         })
     }
 
-    /// A range of the pool that collides with no network and with nothing that this host reaches. A network of
-    /// this host takes the last one: where another host's next one is, nobody can know.
+    /// Chooses a subnet of the pool that overlaps no network and no prefix that this host has a route to. A
+    /// bridge network gets the last free subnet, because the host cannot know which one another host chooses
+    /// next.
     pub(super) fn choose_subnet(&self, state: &State, taken: &[IpNet], own: bool) -> Result<IpNet, Failed> {
         let used =
             state.view.networks.values().flat_map(|other| other.network.subnets.iter().map(|s| s.prefix));
@@ -189,7 +191,7 @@ impl Node {
         networks::choose_subnet(pool, length, &taken, rank, members.len()).ok_or_else(full)
     }
 
-    /// Makes ranges larger, or changes the MTU, while the network is in use.
+    /// Enlarges subnets or changes the MTU of a network in use.
     pub(super) async fn network_update(
         &self,
         name: &str,
@@ -243,7 +245,7 @@ impl Node {
         self.network_info_by_id(id)
     }
 
-    /// Removes a network that has no endpoints.
+    /// Deletes a network that has no endpoints.
     pub(super) async fn network_rm(&self, name: &str) -> Result<(), Failed> {
         let network = {
             let state = self.state.borrow();
@@ -279,7 +281,7 @@ impl Node {
         self.saved().await
     }
 
-    /// One network.
+    /// Describes one network.
     pub(super) fn network_inspect(&self, name: &str) -> Result<NetworkInfo, Failed> {
         let state = self.state.borrow();
         match state.view.network(name) {
@@ -296,7 +298,7 @@ impl Node {
         }
     }
 
-    /// A network as users see it.
+    /// Returns a network as users see it.
     pub(super) fn network_info(&self, state: &State, found: &NetworkState) -> NetworkInfo {
         let network = &found.network;
         let placed: Vec<_> = state.view.all_endpoints_on(network.id).collect();
@@ -363,7 +365,7 @@ fn check_overlap(state: &State, own: Option<NetworkId>, prefix: IpNet) -> Result
     Ok(())
 }
 
-/// What a network of one host cannot have.
+/// Checks that the request has no option that a bridge network does not support.
 fn check_bridge(request: &NetworkCreate) -> Result<(), Failed> {
     if request.driver != Driver::Bridge {
         return Ok(());
@@ -382,7 +384,7 @@ fn check_bridge(request: &NetworkCreate) -> Result<(), Failed> {
     }
 }
 
-/// What only a routed network can have.
+/// Checks the options that only a routed network supports.
 fn check_routed(request: &NetworkCreate, underlay: IpAddr) -> Result<(), Failed> {
     let blocks = request.block_lengths.len();
     if request.mode == Mode::L2 && (request.backend.is_some() || blocks > 0) {

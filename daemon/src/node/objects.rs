@@ -1,4 +1,4 @@
-//! Cluster objects: writing them, taking in those of others, and what follows from them.
+//! Cluster objects: writing them, merging those of other hosts, and applying what they change.
 
 use std::collections::BTreeMap;
 
@@ -23,26 +23,27 @@ use super::{Failed, Node};
 use crate::problems::Code;
 use ovl_subsystems::Change as What;
 
-/// A tombstone is kept this long, in milliseconds: a host that was away for longer may bring a
-/// removed object back.
+/// Time in milliseconds for which a tombstone is kept. A host that was away for longer may restore a deleted
+/// object.
 const TOMBSTONE_MS: u64 = 30 * 24 * 60 * 60 * 1000;
-/// Objects in one message: each costs the receiver a signature to check, and its loop does nothing else
-/// meanwhile.
+/// Maximum number of objects in one message. The receiver checks a signature for each, and its loop is
+/// blocked meanwhile.
 const OBJECTS_A_MESSAGE: usize = 250;
-/// And their size: with the largest object behind it, far from the largest frame.
+/// Size of the objects in one message, in bytes, beyond which no further one is added. Even with the largest
+/// object as the last one, a message is far below the maximum frame.
 const BYTES_A_MESSAGE: usize = 1 << 20;
-/// While objects come in, those that are missing are probably on their way: a peer that has others is asked
-/// after this time without any, in milliseconds.
+/// Time in milliseconds without new objects after which a peer is asked for missing ones. While objects
+/// arrive, the missing ones are probably in flight.
 const QUIET_MS: u64 = 300;
 
 impl Node {
-    /// Writes a network, or its tombstone, and tells all peers.
+    /// Writes a network or its tombstone and sends it to all peers.
     pub(super) fn write_network(&self, network: Network, deleted: bool) -> Result<(), Failed> {
         self.write_objects(vec![(Body::Network(network), deleted)])
     }
 
-    /// Writes objects, or tombstones where `true` stands beside them, and tells all peers: all of them, or
-    /// none where there is no room.
+    /// Writes objects and sends them to all peers. `true` next to an object writes its tombstone. If there is
+    /// not enough room, none is written.
     pub(super) fn write_objects(&self, writes: Vec<(Body, bool)>) -> Result<(), Failed> {
         let signed = {
             let mut guard = self.state.borrow_mut();
@@ -78,7 +79,7 @@ impl Node {
         Ok(())
     }
 
-    /// Takes in objects from a peer; keeps those that are later than ours.
+    /// Merges objects from a peer. An object is kept if it is later than the local one.
     pub(super) fn take_objects(&self, from: NodeId, objects: Vec<SignedObject>) {
         let mut changes = Changes::default();
         {
@@ -100,7 +101,8 @@ impl Node {
         self.settle_objects();
     }
 
-    /// Compares a peer's objects with ours: sends what it lacks, and our own index if it asked.
+    /// Compares a peer's objects with the local ones. Sends what the peer lacks, and the local index if it
+    /// asked for that.
     pub(super) fn compare_objects(&self, from: NodeId, theirs: &[(ObjectKey, Stamp)], reply: bool) {
         let theirs: std::collections::BTreeMap<&ObjectKey, Stamp> =
             theirs.iter().map(|(key, stamp)| (key, *stamp)).collect();
@@ -114,7 +116,7 @@ impl Node {
                 .collect();
             (newer, reply.then(|| state.objects.index()))
         };
-        // An empty answer says that the peer has all that there is.
+        // An empty reply tells the peer that it has everything.
         if newer.is_empty() {
             self.links().send(from, &Message::Objects(Vec::new()));
         }
@@ -126,13 +128,13 @@ impl Node {
         }
     }
 
-    /// Asks a peer to compare its objects with ours, both ways.
+    /// Asks a peer to compare its objects with the local ones, in both directions.
     pub(super) fn ask_objects(&self, peer: NodeId) {
         let index = self.state.borrow().objects.index();
         self.links().send(peer, &Message::ObjectIndex { index, reply: true });
     }
 
-    /// Forgets tombstones that everybody has had time to hear of.
+    /// Deletes tombstones that all hosts have had time to receive.
     pub(super) fn drop_old_tombstones(&self) {
         let mut guard = self.state.borrow_mut();
         let state = &mut *guard;
@@ -153,8 +155,8 @@ impl Node {
         }
     }
 
-    /// Asks peers whose objects differ from ours: each once for what it says it has, or anew in case an
-    /// answer was lost or refused.
+    /// Asks peers whose objects differ from the local ones. Each is asked once for a digest that it
+    /// announces, or again if `anew` is set, because a reply may have been lost or rejected.
     pub(super) fn ask_missing_objects(&self, anew: bool) {
         let differ: Vec<NodeId> = {
             let mut guard = self.state.borrow_mut();
@@ -186,14 +188,15 @@ impl Node {
         self.resources_changed(state, &changes.resources);
     }
 
-    /// What hangs on Kubernetes' objects that came, went or changed; the loop does the rest.
+    /// Signals that Kubernetes objects were added, changed or deleted. The reconcile loop applies the
+    /// effects.
     fn resources_changed(&self, state: &mut State, keys: &[ResourceKey]) {
         state.changed(What::Resources(keys));
         self.work.notify_one();
     }
 
-    /// Works out what changes of endpoints, hosts and objects mean for Services: what is planned after it
-    /// goes by it.
+    /// Updates the backends of Services after changes of endpoints, hosts and objects. Later plans use the
+    /// result.
     pub(super) fn settle_backends(&self, state: &mut State) {
         let settled = state.workloads.settle(&state.view);
         if state.view.has_services() && !state.local.served {
@@ -211,14 +214,15 @@ impl Node {
         }
     }
 
-    /// Settles what objects made in a split may have in common.
+    /// Resolves conflicts between objects that were created in a network partition.
     fn settle_objects(&self) {
         self.recompute_networks();
         self.mend_services();
     }
 
-    /// The coordinator gives Services what they lost to older ones, and LoadBalancers an address once there is a
-    /// pool. Every host would choose the same.
+    /// Assigns addresses and ports to Services that lack them: those that lost theirs to an older Service,
+    /// and LoadBalancers once there is a pool. Only the coordinator does this; every host would choose the
+    /// same values.
     pub(super) fn mend_services(&self) {
         let writes: Vec<(Body, bool)> = {
             let state = self.state.borrow();
@@ -249,14 +253,14 @@ impl Node {
         }
     }
 
-    /// Keeps a network of this host alone.
+    /// Stores a bridge network of this host.
     pub(super) fn put_bridge(&self, network: Network) {
         self.state.borrow_mut().bridges.insert(network.id, network);
         self.save_soon();
         self.recompute_networks();
     }
 
-    /// Forgets one; says whether there was such a one.
+    /// Deletes a bridge network. Returns whether it existed.
     pub(super) fn drop_bridge(&self, id: NetworkId) -> bool {
         let was = self.state.borrow_mut().bridges.remove(&id).is_some();
         if was {
@@ -266,7 +270,7 @@ impl Node {
         was
     }
 
-    /// Settles names and VNIs anew, and marks what changed for the kernel.
+    /// Resolves conflicts of names and VNIs again, and marks networks that changed for the reconcile loop.
     pub(super) fn recompute_networks(&self) {
         let (rewrites, drops) = {
             let mut guard = self.state.borrow_mut();
@@ -315,8 +319,9 @@ impl Node {
     }
 }
 
-/// The cluster's networks and this host's own. What the cluster got after it may be in conflict with it, which
-/// no other host can know: that is said.
+/// Adds the bridge networks of this host to the networks of the cluster. A network that the cluster got later
+/// may conflict with a bridge network, because no other host knows of that. Each conflict is reported as a
+/// problem.
 fn with_bridges(
     state: &mut State,
     mut networks: BTreeMap<NetworkId, NetworkState>,
@@ -350,7 +355,7 @@ fn with_bridges(
     networks
 }
 
-/// What a number of writes changed.
+/// Effects of a batch of writes.
 #[derive(Default)]
 struct Changes {
     any: bool,
@@ -358,7 +363,7 @@ struct Changes {
 }
 
 impl Changes {
-    /// Keeps the later of two writes.
+    /// Stores a write if it is later than the stored one.
     fn put(&mut self, state: &mut State, signed: SignedObject, object: Object) -> Result<(), Full> {
         if let Some(changed) = state.objects.put(signed, object, &mut state.view.resources)? {
             self.any = true;
@@ -368,7 +373,7 @@ impl Changes {
     }
 }
 
-/// Cuts objects into what one message each may carry.
+/// Splits objects into parts that fit one message each.
 fn messages(objects: &[SignedObject]) -> impl Iterator<Item = &[SignedObject]> {
     let mut rest = objects;
     std::iter::from_fn(move || {
@@ -384,11 +389,12 @@ fn messages(objects: &[SignedObject]) -> impl Iterator<Item = &[SignedObject]> {
     })
 }
 
-/// Takes in another host's write.
+/// Merges a write of another host.
 fn take_object(state: &mut State, signed: SignedObject, changes: &mut Changes) -> Result<(), String> {
     let object = signed.object().map_err(|error| error.to_string())?;
     let ours = state.objects.get(&object.key());
-    // One that we have, or have forgotten and the sender has not yet: no signature is checked for it.
+    // A known object, or an old tombstone that this host has deleted and the sender has not, is skipped
+    // without a signature check.
     if ours.is_some_and(|ours| ours.stamp >= object.stamp)
         || (ours.is_none() && is_old_tombstone(object.deleted, object.stamp, state.wall_ms()))
     {
@@ -403,7 +409,7 @@ fn is_old_tombstone(deleted: bool, stamp: Stamp, wall_ms: u64) -> bool {
     deleted && wall_ms.saturating_sub(stamp.wall_ms) > TOMBSTONE_MS
 }
 
-/// Networks that are gone and still have blocks.
+/// Returns the networks that are deleted but still have blocks.
 fn unused_blocks(state: &State) -> Vec<NetworkId> {
     let mut gone: Vec<NetworkId> = state
         .view
@@ -438,7 +444,7 @@ fn note_overlaps(state: &mut State, overlaps: &[(NetworkId, NetworkId)]) {
     state.problems.replace(Code::NetworkOverlap, sentences);
 }
 
-/// Checks who wrote an object, and that hosts can rely on what it says.
+/// Checks the signature and the content of an object.
 fn check_object(signed: &SignedObject, object: &Object) -> Result<(), String> {
     if signed.body.len() > MAX_OBJECT_BYTES {
         return Err(Full::Object(signed.body.len()).to_string());
@@ -455,7 +461,7 @@ fn check_object(signed: &SignedObject, object: &Object) -> Result<(), String> {
     }
 }
 
-/// Of one that is gone only the name counts.
+/// Checks a Kubernetes object. If it is deleted, only its name matters.
 fn check_resource(resource: &Resource, deleted: bool) -> Result<(), String> {
     if deleted {
         return Ok(());
@@ -466,7 +472,7 @@ fn check_resource(resource: &Resource, deleted: bool) -> Result<(), String> {
     })
 }
 
-/// What every host relies on when it builds a network.
+/// Checks the properties of a network that every host relies on.
 fn check_network(network: &Network) -> Result<(), String> {
     if !crate::config::is_name(&network.name) {
         return Err("a network with a name that is none".to_owned());
@@ -497,13 +503,14 @@ fn check_network(network: &Network) -> Result<(), String> {
 }
 
 impl Node {
-    /// Objects of the state file.
+    /// Loads the objects of the state file.
     pub(super) fn load_objects(&self, objects: Vec<SignedObject>) {
         let mut guard = self.state.borrow_mut();
         let state = &mut *guard;
         let mut changes = Changes::default();
         for signed in objects {
-            // Whatever the clock says now: it may not be set yet, and these were ours before.
+            // The stamps are not compared with the clock: it may not be set yet, and this host has accepted
+            // these objects before.
             let loaded = signed.object().map_err(|error| error.to_string()).and_then(|object| {
                 check_object(&signed, &object)?;
                 changes.put(state, signed, object).map_err(|full| full.to_string())

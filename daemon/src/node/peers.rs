@@ -1,4 +1,4 @@
-//! Peers: what gossip says of them, and what we make of it.
+//! Peers: handles events of gossip and streams, and judges the liveness of each peer.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -22,17 +22,16 @@ use super::{Node, Stop};
 use crate::problems::Code;
 use ovl_subsystems::Change as What;
 
-/// A peer that gossip counts among the living and that was not heard directly for this long is
-/// reported as not reachable.
+/// Time without a direct packet after which a peer that gossip considers alive is reported as unreachable.
 pub(super) const UNREACHABLE: Duration = Duration::from_secs(5);
 
-/// A host that is no member and not alive is not known any more after this time.
+/// Time in milliseconds after which a host is dropped that is neither a member nor alive.
 const NEVER_ADMITTED_MS: u64 = 10 * 60 * 1000;
-/// A clash is told again every ten seconds while it lasts.
+/// Time in milliseconds after which a clash is over. While it lasts, gossip reports it every ten seconds.
 const CLASH_OVER_MS: u64 = 15_000;
 
 impl Node {
-    /// One event of gossip.
+    /// Handles an event of gossip.
     pub(super) fn on_gossip(self: &Rc<Self>, event: GossipEvent) {
         match event {
             GossipEvent::Peer { record, signed, hints, alive } => {
@@ -51,8 +50,8 @@ impl Node {
         }
     }
 
-    /// Two daemons run with one identity: a state directory was copied. Both are named, and the one
-    /// that was started later ends.
+    /// Handles a clash: two daemons run with one identity because a state directory was copied. The problem
+    /// names both, and the daemon that was started later stops.
     fn on_clash(self: &Rc<Self>, node: NodeId, addresses: [SocketAddr; 2], generations: [u64; 2]) {
         let [(first, began), (second, later)] = {
             let mut both = [(addresses[0], generations[0]), (addresses[1], generations[1])];
@@ -71,7 +70,7 @@ impl Node {
         let mine = node == state.view.me && began != later;
         drop(state);
         if mine && own == Some(second) {
-            // Gossip's ids are not signed: whoever has the cluster key could make one up.
+            // The ids in gossip are not signed, so any host with the cluster key could forge one.
             let node = Rc::clone(self);
             let proof = self.links().is_us(first);
             tokio::task::spawn_local(async move {
@@ -81,13 +80,13 @@ impl Node {
                 }
             });
         } else if mine && own == Some(first) {
-            // Peers go by the latest generation, which is the copy's up to here.
+            // Peers use the record with the highest generation, which is that of the copy until now.
             self.renew_generation(later);
         }
     }
 
-    /// A clash that is over is no problem any more. If it was about this host, its record is to have a
-    /// generation beyond the copy's, whatever that was.
+    /// Clears clashes that are over. If one was about this host, its record needs a generation above that of
+    /// the copy.
     pub(super) fn end_clashes(&self) {
         let ended: Vec<(NodeId, u64)> = {
             let mut guard = self.state.borrow_mut();
@@ -113,7 +112,7 @@ impl Node {
         }
     }
 
-    /// One event of the sync streams.
+    /// Handles an event of the streams.
     pub(super) fn on_link(&self, event: StreamEvent) {
         match event {
             StreamEvent::Up(peer) => self.greet(peer),
@@ -121,7 +120,7 @@ impl Node {
             StreamEvent::Record { record, signed } => {
                 let peer = record.id;
                 self.take_record(record, signed);
-                // It has just reached us: it can be reached, however long it was not.
+                // The peer has just connected to this host, so it can be reached again.
                 self.links().kick(peer);
             }
             StreamEvent::Message { from, key, message } => self.on_message(from, key, message),
@@ -145,7 +144,7 @@ impl Node {
             Message::ObjectIndex { index, reply } => self.compare_objects(from, &index, reply),
             Message::Alloc(message) => self.on_alloc(from, message),
             Message::LeaseRequest { id, network, wish } => self.grant_lease(from, id, network, wish),
-            // A host that is no member has no majority's word for which key is the new one.
+            // A host that is not a member cannot know which key a majority has chosen.
             Message::ClusterKey(secret) => {
                 if self.state.borrow().is_member() {
                     self.take_key(&secret);
@@ -153,7 +152,7 @@ impl Node {
             }
             Message::LeaseReply { id, result } => {
                 let mut state = self.state.borrow_mut();
-                // Only of the holder that was asked. Whoever asked may have given up.
+                // Accept the reply only from the holder that was asked. The requester may have given up.
                 if state.leases.get(&id).is_some_and(|(holder, _)| *holder == from)
                     && let Some((_, waiting)) = state.leases.remove(&id)
                 {
@@ -163,9 +162,11 @@ impl Node {
         }
     }
 
-    /// Members may say anything. Whoever is none has the cluster key and no more: it may ask, be
-    /// admitted, and vote on its own admission. A host that is no member itself listens to all, since
-    /// it cannot know better. Nothing of another cluster mixes with ours.
+    /// Whether a message from a peer is accepted.
+    ///
+    /// A member may send any message. A host that is not a member only has the cluster key: it may ask, be
+    /// admitted, and vote on its own admission. While the local host is not a member, it accepts all
+    /// messages, since it cannot know the members. Messages of another cluster are rejected.
     fn may_say(&self, from: NodeId, key: ClusterKeyId, message: &Message) -> bool {
         let state = self.state.borrow();
         let foreign = state.view.nodes.get(&from).is_some_and(|node| is_foreign(&state, &node.record));
@@ -180,7 +181,7 @@ impl Node {
                 | AllocMessage::Promise { .. }
                 | AllocMessage::Accepted { .. }
                 | AllocMessage::Nack { .. } => true,
-                // Taken out, and then the key was changed: the new one must not go to it.
+                // The host was forgotten and the key was rotated afterwards, so it must not get the new key.
                 AllocMessage::Request { change: Change::Admit(node), .. } => {
                     let alloc = &state.view.alloc;
                     let last = alloc.key.is_none_or(|agreed| agreed.id == key);
@@ -201,7 +202,7 @@ impl Node {
         }
     }
 
-    /// A stream is up: the peer gets our table, and both compare the rest.
+    /// Sends this host's table on a new stream, and starts the comparison of the rest.
     pub(super) fn greet(&self, peer: NodeId) {
         let (whole, known) = {
             let state = self.state.borrow();
@@ -215,7 +216,7 @@ impl Node {
         self.pull_missing();
     }
 
-    /// Takes in a record that was checked, if it is later than the one at hand.
+    /// Stores a verified record if it is later than the stored one.
     pub(super) fn take_record(&self, record: NodeRecord, signed: SignedRecord) {
         let mut guard = self.state.borrow_mut();
         let state = &mut *guard;
@@ -273,7 +274,7 @@ impl Node {
         if rekeyed {
             note_end(state, &record, old.as_ref().and_then(|old| old.tunnel));
             self.tunnel_turn.notify_one();
-            // Whom a key belongs to decides for other hosts, too.
+            // Which peer a key belongs to affects the routes to other hosts, too.
             state.changed(What::Tunnel);
         }
         if moved || rekeyed {
@@ -285,7 +286,7 @@ impl Node {
         self.point_links(state);
     }
 
-    /// Liveness and hints of a peer. What it has and we have not is asked for.
+    /// Updates the liveness and the hints of a peer, and requests the state that this host lacks.
     fn take_signs(&self, id: NodeId, hints: Hints, alive: bool) {
         self.set_gossip_alive(id, alive);
         let alloc_known = {
@@ -312,11 +313,12 @@ impl Node {
         self.judge_all(state);
     }
 
-    /// Judges every peer anew. Called on every event, and several times a second for those whose
-    /// time has come.
+    /// Judges the liveness of every peer again. Called on every event and several times a second, for
+    /// verdicts that depend on time.
     pub(super) fn judge_all(&self, state: &mut State) {
         let (now, keep) = (state.now(), millis(self.config.keep));
-        // A daemon that was just started has heard nobody yet: it keeps what it found for a while.
+        // A daemon that has just started has not heard any peer, so it keeps the entries that it found for a
+        // while.
         let settling = now < liveness::PROBE_VALID_MS * 3;
         let mut changed = Vec::new();
         for (id, peer) in &mut state.peers {
@@ -345,7 +347,8 @@ impl Node {
         }
     }
 
-    /// Tells gossip and streams whom to talk to: every host ever known, for ever.
+    /// Gives gossip and streams the addresses of all hosts ever known, so that they never stop trying to
+    /// reach them.
     pub(super) fn point_links(&self, state: &State) {
         let known: BTreeMap<NodeId, SocketAddr> = state
             .view
@@ -362,7 +365,7 @@ impl Node {
         *self.pointed.borrow_mut() = known;
     }
 
-    /// Sends probes to the kernels of hosts that have been silent for a while.
+    /// Sends ICMP probes to hosts that have been silent for a while.
     pub(super) fn probe_silent(self: &Rc<Self>) {
         let contacts = self.gossip().contacts();
         let targets: Vec<_> = {
@@ -403,7 +406,7 @@ impl Node {
         }
     }
 
-    /// What the path to a peer carries, if that is less than our own link does.
+    /// Publishes the path MTU to a peer if it is smaller than the MTU of the underlay device.
     fn note_path_mtu(&self, peer: NodeId, mtu: u16) {
         let key = Key::PathMtu(peer);
         let (known, link) = {
@@ -431,11 +434,11 @@ impl Node {
         self.work.notify_one();
     }
 
-    /// Drops what is known of hosts that a majority has forgotten, unless they are back.
+    /// Drops the state of hosts that a majority has forgotten, unless they are back.
     pub(super) fn drop_forgotten(&self, state: &mut State) {
         let forgotten = |id: &NodeId| {
             let alloc = &state.view.alloc;
-            // One that was never admitted, or not yet, is given some time to come back.
+            // A host that is not a member is kept for a while, because it may come back or be admitted.
             let never = state.is_member()
                 && !alloc.members.contains(id)
                 && state.peers.get(id).is_some_and(|peer| {
@@ -471,12 +474,12 @@ fn next_signs(signs: Signs, alive: bool, now: u64) -> Signs {
     Signs { gossip: alive, silent_since, probed_at: signs.probed_at }
 }
 
-/// A duration in milliseconds.
+/// Returns a duration in milliseconds.
 pub(super) fn millis(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 
-/// Two hosts with one name are both named.
+/// Reports hosts that have the same name as a problem.
 fn note_names(state: &mut State) {
     let mut by_name: BTreeMap<&str, Vec<&view::Node>> = BTreeMap::new();
     for node in state.view.nodes.values() {
@@ -507,7 +510,8 @@ fn is_foreign(state: &State, record: &NodeRecord) -> bool {
     ours != 0 && record.cluster != 0 && record.cluster != ours
 }
 
-/// A host that was bootstrapped into a cluster of its own can never be one of ours.
+/// Reports a host that has the cluster key and was bootstrapped into another cluster. It can never join this
+/// one.
 fn note_cluster(state: &mut State, record: &NodeRecord) {
     let sentence = is_foreign(state, record).then(|| {
         format!(
@@ -520,7 +524,8 @@ fn note_cluster(state: &mut State, record: &NodeRecord) {
     state.problems.set(Code::ForeignCluster, record.id.to_string(), sentence);
 }
 
-/// The tunnel key that a peer published before it moved to another epoch: it is still taken.
+/// Records the tunnel key that a peer published before it changed to another key epoch. The key is accepted
+/// during the rotation.
 fn note_end(state: &mut State, record: &NodeRecord, before: Option<record::Tunnel>) {
     let previous = &mut state.local.key_epochs.previous;
     match (before, record.tunnel) {

@@ -1,4 +1,4 @@
-//! Network policies: what they follow from is marked here, and asked about.
+//! Network policies: marks changes that affect them, and answers requests about them.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -18,7 +18,8 @@ use super::state::State;
 use super::{Failed, Node};
 use ovl_subsystems::Change;
 
-/// An endpoint that is being made, for policies to know; dropped when it is in the table or nothing came of it.
+/// An endpoint that is being created, made known to policies. Dropped when it is in the table or the attach
+/// failed.
 pub(super) struct Policed<'a> {
     node: &'a Node,
     id: EndpointId,
@@ -36,7 +37,7 @@ impl Drop for Policed<'_> {
 }
 
 impl Node {
-    /// Has policies know an endpoint before it is there.
+    /// Makes an endpoint known to policies before it exists.
     pub(super) fn police_attach(&self, endpoint: &Endpoint) -> Policed<'_> {
         let mut guard = self.state.borrow_mut();
         let state = &mut *guard;
@@ -46,7 +47,7 @@ impl Node {
     }
 }
 
-/// Packets refused to, or from, an endpoint's address.
+/// Number of packets that policies dropped, by direction and endpoint address.
 type Refused = BTreeMap<(Direction, IpAddr), u64>;
 
 impl Node {
@@ -64,7 +65,7 @@ impl Node {
         Ok(refused)
     }
 
-    /// All policies, with what they refused here.
+    /// Lists all policies, with the number of packets that each dropped on this host.
     pub(super) async fn policy_ls(&self) -> Result<Vec<PolicyRow>, Failed> {
         let refused = self.refused().await?;
         let state = self.state.borrow();
@@ -108,7 +109,7 @@ impl Node {
         Ok(rows.into_values().collect())
     }
 
-    /// What policies say of a connection; without a port, of a protocol that has none.
+    /// Explains the verdict of all policies on a connection. `port` is `None` for a protocol without ports.
     pub(super) fn policy_explain(
         &self,
         from: &str,
@@ -138,7 +139,7 @@ impl Node {
         Ok(judgements)
     }
 
-    /// What was refused lately.
+    /// Lists the connections of which packets were dropped recently.
     pub(super) async fn policy_drops(&self) -> Result<Vec<PolicyDrop>, Failed> {
         let sets = Counter::all().map(Counter::by_connection).to_vec();
         let counts = self.kernel.counts(Table::Policy, sets).await.map_err(Failed::from)?;
@@ -160,7 +161,7 @@ impl Node {
         Ok(drops)
     }
 
-    /// What was refused here, in Prometheus' text format; nothing without policies.
+    /// Renders the dropped packets in Prometheus' text format. Empty if there are no policies.
     pub(super) async fn policy_metrics(&self) -> Result<String, Failed> {
         let mut text = String::new();
         if self.state.borrow().view.resources.policies().is_empty() {
@@ -196,7 +197,7 @@ impl Node {
     }
 }
 
-/// The addresses of an endpoint, by its name or `NAMESPACE/NAME`; or the address itself.
+/// Returns the addresses of an endpoint, given as its name, as `NAMESPACE/NAME` or as an address.
 fn addresses(state: &State, text: &str) -> Result<Vec<IpAddr>, Failed> {
     if let Ok(address) = text.parse() {
         return Ok(vec![address]);

@@ -1,4 +1,5 @@
-//! Published ports of this host's endpoints. A port is ours before anybody is told, and until its endpoint goes.
+//! Published ports of this host's endpoints. A port is bound before any peer learns of it, and until its
+//! endpoint is deleted.
 
 use std::net::IpAddr;
 
@@ -18,12 +19,12 @@ use crate::ports::{self, Held, Refused};
 use crate::problems::Code;
 use ovl_subsystems::{self as subsystems, Change};
 
-/// Where nothing was asked for, so many ports are tried.
+/// Number of ports that are tried if the request names none.
 const TRIES: u16 = 256;
-/// What the kernel gives to programs that ask for no port in particular, unless told otherwise.
+/// Range of ephemeral ports if `ip_local_port_range` cannot be read: the kernel's default.
 const EPHEMERAL: Range = Range { first: 32_768, last: 60_999 };
 
-/// Ports that are set aside for an endpoint, and free again when this is dropped.
+/// Ports that are reserved for an endpoint. Dropping this releases them.
 pub(super) struct SetAside<'a> {
     node: &'a Node,
     number: u64,
@@ -32,7 +33,7 @@ pub(super) struct SetAside<'a> {
 }
 
 impl SetAside<'_> {
-    /// What is set aside.
+    /// Returns the reserved ports.
     pub(super) fn published(&self) -> &[Published] {
         &self.published
     }
@@ -45,7 +46,11 @@ impl Drop for SetAside<'_> {
 }
 
 impl Node {
-    /// Sets ports aside, all or none: free among those that are published, and on this host.
+    /// Reserves ports, all or none. They must be free among the published ports and on this host.
+    ///
+    /// # Errors
+    ///
+    /// A request is invalid, or a port is in use.
     pub(super) fn set_ports_aside(
         &self,
         name: &str,
@@ -112,7 +117,7 @@ impl Node {
         ports::hold(published).map_err(|refused| explain(published, &refused))
     }
 
-    /// Publishes what was set aside for an endpoint; returns when the kernel holds it.
+    /// Publishes the reserved ports of an endpoint. Returns when the kernel has the rules.
     async fn publish_aside(&self, id: EndpointId, aside: SetAside<'_>) -> Result<(), Failed> {
         let endpoint = self.endpoint_to_publish(id)?;
         let before = endpoint.publish.clone();
@@ -128,7 +133,7 @@ impl Node {
         Ok(())
     }
 
-    /// Keeps ports that were set aside for an endpoint, which has them now.
+    /// Serves the reserved ports of an endpoint, which now owns them.
     pub(super) fn serve_ports(&self, id: EndpointId, mut aside: SetAside<'_>, addresses: &[IpNet]) {
         if !aside.held.is_empty() {
             let targets = addresses.iter().map(IpNet::addr).collect();
@@ -136,7 +141,7 @@ impl Node {
         }
     }
 
-    /// The host gets what published ports need, if these are any.
+    /// Prepares the host for published ports if there are any.
     pub(super) fn will_publish(&self, published: &[Published]) {
         let mut state = self.state.borrow_mut();
         if !published.is_empty() && !state.local.publishing {
@@ -145,7 +150,7 @@ impl Node {
         }
     }
 
-    /// Publishes more ports of an endpoint of this host; gives all that it has then.
+    /// Publishes more ports of an endpoint of this host. Returns all ports that it then has.
     pub(super) async fn publish(&self, id: EndpointId, wishes: &[Publish]) -> Result<Vec<Published>, Failed> {
         let endpoint = self.endpoint_to_publish(id)?;
         let network = {
@@ -162,7 +167,7 @@ impl Node {
         Ok(self.endpoint_to_publish(id)?.publish)
     }
 
-    /// Publishes no port of an endpoint any more. One that is gone has none.
+    /// Withdraws all published ports of an endpoint. Does nothing if the endpoint does not exist.
     pub(super) async fn revoke(&self, id: EndpointId) -> Result<(), Failed> {
         self.ports.release(id);
         let endpoint = self.state.borrow().own_endpoint(id).cloned();
@@ -177,7 +182,7 @@ impl Node {
         state.own_endpoint(id).cloned().ok_or_else(|| Failed::not_found("the endpoint is gone"))
     }
 
-    /// Writes down what is published, tells it, and the kernel.
+    /// Saves the published ports of an endpoint, announces them to peers and configures the kernel.
     async fn set_published(&self, mut endpoint: Endpoint, published: Vec<Published>) -> Result<(), Failed> {
         endpoint.publish = published;
         self.will_publish(&endpoint.publish);
@@ -198,8 +203,8 @@ impl Node {
         }
     }
 
-    /// Takes the ports of endpoints that the last run left, which go on being translated meanwhile. What somebody
-    /// else has got is named, and tried again.
+    /// Binds the ports of endpoints that the last run left. The kernel translates them all the time. A port
+    /// that another program has bound meanwhile is reported and tried again.
     pub(super) fn hold_ports_again(&self) {
         let endpoints: Vec<Endpoint> = self
             .state
@@ -216,7 +221,7 @@ impl Node {
         }
     }
 
-    /// Those of [`Self::hold_ports_again`] that were not to be had.
+    /// Tries again to bind the ports that [`Self::hold_ports_again`] could not bind.
     pub(super) fn retry_ports(&self) {
         let unheld: Vec<(EndpointId, Published)> = self.state.borrow().unheld.iter().copied().collect();
         for (id, published) in unheld {
@@ -262,7 +267,8 @@ fn is_ours(table: Table) -> bool {
     matches!(table, Table::Publish | Table::PublishFrames)
 }
 
-/// Why something that published ports need was refused, if it was.
+/// Returns the error of an operation that published ports depend on. `None` if it succeeded or is not such an
+/// operation.
 pub(super) fn refusal(outcome: &Outcome) -> Option<&ovl_kernel::KernelError> {
     let ours = match &outcome.op {
         Op::Nft(NftOp::SetTable(table, _)) => is_ours(*table),
@@ -273,7 +279,7 @@ pub(super) fn refusal(outcome: &Outcome) -> Option<&ovl_kernel::KernelError> {
     outcome.result.as_ref().err().filter(|_| ours)
 }
 
-/// Who has published one of these ports, or is about to.
+/// Returns a sentence about what has published one of these ports or is about to. `None` if they are free.
 fn publisher(state: &State, published: Published) -> Option<String> {
     let transport = published.transport;
     let conflict = |others: &[Published]| others.iter().find_map(|other| published.conflict_with(*other));
@@ -311,7 +317,7 @@ fn too_many() -> Failed {
     ))
 }
 
-/// What can be known before anything is tried.
+/// Checks what can be known before any port is tried.
 fn check(network: &Network, wishes: &[Publish]) -> Result<(), Failed> {
     let total: u32 = wishes.iter().map(|wish| u32::from(wish.container.count())).sum();
     if wishes.len() > MOST_RANGES || total > MOST_PORTS {
@@ -345,7 +351,8 @@ fn check(network: &Network, wishes: &[Publish]) -> Result<(), Failed> {
     Ok(())
 }
 
-/// Where ports may be taken from that nobody named, beginning anywhere: so many in a row.
+/// Returns candidates for ports that the request does not name: first ports of ranges of `count` ports, from
+/// a random start.
 fn ephemeral(count: u16, random: u16) -> Vec<u16> {
     let range = kernel::read_sysctl("net.ipv4.ip_local_port_range").and_then(|text| {
         let mut ports = text.split_ascii_whitespace().map(str::parse);

@@ -1,11 +1,12 @@
-//! The reconcile loop. Events mark what may have changed; this loop works out what the kernel
-//! should hold, and sends it the difference.
+//! The reconcile loop. Events mark what may have changed. The loop computes the desired data plane and
+//! applies the difference to the kernel.
 //!
-//! Two kinds of pass. A *quick* one compares with what was last sent to the kernel, for the
-//! networks that changed, and costs what the change costs. A *whole* one compares with a dump: at
-//! the start, when somebody else has touched our objects, after a refusal, and from time to time.
-//! The kernel's worker does everything in the order in which it was handed in, so a whole pass
-//! compares with the very state that all earlier work left.
+//! There are two kinds of passes. A *quick pass* compares the networks that changed with what was last sent
+//! to the kernel, so its cost depends on the size of the change. A *full pass* compares with a dump: at the
+//! start, after drift, after a rejected operation, and at intervals.
+//!
+//! The kernel worker applies operations in order, so a full pass compares with the state that all earlier
+//! operations left.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -26,24 +27,24 @@ use super::state::State;
 use crate::problems::{Code, Problem};
 use ovl_subsystems as subsystems;
 
-/// A whole pass is made at the latest after this time, whatever happened.
+/// Maximum time between two full passes.
 const RESYNC: Duration = Duration::from_secs(60);
-/// After a refusal the next whole pass comes after this time, then later and later.
+/// Time from a rejected operation to the next full pass. It doubles up to the second value.
 const RETRY_FIRST: Duration = Duration::from_millis(500);
 const RETRY_LAST: Duration = Duration::from_secs(30);
-/// Of one pass, so many repairs are told one by one.
+/// Maximum number of repairs of one pass that are recorded one by one.
 const REPAIRS_TOLD: usize = 50;
-/// Others' changes come in bursts: wait for the end of one, but not for long.
+/// Changes of peers come in bursts. The loop waits for the end of a burst, but not for long.
 const SETTLE: Duration = Duration::from_millis(30);
 
-/// What the loop has to do, and how it went so far.
+/// Pending work of the reconcile loop, and the results so far.
 #[derive(Debug, Default)]
 pub(crate) struct Progress {
     /// A full pass is due.
     full: bool,
-    /// Another program changed something of ours since the last full pass.
+    /// Another program changed an object of ovl since the last full pass.
     drift: bool,
-    /// Operations that the kernel refused, each with a sentence that has the reason.
+    /// Rejected operations, each with a sentence that has the reason.
     failing: BTreeMap<String, String>,
     counts: Counts,
 }
@@ -51,43 +52,44 @@ pub(crate) struct Progress {
 /// Counters of the reconcile loop.
 #[derive(Debug, Default, Clone, Copy)]
 pub(crate) struct Counts {
-    /// Full passes.
+    /// Number of full passes.
     pub(crate) passes: u64,
-    /// Operations carried out.
+    /// Number of operations applied.
     pub(crate) operations: u64,
-    /// Of those, repairs of what another program had changed.
+    /// Number of those operations that repaired drift.
     pub(crate) repairs: u64,
 }
 
 impl Progress {
-    /// Makes the next pass a full one.
+    /// Requests that the next pass is a full one.
     pub(crate) fn ask_full(&mut self) {
         self.full = true;
     }
 
-    /// Makes the next pass a full one that repairs what another program changed. Says whether there was none to come.
+    /// Requests that the next pass is a full one that repairs drift. Returns `false` if a full pass was
+    /// already due.
     fn ask_for_drift(&mut self) -> bool {
         self.drift = true;
         !std::mem::replace(&mut self.full, true)
     }
 
-    /// A full pass begins: says whether it repairs what another program changed.
+    /// Begins a full pass. Returns whether it repairs drift.
     fn begin_full(&mut self) -> bool {
         self.full = false;
         std::mem::take(&mut self.drift)
     }
 
-    /// The counters.
+    /// Returns the counters.
     pub(crate) fn counts(&self) -> Counts {
         self.counts
     }
 
-    /// What the kernel refuses, one sentence each.
+    /// Returns one sentence for each operation that the kernel rejects.
     pub(crate) fn failing(&self) -> impl Iterator<Item = &str> {
         self.failing.values().map(String::as_str)
     }
 
-    /// The same as problems.
+    /// Returns the rejected operations as problems.
     pub(crate) fn problems(&self) -> impl Iterator<Item = Problem> {
         self.failing
             .iter()
@@ -96,7 +98,7 @@ impl Progress {
 }
 
 impl Node {
-    /// Runs for ever.
+    /// Runs the reconcile loop forever.
     pub(super) async fn reconcile_loop(self: Rc<Self>) {
         let mut retry = RETRY_FIRST;
         let (mut last, mut was_failing) = (Instant::now(), false);
@@ -106,9 +108,9 @@ impl Node {
                 last = Instant::now();
             }
             was_failing = failing;
-            // Counted from the last whole pass, however often there was something small to do since.
+            // The interval counts from the last full pass, no matter how many quick passes there were since.
             let next = last + if failing { retry } else { RESYNC };
-            // Whether it was work or time that woke us is seen below.
+            // Whether work or the timeout ended the wait is checked below.
             tokio::time::timeout_at(next, self.work.notified()).await.ok();
             if Instant::now() >= next {
                 self.state.borrow_mut().reconcile.ask_full();
@@ -145,7 +147,7 @@ impl Node {
         self.tell_announced();
     }
 
-    /// Compares everything with a dump, and repairs it.
+    /// Compares the desired data plane with a dump of the kernel and repairs the differences.
     pub(super) async fn full_pass(&self) {
         let (drift, desired, prune, ignored, expected) = {
             let mut state = self.state.borrow_mut();
@@ -191,7 +193,7 @@ impl Node {
         }
     }
 
-    /// Each of a few repairs; of many, the first ones and how many more.
+    /// Records the repairs of a pass. Of many repairs, records the first ones and the number of the others.
     fn tell_repairs(&self, outcomes: &[Outcome]) {
         for Outcome { op, .. } in outcomes.iter().take(REPAIRS_TOLD) {
             self.event("kernel", &op.device().map_or_else(String::new, |d| d.to_string()), &op.to_string());
@@ -201,8 +203,8 @@ impl Node {
         }
     }
 
-    /// Tells subsystems what became of operations, counts them and keeps those that were refused. Returns the first
-    /// refusal that an attach of this device to this network cannot do without.
+    /// Passes the outcomes of operations to subsystems, counts them and keeps the rejected ones. Returns the
+    /// first error that makes an attach of this device to this network fail.
     pub(super) fn note_outcomes(
         &self,
         outcomes: &[Outcome],
@@ -234,7 +236,7 @@ impl Node {
             let concerned = attached.is_some_and(|(network, device)| {
                 op.device() == Some(device) || op.breaks_network() == Some(network)
             });
-            // The loop comes back with a full pass as long as anything is failing.
+            // The loop runs a full pass again as long as an operation is rejected.
             state.reconcile.failing.insert(op.to_string(), format!("{op}: {error}"));
             if concerned && first.is_none() {
                 first = Some(error);
@@ -244,14 +246,14 @@ impl Node {
         first.or_else(|| subsystems::refusal(&state.subsystems.all(), attached?.0).map(str::to_owned))
     }
 
-    /// One event of the kernel.
+    /// Handles an event of the kernel.
     pub(super) fn on_kernel(self: &Rc<Self>, event: KernelEvent) {
         match event {
             KernelEvent::EndpointGone(device) => self.lost([device]),
             KernelEvent::Changed | KernelEvent::Overrun | KernelEvent::FilterChanged => self.look_soon(),
             KernelEvent::Underlay => {
                 self.underlay.notify_one();
-                // With a link that goes down the kernel drops the routes by it, and says nothing.
+                // When a link goes down, the kernel deletes the routes through it without a notification.
                 let direct =
                     |network: &Network| network.mode == Mode::L3 && network.backend != Backend::Vxlan;
                 let routes = self.state.borrow().view.networks.values().any(|found| direct(&found.network));
@@ -262,7 +264,7 @@ impl Node {
         }
     }
 
-    /// Another program may have changed something of ours.
+    /// Schedules a full pass, because another program may have changed an object of ovl.
     fn look_soon(self: &Rc<Self>) {
         if !self.state.borrow_mut().reconcile.ask_for_drift() {
             return;
@@ -274,14 +276,15 @@ impl Node {
         });
     }
 
-    /// The data plane that the kernel should hold.
+    /// Returns the desired data plane.
     pub(super) fn desired(&self) -> Dataplane {
         let mut state = self.state.borrow_mut();
         let (cluster, subsystems) = state.parts();
         subsystems::desired(&subsystems, &cluster)
     }
 
-    /// What the loop would do now, and endpoints whose host's ends are missing.
+    /// Returns the operations that a full pass would apply now, and the host interfaces of endpoints that are
+    /// missing.
     pub(super) async fn compare(&self) -> Result<(Vec<Op>, Vec<Device>), super::Failed> {
         let (desired, ignored, expected) = {
             let mut state = self.state.borrow_mut();
@@ -298,7 +301,7 @@ impl Node {
     }
 }
 
-/// The neighbours that attaches under way have set or are about to.
+/// Returns the neighbour entries that attaches in flight have set or are about to set.
 fn expected(state: &State) -> BTreeSet<(Device, IpAddr)> {
     let pending = &state.pending.addresses;
     pending.iter().map(|(network, address)| (Device::bridge(*network), *address)).collect()

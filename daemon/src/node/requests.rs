@@ -22,14 +22,14 @@ use super::state::State;
 use super::{Failed, Node, Stop, tunnel};
 use crate::problems::Code;
 
-/// How long `verify` waits for work in flight.
+/// Maximum time that `verify` waits for work in flight.
 const SETTLE_WITHIN: Duration = Duration::from_millis(500);
-/// Between two of its looks.
+/// Interval between two comparisons of `verify`.
 const SETTLE_STEP: Duration = Duration::from_millis(50);
 
 impl Node {
-    /// Answers one request, with the documents that were staged for it; [`Request::Events`] and
-    /// [`Request::Stage`] are the control socket's own.
+    /// Answers a request, with the documents that were staged for it. The control socket itself handles
+    /// [`Request::Events`] and [`Request::Stage`].
     pub(crate) async fn answer(self: &Rc<Self>, request: Request, staged: Vec<Document>) -> Reply {
         match self.try_answer(request, staged).await {
             Ok(reply) => reply,
@@ -141,7 +141,7 @@ impl Node {
         })
     }
 
-    /// How the daemon is.
+    /// Returns the status of the daemon.
     pub(super) fn status(&self) -> Status {
         let state = self.state.borrow();
         let mut problems: Vec<Problem> = state.problems.all().collect();
@@ -178,8 +178,8 @@ impl Node {
         }
     }
 
-    /// Members that gossip says are alive and from which nothing comes directly, and those that
-    /// cannot be reached by the kernel of this host at all.
+    /// Reports live hosts from which no packet arrives directly, and those whose VTEP is of another address
+    /// family.
     fn unreachable(&self, state: &State) -> Vec<Problem> {
         let contacts = self.gossip().contacts();
         let Some(own) = state.record() else { return Vec::new() };
@@ -212,7 +212,7 @@ impl Node {
         sentences
     }
 
-    /// All hosts, the own one first, then by name.
+    /// Lists all hosts, the local host first and the others by name.
     pub(super) fn peers(&self) -> Vec<PeerInfo> {
         let contacts = self.gossip().contacts();
         let paths = self.gossip().path_mtus();
@@ -257,7 +257,7 @@ impl Node {
         peers
     }
 
-    /// Takes a host out of the cluster by the agreement of a majority.
+    /// Removes a host from the cluster by the decision of a majority.
     async fn forget(&self, name: &str) -> Result<(), Failed> {
         let node = {
             let state = self.state.borrow();
@@ -268,7 +268,7 @@ impl Node {
                 .values()
                 .filter(|node| node.record.name == name || Some(node.record.id) == by_id)
                 .collect();
-            // A host that came back with a new identity has the name of the one that is dead.
+            // A host that came back with a new identity has the name of its dead predecessor.
             if found.len() > 1 {
                 found.retain(|node| node.state != PeerState::Alive);
             }
@@ -300,7 +300,7 @@ impl Node {
         };
         self.change(Change::Forget(node)).await?;
         if let Some(peer) = self.state.borrow_mut().peers.get_mut(&node) {
-            // Also one that was never admitted, which the cluster has nothing to forget of.
+            // This also drops a host that was never admitted, which the cluster cannot forget.
             peer.last_alive_ms = 0;
         }
         self.drop_forgotten(&mut self.state.borrow_mut());
@@ -335,7 +335,7 @@ impl Node {
                 })
             })
             .collect();
-        // Addresses of this host's own networks come out of their whole ranges.
+        // Addresses on bridge networks are picked from the whole subnet.
         let own = state.view.networks.values().map(|found| &found.network);
         for network in own.filter(|network| network.driver == Driver::Bridge) {
             let used = |subnet: &Subnet| {
@@ -441,7 +441,8 @@ impl Node {
         Ok(addresses.chain(routes).collect())
     }
 
-    /// Compares what peers announce, what is desired, and the kernel. Work in flight gets half a second to settle.
+    /// Compares what peers announce, the desired data plane and the kernel. Work in flight gets half a second
+    /// to settle.
     async fn verify(&self) -> Result<Verify, Failed> {
         let begun = tokio::time::Instant::now();
         let mut differences = self.differences().await?;

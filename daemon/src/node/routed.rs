@@ -1,4 +1,4 @@
-//! Routed networks: this host's blocks, and the segment of the underlay that it is on.
+//! Routed networks: claims the blocks of this host.
 
 use std::rc::Rc;
 use std::time::Duration;
@@ -9,13 +9,12 @@ use super::Node;
 use super::state::State;
 use crate::problems::Code;
 
-/// After a claim that failed: a majority may be back.
+/// Pause after a failed claim. A majority may be available again then.
 const AGAIN: Duration = Duration::from_secs(1);
 
 impl Node {
-    /// Every host answers for a block of each subnet of every routed network from its making on, so
-    /// that its own programs have an address there, and a first endpoint waits for nobody. Runs for
-    /// ever.
+    /// Claims a block of each subnet of every routed network as soon as the network exists. Programs of this
+    /// host then have an address there, and the first endpoint need not wait for a majority. Runs forever.
     pub(super) async fn claim_loop(self: Rc<Self>) {
         loop {
             let missing = missing(&self.state.borrow());
@@ -43,7 +42,7 @@ impl Node {
     }
 }
 
-/// Subnets of routed networks of which this host has no block.
+/// Returns the subnets of routed networks of which this host has no block.
 fn missing(state: &State) -> Vec<(Network, Subnet)> {
     if !state.is_member() {
         return Vec::new();

@@ -1,10 +1,9 @@
-//! Sandboxes: namespaces that outlive the programs in them and this daemon, with an endpoint on each of
-//! their networks.
+//! Sandboxes: network namespaces that outlive the programs in them and this daemon, with an endpoint on each
+//! of their networks.
 //!
-//! A sandbox is complete before anybody can find it, and only then mounted: a daemon that is killed
-//! before that takes the namespace along, and with it the endpoints' interfaces. What is on the disk says
-//! where a sandbox should be; one whose namespace is not there was only half made, or half removed, and
-//! what is left of it goes.
+//! A sandbox is mounted only when it is complete. If the daemon is killed before that, the namespace
+//! disappears, and with it the interfaces of the endpoints. The files on the disk say which sandboxes should
+//! exist. A sandbox without its namespace was only partly created or deleted, and the rest of it is deleted.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -24,17 +23,17 @@ use super::{Failed, Node, remove_if_there};
 use crate::config::is_name;
 use crate::problems::Code;
 
-/// So many processes are named in a refusal.
+/// Maximum number of processes that an error lists.
 const NAMED: usize = 10;
-/// So many networks can be joined, as so many interfaces are of any use.
+/// Maximum number of networks of a sandbox. More interfaces are of no use.
 const MAX_NETWORKS: usize = 32;
 
-/// What a sandbox is joined to.
+/// What a sandbox is connected to.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Joined {
-    /// It is the host's own namespace under another name.
+    /// The host's own namespace under another name.
     Host,
-    /// These networks, in the order of its interfaces; without any, there is loopback alone.
+    /// These networks, in the order of its interfaces. If there are none, it has only a loopback interface.
     Networks(Vec<NetworkId>),
 }
 
@@ -43,19 +42,19 @@ pub(crate) enum Joined {
 pub(crate) struct Sandbox {
     name: String,
     joined: Joined,
-    /// Which namespace it is, whatever is at its path.
+    /// Identifies the namespace, independent of what is mounted at its path.
     cookie: NetnsCookie,
     endpoints: Vec<EndpointId>,
 }
 
-/// What is kept of a sandbox while the kernel runs.
+/// A sandbox in the run directory. It is valid during one boot of the kernel.
 #[derive(Debug, Serialize, Deserialize)]
 struct Kept {
     boot_id: String,
     sandbox: Sandbox,
 }
 
-/// A name that is being worked on, given back when dropped.
+/// A lock on the name of a sandbox, released when dropped.
 struct Busy<'a> {
     node: &'a Node,
     name: String,
@@ -68,7 +67,7 @@ impl Drop for Busy<'_> {
 }
 
 impl Node {
-    /// Makes a sandbox, all or nothing.
+    /// Creates a sandbox with all its endpoints, or nothing.
     pub(super) async fn sandbox_create(&self, request: SandboxCreate) -> Result<SandboxInfo, Failed> {
         let joined = self.check_sandbox(&request)?;
         self.living_sandboxes().await?;
@@ -111,7 +110,7 @@ impl Node {
         Ok(info)
     }
 
-    /// What the request asks for, if it makes sense.
+    /// Validates a request and resolves its networks.
     fn check_sandbox(&self, request: &SandboxCreate) -> Result<Joined, Failed> {
         if !is_name(&request.name) {
             return Err(Failed::invalid(format!(
@@ -162,7 +161,7 @@ impl Node {
         Ok(Busy { node: self, name: name.to_owned() })
     }
 
-    /// Attaches the namespace to its networks, writes it down, and only then shows it.
+    /// Attaches the namespace to its networks, saves the sandbox, and then mounts the namespace.
     async fn build(
         &self,
         sandbox: &mut Sandbox,
@@ -198,14 +197,14 @@ impl Node {
         let resolv_conf = self.sandbox_resolv_conf(sandbox);
         let file = kernel::netns_file(&sandbox.name);
         kernel::mount_netns(&netns, file, resolv_conf).await.map_err(Failed::from)?;
-        // A teardown that began meanwhile did not find it.
+        // A teardown that began meanwhile did not find this sandbox.
         if self.state.borrow().leaving {
             return Err(Failed::unavailable("ovld is stopping"));
         }
         Ok(())
     }
 
-    /// Nothing where there is no resolver.
+    /// Returns the `resolv.conf` of a sandbox. `None` if it has no resolver.
     fn sandbox_resolv_conf(&self, sandbox: &Sandbox) -> Option<String> {
         let state = self.state.borrow();
         let endpoints = sandbox.endpoints.iter().filter_map(|id| state.own_endpoint(*id));
@@ -213,7 +212,7 @@ impl Node {
         (!addresses.is_empty()).then(|| resolv_conf(&addresses))
     }
 
-    /// Removes a sandbox; one that is not there is fine.
+    /// Deletes a sandbox. Does nothing if it does not exist.
     pub(super) async fn sandbox_rm(&self, name: &str, force: bool) -> Result<(), Failed> {
         let _busy = self.take_sandbox(name)?;
         let Some(sandbox) = self.state.borrow().sandboxes.get(name).cloned() else { return Ok(()) };
@@ -230,7 +229,7 @@ impl Node {
         self.discard(&sandbox, "removed").await
     }
 
-    /// All sandboxes, by name.
+    /// Lists all sandboxes by name.
     pub(super) async fn sandbox_ls(&self) -> Result<Vec<SandboxInfo>, Failed> {
         let living = self.living_sandboxes().await?;
         let inodes =
@@ -243,7 +242,8 @@ impl Node {
             .collect())
     }
 
-    /// For a teardown. Programs go on, in namespaces with loopback alone.
+    /// Deletes all sandboxes, for teardown. Programs continue to run in namespaces with only a loopback
+    /// interface.
     pub(super) async fn remove_sandboxes(&self) -> Result<(), Failed> {
         let names: Vec<String> = self.state.borrow().sandboxes.keys().cloned().collect();
         for name in names {
@@ -252,9 +252,9 @@ impl Node {
         Ok(())
     }
 
-    /// The sandboxes whose namespaces are where they belong, with the namespaces' inodes. What is left
-    /// of others goes: of those half made or half removed when the last daemon ended, and of those that
-    /// somebody else took away.
+    /// Returns the sandboxes whose namespaces are mounted at their paths, with the inodes of the namespaces.
+    /// Deletes what is left of the others: those that were partly created or deleted when the last daemon
+    /// stopped, and those that another program unmounted.
     pub(super) async fn living_sandboxes(&self) -> Result<Vec<(Sandbox, u64)>, Failed> {
         let all: Vec<Sandbox> = self.state.borrow().sandboxes.values().cloned().collect();
         if all.is_empty() {
@@ -267,7 +267,8 @@ impl Node {
             match place {
                 MountPoint::Netns(cookie, inode) if cookie == sandbox.cookie => living.push((sandbox, inode)),
                 _ => {
-                    // Whoever is at it at this moment does what is to be done.
+                    // The name is locked by a request that creates or deletes this sandbox. It also cleans
+                    // up.
                     let Ok(_busy) = self.take_sandbox(&sandbox.name) else { continue };
                     let same = self.state.borrow().sandboxes.get(&sandbox.name) == Some(&sandbox);
                     if same {
@@ -279,8 +280,8 @@ impl Node {
         Ok(living)
     }
 
-    /// Takes away all that there is of a sandbox. The namespace goes first: from then on a daemon that
-    /// is killed here goes on where this one stopped.
+    /// Deletes a sandbox with its endpoints. The namespace is deleted first: a daemon that is killed later
+    /// finishes the rest after its restart.
     async fn discard(&self, sandbox: &Sandbox, why: &str) -> Result<(), Failed> {
         let name = &sandbox.name;
         kernel::unmount_netns(kernel::netns_file(name), sandbox.cookie).await.map_err(Failed::from)?;
@@ -333,7 +334,8 @@ impl Node {
             .with_context(|| format!("writing {}", path.display()))
     }
 
-    /// Reads what the last run kept. Files of an earlier boot go; a damaged one is set aside and named.
+    /// Reads the sandboxes that the last run saved. Deletes files of an earlier boot. A damaged file is moved
+    /// away and reported.
     pub(super) fn read_sandboxes(&self) -> anyhow::Result<()> {
         let dir = self.run_dir.sandboxes();
         for file in fs::read_dir(&dir).with_context(|| format!("reading {}", dir.display()))? {
@@ -369,14 +371,15 @@ impl Node {
 const HOST: &str = "host";
 const NONE: &str = "none";
 
-/// What the networks of a request mean.
+/// Meaning of the networks of a request.
 #[derive(Debug, PartialEq, Eq)]
 enum Wanted<'a> {
     Host,
     Networks(&'a [String]),
 }
 
-/// Nothing means what `none` does: whoever wants a network names it.
+/// Parses the networks of a request. An empty list means the same as `none`, since a network must be named
+/// explicitly.
 fn wanted(networks: &[String]) -> Result<Wanted<'_>, String> {
     match networks {
         [] => Ok(Wanted::Networks(&[])),
@@ -406,7 +409,7 @@ async fn mount_point(path: PathBuf) -> Result<MountPoint, Failed> {
     places.first().copied().ok_or_else(|| Failed::internal("a path was not looked at"))
 }
 
-/// Why a sandbox is not removed.
+/// Formats the error that a sandbox with processes is not deleted.
 fn refusal(name: &str, inside: &BTreeSet<Process>) -> String {
     let count = inside.len();
     let mut list: Vec<String> = inside

@@ -1,4 +1,4 @@
-//! All that the daemon knows, in one place and without any I/O of its own.
+//! The state of the daemon, in one place and without I/O.
 //!
 //! Everything runs on one thread. Tasks borrow the state between two awaits and never across one.
 
@@ -37,188 +37,189 @@ use crate::problems::{Code, Problems};
 use crate::workloads::Workloads;
 use ovl_subsystems::{Change, Cluster, SubsystemList, Subsystems};
 
-/// What is known of a peer beside its record and table.
+/// State of a peer besides its record and its table.
 #[derive(Debug)]
 pub(crate) struct Peer {
-    /// Its record with the proof, to be passed on and kept.
+    /// Its record with the signature, to be forwarded and saved.
     pub signed: SignedRecord,
-    /// Alive or not.
+    /// Signs of life from gossip and probes.
     pub signs: Signs,
-    /// What it says it has.
+    /// Hints in its gossip record.
     pub hints: Hints,
-    /// Milliseconds since 1970 when gossip last counted it among the living.
+    /// Time when gossip last considered it alive, in milliseconds since 1970.
     pub last_alive_ms: u64,
-    /// A whole table was asked for at this time and did not come yet.
+    /// Time of a request for its whole table that is still unanswered, in milliseconds of this run. `None` if
+    /// there is none.
     pub pulled_at: Option<u64>,
-    /// The digest of its objects for which it was last asked for what we lack.
+    /// Its object digest for which it was last asked for missing objects.
     pub objects_asked: Option<[u8; 32]>,
-    /// When a probe was last sent to it.
+    /// Time of the last probe, in milliseconds of this run.
     pub probe_sent_at: u64,
-    /// Gossip has counted it among the living in this run.
+    /// Whether gossip has considered it alive during this run.
     pub heard: bool,
 }
 
-/// What is known of an endpoint of this host beside its entry in the table.
+/// State of an endpoint of this host besides its entry in the table.
 #[derive(Debug, Clone)]
 pub(crate) struct LocalEndpoint {
-    /// The interface's name inside the namespace.
+    /// Name of the interface inside the namespace.
     pub ifname: String,
-    /// Whose it is, if a container runtime asked for it.
+    /// Attachment of a container runtime. `None` if none requested the endpoint.
     pub cni: Option<Attachment>,
-    /// Which one it is for a Docker Engine, if that asked for it. Its other end is the Engine's to
-    /// put into a namespace and to bring back.
+    /// Endpoint of a Docker Engine. `None` if no Engine requested it. The Engine moves the container
+    /// interface into a namespace and back.
     pub docker: Option<EngineEndpoint>,
-    /// Where its namespace was found.
+    /// Path at which the namespace was found.
     pub netns: PathBuf,
-    /// The number of that namespace, which endpoints in it share.
+    /// Inode of the namespace. Endpoints in the same namespace have the same inode.
     pub inode: u64,
 }
 
-/// Two daemons with one identity.
+/// Two daemons that run with one identity.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Clash {
-    /// When it was told last, in milliseconds of this run.
+    /// Time of the last report, in milliseconds of this run.
     pub seen: u64,
-    /// The generation of the one that was started later.
+    /// Generation of the daemon that was started later.
     pub later: u64,
 }
 
-/// Names, addresses and MACs of attaches under way.
+/// Names, addresses, MAC addresses, devices and ports that requests in flight have reserved.
 #[derive(Debug, Default)]
 pub(crate) struct Pending {
-    /// Network, Kubernetes namespace, name.
+    /// Reserved names of endpoints: network, Kubernetes namespace and name.
     pub names: BTreeSet<(NetworkId, String, String)>,
-    /// MAC addresses chosen and not yet in the table.
+    /// MAC addresses that are chosen and not yet in the table.
     pub macs: BTreeSet<(NetworkId, Mac)>,
-    /// Addresses chosen and not yet in the table.
+    /// Addresses that are chosen and not yet in the table.
     pub addresses: BTreeSet<(NetworkId, IpAddr)>,
-    /// Devices being made: no pass may sweep them.
+    /// Devices that are being created. No full pass may delete them.
     pub devices: BTreeSet<Device>,
-    /// Ports to be published, with the endpoints' names, by a number of their own.
+    /// Ports to be published, with the name of the endpoint, by a random number.
     pub ports: BTreeMap<u64, (String, Vec<Published>)>,
-    /// Names of sandboxes that are being made or removed.
+    /// Names of sandboxes that are being created or deleted.
     pub sandboxes: BTreeSet<String>,
 }
 
-/// What waits for the state file to be on the disk.
+/// An action that must wait until the state file is on the disk.
 #[derive(Debug)]
 pub(crate) enum Durable {
-    /// What the allocator said: its messages are promises.
+    /// Send the output of the consensus replica, whose messages are promises.
     Alloc(Output),
-    /// A message that promises something.
+    /// Send a message that is a promise.
     Send(NodeId, Box<Message>),
-    /// A request that may be answered.
+    /// Signal a request that its changes are saved.
     Tell(oneshot::Sender<()>),
 }
 
-/// All that the daemon knows.
+/// The state of the daemon.
 pub(crate) struct State {
-    /// The cluster.
+    /// The local host's picture of the cluster.
     pub view: View,
-    /// This host's own part.
+    /// State of the local host that subsystems read.
     pub local: Local,
-    /// The own record is `view.own()`; this one is signed.
+    /// Signed form of this host's record, which is in `view.own()`.
     pub own_record: SignedRecord,
-    /// All other hosts, by id; each has its entry in `view.nodes`.
+    /// All peers by id. Each has an entry in `view.nodes`.
     pub peers: BTreeMap<NodeId, Peer>,
     /// Identities that two daemons use.
     pub clashes: BTreeMap<NodeId, Clash>,
-    /// All cluster objects, with their proofs. What is in `view.resources` follows.
+    /// All cluster objects with their signatures. `view.resources` is derived from them.
     pub objects: Objects,
-    /// Networks of this host alone.
+    /// Bridge networks of this host.
     pub bridges: BTreeMap<NetworkId, Network>,
     /// Digest of the stamps of all objects, for the hints.
     pub objects_digest: [u8; 32],
-    /// Who can be selected, and what stands behind each Service.
+    /// Index of the endpoints that labels select and of the backends of each Service.
     pub workloads: Workloads,
-    /// What wants something in the kernel.
+    /// Subsystems, which contribute to the desired data plane.
     pub subsystems: Subsystems,
-    /// What is answered to health checks, by port.
+    /// Replies to health checks, by port.
     pub health: BTreeMap<u16, Answer>,
-    /// When objects last came from a peer, in milliseconds of this run.
+    /// Time when a peer last sent objects, in milliseconds of this run.
     pub objects_taken_at: u64,
-    /// Stamps new objects.
+    /// Hybrid logical clock that stamps new objects.
     pub clock: Clock,
-    /// The cluster keys of this host.
+    /// Cluster keys of this host.
     pub keys: super::keys::Keys,
-    /// Agreement on members and blocks.
+    /// Consensus replica for the allocation map.
     pub allocator: Allocator,
-    /// Requests to the allocator that somebody waits for.
+    /// Requests for changes of the allocation map that are in flight.
     pub claims: HashMap<u64, oneshot::Sender<Result<u64, Refusal>>>,
-    /// Lease requests that somebody waits for.
+    /// Lease requests that are in flight, with the holder that was asked.
     pub leases: HashMap<u64, (NodeId, oneshot::Sender<Result<IpAddr, String>>)>,
-    /// Addresses lent to others, and whether the borrower was seen using each.
+    /// Addresses that are lent to other hosts.
     pub lent: BTreeMap<(NetworkId, IpAddr), Lent>,
-    /// Numbers requests to peers.
+    /// Number of the next request to a peer.
     pub next_request: u64,
     /// Endpoints of this host.
     pub endpoints: BTreeMap<EndpointId, LocalEndpoint>,
-    /// Published ports that somebody else has.
+    /// Published ports that another program has bound.
     pub unheld: BTreeSet<(EndpointId, Published)>,
-    /// Sandboxes of this host, by name.
+    /// Sandboxes of this host by name.
     pub sandboxes: BTreeMap<String, Sandbox>,
-    /// What is kept for Docker Engines.
+    /// State of Docker Engines.
     pub docker: Docker,
-    /// The address given out last on each subnet.
+    /// Last address that was picked on each subnet.
     pub cursors: BTreeMap<(NetworkId, IpAddr), IpAddr>,
-    /// Attaches under way.
+    /// Resources that requests in flight have reserved.
     pub pending: Pending,
-    /// The right of this host's endpoints to their addresses may have changed.
+    /// Whether the right of this host's endpoints to their addresses may have changed.
     pub rights_changed: bool,
-    /// What the reconcile loop has to do, and how it went.
+    /// Pending work of the reconcile loop, and the results so far.
     pub reconcile: Progress,
-    /// Gossip has told all there is to know: from here on things may be removed.
+    /// Whether gossip has caught up. Nothing is removed from the kernel before that.
     pub caught_up: bool,
-    /// At least one peer has sent its objects, or there is none to send any.
+    /// Whether at least one peer has sent its objects, or there is no peer that could.
     pub objects_seen: bool,
-    /// What is wrong until it is taken back.
+    /// Problems that last until they are cleared.
     pub problems: Problems,
-    /// The next number of a saved state, the last one on the disk, and what waits.
+    /// Progress of saving the state file.
     pub save: Save,
     /// Peers whose tables changed since they were last cached in the run directory.
     pub uncached: BTreeSet<NodeId>,
-    /// Zero of the milliseconds that liveness counts.
+    /// Start of the milliseconds of this run.
     pub epoch: Instant,
-    /// This daemon is on its way out.
+    /// Whether this daemon is stopping.
     pub leaving: bool,
-    /// Where the time comes from.
+    /// Source of the wall-clock time.
     pub environment: Rc<dyn Environment>,
 }
 
-/// An address lent to another host.
+/// An address that is lent to another host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Lent {
     /// The borrower.
     pub to: NodeId,
-    /// Since when, in milliseconds of this run.
+    /// Time when it was lent, in milliseconds of this run.
     pub at: u64,
-    /// The borrower's table had it at some time.
+    /// Whether the borrower's table has ever contained it.
     pub seen: bool,
 }
 
-/// The state file's bookkeeping.
+/// Progress of saving the state file.
 #[derive(Debug, Default)]
 pub(crate) struct Save {
-    /// The number of the state that was last handed to the writer.
+    /// Number of the state that was last given to the writer.
     pub handed: u64,
-    /// The state has changed since.
+    /// Whether the state has changed since then.
     pub wanted: bool,
-    /// What waits for which number.
+    /// Actions that wait, each with the number of the state that must be on the disk first.
     pub waiting: Vec<(u64, Durable)>,
 }
 
 impl State {
-    /// Milliseconds of the clock that never goes back.
+    /// Returns the milliseconds of this run, from a monotonic clock.
     pub(crate) fn now(&self) -> u64 {
         u64::try_from(self.epoch.elapsed().as_millis()).unwrap_or(u64::MAX)
     }
 
-    /// Milliseconds since 1970.
+    /// Returns the wall-clock time in milliseconds since 1970.
     pub(crate) fn wall_ms(&self) -> u64 {
         self.environment.wall_ms()
     }
 
-    /// Members that are alive, this host included.
+    /// Returns the hosts that are alive, including this one.
     pub(crate) fn alive(&self) -> BTreeSet<NodeId> {
         use ovl_control::PeerState;
         self.view
@@ -234,12 +235,16 @@ impl State {
         self.view.alloc.members.contains(&self.view.me)
     }
 
-    /// Whether any port is published here, or about to be.
+    /// Whether any port of this host is published or about to be.
     pub(crate) fn publishes(&self) -> bool {
         !self.pending.ports.is_empty() || self.own_endpoints().any(|endpoint| !endpoint.publish.is_empty())
     }
 
-    /// What needs the cluster's agreement has to wait for the admission.
+    /// Checks that this host is a member.
+    ///
+    /// # Errors
+    ///
+    /// This host is not admitted, so it cannot do what needs the agreement of the cluster.
     pub(crate) fn check_member(&self) -> Result<(), Failed> {
         if self.is_member() {
             return Ok(());
@@ -247,34 +252,34 @@ impl State {
         Err(Failed::unavailable(self.problems.get(Code::Admission, "").unwrap_or("not admitted yet")))
     }
 
-    /// The member that acts for all where one is enough: the live one with the smallest id.
+    /// Whether this host is the coordinator: the live member with the smallest id.
     pub(crate) fn is_coordinator(&self) -> bool {
         self.alive().iter().find(|id| self.view.alloc.members.contains(id)) == Some(&self.view.me)
     }
 
-    /// The own record.
+    /// Returns the record of this host.
     pub(crate) fn record(&self) -> Option<&NodeRecord> {
         self.view.own().map(|own| &own.record)
     }
 
-    /// Endpoints of this host, with their entries.
+    /// Returns the table entries of this host's endpoints.
     pub(crate) fn own_endpoints(&self) -> impl Iterator<Item = &Endpoint> {
         self.view.own().into_iter().flat_map(|own| own.table.endpoints())
     }
 
-    /// One of them.
+    /// Returns the table entry of an endpoint of this host. `None` if there is none with this id.
     pub(crate) fn own_endpoint(&self, id: EndpointId) -> Option<&Endpoint> {
         self.view.own()?.table.endpoint(id)
     }
 
-    /// What subsystems read, and their list.
+    /// Returns what subsystems read, and the list of subsystems.
     pub(crate) fn parts(&mut self) -> (Cluster<'_>, SubsystemList<'_>) {
         let Self { view, local, workloads, caught_up, subsystems, .. } = self;
         let cluster = Cluster { view, backends: workloads.backends(), local, caught_up: *caught_up };
         (cluster, subsystems.all())
     }
 
-    /// Tells a change to all that keep something which follows from it.
+    /// Reports a change to everything that derives state from it.
     pub(crate) fn changed(&mut self, change: Change<'_>) {
         match change {
             Change::Entry { host, entry } => match entry {
@@ -303,8 +308,8 @@ impl State {
         subsystems.into_iter().for_each(|subsystem| subsystem.changed(&change, &cluster));
     }
 
-    /// Tells that the rights on the networks on which a host has endpoints or leases, or routed blocks, may have
-    /// changed.
+    /// Reports that the rights to addresses may have changed on the networks on which a host has endpoints,
+    /// leases or routed blocks.
     fn rights_of(&mut self, host: NodeId) {
         let routed =
             |id: &NetworkId| self.view.networks.get(id).is_some_and(|found| found.network.mode == Mode::L3);
@@ -321,7 +326,7 @@ impl State {
         networks.into_iter().for_each(|network| self.changed(Change::Rights(network)));
     }
 
-    /// The endpoint of this network, Kubernetes namespace and name, on whichever host.
+    /// Finds an endpoint of any host by network, Kubernetes namespace and name.
     pub(crate) fn endpoint_named<'a>(
         &'a self,
         (network, namespace, name): &'a (NetworkId, String, String),
@@ -334,27 +339,27 @@ impl State {
     }
 }
 
-/// Files of the run directory.
+/// Paths in the run directory.
 #[derive(Debug, Clone)]
 pub(crate) struct RunDir(pub PathBuf);
 
 impl RunDir {
-    /// The control socket.
+    /// Returns the path of the control socket.
     pub(crate) fn socket(&self) -> PathBuf {
         self.0.join("ovld.sock")
     }
 
-    /// One file for each endpoint of this host.
+    /// Returns the directory with one file for each endpoint of this host.
     pub(crate) fn endpoints(&self) -> PathBuf {
         self.0.join("endpoints")
     }
 
-    /// One file for each sandbox.
+    /// Returns the directory with one file for each sandbox.
     pub(crate) fn sandboxes(&self) -> PathBuf {
         self.0.join("sandboxes")
     }
 
-    /// One file for each other host's table.
+    /// Returns the directory with one file for the table of each peer.
     pub(crate) fn tables(&self) -> PathBuf {
         self.0.join("tables")
     }

@@ -1,4 +1,4 @@
-//! Owner tables: writing our own, taking in those of others.
+//! Owner tables: changes the table of this host and merges updates of peers.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -20,15 +20,15 @@ use super::state::State;
 use crate::config::{is_name, is_name_within};
 use ovl_subsystems::Change;
 
-/// A borrower that never showed a leased address in its table loses it after this time.
+/// Time in milliseconds after which a borrower loses a leased address that its table never contained.
 const UNUSED_LEASE_MS: u64 = 60_000;
-/// As many as a network has subnets.
+/// Maximum number of addresses of an endpoint, the same as the number of subnets of a network.
 const MAX_ADDRESSES: usize = 16;
-/// A pull that was not answered is repeated after this time.
+/// Time in milliseconds after which an unanswered pull is repeated.
 const PULL_AGAIN_MS: u64 = 1_000;
 
 impl Node {
-    /// Changes our own table and pushes the change to all peers at once.
+    /// Changes this host's table and sends the change to all peers at once.
     pub(super) fn write_table(&self, set: Vec<Entry>, unset: Vec<Key>) {
         let mut guard = self.state.borrow_mut();
         let state = &mut *guard;
@@ -38,7 +38,7 @@ impl Node {
         let after = set.clone();
         let networks: Vec<NetworkId> = own.table.networks().collect();
         let epoch = own.record.generation;
-        // What is on this host's own networks concerns nobody else.
+        // Endpoints on bridge networks are not announced to peers.
         let is_own = |entry: &Entry| match entry {
             Entry::Endpoint(endpoint) => state.bridges.contains_key(&endpoint.network),
             Entry::Lease { .. } | Entry::PathMtu { .. } | Entry::Held(_) | Entry::Announced(_) => false,
@@ -63,19 +63,19 @@ impl Node {
         }
         self.work.notify_one();
         drop(guard);
-        // Whoever hears that an endpoint came or went can rely on its name.
+        // A client that learns of an endpoint's creation or deletion can rely on the state of its name.
         self.refresh_names();
     }
 
     fn sign_head(&self, head: &Head) -> Signature {
         match wire::encode_body(head) {
             Ok(body) => self.identity.sign(Domain::Table, &body),
-            // Fixed fields only: it always can be encoded. Peers would refuse this one.
+            // This cannot fail, since the head has only fixed fields. Peers would reject this signature.
             Err(_) => Signature([0; 64]),
         }
     }
 
-    /// Takes in an update of another node's table; pulls the whole table if changes are missing.
+    /// Applies an update of a peer's table. Pulls the whole table if changes are missing.
     pub(super) fn take_table(&self, from: NodeId, update: Update) {
         let owner = update.head.owner;
         let outcome = self.apply_update(from, update);
@@ -86,7 +86,7 @@ impl Node {
                     self.recompute_networks();
                 }
                 self.work.notify_one();
-                // The loop may be waiting for the kernel.
+                // Refresh now, because the reconcile loop may be waiting for the kernel.
                 self.refresh_names();
             }
             Err(Some(Rejected::Gap { .. })) => self.pull_table(owner),
@@ -98,8 +98,12 @@ impl Node {
         }
     }
 
-    /// The leases that the update gives back, and whether it is about other networks than before; an
-    /// error without a reason for one that is not for us or not signed.
+    /// Applies an update. Returns the leases that it gives back, and whether the set of its networks changed.
+    ///
+    /// # Errors
+    ///
+    /// The update does not fit the table. `None` if it is about this host's table, about an unknown host, not
+    /// validly signed, or has an invalid entry.
     fn apply_update(&self, from: NodeId, update: Update) -> Result<(Vec<Key>, bool), Option<Rejected>> {
         let mut guard = self.state.borrow_mut();
         let state = &mut *guard;
@@ -107,8 +111,8 @@ impl Node {
         if owner == state.view.me {
             return Err(None);
         }
-        // Without a record there is no key to check the signature with: it comes by gossip, and the
-        // table is pulled then.
+        // Without a record there is no key to verify the signature. The record comes by gossip, and the table
+        // is pulled then.
         let node = state.view.nodes.get_mut(&owner).ok_or(None)?;
         let signed = wire::encode_body(&update.head)
             .is_ok_and(|body| keys::verify(&node.record.public_key, Domain::Table, &body, &update.signature));
@@ -149,7 +153,7 @@ impl Node {
         Ok((returned_leases(state, owner), moved))
     }
 
-    /// Asks for a node's whole table: the node itself, or else anyone.
+    /// Requests the whole table of a host from the host itself or from another one.
     pub(super) fn pull_table(&self, owner: NodeId) {
         let mut state = self.state.borrow_mut();
         let now = state.now();
@@ -160,8 +164,8 @@ impl Node {
         }
         peer.pulled_at = Some(now);
         let connected = self.links().connected();
-        // Where the owner did not answer it takes turns with the others: it may be the only one that
-        // has the table, and it may be the only one that cannot be reached.
+        // If the owner did not answer, ask it and the other hosts in turn: it may be the only one that has
+        // the table, or the only one that cannot be reached.
         let others: Vec<NodeId> = connected.iter().copied().filter(|id| *id != owner).collect();
         let turn = usize::try_from(now / PULL_AGAIN_MS).unwrap_or(0);
         let ask_owner = connected.contains(&owner) && (!again || turn.is_multiple_of(2));
@@ -177,7 +181,7 @@ impl Node {
         self.links().send(to, &answer);
     }
 
-    /// Pulls every table that is behind what its owner announces.
+    /// Pulls every table that is behind the revision that its owner announces.
     pub(super) fn pull_missing(&self) {
         let behind: Vec<NodeId> = {
             let state = self.state.borrow();
@@ -192,7 +196,7 @@ impl Node {
         }
     }
 
-    /// Takes leases out of our table whose borrowers are done with them.
+    /// Removes leases from this host's table that their borrowers have given back.
     fn return_leases(&self, returned: Vec<Key>) {
         if !returned.is_empty() {
             self.write_table(Vec::new(), returned);
@@ -200,7 +204,7 @@ impl Node {
         }
     }
 
-    /// Takes back leases that were given and never used.
+    /// Revokes leases that were never used or that are void.
     pub(super) fn expire_leases(&self) {
         let expired: Vec<Key> = {
             let mut guard = self.state.borrow_mut();
@@ -212,7 +216,7 @@ impl Node {
                 let unused = !lease.seen
                     && alive.contains(&lease.to)
                     && now.saturating_sub(lease.at) > UNUSED_LEASE_MS;
-                // The borrower was forgotten, or the block is not ours any more.
+                // The borrower was forgotten, or the block belongs to another host.
                 let moot = member
                     && (!view.alloc.members.contains(&lease.to)
                         || view.holder_of(*network, *address) != Some(view.me));
@@ -227,8 +231,8 @@ impl Node {
         self.return_leases(expired);
     }
 
-    /// Writes the tables of other nodes beside the socket: a daemon that is started while a peer's
-    /// is down finds there what that peer owns. No sync: it ends with the kernel.
+    /// Saves the tables of peers in the run directory. A daemon that starts while a peer is down learns from
+    /// there what the peer owns. The files are not synced, because they are valid only until the reboot.
     pub(super) fn cache_tables(&self) -> Result<()> {
         let mut state = self.state.borrow_mut();
         while let Some(node) = state.uncached.pop_first() {
@@ -244,8 +248,8 @@ impl Node {
         Ok(())
     }
 
-    /// Reads what [`Self::cache_tables`] of the last run wrote. What cannot be used is passed over:
-    /// the peers have it too.
+    /// Reads the tables that [`Self::cache_tables`] of the last run saved. Skips damaged files, since peers
+    /// have the tables too.
     pub(super) fn read_cached_tables(&self) {
         let Ok(files) = fs::read_dir(self.run_dir.tables()) else { return };
         for file in files.flatten() {
@@ -261,7 +265,7 @@ impl Node {
     }
 }
 
-/// What every host relies on when it reads another's entries: the same that an attach must keep to.
+/// Checks the properties of a table entry that every host relies on. An attach has the same limits.
 fn check_entry(entry: &Entry) -> Result<(), String> {
     let Entry::Endpoint(endpoint) = entry else { return Ok(()) };
     let others = endpoint.aliases.iter().chain([&endpoint.namespace]);
@@ -280,7 +284,7 @@ fn check_entry(entry: &Entry) -> Result<(), String> {
     super::attach::check_sizes(&endpoint.aliases, &endpoint.labels)
 }
 
-/// What an update replaces or removes.
+/// Returns the entries that an update replaces or removes.
 fn entries_of(table: &Table, set: &[Entry], unset: &[Key]) -> Vec<Entry> {
     let keys = set.iter().map(Entry::key).chain(unset.iter().copied());
     keys.filter_map(|key| table.get(&key).cloned()).collect()
@@ -300,7 +304,7 @@ fn networks_of(table: &Table) -> Vec<NetworkId> {
     networks
 }
 
-/// Which of the addresses lent to a node it has stopped using, now that its table has changed.
+/// Returns the leases of a borrower that its changed table no longer uses.
 fn returned_leases(state: &mut State, borrower: NodeId) -> Vec<Key> {
     let Some(node) = state.view.nodes.get(&borrower) else { return Vec::new() };
     let mut returned = Vec::new();

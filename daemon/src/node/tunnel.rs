@@ -1,4 +1,4 @@
-//! The tunnel: which kind this host uses, how it does, and what is wrong with it.
+//! The tunnel: its implementation, measurements, key rotation and problems.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::IpAddr;
@@ -22,39 +22,41 @@ use crate::config::{Config, TunnelMode};
 use crate::problems::{Code, Problem};
 use ovl_subsystems::Change;
 
-/// Between two probes of each peer. They keep sessions up, too: the first packet waits for no handshake.
+/// Interval of the probes of each peer. Probes also keep sessions up, so that the first packet need not wait
+/// for a handshake.
 const EVERY: Duration = Duration::from_secs(3);
-/// Between two looks while keys are rotated.
+/// Interval of the checks during a rotation.
 const SOON: Duration = Duration::from_millis(250);
-/// An end by which nothing comes for so long has no sender any more: each host probes the others more often.
+/// Time without received data after which a peer no longer sends through a WireGuard interface. It is longer
+/// than two probe intervals.
 const QUIET: Duration = Duration::from_secs(7);
-/// An answer that comes later is as good as lost.
+/// Time limit for the answer to a probe. A later answer counts as lost.
 const ANSWER_WITHIN: Duration = Duration::from_secs(2);
-/// Loss is counted over so many probes.
+/// Number of probes over which loss is measured.
 const WINDOW: usize = 20;
-/// A peer that is new has so long for its first handshake.
+/// Time limit for the first handshake with a new peer.
 const FIRST_WITHIN: Duration = Duration::from_secs(15);
-/// WireGuard's sessions last three minutes, and are renewed after two.
+/// Maximum age of a handshake. WireGuard's sessions expire after three minutes and are renewed after two.
 const RENEWED_WITHIN: Duration = Duration::from_secs(180);
 
-/// Ends, each with the key of a peer there.
+/// WireGuard interfaces, each with the key of a peer on it.
 type Places = BTreeSet<(Device, TunnelKey)>;
 
-/// What is known of the tunnel.
+/// State of the tunnel.
 #[derive(Debug)]
 pub(super) struct Tunnel {
-    /// The keys on the disk.
+    /// The tunnel keys that are on the disk.
     secret: TunnelSecret,
-    /// What has come by each end from each key, and since when no more.
+    /// Received bytes by WireGuard interface and key, and the time of the last increase.
     heard: BTreeMap<(Device, TunnelKey), (u64, Instant)>,
-    /// Why this host has none.
+    /// Reason why this host has no tunnel. `None` if it has one.
     missing: Option<String>,
-    /// What was dropped so far, by the reason.
+    /// Number of dropped packets by reason.
     drops: Vec<(&'static str, u64)>,
     peers: BTreeMap<NodeId, Watched>,
 }
 
-/// A host that is reached through the tunnel, or should be.
+/// A peer that is reached through the tunnel, or should be.
 #[derive(Debug)]
 struct Watched {
     since: Instant,
@@ -64,7 +66,7 @@ struct Watched {
     round_trip: Option<Duration>,
 }
 
-/// Which end this host publishes, or why it has none.
+/// Chooses the tunnel that this host publishes, or returns the reason why it has none.
 pub(super) async fn choose(
     config: &Config,
     secret: &TunnelSecret,
@@ -96,7 +98,7 @@ pub(super) async fn choose(
     (Some(end), None)
 }
 
-/// What `encryption` says of a kind of tunnel.
+/// Returns the name of a kind of tunnel, as `encryption` shows it.
 pub(super) fn name(kind: TunnelKind) -> &'static str {
     match kind {
         TunnelKind::Kernel => "wireguard (kernel)",
@@ -104,19 +106,19 @@ pub(super) fn name(kind: TunnelKind) -> &'static str {
     }
 }
 
-/// The kind that this host uses while any network needs it.
+/// Returns the kind of tunnel in use. `None` if this host has no tunnel, or no network needs it.
 pub(super) fn kind(state: &State) -> Option<TunnelKind> {
     let (_, end) = tunnel::own(&state.view).filter(|_| tunnel::is_wanted(&state.view))?;
     Some(if end.kernel { TunnelKind::Kernel } else { TunnelKind::Userspace })
 }
 
 impl Tunnel {
-    /// Before anything is known of it but why there is none.
+    /// Creates the state of a tunnel without measurements. `missing` is the reason why there is none.
     pub(super) fn new(secret: TunnelSecret, missing: Option<String>) -> Self {
         Self { secret, heard: BTreeMap::new(), missing, drops: Vec::new(), peers: BTreeMap::new() }
     }
 
-    /// With whom each end has a session, and from whom nothing comes any more.
+    /// Returns the peers with a session on each WireGuard interface, and those that no longer send anything.
     fn listen(&mut self, found: &[TunnelStatus]) -> (Places, Places) {
         let all = || found.iter().flat_map(|end| end.peers.iter().map(|peer| ((end.device, peer.key), peer)));
         let mut heard = BTreeMap::new();
@@ -134,7 +136,7 @@ impl Tunnel {
 }
 
 impl Node {
-    /// Runs for ever.
+    /// Watches the tunnel forever.
     pub(super) async fn tunnel_loop(self: Rc<Self>) {
         let mut probed: Option<Instant> = None;
         loop {
@@ -156,7 +158,7 @@ impl Node {
         }
     }
 
-    /// Whether this host or a peer is on its way to another epoch.
+    /// Whether this host or a peer is changing to another key epoch.
     fn is_tunnel_moving(&self) -> bool {
         let state = self.state.borrow();
         let own = tunnel::own(&state.view).filter(|_| tunnel::is_wanted(&state.view));
@@ -165,14 +167,14 @@ impl Node {
         })
     }
 
-    /// Goes where a peer has gone to.
+    /// Changes to the key epoch that a peer has changed to.
     async fn follow_tunnel(&self) {
         let (epoch, stands) = {
             let state = self.state.borrow();
             let Some((_, own)) = tunnel::own(&state.view) else { return };
             let peers = tunnel::peers(&state.view);
             let Some(epoch) = epochs::to_follow(own, peers.values().map(|(_, end)| *end)) else { return };
-            // With the same port nothing has to stand beside it, and without a network nothing does.
+            // Two interfaces are needed only if the ports differ and a network is encrypted.
             (epoch, tunnel::is_wanted(&state.view) && (epoch ^ own.epoch) & 1 == 1)
         };
         let before = self.tunnel.borrow().secret.clone();
@@ -183,7 +185,7 @@ impl Node {
         }
     }
 
-    /// Publishes these keys and this epoch, when they are on the disk.
+    /// Saves the tunnel keys with their epoch, and then publishes them.
     async fn move_tunnel(&self, secret: TunnelSecret) -> Result<(), Failed> {
         let io = |error: anyhow::Error| Failed::unavailable(format!("{error:#}"));
         secret.save(&self.config.state_dir.join("tunnel.key")).map_err(io)?;
@@ -205,7 +207,7 @@ impl Node {
         Ok(())
     }
 
-    /// Asks the kernel's worker how each peer does.
+    /// Asks the kernel worker for the state of each WireGuard peer.
     pub(super) async fn look_at_tunnel(&self) {
         let wanted = kind(&self.state.borrow()).is_some();
         let ends = match wanted {
@@ -242,7 +244,7 @@ impl Node {
                 answered: VecDeque::with_capacity(WINDOW),
                 round_trip: None,
             });
-            // Of the end by which packets go there now.
+            // Measure the WireGuard interface that carries packets to this host now.
             let Some(route) = routes.get(&id) else { continue };
             let mut here =
                 ends.iter().filter(|end| Some(end.device) == route.output()).flat_map(|end| &end.peers);
@@ -256,8 +258,8 @@ impl Node {
         }
     }
 
-    /// `ovlctl key rotate`: this host's tunnel key. Done when the new one is on the disk and published; the rest
-    /// goes by itself.
+    /// Rotates the tunnel key of this host, for `ovlctl key rotate`. Returns when the new key is saved and
+    /// published. The peers follow without further requests.
     pub(super) async fn rotate_tunnel_key(&self) -> Result<KeyStatus, Failed> {
         let (epoch, stands) = {
             let state = self.state.borrow();
@@ -283,7 +285,7 @@ impl Node {
         };
         let before = self.tunnel.borrow().secret.clone();
         let fresh = before.with_new_key().map_err(|error| Failed::unavailable(format!("{error:#}")))?;
-        // Without an encrypted network there are no sessions that would have to go on.
+        // Without an encrypted network, there are no sessions to preserve.
         let moved = if stands { fresh.with_epoch(epoch.wrapping_add(1), Some(&before)) } else { fresh };
         let key = moved.public();
         self.move_tunnel(moved).await?;
@@ -291,7 +293,7 @@ impl Node {
         self.key_status()
     }
 
-    /// Gives the earlier end up when nobody uses it any more.
+    /// Ends the rotation of the tunnel key and deletes the previous key, when no host uses that any more.
     fn settle_tunnel(&self) {
         {
             let state = self.state.borrow();
@@ -317,7 +319,7 @@ impl Node {
         self.work.notify_one();
     }
 
-    /// Hosts that this one waits for on its way to another epoch.
+    /// Returns the hosts that must change to the new key epoch before this host's rotation ends.
     pub(super) fn tunnel_awaits<'a>(&self, state: &'a State) -> impl Iterator<Item = NodeId> + 'a {
         let own = tunnel::own(&state.view).map(|(_, own)| own).filter(|own| own.rotating);
         own.into_iter().flat_map(|own| {
@@ -326,7 +328,7 @@ impl Node {
         })
     }
 
-    /// Who is probed, at which address.
+    /// Returns the peers to probe, with their addresses in the tunnel.
     fn tunnel_targets(&self) -> Vec<(NodeId, IpAddr)> {
         let cluster = self.state.borrow().view.alloc.cluster;
         let address = |id: &NodeId| (*id, tunnel::address(cluster, *id).into());
@@ -344,12 +346,12 @@ impl Node {
         }
         watched.answered.push_back(answered);
         if answered {
-            // As TCP smooths it (RFC 6298).
+            // Smoothed as in TCP (RFC 6298).
             watched.round_trip = Some(watched.round_trip.map_or(took, |old| (old * 7 + took) / 8));
         }
     }
 
-    /// What is wrong with encrypted networks on this host.
+    /// Returns the problems of encrypted networks on this host.
     pub(super) fn tunnel_problems(&self, state: &State) -> Vec<Problem> {
         let mut problems = Vec::new();
         let view = &state.view;
@@ -407,7 +409,7 @@ impl Node {
         problems
     }
 
-    /// How the tunnel to a host does.
+    /// Returns the state of the tunnel to a host. `None` if it is not reached through the tunnel.
     pub(super) fn peer_tunnel(&self, id: NodeId) -> Option<PeerTunnel> {
         let watch = self.tunnel.borrow();
         let watched = watch.peers.get(&id)?;
@@ -424,7 +426,7 @@ impl Node {
         })
     }
 
-    /// What the tunnel dropped, by the reason.
+    /// Returns the number of packets that the tunnel dropped, by reason.
     pub(super) fn tunnel_drops(&self) -> Vec<(&'static str, u64)> {
         self.tunnel.borrow().drops.clone()
     }

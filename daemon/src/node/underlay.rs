@@ -1,4 +1,4 @@
-//! The device that carries our address: its MTU, and the address itself, may change under us.
+//! The underlay device: follows changes of its MTU and of this host's address.
 
 use std::net::{IpAddr, SocketAddr};
 use std::rc::Rc;
@@ -15,15 +15,15 @@ use super::{Node, next_generation, open};
 use crate::problems::Code;
 use ovl_subsystems::Change;
 
-/// Changes of addresses come in bursts: an address is often taken away before the next is given.
+/// Address changes come in bursts: an address is often deleted before the next one is added.
 const SETTLE: Duration = Duration::from_millis(100);
-/// An address that is taken away for a moment (DHCP, a reload of the network) is waited for.
+/// Time to wait for an address that is deleted briefly (DHCP, a reload of the network configuration).
 const GONE_FOR_GOOD: Duration = Duration::from_secs(2);
-/// While the address is gone and there is no other, it is looked for this often.
+/// Interval of the checks while the address is missing and there is no other one.
 const LOOK_AGAIN: Duration = Duration::from_secs(2);
 
 impl Node {
-    /// Runs for ever.
+    /// Watches the underlay device forever.
     pub(super) async fn underlay_loop(self: Rc<Self>) {
         let mut device = None;
         let mut gone_since = None;
@@ -63,7 +63,7 @@ impl Node {
             }
             match wait {
                 Some(wait) => {
-                    // Either is reason enough to look again.
+                    // Either event requires another check.
                     tokio::select! {
                         () = tokio::time::sleep(wait) => {}
                         () = self.underlay.notified() => {}
@@ -93,7 +93,8 @@ impl Node {
         }
     }
 
-    /// LoadBalancers' addresses move with ours, unless their device is configured.
+    /// Sets the device on which the addresses of LoadBalancers are announced: the configured one, or else the
+    /// underlay device.
     fn set_uplink(&self, device: &str) {
         let uplink = self.config.load_balancer_device.or_else(|| Device::new(device));
         let mut state = self.state.borrow_mut();
@@ -103,13 +104,15 @@ impl Node {
         }
     }
 
-    /// Another address of the device, of the same family and not link-local, nor a LoadBalancer's.
+    /// Returns another address of the device, of the same family, that is neither link-local nor of a
+    /// LoadBalancer. `None` if there is none.
     fn address_of(&self, device: &str, old: IpAddr) -> Option<IpAddr> {
         let announced = self.state.borrow().subsystems.announcements.claimed();
         addresses_of(device, old.is_ipv4()).into_iter().find(|address| !announced.contains(address))
     }
 
-    /// Follows to another address: new sockets, a new generation, and new devices by the loop.
+    /// Changes to another address: opens new sockets and begins a new generation. The reconcile loop replaces
+    /// the devices.
     async fn move_to(&self, address: IpAddr) -> anyhow::Result<()> {
         let (record, signed, keyring) = {
             let state = self.state.borrow();
@@ -142,15 +145,15 @@ impl Node {
                 own.record = record;
             }
             state.own_record = signed;
-            // What changed while the sockets were opened is told anew below.
+            // Changes during the opening of the sockets are announced again below.
             state.changed(Change::ThisHost);
             self.pointed.borrow_mut().clear();
             self.point_links(state);
         }
-        // They may have changed while the sockets were opened.
+        // The cluster keys may have changed while the sockets were opened.
         self.use_keys()?;
         self.publish_record(Presence::Running);
-        // A new generation begins the table anew.
+        // The owner table starts again with the new generation.
         self.write_table(Vec::new(), Vec::new());
         self.saved().await.map_err(|failed| anyhow::anyhow!(failed.0.message))?;
         self.work.notify_one();
@@ -160,7 +163,7 @@ impl Node {
     }
 }
 
-/// The addresses of a device that are of one family, and neither link-local nor of loopback.
+/// Returns the addresses of a device that are of one family and neither link-local nor loopback.
 fn addresses_of(device: &str, ipv4: bool) -> Vec<IpAddr> {
     let all = own_addresses().into_iter().flatten();
     all.filter(|(on, address)| on == device && address.is_ipv4() == ipv4)

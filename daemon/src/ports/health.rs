@@ -1,5 +1,5 @@
-//! `healthCheckNodePort`: tells load balancers over HTTP how many backends of a Service are on this host. What is
-//! answered is what kube-proxy answers, for those who read more of it than the status.
+//! Health checks of Services (`healthCheckNodePort`): tells load balancers over HTTP how many backends of a
+//! Service are on this host. The reply is that of kube-proxy, for clients that read more than the status.
 
 use std::cell::RefCell;
 use std::io;
@@ -12,23 +12,23 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
-/// How long one may take to ask and to take the answer.
+/// Time limit of one request and its reply.
 const PATIENCE: Duration = Duration::from_secs(5);
-/// After an error that will not go away at once: no memory, too many files.
+/// Pause after an error that persists for a while, such as no memory or too many open files.
 const PAUSE: Duration = Duration::from_millis(200);
-/// So many ask at once at a port; more have to wait.
+/// Maximum number of requests in flight at a port. Further clients wait.
 const MOST: usize = 64;
-/// The longest request, in bytes.
+/// Maximum length of a request in bytes.
 const REQUEST: usize = 4096;
 
-/// What is answered.
+/// The reply to health checks at a port.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Answer {
-    /// The Service's.
+    /// Namespace of the Service.
     pub(crate) namespace: String,
-    /// The Service's.
+    /// Name of the Service.
     pub(crate) name: String,
-    /// Backends on this host that take connections.
+    /// Number of backends on this host that accept connections.
     pub(crate) local: usize,
 }
 
@@ -50,7 +50,7 @@ impl Answer {
     }
 }
 
-/// Answers for ever.
+/// Answers health checks forever.
 pub(super) async fn serve(listener: std::net::TcpListener, answer: Rc<RefCell<Answer>>) {
     let listener = match TcpListener::from_std(listener) {
         Ok(listener) => listener,
@@ -63,7 +63,7 @@ pub(super) async fn serve(listener: std::net::TcpListener, answer: Rc<RefCell<An
             asking.join_next().await;
         }
         match listener.accept().await {
-            // Who gives up in between gets no answer.
+            // A client that takes longer than the limit gets no answer.
             Ok((stream, _)) => drop(asking.spawn_local(timeout(PATIENCE, one(stream, Rc::clone(&answer))))),
             Err(error) => {
                 tracing::debug!(%error, "no health check can be taken");

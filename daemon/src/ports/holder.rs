@@ -1,10 +1,11 @@
-//! Who has a port: the kernel's tables of sockets, and which process has the socket open.
+//! Finds the process that has bound a port, from the kernel's socket tables and the open files of processes.
 
 use std::fs;
 
 use ovl_proto::publish::Transport;
 
-/// `NAME (process ID)`; nothing if nobody has the port any more, or nobody whom we may look at.
+/// Returns the process that has bound a port, as `NAME (process ID)`. `None` if the port is free by now, or
+/// if ovld may not inspect the process.
 pub(super) fn of(transport: Transport, port: u16) -> Option<String> {
     let tables = match transport {
         Transport::Tcp => ["tcp", "tcp6"],
@@ -29,8 +30,9 @@ pub(super) fn of(transport: Transport, port: u16) -> Option<String> {
     })
 }
 
-/// The inodes of sockets that are bound to a port and not those of single connections, out of one of
-/// `/proc/net/tcp` and its like: local and remote address are the second and third column, the inode the tenth.
+/// Returns the inodes of the sockets that are bound to a port, without those of single connections. The table
+/// has the format of `/proc/net/tcp`: the local and remote addresses are in the second and third column, the
+/// inode is in the tenth.
 fn inodes(table: &str, port: u16) -> Vec<String> {
     let rows = table.lines().skip(1).map(|line| line.split_ascii_whitespace().collect::<Vec<_>>());
     rows.filter(|columns| {

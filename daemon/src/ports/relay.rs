@@ -1,4 +1,5 @@
-//! What comes from this host itself is passed on to an endpoint, which sees it come from its gateway.
+//! Relays connections and datagrams of this host itself to an endpoint. The endpoint sees its gateway as
+//! their source.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -11,26 +12,26 @@ use tokio::net::{TcpListener, TcpStream, UdpSocket};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
-/// How long an endpoint may take to take a connection.
+/// Time limit for an endpoint to accept a connection.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// After an error that will not go away at once: no memory, too many files.
+/// Pause after an error that persists for a while, such as no memory or too many open files.
 const PAUSE: Duration = Duration::from_millis(200);
-/// A client of UDP that says nothing for so long is forgotten.
+/// Time without an answer after which a UDP client is forgotten.
 const IDLE: Duration = Duration::from_secs(60);
-/// So many clients of UDP are remembered for a port.
+/// Maximum number of UDP clients of a port.
 const MOST_CLIENTS: usize = 512;
-/// So many connections to a port are passed on at once; more have to wait.
+/// Maximum number of connections to a port that are relayed at a time. Further clients wait.
 const MOST_CONNECTIONS: usize = 4_096;
-/// The largest datagram.
+/// Maximum size of a datagram in bytes.
 const DATAGRAM: usize = 65_535;
 
-/// The endpoint's address: of the client's family, if it has such a one.
+/// Returns the endpoint's address of the client's family, or its first address if it has none of that family.
 fn target(targets: &[IpAddr], client: IpAddr) -> Option<IpAddr> {
     let same = targets.iter().find(|target| target.is_ipv4() == client.to_canonical().is_ipv4());
     same.or_else(|| targets.first()).copied()
 }
 
-/// Passes connections on, for ever.
+/// Relays TCP connections forever.
 pub(super) async fn tcp(listener: std::net::TcpListener, port: u16, targets: Vec<IpAddr>) {
     let listener = match TcpListener::from_std(listener) {
         Ok(listener) => listener,
@@ -69,15 +70,15 @@ async fn connect(mut client: TcpStream, target: SocketAddr) {
     }
 }
 
-/// As if nobody listened: with a reset.
+/// Closes a connection with a reset, as if no program listened.
 fn refuse(stream: TcpStream) {
     let _ = socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO));
 }
 
-/// Clients of a port, each with the socket by which the endpoint knows it.
+/// UDP clients of a port, each with the socket that is connected to the endpoint on its behalf.
 type Clients = Rc<RefCell<HashMap<SocketAddr, Rc<UdpSocket>>>>;
 
-/// Passes datagrams on, and answers back, for ever.
+/// Relays datagrams and their answers forever.
 pub(super) async fn udp(socket: std::net::UdpSocket, port: u16, targets: Vec<IpAddr>) {
     let socket = match UdpSocket::from_std(socket) {
         Ok(socket) => Rc::new(socket),
@@ -89,7 +90,7 @@ pub(super) async fn udp(socket: std::net::UdpSocket, port: u16, targets: Vec<IpA
     loop {
         let (length, client) = match socket.recv_from(&mut buffer).await {
             Ok(received) => received,
-            // An answer that met nobody comes back as an error of the socket.
+            // An answer that was sent to a closed port comes back as an error of the socket.
             Err(error) => {
                 tracing::debug!(%error, port, "no datagram");
                 continue;
@@ -134,7 +135,7 @@ async fn connected(target: SocketAddr) -> io::Result<UdpSocket> {
     Ok(socket)
 }
 
-/// Brings a client what the endpoint says, until that is silent.
+/// Relays the endpoint's datagrams to a client until there are none for [`IDLE`].
 async fn answer(socket: &UdpSocket, client: SocketAddr, server: &UdpSocket) {
     let mut buffer = vec![0; DATAGRAM];
     while let Ok(Ok(length)) = timeout(IDLE, server.recv(&mut buffer)).await {
