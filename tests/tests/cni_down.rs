@@ -94,7 +94,7 @@ fn calls_to_a_frozen_ovld_time_out() {
             scope.spawn(move || list.call_ovl(host, command, container).unwrap())
         };
         let (add, del, status) = (call("ADD", &b), call("DEL", &a), call("STATUS", &a));
-        assert_refused(status.join().unwrap(), 50, &["did not answer within 5 s"]);
+        assert_refused(status.join().unwrap(), 50, &["did not reply within 5 s"]);
         del.join().unwrap().result().unwrap();
         assert_refused(add.join().unwrap(), 11, &["did not reply within 30 s"]);
     });

@@ -176,7 +176,7 @@ X",
     let args = ["attach", "more", "--network", "blue", "--netns", more.path_str(), "--publish", "8081:80"];
     let attached = lab.host().ctl(&args).unwrap();
     assert!(attached.status.success());
-    assert_contains(&attached.stderr, &["warning: the chain forward", &commands[0]]);
+    assert_contains(&attached.stderr, &["warning: network blue: the chain forward", &commands[0]]);
     assert_eq!(commands[0], "nft insert rule inet strict forward ip daddr 10.1.0.0/24 accept");
     lab.run(&commands[0]);
     lab.run(&commands[0].replace("daddr", "saddr"));

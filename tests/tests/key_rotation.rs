@@ -341,7 +341,7 @@ fn invalid_key_files_are_refused_and_standard_input_is_accepted() {
     let (_, before) = keys_of(h1, "h1").unwrap();
 
     fs::set_permissions(&file, Permissions::from_mode(0o644)).unwrap();
-    assert_contains(&ctl_error(h1, &rotate).unwrap(), &["read or written by others", "0644", "key generate"]);
+    assert_contains(&ctl_error(h1, &rotate).unwrap(), &["accessible to other users", "0644", "key generate"]);
     fs::set_permissions(&file, Permissions::from_mode(0o600)).unwrap();
     for bad in [&good[..40], b"", b"\xff\xfe", &[b'A'; 5000]] {
         fs::write(&file, bad).unwrap();

@@ -293,7 +293,8 @@ fn invalid_manifest_changes_nothing_and_the_error_names_the_place() {
         let error = ctl_error(h1, &["apply", "-f", &path]).unwrap();
         assert_contains(
             &error,
-            &[&["manifest.yaml"], parts.as_slice()].concat()[usize::from(parts[0].starts_with("there"))..],
+            &[&["manifest.yaml"], parts.as_slice()].concat()
+                [usize::from(parts[0].starts_with("contain no objects"))..],
         );
         assert!(all(h1).unwrap().is_empty(), "{content}");
     }
