@@ -328,7 +328,7 @@ fn invalid_manifest_changes_nothing_and_the_error_names_the_place() {
     let path = file(&lab, "bomb.yaml", &bomb).unwrap();
     assert_contains(
         &ctl_error(h1, &["apply", "-f", &path]).unwrap(),
-        &["bomb.yaml: line", "what aliases repeat included"],
+        &["bomb.yaml: line", "including copies by aliases"],
     );
 }
 
