@@ -185,9 +185,10 @@ fn five_hosts_survive_random_faults() {
 
 #[test]
 fn twenty_hosts_survive_random_faults() {
-    let minutes = number("OVL_SIM_MINUTES", 0);
-    if minutes == 0 {
-        return;
-    }
-    simulate(seed(), async |world| storm(world, 20, Duration::from_secs(60 * minutes)).await);
+    // A short storm unless OVL_SIM_MINUTES asks for more: forming the cluster is most of the work.
+    let length = match number("OVL_SIM_MINUTES", 0) {
+        0 => Duration::from_secs(10),
+        minutes => Duration::from_secs(60 * minutes),
+    };
+    simulate(seed(), async |world| storm(world, 20, length).await);
 }
