@@ -367,4 +367,4 @@ fn read_secret(path: &Path) -> anyhow::Result<Option<Vec<u8>>> {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

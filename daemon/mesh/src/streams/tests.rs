@@ -1,6 +1,5 @@
 use std::time::Instant;
 
-use ovl_proto::record::Presence;
 use ovl_proto::sync::Message;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -16,22 +15,7 @@ struct Node {
 }
 
 fn record_of(identity: &Identity, name: &str) -> NodeRecord {
-    NodeRecord {
-        id: identity.id(),
-        public_key: *identity.public_key(),
-        name: name.to_owned(),
-        generation: 1,
-        revision: 1,
-        cluster: 0,
-        address: "127.0.0.1:7940".parse().unwrap(),
-        vtep: "127.0.0.1".parse().unwrap(),
-        vxlan_port: 4789,
-        link_mtu: 1500,
-        tunnel: None,
-        keys: ovl_proto::record::ClusterKeys::default(),
-        presence: Presence::Running,
-        version: "0.1.0".to_owned(),
-    }
+    NodeRecord { name: name.to_owned(), ..crate::keys::tests::record_of(identity) }
 }
 
 fn keyring(keys: &[u8]) -> Arc<Keyring> {

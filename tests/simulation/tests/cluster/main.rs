@@ -1,9 +1,9 @@
 //! Random faults over whole clusters.
 //!
 //! `OVL_SIM_SEED` is the seed of the schedule, and `OVL_SIM_MINUTES` the simulated length of the storms; without it the
-//! small one takes a minute and the large one is skipped. `OVL_SIM_LOG` is a level of the daemons' logs.
+//! small one takes a minute and the large one ten seconds. `OVL_SIM_LOG` is a level of the daemons' logs.
 #![cfg(test)]
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, reason = "tests, and helpers of tests")]
 
 mod entropy;
 
