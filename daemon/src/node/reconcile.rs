@@ -286,11 +286,10 @@ impl Node {
     /// Returns the operations that a full pass would apply now, and the host interfaces of endpoints that are
     /// missing.
     pub(super) async fn compare(&self) -> Result<(Vec<Op>, Vec<Device>), super::Failed> {
-        let (desired, ignored, expected) = {
-            let mut state = self.state.borrow_mut();
-            let (cluster, subsystems) = state.parts();
-            let desired = subsystems::desired(&subsystems, &cluster);
-            (desired, state.pending.devices.clone(), expected(&state))
+        let desired = self.desired();
+        let (ignored, expected) = {
+            let state = self.state.borrow();
+            (state.pending.devices.clone(), expected(&state))
         };
         let pass = self
             .kernel

@@ -61,7 +61,7 @@ impl NameTracker {
 }
 
 impl Subsystem for NameTracker {
-    fn changed(&mut self, change: &Change<'_>, cluster: &Cluster<'_>) {
+    fn changed(&mut self, change: &Change<'_>, _: &Cluster<'_>) {
         match *change {
             Change::Entry { entry: Entry::Endpoint(endpoint), .. } => {
                 self.marks.single.entry(endpoint.network).or_default().note(endpoint);
@@ -69,11 +69,12 @@ impl Subsystem for NameTracker {
             Change::Rights(network) | Change::Network(network) => {
                 self.marks.networks.insert(network);
             }
-            Change::ThisHost => self.marks.networks.extend(cluster.view.networks.keys().copied()),
             Change::Backends(settled) => self.marks.settled(settled),
             Change::Entry { .. }
             | Change::Built(_)
             | Change::Host(_)
+            // The rights of all networks come before it.
+            | Change::ThisHost
             | Change::Tunnel
             | Change::Attaching(_)
             | Change::Publishing
