@@ -18,7 +18,7 @@ pub struct Device {
     length: u8,
 }
 
-/// What a device of ours is for.
+/// What a device of ovl is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Role {
     /// `ovb-` and the network's id.

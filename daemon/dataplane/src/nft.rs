@@ -1,4 +1,4 @@
-//! Tables of ours whose contents change often: a skeleton of chains, sets and maps, written by `nft` when
+//! Tables of ovl whose contents change often: a skeleton of chains, sets and maps, written by `nft` when
 //! it differs, and elements, changed by netlink one by one. The base table ([`BASE_TABLE`]) is text alone.
 //!
 //! An element is kept as the bytes that the kernel compares, so that thousands cost little; its set's
@@ -19,7 +19,7 @@ pub use skeleton::{Chain, Object, Skeleton};
 /// The name of the base table, in the family `inet`. It is written as a whole, as text.
 pub const BASE_TABLE: &str = "ovl";
 
-/// A table of ours.
+/// A table of ovl.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Table {
     /// Who may send what inside of the kernel's tunnel; beside [`crate::state::Dataplane::sources`].

@@ -39,7 +39,7 @@ pub use self::wireguard::WireguardOp;
 pub enum Op {
     /// A device.
     Link(LinkOp),
-    /// An address on a device of ours.
+    /// An address on a device of ovl.
     Address(AddressOp),
     /// An address of a LoadBalancer, on a device that is not ours.
     Announced(AnnouncedOp),
@@ -62,7 +62,7 @@ pub enum Op {
 }
 
 impl Op {
-    /// The device of ours that it is about, for the status of objects and for the scope of a pass.
+    /// The device of ovl that it is about, for the status of objects and for the scope of a pass.
     pub fn device(&self) -> Option<Device> {
         match self {
             Self::Link(op) => Some(op.device()),

@@ -1,4 +1,4 @@
-//! What of ours is, or should be, in the kernel: the one shape that subsystems compute, the dump of the
+//! The data plane that is, or should be, in the kernel: the one shape that subsystems compute, the dump of the
 //! kernel is read into, and [`crate::diff`] compares.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -52,7 +52,7 @@ pub struct Dataplane {
     pub elements: Elements,
 }
 
-/// A device of ours.
+/// A device of ovl.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Link {
     /// A network's bridge.
@@ -182,10 +182,10 @@ pub const PROTOCOL: u8 = 79;
 /// Beside a route of somebody else's to the same destination, which then is preferred as a rule.
 pub const METRIC: u32 = 79;
 
-/// Where a route of ours leads.
+/// Where a route of ovl leads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Hop {
-    /// A device of ours; none: the one through which the next hop is reached.
+    /// A device of ovl; none: the one through which the next hop is reached.
     pub device: Option<Device>,
     /// The next hop; none: the destination is behind the device itself.
     pub gateway: Option<IpAddr>,

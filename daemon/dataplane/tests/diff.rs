@@ -233,7 +233,7 @@ fn tunnel() -> impl Strategy<Value = Dataplane> {
     })
 }
 
-/// A table of ours with elements, or none.
+/// A table of ovl with elements, or none.
 fn table(table: Table) -> impl Strategy<Value = Dataplane> {
     let shape = Shape { key: &[Type::Mark], data: Data::Fields(&[Type::Port]), ranges: false };
     let sets = [Set::new(table, "a", shape), Set::new(table, "b", shape)];

@@ -7,7 +7,7 @@ use ipnet::IpNet;
 use crate::device::Device;
 use crate::state::Dataplane;
 
-/// A change of the addresses of a device of ours.
+/// A change of the addresses of a device of ovl.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum AddressOp {
     /// Gives a device an address.

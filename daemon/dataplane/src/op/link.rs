@@ -5,7 +5,7 @@ use std::fmt;
 use crate::device::Device;
 use crate::state::{Dataplane, Link, TunnelKind};
 
-/// A change of a device of ours.
+/// A change of a device of ovl.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LinkOp {
     /// Makes a device. An endpoint's is made by an attach, never by this.

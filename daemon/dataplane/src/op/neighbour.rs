@@ -8,7 +8,7 @@ use ovl_proto::id::Mac;
 use crate::device::Device;
 use crate::state::Dataplane;
 
-/// A change of the neighbours on a device of ours.
+/// A change of the neighbours on a device of ovl.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum NeighbourOp {
     /// An address has this MAC address.

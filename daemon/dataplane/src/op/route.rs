@@ -17,7 +17,7 @@ pub enum RouteOp {
 }
 
 impl RouteOp {
-    /// The device of ours that the route names. None if it names none, or is deleted.
+    /// The device of ovl that the route names. None if it names none, or is deleted.
     pub fn device(&self) -> Option<Device> {
         match self {
             Self::Set(_, hop) => hop.device,
