@@ -18,6 +18,7 @@ use super::error::{KernelError, Result};
 use super::link::{DOOMED, LinkView};
 use super::message::{self, Target};
 use super::socket::{Batch, Refusal, Route};
+use super::sysctl;
 use super::tunnel::Tunnels;
 
 /// The indexes of an existing device of ovl and of its peer interface.
@@ -225,18 +226,26 @@ fn ignore_if_done(route: &mut Route, op: &Op, result: Result<(), Refusal>) -> Re
         (Op::Route(RouteOp::Set(to, _)), EEXIST) => Err(KernelError::Other(format!(
             "another program has added a route to {to} with metric {METRIC}, which ovl does not replace: change its metric"
         ))),
-        (Op::Address(AddressOp::Add(device, net)), EACCES) if net.addr().is_ipv6() => {
-            // The host's configuration turns IPv6 off on new devices.
-            let again = super::sysctl::allow_v6(device.as_str()).is_ok();
-            let located = Devices::default().get(route, *device)?;
-            match message::entry(op, located.index) {
-                Some((message, flags)) if again => {
-                    route.request(message, flags)?.map_err(|refusal| refusal.into_error(op.to_string()))
-                }
-                _ => Err(refusal.into_error(op.to_string())),
+        (_, EACCES) => match needs_v6(op) {
+            // IPv6 is off on devices of ovl until they need it.
+            Some(device) => {
+                sysctl::set_host_v6(device, true)?;
+                let located = Devices::default().get(route, device)?;
+                let Some((message, flags)) = message::entry(op, located.index) else { return Ok(()) };
+                route.request(message, flags)?.map_err(|refusal| refusal.into_error(op.to_string()))
             }
-        }
+            None => Err(refusal.into_error(op.to_string())),
+        },
         _ => Err(refusal.into_error(op.to_string())),
+    }
+}
+
+/// The device on which an operation needs IPv6. `None` if it needs it on none.
+fn needs_v6(op: &Op) -> Option<Device> {
+    match op {
+        Op::Address(AddressOp::Add(device, net)) if net.addr().is_ipv6() => Some(*device),
+        Op::Route(RouteOp::Set(to, hop)) if to.addr().is_ipv6() => hop.device,
+        _ => None,
     }
 }
 
@@ -294,18 +303,25 @@ pub(super) fn add_link(
     if master.is_some() {
         batch.push(message::set(target, vec![message::port(device, false)]), 0);
     }
-    if up {
-        batch.push(message::set_up(target, true), 0);
-    }
     let (results, _) = route.execute(batch)?;
     let made = by_engine || results.first().is_some_and(Result::is_ok);
-    let Some(refusal) = results.into_iter().find_map(Result::err) else { return Ok(()) };
-    let error = explain(route, device, link, refusal, op);
+    let result = match results.into_iter().find_map(Result::err) {
+        // Before the device is up. A tunnel interface has an IPv6 address; the others get one, or a route, later.
+        None => sysctl::set_host_v6(device, matches!(link, Link::Tunnel { .. }))
+            .and_then(|()| if up { set_up(route, device, link, op) } else { Ok(()) }),
+        Some(refusal) => Err(explain(route, device, link, refusal, op)),
+    };
+    let Err(error) = result else { return Ok(()) };
     tunnels.delete(device);
     if made {
         let _ = route.request(message::del_link_named(device), 0)?;
     }
     Err(error)
+}
+
+fn set_up(route: &mut Route, device: Device, link: &Link, op: &Op) -> Result<()> {
+    let result = route.request(message::set_up(Target::Name(device), true), 0)?;
+    result.map_err(|refusal| explain(route, device, link, refusal, op))
 }
 
 /// Changes the settings of a device in which `from` and `to` differ. Returns its indexes.
@@ -352,6 +368,9 @@ pub(super) fn set_link(
     }
     if is.master.is_some() && (tune || was.hairpin != is.hairpin) {
         batch.push(message::set(target, vec![message::port(device, is.hairpin)]), 0);
+    }
+    if tune {
+        sysctl::distrust(device)?;
     }
     if was.up != is.up {
         batch.push(message::set_up(target, is.up), 0);

@@ -8,6 +8,7 @@ use ipnet::IpNet;
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
 use netlink_packet_route::link::LinkAttribute;
 use nix::libc::{EACCES, EEXIST, EOPNOTSUPP, EXFULL};
+use ovl_dataplane::device::Device;
 use ovl_dataplane::state::Link;
 use ovl_proto::id::Mac;
 
@@ -63,7 +64,7 @@ pub(super) fn create(
         Err(error) => return Err(error),
         Ok(_) => return Err(KernelError::DeviceExists(device)),
     }
-    let wanted = ifname.as_deref().unwrap_or(ANY_NAME);
+    let wanted = ifname.clone().unwrap_or_else(|| ANY_NAME.to_owned());
     let own = if netns.is_none() { Some(netns::own()?) } else { None };
     let target_netns = netns.as_ref().map(|netns| netns.fd.as_fd()).or(own.as_ref().map(AsFd::as_fd));
     let Some(target_netns) = target_netns else {
@@ -72,7 +73,7 @@ pub(super) fn create(
     let make = |route: &mut Route| {
         let target = Target::Name(device);
         let mut batch = Batch::default();
-        let pair = message::new_pair(device, outer, mtu, target_netns, wanted, mac);
+        let pair = message::new_pair(device, outer, mtu, target_netns, &wanted, mac);
         batch.push(pair, NLM_F_CREATE | NLM_F_EXCL);
         let mut attributes = vec![message::alias(&format!("endpoint {name}"))];
         if bridge.is_some() {
@@ -82,33 +83,34 @@ pub(super) fn create(
             attributes.push(message::no_link_local());
         }
         batch.push(message::set(target, attributes), 0);
-        // Not earlier: the kernel adds a link-local address as soon as the device is up.
-        batch.push(message::set_up(target, true), 0);
-        batch.push(message::get_link(device), 0);
-        route.execute(batch)
+        Ok::<_, KernelError>(route.execute(batch)?.0)
     };
-    let (mut results, mut answers) = make(route)?;
+    let mut results = make(route)?;
     if let Some(Err(Refusal { errno: EXFULL, .. })) = results.first() {
         // Doomed pairs that are not deleted yet still use ports of the bridge.
         sweeper.sweep_now()?;
-        (results, answers) = make(route)?;
+        results = make(route)?;
     }
     let mut results = results.into_iter();
     if let Some(Err(refusal)) = results.next() {
-        return Err(explain(refusal, wanted));
+        return Err(explain(refusal, &wanted));
     }
-    let view = answers.first().and_then(|answer| LinkView::parse(&answer.payload));
-    let done = match (results.find_map(Result::err), view) {
-        (Some(refusal), _) => Err(refusal.into_error(format!("cannot set up {device}"))),
-        (None, Some(view)) => match netns {
+    // A port of a bridge needs no IPv6 of the host, and a routed endpoint only if it has an IPv6 address.
+    let with_v6 = bridge.is_none() && addresses.iter().any(|net| net.addr().is_ipv6());
+    let up = match results.find_map(Result::err) {
+        Some(refusal) => Err(refusal.into_error(format!("cannot configure {device}"))),
+        None => bring_up(route, device, with_v6),
+    };
+    let done = up.and_then(|answer| {
+        let view = LinkView::parse(&answer).ok_or(KernelError::NoDevice(device))?;
+        match netns {
             Some(netns) => {
                 let inside = Inside { ifname, addresses, gateways, host_end, resolver };
                 finish(view, inside, netns_worker, netns.fd)
             }
-            None => Ok((located(&view), wanted.to_owned(), Vec::new())),
-        },
-        (None, None) => Err(KernelError::NoDevice(device)),
-    };
+            None => Ok((located(&view), wanted, Vec::new())),
+        }
+    });
     match done {
         Ok((located, ifname, gateways)) => {
             devices.add(device, located);
@@ -128,6 +130,20 @@ pub(super) fn create(
             Err(error)
         }
     }
+}
+
+/// Sets the host's interface up, after its IPv6 settings, which must be in force when the first packet arrives: the
+/// kernel also adds a link-local address as soon as an interface is up. Returns the payload of its link message.
+fn bring_up(route: &mut Route, device: Device, with_v6: bool) -> Result<Vec<u8>> {
+    sysctl::set_host_v6(device, with_v6)?;
+    let mut batch = Batch::default();
+    batch.push(message::set_up(Target::Name(device), true), 0);
+    batch.push(message::get_link(device), 0);
+    let (results, answers) = route.execute(batch)?;
+    if let Some(refusal) = results.into_iter().find_map(Result::err) {
+        return Err(refusal.into_error(format!("cannot set {device} up")));
+    }
+    answers.into_iter().next().map(|answer| answer.payload).ok_or(KernelError::NoDevice(device))
 }
 
 /// The configuration of the peer interface in the workload's namespace.

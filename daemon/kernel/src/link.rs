@@ -29,6 +29,7 @@ const IFLA_VXLAN_UDP_ZERO_CSUM6_TX: u16 = 19;
 const IFLA_VXLAN_UDP_ZERO_CSUM6_RX: u16 = 20;
 const IFLA_VXLAN_COLLECT_METADATA: u16 = 25;
 const IFLA_INET_CONF: u16 = 1;
+const IFLA_INET6_CONF: u16 = 2;
 const IFLA_INET6_ADDR_GEN_MODE: u16 = 8;
 const IN6_ADDR_GEN_MODE_NONE: u8 = 1;
 
@@ -63,6 +64,8 @@ pub(super) struct LinkView<'a> {
     port: Option<&'a [u8]>,
     /// The generation mode of IPv6 link-local addresses; `None` if IPv6 is off.
     address_mode: Option<u8>,
+    /// Whether the host heeds router advertisements or redirects that arrive by the device.
+    trusting: bool,
     /// The `route_localnet` setting: packets from 127.0.0.1 may be routed through the device.
     pub(super) localnet: bool,
 }
@@ -86,6 +89,7 @@ impl<'a> LinkView<'a> {
             data: &[],
             port: None,
             address_mode: None,
+            trusting: false,
             localnet: false,
         };
         for (kind, value) in attributes(payload, HEADER) {
@@ -100,6 +104,7 @@ impl<'a> LinkView<'a> {
                 libc::IFLA_IFALIAS => view.alias = text(value),
                 libc::IFLA_AF_SPEC if !view.is_port_message => {
                     view.address_mode = address_mode(value);
+                    view.trusting = trusting(value);
                     view.localnet = localnet(value);
                 }
                 libc::IFLA_GROUP => view.group = u32_at(value, 0)?,
@@ -159,7 +164,7 @@ impl<'a> LinkView<'a> {
         // A master without a known name is not a device of ovl. Which one it is makes no difference.
         let unknown = Device::new("?");
         let master = self.master.and_then(|index| names.get(&index).copied().or(unknown));
-        let quiet = self.address_mode.is_none_or(|mode| mode == IN6_ADDR_GEN_MODE_NONE);
+        let quiet = self.address_mode.is_none_or(|mode| mode == IN6_ADDR_GEN_MODE_NONE) && !self.trusting;
         let data = || attributes(self.data, 0);
         Some(match self.created_by_ovl()?.role()? {
             Role::Bridge(_) => {
@@ -246,9 +251,23 @@ fn is_bridge_tuned((kind, value): (u16, &[u8])) -> bool {
 }
 
 fn address_mode(families: &[u8]) -> Option<u8> {
+    u8_at(inet6(families, IFLA_INET6_ADDR_GEN_MODE)?, 0)
+}
+
+/// Whether the host heeds router advertisements or redirects that arrive by a device. The IPv6 settings of a device are
+/// an array in the order of `DEVCONF_*` (`linux/ipv6.h`).
+fn trusting(families: &[u8]) -> bool {
+    const ACCEPT_RA: usize = 3;
+    const ACCEPT_REDIRECTS: usize = 4;
+    const DISABLE_IPV6: usize = 26;
+    let settings = inet6(families, IFLA_INET6_CONF);
+    let is_set = |at: usize| settings.and_then(|all| u32_at(all, at * 4)).is_some_and(|value| value != 0);
+    !is_set(DISABLE_IPV6) && (is_set(ACCEPT_RA) || is_set(ACCEPT_REDIRECTS))
+}
+
+fn inet6(families: &[u8], wanted: u16) -> Option<&[u8]> {
     let (_, inet6) = attributes(families, 0).find(|(family, _)| *family == AF_INET6)?;
-    let (_, mode) = attributes(inet6, 0).find(|(kind, _)| *kind == IFLA_INET6_ADDR_GEN_MODE)?;
-    u8_at(mode, 0)
+    attributes(inet6, 0).find(|(kind, _)| *kind == wanted).map(|(_, value)| value)
 }
 
 /// Reads `route_localnet` from the IPv4 settings of a device. They are an array in the order of `IPV4_DEVCONF_*`, of

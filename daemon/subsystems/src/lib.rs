@@ -13,6 +13,7 @@ pub mod endpoints;
 pub mod firewall;
 mod list;
 pub mod local;
+mod marks;
 pub mod mtu;
 pub mod names;
 pub mod networks;

@@ -18,6 +18,7 @@ use ovl_proto::publish::Published;
 use ovl_proto::table::Endpoint;
 
 use crate::local::Local;
+use crate::marks::FROM_WORKLOAD;
 use ovl_dataplane::device::Device;
 use ovl_dataplane::nft::{Chain, Data, Field, Key, Set, Shape, Skeleton, Table, Type, Value};
 use ovl_dataplane::state::Dataplane;
@@ -26,10 +27,6 @@ use ovl_dataplane::state::Dataplane;
 pub const MOST_PORTS: u32 = 16_384;
 /// The maximum number of published port ranges of one endpoint.
 pub const MOST_RANGES: usize = 1_024;
-
-/// The bit of the packet mark that tells `postrouting` that a translated packet comes from a workload: its answer may
-/// have to come back through the host. Other bits are left unchanged.
-const FROM_WORKLOAD: &str = "0x1000";
 
 static ANY4: Set = Set::new(
     Table::Publish,
@@ -150,7 +147,7 @@ fn skeleton() -> Arc<Skeleton> {
         let ours = "{ \"ovb-*\", \"ove-*\" }";
         let hairpins = |family: &str, set: &Set| {
             format!(
-                "meta mark & {FROM_WORKLOAD} == {FROM_WORKLOAD} oifname . {family} saddr @{} masquerade",
+                "meta mark & {FROM_WORKLOAD:#x} == {FROM_WORKLOAD:#x} oifname . {family} saddr @{} masquerade",
                 set.name
             )
         };
@@ -179,7 +176,7 @@ fn skeleton() -> Arc<Skeleton> {
                     Some("type nat hook prerouting priority dstnat; policy accept;"),
                     &[
                         "fib daddr type != local return",
-                        &format!("iifname {ours} meta mark set meta mark | {FROM_WORKLOAD}"),
+                        &format!("iifname {ours} meta mark set meta mark | {FROM_WORKLOAD:#x}"),
                         "jump translate",
                     ],
                 ),

@@ -8,7 +8,7 @@ use ovl_proto::clock::Stamp;
 use ovl_proto::object::{Backend, Driver, Mode, Network};
 use ovl_subsystems::networks::filter;
 
-use super::lab::{Lab, NETWORK, in_namespace, ip, net, run};
+use super::lab::{Lab, NETWORK, in_namespace, net, run, underlay};
 use crate::KernelEvent;
 
 fn text() -> String {
@@ -27,13 +27,7 @@ fn text() -> String {
         names: true,
         on_demand: false,
     };
-    filter::render(
-        &[&network],
-        &[ip("192.0.2.2"), ip("192.0.2.3"), ip("2001:db8::1")].into(),
-        4789,
-        None,
-        true,
-    )
+    filter::render(&[&network], &underlay(&["192.0.2.2", "192.0.2.3", "2001:db8::1"], true), None, true)
 }
 
 async fn write(lab: &Lab, text: &str) {

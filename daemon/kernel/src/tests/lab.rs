@@ -1,7 +1,7 @@
 //! Runs each test in a network namespace of its own, on a new thread.
 
 use std::future::Future;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::process::Command;
 use std::time::Duration;
 
@@ -12,6 +12,7 @@ use ovl_dataplane::diff::diff;
 use ovl_dataplane::op::Op;
 use ovl_dataplane::state::{Dataplane, Link, Remote};
 use ovl_proto::id::{EndpointId, Mac, NetworkId};
+use ovl_subsystems::networks::filter::FilterUnderlay;
 use tokio::sync::mpsc;
 
 use crate::{EndpointSpec, HostEnd, KernelEvent, KernelHandle, Netns, Result, open_netns, start};
@@ -213,4 +214,14 @@ pub(super) fn add_endpoint(kernel: &mut Dataplane, n: u8) {
     kernel.ports.insert((endpoint(n), mac(n.into())));
     kernel.neighbours.insert((bridge(), ip(&format!("10.1.0.{n}"))), mac(n.into()));
     kernel.neighbours.insert((bridge(), ip(&format!("fd00:1::{n:x}"))), mac(n.into()));
+}
+
+/// The underlay for the packet filter: 192.0.2.1 and these members, all with the default port.
+pub(super) fn underlay(members: &[&str], has_vxlan: bool) -> FilterUnderlay {
+    let at = |address: &str| SocketAddr::new(ip(address), ovl_proto::DEFAULT_VXLAN_PORT);
+    FilterUnderlay {
+        own: at("192.0.2.1"),
+        members: members.iter().map(|member| at(member)).collect(),
+        has_vxlan,
+    }
 }

@@ -14,7 +14,7 @@ use ovl_subsystems::networks::filter;
 use ovl_tunnel::{PrivateKey, public_key};
 use tokio::sync::mpsc;
 
-use super::lab::{Lab, bridge, desired, in_namespace, ip, mac, net, run, vxlan};
+use super::lab::{Lab, bridge, desired, in_namespace, ip, mac, net, run, underlay, vxlan};
 use crate::start;
 
 const PRIVATE: [u8; 32] = [8; 32];
@@ -198,7 +198,9 @@ fn nft_accepts_the_filter_of_encrypted_networks() {
                 for (tunnel, count) in [(true, 4), (true, 3), (true, 0), (false, 3)] {
                     let tunnel = tunnel.then_some(filter::FilterTunnel { port: 51940, prefix, kernel });
                     let networks: Vec<&Network> = all.iter().take(count).collect();
-                    let text = filter::render(&networks, &[ip("192.0.2.2")].into(), 4789, tunnel, masquerade);
+                    let vxlan = networks.iter().any(|network| filter::has_vxlan(network));
+                    let text =
+                        filter::render(&networks, &underlay(&["192.0.2.2"], vxlan), tunnel, masquerade);
                     let op = Op::Nft(NftOp::SetBase(text.clone()));
                     lab.kernel
                         .apply(vec![op])

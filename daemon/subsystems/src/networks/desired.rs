@@ -3,15 +3,15 @@
 //! Each network is computed alone, so that the cost of a change does not depend on other networks. The module owns no
 //! state. Begin to read at [`network_part`]; [`host`] adds the packet filter and the tunnel.
 
-use std::collections::BTreeSet;
-use std::net::IpAddr;
+use std::net::SocketAddr;
 
 use ipnet::IpNet;
-use ovl_cluster::view::View;
+use ovl_cluster::view::{Node, View};
 use ovl_dataplane::state::Dataplane;
 use ovl_proto::id::NetworkId;
 use ovl_proto::object::{Mode, Network};
 
+use super::filter::FilterUnderlay;
 use super::switched::routes_for_policies;
 use super::{filter, routed, switched};
 use crate::encryption::tunnel;
@@ -38,16 +38,12 @@ pub fn host(view: &View, local: &Local) -> Dataplane {
         .collect();
     let mut dataplane = Dataplane::default();
     tunnel::part(&mut dataplane, view, &local.key_epochs);
-    if built.is_empty() && dataplane.links.is_empty() {
+    let underlay = underlay(view);
+    let is_exposed =
+        underlay.as_ref().is_some_and(|underlay| underlay.has_vxlan && !underlay.members.is_empty());
+    if built.is_empty() && dataplane.links.is_empty() && !is_exposed {
         return dataplane;
     }
-    let vteps: BTreeSet<IpAddr> = view
-        .nodes
-        .values()
-        .filter(|node| node.record.id != view.me && view.alloc.members.contains(&node.record.id))
-        .map(|node| node.record.vtep)
-        .collect();
-    let port = view.own().map_or(ovl_proto::DEFAULT_VXLAN_PORT, |own| own.record.vxlan_port);
     let tunnel = dataplane.tunnels.values().next().map(|tunnel| filter::FilterTunnel {
         port: tunnel.port,
         prefix: tunnel::prefix(view.alloc.cluster),
@@ -58,7 +54,8 @@ pub fn host(view: &View, local: &Local) -> Dataplane {
     if local.publishing || (local.served && built.iter().any(|network| network.mode == Mode::L2)) {
         dataplane.tables.extend([publish::frames_table()]);
     }
-    let mut text = filter::render(&built, &vteps, port, tunnel, local.masquerade);
+    let Some(underlay) = underlay else { return dataplane };
+    let mut text = filter::render(&built, &underlay, tunnel, local.masquerade);
     if let Some(chains) = resolver::chains(&built, &local.resolved, &local.cluster_dns) {
         text += &chains;
         dataplane.tables.extend(resolver::past_firewalls());
@@ -74,6 +71,20 @@ pub fn host(view: &View, local: &Local) -> Dataplane {
         }
     }
     dataplane
+}
+
+/// Returns the underlay as the packet filter sees it. `None` before this host has a record.
+fn underlay(view: &View) -> Option<FilterUnderlay> {
+    let at = |node: &Node| SocketAddr::new(node.record.vtep, node.record.vxlan_port);
+    let members = view.nodes.values().filter(|node| {
+        let id = node.record.id;
+        id != view.me && view.alloc.members.contains(&id)
+    });
+    Some(FilterUnderlay {
+        own: at(view.own()?),
+        members: members.map(at).collect(),
+        has_vxlan: view.networks.values().any(|found| filter::has_vxlan(&found.network)),
+    })
 }
 
 /// Returns the part of one network on this host. Empty if the host does not need its devices.

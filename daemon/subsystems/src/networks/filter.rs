@@ -5,13 +5,14 @@
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
-use std::net::IpAddr;
+use std::net::SocketAddr;
 
 use ipnet::IpNet;
 use ovl_proto::SEALED_VXLAN_PORT;
 use ovl_proto::id::Mac;
 use ovl_proto::object::{Backend, Driver, Mode, Network};
 
+use crate::marks::FROM_HOST;
 use crate::names::resolver::{ADDRESS_V4, ADDRESS_V6, CLUSTER_V4, CLUSTER_V6};
 use ovl_dataplane::device::Device;
 use ovl_dataplane::nft::BASE_TABLE;
@@ -38,6 +39,18 @@ pub struct FilterTunnel {
     pub kernel: bool,
 }
 
+/// The underlay as the packet filter sees it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FilterUnderlay {
+    /// This host's VTEP and VXLAN port.
+    pub own: SocketAddr,
+    /// The VTEPs and VXLAN ports of the other members.
+    pub members: BTreeSet<SocketAddr>,
+    /// Whether a network of the cluster sends unencrypted VXLAN. It need not have devices on this host: its processes
+    /// and workloads must not reach the VXLAN ports of other hosts either.
+    pub has_vxlan: bool,
+}
+
 /// Matches packets whose output interface leads to no endpoint of this host.
 const TO_OTHER_HOSTS: &str = "oifname != \"ovb-*\" oifname != \"ove-*\"";
 
@@ -46,8 +59,11 @@ const REJECT: &str = "reject with icmpx admin-prohibited";
 /// Returns the table for a host that has these networks. It has these chains:
 ///
 /// * `prerouting`: the kernel's VXLAN socket listens on every address of the host and accepts packets from any source;
-///   this chain admits only VTEPs of members. Packets that are forwarded to another host are not affected. Unencrypted
-///   packets to and from encrypted networks are dropped: see `encrypted_in`.
+///   this chain admits only packets from the VTEP of a member to this host's VTEP, by the device through which the
+///   member is reached. Packets that are forwarded to the VXLAN port of a member must be a member's, too: to the
+///   receiver, what a workload sends there and this host masquerades looks like VXLAN of this host. Unencrypted packets
+///   to and from encrypted networks are dropped: see `encrypted_in`.
+/// * `output`: a process of this host does not send to the VXLAN port of a member: see `local_vxlan`.
 /// * `prerouting`, `output`: packets of the tunnel itself and packets within one network need no connection tracking,
 ///   which the address translation below would enable for them too; it costs a seventh of the throughput. Packets to
 ///   or from a gateway are tracked, because the host's own rules may match them. So are packets that were diverted to
@@ -60,8 +76,7 @@ const REJECT: &str = "reject with icmpx admin-prohibited";
 ///   published port, keep their source address.
 pub fn render(
     networks: &[&Network],
-    vteps: &BTreeSet<IpAddr>,
-    vxlan_port: u16,
+    underlay: &FilterUnderlay,
     tunnel: Option<FilterTunnel>,
     masquerade: bool,
 ) -> String {
@@ -71,8 +86,8 @@ pub fn render(
         writeln!(text, "table inet {BASE_TABLE}\ndelete table inet {BASE_TABLE}\ntable inet {BASE_TABLE} {{");
     // Unneeded chains are left out: each chain that a packet passes costs a twentieth of the throughput.
     let encryption = tunnel.is_some() || networks.iter().any(|network| network.encrypted);
-    if encryption || networks.iter().any(|network| has_vxlan(network) || network.mode == Mode::L2) {
-        raw(&mut text, networks, vteps, vxlan_port, encryption.then_some(tunnel));
+    if encryption || underlay.has_vxlan || networks.iter().any(|network| network.mode == Mode::L2) {
+        raw(&mut text, networks, underlay, encryption.then_some(tunnel));
     }
     if networks.len() > 1 || networks.iter().any(|network| network.internal || network.encrypted) {
         forward(&mut text, networks, masquerade);
@@ -89,7 +104,8 @@ pub fn render(
     text
 }
 
-fn has_vxlan(network: &Network) -> bool {
+/// Whether the network sends unencrypted VXLAN.
+pub fn has_vxlan(network: &Network) -> bool {
     !network.encrypted
         && network.driver == Driver::Overlay
         && (network.mode == Mode::L2 || network.backend != Backend::Direct)
@@ -106,14 +122,11 @@ fn is_translated(network: &Network, masquerade: bool) -> bool {
 fn raw(
     text: &mut String,
     networks: &[&Network],
-    vteps: &BTreeSet<IpAddr>,
-    vxlan_port: u16,
+    underlay: &FilterUnderlay,
     encryption: Option<Option<FilterTunnel>>,
 ) {
-    let has_unencrypted_vxlan = networks.iter().any(|network| has_vxlan(network));
-    if has_unencrypted_vxlan {
-        set(text, "vteps4", "ipv4_addr", vteps.iter().filter(|vtep| vtep.is_ipv4()));
-        set(text, "vteps6", "ipv6_addr", vteps.iter().filter(|vtep| vtep.is_ipv6()));
+    if underlay.has_vxlan {
+        underlay_sets(text, underlay);
     }
     // One chain for both purposes: each chain costs throughput.
     let _ =
@@ -121,13 +134,8 @@ fn raw(
     if let Some(tunnel) = encryption {
         encrypted_in(text, networks, tunnel);
     }
-    if has_unencrypted_vxlan {
-        let _ = writeln!(
-            text,
-            "\t\tudp dport {vxlan_port} ip saddr @vteps4 notrack accept\n\
-             \t\tudp dport {vxlan_port} ip6 saddr @vteps6 notrack accept\n\
-             \t\tudp dport {vxlan_port} fib daddr type != unicast counter drop"
-        );
+    if underlay.has_vxlan {
+        vxlan_in(text, underlay.own);
     }
     for network in switched(networks) {
         let mac = Mac::of_gateway(network.id);
@@ -144,10 +152,84 @@ fn raw(
     if let Some(tunnel) = encryption {
         encrypted_out(text, networks, tunnel);
     }
-    if has_unencrypted_vxlan {
-        let _ = writeln!(text, "\t\tudp dport {vxlan_port} notrack");
+    if underlay.has_vxlan || encryption.flatten().is_some_and(|tunnel| tunnel.kernel) {
+        mark_own(text);
+    }
+    if underlay.has_vxlan {
+        vxlan_out(text, underlay);
     }
     let _ = writeln!(text, "\t}}");
+}
+
+/// Writes the sets of members, and the chains of packets that may be forged VXLAN.
+fn underlay_sets(text: &mut String, underlay: &FilterUnderlay) {
+    let FilterUnderlay { own, members, .. } = underlay;
+    for (n, family, kind) in [(4, "ip", "ipv4_addr"), (6, "ip6", "ipv6_addr")] {
+        let of_family = |member: &&SocketAddr| member.is_ipv4() == (n == 4);
+        set(text, &format!("vteps{n}"), kind, members.iter().filter(of_family).map(SocketAddr::ip));
+        let ports = members.iter().chain([own]).filter(of_family);
+        let ports = ports.map(|member| format!("{} . {}", member.ip(), member.port()));
+        set(text, &format!("members{n}"), &format!("{kind} . inet_service"), ports);
+        let _ = writeln!(
+            text,
+            "\tchain forwarded{n} {{\n\t\tiifname {{ \"ovb-*\", \"ove-*\" }} counter drop\n\
+             \t\t{family} saddr @vteps{n} fib saddr . iif oif exists accept\n\t\tcounter drop\n\t}}"
+        );
+    }
+    local_vxlan(text);
+}
+
+/// Writes the rules for VXLAN that arrives on the underlay, and for packets that are forwarded to VXLAN ports.
+fn vxlan_in(text: &mut String, own: SocketAddr) {
+    let (family, n) = if own.is_ipv4() { ("ip", 4) } else { ("ip6", 6) };
+    let (address, port) = (own.ip(), own.port());
+    let _ = writeln!(
+        text,
+        "\t\tudp dport {port} {family} daddr {address} {family} saddr @vteps{n} iifname != {{ \"ovb-*\", \"ove-*\" }} \
+         fib saddr . iif oif exists notrack accept\n\
+         \t\tudp dport {port} fib daddr type != unicast counter drop\n\
+         \t\tip daddr . udp dport @members4 goto forwarded4\n\
+         \t\tip6 daddr . udp dport @members6 goto forwarded6"
+    );
+}
+
+/// Writes the rules that mark the packets of this host's processes into overlay networks. The VXLAN packet that the
+/// kernel puts around such a packet has the same mark, and still belongs to the socket of the process.
+fn mark_own(text: &mut String) {
+    for device in ["ovb-*", "ovx-*"] {
+        let _ = writeln!(
+            text,
+            "\t\toifname \"{device}\" meta skuid >= 0 meta mark set meta mark | {FROM_HOST:#x} accept"
+        );
+    }
+}
+
+/// Writes the rules for packets of this host to VXLAN ports.
+fn vxlan_out(text: &mut String, underlay: &FilterUnderlay) {
+    let ports: BTreeSet<u16> = underlay.members.iter().chain([&underlay.own]).map(SocketAddr::port).collect();
+    let ports: Vec<String> = ports.iter().map(u16::to_string).collect();
+    let _ = writeln!(
+        text,
+        "\t\tudp dport {{ {} }} meta skuid >= 0 goto local-vxlan\n\t\tudp dport {} notrack",
+        ports.join(", "),
+        underlay.own.port()
+    );
+}
+
+/// Writes the chain for packets to a VXLAN port that belong to a socket of a process.
+///
+/// Such a packet is either VXLAN of the kernel around a packet of the process, which is marked, or the process itself
+/// wrote what may look like VXLAN of this host. Without the capability `CAP_NET_ADMIN` no process can mark its packets.
+/// The kernel's own packets and those of workloads have no socket here.
+fn local_vxlan(text: &mut String) {
+    let rest = !FROM_HOST;
+    let _ = writeln!(
+        text,
+        "\tchain local-vxlan {{\n\
+         \t\tmeta mark & {FROM_HOST:#x} == {FROM_HOST:#x} meta mark set meta mark & {rest:#x} notrack accept\n\
+         \t\tip daddr . udp dport @members4 counter drop\n\
+         \t\tip6 daddr . udp dport @members6 counter drop\n\t}}"
+    );
 }
 
 /// Writes the rules for packets of encrypted networks that arrive. They accept only:
@@ -205,13 +287,22 @@ fn encrypted_in(text: &mut String, networks: &[&Network], tunnel: Option<FilterT
 /// whose output interface is another device.
 fn encrypted_out(text: &mut String, networks: &[&Network], tunnel: Option<FilterTunnel>) {
     if let Some(FilterTunnel { port, prefix, kernel }) = tunnel {
-        let vxlan = if kernel { "notrack" } else { "counter drop" };
+        let rest = !FROM_HOST;
+        let sealed = format!("oifname \"ovt-*\" udp dport {SEALED_VXLAN_PORT}");
         let _ = writeln!(
             text,
             "\t\tudp sport {port} notrack\n\
-             \t\tip6 daddr {prefix} oifname != \"ovt-*\" oifname != \"lo\" counter drop\n\
-             \t\toifname \"ovt-*\" udp dport {SEALED_VXLAN_PORT} {vxlan}"
+             \t\tip6 daddr {prefix} oifname != \"ovt-*\" oifname != \"lo\" counter drop"
         );
+        let _ = match kernel {
+            // As in `vxlan_out`: only the kernel sends VXLAN, also around packets of this host's processes.
+            true => writeln!(
+                text,
+                "\t\t{sealed} meta skuid >= 0 meta mark & {FROM_HOST:#x} == 0 counter drop\n\
+                 \t\t{sealed} meta mark set meta mark & {rest:#x} notrack accept"
+            ),
+            false => writeln!(text, "\t\t{sealed} counter drop"),
+        };
     }
     for subnet in encrypted(networks).flat_map(|network| &network.subnets) {
         let (family, prefix) = (family(subnet.prefix), subnet.prefix);
@@ -347,8 +438,8 @@ fn family(prefix: IpNet) -> &'static str {
 }
 
 /// Writes a set with its elements.
-fn set<'a>(text: &mut String, name: &str, kind: &str, elements: impl Iterator<Item = &'a IpAddr>) {
-    let elements: Vec<String> = elements.map(IpAddr::to_string).collect();
+fn set<T: ToString>(text: &mut String, name: &str, kind: &str, elements: impl Iterator<Item = T>) {
+    let elements: Vec<String> = elements.map(|element| element.to_string()).collect();
     let _ = writeln!(text, "\tset {name} {{\n\t\ttype {kind}");
     if !elements.is_empty() {
         let _ = writeln!(text, "\t\telements = {{ {} }}", elements.join(", "));

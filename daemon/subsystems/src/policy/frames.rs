@@ -15,6 +15,7 @@
 
 use super::Direction;
 use super::members;
+use crate::marks::SEEN;
 use ovl_dataplane::nft::{Chain, Skeleton};
 
 /// Neighbour discovery (RFC 4861). It must not be routed: receivers require a hop limit of 255.
@@ -22,9 +23,6 @@ const DISCOVERY: &str = "icmpv6 type { 133, 134, 135, 136 }";
 /// Neighbour discovery and multicast listener reports. Without the reports, a switch may withhold neighbour discovery.
 const DISCOVERY_AND_GROUPS: &str = "icmpv6 type { 130, 131, 132, 133, 134, 135, 136, 143 }";
 
-/// The bit of the packet mark of bridged frames that were translated and then judged by `inet ovl-policy`. It is
-/// cleared on arrival and before a frame leaves.
-pub(super) const SEEN: u32 = 0x2000;
 /// A priority after -1 (`NF_BR_PRI_BRNF` - 1), at which the kernel passes bridged frames to the IP forward chains.
 const AFTER_BRIDGE_NF: &str = "10";
 

@@ -83,7 +83,7 @@ pub(super) fn skeleton(policies: &Policies, slots: usize, routed: bool, switched
     // Marks bridged frames that were translated, so that the bridge table knows that they were judged.
     let mark_seen = format!(
         "iifname \"ovb-*\" oifname \"ovb-*\" ct status dnat meta mark set meta mark | {:#x}",
-        super::frames::SEEN
+        crate::marks::SEEN
     );
     let judged = [
         "ct state established,related ct mark @current accept".to_owned(),

@@ -12,6 +12,8 @@ use std::collections::BTreeSet;
 
 use ovl_dataplane::nft::{Chain, Data, Object, Set, Shape, Skeleton, Table, Type};
 
+use crate::marks::FROM_HOST;
+
 const fn set(name: &'static str, key: &'static [Type], data: Data, ranges: bool) -> Set {
     Set::new(Table::Services, name, Shape { key, data, ranges })
 }
@@ -245,11 +247,15 @@ pub(super) fn skeleton(counts: &BTreeSet<u32>, sticky: &BTreeSet<Sticky>) -> Ske
         vec![format!("iifname {OUR_DEVICES} goto inside"), "goto outside".to_owned()],
     ));
     chains.push(hooked("output", "type nat hook output priority -105", vec!["goto outside".to_owned()]));
-    // A host that relays a packet back by its input interface sends a redirect. The sender must not get it.
+    // A host that relays a packet back by its input interface sends a redirect. The sender must not get it. The mark
+    // is for packets whose output interface was not yet an overlay network's when they passed the base table.
     chains.push(hooked(
-        "redirects",
+        "translated",
         "type filter hook output priority filter",
-        vec!["icmp type redirect ct status dnat drop".to_owned()],
+        vec![
+            "icmp type redirect ct status dnat drop".to_owned(),
+            format!("ct status dnat meta skuid >= 0 meta mark set meta mark | {FROM_HOST:#x}"),
+        ],
     ));
     chains.push(hooked("postrouting", "type nat hook postrouting priority srcnat - 5", postrouting()));
     Skeleton { sets, objects, chains }
