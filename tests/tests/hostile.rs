@@ -110,16 +110,13 @@ fn vxlan_that_a_workload_or_a_user_writes_reaches_no_endpoint() {
         }
     }
 
-    // The hosts themselves reach endpoints of other hosts, by packets that belong to their sockets.
-    for (n, victim) in victims.iter().enumerate() {
-        hosts[1 - n].ping_until(victim.address(), SOON).unwrap();
-        let echo = victim.workload.tcp_echo(0).unwrap();
-        let sent = FORGED.repeat(10_000);
-        let back = hosts[1 - n].tcp_roundtrip(victim.address(), echo.port(), sent.as_bytes()).unwrap();
-        assert_eq!(back, sent.as_bytes());
-    }
+    // A host itself reaches a routed endpoint of another host, by VXLAN that belongs to its socket.
     let routed = attach(hosts[1], "r2", "pods", &[]).unwrap();
     hosts[0].ping_until(routed.address(), SOON).unwrap();
+    let echo = routed.workload.tcp_echo(0).unwrap();
+    let sent = FORGED.repeat(10_000);
+    let back = hosts[0].tcp_roundtrip(routed.address(), echo.port(), sent.as_bytes()).unwrap();
+    assert_eq!(back, sent.as_bytes());
     wait_clean(lab.hosts(), SOON).unwrap();
 }
 
