@@ -26,9 +26,9 @@ fn on_foreign_bridge(host: &Host, name: &str) -> Workload {
     host.exec_ok(["ip", "addr", "add", "172.30.0.1/24", "dev", "docker0"]).unwrap();
     host.exec_ok(["ip", "link", "set", "docker0", "up"]).unwrap();
     let netns = workload.netns_name();
-    let pair = ["ip", "link", "add", "vf", "type", "veth", "peer", "name", "eth0", "netns", netns];
+    let pair = ["ip", "link", "add", "vdocker", "type", "veth", "peer", "name", "eth0", "netns", netns];
     host.exec_ok(pair).unwrap();
-    host.exec_ok(["ip", "link", "set", "vf", "master", "docker0", "up"]).unwrap();
+    host.exec_ok(["ip", "link", "set", "vdocker", "master", "docker0", "up"]).unwrap();
     for args in [
         &["ip", "link", "set", "lo", "up"][..],
         &["ip", "link", "set", "eth0", "up"],
