@@ -381,7 +381,7 @@ pub trait ReadManifest {
 }
 
 /// The manifest fields whose value is a map with keys of the user.
-const USER_MAPS: [&str; 4] = ["labels", "annotations", "matchLabels", "selector"];
+pub const USER_MAPS: [&str; 4] = ["labels", "annotations", "matchLabels", "selector"];
 
 /// Removes null, empty lists, empty strings and empty maps from a manifest.
 ///

@@ -4,18 +4,18 @@
 mod names;
 mod policy;
 mod service;
+mod typed;
 mod workload;
 
 use ovl_proto::resource::{
-    DEFAULT_NAMESPACE, IntOrString, IpBlock, Kind, Meta, Name, PolicyType, ReadManifest, Resource,
-    ResourceKey,
+    DEFAULT_NAMESPACE, IntOrString, IpBlock, Kind, Meta, Name, PolicyType, Resource, ResourceKey, USER_MAPS,
 };
-use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
 use crate::problem::{Problem, Problems};
 
 use self::names::{is_label, is_label_key, is_label_value, is_service_name, is_subdomain};
+use self::typed::Typed;
 
 /// The maximum size of all annotations of an object, in bytes.
 const MAX_ANNOTATIONS: usize = 128 << 10;
@@ -102,7 +102,7 @@ pub fn read(manifest: Value, namespace: Option<&str>, lenient: bool) -> Result<R
     let Value::Object(mut fields) = manifest else { return Err(problems.into_inner()) };
     fields.remove("apiVersion");
     fields.remove("kind");
-    remove_server_fields(key.kind, &mut fields);
+    remove_server_fields(key.kind, &mut fields, &mut problems);
     let mut given = Value::Object(fields);
     remove_nulls(&mut given);
     let mut resource = match Resource::read(key.kind, Typed(&given)) {
@@ -140,7 +140,7 @@ pub fn check(resource: &Resource) -> Result<(), Vec<Problem>> {
 
 /// Removes the fields that the Kubernetes API server writes and ignores in a manifest. They describe the object of
 /// another cluster.
-fn remove_server_fields(kind: Kind, fields: &mut Map<String, Value>) {
+fn remove_server_fields(kind: Kind, fields: &mut Map<String, Value>, problems: &mut Problems) {
     if let Some(Value::Object(metadata)) = fields.get_mut("metadata") {
         for field in
             ["creationTimestamp", "generation", "managedFields", "resourceVersion", "selfLink", "uid"]
@@ -149,42 +149,34 @@ fn remove_server_fields(kind: Kind, fields: &mut Map<String, Value>) {
         }
     }
     // ovl uses only the status of a Pod.
-    if kind != Kind::Pod {
-        fields.remove("status");
+    if kind != Kind::Pod
+        && let Some(status) = fields.remove("status")
+    {
+        problems.want(status.is_null() || status.is_object(), "status", "not an object");
     }
 }
 
+/// Removes fields that are null, which means that they are not given. In a map with keys of the user, null is the empty
+/// string, as in Kubernetes: `matchLabels: {app: }` requires an empty label, and without it the selector would match
+/// everything.
 fn remove_nulls(value: &mut Value) {
     match value {
         Value::Object(fields) => {
             fields.retain(|_, field| !field.is_null());
-            fields.values_mut().for_each(remove_nulls);
+            for (key, field) in fields {
+                match field {
+                    Value::Object(entries) if USER_MAPS.contains(&key.as_str()) => {
+                        entries
+                            .values_mut()
+                            .filter(|entry| entry.is_null())
+                            .for_each(|entry| *entry = "".into());
+                    }
+                    other => remove_nulls(other),
+                }
+            }
         }
         Value::Array(items) => items.iter_mut().for_each(remove_nulls),
         Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) => {}
-    }
-}
-
-/// Reads a value as a type. An error names the field.
-struct Typed<'a>(&'a Value);
-
-impl ReadManifest for Typed<'_> {
-    type Error = Problem;
-
-    fn read<T: DeserializeOwned>(self) -> Result<T, Problem> {
-        serde_path_to_error::deserialize(self.0).map_err(|error| {
-            let path = error.path().to_string();
-            let reason = error.into_inner().to_string();
-            // For a missing field, the path is that of its parent.
-            let missing = reason.strip_prefix("missing field `").and_then(|rest| rest.strip_suffix('`'));
-            match missing {
-                Some(field) => Problem {
-                    field: join(path.trim_end_matches('.'), field),
-                    reason: "is missing".to_owned(),
-                },
-                None => Problem { field: if path == "." { String::new() } else { path }, reason },
-            }
-        })
     }
 }
 

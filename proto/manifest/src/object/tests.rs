@@ -606,6 +606,108 @@ fn wrong(good: Value, rows: &[(&str, Value, &str, &str)]) {
     }
 }
 
+/// A sequence in place of an object was read by position: `[]` became a rule or a peer without requirements.
+#[test]
+fn list_in_place_of_an_object_is_refused() {
+    let peer = |peer: Value| json!([{ "from": [peer] }]);
+    let rows = [
+        (policy(), "spec", json!([]), "spec"),
+        (policy(), "spec.podSelector", json!([]), "spec.podSelector"),
+        (policy(), "spec.podSelector", json!([{ "app": "db" }]), "spec.podSelector"),
+        (
+            policy(),
+            "spec.podSelector",
+            json!({ "matchExpressions": [["app", "Exists", []]] }),
+            "spec.podSelector.matchExpressions[0]",
+        ),
+        (policy(), "spec.ingress", json!([[]]), "spec.ingress[0]"),
+        (policy(), "spec.ingress", json!([[[], []]]), "spec.ingress[0]"),
+        (policy(), "spec.egress", json!([[]]), "spec.egress[0]"),
+        (policy(), "spec.ingress", peer(json!([])), "spec.ingress[0].from[0]"),
+        (policy(), "spec.ingress", peer(json!([{}])), "spec.ingress[0].from[0]"),
+        (policy(), "spec.ingress", peer(json!({ "podSelector": [] })), "spec.ingress[0].from[0].podSelector"),
+        (
+            policy(),
+            "spec.ingress",
+            peer(json!({ "namespaceSelector": [] })),
+            "spec.ingress[0].from[0].namespaceSelector",
+        ),
+        (
+            policy(),
+            "spec.ingress",
+            peer(json!({ "ipBlock": ["10.0.0.0/8"] })),
+            "spec.ingress[0].from[0].ipBlock",
+        ),
+        (policy(), "spec.ingress", json!([{ "ports": [["UDP", 53]] }]), "spec.ingress[0].ports[0]"),
+        (service(), "spec", json!([]), "spec"),
+        (service(), "spec.ports", json!([["http", "TCP", null, 80]]), "spec.ports[0]"),
+        (service(), "spec.sessionAffinityConfig", json!([]), "spec.sessionAffinityConfig"),
+        (slice(), "endpoints", json!([[["192.0.2.1"]]]), "endpoints[0]"),
+        (slice(), "endpoints.0.conditions", json!([false]), "endpoints[0].conditions"),
+        (slice(), "ports", json!([["http", "TCP", 80]]), "ports[0]"),
+        (pod(), "spec.containers", json!([["c", []]]), "spec.containers[0]"),
+        (pod(), "spec.containers.0.ports", json!([["http", 80]]), "spec.containers[0].ports[0]"),
+        (pod(), "status", json!(["10.0.0.1"]), "status"),
+        (pod(), "status.podIPs", json!([["10.0.0.1"]]), "status.podIPs[0]"),
+    ];
+    for (good, place, value, field) in rows {
+        let mut manifest = good;
+        set(&mut manifest, place, value.clone());
+        for lenient in [false, true] {
+            let problems = read(manifest.clone(), None, lenient).expect_err(&format!("{place} {value}"));
+            let expected = Problem {
+                field: field.to_owned(),
+                reason: "invalid type: sequence, expected an object".to_owned(),
+            };
+            assert_eq!(problems, [expected], "{place} {value}");
+        }
+    }
+}
+
+#[test]
+fn other_shapes_than_those_of_the_api_are_refused() {
+    wrong(
+        service(),
+        &[
+            ("spec.type", json!({ "NodePort": {} }), "spec.type", "invalid type: map, expected a string"),
+            ("spec.type", json!(["NodePort"]), "spec.type", "invalid type: sequence, expected a string"),
+            ("spec.ports", json!({ "port": 80 }), "spec.ports", "invalid type: map, expected a sequence"),
+            ("spec.ports.0.port", json!(80.0), "spec.ports[0].port", "invalid type: floating point"),
+            ("spec.selector", json!([]), "spec.selector", "invalid type: sequence, expected a map"),
+            ("status", json!([]), "status", "not an object"),
+        ],
+    );
+    wrong(
+        policy(),
+        &[
+            ("spec.policyTypes", json!([{ "Egress": {} }]), "spec.policyTypes[0]", "expected a string"),
+            ("spec.ingress", json!([null]), "spec.ingress[0]", "invalid type: null, expected an object"),
+            ("spec.ingress", json!({}), "spec.ingress", "invalid type: map, expected a sequence"),
+            ("spec.ingress", json!("all"), "spec.ingress", "expected a sequence"),
+            ("spec.podSelector", json!("app=db"), "spec.podSelector", "expected an object"),
+        ],
+    );
+}
+
+/// Kubernetes reads null as the zero value of the map's type. Without the entry, a selector would select everything.
+#[test]
+fn null_as_the_value_of_a_label_is_the_empty_string() {
+    let mut manifest = policy();
+    set(&mut manifest, "spec.podSelector.matchLabels.app", json!(null));
+    set(&mut manifest, "spec.ingress.0.from.0.podSelector.matchLabels", json!({ "app": null }));
+    set(&mut manifest, "metadata.labels", json!({ "labels": null }));
+    let Resource::NetworkPolicy(found) = accepted(manifest) else { panic!() };
+    let valueless = |key: &str| ovl_proto::resource::Labels::from([(key.to_owned(), String::new())]);
+    assert_eq!(found.metadata.labels, valueless("labels"));
+    assert_eq!(found.spec.pod_selector.match_labels, valueless("app"));
+    let peer = found.spec.ingress[0].from[0].pod_selector.clone().unwrap();
+    assert_eq!(peer.match_labels, valueless("app"));
+    let mut manifest = service();
+    set(&mut manifest, "spec.selector.app", json!(null));
+    let Resource::Service(found) = accepted(manifest) else { panic!() };
+    assert_eq!(found.spec.selector, valueless("app"));
+}
+
 #[test]
 fn lenient_makes_only_unsupported_fields_warnings() {
     let mut manifest = pod();
