@@ -1,6 +1,7 @@
 //! Reads manifests as typed objects, completes them, and validates them field by field, as the Kubernetes API server
 //! does.
 
+mod fields;
 mod names;
 mod policy;
 mod service;
@@ -105,6 +106,7 @@ pub fn read(manifest: Value, namespace: Option<&str>, lenient: bool) -> Result<R
     remove_server_fields(key.kind, &mut fields, &mut problems);
     let mut given = Value::Object(fields);
     remove_nulls(&mut given);
+    let terminating = take_deletion(key.kind, &mut given);
     let mut resource = match Resource::read(key.kind, Typed(&given)) {
         Ok(resource) => resource,
         Err(problem) => {
@@ -115,14 +117,29 @@ pub fn read(manifest: Value, namespace: Option<&str>, lenient: bool) -> Result<R
     let mut unknown = Vec::new();
     // Serializing the typed object omits the fields that the types do not have.
     match as_written(&resource) {
-        Ok(known) => find_unsupported(&given, &known, "", &mut unknown),
+        Ok(known) => find_unsupported(&given, &known, "", &mut |field, value| match fields::refusal(
+            key.kind,
+            &fields::without_indices(&field),
+            value,
+        ) {
+            Some(reason) => problems.add(field, reason),
+            None => unknown.push(Problem { field, reason: "is not supported".to_owned() }),
+        }),
         Err(error) => problems.add("", error.to_string()),
     }
     if !lenient {
         problems.append(&mut unknown);
     }
     resource.meta_mut().namespace = key.name.namespace;
-    complete(&mut resource);
+    complete(&mut resource, terminating);
+    if let Resource::Service(service) = &resource {
+        let ranges = service.metadata.annotations.get(fields::SOURCE_RANGES_ANNOTATION);
+        problems.want(
+            ranges.is_none_or(String::is_empty),
+            format!("metadata.annotations.{}", fields::SOURCE_RANGES_ANNOTATION),
+            fields::SOURCE_RANGES,
+        );
+    }
     check_into(&resource, &mut problems);
     if problems.is_empty() { Ok(Read { resource, warnings: unknown }) } else { Err(problems.into_inner()) }
 }
@@ -195,15 +212,23 @@ fn as_written(resource: &Resource) -> Result<Value, serde_json::Error> {
     }
 }
 
-/// Adds a problem for each field of `given` that `known` does not have.
-fn find_unsupported(given: &Value, known: &Value, path: &str, unknown: &mut Vec<Problem>) {
+/// Removes the time at which the deletion of an object was requested. Returns whether it is a Pod that has one: it is
+/// shutting down.
+fn take_deletion(kind: Kind, given: &mut Value) -> bool {
+    let metadata = given.get_mut("metadata").and_then(Value::as_object_mut);
+    let deletion = metadata.and_then(|metadata| metadata.remove("deletionTimestamp"));
+    kind == Kind::Pod && deletion.is_some_and(|deletion| !fields::is_empty(&deletion))
+}
+
+/// Calls `unknown` with the path and value of each field of `given` that `known` does not have.
+fn find_unsupported(given: &Value, known: &Value, path: &str, unknown: &mut impl FnMut(String, &Value)) {
     match (given, known) {
         (Value::Object(given), Value::Object(known)) => {
             for (key, value) in given {
                 let field = join(path, key);
                 match known.get(key) {
                     Some(known) => find_unsupported(value, known, &field, unknown),
-                    None => unknown.push(Problem { field, reason: "is not supported".to_owned() }),
+                    None => unknown(field, value),
                 }
             }
         }
@@ -216,11 +241,11 @@ fn find_unsupported(given: &Value, known: &Value, path: &str, unknown: &mut Vec<
     }
 }
 
-/// Fills in the fields that derive from others.
-fn complete(resource: &mut Resource) {
+/// Fills in the fields that derive from others. `terminating`: it is a Pod that is shutting down.
+fn complete(resource: &mut Resource, terminating: bool) {
     match resource {
         Resource::Namespace(_) | Resource::EndpointSlice(_) => {}
-        Resource::Pod(pod) => workload::complete(pod),
+        Resource::Pod(pod) => workload::complete(pod, terminating),
         Resource::Service(it) => service::complete(it),
         Resource::NetworkPolicy(it) => {
             let spec = &mut it.spec;

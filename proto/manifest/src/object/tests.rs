@@ -322,7 +322,7 @@ fn every_invalid_field_is_named_with_the_reason() {
             "spec.loadBalancerSourceRanges",
             json!(["10.0.0.0/8"]),
             "spec.loadBalancerSourceRanges",
-            "is not supported",
+            "every source could connect",
         ),
         ("spec", json!("none"), "spec", "invalid type: string"),
         ("more", json!(1), "more", "is not supported"),
@@ -479,7 +479,7 @@ fn every_invalid_field_is_named_with_the_reason() {
                 "spec.ingress[0].from[0].namespaceSelector.matchLabels.a b",
                 "not a label key",
             ),
-            ("spec.ingress.0.to", json!([]), "spec.ingress[0].to", "is not supported"),
+            ("spec.ingress.0.to", json!([]), "spec.ingress[0].to", "is not a field"),
             ("spec.egress", json!([{ "to": [{}] }]), "spec.egress[0].to[0]", "selects nothing"),
             (
                 "spec.egress",
@@ -487,8 +487,8 @@ fn every_invalid_field_is_named_with_the_reason() {
                 "spec.egress[0].ports[0].endPort",
                 "endPort requires a port",
             ),
-            ("spec.egress", json!([{ "from": [] }]), "spec.egress[0].from", "is not supported"),
-            ("spec.podSelectors", json!({}), "spec.podSelectors", "is not supported"),
+            ("spec.egress", json!([{ "from": [] }]), "spec.egress[0].from", "is not a field"),
+            ("spec.podSelectors", json!({}), "spec.podSelectors", "is not a field"),
         ],
     );
     wrong(
@@ -546,7 +546,8 @@ fn every_invalid_field_is_named_with_the_reason() {
                 "one IPv4 and one IPv6",
             ),
             ("status.podIPs", json!([{}]), "status.podIPs[0].ip", "is missing"),
-            ("status.phase", json!("Running"), "status.phase", "is not supported"),
+            ("status.phase", json!("Done"), "status.phase", "unknown variant"),
+            ("status.conditions", json!([{ "type": "Ready" }]), "status.conditions[0].status", "is missing"),
         ],
     );
     wrong(
@@ -720,6 +721,75 @@ fn lenient_makes_only_unsupported_fields_warnings() {
     assert_eq!(fields, ["spec.containers[0].image", "spec.restartPolicy"]);
     set(&mut manifest, "spec.hostname", json!("A"));
     assert!(read(manifest, None, true).is_err());
+}
+
+#[test]
+fn fields_whose_loss_takes_a_protection_away_are_refused_always() {
+    let annotation = fields::SOURCE_RANGES_ANNOTATION;
+    let mut balanced = service();
+    set(&mut balanced, "spec.type", json!("LoadBalancer"));
+    for (good, place, value, field) in [
+        (
+            &balanced,
+            "spec.loadBalancerSourceRanges",
+            json!(["203.0.113.0/24"]),
+            "spec.loadBalancerSourceRanges",
+        ),
+        (
+            &balanced,
+            &format!("metadata.annotations.{}", annotation.replace('.', "|")),
+            json!("203.0.113.0/24"),
+            &format!("metadata.annotations.{annotation}"),
+        ),
+        (&service(), "$patch", json!("delete"), "$patch"),
+        (&service(), "spec.$retainKeys", json!(["ports"]), "spec.$retainKeys"),
+        (&service(), "spec.ports.0.$patch", json!("replace"), "spec.ports[0].$patch"),
+        (&policy(), "spec.ingress", json!([{ "form": [{ "podSelector": {} }] }]), "spec.ingress[0].form"),
+        (
+            &policy(),
+            "spec.ingress.0.from.0.podSelector.matchLabel",
+            json!({ "app": "api" }),
+            "spec.ingress[0].from[0].podSelector.matchLabel",
+        ),
+    ] {
+        let mut manifest = good.clone();
+        set(&mut manifest, place, value.clone());
+        for lenient in [false, true] {
+            let problems = read(manifest.clone(), None, lenient).expect_err(place);
+            let fields: Vec<_> = problems.iter().map(|problem| problem.field.as_str()).collect();
+            assert_eq!(fields, [field], "{place} {value}: {problems:?}");
+        }
+    }
+    // Empty source ranges are as good as none.
+    set(&mut balanced, "spec.loadBalancerSourceRanges", json!([]));
+    assert!(read(balanced, None, true).is_ok());
+}
+
+#[test]
+fn status_of_a_pod_is_read_as_far_as_it_counts() {
+    let ready = |status: Value, deletion: Value| {
+        let mut manifest = pod();
+        set(&mut manifest, "status", status);
+        set(&mut manifest, "metadata.deletionTimestamp", deletion);
+        let Resource::Pod(pod) = read(manifest, None, true).unwrap().resource else { panic!() };
+        assert_eq!(accepted(Resource::Pod(pod.clone()).to_manifest().unwrap()), Resource::Pod(pod.clone()));
+        (pod.is_ready(), pod.is_finished())
+    };
+    let conditions = |status: &str| {
+        json!({ "phase": "Running", "conditions": [
+            { "type": "PodScheduled", "status": "True" },
+            { "type": "Ready", "status": status, "reason": "x", "lastTransitionTime": "2026-01-01T00:00:00Z" },
+        ] })
+    };
+    let none = || json!(null);
+    assert_eq!(ready(json!({}), none()), (true, false));
+    assert_eq!(ready(conditions("True"), none()), (true, false));
+    assert_eq!(ready(conditions("False"), none()), (false, false));
+    assert_eq!(ready(json!({ "phase": "Pending" }), none()), (false, false));
+    assert_eq!(ready(json!({ "phase": "Failed" }), none()), (false, true));
+    assert_eq!(ready(json!({ "phase": "Succeeded" }), none()), (false, true));
+    assert_eq!(ready(conditions("True"), json!("2026-01-01T00:00:00Z")), (false, false));
+    assert_eq!(ready(conditions("True"), json!("")), (true, false));
 }
 
 #[test]
