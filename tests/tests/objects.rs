@@ -256,14 +256,17 @@ fn invalid_manifest_changes_nothing_and_the_error_names_the_place() {
     };
     let good = service("good", "");
     for (content, parts) in [
-        (format!("{good}{}", service("Bad", "")), vec!["document 2: metadata.name: not a Service name"]),
+        (
+            format!("{good}{}", service("Bad", "")),
+            vec!["manifest.yaml:6: Service Bad: metadata.name: not a Service name"],
+        ),
         (
             format!("{good}{}", service("bad", ", clusterIP: 10.0.0.1")),
-            vec!["document 2", "not in the service_range"],
+            vec!["manifest.yaml:6: Service bad: ", "not in the service_range"],
         ),
         (
             format!("{good}---\n{}", service("bad", ", colour: red, selector: {a: 'x y'}")),
-            vec!["document 3: spec.colour: is not supported", "spec.selector.a: not a label value"],
+            vec!["Service bad: spec.colour: is not a known field", "spec.selector.a: not a label value"],
         ),
         (
             format!("{good}{good}"),
@@ -271,7 +274,7 @@ fn invalid_manifest_changes_nothing_and_the_error_names_the_place() {
         ),
         (format!("{good}a: 1\na: 2\n"), vec!["line", "duplicate key a"]),
         (format!("{good}b: [1\n"), vec!["manifest.yaml: line"]),
-        (format!("{good}just text\n"), vec!["document 2", "not an object"]),
+        (format!("{good}just text\n"), vec!["manifest.yaml:6: not an object"]),
         ("---\n".to_owned(), vec!["contain no objects"]),
         (
             format!(
@@ -286,7 +289,7 @@ fn invalid_manifest_changes_nothing_and_the_error_names_the_place() {
                 service("p", ", type: NodePort").replace("port: 80", "port: 80, nodePort: 30500"),
                 service("q", ", type: NodePort").replace("port: 80", "port: 80, nodePort: 30500")
             ),
-            vec!["document 3: spec.ports[0].nodePort: node port 30500 is in use by Service default/p"],
+            vec!["Service q: spec.ports[0].nodePort: node port 30500 is in use by Service default/p"],
         ),
     ] {
         let path = file(&lab, "manifest.yaml", &content).unwrap();
@@ -302,11 +305,14 @@ fn invalid_manifest_changes_nothing_and_the_error_names_the_place() {
         &ctl_error(h1, &["apply", "-f", "/nowhere.yaml"]).unwrap(),
         &["cannot read /nowhere.yaml"],
     );
-    // With --lenient, each error is a warning, and the rest is applied.
+    // With --lenient, an unknown field is a warning, and the rest is applied.
     let path = file(&lab, "manifest.yaml", &service("odd", ", colour: red")).unwrap();
     let output = h1.ctl(&["apply", "-f", &path, "--lenient"]).unwrap();
     ensure_status(&output, &["apply"], 0).unwrap();
-    assert_contains(&output.stderr, &["warning: ", "document 1: spec.colour: is not supported"]);
+    assert_contains(
+        &output.stderr,
+        &["warning: ", "manifest.yaml:1: Service odd: spec.colour: is not a known field"],
+    );
     assert_eq!(output.stdout, "service/odd created\n");
     // A directory stands for its files, sorted by name.
     let folder = lab.dir().join("folder");
@@ -330,6 +336,57 @@ fn invalid_manifest_changes_nothing_and_the_error_names_the_place() {
         &ctl_error(h1, &["apply", "-f", &path]).unwrap(),
         &["bomb.yaml: line", "including copies by aliases"],
     );
+}
+
+#[test]
+fn objects_of_other_kinds_are_passed_over() {
+    let lab = start_lab(1).unwrap();
+    let h1 = &lab["h1"];
+    let mixed = "\
+apiVersion: v1
+kind: Service
+metadata: {name: web}
+spec: {selector: {app: web}, ports: [{port: 80}]}
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: web-1, labels: {app: web}, ownerReferences: [{kind: ReplicaSet, name: web}]}
+spec: {containers: [{name: c, image: example/web}]}
+status: {phase: Failed, podIP: 192.0.2.7}
+---
+apiVersion: apps/v1
+kind: Deployment
+metadata: {name: web}
+---
+apiVersion: v1
+kind: ConfigMap
+metadata: {name: web}
+";
+    let path = file(&lab, "mixed.yaml", mixed).unwrap();
+    let applied = h1.ctl(&["apply", "-f", &path]).unwrap();
+    ensure_status(&applied, &["apply"], 0).unwrap();
+    assert_eq!(applied.stdout, "service/web created\npod/web-1 created\n");
+    assert_contains(
+        &applied.stderr,
+        &[
+            "Pod (1 object): ignored spec.containers[].image: ovl runs no containers",
+            "metadata.ownerReferences",
+            "passed over 2 objects that ovl does not act on: 1 apps/v1 Deployment, 1 v1 ConfigMap",
+        ],
+    );
+    // A Pod that has failed is no backend.
+    assert_eq!(backends(h1, "web", "default").unwrap(), Vec::<String>::new());
+    let error = ctl_error(h1, &["apply", "-f", &path, "--strict"]).unwrap();
+    assert_contains(&error, &["mixed.yaml:12: Deployment web: kind: ovl does not act on apps/v1 Deployment"]);
+    // A policy of another kind would be without effect.
+    let policy = "apiVersion: cilium.io/v2\nkind: CiliumNetworkPolicy\nmetadata: {name: p}\n";
+    let foreign = file(&lab, "foreign.yaml", policy).unwrap();
+    let error = ctl_error(h1, &["apply", "-f", &foreign]).unwrap();
+    assert_contains(&error, &["ovl does not enforce cilium.io/v2 CiliumNetworkPolicy"]);
+    let deleted = h1.ctl(&["delete", "-f", &foreign, "-f", &path]).unwrap();
+    ensure_status(&deleted, &["delete"], 0).unwrap();
+    assert_eq!(deleted.stdout, "service \"web\" deleted\npod \"web-1\" deleted\n");
+    assert_contains(&deleted.stderr, &["passed over 3 objects"]);
 }
 
 #[test]

@@ -5,6 +5,7 @@ mod diff;
 mod files;
 mod table;
 
+use std::collections::BTreeMap;
 use std::io::{self, Write as _};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -15,7 +16,7 @@ use ovl_control::{
     ServiceBackends,
 };
 use ovl_manifest::yaml::to_yaml;
-use ovl_proto::resource::{DEFAULT_NAMESPACE, Kind, Name, ResourceKey};
+use ovl_proto::resource::{DEFAULT_NAMESPACE, Kind, Name, ResourceKey, Validation};
 use serde_json::{Value, json};
 
 use crate::args::Output;
@@ -50,9 +51,39 @@ pub(crate) struct ApplyArgs {
     /// Check the objects without writing them
     #[arg(long)]
     dry_run: bool,
-    /// Warn about unsupported fields instead of rejecting them
-    #[arg(long)]
+    #[command(flatten)]
+    checks: Checks,
+}
+
+/// Options that say how strictly manifests are checked.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Checks {
+    /// How to treat fields that the Kubernetes API does not have: as errors, as warnings, or not at all
+    #[arg(long, value_name = "MODE", default_value = "strict", num_args = 0..=1, require_equals = true)]
+    #[arg(default_missing_value = "strict", value_parser = validation)]
+    validate: Validation,
+    /// The same as `--validate=warn`
+    #[arg(long, conflicts_with = "validate")]
     lenient: bool,
+    /// Refuse kinds and fields that ovl does not act on
+    #[arg(long)]
+    strict: bool,
+}
+
+impl Checks {
+    fn validation(&self) -> Validation {
+        if self.lenient { Validation::Warn } else { self.validate }
+    }
+}
+
+/// Parses the modes of kubectl, which also has `true` and `false`.
+fn validation(mode: &str) -> std::result::Result<Validation, String> {
+    match mode {
+        "strict" | "true" => Ok(Validation::Strict),
+        "warn" => Ok(Validation::Warn),
+        "ignore" | "false" => Ok(Validation::Ignore),
+        _ => Err("use strict, warn or ignore".to_owned()),
+    }
 }
 
 /// Arguments of `diff`.
@@ -60,9 +91,8 @@ pub(crate) struct ApplyArgs {
 pub(crate) struct DiffArgs {
     #[command(flatten)]
     files: Files,
-    /// Warn about unsupported fields instead of rejecting them
-    #[arg(long)]
-    lenient: bool,
+    #[command(flatten)]
+    checks: Checks,
 }
 
 /// Arguments of `get` and `describe`.
@@ -105,29 +135,55 @@ pub(crate) struct DeleteArgs {
 
 /// Runs `ovlctl apply`.
 pub(crate) fn apply(context: &Context, args: &ApplyArgs) -> Result<()> {
-    let all = send(context, &args.files, args.dry_run, args.lenient, false)?;
+    let all = send(context, &args.files, &args.checks, args.dry_run, false)?;
     context.print(&all.objects, |objects| outcome(objects, args.dry_run))
 }
 
 /// Runs `ovlctl diff`. Exit status 1 if there are differences, as with `kubectl diff`.
 pub(crate) fn diff(context: &Context, args: &DiffArgs) -> Result<ExitCode> {
-    let all = send(context, &args.files, true, args.lenient, true)?;
+    let all = send(context, &args.files, &args.checks, true, true)?;
     let changed = all.objects.iter().any(|object| object.action != Action::Unchanged);
     context.print(&all.objects, |objects| objects.iter().map(diff::of_object).collect())?;
     Ok(if changed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 
-fn send(context: &Context, files: &Files, dry_run: bool, lenient: bool, show: bool) -> Result<AppliedAll> {
+fn send(context: &Context, files: &Files, checks: &Checks, dry_run: bool, show: bool) -> Result<AppliedAll> {
     let documents = files::read(&files.files, files.recursive)?;
     if documents.is_empty() {
         return Err(Error::Failed("the given files contain no objects".to_owned()));
     }
-    let apply = Apply { namespace: files.namespace.clone(), dry_run, lenient, show };
+    let apply = Apply {
+        namespace: files.namespace.clone(),
+        dry_run,
+        validation: checks.validation(),
+        strict: checks.strict,
+        show,
+    };
     let all = stage_and_request(context, documents, &Request::Apply(apply))?;
-    for warning in &all.warnings {
-        let _ = writeln!(io::stderr(), "ovlctl: warning: {}", printable_lines(&warning.to_string()));
-    }
+    warn(&all, checks.validation());
     Ok(all)
+}
+
+/// Prints what is unusual in the manifests to standard error.
+fn warn(all: &AppliedAll, validation: Validation) {
+    let mut lines: Vec<String> = all.warnings.iter().map(ToString::to_string).collect();
+    if validation != Validation::Ignore {
+        lines.extend(all.ignored.iter().map(ToString::to_string));
+    }
+    lines.extend(passed_over(&all.foreign));
+    for line in lines {
+        // Not eprintln!: it panics if standard error is closed.
+        let _ = writeln!(io::stderr(), "ovlctl: warning: {}", printable_lines(&line));
+    }
+}
+
+/// Says how many objects were passed over because ovl does not act on their kinds. `None` if there are none.
+fn passed_over(foreign: &BTreeMap<String, usize>) -> Option<String> {
+    let count: usize = foreign.values().sum();
+    let kinds: Vec<String> = foreign.iter().map(|(kind, count)| format!("{count} {kind}")).collect();
+    let plural = if count == 1 { "" } else { "s" };
+    (count > 0)
+        .then(|| format!("passed over {count} object{plural} that ovl does not act on: {}", kinds.join(", ")))
 }
 
 /// Stages documents and sends a request that uses them, on one connection.
@@ -200,6 +256,7 @@ pub(crate) fn delete(context: &Context, args: &DeleteArgs) -> Result<()> {
     }
     let request = Request::Delete { keys, namespace: args.namespace.clone(), dry_run: args.dry_run };
     let all = stage_and_request(context, documents, &request)?;
+    warn(&all, Validation::Strict);
     context.print(&all.objects, |objects| outcome(objects, args.dry_run))
 }
 

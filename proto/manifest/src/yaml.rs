@@ -37,10 +37,10 @@ pub struct Unreadable {
 /// A document of a file.
 #[derive(Debug, Clone, PartialEq)]
 pub struct FileDocument {
-    /// The number of the document in the file, from 1. Empty documents count.
-    pub number: usize,
-    /// The line where it begins, from 1.
+    /// The line where its content begins, from 1.
     pub line: usize,
+    /// The lines of its items, if it is a YAML map with a list `items`.
+    pub items: Vec<usize>,
     /// The content; never null.
     pub value: Value,
 }
@@ -64,7 +64,7 @@ pub fn read(text: &str) -> Result<Vec<FileDocument>, Unreadable> {
     {
         return Ok(documents);
     }
-    let mut reader = Reader { documents: Vec::new(), count: 0, state: DocumentState::default() };
+    let mut reader = Reader { documents: Vec::new(), state: DocumentState::default() };
     for event in Parser::new_from_str(text) {
         let (event, span) = event
             .map_err(|error| Unreadable { line: error.marker().line(), reason: error.info().to_owned() })?;
@@ -77,10 +77,9 @@ pub fn read(text: &str) -> Result<Vec<FileDocument>, Unreadable> {
 fn read_json(text: &str) -> Result<Vec<FileDocument>, serde_json::Error> {
     let mut documents = Vec::new();
     let mut stream = serde_json::Deserializer::from_str(text).into_iter::<Value>();
-    let (mut number, mut at, mut line) = (0, 0, 1);
+    let (mut at, mut line) = (0, 1);
     while let Some(value) = stream.next() {
         let value = value?;
-        number += 1;
         let part = text.get(at..stream.byte_offset()).unwrap_or_default();
         let lead = part.len() - part.trim_start().len();
         let newlines = |part: &str| part.bytes().filter(|byte| *byte == b'\n').count();
@@ -88,7 +87,7 @@ fn read_json(text: &str) -> Result<Vec<FileDocument>, serde_json::Error> {
         line += newlines(part);
         at = stream.byte_offset();
         if !value.is_null() && documents.len() < MAX_DOCUMENTS {
-            documents.push(FileDocument { number, line: begins, value });
+            documents.push(FileDocument { line: begins, items: Vec::new(), value });
         }
     }
     Ok(documents)
@@ -102,7 +101,8 @@ enum Container {
 
 #[derive(Default)]
 struct DocumentState {
-    line: usize,
+    line: Option<usize>,
+    items: Vec<usize>,
     open: Vec<Container>,
     root: Option<Value>,
     anchors: HashMap<usize, Value>,
@@ -112,25 +112,27 @@ struct DocumentState {
 
 struct Reader {
     documents: Vec<FileDocument>,
-    count: usize,
     state: DocumentState,
 }
 
 impl Reader {
     fn take(&mut self, event: Event<'_>, line: usize) -> Result<(), String> {
         let state = &mut self.state;
+        if let Event::Scalar(..) | Event::SequenceStart(..) | Event::MappingStart(..) | Event::Alias(_) =
+            &event
+        {
+            state.begins(line);
+        }
         match event {
-            Event::DocumentStart(_) => {
-                self.count += 1;
-                *state = DocumentState { line, ..DocumentState::default() };
-            }
+            Event::DocumentStart(_) => *state = DocumentState::default(),
             Event::DocumentEnd => {
                 let value = state.root.take().unwrap_or_default();
                 if self.documents.len() >= MAX_DOCUMENTS {
                     return Err(format!("the file has more than {MAX_DOCUMENTS} documents"));
                 }
                 if !value.is_null() {
-                    self.documents.push(FileDocument { number: self.count, line: state.line, value });
+                    let items = std::mem::take(&mut state.items);
+                    self.documents.push(FileDocument { line: state.line.unwrap_or(1), items, value });
                 }
             }
             Event::Scalar(text, style, anchor, tag) => {
@@ -163,6 +165,16 @@ impl Reader {
 }
 
 impl DocumentState {
+    /// Notes the line where a value begins.
+    fn begins(&mut self, line: usize) {
+        self.line.get_or_insert(line);
+        if let [Container::Map { key: Some(key), .. }, Container::List { .. }] = self.open.as_slice()
+            && key == "items"
+        {
+            self.items.push(line);
+        }
+    }
+
     fn open(&mut self, open: Container) -> Result<(), String> {
         if self.open.len() >= MAX_DEPTH {
             return Err(format!("lists and maps are nested more than {MAX_DEPTH} levels deep"));

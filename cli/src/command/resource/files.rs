@@ -5,6 +5,7 @@ use std::io::{self, Read as _};
 use std::path::{Path, PathBuf};
 
 use ovl_control::Document;
+use ovl_manifest::object::{Item, items};
 use ovl_manifest::yaml::{self as manifest, MAX_FILE};
 
 use crate::error::{Error, Result};
@@ -12,7 +13,7 @@ use crate::error::{Error, Result};
 /// Maximum depth of nested directories.
 const MAX_DEPTH: usize = 16;
 
-/// Reads the documents of all paths in their order, the files of a directory sorted by name.
+/// Reads the objects of all paths in their order, the files of a directory sorted by name.
 pub(super) fn read(paths: &[PathBuf], recursive: bool) -> Result<Vec<Document>> {
     let mut documents = Vec::new();
     for path in paths {
@@ -72,7 +73,12 @@ fn read_error(name: &str, error: &io::Error) -> Error {
 fn parse(name: &str, text: &str) -> Result<Vec<Document>> {
     let documents = manifest::read(text)
         .map_err(|error| Error::Failed(format!("nothing was changed: {name}: {error}")))?;
-    let document =
-        |it: manifest::FileDocument| Document { file: name.to_owned(), document: it.number, value: it.value };
-    Ok(documents.into_iter().map(document).collect())
+    let mut all = Vec::new();
+    for manifest::FileDocument { line, items: lines, value } in documents {
+        for Item { path: within, index, value } in items(value) {
+            let line = index.and_then(|index| lines.get(index)).copied().unwrap_or(line);
+            all.push(Document { file: name.to_owned(), line, within, value });
+        }
+    }
+    Ok(all)
 }

@@ -54,7 +54,9 @@ fn namespace() -> Value {
 }
 
 fn accepted(manifest: Value) -> Resource {
-    read(manifest.clone(), None, false).unwrap_or_else(|problems| panic!("{manifest}: {problems:?}")).resource
+    read(manifest.clone(), None, Validation::Strict)
+        .unwrap_or_else(|problems| panic!("{manifest}: {problems:?}"))
+        .resource
 }
 
 /// Sets a value at a path, and creates the path.
@@ -152,30 +154,132 @@ fn server_fields_of_another_cluster_are_ignored() {
 #[test]
 fn list_is_split_into_its_items() {
     let list = json!({ "apiVersion": "v1", "kind": "List", "items": [service(), policy()] });
-    let found = items(list);
-    assert_eq!(found.iter().map(|(path, _)| path.as_str()).collect::<Vec<_>>(), ["items[0].", "items[1]."]);
-    assert_eq!(items(json!({ "kind": "ServiceList", "items": [] })), []);
-    assert_eq!(items(service()), [(String::new(), service())]);
+    assert_eq!(paths(list), ["items[0].", "items[1]."]);
+    assert_eq!(items(json!({ "apiVersion": "v1", "kind": "ServiceList", "items": [] })), []);
+    assert_eq!(items(json!({ "apiVersion": "v1", "kind": "List", "items": null })), []);
+    assert_eq!(items(service()), [Item { path: String::new(), index: None, value: service() }]);
+    let nested = json!({ "apiVersion": "v1", "kind": "List", "items": [service(), {
+        "apiVersion": "v1", "kind": "List", "items": [policy()],
+    }] });
+    assert_eq!(paths(nested), ["items[0].", "items[1].items[0]."]);
+}
+
+fn paths(list: Value) -> Vec<String> {
+    items(list).into_iter().map(|item| item.path).collect()
+}
+
+/// `kubectl get --raw` prints lists whose items have no kind.
+#[test]
+fn items_of_a_list_of_one_kind_need_no_kind() {
+    let mut bare = service();
+    bare.as_object_mut().unwrap().retain(|key, _| key != "kind" && key != "apiVersion");
+    let list =
+        json!({ "apiVersion": "v1", "kind": "ServiceList", "metadata": {}, "items": [bare, service()] });
+    let values: Vec<Value> = items(list).into_iter().map(|item| item.value).collect();
+    assert_eq!(values, [service(), service()]);
+}
+
+#[test]
+fn what_is_no_list_is_not_an_empty_one() {
+    for (list, field, reason) in [
+        (json!({ "apiVersion": "v1", "kind": "List" }), "items", "is missing or not a list"),
+        (json!({ "apiVersion": "v1", "kind": "List", "items": {} }), "items", "is missing or not a list"),
+        (json!({ "apiVersion": "v1", "kind": "ServiceList" }), "items", "is missing or not a list"),
+        (
+            json!({ "apiVersion": "v9", "kind": "NetworkPolicyList", "items": [] }),
+            "apiVersion",
+            "v9 NetworkPolicyList is not supported: use networking.k8s.io/v1 NetworkPolicy",
+        ),
+        (json!({ "kind": "ServiceList", "items": [] }), "apiVersion", "is missing"),
+        (json!({ "apiVersion": "v1", "kind": "AllowList", "items": [] }), "kind", "v1 has no kind AllowList"),
+    ] {
+        let found = items(list.clone());
+        assert_eq!(found.len(), 1, "{list}");
+        let expected = Problem { field: field.to_owned(), reason: reason.to_owned() };
+        assert_eq!(identify(&found[0].value, None), Err(vec![expected]), "{list}");
+    }
+    let allowed = json!({ "apiVersion": "example.org/v1", "kind": "AllowList", "metadata": { "name": "x" } });
+    let foreign = Identity::Foreign { kind: "example.org/v1 AllowList".to_owned(), is_policy: false };
+    assert_eq!(identify(&items(allowed)[0].value, None), Ok(foreign));
+}
+
+#[test]
+fn kinds_that_ovl_does_not_act_on_are_told_from_typing_errors() {
+    let identity =
+        |version: &str, kind: &str| identify(&json!({ "apiVersion": version, "kind": kind }), None);
+    for (version, kind) in [
+        ("apps/v1", "Deployment"),
+        ("v1", "ConfigMap"),
+        ("v1", "ConfigMapList"),
+        ("v1", "Endpoints"),
+        ("apiextensions.k8s.io/v1", "CustomResourceDefinition"),
+        ("networking.k8s.io/v1", "Ingress"),
+        ("serving.knative.dev/v1", "Service"),
+        ("example.org/v1", "Namespace"),
+        ("policy/v1", "PodDisruptionBudget"),
+    ] {
+        let expected = Identity::Foreign { kind: format!("{version} {kind}"), is_policy: false };
+        assert_eq!(identity(version, kind), Ok(expected));
+    }
+    for (version, kind) in [
+        ("cilium.io/v2", "CiliumNetworkPolicy"),
+        ("crd.projectcalico.org/v1", "NetworkPolicy"),
+        ("policy.networking.k8s.io/v1alpha1", "AdminNetworkPolicy"),
+    ] {
+        let expected = Identity::Foreign { kind: format!("{version} {kind}"), is_policy: true };
+        assert_eq!(identity(version, kind), Ok(expected));
+    }
+    for (version, kind, field, reason) in [
+        ("extensions/v1beta1", "NetworkPolicy", "apiVersion", "use networking.k8s.io/v1 NetworkPolicy"),
+        ("v1", "NetworkPolicy", "apiVersion", "use networking.k8s.io/v1 NetworkPolicy"),
+        ("discovery.k8s.io/v1beta1", "EndpointSlice", "apiVersion", "use discovery.k8s.io/v1 EndpointSlice"),
+        ("v1", "service", "kind", "use v1 Service"),
+        ("networking.k8s.io/v1", "NetworkPolicies", "kind", "use networking.k8s.io/v1 NetworkPolicy"),
+        ("v1", "Servce", "kind", "v1 has no kind Servce"),
+        ("networking.k8s.io/v1", "NetworkPolcy", "kind", "has no kind NetworkPolcy"),
+        ("v1", "Deployment", "kind", "v1 has no kind Deployment"),
+    ] {
+        let problems = identity(version, kind).unwrap_err();
+        assert_eq!(problems.len(), 1);
+        assert_eq!(problems[0].field, field, "{version} {kind}");
+        assert!(problems[0].reason.contains(reason), "{version} {kind}: {problems:?}");
+    }
 }
 
 #[test]
 fn namespace_is_the_manifests_own_or_the_requested_one() {
-    let name = |manifest: Value, namespace| key(&manifest, namespace).map(|key| key.name.to_string());
+    let name = |manifest: Value, namespace| {
+        identify(&manifest, namespace).map(|identity| match identity {
+            Identity::Object(key) => key.name.to_string(),
+            Identity::Foreign { kind, .. } => panic!("{kind}"),
+        })
+    };
     assert_eq!(name(policy(), None).unwrap(), "default/db-allow-api-only");
     assert_eq!(name(policy(), Some("shop")).unwrap(), "shop/db-allow-api-only");
     assert_eq!(name(service(), Some("shop")).unwrap(), "shop/web");
     assert_eq!(name(service(), Some("other")).unwrap_err()[0].field, "metadata.namespace");
     assert_eq!(name(namespace(), Some("other")).unwrap(), "shop");
+    // A value of another type is not an absent one: `delete` would take the object of another namespace.
+    for (field, value) in [("namespace", json!(5)), ("namespace", json!(["shop"])), ("name", json!(5))] {
+        let mut manifest = policy();
+        set(&mut manifest, &format!("metadata.{field}"), value);
+        let problems = name(manifest, None).unwrap_err();
+        let expected = format!("metadata.{field}: is not a string: put it in quotation marks");
+        assert_eq!(
+            problems.iter().map(|it| format!("{}: {}", it.field, it.reason)).collect::<Vec<_>>(),
+            [expected]
+        );
+    }
 }
 
 #[test]
 fn every_invalid_field_is_named_with_the_reason() {
     let long = "a".repeat(64);
     let service_rows = [
-        ("apiVersion", json!("v2"), "kind", "v2 Service is not supported"),
-        ("kind", json!("Deployment"), "kind", "is not supported; these are: v1 Namespace"),
+        ("apiVersion", json!("v2"), "apiVersion", "v2 Service is not supported: use v1 Service"),
+        ("kind", json!("Deployment"), "kind", "v1 has no kind Deployment"),
         ("kind", json!(null), "kind", "is missing"),
-        ("apiVersion", json!(7), "apiVersion", "is missing"),
+        ("apiVersion", json!(7), "apiVersion", "is not a string"),
         ("metadata.name", json!(null), "metadata.name", "is missing"),
         ("metadata.name", json!("Web"), "metadata.name", "not a Service name"),
         ("metadata.name", json!("1web"), "metadata.name", "not a Service name"),
@@ -192,7 +296,7 @@ fn every_invalid_field_is_named_with_the_reason() {
             "metadata.annotations",
             "larger than 128 KiB",
         ),
-        ("metadata.finalizers", json!(["x"]), "metadata.finalizers", "is not supported"),
+        ("metadata.finalisers", json!(["x"]), "metadata.finalisers", "is not a known field"),
         ("spec.selector", json!({ "app": "x y" }), "spec.selector.app", "not a label value"),
         ("spec.ports", json!([]), "spec.ports", "at least one port"),
         ("spec.ports", json!("80"), "spec.ports", "invalid type: string"),
@@ -205,7 +309,7 @@ fn every_invalid_field_is_named_with_the_reason() {
         ("spec.ports.0.targetPort", json!("123"), "spec.ports[0].targetPort", "not a port name"),
         ("spec.ports.0.name", json!("Http"), "spec.ports[0].name", "not a DNS label"),
         ("spec.ports.0.nodePort", json!(30_000), "spec.ports[0].nodePort", "requires type NodePort"),
-        ("spec.ports.0.nodeport", json!(30_000), "spec.ports[0].nodeport", "is not supported"),
+        ("spec.ports.0.nodeport", json!(30_000), "spec.ports[0].nodeport", "is not a known field"),
         ("spec.ports.1.port", json!(81), "spec.ports[0].name", "several ports need names"),
         (
             "spec.ports",
@@ -325,7 +429,8 @@ fn every_invalid_field_is_named_with_the_reason() {
             "every source could connect",
         ),
         ("spec", json!("none"), "spec", "invalid type: string"),
-        ("more", json!(1), "more", "is not supported"),
+        ("more", json!(1), "more", "is not a known field"),
+        ("spec.loadBalancerClass", json!("a/b"), "spec.loadBalancerClass", "whatever its class"),
     ];
     wrong(service(), &service_rows);
     let mut balanced = service();
@@ -498,7 +603,7 @@ fn every_invalid_field_is_named_with_the_reason() {
             ("spec.hostname", json!("a.b"), "spec.hostname", "not a DNS label"),
             ("spec.subdomain", json!("a_b"), "spec.subdomain", "not a DNS label"),
             ("spec.containers.0.name", json!(""), "spec.containers[0].name", "not a DNS label"),
-            ("spec.containers.0.image", json!("nginx"), "spec.containers[0].image", "is not supported"),
+            ("spec.containers.0.img", json!("nginx"), "spec.containers[0].img", "is not a known field"),
             (
                 "spec.containers.0.ports.0.containerPort",
                 json!(0),
@@ -524,10 +629,10 @@ fn every_invalid_field_is_named_with_the_reason() {
                 "unknown variant",
             ),
             (
-                "spec.containers.0.ports.0.hostPort",
-                json!(80),
-                "spec.containers[0].ports[0].hostPort",
-                "is not supported",
+                "spec.initContainers",
+                json!([{ "name": "i", "restartPolicy": "Always", "ports": [{ "name": "a", "containerPort": 1 }] }]),
+                "spec.initContainers",
+                "list their ports in spec.containers",
             ),
             (
                 "spec.containers.0.ports",
@@ -535,7 +640,7 @@ fn every_invalid_field_is_named_with_the_reason() {
                 "spec.containers[0].ports[1].name",
                 "is a duplicate",
             ),
-            ("spec.hostNetwork", json!(true), "spec.hostNetwork", "is not supported"),
+            ("spec.hostNetworks", json!(true), "spec.hostNetworks", "is not a known field"),
             ("status.podIP", json!("10.0.0.0/8"), "status.podIP", "invalid IP address"),
             ("status.podIP", json!("127.0.0.1"), "status.podIPs[0].ip", "not the address of one host"),
             ("status.podIPs", json!([{ "ip": "10.0.0.2" }]), "status.podIP", "not the first of podIPs"),
@@ -572,8 +677,13 @@ fn every_invalid_field_is_named_with_the_reason() {
             ("endpoints.0.addresses", json!(["a"]), "endpoints[0].addresses[0]", "invalid IP address"),
             ("endpoints.0.hostname", json!("A"), "endpoints[0].hostname", "not a DNS label"),
             ("endpoints.0.conditions.ready", json!("true"), "endpoints[0].conditions.ready", "invalid type"),
-            ("endpoints.0.conditions.dead", json!(true), "endpoints[0].conditions.dead", "is not supported"),
-            ("endpoints.0.targetRef", json!({ "kind": "Pod" }), "endpoints[0].targetRef", "is not supported"),
+            (
+                "endpoints.0.conditions.dead",
+                json!(true),
+                "endpoints[0].conditions.dead",
+                "is not a known field",
+            ),
+            ("endpoints.0.target", json!({ "kind": "Pod" }), "endpoints[0].target", "is not a known field"),
             ("ports.0.port", json!(0), "ports[0].port", "between 1 and 65535"),
             ("ports.0.name", json!("a b"), "ports[0].name", "not a DNS label"),
             ("ports.1.name", json!("http"), "ports[1].name", "is a duplicate"),
@@ -586,11 +696,11 @@ fn every_invalid_field_is_named_with_the_reason() {
             ("metadata.name", json!("a.b"), "metadata.name", "not a DNS label"),
             ("metadata.namespace", json!("x"), "metadata.namespace", "has no namespace"),
             ("metadata.labels.team", json!("-"), "metadata.labels.team", "not a label value"),
-            ("spec", json!({ "finalizers": ["kubernetes"] }), "spec", "is not supported"),
+            ("specs", json!({ "finalizers": ["kubernetes"] }), "specs", "is not a known field"),
         ],
     );
     assert_eq!(
-        read(json!("text"), None, false).unwrap_err()[0].reason,
+        read(json!("text"), None, Validation::Strict).unwrap_err()[0].reason,
         "not an object with apiVersion, kind and metadata"
     );
 }
@@ -601,7 +711,7 @@ fn wrong(good: Value, rows: &[(&str, Value, &str, &str)]) {
     for (place, value, field, reason) in rows {
         let mut manifest = good.clone();
         set(&mut manifest, place, value.clone());
-        let problems = read(manifest, None, false).expect_err(&format!("{place} {value}"));
+        let problems = read(manifest, None, Validation::Strict).expect_err(&format!("{place} {value}"));
         let named = problems.iter().any(|it| it.field == *field && it.reason.contains(reason));
         assert!(named, "{place} {value}: {problems:?}");
     }
@@ -654,8 +764,8 @@ fn list_in_place_of_an_object_is_refused() {
     for (good, place, value, field) in rows {
         let mut manifest = good;
         set(&mut manifest, place, value.clone());
-        for lenient in [false, true] {
-            let problems = read(manifest.clone(), None, lenient).expect_err(&format!("{place} {value}"));
+        for validation in [Validation::Strict, Validation::Warn, Validation::Ignore] {
+            let problems = read(manifest.clone(), None, validation).expect_err(&format!("{place} {value}"));
             let expected = Problem {
                 field: field.to_owned(),
                 reason: "invalid type: sequence, expected an object".to_owned(),
@@ -710,17 +820,89 @@ fn null_as_the_value_of_a_label_is_the_empty_string() {
 }
 
 #[test]
-fn lenient_makes_only_unsupported_fields_warnings() {
+fn validation_decides_about_unknown_fields() {
     let mut manifest = pod();
-    set(&mut manifest, "spec.containers.0.image", json!("nginx"));
-    set(&mut manifest, "spec.restartPolicy", json!("Always"));
-    assert_eq!(read(manifest.clone(), None, false).unwrap_err().len(), 2);
-    let found = read(manifest.clone(), None, true).unwrap();
+    set(&mut manifest, "spec.containers.0.imgae", json!("nginx"));
+    set(&mut manifest, "spec.colour", json!("red"));
+    assert_eq!(read(manifest.clone(), None, Validation::Strict).unwrap_err().len(), 2);
+    let found = read(manifest.clone(), None, Validation::Warn).unwrap();
     assert_eq!(found.resource, accepted(pod()));
     let fields: Vec<&str> = found.warnings.iter().map(|it| it.field.as_str()).collect();
-    assert_eq!(fields, ["spec.containers[0].image", "spec.restartPolicy"]);
+    assert_eq!(fields, ["spec.colour", "spec.containers[0].imgae"]);
+    assert_eq!(read(manifest.clone(), None, Validation::Ignore).unwrap().warnings, []);
     set(&mut manifest, "spec.hostname", json!("A"));
-    assert!(read(manifest, None, true).is_err());
+    assert!(read(manifest, None, Validation::Ignore).is_err());
+    // A field that would change what ovl does is at least a warning.
+    let mut classed = service();
+    set(&mut classed, "spec.loadBalancerClass", json!("example.org/other"));
+    assert_eq!(read(classed, None, Validation::Ignore).unwrap().warnings.len(), 1);
+}
+
+/// The fields of an ordinary Pod, as `kubectl get -o yaml` prints it.
+#[test]
+fn fields_that_do_not_change_what_ovl_does_are_ignored() {
+    let mut full = pod();
+    for (path, value) in [
+        ("metadata.generateName", json!("web-")),
+        ("metadata.ownerReferences", json!([{ "kind": "ReplicaSet", "name": "web" }])),
+        ("spec.containers.0.image", json!("registry.example/web:1")),
+        ("spec.containers.0.resources", json!({})),
+        ("spec.containers.0.ports.0.hostPort", json!(80)),
+        ("spec.containers.0.ports.0.hostIP", json!("")),
+        ("spec.containers.0.volumeMounts", json!([{ "name": "v", "mountPath": "/v" }])),
+        (
+            "spec.initContainers",
+            json!([{ "name": "i", "image": "i", "ports": [{ "name": "a", "containerPort": 1 }] }]),
+        ),
+        ("spec.hostNetwork", json!(false)),
+        ("spec.nodeName", json!("h1")),
+        ("spec.volumes", json!([{ "name": "v", "emptyDir": {} }])),
+        ("status.phase", json!("Running")),
+        (
+            "status.conditions",
+            json!([{ "type": "Ready", "status": "True", "lastProbeTime": null, "reason": "r" }]),
+        ),
+        ("status.qosClass", json!("Burstable")),
+        ("status.containerStatuses", json!([{ "name": "c", "ready": true }])),
+    ] {
+        set(&mut full, path, value);
+    }
+    let found = read(full, None, Validation::Strict).unwrap();
+    assert_eq!(found.warnings, []);
+    let fields: Vec<&str> = found.ignored.iter().map(|it| it.field.as_str()).collect();
+    assert_eq!(
+        fields,
+        [
+            "metadata.ownerReferences",
+            "spec.containers[0].image",
+            "spec.containers[0].ports[0].hostPort",
+            "spec.containers[0].volumeMounts",
+            "spec.initContainers",
+            "spec.nodeName",
+            "spec.volumes",
+        ]
+    );
+    assert_eq!(found.ignored[1].reason, "ovl runs no containers");
+    assert_eq!(without_indices(fields[2]), "spec.containers[].ports[].hostPort");
+
+    let mut full = slice();
+    for (path, value) in [
+        ("metadata.generateName", json!("web-")),
+        ("metadata.ownerReferences", json!([{ "kind": "Service", "name": "web" }])),
+        ("endpoints.0.targetRef", json!({ "kind": "Pod", "name": "web-1" })),
+        ("endpoints.0.zone", json!("a")),
+        ("endpoints.0.hints", json!({ "forZones": [{ "name": "a" }] })),
+    ] {
+        set(&mut full, path, value);
+    }
+    let found = read(full, None, Validation::Strict).unwrap();
+    let fields: Vec<&str> = found.ignored.iter().map(|it| it.field.as_str()).collect();
+    assert_eq!(fields, ["endpoints[0].hints", "metadata.ownerReferences"]);
+
+    let mut full = namespace();
+    set(&mut full, "spec.finalizers", json!(["kubernetes"]));
+    set(&mut full, "status.phase", json!("Active"));
+    assert_eq!(read(full, None, Validation::Strict).unwrap().ignored.len(), 1);
 }
 
 #[test]
@@ -754,15 +936,15 @@ fn fields_whose_loss_takes_a_protection_away_are_refused_always() {
     ] {
         let mut manifest = good.clone();
         set(&mut manifest, place, value.clone());
-        for lenient in [false, true] {
-            let problems = read(manifest.clone(), None, lenient).expect_err(place);
+        for validation in [Validation::Strict, Validation::Warn, Validation::Ignore] {
+            let problems = read(manifest.clone(), None, validation).expect_err(place);
             let fields: Vec<_> = problems.iter().map(|problem| problem.field.as_str()).collect();
             assert_eq!(fields, [field], "{place} {value}: {problems:?}");
         }
     }
     // Empty source ranges are as good as none.
     set(&mut balanced, "spec.loadBalancerSourceRanges", json!([]));
-    assert!(read(balanced, None, true).is_ok());
+    assert!(read(balanced, None, Validation::Warn).is_ok());
 }
 
 #[test]
@@ -771,7 +953,7 @@ fn status_of_a_pod_is_read_as_far_as_it_counts() {
         let mut manifest = pod();
         set(&mut manifest, "status", status);
         set(&mut manifest, "metadata.deletionTimestamp", deletion);
-        let Resource::Pod(pod) = read(manifest, None, true).unwrap().resource else { panic!() };
+        let Resource::Pod(pod) = read(manifest, None, Validation::Warn).unwrap().resource else { panic!() };
         assert_eq!(accepted(Resource::Pod(pod.clone()).to_manifest().unwrap()), Resource::Pod(pod.clone()));
         (pod.is_ready(), pod.is_finished())
     };
@@ -799,7 +981,7 @@ fn all_problems_of_a_manifest_are_reported() {
     set(&mut manifest, "spec.ports.0.port", json!(0));
     set(&mut manifest, "spec.clusterIPs", json!(["127.0.0.1"]));
     set(&mut manifest, "spec.unknown", json!(1));
-    assert_eq!(read(manifest, None, false).unwrap_err().len(), 4);
+    assert_eq!(read(manifest, None, Validation::Strict).unwrap_err().len(), 4);
 }
 
 fn any_json() -> impl Strategy<Value = Value> {
@@ -840,7 +1022,7 @@ proptest! {
     fn accepted_arbitrary_manifests_round_trip(
         which in 0..5_usize,
         changes in prop::collection::vec((any::<prop::sample::Index>(), any_json()), 1..4),
-        lenient: bool,
+        validation in prop_oneof![Just(Validation::Strict), Just(Validation::Warn), Just(Validation::Ignore)],
     ) {
         let mut manifest = [service(), policy(), pod(), slice(), namespace()][which].clone();
         for (index, value) in changes {
@@ -849,7 +1031,7 @@ proptest! {
             let place: &String = index.get(&all);
             *manifest.pointer_mut(place).unwrap() = value;
         }
-        if let Ok(found) = read(manifest, None, lenient) {
+        if let Ok(found) = read(manifest, None, validation) {
             prop_assert_eq!(check(&found.resource), Ok(()));
             prop_assert_eq!(accepted(found.resource.to_manifest().unwrap()), found.resource);
         }
