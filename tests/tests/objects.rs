@@ -268,10 +268,6 @@ fn invalid_manifest_changes_nothing_and_the_error_names_the_place() {
             format!("{good}---\n{}", service("bad", ", colour: red, selector: {a: 'x y'}")),
             vec!["Service bad: spec.colour: is not a known field", "spec.selector.a: not a label value"],
         ),
-        (
-            format!("{good}{good}"),
-            vec!["document 2: metadata.name: Service default/good comes twice", "document 1"],
-        ),
         (format!("{good}a: 1\na: 2\n"), vec!["line", "duplicate key a"]),
         (format!("{good}b: [1\n"), vec!["manifest.yaml: line"]),
         (format!("{good}just text\n"), vec!["manifest.yaml:6: not an object"]),
@@ -314,6 +310,14 @@ fn invalid_manifest_changes_nothing_and_the_error_names_the_place() {
         &["warning: ", "manifest.yaml:1: Service odd: spec.colour: is not a known field"],
     );
     assert_eq!(output.stdout, "service/odd created\n");
+    // The last of two manifests of one object counts.
+    let twice = service("twice", "") + &service("twice", ", selector: {app: last}");
+    let path = file(&lab, "manifest.yaml", &twice).unwrap();
+    let output = h1.ctl(&["apply", "-f", &path]).unwrap();
+    ensure_status(&output, &["apply"], 0).unwrap();
+    assert_eq!(output.stdout, "service/twice created\n");
+    assert_contains(&output.stderr, &["Service twice: replaces the same object at", "manifest.yaml:1"]);
+    assert_eq!(get(h1, "svc", "twice", "default").unwrap()["spec"]["selector"]["app"], "last");
     // A directory stands for its files, sorted by name.
     let folder = lab.dir().join("folder");
     fs::create_dir_all(&folder).unwrap();

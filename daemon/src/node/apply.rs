@@ -117,7 +117,7 @@ impl Node {
         let mut warnings = Vec::new();
         let (mut foreign, mut ignored) = (Foreign::default(), Ignored::default());
         let mut read: Vec<(Place, Resource)> = Vec::new();
-        let mut places: BTreeMap<ResourceKey, Place> = BTreeMap::new();
+        let mut known: BTreeMap<ResourceKey, usize> = BTreeMap::new();
         for (n, (place, value)) in objects_of(documents).enumerate() {
             if problems.len() >= MOST_PROBLEMS {
                 break;
@@ -151,12 +151,16 @@ impl Node {
                         ignored.add(found.resource.kind(), found.ignored);
                     }
                     warnings.extend(found.warnings.into_iter().map(|warning| place.problem(warning)));
-                    let key = found.resource.key();
-                    if let Some(first) = places.insert(key.clone(), place.clone()) {
-                        let reason = format!("{key} comes twice: it is in {first} already");
-                        problems.push(place.problem(Problem { field: "metadata.name".to_owned(), reason }));
+                    // As with kubectl, the last one counts.
+                    let first = known.entry(found.resource.key()).or_insert(read.len());
+                    match read.get_mut(*first) {
+                        Some(first) => {
+                            let reason = format!("replaces the same object at {}", first.0);
+                            warnings.push(place.problem(Problem { field: String::new(), reason }));
+                            *first = (place, found.resource);
+                        }
+                        None => read.push((place, found.resource)),
                     }
-                    read.push((place, found.resource));
                 }
                 Err(found) => problems.extend(found.into_iter().map(|problem| place.problem(problem))),
             }
@@ -332,6 +336,8 @@ impl Node {
             problems.truncate(MOST_PROBLEMS);
             return Ok(Reply::Refused(problems));
         }
+        let mut known = BTreeSet::new();
+        keys.retain(|key| known.insert(key.clone()));
         let (mut objects, mut writes) = (Vec::new(), Vec::new());
         {
             let state = self.state.borrow();

@@ -7,6 +7,7 @@ mod names;
 mod policy;
 mod service;
 mod typed;
+mod unset;
 mod workload;
 
 use ovl_proto::resource::{
@@ -214,6 +215,7 @@ pub fn read(manifest: Value, namespace: Option<&str>, validation: Validation) ->
     remove_server_fields(key.kind, &mut fields, &mut problems);
     let mut given = Value::Object(fields);
     remove_nulls(&mut given);
+    unset::remove(key.kind, &mut given);
     let terminating = take_deletion(key.kind, &mut given);
     let mut resource = match Resource::read(key.kind, Typed(&given)) {
         Ok(resource) => resource,
@@ -230,7 +232,7 @@ pub fn read(manifest: Value, namespace: Option<&str>, validation: Validation) ->
     }
     problems.append(&mut unsupported.errors);
     resource.meta_mut().namespace = key.name.namespace;
-    complete(&mut resource, terminating);
+    complete(&mut resource, terminating, &mut unsupported.warnings);
     if let Resource::Service(service) = &resource {
         let ranges = service.metadata.annotations.get(fields::SOURCE_RANGES_ANNOTATION);
         problems.want(
@@ -372,12 +374,13 @@ fn find_unsupported(given: &Value, known: &Value, path: &str, unsupported: &mut 
     }
 }
 
-/// Fills in the fields that derive from others. `terminating`: it is a Pod that is shutting down.
-fn complete(resource: &mut Resource, terminating: bool) {
+/// Fills in the fields that derive from others, and removes those without effect. `terminating`: it is a Pod that is
+/// shutting down.
+fn complete(resource: &mut Resource, terminating: bool, warnings: &mut Vec<Problem>) {
     match resource {
         Resource::Namespace(_) | Resource::EndpointSlice(_) => {}
         Resource::Pod(pod) => workload::complete(pod, terminating),
-        Resource::Service(it) => service::complete(it),
+        Resource::Service(it) => service::complete(it, warnings),
         Resource::NetworkPolicy(it) => {
             let spec = &mut it.spec;
             if spec.policy_types.is_empty() {
@@ -385,6 +388,7 @@ fn complete(resource: &mut Resource, terminating: bool) {
                 spec.policy_types.extend((!spec.egress.is_empty()).then_some(PolicyType::Egress));
             }
             spec.policy_types.sort_unstable();
+            spec.policy_types.dedup();
             let from = spec.ingress.iter_mut().flat_map(|rule| &mut rule.from);
             let to = spec.egress.iter_mut().flat_map(|rule| &mut rule.to);
             for IpBlock { cidr, except } in from.chain(to).filter_map(|peer| peer.ip_block.as_mut()) {

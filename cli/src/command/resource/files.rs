@@ -57,22 +57,25 @@ fn walk(folder: &Path, depth: usize, files: &mut Vec<PathBuf>) -> Result<()> {
 }
 
 fn read_bounded(from: impl io::Read, name: &str) -> Result<String> {
-    let mut text = String::new();
+    let mut bytes = Vec::new();
     let most = MAX_FILE as u64;
-    let length = from.take(most + 1).read_to_string(&mut text).map_err(|error| read_error(name, &error))?;
+    let length = from.take(most + 1).read_to_end(&mut bytes).map_err(|error| read_error(name, &error))?;
     if length as u64 > most {
         return Err(Error::Failed(format!("{name} is larger than {} MiB", MAX_FILE >> 20)));
     }
-    Ok(text)
+    manifest::decode(bytes).map_err(|error| unreadable(name, &error))
 }
 
 fn read_error(name: &str, error: &io::Error) -> Error {
     Error::Failed(format!("cannot read {name}: {error}"))
 }
 
+fn unreadable(name: &str, error: &manifest::Unreadable) -> Error {
+    Error::Failed(format!("nothing was changed: {name}: {error}"))
+}
+
 fn parse(name: &str, text: &str) -> Result<Vec<Document>> {
-    let documents = manifest::read(text)
-        .map_err(|error| Error::Failed(format!("nothing was changed: {name}: {error}")))?;
+    let documents = manifest::read(text).map_err(|error| unreadable(name, &error))?;
     let mut all = Vec::new();
     for manifest::FileDocument { line, items: lines, value } in documents {
         for Item { path: within, index, value } in items(value) {

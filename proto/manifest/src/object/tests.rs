@@ -151,6 +151,84 @@ fn server_fields_of_another_cluster_are_ignored() {
     assert_eq!(accepted(dumped), accepted(service()));
 }
 
+/// Charts and exports write them, such as `nodePort: 0`.
+#[test]
+fn values_that_the_api_server_takes_for_absent_are_absent() {
+    let mut balanced = service();
+    set(&mut balanced, "spec.type", json!("LoadBalancer"));
+    for good in [service(), balanced] {
+        for (place, value) in [
+            ("spec.clusterIP", json!("")),
+            ("spec.sessionAffinity", json!("")),
+            ("spec.externalTrafficPolicy", json!("")),
+            ("spec.externalName", json!("")),
+            ("spec.loadBalancerIP", json!("")),
+            ("spec.loadBalancerClass", json!("")),
+            ("spec.loadBalancerSourceRanges", json!([])),
+            ("spec.healthCheckNodePort", json!(0)),
+            ("spec.externalIPs", json!([])),
+            ("spec.ipFamilies", json!([])),
+            ("spec.publishNotReadyAddresses", json!(false)),
+            ("spec.sessionAffinityConfig", json!({})),
+            ("spec.sessionAffinityConfig", json!({ "clientIP": { "timeoutSeconds": 10800 } })),
+            ("spec.ports.0.nodePort", json!(0)),
+            ("spec.ports.0.targetPort", json!(0)),
+            ("spec.ports.0.targetPort", json!("")),
+            ("spec.ports.0.protocol", json!("")),
+            ("spec.ports.0.name", json!("")),
+            ("metadata.namespace", json!("shop")),
+            ("metadata.ownerReferences", json!([])),
+        ] {
+            let mut manifest = good.clone();
+            set(&mut manifest, place, value.clone());
+            let found = read(manifest, None, Validation::Strict);
+            let found = found.unwrap_or_else(|problems| panic!("{place} {value}: {problems:?}"));
+            assert_eq!(found.resource, accepted(good.clone()), "{place} {value}");
+            assert_eq!((found.warnings, found.ignored), (vec![], vec![]), "{place} {value}");
+        }
+    }
+    let mut plain = service();
+    set(&mut plain, "spec.type", json!(""));
+    assert_eq!(accepted(plain), accepted(service()));
+    let mut bare = pod();
+    set(&mut bare, "status", json!(null));
+    let mut empty = bare.clone();
+    for (place, value) in [
+        ("status.podIP", json!("")),
+        ("status.podIPs", json!([])),
+        ("status.phase", json!("")),
+        ("spec.hostname", json!("")),
+        ("spec.containers.0.ports.0.protocol", json!("")),
+        ("spec.containers.0.ports.0.hostPort", json!(0)),
+    ] {
+        set(&mut empty, place, value);
+    }
+    assert_eq!(accepted(empty), accepted(bare));
+    let mut twice = policy();
+    set(&mut twice, "spec.policyTypes", json!(["Ingress", "Ingress"]));
+    assert_eq!(accepted(twice), accepted(policy()));
+}
+
+#[test]
+fn fields_that_the_api_accepts_without_effect_are_removed_with_a_warning() {
+    for (good, place, value) in [
+        (json!({ "ports": [{ "port": 80 }] }), "spec.externalName", json!("a.example")),
+        (
+            json!({ "type": "ExternalName", "externalName": "a.example" }),
+            "spec.externalIPs",
+            json!(["10.0.0.1"]),
+        ),
+    ] {
+        let mut manifest = service();
+        set(&mut manifest, "spec", good);
+        let expected = accepted(manifest.clone());
+        set(&mut manifest, place, value);
+        let found = read(manifest, None, Validation::Strict).unwrap();
+        assert_eq!(found.resource, expected);
+        assert_eq!(found.warnings.iter().map(|it| it.field.as_str()).collect::<Vec<_>>(), [place]);
+    }
+}
+
 #[test]
 fn list_is_split_into_its_items() {
     let list = json!({ "apiVersion": "v1", "kind": "List", "items": [service(), policy()] });
@@ -304,7 +382,8 @@ fn every_invalid_field_is_named_with_the_reason() {
         ("spec.ports.0.port", json!(65_536), "spec.ports[0].port", "invalid value: integer `65536`"),
         ("spec.ports.0.port", json!("http"), "spec.ports[0].port", "invalid type: string"),
         ("spec.ports.0.protocol", json!("tcp"), "spec.ports[0].protocol", "unknown variant `tcp`"),
-        ("spec.ports.0.targetPort", json!(0), "spec.ports[0].targetPort", "between 1 and 65535"),
+        ("spec.ports.0.nodePort", json!(""), "spec.ports[0].nodePort", "invalid type: string"),
+        ("spec.internalTrafficPolicy", json!(""), "spec.internalTrafficPolicy", "unknown variant"),
         ("spec.ports.0.targetPort", json!("a--b"), "spec.ports[0].targetPort", "not a port name"),
         ("spec.ports.0.targetPort", json!("123"), "spec.ports[0].targetPort", "not a port name"),
         ("spec.ports.0.name", json!("Http"), "spec.ports[0].name", "not a DNS label"),
@@ -357,7 +436,6 @@ fn every_invalid_field_is_named_with_the_reason() {
         ("spec.ipFamilyPolicy", json!("DualStack"), "spec.ipFamilyPolicy", "unknown variant"),
         ("spec.externalIPs", json!(["224.0.0.1"]), "spec.externalIPs[0]", "not the address of one host"),
         ("spec.externalIPs", json!(["x"]), "spec.externalIPs[0]", "invalid IP address"),
-        ("spec.externalName", json!("a.example"), "spec.externalName", "requires type ExternalName"),
         ("spec", json!({ "type": "ExternalName" }), "spec.externalName", "not a DNS name"),
         (
             "spec",
@@ -373,12 +451,6 @@ fn every_invalid_field_is_named_with_the_reason() {
         ),
         (
             "spec",
-            json!({ "type": "ExternalName", "externalName": "a.b", "externalIPs": ["10.0.0.1"] }),
-            "spec.externalIPs",
-            "an ExternalName has none",
-        ),
-        (
-            "spec",
             json!({ "type": "ExternalName", "externalName": "a.b", "ipFamilyPolicy": "SingleStack" }),
             "spec.ipFamilyPolicy",
             "an ExternalName has none",
@@ -390,12 +462,6 @@ fn every_invalid_field_is_named_with_the_reason() {
             "an ExternalName has none",
         ),
         ("spec.sessionAffinity", json!("Cookie"), "spec.sessionAffinity", "unknown variant"),
-        (
-            "spec.sessionAffinityConfig",
-            json!({ "clientIP": { "timeoutSeconds": 5 } }),
-            "spec.sessionAffinityConfig",
-            "requires sessionAffinity ClientIP",
-        ),
         ("spec.internalTrafficPolicy", json!("local"), "spec.internalTrafficPolicy", "unknown variant"),
         (
             "spec.externalTrafficPolicy",
@@ -515,12 +581,6 @@ fn every_invalid_field_is_named_with_the_reason() {
                 "not a label value",
             ),
             ("spec.policyTypes", json!(["In"]), "spec.policyTypes[0]", "unknown variant"),
-            (
-                "spec.policyTypes",
-                json!(["Ingress", "Ingress"]),
-                "spec.policyTypes",
-                "names a direction twice",
-            ),
             ("spec.ingress.0.ports.0.port", json!(0), "spec.ingress[0].ports[0].port", "between 1 and 65535"),
             ("spec.ingress.0.ports.0.port", json!("A"), "spec.ingress[0].ports[0].port", "not a port name"),
             (
