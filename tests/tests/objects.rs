@@ -394,6 +394,51 @@ metadata: {name: web}
 }
 
 #[test]
+fn objects_are_created_labelled_selected_and_deleted_as_with_kubectl() {
+    let lab = start_lab(1).unwrap();
+    let h1 = &lab["h1"];
+    let service = |name: &str| {
+        format!(
+            "apiVersion: v1\nkind: Service\nmetadata: {{name: {name}}}\nspec: {{ports: [{{port: 80}}]}}\n---\n"
+        )
+    };
+    let path = file(&lab, "two.yaml", &(service("a") + &service("b"))).unwrap();
+    assert_eq!(h1.ctl_ok(&["create", "-f", &path, "-o", "name"]).unwrap(), "service/a\nservice/b\n");
+    let error = ctl_error(h1, &["create", "-f", &path]).unwrap();
+    assert_contains(&error, &["Service a: already exists: use `ovlctl apply`", "Service b: already exists"]);
+
+    assert_eq!(
+        h1.ctl_ok(&["label", "svc", "a", "b", "app=web"]).unwrap(),
+        "service/a labeled\nservice/b labeled\n"
+    );
+    assert_eq!(h1.ctl_ok(&["label", "svc/b", "app=web"]).unwrap(), "service/b not labeled\n");
+    assert_contains(&ctl_error(h1, &["label", "svc/b", "app=db"]).unwrap(), &["use --overwrite"]);
+    h1.ctl_ok(&["label", "svc/b", "app=db", "--overwrite"]).unwrap();
+    let names = |args: &[&str]| h1.ctl_ok(&[&["get", "svc", "-o", "name"], args].concat()).unwrap();
+    assert_eq!(names(&["-l", "app=web"]), "service/a\n");
+    assert_eq!(names(&["-l", "app!=web"]), "service/b\n");
+    assert_eq!(names(&["b", "a"]), "service/b\nservice/a\n");
+    assert_eq!(names(&["a", "c", "--ignore-not-found"]), "service/a\n");
+    let found = h1.ctl(&["get", "svc", "a", "c", "-o", "name"]).unwrap();
+    ensure_status(&found, &["get"], 1).unwrap();
+    assert_eq!(found.stdout, "service/a\n");
+    assert_contains(&found.stderr, &["service \"c\" not found"]);
+    let template = "jsonpath={range .items[*]}{.metadata.name}={.spec.ports[0].port};{end}";
+    assert_eq!(h1.ctl_ok(&["get", "svc", "-o", template]).unwrap(), "a=80;b=80;");
+
+    assert_eq!(h1.ctl_ok(&["delete", "svc", "-l", "app=db"]).unwrap(), "service \"b\" deleted\n");
+    assert_eq!(h1.ctl_ok(&["delete", "svc", "b", "--ignore-not-found"]).unwrap(), "");
+    let dry = h1.ctl_ok(&["delete", "svc,netpol", "--all", "--dry-run=server"]).unwrap();
+    assert_eq!(dry, "service \"a\" deleted (dry run)\n");
+    h1.ctl_ok(&["delete", "svc,netpol", "--all"]).unwrap();
+    assert!(all(h1).unwrap().is_empty());
+    assert_contains(
+        &ctl_error(h1, &["apply", "-k", "."]).unwrap(),
+        &["kubectl kustomize . | ovlctl apply -f -"],
+    );
+}
+
+#[test]
 fn late_joiner_and_both_sides_of_a_partition_converge() {
     let lab = start_lab_with(LabConfig {
         config: "load_balancer_pool = ['192.168.77.192/29']\n".to_owned(),

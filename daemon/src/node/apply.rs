@@ -166,6 +166,9 @@ impl Node {
             }
             warnings.truncate(MOST_PROBLEMS);
         }
+        if problems.is_empty() && apply.create {
+            problems = self.existing(&read);
+        }
         if problems.is_empty() {
             problems = self.complete(&mut read).await;
         }
@@ -184,6 +187,18 @@ impl Node {
     /// Fails if this host is not a member.
     fn member(&self) -> Result<(), Failed> {
         self.state.borrow().check_member()
+    }
+
+    /// Returns a problem for each object that exists already.
+    fn existing(&self, read: &[(Place, Resource)]) -> Vec<ManifestProblem> {
+        let state = self.state.borrow();
+        let exists = |resource: &Resource| state.view.resources.meta(&resource.key()).is_some();
+        let reason = "already exists: use `ovlctl apply` to change it";
+        read.iter()
+            .filter(|(_, resource)| exists(resource))
+            .map(|(place, _)| place.problem(Problem { field: String::new(), reason: reason.to_owned() }))
+            .take(MOST_PROBLEMS)
+            .collect()
     }
 
     /// Sets the fields that the cluster chooses. Returns the problems, empty if there are none.

@@ -29,7 +29,7 @@ pub struct Document {
 }
 
 /// A request to apply the staged documents.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Apply {
     /// The namespace of objects that do not name one. `None`: `default`.
@@ -44,6 +44,9 @@ pub struct Apply {
     /// Whether kinds and fields that ovl does not act on are errors.
     #[serde(default)]
     pub strict: bool,
+    /// Whether an object that exists already is an error.
+    #[serde(default)]
+    pub create: bool,
     /// Whether the reply contains each object before and after.
     #[serde(default)]
     pub show: bool,
