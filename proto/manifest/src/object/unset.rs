@@ -48,10 +48,8 @@ fn remove_at(value: &mut Value, path: &[&str], zero: Zero) {
         (["[]", rest @ ..], Value::Array(items)) => {
             items.iter_mut().for_each(|item| remove_at(item, rest, zero));
         }
-        ([field], Value::Object(fields)) => {
-            if fields.get(*field).is_some_and(|value| is_zero(value, zero)) {
-                fields.remove(*field);
-            }
+        ([field], Value::Object(fields)) if fields.get(*field).is_some_and(|value| is_zero(value, zero)) => {
+            fields.remove(*field);
         }
         ([field, rest @ ..], Value::Object(fields)) => {
             if let Some(value) = fields.get_mut(*field) {

@@ -85,10 +85,9 @@ fn continuation_lines(text: &str, start: usize) -> Option<Vec<usize>> {
                     lines.push(at + 1);
                 }
             }
-            c if c == quote => {
-                if chars.next_if(|(_, next)| quote == '\'' && *next == quote).is_none() {
-                    return Some(lines);
-                }
+            // Two single quotation marks stand for one.
+            c if c == quote && chars.next_if(|(_, next)| quote == '\'' && *next == quote).is_none() => {
+                return Some(lines);
             }
             _ => {}
         }
