@@ -1,17 +1,21 @@
 //! The global options and the list of commands.
 
+use std::ffi::OsStr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand, ValueEnum};
+use clap::builder::{EnumValueParser, PossibleValue, TypedValueParser};
+use clap::error::ErrorKind;
+use clap::{Arg, Parser, Subcommand, ValueEnum};
 use ovl_proto::DEFAULT_SOCKET;
 
+use crate::command::resource::jsonpath::{self, Template};
 use crate::command::{
     attach, cni, completions, detach, dns, endpoint, endpoints, events, fdb, key, lifecycle, man, metrics,
     network, peers, plan, policy, resource, routes, sandbox, status, subnets, verify,
 };
 use crate::context::Context;
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// Help heading that separates the global options from a command's own.
 const GLOBAL: &str = "Global options";
@@ -25,9 +29,9 @@ pub(crate) struct Cli {
     #[arg(long, value_name = "PATH", env = "OVL_SOCKET", default_value = DEFAULT_SOCKET)]
     #[arg(global = true, help_heading = GLOBAL)]
     socket: PathBuf,
-    /// Output format
-    #[arg(short, long, global = true, value_enum, default_value_t = Output::Table, help_heading = GLOBAL)]
-    output: Output,
+    /// Output format; `get` also has `jsonpath=TEMPLATE`
+    #[arg(short, long, global = true, value_parser = FormatParser, default_value = "table", help_heading = GLOBAL)]
+    output: Format,
     #[command(subcommand)]
     command: Command,
 }
@@ -41,6 +45,61 @@ pub(crate) enum Output {
     Wide,
     Json,
     Yaml,
+}
+
+/// The value of `--output`.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) enum Format {
+    /// A format of every command.
+    Any(Output),
+    /// A format of commands about Kubernetes objects alone.
+    Objects(ObjectFormat),
+}
+
+/// An output format of commands about Kubernetes objects.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) enum ObjectFormat {
+    /// One `KIND/NAME` in each line.
+    Name,
+    /// A template that is filled in from the manifests. Only for `get`.
+    JsonPath(Template),
+}
+
+/// Parses the value of `--output`.
+#[derive(Debug, Clone)]
+struct FormatParser;
+
+impl TypedValueParser for FormatParser {
+    type Value = Format;
+
+    fn parse_ref(
+        &self,
+        command: &clap::Command,
+        arg: Option<&Arg>,
+        value: &OsStr,
+    ) -> std::result::Result<Format, clap::Error> {
+        let text = value.to_string_lossy();
+        if let Some(template) = text.strip_prefix("jsonpath=") {
+            return jsonpath::parse(template).map(ObjectFormat::JsonPath).map(Format::Objects).map_err(
+                |error| {
+                    clap::Error::raw(
+                        ErrorKind::ValueValidation,
+                        format!("invalid jsonpath template: {error}\n"),
+                    )
+                    .with_cmd(command)
+                },
+            );
+        }
+        if text == "name" {
+            return Ok(Format::Objects(ObjectFormat::Name));
+        }
+        EnumValueParser::<Output>::new().parse_ref(command, arg, value).map(Format::Any)
+    }
+
+    fn possible_values(&self) -> Option<Box<dyn Iterator<Item = PossibleValue> + '_>> {
+        let formats = Output::value_variants().iter().filter_map(ValueEnum::to_possible_value);
+        Some(Box::new(formats.chain([PossibleValue::new("name")])))
+    }
 }
 
 #[derive(Debug, Subcommand)]
@@ -81,6 +140,10 @@ enum Command {
     Endpoint(endpoint::Args),
     /// Create or update Kubernetes objects from manifests
     Apply(resource::ApplyArgs),
+    /// Create Kubernetes objects from manifests; fails if one exists
+    Create(resource::ApplyArgs),
+    /// Set or remove labels of Kubernetes objects
+    Label(resource::LabelArgs),
     /// List Kubernetes objects
     Get(resource::GetArgs),
     /// Show the details of Kubernetes objects and their effects
@@ -103,10 +166,33 @@ enum Command {
     Man(man::Args),
 }
 
+impl Command {
+    /// Fails if the command does not have an output format of objects.
+    fn check(&self, format: &ObjectFormat) -> Result<()> {
+        match (self, format) {
+            (Self::Get(_), _)
+            | (Self::Apply(_) | Self::Create(_) | Self::Label(_) | Self::Delete(_), ObjectFormat::Name) => {
+                Ok(())
+            }
+            (_, ObjectFormat::Name) => {
+                Err(Error::Usage("`-o name` is only for get, apply, create, label and delete".to_owned()))
+            }
+            (_, ObjectFormat::JsonPath(_)) => Err(Error::Usage("`-o jsonpath` is only for get".to_owned())),
+        }
+    }
+}
+
 impl Cli {
     /// Runs the command.
     pub(crate) fn run(self) -> Result<ExitCode> {
-        let context = Context { socket: self.socket, output: self.output };
+        let (output, objects) = match self.output {
+            Format::Any(output) => (output, None),
+            Format::Objects(format) => {
+                self.command.check(&format)?;
+                (Output::Table, Some(format))
+            }
+        };
+        let context = Context { socket: self.socket, output, objects };
         match self.command {
             // These commands report differences through the exit status.
             Command::Verify => return verify::run(&context),
@@ -127,7 +213,9 @@ impl Cli {
             Command::Endpoints(args) => endpoints::run(&context, &args),
             Command::Dns(args) => dns::run(&context, args),
             Command::Endpoint(args) => endpoint::run(&context, args),
-            Command::Apply(args) => resource::apply(&context, &args),
+            Command::Apply(args) => resource::apply(&context, &args, false),
+            Command::Create(args) => resource::apply(&context, &args, true),
+            Command::Label(args) => resource::label(&context, &args),
             Command::Get(args) => resource::get(&context, &args),
             Command::Describe(args) => resource::describe(&context, &args),
             Command::Delete(args) => resource::delete(&context, &args),
@@ -165,7 +253,11 @@ mod tests {
             "ovlctl --socket=/tmp/s status -ojson",
         ] {
             let cli = parse(line).expect(line);
-            assert_eq!((cli.socket, cli.output), (PathBuf::from("/tmp/s"), Output::Json), "{line}");
+            assert_eq!(
+                (cli.socket, cli.output),
+                (PathBuf::from("/tmp/s"), Format::Any(Output::Json)),
+                "{line}"
+            );
         }
     }
 
@@ -206,7 +298,20 @@ mod tests {
             "endpoint ready web -n shop",
             "endpoint unready web --namespace shop --network blue",
             "apply -f a.yaml -f - --dry-run --lenient -n shop",
+            "apply -f a.yaml --validate=warn --strict",
+            "apply -f a.yaml --validate",
+            "diff -f a.yaml --validate=false",
             "apply -R -f dir",
+            "apply -f dir --dry-run=server -o name",
+            "create -f a.yaml --dry-run=client",
+            "get svc web db -o name",
+            "get svc/web netpol/db --ignore-not-found",
+            "get svc -l app=web,tier!=back -A",
+            "get svc -o jsonpath={.items[*].metadata.name}",
+            "delete svc,netpol --all -n shop",
+            "delete svc -l app --ignore-not-found",
+            "label svc web app=web old- --overwrite",
+            "label svc/web app=web -n shop",
             "get svc",
             "get pods web -n shop -o yaml",
             "get svc,netpol -A -o wide",
@@ -240,10 +345,21 @@ mod tests {
             "status now",
             "-o xml status",
             "apply",
+            "apply -f a.yaml --validate=maybe",
+            "apply -f a.yaml --validate=warn --lenient",
             "get",
             "get svc -A -n shop",
             "delete",
             "delete svc web -f a.yaml",
+            "delete -f a.yaml --all",
+            "delete svc --all -l app=web",
+            "delete svc web -l app=web",
+            "get svc web -l app=web",
+            "get svc -l =web",
+            "get svc -o jsonpath={.items",
+            "apply -f a.yaml --dry-run=maybe",
+            "create",
+            "label svc",
             "diff",
             "endpoint",
             "endpoint ready",

@@ -10,7 +10,7 @@ use ovl_manifest::yaml::to_yaml;
 use serde::Serialize;
 use serde_json::json;
 
-use crate::args::Output;
+use crate::args::{ObjectFormat, Output};
 use crate::error::{Error, Result};
 use crate::text::printable_lines;
 
@@ -21,6 +21,8 @@ pub(crate) struct Context {
     pub(crate) socket: PathBuf,
     /// Output format.
     pub(crate) output: Output,
+    /// Output format of Kubernetes objects, if it is not one of every command.
+    pub(crate) objects: Option<ObjectFormat>,
 }
 
 /// Returns the timeout of a request in seconds. Requests that wait for a majority, the kernel or other hosts

@@ -3,7 +3,7 @@
 use std::io::{self, Write};
 use std::process::ExitCode;
 
-use clap::error::ErrorKind;
+use clap::error::{ContextKind, ContextValue, ErrorKind};
 use ovl_control::ClientError;
 
 use crate::text::printable_lines;
@@ -68,12 +68,41 @@ impl Error {
     }
 }
 
+/// The commands that are never suggested for a misspelt one.
+const NOT_SUGGESTED: [&str; 2] = ["leave", "teardown"];
+
+/// Removes suggestions of commands that take the host out of the cluster. `None` if there are none.
+fn suggest_nothing_destructive(error: &clap::Error, cli: &clap::Command) -> Option<clap::Error> {
+    let kind = ContextKind::SuggestedSubcommand;
+    let mut names = match error.get(kind)? {
+        ContextValue::String(name) => vec![name.clone()],
+        ContextValue::Strings(names) => names.clone(),
+        _ => return None,
+    };
+    let before = names.len();
+    names.retain(|name| !NOT_SUGGESTED.contains(&name.as_str()));
+    if names.len() == before {
+        return None;
+    }
+    // clap's error cannot be copied.
+    let mut changed = clap::Error::new(error.kind()).with_cmd(cli);
+    for (other, value) in error.context().filter(|(other, _)| *other != kind) {
+        changed.insert(other, value.clone());
+    }
+    if !names.is_empty() {
+        changed.insert(kind, ContextValue::Strings(names));
+    }
+    Some(changed)
+}
+
 /// Prints clap's output: help and version, or an error in the format of all errors of ovlctl.
-pub(crate) fn usage(error: &clap::Error) -> ExitCode {
+pub(crate) fn usage(error: &clap::Error, cli: &clap::Command) -> ExitCode {
     if !error.use_stderr() {
         let _ = error.print();
         return ExitCode::SUCCESS;
     }
+    let without_suggestions = suggest_nothing_destructive(error, cli);
+    let error = without_suggestions.as_ref().unwrap_or(error);
     if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
         let _ = error.print();
     } else {
@@ -85,7 +114,33 @@ pub(crate) fn usage(error: &clap::Error) -> ExitCode {
 
 #[cfg(test)]
 mod tests {
+    use clap::CommandFactory as _;
+
     use super::*;
+    use crate::args::Cli;
+
+    #[test]
+    fn no_misspelt_command_suggests_to_leave_the_cluster() {
+        let named = |error: &clap::Error| {
+            let text = error.render().to_string();
+            NOT_SUGGESTED.iter().any(|name| text.contains(&format!("'{name}'")))
+        };
+        let mut removed = 0;
+        for word in
+            ["leav", "lave", "leaves", "eave", "teardwn", "tear-down", "teadown", "lebel", "creat", "edit"]
+        {
+            let error = Cli::command().try_get_matches_from(["ovlctl", word]).unwrap_err();
+            let changed = suggest_nothing_destructive(&error, &Cli::command());
+            removed += usize::from(changed.is_some());
+            let shown = changed.as_ref().unwrap_or(&error);
+            assert!(!named(shown), "{word}: {shown}");
+            assert!(
+                shown.render().to_string().contains(&format!("unrecognized subcommand '{word}'")),
+                "{shown}"
+            );
+        }
+        assert!(removed > 2);
+    }
 
     #[test]
     fn timeout_and_broken_connection_have_different_messages() {

@@ -19,11 +19,11 @@ mod time;
 
 use std::process::ExitCode;
 
-use clap::Parser;
+use clap::{CommandFactory as _, Parser};
 
 fn main() -> ExitCode {
     match args::Cli::try_parse() {
         Ok(cli) => cli.run().unwrap_or_else(|error| error.report()),
-        Err(error) => error::usage(&error),
+        Err(error) => error::usage(&error, &args::Cli::command()),
     }
 }

@@ -187,6 +187,38 @@ fn unexpected_reply_is_an_error() {
 }
 
 #[test]
+fn misspelt_commands_do_not_suggest_to_leave() {
+    for word in ["leav", "teardwn", "edit", "replace"] {
+        let ran = run(&mut ovlctl(word));
+        assert_eq!(ran.code, Some(2));
+        assert!(ran.err.starts_with(&format!("ovlctl: unrecognized subcommand '{word}'")), "{}", ran.err);
+        assert!(!ran.err.contains("'leave'") && !ran.err.contains("'teardown'"), "{}", ran.err);
+    }
+}
+
+#[test]
+fn formats_of_objects_are_refused_by_other_commands() {
+    ovlctl_fails("status -o name", "`-o name` is only for");
+    ovlctl_fails("apply -f a.yaml -o jsonpath={.a}", "`-o jsonpath` is only for get");
+    ovlctl_fails("get svc -o jsonpath={.a", "invalid jsonpath template: a '{' without '}'");
+    ovlctl_fails("status -o xml", "invalid value 'xml' for '--output <OUTPUT>'");
+}
+
+#[test]
+fn items_of_a_list_are_staged_with_their_lines() {
+    let dir = Dir::new();
+    let file = dir.0.join("a.yaml");
+    std::fs::write(&file, "kind: List\napiVersion: v1\nitems:\n- a: 1\n- b: 2\n").unwrap();
+    let fake = FakeDaemon::new(&[Reply::Done]);
+    // The fake daemon closes the connection after the first request.
+    assert_eq!(fake.run(&format!("apply -f {}", file.display())).code, Some(1));
+    let asked = fake.asked();
+    let [Request::Stage { documents }] = asked.as_slice() else { panic!("{asked:?}") };
+    let places: Vec<_> = documents.iter().map(|it| (it.line, it.within.as_str())).collect();
+    assert_eq!(places, [(4, "items[0]."), (5, "items[1].")]);
+}
+
+#[test]
 fn usage_error_exits_with_status_2() {
     ovlctl_fails("stauts", "unrecognized subcommand 'stauts'");
     ovlctl_fails("attach web --network blue", "the following required arguments");

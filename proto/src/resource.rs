@@ -367,6 +367,19 @@ impl Resource {
     }
 }
 
+/// How a manifest's fields that the Kubernetes API does not have are treated: the words of `kubectl --validate`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Validation {
+    /// As errors. So are fields that would change what ovl does.
+    #[default]
+    Strict,
+    /// As warnings.
+    Warn,
+    /// Not at all. Fields that would change what ovl does are warnings.
+    Ignore,
+}
+
 /// Deserializes a manifest for [`Resource::read`].
 pub trait ReadManifest {
     /// Why the manifest cannot be read.
@@ -381,7 +394,7 @@ pub trait ReadManifest {
 }
 
 /// The manifest fields whose value is a map with keys of the user.
-const USER_MAPS: [&str; 4] = ["labels", "annotations", "matchLabels", "selector"];
+pub const USER_MAPS: [&str; 4] = ["labels", "annotations", "matchLabels", "selector"];
 
 /// Removes null, empty lists, empty strings and empty maps from a manifest.
 ///

@@ -256,22 +256,21 @@ fn invalid_manifest_changes_nothing_and_the_error_names_the_place() {
     };
     let good = service("good", "");
     for (content, parts) in [
-        (format!("{good}{}", service("Bad", "")), vec!["document 2: metadata.name: not a Service name"]),
+        (
+            format!("{good}{}", service("Bad", "")),
+            vec!["manifest.yaml:6: Service Bad: metadata.name: not a Service name"],
+        ),
         (
             format!("{good}{}", service("bad", ", clusterIP: 10.0.0.1")),
-            vec!["document 2", "not in the service_range"],
+            vec!["manifest.yaml:6: Service bad: ", "not in the service_range"],
         ),
         (
             format!("{good}---\n{}", service("bad", ", colour: red, selector: {a: 'x y'}")),
-            vec!["document 3: spec.colour: is not supported", "spec.selector.a: not a label value"],
-        ),
-        (
-            format!("{good}{good}"),
-            vec!["document 2: metadata.name: Service default/good comes twice", "document 1"],
+            vec!["Service bad: spec.colour: is not a known field", "spec.selector.a: not a label value"],
         ),
         (format!("{good}a: 1\na: 2\n"), vec!["line", "duplicate key a"]),
         (format!("{good}b: [1\n"), vec!["manifest.yaml: line"]),
-        (format!("{good}just text\n"), vec!["document 2", "not an object"]),
+        (format!("{good}just text\n"), vec!["manifest.yaml:6: not an object"]),
         ("---\n".to_owned(), vec!["contain no objects"]),
         (
             format!(
@@ -286,7 +285,7 @@ fn invalid_manifest_changes_nothing_and_the_error_names_the_place() {
                 service("p", ", type: NodePort").replace("port: 80", "port: 80, nodePort: 30500"),
                 service("q", ", type: NodePort").replace("port: 80", "port: 80, nodePort: 30500")
             ),
-            vec!["document 3: spec.ports[0].nodePort: node port 30500 is in use by Service default/p"],
+            vec!["Service q: spec.ports[0].nodePort: node port 30500 is in use by Service default/p"],
         ),
     ] {
         let path = file(&lab, "manifest.yaml", &content).unwrap();
@@ -302,12 +301,23 @@ fn invalid_manifest_changes_nothing_and_the_error_names_the_place() {
         &ctl_error(h1, &["apply", "-f", "/nowhere.yaml"]).unwrap(),
         &["cannot read /nowhere.yaml"],
     );
-    // With --lenient, each error is a warning, and the rest is applied.
+    // With --lenient, an unknown field is a warning, and the rest is applied.
     let path = file(&lab, "manifest.yaml", &service("odd", ", colour: red")).unwrap();
     let output = h1.ctl(&["apply", "-f", &path, "--lenient"]).unwrap();
     ensure_status(&output, &["apply"], 0).unwrap();
-    assert_contains(&output.stderr, &["warning: ", "document 1: spec.colour: is not supported"]);
+    assert_contains(
+        &output.stderr,
+        &["warning: ", "manifest.yaml:1: Service odd: spec.colour: is not a known field"],
+    );
     assert_eq!(output.stdout, "service/odd created\n");
+    // The last of two manifests of one object counts.
+    let twice = service("twice", "") + &service("twice", ", selector: {app: last}");
+    let path = file(&lab, "manifest.yaml", &twice).unwrap();
+    let output = h1.ctl(&["apply", "-f", &path]).unwrap();
+    ensure_status(&output, &["apply"], 0).unwrap();
+    assert_eq!(output.stdout, "service/twice created\n");
+    assert_contains(&output.stderr, &["Service twice: replaces the same object at", "manifest.yaml:1"]);
+    assert_eq!(get(h1, "svc", "twice", "default").unwrap()["spec"]["selector"]["app"], "last");
     // A directory stands for its files, sorted by name.
     let folder = lab.dir().join("folder");
     fs::create_dir_all(&folder).unwrap();
@@ -329,6 +339,102 @@ fn invalid_manifest_changes_nothing_and_the_error_names_the_place() {
     assert_contains(
         &ctl_error(h1, &["apply", "-f", &path]).unwrap(),
         &["bomb.yaml: line", "including copies by aliases"],
+    );
+}
+
+#[test]
+fn objects_of_other_kinds_are_passed_over() {
+    let lab = start_lab(1).unwrap();
+    let h1 = &lab["h1"];
+    let mixed = "\
+apiVersion: v1
+kind: Service
+metadata: {name: web}
+spec: {selector: {app: web}, ports: [{port: 80}]}
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: web-1, labels: {app: web}, ownerReferences: [{kind: ReplicaSet, name: web}]}
+spec: {containers: [{name: c, image: example/web}]}
+status: {phase: Failed, podIP: 192.0.2.7}
+---
+apiVersion: apps/v1
+kind: Deployment
+metadata: {name: web}
+---
+apiVersion: v1
+kind: ConfigMap
+metadata: {name: web}
+";
+    let path = file(&lab, "mixed.yaml", mixed).unwrap();
+    let applied = h1.ctl(&["apply", "-f", &path]).unwrap();
+    ensure_status(&applied, &["apply"], 0).unwrap();
+    assert_eq!(applied.stdout, "service/web created\npod/web-1 created\n");
+    assert_contains(
+        &applied.stderr,
+        &[
+            "Pod (1 object): ignored spec.containers[].image: ovl runs no containers",
+            "metadata.ownerReferences",
+            "passed over 2 objects that ovl does not act on: 1 apps/v1 Deployment, 1 v1 ConfigMap",
+        ],
+    );
+    // A Pod that has failed is no backend.
+    assert_eq!(backends(h1, "web", "default").unwrap(), Vec::<String>::new());
+    let error = ctl_error(h1, &["apply", "-f", &path, "--strict"]).unwrap();
+    assert_contains(&error, &["mixed.yaml:12: Deployment web: kind: ovl does not act on apps/v1 Deployment"]);
+    // A policy of another kind would be without effect.
+    let policy = "apiVersion: cilium.io/v2\nkind: CiliumNetworkPolicy\nmetadata: {name: p}\n";
+    let foreign = file(&lab, "foreign.yaml", policy).unwrap();
+    let error = ctl_error(h1, &["apply", "-f", &foreign]).unwrap();
+    assert_contains(&error, &["ovl does not enforce cilium.io/v2 CiliumNetworkPolicy"]);
+    let deleted = h1.ctl(&["delete", "-f", &foreign, "-f", &path]).unwrap();
+    ensure_status(&deleted, &["delete"], 0).unwrap();
+    assert_eq!(deleted.stdout, "service \"web\" deleted\npod \"web-1\" deleted\n");
+    assert_contains(&deleted.stderr, &["passed over 3 objects"]);
+}
+
+#[test]
+fn objects_are_created_labelled_selected_and_deleted_as_with_kubectl() {
+    let lab = start_lab(1).unwrap();
+    let h1 = &lab["h1"];
+    let service = |name: &str| {
+        format!(
+            "apiVersion: v1\nkind: Service\nmetadata: {{name: {name}}}\nspec: {{ports: [{{port: 80}}]}}\n---\n"
+        )
+    };
+    let path = file(&lab, "two.yaml", &(service("a") + &service("b"))).unwrap();
+    assert_eq!(h1.ctl_ok(&["create", "-f", &path, "-o", "name"]).unwrap(), "service/a\nservice/b\n");
+    let error = ctl_error(h1, &["create", "-f", &path]).unwrap();
+    assert_contains(&error, &["Service a: already exists: use `ovlctl apply`", "Service b: already exists"]);
+
+    assert_eq!(
+        h1.ctl_ok(&["label", "svc", "a", "b", "app=web"]).unwrap(),
+        "service/a labeled\nservice/b labeled\n"
+    );
+    assert_eq!(h1.ctl_ok(&["label", "svc/b", "app=web"]).unwrap(), "service/b not labeled\n");
+    assert_contains(&ctl_error(h1, &["label", "svc/b", "app=db"]).unwrap(), &["use --overwrite"]);
+    h1.ctl_ok(&["label", "svc/b", "app=db", "--overwrite"]).unwrap();
+    let names = |args: &[&str]| h1.ctl_ok(&[&["get", "svc", "-o", "name"], args].concat()).unwrap();
+    assert_eq!(names(&["-l", "app=web"]), "service/a\n");
+    assert_eq!(names(&["-l", "app!=web"]), "service/b\n");
+    assert_eq!(names(&["b", "a"]), "service/b\nservice/a\n");
+    assert_eq!(names(&["a", "c", "--ignore-not-found"]), "service/a\n");
+    let found = h1.ctl(&["get", "svc", "a", "c", "-o", "name"]).unwrap();
+    ensure_status(&found, &["get"], 1).unwrap();
+    assert_eq!(found.stdout, "service/a\n");
+    assert_contains(&found.stderr, &["service \"c\" not found"]);
+    let template = "jsonpath={range .items[*]}{.metadata.name}={.spec.ports[0].port};{end}";
+    assert_eq!(h1.ctl_ok(&["get", "svc", "-o", template]).unwrap(), "a=80;b=80;");
+
+    assert_eq!(h1.ctl_ok(&["delete", "svc", "-l", "app=db"]).unwrap(), "service \"b\" deleted\n");
+    assert_eq!(h1.ctl_ok(&["delete", "svc", "b", "--ignore-not-found"]).unwrap(), "");
+    let dry = h1.ctl_ok(&["delete", "svc,netpol", "--all", "--dry-run=server"]).unwrap();
+    assert_eq!(dry, "service \"a\" deleted (dry run)\n");
+    h1.ctl_ok(&["delete", "svc,netpol", "--all"]).unwrap();
+    assert!(all(h1).unwrap().is_empty());
+    assert_contains(
+        &ctl_error(h1, &["apply", "-k", "."]).unwrap(),
+        &["kubectl kustomize . | ovlctl apply -f -"],
     );
 }
 

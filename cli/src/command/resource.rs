@@ -1,27 +1,36 @@
-//! `ovlctl apply`, `get`, `describe`, `delete` and `diff`: Kubernetes objects, with the wording of kubectl.
+//! `ovlctl apply`, `create`, `label`, `get`, `describe`, `delete` and `diff`: Kubernetes objects, with the wording of
+//! kubectl.
 
 mod describe;
 mod diff;
 mod files;
+pub(crate) mod jsonpath;
+mod label;
+mod selector;
 mod table;
 
+pub(crate) use self::label::{LabelArgs, label};
+
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, Write as _};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
+use clap::ArgAction;
 use ovl_control::{
     Action, Applied, AppliedAll, Apply, Client, Document, Reply, Request, ResourceInfo, ResourceQuery,
     ServiceBackends,
 };
 use ovl_manifest::yaml::to_yaml;
-use ovl_proto::resource::{DEFAULT_NAMESPACE, Kind, Name, ResourceKey};
+use ovl_proto::resource::{DEFAULT_NAMESPACE, Kind, Labels, Name, ResourceKey, Validation};
 use serde_json::{Value, json};
 
-use crate::args::Output;
+use self::selector::Selector;
+use crate::args::{ObjectFormat, Output};
 use crate::context::{Context, write_out};
 use crate::error::{Error, Result};
-use crate::text::printable_lines;
+use crate::text::{printable, printable_lines};
 
 /// Request timeout in seconds. Ten thousand objects take some seconds to sign and write.
 const TIMEOUT_S: u64 = 120;
@@ -32,8 +41,11 @@ const MAX_PART_BYTES: usize = 512 << 10;
 #[derive(Debug, clap::Args)]
 pub(crate) struct Files {
     /// A file, a directory of files, or `-` for standard input; may be repeated
-    #[arg(short = 'f', long = "filename", value_name = "FILE", required = true)]
+    #[arg(short = 'f', long = "filename", value_name = "FILE", required_unless_present = "kustomize")]
     files: Vec<PathBuf>,
+    /// Not supported: use `kubectl kustomize DIR | ovlctl apply -f -`
+    #[arg(short, long, value_name = "DIR", hide = true)]
+    kustomize: Option<PathBuf>,
     /// The namespace of objects that do not name one [default: default]
     #[arg(short, long, value_name = "NS")]
     namespace: Option<String>,
@@ -42,17 +54,63 @@ pub(crate) struct Files {
     recursive: bool,
 }
 
-/// Arguments of `apply`.
+/// Arguments of `apply` and `create`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct ApplyArgs {
     #[command(flatten)]
     files: Files,
-    /// Check the objects without writing them
-    #[arg(long)]
-    dry_run: bool,
-    /// Warn about unsupported fields instead of rejecting them
-    #[arg(long)]
+    #[command(flatten)]
+    dry_run: DryRun,
+    #[command(flatten)]
+    checks: Checks,
+}
+
+/// The option `--dry-run`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct DryRun {
+    /// Check everything, but change nothing
+    // kubectl has `client` and `server`. Here ovld always checks.
+    #[arg(long = "dry-run", num_args = 0..=1, require_equals = true, action = ArgAction::Set, hide_possible_values = true)]
+    #[arg(default_value = "none", hide_default_value = true, default_missing_value = "server")]
+    #[arg(value_parser = ["none", "client", "server"], value_name = "none|client|server")]
+    mode: String,
+}
+
+impl DryRun {
+    fn is_set(&self) -> bool {
+        self.mode != "none"
+    }
+}
+
+/// Options that say how strictly manifests are checked.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Checks {
+    /// How to treat fields that the Kubernetes API does not have: as errors, as warnings, or not at all
+    #[arg(long, value_name = "MODE", default_value = "strict", num_args = 0..=1, require_equals = true)]
+    #[arg(default_missing_value = "strict", value_parser = validation)]
+    validate: Validation,
+    /// The same as `--validate=warn`
+    #[arg(long, conflicts_with = "validate")]
     lenient: bool,
+    /// Refuse kinds and fields that ovl does not act on
+    #[arg(long)]
+    strict: bool,
+}
+
+impl Checks {
+    fn validation(&self) -> Validation {
+        if self.lenient { Validation::Warn } else { self.validate }
+    }
+}
+
+/// Parses the modes of kubectl, which also has `true` and `false`.
+fn validation(mode: &str) -> std::result::Result<Validation, String> {
+    match mode {
+        "strict" | "true" => Ok(Validation::Strict),
+        "warn" => Ok(Validation::Warn),
+        "ignore" | "false" => Ok(Validation::Ignore),
+        _ => Err("use strict, warn or ignore".to_owned()),
+    }
 }
 
 /// Arguments of `diff`.
@@ -60,9 +118,8 @@ pub(crate) struct ApplyArgs {
 pub(crate) struct DiffArgs {
     #[command(flatten)]
     files: Files,
-    /// Warn about unsupported fields instead of rejecting them
-    #[arg(long)]
-    lenient: bool,
+    #[command(flatten)]
+    checks: Checks,
 }
 
 /// Arguments of `get` and `describe`.
@@ -71,63 +128,122 @@ pub(crate) struct GetArgs {
     /// Kind: `svc`, `pods`, `netpol`, `ns`, `endpointslices` or `ep`; several separated by commas; or
     /// KIND/NAME
     kind: String,
-    /// Only the object of this name
-    name: Option<String>,
+    /// Only the objects of these names
+    names: Vec<String>,
+    /// Only the objects whose labels match, as `app=web,tier!=back,env in (a,b),!old`
+    #[arg(short = 'l', long, value_name = "SELECTOR", value_parser = selector::parse, conflicts_with = "names")]
+    selector: Option<Selector>,
     /// The namespace [default: default]
     #[arg(short, long, value_name = "NS", conflicts_with = "all_namespaces")]
     namespace: Option<String>,
     /// List objects of all namespaces
     #[arg(short = 'A', long)]
     all_namespaces: bool,
+    /// Succeed if an object does not exist
+    #[arg(long)]
+    ignore_not_found: bool,
 }
 
 /// Arguments of `delete`.
 #[derive(Debug, clap::Args)]
 #[command(group = clap::ArgGroup::new("what").args(["kind", "files"]).required(true))]
 pub(crate) struct DeleteArgs {
-    /// Kind: `svc`, `pod`, `netpol`, `ns` or `endpointslice`; or KIND/NAME
+    /// Kind: `svc`, `pod`, `netpol`, `ns` or `endpointslice`; several separated by commas; or KIND/NAME
     kind: Option<String>,
     /// Names of the objects
     names: Vec<String>,
     /// Delete the objects of a file, a directory of files, or `-` for standard input; may be repeated
     #[arg(short = 'f', long = "filename", value_name = "FILE", conflicts_with = "kind")]
     files: Vec<PathBuf>,
+    /// Delete the objects whose labels match
+    #[arg(short = 'l', long, value_name = "SELECTOR", value_parser = selector::parse)]
+    #[arg(conflicts_with_all = ["names", "files", "all"])]
+    selector: Option<Selector>,
+    /// Delete all objects of the kind in the namespace
+    #[arg(long, conflicts_with_all = ["names", "files"])]
+    all: bool,
     /// The namespace [default: default]
     #[arg(short, long, value_name = "NS")]
     namespace: Option<String>,
     /// Read directories recursively
     #[arg(short = 'R', long)]
     recursive: bool,
-    /// Show what would be deleted, without deleting it
+    #[command(flatten)]
+    dry_run: DryRun,
+    /// Print nothing about objects that do not exist
     #[arg(long)]
-    dry_run: bool,
+    ignore_not_found: bool,
 }
 
-/// Runs `ovlctl apply`.
-pub(crate) fn apply(context: &Context, args: &ApplyArgs) -> Result<()> {
-    let all = send(context, &args.files, args.dry_run, args.lenient, false)?;
-    context.print(&all.objects, |objects| outcome(objects, args.dry_run))
+/// Runs `ovlctl apply`, or `ovlctl create`, which fails if an object exists.
+pub(crate) fn apply(context: &Context, args: &ApplyArgs, create: bool) -> Result<()> {
+    let dry_run = args.dry_run.is_set();
+    let apply = Apply { dry_run, create, ..Apply::default() };
+    let all = send(context, &args.files, &args.checks, apply)?;
+    print(context, &all.objects, dry_run)
+}
+
+/// Prints what was done with objects.
+fn print(context: &Context, objects: &[Applied], dry_run: bool) -> Result<()> {
+    if context.objects == Some(ObjectFormat::Name) {
+        let existing = objects.iter().filter(|it| it.action != Action::Absent);
+        let lines = existing.map(|it| printable(&format!("{}/{}", it.kind.qualified(), it.name)) + "\n");
+        return write_out(&lines.collect::<String>()).map(drop);
+    }
+    context.print(&objects, |objects| outcome(objects, dry_run))
 }
 
 /// Runs `ovlctl diff`. Exit status 1 if there are differences, as with `kubectl diff`.
 pub(crate) fn diff(context: &Context, args: &DiffArgs) -> Result<ExitCode> {
-    let all = send(context, &args.files, true, args.lenient, true)?;
+    let apply = Apply { dry_run: true, show: true, ..Apply::default() };
+    let all = send(context, &args.files, &args.checks, apply)?;
     let changed = all.objects.iter().any(|object| object.action != Action::Unchanged);
     context.print(&all.objects, |objects| objects.iter().map(diff::of_object).collect())?;
     Ok(if changed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 
-fn send(context: &Context, files: &Files, dry_run: bool, lenient: bool, show: bool) -> Result<AppliedAll> {
+fn send(context: &Context, files: &Files, checks: &Checks, apply: Apply) -> Result<AppliedAll> {
+    if let Some(folder) = &files.kustomize {
+        let folder = folder.display();
+        return Err(Error::Usage(format!(
+            "ovlctl builds no kustomizations: use `kubectl kustomize {folder} | ovlctl apply -f -`"
+        )));
+    }
     let documents = files::read(&files.files, files.recursive)?;
     if documents.is_empty() {
         return Err(Error::Failed("the given files contain no objects".to_owned()));
     }
-    let apply = Apply { namespace: files.namespace.clone(), dry_run, lenient, show };
+    let apply = Apply {
+        namespace: files.namespace.clone(),
+        validation: checks.validation(),
+        strict: checks.strict,
+        ..apply
+    };
     let all = stage_and_request(context, documents, &Request::Apply(apply))?;
-    for warning in &all.warnings {
-        let _ = writeln!(io::stderr(), "ovlctl: warning: {}", printable_lines(&warning.to_string()));
-    }
+    warn(&all, checks.validation());
     Ok(all)
+}
+
+/// Prints what is unusual in the manifests to standard error.
+fn warn(all: &AppliedAll, validation: Validation) {
+    let mut lines: Vec<String> = all.warnings.iter().map(ToString::to_string).collect();
+    if validation != Validation::Ignore {
+        lines.extend(all.ignored.iter().map(ToString::to_string));
+    }
+    lines.extend(passed_over(&all.foreign));
+    for line in lines {
+        // Not eprintln!: it panics if standard error is closed.
+        let _ = writeln!(io::stderr(), "ovlctl: warning: {}", printable_lines(&line));
+    }
+}
+
+/// Says how many objects were passed over because ovl does not act on their kinds. `None` if there are none.
+fn passed_over(foreign: &BTreeMap<String, usize>) -> Option<String> {
+    let count: usize = foreign.values().sum();
+    let kinds: Vec<String> = foreign.iter().map(|(kind, count)| format!("{count} {kind}")).collect();
+    let plural = if count == 1 { "" } else { "s" };
+    (count > 0)
+        .then(|| format!("passed over {count} object{plural} that ovl does not act on: {}", kinds.join(", ")))
 }
 
 /// Stages documents and sends a request that uses them, on one connection.
@@ -194,34 +310,81 @@ fn outcome(objects: &[Applied], dry_run: bool) -> String {
 pub(crate) fn delete(context: &Context, args: &DeleteArgs) -> Result<()> {
     let documents =
         if args.files.is_empty() { Vec::new() } else { files::read(&args.files, args.recursive)? };
-    let keys = args.keys()?;
+    let keys = args.keys(context)?;
     if keys.is_empty() && documents.is_empty() {
-        return Err(Error::Usage("nothing to delete: give a kind and names, or a file with -f".to_owned()));
+        if args.all || args.selector.is_some() {
+            context.note("No resources found.");
+            return print(context, &[], false);
+        }
+        return Err(Error::Usage(
+            "nothing to delete: give a kind and names, --all or -l, or a file with -f".to_owned(),
+        ));
     }
-    let request = Request::Delete { keys, namespace: args.namespace.clone(), dry_run: args.dry_run };
-    let all = stage_and_request(context, documents, &request)?;
-    context.print(&all.objects, |objects| outcome(objects, args.dry_run))
+    let dry_run = args.dry_run.is_set();
+    let request = Request::Delete { keys, namespace: args.namespace.clone(), dry_run };
+    let mut all = stage_and_request(context, documents, &request)?;
+    warn(&all, Validation::Strict);
+    if args.ignore_not_found {
+        all.objects.retain(|it| it.action != Action::Absent);
+    }
+    print(context, &all.objects, dry_run)
 }
 
 impl DeleteArgs {
-    fn keys(&self) -> Result<Vec<ResourceKey>> {
+    fn keys(&self, context: &Context) -> Result<Vec<ResourceKey>> {
         let Some(kind) = &self.kind else { return Ok(Vec::new()) };
-        let pairs: Vec<(Kind, String)> = match kind.split_once('/') {
-            Some(_) => std::iter::once(kind)
+        let pairs: Vec<(Kind, String)> = if kind.contains('/') {
+            std::iter::once(kind)
                 .chain(&self.names)
                 .map(|text| parse_kind_and_name(text))
-                .collect::<Result<_>>()?,
-            None => {
-                let kind = parse_kind(kind)?;
-                self.names.iter().map(|name| (kind, name.clone())).collect()
+                .collect::<Result<_>>()?
+        } else {
+            let kinds = kind.split(',').map(parse_kind).collect::<Result<Vec<Kind>>>()?;
+            if self.all || self.selector.is_some() {
+                return self.matching(context, &kinds);
             }
+            let names = |kind: Kind| self.names.iter().map(move |name| (kind, name.clone()));
+            kinds.into_iter().flat_map(names).collect()
         };
-        let namespace = self.namespace.as_deref().unwrap_or(DEFAULT_NAMESPACE);
-        let key = |(kind, name): (Kind, String)| {
-            let namespace = if kind.is_namespaced() { namespace } else { "" };
-            ResourceKey { kind, name: Name::new(namespace, name) }
-        };
+        let key = |(kind, name)| key(kind, self.namespace.as_deref(), name);
         Ok(pairs.into_iter().map(key).collect())
+    }
+
+    /// Returns the objects that `--all` or `-l` selects.
+    fn matching(&self, context: &Context, kinds: &[Kind]) -> Result<Vec<ResourceKey>> {
+        let namespace = Some(self.namespace.clone().unwrap_or_else(|| DEFAULT_NAMESPACE.to_owned()));
+        let mut keys = Vec::new();
+        for kind in kinds {
+            let query = ResourceQuery { kind: *kind, namespace: namespace.clone(), name: None };
+            let found = ask_objects(context, query)?;
+            let selected = found.into_iter().filter(|it| is_selected(self.selector.as_ref(), it));
+            keys.extend(
+                selected.map(|it| ResourceKey { kind: *kind, name: Name::new(it.namespace, it.name) }),
+            );
+        }
+        Ok(keys)
+    }
+}
+
+/// Returns the key of an object. `namespace`: `None` is `default`.
+fn key(kind: Kind, namespace: Option<&str>, name: String) -> ResourceKey {
+    let namespace = if kind.is_namespaced() { namespace.unwrap_or(DEFAULT_NAMESPACE) } else { "" };
+    ResourceKey { kind, name: Name::new(namespace, name) }
+}
+
+/// Whether a selector matches the labels of an object. No selector matches all.
+fn is_selected(selector: Option<&Selector>, object: &ResourceInfo) -> bool {
+    let labels = || {
+        let labels = object.manifest.pointer("/metadata/labels").cloned().unwrap_or_default();
+        serde_json::from_value::<Labels>(labels).unwrap_or_default()
+    };
+    selector.is_none_or(|selector| selector.matches(&labels()))
+}
+
+fn ask_objects(context: &Context, query: ResourceQuery) -> Result<Vec<ResourceInfo>> {
+    match context.request(&Request::Get(query))? {
+        Reply::Resources(objects) => Ok(objects),
+        _ => Err(Error::unexpected_reply()),
     }
 }
 
@@ -248,6 +411,21 @@ enum Shown {
 }
 
 impl Shown {
+    /// Returns the qualified name that kubectl prints.
+    fn qualified(self) -> &'static str {
+        match self {
+            Self::Objects(kind) => kind.qualified(),
+            Self::Endpoints => "endpoints",
+        }
+    }
+
+    fn none(self) -> Found {
+        match self {
+            Self::Objects(kind) => Found::Objects(kind, Vec::new()),
+            Self::Endpoints => Found::Endpoints(Vec::new()),
+        }
+    }
+
     fn parse(text: &str) -> Result<Vec<Self>> {
         let mut all = Vec::new();
         for word in text.split(',') {
@@ -270,6 +448,47 @@ enum Found {
 }
 
 impl Found {
+    /// Adds what a query finds. Returns whether it found something.
+    fn extend(
+        &mut self,
+        context: &Context,
+        selector: Option<&Selector>,
+        query: impl Fn(Kind) -> ResourceQuery,
+    ) -> Result<bool> {
+        match self {
+            Self::Objects(kind, objects) => {
+                let mut found = ask_objects(context, query(*kind))?;
+                found.retain(|it| is_selected(selector, it));
+                let is_new = !found.is_empty();
+                objects.extend(found);
+                Ok(is_new)
+            }
+            Self::Endpoints(services) => {
+                let mut found = ask_backends(context, query(Kind::Service))?;
+                if selector.is_some() {
+                    let mut selected = ask_objects(context, query(Kind::Service))?;
+                    selected.retain(|it| is_selected(selector, it));
+                    let names: BTreeSet<(String, String)> =
+                        selected.into_iter().map(|it| (it.namespace, it.name)).collect();
+                    found.retain(|it| names.contains(&(it.namespace.clone(), it.name.clone())));
+                }
+                let is_new = !found.is_empty();
+                services.extend(found);
+                Ok(is_new)
+            }
+        }
+    }
+
+    /// Returns `KIND/NAME` of each object.
+    fn names(&self) -> Vec<String> {
+        match self {
+            Self::Objects(kind, objects) => {
+                objects.iter().map(|it| format!("{}/{}", kind.qualified(), it.name)).collect()
+            }
+            Self::Endpoints(services) => services.iter().map(|it| format!("endpoints/{}", it.name)).collect(),
+        }
+    }
+
     fn is_empty(&self) -> bool {
         match self {
             Self::Objects(_, objects) => objects.is_empty(),
@@ -279,36 +498,58 @@ impl Found {
 }
 
 impl GetArgs {
-    fn find(&self, context: &Context) -> Result<Vec<Found>> {
-        let (kinds, name) = match self.kind.split_once('/') {
-            Some((kind, name)) if self.name.is_none() => (kind, Some(name.to_owned())),
-            _ => (self.kind.as_str(), self.name.clone()),
-        };
+    /// Returns what is asked for, each with the names. No names: all objects.
+    fn asked(&self) -> Result<Vec<(Shown, Vec<String>)>> {
+        if !self.kind.contains('/') {
+            return Ok(Shown::parse(&self.kind)?
+                .into_iter()
+                .map(|shown| (shown, self.names.clone()))
+                .collect());
+        }
+        let mut asked: Vec<(Shown, Vec<String>)> = Vec::new();
+        for text in std::iter::once(&self.kind).chain(&self.names) {
+            let malformed = || Error::Usage(format!("'{text}' is not KIND/NAME"));
+            let (kind, name) =
+                text.split_once('/').filter(|(_, name)| !name.is_empty()).ok_or_else(malformed)?;
+            for shown in Shown::parse(kind)? {
+                match asked.iter_mut().find(|(known, _)| *known == shown) {
+                    Some((_, names)) => names.push(name.to_owned()),
+                    None => asked.push((shown, vec![name.to_owned()])),
+                }
+            }
+        }
+        Ok(asked)
+    }
+
+    /// Whether exactly one object is asked for.
+    fn is_single(&self) -> bool {
+        self.asked().is_ok_and(|asked| matches!(asked.as_slice(), [(_, names)] if names.len() == 1))
+    }
+
+    /// Returns the objects that were found, and the error about those that were not.
+    fn find(&self, context: &Context) -> Result<(Vec<Found>, Option<Error>)> {
         let namespace = match (self.all_namespaces, &self.namespace) {
             (true, _) => None,
             (false, namespace) => Some(namespace.clone().unwrap_or_else(|| DEFAULT_NAMESPACE.to_owned())),
         };
-        let mut all = Vec::new();
-        for shown in Shown::parse(kinds)? {
-            let query = |kind| ResourceQuery { kind, namespace: namespace.clone(), name: name.clone() };
-            let found = match shown {
-                Shown::Objects(kind) => match context.request(&Request::Get(query(kind)))? {
-                    Reply::Resources(objects) => Found::Objects(kind, objects),
-                    _ => return Err(Error::unexpected_reply()),
-                },
-                Shown::Endpoints => Found::Endpoints(ask_backends(context, query(Kind::Service))?),
-            };
-            if let Some(name) = name.as_ref().filter(|_| found.is_empty()) {
-                let kind = match shown {
-                    Shown::Objects(kind) => kind.qualified(),
-                    Shown::Endpoints => "endpoints",
-                };
-                let place = namespace.as_ref().map(|it| format!(" in namespace {it}")).unwrap_or_default();
-                return Err(Error::Failed(format!("{kind} \"{name}\" not found{place}")));
+        let (mut all, mut missing) = (Vec::new(), Vec::new());
+        for (shown, names) in self.asked()? {
+            let mut found = shown.none();
+            let queries: Vec<Option<String>> =
+                if names.is_empty() { vec![None] } else { names.into_iter().map(Some).collect() };
+            for name in queries {
+                let query = |kind| ResourceQuery { kind, namespace: namespace.clone(), name: name.clone() };
+                let is_new = found.extend(context, self.selector.as_ref(), query)?;
+                if let Some(name) = name.filter(|_| !is_new) {
+                    let place =
+                        namespace.as_ref().map(|it| format!(" in namespace {it}")).unwrap_or_default();
+                    missing.push(format!("{} \"{name}\" not found{place}", shown.qualified()));
+                }
             }
             all.push(found);
         }
-        Ok(all)
+        let missing = Some(missing).filter(|missing| !missing.is_empty() && !self.ignore_not_found);
+        Ok((all, missing.map(|missing| Error::Failed(missing.join("\n")))))
     }
 }
 
@@ -321,13 +562,33 @@ fn ask_backends(context: &Context, query: ResourceQuery) -> Result<Vec<ServiceBa
 
 /// Runs `ovlctl get`.
 pub(crate) fn get(context: &Context, args: &GetArgs) -> Result<()> {
-    let found = args.find(context)?;
-    let text = match context.output {
+    let (found, missing) = args.find(context)?;
+    write_out(&rendered(context, args, &found, missing.is_some())?).map(drop)?;
+    missing.map_or(Ok(()), Err)
+}
+
+/// Renders objects. `incomplete`: some were not found, which is an error of its own.
+fn rendered(context: &Context, args: &GetArgs, found: &[Found], incomplete: bool) -> Result<String> {
+    match &context.objects {
+        Some(ObjectFormat::Name) => {
+            let names = found.iter().flat_map(Found::names);
+            return Ok(names.map(|name| printable(&name) + "\n").collect());
+        }
+        Some(ObjectFormat::JsonPath(_)) if args.is_single() && found.iter().all(Found::is_empty) => {
+            return Ok(String::new());
+        }
+        Some(ObjectFormat::JsonPath(template)) => return Ok(template.render(&manifests(found, args))),
+        None => {}
+    }
+    if incomplete && found.iter().all(Found::is_empty) {
+        return Ok(String::new());
+    }
+    Ok(match context.output {
         Output::Table | Output::Wide => {
             let show = table::Show { namespaces: args.all_namespaces, wide: context.output == Output::Wide };
             let tables: Vec<String> =
                 found.iter().filter(|it| !it.is_empty()).map(|it| table::render(it, show)).collect();
-            if tables.is_empty() {
+            if tables.is_empty() && !args.ignore_not_found {
                 let place = match (&args.namespace, args.all_namespaces) {
                     (_, true) => String::new(),
                     (namespace, false) => {
@@ -338,10 +599,9 @@ pub(crate) fn get(context: &Context, args: &GetArgs) -> Result<()> {
             }
             tables.join("\n")
         }
-        Output::Json => pretty(&manifests(&found, args))? + "\n",
-        Output::Yaml => to_yaml(&manifests(&found, args)),
-    };
-    write_out(&text).map(drop)
+        Output::Json => pretty(&manifests(found, args))? + "\n",
+        Output::Yaml => to_yaml(&manifests(found, args)),
+    })
 }
 
 fn pretty(value: &Value) -> Result<String> {
@@ -359,9 +619,8 @@ fn manifests(found: &[Found], args: &GetArgs) -> Value {
         Found::Endpoints(services) => services.iter().map(|service| json!(service)).collect(),
     });
     let mut all: Vec<Value> = each.collect();
-    let named = args.name.is_some() || args.kind.contains('/');
     match all.pop() {
-        Some(one) if named && all.is_empty() => one,
+        Some(one) if args.is_single() && all.is_empty() => one,
         last => {
             all.extend(last);
             json!({ "apiVersion": "v1", "kind": "List", "items": all })
@@ -372,7 +631,8 @@ fn manifests(found: &[Found], args: &GetArgs) -> Value {
 /// Runs `ovlctl describe`.
 pub(crate) fn describe(context: &Context, args: &GetArgs) -> Result<()> {
     let mut texts = Vec::new();
-    for found in args.find(context)? {
+    let (found, missing) = args.find(context)?;
+    for found in found {
         match found {
             Found::Objects(kind, objects) => {
                 for object in objects {
@@ -389,7 +649,8 @@ pub(crate) fn describe(context: &Context, args: &GetArgs) -> Result<()> {
             Found::Endpoints(services) => texts.extend(services.iter().map(describe::backends)),
         }
     }
-    write_out(&texts.join("\n\n")).map(drop)
+    write_out(&texts.join("\n\n")).map(drop)?;
+    missing.map_or(Ok(()), Err)
 }
 
 #[cfg(test)]

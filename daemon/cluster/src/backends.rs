@@ -7,8 +7,8 @@ use std::net::IpAddr;
 
 use ovl_proto::id::{EndpointId, NetworkId, NodeId};
 use ovl_proto::resource::{
-    EndpointSlice, IntOrString, Kind, Labels, Name, ResourceKey, SERVICE_NAME_LABEL, Service, ServicePort,
-    SliceEndpoint, has_all,
+    EndpointSlice, IntOrString, Kind, Labels, Name, Pod, ResourceKey, SERVICE_NAME_LABEL, Service,
+    ServicePort, SliceEndpoint, has_all,
 };
 
 use crate::resources::named_port;
@@ -223,7 +223,12 @@ impl Backends {
     }
 
     fn backends(&self, view: &View, name: &Name, service: &Service) -> Vec<Backend> {
+        // As in Kubernetes, a finished pod is no backend, even of a Service that publishes addresses that are not ready.
+        let is_finished = |selectable: &Selectable| {
+            view.resources.pods().get(&selectable.name).is_some_and(Pod::is_finished)
+        };
         let selected = self.selectables.with_labels(&name.namespace, &service.spec.selector);
+        let selected = selected.filter(|(_, selectable)| !is_finished(selectable));
         let mut backends: Vec<Backend> =
             selected.map(|(_, selectable)| backend_of_selectable(view, service, selectable)).collect();
         for slice in self.slices.get(name).into_iter().flatten() {

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use ovl_proto::id::{EndpointId, NetworkId, NodeId};
-use ovl_proto::resource::{Labels, Name, has_all};
+use ovl_proto::resource::{Labels, Name, Pod, has_all};
 
 use crate::view::{Placed, View};
 
@@ -31,7 +31,7 @@ pub struct Selectable {
     pub addresses: Vec<IpAddr>,
     /// The effective labels: its own, overlaid by its Pod's.
     pub labels: Labels,
-    /// Whether Services send it connections.
+    /// Whether Services send it connections: neither its endpoint nor its Pod is marked as not ready.
     pub ready: bool,
 }
 
@@ -150,14 +150,16 @@ impl Selectables {
     /// Updates the selectable of a Pod, which exists while no host has an endpoint of the Pod.
     fn touch_bare_pod(&mut self, view: &View, name: Name) -> Option<SelectableChange> {
         let owned = || view.all_named(&name.name).any(|placed| placed.endpoint.namespace == name.namespace);
-        let pod = view.resources.pods().get(&name).filter(|pod| !pod.status.pod_ips.is_empty());
+        let pod = view.resources.pods().get(&name);
+        // The addresses of a finished pod may be those of another one by now.
+        let pod = pod.filter(|pod| !pod.status.pod_ips.is_empty() && !pod.is_finished());
         let after = pod.filter(|_| !owned()).map(|pod| Selectable {
             name: name.clone(),
             network: None,
             host: None,
             addresses: pod.status.pod_ips.iter().map(|pod_ip| pod_ip.ip).collect(),
             labels: pod.metadata.labels.clone(),
-            ready: true,
+            ready: pod.is_ready(),
         });
         self.set(SelectableId::Pod(name), after)
     }
@@ -194,13 +196,15 @@ impl Selectables {
 
 fn of_endpoint(view: &View, placed: Placed<'_>) -> Selectable {
     let endpoint = placed.endpoint;
+    let name = Name::new(&endpoint.namespace, &endpoint.name);
+    let ready = endpoint.ready && view.resources.pods().get(&name).is_none_or(Pod::is_ready);
     Selectable {
-        name: Name::new(&endpoint.namespace, &endpoint.name),
+        name,
         network: Some(endpoint.network),
         host: Some(placed.node.record.id),
         addresses: endpoint.addresses.iter().map(|net| net.addr()).collect(),
         labels: view.resources.labels(endpoint).into_owned(),
-        ready: endpoint.ready,
+        ready,
     }
 }
 

@@ -112,6 +112,74 @@ fn pod_without_an_endpoint_is_a_backend_by_its_own_address() {
     assert_eq!(world.of("web")[0].host, Some(id(2)));
 }
 
+/// A pod of the Service `web`, with an address of its own and a status.
+fn pod(name: &str, mut status: serde_json::Value) -> ovl_proto::resource::Resource {
+    status["podIPs"] = json!([{ "ip": "192.0.2.9" }]);
+    let metadata = json!({ "name": name, "namespace": "default", "labels": { "app": "web" } });
+    read(Kind::Pod, json!({ "metadata": metadata, "status": status }))
+}
+
+#[test]
+fn status_of_a_pod_decides_whether_it_is_a_backend() {
+    let condition = |kind: &str, status: &str| json!([{ "type": kind, "status": status }]);
+    let rows = [
+        (json!({}), Some(Readiness::Ready)),
+        (json!({ "phase": "Running" }), Some(Readiness::Ready)),
+        (json!({ "phase": "Running", "conditions": condition("Ready", "True") }), Some(Readiness::Ready)),
+        (json!({ "phase": "Running", "conditions": condition("Ready", "False") }), Some(Readiness::NotReady)),
+        (json!({ "conditions": condition("Ready", "Unknown") }), Some(Readiness::NotReady)),
+        (json!({ "phase": "Pending" }), Some(Readiness::NotReady)),
+        (json!({ "phase": "Unknown" }), Some(Readiness::NotReady)),
+        (json!({ "phase": "Failed", "conditions": condition("Ready", "True") }), None),
+        (json!({ "phase": "Succeeded" }), None),
+    ];
+    for (status, expected) in rows {
+        // A pod that is not an endpoint, and one that is.
+        for attached in [false, true] {
+            let mut world = World::new();
+            world.service("web", json!({ "app": "web" }));
+            if attached {
+                world.attach(1, 1, WEB, true);
+            }
+            world.put(pod("w1", status.clone()));
+            world.settle();
+            let found: Vec<_> = world.of("web").iter().map(|backend| backend.readiness).collect();
+            assert_eq!(found, Vec::from_iter(expected), "{status}, attached: {attached}");
+            // Policies still isolate the endpoint.
+            assert_eq!(
+                world.backends.selectables().iter().count(),
+                usize::from(attached || expected.is_some())
+            );
+        }
+    }
+}
+
+#[test]
+fn change_of_a_pods_status_reaches_its_services() {
+    let mut world = World::new();
+    world.service("web", json!({ "app": "web" }));
+    world.attach(1, 1, WEB, true);
+    world.attach(2, 2, WEB, false);
+    world.settle();
+    let ready = |world: &World| targets(world.of("web"), 0, true, None).len();
+    let unready = json!({ "conditions": [{ "type": "Ready", "status": "False" }] });
+    for (status, services, expected) in [
+        (json!({}), false, 1),
+        (unready.clone(), true, 0),
+        (json!({ "phase": "Failed" }), true, 0),
+        (unready, true, 0),
+        (json!({ "phase": "Running" }), true, 1),
+    ] {
+        world.put(pod("w1", status.clone()));
+        assert_eq!(world.settle().services.len(), usize::from(services), "{status}");
+        assert_eq!(ready(&world), expected, "{status}");
+    }
+    // The endpoint's own mark counts as well.
+    world.put(pod("w2", json!({ "phase": "Running" })));
+    world.settle();
+    assert_eq!(ready(&world), 1);
+}
+
 #[test]
 fn unready_backends_are_targets_only_if_the_service_publishes_them() {
     let mut world = World::new();

@@ -1,16 +1,17 @@
 //! Requests for Kubernetes objects: apply manifests, show and delete objects.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use ovl_cluster::backends::Readiness;
 use ovl_cluster::claims::Claim;
 use ovl_cluster::objects::{MAX_OBJECT_BYTES, MAX_OBJECTS};
 use ovl_cluster::selectables::Selectable;
 use ovl_control::{
-    Action, Applied, AppliedAll, Apply, BackendInfo, BackendPort, Document, ManifestProblem, PodEndpoint,
-    Reply, ResourceInfo, ResourceQuery, ServiceBackends,
+    Action, Applied, AppliedAll, Apply, BackendInfo, BackendPort, Document, IgnoredFields, ManifestProblem,
+    PodEndpoint, Reply, ResourceInfo, ResourceQuery, ServiceBackends,
 };
-use ovl_manifest::{Problem, object as manifest};
+use ovl_manifest::Problem;
+use ovl_manifest::object::{self as manifest, Identity};
 use ovl_proto::id::NodeId;
 use ovl_proto::object::Body;
 use ovl_proto::resource::{
@@ -26,19 +27,24 @@ use super::{Failed, Node};
 
 /// How many documents are read or objects are written before other tasks may run.
 const AT_A_TIME: usize = 250;
-/// How many problems are reported at most.
+/// How many problems, and how many warnings, are reported at most.
 const MOST_PROBLEMS: usize = 200;
 
 /// Objects to write; `true` marks a tombstone.
 type Writes = Vec<(Body, bool)>;
 
+/// How many kinds that ovl does not act on are told apart at most.
+const MOST_FOREIGN: usize = 64;
+
 /// The location of an object in the manifests.
 #[derive(Debug, Clone)]
 struct Place {
     file: String,
-    document: usize,
+    line: usize,
     /// The path of the object within the document: empty, or the path of an item of a list.
     within: String,
+    /// The kind and name of the object.
+    object: String,
 }
 
 impl Place {
@@ -46,7 +52,8 @@ impl Place {
         let field = format!("{}{}", self.within, problem.field);
         ManifestProblem {
             file: self.file.clone(),
-            document: self.document,
+            line: self.line,
+            object: self.object.clone(),
             field: field.trim_end_matches('.').to_owned(),
             reason: problem.reason,
         }
@@ -55,20 +62,49 @@ impl Place {
 
 impl std::fmt::Display for Place {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}, document {}", self.file, self.document)?;
-        if !self.within.is_empty() {
-            write!(f, ", {}", self.within.trim_end_matches('.'))?;
-        }
-        Ok(())
+        write!(f, "{}:{}", self.file, self.line)
     }
 }
 
-/// Returns each object of the documents with its location. The items of a list are separate objects.
+/// Splits documents into objects and their locations.
 fn objects_of(documents: Vec<Document>) -> impl Iterator<Item = (Place, Value)> {
-    documents.into_iter().flat_map(|Document { file, document, value }| {
-        let items = manifest::items(value);
-        items.into_iter().map(move |(within, value)| (Place { file: file.clone(), document, within }, value))
+    documents.into_iter().map(|Document { file, line, within, value }| {
+        (Place { file, line, within, object: manifest::label(&value) }, value)
     })
+}
+
+/// Counts the objects of kinds that ovl does not act on.
+#[derive(Default)]
+struct Foreign(BTreeMap<String, usize>);
+
+impl Foreign {
+    fn add(&mut self, kind: String) {
+        let known = self.0.len() < MOST_FOREIGN || self.0.contains_key(&kind);
+        let kind = if known { kind } else { "of other kinds".to_owned() };
+        *self.0.entry(kind).or_default() += 1;
+    }
+}
+
+/// Collects the fields that ovl does not act on, by kind and reason.
+#[derive(Default)]
+struct Ignored(BTreeMap<(Kind, String), (BTreeSet<String>, usize)>);
+
+impl Ignored {
+    fn add(&mut self, kind: Kind, ignored: Vec<Problem>) {
+        let mut reasons = BTreeSet::new();
+        for Problem { field, reason } in ignored {
+            let key = (kind, reason);
+            let (fields, objects) = self.0.entry(key.clone()).or_default();
+            fields.insert(manifest::without_indices(&field));
+            *objects += usize::from(reasons.insert(key.1));
+        }
+    }
+
+    fn into_list(self) -> Vec<IgnoredFields> {
+        let each = self.0.into_iter();
+        each.map(|((kind, reason), (fields, objects))| IgnoredFields { kind, reason, fields, objects })
+            .collect()
+    }
 }
 
 impl Node {
@@ -79,27 +115,59 @@ impl Node {
         let _turn = self.applying.lock().await;
         let mut problems = Vec::new();
         let mut warnings = Vec::new();
+        let (mut foreign, mut ignored) = (Foreign::default(), Ignored::default());
         let mut read: Vec<(Place, Resource)> = Vec::new();
-        let mut places: BTreeMap<ResourceKey, Place> = BTreeMap::new();
+        let mut known: BTreeMap<ResourceKey, usize> = BTreeMap::new();
         for (n, (place, value)) in objects_of(documents).enumerate() {
-            if n % AT_A_TIME == AT_A_TIME - 1 {
-                yield_now().await;
-            }
-            match manifest::read(value, apply.namespace.as_deref(), apply.lenient) {
-                Ok(found) => {
-                    warnings.extend(found.warnings.into_iter().map(|warning| place.problem(warning)));
-                    let key = found.resource.key();
-                    if let Some(first) = places.insert(key.clone(), place.clone()) {
-                        let reason = format!("{key} comes twice: it is in {first} already");
-                        problems.push(place.problem(Problem { field: "metadata.name".to_owned(), reason }));
-                    }
-                    read.push((place, found.resource));
-                }
-                Err(found) => problems.extend(found.into_iter().map(|problem| place.problem(problem))),
-            }
             if problems.len() >= MOST_PROBLEMS {
                 break;
             }
+            if n % AT_A_TIME == AT_A_TIME - 1 {
+                yield_now().await;
+            }
+            let namespace = apply.namespace.as_deref();
+            if let Ok(Identity::Foreign { kind, is_policy }) = manifest::identify(&value, namespace) {
+                let reason = match (is_policy, apply.strict) {
+                    (true, _) => Some(format!(
+                        "ovl does not enforce {kind}, and what it forbids would be allowed: remove it, or write a \
+                         networking.k8s.io/v1 NetworkPolicy"
+                    )),
+                    (false, true) => Some(format!("ovl does not act on {kind}")),
+                    (false, false) => None,
+                };
+                match reason {
+                    Some(reason) => {
+                        problems.push(place.problem(Problem { field: "kind".to_owned(), reason }))
+                    }
+                    None => foreign.add(kind),
+                }
+                continue;
+            }
+            match manifest::read(value, namespace, apply.validation) {
+                Ok(found) => {
+                    if apply.strict {
+                        problems.extend(found.ignored.into_iter().map(|ignored| place.problem(ignored)));
+                    } else {
+                        ignored.add(found.resource.kind(), found.ignored);
+                    }
+                    warnings.extend(found.warnings.into_iter().map(|warning| place.problem(warning)));
+                    // As with kubectl, the last one counts.
+                    let first = known.entry(found.resource.key()).or_insert(read.len());
+                    match read.get_mut(*first) {
+                        Some(first) => {
+                            let reason = format!("replaces the same object at {}", first.0);
+                            warnings.push(place.problem(Problem { field: String::new(), reason }));
+                            *first = (place, found.resource);
+                        }
+                        None => read.push((place, found.resource)),
+                    }
+                }
+                Err(found) => problems.extend(found.into_iter().map(|problem| place.problem(problem))),
+            }
+            warnings.truncate(MOST_PROBLEMS);
+        }
+        if problems.is_empty() && apply.create {
+            problems = self.existing(&read);
         }
         if problems.is_empty() {
             problems = self.complete(&mut read).await;
@@ -112,12 +180,25 @@ impl Node {
             self.write_resources(writes).await?;
             self.tell_applied(&objects);
         }
-        Ok(Reply::Applied(Box::new(AppliedAll { objects, warnings })))
+        let (ignored, foreign) = (ignored.into_list(), foreign.0);
+        Ok(Reply::Applied(Box::new(AppliedAll { objects, warnings, ignored, foreign })))
     }
 
     /// Fails if this host is not a member.
     fn member(&self) -> Result<(), Failed> {
         self.state.borrow().check_member()
+    }
+
+    /// Returns a problem for each object that exists already.
+    fn existing(&self, read: &[(Place, Resource)]) -> Vec<ManifestProblem> {
+        let state = self.state.borrow();
+        let exists = |resource: &Resource| state.view.resources.meta(&resource.key()).is_some();
+        let reason = "already exists: use `ovlctl apply` to change it";
+        read.iter()
+            .filter(|(_, resource)| exists(resource))
+            .map(|(place, _)| place.problem(Problem { field: String::new(), reason: reason.to_owned() }))
+            .take(MOST_PROBLEMS)
+            .collect()
     }
 
     /// Sets the fields that the cluster chooses. Returns the problems, empty if there are none.
@@ -258,9 +339,11 @@ impl Node {
     ) -> Result<Reply, Failed> {
         self.member()?;
         let mut problems = Vec::new();
+        let mut foreign = Foreign::default();
         for (place, value) in objects_of(documents) {
-            match manifest::key(&value, namespace) {
-                Ok(key) => keys.push(key),
+            match manifest::identify(&value, namespace) {
+                Ok(Identity::Object(key)) => keys.push(key),
+                Ok(Identity::Foreign { kind, .. }) => foreign.add(kind),
                 Err(found) => problems.extend(found.into_iter().map(|problem| place.problem(problem))),
             }
         }
@@ -268,6 +351,8 @@ impl Node {
             problems.truncate(MOST_PROBLEMS);
             return Ok(Reply::Refused(problems));
         }
+        let mut known = BTreeSet::new();
+        keys.retain(|key| known.insert(key.clone()));
         let (mut objects, mut writes) = (Vec::new(), Vec::new());
         {
             let state = self.state.borrow();
@@ -292,7 +377,7 @@ impl Node {
             self.write_resources(writes).await?;
             self.tell_applied(&objects);
         }
-        Ok(Reply::Applied(Box::new(AppliedAll { objects, warnings: Vec::new() })))
+        Ok(Reply::Applied(Box::new(AppliedAll { objects, foreign: foreign.0, ..AppliedAll::default() })))
     }
 
     /// Returns the objects that match a query, in the form that users see.

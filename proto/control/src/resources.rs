@@ -1,31 +1,35 @@
 //! The parts of requests and replies about Kubernetes objects.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use ovl_proto::resource::{Kind, Protocol};
+use ovl_proto::resource::{Kind, Protocol, Validation};
 
 /// The maximum number of documents that a client may stage on one connection.
 pub const MAX_STAGED: usize = 65_536;
 /// The maximum size of all staged documents of one connection, in bytes.
 pub const MAX_STAGED_BYTES: usize = 128 << 20;
 
-/// A document of a manifest file.
+/// An object of a manifest file.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Document {
     /// The file name, as the user gave it.
     pub file: String,
-    /// The number of the document in the file, from 1.
-    pub document: usize,
-    /// The content.
+    /// The line of the file where it begins, from 1.
+    pub line: usize,
+    /// The path of the object in its document with a dot at the end, such as `items[2].`. Empty: the document itself.
+    #[serde(default)]
+    pub within: String,
+    /// The content: one object, not a list.
     pub value: Value,
 }
 
 /// A request to apply the staged documents.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Apply {
     /// The namespace of objects that do not name one. `None`: `default`.
@@ -34,9 +38,15 @@ pub struct Apply {
     /// Whether to only check, without writing.
     #[serde(default)]
     pub dry_run: bool,
-    /// Whether unsupported fields are warnings instead of errors.
+    /// How fields are treated that the Kubernetes API does not have.
     #[serde(default)]
-    pub lenient: bool,
+    pub validation: Validation,
+    /// Whether kinds and fields that ovl does not act on are errors.
+    #[serde(default)]
+    pub strict: bool,
+    /// Whether an object that exists already is an error.
+    #[serde(default)]
+    pub create: bool,
     /// Whether the reply contains each object before and after.
     #[serde(default)]
     pub show: bool,
@@ -94,8 +104,33 @@ pub struct Applied {
 pub struct AppliedAll {
     /// The objects, in the order of the documents.
     pub objects: Vec<Applied>,
-    /// The fields that were ignored.
+    /// What is unusual, but no error.
     pub warnings: Vec<ManifestProblem>,
+    /// The known fields that ovl does not act on.
+    pub ignored: Vec<IgnoredFields>,
+    /// The kinds that ovl does not act on, such as `apps/v1 Deployment`, with the number of their objects.
+    pub foreign: BTreeMap<String, usize>,
+}
+
+/// Fields that ovl does not act on.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct IgnoredFields {
+    /// The kind of the objects.
+    pub kind: Kind,
+    /// What ovl does not do.
+    pub reason: String,
+    /// The paths of the fields, without indices: `spec.containers[].image`.
+    pub fields: BTreeSet<String>,
+    /// The number of objects that have one of the fields.
+    pub objects: usize,
+}
+
+impl std::fmt::Display for IgnoredFields {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let fields: Vec<&str> = self.fields.iter().map(String::as_str).collect();
+        let (plural, count) = (if self.objects == 1 { "" } else { "s" }, self.objects);
+        write!(f, "{} ({count} object{plural}): ignored {}: {}", self.kind, fields.join(", "), self.reason)
+    }
 }
 
 /// A problem with a field of a manifest.
@@ -103,9 +138,11 @@ pub struct AppliedAll {
 pub struct ManifestProblem {
     /// The file name, as the user gave it.
     pub file: String,
-    /// The number of the document in the file, from 1.
-    pub document: usize,
-    /// The path of the field, such as `spec.ports[0].port`. Empty: the whole document.
+    /// The line where the object begins, from 1.
+    pub line: usize,
+    /// The kind and name of the object, such as `Service shop/web`. Empty: not known.
+    pub object: String,
+    /// The path of the field, such as `spec.ports[0].port`. Empty: the whole object.
     pub field: String,
     /// What is wrong, and what is expected.
     pub reason: String,
@@ -113,7 +150,10 @@ pub struct ManifestProblem {
 
 impl std::fmt::Display for ManifestProblem {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}, document {}: ", self.file, self.document)?;
+        write!(f, "{}:{}: ", self.file, self.line)?;
+        if !self.object.is_empty() {
+            write!(f, "{}: ", self.object)?;
+        }
         if !self.field.is_empty() {
             write!(f, "{}: ", self.field)?;
         }
@@ -217,4 +257,33 @@ pub struct BackendInfo {
     pub node: String,
     /// Whether Services send it connections.
     pub ready: bool,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn problems_name_the_file_the_line_and_the_object() {
+        let mut problem = ManifestProblem {
+            file: "shop.yaml".to_owned(),
+            line: 12,
+            object: "Service shop/web".to_owned(),
+            field: "spec.ports[0].port".to_owned(),
+            reason: "is missing".to_owned(),
+        };
+        assert_eq!(problem.to_string(), "shop.yaml:12: Service shop/web: spec.ports[0].port: is missing");
+        (problem.object, problem.field) = (String::new(), String::new());
+        assert_eq!(problem.to_string(), "shop.yaml:12: is missing");
+        let ignored = IgnoredFields {
+            kind: Kind::Pod,
+            reason: "ovl runs no containers".to_owned(),
+            fields: BTreeSet::from(["spec.volumes".to_owned(), "spec.containers[].image".to_owned()]),
+            objects: 2,
+        };
+        assert_eq!(
+            ignored.to_string(),
+            "Pod (2 objects): ignored spec.containers[].image, spec.volumes: ovl runs no containers"
+        );
+    }
 }

@@ -1,21 +1,28 @@
 //! Reads manifests as typed objects, completes them, and validates them field by field, as the Kubernetes API server
 //! does.
 
+mod fields;
+mod kinds;
 mod names;
 mod policy;
 mod service;
+mod typed;
+mod unset;
 mod workload;
 
 use ovl_proto::resource::{
-    DEFAULT_NAMESPACE, IntOrString, IpBlock, Kind, Meta, Name, PolicyType, ReadManifest, Resource,
-    ResourceKey,
+    DEFAULT_NAMESPACE, IntOrString, IpBlock, Kind, Meta, Name, PolicyType, Resource, ResourceKey, USER_MAPS,
+    Validation,
 };
-use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
 use crate::problem::{Problem, Problems};
 
+use self::fields::Treatment;
+pub use self::fields::without_indices;
+use self::kinds::{Class, ListOf};
 use self::names::{is_label, is_label_key, is_label_value, is_service_name, is_subdomain};
+use self::typed::Typed;
 
 /// The maximum size of all annotations of an object, in bytes.
 const MAX_ANNOTATIONS: usize = 128 << 10;
@@ -27,56 +34,153 @@ const MAX_LABELS: usize = 64;
 pub struct Read {
     /// The object with defaults, but without what the cluster allocates.
     pub resource: Resource,
-    /// The fields that were ignored.
+    /// Fields that were dropped although they are typing errors or would change what ovl does.
     pub warnings: Vec<Problem>,
+    /// Fields that do not change what ovl does, each with what ovl does not do.
+    pub ignored: Vec<Problem>,
 }
 
-/// Returns the objects of a document: the document itself, or the items of a list, each with its path.
-pub fn items(document: Value) -> Vec<(String, Value)> {
-    let is_list = document.get("kind").and_then(Value::as_str).is_some_and(|kind| kind.ends_with("List"));
-    match document {
-        Value::Object(mut fields) if is_list => match fields.remove("items") {
-            Some(Value::Array(items)) => {
-                items.into_iter().enumerate().map(|(n, item)| (format!("items[{n}]."), item)).collect()
-            }
-            Some(other) => vec![(String::new(), other)],
-            None => Vec::new(),
-        },
-        other => vec![(String::new(), other)],
+/// An object of a document.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Item {
+    /// Its path in the document with a dot at the end, such as `items[2].`. Empty: it is the document itself.
+    pub path: String,
+    /// The index among the items of the document, if that is a list.
+    pub index: Option<usize>,
+    /// The object.
+    pub value: Value,
+}
+
+/// Returns the objects of a document: the document itself, or the items of a list and of the lists in it.
+pub fn items(document: Value) -> Vec<Item> {
+    let mut all = Vec::new();
+    flatten(Item { path: String::new(), index: None, value: document }, &mut all);
+    all
+}
+
+fn flatten(mut item: Item, all: &mut Vec<Item>) {
+    let text = |field: &str| item.value.get(field).and_then(Value::as_str).unwrap_or_default();
+    let list = kinds::list_of(text("apiVersion"), text("kind"));
+    let items = match (list, item.value.get_mut("items")) {
+        (Some(_), Some(Value::Array(items))) => std::mem::take(items),
+        (Some(_), Some(Value::Null)) => Vec::new(),
+        _ => {
+            all.push(item);
+            return;
+        }
+    };
+    for (n, mut value) in items.into_iter().enumerate() {
+        // The server omits the kind of items of a list of one kind.
+        if let (Some(ListOf::Kind(kind)), Value::Object(fields)) = (list, &mut value) {
+            fields.entry("apiVersion").or_insert_with(|| kind.api_version().into());
+            fields.entry("kind").or_insert_with(|| kind.name().into());
+        }
+        flatten(
+            Item { path: format!("{}items[{n}].", item.path), index: item.index.or(Some(n)), value },
+            all,
+        );
     }
 }
 
-/// Returns the key of a manifest's object. `namespace` applies if the manifest names none.
+/// Which object a manifest describes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Identity {
+    /// An object that ovl acts on.
+    Object(ResourceKey),
+    /// An object of a kind that ovl does not act on.
+    Foreign {
+        /// `apiVersion` and `kind`, separated by a space.
+        kind: String,
+        /// Whether it is a policy: what it forbids would be allowed.
+        is_policy: bool,
+    },
+}
+
+/// Returns which object a manifest describes. `namespace` applies if the manifest names none.
 ///
 /// # Errors
 ///
 /// If a field of the key is missing or invalid.
-pub fn key(manifest: &Value, namespace: Option<&str>) -> Result<ResourceKey, Vec<Problem>> {
+pub fn identify(manifest: &Value, namespace: Option<&str>) -> Result<Identity, Vec<Problem>> {
     let mut problems = Problems::default();
-    let key = read_key(manifest, namespace, &mut problems);
-    key.filter(|_| problems.is_empty()).ok_or(problems.into_inner())
+    let identity = read_identity(manifest, namespace, &mut problems);
+    identity.filter(|_| problems.is_empty()).ok_or(problems.into_inner())
 }
 
-fn read_key(manifest: &Value, namespace: Option<&str>, problems: &mut Problems) -> Option<ResourceKey> {
+/// Returns the kind and name of an object for messages, such as `Service shop/web`, as far as the manifest has them.
+pub fn label(manifest: &Value) -> String {
+    let text = |path: &str| manifest.pointer(path).and_then(Value::as_str).filter(|text| !text.is_empty());
+    let Some(kind) = text("/kind") else { return String::new() };
+    match (text("/metadata/namespace"), text("/metadata/name")) {
+        (Some(namespace), Some(name)) => format!("{kind} {namespace}/{name}"),
+        (None, Some(name)) => format!("{kind} {name}"),
+        (_, None) => kind.to_owned(),
+    }
+}
+
+fn read_identity(manifest: &Value, namespace: Option<&str>, problems: &mut Problems) -> Option<Identity> {
     if !manifest.is_object() {
         problems.add("", "not an object with apiVersion, kind and metadata");
         return None;
     }
-    let text = |path: &str| manifest.pointer(path).and_then(Value::as_str).filter(|text| !text.is_empty());
-    let (version, kind) = (text("/apiVersion"), text("/kind"));
-    problems.want(version.is_some(), "apiVersion", "is missing");
-    problems.want(kind.is_some(), "kind", "is missing");
+    let (version, kind) = (required(manifest, "apiVersion", problems), required(manifest, "kind", problems));
     let (version, kind) = (version?, kind?);
-    let Some(kind) = Kind::ALL.into_iter().find(|it| it.name() == kind && it.api_version() == version) else {
-        let all: Vec<String> = Kind::ALL.iter().map(|it| format!("{} {it}", it.api_version())).collect();
-        problems.add("kind", format!("{version} {kind} is not supported; these are: {}", all.join(", ")));
+    if kinds::list_of(version, kind).is_some() {
+        problems.add("items", "is missing or not a list");
+        return None;
+    }
+    let foreign = |is_policy| Some(Identity::Foreign { kind: format!("{version} {kind}"), is_policy });
+    match kinds::classify(version, kind) {
+        Class::Known(kind) => read_key(kind, manifest, namespace, problems).map(Identity::Object),
+        Class::Foreign => foreign(false),
+        Class::ForeignPolicy => foreign(true),
+        Class::Wrong(field, reason) => {
+            problems.add(field, reason);
+            None
+        }
+    }
+}
+
+/// Returns the text of a field at a path such as `metadata.name`.
+fn required<'a>(manifest: &'a Value, path: &str, problems: &mut Problems) -> Option<&'a str> {
+    let text = optional(manifest, path, problems)?;
+    problems.want(text.is_some(), path, "is missing");
+    text
+}
+
+/// Returns the text of a field, or `None` in it if the field is absent or empty. `None` if it is not a text.
+#[allow(clippy::option_option, reason = "absent is no problem, another type is one")]
+fn optional<'a>(manifest: &'a Value, path: &str, problems: &mut Problems) -> Option<Option<&'a str>> {
+    let found = path.split('.').try_fold(manifest, |value, field| value.get(field));
+    match found {
+        None | Some(Value::Null) => Some(None),
+        Some(Value::String(text)) => Some(Some(text.as_str()).filter(|text| !text.is_empty())),
+        Some(Value::Bool(_) | Value::Number(_) | Value::Array(_) | Value::Object(_)) => {
+            problems.add(path, "is not a string: put it in quotation marks");
+            None
+        }
+    }
+}
+
+fn read_key(
+    kind: Kind,
+    manifest: &Value,
+    namespace: Option<&str>,
+    problems: &mut Problems,
+) -> Option<ResourceKey> {
+    let metadata = manifest.get("metadata").unwrap_or(&Value::Null);
+    if !metadata.is_null() && !metadata.is_object() {
+        problems.add("metadata", "is not an object");
+        return None;
+    }
+    let generated =
+        manifest.pointer("/metadata/generateName").is_some_and(|prefix| !fields::is_empty(prefix));
+    let Some(name) = optional(manifest, "metadata.name", problems)? else {
+        let reason = if generated { "is missing: ovl generates no names" } else { "is missing" };
+        problems.add("metadata.name", reason);
         return None;
     };
-    let Some(name) = text("/metadata/name") else {
-        problems.add("metadata.name", "is missing");
-        return None;
-    };
-    let own = text("/metadata/namespace");
+    let own = optional(manifest, "metadata.namespace", problems)?;
     if !kind.is_namespaced() {
         problems.want(own.is_none(), "metadata.namespace", format!("a {kind} has no namespace"));
         return Some(ResourceKey { kind, name: Name::new("", name) });
@@ -90,21 +194,29 @@ fn read_key(manifest: &Value, namespace: Option<&str>, problems: &mut Problems) 
     Some(ResourceKey { kind, name: Name::new(namespace, name) })
 }
 
-/// Reads a manifest. `namespace` applies if the manifest names none. Unsupported fields are problems, or warnings if
-/// `lenient`.
+/// Reads the manifest of an object that ovl acts on. `namespace` applies if the manifest names none.
 ///
 /// # Errors
 ///
 /// All problems of the manifest.
-pub fn read(manifest: Value, namespace: Option<&str>, lenient: bool) -> Result<Read, Vec<Problem>> {
+pub fn read(manifest: Value, namespace: Option<&str>, validation: Validation) -> Result<Read, Vec<Problem>> {
     let mut problems = Problems::default();
-    let Some(key) = read_key(&manifest, namespace, &mut problems) else { return Err(problems.into_inner()) };
+    let key = match read_identity(&manifest, namespace, &mut problems) {
+        Some(Identity::Object(key)) => key,
+        Some(Identity::Foreign { kind, .. }) => {
+            problems.add("kind", format!("ovl does not act on {kind}"));
+            return Err(problems.into_inner());
+        }
+        None => return Err(problems.into_inner()),
+    };
     let Value::Object(mut fields) = manifest else { return Err(problems.into_inner()) };
     fields.remove("apiVersion");
     fields.remove("kind");
-    remove_server_fields(key.kind, &mut fields);
+    remove_server_fields(key.kind, &mut fields, &mut problems);
     let mut given = Value::Object(fields);
     remove_nulls(&mut given);
+    unset::remove(key.kind, &mut given);
+    let terminating = take_deletion(key.kind, &mut given);
     let mut resource = match Resource::read(key.kind, Typed(&given)) {
         Ok(resource) => resource,
         Err(problem) => {
@@ -112,19 +224,26 @@ pub fn read(manifest: Value, namespace: Option<&str>, lenient: bool) -> Result<R
             return Err(problems.into_inner());
         }
     };
-    let mut unknown = Vec::new();
+    let mut unsupported = Unsupported::new(key.kind, validation);
     // Serializing the typed object omits the fields that the types do not have.
     match as_written(&resource) {
-        Ok(known) => find_unsupported(&given, &known, "", &mut unknown),
+        Ok(known) => find_unsupported(&given, &known, "", &mut unsupported),
         Err(error) => problems.add("", error.to_string()),
     }
-    if !lenient {
-        problems.append(&mut unknown);
-    }
+    problems.append(&mut unsupported.errors);
     resource.meta_mut().namespace = key.name.namespace;
-    complete(&mut resource);
+    complete(&mut resource, terminating, &mut unsupported.warnings);
+    if let Resource::Service(service) = &resource {
+        let ranges = service.metadata.annotations.get(fields::SOURCE_RANGES_ANNOTATION);
+        problems.want(
+            ranges.is_none_or(String::is_empty),
+            format!("metadata.annotations.{}", fields::SOURCE_RANGES_ANNOTATION),
+            fields::SOURCE_RANGES,
+        );
+    }
     check_into(&resource, &mut problems);
-    if problems.is_empty() { Ok(Read { resource, warnings: unknown }) } else { Err(problems.into_inner()) }
+    let Unsupported { warnings, ignored, .. } = unsupported;
+    if problems.is_empty() { Ok(Read { resource, warnings, ignored }) } else { Err(problems.into_inner()) }
 }
 
 /// Validates an object, whether it comes from a manifest or from another host.
@@ -140,7 +259,7 @@ pub fn check(resource: &Resource) -> Result<(), Vec<Problem>> {
 
 /// Removes the fields that the Kubernetes API server writes and ignores in a manifest. They describe the object of
 /// another cluster.
-fn remove_server_fields(kind: Kind, fields: &mut Map<String, Value>) {
+fn remove_server_fields(kind: Kind, fields: &mut Map<String, Value>, problems: &mut Problems) {
     if let Some(Value::Object(metadata)) = fields.get_mut("metadata") {
         for field in
             ["creationTimestamp", "generation", "managedFields", "resourceVersion", "selfLink", "uid"]
@@ -149,42 +268,34 @@ fn remove_server_fields(kind: Kind, fields: &mut Map<String, Value>) {
         }
     }
     // ovl uses only the status of a Pod.
-    if kind != Kind::Pod {
-        fields.remove("status");
+    if kind != Kind::Pod
+        && let Some(status) = fields.remove("status")
+    {
+        problems.want(status.is_null() || status.is_object(), "status", "not an object");
     }
 }
 
+/// Removes fields that are null, which means that they are not given. In a map with keys of the user, null is the empty
+/// string, as in Kubernetes: `matchLabels: {app: }` requires an empty label, and without it the selector would match
+/// everything.
 fn remove_nulls(value: &mut Value) {
     match value {
         Value::Object(fields) => {
             fields.retain(|_, field| !field.is_null());
-            fields.values_mut().for_each(remove_nulls);
+            for (key, field) in fields {
+                match field {
+                    Value::Object(entries) if USER_MAPS.contains(&key.as_str()) => {
+                        entries
+                            .values_mut()
+                            .filter(|entry| entry.is_null())
+                            .for_each(|entry| *entry = "".into());
+                    }
+                    other => remove_nulls(other),
+                }
+            }
         }
         Value::Array(items) => items.iter_mut().for_each(remove_nulls),
         Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) => {}
-    }
-}
-
-/// Reads a value as a type. An error names the field.
-struct Typed<'a>(&'a Value);
-
-impl ReadManifest for Typed<'_> {
-    type Error = Problem;
-
-    fn read<T: DeserializeOwned>(self) -> Result<T, Problem> {
-        serde_path_to_error::deserialize(self.0).map_err(|error| {
-            let path = error.path().to_string();
-            let reason = error.into_inner().to_string();
-            // For a missing field, the path is that of its parent.
-            let missing = reason.strip_prefix("missing field `").and_then(|rest| rest.strip_suffix('`'));
-            match missing {
-                Some(field) => Problem {
-                    field: join(path.trim_end_matches('.'), field),
-                    reason: "is missing".to_owned(),
-                },
-                None => Problem { field: if path == "." { String::new() } else { path }, reason },
-            }
-        })
     }
 }
 
@@ -203,33 +314,73 @@ fn as_written(resource: &Resource) -> Result<Value, serde_json::Error> {
     }
 }
 
-/// Adds a problem for each field of `given` that `known` does not have.
-fn find_unsupported(given: &Value, known: &Value, path: &str, unknown: &mut Vec<Problem>) {
+/// Removes the time at which the deletion of an object was requested. Returns whether it is a Pod that has one: it is
+/// shutting down.
+fn take_deletion(kind: Kind, given: &mut Value) -> bool {
+    let metadata = given.get_mut("metadata").and_then(Value::as_object_mut);
+    let deletion = metadata.and_then(|metadata| metadata.remove("deletionTimestamp"));
+    kind == Kind::Pod && deletion.is_some_and(|deletion| !fields::is_empty(&deletion))
+}
+
+/// The fields of a manifest that the types do not have.
+struct Unsupported {
+    kind: Kind,
+    validation: Validation,
+    errors: Vec<Problem>,
+    warnings: Vec<Problem>,
+    ignored: Vec<Problem>,
+}
+
+impl Unsupported {
+    fn new(kind: Kind, validation: Validation) -> Self {
+        Self { kind, validation, errors: Vec::new(), warnings: Vec::new(), ignored: Vec::new() }
+    }
+
+    fn add(&mut self, field: String, value: &Value) {
+        let treatment = fields::treatment(self.kind, &without_indices(&field), value);
+        let (list, reason) = match (treatment, self.validation) {
+            (Treatment::Informative, _) | (Treatment::Unknown, Validation::Ignore) => return,
+            (Treatment::Unknown, Validation::Strict) => (&mut self.errors, "is not a known field"),
+            (Treatment::Unknown, Validation::Warn) => (&mut self.warnings, "is not a known field"),
+            (Treatment::Ignored(reason), _) => (&mut self.ignored, reason),
+            (Treatment::Effective(reason), Validation::Strict) => (&mut self.errors, reason),
+            (Treatment::Effective(reason), Validation::Warn | Validation::Ignore) => {
+                (&mut self.warnings, reason)
+            }
+            (Treatment::Protective(reason), _) => (&mut self.errors, reason),
+        };
+        list.push(Problem { field, reason: reason.to_owned() });
+    }
+}
+
+/// Adds each field of `given` that `known` does not have.
+fn find_unsupported(given: &Value, known: &Value, path: &str, unsupported: &mut Unsupported) {
     match (given, known) {
         (Value::Object(given), Value::Object(known)) => {
             for (key, value) in given {
                 let field = join(path, key);
                 match known.get(key) {
-                    Some(known) => find_unsupported(value, known, &field, unknown),
-                    None => unknown.push(Problem { field, reason: "is not supported".to_owned() }),
+                    Some(known) => find_unsupported(value, known, &field, unsupported),
+                    None => unsupported.add(field, value),
                 }
             }
         }
         (Value::Array(given), Value::Array(known)) => {
             for (n, (given, known)) in given.iter().zip(known).enumerate() {
-                find_unsupported(given, known, &format!("{path}[{n}]"), unknown);
+                find_unsupported(given, known, &format!("{path}[{n}]"), unsupported);
             }
         }
         _ => {}
     }
 }
 
-/// Fills in the fields that derive from others.
-fn complete(resource: &mut Resource) {
+/// Fills in the fields that derive from others, and removes those without effect. `terminating`: it is a Pod that is
+/// shutting down.
+fn complete(resource: &mut Resource, terminating: bool, warnings: &mut Vec<Problem>) {
     match resource {
         Resource::Namespace(_) | Resource::EndpointSlice(_) => {}
-        Resource::Pod(pod) => workload::complete(pod),
-        Resource::Service(it) => service::complete(it),
+        Resource::Pod(pod) => workload::complete(pod, terminating),
+        Resource::Service(it) => service::complete(it, warnings),
         Resource::NetworkPolicy(it) => {
             let spec = &mut it.spec;
             if spec.policy_types.is_empty() {
@@ -237,6 +388,7 @@ fn complete(resource: &mut Resource) {
                 spec.policy_types.extend((!spec.egress.is_empty()).then_some(PolicyType::Egress));
             }
             spec.policy_types.sort_unstable();
+            spec.policy_types.dedup();
             let from = spec.ingress.iter_mut().flat_map(|rule| &mut rule.from);
             let to = spec.egress.iter_mut().flat_map(|rule| &mut rule.to);
             for IpBlock { cidr, except } in from.chain(to).filter_map(|peer| peer.ip_block.as_mut()) {

@@ -1,17 +1,22 @@
 //! Parses files of YAML or JSON documents into values, and writes values as YAML.
 //!
-//! Scalars follow the core schema of YAML 1.2: `yes` and `on` are strings. Duplicate keys are an error.
+//! Scalars follow the core schema of YAML 1.2: `yes` and `on` are strings. Duplicate keys are an error. Otherwise what
+//! libyaml reads is read, because kubectl's parser is a port of it.
 //! An alias is a copy that counts towards the size limits each time, so that a short file cannot expand to fill the
 //! memory. Merge keys (`<<`) are rejected.
 
 mod emit;
+mod repair;
+mod unique;
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 
-use saphyr_parser::{Event, Parser, ScalarStyle, Tag};
+use saphyr_parser::{Event, Parser, ScalarStyle, ScanError, Tag};
 use serde_json::{Map, Number, Value};
 
 pub use self::emit::to_yaml;
+use self::unique::Unique;
 
 /// The maximum size of a file in bytes.
 pub const MAX_FILE: usize = 64 << 20;
@@ -23,6 +28,9 @@ pub const MAX_NODES: usize = 1 << 20;
 pub const MAX_TEXT: usize = 8 << 20;
 /// The maximum nesting depth of lists and maps.
 pub const MAX_DEPTH: usize = 64;
+
+/// The byte order mark.
+const BYTE_ORDER_MARK: char = '\u{feff}';
 
 /// Why a file cannot be read.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -37,10 +45,10 @@ pub struct Unreadable {
 /// A document of a file.
 #[derive(Debug, Clone, PartialEq)]
 pub struct FileDocument {
-    /// The number of the document in the file, from 1. Empty documents count.
-    pub number: usize,
-    /// The line where it begins, from 1.
+    /// The line where its content begins, from 1.
     pub line: usize,
+    /// The lines of its items, if it is a YAML map with a list `items`.
+    pub items: Vec<usize>,
     /// The content; never null.
     pub value: Value,
 }
@@ -57,30 +65,90 @@ pub fn read(text: &str) -> Result<Vec<FileDocument>, Unreadable> {
             reason: format!("the file is larger than {} MiB", MAX_FILE >> 20),
         });
     }
+    // A byte order mark may begin each line, as after `cat` of two files.
+    let text: Cow<'_, str> = if text.contains(BYTE_ORDER_MARK) {
+        let lines = text.split_inclusive('\n');
+        lines.map(|line| line.strip_prefix(BYTE_ORDER_MARK).unwrap_or(line)).collect::<String>().into()
+    } else {
+        text.into()
+    };
     // JSON is also YAML, except for tabs, but a JSON parser is faster. What only looks like JSON is left to the YAML
     // parser, which has better error messages.
     if text.trim_start().starts_with(['{', '['])
-        && let Ok(documents) = read_json(text)
+        && let Ok(documents) = read_json(&text)
     {
         return Ok(documents);
     }
-    let mut reader = Reader { documents: Vec::new(), count: 0, state: DocumentState::default() };
+    let mut text = text.into_owned();
+    let mut reparsed = 0;
+    loop {
+        let error = match read_yaml(&text) {
+            Ok(documents) => return Ok(documents),
+            Err(Failed::Unreadable(error)) => return Err(error),
+            Err(Failed::Parser(error)) => error,
+        };
+        reparsed += text.len();
+        if reparsed > repair::MAX_REPARSED || !repair::indent(&mut text, &error) {
+            return Err(Unreadable { line: error.marker().line(), reason: error.info().to_owned() });
+        }
+    }
+}
+
+/// Decodes the bytes of a file: UTF-8, or UTF-16 with a byte order mark.
+///
+/// # Errors
+///
+/// If the bytes are not of the encoding.
+pub fn decode(bytes: Vec<u8>) -> Result<String, Unreadable> {
+    let unit: fn([u8; 2]) -> u16 = match bytes.as_slice() {
+        [0xff, 0xfe, ..] => u16::from_le_bytes,
+        [0xfe, 0xff, ..] => u16::from_be_bytes,
+        _ => {
+            return String::from_utf8(bytes).map_err(|error| {
+                let before = error.as_bytes().get(..error.utf8_error().valid_up_to()).unwrap_or_default();
+                let line = before.iter().filter(|byte| **byte == b'\n').count() + 1;
+                Unreadable { line, reason: "is not text in UTF-8".to_owned() }
+            });
+        }
+    };
+    let (units, rest) = bytes.as_chunks::<2>();
+    let mut line = 1;
+    let mut text = String::with_capacity(units.len());
+    for found in char::decode_utf16(units.iter().copied().map(unit)) {
+        let Ok(found) = found else {
+            return Err(Unreadable { line, reason: "is not text in UTF-16".to_owned() });
+        };
+        line += usize::from(found == '\n');
+        text.push(found);
+    }
+    match rest {
+        [] => Ok(text),
+        _ => Err(Unreadable { line, reason: "is not text in UTF-16".to_owned() }),
+    }
+}
+
+/// Why a text cannot be parsed.
+enum Failed {
+    Parser(ScanError),
+    Unreadable(Unreadable),
+}
+
+fn read_yaml(text: &str) -> Result<Vec<FileDocument>, Failed> {
+    let mut reader = Reader { documents: Vec::new(), state: DocumentState::default() };
     for event in Parser::new_from_str(text) {
-        let (event, span) = event
-            .map_err(|error| Unreadable { line: error.marker().line(), reason: error.info().to_owned() })?;
+        let (event, span) = event.map_err(Failed::Parser)?;
         let line = span.start.line();
-        reader.take(event, line).map_err(|reason| Unreadable { line, reason })?;
+        reader.take(event, line).map_err(|reason| Failed::Unreadable(Unreadable { line, reason }))?;
     }
     Ok(reader.documents)
 }
 
 fn read_json(text: &str) -> Result<Vec<FileDocument>, serde_json::Error> {
     let mut documents = Vec::new();
-    let mut stream = serde_json::Deserializer::from_str(text).into_iter::<Value>();
-    let (mut number, mut at, mut line) = (0, 0, 1);
+    let mut stream = serde_json::Deserializer::from_str(text).into_iter::<Unique>();
+    let (mut at, mut line) = (0, 1);
     while let Some(value) = stream.next() {
-        let value = value?;
-        number += 1;
+        let Unique(value) = value?;
         let part = text.get(at..stream.byte_offset()).unwrap_or_default();
         let lead = part.len() - part.trim_start().len();
         let newlines = |part: &str| part.bytes().filter(|byte| *byte == b'\n').count();
@@ -88,7 +156,7 @@ fn read_json(text: &str) -> Result<Vec<FileDocument>, serde_json::Error> {
         line += newlines(part);
         at = stream.byte_offset();
         if !value.is_null() && documents.len() < MAX_DOCUMENTS {
-            documents.push(FileDocument { number, line: begins, value });
+            documents.push(FileDocument { line: begins, items: Vec::new(), value });
         }
     }
     Ok(documents)
@@ -102,7 +170,8 @@ enum Container {
 
 #[derive(Default)]
 struct DocumentState {
-    line: usize,
+    line: Option<usize>,
+    items: Vec<usize>,
     open: Vec<Container>,
     root: Option<Value>,
     anchors: HashMap<usize, Value>,
@@ -112,25 +181,27 @@ struct DocumentState {
 
 struct Reader {
     documents: Vec<FileDocument>,
-    count: usize,
     state: DocumentState,
 }
 
 impl Reader {
     fn take(&mut self, event: Event<'_>, line: usize) -> Result<(), String> {
         let state = &mut self.state;
+        if let Event::Scalar(..) | Event::SequenceStart(..) | Event::MappingStart(..) | Event::Alias(_) =
+            &event
+        {
+            state.begins(line);
+        }
         match event {
-            Event::DocumentStart(_) => {
-                self.count += 1;
-                *state = DocumentState { line, ..DocumentState::default() };
-            }
+            Event::DocumentStart(_) => *state = DocumentState::default(),
             Event::DocumentEnd => {
                 let value = state.root.take().unwrap_or_default();
                 if self.documents.len() >= MAX_DOCUMENTS {
                     return Err(format!("the file has more than {MAX_DOCUMENTS} documents"));
                 }
                 if !value.is_null() {
-                    self.documents.push(FileDocument { number: self.count, line: state.line, value });
+                    let items = std::mem::take(&mut state.items);
+                    self.documents.push(FileDocument { line: state.line.unwrap_or(1), items, value });
                 }
             }
             Event::Scalar(text, style, anchor, tag) => {
@@ -163,6 +234,16 @@ impl Reader {
 }
 
 impl DocumentState {
+    /// Notes the line where a value begins.
+    fn begins(&mut self, line: usize) {
+        self.line.get_or_insert(line);
+        if let [Container::Map { key: Some(key), .. }, Container::List { .. }] = self.open.as_slice()
+            && key == "items"
+        {
+            self.items.push(line);
+        }
+    }
+
     fn open(&mut self, open: Container) -> Result<(), String> {
         if self.open.len() >= MAX_DEPTH {
             return Err(format!("lists and maps are nested more than {MAX_DEPTH} levels deep"));

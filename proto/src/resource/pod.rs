@@ -30,6 +30,25 @@ pub struct PodSpec {
     pub subdomain: String,
 }
 
+impl Pod {
+    /// Whether its containers have ended for good. Its addresses may be those of another pod by now.
+    pub fn is_finished(&self) -> bool {
+        matches!(self.status.phase, Some(PodPhase::Succeeded | PodPhase::Failed))
+    }
+
+    /// Whether Services may send it connections: its condition Ready is met. Without that condition, it is ready unless
+    /// its phase says that it does not run, because manifests written by hand have neither.
+    pub fn is_ready(&self) -> bool {
+        let status = &self.status;
+        let condition = status.conditions.iter().find(|condition| condition.kind == READY_CONDITION);
+        match (condition, status.phase) {
+            (_, Some(PodPhase::Succeeded | PodPhase::Failed)) => false,
+            (Some(condition), _) => condition.status == ConditionStatus::True,
+            (None, phase) => matches!(phase, None | Some(PodPhase::Running)),
+        }
+    }
+}
+
 /// A container of a pod.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
@@ -52,7 +71,7 @@ pub struct ContainerPort {
     pub protocol: Protocol,
 }
 
-/// The status of a Pod: its addresses if it has no endpoint.
+/// The status of a Pod: whether it is ready, and its addresses if it has no endpoint.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct PodStatus {
@@ -62,6 +81,50 @@ pub struct PodStatus {
     /// At most one an address family.
     #[serde(rename = "podIPs")]
     pub pod_ips: Vec<PodIp>,
+    /// The phase of its containers. `None`: not given.
+    pub phase: Option<PodPhase>,
+    /// The condition [`READY_CONDITION`], if given. In the cluster there is no other one.
+    pub conditions: Vec<PodCondition>,
+}
+
+/// The type of the condition that says whether a pod accepts connections.
+pub const READY_CONDITION: &str = "Ready";
+
+/// The phase of a pod's containers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum PodPhase {
+    /// Not all containers have been started.
+    Pending,
+    /// At least one container is running or starts again.
+    Running,
+    /// All containers have ended with success. They do not start again.
+    Succeeded,
+    /// All containers have ended, one of them with a failure. They do not start again.
+    Failed,
+    /// The host of the pod does not report.
+    Unknown,
+}
+
+/// A condition of a pod.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct PodCondition {
+    /// The type of the condition.
+    #[serde(rename = "type")]
+    pub kind: String,
+    /// Whether it is met.
+    pub status: ConditionStatus,
+}
+
+/// Whether a condition is met.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ConditionStatus {
+    /// It is met.
+    True,
+    /// It is not met.
+    False,
+    /// It is not known.
+    Unknown,
 }
 
 /// One address of a pod.

@@ -3,7 +3,7 @@
 #![no_main]
 
 use ovl_manifest::{object, yaml};
-use ovl_proto::resource::Resource;
+use ovl_proto::resource::{Resource, Validation};
 use ovl_proto::wire;
 
 libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
@@ -17,8 +17,8 @@ libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
         let text = yaml::to_yaml(&document.value);
         let again = yaml::read(&text).map(|mut all| all.pop().map(|it| it.value));
         assert_eq!(again, Ok(Some(document.value.clone())), "{text}");
-        for (_, value) in object::items(document.value) {
-            if let Ok(found) = object::read(value, None, true) {
+        for item in object::items(document.value) {
+            if let Ok(found) = object::read(item.value, None, Validation::Warn) {
                 assert_eq!(object::check(&found.resource), Ok(()));
             }
         }

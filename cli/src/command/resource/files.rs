@@ -5,6 +5,7 @@ use std::io::{self, Read as _};
 use std::path::{Path, PathBuf};
 
 use ovl_control::Document;
+use ovl_manifest::object::{Item, items};
 use ovl_manifest::yaml::{self as manifest, MAX_FILE};
 
 use crate::error::{Error, Result};
@@ -12,7 +13,7 @@ use crate::error::{Error, Result};
 /// Maximum depth of nested directories.
 const MAX_DEPTH: usize = 16;
 
-/// Reads the documents of all paths in their order, the files of a directory sorted by name.
+/// Reads the objects of all paths in their order, the files of a directory sorted by name.
 pub(super) fn read(paths: &[PathBuf], recursive: bool) -> Result<Vec<Document>> {
     let mut documents = Vec::new();
     for path in paths {
@@ -56,23 +57,31 @@ fn walk(folder: &Path, depth: usize, files: &mut Vec<PathBuf>) -> Result<()> {
 }
 
 fn read_bounded(from: impl io::Read, name: &str) -> Result<String> {
-    let mut text = String::new();
+    let mut bytes = Vec::new();
     let most = MAX_FILE as u64;
-    let length = from.take(most + 1).read_to_string(&mut text).map_err(|error| read_error(name, &error))?;
+    let length = from.take(most + 1).read_to_end(&mut bytes).map_err(|error| read_error(name, &error))?;
     if length as u64 > most {
         return Err(Error::Failed(format!("{name} is larger than {} MiB", MAX_FILE >> 20)));
     }
-    Ok(text)
+    manifest::decode(bytes).map_err(|error| unreadable(name, &error))
 }
 
 fn read_error(name: &str, error: &io::Error) -> Error {
     Error::Failed(format!("cannot read {name}: {error}"))
 }
 
+fn unreadable(name: &str, error: &manifest::Unreadable) -> Error {
+    Error::Failed(format!("nothing was changed: {name}: {error}"))
+}
+
 fn parse(name: &str, text: &str) -> Result<Vec<Document>> {
-    let documents = manifest::read(text)
-        .map_err(|error| Error::Failed(format!("nothing was changed: {name}: {error}")))?;
-    let document =
-        |it: manifest::FileDocument| Document { file: name.to_owned(), document: it.number, value: it.value };
-    Ok(documents.into_iter().map(document).collect())
+    let documents = manifest::read(text).map_err(|error| unreadable(name, &error))?;
+    let mut all = Vec::new();
+    for manifest::FileDocument { line, items: lines, value } in documents {
+        for Item { path: within, index, value } in items(value) {
+            let line = index.and_then(|index| lines.get(index)).copied().unwrap_or(line);
+            all.push(Document { file: name.to_owned(), line, within, value });
+        }
+    }
+    Ok(all)
 }

@@ -3,7 +3,7 @@ use serde_json::json;
 use super::*;
 
 fn document(bytes: usize) -> Document {
-    Document { file: "a.yaml".into(), document: 1, value: json!("x".repeat(bytes)) }
+    Document { file: "a.yaml".into(), line: 1, within: String::new(), value: json!("x".repeat(bytes)) }
 }
 
 #[test]

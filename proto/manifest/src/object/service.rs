@@ -9,7 +9,7 @@ use ovl_proto::resource::{
     SessionAffinity, TrafficPolicy,
 };
 
-use crate::problem::Problems;
+use crate::problem::{Problem, Problems};
 
 use super::names::{LABEL, SUBDOMAIN, is_label, is_subdomain};
 use super::{USABLE, check_labels, check_number, check_port, is_usable};
@@ -19,9 +19,23 @@ const MAX_PORTS: usize = 1000;
 /// The maximum affinity timeout in seconds.
 const MAX_AFFINITY_SECONDS: u32 = 86_400;
 
-/// Fills in the fields that derive from others.
-pub(super) fn complete(service: &mut Service) {
+/// Fills in the fields that derive from others, and removes those without effect, which the Kubernetes API accepts.
+pub(super) fn complete(service: &mut Service, warnings: &mut Vec<Problem>) {
     let spec = &mut service.spec;
+    let mut without_effect = |field: &str, reason: &str| {
+        warnings.push(Problem { field: field.to_owned(), reason: reason.to_owned() });
+    };
+    if spec.kind == ServiceType::ExternalName && !spec.external_ips.is_empty() {
+        spec.external_ips.clear();
+        without_effect("spec.externalIPs", "has no effect: an ExternalName has no addresses");
+    }
+    if spec.kind != ServiceType::ExternalName && !spec.external_name.is_empty() {
+        spec.external_name.clear();
+        without_effect("spec.externalName", "has no effect: it requires type ExternalName");
+    }
+    if spec.session_affinity == SessionAffinity::None {
+        spec.session_affinity_config = None;
+    }
     match (spec.cluster_ip, spec.cluster_ips.first()) {
         (Some(ip), None) => spec.cluster_ips.push(ip),
         (None, Some(first)) => spec.cluster_ip = Some(*first),

@@ -2,7 +2,9 @@
 
 use std::collections::BTreeSet;
 
-use ovl_proto::resource::{AddressType, EndpointSlice, Pod, PodIp};
+use ovl_proto::resource::{
+    AddressType, ConditionStatus, EndpointSlice, Pod, PodCondition, PodIp, READY_CONDITION,
+};
 
 use crate::problem::Problems;
 
@@ -18,9 +20,17 @@ const MAX_SLICE_ENDPOINTS: usize = 1000;
 /// The maximum number of addresses of a slice's endpoint, as in Kubernetes.
 const MAX_SLICE_ADDRESSES: usize = 100;
 
-/// Makes the single address and the list of addresses consistent.
-pub(super) fn complete(pod: &mut Pod) {
+/// Makes the single address and the list of addresses consistent, and keeps of the conditions the one that counts. A pod
+/// that is being deleted (`terminating`) is not ready.
+pub(super) fn complete(pod: &mut Pod, terminating: bool) {
     let status = &mut pod.status;
+    // As in Kubernetes, the first condition of a type counts.
+    let ready = status.conditions.iter().position(|condition| condition.kind == READY_CONDITION);
+    status.conditions = ready.map(|n| status.conditions.swap_remove(n)).into_iter().collect();
+    if terminating {
+        status.conditions =
+            vec![PodCondition { kind: READY_CONDITION.to_owned(), status: ConditionStatus::False }];
+    }
     match (status.pod_ip, status.pod_ips.first()) {
         (Some(ip), None) => status.pod_ips.push(PodIp { ip }),
         (None, Some(first)) => status.pod_ip = Some(first.ip),
@@ -52,6 +62,12 @@ pub(super) fn check_pod(pod: &Pod, problems: &mut Problems) {
             }
         }
     }
+    problems.want(
+        status.conditions.len() <= 1
+            && status.conditions.iter().all(|condition| condition.kind == READY_CONDITION),
+        "status.conditions",
+        "only the condition Ready is kept, once",
+    );
     let ips: Vec<_> = status.pod_ips.iter().map(|pod_ip| pod_ip.ip).collect();
     problems.want(status.pod_ip == ips.first().copied(), "status.podIP", "is not the first of podIPs");
     problems.want(

@@ -8,16 +8,19 @@ fn values(text: &str) -> Vec<Value> {
 }
 
 #[test]
-fn documents_keep_their_numbers_and_lines() {
+fn documents_and_items_keep_their_lines() {
     let text = "# first\na: 1\n---\n# nothing\n---\nb: [x, 'y', \"z\"]\n---\nc:\n- d: e\n  f: g\n";
     let found = read(text).unwrap();
-    let places: Vec<_> = found.iter().map(|document| document.number).collect();
-    assert_eq!(places, [1, 3, 4]);
+    let lines: Vec<_> = found.iter().map(|document| document.line).collect();
+    assert_eq!(lines, [2, 6, 8]);
     assert_eq!(
         values(text),
         [json!({"a": 1}), json!({"b": ["x", "y", "z"]}), json!({"c": [{"d": "e", "f": "g"}]})]
     );
-    assert!(found[2].line >= 7, "{found:?}");
+    let list =
+        "kind: List\nitems:\n- a: 1\n  items: [x]\n- b: 2\n---\nitems: [{c: 3},\n  {d: 4}]\nmore: [5]\n";
+    let lines: Vec<_> = read(list).unwrap().into_iter().map(|document| document.items).collect();
+    assert_eq!(lines, [vec![3, 5], vec![7, 8]]);
     assert_eq!(values(""), Vec::<Value>::new());
     assert_eq!(values("---\n---\n"), Vec::<Value>::new());
 }
@@ -139,6 +142,77 @@ spec:
   text: \"two\\nlines: x\"
 "
     );
+}
+
+#[test]
+fn flow_collections_and_quoted_texts_may_have_any_indentation() {
+    for (text, value) in [
+        ("a:\n  b: {\n    c: 1\n  }\n  d: 2\n", json!({ "a": { "b": { "c": 1 }, "d": 2 } })),
+        (
+            "a:\n  b: [\n1,\n 2,\n{c: 3},\n\"x\"\n]\nd: 2\n",
+            json!({ "a": { "b": [1, 2, { "c": 3 }, "x"] }, "d": 2 }),
+        ),
+        ("- a: [\n  x\n]\n- b\n", json!([{ "a": ["x"] }, "b"])),
+        ("a:\n    b: {\n c: d, # e\n f: g}\n", json!({ "a": { "b": { "c": "d", "f": "g" } } })),
+        ("a:\n  b: \"one\n  two\n\n three\"\n  c: d\n", json!({ "a": { "b": "one two\nthree", "c": "d" } })),
+        ("a:\n  b: 'it''s\nx'\n  c: d\n", json!({ "a": { "b": "it's x", "c": "d" } })),
+        ("a:\n  b: \"x\\\n y\\\"\nz\"\n", json!({ "a": { "b": "xy\" z" } })),
+        ("a:\n  b: \"one\n\ttwo\"\n", json!({ "a": { "b": "one two" } })),
+        ("a:\n  b: [\n  'one\ntwo'\n]\n", json!({ "a": { "b": ["one two"] } })),
+    ] {
+        assert_eq!(values(text), [value], "{text}");
+    }
+    // Lines keep their numbers, and what is wrong elsewhere stays an error.
+    let found = read("a: {\nb: 1\n}\n---\nc: {\n}\n---\nd: 1\n").unwrap();
+    assert_eq!(found.iter().map(|it| it.line).collect::<Vec<_>>(), [1, 5, 8]);
+    for text in
+        ["a:\n  b: {\n  c: 1\n", "a:\n  b: \"x\n", "a:\n  b: 1\n c: 2\n", "a: [\n---\n]\n", "a: 1\n}\n"]
+    {
+        assert!(read(text).is_err(), "{text}");
+    }
+    assert_eq!(read("a: {\n}\nb: 1\nb: 2\n").unwrap_err().line, 4);
+}
+
+#[test]
+fn many_lines_are_repaired_within_the_limit() {
+    let lines = "x,\n".repeat(2000);
+    let found = values(&format!("a:\n  b: [\n{lines}]\n"));
+    assert_eq!(found[0]["a"]["b"].as_array().unwrap().len(), 2000);
+}
+
+#[test]
+fn byte_order_marks_and_utf_16_are_read() {
+    for text in [
+        "\u{feff}a: 1\n",
+        "\u{feff}---\na: 1\n",
+        "---\n\u{feff}a: 1\n",
+        "\u{feff}# x\n---\na: 1\n",
+        "\u{feff}{\"a\": 1}",
+    ] {
+        assert_eq!(values(text), [json!({ "a": 1 })], "{text:?}");
+    }
+    assert_eq!(values("\u{feff}a: 1\n---\n\u{feff}b: 2\n").len(), 2);
+    assert_eq!(values("a: 1\n\u{feff}---\nb: 2\n").len(), 2);
+    assert_eq!(values("a: 'x\u{feff}y'\n"), [json!({ "a": "x\u{feff}y" })]);
+    let text = "\u{feff}a: \u{e4}\u{1f600}\n";
+    let units = |bytes: fn(u16) -> [u8; 2]| text.encode_utf16().flat_map(bytes).collect::<Vec<u8>>();
+    for bytes in [units(u16::to_le_bytes), units(u16::to_be_bytes), text.as_bytes().to_vec()] {
+        assert_eq!(values(&decode(bytes).unwrap()), [json!({ "a": "\u{e4}\u{1f600}" })]);
+    }
+    for (bytes, line) in [
+        (b"a: 1\nb: \xff\n".to_vec(), 2),
+        (b"\xff\xfea\x00\n\x00\x00\xd8b\x00".to_vec(), 2),
+        (b"\xff\xfea".to_vec(), 1),
+    ] {
+        assert_eq!(decode(bytes).unwrap_err().line, line);
+    }
+}
+
+#[test]
+fn json_with_a_duplicate_key_is_refused() {
+    for text in ["{\"a\": 1, \"a\": 2}", "[{\"b\": {\"a\": 1, \"a\": 1}}]"] {
+        assert!(read(text).unwrap_err().reason.contains("duplicate key a"), "{text}");
+    }
 }
 
 fn any_value() -> impl Strategy<Value = Value> {
