@@ -22,8 +22,9 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("ovl-kernel", &["ovl-proto", "ovl-dataplane", "ovl-tunnel"]),
     ("ovl-mesh", &["ovl-proto", "ovl-control", "ovl-files", "ovl-tunnel"]),
     ("ovl-tunnel", &["ovl-udp"]),
-    ("ovl-dns", &["ovl-udp"]),
+    ("ovl-dns", &["ovl-udp", "ovl-zone"]),
     ("ovl-udp", &[]),
+    ("ovl-zone", &[]),
     ("ovl-files", &[]),
     (
         "ovld",
