@@ -8,7 +8,9 @@
 mod config;
 mod control;
 mod environment;
+mod failed;
 mod log;
+mod names;
 mod node;
 mod ports;
 mod problems;

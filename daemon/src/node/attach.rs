@@ -301,7 +301,7 @@ impl Node {
             state.check_member()?;
         }
         let Some(found) = found else {
-            return Err(Failed::no_network(&state, &request.network));
+            return Err(Failed::no_network(&state.view, &request.network));
         };
         if found.removing {
             return Err(Failed::conflict(format!(
@@ -448,7 +448,7 @@ impl Node {
         let network = match network {
             Some(name) => {
                 let found = state.view.network(name).map(|found| found.network.id);
-                Some(found.ok_or_else(|| Failed::no_network(&state, name))?)
+                Some(found.ok_or_else(|| Failed::no_network(&state.view, name))?)
             }
             None => None,
         };

@@ -183,7 +183,7 @@ impl Node {
         let Some(found) = found else {
             let details = format!(
                 "{}; the configuration's key `network`, or else its `name`, says which one is meant",
-                Failed::no_network(&state, name).0.message
+                Failed::no_network(&state.view, name).0.message
             );
             return Err(error(code::CONFIG, format!("there is no network {name}"), details));
         };

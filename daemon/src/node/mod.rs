@@ -9,7 +9,6 @@ mod alloc;
 mod apply;
 mod attach;
 mod cni;
-mod dns;
 mod docker;
 mod events;
 mod firewall;
@@ -18,6 +17,7 @@ mod keys;
 mod lifecycle;
 mod limits;
 mod metrics;
+mod names;
 mod network;
 mod objects;
 mod peers;
@@ -45,7 +45,7 @@ use ovl_cluster::resources::Resources;
 use ovl_cluster::table::Table;
 use ovl_cluster::view::{self, View};
 use ovl_consensus::Replica as Allocator;
-use ovl_control::{Event, Failure, PeerState};
+use ovl_control::{Event, PeerState};
 use ovl_dataplane::device::Device;
 use ovl_kernel::{KernelEvent, KernelHandle, Prober};
 use ovl_mesh::gossip::{Gossip, GossipConfig, GossipEvent, Hints};
@@ -60,21 +60,19 @@ use tokio::time::Instant;
 
 use self::events::Events;
 use self::state::{RunDir, State};
-use crate::config::Config;
+use crate::config::{Config, OWN_DOMAIN};
 use crate::environment::Environment;
+use crate::failed::Failed;
+use crate::names::Resolver;
 use crate::ports::Ports;
 use crate::problems::{Code, Problems};
 use crate::store;
 use crate::workloads::Workloads;
 use ovl_subsystems::Subsystems;
-use ovl_subsystems::names::NameTracker;
+use ovl_subsystems::names::Names;
 use ovl_subsystems::networks::Networks;
 use ovl_subsystems::policy::Enforcement;
 use ovl_subsystems::services::{Announcements, Translation};
-
-/// A request that failed.
-#[derive(Debug)]
-pub(crate) struct Failed(pub(crate) Failure);
 
 /// Reason why the daemon stops.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -108,7 +106,7 @@ pub(crate) struct Node {
     /// Calls of container runtimes that are in flight.
     containers: cni::Containers,
     /// The resolver.
-    names: dns::Names,
+    resolver: Resolver,
     /// Keys and measurements of the tunnel.
     tunnel: RefCell<tunnel::Tunnel>,
     /// Peers and addresses that gossip and streams were last given.
@@ -237,7 +235,8 @@ impl Node {
         )
         .await?;
         let (saved_tell, saved_events) = mpsc::unbounded_channel();
-        let (names, unnamed) = dns::Names::start(&config, environment.owns_host());
+        let zone = state.subsystems.names.zone().clone();
+        let (resolver, unnamed) = Resolver::start(&config, environment.owns_host(), zone);
         state.problems.set(Code::ResolverDown, "", unnamed);
         let node = Rc::new(Self {
             boot_id: boot_id()?,
@@ -253,7 +252,7 @@ impl Node {
             writer: store::Writer::start(state_path.clone(), saved_tell, disk)?,
             state: RefCell::new(state),
             containers: cni::Containers::default(),
-            names,
+            resolver,
             tunnel: RefCell::new(tunnel::Tunnel::new(secret, missing)),
             pointed: RefCell::default(),
             events: Events::default(),
@@ -514,7 +513,7 @@ fn first_state(
         subsystems: Subsystems {
             // Connections that an earlier run marked are evaluated again.
             policy: Enforcement::new(u32::from_le_bytes(random(&**environment))),
-            names: NameTracker::default(),
+            names: Names::new(OWN_DOMAIN, &config.cluster_domain, config.walk_search_lists),
             networks: Networks::default(),
             services: Translation::default(),
             announcements: Announcements::default(),

@@ -286,7 +286,7 @@ impl Node {
         let state = self.state.borrow();
         match state.view.network(name) {
             Some(found) => Ok(self.network_info(&state, found)),
-            None => Err(Failed::no_network(&state, name)),
+            None => Err(Failed::no_network(&state.view, name)),
         }
     }
 
@@ -337,7 +337,7 @@ fn live_network<'a>(state: &'a State, name: &str) -> Result<&'a Network, Failed>
             "network {name} was removed and waits for its last endpoints to go"
         ))),
         Some(found) => Ok(&found.network),
-        None => Err(Failed::no_network(state, name)),
+        None => Err(Failed::no_network(&state.view, name)),
     }
 }
 

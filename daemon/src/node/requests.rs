@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use ovl_cluster::addresses as ipam;
 use ovl_control::{
-    DaemonState, Document, Failure, FailureKind, FdbRow, PeerInfo, PeerState, Problem, ReconcileStatus,
-    Reply, Request, RouteRow, Status, SubnetUse, Verify,
+    DaemonState, Document, FdbRow, PeerInfo, PeerState, Problem, ReconcileStatus, Reply, Request, RouteRow,
+    Status, SubnetUse, Verify,
 };
 use ovl_dataplane::device::Device;
 use ovl_dataplane::state::{Dataplane, Hop};
@@ -70,7 +70,7 @@ impl Node {
             Request::Events { .. } => Reply::Events(self.events.all()),
             Request::Metrics => {
                 self.look_at_tunnel().await;
-                let (drops, names) = (self.tunnel_drops(), self.names.counts());
+                let (drops, names) = (self.tunnel_drops(), self.resolver.counts());
                 let mut text = super::metrics::render(&self.status(), &self.peers(), &drops, &names);
                 text += &self.policy_metrics().await?;
                 Reply::Text(text)
@@ -147,7 +147,7 @@ impl Node {
         let mut problems: Vec<Problem> = state.problems.all().collect();
         problems.extend(self.unreachable(&state));
         problems.extend(self.tunnel_problems(&state));
-        problems.extend(self.names.problems());
+        problems.extend(self.resolver.problems());
         problems.extend(state.reconcile.problems());
         let starting = !state.is_member() || !state.caught_up;
         Status {
@@ -512,55 +512,4 @@ fn network_name(state: &State, network: Option<NetworkId>) -> String {
 
 fn count(n: usize) -> u32 {
     u32::try_from(n).unwrap_or(u32::MAX)
-}
-
-impl Failed {
-    fn new(kind: FailureKind, message: impl Into<String>) -> Self {
-        Self(Failure { kind, message: message.into() })
-    }
-
-    pub(super) fn invalid(message: impl Into<String>) -> Self {
-        Self::new(FailureKind::Invalid, message)
-    }
-
-    pub(super) fn not_found(message: impl Into<String>) -> Self {
-        Self::new(FailureKind::NotFound, message)
-    }
-
-    pub(super) fn conflict(message: impl Into<String>) -> Self {
-        Self::new(FailureKind::Conflict, message)
-    }
-
-    pub(super) fn exhausted(message: impl Into<String>) -> Self {
-        Self::new(FailureKind::Exhausted, message)
-    }
-
-    pub(super) fn unavailable(message: impl Into<String>) -> Self {
-        Self::new(FailureKind::Unavailable, message)
-    }
-
-    pub(super) fn kernel(message: impl Into<String>) -> Self {
-        Self::new(FailureKind::Kernel, message)
-    }
-
-    pub(super) fn internal(message: impl Into<String>) -> Self {
-        Self::new(FailureKind::Internal, message)
-    }
-
-    pub(super) fn no_network(state: &State, name: &str) -> Self {
-        let names: Vec<&str> =
-            state.view.networks.values().map(|found| found.network.name.as_str()).collect();
-        let known = if names.is_empty() {
-            "there are none yet: `ovlctl network create NAME` makes one".to_owned()
-        } else {
-            format!("there are: {}", names.join(", "))
-        };
-        Self::not_found(format!("there is no network {name}; {known}"))
-    }
-}
-
-impl From<ovl_kernel::KernelError> for Failed {
-    fn from(error: ovl_kernel::KernelError) -> Self {
-        Self::kernel(error.to_string())
-    }
 }

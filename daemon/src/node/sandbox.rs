@@ -142,7 +142,7 @@ impl Node {
         let mut ids = Vec::new();
         for name in names {
             let Some(found) = state.view.network(name) else {
-                return Err(Failed::no_network(&state, name));
+                return Err(Failed::no_network(&state.view, name));
             };
             if ids.contains(&found.network.id) {
                 return Err(Failed::invalid(format!("network {} is given twice", found.network.name)));

@@ -17,7 +17,8 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("ovl-cluster", &["ovl-proto"]),
     ("ovl-dataplane", &["ovl-proto"]),
     ("ovl-consensus", &["ovl-proto", "ovl-cluster"]),
-    ("ovl-subsystems", &["ovl-proto", "ovl-manifest", "ovl-cluster", "ovl-dataplane"]),
+    // Names decide on a zone, which is a value: records by name, without I/O.
+    ("ovl-subsystems", &["ovl-proto", "ovl-manifest", "ovl-cluster", "ovl-dataplane", "ovl-zone"]),
     ("ovl-runtimes", &["ovl-proto", "ovl-control", "ovl-cluster", "ovl-dataplane"]),
     ("ovl-kernel", &["ovl-proto", "ovl-dataplane", "ovl-tunnel"]),
     ("ovl-mesh", &["ovl-proto", "ovl-control", "ovl-files", "ovl-tunnel"]),
