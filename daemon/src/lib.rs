@@ -8,6 +8,7 @@
 mod config;
 mod control;
 mod environment;
+mod events;
 mod failed;
 mod log;
 mod names;

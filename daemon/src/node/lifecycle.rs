@@ -20,7 +20,7 @@ use tokio::time::{MissedTickBehavior, interval};
 
 use super::{Failed, Inbox, Node, Stop};
 use crate::config::Config;
-use crate::control;
+use crate::control::{self, Answers as _};
 use crate::environment::Environment;
 use crate::problems::Code;
 

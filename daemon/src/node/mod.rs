@@ -10,7 +10,6 @@ mod apply;
 mod attach;
 mod cni;
 mod docker;
-mod events;
 mod firewall;
 mod ingress;
 mod keys;
@@ -58,10 +57,10 @@ use ovl_subsystems::local::Local;
 use tokio::sync::{Notify, mpsc};
 use tokio::time::Instant;
 
-use self::events::Events;
 use self::state::{RunDir, State};
 use crate::config::{Config, OWN_DOMAIN};
 use crate::environment::Environment;
+use crate::events::Events;
 use crate::failed::Failed;
 use crate::names::Resolver;
 use crate::ports::Ports;
@@ -112,7 +111,7 @@ pub(crate) struct Node {
     /// Peers and addresses that gossip and streams were last given.
     pointed: RefCell<BTreeMap<NodeId, SocketAddr>>,
     /// Recent events.
-    pub(crate) events: Events,
+    events: Events,
     /// Wakes the reconcile loop.
     work: Notify,
     /// Wakes the task that saves the state.

@@ -20,6 +20,8 @@ use ovl_subsystems::encryption::tunnel::peers as sealed_to;
 use super::peers::{UNREACHABLE, millis};
 use super::state::State;
 use super::{Failed, Node, Stop, tunnel};
+use crate::control::Answers;
+use crate::events::Events;
 use crate::problems::Code;
 
 /// Maximum time that `verify` waits for work in flight.
@@ -27,16 +29,20 @@ const SETTLE_WITHIN: Duration = Duration::from_millis(500);
 /// Interval between two comparisons of `verify`.
 const SETTLE_STEP: Duration = Duration::from_millis(50);
 
-impl Node {
-    /// Answers a request, with the documents that were staged for it. The control socket itself handles
-    /// [`Request::Events`] and [`Request::Stage`].
-    pub(crate) async fn answer(self: &Rc<Self>, request: Request, staged: Vec<Document>) -> Reply {
+impl Answers for Node {
+    async fn answer(self: &Rc<Self>, request: Request, staged: Vec<Document>) -> Reply {
         match self.try_answer(request, staged).await {
             Ok(reply) => reply,
             Err(Failed(failure)) => Reply::Error(failure),
         }
     }
 
+    fn events(&self) -> &Events {
+        &self.events
+    }
+}
+
+impl Node {
     async fn try_answer(self: &Rc<Self>, request: Request, staged: Vec<Document>) -> Result<Reply, Failed> {
         if self.state.borrow().leaving {
             return Err(Failed::unavailable("ovld is stopping"));
