@@ -10,13 +10,18 @@ mod control;
 mod environment;
 mod events;
 mod failed;
+mod health;
 mod log;
 mod names;
 mod node;
 mod ports;
 mod problems;
+mod publish;
 mod store;
 mod workloads;
+#[cfg(test)]
+#[path = "../cluster/tests/world/mod.rs"]
+mod world;
 
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};

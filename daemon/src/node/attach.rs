@@ -27,11 +27,11 @@ use ovl_subsystems::publish::needs_hairpin;
 use serde::{Deserialize, Serialize};
 
 use super::addresses::Reserved;
-use super::publish::{self, SetAside};
 use super::state::LocalEndpoint;
 use super::{Failed, Node, remove_if_there};
 use crate::config::{MAX_NAME, is_name_within};
 use crate::problems::Code;
+use crate::publish::{self, ReservedPorts};
 use ovl_subsystems::{self as subsystems, Change, Part};
 
 /// The file of an endpoint in the run directory, from which a restarted daemon restores it. It is valid until the
@@ -116,7 +116,7 @@ impl Node {
         let netns = self.kernel.open_netns(&path).map_err(Failed::from)?;
         let inode = netns.inode;
         let place = self.take_place(&request, &network)?;
-        let ports = self.set_ports_aside(&request.name, &network, &request.publish)?;
+        let ports = self.reserve_ports(&request.name, &network, &request.publish)?;
         let reserved = self.reserve(&request, &network).await?;
         let local = LocalEndpoint { ifname: String::new(), netns: path, inode, cni, docker: None };
         self.make(request, &network, place, (reserved, ports), local, Some(netns)).await
@@ -131,7 +131,7 @@ impl Node {
         request: Attach,
         network: &Network,
         place: Place<'_>,
-        (reserved, ports): (Vec<Reserved<'_>>, SetAside<'_>),
+        (reserved, ports): (Vec<Reserved<'_>>, ReservedPorts<'_>),
         local: LocalEndpoint,
         netns: Option<Netns>,
     ) -> Result<(EndpointInfo, CreatedEndpoint), Failed> {
@@ -216,7 +216,7 @@ impl Node {
         }
         let mut info = self.commit(endpoint, local, wants)?;
         if !info.publish.is_empty() {
-            self.serve_ports(id, ports, &info.addresses);
+            self.published.serve(id, ports, &info.addresses);
             info.warnings = self.firewall_problems();
         }
         Ok((info, made))
@@ -554,7 +554,7 @@ impl Node {
                 state.local.fetched.remove(id);
                 state.local.isolated.remove(id);
                 state.problems.set(Code::EndpointIsolated, id.to_string(), None);
-                self.ports.release(*id);
+                self.published.release(*id);
             }
         }
         for id in ids {

@@ -343,7 +343,7 @@ impl Node {
             netns: HERE.into(),
         };
         let first = self.state.borrow().view.own().is_none_or(|own| own.table.networks().next().is_none());
-        let ports = self.set_ports_aside(&request.name, &network, &[])?;
+        let ports = self.reserve_ports(&request.name, &network, &[])?;
         self.make(request, &network, place, (reserved, ports), local, None).await?;
         if first && let Err(failed) = self.mind_firewalls_now().await {
             tracing::warn!(error = failed.0.message, "cannot look after the Engine's firewall");

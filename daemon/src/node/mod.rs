@@ -62,9 +62,11 @@ use crate::config::{Config, OWN_DOMAIN};
 use crate::environment::Environment;
 use crate::events::Events;
 use crate::failed::Failed;
+use crate::health::HealthAnswers;
 use crate::names::Resolver;
 use crate::ports::Ports;
 use crate::problems::{Code, Problems};
+use crate::publish::PublishedPorts;
 use crate::store;
 use crate::workloads::Workloads;
 use ovl_subsystems::Subsystems;
@@ -95,7 +97,10 @@ pub(crate) struct Node {
     identity: Arc<Identity>,
     kernel: KernelHandle,
     prober: Prober,
-    ports: Ports,
+    /// Published ports of this host.
+    published: PublishedPorts,
+    /// Answers to health checks of Services.
+    health: HealthAnswers,
     gossip: RefCell<Gossip>,
     links: RefCell<Streams>,
     gossip_events: mpsc::Sender<GossipEvent>,
@@ -237,13 +242,15 @@ impl Node {
         let zone = state.subsystems.names.zone().clone();
         let (resolver, unnamed) = Resolver::start(&config, environment.owns_host(), zone);
         state.problems.set(Code::ResolverDown, "", unnamed);
+        let ports = Ports::start().context("starting the thread for published ports")?;
         let node = Rc::new(Self {
             boot_id: boot_id()?,
             run_dir,
             identity,
             kernel,
             prober: environment.prober().context("opening a socket for ICMP")?,
-            ports: Ports::start().context("starting the thread for published ports")?,
+            published: PublishedPorts::new(ports.clone(), Rc::clone(&environment)),
+            health: HealthAnswers::new(ports),
             gossip: RefCell::new(gossip),
             links: RefCell::new(links),
             gossip_events: gossip_tell,
@@ -517,7 +524,6 @@ fn first_state(
             services: Translation::default(),
             announcements: Announcements::default(),
         },
-        health: BTreeMap::new(),
         clock: saved.clock,
         keys,
         allocator: Allocator::new(me, durable, u64::from_le_bytes(random(&**environment))),
@@ -532,7 +538,6 @@ fn first_state(
         endpoints: BTreeMap::new(),
         sandboxes: BTreeMap::new(),
         docker: docker::Docker::recalled(&saved.docker),
-        unheld: BTreeSet::new(),
         cursors: BTreeMap::new(),
         pending: state::Pending::default(),
         rights_changed: true,

@@ -17,7 +17,6 @@ use ovl_proto::alloc::Refusal;
 use ovl_proto::clock::Clock;
 use ovl_proto::id::{EndpointId, Mac, NetworkId, NodeId};
 use ovl_proto::object::{Mode, Network};
-use ovl_proto::publish::Published;
 use ovl_proto::record::{NodeRecord, SignedRecord};
 use ovl_proto::sync::Message;
 use ovl_proto::table::{Endpoint, Entry};
@@ -32,7 +31,6 @@ use super::docker::Docker;
 use super::reconcile::Progress;
 use super::sandbox::Sandbox;
 use crate::environment::Environment;
-use crate::ports::Answer;
 use crate::problems::{Code, Problems};
 use crate::workloads::Workloads;
 use ovl_subsystems::{Change, Cluster, SubsystemList, Subsystems};
@@ -84,7 +82,7 @@ pub(crate) struct Clash {
     pub later: u64,
 }
 
-/// Names, addresses, MAC addresses, devices and ports that requests in flight have reserved.
+/// Names, addresses, MAC addresses and devices that requests in flight have reserved.
 #[derive(Debug, Default)]
 pub(crate) struct Pending {
     /// Reserved names of endpoints: network, Kubernetes namespace and name.
@@ -95,8 +93,6 @@ pub(crate) struct Pending {
     pub addresses: BTreeSet<(NetworkId, IpAddr)>,
     /// Devices that are being created. No full pass may delete them.
     pub devices: BTreeSet<Device>,
-    /// Ports to be published, with the name of the endpoint, by a random number.
-    pub ports: BTreeMap<u64, (String, Vec<Published>)>,
     /// Names of sandboxes that are being created or deleted.
     pub sandboxes: BTreeSet<String>,
 }
@@ -134,8 +130,6 @@ pub(crate) struct State {
     pub workloads: Workloads,
     /// Subsystems, which contribute to the desired data plane.
     pub subsystems: Subsystems,
-    /// Replies to health checks, by port.
-    pub health: BTreeMap<u16, Answer>,
     /// Time when a peer last sent objects, in milliseconds of this run.
     pub objects_taken_at: u64,
     /// Hybrid logical clock that stamps new objects.
@@ -154,8 +148,6 @@ pub(crate) struct State {
     pub next_request: u64,
     /// Endpoints of this host.
     pub endpoints: BTreeMap<EndpointId, LocalEndpoint>,
-    /// Published ports that another program has bound.
-    pub unheld: BTreeSet<(EndpointId, Published)>,
     /// Sandboxes of this host by name.
     pub sandboxes: BTreeMap<String, Sandbox>,
     /// State of Docker Engines.
@@ -235,9 +227,9 @@ impl State {
         self.view.alloc.members.contains(&self.view.me)
     }
 
-    /// Whether any port of this host is published or about to be.
+    /// Whether an endpoint of this host has published a port.
     pub(crate) fn publishes(&self) -> bool {
-        !self.pending.ports.is_empty() || self.own_endpoints().any(|endpoint| !endpoint.publish.is_empty())
+        self.own_endpoints().any(|endpoint| !endpoint.publish.is_empty())
     }
 
     /// Checks that this host is a member.
