@@ -15,7 +15,6 @@ mod ingress;
 mod keys;
 mod lifecycle;
 mod limits;
-mod metrics;
 mod names;
 mod network;
 mod objects;
@@ -62,6 +61,7 @@ use crate::config::{Config, OWN_DOMAIN};
 use crate::environment::Environment;
 use crate::events::Events;
 use crate::failed::Failed;
+use crate::firewall::Firewalls;
 use crate::health::HealthAnswers;
 use crate::names::Resolver;
 use crate::ports::Ports;
@@ -126,8 +126,8 @@ pub(crate) struct Node {
     key_turn: tokio::sync::Mutex<()>,
     /// Ensures that manifests are applied one request at a time.
     applying: tokio::sync::Mutex<()>,
-    /// Ensures that one task at a time inspects the firewalls of other programs.
-    firewall_turn: tokio::sync::Mutex<()>,
+    /// Firewalls of other programs.
+    firewalls: Firewalls,
     /// Signals that a tunnel key or a key epoch changed.
     tunnel_turn: Notify,
     /// Signals that the allocation map changed, or that gossip has caught up.
@@ -267,7 +267,7 @@ impl Node {
             keys: Notify::new(),
             key_turn: tokio::sync::Mutex::default(),
             applying: tokio::sync::Mutex::default(),
-            firewall_turn: tokio::sync::Mutex::default(),
+            firewalls: Firewalls::new(environment.owns_host()),
             tunnel_turn: Notify::new(),
             membership: Notify::new(),
             routed: Notify::new(),

@@ -22,6 +22,7 @@ use super::state::State;
 use super::{Failed, Node, Stop, tunnel};
 use crate::control::Answers;
 use crate::events::Events;
+use crate::metrics;
 use crate::problems::Code;
 
 /// Maximum time that `verify` waits for work in flight.
@@ -77,7 +78,7 @@ impl Node {
             Request::Metrics => {
                 self.look_at_tunnel().await;
                 let (drops, names) = (self.tunnel_drops(), self.resolver.counts());
-                let mut text = super::metrics::render(&self.status(), &self.peers(), &drops, &names);
+                let mut text = metrics::render(&self.status(), &self.peers(), &drops, &names);
                 text += &self.policy_metrics().await?;
                 Reply::Text(text)
             }
