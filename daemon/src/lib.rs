@@ -7,6 +7,7 @@
 
 mod config;
 mod control;
+mod encryption;
 mod environment;
 mod events;
 mod failed;

@@ -58,6 +58,7 @@ use tokio::time::Instant;
 
 use self::state::{RunDir, State};
 use crate::config::{Config, OWN_DOMAIN};
+use crate::encryption::{self, Tunnel};
 use crate::environment::Environment;
 use crate::events::Events;
 use crate::failed::Failed;
@@ -112,7 +113,7 @@ pub(crate) struct Node {
     /// The resolver.
     resolver: Resolver,
     /// Keys and measurements of the tunnel.
-    tunnel: RefCell<tunnel::Tunnel>,
+    tunnel: RefCell<Tunnel>,
     /// Peers and addresses that gossip and streams were last given.
     pointed: RefCell<BTreeMap<NodeId, SocketAddr>>,
     /// Recent events.
@@ -195,7 +196,7 @@ impl Node {
         let (kernel_tell, kernel_events) = mpsc::channel(INBOX);
         let secret = TunnelSecret::load_or_create(&config.state_dir.join("tunnel.key"))?;
         let kernel = environment.start_kernel(kernel_tell, &secret).context("opening netlink")?;
-        let (end, missing) = tunnel::choose(&config, &secret, &kernel).await;
+        let (end, missing) = encryption::choose(&config, &secret, &kernel).await;
         let link = kernel.underlay(config.advertise.ip()).await.with_context(|| {
             format!(
                 "{} is not an address of this host: give one that is with --advertise",
@@ -259,7 +260,7 @@ impl Node {
             state: RefCell::new(state),
             containers: cni::Containers::default(),
             resolver,
-            tunnel: RefCell::new(tunnel::Tunnel::new(secret, missing)),
+            tunnel: RefCell::new(Tunnel::new(secret, missing)),
             pointed: RefCell::default(),
             events: Events::default(),
             work: Notify::new(),

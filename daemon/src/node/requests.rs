@@ -19,8 +19,9 @@ use ovl_subsystems::encryption::tunnel::peers as sealed_to;
 
 use super::peers::{UNREACHABLE, millis};
 use super::state::State;
-use super::{Failed, Node, Stop, tunnel};
+use super::{Failed, Node, Stop};
 use crate::control::Answers;
+use crate::encryption;
 use crate::events::Events;
 use crate::metrics;
 use crate::problems::Code;
@@ -77,7 +78,7 @@ impl Node {
             Request::Events { .. } => Reply::Events(self.events.all()),
             Request::Metrics => {
                 self.look_at_tunnel().await;
-                let (drops, names) = (self.tunnel_drops(), self.resolver.counts());
+                let (drops, names) = (self.tunnel.borrow().drops(), self.resolver.counts());
                 let mut text = metrics::render(&self.status(), &self.peers(), &drops, &names);
                 text += &self.policy_metrics().await?;
                 Reply::Text(text)
@@ -153,7 +154,7 @@ impl Node {
         let state = self.state.borrow();
         let mut problems: Vec<Problem> = state.problems.all().collect();
         problems.extend(self.unreachable(&state));
-        problems.extend(self.tunnel_problems(&state));
+        problems.extend(self.tunnel.borrow().problems(&state.view, &self.config));
         problems.extend(self.resolver.problems());
         problems.extend(state.reconcile.problems());
         let starting = !state.is_member() || !state.caught_up;
@@ -224,7 +225,8 @@ impl Node {
         let contacts = self.gossip().contacts();
         let paths = self.gossip().path_mtus();
         let state = self.state.borrow();
-        let sealed = tunnel::kind(&state).map(|kind| (tunnel::name(kind), sealed_to(&state.view)));
+        let sealed =
+            encryption::kind(&state.view).map(|kind| (encryption::name(kind), sealed_to(&state.view)));
         let mut peers: Vec<PeerInfo> = state
             .view
             .nodes
@@ -251,7 +253,7 @@ impl Node {
                         Some((name, to)) if own || to.contains_key(&record.id) => (*name).to_owned(),
                         Some(_) | None => "none".to_owned(),
                     },
-                    tunnel: self.peer_tunnel(record.id),
+                    tunnel: self.tunnel.borrow().peer(record.id),
                     own,
                     member: state.view.alloc.members.contains(&record.id),
                     reachable: own
