@@ -286,8 +286,8 @@ impl Node {
         store::State {
             saved_ms: self.wall_ms(),
             generation: state.record().map_or(0, |record| record.generation),
-            clock: state.clock,
-            objects: state.objects.iter().map(|(_, stored)| stored.signed.clone()).collect(),
+            clock: state.objects.clock(),
+            objects: state.objects.signed().cloned().collect(),
             peers: state.peers.values().map(|peer| (peer.signed.clone(), peer.last_alive_ms)).collect(),
             leases: state
                 .lent
@@ -295,7 +295,7 @@ impl Node {
                 .map(|((network, address), lent)| (*network, *address, lent.to))
                 .collect(),
             alloc: Some(state.allocator.durable().clone()),
-            bridges: state.bridges.values().cloned().collect(),
+            bridges: state.bridges.iter().cloned().collect(),
             docker: state.docker.kept(),
         }
     }

@@ -38,7 +38,6 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
-use ovl_cluster::objects::Objects;
 use ovl_cluster::resources::Resources;
 use ovl_cluster::table::Table;
 use ovl_cluster::view::{self, View};
@@ -65,6 +64,8 @@ use crate::failed::Failed;
 use crate::firewall::Firewalls;
 use crate::health::HealthAnswers;
 use crate::names::Resolver;
+use crate::networks::Bridges;
+use crate::objects::ObjectStore;
 use crate::ports::Ports;
 use crate::problems::{Code, Problems};
 use crate::publish::PublishedPorts;
@@ -375,7 +376,7 @@ impl Node {
         let table = state.view.own().map(|own| own.table.revision()).unwrap_or_default();
         self.gossip().set_hints(Hints {
             table,
-            objects: state.objects_digest,
+            objects: state.objects.digest(),
             alloc: state.view.alloc.version,
         });
     }
@@ -512,10 +513,8 @@ fn first_state(
         own_record: signed.clone(),
         peers: BTreeMap::new(),
         clashes: BTreeMap::new(),
-        objects: Objects::default(),
-        bridges: saved.bridges.iter().map(|network| (network.id, network.clone())).collect(),
-        objects_digest: [0; 32],
-        objects_taken_at: 0,
+        objects: ObjectStore::new(saved.clock),
+        bridges: Bridges::new(saved.bridges.iter().cloned()),
         workloads: Workloads::default(),
         subsystems: Subsystems {
             // Connections that an earlier run marked are evaluated again.
@@ -525,7 +524,6 @@ fn first_state(
             services: Translation::default(),
             announcements: Announcements::default(),
         },
-        clock: saved.clock,
         keys,
         allocator: Allocator::new(me, durable, u64::from_le_bytes(random(&**environment))),
         claims: HashMap::new(),
@@ -544,7 +542,6 @@ fn first_state(
         rights_changed: true,
         reconcile: reconcile::Progress::default(),
         caught_up: false,
-        objects_seen: false,
         problems: Problems::default(),
         save: state::Save::default(),
         uncached: BTreeSet::new(),

@@ -480,7 +480,7 @@ impl Node {
                     peer.hints.table
                 ));
             }
-            if peer.hints.objects != state.objects_digest {
+            if peer.hints.objects != state.objects.digest() {
                 differences.push(format!(
                     "gossip: {name} has other cluster objects than this host, or other states of them"
                 ));

@@ -8,15 +8,13 @@ use std::path::PathBuf;
 use std::rc::Rc;
 
 use ovl_cluster::liveness::Signs;
-use ovl_cluster::objects::Objects;
 use ovl_cluster::view::{Placed, View};
 use ovl_consensus::{Output, Replica as Allocator};
 use ovl_dataplane::device::Device;
 use ovl_mesh::gossip::Hints;
 use ovl_proto::alloc::Refusal;
-use ovl_proto::clock::Clock;
 use ovl_proto::id::{EndpointId, Mac, NetworkId, NodeId};
-use ovl_proto::object::{Mode, Network};
+use ovl_proto::object::Mode;
 use ovl_proto::record::{NodeRecord, SignedRecord};
 use ovl_proto::sync::Message;
 use ovl_proto::table::{Endpoint, Entry};
@@ -31,6 +29,8 @@ use super::docker::Docker;
 use super::reconcile::Progress;
 use super::sandbox::Sandbox;
 use crate::environment::Environment;
+use crate::networks::Bridges;
+use crate::objects::ObjectStore;
 use crate::problems::{Code, Problems};
 use crate::workloads::Workloads;
 use ovl_subsystems::{Change, Cluster, SubsystemList, Subsystems};
@@ -121,19 +121,13 @@ pub(crate) struct State {
     /// Identities that two daemons use.
     pub clashes: BTreeMap<NodeId, Clash>,
     /// All cluster objects with their signatures. `view.resources` is derived from them.
-    pub objects: Objects,
+    pub objects: ObjectStore,
     /// Bridge networks of this host.
-    pub bridges: BTreeMap<NetworkId, Network>,
-    /// Digest of the stamps of all objects, for the hints.
-    pub objects_digest: [u8; 32],
+    pub bridges: Bridges,
     /// Index of the endpoints that labels select and of the backends of each Service.
     pub workloads: Workloads,
     /// Subsystems, which contribute to the desired data plane.
     pub subsystems: Subsystems,
-    /// Time when a peer last sent objects, in milliseconds of this run.
-    pub objects_taken_at: u64,
-    /// Hybrid logical clock that stamps new objects.
-    pub clock: Clock,
     /// Cluster keys of this host.
     pub keys: super::keys::Keys,
     /// Consensus replica for the allocation map.
@@ -162,8 +156,6 @@ pub(crate) struct State {
     pub reconcile: Progress,
     /// Whether gossip has caught up. Nothing is removed from the kernel before that.
     pub caught_up: bool,
-    /// Whether at least one peer has sent its objects, or there is no peer that could.
-    pub objects_seen: bool,
     /// Problems that last until they are cleared.
     pub problems: Problems,
     /// Progress of saving the state file.

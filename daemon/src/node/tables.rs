@@ -40,7 +40,7 @@ impl Node {
         let epoch = own.record.generation;
         // Endpoints on bridge networks are not announced to peers.
         let is_own = |entry: &Entry| match entry {
-            Entry::Endpoint(endpoint) => state.bridges.contains_key(&endpoint.network),
+            Entry::Endpoint(endpoint) => state.bridges.contains(endpoint.network),
             Entry::Lease { .. } | Entry::PathMtu { .. } | Entry::Held(_) | Entry::Announced(_) => false,
         };
         let (kept, set): (Vec<Entry>, Vec<Entry>) = set.into_iter().partition(is_own);
