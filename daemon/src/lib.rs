@@ -5,6 +5,7 @@
 
 #![warn(missing_docs)]
 
+mod addresses;
 mod config;
 mod control;
 mod encryption;

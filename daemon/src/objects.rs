@@ -292,6 +292,8 @@ fn check_network(network: &Network) -> Result<(), String> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicU32, Ordering};
+
     use ovl_mesh::keys::Identity;
     use ovl_proto::wire;
 
@@ -308,7 +310,12 @@ mod tests {
 
     impl Writer {
         fn new() -> Self {
-            Self { identity: Identity::ephemeral(), clock: Clock::default() }
+            static NEXT: AtomicU32 = AtomicU32::new(0);
+            let number = NEXT.fetch_add(1, Ordering::Relaxed);
+            let path = std::env::temp_dir().join(format!("ovl-writer-{}-{number}", std::process::id()));
+            let identity = Identity::load_or_create(&path).unwrap();
+            std::fs::remove_file(path).unwrap();
+            Self { identity, clock: Clock::default() }
         }
 
         fn write(&mut self, wall_ms: u64, deleted: bool, change: impl Fn(&mut Network)) -> SignedObject {

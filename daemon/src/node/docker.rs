@@ -184,7 +184,7 @@ impl Node {
             let Ok((network, _)) = subnet_of(state, pool) else { return Ok(docker::nothing()) };
             let network = network.id;
             if state.docker.reserved.remove(&(network, address)).is_some() {
-                state.pending.addresses.remove(&(network, address));
+                state.addresses.release(network, address);
             }
             let own = state.view.own().into_iter().flat_map(|own| own.table.with_address(network, address));
             own.map(|endpoint| endpoint.id).filter(|id| engine_endpoint(state, *id).is_some()).collect()

@@ -56,6 +56,7 @@ use tokio::sync::{Notify, mpsc};
 use tokio::time::Instant;
 
 use self::state::{RunDir, State};
+use crate::addresses::Addresses;
 use crate::config::{Config, OWN_DOMAIN};
 use crate::encryption::{self, Tunnel};
 use crate::environment::Environment;
@@ -329,13 +330,9 @@ impl Node {
         self.remove_unfinished(&kept).await;
         let leases: Vec<_> = {
             let state = self.state.borrow();
-            let lent = state.lent.iter();
-            lent.map(|((network, address), lent)| ovl_proto::table::Entry::Lease {
-                network: *network,
-                address: *address,
-                to: lent.to,
-            })
-            .collect()
+            let lent = state.addresses.lent();
+            lent.map(|(network, address, to)| ovl_proto::table::Entry::Lease { network, address, to })
+                .collect()
         };
         let held = self.state.borrow().docker.held();
         let entries =
@@ -528,16 +525,11 @@ fn first_state(
         allocator: Allocator::new(me, durable, u64::from_le_bytes(random(&**environment))),
         claims: HashMap::new(),
         leases: HashMap::new(),
-        lent: saved
-            .leases
-            .iter()
-            .map(|(network, address, to)| ((*network, *address), state::Lent { to: *to, at: 0, seen: true }))
-            .collect(),
+        addresses: Addresses::new(saved.leases.iter().copied()),
         next_request: u64::from_le_bytes(random(&**environment)),
         endpoints: BTreeMap::new(),
         sandboxes: BTreeMap::new(),
         docker: docker::Docker::recalled(&saved.docker),
-        cursors: BTreeMap::new(),
         pending: state::Pending::default(),
         rights_changed: true,
         reconcile: reconcile::Progress::default(),

@@ -302,6 +302,5 @@ impl Node {
 
 /// Returns the neighbour entries that attaches in flight have set or are about to set.
 fn expected(state: &State) -> BTreeSet<(Device, IpAddr)> {
-    let pending = &state.pending.addresses;
-    pending.iter().map(|(network, address)| (Device::bridge(*network), *address)).collect()
+    state.addresses.reserved().map(|(network, address)| (Device::bridge(network), address)).collect()
 }

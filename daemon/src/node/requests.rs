@@ -20,6 +20,7 @@ use ovl_subsystems::encryption::tunnel::peers as sealed_to;
 use super::peers::{UNREACHABLE, millis};
 use super::state::State;
 use super::{Failed, Node, Stop};
+use crate::addresses::block_of;
 use crate::control::Answers;
 use crate::encryption;
 use crate::events::Events;
@@ -322,7 +323,7 @@ impl Node {
         let mut used: BTreeMap<(NetworkId, ipnet::IpNet), u64> = BTreeMap::new();
         for placed in state.view.all_endpoints() {
             for net in &placed.endpoint.addresses {
-                if let Some(block) = super::addresses::block_of(&state, placed.endpoint.network, net.addr()) {
+                if let Some(block) = block_of(&state.view, placed.endpoint.network, net.addr()) {
                     *used.entry((placed.endpoint.network, block)).or_default() += 1;
                 }
             }

@@ -28,6 +28,7 @@ use super::Failed;
 use super::docker::Docker;
 use super::reconcile::Progress;
 use super::sandbox::Sandbox;
+use crate::addresses::Addresses;
 use crate::environment::Environment;
 use crate::networks::Bridges;
 use crate::objects::ObjectStore;
@@ -82,15 +83,13 @@ pub(crate) struct Clash {
     pub later: u64,
 }
 
-/// Names, addresses, MAC addresses and devices that requests in flight have reserved.
+/// Names, MAC addresses and devices that requests in flight have reserved.
 #[derive(Debug, Default)]
 pub(crate) struct Pending {
     /// Reserved names of endpoints: network, Kubernetes namespace and name.
     pub names: BTreeSet<(NetworkId, String, String)>,
     /// MAC addresses that are chosen and not yet in the table.
     pub macs: BTreeSet<(NetworkId, Mac)>,
-    /// Addresses that are chosen and not yet in the table.
-    pub addresses: BTreeSet<(NetworkId, IpAddr)>,
     /// Devices that are being created. No full pass may delete them.
     pub devices: BTreeSet<Device>,
     /// Names of sandboxes that are being created or deleted.
@@ -136,8 +135,8 @@ pub(crate) struct State {
     pub claims: HashMap<u64, oneshot::Sender<Result<u64, Refusal>>>,
     /// Lease requests that are in flight, with the holder that was asked.
     pub leases: HashMap<u64, (NodeId, oneshot::Sender<Result<IpAddr, String>>)>,
-    /// Addresses that are lent to other hosts.
-    pub lent: BTreeMap<(NetworkId, IpAddr), Lent>,
+    /// Addresses that are reserved or lent.
+    pub addresses: Addresses,
     /// Number of the next request to a peer.
     pub next_request: u64,
     /// Endpoints of this host.
@@ -146,8 +145,6 @@ pub(crate) struct State {
     pub sandboxes: BTreeMap<String, Sandbox>,
     /// State of Docker Engines.
     pub docker: Docker,
-    /// Last address that was picked on each subnet.
-    pub cursors: BTreeMap<(NetworkId, IpAddr), IpAddr>,
     /// Resources that requests in flight have reserved.
     pub pending: Pending,
     /// Whether the right of this host's endpoints to their addresses may have changed.
@@ -168,17 +165,6 @@ pub(crate) struct State {
     pub leaving: bool,
     /// Source of the wall-clock time.
     pub environment: Rc<dyn Environment>,
-}
-
-/// An address that is lent to another host.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Lent {
-    /// The borrower.
-    pub to: NodeId,
-    /// Time when it was lent, in milliseconds of this run.
-    pub at: u64,
-    /// Whether the borrower's table has ever contained it.
-    pub seen: bool,
 }
 
 /// Progress of saving the state file.

@@ -64,11 +64,11 @@ impl Node {
             let state = &mut *guard;
             let now = state.now();
             state.docker.chosen.retain(|(_, since)| now < since + UNUSED_MS);
-            let pending = &mut state.pending.addresses;
+            let addresses = &mut state.addresses;
             state.docker.reserved.retain(|at, since| {
                 let keep = now < *since + UNUSED_MS;
                 if !keep {
-                    pending.remove(at);
+                    addresses.release(at.0, at.1);
                 }
                 keep
             });
