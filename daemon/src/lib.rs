@@ -9,6 +9,7 @@ mod addresses;
 mod config;
 mod control;
 mod encryption;
+mod engines;
 mod environment;
 mod events;
 mod failed;
@@ -24,6 +25,7 @@ mod policy;
 mod ports;
 mod problems;
 mod publish;
+mod sandboxes;
 mod store;
 mod workloads;
 #[cfg(test)]

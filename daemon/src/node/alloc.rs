@@ -293,7 +293,7 @@ impl Node {
             leases: state.addresses.lent().collect(),
             alloc: Some(state.allocator.durable().clone()),
             bridges: state.bridges.iter().cloned().collect(),
-            docker: state.docker.kept(),
+            docker: state.engines.kept(),
         }
     }
 

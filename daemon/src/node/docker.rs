@@ -1,4 +1,5 @@
-//! Calls of Docker Engines. [`ovl_runtimes::docker`] parses them; this module carries them out.
+//! Calls of Docker Engines. [`ovl_runtimes::docker`] parses them; this module carries them out. [`crate::engines`]
+//! knows what the Engines have.
 //!
 //! An Engine does not repeat its calls after a restart, and ignores a failed deletion. Therefore its networks are in
 //! the state file, its endpoints are in the run directory with all others, and what it leaves behind is deleted
@@ -6,7 +7,7 @@
 
 mod collect;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::time::Duration;
 
@@ -33,39 +34,6 @@ use super::{Failed, Node};
 const SETTLED: Duration = Duration::from_secs(2);
 /// The host's own network namespace, from which the Engine moves interfaces into containers.
 const HERE: &str = "/proc/thread-self/ns/net";
-
-/// The state of the networks and endpoints of Docker Engines.
-#[derive(Debug, Default)]
-pub(crate) struct Docker {
-    /// The networks, by the id that the Engine uses.
-    networks: BTreeMap<String, EngineNetwork>,
-    /// Addresses that are reserved for endpoints yet to be created, with the time of the reservation.
-    reserved: BTreeMap<(NetworkId, IpAddr), u64>,
-    /// Pools that were chosen for networks yet to be created, with the time of the choice.
-    chosen: Vec<(Pool, u64)>,
-    /// Endpoints whose container interface is in the host's namespace, with the time when it was first seen there.
-    unfetched: BTreeMap<EndpointId, u64>,
-    /// Networks that were created for Engines and are unused, with the time when this was first seen.
-    unused: BTreeMap<NetworkId, u64>,
-}
-
-impl Docker {
-    /// Restores the networks from the state file.
-    pub(super) fn recalled(networks: &[(String, EngineNetwork)]) -> Self {
-        Self { networks: networks.iter().cloned().collect(), ..Self::default() }
-    }
-
-    /// Returns the networks for the state file.
-    pub(super) fn kept(&self) -> Vec<(String, EngineNetwork)> {
-        self.networks.iter().map(|(id, kept)| (id.clone(), kept.clone())).collect()
-    }
-
-    /// Returns the entries of the owner table that keep these networks from removal.
-    pub(super) fn held(&self) -> Vec<Entry> {
-        let all: BTreeSet<NetworkId> = self.networks.values().map(|kept| kept.network).collect();
-        all.into_iter().map(Entry::Held).collect()
-    }
-}
 
 impl Node {
     /// Carries out a call of an Engine, and returns the response.
@@ -141,11 +109,11 @@ impl Node {
         let mut taken = self.kernel.prefixes().await.map_err(Failed::from)?;
         let mut guard = self.state.borrow_mut();
         let state = &mut *guard;
-        taken.extend(state.docker.chosen.iter().map(|(pool, _)| pool.prefix));
+        taken.extend(state.engines.chosen().map(|pool| pool.prefix));
         let prefix = self.choose_subnet(state, &taken, false)?;
         let pool = Pool { prefix, chosen: Some(u32::from_le_bytes(self.random())) };
         let now = state.now();
-        state.docker.chosen.push((pool, now));
+        state.engines.choose(pool, now);
         Ok(pool)
     }
 
@@ -172,7 +140,7 @@ impl Node {
         let net = reserved.keep();
         let mut state = self.state.borrow_mut();
         let now = state.now();
-        state.docker.reserved.insert((network.id, net.addr()), now);
+        state.engines.reserve(network.id, net.addr(), now);
         Ok(net)
     }
 
@@ -183,7 +151,7 @@ impl Node {
             let state = &mut *guard;
             let Ok((network, _)) = subnet_of(state, pool) else { return Ok(docker::nothing()) };
             let network = network.id;
-            if state.docker.reserved.remove(&(network, address)).is_some() {
+            if state.engines.take_reserved(network, address) {
                 state.addresses.release(network, address);
             }
             let own = state.view.own().into_iter().flat_map(|own| own.table.with_address(network, address));
@@ -201,18 +169,14 @@ impl Node {
             let mut guard = self.state.borrow_mut();
             let state = &mut *guard;
             state.check_member()?;
-            if state.docker.networks.contains_key(&wish.id) {
+            if state.engines.network(&wish.id).is_some() {
                 return Ok(docker::nothing());
             }
-            let chosen = &state.docker.chosen;
-            let pool = |prefix: &IpNet| {
-                chosen.iter().find(|(pool, _)| pool.prefix == *prefix).map(|(pool, _)| *pool)
-            };
-            let pools: Vec<Pool> = wish.prefixes.iter().filter_map(pool).collect();
+            let pools = state.engines.chosen_of(&wish.prefixes);
             let is_chosen = |prefix| pools.iter().any(|pool| pool.prefix == prefix);
             let plan =
                 docker::plan_network(&wish, &state.view.networks, is_chosen).map_err(Failed::invalid)?;
-            state.docker.chosen.retain(|(pool, _)| !pools.contains(pool));
+            state.engines.use_pools(&pools);
             (plan, pools)
         };
         let network = match plan {
@@ -230,7 +194,7 @@ impl Node {
             },
         };
         let kept = EngineNetwork { network, pools };
-        self.state.borrow_mut().docker.networks.insert(wish.id.clone(), kept);
+        self.state.borrow_mut().engines.join(&wish.id, kept);
         self.write_table(vec![Entry::Held(network)], Vec::new());
         self.save_soon();
         if let Err(failed) = self.saved().await {
@@ -258,13 +222,10 @@ impl Node {
     /// Forgets a network of the Engine. If it was the last one on this host for a network of the cluster, that
     /// network is no longer held here, and is removed if it was created for Engines and is unused.
     fn leave_network(&self, id: &str) -> Result<(), Failed> {
-        let Some(network) = self.state.borrow_mut().docker.networks.remove(id).map(|kept| kept.network)
-        else {
-            return Ok(());
-        };
+        let left = self.state.borrow_mut().engines.leave(id);
+        let Some((network, is_last)) = left else { return Ok(()) };
         self.save_soon();
-        let others = self.state.borrow().docker.networks.values().any(|kept| kept.network == network);
-        if others {
+        if !is_last {
             return Ok(());
         }
         let name = self.network_name(network);
@@ -295,7 +256,7 @@ impl Node {
         let network = {
             let state = self.state.borrow();
             state.check_member()?;
-            let kept = state.docker.networks.get(&wish.id.network).map(|kept| kept.network);
+            let kept = state.engines.network(&wish.id.network);
             kept.filter(|network| state.view.networks.contains_key(network)).ok_or_else(|| {
                 Failed::not_found(
                     "the network that this one of the Engine stands for is gone: `docker network rm` it and make it again",
@@ -328,8 +289,8 @@ impl Node {
         request.ifname = Some(docker::waiting_name(place.device.as_str()));
         let mut reserved = Vec::new();
         for address in &request.addresses {
-            let known = self.state.borrow_mut().docker.reserved.remove(&(network.id, *address));
-            let kept = known.and_then(|_| self.reserve_kept(&network, *address));
+            let known = self.state.borrow_mut().engines.take_reserved(network.id, *address);
+            let kept = if known { self.reserve_kept(&network, *address) } else { None };
             reserved.push(match kept {
                 Some(kept) => kept,
                 None => self.reserve_exact(&network, *address).await?,
@@ -478,5 +439,5 @@ fn engine_endpoint(state: &State, id: EndpointId) -> Option<&EngineEndpoint> {
 
 /// Returns the network and subnet of an address pool.
 fn subnet_of(state: &State, pool: Pool) -> Result<(&Network, &ovl_proto::object::Subnet), Failed> {
-    docker::subnet_of(pool, state.docker.networks.values(), &state.view.networks).map_err(Failed::not_found)
+    docker::subnet_of(pool, state.engines.networks(), &state.view.networks).map_err(Failed::not_found)
 }

@@ -59,6 +59,7 @@ use self::state::{RunDir, State};
 use crate::addresses::Addresses;
 use crate::config::{Config, OWN_DOMAIN};
 use crate::encryption::{self, Tunnel};
+use crate::engines::Engines;
 use crate::environment::Environment;
 use crate::events::Events;
 use crate::failed::Failed;
@@ -70,6 +71,7 @@ use crate::objects::ObjectStore;
 use crate::ports::Ports;
 use crate::problems::{Code, Problems};
 use crate::publish::PublishedPorts;
+use crate::sandboxes::Sandboxes;
 use crate::store;
 use crate::workloads::Workloads;
 use ovl_subsystems::Subsystems;
@@ -114,6 +116,8 @@ pub(crate) struct Node {
     containers: cni::Containers,
     /// The resolver.
     resolver: Resolver,
+    /// Sandboxes of this host.
+    sandboxes: Sandboxes,
     /// Keys and measurements of the tunnel.
     tunnel: RefCell<Tunnel>,
     /// Peers and addresses that gossip and streams were last given.
@@ -245,6 +249,7 @@ impl Node {
         let zone = state.subsystems.names.zone().clone();
         let (resolver, unnamed) = Resolver::start(&config, environment.owns_host(), zone);
         state.problems.set(Code::ResolverDown, "", unnamed);
+        let sandbox_dir = run_dir.sandboxes();
         let ports = Ports::start().context("starting the thread for published ports")?;
         let node = Rc::new(Self {
             boot_id: boot_id()?,
@@ -261,6 +266,7 @@ impl Node {
             writer: store::Writer::start(state_path.clone(), saved_tell, disk)?,
             state: RefCell::new(state),
             containers: cni::Containers::default(),
+            sandboxes: Sandboxes::new(sandbox_dir),
             resolver,
             tunnel: RefCell::new(Tunnel::new(secret, missing)),
             pointed: RefCell::default(),
@@ -334,7 +340,7 @@ impl Node {
             lent.map(|(network, address, to)| ovl_proto::table::Entry::Lease { network, address, to })
                 .collect()
         };
-        let held = self.state.borrow().docker.held();
+        let held = self.state.borrow().engines.held();
         let entries =
             kept.into_iter().map(ovl_proto::table::Entry::Endpoint).chain(leases).chain(held).collect();
         self.write_table(entries, Vec::new());
@@ -528,8 +534,7 @@ fn first_state(
         addresses: Addresses::new(saved.leases.iter().copied()),
         next_request: u64::from_le_bytes(random(&**environment)),
         endpoints: BTreeMap::new(),
-        sandboxes: BTreeMap::new(),
-        docker: docker::Docker::recalled(&saved.docker),
+        engines: Engines::new(&saved.docker),
         pending: state::Pending::default(),
         rights_changed: true,
         reconcile: reconcile::Progress::default(),

@@ -25,10 +25,9 @@ use tokio::sync::oneshot;
 use tokio::time::Instant;
 
 use super::Failed;
-use super::docker::Docker;
 use super::reconcile::Progress;
-use super::sandbox::Sandbox;
 use crate::addresses::Addresses;
+use crate::engines::Engines;
 use crate::environment::Environment;
 use crate::networks::Bridges;
 use crate::objects::ObjectStore;
@@ -92,8 +91,6 @@ pub(crate) struct Pending {
     pub macs: BTreeSet<(NetworkId, Mac)>,
     /// Devices that are being created. No full pass may delete them.
     pub devices: BTreeSet<Device>,
-    /// Names of sandboxes that are being created or deleted.
-    pub sandboxes: BTreeSet<String>,
 }
 
 /// An action that must wait until the state file is on the disk.
@@ -141,10 +138,8 @@ pub(crate) struct State {
     pub next_request: u64,
     /// Endpoints of this host.
     pub endpoints: BTreeMap<EndpointId, LocalEndpoint>,
-    /// Sandboxes of this host by name.
-    pub sandboxes: BTreeMap<String, Sandbox>,
-    /// State of Docker Engines.
-    pub docker: Docker,
+    /// What Docker Engines have here.
+    pub engines: Engines,
     /// Resources that requests in flight have reserved.
     pub pending: Pending,
     /// Whether the right of this host's endpoints to their addresses may have changed.
