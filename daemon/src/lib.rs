@@ -24,6 +24,7 @@ mod objects;
 mod policy;
 mod ports;
 mod problems;
+mod progress;
 mod publish;
 mod sandboxes;
 mod store;

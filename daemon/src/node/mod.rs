@@ -70,6 +70,7 @@ use crate::networks::Bridges;
 use crate::objects::ObjectStore;
 use crate::ports::Ports;
 use crate::problems::{Code, Problems};
+use crate::progress::Progress;
 use crate::publish::PublishedPorts;
 use crate::sandboxes::Sandboxes;
 use crate::store;
@@ -536,8 +537,7 @@ fn first_state(
         endpoints: BTreeMap::new(),
         engines: Engines::new(&saved.docker),
         pending: state::Pending::default(),
-        rights_changed: true,
-        reconcile: reconcile::Progress::default(),
+        reconcile: Progress::new(),
         caught_up: false,
         problems: Problems::default(),
         save: state::Save::default(),

@@ -25,13 +25,13 @@ use tokio::sync::oneshot;
 use tokio::time::Instant;
 
 use super::Failed;
-use super::reconcile::Progress;
 use crate::addresses::Addresses;
 use crate::engines::Engines;
 use crate::environment::Environment;
 use crate::networks::Bridges;
 use crate::objects::ObjectStore;
 use crate::problems::{Code, Problems};
+use crate::progress::Progress;
 use crate::workloads::Workloads;
 use ovl_subsystems::{Change, Cluster, SubsystemList, Subsystems};
 
@@ -142,8 +142,6 @@ pub(crate) struct State {
     pub engines: Engines,
     /// Resources that requests in flight have reserved.
     pub pending: Pending,
-    /// Whether the right of this host's endpoints to their addresses may have changed.
-    pub rights_changed: bool,
     /// Pending work of the reconcile loop, and the results so far.
     pub reconcile: Progress,
     /// Whether gossip has caught up. Nothing is removed from the kernel before that.
@@ -256,10 +254,10 @@ impl State {
             Change::ThisHost => {
                 let networks: Vec<NetworkId> = self.view.networks.keys().copied().collect();
                 networks.into_iter().for_each(|network| self.changed(Change::Rights(network)));
-                self.rights_changed = true;
+                self.reconcile.mark_rights();
             }
             Change::Rights(_) | Change::Network(_) | Change::Built(_) | Change::Tunnel => {
-                self.rights_changed = true;
+                self.reconcile.mark_rights();
             }
             Change::Attaching(_)
             | Change::Publishing
