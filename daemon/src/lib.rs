@@ -9,6 +9,7 @@ mod addresses;
 mod config;
 mod control;
 mod encryption;
+mod endpoints;
 mod engines;
 mod environment;
 mod events;

@@ -27,8 +27,9 @@ use ovl_runtimes::docker::{
 };
 use serde_json::Value;
 
-use super::state::{LocalEndpoint, State};
+use super::state::State;
 use super::{Failed, Node};
+use crate::endpoints::LocalEndpoint;
 
 /// How long a call waits for gossip to catch up. The Engine must get its response in time.
 const SETTLED: Duration = Duration::from_secs(2);
@@ -211,7 +212,7 @@ impl Node {
             let state = self.state.borrow();
             let is_there =
                 |local: &LocalEndpoint| local.docker.as_ref().is_some_and(|docker| docker.network == id);
-            state.endpoints.iter().filter(|(_, local)| is_there(local)).map(|(id, _)| *id).collect()
+            state.endpoints.iter().filter(|(_, local)| is_there(local)).map(|(id, _)| id).collect()
         };
         self.take_away(&left).await?;
         self.leave_network(id)?;
@@ -373,7 +374,7 @@ impl Node {
             let is_it = |local: &LocalEndpoint| {
                 local.docker.as_ref().is_some_and(|docker| docker.endpoint == names.endpoint)
             };
-            let id = state.endpoints.iter().find(|(_, local)| is_it(local)).map(|(id, _)| *id);
+            let id = state.endpoints.find(is_it);
             id.and_then(|id| state.own_endpoint(id).cloned())
         };
         let Some(mut endpoint) = found else { return Err(Failed::not_found("no such endpoint")) };
@@ -381,7 +382,7 @@ impl Node {
         let place = (endpoint.network, endpoint.namespace.clone(), names.name.clone());
         let taken = {
             let state = self.state.borrow();
-            state.endpoint_named(&place).is_some() || state.pending.names.contains(&place)
+            state.endpoint_named(&place).is_some() || state.endpoints.is_name_reserved(&place)
         };
         let mut aliases: Vec<String> = std::mem::take(&mut endpoint.aliases);
         aliases.extend(names.aliases.iter().cloned());
@@ -396,7 +397,7 @@ impl Node {
         });
         endpoint.aliases = aliases;
         super::attach::check_sizes(&endpoint.aliases, &endpoint.labels).map_err(Failed::invalid)?;
-        let local = self.state.borrow().endpoints.get(&endpoint.id).cloned();
+        let local = self.state.borrow().endpoints.get(endpoint.id).cloned();
         if let Some(local) = local {
             self.keep_endpoint(&endpoint, &local).map_err(|error| Failed::internal(format!("{error:#}")))?;
         }
@@ -408,8 +409,7 @@ impl Node {
     /// Returns the endpoint of this host by the Engine's id. `None` if it does not exist.
     fn of_engine(&self, id: &EngineEndpoint) -> Option<(EndpointId, Endpoint)> {
         let state = self.state.borrow();
-        let found =
-            state.endpoints.iter().find(|(_, local)| local.docker.as_ref() == Some(id)).map(|(id, _)| *id)?;
+        let found = state.endpoints.find(|local| local.docker.as_ref() == Some(id))?;
         Some((found, state.own_endpoint(found)?.clone()))
     }
 
@@ -434,7 +434,7 @@ fn is_unused(state: &State, found: &NetworkState) -> bool {
 
 /// Returns the Engine's id of an endpoint. `None` if no Engine created it.
 fn engine_endpoint(state: &State, id: EndpointId) -> Option<&EngineEndpoint> {
-    state.endpoints.get(&id)?.docker.as_ref()
+    state.endpoints.get(id)?.docker.as_ref()
 }
 
 /// Returns the network and subnet of an address pool.

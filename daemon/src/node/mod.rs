@@ -59,6 +59,7 @@ use self::state::{RunDir, State};
 use crate::addresses::Addresses;
 use crate::config::{Config, OWN_DOMAIN};
 use crate::encryption::{self, Tunnel};
+use crate::endpoints::LocalEndpoints;
 use crate::engines::Engines;
 use crate::environment::Environment;
 use crate::events::Events;
@@ -534,9 +535,8 @@ fn first_state(
         leases: HashMap::new(),
         addresses: Addresses::new(saved.leases.iter().copied()),
         next_request: u64::from_le_bytes(random(&**environment)),
-        endpoints: BTreeMap::new(),
+        endpoints: LocalEndpoints::new(RunDir(config.run_dir.clone()).endpoints()),
         engines: Engines::new(&saved.docker),
-        pending: state::Pending::default(),
         reconcile: Progress::new(),
         caught_up: false,
         problems: Problems::default(),

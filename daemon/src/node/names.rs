@@ -79,7 +79,7 @@ impl State {
         }
         let Self { view, workloads, subsystems, endpoints, .. } = self;
         let place = |id| {
-            let local = endpoints.get(&id)?;
+            let local = endpoints.get(id)?;
             Some(Place { namespace: local.inode, interface: local.ifname.clone() })
         };
         refresh(&mut subsystems.names, Sources { view, backends: workloads.backends(), place: &place })

@@ -84,7 +84,7 @@ impl Node {
     async fn set_published(&self, mut endpoint: Endpoint, published: Vec<Published>) -> Result<(), Failed> {
         endpoint.publish = published;
         self.will_publish(&endpoint.publish);
-        let local = self.state.borrow().endpoints.get(&endpoint.id).cloned();
+        let local = self.state.borrow().endpoints.get(endpoint.id).cloned();
         let local = local.ok_or_else(|| Failed::not_found("the endpoint is gone"))?;
         self.keep_endpoint(&endpoint, &local).map_err(|error| Failed::internal(format!("{error:#}")))?;
         self.write_table(vec![Entry::Endpoint(endpoint)], Vec::new());

@@ -97,7 +97,7 @@ impl Node {
             let prune = state.caught_up;
             let (cluster, mut subsystems) = state.parts();
             let desired = subsystems::resync(&mut subsystems, &cluster);
-            (drift, desired, prune, state.pending.devices.clone(), expected(&state))
+            (drift, desired, prune, state.endpoints.reserved_devices().clone(), expected(&state))
         };
         let pass = match self.kernel.reconcile(Goal { desired, prune, ignored, expected, apply: true }).await
         {
@@ -224,7 +224,7 @@ impl Node {
         let desired = self.desired();
         let (ignored, expected) = {
             let state = self.state.borrow();
-            (state.pending.devices.clone(), expected(&state))
+            (state.endpoints.reserved_devices().clone(), expected(&state))
         };
         let pass = self
             .kernel

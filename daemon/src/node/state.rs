@@ -10,7 +10,6 @@ use std::rc::Rc;
 use ovl_cluster::liveness::Signs;
 use ovl_cluster::view::{Placed, View};
 use ovl_consensus::{Output, Replica as Allocator};
-use ovl_dataplane::device::Device;
 use ovl_mesh::gossip::Hints;
 use ovl_proto::alloc::Refusal;
 use ovl_proto::id::{EndpointId, Mac, NetworkId, NodeId};
@@ -18,14 +17,13 @@ use ovl_proto::object::Mode;
 use ovl_proto::record::{NodeRecord, SignedRecord};
 use ovl_proto::sync::Message;
 use ovl_proto::table::{Endpoint, Entry};
-use ovl_runtimes::cni::Attachment;
-use ovl_runtimes::docker::EngineEndpoint;
 use ovl_subsystems::local::Local;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
 use super::Failed;
 use crate::addresses::Addresses;
+use crate::endpoints::{FullName, LocalEndpoints};
 use crate::engines::Engines;
 use crate::environment::Environment;
 use crate::networks::Bridges;
@@ -57,22 +55,6 @@ pub(crate) struct Peer {
     pub heard: bool,
 }
 
-/// State of an endpoint of this host besides its entry in the table.
-#[derive(Debug, Clone)]
-pub(crate) struct LocalEndpoint {
-    /// Name of the interface inside the namespace.
-    pub ifname: String,
-    /// Attachment of a container runtime. `None` if none requested the endpoint.
-    pub cni: Option<Attachment>,
-    /// Endpoint of a Docker Engine. `None` if no Engine requested it. The Engine moves the container
-    /// interface into a namespace and back.
-    pub docker: Option<EngineEndpoint>,
-    /// Path at which the namespace was found.
-    pub netns: PathBuf,
-    /// Inode of the namespace. Endpoints in the same namespace have the same inode.
-    pub inode: u64,
-}
-
 /// Two daemons that run with one identity.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Clash {
@@ -80,17 +62,6 @@ pub(crate) struct Clash {
     pub seen: u64,
     /// Generation of the daemon that was started later.
     pub later: u64,
-}
-
-/// Names, MAC addresses and devices that requests in flight have reserved.
-#[derive(Debug, Default)]
-pub(crate) struct Pending {
-    /// Reserved names of endpoints: network, Kubernetes namespace and name.
-    pub names: BTreeSet<(NetworkId, String, String)>,
-    /// MAC addresses that are chosen and not yet in the table.
-    pub macs: BTreeSet<(NetworkId, Mac)>,
-    /// Devices that are being created. No full pass may delete them.
-    pub devices: BTreeSet<Device>,
 }
 
 /// An action that must wait until the state file is on the disk.
@@ -137,11 +108,9 @@ pub(crate) struct State {
     /// Number of the next request to a peer.
     pub next_request: u64,
     /// Endpoints of this host.
-    pub endpoints: BTreeMap<EndpointId, LocalEndpoint>,
+    pub endpoints: LocalEndpoints,
     /// What Docker Engines have here.
     pub engines: Engines,
-    /// Resources that requests in flight have reserved.
-    pub pending: Pending,
     /// Pending work of the reconcile loop, and the results so far.
     pub reconcile: Progress,
     /// Whether gossip has caught up. Nothing is removed from the kernel before that.
@@ -292,7 +261,7 @@ impl State {
     /// Finds an endpoint of any host by network, Kubernetes namespace and name.
     pub(crate) fn endpoint_named<'a>(
         &'a self,
-        (network, namespace, name): &'a (NetworkId, String, String),
+        (network, namespace, name): &'a FullName,
     ) -> Option<Placed<'a>> {
         self.view.all_named(name).find(|placed| {
             let endpoint = placed.endpoint;

@@ -63,7 +63,7 @@ impl Node {
                 if_nametoindex(docker::waiting_name(Device::endpoint(*id).as_str()).as_str()).is_ok()
             };
             let ours = state.endpoints.iter().filter(|(_, local)| local.docker.is_some());
-            state.engines.unfetched(ours.map(|(id, _)| *id).filter(here), now)
+            state.engines.unfetched(ours.map(|(id, _)| id).filter(here), now)
         };
         self.collect_networks();
         if stale.is_empty() {
