@@ -12,7 +12,7 @@ use ovl_cluster::view::{Placed, View};
 use ovl_consensus::{Output, Replica as Allocator};
 use ovl_mesh::gossip::Hints;
 use ovl_proto::alloc::Refusal;
-use ovl_proto::id::{EndpointId, Mac, NetworkId, NodeId};
+use ovl_proto::id::{EndpointId, NetworkId, NodeId};
 use ovl_proto::object::Mode;
 use ovl_proto::record::{NodeRecord, SignedRecord};
 use ovl_proto::sync::Message;
