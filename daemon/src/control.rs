@@ -1,4 +1,6 @@
 //! The control socket, which serves `ovlctl` and the CNI plugin. The protocol is in `ovl_control`.
+//!
+//! It reads and writes; what a request means is for [`Answers`]. Begin to read at [`serve`].
 
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
@@ -15,10 +17,20 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::Semaphore;
 use tokio::sync::broadcast::error::RecvError;
 
-use crate::node::Node;
+use crate::events::Events;
 
 /// Maximum number of clients that are served at a time. Further clients wait.
 const MAX_CLIENTS: usize = 256;
+
+/// What answers the requests of clients.
+pub(crate) trait Answers: 'static {
+    /// Answers a request, with the documents that were staged for it. The socket itself handles [`Request::Events`]
+    /// that follow and [`Request::Stage`].
+    async fn answer(self: &Rc<Self>, request: Request, staged: Vec<Document>) -> Reply;
+
+    /// Returns the recent events.
+    fn events(&self) -> &Events;
+}
 
 /// Creates the socket, accessible to root and its group only. A socket that is left over belongs to no
 /// daemon, because this process holds the lock on the run directory.
@@ -35,7 +47,7 @@ pub(crate) fn listen(path: &Path) -> Result<UnixListener> {
 }
 
 /// Serves clients forever.
-pub(crate) async fn serve(node: Rc<Node>, listener: UnixListener) {
+pub(crate) async fn serve(node: Rc<impl Answers>, listener: UnixListener) {
     let places = Arc::new(Semaphore::new(MAX_CLIENTS));
     loop {
         let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
@@ -59,7 +71,7 @@ pub(crate) async fn serve(node: Rc<Node>, listener: UnixListener) {
     }
 }
 
-async fn client(node: &Rc<Node>, stream: UnixStream) -> std::io::Result<()> {
+async fn client(node: &Rc<impl Answers>, stream: UnixStream) -> std::io::Result<()> {
     let (read, mut write) = stream.into_split();
     let mut read = BufReader::new(read);
     let mut line = Vec::new();
@@ -136,8 +148,11 @@ fn parse(line: &[u8]) -> Result<Request, String> {
     }
 }
 
-async fn follow(node: &Rc<Node>, write: &mut (impl tokio::io::AsyncWrite + Unpin)) -> std::io::Result<()> {
-    let (all, mut live) = node.events.follow();
+async fn follow(
+    node: &Rc<impl Answers>,
+    write: &mut (impl tokio::io::AsyncWrite + Unpin),
+) -> std::io::Result<()> {
+    let (all, mut live) = node.events().follow();
     send(write, &Reply::Events(all)).await?;
     loop {
         let events: Vec<Event> = match live.recv().await {

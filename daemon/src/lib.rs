@@ -5,15 +5,34 @@
 
 #![warn(missing_docs)]
 
+mod addresses;
 mod config;
 mod control;
+mod encryption;
+mod endpoints;
+mod engines;
 mod environment;
+mod events;
+mod failed;
+mod firewall;
+mod health;
 mod log;
+mod metrics;
+mod names;
+mod networks;
 mod node;
+mod objects;
+mod policy;
 mod ports;
 mod problems;
+mod progress;
+mod publish;
+mod sandboxes;
 mod store;
 mod workloads;
+#[cfg(test)]
+#[path = "../cluster/tests/world/mod.rs"]
+mod world;
 
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};

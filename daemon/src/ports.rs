@@ -1,5 +1,6 @@
-//! Published ports of this host. Each port is bound, so that no other program gets it, and is served at
-//! `[::1]`, where the kernel would not forward.
+//! The thread that holds ports of this host: published ones, and those at which health checks are answered. Each
+//! published port is bound, so that no other program gets it, and is served at `[::1]`, where the kernel would not
+//! forward.
 //!
 //! Connections from other hosts never arrive here as long as the packet filter is in place. Without it they
 //! are refused, because they would bypass the host's firewall.
@@ -57,7 +58,8 @@ enum Order {
     Answer(BTreeMap<u16, Answer>, Vec<(u16, TcpListener)>),
 }
 
-/// Handle of the thread that relays published ports. The thread ends when the handle is dropped.
+/// Handle of the thread. The thread ends when the last handle is dropped.
+#[derive(Clone)]
 pub(crate) struct Ports(mpsc::UnboundedSender<Order>);
 
 impl Ports {

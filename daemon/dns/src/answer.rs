@@ -1,11 +1,10 @@
 //! Answers queries from the zone, or decides that they are forwarded. Pure functions, which allocate nothing
 //! for the usual record types.
 
+use ovl_zone::{Client, Name, NetworkKey, Records, Resolution, Zone};
 use std::net::{Ipv4Addr, Ipv6Addr};
 
-use crate::name::Name;
 use crate::wire::{HEADER, QR, Query, QueryError, RA, Rcode, RecordType, Writer};
-use crate::zone::{Client, NetworkKey, Records, Resolution, Zone};
 
 /// The time to live of answers from the zone, in seconds. Short, because endpoints come and go.
 pub(crate) const TTL: u32 = 5;

@@ -3,11 +3,11 @@
 //! It is bounded by two generations: entries that were added or used recently are in the young one. When that
 //! is full, the old generation is dropped and the young one becomes the old one.
 
+use ovl_zone::Name;
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use crate::message::Parts;
-use crate::name::Name;
 use crate::wire::{RecordType, u32_at};
 
 /// The limits of each generation: entries, and bytes of messages.

@@ -10,16 +10,15 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::thread;
 
 use arc_swap::ArcSwap;
+use ovl_zone::{Name, Zone};
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::forward::{Forwarder, Job, Lookup, Waiter};
-use crate::name::Name;
 use crate::resolv::ResolvConfWatcher;
 use crate::servers::{FailingServer, StubDomain};
 use crate::shared::{Counters, ListenRole, Shared};
 use crate::wire::{RecordType, question};
-use crate::zone::Zone;
 use crate::{sys, tcp, udp};
 
 /// The limit of threads that answer UDP queries. More do not increase the throughput.

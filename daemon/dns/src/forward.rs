@@ -10,11 +10,11 @@ use std::time::{Duration, Instant};
 
 use futures_util::StreamExt as _;
 use futures_util::stream::FuturesUnordered;
+use ovl_zone::Name;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::answer::{self, Target};
 use crate::cache::{Cache, Question};
-use crate::name::Name;
 use crate::resolv::ResolvConfWatcher;
 use crate::servers::{Servers, StubDomain};
 use crate::shared::Shared;

@@ -1,15 +1,13 @@
 //! Runs arbitrary bytes through all message parsers, for the fuzzer in `tests/fuzz` and for a property test.
 
+use ovl_zone::{Client, ClientContext, Name, Records, Zone};
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 
 use crate::answer::{Outcome, Transport, answer};
 use crate::cache::{Cache, Question};
-use crate::name::Name;
 use crate::wire::{Query, RecordType};
-use crate::zone::Client;
-use crate::zone::{ClientContext, Records, Zone};
 
 const FROM: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 0, 0, 2));
 

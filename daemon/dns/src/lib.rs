@@ -15,7 +15,6 @@ mod forward;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
 mod message;
-mod name;
 mod resolv;
 mod servers;
 mod shared;
@@ -26,14 +25,12 @@ mod tests;
 mod udp;
 mod upstream;
 mod wire;
-mod zone;
 
 pub use answer::{Outcome, Target, Transport, answer, target};
 pub use engine::{Config, Engine, Listen, Stats};
 pub use forward::{AnswerOrigin, Lookup};
 pub use message::{Record, RecordData, records};
-pub use name::Name;
+pub use ovl_zone::{Client, ClientContext, Name, NetworkKey, Records, Resolution, Zone};
 pub use servers::{FailingServer, StubDomain};
 pub use shared::ListenRole;
 pub use wire::{Query, Rcode, RecordType, question};
-pub use zone::{Client, ClientContext, NetworkKey, Records, Resolution, Zone};

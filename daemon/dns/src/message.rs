@@ -1,9 +1,9 @@
 //! Parses the answers of upstream servers and prepares them for the cache.
 
+use ovl_zone::Name;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use crate::answer::Target;
-use crate::name::Name;
 use crate::wire::{HEADER, IN, QR, Query, Rcode, RecordType, TC, skip_name, u16_at, u32_at};
 
 /// The limit of records in an answer.

@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-use crate::name::Name;
+use ovl_zone::Name;
 
 /// How long a server that failed is tried last: at first, and at most. The time doubles with each failure.
 const DOWN_FIRST: Duration = Duration::from_secs(1);

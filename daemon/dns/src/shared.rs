@@ -4,9 +4,9 @@ use std::net::IpAddr;
 use std::sync::atomic::{AtomicBool, AtomicU64};
 
 use arc_swap::ArcSwap;
+use ovl_zone::{Client, Zone};
 
 use crate::servers::FailingServer;
-use crate::zone::{Client, Zone};
 
 /// The kind of the clients at a listening address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

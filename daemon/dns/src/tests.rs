@@ -5,8 +5,8 @@ use proptest::prelude::*;
 use crate::cache::{Cache, Question};
 use crate::fuzz;
 use crate::message::{is_answer, parse_answer, records};
-use crate::name::Name;
 use crate::wire::{Query, RecordType, question};
+use ovl_zone::Name;
 
 proptest! {
     #[test]
@@ -137,10 +137,10 @@ mod search_lists {
 
     use crate::answer::{Outcome, Target, Transport, answer, target};
     use crate::message::{compose_alias_answer, records};
-    use crate::name::Name;
     use crate::wire::{Query, RecordType, question};
-    use crate::zone::Client;
-    use crate::zone::{ClientContext, Records, Zone};
+    use ovl_zone::Client;
+    use ovl_zone::Name;
+    use ovl_zone::{ClientContext, Records, Zone};
 
     const CLIENT: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 0, 0, 2));
 

@@ -1,6 +1,6 @@
 //! Parses queries and writes answers without allocation (RFC 1035, RFC 6891).
 
-use crate::name::Name;
+use ovl_zone::Name;
 
 /// The length of a message header, in bytes.
 pub(crate) const HEADER: usize = 12;

@@ -1,4 +1,5 @@
 //! Addresses for endpoints: from a block of this host, from a newly claimed block, or leased from another host.
+//! [`crate::addresses`] knows which are free.
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -12,6 +13,7 @@ use ovl_proto::sync::LeaseWish;
 
 use super::state::State;
 use super::{Failed, Node};
+use crate::addresses::{block_of, holders, own_blocks};
 
 /// An address that is reserved for an attach, and released when this is dropped.
 pub(super) struct Reserved<'a> {
@@ -32,7 +34,7 @@ impl Reserved<'_> {
 
 impl Drop for Reserved<'_> {
     fn drop(&mut self) {
-        self.node.state.borrow_mut().pending.addresses.remove(&(self.network, self.net.addr()));
+        self.node.state.borrow_mut().addresses.release(self.network, self.net.addr());
     }
 }
 
@@ -73,16 +75,18 @@ impl Node {
 
     /// Reserves a free address of the blocks that this host holds. `None` if they have none.
     fn try_pick(&self, network: &Network, subnet: &Subnet) -> Option<Reserved<'_>> {
-        let mut state = self.state.borrow_mut();
-        let address = pick(&mut state, network.id, subnet)?;
-        drop(state);
+        let address = {
+            let mut state = self.state.borrow_mut();
+            let State { view, addresses, .. } = &mut *state;
+            addresses.pick(view, network.id, subnet)?
+        };
         self.set_aside(network.id, subnet, address)
     }
 
     /// Takes over an address that was reserved earlier with [`Reserved::keep`]. `None` if it is in no subnet.
     pub(super) fn reserve_kept(&self, network: &Network, address: IpAddr) -> Option<Reserved<'_>> {
         let subnet = network.subnets.iter().find(|subnet| subnet.prefix.contains(&address))?;
-        self.state.borrow_mut().pending.addresses.remove(&(network.id, address));
+        self.state.borrow_mut().addresses.release(network.id, address);
         self.set_aside(network.id, subnet, address)
     }
 
@@ -91,7 +95,7 @@ impl Node {
         // On a routed network, no other host is on the link.
         let length = if subnet.routed { subnet.prefix.max_prefix_len() } else { subnet.prefix.prefix_len() };
         let net = IpNet::new(address, length).ok()?;
-        let fresh = self.state.borrow_mut().pending.addresses.insert((network, address));
+        let fresh = self.state.borrow_mut().addresses.reserve(network, address);
         // Not `then_some`: that would create the value in any case, and dropping it would release the other
         // reservation.
         fresh.then(|| Reserved { node: self, network, net })
@@ -105,7 +109,7 @@ impl Node {
     ) -> Result<Result<(), Refusal>, Failed> {
         let (me, held) = {
             let state = self.state.borrow();
-            (state.view.me, blocks(&state, network.id, subnet).len())
+            (state.view.me, own_blocks(&state.view, network.id, subnet).len())
         };
         let change = Change::Claim {
             network: network.id,
@@ -126,7 +130,7 @@ impl Node {
         let holders: BTreeSet<NodeId> = {
             let state = self.state.borrow();
             let alive = state.alive();
-            holders(&state, network.id, subnet)
+            holders(&state.view, network.id, subnet)
                 .filter(|holder| alive.contains(holder) && *holder != state.view.me)
                 .collect()
         };
@@ -149,7 +153,7 @@ impl Node {
             .flat_map(|placed| &placed.endpoint.addresses)
             .filter(|net| subnet.prefix.contains(&net.addr()))
             .count();
-        let dead: Vec<String> = holders(&state, network.id, subnet)
+        let dead: Vec<String> = holders(&state.view, network.id, subnet)
             .filter(|holder| !state.alive().contains(holder))
             .map(|holder| state.view.name_of(holder))
             .collect::<BTreeSet<_>>()
@@ -203,7 +207,11 @@ impl Node {
         self.check_free(network.id, address)?;
         let (me, holder, block) = {
             let state = self.state.borrow();
-            (state.view.me, state.view.holder_of(network.id, address), block_of(&state, network.id, address))
+            (
+                state.view.me,
+                state.view.holder_of(network.id, address),
+                block_of(&state.view, network.id, address),
+            )
         };
         match (holder, block) {
             _ if network.driver == Driver::Bridge => {}
@@ -240,109 +248,9 @@ impl Node {
     fn check_free(&self, network: NetworkId, address: IpAddr) -> Result<(), Failed> {
         let state = self.state.borrow();
         let foreign = state.view.endpoint_by_address(network, address).is_some();
-        if foreign || in_use(&state, network)(address) {
-            return Err(Failed::conflict(describe_use(&state, network, address)));
+        if foreign || state.addresses.in_use(&state.view, network)(address) {
+            return Err(Failed::conflict(state.addresses.describe_use(&state.view, network, address)));
         }
         Ok(())
-    }
-}
-
-/// Returns the blocks of a subnet that this host holds. For a bridge network, it is the whole subnet.
-fn blocks(state: &State, network: NetworkId, subnet: &Subnet) -> Vec<IpNet> {
-    if state.view.is_own(network) {
-        return vec![subnet.prefix];
-    }
-    held(state, network, subnet)
-        .filter(|(_, holder)| *holder == state.view.me)
-        .map(|(prefix, _)| prefix)
-        .collect()
-}
-
-/// Returns the holder of each claimed block of a subnet.
-fn holders<'a>(
-    state: &'a State,
-    network: NetworkId,
-    subnet: &'a Subnet,
-) -> impl Iterator<Item = NodeId> + 'a {
-    held(state, network, subnet).map(|(_, holder)| holder)
-}
-
-/// Returns the claimed blocks of a subnet with their holders.
-fn held<'a>(
-    state: &'a State,
-    network: NetworkId,
-    subnet: &'a Subnet,
-) -> impl Iterator<Item = (IpNet, NodeId)> + 'a {
-    state
-        .view
-        .alloc
-        .blocks
-        .range(Block { network, prefix: IpNet::default() }..)
-        .take_while(move |(block, _)| block.network == network)
-        .filter(|(block, _)| subnet.prefix.contains(&block.prefix))
-        .map(|(block, holder)| (block.prefix, *holder))
-}
-
-/// Returns a predicate for addresses of a network that this host must not assign.
-///
-/// These are the addresses of its endpoints, addresses that are leased to other hosts, and those that are reserved
-/// for attaches in flight. After a subnet was extended, it also includes the addresses that older endpoints take for
-/// the network or broadcast address.
-pub(super) fn in_use(state: &State, network: NetworkId) -> impl Fn(IpAddr) -> bool {
-    let edges = edges(state, network);
-    move |address| {
-        let own =
-            state.view.own().is_some_and(|own| own.table.with_address(network, address).next().is_some());
-        own || state.lent.contains_key(&(network, address))
-            || state.pending.addresses.contains(&(network, address))
-            || edges.contains(&address)
-    }
-}
-
-/// Returns the first and the last address of each range with which endpoints were attached.
-fn edges(state: &State, network: NetworkId) -> BTreeSet<IpAddr> {
-    let ranges = state.view.nodes.values().flat_map(|node| node.table.ranges(network));
-    ranges.flat_map(|range| [range.network(), range.broadcast()]).collect()
-}
-
-/// Picks a free address of the blocks that this host holds. `None` if there is none.
-pub(super) fn pick(state: &mut State, network: NetworkId, subnet: &Subnet) -> Option<IpAddr> {
-    let cursor = (network, subnet.gateway);
-    let address = ipam::allocate(
-        &blocks(state, network, subnet),
-        subnet,
-        in_use(state, network),
-        state.cursors.get(&cursor).copied(),
-    )?;
-    state.cursors.insert(cursor, address);
-    Some(address)
-}
-
-/// Returns the block that contains an address, whether it is claimed or not. `None` if no subnet contains it.
-pub(super) fn block_of(state: &State, network: NetworkId, address: IpAddr) -> Option<IpNet> {
-    let network = &state.view.networks.get(&network)?.network;
-    let subnet = network.subnets.iter().find(|subnet| subnet.prefix.contains(&address))?;
-    IpNet::new(address, subnet.block_length).ok().map(|net| net.trunc())
-}
-
-/// Describes who uses an address, for an error message.
-pub(super) fn describe_use(state: &State, network: NetworkId, address: IpAddr) -> String {
-    match state.view.all_with_address(network, address).next() {
-        Some(placed) => {
-            format!(
-                "{address} is in use by endpoint {} on host {}",
-                placed.endpoint.name, placed.node.record.name
-            )
-        }
-        None => match state.lent.get(&(network, address)) {
-            Some(lent) => {
-                format!("{address} is set aside for an endpoint of host {}", state.view.name_of(lent.to))
-            }
-            None if edges(state, network).contains(&address) => format!(
-                "{address} is the broadcast address, or the network's own, for endpoints that were attached before \
-                 the range was made larger"
-            ),
-            None => format!("{address} is being given to another endpoint at this moment"),
-        },
     }
 }

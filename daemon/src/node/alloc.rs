@@ -14,8 +14,9 @@ use ovl_proto::table::Entry;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
-use super::state::{Durable, Lent, State};
+use super::state::{Durable, State};
 use super::{Failed, Node};
+use crate::addresses::block_of;
 use crate::problems::Code;
 use crate::store;
 use ovl_subsystems::Change as What;
@@ -286,17 +287,13 @@ impl Node {
         store::State {
             saved_ms: self.wall_ms(),
             generation: state.record().map_or(0, |record| record.generation),
-            clock: state.clock,
-            objects: state.objects.iter().map(|(_, stored)| stored.signed.clone()).collect(),
+            clock: state.objects.clock(),
+            objects: state.objects.signed().cloned().collect(),
             peers: state.peers.values().map(|peer| (peer.signed.clone(), peer.last_alive_ms)).collect(),
-            leases: state
-                .lent
-                .iter()
-                .map(|((network, address), lent)| (*network, *address, lent.to))
-                .collect(),
+            leases: state.addresses.lent().collect(),
             alloc: Some(state.allocator.durable().clone()),
-            bridges: state.bridges.values().cloned().collect(),
-            docker: state.docker.kept(),
+            bridges: state.bridges.iter().cloned().collect(),
+            docker: state.engines.kept(),
         }
     }
 
@@ -429,11 +426,11 @@ impl Node {
                 if state.view.holder_of(network, address) != Some(state.view.me) {
                     return Err(format!("{address} is not in a block of this host"));
                 }
-                if state.lent.get(&(network, address)).is_some_and(|lent| lent.to == to) {
+                if state.addresses.is_lent_to(network, address, to) {
                     return Ok(address);
                 }
-                if super::addresses::in_use(state, network)(address) {
-                    return Err(super::addresses::describe_use(state, network, address));
+                if state.addresses.in_use(&state.view, network)(address) {
+                    return Err(state.addresses.describe_use(&state.view, network, address));
                 }
                 if !spec.subnets.iter().any(|subnet| ovl_cluster::addresses::is_usable(address, subnet)) {
                     return Err(format!("{address} is no address for an endpoint"));
@@ -446,11 +443,12 @@ impl Node {
                     .iter()
                     .find(|subnet| subnet.prefix == prefix)
                     .ok_or("the holder of the block does not know the subnet yet")?;
-                super::addresses::pick(state, network, subnet).ok_or("no address of its blocks is free")?
+                let found = state.addresses.pick(&state.view, network, subnet);
+                found.ok_or("no address of its blocks is free")?
             }
         };
         let at = state.now();
-        state.lent.insert((network, address), Lent { to, at, seen: false });
+        state.addresses.lend(network, address, to, at);
         Ok(address)
     }
 
@@ -573,7 +571,7 @@ impl Node {
         for (network, address) in wanted {
             let block = {
                 let state = self.state.borrow();
-                super::addresses::block_of(&state, network, address)
+                block_of(&state.view, network, address)
             };
             let Some(prefix) = block else { continue };
             let (me, held) = {

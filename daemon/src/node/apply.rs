@@ -251,7 +251,7 @@ impl Node {
         let state = self.state.borrow();
         let is_new = |resource: &Resource| state.view.resources.meta(&resource.key()).is_none();
         let new = read.iter().filter(|(_, resource)| is_new(resource)).count();
-        if state.objects.len() + new <= MAX_OBJECTS {
+        if state.objects.all().len() + new <= MAX_OBJECTS {
             return None;
         }
         let reason = format!("there would be more than {MAX_OBJECTS} objects, removed ones included");
@@ -262,11 +262,11 @@ impl Node {
     fn created(&self, read: &mut [(Place, Resource)]) {
         let mut guard = self.state.borrow_mut();
         let state = &mut *guard;
-        let me = state.view.me;
+        let (wall_ms, me) = (state.wall_ms(), state.view.me);
         for (_, resource) in read {
             let old = state.view.resources.meta(&resource.key()).map(|old| old.creation_timestamp);
             resource.meta_mut().creation_timestamp =
-                old.unwrap_or_else(|| Created(state.clock.tick(state.environment.wall_ms(), me)));
+                old.unwrap_or_else(|| Created(state.objects.stamp(wall_ms, me)));
         }
     }
 

@@ -1,12 +1,9 @@
 //! Endpoints of this host: attach, detach, and endpoints that disappear with their network namespace.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::ffi::OsStr;
-use std::fs;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
-use anyhow::Context as _;
 use ipnet::IpNet;
 use ovl_cluster::addresses as ipam;
 use ovl_cluster::view::Placed;
@@ -14,47 +11,28 @@ use ovl_control::{Attach, EndpointInfo, EndpointState, FailureKind, NetnsRef};
 use ovl_dataplane::device::{Device, Role};
 use ovl_dataplane::op::Op;
 use ovl_dataplane::state::Dataplane;
-use ovl_files::{Durability, replace};
 use ovl_kernel::{CreatedEndpoint, EndpointSpec, HostEnd, Netns, PeerLocation, Resolver, RetiredEndpoint};
 use ovl_proto::id::{EndpointId, Mac, NetworkId};
 use ovl_proto::object::{Driver, Mode, Network, Subnet};
 use ovl_proto::table::{Endpoint, Entry, Key};
 use ovl_runtimes::cni::{self, Attachment};
-use ovl_runtimes::docker::EngineEndpoint;
 use ovl_subsystems::local::Local;
 use ovl_subsystems::networks::mtu::network_mtu;
 use ovl_subsystems::publish::needs_hairpin;
-use serde::{Deserialize, Serialize};
 
 use super::addresses::Reserved;
-use super::publish::{self, SetAside};
-use super::state::LocalEndpoint;
-use super::{Failed, Node, remove_if_there};
+use super::{Failed, Node};
 use crate::config::{MAX_NAME, is_name_within};
+use crate::endpoints::{FullName, LocalEndpoint, Restored};
 use crate::problems::Code;
+use crate::publish::{self, ReservedPorts};
 use ovl_subsystems::{self as subsystems, Change, Part};
-
-/// The file of an endpoint in the run directory, from which a restarted daemon restores it. It is valid until the
-/// host reboots.
-#[derive(Debug, Serialize, Deserialize)]
-struct Kept {
-    boot_id: String,
-    endpoint: Endpoint,
-    ifname: String,
-    #[serde(default)]
-    cni: Option<Attachment>,
-    #[serde(default)]
-    docker: Option<EngineEndpoint>,
-    netns: PathBuf,
-    #[serde(default)]
-    inode: u64,
-}
 
 /// The reservation of a name and a device for an attach in flight, released when dropped.
 pub(super) struct Place<'a> {
     node: &'a Node,
     network: NetworkId,
-    name: (NetworkId, String, String),
+    name: FullName,
     /// The host interface.
     pub(super) device: Device,
 }
@@ -68,15 +46,15 @@ struct TakenMac<'a> {
 
 impl Drop for TakenMac<'_> {
     fn drop(&mut self) {
-        self.node.state.borrow_mut().pending.macs.remove(&(self.network, self.mac));
+        self.node.state.borrow_mut().endpoints.release_mac(self.network, self.mac);
     }
 }
 
 impl Drop for Place<'_> {
     fn drop(&mut self) {
         let mut state = self.node.state.borrow_mut();
-        state.pending.names.remove(&self.name);
-        state.pending.devices.remove(&self.device);
+        state.endpoints.release_name(&self.name);
+        state.endpoints.release_device(self.device);
         if let Some(count) = state.local.wanted.get_mut(&self.network) {
             *count -= 1;
             if *count == 0 {
@@ -116,7 +94,7 @@ impl Node {
         let netns = self.kernel.open_netns(&path).map_err(Failed::from)?;
         let inode = netns.inode;
         let place = self.take_place(&request, &network)?;
-        let ports = self.set_ports_aside(&request.name, &network, &request.publish)?;
+        let ports = self.reserve_ports(&request.name, &network, &request.publish)?;
         let reserved = self.reserve(&request, &network).await?;
         let local = LocalEndpoint { ifname: String::new(), netns: path, inode, cni, docker: None };
         self.make(request, &network, place, (reserved, ports), local, Some(netns)).await
@@ -131,7 +109,7 @@ impl Node {
         request: Attach,
         network: &Network,
         place: Place<'_>,
-        (reserved, ports): (Vec<Reserved<'_>>, SetAside<'_>),
+        (reserved, ports): (Vec<Reserved<'_>>, ReservedPorts<'_>),
         local: LocalEndpoint,
         netns: Option<Netns>,
     ) -> Result<(EndpointInfo, CreatedEndpoint), Failed> {
@@ -216,7 +194,7 @@ impl Node {
         }
         let mut info = self.commit(endpoint, local, wants)?;
         if !info.publish.is_empty() {
-            self.serve_ports(id, ports, &info.addresses);
+            self.published.serve(id, ports, &info.addresses);
             info.warnings = self.firewall_problems();
         }
         Ok((info, made))
@@ -251,7 +229,7 @@ impl Node {
                 // This host lost the block in the meantime: the next pass has to isolate the endpoint.
                 state.changed(Change::Rights(network));
             }
-            state.endpoints.insert(id, local);
+            state.endpoints.add(id, local);
             let (_, subsystems) = state.parts();
             subsystems.into_iter().for_each(|subsystem| subsystem.attached(&endpoint, &wants));
         }
@@ -301,7 +279,7 @@ impl Node {
             state.check_member()?;
         }
         let Some(found) = found else {
-            return Err(Failed::no_network(&state, &request.network));
+            return Err(Failed::no_network(&state.view, &request.network));
         };
         if found.removing {
             return Err(Failed::conflict(format!(
@@ -344,7 +322,7 @@ impl Node {
                 network.name, request.name, placed.node.record.name
             )));
         }
-        if !state.pending.names.insert(name.clone()) {
+        if !state.endpoints.reserve_name(&name) {
             return Err(Failed::conflict(format!(
                 "endpoint {} is being attached at this moment",
                 request.name
@@ -352,7 +330,7 @@ impl Node {
         }
         let device = loop {
             let id = EndpointId(self.random());
-            if state.own_endpoint(id).is_none() && state.pending.devices.insert(Device::endpoint(id)) {
+            if state.own_endpoint(id).is_none() && state.endpoints.reserve_device(Device::endpoint(id)) {
                 break Device::endpoint(id);
             }
         };
@@ -415,7 +393,7 @@ impl Node {
                 placed.endpoint.name, placed.node.record.name
             )));
         }
-        if !state.pending.macs.insert((network, mac)) {
+        if !state.endpoints.reserve_mac(network, mac) {
             return Err(Failed::conflict(format!("{mac} is being given to another endpoint at this moment")));
         }
         Ok(TakenMac { node: self, network, mac })
@@ -448,7 +426,7 @@ impl Node {
         let network = match network {
             Some(name) => {
                 let found = state.view.network(name).map(|found| found.network.id);
-                Some(found.ok_or_else(|| Failed::no_network(&state, name))?)
+                Some(found.ok_or_else(|| Failed::no_network(&state.view, name))?)
             }
             None => None,
         };
@@ -491,7 +469,7 @@ impl Node {
             let state = self.state.borrow();
             let both = ids.iter().filter_map(|id| {
                 let endpoint = Endpoint { ready, ..state.own_endpoint(*id)?.clone() };
-                Some((endpoint, state.endpoints.get(id)?.clone()))
+                Some((endpoint, state.endpoints.get(*id)?.clone()))
             });
             both.collect()
         };
@@ -538,7 +516,7 @@ impl Node {
             None => PeerLocation::Unknown,
         };
         let retired =
-            ids.iter().map(|id| RetiredEndpoint { device: Device::endpoint(*id), other: other(id) });
+            ids.iter().map(|id| RetiredEndpoint { device: Device::endpoint(*id), other: other(*id) });
         let networks = ids.iter().filter_map(|id| state.own_endpoint(*id)).map(|endpoint| endpoint.network);
         (retired.collect(), networks.collect())
     }
@@ -550,15 +528,16 @@ impl Node {
             let mut state = self.state.borrow_mut();
             for id in ids {
                 names.extend(state.own_endpoint(*id).map(|endpoint| endpoint.name.clone()));
-                state.endpoints.remove(id);
+                state.endpoints.remove(*id);
                 state.local.fetched.remove(id);
                 state.local.isolated.remove(id);
                 state.problems.set(Code::EndpointIsolated, id.to_string(), None);
-                self.ports.release(*id);
+                self.published.release(*id);
             }
         }
         for id in ids {
-            remove_if_there(&self.kept_path(*id)).map_err(|error| Failed::internal(format!("{error:#}")))?;
+            let removed = self.state.borrow().endpoints.forget_file(*id);
+            removed.map_err(|error| Failed::internal(format!("{error:#}")))?;
         }
         if names.is_empty() {
             return Ok(());
@@ -585,7 +564,7 @@ impl Node {
             let state = self.state.borrow();
             devices
                 .into_iter()
-                .filter(|device| !state.pending.devices.contains(device))
+                .filter(|device| !state.endpoints.reserved_devices().contains(device))
                 .filter_map(|device| match device.role() {
                     Some(Role::Endpoint(id)) => Some(id),
                     Some(Role::Bridge(_) | Role::Vxlan(_) | Role::Tunnel(_)) | None => None,
@@ -601,69 +580,30 @@ impl Node {
         }
     }
 
-    /// Returns the path of an endpoint's file in the run directory.
-    fn kept_path(&self, id: EndpointId) -> PathBuf {
-        self.run_dir.endpoints().join(format!("{id}.json"))
-    }
-
     /// Writes the file of an endpoint, from which a restarted daemon restores it.
     pub(super) fn keep_endpoint(&self, endpoint: &Endpoint, local: &LocalEndpoint) -> anyhow::Result<()> {
-        let LocalEndpoint { ifname, netns, inode, cni, docker } = local.clone();
-        let boot_id = self.boot_id.clone();
-        let kept = Kept { boot_id, endpoint: endpoint.clone(), ifname, netns, inode, cni, docker };
-        let path = self.kept_path(endpoint.id);
-        replace(&path, &serde_json::to_vec(&kept)?, Durability::Unsynced)
-            .with_context(|| format!("writing {}", path.display()))
+        self.state.borrow().endpoints.keep(&self.boot_id, endpoint, local)
     }
 
-    /// Restores the endpoints that the previous run stored. Files of an earlier boot are deleted, because the kernel
-    /// no longer has their interfaces. A damaged file is renamed and reported.
+    /// Restores the endpoints that the previous run stored. A damaged file is moved away and reported.
     pub(super) fn read_kept(&self) -> anyhow::Result<Vec<Endpoint>> {
-        let dir = self.run_dir.endpoints();
-        let mut endpoints = Vec::new();
-        for file in fs::read_dir(&dir).with_context(|| format!("reading {}", dir.display()))? {
-            let path = file?.path();
-            match path.extension().and_then(OsStr::to_str) {
-                Some("json") => {}
-                // The previous run was killed while it wrote this file.
-                Some("new") => {
-                    remove_if_there(&path)?;
-                    continue;
-                }
-                Some(_) | None => continue,
-            }
-            match fs::read(&path).ok().and_then(|bytes| serde_json::from_slice::<Kept>(&bytes).ok()) {
-                Some(kept) if kept.boot_id == self.boot_id => {
-                    if kept.cni.is_none() || self.has_services() {
-                        self.will_resolve(kept.endpoint.network);
-                    }
-                    let Kept { endpoint, ifname, netns, inode, cni, docker, .. } = kept;
-                    let local = LocalEndpoint { ifname, netns, inode, cni, docker };
-                    let mut state = self.state.borrow_mut();
-                    if local.docker.is_some() {
-                        state.local.fetched.insert(endpoint.id);
-                    }
-                    state.endpoints.insert(endpoint.id, local);
-                    endpoints.push(endpoint);
-                }
-                Some(_) => remove_if_there(&path)?,
-                None => {
-                    let aside = path.with_extension("damaged");
-                    fs::rename(&path, &aside).with_context(|| format!("setting {} aside", path.display()))?;
-                    let sentence = format!(
-                        "the file of an endpoint is damaged and was set aside as {}; the endpoint's interface goes, \
-                         attach it again",
-                        aside.display()
-                    );
-                    self.state.borrow_mut().problems.set(
-                        Code::DamagedFile,
-                        path.display().to_string(),
-                        Some(sentence),
-                    );
-                }
-            }
+        let Restored { endpoints, damaged } = self.state.borrow().endpoints.read(&self.boot_id)?;
+        for (file, sentence) in damaged {
+            self.state.borrow_mut().problems.set(Code::DamagedFile, file, Some(sentence));
         }
-        Ok(endpoints)
+        let mut restored = Vec::new();
+        for (endpoint, local) in endpoints {
+            if local.cni.is_none() || self.has_services() {
+                self.will_resolve(endpoint.network);
+            }
+            let mut state = self.state.borrow_mut();
+            if local.docker.is_some() {
+                state.local.fetched.insert(endpoint.id);
+            }
+            state.endpoints.add(endpoint.id, local);
+            restored.push(endpoint);
+        }
+        Ok(restored)
     }
 
     /// Deletes what an interrupted attach left in the kernel. An endpoint without a file was never announced, and its
@@ -691,7 +631,7 @@ impl Node {
     ) -> EndpointInfo {
         let ovl_cluster::view::Placed { node, endpoint } = placed;
         let own = node.record.id == state.view.me;
-        let local = own.then(|| state.endpoints.get(&endpoint.id)).flatten();
+        let local = own.then(|| state.endpoints.get(endpoint.id)).flatten();
         let isolated = state.local.isolated.contains_key(&endpoint.id)
             || state.view.address_conflict(node.record.id, endpoint).is_some();
         EndpointInfo {

@@ -124,7 +124,7 @@ impl Node {
     async fn cni_gc(&self, gc: &Gc) -> Result<(), CniError> {
         let stale: Vec<Attachment> = {
             let state = self.state.borrow();
-            let all = state.endpoints.values().filter_map(|local| local.cni.clone());
+            let all = state.endpoints.iter().filter_map(|(_, local)| local.cni.clone());
             all.filter(|attachment| attachment.network == gc.network && !gc.keeps(attachment)).collect()
         };
         let mut failed = Vec::new();
@@ -183,7 +183,7 @@ impl Node {
         let Some(found) = found else {
             let details = format!(
                 "{}; the configuration's key `network`, or else its `name`, says which one is meant",
-                Failed::no_network(&state, name).0.message
+                Failed::no_network(&state.view, name).0.message
             );
             return Err(error(code::CONFIG, format!("there is no network {name}"), details));
         };
@@ -199,7 +199,7 @@ impl Node {
     /// Returns the endpoint of an attachment. `None` if there is none.
     fn attached(&self, attachment: &Attachment) -> Option<EndpointId> {
         let state = self.state.borrow();
-        state.endpoints.iter().find(|(_, local)| local.cni.as_ref() == Some(attachment)).map(|(id, _)| *id)
+        state.endpoints.find(|local| local.cni.as_ref() == Some(attachment))
     }
 
     fn name_of(&self, id: EndpointId) -> String {
@@ -214,7 +214,7 @@ impl Node {
         let state = self.state.borrow();
         let namespace = add.namespace.clone().unwrap_or_else(|| "default".to_owned());
         let place = (network.id, namespace, add.name.clone());
-        if state.endpoint_named(&place).is_some() || state.pending.names.contains(&place) {
+        if state.endpoint_named(&place).is_some() || state.endpoints.is_name_reserved(&place) {
             add.other_name(state.view.me)
         } else {
             place.2

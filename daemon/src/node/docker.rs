@@ -1,4 +1,5 @@
-//! Calls of Docker Engines. [`ovl_runtimes::docker`] parses them; this module carries them out.
+//! Calls of Docker Engines. [`ovl_runtimes::docker`] parses them; this module carries them out. [`crate::engines`]
+//! knows what the Engines have.
 //!
 //! An Engine does not repeat its calls after a restart, and ignores a failed deletion. Therefore its networks are in
 //! the state file, its endpoints are in the run directory with all others, and what it leaves behind is deleted
@@ -6,7 +7,7 @@
 
 mod collect;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::time::Duration;
 
@@ -26,46 +27,14 @@ use ovl_runtimes::docker::{
 };
 use serde_json::Value;
 
-use super::state::{LocalEndpoint, State};
+use super::state::State;
 use super::{Failed, Node};
+use crate::endpoints::LocalEndpoint;
 
 /// How long a call waits for gossip to catch up. The Engine must get its response in time.
 const SETTLED: Duration = Duration::from_secs(2);
 /// The host's own network namespace, from which the Engine moves interfaces into containers.
 const HERE: &str = "/proc/thread-self/ns/net";
-
-/// The state of the networks and endpoints of Docker Engines.
-#[derive(Debug, Default)]
-pub(crate) struct Docker {
-    /// The networks, by the id that the Engine uses.
-    networks: BTreeMap<String, EngineNetwork>,
-    /// Addresses that are reserved for endpoints yet to be created, with the time of the reservation.
-    reserved: BTreeMap<(NetworkId, IpAddr), u64>,
-    /// Pools that were chosen for networks yet to be created, with the time of the choice.
-    chosen: Vec<(Pool, u64)>,
-    /// Endpoints whose container interface is in the host's namespace, with the time when it was first seen there.
-    unfetched: BTreeMap<EndpointId, u64>,
-    /// Networks that were created for Engines and are unused, with the time when this was first seen.
-    unused: BTreeMap<NetworkId, u64>,
-}
-
-impl Docker {
-    /// Restores the networks from the state file.
-    pub(super) fn recalled(networks: &[(String, EngineNetwork)]) -> Self {
-        Self { networks: networks.iter().cloned().collect(), ..Self::default() }
-    }
-
-    /// Returns the networks for the state file.
-    pub(super) fn kept(&self) -> Vec<(String, EngineNetwork)> {
-        self.networks.iter().map(|(id, kept)| (id.clone(), kept.clone())).collect()
-    }
-
-    /// Returns the entries of the owner table that keep these networks from removal.
-    pub(super) fn held(&self) -> Vec<Entry> {
-        let all: BTreeSet<NetworkId> = self.networks.values().map(|kept| kept.network).collect();
-        all.into_iter().map(Entry::Held).collect()
-    }
-}
 
 impl Node {
     /// Carries out a call of an Engine, and returns the response.
@@ -141,11 +110,11 @@ impl Node {
         let mut taken = self.kernel.prefixes().await.map_err(Failed::from)?;
         let mut guard = self.state.borrow_mut();
         let state = &mut *guard;
-        taken.extend(state.docker.chosen.iter().map(|(pool, _)| pool.prefix));
+        taken.extend(state.engines.chosen().map(|pool| pool.prefix));
         let prefix = self.choose_subnet(state, &taken, false)?;
         let pool = Pool { prefix, chosen: Some(u32::from_le_bytes(self.random())) };
         let now = state.now();
-        state.docker.chosen.push((pool, now));
+        state.engines.choose(pool, now);
         Ok(pool)
     }
 
@@ -172,7 +141,7 @@ impl Node {
         let net = reserved.keep();
         let mut state = self.state.borrow_mut();
         let now = state.now();
-        state.docker.reserved.insert((network.id, net.addr()), now);
+        state.engines.reserve(network.id, net.addr(), now);
         Ok(net)
     }
 
@@ -183,8 +152,8 @@ impl Node {
             let state = &mut *guard;
             let Ok((network, _)) = subnet_of(state, pool) else { return Ok(docker::nothing()) };
             let network = network.id;
-            if state.docker.reserved.remove(&(network, address)).is_some() {
-                state.pending.addresses.remove(&(network, address));
+            if state.engines.take_reserved(network, address) {
+                state.addresses.release(network, address);
             }
             let own = state.view.own().into_iter().flat_map(|own| own.table.with_address(network, address));
             own.map(|endpoint| endpoint.id).filter(|id| engine_endpoint(state, *id).is_some()).collect()
@@ -201,18 +170,14 @@ impl Node {
             let mut guard = self.state.borrow_mut();
             let state = &mut *guard;
             state.check_member()?;
-            if state.docker.networks.contains_key(&wish.id) {
+            if state.engines.network(&wish.id).is_some() {
                 return Ok(docker::nothing());
             }
-            let chosen = &state.docker.chosen;
-            let pool = |prefix: &IpNet| {
-                chosen.iter().find(|(pool, _)| pool.prefix == *prefix).map(|(pool, _)| *pool)
-            };
-            let pools: Vec<Pool> = wish.prefixes.iter().filter_map(pool).collect();
+            let pools = state.engines.chosen_of(&wish.prefixes);
             let is_chosen = |prefix| pools.iter().any(|pool| pool.prefix == prefix);
             let plan =
                 docker::plan_network(&wish, &state.view.networks, is_chosen).map_err(Failed::invalid)?;
-            state.docker.chosen.retain(|(pool, _)| !pools.contains(pool));
+            state.engines.use_pools(&pools);
             (plan, pools)
         };
         let network = match plan {
@@ -230,7 +195,7 @@ impl Node {
             },
         };
         let kept = EngineNetwork { network, pools };
-        self.state.borrow_mut().docker.networks.insert(wish.id.clone(), kept);
+        self.state.borrow_mut().engines.join(&wish.id, kept);
         self.write_table(vec![Entry::Held(network)], Vec::new());
         self.save_soon();
         if let Err(failed) = self.saved().await {
@@ -247,7 +212,7 @@ impl Node {
             let state = self.state.borrow();
             let is_there =
                 |local: &LocalEndpoint| local.docker.as_ref().is_some_and(|docker| docker.network == id);
-            state.endpoints.iter().filter(|(_, local)| is_there(local)).map(|(id, _)| *id).collect()
+            state.endpoints.iter().filter(|(_, local)| is_there(local)).map(|(id, _)| id).collect()
         };
         self.take_away(&left).await?;
         self.leave_network(id)?;
@@ -258,13 +223,10 @@ impl Node {
     /// Forgets a network of the Engine. If it was the last one on this host for a network of the cluster, that
     /// network is no longer held here, and is removed if it was created for Engines and is unused.
     fn leave_network(&self, id: &str) -> Result<(), Failed> {
-        let Some(network) = self.state.borrow_mut().docker.networks.remove(id).map(|kept| kept.network)
-        else {
-            return Ok(());
-        };
+        let left = self.state.borrow_mut().engines.leave(id);
+        let Some((network, is_last)) = left else { return Ok(()) };
         self.save_soon();
-        let others = self.state.borrow().docker.networks.values().any(|kept| kept.network == network);
-        if others {
+        if !is_last {
             return Ok(());
         }
         let name = self.network_name(network);
@@ -295,7 +257,7 @@ impl Node {
         let network = {
             let state = self.state.borrow();
             state.check_member()?;
-            let kept = state.docker.networks.get(&wish.id.network).map(|kept| kept.network);
+            let kept = state.engines.network(&wish.id.network);
             kept.filter(|network| state.view.networks.contains_key(network)).ok_or_else(|| {
                 Failed::not_found(
                     "the network that this one of the Engine stands for is gone: `docker network rm` it and make it again",
@@ -328,8 +290,8 @@ impl Node {
         request.ifname = Some(docker::waiting_name(place.device.as_str()));
         let mut reserved = Vec::new();
         for address in &request.addresses {
-            let known = self.state.borrow_mut().docker.reserved.remove(&(network.id, *address));
-            let kept = known.and_then(|_| self.reserve_kept(&network, *address));
+            let known = self.state.borrow_mut().engines.take_reserved(network.id, *address);
+            let kept = if known { self.reserve_kept(&network, *address) } else { None };
             reserved.push(match kept {
                 Some(kept) => kept,
                 None => self.reserve_exact(&network, *address).await?,
@@ -343,7 +305,7 @@ impl Node {
             netns: HERE.into(),
         };
         let first = self.state.borrow().view.own().is_none_or(|own| own.table.networks().next().is_none());
-        let ports = self.set_ports_aside(&request.name, &network, &[])?;
+        let ports = self.reserve_ports(&request.name, &network, &[])?;
         self.make(request, &network, place, (reserved, ports), local, None).await?;
         if first && let Err(failed) = self.mind_firewalls_now().await {
             tracing::warn!(error = failed.0.message, "cannot look after the Engine's firewall");
@@ -412,7 +374,7 @@ impl Node {
             let is_it = |local: &LocalEndpoint| {
                 local.docker.as_ref().is_some_and(|docker| docker.endpoint == names.endpoint)
             };
-            let id = state.endpoints.iter().find(|(_, local)| is_it(local)).map(|(id, _)| *id);
+            let id = state.endpoints.find(is_it);
             id.and_then(|id| state.own_endpoint(id).cloned())
         };
         let Some(mut endpoint) = found else { return Err(Failed::not_found("no such endpoint")) };
@@ -420,7 +382,7 @@ impl Node {
         let place = (endpoint.network, endpoint.namespace.clone(), names.name.clone());
         let taken = {
             let state = self.state.borrow();
-            state.endpoint_named(&place).is_some() || state.pending.names.contains(&place)
+            state.endpoint_named(&place).is_some() || state.endpoints.is_name_reserved(&place)
         };
         let mut aliases: Vec<String> = std::mem::take(&mut endpoint.aliases);
         aliases.extend(names.aliases.iter().cloned());
@@ -435,7 +397,7 @@ impl Node {
         });
         endpoint.aliases = aliases;
         super::attach::check_sizes(&endpoint.aliases, &endpoint.labels).map_err(Failed::invalid)?;
-        let local = self.state.borrow().endpoints.get(&endpoint.id).cloned();
+        let local = self.state.borrow().endpoints.get(endpoint.id).cloned();
         if let Some(local) = local {
             self.keep_endpoint(&endpoint, &local).map_err(|error| Failed::internal(format!("{error:#}")))?;
         }
@@ -447,8 +409,7 @@ impl Node {
     /// Returns the endpoint of this host by the Engine's id. `None` if it does not exist.
     fn of_engine(&self, id: &EngineEndpoint) -> Option<(EndpointId, Endpoint)> {
         let state = self.state.borrow();
-        let found =
-            state.endpoints.iter().find(|(_, local)| local.docker.as_ref() == Some(id)).map(|(id, _)| *id)?;
+        let found = state.endpoints.find(|local| local.docker.as_ref() == Some(id))?;
         Some((found, state.own_endpoint(found)?.clone()))
     }
 
@@ -473,10 +434,10 @@ fn is_unused(state: &State, found: &NetworkState) -> bool {
 
 /// Returns the Engine's id of an endpoint. `None` if no Engine created it.
 fn engine_endpoint(state: &State, id: EndpointId) -> Option<&EngineEndpoint> {
-    state.endpoints.get(&id)?.docker.as_ref()
+    state.endpoints.get(id)?.docker.as_ref()
 }
 
 /// Returns the network and subnet of an address pool.
 fn subnet_of(state: &State, pool: Pool) -> Result<(&Network, &ovl_proto::object::Subnet), Failed> {
-    docker::subnet_of(pool, state.docker.networks.values(), &state.view.networks).map_err(Failed::not_found)
+    docker::subnet_of(pool, state.engines.networks(), &state.view.networks).map_err(Failed::not_found)
 }

@@ -1,13 +1,10 @@
-//! Firewalls of other programs, which are checked periodically: ovld's one rule in Docker's chain is maintained, and
-//! firewalls that drop packets of ovl are reported.
+//! Checks the firewalls of other programs periodically, and reports what [`crate::firewall`] finds.
 
 use std::rc::Rc;
 use std::time::Duration;
 
 use ovl_dataplane::nft::BASE_TABLE;
-use ovl_kernel::{self as kernel, KernelError};
 use ovl_proto::object::Network;
-use ovl_subsystems::firewall::{Decision, decide};
 
 use super::{Failed, Node};
 use crate::problems::Code;
@@ -57,29 +54,10 @@ impl Node {
 
     /// Maintains the rule in Docker's chain for these networks, and reports firewalls that drop their packets.
     async fn mind_firewalls(&self, networks: &[Network]) -> Result<(), Failed> {
-        if !self.environment.owns_host() {
-            return Ok(());
+        let tell = |command: &[String]| self.event("kernel", BASE_TABLE, &command.join(" "));
+        if let Some(problems) = self.firewalls.mind(networks, tell).await? {
+            self.state.borrow_mut().problems.replace(Code::Firewall, problems);
         }
-        let _turn = self.firewall_turn.lock().await;
-        let foreign = blocking(kernel::foreign_firewalls).await?;
-        let Decision { commands, problems } = decide(&foreign, &networks.iter().collect::<Vec<_>>());
-        if !commands.is_empty() {
-            for command in &commands {
-                self.event("kernel", BASE_TABLE, &command.join(" "));
-            }
-            blocking(move || kernel::run_commands(&commands)).await?;
-        }
-        self.state.borrow_mut().problems.replace(Code::Firewall, problems);
         Ok(())
-    }
-}
-
-/// Runs blocking work in another thread.
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T, KernelError> + Send + 'static,
-) -> Result<T, Failed> {
-    match tokio::task::spawn_blocking(work).await {
-        Ok(result) => result.map_err(Failed::from),
-        Err(error) => Err(Failed::internal(error.to_string())),
     }
 }

@@ -11,7 +11,7 @@ use ovl_subsystems::services::ingress;
 
 use super::state::State;
 use super::{Failed, Node};
-use crate::ports::{Answer, listen_everywhere};
+use crate::ports::Answer;
 use crate::problems::Code;
 use ovl_subsystems::TableChange;
 
@@ -82,33 +82,9 @@ impl Node {
                 (health.port, Answer { namespace, name, local: health.local })
             })
             .collect();
-        if wanted == state.health {
-            return;
+        if let Some(taken) = self.health.update(wanted) {
+            state.problems.replace(Code::HealthPort, taken);
         }
-        let mut taken = Vec::new();
-        let mut new = Vec::new();
-        let mut answered = BTreeMap::new();
-        for (port, answer) in wanted {
-            if !state.health.contains_key(&port) {
-                match listen_everywhere(port) {
-                    Ok(listener) => {
-                        new.push((port, listener));
-                    }
-                    Err(why) => {
-                        let sentence = format!(
-                            "load balancers cannot ask this host about Service {}/{}: its healthCheckNodePort {port} {why}",
-                            answer.namespace, answer.name
-                        );
-                        taken.push((port.to_string(), sentence));
-                        continue;
-                    }
-                }
-            }
-            answered.insert(port, answer);
-        }
-        state.problems.replace(Code::HealthPort, taken);
-        state.health.clone_from(&answered);
-        self.ports.answer(answered, new);
     }
 
     /// Deletes the announced addresses of this host from the kernel, when it leaves the cluster.

@@ -17,6 +17,7 @@ use ovl_proto::sync::Message;
 
 use super::state::State;
 use super::{Failed, Node};
+use crate::encryption;
 use crate::problems::Code;
 
 /// Time between two checks if there is no event.
@@ -317,7 +318,11 @@ impl Node {
         hosts.sort_by(|a, b| (!a.own, &a.name, a.id).cmp(&(!b.own, &b.name, b.id)));
         let rotation = Self::key_rotation(&state);
         let is_own = state.view.own().and_then(|own| own.record.tunnel).is_some_and(|end| end.rotating);
-        let awaited = || self.tunnel_awaits(&state).map(|id| state.view.name_of(id)).collect();
+        let awaited = || {
+            encryption::awaited(&state.view, &state.local.key_epochs)
+                .map(|id| state.view.name_of(id))
+                .collect()
+        };
         Ok(KeyStatus { rotation, tunnel_waits_for: is_own.then(awaited), hosts })
     }
 

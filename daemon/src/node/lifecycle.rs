@@ -20,7 +20,7 @@ use tokio::time::{MissedTickBehavior, interval};
 
 use super::{Failed, Inbox, Node, Stop};
 use crate::config::Config;
-use crate::control;
+use crate::control::{self, Answers as _};
 use crate::environment::Environment;
 use crate::problems::Code;
 
@@ -271,8 +271,9 @@ impl Node {
             _ => false,
         });
         let alone = !others.iter().any(|(node, _)| node.is_some_and(|node| node.state == PeerState::Alive));
-        let done =
-            settled && (state.objects_seen || alone) && (!alone || others.is_empty() || state.now() > 5_000);
+        let done = settled
+            && (state.objects.is_seen() || alone)
+            && (!alone || others.is_empty() || state.now() > 5_000);
         if done || state.now() > CATCH_UP_MS {
             tracing::info!(complete = done, "gossip has caught up");
             state.caught_up = true;

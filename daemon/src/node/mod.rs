@@ -9,15 +9,13 @@ mod alloc;
 mod apply;
 mod attach;
 mod cni;
-mod dns;
 mod docker;
-mod events;
 mod firewall;
 mod ingress;
 mod keys;
 mod lifecycle;
 mod limits;
-mod metrics;
+mod names;
 mod network;
 mod objects;
 mod peers;
@@ -40,12 +38,11 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
-use ovl_cluster::objects::Objects;
 use ovl_cluster::resources::Resources;
 use ovl_cluster::table::Table;
 use ovl_cluster::view::{self, View};
 use ovl_consensus::Replica as Allocator;
-use ovl_control::{Event, Failure, PeerState};
+use ovl_control::{Event, PeerState};
 use ovl_dataplane::device::Device;
 use ovl_kernel::{KernelEvent, KernelHandle, Prober};
 use ovl_mesh::gossip::{Gossip, GossipConfig, GossipEvent, Hints};
@@ -58,23 +55,32 @@ use ovl_subsystems::local::Local;
 use tokio::sync::{Notify, mpsc};
 use tokio::time::Instant;
 
-use self::events::Events;
 use self::state::{RunDir, State};
-use crate::config::Config;
+use crate::addresses::Addresses;
+use crate::config::{Config, OWN_DOMAIN};
+use crate::encryption::{self, Tunnel};
+use crate::endpoints::LocalEndpoints;
+use crate::engines::Engines;
 use crate::environment::Environment;
+use crate::events::Events;
+use crate::failed::Failed;
+use crate::firewall::Firewalls;
+use crate::health::HealthAnswers;
+use crate::names::Resolver;
+use crate::networks::Bridges;
+use crate::objects::ObjectStore;
 use crate::ports::Ports;
 use crate::problems::{Code, Problems};
+use crate::progress::Progress;
+use crate::publish::PublishedPorts;
+use crate::sandboxes::Sandboxes;
 use crate::store;
 use crate::workloads::Workloads;
 use ovl_subsystems::Subsystems;
-use ovl_subsystems::names::NameTracker;
+use ovl_subsystems::names::Names;
 use ovl_subsystems::networks::Networks;
 use ovl_subsystems::policy::Enforcement;
 use ovl_subsystems::services::{Announcements, Translation};
-
-/// A request that failed.
-#[derive(Debug)]
-pub(crate) struct Failed(pub(crate) Failure);
 
 /// Reason why the daemon stops.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -98,7 +104,10 @@ pub(crate) struct Node {
     identity: Arc<Identity>,
     kernel: KernelHandle,
     prober: Prober,
-    ports: Ports,
+    /// Published ports of this host.
+    published: PublishedPorts,
+    /// Answers to health checks of Services.
+    health: HealthAnswers,
     gossip: RefCell<Gossip>,
     links: RefCell<Streams>,
     gossip_events: mpsc::Sender<GossipEvent>,
@@ -108,13 +117,15 @@ pub(crate) struct Node {
     /// Calls of container runtimes that are in flight.
     containers: cni::Containers,
     /// The resolver.
-    names: dns::Names,
+    resolver: Resolver,
+    /// Sandboxes of this host.
+    sandboxes: Sandboxes,
     /// Keys and measurements of the tunnel.
-    tunnel: RefCell<tunnel::Tunnel>,
+    tunnel: RefCell<Tunnel>,
     /// Peers and addresses that gossip and streams were last given.
     pointed: RefCell<BTreeMap<NodeId, SocketAddr>>,
     /// Recent events.
-    pub(crate) events: Events,
+    events: Events,
     /// Wakes the reconcile loop.
     work: Notify,
     /// Wakes the task that saves the state.
@@ -124,8 +135,8 @@ pub(crate) struct Node {
     key_turn: tokio::sync::Mutex<()>,
     /// Ensures that manifests are applied one request at a time.
     applying: tokio::sync::Mutex<()>,
-    /// Ensures that one task at a time inspects the firewalls of other programs.
-    firewall_turn: tokio::sync::Mutex<()>,
+    /// Firewalls of other programs.
+    firewalls: Firewalls,
     /// Signals that a tunnel key or a key epoch changed.
     tunnel_turn: Notify,
     /// Signals that the allocation map changed, or that gossip has caught up.
@@ -193,7 +204,7 @@ impl Node {
         let (kernel_tell, kernel_events) = mpsc::channel(INBOX);
         let secret = TunnelSecret::load_or_create(&config.state_dir.join("tunnel.key"))?;
         let kernel = environment.start_kernel(kernel_tell, &secret).context("opening netlink")?;
-        let (end, missing) = tunnel::choose(&config, &secret, &kernel).await;
+        let (end, missing) = encryption::choose(&config, &secret, &kernel).await;
         let link = kernel.underlay(config.advertise.ip()).await.with_context(|| {
             format!(
                 "{} is not an address of this host: give one that is with --advertise",
@@ -237,15 +248,19 @@ impl Node {
         )
         .await?;
         let (saved_tell, saved_events) = mpsc::unbounded_channel();
-        let (names, unnamed) = dns::Names::start(&config, environment.owns_host());
+        let zone = state.subsystems.names.zone().clone();
+        let (resolver, unnamed) = Resolver::start(&config, environment.owns_host(), zone);
         state.problems.set(Code::ResolverDown, "", unnamed);
+        let sandbox_dir = run_dir.sandboxes();
+        let ports = Ports::start().context("starting the thread for published ports")?;
         let node = Rc::new(Self {
             boot_id: boot_id()?,
             run_dir,
             identity,
             kernel,
             prober: environment.prober().context("opening a socket for ICMP")?,
-            ports: Ports::start().context("starting the thread for published ports")?,
+            published: PublishedPorts::new(ports.clone(), Rc::clone(&environment)),
+            health: HealthAnswers::new(ports),
             gossip: RefCell::new(gossip),
             links: RefCell::new(links),
             gossip_events: gossip_tell,
@@ -253,8 +268,9 @@ impl Node {
             writer: store::Writer::start(state_path.clone(), saved_tell, disk)?,
             state: RefCell::new(state),
             containers: cni::Containers::default(),
-            names,
-            tunnel: RefCell::new(tunnel::Tunnel::new(secret, missing)),
+            sandboxes: Sandboxes::new(sandbox_dir),
+            resolver,
+            tunnel: RefCell::new(Tunnel::new(secret, missing)),
             pointed: RefCell::default(),
             events: Events::default(),
             work: Notify::new(),
@@ -262,7 +278,7 @@ impl Node {
             keys: Notify::new(),
             key_turn: tokio::sync::Mutex::default(),
             applying: tokio::sync::Mutex::default(),
-            firewall_turn: tokio::sync::Mutex::default(),
+            firewalls: Firewalls::new(environment.owns_host()),
             tunnel_turn: Notify::new(),
             membership: Notify::new(),
             routed: Notify::new(),
@@ -322,15 +338,11 @@ impl Node {
         self.remove_unfinished(&kept).await;
         let leases: Vec<_> = {
             let state = self.state.borrow();
-            let lent = state.lent.iter();
-            lent.map(|((network, address), lent)| ovl_proto::table::Entry::Lease {
-                network: *network,
-                address: *address,
-                to: lent.to,
-            })
-            .collect()
+            let lent = state.addresses.lent();
+            lent.map(|(network, address, to)| ovl_proto::table::Entry::Lease { network, address, to })
+                .collect()
         };
-        let held = self.state.borrow().docker.held();
+        let held = self.state.borrow().engines.held();
         let entries =
             kept.into_iter().map(ovl_proto::table::Entry::Endpoint).chain(leases).chain(held).collect();
         self.write_table(entries, Vec::new());
@@ -369,7 +381,7 @@ impl Node {
         let table = state.view.own().map(|own| own.table.revision()).unwrap_or_default();
         self.gossip().set_hints(Hints {
             table,
-            objects: state.objects_digest,
+            objects: state.objects.digest(),
             alloc: state.view.alloc.version,
         });
     }
@@ -506,41 +518,27 @@ fn first_state(
         own_record: signed.clone(),
         peers: BTreeMap::new(),
         clashes: BTreeMap::new(),
-        objects: Objects::default(),
-        bridges: saved.bridges.iter().map(|network| (network.id, network.clone())).collect(),
-        objects_digest: [0; 32],
-        objects_taken_at: 0,
+        objects: ObjectStore::new(saved.clock),
+        bridges: Bridges::new(saved.bridges.iter().cloned()),
         workloads: Workloads::default(),
         subsystems: Subsystems {
             // Connections that an earlier run marked are evaluated again.
             policy: Enforcement::new(u32::from_le_bytes(random(&**environment))),
-            names: NameTracker::default(),
+            names: Names::new(OWN_DOMAIN, &config.cluster_domain, config.walk_search_lists),
             networks: Networks::default(),
             services: Translation::default(),
             announcements: Announcements::default(),
         },
-        health: BTreeMap::new(),
-        clock: saved.clock,
         keys,
         allocator: Allocator::new(me, durable, u64::from_le_bytes(random(&**environment))),
         claims: HashMap::new(),
         leases: HashMap::new(),
-        lent: saved
-            .leases
-            .iter()
-            .map(|(network, address, to)| ((*network, *address), state::Lent { to: *to, at: 0, seen: true }))
-            .collect(),
+        addresses: Addresses::new(saved.leases.iter().copied()),
         next_request: u64::from_le_bytes(random(&**environment)),
-        endpoints: BTreeMap::new(),
-        sandboxes: BTreeMap::new(),
-        docker: docker::Docker::recalled(&saved.docker),
-        unheld: BTreeSet::new(),
-        cursors: BTreeMap::new(),
-        pending: state::Pending::default(),
-        rights_changed: true,
-        reconcile: reconcile::Progress::default(),
+        endpoints: LocalEndpoints::new(RunDir(config.run_dir.clone()).endpoints()),
+        engines: Engines::new(&saved.docker),
+        reconcile: Progress::new(),
         caught_up: false,
-        objects_seen: false,
         problems: Problems::default(),
         save: state::Save::default(),
         uncached: BTreeSet::new(),

@@ -88,11 +88,11 @@ impl Node {
         if !own {
             state.check_member()?;
         }
-        if state.objects.len() >= ovl_cluster::objects::MAX_OBJECTS {
+        if state.objects.all().len() >= ovl_cluster::objects::MAX_OBJECTS {
             return Err(Failed::exhausted(format!(
                 "the cluster has {} objects, removed ones included, and can have no more; removed ones are forgotten \
                  after 30 days",
-                state.objects.len()
+                state.objects.all().len()
             )));
         }
         if let Some(other) = state.view.networks.values().find(|other| other.network.name == request.name) {
@@ -100,7 +100,8 @@ impl Node {
             return Err(Failed::conflict(format!("network {} exists already, with id {id}", request.name)));
         }
         let is_free = |id: &NetworkId| {
-            !state.view.networks.contains_key(id) && state.objects.get(&ObjectKey::Network(*id)).is_none()
+            !state.view.networks.contains_key(id)
+                && state.objects.all().get(&ObjectKey::Network(*id)).is_none()
         };
         // Engines on several hosts may create the same network at the same time. A derived id makes it one
         // network.
@@ -286,7 +287,7 @@ impl Node {
         let state = self.state.borrow();
         match state.view.network(name) {
             Some(found) => Ok(self.network_info(&state, found)),
-            None => Err(Failed::no_network(&state, name)),
+            None => Err(Failed::no_network(&state.view, name)),
         }
     }
 
@@ -337,7 +338,7 @@ fn live_network<'a>(state: &'a State, name: &str) -> Result<&'a Network, Failed>
             "network {name} was removed and waits for its last endpoints to go"
         ))),
         Some(found) => Ok(&found.network),
-        None => Err(Failed::no_network(state, name)),
+        None => Err(Failed::no_network(&state.view, name)),
     }
 }
 
@@ -421,6 +422,6 @@ fn check_mtu(mtu: Option<u16>) -> Result<(), Failed> {
 }
 
 fn stamp(state: &mut State) -> Stamp {
-    let me = state.view.me;
-    state.clock.tick(state.environment.wall_ms(), me)
+    let (wall_ms, me) = (state.wall_ms(), state.view.me);
+    state.objects.stamp(wall_ms, me)
 }

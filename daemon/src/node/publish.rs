@@ -1,127 +1,36 @@
-//! Published ports of this host's endpoints. A port is bound before any peer learns of it, and until its
-//! endpoint is deleted.
+//! Publishes ports of this host's endpoints: keeps them with the endpoint, tells peers and programs the kernel.
+//! [`crate::publish`] holds the ports.
 
-use std::net::IpAddr;
-
-use ipnet::IpNet;
-use ovl_dataplane::nft::Table;
-use ovl_dataplane::op::{NftOp, Op, SysctlOp};
-use ovl_kernel::{self as kernel, Outcome};
 use ovl_proto::id::EndpointId;
 use ovl_proto::object::Network;
-use ovl_proto::publish::{Ports as Range, Publish, Published};
+use ovl_proto::publish::{Publish, Published};
 use ovl_proto::table::{Endpoint, Entry};
-use ovl_subsystems::publish::{MOST_PORTS, MOST_RANGES};
-
-use super::state::State;
-use super::{Failed, Node};
-use crate::ports::{self, Held, Refused};
-use crate::problems::Code;
 use ovl_subsystems::{self as subsystems, Change};
 
-/// Number of ports that are tried if the request names none.
-const TRIES: u16 = 256;
-/// Range of ephemeral ports if `ip_local_port_range` cannot be read: the kernel's default.
-const EPHEMERAL: Range = Range { first: 32_768, last: 60_999 };
-
-/// Ports that are reserved for an endpoint. Dropping this releases them.
-pub(super) struct SetAside<'a> {
-    node: &'a Node,
-    number: u64,
-    published: Vec<Published>,
-    held: Vec<Held>,
-}
-
-impl SetAside<'_> {
-    /// Returns the reserved ports.
-    pub(super) fn published(&self) -> &[Published] {
-        &self.published
-    }
-}
-
-impl Drop for SetAside<'_> {
-    fn drop(&mut self) {
-        self.node.state.borrow_mut().pending.ports.remove(&self.number);
-    }
-}
+use super::{Failed, Node};
+use crate::problems::Code;
+use crate::publish::{ReservedPorts, refusal};
 
 impl Node {
-    /// Reserves ports, all or none. They must be free among the published ports and on this host.
+    /// Reserves ports for a new endpoint of this name, all or none.
     ///
     /// # Errors
     ///
     /// A request is invalid, or a port is in use.
-    pub(super) fn set_ports_aside(
+    pub(super) fn reserve_ports(
         &self,
         name: &str,
         network: &Network,
         wishes: &[Publish],
-    ) -> Result<SetAside<'_>, Failed> {
-        check(network, wishes)?;
-        let number = u64::from_ne_bytes(self.random());
-        let mut aside = SetAside { node: self, number, published: Vec::new(), held: Vec::new() };
-        for wish in wishes {
-            let (published, held) = self.find_ports(*wish, &aside.published)?;
-            aside.published.push(published);
-            aside.held.extend(held);
-        }
-        if !wishes.is_empty() {
-            let pending = (name.to_owned(), aside.published.clone());
-            self.state.borrow_mut().pending.ports.insert(number, pending);
-        }
-        Ok(aside)
-    }
-
-    fn find_ports(&self, wish: Publish, before: &[Published]) -> Result<(Published, Vec<Held>), Failed> {
-        let Publish { address, host, container, transport } = wish;
-        let published = |host| Published {
-            transport,
-            address,
-            host,
-            container: container.first,
-            count: container.count(),
-        };
-        let candidates: Vec<u16> = match host {
-            Some(host) if host.count() == container.count() => vec![host.first],
-            Some(host) => (host.first..=host.last).collect(),
-            None => ephemeral(container.count(), u16::from_ne_bytes(self.random())),
-        };
-        let mut first = None;
-        for candidate in candidates {
-            match self.try_ports(published(candidate), before) {
-                Ok(held) => return Ok((published(candidate), held)),
-                Err(failed) => first = first.or(Some(failed)),
-            }
-        }
-        Err(match (host, first) {
-            (Some(host), Some(failed)) if host.count() != container.count() => Failed::conflict(format!(
-                "none of the ports {host}/{transport} is free: {}, and so on",
-                failed.0.message
-            )),
-            (_, Some(failed)) => failed,
-            (_, None) => Failed::exhausted(format!(
-                "no {} ports in a row are free for {transport}: name some",
-                container.count()
-            )),
-        })
-    }
-
-    fn try_ports(&self, published: Published, before: &[Published]) -> Result<Vec<Held>, Failed> {
-        let transport = published.transport;
-        if let Some(port) = before.iter().find_map(|other| published.conflict_with(*other)) {
-            return Err(Failed::invalid(format!("port {port}/{transport} is asked for twice")));
-        }
-        if let Some(sentence) = publisher(&self.state.borrow(), published) {
-            return Err(Failed::conflict(sentence));
-        }
-        ports::hold(published).map_err(|refused| explain(published, &refused))
+    ) -> Result<ReservedPorts<'_>, Failed> {
+        self.published.reserve(&self.state.borrow().view, (name, network), 0, wishes)
     }
 
     /// Publishes the reserved ports of an endpoint. Returns when the kernel has the rules.
-    async fn publish_aside(&self, id: EndpointId, aside: SetAside<'_>) -> Result<(), Failed> {
+    async fn publish_reserved(&self, id: EndpointId, reserved: ReservedPorts<'_>) -> Result<(), Failed> {
         let endpoint = self.endpoint_to_publish(id)?;
         let before = endpoint.publish.clone();
-        let published = before.iter().chain(&aside.published).copied().collect();
+        let published = before.iter().chain(reserved.published()).copied().collect();
         let addresses = endpoint.addresses.clone();
         if let Err(failed) = self.set_published(endpoint, published).await {
             if let Ok(endpoint) = self.endpoint_to_publish(id) {
@@ -129,16 +38,8 @@ impl Node {
             }
             return Err(failed);
         }
-        self.serve_ports(id, aside, &addresses);
+        self.published.serve(id, reserved, &addresses);
         Ok(())
-    }
-
-    /// Serves the reserved ports of an endpoint, which now owns them.
-    pub(super) fn serve_ports(&self, id: EndpointId, mut aside: SetAside<'_>, addresses: &[IpNet]) {
-        if !aside.held.is_empty() {
-            let targets = addresses.iter().map(IpNet::addr).collect();
-            self.ports.serve(id, std::mem::take(&mut aside.held), targets);
-        }
     }
 
     /// Prepares the host for published ports if there are any.
@@ -153,23 +54,20 @@ impl Node {
     /// Publishes more ports of an endpoint of this host. Returns all ports that it then has.
     pub(super) async fn publish(&self, id: EndpointId, wishes: &[Publish]) -> Result<Vec<Published>, Failed> {
         let endpoint = self.endpoint_to_publish(id)?;
-        let network = {
+        let reserved = {
             let state = self.state.borrow();
             let found = state.view.networks.get(&endpoint.network);
-            found.ok_or_else(|| Failed::not_found("the endpoint's network is gone"))?.network.clone()
+            let network = &found.ok_or_else(|| Failed::not_found("the endpoint's network is gone"))?.network;
+            let before = endpoint.publish.len();
+            self.published.reserve(&state.view, (&endpoint.name, network), before, wishes)?
         };
-        let total = u32::try_from(endpoint.publish.len()).unwrap_or(u32::MAX);
-        if total as usize + wishes.len() > MOST_RANGES {
-            return Err(too_many());
-        }
-        let aside = self.set_ports_aside(&endpoint.name, &network, wishes)?;
-        self.publish_aside(id, aside).await?;
+        self.publish_reserved(id, reserved).await?;
         Ok(self.endpoint_to_publish(id)?.publish)
     }
 
     /// Withdraws all published ports of an endpoint. Does nothing if the endpoint does not exist.
     pub(super) async fn revoke(&self, id: EndpointId) -> Result<(), Failed> {
-        self.ports.release(id);
+        self.published.release(id);
         let endpoint = self.state.borrow().own_endpoint(id).cloned();
         match endpoint {
             Some(endpoint) if !endpoint.publish.is_empty() => self.set_published(endpoint, Vec::new()).await,
@@ -186,7 +84,7 @@ impl Node {
     async fn set_published(&self, mut endpoint: Endpoint, published: Vec<Published>) -> Result<(), Failed> {
         endpoint.publish = published;
         self.will_publish(&endpoint.publish);
-        let local = self.state.borrow().endpoints.get(&endpoint.id).cloned();
+        let local = self.state.borrow().endpoints.get(endpoint.id).cloned();
         let local = local.ok_or_else(|| Failed::not_found("the endpoint is gone"))?;
         self.keep_endpoint(&endpoint, &local).map_err(|error| Failed::internal(format!("{error:#}")))?;
         self.write_table(vec![Entry::Endpoint(endpoint)], Vec::new());
@@ -203,167 +101,22 @@ impl Node {
         }
     }
 
-    /// Binds the ports of endpoints that the last run left. The kernel translates them all the time. A port
-    /// that another program has bound meanwhile is reported and tried again.
+    /// Binds the ports of endpoints that the last run left. A port that another program has bound meanwhile is reported
+    /// and tried again.
     pub(super) fn hold_ports_again(&self) {
-        let endpoints: Vec<Endpoint> = self
-            .state
-            .borrow()
-            .own_endpoints()
-            .filter(|endpoint| !endpoint.publish.is_empty())
-            .cloned()
-            .collect();
-        for endpoint in endpoints {
-            let targets: Vec<IpAddr> = endpoint.addresses.iter().map(IpNet::addr).collect();
-            for published in &endpoint.publish {
-                self.hold_again(&endpoint, *published, &targets);
-            }
-        }
+        self.published.hold_again(self.state.borrow().own_endpoints());
+        self.report_ports();
     }
 
-    /// Tries again to bind the ports that [`Self::hold_ports_again`] could not bind.
+    /// Tries again to bind the ports that another program had.
     pub(super) fn retry_ports(&self) {
-        let unheld: Vec<(EndpointId, Published)> = self.state.borrow().unheld.iter().copied().collect();
-        for (id, published) in unheld {
-            let endpoint = self.state.borrow().own_endpoint(id).cloned();
-            match endpoint.filter(|endpoint| endpoint.publish.contains(&published)) {
-                Some(endpoint) => {
-                    let targets: Vec<IpAddr> = endpoint.addresses.iter().map(IpNet::addr).collect();
-                    self.hold_again(&endpoint, published, &targets);
-                }
-                None => self.note_unheld(id, published, None),
-            }
-        }
+        let state = self.state.borrow();
+        self.published.retry(|id| state.own_endpoint(id));
+        drop(state);
+        self.report_ports();
     }
 
-    fn hold_again(&self, endpoint: &Endpoint, published: Published, targets: &[IpAddr]) {
-        match ports::hold(published) {
-            Ok(held) => {
-                self.ports.serve(endpoint.id, held, targets.to_vec());
-                self.note_unheld(endpoint.id, published, None);
-            }
-            Err(refused) => {
-                let Failed(failure) = explain(published, &refused);
-                let sentence = format!(
-                    "endpoint {} has published {published}, and {}: what comes from other hosts goes to the endpoint",
-                    endpoint.name, failure.message
-                );
-                self.note_unheld(endpoint.id, published, Some(sentence));
-            }
-        }
+    fn report_ports(&self) {
+        self.state.borrow_mut().problems.replace(Code::PublishedPort, self.published.problems());
     }
-
-    fn note_unheld(&self, id: EndpointId, published: Published, sentence: Option<String>) {
-        let mut state = self.state.borrow_mut();
-        match sentence {
-            Some(_) => state.unheld.insert((id, published)),
-            None => state.unheld.remove(&(id, published)),
-        };
-        state.problems.set(Code::PublishedPort, format!("{id} {published}"), sentence);
-    }
-}
-
-fn is_ours(table: Table) -> bool {
-    matches!(table, Table::Publish | Table::PublishFrames)
-}
-
-/// Returns the error of an operation that published ports depend on. `None` if it succeeded or is not such an
-/// operation.
-pub(super) fn refusal(outcome: &Outcome) -> Option<&ovl_kernel::KernelError> {
-    let ours = match &outcome.op {
-        Op::Nft(NftOp::SetTable(table, _)) => is_ours(*table),
-        Op::Nft(NftOp::SetElement(element)) => is_ours(element.set.table),
-        Op::Sysctl(SysctlOp::AllowLocalnet(_)) => true,
-        _ => false,
-    };
-    outcome.result.as_ref().err().filter(|_| ours)
-}
-
-/// Returns a sentence about what has published one of these ports or is about to. `None` if they are free.
-fn publisher(state: &State, published: Published) -> Option<String> {
-    let transport = published.transport;
-    let conflict = |others: &[Published]| others.iter().find_map(|other| published.conflict_with(*other));
-    let held = state.own_endpoints().find_map(|endpoint| Some((endpoint, conflict(&endpoint.publish)?)));
-    if let Some((endpoint, port)) = held {
-        let network = state.view.networks.get(&endpoint.network);
-        let network =
-            network.map_or_else(|| endpoint.network.to_string(), |found| found.network.name.clone());
-        return Some(format!(
-            "port {port}/{transport} is published for endpoint {} on network {network} already",
-            endpoint.name
-        ));
-    }
-    state.pending.ports.values().find_map(|(name, others)| {
-        let port = conflict(others)?;
-        Some(format!("port {port}/{transport} is being published for endpoint {name} at this moment"))
-    })
-}
-
-fn explain(published: Published, refused: &Refused) -> Failed {
-    let transport = published.transport;
-    match refused {
-        Refused::Taken { port, holder } => {
-            let holder = holder.as_deref().unwrap_or("a program that cannot be seen from here");
-            Failed::conflict(format!("port {port}/{transport} is in use on this host by {holder}"))
-        }
-        Refused::NoAddress(address) => Failed::invalid(format!("{address} is not an address of this host")),
-        Refused::Other(error) => Failed::kernel(format!("cannot hold {published} on this host: {error}")),
-    }
-}
-
-fn too_many() -> Failed {
-    Failed::invalid(format!(
-        "too many ports: an endpoint has at most {MOST_RANGES} published ranges, and {MOST_PORTS} ports in them"
-    ))
-}
-
-/// Checks what can be known before any port is tried.
-fn check(network: &Network, wishes: &[Publish]) -> Result<(), Failed> {
-    let total: u32 = wishes.iter().map(|wish| u32::from(wish.container.count())).sum();
-    if wishes.len() > MOST_RANGES || total > MOST_PORTS {
-        return Err(too_many());
-    }
-    if !wishes.is_empty() && network.internal {
-        return Err(Failed::invalid(format!(
-            "network {} is internal: nothing reaches it from outside, at a published port neither",
-            network.name
-        )));
-    }
-    for wish in wishes {
-        let ports = [Some(wish.container), wish.host];
-        let fits = |ports: &Range| ports.first > 0 && ports.first <= ports.last;
-        let same = wish
-            .host
-            .is_none_or(|host| wish.container.count() == 1 || host.count() == wish.container.count());
-        if !same || !ports.iter().flatten().all(fits) {
-            return Err(Failed::invalid("ports of the host and of the endpoint that do not fit together"));
-        }
-        let has = |v4: bool| network.subnets.iter().any(|subnet| subnet.prefix.addr().is_ipv4() == v4);
-        if let Some(address) = wish.address
-            && !has(address.is_ipv4())
-        {
-            return Err(Failed::invalid(format!(
-                "network {} has no addresses of {address}'s family to send its packets to",
-                network.name
-            )));
-        }
-    }
-    Ok(())
-}
-
-/// Returns candidates for ports that the request does not name: first ports of ranges of `count` ports, from
-/// a random start.
-fn ephemeral(count: u16, random: u16) -> Vec<u16> {
-    let range = kernel::read_sysctl("net.ipv4.ip_local_port_range").and_then(|text| {
-        let mut ports = text.split_ascii_whitespace().map(str::parse);
-        Some(Range { first: ports.next()?.ok()?, last: ports.next()?.ok()? })
-    });
-    let Range { first, last } = range.filter(|range| range.count() > 0).unwrap_or(EPHEMERAL);
-    let last = last.saturating_sub(count.saturating_sub(1));
-    let Some(choices) = last.checked_sub(first).map(|more| u32::from(more) + 1) else { return Vec::new() };
-    let begin = u32::from(random);
-    let step = u32::from(count.max(1));
-    (0..u32::from(TRIES).min(choices))
-        .filter_map(|at| u16::try_from(u32::from(first) + (begin + at * step) % choices).ok())
-        .collect()
 }

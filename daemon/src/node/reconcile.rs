@@ -8,7 +8,7 @@
 //! The kernel worker applies operations in order, so a full pass compares with the state that all earlier
 //! operations left.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::rc::Rc;
 use std::time::Duration;
@@ -24,7 +24,7 @@ use tokio::time::Instant;
 
 use super::Node;
 use super::state::State;
-use crate::problems::{Code, Problem};
+use crate::problems::Code;
 use ovl_subsystems as subsystems;
 
 /// Maximum time between two full passes.
@@ -37,73 +37,13 @@ const REPAIRS_TOLD: usize = 50;
 /// Changes of peers come in bursts. The loop waits for the end of a burst, but not for long.
 const SETTLE: Duration = Duration::from_millis(30);
 
-/// Pending work of the reconcile loop, and the results so far.
-#[derive(Debug, Default)]
-pub(crate) struct Progress {
-    /// A full pass is due.
-    full: bool,
-    /// Another program changed an object of ovl since the last full pass.
-    drift: bool,
-    /// Rejected operations, each with a sentence that has the reason.
-    failing: BTreeMap<String, String>,
-    counts: Counts,
-}
-
-/// Counters of the reconcile loop.
-#[derive(Debug, Default, Clone, Copy)]
-pub(crate) struct Counts {
-    /// Number of full passes.
-    pub(crate) passes: u64,
-    /// Number of operations applied.
-    pub(crate) operations: u64,
-    /// Number of those operations that repaired drift.
-    pub(crate) repairs: u64,
-}
-
-impl Progress {
-    /// Requests that the next pass is a full one.
-    pub(crate) fn ask_full(&mut self) {
-        self.full = true;
-    }
-
-    /// Requests that the next pass is a full one that repairs drift. Returns `false` if a full pass was
-    /// already due.
-    fn ask_for_drift(&mut self) -> bool {
-        self.drift = true;
-        !std::mem::replace(&mut self.full, true)
-    }
-
-    /// Begins a full pass. Returns whether it repairs drift.
-    fn begin_full(&mut self) -> bool {
-        self.full = false;
-        std::mem::take(&mut self.drift)
-    }
-
-    /// Returns the counters.
-    pub(crate) fn counts(&self) -> Counts {
-        self.counts
-    }
-
-    /// Returns one sentence for each operation that the kernel rejects.
-    pub(crate) fn failing(&self) -> impl Iterator<Item = &str> {
-        self.failing.values().map(String::as_str)
-    }
-
-    /// Returns the rejected operations as problems.
-    pub(crate) fn problems(&self) -> impl Iterator<Item = Problem> {
-        self.failing
-            .iter()
-            .map(|(op, failing)| Code::KernelRefusal.about(op, format!("the kernel refuses: {failing}")))
-    }
-}
-
 impl Node {
     /// Runs the reconcile loop forever.
     pub(super) async fn reconcile_loop(self: Rc<Self>) {
         let mut retry = RETRY_FIRST;
         let (mut last, mut was_failing) = (Instant::now(), false);
         loop {
-            let failing = !self.state.borrow().reconcile.failing.is_empty();
+            let failing = self.state.borrow().reconcile.is_failing();
             if failing && !was_failing {
                 last = Instant::now();
             }
@@ -120,8 +60,8 @@ impl Node {
             }
             self.settle_backends(&mut self.state.borrow_mut());
             self.refresh_names();
-            let full = self.state.borrow().reconcile.full;
-            if std::mem::take(&mut self.state.borrow_mut().rights_changed) || full {
+            let full = self.state.borrow().reconcile.is_full_due();
+            if self.state.borrow_mut().reconcile.take_rights() || full {
                 self.note_isolated();
             }
             if full {
@@ -152,12 +92,12 @@ impl Node {
         let (drift, desired, prune, ignored, expected) = {
             let mut state = self.state.borrow_mut();
             let drift = state.reconcile.begin_full();
-            state.local.publishing = state.publishes();
+            state.local.publishing = self.published.is_reserving() || state.publishes();
             state.local.served = state.view.has_services();
             let prune = state.caught_up;
             let (cluster, mut subsystems) = state.parts();
             let desired = subsystems::resync(&mut subsystems, &cluster);
-            (drift, desired, prune, state.pending.devices.clone(), expected(&state))
+            (drift, desired, prune, state.endpoints.reserved_devices().clone(), expected(&state))
         };
         let pass = match self.kernel.reconcile(Goal { desired, prune, ignored, expected, apply: true }).await
         {
@@ -166,19 +106,14 @@ impl Node {
                 let sentence = format!("the kernel's state cannot be read: {error}");
                 let mut state = self.state.borrow_mut();
                 state.problems.set(Code::KernelDump, "", Some(sentence.clone()));
-                state.reconcile.failing.insert("dump".to_owned(), sentence);
+                state.reconcile.fail("dump".to_owned(), sentence);
                 return;
             }
         };
         {
             let mut state = self.state.borrow_mut();
             state.problems.set(Code::KernelDump, "", None);
-            let progress = &mut state.reconcile;
-            progress.failing.clear();
-            progress.counts.passes += 1;
-            if drift {
-                progress.counts.repairs += pass.outcomes.len() as u64;
-            }
+            state.reconcile.end_full(pass.outcomes.len(), drift);
         }
         if drift {
             self.tell_repairs(&pass.outcomes);
@@ -221,7 +156,7 @@ impl Node {
     ) -> Option<String> {
         let mut guard = self.state.borrow_mut();
         let state = &mut *guard;
-        state.reconcile.counts.operations += outcomes.len() as u64;
+        state.reconcile.count(outcomes.len());
         let refusals: Vec<Option<String>> =
             outcomes.iter().map(|outcome| outcome.result.as_ref().err().map(ToString::to_string)).collect();
         let told = outcomes
@@ -237,7 +172,7 @@ impl Node {
                 op.device() == Some(device) || op.breaks_network() == Some(network)
             });
             // The loop runs a full pass again as long as an operation is rejected.
-            state.reconcile.failing.insert(op.to_string(), format!("{op}: {error}"));
+            state.reconcile.fail(op.to_string(), format!("{op}: {error}"));
             if concerned && first.is_none() {
                 first = Some(error);
             }
@@ -289,7 +224,7 @@ impl Node {
         let desired = self.desired();
         let (ignored, expected) = {
             let state = self.state.borrow();
-            (state.pending.devices.clone(), expected(&state))
+            (state.endpoints.reserved_devices().clone(), expected(&state))
         };
         let pass = self
             .kernel
@@ -302,6 +237,5 @@ impl Node {
 
 /// Returns the neighbour entries that attaches in flight have set or are about to set.
 fn expected(state: &State) -> BTreeSet<(Device, IpAddr)> {
-    let pending = &state.pending.addresses;
-    pending.iter().map(|(network, address)| (Device::bridge(*network), *address)).collect()
+    state.addresses.reserved().map(|(network, address)| (Device::bridge(network), address)).collect()
 }

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use ovl_cluster::addresses as ipam;
 use ovl_control::{
-    DaemonState, Document, Failure, FailureKind, FdbRow, PeerInfo, PeerState, Problem, ReconcileStatus,
-    Reply, Request, RouteRow, Status, SubnetUse, Verify,
+    DaemonState, Document, FdbRow, PeerInfo, PeerState, Problem, ReconcileStatus, Reply, Request, RouteRow,
+    Status, SubnetUse, Verify,
 };
 use ovl_dataplane::device::Device;
 use ovl_dataplane::state::{Dataplane, Hop};
@@ -19,7 +19,12 @@ use ovl_subsystems::encryption::tunnel::peers as sealed_to;
 
 use super::peers::{UNREACHABLE, millis};
 use super::state::State;
-use super::{Failed, Node, Stop, tunnel};
+use super::{Failed, Node, Stop};
+use crate::addresses::block_of;
+use crate::control::Answers;
+use crate::encryption;
+use crate::events::Events;
+use crate::metrics;
 use crate::problems::Code;
 
 /// Maximum time that `verify` waits for work in flight.
@@ -27,16 +32,20 @@ const SETTLE_WITHIN: Duration = Duration::from_millis(500);
 /// Interval between two comparisons of `verify`.
 const SETTLE_STEP: Duration = Duration::from_millis(50);
 
-impl Node {
-    /// Answers a request, with the documents that were staged for it. The control socket itself handles
-    /// [`Request::Events`] and [`Request::Stage`].
-    pub(crate) async fn answer(self: &Rc<Self>, request: Request, staged: Vec<Document>) -> Reply {
+impl Answers for Node {
+    async fn answer(self: &Rc<Self>, request: Request, staged: Vec<Document>) -> Reply {
         match self.try_answer(request, staged).await {
             Ok(reply) => reply,
             Err(Failed(failure)) => Reply::Error(failure),
         }
     }
 
+    fn events(&self) -> &Events {
+        &self.events
+    }
+}
+
+impl Node {
     async fn try_answer(self: &Rc<Self>, request: Request, staged: Vec<Document>) -> Result<Reply, Failed> {
         if self.state.borrow().leaving {
             return Err(Failed::unavailable("ovld is stopping"));
@@ -70,8 +79,8 @@ impl Node {
             Request::Events { .. } => Reply::Events(self.events.all()),
             Request::Metrics => {
                 self.look_at_tunnel().await;
-                let (drops, names) = (self.tunnel_drops(), self.names.counts());
-                let mut text = super::metrics::render(&self.status(), &self.peers(), &drops, &names);
+                let (drops, names) = (self.tunnel.borrow().drops(), self.resolver.counts());
+                let mut text = metrics::render(&self.status(), &self.peers(), &drops, &names);
                 text += &self.policy_metrics().await?;
                 Reply::Text(text)
             }
@@ -146,8 +155,8 @@ impl Node {
         let state = self.state.borrow();
         let mut problems: Vec<Problem> = state.problems.all().collect();
         problems.extend(self.unreachable(&state));
-        problems.extend(self.tunnel_problems(&state));
-        problems.extend(self.names.problems());
+        problems.extend(self.tunnel.borrow().problems(&state.view, &self.config));
+        problems.extend(self.resolver.problems());
         problems.extend(state.reconcile.problems());
         let starting = !state.is_member() || !state.caught_up;
         Status {
@@ -217,7 +226,8 @@ impl Node {
         let contacts = self.gossip().contacts();
         let paths = self.gossip().path_mtus();
         let state = self.state.borrow();
-        let sealed = tunnel::kind(&state).map(|kind| (tunnel::name(kind), sealed_to(&state.view)));
+        let sealed =
+            encryption::kind(&state.view).map(|kind| (encryption::name(kind), sealed_to(&state.view)));
         let mut peers: Vec<PeerInfo> = state
             .view
             .nodes
@@ -244,7 +254,7 @@ impl Node {
                         Some((name, to)) if own || to.contains_key(&record.id) => (*name).to_owned(),
                         Some(_) | None => "none".to_owned(),
                     },
-                    tunnel: self.peer_tunnel(record.id),
+                    tunnel: self.tunnel.borrow().peer(record.id),
                     own,
                     member: state.view.alloc.members.contains(&record.id),
                     reachable: own
@@ -313,7 +323,7 @@ impl Node {
         let mut used: BTreeMap<(NetworkId, ipnet::IpNet), u64> = BTreeMap::new();
         for placed in state.view.all_endpoints() {
             for net in &placed.endpoint.addresses {
-                if let Some(block) = super::addresses::block_of(&state, placed.endpoint.network, net.addr()) {
+                if let Some(block) = block_of(&state.view, placed.endpoint.network, net.addr()) {
                     *used.entry((placed.endpoint.network, block)).or_default() += 1;
                 }
             }
@@ -471,7 +481,7 @@ impl Node {
                     peer.hints.table
                 ));
             }
-            if peer.hints.objects != state.objects_digest {
+            if peer.hints.objects != state.objects.digest() {
                 differences.push(format!(
                     "gossip: {name} has other cluster objects than this host, or other states of them"
                 ));
@@ -512,55 +522,4 @@ fn network_name(state: &State, network: Option<NetworkId>) -> String {
 
 fn count(n: usize) -> u32 {
     u32::try_from(n).unwrap_or(u32::MAX)
-}
-
-impl Failed {
-    fn new(kind: FailureKind, message: impl Into<String>) -> Self {
-        Self(Failure { kind, message: message.into() })
-    }
-
-    pub(super) fn invalid(message: impl Into<String>) -> Self {
-        Self::new(FailureKind::Invalid, message)
-    }
-
-    pub(super) fn not_found(message: impl Into<String>) -> Self {
-        Self::new(FailureKind::NotFound, message)
-    }
-
-    pub(super) fn conflict(message: impl Into<String>) -> Self {
-        Self::new(FailureKind::Conflict, message)
-    }
-
-    pub(super) fn exhausted(message: impl Into<String>) -> Self {
-        Self::new(FailureKind::Exhausted, message)
-    }
-
-    pub(super) fn unavailable(message: impl Into<String>) -> Self {
-        Self::new(FailureKind::Unavailable, message)
-    }
-
-    pub(super) fn kernel(message: impl Into<String>) -> Self {
-        Self::new(FailureKind::Kernel, message)
-    }
-
-    pub(super) fn internal(message: impl Into<String>) -> Self {
-        Self::new(FailureKind::Internal, message)
-    }
-
-    pub(super) fn no_network(state: &State, name: &str) -> Self {
-        let names: Vec<&str> =
-            state.view.networks.values().map(|found| found.network.name.as_str()).collect();
-        let known = if names.is_empty() {
-            "there are none yet: `ovlctl network create NAME` makes one".to_owned()
-        } else {
-            format!("there are: {}", names.join(", "))
-        };
-        Self::not_found(format!("there is no network {name}; {known}"))
-    }
-}
-
-impl From<ovl_kernel::KernelError> for Failed {
-    fn from(error: ovl_kernel::KernelError) -> Self {
-        Self::kernel(error.to_string())
-    }
 }

@@ -6,65 +6,19 @@
 //! exist. A sandbox without its namespace was only partly created or deleted, and the rest of it is deleted.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs;
 use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::path::PathBuf;
 
-use anyhow::Context as _;
 use ovl_control::{Attach, EndpointInfo, NetnsRef, SandboxCreate, SandboxInfo};
 use ovl_dataplane::device::{Device, Role};
-use ovl_files::{Durability, replace};
-use ovl_kernel::{self as kernel, MountPoint, NetnsCookie, NetnsHandle, Process};
+use ovl_kernel::{self as kernel, MountPoint, NetnsHandle, Process};
 use ovl_proto::id::{EndpointId, NetworkId};
 use ovl_subsystems::names::resolver::resolv_conf;
-use serde::{Deserialize, Serialize};
 
-use super::{Failed, Node, remove_if_there};
+use super::{Failed, Node};
 use crate::config::is_name;
 use crate::problems::Code;
-
-/// Maximum number of processes that an error lists.
-const NAMED: usize = 10;
-/// Maximum number of networks of a sandbox. More interfaces are of no use.
-const MAX_NETWORKS: usize = 32;
-
-/// What a sandbox is connected to.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) enum Joined {
-    /// The host's own namespace under another name.
-    Host,
-    /// These networks, in the order of its interfaces. If there are none, it has only a loopback interface.
-    Networks(Vec<NetworkId>),
-}
-
-/// A sandbox of this host.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Sandbox {
-    name: String,
-    joined: Joined,
-    /// Identifies the namespace, independent of what is mounted at its path.
-    cookie: NetnsCookie,
-    endpoints: Vec<EndpointId>,
-}
-
-/// A sandbox in the run directory. It is valid during one boot of the kernel.
-#[derive(Debug, Serialize, Deserialize)]
-struct Kept {
-    boot_id: String,
-    sandbox: Sandbox,
-}
-
-/// A lock on the name of a sandbox, released when dropped.
-struct Busy<'a> {
-    node: &'a Node,
-    name: String,
-}
-
-impl Drop for Busy<'_> {
-    fn drop(&mut self) {
-        self.node.state.borrow_mut().pending.sandboxes.remove(&self.name);
-    }
-}
+use crate::sandboxes::{HOST, Joined, NONE, Sandbox, Wanted, refusal, wanted};
 
 impl Node {
     /// Creates a sandbox with all its endpoints, or nothing.
@@ -72,9 +26,9 @@ impl Node {
         let joined = self.check_sandbox(&request)?;
         self.living_sandboxes().await?;
         let name = &request.name;
-        let _busy = self.take_sandbox(name)?;
+        let _busy = self.sandboxes.take(name)?;
         let path = kernel::netns_file(name);
-        if self.state.borrow().sandboxes.contains_key(name) {
+        if self.sandboxes.get(name).is_some() {
             return Err(Failed::conflict(format!(
                 "there is a sandbox {name} already: `ovlctl sandbox rm {name}` removes it"
             )));
@@ -105,7 +59,7 @@ impl Node {
         if !request.publish.is_empty() {
             info.warnings = self.firewall_problems();
         }
-        self.state.borrow_mut().sandboxes.insert(name.clone(), sandbox);
+        self.sandboxes.add(sandbox);
         self.event("sandbox", name, "created");
         Ok(info)
     }
@@ -142,7 +96,7 @@ impl Node {
         let mut ids = Vec::new();
         for name in names {
             let Some(found) = state.view.network(name) else {
-                return Err(Failed::no_network(&state, name));
+                return Err(Failed::no_network(&state.view, name));
             };
             if ids.contains(&found.network.id) {
                 return Err(Failed::invalid(format!("network {} is given twice", found.network.name)));
@@ -150,15 +104,6 @@ impl Node {
             ids.push(found.network.id);
         }
         Ok(ids)
-    }
-
-    fn take_sandbox(&self, name: &str) -> Result<Busy<'_>, Failed> {
-        if !self.state.borrow_mut().pending.sandboxes.insert(name.to_owned()) {
-            return Err(Failed::conflict(format!(
-                "sandbox {name} is being made or removed at this moment: try again"
-            )));
-        }
-        Ok(Busy { node: self, name: name.to_owned() })
     }
 
     /// Attaches the namespace to its networks, saves the sandbox, and then mounts the namespace.
@@ -193,7 +138,8 @@ impl Node {
                 sandbox.endpoints.push(endpoint_id(&made)?);
             }
         }
-        self.keep_sandbox(sandbox).map_err(|error| Failed::internal(format!("{error:#}")))?;
+        let kept = self.sandboxes.keep(&self.boot_id, sandbox);
+        kept.map_err(|error| Failed::internal(format!("{error:#}")))?;
         let resolv_conf = self.sandbox_resolv_conf(sandbox);
         let file = kernel::netns_file(&sandbox.name);
         kernel::mount_netns(&netns, file, resolv_conf).await.map_err(Failed::from)?;
@@ -214,8 +160,8 @@ impl Node {
 
     /// Deletes a sandbox. Does nothing if it does not exist.
     pub(super) async fn sandbox_rm(&self, name: &str, force: bool) -> Result<(), Failed> {
-        let _busy = self.take_sandbox(name)?;
-        let Some(sandbox) = self.state.borrow().sandboxes.get(name).cloned() else { return Ok(()) };
+        let _busy = self.sandboxes.take(name)?;
+        let Some(sandbox) = self.sandboxes.get(name) else { return Ok(()) };
         if !force
             && sandbox.joined != Joined::Host
             && let MountPoint::Netns(cookie, inode) = mount_point(kernel::netns_file(name)).await?
@@ -245,9 +191,8 @@ impl Node {
     /// Deletes all sandboxes, for teardown. Programs continue to run in namespaces with only a loopback
     /// interface.
     pub(super) async fn remove_sandboxes(&self) -> Result<(), Failed> {
-        let names: Vec<String> = self.state.borrow().sandboxes.keys().cloned().collect();
-        for name in names {
-            self.sandbox_rm(&name, true).await?;
+        for sandbox in self.sandboxes.all() {
+            self.sandbox_rm(&sandbox.name, true).await?;
         }
         Ok(())
     }
@@ -256,7 +201,7 @@ impl Node {
     /// Deletes what is left of the others: those that were partly created or deleted when the last daemon
     /// stopped, and those that another program unmounted.
     pub(super) async fn living_sandboxes(&self) -> Result<Vec<(Sandbox, u64)>, Failed> {
-        let all: Vec<Sandbox> = self.state.borrow().sandboxes.values().cloned().collect();
+        let all = self.sandboxes.all();
         if all.is_empty() {
             return Ok(Vec::new());
         }
@@ -269,9 +214,8 @@ impl Node {
                 _ => {
                     // The name is locked by a request that creates or deletes this sandbox. It also cleans
                     // up.
-                    let Ok(_busy) = self.take_sandbox(&sandbox.name) else { continue };
-                    let same = self.state.borrow().sandboxes.get(&sandbox.name) == Some(&sandbox);
-                    if same {
+                    let Ok(_busy) = self.sandboxes.take(&sandbox.name) else { continue };
+                    if self.sandboxes.get(&sandbox.name).as_ref() == Some(&sandbox) {
                         self.discard(&sandbox, "gone with its namespace").await?;
                     }
                 }
@@ -288,8 +232,8 @@ impl Node {
         self.withdraw(&sandbox.endpoints, why)?;
         let devices = sandbox.endpoints.iter().copied().map(Device::endpoint).collect();
         self.kernel.delete_links(devices).await.map_err(Failed::from)?;
-        remove_if_there(&self.kept_sandbox(name)).map_err(|error| Failed::internal(format!("{error:#}")))?;
-        if self.state.borrow_mut().sandboxes.remove(name).is_some() {
+        let known = self.sandboxes.forget(name);
+        if known.map_err(|error| Failed::internal(format!("{error:#}")))? {
             self.event("sandbox", name, why);
         }
         Ok(())
@@ -323,77 +267,12 @@ impl Node {
         }
     }
 
-    fn kept_sandbox(&self, name: &str) -> PathBuf {
-        self.run_dir.sandboxes().join(format!("{name}.json"))
-    }
-
-    fn keep_sandbox(&self, sandbox: &Sandbox) -> anyhow::Result<()> {
-        let kept = Kept { boot_id: self.boot_id.clone(), sandbox: sandbox.clone() };
-        let path = self.kept_sandbox(&sandbox.name);
-        replace(&path, &serde_json::to_vec(&kept)?, Durability::Unsynced)
-            .with_context(|| format!("writing {}", path.display()))
-    }
-
-    /// Reads the sandboxes that the last run saved. Deletes files of an earlier boot. A damaged file is moved
-    /// away and reported.
+    /// Reads the sandboxes that the last run saved. A damaged file is moved away and reported.
     pub(super) fn read_sandboxes(&self) -> anyhow::Result<()> {
-        let dir = self.run_dir.sandboxes();
-        for file in fs::read_dir(&dir).with_context(|| format!("reading {}", dir.display()))? {
-            let path = file?.path();
-            if path.extension().is_none_or(|extension| extension != "json") {
-                continue;
-            }
-            match fs::read(&path).ok().and_then(|bytes| serde_json::from_slice::<Kept>(&bytes).ok()) {
-                Some(Kept { boot_id, sandbox }) if boot_id == self.boot_id => {
-                    self.state.borrow_mut().sandboxes.insert(sandbox.name.clone(), sandbox);
-                }
-                Some(_) => remove_if_there(&path)?,
-                None => {
-                    let aside = path.with_extension("damaged");
-                    fs::rename(&path, &aside).with_context(|| format!("setting {} aside", path.display()))?;
-                    let sentence = format!(
-                        "the file of a sandbox is damaged and was set aside as {}: ovld no longer knows the sandbox; \
-                         its endpoints are in `ovlctl endpoints`, its namespace in `ip netns`",
-                        aside.display()
-                    );
-                    self.state.borrow_mut().problems.set(
-                        Code::DamagedFile,
-                        path.display().to_string(),
-                        Some(sentence),
-                    );
-                }
-            }
+        for (file, sentence) in self.sandboxes.read(&self.boot_id)? {
+            self.state.borrow_mut().problems.set(Code::DamagedFile, file, Some(sentence));
         }
         Ok(())
-    }
-}
-
-const HOST: &str = "host";
-const NONE: &str = "none";
-
-/// Meaning of the networks of a request.
-#[derive(Debug, PartialEq, Eq)]
-enum Wanted<'a> {
-    Host,
-    Networks(&'a [String]),
-}
-
-/// Parses the networks of a request. An empty list means the same as `none`, since a network must be named
-/// explicitly.
-fn wanted(networks: &[String]) -> Result<Wanted<'_>, String> {
-    match networks {
-        [] => Ok(Wanted::Networks(&[])),
-        [one] if one == NONE => Ok(Wanted::Networks(&[])),
-        [one] if one == HOST => Ok(Wanted::Host),
-        several if several.len() > MAX_NETWORKS => {
-            Err(format!("a sandbox joins at most {MAX_NETWORKS} networks, and {} are given", several.len()))
-        }
-        several => match several.iter().find(|name| *name == NONE || *name == HOST) {
-            Some(word) => Err(format!(
-                "'{word}' goes with no other network; one that is really called {word} is given by its id"
-            )),
-            None => Ok(Wanted::Networks(several)),
-        },
     }
 }
 
@@ -407,56 +286,4 @@ fn endpoint_id(made: &EndpointInfo) -> Result<EndpointId, Failed> {
 async fn mount_point(path: PathBuf) -> Result<MountPoint, Failed> {
     let places = kernel::mount_points(vec![path]).await.map_err(Failed::from)?;
     places.first().copied().ok_or_else(|| Failed::internal("a path was not looked at"))
-}
-
-/// Formats the error that a sandbox with processes is not deleted.
-fn refusal(name: &str, inside: &BTreeSet<Process>) -> String {
-    let count = inside.len();
-    let mut list: Vec<String> = inside
-        .iter()
-        .take(NAMED)
-        .map(|process| format!("{} ({})", process.pid, process.command.escape_default()))
-        .collect();
-    if count > NAMED {
-        list.push(format!("{} more", count - NAMED));
-    }
-    let (are, them) = if count == 1 { ("a process is", "it") } else { ("processes are", "them") };
-    format!(
-        "{are} in sandbox {name}: {}; end {them}, or remove it with --force, which leaves {them} without networks",
-        list.join(", ")
-    )
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn names(names: &[&str]) -> Vec<String> {
-        names.iter().map(|&name| name.to_owned()).collect()
-    }
-
-    #[test]
-    fn networks_or_one_of_two_words() {
-        assert_eq!(wanted(&[]), Ok(Wanted::Networks(&[])));
-        assert_eq!(wanted(&names(&["none"])), Ok(Wanted::Networks(&[])));
-        assert_eq!(wanted(&names(&["host"])), Ok(Wanted::Host));
-        let two = names(&["blue", "red"]);
-        assert_eq!(wanted(&two), Ok(Wanted::Networks(&two)));
-        for wrong in [["blue", "host"], ["none", "blue"], ["host", "none"], ["host", "host"]] {
-            assert!(wanted(&names(&wrong)).is_err(), "{wrong:?}");
-        }
-        assert!(wanted(&vec!["blue".to_owned(); MAX_NETWORKS + 1]).is_err());
-    }
-
-    #[test]
-    fn a_refusal_names_some_of_the_processes() {
-        let process = |pid| Process { pid, command: "ngin\nx".to_owned() };
-        assert_eq!(
-            refusal("web", &BTreeSet::from([process(7)])),
-            "a process is in sandbox web: 7 (ngin\\nx); end it, or remove it with --force, which leaves it without \
-             networks"
-        );
-        let many = refusal("web", &(1..=12).map(process).collect());
-        assert!(many.contains("10 (ngin\\nx), 2 more; end them") && !many.contains("11 ("), "{many}");
-    }
 }

@@ -8,32 +8,28 @@ use std::path::PathBuf;
 use std::rc::Rc;
 
 use ovl_cluster::liveness::Signs;
-use ovl_cluster::objects::Objects;
 use ovl_cluster::view::{Placed, View};
 use ovl_consensus::{Output, Replica as Allocator};
-use ovl_dataplane::device::Device;
 use ovl_mesh::gossip::Hints;
 use ovl_proto::alloc::Refusal;
-use ovl_proto::clock::Clock;
-use ovl_proto::id::{EndpointId, Mac, NetworkId, NodeId};
-use ovl_proto::object::{Mode, Network};
-use ovl_proto::publish::Published;
+use ovl_proto::id::{EndpointId, NetworkId, NodeId};
+use ovl_proto::object::Mode;
 use ovl_proto::record::{NodeRecord, SignedRecord};
 use ovl_proto::sync::Message;
 use ovl_proto::table::{Endpoint, Entry};
-use ovl_runtimes::cni::Attachment;
-use ovl_runtimes::docker::EngineEndpoint;
 use ovl_subsystems::local::Local;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
 use super::Failed;
-use super::docker::Docker;
-use super::reconcile::Progress;
-use super::sandbox::Sandbox;
+use crate::addresses::Addresses;
+use crate::endpoints::{FullName, LocalEndpoints};
+use crate::engines::Engines;
 use crate::environment::Environment;
-use crate::ports::Answer;
+use crate::networks::Bridges;
+use crate::objects::ObjectStore;
 use crate::problems::{Code, Problems};
+use crate::progress::Progress;
 use crate::workloads::Workloads;
 use ovl_subsystems::{Change, Cluster, SubsystemList, Subsystems};
 
@@ -59,22 +55,6 @@ pub(crate) struct Peer {
     pub heard: bool,
 }
 
-/// State of an endpoint of this host besides its entry in the table.
-#[derive(Debug, Clone)]
-pub(crate) struct LocalEndpoint {
-    /// Name of the interface inside the namespace.
-    pub ifname: String,
-    /// Attachment of a container runtime. `None` if none requested the endpoint.
-    pub cni: Option<Attachment>,
-    /// Endpoint of a Docker Engine. `None` if no Engine requested it. The Engine moves the container
-    /// interface into a namespace and back.
-    pub docker: Option<EngineEndpoint>,
-    /// Path at which the namespace was found.
-    pub netns: PathBuf,
-    /// Inode of the namespace. Endpoints in the same namespace have the same inode.
-    pub inode: u64,
-}
-
 /// Two daemons that run with one identity.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Clash {
@@ -82,23 +62,6 @@ pub(crate) struct Clash {
     pub seen: u64,
     /// Generation of the daemon that was started later.
     pub later: u64,
-}
-
-/// Names, addresses, MAC addresses, devices and ports that requests in flight have reserved.
-#[derive(Debug, Default)]
-pub(crate) struct Pending {
-    /// Reserved names of endpoints: network, Kubernetes namespace and name.
-    pub names: BTreeSet<(NetworkId, String, String)>,
-    /// MAC addresses that are chosen and not yet in the table.
-    pub macs: BTreeSet<(NetworkId, Mac)>,
-    /// Addresses that are chosen and not yet in the table.
-    pub addresses: BTreeSet<(NetworkId, IpAddr)>,
-    /// Devices that are being created. No full pass may delete them.
-    pub devices: BTreeSet<Device>,
-    /// Ports to be published, with the name of the endpoint, by a random number.
-    pub ports: BTreeMap<u64, (String, Vec<Published>)>,
-    /// Names of sandboxes that are being created or deleted.
-    pub sandboxes: BTreeSet<String>,
 }
 
 /// An action that must wait until the state file is on the disk.
@@ -125,21 +88,13 @@ pub(crate) struct State {
     /// Identities that two daemons use.
     pub clashes: BTreeMap<NodeId, Clash>,
     /// All cluster objects with their signatures. `view.resources` is derived from them.
-    pub objects: Objects,
+    pub objects: ObjectStore,
     /// Bridge networks of this host.
-    pub bridges: BTreeMap<NetworkId, Network>,
-    /// Digest of the stamps of all objects, for the hints.
-    pub objects_digest: [u8; 32],
+    pub bridges: Bridges,
     /// Index of the endpoints that labels select and of the backends of each Service.
     pub workloads: Workloads,
     /// Subsystems, which contribute to the desired data plane.
     pub subsystems: Subsystems,
-    /// Replies to health checks, by port.
-    pub health: BTreeMap<u16, Answer>,
-    /// Time when a peer last sent objects, in milliseconds of this run.
-    pub objects_taken_at: u64,
-    /// Hybrid logical clock that stamps new objects.
-    pub clock: Clock,
     /// Cluster keys of this host.
     pub keys: super::keys::Keys,
     /// Consensus replica for the allocation map.
@@ -148,30 +103,18 @@ pub(crate) struct State {
     pub claims: HashMap<u64, oneshot::Sender<Result<u64, Refusal>>>,
     /// Lease requests that are in flight, with the holder that was asked.
     pub leases: HashMap<u64, (NodeId, oneshot::Sender<Result<IpAddr, String>>)>,
-    /// Addresses that are lent to other hosts.
-    pub lent: BTreeMap<(NetworkId, IpAddr), Lent>,
+    /// Addresses that are reserved or lent.
+    pub addresses: Addresses,
     /// Number of the next request to a peer.
     pub next_request: u64,
     /// Endpoints of this host.
-    pub endpoints: BTreeMap<EndpointId, LocalEndpoint>,
-    /// Published ports that another program has bound.
-    pub unheld: BTreeSet<(EndpointId, Published)>,
-    /// Sandboxes of this host by name.
-    pub sandboxes: BTreeMap<String, Sandbox>,
-    /// State of Docker Engines.
-    pub docker: Docker,
-    /// Last address that was picked on each subnet.
-    pub cursors: BTreeMap<(NetworkId, IpAddr), IpAddr>,
-    /// Resources that requests in flight have reserved.
-    pub pending: Pending,
-    /// Whether the right of this host's endpoints to their addresses may have changed.
-    pub rights_changed: bool,
+    pub endpoints: LocalEndpoints,
+    /// What Docker Engines have here.
+    pub engines: Engines,
     /// Pending work of the reconcile loop, and the results so far.
     pub reconcile: Progress,
     /// Whether gossip has caught up. Nothing is removed from the kernel before that.
     pub caught_up: bool,
-    /// Whether at least one peer has sent its objects, or there is no peer that could.
-    pub objects_seen: bool,
     /// Problems that last until they are cleared.
     pub problems: Problems,
     /// Progress of saving the state file.
@@ -184,17 +127,6 @@ pub(crate) struct State {
     pub leaving: bool,
     /// Source of the wall-clock time.
     pub environment: Rc<dyn Environment>,
-}
-
-/// An address that is lent to another host.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Lent {
-    /// The borrower.
-    pub to: NodeId,
-    /// Time when it was lent, in milliseconds of this run.
-    pub at: u64,
-    /// Whether the borrower's table has ever contained it.
-    pub seen: bool,
 }
 
 /// Progress of saving the state file.
@@ -235,9 +167,9 @@ impl State {
         self.view.alloc.members.contains(&self.view.me)
     }
 
-    /// Whether any port of this host is published or about to be.
+    /// Whether an endpoint of this host has published a port.
     pub(crate) fn publishes(&self) -> bool {
-        !self.pending.ports.is_empty() || self.own_endpoints().any(|endpoint| !endpoint.publish.is_empty())
+        self.own_endpoints().any(|endpoint| !endpoint.publish.is_empty())
     }
 
     /// Checks that this host is a member.
@@ -291,10 +223,10 @@ impl State {
             Change::ThisHost => {
                 let networks: Vec<NetworkId> = self.view.networks.keys().copied().collect();
                 networks.into_iter().for_each(|network| self.changed(Change::Rights(network)));
-                self.rights_changed = true;
+                self.reconcile.mark_rights();
             }
             Change::Rights(_) | Change::Network(_) | Change::Built(_) | Change::Tunnel => {
-                self.rights_changed = true;
+                self.reconcile.mark_rights();
             }
             Change::Attaching(_)
             | Change::Publishing
@@ -329,7 +261,7 @@ impl State {
     /// Finds an endpoint of any host by network, Kubernetes namespace and name.
     pub(crate) fn endpoint_named<'a>(
         &'a self,
-        (network, namespace, name): &'a (NetworkId, String, String),
+        (network, namespace, name): &'a FullName,
     ) -> Option<Placed<'a>> {
         self.view.all_named(name).find(|placed| {
             let endpoint = placed.endpoint;

@@ -17,11 +17,10 @@ use ovl_subsystems::publish::MOST_RANGES;
 
 use super::Node;
 use super::state::State;
+use crate::addresses::NetworkAddress;
 use crate::config::{is_name, is_name_within};
 use ovl_subsystems::Change;
 
-/// Time in milliseconds after which a borrower loses a leased address that its table never contained.
-const UNUSED_LEASE_MS: u64 = 60_000;
 /// Maximum number of addresses of an endpoint, the same as the number of subnets of a network.
 const MAX_ADDRESSES: usize = 16;
 /// Time in milliseconds after which an unanswered pull is repeated.
@@ -40,7 +39,7 @@ impl Node {
         let epoch = own.record.generation;
         // Endpoints on bridge networks are not announced to peers.
         let is_own = |entry: &Entry| match entry {
-            Entry::Endpoint(endpoint) => state.bridges.contains_key(&endpoint.network),
+            Entry::Endpoint(endpoint) => state.bridges.contains(endpoint.network),
             Entry::Lease { .. } | Entry::PathMtu { .. } | Entry::Held(_) | Entry::Announced(_) => false,
         };
         let (kept, set): (Vec<Entry>, Vec<Entry>) = set.into_iter().partition(is_own);
@@ -104,7 +103,11 @@ impl Node {
     ///
     /// The update does not fit the table. `None` if it is about this host's table, about an unknown host, not
     /// validly signed, or has an invalid entry.
-    fn apply_update(&self, from: NodeId, update: Update) -> Result<(Vec<Key>, bool), Option<Rejected>> {
+    fn apply_update(
+        &self,
+        from: NodeId,
+        update: Update,
+    ) -> Result<(Vec<NetworkAddress>, bool), Option<Rejected>> {
         let mut guard = self.state.borrow_mut();
         let state = &mut *guard;
         let owner = update.head.owner;
@@ -197,36 +200,21 @@ impl Node {
     }
 
     /// Removes leases from this host's table that their borrowers have given back.
-    fn return_leases(&self, returned: Vec<Key>) {
+    fn return_leases(&self, returned: Vec<NetworkAddress>) {
         if !returned.is_empty() {
-            self.write_table(Vec::new(), returned);
+            let keys = returned.into_iter().map(|(network, address)| Key::Lease(network, address));
+            self.write_table(Vec::new(), keys.collect());
             self.save_soon();
         }
     }
 
     /// Revokes leases that were never used or that are void.
     pub(super) fn expire_leases(&self) {
-        let expired: Vec<Key> = {
+        let expired = {
             let mut guard = self.state.borrow_mut();
-            let state = &mut *guard;
-            let (now, alive, member) = (state.now(), state.alive(), state.is_member());
-            let mut expired = Vec::new();
-            let State { view, lent, .. } = state;
-            lent.retain(|(network, address), lease| {
-                let unused = !lease.seen
-                    && alive.contains(&lease.to)
-                    && now.saturating_sub(lease.at) > UNUSED_LEASE_MS;
-                // The borrower was forgotten, or the block belongs to another host.
-                let moot = member
-                    && (!view.alloc.members.contains(&lease.to)
-                        || view.holder_of(*network, *address) != Some(view.me));
-                let over = unused || moot;
-                if over {
-                    expired.push(Key::Lease(*network, *address));
-                }
-                !over
-            });
-            expired
+            let (now, alive) = (guard.now(), guard.alive());
+            let State { view, addresses, .. } = &mut *guard;
+            addresses.take_expired(view, &alive, now)
         };
         self.return_leases(expired);
     }
@@ -304,21 +292,9 @@ fn networks_of(table: &Table) -> Vec<NetworkId> {
     networks
 }
 
-/// Returns the leases of a borrower that its changed table no longer uses.
-fn returned_leases(state: &mut State, borrower: NodeId) -> Vec<Key> {
-    let Some(node) = state.view.nodes.get(&borrower) else { return Vec::new() };
-    let mut returned = Vec::new();
-    state.lent.retain(|(network, address), lease| {
-        if lease.to != borrower {
-            return true;
-        }
-        let used = node.table.with_address(*network, *address).next().is_some();
-        let over = lease.seen && !used;
-        lease.seen |= used;
-        if over {
-            returned.push(Key::Lease(*network, *address));
-        }
-        !over
-    });
-    returned
+/// Ends the leases of a borrower that its changed table no longer uses. Returns their addresses.
+fn returned_leases(state: &mut State, borrower: NodeId) -> Vec<NetworkAddress> {
+    let State { view, addresses, .. } = state;
+    let table = view.nodes.get(&borrower).map(|node| &node.table);
+    table.map_or_else(Vec::new, |table| addresses.take_returned(borrower, table))
 }

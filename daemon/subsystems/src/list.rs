@@ -9,7 +9,7 @@ use ovl_proto::id::NetworkId;
 use ovl_proto::object::Network;
 use ovl_proto::table::Endpoint;
 
-use crate::names::NameTracker;
+use crate::names::Names;
 use crate::networks::Networks;
 use crate::policy::Enforcement;
 use crate::services::{Announcements, Translation};
@@ -23,7 +23,7 @@ pub struct Subsystems {
     /// Network policies.
     pub policy: Enforcement,
     /// Names of endpoints, Services and pods.
-    pub names: NameTracker,
+    pub names: Names,
     /// Devices, forwarding entries, neighbours and routes.
     pub networks: Networks,
     /// Address translation for Services.

@@ -1,40 +1,47 @@
-//! The subsystem of names: it records which DNS names may have changed.
+//! The subsystem of names: which DNS names exist, and which client sees which.
 //!
-//! [`NameTracker`] owns these marks; it wants nothing in the kernel. The daemon's resolver takes the marks and updates
-//! its zone from [`zone`] (endpoints) and [`cluster_names`] (Services and pods); [`resolver`] redirects queries to it.
-//! Begin to read at the `Subsystem` implementation of [`NameTracker`].
+//! [`Names`] owns the zone. A change only marks names ([`Subsystem::changed`]); [`Names::refresh`] looks all marked names
+//! up again and returns the new zone, for the resolver to answer from. It wants nothing in the kernel: [`resolver`]
+//! computes how endpoints reach the resolver, and networks and endpoints program that. Begin to read at
+//! [`Names::refresh`].
 
 pub mod cluster_names;
+mod owners;
 pub mod resolver;
-pub mod zone;
+mod zone;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::net::IpAddr;
 
-use ovl_cluster::backends::Settled;
+use ovl_cluster::backends::{Backends, Settled};
 use ovl_cluster::selectables::SelectableChange;
+use ovl_cluster::view::View;
 use ovl_dataplane::op::Op;
 use ovl_dataplane::state::Dataplane;
-use ovl_proto::id::NetworkId;
-use ovl_proto::resource::Name;
+use ovl_proto::id::{EndpointId, NetworkId};
+use ovl_proto::resource::Name as ResourceName;
 use ovl_proto::table::Entry;
+use ovl_zone::{Client, Name, Resolution, Zone};
 
+use self::owners::{Owner, Owners};
 use crate::subsystem::{Change, Cluster, Subsystem};
+
+pub use self::zone::Place;
 
 /// Names that may have changed.
 #[derive(Debug, Default)]
-pub struct NameMarks {
+struct Marked {
     /// Single names and addresses, by network.
-    pub single: BTreeMap<NetworkId, zone::Marks>,
+    single: BTreeMap<NetworkId, zone::Marks>,
     /// Networks whose names may all have changed.
-    pub networks: BTreeSet<NetworkId>,
+    networks: BTreeSet<NetworkId>,
     /// Services whose names may have changed.
-    pub services: BTreeSet<Name>,
+    services: BTreeSet<ResourceName>,
     /// Changes of pods, in order: namespace, addresses, and whether the pod exists.
-    pub pods: Vec<(String, Vec<IpAddr>, bool)>,
+    pods: Vec<(String, Vec<IpAddr>, bool)>,
 }
 
-impl NameMarks {
+impl Marked {
     fn settled(&mut self, settled: &Settled) {
         self.services.extend(settled.services.iter().cloned());
         for SelectableChange { before, after, .. } in &settled.selectables {
@@ -47,29 +54,173 @@ impl NameMarks {
     }
 }
 
-/// Tracks the names that may have changed.
-#[derive(Debug, Default)]
-pub struct NameTracker {
-    marks: NameMarks,
+/// What names are computed from.
+#[derive(Clone, Copy)]
+pub struct Sources<'a> {
+    /// Hosts, networks and Services.
+    pub view: &'a View,
+    /// The backends of each Service.
+    pub backends: &'a Backends,
+    /// Returns where an endpoint of this host is. `None` if that is unknown; its queries are then ignored.
+    pub place: &'a dyn Fn(EndpointId) -> Option<Place>,
 }
 
-impl NameTracker {
-    /// Returns the names that may have changed since the last call.
-    pub fn take_marks(&mut self) -> NameMarks {
-        std::mem::take(&mut self.marks)
+/// The names of endpoints, Services and pods.
+#[derive(Debug)]
+pub struct Names {
+    marked: Marked,
+    zone: Zone,
+    owners: Owners,
+    /// The domain below which names of endpoints are complete.
+    own_domain: String,
+    /// The cluster domain, which contains the names of Services and pods.
+    cluster_domain: String,
+}
+
+impl Names {
+    /// Creates a zone without names of endpoints, Services and pods. `own_domain` is the domain of the names of
+    /// endpoints, `cluster_domain` that of Services and pods. If `walks` is set, a query that is the first step of a
+    /// client's search list in the cluster domain gets the answer at which the search ends.
+    pub fn new(own_domain: &str, cluster_domain: &str, walks: bool) -> Self {
+        let cluster_domain = cluster_domain.trim_end_matches('.').to_ascii_lowercase();
+        let mut zone = Zone::new(Name::parse(own_domain));
+        owners::begin(&mut zone, &cluster_domain, walks);
+        let own_domain = own_domain.to_owned();
+        Self { marked: Marked::default(), zone, owners: Owners::default(), own_domain, cluster_domain }
+    }
+
+    /// Returns the zone as of the last refresh. A copy of it is a snapshot.
+    pub fn zone(&self) -> &Zone {
+        &self.zone
+    }
+
+    /// Returns the cluster domain, in lower case and without a final dot.
+    pub fn cluster_domain(&self) -> &str {
+        &self.cluster_domain
+    }
+
+    /// Returns the networks of this host whose endpoints need the resolver from now on, because their pods may ask for
+    /// names of Services. Networks in `resolved` have it. Empty if no name of a Service or pod is marked, so it must be
+    /// called before [`Self::refresh`].
+    pub fn newly_resolved(&self, view: &View, resolved: &BTreeSet<NetworkId>) -> Vec<NetworkId> {
+        if (self.marked.services.is_empty() && self.marked.pods.is_empty()) || !view.has_services() {
+            return Vec::new();
+        }
+        let networks = view.own().into_iter().flat_map(|own| own.table.networks());
+        networks.filter(|network| !resolved.contains(network)).collect()
+    }
+
+    /// Looks all marked names up again. Returns the new zone, or `None` if nothing was marked.
+    pub fn refresh(&mut self, sources: Sources<'_>) -> Option<Zone> {
+        let Marked { single, networks, services, pods } = std::mem::take(&mut self.marked);
+        let in_cluster = self.refresh_cluster(sources, services, pods);
+        if single.is_empty() && networks.is_empty() && !in_cluster {
+            return None;
+        }
+        self.refresh_networks(sources, &networks, single);
+        Some(self.zone.clone())
+    }
+
+    /// Looks all names of all networks and all marked names up again. Returns the new zone.
+    pub fn refresh_all(&mut self, sources: Sources<'_>) -> Zone {
+        self.marked.networks.extend(sources.view.networks.keys());
+        let Marked { single, networks, services, pods } = std::mem::take(&mut self.marked);
+        self.refresh_cluster(sources, services, pods);
+        self.refresh_networks(sources, &networks, single);
+        self.zone.clone()
+    }
+
+    /// Updates all names of the networks in `whole`, and the marked names of the others.
+    fn refresh_networks(
+        &mut self,
+        Sources { view, place, .. }: Sources<'_>,
+        whole: &BTreeSet<NetworkId>,
+        marks: BTreeMap<NetworkId, zone::Marks>,
+    ) {
+        let zone = &mut self.zone;
+        // The clients depend on this host's endpoints, and on which other hosts have the same addresses.
+        let is_own = |network: NetworkId, address: IpAddr| {
+            let mut all = view.all_with_address(network, address);
+            zone.has_client(address) || all.any(|placed| placed.node.record.id == view.me)
+        };
+        let asks = !whole.is_empty()
+            || marks.iter().any(|(network, marks)| marks.addresses().iter().any(|at| is_own(*network, *at)));
+        if !whole.is_empty() || zone.networks() != view.networks.len() {
+            let networks: HashSet<_> = view.networks.keys().map(|id| zone::key(*id)).collect();
+            zone.retain_networks(|key| networks.contains(&key));
+        }
+        for network in whole {
+            zone::set_network(zone, view, *network);
+        }
+        for (network, marks) in marks.into_iter().filter(|(network, _)| !whole.contains(network)) {
+            zone::set(zone, view, network, &marks);
+        }
+        if asks {
+            zone::set_clients(zone, view, place);
+        }
+    }
+
+    /// Updates the names of Services and pods. Returns whether any was marked.
+    fn refresh_cluster(
+        &mut self,
+        sources: Sources<'_>,
+        services: BTreeSet<ResourceName>,
+        pods: Vec<(String, Vec<IpAddr>, bool)>,
+    ) -> bool {
+        if services.is_empty() && pods.is_empty() {
+            return false;
+        }
+        let domain = &self.cluster_domain;
+        for name in services {
+            let service = sources.view.resources.services().get(&name);
+            let names =
+                service.map(|service| cluster_names::of_service(domain, service, sources.backends.of(&name)));
+            self.owners.change(&mut self.zone, Owner::Service(name), names);
+        }
+        for (namespace, addresses, is_there) in pods {
+            let names = is_there.then(|| cluster_names::of_pod(domain, &namespace, &addresses));
+            self.owners.change(&mut self.zone, Owner::Pod(namespace, addresses), names);
+        }
+        true
+    }
+
+    /// Explains the answer that the zone gives a client for a name, as the end of a sentence.
+    pub fn explain(&self, view: &View, client: Client, name: &Name) -> String {
+        match self.zone.find(client, name) {
+            Resolution::Found(found, records) => {
+                let mut networks = view.networks.values().map(|state| &state.network);
+                let Some(network) = networks.find(|network| zone::key(network.id) == found) else {
+                    return format!("of the cluster, under {}", self.cluster_domain);
+                };
+                let addresses = records.v4.iter().map(|at| IpAddr::from(*at));
+                let addresses = addresses.chain(records.v6.iter().map(|at| IpAddr::from(*at)));
+                let of = addresses.chain(name.reversed()).filter_map(|address| {
+                    let placed = view.endpoint_by_address(network.id, address)?;
+                    Some(format!("{} on {}", placed.endpoint.name, placed.node.record.name))
+                });
+                let of: BTreeSet<String> = of.collect();
+                let of: Vec<String> = of.into_iter().collect();
+                format!("on network {}: {}", network.name, of.join(", "))
+            }
+            Resolution::NotFound => "only ovl would know this name, and nothing is called so".to_owned(),
+            Resolution::SearchPath(to) => format!("a search list is walked here, and ends at {to}"),
+            Resolution::External => {
+                format!("not under {}: the host asks its own resolvers for other names", self.own_domain)
+            }
+        }
     }
 }
 
-impl Subsystem for NameTracker {
+impl Subsystem for Names {
     fn changed(&mut self, change: &Change<'_>, _: &Cluster<'_>) {
         match *change {
             Change::Entry { entry: Entry::Endpoint(endpoint), .. } => {
-                self.marks.single.entry(endpoint.network).or_default().note(endpoint);
+                self.marked.single.entry(endpoint.network).or_default().note(endpoint);
             }
             Change::Rights(network) | Change::Network(network) => {
-                self.marks.networks.insert(network);
+                self.marked.networks.insert(network);
             }
-            Change::Backends(settled) => self.marks.settled(settled),
+            Change::Backends(settled) => self.marked.settled(settled),
             Change::Entry { .. }
             | Change::Built(_)
             | Change::Host(_)

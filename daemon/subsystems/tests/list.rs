@@ -15,7 +15,7 @@ use ovl_proto::record::{PeerState, Signature};
 use ovl_proto::resource::Kind;
 use ovl_proto::table::{Endpoint, Entry, Key};
 use ovl_subsystems::local::Local;
-use ovl_subsystems::names::NameTracker;
+use ovl_subsystems::names::Names;
 use ovl_subsystems::networks::Networks;
 use ovl_subsystems::policy::Enforcement;
 use ovl_subsystems::services::{Announcements, Translation};
@@ -89,7 +89,7 @@ impl Subsystem for Toy {
 fn subsystems() -> Subsystems {
     Subsystems {
         policy: Enforcement::new(7),
-        names: NameTracker::default(),
+        names: Names::new("ovl.internal", "cluster.local", false),
         networks: Networks::default(),
         services: Translation::default(),
         announcements: Announcements::default(),

@@ -12,13 +12,6 @@ use ovl_runtimes::docker;
 use super::super::{Node, remove_if_there};
 use super::is_unused;
 
-/// Time after which an unused reservation is released or an unused network is removed, in milliseconds. An Engine
-/// uses what it requested at once, so one that has not used it by then has given it up.
-const UNUSED_MS: u64 = 60_000;
-/// Time after which an endpoint is deleted whose container interface is in the host's namespace, in milliseconds: the
-/// Engine has not moved it, or has moved it back without a call. Starting a container takes a second.
-const UNFETCHED_MS: u64 = 120_000;
-
 impl Node {
     /// Carries out the stored calls, which came while ovld was not running. One that fails is kept for the next time.
     pub(in crate::node) async fn carry_out_docker(&self) {
@@ -63,25 +56,14 @@ impl Node {
             let mut guard = self.state.borrow_mut();
             let state = &mut *guard;
             let now = state.now();
-            state.docker.chosen.retain(|(_, since)| now < since + UNUSED_MS);
-            let pending = &mut state.pending.addresses;
-            state.docker.reserved.retain(|at, since| {
-                let keep = now < *since + UNUSED_MS;
-                if !keep {
-                    pending.remove(at);
-                }
-                keep
-            });
+            for (network, address) in state.engines.take_stale(now) {
+                state.addresses.release(network, address);
+            }
             let here = |id: &EndpointId| {
                 if_nametoindex(docker::waiting_name(Device::endpoint(*id).as_str()).as_str()).is_ok()
             };
-            let engines = state.endpoints.iter().filter(|(_, local)| local.docker.is_some());
-            let unfetched = engines.map(|(id, _)| *id).filter(here);
-            let before = std::mem::take(&mut state.docker.unfetched);
-            state.docker.unfetched =
-                unfetched.map(|id| (id, before.get(&id).copied().unwrap_or(now))).collect();
-            let old = state.docker.unfetched.iter().filter(|(_, since)| now >= **since + UNFETCHED_MS);
-            old.map(|(id, _)| *id).collect()
+            let ours = state.endpoints.iter().filter(|(_, local)| local.docker.is_some());
+            state.engines.unfetched(ours.map(|(id, _)| id).filter(here), now)
         };
         self.collect_networks();
         if stale.is_empty() {
@@ -105,17 +87,9 @@ impl Node {
                 return;
             }
             let now = state.now();
-            let before = std::mem::take(&mut state.docker.unused);
             let unused = state.view.networks.iter().filter(|(_, found)| is_unused(state, found));
-            let unused = unused.map(|(id, _)| (*id, before.get(id).copied().unwrap_or(now))).collect();
-            state.docker.unused = unused;
-            state
-                .docker
-                .unused
-                .iter()
-                .filter(|(_, since)| now >= **since + UNUSED_MS)
-                .map(|(id, _)| *id)
-                .collect()
+            let unused: Vec<NetworkId> = unused.map(|(id, _)| *id).collect();
+            state.engines.unused(unused.into_iter(), now)
         };
         for network in old {
             if let Err(failed) = self.remove_unused(network) {

@@ -1,19 +1,31 @@
-//! DNS names of endpoints: the addresses of a name, the names of an address, and the clients of the resolver.
+//! DNS names of endpoints in the zone: the addresses of a name, the names of an address, and the clients of the
+//! resolver.
 //!
-//! The module owns no state: it looks the answers up in the view. Begin to read at [`addresses`].
+//! The module owns no state: it looks everything up in the view and sets it in the zone that it is given. Begin to read
+//! at [`set`].
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use ipnet::IpNet;
-use ovl_proto::id::NetworkId;
+use ovl_proto::id::{EndpointId, NetworkId};
 use ovl_proto::table::Endpoint;
+use ovl_zone::{ClientContext, Name, NetworkKey, Records, Zone};
 
 use ovl_cluster::view::{Placed, View};
 
+/// Where an endpoint of this host is.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Place {
+    /// The inode of its network namespace. 0 if it is unknown: the endpoint then counts as the only one in it.
+    pub namespace: u64,
+    /// The name of its interface there. A client searches its networks in the order of these names.
+    pub interface: String,
+}
+
 /// Names and addresses of one network that may have changed.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Marks {
+pub(super) struct Marks {
     /// Names, in lower case.
     names: BTreeSet<String>,
     /// Addresses whose names may have changed.
@@ -22,37 +34,93 @@ pub struct Marks {
 
 impl Marks {
     /// Records the old or the new value of an endpoint.
-    pub fn note(&mut self, endpoint: &Endpoint) {
+    pub(super) fn note(&mut self, endpoint: &Endpoint) {
         self.names.extend(endpoint.canonical_names());
         self.addresses.extend(endpoint.addresses.iter().map(IpNet::addr));
     }
 
-    /// Returns the names, in lower case.
-    pub fn names(&self) -> &BTreeSet<String> {
-        &self.names
-    }
-
     /// Returns the addresses whose names may have changed.
-    pub fn addresses(&self) -> &BTreeSet<IpAddr> {
+    pub(super) fn addresses(&self) -> &BTreeSet<IpAddr> {
         &self.addresses
     }
 
     /// Returns the names and addresses of all endpoints that any host has on a network.
-    pub fn of_network(view: &View, network: NetworkId) -> Self {
+    fn of_network(view: &View, network: NetworkId) -> Self {
         let mut marks = Self::default();
         view.all_endpoints_on(network).for_each(|placed| marks.note(placed.endpoint));
         marks
     }
 }
 
+/// Returns the key of a network in the zone.
+pub(super) fn key(network: NetworkId) -> NetworkKey {
+    network.0.iter().fold(0, |key, byte| key << 8 | u64::from(*byte))
+}
+
+/// Returns the records of A and AAAA of these addresses.
+pub(super) fn records_of(addresses: BTreeSet<IpAddr>) -> Records {
+    let mut records = Records::default();
+    for address in addresses {
+        match address {
+            IpAddr::V4(address) => records.v4.push(address),
+            IpAddr::V6(address) => records.v6.push(address),
+        }
+    }
+    records
+}
+
+/// Sets the label, the subnets and all names of a network. Names that no endpoint has any more are removed.
+pub(super) fn set_network(zone: &mut Zone, view: &View, network: NetworkId) {
+    let Some(found) = view.networks.get(&network) else { return };
+    let label = Name::parse(&found.network.name).unwrap_or(Name::ROOT);
+    let subnets = found.network.subnets.iter().map(|subnet| subnet.prefix).collect();
+    zone.set_network(key(network), label, subnets);
+    let there = Marks::of_network(view, network);
+    for name in zone.names(key(network)) {
+        let is_there = match name.reversed() {
+            Some(address) => there.addresses.contains(&address),
+            None => there.names.contains(&name.to_string()),
+        };
+        if !is_there {
+            zone.set(key(network), &name, Records::default());
+        }
+    }
+    set(zone, view, network, &there);
+}
+
+/// Sets the current records of the marked names and addresses.
+pub(super) fn set(zone: &mut Zone, view: &View, network: NetworkId, marks: &Marks) {
+    for text in &marks.names {
+        // Not every valid endpoint name is a valid DNS name.
+        let Some(name) = Name::parse(text) else { continue };
+        zone.set(key(network), &name, records_of(addresses(view, network, text)));
+    }
+    for address in &marks.addresses {
+        let names = names_of(view, network, *address);
+        let names = names.iter().filter_map(|name| Name::parse(name)).collect();
+        zone.set(key(network), &Name::reverse_of(*address), Records { names, ..Records::default() });
+    }
+}
+
+/// Sets the clients of the zone by their addresses. `place` returns where an endpoint of this host is; `None` leaves the
+/// endpoint out.
+pub(super) fn set_clients(zone: &mut Zone, view: &View, place: impl Fn(EndpointId) -> Option<Place>) {
+    let clients = clients(view, place).into_iter().map(|(address, client)| {
+        let networks = client.networks.into_iter().map(key).collect();
+        let search = Name::parse(&format!("{}.svc", client.namespace));
+        (address, ClientContext { networks, search })
+    });
+    zone.set_clients(clients.collect());
+}
+
 /// Returns the addresses of all endpoints of a network with this name or alias.
-pub fn addresses(view: &View, network: NetworkId, name: &str) -> BTreeSet<IpAddr> {
+fn addresses(view: &View, network: NetworkId, name: &str) -> BTreeSet<IpAddr> {
     let called = view.all_called(name).filter(|placed| counts(view, network, placed));
     called.flat_map(|placed| &placed.endpoint.addresses).map(IpNet::addr).collect()
 }
 
 /// Returns the names of the endpoints with this address: one, unless hosts disagree.
-pub fn names_of(view: &View, network: NetworkId, address: IpAddr) -> BTreeSet<String> {
+fn names_of(view: &View, network: NetworkId, address: IpAddr) -> BTreeSet<String> {
     let there = view.all_with_address(network, address).filter(|placed| counts(view, network, placed));
     there.map(|placed| placed.endpoint.name.to_ascii_lowercase()).collect()
 }
@@ -63,24 +131,21 @@ fn counts(view: &View, network: NetworkId, placed: &Placed<'_>) -> bool {
 
 /// A client of the resolver.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct DnsClient {
+struct DnsClient {
     /// The networks of the client, in the order of its interfaces.
-    pub networks: Vec<NetworkId>,
+    networks: Vec<NetworkId>,
     /// The Kubernetes namespace of the client.
-    pub namespace: String,
+    namespace: String,
 }
 
-/// Returns the clients of the resolver by source address: the local endpoints without an address conflict. `place`
-/// returns the network namespace of an endpoint and its position there; `None` leaves the endpoint out.
-pub fn dns_clients<P: Ord + Clone, O: Ord>(
-    view: &View,
-    place: impl Fn(&Endpoint) -> Option<(P, O)>,
-) -> BTreeMap<IpAddr, DnsClient> {
-    let mut namespaces: BTreeMap<P, BTreeMap<O, &Endpoint>> = BTreeMap::new();
+/// Returns the clients of the resolver by source address: the local endpoints without an address conflict.
+fn clients(view: &View, place: impl Fn(EndpointId) -> Option<Place>) -> BTreeMap<IpAddr, DnsClient> {
+    let mut namespaces: BTreeMap<(u64, Option<EndpointId>), BTreeMap<String, &Endpoint>> = BTreeMap::new();
     let own = view.own().into_iter().flat_map(|own| own.table.endpoints());
     for endpoint in own.filter(|endpoint| view.address_conflict(view.me, endpoint).is_none()) {
-        if let Some((at, order)) = place(endpoint) {
-            namespaces.entry(at).or_default().insert(order, endpoint);
+        if let Some(Place { namespace, interface }) = place(endpoint.id) {
+            let alone = (namespace == 0).then_some(endpoint.id);
+            namespaces.entry((namespace, alone)).or_default().insert(interface, endpoint);
         }
     }
     let mut clients = BTreeMap::new();

@@ -3,6 +3,7 @@
 
 mod encrypted;
 mod ingress;
+mod names;
 mod nft;
 mod policy;
 mod routed;

@@ -1,13 +1,15 @@
-//! Names of Services and pods in the zone, updated for each Service or pod that changed.
+//! The names of Services and pods in the zone, with their owners, updated for each Service or pod that changed.
+//!
+//! [`Owners`] owns the record of which Service or pod has which name. Begin to read at [`Owners::change`].
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
-use ovl_dns::{Name, Records, Zone};
 use ovl_proto::resource::Name as ResourceName;
-use ovl_subsystems::names::cluster_names::{ClusterNames, Set, VERSION};
+use ovl_zone::{Name, Records, Zone};
 
-use super::records_of;
+use super::cluster_names::{ClusterNames, Set, VERSION};
+use super::zone::records_of;
 
 /// Adds the cluster domain and the names that belong to no Service (Kubernetes DNS specification, section 2.2).
 pub(super) fn begin(zone: &mut Zone, domain: &str, walks: bool) {
@@ -37,13 +39,13 @@ pub(super) enum Owner {
 /// The names of Services and pods. A name can have several owners: a name with other names below it, or the PTR name
 /// of an address.
 #[derive(Debug, Default)]
-pub(super) struct Cluster {
+pub(super) struct Owners {
     of: BTreeMap<Owner, ClusterNames>,
     sets: BTreeMap<String, BTreeSet<Owner>>,
     reverse: BTreeMap<IpAddr, BTreeSet<Owner>>,
 }
 
-impl Cluster {
+impl Owners {
     /// Sets the names of an owner. With `None`, it has none any more.
     pub(super) fn change(&mut self, zone: &mut Zone, owner: Owner, names: Option<ClusterNames>) {
         let was = self.of.remove(&owner).unwrap_or_default();

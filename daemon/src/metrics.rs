@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use ovl_control::{DaemonState, PeerInfo, PeerState, PeerTunnel, Status};
 
 /// Renders all metrics except those of network policies.
-pub(super) fn render(
+pub(crate) fn render(
     status: &Status,
     peers: &[PeerInfo],
     drops: &[(&str, u64)],
@@ -126,12 +126,12 @@ fn counter(text: &mut String, name: &str, help: &str, value: u64) {
 }
 
 // Writing into a string cannot fail.
-pub(super) fn head(text: &mut String, name: &str, help: &str, kind: &str) {
+pub(crate) fn head(text: &mut String, name: &str, help: &str, kind: &str) {
     let _ = writeln!(text, "# HELP {name} {help}\n# TYPE {name} {kind}");
 }
 
 /// Renders a sample. Names of hosts need no escapes: see `is_name`.
-pub(super) fn line(text: &mut String, name: &str, labels: &[(&str, &str)], value: u64) {
+pub(crate) fn line(text: &mut String, name: &str, labels: &[(&str, &str)], value: u64) {
     let labels: Vec<String> = labels.iter().map(|(key, value)| format!("{key}=\"{value}\"")).collect();
     let labels = if labels.is_empty() { String::new() } else { format!("{{{}}}", labels.join(",")) };
     let _ = writeln!(text, "{name}{labels} {value}");

@@ -32,7 +32,7 @@ impl Name {
     }
 
     /// Creates a name from the bytes of [`Self::as_bytes`]. `None` if they are too long.
-    pub(crate) fn from_bytes(bytes: &[u8]) -> Option<Self> {
+    pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
         let mut name = Self::ROOT;
         name.bytes.get_mut(..bytes.len())?.copy_from_slice(bytes);
         name.length = u8::try_from(bytes.len()).ok()?;
@@ -40,7 +40,7 @@ impl Name {
     }
 
     /// Appends a label. `None` if the label or the name becomes too long.
-    pub(crate) fn push(&mut self, label: &[u8]) -> Option<()> {
+    pub fn push(&mut self, label: &[u8]) -> Option<()> {
         if label.is_empty() || label.len() > MAX_LABEL {
             return None;
         }
@@ -56,7 +56,7 @@ impl Name {
 
     /// Reads an uncompressed name from a question. Also returns where it ends.
     #[inline]
-    pub(crate) fn read(message: &[u8], at: usize) -> Option<(Self, usize)> {
+    pub fn read(message: &[u8], at: usize) -> Option<(Self, usize)> {
         let mut name = Self::ROOT;
         let mut end = at;
         loop {

@@ -24,7 +24,7 @@ impl Default for Events {
 
 impl Events {
     /// Adds an event and sends it to all subscribers. If there are too many, the oldest is dropped.
-    pub(super) fn push(&self, event: Event) {
+    pub(crate) fn push(&self, event: Event) {
         let mut kept = self.kept.borrow_mut();
         if kept.len() == KEPT {
             kept.pop_front();

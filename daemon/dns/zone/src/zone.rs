@@ -58,7 +58,7 @@ impl Records {
 /// A fast hash function for names. It does not resist chosen collisions: whoever can create names could only
 /// slow down the DNS server of their own cluster.
 #[derive(Debug, Default, Clone, Copy)]
-pub(crate) struct NameHasher(u64);
+struct NameHasher(u64);
 
 impl Hasher for NameHasher {
     #[inline]
@@ -130,7 +130,7 @@ impl RecordMap {
 
 /// The names of a network.
 #[derive(Clone)]
-pub(crate) struct Network {
+struct Network {
     /// The label below ovl's domain, such as `blue` in `web.blue`.
     label: Name,
     /// Reverse names of addresses in these subnets are never forwarded.
@@ -277,7 +277,7 @@ impl Zone {
 
     /// Returns whether queries of this client are answered.
     #[inline]
-    pub(crate) fn knows(&self, client: Client) -> bool {
+    pub fn knows(&self, client: Client) -> bool {
         match client {
             Client::Host => true,
             Client::Endpoint(address) => self.has_client(address),
@@ -391,7 +391,7 @@ impl Zone {
 
     /// Returns the local domain of a name, which owns the SOA record. For a name of a network without ovl's
     /// domain, it is the name above.
-    pub(crate) fn apex(&self, name: &Name) -> Name {
+    pub fn apex(&self, name: &Name) -> Name {
         let cluster = self.cluster.as_ref().map(|cluster| &cluster.domain);
         let mut domains = cluster.into_iter().chain(&self.domain);
         let found = domains.find(|domain| name.strip_suffix(domain).is_some());

@@ -1,0 +1,62 @@
+//! Firewalls of other programs: ovld's one rule in Docker's chain is maintained, and firewalls that drop packets of ovl
+//! are found.
+//!
+//! [`Firewalls`] owns the turn: one task at a time inspects them. What follows from what is found is decided by
+//! [`ovl_subsystems::firewall::decide`]. Begin to read at [`Firewalls::mind`].
+
+use ovl_kernel::{self as kernel, KernelError};
+use ovl_proto::object::Network;
+use ovl_subsystems::firewall::{Decision, decide};
+use tokio::sync::Mutex;
+
+use crate::failed::Failed;
+
+/// The firewalls of other programs on this host.
+#[derive(Debug)]
+pub(crate) struct Firewalls {
+    /// Whether there is a host to inspect.
+    owns_host: bool,
+    turn: Mutex<()>,
+}
+
+impl Firewalls {
+    /// Inspects nothing yet. If `owns_host` is not set, nothing ever is.
+    pub(crate) fn new(owns_host: bool) -> Self {
+        Self { owns_host, turn: Mutex::default() }
+    }
+
+    /// Inspects the firewalls and maintains the rule in Docker's chain for these networks. `tell` hears of each command
+    /// before any is run. Returns the problems that were found: a key and a sentence. `None` if there is no host to
+    /// inspect.
+    ///
+    /// # Errors
+    ///
+    /// The firewalls cannot be read, or a command failed.
+    pub(crate) async fn mind(
+        &self,
+        networks: &[Network],
+        tell: impl Fn(&[String]),
+    ) -> Result<Option<Vec<(String, String)>>, Failed> {
+        if !self.owns_host {
+            return Ok(None);
+        }
+        let _turn = self.turn.lock().await;
+        let foreign = blocking(kernel::foreign_firewalls).await?;
+        let Decision { commands, problems } = decide(&foreign, &networks.iter().collect::<Vec<_>>());
+        if !commands.is_empty() {
+            commands.iter().for_each(|command| tell(command));
+            blocking(move || kernel::run_commands(&commands)).await?;
+        }
+        Ok(Some(problems))
+    }
+}
+
+/// Runs blocking work in another thread.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, KernelError> + Send + 'static,
+) -> Result<T, Failed> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result.map_err(Failed::from),
+        Err(error) => Err(Failed::internal(error.to_string())),
+    }
+}

@@ -1,0 +1,208 @@
+//! The resolver: what answers queries for names on this host.
+//!
+//! [`Resolver`] owns the DNS engine. Which names exist is decided by [`ovl_subsystems::names::Names`]; the resolver is
+//! given each new zone. Begin to read at [`Resolver::start`].
+
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use ovl_control::{DnsAnswer, DnsQuestion, DnsRecord};
+use ovl_dns::{
+    AnswerOrigin, Client, Engine, FailingServer, Listen, ListenRole, Lookup, Name, Outcome, RecordType,
+    Transport, Zone,
+};
+use ovl_subsystems::names::cluster_names;
+use ovl_subsystems::names::resolver::{ADDRESS_V4, ADDRESS_V6, CLUSTER_V4, CLUSTER_V6, PORT, PORT_DIRECT};
+
+use crate::config::Config;
+use crate::failed::Failed;
+use crate::problems::{Code, Problem};
+
+/// How long a failure of an upstream resolver is reported. One that was not queried since then may have recovered.
+const FAILED_LATELY: Duration = Duration::from_secs(300);
+
+/// The resolver of this host.
+pub(crate) struct Resolver {
+    /// `None` if names are not resolved here.
+    engine: Option<Engine>,
+    /// The file that names the upstream resolvers.
+    resolv_conf: PathBuf,
+}
+
+/// A query that `ovlctl dns` asks for.
+#[derive(Debug)]
+pub(crate) struct Query {
+    /// The name, or the reverse name of an address.
+    pub name: Name,
+    /// The type of the records.
+    pub kind: RecordType,
+}
+
+impl Query {
+    /// Reads the name and the type of a question. An address stands for its PTR record.
+    ///
+    /// # Errors
+    ///
+    /// The name or the type is not valid.
+    pub(crate) fn parse(question: &DnsQuestion) -> Result<Self, Failed> {
+        if let Ok(address) = question.name.parse::<IpAddr>() {
+            return Ok(Self { name: Name::reverse_of(address), kind: RecordType::PTR });
+        }
+        let name = Name::parse(&question.name)
+            .ok_or_else(|| Failed::invalid(format!("'{}' cannot be a name in DNS", question.name)))?;
+        let kind = RecordType::parse(&question.kind)
+            .ok_or_else(|| Failed::invalid(format!("'{}' is no type of record", question.kind)))?;
+        Ok(Self { name, kind })
+    }
+}
+
+/// Who asks, and what the zone has for it.
+pub(crate) struct Asked {
+    /// The client.
+    pub client: Client,
+    /// What the client is called: an endpoint's name, or `host`.
+    pub from: String,
+    /// A snapshot of the zone.
+    pub zone: Zone,
+    /// Why the zone answers as it does, for an answer from the zone.
+    pub why: String,
+}
+
+impl Resolver {
+    /// Starts the resolver with a zone if `serves` is set. If it cannot start, the second value is the reason.
+    pub(crate) fn start(config: &Config, serves: bool, zone: Zone) -> (Self, Option<String>) {
+        let (v4, v6) = (IpAddr::from(ADDRESS_V4), IpAddr::from(ADDRESS_V6));
+        let (cluster4, cluster6) = (IpAddr::from(CLUSTER_V4), IpAddr::from(CLUSTER_V6));
+        let endpoints = [(v4, PORT), (v6, PORT), (v4, PORT_DIRECT), (cluster4, PORT), (cluster6, PORT)];
+        let endpoints =
+            endpoints.map(|(address, port)| (SocketAddr::new(address, port), ListenRole::Endpoints));
+        let host = config.dns_listen.iter().map(|address| (*address, ListenRole::Host));
+        let listen = endpoints.into_iter().filter(|(at, _)| at.is_ipv4() || has_v6()).chain(host);
+        let resolv_conf = config.resolv_conf.clone();
+        let config = ovl_dns::Config {
+            listen: listen.map(|(address, role)| Listen { address, role }).collect(),
+            resolv_conf: resolv_conf.clone(),
+            stubs: config.stub_domains.clone(),
+        };
+        let (engine, problem) = match serves.then(|| Engine::start(config, zone)) {
+            None => (None, None),
+            Some(Ok(engine)) => (Some(engine), None),
+            Some(Err(error)) => (None, Some(format!("names are not resolved: {error}"))),
+        };
+        (Self { engine, resolv_conf }, problem)
+    }
+
+    /// Answers from this zone from now on.
+    pub(crate) fn set_zone(&self, zone: Zone) {
+        if let Some(engine) = &self.engine {
+            engine.set_zone(zone);
+        }
+    }
+
+    /// Returns a problem for each upstream resolver that recently failed to answer.
+    pub(crate) fn problems(&self) -> Vec<Problem> {
+        let failing = self.engine.as_ref().map(Engine::failing).unwrap_or_default();
+        let lately = failing.iter().filter(|each| each.at.elapsed() < FAILED_LATELY);
+        let sentence = |FailingServer { server, stub, at }: &FailingServer| {
+            let whose = stub.map_or_else(String::new, |domain| format!(" of the stub domain {domain}"));
+            let ago = at.elapsed().as_secs();
+            let sentence = format!(
+                "the resolver {server}{whose} did not answer in time when it was asked, the last time {ago} s ago"
+            );
+            Code::UpstreamResolver.about(server.to_string(), sentence)
+        };
+        lately.map(sentence).collect()
+    }
+
+    /// Returns the counters of the resolver, with their names for metrics.
+    pub(crate) fn counts(&self) -> Vec<(&'static str, u64)> {
+        let Some(stats) = self.engine.as_ref().map(Engine::stats) else { return Vec::new() };
+        vec![
+            ("zone", stats.answered),
+            ("cache", stats.cached),
+            ("forwarded", stats.forwarded),
+            ("failed", stats.failed),
+            ("ignored", stats.ignored),
+        ]
+    }
+
+    /// Returns the answer to a query and the reason for it. Names that are not in the zone are looked up at the
+    /// upstream resolvers.
+    ///
+    /// # Errors
+    ///
+    /// The client gets no answer, or names are not resolved here.
+    pub(crate) async fn answer(&self, query: Query, asked: Asked) -> Result<DnsAnswer, Failed> {
+        let Asked { client, from, zone, why } = asked;
+        let Query { name, kind } = query;
+        let message = ovl_dns::question(0, &name, kind, 0, None);
+        let mut buffer = vec![0; usize::from(u16::MAX)];
+        let (name, answer, why) =
+            match ovl_dns::answer(&zone, client, Transport::Tcp, &message, &mut buffer, 0) {
+                Outcome::Answer(length) => {
+                    buffer.truncate(length);
+                    (name, buffer, why)
+                }
+                Outcome::Ignore => {
+                    return Err(Failed::unavailable(format!(
+                        "{from} gets no answer: its addresses are not in use"
+                    )));
+                }
+                outcome @ (Outcome::Forward | Outcome::Alias) => {
+                    let alias = (outcome == Outcome::Alias).then(|| ovl_dns::target(&zone, client, &message));
+                    let alias = alias.flatten().map(|target| target.name);
+                    let found = self.look_up(&alias.unwrap_or(name), kind).await?;
+                    let stands = alias.map(|name| format!("it stands for {name}: ")).unwrap_or_default();
+                    let why = stands + &self.said(&found);
+                    (name, found.message, why)
+                }
+            };
+        let (status, records) =
+            ovl_dns::records(&answer).ok_or_else(|| Failed::internal("an answer that cannot be read"))?;
+        let answers = records.into_iter().map(|record| DnsRecord {
+            name: record.name,
+            kind: record.kind.to_string(),
+            ttl: record.ttl,
+            data: record.data.to_string(),
+        });
+        Ok(DnsAnswer {
+            name: name.to_string(),
+            kind: kind.to_string(),
+            from,
+            status: status.to_string(),
+            answers: answers.collect(),
+            why,
+        })
+    }
+
+    async fn look_up(&self, name: &Name, kind: RecordType) -> Result<Lookup, Failed> {
+        let engine =
+            self.engine.as_ref().ok_or_else(|| Failed::unavailable("names are not resolved here"))?;
+        engine.look_up(name, kind).await.ok_or_else(|| Failed::unavailable("the resolver has ended"))
+    }
+
+    /// Says where the answer of another resolver comes from.
+    fn said(&self, found: &Lookup) -> String {
+        let of = match &found.stub {
+            Some(domain) => format!("of the stub domain {domain}"),
+            None => format!("in {}", self.resolv_conf.display()),
+        };
+        match found.origin {
+            AnswerOrigin::Cache => format!("no name of ovl's; a resolver {of} said so a while ago"),
+            AnswerOrigin::Server(server) => format!("no name of ovl's; {}, {of}, said so", server.ip()),
+            AnswerOrigin::Unanswered => format!("no name of ovl's; none of the resolvers {of} answered"),
+        }
+    }
+}
+
+/// Returns the DNS configuration of a pod, as the result of a CNI call has it (CNI specification 1.1.0, "DNS").
+pub(crate) fn pod_dns(servers: &[IpAddr], domain: &str, namespace: &str) -> serde_json::Value {
+    let search = cluster_names::search(domain, namespace);
+    let ndots = format!("ndots:{}", cluster_names::NDOTS);
+    serde_json::json!({ "nameservers": servers, "domain": domain, "search": search, "options": [ndots] })
+}
+
+fn has_v6() -> bool {
+    ovl_kernel::read_sysctl("net.ipv6.conf.all.forwarding").is_some()
+}

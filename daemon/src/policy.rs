@@ -1,0 +1,324 @@
+//! What users see of network policies: the list, judgements, dropped packets, metrics.
+//!
+//! The module owns no state: it renders what the view and the kernel's counters say. What policies mean is in
+//! [`ovl_subsystems::policy`]. Begin to read at [`rows`].
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+
+use ovl_cluster::view::{Placed, View};
+use ovl_control::{PolicyDrop, PolicyJudgement, PolicyRow, PolicySide};
+use ovl_kernel::CountedElement;
+use ovl_proto::resource::{Name, Protocol};
+use ovl_subsystems::policy::explain::{ConnectionEnd, Shown, Side, describe, explain};
+use ovl_subsystems::policy::refused::{Connection, Counter, REMEMBERED_MS};
+use ovl_subsystems::policy::{Direction, Policies, protocol_number};
+
+use crate::failed::Failed;
+use crate::metrics::{head, line};
+
+/// Number of packets that policies dropped, by direction and endpoint address.
+pub(crate) type Refused = BTreeMap<(Direction, IpAddr), u64>;
+
+/// Reads the counters of dropped packets by endpoint. `counts` has the elements of [`Counter::by_endpoint`] of each
+/// counter, in the order of [`Counter::all`].
+pub(crate) fn refused(counts: Vec<Vec<CountedElement>>) -> Refused {
+    let mut refused = Refused::new();
+    for (counter, counts) in Counter::all().iter().zip(counts) {
+        for counted in counts {
+            if let Some(address) = counter.address(&counted.key) {
+                refused.insert((counter.direction, address), counted.packets);
+            }
+        }
+    }
+    refused
+}
+
+/// Lists all policies, with the number of packets that each dropped on this host.
+pub(crate) fn rows(view: &View, refused: &Refused) -> Vec<PolicyRow> {
+    let policies = Policies::new(&view.resources);
+    let mut rows: BTreeMap<&Name, PolicyRow> = policies
+        .iter()
+        .map(|policy| {
+            let isolating = Direction::ALL.into_iter().filter(|way| policy.rules(*way).is_some());
+            let rules = Direction::ALL.into_iter().flat_map(|direction| {
+                let rules = policy.rules(direction).into_iter().flatten();
+                let policies = &policies;
+                rules
+                    .map(move |rule| format!("{}: {}", direction.name(), describe(policies, rule, direction)))
+            });
+            let row = PolicyRow {
+                namespace: policy.name.namespace.clone(),
+                name: policy.name.name.clone(),
+                selects: Shown(&policy.selector).to_string(),
+                isolates: isolating.map(|way| way.name().to_owned()).collect(),
+                endpoints: 0,
+                refused: 0,
+                rules: rules.collect(),
+            };
+            (&policy.name, row)
+        })
+        .collect();
+    for Placed { node, endpoint } in view.all_endpoints() {
+        for policy in policies.selecting(&endpoint.namespace, &view.resources.labels(endpoint)) {
+            let Some(row) = rows.get_mut(&policy.name) else { continue };
+            row.endpoints += 1;
+            if node.record.id != view.me {
+                continue;
+            }
+            for direction in Direction::ALL.into_iter().filter(|way| policy.rules(*way).is_some()) {
+                let addresses = endpoint.addresses.iter().map(|net| (direction, net.addr()));
+                row.refused += addresses.filter_map(|key| refused.get(&key)).sum::<u64>();
+            }
+        }
+    }
+    rows.into_values().collect()
+}
+
+/// Explains the verdict of all policies on a connection. `port` is `None` for a protocol without ports.
+///
+/// # Errors
+///
+/// An end is no endpoint, or the ends have no addresses of one family.
+pub(crate) fn judge(
+    view: &View,
+    from: &str,
+    to: &str,
+    port: Option<(Protocol, u16)>,
+) -> Result<Vec<PolicyJudgement>, Failed> {
+    let policies = Policies::new(&view.resources);
+    let (sources, targets) = (addresses(view, from)?, addresses(view, to)?);
+    let mut judgements = Vec::new();
+    for from in &sources {
+        for to in targets.iter().filter(|to| to.is_ipv4() == from.is_ipv4()) {
+            let [source, target] = [from, to].map(|address| ConnectionEnd::of(view, *address));
+            let judged = explain(view, &policies, &source, &target, port);
+            judgements.push(PolicyJudgement {
+                from: *from,
+                to: *to,
+                passes: judged.passes(),
+                egress: side(judged.egress, &source, Direction::Egress),
+                ingress: side(judged.ingress, &target, Direction::Ingress),
+            });
+        }
+    }
+    if judgements.is_empty() {
+        return Err(Failed::invalid(format!("{from} and {to} have no addresses of one family")));
+    }
+    Ok(judgements)
+}
+
+/// Lists the connections of which packets were dropped recently. `counts` has the elements of
+/// [`Counter::by_connection`] of each counter, in the order of [`Counter::all`].
+pub(crate) fn drops(view: &View, counts: Vec<Vec<CountedElement>>) -> Vec<PolicyDrop> {
+    let policies = Policies::new(&view.resources);
+    let mut drops = Vec::new();
+    for (counter, counts) in Counter::all().iter().zip(counts) {
+        for counted in counts {
+            let Some(connection) = counter.connection(&counted.key) else { continue };
+            let left = counted.left_ms.unwrap_or(REMEMBERED_MS);
+            drops.push(PolicyDrop {
+                packets: counted.packets,
+                last_ms: REMEMBERED_MS.saturating_sub(left),
+                ..drop_of(view, &policies, counter.direction, connection)
+            });
+        }
+    }
+    drops.sort_by_key(|drop| drop.last_ms);
+    drops
+}
+
+/// Renders the dropped packets in Prometheus' text format. `forged` is the number of packets with a forged source.
+pub(crate) fn metrics(view: &View, refused: &Refused, forged: u64) -> String {
+    let mut text = String::new();
+    let count = view.resources.policies().len() as u64;
+    head(&mut text, "ovl_policies", "Network policies in the cluster", "gauge");
+    line(&mut text, "ovl_policies", &[], count);
+    let name = "ovl_policy_refused_packets_total";
+    head(&mut text, name, "Packets that no policy of an isolated endpoint of this host let pass", "counter");
+    for ((direction, address), packets) in refused {
+        let Some(placed) = ConnectionEnd::of(view, *address).endpoint else { continue };
+        let labels = [
+            ("namespace", &*placed.endpoint.namespace),
+            ("endpoint", &*placed.endpoint.name),
+            ("address", &*address.to_string()),
+            ("direction", direction.name()),
+        ];
+        line(&mut text, name, &labels, *packets);
+    }
+    let name = "ovl_policy_forged_packets_total";
+    head(&mut text, name, "Packets of this host's endpoints with a source that is not theirs", "counter");
+    line(&mut text, name, &[], forged);
+    text
+}
+
+/// Returns the addresses of an endpoint, given as its name, as `NAMESPACE/NAME` or as an address.
+fn addresses(view: &View, text: &str) -> Result<Vec<IpAddr>, Failed> {
+    if let Ok(address) = text.parse() {
+        return Ok(vec![address]);
+    }
+    let (namespace, name) = text.split_once('/').unwrap_or(("default", text));
+    let named = view
+        .all_named(name)
+        .filter(|placed| placed.endpoint.namespace == namespace && view.counts(placed.node));
+    let addresses: Vec<IpAddr> =
+        named.flat_map(|placed| &placed.endpoint.addresses).map(|net| net.addr()).collect();
+    if addresses.is_empty() {
+        return Err(Failed::not_found(format!(
+            "there is no endpoint {name} in the namespace {namespace}: give NAME, NAMESPACE/NAME or an address"
+        )));
+    }
+    Ok(addresses)
+}
+
+fn full_name(end: &ConnectionEnd<'_>) -> Option<String> {
+    let placed = end.endpoint?;
+    Some(format!("{}/{}", placed.endpoint.namespace, placed.endpoint.name))
+}
+
+fn side(side: Side, end: &ConnectionEnd<'_>, direction: Direction) -> PolicySide {
+    let passes = side.passes();
+    let who = full_name(end).unwrap_or_else(|| end.address.to_string());
+    let direction = direction.name();
+    let (policies, rule, why) = match side {
+        Side::Outside => (Vec::new(), None, format!("{who} is no endpoint: policies are not about it")),
+        Side::AtHome => (Vec::new(), None, format!("between {who} and itself, or its own host, all passes")),
+        Side::NotIsolated => (Vec::new(), None, format!("no policy isolates {who} for {direction}")),
+        Side::Passes { policy, rule, says } => (
+            vec![policy.to_string()],
+            Some(rule as u64),
+            format!("{direction} rule {rule} of {policy}: {says}"),
+        ),
+        Side::Refused(policies) => {
+            let names: Vec<String> = policies.iter().map(ToString::to_string).collect();
+            let why = format!(
+                "{who} is isolated for {direction} by {}, and no rule lets this pass",
+                names.join(" and ")
+            );
+            (names, None, why)
+        }
+    };
+    PolicySide { passes, policies, rule, why }
+}
+
+fn drop_of(view: &View, policies: &Policies, direction: Direction, connection: Connection) -> PolicyDrop {
+    let Connection { from, to, protocol, port } = connection;
+    let [source, target] = [from, to].map(|address| ConnectionEnd::of(view, address));
+    let own = match direction {
+        Direction::Ingress => &target,
+        Direction::Egress => &source,
+    };
+    let isolating = own.endpoint.map_or_else(Vec::new, |placed| {
+        let labels = view.resources.labels(placed.endpoint);
+        let selecting = policies.selecting(&placed.endpoint.namespace, &labels).into_iter();
+        let isolating = selecting.filter(|policy| policy.rules(direction).is_some());
+        isolating.map(|policy| policy.name.to_string()).collect()
+    });
+    let known = [Protocol::Tcp, Protocol::Udp, Protocol::Sctp];
+    let known = known.into_iter().find(|known| protocol_number(*known) == protocol);
+    PolicyDrop {
+        direction: direction.name().to_owned(),
+        from,
+        from_endpoint: full_name(&source),
+        to,
+        to_endpoint: full_name(&target),
+        protocol: known.map_or_else(|| protocol.to_string(), |known| known.to_string()),
+        port: known.map(|_| port),
+        packets: 0,
+        last_ms: 0,
+        policies: isolating,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use ovl_proto::resource::Kind;
+    use serde_json::json;
+
+    use super::*;
+    use crate::world::{World, read};
+
+    const WEB: &[(&str, &str)] = &[("app", "web")];
+
+    /// w1 on this host and w2 on another are isolated for ingress, and only `app=db` may come in; w3 is `app=db`.
+    fn world() -> World {
+        let mut world = World::new();
+        world.attach(1, 1, WEB, true);
+        world.attach(2, 2, WEB, true);
+        world.attach(3, 3, &[("app", "db")], true);
+        world.put(read(
+            Kind::NetworkPolicy,
+            json!({
+                "metadata": { "name": "only-db", "namespace": "default" },
+                "spec": {
+                    "podSelector": { "matchLabels": { "app": "web" } },
+                    "policyTypes": ["Ingress"],
+                    "ingress": [{ "from": [{ "podSelector": { "matchLabels": { "app": "db" } } }] }],
+                },
+            }),
+        ));
+        world
+    }
+
+    fn ip(text: &str) -> IpAddr {
+        text.parse().unwrap()
+    }
+
+    /// An element of the first counter, which is of ingress and IPv4.
+    fn counted(key: &[u8], packets: u64, left_ms: Option<u64>) -> Vec<Vec<CountedElement>> {
+        vec![vec![CountedElement { key: key.into(), packets, left_ms }]]
+    }
+
+    #[test]
+    fn policy_is_listed_with_what_it_selects_and_dropped_here() {
+        let world = world();
+        let refused = refused(counted(&[10, 9, 0, 9], 7, None));
+        assert_eq!(refused, Refused::from([((Direction::Ingress, ip("10.9.0.9")), 7)]));
+        let rows = rows(&world.view, &refused);
+        assert_eq!(rows.len(), 1);
+        assert_eq!((&*rows[0].name, rows[0].endpoints, rows[0].refused), ("only-db", 2, 7));
+        assert_eq!(rows[0].isolates.len(), 1);
+    }
+
+    #[test]
+    fn element_with_a_key_of_another_length_is_passed_over() {
+        assert!(refused(counted(&[10, 9, 0], 7, None)).is_empty());
+        assert!(drops(&world().view, counted(&[10, 9, 0], 7, None)).is_empty());
+    }
+
+    #[test]
+    fn connection_is_judged_by_names_and_addresses() {
+        let world = world();
+        let judge = |from: &str, to: &str| judge(&world.view, from, to, Some((Protocol::Tcp, 80)));
+        let judged = judge("w3", "w1").unwrap();
+        assert!(judged.len() == 1 && judged[0].passes, "{judged:?}");
+        let judged = judge("default/w2", "10.9.0.9").unwrap();
+        assert!(!judged[0].passes && judged[0].ingress.why.contains("isolated"), "{judged:?}");
+        let failed = judge("w9", "w1").unwrap_err();
+        assert!(failed.0.message.starts_with("there is no endpoint w9 in the namespace default"));
+        let failed = judge("fd00::1", "w1").unwrap_err();
+        assert!(failed.0.message.contains("no addresses of one family"));
+    }
+
+    #[test]
+    fn dropped_connections_come_with_their_ends_and_policies() {
+        let world = world();
+        // From w2 to w1, TCP port 80: addresses, protocol with padding, port with padding.
+        let key = [10, 9, 0, 18, 10, 9, 0, 9, 6, 0, 0, 0, 0, 80, 0, 0];
+        let drops = drops(&world.view, counted(&key, 3, Some(REMEMBERED_MS - 500)));
+        assert_eq!(drops.len(), 1);
+        let drop = &drops[0];
+        assert_eq!((drop.packets, drop.last_ms, drop.port), (3, 500, Some(80)));
+        assert_eq!(drop.from_endpoint.as_deref(), Some("default/w2"));
+        assert_eq!(drop.to_endpoint.as_deref(), Some("default/w1"));
+        assert_eq!((drop.policies.len(), &*drop.direction), (1, Direction::Ingress.name()));
+    }
+
+    #[test]
+    fn metrics_name_the_endpoint() {
+        let text = metrics(&world().view, &refused(counted(&[10, 9, 0, 9], 7, None)), 2);
+        assert!(text.contains("ovl_policies 1\n"), "{text}");
+        assert!(text.contains("endpoint=\"w1\",address=\"10.9.0.9\"") && text.contains("} 7\n"), "{text}");
+        assert!(text.contains("ovl_policy_forged_packets_total 2\n"), "{text}");
+    }
+}
