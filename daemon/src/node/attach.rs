@@ -138,7 +138,7 @@ impl Node {
         // A container runtime writes resolv.conf of a pod, so pods do not use the resolver at 127.0.0.11.
         let resolver = local.cni.is_none();
         if resolver || self.has_services() {
-            self.will_resolve(network.id);
+            self.state.borrow_mut().subsystems.names.resolve(network.id);
         }
         let Some(first) = reserved.first() else {
             return Err(Failed::invalid(format!("network {} has no addresses", network.name)));
@@ -322,14 +322,6 @@ impl Node {
         let cluster: Vec<IpAddr> = all.filter(|_| network.internal).collect();
         let mac = Mac::of_gateway(network.id);
         (loopback || !cluster.is_empty()).then_some(Resolver { mac, loopback, cluster })
-    }
-
-    /// Marks a network as one whose bridge needs the address of the resolver.
-    fn will_resolve(&self, network: NetworkId) {
-        let mut state = self.state.borrow_mut();
-        if state.local.resolved.insert(network) {
-            state.changed(Change::Built(network));
-        }
     }
 
     /// Reserves the name and the device of an endpoint. To be called before the first `await` of an attach.
@@ -635,7 +627,7 @@ impl Node {
             match fs::read(&path).ok().and_then(|bytes| serde_json::from_slice::<Kept>(&bytes).ok()) {
                 Some(kept) if kept.boot_id == self.boot_id => {
                     if kept.cni.is_none() || self.has_services() {
-                        self.will_resolve(kept.endpoint.network);
+                        self.state.borrow_mut().subsystems.names.resolve(kept.endpoint.network);
                     }
                     let Kept { endpoint, ifname, netns, inode, cni, docker, .. } = kept;
                     let local = LocalEndpoint { ifname, netns, inode, cni, docker };

@@ -192,11 +192,7 @@ impl Node {
             // From the first Service on, existing pods need the resolver's address too.
             let networks: Vec<_> =
                 state.view.own().into_iter().flat_map(|own| own.table.networks()).collect();
-            for network in networks {
-                if state.local.resolved.insert(network) {
-                    state.changed(Change::Built(network));
-                }
-            }
+            networks.into_iter().for_each(|network| state.subsystems.names.resolve(network));
         }
         let (mut zone, mut cluster) = (self.names.zone.borrow_mut(), self.names.cluster.borrow_mut());
         let domain = &self.names.domain;

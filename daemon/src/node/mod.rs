@@ -500,7 +500,7 @@ fn first_state(
         },
         local: Local {
             masquerade: config.masquerade,
-            cluster_dns: config.ranges.dns_addresses().collect(),
+            open: ovl_subsystems::names::resolver::HOST_ADDRESSES.to_vec(),
             ..Local::default()
         },
         own_record: signed.clone(),
@@ -514,7 +514,7 @@ fn first_state(
         subsystems: Subsystems {
             // Connections that an earlier run marked are evaluated again.
             policy: Enforcement::new(u32::from_le_bytes(random(&**environment))),
-            names: NameTracker::default(),
+            names: NameTracker::new(config.ranges.dns_addresses().collect()),
             networks: Networks::default(),
             services: Translation::default(),
             announcements: Announcements::default(),

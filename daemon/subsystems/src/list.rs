@@ -22,10 +22,10 @@ pub type SubsystemList<'a> = [&'a mut dyn Subsystem; 5];
 pub struct Subsystems {
     /// Network policies.
     pub policy: Enforcement,
-    /// Names of endpoints, Services and pods.
-    pub names: NameTracker,
     /// Devices, forwarding entries, neighbours and routes.
     pub networks: Networks,
+    /// Names of endpoints, Services and pods.
+    pub names: NameTracker,
     /// Address translation for Services.
     pub services: Translation,
     /// Announcements of LoadBalancer addresses.
@@ -34,10 +34,10 @@ pub struct Subsystems {
 
 impl Subsystems {
     /// Returns the subsystems in the order in which their plans are applied. Policies come first, so that an endpoint
-    /// that they isolate is not reachable before they are in force.
+    /// that they isolate is not reachable before they are in force. Names follow networks, whose bridges get addresses.
     pub fn all(&mut self) -> SubsystemList<'_> {
-        let Self { policy, names, networks, services, announcements } = self;
-        [policy, names, networks, services, announcements]
+        let Self { policy, networks, names, services, announcements } = self;
+        [policy, networks, names, services, announcements]
     }
 }
 

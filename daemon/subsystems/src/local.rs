@@ -26,12 +26,8 @@ pub struct Local {
     /// The on-link prefix of this host's underlay address: hosts in it are reached without a router. Written when the
     /// underlay is observed. Routed networks choose direct routes by it.
     pub segment: Option<IpNet>,
-    /// Networks with endpoints of this host that use the resolver. Written by attach and by names. The packet filter
-    /// and the bridges carry the resolver's addresses for them.
-    pub resolved: BTreeSet<NetworkId>,
-    /// Addresses of the cluster DNS, at most one of each family. Written from the configuration. Names and bridges
-    /// redirect queries for them.
-    pub cluster_dns: Vec<IpAddr>,
+    /// Addresses of this host that endpoints of internal networks may reach. Fixed. The packet filter reads it.
+    pub open: Vec<IpAddr>,
     /// Whether traffic that leaves the cluster is masqueraded. Written from the configuration. The packet filter reads
     /// it.
     pub masquerade: bool,

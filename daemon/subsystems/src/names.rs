@@ -1,10 +1,11 @@
-//! The subsystem of names: it records which DNS names may have changed.
+//! The subsystem of names: it records which DNS names may have changed, and leads queries to the resolver.
 //!
-//! [`NameTracker`] owns these marks; it wants nothing in the kernel. The daemon's resolver takes the marks and updates
-//! its zone from [`zone`] (endpoints) and [`cluster_names`] (Services and pods); [`resolver`] redirects queries to it.
-//! Begin to read at the `Subsystem` implementation of [`NameTracker`].
+//! [`NameTracker`] owns both. The daemon's resolver takes the marks and updates its zone from [`zone`] (endpoints) and
+//! [`cluster_names`] (Services and pods); `delivery` owns what the kernel needs for the queries. Begin to read at the
+//! `Subsystem` implementation of [`NameTracker`].
 
 pub mod cluster_names;
+mod delivery;
 pub mod resolver;
 pub mod zone;
 
@@ -16,10 +17,12 @@ use ovl_cluster::selectables::SelectableChange;
 use ovl_dataplane::op::Op;
 use ovl_dataplane::state::Dataplane;
 use ovl_proto::id::NetworkId;
+use ovl_proto::object::Network;
 use ovl_proto::resource::Name;
-use ovl_proto::table::Entry;
+use ovl_proto::table::{Endpoint, Entry};
 
-use crate::subsystem::{Change, Cluster, Subsystem};
+use self::delivery::Delivery;
+use crate::subsystem::{Change, Cluster, Outcome, Part, Subsystem};
 
 /// Names that may have changed.
 #[derive(Debug, Default)]
@@ -47,13 +50,24 @@ impl NameMarks {
     }
 }
 
-/// Tracks the names that may have changed.
+/// Tracks the names that may have changed, and leads queries to the resolver.
 #[derive(Debug, Default)]
 pub struct NameTracker {
     marks: NameMarks,
+    delivery: Delivery,
 }
 
 impl NameTracker {
+    /// Begins with the addresses of the cluster DNS, at most one of each family.
+    pub fn new(cluster_dns: Vec<IpAddr>) -> Self {
+        Self { marks: NameMarks::default(), delivery: Delivery::new(cluster_dns) }
+    }
+
+    /// Records that endpoints of this host on a network use the resolver. The next plan sends what they need.
+    pub fn resolve(&mut self, network: NetworkId) {
+        self.delivery.resolve(network);
+    }
+
     /// Returns the names that may have changed since the last call.
     pub fn take_marks(&mut self) -> NameMarks {
         std::mem::take(&mut self.marks)
@@ -61,7 +75,8 @@ impl NameTracker {
 }
 
 impl Subsystem for NameTracker {
-    fn changed(&mut self, change: &Change<'_>, _: &Cluster<'_>) {
+    fn changed(&mut self, change: &Change<'_>, cluster: &Cluster<'_>) {
+        self.delivery.changed(change, cluster);
         match *change {
             Change::Entry { entry: Entry::Endpoint(endpoint), .. } => {
                 self.marks.single.entry(endpoint.network).or_default().note(endpoint);
@@ -84,21 +99,31 @@ impl Subsystem for NameTracker {
         }
     }
 
-    fn desired(&self, _: &Cluster<'_>) -> Dataplane {
-        Dataplane::default()
+    fn desired(&self, cluster: &Cluster<'_>) -> Dataplane {
+        self.delivery.desired(cluster)
     }
 
-    fn resync(&mut self, _: &Cluster<'_>) -> Dataplane {
-        Dataplane::default()
+    fn resync(&mut self, cluster: &Cluster<'_>) -> Dataplane {
+        self.delivery.resync(cluster)
     }
 
-    fn plan(&mut self, _: &Cluster<'_>) -> Vec<Op> {
-        Vec::new()
+    fn plan(&mut self, cluster: &Cluster<'_>) -> Vec<Op> {
+        self.delivery.plan(cluster)
     }
 
     fn sent(&self) -> Option<Dataplane> {
-        Some(Dataplane::default())
+        self.delivery.sent()
     }
 
-    fn withdraw(&mut self) {}
+    fn prepare(&mut self, _: &Endpoint, network: &Network, cluster: &Cluster<'_>) -> Part {
+        Part { before: self.delivery.prepare(network.id, cluster), wants: Dataplane::default() }
+    }
+
+    fn outcome(&mut self, outcome: Outcome<'_>) {
+        self.delivery.outcome(outcome);
+    }
+
+    fn withdraw(&mut self) {
+        self.delivery.withdraw();
+    }
 }

@@ -89,7 +89,7 @@ impl Subsystem for Toy {
 fn subsystems() -> Subsystems {
     Subsystems {
         policy: Enforcement::new(7),
-        names: NameTracker::default(),
+        names: NameTracker::new(vec![[10, 96, 0, 10].into()]),
         networks: Networks::default(),
         services: Translation::default(),
         announcements: Announcements::default(),
@@ -161,6 +161,8 @@ enum Event {
     Policy(bool),
     /// A Service is applied or deleted.
     Service(bool),
+    /// Endpoints of the network use the resolver.
+    Resolve,
     /// A full pass.
     Full,
 }
@@ -172,6 +174,7 @@ fn event() -> impl Strategy<Value = Event> {
         2 => (2..=3_u8, any::<bool>()).prop_map(|(host, alive)| Event::Host { host, alive }),
         1 => any::<bool>().prop_map(Event::Policy),
         1 => any::<bool>().prop_map(Event::Service),
+        1 => Just(Event::Resolve),
         1 => Just(Event::Full),
     ]
 }

@@ -33,6 +33,7 @@ fn text() -> String {
         4789,
         None,
         true,
+        &[],
     )
 }
 

@@ -16,7 +16,6 @@ use super::switched::routes_for_policies;
 use super::{filter, routed, switched};
 use crate::encryption::tunnel;
 use crate::local::Local;
-use crate::names::resolver;
 use crate::publish;
 
 /// Returns the desired data plane of all networks and of the host as a whole.
@@ -58,12 +57,7 @@ pub fn host(view: &View, local: &Local) -> Dataplane {
     if local.publishing || (local.served && built.iter().any(|network| network.mode == Mode::L2)) {
         dataplane.tables.extend([publish::frames_table()]);
     }
-    let mut text = filter::render(&built, &vteps, port, tunnel, local.masquerade);
-    if let Some(chains) = resolver::chains(&built, &local.resolved, &local.cluster_dns) {
-        text += &chains;
-        dataplane.tables.extend(resolver::past_firewalls());
-    }
-    dataplane.filter = Some(text);
+    dataplane.filter = Some(filter::render(&built, &vteps, port, tunnel, local.masquerade, &local.open));
     for network in built.iter().filter(|network| !network.internal || routes_for_policies(view, network)) {
         for subnet in &network.subnets {
             let name = match subnet.prefix {
@@ -91,9 +85,6 @@ pub fn network_part(view: &View, local: &Local, id: NetworkId) -> Dataplane {
     for endpoint in local.attaching.values().filter(|endpoint| endpoint.network == id) {
         publish::guard(&mut dataplane, local, network, endpoint);
         publish::elements(&mut dataplane, network, endpoint);
-    }
-    if local.resolved.contains(&id) {
-        resolver::on_bridge(&mut dataplane, network, &local.cluster_dns);
     }
     dataplane
 }

@@ -12,7 +12,6 @@ use ovl_proto::SEALED_VXLAN_PORT;
 use ovl_proto::id::Mac;
 use ovl_proto::object::{Backend, Driver, Mode, Network};
 
-use crate::names::resolver::{ADDRESS_V4, ADDRESS_V6, CLUSTER_V4, CLUSTER_V6};
 use ovl_dataplane::device::Device;
 use ovl_dataplane::nft::BASE_TABLE;
 
@@ -55,7 +54,7 @@ const REJECT: &str = "reject with icmpx admin-prohibited";
 ///   was translated.
 /// * `output`, `forward`: packets to an encrypted network do not leave unencrypted if a route is missing.
 /// * `forward`: networks cannot reach each other, and an internal network reaches nothing else.
-/// * `input`: an internal network does not reach the host.
+/// * `input`: an internal network does not reach the host, except at the addresses in `open`.
 /// * `postrouting`: packets that leave the cluster are masqueraded. Packets to another endpoint of this host, at a
 ///   published port, keep their source address.
 pub fn render(
@@ -64,6 +63,7 @@ pub fn render(
     vxlan_port: u16,
     tunnel: Option<FilterTunnel>,
     masquerade: bool,
+    open: &[IpAddr],
 ) -> String {
     let mut text = String::new();
     // Adding before deleting makes the deletion succeed where there is no table yet.
@@ -78,7 +78,7 @@ pub fn render(
         forward(&mut text, networks, masquerade);
     }
     if networks.iter().any(|network| network.internal) {
-        input(&mut text, networks);
+        input(&mut text, networks, open);
     }
     let translated: Vec<&Network> =
         networks.iter().copied().filter(|n| is_translated(n, masquerade)).collect();
@@ -286,9 +286,18 @@ fn forward(text: &mut String, networks: &[&Network], masquerade: bool) {
     let _ = writeln!(text, "\t}}");
 }
 
-/// Writes the chain that keeps endpoints of an internal network from the host, except from its resolver. Without it the
-/// host would answer, since it has a route to them. On a routed network, connections that the host opens are answered.
-fn input(text: &mut String, networks: &[&Network]) {
+/// Writes the chain that keeps endpoints of an internal network from the host, except from its addresses in `open`.
+/// Without it the host would answer, since it has a route to them. On a routed network, connections that the host opens
+/// are answered.
+fn input(text: &mut String, networks: &[&Network], open: &[IpAddr]) {
+    let others = |v4: bool, family: &str| -> String {
+        let open = open.iter().filter(|address| address.is_ipv4() == v4).map(IpAddr::to_string);
+        match open.collect::<Vec<_>>().join(", ") {
+            none if none.is_empty() => format!("meta nfproto {}", if v4 { "ipv4" } else { "ipv6" }),
+            open => format!("{family} daddr != {{ {open} }}"),
+        }
+    };
+    let (others_v4, others_v6) = (others(true, "ip"), others(false, "ip6"));
     let _ =
         writeln!(text, "\tchain input {{\n\t\ttype filter hook input priority filter - 10; policy accept;");
     for bridge in
@@ -298,13 +307,13 @@ fn input(text: &mut String, networks: &[&Network]) {
         let _ = writeln!(
             text,
             "\t\tiifname \"{bridge}\" meta l4proto 58 @th,0,8 {{ 135, 136 }} accept\n\
-             \t\tiifname \"{bridge}\" ip daddr != {{ {ADDRESS_V4}, {CLUSTER_V4} }} counter drop\n\
-             \t\tiifname \"{bridge}\" ip6 daddr != {{ {ADDRESS_V6}, {CLUSTER_V6} }} counter drop"
+             \t\tiifname \"{bridge}\" {others_v4} counter drop\n\
+             \t\tiifname \"{bridge}\" {others_v6} counter drop"
         );
     }
     for subnet in routed(networks).filter(|network| network.internal).flat_map(|network| &network.subnets) {
         let (family, prefix) = (family(subnet.prefix), subnet.prefix);
-        // Queries to the resolver and neighbour discovery are untracked, so this rule does not match them.
+        // Neighbour discovery and what other chains exempt from tracking is untracked, so this rule does not match them.
         let _ = writeln!(
             text,
             "\t\t{family} saddr {prefix} iifname != \"lo\" ct state {{ invalid, new }} counter drop"

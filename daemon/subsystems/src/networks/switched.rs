@@ -40,8 +40,9 @@ pub(super) fn part(dataplane: &mut Dataplane, view: &View, local: &Local, networ
             dataplane.neighbours.insert((Device::bridge(id), address.addr()), claim.endpoint().mac);
         }
     }
-    if network.internal && (routes_for_policies(view, network) || local.resolved.contains(&id)) {
-        // An internal network has no gateway address, and so no connected route.
+    if network.internal {
+        // It has no gateway address, and so no connected route. The host routes packets back that a policy diverted, and
+        // sends what other subsystems answer.
         let hop = Hop { device: Some(Device::bridge(id)), ..Hop::UNREACHABLE };
         dataplane.routes.extend(network.subnets.iter().map(|subnet| (subnet.prefix, hop)));
     }
