@@ -610,12 +610,12 @@ impl Node {
                 Some((endpoint.id, sentence))
             })
             .collect();
-        if isolated == state.local.isolated {
+        let sentences: Vec<_> =
+            isolated.iter().map(|(id, sentence)| (id.to_string(), sentence.clone())).collect();
+        if !state.local.isolation.replace(isolated) {
             return;
         }
-        let sentences = isolated.iter().map(|(id, sentence)| (id.to_string(), sentence.clone()));
-        state.problems.replace(Code::EndpointIsolated, sentences);
-        state.local.isolated = isolated;
+        state.problems.replace(Code::EndpointIsolated, sentences.into_iter());
         state.changed(What::ThisHost);
         self.work.notify_one();
     }

@@ -66,11 +66,7 @@ use crate::ports::Ports;
 use crate::problems::{Code, Problems};
 use crate::store;
 use crate::workloads::Workloads;
-use ovl_subsystems::Subsystems;
-use ovl_subsystems::names::NameTracker;
-use ovl_subsystems::networks::Networks;
-use ovl_subsystems::policy::Enforcement;
-use ovl_subsystems::services::{Announcements, Translation};
+use ovl_subsystems::{Settings, Subsystems};
 
 /// A request that failed.
 #[derive(Debug)]
@@ -219,7 +215,7 @@ impl Node {
         let signed = identity.sign_record(&record)?;
         let keys = keys::Keys::new(Arc::clone(&keyring), key_file);
         let mut state = first_state(&config, &environment, &record, &signed, &saved, keys);
-        state.local.key_epochs.own_previous = secret.previous();
+        state.local.key_epochs.set_own_previous(secret.previous());
         state
             .subsystems
             .announcements
@@ -498,11 +494,7 @@ fn first_state(
             alloc,
             resources: Resources::default(),
         },
-        local: Local {
-            masquerade: config.masquerade,
-            open: ovl_subsystems::names::resolver::HOST_ADDRESSES.to_vec(),
-            ..Local::default()
-        },
+        local: Local::default(),
         own_record: signed.clone(),
         peers: BTreeMap::new(),
         clashes: BTreeMap::new(),
@@ -511,14 +503,11 @@ fn first_state(
         objects_digest: [0; 32],
         objects_taken_at: 0,
         workloads: Workloads::default(),
-        subsystems: Subsystems {
-            // Connections that an earlier run marked are evaluated again.
-            policy: Enforcement::new(u32::from_le_bytes(random(&**environment))),
-            names: NameTracker::new(config.ranges.dns_addresses().collect()),
-            networks: Networks::default(),
-            services: Translation::default(),
-            announcements: Announcements::default(),
-        },
+        subsystems: Subsystems::new(Settings {
+            generation: u32::from_le_bytes(random(&**environment)),
+            masquerade: config.masquerade,
+            cluster_dns: config.ranges.dns_addresses().collect(),
+        }),
         health: BTreeMap::new(),
         clock: saved.clock,
         keys,

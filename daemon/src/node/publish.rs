@@ -4,20 +4,18 @@
 use std::net::IpAddr;
 
 use ipnet::IpNet;
-use ovl_dataplane::nft::Table;
-use ovl_dataplane::op::{NftOp, Op, SysctlOp};
 use ovl_kernel::{self as kernel, Outcome};
 use ovl_proto::id::EndpointId;
 use ovl_proto::object::Network;
 use ovl_proto::publish::{Ports as Range, Publish, Published};
 use ovl_proto::table::{Endpoint, Entry};
-use ovl_subsystems::publish::{MOST_PORTS, MOST_RANGES};
+use ovl_subsystems::publish::{self, MOST_PORTS, MOST_RANGES};
 
 use super::state::State;
 use super::{Failed, Node};
 use crate::ports::{self, Held, Refused};
 use crate::problems::Code;
-use ovl_subsystems::{self as subsystems, Change};
+use ovl_subsystems as subsystems;
 
 /// Number of ports that are tried if the request names none.
 const TRIES: u16 = 256;
@@ -141,15 +139,6 @@ impl Node {
         }
     }
 
-    /// Prepares the host for published ports if there are any.
-    pub(super) fn will_publish(&self, published: &[Published]) {
-        let mut state = self.state.borrow_mut();
-        if !published.is_empty() && !state.local.publishing {
-            state.local.publishing = true;
-            state.changed(Change::Publishing);
-        }
-    }
-
     /// Publishes more ports of an endpoint of this host. Returns all ports that it then has.
     pub(super) async fn publish(&self, id: EndpointId, wishes: &[Publish]) -> Result<Vec<Published>, Failed> {
         let endpoint = self.endpoint_to_publish(id)?;
@@ -185,7 +174,6 @@ impl Node {
     /// Saves the published ports of an endpoint, announces them to peers and configures the kernel.
     async fn set_published(&self, mut endpoint: Endpoint, published: Vec<Published>) -> Result<(), Failed> {
         endpoint.publish = published;
-        self.will_publish(&endpoint.publish);
         let local = self.state.borrow().endpoints.get(&endpoint.id).cloned();
         let local = local.ok_or_else(|| Failed::not_found("the endpoint is gone"))?;
         self.keep_endpoint(&endpoint, &local).map_err(|error| Failed::internal(format!("{error:#}")))?;
@@ -263,107 +251,8 @@ impl Node {
     }
 }
 
-fn is_ours(table: Table) -> bool {
-    matches!(table, Table::Publish | Table::PublishFrames)
-}
-
 /// Returns the error of an operation that published ports depend on. `None` if it succeeded or is not such an
 /// operation.
 pub(super) fn refusal(outcome: &Outcome) -> Option<&ovl_kernel::KernelError> {
-    let ours = match &outcome.op {
-        Op::Nft(NftOp::SetTable(table, _)) => is_ours(*table),
-        Op::Nft(NftOp::SetElement(element)) => is_ours(element.set.table),
-        Op::Sysctl(SysctlOp::AllowLocalnet(_)) => true,
-        _ => false,
-    };
-    outcome.result.as_ref().err().filter(|_| ours)
-}
-
-/// Returns a sentence about what has published one of these ports or is about to. `None` if they are free.
-fn publisher(state: &State, published: Published) -> Option<String> {
-    let transport = published.transport;
-    let conflict = |others: &[Published]| others.iter().find_map(|other| published.conflict_with(*other));
-    let held = state.own_endpoints().find_map(|endpoint| Some((endpoint, conflict(&endpoint.publish)?)));
-    if let Some((endpoint, port)) = held {
-        let network = state.view.networks.get(&endpoint.network);
-        let network =
-            network.map_or_else(|| endpoint.network.to_string(), |found| found.network.name.clone());
-        return Some(format!(
-            "port {port}/{transport} is published for endpoint {} on network {network} already",
-            endpoint.name
-        ));
-    }
-    state.pending.ports.values().find_map(|(name, others)| {
-        let port = conflict(others)?;
-        Some(format!("port {port}/{transport} is being published for endpoint {name} at this moment"))
-    })
-}
-
-fn explain(published: Published, refused: &Refused) -> Failed {
-    let transport = published.transport;
-    match refused {
-        Refused::Taken { port, holder } => {
-            let holder = holder.as_deref().unwrap_or("a program that cannot be seen from here");
-            Failed::conflict(format!("port {port}/{transport} is in use on this host by {holder}"))
-        }
-        Refused::NoAddress(address) => Failed::invalid(format!("{address} is not an address of this host")),
-        Refused::Other(error) => Failed::kernel(format!("cannot hold {published} on this host: {error}")),
-    }
-}
-
-fn too_many() -> Failed {
-    Failed::invalid(format!(
-        "too many ports: an endpoint has at most {MOST_RANGES} published ranges, and {MOST_PORTS} ports in them"
-    ))
-}
-
-/// Checks what can be known before any port is tried.
-fn check(network: &Network, wishes: &[Publish]) -> Result<(), Failed> {
-    let total: u32 = wishes.iter().map(|wish| u32::from(wish.container.count())).sum();
-    if wishes.len() > MOST_RANGES || total > MOST_PORTS {
-        return Err(too_many());
-    }
-    if !wishes.is_empty() && network.internal {
-        return Err(Failed::invalid(format!(
-            "network {} is internal: nothing reaches it from outside, at a published port neither",
-            network.name
-        )));
-    }
-    for wish in wishes {
-        let ports = [Some(wish.container), wish.host];
-        let fits = |ports: &Range| ports.first > 0 && ports.first <= ports.last;
-        let same = wish
-            .host
-            .is_none_or(|host| wish.container.count() == 1 || host.count() == wish.container.count());
-        if !same || !ports.iter().flatten().all(fits) {
-            return Err(Failed::invalid("ports of the host and of the endpoint that do not fit together"));
-        }
-        let has = |v4: bool| network.subnets.iter().any(|subnet| subnet.prefix.addr().is_ipv4() == v4);
-        if let Some(address) = wish.address
-            && !has(address.is_ipv4())
-        {
-            return Err(Failed::invalid(format!(
-                "network {} has no addresses of {address}'s family to send its packets to",
-                network.name
-            )));
-        }
-    }
-    Ok(())
-}
-
-/// Returns candidates for ports that the request does not name: first ports of ranges of `count` ports, from
-/// a random start.
-fn ephemeral(count: u16, random: u16) -> Vec<u16> {
-    let range = kernel::read_sysctl("net.ipv4.ip_local_port_range").and_then(|text| {
-        let mut ports = text.split_ascii_whitespace().map(str::parse);
-        Some(Range { first: ports.next()?.ok()?, last: ports.next()?.ok()? })
-    });
-    let Range { first, last } = range.filter(|range| range.count() > 0).unwrap_or(EPHEMERAL);
-    let last = last.saturating_sub(count.saturating_sub(1));
-    let Some(choices) = last.checked_sub(first).map(|more| u32::from(more) + 1) else { return Vec::new() };
-    let begin = u32::from(random);
-    let step = u32::from(count.max(1));
-    (0..u32::from(TRIES).min(choices))
-        .filter_map(|at| u16::try_from(u32::from(first) + (begin + at * step) % choices).ok())
-        .collect()
+    outcome.result.as_ref().err().filter(|_| publish::is_needed(&outcome.op))
 }

@@ -235,11 +235,6 @@ impl State {
         self.view.alloc.members.contains(&self.view.me)
     }
 
-    /// Whether any port of this host is published or about to be.
-    pub(crate) fn publishes(&self) -> bool {
-        !self.pending.ports.is_empty() || self.own_endpoints().any(|endpoint| !endpoint.publish.is_empty())
-    }
-
     /// Checks that this host is a member.
     ///
     /// # Errors
@@ -297,7 +292,6 @@ impl State {
                 self.rights_changed = true;
             }
             Change::Attaching(_)
-            | Change::Publishing
             | Change::Resources(_)
             | Change::Backends(_)
             | Change::Announcers

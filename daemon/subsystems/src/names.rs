@@ -92,7 +92,6 @@ impl Subsystem for NameTracker {
             | Change::ThisHost
             | Change::Tunnel
             | Change::Attaching(_)
-            | Change::Publishing
             | Change::Resources(_)
             | Change::Announcers
             | Change::Uplink => {}

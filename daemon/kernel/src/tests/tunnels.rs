@@ -196,7 +196,7 @@ fn nft_accepts_the_filter_of_encrypted_networks() {
         for kernel in [true, false] {
             for masquerade in [true, false] {
                 for (tunnel, count) in [(true, 4), (true, 3), (true, 0), (false, 3)] {
-                    let tunnel = tunnel.then_some(filter::FilterTunnel { port: 51940, prefix, kernel });
+                    let tunnel = tunnel.then_some(Gate { port: 51940, prefix, kernel });
                     let networks: Vec<&Network> = all.iter().take(count).collect();
                     let text =
                         filter::render(&networks, &[ip("192.0.2.2")].into(), 4789, tunnel, masquerade, &[]);

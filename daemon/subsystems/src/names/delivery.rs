@@ -61,7 +61,6 @@ impl Delivery {
             | Change::Host(_)
             | Change::Tunnel
             | Change::Attaching(_)
-            | Change::Publishing
             | Change::Resources(_)
             | Change::Backends(_)
             | Change::Announcers

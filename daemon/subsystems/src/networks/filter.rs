@@ -12,6 +12,7 @@ use ovl_proto::SEALED_VXLAN_PORT;
 use ovl_proto::id::Mac;
 use ovl_proto::object::{Backend, Driver, Mode, Network};
 
+use crate::encryption::tunnel::Gate;
 use ovl_dataplane::device::Device;
 use ovl_dataplane::nft::BASE_TABLE;
 
@@ -24,18 +25,6 @@ const FROM_UNDERLAY: &str =
     "iifname != \"ove-*\" iifname != \"ovb-*\" iifname != \"ovt-*\" iifname != \"lo\"";
 /// Matches packets that leave unencrypted.
 const TO_UNDERLAY: &str = "oifname != \"ove-*\" oifname != \"ovb-*\" oifname != \"ovt-*\" oifname != \"lo\"";
-
-/// The properties of the local tunnel interface that the packet filter depends on.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct FilterTunnel {
-    /// Its UDP port.
-    pub port: u16,
-    /// The prefix of all addresses in the tunnel.
-    pub prefix: IpNet,
-    /// Whether the kernel implements WireGuard and VXLAN. Otherwise ovld itself sends VXLAN into the tunnel, and no
-    /// local process may.
-    pub kernel: bool,
-}
 
 /// Matches packets whose output interface leads to no endpoint of this host.
 const TO_OTHER_HOSTS: &str = "oifname != \"ovb-*\" oifname != \"ove-*\"";
@@ -61,7 +50,7 @@ pub fn render(
     networks: &[&Network],
     vteps: &BTreeSet<IpAddr>,
     vxlan_port: u16,
-    tunnel: Option<FilterTunnel>,
+    tunnel: Option<Gate>,
     masquerade: bool,
     open: &[IpAddr],
 ) -> String {
@@ -108,7 +97,7 @@ fn raw(
     networks: &[&Network],
     vteps: &BTreeSet<IpAddr>,
     vxlan_port: u16,
-    encryption: Option<Option<FilterTunnel>>,
+    encryption: Option<Option<Gate>>,
 ) {
     let has_unencrypted_vxlan = networks.iter().any(|network| has_vxlan(network));
     if has_unencrypted_vxlan {
@@ -161,9 +150,9 @@ fn raw(
 ///   to an endpoint. Answers to translated packets are not affected: here their destination is the host's address.
 ///
 /// ICMPv6 is matched by its number: a minimal system has no /etc/protocols for nft to read.
-fn encrypted_in(text: &mut String, networks: &[&Network], tunnel: Option<FilterTunnel>) {
+fn encrypted_in(text: &mut String, networks: &[&Network], tunnel: Option<Gate>) {
     let port = SEALED_VXLAN_PORT;
-    if let Some(FilterTunnel { port: outer, prefix, .. }) = tunnel {
+    if let Some(Gate { port: outer, prefix, .. }) = tunnel {
         let _ = writeln!(
             text,
             "\t\tudp dport {outer} fib daddr type local notrack\n\
@@ -178,7 +167,7 @@ fn encrypted_in(text: &mut String, networks: &[&Network], tunnel: Option<FilterT
             writeln!(text, "\t\tiifname \"ovt-*\" {family} saddr {prefix} {family} daddr {prefix} accept");
     }
     let _ = writeln!(text, "\t\tiifname \"ovt-*\" counter drop");
-    if let Some(FilterTunnel { prefix, .. }) = tunnel {
+    if let Some(Gate { prefix, .. }) = tunnel {
         for side in ["saddr", "daddr"] {
             let _ = writeln!(text, "\t\tip6 {side} {prefix} iifname != \"lo\" counter drop");
         }
@@ -203,8 +192,8 @@ fn encrypted_in(text: &mut String, networks: &[&Network], tunnel: Option<FilterT
 
 /// Writes the rules that drop local packets to an address in the tunnel, or to an endpoint of an encrypted network,
 /// whose output interface is another device.
-fn encrypted_out(text: &mut String, networks: &[&Network], tunnel: Option<FilterTunnel>) {
-    if let Some(FilterTunnel { port, prefix, kernel }) = tunnel {
+fn encrypted_out(text: &mut String, networks: &[&Network], tunnel: Option<Gate>) {
+    if let Some(Gate { port, prefix, kernel }) = tunnel {
         let vxlan = if kernel { "notrack" } else { "counter drop" };
         let _ = writeln!(
             text,

@@ -18,7 +18,6 @@ use super::mtu::network_mtu;
 use crate::encryption::tunnel;
 use crate::endpoints::switched::{self, FrameRoutes, MacClaim, rank};
 use crate::local::Local;
-use crate::publish;
 
 /// Adds the data plane of a switched network on this host.
 pub(super) fn part(dataplane: &mut Dataplane, view: &View, local: &Local, network: &Network, own: &Node) {
@@ -48,10 +47,7 @@ pub(super) fn part(dataplane: &mut Dataplane, view: &View, local: &Local, networ
     }
     // Host interfaces of all endpoints in the table, also of isolated ones, so that none is deleted.
     for endpoint in own.table.endpoints_on(id) {
-        switched::own_endpoint(dataplane, local, network, endpoint, mtu);
-        if !local.isolated.contains_key(&endpoint.id) {
-            publish::elements(dataplane, network, endpoint);
-        }
+        switched::own_endpoint(dataplane, view, local, network, endpoint, mtu);
     }
 }
 

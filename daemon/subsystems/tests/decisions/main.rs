@@ -2,7 +2,10 @@
 #![cfg(test)]
 
 mod encrypted;
+#[path = "../host/mod.rs"]
+mod host;
 mod ingress;
+mod names;
 mod nft;
 mod policy;
 mod routed;
