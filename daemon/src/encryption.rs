@@ -16,8 +16,8 @@ use ovl_kernel::{self as kernel, KernelHandle, TunnelPeerStatus, TunnelStatus};
 use ovl_mesh::keys::TunnelSecret;
 use ovl_proto::id::{NodeId, TunnelKey};
 use ovl_proto::record;
-use ovl_subsystems::encryption::epochs::{self, KeyEpochs};
 use ovl_subsystems::encryption::tunnel;
+use ovl_subsystems::local::epochs::{self, KeyEpochs};
 use tokio::time::Instant;
 
 use crate::config::{Config, TunnelMode};

@@ -13,13 +13,12 @@ use std::rc::Rc;
 
 use ipnet::IpNet;
 use ovl_cluster::view::View;
-use ovl_dataplane::nft::Table;
-use ovl_dataplane::op::{NftOp, Op, SysctlOp};
 use ovl_kernel::{KernelError, Outcome};
 use ovl_proto::id::EndpointId;
 use ovl_proto::object::Network;
 use ovl_proto::publish::{Publish, Published};
 use ovl_proto::table::Endpoint;
+use ovl_subsystems::publish;
 
 use crate::environment::Environment;
 use crate::failed::Failed;
@@ -124,11 +123,6 @@ impl PublishedPorts {
         Err(choice::none_free(wish, first))
     }
 
-    /// Whether a request in flight has reserved ports.
-    pub(crate) fn is_reserving(&self) -> bool {
-        !self.reservations.all.borrow().is_empty()
-    }
-
     /// Serves the reserved ports of an endpoint, which now owns them.
     pub(crate) fn serve(&self, id: EndpointId, mut reserved: ReservedPorts<'_>, addresses: &[IpNet]) {
         if !reserved.held.is_empty() {
@@ -192,14 +186,7 @@ fn targets(addresses: &[IpNet]) -> Vec<IpAddr> {
 /// Returns the error of an operation that published ports depend on. `None` if it succeeded or is not such an
 /// operation.
 pub(crate) fn refusal(outcome: &Outcome) -> Option<&KernelError> {
-    let is_ours = |table| matches!(table, Table::Publish | Table::PublishFrames);
-    let ours = match &outcome.op {
-        Op::Nft(NftOp::SetTable(table, _)) => is_ours(*table),
-        Op::Nft(NftOp::SetElement(element)) => is_ours(element.set.table),
-        Op::Sysctl(SysctlOp::AllowLocalnet(_)) => true,
-        _ => false,
-    };
-    outcome.result.as_ref().err().filter(|_| ours)
+    outcome.result.as_ref().err().filter(|_| publish::is_needed(&outcome.op))
 }
 
 fn explain(published: Published, refused: &Refused) -> Failed {

@@ -46,7 +46,6 @@ impl Workloads {
             | Change::Tunnel
             | Change::ThisHost
             | Change::Attaching(_)
-            | Change::Publishing
             | Change::Backends(_)
             | Change::Announcers
             | Change::Uplink => {}

@@ -2,6 +2,7 @@
 //! changes only by agreement of a majority. The protocol is in the crate `ovl-consensus`.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
@@ -92,10 +93,9 @@ pub enum Change {
 }
 
 /// Why a change was refused.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Refusal {
     /// Another host holds the requested block.
-    #[error("block {prefix} is held by {holder}")]
     Held {
         /// The block.
         prefix: IpNet,
@@ -103,7 +103,6 @@ pub enum Refusal {
         holder: NodeId,
     },
     /// Every block of the subnet has a holder.
-    #[error("subnet {subnet}: another host holds each of the {blocks} blocks")]
     Full {
         /// The subnet.
         subnet: IpNet,
@@ -111,13 +110,10 @@ pub enum Refusal {
         blocks: u64,
     },
     /// The requesting host is not a member.
-    #[error("{0} is not a member of the cluster")]
     NotMember(NodeId),
     /// The last member cannot be forgotten.
-    #[error("{0} is the only member")]
     LastMember(NodeId),
     /// Too few members answered in time.
-    #[error("no majority: {answered} of {members} members answered, {needed} are needed")]
     NoMajority {
         /// The number of members that answered.
         answered: u32,
@@ -127,12 +123,44 @@ pub enum Refusal {
         members: u32,
     },
     /// The prefix is not aligned, or does not have the subnet's block length.
-    #[error("invalid block {0}: not aligned, or not of the subnet's block length")]
     NotABlock(IpNet),
     /// Another rotation of the cluster key was started.
-    #[error("a rotation of the cluster key to {0} is already in progress")]
     AnotherKey(ClusterKeyId),
 }
+
+impl Refusal {
+    /// Returns the refusal as a sentence without advice, in which `name` names hosts.
+    pub fn sentence(&self, name: impl Fn(NodeId) -> String) -> String {
+        match self {
+            Self::Held { prefix, holder } => format!("block {prefix} is held by host {}", name(*holder)),
+            Self::Full { subnet, blocks } => {
+                format!("subnet {subnet}: another host holds each of the {blocks} blocks")
+            }
+            Self::NotMember(node) => format!("{} is not a member of the cluster yet", name(*node)),
+            Self::LastMember(node) => {
+                format!("{} is the last host of the cluster: it cannot be forgotten", name(*node))
+            }
+            Self::NoMajority { answered, needed, members } => format!(
+                "no majority of the cluster can be reached: {answered} of {members} hosts answered and {needed} are \
+                 needed"
+            ),
+            Self::NotABlock(prefix) => {
+                format!("invalid block {prefix}: not aligned, or not of the subnet's block length")
+            }
+            Self::AnotherKey(key) => format!(
+                "the cluster key is being changed to another one, {key}, which somebody began at the same time"
+            ),
+        }
+    }
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.sentence(|node| node.to_string()))
+    }
+}
+
+impl std::error::Error for Refusal {}
 
 /// A ballot number, ordered by counter, then by proposer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, Serialize, Deserialize)]

@@ -30,6 +30,10 @@ pub fn diff(actual: &Dataplane, desired: &Dataplane, prune: bool) -> Vec<Op> {
             ops.push(Op::Sysctl(SysctlOp::Set { name: name.clone(), value: value.clone() }));
         }
     }
+    // A chain that has moved from one table to another is there twice in between, rather than not at all.
+    let (written, others): (Vec<Op>, Vec<Op>) =
+        tables(actual, desired, prune).into_iter().partition(|op| matches!(op, Op::Nft(NftOp::SetTable(..))));
+    ops.extend(written);
     match &desired.filter {
         Some(filter) if actual.filter.as_ref() != Some(filter) => {
             ops.push(Op::Nft(NftOp::SetBase(filter.clone())))
@@ -37,8 +41,8 @@ pub fn diff(actual: &Dataplane, desired: &Dataplane, prune: bool) -> Vec<Op> {
         None if prune && actual.filter.is_some() => ops.push(Op::Nft(NftOp::DeleteBase)),
         Some(_) | None => {}
     }
-    let (guards, tables): (Vec<Op>, Vec<Op>) = tables(actual, desired, prune).into_iter().partition(unguards);
-    ops.extend(tables);
+    let (guards, others): (Vec<Op>, Vec<Op>) = others.into_iter().partition(unguards);
+    ops.extend(others);
     let (gone, last) = links(actual, desired, prune, &mut ops);
     ops.extend(guards);
     let there = |device: &Device| !gone.contains(device);

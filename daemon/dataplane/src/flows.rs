@@ -42,7 +42,7 @@ impl fmt::Display for Flows {
 
 /// The flows that are to end with a change of the published ports' elements: they lead to an endpoint that has the
 /// port no more, or to the host itself, from before the port was published.
-pub(crate) fn ended(actual: &Elements, desired: &Elements, prune: bool) -> Vec<Flows> {
+pub fn ended(actual: &Elements, desired: &Elements, prune: bool) -> Vec<Flows> {
     let none = Contents::new();
     let translates = |set: &&Set| set.table == Table::Publish && matches!(set.shape.data, Data::Fields(_));
     let sets: BTreeSet<&Set> =

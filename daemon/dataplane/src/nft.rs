@@ -36,6 +36,8 @@ pub enum Table {
     Policy,
     /// Frames of switched networks that network policies are about.
     PolicyFrames,
+    /// What rewrites queries for the resolver, and its answers.
+    Resolver,
     /// What gets queries for the resolver past the host's firewall, IPv4 and IPv6.
     Resolver4,
     /// See [`Table::Resolver4`].
@@ -44,13 +46,14 @@ pub enum Table {
 
 impl Table {
     /// Those in [`crate::state::Dataplane::tables`].
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Divert,
         Self::Publish,
         Self::PublishFrames,
         Self::Services,
         Self::Policy,
         Self::PolicyFrames,
+        Self::Resolver,
         Self::Resolver4,
         Self::Resolver6,
     ];
@@ -59,7 +62,7 @@ impl Table {
     pub fn family(self) -> &'static str {
         match self {
             Self::Divert | Self::PublishFrames | Self::PolicyFrames => "bridge",
-            Self::Sources | Self::Publish | Self::Services | Self::Policy => "inet",
+            Self::Sources | Self::Publish | Self::Services | Self::Policy | Self::Resolver => "inet",
             Self::Resolver4 => "ip",
             Self::Resolver6 => "ip6",
         }
@@ -73,7 +76,7 @@ impl Table {
             Self::Publish | Self::PublishFrames => "ovl-publish",
             Self::Services => "ovl-services",
             Self::Policy | Self::PolicyFrames => "ovl-policy",
-            Self::Resolver4 | Self::Resolver6 => "ovl-resolver",
+            Self::Resolver | Self::Resolver4 | Self::Resolver6 => "ovl-resolver",
         }
     }
 }

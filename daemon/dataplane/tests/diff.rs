@@ -284,6 +284,22 @@ fn reachable(actual: &Dataplane, desired: &Dataplane) -> Dataplane {
     reached
 }
 
+/// A chain of the base table may have been moved to another table, or back: then it is in both for a moment.
+#[test]
+fn other_tables_are_written_before_the_base_table_and_deleted_after_it() {
+    let with = |filter: &str, table: bool| {
+        let tables = table.then(|| (Table::Resolver, Arc::new(Skeleton::default()))).into_iter().collect();
+        Dataplane { filter: Some(filter.to_owned()), tables, ..Dataplane::default() }
+    };
+    let (before, after) = (with("with the chain", false), with("without it", true));
+    let texts = |from: &Dataplane, to: &Dataplane| -> Vec<String> {
+        diff(from, to, true).iter().map(ToString::to_string).collect()
+    };
+    let (base, other) = ("nft -f - # table inet ovl", "inet ovl-resolver");
+    assert_eq!(texts(&before, &after), [format!("nft -f - # table {other}"), base.to_owned()]);
+    assert_eq!(texts(&after, &before), [base.to_owned(), format!("nft delete table {other}")]);
+}
+
 proptest! {
     #[test]
     fn applying_the_difference_reaches_what_is_desired(actual in kernel(), desired in kernel()) {

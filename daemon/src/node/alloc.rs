@@ -132,42 +132,29 @@ impl Node {
     /// Converts a refusal to an error for the user.
     pub(super) fn explain(&self, refusal: &Refusal) -> Failed {
         let state = self.state.borrow();
+        let sentence = refusal.sentence(|node| state.view.name_of(node));
         match refusal {
-            Refusal::NoMajority { answered, needed, members } => {
-                let silent: Vec<String> = state
-                    .view
-                    .alloc
-                    .members
-                    .iter()
-                    .filter(|id| !state.alive().contains(id))
-                    .map(|id| state.view.name_of(*id))
-                    .collect();
+            Refusal::NoMajority { .. } => {
+                let members = state.view.alloc.members.iter().filter(|id| !state.alive().contains(id));
+                let silent: Vec<String> = members.map(|id| state.view.name_of(*id)).collect();
                 let silent = if silent.is_empty() {
                     String::new()
                 } else {
                     format!(" Silent: {}.", silent.join(", "))
                 };
                 Failed::unavailable(format!(
-                    "no majority of the cluster can be reached: {answered} of {members} hosts answered and {needed} \
-                     are needed.{silent} Bring hosts back, or take dead ones out with `ovlctl peers forget NODE` on \
-                     the side that has a majority"
+                    "{sentence}.{silent} Bring hosts back, or take dead ones out with `ovlctl peers forget NODE` on the \
+                     side that has a majority"
                 ))
             }
-            Refusal::Held { prefix, holder } => {
-                Failed::conflict(format!("block {prefix} is held by host {}", state.view.name_of(*holder)))
+            Refusal::NotMember(_) => {
+                Failed::unavailable(format!("{sentence}; `ovlctl status` says what it waits for"))
             }
-            Refusal::NotMember(node) => Failed::unavailable(format!(
-                "{} is not a member of the cluster yet; `ovlctl status` says what it waits for",
-                state.view.name_of(*node)
-            )),
-            Refusal::LastMember(_) => {
-                Failed::conflict("this is the last host of the cluster: it cannot be forgotten")
+            Refusal::AnotherKey(_) => {
+                Failed::conflict(format!("{sentence}: wait until `ovlctl key status` says that it is done"))
             }
-            Refusal::AnotherKey(key) => Failed::conflict(format!(
-                "the cluster key is being changed to another one, {key}, which somebody began at the same time: wait \
-                 until `ovlctl key status` says that it is done"
-            )),
-            Refusal::Full { .. } | Refusal::NotABlock(_) => Failed::exhausted(refusal.to_string()),
+            Refusal::Held { .. } | Refusal::LastMember(_) => Failed::conflict(sentence),
+            Refusal::Full { .. } | Refusal::NotABlock(_) => Failed::exhausted(sentence),
         }
     }
 
@@ -621,12 +608,12 @@ impl Node {
                 Some((endpoint.id, sentence))
             })
             .collect();
-        if isolated == state.local.isolated {
+        let sentences: Vec<_> =
+            isolated.iter().map(|(id, sentence)| (id.to_string(), sentence.clone())).collect();
+        if !state.local.isolation.replace(isolated) {
             return;
         }
-        let sentences = isolated.iter().map(|(id, sentence)| (id.to_string(), sentence.clone()));
         state.problems.replace(Code::EndpointIsolated, sentences);
-        state.local.isolated = isolated;
         state.changed(What::ThisHost);
         self.work.notify_one();
     }

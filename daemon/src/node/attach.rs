@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use ipnet::IpNet;
 use ovl_cluster::addresses as ipam;
-use ovl_cluster::view::Placed;
+use ovl_cluster::view::{Placed, View};
 use ovl_control::{Attach, EndpointInfo, EndpointState, FailureKind, NetnsRef};
 use ovl_dataplane::device::{Device, Role};
 use ovl_dataplane::op::Op;
@@ -16,9 +16,8 @@ use ovl_proto::id::{EndpointId, Mac, NetworkId};
 use ovl_proto::object::{Driver, Mode, Network, Subnet};
 use ovl_proto::table::{Endpoint, Entry, Key};
 use ovl_runtimes::cni::{self, Attachment};
-use ovl_subsystems::local::Local;
+use ovl_subsystems::endpoints::hairpin;
 use ovl_subsystems::networks::mtu::network_mtu;
-use ovl_subsystems::publish::needs_hairpin;
 
 use super::addresses::Reserved;
 use super::{Failed, Node};
@@ -55,12 +54,7 @@ impl Drop for Place<'_> {
         let mut state = self.node.state.borrow_mut();
         state.endpoints.release_name(&self.name);
         state.endpoints.release_device(self.device);
-        if let Some(count) = state.local.wanted.get_mut(&self.network) {
-            *count -= 1;
-            if *count == 0 {
-                state.local.wanted.remove(&self.network);
-            }
-        }
+        state.local.attaches.unwant(self.network);
         if !state.local.is_built(&state.view, self.network) {
             // The attach failed, and no other endpoint needs the devices of the network.
             state.changed(Change::Built(self.network));
@@ -116,7 +110,7 @@ impl Node {
         // A container runtime writes resolv.conf of a pod, so pods do not use the resolver at 127.0.0.11.
         let resolver = local.cni.is_none();
         if resolver || self.has_services() {
-            self.will_resolve(network.id);
+            self.state.borrow_mut().subsystems.names.resolve(network.id);
         }
         let Some(first) = reserved.first() else {
             return Err(Failed::invalid(format!("network {} has no addresses", network.name)));
@@ -138,14 +132,13 @@ impl Node {
             ready: !request.not_ready,
             publish: ports.published().to_vec(),
         };
-        self.will_publish(&endpoint.publish);
         let addresses = endpoint.addresses.iter().map(IpNet::addr);
         let gateways = addresses.filter(|_| !network.internal).filter_map(|at| ipam::gateway_on(network, at));
         let gateways: Vec<IpAddr> = gateways.collect();
         // Held until the endpoint is in the table or the attach has failed.
         let _policed = self.police_attach(&endpoint);
         if local.docker.is_some() {
-            self.state.borrow_mut().local.fetched.insert(id);
+            self.state.borrow_mut().local.attaches.set_by_engine(id);
         }
         self.refresh_names();
         let (part, mtu) = {
@@ -161,7 +154,7 @@ impl Node {
             ifname: request.ifname.clone(),
             mac,
             mtu,
-            host_end: host_end(&self.state.borrow().local, network, &endpoint),
+            host_end: host_end(&self.state.borrow().view, network, &endpoint),
             addresses: endpoint.addresses.clone(),
             gateways,
             resolver: self.ways_to_resolver(network, &endpoint, resolver),
@@ -178,7 +171,7 @@ impl Node {
                 if made.is_ok() {
                     self.take_back(&endpoint).await?;
                 }
-                self.state.borrow_mut().local.fetched.remove(&id);
+                self.state.borrow_mut().local.attaches.forget_engine(id);
                 let error = refused.or_else(|| made.err().map(|error| error.to_string())).unwrap_or_default();
                 return Err(Failed::kernel(format!(
                     "cannot attach {} to {}: {error}",
@@ -210,7 +203,7 @@ impl Node {
 
     /// Deletes an endpoint from the kernel that is not in the owner table yet.
     async fn take_back(&self, endpoint: &Endpoint) -> Result<(), Failed> {
-        self.state.borrow_mut().local.fetched.remove(&endpoint.id);
+        self.state.borrow_mut().local.attaches.forget_engine(endpoint.id);
         self.kernel.delete_links(vec![Device::endpoint(endpoint.id)]).await.map_err(Failed::from)
     }
 
@@ -302,14 +295,6 @@ impl Node {
         (loopback || !cluster.is_empty()).then_some(Resolver { mac, loopback, cluster })
     }
 
-    /// Marks a network as one whose bridge needs the address of the resolver.
-    fn will_resolve(&self, network: NetworkId) {
-        let mut state = self.state.borrow_mut();
-        if state.local.resolved.insert(network) {
-            state.changed(Change::Built(network));
-        }
-    }
-
     /// Reserves the name and the device of an endpoint. To be called before the first `await` of an attach.
     pub(super) fn take_place(&self, request: &Attach, network: &Network) -> Result<Place<'_>, Failed> {
         let namespace = request.namespace.clone().unwrap_or_else(|| "default".to_owned());
@@ -337,7 +322,7 @@ impl Node {
         if !state.local.is_built(&state.view, network.id) {
             state.changed(Change::Built(network.id));
         }
-        *state.local.wanted.entry(network.id).or_default() += 1;
+        state.local.attaches.want(network.id);
         Ok(Place { node: self, network: network.id, name, device })
     }
 
@@ -529,8 +514,8 @@ impl Node {
             for id in ids {
                 names.extend(state.own_endpoint(*id).map(|endpoint| endpoint.name.clone()));
                 state.endpoints.remove(*id);
-                state.local.fetched.remove(id);
-                state.local.isolated.remove(id);
+                state.local.attaches.forget_engine(*id);
+                state.local.isolation.forget(*id);
                 state.problems.set(Code::EndpointIsolated, id.to_string(), None);
                 self.published.release(*id);
             }
@@ -594,11 +579,11 @@ impl Node {
         let mut restored = Vec::new();
         for (endpoint, local) in endpoints {
             if local.cni.is_none() || self.has_services() {
-                self.will_resolve(endpoint.network);
+                self.state.borrow_mut().subsystems.names.resolve(endpoint.network);
             }
             let mut state = self.state.borrow_mut();
             if local.docker.is_some() {
-                state.local.fetched.insert(endpoint.id);
+                state.local.attaches.set_by_engine(endpoint.id);
             }
             state.endpoints.add(endpoint.id, local);
             restored.push(endpoint);
@@ -632,7 +617,7 @@ impl Node {
         let ovl_cluster::view::Placed { node, endpoint } = placed;
         let own = node.record.id == state.view.me;
         let local = own.then(|| state.endpoints.get(endpoint.id)).flatten();
-        let isolated = state.local.isolated.contains_key(&endpoint.id)
+        let isolated = state.local.isolation.contains(endpoint.id)
             || state.view.address_conflict(node.record.id, endpoint).is_some();
         EndpointInfo {
             name: endpoint.name.clone(),
@@ -689,9 +674,9 @@ fn netns_path(netns: &NetnsRef) -> PathBuf {
 }
 
 /// Returns the configuration of the host interface: a bridge port, or routed with the subnets behind each gateway.
-fn host_end(local: &Local, network: &Network, endpoint: &Endpoint) -> HostEnd {
+fn host_end(view: &View, network: &Network, endpoint: &Endpoint) -> HostEnd {
     if network.mode == Mode::L2 {
-        return HostEnd::Port(Device::bridge(network.id), needs_hairpin(local, network, endpoint));
+        return HostEnd::Port(Device::bridge(network.id), hairpin::is_needed(view, network, endpoint));
     }
     let mut routes = Vec::new();
     for address in endpoint.addresses.iter().map(IpNet::addr) {

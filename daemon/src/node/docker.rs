@@ -426,7 +426,7 @@ fn is_unused(state: &State, found: &NetworkState) -> bool {
     let members = state.view.nodes.values().filter(|node| state.view.alloc.members.contains(&node.record.id));
     found.network.on_demand
         && !found.removing
-        && !state.local.wanted.contains_key(&id)
+        && !state.local.attaches.wants(id)
         && !members
             .into_iter()
             .any(|node| node.table.holds(id) || node.table.endpoints_on(id).next().is_some())

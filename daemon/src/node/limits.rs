@@ -77,7 +77,7 @@ impl Node {
         let name = format!("net.{family}.neigh.default.gc_thresh3");
         let most = kernel::read_sysctl(&name).and_then(|value| value.parse::<usize>().ok());
         let near = state.view.nodes.values().filter(|node| node.record.vtep.is_ipv4() == is_v4);
-        let near = match state.local.segment {
+        let near = match state.local.underlay.segment() {
             Some(segment) => near.filter(|node| segment.contains(&node.record.vtep)).count(),
             None => peers,
         };

@@ -76,11 +76,7 @@ use crate::publish::PublishedPorts;
 use crate::sandboxes::Sandboxes;
 use crate::store;
 use crate::workloads::Workloads;
-use ovl_subsystems::Subsystems;
-use ovl_subsystems::names::Names;
-use ovl_subsystems::networks::Networks;
-use ovl_subsystems::policy::Enforcement;
-use ovl_subsystems::services::{Announcements, Translation};
+use ovl_subsystems::{Settings, Subsystems};
 
 /// Reason why the daemon stops.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -230,7 +226,7 @@ impl Node {
         let signed = identity.sign_record(&record)?;
         let keys = keys::Keys::new(Arc::clone(&keyring), key_file);
         let mut state = first_state(&config, &environment, &record, &signed, &saved, keys);
-        state.local.key_epochs.own_previous = secret.previous();
+        state.local.key_epochs.set_own_previous(secret.previous());
         state
             .subsystems
             .announcements
@@ -510,25 +506,21 @@ fn first_state(
             alloc,
             resources: Resources::default(),
         },
-        local: Local {
-            masquerade: config.masquerade,
-            cluster_dns: config.ranges.dns_addresses().collect(),
-            ..Local::default()
-        },
+        local: Local::default(),
         own_record: signed.clone(),
         peers: BTreeMap::new(),
         clashes: BTreeMap::new(),
         objects: ObjectStore::new(saved.clock),
         bridges: Bridges::new(saved.bridges.iter().cloned()),
         workloads: Workloads::default(),
-        subsystems: Subsystems {
-            // Connections that an earlier run marked are evaluated again.
-            policy: Enforcement::new(u32::from_le_bytes(random(&**environment))),
-            names: Names::new(OWN_DOMAIN, &config.cluster_domain, config.walk_search_lists),
-            networks: Networks::default(),
-            services: Translation::default(),
-            announcements: Announcements::default(),
-        },
+        subsystems: Subsystems::new(Settings {
+            generation: u32::from_le_bytes(random(&**environment)),
+            masquerade: config.masquerade,
+            own_domain: OWN_DOMAIN.to_owned(),
+            cluster_domain: config.cluster_domain.clone(),
+            walk_search_lists: config.walk_search_lists,
+            cluster_dns: config.ranges.dns_addresses().collect(),
+        }),
         keys,
         allocator: Allocator::new(me, durable, u64::from_le_bytes(random(&**environment))),
         claims: HashMap::new(),

@@ -7,7 +7,6 @@ use ipnet::IpNet;
 use ovl_control::{DnsAnswer, DnsQuestion};
 use ovl_dns::Client;
 use ovl_proto::table::Endpoint;
-use ovl_subsystems::Change;
 use ovl_subsystems::names::resolver::resolv_conf;
 use ovl_subsystems::names::{Names, Place, Sources};
 
@@ -73,10 +72,6 @@ impl Node {
 impl State {
     /// Applies all marks to the names, by [`Names::refresh`] or [`Names::refresh_all`].
     fn refresh_names<T>(&mut self, refresh: fn(&mut Names, Sources<'_>) -> T) -> T {
-        for network in self.subsystems.names.newly_resolved(&self.view, &self.local.resolved) {
-            self.local.resolved.insert(network);
-            self.changed(Change::Built(network));
-        }
         let Self { view, workloads, subsystems, endpoints, .. } = self;
         let place = |id| {
             let local = endpoints.get(id)?;

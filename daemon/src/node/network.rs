@@ -270,7 +270,7 @@ impl Node {
                     network.name
                 )));
             }
-            if state.local.wanted.contains_key(&network.id) {
+            if state.local.attaches.wants(network.id) {
                 return Err(Failed::conflict(format!("an endpoint is being attached to network {name}")));
             }
             network.clone()

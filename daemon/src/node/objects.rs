@@ -152,11 +152,6 @@ impl Node {
     /// result.
     pub(super) fn settle_backends(&self, state: &mut State) {
         let settled = state.workloads.settle(&state.view);
-        if state.view.has_services() && !state.local.served {
-            state.local.served = true;
-            let switched: Vec<NetworkId> = state.view.switched().map(|network| network.id).collect();
-            switched.into_iter().for_each(|network| state.changed(What::Built(network)));
-        }
         if settled != Settled::default() {
             state.changed(What::Backends(&settled));
             tracing::debug!(
@@ -230,7 +225,7 @@ impl Node {
             let state = &mut *guard;
             let mut used: std::collections::BTreeSet<NetworkId> =
                 state.view.nodes.values().flat_map(|node| node.table.networks()).collect();
-            used.extend(state.local.wanted.keys());
+            used.extend(state.local.attaches.networks());
             let Resolution { mut networks, rewritten, overlaps } =
                 resolve(state.objects.all().networks(), |id| used.contains(&id));
             state.problems.replace(Code::BridgeConflict, state.bridges.join(&mut networks));

@@ -13,7 +13,7 @@ use ovl_mesh::gossip::{GossipEvent, Hints};
 use ovl_mesh::streams::StreamEvent;
 use ovl_proto::alloc::{AllocMessage, Change};
 use ovl_proto::id::{ClusterKeyId, NodeId};
-use ovl_proto::record::{self, NodeRecord, Presence, SignedRecord};
+use ovl_proto::record::{NodeRecord, Presence, SignedRecord};
 use ovl_proto::sync::Message;
 use ovl_proto::table::{Entry, Key};
 
@@ -272,7 +272,8 @@ impl Node {
         note_cluster(state, &record);
         state.save.wanted = true;
         if rekeyed {
-            note_end(state, &record, old.as_ref().and_then(|old| old.tunnel));
+            let before = old.as_ref().and_then(|old| old.tunnel);
+            state.local.key_epochs.note_peer(record.id, before, record.tunnel);
             self.tunnel_turn.notify_one();
             // Which peer a key belongs to affects the routes to other hosts, too.
             state.changed(What::Tunnel);
@@ -522,19 +523,4 @@ fn note_cluster(state: &mut State, record: &NodeRecord) {
         )
     });
     state.problems.set(Code::ForeignCluster, record.id.to_string(), sentence);
-}
-
-/// Records the tunnel key that a peer published before it changed to another key epoch. The key is accepted
-/// during the rotation.
-fn note_end(state: &mut State, record: &NodeRecord, before: Option<record::Tunnel>) {
-    let previous = &mut state.local.key_epochs.previous;
-    match (before, record.tunnel) {
-        (Some(old), Some(new)) if new.rotating && new.epoch != old.epoch => {
-            previous.insert(record.id, old.key);
-        }
-        (_, Some(new)) if new.rotating => {}
-        _ => {
-            previous.remove(&record.id);
-        }
-    }
 }

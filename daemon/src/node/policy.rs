@@ -23,7 +23,7 @@ impl Drop for Policed<'_> {
     fn drop(&mut self) {
         let mut guard = self.node.state.borrow_mut();
         let state = &mut *guard;
-        if let Some(endpoint) = state.local.attaching.remove(&self.id) {
+        if let Some(endpoint) = state.local.attaches.end(self.id) {
             state.changed(Change::Attaching(&endpoint));
             self.node.work.notify_one();
         }
@@ -35,7 +35,7 @@ impl Node {
     pub(super) fn police_attach(&self, endpoint: &Endpoint) -> Policed<'_> {
         let mut guard = self.state.borrow_mut();
         let state = &mut *guard;
-        state.local.attaching.insert(endpoint.id, endpoint.clone());
+        state.local.attaches.begin(endpoint.clone());
         state.changed(Change::Attaching(endpoint));
         Policed { node: self, id: endpoint.id }
     }

@@ -5,7 +5,7 @@ use ovl_proto::id::EndpointId;
 use ovl_proto::object::Network;
 use ovl_proto::publish::{Publish, Published};
 use ovl_proto::table::{Endpoint, Entry};
-use ovl_subsystems::{self as subsystems, Change};
+use ovl_subsystems as subsystems;
 
 use super::{Failed, Node};
 use crate::problems::Code;
@@ -42,15 +42,6 @@ impl Node {
         Ok(())
     }
 
-    /// Prepares the host for published ports if there are any.
-    pub(super) fn will_publish(&self, published: &[Published]) {
-        let mut state = self.state.borrow_mut();
-        if !published.is_empty() && !state.local.publishing {
-            state.local.publishing = true;
-            state.changed(Change::Publishing);
-        }
-    }
-
     /// Publishes more ports of an endpoint of this host. Returns all ports that it then has.
     pub(super) async fn publish(&self, id: EndpointId, wishes: &[Publish]) -> Result<Vec<Published>, Failed> {
         let endpoint = self.endpoint_to_publish(id)?;
@@ -83,7 +74,6 @@ impl Node {
     /// Saves the published ports of an endpoint, announces them to peers and configures the kernel.
     async fn set_published(&self, mut endpoint: Endpoint, published: Vec<Published>) -> Result<(), Failed> {
         endpoint.publish = published;
-        self.will_publish(&endpoint.publish);
         let local = self.state.borrow().endpoints.get(endpoint.id).cloned();
         let local = local.ok_or_else(|| Failed::not_found("the endpoint is gone"))?;
         self.keep_endpoint(&endpoint, &local).map_err(|error| Failed::internal(format!("{error:#}")))?;

@@ -92,8 +92,6 @@ impl Node {
         let (drift, desired, prune, ignored, expected) = {
             let mut state = self.state.borrow_mut();
             let drift = state.reconcile.begin_full();
-            state.local.publishing = self.published.is_reserving() || state.publishes();
-            state.local.served = state.view.has_services();
             let prune = state.caught_up;
             let (cluster, mut subsystems) = state.parts();
             let desired = subsystems::resync(&mut subsystems, &cluster);

@@ -167,11 +167,6 @@ impl State {
         self.view.alloc.members.contains(&self.view.me)
     }
 
-    /// Whether an endpoint of this host has published a port.
-    pub(crate) fn publishes(&self) -> bool {
-        self.own_endpoints().any(|endpoint| !endpoint.publish.is_empty())
-    }
-
     /// Checks that this host is a member.
     ///
     /// # Errors
@@ -229,7 +224,6 @@ impl State {
                 self.reconcile.mark_rights();
             }
             Change::Attaching(_)
-            | Change::Publishing
             | Change::Resources(_)
             | Change::Backends(_)
             | Change::Announcers

@@ -8,8 +8,8 @@ use ovl_control::KeyStatus;
 use ovl_mesh::keys::TunnelSecret;
 use ovl_proto::id::NodeId;
 use ovl_subsystems::Change;
-use ovl_subsystems::encryption::epochs::{self, KeyEpochs};
 use ovl_subsystems::encryption::tunnel;
+use ovl_subsystems::local::epochs;
 use tokio::time::Instant;
 
 use super::{Failed, Node};
@@ -64,7 +64,7 @@ impl Node {
         for key in secret.private() {
             self.kernel.learn_key(key).await.map_err(Failed::from)?;
         }
-        self.state.borrow_mut().local.key_epochs.own_previous = secret.previous();
+        self.state.borrow_mut().local.key_epochs.set_own_previous(secret.previous());
         self.change_record(|record| {
             if let Some(end) = &mut record.tunnel {
                 (end.key, end.epoch, end.rotating) =
@@ -95,7 +95,7 @@ impl Node {
         let mut guard = self.state.borrow_mut();
         let state = &mut *guard;
         let before = tunnel::peer_routes(&state.view, &state.local.key_epochs);
-        state.local.key_epochs = KeyEpochs { sessions, quiet, ..std::mem::take(&mut state.local.key_epochs) };
+        state.local.key_epochs.set_sessions(sessions, quiet);
         if tunnel::peer_routes(&state.view, &state.local.key_epochs) != before {
             state.changed(Change::Tunnel);
             self.work.notify_one();
@@ -130,7 +130,7 @@ impl Node {
             return;
         }
         self.tunnel.borrow_mut().set_secret(settled);
-        self.state.borrow_mut().local.key_epochs.own_previous = None;
+        self.state.borrow_mut().local.key_epochs.set_own_previous(None);
         self.change_record(|record| {
             if let Some(end) = &mut record.tunnel {
                 end.rotating = false;

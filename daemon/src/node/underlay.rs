@@ -87,7 +87,7 @@ impl Node {
 
     fn set_segment(&self, prefix: IpNet) {
         let mut state = self.state.borrow_mut();
-        if state.local.segment.replace(prefix.trunc()) != Some(prefix.trunc()) {
+        if state.local.underlay.set_segment(prefix) {
             state.changed(Change::ThisHost);
             self.work.notify_one();
         }

@@ -4,6 +4,7 @@
 //! module owns no state. Begin to read at [`endpoint_part`], which an attach uses; [`crate::networks`] uses the
 //! sub-modules for all endpoints of a network.
 
+pub mod hairpin;
 pub(crate) mod routed;
 pub(crate) mod silent;
 pub(crate) mod switched;
@@ -14,7 +15,6 @@ use ovl_proto::object::{Mode, Network};
 use ovl_proto::table::Endpoint;
 
 use crate::local::Local;
-use crate::publish;
 
 /// Returns the data plane of one endpoint of this host, beside its network's devices. The attach itself creates the
 /// veth pair.
@@ -27,9 +27,8 @@ pub fn endpoint_part(
 ) -> Dataplane {
     let mut dataplane = Dataplane::default();
     match network.mode {
-        Mode::L2 => switched::endpoint_part(&mut dataplane, local, network, endpoint, mtu),
+        Mode::L2 => switched::endpoint_part(&mut dataplane, view, network, endpoint, mtu),
         Mode::L3 => routed::endpoint_part(&mut dataplane, view, local, network, endpoint, mtu),
     }
-    publish::elements(&mut dataplane, network, endpoint);
     dataplane
 }

@@ -23,6 +23,7 @@ pub mod services;
 mod subsystem;
 
 pub use list::{
-    SubsystemList, Subsystems, afterwards, desired, detached, outcomes, plan, prepare, refusal, resync,
+    Settings, SubsystemList, Subsystems, afterwards, desired, detached, outcomes, plan, prepare, refusal,
+    resync,
 };
 pub use subsystem::{Change, Cluster, Outcome, Part, Subsystem, TableChange};

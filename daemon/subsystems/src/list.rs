@@ -3,29 +3,58 @@
 //! [`Subsystems`] owns one value of each subsystem. Begin to read at [`Subsystems::all`]: its order is the order in
 //! which plans are applied. The functions below take any list, so tests can add a subsystem of their own.
 
+use std::net::IpAddr;
+
 use ovl_dataplane::op::Op;
 use ovl_dataplane::state::Dataplane;
 use ovl_proto::id::NetworkId;
 use ovl_proto::object::Network;
 use ovl_proto::table::Endpoint;
 
+use crate::encryption::Encryption;
 use crate::names::Names;
-use crate::networks::Networks;
+use crate::names::resolver::HOST_ADDRESSES;
+use crate::networks::{BaseFilter, Networks};
 use crate::policy::Enforcement;
+use crate::publish::PublishedPorts;
 use crate::services::{Announcements, Translation};
 use crate::subsystem::{Cluster, Outcome, Part, Subsystem};
 
 /// The subsystems of a daemon, as trait objects.
-pub type SubsystemList<'a> = [&'a mut dyn Subsystem; 5];
+pub type SubsystemList<'a> = [&'a mut dyn Subsystem; 8];
+
+/// What subsystems begin with.
+#[derive(Debug, Clone, Default)]
+pub struct Settings {
+    /// The first generation of policies. Connections that an earlier run marked with another one are judged again.
+    pub generation: u32,
+    /// Whether traffic that leaves the cluster is masqueraded.
+    pub masquerade: bool,
+    /// The domain of the names of endpoints.
+    pub own_domain: String,
+    /// The domain of the names of Services and pods.
+    pub cluster_domain: String,
+    /// Whether a query that is the first step of a client's search list gets the answer at which the search ends.
+    pub walk_search_lists: bool,
+    /// Addresses of the cluster DNS, at most one of each family.
+    pub cluster_dns: Vec<IpAddr>,
+}
 
 /// All subsystems of a daemon.
+#[derive(Debug)]
 pub struct Subsystems {
     /// Network policies.
     pub policy: Enforcement,
+    /// The packet filter about all networks.
+    pub base_filter: BaseFilter,
+    /// The tunnel of encrypted networks.
+    pub encryption: Encryption,
+    /// Devices, forwarding entries, neighbours, routes and endpoints.
+    pub networks: Networks,
+    /// Published ports.
+    pub publish: PublishedPorts,
     /// Names of endpoints, Services and pods.
     pub names: Names,
-    /// Devices, forwarding entries, neighbours and routes.
-    pub networks: Networks,
     /// Address translation for Services.
     pub services: Translation,
     /// Announcements of LoadBalancer addresses.
@@ -33,11 +62,33 @@ pub struct Subsystems {
 }
 
 impl Subsystems {
+    /// Creates all subsystems.
+    pub fn new(settings: Settings) -> Self {
+        Self {
+            policy: Enforcement::new(settings.generation),
+            base_filter: BaseFilter::new(settings.masquerade, HOST_ADDRESSES.to_vec()),
+            encryption: Encryption::default(),
+            networks: Networks::default(),
+            publish: PublishedPorts::default(),
+            names: Names::new(
+                &settings.own_domain,
+                &settings.cluster_domain,
+                settings.walk_search_lists,
+                settings.cluster_dns,
+            ),
+            services: Translation::default(),
+            announcements: Announcements::default(),
+        }
+    }
+
     /// Returns the subsystems in the order in which their plans are applied. Policies come first, so that an endpoint
-    /// that they isolate is not reachable before they are in force.
+    /// that they isolate is not reachable before they are in force, and the base filter before the devices that it
+    /// protects. Routes of networks lead through devices of encryption; published ports and names need devices of
+    /// networks.
     pub fn all(&mut self) -> SubsystemList<'_> {
-        let Self { policy, names, networks, services, announcements } = self;
-        [policy, names, networks, services, announcements]
+        let Self { policy, base_filter, encryption, networks, publish, names, services, announcements } =
+            self;
+        [policy, base_filter, encryption, networks, publish, names, services, announcements]
     }
 }
 

@@ -1,11 +1,11 @@
 //! The subsystem of names: which DNS names exist, and which client sees which.
 //!
 //! [`Names`] owns the zone. A change only marks names ([`Subsystem::changed`]); [`Names::refresh`] looks all marked names
-//! up again and returns the new zone, for the resolver to answer from. It wants nothing in the kernel: [`resolver`]
-//! computes how endpoints reach the resolver, and networks and endpoints program that. Begin to read at
-//! [`Names::refresh`].
+//! up again and returns the new zone, for the resolver to answer from. `delivery` owns what the kernel needs so that
+//! endpoints reach the resolver. Begin to read at [`Names::refresh`].
 
 pub mod cluster_names;
+mod delivery;
 mod owners;
 pub mod resolver;
 mod zone;
@@ -19,12 +19,14 @@ use ovl_cluster::view::View;
 use ovl_dataplane::op::Op;
 use ovl_dataplane::state::Dataplane;
 use ovl_proto::id::{EndpointId, NetworkId};
+use ovl_proto::object::Network;
 use ovl_proto::resource::Name as ResourceName;
-use ovl_proto::table::Entry;
+use ovl_proto::table::{Endpoint, Entry};
 use ovl_zone::{Client, Name, Resolution, Zone};
 
+use self::delivery::Delivery;
 use self::owners::{Owner, Owners};
-use crate::subsystem::{Change, Cluster, Subsystem};
+use crate::subsystem::{Change, Cluster, Outcome, Part, Subsystem};
 
 pub use self::zone::Place;
 
@@ -71,6 +73,7 @@ pub struct Names {
     marked: Marked,
     zone: Zone,
     owners: Owners,
+    delivery: Delivery,
     /// The domain below which names of endpoints are complete.
     own_domain: String,
     /// The cluster domain, which contains the names of Services and pods.
@@ -80,13 +83,22 @@ pub struct Names {
 impl Names {
     /// Creates a zone without names of endpoints, Services and pods. `own_domain` is the domain of the names of
     /// endpoints, `cluster_domain` that of Services and pods. If `walks` is set, a query that is the first step of a
-    /// client's search list in the cluster domain gets the answer at which the search ends.
-    pub fn new(own_domain: &str, cluster_domain: &str, walks: bool) -> Self {
+    /// client's search list in the cluster domain gets the answer at which the search ends. `cluster_dns` are the
+    /// addresses of the cluster DNS, at most one of each family.
+    pub fn new(own_domain: &str, cluster_domain: &str, walks: bool, cluster_dns: Vec<IpAddr>) -> Self {
         let cluster_domain = cluster_domain.trim_end_matches('.').to_ascii_lowercase();
         let mut zone = Zone::new(Name::parse(own_domain));
         owners::begin(&mut zone, &cluster_domain, walks);
         let own_domain = own_domain.to_owned();
-        Self { marked: Marked::default(), zone, owners: Owners::default(), own_domain, cluster_domain }
+        let delivery = Delivery::new(cluster_dns);
+        Self {
+            marked: Marked::default(),
+            zone,
+            owners: Owners::default(),
+            delivery,
+            own_domain,
+            cluster_domain,
+        }
     }
 
     /// Returns the zone as of the last refresh. A copy of it is a snapshot.
@@ -99,15 +111,9 @@ impl Names {
         &self.cluster_domain
     }
 
-    /// Returns the networks of this host whose endpoints need the resolver from now on, because their pods may ask for
-    /// names of Services. Networks in `resolved` have it. Empty if no name of a Service or pod is marked, so it must be
-    /// called before [`Self::refresh`].
-    pub fn newly_resolved(&self, view: &View, resolved: &BTreeSet<NetworkId>) -> Vec<NetworkId> {
-        if (self.marked.services.is_empty() && self.marked.pods.is_empty()) || !view.has_services() {
-            return Vec::new();
-        }
-        let networks = view.own().into_iter().flat_map(|own| own.table.networks());
-        networks.filter(|network| !resolved.contains(network)).collect()
+    /// Records that endpoints of this host on a network use the resolver. The next plan sends what they need.
+    pub fn resolve(&mut self, network: NetworkId) {
+        self.delivery.resolve(network);
     }
 
     /// Looks all marked names up again. Returns the new zone, or `None` if nothing was marked.
@@ -170,6 +176,11 @@ impl Names {
         if services.is_empty() && pods.is_empty() {
             return false;
         }
+        if sources.view.has_services() {
+            // From the first Service on, existing pods may ask for names of Services.
+            let networks = sources.view.own().into_iter().flat_map(|own| own.table.networks());
+            networks.for_each(|network| self.delivery.resolve(network));
+        }
         let domain = &self.cluster_domain;
         for name in services {
             let service = sources.view.resources.services().get(&name);
@@ -212,7 +223,8 @@ impl Names {
 }
 
 impl Subsystem for Names {
-    fn changed(&mut self, change: &Change<'_>, _: &Cluster<'_>) {
+    fn changed(&mut self, change: &Change<'_>, cluster: &Cluster<'_>) {
+        self.delivery.changed(change, cluster);
         match *change {
             Change::Entry { entry: Entry::Endpoint(endpoint), .. } => {
                 self.marked.single.entry(endpoint.network).or_default().note(endpoint);
@@ -228,28 +240,37 @@ impl Subsystem for Names {
             | Change::ThisHost
             | Change::Tunnel
             | Change::Attaching(_)
-            | Change::Publishing
             | Change::Resources(_)
             | Change::Announcers
             | Change::Uplink => {}
         }
     }
 
-    fn desired(&self, _: &Cluster<'_>) -> Dataplane {
-        Dataplane::default()
+    fn desired(&self, cluster: &Cluster<'_>) -> Dataplane {
+        self.delivery.desired(cluster)
     }
 
-    fn resync(&mut self, _: &Cluster<'_>) -> Dataplane {
-        Dataplane::default()
+    fn resync(&mut self, cluster: &Cluster<'_>) -> Dataplane {
+        self.delivery.resync(cluster)
     }
 
-    fn plan(&mut self, _: &Cluster<'_>) -> Vec<Op> {
-        Vec::new()
+    fn plan(&mut self, cluster: &Cluster<'_>) -> Vec<Op> {
+        self.delivery.plan(cluster)
     }
 
     fn sent(&self) -> Option<Dataplane> {
-        Some(Dataplane::default())
+        self.delivery.sent()
     }
 
-    fn withdraw(&mut self) {}
+    fn prepare(&mut self, _: &Endpoint, network: &Network, cluster: &Cluster<'_>) -> Part {
+        Part { before: self.delivery.prepare(network.id, cluster), wants: Dataplane::default() }
+    }
+
+    fn outcome(&mut self, outcome: Outcome<'_>) {
+        self.delivery.outcome(outcome);
+    }
+
+    fn withdraw(&mut self) {
+        self.delivery.withdraw();
+    }
 }

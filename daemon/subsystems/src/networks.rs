@@ -1,9 +1,11 @@
-//! The subsystem of networks: bridges, VXLAN devices, FDB entries, neighbours, routes and the base packet filter.
+//! The subsystem of networks: bridges, VXLAN devices, FDB entries, neighbours, routes and endpoints.
 //!
-//! [`Networks`] owns the data plane that was last sent, separately for each network and for the host as a whole. If
-//! only single endpoints changed, the plan looks at these alone ([`touched`]); any other change compares the whole
-//! network. Begin to read at [`desired::network_part`], and then at the `Subsystem` implementation of [`Networks`].
+//! [`Networks`] owns the data plane that was last sent, separately for each network. If only single endpoints changed,
+//! the plan looks at these alone ([`touched`]); any other change compares the whole network. [`BaseFilter`] is the packet
+//! filter about all networks. Begin to read at [`desired::network_part`], and then at the `Subsystem` implementation of
+//! [`Networks`].
 
+mod base;
 pub mod desired;
 pub mod filter;
 pub mod mtu;
@@ -14,29 +16,32 @@ pub mod touched;
 use std::collections::{BTreeMap, BTreeSet};
 
 use ovl_dataplane::diff::diff;
-use ovl_dataplane::op::{LinkOp, Op};
+use ovl_dataplane::op::{LinkOp, NftOp, Op};
 use ovl_dataplane::state::Dataplane;
 use ovl_proto::id::NetworkId;
 use ovl_proto::object::Network;
 use ovl_proto::resource::Kind;
 use ovl_proto::table::{Endpoint, Entry};
 
+pub use self::base::BaseFilter;
 use self::mtu::network_mtu;
 use self::touched::TouchedEndpoints;
-use crate::endpoints::endpoint_part;
+use crate::endpoints::{endpoint_part, hairpin};
 use crate::subsystem::{Change, Cluster, Outcome, Part, Subsystem};
 
 /// The data plane of networks that was last sent, what may have changed since, and what the kernel rejected.
 #[derive(Debug, Default)]
 pub struct Networks {
     sent: BTreeMap<NetworkId, Dataplane>,
-    sent_host: Dataplane,
+    /// Whether the table of guards for ports in hairpin mode was sent. It stays until a full pass finds it without
+    /// elements.
+    has_guards: bool,
+    /// Whether there were Services when the ports were last planned: then all ports are in hairpin mode.
+    served: bool,
     /// Networks that must be compared as a whole.
     changed: BTreeSet<NetworkId>,
     /// Changed endpoints of networks that need no whole comparison.
     touched: BTreeMap<NetworkId, TouchedEndpoints>,
-    /// Whether the part of the host as a whole may have changed.
-    host_changed: bool,
     /// Networks with a rejected operation since the last full pass, with the first reason.
     refused: BTreeMap<NetworkId, String>,
     batch: BatchNetworks,
@@ -51,28 +56,28 @@ struct BatchNetworks {
 
 impl Networks {
     fn all_sent(&self) -> Dataplane {
-        let mut all = self.sent_host.clone();
+        let mut all = Dataplane::default();
         self.sent.values().for_each(|part| all.merge(part.clone()));
+        if self.has_guards {
+            all.tables.extend([hairpin::table()]);
+        }
         all
+    }
+
+    /// Puts the table of guards before operations that need it.
+    fn with_guards(&mut self, ops: Vec<Op>) -> Vec<Op> {
+        let guards =
+            |op: &Op| matches!(op, Op::Nft(NftOp::SetElement(element)) if element.set == hairpin::HAIRPINS);
+        if self.has_guards || !ops.iter().any(guards) {
+            return ops;
+        }
+        self.has_guards = true;
+        let (table, skeleton) = hairpin::table();
+        [Op::Nft(NftOp::SetTable(table, skeleton))].into_iter().chain(ops).collect()
     }
 
     fn mark(&mut self, network: NetworkId) {
         self.changed.insert(network);
-    }
-
-    fn mark_with_host(&mut self, network: NetworkId) {
-        self.changed.insert(network);
-        self.host_changed = true;
-    }
-
-    fn plan_host(&mut self, cluster: &Cluster<'_>) -> Vec<Op> {
-        if !std::mem::take(&mut self.host_changed) {
-            return Vec::new();
-        }
-        let desired = desired::host(cluster.view, cluster.local);
-        let ops = diff(&self.sent_host, &desired, cluster.caught_up);
-        self.sent_host = desired;
-        ops
     }
 
     /// Returns the operations for the touched endpoints of a network. `None` if the network must be compared as a
@@ -116,35 +121,38 @@ impl Networks {
     }
 }
 
+fn has_guards(part: &Dataplane) -> bool {
+    part.elements.of(&hairpin::HAIRPINS).is_some()
+}
+
 impl Subsystem for Networks {
     fn changed(&mut self, change: &Change<'_>, cluster: &Cluster<'_>) {
         match *change {
             Change::Entry { host, entry: Entry::Endpoint(endpoint) } => {
                 self.touched.entry(endpoint.network).or_default().note(cluster.view.me, host, endpoint);
             }
-            Change::Rights(network) => self.mark(network),
-            Change::Network(network) | Change::Built(network) => self.mark_with_host(network),
-            Change::Host(_) | Change::Publishing => self.host_changed = true,
+            Change::Attaching(endpoint) => {
+                self.touched.entry(endpoint.network).or_default().note_attach(endpoint.id);
+            }
+            Change::Rights(network) | Change::Network(network) | Change::Built(network) => self.mark(network),
             Change::Tunnel => {
                 let networks = cluster.view.networks.values().map(|found| &found.network);
                 self.changed.extend(networks.filter(|network| network.encrypted).map(|network| network.id));
-                self.host_changed = true;
             }
-            Change::ThisHost => {
-                self.changed.extend(self.sent.keys().copied());
-                self.host_changed = true;
-            }
+            Change::ThisHost => self.changed.extend(self.sent.keys().copied()),
             Change::Resources(keys) => {
                 if keys.iter().any(|key| key.kind == Kind::NetworkPolicy) {
                     // With policies, the host routes between endpoints of an internal network.
                     let networks = cluster.view.switched().filter(|network| network.internal);
-                    let internal: Vec<NetworkId> = networks.map(|network| network.id).collect();
-                    self.host_changed |= !internal.is_empty();
-                    self.changed.extend(internal);
+                    self.changed.extend(networks.map(|network| network.id));
+                }
+                let served = cluster.view.has_services();
+                if std::mem::replace(&mut self.served, served) != served {
+                    self.changed.extend(cluster.view.switched().map(|network| network.id));
                 }
             }
             Change::Entry { .. }
-            | Change::Attaching(_)
+            | Change::Host(_)
             | Change::Backends(_)
             | Change::Announcers
             | Change::Uplink => {}
@@ -152,31 +160,35 @@ impl Subsystem for Networks {
     }
 
     fn desired(&self, cluster: &Cluster<'_>) -> Dataplane {
-        desired::desired(cluster.view, cluster.local)
+        let parts = cluster.view.networks.keys();
+        let parts = parts.map(|network| desired::network_part(cluster.view, cluster.local, *network));
+        let mut all = Dataplane::default();
+        parts.for_each(|part| all.merge(part));
+        if self.has_guards || has_guards(&all) {
+            all.tables.extend([hairpin::table()]);
+        }
+        all
     }
 
     fn resync(&mut self, cluster: &Cluster<'_>) -> Dataplane {
-        self.host_changed = false;
         self.changed.clear();
         self.touched.clear();
         self.sent.clear();
-        self.sent_host = desired::host(cluster.view, cluster.local);
+        self.served = cluster.view.has_services();
         for network in cluster.view.networks.keys() {
             let part = desired::network_part(cluster.view, cluster.local, *network);
             if part != Dataplane::default() {
                 self.sent.insert(*network, part);
             }
         }
+        self.has_guards = self.sent.values().any(has_guards);
         self.all_sent()
     }
 
     fn plan(&mut self, cluster: &Cluster<'_>) -> Vec<Op> {
         let networks: BTreeSet<NetworkId> = self.changed.iter().chain(self.touched.keys()).copied().collect();
-        let mut ops = self.plan_host(cluster);
-        for network in networks {
-            ops.extend(self.plan_network(network, cluster));
-        }
-        ops
+        let ops = networks.into_iter().flat_map(|network| self.plan_network(network, cluster)).collect();
+        self.with_guards(ops)
     }
 
     fn sent(&self) -> Option<Dataplane> {
@@ -184,22 +196,18 @@ impl Subsystem for Networks {
     }
 
     fn prepare(&mut self, endpoint: &Endpoint, network: &Network, cluster: &Cluster<'_>) -> Part {
-        let ops = self.plan_network(network.id, cluster);
-        let mut before = self.plan_host(cluster);
-        before.extend(ops);
+        let mut before = self.plan_network(network.id, cluster);
         let mtu = network_mtu(cluster.view, network);
         let wants = endpoint_part(cluster.view, cluster.local, network, endpoint, mtu);
-        // Attach creates the veth pair itself, without an operation. What neighbours also need exists already.
-        let sent = self.sent.get(&network.id).map(|sent| &sent.localnets);
-        let shared = sent.into_iter().flat_map(|sent| wants.localnets.intersection(sent)).copied();
-        let there =
-            Dataplane { links: wants.links.clone(), localnets: shared.collect(), ..Dataplane::default() };
+        // Attach creates the veth pair itself, without an operation.
+        let there = Dataplane { links: wants.links.clone(), ..Dataplane::default() };
         before.extend(diff(&there, &wants, false));
-        Part { before, wants }
+        Part { before: self.with_guards(before), wants }
     }
 
     fn detached(&mut self, network: NetworkId, cluster: &Cluster<'_>) -> Vec<Op> {
-        self.plan_touched(network, cluster).unwrap_or_default()
+        let ops = self.plan_touched(network, cluster).unwrap_or_default();
+        self.with_guards(ops)
     }
 
     fn attached(&mut self, endpoint: &Endpoint, wants: &Dataplane) {

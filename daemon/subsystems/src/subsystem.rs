@@ -62,8 +62,6 @@ pub enum Change<'a> {
     ThisHost,
     /// An attach of this endpoint of the local host began or ended.
     Attaching(&'a Endpoint),
-    /// The local host is about to publish its first port.
-    Publishing,
     /// Kubernetes objects were added, changed or removed.
     Resources(&'a [ResourceKey]),
     /// Backends of Services or the set of selectable endpoints changed.

@@ -2,31 +2,31 @@
 //! quick plans of the real ones lead to what a full one wants.
 #![cfg(test)]
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
+use ovl_cluster::addresses;
 use ovl_cluster::backends::Backends;
-use ovl_cluster::view::View;
+use ovl_dataplane::device::Device;
 use ovl_dataplane::diff::diff;
 use ovl_dataplane::op::Op;
 use ovl_dataplane::state::Dataplane;
 use ovl_proto::id::EndpointId;
-use ovl_proto::object::Network;
+use ovl_proto::object::{Backend, Mode, Network};
+use ovl_proto::publish::{Published, Transport};
 use ovl_proto::record::{PeerState, Signature};
-use ovl_proto::resource::Kind;
+use ovl_proto::resource::{Kind, Name, ResourceKey};
 use ovl_proto::table::{Endpoint, Entry, Key};
 use ovl_subsystems::local::Local;
-use ovl_subsystems::names::Names;
-use ovl_subsystems::networks::Networks;
-use ovl_subsystems::policy::Enforcement;
-use ovl_subsystems::services::{Announcements, Translation};
 use ovl_subsystems::{Change, Cluster, Part, Subsystem, Subsystems, desired, plan, prepare, resync};
 use proptest::prelude::*;
 use serde_json::json;
 
+mod host;
 #[path = "../../cluster/tests/world/mod.rs"]
 mod world;
 
-use world::{NET, World, endpoint, give, id, read};
+use host::{cluster as seen, isolation, settings};
+use world::{NET, World, encrypt, endpoint, give, id, net, read, view_of};
 
 const SYSCTL: &str = "net.ipv4.ip_default_ttl";
 
@@ -40,7 +40,7 @@ struct Toy {
 impl Toy {
     fn wants(cluster: &Cluster<'_>) -> bool {
         let endpoints = cluster.view.own().map(|own| own.table.endpoints().count());
-        endpoints.unwrap_or(0) + cluster.local.attaching.len() > 0
+        endpoints.unwrap_or(0) + cluster.local.attaches.endpoints().count() > 0
     }
 
     fn part(wanted: bool) -> Dataplane {
@@ -87,17 +87,9 @@ impl Subsystem for Toy {
 }
 
 fn subsystems() -> Subsystems {
-    Subsystems {
-        policy: Enforcement::new(7),
-        names: Names::new("ovl.internal", "cluster.local", false),
-        networks: Networks::default(),
-        services: Translation::default(),
-        announcements: Announcements::default(),
-    }
-}
-
-fn seen<'a>(view: &'a View, local: &'a Local, backends: &'a Backends) -> Cluster<'a> {
-    Cluster { view, backends, local, caught_up: true }
+    let mut all = Subsystems::new(settings());
+    all.announcements.set_uplink(Device::new("eth0"));
+    all
 }
 
 fn texts(ops: &[Op]) -> Vec<String> {
@@ -111,8 +103,8 @@ fn toy_subsystem_goes_through_plan_verify_attach_and_teardown() {
     let mut local = Local::default();
     let mut real = subsystems();
     let mut toy = Toy::default();
-    let [a, b, c, d, e] = real.all();
-    let mut all: [&mut dyn Subsystem; 6] = [a, b, c, d, e, &mut toy];
+    let mut all: Vec<&mut dyn Subsystem> = real.all().into_iter().collect();
+    all.push(&mut toy);
     let network = world.view.networks[&NET].network.clone();
     let Entry::Endpoint(new) = endpoint(1, "10.9.0.9/24") else { panic!() };
 
@@ -122,8 +114,8 @@ fn toy_subsystem_goes_through_plan_verify_attach_and_teardown() {
     assert!(!desired(&all, &seen(&world.view, &local, &backends)).sysctls.contains_key(SYSCTL));
 
     // Attach: its part comes before the endpoint's interfaces.
-    local.attaching.insert(new.id, new.clone());
-    local.wanted.insert(NET, 1);
+    local.attaches.begin(new.clone());
+    local.attaches.want(NET);
     let now = seen(&world.view, &local, &backends);
     for change in [Change::Built(NET), Change::Attaching(&new)] {
         all.iter_mut().for_each(|subsystem| subsystem.changed(&change, &now));
@@ -132,8 +124,8 @@ fn toy_subsystem_goes_through_plan_verify_attach_and_teardown() {
     assert!(texts(&part.before).contains(&sysctl), "{:?}", part.before);
 
     // The endpoint is there: a quick plan has nothing more to do for it, and verify finds it.
-    local.attaching.clear();
-    local.wanted.clear();
+    local.attaches.end(new.id);
+    local.attaches.unwant(NET);
     give(&mut world.view, 1, vec![Entry::Endpoint(new.clone())]);
     let entry = Entry::Endpoint(new.clone());
     let now = seen(&world.view, &local, &backends);
@@ -147,33 +139,68 @@ fn toy_subsystem_goes_through_plan_verify_attach_and_teardown() {
 
     // Teardown: it wants nothing any more, and counts nothing as sent.
     all.iter_mut().for_each(|subsystem| subsystem.withdraw());
-    assert_eq!(all[5].sent(), Some(Dataplane::default()));
+    assert!(all.iter().all(|subsystem| subsystem.sent() == Some(Dataplane::default())));
 }
 
 /// Something that happens to the cluster.
 #[derive(Debug, Clone)]
 enum Event {
     /// An endpoint is attached, changed or detached.
-    Endpoint { host: u8, endpoint: u8, there: bool, label: bool },
+    Endpoint { host: u8, endpoint: u8, there: bool, label: bool, port: bool },
     /// A host dies or comes back.
     Host { host: u8, alive: bool },
     /// A policy is applied or deleted.
     Policy(bool),
-    /// A Service is applied or deleted.
+    /// A Service is applied or deleted. It has the address of a load balancer.
     Service(bool),
+    /// This host's endpoints are cut off, or are no longer.
+    Isolated(bool),
+    /// An attach begins, or one that began fails.
+    Attaching(bool),
+    /// All networks become encrypted, or are no longer.
+    Encrypted(bool),
+    /// The network becomes internal, or is no longer.
+    Internal(bool),
+    /// Endpoints of the network use the resolver.
+    Resolve,
     /// A full pass.
     Full,
 }
 
 fn event() -> impl Strategy<Value = Event> {
     prop_oneof![
-        6 => (1..=3_u8, 0..4_u8, any::<bool>(), any::<bool>())
-            .prop_map(|(host, endpoint, there, label)| Event::Endpoint { host, endpoint, there, label }),
+        8 => (1..=3_u8, 0..4_u8, any::<bool>(), any::<bool>(), any::<bool>()).prop_map(
+            |(host, endpoint, there, label, port)| Event::Endpoint { host, endpoint, there, label, port }
+        ),
         2 => (2..=3_u8, any::<bool>()).prop_map(|(host, alive)| Event::Host { host, alive }),
         1 => any::<bool>().prop_map(Event::Policy),
-        1 => any::<bool>().prop_map(Event::Service),
+        2 => any::<bool>().prop_map(Event::Service),
+        1 => any::<bool>().prop_map(Event::Isolated),
+        1 => any::<bool>().prop_map(Event::Attaching),
+        1 => any::<bool>().prop_map(Event::Encrypted),
+        1 => any::<bool>().prop_map(Event::Internal),
+        1 => Just(Event::Resolve),
         1 => Just(Event::Full),
     ]
+}
+
+fn published(host: u16) -> Published {
+    Published { transport: Transport::Udp, address: None, host, container: 80, count: 1 }
+}
+
+fn balanced_service(world: &mut World) {
+    world.put(read(
+        Kind::Service,
+        json!({
+            "metadata": { "name": "web", "namespace": "default" },
+            "spec": {
+                "type": "LoadBalancer",
+                "selector": { "app": "web" },
+                "ports": [{ "port": 80, "targetPort": 8080 }],
+            },
+            "status": { "loadBalancer": { "ingress": [{ "ip": "192.0.2.9" }] } },
+        }),
+    ));
 }
 
 fn tell(all: &mut [&mut dyn Subsystem], change: Change<'_>, world: &World, local: &Local) {
@@ -182,14 +209,20 @@ fn tell(all: &mut [&mut dyn Subsystem], change: Change<'_>, world: &World, local
 }
 
 /// Carries out an event and tells what changed, as the daemon does.
-fn happen(event: &Event, world: &mut World, local: &mut Local, all: &mut [&mut dyn Subsystem]) {
+fn happen(event: &Event, world: &mut World, local: &mut Local, real: &mut Subsystems) {
+    if matches!(event, Event::Resolve) {
+        real.names.resolve(NET);
+    }
+    let all = &mut real.all()[..];
     match *event {
-        Event::Endpoint { host, endpoint: n, there, label } => {
+        Event::Endpoint { host, endpoint: n, there, label, port } => {
             let address = format!("10.9.0.{}/24", 8 * host + n + 1);
             let Entry::Endpoint(bare) = endpoint(10 * host + n, &address) else { panic!() };
             let labels = if label { BTreeMap::from([("app".into(), "web".into())]) } else { BTreeMap::new() };
-            let new = Entry::Endpoint(Endpoint { labels, ..bare });
+            let publish = if port { vec![published(8000 + u16::from(n))] } else { Vec::new() };
+            let new = Entry::Endpoint(Endpoint { labels, publish, ..bare });
             let key = EndpointId([10 * host + n; 5]);
+            let was_built = local.is_built(&world.view, NET);
             let table = &mut world.view.nodes.get_mut(&id(host)).unwrap().table;
             let old = table.endpoint(key).cloned().map(Entry::Endpoint);
             if old.is_none() && !there {
@@ -199,7 +232,7 @@ fn happen(event: &Event, world: &mut World, local: &mut Local, all: &mut [&mut d
                 if there { (vec![new.clone()], vec![]) } else { (vec![], vec![Key::Endpoint(key)]) };
             table.write(1, set, unset, |_| Signature([0; 64]));
             world.backends.touch_endpoint(&world.view, id(host), key);
-            if host == 1 {
+            if local.is_built(&world.view, NET) != was_built {
                 tell(all, Change::Built(NET), world, local);
             }
             for entry in old.iter().chain(there.then_some(&new)) {
@@ -229,18 +262,47 @@ fn happen(event: &Event, world: &mut World, local: &mut Local, all: &mut [&mut d
         }
         Event::Service(there) => {
             if there {
-                world.service("web", json!({ "app": "web" }));
+                balanced_service(world);
             } else {
                 world.drop(Kind::Service, "web");
             }
+            let key = ResourceKey { kind: Kind::Service, name: Name::new("default", "web") };
+            tell(all, Change::Resources(&[key]), world, local);
         }
-        Event::Full => {}
+        Event::Isolated(cut_off) => {
+            let own = world.view.own().unwrap().table.endpoints().map(|endpoint| endpoint.id);
+            local.isolation = isolation(own.filter(|_| cut_off).collect::<BTreeSet<_>>());
+            tell(all, Change::Rights(NET), world, local);
+            tell(all, Change::ThisHost, world, local);
+        }
+        Event::Attaching(begins) => {
+            let Entry::Endpoint(bare) = endpoint(99, "10.9.0.14/24") else { panic!() };
+            let new = Endpoint { publish: vec![published(7000)], ..bare };
+            let was_built = local.is_built(&world.view, NET);
+            if begins && local.attaches.get(new.id).is_none() {
+                local.attaches.want(NET);
+                local.attaches.begin(new.clone());
+            } else if !begins && local.attaches.end(new.id).is_some() {
+                local.attaches.unwant(NET);
+            }
+            if local.is_built(&world.view, NET) != was_built {
+                tell(all, Change::Built(NET), world, local);
+            }
+            tell(all, Change::Attaching(&new), world, local);
+        }
+        Event::Encrypted(encrypted) => {
+            encrypt(&mut world.view, false);
+            world.view.networks.get_mut(&NET).unwrap().network.encrypted = encrypted;
+            tell(all, Change::Network(NET), world, local);
+            tell(all, Change::Tunnel, world, local);
+        }
+        Event::Internal(internal) => {
+            world.view.networks.get_mut(&NET).unwrap().network.internal = internal;
+            tell(all, Change::Network(NET), world, local);
+        }
+        Event::Resolve | Event::Full => {}
     }
     let settled = world.settle();
-    if world.view.has_services() && !local.served {
-        local.served = true;
-        tell(all, Change::Built(NET), world, local);
-    }
     tell(all, Change::Backends(&settled), world, local);
 }
 
@@ -250,9 +312,9 @@ proptest! {
         let mut world = World::new();
         let mut local = Local::default();
         let mut real = subsystems();
-        let mut all = real.all();
         for event in events {
-            happen(&event, &mut world, &mut local, &mut all);
+            happen(&event, &mut world, &mut local, &mut real);
+            let mut all = real.all();
             let cluster = seen(&world.view, &local, &world.backends);
             if matches!(event, Event::Full) {
                 resync(&mut all, &cluster);
@@ -264,4 +326,67 @@ proptest! {
             }
         }
     }
+}
+
+/// A subsystem that was not told of a change says so: what it sent is not what it wants.
+#[test]
+fn a_change_that_was_not_told_is_found_by_the_comparison() {
+    let mut world = World::new();
+    let mut local = Local::default();
+    let mut real = subsystems();
+    let there = Event::Endpoint { host: 1, endpoint: 1, there: true, label: true, port: true };
+    for event in [there, Event::Resolve, Event::Service(true)] {
+        happen(&event, &mut world, &mut local, &mut real);
+    }
+    let differing = |real: &mut Subsystems, world: &World, local: &Local| -> Vec<usize> {
+        let cluster = seen(&world.view, local, &world.backends);
+        let all = real.all().into_iter().enumerate();
+        all.filter(|(_, it)| it.sent() != Some(it.desired(&cluster))).map(|(index, _)| index).collect()
+    };
+    plan(&mut real.all(), &seen(&world.view, &local, &world.backends));
+    assert_eq!(differing(&mut real, &world, &local), Vec::<usize>::new());
+
+    // The Service is gone: its address, its elements, and the hairpin mode of ports. The endpoint is gone: its port.
+    world.drop(Kind::Service, "web");
+    world.view.nodes.get_mut(&id(1)).unwrap().table.write(
+        1,
+        vec![],
+        vec![Key::Endpoint(EndpointId([11; 5]))],
+        |_| Signature([0; 64]),
+    );
+    world.settle();
+    let [base_filter, networks, publish, names, services, announcements] = [1, 3, 4, 5, 6, 7];
+    assert_eq!(
+        differing(&mut real, &world, &local),
+        [base_filter, networks, publish, names, services, announcements]
+    );
+}
+
+/// Packets to a routed network lead through the earlier tunnel interface until they lead through the later one.
+#[test]
+fn a_tunnel_interface_ends_after_the_routes_through_it() {
+    let subnet = addresses::new_routed_subnet(net("10.60.0.0/16"), None).unwrap();
+    let mut world = World::new();
+    world.view = view_of(Mode::L3, Backend::Vxlan, subnet, |n| net(&format!("10.60.{n}.0/24")));
+    encrypt(&mut world.view, false);
+    let local = Local::default();
+    let mut real = subsystems();
+    let publish = |world: &mut World, n: u8, port: u16, rotating: bool| {
+        let tunnel = world.view.nodes.get_mut(&id(n)).unwrap().record.tunnel.as_mut().unwrap();
+        (tunnel.port, tunnel.epoch, tunnel.rotating) = (port, 1, rotating);
+    };
+    // This host has an interface of each epoch, the others are about to follow.
+    publish(&mut world, 1, 51941, true);
+    tell(&mut real.all(), Change::Network(NET), &world, &local);
+    plan(&mut real.all(), &seen(&world.view, &local, &world.backends));
+    // All have followed.
+    publish(&mut world, 1, 51941, false);
+    publish(&mut world, 2, 51941, false);
+    publish(&mut world, 3, 51941, false);
+    tell(&mut real.all(), Change::Tunnel, &world, &local);
+    let ops = texts(&plan(&mut real.all(), &seen(&world.view, &local, &world.backends)));
+    let place =
+        |start: &str| ops.iter().position(|op| op.starts_with(start)).unwrap_or_else(|| panic!("{ops:?}"));
+    assert!(place("ip route replace 10.60.2.0/24 dev ovt-1") < place("ip link del ovt-0"), "{ops:?}");
+    assert_eq!(place("ip link del ovt-0"), ops.len() - 1, "{ops:?}");
 }

@@ -1,10 +1,8 @@
 //! A `DEL` while ovld is unavailable: it succeeds, so that the runtime can go on, and is stored for ovld.
 
-use std::fs::{self, DirBuilder, OpenOptions};
-use std::io::{self, Write as _};
-use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
-use std::process;
 
 use ovl_control::{CniCall, CniDeleted, CniError};
 
@@ -42,26 +40,7 @@ fn path(call: &CniCall) -> Option<PathBuf> {
     Some(CniDeleted::dir(&call::socket(&call.config)).join(name))
 }
 
-/// Writes the file atomically. It is not synced to disk, because after a reboot neither it nor the container exists.
 fn write(path: &Path, call: &CniCall) -> io::Result<()> {
     let boot_id = fs::read_to_string(BOOT_ID)?.trim().to_owned();
-    let bytes = serde_json::to_vec(&CniDeleted { boot_id, call: call.clone() })?;
-    let dir = path.parent().unwrap_or(Path::new("/"));
-    DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
-    // Hidden, so that ovld does not read an incomplete file.
-    let name = path.file_name().unwrap_or_default().to_string_lossy();
-    let temporary = dir.join(format!(".{name}.{}", process::id()));
-    let write = || {
-        OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .mode(0o600)
-            .open(&temporary)?
-            .write_all(&bytes)?;
-        fs::rename(&temporary, path)
-    };
-    write().inspect_err(|_| {
-        let _ = fs::remove_file(&temporary);
-    })
+    CniDeleted { boot_id, call: call.clone() }.keep(path)
 }

@@ -1,11 +1,13 @@
 //! What `ovl-cni` and ovld share in addition to the request: the supported versions, and the directory in which the
 //! plugin stores a `DEL` while ovld is unavailable.
 
+use std::io;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
 use crate::request::CniCall;
+use crate::stored;
 
 /// The supported versions of the CNI specification, oldest first.
 pub const CNI_VERSIONS: [&str; 4] = ["0.3.1", "0.4.0", "1.0.0", "1.1.0"];
@@ -37,6 +39,24 @@ impl CniDeleted {
         let plain =
             |part: &&str| !part.is_empty() && !part.starts_with('.') && !part.contains(['/', ':', '\0']);
         parts.iter().all(plain).then(|| parts.join(":"))
+    }
+
+    /// Stores the `DEL` for ovld atomically, in a file of [`Self::dir`].
+    ///
+    /// # Errors
+    ///
+    /// If the file cannot be written or renamed.
+    pub fn keep(&self, path: &Path) -> io::Result<()> {
+        stored::write(path, self)
+    }
+
+    /// Reads a stored `DEL`.
+    ///
+    /// # Errors
+    ///
+    /// If the file cannot be read, or is not a `DEL`.
+    pub fn read(path: &Path) -> io::Result<Self> {
+        stored::read(path)
     }
 }
 

@@ -1,11 +1,11 @@
 //! The directory in which `ovl-docker` stores deletions while ovld is unavailable.
 
-use std::fs::{self, DirBuilder, OpenOptions};
-use std::io::{self, Write as _};
-use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 
 use crate::request::DockerCall;
+use crate::stored;
 
 /// Access to stored deletions, one file for each network or endpoint. The plugin writes a file, and ovld reads it at
 /// startup and periodically.
@@ -24,19 +24,7 @@ impl DockerDeleted {
     ///
     /// If the file cannot be written or renamed.
     pub fn keep(socket: &Path, key: &str, call: &DockerCall) -> io::Result<()> {
-        let dir = Self::dir(socket);
-        DirBuilder::new().recursive(true).mode(0o700).create(&dir)?;
-        // Hidden, so that ovld does not read an incomplete file.
-        let temporary = dir.join(format!(".{key}"));
-        let bytes = serde_json::to_vec(call)?;
-        OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .mode(0o600)
-            .open(&temporary)?
-            .write_all(&bytes)?;
-        fs::rename(&temporary, dir.join(key))
+        stored::write(&Self::dir(socket).join(key), call)
     }
 
     /// Returns the stored calls with their files. An unreadable file is returned as an error.
@@ -55,7 +43,7 @@ impl DockerDeleted {
             let path = entry?.path();
             let hidden = path.file_name().is_none_or(|name| name.as_encoded_bytes().starts_with(b"."));
             if !hidden {
-                let call = fs::read(&path).and_then(|bytes| Ok(serde_json::from_slice(&bytes)?));
+                let call = stored::read(&path);
                 calls.push((path, call));
             }
         }

@@ -12,6 +12,7 @@ mod docker;
 mod reply;
 mod request;
 mod resources;
+mod stored;
 
 pub use ovl_proto::record::PeerState;
 

@@ -27,7 +27,7 @@ fn text() -> String {
         names: true,
         on_demand: false,
     };
-    filter::render(&[&network], &underlay(&["192.0.2.2", "192.0.2.3", "2001:db8::1"], true), None, true)
+    filter::render(&[&network], &underlay(&["192.0.2.2", "192.0.2.3", "2001:db8::1"], true), None, true, &[])
 }
 
 async fn write(lab: &Lab, text: &str) {

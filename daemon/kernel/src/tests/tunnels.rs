@@ -10,6 +10,7 @@ use ovl_proto::SEALED_VXLAN_PORT;
 use ovl_proto::clock::Stamp;
 use ovl_proto::id::{NetworkId, TunnelKey};
 use ovl_proto::object::{Backend, Driver, Mode, Network};
+use ovl_subsystems::encryption::tunnel::Gate;
 use ovl_subsystems::networks::filter;
 use ovl_tunnel::{PrivateKey, public_key};
 use tokio::sync::mpsc;
@@ -196,11 +197,11 @@ fn nft_accepts_the_filter_of_encrypted_networks() {
         for kernel in [true, false] {
             for masquerade in [true, false] {
                 for (tunnel, count) in [(true, 4), (true, 3), (true, 0), (false, 3)] {
-                    let tunnel = tunnel.then_some(filter::FilterTunnel { port: 51940, prefix, kernel });
+                    let tunnel = tunnel.then_some(Gate { port: 51940, prefix, kernel });
                     let networks: Vec<&Network> = all.iter().take(count).collect();
                     let vxlan = networks.iter().any(|network| filter::has_vxlan(network));
                     let text =
-                        filter::render(&networks, &underlay(&["192.0.2.2"], vxlan), tunnel, masquerade);
+                        filter::render(&networks, &underlay(&["192.0.2.2"], vxlan), tunnel, masquerade, &[]);
                     let op = Op::Nft(NftOp::SetBase(text.clone()));
                     lab.kernel
                         .apply(vec![op])

@@ -3,14 +3,13 @@
 //! ovld carries them out after it has begun to listen and before it answers any request. It does so again before each
 //! `ADD` of the same attachment, and periodically, for plugins whose request was interrupted.
 
-use std::fs::{self, File};
-use std::io::{ErrorKind, Read as _};
+use std::fs;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::Duration;
 
-use anyhow::Context as _;
-use ovl_control::{CniDeleted, CniError, MAX_REQUEST};
+use ovl_control::{CniDeleted, CniError};
 use ovl_runtimes::cni::{self, Attachment, Call, code, error};
 
 use super::super::{Node, remove_if_there};
@@ -96,12 +95,7 @@ impl Node {
 
     /// Reads the attachment from a file. `None` if the file is of an earlier boot or invalid.
     fn read_deleted(&self, path: &Path) -> Option<Attachment> {
-        let read = || -> anyhow::Result<CniDeleted> {
-            let mut bytes = Vec::new();
-            File::open(path)?.take(2 * MAX_REQUEST as u64).read_to_end(&mut bytes)?;
-            serde_json::from_slice(&bytes).context("not a DEL")
-        };
-        match read() {
+        match CniDeleted::read(path) {
             Ok(deleted) if deleted.boot_id != self.boot_id => None,
             Ok(deleted) => match cni::parse(&deleted.call) {
                 Ok(Call::Del(attachment)) if self.deleted_path(&attachment).as_deref() == Some(path) => {
@@ -113,7 +107,7 @@ impl Node {
                 }
             },
             Err(error) => {
-                tracing::warn!(file = %path.display(), "passed over a DEL that cannot be read: {error:#}");
+                tracing::warn!(file = %path.display(), "passed over a DEL that cannot be read: {error}");
                 None
             }
         }

@@ -13,7 +13,7 @@ use ovl_proto::id::NodeId;
 use ovl_proto::object::Mode;
 use ovl_proto::record;
 
-use super::epochs::{self, KeyEpochs, PeerRoute};
+use crate::local::epochs::{self, KeyEpochs, PeerRoute};
 use crate::mtu::{self, MIN_MTU, wireguard_overhead};
 use ovl_cluster::view::{Node, View};
 use ovl_dataplane::state::{Dataplane, Hop, Link, Remote, Tunnel, TunnelKind, TunnelPeer};
@@ -130,6 +130,30 @@ pub(crate) fn part(dataplane: &mut Dataplane, view: &View, epochs: &KeyEpochs) {
             dataplane.tunnel_peers.insert((device, key), TunnelPeer { endpoint, allowed });
         }
     }
+}
+
+/// The local tunnel interface, as far as the packet filter depends on it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Gate {
+    /// The UDP port.
+    pub port: u16,
+    /// The prefix of all addresses in the tunnel.
+    pub prefix: IpNet,
+    /// Whether the kernel implements WireGuard and VXLAN. Otherwise ovld itself sends VXLAN into the tunnel, and no
+    /// local process may.
+    pub kernel: bool,
+}
+
+/// Returns the local tunnel interface. `None` if this host has none.
+pub fn gate(view: &View, epochs: &KeyEpochs) -> Option<Gate> {
+    let (_, tunnel) = own(view).filter(|_| is_wanted(view))?;
+    // Of two interfaces, the first.
+    let mut ports = [tunnel.port, epochs::other_port(tunnel.port)];
+    ports.sort_by_key(|port| epochs::interface_of(*port));
+    let mut here = ports
+        .into_iter()
+        .filter(|port| epochs::key_of(tunnel, epochs, epochs::interface_of(*port)).is_some());
+    Some(Gate { port: here.next()?, prefix: prefix(view.alloc.cluster), kernel: tunnel.kernel })
 }
 
 /// Returns the MTU of the WireGuard interface, in bytes: the link MTU without overhead.

@@ -22,7 +22,7 @@ pub(crate) fn own_endpoint(
     endpoint: &Endpoint,
     mtu: u16,
 ) {
-    if local.isolated.contains_key(&endpoint.id) || view.address_conflict(view.me, endpoint).is_some() {
+    if local.isolation.contains(endpoint.id) || view.address_conflict(view.me, endpoint).is_some() {
         silent(dataplane, endpoint, mtu);
     } else {
         endpoint_part(dataplane, view, local, network, endpoint, mtu);
@@ -51,7 +51,7 @@ pub(crate) fn endpoint_part(
             .filter(|at| view.gateways(network.id, view.me).any(|g| g == *at));
         let hop = Hop { device: Some(device), gateway: None, source, mtu: None };
         dataplane.routes.insert(IpNet::from(address), hop);
-        if address.is_ipv6() && local.fetched.contains(&endpoint.id) {
+        if address.is_ipv6() && local.attaches.is_by_engine(endpoint.id) {
             // A Docker Engine sets no neighbour for the gateway, and the kernel answers a neighbour solicitation only
             // if the receiving device has the address.
             let gateway = addresses::gateway_on(network, address);

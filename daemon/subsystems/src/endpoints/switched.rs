@@ -15,10 +15,10 @@ use ovl_proto::id::{EndpointId, NodeId};
 use ovl_proto::object::Network;
 use ovl_proto::table::Endpoint;
 
+use super::hairpin;
 use super::silent::silent;
 use crate::encryption::tunnel;
 use crate::local::Local;
-use crate::publish;
 
 /// The VTEPs to which a switched network's frames for remote hosts are sent.
 #[derive(Debug)]
@@ -80,7 +80,7 @@ impl<'a> MacClaim<'a> {
         }
         let mine = node.record.id == view.me;
         let remote = if mine { None } else { Some(routes.to(node)?) };
-        if mine && local.isolated.contains_key(&endpoint.id) {
+        if mine && local.isolation.contains(endpoint.id) {
             return None;
         }
         Some(Self { endpoint, remote, checks_source: network.encrypted })
@@ -112,37 +112,38 @@ impl<'a> MacClaim<'a> {
 /// Adds the host interface of a local endpoint, which is down if the endpoint is isolated.
 pub(crate) fn own_endpoint(
     dataplane: &mut Dataplane,
+    view: &View,
     local: &Local,
     network: &Network,
     endpoint: &Endpoint,
     mtu: u16,
 ) {
-    if local.isolated.contains_key(&endpoint.id) {
+    if local.isolation.contains(endpoint.id) {
         silent(dataplane, endpoint, mtu);
     } else {
-        port(dataplane, local, network, endpoint, mtu);
+        port(dataplane, view, network, endpoint, mtu);
     }
 }
 
 /// Adds a bridge port, with hairpin mode if the endpoint needs it.
-fn port(dataplane: &mut Dataplane, local: &Local, network: &Network, endpoint: &Endpoint, mtu: u16) {
-    let hairpin = publish::needs_hairpin(local, network, endpoint);
+fn port(dataplane: &mut Dataplane, view: &View, network: &Network, endpoint: &Endpoint, mtu: u16) {
+    let hairpin = hairpin::is_needed(view, network, endpoint);
     let link =
         Link::Endpoint { mtu, master: Some(Device::bridge(network.id)), up: true, tuned: true, hairpin };
     dataplane.links.insert(Device::endpoint(endpoint.id), link);
-    publish::guard(dataplane, local, network, endpoint);
+    hairpin::guard(dataplane, view, network, endpoint);
 }
 
 /// Adds the bridge port of a local endpoint, and its FDB entry and neighbours.
 pub(super) fn endpoint_part(
     dataplane: &mut Dataplane,
-    local: &Local,
+    view: &View,
     network: &Network,
     endpoint: &Endpoint,
     mtu: u16,
 ) {
     let (device, bridge) = (Device::endpoint(endpoint.id), Device::bridge(network.id));
-    port(dataplane, local, network, endpoint, mtu);
+    port(dataplane, view, network, endpoint, mtu);
     dataplane.ports.insert((device, endpoint.mac));
     for address in &endpoint.addresses {
         dataplane.neighbours.insert((bridge, address.addr()), endpoint.mac);

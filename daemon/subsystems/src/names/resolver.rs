@@ -5,21 +5,18 @@
 //! to ovld's address and port, and the source of each answer to 127.0.0.11 port 53, without connection tracking. An
 //! endpoint without an IPv4 address has no route to 127.0.0.11 and queries [`ADDRESS_V6`].
 //!
-//! The module owns no state. Begin to read at `chains`.
+//! The module owns no state. Begin to read at `tables`.
 
-use std::collections::BTreeSet;
-use std::fmt::Write as _;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 
 use ipnet::IpNet;
-use ovl_proto::id::NetworkId;
 use ovl_proto::object::Network;
 
 use ovl_dataplane::device::Device;
-use ovl_dataplane::nft::{BASE_TABLE, Chain, Skeleton, Table};
+use ovl_dataplane::nft::{Chain, Skeleton, Table};
 pub use ovl_dataplane::resolver::{ADDRESS_V4, ADDRESS_V6, LOOPBACK};
-use ovl_dataplane::state::Dataplane;
 
 /// The address on the host to which queries to the cluster DNS are rewritten, as [`ADDRESS_V4`] is for 127.0.0.11.
 pub const CLUSTER_V4: Ipv4Addr = Ipv4Addr::new(169, 254, 79, 10);
@@ -31,15 +28,18 @@ pub const PORT: u16 = 7953;
 /// by a Docker Engine.
 pub const PORT_DIRECT: u16 = 7954;
 
-/// Adds the resolver's addresses to a network's bridge, of the address families that the network has.
-pub(crate) fn on_bridge(dataplane: &mut Dataplane, network: &Network, cluster: &[IpAddr]) {
+/// Addresses of this host that its endpoints may send queries to, whatever else of the host is closed to them.
+pub const HOST_ADDRESSES: [IpAddr; 4] =
+    [IpAddr::V4(ADDRESS_V4), IpAddr::V4(CLUSTER_V4), IpAddr::V6(ADDRESS_V6), IpAddr::V6(CLUSTER_V6)];
+
+/// Returns the resolver's addresses on a network's bridge, of the address families that the network has.
+pub(crate) fn on_bridge(network: &Network, cluster: &[IpAddr]) -> BTreeSet<(Device, IpNet)> {
     let bridge = Device::bridge(network.id);
     let has = |v4| network.subnets.iter().any(|subnet| subnet.prefix.addr().is_ipv4() == v4);
     let own = [IpAddr::from(ADDRESS_V4), IpAddr::from(ADDRESS_V6)];
     let cluster = cluster.iter().map(|address| stand_in(*address));
-    for address in own.into_iter().chain(cluster).filter(|address| has(address.is_ipv4())) {
-        dataplane.addresses.insert((bridge, IpNet::from(address)));
-    }
+    let all = own.into_iter().chain(cluster).filter(|address| has(address.is_ipv4()));
+    all.map(|address| (bridge, IpNet::from(address))).collect()
 }
 
 /// Returns the address on the host for an address of the cluster DNS.
@@ -47,65 +47,56 @@ fn stand_in(address: IpAddr) -> IpAddr {
     if address.is_ipv4() { CLUSTER_V4.into() } else { CLUSTER_V6.into() }
 }
 
-/// Returns the chains that rewrite queries and answers. `None` if no endpoint of these networks uses the resolver.
+/// Returns the tables of the resolver: one that rewrites queries and answers, and those that deliver queries past the
+/// firewalls of the host.
+pub(crate) fn tables(cluster: &[IpAddr]) -> BTreeMap<Table, Arc<Skeleton>> {
+    past_firewalls().chain([(Table::Resolver, Arc::new(rewriting(cluster)))]).collect()
+}
+
+/// Returns the table that rewrites queries and answers.
 ///
-/// Packets from the underlay to the resolver are dropped, whatever address they use.
-pub(crate) fn chains(
-    networks: &[&Network],
-    resolved: &BTreeSet<NetworkId>,
-    cluster: &[IpAddr],
-) -> Option<String> {
-    if !networks.iter().any(|network| resolved.contains(&network.id)) {
-        return None;
-    }
+/// Packets from the underlay to the resolver are dropped, whatever address they use. A packet that was rewritten
+/// matches no rule again.
+fn rewriting(cluster: &[IpAddr]) -> Skeleton {
     let (v4, v6, lo) = (ADDRESS_V4, ADDRESS_V6, LOOPBACK);
     let drop_others = "iifname != \"ovb-*\" iifname != \"ove-*\" iifname != \"lo\" counter drop";
-    let mut text = format!("table inet {BASE_TABLE} {{\n\tchain resolver-in {{\n");
-    let _ = writeln!(
-        text,
-        "\t\ttype filter hook prerouting priority raw - 5; policy accept;\n\
-         \t\tip daddr {{ {lo}, {v4} }} {drop_others}\n\
-         \t\tip6 daddr {v6} {drop_others}"
-    );
+    let mut queries =
+        vec![format!("ip daddr {{ {lo}, {v4} }} {drop_others}"), format!("ip6 daddr {v6} {drop_others}")];
+    let mut answers = Vec::new();
     for proto in ["udp", "tcp"] {
-        let _ = writeln!(
-            text,
-            "\t\tip daddr {lo} iifname != \"lo\" {proto} dport 53 ip daddr set {v4} {proto} dport set {PORT} notrack\n\
-             \t\tip daddr {v4} {proto} dport 53 {proto} dport set {PORT_DIRECT} notrack\n\
-             \t\tip6 daddr {v6} {proto} dport 53 {proto} dport set {PORT} notrack"
-        );
+        queries.extend([
+            format!(
+                "ip daddr {lo} iifname != \"lo\" {proto} dport 53 ip daddr set {v4} {proto} dport set {PORT} notrack"
+            ),
+            format!("ip daddr {v4} {proto} dport 53 {proto} dport set {PORT_DIRECT} notrack"),
+            format!("ip6 daddr {v6} {proto} dport 53 {proto} dport set {PORT} notrack"),
+        ]);
+        answers.extend([
+            format!(
+                "ip saddr {v4} {proto} sport {PORT} oifname != \"lo\" ip saddr set {lo} {proto} sport set 53 notrack"
+            ),
+            format!("ip saddr {v4} {proto} sport {PORT_DIRECT} oifname != \"lo\" {proto} sport set 53 notrack"),
+            format!("ip6 saddr {v6} {proto} sport {PORT} oifname != \"lo\" {proto} sport set 53 notrack"),
+        ]);
     }
     for (family, address, at) in cluster.iter().map(with_stand_in) {
-        let _ = writeln!(text, "\t\t{family} daddr {{ {address}, {at} }} {drop_others}");
+        queries.push(format!("{family} daddr {{ {address}, {at} }} {drop_others}"));
         for proto in ["udp", "tcp"] {
-            let _ = writeln!(
-                text,
-                "\t\t{family} daddr {address} iifname != \"lo\" {proto} dport 53 {family} daddr set {at} {proto} dport set {PORT} notrack"
-            );
+            queries.push(format!(
+                "{family} daddr {address} iifname != \"lo\" {proto} dport 53 {family} daddr set {at} {proto} dport set {PORT} notrack"
+            ));
+            answers.push(format!(
+                "{family} saddr {at} {proto} sport {PORT} oifname != \"lo\" {family} saddr set {address} {proto} sport set 53 notrack"
+            ));
         }
     }
-    let _ = writeln!(
-        text,
-        "\t}}\n\tchain resolver-out {{\n\t\ttype filter hook output priority raw - 5; policy accept;"
-    );
-    for proto in ["udp", "tcp"] {
-        let _ = writeln!(
-            text,
-            "\t\tip saddr {v4} {proto} sport {PORT} oifname != \"lo\" ip saddr set {lo} {proto} sport set 53 notrack\n\
-             \t\tip saddr {v4} {proto} sport {PORT_DIRECT} oifname != \"lo\" {proto} sport set 53 notrack\n\
-             \t\tip6 saddr {v6} {proto} sport {PORT} oifname != \"lo\" {proto} sport set 53 notrack"
-        );
-    }
-    for (family, address, at) in cluster.iter().map(with_stand_in) {
-        for proto in ["udp", "tcp"] {
-            let _ = writeln!(
-                text,
-                "\t\t{family} saddr {at} {proto} sport {PORT} oifname != \"lo\" {family} saddr set {address} {proto} sport set 53 notrack"
-            );
-        }
-    }
-    let _ = writeln!(text, "\t}}\n}}");
-    Some(text)
+    let chain = |name: &str, hook: &str, rules| Chain {
+        name: name.to_owned(),
+        hook: Some(format!("type filter hook {hook} priority raw - 5; policy accept;")),
+        rules,
+    };
+    let chains = vec![chain("queries", "prerouting", queries), chain("answers", "output", answers)];
+    Skeleton { chains, ..Skeleton::default() }
 }
 
 /// Returns the tables that deliver queries to ovld by the loopback device.
@@ -113,7 +104,7 @@ pub(crate) fn chains(
 /// A firewall of the host that drops unknown packets accepts that device, but would drop packets from a bridge: the
 /// drop of a later chain is final, so ovld could not accept them in a chain of its own. The resolver itself decides
 /// which clients it answers.
-pub(crate) fn past_firewalls() -> impl Iterator<Item = (Table, Arc<Skeleton>)> {
+fn past_firewalls() -> impl Iterator<Item = (Table, Arc<Skeleton>)> {
     // The last address selects the route over the loopback device. The packet's destination does not change.
     let all: [(Table, [IpAddr; 3]); 2] = [
         (Table::Resolver4, [ADDRESS_V4.into(), CLUSTER_V4.into(), Ipv4Addr::LOCALHOST.into()]),

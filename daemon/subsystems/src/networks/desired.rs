@@ -1,91 +1,16 @@
-//! Computes the desired data plane of networks from the view.
+//! Computes the desired data plane of a network from the view.
 //!
 //! Each network is computed alone, so that the cost of a change does not depend on other networks. The module owns no
-//! state. Begin to read at [`network_part`]; [`host`] adds the packet filter and the tunnel.
+//! state. Begin to read at [`network_part`].
 
-use std::net::SocketAddr;
-
-use ipnet::IpNet;
-use ovl_cluster::view::{Node, View};
+use ovl_cluster::view::View;
 use ovl_dataplane::state::Dataplane;
 use ovl_proto::id::NetworkId;
-use ovl_proto::object::{Mode, Network};
+use ovl_proto::object::Mode;
 
-use super::filter::FilterUnderlay;
-use super::switched::routes_for_policies;
-use super::{filter, routed, switched};
-use crate::encryption::tunnel;
+use super::{routed, switched};
+use crate::endpoints::hairpin;
 use crate::local::Local;
-use crate::names::resolver;
-use crate::publish;
-
-/// Returns the desired data plane of all networks and of the host as a whole.
-pub fn desired(view: &View, local: &Local) -> Dataplane {
-    let mut dataplane = host(view, local);
-    for network in view.networks.keys() {
-        dataplane.merge(network_part(view, local, *network));
-    }
-    dataplane
-}
-
-/// Returns the part that belongs to no single network: the tunnel, the packet filter, tables and IP forwarding.
-pub fn host(view: &View, local: &Local) -> Dataplane {
-    let built: Vec<&Network> = view
-        .networks
-        .values()
-        .map(|state| &state.network)
-        .filter(|network| local.is_built(view, network.id))
-        .collect();
-    let mut dataplane = Dataplane::default();
-    tunnel::part(&mut dataplane, view, &local.key_epochs);
-    let underlay = underlay(view);
-    let is_exposed =
-        underlay.as_ref().is_some_and(|underlay| underlay.has_vxlan && !underlay.members.is_empty());
-    if built.is_empty() && dataplane.links.is_empty() && !is_exposed {
-        return dataplane;
-    }
-    let tunnel = dataplane.tunnels.values().next().map(|tunnel| filter::FilterTunnel {
-        port: tunnel.port,
-        prefix: tunnel::prefix(view.alloc.cluster),
-        // A kernel WireGuard interface needs no local socket address.
-        kernel: tunnel.local.is_none(),
-    });
-    dataplane.tables.extend(local.publishing.then(publish::table));
-    if local.publishing || (local.served && built.iter().any(|network| network.mode == Mode::L2)) {
-        dataplane.tables.extend([publish::frames_table()]);
-    }
-    let Some(underlay) = underlay else { return dataplane };
-    let mut text = filter::render(&built, &underlay, tunnel, local.masquerade);
-    if let Some(chains) = resolver::chains(&built, &local.resolved, &local.cluster_dns) {
-        text += &chains;
-        dataplane.tables.extend(resolver::past_firewalls());
-    }
-    dataplane.filter = Some(text);
-    for network in built.iter().filter(|network| !network.internal || routes_for_policies(view, network)) {
-        for subnet in &network.subnets {
-            let name = match subnet.prefix {
-                IpNet::V4(_) => "net.ipv4.ip_forward",
-                IpNet::V6(_) => "net.ipv6.conf.all.forwarding",
-            };
-            dataplane.sysctls.insert(name.to_owned(), "1".to_owned());
-        }
-    }
-    dataplane
-}
-
-/// Returns the underlay as the packet filter sees it. `None` before this host has a record.
-fn underlay(view: &View) -> Option<FilterUnderlay> {
-    let at = |node: &Node| SocketAddr::new(node.record.vtep, node.record.vxlan_port);
-    let members = view.nodes.values().filter(|node| {
-        let id = node.record.id;
-        id != view.me && view.alloc.members.contains(&id)
-    });
-    Some(FilterUnderlay {
-        own: at(view.own()?),
-        members: members.map(at).collect(),
-        has_vxlan: view.networks.values().any(|found| filter::has_vxlan(&found.network)),
-    })
-}
 
 /// Returns the part of one network on this host. Empty if the host does not need its devices.
 pub fn network_part(view: &View, local: &Local, id: NetworkId) -> Dataplane {
@@ -99,12 +24,8 @@ pub fn network_part(view: &View, local: &Local, id: NetworkId) -> Dataplane {
         Mode::L2 => switched::part(&mut dataplane, view, local, network, own),
         Mode::L3 => routed::part(&mut dataplane, view, local, network, own),
     }
-    for endpoint in local.attaching.values().filter(|endpoint| endpoint.network == id) {
-        publish::guard(&mut dataplane, local, network, endpoint);
-        publish::elements(&mut dataplane, network, endpoint);
-    }
-    if local.resolved.contains(&id) {
-        resolver::on_bridge(&mut dataplane, network, &local.cluster_dns);
+    for endpoint in local.attaches.endpoints().filter(|endpoint| endpoint.network == id) {
+        hairpin::guard(&mut dataplane, view, network, endpoint);
     }
     dataplane
 }

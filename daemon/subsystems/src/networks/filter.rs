@@ -5,15 +5,15 @@
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use ipnet::IpNet;
 use ovl_proto::SEALED_VXLAN_PORT;
 use ovl_proto::id::Mac;
 use ovl_proto::object::{Backend, Driver, Mode, Network};
 
+use crate::encryption::tunnel::Gate;
 use crate::marks::FROM_HOST;
-use crate::names::resolver::{ADDRESS_V4, ADDRESS_V6, CLUSTER_V4, CLUSTER_V6};
 use ovl_dataplane::device::Device;
 use ovl_dataplane::nft::BASE_TABLE;
 
@@ -26,18 +26,6 @@ const FROM_UNDERLAY: &str =
     "iifname != \"ove-*\" iifname != \"ovb-*\" iifname != \"ovt-*\" iifname != \"lo\"";
 /// Matches packets that leave unencrypted.
 const TO_UNDERLAY: &str = "oifname != \"ove-*\" oifname != \"ovb-*\" oifname != \"ovt-*\" oifname != \"lo\"";
-
-/// The properties of the local tunnel interface that the packet filter depends on.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct FilterTunnel {
-    /// Its UDP port.
-    pub port: u16,
-    /// The prefix of all addresses in the tunnel.
-    pub prefix: IpNet,
-    /// Whether the kernel implements WireGuard and VXLAN. Otherwise ovld itself sends VXLAN into the tunnel, and no
-    /// local process may.
-    pub kernel: bool,
-}
 
 /// The underlay as the packet filter sees it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -71,14 +59,15 @@ const REJECT: &str = "reject with icmpx admin-prohibited";
 ///   was translated.
 /// * `output`, `forward`: packets to an encrypted network do not leave unencrypted if a route is missing.
 /// * `forward`: networks cannot reach each other, and an internal network reaches nothing else.
-/// * `input`: an internal network does not reach the host.
+/// * `input`: an internal network does not reach the host, except at the addresses in `open`.
 /// * `postrouting`: packets that leave the cluster are masqueraded. Packets to another endpoint of this host, at a
 ///   published port, keep their source address.
 pub fn render(
     networks: &[&Network],
     underlay: &FilterUnderlay,
-    tunnel: Option<FilterTunnel>,
+    tunnel: Option<Gate>,
     masquerade: bool,
+    open: &[IpAddr],
 ) -> String {
     let mut text = String::new();
     // Adding before deleting makes the deletion succeed where there is no table yet.
@@ -93,7 +82,7 @@ pub fn render(
         forward(&mut text, networks, masquerade);
     }
     if networks.iter().any(|network| network.internal) {
-        input(&mut text, networks);
+        input(&mut text, networks, open);
     }
     let translated: Vec<&Network> =
         networks.iter().copied().filter(|n| is_translated(n, masquerade)).collect();
@@ -123,7 +112,7 @@ fn raw(
     text: &mut String,
     networks: &[&Network],
     underlay: &FilterUnderlay,
-    encryption: Option<Option<FilterTunnel>>,
+    encryption: Option<Option<Gate>>,
 ) {
     if underlay.has_vxlan {
         underlay_sets(text, underlay);
@@ -254,9 +243,9 @@ fn local_vxlan(text: &mut String) {
 ///   to an endpoint. Answers to translated packets are not affected: here their destination is the host's address.
 ///
 /// ICMPv6 is matched by its number: a minimal system has no /etc/protocols for nft to read.
-fn encrypted_in(text: &mut String, networks: &[&Network], tunnel: Option<FilterTunnel>) {
+fn encrypted_in(text: &mut String, networks: &[&Network], tunnel: Option<Gate>) {
     let port = SEALED_VXLAN_PORT;
-    if let Some(FilterTunnel { port: outer, prefix, .. }) = tunnel {
+    if let Some(Gate { port: outer, prefix, .. }) = tunnel {
         let _ = writeln!(
             text,
             "\t\tudp dport {outer} fib daddr type local notrack\n\
@@ -271,7 +260,7 @@ fn encrypted_in(text: &mut String, networks: &[&Network], tunnel: Option<FilterT
             writeln!(text, "\t\tiifname \"ovt-*\" {family} saddr {prefix} {family} daddr {prefix} accept");
     }
     let _ = writeln!(text, "\t\tiifname \"ovt-*\" counter drop");
-    if let Some(FilterTunnel { prefix, .. }) = tunnel {
+    if let Some(Gate { prefix, .. }) = tunnel {
         for side in ["saddr", "daddr"] {
             let _ = writeln!(text, "\t\tip6 {side} {prefix} iifname != \"lo\" counter drop");
         }
@@ -296,8 +285,8 @@ fn encrypted_in(text: &mut String, networks: &[&Network], tunnel: Option<FilterT
 
 /// Writes the rules that drop local packets to an address in the tunnel, or to an endpoint of an encrypted network,
 /// whose output interface is another device.
-fn encrypted_out(text: &mut String, networks: &[&Network], tunnel: Option<FilterTunnel>) {
-    if let Some(FilterTunnel { port, prefix, kernel }) = tunnel {
+fn encrypted_out(text: &mut String, networks: &[&Network], tunnel: Option<Gate>) {
+    if let Some(Gate { port, prefix, kernel }) = tunnel {
         let rest = !FROM_HOST;
         let sealed = format!("oifname \"ovt-*\" udp dport {SEALED_VXLAN_PORT}");
         let _ = writeln!(
@@ -388,9 +377,18 @@ fn forward(text: &mut String, networks: &[&Network], masquerade: bool) {
     let _ = writeln!(text, "\t}}");
 }
 
-/// Writes the chain that keeps endpoints of an internal network from the host, except from its resolver. Without it the
-/// host would answer, since it has a route to them. On a routed network, connections that the host opens are answered.
-fn input(text: &mut String, networks: &[&Network]) {
+/// Writes the chain that keeps endpoints of an internal network from the host, except from its addresses in `open`.
+/// Without it the host would answer, since it has a route to them. On a routed network, connections that the host opens
+/// are answered.
+fn input(text: &mut String, networks: &[&Network], open: &[IpAddr]) {
+    let others = |v4: bool, family: &str| -> String {
+        let open = open.iter().filter(|address| address.is_ipv4() == v4).map(IpAddr::to_string);
+        match open.collect::<Vec<_>>().join(", ") {
+            none if none.is_empty() => format!("meta nfproto {}", if v4 { "ipv4" } else { "ipv6" }),
+            open => format!("{family} daddr != {{ {open} }}"),
+        }
+    };
+    let (others_v4, others_v6) = (others(true, "ip"), others(false, "ip6"));
     let _ =
         writeln!(text, "\tchain input {{\n\t\ttype filter hook input priority filter - 10; policy accept;");
     for bridge in
@@ -400,13 +398,13 @@ fn input(text: &mut String, networks: &[&Network]) {
         let _ = writeln!(
             text,
             "\t\tiifname \"{bridge}\" meta l4proto 58 @th,0,8 {{ 135, 136 }} accept\n\
-             \t\tiifname \"{bridge}\" ip daddr != {{ {ADDRESS_V4}, {CLUSTER_V4} }} counter drop\n\
-             \t\tiifname \"{bridge}\" ip6 daddr != {{ {ADDRESS_V6}, {CLUSTER_V6} }} counter drop"
+             \t\tiifname \"{bridge}\" {others_v4} counter drop\n\
+             \t\tiifname \"{bridge}\" {others_v6} counter drop"
         );
     }
     for subnet in routed(networks).filter(|network| network.internal).flat_map(|network| &network.subnets) {
         let (family, prefix) = (family(subnet.prefix), subnet.prefix);
-        // Queries to the resolver and neighbour discovery are untracked, so this rule does not match them.
+        // Neighbour discovery and what other chains exempt from tracking is untracked, so this rule does not match them.
         let _ = writeln!(
             text,
             "\t\t{family} saddr {prefix} iifname != \"lo\" ct state {{ invalid, new }} counter drop"

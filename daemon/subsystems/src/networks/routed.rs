@@ -16,12 +16,11 @@ use ovl_proto::id::{Mac, NodeId};
 use ovl_proto::object::{Backend, Network};
 
 use super::mtu::endpoint_mtu;
-use crate::encryption::epochs::PeerRoute;
 use crate::encryption::tunnel;
 use crate::endpoints::routed::own_endpoint;
 use crate::local::Local;
+use crate::local::epochs::PeerRoute;
 use crate::mtu::{MIN_MTU, path_mtu, vxlan_overhead};
-use crate::publish;
 
 /// The path of packets to a remote host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,8 +42,7 @@ fn path_to(network: &Network, local: &Local, own: &Node, peer: &Node, block: IpN
         return None;
     }
     // The gateway of a route must be of the same address family as its destination.
-    let is_near = local.segment.is_some_and(|segment| segment.contains(&there))
-        && block.addr().is_ipv4() == there.is_ipv4();
+    let is_near = local.underlay.is_near(there) && block.addr().is_ipv4() == there.is_ipv4();
     Some(match network.backend {
         Backend::Vxlan => PeerPath::Vxlan,
         Backend::Auto if is_near => PeerPath::Direct,
@@ -88,9 +86,6 @@ pub(super) fn part(dataplane: &mut Dataplane, view: &View, local: &Local, networ
     }
     for endpoint in own.table.endpoints_on(network.id) {
         own_endpoint(dataplane, view, local, network, endpoint, mtu);
-        if !local.isolated.contains_key(&endpoint.id) {
-            publish::elements(dataplane, network, endpoint);
-        }
     }
 }
 

@@ -18,7 +18,6 @@ use super::mtu::network_mtu;
 use crate::encryption::tunnel;
 use crate::endpoints::switched::{self, FrameRoutes, MacClaim, rank};
 use crate::local::Local;
-use crate::publish;
 
 /// Adds the data plane of a switched network on this host.
 pub(super) fn part(dataplane: &mut Dataplane, view: &View, local: &Local, network: &Network, own: &Node) {
@@ -40,17 +39,15 @@ pub(super) fn part(dataplane: &mut Dataplane, view: &View, local: &Local, networ
             dataplane.neighbours.insert((Device::bridge(id), address.addr()), claim.endpoint().mac);
         }
     }
-    if network.internal && (routes_for_policies(view, network) || local.resolved.contains(&id)) {
-        // An internal network has no gateway address, and so no connected route.
+    if network.internal {
+        // It has no gateway address, and so no connected route. The host routes packets back that a policy diverted, and
+        // sends what other subsystems answer.
         let hop = Hop { device: Some(Device::bridge(id)), ..Hop::UNREACHABLE };
         dataplane.routes.extend(network.subnets.iter().map(|subnet| (subnet.prefix, hop)));
     }
     // Host interfaces of all endpoints in the table, also of isolated ones, so that none is deleted.
     for endpoint in own.table.endpoints_on(id) {
-        switched::own_endpoint(dataplane, local, network, endpoint, mtu);
-        if !local.isolated.contains_key(&endpoint.id) {
-            publish::elements(dataplane, network, endpoint);
-        }
+        switched::own_endpoint(dataplane, view, local, network, endpoint, mtu);
     }
 }
 

@@ -15,10 +15,9 @@ use ovl_proto::table::Endpoint;
 
 use super::mtu::network_mtu;
 use super::{routed, switched as devices_of};
-use crate::endpoints;
 use crate::endpoints::switched::{FrameRoutes, MacClaim, own_endpoint, rank};
+use crate::endpoints::{self, hairpin};
 use crate::local::Local;
-use crate::publish;
 use ovl_cluster::view::{Node, Placed, View};
 use ovl_dataplane::device::Device;
 use ovl_dataplane::diff::diff;
@@ -33,8 +32,6 @@ pub struct TouchedEndpoints {
     hosts: BTreeSet<NodeId>,
     macs: BTreeSet<Mac>,
     addresses: BTreeSet<IpAddr>,
-    /// Elements of the published ports of local endpoints.
-    ports: BTreeSet<(&'static Set, Key)>,
 }
 
 impl TouchedEndpoints {
@@ -42,21 +39,24 @@ impl TouchedEndpoints {
     pub fn note(&mut self, me: NodeId, host: NodeId, endpoint: &Endpoint) {
         if host == me {
             self.own.insert(endpoint.id);
-            self.ports.extend(publish::keys(endpoint));
         }
         self.hosts.insert(host);
         self.macs.insert(endpoint.mac);
         self.addresses.extend(endpoint.addresses.iter().map(|net| net.addr()));
     }
 
+    /// Records that an attach of an endpoint of this host began or ended.
+    pub fn note_attach(&mut self, endpoint: EndpointId) {
+        self.own.insert(endpoint);
+    }
+
     /// Adds the endpoints of another set.
     pub fn merge(&mut self, other: Self) {
-        let Self { own, hosts, macs, addresses, ports } = other;
+        let Self { own, hosts, macs, addresses } = other;
         self.own.extend(own);
         self.hosts.extend(hosts);
         self.macs.extend(macs);
         self.addresses.extend(addresses);
-        self.ports.extend(ports);
     }
 }
 
@@ -66,7 +66,7 @@ pub fn plan(
     view: &View,
     local: &Local,
     id: NetworkId,
-    mut touched: TouchedEndpoints,
+    touched: TouchedEndpoints,
     applied: &mut Dataplane,
     prune: bool,
 ) -> Option<Vec<Op>> {
@@ -84,15 +84,10 @@ pub fn plan(
         return None;
     }
 
-    let ports = std::mem::take(&mut touched.ports);
-    let ids = if ports.is_empty() { BTreeSet::new() } else { touched.own.clone() };
-    let (mut was, mut is) = match network.mode {
+    let (was, is) = match network.mode {
         Mode::L2 => switched(view, local, network, own, touched, applied, mtu),
         Mode::L3 => on_devices(view, local, network, own, &touched, applied, mtu),
     };
-    if !ports.is_empty() {
-        published(local, network, own, &ids, ports, applied, (&mut was, &mut is));
-    }
     let ops = diff(&was, &is, prune);
     if prune {
         take_out(applied, &was);
@@ -143,7 +138,7 @@ fn switched(
 ) -> (Dataplane, Dataplane) {
     let id = network.id;
     let (bridge, vxlan) = (Device::bridge(id), Device::vxlan(id));
-    let TouchedEndpoints { own: ids, mut hosts, macs, mut addresses, ports: _ } = touched;
+    let TouchedEndpoints { own: ids, mut hosts, macs, mut addresses } = touched;
     // An endpoint with the same MAC address may have won or lost it, and with it all of its entries.
     for placed in macs.iter().flat_map(|mac| view.all_with_mac(id, *mac)) {
         hosts.insert(placed.node.record.id);
@@ -183,13 +178,17 @@ fn switched(
         }
     }
     for endpoint in ids.iter().filter_map(|id| own.table.endpoint(*id)).filter(|own| own.network == id) {
-        own_endpoint(&mut is, local, network, endpoint, mtu);
+        own_endpoint(&mut is, view, local, network, endpoint, mtu);
+    }
+
+    for endpoint in ids.iter().filter_map(|id| local.attaches.get(*id)).filter(|own| own.network == id) {
+        hairpin::guard(&mut is, view, network, endpoint);
     }
 
     let mut was = Dataplane::default();
     for device in ids.iter().map(|id| Device::endpoint(*id)) {
         was.links.extend(applied.links.get(&device).map(|link| (device, *link)));
-        take_over(&mut was, applied, publish::hairpin_guard(device));
+        take_over(&mut was, applied, hairpin::guard_of(device));
     }
     for mac in &macs {
         was.remotes.extend(applied.remotes.get(&(vxlan, *mac)).map(|remote| ((vxlan, *mac), *remote)));
@@ -206,39 +205,6 @@ fn switched(
         was.floods.extend(applied.floods.get(&key));
     }
     (was, is)
-}
-
-/// Adds the sent and the desired elements for the published ports of touched endpoints.
-fn published(
-    local: &Local,
-    network: &Network,
-    own: &Node,
-    ids: &BTreeSet<EndpointId>,
-    ports: BTreeSet<(&'static Set, Key)>,
-    applied: &Dataplane,
-    (was, is): (&mut Dataplane, &mut Dataplane),
-) {
-    let shows =
-        |endpoint: &&Endpoint| endpoint.network == network.id && !local.isolated.contains_key(&endpoint.id);
-    for endpoint in ids.iter().filter_map(|id| own.table.endpoint(*id)).filter(shows) {
-        publish::elements(is, network, endpoint);
-    }
-    let devices: Vec<Device> = match network.mode {
-        Mode::L2 => vec![Device::bridge(network.id)],
-        Mode::L3 => ids.iter().map(|id| Device::endpoint(*id)).collect(),
-    };
-    // Endpoints behind one bridge share the elements for hairpin traffic.
-    if network.mode == Mode::L2 {
-        let mut others = Dataplane::default();
-        let all = own.table.endpoints_on(network.id).chain(local.attaching.values());
-        all.filter(|endpoint| !endpoint.publish.is_empty())
-            .filter(shows)
-            .for_each(|endpoint| publish::bridge_part(&mut others, network, endpoint));
-        is.merge(others);
-    }
-    let shared = publish::bridge_hairpins(network).filter(|_| network.mode == Mode::L2);
-    ports.into_iter().chain(shared).for_each(|element| take_over(was, applied, element));
-    was.localnets.extend(devices.iter().filter(|device| applied.localnets.contains(device)));
 }
 
 /// Copies an element that was sent, if it was.
@@ -269,9 +235,6 @@ fn take_out(applied: &mut Dataplane, part: &Dataplane) {
         for key in held.keys() {
             applied.elements.remove(set, key);
         }
-    }
-    for device in &part.localnets {
-        applied.localnets.remove(device);
     }
     for key in part.neighbours.keys() {
         applied.neighbours.remove(key);

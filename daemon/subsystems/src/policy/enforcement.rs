@@ -71,8 +71,7 @@ impl Subsystem for Enforcement {
             | Change::Built(_)
             | Change::Host(_)
             | Change::Tunnel
-            | Change::ThisHost
-            | Change::Publishing => self.all_changed = true,
+            | Change::ThisHost => self.all_changed = true,
             Change::Entry { .. } | Change::Backends(_) | Change::Announcers | Change::Uplink => {}
         }
     }

@@ -195,7 +195,7 @@ fn is_tighter(was: &[Membership], is: &[Membership]) -> bool {
 
 /// Whether an address is that of an endpoint whose attach is in flight: it has no connections yet.
 fn is_new(local: &Local, (network, address): Address) -> bool {
-    local.attaching.values().any(|endpoint| {
+    local.attaches.endpoints().any(|endpoint| {
         endpoint.network == network && endpoint.addresses.iter().any(|net| net.addr() == address)
     })
 }
@@ -255,7 +255,7 @@ impl PolicyParts {
         if policies.is_empty() || parts.kinds == BuiltModes::default() {
             return parts;
         }
-        let attaching = local.attaching.values().map(|endpoint| (view.me, endpoint));
+        let attaching = local.attaches.endpoints().map(|endpoint| (view.me, endpoint));
         for (node, endpoint) in
             view.all_endpoints().map(|placed| (placed.node.record.id, placed.endpoint)).chain(attaching)
         {
@@ -306,7 +306,7 @@ fn members_at(
 ) -> Vec<Membership> {
     let placed = view.all_with_address(network, address);
     let attached = placed.map(|placed| (placed.node.record.id, placed.endpoint));
-    let attaching = local.attaching.values().filter(|endpoint| {
+    let attaching = local.attaches.endpoints().filter(|endpoint| {
         endpoint.network == network && endpoint.addresses.iter().any(|net| net.addr() == address)
     });
     attached
@@ -331,7 +331,7 @@ fn members_of(
     let own = node == view.me;
     let mut members = Vec::new();
     let counts = view.nodes.get(&node).is_some_and(|node| view.is_counted(&Placed { node, endpoint }));
-    if counts || local.attaching.contains_key(&endpoint.id) {
+    if counts || local.attaches.get(endpoint.id).is_some() {
         let namespace = view.resources.namespace_labels(&endpoint.namespace);
         members.extend(
             policies

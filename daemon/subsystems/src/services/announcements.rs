@@ -70,16 +70,15 @@ impl Subsystem for Announcements {
             | Change::Host(_)
             | Change::Tunnel
             | Change::ThisHost => self.hosts_changed = true,
-            Change::Entry { .. }
-            | Change::Rights(_)
-            | Change::Publishing
-            | Change::Attaching(_)
-            | Change::Resources(_) => {}
+            Change::Entry { .. } | Change::Rights(_) | Change::Attaching(_) | Change::Resources(_) => {}
         }
     }
 
-    fn desired(&self, _: &Cluster<'_>) -> Dataplane {
-        self.planned.dataplane()
+    fn desired(&self, cluster: &Cluster<'_>) -> Dataplane {
+        match cluster.caught_up {
+            true => self.planned.desired(cluster.view, cluster.backends, self.uplink),
+            false => self.planned.dataplane(),
+        }
     }
 
     fn resync(&mut self, cluster: &Cluster<'_>) -> Dataplane {

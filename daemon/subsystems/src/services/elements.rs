@@ -62,7 +62,21 @@ pub struct Services {
 }
 
 impl Services {
-    /// Returns the desired data plane.
+    /// Returns the desired data plane, computed anew for all Services. Backends keep the numbers that they have.
+    ///
+    /// It must not be called before gossip has caught up.
+    pub fn desired(&self, view: &View, backends: &Backends) -> Dataplane {
+        let known = self.ledger.parts().filter_map(|part| match part {
+            ElementOwner::Service(name) => Some(name),
+            ElementOwner::Host | ElementOwner::Endpoint(_) => None,
+        });
+        let all: BTreeSet<&Name> = known.chain(view.resources.services().keys()).collect();
+        let mut anew = self.clone();
+        anew.plan(view, backends, all.into_iter(), true);
+        anew.dataplane()
+    }
+
+    /// Returns the data plane that was last planned.
     pub fn dataplane(&self) -> Dataplane {
         let (tables, elements) = (self.tables.clone(), self.ledger.wanted().clone());
         let sysctls = self.forwarding().into_iter().map(|name| (name.to_owned(), "1".to_owned())).collect();

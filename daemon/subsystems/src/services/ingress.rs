@@ -108,7 +108,16 @@ impl Ingress {
         self.services.values().flat_map(|part| part.announced.iter().copied())
     }
 
-    /// Returns the desired data plane.
+    /// Returns the desired data plane, computed anew for all Services.
+    ///
+    /// It must not be called before gossip has caught up.
+    pub fn desired(&self, view: &View, backends: &Backends, uplink: Option<Device>) -> Dataplane {
+        let mut anew = self.clone();
+        anew.plan(view, backends, std::iter::empty(), true, uplink);
+        anew.dataplane()
+    }
+
+    /// Returns the data plane that was last planned.
     pub fn dataplane(&self) -> Dataplane {
         Dataplane { announced: self.planned.clone(), ..Dataplane::default() }
     }

@@ -43,16 +43,15 @@ impl Subsystem for Translation {
             | Change::Host(_)
             | Change::Tunnel
             | Change::ThisHost => self.context_changed = true,
-            Change::Publishing
-            | Change::Attaching(_)
-            | Change::Resources(_)
-            | Change::Announcers
-            | Change::Uplink => {}
+            Change::Attaching(_) | Change::Resources(_) | Change::Announcers | Change::Uplink => {}
         }
     }
 
-    fn desired(&self, _: &Cluster<'_>) -> Dataplane {
-        self.planned.dataplane()
+    fn desired(&self, cluster: &Cluster<'_>) -> Dataplane {
+        match cluster.caught_up {
+            true => self.planned.desired(cluster.view, cluster.backends),
+            false => self.planned.dataplane(),
+        }
     }
 
     fn resync(&mut self, cluster: &Cluster<'_>) -> Dataplane {

@@ -10,16 +10,13 @@ use ovl_dataplane::state::{Dataplane, Hop, Link, TunnelKind};
 use ovl_proto::object::{Backend, Mode};
 use ovl_proto::record::PeerState;
 use ovl_proto::table::Entry;
+use ovl_subsystems::Settings;
 use ovl_subsystems::encryption::tunnel;
 use ovl_subsystems::local::Local;
-use ovl_subsystems::networks::desired::desired;
 use ovl_subsystems::networks::mtu::network_mtu;
 
+use super::host::{desired, desired_with, settings};
 use super::world::{NET, encrypt, endpoint, give, id, net, switched, tunnel_key, view_of};
-
-fn local() -> Local {
-    Local { masquerade: true, ..Local::default() }
-}
 
 fn here(n: u8) -> String {
     tunnel::address(1, id(n)).to_string()
@@ -27,7 +24,7 @@ fn here(n: u8) -> String {
 
 /// Returns the commands of networks and the tunnel, with short names.
 fn commands(view: &View) -> Vec<String> {
-    diff(&Dataplane::default(), &desired(view, &local()), true)
+    diff(&Dataplane::default(), &desired(view, &Local::default()), true)
         .iter()
         .map(ToString::to_string)
         .filter(|text| !text.starts_with("sysctl") && !text.starts_with("nft"))
@@ -74,7 +71,7 @@ fn the_tunnel_has_an_address_a_peer_and_a_route_for_each_member() {
         ]
     );
     assert_eq!(with(&all, "unreachable"), ["ip route replace unreachable CLUSTER proto 79 metric 79"]);
-    let dataplane = desired(&encrypted_switched(true), &local());
+    let dataplane = desired(&encrypted_switched(true), &Local::default());
     let device = Device::tunnel(false);
     assert_eq!(dataplane.links[&device], Link::Tunnel { kind: TunnelKind::Kernel, mtu: 1440, up: true });
     assert_eq!(dataplane.tunnels[&device].local, None);
@@ -133,7 +130,7 @@ fn a_routed_network_uses_the_tunnel_without_vxlan() {
 fn without_a_tunnel_there_is_no_route() {
     for mut view in [encrypted_switched(false), encrypted_routed()] {
         view.nodes.get_mut(&id(1)).unwrap().record.tunnel = None;
-        let dataplane = desired(&view, &local());
+        let dataplane = desired(&view, &Local::default());
         let is_carrier =
             |link: &Link| matches!(link, Link::Tap { .. } | Link::Vxlan { .. } | Link::Tunnel { .. });
         assert!(!dataplane.links.values().any(is_carrier), "{:?}", dataplane.links);
@@ -150,7 +147,7 @@ fn without_a_tunnel_there_is_no_route() {
 
 #[test]
 fn only_live_members_with_a_key_of_their_own_are_peers() {
-    let peers = |view: &View| desired(view, &local()).tunnel_peers.len();
+    let peers = |view: &View| desired(view, &Local::default()).tunnel_peers.len();
     let mut view = encrypted_switched(false);
     assert_eq!(peers(&view), 2);
     for (state, expected) in [(PeerState::Suspect, 2), (PeerState::Dead, 1), (PeerState::Left, 1)] {
@@ -160,12 +157,12 @@ fn only_live_members_with_a_key_of_their_own_are_peers() {
     view.nodes.get_mut(&id(2)).unwrap().state = PeerState::Alive;
     view.alloc.members.remove(&id(2));
     assert_eq!(peers(&view), 1, "forgotten");
-    assert!(desired(&view, &local()).remotes.is_empty());
+    assert!(desired(&view, &Local::default()).remotes.is_empty());
     view.alloc.members.insert(id(2));
     // The host publishes the key of another host.
     view.nodes.get_mut(&id(3)).unwrap().record.tunnel.as_mut().unwrap().key = tunnel_key(2);
     assert_eq!(tunnel::copies(&view), [id(3)].into());
-    let dataplane = desired(&view, &local());
+    let dataplane = desired(&view, &Local::default());
     let endpoints: Vec<IpAddr> = dataplane.tunnel_peers.values().map(|peer| peer.endpoint.ip()).collect();
     assert_eq!(endpoints, [IpAddr::from([192, 168, 77, 2])]);
     // The same for the key of the local host.
@@ -178,9 +175,9 @@ fn only_live_members_with_a_key_of_their_own_are_peers() {
 #[test]
 fn a_peer_is_deleted_even_before_gossip_has_caught_up() {
     let mut view = encrypted_switched(false);
-    let before = desired(&view, &local());
+    let before = desired(&view, &Local::default());
     view.alloc.members.remove(&id(3));
-    let ops = diff(&before, &desired(&view, &local()), false);
+    let ops = diff(&before, &desired(&view, &Local::default()), false);
     let removed = format!("wg set ovt-0 peer {} remove", tunnel_key(3));
     assert!(ops.iter().any(|op| op.to_string() == removed), "{ops:?}");
 }
@@ -204,13 +201,13 @@ fn the_mtu_leaves_room_for_every_header() {
     give(&mut view, 2, vec![Entry::PathMtu { peer: id(1), mtu: 1450 }]);
     assert_eq!(mtu(&view), 1320);
     let to = net(&format!("{}/128", here(2)));
-    assert_eq!(desired(&view, &local()).routes[&to].mtu, Some(1390));
+    assert_eq!(desired(&view, &Local::default()).routes[&to].mtu, Some(1390));
 }
 
 #[test]
 fn no_unencrypted_packet_is_accepted_or_sent() {
     let mut view = encrypted_routed();
-    let filter = desired(&view, &local()).filter.unwrap();
+    let filter = desired(&view, &Local::default()).filter.unwrap();
     for rule in [
         "iifname \"ovt-*\" ip saddr 10.60.0.0/16 ip daddr 10.60.0.0/16 accept",
         "iifname \"ovt-*\" counter drop",
@@ -224,14 +221,15 @@ fn no_unencrypted_packet_is_accepted_or_sent() {
     let place = |text: &str| filter.find(text).unwrap_or_else(|| panic!("{text}\n{filter}"));
     assert!(place("10.60.0.0/16 accept") < place("iifname \"ovt-*\" counter drop"));
     assert!(!filter.contains("vteps4") && !filter.contains("4789"), "unencrypted VXLAN: {filter}");
-    let unmasked = desired(&view, &Local::default()).filter.unwrap();
+    let settings = Settings { masquerade: false, ..settings() };
+    let unmasked = desired_with(&view, &Local::default(), settings).filter.unwrap();
     assert!(
         unmasked.contains("oifname != \"lo\" ct status ! dnat reject with icmpx admin-prohibited"),
         "{unmasked}"
     );
     // A network without encryption has none of this.
     view.networks.get_mut(&NET).unwrap().network.encrypted = false;
-    let plain = desired(&view, &local());
+    let plain = desired(&view, &Local::default());
     assert!(plain.tunnels.is_empty());
     assert!(!plain.filter.unwrap().contains("51942"));
 }

@@ -1,7 +1,10 @@
 //! Tests of the decisions of subsystems: the desired data plane of a host, and the plans that lead to it.
 #![cfg(test)]
 
+mod delivery;
 mod encrypted;
+#[path = "../host/mod.rs"]
+mod host;
 mod ingress;
 mod names;
 mod nft;

@@ -49,8 +49,11 @@ impl Town {
     fn new() -> Self {
         let mut world = World::new();
         world.view.nodes.values_mut().for_each(|node| node.state = PeerState::Alive);
-        let mut town =
-            Self { world, names: Names::new("ovl.internal", "Cluster.Local.", true), place: alone };
+        let mut town = Self {
+            world,
+            names: Names::new("ovl.internal", "Cluster.Local.", true, Vec::new()),
+            place: alone,
+        };
         town.changed(Change::Network(NET));
         town.refresh();
         town
@@ -60,6 +63,14 @@ impl Town {
         let local = Local::default();
         let World { view, backends } = &self.world;
         self.names.changed(&change, &Cluster { view, backends, local: &local, caught_up: true });
+    }
+
+    /// Whether endpoints of this host reach the resolver.
+    fn leads_to_the_resolver(&self) -> bool {
+        let local = Local::default();
+        let World { view, backends } = &self.world;
+        let cluster = Cluster { view, backends, local: &local, caught_up: true };
+        !self.names.desired(&cluster).addresses.is_empty()
     }
 
     /// Writes the table of a host, and reports the values before and after.
@@ -231,8 +242,7 @@ fn services_have_names_and_pods_of_this_host_need_the_resolver_then() {
     let mut town = Town::new();
     town.write(1, vec![named(1, "own", "10.9.0.9/24")], vec![]);
     town.refresh();
-    let none = BTreeSet::new();
-    assert!(town.names.newly_resolved(&town.world.view, &none).is_empty(), "there is no Service");
+    assert!(!town.leads_to_the_resolver(), "there is no Service");
 
     town.world.put(read(
         Kind::Service,
@@ -243,10 +253,9 @@ fn services_have_names_and_pods_of_this_host_need_the_resolver_then() {
     ));
     let settled = town.world.settle();
     town.changed(Change::Backends(&settled));
-    assert_eq!(town.names.newly_resolved(&town.world.view, &none), [NET]);
-    assert!(town.names.newly_resolved(&town.world.view, &BTreeSet::from([NET])).is_empty());
+    assert!(!town.leads_to_the_resolver());
     assert!(town.refresh().is_some());
-    assert!(town.names.newly_resolved(&town.world.view, &none).is_empty(), "nothing is marked");
+    assert!(town.leads_to_the_resolver());
     assert_eq!(town.host("db.default.svc.cluster.local"), ["10.96.0.7"]);
     assert_eq!(town.reverse("10.96.0.7"), ["db.default.svc.cluster.local"]);
     let above = town.names.zone().find(Client::Host, &name("default.svc.cluster.local"));
@@ -326,7 +335,7 @@ proptest! {
             }
         }
         town.refresh();
-        let mut fresh = Names::new("ovl.internal", DOMAIN, true);
+        let mut fresh = Names::new("ovl.internal", DOMAIN, true, Vec::new());
         let quick = answers(&town.names);
         let World { view, backends } = &town.world;
         // Pods are known by their changes alone, so the new zone hears of them as the first settling does.

@@ -138,7 +138,7 @@ fn an_endpoint_is_isolated_before_its_attach_completes() {
     ledger.plan(&view, &local, true);
     let generation = ledger.generation();
     let second = endpoint(11, "default", labels(&[("app", "database")]));
-    local.attaching.insert(second.id, second.clone());
+    local.attaches.begin(second.clone());
     let touched = BTreeSet::from([(NET, address(11))]);
     let ops = ledger.plan_touched(&view, &local, &touched).unwrap();
     let texts: Vec<String> = ops.iter().map(ToString::to_string).collect();
@@ -150,8 +150,8 @@ fn an_endpoint_is_isolated_before_its_attach_completes() {
     assert_eq!(ledger.generation(), generation);
     // A full plan meanwhile keeps it.
     assert_eq!(ledger.plan(&view, &local, true), []);
+    local.attaches.end(second.id);
     put(&mut view, second);
-    local.attaching.clear();
     assert_eq!(ledger.plan_touched(&view, &local, &touched).unwrap(), []);
     assert_eq!(ledger.plan(&view, &local, true), []);
     // A failed attach leaves nothing.

@@ -1,6 +1,6 @@
 //! Tests of the desired data plane of a routed network, as the commands that would create it.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use ipnet::IpNet;
@@ -15,9 +15,9 @@ use ovl_proto::object::{Backend, Mode, Subnet};
 use ovl_proto::record::PeerState;
 use ovl_proto::table::Entry;
 use ovl_subsystems::local::Local;
-use ovl_subsystems::networks::desired::desired;
 use proptest::prelude::*;
 
+use super::host::{desired, isolation, underlay};
 use super::world::{NET, endpoint, give, id, net, view_of};
 
 /// Host n holds 10.60.n.0/24 of 10.60.0.0/16.
@@ -31,7 +31,7 @@ fn peer(view: &mut View, n: u8) -> &mut Node {
 }
 
 fn local() -> Local {
-    Local { masquerade: true, segment: Some(net("192.168.77.0/24")), ..Local::default() }
+    Local { underlay: underlay(net("192.168.77.0/24")), ..Local::default() }
 }
 
 /// Returns the commands without those of the host as a whole, and with short names.
@@ -165,7 +165,7 @@ fn an_endpoint_has_a_route_and_a_neighbour_on_its_own_device() {
     );
     assert!(routes(&all).contains(&format!("10.60.1.9/32 dev {device} scope link src 10.60.1.1")), "{all:?}");
     // An isolated endpoint keeps only its device.
-    let isolated = Local { isolated: BTreeMap::from([(EndpointId([7; 5]), String::new())]), ..local() };
+    let isolated = Local { isolation: isolation([EndpointId([7; 5])]), ..local() };
     let mut taken = view.clone();
     taken.alloc.blocks.insert(Block { network: NET, prefix: net("10.60.1.0/24") }, id(2));
     for (view, local) in [(&view, &isolated), (&taken, &local())] {

@@ -1,7 +1,5 @@
 //! Tests of the desired data plane of a switched network, as the commands that would create it.
 
-use std::collections::BTreeMap;
-
 use ovl_cluster::addresses;
 use ovl_cluster::view::View;
 use ovl_dataplane::diff::diff;
@@ -10,18 +8,14 @@ use ovl_proto::id::EndpointId;
 use ovl_proto::record::PeerState;
 use ovl_proto::table::Entry;
 use ovl_subsystems::local::Local;
-use ovl_subsystems::networks::desired::desired;
 use ovl_subsystems::networks::mtu::network_mtu;
 
+use super::host::{desired, isolation};
 use super::world::{NET, endpoint, give, id, switched};
-
-fn local() -> Local {
-    Local { masquerade: true, ..Local::default() }
-}
 
 /// Returns the commands without those of the host as a whole.
 fn commands(view: &View) -> Vec<String> {
-    diff(&Dataplane::default(), &desired(view, &local()), true)
+    diff(&Dataplane::default(), &desired(view, &Local::default()), true)
         .iter()
         .map(ToString::to_string)
         .filter(|text| !text.starts_with("sysctl") && !text.starts_with("nft"))
@@ -32,11 +26,11 @@ fn commands(view: &View) -> Vec<String> {
 fn a_network_without_a_local_endpoint_has_no_devices() {
     let mut view = switched();
     give(&mut view, 2, vec![endpoint(2, "10.9.0.17/24")]);
-    let Dataplane { filter, .. } = desired(&view, &local());
+    let Dataplane { filter, .. } = desired(&view, &Local::default());
     // Nothing on this host may send to the VXLAN port of the other host.
     let filter = filter.expect("a packet filter");
     assert!(filter.contains("192.168.77.2 . 4789") && !filter.contains("10.9.0."), "{filter}");
-    assert_eq!(Dataplane { filter: None, ..desired(&view, &local()) }, Dataplane::default());
+    assert_eq!(Dataplane { filter: None, ..desired(&view, &Local::default()) }, Dataplane::default());
 }
 
 #[test]
@@ -67,7 +61,7 @@ fn flood_entries_exist_only_for_hosts_with_endpoints() {
     give(&mut view, 1, vec![endpoint(1, "10.9.0.9/24")]);
     give(&mut view, 3, vec![endpoint(3, "10.9.0.25/24")]);
     let floods: Vec<String> =
-        desired(&view, &local()).floods.iter().map(|(_, remote)| remote.vtep.to_string()).collect();
+        desired(&view, &Local::default()).floods.iter().map(|(_, remote)| remote.vtep.to_string()).collect();
     assert_eq!(floods, ["192.168.77.3"]);
 }
 
@@ -76,7 +70,7 @@ fn only_live_members_have_entries() {
     let mut view = switched();
     give(&mut view, 1, vec![endpoint(1, "10.9.0.9/24")]);
     give(&mut view, 2, vec![endpoint(2, "10.9.0.17/24")]);
-    let remotes = |view: &View| desired(view, &local()).remotes.len();
+    let remotes = |view: &View| desired(view, &Local::default()).remotes.len();
     for (state, expected) in
         [(PeerState::Alive, 1), (PeerState::Suspect, 1), (PeerState::Dead, 0), (PeerState::Left, 0)]
     {
@@ -93,10 +87,10 @@ fn an_address_of_another_hosts_block_needs_a_lease() {
     let mut view = switched();
     give(&mut view, 1, vec![endpoint(1, "10.9.0.9/24")]);
     give(&mut view, 2, vec![endpoint(2, "10.9.0.26/24")]);
-    assert!(desired(&view, &local()).remotes.is_empty());
+    assert!(desired(&view, &Local::default()).remotes.is_empty());
     let lease = Entry::Lease { network: NET, address: "10.9.0.26".parse().unwrap(), to: id(2) };
     give(&mut view, 3, vec![lease]);
-    assert_eq!(desired(&view, &local()).remotes.len(), 1);
+    assert_eq!(desired(&view, &Local::default()).remotes.len(), 1);
 }
 
 #[test]
@@ -107,7 +101,7 @@ fn a_claimed_mac_stays_with_the_endpoint_from_whose_address_it_is_derived() {
     let Entry::Endpoint(mut thief) = endpoint(2, "10.9.0.17/24") else { unreachable!() };
     thief.mac = addresses::mac_of(NET, "10.9.0.25".parse().unwrap());
     give(&mut view, 2, vec![Entry::Endpoint(thief)]);
-    let dataplane = desired(&view, &local());
+    let dataplane = desired(&view, &Local::default());
     let vteps: Vec<String> = dataplane.remotes.values().map(|remote| remote.vtep.to_string()).collect();
     assert_eq!(vteps, ["192.168.77.3"]);
 }
@@ -137,7 +131,7 @@ fn an_internal_network_has_no_gateway_and_is_not_forwarded() {
     let mut view = switched();
     give(&mut view, 1, vec![endpoint(1, "10.9.0.9/24")]);
     view.networks.get_mut(&NET).unwrap().network.internal = true;
-    let dataplane = desired(&view, &local());
+    let dataplane = desired(&view, &Local::default());
     assert!(dataplane.addresses.is_empty());
     assert!(dataplane.sysctls.is_empty());
     let filter = dataplane.filter.unwrap();
@@ -149,7 +143,7 @@ fn an_internal_network_has_no_gateway_and_is_not_forwarded() {
 fn only_members_may_send_to_the_vxlan_port() {
     let mut view = switched();
     give(&mut view, 1, vec![endpoint(1, "10.9.0.9/24")]);
-    let filter = desired(&view, &local()).filter.unwrap();
+    let filter = desired(&view, &Local::default()).filter.unwrap();
     assert!(filter.contains("elements = { 192.168.77.2, 192.168.77.3 }"), "{filter}");
     assert!(filter.contains("udp dport 4789 fib daddr type != unicast counter drop"), "{filter}");
 }
@@ -159,8 +153,8 @@ fn an_isolated_endpoint_is_disconnected_and_kept() {
     let mut view = switched();
     give(&mut view, 1, vec![endpoint(1, "10.9.0.9/24")]);
     view.alloc.blocks.clear();
-    let isolated = BTreeMap::from([(EndpointId([1; 5]), "its block went to another host".to_owned())]);
-    let dataplane = desired(&view, &Local { isolated, ..local() });
+    let local = Local { isolation: isolation([EndpointId([1; 5])]), ..Local::default() };
+    let dataplane = desired(&view, &local);
     let link = dataplane
         .links
         .values()

@@ -13,13 +13,16 @@ use ovl_proto::id::{EndpointId, Mac};
 use ovl_proto::object::{Backend, Mode};
 use ovl_proto::publish::{Published, Transport};
 use ovl_proto::record::Signature;
+use ovl_proto::resource::Kind;
 use ovl_proto::table::{Endpoint, Entry, Key};
 use ovl_subsystems::local::Local;
 use ovl_subsystems::networks::desired::network_part;
 use ovl_subsystems::networks::touched::{TouchedEndpoints, plan};
 use proptest::prelude::*;
+use serde_json::json;
 
-use super::world::{NET, encrypt, id, net, switched, view_of};
+use super::host::isolation;
+use super::world::{NET, encrypt, id, net, read, switched, view_of};
 
 /// One endpoint of a host is added, changed or removed. There are few of them, so that they collide.
 #[derive(Debug, Clone)]
@@ -187,8 +190,13 @@ proptest! {
         if let Some(deaf) = deaf {
             view.nodes.get_mut(&id(deaf)).unwrap().record.tunnel = None;
         }
-        let isolated = isolated.into_iter().map(|n| (EndpointId([n; 5]), String::new())).collect();
-        let local = Local { isolated, wanted: BTreeMap::from([(NET, 1)]), served, ..Local::default() };
+        let isolated = isolated.into_iter().map(|n| EndpointId([n; 5]));
+        if served {
+            let service = json!({ "metadata": { "name": "web", "namespace": "default" }, "spec": {} });
+            view.resources.insert(read(Kind::Service, service));
+        }
+        let mut local = Local { isolation: isolation(isolated), ..Local::default() };
+        local.attaches.want(NET);
         let mut applied = Dataplane::default();
         let mut left = TouchedEndpoints::default();
         for (step, together) in steps {

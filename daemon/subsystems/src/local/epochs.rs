@@ -9,7 +9,7 @@
 //! interface. They send by the later interface as soon as it has a session; the earlier one still receives. A host
 //! deletes its earlier interface when all peers have followed and no packet arrives by it any more.
 //!
-//! [`KeyEpochs`] is the state, which the daemon owns. Begin to read at [`route_to`].
+//! [`KeyEpochs`] owns the state: encryption reads it for its peers, and networks for their routes. Begin to read at [`route_to`].
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -22,13 +22,42 @@ use ovl_dataplane::device::Device;
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct KeyEpochs {
     /// The local host's previous key, while it rotates.
-    pub own_previous: Option<TunnelKey>,
+    own_previous: Option<TunnelKey>,
     /// The previous key of each peer that rotates.
-    pub previous: BTreeMap<NodeId, TunnelKey>,
+    previous: BTreeMap<NodeId, TunnelKey>,
     /// Interfaces and the keys of peers with which they have a session.
-    pub sessions: BTreeSet<(Device, TunnelKey)>,
+    sessions: Sessions,
     /// The sessions from which no packet has arrived for a while.
-    pub quiet: BTreeSet<(Device, TunnelKey)>,
+    quiet: Sessions,
+}
+
+/// Local interfaces and the keys of peers with which they have a session.
+pub type Sessions = BTreeSet<(Device, TunnelKey)>;
+
+impl KeyEpochs {
+    /// Sets the local host's previous key. `None` when it does not rotate.
+    pub fn set_own_previous(&mut self, key: Option<TunnelKey>) {
+        self.own_previous = key;
+    }
+
+    /// Records the new tunnel of a peer. The key that it published before it changed to another epoch is accepted
+    /// until its rotation ends.
+    pub fn note_peer(&mut self, peer: NodeId, before: Option<Tunnel>, now: Option<Tunnel>) {
+        match (before, now) {
+            (Some(old), Some(new)) if new.rotating && new.epoch != old.epoch => {
+                self.previous.insert(peer, old.key);
+            }
+            (_, Some(new)) if new.rotating => {}
+            _ => {
+                self.previous.remove(&peer);
+            }
+        }
+    }
+
+    /// Sets the sessions of the local interfaces, and those of them from which no packet has arrived for a while.
+    pub fn set_sessions(&mut self, sessions: Sessions, quiet: Sessions) {
+        (self.sessions, self.quiet) = (sessions, quiet);
+    }
 }
 
 /// The route to a peer through the tunnel.

@@ -1,0 +1,165 @@
+//! The kernel's part of names: the tables and addresses by which queries of endpoints reach the resolver.
+//!
+//! [`Delivery`] owns which networks use the resolver, and what was last sent for them. What it sends is computed in
+//! [`super::resolver`]. Begin to read at [`Delivery::plan`].
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use ovl_dataplane::device::Device;
+use ovl_dataplane::diff::diff;
+use ovl_dataplane::op::Op;
+use ovl_dataplane::state::Dataplane;
+use ovl_proto::id::NetworkId;
+use ovl_proto::table::Entry;
+
+use super::resolver;
+use crate::subsystem::{Change, Cluster, Outcome};
+
+/// The resolver's addresses on the bridge of one network.
+type Addresses = BTreeSet<(Device, IpNet)>;
+
+/// The networks whose endpoints use the resolver, and what was last sent for them.
+#[derive(Debug, Default)]
+pub(super) struct Delivery {
+    /// Addresses of the cluster DNS, at most one of each family.
+    cluster_dns: Vec<IpAddr>,
+    /// Networks with endpoints of this host that use the resolver.
+    resolved: BTreeSet<NetworkId>,
+    /// The addresses that were last sent. The tables are sent while there are any.
+    sent: BTreeMap<NetworkId, Addresses>,
+    /// Networks that may have changed since.
+    changed: BTreeSet<NetworkId>,
+    /// Networks that the kernel could not set up: what was sent for them is not there.
+    refused: BTreeSet<NetworkId>,
+}
+
+impl Delivery {
+    /// Begins without networks.
+    pub(super) fn new(cluster_dns: Vec<IpAddr>) -> Self {
+        Self { cluster_dns, ..Self::default() }
+    }
+
+    /// Records that endpoints of this host on a network use the resolver.
+    pub(super) fn resolve(&mut self, network: NetworkId) {
+        if self.resolved.insert(network) {
+            self.changed.insert(network);
+        }
+    }
+
+    /// Records a change, at the cost of that change.
+    pub(super) fn changed(&mut self, change: &Change<'_>, cluster: &Cluster<'_>) {
+        match *change {
+            Change::Entry { host, entry: Entry::Endpoint(endpoint) } if host == cluster.view.me => {
+                self.mark(endpoint.network);
+            }
+            Change::Rights(network) | Change::Network(network) | Change::Built(network) => self.mark(network),
+            // The rights of all networks come before `ThisHost`.
+            Change::Entry { .. }
+            | Change::ThisHost
+            | Change::Host(_)
+            | Change::Tunnel
+            | Change::Attaching(_)
+            | Change::Resources(_)
+            | Change::Backends(_)
+            | Change::Announcers
+            | Change::Uplink => {}
+        }
+    }
+
+    fn mark(&mut self, network: NetworkId) {
+        if self.resolved.contains(&network) {
+            self.changed.insert(network);
+        }
+    }
+
+    /// Returns what is wanted for one network: nothing if this host does not have its bridge.
+    fn wanted(&self, network: NetworkId, cluster: &Cluster<'_>) -> Addresses {
+        let known = cluster.view.networks.get(&network).map(|state| &state.network);
+        let known = known.filter(|network| {
+            self.resolved.contains(&network.id) && cluster.local.is_built(cluster.view, network.id)
+        });
+        known.map(|network| resolver::on_bridge(network, &self.cluster_dns)).unwrap_or_default()
+    }
+
+    fn part(&self, addresses: Addresses) -> Dataplane {
+        let mut part = Dataplane::default();
+        if !addresses.is_empty() {
+            part.tables = resolver::tables(&self.cluster_dns);
+            part.addresses = addresses;
+        }
+        part
+    }
+
+    /// Returns the desired data plane.
+    pub(super) fn desired(&self, cluster: &Cluster<'_>) -> Dataplane {
+        self.part(self.resolved.iter().flat_map(|network| self.wanted(*network, cluster)).collect())
+    }
+
+    /// Returns what was last sent. `None` while a refused network has not been sent again.
+    pub(super) fn sent(&self) -> Option<Dataplane> {
+        self.refused.is_empty().then(|| self.all_sent())
+    }
+
+    fn all_sent(&self) -> Dataplane {
+        self.part(self.sent.values().flatten().copied().collect())
+    }
+
+    /// Returns the desired data plane and records it as sent.
+    pub(super) fn resync(&mut self, cluster: &Cluster<'_>) -> Dataplane {
+        self.changed.clear();
+        self.refused.clear();
+        let all = self.resolved.iter().map(|network| (*network, self.wanted(*network, cluster)));
+        self.sent = all.filter(|(_, addresses)| !addresses.is_empty()).collect();
+        self.all_sent()
+    }
+
+    /// Returns the operations for the networks that changed. The tables come before the first address.
+    pub(super) fn plan(&mut self, cluster: &Cluster<'_>) -> Vec<Op> {
+        let changed = std::mem::take(&mut self.changed);
+        if changed.is_empty() {
+            return Vec::new();
+        }
+        let (mut was, mut is) = (Dataplane::default(), Dataplane::default());
+        let had_tables = !self.sent.is_empty();
+        for network in changed {
+            self.refused.remove(&network);
+            let before = self.sent.remove(&network).unwrap_or_default();
+            let mut now = self.wanted(network, cluster);
+            if !cluster.may_prune(network) {
+                now.extend(&before);
+            }
+            was.addresses.extend(before);
+            is.addresses.extend(&now);
+            if !now.is_empty() {
+                self.sent.insert(network, now);
+            }
+        }
+        if had_tables != !self.sent.is_empty() {
+            let tables = resolver::tables(&self.cluster_dns);
+            if had_tables { was.tables = tables } else { is.tables = tables }
+        }
+        diff(&was, &is, true)
+    }
+
+    /// Returns the operations before an endpoint is created on a network, which it tries again if it was refused.
+    pub(super) fn prepare(&mut self, network: NetworkId, cluster: &Cluster<'_>) -> Vec<Op> {
+        self.changed.extend(self.refused.get(&network));
+        self.plan(cluster)
+    }
+
+    /// Records the kernel's answer to an operation. Without its bridge, a network has none of these addresses.
+    pub(super) fn outcome(&mut self, outcome: Outcome<'_>) {
+        let network = outcome.refusal.and_then(|_| outcome.op.breaks_network());
+        if let Some(network) = network.filter(|network| self.resolved.contains(network)) {
+            self.sent.remove(&network);
+            self.refused.insert(network);
+        }
+    }
+
+    /// Drops all wishes, at teardown.
+    pub(super) fn withdraw(&mut self) {
+        *self = Self::new(std::mem::take(&mut self.cluster_dns));
+    }
+}
