@@ -325,6 +325,12 @@ proptest! {
             match ["a", "b", "c"].get(usize::from(label)) {
                 Some(label) => {
                     let address = format!("10.9.0.{}/24", 8 * host + at);
+                    // No host has an address twice.
+                    let table = &town.world.view.nodes[&id(host)].table;
+                    let has = |other: &Endpoint| other.addresses.iter().any(|net| net.to_string() == address);
+                    if table.endpoints().any(|other| other.id != EndpointId([10 * host + n; 5]) && has(other)) {
+                        continue;
+                    }
                     // Each host has its own ids.
                     town.write(host, vec![named(10 * host + n, label, &address)], vec![]);
                 }
