@@ -7,7 +7,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use chitchat::{ChitchatMessage, Deserializable, Serializable};
+use chitchat::{ChitchatMessage, Serializable};
 use ovl_control::GossipCounters;
 use ovl_proto::id::{ClusterKeyId, NodeId};
 use ovl_proto::record::SignedRecord;
@@ -18,6 +18,7 @@ use tracing::{debug, warn};
 
 use super::GossipEvent;
 use super::book::{Due, PeerBook};
+use super::decode::Exchange;
 use super::fragment::{Joiner, Splitter};
 use super::packet::{Fragment, Packet};
 use super::seal::{OpenError, Opener, RunId, Sealer, Sender};
@@ -29,6 +30,8 @@ use crate::transport::Datagrams;
 const MAX_QUEUE: usize = 1024;
 /// The maximum number of hosts whose last announcement is remembered.
 const MAX_ANNOUNCED: usize = 4096;
+/// The maximum number of senders that have just proved to be live and wait for gossip.
+const MAX_PROVED: usize = 256;
 /// The interval between challenges of a sender that has not answered one.
 const CHALLENGE_EVERY: Duration = Duration::from_secs(1);
 
@@ -90,6 +93,8 @@ pub(super) struct State {
     splitter: Splitter,
     joiner: Joiner,
     announced: HashMap<NodeId, SignedRecord>,
+    /// The addresses of senders that have proved to be live since the monitor took them.
+    proved: Vec<SocketAddr>,
     inbox: Option<mpsc::Sender<(SocketAddr, ChitchatMessage)>>,
     datagram: Vec<u8>,
 }
@@ -116,6 +121,7 @@ impl Hub {
             splitter: Splitter::new()?,
             joiner: Joiner::default(),
             announced: HashMap::new(),
+            proved: Vec::new(),
             inbox: None,
             datagram: Vec::new(),
         };
@@ -262,6 +268,9 @@ impl Hub {
         if let Packet::Pong { node, nonce } = packet {
             let expected = state.book.ponged(node, nonce, now);
             if state.opener.answered(&run, node, nonce, expected) {
+                if state.proved.len() < MAX_PROVED {
+                    state.proved.push(from);
+                }
                 // The peer is now known to be alive, so the monitor need not wait for its tick.
                 self.news.notify_one();
             }
@@ -280,8 +289,12 @@ impl Hub {
             }
         };
         let answer = match packet {
+            // Nothing is decoded from a sender that may be a recording. It gets a challenge, and once it has answered,
+            // the monitor gossips with it.
             Packet::Chitchat(fragment) => {
-                state.chitchat(run, fragment, from, now);
+                if matches!(sender, Sender::Proved(_)) {
+                    state.chitchat(run, fragment, from, now);
+                }
                 None
             }
             Packet::Ping { nonce, .. } => Some(Packet::Pong { node: self.node, nonce }),
@@ -310,6 +323,11 @@ impl Hub {
 }
 
 impl State {
+    /// Takes the addresses of senders that have proved to be live since the last call.
+    pub(super) fn take_proved(&mut self) -> Vec<SocketAddr> {
+        std::mem::take(&mut self.proved)
+    }
+
     /// Drops incomplete messages that are too old.
     pub(super) fn expire(&mut self, now: Instant) {
         self.joiner.expire(now);
@@ -357,7 +375,7 @@ impl State {
         let message = match self.joiner.join(run, fragment, now) {
             Ok(None) => return,
             Ok(Some(bytes)) => {
-                ChitchatMessage::deserialize(&mut bytes.as_slice()).map_err(|error| error.to_string())
+                Exchange::decode(&bytes).and_then(Exchange::into_message).map_err(|error| error.to_string())
             }
             Err(error) => Err(error.to_owned()),
         };

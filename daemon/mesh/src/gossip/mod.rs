@@ -3,7 +3,7 @@
 //! | module | content |
 //! | --- | --- |
 //! | [`seal`], [`replay`] | encryption, authentication and replay protection of datagrams |
-//! | [`packet`], [`fragment`] | the plaintext of datagrams |
+//! | [`packet`], [`fragment`], [`decode`] | the plaintext of datagrams |
 //! | [`hub`] | the dispatch of packets |
 //! | [`cluster`] | chitchat, which spreads records and hints |
 //! | [`monitor`] | the conversion of chitchat's state to events |
@@ -13,6 +13,7 @@
 
 mod book;
 mod cluster;
+mod decode;
 mod fragment;
 mod hub;
 mod monitor;

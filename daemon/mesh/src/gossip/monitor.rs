@@ -33,6 +33,8 @@ pub(super) async fn run(hub: Arc<Hub>, cluster: Arc<Cluster>, events: mpsc::Send
     let mut trust_from = last;
     loop {
         hub.news.notified().await;
+        let proved = hub.lock().take_proved();
+        proved.into_iter().for_each(|to| cluster.gossip(to));
         let now = Instant::now();
         if now.saturating_duration_since(last) > MAX_TICK_GAP {
             trust_from = now + RECOVERY;
