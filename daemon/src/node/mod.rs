@@ -188,7 +188,7 @@ impl Node {
         };
         let run_dir = RunDir(config.run_dir.clone());
         for dir in [run_dir.endpoints(), run_dir.sandboxes(), run_dir.tables()] {
-            std::fs::create_dir_all(&dir).with_context(|| format!("making {}", dir.display()))?;
+            crate::private_dir(&dir)?;
         }
         let (kernel_tell, kernel_events) = mpsc::channel(INBOX);
         let secret = TunnelSecret::load_or_create(&config.state_dir.join("tunnel.key"))?;

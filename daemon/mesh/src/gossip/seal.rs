@@ -236,8 +236,14 @@ impl Header {
     }
 }
 
+/// The data that is authenticated and not encrypted: the header, and the receiver if the datagram is bound to it.
+fn authenticated(header: &[u8], receiver: Option<NodeId>) -> Vec<u8> {
+    let receiver = receiver.map(|node| node.0);
+    [header, receiver.as_ref().map_or(&[][..], |id| id)].concat()
+}
+
 fn run_key(cluster: &ClusterKey, run: &RunId) -> Option<LessSafeKey> {
-    UnboundKey::new(&AES_256_GCM, &cluster.derive(run, b"ovl gossip v1")).ok().map(LessSafeKey::new)
+    UnboundKey::new(&AES_256_GCM, &*cluster.derive(run, b"ovl gossip v1")).ok().map(LessSafeKey::new)
 }
 
 fn nonce(counter: u64) -> Nonce {
