@@ -466,6 +466,7 @@ async fn open(
     let links = Streams::start(links_config, links).await.with_context(taken)?;
     let gossip_config = GossipConfig {
         listen: record.address,
+        identity: Arc::clone(identity),
         keyring: Arc::clone(keyring),
         record: signed.clone(),
         hints: Hints::default(),
