@@ -294,6 +294,7 @@ impl Node {
                     if let Some(peer) = self.state.borrow_mut().peers.get_mut(&id) {
                         peer.last_alive_ms = last_alive_ms.saturating_add(off);
                     }
+                    self.note_proved(id);
                 }
                 Err(error) => tracing::error!(%error, "passed over a host of the state file"),
             }
@@ -506,6 +507,7 @@ fn first_state(
         },
         own_record: signed.clone(),
         peers: BTreeMap::new(),
+        next_peer: 0,
         clashes: BTreeMap::new(),
         objects: Objects::default(),
         bridges: saved.bridges.iter().map(|network| (network.id, network.clone())).collect(),
