@@ -71,6 +71,7 @@ impl Identity {
 
     /// Creates a key pair without a file, for tests.
     #[cfg(any(test, fuzzing))]
+    #[allow(clippy::unwrap_used, reason = "only for tests, which clippy does not recognise by this cfg")]
     pub fn ephemeral() -> Self {
         Self::from_pkcs8(Ed25519KeyPair::generate_pkcs8(&SystemRandom::new()).unwrap().as_ref()).unwrap()
     }

@@ -18,6 +18,8 @@ mod book;
 mod cluster;
 mod decode;
 mod fragment;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 mod hub;
 mod monitor;
 mod mtu;

@@ -10,6 +10,8 @@
 //! | [`inbound`] | accepting and reading |
 
 mod frame;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 mod inbound;
 mod noise;
 mod outbound;
