@@ -35,7 +35,7 @@ mod workloads;
 mod world;
 
 use std::fs::{File, OpenOptions};
-use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::path::Path;
 use std::process::ExitCode;
 use std::rc::Rc;
@@ -93,12 +93,10 @@ fn start(args: Args) -> Result<()> {
     if !nix::unistd::geteuid().is_root() {
         bail!("ovld makes network devices, which only root may: start it by systemd, or with sudo");
     }
+    // The memory contains keys: no core dump, and no access for processes without CAP_SYS_PTRACE.
+    nix::sys::prctl::set_dumpable(false).context("disabling core dumps")?;
     for dir in [&config.state_dir, &config.run_dir] {
-        std::fs::DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(dir)
-            .with_context(|| format!("making {}", dir.display()))?;
+        private_dir(dir)?;
     }
     let _locks = [
         lock(&config.run_dir, "run directory", "--run-dir")?,
@@ -110,6 +108,26 @@ fn start(args: Args) -> Result<()> {
         .build()
         .context("starting the event loop")?;
     tokio::task::LocalSet::new().block_on(&runtime, node::run(config, Rc::new(Host)))
+}
+
+/// Creates a directory that only its owner may access, or takes away the access of other users from one that exists.
+///
+/// # Errors
+///
+/// The directory cannot be created, or belongs to another user.
+fn private_dir(dir: &Path) -> Result<()> {
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(dir)
+        .with_context(|| format!("making {}", dir.display()))?;
+    let mode = std::fs::metadata(dir).with_context(|| format!("reading the mode of {}", dir.display()))?;
+    if mode.permissions().mode() & 0o777 != 0o700 {
+        // Not only if others have access: a strict umask would leave the daemon without its own.
+        std::fs::set_permissions(dir, std::fs::Permissions::from_mode(0o700))
+            .with_context(|| format!("protecting {}", dir.display()))?;
+    }
+    Ok(())
 }
 
 /// Locks a directory, so that only one daemon uses it. The lock is held until the process ends, however it

@@ -31,6 +31,10 @@ pub(crate) enum Code {
     Unreachable,
     /// A host's VTEP is of another address family.
     VtepFamily,
+    /// More hosts that are not members announce themselves than this host remembers.
+    UnknownHosts,
+    /// The table of a host is refused.
+    TableRefused,
     /// The cluster key cannot be saved to the state directory.
     KeyDisk,
     /// The configured cluster key file does not contain the key in use.
@@ -76,7 +80,7 @@ pub(crate) enum Code {
 impl Code {
     /// All codes, in the order of their numbers.
     #[cfg(test)]
-    const ALL: [Self; 31] = [
+    const ALL: [Self; 33] = [
         Self::Address,
         Self::StateFile,
         Self::DamagedFile,
@@ -88,6 +92,8 @@ impl Code {
         Self::HostName,
         Self::Unreachable,
         Self::VtepFamily,
+        Self::UnknownHosts,
+        Self::TableRefused,
         Self::KeyDisk,
         Self::KeyFile,
         Self::KeyRotation,
@@ -126,6 +132,8 @@ impl Code {
             Self::HostName => "OVL-E023",
             Self::Unreachable => "OVL-E024",
             Self::VtepFamily => "OVL-E025",
+            Self::UnknownHosts => "OVL-E026",
+            Self::TableRefused => "OVL-E027",
             Self::KeyDisk => "OVL-E030",
             Self::KeyFile => "OVL-E031",
             Self::KeyRotation => "OVL-E032",
@@ -161,6 +169,7 @@ impl Code {
             | Self::ForeignCluster
             | Self::Unreachable
             | Self::VtepFamily
+            | Self::TableRefused
             | Self::KeyDisk
             | Self::KeyMissed
             | Self::NoBlock
@@ -176,6 +185,7 @@ impl Code {
             | Self::SourceValidation => Severity::Error,
             Self::DamagedFile
             | Self::HostName
+            | Self::UnknownHosts
             | Self::KeyFile
             | Self::KeyRotation
             | Self::NetworkOverlap

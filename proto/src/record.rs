@@ -21,6 +21,8 @@ pub enum Domain {
     Object,
     /// The handshake of a stream.
     Stream,
+    /// A statement of a host in gossip: that it is alive, and its hints.
+    Statement,
 }
 
 impl Domain {
@@ -31,6 +33,7 @@ impl Domain {
             Self::Table => b"ovl table v1\0",
             Self::Object => b"ovl object v1\0",
             Self::Stream => b"ovl stream v1\0",
+            Self::Statement => b"ovl statement v1\0",
         };
         [label, body].concat()
     }

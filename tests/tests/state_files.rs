@@ -2,11 +2,13 @@
 //! emptied.
 
 use std::fs;
-use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::fs::{FileTypeExt as _, PermissionsExt as _};
+use std::os::unix::process::ExitStatusExt as _;
 use std::path::Path;
+use std::process::Command;
 
 use anyhow::{Context as _, Result, ensure};
-use netns_lab::{Host, Lab, LabConfig, wait_until};
+use netns_lab::{Host, Lab, LabConfig, Signal, find_binary, wait_until};
 use ovl_tests::{
     SOON, assert_contains, attach, attach_workload, endpoints, ping_all_pairs, problems, rows, start_lab,
     text, wait_clean, wait_endpoints, wait_network, wait_problem,
@@ -259,4 +261,72 @@ fn invalid_configuration_is_refused_with_its_line() {
     h1.wait_ready(SOON).unwrap();
     let created = h1.ctl_json(&["network", "create", "demo"]).unwrap();
     assert!(text(&created["subnets"][0]).starts_with("10.200."), "{created}");
+}
+
+/// Adds all paths below a directory, with their modes, that other users can access.
+fn add_exposed(dir: &Path, exposed: &mut Vec<String>) {
+    let kind_and_mode = |path: &Path| {
+        let metadata = fs::symlink_metadata(path).unwrap();
+        (metadata.file_type(), metadata.permissions().mode() & 0o7777)
+    };
+    let (_, mode) = kind_and_mode(dir);
+    if mode != 0o700 {
+        exposed.push(format!("{} {mode:04o}", dir.display()));
+    }
+    for entry in fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        let (kind, mode) = kind_and_mode(&path);
+        if kind.is_dir() {
+            add_exposed(&path, exposed);
+        } else if mode != if kind.is_socket() { 0o660 } else { 0o600 } {
+            exposed.push(format!("{} {mode:04o}", path.display()));
+        }
+    }
+}
+
+#[test]
+fn no_core_dump_has_keys_and_files_are_private_whatever_the_umask() {
+    let dir = std::env::temp_dir().join(format!("ovl-umask-{}", std::process::id()));
+    fs::create_dir_all(&dir).unwrap();
+    let script = |name: &str, program: &str| {
+        let path = dir.join(name);
+        let text =
+            format!("#!/bin/sh\ncd {}\numask 000\nulimit -c unlimited\nexec {program}\n", dir.display());
+        fs::write(&path, text).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+        path
+    };
+    let real = find_binary("ovld").unwrap();
+    let ovld = script("ovld", &format!("{} \"$@\"", real.display()));
+    let lab = Lab::new(LabConfig { ovld: Some(ovld), ..LabConfig::hosts(2) }).unwrap();
+    let h1 = &lab["h1"];
+    // Directories of an earlier release, or of an administrator.
+    for dir in [h1.run_dir(), h1.state_dir(), h1.run_dir().join("tables")] {
+        fs::create_dir_all(&dir).unwrap();
+        fs::set_permissions(&dir, fs::Permissions::from_mode(0o755)).unwrap();
+    }
+    lab.start_all().unwrap();
+    h1.ctl_ok(&["network", "create", "demo", "--subnet", "10.1.0.0/24"]).unwrap();
+    wait_network(&lab["h2"], "demo").unwrap();
+    let a = attach(h1, "a", "demo", &[]).unwrap();
+    let b = attach(&lab["h2"], "b", "demo", &[]).unwrap();
+    ping_all_pairs(&[a, b], SOON).unwrap();
+    wait_until(SOON, "the table of h2 on the disk of h1", || {
+        fs::read_dir(h1.run_dir().join("tables")).is_ok_and(|files| files.count() > 0)
+    })
+    .unwrap();
+    let mut exposed = Vec::new();
+    add_exposed(&h1.state_dir(), &mut exposed);
+    add_exposed(&h1.run_dir(), &mut exposed);
+    assert!(exposed.is_empty(), "{exposed:#?}");
+
+    // Whether this machine writes core dumps at all.
+    let other = Command::new(script("other", "sh -c 'kill -ABRT $$'")).status().unwrap();
+    h1.signal(Signal::SIGABRT).unwrap();
+    h1.wait_exit(SOON).unwrap();
+    let status = h1.exit_status().unwrap();
+    assert_eq!((status.signal(), status.core_dumped()), (Some(Signal::SIGABRT as i32), false));
+    println!("another program leaves a core dump here: {}", other.core_dumped());
+    drop(lab);
+    fs::remove_dir_all(&dir).unwrap();
 }

@@ -29,7 +29,22 @@ pub enum Rejected {
     /// The entries do not match the signed digest.
     #[error("the entries do not match the signed digest")]
     Digest,
+    /// The table would have too many entries, or be too large.
+    #[error(
+        "the table would have {entries} entries and {bytes} bytes, and at most {MAX_ENTRIES} and {MAX_BYTES} are allowed"
+    )]
+    TooLarge {
+        /// The number of entries.
+        entries: usize,
+        /// The size of the encoded entries.
+        bytes: usize,
+    },
 }
+
+/// The maximum number of entries of a table.
+pub const MAX_ENTRIES: usize = 65_536;
+/// The maximum size of the encoded entries of a table, in bytes. The whole table must fit one message.
+pub const MAX_BYTES: usize = wire::MAX_FRAME - (64 << 10);
 
 /// An owner table with its owner's signature.
 #[derive(Debug, Clone)]
@@ -44,6 +59,8 @@ pub struct Table {
 struct TableContents {
     /// The entries by key. Entries without a hash are private to the owner: they are not in the digest and not sent.
     entries: BTreeMap<Key, (Entry, Option<Hash>)>,
+    /// The size of the encoded entries.
+    bytes: usize,
     index: EndpointIndex,
     digest: Digest,
 }
@@ -154,8 +171,8 @@ impl Table {
     ///
     /// # Errors
     ///
-    /// If the update is outdated, builds on an unknown revision, or does not match its digest. The table is unchanged
-    /// then.
+    /// If the update is outdated, builds on an unknown revision, does not match its digest, or makes the table too
+    /// large. The table is unchanged then.
     pub fn apply(&mut self, update: Update) -> Result<(), Rejected> {
         if update.head.revision <= self.head.revision {
             return Err(Rejected::Stale(update.head.revision));
@@ -165,6 +182,7 @@ impl Table {
                 let mut next = TableContents::default();
                 for entry in update.set {
                     next.put(entry, true);
+                    next.check_size()?;
                 }
                 if next.digest.total() != update.head.digest {
                     return Err(Rejected::Digest);
@@ -192,6 +210,11 @@ impl Table {
             set: self.contents.shared().cloned().collect(),
             unset: Vec::new(),
         })
+    }
+
+    /// Whether there is room for this number of entries, of this total size in bytes. An owner asks before it writes.
+    pub fn has_room(&self, entries: usize, bytes: usize) -> bool {
+        self.contents.entries.len() + entries <= MAX_ENTRIES && self.contents.bytes + bytes <= MAX_BYTES
     }
 
     /// Writes a change as the owner, and returns the update for the peers. The first update of an epoch is the whole
@@ -249,9 +272,11 @@ impl TableContents {
     fn put(&mut self, entry: Entry, shared: bool) -> Option<Entry> {
         // An entry that cannot be encoded was never received or sent either. Its hash is then that of no bytes,
         // which no peer has.
-        let hash = shared.then(|| hash(&wire::encode_body(&entry).unwrap_or_default()));
+        let encoded = wire::encode_body(&entry).unwrap_or_default();
+        let hash = shared.then(|| hash(&encoded));
         let key = entry.key();
         let old = self.take(&key);
+        self.bytes += encoded.len();
         if let Entry::Endpoint(endpoint) = &entry {
             self.index.insert(endpoint);
         }
@@ -264,6 +289,7 @@ impl TableContents {
 
     fn take(&mut self, key: &Key) -> Option<Entry> {
         let (entry, hash) = self.entries.remove(key)?;
+        self.bytes -= wire::encode_body(&entry).map_or(0, |bytes| bytes.len());
         if let Entry::Endpoint(endpoint) = &entry {
             self.index.remove(endpoint);
         }
@@ -282,7 +308,8 @@ impl TableContents {
         for entry in set {
             before.push((entry.key(), self.put(entry, true)));
         }
-        if self.digest.total() == *signed {
+        let size = self.check_size();
+        if size.is_ok() && self.digest.total() == *signed {
             return Ok(());
         }
         for (key, old) in before.into_iter().rev() {
@@ -291,7 +318,16 @@ impl TableContents {
                 None => self.take(&key),
             };
         }
-        Err(Rejected::Digest)
+        Err(size.err().unwrap_or(Rejected::Digest))
+    }
+
+    /// Whether the table has a size that is allowed.
+    fn check_size(&self) -> Result<(), Rejected> {
+        let (entries, bytes) = (self.entries.len(), self.bytes);
+        if entries > MAX_ENTRIES || bytes > MAX_BYTES {
+            return Err(Rejected::TooLarge { entries, bytes });
+        }
+        Ok(())
     }
 }
 
@@ -348,6 +384,93 @@ mod tests {
         let mut forged = here.whole().unwrap();
         forged.set.pop();
         assert_eq!(there.apply(forged), Err(Rejected::Digest));
+    }
+
+    #[test]
+    fn table_is_bounded_by_entries_and_bytes() {
+        let owner = NodeId([1; 10]);
+        let (mut here, mut there) = (Table::new(owner), Table::new(owner));
+        let many = |count: usize| -> Vec<Entry> {
+            (0..count)
+                .map(|number| Entry::Lease {
+                    network: NetworkId::default(),
+                    address: IpAddr::from((number as u32).to_be_bytes()),
+                    to: NodeId::default(),
+                })
+                .collect()
+        };
+        let whole = here.write(1, many(MAX_ENTRIES), vec![], sign);
+        there.apply(whole).unwrap();
+        assert!(!there.has_room(1, 20) && there.has_room(0, 0));
+        let revision = there.revision();
+        let one_more = here.write(1, many(MAX_ENTRIES + 1).split_off(MAX_ENTRIES), vec![], sign);
+        assert!(
+            matches!(there.apply(one_more), Err(Rejected::TooLarge { entries, .. }) if entries > MAX_ENTRIES)
+        );
+        assert_eq!((there.revision(), there.entries().count()), (revision, MAX_ENTRIES), "it is undone");
+        let whole = here.whole().unwrap();
+        assert!(matches!(Table::new(owner).apply(whole), Err(Rejected::TooLarge { .. })));
+
+        let large = |number: u8| {
+            Entry::Endpoint(Endpoint {
+                id: EndpointId([number; 5]),
+                name: "large".to_owned(),
+                namespace: "default".to_owned(),
+                network: NetworkId::default(),
+                mac: Mac([2, 0, 0, 0, 0, number]),
+                addresses: vec![],
+                aliases: vec![],
+                labels: [("k".to_owned(), "x".repeat(1 << 20))].into(),
+                ready: true,
+                publish: vec![],
+            })
+        };
+        let (mut here, mut there) = (Table::new(owner), Table::new(owner));
+        there.apply(here.write(1, (0..15).map(large).collect(), vec![], sign)).unwrap();
+        let update = here.write(1, vec![large(15)], vec![], sign);
+        assert!(matches!(there.apply(update), Err(Rejected::TooLarge { .. })));
+        // What replaces an entry does not count twice.
+        here.write(1, vec![], vec![large(15).key()], sign);
+        let mut there = Table::new(owner);
+        there.apply(here.whole().unwrap()).unwrap();
+        there.apply(here.write(1, vec![large(3)], vec![], sign)).unwrap();
+        assert_eq!(there.contents.bytes, here.contents.bytes);
+    }
+
+    #[test]
+    #[ignore = "a measurement"]
+    fn cost_of_a_full_table() {
+        let resident = || -> usize {
+            let text = std::fs::read_to_string("/proc/self/statm").unwrap();
+            text.split(' ').nth(1).unwrap().parse::<usize>().unwrap() * 4096
+        };
+        let owner = NodeId([1; 10]);
+        let mut here = Table::new(owner);
+        let endpoints = (0..MAX_ENTRIES as u32).map(|number| {
+            let [_, a, b, c] = number.to_be_bytes();
+            Entry::Endpoint(Endpoint {
+                id: EndpointId([0, 0, a, b, c]),
+                name: format!("endpoint-{number}"),
+                namespace: "default".to_owned(),
+                network: NetworkId::default(),
+                mac: Mac([2, 0, 0, a, b, c]),
+                addresses: vec![IpNet::new(IpAddr::from([10, a, b, c]), 8).unwrap()],
+                aliases: vec![],
+                labels: [("app".to_owned(), "x".repeat(150))].into(),
+                ready: true,
+                publish: vec![],
+            })
+        });
+        let whole = here.write(1, endpoints.collect(), vec![], sign);
+        let (before, start) = (resident(), std::time::Instant::now());
+        let mut there = Table::new(owner);
+        there.apply(whole).unwrap();
+        let time = start.elapsed();
+        println!(
+            "{} bytes encoded, {} more resident, {time:?}",
+            there.contents.bytes,
+            resident().saturating_sub(before)
+        );
     }
 
     #[test]

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 
 use nix::fcntl::{Flock, FlockArg};
@@ -214,7 +214,9 @@ fn write_resolv_conf(dir: &Path, text: &str) -> io::Result<()> {
     if fs::read_to_string(&path).is_ok_and(|found| !found.starts_with(OURS)) {
         return Ok(());
     }
-    fs::write(path, format!("{OURS}{text}"))
+    fs::write(&path, format!("{OURS}{text}"))?;
+    // Programs of all users in the namespace read it, whatever the umask of the daemon is.
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o644))
 }
 
 /// Deletes the resolv.conf of a sandbox if ovl wrote it, and its directory if that is empty.

@@ -21,6 +21,7 @@ use ovl_proto::wire::{self, WireError};
 use ovl_tunnel::PrivateKey;
 use ring::rand::{SecureRandom as _, SystemRandom};
 use ring::signature::{ED25519, Ed25519KeyPair, KeyPair, UnparsedPublicKey};
+use zeroize::Zeroizing;
 
 pub use cluster::{ClusterKey, Keyring};
 pub use keyfile::KeyFile;
@@ -69,7 +70,8 @@ impl Identity {
     }
 
     /// Creates a key pair without a file, for tests.
-    #[cfg(test)]
+    #[cfg(any(test, fuzzing))]
+    #[allow(clippy::unwrap_used, reason = "only for tests, which clippy does not recognise by this cfg")]
     pub fn ephemeral() -> Self {
         Self::from_pkcs8(Ed25519KeyPair::generate_pkcs8(&SystemRandom::new()).unwrap().as_ref()).unwrap()
     }
@@ -207,17 +209,26 @@ impl TunnelSecret {
         std::iter::once(&self.current).chain(&self.previous).cloned().collect()
     }
 
-    fn to_text(&self) -> String {
-        let line = |key: &PrivateKey| BASE64.encode(&key.0);
-        let epoch = if self.epoch == 0 { String::new() } else { format!(" {}", self.epoch) };
-        let previous = self.previous.as_ref().map(|key| line(key) + "\n").unwrap_or_default();
-        format!("{}{epoch}\n{previous}", line(&self.current))
+    fn to_text(&self) -> Zeroizing<String> {
+        let mut text = Zeroizing::new(String::with_capacity(128));
+        BASE64.encode_append(&self.current.0, &mut text);
+        if self.epoch != 0 {
+            text.push(' ');
+            text.push_str(&self.epoch.to_string());
+        }
+        text.push('\n');
+        if let Some(previous) = &self.previous {
+            BASE64.encode_append(&previous.0, &mut text);
+            text.push('\n');
+        }
+        text
     }
 
     fn from_text(text: &[u8]) -> anyhow::Result<Self> {
         // The errors do not show the text: it may be most of a key.
         let key = |line: &[u8]| {
-            let bytes = BASE64.decode(line).ok().and_then(|bytes| bytes.try_into().ok());
+            let bytes = BASE64.decode(line).ok().map(Zeroizing::new);
+            let bytes = bytes.and_then(|bytes| bytes.as_slice().try_into().ok());
             bytes.map(PrivateKey).context("not 32 bytes in base64")
         };
         let mut lines = text.trim_ascii().split(|byte| *byte == b'\n').map(<[u8]>::trim_ascii);
@@ -337,8 +348,8 @@ fn is_host(ip: IpAddr) -> bool {
     !ip.is_unspecified() && !ip.is_multicast() && !broadcast
 }
 
-/// Reads a file that only its owner may access. `None` if there is no file.
-fn read_secret(path: &Path) -> anyhow::Result<Option<Vec<u8>>> {
+/// Reads a file that only its owner may access. `None` if there is no file. The content is overwritten when it is dropped.
+fn read_secret(path: &Path) -> anyhow::Result<Option<Zeroizing<Vec<u8>>>> {
     let file = match fs::File::open(path) {
         Ok(file) => file,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
@@ -356,7 +367,8 @@ fn read_secret(path: &Path) -> anyhow::Result<Option<Vec<u8>>> {
             path = path.display()
         );
     }
-    let mut content = Vec::new();
+    // With its final capacity: a vector that grows leaves copies behind.
+    let mut content = Zeroizing::new(Vec::with_capacity(MAX_SECRET_FILE as usize + 1));
     file.take(MAX_SECRET_FILE + 1)
         .read_to_end(&mut content)
         .with_context(|| format!("cannot read {}", path.display()))?;
@@ -364,6 +376,27 @@ fn read_secret(path: &Path) -> anyhow::Result<Option<Vec<u8>>> {
         bail!("{} is larger than {MAX_SECRET_FILE} bytes, so it is not a key file", path.display());
     }
     Ok(Some(content))
+}
+
+/// A valid record of a host, for tests.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn sample_record(identity: &Identity) -> NodeRecord {
+    NodeRecord {
+        id: identity.id(),
+        public_key: *identity.public_key(),
+        name: "alpha".to_owned(),
+        generation: 1,
+        revision: 1,
+        cluster: 0,
+        address: ([127, 0, 0, 1], 7940).into(),
+        vtep: [127, 0, 0, 1].into(),
+        vxlan_port: 4789,
+        link_mtu: 1500,
+        tunnel: None,
+        keys: ovl_proto::record::ClusterKeys::default(),
+        presence: ovl_proto::record::Presence::Running,
+        version: "0.1.0".to_owned(),
+    }
 }
 
 #[cfg(test)]

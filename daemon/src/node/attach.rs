@@ -267,6 +267,13 @@ impl Node {
         }
         check_sizes(&request.aliases, &request.labels).map_err(Failed::invalid)?;
         let state = self.state.borrow();
+        // Peers refuse a table that exceeds the limits. What is left is for leases and what else the host must write.
+        if state.view.own().is_some_and(|own| !own.table.has_room(1024, 1 << 20)) {
+            return Err(Failed::conflict(
+                "this host has as many endpoints as a table can list: 64,512, or 15 MiB. Attach it on another host"
+                    .to_owned(),
+            ));
+        }
         let found = state.view.network(&request.network);
         if found.is_none_or(|found| found.network.driver != Driver::Bridge) {
             state.check_member()?;

@@ -195,7 +195,7 @@ impl Node {
         };
         let run_dir = RunDir(config.run_dir.clone());
         for dir in [run_dir.endpoints(), run_dir.sandboxes(), run_dir.tables()] {
-            std::fs::create_dir_all(&dir).with_context(|| format!("making {}", dir.display()))?;
+            crate::private_dir(&dir)?;
         }
         let (kernel_tell, kernel_events) = mpsc::channel(INBOX);
         let secret = TunnelSecret::load_or_create(&config.state_dir.join("tunnel.key"))?;
@@ -306,6 +306,7 @@ impl Node {
                     if let Some(peer) = self.state.borrow_mut().peers.get_mut(&id) {
                         peer.last_alive_ms = last_alive_ms.saturating_add(off);
                     }
+                    self.note_proved(id);
                 }
                 Err(error) => tracing::error!(%error, "passed over a host of the state file"),
             }
@@ -474,6 +475,7 @@ async fn open(
     let links = Streams::start(links_config, links).await.with_context(taken)?;
     let gossip_config = GossipConfig {
         listen: record.address,
+        identity: Arc::clone(identity),
         keyring: Arc::clone(keyring),
         record: signed.clone(),
         hints: Hints::default(),
@@ -509,6 +511,7 @@ fn first_state(
         local: Local::default(),
         own_record: signed.clone(),
         peers: BTreeMap::new(),
+        next_peer: 0,
         clashes: BTreeMap::new(),
         objects: ObjectStore::new(saved.clock),
         bridges: Bridges::new(saved.bridges.iter().cloned()),

@@ -27,6 +27,10 @@ pub(super) const UNREACHABLE: Duration = Duration::from_secs(5);
 
 /// Time in milliseconds after which a host is dropped that is neither a member nor alive.
 const NEVER_ADMITTED_MS: u64 = 10 * 60 * 1000;
+/// The maximum number of known hosts that are not members. The one that became known first is dropped.
+const MAX_UNKNOWN: usize = 64;
+/// The same while this host is not a member: it does not know who is one.
+const MAX_HOSTS: usize = 4096;
 /// Time in milliseconds after which a clash is over. While it lasts, gossip reports it every ten seconds.
 const CLASH_OVER_MS: u64 = 15_000;
 
@@ -120,6 +124,7 @@ impl Node {
             StreamEvent::Record { record, signed } => {
                 let peer = record.id;
                 self.take_record(record, signed);
+                self.note_proved(peer);
                 // The peer has just connected to this host, so it can be reached again.
                 self.links().kick(peer);
             }
@@ -221,7 +226,7 @@ impl Node {
         let mut guard = self.state.borrow_mut();
         let state = &mut *guard;
         let (id, now) = (record.id, state.now());
-        if id == state.view.me {
+        if id == state.view.me || !is_elsewhere(state, &record) {
             return;
         }
         let old = state.view.nodes.get(&id).map(|node| node.record.clone());
@@ -242,8 +247,11 @@ impl Node {
                         objects_asked: None,
                         probe_sent_at: 0,
                         heard: false,
+                        proved: false,
+                        number: state.next_peer,
                     },
                 );
+                state.next_peer += 1;
             }
         }
         let moved = old.as_ref().is_none_or(|old| {
@@ -268,6 +276,7 @@ impl Node {
         {
             self.event("peer", &record.name, &format!("moved from {} to {}", old.vtep, record.vtep));
         }
+        self.bound_unknown(state, Some(id));
         note_names(state);
         note_cluster(state, &record);
         state.save.wanted = true;
@@ -304,12 +313,69 @@ impl Node {
         self.pull_missing();
     }
 
+    /// Notes that a peer has proved to be at its address, so that it may be dialled.
+    pub(super) fn note_proved(&self, id: NodeId) {
+        let mut guard = self.state.borrow_mut();
+        let state = &mut *guard;
+        if let Some(peer) = state.peers.get_mut(&id)
+            && !std::mem::replace(&mut peer.proved, true)
+        {
+            self.point_links(state);
+        }
+    }
+
+    /// Drops hosts that are not members if there are too many: anybody with the cluster key can invent them. Those that
+    /// have proved nothing go first, the oldest first. `latest` is the one that has just become known.
+    fn bound_unknown(&self, state: &mut State, latest: Option<NodeId>) {
+        let members = &state.view.alloc.members;
+        let mut unknown: Vec<(bool, u64, NodeId)> = state
+            .peers
+            .iter()
+            .filter(|(id, _)| !members.contains(id))
+            .map(|(id, peer)| (peer.proved, peer.number, *id))
+            .collect();
+        if unknown.len() <= MAX_UNKNOWN / 2 {
+            state.problems.set(Code::UnknownHosts, "", None);
+        }
+        // A host that is not a member itself may not know the members yet.
+        let most = if state.is_member() { MAX_UNKNOWN } else { MAX_HOSTS };
+        let surplus = unknown.len().saturating_sub(most);
+        if surplus == 0 {
+            return;
+        }
+        unknown.sort_unstable();
+        for (_, _, id) in unknown.into_iter().filter(|(_, _, id)| Some(*id) != latest).take(surplus) {
+            state.changed(What::Host(id));
+            state.view.nodes.remove(&id);
+            state.peers.remove(&id);
+            state.problems.set(Code::ForeignCluster, id.to_string(), None);
+            state.uncached.insert(id);
+        }
+        let latest = latest.and_then(|id| state.view.nodes.get(&id));
+        let sentence = latest.map(|node| {
+            format!(
+                "more than {most} hosts that are not members announce themselves, and the oldest are dropped. One of \
+                 them is {} at {}: a program there has the cluster key. Stop it, and rotate the key with 'ovlctl key \
+                 rotate --cluster'",
+                node.record.name, node.record.address
+            )
+        });
+        // One message, however many names there are.
+        if sentence.is_some() && state.problems.get(Code::UnknownHosts, "").is_none() {
+            state.problems.set(Code::UnknownHosts, "", sentence);
+        }
+    }
+
     fn set_gossip_alive(&self, node: NodeId, alive: bool) {
         let mut guard = self.state.borrow_mut();
         let state = &mut *guard;
         let now = state.now();
         if let Some(peer) = state.peers.get_mut(&node) {
             peer.signs = next_signs(peer.signs, alive, now);
+            if alive && !peer.proved {
+                peer.proved = true;
+                self.point_links(state);
+            }
         }
         self.judge_all(state);
     }
@@ -348,14 +414,18 @@ impl Node {
         }
     }
 
-    /// Gives gossip and streams the addresses of all hosts ever known, so that they never stop trying to
-    /// reach them.
+    /// Gives gossip and streams the addresses of all members and of all hosts that have proved to be at their address, so
+    /// that they never stop trying to reach them.
     pub(super) fn point_links(&self, state: &State) {
         let known: BTreeMap<NodeId, SocketAddr> = state
             .view
             .nodes
             .values()
             .filter(|node| node.record.id != state.view.me && node.record.presence != Presence::Left)
+            .filter(|node| {
+                let id = &node.record.id;
+                state.view.alloc.members.contains(id) || state.peers.get(id).is_some_and(|peer| peer.proved)
+            })
             .map(|node| (node.record.id, node.record.address))
             .collect();
         if *self.pointed.borrow() == known {
@@ -464,7 +534,9 @@ impl Node {
             state.problems.set(Code::ForeignCluster, id.to_string(), None);
             state.uncached.insert(id);
             state.save.wanted = true;
+            state.problems.set(Code::TableRefused, id.to_string(), None);
         }
+        self.bound_unknown(state, None);
         note_names(state);
         self.point_links(state);
     }
@@ -504,6 +576,12 @@ fn note_names(state: &mut State) {
         })
         .collect();
     state.problems.replace(Code::HostName, sentences);
+}
+
+/// Whether the addresses in a record can be those of another host: a loopback address would be this host itself.
+fn is_elsewhere(state: &State, record: &NodeRecord) -> bool {
+    let here = state.record().is_some_and(|own| own.address.ip().is_loopback());
+    here || !(record.address.ip().is_loopback() || record.vtep.is_loopback())
 }
 
 fn is_foreign(state: &State, record: &NodeRecord) -> bool {

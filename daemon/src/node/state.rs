@@ -53,6 +53,11 @@ pub(crate) struct Peer {
     pub probe_sent_at: u64,
     /// Whether gossip has considered it alive during this run.
     pub heard: bool,
+    /// Whether its identity has proved to be at its address: it answered a ping or connected, now or in an earlier run.
+    /// A host that is not a member is not dialled before.
+    pub proved: bool,
+    /// The position in which it became known, among all hosts.
+    pub number: u64,
 }
 
 /// Two daemons that run with one identity.
@@ -85,6 +90,8 @@ pub(crate) struct State {
     pub own_record: SignedRecord,
     /// All peers by id. Each has an entry in `view.nodes`.
     pub peers: BTreeMap<NodeId, Peer>,
+    /// The number of the next peer that becomes known.
+    pub next_peer: u64,
     /// Identities that two daemons use.
     pub clashes: BTreeMap<NodeId, Clash>,
     /// All cluster objects with their signatures. `view.resources` is derived from them.

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::net::IpAddr;
 
 use anyhow::{Context, Result};
 use ovl_cluster::table::{Rejected, Table};
@@ -19,10 +20,14 @@ use super::Node;
 use super::state::State;
 use crate::addresses::NetworkAddress;
 use crate::config::{is_name, is_name_within};
+use crate::problems::Code;
 use ovl_subsystems::Change;
 
 /// Maximum number of addresses of an endpoint, the same as the number of subnets of a network.
 const MAX_ADDRESSES: usize = 16;
+/// The smallest path MTU in bytes that a table may have, as the link MTU of a record: every IPv4 host accepts datagrams
+/// of this size.
+const MIN_PATH_MTU: u16 = 576;
 /// Time in milliseconds after which an unanswered pull is repeated.
 const PULL_AGAIN_MS: u64 = 1_000;
 
@@ -90,11 +95,25 @@ impl Node {
             }
             Err(Some(Rejected::Gap { .. })) => self.pull_table(owner),
             Err(Some(Rejected::Stale(_)) | None) => {}
+            // Its owner has signed it, so another pull returns the same.
+            Err(Some(error @ Rejected::TooLarge { .. })) => self.refuse_table(owner, &error.to_string()),
             Err(Some(error @ Rejected::Digest)) => {
                 tracing::warn!(%owner, %from, %error, "refused a table");
                 self.pull_table(owner);
             }
         }
+    }
+
+    /// Reports that a host has signed a table that this host does not use.
+    fn refuse_table(&self, owner: NodeId, reason: &str) {
+        let mut state = self.state.borrow_mut();
+        let name = state.view.name_of(owner);
+        let sentence = format!(
+            "the table of host {name} is refused, so what changed on it is not known here: {reason}. Run the same release \
+             of ovld on both hosts; if they do, the host is faulty or compromised: remove it with 'ovlctl peers forget \
+             {name}'"
+        );
+        state.problems.set(Code::TableRefused, owner.to_string(), Some(sentence));
     }
 
     /// Applies an update. Returns the leases that it gives back, and whether the set of its networks changed.
@@ -116,6 +135,10 @@ impl Node {
         }
         // Without a record there is no key to verify the signature. The record comes by gossip, and the table
         // is pulled then.
+        // The table of a host that is not a member is not used. It is pulled once the host is one.
+        if state.is_member() && !state.view.alloc.members.contains(&owner) {
+            return Err(None);
+        }
         let node = state.view.nodes.get_mut(&owner).ok_or(None)?;
         let signed = wire::encode_body(&update.head)
             .is_ok_and(|body| keys::verify(&node.record.public_key, Domain::Table, &body, &update.signature));
@@ -123,8 +146,13 @@ impl Node {
             tracing::warn!(%owner, %from, "refused a table that its owner did not sign");
             return Err(None);
         }
+        // Older than what is known: neither checked nor reported.
+        if update.head.revision <= node.table.revision() {
+            return Err(Some(Rejected::Stale(update.head.revision)));
+        }
         if let Some(error) = update.set.iter().find_map(|entry| check_entry(entry).err()) {
-            tracing::warn!(%owner, %from, error, "refused a table");
+            drop(guard);
+            self.refuse_table(owner, &error);
             return Err(None);
         }
         let networks: Vec<NetworkId> = node.table.networks().collect();
@@ -139,6 +167,7 @@ impl Node {
         let announced = node.table.announced().next().is_some();
         node.table.apply(update).map_err(Some)?;
         tracing::debug!(%owner, revision = %node.table.revision(), "table");
+        state.problems.set(Code::TableRefused, owner.to_string(), None);
         let moved = !node.table.networks().eq(networks);
         if whole {
             rights.extend(networks_of(&node.table));
@@ -255,7 +284,23 @@ impl Node {
 
 /// Checks the properties of a table entry that every host relies on. An attach has the same limits.
 fn check_entry(entry: &Entry) -> Result<(), String> {
-    let Entry::Endpoint(endpoint) = entry else { return Ok(()) };
+    let endpoint = match entry {
+        Entry::Endpoint(endpoint) => endpoint,
+        Entry::Lease { address, .. } if !is_assignable(*address) => {
+            return Err(format!("a lease of {address}, which no endpoint can have"));
+        }
+        Entry::Announced(address) if !is_assignable(*address) => {
+            return Err(format!("an announced address {address}, which no LoadBalancer can have"));
+        }
+        // A smaller one would reduce the MTU of every network to it.
+        Entry::PathMtu { mtu, .. } if *mtu < MIN_PATH_MTU => {
+            return Err(format!("a path MTU of {mtu} bytes, below {MIN_PATH_MTU}"));
+        }
+        Entry::Lease { .. } | Entry::Announced(_) | Entry::PathMtu { .. } | Entry::Held(_) => return Ok(()),
+    };
+    if let Some(address) = endpoint.addresses.iter().find(|address| !is_assignable(address.addr())) {
+        return Err(format!("endpoint {} with the address {address}", endpoint.name));
+    }
     let others = endpoint.aliases.iter().chain([&endpoint.namespace]);
     if !is_name_within(&endpoint.name, MAX_NAME) || !others.into_iter().all(|name| is_name(name)) {
         return Err(format!("endpoint {}: a name that is none", endpoint.id));
@@ -270,6 +315,15 @@ fn check_entry(entry: &Entry) -> Result<(), String> {
         return Err(format!("endpoint {} with {} addresses", endpoint.name, endpoint.addresses.len()));
     }
     super::attach::check_sizes(&endpoint.aliases, &endpoint.labels)
+}
+
+/// Whether an address can be that of an endpoint or a LoadBalancer.
+fn is_assignable(address: IpAddr) -> bool {
+    let link_local = match address {
+        IpAddr::V4(v4) => v4.is_link_local() || v4.is_broadcast(),
+        IpAddr::V6(v6) => v6.is_unicast_link_local() || v6.to_ipv4_mapped().is_some(),
+    };
+    !(address.is_unspecified() || address.is_loopback() || address.is_multicast() || link_local)
 }
 
 /// Returns the entries that an update replaces or removes.
@@ -297,4 +351,33 @@ fn returned_leases(state: &mut State, borrower: NodeId) -> Vec<NetworkAddress> {
     let State { view, addresses, .. } = state;
     let table = view.nodes.get(&borrower).map(|node| &node.table);
     table.map_or_else(Vec::new, |table| addresses.take_returned(borrower, table))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn entries_of_all_kinds_are_checked() {
+        let network = NetworkId::default();
+        let lease = |address: &str| Entry::Lease {
+            network,
+            address: address.parse().unwrap(),
+            to: NodeId::default(),
+        };
+        let announced = |address: &str| Entry::Announced(address.parse().unwrap());
+        let mtu = |mtu| Entry::PathMtu { peer: NodeId::default(), mtu };
+        for good in ["10.1.0.5", "fd00::5", "203.0.113.1"] {
+            assert_eq!(check_entry(&lease(good)), Ok(()));
+            assert_eq!(check_entry(&announced(good)), Ok(()));
+        }
+        let bad =
+            ["0.0.0.0", "127.0.0.1", "224.0.0.1", "255.255.255.255", "169.254.0.1", "::", "::1", "ff02::1"];
+        for bad in bad.into_iter().chain(["fe80::1", "::ffff:10.0.0.1"]) {
+            assert!(check_entry(&lease(bad)).is_err() && check_entry(&announced(bad)).is_err(), "{bad}");
+        }
+        assert_eq!(check_entry(&mtu(576)), Ok(()));
+        assert!(check_entry(&mtu(0)).is_err() && check_entry(&mtu(575)).is_err());
+        assert_eq!(check_entry(&Entry::Held(network)), Ok(()));
+    }
 }

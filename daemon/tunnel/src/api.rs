@@ -4,10 +4,17 @@ use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
 use ipnet::IpNet;
+use zeroize::Zeroize as _;
 
-/// An X25519 private key (RFC 7748). Its `Debug` output does not show it.
+/// An X25519 private key (RFC 7748). Its `Debug` output does not show it, and it is overwritten when it is dropped.
 #[derive(Clone)]
 pub struct PrivateKey(pub [u8; 32]);
+
+impl Drop for PrivateKey {
+    fn drop(&mut self) {
+        self.0.zeroize();
+    }
+}
 
 impl std::fmt::Debug for PrivateKey {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {

@@ -1,18 +1,33 @@
 //! The state of the path to each peer: its address, when it was heard, round-trip time and path MTU.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::net::SocketAddr;
 use std::time::Duration;
 
 use ovl_proto::id::NodeId;
+use ring::rand::{SecureRandom as _, SystemRandom};
 use tokio::time::Instant;
 
 use super::Contact;
 use super::mtu::{PathMtu, Probe};
+use super::statement::{Hints, Sequence};
 
-/// A peer that was heard within this time is alive, even if chitchat says otherwise.
-pub(super) const HEARD_LATELY: Duration = Duration::from_secs(2);
-const PING_EVERY: Duration = Duration::from_secs(1);
+/// A peer that has signed an answer within this time is alive.
+const ALIVE_FOR: Duration = Duration::from_millis(2500);
+/// The interval between pings that are answered. At 60 hosts a host signs 100 pongs a second and verifies as many, which
+/// takes 2 % of a core.
+const PING_EVERY: Duration = Duration::from_millis(600);
+/// The minimum interval between pings to a live peer that are not answered, so that a lost datagram or two do not count.
+const PING_AGAIN: Duration = Duration::from_millis(200);
+/// The maximum number of pending pings to a peer. Older ones count as lost.
+const MAX_PINGS: usize = 8;
+/// The time after which a live peer that does not answer is pinged through others.
+const RELAY_AFTER: Duration = Duration::from_millis(1000);
+const RELAY_EVERY: Duration = Duration::from_millis(500);
+/// The number of other peers through which a peer is pinged.
+const RELAYS: usize = 3;
+/// The time for which a peer that gossip has just named, or that was alive until now, is pinged without being dialled.
+const EAGER: Duration = Duration::from_secs(3);
 const DIAL_EVERY: Duration = Duration::from_secs(1);
 /// The maximum number of concurrent path MTU searches: each sends a few dozen large packets.
 const MAX_SEARCHES: usize = 16;
@@ -26,13 +41,24 @@ pub(super) struct Peer {
     /// Whether the daemon wants it to be dialled.
     known: bool,
     alive: bool,
+    /// Pinged until this time even if it is not alive: chitchat has heard of it.
+    eager_until: Instant,
     link_mtu: u16,
+    /// The time of its last answer to a ping of the local host.
     last_heard: Option<Instant>,
+    /// The time of its last answer, through any path.
+    proved: Option<Instant>,
+    /// Its latest hints, and their position.
+    hints: (Sequence, Hints),
     rtt: Option<Duration>,
     /// The share of recent pings that were answered.
     answered: f64,
-    ping: Option<(u64, Instant)>,
+    /// The pending pings, the oldest first.
+    pings: VecDeque<(u64, Instant)>,
     next_ping: Instant,
+    /// The nonce of the pending ping through other peers.
+    relayed: Option<u64>,
+    next_relay: Instant,
     next_dial: Instant,
     mtu: Option<PathMtu>,
     reported_mtu: Option<u16>,
@@ -45,33 +71,62 @@ pub(super) struct Peer {
 pub(super) struct PeerBook {
     peers: BTreeMap<NodeId, Peer>,
     link_mtu: u16,
-    nonce: u64,
+    random: SystemRandom,
+    /// The peer that is asked next to ping another one.
+    next_relay: usize,
+    /// Counts the calls of [`Self::next_known`].
+    turn: usize,
 }
 
 /// A ping or probe to be sent now.
 #[derive(Debug)]
 pub(super) enum Due {
-    Ping { to: SocketAddr, nonce: u64 },
-    Probe { node: NodeId, to: SocketAddr, nonce: u64, size: u16 },
+    Ping {
+        to: SocketAddr,
+        nonce: u64,
+    },
+    /// A request to another peer to ping `node`.
+    PingFor {
+        to: SocketAddr,
+        node: NodeId,
+        nonce: u64,
+    },
+    Probe {
+        node: NodeId,
+        to: SocketAddr,
+        nonce: u64,
+        size: u16,
+    },
 }
 
 impl PeerBook {
-    /// Creates an empty book. `nonce` is the first nonce: it must be random, so that replies to an earlier process do
-    /// not match.
-    pub(super) fn new(link_mtu: u16, nonce: u64) -> Self {
-        Self { peers: BTreeMap::new(), link_mtu, nonce }
+    /// Creates an empty book.
+    pub(super) fn new(link_mtu: u16) -> Self {
+        Self { peers: BTreeMap::new(), link_mtu, random: SystemRandom::new(), next_relay: 0, turn: 0 }
     }
 
-    /// A new nonce.
-    pub(super) fn nonce(&mut self) -> u64 {
-        self.nonce = self.nonce.wrapping_add(1);
-        self.nonce
+    /// A new nonce, which nobody can guess. `None` if the kernel returns no random numbers.
+    pub(super) fn nonce(&self) -> Option<u64> {
+        let mut bytes = [0; 8];
+        self.random.fill(&mut bytes).ok()?;
+        Some(u64::from_be_bytes(bytes))
     }
 
-    /// Updates a peer from the state of chitchat.
-    pub(super) fn list(&mut self, node: NodeId, addr: SocketAddr, link_mtu: u16, alive: bool, now: Instant) {
+    /// Updates a peer from the state of chitchat. `hinted` says whether chitchat considers it alive, which nobody has
+    /// signed: it is only a reason to ping the peer.
+    pub(super) fn list(
+        &mut self,
+        node: NodeId,
+        addr: SocketAddr,
+        link_mtu: u16,
+        (alive, hinted): (bool, bool),
+        now: Instant,
+    ) {
         let own = self.link_mtu;
         let peer = self.entry(node, addr, now);
+        if hinted || alive || !peer.listed || peer.addr != addr {
+            peer.eager_until = now + EAGER;
+        }
         peer.addr = addr;
         peer.listed = true;
         peer.alive = alive;
@@ -118,21 +173,68 @@ impl PeerBook {
         }
     }
 
-    /// Notes an authenticated datagram from a peer.
-    pub(super) fn heard(&mut self, node: NodeId, now: Instant) {
-        if let Some(peer) = self.peers.get_mut(&node) {
-            peer.last_heard = Some(now);
-        }
+    /// Returns when a pending ping to a peer with this nonce was sent. The ping is then no longer pending, so that each
+    /// one costs at most one verification.
+    pub(super) fn take_ping(&mut self, node: NodeId, nonce: u64) -> Option<Instant> {
+        let peer = self.peers.get_mut(&node)?;
+        let at = peer.pings.iter().position(|(sent, _)| *sent == nonce)?;
+        peer.pings.remove(at).map(|(_, sent)| sent)
     }
 
-    /// Notes a pong. Returns whether its nonce is that of the pending ping to the peer.
-    pub(super) fn ponged(&mut self, node: NodeId, nonce: u64, now: Instant) -> bool {
-        let Some(peer) = self.peers.get_mut(&node) else { return false };
-        let Some((_, sent)) = peer.ping.take_if(|(sent, _)| *sent == nonce) else { return false };
+    /// Whether this is the nonce of the pending ping to a peer through others. The ping is then no longer pending.
+    pub(super) fn take_relayed(&mut self, node: NodeId, nonce: u64) -> bool {
+        self.peers.get_mut(&node).and_then(|peer| peer.relayed.take_if(|sent| *sent == nonce)).is_some()
+    }
+
+    /// Notes that a peer has signed an answer to a ping of the local host, which was sent at this time.
+    pub(super) fn answered(&mut self, node: NodeId, sent: Instant, now: Instant) {
+        let Some(peer) = self.peers.get_mut(&node) else { return };
         let sample = now.saturating_duration_since(sent);
         peer.rtt = Some(peer.rtt.map_or(sample, |rtt| (rtt * 7 + sample) / 8));
         peer.answered += (1.0 - peer.answered) / 16.0;
-        true
+        peer.pings.retain(|(_, other)| *other > sent);
+        peer.next_ping = peer.next_ping.max(sent + PING_EVERY);
+        (peer.last_heard, peer.proved) = (Some(now), Some(now));
+    }
+
+    /// Notes that a peer has signed an answer, through any path: to a challenge, or to a ping through others. Returns
+    /// whether it was not alive.
+    pub(super) fn proved(&mut self, node: NodeId, now: Instant) -> bool {
+        self.peers.get_mut(&node).is_some_and(|peer| {
+            peer.proved = Some(now);
+            !peer.alive
+        })
+    }
+
+    /// Whether hints at this position are later than those of a peer.
+    pub(super) fn is_later(&self, node: NodeId, sequence: Sequence) -> bool {
+        self.peers.get(&node).is_some_and(|peer| sequence > peer.hints.0)
+    }
+
+    /// Takes hints that the peer has signed, if they are later. Returns whether they are.
+    pub(super) fn take_hints(&mut self, node: NodeId, sequence: Sequence, hints: Hints) -> bool {
+        let later = self.is_later(node, sequence);
+        if let Some(peer) = self.peers.get_mut(&node)
+            && later
+        {
+            peer.hints = (sequence, hints);
+        }
+        later
+    }
+
+    /// The latest hints of a peer.
+    pub(super) fn hints(&self, node: NodeId) -> Hints {
+        self.peers.get(&node).map(|peer| peer.hints.1).unwrap_or_default()
+    }
+
+    /// The address of a live peer that answers the local host.
+    pub(super) fn address_of_live(&self, node: NodeId) -> Option<SocketAddr> {
+        self.peers.get(&node).filter(|peer| peer.alive).map(|peer| peer.addr)
+    }
+
+    /// The live peer at an address.
+    pub(super) fn live_at(&self, addr: SocketAddr) -> Option<NodeId> {
+        self.peers.iter().find(|(_, peer)| peer.alive && peer.addr == addr).map(|(node, _)| *node)
     }
 
     /// Notes the acknowledgement of a path MTU probe.
@@ -158,13 +260,9 @@ impl PeerBook {
     pub(super) fn due(&mut self, now: Instant) -> Vec<Due> {
         let mut due = Vec::new();
         let mut searches = self.peers.values().filter(|peer| peer.is_searching()).count();
+        self.due_pings(now, &mut due);
         for (&node, peer) in &mut self.peers {
-            if peer.alive && now >= peer.next_ping {
-                peer.next_ping = now + PING_EVERY;
-                self.nonce = self.nonce.wrapping_add(1);
-                due.push(peer.pinged(self.nonce, now));
-            }
-            if !peer.was_heard_lately(now) {
+            if !peer.is_alive(now) {
                 continue;
             }
             let (rtt, answered) = (peer.rtt.unwrap_or_default(), peer.answered);
@@ -182,6 +280,37 @@ impl PeerBook {
         due
     }
 
+    /// Adds the pings that are due: to peers, and through others to peers that have not answered for a while.
+    fn due_pings(&mut self, now: Instant, due: &mut Vec<Due>) {
+        let live: Vec<(NodeId, SocketAddr)> =
+            self.peers.iter().filter(|(_, peer)| peer.alive).map(|(node, peer)| (*node, peer.addr)).collect();
+        let nodes: Vec<NodeId> = self.peers.keys().copied().collect();
+        for node in nodes {
+            let Some(nonce) = self.nonce() else { return };
+            let Some(peer) = self.peers.get_mut(&node) else { continue };
+            if !peer.alive && now >= peer.eager_until {
+                continue;
+            }
+            if now >= peer.next_ping {
+                let again = PING_AGAIN.max(peer.rtt.unwrap_or_default() * 2);
+                peer.next_ping = now + if peer.alive { again } else { PING_EVERY };
+                due.push(peer.pinged(nonce, now));
+            }
+            let silent = peer.last_heard.is_none_or(|at| now.saturating_duration_since(at) > RELAY_AFTER);
+            if silent && peer.listed && now >= peer.next_relay {
+                peer.next_relay = now + RELAY_EVERY;
+                // Unlike the nonce of the ping: the answers differ in what they prove.
+                let nonce = nonce.wrapping_add(1);
+                peer.relayed = Some(nonce);
+                let first = self.next_relay;
+                self.next_relay = first.wrapping_add(RELAYS) % live.len().max(1);
+                let others = live.iter().cycle().skip(first).take(live.len());
+                let others = others.filter(|(other, _)| *other != node).take(RELAYS);
+                due.extend(others.map(|(_, to)| Due::PingFor { to: *to, node, nonce }));
+            }
+        }
+    }
+
     /// The peers to dial now: up to `most` that are not alive, those first that have waited longest.
     pub(super) fn dials(&mut self, now: Instant, most: usize) -> Vec<(SocketAddr, Due)> {
         let due = self.peers.iter().filter(|(_, peer)| !peer.alive && now >= peer.next_dial);
@@ -190,7 +319,7 @@ impl PeerBook {
         due.truncate(most);
         let mut dials = Vec::new();
         for (_, node) in due {
-            let nonce = self.nonce();
+            let Some(nonce) = self.nonce() else { break };
             if let Some(peer) = self.peers.get_mut(&node) {
                 peer.next_dial = now + DIAL_EVERY;
                 dials.push((peer.addr, peer.pinged(nonce, now)));
@@ -199,13 +328,23 @@ impl PeerBook {
         dials
     }
 
+    /// The address of a live peer that the daemon knows: another one with every fifth call, and otherwise none.
+    pub(super) fn next_known(&mut self) -> Option<SocketAddr> {
+        let known = self.peers.values().filter(|peer| peer.alive && peer.known);
+        let known: Vec<SocketAddr> = known.map(|peer| peer.addr).collect();
+        self.turn = self.turn.wrapping_add(1);
+        let now = self.turn.is_multiple_of(5);
+        known.get(self.turn / 5 % known.len().max(1)).copied().filter(|_| now)
+    }
+
     /// Whether a path MTU search is in progress.
     pub(super) fn is_searching(&self) -> bool {
         self.peers.values().any(Peer::is_searching)
     }
 
-    pub(super) fn was_heard_lately(&self, node: NodeId, now: Instant) -> bool {
-        self.peers.get(&node).is_some_and(|peer| peer.was_heard_lately(now))
+    /// Whether a peer has signed an answer lately.
+    pub(super) fn is_alive(&self, node: NodeId, now: Instant) -> bool {
+        self.peers.get(&node).is_some_and(|peer| peer.is_alive(now))
     }
 
     pub(super) fn is_alive_at(&self, addr: SocketAddr) -> bool {
@@ -241,7 +380,7 @@ impl PeerBook {
     }
 
     fn entry(&mut self, node: NodeId, addr: SocketAddr, now: Instant) -> &mut Peer {
-        let nonce = self.nonce();
+        let salt = self.nonce().unwrap_or_default() as u32;
         // Pings are spread over the second, so that they are not a burst.
         let spread = PING_EVERY / 8 * (self.peers.len() % 8) as u32;
         self.peers.entry(node).or_insert_with(|| Peer {
@@ -249,30 +388,39 @@ impl PeerBook {
             listed: false,
             known: false,
             alive: false,
+            eager_until: now,
             link_mtu: u16::MAX,
             last_heard: None,
+            proved: None,
+            hints: Default::default(),
             rtt: None,
             answered: 1.0,
-            ping: None,
+            pings: VecDeque::new(),
             next_ping: now + spread,
+            relayed: None,
+            next_relay: now + RELAY_AFTER,
             next_dial: now,
             mtu: None,
             reported_mtu: None,
-            salt: (nonce ^ (nonce >> 32)) as u32,
+            salt,
         })
     }
 }
 
 impl Peer {
     fn pinged(&mut self, nonce: u64, now: Instant) -> Due {
-        if self.ping.replace((nonce, now)).is_some() {
+        if !self.pings.is_empty() {
             self.answered -= self.answered / 16.0;
+        }
+        self.pings.push_back((nonce, now));
+        if self.pings.len() > MAX_PINGS {
+            self.pings.pop_front();
         }
         Due::Ping { to: self.addr, nonce }
     }
 
-    fn was_heard_lately(&self, now: Instant) -> bool {
-        self.last_heard.is_some_and(|heard| now.saturating_duration_since(heard) < HEARD_LATELY)
+    fn is_alive(&self, now: Instant) -> bool {
+        self.proved.is_some_and(|at| now.saturating_duration_since(at) < ALIVE_FOR)
     }
 
     fn is_searching(&self) -> bool {

@@ -11,10 +11,10 @@ use chitchat::{
     spawn_chitchat,
 };
 use ovl_proto::record::SignedRecord;
-use ovl_proto::table::Revision;
 use tokio::sync::mpsc;
 use tracing::error;
 
+use super::admission::version_of;
 use super::hub::Hub;
 
 /// The cluster id of chitchat. It is the same for all clusters, which differ by their cluster keys.
@@ -24,22 +24,8 @@ const GRACE: Duration = Duration::from_secs(600);
 /// The maximum number of messages that wait for chitchat.
 const INBOX: usize = 512;
 
-/// The keys in chitchat: short, because every delta repeats them.
+/// The key of a host's record in chitchat: short, because every delta repeats it.
 pub(super) const KEY_RECORD: &str = "r";
-const KEY_TABLE: &str = "t";
-const KEY_OBJECTS: &str = "o";
-const KEY_ALLOC: &str = "a";
-
-/// The hints of a host: a summary of its state, by which peers detect missing state.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Hints {
-    /// The revision of its owner table.
-    pub table: Revision,
-    /// The digest of its cluster objects.
-    pub objects: [u8; 32],
-    /// The version of its allocation map.
-    pub alloc: u64,
-}
 
 /// A running chitchat, which is restarted if its task fails.
 pub(super) struct Cluster {
@@ -47,26 +33,8 @@ pub(super) struct Cluster {
     id: ChitchatId,
     interval: Duration,
     handle: Mutex<Arc<ChitchatHandle>>,
-    /// The published values.
-    values: Mutex<Values>,
-}
-
-#[derive(Clone)]
-struct Values {
-    record: String,
-    hints: Hints,
-}
-
-impl Values {
-    fn pairs(&self) -> [(&'static str, String); 4] {
-        let hex: String = self.hints.objects.iter().map(|byte| format!("{byte:02x}")).collect();
-        [
-            (KEY_RECORD, self.record.clone()),
-            (KEY_TABLE, self.hints.table.to_string()),
-            (KEY_OBJECTS, hex),
-            (KEY_ALLOC, self.hints.alloc.to_string()),
-        ]
-    }
+    /// The published record, and its version.
+    record: Mutex<(String, u64)>,
 }
 
 impl Cluster {
@@ -75,11 +43,10 @@ impl Cluster {
         id: ChitchatId,
         interval: Duration,
         record: &SignedRecord,
-        hints: Hints,
     ) -> anyhow::Result<Self> {
-        let values = Values { record: record.to_text()?, hints };
-        let handle = spawn(&hub, id.clone(), interval, &values).await?;
-        Ok(Self { hub, id, interval, handle: Mutex::new(handle), values: Mutex::new(values) })
+        let record = text_and_version(record)?;
+        let handle = spawn(&hub, id.clone(), interval, &record).await?;
+        Ok(Self { hub, id, interval, handle: Mutex::new(handle), record: Mutex::new(record) })
     }
 
     fn handle(&self) -> Arc<ChitchatHandle> {
@@ -99,41 +66,22 @@ impl Cluster {
         }
     }
 
+    /// Publishes the record of the local host.
     pub(super) async fn set_record(&self, record: &SignedRecord) -> anyhow::Result<()> {
-        let text = record.to_text()?;
-        self.values.lock().unwrap_or_else(PoisonError::into_inner).record = text;
-        self.publish().await;
+        let record = text_and_version(record)?;
+        self.with(|chitchat| set_record(chitchat, &record)).await;
+        *self.record.lock().unwrap_or_else(PoisonError::into_inner) = record;
         Ok(())
     }
 
-    pub(super) async fn set_hints(&self, hints: Hints) {
-        self.values.lock().unwrap_or_else(PoisonError::into_inner).hints = hints;
-        self.publish().await;
-    }
-
-    /// Writes the values to chitchat, which ignores those that have not changed.
-    pub(super) async fn publish(&self) {
-        let pairs = self.values.lock().unwrap_or_else(PoisonError::into_inner).pairs();
-        self.with(|chitchat| {
-            let state = chitchat.self_node_state();
-            for (key, value) in &pairs {
-                state.set(key, value);
-            }
-        })
-        .await;
-    }
-
-    /// Restarts chitchat if its task fails: a faulty peer could trigger its assertions. It restarts with a new
-    /// generation, so that peers discard the state of the old one.
+    /// Restarts chitchat if its task fails.
     pub(super) async fn supervise(&self) {
-        let mut id = self.id.clone();
         loop {
             let ended = self.handle().termination_watcher().await;
             error!(?ended, "chitchat failed: it is restarted");
             tokio::time::sleep(Duration::from_secs(1)).await;
-            id.generation_id += 1;
-            let values = self.values.lock().unwrap_or_else(PoisonError::into_inner).clone();
-            match spawn(&self.hub, id.clone(), self.interval, &values).await {
+            let record = self.record.lock().unwrap_or_else(PoisonError::into_inner).clone();
+            match spawn(&self.hub, self.id.clone(), self.interval, &record).await {
                 Ok(handle) => *self.handle.lock().unwrap_or_else(PoisonError::into_inner) = handle,
                 Err(error) => error!(%error, "cannot restart chitchat"),
             }
@@ -155,7 +103,7 @@ async fn spawn(
     hub: &Arc<Hub>,
     id: ChitchatId,
     interval: Duration,
-    values: &Values,
+    record: &(String, u64),
 ) -> anyhow::Result<Arc<ChitchatHandle>> {
     let config = ChitchatConfig {
         listen_addr: id.gossip_advertise_addr,
@@ -169,11 +117,11 @@ async fn spawn(
         catchup_callback: None,
         extra_liveness_predicate: None,
     };
-    let pairs = values.pairs().map(|(key, value)| (key.to_owned(), value)).to_vec();
-    let handle = spawn_chitchat(config, pairs, &OurTransport(Arc::clone(hub))).await?;
+    let handle = spawn_chitchat(config, Vec::new(), &OurTransport(Arc::clone(hub))).await?;
     let news = Arc::downgrade(hub);
     handle
         .with_chitchat(|chitchat| {
+            set_record(chitchat, record);
             let news = news.clone();
             let listener = chitchat.subscribe_event("", move |_| {
                 if let Some(hub) = news.upgrade() {
@@ -186,6 +134,21 @@ async fn spawn(
     Ok(Arc::new(handle))
 }
 
+/// Encodes a record as a value of chitchat, with the version that peers expect.
+fn text_and_version(record: &SignedRecord) -> anyhow::Result<(String, u64)> {
+    Ok((record.to_text()?, version_of(&record.record()?)))
+}
+
+/// Writes the record of the local host, unless it has not changed.
+fn set_record(chitchat: &mut Chitchat, (text, version): &(String, u64)) {
+    let state = chitchat.self_node_state();
+    if state.get(KEY_RECORD) != Some(text) {
+        // chitchat increments the version itself.
+        state.set_max_version(version.saturating_sub(1));
+        state.set(KEY_RECORD, text);
+    }
+}
+
 /// Configures the failure detector as a timeout of about 2 s: with one sample and a threshold of 1 it is five sixths of
 /// the initial interval and one sixth of the last one.
 fn failure_detector(interval: Duration) -> FailureDetectorConfig {
@@ -196,27 +159,6 @@ fn failure_detector(interval: Duration) -> FailureDetectorConfig {
         max_interval: (interval * 7).max(Duration::from_millis(1500)),
         dead_node_grace_period: GRACE,
     }
-}
-
-/// Parses the hints in the state of a host. A missing or malformed value has its default.
-pub(super) fn hints_of(state: &chitchat::NodeState) -> Hints {
-    let number = state.get(KEY_ALLOC).and_then(|text| text.parse().ok());
-    Hints {
-        table: state.get(KEY_TABLE).and_then(|text| text.parse().ok()).unwrap_or_default(),
-        objects: state.get(KEY_OBJECTS).and_then(from_hex).unwrap_or_default(),
-        alloc: number.unwrap_or_default(),
-    }
-}
-
-fn from_hex(text: &str) -> Option<[u8; 32]> {
-    let mut out = [0; 32];
-    if text.len() != 64 || !text.is_ascii() {
-        return None;
-    }
-    for (index, byte) in out.iter_mut().enumerate() {
-        *byte = u8::from_str_radix(text.get(index * 2..index * 2 + 2)?, 16).ok()?;
-    }
-    Some(out)
 }
 
 struct OurTransport(Arc<Hub>);

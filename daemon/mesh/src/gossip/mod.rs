@@ -3,17 +3,23 @@
 //! | module | content |
 //! | --- | --- |
 //! | [`seal`], [`replay`] | encryption, authentication and replay protection of datagrams |
-//! | [`packet`], [`fragment`] | the plaintext of datagrams |
+//! | [`packet`], [`fragment`], [`decode`] | the plaintext of datagrams |
 //! | [`hub`] | the dispatch of packets |
-//! | [`cluster`] | chitchat, which spreads records and hints |
+//! | [`statement`] | signed answers to pings and signed hints, the only signs of life |
+//! | [`cluster`] | chitchat, which spreads records |
+//! | [`admission`] | which hosts a message may name, and what it may say of them |
 //! | [`monitor`] | the conversion of chitchat's state to events |
 //! | [`book`], [`mtu`] | the path to each peer: pings, round-trip times, path MTU |
 //! | [`pulse`] | the timer, and dialling of peers that are not alive |
 //! | [`strangers`] | the sources of datagrams that do not authenticate |
 
+mod admission;
 mod book;
 mod cluster;
+mod decode;
 mod fragment;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 mod hub;
 mod monitor;
 mod mtu;
@@ -21,6 +27,7 @@ mod packet;
 mod pulse;
 mod replay;
 mod seal;
+mod statement;
 mod strangers;
 
 use std::collections::{HashMap, HashSet};
@@ -38,13 +45,13 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tracing::error;
 
-use crate::keys::{self, Keyring};
+use crate::keys::{self, Identity, Keyring};
 use crate::transport::Transport;
 use cluster::Cluster;
-pub use cluster::Hints;
 use hub::Hub;
 use packet::Packet;
 use pulse::Seeds;
+pub use statement::Hints;
 pub(crate) use strangers::Strangers;
 
 /// The minimum interval between publications of hints. They may be late: peers use them only to find missed state.
@@ -58,6 +65,8 @@ const COPIES: [Duration; 3] = [Duration::ZERO, Duration::from_millis(20), Durati
 pub struct GossipConfig {
     /// The UDP address to listen on.
     pub listen: SocketAddr,
+    /// The identity of the local host, which signs its answers and hints.
+    pub identity: Arc<Identity>,
     /// The cluster keys.
     pub keyring: Arc<Keyring>,
     /// The record of the local host. Its id, generation and address must not change until gossip is stopped.
@@ -83,7 +92,7 @@ pub enum GossipEvent {
         signed: SignedRecord,
         /// The hints of the peer.
         hints: Hints,
-        /// Whether it was heard lately, directly or through other hosts.
+        /// Whether it has lately signed an answer to a ping, directly or through other hosts.
         alive: bool,
     },
     /// A peer was dead for so long that gossip has forgotten it.
@@ -117,7 +126,7 @@ pub enum GossipEvent {
 /// The state of the direct path to a peer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Contact {
-    /// The time of the last authenticated datagram from it.
+    /// The time of its last signed answer to a ping of the local host.
     pub last_heard: Instant,
     /// The smoothed round-trip time; `None` before the first.
     pub rtt: Option<Duration>,
@@ -155,11 +164,9 @@ impl Gossip {
             .transport
             .datagrams(config.listen)
             .with_context(|| format!("cannot listen for gossip on {} (UDP)", config.listen))?;
-        let hub = Arc::new(Hub::new(socket, record.id, config.keyring, record.link_mtu)?);
+        let hub = Arc::new(Hub::new(socket, config.identity, config.keyring, &record, config.hints)?);
         let id = ChitchatId::new(record.id.to_string(), record.generation, record.address);
-        let cluster = Arc::new(
-            Cluster::start(Arc::clone(&hub), id, config.interval, &config.record, config.hints).await?,
-        );
+        let cluster = Arc::new(Cluster::start(Arc::clone(&hub), id, config.interval, &config.record).await?);
         let seeds = Arc::new(Seeds::new(record.address));
         let outgoing = Arc::new(Outgoing::default());
 
@@ -187,7 +194,8 @@ impl Gossip {
         self.outgoing.changed.notify_one();
     }
 
-    /// Publishes new hints within 100 ms.
+    /// Publishes new hints within 100 ms: sends them to up to 64 live peers, and all others get them with the answer to
+    /// their next ping.
     pub fn set_hints(&self, hints: Hints) {
         self.outgoing.waiting.lock().unwrap_or_else(PoisonError::into_inner).1 = Some(hints);
         self.outgoing.changed.notify_one();
@@ -196,7 +204,9 @@ impl Gossip {
     /// Sets the peers that are dialled while they are not alive, in addition to the hosts to join.
     pub fn set_known(&self, mut known: Vec<(NodeId, SocketAddr)>) {
         known.retain(|(node, _)| *node != self.hub.node);
-        self.hub.lock().book.set_known(&known, Instant::now());
+        let mut state = self.hub.lock();
+        state.admission.set_known(known.iter().map(|(node, _)| *node).collect());
+        state.book.set_known(&known, Instant::now());
     }
 
     /// Sets the MTU of the underlay device.
@@ -289,17 +299,20 @@ async fn publish(hub: Arc<Hub>, cluster: Arc<Cluster>, outgoing: Arc<Outgoing>) 
         if Instant::now() >= next_hints
             && let Some(hints) = hints.take()
         {
-            changed = true;
-            cluster.set_hints(hints).await;
+            hub.set_hints(hints, &live(&hub));
             next_hints = Instant::now() + HINTS_EVERY;
         }
         if changed {
-            let alive = hub.lock().book.addresses(true);
-            for to in alive.into_iter().take(MAX_DIRECT_PEERS) {
-                cluster.gossip(to);
-            }
+            live(&hub).into_iter().for_each(|to| cluster.gossip(to));
         }
     }
+}
+
+/// The addresses of live peers, up to [`MAX_DIRECT_PEERS`].
+fn live(hub: &Hub) -> Vec<SocketAddr> {
+    let mut live = hub.lock().book.addresses(true);
+    live.truncate(MAX_DIRECT_PEERS);
+    live
 }
 
 #[cfg(test)]

@@ -13,8 +13,9 @@ use tokio::time::Instant;
 use tracing::warn;
 
 use super::GossipEvent;
-use super::cluster::{self, Cluster, Hints, KEY_RECORD};
+use super::cluster::{Cluster, KEY_RECORD};
 use super::hub::Hub;
+use super::statement::Hints;
 use crate::keys;
 
 /// The time after which two live generations of a host are a clash. It is longer than the old generation of a
@@ -33,17 +34,14 @@ pub(super) async fn run(hub: Arc<Hub>, cluster: Arc<Cluster>, events: mpsc::Send
     let mut trust_from = last;
     loop {
         hub.news.notified().await;
+        let proved = hub.lock().take_proved();
+        proved.into_iter().for_each(|to| cluster.gossip(to));
         let now = Instant::now();
         if now.saturating_duration_since(last) > MAX_TICK_GAP {
             trust_from = now + RECOVERY;
         }
         last = now;
-        let (mut news, overwritten) =
-            cluster.with(|chitchat| monitor.scan(chitchat, &hub, now, now >= trust_from)).await;
-        if overwritten {
-            // A faulty peer may have changed the values of the local host.
-            cluster.publish().await;
-        }
+        let mut news = cluster.with(|chitchat| monitor.scan(chitchat, &hub, now, now >= trust_from)).await;
         {
             let mut state = hub.lock();
             news.extend(state.queue.drain(..));
@@ -70,8 +68,8 @@ struct Monitor {
 /// A generation of a host in the state of chitchat.
 struct SeenGeneration {
     version: u64,
+    /// Whether chitchat considers it alive. Any host with the cluster key can forge that.
     live: bool,
-    hints: Hints,
     record: Option<(NodeRecord, SignedRecord)>,
     scan: Instant,
 }
@@ -85,16 +83,9 @@ struct ReportedPeer {
 }
 
 impl Monitor {
-    /// Returns the events since the last scan, and whether the values of the local host must be published again.
-    fn scan(
-        &mut self,
-        chitchat: &mut Chitchat,
-        hub: &Hub,
-        now: Instant,
-        trust: bool,
-    ) -> (Vec<GossipEvent>, bool) {
+    /// Returns the events since the last scan.
+    fn scan(&mut self, chitchat: &mut Chitchat, hub: &Hub, now: Instant, trust: bool) -> Vec<GossipEvent> {
         let own = chitchat.self_chitchat_id().clone();
-        let mut overwritten = false;
         let live: HashSet<&ChitchatId> = chitchat.live_nodes().collect();
         for (id, state) in chitchat.node_states() {
             let version = state.max_version();
@@ -106,12 +97,9 @@ impl Monitor {
                 seen.scan = now;
                 continue;
             }
-            // The local host's values mostly change by publishing. To publish the same values again has no effect.
-            overwritten |= *id == own;
             let text = state.get(KEY_RECORD).filter(|_| *id != own);
             let record = text.and_then(|text| self.read(id, text));
-            let hints = cluster::hints_of(state);
-            let seen = SeenGeneration { version, live: live.contains(id), hints, record, scan: now };
+            let seen = SeenGeneration { version, live: live.contains(id), record, scan: now };
             self.seen.insert(id.clone(), seen);
         }
         self.seen.retain(|_, seen| seen.scan == now);
@@ -141,7 +129,7 @@ impl Monitor {
             hub.lock().book.unlist(node);
             events.push(GossipEvent::Gone(node));
         }
-        (events, overwritten)
+        events
     }
 
     /// Decodes and verifies the record of a host. `None` if it is invalid or of another host. A record that was
@@ -190,16 +178,16 @@ fn report(
     let Some((_, seen, (record, signed))) = latest else { return };
     let before = reported.get(&node);
     let mut state = hub.lock();
-    let mut alive = seen.live || state.book.was_heard_lately(node, now);
+    let mut alive = state.book.is_alive(node, now);
+    let hints = state.book.hints(node);
     if !alive && !trust && before.is_some_and(|before| before.alive) {
         alive = true;
     }
-    state.book.list(node, record.address, record.link_mtu, alive, now);
-    let news =
-        before.is_none_or(|told| told.alive != alive || told.hints != seen.hints || told.signed != *signed);
+    state.book.list(node, record.address, record.link_mtu, (alive, seen.live), now);
+    let news = before.is_none_or(|told| told.alive != alive || told.hints != hints || told.signed != *signed);
     if news {
-        reported.insert(node, ReportedPeer { signed: signed.clone(), hints: seen.hints, alive });
-        let (record, signed, hints) = (record.clone(), signed.clone(), seen.hints);
+        reported.insert(node, ReportedPeer { signed: signed.clone(), hints, alive });
+        let (record, signed) = (record.clone(), signed.clone());
         events.push(GossipEvent::Peer { record, signed, hints, alive });
     }
 }
@@ -213,7 +201,11 @@ fn clash(
     events: &mut Vec<GossipEvent>,
 ) {
     let mut live = group.iter().filter(|(_, _, seen)| seen.live).map(|(_, id, _)| *id);
-    let (Some(one), Some(other)) = (live.next(), live.next()) else {
+    let one = live.next();
+    // Two daemons cannot run at one address: the older generation there is that of a restarted daemon.
+    let other =
+        live.find(|other| one.is_none_or(|one| one.gossip_advertise_addr != other.gossip_advertise_addr));
+    let (Some(one), Some(other)) = (one, other) else {
         clashes.remove(&node);
         return;
     };

@@ -6,6 +6,7 @@ use ovl_proto::wire::{self, WireError};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
 use super::seal::OVERHEAD;
+use super::statement::SignedStatement;
 use crate::socket;
 
 /// The maximum UDP payload of gossip in bytes: with its headers it fits the minimum MTU of IPv6.
@@ -17,9 +18,15 @@ pub(super) enum Packet {
     /// A fragment of a chitchat message.
     Chitchat(Fragment),
     /// A request for a pong.
-    Ping { node: NodeId, nonce: u64 },
-    /// The reply to a ping, with its nonce.
-    Pong { node: NodeId, nonce: u64 },
+    Ping { nonce: u64 },
+    /// The reply to a ping: a statement with its nonce.
+    Pong(SignedStatement),
+    /// The new hints of the sender: a statement without a nonce.
+    Hints(SignedStatement),
+    /// A request to ping another host, and to pass on its pong.
+    PingFor { node: NodeId, nonce: u64 },
+    /// The pong of another host.
+    Relayed(SignedStatement),
     /// A record of the sender or another host, outside the rounds of gossip.
     Announce(SignedRecord),
     /// A path MTU probe, padded to the probed size.

@@ -3,8 +3,11 @@
 //! The key of a run is derived from 16 random bytes and the cluster key. So a counter from 0 is a safe nonce: no state
 //! must outlive the process, and no two senders share a key. The receiver derives the same key from the header.
 //!
+//! A datagram to a live peer is bound to it: the id of the receiver is authenticated with the header, so no other host
+//! accepts a copy. Datagrams to hosts that are not known yet are unbound.
+//!
 //! ```text
-//! version (1) | key id (4) | run (16) | counter (8, big endian) | ciphertext | tag (16)
+//! version (1) | bound (1) | key id (4) | run (16) | counter (8, big endian) | ciphertext | tag (16)
 //! ```
 
 use std::collections::HashMap;
@@ -23,13 +26,13 @@ use crate::keys::{ClusterKey, Keyring};
 pub(super) type RunId = [u8; 16];
 
 /// The length of the header, in bytes.
-pub(super) const HEADER: usize = 1 + 4 + 16 + 8;
+pub(super) const HEADER: usize = 1 + 1 + 4 + 16 + 8;
 /// The length of the authentication tag, in bytes.
 const TAG: usize = 16;
 /// The number of bytes that sealing adds to a plaintext.
 pub(super) const OVERHEAD: usize = HEADER + TAG;
 
-/// The maximum number of remembered runs. The least recently heard run is dropped first.
+/// The maximum number of remembered runs. Runs of unproved senders are dropped first, the least recently heard first.
 const MAX_RUNS: usize = 4096;
 
 /// The reason why a datagram could not be opened.
@@ -74,16 +77,24 @@ impl Sealer {
         self.key_id
     }
 
-    /// Seals a plaintext into `out`, and replaces its content. `None` if the encryption fails.
-    pub(super) fn seal(&mut self, plaintext: &[u8], out: &mut Vec<u8>) -> Option<()> {
+    /// Seals a plaintext into `out`, and replaces its content. Only `receiver` can open it, or any host if it is `None`.
+    /// Returns `None` if the encryption fails.
+    pub(super) fn seal(
+        &mut self,
+        plaintext: &[u8],
+        receiver: Option<NodeId>,
+        out: &mut Vec<u8>,
+    ) -> Option<()> {
         out.clear();
         out.push(wire::VERSION);
+        out.push(u8::from(receiver.is_some()));
         out.extend_from_slice(&self.key_id.0);
         out.extend_from_slice(&self.run);
         out.extend_from_slice(&self.counter.to_be_bytes());
         out.extend_from_slice(plaintext);
         let (header, text) = out.split_at_mut(HEADER);
-        let tag = self.key.seal_in_place_separate_tag(nonce(self.counter), Aad::from(&*header), text).ok()?;
+        let aad = Aad::from(authenticated(header, receiver));
+        let tag = self.key.seal_in_place_separate_tag(nonce(self.counter), aad, text).ok()?;
         out.extend_from_slice(tag.as_ref());
         self.counter += 1;
         Some(())
@@ -92,6 +103,8 @@ impl Sealer {
 
 /// Opens received datagrams.
 pub(super) struct Opener {
+    /// The local host.
+    node: NodeId,
     keyring: Arc<Keyring>,
     runs: HashMap<RunId, Run>,
     clock: u64,
@@ -109,7 +122,7 @@ struct Run {
 }
 
 /// The authentication state of the sender of a run. A datagram of a new run may be a replayed recording, if the receiver
-/// started after it. Only a sender that answers a new nonce is live.
+/// started after it. Only a sender that signs an answer to a new nonce is live.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Sender {
     New,
@@ -120,8 +133,8 @@ pub(super) enum Sender {
 }
 
 impl Opener {
-    pub(super) fn new(keyring: Arc<Keyring>) -> Self {
-        Self { keyring, runs: HashMap::new(), clock: 0 }
+    pub(super) fn new(node: NodeId, keyring: Arc<Keyring>) -> Self {
+        Self { node, keyring, runs: HashMap::new(), clock: 0 }
     }
 
     /// Replaces the cluster keys. Runs with other keys are forgotten.
@@ -143,19 +156,21 @@ impl Opener {
             return Err(OpenError::Foreign);
         }
         self.clock += 1;
-        let aad = Aad::from(&*header);
+        let aad = authenticated(header, parsed.bound.then_some(self.node));
         if let Some(run) = self.runs.get_mut(&parsed.run) {
             // Before decryption, so that a flood of replays costs little.
             if run.window.has(parsed.counter) {
                 return Err(OpenError::Replayed);
             }
-            let plain =
-                run.key.open_in_place(nonce(parsed.counter), aad, text).map_err(|_| OpenError::BadSeal)?;
+            let plain = run
+                .key
+                .open_in_place(nonce(parsed.counter), Aad::from(aad), text)
+                .map_err(|_| OpenError::BadSeal)?;
             run.window.insert(parsed.counter);
             run.used = self.clock;
             return Ok((parsed.run, plain));
         }
-        self.open_first(&parsed, aad, text)
+        self.open_first(&parsed, &aad, text)
     }
 
     /// The authentication state of the sender of a run.
@@ -171,23 +186,24 @@ impl Opener {
         }
     }
 
-    /// Notes a pong of the sender. `expected` says whether its nonce is that of a pending ping to that host. Returns
-    /// whether the sender has now proved to be live, and had not before.
-    pub(super) fn answered(&mut self, run: &RunId, node: NodeId, nonce: u64, expected: bool) -> bool {
-        match self.runs.get_mut(run) {
-            Some(run) if expected || run.asked == Some(nonce) => {
-                run.asked = None;
-                std::mem::replace(&mut run.sender, Sender::Proved(node)) != Sender::Proved(node)
-            }
-            _ => false,
-        }
+    /// Whether a nonce is that of the pending challenge to the sender. The challenge is then no longer pending, so that
+    /// each one costs at most one verification.
+    pub(super) fn take_challenge(&mut self, run: &RunId, nonce: u64) -> bool {
+        self.runs.get_mut(run).and_then(|run| run.asked.take_if(|asked| *asked == nonce)).is_some()
+    }
+
+    /// Notes that the sender has signed an answer. Returns whether it had not before.
+    pub(super) fn prove(&mut self, run: &RunId, node: NodeId) -> bool {
+        self.runs.get_mut(run).is_some_and(|run| {
+            std::mem::replace(&mut run.sender, Sender::Proved(node)) != Sender::Proved(node)
+        })
     }
 
     /// Opens the first datagram of a run.
     fn open_first<'a>(
         &mut self,
         header: &Header,
-        aad: Aad<&[u8]>,
+        aad: &[u8],
         text: &'a mut [u8],
     ) -> Result<(RunId, &'a [u8]), OpenError> {
         let mut candidates = self.keyring.opening(header.key_id).peekable();
@@ -198,14 +214,18 @@ impl Opener {
         for cluster in candidates {
             let Some(key) = run_key(cluster, &header.run) else { continue };
             text.copy_from_slice(&sealed);
-            let Ok(plain) = key.open_in_place(nonce(header.counter), Aad::from(aad.as_ref()), text) else {
+            let Ok(plain) = key.open_in_place(nonce(header.counter), Aad::from(aad), text) else {
                 continue;
             };
             let length = plain.len();
             let mut window = ReplayWindow::default();
             window.insert(header.counter);
             if self.runs.len() >= MAX_RUNS
-                && let Some(oldest) = self.runs.iter().min_by_key(|(_, run)| run.used).map(|(id, _)| *id)
+                && let Some(oldest) = self
+                    .runs
+                    .iter()
+                    .min_by_key(|(_, run)| (matches!(run.sender, Sender::Proved(_)), run.used))
+                    .map(|(id, _)| *id)
             {
                 self.runs.remove(&oldest);
             }
@@ -221,6 +241,7 @@ impl Opener {
 }
 
 struct Header {
+    bound: bool,
     key_id: ClusterKeyId,
     run: RunId,
     counter: u64,
@@ -229,15 +250,23 @@ struct Header {
 impl Header {
     fn parse(bytes: &[u8]) -> Option<Self> {
         let (&version, rest) = bytes.split_first()?;
+        let (&bound, rest) = rest.split_first()?;
         let (key_id, rest) = rest.split_first_chunk()?;
         let (run, rest) = rest.split_first_chunk()?;
         let counter = u64::from_be_bytes(rest.try_into().ok()?);
-        (version == wire::VERSION).then_some(Self { key_id: ClusterKeyId(*key_id), run: *run, counter })
+        let known = version == wire::VERSION && bound <= 1;
+        known.then_some(Self { bound: bound == 1, key_id: ClusterKeyId(*key_id), run: *run, counter })
     }
 }
 
+/// The data that is authenticated and not encrypted: the header, and the receiver if the datagram is bound to it.
+fn authenticated(header: &[u8], receiver: Option<NodeId>) -> Vec<u8> {
+    let receiver = receiver.map(|node| node.0);
+    [header, receiver.as_ref().map_or(&[][..], |id| id)].concat()
+}
+
 fn run_key(cluster: &ClusterKey, run: &RunId) -> Option<LessSafeKey> {
-    UnboundKey::new(&AES_256_GCM, &cluster.derive(run, b"ovl gossip v1")).ok().map(LessSafeKey::new)
+    UnboundKey::new(&AES_256_GCM, &*cluster.derive(run, b"ovl gossip v1")).ok().map(LessSafeKey::new)
 }
 
 fn nonce(counter: u64) -> Nonce {
@@ -257,14 +286,14 @@ mod tests {
 
     fn sealed(sealer: &mut Sealer, text: &[u8]) -> Vec<u8> {
         let mut out = Vec::new();
-        sealer.seal(text, &mut out).unwrap();
+        sealer.seal(text, None, &mut out).unwrap();
         out
     }
 
     #[test]
     fn sealed_datagram_opens_once() {
         let mut sealer = Sealer::new(&ClusterKey::new([1; 32])).unwrap();
-        let mut opener = Opener::new(keyring(1));
+        let mut opener = Opener::new(NodeId([7; 10]), keyring(1));
         let first = sealed(&mut sealer, b"first");
         let second = sealed(&mut sealer, b"second");
         assert_eq!(first.len(), 5 + OVERHEAD);
@@ -275,15 +304,35 @@ mod tests {
     }
 
     #[test]
+    fn datagram_to_one_host_is_refused_by_the_others() {
+        let mut sealer = Sealer::new(&ClusterKey::new([1; 32])).unwrap();
+        let (here, there) = (NodeId([7; 10]), NodeId([8; 10]));
+        let mut bound = Vec::new();
+        for text in [b"first", b"other"] {
+            sealer.seal(text, Some(here), &mut bound).unwrap();
+            let mut third = Opener::new(there, keyring(1));
+            assert_eq!(third.open(&mut bound.clone()), Err(OpenError::BadSeal));
+            // Nor once it knows the run.
+            third.open(&mut sealed(&mut sealer, b"x")).unwrap();
+            assert_eq!(third.open(&mut bound.clone()), Err(OpenError::BadSeal));
+            // Nor as an unbound one.
+            let mut unbound = bound.clone();
+            unbound[1] = 0;
+            assert_eq!(third.open(&mut unbound), Err(OpenError::BadSeal));
+            assert!(Opener::new(here, keyring(1)).open(&mut bound.clone()).is_ok());
+        }
+    }
+
+    #[test]
     fn second_key_of_the_keyring_opens_too() {
         let mut sealer = Sealer::new(&ClusterKey::new([2; 32])).unwrap();
         let mut datagram = sealed(&mut sealer, b"x");
-        assert!(Opener::new(keyring(1)).open(&mut datagram).is_ok());
+        assert!(Opener::new(NodeId([7; 10]), keyring(1)).open(&mut datagram).is_ok());
     }
 
     #[test]
     fn dropped_key_opens_nothing_even_of_a_known_run() {
-        let mut opener = Opener::new(keyring(1));
+        let mut opener = Opener::new(NodeId([7; 10]), keyring(1));
         let mut sealer = Sealer::new(&ClusterKey::new([2; 32])).unwrap();
         assert!(opener.open(&mut sealed(&mut sealer, b"x")).is_ok());
         assert_eq!(opener.key_of(&sealer.run()), Some(sealer.key_id()));
@@ -293,7 +342,7 @@ mod tests {
 
     #[test]
     fn unknown_key_and_invalid_seal_are_refused_without_state() {
-        let mut opener = Opener::new(keyring(1));
+        let mut opener = Opener::new(NodeId([7; 10]), keyring(1));
         let mut stranger = Sealer::new(&ClusterKey::new([9; 32])).unwrap();
         assert_eq!(opener.open(&mut sealed(&mut stranger, b"x")), Err(OpenError::UnknownKey));
         let mut sealer = Sealer::new(&ClusterKey::new([1; 32])).unwrap();
@@ -314,7 +363,7 @@ mod tests {
 
     #[test]
     fn number_of_remembered_runs_is_bounded() {
-        let mut opener = Opener::new(keyring(1));
+        let mut opener = Opener::new(NodeId([7; 10]), keyring(1));
         for _ in 0..MAX_RUNS + 10 {
             let mut sealer = Sealer::new(&ClusterKey::new([1; 32])).unwrap();
             assert!(opener.open(&mut sealed(&mut sealer, b"x")).is_ok());
@@ -325,7 +374,7 @@ mod tests {
     proptest! {
         #[test]
         fn garbage_never_opens(mut bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
-            prop_assert!(Opener::new(keyring(1)).open(&mut bytes).is_err());
+            prop_assert!(Opener::new(NodeId([7; 10]), keyring(1)).open(&mut bytes).is_err());
         }
     }
 }

@@ -9,13 +9,14 @@ use ovl_proto::id::ClusterKeyId;
 use ovl_proto::record::{ClusterKeys, MAX_OTHER_KEYS};
 use ovl_proto::secret::Secret;
 use ring::hmac;
+use zeroize::{Zeroize as _, Zeroizing};
 
 use super::read_secret;
 
-/// The cluster key: 32 secret bytes that all hosts of a cluster share.
+/// The cluster key: 32 secret bytes that all hosts of a cluster share. They are overwritten when it is dropped.
 #[derive(Clone, PartialEq, Eq)]
 pub struct ClusterKey {
-    bytes: [u8; 32],
+    bytes: Zeroizing<[u8; 32]>,
     id: ClusterKeyId,
 }
 
@@ -49,20 +50,20 @@ impl ClusterKey {
         let bytes = decode_base64(text).context(
             "expected 44 characters of base64, as 'ovlctl key generate' and 'wg genkey' write them",
         )?;
-        if bytes == [0; 32] {
+        if *bytes == [0; 32] {
             bail!("the key is all zeroes");
         }
-        Ok(Self::new(bytes))
+        Ok(Self::new(*bytes))
     }
 
     /// Formats the key as the content of a key file.
     pub fn to_text(&self) -> Secret<String> {
-        Secret(BASE64.encode(&self.bytes) + "\n")
+        Secret(BASE64.encode(&*self.bytes) + "\n")
     }
 
     /// The bytes of the key, to be stored or sent to a member.
     pub fn secret(&self) -> Secret<[u8; 32]> {
-        Secret(self.bytes)
+        Secret(*self.bytes)
     }
 
     /// The public key of `--insecure`: the same code runs, without protection.
@@ -72,7 +73,8 @@ impl ClusterKey {
 
     /// Creates a key from its bytes.
     pub fn new(bytes: [u8; 32]) -> Self {
-        let [a, b, c, d, ..] = hkdf(&bytes, b"", b"ovl key id v1");
+        let bytes = Zeroizing::new(bytes);
+        let [a, b, c, d, ..] = *hkdf(&*bytes, b"", b"ovl key id v1");
         Self { bytes, id: ClusterKeyId([a, b, c, d]) }
     }
 
@@ -82,8 +84,8 @@ impl ClusterKey {
     }
 
     /// Derives a key for one purpose.
-    pub fn derive(&self, salt: &[u8], purpose: &[u8]) -> [u8; 32] {
-        hkdf(&self.bytes, salt, purpose)
+    pub fn derive(&self, salt: &[u8], purpose: &[u8]) -> Zeroizing<[u8; 32]> {
+        hkdf(&*self.bytes, salt, purpose)
     }
 }
 
@@ -153,12 +155,12 @@ impl Keyring {
 }
 
 /// HKDF-SHA256 (RFC 5869) with an output of 32 bytes: one round of the expansion, which cannot fail.
-fn hkdf(secret: &[u8], salt: &[u8], info: &[u8]) -> [u8; 32] {
+fn hkdf(secret: &[u8], salt: &[u8], info: &[u8]) -> Zeroizing<[u8; 32]> {
     let extracted = hmac::sign(&hmac::Key::new(hmac::HMAC_SHA256, salt), secret);
     let mut context = hmac::Context::with_key(&hmac::Key::new(hmac::HMAC_SHA256, extracted.as_ref()));
     context.update(info);
     context.update(&[1]);
-    let mut out = [0; 32];
+    let mut out = Zeroizing::new([0; 32]);
     for (to, from) in out.iter_mut().zip(context.sign().as_ref()) {
         *to = *from;
     }
@@ -166,11 +168,13 @@ fn hkdf(secret: &[u8], salt: &[u8], info: &[u8]) -> [u8; 32] {
 }
 
 /// Decodes standard base64 of exactly 32 bytes.
-fn decode_base64(text: &[u8]) -> anyhow::Result<[u8; 32]> {
-    let bytes =
+fn decode_base64(text: &[u8]) -> anyhow::Result<Zeroizing<[u8; 32]>> {
+    let mut bytes =
         BASE64.decode(text).map_err(|_| anyhow::anyhow!("the {} bytes are not base64", text.len()))?;
+    let decoded = <[u8; 32]>::try_from(bytes.as_slice());
     let length = bytes.len();
-    bytes.try_into().map_err(|_| anyhow::anyhow!("the key has {length} bytes, not 32"))
+    bytes.zeroize();
+    decoded.map(Zeroizing::new).map_err(|_| anyhow::anyhow!("the key has {length} bytes, not 32"))
 }
 
 #[cfg(test)]
@@ -188,7 +192,7 @@ mod tests {
             0x3c, 0xb2, 0x5f, 0x25, 0xfa, 0xac, 0xd5, 0x7a, 0x90, 0x43, 0x4f, 0x64, 0xd0, 0x36, 0x2f, 0x2a,
             0x2d, 0x2d, 0x0a, 0x90, 0xcf, 0x1a, 0x5a, 0x4c, 0x5d, 0xb0, 0x2d, 0x56, 0xec, 0xc4, 0xc5, 0xbf,
         ];
-        assert_eq!(hkdf(&[0x0b; 22], &salt, &info), expected);
+        assert_eq!(*hkdf(&[0x0b; 22], &salt, &info), expected);
     }
 
     #[test]

@@ -1,25 +1,6 @@
-use ovl_proto::record::Presence;
-
 use super::*;
 
-pub(crate) fn record_of(identity: &Identity) -> NodeRecord {
-    NodeRecord {
-        id: identity.id(),
-        public_key: *identity.public_key(),
-        name: "alpha".to_owned(),
-        generation: 1,
-        revision: 1,
-        cluster: 0,
-        address: "127.0.0.1:7940".parse().unwrap(),
-        vtep: "127.0.0.1".parse().unwrap(),
-        vxlan_port: 4789,
-        link_mtu: 1500,
-        tunnel: None,
-        keys: ovl_proto::record::ClusterKeys::default(),
-        presence: Presence::Running,
-        version: "0.1.0".to_owned(),
-    }
-}
+pub(crate) use super::sample_record as record_of;
 
 #[test]
 fn identity_is_created_once_and_kept() {

@@ -10,6 +10,8 @@
 //! | [`inbound`] | accepting and reading |
 
 mod frame;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 mod inbound;
 mod noise;
 mod outbound;
@@ -169,6 +171,7 @@ impl Streams {
 
     /// Sets the peers to dial, and their addresses. Streams to other peers are closed.
     pub fn set_peers(&self, wanted: BTreeMap<NodeId, SocketAddr>) {
+        self.shared.inbound.set_peers(wanted.values().map(SocketAddr::ip).collect());
         let mut peers = self.lock();
         let Peers { outbound, tasks } = &mut *peers;
         outbound.retain(|node, peer| {

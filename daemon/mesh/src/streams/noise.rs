@@ -17,6 +17,7 @@ use ovl_proto::wire;
 use serde::{Deserialize, Serialize};
 use snow::{Builder, HandshakeState, TransportState};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use zeroize::Zeroizing;
 
 use crate::keys::{self, ClusterKey, Identity, Keyring};
 use crate::transport::Stream;
@@ -113,6 +114,27 @@ pub(super) async fn listen(
     bail!("invalid handshake: it is damaged or forged")
 }
 
+/// Runs the handshake of a dialler that sends these bytes as its hello, for the fuzzer.
+#[cfg(any(test, fuzzing))]
+pub(super) async fn dial_with_hello(
+    stream: &mut dyn Stream,
+    key: &ClusterKey,
+    hello: &[u8],
+) -> anyhow::Result<()> {
+    let psk = psk(key);
+    let mut noise = builder(&psk)?.build_initiator()?;
+    let mut first = vec![0; NOISE_MESSAGE];
+    noise.write_message(&[], &mut first)?;
+    write_frame(stream, &[&[wire::VERSION], &key.id().0[..], &first].concat()).await?;
+    let second = read_frame(stream, NOISE_MESSAGE).await?;
+    noise.read_message(&second, &mut [])?;
+    let mut noise = noise.into_transport_mode()?;
+    let hello = hello.get(..MAX_HELLO - TAG).unwrap_or(hello);
+    let mut sealed = vec![0; hello.len() + TAG];
+    noise.write_message(hello, &mut sealed)?;
+    write_frame(stream, &sealed).await
+}
+
 /// Authenticates both sides: exchanges and verifies their hellos.
 async fn introduce(
     stream: &mut dyn Stream,
@@ -151,7 +173,7 @@ fn proof(role: Role, hash: &[u8]) -> Vec<u8> {
     [&[role as u8], hash].concat()
 }
 
-fn psk(key: &ClusterKey) -> [u8; 32] {
+fn psk(key: &ClusterKey) -> Zeroizing<[u8; 32]> {
     key.derive(b"", PROLOGUE)
 }
 

@@ -1,0 +1,320 @@
+//! Which hosts messages may name, and what they may say of them.
+//!
+//! A message of chitchat is unsigned, and any host with the cluster key can send one. So each record in it is verified
+//! before chitchat sees it, its version must be the one that the record implies, and a host is named only as its own
+//! record names it. All that another host can set is then the heartbeat, which is not used as a sign of life.
+//!
+//! Hosts that the daemon does not know are guests. There are at most [`MAX_GUESTS`], and the oldest gives way, at most
+//! one a second, because chitchat forgets a host only after ten minutes.
+
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::time::Duration;
+
+use ovl_proto::id::NodeId;
+use ovl_proto::record::{NodeRecord, SignedRecord};
+use tokio::time::Instant;
+
+use super::cluster::KEY_RECORD;
+use super::decode::{DecodeError, Exchange, HostDelta, Incarnation, Operation};
+use crate::keys;
+
+/// The maximum number of hosts that the daemon does not know.
+const MAX_GUESTS: usize = 64;
+/// The minimum time between two guests that give way.
+const EVICT_EVERY: Duration = Duration::from_secs(1);
+/// The maximum number of runs of a host: after a restart, the old one may be named for a while.
+const MAX_RUNS: usize = 2;
+/// The minimum time between two runs of a host.
+const RUN_EVERY: Duration = Duration::from_millis(500);
+
+/// The hosts that messages may name.
+pub(super) struct Admission {
+    own: Incarnation,
+    known: HashSet<NodeId>,
+    /// The oldest is first.
+    guests: VecDeque<NodeId>,
+    evicted: Option<Instant>,
+    runs: HashMap<NodeId, Vec<Run>>,
+}
+
+/// A run of a host, with its latest record.
+struct Run {
+    name: Incarnation,
+    record: String,
+    version: u64,
+    since: Instant,
+}
+
+/// The version of a record in chitchat. It follows from what the host has signed, so no other host can raise it.
+pub(super) fn version_of(record: &NodeRecord) -> u64 {
+    record.revision.saturating_add(1)
+}
+
+impl Admission {
+    pub(super) fn new(own: Incarnation) -> Self {
+        Self { own, known: HashSet::new(), guests: VecDeque::new(), evicted: None, runs: HashMap::new() }
+    }
+
+    /// Replaces the set of hosts that the daemon knows.
+    pub(super) fn set_known(&mut self, known: HashSet<NodeId>) {
+        self.known = known;
+        self.guests.retain(|guest| !self.known.contains(guest));
+        let Self { own, known, guests, runs, .. } = self;
+        runs.retain(|node, _| known.contains(node) || guests.contains(node) || *node == own.node);
+    }
+
+    /// Drops what a message must not say. Returns whether there are runs that were not named before.
+    ///
+    /// # Errors
+    ///
+    /// The message has something that no correct host sends, or an invalid record. Each message costs at most one failed
+    /// verification.
+    pub(super) fn filter(&mut self, exchange: &mut Exchange, now: Instant) -> Result<bool, DecodeError> {
+        let mut new = false;
+        let mut kept = Vec::new();
+        for delta in std::mem::take(&mut exchange.delta) {
+            // Only this host itself writes its state.
+            if delta.host != self.own && self.accepts(&delta, now, &mut new)? {
+                kept.push(delta);
+            }
+        }
+        exchange.delta = kept;
+        exchange.digest.retain(|(host, _)| *host == self.own || self.is_named(host));
+        Ok(new)
+    }
+
+    fn is_named(&self, host: &Incarnation) -> bool {
+        self.run(host).is_some()
+    }
+
+    fn run(&self, host: &Incarnation) -> Option<&Run> {
+        self.runs.get(&host.node)?.iter().find(|run| run.name == *host)
+    }
+
+    /// Whether to accept the news of a host.
+    fn accepts(&mut self, delta: &HostDelta, now: Instant, new: &mut bool) -> Result<bool, DecodeError> {
+        let ([deleted, _], [Operation::Set { key, value, version, status: 0 }]) =
+            (&delta.base, delta.operations.as_slice())
+        else {
+            return Err(DecodeError::Malformed("news that no host has"));
+        };
+        if *deleted != 0 || key != KEY_RECORD {
+            return Err(DecodeError::Malformed("news that no host has"));
+        }
+        if let Some(run) = self.run(&delta.host) {
+            if run.record == *value {
+                return if run.version == *version {
+                    Ok(true)
+                } else {
+                    Err(DecodeError::Malformed("version"))
+                };
+            }
+            if run.version >= *version {
+                // An older record, or a forged one: not worth a verification.
+                return Ok(false);
+            }
+        }
+        let signed = SignedRecord::from_text(value).map_err(|_| DecodeError::Malformed("record"))?;
+        let record = keys::open_record(&signed).map_err(|_| DecodeError::Malformed("invalid record"))?;
+        let name = Incarnation { node: record.id, generation: record.generation, address: record.address };
+        if name != delta.host || version_of(&record) != *version {
+            return Err(DecodeError::Malformed("record of another host, or version"));
+        }
+        if !self.admit(name.node, now) {
+            return Ok(false);
+        }
+        let runs = self.runs.entry(name.node).or_default();
+        if let Some(run) = runs.iter_mut().find(|run| run.name == name) {
+            (run.record, run.version) = (value.clone(), *version);
+            return Ok(true);
+        }
+        let latest = runs.iter().map(|run| run.name.generation).max();
+        let recent = runs.iter().any(|run| now.saturating_duration_since(run.since) < RUN_EVERY);
+        if runs.len() >= MAX_RUNS {
+            if recent || latest.is_some_and(|latest| name.generation < latest) {
+                return Ok(false);
+            }
+            // The older one ends.
+            let oldest = runs.iter().enumerate().min_by_key(|(_, run)| run.name.generation);
+            if let Some((at, _)) = oldest {
+                runs.remove(at);
+            }
+        }
+        runs.push(Run { name, record: value.clone(), version: *version, since: now });
+        *new = true;
+        Ok(true)
+    }
+
+    /// Whether a host may be named: it is known, or there is a place for a guest.
+    fn admit(&mut self, node: NodeId, now: Instant) -> bool {
+        if node == self.own.node || self.known.contains(&node) || self.guests.contains(&node) {
+            return true;
+        }
+        if self.guests.len() >= MAX_GUESTS {
+            if self.evicted.is_some_and(|at| now.saturating_duration_since(at) < EVICT_EVERY) {
+                return false;
+            }
+            self.evicted = Some(now);
+            if let Some(oldest) = self.guests.pop_front() {
+                self.runs.remove(&oldest);
+            }
+        }
+        self.guests.push_back(node);
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::SocketAddr;
+
+    use super::*;
+    use crate::keys::Identity;
+    use crate::keys::tests::record_of;
+
+    fn own() -> Incarnation {
+        Incarnation { node: NodeId([9; 10]), generation: 1, address: SocketAddr::from(([10, 0, 0, 9], 7940)) }
+    }
+
+    fn news_of(identity: &Identity, change: impl FnOnce(&mut NodeRecord)) -> (Incarnation, HostDelta) {
+        let mut record = record_of(identity);
+        change(&mut record);
+        let signed = identity.sign_record(&record).unwrap();
+        let host = Incarnation { node: record.id, generation: record.generation, address: record.address };
+        let set = Operation::Set {
+            key: KEY_RECORD.to_owned(),
+            value: signed.to_text().unwrap(),
+            version: version_of(&record),
+            status: 0,
+        };
+        (host, HostDelta { host, base: [0, 0], operations: vec![set] })
+    }
+
+    /// What is left of a message with a delta and a digest.
+    fn filtered(
+        admission: &mut Admission,
+        delta: Vec<HostDelta>,
+        digest: &[Incarnation],
+        now: Instant,
+    ) -> Result<(usize, usize), DecodeError> {
+        let mut exchange = Exchange::syn(digest.iter().map(|host| (*host, [1, 0, 0])).collect());
+        exchange.delta = delta;
+        admission.filter(&mut exchange, now)?;
+        Ok((exchange.delta.len(), exchange.digest.len()))
+    }
+
+    #[test]
+    fn host_is_named_once_its_record_is_known() {
+        let mut admission = Admission::new(own());
+        let identity = Identity::ephemeral();
+        let (host, news) = news_of(&identity, |_| {});
+        let now = Instant::now();
+        assert_eq!(filtered(&mut admission, vec![], &[host, own()], now), Ok((0, 1)));
+        assert_eq!(filtered(&mut admission, vec![news], &[host], now), Ok((1, 1)));
+        assert_eq!(filtered(&mut admission, vec![], &[host], now), Ok((0, 1)));
+        // Not as another run, which its record does not name.
+        let other = Incarnation { generation: host.generation + 1, ..host };
+        assert_eq!(filtered(&mut admission, vec![], &[other], now), Ok((0, 0)));
+    }
+
+    #[test]
+    fn other_hosts_cannot_change_a_record_or_its_version() {
+        let mut admission = Admission::new(own());
+        let (identity, forger) = (Identity::ephemeral(), Identity::ephemeral());
+        let now = Instant::now();
+        let (_, news) = news_of(&identity, |_| {});
+        let (host, _) = news_of(&identity, |_| {});
+        let changed = |change: &dyn Fn(&mut HostDelta)| {
+            let (_, mut news) = news_of(&identity, |_| {});
+            change(&mut news);
+            news
+        };
+        let set = |value: Option<String>, new_version: Option<u64>, new_status: u8| {
+            changed(&|news| {
+                let [Operation::Set { value: text, version, status, .. }] = news.operations.as_mut_slice()
+                else {
+                    panic!("one operation");
+                };
+                *status = new_status;
+                *version = new_version.unwrap_or(*version);
+                if let Some(value) = &value {
+                    text.clone_from(value);
+                }
+            })
+        };
+        let (_, other) = news_of(&forger, |record| record.id = identity.id());
+        let [Operation::Set { value: forged, .. }] = other.operations.as_slice() else {
+            panic!("one operation")
+        };
+        let bad = [
+            set(Some(forged.clone()), None, 0),
+            set(Some("x".to_owned()), None, 0),
+            set(None, Some(u64::MAX), 0),
+            set(None, None, 1),
+            changed(&|news| news.base[0] = 5),
+            changed(&|news| news.operations = vec![Operation::Version(u64::MAX)]),
+            changed(&|news| news.operations.clear()),
+            changed(&|news| news.host.generation += 1),
+        ];
+        for round in 0..2 {
+            for (number, bad) in bad.iter().enumerate() {
+                let copy = HostDelta { host: bad.host, base: bad.base, operations: copies(&bad.operations) };
+                let found = filtered(&mut admission, vec![copy], &[], now);
+                // A record that is not later than the known one is dropped without a verification.
+                assert!(found.is_err() || (round == 1 && found == Ok((0, 0))), "{round} {number}");
+            }
+            let copy = HostDelta { host, base: [0, 0], operations: copies(&news.operations) };
+            assert_eq!(filtered(&mut admission, vec![copy], &[host], now), Ok((1, 1)));
+        }
+    }
+
+    fn copies(operations: &[Operation]) -> Vec<Operation> {
+        let copy = |operation: &Operation| match operation {
+            Operation::Set { key, value, version, status } => {
+                Operation::Set { key: key.clone(), value: value.clone(), version: *version, status: *status }
+            }
+            Operation::Version(version) => Operation::Version(*version),
+        };
+        operations.iter().map(copy).collect()
+    }
+
+    #[test]
+    fn guests_are_bounded_and_known_hosts_are_not_among_them() {
+        let mut admission = Admission::new(own());
+        let now = Instant::now();
+        let member = Identity::ephemeral();
+        admission.set_known([member.id()].into());
+        let guests: Vec<Identity> = (0..MAX_GUESTS + 20).map(|_| Identity::ephemeral()).collect();
+        let mut hosts = Vec::new();
+        for guest in &guests {
+            let (host, news) = news_of(guest, |_| {});
+            hosts.push(host);
+            filtered(&mut admission, vec![news], &[], now).unwrap();
+        }
+        // One gave way, and the others found no place.
+        assert_eq!(filtered(&mut admission, vec![], &hosts, now), Ok((0, MAX_GUESTS)));
+        assert!(!admission.is_named(&hosts[0]) && admission.is_named(&hosts[MAX_GUESTS]));
+        let (host, news) = news_of(&member, |_| {});
+        assert_eq!(filtered(&mut admission, vec![news], &[host], now), Ok((1, 1)));
+        let (latest, news) = news_of(&guests[MAX_GUESTS + 19], |_| {});
+        let later = now + EVICT_EVERY;
+        assert_eq!(filtered(&mut admission, vec![news], &[latest, hosts[1]], later), Ok((1, 1)));
+    }
+
+    #[test]
+    fn runs_of_a_host_are_bounded() {
+        let mut admission = Admission::new(own());
+        let identity = Identity::ephemeral();
+        let mut now = Instant::now();
+        let mut latest = None;
+        for generation in 1..50 {
+            now += RUN_EVERY;
+            let (host, news) = news_of(&identity, |record| record.generation = generation);
+            assert_eq!(filtered(&mut admission, vec![news], &[host], now), Ok((1, 1)));
+            latest = Some(host);
+        }
+        assert_eq!(admission.runs[&identity.id()].len(), MAX_RUNS);
+        let (host, news) = news_of(&identity, |record| record.generation = 2);
+        assert_eq!(filtered(&mut admission, vec![news], &[host, latest.unwrap()], now), Ok((0, 1)));
+    }
+}

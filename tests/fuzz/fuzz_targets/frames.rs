@@ -1,0 +1,5 @@
+//! Reads the frames of a stream.
+
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| ovl_mesh::streams::fuzz::frames(bytes));
