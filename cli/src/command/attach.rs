@@ -213,6 +213,7 @@ mod tests {
             publish: Vec::new(),
             warnings: Vec::new(),
             ready: true,
+            refused: None,
         };
         assert_eq!(
             render(&endpoint),

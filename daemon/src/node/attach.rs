@@ -719,6 +719,7 @@ impl Node {
             publish: endpoint.publish.clone(),
             warnings: Vec::new(),
             ready: endpoint.ready,
+            refused: None,
         }
     }
 }

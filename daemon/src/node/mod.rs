@@ -13,6 +13,7 @@ mod dns;
 mod docker;
 mod events;
 mod firewall;
+mod guard;
 mod ingress;
 mod keys;
 mod lifecycle;
@@ -67,6 +68,7 @@ use crate::problems::{Code, Problems};
 use crate::store;
 use crate::workloads::Workloads;
 use ovl_subsystems::Subsystems;
+use ovl_subsystems::guard::Guard;
 use ovl_subsystems::names::NameTracker;
 use ovl_subsystems::networks::Networks;
 use ovl_subsystems::policy::Enforcement;
@@ -512,6 +514,7 @@ fn first_state(
         objects_taken_at: 0,
         workloads: Workloads::default(),
         subsystems: Subsystems {
+            guard: Guard::default(),
             // Connections that an earlier run marked are evaluated again.
             policy: Enforcement::new(u32::from_le_bytes(random(&**environment))),
             names: NameTracker::default(),

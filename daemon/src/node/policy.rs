@@ -168,7 +168,6 @@ impl Node {
             return Ok(text);
         }
         let refused = self.refused().await?;
-        let forged = self.kernel.counter(Table::Policy, "forged").await.map_err(Failed::from)?;
         let state = self.state.borrow();
         let count = state.view.resources.policies().len() as u64;
         head(&mut text, "ovl_policies", "Network policies in the cluster", "gauge");
@@ -190,9 +189,6 @@ impl Node {
             ];
             line(&mut text, name, &labels, *packets);
         }
-        let name = "ovl_policy_forged_packets_total";
-        head(&mut text, name, "Packets of this host's endpoints with a source that is not theirs", "counter");
-        line(&mut text, name, &[], forged);
         Ok(text)
     }
 }

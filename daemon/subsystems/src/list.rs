@@ -9,6 +9,7 @@ use ovl_proto::id::NetworkId;
 use ovl_proto::object::Network;
 use ovl_proto::table::Endpoint;
 
+use crate::guard::Guard;
 use crate::names::NameTracker;
 use crate::networks::Networks;
 use crate::policy::Enforcement;
@@ -16,10 +17,12 @@ use crate::services::{Announcements, Translation};
 use crate::subsystem::{Cluster, Outcome, Part, Subsystem};
 
 /// The subsystems of a daemon, as trait objects.
-pub type SubsystemList<'a> = [&'a mut dyn Subsystem; 5];
+pub type SubsystemList<'a> = [&'a mut dyn Subsystem; 6];
 
 /// All subsystems of a daemon.
 pub struct Subsystems {
+    /// What endpoints may send.
+    pub guard: Guard,
     /// Network policies.
     pub policy: Enforcement,
     /// Names of endpoints, Services and pods.
@@ -33,11 +36,11 @@ pub struct Subsystems {
 }
 
 impl Subsystems {
-    /// Returns the subsystems in the order in which their plans are applied. Policies come first, so that an endpoint
-    /// that they isolate is not reachable before they are in force.
+    /// Returns the subsystems in the order in which their plans are applied. Source checks and policies come first, so
+    /// that no endpoint can send before the checks, nor be reached before the policies, are in force.
     pub fn all(&mut self) -> SubsystemList<'_> {
-        let Self { policy, names, networks, services, announcements } = self;
-        [policy, names, networks, services, announcements]
+        let Self { guard, policy, names, networks, services, announcements } = self;
+        [guard, policy, names, networks, services, announcements]
     }
 }
 

@@ -14,6 +14,7 @@ use ovl_proto::object::Network;
 use ovl_proto::record::{PeerState, Signature};
 use ovl_proto::resource::Kind;
 use ovl_proto::table::{Endpoint, Entry, Key};
+use ovl_subsystems::guard::Guard;
 use ovl_subsystems::local::Local;
 use ovl_subsystems::names::NameTracker;
 use ovl_subsystems::networks::Networks;
@@ -88,6 +89,7 @@ impl Subsystem for Toy {
 
 fn subsystems() -> Subsystems {
     Subsystems {
+        guard: Guard::default(),
         policy: Enforcement::new(7),
         names: NameTracker::default(),
         networks: Networks::default(),
@@ -111,8 +113,8 @@ fn toy_subsystem_goes_through_plan_verify_attach_and_teardown() {
     let mut local = Local::default();
     let mut real = subsystems();
     let mut toy = Toy::default();
-    let [a, b, c, d, e] = real.all();
-    let mut all: [&mut dyn Subsystem; 6] = [a, b, c, d, e, &mut toy];
+    let [a, b, c, d, e, f] = real.all();
+    let mut all: [&mut dyn Subsystem; 7] = [a, b, c, d, e, f, &mut toy];
     let network = world.view.networks[&NET].network.clone();
     let Entry::Endpoint(new) = endpoint(1, "10.9.0.9/24") else { panic!() };
 
@@ -147,7 +149,7 @@ fn toy_subsystem_goes_through_plan_verify_attach_and_teardown() {
 
     // Teardown: it wants nothing any more, and counts nothing as sent.
     all.iter_mut().for_each(|subsystem| subsystem.withdraw());
-    assert_eq!(all[5].sent(), Some(Dataplane::default()));
+    assert_eq!(all[6].sent(), Some(Dataplane::default()));
 }
 
 /// Something that happens to the cluster.

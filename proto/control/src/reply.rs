@@ -542,6 +542,10 @@ pub struct EndpointInfo {
     pub warnings: Vec<String>,
     /// Whether Services send it connections.
     pub ready: bool,
+    /// The number of frames that it sent and may not send, as far as this host counts them. `None` for an endpoint of
+    /// another host.
+    #[serde(default)]
+    pub refused: Option<u64>,
 }
 
 /// A network policy, as `ovlctl policy ls` prints it.
