@@ -76,6 +76,8 @@ mod tests {
             publish: Vec::new(),
             warnings: Vec::new(),
             ready: true,
+            allowed: Vec::new(),
+            allowed_macs: Vec::new(),
             refused: None,
         }
     }

@@ -21,6 +21,7 @@ use ovl_proto::object::{Driver, Mode, Network, Subnet};
 use ovl_proto::table::{Endpoint, Entry, Key};
 use ovl_runtimes::cni::{self, Attachment};
 use ovl_runtimes::docker::EngineEndpoint;
+use ovl_subsystems::guard;
 use ovl_subsystems::local::Local;
 use ovl_subsystems::networks::mtu::network_mtu;
 use ovl_subsystems::publish::needs_hairpin;
@@ -28,7 +29,7 @@ use serde::{Deserialize, Serialize};
 
 use super::addresses::Reserved;
 use super::publish::{self, SetAside};
-use super::state::LocalEndpoint;
+use super::state::{LocalEndpoint, State};
 use super::{Failed, Node, remove_if_there};
 use crate::config::{MAX_NAME, is_name_within};
 use crate::problems::Code;
@@ -159,6 +160,8 @@ impl Node {
             labels: request.labels.clone(),
             ready: !request.not_ready,
             publish: ports.published().to_vec(),
+            allowed: IpNet::aggregate(&request.allowed),
+            allowed_macs: request.allowed_macs.clone(),
         };
         self.will_publish(&endpoint.publish);
         let addresses = endpoint.addresses.iter().map(IpNet::addr);
@@ -309,6 +312,10 @@ impl Node {
                 found.network.name
             )));
         }
+        guard::check(&found.network, &request.allowed, &request.allowed_macs).map_err(Failed::invalid)?;
+        for mac in &request.allowed_macs {
+            check_free(&state, found.network.id, *mac)?;
+        }
         Ok(found.network.clone())
     }
 
@@ -407,14 +414,7 @@ impl Node {
             return Err(Failed::conflict(format!("{mac} is the gateway's")));
         }
         let mut state = self.state.borrow_mut();
-        let holder =
-            state.view.all_with_mac(network, mac).find(|placed| state.view.counts_on(placed.node, network));
-        if let Some(placed) = holder {
-            return Err(Failed::conflict(format!(
-                "{mac} is in use by endpoint {} on host {}",
-                placed.endpoint.name, placed.node.record.name
-            )));
-        }
+        check_free(&state, network, mac)?;
         if !state.pending.macs.insert((network, mac)) {
             return Err(Failed::conflict(format!("{mac} is being given to another endpoint at this moment")));
         }
@@ -719,8 +719,22 @@ impl Node {
             publish: endpoint.publish.clone(),
             warnings: Vec::new(),
             ready: endpoint.ready,
+            allowed: endpoint.allowed.clone(),
+            allowed_macs: endpoint.allowed_macs.clone(),
             refused: None,
         }
+    }
+}
+
+/// Checks that no endpoint of a network has a MAC address.
+fn check_free(state: &State, network: NetworkId, mac: Mac) -> Result<(), Failed> {
+    let mut holders = state.view.all_with_mac(network, mac);
+    match holders.find(|placed| state.view.counts_on(placed.node, network)) {
+        Some(Placed { node, endpoint }) => Err(Failed::conflict(format!(
+            "{mac} is in use by endpoint {} on host {}",
+            endpoint.name, node.record.name
+        ))),
+        None => Ok(()),
     }
 }
 

@@ -8,8 +8,11 @@
 //! [`Guard`] owns the tables and elements that were last sent, and the endpoints that may have changed since. Begin to
 //! read at [`rules::frames`], and then at its `plan`.
 
+mod allowed;
 mod elements;
 mod rules;
+
+pub use allowed::check;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;

@@ -16,6 +16,10 @@ const fn set(table: Table, name: &'static str, key: &'static [Type]) -> Set {
     Set::new(table, name, Shape { key, data: Data::None, ranges: false })
 }
 
+const fn ranges(table: Table, name: &'static str, key: &'static [Type]) -> Set {
+    Set::new(table, name, Shape { key, data: Data::None, ranges: true })
+}
+
 /// An IPv6 address of a bridged frame: its source, or the target of a neighbour advertisement. nft 1.0.6 has no name
 /// for the latter, and looks up only expressions of one type in a set.
 const IN_FRAME: Type = Type::Expression("@nh,64,128", 16);
@@ -30,10 +34,19 @@ pub(super) static OWN6: Set = set(Table::GuardFrames, "own6", &[Type::Device, Ty
 pub(super) static FRAMES4: Set = set(Table::GuardFrames, "addresses4", &[Type::Device, Type::Ipv4]);
 /// See [`FRAMES4`].
 pub(super) static FRAMES6: Set = set(Table::GuardFrames, "addresses6", &[Type::Device, IN_FRAME]);
+/// Further source addresses that are allowed, by prefix.
+pub(super) static FRAME_RANGES4: Set = ranges(Table::GuardFrames, "allowed4", &[Type::Device, Type::Ipv4]);
+/// See [`FRAME_RANGES4`].
+pub(super) static FRAME_RANGES6: Set = ranges(Table::GuardFrames, "allowed6", &[Type::Device, IN_FRAME]);
 /// Source addresses of packets from the interface of a routed endpoint.
 pub(super) static PACKETS4: Set = set(Table::Guard, "addresses4", &[Type::Device, Type::Ipv4]);
 /// See [`PACKETS4`].
 pub(super) static PACKETS6: Set = set(Table::Guard, "addresses6", &[Type::Device, Type::Ipv6]);
+
+/// Further source addresses that are allowed, by prefix.
+pub(super) static PACKET_RANGES4: Set = ranges(Table::Guard, "allowed4", &[Type::Device, Type::Ipv4]);
+/// See [`PACKET_RANGES4`].
+pub(super) static PACKET_RANGES6: Set = ranges(Table::Guard, "allowed6", &[Type::Device, Type::Ipv6]);
 
 /// Returns the elements of an endpoint on a network of this mode.
 pub(super) fn of(mode: Mode, endpoint: &Endpoint) -> Entries {
@@ -46,19 +59,31 @@ pub(super) fn of(mode: Mode, endpoint: &Endpoint) -> Entries {
     let addresses = endpoint.addresses.iter().map(IpNet::addr);
     match mode {
         Mode::L2 => {
-            add(&MACS, &[device, Field::Mac(endpoint.mac)]);
             for address in addresses {
                 let (own, plain) = if address.is_ipv4() { (&OWN4, &FRAMES4) } else { (&OWN6, &FRAMES6) };
                 add(own, &[device, Field::Mac(endpoint.mac), Field::Ip(address)]);
                 add(plain, &[device, Field::Ip(address)]);
             }
-            add(&FRAMES6, &[device, Field::Ip(link_local(endpoint.mac))]);
+            for mac in endpoint.allowed_macs.iter().chain([&endpoint.mac]) {
+                add(&MACS, &[device, Field::Mac(*mac)]);
+                add(&FRAMES6, &[device, Field::Ip(link_local(*mac))]);
+            }
         }
         Mode::L3 => {
             for address in addresses {
                 add(if address.is_ipv4() { &PACKETS4 } else { &PACKETS6 }, &[device, Field::Ip(address)]);
             }
         }
+    }
+    // The kernel rejects ranges that overlap.
+    for prefix in IpNet::aggregate(&endpoint.allowed) {
+        let set = match (mode, prefix) {
+            (Mode::L2, IpNet::V4(_)) => &FRAME_RANGES4,
+            (Mode::L2, IpNet::V6(_)) => &FRAME_RANGES6,
+            (Mode::L3, IpNet::V4(_)) => &PACKET_RANGES4,
+            (Mode::L3, IpNet::V6(_)) => &PACKET_RANGES6,
+        };
+        add(set, &[device, Field::Net(prefix)]);
     }
     entries
 }

@@ -7,7 +7,10 @@ use std::sync::{Arc, LazyLock};
 use ovl_dataplane::nft::{Chain, Object, Set, Skeleton};
 
 use super::REFUSED;
-use super::elements::{FRAMES4, FRAMES6, MACS, OWN4, OWN6, PACKETS4, PACKETS6};
+use super::elements::{
+    FRAME_RANGES4, FRAME_RANGES6, FRAMES4, FRAMES6, MACS, OWN4, OWN6, PACKET_RANGES4, PACKET_RANGES6,
+    PACKETS4, PACKETS6,
+};
 
 /// The numbers of router advertisements and redirects (RFC 4861, sections 4.2 and 4.5).
 const FROM_ROUTERS: &str = "{ 134, 137 }";
@@ -38,6 +41,7 @@ pub(super) fn frames() -> Arc<Skeleton> {
     static SKELETON: LazyLock<Arc<Skeleton>> = LazyLock::new(|| {
         let [macs, own4, own6] = [&MACS, &OWN4, &OWN6].map(|set| &*set.name);
         let [addresses4, addresses6] = [&FRAMES4, &FRAMES6].map(|set| &*set.name);
+        let [allowed4, allowed6] = [&FRAME_RANGES4, &FRAME_RANGES6].map(|set| &*set.name);
         let own4 = format!("iifname . ether saddr . ip saddr @{own4} accept");
         let prerouting = vec![
             "iifname != \"ove-*\" accept".to_owned(),
@@ -53,6 +57,7 @@ pub(super) fn frames() -> Arc<Skeleton> {
         let check_arp = vec![
             format!("iifname . arp saddr ether != @{macs} goto refuse"),
             format!("iifname . arp saddr ip @{addresses4} accept"),
+            format!("iifname . arp saddr ip @{allowed4} accept"),
             "arp saddr ip 0.0.0.0 arp operation 1 accept".to_owned(),
             refuse(),
         ];
@@ -60,6 +65,7 @@ pub(super) fn frames() -> Arc<Skeleton> {
             "ip saddr 0.0.0.0 udp sport 68 udp dport 67 accept".to_owned(),
             "udp sport 67 goto refuse".to_owned(),
             format!("iifname . ip saddr @{addresses4} accept"),
+            format!("iifname . ip saddr @{allowed4} accept"),
             refuse(),
         ];
         let check_ip6 = vec![
@@ -78,16 +84,18 @@ pub(super) fn frames() -> Arc<Skeleton> {
         ];
         let check_source6 = vec![
             format!("iifname . @nh,64,128 @{addresses6} accept"),
+            format!("iifname . @nh,64,128 @{allowed6} accept"),
             format!("{OPAQUE_LINK_LOCAL} accept"),
             refuse(),
         ];
         let check_target = vec![
             format!("iifname . @th,64,128 @{addresses6} accept"),
+            format!("iifname . @th,64,128 @{allowed6} accept"),
             format!("{OPAQUE_TARGET} accept"),
             refuse(),
         ];
         skeleton(
-            &[&MACS, &OWN4, &OWN6, &FRAMES4, &FRAMES6],
+            &[&MACS, &OWN4, &OWN6, &FRAMES4, &FRAMES6, &FRAME_RANGES4, &FRAME_RANGES6],
             vec![
                 chain("check-arp", None, check_arp),
                 chain("check-ip", None, check_ip),
@@ -108,16 +116,19 @@ pub(super) fn frames() -> Arc<Skeleton> {
 pub(super) fn packets() -> Arc<Skeleton> {
     static SKELETON: LazyLock<Arc<Skeleton>> = LazyLock::new(|| {
         let [addresses4, addresses6] = [&PACKETS4, &PACKETS6].map(|set| &*set.name);
+        let [allowed4, allowed6] = [&PACKET_RANGES4, &PACKET_RANGES6].map(|set| &*set.name);
         let prerouting = vec![
             "iifname != \"ove-*\" accept".to_owned(),
             format!("iifname . ip saddr @{addresses4} accept"),
+            format!("iifname . ip saddr @{allowed4} accept"),
             format!("meta l4proto 58 @th,0,8 {FROM_ROUTERS} goto refuse"),
             format!("iifname . ip6 saddr @{addresses6} accept"),
+            format!("iifname . ip6 saddr @{allowed6} accept"),
             "ip6 saddr { ::, fe80::/10 } meta l4proto 58 accept".to_owned(),
             "goto refuse".to_owned(),
         ];
         skeleton(
-            &[&PACKETS4, &PACKETS6],
+            &[&PACKETS4, &PACKETS6, &PACKET_RANGES4, &PACKET_RANGES6],
             vec![chain("prerouting", Some("prerouting priority raw"), prerouting)],
         )
     });

@@ -68,6 +68,8 @@ fn entry(step: &Step, address: u8) -> Endpoint {
             let host = 8000 + u16::from(step.endpoint);
             vec![Published { transport, address: None, host, container: 80, count: 1 }]
         }),
+        allowed: Vec::new(),
+        allowed_macs: Vec::new(),
     }
 }
 
