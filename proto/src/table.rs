@@ -75,6 +75,12 @@ impl Endpoint {
     pub fn canonical_names(&self) -> impl Iterator<Item = String> {
         std::iter::once(&self.name).chain(&self.aliases).map(|name| name.to_ascii_lowercase())
     }
+
+    /// Returns the single addresses in [`Self::allowed`].
+    pub fn allowed_addresses(&self) -> impl Iterator<Item = IpAddr> {
+        let single = self.allowed.iter().filter(|prefix| prefix.prefix_len() == prefix.max_prefix_len());
+        single.map(IpNet::addr)
+    }
 }
 
 /// An entry of an owner table.

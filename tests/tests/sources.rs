@@ -14,7 +14,8 @@ use ovl_tests::inject::{PORT, listener, receive, spoofing_socket};
 use ovl_tests::ports::create_bridge_network;
 use ovl_tests::routed::create_routed_network;
 use ovl_tests::{
-    Attached, Capture, SOON, attach, create_network, ping_all_pairs, rows, start_lab, wait_clean,
+    Attached, Capture, SOON, assert_contains, attach, create_network, ctl_error, ping_all_pairs, rows,
+    start_lab, text, wait_clean,
 };
 
 /// EtherType for local experiments (IEEE 802).
@@ -219,6 +220,115 @@ fn endpoint_of_a_bridge_network_sends_only_from_its_own_addresses() {
     ping_all_pairs(&[a.clone(), b.clone()], SOON).unwrap();
     check_frames(host, &a, &[&b], Ipv4Addr::new(10, 1, 0, 1), false);
     wait_clean(lab.hosts(), SOON).unwrap();
+}
+
+/// Waits until a workload reaches an address, and returns the MAC address behind it.
+fn mac_behind(from: &Attached, address: &str) -> String {
+    from.workload.exec_ok(["ip", "neigh", "flush", "to", address]).unwrap();
+    from.workload.ping_until(address, SOON).unwrap();
+    let found = from.workload.ip_json(&["neigh", "show", address]).unwrap();
+    text(&found[0]["lladdr"])
+}
+
+#[test]
+fn allowed_addresses_and_mac_addresses_can_be_used_on_all_hosts() {
+    const SHARED: &str = "10.1.0.200";
+    const VIRTUAL: &str = "00:00:5e:00:01:07";
+    for options in [&[][..], &["--encrypted"]] {
+        let lab = start_lab(2).unwrap();
+        let subnets = ["--subnet", "10.1.0.0/24", "--subnet", "fd01::/64"];
+        create_network(&lab, "flat", &[&subnets[..], options].concat()).unwrap();
+        let hosts = [&lab["h1"], &lab["h2"]];
+        let more = ["--allow-address", SHARED, "--allow-mac", VIRTUAL];
+        let routers =
+            [attach(hosts[0], "r1", "flat", &more).unwrap(), attach(hosts[1], "r2", "flat", &more).unwrap()];
+        let clients =
+            [attach(hosts[0], "c1", "flat", &[]).unwrap(), attach(hosts[1], "c2", "flat", &[]).unwrap()];
+        assert_eq!(routers[0].json["allowed"], serde_json::json!(["10.1.0.200/32"]));
+        assert_eq!(routers[0].json["allowed_macs"], serde_json::json!([VIRTUAL]));
+        ping_all_pairs(&[&routers[..], &clients].concat(), SOON).unwrap();
+
+        // The address moves from one to the other.
+        let prefix = format!("{SHARED}/32");
+        for router in &routers {
+            router.workload.exec_ok(["ip", "addr", "add", &prefix, "dev", "eth0"]).unwrap();
+            for client in &clients {
+                assert_eq!(mac_behind(client, SHARED), router.mac());
+            }
+            router.workload.exec_ok(["ip", "addr", "del", &prefix, "dev", "eth0"]).unwrap();
+        }
+        // The same with a MAC address of its own, as VRRP has it.
+        for router in &routers {
+            for args in [
+                &["sysctl", "-qw", "net.ipv4.conf.all.arp_ignore=1"][..],
+                &["ip", "link", "add", "link", "eth0", "vrrp", "address", VIRTUAL, "type", "macvlan"],
+                &["ip", "addr", "add", &prefix, "dev", "vrrp"],
+                &["ip", "link", "set", "vrrp", "up"],
+            ] {
+                router.workload.exec_ok(args.iter().copied()).unwrap();
+            }
+            for client in &clients {
+                assert_eq!(mac_behind(client, SHARED), VIRTUAL);
+            }
+            router.workload.exec_ok(["ip", "link", "del", "vrrp"]).unwrap();
+        }
+
+        // Others may use neither.
+        let own = mac_of(&clients[0]);
+        let shared: Ipv4Addr = SHARED.parse().unwrap();
+        let stolen = [
+            ("ARP for it", arp(own, 2, (own, shared), v4(&clients[1]), "ARP for it")),
+            ("a datagram from it", datagram(own, shared.into(), (4000, 4001), "a datagram from it")),
+            ("its MAC address", ethernet(EVERYONE, mac(VIRTUAL), EXPERIMENT, b"its MAC address")),
+        ];
+        for got in received(&clients[0], &[&routers[0], &clients[1]], &stolen) {
+            assert_eq!(got, Vec::<&str>::new());
+        }
+        assert_eq!(refused(hosts[0], &clients[0]), stolen.len() as u64);
+        // Nor does an endpoint get the address by chance, and who has it as its own keeps it.
+        let owner = attach(hosts[0], "owner", "flat", &["--ip", SHARED]).unwrap();
+        for client in &clients {
+            assert_eq!(mac_behind(client, SHARED), owner.mac());
+        }
+        wait_clean(lab.hosts(), SOON).unwrap();
+    }
+}
+
+#[test]
+fn attach_says_what_a_network_cannot_allow() {
+    let lab = start_lab(1).unwrap();
+    let host = &lab["h1"];
+    create_network(&lab, "flat", &["--subnet", "10.1.0.0/24"]).unwrap();
+    create_routed_network(&lab, "pods", &["--subnet", "10.2.0.0/16"]).unwrap();
+    let there = attach(host, "there", "flat", &[]).unwrap();
+    let workload = host.workload("w").unwrap();
+    let says = |network: &str, more: &[&str]| {
+        let args = ["attach", "w", "--network", network, "--netns", workload.path_str()];
+        ctl_error(host, &[&args[..], more].concat()).unwrap()
+    };
+    assert_contains(&says("flat", &["--allow-address", "192.0.2.1"]), &["192.0.2.1", "10.1.0.0/24"]);
+    assert_contains(&says("flat", &["--allow-address", "10.1.0.0/28"]), &["gateway 10.1.0.1"]);
+    assert_contains(&says("flat", &["--allow-mac", &there.mac()]), &["in use by endpoint there"]);
+    assert_contains(&says("pods", &["--allow-mac", "00:00:5e:00:01:07"]), &["pods is routed"]);
+}
+
+#[test]
+fn routed_endpoint_may_send_from_an_allowed_prefix() {
+    let lab = start_lab(1).unwrap();
+    let host = &lab["h1"];
+    create_routed_network(&lab, "pods", &["--subnet", "10.2.0.0/16", "--subnet", "fd02::/64"]).unwrap();
+    let more = ["--allow-address", "192.0.2.0/28", "--allow-address", "2001:db8:9::/64"];
+    let a = attach(host, "a", "pods", &more).unwrap();
+    let b = attach(host, "b", "pods", &[]).unwrap();
+    ping_all_pairs(&[a.clone(), b.clone()], SOON).unwrap();
+    for (number, source) in ["192.0.2.7", "2001:db8:9::7"].into_iter().enumerate() {
+        let to = b.addresses()[number].clone();
+        let socket = listener(&b, &to, SOON);
+        let source: IpAddr = source.parse().unwrap();
+        spoofing_socket(&a.workload, source).send_to(b"from a network behind it", (&*to, PORT)).unwrap();
+        assert_eq!(receive(&socket).as_deref(), Some("from a network behind it"), "{source}");
+    }
+    assert_eq!(refused(host, &a), 0);
 }
 
 #[test]

@@ -27,7 +27,7 @@ use serde_json::json;
 #[path = "../../cluster/tests/world/mod.rs"]
 mod world;
 
-use world::{NET, World, endpoint, give, id, read};
+use world::{NET, World, endpoint, give, id, net, read};
 
 const SYSCTL: &str = "net.ipv4.ip_default_ttl";
 
@@ -190,7 +190,8 @@ fn happen(event: &Event, world: &mut World, local: &mut Local, all: &mut [&mut d
             let address = format!("10.9.0.{}/24", 8 * host + n + 1);
             let Entry::Endpoint(bare) = endpoint(10 * host + n, &address) else { panic!() };
             let labels = if label { BTreeMap::from([("app".into(), "web".into())]) } else { BTreeMap::new() };
-            let new = Entry::Endpoint(Endpoint { labels, ..bare });
+            let allowed = if label { vec![net("10.9.0.200/32")] } else { vec![] };
+            let new = Entry::Endpoint(Endpoint { labels, allowed, ..bare });
             let key = EndpointId([10 * host + n; 5]);
             let table = &mut world.view.nodes.get_mut(&id(host)).unwrap().table;
             let old = table.endpoint(key).cloned().map(Entry::Endpoint);

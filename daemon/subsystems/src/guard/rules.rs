@@ -43,11 +43,13 @@ pub(super) fn frames() -> Arc<Skeleton> {
         let [addresses4, addresses6] = [&FRAMES4, &FRAMES6].map(|set| &*set.name);
         let [allowed4, allowed6] = [&FRAME_RANGES4, &FRAME_RANGES6].map(|set| &*set.name);
         let own4 = format!("iifname . ether saddr . ip saddr @{own4} accept");
+        let own6 = format!("iifname . ether saddr . @nh,64,128 @{own6} accept");
         let prerouting = vec![
             "iifname != \"ove-*\" accept".to_owned(),
             format!("meta l4proto != 17 {own4}"),
             format!("udp sport != 67 {own4}"),
-            format!("meta protocol ip6 meta l4proto 6 iifname . ether saddr . @nh,64,128 @{own6} accept"),
+            format!("meta protocol ip6 meta l4proto 6 {own6}"),
+            format!("meta protocol ip6 udp sport != 547 {own6}"),
             format!("iifname . ether saddr != @{macs} goto refuse"),
             "meta protocol vmap { arp : goto check-arp, ip : goto check-ip, ip6 : goto check-ip6, \
              0x8100 : goto refuse, 0x88a8 : goto refuse }"
