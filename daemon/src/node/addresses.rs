@@ -308,12 +308,17 @@ fn edges(state: &State, network: NetworkId) -> BTreeSet<IpAddr> {
 /// Picks a free address of the blocks that this host holds. `None` if there is none.
 pub(super) fn pick(state: &mut State, network: NetworkId, subnet: &Subnet) -> Option<IpAddr> {
     let cursor = (network, subnet.gateway);
-    let address = ipam::allocate(
-        &blocks(state, network, subnet),
-        subnet,
-        in_use(state, network),
-        state.cursors.get(&cursor).copied(),
-    )?;
+    let address = {
+        let in_use = in_use(state, network);
+        // An address that an endpoint may send from beside its own is a virtual one: only `--ip` gives it away.
+        let is_allowed = |address| state.view.all_allowing_address(network, address).next().is_some();
+        ipam::allocate(
+            &blocks(state, network, subnet),
+            subnet,
+            |address| in_use(address) || is_allowed(address),
+            state.cursors.get(&cursor).copied(),
+        )?
+    };
     state.cursors.insert(cursor, address);
     Some(address)
 }
