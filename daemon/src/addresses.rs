@@ -140,12 +140,17 @@ impl Addresses {
     /// Picks a free address of the blocks that this host holds. `None` if there is none.
     pub(crate) fn pick(&mut self, view: &View, network: NetworkId, subnet: &Subnet) -> Option<IpAddr> {
         let cursor = (network, subnet.gateway);
-        let address = ipam::allocate(
-            &own_blocks(view, network, subnet),
-            subnet,
-            self.in_use(view, network),
-            self.cursors.get(&cursor).copied(),
-        )?;
+        let address = {
+            let in_use = self.in_use(view, network);
+            // An address that an endpoint may send from beside its own is a virtual one: only `--ip` gives it away.
+            let is_allowed = |address| view.all_allowing_address(network, address).next().is_some();
+            ipam::allocate(
+                &own_blocks(view, network, subnet),
+                subnet,
+                |address| in_use(address) || is_allowed(address),
+                self.cursors.get(&cursor).copied(),
+            )?
+        };
         self.cursors.insert(cursor, address);
         Some(address)
     }

@@ -128,8 +128,8 @@ pub(crate) fn drops(view: &View, counts: Vec<Vec<CountedElement>>) -> Vec<Policy
     drops
 }
 
-/// Renders the dropped packets in Prometheus' text format. `forged` is the number of packets with a forged source.
-pub(crate) fn metrics(view: &View, refused: &Refused, forged: u64) -> String {
+/// Renders the dropped packets in Prometheus' text format.
+pub(crate) fn metrics(view: &View, refused: &Refused) -> String {
     let mut text = String::new();
     let count = view.resources.policies().len() as u64;
     head(&mut text, "ovl_policies", "Network policies in the cluster", "gauge");
@@ -146,9 +146,6 @@ pub(crate) fn metrics(view: &View, refused: &Refused, forged: u64) -> String {
         ];
         line(&mut text, name, &labels, *packets);
     }
-    let name = "ovl_policy_forged_packets_total";
-    head(&mut text, name, "Packets of this host's endpoints with a source that is not theirs", "counter");
-    line(&mut text, name, &[], forged);
     text
 }
 
@@ -316,9 +313,8 @@ mod tests {
 
     #[test]
     fn metrics_name_the_endpoint() {
-        let text = metrics(&world().view, &refused(counted(&[10, 9, 0, 9], 7, None)), 2);
+        let text = metrics(&world().view, &refused(counted(&[10, 9, 0, 9], 7, None)));
         assert!(text.contains("ovl_policies 1\n"), "{text}");
         assert!(text.contains("endpoint=\"w1\",address=\"10.9.0.9\"") && text.contains("} 7\n"), "{text}");
-        assert!(text.contains("ovl_policy_forged_packets_total 2\n"), "{text}");
     }
 }

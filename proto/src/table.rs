@@ -58,12 +58,28 @@ pub struct Endpoint {
     pub ready: bool,
     /// The published ports of its host.
     pub publish: Vec<Published>,
+    /// Prefixes that it may send from, beside its own addresses: for VRRP, or for machines behind it. At most
+    /// [`Self::MAX_ALLOWED`].
+    pub allowed: Vec<IpNet>,
+    /// MAC addresses that it may send from, beside its own. At most [`Self::MAX_ALLOWED_MACS`].
+    pub allowed_macs: Vec<Mac>,
 }
 
 impl Endpoint {
+    /// The maximum number of allowed prefixes.
+    pub const MAX_ALLOWED: usize = 64;
+    /// The maximum number of allowed MAC addresses.
+    pub const MAX_ALLOWED_MACS: usize = 16;
+
     /// Returns the name and the aliases in lower case, the form in which names are compared (RFC 4343).
     pub fn canonical_names(&self) -> impl Iterator<Item = String> {
         std::iter::once(&self.name).chain(&self.aliases).map(|name| name.to_ascii_lowercase())
+    }
+
+    /// Returns the single addresses in [`Self::allowed`].
+    pub fn allowed_addresses(&self) -> impl Iterator<Item = IpAddr> {
+        let single = self.allowed.iter().filter(|prefix| prefix.prefix_len() == prefix.max_prefix_len());
+        single.map(IpNet::addr)
     }
 }
 

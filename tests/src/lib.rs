@@ -4,6 +4,7 @@
 mod capture;
 pub mod cni;
 mod flow;
+pub mod frames;
 pub mod inject;
 pub mod policy;
 pub mod ports;

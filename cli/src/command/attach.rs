@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process;
 
 use clap::ArgGroup;
+use ipnet::IpNet;
 use ovl_control::{Attach, EndpointInfo, NetnsRef, Reply, Request};
 use ovl_proto::id::Mac;
 use ovl_proto::publish::Publish;
@@ -57,6 +58,12 @@ pub(crate) struct Args {
     /// Receive no Service connections until `ovlctl endpoint ready`
     #[arg(long)]
     not_ready: bool,
+    /// An address or prefix that the endpoint may send from beside its own addresses; may be repeated
+    #[arg(long = "allow-address", value_name = "CIDR", value_parser = parse_prefix)]
+    allowed: Vec<IpNet>,
+    /// A MAC address that the endpoint may send from beside its own; may be repeated
+    #[arg(long = "allow-mac", value_name = "MAC", value_parser = parse_unicast_mac)]
+    allowed_macs: Vec<Mac>,
 }
 
 /// Attaches the endpoint and prints it.
@@ -89,6 +96,8 @@ impl Args {
             labels: BTreeMap::from_iter(self.labels),
             publish: self.publish,
             not_ready: self.not_ready,
+            allowed: self.allowed,
+            allowed_macs: self.allowed_macs,
         })
     }
 }
@@ -108,6 +117,17 @@ fn parse_netns(text: &str) -> std::result::Result<PathBuf, String> {
         }
     }
     std::path::absolute(text).map_err(|error| error.to_string())
+}
+
+/// Parses an address, or a prefix without bits behind its length.
+fn parse_prefix(text: &str) -> std::result::Result<IpNet, String> {
+    let parsed = text.parse::<IpNet>().ok().or_else(|| text.parse::<IpAddr>().ok().map(IpNet::from));
+    let prefix = parsed.ok_or("expected an address or a prefix like 10.1.0.0/28")?;
+    if prefix.addr() == prefix.network() {
+        Ok(prefix)
+    } else {
+        Err(format!("{text} has bits behind its length: did you mean {}?", prefix.trunc()))
+    }
 }
 
 fn parse_unicast_mac(text: &str) -> std::result::Result<Mac, String> {
@@ -162,7 +182,8 @@ mod tests {
     fn request_contains_all_options() {
         let line = "attach web --network blue --pid 7 --ip 10.1.0.9 --ip fd00::9 --mac 02:00:00:00:00:01 \
                     --ifname e0 --alias b --alias c --namespace shop --label app=a=b --label tier= --not-ready \
-                    --publish 8080:80 --publish [::1]:53:53/udp";
+                    --publish 8080:80 --publish [::1]:53:53/udp --allow-address 10.1.0.200 \
+                    --allow-address fd00:9::/64 --allow-mac 00:00:5e:00:01:07";
         let expected = Attach {
             name: "web".into(),
             network: "blue".into(),
@@ -175,6 +196,8 @@ mod tests {
             labels: [("app".into(), "a=b".into()), ("tier".into(), String::new())].into(),
             publish: vec!["8080:80".parse().unwrap(), "[::1]:53:53/udp".parse().unwrap()],
             not_ready: true,
+            allowed: vec!["10.1.0.200/32".parse().unwrap(), "fd00:9::/64".parse().unwrap()],
+            allowed_macs: vec![Mac([0, 0, 0x5e, 0, 1, 7])],
         };
         assert_eq!(request(line), expected);
     }
@@ -213,6 +236,9 @@ mod tests {
             publish: Vec::new(),
             warnings: Vec::new(),
             ready: true,
+            allowed: Vec::new(),
+            allowed_macs: Vec::new(),
+            refused: None,
         };
         assert_eq!(
             render(&endpoint),

@@ -43,9 +43,15 @@ fn render(endpoints: &[EndpointInfo]) -> String {
         .column("MAC", endpoints.iter().map(|endpoint| endpoint.mac))
         .column("STATE", endpoints.iter().map(|endpoint| endpoint.state))
         .optional_column("READY", "yes", endpoints.iter().map(|endpoint| yes_no(endpoint.ready)))
+        .optional_column("REFUSED", "", endpoints.iter().map(refused))
         .optional_column("ALIASES", "", endpoints.iter().map(|endpoint| comma_separated(&endpoint.aliases)))
         .optional_column("PUBLISH", "", endpoints.iter().map(|endpoint| comma_separated(&endpoint.publish)))
         .render()
+}
+
+/// The number of refused frames. Empty if there are none, or if this host does not count them.
+fn refused(endpoint: &EndpointInfo) -> String {
+    endpoint.refused.filter(|count| *count > 0).map_or_else(String::new, |count| count.to_string())
 }
 
 #[cfg(test)]
@@ -70,6 +76,9 @@ mod tests {
             publish: Vec::new(),
             warnings: Vec::new(),
             ready: true,
+            allowed: Vec::new(),
+            allowed_macs: Vec::new(),
+            refused: None,
         }
     }
 
@@ -91,12 +100,13 @@ db    blue     host3  10.1.0.3/16  02:00:0a:01:00:03  suspended
         let mut pod = endpoint("web", 2);
         pod.namespace = "shop".into();
         pod.aliases = vec!["www".into(), "front".into()];
+        pod.refused = Some(7);
         pod.addresses.push("fd00::2/64".parse().unwrap());
         assert_eq!(
             render(&[pod]),
             "\
-NAME  NAMESPACE  NETWORK  NODE   ADDRESSES               MAC                STATE  ALIASES
-web   shop       blue     host2  10.1.0.2/16,fd00::2/64  02:00:0a:01:00:02  ready  www,front
+NAME  NAMESPACE  NETWORK  NODE   ADDRESSES               MAC                STATE  REFUSED  ALIASES
+web   shop       blue     host2  10.1.0.2/16,fd00::2/64  02:00:0a:01:00:02  ready  7        www,front
 "
         );
     }

@@ -17,6 +17,10 @@ pub(crate) struct EndpointIndex {
     networks: BTreeMap<NetworkId, BTreeSet<EndpointId>>,
     addresses: BTreeSet<(NetworkId, IpAddr, EndpointId)>,
     macs: BTreeSet<(NetworkId, Mac, EndpointId)>,
+    /// Single addresses that endpoints may send from, beside their own.
+    allowed: BTreeSet<(NetworkId, IpAddr, EndpointId)>,
+    /// MAC addresses that endpoints may send from, beside their own.
+    allowed_macs: BTreeSet<(NetworkId, Mac, EndpointId)>,
     names: BTreeMap<String, BTreeSet<EndpointId>>,
     /// By names and aliases in lower case.
     called: BTreeMap<String, BTreeSet<EndpointId>>,
@@ -29,6 +33,8 @@ impl EndpointIndex {
         let Endpoint { id, network, mac, .. } = *endpoint;
         self.networks.entry(network).or_default().insert(id);
         self.macs.insert((network, mac, id));
+        self.allowed.extend(endpoint.allowed_addresses().map(|address| (network, address, id)));
+        self.allowed_macs.extend(endpoint.allowed_macs.iter().map(|mac| (network, *mac, id)));
         self.names.entry(endpoint.name.clone()).or_default().insert(id);
         for name in endpoint.canonical_names() {
             self.called.entry(name).or_default().insert(id);
@@ -43,6 +49,12 @@ impl EndpointIndex {
         let Endpoint { id, network, mac, .. } = *endpoint;
         take(&mut self.networks, &network, id);
         self.macs.remove(&(network, mac, id));
+        for address in endpoint.allowed_addresses() {
+            self.allowed.remove(&(network, address, id));
+        }
+        for mac in &endpoint.allowed_macs {
+            self.allowed_macs.remove(&(network, *mac, id));
+        }
         take(&mut self.names, &endpoint.name, id);
         for name in endpoint.canonical_names() {
             take(&mut self.called, &name, id);
@@ -78,6 +90,18 @@ impl EndpointIndex {
 
     pub(crate) fn with_mac(&self, network: NetworkId, mac: Mac) -> impl Iterator<Item = EndpointId> {
         self.macs.range((network, mac, FIRST)..=(network, mac, LAST)).map(|(_, _, id)| *id)
+    }
+
+    pub(crate) fn allowing_address(
+        &self,
+        network: NetworkId,
+        address: IpAddr,
+    ) -> impl Iterator<Item = EndpointId> {
+        self.allowed.range((network, address, FIRST)..=(network, address, LAST)).map(|(_, _, id)| *id)
+    }
+
+    pub(crate) fn allowing_mac(&self, network: NetworkId, mac: Mac) -> impl Iterator<Item = EndpointId> {
+        self.allowed_macs.range((network, mac, FIRST)..=(network, mac, LAST)).map(|(_, _, id)| *id)
     }
 
     pub(crate) fn named(&self, name: &str) -> impl Iterator<Item = EndpointId> {

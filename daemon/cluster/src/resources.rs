@@ -181,6 +181,8 @@ mod tests {
             labels: labels(own),
             ready: true,
             publish: Vec::new(),
+            allowed: Vec::new(),
+            allowed_macs: Vec::new(),
         }
     }
 

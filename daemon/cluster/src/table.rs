@@ -119,6 +119,16 @@ impl Table {
         self.contents.index.with_mac(network, mac).filter_map(|id| self.endpoint(id))
     }
 
+    /// Returns the endpoints on a network that may send from an address that is not their own.
+    pub fn allowing_address(&self, network: NetworkId, address: IpAddr) -> impl Iterator<Item = &Endpoint> {
+        self.contents.index.allowing_address(network, address).filter_map(|id| self.endpoint(id))
+    }
+
+    /// Returns the endpoints on a network that may send from a MAC address that is not their own.
+    pub fn allowing_mac(&self, network: NetworkId, mac: Mac) -> impl Iterator<Item = &Endpoint> {
+        self.contents.index.allowing_mac(network, mac).filter_map(|id| self.endpoint(id))
+    }
+
     /// Returns the endpoints of a name, on any network and in any namespace.
     pub fn named(&self, name: &str) -> impl Iterator<Item = &Endpoint> {
         self.contents.index.named(name).filter_map(|id| self.endpoint(id))

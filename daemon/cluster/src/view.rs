@@ -108,6 +108,22 @@ impl View {
         self.placed(move |table| table.with_mac(network, mac))
     }
 
+    /// Returns all endpoints that may send from an address of a network that is not their own, whether they are used or
+    /// not.
+    pub fn all_allowing_address(
+        &self,
+        network: NetworkId,
+        address: IpAddr,
+    ) -> impl Iterator<Item = Placed<'_>> {
+        self.placed(move |table| table.allowing_address(network, address))
+    }
+
+    /// Returns all endpoints that may send from a MAC address of a network that is not their own, whether they are used
+    /// or not.
+    pub fn all_allowing_mac(&self, network: NetworkId, mac: Mac) -> impl Iterator<Item = Placed<'_>> {
+        self.placed(move |table| table.allowing_mac(network, mac))
+    }
+
     /// Returns all endpoints of a name on any network, whether they are used or not.
     pub fn all_named<'a>(&'a self, name: &'a str) -> impl Iterator<Item = Placed<'a>> {
         self.placed(move |table| table.named(name))

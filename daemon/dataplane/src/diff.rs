@@ -188,10 +188,13 @@ fn tables(actual: &Dataplane, desired: &Dataplane, prune: bool) -> Vec<Op> {
     ops
 }
 
-/// Whether it takes the guard away from a port by which frames may leave that came in by it: not before that is over.
+/// Whether it removes a check that must stay as long as the interfaces that it is about: of hairpin traffic, or of what
+/// endpoints send.
 fn unguards(op: &Op) -> bool {
     match op {
-        Op::Nft(NftOp::DeleteTable(table)) => *table == Table::PublishFrames,
+        Op::Nft(NftOp::DeleteTable(table)) => {
+            matches!(table, Table::PublishFrames | Table::Guard | Table::GuardFrames)
+        }
         Op::Nft(NftOp::DeleteElement(set, _)) => set.table == Table::PublishFrames,
         _ => false,
     }

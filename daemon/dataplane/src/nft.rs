@@ -26,6 +26,10 @@ pub enum Table {
     Sources,
     /// Which frames of switched networks go through the host's IP stack.
     Divert,
+    /// What endpoints of this host may send: bridged frames.
+    GuardFrames,
+    /// What endpoints of this host may send: routed packets.
+    Guard,
     /// Published ports.
     Publish,
     /// Frames that turn round at the port of an endpoint which has published ports, or may be behind a Service.
@@ -46,7 +50,9 @@ pub enum Table {
 
 impl Table {
     /// Those in [`crate::state::Dataplane::tables`].
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 11] = [
+        Self::GuardFrames,
+        Self::Guard,
         Self::Divert,
         Self::Publish,
         Self::PublishFrames,
@@ -61,8 +67,10 @@ impl Table {
     /// Of packets: `inet`, `bridge`, `ip` or `ip6`.
     pub fn family(self) -> &'static str {
         match self {
-            Self::Divert | Self::PublishFrames | Self::PolicyFrames => "bridge",
-            Self::Sources | Self::Publish | Self::Services | Self::Policy | Self::Resolver => "inet",
+            Self::Divert | Self::GuardFrames | Self::PublishFrames | Self::PolicyFrames => "bridge",
+            Self::Sources | Self::Guard | Self::Publish | Self::Services | Self::Policy | Self::Resolver => {
+                "inet"
+            }
             Self::Resolver4 => "ip",
             Self::Resolver6 => "ip6",
         }
@@ -72,6 +80,7 @@ impl Table {
     pub fn name(self) -> &'static str {
         match self {
             Self::Sources => "ovl-sources",
+            Self::GuardFrames | Self::Guard => "ovl-guard",
             Self::Divert => "ovl-divert",
             Self::Publish | Self::PublishFrames => "ovl-publish",
             Self::Services => "ovl-services",

@@ -161,6 +161,11 @@ impl Op {
         matches!(self.table(), Some(Table::Policy | Table::PolicyFrames))
     }
 
+    /// Whether endpoints of this host may send what they should not, or nothing, if this operation is refused.
+    pub fn is_guard(&self) -> bool {
+        matches!(self.table(), Some(Table::Guard | Table::GuardFrames))
+    }
+
     /// Does to `state` what the kernel does.
     pub fn apply_to(&self, state: &mut Dataplane) {
         match self {

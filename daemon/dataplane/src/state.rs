@@ -169,9 +169,9 @@ pub struct TunnelPeer {
 /// Who may use a MAC address as source on a switched network.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Source {
-    /// The tunnel address of the endpoint's host.
-    pub from: IpAddr,
-    /// The endpoint's addresses.
+    /// The tunnel addresses of the hosts that may send from it: one, unless endpoints share a virtual MAC address.
+    pub from: BTreeSet<IpAddr>,
+    /// The addresses that the endpoints may send from.
     pub addresses: BTreeSet<IpAddr>,
 }
 

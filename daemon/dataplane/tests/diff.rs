@@ -195,10 +195,10 @@ fn part(n: u8) -> impl Strategy<Value = Dataplane> {
                 // The same in a tunnel.
                 let vni = 4096 + vni;
                 kernel.links.insert(vxlan, Link::Tap { vni, mtu, master, up, tuned });
-                let from = IpAddr::from([0xfd01, 0, 0, 0, 0, 0, 0, 1]);
-                let sources = neighbours_of
-                    .iter()
-                    .map(|(address, mac)| ((vxlan, *mac), Source { from, addresses: [*address].into() }));
+                let from = BTreeSet::from([IpAddr::from([0xfd01, 0, 0, 0, 0, 0, 0, 1])]);
+                let sources = neighbours_of.iter().map(|(address, mac)| {
+                    ((vxlan, *mac), Source { from: from.clone(), addresses: [*address].into() })
+                });
                 kernel.sources.extend(sources);
             }
             if has_endpoint {

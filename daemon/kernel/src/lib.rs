@@ -363,11 +363,6 @@ impl KernelHandle {
         self.ask(|reply| Request::Counts(table, sets, reply)).await?
     }
 
-    /// Reads a named nftables counter, in packets. It is 0 if there is no such counter.
-    pub async fn counter(&self, table: Table, name: &'static str) -> Result<u64> {
-        self.ask(|reply| Request::Counter(table, name, reply)).await?
-    }
-
     /// Checks whether the kernel supports WireGuard devices.
     pub async fn has_wireguard(&self) -> Result<bool> {
         self.ask(Request::HasWireguard).await

@@ -137,7 +137,6 @@ impl Held {
             Request::Counts(_, sets, reply) => {
                 drop(reply.send(Ok(sets.iter().map(|_| Vec::new()).collect())));
             }
-            Request::Counter(_, _, reply) => drop(reply.send(Ok(0))),
             Request::HasWireguard(reply) => drop(reply.send(true)),
             Request::LearnKey(_, reply) => drop(reply.send(())),
             Request::Tunnels(reply) => drop(reply.send(Ok(Vec::new()))),

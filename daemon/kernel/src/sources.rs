@@ -129,7 +129,7 @@ impl Sources {
     /// Reads the elements of these networks from the kernel. `devices` are the devices by VNI.
     ///
     /// The result is empty if the rules are not as written, so that all elements, and with them the rules, are set
-    /// again. A MAC address with several hosts, or none, has the unspecified address as its host.
+    /// again.
     pub(super) fn dump(
         &mut self,
         devices: &BTreeMap<u32, Device>,
@@ -140,21 +140,14 @@ impl Sources {
             return Ok(BTreeMap::new());
         }
         let held = self.held()?.iter().filter_map(|((vni, mac), allowed)| {
-            let mut hosts = Vec::new();
-            let mut addresses = BTreeSet::new();
+            let (mut from, mut addresses) = (BTreeSet::new(), BTreeSet::new());
             for allowed in allowed {
                 match allowed {
-                    Allowed::From(host) => hosts.push(*host),
-                    Allowed::Address(address) => {
-                        addresses.insert(*address);
-                    }
-                }
+                    Allowed::From(host) => from.insert(IpAddr::from(*host)),
+                    Allowed::Address(address) => addresses.insert(*address),
+                };
             }
-            let from = match hosts[..] {
-                [host] => host,
-                _ => Ipv6Addr::UNSPECIFIED,
-            };
-            Some(((*devices.get(vni)?, *mac), Source { from: from.into(), addresses }))
+            Some(((*devices.get(vni)?, *mac), Source { from, addresses }))
         });
         Ok(held.collect())
     }
@@ -192,11 +185,11 @@ impl Sources {
 }
 
 fn allowed(source: &Source) -> Result<BTreeSet<Allowed>> {
-    let IpAddr::V6(from) = source.from else {
-        return Err(KernelError::NotTunnelAddress(source.from));
-    };
-    let addresses = source.addresses.iter().map(|address| Allowed::Address(*address));
-    Ok(addresses.chain([Allowed::From(from)]).collect())
+    let hosts = source.from.iter().map(|from| match from {
+        IpAddr::V6(from) => Ok(Allowed::From(*from)),
+        IpAddr::V4(_) => Err(KernelError::NotTunnelAddress(*from)),
+    });
+    hosts.chain(source.addresses.iter().map(|address| Ok(Allowed::Address(*address)))).collect()
 }
 
 /// The set and key of an element.
@@ -233,6 +226,8 @@ fn parse(set: &Set, key: &[u8]) -> Option<((u32, Mac), Allowed)> {
 /// EtherType, 240 the payload of the frame. A rule does not match a packet that ends before the named bits, so
 /// rules accept what matches, and the end of each chain drops.
 ///
+/// Router advertisements and redirects are refused: an endpoint is no router.
+///
 /// An ARP message and a neighbour advertisement are about an address that is not the source of the packet: it is
 /// looked up too. Extension headers that could hide an advertisement are dropped, except the hop-by-hop options of
 /// multicast listener reports.
@@ -258,7 +253,8 @@ fn rules(port: u16) -> Skeleton {
             ),
             chain(
                 "advertisement",
-                "@th,560,8 != 136 return
+                "@th,560,8 { 134, 137 } goto refuse
+                 @th,560,8 != 136 return
                  @th,96,24 . @th,176,48 . @th,624,128 @v6 return
                  @th,624,10 0x3fa return
                  goto refuse",

@@ -225,7 +225,8 @@ impl Tunnels {
             Op::Fdb(FdbOp::DeleteFlood(_, remote)) => engine.delete_flood(name, inner(remote.vtep)?),
             Op::Source(SourceOp::Set(_, mac, Source { from, addresses })) => {
                 let addresses = addresses.iter().copied().collect();
-                engine.set_source(name, mac.0, ovl_tunnel::FrameSource { from: inner(*from)?, addresses })?;
+                let from = from.iter().map(|host| inner(*host)).collect::<Result<_>>()?;
+                engine.set_source(name, mac.0, ovl_tunnel::FrameSource { from, addresses })?;
             }
             Op::Source(SourceOp::Delete(_, mac)) => engine.delete_source(name, mac.0),
             _ => {}
@@ -294,7 +295,8 @@ impl Tunnels {
             kernel.floods.extend(tap.floods.into_iter().map(|to| (device, at(to))));
             kernel.sources.extend(tap.sources.into_iter().map(|(mac, source)| {
                 let addresses = source.addresses.into_iter().collect();
-                ((device, Mac(mac)), Source { from: source.from.into(), addresses })
+                let from = source.from.into_iter().map(IpAddr::V6).collect();
+                ((device, Mac(mac)), Source { from, addresses })
             }));
         }
         self.kernel_tunnels.fill(kernel)

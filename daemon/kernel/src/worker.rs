@@ -57,7 +57,6 @@ pub(super) enum Request {
     Retire(Vec<RetiredEndpoint>, Vec<Op>, oneshot::Sender<(Vec<Outcome>, Result<()>)>),
     Sweep(oneshot::Sender<Result<()>>),
     Counts(Table, Vec<String>, oneshot::Sender<Result<Vec<Vec<CountedElement>>>>),
-    Counter(Table, &'static str, oneshot::Sender<Result<u64>>),
     HasWireguard(oneshot::Sender<bool>),
     LearnKey(PrivateKey, oneshot::Sender<()>),
     Tunnels(oneshot::Sender<Result<Vec<TunnelStatus>>>),
@@ -175,9 +174,6 @@ impl Worker {
             Request::Sweep(reply) => self.sweeper.sweep_all(reply),
             Request::Counts(table, sets, reply) => {
                 let _ = reply.send(self.tables.counts(table, &sets));
-            }
-            Request::Counter(table, name, reply) => {
-                let _ = reply.send(self.tables.counted(table, name));
             }
             Request::HasWireguard(reply) => {
                 let _ = reply.send(tunnel::kernel_has_wireguard());

@@ -17,9 +17,11 @@ use ovl_proto::object::{Driver, Mode, Network, Subnet};
 use ovl_proto::table::{Endpoint, Entry, Key};
 use ovl_runtimes::cni::{self, Attachment};
 use ovl_subsystems::endpoints::hairpin;
+use ovl_subsystems::guard;
 use ovl_subsystems::networks::mtu::network_mtu;
 
 use super::addresses::Reserved;
+use super::state::State;
 use super::{Failed, Node};
 use crate::config::{MAX_NAME, is_name_within};
 use crate::endpoints::{FullName, LocalEndpoint, Restored};
@@ -131,6 +133,8 @@ impl Node {
             labels: request.labels.clone(),
             ready: !request.not_ready,
             publish: ports.published().to_vec(),
+            allowed: IpNet::aggregate(&request.allowed),
+            allowed_macs: request.allowed_macs.clone(),
         };
         let addresses = endpoint.addresses.iter().map(IpNet::addr);
         let gateways = addresses.filter(|_| !network.internal).filter_map(|at| ipam::gateway_on(network, at));
@@ -287,6 +291,10 @@ impl Node {
                 found.network.name
             )));
         }
+        guard::check(&found.network, &request.allowed, &request.allowed_macs).map_err(Failed::invalid)?;
+        for mac in &request.allowed_macs {
+            check_free(&state, found.network.id, *mac)?;
+        }
         Ok(found.network.clone())
     }
 
@@ -377,14 +385,7 @@ impl Node {
             return Err(Failed::conflict(format!("{mac} is the gateway's")));
         }
         let mut state = self.state.borrow_mut();
-        let holder =
-            state.view.all_with_mac(network, mac).find(|placed| state.view.counts_on(placed.node, network));
-        if let Some(placed) = holder {
-            return Err(Failed::conflict(format!(
-                "{mac} is in use by endpoint {} on host {}",
-                placed.endpoint.name, placed.node.record.name
-            )));
-        }
+        check_free(&state, network, mac)?;
         if !state.endpoints.reserve_mac(network, mac) {
             return Err(Failed::conflict(format!("{mac} is being given to another endpoint at this moment")));
         }
@@ -651,7 +652,22 @@ impl Node {
             publish: endpoint.publish.clone(),
             warnings: Vec::new(),
             ready: endpoint.ready,
+            allowed: endpoint.allowed.clone(),
+            allowed_macs: endpoint.allowed_macs.clone(),
+            refused: None,
         }
+    }
+}
+
+/// Checks that no endpoint of a network has a MAC address.
+fn check_free(state: &State, network: NetworkId, mac: Mac) -> Result<(), Failed> {
+    let mut holders = state.view.all_with_mac(network, mac);
+    match holders.find(|placed| state.view.counts_on(placed.node, network)) {
+        Some(Placed { node, endpoint }) => Err(Failed::conflict(format!(
+            "{mac} is in use by endpoint {} on host {}",
+            endpoint.name, node.record.name
+        ))),
+        None => Ok(()),
     }
 }
 

@@ -64,6 +64,8 @@ impl Node {
             labels: add.labels.clone(),
             publish: Vec::new(),
             not_ready: false,
+            allowed: add.allowed.clone(),
+            allowed_macs: add.allowed_macs.clone(),
         };
         let (endpoint, made) =
             self.attach_for(request, Some(add.attachment.clone())).await.map_err(explain)?;

@@ -271,7 +271,8 @@ impl Node {
             }
             self.take_away(&[id]).await?;
         }
-        let EndpointWish { id, addresses, mac, name, aliases, namespace, labels } = wish;
+        let EndpointWish { id, addresses, mac, name, aliases, namespace, labels, allowed, allowed_macs } =
+            wish;
         let mut request = Attach {
             name,
             network: network.to_string(),
@@ -284,6 +285,8 @@ impl Node {
             labels,
             publish: Vec::new(),
             not_ready: false,
+            allowed,
+            allowed_macs,
         };
         let network = self.check_attach(&request, docker::MAX_NAME)?;
         let place = self.take_place(&request, &network)?;

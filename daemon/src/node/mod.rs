@@ -11,6 +11,7 @@ mod attach;
 mod cni;
 mod docker;
 mod firewall;
+mod guard;
 mod ingress;
 mod keys;
 mod lifecycle;

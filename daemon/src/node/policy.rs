@@ -74,7 +74,6 @@ impl Node {
             return Ok(String::new());
         }
         let refused = self.refused().await?;
-        let forged = self.kernel.counter(Table::Policy, "forged").await.map_err(Failed::from)?;
-        Ok(policy::metrics(&self.state.borrow().view, &refused, forged))
+        Ok(policy::metrics(&self.state.borrow().view, &refused))
     }
 }

@@ -81,6 +81,7 @@ impl Node {
                 self.look_at_tunnel().await;
                 let (drops, names) = (self.tunnel.borrow().drops(), self.resolver.counts());
                 let mut text = metrics::render(&self.status(), &self.peers(), &drops, &names);
+                text += &self.guard_metrics().await?;
                 text += &self.policy_metrics().await?;
                 Reply::Text(text)
             }
@@ -105,13 +106,7 @@ impl Node {
                 self.detach(&name, network.as_deref(), namespace.as_deref()).await?;
                 Reply::Done
             }
-            Request::Endpoints => {
-                let state = self.state.borrow();
-                let mut all: Vec<_> =
-                    state.view.all_endpoints().map(|placed| self.endpoint_info(&state, placed)).collect();
-                all.sort_by(|a, b| (&a.network, &a.name, &a.node).cmp(&(&b.network, &b.name, &b.node)));
-                Reply::Endpoints(all)
-            }
+            Request::Endpoints => Reply::Endpoints(self.endpoints().await?),
             Request::Cni(call) => match self.cni(&call).await {
                 Ok(result) => Reply::Cni(result),
                 Err(error) => Reply::CniError(error),

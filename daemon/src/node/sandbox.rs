@@ -133,6 +133,8 @@ impl Node {
                     labels: request.labels.clone(),
                     publish: if number == outward { request.publish.clone() } else { Vec::new() },
                     not_ready: false,
+                    allowed: Vec::new(),
+                    allowed_macs: Vec::new(),
                 };
                 let made = self.attach(attach).await?;
                 sandbox.endpoints.push(endpoint_id(&made)?);

@@ -11,7 +11,7 @@ use ovl_mesh::keys;
 use ovl_proto::id::{Mac, NetworkId, NodeId};
 use ovl_proto::record::{Domain, Signature};
 use ovl_proto::sync::Message;
-use ovl_proto::table::{Entry, Head, Key, Update};
+use ovl_proto::table::{Endpoint, Entry, Head, Key, Update};
 use ovl_proto::wire;
 use ovl_runtimes::cni::MAX_NAME;
 use ovl_subsystems::publish::MOST_RANGES;
@@ -313,6 +313,13 @@ fn check_entry(entry: &Entry) -> Result<(), String> {
     }
     if endpoint.addresses.is_empty() || endpoint.addresses.len() > MAX_ADDRESSES {
         return Err(format!("endpoint {} with {} addresses", endpoint.name, endpoint.addresses.len()));
+    }
+    let (prefixes, macs) = (endpoint.allowed.len(), endpoint.allowed_macs.len());
+    if prefixes > Endpoint::MAX_ALLOWED || macs > Endpoint::MAX_ALLOWED_MACS {
+        return Err(format!(
+            "endpoint {} with {prefixes} allowed prefixes and {macs} MAC addresses",
+            endpoint.name
+        ));
     }
     super::attach::check_sizes(&endpoint.aliases, &endpoint.labels)
 }

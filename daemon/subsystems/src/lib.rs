@@ -1,4 +1,5 @@
-//! The subsystems of ovld: networks, endpoints, encryption, published ports, names, Services and policies.
+//! The subsystems of ovld: source checks, networks, endpoints, encryption, published ports, names, Services and
+//! policies.
 //!
 //! Each subsystem computes its part of the data plane ([`ovl_dataplane`]) from the state of the cluster
 //! ([`ovl_cluster`]). It owns its state and its decisions, and does not use the private parts of another one.
@@ -11,6 +12,7 @@
 pub mod encryption;
 pub mod endpoints;
 pub mod firewall;
+pub mod guard;
 mod list;
 pub mod local;
 mod marks;

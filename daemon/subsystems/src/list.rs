@@ -12,6 +12,7 @@ use ovl_proto::object::Network;
 use ovl_proto::table::Endpoint;
 
 use crate::encryption::Encryption;
+use crate::guard::Guard;
 use crate::names::Names;
 use crate::names::resolver::HOST_ADDRESSES;
 use crate::networks::{BaseFilter, Networks};
@@ -21,7 +22,7 @@ use crate::services::{Announcements, Translation};
 use crate::subsystem::{Cluster, Outcome, Part, Subsystem};
 
 /// The subsystems of a daemon, as trait objects.
-pub type SubsystemList<'a> = [&'a mut dyn Subsystem; 8];
+pub type SubsystemList<'a> = [&'a mut dyn Subsystem; 9];
 
 /// What subsystems begin with.
 #[derive(Debug, Clone, Default)]
@@ -43,6 +44,8 @@ pub struct Settings {
 /// All subsystems of a daemon.
 #[derive(Debug)]
 pub struct Subsystems {
+    /// What endpoints may send.
+    pub guard: Guard,
     /// Network policies.
     pub policy: Enforcement,
     /// The packet filter about all networks.
@@ -65,6 +68,7 @@ impl Subsystems {
     /// Creates all subsystems.
     pub fn new(settings: Settings) -> Self {
         Self {
+            guard: Guard::default(),
             policy: Enforcement::new(settings.generation),
             base_filter: BaseFilter::new(settings.masquerade, HOST_ADDRESSES.to_vec()),
             encryption: Encryption::default(),
@@ -81,14 +85,23 @@ impl Subsystems {
         }
     }
 
-    /// Returns the subsystems in the order in which their plans are applied. Policies come first, so that an endpoint
-    /// that they isolate is not reachable before they are in force, and the base filter before the devices that it
-    /// protects. Routes of networks lead through devices of encryption; published ports and names need devices of
+    /// Returns the subsystems in the order in which their plans are applied. Source checks and policies come first, so
+    /// that no endpoint can send before the checks, nor be reached before the policies, are in force. The base filter
+    /// comes before the devices that it protects. Routes of networks lead through devices of encryption; published ports and names need devices of
     /// networks.
     pub fn all(&mut self) -> SubsystemList<'_> {
-        let Self { policy, base_filter, encryption, networks, publish, names, services, announcements } =
-            self;
-        [policy, base_filter, encryption, networks, publish, names, services, announcements]
+        let Self {
+            guard,
+            policy,
+            base_filter,
+            encryption,
+            networks,
+            publish,
+            names,
+            services,
+            announcements,
+        } = self;
+        [guard, policy, base_filter, encryption, networks, publish, names, services, announcements]
     }
 }
 

@@ -220,7 +220,8 @@ fn happen(event: &Event, world: &mut World, local: &mut Local, real: &mut Subsys
             let Entry::Endpoint(bare) = endpoint(10 * host + n, &address) else { panic!() };
             let labels = if label { BTreeMap::from([("app".into(), "web".into())]) } else { BTreeMap::new() };
             let publish = if port { vec![published(8000 + u16::from(n))] } else { Vec::new() };
-            let new = Entry::Endpoint(Endpoint { labels, publish, ..bare });
+            let allowed = if label { vec![net("10.9.0.200/32")] } else { vec![] };
+            let new = Entry::Endpoint(Endpoint { labels, publish, allowed, ..bare });
             let key = EndpointId([10 * host + n; 5]);
             let was_built = local.is_built(&world.view, NET);
             let table = &mut world.view.nodes.get_mut(&id(host)).unwrap().table;

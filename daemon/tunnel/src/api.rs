@@ -53,8 +53,8 @@ pub struct PeerConfig {
 /// The filter entry of a source MAC address on a switched network.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FrameSource {
-    /// The tunnel address of the host that may send from the MAC address.
-    pub from: Ipv6Addr,
+    /// The tunnel addresses of the hosts that may send from the MAC address.
+    pub from: Vec<Ipv6Addr>,
     /// The IP addresses that may be used with the MAC address.
     pub addresses: Vec<IpAddr>,
 }

@@ -11,6 +11,8 @@ pub(crate) const UDP: u8 = 17;
 const ICMPV6: u8 = 58;
 /// The type of an ICMPv6 neighbor advertisement (RFC 4861, section 4.4).
 const NEIGHBOR_ADVERTISEMENT: u8 = 136;
+/// The types of ICMPv6 router advertisements and redirects (RFC 4861, sections 4.2 and 4.5).
+const FROM_ROUTERS: [u8; 2] = [134, 137];
 /// The types of ICMPv6 multicast listener messages (RFC 2710, RFC 3810).
 const MULTICAST_LISTENER: [u8; 4] = [130, 131, 132, 143];
 /// The length of an Ethernet header without VLAN tag, in bytes.
@@ -234,7 +236,7 @@ pub(crate) fn macs(frame: &[u8]) -> Option<(Mac, Mac)> {
 /// Finds the IP address that a frame claims for its source MAC address: the source of an IP packet, the
 /// sender of an ARP message, or the target of a neighbor advertisement (RFC 4861, section 4.4).
 ///
-/// `None` if the frame is none of these, if the sender's MAC address in an ARP message is not that of the
+/// `None` if the frame is none of these, if only a router sends it, if the sender's MAC address in an ARP message is not that of the
 /// frame, or if extension headers hide what the packet is.
 pub(crate) fn sender(frame: &[u8]) -> Option<IpAddr> {
     let v4 = |at| u32_at(frame, at).map(|bits| IpAddr::from(Ipv4Addr::from_bits(bits)));
@@ -248,6 +250,7 @@ pub(crate) fn sender(frame: &[u8]) -> Option<IpAddr> {
         0x86dd => {
             let after = *frame.get(ETHERNET_HEADER + 40)?;
             match *frame.get(ETHERNET_HEADER + 6)? {
+                ICMPV6 if FROM_ROUTERS.contains(&after) => None,
                 ICMPV6 if after == NEIGHBOR_ADVERTISEMENT => v6(ETHERNET_HEADER + 48),
                 // Hop-by-hop options: only multicast listener messages have them (RFC 3810, section 5).
                 0 if after == ICMPV6 => {

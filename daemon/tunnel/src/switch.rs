@@ -160,7 +160,11 @@ impl ForwardingTable {
         to.clear();
         match macs(frame) {
             Some((destination, _)) if destination[0] & 1 != 0 => to.extend(&self.floods),
-            Some((destination, _)) => to.extend(self.remotes.get(&destination)),
+            // An unknown address may be a virtual one that several endpoints share (VRRP).
+            Some((destination, _)) => match self.remotes.get(&destination) {
+                Some(host) => to.push(*host),
+                None => to.extend(&self.floods),
+            },
             None => {}
         }
     }
@@ -168,7 +172,9 @@ impl ForwardingTable {
     /// Returns whether this host may send this frame.
     pub(crate) fn is_allowed(&self, frame: &[u8], host: Ipv6Addr) -> bool {
         let Some((_, source)) = macs(frame) else { return false };
-        let Some(known) = self.sources.get(&source).filter(|known| known.from == host) else { return false };
+        let Some(known) = self.sources.get(&source).filter(|known| known.from.contains(&host)) else {
+            return false;
+        };
         sender(frame).is_some_and(|address| is_unassigned(address) || known.addresses.contains(&address))
     }
 }
@@ -192,7 +198,7 @@ mod tests {
     fn table() -> ForwardingTable {
         let mut table = ForwardingTable::default();
         let addresses = vec!["10.0.0.1".parse().unwrap(), "fd00::1".parse().unwrap()];
-        table.sources.insert(MAC, FrameSource { from: host(1), addresses });
+        table.sources.insert(MAC, FrameSource { from: vec![host(1)], addresses });
         table.remotes.insert(MAC, host(1));
         table.floods.extend([host(1), host(2)]);
         table
@@ -236,6 +242,12 @@ mod tests {
         };
         assert!(table.is_allowed(&advertisement("fd00::1"), host(1)));
         assert!(!table.is_allowed(&advertisement("fd00::2"), host(1)));
+        // Router advertisements and redirects.
+        for kind in [134, 137] {
+            let mut router = advertisement("fd00::1");
+            router[54] = kind;
+            assert!(!table.is_allowed(&router, host(1)));
+        }
         // Hidden behind options, in an unknown protocol, or with a VLAN tag.
         let mut hidden = advertisement("fd00::2");
         (hidden[20], hidden[54]) = (60, 58);
@@ -261,6 +273,8 @@ mod tests {
         assert_eq!(to, [host(1)]);
         single[5] = 9;
         table.destinations(&single, &mut to);
+        assert_eq!(to, [host(1), host(2)]);
+        table.destinations(&single[..5], &mut to);
         assert!(to.is_empty());
     }
 }

@@ -342,7 +342,7 @@ fn frames_cross_and_spoofed_frames_are_dropped() {
         node.engine.set_path(inner(other), DEVICE).unwrap();
         node.engine.add_flood("ovx-t", inner(other)).unwrap();
         let addresses = vec![Ipv4Addr::new(10, 8, 0, other).into()];
-        let source = FrameSource { from: inner(other), addresses };
+        let source = FrameSource { from: vec![inner(other)], addresses };
         node.engine.set_source("ovx-t", [2, 0, 0, 0, 0, other], source).unwrap();
     }
     let error = a.engine.add_tap("ovx-u", 7).unwrap_err();

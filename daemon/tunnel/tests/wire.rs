@@ -434,7 +434,7 @@ fn switched(lab: &Lab, n: u8, engine: &Engine) {
     engine.add_flood("ovx-t", inside(other)).unwrap();
     let addresses =
         vec![format!("10.8.0.{other}").parse().unwrap(), format!("fd08::{other}").parse().unwrap()];
-    engine.set_source("ovx-t", mac(other), FrameSource { from: inside(other), addresses }).unwrap();
+    engine.set_source("ovx-t", mac(other), FrameSource { from: vec![inside(other)], addresses }).unwrap();
     ip(host, &format!("link set ovx-t address 02:00:00:00:00:0{n} mtu 1370 up"));
     ip(host, &format!("addr add 10.8.0.{n}/24 dev ovx-t"));
     ip(host, &format!("addr add fd08::{n}/64 dev ovx-t nodad"));

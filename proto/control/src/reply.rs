@@ -542,6 +542,16 @@ pub struct EndpointInfo {
     pub warnings: Vec<String>,
     /// Whether Services send it connections.
     pub ready: bool,
+    /// Prefixes that it may send from, beside its own addresses.
+    #[serde(default)]
+    pub allowed: Vec<IpNet>,
+    /// MAC addresses that it may send from, beside its own.
+    #[serde(default)]
+    pub allowed_macs: Vec<Mac>,
+    /// The number of frames that it sent and may not send, as far as this host counts them. `None` for an endpoint of
+    /// another host.
+    #[serde(default)]
+    pub refused: Option<u64>,
 }
 
 /// A network policy, as `ovlctl policy ls` prints it.

@@ -339,6 +339,12 @@ pub struct Attach {
     /// Whether Services send it no connections until [`Request::EndpointReady`].
     #[serde(default)]
     pub not_ready: bool,
+    /// Prefixes that it may send from, beside its own addresses.
+    #[serde(default)]
+    pub allowed: Vec<IpNet>,
+    /// MAC addresses that it may send from, beside its own.
+    #[serde(default)]
+    pub allowed_macs: Vec<Mac>,
 }
 
 /// A hypothetical DNS query.

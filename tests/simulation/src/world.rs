@@ -370,6 +370,8 @@ impl World {
             labels: BTreeMap::new(),
             publish: Vec::new(),
             not_ready: false,
+            allowed: Vec::new(),
+            allowed_macs: Vec::new(),
         };
         self.begin(host, name, Request::Attach(attach), false)
     }

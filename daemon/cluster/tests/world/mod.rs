@@ -117,6 +117,8 @@ pub(crate) fn endpoint(n: u8, address: &str) -> Entry {
         labels: BTreeMap::new(),
         ready: true,
         publish: vec![],
+        allowed: vec![],
+        allowed_macs: vec![],
     })
 }
 

@@ -40,7 +40,8 @@ impl fmt::Display for SourceOp {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Set(device, mac, Source { from, addresses }) => {
-                write!(f, "# {device}: frames from {mac} are {from}'s")?;
+                write!(f, "# {device}: frames from {mac} are")?;
+                from.iter().try_for_each(|host| write!(f, " {host}'s"))?;
                 addresses.iter().try_for_each(|address| write!(f, " {address}"))
             }
             Self::Delete(device, mac) => write!(f, "# {device}: frames from {mac} are nobody's"),

@@ -16,7 +16,7 @@ const VNI: u32 = 4097;
 const OTHER: u32 = 4098;
 
 fn source(from: &str, addresses: &[&str]) -> Source {
-    Source { from: ip(from), addresses: addresses.iter().map(|text| ip(text)).collect() }
+    Source { from: [ip(from)].into(), addresses: addresses.iter().map(|text| ip(text)).collect() }
 }
 
 fn change(vni: u32, n: u32, source: Source) -> Change {

@@ -56,7 +56,7 @@ fn sealed() -> Dataplane {
         kernel.floods.insert((vxlan(), remote));
         kernel.ports.insert((vxlan(), mac));
         let addresses = [IpAddr::from([10, 1, 0, n])].into();
-        kernel.sources.insert((vxlan(), mac), Source { from: there, addresses });
+        kernel.sources.insert((vxlan(), mac), Source { from: [there].into(), addresses });
         kernel.neighbours.insert((bridge(), IpAddr::from([10, 1, 0, n])), mac);
     }
     kernel

@@ -474,7 +474,7 @@ fn packets_pass_through_real_wireguard_devices() {
             };
         }
         let may = |address: &str| {
-            let source = Source { from: ip("fd00::2"), addresses: [ip(address)].into() };
+            let source = Source { from: [ip("fd00::2")].into(), addresses: [ip(address)].into() };
             [Change { vni: 4097, mac: mac(2), source: Some(source) }]
         };
         sources.apply(&may("10.1.0.2")).expect("set");

@@ -15,12 +15,16 @@ use super::{code, error};
 const ANNOTATIONS: &str = "io.kubernetes.cri.pod-annotations";
 /// The annotation that labels the endpoint: `app=shop,tier=front`.
 const LABELS: &str = "ovl.labels";
+/// The capability with what the endpoint may send from beside its own addresses: lists `addresses` and `macs`.
+const ALLOWED: &str = "ovl.allowed";
 
 /// The options for a container.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Wishes {
     pub(super) addresses: Vec<IpAddr>,
     pub(super) mac: Option<Mac>,
+    pub(super) allowed: Vec<IpNet>,
+    pub(super) allowed_macs: Vec<Mac>,
     pub(super) pod: Option<String>,
     pub(super) namespace: Option<String>,
     pub(super) labels: BTreeMap<String, String>,
@@ -121,6 +125,11 @@ impl Wishes {
             Some(Value::Object(dns)) => Some(runtime_dns(dns)?),
             Some(_) => return Err(wrong("runtimeConfig.dns", "an object")),
         };
+        match runtime.get(ALLOWED) {
+            None | Some(Value::Null) => {}
+            Some(Value::Object(allowed)) => self.read_allowed(allowed)?,
+            Some(_) => return Err(wrong(&format!("runtimeConfig.{ALLOWED}"), "an object")),
+        }
         match runtime.get(ANNOTATIONS) {
             None | Some(Value::Null) => Ok(()),
             Some(Value::Object(annotations)) => match annotations.get(LABELS) {
@@ -130,6 +139,25 @@ impl Wishes {
             },
             Some(_) => Err(wrong(&format!("runtimeConfig.{ANNOTATIONS}"), "an object")),
         }
+    }
+
+    fn read_allowed(&mut self, allowed: &Map<String, Value>) -> Result<(), CniError> {
+        let (addresses, macs) =
+            (format!("runtimeConfig.{ALLOWED}.addresses"), format!("runtimeConfig.{ALLOWED}.macs"));
+        for value in list(&addresses, allowed.get("addresses"))? {
+            let text = value.as_str().ok_or_else(|| wrong(&addresses, "a list of texts"))?;
+            let parsed = text.parse().ok().or_else(|| text.parse::<IpAddr>().ok().map(IpNet::from));
+            let prefix = parsed.filter(|prefix: &IpNet| prefix.addr() == prefix.network());
+            self.allowed.push(
+                prefix
+                    .ok_or_else(|| invalid(&addresses, format!("{addresses}: {text:?} is not a prefix")))?,
+            );
+        }
+        for value in list(&macs, allowed.get("macs"))? {
+            let text = value.as_str().ok_or_else(|| wrong(&macs, "a list of texts"))?;
+            self.allowed_macs.push(mac(&macs, text)?);
+        }
+        Ok(())
     }
 
     fn read_addresses(&mut self, place: &str, from: &Map<String, Value>) -> Result<(), CniError> {

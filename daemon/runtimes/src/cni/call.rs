@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::path::PathBuf;
 
+use ipnet::IpNet;
 use ovl_control::{CNI_VERSIONS, CniCall, CniCommand, CniError};
 use ovl_proto::id::{Mac, NodeId};
 use ring::digest::{SHA256, digest};
@@ -49,6 +50,10 @@ pub struct Add {
     pub addresses: Vec<IpAddr>,
     /// The requested MAC address.
     pub mac: Option<Mac>,
+    /// Prefixes that it may send from, beside its own addresses.
+    pub allowed: Vec<IpNet>,
+    /// MAC addresses that it may send from, beside its own.
+    pub allowed_macs: Vec<Mac>,
     /// The endpoint's labels.
     pub labels: BTreeMap<String, String>,
     /// The DNS configuration for the result.
@@ -156,6 +161,8 @@ pub fn parse(call: &CniCall) -> Result<Call, CniError> {
         namespace: wishes.namespace,
         addresses: wishes.addresses,
         mac: wishes.mac,
+        allowed: wishes.allowed,
+        allowed_macs: wishes.allowed_macs,
         labels: wishes.labels,
         dns,
         previous,

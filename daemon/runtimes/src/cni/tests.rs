@@ -131,6 +131,14 @@ fn options_come_from_three_places_and_the_last_one_wins() {
 }
 
 #[test]
+fn capability_allows_more_addresses() {
+    let allowed = json!({ "addresses": ["10.0.0.200", "fd00:9::/64"], "macs": ["00:00:5e:00:01:07"] });
+    let add = add("", json!({ "runtimeConfig": { "ovl.allowed": allowed } })).unwrap();
+    assert_eq!(add.allowed, ["10.0.0.200/32".parse().unwrap(), "fd00:9::/64".parse().unwrap()]);
+    assert_eq!(add.allowed_macs, ["00:00:5e:00:01:07".parse().unwrap()]);
+}
+
+#[test]
 fn dns_is_passed_on_and_the_capability_takes_precedence() {
     let given =
         json!({ "nameservers": ["10.0.0.10"], "domain": "x", "search": ["a"], "options": ["ndots:5"] });
@@ -164,6 +172,12 @@ fn each_error_has_its_code() {
         (json!({ "runtimeConfig": { "mac": "01:00:00:00:00:01" } }), "runtimeConfig.mac"),
         (json!({ "runtimeConfig": { "dns": { "servers": [1] } } }), "servers"),
         (json!({ "runtimeConfig": { "portMappings": {} } }), "portMappings"),
+        (json!({ "runtimeConfig": { "ovl.allowed": [] } }), "ovl.allowed"),
+        (json!({ "runtimeConfig": { "ovl.allowed": { "addresses": ["10.0.0.1/24"] } } }), "10.0.0.1/24"),
+        (
+            json!({ "runtimeConfig": { "ovl.allowed": { "macs": ["01:00:00:00:00:01"] } } }),
+            "ovl.allowed.macs",
+        ),
         (
             json!({ "runtimeConfig": { "io.kubernetes.cri.pod-annotations": { "ovl.labels": "app" } } }),
             "ovl.labels",
@@ -346,6 +360,8 @@ fn checked(change: impl FnOnce(&mut Value, &mut Endpoint, &mut Inside)) -> Resul
         labels: Default::default(),
         ready: true,
         publish: Vec::new(),
+        allowed: Vec::new(),
+        allowed_macs: Vec::new(),
     };
     change(&mut previous, &mut endpoint, &mut found);
     let Call::Check(call) =
@@ -404,6 +420,8 @@ fn check_names_the_difference() {
         labels: Default::default(),
         ready: true,
         publish: Vec::new(),
+        allowed: Vec::new(),
+        allowed_macs: Vec::new(),
     };
     assert_fails(check(&call, &endpoint, None), code::DIFFERENCE, "no interface eth0");
     assert_fails(parse(&self::call(CniCommand::Check, config(json!({})))), code::CONFIG, "prevResult");

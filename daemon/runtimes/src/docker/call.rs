@@ -128,6 +128,10 @@ pub struct EndpointWish {
     pub namespace: Option<String>,
     /// The labels that selectors match.
     pub labels: BTreeMap<String, String>,
+    /// Prefixes that it may send from, beside its own addresses.
+    pub allowed: Vec<IpNet>,
+    /// MAC addresses that it may send from, beside its own.
+    pub allowed_macs: Vec<Mac>,
 }
 
 /// Parses a call from its path without the slash, and its body.
@@ -418,6 +422,8 @@ fn endpoint(mut raw: RawEndpoint) -> Result<EndpointWish, String> {
         aliases: Vec::new(),
         namespace: None,
         labels: BTreeMap::new(),
+        allowed: Vec::new(),
+        allowed_macs: Vec::new(),
     };
     for (key, value) in &options {
         let Some(option) = key.strip_prefix("ovl.") else { continue };
@@ -430,10 +436,25 @@ fn endpoint(mut raw: RawEndpoint) -> Result<EndpointWish, String> {
                 "name" => wish.name = value.to_owned(),
                 "alias" => wish.aliases = value.split(',').map(str::to_owned).collect(),
                 "namespace" => wish.namespace = Some(value.to_owned()),
+                "allow-address" => {
+                    let prefix = |text: &str| {
+                        let single = || text.parse::<IpAddr>().ok().map(IpNet::from);
+                        text.parse()
+                            .ok()
+                            .or_else(single)
+                            .ok_or_else(|| format!("{key}: invalid prefix {text:?}"))
+                    };
+                    wish.allowed = value.split(',').map(prefix).collect::<Result<_, _>>()?;
+                }
+                "allow-mac" => {
+                    let mac =
+                        |text: &str| text.parse().map_err(|_| format!("{key}: invalid MAC address {text:?}"));
+                    wish.allowed_macs = value.split(',').map(mac).collect::<Result<_, _>>()?;
+                }
                 _ => {
                     return Err(format!(
-                        "unknown endpoint option {key}: ovl has ovl.name, ovl.alias, ovl.namespace and \
-                         ovl.label.KEY"
+                        "unknown endpoint option {key}: ovl has ovl.name, ovl.alias, ovl.namespace, \
+                         ovl.allow-address, ovl.allow-mac and ovl.label.KEY"
                     ));
                 }
             },

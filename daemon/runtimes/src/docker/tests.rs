@@ -215,6 +215,14 @@ fn options_of_networks_and_endpoints_are_parsed() {
         (Some("shop"), Some(&"front".to_owned()))
     );
     assert_eq!(named.addresses.len(), 2);
+    let Ok(Call::CreateEndpoint(router)) = endpoint(
+        json!({ "ovl.allow-address": "10.1.0.200,fd00:9::/64", "ovl.allow-mac": "00:00:5e:00:01:07" }),
+    ) else {
+        panic!()
+    };
+    assert_eq!(router.allowed, [net("10.1.0.200/32"), net("fd00:9::/64")]);
+    assert_eq!(router.allowed_macs, ["00:00:5e:00:01:07".parse().unwrap()]);
+    assert!(endpoint(json!({ "ovl.allow-address": "10.1" })).unwrap_err().contains("\"10.1\""));
     assert!(endpoint(json!({ "ovl.nmae": "web" })).unwrap_err().contains("ovl.nmae"));
 }
 

@@ -3,7 +3,7 @@
 //! If two endpoints claim one MAC address, all hosts choose the same one ([`rank`]). The module owns no state. Begin to
 //! read at [`MacClaim`].
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use ipnet::IpNet;
@@ -11,7 +11,7 @@ use ovl_cluster::addresses;
 use ovl_cluster::view::{Node, Placed, View};
 use ovl_dataplane::device::Device;
 use ovl_dataplane::state::{Dataplane, Link, Remote, Source};
-use ovl_proto::id::{EndpointId, NodeId};
+use ovl_proto::id::{EndpointId, Mac, NodeId};
 use ovl_proto::object::Network;
 use ovl_proto::table::Endpoint;
 
@@ -97,16 +97,52 @@ impl<'a> MacClaim<'a> {
     }
 
     /// Adds the FDB entries of the endpoint's MAC address.
-    pub(crate) fn mac(&self, dataplane: &mut Dataplane) {
+    pub(crate) fn mac(&self, dataplane: &mut Dataplane, view: &View) {
         let Endpoint { id, network, mac, .. } = *self.endpoint;
         let vxlan = Device::vxlan(network);
         dataplane.remotes.extend(self.remote.map(|remote| ((vxlan, mac), remote)));
         dataplane.ports.insert((if self.remote.is_some() { vxlan } else { Device::endpoint(id) }, mac));
         if let Some(remote) = self.remote.filter(|_| self.checks_source) {
-            let addresses = self.endpoint.addresses.iter().map(IpNet::addr).collect();
-            dataplane.sources.insert((vxlan, mac), Source { from: remote.vtep, addresses });
+            let (from, addresses) = ([remote.vtep].into(), source_addresses(view, self.endpoint));
+            dataplane.sources.insert((vxlan, mac), Source { from, addresses });
         }
     }
+}
+
+/// Returns the addresses that hosts accept from an endpoint: its own, and those that it is allowed in addition and no
+/// other endpoint has.
+fn source_addresses(view: &View, endpoint: &Endpoint) -> BTreeSet<IpAddr> {
+    let is_taken = |address: &IpAddr| {
+        let mut holders = view.all_with_address(endpoint.network, *address);
+        holders.any(|holder| holder.endpoint.id != endpoint.id && view.is_counted(&holder))
+    };
+    let subnets = view.networks.get(&endpoint.network).map(|found| &found.network.subnets);
+    let is_usable =
+        |address: &IpAddr| subnets.into_iter().flatten().any(|subnet| addresses::is_usable(*address, subnet));
+    let allowed = endpoint.allowed_addresses().filter(|address| is_usable(address) && !is_taken(address));
+    endpoint.addresses.iter().map(IpNet::addr).chain(allowed).collect()
+}
+
+/// Returns who may send from a MAC address of an encrypted network that no endpoint has as its own: the remote endpoints
+/// that are allowed to. `None` if there are none.
+pub(crate) fn shared_source(
+    view: &View,
+    network: &Network,
+    routes: &FrameRoutes,
+    mac: Mac,
+) -> Option<Source> {
+    if !network.encrypted || view.all_with_mac(network.id, mac).any(|placed| view.is_counted(&placed)) {
+        return None;
+    }
+    let mut source = Source { from: BTreeSet::new(), addresses: BTreeSet::new() };
+    let placed = view.all_allowing_mac(network.id, mac);
+    for placed in placed.filter(|placed| placed.node.record.id != view.me && view.is_counted(placed)) {
+        if let Some(remote) = routes.to(placed.node) {
+            source.from.insert(remote.vtep);
+            source.addresses.extend(source_addresses(view, placed.endpoint));
+        }
+    }
+    (!source.from.is_empty()).then_some(source)
 }
 
 /// Adds the host interface of a local endpoint, which is down if the endpoint is isolated.

@@ -3,7 +3,7 @@
 //! Each host has a bridge and a VXLAN device, and FDB entries and neighbours for the endpoints of all hosts. The module
 //! owns no state. Begin to read at [`part`].
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use ipnet::IpNet;
 use ovl_cluster::view::{Node, Placed, View};
@@ -16,7 +16,7 @@ use ovl_proto::record::Tunnel;
 
 use super::mtu::network_mtu;
 use crate::encryption::tunnel;
-use crate::endpoints::switched::{self, FrameRoutes, MacClaim, rank};
+use crate::endpoints::switched::{self, FrameRoutes, MacClaim, rank, shared_source};
 use crate::local::Local;
 
 /// Adds the data plane of a switched network on this host.
@@ -33,11 +33,17 @@ pub(super) fn part(dataplane: &mut Dataplane, view: &View, local: &Local, networ
     let wins = |placed: &Placed<'_>| best.get(&placed.endpoint.mac) == Some(&rank(network, placed));
     for claim in placed.iter().filter_map(|placed| MacClaim::of(view, local, network, &routes, *placed, wins))
     {
-        claim.mac(dataplane);
+        claim.mac(dataplane, view);
         dataplane.floods.extend(claim.remote().map(|remote| (Device::vxlan(id), remote)));
         for address in &claim.endpoint().addresses {
             dataplane.neighbours.insert((Device::bridge(id), address.addr()), claim.endpoint().mac);
         }
+    }
+    let shared: BTreeSet<Mac> =
+        placed.iter().flat_map(|placed| &placed.endpoint.allowed_macs).copied().collect();
+    for mac in shared {
+        let source = shared_source(view, network, &routes, mac);
+        dataplane.sources.extend(source.map(|source| ((Device::vxlan(id), mac), source)));
     }
     if network.internal {
         // It has no gateway address, and so no connected route. The host routes packets back that a policy diverted, and

@@ -15,7 +15,7 @@ use ovl_proto::table::Endpoint;
 
 use super::mtu::network_mtu;
 use super::{routed, switched as devices_of};
-use crate::endpoints::switched::{FrameRoutes, MacClaim, own_endpoint, rank};
+use crate::endpoints::switched::{FrameRoutes, MacClaim, own_endpoint, rank, shared_source};
 use crate::endpoints::{self, hairpin};
 use crate::local::Local;
 use ovl_cluster::view::{Node, Placed, View};
@@ -42,6 +42,7 @@ impl TouchedEndpoints {
         }
         self.hosts.insert(host);
         self.macs.insert(endpoint.mac);
+        self.macs.extend(&endpoint.allowed_macs);
         self.addresses.extend(endpoint.addresses.iter().map(|net| net.addr()));
     }
 
@@ -138,7 +139,12 @@ fn switched(
 ) -> (Dataplane, Dataplane) {
     let id = network.id;
     let (bridge, vxlan) = (Device::bridge(id), Device::vxlan(id));
-    let TouchedEndpoints { own: ids, mut hosts, macs, mut addresses } = touched;
+    let TouchedEndpoints { own: ids, mut hosts, mut macs, mut addresses } = touched;
+    // An endpoint that is allowed to send from one of the addresses may do so only while no other has it.
+    for placed in addresses.iter().flat_map(|address| view.all_allowing_address(id, *address)) {
+        macs.insert(placed.endpoint.mac);
+        macs.extend(&placed.endpoint.allowed_macs);
+    }
     // An endpoint with the same MAC address may have won or lost it, and with it all of its entries.
     for placed in macs.iter().flat_map(|mac| view.all_with_mac(id, *mac)) {
         hosts.insert(placed.node.record.id);
@@ -157,8 +163,10 @@ fn switched(
     for mac in &macs {
         let placed = view.all_with_mac(id, *mac).filter(|placed| view.is_counted(placed));
         for claim in placed.filter_map(claim) {
-            claim.mac(&mut is);
+            claim.mac(&mut is, view);
         }
+        let source = shared_source(view, network, &routes, *mac);
+        is.sources.extend(source.map(|source| ((vxlan, *mac), source)));
     }
     for address in &addresses {
         let placed = view.all_with_address(id, *address).filter(|placed| view.is_counted(placed));

@@ -31,12 +31,6 @@ pub(super) fn skeleton() -> Skeleton {
     let families = [("ip", true), ("ip6", false)];
     let unsee = format!("meta mark set meta mark & {:#010x}", !SEEN);
     let mut prerouting = vec![unsee.clone()];
-    for (ip, v4) in families {
-        let (owned, none) = (members::owned(v4).name, if v4 { "0.0.0.0" } else { "{ ::, fe80::/10 }" });
-        prerouting.push(format!(
-            "iifname \"ove-*\" {ip} saddr != {none} iifname . {ip} saddr != @{owned} counter drop"
-        ));
-    }
     prerouting.push("meta pkttype { broadcast, multicast } accept".to_owned());
     prerouting.push(format!("{DISCOVERY} accept"));
     for end in ["daddr", "saddr"] {
@@ -63,7 +57,7 @@ pub(super) fn skeleton() -> Skeleton {
     };
     let mut sets = Vec::new();
     for (_, v4) in families {
-        sets.extend([members::owned(v4), members::diverted(v4), members::macs(v4)]);
+        sets.extend([members::diverted(v4), members::macs(v4)]);
     }
     sets.extend(Direction::ALL.map(members::closed));
     Skeleton {

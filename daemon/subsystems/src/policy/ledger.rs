@@ -273,8 +273,8 @@ impl PolicyParts {
                 parts.addresses.entry((endpoint.network, address)).or_default().extend(&members);
             }
         }
-        let BuiltModes { routed, switched } = parts.kinds;
-        let skeleton = rules::skeleton(&policies, parts.slots, routed, switched);
+        let switched = parts.kinds.switched;
+        let skeleton = rules::skeleton(&policies, parts.slots, switched);
         parts.dataplane.tables.insert(Table::Policy, Arc::new(skeleton));
         if switched {
             parts.dataplane.tables.insert(Table::PolicyFrames, Arc::new(frames::skeleton()));
@@ -354,9 +354,6 @@ fn members_of(
 fn isolation(members: &mut Vec<Membership>, network: &Network, endpoint: &Endpoint, by: &[&Policy]) {
     let device = Device::endpoint(endpoint.id);
     let switched = network.mode == Mode::L2;
-    if switched {
-        members.push(Membership::Owned(device));
-    }
     let mut isolated = false;
     for direction in Direction::ALL {
         let policies: Vec<(&&Policy, &[super::Rule])> =

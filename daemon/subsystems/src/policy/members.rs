@@ -80,12 +80,6 @@ pub(super) fn port(policies: &Policies, place: usize, v4: bool) -> Option<Set> {
     Some(set(Table::Policy, name, key, Data::None))
 }
 
-/// Returns the set of the source addresses that are allowed on an endpoint's device of a switched network.
-pub(super) fn owned(v4: bool) -> Set {
-    let key: &[Type] = if v4 { &[Type::Device, Type::Ipv4] } else { &[Type::Device, Type::Ipv6] };
-    set(Table::PolicyFrames, format!("owned.{}", family(v4)), key, Data::None)
-}
-
 /// Returns the map from addresses whose frames are diverted to the host's IP stack to their gateway's MAC address.
 pub(super) fn diverted(v4: bool) -> Set {
     set(Table::PolicyFrames, format!("diverted.{}", family(v4)), address(v4), Data::Fields(&[Type::Mac]))
@@ -112,8 +106,6 @@ pub(super) enum Membership {
     Slot(Direction, usize, u32),
     /// It is isolated, and may reach itself.
     Itself,
-    /// It is the address of the endpoint on this device.
-    Owned(Device),
     /// Its frames are diverted to the host: the gateway's MAC address and its own.
     Diverted(Mac, Mac),
     /// No frame is bridged to, or from, its device.
@@ -137,9 +129,6 @@ impl Membership {
                 vec![element(slot(direction, v4, place), own, Value::of(&[Field::Number(number)]))]
             }
             Self::Itself => flag(Some(itself(v4)), Key::of(&[Field::Ip(address), Field::Ip(address)])),
-            Self::Owned(device) => {
-                flag(Some(owned(v4)), Key::of(&[Field::Device(&device.to_string()), Field::Ip(address)]))
-            }
             Self::Diverted(gateway, mac) => vec![
                 element(diverted(v4), own.clone(), Value::of(&[Field::Mac(gateway)])),
                 element(macs(v4), own, Value::of(&[Field::Mac(mac)])),

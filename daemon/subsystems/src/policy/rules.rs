@@ -78,8 +78,8 @@ fn chain_of(policy: &Policy, direction: Direction) -> String {
 }
 
 /// Returns the table without elements. `slots` is the number of policies that can select one endpoint in one direction;
-/// `routed` and `switched` say which modes of network exist.
-pub(super) fn skeleton(policies: &Policies, slots: usize, routed: bool, switched: bool) -> Skeleton {
+/// `switched` says whether there are switched networks.
+pub(super) fn skeleton(policies: &Policies, slots: usize, switched: bool) -> Skeleton {
     // Marks bridged frames that were translated, so that the bridge table knows that they were judged.
     let mark_seen = format!(
         "iifname \"ovb-*\" oifname \"ovb-*\" ct status dnat meta mark set meta mark | {:#x}",
@@ -113,9 +113,6 @@ pub(super) fn skeleton(policies: &Policies, slots: usize, routed: bool, switched
         chains.extend(policies.iter().filter_map(|policy| policy_chain(policies, policy, direction)));
         chains.push(dispatch(policies, direction));
     }
-    if routed {
-        chains.push(chain("prerouting", Some("filter hook prerouting priority raw"), &forged()));
-    }
     if switched {
         // The host must not tell senders of diverted frames that there is a shorter path.
         chains.push(chain(
@@ -144,7 +141,7 @@ fn sets(policies: &Policies, slots: usize) -> Vec<Set> {
 }
 
 fn objects() -> Vec<Object> {
-    let mut objects = vec![Object { kind: "counter", name: "forged".to_owned(), body: String::new() }];
+    let mut objects = Vec::new();
     for v4 in [true, false] {
         let address = if v4 { "ipv4_addr" } else { "ipv6_addr" };
         for direction in Direction::ALL {
@@ -354,14 +351,4 @@ fn refuse(direction: Direction, v4: bool) -> Chain {
     rules.push(format!("meta l4proto != {{ {all} }} update @{remembered} {{ {ends} . 0 }}"));
     rules.push("goto refuse".to_owned());
     chain(&format!("refuse.{}.{}", short(direction), family(v4)), None, &rules)
-}
-
-/// Returns the rules that drop packets with a forged source address on a routed network. Each endpoint has its own
-/// device and a route to it, so the reverse path must be the input interface.
-fn forged() -> Vec<String> {
-    let drop_forged = "fib saddr . iif oif missing counter name forged drop";
-    vec![
-        format!("iifname \"ove-*\" ip saddr != 0.0.0.0 {drop_forged}"),
-        format!("iifname \"ove-*\" ip6 saddr != {{ ::, fe80::/10 }} {drop_forged}"),
-    ]
 }

@@ -7,9 +7,10 @@ use ovl_cluster::view::View;
 use ovl_dataplane::device::Device;
 use ovl_dataplane::diff::diff;
 use ovl_dataplane::state::{Dataplane, Hop, Link, TunnelKind};
+use ovl_proto::alloc::Block;
 use ovl_proto::object::{Backend, Mode};
 use ovl_proto::record::PeerState;
-use ovl_proto::table::Entry;
+use ovl_proto::table::{Endpoint, Entry};
 use ovl_subsystems::Settings;
 use ovl_subsystems::encryption::tunnel;
 use ovl_subsystems::local::Local;
@@ -75,6 +76,46 @@ fn the_tunnel_has_an_address_a_peer_and_a_route_for_each_member() {
     let device = Device::tunnel(false);
     assert_eq!(dataplane.links[&device], Link::Tunnel { kind: TunnelKind::Kernel, mtu: 1440, up: true });
     assert_eq!(dataplane.tunnels[&device].local, None);
+}
+
+#[test]
+fn what_a_remote_endpoint_is_allowed_is_accepted_while_no_other_has_it() {
+    let mut view = encrypted_switched(false);
+    let allow = |n: u8, address: &str| {
+        let Entry::Endpoint(bare) = endpoint(n, address) else { panic!() };
+        let allowed = ["10.9.0.200/32", "10.9.0.1/32", "10.9.0.64/28", "192.0.2.1/32"].map(net).into();
+        let allowed_macs = vec!["00:00:5e:00:01:07".parse().unwrap()];
+        Entry::Endpoint(Endpoint { allowed, allowed_macs, ..bare })
+    };
+    let sources = |view: &View| with(&commands(view), "frames from");
+    // Neither the gateway, nor prefixes, nor what is in no subnet.
+    give(&mut view, 2, vec![allow(2, "10.9.0.17/24")]);
+    give(&mut view, 3, vec![allow(3, "10.9.0.25/24")]);
+    assert_eq!(
+        sources(&view),
+        [
+            "# ovx: frames from 00:00:5e:00:01:07 are T2's T3's 10.9.0.17 10.9.0.25 10.9.0.200",
+            "# ovx: frames from 02:f1:0a:09:00:11 are T2's 10.9.0.17 10.9.0.200",
+            "# ovx: frames from 02:f1:0a:09:00:19 are T3's 10.9.0.25 10.9.0.200",
+        ]
+    );
+    // An endpoint that has the address, and one that has the MAC address.
+    let Entry::Endpoint(owner) = endpoint(4, "10.9.0.10/24") else { panic!() };
+    let mut owner = Endpoint { mac: "00:00:5e:00:01:07".parse().unwrap(), ..owner };
+    give(&mut view, 1, vec![Entry::Endpoint(owner.clone())]);
+    assert_eq!(sources(&view).len(), 2);
+    owner.mac = "02:00:00:00:00:01".parse().unwrap();
+    owner.addresses = vec![net("10.9.0.200/24")];
+    view.alloc.blocks.insert(Block { network: NET, prefix: net("10.9.0.200/29") }, id(1));
+    give(&mut view, 1, vec![Entry::Endpoint(owner)]);
+    assert_eq!(
+        sources(&view),
+        [
+            "# ovx: frames from 00:00:5e:00:01:07 are T2's T3's 10.9.0.17 10.9.0.25",
+            "# ovx: frames from 02:f1:0a:09:00:11 are T2's 10.9.0.17",
+            "# ovx: frames from 02:f1:0a:09:00:19 are T3's 10.9.0.25",
+        ]
+    );
 }
 
 #[test]

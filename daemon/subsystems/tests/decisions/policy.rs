@@ -53,6 +53,8 @@ fn endpoint(n: u8, namespace: &str, all: Labels) -> Endpoint {
         labels: all,
         ready: true,
         publish: Vec::new(),
+        allowed: Vec::new(),
+        allowed_macs: Vec::new(),
     }
 }
 

@@ -36,27 +36,35 @@ struct Step {
     mac: Option<u8>,
     /// The transport of a published port, which no other endpoint has.
     publishes: Option<Transport>,
+    /// The last byte of an address that it is allowed beside its own.
+    allowed: Option<u8>,
+    /// A MAC address that it is allowed, of those that endpoints have or share.
+    allowed_mac: Option<u8>,
 }
 
 fn step() -> impl Strategy<Value = Step> {
     let address = prop::option::weighted(0.7, 6..34_u8);
     let second = prop::option::weighted(0.1, 6..34_u8);
     let publishes = prop::option::weighted(0.4, prop_oneof![Just(Transport::Tcp), Just(Transport::Udp)]);
-    (1..=3_u8, 0..6_u8, address, second, prop::option::weighted(0.4, 0..3_u8), publishes).prop_map(
-        |(host, endpoint, address, second, mac, publishes)| Step {
+    let mac = prop::option::weighted(0.4, 0..3_u8);
+    let allowed = (prop::option::weighted(0.3, 6..34_u8), prop::option::weighted(0.3, 0..6_u8));
+    (1..=3_u8, 0..6_u8, address, second, mac, publishes, allowed).prop_map(
+        |(host, endpoint, address, second, mac, publishes, (allowed, allowed_mac))| Step {
             host,
             endpoint,
             address,
             second,
             mac,
             publishes,
+            allowed,
+            allowed_mac,
         },
     )
 }
 
 fn entry(step: &Step, address: u8) -> Endpoint {
-    let net = |last| format!("10.9.0.{last}/24").parse().unwrap();
-    let first: ipnet::IpNet = net(address);
+    let net = |last| net(&format!("10.9.0.{last}/24"));
+    let first = net(address);
     Endpoint {
         id: EndpointId([step.endpoint; 5]),
         name: format!("e{}", step.endpoint % 3),
@@ -71,6 +79,8 @@ fn entry(step: &Step, address: u8) -> Endpoint {
             let host = 8000 + u16::from(step.endpoint);
             vec![Published { transport, address: None, host, container: 80, count: 1 }]
         }),
+        allowed: step.allowed.map(|last| net(last).addr().into()).into_iter().collect(),
+        allowed_macs: step.allowed_mac.map(|last| Mac([2, 0, 0, 0, 0, last])).into_iter().collect(),
     }
 }
 
@@ -108,6 +118,18 @@ fn check_index(table: &Table) {
             table.named(&endpoint.name).collect::<Vec<_>>(),
             with(&|other| other.name == endpoint.name)
         );
+        for mac in &endpoint.allowed_macs {
+            assert_eq!(
+                table.allowing_mac(NET, *mac).collect::<Vec<_>>(),
+                with(&|other| other.allowed_macs.contains(mac))
+            );
+        }
+        for at in endpoint.allowed_addresses() {
+            assert_eq!(
+                table.allowing_address(NET, at).collect::<Vec<_>>(),
+                with(&|other| other.allowed_addresses().any(|allowed| allowed == at))
+            );
+        }
         for at in endpoint.addresses.iter().map(ipnet::IpNet::addr) {
             assert_eq!(
                 table.with_address(NET, at).collect::<Vec<_>>(),
