@@ -31,6 +31,8 @@ pub(crate) enum Code {
     Unreachable,
     /// A host's VTEP is of another address family.
     VtepFamily,
+    /// A later allocation map cannot be verified.
+    MapNotVerified,
     /// The cluster key cannot be saved to the state directory.
     KeyDisk,
     /// The configured cluster key file does not contain the key in use.
@@ -76,7 +78,7 @@ pub(crate) enum Code {
 impl Code {
     /// All codes, in the order of their numbers.
     #[cfg(test)]
-    const ALL: [Self; 31] = [
+    const ALL: [Self; 32] = [
         Self::Address,
         Self::StateFile,
         Self::DamagedFile,
@@ -88,6 +90,7 @@ impl Code {
         Self::HostName,
         Self::Unreachable,
         Self::VtepFamily,
+        Self::MapNotVerified,
         Self::KeyDisk,
         Self::KeyFile,
         Self::KeyRotation,
@@ -126,6 +129,7 @@ impl Code {
             Self::HostName => "OVL-E023",
             Self::Unreachable => "OVL-E024",
             Self::VtepFamily => "OVL-E025",
+            Self::MapNotVerified => "OVL-E026",
             Self::KeyDisk => "OVL-E030",
             Self::KeyFile => "OVL-E031",
             Self::KeyRotation => "OVL-E032",
@@ -161,6 +165,7 @@ impl Code {
             | Self::ForeignCluster
             | Self::Unreachable
             | Self::VtepFamily
+            | Self::MapNotVerified
             | Self::KeyDisk
             | Self::KeyMissed
             | Self::NoBlock

@@ -21,6 +21,8 @@ pub enum Domain {
     Object,
     /// The handshake of a stream.
     Stream,
+    /// A vote for an allocation map: see [`crate::alloc::Statement`].
+    Map,
 }
 
 impl Domain {
@@ -31,6 +33,7 @@ impl Domain {
             Self::Table => b"ovl table v1\0",
             Self::Object => b"ovl object v1\0",
             Self::Stream => b"ovl stream v1\0",
+            Self::Map => b"ovl map v1\0",
         };
         [label, body].concat()
     }
