@@ -266,6 +266,7 @@ mod tests {
         for line in [
             "peers",
             "peers forget host2",
+            "peers admit host2",
             "leave",
             "teardown --yes",
             "subnets",

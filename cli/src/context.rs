@@ -34,6 +34,7 @@ fn timeout_s(request: &Request) -> u64 {
         | Request::SandboxCreate(_)
         | Request::Leave
         | Request::Teardown
+        | Request::PeersAdmit { .. }
         | Request::PeersForget { .. }
         | Request::KeyRotateCluster { .. } => 60,
         _ => 30,

@@ -35,6 +35,8 @@ pub(crate) enum Code {
     UnknownHosts,
     /// The table of a host is refused.
     TableRefused,
+    /// A later allocation map cannot be verified.
+    MapNotVerified,
     /// The cluster key cannot be saved to the state directory.
     KeyDisk,
     /// The configured cluster key file does not contain the key in use.
@@ -80,7 +82,7 @@ pub(crate) enum Code {
 impl Code {
     /// All codes, in the order of their numbers.
     #[cfg(test)]
-    const ALL: [Self; 33] = [
+    const ALL: [Self; 34] = [
         Self::Address,
         Self::StateFile,
         Self::DamagedFile,
@@ -94,6 +96,7 @@ impl Code {
         Self::VtepFamily,
         Self::UnknownHosts,
         Self::TableRefused,
+        Self::MapNotVerified,
         Self::KeyDisk,
         Self::KeyFile,
         Self::KeyRotation,
@@ -134,6 +137,7 @@ impl Code {
             Self::VtepFamily => "OVL-E025",
             Self::UnknownHosts => "OVL-E026",
             Self::TableRefused => "OVL-E027",
+            Self::MapNotVerified => "OVL-E028",
             Self::KeyDisk => "OVL-E030",
             Self::KeyFile => "OVL-E031",
             Self::KeyRotation => "OVL-E032",
@@ -170,6 +174,7 @@ impl Code {
             | Self::Unreachable
             | Self::VtepFamily
             | Self::TableRefused
+            | Self::MapNotVerified
             | Self::KeyDisk
             | Self::KeyMissed
             | Self::NoBlock

@@ -1,7 +1,7 @@
 //! The state file: what must outlive a reboot. It is replaced as a whole: written to a temporary file, synced
 //! and renamed.
 //!
-//! The file is `ovl state 1`, the SHA-256 of the rest, and the encoded [`State`]. A file that is truncated or
+//! The file is `ovl state 2`, the SHA-256 of the rest, and the encoded [`State`]. A file that is truncated or
 //! changed is an error that names it: to continue with an empty state would break promises that other hosts
 //! rely on.
 
@@ -23,7 +23,9 @@ use tokio::sync::mpsc;
 
 use crate::environment::Disk;
 
-const MAGIC: &[u8] = b"ovl state 1\n";
+const MAGIC: &[u8] = b"ovl state 2\n";
+/// How the state file of every release begins.
+const ANY_MAGIC: &[u8] = b"ovl state ";
 
 /// What must outlive a reboot.
 #[derive(Debug, Default, Serialize, Deserialize)]
@@ -40,7 +42,7 @@ pub(crate) struct State {
     pub peers: Vec<(SignedRecord, u64)>,
     /// Addresses lent to other hosts.
     pub leases: Vec<(NetworkId, std::net::IpAddr, NodeId)>,
-    /// State of the consensus replica: the promise, the accepted map and the learned map.
+    /// State of the consensus replica: the promise, the accepted map, and the learned map with its proofs.
     pub alloc: Option<alloc::Durable>,
     /// Bridge networks of this host.
     pub bridges: Vec<Network>,
@@ -73,7 +75,12 @@ pub(crate) fn read(path: &Path) -> Result<Option<State>> {
 }
 
 fn decode(bytes: &[u8]) -> Result<State> {
-    let Some(rest) = bytes.strip_prefix(MAGIC) else { bail!("it does not begin as a state file does") };
+    let Some(rest) = bytes.strip_prefix(MAGIC) else {
+        if bytes.starts_with(ANY_MAGIC) {
+            bail!("another release of ovld wrote it, in a format that this one does not read");
+        }
+        bail!("it does not begin as a state file does")
+    };
     let Some((sum, body)) = rest.split_at_checked(32) else { bail!("it is cut short") };
     if sha256(body) != sum {
         bail!("its checksum is wrong");
@@ -181,6 +188,10 @@ mod tests {
             let error = read(&path).unwrap_err().to_string();
             assert!(error.contains(path.to_str().unwrap()), "{error}");
         }
+        let other = [b"ovl state 1\n", &good[MAGIC.len()..]].concat();
+        fs::write(&path, other).unwrap();
+        let error = read(&path).unwrap_err().to_string();
+        assert!(error.contains("another release"), "{error}");
         let mut flipped = good.clone();
         *flipped.last_mut().unwrap() ^= 1;
         fs::write(&path, flipped).unwrap();

@@ -8,6 +8,7 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use crate::id::{ClusterKeyId, NetworkId, NodeId};
+use crate::record::{PublicKey, Signature};
 
 /// A block of addresses of a network.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -23,6 +24,8 @@ pub struct Block {
 pub struct AgreedKey {
     /// Its id.
     pub id: ClusterKeyId,
+    /// A hash of the key, which is long enough that nobody finds another key with it.
+    pub commitment: [u8; 16],
     /// When the rotation to it started, by the clock of the host that requested it, in milliseconds since 1970.
     pub since_ms: u64,
 }
@@ -38,8 +41,11 @@ pub struct AllocMap {
     pub members: BTreeSet<NodeId>,
     /// The members at the previous version, whose majority agreed to this one.
     pub previous_members: BTreeSet<NodeId>,
-    /// Former members. A host that returns is admitted again.
+    /// Former members. A host that returns is admitted again, unless it is banned.
     pub forgotten: BTreeSet<NodeId>,
+    /// Former members that `ovlctl peers forget` removed. They are not admitted again until `ovlctl peers admit` or
+    /// until a rotation of the cluster key starts, which empties the set.
+    pub banned: BTreeSet<NodeId>,
     /// The holder of each block.
     pub blocks: BTreeMap<Block, NodeId>,
     /// The key of the last rotation that was started; `None` before the first one. Because it is part of the map, two
@@ -52,8 +58,12 @@ pub struct AllocMap {
 pub enum Change {
     /// Admits a host as a member.
     Admit(NodeId),
-    /// Removes a member and frees its blocks.
+    /// Removes a member and frees its blocks. It may return.
     Forget(NodeId),
+    /// Removes a member, frees its blocks, and bans it. Bans a former member.
+    Ban(NodeId),
+    /// Ends the ban of a host, which may then ask to be admitted.
+    Unban(NodeId),
     /// Ensures that a host holds a number of blocks of a subnet.
     Claim {
         /// The network.
@@ -111,6 +121,8 @@ pub enum Refusal {
     },
     /// The requesting host is not a member.
     NotMember(NodeId),
+    /// The host was removed for good.
+    Banned(NodeId),
     /// The last member cannot be forgotten.
     LastMember(NodeId),
     /// Too few members answered in time.
@@ -137,6 +149,7 @@ impl Refusal {
                 format!("subnet {subnet}: another host holds each of the {blocks} blocks")
             }
             Self::NotMember(node) => format!("{} is not a member of the cluster yet", name(*node)),
+            Self::Banned(node) => format!("host {} was taken out with `ovlctl peers forget`", name(*node)),
             Self::LastMember(node) => {
                 format!("{} is the last host of the cluster: it cannot be forgotten", name(*node))
             }
@@ -171,6 +184,51 @@ pub struct Ballot {
     pub node: NodeId,
 }
 
+/// What an acceptor signs when it accepts a map. Only such a signature is a vote.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Statement {
+    /// The cluster number.
+    pub cluster: u64,
+    /// The version of the map.
+    pub version: u64,
+    /// The ballot in which the map was accepted.
+    pub ballot: Ballot,
+    /// The members of the map, so that a chain of statements proves who may sign the next one.
+    pub members: BTreeSet<NodeId>,
+    /// The SHA-256 of the encoded map.
+    pub map: [u8; 32],
+}
+
+/// The signature of an acceptor under a [`Statement`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Vote {
+    /// The acceptor's public key. Its hash is the acceptor's id.
+    pub key: PublicKey,
+    /// The signature, in [`crate::record::Domain::Map`].
+    pub signature: Signature,
+}
+
+/// A statement with the signatures of a majority of the members at the version before it.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Proof {
+    /// The statement.
+    pub statement: Statement,
+    /// The votes for it.
+    pub votes: Vec<Vote>,
+}
+
+/// A map with the proof that it was decided.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Decision {
+    /// The map.
+    pub map: AllocMap,
+    /// The proof of the map.
+    pub proof: Proof,
+    /// The proofs of changes of the members since a version that the receiver knows, oldest first. They lead from the
+    /// members that it knows to those that signed the map.
+    pub history: Vec<Proof>,
+}
+
 /// A message of the consensus protocol.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum AllocMessage {
@@ -188,7 +246,7 @@ pub enum AllocMessage {
         /// The last map that the sender accepted, with its ballot.
         accepted: Option<(Ballot, AllocMap)>,
         /// The last agreed map that the sender knows, if it is later than the proposer's.
-        learned: Option<AllocMap>,
+        learned: Option<Box<Decision>>,
     },
     /// Phase two: asks to accept a map.
     Accept {
@@ -201,6 +259,8 @@ pub enum AllocMessage {
     Accepted {
         /// The ballot.
         ballot: Ballot,
+        /// The sender's vote for the map.
+        vote: Vote,
     },
     /// The answer to [`Self::Prepare`] or [`Self::Accept`] of an acceptor that promised a later ballot.
     Nack {
@@ -209,8 +269,8 @@ pub enum AllocMessage {
         /// The promised ballot.
         promised: Ballot,
     },
-    /// A map that a majority agreed on.
-    Learn(AllocMap),
+    /// A map that a majority agreed on, with its proof.
+    Learn(Box<Decision>),
     /// Asks for the agreed map. Answered with [`Self::Learn`] if the receiver's is later than `known`.
     Ask {
         /// The sender's version.

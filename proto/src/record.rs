@@ -23,6 +23,8 @@ pub enum Domain {
     Stream,
     /// A statement of a host in gossip: that it is alive, and its hints.
     Statement,
+    /// A vote for an allocation map: see [`crate::alloc::Statement`].
+    Map,
 }
 
 impl Domain {
@@ -34,6 +36,7 @@ impl Domain {
             Self::Object => b"ovl object v1\0",
             Self::Stream => b"ovl stream v1\0",
             Self::Statement => b"ovl statement v1\0",
+            Self::Map => b"ovl map v1\0",
         };
         [label, body].concat()
     }

@@ -402,6 +402,8 @@ fn forgotten_host_loses_its_blocks_and_isolates_duplicate_addresses_on_return() 
     new.ping_until("10.1.0.4", SOON).unwrap();
 
     lab.heal().unwrap();
+    wait_problem(h3, &["not admitted", "peers admit"], SOON).unwrap();
+    h1.ctl_ok(&["peers", "admit", "h3"]).unwrap();
     let problem = wait_problem(h3, &["doubled", "10.1.0.5", "cut off"], SOON).unwrap();
     assert_contains(&problem, &["h1", "Detach"]);
     wait_until(SOON, "h3 to be a member again", || -> Result<bool> {

@@ -537,9 +537,11 @@ fn dead_host_can_be_forgotten_and_a_live_one_cannot() {
     }
     let again = attach(&lab["h2"], "b", "blue", &["--ip", &gone.address()]).unwrap();
     assert_eq!(again.address(), gone.address());
-    // A forgotten host returns as a new one.
+    // A forgotten host returns as a new one, once it is let in again.
     lab["h3"].restore().unwrap();
     lab["h3"].start().unwrap();
+    wait_problem(&lab["h3"], &["not admitted", "peers admit"], SOON).unwrap();
+    lab["h1"].ctl_ok(&["peers", "admit", "h3"]).unwrap();
     lab["h3"].wait_ready(SOON).unwrap();
     let fresh = attach(&lab["h3"], "d", "blue", &[]).unwrap();
     assert_ne!(fresh.address(), again.address());

@@ -387,6 +387,8 @@ fn block_of_a_forgotten_host_is_reassigned_and_it_isolates_its_pods_on_return() 
     other.workload.ping_until("10.60.200.3", SOON).unwrap();
 
     lab.heal().unwrap();
+    wait_problem(h3, &["not admitted", "peers admit"], SOON).unwrap();
+    h1.ctl_ok(&["peers", "admit", "h3"]).unwrap();
     wait_problem(h3, &["doubled", "10.60.200.3", "cut off", "h1", "Detach"], SOON).unwrap();
     wait_until(SOON, "the duplicate to be isolated", || -> Result<()> {
         for host in lab.hosts() {

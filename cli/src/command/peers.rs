@@ -1,4 +1,4 @@
-//! `ovlctl peers`: lists the hosts of the cluster, or forgets one.
+//! `ovlctl peers`: lists the hosts of the cluster, forgets one, or lets a forgotten one return.
 
 use clap::Subcommand;
 use ovl_control::{PeerInfo, PeerState, PeerTunnel, Reply, Request};
@@ -26,17 +26,28 @@ enum Action {
         /// Name or id of the host
         node: String,
     },
+    /// Let a host return that was forgotten
+    ///
+    /// Returns when a majority of the hosts has agreed. The host then joins by itself.
+    Admit {
+        /// Id of the host, or its name while it runs
+        node: String,
+    },
 }
 
-/// Prints the peers, or forgets one.
+/// Prints the peers, forgets one, or lets a forgotten one return.
 pub(crate) fn run(context: &Context, args: Args) -> Result<()> {
-    if let Some(Action::Forget { node }) = args.action {
-        context.request_done(&Request::PeersForget { node })?;
-        context.note(
-            "The forgotten host still knows the cluster key. If it is no longer trusted, rotate the key of the other \
-             hosts:\n  ovlctl key generate > FILE\n  ovlctl key rotate --cluster FILE",
-        );
-        return Ok(());
+    match args.action {
+        Some(Action::Forget { node }) => {
+            context.request_done(&Request::PeersForget { node })?;
+            context.note(
+                "The forgotten host still knows the cluster key. If it is no longer trusted, rotate the key of the \
+                 other hosts:\n  ovlctl key generate > FILE\n  ovlctl key rotate --cluster FILE",
+            );
+            return Ok(());
+        }
+        Some(Action::Admit { node }) => return context.request_done(&Request::PeersAdmit { node }),
+        None => {}
     }
     let Reply::Peers(peers) = context.request(&Request::Peers)? else {
         return Err(Error::unexpected_reply());

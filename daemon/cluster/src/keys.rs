@@ -131,7 +131,7 @@ mod tests {
     const NEW: ClusterKeyId = ClusterKeyId([1; 4]);
 
     fn agreed(id: ClusterKeyId) -> AgreedKey {
-        AgreedKey { id, since_ms: 7 }
+        AgreedKey { id, commitment: [id.0[0]; 16], since_ms: 7 }
     }
 
     fn keys(seals: ClusterKeyId, opens: &[ClusterKeyId]) -> ClusterKeys {

@@ -433,6 +433,8 @@ mod tests {
                 labels: [("k".to_owned(), "x".repeat(1 << 20))].into(),
                 ready: true,
                 publish: vec![],
+                allowed: vec![],
+                allowed_macs: vec![],
             })
         };
         let (mut here, mut there) = (Table::new(owner), Table::new(owner));
@@ -469,6 +471,8 @@ mod tests {
                 labels: [("app".to_owned(), "x".repeat(150))].into(),
                 ready: true,
                 publish: vec![],
+                allowed: vec![],
+                allowed_macs: vec![],
             })
         });
         let whole = here.write(1, endpoints.collect(), vec![], sign);

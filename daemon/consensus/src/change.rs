@@ -1,4 +1,5 @@
-//! The effect of a change on a map: a pure function, with the same result on every host.
+//! The effect of a change on a map, and what one decree may change: pure functions, with the same result on every
+//! host.
 
 use std::net::IpAddr;
 
@@ -25,19 +26,81 @@ pub fn apply(map: &AllocMap, change: &Change) -> Result<Option<AllocMap>, Refusa
     }
 }
 
-/// Returns the next map with all changes applied in order, and the result of each. The map is `None` if no change has
+/// Returns the next map with the changes applied in order, and the result of each. The map is `None` if no change has
 /// an effect.
+///
+/// It stops before a change that must not be in the same decree as an earlier one, see [`is_step`]. Then there are
+/// fewer results than changes, and at least one.
 pub fn apply_all<'a>(
     map: &AllocMap,
     changes: impl IntoIterator<Item = &'a Change>,
 ) -> (Option<AllocMap>, Vec<Result<(), Refusal>>) {
     let mut next = map.clone();
-    let mut changed = false;
-    let results =
-        changes.into_iter().map(|change| make(&mut next, change).map(|did| changed |= did)).collect();
+    let (mut changed, mut freed) = (false, false);
+    let mut results = Vec::new();
+    for change in changes {
+        let wait = match change {
+            Change::Claim { .. } | Change::ClaimExact { .. } => freed,
+            Change::Forget(node) | Change::Ban(node) => {
+                next.members.contains(node) && !map.members.contains(node)
+            }
+            Change::Admit(node) => map.banned.contains(node) && !next.banned.contains(node),
+            Change::Unban(_) | Change::Release { .. } | Change::DropNetwork(_) | Change::Key { .. } => false,
+        };
+        if wait {
+            break;
+        }
+        let result = make(&mut next, change);
+        if result == Ok(true) {
+            changed = true;
+            freed |= matches!(
+                change,
+                Change::Forget(_) | Change::Ban(_) | Change::Release { .. } | Change::DropNetwork(_)
+            );
+        }
+        results.push(result.map(|_| ()));
+    }
     next.version = next.version.saturating_add(1);
     next.previous_members.clone_from(&map.members);
     (changed.then_some(next), results)
+}
+
+/// Whether one decree may replace a map by another one. An acceptor votes for no other map, so a single proposer
+/// cannot make an arbitrary one.
+///
+/// A block never goes from one holder to another in one decree: it is free in between. A removed member is
+/// forgotten, a banned one stays out, and every block is held by a member and overlaps no other one.
+pub fn is_step(map: &AllocMap, next: &AllocMap) -> bool {
+    let follows = next.cluster == map.cluster
+        && map.version.checked_add(1) == Some(next.version)
+        && next.previous_members == map.members;
+    let members = !next.members.is_empty()
+        && map.members.difference(&next.members).all(|gone| next.forgotten.contains(gone))
+        && map.forgotten.difference(&next.forgotten).all(|back| next.members.contains(back))
+        && next.forgotten.difference(&map.forgotten).all(|gone| map.members.contains(gone))
+        && next.forgotten.is_disjoint(&next.members)
+        && next.banned.is_subset(&next.forgotten)
+        && map.banned.is_disjoint(&next.members);
+    follows && members && are_blocks_valid(next) && is_no_block_taken(map, next)
+}
+
+/// Whether members hold all blocks, and no two blocks overlap. Blocks that overlap are neighbours in the order of the
+/// map.
+fn are_blocks_valid(map: &AllocMap) -> bool {
+    let disjoint = map.blocks.keys().zip(map.blocks.keys().skip(1)).all(|(a, b)| {
+        a.network != b.network || !(a.prefix.contains(&b.prefix) || b.prefix.contains(&a.prefix))
+    });
+    let held = |(block, owner): (&Block, &NodeId)| {
+        block.prefix == block.prefix.trunc() && map.members.contains(owner)
+    };
+    disjoint && map.blocks.iter().all(held)
+}
+
+fn is_no_block_taken(map: &AllocMap, next: &AllocMap) -> bool {
+    let mut new = next.blocks.iter().filter(|(block, owner)| map.blocks.get(block) != Some(owner));
+    new.all(|(block, owner)| {
+        overlapping(map, block.network, block.prefix).all(|(_, holder)| holder == *owner)
+    })
 }
 
 /// Applies a change to the map in place. Returns whether the map changed. A refused change leaves the map
@@ -45,10 +108,18 @@ pub fn apply_all<'a>(
 fn make(map: &mut AllocMap, change: &Change) -> Result<bool, Refusal> {
     match change {
         Change::Admit(node) => {
+            if map.banned.contains(node) {
+                return Err(Refusal::Banned(*node));
+            }
             map.forgotten.remove(node);
             Ok(map.members.insert(*node))
         }
         Change::Forget(node) => forget(map, *node),
+        Change::Ban(node) => {
+            let forgot = forget(map, *node)?;
+            Ok(map.forgotten.contains(node) && map.banned.insert(*node) || forgot)
+        }
+        Change::Unban(node) => Ok(map.banned.remove(node)),
         Change::Claim { network, subnet, block_length, owner, blocks } => {
             let claim = BlockClaim {
                 network: *network,
@@ -72,10 +143,12 @@ fn make(map: &mut AllocMap, change: &Change) -> Result<bool, Refusal> {
             Ok(map.blocks.len() != before)
         }
         Change::Key { from, to } => match map.key {
-            Some(agreed) if agreed.id == to.id => Ok(false),
+            Some(agreed) if agreed.commitment == to.commitment => Ok(false),
             Some(agreed) if Some(agreed.id) != *from => Err(Refusal::AnotherKey(agreed.id)),
             _ => {
                 map.key = Some(*to);
+                // From now on only hosts with the new key are admitted, and banned hosts were not given it.
+                map.banned.clear();
                 Ok(true)
             }
         },

@@ -11,9 +11,12 @@
 //! | --- | --- |
 //! | `acceptor.rs` | the durable state of a node, and how it votes |
 //! | `replica/attempt.rs` | one ballot of a proposer |
+//! | `proof.rs` | signatures under a map, and whether they are those of a majority |
+//! | `chain.rs` | which maps a host believes, by the proofs since the one that it knows |
+//! | `offers.rs` | the first map of a new host |
 //! | `queue.rs` | the pending changes, and what each waits for |
 //! | `replica.rs` | the state machine around these: messages, requests, time |
-//! | `change.rs` | the effect of a change on a map |
+//! | `change.rs` | the effect of a change on a map, and what one decree may change |
 //!
 //! # The rules
 //!
@@ -28,6 +31,16 @@
 //! 3. A map is decided when a majority of M(v) *and* a majority of M(v + 1) accepted it in one
 //!    ballot.
 //! 4. A ballot number is used once: the proposer stores its own promise on disk before it sends the ballot.
+//! 5. An acceptor accepts only a valid step from the map that it knows ([`is_step`]), and one map in a ballot. It
+//!    signs what it accepts: cluster, version, ballot, members and the hash of the map ([`Statement`]). Its promise
+//!    counts only if the map that it reports is such a step.
+//! 6. A map is learned only with its proof: the signatures of majorities by rule 3, all of one ballot. A host that knows
+//!    v learns a later map if a majority of the members that it knows signed it. If they changed since, it needs the
+//!    proofs of the changes in between: each is signed by a majority of the members that the one before it names.
+//! 7. Only members of the known map promise, propose and refuse. Others may ask for the map, request their own
+//!    admission, vote for the map that admits them, and pass on proofs. A promise counts only for the ballot in flight.
+//! 8. A ballot is refused if its counter is more than [`MAX_BALLOT_STEP`] above all that the acceptor promised or knows
+//!    a proof of.
 //!
 //! # Why no two maps of one version are ever decided
 //!
@@ -39,7 +52,8 @@
 //! proposed nothing on v. Otherwise a reported a map of version v + 1 and of a ballot from b to c, and the
 //! highest such report, from a or another, is X because c is the lowest exception. So c proposes
 //! X. A map that is older than v + 1 and has a higher ballot does not hide X from the proposer,
-//! since it looks only at maps of version v + 1.
+//! since it looks only at maps of version v + 1. By rule 5 a proof has signatures of one ballot, and each of them is an
+//! acceptance, so a map with a proof is decided in the sense of rule 3.
 //!
 //! This needs only the majority of M(v). The majority of M(v + 1) matters afterwards: once a
 //! change is reported as done, the new members can continue even if every old member is
@@ -54,31 +68,77 @@
 //! Even a change without effect, or a refused one, is answered only after a majority has replied: the answer holds
 //! for the latest map, not for the one that happens to be known locally.
 //!
+//! # Hosts that lie
+//!
+//! Signatures are verified where a map is learned, and by the proposer for each vote. Nothing else has to be believed:
+//!
+//! * **A host that is no member** has no vote that counts in any proof, and its other messages are dropped (rule 7). It
+//!   can pass on proved maps only, and those are true. So an outsider, or a former member, cannot change what a host has
+//!   learned. The exception is a host that has no map yet. It believes the majority of the peers that it asked, of those
+//!   whose map is signed by its own members. An attacker that is most of what such a host reaches can keep it in a
+//!   cluster of its own, and no other host is affected.
+//! * **A member** can make another host learn only what a majority signed, which takes all but one of their votes from
+//!   other members. Those that follow the rules sign valid steps only: the version grows by one, and no block passes from
+//!   one holder to another. They report no map that they did not accept, and count no promise that contradicts rule 5.
+//! * **Proofs of an older map** are not later than what is known, and those of another cluster name its number.
+//! * **Counters**: a version grows by one per step, because acceptors sign nothing else. A ballot counter grows by at most
+//!   2^24 for each promise, and each promise waits for the disk; 2^40 of them would be needed.
+//! * **Competing ballots**: of one proposer, 16 ballots without a decision are promised at once, then one in a second.
+//!   A refusal by one member does not end a ballot that a majority promises within [`RESEND_MS`].
+//! * **Answers of the coordinator** are compared with the own map. If they do not hold there, the host proposes the change
+//!   itself; a host that is not a member asks another one.
+//!
+//! A member that lies can delay what needs its vote, and it may do what any member may: forget and admit hosts, drop the
+//! blocks of a network, release a block on behalf of its holder, and claim free ones, in a step each.
+//!
+//! **What a majority cannot survive is a member that votes twice**: it reports that it accepted nothing, or another map
+//! than it did. Two majorities of an odd number of members may have this one member in common, and then both maps are
+//! decided. No protocol with majorities prevents that: of three members, two must be able to decide without the third. To
+//! exclude it, n members would have to decide with more than (n + f) / 2 votes for f liars, which is all three of three.
+//! Availability with one dead host of three is worth more here. What remains is repaired: both maps are proved steps from
+//! one map. Hosts that meet two proved maps of one version all take the one with the higher ballot, and report
+//! [`Event::Fork`]. Among hosts that follow rule 1 this never happens.
+//!
+//! A host keeps the proofs of the last [`MAX_HISTORY`] changes of the members. One that was away for more of them still
+//! follows if a majority of the members that it knows signed one of the kept ones. Otherwise it reports
+//! [`Event::Unproved`], and must begin anew. Whoever has the identities of a majority of former members can deceive a
+//! host that was away since they were members, until it hears a map that it knows to be later.
+//!
+//! # Cost
+//!
+//! A change costs each learner one hash of the map and a majority of signature checks; the proposer checks as many votes,
+//! an acceptor signs once. Promises, requests and repeated maps cost none. MEASURED
+//!
 //! # Who proposes
 //!
-//! Any host may propose at any time, but two proposers delay each other. So requests go to the coordinator, the
-//! smallest live member, which makes one decree of all pending requests. If it does not answer, the host proposes
-//! the change itself after [`DELEGATE_MS`].
+//! Any member may propose at any time, but two proposers delay each other. So requests go to the coordinator, the
+//! smallest live member, which makes one decree of all pending requests. If it does not answer within [`DELEGATE_MS`],
+//! a member proposes the change itself, and a host that asks for admission asks another member.
 //!
 //! # Integration
 //!
-//! The crate is a state machine without clock, I/O or randomness: [`Replica`] takes messages,
-//! requests and the time, and returns an [`Output`]. If its `persist` is set, [`Replica::durable`]
+//! The crate is a state machine without clock, I/O, randomness or cryptography: [`Replica`] takes messages,
+//! requests and the time, signs and verifies through [`Signatures`], and returns an [`Output`]. If its `persist` is set, [`Replica::durable`]
 //! must be on disk before the caller acts on anything else in the output.
 //!
+//! [`Statement`]: ovl_proto::alloc::Statement
 //! [`Forget`]: ovl_proto::alloc::Change::Forget
 //! [`Release`]: ovl_proto::alloc::Change::Release
 //! [`AllocMap`]: ovl_proto::alloc::AllocMap
 
 mod acceptor;
+mod chain;
 mod change;
+mod offers;
+mod proof;
 mod queue;
 mod replica;
 #[cfg(test)]
 mod tests;
 
-pub use acceptor::Durable;
-pub use change::{MAX_BLOCKS_PER_CLAIM, apply, apply_all};
+pub use acceptor::{Durable, History, MAX_BALLOT_STEP, MAX_HISTORY};
+pub use change::{MAX_BLOCKS_PER_CLAIM, apply, apply_all, is_step};
+pub use proof::Signatures;
 pub use queue::MAX_REMOTE_REQUESTS;
 pub use replica::Replica;
 
@@ -122,6 +182,17 @@ pub enum Event {
         from: NodeId,
         /// The number of its cluster.
         cluster: u64,
+    },
+    /// A majority signed another map of a known version, in a higher ballot, and it was adopted. A member voted twice.
+    Fork {
+        /// The version.
+        version: u64,
+    },
+    /// A later map cannot be verified from the known one. The sender lies or lacks the proofs, or this host was away
+    /// for more changes of the members than hosts keep.
+    Unproved {
+        /// The version.
+        version: u64,
     },
 }
 

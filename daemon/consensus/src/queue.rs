@@ -18,6 +18,8 @@ pub(super) struct PendingChange {
     pub(super) origin: Option<NodeId>,
     pub(super) change: Change,
     pub(super) deadline: u64,
+    /// How many hosts were asked to propose it.
+    pub(super) asked: u32,
     pub(super) route: Delegation,
 }
 
@@ -44,14 +46,15 @@ pub(super) struct ChangeQueue {
 
 impl ChangeQueue {
     pub(super) fn push_local(&mut self, id: u64, change: Change, deadline: u64) {
-        self.push(PendingChange { id, origin: None, change, deadline, route: Delegation::New });
+        self.push(PendingChange { id, origin: None, change, deadline, asked: 0, route: Delegation::New });
     }
 
     /// Adds another host's request, unless it is pending already or there are too many.
     pub(super) fn push_remote(&mut self, from: NodeId, id: u64, change: Change, deadline: u64) {
         let waits = |pending: &PendingChange| pending.origin == Some(from) && pending.id == id;
         if self.remote < MAX_REMOTE_REQUESTS && !self.pending.values().any(waits) {
-            self.push(PendingChange { id, origin: Some(from), change, deadline, route: Delegation::Own });
+            let route = Delegation::Own;
+            self.push(PendingChange { id, origin: Some(from), change, deadline, asked: 0, route });
         }
     }
 
@@ -65,6 +68,14 @@ impl ChangeQueue {
         let pending = self.pending.remove(&key)?;
         self.remote -= usize::from(pending.origin.is_some());
         Some(pending)
+    }
+
+    pub(super) fn get(&self, key: u64) -> Option<&PendingChange> {
+        self.pending.get(&key)
+    }
+
+    pub(super) fn get_mut(&mut self, key: u64) -> Option<&mut PendingChange> {
+        self.pending.get_mut(&key)
     }
 
     pub(super) fn iter(&self) -> impl Iterator<Item = (u64, &PendingChange)> {

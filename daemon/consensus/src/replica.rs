@@ -3,22 +3,32 @@
 mod attempt;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::rc::Rc;
 
-use ovl_proto::alloc::{AllocMap, AllocMessage, Ballot, Change, Refusal};
+use ovl_proto::alloc::{AllocMap, AllocMessage, Ballot, Change, Decision, Proof, Refusal};
 use ovl_proto::id::NodeId;
 
 use self::attempt::Attempt;
-use super::acceptor::{Durable, Vote};
+use super::acceptor::{Durable, Reply};
+use super::offers::Offers;
+use super::proof::{Signatures, statement};
 use super::queue::{ChangeQueue, Delegation, PendingChange};
-use super::{DEADLINE_MS, DELEGATE_MS, Event, Output, RESEND_MS};
+use super::{DEADLINE_MS, DELEGATE_MS, Event, Output, RESEND_MS, apply};
 
 /// The number of peers that a node without a map asks for it at a time.
 const PEERS_ASKED: usize = 3;
+
+/// The number of ballots of one proposer that an acceptor promises at once. After as many without a decision, it
+/// promises one in [`BALLOT_PAUSE_MS`], so that a proposer that never ends does not prevent the ballots of others.
+const BALLOTS_AT_ONCE: u32 = 16;
+/// See [`BALLOTS_AT_ONCE`]. In milliseconds.
+const BALLOT_PAUSE_MS: u64 = 1000;
 
 /// A consensus replica: one host's part in the agreement. Times are milliseconds of a clock that never goes back.
 #[derive(Debug)]
 pub struct Replica {
     me: NodeId,
+    signatures: Rc<dyn Signatures>,
     durable: Durable,
     alive: BTreeSet<NodeId>,
     queue: ChangeQueue,
@@ -33,6 +43,10 @@ pub struct Replica {
     heard: BTreeMap<NodeId, u64>,
     /// The time at which a node without a map asks for it again.
     ask_at: u64,
+    /// The maps that peers offer to a node without a map.
+    offers: Offers,
+    /// The ballots that each proposer was promised since the last decision, and the time of the last one.
+    promises: BTreeMap<NodeId, (u32, u64)>,
     next_id: u64,
     random: u64,
 }
@@ -42,9 +56,10 @@ impl Replica {
     ///
     /// `seed` must be a new random number in each run: it determines the first request id, and peers would take a
     /// repeated id for a duplicate.
-    pub fn new(me: NodeId, durable: Durable, seed: u64) -> Self {
+    pub fn new(me: NodeId, signatures: Rc<dyn Signatures>, durable: Durable, seed: u64) -> Self {
         let mut replica = Self {
             me,
+            signatures,
             durable,
             alive: BTreeSet::new(),
             queue: ChangeQueue::default(),
@@ -54,6 +69,8 @@ impl Replica {
             not_before: 0,
             heard: BTreeMap::new(),
             ask_at: 0,
+            offers: Offers::default(),
+            promises: BTreeMap::new(),
             next_id: 0,
             random: seed,
         };
@@ -62,11 +79,19 @@ impl Replica {
     }
 
     /// Makes this node the only member of a new cluster, if it knows of no cluster. The cluster number must be random
-    /// and not 0.
+    /// and not 0. The node alone signs the first map.
     pub fn bootstrap(&mut self, cluster: u64) -> Output {
         let mut out = Output::default();
-        let members = BTreeSet::from([self.me]);
-        self.learn(&AllocMap { cluster, version: 1, members, ..AllocMap::default() }, &mut out);
+        if !self.durable.is_fresh() {
+            return out;
+        }
+        let map = AllocMap { cluster, version: 1, members: BTreeSet::from([self.me]), ..AllocMap::default() };
+        let ballot = Ballot { counter: self.durable.promised.counter.saturating_add(1), node: self.me };
+        self.durable.promised = ballot;
+        let statement = statement(&*self.signatures, ballot, &map);
+        let votes = vec![self.signatures.sign(&statement)];
+        let proof = Proof { statement, votes };
+        self.adopt(&Decision { map, proof, history: Vec::new() }, Vec::new(), &mut out);
         out
     }
 
@@ -124,9 +149,22 @@ impl Replica {
     pub fn hear(&mut self, from: NodeId, cluster: u64, version: u64) -> Output {
         let mut out = Output::default();
         if !self.reject_foreign(from, cluster, &mut out) && version > self.map().version {
-            out.send(from, AllocMessage::Ask { known: self.map().version });
+            self.ask_map(from, &mut out);
         }
         out
+    }
+
+    /// Asks a peer for a later map. A node without a map believes only peers that it asked.
+    pub fn ask(&mut self, peer: NodeId) -> Output {
+        let mut out = Output::default();
+        self.ask_map(peer, &mut out);
+        out
+    }
+
+    fn ask_map(&mut self, peer: NodeId, out: &mut Output) {
+        if peer != self.me && (!self.durable.is_fresh() || self.offers.note_asked(peer)) {
+            out.send(peer, AllocMessage::Ask { known: self.map().version });
+        }
     }
 
     /// Handles a message. `from` must be authenticated.
@@ -140,49 +178,94 @@ impl Replica {
     }
 
     fn dispatch(&mut self, now: u64, from: NodeId, message: AllocMessage, out: &mut Output) {
+        let fresh = self.durable.is_fresh();
+        let member = self.map().members.contains(&from);
         match message {
+            AllocMessage::Learn(decision) if fresh => {
+                self.offers.put(now, from, *decision, &*self.signatures);
+            }
+            AllocMessage::Learn(decision) => {
+                if !self.reject_foreign(from, decision.map.cluster, out) && !self.learn(&decision, out) {
+                    self.answer_fork(from, &decision, out);
+                    self.note_unproved(from, &decision, out);
+                }
+            }
+            AllocMessage::Reply { id, result } => self.on_reply(now, from, id, result, out),
+            // A node without a map does not know who may propose. It asks for the map on its own.
+            _ if fresh => {}
+            AllocMessage::Ask { known } => self.on_ask(from, known, out),
+            AllocMessage::Request { id, change } => {
+                // A host that is not a member may only ask to be admitted.
+                let may = member || change == Change::Admit(from);
+                if may && may_be_forwarded(&change, from) && self.is_member() {
+                    self.queue.push_remote(from, id, change, now.saturating_add(DEADLINE_MS));
+                }
+            }
+            AllocMessage::Accepted { ballot, vote } => self.on_accepted(now, from, ballot, vote, out),
+            AllocMessage::Nack { ballot, promised } => self.on_nack(now, from, ballot, promised),
             AllocMessage::Prepare { ballot, known } if ballot.node == from => {
-                let answer = self.durable.on_prepare(ballot, known);
-                self.answer(now, from, ballot, answer, out);
+                if !member {
+                    // One of both is behind, or the sender is no member.
+                    self.on_ask(from, known, out);
+                } else if self.may_promise(now, ballot) {
+                    let answer = self.durable.on_prepare(ballot, known);
+                    self.answer(now, from, ballot, answer, out);
+                }
             }
             AllocMessage::Accept { ballot, map } if ballot.node == from => {
-                if !self.reject_foreign(from, map.cluster, out) {
-                    let answer = self.durable.on_accept(ballot, &map);
+                if self.reject_foreign(from, map.cluster, out) {
+                    return;
+                }
+                if !member {
+                    self.on_ask(from, map.version.saturating_sub(1), out);
+                } else if self.may_promise(now, ballot) {
+                    let answer = self.durable.on_accept(&*self.signatures, ballot, &map);
                     self.answer(now, from, ballot, answer, out);
                 }
             }
             // A proposer sends only its own ballots.
             AllocMessage::Prepare { .. } | AllocMessage::Accept { .. } => {}
             AllocMessage::Promise { ballot, accepted, learned } => {
-                let maps = [accepted.as_ref().map(|(_, map)| map), learned.as_ref()];
+                if !self.expects_promise(from, ballot) {
+                    return;
+                }
+                let maps = [accepted.as_ref().map(|(_, map)| map), learned.as_ref().map(|later| &later.map)];
                 let foreign = maps.into_iter().flatten().find(|map| self.durable.is_foreign(map.cluster));
                 if let Some(map) = foreign {
                     self.reject_foreign(from, map.cluster, out);
                     return;
                 }
-                // A later map ends the ballot, so this answer to it is obsolete.
-                if !learned.is_some_and(|map| self.learn(&map, out)) {
-                    self.on_promise(now, from, ballot, accepted, out);
+                match learned {
+                    // A later map ends the ballot. If it is not proved, the promise does not count either: the
+                    // acceptor says that it knows more than this ballot builds on.
+                    Some(decision) if !self.learn(&decision, out) => {
+                        self.note_unproved(from, &decision, out);
+                    }
+                    Some(_) => {}
+                    None => self.on_promise(now, from, accepted, out),
                 }
             }
-            AllocMessage::Accepted { ballot } => self.on_accepted(now, from, ballot, out),
-            AllocMessage::Nack { ballot, promised } => self.on_nack(now, from, ballot, promised),
-            AllocMessage::Learn(map) => {
-                if !self.reject_foreign(from, map.cluster, out) {
-                    self.learn(&map, out);
-                }
-            }
-            AllocMessage::Ask { known } => self.on_ask(from, known, out),
-            AllocMessage::Request { id, change } => {
-                if !self.durable.is_fresh() && may_be_forwarded(&change, from) {
-                    self.queue.push_remote(from, id, change, now.saturating_add(DEADLINE_MS));
-                }
-            }
-            AllocMessage::Reply { id, result } => self.on_reply(now, from, id, result, out),
         }
     }
 
-    fn answer(&mut self, now: u64, to: NodeId, ballot: Ballot, answer: Vote, out: &mut Output) {
+    /// Whether the acceptor may promise a ballot to its proposer now.
+    fn may_promise(&mut self, now: u64, ballot: Ballot) -> bool {
+        if ballot <= self.durable.promised {
+            return true;
+        }
+        let (count, last) = self.promises.entry(ballot.node).or_default();
+        if *count >= BALLOTS_AT_ONCE && now < last.saturating_add(BALLOT_PAUSE_MS) {
+            return false;
+        }
+        (*count, *last) = (count.saturating_add(1), now);
+        true
+    }
+
+    fn is_member(&self) -> bool {
+        self.map().members.contains(&self.me)
+    }
+
+    fn answer(&mut self, now: u64, to: NodeId, ballot: Ballot, answer: Reply, out: &mut Output) {
         out.persist |= answer.persist;
         if answer.ask {
             out.send(to, AllocMessage::Ask { known: self.map().version });
@@ -196,18 +279,21 @@ impl Replica {
     }
 
     fn on_ask(&mut self, from: NodeId, known: u64, out: &mut Output) {
-        let map = self.map();
-        if known < map.version {
-            out.send(from, AllocMessage::Learn(map.clone()));
+        let version = self.map().version;
+        if known < version {
+            out.send(from, self.learn_message(known));
             self.resend_accept(from, out);
-        } else if known > map.version {
-            out.send(from, AllocMessage::Ask { known: map.version });
+        } else if known > version {
+            out.send(from, AllocMessage::Ask { known: version });
         }
     }
 
     fn on_reply(&mut self, now: u64, from: NodeId, id: u64, result: Result<u64, Refusal>, out: &mut Output) {
         let known = self.map().version;
+        let fallback = self.fallback();
         let Some((key, pending)) = self.queue.asked(from, id) else { return };
+        self.heard.insert(from, now);
+        let here = apply(&self.durable.learned, &pending.change);
         match result {
             // The requester waits until it has that map itself.
             Ok(version) if version > known => {
@@ -218,10 +304,17 @@ impl Replica {
                 };
                 out.send(from, AllocMessage::Ask { known });
             }
+            // The own map must say the same: the coordinator may be behind, or lie.
+            Ok(_) if here == Ok(None) => self.finish(key, Ok(known), out),
+            Err(refusal) if here.is_err() => self.finish(key, Err(refusal), out),
             // This node may reach a majority even if the coordinator does not.
-            Err(Refusal::NoMajority { .. }) => pending.route = Delegation::Own,
-            result => self.finish(key, result, out),
+            Ok(_) | Err(_) => pending.route = fallback,
         }
+    }
+
+    /// Returns the route of a local change that another host did not make: only members propose.
+    fn fallback(&self) -> Delegation {
+        if self.is_member() { Delegation::Own } else { Delegation::New }
     }
 
     /// Whether a map is of another cluster; reports that as an event.
@@ -233,26 +326,74 @@ impl Replica {
         foreign
     }
 
-    /// Adopts an agreed map if it is later than the known one. Returns whether it was adopted.
-    pub(super) fn learn(&mut self, map: &AllocMap, out: &mut Output) -> bool {
-        if !self.durable.learn(map) {
-            return false;
+    /// Adopts a map if it is proved and later than the known one. Returns whether it was adopted.
+    pub(super) fn learn(&mut self, decision: &Decision, out: &mut Output) -> bool {
+        if let Some(path) = self.durable.proved_path(&*self.signatures, decision) {
+            self.adopt(decision, path, out);
+            return true;
         }
+        if self.durable.is_fork(&*self.signatures, decision) {
+            out.events.push(Event::Fork { version: decision.map.version });
+            self.adopt(decision, Vec::new(), out);
+            return true;
+        }
+        false
+    }
+
+    /// Reports a member's later map that cannot be verified.
+    fn note_unproved(&self, from: NodeId, decision: &Decision, out: &mut Output) {
+        let version = decision.map.version;
+        if version > self.map().version && self.map().members.contains(&from) {
+            out.events.push(Event::Unproved { version });
+        }
+    }
+
+    /// Sends the own map to a host that sent another one of the same version in a lower ballot.
+    fn answer_fork(&self, to: NodeId, theirs: &Decision, out: &mut Output) {
+        let (map, own) = (&self.durable.learned, self.durable.proof.statement.ballot);
+        if theirs.map.version == map.version && theirs.map != *map && theirs.proof.statement.ballot < own {
+            out.send(to, self.learn_message(map.version));
+        }
+    }
+
+    /// Returns the known map for a host that knows an earlier version.
+    pub(super) fn learn_message(&self, known: u64) -> AllocMessage {
+        AllocMessage::Learn(Box::new(self.durable.decision_since(known)))
+    }
+
+    /// Adopts a proved map.
+    pub(super) fn adopt(&mut self, decision: &Decision, path: Vec<Proof>, out: &mut Output) {
+        self.durable.adopt(decision, path);
         out.persist = true;
         out.events.push(Event::Learned);
-        self.heard.retain(|node, _| map.members.contains(node));
+        self.offers = Offers::default();
+        self.promises.clear();
+        let members = &self.durable.learned.members;
+        self.heard.retain(|node, _| members.contains(node));
         self.end_attempt(out);
         let known = self.map().version;
-        let done =
+        let due =
             |route: Delegation| matches!(route, Delegation::Learning { version, .. } if version <= known);
-        for key in self.queue.keys(|pending| done(pending.route)) {
-            self.finish(key, Ok(known), out);
+        let fallback = self.fallback();
+        for key in self.queue.keys(|pending| due(pending.route)) {
+            let done =
+                self.queue.get(key).is_some_and(|pending| apply(self.map(), &pending.change) == Ok(None));
+            if done {
+                self.finish(key, Ok(known), out);
+            } else if let Some(pending) = self.queue.get_mut(key) {
+                // The coordinator did not tell the truth, or the change was undone since.
+                pending.route = fallback;
+            }
         }
-        true
     }
 
     /// Performs all actions that are due.
     fn advance(&mut self, now: u64, out: &mut Output) {
+        if self.durable.is_fresh()
+            && let Some(decision) = self.offers.choose(now)
+        {
+            self.adopt(&decision, Vec::new(), out);
+        }
         self.expire(now, out);
         self.route(now, out);
         match &self.attempt {
@@ -267,7 +408,11 @@ impl Replica {
     /// If this node alone is a majority, a ballot ends at once. Another one may be needed, because the first may have
     /// completed an earlier proposal instead of its own.
     fn start_ballots(&mut self, now: u64, out: &mut Output) {
-        while self.attempt.is_none() && self.not_before <= now && self.queue.own().next().is_some() {
+        while self.is_member()
+            && self.attempt.is_none()
+            && self.not_before <= now
+            && self.queue.own().next().is_some()
+        {
             let before = self.durable.promised;
             self.start(now, out);
             if self.durable.promised == before {
@@ -293,32 +438,56 @@ impl Replica {
     /// Decides for each local change who proposes it.
     fn route(&mut self, now: u64, out: &mut Output) {
         let me = self.me;
-        let fresh = self.durable.is_fresh();
+        if self.durable.is_fresh() {
+            if self.ask_at <= now && self.queue.iter().next().is_some() {
+                self.ask_peers(now, out);
+            }
+            return;
+        }
+        let member = self.is_member();
+        if !member {
+            let wrong =
+                |pending: &PendingChange| pending.origin.is_none() && pending.change != Change::Admit(me);
+            for key in self.queue.keys(wrong) {
+                self.finish(key, Err(Refusal::NotMember(me)), out);
+            }
+        }
         let coordinator = self.coordinator().filter(|node| *node != me);
+        let other = self.any_live_member();
+        let fallback = self.fallback();
         let alive = &self.alive;
         for (_, pending) in self.queue.iter_mut().filter(|(_, pending)| pending.origin.is_none()) {
             pending.route = match pending.route {
                 Delegation::Asked { until, .. } | Delegation::Learning { until, .. } if until <= now => {
-                    Delegation::Own
+                    fallback
                 }
                 Delegation::Asked { coordinator, .. } if !alive.contains(&coordinator) => Delegation::New,
+                Delegation::Own if !member => Delegation::New,
                 route => route,
             };
-            if pending.route != Delegation::New || fresh {
+            if pending.route != Delegation::New {
                 continue;
             }
-            pending.route = match coordinator {
+            // A host that is not a member cannot propose. If the coordinator fails, it asks another member.
+            let asked = if member || pending.asked == 0 { coordinator } else { other };
+            pending.route = match asked {
                 Some(coordinator) if may_be_forwarded(&pending.change, me) => {
                     let change = pending.change.clone();
                     out.send(coordinator, AllocMessage::Request { id: pending.id, change });
+                    pending.asked = pending.asked.saturating_add(1);
                     Delegation::Asked { coordinator, until: now.saturating_add(DELEGATE_MS) }
                 }
-                Some(_) | None => Delegation::Own,
+                Some(_) | None => fallback,
             };
         }
-        if fresh && self.ask_at <= now && self.queue.iter().next().is_some() {
-            self.ask_peers(now, out);
-        }
+    }
+
+    /// Returns a random live member other than this node.
+    fn any_live_member(&mut self) -> Option<NodeId> {
+        let pick = self.random();
+        let live = self.map().members.intersection(&self.alive).filter(|node| **node != self.me);
+        let live: Vec<NodeId> = live.copied().collect();
+        live.get(pick as usize % live.len().max(1)).copied()
     }
 
     /// Asks a few peers for the map. In a large cluster, too many replies would follow if all were asked.
@@ -327,7 +496,8 @@ impl Replica {
         self.ask_at = now.saturating_add(if peers.is_empty() { RESEND_MS } else { DELEGATE_MS });
         for _ in 0..PEERS_ASKED.min(peers.len()) {
             let pick = self.random() as usize % peers.len();
-            out.send(peers.swap_remove(pick), AllocMessage::Ask { known: 0 });
+            let peer = peers.swap_remove(pick);
+            self.ask_map(peer, out);
         }
     }
 
@@ -368,6 +538,6 @@ fn may_be_forwarded(change: &Change, wanted_by: NodeId) -> bool {
     match change {
         Change::Admit(_) | Change::DropNetwork(_) | Change::Key { .. } => true,
         Change::Claim { owner, .. } | Change::ClaimExact { owner, .. } => *owner == wanted_by,
-        Change::Forget(_) | Change::Release { .. } => false,
+        Change::Forget(_) | Change::Ban(_) | Change::Unban(_) | Change::Release { .. } => false,
     }
 }

@@ -1,14 +1,24 @@
 //! The effect of changes on a map, and the cases of the protocol that the simulation in `tests/simulation` meets too
 //! rarely.
 
+mod lies;
+
 use std::collections::{BTreeMap, BTreeSet};
+use std::rc::Rc;
 
 use ipnet::IpNet;
-use ovl_proto::alloc::{AgreedKey, AllocMap, AllocMessage, Ballot, Block, Change, Refusal};
+use ovl_proto::alloc::{
+    AgreedKey, AllocMap, AllocMessage, Ballot, Block, Change, Decision, Proof, Refusal, Statement, Vote,
+};
 use ovl_proto::id::{ClusterKeyId, NetworkId, NodeId};
+use ovl_proto::record::Signature;
+use ovl_proto::wire;
 use proptest::prelude::*;
 
-use super::{DEADLINE_MS, DELEGATE_MS, Durable, Event, MAX_REMOTE_REQUESTS, Output, Replica, apply};
+use super::{
+    DEADLINE_MS, DELEGATE_MS, Durable, Event, MAX_REMOTE_REQUESTS, Output, Replica, Signatures, apply,
+    apply_all, is_step, proof,
+};
 
 const A: NodeId = NodeId([1; 10]);
 const B: NodeId = NodeId([2; 10]);
@@ -46,15 +56,73 @@ fn held(map: &AllocMap, owner: NodeId) -> Vec<String> {
     map.blocks.iter().filter(|(_, o)| **o == owner).map(|(b, _)| b.prefix.to_string()).collect()
 }
 
+/// Signs as a host, with hashes in place of signatures.
+#[derive(Debug)]
+struct Fake(NodeId);
+
+fn hash<const N: usize>(bytes: &[u8]) -> [u8; N] {
+    let mut state = 0xcbf2_9ce4_8422_2325_u64;
+    for byte in bytes {
+        state = (state ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3);
+    }
+    [(); N].map(|()| {
+        state = (state ^ (state >> 29)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        (state >> 56) as u8
+    })
+}
+
+impl Signatures for Fake {
+    fn digest(&self, map: &AllocMap) -> [u8; 32] {
+        hash(&wire::encode_body(map).unwrap())
+    }
+
+    fn sign(&self, statement: &Statement) -> Vote {
+        let mut key = [0; 32];
+        key[..10].copy_from_slice(&self.0.0);
+        Vote { key, signature: Signature(hash(&wire::encode_body(&(self.0, statement)).unwrap())) }
+    }
+
+    fn author(&self, vote: &Vote) -> NodeId {
+        NodeId(vote.key[..10].try_into().unwrap())
+    }
+
+    fn verify(&self, statement: &Statement, vote: &Vote) -> bool {
+        Self(self.author(vote)).sign(statement) == *vote
+    }
+}
+
+fn vote(by: NodeId, ballot: Ballot, map: &AllocMap) -> Vote {
+    Fake(by).sign(&proof::statement(&Fake(by), ballot, map))
+}
+
+/// The decision of a map by these hosts, in a ballot of the first one. Its counter is the version.
+fn decision(map: &AllocMap, signers: &[NodeId]) -> Decision {
+    let ballot = Ballot { counter: map.version, node: signers[0] };
+    let votes = signers.iter().map(|by| vote(*by, ballot, map)).collect();
+    let statement = proof::statement(&Fake(signers[0]), ballot, map);
+    Decision { map: map.clone(), proof: Proof { statement, votes }, history: Vec::new() }
+}
+
+fn learn(map: &AllocMap, signers: &[NodeId]) -> AllocMessage {
+    AllocMessage::Learn(Box::new(decision(map, signers)))
+}
+
+fn fresh(me: NodeId) -> Replica {
+    Replica::new(me, Rc::new(Fake(me)), Durable::default(), 1)
+}
+
 /// Creates a replica that knows a map, with nothing in flight.
 fn node(me: NodeId, map: &AllocMap) -> Replica {
-    Replica::new(me, Durable { learned: map.clone(), ..Durable::default() }, 5)
+    let members: Vec<NodeId> = map.members.iter().copied().collect();
+    let proof = decision(map, &members).proof;
+    let durable = Durable { learned: map.clone(), proof, ..Durable::default() };
+    Replica::new(me, Rc::new(Fake(me)), durable, 5)
 }
 
 fn done(out: &Output) -> Option<Result<u64, Refusal>> {
     out.events.iter().find_map(|event| match event {
         Event::Done { result, .. } => Some(result.clone()),
-        Event::Learned | Event::ForeignCluster { .. } => None,
+        Event::Learned | Event::ForeignCluster { .. } | Event::Fork { .. } | Event::Unproved { .. } => None,
     })
 }
 
@@ -125,7 +193,7 @@ fn forgotten_host_loses_its_blocks_and_may_return() {
 
 #[test]
 fn second_rotation_of_the_cluster_key_is_refused() {
-    let key = |n: u8| AgreedKey { id: ClusterKeyId([n; 4]), since_ms: u64::from(n) };
+    let key = |n: u8| AgreedKey { id: ClusterKeyId([n; 4]), commitment: [n; 16], since_ms: u64::from(n) };
     let map = map_of(&[A], &[]);
     let first = Change::Key { from: None, to: key(1) };
     let map = apply(&map, &first).unwrap().unwrap();
@@ -137,6 +205,82 @@ fn second_rotation_of_the_cluster_key_is_refused() {
     let map = apply(&map, &later).unwrap().unwrap();
     assert_eq!(map.key, Some(key(2)));
     assert!(apply(&map, &first).is_err(), "a late copy changes nothing");
+    let same_id = AgreedKey { id: key(2).id, ..key(9) };
+    let other = Change::Key { from: None, to: same_id };
+    assert!(apply(&map, &other).is_err(), "another key with the same id is another key");
+}
+
+#[test]
+fn banned_host_returns_after_the_ban_or_with_the_next_key() {
+    let map = map_of(&[A, B], &[("10.0.0.0/29", A), ("10.0.0.8/29", B)]);
+    let next = apply(&map, &Change::Ban(B)).unwrap().unwrap();
+    assert!(held(&next, B).is_empty() && next.banned.contains(&B) && next.forgotten.contains(&B));
+    assert_eq!(apply(&next, &Change::Ban(B)), Ok(None));
+    assert_eq!(apply(&next, &Change::Admit(B)), Err(Refusal::Banned(B)));
+    let free = apply(&next, &Change::Unban(B)).unwrap().unwrap();
+    assert_eq!(apply(&free, &Change::Unban(B)), Ok(None));
+    assert!(apply(&free, &Change::Admit(B)).unwrap().is_some());
+    let to = AgreedKey { id: ClusterKeyId([1; 4]), commitment: [1; 16], since_ms: 1 };
+    let rotated = apply(&next, &Change::Key { from: None, to }).unwrap().unwrap();
+    assert!(apply(&rotated, &Change::Admit(B)).unwrap().is_some());
+    // A host that left can be banned afterwards, and one that never was a member cannot.
+    let left = apply(&map, &Change::Forget(B)).unwrap().unwrap();
+    assert!(apply(&left, &Change::Ban(B)).unwrap().unwrap().banned.contains(&B));
+    assert_eq!(apply(&left, &Change::Ban(C)), Ok(None));
+    assert_eq!(apply(&left, &Change::Ban(A)), Err(Refusal::LastMember(A)));
+}
+
+#[test]
+fn block_is_free_between_two_holders() {
+    let map = map_of(&[A, B], &[("10.0.0.0/29", A), ("10.0.0.8/29", B)]);
+    let release = Change::Release { block: block("10.0.0.0/29"), owner: A };
+    let (next, results) = apply_all(&map, [&release, &exact(B, "10.0.0.0/29"), &Change::Admit(C)]);
+    assert_eq!(results, [Ok(())], "the claim waits for the next decree");
+    let next = next.unwrap();
+    assert!(is_step(&map, &next));
+    let after = apply(&next, &exact(B, "10.0.0.0/29")).unwrap().unwrap();
+    assert!(is_step(&next, &after) && !is_step(&map, &AllocMap { version: 5, ..after }));
+}
+
+#[test]
+fn only_valid_steps_are_accepted() {
+    let mut map = map_of(&[A, B], &[("10.0.0.0/29", A), ("10.0.0.8/29", B)]);
+    (map.forgotten, map.banned) = (BTreeSet::from([C]), BTreeSet::from([C]));
+    let good = AllocMap { version: 5, ..map.clone() };
+    assert!(is_step(&map, &good));
+    let wrong: [fn(&mut AllocMap); 14] = [
+        |map| map.cluster = 8,
+        |map| map.version = 4,
+        |map| map.version = 6,
+        |map| map.version = u64::MAX,
+        |map| map.members.clear(),
+        |map| {
+            map.members.remove(&B);
+        },
+        |map| map.previous_members = BTreeSet::from([A]),
+        |map| map.members = BTreeSet::from([A, B, C]),
+        |map| map.forgotten.clear(),
+        |map| {
+            map.forgotten.insert(NodeId([9; 10]));
+        },
+        |map| {
+            map.banned.insert(A);
+        },
+        |map| {
+            map.blocks.insert(block("10.0.0.8/29"), A);
+        },
+        |map| {
+            map.blocks.insert(block("10.0.0.12/30"), A);
+        },
+        |map| {
+            map.blocks.insert(block("10.0.0.16/29"), C);
+        },
+    ];
+    for (number, wrong) in wrong.into_iter().enumerate() {
+        let mut next = good.clone();
+        wrong(&mut next);
+        assert!(!is_step(&map, &next), "{number}: {next:?}");
+    }
 }
 
 proptest! {
@@ -160,6 +304,7 @@ proptest! {
             let mut of: BTreeMap<u8, NodeId> = BTreeMap::new();
             let result = apply(&map, &change);
             if let Ok(Some(next)) = &result {
+                prop_assert!(is_step(&map, next));
                 prop_assert_eq!(apply(next, &change), Ok(None), "idempotent");
                 map = next.clone();
             }
@@ -184,7 +329,7 @@ proptest! {
 
 #[test]
 fn single_member_decides_at_once() {
-    let mut a = Replica::new(A, Durable::default(), 1);
+    let mut a = fresh(A);
     let out = a.bootstrap(9);
     assert!(out.persist && out.events == [Event::Learned] && a.map().members == BTreeSet::from([A]));
     assert_eq!(a.bootstrap(10), Output::default(), "only once");
@@ -202,15 +347,19 @@ fn acceptor_accepts_only_the_successor_of_an_agreed_map() {
     let v6 = apply(&v5, &exact(A, "10.0.0.8/29")).unwrap().unwrap();
     let mut b = node(B, &v4);
     let ballot = |counter| Ballot { counter, node: A };
+    let accepted = |counter, map: &AllocMap| AllocMessage::Accepted {
+        ballot: ballot(counter),
+        vote: vote(B, ballot(counter), map),
+    };
     let out = b.handle(0, A, AllocMessage::Accept { ballot: ballot(1), map: v5.clone() });
-    assert_eq!(out.send, [(A, AllocMessage::Accepted { ballot: ballot(1) })]);
+    assert_eq!(out.send, [(A, accepted(1, &v5))]);
     // The decision of version 5 was lost. The accepted map must stay visible to proposers.
     let next = AllocMessage::Accept { ballot: ballot(2), map: v6.clone() };
     let out = b.handle(0, A, next.clone());
     assert_eq!(out.send, [(A, AllocMessage::Ask { known: 4 })]);
     assert_eq!(b.durable().accepted, Some((ballot(1), v5.clone())));
-    assert!(b.handle(0, A, AllocMessage::Learn(v5)).persist);
-    assert_eq!(b.handle(0, A, next).send, [(A, AllocMessage::Accepted { ballot: ballot(2) })]);
+    assert!(b.handle(0, A, learn(&v5, &[A, B])).persist);
+    assert_eq!(b.handle(0, A, next).send, [(A, accepted(2, &v6))]);
     assert_eq!(b.durable().accepted, Some((ballot(2), v6)));
 }
 
@@ -219,20 +368,26 @@ fn change_of_members_needs_a_majority_of_the_new_ones() {
     let old = map_of(&[A], &[]);
     let mut a = node(A, &old);
     let (_, out) = a.request(0, Change::Admit(B), &BTreeSet::from([B]));
-    let [(B, AllocMessage::Learn(_)), (B, AllocMessage::Accept { ballot, map })] = out.send.as_slice() else {
-        panic!("{out:?}")
-    };
+    let [(B, AllocMessage::Accept { ballot, map })] = out.send.as_slice() else { panic!("{out:?}") };
     assert_eq!(done(&out), None);
-    let mut b = Replica::new(B, Durable::default(), 1);
-    // Out of order: b does not have the preceding map.
+    let mut b = fresh(B);
+    // A host without a map asks for it on its own.
     let accept = AllocMessage::Accept { ballot: *ballot, map: map.clone() };
-    assert_eq!(b.handle(0, A, accept.clone()).send, [(A, AllocMessage::Ask { known: 0 })]);
+    assert_eq!(b.handle(0, A, accept.clone()), Output::default());
+    assert_eq!(b.ask(A).send, [(A, AllocMessage::Ask { known: 0 })]);
     let out = a.handle(1, B, AllocMessage::Ask { known: 0 });
-    assert_eq!(out.send, [(B, AllocMessage::Learn(old.clone())), (B, accept.clone())]);
-    let _ = b.handle(2, A, AllocMessage::Learn(old));
-    let out = b.handle(2, A, accept);
-    let out = a.handle(3, B, out.send[0].1.clone());
+    assert_eq!(out.send, [(B, learn(&old, &[A])), (B, accept.clone())]);
+    assert_eq!(b.handle(2, A, learn(&old, &[A])).events, []);
+    // It waits for more answers.
+    assert_eq!(b.tick(102, &BTreeSet::new()).events, [Event::Learned]);
+    let out = b.handle(102, A, accept);
+    let out = a.handle(103, B, out.send[0].1.clone());
     assert_eq!(done(&out), Some(Ok(5)));
+    // The decision proves itself to the host that joins, and is kept as a step of the history.
+    let [(B, AllocMessage::Learn(decided))] = out.send.as_slice() else { panic!("{out:?}") };
+    assert_eq!(b.handle(104, A, AllocMessage::Learn(decided.clone())).events, [Event::Learned]);
+    assert_eq!(a.durable().history.proofs(), [decided.proof.clone()]);
+    assert_eq!(b.durable().history, a.durable().history);
 }
 
 #[test]
@@ -260,14 +415,20 @@ fn map_of_another_cluster_is_reported_and_never_adopted() {
     let map = map_of(&[A, B], &[]);
     let mut other = map_of(&[A, B, C], &[]);
     (other.cluster, other.version) = (10, 50);
-    let ballot = Ballot { counter: 1, node: B };
-    let accepted = Some((ballot, other.clone()));
     let mut a = node(A, &map);
+    let (_, out) = a.request(0, exact(A, "10.0.0.0/29"), &BTreeSet::from([B]));
+    let [(B, AllocMessage::Prepare { ballot, .. })] = out.send.as_slice() else { panic!("{out:?}") };
+    let (own, ballot) = (*ballot, Ballot { counter: 1, node: B });
+    let accepted = Some((ballot, other.clone()));
     for message in [
-        AllocMessage::Learn(other.clone()),
+        learn(&other, &[A, B, C]),
         AllocMessage::Accept { ballot, map: other.clone() },
-        AllocMessage::Promise { ballot, accepted, learned: None },
-        AllocMessage::Promise { ballot, accepted: None, learned: Some(other) },
+        AllocMessage::Promise { ballot: own, accepted, learned: None },
+        AllocMessage::Promise {
+            ballot: own,
+            accepted: None,
+            learned: Some(Box::new(decision(&other, &[A, B, C]))),
+        },
     ] {
         let out = a.handle(0, B, message);
         assert_eq!(out.events, [Event::ForeignCluster { from: B, cluster: 10 }]);
@@ -294,14 +455,4 @@ fn remote_requests_are_limited_and_deduplicated() {
         })
         .collect();
     assert_eq!((replies.len(), out.send.len()), (MAX_REMOTE_REQUESTS, MAX_REMOTE_REQUESTS));
-}
-
-#[test]
-fn requests_fail_when_ballot_numbers_are_exhausted() {
-    let mut a = node(A, &map_of(&[A, B], &[]));
-    let ballot = Ballot { counter: u64::MAX, node: B };
-    assert_eq!(a.handle(0, B, AllocMessage::Prepare { ballot, known: 4 }).send.len(), 1);
-    let (_, out) = a.request(0, exact(A, "10.0.0.0/29"), &BTreeSet::from([B]));
-    assert!(out.send.is_empty() && a.next_tick() > Some(0));
-    assert!(matches!(done(&a.tick(DEADLINE_MS, &BTreeSet::new())), Some(Err(Refusal::NoMajority { .. }))));
 }

@@ -33,8 +33,13 @@ const RECLAIM_RETRY: Duration = Duration::from_secs(2);
 const ADMISSION_RETRY: Duration = Duration::from_millis(200);
 /// How long a host looks for a cluster before it reports that there is none.
 const NOBODY_AFTER: Duration = Duration::from_secs(3);
+/// How many peers a host without a map asks for it at a time.
+const FIRST_ASKED: usize = 3;
 /// How long a new host waits for the records of all members before it requests admission.
 const RECORDS_WITHIN: Duration = Duration::from_secs(2);
+
+/// Time without a verified map after which a map that cannot be verified is reported, in milliseconds.
+const UNPROVED_MS: u64 = 10_000;
 
 /// Whether an address satisfies a lease request.
 fn fits(wish: LeaseWish, address: IpAddr) -> bool {
@@ -42,6 +47,21 @@ fn fits(wish: LeaseWish, address: IpAddr) -> bool {
         LeaseWish::Exact(wanted) => wanted == address,
         LeaseWish::AnyOf(prefix) => prefix.contains(&address),
     }
+}
+
+/// Reports a map that this host cannot verify, unless it learns another one soon.
+fn note_unproved(state: &mut State, now: u64) {
+    let Some((version, since)) = state.unproved else { return };
+    if now.saturating_sub(since) < UNPROVED_MS {
+        return;
+    }
+    let known = state.view.alloc.version;
+    let sentence = format!(
+        "peers have version {version} of the allocation map, and this host, which has version {known}, cannot verify it: \
+         the members changed too often while it was down, or a peer lies. If it was down for long, run `ovlctl peers \
+         forget` for it on another host, remove its state directory, and start it again"
+    );
+    state.problems.set(Code::MapNotVerified, "", Some(sentence));
 }
 
 impl Node {
@@ -61,11 +81,18 @@ impl Node {
         self.carry_out(output);
     }
 
+    /// Asks a peer for a later allocation map than this host has.
+    pub(super) fn ask_map(&self, peer: NodeId) {
+        let output = self.state.borrow_mut().allocator.ask(peer);
+        self.carry_out(output);
+    }
+
     /// Advances the time of the consensus replica.
     pub(super) fn tick_alloc(&self) {
         let output = {
             let mut state = self.state.borrow_mut();
             let (now, alive) = (state.now(), state.alive());
+            note_unproved(&mut state, now);
             state.allocator.tick(now, &alive)
         };
         self.carry_out(output);
@@ -153,6 +180,9 @@ impl Node {
             Refusal::AnotherKey(_) => {
                 Failed::conflict(format!("{sentence}: wait until `ovlctl key status` says that it is done"))
             }
+            Refusal::Banned(node) => {
+                Failed::conflict(format!("{sentence}. If it is to return, run `ovlctl peers admit {node}`"))
+            }
             Refusal::Held { .. } | Refusal::LastMember(_) => Failed::conflict(sentence),
             Refusal::Full { .. } | Refusal::NotABlock(_) => Failed::exhausted(sentence),
         }
@@ -195,6 +225,17 @@ impl Node {
                 Event::ForeignCluster { from, cluster } => {
                     tracing::debug!(%from, cluster, "a map of another cluster");
                 }
+                Event::Fork { version } => {
+                    tracing::error!(version, "two allocation maps of one version are signed by a majority");
+                    let message = format!("a member signed two allocation maps of version {version}");
+                    self.event("peer", &self.config.node, &message);
+                }
+                Event::Unproved { version } => {
+                    let mut state = self.state.borrow_mut();
+                    let now = state.now();
+                    state.unproved.get_or_insert((version, now));
+                    tracing::debug!(version, "refused an allocation map: it is not proved");
+                }
             }
         }
     }
@@ -205,6 +246,8 @@ impl Node {
             let mut guard = self.state.borrow_mut();
             let state = &mut *guard;
             let was_member = state.is_member();
+            state.unproved = None;
+            state.problems.set(Code::MapNotVerified, "", None);
             let before = std::mem::replace(&mut state.view.alloc, state.allocator.map().clone());
             if before.members != state.view.alloc.members {
                 state.keys.map_changed = state.now();
@@ -475,9 +518,12 @@ impl Node {
             (state.view.me, alloc.cluster == 0, strangers, blocked)
         };
         if fresh {
-            for peer in self.links().connected().into_iter().take(3) {
-                self.links().send(peer, &Message::Alloc(AllocMessage::Ask { known: 0 }));
+            let peers: Vec<NodeId> = self.links().connected().into_iter().take(FIRST_ASKED).collect();
+            for peer in peers {
+                self.ask_map(peer);
             }
+            // It chooses among the answers of the last time.
+            self.tick_alloc();
             if self.state.borrow().epoch.elapsed() > NOBODY_AFTER {
                 let sentence = self.nobody_found();
                 self.state.borrow_mut().problems.set(Code::Admission, "", Some(sentence));
@@ -516,8 +562,16 @@ impl Node {
 
     /// Returns why this host must not request admission because of its cluster key. `None` if it may.
     ///
-    /// A host that was removed from the cluster needs the latest cluster key to return.
+    /// A host that was removed from the cluster needs the latest cluster key to return, and one that `ovlctl peers
+    /// forget` removed needs the consent of the cluster.
     fn shut_out(&self, state: &State) -> Option<String> {
+        if state.view.alloc.banned.contains(&state.view.me) {
+            return Some(format!(
+                "not admitted: this host was taken out of the cluster with `ovlctl peers forget`. To let it return, run \
+                 `ovlctl peers admit {}` on a member",
+                state.view.me
+            ));
+        }
         let file = self.config.cluster_key.as_ref()?;
         let key = state.view.alloc.key?.id;
         let out = state.view.alloc.forgotten.contains(&state.view.me)
@@ -529,6 +583,26 @@ impl Node {
                 file.display()
             )
         })
+    }
+
+    /// Ends the ban of a host: `ovlctl peers admit`. The host then asks to be admitted by itself.
+    pub(super) async fn end_ban(&self, name: &str) -> Result<(), Failed> {
+        let node = {
+            let state = self.state.borrow();
+            let banned = &state.view.alloc.banned;
+            let named = |id: &NodeId| state.view.nodes.get(id).is_some_and(|node| node.record.name == name);
+            let id = name.parse::<NodeId>().ok().filter(|id| banned.contains(id));
+            let Some(node) = id.or_else(|| banned.iter().copied().find(named)) else {
+                return Err(Failed::not_found(format!(
+                    "no host {name} was taken out with `ovlctl peers forget`; a host that does not run now is known by \
+                     its id only"
+                )));
+            };
+            node
+        };
+        self.change(Change::Unban(node)).await?;
+        self.event("peer", name, "may return, by request");
+        Ok(())
     }
 
     /// Returns the problem to report if no member of a cluster was found.

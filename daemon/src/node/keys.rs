@@ -93,8 +93,9 @@ impl Node {
             let next = {
                 let state = self.state.borrow();
                 let keys = &state.keys;
-                let agreed = state.view.alloc.key.map(|key| key.id);
-                let offered = keys.offered.as_ref().filter(|key| Some(key.id()) == agreed);
+                // The id has 32 bits only, so another key can have it.
+                let agreed = state.view.alloc.key.map(|key| key.commitment);
+                let offered = keys.offered.as_ref().filter(|key| Some(key.commitment()) == agreed);
                 match (offered, state.live().step(&keys.ring.ids())) {
                     (Some(key), _) if keys.ring.get(key.id()).is_none() => {
                         Some((keys.ring.opening_too(key.clone()), "this host has the new cluster key"))
@@ -189,7 +190,9 @@ impl Node {
             let mut guard = self.state.borrow_mut();
             let state = &mut *guard;
             let agreed = state.view.alloc.key;
-            let Some(key) = agreed.and_then(|key| state.keys.ring.get(key.id)).cloned() else {
+            let ring = &state.keys.ring;
+            let is_agreed = |key: &&ClusterKey| agreed.is_some_and(|it| it.commitment == key.commitment());
+            let Some(key) = ring.all().find(is_agreed).cloned() else {
                 state.keys.given.clear();
                 return;
             };
@@ -393,12 +396,12 @@ impl Node {
             let turn = self.key_turn.lock().await;
             let ring = Arc::clone(&self.state.borrow().keys.ring);
             if ring.get(id).is_none() {
-                self.keep_keys(&turn, ring.opening_too(key))
+                self.keep_keys(&turn, ring.opening_too(key.clone()))
                     .await
                     .map_err(|error| Failed::internal(format!("the new key cannot be kept: {error:#}")))?;
             }
         }
-        let to = AgreedKey { id, since_ms: self.wall_ms() };
+        let to = AgreedKey { id, commitment: key.commitment(), since_ms: self.wall_ms() };
         let change = Change::Key { from: agreed.map(|key| key.id), to };
         let result = self.change(change).await;
         if result.as_ref().is_err_and(|failed| failed.0.kind == FailureKind::Conflict) {

@@ -30,6 +30,7 @@ mod state;
 mod tables;
 mod tunnel;
 mod underlay;
+mod votes;
 
 use std::cell::{Cell, Ref, RefCell};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -226,7 +227,7 @@ impl Node {
         };
         let signed = identity.sign_record(&record)?;
         let keys = keys::Keys::new(Arc::clone(&keyring), key_file);
-        let mut state = first_state(&config, &environment, &record, &signed, &saved, keys);
+        let mut state = first_state(&config, &environment, &identity, (&record, &signed), &saved, keys);
         state.local.key_epochs.set_own_previous(secret.previous());
         state
             .subsystems
@@ -492,8 +493,8 @@ async fn open(
 fn first_state(
     config: &Config,
     environment: &Rc<dyn Environment>,
-    record: &NodeRecord,
-    signed: &SignedRecord,
+    identity: &Arc<Identity>,
+    (record, signed): (&NodeRecord, &SignedRecord),
     saved: &store::State,
     keys: keys::Keys,
 ) -> State {
@@ -526,7 +527,13 @@ fn first_state(
             cluster_dns: config.ranges.dns_addresses().collect(),
         }),
         keys,
-        allocator: Allocator::new(me, durable, u64::from_le_bytes(random(&**environment))),
+        allocator: Allocator::new(
+            me,
+            Rc::new(votes::Signer::new(Arc::clone(identity))),
+            durable,
+            u64::from_le_bytes(random(&**environment)),
+        ),
+        unproved: None,
         claims: HashMap::new(),
         leases: HashMap::new(),
         addresses: Addresses::new(saved.leases.iter().copied()),

@@ -169,8 +169,8 @@ impl Node {
 
     /// Whether a message from a peer is accepted.
     ///
-    /// A member may send any message. A host that is not a member only has the cluster key: it may ask, be
-    /// admitted, and vote on its own admission. While the local host is not a member, it accepts all
+    /// A member may send any message. A host that is not a member only has the cluster key: it may ask, request its
+    /// admission, vote for it, and pass on a map that carries its proof. While the local host is not a member, it accepts all
     /// messages, since it cannot know the members. Messages of another cluster are rejected.
     fn may_say(&self, from: NodeId, key: ClusterKeyId, message: &Message) -> bool {
         let state = self.state.borrow();
@@ -182,10 +182,13 @@ impl Node {
             _ if member => true,
             Message::TablePull(_) | Message::ObjectIndex { .. } => true,
             Message::Alloc(message) => match message {
+                // The replica itself judges these: it learns only what is proved, answers only a host that is behind,
+                // and counts only votes for the admission of the sender.
                 AllocMessage::Ask { .. }
-                | AllocMessage::Promise { .. }
+                | AllocMessage::Learn(_)
                 | AllocMessage::Accepted { .. }
-                | AllocMessage::Nack { .. } => true,
+                | AllocMessage::Prepare { .. }
+                | AllocMessage::Accept { .. } => true,
                 // The host was forgotten and the key was rotated afterwards, so it must not get the new key.
                 AllocMessage::Request { change: Change::Admit(node), .. } => {
                     let alloc = &state.view.alloc;
@@ -193,9 +196,8 @@ impl Node {
                     *node == from && (last || !alloc.forgotten.contains(node))
                 }
                 AllocMessage::Request { .. }
-                | AllocMessage::Prepare { .. }
-                | AllocMessage::Accept { .. }
-                | AllocMessage::Learn(_)
+                | AllocMessage::Promise { .. }
+                | AllocMessage::Nack { .. }
                 | AllocMessage::Reply { .. } => false,
             },
             Message::Table(_)
@@ -209,15 +211,12 @@ impl Node {
 
     /// Sends this host's table on a new stream, and starts the comparison of the rest.
     pub(super) fn greet(&self, peer: NodeId) {
-        let (whole, known) = {
-            let state = self.state.borrow();
-            (state.view.own().and_then(|own| own.table.whole()), state.view.alloc.version)
-        };
+        let whole = self.state.borrow().view.own().and_then(|own| own.table.whole());
         if let Some(whole) = whole {
             self.links().send(peer, &Message::Table(whole));
         }
         self.ask_objects(peer);
-        self.links().send(peer, &Message::Alloc(AllocMessage::Ask { known }));
+        self.ask_map(peer);
         self.pull_missing();
     }
 
@@ -299,16 +298,15 @@ impl Node {
     /// Updates the liveness and the hints of a peer, and requests the state that this host lacks.
     fn take_signs(&self, id: NodeId, hints: Hints, alive: bool) {
         self.set_gossip_alive(id, alive);
-        let alloc_known = {
+        let behind = {
             let mut state = self.state.borrow_mut();
             let Some(peer) = state.peers.get_mut(&id) else { return };
             peer.hints = hints;
-            let known = state.view.alloc.version;
-            (hints.alloc > known).then_some(known)
+            hints.alloc > state.view.alloc.version
         };
         self.ask_missing_objects(false);
-        if let Some(known) = alloc_known {
-            self.links().send(id, &Message::Alloc(AllocMessage::Ask { known }));
+        if behind {
+            self.ask_map(id);
         }
         self.pull_missing();
     }

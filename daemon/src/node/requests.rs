@@ -56,6 +56,10 @@ impl Node {
                 self.look_at_tunnel().await;
                 Reply::Peers(self.peers())
             }
+            Request::PeersAdmit { node } => {
+                self.end_ban(&node).await?;
+                Reply::Done
+            }
             Request::PeersForget { node } => {
                 self.forget(&node).await?;
                 Reply::Done
@@ -280,7 +284,8 @@ impl Node {
             match found.as_slice() {
                 [] => match by_id {
                     Some(id) if state.view.alloc.members.contains(&id) => id,
-                    Some(id) if state.view.alloc.forgotten.contains(&id) => return Ok(()),
+                    // A host that left is not banned yet.
+                    Some(id) if state.view.alloc.forgotten.contains(&id) => id,
                     _ => {
                         return Err(Failed::not_found(format!(
                             "there is no host {name}; `ovlctl peers` lists them"
@@ -303,7 +308,7 @@ impl Node {
                 }
             }
         };
-        self.change(Change::Forget(node)).await?;
+        self.change(Change::Ban(node)).await?;
         if let Some(peer) = self.state.borrow_mut().peers.get_mut(&node) {
             // This also drops a host that was never admitted, which the cluster cannot forget.
             peer.last_alive_ms = 0;

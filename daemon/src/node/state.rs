@@ -106,6 +106,9 @@ pub(crate) struct State {
     pub keys: super::keys::Keys,
     /// Consensus replica for the allocation map.
     pub allocator: Allocator,
+    /// A later allocation map that could not be verified: its version, and the time of the first try, in
+    /// milliseconds of this run.
+    pub unproved: Option<(u64, u64)>,
     /// Requests for changes of the allocation map that are in flight.
     pub claims: HashMap<u64, oneshot::Sender<Result<u64, Refusal>>>,
     /// Lease requests that are in flight, with the holder that was asked.

@@ -22,7 +22,13 @@ pub enum Request {
     Status,
     /// Lists all hosts: [`crate::Reply::Peers`].
     Peers,
+    /// Lets a host return that [`Self::PeersForget`] removed: [`crate::Reply::Done`] when a majority has agreed.
+    PeersAdmit {
+        /// The host's id, or its name if it runs.
+        node: String,
+    },
     /// Removes a dead host from the cluster and frees its blocks: [`crate::Reply::Done`] when a majority has agreed.
+    /// The host does not return before [`Self::PeersAdmit`] or a rotation of the cluster key.
     PeersForget {
         /// The host's name or id.
         node: String,

@@ -78,6 +78,7 @@ pub(crate) fn view_of(mode: Mode, backend: Backend, subnet: Subnet, block: impl 
             members: (1..=3).map(id).collect(),
             previous_members: BTreeSet::new(),
             forgotten: BTreeSet::new(),
+            banned: BTreeSet::new(),
             blocks: (1..=3).map(|n| (Block { network: NET, prefix: block(n) }, id(n))).collect(),
             key: None,
         },

@@ -1,12 +1,14 @@
 //! A ballot of a proposer, from the first message to the decision.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
-use ovl_proto::alloc::{AllocMap, AllocMessage, Ballot, Refusal};
+use ovl_proto::alloc::{AllocMap, AllocMessage, Ballot, Decision, Proof, Refusal, Statement, Vote};
 use ovl_proto::id::NodeId;
 
 use super::Replica;
-use crate::{Output, RESEND_MS, apply_all, majority};
+use crate::acceptor::MAX_BALLOT_STEP;
+use crate::proof::{is_vote_of, statement};
+use crate::{Output, RESEND_MS, apply_all, is_step, majority};
 
 /// A ballot in flight. It is dropped as soon as a later map is known, so it always builds on the map that its
 /// proposer knows.
@@ -14,6 +16,8 @@ use crate::{Output, RESEND_MS, apply_all, majority};
 pub(super) struct Attempt {
     ballot: Ballot,
     phase: Phase,
+    /// The members that promised a later ballot.
+    refused: BTreeSet<NodeId>,
     pub(super) resend_at: u64,
 }
 
@@ -26,7 +30,10 @@ enum Phase {
     },
     Accept {
         map: AllocMap,
-        accepted: BTreeSet<NodeId>,
+        /// What an acceptor of the map signs.
+        statement: Statement,
+        /// The verified votes.
+        votes: BTreeMap<NodeId, Vote>,
         /// The results of the changes in the map, by their keys in the queue.
         results: Vec<(u64, Result<(), Refusal>)>,
     },
@@ -36,7 +43,9 @@ impl Replica {
     /// Starts a ballot for the pending changes that this node proposes itself.
     pub(super) fn start(&mut self, now: u64, out: &mut Output) {
         // When the ballot numbers are exhausted nothing can be proposed, because a number must not be used twice.
-        let Some(counter) = self.durable.promised.counter.max(self.highest_seen).checked_add(1) else {
+        let decided = self.durable.proof.statement.ballot.counter;
+        let used = self.durable.promised.counter.max(self.highest_seen).max(decided);
+        let Some(counter) = used.checked_add(1) else {
             self.not_before = now.saturating_add(RESEND_MS);
             return;
         };
@@ -46,6 +55,7 @@ impl Replica {
         let mut attempt = Attempt {
             ballot,
             phase: Phase::Prepare { promised: BTreeSet::from([self.me]), best: None },
+            refused: BTreeSet::new(),
             resend_at: now,
         };
         attempt.report(self.durable.accepted.clone(), self.durable.learned.version);
@@ -54,18 +64,32 @@ impl Replica {
         self.propose_if_promised(now, out);
     }
 
+    /// Whether a member's promise answers the ballot in flight. No other promise is looked at.
+    pub(super) fn expects_promise(&self, from: NodeId, ballot: Ballot) -> bool {
+        self.durable.learned.members.contains(&from)
+            && self.attempt.as_ref().is_some_and(|attempt| {
+                attempt.ballot == ballot && matches!(attempt.phase, Phase::Prepare { .. })
+            })
+    }
+
+    /// Counts a promise that is expected.
     pub(super) fn on_promise(
         &mut self,
         now: u64,
         from: NodeId,
-        ballot: Ballot,
         accepted: Option<(Ballot, AllocMap)>,
         out: &mut Output,
     ) {
         let learned = &self.durable.learned;
-        let Some(attempt) = self.attempt.as_mut().filter(|attempt| attempt.ballot == ballot) else { return };
+        let Some(attempt) = self.attempt.as_mut() else { return };
         let Phase::Prepare { promised, .. } = &mut attempt.phase else { return };
-        if !learned.members.contains(&from) {
+        // An acceptor that knows the same map accepts only a step from it.
+        let invalid = |(ballot, map): &(Ballot, AllocMap)| {
+            map.version > learned.version && (*ballot >= attempt.ballot || !is_step(learned, map))
+        };
+        if accepted.as_ref().is_some_and(invalid) {
+            // The acceptor lies, or knows another map of this version.
+            out.send(from, self.learn_message(self.durable.learned.version));
             return;
         }
         promised.insert(from);
@@ -78,7 +102,7 @@ impl Replica {
         let learned = &self.durable.learned;
         let Some(attempt) = &mut self.attempt else { return };
         let Phase::Prepare { promised, best } = &mut attempt.phase else { return };
-        if !has_majority(promised, &learned.members) {
+        if !has_majority(promised.iter(), &learned.members) {
             return;
         }
         let (map, results) = match best.take() {
@@ -103,40 +127,52 @@ impl Replica {
             self.give_way(now);
             return;
         }
-        let mut accepted = BTreeSet::new();
-        if learned.members.contains(&self.me) || map.members.contains(&self.me) {
-            out.persist |= self.durable.accept(attempt.ballot, &map);
-            accepted.insert(self.me);
-        }
-        attempt.phase = Phase::Accept { map, accepted, results };
+        let signatures = &*self.signatures;
+        let statement = statement(signatures, attempt.ballot, &map);
+        out.persist |= self.durable.accept(attempt.ballot, &map);
+        let votes = BTreeMap::from([(self.me, signatures.sign(&statement))]);
+        attempt.phase = Phase::Accept { map, statement, votes, results };
+        attempt.refused.clear();
         self.resend(now, out);
         self.decide_if_accepted(out);
     }
 
-    pub(super) fn on_accepted(&mut self, now: u64, from: NodeId, ballot: Ballot, out: &mut Output) {
+    pub(super) fn on_accepted(
+        &mut self,
+        now: u64,
+        from: NodeId,
+        ballot: Ballot,
+        vote: Vote,
+        out: &mut Output,
+    ) {
         let learned = &self.durable.learned;
         let Some(attempt) = self.attempt.as_mut().filter(|attempt| attempt.ballot == ballot) else { return };
-        let Phase::Accept { map, accepted, .. } = &mut attempt.phase else { return };
-        if !learned.members.contains(&from) && !map.members.contains(&from) {
+        let Phase::Accept { map, statement, votes, .. } = &mut attempt.phase else { return };
+        let concerned = learned.members.contains(&from) || map.members.contains(&from);
+        if !concerned || votes.contains_key(&from) || !is_vote_of(&*self.signatures, from, statement, &vote) {
             return;
         }
-        accepted.insert(from);
+        votes.insert(from, vote);
         self.heard.insert(from, now);
         self.decide_if_accepted(out);
     }
 
     fn decide_if_accepted(&mut self, out: &mut Output) {
-        let Some(Attempt { phase: Phase::Accept { map, accepted, .. }, .. }) = &self.attempt else { return };
+        let Some(Attempt { phase: Phase::Accept { map, statement, votes, .. }, .. }) = &self.attempt else {
+            return;
+        };
         let old = &self.durable.learned.members;
-        if !has_majority(accepted, old) || !has_majority(accepted, &map.members) {
+        if !has_majority(votes.keys(), old) || !has_majority(votes.keys(), &map.members) {
             return;
         }
+        let proof = Proof { statement: statement.clone(), votes: votes.values().cloned().collect() };
+        let path = if map.members == *old { Vec::new() } else { vec![proof.clone()] };
+        let decision = Decision { map: map.clone(), proof, history: Vec::new() };
         let recipients: BTreeSet<_> = old.union(&map.members).chain(&self.alive).copied().collect();
         for node in recipients.into_iter().filter(|node| *node != self.me) {
-            out.send(node, AllocMessage::Learn(map.clone()));
+            out.send(node, AllocMessage::Learn(Box::new(decision.clone())));
         }
-        let map = map.clone();
-        self.learn(&map, out);
+        self.adopt(&decision, path, out);
     }
 
     /// Ends the ballot because a later map is known. If that map is its own, its changes are done; if not, they wait
@@ -152,15 +188,29 @@ impl Replica {
     }
 
     /// Handles a reply that the sender promised a later ballot.
+    ///
+    /// The ballot goes on with the others, because one member's word must not end it. It ends when a majority is
+    /// impossible, or if there is none when it would be sent again.
     pub(super) fn on_nack(&mut self, now: u64, from: NodeId, ballot: Ballot, promised: Ballot) {
-        if self.attempt.as_ref().is_none_or(|attempt| attempt.ballot != ballot) {
+        let members = &self.durable.learned.members;
+        let Some(attempt) = self.attempt.as_mut().filter(|attempt| attempt.ballot == ballot) else { return };
+        let new = match &attempt.phase {
+            Phase::Prepare { .. } => members,
+            Phase::Accept { map, .. } => &map.members,
+        };
+        if !members.contains(&from) && !new.contains(&from) {
             return;
         }
-        if self.durable.learned.members.contains(&from) {
-            self.heard.insert(from, now);
+        self.heard.insert(from, now);
+        attempt.refused.insert(from);
+        let highest = self.durable.promised.counter.saturating_add(MAX_BALLOT_STEP / 2);
+        self.highest_seen = self.highest_seen.max(promised.counter.min(highest));
+        let lost = |members: &BTreeSet<NodeId>| {
+            members.intersection(&attempt.refused).count() > members.len() - majority(members.len())
+        };
+        if lost(members) || lost(new) {
+            self.give_way(now);
         }
-        self.highest_seen = self.highest_seen.max(promised.counter);
-        self.give_way(now);
     }
 
     /// Handles a promise of this node to another proposer. A ballot in its prepare phase is lost then. One that was
@@ -181,8 +231,11 @@ impl Replica {
         self.not_before = now.saturating_add(window + self.random() % (2 * window + 1));
     }
 
-    /// Sends the ballot's message to all members that have not answered it.
+    /// Sends the ballot's message to all members that have not answered it, or gives way to a later ballot.
     pub(super) fn resend(&mut self, now: u64, out: &mut Output) {
+        if self.attempt.as_ref().is_some_and(|attempt| !attempt.refused.is_empty()) {
+            self.give_way(now);
+        }
         let learned = &self.durable.learned;
         let Some(attempt) = &mut self.attempt else { return };
         attempt.resend_at = now.saturating_add(RESEND_MS);
@@ -193,12 +246,9 @@ impl Replica {
                     out.send(*to, AllocMessage::Prepare { ballot, known: learned.version });
                 }
             }
-            Phase::Accept { map, accepted, .. } => {
-                for to in learned.members.union(&map.members).filter(|to| !accepted.contains(to)) {
-                    // A joining host needs the agreed map before it can accept the next one.
-                    if !learned.members.contains(to) {
-                        out.send(*to, AllocMessage::Learn(learned.clone()));
-                    }
+            // A host that joins and lacks the map before this one asks for it.
+            Phase::Accept { map, votes, .. } => {
+                for to in learned.members.union(&map.members).filter(|to| !votes.contains_key(to)) {
                     out.send(*to, AllocMessage::Accept { ballot, map: map.clone() });
                 }
             }
@@ -208,11 +258,11 @@ impl Replica {
     /// Resends the accept message to a node that could not accept because it lacked the agreed map, which it was sent
     /// now.
     pub(super) fn resend_accept(&self, to: NodeId, out: &mut Output) {
-        let Some(Attempt { ballot, phase: Phase::Accept { map, accepted, .. }, .. }) = &self.attempt else {
+        let Some(Attempt { ballot, phase: Phase::Accept { map, votes, .. }, .. }) = &self.attempt else {
             return;
         };
         let concerned = self.durable.learned.members.contains(&to) || map.members.contains(&to);
-        if concerned && !accepted.contains(&to) {
+        if concerned && !votes.contains_key(&to) {
             out.send(to, AllocMessage::Accept { ballot: *ballot, map: map.clone() });
         }
     }
@@ -223,8 +273,8 @@ impl Replica {
     pub(super) fn shortage(&self, since: u64) -> Refusal {
         let old = &self.durable.learned.members;
         let electorate = match &self.attempt {
-            Some(Attempt { phase: Phase::Accept { map, accepted, .. }, .. })
-                if has_majority(accepted, old) =>
+            Some(Attempt { phase: Phase::Accept { map, votes, .. }, .. })
+                if has_majority(votes.keys(), old) =>
             {
                 &map.members
             }
@@ -255,6 +305,6 @@ impl Attempt {
     }
 }
 
-fn has_majority(votes: &BTreeSet<NodeId>, members: &BTreeSet<NodeId>) -> bool {
-    votes.intersection(members).count() >= majority(members.len())
+fn has_majority<'a>(votes: impl Iterator<Item = &'a NodeId>, members: &BTreeSet<NodeId>) -> bool {
+    votes.filter(|node| members.contains(node)).count() >= majority(members.len())
 }

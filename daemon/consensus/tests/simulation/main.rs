@@ -5,6 +5,7 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests, and helpers of tests")]
 
+mod lies;
 mod storm;
 mod world;
 
@@ -39,6 +40,32 @@ fn no_block_ever_has_two_holders() {
         // The simulation is only meaningful if all faults occur often.
         assert!(total.decrees > 20_000 && total.done > 40_000, "{total:?}");
         assert!(total.no_majority > 4000 && total.crashes > 6000 && total.forgets > 6000, "{total:?}");
+    }
+}
+
+#[test]
+fn lies_of_a_member_and_of_an_outsider_change_nothing() {
+    let only = number("OVL_SIM_SEED");
+    let many = number("OVL_SIM_SEEDS").unwrap_or(600);
+    let seeds = only.map_or(0..many, |seed| seed..seed + 1);
+    let mut total = Stats::default();
+    for seed in seeds {
+        let count = 1 + (seed % 7) as usize;
+        let mut world = World::new(seed, count);
+        world.liar = Some((seed / 7) as usize % count);
+        let run = std::panic::AssertUnwindSafe(|| {
+            world.storm(5000);
+            // The lies go on, and all others get what they ask for.
+            world.heal_and_claim();
+        });
+        if std::panic::catch_unwind(run).is_err() {
+            panic!("seed {seed} failed");
+        }
+        total.add(&world.stats);
+    }
+    println!("{total:?}");
+    if only.is_none() && many >= 600 {
+        assert!(total.decrees > 5_000 && total.done > 10_000 && total.lies > 200_000, "{total:?}");
     }
 }
 

@@ -1,11 +1,13 @@
 //! Simulated hosts, the network between them, and the invariants.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::rc::Rc;
 
-use ovl_consensus::{Durable, Event, Output, Replica, apply};
+use ovl_consensus::{Durable, Event, Output, Replica, apply, is_step};
 use ovl_proto::alloc::{AllocMap, AllocMessage, Block, Change, Refusal};
 use ovl_proto::id::{NetworkId, NodeId};
 
+use super::lies::{Fake, OUTSIDER};
 use super::storm::Weather;
 
 const STEP_MS: u64 = 5;
@@ -22,6 +24,7 @@ pub(crate) struct Stats {
     pub(crate) no_majority: usize,
     pub(crate) crashes: usize,
     pub(crate) forgets: usize,
+    pub(crate) lies: usize,
 }
 
 impl Stats {
@@ -31,6 +34,7 @@ impl Stats {
         self.no_majority += other.no_majority;
         self.crashes += other.crashes;
         self.forgets += other.forgets;
+        self.lies += other.lies;
     }
 }
 
@@ -70,7 +74,8 @@ pub(crate) struct Node {
 
 struct Envelope {
     at: u64,
-    from: usize,
+    /// `None` for the outsider, who reaches everybody.
+    from: Option<usize>,
     to: usize,
     message: AllocMessage,
 }
@@ -89,6 +94,10 @@ pub(crate) struct World {
     /// hold are not checked.
     pub(crate) ever_forgotten: BTreeSet<NodeId>,
     pub(crate) stats: Stats,
+    /// The host that also sends lies, as does an outsider.
+    pub(crate) liar: Option<usize>,
+    /// Proved maps that were sent, for replays.
+    pub(crate) sent: Vec<AllocMessage>,
     wire: Vec<Envelope>,
     /// Whether any host's map, or its use of it, has changed since the last check.
     news: bool,
@@ -114,6 +123,8 @@ impl World {
             agreed: BTreeMap::new(),
             ever_forgotten: BTreeSet::new(),
             stats: Stats::default(),
+            liar: None,
+            sent: Vec::new(),
             wire: Vec::new(),
             news: false,
         };
@@ -126,7 +137,7 @@ impl World {
     pub(crate) fn start_all(&mut self) {
         for node in self.nodes.iter_mut().filter(|node| node.up.is_none()) {
             let seed = self.random.below(u64::MAX);
-            node.up = Some(Replica::new(node.id, node.disk.clone(), seed));
+            node.up = Some(Replica::new(node.id, Rc::new(Fake(node.id)), node.disk.clone(), seed));
         }
     }
 
@@ -159,10 +170,15 @@ impl World {
         self.now += STEP_MS;
         while let Some(next) = self.next_due() {
             let Envelope { from, to, message, .. } = self.wire.swap_remove(next);
-            if self.reaches(from, to) {
-                let from = self.nodes[from].id;
+            if from.is_none_or(|from| self.reaches(from, to)) {
+                let from = from.map_or(OUTSIDER, |from| self.nodes[from].id);
                 self.with(to, |up, now| up.handle(now, from, message));
             }
+        }
+        if let Some(liar) = self.liar
+            && self.random.percent(50)
+        {
+            self.lie(liar);
         }
         for node in 0..self.nodes.len() {
             let alive = self.alive(node);
@@ -240,7 +256,10 @@ impl World {
             match event {
                 Event::Done { id, result } => self.done(node, id, result),
                 Event::Learned => {}
-                Event::ForeignCluster { .. } => panic!("there is only one cluster"),
+                Event::Fork { .. } => panic!("no host votes twice"),
+                // A host without proofs, such as one that has just joined, may send a map to one that was away.
+                Event::Unproved { .. } => {}
+                Event::ForeignCluster { .. } => assert!(self.liar.is_some(), "there is only one cluster"),
             }
         }
     }
@@ -249,8 +268,16 @@ impl World {
         if let AllocMessage::Prepare { ballot, .. } | AllocMessage::Accept { ballot, .. } = &message {
             assert!(*ballot <= self.nodes[from].disk.promised, "a restart would reuse the ballot");
         }
+        if to == OUTSIDER {
+            return;
+        }
         let to = self.nodes.iter().position(|node| node.id == to).expect("a known node");
         assert_ne!(from, to, "a message to itself");
+        if self.liar.is_some() && matches!(message, AllocMessage::Learn(_)) {
+            self.sent.push(message.clone());
+            let surplus = self.sent.len().saturating_sub(64);
+            self.sent.drain(..surplus);
+        }
         let fair = (0, 0, 4);
         let (lost, doubled, slowest) = self.weather.as_ref().map_or(fair, |w| (w.lost, w.doubled, w.slowest));
         if self.random.percent(lost) {
@@ -260,8 +287,15 @@ impl World {
         for copy in 0..copies {
             // A duplicate may arrive much later.
             let at = self.now + 1 + self.random.below(slowest) + copy * self.random.below(3000);
-            self.wire.push(Envelope { at, from, to, message: message.clone() });
+            self.wire.push(Envelope { at, from: Some(from), to, message: message.clone() });
         }
+    }
+
+    /// Sends a lie, past all faults but partitions.
+    pub(crate) fn inject(&mut self, from: Option<usize>, to: usize, message: AllocMessage) {
+        self.stats.lies += 1;
+        let at = self.now + 1 + self.random.below(4);
+        self.wire.push(Envelope { at, from, to, message });
     }
 
     fn done(&mut self, node: usize, id: u64, result: Result<u64, Refusal>) {
@@ -296,6 +330,9 @@ impl World {
         if let Some(known) = self.agreed.get(&learned.version) {
             assert_eq!(known, learned, "two maps of one version");
             return;
+        }
+        if let Some(before) = self.agreed.get(&(learned.version - 1)) {
+            assert!(is_step(before, learned), "{before:?}\n{learned:?}");
         }
         assert_disjoint(learned.blocks.keys());
         assert!(learned.blocks.values().all(|owner| learned.members.contains(owner)));

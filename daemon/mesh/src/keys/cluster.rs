@@ -83,6 +83,15 @@ impl ClusterKey {
         self.id
     }
 
+    /// A hash of the key, of which no second key is ever found. Unlike the id, it identifies the key to whoever knows
+    /// only the hash.
+    pub fn commitment(&self) -> [u8; 16] {
+        let mut commitment = [0; 16];
+        let whole = hkdf(&*self.bytes, b"", b"ovl key commitment v1");
+        commitment.iter_mut().zip(whole.iter()).for_each(|(to, from)| *to = *from);
+        commitment
+    }
+
     /// Derives a key for one purpose.
     pub fn derive(&self, salt: &[u8], purpose: &[u8]) -> Zeroizing<[u8; 32]> {
         hkdf(&*self.bytes, salt, purpose)

@@ -1,0 +1,159 @@
+//! The lies of a member and of an outsider, who has the cluster key and no membership.
+//!
+//! The liar's own replica takes part as it should, besides: it does not vote for two maps. That is the one lie that a
+//! majority of an odd number of members cannot survive, see the documentation of the crate.
+
+use ovl_consensus::Signatures;
+use ovl_proto::alloc::{
+    AllocMap, AllocMessage, Ballot, Block, Change, Decision, Proof, Refusal, Statement, Vote,
+};
+use ovl_proto::id::NodeId;
+use ovl_proto::record::Signature;
+use ovl_proto::wire;
+
+use super::world::{World, network};
+
+/// The outsider.
+pub(crate) const OUTSIDER: NodeId = NodeId([250; 10]);
+
+/// Signs as a host, with hashes in place of signatures. Nobody signs as another host.
+#[derive(Debug)]
+pub(crate) struct Fake(pub(crate) NodeId);
+
+/// A hash that is good enough for a simulation: FNV-1a, then an expansion.
+fn hash<const N: usize>(bytes: &[u8]) -> [u8; N] {
+    let mut state = 0xcbf2_9ce4_8422_2325_u64;
+    for byte in bytes {
+        state = (state ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3);
+    }
+    [(); N].map(|()| {
+        state = (state ^ (state >> 29)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        (state >> 56) as u8
+    })
+}
+
+impl Signatures for Fake {
+    fn digest(&self, map: &AllocMap) -> [u8; 32] {
+        hash(&wire::encode_body(map).unwrap())
+    }
+
+    fn sign(&self, statement: &Statement) -> Vote {
+        let mut key = [0; 32];
+        key[..10].copy_from_slice(&self.0.0);
+        Vote { key, signature: Signature(hash(&wire::encode_body(&(self.0, statement)).unwrap())) }
+    }
+
+    fn author(&self, vote: &Vote) -> NodeId {
+        NodeId(vote.key[..10].try_into().unwrap())
+    }
+
+    fn verify(&self, statement: &Statement, vote: &Vote) -> bool {
+        Self(self.author(vote)).sign(statement) == *vote
+    }
+}
+
+impl World {
+    /// Sends a random lie of the liar or of the outsider to a random host.
+    pub(crate) fn lie(&mut self, liar: usize) {
+        let to = self.random.below(self.nodes.len() as u64) as usize;
+        let from = if to == liar || self.random.percent(30) { None } else { Some(liar) };
+        let me = from.map_or(OUTSIDER, |from| self.nodes[from].id);
+        let Some(target) = &self.nodes[to].up else { return };
+        let durable = target.durable().clone();
+        let victim = self.nodes[to].id;
+        // A host without a map believes those that it asks, and the only member decides alone.
+        if durable.learned.cluster == 0 || durable.learned.members == [me].into() {
+            return;
+        }
+        let any = Block { network: network(1), prefix: "10.7.0.0/29".parse().unwrap() };
+        let near = Ballot { counter: durable.promised.counter + 1 + self.random.below(9), node: me };
+        let far = Ballot { counter: u64::MAX - self.random.below(2), node: me };
+        let message = match self.random.below(10) {
+            0 => {
+                let learned = Some(Box::new(self.forged(&durable.learned, me, &durable.proof)));
+                AllocMessage::Promise { ballot: durable.promised, accepted: None, learned }
+            }
+            1 => {
+                let map = self.forged(&durable.learned, me, &durable.proof).map;
+                let accepted = Some((Ballot { counter: durable.promised.counter, node: me }, map));
+                AllocMessage::Promise { ballot: durable.promised, accepted, learned: None }
+            }
+            2 => AllocMessage::Learn(Box::new(self.forged(&durable.learned, me, &durable.proof))),
+            3 => {
+                let ballot = if self.random.percent(50) { near } else { far };
+                AllocMessage::Prepare { ballot, known: durable.learned.version }
+            }
+            4 => {
+                let ballot = if self.random.percent(50) { near } else { far };
+                let map = self.forged(&durable.learned, me, &durable.proof).map;
+                AllocMessage::Accept { ballot, map }
+            }
+            5 => AllocMessage::Nack { ballot: durable.promised, promised: far },
+            6 => {
+                let open: Vec<u64> = self.nodes[to].open.keys().copied().collect();
+                let Some(id) = open.first().copied() else { return };
+                let version = durable.learned.version;
+                let result = match self.random.below(4) {
+                    0 => Ok(u64::MAX),
+                    1 => Ok(version),
+                    2 => Ok(version + 1),
+                    _ => Err(Refusal::LastMember(victim)),
+                };
+                AllocMessage::Reply { id, result }
+            }
+            7 => {
+                let change = match self.random.below(4) {
+                    0 => Change::Forget(victim),
+                    1 => Change::Ban(victim),
+                    2 => Change::Release { block: any, owner: victim },
+                    _ => Change::ClaimExact { block: any, owner: victim },
+                };
+                AllocMessage::Request { id: self.random.below(u64::MAX), change }
+            }
+            8 => AllocMessage::Ask { known: if self.random.percent(50) { u64::MAX } else { 0 } },
+            _ => {
+                if self.sent.is_empty() {
+                    return;
+                }
+                let pick = self.random.below(self.sent.len() as u64) as usize;
+                self.sent[pick].clone()
+            }
+        };
+        self.inject(from, to, message);
+    }
+
+    /// Forges a decision after a map: everything is the liar's, or one block is taken, or the version jumps.
+    fn forged(&mut self, known: &AllocMap, liar: NodeId, proof: &Proof) -> Decision {
+        let mut map = AllocMap {
+            cluster: if self.random.percent(10) { 5 } else { known.cluster },
+            version: known.version + 1,
+            previous_members: known.members.clone(),
+            ..known.clone()
+        };
+        match self.random.below(4) {
+            0 => {
+                map.members = [liar].into();
+                map.blocks.values_mut().for_each(|owner| *owner = liar);
+            }
+            1 => map.version = u64::MAX,
+            2 => map.version = known.version + 2,
+            _ => {
+                map.members.insert(liar);
+                map.forgotten = [NodeId([251; 10])].into();
+            }
+        }
+        let ballot = Ballot { counter: proof.statement.ballot.counter + 1, node: liar };
+        let signer = Fake(liar);
+        let statement = Statement {
+            cluster: map.cluster,
+            version: map.version,
+            ballot,
+            members: map.members.clone(),
+            map: signer.digest(&map),
+        };
+        // The votes of others are those for the map before.
+        let mut votes = proof.votes.clone();
+        votes.push(signer.sign(&statement));
+        Decision { map, proof: Proof { statement, votes }, history: vec![proof.clone()] }
+    }
+}
