@@ -188,8 +188,8 @@ impl LocalEndpoints {
     /// The directory cannot be read, or a file cannot be moved or removed.
     pub(crate) fn read(&self, boot_id: &str) -> anyhow::Result<Restored> {
         let mut restored = Restored::default();
-        for file in fs::read_dir(&self.dir).with_context(|| format!("reading {}", self.dir.display()))? {
-            let path = file?.path();
+        let files = ovl_files::sorted(&self.dir);
+        for path in files.with_context(|| format!("reading {}", self.dir.display()))? {
             match path.extension().and_then(OsStr::to_str) {
                 Some("json") => {}
                 // The previous run was killed while it wrote this file.

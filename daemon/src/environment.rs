@@ -1,8 +1,10 @@
 //! The environment of a daemon: the clock, random bytes, the network, the kernel and the disk.
 
+use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use anyhow::Context as _;
 use ovl_kernel::{KernelEvent, KernelHandle, Prober};
 use ovl_mesh::keys::TunnelSecret;
 use ovl_mesh::transport::{HostTransport, Transport};
@@ -36,21 +38,29 @@ pub trait Environment {
     /// Creates the prober, which sends ICMP probes.
     fn prober(&self) -> ovl_kernel::Result<Prober>;
 
-    /// Returns how the state file is written.
+    /// Returns the id of this boot of the kernel. The files in the run directory are valid only for one boot.
+    ///
+    /// # Errors
+    ///
+    /// The kernel does not tell it.
+    fn boot_id(&self) -> anyhow::Result<String>;
+
+    /// Returns how the state file and the copy of the cluster keys are written.
     fn disk(&self) -> Disk;
 
     /// Whether this daemon has the host to itself. If so, it serves DNS and the control socket, and checks
-    /// the packet filters of other programs.
+    /// the packet filters of other programs and the settings of the host.
     fn owns_host(&self) -> bool;
 }
 
-/// Way in which the state file is written.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// Way in which the state file and the copy of the cluster keys are written.
+#[derive(Clone)]
 pub enum Disk {
     /// A thread writes and syncs the file.
     Synced,
-    /// A task writes the file without a sync and takes this long.
-    Simulated(Duration),
+    /// A task waits for as long as the function says, which it asks before each write. Then it writes the file.
+    /// A daemon that ends before that leaves the file as it was.
+    Simulated(Rc<dyn Fn() -> Duration>),
 }
 
 /// The environment of the real host.
@@ -86,6 +96,11 @@ impl Environment for Host {
 
     fn prober(&self) -> ovl_kernel::Result<Prober> {
         Prober::new()
+    }
+
+    fn boot_id(&self) -> anyhow::Result<String> {
+        let path = "/proc/sys/kernel/random/boot_id";
+        Ok(std::fs::read_to_string(path).with_context(|| format!("reading {path}"))?.trim().to_owned())
     }
 
     fn disk(&self) -> Disk {

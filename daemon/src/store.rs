@@ -89,8 +89,12 @@ fn decode(bytes: &[u8]) -> Result<State> {
 }
 
 /// Encodes the state and writes the file. Returns when it is on the disk.
-pub(crate) fn write(path: &Path, state: &State, disk: Disk) -> Result<()> {
-    replace(path, &encode(state)?, disk)
+pub(crate) fn write(path: &Path, state: &State, disk: &Disk) -> Result<()> {
+    let durability = match disk {
+        Disk::Synced => Durability::Synced,
+        Disk::Simulated(_) => Durability::Unsynced,
+    };
+    replace(path, &encode(state)?, durability)
 }
 
 fn encode(state: &State) -> Result<Vec<u8>> {
@@ -98,11 +102,7 @@ fn encode(state: &State) -> Result<Vec<u8>> {
     Ok([MAGIC, &sha256(&body), &body].concat())
 }
 
-fn replace(path: &Path, bytes: &[u8], disk: Disk) -> Result<()> {
-    let durability = match disk {
-        Disk::Synced => Durability::Synced,
-        Disk::Simulated(_) => Durability::Unsynced,
-    };
+fn replace(path: &Path, bytes: &[u8], durability: Durability) -> Result<()> {
     ovl_files::replace(path, bytes, durability).with_context(|| format!("writing {}", path.display()))
 }
 
@@ -131,9 +131,10 @@ impl Writer {
                     while let Ok(later) = queue.try_recv() {
                         job = later;
                     }
-                    tokio::time::sleep(latency).await;
+                    tokio::time::sleep(latency()).await;
                     let (number, body) = job;
-                    if done.send((number, replace(&path, &body, disk))).is_err() {
+                    let result = replace(&path, &body, Durability::Unsynced);
+                    if done.send((number, result)).is_err() {
                         return;
                     }
                 }
@@ -147,7 +148,7 @@ impl Writer {
                     job = later;
                 }
                 let (number, body) = job;
-                let result = replace(&path, &body, disk);
+                let result = replace(&path, &body, Durability::Synced);
                 if done.send((number, result)).is_err() {
                     return;
                 }
@@ -180,7 +181,7 @@ mod tests {
         fs::create_dir_all(&dir).unwrap();
         let path = dir.join("state");
         assert!(read(&path).unwrap().is_none());
-        write(&path, &State { generation: 7, ..State::default() }, Disk::Synced).unwrap();
+        write(&path, &State { generation: 7, ..State::default() }, &Disk::Synced).unwrap();
         assert_eq!(read(&path).unwrap().unwrap().generation, 7);
         let good = fs::read(&path).unwrap();
         for bad in [&good[..good.len() - 1], &good[..20], b"", b"garbage"] {

@@ -74,6 +74,18 @@ pub fn remove_if_present(path: &Path) -> io::Result<()> {
     }
 }
 
+/// Returns the paths of the files in a directory, in the order of their names and not in that of the file system.
+///
+/// # Errors
+///
+/// The directory cannot be read.
+pub fn sorted(directory: &Path) -> io::Result<Vec<PathBuf>> {
+    let paths = fs::read_dir(directory)?.map(|entry| entry.map(|entry| entry.path()));
+    let mut paths = paths.collect::<io::Result<Vec<_>>>()?;
+    paths.sort_unstable();
+    Ok(paths)
+}
+
 /// Computes SHA-256, which is the checksum in the header of state files.
 pub fn sha256(bytes: &[u8]) -> [u8; 32] {
     let digest = ring::digest::digest(&ring::digest::SHA256, bytes);

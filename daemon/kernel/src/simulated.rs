@@ -70,6 +70,11 @@ impl SimulatedKernel {
         held.events = None;
     }
 
+    /// Drops everything that it holds, as a reboot does. No daemon may be running.
+    pub fn empty(&self) {
+        self.lock().dataplane = Dataplane::default();
+    }
+
     /// What it holds.
     pub fn dataplane(&self) -> Dataplane {
         self.lock().dataplane.clone()

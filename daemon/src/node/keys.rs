@@ -18,6 +18,7 @@ use ovl_proto::sync::Message;
 use super::state::State;
 use super::{Failed, Node};
 use crate::encryption;
+use crate::environment::Disk;
 use crate::problems::Code;
 
 /// Time between two checks if there is no event.
@@ -148,11 +149,20 @@ impl Node {
     ) -> anyhow::Result<()> {
         let file = self.state.borrow_mut().keys.file.take();
         let mut file = file.context("this host has no cluster key file")?;
-        let (file, result) = tokio::task::spawn_blocking(move || {
-            let result = work(&mut file);
-            (file, result)
-        })
-        .await?;
+        let (file, result) = match self.environment.disk() {
+            Disk::Synced => {
+                tokio::task::spawn_blocking(move || {
+                    let result = work(&mut file);
+                    (file, result)
+                })
+                .await?
+            }
+            Disk::Simulated(latency) => {
+                tokio::time::sleep(latency()).await;
+                let result = work(&mut file);
+                (file, result)
+            }
+        };
         self.state.borrow_mut().keys.file = Some(file);
         result
     }

@@ -10,8 +10,8 @@ use ovl_control::{PeerState, Reply, Request};
 use ovl_dataplane::op::{Op, RouteOp};
 use ovl_dataplane::state::Dataplane;
 use ovl_proto::alloc::Change;
-use ovl_proto::id::{NetworkId, NodeId};
-use ovl_proto::record::Presence;
+use ovl_proto::id::{ClusterKeyId, NetworkId, NodeId};
+use ovl_proto::record::{ClusterKeys, Presence};
 use ovl_proto::table::Entry;
 use tokio::net::UnixListener;
 use tokio::signal::unix::{SignalKind, signal};
@@ -80,6 +80,10 @@ pub struct Inspection {
     pub version: u64,
     /// Names of the cluster's networks, by id.
     pub networks: BTreeMap<NetworkId, String>,
+    /// Cluster keys of this host.
+    pub keys: ClusterKeys,
+    /// Cluster key that the members last agreed on. `None` before the first rotation.
+    pub agreed_key: Option<ClusterKeyId>,
 }
 
 impl Daemon {
@@ -120,6 +124,8 @@ impl Daemon {
                 .iter()
                 .map(|(id, found)| (*id, found.network.name.clone()))
                 .collect(),
+            keys: state.keys.ring.ids(),
+            agreed_key: state.view.alloc.key.map(|key| key.id),
         }
     }
 
@@ -157,7 +163,9 @@ async fn start_tasks(node: &Rc<Node>, inbox: Inbox, listener: Option<UnixListene
     tasks.spawn_local(Rc::clone(node).admission_loop());
     tasks.spawn_local(Rc::clone(node).underlay_loop());
     tasks.spawn_local(Rc::clone(node).claim_loop());
-    tasks.spawn_local(Rc::clone(node).limits_loop());
+    if node.environment.owns_host() {
+        tasks.spawn_local(Rc::clone(node).limits_loop());
+    }
     tasks.spawn_local(Rc::clone(node).firewall_loop());
     tasks.spawn_local(Rc::clone(node).key_loop());
     tasks.spawn_local(Rc::clone(node).tick_loop());

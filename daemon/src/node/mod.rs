@@ -183,7 +183,7 @@ impl Node {
                 identity_path.display()
             ),
             // The state is written first, so that an identity never exists without a state.
-            (None, false) => store::write(&state_path, &store::State::default(), disk)?,
+            (None, false) => store::write(&state_path, &store::State::default(), &disk)?,
             (Some(_), _) => {}
         }
         let identity = Arc::new(Identity::load_or_create(&identity_path)?);
@@ -252,7 +252,7 @@ impl Node {
         let sandbox_dir = run_dir.sandboxes();
         let ports = Ports::start().context("starting the thread for published ports")?;
         let node = Rc::new(Self {
-            boot_id: boot_id()?,
+            boot_id: environment.boot_id()?,
             run_dir,
             identity,
             kernel,
@@ -263,7 +263,7 @@ impl Node {
             links: RefCell::new(links),
             gossip_events: gossip_tell,
             link_events: link_tell,
-            writer: store::Writer::start(state_path.clone(), saved_tell, disk)?,
+            writer: store::Writer::start(state_path.clone(), saved_tell, disk.clone())?,
             state: RefCell::new(state),
             containers: cni::Containers::default(),
             sandboxes: Sandboxes::new(sandbox_dir),
@@ -288,7 +288,7 @@ impl Node {
         });
         node.recall(saved);
         // The generation must be on the disk before any peer learns of it.
-        store::write(&state_path, &node.snapshot(), disk)?;
+        store::write(&state_path, &node.snapshot(), &disk)?;
         node.adopt().await?;
         Ok((
             node,
@@ -561,12 +561,6 @@ fn random<const N: usize>(environment: &dyn Environment) -> [u8; N] {
     let mut bytes = [0; N];
     environment.fill_random(&mut bytes);
     bytes
-}
-
-/// Returns the id of this boot of the kernel. The files in the run directory are valid only for one boot.
-fn boot_id() -> Result<String> {
-    let path = "/proc/sys/kernel/random/boot_id";
-    Ok(std::fs::read_to_string(path).with_context(|| format!("reading {path}"))?.trim().to_owned())
 }
 
 /// Deletes a file if it exists.

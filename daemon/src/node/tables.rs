@@ -1,6 +1,7 @@
 //! Owner tables: changes the table of this host and merges updates of peers.
 
 use std::collections::BTreeSet;
+use std::ffi::OsStr;
 use std::fs;
 use std::net::IpAddr;
 
@@ -268,14 +269,15 @@ impl Node {
     /// Reads the tables that [`Self::cache_tables`] of the last run saved. Skips damaged files, since peers
     /// have the tables too.
     pub(super) fn read_cached_tables(&self) {
-        let Ok(files) = fs::read_dir(self.run_dir.tables()) else { return };
-        for file in files.flatten() {
-            let owner = file.file_name().to_str().and_then(|name| name.parse::<NodeId>().ok());
-            let update = fs::read(file.path()).ok().and_then(|bytes| wire::decode::<Update>(&bytes).ok());
+        let Ok(files) = ovl_files::sorted(&self.run_dir.tables()) else { return };
+        for path in files {
+            let name = path.file_name().and_then(OsStr::to_str);
+            let owner = name.and_then(|name| name.parse::<NodeId>().ok());
+            let update = fs::read(&path).ok().and_then(|bytes| wire::decode::<Update>(&bytes).ok());
             match (owner, update) {
                 (Some(owner), Some(update)) if update.head.owner == owner => self.take_table(owner, update),
                 _ => {
-                    tracing::warn!(file = %file.path().display(), "passed over a damaged table; peers have it")
+                    tracing::warn!(file = %path.display(), "passed over a damaged table; peers have it")
                 }
             }
         }

@@ -52,7 +52,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("netns-lab-bench", &["netns-lab"]),
     ("ovl-tests", &["netns-lab"]),
     ("ovl-machines", &["netns-lab"]),
-    ("ovl-simulation", &["ovl-proto", "ovl-control", "ovl-dataplane", "ovl-kernel", "ovl-mesh", "ovld"]),
+    ("ovl-simulation", &[]),
     ("ovl-rooms", &[]),
 ];
 
@@ -76,6 +76,8 @@ struct Package {
     id: String,
     dir: PathBuf,
     in_workspace: bool,
+    /// What it is built with, each with the features that it asks for; what only tests use is left out.
+    asks: Vec<(String, BTreeSet<String>)>,
 }
 
 struct Metadata {
@@ -97,11 +99,21 @@ impl Metadata {
         let text = |value: &Value| value.as_str().unwrap().to_owned();
         let members: BTreeSet<String> =
             all["workspace_members"].as_array().unwrap().iter().map(text).collect();
+        let asked = |dep: &Value| {
+            (text(&dep["name"]), dep["features"].as_array().unwrap().iter().map(text).collect())
+        };
         let package = |it: &Value| Package {
             name: text(&it["name"]),
             id: text(&it["id"]),
             dir: Path::new(it["manifest_path"].as_str().unwrap()).parent().unwrap().to_owned(),
             in_workspace: members.contains(it["id"].as_str().unwrap()),
+            asks: it["dependencies"]
+                .as_array()
+                .unwrap()
+                .iter()
+                .filter(|dep| dep["kind"] != "dev")
+                .map(asked)
+                .collect(),
         };
         let is_built = |dep: &Value| {
             dep["dep_kinds"].as_array().unwrap().iter().any(|kind| kind["kind"].as_str() != Some("dev"))
@@ -188,6 +200,20 @@ fn what_must_stay_apart_is_not_reached_by_a_detour() {
         }
     }
     assert!(wrong.is_empty(), "reached:\n{}", wrong.join("\n"));
+}
+
+/// A dependency of any package would put it into the product too: cargo builds a crate once, with all features that
+/// anybody asks for. What only tests ask for is left out of `cargo build`.
+#[test]
+fn the_product_is_built_without_tokios_paused_clock() {
+    let metadata = Metadata::read();
+    let asks = |package: &&Package| {
+        package.asks.iter().any(|(name, features)| {
+            name == "tokio" && (features.contains("test-util") || features.contains("full"))
+        })
+    };
+    let wrong: Vec<&str> = metadata.workspace().filter(asks).map(|package| package.name.as_str()).collect();
+    assert!(wrong.is_empty(), "built with tokio's test-util, which belongs to dev-dependencies: {wrong:?}");
 }
 
 #[test]

@@ -6,8 +6,8 @@
 
 use std::cell::Cell;
 
+use crate::random::Random;
 use nix::libc::{self, c_int, c_long, c_uint, c_void, size_t, ssize_t};
-use ovl_simulation::random::Random;
 
 thread_local! {
     static STATE: Cell<Option<u64>> = const { Cell::new(None) };

@@ -4,7 +4,7 @@
 //! held back for ten seconds breaks, as TCP with `TCP_USER_TIMEOUT` does. The kernel of a host answers probes also while
 //! its daemon does not run.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
@@ -29,7 +29,7 @@ const MTU: usize = 1500;
 
 /// All links between all hosts. Clones share them.
 #[derive(Debug, Clone)]
-pub struct Network(Arc<Mutex<Fabric>>);
+pub(crate) struct Network(Arc<Mutex<Fabric>>);
 
 #[derive(Debug)]
 struct Fabric {
@@ -38,6 +38,8 @@ struct Fabric {
     loss: usize,
     /// The side of a partition that a host is on; 0 if absent.
     sides: BTreeMap<IpAddr, usize>,
+    /// Hosts without power: their kernels do not answer either.
+    off: BTreeSet<IpAddr>,
     datagrams: BTreeMap<SocketAddr, Arc<Inbox>>,
     listeners: BTreeMap<SocketAddr, Arc<Backlog>>,
     connections: Vec<Weak<Connection>>,
@@ -49,11 +51,12 @@ struct Fabric {
 
 impl Network {
     /// A network without loss and partitions.
-    pub fn new(random: Random) -> Self {
+    pub(crate) fn new(random: Random) -> Self {
         Self(Arc::new(Mutex::new(Fabric {
             random,
             loss: 0,
             sides: BTreeMap::new(),
+            off: BTreeSet::new(),
             datagrams: BTreeMap::new(),
             listeners: BTreeMap::new(),
             connections: Vec::new(),
@@ -64,20 +67,36 @@ impl Network {
     }
 
     /// The network as one host sees it.
-    pub fn host(&self, address: IpAddr) -> Interface {
+    pub(crate) fn host(&self, address: IpAddr) -> Interface {
         Interface { network: self.clone(), address }
     }
 
     /// The share of datagrams that are lost, in percent.
-    pub fn set_loss(&self, percent: usize) {
+    pub(crate) fn set_loss(&self, percent: usize) {
         self.lock().loss = percent;
     }
 
     /// Cuts all links between hosts on different sides. A host that is absent is on side 0.
-    pub fn partition(&self, sides: BTreeMap<IpAddr, usize>) {
+    pub(crate) fn partition(&self, sides: BTreeMap<IpAddr, usize>) {
+        self.cut(|fabric| fabric.sides = sides);
+    }
+
+    /// Switches a host off or on.
+    pub(crate) fn power(&self, address: IpAddr, on: bool) {
+        self.cut(|fabric| {
+            if on {
+                fabric.off.remove(&address);
+            } else {
+                fabric.off.insert(address);
+            }
+        });
+    }
+
+    /// Changes which hosts reach each other, and holds or releases the streams between them.
+    fn cut(&self, change: impl FnOnce(&mut Fabric)) {
         let connections: Vec<_> = {
             let mut fabric = self.lock();
-            fabric.sides = sides;
+            change(&mut fabric);
             fabric.connections.retain(|connection| connection.strong_count() > 0);
             let cut = |connection: Arc<Connection>| {
                 let [a, b] = connection.ends;
@@ -109,12 +128,12 @@ impl Network {
     }
 
     /// A digest of all datagrams that were delivered so far. Two runs with the same digest were the same run.
-    pub fn digest(&self) -> u64 {
+    pub(crate) fn digest(&self) -> u64 {
         self.lock().digest
     }
 
     /// Closes all sockets of a host, as the end of its daemon's process does.
-    pub fn close(&self, address: IpAddr) {
+    pub(crate) fn close(&self, address: IpAddr) {
         let mut fabric = self.lock();
         fabric.datagrams.retain(|at, _| at.ip() != address);
         fabric.listeners.retain(|at, _| at.ip() != address);
@@ -128,7 +147,20 @@ impl Network {
 impl Fabric {
     fn reaches(&self, a: IpAddr, b: IpAddr) -> bool {
         let side = |address| self.sides.get(&address).copied().unwrap_or(0);
-        side(a) == side(b)
+        side(a) == side(b) && !self.off.contains(&a) && !self.off.contains(&b)
+    }
+
+    /// Takes a datagram into the digest: FNV-1a over words of eight bytes.
+    fn note(&mut self, datagram: &[u8], to: SocketAddr) {
+        let receiver = match to.ip() {
+            IpAddr::V4(address) => u64::from(address.to_bits()),
+            IpAddr::V6(address) => address.to_bits() as u64,
+        };
+        let words =
+            datagram.chunks(8).map(|chunk| chunk.iter().fold(0, |word, byte| word << 8 | u64::from(*byte)));
+        for word in words.chain([receiver, u64::from(to.port())]) {
+            self.digest = (self.digest ^ word).wrapping_mul(0x0100_0000_01b3).rotate_left(23);
+        }
     }
 
     fn latency(&mut self) -> Duration {
@@ -138,7 +170,7 @@ impl Fabric {
 
 /// The network as one host sees it.
 #[derive(Debug, Clone)]
-pub struct Interface {
+pub(crate) struct Interface {
     network: Network,
     address: IpAddr,
 }
@@ -233,10 +265,7 @@ impl Datagrams for Socket {
         let at = Instant::now() + fabric.latency();
         fabric.order += 1;
         let key = (at, fabric.order);
-        for byte in datagram.iter().copied().chain(to.to_string().into_bytes()) {
-            // FNV-1a.
-            fabric.digest = (fabric.digest ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
-        }
+        fabric.note(datagram, to);
         drop(fabric);
         let mut arrivals = lock(&inbox.0);
         arrivals.waiting.insert(key, (self.address, datagram.to_vec()));
