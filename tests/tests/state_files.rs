@@ -1,6 +1,8 @@
 //! Damaged, missing and read-only files: they are refused or recovered from as documented, and never silently
 //! emptied.
 
+#![allow(clippy::unwrap_used, reason = "tests, and helpers of tests")]
+
 use std::fs;
 use std::os::unix::fs::{FileTypeExt as _, PermissionsExt as _};
 use std::os::unix::process::ExitStatusExt as _;

@@ -226,8 +226,9 @@ fn modules_do_not_use_each_other_in_a_circle() {
     for package in metadata.workspace().filter(below_daemon) {
         let src = package.dir.join("src");
         let top = modules(&src, &[]);
-        let below =
-            top.keys().map(|name| (format!("{}::{name}", package.name), modules(&src, &[name.clone()])));
+        let below = top
+            .keys()
+            .map(|name| (format!("{}::{name}", package.name), modules(&src, std::slice::from_ref(name))));
         let below: Vec<(String, Graph)> = below.collect();
         for (name, graph) in std::iter::once((package.name.clone(), top)).chain(below) {
             let excepted = CIRCLES_ALLOWED.iter().any(|(allowed, _)| *allowed == name);

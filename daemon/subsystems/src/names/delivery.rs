@@ -136,7 +136,7 @@ impl Delivery {
                 self.sent.insert(network, now);
             }
         }
-        if had_tables != !self.sent.is_empty() {
+        if had_tables == self.sent.is_empty() {
             let tables = resolver::tables(&self.cluster_dns);
             if had_tables { was.tables = tables } else { is.tables = tables }
         }
