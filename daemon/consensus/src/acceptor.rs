@@ -8,10 +8,11 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use super::change::is_step;
 use super::proof::{Signatures, statement};
 
-/// How far a ballot may be above the highest one that the acceptor promised or knows a decision of.
+/// How far a ballot may be above the highest one that the acceptor promised or knows a decision of. If none else comes,
+/// the distance grows by as much each second.
 ///
 /// A host without a majority tries about once in three seconds, so it stays below this for more than a year. A member
-/// that exhausts the numbers needs 2^40 messages, each of which waits for the disk.
+/// that exhausts the numbers needs 2^40 seconds.
 pub const MAX_BALLOT_STEP: u64 = 1 << 24;
 
 /// The maximum number of membership changes whose proofs a host keeps. At 60 members a proof has 4 KB.
@@ -93,14 +94,14 @@ impl Durable {
         cluster != 0 && !self.is_fresh() && cluster != self.learned.cluster
     }
 
-    /// Whether the acceptor must refuse a ballot: it promised a later one, or the ballot is out of range.
-    fn must_refuse(&self, ballot: Ballot) -> bool {
+    /// Returns the highest counter that the acceptor promises.
+    pub(super) fn highest_counter(&self) -> u64 {
         let known = self.promised.counter.max(self.proof.statement.ballot.counter);
-        ballot < self.promised || ballot.counter > known.saturating_add(MAX_BALLOT_STEP)
+        known.saturating_add(MAX_BALLOT_STEP)
     }
 
     pub(super) fn on_prepare(&mut self, ballot: Ballot, known: u64) -> Reply {
-        if self.must_refuse(ballot) {
+        if ballot < self.promised {
             return Reply::only(AllocMessage::Nack { ballot, promised: self.promised });
         }
         let persist = self.promised != ballot;
@@ -116,7 +117,7 @@ impl Durable {
             // The version is decided already. The proposer is behind, or its message was delayed.
             return Reply::only(AllocMessage::Learn(Box::new(self.decision_since(before))));
         }
-        if self.must_refuse(ballot) {
+        if ballot < self.promised {
             return Reply::only(AllocMessage::Nack { ballot, promised: self.promised });
         }
         // Rule 1 of the crate's documentation: accept only the successor of a map that is known to be agreed.

@@ -40,7 +40,7 @@
 //! 7. Only members of the known map promise, propose and refuse. Others may ask for the map, request their own
 //!    admission, vote for the map that admits them, and pass on proofs. A promise counts only for the ballot in flight.
 //! 8. A ballot is refused if its counter is more than [`MAX_BALLOT_STEP`] above all that the acceptor promised or knows
-//!    a proof of.
+//!    a proof of. The distance grows by as much each second in which such a ballot comes.
 //!
 //! # Why no two maps of one version are ever decided
 //!
@@ -82,7 +82,8 @@
 //!   one holder to another. They report no map that they did not accept, and count no promise that contradicts rule 5.
 //! * **Proofs of an older map** are not later than what is known, and those of another cluster name its number.
 //! * **Counters**: a version grows by one per step, because acceptors sign nothing else. A ballot counter grows by at most
-//!   2^24 for each promise, and each promise waits for the disk; 2^40 of them would be needed.
+//!   2^24 for each promise, and each promise waits for the disk; 2^40 of them would be needed. A refusal raises the
+//!   counter of a proposer by at most 2^16, so refusals that lie cannot drive it out of the range of other acceptors.
 //! * **Competing ballots**: of one proposer, 16 ballots without a decision are promised at once, then one in a second.
 //!   A refusal by one member does not end a ballot that a majority promises within [`RESEND_MS`].
 //! * **Answers of the coordinator** are compared with the own map. If they do not hold there, the host proposes the change

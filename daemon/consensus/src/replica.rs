@@ -9,7 +9,7 @@ use ovl_proto::alloc::{AllocMap, AllocMessage, Ballot, Change, Decision, Proof, 
 use ovl_proto::id::NodeId;
 
 use self::attempt::Attempt;
-use super::acceptor::{Durable, Reply};
+use super::acceptor::{Durable, MAX_BALLOT_STEP, Reply};
 use super::offers::Offers;
 use super::proof::{Signatures, statement};
 use super::queue::{ChangeQueue, Delegation, PendingChange};
@@ -47,6 +47,8 @@ pub struct Replica {
     offers: Offers,
     /// The ballots that each proposer was promised since the last decision, and the time of the last one.
     promises: BTreeMap<NodeId, (u32, u64)>,
+    /// How far ballots may be above [`Durable::highest_counter`], and the time when that last grew.
+    stretch: (u64, u64),
     next_id: u64,
     random: u64,
 }
@@ -71,6 +73,7 @@ impl Replica {
             ask_at: 0,
             offers: Offers::default(),
             promises: BTreeMap::new(),
+            stretch: (0, 0),
             next_id: 0,
             random: seed,
         };
@@ -207,7 +210,7 @@ impl Replica {
                 if !member {
                     // One of both is behind, or the sender is no member.
                     self.on_ask(from, known, out);
-                } else if self.may_promise(now, ballot) {
+                } else if self.may_promise(now, ballot, out) {
                     let answer = self.durable.on_prepare(ballot, known);
                     self.answer(now, from, ballot, answer, out);
                 }
@@ -218,7 +221,7 @@ impl Replica {
                 }
                 if !member {
                     self.on_ask(from, map.version.saturating_sub(1), out);
-                } else if self.may_promise(now, ballot) {
+                } else if self.may_promise(now, ballot, out) {
                     let answer = self.durable.on_accept(&*self.signatures, ballot, &map);
                     self.answer(now, from, ballot, answer, out);
                 }
@@ -248,10 +251,20 @@ impl Replica {
         }
     }
 
-    /// Whether the acceptor may promise a ballot to its proposer now.
-    fn may_promise(&mut self, now: u64, ballot: Ballot) -> bool {
-        if ballot <= self.durable.promised {
+    /// Whether the acceptor may promise a ballot to its proposer now. If its counter is out of range, it is refused.
+    fn may_promise(&mut self, now: u64, ballot: Ballot, out: &mut Output) -> bool {
+        let promised = self.durable.promised;
+        if ballot <= promised {
             return true;
+        }
+        let (stretch, at) = &mut self.stretch;
+        if ballot.counter > self.durable.highest_counter().saturating_add(*stretch) {
+            // A proposer that is truly so far ahead is let in sooner or later.
+            if now >= at.saturating_add(BALLOT_PAUSE_MS) {
+                (*stretch, *at) = (stretch.saturating_add(MAX_BALLOT_STEP), now);
+            }
+            out.send(ballot.node, AllocMessage::Nack { ballot, promised });
+            return false;
         }
         let (count, last) = self.promises.entry(ballot.node).or_default();
         if *count >= BALLOTS_AT_ONCE && now < last.saturating_add(BALLOT_PAUSE_MS) {
@@ -267,6 +280,9 @@ impl Replica {
 
     fn answer(&mut self, now: u64, to: NodeId, ballot: Ballot, answer: Reply, out: &mut Output) {
         out.persist |= answer.persist;
+        if answer.persist {
+            self.stretch.0 = 0;
+        }
         if answer.ask {
             out.send(to, AllocMessage::Ask { known: self.map().version });
         }

@@ -6,9 +6,12 @@ use ovl_proto::alloc::{AllocMap, AllocMessage, Ballot, Decision, Proof, Refusal,
 use ovl_proto::id::NodeId;
 
 use super::Replica;
-use crate::acceptor::MAX_BALLOT_STEP;
 use crate::proof::{is_vote_of, statement};
 use crate::{Output, RESEND_MS, apply_all, is_step, majority};
+
+/// How far a refusal raises the counter of the next ballot at most. It is so small that a member that lies cannot drive
+/// this proposer out of the range of other acceptors, which grows each second.
+const MAX_RAISE: u64 = 1 << 16;
 
 /// A ballot in flight. It is dropped as soon as a later map is known, so it always builds on the map that its
 /// proposer knows.
@@ -203,7 +206,7 @@ impl Replica {
         }
         self.heard.insert(from, now);
         attempt.refused.insert(from);
-        let highest = self.durable.promised.counter.saturating_add(MAX_BALLOT_STEP / 2);
+        let highest = self.durable.promised.counter.saturating_add(MAX_RAISE);
         self.highest_seen = self.highest_seen.max(promised.counter.min(highest));
         let lost = |members: &BTreeSet<NodeId>| {
             members.intersection(&attempt.refused).count() > members.len() - majority(members.len())

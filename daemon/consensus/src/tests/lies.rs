@@ -204,6 +204,15 @@ fn counter_cannot_jump() {
         assert_eq!((out.persist, out.send), (false, vec![(C, refused)]));
     }
     assert_eq!(*b.durable(), start);
+    // One that is a little ahead, as after a long isolation, is let in after a while.
+    let mut patient = node(B, &map);
+    let ballot = Ballot { counter: 4 + 3 * MAX_BALLOT_STEP, node: C };
+    let prepare = AllocMessage::Prepare { ballot, known: 4 };
+    let mut seconds = 0;
+    while !patient.handle(1000 * seconds, C, prepare.clone()).persist {
+        seconds += 1;
+    }
+    assert!((2..5).contains(&seconds), "{seconds}");
     // A refusal cannot make the proposer use up its numbers either.
     let mut a = node(A, &map);
     let ballot = prepared(&mut a, &[B, C]);
