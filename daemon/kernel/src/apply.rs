@@ -9,7 +9,7 @@ use netlink_packet_route::link::LinkAttribute;
 use nix::libc::{EACCES, EADDRINUSE, EADDRNOTAVAIL, EEXIST, EINVAL, ENODEV, ENOENT, EOPNOTSUPP, ESRCH};
 use nix::net::if_::if_nametoindex;
 use ovl_dataplane::device::{Device, Role};
-use ovl_dataplane::op::{AddressOp, FdbOp, LinkOp, Op, RouteOp};
+use ovl_dataplane::op::{AddressOp, FdbOp, LinkOp, NeighbourOp, Op, RouteOp};
 use ovl_dataplane::state::{Link, METRIC, TunnelKind};
 use ovl_proto::id::Mac;
 
@@ -226,8 +226,8 @@ fn ignore_if_done(route: &mut Route, op: &Op, result: Result<(), Refusal>) -> Re
         (Op::Route(RouteOp::Set(to, _)), EEXIST) => Err(KernelError::Other(format!(
             "another program has added a route to {to} with metric {METRIC}, which ovl does not replace: change its metric"
         ))),
-        (_, EACCES) => match needs_v6(op) {
-            // IPv6 is off on devices of ovl until they need it.
+        // IPv6 is off on devices of ovl until they need it.
+        (_, EACCES | EINVAL) => match needs_v6(op) {
             Some(device) => {
                 sysctl::set_host_v6(device, true)?;
                 let located = Devices::default().get(route, device)?;
@@ -244,6 +244,7 @@ fn ignore_if_done(route: &mut Route, op: &Op, result: Result<(), Refusal>) -> Re
 fn needs_v6(op: &Op) -> Option<Device> {
     match op {
         Op::Address(AddressOp::Add(device, net)) if net.addr().is_ipv6() => Some(*device),
+        Op::Neighbour(NeighbourOp::Set(device, address, _)) if address.is_ipv6() => Some(*device),
         Op::Route(RouteOp::Set(to, hop)) if to.addr().is_ipv6() => hop.device,
         _ => None,
     }

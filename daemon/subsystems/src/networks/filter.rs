@@ -47,10 +47,10 @@ const REJECT: &str = "reject with icmpx admin-prohibited";
 /// Returns the table for a host that has these networks. It has these chains:
 ///
 /// * `prerouting`: the kernel's VXLAN socket listens on every address of the host and accepts packets from any source;
-///   this chain admits only packets from the VTEP of a member to this host's VTEP, by the device through which the
-///   member is reached. Packets that are forwarded to the VXLAN port of a member must be a member's, too: to the
-///   receiver, what a workload sends there and this host masquerades looks like VXLAN of this host. Unencrypted packets
-///   to and from encrypted networks are dropped: see `encrypted_in`.
+///   this chain admits only packets from the VTEP of a member to this host's VTEP, and none of a workload. Packets that
+///   are forwarded to the VXLAN port of a member must be a member's, too: to the receiver, what a workload sends there
+///   and this host masquerades looks like VXLAN of this host. Unencrypted packets to and from encrypted networks are
+///   dropped: see `encrypted_in`.
 /// * `output`: a process of this host does not send to the VXLAN port of a member: see `local_vxlan`.
 /// * `prerouting`, `output`: packets of the tunnel itself and packets within one network need no connection tracking,
 ///   which the address translation below would enable for them too; it costs a seventh of the throughput. Packets to
@@ -150,6 +150,9 @@ fn raw(
     let _ = writeln!(text, "\t}}");
 }
 
+/// Kinds of device behind which workloads of other programs may be. A physical device has no kind.
+const KINDS_OF_WORKLOADS: &str = "{ \"bridge\", \"veth\", \"netkit\", \"tun\" }";
+
 /// Writes the sets of members, and the chains of packets that may be forged VXLAN.
 fn underlay_sets(text: &mut String, underlay: &FilterUnderlay) {
     let FilterUnderlay { own, members, .. } = underlay;
@@ -161,21 +164,29 @@ fn underlay_sets(text: &mut String, underlay: &FilterUnderlay) {
         set(text, &format!("members{n}"), &format!("{kind} . inet_service"), ports);
         let _ = writeln!(
             text,
-            "\tchain forwarded{n} {{\n\t\tiifname {{ \"ovb-*\", \"ove-*\" }} counter drop\n\
-             \t\t{family} saddr @vteps{n} fib saddr . iif oif exists accept\n\t\tcounter drop\n\t}}"
+            "\tchain forwarded{n} {{\n\t\tjump workloads\n\t\t{family} saddr @vteps{n} accept\n\t\tcounter drop\n\t}}"
         );
     }
+    let _ = writeln!(
+        text,
+        "\tchain workloads {{\n\
+         \t\tiifname {{ \"ovb-*\", \"ove-*\", \"lo\" }} counter drop\n\
+         \t\tmeta iifkind {KINDS_OF_WORKLOADS} fib saddr . iif oif missing counter drop\n\t}}"
+    );
     local_vxlan(text);
 }
 
 /// Writes the rules for VXLAN that arrives on the underlay, and for packets that are forwarded to VXLAN ports.
+///
+/// A packet may arrive by another device than the one by which its answer would leave: a host can have several links to
+/// the underlay. Only by a device that may lead to workloads must it come from where it would be answered.
 fn vxlan_in(text: &mut String, own: SocketAddr) {
     let (family, n) = if own.is_ipv4() { ("ip", 4) } else { ("ip6", 6) };
     let (address, port) = (own.ip(), own.port());
     let _ = writeln!(
         text,
-        "\t\tudp dport {port} {family} daddr {address} {family} saddr @vteps{n} iifname != {{ \"ovb-*\", \"ove-*\" }} \
-         fib saddr . iif oif exists notrack accept\n\
+        "\t\tudp dport {port} {family} daddr {address} jump workloads\n\
+         \t\tudp dport {port} {family} daddr {address} {family} saddr @vteps{n} notrack accept\n\
          \t\tudp dport {port} fib daddr type != unicast counter drop\n\
          \t\tip daddr . udp dport @members4 goto forwarded4\n\
          \t\tip6 daddr . udp dport @members6 goto forwarded6"
