@@ -108,7 +108,7 @@
 //! # Cost
 //!
 //! A change costs each learner one hash of the map and a majority of signature checks; the proposer checks as many votes,
-//! an acceptor signs once. Promises, requests and repeated maps cost none. MEASURED
+//! an acceptor signs once. Promises, requests and repeated maps cost none.
 //!
 //! # Who proposes
 //!
