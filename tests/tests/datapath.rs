@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use netns_lab::{Host, Lab, LabConfig, Netns, PortMtu, Underlay, wait_until};
+use ovl_tests::inject::spoofing_socket;
 use ovl_tests::{
     Attached, SOON, assert_contains, assert_no_reply, attach, attach_workload, create_network, ctl_error,
     ping_all_pairs, rows, set_bridge_nf_call, start_lab, start_lab_with, text, wait_clean, wait_endpoints,
@@ -393,20 +394,20 @@ fn assert_vxlan_of_non_members_is_dropped(underlay: Underlay, outside_address: &
     let target = &all[1];
     let socket = listener(&target.workload, Ipv4Addr::UNSPECIFIED, PORT);
     let vtep = SocketAddr::new(lab["h2"].address().unwrap(), VXLAN_PORT);
-    let inject = |from: &Netns, mac: [u8; 6], text: &str| {
-        let local: IpAddr =
-            if vtep.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
-        let socket = from.run(|| UdpSocket::bind((local, 0))).unwrap().unwrap();
+    let inject = |source: IpAddr, mac: [u8; 6], text: &str| {
+        let socket = spoofing_socket(&outside, source);
         let to = target.address().parse().unwrap();
         socket.send_to(&vxlan_packet(777, mac, to, PORT, text.as_bytes()), vtep).unwrap();
     };
     // Resolve the MAC address of h2 first. Otherwise the neighbour queue could reorder the packets.
     outside.ping_until(vtep.ip(), SOON).unwrap();
     let mac = mac_bytes(&target.mac());
-    inject(&outside, mac, "from a non-member");
-    inject(&outside, [0xff; 6], "from a non-member, broadcast");
-    // Marker: the same packet from a member shows that the packet is valid, and that the others were not just delayed.
-    inject(&lab["h1"], mac, "from a member");
+    let stranger = outside_address.parse().unwrap();
+    inject(stranger, mac, "from a non-member");
+    inject(stranger, [0xff; 6], "from a non-member, broadcast");
+    // Marker: the same packet from a member's address shows that the packet is valid, and that the others were not just
+    // delayed.
+    inject(lab["h1"].address().unwrap(), mac, "from a member");
     assert_eq!(receive(&socket).unwrap().0, "from a member");
     assert!(is_silent(&socket));
 }

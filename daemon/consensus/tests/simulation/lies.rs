@@ -1,7 +1,8 @@
 //! The lies of a member and of an outsider, who has the cluster key and no membership.
 //!
-//! The liar's own replica takes part as it should, besides: it does not vote for two maps. That is the one lie that a
-//! majority of an odd number of members cannot survive, see the documentation of the crate.
+//! The liar's own replica takes part as it should, besides: it does not vote for two maps, and makes no promise that
+//! hides or invents a vote. That is the one lie that a majority of an odd number of members cannot survive, see the
+//! documentation of the crate. So promises that lie come from the outsider.
 
 use ovl_consensus::Signatures;
 use ovl_proto::alloc::{
@@ -119,6 +120,7 @@ impl World {
                 self.sent[pick].clone()
             }
         };
+        let from = from.filter(|_| !matches!(message, AllocMessage::Promise { .. }));
         self.inject(from, to, message);
     }
 

@@ -14,9 +14,11 @@ use ovl_proto::id::NodeId;
 use ovl_proto::record::{NodeRecord, SignedRecord};
 use tokio::time::Instant;
 
-use super::cluster::KEY_RECORD;
 use super::decode::{DecodeError, Exchange, HostDelta, Incarnation, Operation};
 use crate::keys;
+
+/// The key of a host's record in chitchat: short, because every delta repeats it.
+pub(super) const KEY_RECORD: &str = "r";
 
 /// The maximum number of hosts that the daemon does not know.
 const MAX_GUESTS: usize = 64;

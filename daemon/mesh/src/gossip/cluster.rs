@@ -14,7 +14,7 @@ use ovl_proto::record::SignedRecord;
 use tokio::sync::mpsc;
 use tracing::error;
 
-use super::admission::version_of;
+use super::admission::{KEY_RECORD, version_of};
 use super::hub::Hub;
 
 /// The cluster id of chitchat. It is the same for all clusters, which differ by their cluster keys.
@@ -23,9 +23,6 @@ const CLUSTER: &str = "ovl";
 const GRACE: Duration = Duration::from_secs(600);
 /// The maximum number of messages that wait for chitchat.
 const INBOX: usize = 512;
-
-/// The key of a host's record in chitchat: short, because every delta repeats it.
-pub(super) const KEY_RECORD: &str = "r";
 
 /// A running chitchat, which is restarted if its task fails.
 pub(super) struct Cluster {

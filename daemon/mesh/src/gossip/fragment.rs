@@ -5,7 +5,8 @@ use std::collections::HashMap;
 use std::time::Duration;
 use tokio::time::Instant;
 
-use super::packet::{Bytes, Fragment, MAX_FRAGMENT};
+use super::bytes::Bytes;
+use super::packet::{Fragment, MAX_FRAGMENT};
 use super::seal::RunId;
 
 /// The maximum size of a message in bytes. Messages of chitchat are slightly larger than 64 KiB at most.

@@ -15,6 +15,7 @@
 
 mod admission;
 mod book;
+mod bytes;
 mod cluster;
 mod decode;
 mod fragment;

@@ -13,7 +13,8 @@ use tokio::time::Instant;
 use tracing::warn;
 
 use super::GossipEvent;
-use super::cluster::{Cluster, KEY_RECORD};
+use super::admission::KEY_RECORD;
+use super::cluster::Cluster;
 use super::hub::Hub;
 use super::statement::Hints;
 use crate::keys;

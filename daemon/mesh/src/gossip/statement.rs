@@ -12,7 +12,7 @@ use ovl_proto::wire::{self, WireError};
 use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
-use super::packet::Bytes;
+use super::bytes::Bytes;
 use super::seal::RunId;
 use crate::keys::{self, Identity};
 

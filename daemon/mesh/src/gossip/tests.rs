@@ -324,7 +324,7 @@ async fn holder_of_the_key_cannot_keep_a_host_alive_or_set_its_hints() {
     let forge = async {
         for round in 0_u64.. {
             let heartbeat = decode::Exchange::syn(vec![(host, [1_000_000 + round, 0, 0])]);
-            let data = packet::Bytes(heartbeat.encode().unwrap());
+            let data = bytes::Bytes(heartbeat.encode().unwrap());
             let message = u32::try_from(round).unwrap();
             let fragment = packet::Fragment { message, index: 0, count: 1, compressed: false, data };
             holder.send(a_address, &Packet::Chitchat(fragment)).await;
