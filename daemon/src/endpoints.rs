@@ -276,7 +276,7 @@ mod tests {
         assert!(damaged.len() == 1 && damaged[0].0.ends_with("bad.json"), "{damaged:?}");
         let mut left: Vec<_> = fs::read_dir(&dir).unwrap().map(|file| file.unwrap().file_name()).collect();
         left.sort();
-        assert_eq!(left, ["bad.damaged".into(), std::ffi::OsString::from(format!("{}.json", web.id))]);
+        assert_eq!(left, [std::ffi::OsString::from(format!("{}.json", web.id)), "bad.damaged".into()]);
 
         endpoints.add(web.id, local("eth0"));
         assert_eq!(endpoints.find(|local| local.inode == 7), Some(web.id));

@@ -401,8 +401,8 @@ impl Node {
             return;
         }
         self.change_record(|record| {
+            // The revision goes on: in gossip, it orders the records of one run of the daemon.
             record.generation = next_generation(record.generation.max(last), self.wall_ms());
-            record.revision = 0;
         });
         self.write_table(Vec::new(), Vec::new());
         self.save_soon();

@@ -118,8 +118,11 @@ impl Admission {
         }
         let signed = SignedRecord::from_text(value).map_err(|_| DecodeError::Malformed("record"))?;
         let record = keys::open_record(&signed).map_err(|_| DecodeError::Malformed("invalid record"))?;
-        let name = Incarnation { node: record.id, generation: record.generation, address: record.address };
-        if name != delta.host || version_of(&record) != *version {
+        let name = delta.host;
+        // A host raises the generation of its record without a new run after a clash with a copy of it.
+        let is_own =
+            (record.id, record.address) == (name.node, name.address) && record.generation >= name.generation;
+        if !is_own || version_of(&record) != *version {
             return Err(DecodeError::Malformed("record of another host, or version"));
         }
         if !self.admit(name.node, now) {
