@@ -223,6 +223,24 @@ mod tests {
     }
 
     #[test]
+    fn host_that_raises_the_generation_of_its_record_keeps_its_run() {
+        let mut admission = Admission::new(own());
+        let identity = Identity::ephemeral();
+        let (run, news) = news_of(&identity, |_| {});
+        let now = Instant::now();
+        assert_eq!(filtered(&mut admission, vec![news], &[run], now), Ok((1, 1)));
+        let (later, news) = news_of(&identity, |record| {
+            record.generation += 5;
+            record.revision += 1;
+        });
+        let renewed = HostDelta { host: run, ..news };
+        assert_eq!(filtered(&mut admission, vec![renewed], &[run], now), Ok((1, 1)));
+        // A record of an earlier generation is not that of a later run.
+        let (_, old) = news_of(&identity, |record| record.revision += 9);
+        assert!(filtered(&mut admission, vec![HostDelta { host: later, ..old }], &[], now).is_err());
+    }
+
+    #[test]
     fn other_hosts_cannot_change_a_record_or_its_version() {
         let mut admission = Admission::new(own());
         let (identity, forger) = (Identity::ephemeral(), Identity::ephemeral());
