@@ -22,10 +22,7 @@ pub const ICMPV6: u8 = 58;
 /// Number of UDP.
 const UDP: u8 = 17;
 
-/// Parses a MAC address.
-pub fn mac(text: &str) -> Bytes {
-    crate::inject::mac_bytes(text).try_into().unwrap()
-}
+pub use crate::inject::mac_bytes as mac;
 
 /// The link-local address that is derived from a MAC address.
 pub fn link_local([a, b, c, d, e, f]: Bytes) -> Ipv6Addr {

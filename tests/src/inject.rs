@@ -68,8 +68,9 @@ pub fn spoofing_socket(at: &Netns, source: IpAddr) -> UdpSocket {
 }
 
 /// The bytes of a MAC address.
-pub fn mac_bytes(text: &str) -> Vec<u8> {
-    text.split(':').map(|byte| u8::from_str_radix(byte, 16).unwrap()).collect()
+pub fn mac_bytes(text: &str) -> [u8; 6] {
+    let bytes: Vec<u8> = text.split(':').map(|byte| u8::from_str_radix(byte, 16).unwrap()).collect();
+    bytes.try_into().unwrap()
 }
 
 /// Builds a VXLAN packet with an IPv4 datagram from one endpoint to [`PORT`] of another.

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use netns_lab::{Host, Lab, LabConfig, Netns, PortMtu, Underlay, wait_until};
-use ovl_tests::inject::spoofing_socket;
+use ovl_tests::inject::{mac_bytes, spoofing_socket};
 use ovl_tests::{
     Attached, SOON, assert_contains, assert_no_reply, attach, attach_workload, create_network, ctl_error,
     ping_all_pairs, rows, set_bridge_nf_call, start_lab, start_lab_with, text, wait_clean, wait_endpoints,
@@ -378,11 +378,6 @@ fn vxlan_packet(vni: u32, to_mac: [u8; 6], to: Ipv4Addr, port: u16, payload: &[u
     packet.extend([port.to_be_bytes(), port.to_be_bytes(), udp_length.to_be_bytes(), [0, 0]].concat());
     packet.extend(payload);
     packet
-}
-
-fn mac_bytes(mac: &str) -> [u8; 6] {
-    let bytes: Vec<u8> = mac.split(':').map(|part| u8::from_str_radix(part, 16).unwrap()).collect();
-    bytes.try_into().unwrap()
 }
 
 fn assert_vxlan_of_non_members_is_dropped(underlay: Underlay, outside_address: &str) {

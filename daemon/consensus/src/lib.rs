@@ -102,7 +102,7 @@
 //!
 //! A host keeps the proofs of the last [`MAX_HISTORY`] changes of the members. One that was away for more of them still
 //! follows if a majority of the members that it knows signed one of the kept ones. Otherwise it reports
-//! [`Event::Unproved`], and must begin anew. Whoever has the identities of a majority of former members can deceive a
+//! [`Event::Unproved`], and must begin anew. An attacker with the identities of most former members can deceive a
 //! host that was away since they were members, until it hears a map that it knows to be later.
 //!
 //! # Cost

@@ -89,7 +89,7 @@ pub(super) fn is_consistent(signatures: &dyn Signatures, decision: &Decision) ->
     map.cluster != 0
         && map.version != 0
         && is_about_its_map(signatures, decision)
-        // Nobody was a member before the first version.
+        // There were no members before the first version.
         && (map.version == 1 || signed_by(signatures, proof, &map.previous_members) == Signed::Majority)
         && (map.version != 1 || map.members.len() == 1)
         && signed_by(signatures, proof, &map.members) == Signed::Majority

@@ -1,6 +1,8 @@
 //! The effect of changes on a map, and the cases of the protocol that the simulation in `tests/simulation` meets too
 //! rarely.
 
+#[path = "../tests/fake/mod.rs"]
+mod fake;
 mod lies;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -8,13 +10,12 @@ use std::rc::Rc;
 
 use ipnet::IpNet;
 use ovl_proto::alloc::{
-    AgreedKey, AllocMap, AllocMessage, Ballot, Block, Change, Decision, Proof, Refusal, Statement, Vote,
+    AgreedKey, AllocMap, AllocMessage, Ballot, Block, Change, Decision, Proof, Refusal, Vote,
 };
 use ovl_proto::id::{ClusterKeyId, NetworkId, NodeId};
-use ovl_proto::record::Signature;
-use ovl_proto::wire;
 use proptest::prelude::*;
 
+use self::fake::Fake;
 use super::{
     DEADLINE_MS, DELEGATE_MS, Durable, Event, MAX_REMOTE_REQUESTS, Output, Replica, Signatures, apply,
     apply_all, is_step, proof,
@@ -54,41 +55,6 @@ fn map_of(members: &[NodeId], blocks: &[(&str, NodeId)]) -> AllocMap {
 
 fn held(map: &AllocMap, owner: NodeId) -> Vec<String> {
     map.blocks.iter().filter(|(_, o)| **o == owner).map(|(b, _)| b.prefix.to_string()).collect()
-}
-
-/// Signs as a host, with hashes in place of signatures.
-#[derive(Debug)]
-struct Fake(NodeId);
-
-fn hash<const N: usize>(bytes: &[u8]) -> [u8; N] {
-    let mut state = 0xcbf2_9ce4_8422_2325_u64;
-    for byte in bytes {
-        state = (state ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3);
-    }
-    [(); N].map(|()| {
-        state = (state ^ (state >> 29)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        (state >> 56) as u8
-    })
-}
-
-impl Signatures for Fake {
-    fn digest(&self, map: &AllocMap) -> [u8; 32] {
-        hash(&wire::encode_body(map).unwrap())
-    }
-
-    fn sign(&self, statement: &Statement) -> Vote {
-        let mut key = [0; 32];
-        key[..10].copy_from_slice(&self.0.0);
-        Vote { key, signature: Signature(hash(&wire::encode_body(&(self.0, statement)).unwrap())) }
-    }
-
-    fn author(&self, vote: &Vote) -> NodeId {
-        NodeId(vote.key[..10].try_into().unwrap())
-    }
-
-    fn verify(&self, statement: &Statement, vote: &Vote) -> bool {
-        Self(self.author(vote)).sign(statement) == *vote
-    }
 }
 
 fn vote(by: NodeId, ballot: Ballot, map: &AllocMap) -> Vote {

@@ -26,6 +26,7 @@ use ovl_proto::id::{EndpointId, NetworkId};
 use ovl_proto::object::{Mode, Network};
 use ovl_proto::table::{Endpoint, Entry};
 
+use crate::rejected::Rejected;
 use crate::subsystem::{Change, Cluster, Outcome, Part, Subsystem};
 
 /// The name of the set that counts refused packets by interface, in both tables.
@@ -61,8 +62,7 @@ pub struct Guard {
     /// Networks whose endpoints may all have changed.
     networks: BTreeSet<NetworkId>,
     /// The first reason since the last full pass why the checks may not be in force.
-    refused: Option<String>,
-    refused_in_batch: bool,
+    refused: Rejected,
 }
 
 impl Guard {
@@ -191,8 +191,8 @@ impl Subsystem for Guard {
     }
 
     fn resync(&mut self, cluster: &Cluster<'_>) -> Dataplane {
-        let Self { refused, refused_in_batch, .. } = std::mem::take(self);
-        *self = Self { refused, refused_in_batch, ..Self::wanted(cluster) };
+        let refused = std::mem::take(&mut self.refused);
+        *self = Self { refused, ..Self::wanted(cluster) };
         self.dataplane()
     }
 
@@ -204,7 +204,7 @@ impl Subsystem for Guard {
     }
 
     fn sent(&self) -> Option<Dataplane> {
-        self.refused.is_none().then(|| self.dataplane())
+        self.refused.reason().is_none().then(|| self.dataplane())
     }
 
     fn prepare(&mut self, _: &Endpoint, _: &Network, cluster: &Cluster<'_>) -> Part {
@@ -222,20 +222,16 @@ impl Subsystem for Guard {
 
     fn outcome(&mut self, outcome: Outcome<'_>) {
         if let Some(reason) = outcome.refusal.filter(|_| outcome.op.is_guard()) {
-            self.refused_in_batch = true;
-            self.refused.get_or_insert_with(|| reason.to_owned());
+            self.refused.note(reason);
         }
     }
 
     fn batch_done(&mut self, full: bool) {
-        let refused = std::mem::take(&mut self.refused_in_batch);
-        if full && !refused {
-            self.refused = None;
-        }
+        self.refused.batch_done(full);
     }
 
     fn refusal(&self, _: NetworkId) -> Option<&str> {
-        self.refused.as_deref()
+        self.refused.reason()
     }
 
     fn withdraw(&mut self) {

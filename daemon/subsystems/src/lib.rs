@@ -21,6 +21,7 @@ pub mod names;
 pub mod networks;
 pub mod policy;
 pub mod publish;
+mod rejected;
 pub mod services;
 mod subsystem;
 

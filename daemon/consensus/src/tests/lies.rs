@@ -363,7 +363,7 @@ fn host_without_a_map_believes_the_majority_of_those_that_it_asked() {
     let mut forged = captured(&map, EVIL, 9);
     (forged.cluster, forged.previous_members) = (10, BTreeSet::from([EVIL]));
     let mut d = fresh(D);
-    // Nobody was asked.
+    // No peer was asked.
     assert_eq!(d.handle(0, EVIL, learn(&forged, &[EVIL])), Output::default());
     assert_eq!(d.tick(500, &BTreeSet::new()), Output::default());
     for peer in [EVIL, A, B] {

@@ -5,53 +5,14 @@
 //! documentation of the crate. So promises that lie come from the outsider.
 
 use ovl_consensus::Signatures;
-use ovl_proto::alloc::{
-    AllocMap, AllocMessage, Ballot, Block, Change, Decision, Proof, Refusal, Statement, Vote,
-};
+use ovl_proto::alloc::{AllocMap, AllocMessage, Ballot, Block, Change, Decision, Proof, Refusal, Statement};
 use ovl_proto::id::NodeId;
-use ovl_proto::record::Signature;
-use ovl_proto::wire;
 
+use super::fake::Fake;
 use super::world::{World, network};
 
 /// The outsider.
 pub(crate) const OUTSIDER: NodeId = NodeId([250; 10]);
-
-/// Signs as a host, with hashes in place of signatures. Nobody signs as another host.
-#[derive(Debug)]
-pub(crate) struct Fake(pub(crate) NodeId);
-
-/// A hash that is good enough for a simulation: FNV-1a, then an expansion.
-fn hash<const N: usize>(bytes: &[u8]) -> [u8; N] {
-    let mut state = 0xcbf2_9ce4_8422_2325_u64;
-    for byte in bytes {
-        state = (state ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3);
-    }
-    [(); N].map(|()| {
-        state = (state ^ (state >> 29)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        (state >> 56) as u8
-    })
-}
-
-impl Signatures for Fake {
-    fn digest(&self, map: &AllocMap) -> [u8; 32] {
-        hash(&wire::encode_body(map).unwrap())
-    }
-
-    fn sign(&self, statement: &Statement) -> Vote {
-        let mut key = [0; 32];
-        key[..10].copy_from_slice(&self.0.0);
-        Vote { key, signature: Signature(hash(&wire::encode_body(&(self.0, statement)).unwrap())) }
-    }
-
-    fn author(&self, vote: &Vote) -> NodeId {
-        NodeId(vote.key[..10].try_into().unwrap())
-    }
-
-    fn verify(&self, statement: &Statement, vote: &Vote) -> bool {
-        Self(self.author(vote)).sign(statement) == *vote
-    }
-}
 
 impl World {
     /// Sends a random lie of the liar or of the outsider to a random host.

@@ -5,10 +5,13 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests, and helpers of tests")]
 
+#[path = "../fake/mod.rs"]
+mod fake;
 mod lies;
 mod storm;
 mod world;
 
+use ovl_consensus::Signatures;
 use ovl_proto::alloc::Refusal;
 
 use world::{Stats, World, network};
@@ -17,14 +20,14 @@ fn number(variable: &str) -> Option<u64> {
     std::env::var(variable).ok().and_then(|text| text.parse().ok())
 }
 
-#[test]
-fn no_block_ever_has_two_holders() {
+/// Runs a storm in the world of each seed: `OVL_SIM_SEED` alone, or the first `OVL_SIM_SEEDS`, by default `many`. Then
+/// everything is healed, and every host gets what it asks for. Returns the sums if at least `many` seeds ran.
+fn run_storms(many: u64, world_of: impl Fn(u64) -> World) -> Option<Stats> {
     let only = number("OVL_SIM_SEED");
-    let many = number("OVL_SIM_SEEDS").unwrap_or(1200);
-    let seeds = only.map_or(0..many, |seed| seed..seed + 1);
+    let count = number("OVL_SIM_SEEDS").unwrap_or(many);
     let mut total = Stats::default();
-    for seed in seeds {
-        let mut world = World::new(seed, 1 + (seed % 7) as usize);
+    for seed in only.map_or(0..count, |seed| seed..seed + 1) {
+        let mut world = world_of(seed);
         // The panic message does not contain the seed.
         let run = std::panic::AssertUnwindSafe(|| {
             world.storm(5000);
@@ -36,7 +39,13 @@ fn no_block_ever_has_two_holders() {
         total.add(&world.stats);
     }
     println!("{total:?}");
-    if only.is_none() && many >= 1200 {
+    (only.is_none() && count >= many).then_some(total)
+}
+
+#[test]
+fn no_block_ever_has_two_holders() {
+    let total = run_storms(1200, |seed| World::new(seed, 1 + (seed % 7) as usize));
+    if let Some(total) = total {
         // The simulation is only meaningful if all faults occur often.
         assert!(total.decrees > 20_000 && total.done > 40_000, "{total:?}");
         assert!(total.no_majority > 4000 && total.crashes > 6000 && total.forgets > 6000, "{total:?}");
@@ -45,26 +54,14 @@ fn no_block_ever_has_two_holders() {
 
 #[test]
 fn lies_of_a_member_and_of_an_outsider_change_nothing() {
-    let only = number("OVL_SIM_SEED");
-    let many = number("OVL_SIM_SEEDS").unwrap_or(600);
-    let seeds = only.map_or(0..many, |seed| seed..seed + 1);
-    let mut total = Stats::default();
-    for seed in seeds {
+    // The lies go on while everything is healed.
+    let total = run_storms(600, |seed| {
         let count = 1 + (seed % 7) as usize;
         let mut world = World::new(seed, count);
         world.liar = Some((seed / 7) as usize % count);
-        let run = std::panic::AssertUnwindSafe(|| {
-            world.storm(5000);
-            // The lies go on, and all others get what they ask for.
-            world.heal_and_claim();
-        });
-        if std::panic::catch_unwind(run).is_err() {
-            panic!("seed {seed} failed");
-        }
-        total.add(&world.stats);
-    }
-    println!("{total:?}");
-    if only.is_none() && many >= 600 {
+        world
+    });
+    if let Some(total) = total {
         assert!(total.decrees > 5_000 && total.done > 10_000 && total.lies > 200_000, "{total:?}");
     }
 }

@@ -7,7 +7,8 @@ use ovl_consensus::{Durable, Event, Output, Replica, apply, is_step};
 use ovl_proto::alloc::{AllocMap, AllocMessage, Block, Change, Refusal};
 use ovl_proto::id::{NetworkId, NodeId};
 
-use super::lies::{Fake, OUTSIDER};
+use super::fake::Fake;
+use super::lies::OUTSIDER;
 use super::storm::Weather;
 
 const STEP_MS: u64 = 5;

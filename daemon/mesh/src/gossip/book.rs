@@ -105,14 +105,14 @@ impl PeerBook {
         Self { peers: BTreeMap::new(), link_mtu, random: SystemRandom::new(), next_relay: 0, turn: 0 }
     }
 
-    /// A new nonce, which nobody can guess. `None` if the kernel returns no random numbers.
+    /// A new nonce, which cannot be guessed. `None` if the kernel returns no random numbers.
     pub(super) fn nonce(&self) -> Option<u64> {
         let mut bytes = [0; 8];
         self.random.fill(&mut bytes).ok()?;
         Some(u64::from_be_bytes(bytes))
     }
 
-    /// Updates a peer from the state of chitchat. `hinted` says whether chitchat considers it alive, which nobody has
+    /// Updates a peer from the state of chitchat. `hinted` says whether chitchat considers it alive, which is not
     /// signed: it is only a reason to ping the peer.
     pub(super) fn list(
         &mut self,

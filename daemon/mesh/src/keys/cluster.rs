@@ -83,8 +83,8 @@ impl ClusterKey {
         self.id
     }
 
-    /// A hash of the key, of which no second key is ever found. Unlike the id, it identifies the key to whoever knows
-    /// only the hash.
+    /// A hash of the key, of which no second key is ever found. Unlike the id, it identifies the key to a host that
+    /// knows only the hash.
     pub fn commitment(&self) -> [u8; 16] {
         let mut commitment = [0; 16];
         let whole = hkdf(&*self.bytes, b"", b"ovl key commitment v1");

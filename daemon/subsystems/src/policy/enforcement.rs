@@ -14,6 +14,7 @@ use ovl_proto::object::Network;
 use ovl_proto::resource::Kind;
 use ovl_proto::table::{Endpoint, Entry};
 
+use crate::rejected::Rejected;
 use crate::subsystem::{Change, Cluster, Outcome, Part, Subsystem};
 
 /// The network policies that were last sent, and the addresses that may have changed since.
@@ -25,8 +26,7 @@ pub struct Enforcement {
     /// Addresses whose endpoints may have changed.
     touched: BTreeSet<(NetworkId, IpAddr)>,
     /// The first reason since the last full pass why policies may not be in force.
-    refused: Option<String>,
-    refused_in_batch: bool,
+    refused: Rejected,
 }
 
 impl Enforcement {
@@ -36,8 +36,7 @@ impl Enforcement {
             ledger: PolicyLedger::new(generation),
             all_changed: false,
             touched: BTreeSet::new(),
-            refused: None,
-            refused_in_batch: false,
+            refused: Rejected::default(),
         }
     }
 
@@ -96,7 +95,7 @@ impl Subsystem for Enforcement {
     }
 
     fn sent(&self) -> Option<Dataplane> {
-        self.refused.is_none().then(|| self.ledger.sent().clone())
+        self.refused.reason().is_none().then(|| self.ledger.sent().clone())
     }
 
     fn prepare(&mut self, _: &Endpoint, _: &Network, cluster: &Cluster<'_>) -> Part {
@@ -105,20 +104,16 @@ impl Subsystem for Enforcement {
 
     fn outcome(&mut self, outcome: Outcome<'_>) {
         if let Some(reason) = outcome.refusal.filter(|_| outcome.op.is_policy()) {
-            self.refused_in_batch = true;
-            self.refused.get_or_insert_with(|| reason.to_owned());
+            self.refused.note(reason);
         }
     }
 
     fn batch_done(&mut self, full: bool) {
-        let refused = std::mem::take(&mut self.refused_in_batch);
-        if full && !refused {
-            self.refused = None;
-        }
+        self.refused.batch_done(full);
     }
 
     fn refusal(&self, _: NetworkId) -> Option<&str> {
-        self.refused.as_deref()
+        self.refused.reason()
     }
 
     fn withdraw(&mut self) {
