@@ -6,6 +6,7 @@ mod announce;
 mod attach;
 mod bulk;
 mod by_hand;
+mod checks;
 mod client;
 mod cluster;
 mod cni;
@@ -94,6 +95,8 @@ impl Suite {
 pub enum Name {
     /// TCP through the overlay, compared with a manually built one
     Tcp,
+    /// Cost of the source checks for TCP
+    Checks,
     /// Time from an attach until the last other kernel has the entry
     Announce,
     /// Announcement of a thousand endpoints at once
@@ -163,6 +166,7 @@ impl Name {
     fn text(self) -> &'static str {
         match self {
             Name::Tcp => "tcp",
+            Name::Checks => "checks",
             Name::Announce => "announce",
             Name::Bulk => "bulk",
             Name::Attach => "attach",
@@ -200,6 +204,7 @@ impl Name {
     fn suite(self) -> Suite {
         match self {
             Name::Tcp
+            | Name::Checks
             | Name::Announce
             | Name::Bulk
             | Name::Attach
@@ -224,6 +229,7 @@ impl Name {
     fn measure(self, bench: &Bench) -> Result<Figure> {
         match self {
             Name::Tcp => tcp::measure(bench),
+            Name::Checks => checks::measure(bench),
             Name::Announce => announce::measure(bench),
             Name::Bulk => bulk::measure(bench),
             Name::Attach => attach::measure(bench),
