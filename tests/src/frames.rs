@@ -59,20 +59,29 @@ fn udp(ports: (u16, u16), text: &str) -> Vec<u8> {
 /// A broadcast frame with a UDP datagram over IPv4, or to all nodes over IPv6.
 pub fn datagram(from: Bytes, source: IpAddr, ports: (u16, u16), text: &str) -> Vec<u8> {
     match source {
-        IpAddr::V4(source) => {
-            let body = udp(ports, text);
-            let mut header = vec![0x45, 0];
-            header.extend(u16::try_from(20 + body.len()).unwrap().to_be_bytes());
-            header.extend([0, 1, 0, 0, 64, UDP, 0, 0]);
-            header.extend(source.octets());
-            header.extend([0xff; 4]);
-            let sum: u32 = header.chunks(2).map(|two| u32::from(u16::from_be_bytes([two[0], two[1]]))).sum();
-            let sum = !((sum & 0xffff) + (sum >> 16)) as u16;
-            header[10..12].copy_from_slice(&sum.to_be_bytes());
-            ethernet(EVERYONE, from, 0x0800, &[header, body].concat())
-        }
+        IpAddr::V4(source) => ipv4((EVERYONE, from), (source, Ipv4Addr::BROADCAST), ports, text),
         IpAddr::V6(source) => ipv6(from, source, UDP, &udp(ports, text)),
     }
+}
+
+/// A frame with a UDP datagram over IPv4. The MAC addresses are in the order of the frame, destination first; the IP
+/// addresses and ports have the source first.
+pub fn ipv4(
+    (to, from): (Bytes, Bytes),
+    (source, destination): (Ipv4Addr, Ipv4Addr),
+    ports: (u16, u16),
+    text: &str,
+) -> Vec<u8> {
+    let body = udp(ports, text);
+    let mut header = vec![0x45, 0];
+    header.extend(u16::try_from(20 + body.len()).unwrap().to_be_bytes());
+    header.extend([0, 1, 0, 0, 64, UDP, 0, 0]);
+    header.extend(source.octets());
+    header.extend(destination.octets());
+    let sum: u32 = header.chunks(2).map(|two| u32::from(u16::from_be_bytes([two[0], two[1]]))).sum();
+    let sum = !((sum & 0xffff) + (sum >> 16)) as u16;
+    header[10..12].copy_from_slice(&sum.to_be_bytes());
+    ethernet(to, from, 0x0800, &[header, body].concat())
 }
 
 /// A frame with an IPv6 packet to all nodes, with a hop limit of 255.

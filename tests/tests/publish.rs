@@ -2,12 +2,13 @@
 
 #![allow(clippy::unwrap_used, reason = "tests, and helpers of tests")]
 
-use std::net::{IpAddr, SocketAddr, TcpListener, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, UdpSocket};
 use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use netns_lab::{Host, Lab, LabConfig, Netns, Spawned, Underlay, wait_until};
+use ovl_tests::frames::{FrameSocket, ipv4, mac, tagged};
 use ovl_tests::ports::{create_bridge_network, outsider, seen_client, seen_client_udp, start_address_server};
 use ovl_tests::routed::wait_routed;
 use ovl_tests::{
@@ -450,36 +451,64 @@ fn detach_leaves_nothing_of_published_ports() {
     }
 }
 
+/// Sends from an endpoint to 127.0.0.0/8 of its host, and then to the host's own address. Only the latter may arrive.
+fn assert_localhost_closed(host: &Host, listener: &UdpSocket, from: &Attached, stage: &str) {
+    let routes = from.workload.ip_json(&["-4", "route", "show", "default"]).unwrap();
+    let gateway = routes[0]["gateway"].as_str().unwrap();
+    from.workload.exec_ok(["ping", "-c1", "-W2", gateway]).unwrap();
+    let neighbours = from.workload.ip_json(&["neigh", "show", gateway]).unwrap();
+    let macs = (mac(neighbours[0]["lladdr"].as_str().unwrap()), mac(from.json["mac"].as_str().unwrap()));
+    let own: Ipv4Addr = from.addresses()[0].parse().unwrap();
+    let frame = |to: Ipv4Addr, text: &str| ipv4(macs, (own, to), (5001, 5000), text);
+    let socket = FrameSocket::open(&from.workload, "eth0").unwrap();
+    let attack = frame(Ipv4Addr::LOCALHOST, "let me in");
+    for sent in [&attack, &tagged(&attack, 1), &frame(Ipv4Addr::new(127, 8, 9, 10), "let me in")] {
+        socket.send(sent).unwrap();
+    }
+    // It travels behind the others.
+    let control = format!("from {}, {stage}", from.name);
+    socket.send(&frame(host.address().unwrap().to_string().parse().unwrap(), &control)).unwrap();
+    let mut buffer = [0; 64];
+    let read = listener.recv(&mut buffer).unwrap();
+    assert_eq!(String::from_utf8_lossy(&buffer[..read]), control);
+}
+
 #[test]
 fn workloads_cannot_reach_the_hosts_localhost() {
     let lab = dual();
     let host = &lab["h1"];
-    let bridge = create_bridge_network(host, "blue", &["--subnet", "10.1.0.0/24"]).unwrap();
-    let (web, _server) = serve(host, "web", "blue", &["8080:80"]);
-    let path = format!("net.ipv4.conf.{bridge}.route_localnet");
-    assert_eq!(host.exec_ok(["sysctl", "-n", &path]).unwrap().trim(), "1");
-    // A workload that tries to reach a listener on the host's localhost.
-    let listener = host.run(|| UdpSocket::bind("127.0.0.1:5000")).unwrap().unwrap();
-    for line in [
-        "sysctl -qw net.ipv4.conf.all.route_localnet=1",
-        "ip addr del 127.0.0.1/8 dev lo",
-        "ip route add 127.0.0.0/8 via 10.1.0.1",
-    ] {
-        web.workload.exec_ok(line.split(' ')).unwrap();
+    for (number, kind) in KINDS.iter().enumerate() {
+        create(&lab, &format!("net{number}"), kind, 60 + u8::try_from(number).unwrap());
     }
-    let dropped = || -> Result<bool> {
-        let listed = host.exec_ok(["nft", "list", "chain", "inet", "ovl-publish", "guard"])?;
-        Ok(listed.contains("127.0.0.0/8 counter") && !listed.contains("packets 0 bytes 0"))
+    let publish = |number: usize| format!("{}:80", 8080 + number);
+    let served: Vec<_> = (0..KINDS.len())
+        .map(|number| serve(host, &format!("w{number}"), &format!("net{number}"), &[&publish(number)]))
+        .collect();
+    wait_clean(lab.hosts(), SOON).unwrap();
+    for number in 0..KINDS.len() {
+        seen_client(host, at("127.0.0.1", 8080 + u16::try_from(number).unwrap())).unwrap();
+    }
+    let listener = host.run(|| UdpSocket::bind("0.0.0.0:5000")).unwrap().unwrap();
+    listener.set_read_timeout(Some(SOON)).unwrap();
+    let assert_closed = |stage: &str| {
+        for (endpoint, _) in &served {
+            assert_localhost_closed(host, &listener, endpoint, stage);
+        }
     };
-    let sender = web.workload.run(|| UdpSocket::bind("10.1.0.2:0")).unwrap().unwrap();
-    wait_until(SOON, "a packet to be dropped", || {
-        sender.send_to(b"let me in", "127.0.0.1:5000")?;
-        ensure!(dropped()?, "no packet was dropped");
-        Ok(())
-    })
-    .unwrap();
-    listener.set_nonblocking(true).unwrap();
-    assert_eq!(listener.recv_from(&mut [0; 16]).unwrap_err().kind(), std::io::ErrorKind::WouldBlock);
+    assert_closed("with everything in place");
+    host.kill9().unwrap();
+    host.exec_ok(["nft", "flush", "ruleset"]).unwrap();
+    assert_closed("without packet filter and daemon");
+
+    host.start().unwrap();
+    wait_clean(lab.hosts(), SOON).unwrap();
+    let bridge = text(&host.ctl_json(&["network", "inspect", "net0"]).unwrap()["bridge"]);
+    host.exec_ok(["tc", "qdisc", "del", "dev", &bridge, "clsact"]).unwrap();
+    assert_contains(&host.ctl(&["verify"]).unwrap().stdout, &["route_localnet"]);
+    host.kill9().unwrap();
+    host.start().unwrap();
+    wait_clean(lab.hosts(), SOON).unwrap();
+    assert_closed("after the filter was deleted and restored");
 }
 
 #[test]

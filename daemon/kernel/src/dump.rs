@@ -19,6 +19,7 @@ use super::error::{KernelError, Result};
 use super::fact;
 
 use super::link::{LinkView, Neighbour};
+use super::localnet;
 use super::message;
 use super::socket::{Batch, Dump, Route};
 use super::sysctl;
@@ -76,6 +77,7 @@ pub(super) fn kernel(route: &mut Route) -> Result<(Dataplane, DeviceNames)> {
 fn links(route: &mut Route, kernel: &mut Dataplane) -> Result<DeviceNames> {
     let dump = all_links(route)?;
     let mut names = DeviceNames::default();
+    let mut localnets = Vec::new();
     let views = || {
         dump.messages()
             .filter(|message| message.kind == RTM_NEWLINK)
@@ -91,7 +93,7 @@ fn links(route: &mut Route, kernel: &mut Dataplane) -> Result<DeviceNames> {
             Some((device, link)) => {
                 kernel.links.insert(device, link);
                 if view.localnet {
-                    kernel.localnets.insert(device);
+                    localnets.push((device, view.index));
                 }
                 names.ours.insert(view.index, device);
             }
@@ -99,6 +101,11 @@ fn links(route: &mut Route, kernel: &mut Dataplane) -> Result<DeviceNames> {
             None => {
                 names.others.insert(view.index, (view.mtu, view.up));
             }
+        }
+    }
+    for (device, index) in localnets {
+        if localnet::is_filtered(route, index)? {
+            kernel.localnets.insert(device);
         }
     }
     Ok(names)

@@ -21,6 +21,7 @@ mod foreign;
 mod inspect;
 mod known;
 mod link;
+mod localnet;
 mod message;
 mod monitor;
 mod netns;

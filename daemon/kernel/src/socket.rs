@@ -332,7 +332,12 @@ impl Route {
     pub(super) fn dump(&mut self, message: &RouteNetlinkMessage) -> Result<Dump> {
         let mut batch = Batch::default();
         batch.push(message.clone(), 0);
-        self.0.dump(batch)?.map_err(|refusal| refusal.into_error("cannot dump the state of the kernel"))
+        self.dump_built(batch)?.map_err(|refusal| refusal.into_error("cannot dump the state of the kernel"))
+    }
+
+    /// Dumps all objects that the single encoded request of the batch selects.
+    pub(super) fn dump_built(&mut self, batch: Batch) -> Result<Result<Dump, Refusal>> {
+        self.0.dump(batch)
     }
 }
 

@@ -28,18 +28,6 @@ pub(super) fn write(name: &str, value: &str) -> Result<()> {
         .map_err(|error| KernelError::io(format!("cannot set {name} to {value}"), &error))
 }
 
-/// Sets `route_localnet` of a device: whether packets from 127.0.0.1 may be routed through it. To turn it off on
-/// a device that does not exist is no error.
-pub(super) fn route_localnet(device: Device, on: bool) -> Result<()> {
-    let path = Path::new("/proc/sys/net/ipv4/conf").join(device.as_str()).join("route_localnet");
-    match std::fs::write(path, if on { "1" } else { "0" }) {
-        Err(error) if on || error.kind() != io::ErrorKind::NotFound => {
-            Err(KernelError::io(format!("cannot set route_localnet of {device}"), &error))
-        }
-        Ok(()) | Err(_) => Ok(()),
-    }
-}
-
 /// Turns IPv6 on for the interface of a workload.
 pub(super) fn allow_v6(device: &str) -> io::Result<()> {
     std::fs::write(Path::new(CONF_V6).join(device).join("disable_ipv6"), "0")

@@ -35,7 +35,7 @@ use super::{
     CountedElement, CreatedEndpoint, EndpointSpec, Goal, HostEnd, KernelEvent, Outcome, Pass,
     RetiredEndpoint, Underlay,
 };
-use super::{conntrack, dump, endpoint, inspect, sysctl};
+use super::{conntrack, dump, endpoint, inspect, localnet, sysctl};
 
 /// The maximum number of operations in a batch.
 const BATCH: usize = 256;
@@ -328,8 +328,8 @@ impl Worker {
                 return for_all(apply::delete(route, devices, &doomed));
             }
             [Op::Sysctl(SysctlOp::Set { name, value })] => sysctl::write(name, value),
-            [Op::Sysctl(SysctlOp::AllowLocalnet(device))] => sysctl::route_localnet(*device, true),
-            [Op::Sysctl(SysctlOp::ForbidLocalnet(device))] => sysctl::route_localnet(*device, false),
+            [Op::Sysctl(SysctlOp::AllowLocalnet(device))] => localnet::allow(route, *device),
+            [Op::Sysctl(SysctlOp::ForbidLocalnet(device))] => localnet::forbid(route, *device),
             [op @ Op::Announced(AnnouncedOp::Add(device, address))] => {
                 apply::announced(route, op, *device, *address, true)
             }

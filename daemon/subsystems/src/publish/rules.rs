@@ -100,12 +100,6 @@ fn skeleton() -> Arc<Skeleton> {
             sets: [&ANY4, &ANY6, &AT4, &AT6, &TURNS4, &TURNS6].map(Set::clone).into(),
             objects: Vec::new(),
             chains: vec![
-                // route_localnet makes 127.0.0.1 work for the host, but would also open it to workloads.
-                chain(
-                    "guard",
-                    Some("type filter hook prerouting priority raw; policy accept;"),
-                    &[&format!("iifname {ours} ip daddr 127.0.0.0/8 counter drop")],
-                ),
                 chain(
                     "translate",
                     None,
