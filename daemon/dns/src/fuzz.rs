@@ -60,3 +60,18 @@ pub fn message(bytes: &[u8]) {
         let _ = crate::answer::empty_response(bytes, &query, crate::wire::Rcode::SERVER_FAILURE);
     }
 }
+
+/// Parses a resolv.conf.
+pub fn resolv_conf(bytes: &[u8]) {
+    let servers = crate::resolv::parse(&String::from_utf8_lossy(bytes));
+    assert!(servers.iter().all(|server| server.port() != 0));
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn corpora_pass() {
+        ovl_corpus::replay("dns", super::message);
+        ovl_corpus::replay("resolv", super::resolv_conf);
+    }
+}

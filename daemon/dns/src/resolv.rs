@@ -75,7 +75,7 @@ fn read(path: &Path) -> String {
 }
 
 /// Parses the servers of a resolv.conf.
-fn parse(text: &str) -> Vec<SocketAddr> {
+pub(crate) fn parse(text: &str) -> Vec<SocketAddr> {
     let mut servers = Vec::new();
     for line in text.lines() {
         let mut words = line.split_whitespace();

@@ -117,6 +117,14 @@ fn is_stale(payload: &[u8], wanted: &Wanted<'_>, own: &BTreeSet<IpAddr>) -> bool
     any.is_some_and(|flows| own.contains(&to.0) && !flows.keep.contains(&reply.source))
 }
 
+/// Runs bytes through the parsers of this module.
+#[cfg(any(test, fuzzing))]
+pub(super) fn fuzz(bytes: &[u8]) {
+    assert!(!is_stale(bytes, &Wanted::new(), &BTreeSet::new()));
+    // Copied attributes are aligned: each takes at most three bytes more.
+    assert!(named(0, bytes).bytes().len() <= 2 * bytes.len() + FIXED);
+}
+
 /// One direction of a connection.
 struct Tuple {
     protocol: u8,

@@ -18,6 +18,8 @@ mod event_queue;
 mod fact;
 mod filter;
 mod foreign;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 mod inspect;
 mod known;
 mod link;

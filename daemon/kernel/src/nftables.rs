@@ -327,6 +327,19 @@ fn number_in(payload: &[u8], wanted: u16) -> Option<u32> {
     find(payload, FIXED, wanted).and_then(|value| value.try_into().ok()).map(u32::from_be_bytes)
 }
 
+/// Runs bytes through the parsers of this module.
+#[cfg(any(test, fuzzing))]
+pub(super) fn fuzz(bytes: &[u8]) {
+    let _ = counted(bytes);
+    let _ = (name_in(bytes, SET_NAME), number_in(bytes, OBJECT_TYPE), is_in(Table::Publish, bytes));
+    let elements = || attributes(bytes, 0).filter_map(|(_, element)| DumpedElement::of(element));
+    let contents = pair(elements().collect());
+    assert!(contents.len() <= elements().count());
+    for element in elements() {
+        assert!(successor(&element.first).is_none_or(|after| *predecessor(&after) == *element.first));
+    }
+}
+
 /// Whether a message is about an object of a table.
 pub(super) fn is_in(table: Table, payload: &[u8]) -> bool {
     u8_at(payload, 0) == Some(family(table))

@@ -342,7 +342,7 @@ impl Route {
 }
 
 /// Parses an error message. `None` if it is an acknowledgement.
-fn refusal(message: &Message<'_>) -> Option<Refusal> {
+pub(super) fn refusal(message: &Message<'_>) -> Option<Refusal> {
     let errno = errno_of(message)?;
     let request = if message.flags & NLM_F_CAPPED == 0 {
         u32_at(message.payload, 4).map_or(HEADER, |length| (length as usize).next_multiple_of(4))

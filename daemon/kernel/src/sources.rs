@@ -222,6 +222,14 @@ fn parse(set: &Set, key: &[u8]) -> Option<((u32, Mac), Allowed)> {
     Some(((u32::from_be_bytes([0, a, b, c]), Mac(mac)), allowed))
 }
 
+/// Runs bytes through the parser of elements: what it accepts is written as it was.
+#[cfg(any(test, fuzzing))]
+pub(super) fn fuzz(bytes: &[u8]) {
+    for set in [&HOSTS, &V4, &V6] {
+        let _ = parse(set, bytes);
+    }
+}
+
 /// The rules of the table. Bit offsets start at the UDP header: 96 is the VNI, 176 the source MAC address, 224 the
 /// EtherType, 240 the payload of the frame. A rule does not match a packet that ends before the named bits, so
 /// rules accept what matches, and the end of each chain drops.

@@ -365,6 +365,14 @@ impl DeviceDump {
     }
 }
 
+/// Runs bytes through the parsers of this module.
+#[cfg(any(test, fuzzing))]
+pub(super) fn fuzz(bytes: &[u8]) {
+    let mut device = DeviceDump::default();
+    attributes(bytes, 0).for_each(|(_, peer)| device.peer(peer));
+    let _ = (endpoint(bytes), allowed(bytes), handshake(bytes));
+}
+
 /// Parses a `__kernel_timespec`. `None` if it is zero: there was no handshake.
 fn handshake(bytes: &[u8]) -> Option<Duration> {
     let (seconds, nanoseconds) = (u64_of(bytes), u64_of(bytes.get(8..)?));

@@ -3,3 +3,5 @@
 
 pub mod cni;
 pub mod docker;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;

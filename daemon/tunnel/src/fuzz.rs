@@ -60,3 +60,11 @@ pub fn packet(bytes: &[u8]) {
     });
     assert_eq!(result.is_ok(), parts > 0);
 }
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn corpus_passes() {
+        ovl_corpus::replay("packets", super::packet);
+    }
+}

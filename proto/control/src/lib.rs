@@ -9,6 +9,8 @@
 mod client;
 mod cni;
 mod docker;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 mod reply;
 mod request;
 mod resources;

@@ -90,4 +90,10 @@ mod tests {
             super::datagram(&bytes);
         }
     }
+
+    #[test]
+    fn corpora_pass() {
+        ovl_corpus::replay("gossip", super::message);
+        ovl_corpus::replay("datagrams", super::datagram);
+    }
 }

@@ -92,4 +92,10 @@ mod tests {
             super::handshake(&bytes);
         }
     }
+
+    #[test]
+    fn corpora_pass() {
+        ovl_corpus::replay("frames", super::frames);
+        ovl_corpus::replay("handshakes", super::handshake);
+    }
 }

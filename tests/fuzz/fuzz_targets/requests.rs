@@ -1,0 +1,5 @@
+//! Parses requests and replies on the control socket.
+
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| ovl_control::fuzz::line(bytes));
