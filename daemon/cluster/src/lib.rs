@@ -6,6 +6,8 @@ pub mod addresses;
 pub mod backends;
 pub mod claims;
 pub mod digest;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 mod index;
 pub mod keys;
 pub mod liveness;

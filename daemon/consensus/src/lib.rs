@@ -130,6 +130,8 @@
 mod acceptor;
 mod chain;
 mod change;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 mod offers;
 mod proof;
 mod queue;

@@ -26,6 +26,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("ovl-dns", &["ovl-udp", "ovl-zone"]),
     ("ovl-udp", &[]),
     ("ovl-zone", &[]),
+    ("ovl-corpus", &[]),
     ("ovl-files", &[]),
     (
         "ovld",
