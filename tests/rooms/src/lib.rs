@@ -1,1 +1,1 @@
-//! Holds nothing: the tests are in `tests/rooms.rs`.
+//! Holds nothing: the tests are in `tests`.
