@@ -6,7 +6,7 @@ use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use netns_lab::{Host, Lab, LabConfig, Netns, Underlay, wait_until};
+use netns_lab::{Host, Lab, LabConfig, Netns, PortMtu, Underlay, wait_until};
 use ovl_tests::inject::{PORT, listener, mac_bytes, receive, spoofing_socket, vni_of, vxlan};
 use ovl_tests::routed::{create_routed_network, routes};
 use ovl_tests::{
@@ -156,6 +156,73 @@ fn assert_no_fragmentation(world: &EncryptedLab) {
             wait_until(SOON, &format!("{mtu} bytes to {address}"), || fits(mtu)).unwrap();
             assert!(!fits(mtu + 1), "{} bytes reach {address}", mtu + 1);
         }
+    }
+}
+
+/// MTU of the interface of an endpoint.
+fn mtu_of(endpoint: &Attached) -> Result<u32> {
+    let link = endpoint.workload.ip_json(&["link", "show", "dev", "eth0"])?;
+    Ok(u32::try_from(link[0]["mtu"].as_u64().context("no MTU")?)?)
+}
+
+/// Checks that what endpoints may send arrives: pings as long as their MTU, TCP, and datagrams in fragments.
+fn assert_everything_fits(all: &[Attached], text: &str) {
+    echo_everywhere(all, text).unwrap();
+    for address in all[1].addresses() {
+        wait_until(SOON, &format!("a ping of the MTU to {address}"), || {
+            let headers = if address.contains(':') { 48 } else { 28 };
+            let payload = (mtu_of(&all[0])? - headers).to_string();
+            // With DF, unless an ICMP message said that the path carries less.
+            let ping = ["ping", "-n", "-c1", "-W1", "-Mwant", "-s", &payload, &address];
+            ensure!(all[0].workload.exec(ping)?.success(), "{} bytes do not arrive", mtu_of(&all[0])?);
+            Ok(())
+        })
+        .unwrap();
+    }
+}
+
+#[test]
+fn encrypted_networks_work_on_links_that_carry_less_than_ipv6_needs() {
+    let both = ["--subnet", "10.61.0.0/16", "--subnet", "fd61::/48"];
+    for (underlay, mtu, later) in
+        [(Underlay::V4, 1500, 1400), (Underlay::V4, 1280, 1500), (Underlay::V6, 1420, 1280)]
+    {
+        let lab = start_lab_with(LabConfig::hosts(2).underlay(underlay).mtu(mtu)).unwrap();
+        create_network(&lab, "switched4", &["--encrypted", "--subnet", "10.60.0.0/16"]).unwrap();
+        create_network(&lab, "switched", &[&["--encrypted"], &both[..]].concat()).unwrap();
+        create_routed_network(&lab, "routed4", &["--encrypted", "--subnet", "10.62.0.0/16"]).unwrap();
+        create_routed_network(
+            &lab,
+            "routed",
+            &["--encrypted", "--subnet", "10.63.0.0/16", "--subnet", "fd63::/48"],
+        )
+        .unwrap();
+        let networks = ["switched4", "switched", "routed4", "routed"];
+        let on = |network: &str| -> Vec<Attached> {
+            let hosts = lab.hosts().iter();
+            hosts.map(|h| attach(h, &format!("{network}{}", h.name()), network, &[]).unwrap()).collect()
+        };
+        let all = networks.map(on);
+        for endpoints in &all {
+            assert_everything_fits(endpoints, MARKER);
+        }
+        for host in lab.hosts() {
+            host.set_mtu(later, PortMtu::Follow).unwrap();
+        }
+        for (endpoints, network) in all.iter().zip(networks) {
+            let around = if network.starts_with("switched") { 70 + 40 } else { 40 };
+            let outer = if underlay == Underlay::V4 { 20 } else { 40 };
+            let carried = later - around - outer;
+            let wanted = if network.ends_with('4') { carried } else { carried.max(1280) };
+            wait_until(SOON, &format!("the MTU of {network} on links of {later}"), || {
+                let found = mtu_of(&endpoints[0])?;
+                ensure!(found == wanted, "it is {found}, not {wanted}");
+                Ok(())
+            })
+            .unwrap();
+            assert_everything_fits(endpoints, MARKER);
+        }
+        wait_clean(lab.hosts(), SOON).unwrap();
     }
 }
 

@@ -169,8 +169,9 @@ fn refused_requests_get_a_reason_and_leave_nothing_behind() {
         assert_contains(&output.stderr, &["ovlctl: ", "name"]);
     }
     for (args, parts) in [
-        (&["--mtu", "1279"][..], &["1279", "1280"][..]),
-        (&["--mtu", "0"][..], &["0", "1280"][..]),
+        (&["--mtu", "1279", "--subnet", "fd01::/64"][..], &["1279", "1280"][..]),
+        (&["--mtu", "575"][..], &["575", "576"][..]),
+        (&["--mtu", "0"][..], &["0", "576"][..]),
         (
             &["--encrypted", "--mode", "l3", "--backend", "direct"][..],
             &["encrypted", "tunnel", "--backend"][..],
@@ -219,8 +220,8 @@ fn refused_requests_get_a_reason_and_leave_nothing_behind() {
             &["nowhere"],
         );
         assert_contains(
-            &ctl_error(host, &["network", "update", "demo", "--mtu", "1000"]).unwrap(),
-            &["1000", "1280"],
+            &ctl_error(host, &["network", "update", "demo", "--mtu", "500"]).unwrap(),
+            &["500", "576"],
         );
         assert_contains(
             &ctl_error(host, &["network", "update", "demo", "--subnet", "10.9.0.0/16"]).unwrap(),

@@ -280,7 +280,7 @@ pub(super) fn add_link(
     }
     let target = Target::Name(device);
     let mut attributes = vec![message::alias(alias)];
-    if has_inet6() {
+    if with_mtu_has_inet6(LinkSettings::of(link).mtu) {
         attributes.push(message::no_link_local());
     }
     if let Link::Bridge { mtu, .. } | Link::Tap { mtu, .. } | Link::Tunnel { mtu, .. } = link {
@@ -354,7 +354,9 @@ pub(super) fn set_link(
         attributes.push(LinkAttribute::Controller(master.map_or(0, |bridge| bridge.index)));
     }
     let tune = is.tuned && (!was.tuned || was.master != is.master);
-    if tune && has_inet6() {
+    // The kernel turns IPv6 on when the MTU becomes large enough for it.
+    let gains_v6 = was.mtu < MIN_MTU_V6 && with_mtu_has_inet6(is.mtu);
+    if tune && !gains_v6 && with_mtu_has_inet6(is.mtu) {
         attributes.push(message::no_link_local());
     }
     if tune {
@@ -366,6 +368,9 @@ pub(super) fn set_link(
     }
     if !attributes.is_empty() {
         batch.push(message::set(target, attributes), 0);
+    }
+    if gains_v6 {
+        batch.push(message::set(target, vec![message::no_link_local()]), 0);
     }
     if is.master.is_some() && (tune || was.hairpin != is.hairpin) {
         batch.push(message::set(target, vec![message::port(device, is.hairpin)]), 0);
@@ -379,10 +384,14 @@ pub(super) fn set_link(
         batch.push(message::get_link_at(located.index), 0);
     }
     let (results, _) = route.execute(batch)?;
-    match results.into_iter().find_map(Result::err) {
-        Some(refusal) => Err(explain(route, device, to, refusal, op)),
-        None => Ok(located),
+    if let Some(refusal) = results.into_iter().find_map(Result::err) {
+        return Err(explain(route, device, to, refusal, op));
     }
+    if gains_v6 {
+        // With so small an MTU, it was of a network without IPv6.
+        sysctl::set_host_v6(device, false)?;
+    }
+    Ok(located)
 }
 
 /// The settings that links of all kinds, or most of them, have.
@@ -457,9 +466,17 @@ fn explain(route: &mut Route, device: Device, link: &Link, refusal: Refusal, op:
     }
 }
 
+/// The smallest MTU of a device with IPv6, in bytes (RFC 8200, section 5).
+const MIN_MTU_V6: u16 = 1280;
+
 /// Whether this kernel has IPv6. The boot parameter `ipv6.disable=1` disables it.
 pub fn has_inet6() -> bool {
     std::path::Path::new("/proc/sys/net/ipv6").exists()
+}
+
+/// Whether devices with an MTU have IPv6.
+pub(super) fn with_mtu_has_inet6(mtu: u16) -> bool {
+    mtu >= MIN_MTU_V6 && has_inet6()
 }
 
 /// Deletes devices of ovl. Returns the result of each; an absent device is no error.

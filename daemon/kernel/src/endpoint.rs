@@ -12,7 +12,7 @@ use ovl_dataplane::device::Device;
 use ovl_dataplane::state::Link;
 use ovl_proto::id::Mac;
 
-use super::apply::{Devices, Located, has_inet6};
+use super::apply::{Devices, Located, with_mtu_has_inet6};
 use super::dump::has_default_route;
 use super::error::{KernelError, Result};
 use super::link::LinkView;
@@ -79,7 +79,7 @@ pub(super) fn create(
         if bridge.is_some() {
             attributes.push(message::port(device, hairpin));
         }
-        if has_inet6() {
+        if with_mtu_has_inet6(mtu) {
             attributes.push(message::no_link_local());
         }
         batch.push(message::set(target, attributes), 0);

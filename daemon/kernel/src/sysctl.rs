@@ -35,11 +35,11 @@ pub(super) fn allow_v6(device: &str) -> io::Result<()> {
 
 /// Turns IPv6 off for a device of the host, or on. While it is on, the host ignores router advertisements and redirects
 /// from the device: a workload could send them, and the host would take it for a router. Does nothing on a kernel
-/// without IPv6.
+/// without IPv6, and on a device whose MTU is too small for it.
 pub(super) fn set_host_v6(device: Device, on: bool) -> Result<()> {
     let dir = Path::new(CONF_V6).join(device.as_str());
     let set = |name: &str, value: &str| match std::fs::write(dir.join(name), value) {
-        Err(error) if Path::new(CONF_V6).exists() => {
+        Err(error) if dir.exists() => {
             Err(KernelError::io(format!("cannot set net.ipv6.conf.{device}.{name} to {value}"), &error))
         }
         Ok(()) | Err(_) => Ok(()),

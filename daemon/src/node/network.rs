@@ -9,7 +9,7 @@ use ovl_cluster::networks;
 use ovl_cluster::view::NetworkState;
 use ovl_dataplane::device::Device;
 use ovl_runtimes::docker;
-use ovl_subsystems::mtu::MIN_MTU;
+use ovl_subsystems::mtu::{MIN_MTU_V6, min_mtu};
 use ovl_subsystems::networks::mtu::network_mtu;
 
 use ovl_control::{NetworkCreate, NetworkInfo};
@@ -49,13 +49,13 @@ impl Node {
                 request.name
             )));
         }
-        check_mtu(request.mtu)?;
         check_bridge(&request)?;
         check_routed(&request, self.config.advertise.ip())?;
         let taken = self.kernel.prefixes().await.map_err(Failed::from)?;
         let network = {
             let mut state = self.state.borrow_mut();
             let network = self.plan_create(&state, &request, &taken, on_demand)?;
+            check_mtu(&network)?;
             Network { created: stamp(&mut state), ..network }
         };
         let id = network.id;
@@ -231,12 +231,10 @@ impl Node {
             }
             match mtu {
                 Some(0) => network.mtu = None,
-                Some(_) => {
-                    check_mtu(mtu)?;
-                    network.mtu = mtu;
-                }
+                Some(_) => network.mtu = mtu,
                 None => {}
             }
+            check_mtu(&network)?;
             network
         };
         let id = network.id;
@@ -412,10 +410,13 @@ fn check_routed(request: &NetworkCreate, underlay: IpAddr) -> Result<(), Failed>
     Ok(())
 }
 
-fn check_mtu(mtu: Option<u16>) -> Result<(), Failed> {
-    match mtu {
-        Some(mtu) if mtu < MIN_MTU => {
-            Err(Failed::invalid(format!("MTU {mtu}: at least {}, the smallest that IPv6 allows", MIN_MTU)))
+fn check_mtu(network: &Network) -> Result<(), Failed> {
+    let least = min_mtu(network);
+    match network.mtu {
+        Some(mtu) if mtu < least => {
+            let why =
+                if least == MIN_MTU_V6 { "the smallest that IPv6 allows" } else { "what every host accepts" };
+            Err(Failed::invalid(format!("MTU {mtu}: at least {least}, {why}")))
         }
         Some(_) | None => Ok(()),
     }

@@ -5,14 +5,29 @@
 
 use std::net::IpAddr;
 
+use ipnet::IpNet;
 use ovl_cluster::view::Node;
 use ovl_proto::id::NodeId;
+use ovl_proto::object::Network;
 
-/// The smallest MTU of a network, in bytes: the minimum link MTU of IPv6 (RFC 8200, section 5).
-pub const MIN_MTU: u16 = 1280;
+/// The smallest MTU of a network with an IPv6 subnet, in bytes: the minimum link MTU of IPv6 (RFC 8200, section 5). If a
+/// link carries less with its encapsulation, the outer packets are fragmented.
+pub const MIN_MTU_V6: u16 = 1280;
+/// The smallest MTU of a network without, in bytes: what every host accepts (RFC 1122, section 3.3.2).
+pub const MIN_MTU_V4: u16 = 576;
 
 /// Overhead of WireGuard without the outer IP header, in bytes: UDP 8, WireGuard header 16, authentication tag 16.
 pub const WIREGUARD_OVERHEAD: u16 = 8 + 16 + 16;
+
+/// Returns the smallest MTU of a network, in bytes.
+pub fn min_mtu(network: &Network) -> u16 {
+    network.subnets.iter().map(|subnet| least(subnet.prefix)).max().unwrap_or(MIN_MTU_V4)
+}
+
+/// Returns the smallest MTU of a link or route for packets to a prefix, in bytes.
+pub(crate) fn least(prefix: IpNet) -> u16 {
+    if prefix.addr().is_ipv6() { MIN_MTU_V6 } else { MIN_MTU_V4 }
+}
 
 /// Returns the overhead of VXLAN, in bytes: inner Ethernet 14, VXLAN 8, UDP 8, outer IP header 20 or 40.
 pub(crate) fn vxlan_overhead(vtep: IpAddr) -> u16 {

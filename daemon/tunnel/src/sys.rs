@@ -112,15 +112,15 @@ fn open_socket(listen: SocketAddr) -> io::Result<UdpGroSocket> {
     let family = if listen.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     let socket = socket(family, SockType::Datagram, flags, None)?;
-    // The engine knows the path's MTU from its device. Probing rather than discovery: a forged ICMP message
-    // must not lower the MTU.
+    // The routes know the path's MTU, and a forged ICMP message must not lower it. Datagrams may be fragmented: where IPv6
+    // needs more than the path carries with its encapsulation (RFC 8200, section 5), nothing else helps.
     match listen {
         SocketAddr::V4(_) => {
-            set_option(&socket, libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, libc::IP_PMTUDISC_PROBE)?;
+            set_option(&socket, libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, libc::IP_PMTUDISC_OMIT)?;
         }
         SocketAddr::V6(_) => {
             setsockopt(&socket, sockopt::Ipv6V6Only, &true)?;
-            set_option(&socket, libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER, libc::IPV6_PMTUDISC_PROBE)?;
+            set_option(&socket, libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER, libc::IPV6_PMTUDISC_OMIT)?;
         }
     }
     setsockopt(&socket, sockopt::UdpGroSegment, &true)?;
@@ -181,7 +181,17 @@ impl Socket for UdpGroSocket {
 
     #[inline]
     fn send(&self, to: SocketAddr, bytes: &[u8], segment_size: usize) -> io::Result<()> {
-        ovl_udp::send(&self.0, to, bytes, segment_size).map(drop)
+        let send = |bytes| ovl_udp::send(&self.0, to, bytes, segment_size).map(drop);
+        match send(bytes) {
+            // The kernel divides into segments only what it need not fragment as well.
+            Err(error)
+                if bytes.len() > segment_size
+                    && matches!(error.raw_os_error(), Some(libc::EMSGSIZE | libc::EINVAL)) =>
+            {
+                bytes.chunks(segment_size).try_for_each(send)
+            }
+            result => result,
+        }
     }
 
     fn device_mtu(&self, device: &str) -> io::Result<usize> {

@@ -14,7 +14,7 @@ use ovl_proto::object::Mode;
 use ovl_proto::record;
 
 use crate::local::epochs::{self, KeyEpochs, PeerRoute};
-use crate::mtu::{self, MIN_MTU, wireguard_overhead};
+use crate::mtu::{self, MIN_MTU_V6, wireguard_overhead};
 use ovl_cluster::view::{Node, View};
 use ovl_dataplane::state::{Dataplane, Hop, Link, Remote, Tunnel, TunnelKind, TunnelPeer};
 
@@ -117,7 +117,7 @@ pub(crate) fn part(dataplane: &mut Dataplane, view: &View, epochs: &KeyEpochs) {
         let Some(peer) = view.nodes.get(&id) else { continue };
         let to = IpNet::from(IpAddr::V6(address(cluster, id)));
         if route.output().is_some() {
-            let mtu = path_mtu(own, peer, mtu);
+            let mtu = path_mtu(own, peer, to, mtu);
             dataplane
                 .routes
                 .insert(to, Hop { device: route.output(), gateway: None, source: Some(here), mtu });
@@ -158,12 +158,13 @@ pub fn gate(view: &View, epochs: &KeyEpochs) -> Option<Gate> {
 
 /// Returns the MTU of the WireGuard interface, in bytes: the link MTU without overhead.
 pub(crate) fn mtu(own: &Node) -> u16 {
-    own.record.link_mtu.saturating_sub(wireguard_overhead(own.record.vtep)).max(MIN_MTU)
+    own.record.link_mtu.saturating_sub(wireguard_overhead(own.record.vtep)).max(MIN_MTU_V6)
 }
 
-/// Returns the MTU inside the tunnel of the path to a host, in bytes. `None` if it is not less than `mtu`.
-pub(crate) fn path_mtu(own: &Node, peer: &Node, mtu: u16) -> Option<u16> {
-    let carried = mtu::path_mtu(own, peer).saturating_sub(wireguard_overhead(own.record.vtep)).max(MIN_MTU);
+/// Returns the MTU inside the tunnel of the path to a prefix behind a host, in bytes. `None` if it is not less than `mtu`.
+pub(crate) fn path_mtu(own: &Node, peer: &Node, to: IpNet, mtu: u16) -> Option<u16> {
+    let carried =
+        mtu::path_mtu(own, peer).saturating_sub(wireguard_overhead(own.record.vtep)).max(mtu::least(to));
     (carried < mtu).then_some(carried)
 }
 

@@ -10,18 +10,18 @@ use ovl_cluster::view::{Node, View};
 use ovl_proto::id::NodeId;
 use ovl_proto::object::{Backend, Driver, Mode, Network};
 
-use crate::mtu::{MIN_MTU, vxlan_overhead, wireguard_overhead};
+use crate::mtu::{MIN_MTU_V6, min_mtu, vxlan_overhead, wireguard_overhead};
 
-/// Returns the MTU of a network's endpoints on this host, in bytes, at least [`MIN_MTU`].
+/// Returns the MTU of a network's endpoints on this host, in bytes, at least [`min_mtu`].
 pub fn network_mtu(view: &View, network: &Network) -> u16 {
     match (network.driver, network.mode) {
         // A bridge network has no encapsulation.
         (Driver::Bridge, _) => {
-            let link = view.own().map_or(MIN_MTU, |own| own.record.link_mtu);
-            link.min(network.mtu.unwrap_or(u16::MAX)).max(MIN_MTU)
+            let link = view.own().map_or(MIN_MTU_V6, |own| own.record.link_mtu);
+            link.min(network.mtu.unwrap_or(u16::MAX)).max(min_mtu(network))
         }
         (Driver::Overlay, Mode::L2) => switched_mtu(view, network),
-        (Driver::Overlay, Mode::L3) => view.own().map_or(MIN_MTU, |own| endpoint_mtu(network, own)),
+        (Driver::Overlay, Mode::L3) => view.own().map_or(MIN_MTU_V6, |own| endpoint_mtu(network, own)),
     }
 }
 
@@ -45,8 +45,8 @@ fn switched_mtu(view: &View, network: &Network) -> u16 {
             outer.saturating_sub(switched_overhead(network, node.record.vtep))
         })
         .min()
-        .unwrap_or(MIN_MTU);
-    carried.min(network.mtu.unwrap_or(u16::MAX)).max(MIN_MTU)
+        .unwrap_or(MIN_MTU_V6);
+    carried.min(network.mtu.unwrap_or(u16::MAX)).max(min_mtu(network))
 }
 
 /// Returns the overhead of a switched network, in bytes: VXLAN, which is inside the tunnel's IPv6 if the network is
@@ -63,5 +63,5 @@ pub(crate) fn endpoint_mtu(network: &Network, own: &Node) -> u16 {
         Backend::Vxlan => vxlan_overhead(own.record.vtep),
         Backend::Direct | Backend::Auto => 0,
     };
-    own.record.link_mtu.saturating_sub(around).min(network.mtu.unwrap_or(u16::MAX)).max(MIN_MTU)
+    own.record.link_mtu.saturating_sub(around).min(network.mtu.unwrap_or(u16::MAX)).max(min_mtu(network))
 }

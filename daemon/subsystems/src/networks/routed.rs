@@ -20,7 +20,7 @@ use crate::encryption::tunnel;
 use crate::endpoints::routed::own_endpoint;
 use crate::local::Local;
 use crate::local::epochs::PeerRoute;
-use crate::mtu::{MIN_MTU, path_mtu, vxlan_overhead};
+use crate::mtu::{least, min_mtu, path_mtu, vxlan_overhead};
 
 /// The path of packets to a remote host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -104,7 +104,7 @@ fn vxlan(network: &Network, own: &Node) -> Link {
         vni: network.vni,
         local: own.record.vtep,
         port: own.record.vxlan_port,
-        mtu: carried.min(network.mtu.unwrap_or(u16::MAX)).max(MIN_MTU),
+        mtu: carried.min(network.mtu.unwrap_or(u16::MAX)).max(min_mtu(network)),
         master: None,
         mac: addresses::mac_of_host(network.id, own.record.id),
         up: true,
@@ -127,12 +127,12 @@ fn to_peer(
     let id = peer.record.id;
     let source = view.first_gateway(network.id, view.me, block.addr());
     let outer = path_mtu(own, peer);
-    let narrower = |carried: u16| Some(carried.max(MIN_MTU)).filter(|carried| *carried < mtu);
+    let narrower = |carried: u16| Some(carried.max(least(block))).filter(|carried| *carried < mtu);
     match path {
         PeerPath::Routers => {}
         PeerPath::Tunnel(device) => {
             // The endpoints' MTU is what the local link carries in the tunnel, unless the user asked for less.
-            let mtu = tunnel::path_mtu(own, peer, mtu);
+            let mtu = tunnel::path_mtu(own, peer, block, mtu);
             dataplane.routes.insert(block, Hop { device: Some(device), gateway: None, source, mtu });
         }
         PeerPath::Direct => {

@@ -205,10 +205,10 @@ fn a_host_without_a_block_has_nothing_of_the_network() {
 
 #[test]
 fn a_route_has_an_mtu_if_the_path_carries_less() {
-    for (backend, narrow, narrower) in [
-        (Backend::Vxlan, " mtu 1350", " mtu 1300"),
-        (Backend::Direct, " mtu 1400", " mtu 1350"),
-        (Backend::Auto, " mtu 1400", " mtu 1350"),
+    for (backend, narrow, narrower, small) in [
+        (Backend::Vxlan, " mtu 1350", " mtu 1300", " mtu 850"),
+        (Backend::Direct, " mtu 1400", " mtu 1350", " mtu 900"),
+        (Backend::Auto, " mtu 1400", " mtu 1350", " mtu 900"),
     ] {
         let mut view = view(backend);
         let to_h2 = |view: &View| -> String {
@@ -220,9 +220,12 @@ fn a_route_has_an_mtu_if_the_path_carries_less() {
         // The path MTU that either of the two hosts found counts.
         give(&mut view, 2, vec![Entry::PathMtu { peer: id(1), mtu: 1350 }]);
         assert!(to_h2(&view).ends_with(narrower), "{}", to_h2(&view));
-        // Not less than IPv6 allows. A larger path MTU changes nothing.
+        // A route for IPv4 may carry less than IPv6 allows, down to what every host accepts.
         peer(&mut view, 2).record.link_mtu = 900;
-        assert!(to_h2(&view).ends_with(" mtu 1280"), "{}", to_h2(&view));
+        assert!(to_h2(&view).ends_with(small), "{}", to_h2(&view));
+        peer(&mut view, 2).record.link_mtu = 577;
+        assert!(to_h2(&view).contains(" mtu 57"), "{}", to_h2(&view));
+        // A larger path MTU changes nothing.
         peer(&mut view, 2).table = Table::new(id(2));
         peer(&mut view, 2).record.link_mtu = 9000;
         assert!(!to_h2(&view).contains("mtu"), "{}", to_h2(&view));
