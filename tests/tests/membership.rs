@@ -503,6 +503,32 @@ fn change_of_a_hosts_address_is_followed() {
 }
 
 #[test]
+fn address_that_was_away_and_came_back_as_another_one_leaves_no_problem() {
+    let lab = start_lab(2).unwrap();
+    let h2 = &lab["h2"];
+    h2.exec_ok(["ip", "addr", "flush", "dev", "eth0", "scope", "global"]).unwrap();
+    wait_until(SOON, "status to name the lost address", || {
+        let found = problems(h2)?;
+        ensure!(found.iter().any(|problem| problem.contains("on no device any more")), "{found:?}");
+        Ok(())
+    })
+    .unwrap();
+    h2.exec_ok(["ip", "addr", "add", "192.168.77.52/24", "dev", "eth0"]).unwrap();
+    wait_until(SOON, "h1 to reach the new address", || {
+        let row = peer(&lab["h1"], "h2")?;
+        ensure!(row["vtep"] == "192.168.77.52" && row["reachable"] == true, "{row}");
+        Ok(())
+    })
+    .unwrap();
+    wait_until(SOON, "status to name no problem", || {
+        let found = problems(h2)?;
+        ensure!(found.is_empty(), "{found:?}");
+        Ok(())
+    })
+    .unwrap();
+}
+
+#[test]
 fn change_of_a_hosts_ipv6_address_is_followed() {
     assert_address_change_is_followed(Underlay::V6, "fd77::2", "fd77::52");
 }

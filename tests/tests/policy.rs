@@ -576,6 +576,25 @@ fn new_pod_is_isolated_from_its_first_packet_on_also_on_a_late_joiner() {
 }
 
 #[test]
+fn isolated_endpoint_reaches_its_neighbours_over_ipv6_where_bridges_call_the_packet_filter() {
+    let lab = start_lab(1).unwrap();
+    let h1 = &lab["h1"];
+    set_bridge_nf_call(h1, true).unwrap();
+    create_network(&lab, "pods", &["--subnet", "10.60.0.0/16", "--subnet", "fd60::/64"]).unwrap();
+    let database = labelled(&lab, "h1", "database", "database");
+    let web = labelled(&lab, "h1", "web", "web");
+    apply(&lab, h1, EXAMPLE).unwrap();
+    wait_enforced(h1).unwrap();
+    for address in web.addresses() {
+        database.workload.ping_until(&address, SOON).unwrap();
+    }
+    let _server = web.workload.tcp_echo(5432).unwrap();
+    assert!(connects(&database, &web, 5432, SOON));
+    let _server = database.workload.tcp_echo(5432).unwrap();
+    assert!(!connects(&web, &database, 5432, Duration::from_secs(1)));
+}
+
+#[test]
 fn policies_apply_to_broadcast_and_link_local_traffic() {
     for nf_call in [false, true] {
         assert_no_bypass(nf_call);

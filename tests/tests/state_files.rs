@@ -102,7 +102,10 @@ fn damaged_state_file_is_refused_by_name_and_left_as_it_is() {
     }
     // A directory in its place, or a missing file, must not start an empty state either.
     fs::remove_file(&path).unwrap();
-    assert_contains(&start_error(h1).unwrap(), &[path.to_str().unwrap(), "missing", "ovlctl peers forget"]);
+    assert_contains(
+        &start_error_with(h1, 78).unwrap(),
+        &[path.to_str().unwrap(), "missing", "ovlctl peers forget"],
+    );
     assert!(!path.exists());
     fs::create_dir(&path).unwrap();
     assert_contains(&start_error(h1).unwrap(), &[path.to_str().unwrap()]);
@@ -135,10 +138,13 @@ fn missing_or_damaged_identity_is_refused_and_not_replaced() {
         assert_file_refused(h1, &path, &bytes, &["restore"]).unwrap();
     }
     fs::remove_file(&path).unwrap();
-    let log = start_error(h1).unwrap();
+    let log = start_error_with(h1, 78).unwrap();
     assert_contains(&log, &[path.to_str().unwrap(), "missing", "backup"]);
     assert!(!path.exists(), "a new identity was created");
     fs::write(&path, &good).unwrap();
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o644)).unwrap();
+    let log = start_error_with(h1, 78).unwrap();
+    assert_contains(&log, &[path.to_str().unwrap(), "other users", "chmod 600"]);
     fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
     assert_recovers(&lab, &a, &b).unwrap();
     assert_eq!(text(&ovl_tests::peer(&lab["h2"], "h1").unwrap()["id"]), id);

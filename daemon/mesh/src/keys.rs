@@ -48,7 +48,7 @@ impl Identity {
     ///
     /// # Errors
     ///
-    /// [`Damaged`] if the file is invalid; otherwise it cannot be read or written, or other users can read it.
+    /// [`Damaged`] if the file is invalid, or other users can read it; otherwise it cannot be read or written.
     pub fn load_or_create(path: &Path) -> anyhow::Result<Self> {
         if let Some(document) = read_secret(path)? {
             return Self::from_pkcs8(&document).with_context(|| {
@@ -142,7 +142,7 @@ impl TunnelSecret {
     ///
     /// # Errors
     ///
-    /// [`Damaged`] if the file is invalid; otherwise it cannot be read or written, or other users can read it.
+    /// [`Damaged`] if the file is invalid, or other users can read it; otherwise it cannot be read or written.
     pub fn load_or_create(path: &Path) -> anyhow::Result<Self> {
         if let Some(text) = read_secret(path)? {
             return Self::from_text(&text).with_context(|| {
@@ -357,15 +357,16 @@ fn read_secret(path: &Path) -> anyhow::Result<Option<Zeroizing<Vec<u8>>>> {
     };
     let metadata = file.metadata().with_context(|| format!("cannot inspect {}", path.display()))?;
     if !metadata.is_file() {
-        bail!("{} is not a regular file", path.display());
+        return Err(Damaged(format!("{} is not a regular file", path.display())).into());
     }
     let mode = metadata.permissions().mode() & 0o7777;
     if mode & 0o077 != 0 {
-        bail!(
+        return Err(Damaged(format!(
             "{path} can be read or written by other users (mode {mode:04o}): run 'chmod 600 {path}', and create a new \
              key if another user may have read it",
             path = path.display()
-        );
+        ))
+        .into());
     }
     // With its final capacity: a vector that grows leaves copies behind.
     let mut content = Zeroizing::new(Vec::with_capacity(MAX_SECRET_FILE as usize + 1));
@@ -373,7 +374,9 @@ fn read_secret(path: &Path) -> anyhow::Result<Option<Zeroizing<Vec<u8>>>> {
         .read_to_end(&mut content)
         .with_context(|| format!("cannot read {}", path.display()))?;
     if content.len() as u64 > MAX_SECRET_FILE {
-        bail!("{} is larger than {MAX_SECRET_FILE} bytes, so it is not a key file", path.display());
+        let text =
+            format!("{} is larger than {MAX_SECRET_FILE} bytes, so it is not a key file", path.display());
+        return Err(Damaged(text).into());
     }
     Ok(Some(content))
 }

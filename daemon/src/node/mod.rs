@@ -39,13 +39,14 @@ use std::path::Path;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use ovl_cluster::resources::Resources;
 use ovl_cluster::table::Table;
 use ovl_cluster::view::{self, View};
 use ovl_consensus::Replica as Allocator;
 use ovl_control::{Event, PeerState};
 use ovl_dataplane::device::Device;
+use ovl_files::Damaged;
 use ovl_kernel::{KernelEvent, KernelHandle, Prober};
 use ovl_mesh::gossip::{Gossip, GossipConfig, GossipEvent, Hints};
 use ovl_mesh::keys::{ClusterKey, Identity, KeyFile, Keyring, TunnelSecret};
@@ -169,19 +170,21 @@ impl Node {
         let identity_path = config.state_dir.join("identity");
         match (&saved, identity_path.exists()) {
             // A state without a generation was left by a first start that was interrupted.
-            (Some(state), false) if state.generation > 0 => bail!(
+            (Some(state), false) if state.generation > 0 => return Err(Damaged(format!(
                 "{} is missing while {} is there: restore it from a backup, or remove the whole directory to begin \
                  anew under another identity",
                 identity_path.display(),
                 state_path.display()
-            ),
-            (None, true) => bail!(
+            ))
+            .into()),
+            (None, true) => return Err(Damaged(format!(
                 "the state file {} is missing while {} is there, and to start without it could hand out addresses \
                  twice. Restore it from a backup; or, if this host is to begin anew, run `ovlctl peers forget` for it \
                  on another host, then remove the whole directory and start again",
                 state_path.display(),
                 identity_path.display()
-            ),
+            ))
+            .into()),
             // The state is written first, so that an identity never exists without a state.
             (None, false) => store::write(&state_path, &store::State::default(), &disk)?,
             (Some(_), _) => {}

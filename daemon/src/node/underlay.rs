@@ -44,13 +44,15 @@ impl Node {
                     wait = Some(SETTLE);
                 }
                 Err(_) => match device.as_deref().and_then(|device| self.address_of(device, vtep)) {
-                    Some(address) => {
-                        if let Err(error) = self.move_to(address).await {
+                    Some(address) => match self.move_to(address).await {
+                        // The new address is looked up as any other: it ends the problem of the old one.
+                        Ok(()) => wait = Some(SETTLE),
+                        Err(error) => {
                             let sentence = format!("this host's address is {address} now and {error:#}");
                             self.state.borrow_mut().problems.set(Code::Address, "", Some(sentence));
                             wait = Some(LOOK_AGAIN);
                         }
-                    }
+                    },
                     None => {
                         let sentence = format!(
                             "{vtep}, the address of this host in the cluster, is on no device any more: peers cannot \

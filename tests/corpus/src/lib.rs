@@ -12,7 +12,7 @@ use std::path::Path;
 /// # Panics
 ///
 /// If there is no input, if one cannot be read, or if the target panics. Before that, the name of the input is printed.
-#[allow(clippy::unwrap_used, reason = "a helper of tests")]
+#[allow(clippy::unwrap_used, clippy::panic, reason = "a helper of tests")]
 pub fn replay(target: &str, run: impl Fn(&[u8])) {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join(target);
     let mut count = 0;

@@ -91,7 +91,11 @@ pub(super) fn skeleton(policies: &Policies, slots: usize, switched: bool) -> Ske
         "ct state new tcp flags & (fin | syn | rst | ack) != syn goto midstream".to_owned(),
         "goto from".to_owned(),
     ];
-    let forward: Vec<String> = switched.then_some(mark_seen).into_iter().chain(judged).collect();
+    // Never routed, since it must come with the largest hop limit. Connection tracking does not follow it.
+    let discovery =
+        "ip6 hoplimit 255 icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert } accept".to_owned();
+    let bridged = [mark_seen, discovery].into_iter().filter(|_| switched);
+    let forward: Vec<String> = bridged.chain(judged).collect();
     let mut chains = vec![
         chain("forward", Some("filter hook forward priority filter - 5"), &forward),
         chain("from", None, &look_up(Direction::Egress, "goto to")),
