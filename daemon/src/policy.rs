@@ -60,7 +60,8 @@ pub(crate) fn rows(view: &View, refused: &Refused) -> Vec<PolicyRow> {
         })
         .collect();
     for Placed { node, endpoint } in view.all_endpoints() {
-        for policy in policies.selecting(&endpoint.namespace, &view.resources.labels(endpoint)) {
+        let labels = view.known_labels(node.record.id, endpoint);
+        for policy in policies.selecting(&endpoint.namespace, labels.as_deref()) {
             let Some(row) = rows.get_mut(&policy.name) else { continue };
             row.endpoints += 1;
             if node.record.id != view.me {
@@ -155,11 +156,17 @@ fn addresses(view: &View, text: &str) -> Result<Vec<IpAddr>, Failed> {
         return Ok(vec![address]);
     }
     let (namespace, name) = text.split_once('/').unwrap_or(("default", text));
-    let named = view
-        .all_named(name)
-        .filter(|placed| placed.endpoint.namespace == namespace && view.counts(placed.node));
+    let pod = Name::new(namespace, name);
+    let of_pod = view.all_of_pod(&pod).filter(|placed| {
+        view.counts(placed.node) && view.is_named_as_pod(placed.node.record.id, placed.endpoint)
+    });
+    let mut found: Vec<Placed<'_>> = of_pod.collect();
+    if found.is_empty() {
+        let named = view.all_named(name).filter(|placed| placed.endpoint.namespace == namespace);
+        found.extend(named.filter(|placed| view.counts(placed.node)));
+    }
     let addresses: Vec<IpAddr> =
-        named.flat_map(|placed| &placed.endpoint.addresses).map(|net| net.addr()).collect();
+        found.iter().flat_map(|placed| &placed.endpoint.addresses).map(|net| net.addr()).collect();
     if addresses.is_empty() {
         return Err(Failed::not_found(format!(
             "there is no endpoint {name} in the namespace {namespace}: give NAME, NAMESPACE/NAME or an address"
@@ -194,6 +201,16 @@ fn side(side: Side, end: &ConnectionEnd<'_>, direction: Direction) -> PolicySide
             );
             (names, None, why)
         }
+        Side::Undecided(policies) => {
+            let names: Vec<String> = policies.iter().map(ToString::to_string).collect();
+            let pod = end.endpoint.map_or_else(String::new, |placed| placed.endpoint.pod_name().to_string());
+            let why = format!(
+                "the labels of {who} are not known: there is no v1 Pod {pod} of its uid, or another endpoint stands for \
+                 that pod. Until then it is isolated for {direction}, because {} may select it",
+                names.join(" or ")
+            );
+            (names, None, why)
+        }
     };
     PolicySide { passes, policies, rule, why }
 }
@@ -206,9 +223,14 @@ fn drop_of(view: &View, policies: &Policies, direction: Direction, connection: C
         Direction::Egress => &source,
     };
     let isolating = own.endpoint.map_or_else(Vec::new, |placed| {
-        let labels = view.resources.labels(placed.endpoint);
-        let selecting = policies.selecting(&placed.endpoint.namespace, &labels).into_iter();
-        let isolating = selecting.filter(|policy| policy.rules(direction).is_some());
+        let labels = view.known_labels(placed.node.record.id, placed.endpoint);
+        let namespace = &placed.endpoint.namespace;
+        let undecided = match labels {
+            Some(_) => Vec::new(),
+            None => policies.undecided(namespace, direction),
+        };
+        let selecting = policies.selecting(namespace, labels.as_deref()).into_iter();
+        let isolating = selecting.filter(|policy| policy.rules(direction).is_some()).chain(undecided);
         isolating.map(|policy| policy.name.to_string()).collect()
     });
     let known = [Protocol::Tcp, Protocol::Udp, Protocol::Sctp];

@@ -195,6 +195,9 @@ pub struct Meta {
     pub annotations: BTreeMap<String, String>,
     /// The creation time, written by the cluster.
     pub creation_timestamp: Created,
+    /// The unique id that the Kubernetes API server gave the object. Only kept of Pods, whose runtimes name it. May be
+    /// empty.
+    pub uid: String,
 }
 
 /// Requirements on labels. An empty selector matches everything.

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use crate::id::{EndpointId, Mac, NetworkId, NodeId};
 use crate::publish::Published;
 use crate::record::Signature;
+use crate::resource::Name;
 
 /// The revision of a table, ordered by the owner's epoch, then by change.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, Serialize, Deserialize)]
@@ -52,7 +53,7 @@ pub struct Endpoint {
     pub addresses: Vec<IpNet>,
     /// Further names that resolve to it.
     pub aliases: Vec<String>,
-    /// The labels that selectors match. A v1 Pod of the same namespace and name may add labels.
+    /// The labels that selectors match. The v1 Pod of the endpoint may add labels: see [`Self::pod_name`].
     pub labels: BTreeMap<String, String>,
     /// Whether Services send it connections. Set by the client that attached it.
     pub ready: bool,
@@ -63,6 +64,24 @@ pub struct Endpoint {
     pub allowed: Vec<IpNet>,
     /// MAC addresses that it may send from, beside its own. At most [`Self::MAX_ALLOWED_MACS`].
     pub allowed_macs: Vec<Mac>,
+    /// The pod that it belongs to. `None` if no container runtime named one.
+    #[serde(default)]
+    pub pod: Option<PodIdentity>,
+}
+
+/// The pod of an endpoint, as its container runtime named it. Its namespace is that of the endpoint.
+///
+/// Several endpoints can have the same pod: one on each network, and those of an earlier sandbox of the pod, or of a
+/// deleted pod of the same name, that was not detached yet.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PodIdentity {
+    /// The name. Several endpoints of a network can have it, while [`Endpoint::name`] is unique.
+    pub name: String,
+    /// The unique id that the Kubernetes API server gave the pod. Empty if the runtime did not say it.
+    pub uid: String,
+    /// When the pod's sandbox was attached, in milliseconds since 1970, and later than each sandbox of a pod of the same
+    /// name that its host knew. All endpoints of a sandbox have the same value.
+    pub created: u64,
 }
 
 impl Endpoint {
@@ -71,9 +90,17 @@ impl Endpoint {
     /// The maximum number of allowed MAC addresses.
     pub const MAX_ALLOWED_MACS: usize = 16;
 
-    /// Returns the name and the aliases in lower case, the form in which names are compared (RFC 4343).
+    /// Returns the names that may resolve to it in lower case, the form in which names are compared (RFC 4343): its
+    /// name, its aliases and the name of its pod.
     pub fn canonical_names(&self) -> impl Iterator<Item = String> {
-        std::iter::once(&self.name).chain(&self.aliases).map(|name| name.to_ascii_lowercase())
+        let pod = self.pod.as_ref().map(|pod| &pod.name);
+        std::iter::once(&self.name).chain(&self.aliases).chain(pod).map(|name| name.to_ascii_lowercase())
+    }
+
+    /// Returns the namespace and name of the v1 Pod that describes it. Without a [`Self::pod`], its own name is the
+    /// Pod's.
+    pub fn pod_name(&self) -> Name {
+        Name::new(&self.namespace, self.pod.as_ref().map_or(&self.name, |pod| &pod.name))
     }
 
     /// Returns the single addresses in [`Self::allowed`].

@@ -98,6 +98,7 @@ impl Args {
             not_ready: self.not_ready,
             allowed: self.allowed,
             allowed_macs: self.allowed_macs,
+            pod: None,
         })
     }
 }
@@ -198,6 +199,7 @@ mod tests {
             not_ready: true,
             allowed: vec!["10.1.0.200/32".parse().unwrap(), "fd00:9::/64".parse().unwrap()],
             allowed_macs: vec![Mac([0, 0, 0x5e, 0, 1, 7])],
+            pod: None,
         };
         assert_eq!(request(line), expected);
     }
@@ -239,6 +241,8 @@ mod tests {
             allowed: Vec::new(),
             allowed_macs: Vec::new(),
             refused: None,
+            pod: None,
+            undecided: Vec::new(),
         };
         assert_eq!(
             render(&endpoint),

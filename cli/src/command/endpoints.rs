@@ -42,11 +42,22 @@ fn render(endpoints: &[EndpointInfo]) -> String {
         .column("ADDRESSES", endpoints.iter().map(|endpoint| comma_separated(&endpoint.addresses)))
         .column("MAC", endpoints.iter().map(|endpoint| endpoint.mac))
         .column("STATE", endpoints.iter().map(|endpoint| endpoint.state))
+        .optional_column("POD", "", endpoints.iter().map(pod))
+        .optional_column("UNDECIDED", "", endpoints.iter().map(|endpoint| endpoint.undecided.join(",")))
         .optional_column("READY", "yes", endpoints.iter().map(|endpoint| yes_no(endpoint.ready)))
         .optional_column("REFUSED", "", endpoints.iter().map(refused))
         .optional_column("ALIASES", "", endpoints.iter().map(|endpoint| comma_separated(&endpoint.aliases)))
         .optional_column("PUBLISH", "", endpoints.iter().map(|endpoint| comma_separated(&endpoint.publish)))
         .render()
+}
+
+/// The name of the endpoint's pod if it differs from its own, with a note if another endpoint stands for the pod.
+fn pod(endpoint: &EndpointInfo) -> String {
+    match &endpoint.pod {
+        Some(pod) if !pod.current => format!("{} (replaced)", pod.name),
+        Some(pod) if pod.name != endpoint.name => pod.name.clone(),
+        Some(_) | None => String::new(),
+    }
 }
 
 /// The number of refused frames. Empty if there are none, or if this host does not count them.
@@ -56,7 +67,7 @@ fn refused(endpoint: &EndpointInfo) -> String {
 
 #[cfg(test)]
 mod tests {
-    use ovl_control::EndpointState;
+    use ovl_control::{EndpointState, PodInfo};
 
     use super::*;
 
@@ -79,6 +90,8 @@ mod tests {
             allowed: Vec::new(),
             allowed_macs: Vec::new(),
             refused: None,
+            pod: None,
+            undecided: Vec::new(),
         }
     }
 
@@ -102,8 +115,13 @@ db    blue     host3  10.1.0.3/16  02:00:0a:01:00:03  suspended
         pod.aliases = vec!["www".into(), "front".into()];
         pod.refused = Some(7);
         pod.addresses.push("fd00::2/64".parse().unwrap());
+        let identity = PodInfo { name: "web".into(), uid: "u".into(), current: false };
+        pod.pod = Some(identity.clone());
+        let mut again = endpoint("web-0badcafe00", 3);
+        again.pod = Some(PodInfo { current: true, ..identity });
+        again.undecided = vec!["ingress".into(), "egress".into()];
         assert_eq!(
-            render(&[pod]),
+            render(&[pod, again]),
             "\
 NAME  NAMESPACE  NETWORK  NODE   ADDRESSES               MAC                STATE  REFUSED  ALIASES
 web   shop       blue     host2  10.1.0.2/16,fd00::2/64  02:00:0a:01:00:02  ready  7        www,front

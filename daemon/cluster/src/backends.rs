@@ -145,7 +145,7 @@ impl Backends {
                 self.note(changes);
                 // Its named ports may have changed while its labels are the same.
                 let named: Vec<Selectable> =
-                    self.selectables.named(&key.name).map(|(_, selectable)| selectable.clone()).collect();
+                    self.selectables.of_pod(&key.name).map(|(_, selectable)| selectable.clone()).collect();
                 named.iter().for_each(|selectable| self.select(selectable));
             }
             Kind::Namespace | Kind::NetworkPolicy => {}
@@ -224,9 +224,7 @@ impl Backends {
 
     fn backends(&self, view: &View, name: &Name, service: &Service) -> Vec<Backend> {
         // As in Kubernetes, a finished pod is no backend, even of a Service that publishes addresses that are not ready.
-        let is_finished = |selectable: &Selectable| {
-            view.resources.pods().get(&selectable.name).is_some_and(Pod::is_finished)
-        };
+        let is_finished = |selectable: &Selectable| pod_of(view, selectable).is_some_and(Pod::is_finished);
         let selected = self.selectables.with_labels(&name.namespace, &service.spec.selector);
         let selected = selected.filter(|(_, selectable)| !is_finished(selectable));
         let mut backends: Vec<Backend> =
@@ -244,8 +242,13 @@ impl Backends {
     }
 }
 
+/// Returns the v1 Pod that describes a selectable.
+fn pod_of<'a>(view: &'a View, selectable: &Selectable) -> Option<&'a Pod> {
+    view.resources.pods().get(selectable.pod.as_ref()?)
+}
+
 fn backend_of_selectable(view: &View, service: &Service, selectable: &Selectable) -> Backend {
-    let pod = view.resources.pods().get(&selectable.name);
+    let pod = pod_of(view, selectable);
     let port = |port: &ServicePort| match &port.target_port {
         None => Some(port.port),
         Some(IntOrString::Int(number)) => Some(*number),

@@ -11,7 +11,7 @@ use ovl_proto::table::Endpoint;
 const FIRST: EndpointId = EndpointId([0; 5]);
 const LAST: EndpointId = EndpointId([u8::MAX; 5]);
 
-/// The endpoints of one table by network, address, MAC address and name.
+/// The endpoints of one table by network, address, MAC address, name and pod.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct EndpointIndex {
     networks: BTreeMap<NetworkId, BTreeSet<EndpointId>>,
@@ -22,6 +22,8 @@ pub(crate) struct EndpointIndex {
     /// MAC addresses that endpoints may send from, beside their own.
     allowed_macs: BTreeSet<(NetworkId, Mac, EndpointId)>,
     names: BTreeMap<String, BTreeSet<EndpointId>>,
+    /// Those with a pod, by its name.
+    pods: BTreeMap<String, BTreeSet<EndpointId>>,
     /// By names and aliases in lower case.
     called: BTreeMap<String, BTreeSet<EndpointId>>,
     /// The subnets with which endpoints were attached, and the number of endpoints of each.
@@ -36,6 +38,9 @@ impl EndpointIndex {
         self.allowed.extend(endpoint.allowed_addresses().map(|address| (network, address, id)));
         self.allowed_macs.extend(endpoint.allowed_macs.iter().map(|mac| (network, *mac, id)));
         self.names.entry(endpoint.name.clone()).or_default().insert(id);
+        if let Some(pod) = &endpoint.pod {
+            self.pods.entry(pod.name.clone()).or_default().insert(id);
+        }
         for name in endpoint.canonical_names() {
             self.called.entry(name).or_default().insert(id);
         }
@@ -56,6 +61,9 @@ impl EndpointIndex {
             self.allowed_macs.remove(&(network, *mac, id));
         }
         take(&mut self.names, &endpoint.name, id);
+        if let Some(pod) = &endpoint.pod {
+            take(&mut self.pods, &pod.name, id);
+        }
         for name in endpoint.canonical_names() {
             take(&mut self.called, &name, id);
         }
@@ -106,6 +114,10 @@ impl EndpointIndex {
 
     pub(crate) fn named(&self, name: &str) -> impl Iterator<Item = EndpointId> {
         self.names.get(name).into_iter().flatten().copied()
+    }
+
+    pub(crate) fn of_pod(&self, name: &str) -> impl Iterator<Item = EndpointId> {
+        self.pods.get(name).into_iter().flatten().copied()
     }
 
     pub(crate) fn called(&self, name: &str) -> impl Iterator<Item = EndpointId> {

@@ -13,6 +13,7 @@ pub mod keys;
 pub mod liveness;
 pub mod networks;
 pub mod objects;
+pub mod pods;
 pub mod resources;
 pub mod selectables;
 pub mod table;

@@ -1,14 +1,11 @@
-//! The Kubernetes objects of the cluster, without tombstones, and what they add to endpoints: labels, named ports and
-//! DNS names.
+//! The Kubernetes objects of the cluster, without tombstones.
 
-use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 use ovl_proto::resource::{
     EndpointSlice, Kind, Labels, Meta, Name, Namespace, NetworkPolicy, Pod, Protocol, Resource, ResourceKey,
     Service,
 };
-use ovl_proto::table::Endpoint;
 
 use crate::claims::Claims;
 
@@ -120,36 +117,6 @@ impl Resources {
         labels.insert(NAMESPACE_NAME_LABEL.to_owned(), namespace.to_owned());
         labels
     }
-
-    /// Returns the v1 Pod of an endpoint: that of the same namespace and name.
-    pub fn pod_of(&self, endpoint: &Endpoint) -> Option<&Pod> {
-        self.pods.get(&Name::new(&endpoint.namespace, &endpoint.name))
-    }
-
-    /// Returns the effective labels of an endpoint: its own, overlaid by those of its Pod.
-    pub fn labels<'a>(&'a self, endpoint: &'a Endpoint) -> Cow<'a, Labels> {
-        match self.pod_of(endpoint) {
-            None => Cow::Borrowed(&endpoint.labels),
-            Some(pod) if endpoint.labels.is_empty() => Cow::Borrowed(&pod.metadata.labels),
-            Some(pod) => {
-                let mut labels = endpoint.labels.clone();
-                labels.extend(pod.metadata.labels.clone());
-                Cow::Owned(labels)
-            }
-        }
-    }
-
-    /// Returns the port that an endpoint has under a name.
-    pub fn named_port(&self, endpoint: &Endpoint, name: &str, protocol: Protocol) -> Option<u16> {
-        named_port(self.pod_of(endpoint)?, name, protocol)
-    }
-
-    /// Returns the host name and the subdomain of an endpoint in DNS; `None` if its Pod specifies neither.
-    pub fn host_name(&self, endpoint: &Endpoint) -> Option<(&str, &str)> {
-        let spec = &self.pod_of(endpoint)?.spec;
-        let given = !spec.hostname.is_empty() || !spec.subdomain.is_empty();
-        given.then_some((&*spec.hostname, &*spec.subdomain))
-    }
 }
 
 /// Returns the port that a pod has under a name: the first one of that protocol, as in Kubernetes.
@@ -161,80 +128,12 @@ pub fn named_port(pod: &Pod, name: &str, protocol: Protocol) -> Option<u16> {
 
 #[cfg(test)]
 mod tests {
-    use ovl_proto::resource::{Container, ContainerPort, Meta, PodSpec};
+    use ovl_proto::resource::Meta;
 
     use super::*;
 
     fn labels(all: &[(&str, &str)]) -> Labels {
         all.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect()
-    }
-
-    fn endpoint(own: &[(&str, &str)]) -> Endpoint {
-        Endpoint {
-            id: Default::default(),
-            name: "web-1".to_owned(),
-            namespace: "shop".to_owned(),
-            network: Default::default(),
-            mac: Default::default(),
-            addresses: Vec::new(),
-            aliases: Vec::new(),
-            labels: labels(own),
-            ready: true,
-            publish: Vec::new(),
-            allowed: Vec::new(),
-            allowed_macs: Vec::new(),
-        }
-    }
-
-    fn pod(namespace: &str) -> Resource {
-        let port = |name: &str, container_port, protocol| ContainerPort {
-            name: name.to_owned(),
-            container_port,
-            protocol,
-        };
-        let ports = vec![
-            port("", 1, Protocol::Tcp),
-            port("web", 8080, Protocol::Tcp),
-            port("web", 9090, Protocol::Udp),
-            port("web", 7070, Protocol::Tcp),
-        ];
-        Resource::Pod(Pod {
-            metadata: Meta {
-                name: "web-1".to_owned(),
-                namespace: namespace.to_owned(),
-                labels: labels(&[("app", "web"), ("tier", "front")]),
-                ..Meta::default()
-            },
-            spec: PodSpec {
-                containers: vec![Container { name: "c".to_owned(), ports }],
-                subdomain: "sub".to_owned(),
-                ..PodSpec::default()
-            },
-            status: Default::default(),
-        })
-    }
-
-    #[test]
-    fn pod_of_the_same_name_adds_to_an_endpoint() {
-        let endpoint = endpoint(&[("app", "old"), ("own", "1")]);
-        let mut resources = Resources::default();
-        assert_eq!(*resources.labels(&endpoint), endpoint.labels);
-        resources.insert(pod("other"));
-        assert_eq!(resources.named_port(&endpoint, "web", Protocol::Tcp), None);
-        assert_eq!(resources.host_name(&endpoint), None);
-
-        resources.insert(pod("shop"));
-        assert_eq!(*resources.labels(&endpoint), labels(&[("app", "web"), ("own", "1"), ("tier", "front")]));
-        assert_eq!(resources.named_port(&endpoint, "web", Protocol::Tcp), Some(8080));
-        assert_eq!(resources.named_port(&endpoint, "web", Protocol::Udp), Some(9090));
-        assert_eq!(resources.named_port(&endpoint, "web", Protocol::Sctp), None);
-        assert_eq!(resources.host_name(&endpoint), Some(("", "sub")));
-
-        let key = pod("shop").key();
-        assert_eq!(resources.get(&key), Some(pod("shop")));
-        assert_eq!(resources.names(Kind::Pod).len(), 2);
-        resources.remove(&key);
-        assert_eq!(*resources.labels(&endpoint), endpoint.labels);
     }
 
     #[test]

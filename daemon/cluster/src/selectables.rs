@@ -21,8 +21,10 @@ pub enum SelectableId {
 /// A workload that selectors can match.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Selectable {
-    /// The Kubernetes namespace and name, which are also those of its Pod.
+    /// The Kubernetes namespace and name: that of its pod, or its own if another endpoint stands for the pod.
     pub name: Name,
+    /// The key of the v1 Pod that describes it, if there is one.
+    pub pod: Option<Name>,
     /// The network that it is attached to. `None` for a Pod that is not an endpoint.
     pub network: Option<NetworkId>,
     /// The host, if known.
@@ -43,8 +45,8 @@ type LabelKey = (String, String, String);
 pub struct Selectables {
     all: BTreeMap<SelectableId, Selectable>,
     by_label: BTreeMap<LabelKey, BTreeSet<SelectableId>>,
-    by_name: BTreeMap<Name, BTreeSet<SelectableId>>,
-    /// Every endpoint, whether it is used or not.
+    by_pod: BTreeMap<Name, BTreeSet<SelectableId>>,
+    /// Every endpoint, whether it is used or not, with its network and its pod.
     endpoints: BTreeMap<(NodeId, EndpointId), (NetworkId, Name)>,
     by_network: BTreeMap<NetworkId, BTreeSet<(NodeId, EndpointId)>>,
 }
@@ -71,9 +73,9 @@ impl Selectables {
         self.all.iter()
     }
 
-    /// Returns the selectables of a Kubernetes namespace and name: one for each network that it is attached to.
-    pub fn named(&self, name: &Name) -> impl Iterator<Item = (&SelectableId, &Selectable)> {
-        self.these(self.by_name.get(name))
+    /// Returns the selectables that a v1 Pod describes: one for each network that it is attached to.
+    pub fn of_pod(&self, pod: &Name) -> impl Iterator<Item = (&SelectableId, &Selectable)> {
+        self.these(self.by_pod.get(pod))
     }
 
     /// Returns the selectables in a namespace that have all required labels. Empty if no label is required, as for a
@@ -99,32 +101,46 @@ impl Selectables {
         ids.into_iter().flatten().filter_map(|id| self.all.get_key_value(id))
     }
 
-    /// Updates an endpoint that was added, changed or removed.
+    /// Updates an endpoint that was added, changed or removed, and the other endpoints of its pod, of which another one
+    /// may be meant now.
     pub fn touch_endpoint(&mut self, view: &View, host: NodeId, id: EndpointId) -> Vec<SelectableChange> {
-        let key = SelectableId::Endpoint(host, id);
-        let found = view.nodes.get(&host).and_then(|node| {
-            let endpoint = node.table.endpoint(id)?;
-            Some(Placed { node, endpoint })
-        });
+        let found = find(view, host, id);
         let was = self.endpoints.remove(&(host, id));
         if let Some((network, _)) = &was {
             take(&mut self.by_network, network, &(host, id));
         }
-        let is = found.map(|Placed { endpoint, .. }| {
-            (endpoint.network, Name::new(&endpoint.namespace, &endpoint.name))
-        });
+        let is = found.map(|Placed { endpoint, .. }| (endpoint.network, endpoint.pod_name()));
         if let Some((network, name)) = &is {
             self.endpoints.insert((host, id), (*network, name.clone()));
             self.by_network.entry(*network).or_default().insert((host, id));
         }
-        let after = found.filter(|placed| view.is_counted(placed)).map(|placed| of_endpoint(view, placed));
-        let mut changes: Vec<_> = self.set(key, after).into_iter().collect();
-        // A Pod with an endpoint is not a selectable of its own.
+        let mut changes: Vec<_> = self.refresh(view, host, id).into_iter().collect();
         let names = was.into_iter().chain(is).map(|(_, name)| name);
         for name in BTreeSet::from_iter(names) {
-            changes.extend(self.touch_bare_pod(view, name));
+            changes.extend(self.refresh_pod(view, name, Some((host, id))));
         }
         changes
+    }
+
+    /// Updates the endpoints of a pod except one, and the Pod itself: one with an endpoint is not a selectable of its
+    /// own.
+    fn refresh_pod(
+        &mut self,
+        view: &View,
+        pod: Name,
+        except: Option<(NodeId, EndpointId)>,
+    ) -> Vec<SelectableChange> {
+        let all = view.all_of_pod(&pod).map(|placed| (placed.node.record.id, placed.endpoint.id));
+        let others = all.filter(|id| Some(*id) != except);
+        let mut changes: Vec<_> = others.filter_map(|(host, id)| self.refresh(view, host, id)).collect();
+        changes.extend(self.touch_bare_pod(view, pod));
+        changes
+    }
+
+    /// Updates one endpoint.
+    fn refresh(&mut self, view: &View, host: NodeId, id: EndpointId) -> Option<SelectableChange> {
+        let counted = find(view, host, id).filter(|placed| view.is_counted(placed));
+        self.set(SelectableId::Endpoint(host, id), counted.map(|placed| of_endpoint(view, placed)))
     }
 
     /// Updates all endpoints of a network, because the set of those that are used may have changed.
@@ -138,23 +154,19 @@ impl Selectables {
 
     /// Updates a Pod that was added, changed or removed, and its endpoints.
     pub fn touch_pod(&mut self, view: &View, name: &Name) -> Vec<SelectableChange> {
-        let endpoints =
-            view.all_named(&name.name).filter(|placed| placed.endpoint.namespace == name.namespace);
-        let endpoints: Vec<_> = endpoints.map(|placed| (placed.node.record.id, placed.endpoint.id)).collect();
-        let mut changes: Vec<_> =
-            endpoints.into_iter().flat_map(|(host, id)| self.touch_endpoint(view, host, id)).collect();
-        changes.extend(self.touch_bare_pod(view, name.clone()));
-        changes
+        self.refresh_pod(view, name.clone(), None)
     }
 
-    /// Updates the selectable of a Pod, which exists while no host has an endpoint of the Pod.
+    /// Updates the selectable of a Pod, which exists while the Pod describes no endpoint of any host.
     fn touch_bare_pod(&mut self, view: &View, name: Name) -> Option<SelectableChange> {
-        let owned = || view.all_named(&name.name).any(|placed| placed.endpoint.namespace == name.namespace);
+        let describes = |placed: Placed<'_>| view.pod_of(placed.node.record.id, placed.endpoint).is_some();
+        let owned = || view.all_of_pod(&name).any(describes);
         let pod = view.resources.pods().get(&name);
         // The addresses of a finished pod may be those of another one by now.
         let pod = pod.filter(|pod| !pod.status.pod_ips.is_empty() && !pod.is_finished());
         let after = pod.filter(|_| !owned()).map(|pod| Selectable {
             name: name.clone(),
+            pod: Some(name.clone()),
             network: None,
             host: None,
             addresses: pod.status.pod_ips.iter().map(|pod_ip| pod_ip.ip).collect(),
@@ -183,28 +195,41 @@ impl Selectables {
         for label in &selectable.labels {
             self.by_label.entry(label_key(&selectable.name.namespace, label)).or_default().insert(id.clone());
         }
-        self.by_name.entry(selectable.name.clone()).or_default().insert(id.clone());
+        if let Some(pod) = &selectable.pod {
+            self.by_pod.entry(pod.clone()).or_default().insert(id.clone());
+        }
     }
 
     fn unlist(&mut self, id: &SelectableId, selectable: &Selectable) {
         for label in &selectable.labels {
             take(&mut self.by_label, &label_key(&selectable.name.namespace, label), id);
         }
-        take(&mut self.by_name, &selectable.name, id);
+        if let Some(pod) = &selectable.pod {
+            take(&mut self.by_pod, pod, id);
+        }
     }
 }
 
+fn find(view: &View, host: NodeId, id: EndpointId) -> Option<Placed<'_>> {
+    let node = view.nodes.get(&host)?;
+    Some(Placed { node, endpoint: node.table.endpoint(id)? })
+}
+
 fn of_endpoint(view: &View, placed: Placed<'_>) -> Selectable {
-    let endpoint = placed.endpoint;
-    let name = Name::new(&endpoint.namespace, &endpoint.name);
-    let ready = endpoint.ready && view.resources.pods().get(&name).is_none_or(Pod::is_ready);
+    let (host, endpoint) = (placed.node.record.id, placed.endpoint);
+    let pod = view.pod_of(host, endpoint);
+    let name = match view.is_named_as_pod(host, endpoint) {
+        true => endpoint.pod_name(),
+        false => Name::new(&endpoint.namespace, &endpoint.name),
+    };
     Selectable {
+        pod: pod.map(|_| endpoint.pod_name()),
         name,
         network: Some(endpoint.network),
-        host: Some(placed.node.record.id),
+        host: Some(host),
         addresses: endpoint.addresses.iter().map(|net| net.addr()).collect(),
-        labels: view.resources.labels(endpoint).into_owned(),
-        ready,
+        labels: view.labels(host, endpoint).into_owned(),
+        ready: endpoint.ready && pod.is_none_or(Pod::is_ready),
     }
 }
 

@@ -134,7 +134,13 @@ impl Table {
         self.contents.index.named(name).filter_map(|id| self.endpoint(id))
     }
 
-    /// Returns the endpoints with a name or alias, given in lower case, on any network.
+    /// Returns the endpoints of a pod by its name, on any network and in any namespace: see [`Endpoint::pod_name`].
+    pub fn of_pod(&self, name: &str) -> impl Iterator<Item = &Endpoint> {
+        let pods = self.contents.index.of_pod(name).filter_map(|id| self.endpoint(id));
+        pods.chain(self.named(name).filter(|endpoint| endpoint.pod.is_none()))
+    }
+
+    /// Returns the endpoints with a name, alias or pod's name, given in lower case, on any network.
     pub fn called(&self, name: &str) -> impl Iterator<Item = &Endpoint> {
         self.contents.index.called(name).filter_map(|id| self.endpoint(id))
     }
@@ -435,6 +441,7 @@ mod tests {
                 publish: vec![],
                 allowed: vec![],
                 allowed_macs: vec![],
+                pod: None,
             })
         };
         let (mut here, mut there) = (Table::new(owner), Table::new(owner));
@@ -473,6 +480,7 @@ mod tests {
                 publish: vec![],
                 allowed: vec![],
                 allowed_macs: vec![],
+                pod: None,
             })
         });
         let whole = here.write(1, endpoints.collect(), vec![], sign);

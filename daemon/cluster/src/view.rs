@@ -129,13 +129,13 @@ impl View {
         self.placed(move |table| table.named(name))
     }
 
-    /// Returns all endpoints with a name or alias, given in lower case, on any network.
+    /// Returns all endpoints with a name, alias or pod's name, given in lower case, on any network.
     pub fn all_called<'a>(&'a self, name: &'a str) -> impl Iterator<Item = Placed<'a>> {
         self.placed(move |table| table.called(name))
     }
 
     /// Returns the endpoints that `find` returns for each host's table.
-    fn placed<'a, I: Iterator<Item = &'a Endpoint> + 'a>(
+    pub(crate) fn placed<'a, I: Iterator<Item = &'a Endpoint> + 'a>(
         &'a self,
         find: impl Fn(&'a Table) -> I + 'a,
     ) -> impl Iterator<Item = Placed<'a>> {

@@ -10,11 +10,11 @@ use ovl_cluster::selectables::SelectableId;
 use ovl_cluster::view::View;
 use ovl_proto::id::{EndpointId, NodeId};
 use ovl_proto::record::PeerState;
-use ovl_proto::resource::{Kind, Name, ResourceKey};
+use ovl_proto::resource::{Kind, Name, Resource, ResourceKey};
 use proptest::prelude::*;
 use serde_json::json;
 
-use self::world::{NET, WEB, World, id, read};
+use self::world::{NET, WEB, World, id, pod_identity, read};
 
 fn names(all: &[&str]) -> BTreeSet<Name> {
     all.iter().map(|name| Name::new("default", *name)).collect()
@@ -252,6 +252,68 @@ fn slices_add_backends() {
     assert!(world.of("web").is_empty());
 }
 
+/// Returns the backends of the Service web: host, and whether it has the Pod's named port.
+fn web_of(world: &mut World) -> Vec<(NodeId, bool)> {
+    world.settle();
+    world.of("web").iter().map(|backend| (backend.host.unwrap(), backend.ports[1].is_some())).collect()
+}
+
+fn pod_with_uid(uid: &str) -> Resource {
+    read(
+        Kind::Pod,
+        json!({
+            "metadata": { "name": "db-0", "namespace": "default", "labels": { "app": "web" }, "uid": uid },
+            "spec": { "containers": [{ "ports": [{ "name": "web", "containerPort": 8080 }] }] },
+        }),
+    )
+}
+
+#[test]
+fn of_the_endpoints_of_a_pod_the_last_one_is_meant() {
+    let mut world = World::new();
+    world.service("web", json!({ "app": "web" }));
+    world.put(pod_with_uid(""));
+    world.attach_pod(1, 1, pod_identity("db-0", "old", 5));
+    assert_eq!(web_of(&mut world), [(id(1), true)]);
+    // The pod comes again on another host, and the old sandbox is still there.
+    world.attach_pod(2, 2, pod_identity("db-0", "new", 6));
+    assert_eq!(web_of(&mut world), [(id(2), true)]);
+    // Another interface of the same sandbox on the network.
+    world.attach_pod(2, 3, pod_identity("db-0", "new", 6));
+    assert_eq!(web_of(&mut world), [(id(2), true), (id(2), true)]);
+    world.detach(2, 3);
+    // One whose host is dead is not meant.
+    world.host(2, PeerState::Dead);
+    assert_eq!(web_of(&mut world), [(id(1), true)]);
+    world.host(2, PeerState::Alive);
+    world.detach(1, 1);
+    assert_eq!(web_of(&mut world), [(id(2), true)]);
+    // Endpoints of another namespace or without a pod are not concerned.
+    world.attach(3, 4, WEB, true);
+    assert_eq!(web_of(&mut world).len(), 2);
+}
+
+#[test]
+fn of_the_endpoints_of_a_pod_that_with_the_uid_is_meant() {
+    let mut world = World::new();
+    world.service("web", json!({ "app": "web" }));
+    world.put(pod_with_uid("old"));
+    world.attach_pod(1, 1, pod_identity("db-0", "old", 5));
+    world.attach_pod(2, 2, pod_identity("db-0", "new", 6));
+    assert_eq!(web_of(&mut world), [(id(1), true)]);
+    let new = world.view.nodes[&id(2)].table.endpoint(EndpointId([2; 5])).unwrap();
+    assert_eq!(world.view.known_labels(id(2), new), None, "its Pod is not known yet");
+    world.put(pod_with_uid("new"));
+    assert_eq!(web_of(&mut world), [(id(2), true)]);
+    // The old one is deleted, and the Pod of yet another uid has no endpoint.
+    world.detach(1, 1);
+    world.put(pod_with_uid("newer"));
+    assert_eq!(web_of(&mut world), []);
+    // A runtime that says no uid.
+    world.attach_pod(3, 3, pod_identity("db-0", "", 4));
+    assert_eq!(web_of(&mut world), [(id(3), true)]);
+}
+
 /// One event of a random test.
 #[derive(Debug, Clone)]
 enum Step {
@@ -259,7 +321,8 @@ enum Step {
     Detach { host: u8, n: u8 },
     Service { n: u8, app: Option<u8>, tier: Option<u8> },
     NoService(u8),
-    Pod { n: u8, app: u8 },
+    Pod { n: u8, app: u8, uid: u8 },
+    AttachPod { host: u8, n: u8, pod: u8, uid: u8, created: u64 },
     NoPod(u8),
     Slice { n: u8, service: u8, host: u8 },
     NoSlice(u8),
@@ -276,7 +339,9 @@ fn step() -> impl Strategy<Value = Step> {
         3 => (0..4_u8, prop::option::of(0..3_u8), prop::option::of(0..2_u8))
             .prop_map(|(n, app, tier)| Step::Service { n, app, tier }),
         1 => (0..4_u8).prop_map(Step::NoService),
-        2 => (1..5_u8, 0..3_u8).prop_map(|(n, app)| Step::Pod { n, app }),
+        3 => (host(), 1..5_u8, 1..5_u8, 0..3_u8, 0..3_u64)
+            .prop_map(|(host, n, pod, uid, created)| Step::AttachPod { host, n, pod, uid, created }),
+        2 => (1..5_u8, 0..3_u8, 0..3_u8).prop_map(|(n, app, uid)| Step::Pod { n, app, uid }),
         1 => (1..5_u8).prop_map(Step::NoPod),
         1 => (0..2_u8, 0..4_u8, host()).prop_map(|(n, service, host)| Step::Slice { n, service, host }),
         1 => (0..2_u8).prop_map(Step::NoSlice),
@@ -285,11 +350,19 @@ fn step() -> impl Strategy<Value = Step> {
     ]
 }
 
+/// A unique id, empty for 0.
+fn uid_of(n: u8) -> String {
+    if n == 0 { String::new() } else { format!("u{n}") }
+}
+
 fn perform(world: &mut World, step: Step) {
     match step {
         Step::Attach { host, n, app, tier, ready } => {
             let (app, tier) = (format!("a{app}"), format!("t{tier}"));
             world.attach(host, n, &[("app", &app), ("tier", &tier)], ready);
+        }
+        Step::AttachPod { host, n, pod, uid, created } => {
+            world.attach_pod(host, n, pod_identity(&format!("w{pod}"), &uid_of(uid), created));
         }
         Step::Detach { host, n } => world.detach(host, n),
         Step::Service { n, app, tier } => {
@@ -299,10 +372,15 @@ fn perform(world: &mut World, step: Step) {
             world.service(&format!("s{n}"), json!(selector));
         }
         Step::NoService(n) => world.drop(Kind::Service, &format!("s{n}")),
-        Step::Pod { n, app } => world.put(read(
+        Step::Pod { n, app, uid } => world.put(read(
             Kind::Pod,
             json!({
-                "metadata": { "name": format!("w{n}"), "namespace": "default", "labels": { "app": format!("a{app}") } },
+                "metadata": {
+                    "name": format!("w{n}"),
+                    "namespace": "default",
+                    "uid": uid_of(uid),
+                    "labels": { "app": format!("a{app}") },
+                },
                 "spec": { "containers": [{ "ports": [{ "name": "web", "containerPort": 7000 + u16::from(app) }] }] },
                 "status": { "podIPs": [{ "ip": format!("192.0.2.{n}") }] },
             }),

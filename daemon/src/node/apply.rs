@@ -464,7 +464,7 @@ fn info(state: &State, kind: Kind, name: Name) -> Result<ResourceInfo, Failed> {
         ready: selectable.ready,
     };
     let endpoints = match &resource {
-        Resource::Pod(_) => selectables.named(&name).map(|(_, selectable)| endpoint(selectable)).collect(),
+        Resource::Pod(_) => selectables.of_pod(&name).map(|(_, selectable)| endpoint(selectable)).collect(),
         Resource::Namespace(_)
         | Resource::Service(_)
         | Resource::EndpointSlice(_)

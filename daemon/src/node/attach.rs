@@ -1,5 +1,6 @@
 //! Endpoints of this host: attach, detach, and endpoints that disappear with their network namespace.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
@@ -7,14 +8,15 @@ use std::path::{Path, PathBuf};
 use ipnet::IpNet;
 use ovl_cluster::addresses as ipam;
 use ovl_cluster::view::{Placed, View};
-use ovl_control::{Attach, EndpointInfo, EndpointState, FailureKind, NetnsRef};
+use ovl_control::{Attach, EndpointInfo, EndpointState, FailureKind, NetnsRef, PodInfo, PodRef};
 use ovl_dataplane::device::{Device, Role};
 use ovl_dataplane::op::Op;
 use ovl_dataplane::state::Dataplane;
 use ovl_kernel::{CreatedEndpoint, EndpointSpec, HostEnd, Netns, PeerLocation, Resolver, RetiredEndpoint};
 use ovl_proto::id::{EndpointId, Mac, NetworkId};
 use ovl_proto::object::{Driver, Mode, Network, Subnet};
-use ovl_proto::table::{Endpoint, Entry, Key};
+use ovl_proto::resource::Name;
+use ovl_proto::table::{Endpoint, Entry, Key, PodIdentity};
 use ovl_runtimes::cni::{self, Attachment};
 use ovl_subsystems::endpoints::hairpin;
 use ovl_subsystems::guard;
@@ -135,6 +137,7 @@ impl Node {
             publish: ports.published().to_vec(),
             allowed: IpNet::aggregate(&request.allowed),
             allowed_macs: request.allowed_macs.clone(),
+            pod: self.identify(&request, local.cni.as_ref()),
         };
         let addresses = endpoint.addresses.iter().map(IpNet::addr);
         let gateways = addresses.filter(|_| !network.internal).filter_map(|at| ipam::gateway_on(network, at));
@@ -195,6 +198,25 @@ impl Node {
             info.warnings = self.firewall_problems();
         }
         Ok((info, made))
+    }
+
+    /// Returns the identity of the pod that an endpoint is attached for.
+    fn identify(&self, request: &Attach, cni: Option<&Attachment>) -> Option<PodIdentity> {
+        let PodRef { name, uid } = request.pod.clone()?;
+        let state = self.state.borrow();
+        let namespace = request.namespace.as_deref().unwrap_or("default");
+        let known = Name::new(namespace, &name);
+        let of_same_sandbox = |endpoint: &&Endpoint| {
+            let other = state.endpoints.get(endpoint.id).and_then(|local| local.cni.as_ref());
+            cni.zip(other).is_some_and(|(one, other)| one.container_id == other.container_id)
+        };
+        let attaching = state.local.attaches.endpoints().filter(|endpoint| endpoint.pod_name() == known);
+        let all = state.view.all_of_pod(&known).map(|placed| placed.endpoint).chain(attaching);
+        let created = |endpoint: &Endpoint| endpoint.pod.as_ref().map(|pod| pod.created);
+        let own = state.own_endpoints().filter(|endpoint| endpoint.pod_name() == known);
+        let of_sandbox = own.filter(of_same_sandbox).filter_map(created).max();
+        let last = all.filter_map(created).max().unwrap_or(0);
+        Some(PodIdentity { name, uid, created: sandbox_time(of_sandbox, last, state.wall_ms()) })
     }
 
     /// Requests a full pass, which deletes the set elements that a failed attach may have left in the kernel.
@@ -270,6 +292,9 @@ impl Node {
             return Err(Failed::invalid(format!("'{ifname}' is no name for an interface")));
         }
         check_sizes(&request.aliases, &request.labels).map_err(Failed::invalid)?;
+        if let Some(PodRef { name, uid }) = &request.pod {
+            check_pod(name, uid).map_err(Failed::invalid)?;
+        }
         let state = self.state.borrow();
         // Peers refuse a table that exceeds the limits. What is left is for leases and what else the host must write.
         if state.view.own().is_some_and(|own| !own.table.has_room(1024, 1 << 20)) {
@@ -625,6 +650,7 @@ impl Node {
         let ovl_cluster::view::Placed { node, endpoint } = placed;
         let own = node.record.id == state.view.me;
         let local = own.then(|| state.endpoints.get(endpoint.id)).flatten();
+        let known = state.view.known_labels(node.record.id, endpoint);
         let isolated = state.local.isolation.contains(endpoint.id)
             || state.view.address_conflict(node.record.id, endpoint).is_some();
         EndpointInfo {
@@ -639,7 +665,7 @@ impl Node {
             mac: endpoint.mac,
             addresses: endpoint.addresses.clone(),
             aliases: endpoint.aliases.clone(),
-            labels: state.view.resources.labels(endpoint).into_owned(),
+            labels: known.clone().unwrap_or(Cow::Borrowed(&endpoint.labels)).into_owned(),
             state: if !own && !state.view.counts(node) {
                 EndpointState::Suspended
             } else if isolated {
@@ -655,8 +681,23 @@ impl Node {
             allowed: endpoint.allowed.clone(),
             allowed_macs: endpoint.allowed_macs.clone(),
             refused: None,
+            pod: endpoint.pod.as_ref().map(|pod| PodInfo {
+                name: pod.name.clone(),
+                uid: pod.uid.clone(),
+                current: state.view.is_named_as_pod(node.record.id, endpoint),
+            }),
+            undecided: match known {
+                Some(_) => Vec::new(),
+                None => state.subsystems.policy.undecided(&endpoint.namespace),
+            },
         }
     }
+}
+
+/// Returns the time of a pod's sandbox: that of its other endpoints, or now, but after the last sandbox of a pod of its
+/// name even if a host's clock is wrong.
+fn sandbox_time(same: Option<u64>, last: u64, now: u64) -> u64 {
+    same.unwrap_or_else(|| now.max(last.saturating_add(1)))
 }
 
 /// Checks that no endpoint of a network has a MAC address.
@@ -669,6 +710,21 @@ fn check_free(state: &State, network: NetworkId, mac: Mac) -> Result<(), Failed>
         ))),
         None => Ok(()),
     }
+}
+
+/// Checks the identity of a pod.
+///
+/// # Errors
+///
+/// A sentence with what is wrong.
+pub(super) fn check_pod(name: &str, uid: &str) -> Result<(), String> {
+    if !is_name_within(name, cni::MAX_NAME) || !(uid.is_empty() || is_name_within(uid, cni::MAX_NAME)) {
+        return Err(format!(
+            "invalid pod '{name}' with the uid '{uid}': both must have only letters, digits, '-', '_' and '.', at most \
+             253, a letter or digit first"
+        ));
+    }
+    Ok(())
 }
 
 /// Checks the limits for aliases and labels, which keep thousands of endpoints small.

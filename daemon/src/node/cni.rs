@@ -66,6 +66,7 @@ impl Node {
             not_ready: false,
             allowed: add.allowed.clone(),
             allowed_macs: add.allowed_macs.clone(),
+            pod: add.pod.clone(),
         };
         let (endpoint, made) =
             self.attach_for(request, Some(add.attachment.clone())).await.map_err(explain)?;

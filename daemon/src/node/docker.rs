@@ -287,6 +287,7 @@ impl Node {
             not_ready: false,
             allowed,
             allowed_macs,
+            pod: None,
         };
         let network = self.check_attach(&request, docker::MAX_NAME)?;
         let place = self.take_place(&request, &network)?;

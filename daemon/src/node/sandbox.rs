@@ -135,6 +135,7 @@ impl Node {
                     not_ready: false,
                     allowed: Vec::new(),
                     allowed_macs: Vec::new(),
+                    pod: None,
                 };
                 let made = self.attach(attach).await?;
                 sandbox.endpoints.push(endpoint_id(&made)?);

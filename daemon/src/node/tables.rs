@@ -12,7 +12,7 @@ use ovl_mesh::keys;
 use ovl_proto::id::{Mac, NetworkId, NodeId};
 use ovl_proto::record::{Domain, Signature};
 use ovl_proto::sync::Message;
-use ovl_proto::table::{Endpoint, Entry, Head, Key, Update};
+use ovl_proto::table::{Endpoint, Entry, Head, Key, PodIdentity, Update};
 use ovl_proto::wire;
 use ovl_runtimes::cni::MAX_NAME;
 use ovl_subsystems::publish::MOST_RANGES;
@@ -322,6 +322,9 @@ fn check_entry(entry: &Entry) -> Result<(), String> {
             "endpoint {} with {prefixes} allowed prefixes and {macs} MAC addresses",
             endpoint.name
         ));
+    }
+    if let Some(PodIdentity { name, uid, .. }) = &endpoint.pod {
+        super::attach::check_pod(name, uid)?;
     }
     super::attach::check_sizes(&endpoint.aliases, &endpoint.labels)
 }

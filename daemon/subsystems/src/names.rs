@@ -20,7 +20,7 @@ use ovl_dataplane::op::Op;
 use ovl_dataplane::state::Dataplane;
 use ovl_proto::id::{EndpointId, NetworkId};
 use ovl_proto::object::Network;
-use ovl_proto::resource::Name as ResourceName;
+use ovl_proto::resource::{Kind, Name as ResourceName};
 use ovl_proto::table::{Endpoint, Entry};
 use ovl_zone::{Client, Name, Resolution, Zone};
 
@@ -195,6 +195,17 @@ impl Names {
         true
     }
 
+    fn mark(&mut self, endpoint: &Endpoint) {
+        self.marked.single.entry(endpoint.network).or_default().note(endpoint);
+    }
+
+    /// Marks the endpoints that may have the name of a pod. The name of an endpoint without a pod does not depend on
+    /// others.
+    fn mark_pod(&mut self, view: &View, pod: &ResourceName) {
+        let all = view.all_of_pod(pod).map(|placed| placed.endpoint);
+        all.filter(|endpoint| endpoint.pod.is_some()).for_each(|endpoint| self.mark(endpoint));
+    }
+
     /// Explains the answer that the zone gives a client for a name, as the end of a sentence.
     pub fn explain(&self, view: &View, client: Client, name: &Name) -> String {
         match self.zone.find(client, name) {
@@ -227,7 +238,15 @@ impl Subsystem for Names {
         self.delivery.changed(change, cluster);
         match *change {
             Change::Entry { entry: Entry::Endpoint(endpoint), .. } => {
-                self.marked.single.entry(endpoint.network).or_default().note(endpoint);
+                self.mark(endpoint);
+                // Another endpoint of its pod may have, or no longer have, the pod's name.
+                if endpoint.pod.is_some() {
+                    self.mark_pod(cluster.view, &endpoint.pod_name());
+                }
+            }
+            Change::Resources(keys) => {
+                let pods = keys.iter().filter(|key| key.kind == Kind::Pod);
+                pods.for_each(|key| self.mark_pod(cluster.view, &key.name));
             }
             Change::Rights(network) | Change::Network(network) => {
                 self.marked.networks.insert(network);
@@ -240,7 +259,6 @@ impl Subsystem for Names {
             | Change::ThisHost
             | Change::Tunnel
             | Change::Attaching(_)
-            | Change::Resources(_)
             | Change::Announcers
             | Change::Uplink => {}
         }

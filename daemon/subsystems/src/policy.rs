@@ -59,6 +59,10 @@ impl Direction {
     }
 }
 
+/// The number in place of a policy's for an endpoint of which it is not known which policies select it. No policy has it,
+/// so nothing is allowed.
+const UNDECIDED: u32 = 0;
+
 /// All network policies of the cluster, compiled for lookups.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Policies {
@@ -163,13 +167,14 @@ pub enum Namespaces {
 }
 
 impl Pods {
-    /// Whether the selector matches an endpoint with these labels.
-    pub fn matches(&self, namespace: &str, namespace_labels: &Labels, labels: &Labels) -> bool {
+    /// Whether the selector matches an endpoint with these labels. `None`: they are not known, so only a selector
+    /// without requirements matches.
+    pub fn matches(&self, namespace: &str, namespace_labels: &Labels, labels: Option<&Labels>) -> bool {
         let here = match &self.namespaces {
             Namespaces::One(name) => name == namespace,
             Namespaces::Selected(selector) => selector.matches(namespace_labels),
         };
-        here && self.labels.matches(labels)
+        here && matches(&self.labels, labels)
     }
 
     /// Returns the key of the selector: the same on every host and after every start.
@@ -183,6 +188,14 @@ impl Pods {
     }
 }
 
+/// Whether a selector matches in any case: labels, or whatever labels may become known.
+fn matches(selector: &LabelSelector, labels: Option<&Labels>) -> bool {
+    match labels {
+        Some(labels) => selector.matches(labels),
+        None => *selector == LabelSelector::default(),
+    }
+}
+
 fn hex(bytes: &[u8], count: usize) -> String {
     bytes.iter().take(count).map(|byte| format!("{byte:02x}")).collect()
 }
@@ -192,7 +205,7 @@ impl Policies {
     pub fn new(resources: &Resources) -> Self {
         let mut all = Self::default();
         let mut builder = Builder::default();
-        let mut numbers = BTreeSet::new();
+        let mut numbers = BTreeSet::from([UNDECIDED]);
         for (name, policy) in resources.policies() {
             let number = free_number(name, &mut numbers);
             let place = all.list.len();
@@ -230,18 +243,38 @@ impl Policies {
         self.list.get(place)
     }
 
-    /// Returns the policies that select an endpoint with these labels, ordered by name.
-    pub fn selecting(&self, namespace: &str, labels: &Labels) -> Vec<&Policy> {
+    /// Returns the policies that select an endpoint with these labels, ordered by name. `None`: the labels are not
+    /// known, so these are the policies that select all endpoints of the namespace.
+    pub fn selecting(&self, namespace: &str, labels: Option<&Labels>) -> Vec<&Policy> {
         let Some(index) = self.selecting.get(namespace) else { return Vec::new() };
-        let candidates = index.candidates(labels).into_iter().filter_map(|place| self.list.get(place));
-        candidates.filter(|policy| policy.selector.matches(labels)).collect()
+        let candidates = candidates(index, labels).into_iter().filter_map(|place| self.list.get(place));
+        candidates.filter(|policy| matches(&policy.selector, labels)).collect()
     }
 
-    /// Returns the selectors of rules that match an endpoint with these labels, as indexes into [`Self::pods`].
-    fn pods_matching(&self, namespace: &str, namespace_labels: &Labels, labels: &Labels) -> Vec<usize> {
-        let here = self.in_namespace.get(namespace).map(|index| index.candidates(labels));
+    /// Returns the policies of a namespace that would isolate an endpoint in a direction if it had certain labels,
+    /// ordered by name. Empty if a policy isolates all endpoints of the namespace: the others could only allow more.
+    ///
+    /// An endpoint whose labels are not known is isolated while there is such a policy.
+    pub fn undecided(&self, namespace: &str, direction: Direction) -> Vec<&Policy> {
+        let first = self.list.partition_point(|policy| *policy.name.namespace < *namespace);
+        let here = self.list.iter().skip(first).take_while(|policy| policy.name.namespace == namespace);
+        let (sure, unsure): (Vec<&Policy>, Vec<&Policy>) = here
+            .filter(|policy| policy.rules(direction).is_some())
+            .partition(|policy| matches(&policy.selector, None));
+        if sure.is_empty() { unsure } else { Vec::new() }
+    }
+
+    /// Returns the selectors of rules that match an endpoint with these labels, as indexes into [`Self::pods`]. `None`:
+    /// the labels are not known.
+    fn pods_matching(
+        &self,
+        namespace: &str,
+        namespace_labels: &Labels,
+        labels: Option<&Labels>,
+    ) -> Vec<usize> {
+        let here = self.in_namespace.get(namespace).map(|index| candidates(index, labels));
         let mut places = here.unwrap_or_default();
-        places.extend(self.anywhere.candidates(labels));
+        places.extend(candidates(&self.anywhere, labels));
         places.retain(|place| {
             self.pods.get(*place).is_some_and(|pods| pods.matches(namespace, namespace_labels, labels))
         });
@@ -257,6 +290,11 @@ impl Policies {
     pub fn port(&self, place: usize) -> Option<(&str, Protocol)> {
         self.ports.get(place).map(|(name, protocol)| (name.as_str(), *protocol))
     }
+}
+
+/// Returns the positions of all selectors that match these labels, and of few others.
+fn candidates(index: &Index, labels: Option<&Labels>) -> Vec<usize> {
+    index.candidates(labels.unwrap_or(&Labels::new()))
 }
 
 /// Returns the number of a policy: a hash of its name, the same on every host and after every start unless two policies

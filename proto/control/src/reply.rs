@@ -552,6 +552,23 @@ pub struct EndpointInfo {
     /// another host.
     #[serde(default)]
     pub refused: Option<u64>,
+    /// The pod that it belongs to. `None` if no container runtime named one.
+    #[serde(default)]
+    pub pod: Option<PodInfo>,
+    /// The directions in which it is isolated until its labels are known: `ingress`, `egress`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub undecided: Vec<String>,
+}
+
+/// The pod of an endpoint. Its namespace is that of the endpoint.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PodInfo {
+    /// The pod's name.
+    pub name: String,
+    /// The pod's unique id. Empty if the runtime did not say it.
+    pub uid: String,
+    /// Whether the v1 Pod and the DNS name of the pod are this endpoint's: no other one of the network fits better.
+    pub current: bool,
 }
 
 /// A network policy, as `ovlctl policy ls` prints it.

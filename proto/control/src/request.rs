@@ -351,6 +351,20 @@ pub struct Attach {
     /// MAC addresses that it may send from, beside its own.
     #[serde(default)]
     pub allowed_macs: Vec<Mac>,
+    /// The pod that it belongs to, in the same Kubernetes namespace. `None`: none is known.
+    #[serde(default)]
+    pub pod: Option<PodRef>,
+}
+
+/// A pod, as a container runtime names it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PodRef {
+    /// The pod's name.
+    pub name: String,
+    /// The unique id that the Kubernetes API server gave the pod. Empty: not known.
+    #[serde(default)]
+    pub uid: String,
 }
 
 /// A hypothetical DNS query.

@@ -258,13 +258,14 @@ pub fn check(resource: &Resource) -> Result<(), Vec<Problem>> {
 }
 
 /// Removes the fields that the Kubernetes API server writes and ignores in a manifest. They describe the object of
-/// another cluster.
+/// another cluster. The uid of a Pod stays: the Pod's container runtime names it too.
 fn remove_server_fields(kind: Kind, fields: &mut Map<String, Value>, problems: &mut Problems) {
     if let Some(Value::Object(metadata)) = fields.get_mut("metadata") {
-        for field in
-            ["creationTimestamp", "generation", "managedFields", "resourceVersion", "selfLink", "uid"]
-        {
+        for field in ["creationTimestamp", "generation", "managedFields", "resourceVersion", "selfLink"] {
             metadata.remove(field);
+        }
+        if kind != Kind::Pod {
+            metadata.remove("uid");
         }
     }
     // ovl uses only the status of a Pod.
@@ -421,6 +422,9 @@ fn check_meta(kind: Kind, meta: &Meta, problems: &mut Problems) {
     let namespace_is_right =
         if kind.is_namespaced() { is_label(&meta.namespace) } else { meta.namespace.is_empty() };
     problems.want(namespace_is_right, "metadata.namespace", names::LABEL);
+    let uid = &meta.uid;
+    problems.want(uid.is_empty() || kind == Kind::Pod, "metadata.uid", "is kept of Pods only");
+    problems.want(uid.is_empty() || is_subdomain(uid), "metadata.uid", names::SUBDOMAIN);
     check_labels("metadata.labels", &meta.labels, problems);
     problems.want(
         meta.annotations.keys().all(|key| is_label_key(key)),

@@ -1,4 +1,4 @@
-//! v1 Pod: labels, named ports and DNS names for endpoints of the same namespace and name.
+//! v1 Pod: labels, named ports and DNS names for the endpoints of the pod.
 
 use std::net::IpAddr;
 

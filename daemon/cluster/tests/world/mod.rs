@@ -15,7 +15,7 @@ use ovl_proto::object::{Backend, Driver, Mode, Network, Subnet};
 use ovl_proto::record::PeerState;
 use ovl_proto::record::{NodeRecord, Presence, Signature, Tunnel};
 use ovl_proto::resource::{Kind, Name, Resource, ResourceKey};
-use ovl_proto::table::{Endpoint, Entry, Key};
+use ovl_proto::table::{Endpoint, Entry, Key, PodIdentity};
 use serde_json::{Value, json};
 
 pub(crate) const NET: NetworkId = NetworkId([0; 5]);
@@ -120,6 +120,7 @@ pub(crate) fn endpoint(n: u8, address: &str) -> Entry {
         publish: vec![],
         allowed: vec![],
         allowed_macs: vec![],
+        pod: None,
     })
 }
 
@@ -181,6 +182,13 @@ impl World {
         self.backends.touch_endpoint(&self.view, id(host), EndpointId([n; 5]));
     }
 
+    /// Attaches an endpoint of a pod without labels of its own.
+    pub(crate) fn attach_pod(&mut self, host: u8, n: u8, pod: PodIdentity) {
+        let Entry::Endpoint(bare) = endpoint(n, &format!("10.9.0.{}/24", 8 * host + n)) else { panic!() };
+        give(&mut self.view, host, vec![Entry::Endpoint(Endpoint { pod: Some(pod), ..bare })]);
+        self.backends.touch_endpoint(&self.view, id(host), EndpointId([n; 5]));
+    }
+
     pub(crate) fn detach(&mut self, host: u8, n: u8) {
         let key = EndpointId([n; 5]);
         let table = &mut self.view.nodes.get_mut(&id(host)).unwrap().table;
@@ -205,6 +213,10 @@ impl World {
     pub(crate) fn names(&self, service: &str) -> Vec<&str> {
         self.of(service).iter().map(|backend| backend.name.as_str()).collect()
     }
+}
+
+pub(crate) fn pod_identity(name: &str, uid: &str, created: u64) -> PodIdentity {
+    PodIdentity { name: name.to_owned(), uid: uid.to_owned(), created }
 }
 
 pub(crate) const WEB: &[(&str, &str)] = &[("app", "web")];

@@ -9,6 +9,7 @@ use ovl_control::CniError;
 use ovl_proto::id::Mac;
 use serde_json::{Map, Value};
 
+use super::call::is_identifier;
 use super::{code, error};
 
 /// The capability with the pod's annotations in containerd and CRI-O.
@@ -26,6 +27,8 @@ pub(super) struct Wishes {
     pub(super) allowed: Vec<IpNet>,
     pub(super) allowed_macs: Vec<Mac>,
     pub(super) pod: Option<String>,
+    /// The pod's unique id. Empty: not given.
+    pub(super) uid: String,
     pub(super) namespace: Option<String>,
     pub(super) labels: BTreeMap<String, String>,
     /// Replaces the DNS configuration of the network configuration.
@@ -80,7 +83,14 @@ impl Wishes {
                 "MAC" => self.mac = Some(mac("CNI_ARGS: MAC", value)?),
                 "K8S_POD_NAME" => self.pod = given(),
                 "K8S_POD_NAMESPACE" => self.namespace = given(),
-                "K8S_POD_INFRA_CONTAINER_ID" | "K8S_POD_UID" => {}
+                "K8S_POD_UID" if value.is_empty() || is_identifier(value) => value.clone_into(&mut self.uid),
+                "K8S_POD_UID" => {
+                    return Err(environment(format!(
+                        "CNI_ARGS: K8S_POD_UID: {value:?} is not a unique id: letters, digits, '-', '_' and '.', at \
+                         most 253, a letter or digit first"
+                    )));
+                }
+                "K8S_POD_INFRA_CONTAINER_ID" => {}
                 other => unknown.push(other),
             }
         }

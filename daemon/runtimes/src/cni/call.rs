@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 
 use ipnet::IpNet;
-use ovl_control::{CNI_VERSIONS, CniCall, CniCommand, CniError};
+use ovl_control::{CNI_VERSIONS, CniCall, CniCommand, CniError, PodRef};
 use ovl_proto::id::{Mac, NodeId};
 use ring::digest::{SHA256, digest};
 use serde_json::{Map, Value};
@@ -46,6 +46,8 @@ pub struct Add {
     pub name: String,
     /// The Kubernetes namespace.
     pub namespace: Option<String>,
+    /// The pod. `None` if the runtime names none, or not by a valid name.
+    pub pod: Option<PodRef>,
     /// The requested addresses. Empty: any.
     pub addresses: Vec<IpAddr>,
     /// The requested MAC address.
@@ -159,6 +161,7 @@ pub fn parse(call: &CniCall) -> Result<Call, CniError> {
         network,
         name,
         namespace: wishes.namespace,
+        pod: wishes.pod.filter(|pod| is_identifier(pod)).map(|name| PodRef { name, uid: wishes.uid }),
         addresses: wishes.addresses,
         mac: wishes.mac,
         allowed: wishes.allowed,
@@ -305,7 +308,7 @@ fn distinct(name: &str, attachment: &Attachment, host: &str) -> String {
 }
 
 /// Whether a text is an identifier of the specification of at most [`MAX_NAME`] bytes.
-fn is_identifier(text: &str) -> bool {
+pub(super) fn is_identifier(text: &str) -> bool {
     text.len() <= MAX_NAME
         && text.starts_with(|c: char| c.is_ascii_alphanumeric())
         && text.chars().all(is_identifier_char)

@@ -1,4 +1,4 @@
-use ovl_control::{CniCall, CniCommand};
+use ovl_control::{CniCall, CniCommand, PodRef};
 use std::net::IpAddr;
 
 use ovl_dataplane::observed::Inside;
@@ -71,6 +71,7 @@ fn containerd_call_is_parsed() {
     assert_eq!((add.version, add.network.as_str(), add.name.as_str()), (Version::V0_4_0, "blue", "p1"));
     assert_eq!(add.namespace.as_deref(), Some("shop"));
     assert_eq!(add.attachment.network, "k8snet");
+    assert_eq!(add.pod, Some(PodRef { name: "p1".into(), uid: "uid-p1".into() }));
     let labels = [("app", "shop"), ("tier", "front")].map(|(key, value)| (key.to_owned(), value.to_owned()));
     assert_eq!(add.labels, labels.into());
     // Its second DEL has no namespace.
@@ -83,6 +84,7 @@ fn podman_call_is_parsed() {
     let args = "IgnoreUnknown=1;K8S_POD_NAME=elegant_blackburn;MAC=02:aa:00:00:00:01;IP=10.91.0.77";
     let add = add(args, json!({ "cniVersion": "0.4.0" })).unwrap();
     assert_eq!(add.name, "elegant_blackburn");
+    assert_eq!(add.pod, Some(PodRef { name: add.name.clone(), uid: String::new() }));
     assert_eq!(add.addresses, ["10.91.0.77".parse::<IpAddr>().unwrap()]);
     assert_eq!(add.mac, Some(Mac([2, 0xaa, 0, 0, 0, 1])));
     assert_eq!((add.network.as_str(), add.namespace), ("pods", None));
@@ -90,7 +92,8 @@ fn podman_call_is_parsed() {
 
 #[test]
 fn endpoint_is_named_after_the_container_without_a_pod() {
-    assert_eq!(add("", json!({})).unwrap().name, "0d0de92591a6");
+    let add = add("", json!({})).unwrap();
+    assert_eq!((add.name.as_str(), add.pod), ("0d0de92591a6", None));
 }
 
 #[test]
@@ -99,6 +102,7 @@ fn any_pod_name_gives_a_valid_endpoint_name() {
     assert_eq!(name(&"p".repeat(253)), "p".repeat(253));
     for odd in ["-x", "a b", "ü", "...", &"p".repeat(300)] {
         let made = name(odd);
+        assert_eq!(add(&format!("K8S_POD_NAME={odd}"), json!({})).unwrap().pod, None);
         assert!(made.len() <= MAX_NAME && made.starts_with(|c: char| c.is_ascii_alphanumeric()), "{made}");
     }
     let add = add("K8S_POD_NAME=web", json!({})).unwrap();
@@ -362,6 +366,7 @@ fn checked(change: impl FnOnce(&mut Value, &mut Endpoint, &mut Inside)) -> Resul
         publish: Vec::new(),
         allowed: Vec::new(),
         allowed_macs: Vec::new(),
+        pod: None,
     };
     change(&mut previous, &mut endpoint, &mut found);
     let Call::Check(call) =
@@ -422,6 +427,7 @@ fn check_names_the_difference() {
         publish: Vec::new(),
         allowed: Vec::new(),
         allowed_macs: Vec::new(),
+        pod: None,
     };
     assert_fails(check(&call, &endpoint, None), code::DIFFERENCE, "no interface eth0");
     assert_fails(parse(&self::call(CniCommand::Check, config(json!({})))), code::CONFIG, "prevResult");

@@ -113,16 +113,30 @@ pub(super) fn set_clients(zone: &mut Zone, view: &View, place: impl Fn(EndpointI
     zone.set_clients(clients.collect());
 }
 
-/// Returns the addresses of all endpoints of a network with this name or alias.
+/// Returns the addresses of all endpoints of a network with this name, alias or pod's name.
 fn addresses(view: &View, network: NetworkId, name: &str) -> BTreeSet<IpAddr> {
     let called = view.all_called(name).filter(|placed| counts(view, network, placed));
+    let called = called.filter(|placed| {
+        let aliases = placed.endpoint.aliases.iter().map(String::as_str);
+        own_names(view, placed).chain(aliases).any(|own| own.eq_ignore_ascii_case(name))
+    });
     called.flat_map(|placed| &placed.endpoint.addresses).map(IpNet::addr).collect()
 }
 
-/// Returns the names of the endpoints with this address: one, unless hosts disagree.
+/// Returns the names of the endpoints with this address: at most one, unless hosts disagree.
 fn names_of(view: &View, network: NetworkId, address: IpAddr) -> BTreeSet<String> {
     let there = view.all_with_address(network, address).filter(|placed| counts(view, network, placed));
-    there.map(|placed| placed.endpoint.name.to_ascii_lowercase()).collect()
+    there.filter_map(|placed| own_names(view, &placed).next().map(str::to_ascii_lowercase)).collect()
+}
+
+/// Returns the names that an endpoint has besides its aliases, the one that people know first: the name of its pod, if
+/// it stands for it, and its own name, unless that is the name of a pod for which another endpoint stands.
+fn own_names<'a>(view: &View, placed: &Placed<'a>) -> impl Iterator<Item = &'a str> + use<'a> {
+    let endpoint = placed.endpoint;
+    let pod = endpoint.pod.as_ref().map(|pod| pod.name.as_str());
+    let own = Some(endpoint.name.as_str()).filter(|name| Some(*name) != pod);
+    let pod = pod.filter(|_| view.is_named_as_pod(placed.node.record.id, endpoint));
+    pod.into_iter().chain(own)
 }
 
 fn counts(view: &View, network: NetworkId, placed: &Placed<'_>) -> bool {

@@ -6,12 +6,13 @@
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 
-use super::{PolicyLedger, part};
+use super::{Direction, PolicyLedger, part};
+use ovl_cluster::view::View;
 use ovl_dataplane::op::Op;
 use ovl_dataplane::state::Dataplane;
 use ovl_proto::id::NetworkId;
 use ovl_proto::object::Network;
-use ovl_proto::resource::Kind;
+use ovl_proto::resource::{Kind, Name};
 use ovl_proto::table::{Endpoint, Entry};
 
 use crate::rejected::Rejected;
@@ -40,8 +41,20 @@ impl Enforcement {
         }
     }
 
+    /// Returns the directions in which an endpoint of a namespace is isolated while its labels are not known.
+    pub fn undecided(&self, namespace: &str) -> Vec<String> {
+        let policies = self.ledger.policies();
+        let isolated = |direction: &Direction| !policies.undecided(namespace, *direction).is_empty();
+        Direction::ALL.into_iter().filter(isolated).map(|direction| direction.name().to_owned()).collect()
+    }
+
     fn touch(&mut self, endpoint: &Endpoint) {
         self.touched.extend(endpoint.addresses.iter().map(|net| (endpoint.network, net.addr())));
+    }
+
+    /// Records that the labels of a pod's endpoints may have changed.
+    fn touch_pod(&mut self, view: &View, pod: &Name) {
+        view.all_of_pod(pod).for_each(|placed| self.touch(placed.endpoint));
     }
 }
 
@@ -50,16 +63,16 @@ impl Subsystem for Enforcement {
         match *change {
             Change::Entry { entry: Entry::Endpoint(endpoint), .. } | Change::Attaching(endpoint) => {
                 self.touch(endpoint);
+                // It may have become, or ceased to be, the one that stands for its pod.
+                if endpoint.pod.is_some() {
+                    self.touch_pod(cluster.view, &endpoint.pod_name());
+                }
             }
             Change::Resources(keys) => {
                 for key in keys {
                     match key.kind {
                         Kind::NetworkPolicy | Kind::Namespace => self.all_changed = true,
-                        Kind::Pod => {
-                            let named = cluster.view.all_named(&key.name.name).map(|placed| placed.endpoint);
-                            let pods = named.filter(|endpoint| endpoint.namespace == key.name.namespace);
-                            pods.for_each(|endpoint| self.touch(endpoint));
-                        }
+                        Kind::Pod => self.touch_pod(cluster.view, &key.name),
                         Kind::Service | Kind::EndpointSlice => {}
                     }
                 }

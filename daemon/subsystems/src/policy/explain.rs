@@ -61,12 +61,15 @@ pub enum Side {
     },
     /// These policies select the endpoint, and none of their rules allows the connection.
     Refused(Vec<Name>),
+    /// The labels of the endpoint are not known, and these policies may select it. Until that is known, nothing is
+    /// allowed.
+    Undecided(Vec<Name>),
 }
 
 impl Side {
     /// Whether this end allows the connection.
     pub fn passes(&self) -> bool {
-        !matches!(self, Self::Refused(_))
+        !matches!(self, Self::Refused(_) | Self::Undecided(_))
     }
 }
 
@@ -95,18 +98,25 @@ pub fn explain(
     port: Option<(Protocol, u16)>,
 ) -> Judgement {
     let side = |own: &ConnectionEnd<'_>, other: &ConnectionEnd<'_>, direction| {
-        let Some(Placed { endpoint, .. }) = own.endpoint else { return Side::Outside };
-        let labels = view.resources.labels(endpoint);
+        let Some(Placed { node, endpoint }) = own.endpoint else { return Side::Outside };
+        let labels = view.known_labels(node.record.id, endpoint);
         let isolating: Vec<(&Policy, &[Rule])> = policies
-            .selecting(&endpoint.namespace, &labels)
+            .selecting(&endpoint.namespace, labels.as_deref())
             .into_iter()
             .filter_map(|policy| Some((policy, policy.rules(direction)?)))
             .collect();
-        if isolating.is_empty() {
+        let undecided = match labels {
+            Some(_) => Vec::new(),
+            None => policies.undecided(&endpoint.namespace, direction),
+        };
+        if isolating.is_empty() && undecided.is_empty() {
             return Side::NotIsolated;
         }
         if own.address == other.address || own.is_at_home(view, other) {
             return Side::AtHome;
+        }
+        if !undecided.is_empty() {
+            return Side::Undecided(undecided.into_iter().map(|policy| policy.name.clone()).collect());
         }
         for (policy, rules) in &isolating {
             let fits = |rule: &&Rule| {
@@ -130,7 +140,8 @@ fn peers_fit(view: &View, policies: &Policies, peers: &[RulePeer], other: &Conne
         RulePeer::Pods(place) => policies.pods(*place).zip(other.endpoint).is_some_and(|(pods, placed)| {
             let endpoint = placed.endpoint;
             let namespace = view.resources.namespace_labels(&endpoint.namespace);
-            pods.matches(&endpoint.namespace, &namespace, &view.resources.labels(endpoint))
+            let labels = view.known_labels(placed.node.record.id, endpoint);
+            pods.matches(&endpoint.namespace, &namespace, labels.as_deref())
         }),
     };
     peers.is_empty() || peers.iter().any(fits)
@@ -149,7 +160,8 @@ fn ports_fit(
             RulePort::All(of) => *of == protocol,
             RulePort::Range(of, first, last) => *of == protocol && (*first..=*last).contains(&number),
             RulePort::Named(place) => policies.port(*place).is_some_and(|(name, of)| {
-                let named = |placed: Placed<'_>| view.resources.named_port(placed.endpoint, name, of);
+                let named =
+                    |placed: Placed<'_>| view.named_port(placed.node.record.id, placed.endpoint, name, of);
                 of == protocol && to.endpoint.and_then(named) == Some(number)
             }),
         }

@@ -10,10 +10,11 @@ use std::sync::Arc;
 
 use ovl_proto::id::{Mac, NetworkId, NodeId};
 use ovl_proto::object::{Mode, Network};
+use ovl_proto::resource::Labels;
 use ovl_proto::table::Endpoint;
 
 use super::members::{self, Membership};
-use super::{Direction, Policies, Policy, frames, rules};
+use super::{Direction, Policies, frames, rules};
 use crate::local::Local;
 use ovl_cluster::view::{Placed, View};
 use ovl_dataplane::device::Device;
@@ -327,44 +328,51 @@ fn members_of(
     let Some(network) = view.networks.get(&endpoint.network).map(|state| &state.network) else {
         return Vec::new();
     };
-    let labels = view.resources.labels(endpoint);
+    let known = view.known_labels(node, endpoint);
+    let labels = known.as_deref();
     let own = node == view.me;
     let mut members = Vec::new();
     let counts = view.nodes.get(&node).is_some_and(|node| view.is_counted(&Placed { node, endpoint }));
     if counts || local.attaches.get(endpoint.id).is_some() {
         let namespace = view.resources.namespace_labels(&endpoint.namespace);
         members.extend(
-            policies
-                .pods_matching(&endpoint.namespace, &namespace, &labels)
-                .into_iter()
-                .map(Membership::Pods),
+            policies.pods_matching(&endpoint.namespace, &namespace, labels).into_iter().map(Membership::Pods),
         );
         for (place, (name, protocol)) in policies.ports.iter().enumerate() {
-            let number = view.resources.named_port(endpoint, name, *protocol);
+            let number = view.named_port(node, endpoint, name, *protocol);
             members.extend(number.map(|number| Membership::Port(place, number)));
         }
     }
     if own {
-        isolation(&mut members, network, endpoint, &policies.selecting(&endpoint.namespace, &labels));
+        isolation(&mut members, policies, network, endpoint, labels);
     }
     members
 }
 
-/// Adds the memberships of a local endpoint that policies select.
-fn isolation(members: &mut Vec<Membership>, network: &Network, endpoint: &Endpoint, by: &[&Policy]) {
+/// Adds the memberships of a local endpoint that policies select, or may select as soon as its labels are known.
+fn isolation(
+    members: &mut Vec<Membership>,
+    policies: &Policies,
+    network: &Network,
+    endpoint: &Endpoint,
+    labels: Option<&Labels>,
+) {
+    let by = policies.selecting(&endpoint.namespace, labels);
     let device = Device::endpoint(endpoint.id);
     let switched = network.mode == Mode::L2;
     let mut isolated = false;
     for direction in Direction::ALL {
-        let policies: Vec<(&&Policy, &[super::Rule])> =
-            by.iter().filter_map(|policy| Some((policy, policy.rules(direction)?))).collect();
-        let numbers = policies.iter().enumerate();
-        members.extend(
-            numbers.map(|(place, (policy, _))| Membership::Slot(direction, place + 1, policy.number)),
-        );
-        isolated |= !policies.is_empty();
-        let open = policies.iter().any(|(_, rules)| rules.iter().any(super::Rule::is_open));
-        if switched && !policies.is_empty() && !open {
+        let selecting: Vec<(u32, &[super::Rule])> =
+            by.iter().filter_map(|policy| Some((policy.number, policy.rules(direction)?))).collect();
+        let mut numbers: Vec<u32> = selecting.iter().map(|(number, _)| *number).collect();
+        if labels.is_none() && !policies.undecided(&endpoint.namespace, direction).is_empty() {
+            numbers.push(super::UNDECIDED);
+        }
+        let slots = numbers.iter().enumerate();
+        members.extend(slots.map(|(place, number)| Membership::Slot(direction, place + 1, *number)));
+        isolated |= !numbers.is_empty();
+        let open = selecting.iter().any(|(_, rules)| rules.iter().any(super::Rule::is_open));
+        if switched && !numbers.is_empty() && !open {
             members.push(Membership::Closed(direction, device));
         }
     }

@@ -15,7 +15,7 @@ use ovl_zone::{Client, Name, Resolution, Zone};
 use proptest::prelude::*;
 use serde_json::json;
 
-use crate::world::{NET, World, endpoint, id, read};
+use crate::world::{NET, World, endpoint, id, pod_identity, read};
 
 const OTHER: NetworkId = NetworkId([9; 5]);
 const DOMAIN: &str = "cluster.local";
@@ -282,6 +282,38 @@ fn pods_have_names_by_their_addresses() {
 }
 
 #[test]
+fn the_name_of_a_pod_is_that_of_its_last_endpoint() {
+    let mut town = Town::new();
+    let of_pod = |n: u8, name: &str, address: &str, uid: &str, created| Endpoint {
+        pod: Some(pod_identity("db-0", uid, created)),
+        ..named(n, name, address)
+    };
+    town.write(1, vec![of_pod(1, "db-0", "10.9.0.9/24", "old", 5)], vec![]);
+    town.refresh();
+    assert_eq!(town.host("db-0.blue.ovl.internal"), ["10.9.0.9"]);
+    town.write(2, vec![of_pod(2, "db-0-1f", "10.9.0.17/24", "new", 6)], vec![]);
+    town.refresh();
+    assert_eq!(town.host("db-0.blue.ovl.internal"), ["10.9.0.17"]);
+    assert_eq!(town.host("db-0-1f.blue.ovl.internal"), ["10.9.0.17"]);
+    assert_eq!(town.reverse("10.9.0.17"), ["db-0"]);
+    assert!(town.reverse("10.9.0.9").is_empty());
+    // Which one is meant follows the uid of the v1 Pod.
+    for (uid, expected) in [("old", "10.9.0.9"), ("new", "10.9.0.17"), ("other", "10.9.0.17")] {
+        let metadata = json!({ "name": "db-0", "namespace": "default", "uid": uid });
+        let pod = read(Kind::Pod, json!({ "metadata": metadata }));
+        let key = pod.key();
+        town.world.put(pod);
+        town.changed(Change::Resources(&[key]));
+        town.refresh();
+        assert_eq!(town.host("db-0.blue.ovl.internal"), [expected], "{uid}");
+    }
+    town.write(2, vec![], vec![EndpointId([2; 5])]);
+    town.refresh();
+    assert_eq!(town.host("db-0.blue.ovl.internal"), ["10.9.0.9"]);
+    assert_eq!(town.reverse("10.9.0.9"), ["db-0"]);
+}
+
+#[test]
 fn answers_are_explained() {
     let mut town = Town::new();
     town.write(2, vec![named(1, "web", "10.9.0.17/24")], vec![]);
@@ -318,10 +350,13 @@ proptest! {
     /// After any changes, the zone is what it would be if all names were looked up from the beginning.
     #[test]
     fn refresh_leaves_what_a_new_zone_has(
-        steps in proptest::collection::vec((1u8..=3, 1u8..6, 0u8..4, 0u8..8, any::<bool>()), 1..24)
+        steps in proptest::collection::vec(
+            (1u8..=3, 1u8..6, 0u8..4, 0u8..8, any::<bool>(), proptest::option::of(0u64..3)),
+            1..24,
+        )
     ) {
         let mut town = Town::new();
-        for (host, n, label, at, refresh) in steps {
+        for (host, n, label, at, refresh, created) in steps {
             match ["a", "b", "c"].get(usize::from(label)) {
                 Some(label) => {
                     let address = format!("10.9.0.{}/24", 8 * host + at);
@@ -332,7 +367,8 @@ proptest! {
                         continue;
                     }
                     // Each host has its own ids.
-                    town.write(host, vec![named(10 * host + n, label, &address)], vec![]);
+                    let pod = created.map(|created| pod_identity("c", "", created));
+                    town.write(host, vec![Endpoint { pod, ..named(10 * host + n, label, &address) }], vec![]);
                 }
                 None => town.write(host, vec![], vec![EndpointId([10 * host + n; 5])]),
             }

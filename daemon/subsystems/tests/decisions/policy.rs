@@ -15,7 +15,7 @@ use ovl_proto::resource::{
     Name, Namespace, NetworkPolicy, Operator, Pod, PodSpec, PolicyPeer, PolicyPort, PolicySpec, PolicyType,
     Protocol, Requirement, Resource,
 };
-use ovl_proto::table::{Endpoint, Entry, Key};
+use ovl_proto::table::{Endpoint, Entry, Key, PodIdentity};
 use ovl_subsystems::local::Local;
 use ovl_subsystems::policy::explain::{ConnectionEnd, Side, explain};
 use ovl_subsystems::policy::{Policies, PolicyLedger, part, protocol_number};
@@ -55,6 +55,7 @@ fn endpoint(n: u8, namespace: &str, all: Labels) -> Endpoint {
         publish: Vec::new(),
         allowed: Vec::new(),
         allowed_macs: Vec::new(),
+        pod: None,
     }
 }
 
@@ -183,6 +184,64 @@ fn the_explanation_names_the_policy_and_the_rule() {
     assert_eq!((judged.egress, judged.ingress), (Side::Outside, Side::AtHome));
 }
 
+/// Without a v1 Pod, a pod is isolated by the policies that select some pods, and the rules of those that select all
+/// pods hold.
+#[test]
+fn a_pod_of_unknown_labels_is_isolated() {
+    let mut view = example();
+    let identity = PodIdentity { name: "db-0".to_owned(), uid: "u1".to_owned(), created: 1 };
+    put(
+        &mut view,
+        Endpoint { name: "db-0-1".to_owned(), pod: Some(identity), ..endpoint(11, "default", labels(&[])) },
+    );
+    let judge = |view: &View, from: u8, to: u8| {
+        let policies = Policies::new(&view.resources);
+        let [from, to] = [from, to].map(|n| ConnectionEnd::of(view, address(n)));
+        explain(view, &policies, &from, &to, Some((Protocol::Tcp, 5432)))
+    };
+    let example = Name::new("default", "db-allow-api-only");
+    assert_eq!(judge(&view, 10, 11).ingress, Side::Undecided(vec![example]));
+    assert_eq!(judge(&view, 11, 10).egress, Side::NotIsolated, "no policy isolates for egress");
+    // One that selects all pods decides, whatever the labels are.
+    let from = PolicyPeer { pod_selector: Some(selector(&[("app", "api")])), ..PolicyPeer::default() };
+    view.resources.insert(policy(
+        "default",
+        "all",
+        PolicySpec {
+            policy_types: vec![PolicyType::Ingress],
+            ingress: vec![IngressRule { from: vec![from], ports: vec![] }],
+            ..PolicySpec::default()
+        },
+    ));
+    assert!(matches!(judge(&view, 10, 11).ingress, Side::Passes { .. }));
+    assert!(matches!(judge(&view, 17, 11).ingress, Side::Refused(_)));
+    // No selector with requirements takes it for a peer, whatever they are.
+    let others = Requirement { key: "app".to_owned(), operator: Operator::DoesNotExist, values: vec![] };
+    let others = LabelSelector { match_expressions: vec![others], ..LabelSelector::default() };
+    let from = PolicyPeer { pod_selector: Some(others), ..PolicyPeer::default() };
+    view.resources.insert(policy(
+        "default",
+        "all",
+        PolicySpec {
+            policy_types: vec![PolicyType::Ingress],
+            ingress: vec![IngressRule { from: vec![from], ports: vec![] }],
+            ..PolicySpec::default()
+        },
+    ));
+    assert!(matches!(judge(&view, 11, 17).ingress, Side::Refused(_)));
+    // Its v1 Pod comes.
+    let pod = |uid: &str| {
+        Resource::Pod(Pod {
+            metadata: Meta { uid: uid.to_owned(), ..meta("default", "db-0", labels(&[("app", "database")])) },
+            ..Pod::default()
+        })
+    };
+    view.resources.insert(pod("u2"));
+    assert!(matches!(judge(&view, 10, 11).ingress, Side::Refused(_)), "that of another pod");
+    view.resources.insert(pod("u1"));
+    assert!(matches!(judge(&view, 10, 11).ingress, Side::Passes { .. }));
+}
+
 fn few_labels() -> impl Strategy<Value = Labels> {
     let label = prop::option::of(prop::sample::select(vec!["1", "2"]));
     (label.clone(), label).prop_map(|(a, b)| {
@@ -276,7 +335,12 @@ enum Step {
     Policy(u8, bool, PolicySpec),
     NoPolicy(u8, bool),
     Namespace(bool, Labels),
-    Pod(u8, bool, Option<u16>),
+    Pod(u8, bool, Option<u16>, &'static str),
+    Again(u8, bool, u8, &'static str, u64),
+}
+
+fn uid() -> impl Strategy<Value = &'static str> {
+    prop::sample::select(vec!["", "u1", "u2"])
 }
 
 fn steps() -> impl Strategy<Value = Step> {
@@ -288,7 +352,10 @@ fn steps() -> impl Strategy<Value = Step> {
         3 => (0..3_u8, any::<bool>(), specs()).prop_map(|(n, space, spec)| Step::Policy(n, space, spec)),
         1 => (0..3_u8, any::<bool>()).prop_map(|(n, space)| Step::NoPolicy(n, space)),
         1 => (any::<bool>(), few_labels()).prop_map(|(space, labels)| Step::Namespace(space, labels)),
-        1 => (n, any::<bool>(), prop::option::of(80..83_u16)).prop_map(|(n, space, port)| Step::Pod(n, space, port)),
+        1 => (n.clone(), any::<bool>(), prop::option::of(80..83_u16), uid())
+            .prop_map(|(n, space, port, uid)| Step::Pod(n, space, port, uid)),
+        3 => (n.clone(), any::<bool>(), n, uid(), 0..3_u64)
+            .prop_map(|(n, space, pod, uid, created)| Step::Again(n, space, pod, uid, created)),
     ]
 }
 
@@ -299,6 +366,12 @@ fn make(view: &mut View, step: &Step) -> Option<(NetworkId, IpAddr)> {
         Step::Put(n, space, labels) => {
             put(view, endpoint(*n, namespace_of(*space), labels.clone()));
             return Some((NET, address(*n)));
+        }
+        Step::Again(n, space, pod, uid, created) => {
+            let pod = PodIdentity { name: format!("w{pod}"), uid: (*uid).to_owned(), created: *created };
+            let bare = endpoint(*n, namespace_of(*space), Labels::new());
+            put(view, Endpoint { pod: Some(pod), ..bare });
+            // Others of the pod change with it.
         }
         Step::Take(n) => {
             take(view, *n);
@@ -315,7 +388,7 @@ fn make(view: &mut View, step: &Step) -> Option<(NetworkId, IpAddr)> {
             let metadata = meta("", namespace_of(*space), labels.clone());
             view.resources.insert(Resource::Namespace(Namespace { metadata }));
         }
-        Step::Pod(n, space, port) => {
+        Step::Pod(n, space, port, uid) => {
             let ports = port.iter().map(|port| ContainerPort {
                 name: "web".to_owned(),
                 container_port: *port,
@@ -323,7 +396,10 @@ fn make(view: &mut View, step: &Step) -> Option<(NetworkId, IpAddr)> {
             });
             let container = Container { name: "c".to_owned(), ports: ports.collect() };
             view.resources.insert(Resource::Pod(Pod {
-                metadata: meta(namespace_of(*space), &format!("w{n}"), Labels::new()),
+                metadata: Meta {
+                    uid: (*uid).to_owned(),
+                    ..meta(namespace_of(*space), &format!("w{n}"), Labels::new())
+                },
                 spec: PodSpec { containers: vec![container], ..PodSpec::default() },
                 status: Default::default(),
             }));

@@ -81,6 +81,7 @@ fn entry(step: &Step, address: u8) -> Endpoint {
         }),
         allowed: step.allowed.map(|last| net(last).addr().into()).into_iter().collect(),
         allowed_macs: step.allowed_mac.map(|last| Mac([2, 0, 0, 0, 0, last])).into_iter().collect(),
+        pod: None,
     }
 }
 

@@ -151,6 +151,24 @@ fn server_fields_of_another_cluster_are_ignored() {
     assert_eq!(accepted(dumped), accepted(service()));
 }
 
+#[test]
+fn the_uid_of_a_pod_is_kept() {
+    let uid = |manifest: Value| accepted(manifest).meta().uid.clone();
+    let mut dumped = pod();
+    set(&mut dumped, "metadata.uid", json!("7f3-a"));
+    assert_eq!(uid(dumped.clone()), "7f3-a");
+    assert_eq!(accepted(dumped.clone()).to_manifest().unwrap()["metadata"]["uid"], json!("7f3-a"));
+    // A mirror Pod stands for a static pod, whose uid its runtime names.
+    set(&mut dumped, "metadata.annotations", json!({ "kubernetes.io/config.mirror": "0b1" }));
+    assert_eq!(uid(dumped), "0b1");
+    let mut resource = accepted(service());
+    resource.meta_mut().uid = "7f3".to_owned();
+    assert!(check(&resource).is_err());
+    let mut resource = accepted(pod());
+    resource.meta_mut().uid = "a\nb".to_owned();
+    assert!(check(&resource).is_err());
+}
+
 /// Charts and exports write them, such as `nodePort: 0`.
 #[test]
 fn values_that_the_api_server_takes_for_absent_are_absent() {

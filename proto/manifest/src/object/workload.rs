@@ -20,9 +20,15 @@ const MAX_SLICE_ENDPOINTS: usize = 1000;
 /// The maximum number of addresses of a slice's endpoint, as in Kubernetes.
 const MAX_SLICE_ADDRESSES: usize = 100;
 
+/// The annotation of a mirror Pod, with the uid of the static pod that it stands for. Container runtimes name that one.
+const MIRROR_ANNOTATION: &str = "kubernetes.io/config.mirror";
+
 /// Makes the single address and the list of addresses consistent, and keeps of the conditions the one that counts. A pod
-/// that is being deleted (`terminating`) is not ready.
+/// that is being deleted (`terminating`) is not ready. A mirror Pod gets the uid of its static pod.
 pub(super) fn complete(pod: &mut Pod, terminating: bool) {
+    if let Some(uid) = pod.metadata.annotations.get(MIRROR_ANNOTATION).filter(|uid| !uid.is_empty()) {
+        pod.metadata.uid.clone_from(uid);
+    }
     let status = &mut pod.status;
     // As in Kubernetes, the first condition of a type counts.
     let ready = status.conditions.iter().position(|condition| condition.kind == READY_CONDITION);

@@ -450,6 +450,7 @@ impl World {
             not_ready: false,
             allowed: Vec::new(),
             allowed_macs: Vec::new(),
+            pod: None,
         };
         let may_be_full = network == "green";
         self.unknown.insert((host, name.clone()));
