@@ -7,8 +7,12 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use anyhow::Context as _;
 use ovl_kernel::{KernelEvent, KernelHandle, Prober};
 use ovl_mesh::keys::TunnelSecret;
-use ovl_mesh::transport::{HostTransport, Transport};
+use ovl_mesh::transport::{HostTransport, SOCKET_MARK, Transport};
+use ovl_subsystems::marks::OWN_SOCKET;
 use tokio::sync::mpsc;
+
+// Rules pass over packets with the mark that the sockets set.
+const _: () = assert!(SOCKET_MARK == OWN_SOCKET);
 
 /// The environment of one daemon. Durations are measured by tokio's clock.
 ///

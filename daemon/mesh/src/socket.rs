@@ -2,12 +2,16 @@
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
+use std::os::fd::AsFd;
 
 use nix::libc;
 use nix::sys::socket::{setsockopt, sockopt};
 use nix::{setsockopt_impl, sockopt_impl};
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::net::UdpSocket;
+
+/// The mark (`SO_MARK`) of packets that this host sends to peers. Rules of ovl that translate addresses pass over them.
+pub const SOCKET_MARK: u32 = 0x400;
 
 /// The size of the socket buffers in bytes: all hosts of a cluster may reply at once.
 const BUFFER: usize = 4 << 20;
@@ -35,8 +39,14 @@ pub(crate) fn open(listen: SocketAddr) -> io::Result<UdpSocket> {
     if setsockopt(&socket, sockopt::SndBufForce, &BUFFER).is_err() {
         socket.set_send_buffer_size(BUFFER)?;
     }
+    mark(&socket);
     socket.bind(&listen.into())?;
     UdpSocket::from_std(socket.into())
+}
+
+/// Sets [`SOCKET_MARK`] on a socket. Without CAP_NET_ADMIN, which ovld has, it stays as it is.
+pub(crate) fn mark(socket: &impl AsFd) {
+    let _ = setsockopt(socket, sockopt::Mark, &SOCKET_MARK);
 }
 
 /// The length in bytes of the IP and UDP headers of a datagram to an address.

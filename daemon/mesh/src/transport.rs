@@ -9,9 +9,11 @@ use std::time::Duration;
 use async_trait::async_trait;
 use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::{TcpListener, TcpStream, UdpSocket};
+use tokio::net::{TcpListener, TcpSocket, TcpStream, UdpSocket};
 
 use crate::socket;
+
+pub use crate::socket::SOCKET_MARK;
 
 /// A peer that acknowledges nothing for so long is gone.
 const DEAD_AFTER: Duration = Duration::from_secs(10);
@@ -85,7 +87,9 @@ impl Transport for HostTransport {
     }
 
     async fn connect(&self, to: SocketAddr) -> io::Result<Box<dyn Stream>> {
-        Ok(Box::new(TcpStream::connect(to).await?))
+        let socket = if to.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+        socket::mark(&socket);
+        Ok(Box::new(socket.connect(to).await?))
     }
 }
 
