@@ -108,6 +108,7 @@ struct File {
     pool: Option<IpNet>,
     service_range: Option<Vec<IpNet>>,
     load_balancer_pool: Option<Vec<IpNet>>,
+    external_ranges: Option<Vec<IpNet>>,
     load_balancer_device: Option<String>,
     cluster_domain: Option<String>,
     masquerade: Option<bool>,
@@ -259,6 +260,7 @@ impl Config {
             ranges: Ranges {
                 services: file.service_range.unwrap_or_else(|| DEFAULT_SERVICE_RANGES.to_vec()),
                 load_balancers: file.load_balancer_pool.unwrap_or_default(),
+                external: file.external_ranges.unwrap_or_default(),
             },
             load_balancer_device: file
                 .load_balancer_device
@@ -326,7 +328,7 @@ impl Config {
     }
 
     fn check_ranges(&self) -> Result<()> {
-        let Ranges { services, load_balancers } = &self.ranges;
+        let Ranges { services, load_balancers, external } = &self.ranges;
         let families = services.iter().filter(|range| range.addr().is_ipv4()).count();
         if families > 1 || services.len() - families > 1 {
             bail!("service_range: at most one range of IPv4 and one of IPv6");
@@ -340,6 +342,7 @@ impl Config {
             .iter()
             .map(|range| ("service_range", *range))
             .chain(load_balancers.iter().map(|pool| ("load_balancer_pool", *pool)))
+            .chain(external.iter().map(|range| ("external_ranges", *range)))
             .collect();
         for (n, (name, range)) in all.iter().enumerate() {
             if *range != range.trunc() {

@@ -67,6 +67,8 @@ pub(crate) enum Code {
     PublishedPort,
     /// The health check port of a Service is held by another program.
     HealthPort,
+    /// A Service names an address or port that this host does not translate.
+    ServiceDenied,
     /// Another program's firewall drops packets.
     Firewall,
     /// The resolver is not running.
@@ -82,7 +84,7 @@ pub(crate) enum Code {
 impl Code {
     /// All codes, in the order of their numbers.
     #[cfg(test)]
-    const ALL: [Self; 34] = [
+    const ALL: [Self; 35] = [
         Self::Address,
         Self::StateFile,
         Self::DamagedFile,
@@ -113,6 +115,7 @@ impl Code {
         Self::PublishedPort,
         Self::HealthPort,
         Self::Firewall,
+        Self::ServiceDenied,
         Self::ResolverDown,
         Self::UpstreamResolver,
         Self::SourceValidation,
@@ -154,6 +157,7 @@ impl Code {
             Self::PublishedPort => "OVL-E060",
             Self::HealthPort => "OVL-E061",
             Self::Firewall => "OVL-E062",
+            Self::ServiceDenied => "OVL-E063",
             Self::ResolverDown => "OVL-E070",
             Self::UpstreamResolver => "OVL-E071",
             Self::SourceValidation => "OVL-E080",
@@ -196,6 +200,7 @@ impl Code {
             | Self::NetworkOverlap
             | Self::BridgeConflict
             | Self::NotEncrypted
+            | Self::ServiceDenied
             | Self::UpstreamResolver
             | Self::NeighbourTable => Severity::Warning,
         }

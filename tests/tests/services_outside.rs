@@ -6,15 +6,18 @@ use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use netns_lab::{Host, Lab, Netns, wait_until};
+use netns_lab::{Host, Lab, LabConfig, Netns, wait_until};
 use ovl_tests::ports::outsider;
 use ovl_tests::routed::create_routed_network;
 use ovl_tests::service::{Connection, NamedServer, apply, ask, wait_answers};
-use ovl_tests::{Attached, SOON, attach, create_network, sctp, start_lab, strings, text, wait_clean};
+use ovl_tests::{
+    Attached, SOON, attach, create_network, sctp, start_lab, start_lab_with, strings, text, wait_clean,
+};
 
 const SUBNETS: [&str; 4] = ["--subnet", "10.60.0.0/16", "--subnet", "fd60::/64"];
 /// An address that no host has; clients need a route to it.
 const EXTERNAL: &str = "203.0.113.7";
+const RANGES: &str = "external_ranges = ['203.0.113.0/24']";
 
 /// A Service of this name for pods with the label, with these additional fields in its spec.
 fn service(name: &str, label: &str, more: &str) -> String {
@@ -43,7 +46,7 @@ fn cluster_address(host: &Host, name: &str) -> Result<IpAddr> {
 
 #[test]
 fn external_address_leads_to_the_backends() -> Result<()> {
-    let lab = start_lab(2)?;
+    let lab = start_lab_with(LabConfig::hosts(2).config(RANGES))?;
     let [h1, h2] = lab.hosts() else { unreachable!() };
     create_routed_network(&lab, "blue", &SUBNETS)?;
     let external = format!(",\"externalIPs\":[\"{EXTERNAL}\"]");
@@ -73,7 +76,7 @@ fn external_address_leads_to_the_backends() -> Result<()> {
 
 #[test]
 fn external_port_conflict_is_won_by_the_older_service() -> Result<()> {
-    let lab = start_lab(2)?;
+    let lab = start_lab_with(LabConfig::hosts(2).config(RANGES))?;
     let [h1, h2] = lab.hosts() else { unreachable!() };
     create_routed_network(&lab, "blue", &SUBNETS)?;
     let external = format!(",\"externalIPs\":[\"{EXTERNAL}\"]");
@@ -100,12 +103,9 @@ fn external_port_conflict_is_won_by_the_older_service() -> Result<()> {
     ensure!(strings(&notes["notes"]).is_empty(), "{notes}");
     // A Service cannot claim the cluster IP of another one.
     let own = cluster_address(h1, "b-younger")?;
-    apply(&lab, h1, &service("a-claimant", "old", &format!(",\"externalIPs\":[\"{own}\"]")))?;
-    wait_until(SOON, "the claim to be refused", || {
-        let described = h1.ctl_ok(&["describe", "svc", "a-claimant"])?;
-        ensure!(described.contains("is that of Service default/b-younger"), "{described}");
-        Ok(())
-    })?;
+    let claimant = service("a-claimant", "old", &format!(",\"externalIPs\":[\"{own}\"]"));
+    let refused = apply(&lab, h1, &claimant).err().context("the claim is refused")?;
+    ensure!(format!("{refused:#}").contains("external_ranges"), "{refused:#}");
     wait_answers(&client.workload, SocketAddr::new(own, 80), &["young"])?;
     wait_clean(lab.hosts(), SOON)
 }
@@ -174,7 +174,7 @@ fn sctp_is_translated_in_both_directions() -> Result<()> {
 
 #[test]
 fn remote_backends_of_switched_networks_are_reachable_from_outside() -> Result<()> {
-    let lab = start_lab(3)?;
+    let lab = start_lab_with(LabConfig::hosts(3).config(RANGES))?;
     let [h1, h2, h3] = lab.hosts() else { unreachable!() };
     create_network(&lab, "blue", &SUBNETS)?;
     let kind = format!(",\"type\":\"NodePort\",\"externalIPs\":[\"{EXTERNAL}\"]");

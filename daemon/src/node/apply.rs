@@ -19,6 +19,7 @@ use ovl_proto::resource::{
 };
 use ovl_proto::wire;
 use ovl_subsystems::services::allocation::{ReservedClaims, ServiceAllocator};
+use ovl_subsystems::services::permits::Permits;
 use serde_json::Value;
 use tokio::task::yield_now;
 
@@ -234,12 +235,14 @@ impl Node {
     ) -> Vec<ManifestProblem> {
         let state = self.state.borrow();
         let mut allocator = ServiceAllocator::new(&state.view.resources, &self.config.ranges, promised);
+        let permits = Permits::of(&state.view, &self.config.ranges);
         let mut problems = Vec::new();
         for (place, resource) in read {
             if let Resource::Service(service) = resource
                 && asks(service) == asking
-                && let Err(found) = allocator.allocate(service)
             {
+                let allocated = allocator.allocate(service);
+                let found = allocated.err().unwrap_or_else(|| permits.check(service));
                 problems.extend(found.into_iter().map(|problem| place.problem(problem)));
             }
         }

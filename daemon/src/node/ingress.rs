@@ -31,6 +31,7 @@ pub(super) fn announced(state: &State, service: &Service) -> Vec<AnnouncedAddres
 impl Node {
     /// Updates this host's owner table after the kernel was changed, and answers health checks.
     pub(super) fn tell_announced(&self) {
+        self.report_denials();
         let changes: Vec<TableChange> = {
             let mut state = self.state.borrow_mut();
             let (cluster, subsystems) = state.parts();
@@ -55,6 +56,18 @@ impl Node {
             }
         }
         self.answer_health();
+    }
+
+    /// Reports what Services name and this host does not translate.
+    fn report_denials(&self) {
+        let mut guard = self.state.borrow_mut();
+        let state = &mut *guard;
+        let Some(denied) = state.subsystems.services.take_denied() else { return };
+        let denied = denied.iter().map(|(name, denials)| {
+            let denials: Vec<String> = denials.iter().map(ToString::to_string).collect();
+            (format!("Service {name}"), denials.join("; "))
+        });
+        state.problems.replace(Code::ServiceDenied, denied);
     }
 
     /// Announces recently acquired addresses once more.

@@ -528,6 +528,7 @@ fn first_state(
             cluster_domain: config.cluster_domain.clone(),
             walk_search_lists: config.walk_search_lists,
             cluster_dns: config.ranges.dns_addresses().collect(),
+            ranges: config.ranges.clone(),
         }),
         keys,
         allocator: Allocator::new(

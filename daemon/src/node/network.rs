@@ -11,6 +11,7 @@ use ovl_dataplane::device::Device;
 use ovl_runtimes::docker;
 use ovl_subsystems::mtu::{MIN_MTU_V6, min_mtu};
 use ovl_subsystems::networks::mtu::network_mtu;
+use ovl_subsystems::services::allocation::Ranges;
 
 use ovl_control::{NetworkCreate, NetworkInfo};
 use ovl_proto::clock::Stamp;
@@ -144,10 +145,16 @@ impl Node {
                 return Err(Failed::invalid(format!("{prefix} overlaps {other}")));
             }
             check_overlap(state, None, *prefix)?;
-            if let Some(range) =
-                self.config.ranges.services.iter().find(|range| networks::overlaps(**range, *prefix))
-            {
-                return Err(Failed::conflict(format!("{prefix} overlaps the service_range {range}")));
+            let Ranges { services, load_balancers, external } = &self.config.ranges;
+            let named = [
+                ("service_range", services),
+                ("load_balancer_pool", load_balancers),
+                ("external_ranges", external),
+            ];
+            for (name, ranges) in named {
+                if let Some(range) = ranges.iter().find(|range| networks::overlaps(**range, *prefix)) {
+                    return Err(Failed::conflict(format!("{prefix} overlaps the {name} {range}")));
+                }
             }
             subnets.push(subnet);
         }
@@ -177,8 +184,7 @@ impl Node {
             state.view.networks.values().flat_map(|other| other.network.subnets.iter().map(|s| s.prefix));
         let taken = used.chain(taken.iter().copied().filter(|net| net.prefix_len() > 0));
         let ranges = &self.config.ranges;
-        let taken: Vec<IpNet> =
-            taken.chain(ranges.services.iter().chain(&ranges.load_balancers).copied()).collect();
+        let taken: Vec<IpNet> = taken.chain(ranges.all()).collect();
         let pool = self.config.pool;
         let length =
             if pool.addr().is_ipv4() { AUTO_LENGTH_V4 } else { AUTO_LENGTH_V6 }.max(pool.prefix_len());

@@ -15,7 +15,7 @@ pub mod firewall;
 pub mod guard;
 mod list;
 pub mod local;
-mod marks;
+pub mod marks;
 pub mod mtu;
 pub mod names;
 pub mod networks;

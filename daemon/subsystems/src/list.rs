@@ -18,6 +18,7 @@ use crate::names::resolver::HOST_ADDRESSES;
 use crate::networks::{BaseFilter, Networks};
 use crate::policy::Enforcement;
 use crate::publish::PublishedPorts;
+use crate::services::allocation::Ranges;
 use crate::services::{Announcements, Translation};
 use crate::subsystem::{Cluster, Outcome, Part, Subsystem};
 
@@ -39,6 +40,8 @@ pub struct Settings {
     pub walk_search_lists: bool,
     /// Addresses of the cluster DNS, at most one of each family.
     pub cluster_dns: Vec<IpAddr>,
+    /// The ranges of Service addresses.
+    pub ranges: Ranges,
 }
 
 /// All subsystems of a daemon.
@@ -80,8 +83,8 @@ impl Subsystems {
                 settings.walk_search_lists,
                 settings.cluster_dns,
             ),
-            services: Translation::default(),
-            announcements: Announcements::default(),
+            services: Translation::new(settings.ranges.clone()),
+            announcements: Announcements::new(settings.ranges),
         }
     }
 

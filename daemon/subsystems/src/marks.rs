@@ -1,5 +1,7 @@
 //! The bits of the packet mark that ovl uses, so that no two uses share one. Other bits are left unchanged.
 
+/// A packet of a socket by which ovld itself speaks with its peers: it is never translated.
+pub const OWN_SOCKET: u32 = 0x400;
 /// A packet of a process of this host that goes into an overlay network. The kernel copies the mark to the VXLAN packet
 /// around it, where it is cleared before the packet leaves the host.
 pub(crate) const FROM_HOST: u32 = 0x800;

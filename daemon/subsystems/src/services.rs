@@ -1,14 +1,15 @@
 //! The subsystems of Services: address translation, and announcements of LoadBalancer addresses.
 //!
 //! [`Translation`] owns the set elements that were last sent ([`Services`]); [`Announcements`] owns the addresses that
-//! this host announces ([`ingress`]). [`allocation`] chooses addresses and ports when a Service is applied, and owns no
-//! state. Begin to read at [`Services::plan`].
+//! this host announces ([`ingress`]). [`allocation`] chooses addresses and ports when a Service is applied, and [`permits`]
+//! holds each Service to what it may take; both own no state. Begin to read at [`Services::plan`].
 
 pub mod allocation;
 mod announcements;
 mod divert;
 mod elements;
 pub mod ingress;
+pub mod permits;
 mod translation;
 
 pub use announcements::Announcements;

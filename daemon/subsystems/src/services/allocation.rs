@@ -35,12 +35,19 @@ pub struct Ranges {
     pub services: Vec<IpNet>,
     /// Pools of LoadBalancer addresses. If empty, Services of type LoadBalancer get no address.
     pub load_balancers: Vec<IpNet>,
+    /// Ranges of external IPs. If empty, Services can have none.
+    pub external: Vec<IpNet>,
 }
 
 impl Ranges {
     /// Returns the addresses of the cluster DNS: the tenth address of each range.
     pub fn dns_addresses(&self) -> impl Iterator<Item = IpAddr> {
         self.services.iter().filter_map(|range| address_at(*range, DNS_OFFSET))
+    }
+
+    /// Returns all ranges.
+    pub fn all(&self) -> impl Iterator<Item = IpNet> {
+        self.services.iter().chain(&self.load_balancers).chain(&self.external).copied()
     }
 
     fn of(&self, family: IpFamily) -> Option<IpNet> {

@@ -12,6 +12,7 @@ use ovl_dataplane::state::Dataplane;
 use ovl_proto::resource::Name;
 use ovl_proto::table::{Entry, Key};
 
+use super::allocation::Ranges;
 use super::ingress;
 use crate::subsystem::{Change, Cluster, Outcome, Subsystem, TableChange};
 
@@ -28,6 +29,11 @@ pub struct Announcements {
 }
 
 impl Announcements {
+    /// Creates the subsystem. `ranges` are those that the host is configured with.
+    pub fn new(ranges: Ranges) -> Self {
+        Self { planned: ingress::Ingress::new(ranges), ..Self::default() }
+    }
+
     /// Sets the device on which addresses are announced, and returns whether it changed.
     pub fn set_uplink(&mut self, uplink: Option<Device>) -> bool {
         std::mem::replace(&mut self.uplink, uplink) != uplink
@@ -113,6 +119,6 @@ impl Subsystem for Announcements {
     }
 
     fn withdraw(&mut self) {
-        *self = Self { uplink: self.uplink, ..Self::default() };
+        *self = Self { uplink: self.uplink, ..Self::new(self.planned.ranges().clone()) };
     }
 }

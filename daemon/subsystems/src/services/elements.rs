@@ -18,7 +18,9 @@ use ovl_proto::object::{Mode, Network, Subnet};
 use ovl_proto::resource::Name;
 use ovl_proto::table::Endpoint;
 
+use super::allocation::Ranges;
 use super::divert;
+use super::permits::Denial;
 use ovl_cluster::backends::Backends;
 use ovl_cluster::view::View;
 use ovl_dataplane::flows::Flows;
@@ -42,6 +44,7 @@ enum ElementOwner {
 /// The tables and elements of all Services on one host.
 #[derive(Debug, Clone, Default)]
 pub struct Services {
+    ranges: Ranges,
     ledger: Ledger<ElementOwner>,
     context: NetworkContext,
     slots: Slots,
@@ -59,9 +62,27 @@ pub struct Services {
     any: bool,
     /// Services with connections that are relayed to remote hosts.
     relaying: BTreeSet<Name>,
+    /// What Services name and this host does not translate.
+    denied: BTreeMap<Name, Vec<Denial>>,
+    denied_changed: bool,
 }
 
 impl Services {
+    /// Creates the tables of a host without Services. `ranges` are those that the host is configured with.
+    pub fn new(ranges: Ranges) -> Self {
+        Self { ranges, ..Self::default() }
+    }
+
+    /// Returns the ranges that the host is configured with.
+    pub fn ranges(&self) -> &Ranges {
+        &self.ranges
+    }
+
+    /// Returns what Services name and this host does not translate, if that changed since the last call.
+    pub fn take_denied(&mut self) -> Option<&BTreeMap<Name, Vec<Denial>>> {
+        std::mem::take(&mut self.denied_changed).then_some(&self.denied)
+    }
+
     /// Returns the desired data plane, computed anew for all Services. Backends keep the numbers that they have.
     ///
     /// It must not be called before gossip has caught up.
@@ -117,7 +138,7 @@ impl Services {
         let any = view.has_services();
         let context = context || std::mem::replace(&mut self.any, any) != any;
         if context || is_first {
-            let context = NetworkContext::of(view);
+            let context = NetworkContext::of(view, &self.ranges);
             if context != self.context {
                 self.context = context;
                 names.extend(view.resources.services().keys().cloned());
@@ -229,6 +250,14 @@ impl Services {
         }
         if service.is_none() {
             self.slots.forget(name);
+        }
+        let denials = service.map(|service| self.context.permits.denials(service)).unwrap_or_default();
+        if self.denied.get(name).map_or(&[][..], Vec::as_slice) != denials {
+            self.denied_changed = true;
+            match denials.is_empty() {
+                true => drop(self.denied.remove(name)),
+                false => drop(self.denied.insert(name.clone(), denials)),
+            }
         }
         // Chains are kept once they exist: the table is written before elements are removed that lead to them.
         self.sticky.extend(sticky);

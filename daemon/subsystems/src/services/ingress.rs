@@ -22,6 +22,9 @@ use ovl_dataplane::device::Device;
 use ovl_dataplane::op::{AnnouncedOp, Op};
 use ovl_dataplane::state::Dataplane;
 
+use super::allocation::Ranges;
+use super::permits::Permits;
+
 /// The number of announcements of an address after it moved here, and after hosts joined or left: a frame may be lost,
 /// and another host may have announced it on the other side of a partition.
 const REPEATS: u8 = 3;
@@ -45,6 +48,7 @@ struct ServiceIngress {
 /// The LoadBalancer addresses and health checks of one host.
 #[derive(Debug, Clone, Default)]
 pub struct Ingress {
+    ranges: Ranges,
     services: BTreeMap<Name, ServiceIngress>,
     /// The announcements that were planned last.
     planned: BTreeSet<(Device, IpAddr)>,
@@ -57,6 +61,16 @@ pub struct Ingress {
 }
 
 impl Ingress {
+    /// Creates an empty plan. `ranges` are those that the host is configured with.
+    pub fn new(ranges: Ranges) -> Self {
+        Self { ranges, ..Self::default() }
+    }
+
+    /// Returns the ranges that the host is configured with.
+    pub fn ranges(&self) -> &Ranges {
+        &self.ranges
+    }
+
     /// Returns the operations for these changed Services. With `all`, hosts or their announcements may have changed
     /// too.
     ///
@@ -80,8 +94,9 @@ impl Ingress {
             return Vec::new();
         }
         self.changed = true;
+        let permits = Permits::of(view, &self.ranges);
         for name in names {
-            match balancer(&name).map(|service| service_ingress(view, backends, &name, service)) {
+            match balancer(&name).map(|service| service_ingress(view, backends, &permits, &name, service)) {
                 Some(part) => drop(self.services.insert(name, part)),
                 None => drop(self.services.remove(&name)),
             }
@@ -173,7 +188,13 @@ fn is_balancer(service: &Service) -> bool {
     service.load_balancer_addresses().next().is_some() || service.spec.health_check_node_port.is_some()
 }
 
-fn service_ingress(view: &View, backends: &Backends, name: &Name, service: &Service) -> ServiceIngress {
+fn service_ingress(
+    view: &View,
+    backends: &Backends,
+    permits: &Permits,
+    name: &Name,
+    service: &Service,
+) -> ServiceIngress {
     let behind = |ipv4| -> BTreeSet<Target> {
         let ports = 0..service.spec.ports.len();
         ports.flat_map(|port| targets(backends.of(name), port, ipv4, None)).collect()
@@ -181,6 +202,7 @@ fn service_ingress(view: &View, backends: &Backends, name: &Name, service: &Serv
     let (v4, v6) = (behind(true), behind(false));
     let of = |ipv4: bool| if ipv4 { &v4 } else { &v6 };
     let addresses = service.load_balancer_addresses();
+    let addresses = addresses.filter(|address| permits.load_balancer(*address).is_none());
     let announced =
         addresses.filter(|address| is_ours(view, service, of(address.is_ipv4()), *address)).collect();
     let health = service.spec.health_check_node_port.map(|port| {

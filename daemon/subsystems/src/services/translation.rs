@@ -3,12 +3,14 @@
 //! [`Translation`] owns the planned tables and elements ([`super::Services`]) and the Services that may have changed
 //! since. Begin to read at its `plan`.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use ovl_dataplane::op::Op;
 use ovl_dataplane::state::Dataplane;
 use ovl_proto::resource::Name;
 
+use super::allocation::Ranges;
+use super::permits::Denial;
 use crate::subsystem::{Change, Cluster, Subsystem};
 
 /// The Service tables that were last sent, and what may have changed since.
@@ -22,6 +24,16 @@ pub struct Translation {
 }
 
 impl Translation {
+    /// Creates the subsystem. `ranges` are those that the host is configured with.
+    pub fn new(ranges: Ranges) -> Self {
+        Self { planned: super::Services::new(ranges), ..Self::default() }
+    }
+
+    /// Returns what Services name and this host does not translate, if that changed since the last call.
+    pub fn take_denied(&mut self) -> Option<&BTreeMap<Name, Vec<Denial>>> {
+        self.planned.take_denied()
+    }
+
     fn replan(&mut self, cluster: &Cluster<'_>, context: bool) -> Vec<Op> {
         if !cluster.caught_up {
             return Vec::new();
@@ -72,6 +84,6 @@ impl Subsystem for Translation {
     }
 
     fn withdraw(&mut self) {
-        *self = Self::default();
+        *self = Self::new(self.planned.ranges().clone());
     }
 }

@@ -15,6 +15,7 @@ use ovl_proto::table::{Entry, Key};
 use ovl_subsystems::services::ingress::Ingress;
 use serde_json::{Value, json};
 
+use super::host::ranges;
 use super::world::{NET, id};
 use super::world::{World, read};
 
@@ -30,7 +31,7 @@ impl Cluster {
     fn new(mode: Mode) -> Self {
         let mut world = World::new();
         world.view.networks.get_mut(&NET).unwrap().network.mode = mode;
-        Self { world, hosts: (1..=3).map(|n| (id(n), Ingress::default())).collect() }
+        Self { world, hosts: (1..=3).map(|n| (id(n), Ingress::new(ranges()))).collect() }
     }
 
     fn service(&mut self, name: &str, address: &str, more: Value) {
@@ -116,7 +117,7 @@ fn addresses_are_spread_and_only_those_of_a_lost_host_move() {
     let lost = &mut cluster.world.view.nodes.get_mut(&id(3)).unwrap().table;
     let keys: Vec<Key> = lost.announced().map(Key::Announced).collect();
     lost.write(1, vec![], keys, |_| Signature([0; 64]));
-    cluster.hosts.insert(id(3), Ingress::default());
+    cluster.hosts.insert(id(3), Ingress::new(ranges()));
     cluster.world.host(3, PeerState::Alive);
     cluster.settle();
     let after: Vec<Vec<u8>> = addresses().iter().map(|address| cluster.holders(address)).collect();
@@ -134,7 +135,7 @@ fn a_host_withdraws_an_address_only_when_the_next_one_announces_it() {
     let [second] = cluster.holders("192.0.2.1")[..] else { panic!() };
     let lost = &mut cluster.world.view.nodes.get_mut(&id(first)).unwrap().table;
     lost.write(1, vec![], vec![Key::Announced([192, 0, 2, 1].into())], |_| Signature([0; 64]));
-    cluster.hosts.insert(id(first), Ingress::default());
+    cluster.hosts.insert(id(first), Ingress::new(ranges()));
     cluster.world.host(first, PeerState::Alive);
     cluster.turn(second);
     assert_eq!(cluster.holders("192.0.2.1"), [second], "no host announces it");

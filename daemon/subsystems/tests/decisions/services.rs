@@ -12,6 +12,7 @@ use proptest::prelude::*;
 use serde_json::{Value, json};
 use std::sync::Arc;
 
+use super::host::ranges;
 use super::world::NET;
 use super::world::{World, read};
 
@@ -27,7 +28,7 @@ impl Host {
     fn new() -> Self {
         Self {
             world: World::new(),
-            services: Services::default(),
+            services: Services::new(ranges()),
             tables: BTreeMap::new(),
             elements: Elements::default(),
         }
@@ -359,7 +360,7 @@ proptest! {
             host.assert_sent();
         }
         // A plan from scratch gives the same number of backends everywhere.
-        let mut anew = Services::default();
+        let mut anew = Services::new(ranges());
         let World { view, backends } = &host.world;
         let all: Vec<Name> = view.resources.services().keys().cloned().collect();
         anew.plan(view, backends, all.iter(), true);

@@ -9,6 +9,7 @@ use ovl_cluster::view::View;
 use ovl_dataplane::state::Dataplane;
 use ovl_proto::id::EndpointId;
 use ovl_subsystems::local::{Isolation, Local, Underlay};
+use ovl_subsystems::services::allocation::Ranges;
 use ovl_subsystems::{Cluster, Settings, Subsystems, desired as desired_of};
 
 pub(crate) fn settings() -> Settings {
@@ -19,6 +20,17 @@ pub(crate) fn settings() -> Settings {
         cluster_domain: "cluster.local".to_owned(),
         walk_search_lists: true,
         cluster_dns: vec![[10, 96, 0, 10].into()],
+        ranges: ranges(),
+    }
+}
+
+/// Ranges that contain the addresses of all Services in the tests.
+pub(crate) fn ranges() -> Ranges {
+    let parse = |text: &str| vec![text.parse().unwrap()];
+    Ranges {
+        services: parse("10.64.0.0/10"),
+        load_balancers: parse("192.0.2.0/24"),
+        external: parse("192.0.2.0/24"),
     }
 }
 

@@ -13,6 +13,7 @@ fn ranges() -> Ranges {
     Ranges {
         services: vec!["10.96.0.0/16".parse().unwrap(), "fd00:10:96::/112".parse().unwrap()],
         load_balancers: vec!["192.0.2.0/29".parse().unwrap()],
+        external: Vec::new(),
     }
 }
 
@@ -106,7 +107,11 @@ fn families_follow_the_policy_and_the_given_addresses() {
         assert!(of.iter().eq(families.iter().take(addresses)), "{spec}");
         assert_eq!(found.spec.cluster_ip, found.spec.cluster_ips.first().copied());
     }
-    let v4 = Ranges { services: vec!["10.96.0.0/16".parse().unwrap()], load_balancers: Vec::new() };
+    let v4 = Ranges {
+        services: vec!["10.96.0.0/16".parse().unwrap()],
+        load_balancers: Vec::new(),
+        external: Vec::new(),
+    };
     let try_v4 = |spec| {
         let mut service = service("web", spec);
         allocate(&Resources::default(), &mut service, &v4).map(|()| service)

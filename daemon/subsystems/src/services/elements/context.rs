@@ -13,6 +13,9 @@ use ovl_dataplane::nft::Set;
 use ovl_proto::id::NodeId;
 use ovl_proto::object::Network;
 
+use crate::services::allocation::Ranges;
+use crate::services::permits::Permits;
+
 /// The address (`None` for a node port), the IP protocol number and the port of a Service.
 pub(super) type At = (Option<IpAddr>, u8, u16);
 
@@ -27,13 +30,15 @@ pub(super) struct NetworkContext {
     switched: Vec<IpNet>,
     /// Prefixes of encrypted switched networks. Their packets must not cross the underlay unencrypted.
     encrypted: Vec<IpNet>,
+    /// What Services may take.
+    pub(super) permits: Permits,
     /// Underlay addresses of the remote hosts that are alive or suspect. Connections are relayed to their node ports.
     pub(super) hosts: BTreeMap<NodeId, IpAddr>,
 }
 
 impl NetworkContext {
     /// Returns the context of a view.
-    pub(super) fn of(view: &View) -> Self {
+    pub(super) fn of(view: &View, ranges: &Ranges) -> Self {
         let prefixes = |networks: Vec<&Network>| -> Vec<IpNet> {
             networks.into_iter().flat_map(|network| &network.subnets).map(|subnet| subnet.prefix).collect()
         };
@@ -44,6 +49,7 @@ impl NetworkContext {
         let hosts = others.filter(|node| view.counts(node)).map(|node| (node.record.id, node.record.vtep));
         Self {
             me: Some(view.me),
+            permits: Permits::of(view, ranges),
             vtep: view.own().map(|own| own.record.vtep),
             hosts: hosts.collect(),
             encrypted: prefixes(encrypted),

@@ -11,8 +11,8 @@ use ovl_proto::resource::{IpFamily, Name, Protocol, Service, ServicePort, Traffi
 
 use super::context::{At, NetworkContext, of_family};
 use super::skeleton::{
-    self, BACKENDS, BackendKind, DROP, HAIRPIN, IDS, INSIDE, MAX_STICKY, NODE_IDS, NODE_STAY, NODES, OUTSIDE,
-    PORTS, REFUSE, RELAYED, ROUTED, STAY, Sticky,
+    self, BACKENDS, BALANCERS, BackendKind, DROP, HAIRPIN, IDS, INSIDE, MAX_STICKY, NODE_IDS, NODE_STAY,
+    NODES, OUTSIDE, PORTS, REFUSE, RELAYED, ROUTED, STAY, Sticky,
 };
 use crate::services::divert;
 use ovl_cluster::backends::{Backend, Target, targets};
@@ -92,10 +92,18 @@ pub(super) fn resolve(
         after: BTreeMap::new(),
         affinity: service.affinity_seconds(),
     };
+    let balancer: Vec<IpAddr> = service
+        .load_balancer_addresses()
+        .filter(|address| context.permits.load_balancer(*address).is_none())
+        .collect();
+    for address in &balancer {
+        out.put(of_family(&BALANCERS, address.is_ipv4()), &[Field::Ip(*address)], Value::None);
+    }
     for (i, port) in service.spec.ports.iter().enumerate() {
         let given = service.spec.external_ips.iter().copied();
         let given = given.filter(|address| claims.has_external(name, *address, port.protocol, port.port));
-        let external: BTreeSet<IpAddr> = given.chain(service.load_balancer_addresses()).collect();
+        let given = given.filter(|address| context.permits.external_ip(*address).is_none());
+        let external: BTreeSet<IpAddr> = given.chain(balancer.iter().copied()).collect();
         for ipv4 in [true, false] {
             resolve_port(&mut out, context, service, (i, port), &external, backends, ipv4);
         }
@@ -117,10 +125,14 @@ fn resolve_port(
     ipv4: bool,
 ) {
     let of_this = |address: &IpAddr| address.is_ipv4() == ipv4;
-    let cluster: Vec<IpAddr> = service.cluster_addresses().filter(of_this).collect();
+    let permits = &context.permits;
+    let cluster = service.cluster_addresses().filter(of_this);
+    let cluster: Vec<IpAddr> = cluster.filter(|address| permits.cluster_ip(*address).is_none()).collect();
     let external: BTreeSet<IpAddr> = external.iter().copied().filter(of_this).collect();
     let family = if ipv4 { IpFamily::IPv4 } else { IpFamily::IPv6 };
-    let node_port = port.node_port.filter(|_| service.spec.ip_families.contains(&family));
+    let node_port = port.node_port.filter(|node_port| {
+        service.spec.ip_families.contains(&family) && permits.node_port(port.protocol, *node_port).is_none()
+    });
     if cluster.is_empty() && external.is_empty() && node_port.is_none() {
         return;
     }

@@ -12,7 +12,7 @@ use std::collections::BTreeSet;
 
 use ovl_dataplane::nft::{Chain, Data, Object, Set, Shape, Skeleton, Table, Type};
 
-use crate::marks::FROM_HOST;
+use crate::marks::{FROM_HOST, OWN_SOCKET};
 
 const fn set(name: &'static str, key: &'static [Type], data: Data, ranges: bool) -> Set {
     Set::new(Table::Services, name, Shape { key, data, ranges })
@@ -45,6 +45,11 @@ pub(super) static PORTS: [Set; 2] = [
 pub(super) static RELAYED: [Set; 2] = [
     set("relayed4", &[Type::Protocol, Type::Port], COUNT, false),
     set("relayed6", &[Type::Protocol, Type::Port], COUNT, false),
+];
+/// Addresses of LoadBalancers. The host that announces one has it on a device.
+pub(super) static BALANCERS: [Set; 2] = [
+    set("balancers4", &[Type::Ipv4], Data::None, false),
+    set("balancers6", &[Type::Ipv6], Data::None, false),
 ];
 /// The underlay addresses of remote hosts.
 pub(super) static HOSTS: [Set; 2] =
@@ -194,9 +199,10 @@ pub(super) fn skeleton(counts: &BTreeSet<u32>, sticky: &BTreeSet<Sticky>) -> Ske
     let counts: Vec<u32> =
         (1..=ALWAYS).chain(counts.iter().copied().filter(|count| *count > ALWAYS)).collect();
     let mut sets: Vec<Set> = Vec::new();
-    for pair in
-        [&INSIDE, &OUTSIDE, &BACKENDS, &PORTS, &NODES, &RELAYED, &HOSTS, &HAIRPIN, &GATEWAYS, &ROUTED, &OURS]
-    {
+    for pair in [
+        &INSIDE, &OUTSIDE, &BACKENDS, &PORTS, &NODES, &RELAYED, &BALANCERS, &HOSTS, &HAIRPIN, &GATEWAYS,
+        &ROUTED, &OURS,
+    ] {
         sets.extend_from_slice(pair);
     }
     let mut chains =
@@ -234,8 +240,13 @@ pub(super) fn skeleton(counts: &BTreeSet<u32>, sticky: &BTreeSet<Sticky>) -> Ske
         rules.push(last.to_owned());
         rules
     };
-    chains.push(chain("inside", then(look(&INSIDE), "goto nodes")));
-    chains.push(chain("outside", then([look(&OUTSIDE), look(&INSIDE)].concat(), "goto nodes")));
+    // At the host's own addresses there are only node ports. Those of LoadBalancers that it announces are the exception.
+    let own = each(|ip, n| {
+        let balancers = &BALANCERS[n].name;
+        vec![format!("{ip} daddr != @{balancers} fib daddr type local goto nodes")]
+    });
+    chains.push(chain("inside", then([own.clone(), look(&INSIDE)].concat(), "goto nodes")));
+    chains.push(chain("outside", then([own, look(&OUTSIDE), look(&INSIDE)].concat(), "goto nodes")));
     // Before address translation of other programs at the usual priority.
     let hooked = |name: &str, hook: &str, rules| Chain {
         hook: Some(format!("{hook}; policy accept;")),
@@ -246,7 +257,11 @@ pub(super) fn skeleton(counts: &BTreeSet<u32>, sticky: &BTreeSet<Sticky>) -> Ske
         "type nat hook prerouting priority dstnat - 5",
         vec![format!("iifname {OUR_DEVICES} goto inside"), "goto outside".to_owned()],
     ));
-    chains.push(hooked("output", "type nat hook output priority -105", vec!["goto outside".to_owned()]));
+    chains.push(hooked(
+        "output",
+        "type nat hook output priority -105",
+        vec![format!("meta mark & {OWN_SOCKET:#x} != 0 return"), "goto outside".to_owned()],
+    ));
     // A host that relays a packet back by its input interface sends a redirect. The sender must not get it. The mark
     // is for packets whose output interface was not yet an overlay network's when they passed the base table.
     chains.push(hooked(
