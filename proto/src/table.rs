@@ -111,6 +111,7 @@ impl Endpoint {
 }
 
 /// An entry of an owner table.
+#[allow(clippy::large_enum_variant, reason = "almost all entries are endpoints")]
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Entry {
     /// An endpoint.
