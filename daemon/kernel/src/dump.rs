@@ -13,10 +13,10 @@ use nix::libc::{self, RTM_NEWADDR, RTM_NEWLINK, RTM_NEWNEIGH, RTM_NEWROUTE};
 use ovl_dataplane::device::Device;
 use ovl_dataplane::state::{Dataplane, Hop, PROTOCOL};
 
-use super::Underlay;
 use super::attribute::{attributes, ip, u8_at};
 use super::error::{KernelError, Result};
 use super::fact;
+use super::{HostConnections, Underlay};
 
 use super::link::{LinkView, Neighbour};
 use super::localnet;
@@ -215,6 +215,37 @@ pub(super) fn prefixes(route: &mut Route) -> Result<Vec<IpNet>> {
     prefixes.sort();
     prefixes.dedup();
     Ok(prefixes)
+}
+
+/// Reads the prefixes of the host's addresses and the gateways of its default routes, except those of ovl.
+pub(super) fn host_connections(route: &mut Route) -> Result<HostConnections> {
+    let names = links(route, &mut Dataplane::default())?;
+    let is_foreign = |index: &u32| {
+        let name = names.all.get(index);
+        !names.ours.contains_key(index) && name.is_none_or(|name| name.role().is_none())
+    };
+    let mut found = HostConnections::default();
+    let dump = addresses(route)?;
+    for message in dump.messages().filter(|message| message.kind == RTM_NEWADDR) {
+        if let Some((index, prefixes)) = fact::connected(message.payload)
+            && is_foreign(&index)
+            && !fact::is_announced(message.payload)
+        {
+            let device = names.all.get(&index).map_or_else(String::new, ToString::to_string);
+            let prefixes = prefixes.into_iter().filter(|net| !is_everywhere(net.addr()));
+            found.connected.extend(prefixes.map(|net| (net, device.clone())));
+        }
+    }
+    for family in [AddressFamily::Inet, AddressFamily::Inet6] {
+        let mut message = RouteMessage::default();
+        message.header.address_family = family;
+        let dump = route.dump(&RouteNetlinkMessage::GetRoute(message))?;
+        let routes = dump.messages().filter(|message| message.kind == RTM_NEWROUTE);
+        let gateways =
+            routes.filter(|it| fact::is_default_route(it.payload)).flat_map(|it| fact::gateways(it.payload));
+        found.gateways.extend(gateways.filter(|gateway| !is_everywhere(*gateway)));
+    }
+    Ok(found)
 }
 
 /// Parses the destination of a route, and its output interface if it has a single one. `None` for a default route and

@@ -85,6 +85,19 @@ pub(super) fn has_addresses(device: Device) -> bool {
     matches!(device.role(), Some(Role::Bridge(_) | Role::Tunnel(_) | Role::Endpoint(_)))
 }
 
+/// Parses the prefixes to which an address message connects its device: the prefix of the address and, on a
+/// point-to-point device, the address itself. Also returns the index of the device.
+pub(super) fn connected(payload: &[u8]) -> Option<(u32, Vec<IpNet>)> {
+    let (index, local) = address(payload)?;
+    let peer = attributes(payload, 8).find(|(kind, _)| *kind == libc::IFA_ADDRESS);
+    let peer = peer.and_then(|(_, value)| IpNet::new(ip(value)?, local.prefix_len()).ok());
+    let all = match peer.filter(|peer| peer.addr() != local.addr()) {
+        Some(peer) => vec![IpNet::from(local.addr()), peer.trunc()],
+        None => vec![local.trunc()],
+    };
+    Some((index, all))
+}
+
 /// Parses an address message: the index of its device, and the address with its prefix length.
 pub(super) fn address(payload: &[u8]) -> Option<(u32, IpNet)> {
     let (mut local, mut peer) = (None, None);
@@ -152,6 +165,46 @@ pub(super) fn route(payload: &[u8], ours: &HashMap<u32, Device>) -> Option<(IpNe
         hop.mtu = Some(0);
     }
     Some((to, hop))
+}
+
+/// Whether a route message is about a default route of another program.
+pub(super) fn is_default_route(payload: &[u8]) -> bool {
+    u8_at(payload, 1) == Some(0)
+        && u8_at(payload, 7) == Some(libc::RTN_UNICAST)
+        && u8_at(payload, 5) != Some(PROTOCOL)
+}
+
+/// Returns the gateways of a route message: one, or one for each path of a multipath route.
+pub(super) fn gateways(payload: &[u8]) -> Vec<IpAddr> {
+    /// The length of `struct rtnexthop`, which is followed by the attributes of its path.
+    const NEXT_HOP: usize = 8;
+    let mut found = Vec::new();
+    for (kind, value) in attributes(payload, 12) {
+        match kind {
+            libc::RTA_GATEWAY | libc::RTA_VIA => found.extend(gateway(kind, value)),
+            libc::RTA_MULTIPATH => {
+                let mut rest = value;
+                while let Some(length) = rest.first_chunk().map(|two| usize::from(u16::from_ne_bytes(*two)))
+                    && let Some(path) = rest.get(..length).filter(|path| path.len() >= NEXT_HOP)
+                {
+                    found.extend(attributes(path, NEXT_HOP).find_map(|(kind, value)| gateway(kind, value)));
+                    rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
+                }
+            }
+            _ => {}
+        }
+    }
+    found
+}
+
+/// Parses the gateway in an attribute of a route or of one of its paths. `None` if it is another attribute.
+fn gateway(kind: u16, value: &[u8]) -> Option<IpAddr> {
+    match kind {
+        libc::RTA_GATEWAY => ip(value),
+        // `struct rtvia`: the address family, then the address.
+        libc::RTA_VIA => ip(value.get(2..)?),
+        _ => None,
+    }
 }
 
 /// Sets an entry of the data plane. Returns whether that changed it.

@@ -24,7 +24,7 @@ use super::link::{LinkView, Neighbour};
 pub(super) struct Changes {
     /// Whether an object of ovl changed.
     pub(super) changed: bool,
-    /// Whether a device or address of the host changed.
+    /// Whether a device, an address or a default route of the host changed.
     pub(super) underlay: bool,
     /// Endpoints whose host interfaces were deleted.
     pub(super) gone: Vec<Device>,
@@ -123,6 +123,8 @@ impl KernelModel {
             RTM_NEWROUTE | RTM_DELROUTE => {
                 if let Some((to, hop)) = fact::route(payload, &self.names.ours) {
                     self.note_fact(EntryKey::Route(to), EntryValue::Hop(hop), message.kind == RTM_NEWROUTE);
+                } else if fact::is_default_route(payload) {
+                    self.changes.underlay = true;
                 }
             }
             RTM_NEWNETCONF => self.note_forwarding(payload),

@@ -45,7 +45,7 @@ mod watch;
 mod wireguard;
 mod worker;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write;
 use std::net::IpAddr;
 use std::os::unix::net::UnixStream;
@@ -88,7 +88,7 @@ pub enum KernelEvent {
     Changed,
     /// The host's interface of an endpoint was deleted by another program, or with its namespace.
     EndpointGone(Device),
-    /// An address, the MTU or the state of a device of the host, not of ovl, changed.
+    /// An address, the MTU or the state of a device of the host, not of ovl, or a default route changed.
     Underlay,
     /// Notifications were lost: a full pass is needed.
     Overrun,
@@ -229,6 +229,16 @@ pub struct Underlay {
     pub prefix: IpNet,
 }
 
+/// How this host is connected, apart from devices of ovl.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct HostConnections {
+    /// The prefixes of the addresses of devices, each with the name of a device. Addresses that every host has, such as
+    /// loopback, and announced ones are left out.
+    pub connected: BTreeMap<IpNet, String>,
+    /// The gateways of default routes of both address families, in all tables.
+    pub gateways: BTreeSet<IpAddr>,
+}
+
 /// Starts the kernel worker in the network namespace of the calling thread. `tunnel_keys` are the private keys
 /// that tunnel devices may be configured with.
 ///
@@ -358,6 +368,11 @@ impl KernelHandle {
     /// of a new network should overlap none of them.
     pub async fn prefixes(&self) -> Result<Vec<IpNet>> {
         self.ask(Request::Prefixes).await?
+    }
+
+    /// Reads how this host is connected, apart from devices of ovl.
+    pub async fn host_connections(&self) -> Result<HostConnections> {
+        self.ask(Request::HostConnections).await?
     }
 
     /// Reads the elements and counters of nftables sets that packets add elements to. The list of a set that does

@@ -1,5 +1,6 @@
 //! A kernel in memory, for tests that run many daemons in one process without root.
 
+use std::collections::BTreeMap;
 use std::collections::hash_map::DefaultHasher;
 use std::fs::File;
 use std::hash::{Hash as _, Hasher as _};
@@ -17,8 +18,8 @@ use tokio::sync::mpsc;
 
 use super::worker::{Request, compare, publishes};
 use super::{
-    Channel, CreatedEndpoint, EndpointSpec, HostEnd, KernelError, KernelEvent, KernelHandle, Netns, Outcome,
-    Pass, Result, Underlay,
+    Channel, CreatedEndpoint, EndpointSpec, HostConnections, HostEnd, KernelError, KernelEvent, KernelHandle,
+    Netns, Outcome, Pass, Result, Underlay,
 };
 
 /// The kernel of one simulated host. It outlives the daemons that are started on it. Clones share it.
@@ -128,6 +129,11 @@ impl Held {
             Request::Announce(_, reply) => drop(reply.send(())),
             Request::OutputInterface(_, reply) => drop(reply.send(Ok(Some(self.underlay.index)))),
             Request::Prefixes(reply) => drop(reply.send(Ok(vec![self.underlay.prefix.trunc()]))),
+            Request::HostConnections(reply) => {
+                let connected =
+                    BTreeMap::from([(self.underlay.prefix.trunc(), self.underlay.device.clone())]);
+                drop(reply.send(Ok(HostConnections { connected, ..HostConnections::default() })));
+            }
             Request::RemoveFilter(reply) => {
                 self.dataplane.filter = None;
                 self.dataplane.tables.clear();

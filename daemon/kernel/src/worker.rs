@@ -32,8 +32,8 @@ use super::tables::Tables;
 use super::tunnel::{self, TunnelStatus, Tunnels};
 use super::watch::Watch;
 use super::{
-    CountedElement, CreatedEndpoint, EndpointSpec, Goal, HostEnd, KernelEvent, Outcome, Pass,
-    RetiredEndpoint, Underlay,
+    CountedElement, CreatedEndpoint, EndpointSpec, Goal, HostConnections, HostEnd, KernelEvent, Outcome,
+    Pass, RetiredEndpoint, Underlay,
 };
 use super::{conntrack, dump, endpoint, inspect, localnet, sysctl};
 
@@ -53,6 +53,7 @@ pub(super) enum Request {
     Announce(Vec<(Device, IpAddr)>, oneshot::Sender<()>),
     OutputInterface(IpAddr, oneshot::Sender<Result<Option<u32>>>),
     Prefixes(oneshot::Sender<Result<Vec<IpNet>>>),
+    HostConnections(oneshot::Sender<Result<HostConnections>>),
     RemoveFilter(oneshot::Sender<Result<()>>),
     Retire(Vec<RetiredEndpoint>, Vec<Op>, oneshot::Sender<(Vec<Outcome>, Result<()>)>),
     Sweep(oneshot::Sender<Result<()>>),
@@ -166,6 +167,9 @@ impl Worker {
             }
             Request::Prefixes(reply) => {
                 let _ = reply.send(dump::prefixes(&mut self.route));
+            }
+            Request::HostConnections(reply) => {
+                let _ = reply.send(dump::host_connections(&mut self.route));
             }
             Request::Retire(retired, ops, reply) => {
                 let _ = reply.send(self.retire(retired, ops));
