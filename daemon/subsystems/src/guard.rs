@@ -141,11 +141,11 @@ fn endpoint<'a>(cluster: &Cluster<'a>, (network, id): Own) -> Option<&'a Endpoin
     attached.or_else(|| cluster.local.attaches.get(id)).filter(|endpoint| endpoint.network == network)
 }
 
-/// Returns the elements of an endpoint of this host. None if it is isolated: its interface is down.
+/// Returns the elements of an endpoint of this host. None if it is disconnected: its interface is down.
 fn entries(cluster: &Cluster<'_>, endpoint: &Endpoint) -> Entries {
     let network = cluster.view.networks.get(&endpoint.network).map(|state| state.network.mode);
     match network {
-        Some(mode) if !cluster.local.isolation.contains(endpoint.id) => elements::of(mode, endpoint),
+        Some(mode) if !cluster.local.is_disconnected(endpoint) => elements::of(mode, endpoint),
         Some(_) | None => Entries::new(),
     }
 }

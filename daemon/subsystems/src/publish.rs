@@ -65,7 +65,7 @@ impl PublishedPorts {
     /// Returns what one endpoint wants. Nothing if it is gone or disconnected.
     fn wanted(id: EndpointId, cluster: &Cluster<'_>) -> (Entries, Option<Device>) {
         let own = cluster.view.own().and_then(|own| own.table.endpoint(id));
-        let own = own.filter(|_| !cluster.local.isolation.contains(id));
+        let own = own.filter(|endpoint| !cluster.local.is_disconnected(endpoint));
         let endpoint = own.or_else(|| cluster.local.attaches.get(id));
         let part = endpoint.and_then(|endpoint| {
             Some(rules::part(&cluster.view.networks.get(&endpoint.network)?.network, endpoint))

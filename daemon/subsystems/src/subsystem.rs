@@ -30,9 +30,9 @@ pub struct Cluster<'a> {
 
 impl Cluster<'_> {
     /// Whether kernel objects that a network does not need may be deleted. A bridge network is local to this host, so
-    /// there is no peer state to wait for.
+    /// there is no peer state to wait for. A network that this host refuses must not stay, whatever peers say.
     pub fn may_prune(&self, network: NetworkId) -> bool {
-        self.caught_up || self.view.is_own(network)
+        self.caught_up || self.view.is_own(network) || self.local.refused.contains(network)
     }
 }
 

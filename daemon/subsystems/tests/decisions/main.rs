@@ -9,6 +9,7 @@ mod ingress;
 mod names;
 mod nft;
 mod policy;
+mod ranges;
 mod routed;
 mod services;
 mod switched;
