@@ -10,10 +10,12 @@ use std::time::Duration;
 use ovl_control::{DnsAnswer, DnsQuestion, DnsRecord};
 use ovl_dns::{
     AnswerOrigin, Client, Engine, FailingServer, Listen, ListenRole, Lookup, Name, Outcome, RecordType,
-    Transport, Zone,
+    ResolvConfWatcher, Transport, Zone,
 };
 use ovl_subsystems::names::cluster_names;
-use ovl_subsystems::names::resolver::{ADDRESS_V4, ADDRESS_V6, CLUSTER_V4, CLUSTER_V6, PORT, PORT_DIRECT};
+use ovl_subsystems::names::resolver::{
+    ADDRESS_V4, ADDRESS_V6, CLUSTER_V4, CLUSTER_V6, HOST_ADDRESSES, PORT, PORT_DIRECT,
+};
 
 use crate::config::Config;
 use crate::failed::Failed;
@@ -70,6 +72,13 @@ pub(crate) struct Asked {
 }
 
 impl Resolver {
+    /// Returns a watcher of the resolvers that this host asks.
+    pub(crate) fn upstream_servers(config: &Config) -> ResolvConfWatcher {
+        let own = HOST_ADDRESSES.map(|address| SocketAddr::new(address, PORT));
+        let own = own.into_iter().chain(config.dns_listen.iter().copied()).collect();
+        ResolvConfWatcher::new(config.resolv_conf.clone(), own)
+    }
+
     /// Starts the resolver with a zone if `serves` is set. If it cannot start, the second value is the reason.
     pub(crate) fn start(config: &Config, serves: bool, zone: Zone) -> (Self, Option<String>) {
         let (v4, v6) = (IpAddr::from(ADDRESS_V4), IpAddr::from(ADDRESS_V6));

@@ -16,6 +16,7 @@ use ovl_proto::id::{NetworkId, NodeId};
 use ovl_proto::object::{Body, Driver, Network, Object, ObjectKey, SignedObject};
 use ovl_proto::record::Domain;
 use ovl_proto::resource::{Resource, ResourceKey};
+use ovl_subsystems::mtu::MIN_MTU;
 
 /// Time in milliseconds for which a tombstone is kept. A host that was away for longer may restore a deleted
 /// object.
@@ -271,10 +272,17 @@ fn check_network(network: &Network) -> Result<(), String> {
     if !(1..=networks::MAX_VNI).contains(&network.vni) {
         return Err(format!("network {} with the VNI {}", network.name, network.vni));
     }
+    if network.mtu.is_some_and(|mtu| mtu < MIN_MTU) {
+        return Err(format!("network {} with the MTU {:?}", network.name, network.mtu));
+    }
     if network.subnets.is_empty() || network.subnets.len() > 16 {
         return Err(format!("network {} with {} subnets", network.name, network.subnets.len()));
     }
-    for subnet in &network.subnets {
+    for (index, subnet) in network.subnets.iter().enumerate() {
+        let mut before = network.subnets.iter().take(index);
+        if let Some(other) = before.find(|other| networks::overlaps(other.prefix, subnet.prefix)) {
+            return Err(format!("network {}: {} overlaps {}", network.name, subnet.prefix, other.prefix));
+        }
         ovl_cluster::addresses::validate_subnet(subnet.prefix)
             .map_err(|error| format!("{}: {error}", network.name))?;
         if !subnet.prefix.contains(&subnet.gateway)
@@ -373,6 +381,13 @@ mod tests {
         let mut writer = Writer::new();
         let no_vni = writer.write(AT.wall_ms, false, |network| network.vni = 0);
         assert!(receive(&mut store, &no_vni).1.unwrap().contains("VNI 0"));
+        let small = writer.write(AT.wall_ms, false, |network| network.mtu = Some(68));
+        assert!(receive(&mut store, &small).1.unwrap().contains("MTU"));
+        let twice = writer.write(AT.wall_ms, false, |network| {
+            let subnet = network.subnets[0];
+            network.subnets.push(subnet);
+        });
+        assert!(receive(&mut store, &twice).1.unwrap().contains("overlaps"));
         let bridge = writer.write(AT.wall_ms, false, |network| network.driver = Driver::Bridge);
         assert!(receive(&mut store, &bridge).1.unwrap().contains("only be its host's own"));
         assert!(store.all().is_empty());

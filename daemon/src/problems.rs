@@ -53,6 +53,8 @@ pub(crate) enum Code {
     NoBlock,
     /// An endpoint is isolated: its address belongs to another host.
     EndpointIsolated,
+    /// A network is not built here, because it covers addresses that this host needs.
+    NetworkRange,
     /// This host has no tunnel.
     NoTunnel,
     /// Another host has no tunnel.
@@ -107,6 +109,7 @@ impl Code {
         Self::BridgeConflict,
         Self::NoBlock,
         Self::EndpointIsolated,
+        Self::NetworkRange,
         Self::NoTunnel,
         Self::PeerWithoutTunnel,
         Self::TunnelKeyCopied,
@@ -149,6 +152,7 @@ impl Code {
             Self::BridgeConflict => "OVL-E041",
             Self::NoBlock => "OVL-E042",
             Self::EndpointIsolated => "OVL-E043",
+            Self::NetworkRange => "OVL-E044",
             Self::NoTunnel => "OVL-E050",
             Self::PeerWithoutTunnel => "OVL-E051",
             Self::TunnelKeyCopied => "OVL-E052",
@@ -183,6 +187,7 @@ impl Code {
             | Self::KeyMissed
             | Self::NoBlock
             | Self::EndpointIsolated
+            | Self::NetworkRange
             | Self::NoTunnel
             | Self::PeerWithoutTunnel
             | Self::TunnelKeyCopied

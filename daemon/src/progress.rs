@@ -16,6 +16,8 @@ pub(crate) struct Progress {
     drift: bool,
     /// The right of this host's endpoints to their addresses may have changed.
     rights: bool,
+    /// The networks that this host must not build may have changed.
+    ranges: bool,
     /// Rejected operations, each with a sentence that has the reason.
     failing: BTreeMap<String, String>,
     counts: Counts,
@@ -35,7 +37,14 @@ pub(crate) struct Counts {
 impl Progress {
     /// Nothing has been done yet. The rights of endpoints that the last run left are to be checked.
     pub(crate) fn new() -> Self {
-        Self { full: false, drift: false, rights: true, failing: BTreeMap::new(), counts: Counts::default() }
+        Self {
+            full: false,
+            drift: false,
+            rights: true,
+            ranges: true,
+            failing: BTreeMap::new(),
+            counts: Counts::default(),
+        }
     }
 
     /// Requests that the next pass is a full one.
@@ -79,6 +88,16 @@ impl Progress {
     /// Returns whether these rights may have changed since the last call.
     pub(crate) fn take_rights(&mut self) -> bool {
         std::mem::take(&mut self.rights)
+    }
+
+    /// Records that the networks that this host must not build may have changed.
+    pub(crate) fn mark_ranges(&mut self) {
+        self.ranges = true;
+    }
+
+    /// Returns whether these networks may have changed since the last call.
+    pub(crate) fn take_ranges(&mut self) -> bool {
+        std::mem::take(&mut self.ranges)
     }
 
     /// Counts operations that were applied.

@@ -19,9 +19,9 @@ const RESOLVED_CONF: &str = "/run/systemd/resolve/resolv.conf";
 /// The version of a file: inode, modification time and length. `None` if it does not exist.
 type FileVersion = Option<(u64, i64, i64, u64)>;
 
-/// Reads the servers whenever the file changes.
+/// Reads the servers of a resolv.conf(5) whenever the file changes.
 #[derive(Debug)]
-pub(crate) struct ResolvConfWatcher {
+pub struct ResolvConfWatcher {
     path: PathBuf,
     /// The engine's own listening addresses: to query them would be a loop.
     own: Vec<SocketAddr>,
@@ -29,12 +29,13 @@ pub(crate) struct ResolvConfWatcher {
 }
 
 impl ResolvConfWatcher {
-    pub(crate) fn new(path: PathBuf, own: Vec<SocketAddr>) -> Self {
+    /// Begins with the file at `path`. Servers at the addresses `own` are left out.
+    pub fn new(path: PathBuf, own: Vec<SocketAddr>) -> Self {
         Self { path, own, seen: None }
     }
 
     /// Returns the servers in order. `None` if the files have not changed since the last call.
-    pub(crate) fn changed(&mut self) -> Option<Vec<SocketAddr>> {
+    pub fn changed(&mut self) -> Option<Vec<SocketAddr>> {
         let now = (file_version(&self.path), file_version(Path::new(RESOLVED_CONF)));
         if self.seen == Some(now) {
             return None;

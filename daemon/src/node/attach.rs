@@ -83,6 +83,7 @@ impl Node {
             let state = self.state.borrow();
             state.view.network(&request.network).is_some_and(|found| found.network.driver == Driver::Bridge)
         };
+        self.check_built(&request.network)?;
         // A bridge network is local to this host, so there is no peer state to wait for.
         if !own {
             self.settled().await;
@@ -295,6 +296,7 @@ impl Node {
         if let Some(PodRef { name, uid }) = &request.pod {
             check_pod(name, uid).map_err(Failed::invalid)?;
         }
+        self.check_built(&request.network)?;
         let state = self.state.borrow();
         // Peers refuse a table that exceeds the limits. What is left is for leases and what else the host must write.
         if state.view.own().is_some_and(|own| !own.table.has_room(1024, 1 << 20)) {
@@ -651,7 +653,7 @@ impl Node {
         let own = node.record.id == state.view.me;
         let local = own.then(|| state.endpoints.get(endpoint.id)).flatten();
         let known = state.view.known_labels(node.record.id, endpoint);
-        let isolated = state.local.isolation.contains(endpoint.id)
+        let isolated = own && state.local.is_disconnected(endpoint)
             || state.view.address_conflict(node.record.id, endpoint).is_some();
         EndpointInfo {
             name: endpoint.name.clone(),

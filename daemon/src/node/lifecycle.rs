@@ -162,6 +162,7 @@ async fn start_tasks(node: &Rc<Node>, inbox: Inbox, listener: Option<UnixListene
     tasks.spawn_local(Rc::clone(node).reconcile_loop());
     tasks.spawn_local(Rc::clone(node).admission_loop());
     tasks.spawn_local(Rc::clone(node).underlay_loop());
+    tasks.spawn_local(Rc::clone(node).ranges_loop());
     tasks.spawn_local(Rc::clone(node).claim_loop());
     if node.environment.owns_host() {
         tasks.spawn_local(Rc::clone(node).limits_loop());

@@ -22,6 +22,7 @@ mod objects;
 mod peers;
 mod policy;
 mod publish;
+mod ranges;
 mod reconcile;
 mod requests;
 mod routed;
@@ -47,6 +48,7 @@ use ovl_consensus::Replica as Allocator;
 use ovl_control::{Event, PeerState};
 use ovl_dataplane::device::Device;
 use ovl_files::Damaged;
+use ovl_dns::ResolvConfWatcher;
 use ovl_kernel::{KernelEvent, KernelHandle, Prober};
 use ovl_mesh::gossip::{Gossip, GossipConfig, GossipEvent, Hints};
 use ovl_mesh::keys::{ClusterKey, Identity, KeyFile, Keyring, TunnelSecret};
@@ -55,6 +57,7 @@ use ovl_mesh::transport::Transport;
 use ovl_proto::id::NodeId;
 use ovl_proto::record::{NodeRecord, Presence, SignedRecord};
 use ovl_subsystems::local::Local;
+use ovl_subsystems::local::ranges::HostRanges;
 use tokio::sync::{Notify, mpsc};
 use tokio::time::Instant;
 
@@ -145,6 +148,10 @@ pub(crate) struct Node {
     routed: Notify,
     /// Signals that the underlay device or its addresses changed.
     underlay: Notify,
+    /// Notified when a link, an address or a default route of the host changes.
+    ranges: Notify,
+    /// Reads the resolvers of this host.
+    resolv_conf: RefCell<ResolvConfWatcher>,
     /// How to stop. `None` while the daemon is to run.
     stop: Cell<Option<Stop>>,
     stopping: Notify,
@@ -252,6 +259,7 @@ impl Node {
         let zone = state.subsystems.names.zone().clone();
         let (resolver, unnamed) = Resolver::start(&config, environment.owns_host(), zone);
         state.problems.set(Code::ResolverDown, "", unnamed);
+        let resolv_conf = Resolver::upstream_servers(&config);
         let sandbox_dir = run_dir.sandboxes();
         let ports = Ports::start().context("starting the thread for published ports")?;
         let node = Rc::new(Self {
@@ -284,6 +292,8 @@ impl Node {
             membership: Notify::new(),
             routed: Notify::new(),
             underlay: Notify::new(),
+            ranges: Notify::new(),
+            resolv_conf: RefCell::new(resolv_conf),
             stop: Cell::new(None),
             stopping: Notify::new(),
             config,
@@ -336,6 +346,8 @@ impl Node {
 
     /// Adopts what the last run left in the kernel, and withdraws endpoints whose interfaces are gone.
     async fn adopt(&self) -> Result<()> {
+        self.observe_connections().await;
+        self.observe_resolvers();
         let kept = self.read_kept()?;
         self.remove_unfinished(&kept).await;
         let leases: Vec<_> = {
@@ -352,6 +364,7 @@ impl Node {
         // A removed network stays in service while it has endpoints, and the adopted endpoints count.
         self.recompute_networks();
         self.refresh_all_names();
+        self.refuse_networks();
         self.full_pass().await;
         self.read_sandboxes()?;
         if let Err(failed) = self.living_sandboxes().await {
@@ -514,6 +527,7 @@ fn first_state(
             resources: Resources::default(),
         },
         local: Local::default(),
+        host_ranges: HostRanges::default(),
         own_record: signed.clone(),
         peers: BTreeMap::new(),
         next_peer: 0,

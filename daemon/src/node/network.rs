@@ -17,7 +17,6 @@ use ovl_control::{NetworkCreate, NetworkInfo};
 use ovl_proto::clock::Stamp;
 use ovl_proto::id::NetworkId;
 use ovl_proto::object::{Backend, Driver, Mode, Network, ObjectKey};
-use ovl_subsystems::encryption::tunnel;
 
 use super::state::State;
 use super::{Failed, Node};
@@ -156,6 +155,7 @@ impl Node {
                     return Err(Failed::conflict(format!("{prefix} overlaps the {name} {range}")));
                 }
             }
+            self.check_needed(state, *prefix)?;
             subnets.push(subnet);
         }
         Ok(Network {
@@ -221,6 +221,7 @@ impl Node {
                 *subnet =
                     ipam::can_grow(subnet, *prefix).map_err(|error| Failed::invalid(error.to_string()))?;
                 check_overlap(&state, Some(network.id), *prefix)?;
+                self.check_needed(&state, *prefix)?;
             }
             for (index, subnet) in network.subnets.iter().enumerate() {
                 if network
@@ -354,12 +355,6 @@ fn check_overlap(state: &State, own: Option<NetworkId>, prefix: IpNet) -> Result
                 subnet.prefix, other.network.name
             )));
         }
-    }
-    let tunnel = tunnel::prefix(state.view.alloc.cluster);
-    if networks::overlaps(tunnel, prefix) {
-        return Err(Failed::conflict(format!(
-            "{prefix} overlaps {tunnel}, where the hosts' addresses in the tunnel are"
-        )));
     }
     if let Some(node) = state.view.nodes.values().find(|node| prefix.contains(&node.record.vtep)) {
         return Err(Failed::conflict(format!(

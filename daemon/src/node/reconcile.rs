@@ -60,6 +60,7 @@ impl Node {
             }
             self.settle_backends(&mut self.state.borrow_mut());
             self.refresh_names();
+            self.refuse_networks();
             let full = self.state.borrow().reconcile.is_full_due();
             if self.state.borrow_mut().reconcile.take_rights() || full {
                 self.note_isolated();
@@ -183,9 +184,14 @@ impl Node {
     pub(super) fn on_kernel(self: &Rc<Self>, event: KernelEvent) {
         match event {
             KernelEvent::EndpointGone(device) => self.lost([device]),
-            KernelEvent::Changed | KernelEvent::Overrun | KernelEvent::FilterChanged => self.look_soon(),
+            KernelEvent::Changed | KernelEvent::FilterChanged => self.look_soon(),
+            KernelEvent::Overrun => {
+                self.ranges.notify_one();
+                self.look_soon();
+            }
             KernelEvent::Underlay => {
                 self.underlay.notify_one();
+                self.ranges.notify_one();
                 // When a link goes down, the kernel deletes the routes through it without a notification.
                 let direct =
                     |network: &Network| network.mode == Mode::L3 && network.backend != Backend::Vxlan;

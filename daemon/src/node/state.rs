@@ -18,6 +18,7 @@ use ovl_proto::record::{NodeRecord, SignedRecord};
 use ovl_proto::sync::Message;
 use ovl_proto::table::{Endpoint, Entry};
 use ovl_subsystems::local::Local;
+use ovl_subsystems::local::ranges::HostRanges;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
@@ -86,6 +87,8 @@ pub(crate) struct State {
     pub view: View,
     /// State of the local host that subsystems read.
     pub local: Local,
+    /// How this host is connected, which decides which networks it builds.
+    pub host_ranges: HostRanges,
     /// Signed form of this host's record, which is in `view.own()`.
     pub own_record: SignedRecord,
     /// All peers by id. Each has an entry in `view.nodes`.
@@ -218,6 +221,9 @@ impl State {
 
     /// Reports a change to everything that derives state from it.
     pub(crate) fn changed(&mut self, change: Change<'_>) {
+        if let Change::Host(_) | Change::ThisHost | Change::Network(_) | Change::Built(_) = change {
+            self.reconcile.mark_ranges();
+        }
         match change {
             Change::Entry { host, entry } => match entry {
                 Entry::Lease { network, .. } => self.changed(Change::Rights(*network)),
