@@ -10,7 +10,7 @@ use std::time::Duration;
 use ovl_control::{DnsAnswer, DnsQuestion, DnsRecord};
 use ovl_dns::{
     AnswerOrigin, Client, Engine, FailingServer, Listen, ListenRole, Lookup, Name, Outcome, RecordType,
-    ResolvConfWatcher, Transport, Zone,
+    ResolvConfWatcher, Share, Transport, Zone,
 };
 use ovl_subsystems::names::cluster_names;
 use ovl_subsystems::names::resolver::{
@@ -110,7 +110,9 @@ impl Resolver {
     }
 
     /// Returns a problem for each upstream resolver that recently failed to answer.
-    pub(crate) fn problems(&self) -> Vec<Problem> {
+    /// Also returns one for each client that used up its share of the resolver lately; `called` returns what the
+    /// endpoint with an address is called.
+    pub(crate) fn problems(&self, called: impl Fn(IpAddr) -> Option<String>) -> Vec<Problem> {
         let failing = self.engine.as_ref().map(Engine::failing).unwrap_or_default();
         let lately = failing.iter().filter(|each| each.at.elapsed() < FAILED_LATELY);
         let sentence = |FailingServer { server, stub, at }: &FailingServer| {
@@ -121,7 +123,9 @@ impl Resolver {
             );
             Code::UpstreamResolver.about(server.to_string(), sentence)
         };
-        lately.map(sentence).collect()
+        let limited = self.engine.as_ref().map(Engine::limited).unwrap_or_default();
+        let limited = limited.into_iter().map(|(client, share)| limit_problem(client, share, &called));
+        lately.map(sentence).chain(limited).collect()
     }
 
     /// Returns the counters of the resolver, with their names for metrics.
@@ -132,6 +136,7 @@ impl Resolver {
             ("cache", stats.cached),
             ("forwarded", stats.forwarded),
             ("failed", stats.failed),
+            ("limited", stats.limited),
             ("ignored", stats.ignored),
         ]
     }
@@ -203,6 +208,28 @@ impl Resolver {
             AnswerOrigin::Unanswered => format!("no name of ovl's; none of the resolvers {of} answered"),
         }
     }
+}
+
+/// Says which client has used up a share of the resolver.
+fn limit_problem(client: Client, share: Share, called: impl Fn(IpAddr) -> Option<String>) -> Problem {
+    let (object, who) = match client {
+        Client::Host => ("host".to_owned(), "a program of this host".to_owned()),
+        Client::Endpoint(address) => match called(address) {
+            Some(name) => (name.clone(), format!("endpoint {name} ({address})")),
+            None => (address.to_string(), format!("the endpoint at {address}")),
+        },
+    };
+    let sentence = match share {
+        Share::Connections => format!(
+            "{who} holds as many TCP connections to the resolver as one client may: its idle ones are closed for new ones. \
+             Stop what opens them"
+        ),
+        Share::Queries => format!(
+            "{who} has as many queries waiting for upstream resolvers as one client may, so further ones fail. Stop what \
+             sends them, or see why the upstream resolvers do not answer"
+        ),
+    };
+    Code::ResolverShare.about(object, sentence)
 }
 
 /// Returns the DNS configuration of a pod, as the result of a CNI call has it (CNI specification 1.1.0, "DNS").

@@ -77,6 +77,8 @@ pub(crate) enum Code {
     ResolverDown,
     /// An upstream resolver of the host does not answer.
     UpstreamResolver,
+    /// A client of the resolver has used up its share.
+    ResolverShare,
     /// Strict reverse path filtering drops packets of a host.
     SourceValidation,
     /// The kernel's neighbour table is too small.
@@ -86,7 +88,7 @@ pub(crate) enum Code {
 impl Code {
     /// All codes, in the order of their numbers.
     #[cfg(test)]
-    const ALL: [Self; 35] = [
+    const ALL: [Self; 36] = [
         Self::Address,
         Self::StateFile,
         Self::DamagedFile,
@@ -121,6 +123,7 @@ impl Code {
         Self::ServiceDenied,
         Self::ResolverDown,
         Self::UpstreamResolver,
+        Self::ResolverShare,
         Self::SourceValidation,
         Self::NeighbourTable,
     ];
@@ -164,6 +167,7 @@ impl Code {
             Self::ServiceDenied => "OVL-E063",
             Self::ResolverDown => "OVL-E070",
             Self::UpstreamResolver => "OVL-E071",
+            Self::ResolverShare => "OVL-E072",
             Self::SourceValidation => "OVL-E080",
             Self::NeighbourTable => "OVL-E081",
         }
@@ -207,6 +211,7 @@ impl Code {
             | Self::NotEncrypted
             | Self::ServiceDenied
             | Self::UpstreamResolver
+            | Self::ResolverShare
             | Self::NeighbourTable => Severity::Warning,
         }
     }

@@ -1,23 +1,25 @@
 //! The engine: its sockets, its threads, and the zone that they answer from.
 
-use std::cell::Cell;
+use std::cell::RefCell;
 use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::rc::Rc;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
 use arc_swap::ArcSwap;
-use ovl_zone::{Name, Zone};
+use ovl_zone::{Client, Name, Zone};
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::forward::{Forwarder, Job, Lookup, Waiter};
 use crate::resolv::ResolvConfWatcher;
 use crate::servers::{FailingServer, StubDomain};
+use crate::share::Share;
 use crate::shared::{Counters, ListenRole, Shared};
+use crate::tcp::Connections;
 use crate::wire::{RecordType, question};
 use crate::{sys, tcp, udp};
 
@@ -59,6 +61,8 @@ pub struct Stats {
     pub forwarded: u64,
     /// Forwarded questions that no server answered.
     pub failed: u64,
+    /// Queries and connections that were refused or closed because the client had used up its share.
+    pub limited: u64,
 }
 
 /// A DNS server. It ends when it is dropped.
@@ -79,6 +83,7 @@ impl Engine {
             zone: ArcSwap::from_pointee(zone),
             counters: Counters::default(),
             failing: ArcSwap::default(),
+            limited: Mutex::default(),
             ending: AtomicBool::new(false),
         });
         let explain = |listen: &Listen, error: io::Error| {
@@ -126,7 +131,7 @@ impl Engine {
     pub async fn look_up(&self, name: &Name, kind: RecordType) -> Option<Lookup> {
         let (sender, receiver) = oneshot::channel();
         let message = question(0, name, kind, 0, Some(false));
-        let job = Job { message, alias: None, to: Waiter::Lookup(sender) };
+        let job = Job { message, alias: None, asker: Client::Host, to: Waiter::Lookup(sender) };
         self.jobs.send(job).await.ok()?;
         receiver.await.ok()
     }
@@ -136,15 +141,22 @@ impl Engine {
         self.shared.failing.load_full()
     }
 
+    /// Returns the clients that used up a share lately.
+    pub fn limited(&self) -> Vec<(Client, Share)> {
+        let limited = self.shared.limited.lock().unwrap_or_else(PoisonError::into_inner);
+        limited.lately(std::time::Instant::now())
+    }
+
     /// Returns the counters.
     pub fn stats(&self) -> Stats {
-        let Counters { answered, ignored, cached, forwarded, failed } = &self.shared.counters;
+        let Counters { answered, ignored, cached, forwarded, failed, limited } = &self.shared.counters;
         Stats {
             answered: answered.load(Relaxed),
             ignored: ignored.load(Relaxed),
             cached: cached.load(Relaxed),
             forwarded: forwarded.load(Relaxed),
             failed: failed.load(Relaxed),
+            limited: limited.load(Relaxed),
         }
     }
 }
@@ -162,7 +174,7 @@ async fn run_forwarding(
     jobs: &mpsc::Sender<Job>,
     forwarding: impl Future<Output = ()>,
 ) {
-    let open = Rc::new(Cell::new(0));
+    let open = Rc::new(RefCell::new(Connections::default()));
     for (listener, role) in streams {
         match TcpListener::from_std(listener) {
             Ok(listener) => {

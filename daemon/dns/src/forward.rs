@@ -10,13 +10,14 @@ use std::time::{Duration, Instant};
 
 use futures_util::StreamExt as _;
 use futures_util::stream::FuturesUnordered;
-use ovl_zone::Name;
+use ovl_zone::{Client, Name};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::answer::{self, Target};
 use crate::cache::{Cache, Question};
 use crate::resolv::ResolvConfWatcher;
 use crate::servers::{Servers, StubDomain};
+use crate::share::Share;
 use crate::shared::Shared;
 use crate::upstream::{self, Reply};
 use crate::wire::{AA, AD, HEADER, QR, Query, RA, Rcode, TC, opt, u16_at};
@@ -30,6 +31,8 @@ const RESOLV_CONF_INTERVAL: Duration = Duration::from_secs(1);
 /// The limits of questions in flight, and of clients that wait for one question.
 const MAX_QUESTIONS: usize = 2_000;
 const MAX_WAITING: usize = 500;
+/// The limit of queries of one client that wait. One client alone must not take all questions in flight.
+const MAX_WAITING_EACH: usize = MAX_QUESTIONS / 8;
 
 /// A query to forward.
 #[derive(Debug)]
@@ -37,11 +40,10 @@ pub(crate) struct Job {
     pub(crate) message: Vec<u8>,
     /// The name to ask for in place of the one in the query.
     pub(crate) alias: Option<Target>,
+    /// The client, whose share the query counts against.
+    pub(crate) asker: Client,
     pub(crate) to: Waiter,
 }
-
-/// A query whose question is in flight.
-type Waiting = (Vec<u8>, Option<Target>, Waiter);
 
 /// The receiver of an answer.
 #[derive(Debug)]
@@ -78,7 +80,9 @@ pub(crate) struct Forwarder {
     servers: RefCell<Servers>,
     cache: RefCell<Cache>,
     /// The questions in flight, with the queries that wait for each.
-    waiting: RefCell<HashMap<Question, Vec<Waiting>>>,
+    waiting: RefCell<HashMap<Question, Vec<Job>>>,
+    /// The number of queries of each client that wait.
+    shares: RefCell<HashMap<Client, usize>>,
     shared: Arc<Shared>,
 }
 
@@ -88,6 +92,7 @@ impl Forwarder {
             servers: RefCell::new(Servers::new(stubs)),
             cache: RefCell::default(),
             waiting: RefCell::default(),
+            shares: RefCell::default(),
             shared,
         })
     }
@@ -132,35 +137,61 @@ impl Forwarder {
         self.shared.failing.store(Arc::new(self.servers.borrow().failing()));
     }
 
-    fn take(self: &Rc<Self>, Job { message, alias, to }: Job) {
+    fn take(self: &Rc<Self>, job: Job) {
         // It was valid before it was queued.
-        let Ok(query) = Query::read(&message) else { return };
-        let name = alias.as_ref().map_or(&query.name, |target| &target.name);
+        let Ok(query) = Query::read(&job.message) else { return };
+        let name = job.alias.as_ref().map_or(&query.name, |target| &target.name);
         let question =
             Question::new(name, query.kind, query.wants_dnssec(), query.flags & crate::wire::CD != 0);
         let kept = self.cache.borrow_mut().get(&question, Instant::now());
         if let Some(kept) = kept {
             self.shared.counters.cached.fetch_add(1, Relaxed);
-            self.deliver(&message, &query, alias, to, &kept, AnswerOrigin::Cache);
+            self.deliver(&job.message, &query, job.alias, job.to, &kept, AnswerOrigin::Cache);
             return;
         }
+        if self.shares.borrow().get(&job.asker).is_some_and(|count| *count >= MAX_WAITING_EACH) {
+            self.shared.note_limited(job.asker, Share::Queries);
+            self.fail(&job.message, &query, job.to);
+            return;
+        }
+        let asker = job.asker;
         let mut waiting = self.waiting.borrow_mut();
         let full = waiting.len() >= MAX_QUESTIONS;
         if let Some(others) = waiting.get_mut(&question) {
             if others.len() < MAX_WAITING {
-                others.push((message, alias, to));
+                others.push(job);
+                self.count(asker);
             }
             return;
         }
         if full {
             self.shared.counters.failed.fetch_add(1, Relaxed);
-            self.fail(&message, &query, to);
+            self.fail(&job.message, &query, job.to);
             return;
         }
-        waiting.insert(question.clone(), vec![(message, alias, to)]);
+        waiting.insert(question.clone(), vec![job]);
         drop(waiting);
+        self.count(asker);
         let forwarder = Rc::clone(self);
         tokio::task::spawn_local(async move { forwarder.resolve(question).await });
+    }
+
+    /// Counts a query of a client that waits.
+    fn count(&self, asker: Client) {
+        let mut shares = self.shares.borrow_mut();
+        let count = shares.entry(asker).or_default();
+        *count = count.saturating_add(1);
+    }
+
+    /// Takes back [`Self::count`].
+    fn discount(&self, asker: Client) {
+        let mut shares = self.shares.borrow_mut();
+        let left = shares.get(&asker).map_or(0, |count| count.saturating_sub(1));
+        if left == 0 {
+            shares.remove(&asker);
+        } else {
+            shares.insert(asker, left);
+        }
     }
 
     async fn resolve(self: Rc<Self>, question: Question) {
@@ -173,7 +204,8 @@ impl Forwarder {
             self.shared.counters.failed.fetch_add(1, Relaxed);
         }
         let waiting = self.waiting.borrow_mut().remove(&question).unwrap_or_default();
-        for (message, alias, to) in waiting {
+        for Job { message, alias, asker, to } in waiting {
+            self.discount(asker);
             let Ok(query) = Query::read(&message) else { continue };
             match &found {
                 Some((reply, server)) => {

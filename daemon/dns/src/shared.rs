@@ -1,12 +1,15 @@
 //! The state that all threads of an engine share.
 
 use std::net::IpAddr;
-use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::{Mutex, PoisonError};
+use std::time::Instant;
 
 use arc_swap::ArcSwap;
 use ovl_zone::{Client, Zone};
 
 use crate::servers::FailingServer;
+use crate::share::{Limited, Share};
 
 /// The kind of the clients at a listening address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -35,6 +38,7 @@ pub(crate) struct Counters {
     pub(crate) cached: AtomicU64,
     pub(crate) forwarded: AtomicU64,
     pub(crate) failed: AtomicU64,
+    pub(crate) limited: AtomicU64,
 }
 
 /// The state that all threads share.
@@ -43,5 +47,15 @@ pub(crate) struct Shared {
     pub(crate) zone: ArcSwap<Zone>,
     pub(crate) counters: Counters,
     pub(crate) failing: ArcSwap<Vec<FailingServer>>,
+    pub(crate) limited: Mutex<Limited>,
     pub(crate) ending: AtomicBool,
+}
+
+impl Shared {
+    /// Counts and remembers that an asker has used up a share.
+    pub(crate) fn note_limited(&self, asker: Client, share: Share) {
+        self.counters.limited.fetch_add(1, Relaxed);
+        let mut limited = self.limited.lock().unwrap_or_else(PoisonError::into_inner);
+        limited.note(asker, share, Instant::now());
+    }
 }

@@ -41,18 +41,18 @@ pub(crate) fn serve(sockets: &[(Arc<UdpSocket>, ListenRole)], shared: &Shared, j
                 };
                 let Some(buffer) = answers.next_slot() else { break };
                 turn = turn.wrapping_add(1);
-                match answer(zone, role.client(from.ip()), Transport::Udp, query, buffer, turn) {
+                let asker = role.client(from.ip());
+                match answer(zone, asker, Transport::Udp, query, buffer, turn) {
                     Outcome::Answer(length) => {
                         answered += 1;
                         answers.push(from, length);
                     }
                     outcome @ (Outcome::Forward | Outcome::Alias) => {
                         let to = Waiter::Udp(Arc::clone(socket), from);
-                        let alias =
-                            (outcome == Outcome::Alias).then(|| target(zone, role.client(from.ip()), query));
+                        let alias = (outcome == Outcome::Alias).then(|| target(zone, asker, query));
+                        let job = Job { message: query.to_vec(), alias: alias.flatten(), asker, to };
                         // If the queue is full, the client retries.
-                        if jobs.try_send(Job { message: query.to_vec(), alias: alias.flatten(), to }).is_err()
-                        {
+                        if jobs.try_send(job).is_err() {
                             ignored += 1;
                         }
                     }

@@ -155,7 +155,12 @@ impl Node {
         let mut problems: Vec<Problem> = state.problems.all().collect();
         problems.extend(self.unreachable(&state));
         problems.extend(self.tunnel.borrow().problems(&state.view, &self.config));
-        problems.extend(self.resolver.problems());
+        let called = |address| {
+            let own = state.own_endpoints();
+            let mut found = own.filter(|endpoint| endpoint.addresses.iter().any(|net| net.addr() == address));
+            found.next().map(|endpoint| endpoint.name.clone())
+        };
+        problems.extend(self.resolver.problems(called));
         problems.extend(state.reconcile.problems());
         let starting = !state.is_member() || !state.caught_up;
         Status {

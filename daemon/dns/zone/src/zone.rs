@@ -11,7 +11,7 @@ use ipnet::IpNet;
 use crate::name::Name;
 
 /// The client that sent a query.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Client {
     /// The host itself, which sees the names of all networks, by full names alone.
     Host,

@@ -1,0 +1,116 @@
+//! What one client can take of the resolver, and what it gets no answer for.
+
+#![allow(clippy::unwrap_used, reason = "tests, and helpers of tests")]
+
+use std::net::{Ipv4Addr, TcpStream, UdpSocket};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, ensure};
+use netns_lab::{Host, Lab, wait_until};
+use ovl_tests::resolver::{Behaviour, FakeResolver, ResolvConf, config, dig};
+use ovl_tests::{
+    Attached, SOON, attach, create_network, start_lab_with, wait_problem,
+};
+
+const AT: &str = "127.0.0.11";
+const FIRST: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 1);
+const SILENT: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 2);
+
+/// A lab of one host with a resolver that answers.
+fn lab(more: &str) -> (Lab, ResolvConf, FakeResolver) {
+    let (config, file) = config(1, &["127.0.0.1"], more).unwrap();
+    let lab = start_lab_with(config).unwrap();
+    let upstream = FakeResolver::start(&lab["h1"], FIRST, Behaviour::Answers).unwrap();
+    (lab, file, upstream)
+}
+
+/// Two endpoints on networks of their own.
+fn bad_and_good(lab: &Lab) -> [Attached; 2] {
+    create_network(lab, "blue", &["--subnet", "10.70.0.0/24"]).unwrap();
+    create_network(lab, "red", &["--subnet", "10.71.0.0/24"]).unwrap();
+    [attach(&lab["h1"], "bad", "blue", &[]).unwrap(), attach(&lab["h1"], "good", "red", &[]).unwrap()]
+}
+
+fn limited(host: &Host) -> u64 {
+    let metrics = host.ctl_ok(&["metrics"]).unwrap();
+    let line = metrics.lines().find(|line| line.contains("outcome=\"limited\"")).unwrap();
+    line.rsplit(' ').next().unwrap().parse().unwrap()
+}
+
+#[test]
+fn idle_tcp_connections_of_one_endpoint_stop_no_other() {
+    let (lab, _file, _upstream) = lab("");
+    let [bad, good] = bad_and_good(&lab);
+    let open = || -> Result<Vec<TcpStream>> {
+        let all = (0..200).map(|_| TcpStream::connect((AT, 53)));
+        Ok(all.collect::<std::io::Result<_>>()?)
+    };
+    let held = bad.workload.run(open).unwrap().unwrap();
+    for name in ["good", "example.org"] {
+        for _ in 0..5 {
+            assert_eq!(dig(&good.workload, AT, &["+tcp", name]).unwrap().len(), 1, "{name}");
+        }
+        // Its own queries are answered, too: its idle connections make room.
+        let name = if name == "good" { "bad" } else { name };
+        assert_eq!(dig(&bad.workload, AT, &["+tcp", name]).unwrap().len(), 1, "{name}");
+    }
+    wait_problem(&lab["h1"], &["endpoint bad", "TCP connections"], SOON).unwrap();
+    assert!(limited(&lab["h1"]) >= 170);
+    drop(held);
+}
+
+#[test]
+fn unanswered_queries_of_one_endpoint_stop_no_other() {
+    let (lab, _file, _upstream) = lab("[stub_domains]\n\"slow.test\" = [\"127.0.0.2\"]\n");
+    let _silent = FakeResolver::start(&lab["h1"], SILENT, Behaviour::Silent).unwrap();
+    let [bad, good] = bad_and_good(&lab);
+    let stop = AtomicBool::new(false);
+    let socket = bad.workload.run(|| UdpSocket::bind("0.0.0.0:0")).unwrap().unwrap();
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            // 1,250 queries a second for names that nobody answers.
+            let mut number = 0u32;
+            let mut next = Instant::now();
+            while !stop.load(Ordering::SeqCst) {
+                for _ in 0..25 {
+                    number += 1;
+                    let _ = socket.send_to(&query(&format!("n{number}"), "slow", "test"), (AT, 53));
+                }
+                next += Duration::from_millis(20);
+                std::thread::sleep(next.saturating_duration_since(Instant::now()));
+            }
+        });
+        let result = (|| -> Result<()> {
+            // By then, all questions in flight would be those of the one.
+            wait_problem(&lab["h1"], &["endpoint bad", "queries waiting"], SOON)?;
+            std::thread::sleep(Duration::from_secs(3));
+            for number in 0..10 {
+                let found = dig(&good.workload, AT, &[&format!("v{number}.example.org")])?;
+                ensure!(found == ["192.0.2.7"], "{found:?}");
+            }
+            Ok(())
+        })();
+        stop.store(true, Ordering::SeqCst);
+        result.unwrap();
+    });
+    assert!(limited(&lab["h1"]) > 1_000);
+    // Its own queries are answered again as soon as the others have failed.
+    wait_until(SOON, "an answer", || {
+        ensure!(dig(&bad.workload, AT, &["w.example.org"])? == ["192.0.2.7"]);
+        Ok(())
+    })
+    .unwrap();
+}
+
+/// Writes a query for the A records of a name of three labels.
+fn query(first: &str, second: &str, third: &str) -> Vec<u8> {
+    let mut query = vec![0, 1, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0];
+    for label in [first, second, third] {
+        query.push(u8::try_from(label.len()).unwrap());
+        query.extend(label.as_bytes());
+    }
+    query.extend([0, 0, 1, 0, 1]);
+    query
+}
+
