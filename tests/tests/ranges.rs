@@ -77,6 +77,7 @@ fn routed(name: &str, number: u8, subnet: &str, gateway: &str) -> Network {
         backend: Backend::Auto,
         names: true,
         on_demand: false,
+        external_names: false,
     }
 }
 
@@ -247,11 +248,14 @@ fn host_gives_up_a_network_that_its_lan_comes_to_cover() {
     // A default gateway need not be in a prefix of the host.
     create_network(&lab, "far", &["--mode", "l3", "--subnet", "100.64.9.0/24"]).unwrap();
     let gateway = ["ip", "route", "add", "default", "via", "100.64.9.1", "dev", "lan0", "onlink"];
+    let other =
+        ["ip", "route", "add", "default", "via", "100.64.20.1", "dev", "lan0", "onlink", "metric", "7"];
+    h2.exec_ok(other).unwrap();
     h2.exec_ok(gateway).unwrap();
     wait_problem(h2, &["network far is not built", "100.64.9.1", "default gateway"], SOON).unwrap();
     wait_until(SOON, "no route of ovl", || ensure_no_route(h2, "100.64.9.0/24")).unwrap();
-    let more = ["network", "create", "more", "--subnet", "100.64.8.0/23"];
-    assert_contains(&ctl_error(h2, &more).unwrap(), &["100.64.9.1", "default gateway", "--subnet"]);
+    let more = ["network", "create", "more", "--subnet", "100.64.20.0/24"];
+    assert_contains(&ctl_error(h2, &more).unwrap(), &["100.64.20.1", "default gateway", "--subnet"]);
     drop(machine);
     wait_clean(lab.hosts(), SOON).unwrap();
 }

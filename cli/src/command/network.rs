@@ -78,6 +78,9 @@ struct CreateArgs {
     /// Create no gateway: endpoints reach only each other and their resolver
     #[arg(long)]
     internal: bool,
+    /// With --internal: resolve also names outside of the cluster, through the host's resolvers
+    #[arg(long, requires = "internal")]
+    external_names: bool,
     /// MTU in bytes [default: follows the path MTU between the network's hosts]
     #[arg(long, value_name = "N")]
     mtu: Option<u16>,
@@ -166,6 +169,7 @@ impl CreateArgs {
             }),
             block_lengths: self.block_lengths,
             dns: self.dns,
+            external_names: self.external_names,
         })
     }
 }
@@ -207,6 +211,7 @@ fn options(network: &NetworkInfo) -> String {
     let options = [
         (network.encrypted, "encrypted"),
         (network.internal, "internal"),
+        (network.internal && network.external_names, "external-names"),
         (!network.dns, "no-dns"),
         (network.removing, "removing"),
     ];
@@ -245,6 +250,7 @@ fn inspect(network: &NetworkInfo) -> String {
         ("Nodes", comma_separated(&network.nodes)),
         ("Bridge", optional(network.bridge.as_ref())),
         ("DNS", yes_no(network.dns)),
+        ("External names", yes_no(network.external_names)),
     ])
 }
 

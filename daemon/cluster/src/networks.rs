@@ -129,6 +129,7 @@ mod tests {
             mode: Mode::L2,
             backend: Backend::Vxlan,
             on_demand: false,
+            external_names: false,
             vni,
             subnets: vec![],
             mtu: None,

@@ -111,8 +111,10 @@ fn answer_query(
         }
         Resolution::NotFound => name_error(zone, limit, message, query, buffer),
         // The host sends only queries for names under ovl's domain here, and has its own resolver for all
-        // others.
-        Resolution::External if client == Client::Host => empty_response(buffer, Rcode::REFUSED, false),
+        // others. From internal networks, data could leave in the names of queries.
+        Resolution::External if !zone.allows_external(client) => {
+            empty_response(buffer, Rcode::REFUSED, false)
+        }
         Resolution::External => Some(Outcome::Forward),
     }
 }
@@ -140,7 +142,17 @@ fn answer_alias(
             Some(Outcome::Answer(writer.finish(query, Rcode::NO_ERROR)))
         }
         Resolution::NotFound => name_error(zone, limit, message, query, buffer),
-        Resolution::Found(..) | Resolution::External | Resolution::SearchPath(_) => Some(Outcome::Alias),
+        Resolution::Found(..) | Resolution::External | Resolution::SearchPath(_) => {
+            if zone.allows_external(client) {
+                return Some(Outcome::Alias);
+            }
+            // The walk of a search list goes on after NXDOMAIN.
+            if let Resolution::SearchPath(_) = zone.find(client, &query.name) {
+                return name_error(zone, limit, message, query, buffer);
+            }
+            let writer = Writer::answer(buffer, limit, message, query, Rcode::REFUSED, false)?;
+            Some(Outcome::Answer(writer.finish(query, Rcode::REFUSED)))
+        }
     }
 }
 

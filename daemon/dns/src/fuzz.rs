@@ -21,7 +21,8 @@ pub fn zone() -> Zone {
         zone.set(1, &web, Records { v4, ..Records::default() });
         zone.set(1, &Name::reverse_of(FROM), Records { names: vec![web], ..Records::default() });
     }
-    let context = ClientContext { networks: Arc::from([1]), search: Name::parse("default.svc") };
+    let context =
+        ClientContext { networks: Arc::from([1]), search: Name::parse("default.svc"), external: true };
     zone.set_clients(HashMap::from([(FROM, context)]));
     zone
 }

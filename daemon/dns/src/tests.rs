@@ -163,7 +163,8 @@ mod search_lists {
         zone.set_cluster(&name("_pg._tcp.db.shop.svc.cluster.local"), srv);
         let unready = Records { unready: true, ..Records::default() };
         zone.set_cluster(&name("late.shop.svc.cluster.local"), unready);
-        let context = ClientContext { networks: Arc::from([]), search: Some(name("shop.svc")) };
+        let context =
+            ClientContext { networks: Arc::from([]), search: Some(name("shop.svc")), external: true };
         zone.set_clients(HashMap::from([(CLIENT, context)]));
         zone
     }

@@ -49,6 +49,11 @@ impl Node {
                 request.name
             )));
         }
+        if request.external_names && !request.internal {
+            return Err(Failed::invalid(
+                "--external-names is for internal networks: on others, names outside of the cluster resolve anyway",
+            ));
+        }
         check_bridge(&request)?;
         check_routed(&request, self.config.advertise.ip())?;
         let taken = self.kernel.prefixes().await.map_err(Failed::from)?;
@@ -173,6 +178,7 @@ impl Node {
             // Docker's own default network has no names either.
             names: request.dns || !(own && UNNAMED.contains(&request.name.as_str())),
             on_demand,
+            external_names: request.external_names,
         })
     }
 
@@ -333,6 +339,7 @@ impl Node {
                 .is_built(&state.view, network.id)
                 .then(|| Device::bridge(network.id).to_string()),
             dns: network.names,
+            external_names: network.names && (!network.internal || network.external_names),
         }
     }
 }

@@ -226,6 +226,11 @@ impl Names {
             }
             Resolution::NotFound => "only ovl would know this name, and nothing is called so".to_owned(),
             Resolution::SearchPath(to) => format!("a search list is walked here, and ends at {to}"),
+            Resolution::External if matches!(client, Client::Endpoint(_)) && !self.zone.allows_external(client) => {
+                "not of the cluster, and the endpoint is on internal networks alone: `network create --internal \
+                 --external-names` allows such names"
+                    .to_owned()
+            }
             Resolution::External => {
                 format!("not under {}: the host asks its own resolvers for other names", self.own_domain)
             }

@@ -486,6 +486,8 @@ pub struct NetworkInfo {
     pub bridge: Option<String>,
     /// Whether names resolve on it.
     pub dns: bool,
+    /// Whether names outside of the cluster resolve on it, too. Always on a network that is not internal.
+    pub external_names: bool,
 }
 
 /// The state of an endpoint.

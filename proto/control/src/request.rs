@@ -309,6 +309,9 @@ pub struct NetworkCreate {
     /// Whether to enable the resolver on a bridge network that is called `default` or `bridge`, too.
     #[serde(default)]
     pub dns: bool,
+    /// Whether endpoints of an internal network get answers for names outside of the cluster.
+    #[serde(default)]
+    pub external_names: bool,
 }
 
 /// A request to create an endpoint.

@@ -20,6 +20,7 @@ fn blue() -> NetworkInfo {
         nodes: vec!["host1".into(), "host2".into()],
         bridge: Some("ovb-04gc3g8k".into()),
         dns: true,
+        external_names: true,
     }
 }
 
@@ -55,22 +56,23 @@ fn inspect_shows_all_fields() {
     assert_eq!(
         inspect(&blue()),
         "\
-Name       blue
-Id         04gc3g8k
-Driver     overlay
-Mode       l2
-Backend    -
-VNI        4097
-Subnets    10.1.0.0/16
-Gateways   10.1.0.1
-MTU        1450
-Encrypted  no
-Internal   no
-Removing   no
-Endpoints  5
-Nodes      host1,host2
-Bridge     ovb-04gc3g8k
-DNS        yes
+Name            blue
+Id              04gc3g8k
+Driver          overlay
+Mode            l2
+Backend         -
+VNI             4097
+Subnets         10.1.0.0/16
+Gateways        10.1.0.1
+MTU             1450
+Encrypted       no
+Internal        no
+Removing        no
+Endpoints       5
+Nodes           host1,host2
+Bridge          ovb-04gc3g8k
+DNS             yes
+External names  yes
 "
     );
 }
@@ -97,6 +99,7 @@ fn absent_options_are_left_to_ovld() {
         backend: None,
         block_lengths: Vec::new(),
         dns: false,
+        external_names: false,
     };
     assert_eq!(create("create blue"), Ok(expected));
 }
@@ -104,7 +107,7 @@ fn absent_options_are_left_to_ovld() {
 #[test]
 fn request_contains_all_options() {
     let line = "create blue --driver overlay --mode l3 --block 24 --block 72 --backend auto --subnet 10.1.0.0/16 --subnet fd00::/64 --vni 16777215 \
-                --encrypted --internal --mtu 1400";
+                --encrypted --internal --external-names --mtu 1400";
     let expected = NetworkCreate {
         name: "blue".into(),
         driver: Driver::Overlay,
@@ -117,6 +120,7 @@ fn request_contains_all_options() {
         backend: Some(Backend::Auto),
         block_lengths: vec![24, 72],
         dns: false,
+        external_names: true,
     };
     assert_eq!(create(line), Ok(expected));
 }

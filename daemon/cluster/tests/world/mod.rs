@@ -67,6 +67,7 @@ pub(crate) fn view_of(mode: Mode, backend: Backend, subnet: Subnet, block: impl 
         backend,
         names: true,
         on_demand: false,
+        external_names: false,
     };
     View {
         me: id(1),

@@ -145,6 +145,8 @@ pub struct ClientContext {
     pub networks: Arc<[NetworkKey]>,
     /// The first entry of its search list below the cluster domain, such as `default.svc`.
     pub search: Option<Name>,
+    /// Names of no local domain are looked up for it at the upstream servers.
+    pub external: bool,
 }
 
 /// The names of the cluster domain, which all clients see.
@@ -281,6 +283,14 @@ impl Zone {
         match client {
             Client::Host => true,
             Client::Endpoint(address) => self.has_client(address),
+        }
+    }
+
+    /// Returns whether names of no local domain are looked up for a client at the upstream servers.
+    pub fn allows_external(&self, client: Client) -> bool {
+        match client {
+            Client::Host => false,
+            Client::Endpoint(address) => self.clients.get(&address).is_some_and(|context| context.external),
         }
     }
 

@@ -26,6 +26,7 @@ fn text() -> String {
         backend: Backend::Vxlan,
         names: true,
         on_demand: false,
+        external_names: false,
     };
     filter::render(&[&network], &underlay(&["192.0.2.2", "192.0.2.3", "2001:db8::1"], true), None, true, &[])
 }

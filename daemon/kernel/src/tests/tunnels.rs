@@ -186,6 +186,7 @@ fn nft_accepts_the_filter_of_encrypted_networks() {
             backend: Backend::Vxlan,
             names: true,
             on_demand: false,
+            external_names: false,
         };
         let all = [
             network(1, Mode::L2, true, false, ["10.1.0.0/16", "fd01::/64"]),

@@ -99,6 +99,9 @@ pub struct NetworkWish {
     pub prefixes: Vec<IpNet>,
     /// Whether the network has no gateway.
     pub internal: bool,
+    /// Whether names outside of the cluster resolve on it although it is internal. `None`: as the existing network, or
+    /// not.
+    pub external_names: Option<bool>,
     /// Whether it is encrypted. `None`: as the existing network, or not encrypted.
     pub encrypted: Option<bool>,
     /// The mode. `None`: as the existing network, or switched.
@@ -313,6 +316,7 @@ fn network(raw: RawNetwork) -> Result<NetworkWish, String> {
         name: None,
         prefixes,
         internal: options.get(INTERNAL).and_then(Value::as_bool).unwrap_or_default(),
+        external_names: None,
         encrypted: None,
         mode: None,
         vni: None,
@@ -332,11 +336,10 @@ fn set(wish: &mut NetworkWish, key: &str, value: &str) -> Result<(), String> {
     match key {
         "ovl.network" => wish.name = Some(value.to_owned()),
         "ovl.encrypted" | "encrypted" => {
-            wish.encrypted = Some(match value {
-                "" | "true" | "1" => true,
-                "false" | "0" => false,
-                _ => return Err(wrong("true or false")),
-            });
+            wish.encrypted = Some(truth(value).ok_or_else(|| wrong("true or false"))?);
+        }
+        "ovl.external-names" => {
+            wish.external_names = Some(truth(value).ok_or_else(|| wrong("true or false"))?);
         }
         "ovl.mode" | "mode" => {
             wish.mode = Some(match value {
@@ -359,12 +362,21 @@ fn set(wish: &mut NetworkWish, key: &str, value: &str) -> Result<(), String> {
         _ if key.starts_with("com.docker.") => {}
         _ => {
             return Err(format!(
-                "unknown option -o {key}: ovl has ovl.network, ovl.encrypted, ovl.mode, ovl.backend, ovl.vni and \
-                 ovl.mtu"
+                "unknown option -o {key}: ovl has ovl.network, ovl.encrypted, ovl.mode, ovl.backend, ovl.vni, \
+                 ovl.external-names and ovl.mtu"
             ));
         }
     }
     Ok(())
+}
+
+/// Parses the value of an option that is on or off. `None` if it is neither.
+fn truth(value: &str) -> Option<bool> {
+    match value {
+        "" | "true" | "1" => Some(true),
+        "false" | "0" => Some(false),
+        _ => None,
+    }
 }
 
 #[derive(Deserialize)]

@@ -143,6 +143,11 @@ fn differences(wish: &NetworkWish, network: &Network) -> Option<String> {
         (false, true) => return is_not("is internal: add --internal to join it"),
         _ => {}
     }
+    match wish.external_names {
+        Some(true) if !network.external_names => return is_not("was created without ovl.external-names"),
+        Some(false) if network.external_names => return is_not("was created with ovl.external-names"),
+        _ => {}
+    }
     if wish.mode.is_some_and(|mode| mode != network.mode) {
         return is_not(match network.mode {
             Mode::L2 => "is switched (l2)",
@@ -176,6 +181,7 @@ fn create(wish: &NetworkWish) -> NetworkCreate {
         backend: wish.backend,
         block_lengths: Vec::new(),
         dns: false,
+        external_names: wish.external_names.unwrap_or_default(),
     }
 }
 

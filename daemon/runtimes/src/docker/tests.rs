@@ -54,6 +54,7 @@ fn networks(all: &[(&str, &[&str])]) -> BTreeMap<NetworkId, NetworkState> {
             backend: Backend::Vxlan,
             names: true,
             on_demand: false,
+            external_names: false,
         };
         (network.id, NetworkState { network, removing: false })
     };

@@ -89,6 +89,7 @@ mod tests {
             backend: Backend::Vxlan,
             names: true,
             on_demand: false,
+            external_names: false,
         }
     }
 

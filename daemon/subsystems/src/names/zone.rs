@@ -12,7 +12,7 @@ use ovl_proto::id::{EndpointId, NetworkId};
 use ovl_proto::table::Endpoint;
 use ovl_zone::{ClientContext, Name, NetworkKey, Records, Zone};
 
-use ovl_cluster::view::{Placed, View};
+use ovl_cluster::view::{NetworkState, Placed, View};
 
 /// Where an endpoint of this host is.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -108,7 +108,7 @@ pub(super) fn set_clients(zone: &mut Zone, view: &View, place: impl Fn(EndpointI
     let clients = clients(view, place).into_iter().map(|(address, client)| {
         let networks = client.networks.into_iter().map(key).collect();
         let search = Name::parse(&format!("{}.svc", client.namespace));
-        (address, ClientContext { networks, search })
+        (address, ClientContext { networks, search, external: client.external })
     });
     zone.set_clients(clients.collect());
 }
@@ -139,6 +139,13 @@ fn own_names<'a>(view: &View, placed: &Placed<'a>) -> impl Iterator<Item = &'a s
     pod.into_iter().chain(own)
 }
 
+/// Whether endpoints of a network get answers for names outside of the cluster. From an internal network, data could leave
+/// in such names.
+fn has_external_names(view: &View, network: NetworkId) -> bool {
+    let found = view.networks.get(&network);
+    found.is_some_and(|NetworkState { network, .. }| !network.internal || network.external_names)
+}
+
 fn counts(view: &View, network: NetworkId, placed: &Placed<'_>) -> bool {
     placed.endpoint.network == network && view.is_counted(placed)
 }
@@ -150,6 +157,8 @@ struct DnsClient {
     networks: Vec<NetworkId>,
     /// The Kubernetes namespace of the client.
     namespace: String,
+    /// Whether it gets answers for names outside of the cluster.
+    external: bool,
 }
 
 /// Returns the clients of the resolver by source address: the local endpoints without an address conflict.
@@ -165,8 +174,10 @@ fn clients(view: &View, place: impl Fn(EndpointId) -> Option<Place>) -> BTreeMap
     let mut clients = BTreeMap::new();
     for endpoints in namespaces.values() {
         let networks: Vec<NetworkId> = endpoints.values().map(|endpoint| endpoint.network).collect();
+        let external = networks.iter().any(|network| has_external_names(view, *network));
         for endpoint in endpoints.values() {
-            let client = DnsClient { networks: networks.clone(), namespace: endpoint.namespace.clone() };
+            let namespace = endpoint.namespace.clone();
+            let client = DnsClient { networks: networks.clone(), namespace, external };
             clients.extend(endpoint.addresses.iter().map(|net| (net.addr(), client.clone())));
         }
     }

@@ -407,6 +407,7 @@ impl World {
             backend: None,
             block_lengths: Vec::new(),
             dns: false,
+            external_names: false,
         };
         match self.ask(host, Request::NetworkCreate(create)).await? {
             Some(Reply::Network(_)) => {
