@@ -159,9 +159,8 @@ impl Resolver {
                     (name, buffer, why)
                 }
                 Outcome::Ignore => {
-                    return Err(Failed::unavailable(format!(
-                        "{from} gets no answer: its addresses are not in use"
-                    )));
+                    let why = "its addresses are not in use, or a network policy denies it the resolver";
+                    return Err(Failed::unavailable(format!("{from} gets no answer: {why}")));
                 }
                 outcome @ (Outcome::Forward | Outcome::Alias) => {
                     let alias = (outcome == Outcome::Alias).then(|| ovl_dns::target(&zone, client, &message));

@@ -14,6 +14,7 @@ use ovl_tests::{
     Attached, SOON, assert_contains, attach, attach_workload, create_network, start_lab_with, wait_clean,
     wait_problem,
 };
+use serde_json::{Value, json};
 
 const AT: &str = "127.0.0.11";
 const FIRST: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 1);
@@ -144,4 +145,74 @@ fn internal_networks_get_no_external_names() {
     attach_workload(both.workload.clone(), "blue", &[]).unwrap();
     assert_eq!(dig(&both.workload, AT, &["two.example.org"]).unwrap(), ["192.0.2.7"]);
     wait_clean(lab.hosts(), SOON).unwrap();
+}
+
+/// Applies a policy about the egress of the endpoint that is labelled `app=web`.
+fn apply(host: &Host, rules: Value) {
+    let policy = json!({
+        "apiVersion": "networking.k8s.io/v1",
+        "kind": "NetworkPolicy",
+        "metadata": { "name": "out", "namespace": "default" },
+        "spec": {
+            "podSelector": { "matchLabels": { "app": "web" } },
+            "policyTypes": ["Egress"],
+            "egress": rules,
+        },
+    });
+    let file = std::env::temp_dir().join(format!("ovl-egress-{}.json", std::process::id()));
+    std::fs::write(&file, policy.to_string()).unwrap();
+    let done = host.ctl_ok(&["apply", "-f", file.to_str().unwrap()]);
+    std::fs::remove_file(&file).unwrap();
+    done.unwrap();
+}
+
+#[test]
+fn egress_policies_cover_the_resolver() {
+    let (lab, _file, upstream) = lab("");
+    let host = &lab["h1"];
+    create_network(&lab, "blue", &["--subnet", "10.70.0.0/24", "--subnet", "fd70::/64"]).unwrap();
+    let web = attach(host, "web", "blue", &["--label", "app=web"]).unwrap();
+    let other = attach(host, "other", "blue", &[]).unwrap();
+    let answers = |server: &str, how: &str| {
+        let server = format!("@{server}");
+        let args = ["dig", "+short", "+time=1", "+tries=1", how, &server, "web", "example.org"];
+        web.workload.exec(args).unwrap().stdout.contains(&web.address())
+    };
+    let expect = |rules: Value, allowed: bool| {
+        apply(host, rules.clone());
+        wait_until(SOON, &format!("the resolver to be allowed ({allowed}) by {rules}"), || {
+            for server in [AT, "169.254.79.53", "fd6f:766c::53"] {
+                for how in ["+notcp", "+tcp"] {
+                    ensure!(answers(server, how) == allowed, "{server} {how}");
+                }
+            }
+            Ok(())
+        })
+        .unwrap();
+    };
+    let dns = json!([{ "port": 53, "protocol": "UDP" }, { "port": 53, "protocol": "TCP" }]);
+    expect(json!([]), false);
+    let before = upstream.udp_queries();
+    assert_eq!(dig(&other.workload, AT, &["unasked.example.org"]).unwrap(), ["192.0.2.7"]);
+    assert_eq!(upstream.udp_queries(), before + 1, "others are answered, and nothing else is forwarded");
+    expect(json!([{ "ports": dns }]), true);
+    expect(json!([{ "to": [{ "podSelector": {} }], "ports": dns }]), false);
+    expect(json!([{ "to": [{ "namespaceSelector": {} }], "ports": dns }]), true);
+    expect(json!([{ "to": [{ "ipBlock": { "cidr": "10.70.0.0/16" } }] }]), false);
+    // The cluster DNS is at 10.96.0.10.
+    expect(json!([{ "to": [{ "ipBlock": { "cidr": "10.96.0.0/16" } }], "ports": dns }]), true);
+    let cluster_dns = json!({
+        "namespaceSelector": { "matchLabels": { "kubernetes.io/metadata.name": "kube-system" } },
+        "podSelector": { "matchLabels": { "k8s-app": "kube-dns" } },
+    });
+    expect(json!([{ "to": [cluster_dns], "ports": dns }]), true);
+    expect(json!([{ "ports": [{ "port": 443 }] }]), false);
+    let refusal = host.ctl(&["dns", "example.org", "--from", "web"]).unwrap();
+    assert_contains(&refusal.stderr, &["network policy"]);
+    host.ctl_ok(&["delete", "networkpolicy", "out"]).unwrap();
+    wait_until(SOON, "an answer", || {
+        ensure!(answers(AT, "+notcp"));
+        Ok(())
+    })
+    .unwrap();
 }

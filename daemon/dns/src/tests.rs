@@ -254,4 +254,25 @@ mod search_lists {
             ]
         );
     }
+
+    #[test]
+    fn a_client_on_internal_networks_alone_gets_no_external_names() {
+        let mut zone = zone(true);
+        let context =
+            ClientContext { networks: Arc::from([]), search: Some(name("shop.svc")), external: false };
+        zone.set_clients(HashMap::from([(CLIENT, context)]));
+        for (text, expected) in [
+            ("db.shop.svc.cluster.local", "NOERROR 10.96.0.50"),
+            ("api.prod.shop.svc.cluster.local", "NOERROR api.prod.svc.cluster.local 10.96.0.51"),
+            ("secret.example.org", "REFUSED"),
+            // The client goes on with its search list after NXDOMAIN.
+            ("api.example.org.shop.svc.cluster.local", "NXDOMAIN"),
+            ("ext.shop.svc.cluster.local", "REFUSED"),
+            ("ext.shop.shop.svc.cluster.local", "NXDOMAIN"),
+        ] {
+            let answer = ask(&zone, text, RecordType::A);
+            assert!(answer.starts_with(expected), "{text}: {answer}");
+        }
+        assert_eq!(ask(&zone, "ext.shop.svc.cluster.local", RecordType::CNAME), "NOERROR db.example.org");
+    }
 }

@@ -26,6 +26,8 @@ use ovl_zone::{Client, Name, Resolution, Zone};
 
 use self::delivery::Delivery;
 use self::owners::{Owner, Owners};
+use crate::policy::Policies;
+use crate::policy::resolver::ResolverPeer;
 use crate::subsystem::{Change, Cluster, Outcome, Part, Subsystem};
 
 pub use self::zone::Place;
@@ -39,6 +41,8 @@ struct Marked {
     networks: BTreeSet<NetworkId>,
     /// Services whose names may have changed.
     services: BTreeSet<ResourceName>,
+    /// Whether policies, or labels that they select by, may have changed.
+    policies: bool,
     /// Changes of pods, in order: namespace, addresses, and whether the pod exists.
     pods: Vec<(String, Vec<IpAddr>, bool)>,
 }
@@ -71,6 +75,10 @@ pub struct Sources<'a> {
 #[derive(Debug)]
 pub struct Names {
     marked: Marked,
+    /// The policies as of the last refresh.
+    policies: Policies,
+    /// The addresses at which endpoints query the resolver.
+    addresses: Vec<IpAddr>,
     zone: Zone,
     owners: Owners,
     delivery: Delivery,
@@ -90,9 +98,13 @@ impl Names {
         let mut zone = Zone::new(Name::parse(own_domain));
         owners::begin(&mut zone, &cluster_domain, walks);
         let own_domain = own_domain.to_owned();
+        let own = resolver::HOST_ADDRESSES.into_iter().chain([resolver::LOOPBACK.into()]);
+        let addresses = own.chain(cluster_dns.iter().copied()).collect();
         let delivery = Delivery::new(cluster_dns);
         Self {
             marked: Marked::default(),
+            policies: Policies::default(),
+            addresses,
             zone,
             owners: Owners::default(),
             delivery,
@@ -118,21 +130,21 @@ impl Names {
 
     /// Looks all marked names up again. Returns the new zone, or `None` if nothing was marked.
     pub fn refresh(&mut self, sources: Sources<'_>) -> Option<Zone> {
-        let Marked { single, networks, services, pods } = std::mem::take(&mut self.marked);
+        let Marked { single, networks, services, pods, policies } = std::mem::take(&mut self.marked);
         let in_cluster = self.refresh_cluster(sources, services, pods);
-        if single.is_empty() && networks.is_empty() && !in_cluster {
+        if single.is_empty() && networks.is_empty() && !in_cluster && !policies {
             return None;
         }
-        self.refresh_networks(sources, &networks, single);
+        self.refresh_networks(sources, &networks, single, policies);
         Some(self.zone.clone())
     }
 
     /// Looks all names of all networks and all marked names up again. Returns the new zone.
     pub fn refresh_all(&mut self, sources: Sources<'_>) -> Zone {
         self.marked.networks.extend(sources.view.networks.keys());
-        let Marked { single, networks, services, pods } = std::mem::take(&mut self.marked);
+        let Marked { single, networks, services, pods, .. } = std::mem::take(&mut self.marked);
         self.refresh_cluster(sources, services, pods);
-        self.refresh_networks(sources, &networks, single);
+        self.refresh_networks(sources, &networks, single, true);
         self.zone.clone()
     }
 
@@ -142,14 +154,19 @@ impl Names {
         Sources { view, place, .. }: Sources<'_>,
         whole: &BTreeSet<NetworkId>,
         marks: BTreeMap<NetworkId, zone::Marks>,
+        policies: bool,
     ) {
+        if policies {
+            self.policies = Policies::new(&view.resources);
+        }
         let zone = &mut self.zone;
         // The clients depend on this host's endpoints, and on which other hosts have the same addresses.
         let is_own = |network: NetworkId, address: IpAddr| {
             let mut all = view.all_with_address(network, address);
             zone.has_client(address) || all.any(|placed| placed.node.record.id == view.me)
         };
-        let asks = !whole.is_empty()
+        let asks = policies
+            || !whole.is_empty()
             || marks.iter().any(|(network, marks)| marks.addresses().iter().any(|at| is_own(*network, *at)));
         if !whole.is_empty() || zone.networks() != view.networks.len() {
             let networks: HashSet<_> = view.networks.keys().map(|id| zone::key(*id)).collect();
@@ -162,7 +179,12 @@ impl Names {
             zone::set(zone, view, network, &marks);
         }
         if asks {
-            zone::set_clients(zone, view, place);
+            let peer = ResolverPeer::new(&view.resources, self.addresses.clone());
+            let may_ask = |endpoint: &Endpoint| {
+                let labels = view.resources.labels(endpoint);
+                self.policies.allow_resolver(&endpoint.namespace, &labels, &peer)
+            };
+            zone::set_clients(zone, view, place, may_ask);
         }
     }
 
@@ -257,6 +279,10 @@ impl Subsystem for Names {
                 self.marked.networks.insert(network);
             }
             Change::Backends(settled) => self.marked.settled(settled),
+            Change::Resources(keys) => {
+                let kinds = [Kind::NetworkPolicy, Kind::Namespace, Kind::Pod];
+                self.marked.policies |= keys.iter().any(|key| kinds.contains(&key.kind));
+            }
             Change::Entry { .. }
             | Change::Built(_)
             | Change::Host(_)

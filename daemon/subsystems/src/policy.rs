@@ -12,6 +12,7 @@ mod index;
 mod ledger;
 pub mod members;
 pub mod refused;
+pub mod resolver;
 mod rules;
 
 use std::collections::{BTreeMap, BTreeSet};

@@ -103,9 +103,14 @@ pub(super) fn set(zone: &mut Zone, view: &View, network: NetworkId, marks: &Mark
 }
 
 /// Sets the clients of the zone by their addresses. `place` returns where an endpoint of this host is; `None` leaves the
-/// endpoint out.
-pub(super) fn set_clients(zone: &mut Zone, view: &View, place: impl Fn(EndpointId) -> Option<Place>) {
-    let clients = clients(view, place).into_iter().map(|(address, client)| {
+/// endpoint out. `may_ask` returns whether policies allow an endpoint to query the resolver.
+pub(super) fn set_clients(
+    zone: &mut Zone,
+    view: &View,
+    place: impl Fn(EndpointId) -> Option<Place>,
+    may_ask: impl Fn(&Endpoint) -> bool,
+) {
+    let clients = clients(view, place, may_ask).into_iter().map(|(address, client)| {
         let networks = client.networks.into_iter().map(key).collect();
         let search = Name::parse(&format!("{}.svc", client.namespace));
         (address, ClientContext { networks, search, external: client.external })
@@ -161,8 +166,13 @@ struct DnsClient {
     external: bool,
 }
 
-/// Returns the clients of the resolver by source address: the local endpoints without an address conflict.
-fn clients(view: &View, place: impl Fn(EndpointId) -> Option<Place>) -> BTreeMap<IpAddr, DnsClient> {
+/// Returns the clients of the resolver by source address: the local endpoints without an address conflict that may query
+/// it.
+fn clients(
+    view: &View,
+    place: impl Fn(EndpointId) -> Option<Place>,
+    may_ask: impl Fn(&Endpoint) -> bool,
+) -> BTreeMap<IpAddr, DnsClient> {
     let mut namespaces: BTreeMap<(u64, Option<EndpointId>), BTreeMap<String, &Endpoint>> = BTreeMap::new();
     let own = view.own().into_iter().flat_map(|own| own.table.endpoints());
     for endpoint in own.filter(|endpoint| view.address_conflict(view.me, endpoint).is_none()) {
@@ -175,7 +185,7 @@ fn clients(view: &View, place: impl Fn(EndpointId) -> Option<Place>) -> BTreeMap
     for endpoints in namespaces.values() {
         let networks: Vec<NetworkId> = endpoints.values().map(|endpoint| endpoint.network).collect();
         let external = networks.iter().any(|network| has_external_names(view, *network));
-        for endpoint in endpoints.values() {
+        for endpoint in endpoints.values().filter(|endpoint| may_ask(endpoint)) {
             let namespace = endpoint.namespace.clone();
             let client = DnsClient { networks: networks.clone(), namespace, external };
             clients.extend(endpoint.addresses.iter().map(|net| (net.addr(), client.clone())));

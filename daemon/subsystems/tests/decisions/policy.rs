@@ -18,6 +18,7 @@ use ovl_proto::resource::{
 use ovl_proto::table::{Endpoint, Entry, Key, PodIdentity};
 use ovl_subsystems::local::Local;
 use ovl_subsystems::policy::explain::{ConnectionEnd, Side, explain};
+use ovl_subsystems::policy::resolver::ResolverPeer;
 use ovl_subsystems::policy::{Policies, PolicyLedger, part, protocol_number};
 use proptest::prelude::*;
 
@@ -491,4 +492,63 @@ fn a_host_without_switched_networks_has_no_bridge_table() {
     assert!(part(&view, &Local::default(), 1).tables.contains_key(&Table::PolicyFrames));
     view.networks.get_mut(&NET).unwrap().network.mode = Mode::L3;
     assert!(!part(&view, &Local::default(), 1).tables.contains_key(&Table::PolicyFrames));
+}
+
+#[test]
+fn egress_rules_cover_the_resolver() {
+    let port = |protocol, port| PolicyPort { protocol, port, end_port: None };
+    let number = |protocol, at| port(protocol, Some(IntOrString::Int(at)));
+    let named = |name: &str| port(Protocol::Udp, Some(IntOrString::String(name.to_owned())));
+    let rule = |to: Vec<PolicyPeer>, ports: Vec<PolicyPort>| EgressRule { to, ports };
+    let block = |cidr: &str, except: &[&str]| PolicyPeer {
+        ip_block: Some(IpBlock { cidr: net(cidr), except: except.iter().map(|at| net(at)).collect() }),
+        ..PolicyPeer::default()
+    };
+    let pods = |namespace: Option<LabelSelector>, pods: Option<LabelSelector>| PolicyPeer {
+        namespace_selector: namespace,
+        pod_selector: pods,
+        ..PolicyPeer::default()
+    };
+    let any = || LabelSelector::default();
+    let system = || selector(&[("kubernetes.io/metadata.name", "kube-system")]);
+    let dns = || number(Protocol::Udp, 53);
+    let cases = [
+        (vec![], false),
+        (vec![rule(vec![], vec![])], true),
+        (vec![rule(vec![], vec![dns()])], true),
+        (vec![rule(vec![], vec![number(Protocol::Tcp, 53)])], true),
+        (vec![rule(vec![], vec![number(Protocol::Sctp, 53)])], false),
+        (vec![rule(vec![], vec![number(Protocol::Udp, 443)])], false),
+        (vec![rule(vec![], vec![port(Protocol::Udp, None)])], true),
+        (vec![rule(vec![], vec![PolicyPort { end_port: Some(60), ..number(Protocol::Udp, 50) }])], true),
+        (vec![rule(vec![], vec![named("dns")])], true),
+        (vec![rule(vec![], vec![named("http")])], false),
+        (vec![rule(vec![pods(None, Some(any()))], vec![dns()])], false),
+        (vec![rule(vec![pods(Some(any()), None)], vec![dns()])], true),
+        (vec![rule(vec![pods(Some(system()), None)], vec![dns()])], true),
+        (vec![rule(vec![pods(Some(system()), Some(selector(&[("k8s-app", "kube-dns")])))], vec![])], true),
+        (vec![rule(vec![pods(Some(system()), Some(selector(&[("k8s-app", "other")])))], vec![])], false),
+        (vec![rule(vec![block("0.0.0.0/0", &["169.254.0.0/16"])], vec![dns()])], true),
+        (vec![rule(vec![block("127.0.0.11/32", &[])], vec![])], true),
+        (vec![rule(vec![block("10.0.0.0/8", &[])], vec![])], false),
+        (vec![rule(vec![block("10.0.0.0/8", &[])], vec![]), rule(vec![], vec![dns()])], true),
+    ];
+    for (rules, expected) in cases {
+        let mut view = switched();
+        let spec = PolicySpec {
+            pod_selector: selector(&[("app", "web")]),
+            policy_types: vec![PolicyType::Egress],
+            egress: rules.clone(),
+            ..PolicySpec::default()
+        };
+        view.resources.insert(policy("default", "out", spec));
+        let policies = Policies::new(&view.resources);
+        let addresses = ["127.0.0.11", "169.254.79.53"].map(|at| at.parse().unwrap()).into();
+        let resolver = ResolverPeer::new(&view.resources, addresses);
+        let asks = |namespace: &str, app: &str| {
+            policies.allow_resolver(namespace, &labels(&[("app", app)]), &resolver)
+        };
+        assert_eq!(asks("default", "web"), expected, "{rules:?}");
+        assert!(asks("default", "db") && asks("other", "web"), "no policy selects it");
+    }
 }
