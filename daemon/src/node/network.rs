@@ -182,15 +182,15 @@ impl Node {
         })
     }
 
-    /// Chooses a subnet of the pool that overlaps no network and no prefix that this host has a route to. A
-    /// bridge network gets the last free subnet, because the host cannot know which one another host chooses
-    /// next.
+    /// Chooses a subnet of the pool that overlaps no network, nothing that this host needs, and no prefix that it
+    /// has a route to. A bridge network gets the last free subnet, because the host cannot know which one another
+    /// host chooses next.
     pub(super) fn choose_subnet(&self, state: &State, taken: &[IpNet], own: bool) -> Result<IpNet, Failed> {
         let used =
             state.view.networks.values().flat_map(|other| other.network.subnets.iter().map(|s| s.prefix));
         let taken = used.chain(taken.iter().copied().filter(|net| net.prefix_len() > 0));
         let ranges = &self.config.ranges;
-        let taken: Vec<IpNet> = taken.chain(ranges.all()).collect();
+        let taken: Vec<IpNet> = taken.chain(ranges.all()).chain(self.needed_ranges(state).prefixes()).collect();
         let pool = self.config.pool;
         let length =
             if pool.addr().is_ipv4() { AUTO_LENGTH_V4 } else { AUTO_LENGTH_V6 }.max(pool.prefix_len());

@@ -61,7 +61,8 @@ impl Node {
         self.work.notify_one();
     }
 
-    fn needed_ranges(&self, state: &State) -> NeededRanges {
+    /// Returns what no network may cover on this host.
+    pub(super) fn needed_ranges(&self, state: &State) -> NeededRanges {
         NeededRanges::new(&state.view, &state.host_ranges, &self.config.ranges.services)
     }
 

@@ -17,6 +17,7 @@ use ovl_proto::record::{PeerState, Signature};
 use ovl_proto::resource::{Kind, Name, ResourceKey};
 use ovl_proto::table::{Endpoint, Entry, Key};
 use ovl_subsystems::local::Local;
+use ovl_subsystems::local::ranges::{Conflict, Needed};
 use ovl_subsystems::{Change, Cluster, Part, Subsystem, Subsystems, desired, plan, prepare, resync};
 use proptest::prelude::*;
 use serde_json::json;
@@ -155,6 +156,8 @@ enum Event {
     Service(bool),
     /// This host's endpoints are cut off, or are no longer.
     Isolated(bool),
+    /// This host is connected to a prefix that the network covers, or is no longer.
+    Refused(bool),
     /// An attach begins, or one that began fails.
     Attaching(bool),
     /// All networks become encrypted, or are no longer.
@@ -176,6 +179,7 @@ fn event() -> impl Strategy<Value = Event> {
         1 => any::<bool>().prop_map(Event::Policy),
         2 => any::<bool>().prop_map(Event::Service),
         1 => any::<bool>().prop_map(Event::Isolated),
+        1 => any::<bool>().prop_map(Event::Refused),
         1 => any::<bool>().prop_map(Event::Attaching),
         1 => any::<bool>().prop_map(Event::Encrypted),
         1 => any::<bool>().prop_map(Event::Internal),
@@ -275,6 +279,16 @@ fn happen(event: &Event, world: &mut World, local: &mut Local, real: &mut Subsys
             local.isolation = isolation(own.filter(|_| cut_off).collect::<BTreeSet<_>>());
             tell(all, Change::Rights(NET), world, local);
             tell(all, Change::ThisHost, world, local);
+        }
+        Event::Refused(covered) => {
+            let subnet = net("10.9.0.0/24");
+            let needed = Needed::Connected { prefix: subnet, device: "lan0".to_owned() };
+            let conflict = covered.then_some((NET, Conflict { subnet, needed }));
+            for network in local.refused.replace(conflict.into_iter().collect()) {
+                tell(all, Change::Built(network), world, local);
+                tell(all, Change::Rights(network), world, local);
+                tell(all, Change::ThisHost, world, local);
+            }
         }
         Event::Attaching(begins) => {
             let Entry::Endpoint(bare) = endpoint(99, "10.9.0.14/24") else { panic!() };

@@ -141,6 +141,14 @@ impl NeededRanges {
         address.or_else(|| overlapping().map(|(_, needed)| needed))
     }
 
+    /// Returns all of them as prefixes.
+    pub fn prefixes(&self) -> impl Iterator<Item = IpNet> {
+        self.addresses
+            .keys()
+            .map(|address| IpNet::from(*address))
+            .chain(self.prefixes.iter().map(|(net, _)| *net))
+    }
+
     fn conflict(&self, network: &Network) -> Option<Conflict> {
         network.subnets.iter().find_map(|subnet| {
             let needed = self.covered_by(subnet.prefix)?.clone();

@@ -65,6 +65,16 @@ fn network_over_what_the_host_needs_is_refused() {
 }
 
 #[test]
+fn chosen_subnet_avoids_what_the_host_needs() {
+    let view = view_with("10.49.0.0/16");
+    let needed = NeededRanges::new(&view, &host(), &[net("10.96.0.0/16")]);
+    let all: Vec<_> = needed.prefixes().collect();
+    for prefix in ["10.50.0.0/24", "100.64.0.1/32", "203.0.113.53/32", "192.168.77.2/32", "10.96.0.0/16"] {
+        assert!(all.contains(&net(prefix)), "{prefix}");
+    }
+}
+
+#[test]
 fn only_members_count() {
     let mut view = view_with("192.168.77.0/30");
     view.alloc.members.remove(&id(2));
