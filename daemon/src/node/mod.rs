@@ -57,7 +57,7 @@ use ovl_mesh::transport::Transport;
 use ovl_proto::id::NodeId;
 use ovl_proto::record::{NodeRecord, Presence, SignedRecord};
 use ovl_subsystems::local::Local;
-use ovl_subsystems::local::ranges::HostRanges;
+use ovl_subsystems::networks::ranges::HostRanges;
 use tokio::sync::{Notify, mpsc};
 use tokio::time::Instant;
 

@@ -1,5 +1,6 @@
-//! Networks that this host does not build, because they cover addresses that the host needs. [`ovl_subsystems::local::ranges`]
-//! decides; this file observes how the host is connected and reports the result.
+//! Networks that this host does not build, because they cover addresses that it needs.
+//!
+//! [`ovl_subsystems::networks::ranges`] decides; this file observes how the host is connected and reports the result.
 
 use std::rc::Rc;
 use std::time::Duration;
@@ -7,7 +8,8 @@ use std::time::Duration;
 use ipnet::IpNet;
 use ovl_kernel::HostConnections;
 use ovl_subsystems::Change;
-use ovl_subsystems::local::ranges::{Conflict, Needed, NeededRanges, refused};
+use ovl_subsystems::local::ranges::{Conflict, Needed};
+use ovl_subsystems::networks::ranges::{NeededRanges, refused};
 
 use super::state::State;
 use super::{Failed, Node};

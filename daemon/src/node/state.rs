@@ -18,7 +18,7 @@ use ovl_proto::record::{NodeRecord, SignedRecord};
 use ovl_proto::sync::Message;
 use ovl_proto::table::{Endpoint, Entry};
 use ovl_subsystems::local::Local;
-use ovl_subsystems::local::ranges::HostRanges;
+use ovl_subsystems::networks::ranges::HostRanges;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 

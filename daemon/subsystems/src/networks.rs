@@ -9,6 +9,7 @@ mod base;
 pub mod desired;
 pub mod filter;
 pub mod mtu;
+pub mod ranges;
 mod routed;
 mod switched;
 pub mod touched;

@@ -46,7 +46,7 @@ fn options_are_shown_if_a_network_has_any() {
         "\
 NAME  DRIVER   MODE  VNI   SUBNETS                  MTU   ENDPOINTS  NODES  OPTIONS
 blue  overlay  l2    4097  10.1.0.0/16              1450  5          2      -
-red   overlay  l2    4097  10.1.0.0/16,fd00:1::/64  1450  5          2      encrypted,internal,removing
+red   overlay  l2    4097  10.1.0.0/16,fd00:1::/64  1450  5          2      encrypted,internal,external-names,removing
 "
     );
 }

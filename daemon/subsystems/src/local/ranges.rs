@@ -1,31 +1,13 @@
-//! Networks that this host does not build, because their subnets cover addresses that the host itself needs.
+//! The networks that this host does not build, because their subnets cover addresses that the host itself needs.
 //!
-//! A route to a network must not cover what keeps the hosts together or connects this host to the rest of the world,
-//! whatever a peer wrote. [`refused`] decides; [`RefusedNetworks`] owns the result, and [`super::Local::is_built`] follows
-//! it.
+//! [`RefusedNetworks`] owns the result of [`crate::networks::ranges`], and [`super::Local::is_built`] follows it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::IpAddr;
 
 use ipnet::IpNet;
-use ovl_cluster::networks;
-use ovl_cluster::view::View;
 use ovl_proto::id::NetworkId;
-use ovl_proto::object::Network;
-
-use crate::encryption::tunnel;
-
-/// What this host observes of its own connections, apart from ovl's devices.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct HostRanges {
-    /// Prefixes of the addresses of its devices, each with the name of a device.
-    pub connected: BTreeMap<IpNet, String>,
-    /// Gateways of default routes of both address families.
-    pub gateways: BTreeSet<IpAddr>,
-    /// Resolvers that the host asks.
-    pub resolvers: BTreeSet<IpAddr>,
-}
 
 /// What a subnet would cover.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -96,91 +78,6 @@ impl fmt::Display for Conflict {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "its subnet {} {}", self.subnet, self.needed)
     }
-}
-
-/// The addresses and prefixes that no network may cover on this host.
-#[derive(Debug)]
-pub struct NeededRanges {
-    addresses: BTreeMap<IpAddr, Needed>,
-    prefixes: Vec<(IpNet, Needed)>,
-}
-
-impl NeededRanges {
-    /// Collects them. `services` are the configured service ranges.
-    pub fn new(view: &View, host: &HostRanges, services: &[IpNet]) -> Self {
-        let mut addresses = BTreeMap::new();
-        // A resolver may be an endpoint of this host: then the host's queries have to go to its network.
-        let own = view.own().into_iter().flat_map(|own| own.table.endpoints());
-        let own: BTreeSet<IpAddr> =
-            own.flat_map(|endpoint| endpoint.addresses.iter().map(IpNet::addr)).collect();
-        let resolvers = host.resolvers.iter().filter(|address| !own.contains(address));
-        addresses.extend(resolvers.map(|address| (*address, Needed::Resolver(*address))));
-        addresses.extend(host.gateways.iter().map(|address| (*address, Needed::Gateway(*address))));
-        for node in view.nodes.values().map(|node| &node.record) {
-            if node.id == view.me || view.alloc.members.contains(&node.id) {
-                for address in [node.vtep, node.address.ip()] {
-                    addresses.insert(address, Needed::Member { address, host: node.name.clone() });
-                }
-            }
-        }
-        let tunnel = tunnel::prefix(view.alloc.cluster);
-        let mut prefixes = vec![(tunnel, Needed::Tunnel(tunnel))];
-        prefixes.extend(services.iter().map(|range| (*range, Needed::Services(*range))));
-        let connected = |(prefix, device): (&IpNet, &String)| {
-            (*prefix, Needed::Connected { prefix: *prefix, device: device.clone() })
-        };
-        prefixes.extend(host.connected.iter().map(connected));
-        Self { addresses, prefixes }
-    }
-
-    /// Returns what a subnet would cover. `None` if it is free for a network.
-    pub fn covered_by(&self, subnet: IpNet) -> Option<&Needed> {
-        let mut addresses = self.addresses.range(subnet.network()..=subnet.broadcast());
-        let address = addresses.next().map(|(_, needed)| needed);
-        let overlapping = || self.prefixes.iter().find(|(prefix, _)| networks::overlaps(*prefix, subnet));
-        address.or_else(|| overlapping().map(|(_, needed)| needed))
-    }
-
-    /// Returns all of them as prefixes.
-    pub fn prefixes(&self) -> impl Iterator<Item = IpNet> {
-        self.addresses
-            .keys()
-            .map(|address| IpNet::from(*address))
-            .chain(self.prefixes.iter().map(|(net, _)| *net))
-    }
-
-    fn conflict(&self, network: &Network) -> Option<Conflict> {
-        network.subnets.iter().find_map(|subnet| {
-            let needed = self.covered_by(subnet.prefix)?.clone();
-            Some(Conflict { subnet: subnet.prefix, needed })
-        })
-    }
-}
-
-/// Returns the networks that this host must not build, each with the reason.
-///
-/// Of two networks that overlap, this host builds the one on which it has endpoints. If it has endpoints on both, or on
-/// neither, both are built: a partition made them, and the user has to choose.
-pub fn refused(view: &View, needed: &NeededRanges) -> BTreeMap<NetworkId, Conflict> {
-    let own = view.own().into_iter().flat_map(|own| own.table.endpoints());
-    let used: BTreeSet<NetworkId> = own.map(|endpoint| endpoint.network).collect();
-    let all = || view.networks.values().map(|found| &found.network);
-    let subnet_in_use = |prefix: IpNet| {
-        let mut others = all().filter(|other| used.contains(&other.id));
-        others.find_map(|other| {
-            let subnet = other.subnets.iter().find(|s| networks::overlaps(s.prefix, prefix))?;
-            Some(Needed::Network { prefix: subnet.prefix, name: other.name.clone() })
-        })
-    };
-    let conflict = |network: &Network| {
-        needed.conflict(network).or_else(|| {
-            let mut subnets = network.subnets.iter().filter(|_| !used.contains(&network.id));
-            subnets.find_map(|subnet| {
-                Some(Conflict { subnet: subnet.prefix, needed: subnet_in_use(subnet.prefix)? })
-            })
-        })
-    };
-    all().filter_map(|network| Some((network.id, conflict(network)?))).collect()
 }
 
 /// The networks that this host does not build, each with the reason.

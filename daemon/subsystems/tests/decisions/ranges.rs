@@ -9,7 +9,8 @@ use ovl_dataplane::state::Link;
 use ovl_proto::id::{EndpointId, NetworkId};
 use ovl_proto::object::{Backend, Mode};
 use ovl_subsystems::local::Local;
-use ovl_subsystems::local::ranges::{Conflict, HostRanges, Needed, NeededRanges, refused};
+use ovl_subsystems::local::ranges::{Conflict, Needed};
+use ovl_subsystems::networks::ranges::{HostRanges, NeededRanges, refused};
 
 use super::host::desired;
 use super::world::{NET, endpoint, give, id, net, switched, view_of};
