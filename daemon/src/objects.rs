@@ -16,7 +16,7 @@ use ovl_proto::id::{NetworkId, NodeId};
 use ovl_proto::object::{Body, Driver, Network, Object, ObjectKey, SignedObject};
 use ovl_proto::record::Domain;
 use ovl_proto::resource::{Resource, ResourceKey};
-use ovl_subsystems::mtu::MIN_MTU;
+use ovl_subsystems::mtu::min_mtu;
 
 /// Time in milliseconds for which a tombstone is kept. A host that was away for longer may restore a deleted
 /// object.
@@ -272,7 +272,7 @@ fn check_network(network: &Network) -> Result<(), String> {
     if !(1..=networks::MAX_VNI).contains(&network.vni) {
         return Err(format!("network {} with the VNI {}", network.name, network.vni));
     }
-    if network.mtu.is_some_and(|mtu| mtu < MIN_MTU) {
+    if network.mtu.is_some_and(|mtu| mtu < min_mtu(network)) {
         return Err(format!("network {} with the MTU {:?}", network.name, network.mtu));
     }
     if network.subnets.is_empty() || network.subnets.len() > 16 {

@@ -49,14 +49,10 @@ impl Node {
                 request.name
             )));
         }
-        if request.external_names && !request.internal {
-            return Err(Failed::invalid(
-                "--external-names is for internal networks: on others, names outside of the cluster resolve anyway",
-            ));
-        }
         check_bridge(&request)?;
         check_routed(&request, self.config.advertise.ip())?;
         let taken = self.kernel.prefixes().await.map_err(Failed::from)?;
+        check_names(&request)?;
         let network = {
             let mut state = self.state.borrow_mut();
             let network = self.plan_create(&state, &request, &taken, on_demand)?;
@@ -389,6 +385,16 @@ fn check_bridge(request: &NetworkCreate) -> Result<(), Failed> {
         ))),
         None => Ok(()),
     }
+}
+
+/// Checks the option that only an internal network supports.
+fn check_names(request: &NetworkCreate) -> Result<(), Failed> {
+    if request.external_names && !request.internal {
+        return Err(Failed::invalid(
+            "--external-names is for internal networks: on others, names outside of the cluster resolve anyway",
+        ));
+    }
+    Ok(())
 }
 
 /// Checks the options that only a routed network supports.
