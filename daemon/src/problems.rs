@@ -88,7 +88,7 @@ pub(crate) enum Code {
 impl Code {
     /// All codes, in the order of their numbers.
     #[cfg(test)]
-    const ALL: [Self; 36] = [
+    const ALL: [Self; 37] = [
         Self::Address,
         Self::StateFile,
         Self::DamagedFile,

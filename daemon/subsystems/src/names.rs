@@ -181,8 +181,8 @@ impl Names {
         if asks {
             let peer = ResolverPeer::new(&view.resources, self.addresses.clone());
             let may_ask = |endpoint: &Endpoint| {
-                let labels = view.resources.labels(endpoint);
-                self.policies.allow_resolver(&endpoint.namespace, &labels, &peer)
+                let labels = view.known_labels(view.me, endpoint);
+                self.policies.allow_resolver(&endpoint.namespace, labels.as_deref(), &peer)
             };
             zone::set_clients(zone, view, place, may_ask);
         }
@@ -274,15 +274,13 @@ impl Subsystem for Names {
             Change::Resources(keys) => {
                 let pods = keys.iter().filter(|key| key.kind == Kind::Pod);
                 pods.for_each(|key| self.mark_pod(cluster.view, &key.name));
+                let kinds = [Kind::NetworkPolicy, Kind::Namespace, Kind::Pod];
+                self.marked.policies |= keys.iter().any(|key| kinds.contains(&key.kind));
             }
             Change::Rights(network) | Change::Network(network) => {
                 self.marked.networks.insert(network);
             }
             Change::Backends(settled) => self.marked.settled(settled),
-            Change::Resources(keys) => {
-                let kinds = [Kind::NetworkPolicy, Kind::Namespace, Kind::Pod];
-                self.marked.policies |= keys.iter().any(|key| kinds.contains(&key.kind));
-            }
             Change::Entry { .. }
             | Change::Built(_)
             | Change::Host(_)

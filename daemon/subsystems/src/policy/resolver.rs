@@ -40,8 +40,12 @@ impl ResolverPeer {
 
 impl Policies {
     /// Whether an endpoint with these labels may query the resolver: no policy isolates it for egress, or a rule allows
-    /// port 53 of UDP or TCP to the resolver.
-    pub fn allow_resolver(&self, namespace: &str, labels: &Labels, resolver: &ResolverPeer) -> bool {
+    /// port 53 of UDP or TCP to the resolver. `None`: the labels are not known, so it may not while there is a policy that
+    /// might isolate it.
+    pub fn allow_resolver(&self, namespace: &str, labels: Option<&Labels>, resolver: &ResolverPeer) -> bool {
+        if labels.is_none() && !self.undecided(namespace, Direction::Egress).is_empty() {
+            return false;
+        }
         let selecting = self.selecting(namespace, labels);
         let mut isolating = selecting.iter().filter_map(|policy| policy.rules(Direction::Egress)).peekable();
         isolating.peek().is_none()
@@ -52,7 +56,7 @@ impl Policies {
         let peer = |peer: &RulePeer| match peer {
             RulePeer::Pods(place) => self
                 .pods(*place)
-                .is_some_and(|pods| pods.matches(NAMESPACE, &resolver.namespace_labels, &resolver.labels)),
+                .is_some_and(|pods| pods.matches(NAMESPACE, &resolver.namespace_labels, Some(&resolver.labels))),
             RulePeer::Block { cidr, except } => {
                 resolver.addresses.iter().any(|address| in_block(*address, *cidr, except))
             }

@@ -546,7 +546,7 @@ fn egress_rules_cover_the_resolver() {
         let addresses = ["127.0.0.11", "169.254.79.53"].map(|at| at.parse().unwrap()).into();
         let resolver = ResolverPeer::new(&view.resources, addresses);
         let asks = |namespace: &str, app: &str| {
-            policies.allow_resolver(namespace, &labels(&[("app", app)]), &resolver)
+            policies.allow_resolver(namespace, Some(&labels(&[("app", app)])), &resolver)
         };
         assert_eq!(asks("default", "web"), expected, "{rules:?}");
         assert!(asks("default", "db") && asks("other", "web"), "no policy selects it");
