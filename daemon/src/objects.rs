@@ -79,6 +79,11 @@ impl ObjectStore {
         self.digest
     }
 
+    /// Returns the object with this key, and what this release does not know of it. `None` if it is understood or absent.
+    pub(crate) fn not_understood<'a>(&'a self, key: &'a ObjectKey) -> Option<(&'a ObjectKey, &'a str)> {
+        Some((key, self.objects.get(key)?.opaque.as_deref()?))
+    }
+
     /// Whether any peer has sent its objects.
     pub(crate) fn is_seen(&self) -> bool {
         self.seen
@@ -205,7 +210,7 @@ impl ObjectStore {
             !is_old_tombstone(object.deleted, object.stamp, wall_ms)
                 || match key {
                     ObjectKey::Network(id) => in_use(id),
-                    ObjectKey::Resource(_) => false,
+                    ObjectKey::Resource(_) | ObjectKey::Unknown { .. } => false,
                 }
         });
         self.digest = self.objects.digest();
@@ -247,6 +252,8 @@ fn check_object(signed: &SignedObject, object: &Object) -> Result<(), String> {
     match &object.body {
         Body::Network(network) => check_network(network),
         Body::Resource(resource) => check_resource(resource, object.deleted),
+        // Kept and passed on, whatever it is.
+        Body::Opaque { .. } => Ok(()),
     }
 }
 

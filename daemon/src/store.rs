@@ -1,7 +1,7 @@
 //! The state file: what must outlive a reboot. It is replaced as a whole: written to a temporary file, synced
 //! and renamed.
 //!
-//! The file is `ovl state 2`, the SHA-256 of the rest, and the encoded [`State`]. A file that is truncated or
+//! The file is `ovl state 3`, the SHA-256 of the rest, and the encoded [`State`]. A file that is truncated or
 //! changed is an error that names it: to continue with an empty state would break promises that other hosts
 //! rely on.
 
@@ -17,18 +17,20 @@ use ovl_proto::id::{NetworkId, NodeId};
 use ovl_proto::object::{Network, SignedObject};
 use ovl_proto::record::SignedRecord;
 use ovl_proto::wire;
+use ovl_proto::wire::fields::Unknown;
 use ovl_runtimes::docker::EngineNetwork;
-use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 
 use crate::environment::Disk;
 
-const MAGIC: &[u8] = b"ovl state 2\n";
+const MAGIC: &[u8] = b"ovl state 3\n";
 /// How the state file of every release begins.
 const ANY_MAGIC: &[u8] = b"ovl state ";
 
 /// What must outlive a reboot.
-#[derive(Debug, Default, Serialize, Deserialize)]
+///
+/// A release that does not know a field of it writes it again as it was.
+#[derive(Debug, Default)]
 pub(crate) struct State {
     /// Time of the save, in milliseconds since 1970.
     pub saved_ms: u64,
@@ -48,6 +50,15 @@ pub(crate) struct State {
     pub bridges: Vec<Network>,
     /// Networks of Docker Engines, with the id of the Engine.
     pub docker: Vec<(String, EngineNetwork)>,
+    /// Fields that this release does not know.
+    pub unknown: Unknown,
+}
+
+ovl_proto::fields! {
+    State {
+        1 saved_ms, 2 generation, 3 clock, 4 objects optional, 5 peers optional, 6 leases optional, 7 alloc optional,
+        8 bridges optional, 9 docker optional, ..unknown
+    }
 }
 
 /// Reads the state file. `None` if there is none yet.

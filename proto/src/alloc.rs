@@ -7,8 +7,10 @@ use std::fmt;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
+use crate::fields;
 use crate::id::{ClusterKeyId, NetworkId, NodeId};
 use crate::record::{PublicKey, Signature};
+use crate::wire::fields::{Unknown, variants};
 
 /// A block of addresses of a network.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -31,7 +33,7 @@ pub struct AgreedKey {
 }
 
 /// The allocation map at one version.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct AllocMap {
     /// The cluster number, drawn at random by the host that bootstrapped; 0 if no map is known.
     pub cluster: u64,
@@ -51,10 +53,19 @@ pub struct AllocMap {
     /// The key of the last rotation that was started; `None` before the first one. Because it is part of the map, two
     /// rotations never run at once, and hosts without a majority cannot start one.
     pub key: Option<AgreedKey>,
+    /// Fields that this release does not know.
+    pub unknown: Unknown,
+}
+
+fields! {
+    AllocMap {
+        1 cluster, 2 version, 3 members, 4 previous_members, 5 forgotten optional, 6 banned optional, 7 blocks optional,
+        8 key optional, ..unknown
+    }
 }
 
 /// A change of the allocation map. All changes are idempotent.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Change {
     /// Admits a host as a member.
     Admit(NodeId),
@@ -102,8 +113,22 @@ pub enum Change {
     },
 }
 
+variants! {
+    Change {
+        1 Admit { 1 0: node },
+        2 Forget { 1 0: node },
+        3 Ban { 1 0: node },
+        4 Unban { 1 0: node },
+        5 Claim { 1 network: network, 2 subnet: subnet, 3 block_length: length, 4 owner: owner, 5 blocks: blocks },
+        6 ClaimExact { 1 block: block, 2 owner: owner },
+        7 Release { 1 block: block, 2 owner: owner },
+        8 DropNetwork { 1 0: network },
+        9 Key { 1 from: from, 2 to: to },
+    }
+}
+
 /// Why a change was refused.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Refusal {
     /// Another host holds the requested block.
     Held {
@@ -138,6 +163,19 @@ pub enum Refusal {
     NotABlock(IpNet),
     /// Another rotation of the cluster key was started.
     AnotherKey(ClusterKeyId),
+}
+
+variants! {
+    Refusal {
+        1 Held { 1 prefix: prefix, 2 holder: holder },
+        2 Full { 1 subnet: subnet, 2 blocks: blocks },
+        3 NotMember { 1 0: node },
+        4 Banned { 1 0: node },
+        5 LastMember { 1 0: node },
+        6 NoMajority { 1 answered: answered, 2 needed: needed, 3 members: members },
+        7 NotABlock { 1 0: prefix },
+        8 AnotherKey { 1 0: key },
+    }
 }
 
 impl Refusal {
@@ -185,7 +223,7 @@ pub struct Ballot {
 }
 
 /// What an acceptor signs when it accepts a map. Only such a signature is a vote.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Statement {
     /// The cluster number.
     pub cluster: u64,
@@ -197,7 +235,11 @@ pub struct Statement {
     pub members: BTreeSet<NodeId>,
     /// The SHA-256 of the encoded map.
     pub map: [u8; 32],
+    /// Fields that this release does not know.
+    pub unknown: Unknown,
 }
+
+fields! { Statement { 1 cluster, 2 version, 3 ballot, 4 members, 5 map, ..unknown } }
 
 /// The signature of an acceptor under a [`Statement`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -218,7 +260,7 @@ pub struct Proof {
 }
 
 /// A map with the proof that it was decided.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Decision {
     /// The map.
     pub map: AllocMap,
@@ -229,8 +271,10 @@ pub struct Decision {
     pub history: Vec<Proof>,
 }
 
+fields! { Decision { 1 map, 2 proof, 3 history optional } }
+
 /// A message of the consensus protocol.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum AllocMessage {
     /// Phase one: asks for a promise to take part in no earlier ballot.
     Prepare {
@@ -290,4 +334,18 @@ pub enum AllocMessage {
         /// The version that contains the change, or why it was refused.
         result: Result<u64, Refusal>,
     },
+}
+
+variants! {
+    AllocMessage {
+        1 Prepare { 1 ballot: ballot, 2 known: known },
+        2 Promise { 1 ballot: ballot, 2 accepted: accepted optional, 3 learned: learned optional },
+        3 Accept { 1 ballot: ballot, 2 map: map },
+        4 Accepted { 1 ballot: ballot, 2 vote: vote },
+        5 Nack { 1 ballot: ballot, 2 promised: promised },
+        6 Learn { 1 0: decision },
+        7 Ask { 1 known: known },
+        8 Request { 1 id: id, 2 change: change },
+        9 Reply { 1 id: id, 2 result: result },
+    }
 }

@@ -4,21 +4,90 @@
 use std::net::IpAddr;
 
 use ipnet::IpNet;
-use serde::{Deserialize, Serialize};
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::clock::Stamp;
+use crate::fields;
 use crate::id::NetworkId;
 use crate::record::{PublicKey, Signature};
-use crate::resource::{Resource, ResourceKey};
-use crate::wire::{self, WireError};
+use crate::resource::{Kind, Resource, ResourceKey};
+use crate::wire::fields::{self, Fields, Reader, Unknown, Writer, deserialize_numbered, serialize_numbered};
+use crate::wire::{self, Bytes, WireError};
 
 /// The key of a cluster object.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum ObjectKey {
     /// A network.
     Network(NetworkId),
     /// A Kubernetes object.
     Resource(ResourceKey),
+    /// An object of a kind that this release does not know.
+    Unknown {
+        /// The number of the kind.
+        kind: u32,
+        /// The encoded name.
+        name: Vec<u8>,
+    },
+}
+
+/// The number of the kind of networks.
+const NETWORK: u32 = 1;
+/// The numbers of the kinds of Kubernetes objects.
+const KINDS: [(u32, Kind); 5] = [
+    (2, Kind::Namespace),
+    (3, Kind::Pod),
+    (4, Kind::Service),
+    (5, Kind::EndpointSlice),
+    (6, Kind::NetworkPolicy),
+];
+
+impl ObjectKey {
+    /// Returns the number of the kind, and the encoded name.
+    fn encoded(&self) -> (u32, Result<Vec<u8>, WireError>) {
+        match self {
+            Self::Network(id) => (NETWORK, wire::encode_body(id)),
+            Self::Resource(ResourceKey { kind, name }) => {
+                let number = KINDS.iter().find(|(_, known)| known == kind).map_or(0, |(number, _)| *number);
+                (number, wire::encode_body(name))
+            }
+            Self::Unknown { kind, name } => (*kind, Ok(name.clone())),
+        }
+    }
+
+    fn decode(number: u32, name: &[u8]) -> Result<Self, WireError> {
+        Ok(match KINDS.iter().find(|(known, _)| *known == number) {
+            Some((_, kind)) => Self::Resource(ResourceKey { kind: *kind, name: wire::decode_body(name)? }),
+            None if number == NETWORK => Self::Network(wire::decode_body(name)?),
+            None => Self::Unknown { kind: number, name: name.to_vec() },
+        })
+    }
+}
+
+impl std::fmt::Display for ObjectKey {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Network(id) => write!(f, "network {id}"),
+            Self::Resource(key) => key.fmt(f),
+            Self::Unknown { kind, name } => {
+                write!(f, "object {} of kind {kind}", data_encoding::HEXLOWER.encode(name))
+            }
+        }
+    }
+}
+
+impl Serialize for ObjectKey {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let (number, name) = self.encoded();
+        serialize_numbered(number, name, serializer)
+    }
+}
+
+impl<'de> Deserialize<'de> for ObjectKey {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let (number, name) = deserialize_numbered(deserializer)?;
+        Self::decode(number, name).map_err(D::Error::custom)
+    }
 }
 
 /// The driver of a network.
@@ -70,7 +139,7 @@ pub struct Subnet {
 }
 
 /// A network as the user requested it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Network {
     /// The id, drawn at random by the host that creates the network.
     pub id: NetworkId,
@@ -101,10 +170,20 @@ pub struct Network {
     pub on_demand: bool,
     /// Whether endpoints that are on internal networks alone get answers for names outside of the cluster.
     pub external_names: bool,
+    /// Fields that this release does not know.
+    pub unknown: Unknown,
+}
+
+fields! {
+    Network {
+        1 id, 2 name, 3 created, 4 driver, 5 mode, 6 vni, 7 subnets, 8 mtu optional, 9 encrypted optional,
+        10 internal optional, 11 backend optional, 12 names, 13 on_demand optional,
+        14 external_names optional, ..unknown
+    }
 }
 
 /// One write of a cluster object.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Object {
     /// The stamp of the write. Its node is the writer.
     pub stamp: Stamp,
@@ -115,21 +194,104 @@ pub struct Object {
 }
 
 /// The content of an object, by kind.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Body {
     /// A network.
     Network(Network),
     /// A Kubernetes object.
     Resource(Resource),
+    /// What this release does not understand. It is kept and passed on, and has no effect.
+    Opaque {
+        /// The key of the object.
+        key: ObjectKey,
+        /// The encoded content.
+        content: Vec<u8>,
+        /// What is not known, for users.
+        why: String,
+    },
+}
+
+impl Body {
+    fn content(&self) -> Result<Vec<u8>, WireError> {
+        match self {
+            Self::Network(network) => wire::encode_body(network),
+            Self::Resource(resource) => resource.encode(),
+            Self::Opaque { content, .. } => Ok(content.clone()),
+        }
+    }
+
+    /// Decodes a content, which is opaque if this release does not understand it.
+    fn decode(key: ObjectKey, content: &[u8]) -> Self {
+        let opaque = |key, why| Self::Opaque { key, content: content.to_vec(), why };
+        let decoded = match &key {
+            ObjectKey::Network(_) => wire::decode_body(content).map(Self::Network),
+            ObjectKey::Resource(ResourceKey { kind, .. }) => {
+                Resource::decode(*kind, content).map(Self::Resource)
+            }
+            ObjectKey::Unknown { kind, .. } => {
+                Err(WireError::NotUnderstood(format!("objects of kind {kind}")))
+            }
+        };
+        match decoded {
+            Ok(body) if body.key() == key => body,
+            Ok(_) => opaque(key, "an object whose content has another name".to_owned()),
+            Err(WireError::NotUnderstood(what)) => opaque(key, what),
+            Err(error) => {
+                let why = format!("the content of {key} ({error})");
+                opaque(key, why)
+            }
+        }
+    }
+
+    /// Returns the key of the object.
+    pub fn key(&self) -> ObjectKey {
+        match self {
+            Self::Network(network) => ObjectKey::Network(network.id),
+            Self::Resource(resource) => ObjectKey::Resource(resource.key()),
+            Self::Opaque { key, .. } => key.clone(),
+        }
+    }
 }
 
 impl Object {
     /// Returns the key of the object.
     pub fn key(&self) -> ObjectKey {
-        match &self.body {
-            Body::Network(network) => ObjectKey::Network(network.id),
-            Body::Resource(resource) => ObjectKey::Resource(resource.key()),
-        }
+        self.body.key()
+    }
+}
+
+/// An object has four fields in every release: what is added goes into the content.
+impl Fields for Object {
+    const WHAT: &'static str = "Object";
+
+    fn to_fields(&self) -> Result<Vec<u8>, WireError> {
+        let mut writer = Writer::new(None);
+        writer.put(1, false, &self.stamp)?;
+        writer.put_optional(2, false, &self.deleted)?;
+        writer.put(3, false, &self.key())?;
+        writer.put(4, false, &Bytes(&self.body.content()?))?;
+        Ok(writer.finish())
+    }
+
+    fn from_fields(bytes: &[u8]) -> Result<Self, WireError> {
+        let mut reader = Reader::new(Self::WHAT, bytes)?;
+        let (stamp, deleted, key) =
+            (reader.need(1, false)?, reader.optional(2, false)?, reader.need(3, false)?);
+        let body = Body::decode(key, reader.bytes(4)?);
+        reader.finish()?;
+        Ok(Self { stamp, deleted, body })
+    }
+}
+
+impl Serialize for Object {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        fields::serialize(self, serializer)
+    }
+}
+
+impl<'de> Deserialize<'de> for Object {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        fields::deserialize(deserializer)
     }
 }
 

@@ -4,7 +4,9 @@ use std::net::{IpAddr, SocketAddr};
 
 use serde::{Deserialize, Serialize};
 
+use crate::fields;
 use crate::id::{ClusterKeyId, NodeId, TunnelKey};
+use crate::wire::fields::{Reader, Unknown};
 use crate::wire::{self, WireError};
 
 /// An Ed25519 public key.
@@ -115,8 +117,37 @@ impl ClusterKeys {
     }
 }
 
+/// The wire versions that a host speaks: see [`wire::VERSION`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WireVersions {
+    /// The oldest one.
+    pub oldest: u8,
+    /// The newest one, not below the oldest.
+    pub newest: u8,
+}
+
+impl WireVersions {
+    /// Those of this release.
+    pub const OWN: Self = Self { oldest: wire::VERSION, newest: wire::VERSION };
+
+    /// Whether there is a version that both sides speak.
+    pub fn overlap(self, other: Self) -> bool {
+        self.oldest <= other.newest && other.oldest <= self.newest
+    }
+}
+
+impl std::fmt::Display for WireVersions {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        if self.oldest == self.newest {
+            write!(f, "{}", self.newest)
+        } else {
+            write!(f, "{} to {}", self.oldest, self.newest)
+        }
+    }
+}
+
 /// A host's statement about itself.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NodeRecord {
     /// The hash of `public_key`: see [`NodeId`].
     pub id: NodeId,
@@ -146,6 +177,41 @@ pub struct NodeRecord {
     pub presence: Presence,
     /// The release of its ovld.
     pub version: String,
+    /// The wire versions that it speaks.
+    pub wire: WireVersions,
+    /// Fields that this release does not know.
+    pub unknown: Unknown,
+}
+
+fields! {
+    NodeRecord {
+        1 id, 2 public_key, 3 name, 4 generation, 5 revision, 6 cluster, 7 address, 8 version, 9 wire, 10 vtep,
+        11 vxlan_port, 12 link_mtu, 13 tunnel optional, 14 keys, 15 presence, ..unknown
+    }
+}
+
+/// The part of a record that every release can read, so that a host can be named whose record is not understood
+/// otherwise: the fields 1 to 9 of [`NodeRecord`], which are frozen.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RecordHead {
+    /// As [`NodeRecord::id`].
+    pub id: NodeId,
+    /// As [`NodeRecord::public_key`].
+    pub public_key: PublicKey,
+    /// As [`NodeRecord::name`].
+    pub name: String,
+    /// As [`NodeRecord::generation`].
+    pub generation: u64,
+    /// As [`NodeRecord::revision`].
+    pub revision: u64,
+    /// As [`NodeRecord::cluster`].
+    pub cluster: u64,
+    /// As [`NodeRecord::address`].
+    pub address: SocketAddr,
+    /// As [`NodeRecord::version`].
+    pub version: String,
+    /// As [`NodeRecord::wire`].
+    pub wire: WireVersions,
 }
 
 impl NodeRecord {
@@ -159,6 +225,7 @@ impl NodeRecord {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SignedRecord {
     /// An encoded [`NodeRecord`].
+    #[serde(with = "wire::bytes")]
     pub body: Vec<u8>,
     /// The signature by the record's own key, in [`Domain::Record`].
     pub signature: Signature,
@@ -172,6 +239,27 @@ impl SignedRecord {
     /// If the body is malformed.
     pub fn record(&self) -> Result<NodeRecord, WireError> {
         wire::decode_body(&self.body)
+    }
+
+    /// Decodes the part of the record that every release can read, without verifying its signature.
+    ///
+    /// # Errors
+    ///
+    /// If that part is malformed.
+    pub fn head(&self) -> Result<RecordHead, WireError> {
+        let mut reader = Reader::new("NodeRecord", wire::fields_of(&self.body)?)?;
+        let head = RecordHead {
+            id: reader.need(1, false)?,
+            public_key: reader.need(2, false)?,
+            name: reader.need(3, false)?,
+            generation: reader.need(4, false)?,
+            revision: reader.need(5, false)?,
+            cluster: reader.need(6, false)?,
+            address: reader.need(7, false)?,
+            version: reader.need(8, false)?,
+            wire: reader.need(9, false)?,
+        };
+        Ok(head)
     }
 
     /// Encodes the record as a gossip value, which must be text.
@@ -253,12 +341,16 @@ mod tests {
             },
             presence: Presence::Running,
             version: "100.100.100".to_owned(),
+            wire: WireVersions::OWN,
+            unknown: Unknown::default(),
         };
         let signed =
             SignedRecord { body: wire::encode_body(&record).unwrap(), signature: Signature([3; 64]) };
         let text = signed.to_text().unwrap();
-        assert!(text.len() < 576, "{}", text.len());
+        assert!(text.len() < 640, "{}", text.len());
         assert_eq!(SignedRecord::from_text(&text).unwrap(), signed);
         assert_eq!(signed.record().unwrap(), record);
+        let head = signed.head().unwrap();
+        assert_eq!((head.id, head.name, head.wire), (record.id, record.name, record.wire));
     }
 }

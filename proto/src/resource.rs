@@ -1,9 +1,11 @@
 //! The Kubernetes objects that ovl acts on: v1 Namespace, Pod and Service, discovery.k8s.io/v1 EndpointSlice,
 //! networking.k8s.io/v1 NetworkPolicy.
 //!
-//! The same types serve manifests (JSON and YAML, with the field names of Kubernetes) and the wire. The wire codec is
-//! not self-describing, so every field is always written. Reading a manifest fills in absent fields, and
-//! [`Resource::to_manifest`] omits empty ones. Objects in the cluster have all defaults filled in.
+//! The same types serve manifests (JSON and YAML, with the field names of Kubernetes) and the wire, with numbered fields
+//! ([`crate::wire::fields`]). Reading a manifest fills in absent fields, and [`Resource::to_manifest`] omits empty ones.
+//! Objects in the cluster have all defaults filled in.
+//!
+//! Types without numbered fields have a fixed shape: what is added goes into the type that has them.
 
 mod pod;
 mod policy;
@@ -23,6 +25,9 @@ pub use self::port::*;
 pub use self::service::*;
 pub use self::slice::*;
 use crate::clock::{Stamp, timestamp};
+use crate::fields;
+use crate::wire::fields::Unknown;
+use crate::wire::{self, WireError};
 
 /// The namespace of objects that do not name one.
 pub const DEFAULT_NAMESPACE: &str = "default";
@@ -183,7 +188,7 @@ pub type Labels = BTreeMap<String, String>;
 
 /// The metadata of an object.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase", default)]
+#[serde(remote = "Self", rename_all = "camelCase", default)]
 pub struct Meta {
     /// The name within the namespace.
     pub name: String,
@@ -198,17 +203,32 @@ pub struct Meta {
     /// The unique id that the Kubernetes API server gave the object. Only kept of Pods, whose runtimes name it. May be
     /// empty.
     pub uid: String,
+    /// Fields that this release does not know.
+    #[serde(skip)]
+    pub unknown: Unknown,
+}
+
+fields! {
+    json Meta {
+        1 name optional, 2 namespace optional, 3 labels optional, 4 annotations optional,
+        5 creation_timestamp optional, 6 uid optional, ..unknown
+    }
 }
 
 /// Requirements on labels. An empty selector matches everything.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Default, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase", default)]
+#[serde(remote = "Self", rename_all = "camelCase", default)]
 pub struct LabelSelector {
     /// Labels that must have these values.
     pub match_labels: Labels,
     /// Further requirements, all of which must hold.
     pub match_expressions: Vec<Requirement>,
+    /// Fields that this release does not know.
+    #[serde(skip)]
+    pub unknown: Unknown,
 }
+
+fields! { json LabelSelector { 1 match_labels optional, 2 match_expressions optional, ..unknown } }
 
 /// A requirement on one label.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -263,14 +283,19 @@ pub fn has_all(labels: &Labels, required: &Labels) -> bool {
 
 /// v1 Namespace. A namespace without an object exists too; its only label is the one that Kubernetes adds.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase", default)]
+#[serde(remote = "Self", rename_all = "camelCase", default)]
 pub struct Namespace {
     /// Its name and labels.
     pub metadata: Meta,
+    /// Fields that this release does not know.
+    #[serde(skip)]
+    pub unknown: Unknown,
 }
 
+fields! { json Namespace { 1 metadata optional, ..unknown } }
+
 /// An object of any kind.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Resource {
     /// See [`Namespace`].
     Namespace(Namespace),
@@ -326,6 +351,61 @@ impl Resource {
     /// Returns the key.
     pub fn key(&self) -> ResourceKey {
         ResourceKey { kind: self.kind(), name: self.name() }
+    }
+
+    /// Encodes the object as the content of a cluster object.
+    ///
+    /// # Errors
+    ///
+    /// If it exceeds the size limit of encodings.
+    pub fn encode(&self) -> Result<Vec<u8>, WireError> {
+        match self {
+            Self::Namespace(it) => wire::encode_body(it),
+            Self::Pod(it) => wire::encode_body(it),
+            Self::Service(it) => wire::encode_body(it),
+            Self::EndpointSlice(it) => wire::encode_body(it),
+            Self::NetworkPolicy(it) => wire::encode_body(it),
+        }
+    }
+
+    /// Decodes what [`Self::encode`] returns.
+    ///
+    /// # Errors
+    ///
+    /// If the bytes are malformed, or of a later release and not understood.
+    pub fn decode(kind: Kind, content: &[u8]) -> Result<Self, WireError> {
+        Ok(match kind {
+            Kind::Namespace => Self::Namespace(wire::decode_body(content)?),
+            Kind::Pod => Self::Pod(wire::decode_body(content)?),
+            Kind::Service => Self::Service(Box::new(wire::decode_body(content)?)),
+            Kind::EndpointSlice => Self::EndpointSlice(wire::decode_body(content)?),
+            Kind::NetworkPolicy => Self::NetworkPolicy(wire::decode_body(content)?),
+        })
+    }
+
+    /// Takes over the fields of an earlier write that this release does not know, from its metadata, its specification
+    /// and its status: a manifest cannot contain them.
+    pub fn keep_unknown(&mut self, before: &Self) {
+        match (&mut *self, before) {
+            (Self::Namespace(new), Self::Namespace(old)) => new.unknown.clone_from(&old.unknown),
+            (Self::Pod(new), Self::Pod(old)) => {
+                new.unknown.clone_from(&old.unknown);
+                new.spec.unknown.clone_from(&old.spec.unknown);
+                new.status.unknown.clone_from(&old.status.unknown);
+            }
+            (Self::Service(new), Self::Service(old)) => {
+                new.unknown.clone_from(&old.unknown);
+                new.spec.unknown.clone_from(&old.spec.unknown);
+                new.status.unknown.clone_from(&old.status.unknown);
+            }
+            (Self::EndpointSlice(new), Self::EndpointSlice(old)) => new.unknown.clone_from(&old.unknown),
+            (Self::NetworkPolicy(new), Self::NetworkPolicy(old)) => {
+                new.unknown.clone_from(&old.unknown);
+                new.spec.unknown.clone_from(&old.spec.unknown);
+            }
+            _ => return,
+        }
+        self.meta_mut().unknown.clone_from(&before.meta().unknown);
     }
 
     /// Returns the object as a manifest without empty fields.

@@ -12,9 +12,11 @@ use crate::object::{ObjectKey, SignedObject};
 use crate::record::SignedRecord;
 use crate::secret::Secret;
 use crate::table::Update;
+use crate::wire::fields::variants;
 
-/// A message from one daemon to another.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+/// A message from one daemon to another. A receiver that does not know a message, or what is in it, ignores and counts
+/// it.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Message {
     /// The sender's record, for a receiver that does not have it from gossip yet.
     Record(SignedRecord),
@@ -53,6 +55,21 @@ pub enum Message {
     },
     /// The cluster key that the allocation map names, for a member that does not have it.
     ClusterKey(Secret<[u8; 32]>),
+}
+
+variants! {
+    Message {
+        1 Record { 1 0: record },
+        2 Table { 1 0: update },
+        3 TablePull { 1 0: node },
+        4 TableUnknown { 1 0: node },
+        5 Objects { 1 0: objects },
+        6 ObjectIndex { 1 index: index, 2 reply: reply },
+        7 Alloc { 1 0: message },
+        8 LeaseRequest { 1 id: id, 2 network: network, 3 wish: wish },
+        9 LeaseReply { 1 id: id, 2 result: result },
+        10 ClusterKey { 1 0: key },
+    }
 }
 
 /// The address that a lease request asks for.

@@ -5,12 +5,17 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use ipnet::IpNet;
-use serde::{Deserialize, Serialize};
+use serde::de::Error as _;
+use serde::ser::Error as _;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
+use crate::fields;
 use crate::id::{EndpointId, Mac, NetworkId, NodeId};
 use crate::publish::Published;
 use crate::record::Signature;
 use crate::resource::Name;
+use crate::wire::fields::{Unknown, deserialize_numbered, serialize_numbered};
+use crate::wire::{self, Bytes, WireError};
 
 /// The revision of a table, ordered by the owner's epoch, then by change.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, Serialize, Deserialize)]
@@ -37,7 +42,7 @@ impl std::str::FromStr for Revision {
 }
 
 /// An endpoint: an interface of a workload on a network.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Endpoint {
     /// The id, unique on its host.
     pub id: EndpointId,
@@ -65,8 +70,17 @@ pub struct Endpoint {
     /// MAC addresses that it may send from, beside its own. At most [`Self::MAX_ALLOWED_MACS`].
     pub allowed_macs: Vec<Mac>,
     /// The pod that it belongs to. `None` if no container runtime named one.
-    #[serde(default)]
     pub pod: Option<PodIdentity>,
+    /// Fields that this release does not know.
+    pub unknown: Unknown,
+}
+
+fields! {
+    Endpoint {
+        1 id, 2 name, 3 namespace, 4 network, 5 mac, 6 addresses, 7 aliases optional, 8 labels optional, 9 ready,
+        10 publish optional, 11 allowed optional, 12 allowed_macs optional, 13 pod optional,
+        ..unknown
+    }
 }
 
 /// The pod of an endpoint, as its container runtime named it. Its namespace is that of the endpoint.
@@ -112,7 +126,7 @@ impl Endpoint {
 
 /// An entry of an owner table.
 #[allow(clippy::large_enum_variant, reason = "almost all entries are endpoints")]
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Entry {
     /// An endpoint.
     Endpoint(Endpoint),
@@ -137,10 +151,33 @@ pub enum Entry {
     Held(NetworkId),
     /// The owner announces this address of a LoadBalancer on the underlay.
     Announced(IpAddr),
+    /// An entry that this release does not understand. It is kept and passed on, and has no effect.
+    Opaque(Opaque),
+}
+
+/// An entry that this release does not understand: of an unknown kind, or with a content that it must not act on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Opaque {
+    /// The key.
+    pub key: Key,
+    /// The encoded content.
+    pub content: Vec<u8>,
+}
+
+impl Opaque {
+    /// Returns why the entry is not understood.
+    pub fn why(&self) -> String {
+        let (kind, ..) = self.key.encoded();
+        match content_of(self.key, &self.content) {
+            Some(Err(WireError::NotUnderstood(what))) => what,
+            Some(Err(error)) => format!("the content of table entries of kind {kind} ({error})"),
+            Some(Ok(_)) | None => format!("table entries of kind {kind}"),
+        }
+    }
 }
 
 /// The key of an entry.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Key {
     /// [`Entry::Endpoint`].
     Endpoint(EndpointId),
@@ -152,6 +189,134 @@ pub enum Key {
     Held(NetworkId),
     /// [`Entry::Announced`].
     Announced(IpAddr),
+    /// An entry of a kind that this release does not know.
+    Unknown(UnknownKey),
+}
+
+/// The key of an entry of an unknown kind.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct UnknownKey {
+    kind: u32,
+    length: u8,
+    /// The encoded key, then zeros.
+    bytes: [u8; Key::MAX_BYTES],
+}
+
+/// The numbers of the kinds of entries.
+mod kind {
+    pub(super) const ENDPOINT: u32 = 1;
+    pub(super) const LEASE: u32 = 2;
+    pub(super) const PATH_MTU: u32 = 3;
+    pub(super) const HELD: u32 = 4;
+    pub(super) const ANNOUNCED: u32 = 5;
+}
+
+impl Key {
+    /// The maximum size of an encoded key, of any kind and in any release.
+    pub const MAX_BYTES: usize = 32;
+
+    /// Returns the number of the kind, and the encoded key.
+    fn encoded(&self) -> (u32, Vec<u8>) {
+        // Keys have a fixed shape that can always be encoded.
+        let bytes = |value: Result<Vec<u8>, WireError>| value.unwrap_or_default();
+        match self {
+            Self::Endpoint(id) => (kind::ENDPOINT, bytes(wire::encode_body(id))),
+            Self::Lease(network, address) => (kind::LEASE, bytes(wire::encode_body(&(network, address)))),
+            Self::PathMtu(peer) => (kind::PATH_MTU, bytes(wire::encode_body(peer))),
+            Self::Held(network) => (kind::HELD, bytes(wire::encode_body(network))),
+            Self::Announced(address) => (kind::ANNOUNCED, bytes(wire::encode_body(address))),
+            Self::Unknown(UnknownKey { kind, length, bytes }) => {
+                (*kind, bytes.get(..usize::from(*length)).unwrap_or_default().to_vec())
+            }
+        }
+    }
+
+    fn decode(number: u32, bytes: &[u8]) -> Result<Self, WireError> {
+        Ok(match number {
+            kind::ENDPOINT => Self::Endpoint(wire::decode_body(bytes)?),
+            kind::LEASE => {
+                let (network, address) = wire::decode_body(bytes)?;
+                Self::Lease(network, address)
+            }
+            kind::PATH_MTU => Self::PathMtu(wire::decode_body(bytes)?),
+            kind::HELD => Self::Held(wire::decode_body(bytes)?),
+            kind::ANNOUNCED => Self::Announced(wire::decode_body(bytes)?),
+            _ => Self::Unknown(UnknownKey::new(number, bytes)?),
+        })
+    }
+}
+
+impl UnknownKey {
+    fn new(kind: u32, key: &[u8]) -> Result<Self, WireError> {
+        let mut bytes = [0; Key::MAX_BYTES];
+        match bytes.get_mut(..key.len()) {
+            Some(place) => place.copy_from_slice(key),
+            None => return Err(WireError::Malformed("a key of a table entry that is too long".to_owned())),
+        }
+        Ok(Self { kind, length: u8::try_from(key.len()).unwrap_or(u8::MAX), bytes })
+    }
+}
+
+impl Serialize for Key {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let (number, bytes) = self.encoded();
+        serialize_numbered(number, Ok(bytes), serializer)
+    }
+}
+
+impl<'de> Deserialize<'de> for Key {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let (number, bytes) = deserialize_numbered(deserializer)?;
+        Self::decode(number, bytes).map_err(D::Error::custom)
+    }
+}
+
+/// Decodes the content of an entry; `None` if its kind is unknown.
+fn content_of(key: Key, content: &[u8]) -> Option<Result<Entry, WireError>> {
+    Some(match key {
+        Key::Endpoint(id) => wire::decode_body(content).and_then(|endpoint: Endpoint| {
+            if endpoint.id == id {
+                Ok(Entry::Endpoint(endpoint))
+            } else {
+                Err(WireError::Malformed("an endpoint with the key of another one".to_owned()))
+            }
+        }),
+        Key::Lease(network, address) => {
+            wire::decode_body(content).map(|to| Entry::Lease { network, address, to })
+        }
+        Key::PathMtu(peer) => wire::decode_body(content).map(|mtu| Entry::PathMtu { peer, mtu }),
+        Key::Held(network) => wire::decode_body(content).map(|()| Entry::Held(network)),
+        Key::Announced(address) => wire::decode_body(content).map(|()| Entry::Announced(address)),
+        Key::Unknown(_) => return None,
+    })
+}
+
+/// An entry is its kind, its key and its content: what does not know the kind can still replace and remove it.
+impl Serialize for Entry {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let (number, key) = self.key().encoded();
+        let content = match self {
+            Self::Endpoint(endpoint) => wire::encode_body(endpoint),
+            Self::Lease { to, .. } => wire::encode_body(to),
+            Self::PathMtu { mtu, .. } => wire::encode_body(mtu),
+            Self::Held(_) | Self::Announced(_) => Ok(Vec::new()),
+            Self::Opaque(opaque) => {
+                return (number, Bytes(&key), Bytes(&opaque.content)).serialize(serializer);
+            }
+        };
+        (number, Bytes(&key), Bytes(&content.map_err(S::Error::custom)?)).serialize(serializer)
+    }
+}
+
+impl<'de> Deserialize<'de> for Entry {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let (number, key, content): (u32, &'de [u8], &'de [u8]) = Deserialize::deserialize(deserializer)?;
+        let key = Key::decode(number, key).map_err(D::Error::custom)?;
+        Ok(match content_of(key, content) {
+            Some(Ok(entry)) => entry,
+            Some(Err(_)) | None => Self::Opaque(Opaque { key, content: content.to_vec() }),
+        })
+    }
 }
 
 impl Entry {
@@ -163,13 +328,14 @@ impl Entry {
             Self::PathMtu { peer, .. } => Key::PathMtu(*peer),
             Self::Held(network) => Key::Held(*network),
             Self::Announced(address) => Key::Announced(*address),
+            Self::Opaque(opaque) => opaque.key,
         }
     }
 }
 
 /// The part of a table that the owner signs (in [`crate::record::Domain::Table`], encoded as a body). It suffices to
 /// verify a whole table from any sender.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Head {
     /// The owner of the table.
     pub owner: NodeId,
@@ -180,7 +346,11 @@ pub struct Head {
     /// selects. The hash of a part is the SHA-256 of its entries' hashes in ascending order, or zeros if the part is
     /// empty. The digest is the SHA-256 of the hashes of the parts.
     pub digest: [u8; 32],
+    /// Fields that this release does not know.
+    pub unknown: Unknown,
 }
+
+fields! { Head { 1 owner, 2 revision, 3 digest, ..unknown } }
 
 impl Head {
     /// The number of parts of the digest.
@@ -188,7 +358,7 @@ impl Head {
 }
 
 /// An update of a table: a change, or the whole table.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Update {
     /// The head after the update.
     pub head: Head,
@@ -201,3 +371,5 @@ pub struct Update {
     /// Entries to remove.
     pub unset: Vec<Key>,
 }
+
+fields! { Update { 1 head, 2 signature, 3 base optional, 4 set optional, 5 unset optional } }

@@ -1,12 +1,18 @@
 //! The binary codec: bincode with size limits. Every top-level frame begins with a version byte.
 //!
+//! What may grow is encoded as a list of numbered fields: see [`fields`]. bincode itself is positional, and is used for
+//! the values of the fields.
+//!
 //! bincode is unmaintained (RUSTSEC-2025-0141); `docs/dependencies.md` has the waiver. Only this module uses it.
 
-use serde::Serialize;
-use serde::de::DeserializeOwned;
+pub mod fields;
 
-/// The version byte of every frame, in gossip datagrams and streams. A frame with another version is rejected, and
-/// counted.
+use bincode::error::{DecodeError, EncodeError};
+use serde::de::DeserializeOwned;
+use serde::{Serialize, Serializer};
+
+/// The version byte of every frame, in gossip datagrams and streams: the wire version. It changes only if a message
+/// changes its meaning; what is added is a field or a number that others do not know.
 pub const VERSION: u8 = 1;
 
 /// The maximum size of a frame in bytes.
@@ -22,8 +28,40 @@ pub enum WireError {
     #[error("empty frame")]
     Empty,
     /// The frame is truncated, too long, or of another type.
-    #[error("malformed frame: {0}")]
+    #[error("{MALFORMED}{0}")]
     Malformed(String),
+    /// A later release wrote it, and whoever does not know the named field, kind or message must not act on it.
+    #[error("{NOT_UNDERSTOOD}{0}")]
+    NotUnderstood(String),
+}
+
+/// How the text of [`WireError::Malformed`] begins.
+const MALFORMED: &str = "malformed frame: ";
+/// How the text of [`WireError::NotUnderstood`] begins. Errors pass through serde as text.
+const NOT_UNDERSTOOD: &str = "a later release of ovld wrote it, and this one does not know ";
+
+impl WireError {
+    /// Reads an error that passed through serde.
+    fn of_text(text: &str) -> Self {
+        match text.strip_prefix(NOT_UNDERSTOOD) {
+            Some(what) => Self::NotUnderstood(what.to_owned()),
+            None => Self::Malformed(text.strip_prefix(MALFORMED).unwrap_or(text).to_owned()),
+        }
+    }
+
+    fn of_decoding(error: &DecodeError) -> Self {
+        match error {
+            DecodeError::OtherString(text) => Self::of_text(text),
+            other => Self::Malformed(other.to_string()),
+        }
+    }
+
+    fn of_encoding(error: &EncodeError) -> Self {
+        match error {
+            EncodeError::OtherString(text) => Self::of_text(text),
+            other => Self::Malformed(other.to_string()),
+        }
+    }
 }
 
 /// The maximum size of a state file in bytes.
@@ -44,9 +82,42 @@ pub fn encode_body<T: Serialize>(value: &T) -> Result<Vec<u8>, WireError> {
 ///
 /// If the encoding exceeds [`MAX_STORED`].
 pub fn encode_stored<T: Serialize>(value: &T) -> Result<Vec<u8>, WireError> {
-    let bytes = bincode::serde::encode_to_vec(value, bincode::config::standard())
-        .map_err(|error| WireError::Malformed(error.to_string()))?;
+    let mut bytes = Vec::new();
+    bare::encode_into(value, &mut bytes)?;
     check_size(MAX_STORED, bytes)
+}
+
+/// bincode without limits on what is encoded.
+mod bare {
+    use bincode::enc::write::Writer;
+    use bincode::error::EncodeError;
+    use serde::Serialize;
+
+    use super::WireError;
+
+    struct Appender<'a>(&'a mut Vec<u8>);
+
+    impl Writer for Appender<'_> {
+        fn write(&mut self, bytes: &[u8]) -> Result<(), EncodeError> {
+            self.0.extend_from_slice(bytes);
+            Ok(())
+        }
+    }
+
+    /// Appends the encoding of a value.
+    pub(super) fn encode_into<T: Serialize + ?Sized>(value: &T, out: &mut Vec<u8>) -> Result<(), WireError> {
+        bincode::serde::encode_into_writer(value, Appender(out), bincode::config::standard())
+            .map_err(|error| WireError::of_encoding(&error))
+    }
+}
+
+/// Bytes that are serialized as bytes rather than element by element.
+pub(crate) struct Bytes<'a>(pub(crate) &'a [u8]);
+
+impl Serialize for Bytes<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_bytes(self.0)
+    }
 }
 
 /// Decodes what [`encode_stored`] returns.
@@ -84,12 +155,23 @@ fn decode_with<T: DeserializeOwned, const MOST: usize>(bytes: &[u8]) -> Result<T
         return Err(too_long(bytes.len(), MOST));
     }
     let (value, used) =
-        bincode::serde::decode_from_slice(bytes, bincode::config::standard().with_limit::<MOST>())
-            .map_err(|error| WireError::Malformed(error.to_string()))?;
+        bincode::serde::borrow_decode_from_slice(bytes, bincode::config::standard().with_limit::<MOST>())
+            .map_err(|error| WireError::of_decoding(&error))?;
     if used != bytes.len() {
         return Err(WireError::Malformed(format!("{} bytes left over", bytes.len() - used)));
     }
     Ok(value)
+}
+
+/// Returns the list of fields in a body that is one, whatever is in it.
+///
+/// # Errors
+///
+/// If the body is no list of bytes.
+pub fn fields_of(body: &[u8]) -> Result<&[u8], WireError> {
+    let (fields, used) = bincode::serde::borrow_decode_from_slice(body, bincode::config::standard())
+        .map_err(|error| WireError::of_decoding(&error))?;
+    if used == body.len() { Ok(fields) } else { Err(WireError::Malformed("bytes left over".to_owned())) }
 }
 
 /// Encodes a frame: the version byte, then the value.

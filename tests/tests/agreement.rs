@@ -13,9 +13,11 @@ use ovl_mesh::streams::{StreamEvent, Streams, StreamsConfig};
 use ovl_mesh::transport::HostTransport;
 use ovl_proto::alloc::{AllocMap, AllocMessage, Ballot, Change, Decision, Proof, Statement, Vote};
 use ovl_proto::id::{ClusterKeyId, NodeId};
+use ovl_proto::record::WireVersions;
 use ovl_proto::record::{ClusterKeys, Domain, NodeRecord, Presence};
 use ovl_proto::sync::Message;
 use ovl_proto::wire;
+use ovl_proto::wire::fields::Unknown;
 use ovl_tests::{SOON, attach, create_network, peer, ping_all_pairs, start_lab, text, wait_problem};
 use tokio::sync::mpsc;
 
@@ -55,6 +57,8 @@ impl Liar {
             keys: ClusterKeys { seals: key.id(), opens: Vec::new() },
             presence: Presence::Running,
             version: "0".to_owned(),
+            wire: WireVersions::OWN,
+            unknown: Unknown::default(),
         })?;
         let config = StreamsConfig {
             listen,
@@ -128,6 +132,7 @@ impl Liar {
             ballot: Ballot { counter: known.proof.statement.ballot.counter + 1, node: me },
             members: map.members.clone(),
             map: [0; 32],
+            unknown: Unknown::default(),
         };
         let signature = self.identity.sign(Domain::Map, &wire::encode_body(&statement).unwrap_or_default());
         let mut votes = known.proof.votes.clone();

@@ -117,6 +117,7 @@ pub fn choose_last_subnet(pool: IpNet, length: u8, taken: &[IpNet]) -> Option<Ip
 mod tests {
     use ovl_proto::clock::Stamp;
     use ovl_proto::object::{Backend, Driver, Mode};
+    use ovl_proto::wire::fields::Unknown;
 
     use super::*;
 
@@ -136,6 +137,7 @@ mod tests {
             encrypted: false,
             internal: false,
             names: true,
+            unknown: Unknown::default(),
         }
     }
 

@@ -29,6 +29,8 @@ pub struct Stored {
     pub deleted: bool,
     /// The network, also of a tombstone, because its devices may still be in use. `None` for a Kubernetes object.
     pub network: Option<Network>,
+    /// What this release does not know of the object, which therefore has no effect here. `None` if it is understood.
+    pub opaque: Option<String>,
     hash: Hash,
 }
 
@@ -80,7 +82,8 @@ impl Objects {
     /// Returns the networks, and whether each is deleted.
     pub fn networks(&self) -> impl Iterator<Item = (&Network, bool)> {
         // Networks come first in the order of keys.
-        self.all.values().map_while(|stored| Some((stored.network.as_ref()?, stored.deleted)))
+        let networks = self.all.iter().take_while(|(key, _)| matches!(key, ObjectKey::Network(_)));
+        networks.filter_map(|(_, stored)| Some((stored.network.as_ref()?, stored.deleted)))
     }
 
     /// Returns the object of a network, also if it is a tombstone.
@@ -151,13 +154,18 @@ impl Objects {
         // A key and stamp that cannot be encoded were never received or sent.
         let hash = hash(&wire::encode_body(&(&key, object.stamp)).unwrap_or_default());
         let Object { stamp, deleted, body } = object;
-        let (network, changed) = match body {
-            Body::Network(network) => (Some(network), Vec::new()),
-            Body::Resource(resource) if deleted => (None, resources.remove(&resource.key())),
-            Body::Resource(resource) => (None, resources.insert(resource)),
+        let (network, opaque, changed) = match body {
+            Body::Network(network) => (Some(network), None, Vec::new()),
+            Body::Resource(resource) if deleted => (None, None, resources.remove(&resource.key())),
+            Body::Resource(resource) => (None, None, resources.insert(resource)),
+            // What was understood of an earlier write is no longer true.
+            Body::Opaque { key: ObjectKey::Resource(key), why, .. } => {
+                (None, Some(why), resources.remove(&key))
+            }
+            Body::Opaque { why, .. } => (None, Some(why), Vec::new()),
         };
         self.digest.insert(hash);
-        if let Some(old) = self.all.insert(key, Stored { signed, stamp, deleted, network, hash }) {
+        if let Some(old) = self.all.insert(key, Stored { signed, stamp, deleted, network, opaque, hash }) {
             self.digest.remove(&old.hash);
         }
         Ok(Some(changed))

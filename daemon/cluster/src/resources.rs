@@ -129,6 +129,7 @@ pub fn named_port(pod: &Pod, name: &str, protocol: Protocol) -> Option<u16> {
 #[cfg(test)]
 mod tests {
     use ovl_proto::resource::Meta;
+    use ovl_proto::wire::fields::Unknown;
 
     use super::*;
 
@@ -146,6 +147,7 @@ mod tests {
                 labels: labels(&[("team", "a"), (NAMESPACE_NAME_LABEL, "forged")]),
                 ..Meta::default()
             },
+            unknown: Unknown::default(),
         }));
         assert_eq!(
             resources.namespace_labels("shop"),

@@ -1,13 +1,14 @@
 //! The owner table of a host, as every host stores it.
 
 use std::collections::BTreeMap;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 
 use ipnet::IpNet;
 use ovl_proto::id::{EndpointId, Mac, NetworkId, NodeId};
 use ovl_proto::record::Signature;
-use ovl_proto::table::{Endpoint, Entry, Head, Key, Revision, Update};
+use ovl_proto::table::{Endpoint, Entry, Head, Key, Opaque, Revision, Update};
 use ovl_proto::wire;
+use ovl_proto::wire::fields::Unknown;
 
 use crate::digest::{Digest, Hash, hash};
 use crate::index::EndpointIndex;
@@ -61,6 +62,8 @@ struct TableContents {
     entries: BTreeMap<Key, (Entry, Option<Hash>)>,
     /// The size of the encoded entries.
     bytes: usize,
+    /// How many entries are not understood.
+    opaque: usize,
     index: EndpointIndex,
     digest: Digest,
 }
@@ -68,7 +71,8 @@ struct TableContents {
 impl Table {
     /// Creates an empty table, older than any signed one.
     pub fn new(owner: NodeId) -> Self {
-        let head = Head { owner, revision: Revision::default(), digest: [0; 32] };
+        let head =
+            Head { owner, revision: Revision::default(), digest: [0; 32], unknown: Unknown::default() };
         Self { head, signature: Signature([0; 64]), contents: TableContents::default() }
     }
 
@@ -84,19 +88,14 @@ impl Table {
 
     /// Returns all endpoints by id.
     pub fn endpoints(&self) -> impl Iterator<Item = &Endpoint> {
-        self.entries().map_while(|entry| match entry {
-            Entry::Endpoint(endpoint) => Some(endpoint),
-            // Endpoints come first in the order of keys.
-            Entry::Lease { .. } | Entry::PathMtu { .. } | Entry::Held(_) | Entry::Announced(_) => None,
-        })
+        // Endpoints come first in the order of keys.
+        let entries = self.entries().take_while(|entry| matches!(entry.key(), Key::Endpoint(_)));
+        entries.filter_map(as_endpoint)
     }
 
     /// Returns an endpoint.
     pub fn endpoint(&self, id: EndpointId) -> Option<&Endpoint> {
-        match self.get(&Key::Endpoint(id))? {
-            Entry::Endpoint(endpoint) => Some(endpoint),
-            Entry::Lease { .. } | Entry::PathMtu { .. } | Entry::Held(_) | Entry::Announced(_) => None,
-        }
+        self.get(&Key::Endpoint(id)).and_then(as_endpoint)
     }
 
     /// Returns the networks with endpoints.
@@ -155,26 +154,48 @@ impl Table {
         let entries = self.contents.entries.range(Key::PathMtu(NodeId::default())..);
         entries.filter_map(|(_, (entry, _))| match entry {
             Entry::PathMtu { peer, mtu } => Some((*peer, *mtu)),
-            Entry::Endpoint(_) | Entry::Lease { .. } | Entry::Held(_) | Entry::Announced(_) => None,
+            Entry::Endpoint(_)
+            | Entry::Lease { .. }
+            | Entry::Held(_)
+            | Entry::Announced(_)
+            | Entry::Opaque(_) => None,
+        })
+    }
+
+    /// Returns the entries that this release does not understand.
+    pub fn opaque(&self) -> impl Iterator<Item = &Opaque> {
+        // Most tables have none, so that the others are not looked at.
+        let entries = (self.contents.opaque > 0).then(|| self.entries());
+        entries.into_iter().flatten().filter_map(|entry| match entry {
+            Entry::Opaque(opaque) => Some(opaque),
+            Entry::Endpoint(_)
+            | Entry::Lease { .. }
+            | Entry::PathMtu { .. }
+            | Entry::Held(_)
+            | Entry::Announced(_) => None,
         })
     }
 
     /// Whether a container engine of the owner refers to a network.
     pub fn holds(&self, network: NetworkId) -> bool {
-        self.get(&Key::Held(network)).is_some()
+        matches!(self.get(&Key::Held(network)), Some(Entry::Held(_)))
     }
 
     /// Whether the owner announces an address of a LoadBalancer.
     pub fn announces(&self, address: IpAddr) -> bool {
-        self.get(&Key::Announced(address)).is_some()
+        matches!(self.get(&Key::Announced(address)), Some(Entry::Announced(_)))
     }
 
-    /// Returns all addresses that the owner announces, which are the last entries.
+    /// Returns all addresses that the owner announces.
     pub fn announced(&self) -> impl Iterator<Item = IpAddr> {
-        let entries = self.contents.entries.keys().rev();
-        entries.map_while(|key| match key {
-            Key::Announced(address) => Some(*address),
-            Key::Endpoint(_) | Key::Lease(..) | Key::PathMtu(_) | Key::Held(_) => None,
+        let lowest = Key::Announced(IpAddr::V4(Ipv4Addr::UNSPECIFIED));
+        self.contents.entries.range(lowest..).filter_map(|(_, (entry, _))| match entry {
+            Entry::Announced(address) => Some(*address),
+            Entry::Endpoint(_)
+            | Entry::Lease { .. }
+            | Entry::PathMtu { .. }
+            | Entry::Held(_)
+            | Entry::Opaque(_) => None,
         })
     }
 
@@ -278,6 +299,17 @@ impl Table {
     }
 }
 
+fn as_endpoint(entry: &Entry) -> Option<&Endpoint> {
+    match entry {
+        Entry::Endpoint(endpoint) => Some(endpoint),
+        Entry::Lease { .. }
+        | Entry::PathMtu { .. }
+        | Entry::Held(_)
+        | Entry::Announced(_)
+        | Entry::Opaque(_) => None,
+    }
+}
+
 impl TableContents {
     /// Returns the entries that are sent to peers.
     fn shared(&self) -> impl Iterator<Item = &Entry> {
@@ -293,8 +325,10 @@ impl TableContents {
         let key = entry.key();
         let old = self.take(&key);
         self.bytes += encoded.len();
-        if let Entry::Endpoint(endpoint) = &entry {
-            self.index.insert(endpoint);
+        match &entry {
+            Entry::Endpoint(endpoint) => self.index.insert(endpoint),
+            Entry::Opaque(_) => self.opaque += 1,
+            Entry::Lease { .. } | Entry::PathMtu { .. } | Entry::Held(_) | Entry::Announced(_) => {}
         }
         if let Some(hash) = hash {
             self.digest.insert(hash);
@@ -306,8 +340,10 @@ impl TableContents {
     fn take(&mut self, key: &Key) -> Option<Entry> {
         let (entry, hash) = self.entries.remove(key)?;
         self.bytes -= wire::encode_body(&entry).map_or(0, |bytes| bytes.len());
-        if let Entry::Endpoint(endpoint) = &entry {
-            self.index.remove(endpoint);
+        match &entry {
+            Entry::Endpoint(endpoint) => self.index.remove(endpoint),
+            Entry::Opaque(_) => self.opaque -= 1,
+            Entry::Lease { .. } | Entry::PathMtu { .. } | Entry::Held(_) | Entry::Announced(_) => {}
         }
         if let Some(hash) = hash {
             self.digest.remove(&hash);
@@ -442,6 +478,7 @@ mod tests {
                 allowed: vec![],
                 allowed_macs: vec![],
                 pod: None,
+                unknown: Unknown::default(),
             })
         };
         let (mut here, mut there) = (Table::new(owner), Table::new(owner));
@@ -481,6 +518,7 @@ mod tests {
                 allowed: vec![],
                 allowed_macs: vec![],
                 pod: None,
+                unknown: Unknown::default(),
             })
         });
         let whole = here.write(1, endpoints.collect(), vec![], sign);

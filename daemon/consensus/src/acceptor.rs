@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use ovl_proto::alloc::{AllocMap, AllocMessage, Ballot, Decision, Proof};
+use ovl_proto::wire::fields::Unknown;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::change::is_step;
@@ -20,7 +21,7 @@ pub const MAX_HISTORY: usize = 128;
 
 /// The state that must be on disk before a reply is sent. A node that lost it could vote twice, so it must return
 /// with another id.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Durable {
     /// The promised ballot. The node takes part in no earlier one.
     pub promised: Ballot,
@@ -32,7 +33,11 @@ pub struct Durable {
     pub proof: Proof,
     /// The proofs of the last changes of the members.
     pub history: History,
+    /// Fields that this release does not know.
+    pub unknown: Unknown,
 }
+
+ovl_proto::fields! { Durable { 1 promised, 2 accepted optional, 3 learned, 4 proof, 5 history optional, ..unknown } }
 
 /// The proofs of the last changes of the members, oldest first, at most [`MAX_HISTORY`]. Copies share their memory: the
 /// state is copied for each save, and the history seldom changes.

@@ -5,6 +5,7 @@ use std::fmt::Debug;
 
 use ovl_proto::alloc::{AllocMap, Ballot, Decision, Proof, Statement, Vote};
 use ovl_proto::id::NodeId;
+use ovl_proto::wire::fields::Unknown;
 
 use super::majority;
 
@@ -31,6 +32,7 @@ pub(super) fn statement(signatures: &dyn Signatures, ballot: Ballot, map: &Alloc
         ballot,
         members: map.members.clone(),
         map: signatures.digest(map),
+        unknown: Unknown::default(),
     }
 }
 

@@ -399,6 +399,8 @@ pub(crate) fn sample_record(identity: &Identity) -> NodeRecord {
         keys: ovl_proto::record::ClusterKeys::default(),
         presence: ovl_proto::record::Presence::Running,
         version: "0.1.0".to_owned(),
+        wire: ovl_proto::record::WireVersions::OWN,
+        unknown: ovl_proto::wire::fields::Unknown::default(),
     }
 }
 

@@ -324,6 +324,7 @@ impl Node {
             alloc: Some(state.allocator.durable().clone()),
             bridges: state.bridges.iter().cloned().collect(),
             docker: state.engines.kept(),
+            unknown: state.file_unknown.clone(),
         }
     }
 

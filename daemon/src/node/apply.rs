@@ -17,7 +17,7 @@ use ovl_proto::object::Body;
 use ovl_proto::resource::{
     Created, Kind, Meta, Name, Namespace, NetworkPolicy, Pod, Protocol, Resource, ResourceKey, Service,
 };
-use ovl_proto::wire;
+use ovl_proto::wire::fields::Unknown;
 use ovl_subsystems::services::allocation::{ReservedClaims, ServiceAllocator};
 use ovl_subsystems::services::permits::Permits;
 use serde_json::Value;
@@ -261,13 +261,18 @@ impl Node {
         read.first().map(|(place, _)| place.problem(Problem { field: String::new(), reason }))
     }
 
-    /// Sets the creation timestamp of each object; an existing object keeps its own.
+    /// Sets the creation timestamp of each object; an existing object keeps its own, and the fields that this release
+    /// does not know.
     fn created(&self, read: &mut [(Place, Resource)]) {
         let mut guard = self.state.borrow_mut();
         let state = &mut *guard;
         let (wall_ms, me) = (state.wall_ms(), state.view.me);
         for (_, resource) in read {
-            let old = state.view.resources.meta(&resource.key()).map(|old| old.creation_timestamp);
+            let old = state.view.resources.get(&resource.key());
+            if let Some(old) = &old {
+                resource.keep_unknown(old);
+            }
+            let old = old.map(|old| old.meta().creation_timestamp);
             resource.meta_mut().creation_timestamp =
                 old.unwrap_or_else(|| Created(state.objects.stamp(wall_ms, me)));
         }
@@ -421,8 +426,9 @@ fn shown(resource: Option<&Resource>, show: bool) -> Result<Option<Value>, Faile
 
 /// Returns a problem if the encoded object is too long. `None` if its length is valid.
 fn too_long(place: &Place, resource: &Resource) -> Option<ManifestProblem> {
-    let most = MAX_OBJECT_BYTES - 128;
-    let length = wire::encode_body(resource).map_or(usize::MAX, |bytes| bytes.len());
+    // The rest is for the stamp and for the name, which is in the object twice.
+    let most = MAX_OBJECT_BYTES - 512;
+    let length = resource.encode().map_or(usize::MAX, |bytes| bytes.len());
     let reason = format!("is {length} bytes long and may be {most}");
     (length > most).then(|| place.problem(Problem { field: String::new(), reason }))
 }
@@ -438,7 +444,7 @@ fn is_asked_for(query: &ResourceQuery, name: &Name) -> bool {
 fn tombstone(kind: Kind, name: &Name) -> Resource {
     let metadata = Meta { name: name.name.clone(), namespace: name.namespace.clone(), ..Meta::default() };
     match kind {
-        Kind::Namespace => Resource::Namespace(Namespace { metadata }),
+        Kind::Namespace => Resource::Namespace(Namespace { metadata, unknown: Unknown::default() }),
         Kind::Pod => Resource::Pod(Pod { metadata, ..Pod::default() }),
         Kind::Service => Resource::Service(Box::new(Service { metadata, ..Service::default() })),
         Kind::EndpointSlice => Resource::EndpointSlice(ovl_proto::resource::EndpointSlice {
@@ -446,6 +452,7 @@ fn tombstone(kind: Kind, name: &Name) -> Resource {
             address_type: ovl_proto::resource::AddressType::IPv4,
             endpoints: Vec::new(),
             ports: Vec::new(),
+            unknown: Unknown::default(),
         }),
         Kind::NetworkPolicy => {
             Resource::NetworkPolicy(NetworkPolicy { metadata, ..NetworkPolicy::default() })

@@ -17,6 +17,7 @@ use ovl_proto::id::{EndpointId, Mac, NetworkId};
 use ovl_proto::object::{Driver, Mode, Network, Subnet};
 use ovl_proto::resource::Name;
 use ovl_proto::table::{Endpoint, Entry, Key, PodIdentity};
+use ovl_proto::wire::fields::Unknown;
 use ovl_runtimes::cni::{self, Attachment};
 use ovl_subsystems::endpoints::hairpin;
 use ovl_subsystems::guard;
@@ -139,6 +140,7 @@ impl Node {
             allowed: IpNet::aggregate(&request.allowed),
             allowed_macs: request.allowed_macs.clone(),
             pod: self.identify(&request, local.cni.as_ref()),
+            unknown: Unknown::default(),
         };
         let addresses = endpoint.addresses.iter().map(IpNet::addr);
         let gateways = addresses.filter(|_| !network.internal).filter_map(|at| ipam::gateway_on(network, at));

@@ -55,7 +55,9 @@ use ovl_mesh::keys::{ClusterKey, Identity, KeyFile, Keyring, TunnelSecret};
 use ovl_mesh::streams::{StreamEvent, Streams, StreamsConfig};
 use ovl_mesh::transport::Transport;
 use ovl_proto::id::NodeId;
+use ovl_proto::record::WireVersions;
 use ovl_proto::record::{NodeRecord, Presence, SignedRecord};
+use ovl_proto::wire::fields::Unknown;
 use ovl_subsystems::local::Local;
 use ovl_subsystems::networks::ranges::HostRanges;
 use tokio::sync::{Notify, mpsc};
@@ -234,6 +236,8 @@ impl Node {
             keys: keyring.ids(),
             presence: Presence::Running,
             version: env!("CARGO_PKG_VERSION").to_owned(),
+            wire: WireVersions::OWN,
+            unknown: Unknown::default(),
         };
         let signed = identity.sign_record(&record)?;
         let keys = keys::Keys::new(Arc::clone(&keyring), key_file);
@@ -562,6 +566,7 @@ fn first_state(
         caught_up: false,
         problems: Problems::default(),
         save: state::Save::default(),
+        file_unknown: saved.unknown.clone(),
         uncached: BTreeSet::new(),
         epoch: Instant::now(),
         leaving: false,

@@ -17,6 +17,7 @@ use ovl_control::{NetworkCreate, NetworkInfo};
 use ovl_proto::clock::Stamp;
 use ovl_proto::id::NetworkId;
 use ovl_proto::object::{Backend, Driver, Mode, Network, ObjectKey};
+use ovl_proto::wire::fields::Unknown;
 
 use super::state::State;
 use super::{Failed, Node};
@@ -175,6 +176,7 @@ impl Node {
             names: request.dns || !(own && UNNAMED.contains(&request.name.as_str())),
             on_demand,
             external_names: request.external_names,
+            unknown: Unknown::default(),
         })
     }
 

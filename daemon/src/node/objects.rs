@@ -35,6 +35,13 @@ impl Node {
             let wall_ms = state.wall_ms();
             let (mut written, mut all) = (Vec::with_capacity(writes.len()), Vec::new());
             for (body, deleted) in writes {
+                // What a later release says would be lost.
+                if let Some((key, why)) = state.objects.not_understood(&body.key()) {
+                    return Err(Failed::conflict(format!(
+                        "{key} was written by a later release of ovld, and this host does not know {why}: change it \
+                         on a host that runs that release, or upgrade ovld on this host"
+                    )));
+                }
                 let object = Object { stamp: state.objects.stamp(wall_ms, me), deleted, body };
                 let body = wire::encode_body(&object).map_err(|error| Failed::internal(error.to_string()))?;
                 let signed = SignedObject {

@@ -483,7 +483,13 @@ impl Node {
             let Some(own) = state.view.own() else { return };
             let known = match own.table.get(&key) {
                 Some(Entry::PathMtu { mtu, .. }) => Some(*mtu),
-                Some(Entry::Endpoint(_) | Entry::Lease { .. } | Entry::Held(_) | Entry::Announced(_))
+                Some(
+                    Entry::Endpoint(_)
+                    | Entry::Lease { .. }
+                    | Entry::Held(_)
+                    | Entry::Announced(_)
+                    | Entry::Opaque(_),
+                )
                 | None => None,
             };
             (known, own.record.link_mtu)

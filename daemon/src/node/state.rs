@@ -17,6 +17,7 @@ use ovl_proto::object::Mode;
 use ovl_proto::record::{NodeRecord, SignedRecord};
 use ovl_proto::sync::Message;
 use ovl_proto::table::{Endpoint, Entry};
+use ovl_proto::wire::fields::Unknown;
 use ovl_subsystems::local::Local;
 use ovl_subsystems::networks::ranges::HostRanges;
 use tokio::sync::oneshot;
@@ -132,6 +133,8 @@ pub(crate) struct State {
     pub problems: Problems,
     /// Progress of saving the state file.
     pub save: Save,
+    /// Fields of the state file that this release does not know.
+    pub file_unknown: Unknown,
     /// Peers whose tables changed since they were last cached in the run directory.
     pub uncached: BTreeSet<NodeId>,
     /// Start of the milliseconds of this run.
@@ -228,7 +231,7 @@ impl State {
             Change::Entry { host, entry } => match entry {
                 Entry::Lease { network, .. } => self.changed(Change::Rights(*network)),
                 Entry::PathMtu { .. } => self.rights_of(host),
-                Entry::Endpoint(_) | Entry::Held(_) | Entry::Announced(_) => {}
+                Entry::Endpoint(_) | Entry::Held(_) | Entry::Announced(_) | Entry::Opaque(_) => {}
             },
             Change::Host(host) => self.rights_of(host),
             Change::ThisHost => {
@@ -262,7 +265,7 @@ impl State {
             networks.extend(node.table.entries().filter_map(|entry| match entry {
                 Entry::Endpoint(endpoint) => Some(endpoint.network),
                 Entry::Lease { network, .. } => Some(*network),
-                Entry::PathMtu { .. } | Entry::Held(_) | Entry::Announced(_) => None,
+                Entry::PathMtu { .. } | Entry::Held(_) | Entry::Announced(_) | Entry::Opaque(_) => None,
             }));
         }
         networks.into_iter().for_each(|network| self.changed(Change::Rights(network)));

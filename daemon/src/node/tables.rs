@@ -46,7 +46,11 @@ impl Node {
         // Endpoints on bridge networks are not announced to peers.
         let is_own = |entry: &Entry| match entry {
             Entry::Endpoint(endpoint) => state.bridges.contains(endpoint.network),
-            Entry::Lease { .. } | Entry::PathMtu { .. } | Entry::Held(_) | Entry::Announced(_) => false,
+            Entry::Lease { .. }
+            | Entry::PathMtu { .. }
+            | Entry::Held(_)
+            | Entry::Announced(_)
+            | Entry::Opaque(_) => false,
         };
         let (kept, set): (Vec<Entry>, Vec<Entry>) = set.into_iter().partition(is_own);
         let (dropped, unset): (Vec<Key>, Vec<Key>) =
@@ -298,7 +302,11 @@ fn check_entry(entry: &Entry) -> Result<(), String> {
         Entry::PathMtu { mtu, .. } if *mtu < MIN_PATH_MTU => {
             return Err(format!("a path MTU of {mtu} bytes, below {MIN_PATH_MTU}"));
         }
-        Entry::Lease { .. } | Entry::Announced(_) | Entry::PathMtu { .. } | Entry::Held(_) => return Ok(()),
+        Entry::Lease { .. }
+        | Entry::Announced(_)
+        | Entry::PathMtu { .. }
+        | Entry::Held(_)
+        | Entry::Opaque(_) => return Ok(()),
     };
     if let Some(address) = endpoint.addresses.iter().find(|address| !is_assignable(address.addr())) {
         return Err(format!("endpoint {} with the address {address}", endpoint.name));
@@ -350,7 +358,7 @@ fn networks_of(table: &Table) -> Vec<NetworkId> {
         .filter_map(|entry| match entry {
             Entry::Endpoint(endpoint) => Some(endpoint.network),
             Entry::Lease { network, .. } => Some(*network),
-            Entry::PathMtu { .. } | Entry::Held(_) | Entry::Announced(_) => None,
+            Entry::PathMtu { .. } | Entry::Held(_) | Entry::Announced(_) | Entry::Opaque(_) => None,
         })
         .collect();
     networks.sort_unstable();

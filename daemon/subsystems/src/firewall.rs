@@ -177,6 +177,7 @@ mod tests {
     use ovl_proto::clock::Stamp;
     use ovl_proto::id::NetworkId;
     use ovl_proto::object::{Backend, Driver};
+    use ovl_proto::wire::fields::Unknown;
 
     use super::*;
     use ovl_cluster::addresses;
@@ -197,6 +198,7 @@ mod tests {
             names: true,
             on_demand: false,
             external_names: false,
+            unknown: Unknown::default(),
         }
     }
 

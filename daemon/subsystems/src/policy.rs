@@ -324,8 +324,8 @@ impl Builder {
     fn policy(&mut self, name: &Name, number: u32, policy: &NetworkPolicy) -> Policy {
         let spec = &policy.spec;
         let isolates = |direction| spec.policy_types.iter().any(|kind| Direction::of(*kind) == direction);
-        let ingress = spec.ingress.iter().map(|IngressRule { ports, from }| (from, ports));
-        let egress = spec.egress.iter().map(|EgressRule { ports, to }| (to, ports));
+        let ingress = spec.ingress.iter().map(|IngressRule { ports, from, .. }| (from, ports));
+        let egress = spec.egress.iter().map(|EgressRule { ports, to, .. }| (to, ports));
         let ingress = ingress.map(|(peers, ports)| self.rule(name, peers, ports)).collect();
         let egress = egress.map(|(peers, ports)| self.rule(name, peers, ports)).collect();
         Policy {
@@ -361,7 +361,7 @@ impl Builder {
         RulePeer::Pods(place)
     }
 
-    fn port(&mut self, PolicyPort { protocol, port, end_port }: &PolicyPort) -> RulePort {
+    fn port(&mut self, PolicyPort { protocol, port, end_port, .. }: &PolicyPort) -> RulePort {
         match port {
             None => RulePort::All(*protocol),
             Some(IntOrString::Int(first)) => RulePort::Range(*protocol, *first, end_port.unwrap_or(*first)),

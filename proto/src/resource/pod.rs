@@ -5,10 +5,12 @@ use std::net::IpAddr;
 use serde::{Deserialize, Serialize};
 
 use super::{Meta, Protocol};
+use crate::fields;
+use crate::wire::fields::Unknown;
 
 /// v1 Pod.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase", default)]
+#[serde(remote = "Self", rename_all = "camelCase", default)]
 pub struct Pod {
     /// The metadata. Its labels apply to the endpoint.
     pub metadata: Meta,
@@ -16,11 +18,16 @@ pub struct Pod {
     pub spec: PodSpec,
     /// The status, as given in the manifest.
     pub status: PodStatus,
+    /// Fields that this release does not know.
+    #[serde(skip)]
+    pub unknown: Unknown,
 }
+
+fields! { json Pod { 1 metadata optional, 2 spec optional, 3 status optional, ..unknown } }
 
 /// The specification of a Pod.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase", default)]
+#[serde(remote = "Self", rename_all = "camelCase", default)]
 pub struct PodSpec {
     /// The containers. Kubernetes requires at least one, ovl none.
     pub containers: Vec<Container>,
@@ -28,7 +35,12 @@ pub struct PodSpec {
     pub hostname: String,
     /// The headless Service under whose name the DNS record is. Empty: no record.
     pub subdomain: String,
+    /// Fields that this release does not know.
+    #[serde(skip)]
+    pub unknown: Unknown,
 }
+
+fields! { json PodSpec { 1 containers optional, 2 hostname optional, 3 subdomain optional, ..unknown } }
 
 impl Pod {
     /// Whether its containers have ended for good. Its addresses may be those of another pod by now.
@@ -51,17 +63,22 @@ impl Pod {
 
 /// A container of a pod.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase", default)]
+#[serde(remote = "Self", rename_all = "camelCase", default)]
 pub struct Container {
     /// The container's name.
     pub name: String,
     /// The ports. Services and policies can refer to a port by its name.
     pub ports: Vec<ContainerPort>,
+    /// Fields that this release does not know.
+    #[serde(skip)]
+    pub unknown: Unknown,
 }
+
+fields! { json Container { 1 name optional, 2 ports optional, ..unknown } }
 
 /// A port on which a container listens.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase", default)]
+#[serde(remote = "Self", rename_all = "camelCase", default)]
 pub struct ContainerPort {
     /// The port's name; may be empty.
     pub name: String,
@@ -69,11 +86,16 @@ pub struct ContainerPort {
     pub container_port: u16,
     /// The protocol; TCP by default.
     pub protocol: Protocol,
+    /// Fields that this release does not know.
+    #[serde(skip)]
+    pub unknown: Unknown,
 }
+
+fields! { json ContainerPort { 1 name optional, 2 container_port optional, 3 protocol optional, ..unknown } }
 
 /// The status of a Pod: whether it is ready, and its addresses if it has no endpoint.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase", default)]
+#[serde(remote = "Self", rename_all = "camelCase", default)]
 pub struct PodStatus {
     /// The first of `pod_ips`.
     #[serde(rename = "podIP")]
@@ -85,6 +107,15 @@ pub struct PodStatus {
     pub phase: Option<PodPhase>,
     /// The condition [`READY_CONDITION`], if given. In the cluster there is no other one.
     pub conditions: Vec<PodCondition>,
+    /// Fields that this release does not know.
+    #[serde(skip)]
+    pub unknown: Unknown,
+}
+
+fields! {
+    json PodStatus {
+        1 pod_ip optional, 2 pod_ips optional, 3 phase optional, 4 conditions optional, ..unknown
+    }
 }
 
 /// The type of the condition that says whether a pod accepts connections.

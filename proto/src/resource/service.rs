@@ -6,13 +6,15 @@ use std::ops::RangeInclusive;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::{IntOrString, Labels, Meta, Protocol};
+use crate::fields;
+use crate::wire::fields::Unknown;
 
 /// The node port range, reserved on all hosts for Services of type NodePort and LoadBalancer, as in Kubernetes.
 pub const NODE_PORTS: RangeInclusive<u16> = 30_000..=32_767;
 
 /// v1 Service.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase", default)]
+#[serde(remote = "Self", rename_all = "camelCase", default)]
 pub struct Service {
     /// The metadata. The name is a DNS label.
     pub metadata: Meta,
@@ -20,11 +22,16 @@ pub struct Service {
     pub spec: ServiceSpec,
     /// The status, written by the cluster.
     pub status: ServiceStatus,
+    /// Fields that this release does not know.
+    #[serde(skip)]
+    pub unknown: Unknown,
 }
+
+fields! { json Service { 1 metadata optional, 2 spec optional, 3 status optional, ..unknown } }
 
 /// The specification of a Service, with what was allocated.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase", default)]
+#[serde(remote = "Self", rename_all = "camelCase", default)]
 pub struct ServiceSpec {
     /// The type: how clients reach the Service.
     #[serde(rename = "type")]
@@ -67,6 +74,20 @@ pub struct ServiceSpec {
     pub load_balancer_ip: Option<IpAddr>,
     /// Whether the ports of a LoadBalancer get node ports as well. `None`: yes.
     pub allocate_load_balancer_node_ports: Option<bool>,
+    /// Fields that this release does not know.
+    #[serde(skip)]
+    pub unknown: Unknown,
+}
+
+fields! {
+    json ServiceSpec {
+        1 kind optional, 2 selector optional, 3 ports optional, 4 cluster_ip optional,
+        5 cluster_ips optional, 6 ip_families optional, 7 ip_family_policy optional, 8 external_ips optional,
+        9 external_name optional, 10 session_affinity optional, 11 session_affinity_config optional,
+        12 internal_traffic_policy optional, 13 external_traffic_policy optional,
+        14 health_check_node_port optional, 15 publish_not_ready_addresses optional,
+        16 load_balancer_ip optional, 17 allocate_load_balancer_node_ports optional, ..unknown
+    }
 }
 
 /// The type of a Service: how clients reach it.
@@ -91,7 +112,7 @@ impl std::fmt::Display for ServiceType {
 
 /// A port of a Service.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase", default)]
+#[serde(remote = "Self", rename_all = "camelCase", default)]
 pub struct ServicePort {
     /// The name, unique within the Service. Empty only if it is the only port.
     pub name: String,
@@ -105,6 +126,16 @@ pub struct ServicePort {
     pub target_port: Option<IntOrString>,
     /// The node port, 30000 to 32767. `None` if the Service has none, or none was allocated yet.
     pub node_port: Option<u16>,
+    /// Fields that this release does not know.
+    #[serde(skip)]
+    pub unknown: Unknown,
+}
+
+fields! {
+    json ServicePort {
+        1 name optional, 2 protocol optional, 3 app_protocol optional, 4 port optional,
+        5 target_port optional, 6 node_port optional, ..unknown
+    }
 }
 
 /// A cluster IP, or the marker of a headless Service.
@@ -240,19 +271,29 @@ pub enum TrafficPolicy {
 
 /// The status of a Service, written by the cluster.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase", default)]
+#[serde(remote = "Self", rename_all = "camelCase", default)]
 pub struct ServiceStatus {
     /// The status of a LoadBalancer.
     pub load_balancer: LoadBalancerStatus,
+    /// Fields that this release does not know.
+    #[serde(skip)]
+    pub unknown: Unknown,
 }
+
+fields! { json ServiceStatus { 1 load_balancer optional, ..unknown } }
 
 /// The status of a LoadBalancer, written by the cluster.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase", default)]
+#[serde(remote = "Self", rename_all = "camelCase", default)]
 pub struct LoadBalancerStatus {
     /// The addresses, one for each family that the pool has and the Service requests.
     pub ingress: Vec<LoadBalancerIngress>,
+    /// Fields that this release does not know.
+    #[serde(skip)]
+    pub unknown: Unknown,
 }
+
+fields! { json LoadBalancerStatus { 1 ingress optional, ..unknown } }
 
 /// An address of the load balancer pool.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

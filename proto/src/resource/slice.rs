@@ -5,13 +5,15 @@ use std::net::IpAddr;
 use serde::{Deserialize, Serialize};
 
 use super::{Meta, Protocol};
+use crate::fields;
+use crate::wire::fields::Unknown;
 
 /// The label with the name of a slice's Service, which is in the same namespace.
 pub const SERVICE_NAME_LABEL: &str = "kubernetes.io/service-name";
 
 /// discovery.k8s.io/v1 EndpointSlice.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
+#[serde(remote = "Self", rename_all = "camelCase")]
 pub struct EndpointSlice {
     /// The metadata. The label [`SERVICE_NAME_LABEL`] names the Service.
     #[serde(default)]
@@ -24,6 +26,15 @@ pub struct EndpointSlice {
     /// The ports, the same on all endpoints.
     #[serde(default)]
     pub ports: Vec<SlicePort>,
+    /// Fields that this release does not know.
+    #[serde(skip)]
+    pub unknown: Unknown,
+}
+
+fields! {
+    json EndpointSlice {
+        1 metadata optional, 2 address_type, 3 endpoints optional, 4 ports optional, ..unknown
+    }
 }
 
 /// The family of a slice's addresses.
@@ -37,7 +48,7 @@ pub enum AddressType {
 
 /// An endpoint of a slice: one backend.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase", default)]
+#[serde(remote = "Self", rename_all = "camelCase", default)]
 pub struct SliceEndpoint {
     /// Its addresses, at least one. Only the first one is used, as by kube-proxy.
     pub addresses: Vec<IpAddr>,
@@ -47,6 +58,15 @@ pub struct SliceEndpoint {
     pub hostname: String,
     /// The name of its host in the cluster. Empty: unknown.
     pub node_name: String,
+    /// Fields that this release does not know.
+    #[serde(skip)]
+    pub unknown: Unknown,
+}
+
+fields! {
+    json SliceEndpoint {
+        1 addresses optional, 2 conditions optional, 3 hostname optional, 4 node_name optional, ..unknown
+    }
 }
 
 /// Whether a backend accepts connections. Absent values have the defaults of Kubernetes.
@@ -63,7 +83,7 @@ pub struct Conditions {
 
 /// A port of a slice's endpoints.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase", default)]
+#[serde(remote = "Self", rename_all = "camelCase", default)]
 pub struct SlicePort {
     /// The name of the Service port that it belongs to.
     pub name: String,
@@ -73,4 +93,13 @@ pub struct SlicePort {
     pub port: Option<u16>,
     /// The application protocol, informational.
     pub app_protocol: Option<String>,
+    /// Fields that this release does not know.
+    #[serde(skip)]
+    pub unknown: Unknown,
+}
+
+fields! {
+    json SlicePort {
+        1 name optional, 2 protocol optional, 3 port optional, 4 app_protocol optional, ..unknown
+    }
 }

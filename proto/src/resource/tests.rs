@@ -1,6 +1,8 @@
 use serde_json::json;
 
 use super::*;
+use crate::clock::Stamp;
+use crate::object::{Body, Object};
 use crate::wire;
 
 fn service() -> Service {
@@ -57,8 +59,9 @@ fn resources_round_trip_through_the_wire_codec() {
         Resource::Pod(Pod::default()),
         Resource::Namespace(Namespace::default()),
     ] {
-        let bytes = wire::encode_body(&resource).unwrap();
-        assert_eq!(wire::decode_body::<Resource>(&bytes).unwrap(), resource);
+        let object = Object { stamp: Stamp::default(), deleted: false, body: Body::Resource(resource) };
+        let bytes = wire::encode_body(&object).unwrap();
+        assert_eq!(wire::decode_body::<Object>(&bytes).unwrap(), object);
     }
 }
 

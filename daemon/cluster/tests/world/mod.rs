@@ -13,9 +13,11 @@ use ovl_proto::clock::Stamp;
 use ovl_proto::id::{EndpointId, NetworkId, NodeId, TunnelKey};
 use ovl_proto::object::{Backend, Driver, Mode, Network, Subnet};
 use ovl_proto::record::PeerState;
+use ovl_proto::record::WireVersions;
 use ovl_proto::record::{NodeRecord, Presence, Signature, Tunnel};
 use ovl_proto::resource::{Kind, Name, Resource, ResourceKey};
 use ovl_proto::table::{Endpoint, Entry, Key, PodIdentity};
+use ovl_proto::wire::fields::Unknown;
 use serde_json::{Value, json};
 
 pub(crate) const NET: NetworkId = NetworkId([0; 5]);
@@ -45,6 +47,8 @@ pub(crate) fn node(n: u8) -> Node {
             keys: ovl_proto::record::ClusterKeys::default(),
             presence: Presence::Running,
             version: "0".to_owned(),
+            wire: WireVersions::OWN,
+            unknown: Unknown::default(),
         },
         state: PeerState::Alive,
         table: Table::new(id(n)),
@@ -68,6 +72,7 @@ pub(crate) fn view_of(mode: Mode, backend: Backend, subnet: Subnet, block: impl 
         names: true,
         on_demand: false,
         external_names: false,
+        unknown: Unknown::default(),
     };
     View {
         me: id(1),
@@ -82,6 +87,7 @@ pub(crate) fn view_of(mode: Mode, backend: Backend, subnet: Subnet, block: impl 
             banned: BTreeSet::new(),
             blocks: (1..=3).map(|n| (Block { network: NET, prefix: block(n) }, id(n))).collect(),
             key: None,
+            unknown: Unknown::default(),
         },
         resources: Default::default(),
     }
@@ -122,6 +128,7 @@ pub(crate) fn endpoint(n: u8, address: &str) -> Entry {
         allowed: vec![],
         allowed_macs: vec![],
         pod: None,
+        unknown: Unknown::default(),
     })
 }
 

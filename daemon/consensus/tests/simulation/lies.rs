@@ -7,6 +7,7 @@
 use ovl_consensus::Signatures;
 use ovl_proto::alloc::{AllocMap, AllocMessage, Ballot, Block, Change, Decision, Proof, Refusal, Statement};
 use ovl_proto::id::NodeId;
+use ovl_proto::wire::fields::Unknown;
 
 use super::fake::Fake;
 use super::world::{World, network};
@@ -113,6 +114,7 @@ impl World {
             ballot,
             members: map.members.clone(),
             map: signer.digest(&map),
+            unknown: Unknown::default(),
         };
         // The votes of others are those for the map before.
         let mut votes = proof.votes.clone();

@@ -6,6 +6,7 @@ use ovl_cluster::addresses as ipam;
 use ovl_dataplane::op::{NftOp, Op};
 use ovl_proto::clock::Stamp;
 use ovl_proto::object::{Backend, Driver, Mode, Network};
+use ovl_proto::wire::fields::Unknown;
 use ovl_subsystems::networks::filter;
 
 use super::lab::{Lab, NETWORK, in_namespace, net, run, underlay};
@@ -27,6 +28,7 @@ fn text() -> String {
         names: true,
         on_demand: false,
         external_names: false,
+        unknown: Unknown::default(),
     };
     filter::render(&[&network], &underlay(&["192.0.2.2", "192.0.2.3", "2001:db8::1"], true), None, true, &[])
 }

@@ -10,6 +10,7 @@ use ovl_proto::SEALED_VXLAN_PORT;
 use ovl_proto::clock::Stamp;
 use ovl_proto::id::{NetworkId, TunnelKey};
 use ovl_proto::object::{Backend, Driver, Mode, Network};
+use ovl_proto::wire::fields::Unknown;
 use ovl_subsystems::encryption::tunnel::Gate;
 use ovl_subsystems::networks::filter;
 use ovl_tunnel::{PrivateKey, public_key};
@@ -187,6 +188,7 @@ fn nft_accepts_the_filter_of_encrypted_networks() {
             names: true,
             on_demand: false,
             external_names: false,
+            unknown: Unknown::default(),
         };
         let all = [
             network(1, Mode::L2, true, false, ["10.1.0.0/16", "fd01::/64"]),

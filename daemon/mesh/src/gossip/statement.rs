@@ -17,7 +17,7 @@ use super::seal::RunId;
 use crate::keys::{self, Identity};
 
 /// The hints of a host: a summary of its state, by which peers detect missing state.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Hints {
     /// The revision of its owner table.
     pub table: Revision,
@@ -27,18 +27,22 @@ pub struct Hints {
     pub alloc: u64,
 }
 
+ovl_proto::fields! { Hints { 1 table, 2 objects, 3 alloc } }
+
 /// The position of hints in the sequence of a host: the generation of its record, and a number that grows with each
 /// change.
 pub(super) type Sequence = (u64, u64);
 
 /// What a host says of itself.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Statement {
     /// The ping that it answers; `None` if it only announces hints.
     pub(super) answer: Option<Answer>,
     pub(super) sequence: Sequence,
     pub(super) hints: Hints,
 }
+
+ovl_proto::fields! { Statement { 1 answer optional, 2 sequence, 3 hints } }
 
 /// The answer to a ping.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

@@ -1,5 +1,7 @@
 use ovl_proto::record::Presence;
+use ovl_proto::record::WireVersions;
 use ovl_proto::table::Revision;
+use ovl_proto::wire::fields::Unknown;
 use tokio::time::timeout;
 
 use super::*;
@@ -34,6 +36,8 @@ fn record_at(identity: &Identity, address: SocketAddr, generation: u64) -> NodeR
         keys: ovl_proto::record::ClusterKeys::default(),
         presence: Presence::Running,
         version: "0.1.0".to_owned(),
+        wire: WireVersions::OWN,
+        unknown: Unknown::default(),
     }
 }
 

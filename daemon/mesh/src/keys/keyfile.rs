@@ -13,11 +13,10 @@ use ovl_files::{Damaged, remove_if_present, replace_shared, sha256};
 use ovl_proto::id::ClusterKeyId;
 use ovl_proto::secret::Secret;
 use ovl_proto::wire;
-use serde::{Deserialize, Serialize};
 
 use super::{ClusterKey, Keyring, read_secret};
 
-const MAGIC: &[u8] = b"ovl keys 1\n";
+const MAGIC: &[u8] = b"ovl keys 2\n";
 
 /// The files with the cluster key.
 #[derive(Debug)]
@@ -30,12 +29,13 @@ pub struct KeyFile {
     held: ClusterKeyId,
 }
 
-#[derive(Serialize, Deserialize)]
 struct KeyringCopy {
     held: ClusterKeyId,
     /// The keys, with the one that seals first.
     keys: Vec<Secret<[u8; 32]>>,
 }
+
+ovl_proto::fields! { KeyringCopy { 1 held, 2 keys } }
 
 impl KeyFile {
     /// Reads the keys at the start of the daemon.

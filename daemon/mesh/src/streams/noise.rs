@@ -14,7 +14,6 @@ use anyhow::{Context, bail, ensure};
 use ovl_proto::id::ClusterKeyId;
 use ovl_proto::record::{Domain, NodeRecord, Signature, SignedRecord};
 use ovl_proto::wire;
-use serde::{Deserialize, Serialize};
 use snow::{Builder, HandshakeState, TransportState};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use zeroize::Zeroizing;
@@ -41,12 +40,14 @@ enum Role {
 }
 
 /// The message by which a side authenticates itself.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug)]
 struct Hello {
     record: SignedRecord,
     /// The signature in [`Domain::Stream`] of the role and the handshake hash.
     signature: Signature,
 }
+
+ovl_proto::fields! { Hello { 1 record, 2 signature } }
 
 /// An authenticated stream.
 pub(super) struct AuthenticatedStream {

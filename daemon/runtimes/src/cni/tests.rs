@@ -4,6 +4,7 @@ use std::net::IpAddr;
 use ovl_dataplane::observed::Inside;
 use ovl_proto::id::{EndpointId, Mac, NetworkId, NodeId};
 use ovl_proto::table::Endpoint;
+use ovl_proto::wire::fields::Unknown;
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
@@ -367,6 +368,7 @@ fn checked(change: impl FnOnce(&mut Value, &mut Endpoint, &mut Inside)) -> Resul
         allowed: Vec::new(),
         allowed_macs: Vec::new(),
         pod: None,
+        unknown: Unknown::default(),
     };
     change(&mut previous, &mut endpoint, &mut found);
     let Call::Check(call) =
@@ -428,6 +430,7 @@ fn check_names_the_difference() {
         allowed: Vec::new(),
         allowed_macs: Vec::new(),
         pod: None,
+        unknown: Unknown::default(),
     };
     assert_fails(check(&call, &endpoint, None), code::DIFFERENCE, "no interface eth0");
     assert_fails(parse(&self::call(CniCommand::Check, config(json!({})))), code::CONFIG, "prevResult");

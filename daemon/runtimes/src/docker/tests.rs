@@ -4,6 +4,7 @@ use ovl_proto::clock::Stamp;
 use ovl_proto::id::{Mac, NetworkId};
 use ovl_proto::object::{Backend, Driver, Mode, Network};
 use ovl_proto::publish::Publish;
+use ovl_proto::wire::fields::Unknown;
 use serde_json::{Value, json};
 
 use super::*;
@@ -55,6 +56,7 @@ fn networks(all: &[(&str, &[&str])]) -> BTreeMap<NetworkId, NetworkState> {
             names: true,
             on_demand: false,
             external_names: false,
+            unknown: Unknown::default(),
         };
         (network.id, NetworkState { network, removing: false })
     };

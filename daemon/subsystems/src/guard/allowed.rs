@@ -66,6 +66,7 @@ mod tests {
     use ovl_proto::clock::Stamp;
     use ovl_proto::id::NetworkId;
     use ovl_proto::object::{Backend, Driver, Subnet};
+    use ovl_proto::wire::fields::Unknown;
 
     use super::*;
 
@@ -90,6 +91,7 @@ mod tests {
             names: true,
             on_demand: false,
             external_names: false,
+            unknown: Unknown::default(),
         }
     }
 

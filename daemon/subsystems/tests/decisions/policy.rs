@@ -16,6 +16,7 @@ use ovl_proto::resource::{
     Protocol, Requirement, Resource,
 };
 use ovl_proto::table::{Endpoint, Entry, Key, PodIdentity};
+use ovl_proto::wire::fields::Unknown;
 use ovl_subsystems::local::Local;
 use ovl_subsystems::policy::explain::{ConnectionEnd, Side, explain};
 use ovl_subsystems::policy::resolver::ResolverPeer;
@@ -30,7 +31,7 @@ fn labels(all: &[(&str, &str)]) -> Labels {
 }
 
 fn selector(all: &[(&str, &str)]) -> LabelSelector {
-    LabelSelector { match_labels: labels(all), match_expressions: Vec::new() }
+    LabelSelector { match_labels: labels(all), match_expressions: Vec::new(), unknown: Unknown::default() }
 }
 
 fn meta(namespace: &str, name: &str, all: Labels) -> Meta {
@@ -38,7 +39,11 @@ fn meta(namespace: &str, name: &str, all: Labels) -> Meta {
 }
 
 fn policy(namespace: &str, name: &str, spec: PolicySpec) -> Resource {
-    Resource::NetworkPolicy(NetworkPolicy { metadata: meta(namespace, name, Labels::new()), spec })
+    Resource::NetworkPolicy(NetworkPolicy {
+        metadata: meta(namespace, name, Labels::new()),
+        spec,
+        unknown: Unknown::default(),
+    })
 }
 
 /// Returns an endpoint with the address 10.9.0.n, of the host that holds its block: h1 to h3.
@@ -57,6 +62,7 @@ fn endpoint(n: u8, namespace: &str, all: Labels) -> Endpoint {
         allowed: Vec::new(),
         allowed_macs: Vec::new(),
         pod: None,
+        unknown: Unknown::default(),
     }
 }
 
@@ -94,8 +100,9 @@ fn example() -> View {
         PolicySpec {
             pod_selector: selector(&[("app", "database")]),
             policy_types: vec![PolicyType::Ingress],
-            ingress: vec![IngressRule { ports: vec![port], from: vec![from] }],
+            ingress: vec![IngressRule { ports: vec![port], from: vec![from], unknown: Unknown::default() }],
             egress: vec![],
+            unknown: Unknown::default(),
         },
     ));
     view
@@ -265,8 +272,9 @@ fn selectors() -> impl Strategy<Value = LabelSelector> {
             Operator::Exists | Operator::DoesNotExist => Vec::new(),
         },
     });
-    (few_labels(), prop::collection::vec(requirement, 0..2))
-        .prop_map(|(match_labels, match_expressions)| LabelSelector { match_labels, match_expressions })
+    (few_labels(), prop::collection::vec(requirement, 0..2)).prop_map(|(match_labels, match_expressions)| {
+        LabelSelector { match_labels, match_expressions, unknown: Unknown::default() }
+    })
 }
 
 fn peers() -> impl Strategy<Value = PolicyPeer> {
@@ -288,7 +296,12 @@ fn peers() -> impl Strategy<Value = PolicyPeer> {
     let pods =
         (prop::option::of(selectors()), prop::option::of(selectors())).prop_map(|(pods, namespaces)| {
             let pod_selector = pods.or_else(|| namespaces.is_none().then(LabelSelector::default));
-            PolicyPeer { pod_selector, namespace_selector: namespaces, ip_block: None }
+            PolicyPeer {
+                pod_selector,
+                namespace_selector: namespaces,
+                ip_block: None,
+                unknown: Unknown::default(),
+            }
         });
     prop_oneof![1 => block, 3 => pods]
 }
@@ -301,7 +314,12 @@ fn ports() -> impl Strategy<Value = PolicyPort> {
         (80..83_u16).prop_map(|port| (Some(IntOrString::Int(port)), Some(port + 1))),
         Just((Some(IntOrString::String("web".to_owned())), None)),
     ];
-    (protocol, port).prop_map(|(protocol, (port, end_port))| PolicyPort { protocol, port, end_port })
+    (protocol, port).prop_map(|(protocol, (port, end_port))| PolicyPort {
+        protocol,
+        port,
+        end_port,
+        unknown: Unknown::default(),
+    })
 }
 
 fn specs() -> impl Strategy<Value = PolicySpec> {
@@ -318,8 +336,15 @@ fn specs() -> impl Strategy<Value = PolicySpec> {
         PolicySpec {
             pod_selector,
             policy_types,
-            ingress: ingress.into_iter().map(|(from, ports)| IngressRule { ports, from }).collect(),
-            egress: egress.into_iter().map(|(to, ports)| EgressRule { ports, to }).collect(),
+            ingress: ingress
+                .into_iter()
+                .map(|(from, ports)| IngressRule { ports, from, unknown: Unknown::default() })
+                .collect(),
+            egress: egress
+                .into_iter()
+                .map(|(to, ports)| EgressRule { ports, to, unknown: Unknown::default() })
+                .collect(),
+            unknown: Unknown::default(),
         }
     })
 }
@@ -387,15 +412,17 @@ fn make(view: &mut View, step: &Step) -> Option<(NetworkId, IpAddr)> {
         }
         Step::Namespace(space, labels) => {
             let metadata = meta("", namespace_of(*space), labels.clone());
-            view.resources.insert(Resource::Namespace(Namespace { metadata }));
+            view.resources.insert(Resource::Namespace(Namespace { metadata, unknown: Unknown::default() }));
         }
         Step::Pod(n, space, port, uid) => {
             let ports = port.iter().map(|port| ContainerPort {
                 name: "web".to_owned(),
                 container_port: *port,
                 protocol: Protocol::Tcp,
+                unknown: Unknown::default(),
             });
-            let container = Container { name: "c".to_owned(), ports: ports.collect() };
+            let container =
+                Container { name: "c".to_owned(), ports: ports.collect(), unknown: Unknown::default() };
             view.resources.insert(Resource::Pod(Pod {
                 metadata: Meta {
                     uid: (*uid).to_owned(),
@@ -403,6 +430,7 @@ fn make(view: &mut View, step: &Step) -> Option<(NetworkId, IpAddr)> {
                 },
                 spec: PodSpec { containers: vec![container], ..PodSpec::default() },
                 status: Default::default(),
+                unknown: Unknown::default(),
             }));
         }
     }

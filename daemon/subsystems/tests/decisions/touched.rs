@@ -15,6 +15,7 @@ use ovl_proto::publish::{Published, Transport};
 use ovl_proto::record::Signature;
 use ovl_proto::resource::Kind;
 use ovl_proto::table::{Endpoint, Entry, Key};
+use ovl_proto::wire::fields::Unknown;
 use ovl_subsystems::local::Local;
 use ovl_subsystems::networks::desired::network_part;
 use ovl_subsystems::networks::touched::{TouchedEndpoints, plan};
@@ -82,6 +83,7 @@ fn entry(step: &Step, address: u8) -> Endpoint {
         allowed: step.allowed.map(|last| net(last).addr().into()).into_iter().collect(),
         allowed_macs: step.allowed_mac.map(|last| Mac([2, 0, 0, 0, 0, last])).into_iter().collect(),
         pod: None,
+        unknown: Unknown::default(),
     }
 }
 
