@@ -252,7 +252,15 @@ fn check_object(signed: &SignedObject, object: &Object) -> Result<(), String> {
     match &object.body {
         Body::Network(network) => check_network(network),
         Body::Resource(resource) => check_resource(resource, object.deleted),
-        // Kept and passed on, whatever it is.
+        // Kept and passed on, whatever it is. Users see the name.
+        Body::Opaque { key: ObjectKey::Resource(ResourceKey { name, .. }), .. } => {
+            let printable = |text: &str| text.bytes().all(|byte| byte.is_ascii_graphic());
+            if printable(&name.namespace) && printable(&name.name) {
+                Ok(())
+            } else {
+                Err("an object with a name that is none".to_owned())
+            }
+        }
         Body::Opaque { .. } => Ok(()),
     }
 }

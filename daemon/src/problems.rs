@@ -19,6 +19,8 @@ pub(crate) enum Code {
     KernelDump,
     /// The kernel rejects an operation.
     KernelRefusal,
+    /// This host does not understand what a later release of ovld wrote.
+    NotUnderstood,
     /// This host is not admitted to the cluster.
     Admission,
     /// Another host has the identity of this host or of a third one.
@@ -37,6 +39,8 @@ pub(crate) enum Code {
     TableRefused,
     /// A later allocation map cannot be verified.
     MapNotVerified,
+    /// A host and this one speak no common wire version.
+    WireVersion,
     /// The cluster key cannot be saved to the state directory.
     KeyDisk,
     /// The configured cluster key file does not contain the key in use.
@@ -94,6 +98,7 @@ impl Code {
         Self::DamagedFile,
         Self::KernelDump,
         Self::KernelRefusal,
+        Self::NotUnderstood,
         Self::Admission,
         Self::IdentityClash,
         Self::ForeignCluster,
@@ -103,6 +108,7 @@ impl Code {
         Self::UnknownHosts,
         Self::TableRefused,
         Self::MapNotVerified,
+        Self::WireVersion,
         Self::KeyDisk,
         Self::KeyFile,
         Self::KeyRotation,
@@ -138,6 +144,7 @@ impl Code {
             Self::DamagedFile => "OVL-E012",
             Self::KernelDump => "OVL-E013",
             Self::KernelRefusal => "OVL-E014",
+            Self::NotUnderstood => "OVL-E015",
             Self::Admission => "OVL-E020",
             Self::IdentityClash => "OVL-E021",
             Self::ForeignCluster => "OVL-E022",
@@ -147,6 +154,7 @@ impl Code {
             Self::UnknownHosts => "OVL-E026",
             Self::TableRefused => "OVL-E027",
             Self::MapNotVerified => "OVL-E028",
+            Self::WireVersion => "OVL-E029",
             Self::KeyDisk => "OVL-E030",
             Self::KeyFile => "OVL-E031",
             Self::KeyRotation => "OVL-E032",
@@ -180,6 +188,7 @@ impl Code {
             | Self::StateFile
             | Self::KernelDump
             | Self::KernelRefusal
+            | Self::NotUnderstood
             | Self::Admission
             | Self::IdentityClash
             | Self::ForeignCluster
@@ -187,6 +196,7 @@ impl Code {
             | Self::VtepFamily
             | Self::TableRefused
             | Self::MapNotVerified
+            | Self::WireVersion
             | Self::KeyDisk
             | Self::KeyMissed
             | Self::NoBlock

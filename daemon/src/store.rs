@@ -16,8 +16,8 @@ use ovl_proto::clock::Clock;
 use ovl_proto::id::{NetworkId, NodeId};
 use ovl_proto::object::{Network, SignedObject};
 use ovl_proto::record::SignedRecord;
-use ovl_proto::wire;
 use ovl_proto::wire::fields::Unknown;
+use ovl_proto::wire::{self, WireError};
 use ovl_runtimes::docker::EngineNetwork;
 use tokio::sync::mpsc;
 
@@ -74,6 +74,11 @@ pub(crate) fn read(path: &Path) -> Result<Option<State>> {
     };
     match decode(&bytes) {
         Ok(state) => Ok(Some(state)),
+        Err(error) if matches!(error.downcast_ref(), Some(WireError::NotUnderstood(_))) => Err(Damaged(format!(
+            "the state file {}: {error}. Start the release of ovld that wrote it, or a later one; the file was left as it is",
+            path.display()
+        ))
+        .into()),
         Err(error) => Err(Damaged(format!(
             "the state file {} is damaged ({error}), and to start without it could hand out addresses twice. \
              Restore it from a backup; or, if this host is to begin anew, run `ovlctl peers forget` for it on \
@@ -204,6 +209,15 @@ mod tests {
         fs::write(&path, other).unwrap();
         let error = read(&path).unwrap_err().to_string();
         assert!(error.contains("another release"), "{error}");
+        let mut later = State { generation: 7, ..State::default() };
+        later.unknown.set(900, false, b"kept");
+        write(&path, &later, &Disk::Synced).unwrap();
+        let kept = read(&path).unwrap().unwrap();
+        assert_eq!((kept.generation, kept.unknown.get(900)), (7, Some(&b"kept"[..])));
+        later.unknown.set(901, true, b"");
+        write(&path, &later, &Disk::Synced).unwrap();
+        let error = read(&path).unwrap_err().to_string();
+        assert!(error.contains("field 901 of State") && !error.contains("damaged"), "{error}");
         let mut flipped = good.clone();
         *flipped.last_mut().unwrap() ^= 1;
         fs::write(&path, flipped).unwrap();

@@ -102,6 +102,13 @@ impl Host {
         self.update(|host| host.args = args.iter().map(|&arg| arg.to_owned()).collect())
     }
 
+    /// Sets the environment variables that this host's daemon gets besides those of the lab, effective at the next
+    /// start.
+    pub fn set_env(&self, variables: &[(&str, &str)]) -> Result<()> {
+        let own = |(name, value): &(&str, &str)| ((*name).to_owned(), (*value).to_owned());
+        self.update(|host| host.env = variables.iter().map(own).collect())
+    }
+
     /// Sets the addresses to join through instead of the first host's, effective at the next start.
     pub fn set_join(&self, addresses: &[&str]) -> Result<()> {
         self.update(|host| host.join = Some(addresses.iter().map(|&each| each.to_owned()).collect()))
@@ -159,7 +166,7 @@ impl Host {
         if host.bootstrap {
             command.arg("--bootstrap");
         }
-        command.arg("--cluster-key").arg(key).args(lab_args).args(host.args);
+        command.arg("--cluster-key").arg(key).args(lab_args).args(host.args).envs(host.env);
 
         let log = OpenOptions::new().create(true).append(true).open(self.log_path())?;
         command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);

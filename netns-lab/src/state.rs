@@ -54,6 +54,9 @@ pub(crate) struct HostState {
     pub(crate) join: Option<Vec<String>>,
     pub(crate) config: String,
     pub(crate) args: Vec<String>,
+    /// Environment variables of the daemon.
+    #[serde(default)]
+    pub(crate) env: Vec<(String, String)>,
     pub(crate) daemon: Option<ProcId>,
     pub(crate) workloads: Vec<String>,
 }
@@ -134,6 +137,7 @@ impl HostState {
             join: None,
             config: String::new(),
             args: Vec::new(),
+            env: Vec::new(),
             daemon: None,
             workloads: Vec::new(),
         }

@@ -26,6 +26,10 @@ pub mod sync;
 pub mod table;
 pub mod wire;
 
+// For the macro `fields`.
+#[doc(hidden)]
+pub use serde;
+
 /// The text that `--version` prints after a program's name: release, commit and features.
 ///
 /// The features are the kinds of networks, then what workloads on them get, then who attaches workloads. Every

@@ -31,6 +31,8 @@ pub enum ObjectKey {
     },
 }
 
+/// The maximum length of the reason why an object is not understood, in characters.
+const MAX_WHY: usize = 200;
 /// The number of the kind of networks.
 const NETWORK: u32 = 1;
 /// The numbers of the kinds of Kubernetes objects.
@@ -43,6 +45,9 @@ const KINDS: [(u32, Kind); 5] = [
 ];
 
 impl ObjectKey {
+    /// The maximum size of an encoded name, of any kind and in any release.
+    pub const MAX_NAME_BYTES: usize = 512;
+
     /// Returns the number of the kind, and the encoded name.
     fn encoded(&self) -> (u32, Result<Vec<u8>, WireError>) {
         match self {
@@ -56,6 +61,9 @@ impl ObjectKey {
     }
 
     fn decode(number: u32, name: &[u8]) -> Result<Self, WireError> {
+        if name.len() > Self::MAX_NAME_BYTES {
+            return Err(WireError::Malformed("an object with a name that is too long".to_owned()));
+        }
         Ok(match KINDS.iter().find(|(known, _)| *known == number) {
             Some((_, kind)) => Self::Resource(ResourceKey { kind: *kind, name: wire::decode_body(name)? }),
             None if number == NETWORK => Self::Network(wire::decode_body(name)?),
@@ -222,7 +230,10 @@ impl Body {
 
     /// Decodes a content, which is opaque if this release does not understand it.
     fn decode(key: ObjectKey, content: &[u8]) -> Self {
-        let opaque = |key, why| Self::Opaque { key, content: content.to_vec(), why };
+        let opaque = |key, why: String| {
+            let why = why.chars().take(MAX_WHY).collect();
+            Self::Opaque { key, content: content.to_vec(), why }
+        };
         let decoded = match &key {
             ObjectKey::Network(_) => wire::decode_body(content).map(Self::Network),
             ObjectKey::Resource(ResourceKey { kind, .. }) => {

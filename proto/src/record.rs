@@ -127,8 +127,10 @@ pub struct WireVersions {
 }
 
 impl WireVersions {
-    /// Those of this release.
-    pub const OWN: Self = Self { oldest: wire::VERSION, newest: wire::VERSION };
+    /// Returns those of this daemon.
+    pub fn own() -> Self {
+        Self { oldest: wire::version(), newest: wire::version() }
+    }
 
     /// Whether there is a version that both sides speak.
     pub fn overlap(self, other: Self) -> bool {
@@ -264,13 +266,15 @@ impl SignedRecord {
 
     /// Encodes the record as a gossip value, which must be text.
     ///
+    /// The text has no version byte of its own: the record in it says which versions the host speaks.
+    ///
     /// It stays well below 1 KiB, because chitchat does not send a host's values if they exceed one delta.
     ///
     /// # Errors
     ///
     /// If the record cannot be encoded.
     pub fn to_text(&self) -> Result<String, WireError> {
-        Ok(data_encoding::BASE64_NOPAD.encode(&wire::encode(self)?))
+        Ok(data_encoding::BASE64_NOPAD.encode(&wire::encode_body(self)?))
     }
 
     /// Decodes the text that [`Self::to_text`] returns.
@@ -282,7 +286,7 @@ impl SignedRecord {
         let bytes = data_encoding::BASE64_NOPAD
             .decode(text.as_bytes())
             .map_err(|error| WireError::Malformed(error.to_string()))?;
-        wire::decode(&bytes)
+        wire::decode_body(&bytes)
     }
 }
 
@@ -341,7 +345,7 @@ mod tests {
             },
             presence: Presence::Running,
             version: "100.100.100".to_owned(),
-            wire: WireVersions::OWN,
+            wire: WireVersions::own(),
             unknown: Unknown::default(),
         };
         let signed =

@@ -15,6 +15,26 @@ use serde::{Serialize, Serializer};
 /// changes its meaning; what is added is a field or a number that others do not know.
 pub const VERSION: u8 = 1;
 
+/// The version byte of an introduction: a datagram of gossip that has a record and nothing else. It is the same in every
+/// release, so that hosts without a common wire version can name each other.
+pub const INTRODUCTION: u8 = 0;
+
+/// Returns the wire version that this daemon speaks: [`VERSION`].
+///
+/// Debug builds take another one from the variable `OVL_TEST_WIRE_VERSION`, so that tests can play a later release.
+pub fn version() -> u8 {
+    #[cfg(debug_assertions)]
+    {
+        static PLAYED: std::sync::OnceLock<Option<u8>> = std::sync::OnceLock::new();
+        let played = PLAYED
+            .get_or_init(|| std::env::var("OVL_TEST_WIRE_VERSION").ok().and_then(|text| text.parse().ok()));
+        if let Some(played) = played {
+            return *played;
+        }
+    }
+    VERSION
+}
+
 /// The maximum size of a frame in bytes.
 pub const MAX_FRAME: usize = 16 << 20;
 
@@ -22,7 +42,7 @@ pub const MAX_FRAME: usize = 16 << 20;
 #[derive(Debug, thiserror::Error)]
 pub enum WireError {
     /// The frame has another version.
-    #[error("frame has version {0}, this release understands {VERSION}")]
+    #[error("frame has version {0}, this release understands {own}", own = version())]
     Version(u8),
     /// The frame is empty.
     #[error("empty frame")]
@@ -180,7 +200,7 @@ pub fn fields_of(body: &[u8]) -> Result<&[u8], WireError> {
 ///
 /// If the encoding exceeds [`MAX_FRAME`].
 pub fn encode<T: Serialize>(value: &T) -> Result<Vec<u8>, WireError> {
-    let mut frame = vec![VERSION];
+    let mut frame = vec![version()];
     frame.append(&mut encode_body(value)?);
     Ok(frame)
 }
@@ -193,8 +213,8 @@ pub fn encode<T: Serialize>(value: &T) -> Result<Vec<u8>, WireError> {
 pub fn decode<T: DeserializeOwned>(frame: &[u8]) -> Result<T, WireError> {
     match frame.split_first() {
         None => Err(WireError::Empty),
-        Some((&VERSION, body)) => decode_body(body),
-        Some((&version, _)) => Err(WireError::Version(version)),
+        Some((first, body)) if *first == version() => decode_body(body),
+        Some((other, _)) => Err(WireError::Version(*other)),
     }
 }
 

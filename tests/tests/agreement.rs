@@ -57,7 +57,7 @@ impl Liar {
             keys: ClusterKeys { seals: key.id(), opens: Vec::new() },
             presence: Presence::Running,
             version: "0".to_owned(),
-            wire: WireVersions::OWN,
+            wire: WireVersions::own(),
             unknown: Unknown::default(),
         })?;
         let config = StreamsConfig {

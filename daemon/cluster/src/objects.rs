@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use ovl_proto::clock::Stamp;
-use ovl_proto::id::NetworkId;
+use ovl_proto::id::{NetworkId, NodeId};
 use ovl_proto::object::{Body, Network, Object, ObjectKey, SignedObject};
 use ovl_proto::resource::ResourceKey;
 use ovl_proto::wire;
@@ -56,6 +56,8 @@ pub struct Objects {
     all: BTreeMap<ObjectKey, Stored>,
     digest: Digest,
     bytes: usize,
+    /// How many objects are not understood.
+    opaque: usize,
 }
 
 impl Objects {
@@ -84,6 +86,15 @@ impl Objects {
         // Networks come first in the order of keys.
         let networks = self.all.iter().take_while(|(key, _)| matches!(key, ObjectKey::Network(_)));
         networks.filter_map(|(_, stored)| Some((stored.network.as_ref()?, stored.deleted)))
+    }
+
+    /// Returns the objects that this release does not understand, with their writer and what is not known.
+    pub fn opaque(&self) -> impl Iterator<Item = (&ObjectKey, NodeId, &str)> {
+        // There are seldom any, so that the others are not looked at.
+        let all = (self.opaque > 0).then(|| self.all.iter());
+        all.into_iter()
+            .flatten()
+            .filter_map(|(key, stored)| Some((key, stored.stamp.node, stored.opaque.as_deref()?)))
     }
 
     /// Returns the object of a network, also if it is a tombstone.
@@ -165,20 +176,23 @@ impl Objects {
             Body::Opaque { why, .. } => (None, Some(why), Vec::new()),
         };
         self.digest.insert(hash);
+        self.opaque += usize::from(opaque.is_some());
         if let Some(old) = self.all.insert(key, Stored { signed, stamp, deleted, network, opaque, hash }) {
             self.digest.remove(&old.hash);
+            self.opaque -= usize::from(old.opaque.is_some());
         }
         Ok(Some(changed))
     }
 
     /// Removes the objects for which `keep` returns false.
     pub fn retain(&mut self, mut keep: impl FnMut(&ObjectKey, &Stored) -> bool) {
-        let Self { all, digest, bytes } = self;
+        let Self { all, digest, bytes, opaque } = self;
         all.retain(|key, stored| {
             let kept = keep(key, stored);
             if !kept {
                 digest.remove(&stored.hash);
                 *bytes -= stored.signed.body.len();
+                *opaque -= usize::from(stored.opaque.is_some());
             }
             kept
         });

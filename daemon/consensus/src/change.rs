@@ -61,6 +61,7 @@ pub fn apply_all<'a>(
         results.push(result.map(|_| ()));
     }
     next.version = next.version.saturating_add(1);
+    next.unknown = next.unknown.played();
     next.previous_members.clone_from(&map.members);
     (changed.then_some(next), results)
 }

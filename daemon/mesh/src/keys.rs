@@ -16,7 +16,7 @@ use anyhow::{Context, bail};
 use data_encoding::BASE64;
 use ovl_files::{Damaged, sha256};
 use ovl_proto::id::{NodeId, TunnelKey};
-use ovl_proto::record::{Domain, MAX_OTHER_KEYS, NodeRecord, PublicKey, Signature, SignedRecord};
+use ovl_proto::record::{Domain, MAX_OTHER_KEYS, NodeRecord, PublicKey, RecordHead, Signature, SignedRecord};
 use ovl_proto::wire::{self, WireError};
 use ovl_tunnel::PrivateKey;
 use ring::rand::{SecureRandom as _, SystemRandom};
@@ -283,6 +283,14 @@ pub enum RecordError {
     /// The signature is invalid.
     #[error("record of host {0}: invalid signature")]
     Signature(NodeId),
+    /// The signature is valid, and a later release wrote what this one must not act on without knowing it.
+    #[error("record of host {} ({}): a later release of ovld wrote it, and this one does not know {why}", head.name, head.id)]
+    NotUnderstood {
+        /// What every release can read.
+        head: Box<RecordHead>,
+        /// What is not known.
+        why: String,
+    },
     /// The signature is valid, but a field is not.
     #[error("record of host {0}: {1}")]
     Field(NodeId, &'static str),
@@ -294,14 +302,24 @@ pub enum RecordError {
 ///
 /// The first check that fails.
 pub fn open_record(signed: &SignedRecord) -> Result<NodeRecord, RecordError> {
-    let record = signed.record()?;
-    let id = record.id;
-    if node_id(&record.public_key) != id {
+    let head = signed.head()?;
+    let id = head.id;
+    if node_id(&head.public_key) != id {
         return Err(RecordError::Id(id));
     }
-    if !verify(&record.public_key, Domain::Record, &signed.body, &signed.signature) {
+    if !verify(&head.public_key, Domain::Record, &signed.body, &signed.signature) {
         return Err(RecordError::Signature(id));
     }
+    if let Some(what) = invalid_head(&head) {
+        return Err(RecordError::Field(id, what));
+    }
+    let record = match signed.record() {
+        Ok(record) => record,
+        Err(WireError::NotUnderstood(why)) => {
+            return Err(RecordError::NotUnderstood { head: Box::new(head), why });
+        }
+        Err(error) => return Err(error.into()),
+    };
     match invalid_field(&record) {
         Some(what) => Err(RecordError::Field(id, what)),
         None => Ok(record),
@@ -313,16 +331,24 @@ pub fn is_node_name(name: &str) -> bool {
     (1..=63).contains(&name.len()) && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b))
 }
 
-/// Describes the first invalid field of a record. `None` if all are valid.
-fn invalid_field(record: &NodeRecord) -> Option<&'static str> {
-    if !is_node_name(&record.name) {
+/// Describes the first invalid field of the part of a record that every release can read. `None` if all are valid.
+fn invalid_head(head: &RecordHead) -> Option<&'static str> {
+    if !is_node_name(&head.name) {
         return Some("invalid name: 1 to 63 letters, digits, '.', '_' and '-' are allowed");
     }
+    if !is_host(head.address.ip()) || head.address.port() == 0 {
+        return Some("the gossip address is not a host address with a port");
+    }
+    if head.version.len() > 32 || !head.version.bytes().all(|b| b.is_ascii_graphic()) {
+        return Some("the version is not at most 32 printable ASCII characters");
+    }
+    (head.wire.oldest > head.wire.newest).then_some("the oldest wire version is above the newest one")
+}
+
+/// Describes the first invalid field of the rest of a record. `None` if all are valid.
+fn invalid_field(record: &NodeRecord) -> Option<&'static str> {
     if !is_host(record.vtep) {
         return Some("the VTEP is not a host address");
-    }
-    if !is_host(record.address.ip()) || record.address.port() == 0 {
-        return Some("the gossip address is not a host address with a port");
     }
     if record.vxlan_port == 0 {
         return Some("the VXLAN port is 0");
@@ -336,9 +362,6 @@ fn invalid_field(record: &NodeRecord) -> Option<&'static str> {
     }
     if record.keys.opens.len() > MAX_OTHER_KEYS {
         return Some("too many cluster keys");
-    }
-    if record.version.len() > 32 || !record.version.bytes().all(|b| b.is_ascii_graphic()) {
-        return Some("the version is not at most 32 printable ASCII characters");
     }
     None
 }
@@ -399,7 +422,7 @@ pub(crate) fn sample_record(identity: &Identity) -> NodeRecord {
         keys: ovl_proto::record::ClusterKeys::default(),
         presence: ovl_proto::record::Presence::Running,
         version: "0.1.0".to_owned(),
-        wire: ovl_proto::record::WireVersions::OWN,
+        wire: ovl_proto::record::WireVersions::own(),
         unknown: ovl_proto::wire::fields::Unknown::default(),
     }
 }

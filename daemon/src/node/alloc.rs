@@ -319,7 +319,10 @@ impl Node {
             generation: state.record().map_or(0, |record| record.generation),
             clock: state.objects.clock(),
             objects: state.objects.signed().cloned().collect(),
-            peers: state.peers.values().map(|peer| (peer.signed.clone(), peer.last_alive_ms)).collect(),
+            peers: {
+                let peers = state.peers.values().map(|peer| (peer.signed.clone(), peer.last_alive_ms));
+                peers.chain(state.newer.records()).collect()
+            },
             leases: state.addresses.lent().collect(),
             alloc: Some(state.allocator.durable().clone()),
             bridges: state.bridges.iter().cloned().collect(),

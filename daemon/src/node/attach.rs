@@ -140,7 +140,7 @@ impl Node {
             allowed: IpNet::aggregate(&request.allowed),
             allowed_macs: request.allowed_macs.clone(),
             pod: self.identify(&request, local.cni.as_ref()),
-            unknown: Unknown::default(),
+            unknown: Unknown::default().played(),
         };
         let addresses = endpoint.addresses.iter().map(IpNet::addr);
         let gateways = addresses.filter(|_| !network.internal).filter_map(|at| ipam::gateway_on(network, at));

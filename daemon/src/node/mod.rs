@@ -18,6 +18,7 @@ mod lifecycle;
 mod limits;
 mod names;
 mod network;
+mod newer;
 mod objects;
 mod peers;
 mod policy;
@@ -51,7 +52,7 @@ use ovl_files::Damaged;
 use ovl_dns::ResolvConfWatcher;
 use ovl_kernel::{KernelEvent, KernelHandle, Prober};
 use ovl_mesh::gossip::{Gossip, GossipConfig, GossipEvent, Hints};
-use ovl_mesh::keys::{ClusterKey, Identity, KeyFile, Keyring, TunnelSecret};
+use ovl_mesh::keys::{ClusterKey, Identity, KeyFile, Keyring, RecordError, TunnelSecret, open_record};
 use ovl_mesh::streams::{StreamEvent, Streams, StreamsConfig};
 use ovl_mesh::transport::Transport;
 use ovl_proto::id::NodeId;
@@ -236,8 +237,8 @@ impl Node {
             keys: keyring.ids(),
             presence: Presence::Running,
             version: env!("CARGO_PKG_VERSION").to_owned(),
-            wire: WireVersions::OWN,
-            unknown: Unknown::default(),
+            wire: WireVersions::own(),
+            unknown: Unknown::default().played(),
         };
         let signed = identity.sign_record(&record)?;
         let keys = keys::Keys::new(Arc::clone(&keyring), key_file);
@@ -318,7 +319,7 @@ impl Node {
         // The time in which this host was down does not count as silence of its peers.
         let off = self.wall_ms().saturating_sub(saved.saved_ms);
         for (signed, last_alive_ms) in saved.peers {
-            match ovl_mesh::keys::open_record(&signed) {
+            match open_record(&signed) {
                 Ok(record) => {
                     let id = record.id;
                     self.take_record(record, signed);
@@ -327,6 +328,7 @@ impl Node {
                     }
                     self.note_proved(id);
                 }
+                Err(RecordError::NotUnderstood { head, why }) => self.take_unread_record(*head, signed, why),
                 Err(error) => tracing::error!(%error, "passed over a host of the state file"),
             }
         }
@@ -565,8 +567,9 @@ fn first_state(
         reconcile: Progress::new(),
         caught_up: false,
         problems: Problems::default(),
+        newer: newer::Newer::default(),
         save: state::Save::default(),
-        file_unknown: saved.unknown.clone(),
+        file_unknown: saved.unknown.clone().played(),
         uncached: BTreeSet::new(),
         epoch: Instant::now(),
         leaving: false,

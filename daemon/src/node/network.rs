@@ -176,7 +176,7 @@ impl Node {
             names: request.dns || !(own && UNNAMED.contains(&request.name.as_str())),
             on_demand,
             external_names: request.external_names,
-            unknown: Unknown::default(),
+            unknown: Unknown::default().played().played_marked(),
         })
     }
 

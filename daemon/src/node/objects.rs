@@ -145,6 +145,7 @@ impl Node {
         self.publish_hints(state);
         state.save.wanted = true;
         self.saver.notify_one();
+        super::newer::note_newer(state);
         self.resources_changed(state, changed);
     }
 
@@ -282,6 +283,7 @@ impl Node {
         let state = &mut *guard;
         let refused = |error: String| tracing::error!(error, "passed over an object of the state file");
         let changed = state.objects.load(objects, &mut state.view.resources, refused);
+        super::newer::note_newer(state);
         self.resources_changed(state, &changed);
     }
 }

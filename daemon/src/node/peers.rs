@@ -10,6 +10,7 @@ use ovl_cluster::table::Table;
 use ovl_cluster::view;
 use ovl_control::PeerState;
 use ovl_mesh::gossip::{GossipEvent, Hints};
+use ovl_mesh::keys::{RecordError, open_record};
 use ovl_mesh::streams::StreamEvent;
 use ovl_proto::alloc::{AllocMessage, Change};
 use ovl_proto::id::{ClusterKeyId, NodeId};
@@ -18,7 +19,7 @@ use ovl_proto::sync::Message;
 use ovl_proto::table::{Entry, Key};
 
 use super::state::{Clash, Peer, State};
-use super::{Node, Stop};
+use super::{Node, Stop, newer};
 use crate::problems::Code;
 use ovl_subsystems::Change as What;
 
@@ -44,6 +45,7 @@ impl Node {
                 self.take_signs(id, hints, alive);
             }
             GossipEvent::Announced { record, signed } => self.take_record(record, signed),
+            GossipEvent::NotUnderstood { head, signed, why } => self.take_unread_record(*head, signed, why),
             GossipEvent::Gone(node) => {
                 self.set_gossip_alive(node, false);
             }
@@ -129,6 +131,7 @@ impl Node {
                 self.links().kick(peer);
             }
             StreamEvent::Message { from, key, message } => self.on_message(from, key, message),
+            StreamEvent::NotUnderstood { from, what } => self.ignore_message(from, what),
         }
     }
 
@@ -138,8 +141,9 @@ impl Node {
             return;
         }
         match message {
-            Message::Record(signed) => match ovl_mesh::keys::open_record(&signed) {
+            Message::Record(signed) => match open_record(&signed) {
                 Ok(record) => self.take_record(record, signed),
+                Err(RecordError::NotUnderstood { head, why }) => self.take_unread_record(*head, signed, why),
                 Err(error) => tracing::warn!(%from, %error, "refused a record"),
             },
             Message::Table(update) => self.take_table(from, update),
@@ -278,6 +282,7 @@ impl Node {
         self.bound_unknown(state, Some(id));
         note_names(state);
         note_cluster(state, &record);
+        newer::note_record(state, &record, old.as_ref());
         state.save.wanted = true;
         if rekeyed {
             let before = old.as_ref().and_then(|old| old.tunnel);
@@ -347,6 +352,7 @@ impl Node {
             state.view.nodes.remove(&id);
             state.peers.remove(&id);
             state.problems.set(Code::ForeignCluster, id.to_string(), None);
+            newer::drop_host(state, id);
             state.uncached.insert(id);
         }
         let latest = latest.and_then(|id| state.view.nodes.get(&id));
@@ -539,6 +545,7 @@ impl Node {
             state.uncached.insert(id);
             state.save.wanted = true;
             state.problems.set(Code::TableRefused, id.to_string(), None);
+            newer::drop_host(state, id);
         }
         self.bound_unknown(state, None);
         note_names(state);

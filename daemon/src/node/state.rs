@@ -131,6 +131,8 @@ pub(crate) struct State {
     pub caught_up: bool,
     /// Problems that last until they are cleared.
     pub problems: Problems,
+    /// What is not understood of other hosts.
+    pub newer: super::newer::Newer,
     /// Progress of saving the state file.
     pub save: Save,
     /// Fields of the state file that this release does not know.

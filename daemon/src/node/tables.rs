@@ -183,6 +183,7 @@ impl Node {
             }
         }
         changed.iter().for_each(|entry| state.changed(Change::Entry { host: owner, entry }));
+        super::newer::note_newer(state);
         state.uncached.insert(owner);
         if let Some(peer) = state.peers.get_mut(&owner) {
             peer.pulled_at = None;
@@ -261,7 +262,7 @@ impl Node {
             let path = self.run_dir.tables().join(node.to_string());
             match state.view.nodes.get(&node).and_then(|node| node.table.whole()) {
                 Some(update) => {
-                    replace(&path, &wire::encode(&update)?, Durability::Unsynced)
+                    replace(&path, &wire::encode_body(&update)?, Durability::Unsynced)
                         .with_context(|| format!("writing {}", path.display()))?;
                 }
                 None => super::remove_if_there(&path)?,
@@ -277,7 +278,7 @@ impl Node {
         for path in files {
             let name = path.file_name().and_then(OsStr::to_str);
             let owner = name.and_then(|name| name.parse::<NodeId>().ok());
-            let update = fs::read(&path).ok().and_then(|bytes| wire::decode::<Update>(&bytes).ok());
+            let update = fs::read(&path).ok().and_then(|bytes| wire::decode_body::<Update>(&bytes).ok());
             match (owner, update) {
                 (Some(owner), Some(update)) if update.head.owner == owner => self.take_table(owner, update),
                 _ => {

@@ -1,13 +1,14 @@
 //! Runs arbitrary bytes through what parses manifests, for the fuzzer in `tests/fuzz` and for property tests.
 
-use ovl_proto::resource::{Resource, Validation};
+use ovl_proto::object::{Body, Object};
+use ovl_proto::resource::Validation;
 use ovl_proto::wire;
 
 use crate::{object, yaml};
 
 /// Parses a manifest of a user, and an object of another host. What is accepted can be printed and parsed again.
 pub fn manifest(bytes: &[u8]) {
-    if let Ok(resource) = wire::decode_body::<Resource>(bytes) {
+    if let Ok(Object { body: Body::Resource(resource), .. }) = wire::decode_body(bytes) {
         let _ = object::check(&resource);
         let _ = resource.to_manifest();
     }

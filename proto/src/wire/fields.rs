@@ -17,6 +17,8 @@ use super::{WireError, bare};
 
 /// The maximum number of fields of a value.
 pub const MAX_FIELDS: usize = 256;
+/// The maximum length of an error that may quote what was received, in characters.
+const MAX_QUOTED: usize = 200;
 /// The highest number of a field.
 pub const MAX_NUMBER: u32 = (1 << 28) - 1;
 
@@ -55,10 +57,47 @@ impl Unknown {
         self.0 = Some(bytes.into());
     }
 
+    /// Adds a field of a later release, if this daemon plays one for a test: see [`is_played`]. Nothing otherwise.
+    #[must_use]
+    pub fn played(mut self) -> Self {
+        if is_played("1") {
+            self.set(PLAYED_FIELD, false, b"added");
+        }
+        self
+    }
+
+    /// As [`Self::played`], with a marked field.
+    #[must_use]
+    pub fn played_marked(mut self) -> Self {
+        if is_played("marked") {
+            self.set(PLAYED_FIELD, true, b"added");
+        }
+        self
+    }
+
     fn fields(&self) -> impl Iterator<Item = RawField<'_>> {
         let mut rest = self.0.as_deref().unwrap_or_default();
         // The bytes were checked when they were received.
         std::iter::from_fn(move || if rest.is_empty() { None } else { RawField::read(&mut rest).ok() })
+    }
+}
+
+/// The number of the field that a played later release has.
+pub const PLAYED_FIELD: u32 = 1_000_000;
+
+/// Whether this daemon plays a later release, which has the field [`PLAYED_FIELD`]. Only debug builds do, if the variable
+/// `OVL_TEST_ADDED_FIELD` says so: with `1` in its record, state file, endpoints, networks and allocation maps; with
+/// `marked` in its networks, marked.
+fn is_played(how: &str) -> bool {
+    #[cfg(debug_assertions)]
+    {
+        static PLAYED: std::sync::OnceLock<Option<String>> = std::sync::OnceLock::new();
+        PLAYED.get_or_init(|| std::env::var("OVL_TEST_ADDED_FIELD").ok()).as_deref() == Some(how)
+    }
+    #[cfg(not(debug_assertions))]
+    {
+        let _ = how;
+        false
     }
 }
 
@@ -230,9 +269,11 @@ impl<'a> Reader<'a> {
     pub fn finish(mut self) -> Result<Unknown, WireError> {
         self.pass(MAX_NUMBER.saturating_add(1))?;
         match self.marked {
-            Some(number) => Err(WireError::NotUnderstood(format!("field {number} of {}", self.what))),
-            None if self.unknown.is_empty() => Ok(Unknown::default()),
-            None => Ok(Unknown(Some(self.unknown.into()))),
+            Some(number) if !(number == PLAYED_FIELD && is_played("marked")) => {
+                Err(WireError::NotUnderstood(format!("field {number} of {}", self.what)))
+            }
+            _ if self.unknown.is_empty() => Ok(Unknown::default()),
+            _ => Ok(Unknown(Some(self.unknown.into()))),
         }
     }
 
@@ -420,7 +461,11 @@ pub(crate) fn deserialize_variant<'de, T, D: Deserializer<'de>>(
     let error = match read(number, content) {
         Some(Ok(value)) => return Ok(value),
         Some(Err(WireError::NotUnderstood(why))) => WireError::NotUnderstood(why),
-        Some(Err(error)) => WireError::NotUnderstood(format!("{what} {number} ({error})")),
+        Some(Err(error)) => {
+            // It may quote what was received.
+            let error: String = error.to_string().chars().take(MAX_QUOTED).collect();
+            WireError::NotUnderstood(format!("{what} {number} ({error})"))
+        }
         None => WireError::NotUnderstood(format!("{what} {number}")),
     };
     Err(D::Error::custom(error))
@@ -445,8 +490,8 @@ macro_rules! fields {
     (json $name:ident { $($fields:tt)* }) => {
         $crate::fields!(@impl $name { $($fields)* });
 
-        impl serde::Serialize for $name {
-            fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        impl $crate::serde::Serialize for $name {
+            fn serialize<S: $crate::serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
                 if serializer.is_human_readable() {
                     Self::serialize(self, serializer)
                 } else {
@@ -455,8 +500,8 @@ macro_rules! fields {
             }
         }
 
-        impl<'de> serde::Deserialize<'de> for $name {
-            fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        impl<'de> $crate::serde::Deserialize<'de> for $name {
+            fn deserialize<D: $crate::serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
                 if deserializer.is_human_readable() {
                     Self::deserialize(deserializer)
                 } else {
@@ -468,14 +513,14 @@ macro_rules! fields {
     ($name:ident { $($fields:tt)* }) => {
         $crate::fields!(@impl $name { $($fields)* });
 
-        impl serde::Serialize for $name {
-            fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        impl $crate::serde::Serialize for $name {
+            fn serialize<S: $crate::serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
                 $crate::wire::fields::serialize(self, serializer)
             }
         }
 
-        impl<'de> serde::Deserialize<'de> for $name {
-            fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        impl<'de> $crate::serde::Deserialize<'de> for $name {
+            fn deserialize<D: $crate::serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
                 $crate::wire::fields::deserialize(deserializer)
             }
         }

@@ -47,7 +47,7 @@ pub(crate) fn node(n: u8) -> Node {
             keys: ovl_proto::record::ClusterKeys::default(),
             presence: Presence::Running,
             version: "0".to_owned(),
-            wire: WireVersions::OWN,
+            wire: WireVersions::own(),
             unknown: Unknown::default(),
         },
         state: PeerState::Alive,

@@ -11,11 +11,11 @@ use std::collections::{HashMap, HashSet, VecDeque};
 use std::time::Duration;
 
 use ovl_proto::id::NodeId;
-use ovl_proto::record::{NodeRecord, SignedRecord};
+use ovl_proto::record::SignedRecord;
 use tokio::time::Instant;
 
 use super::decode::{DecodeError, Exchange, HostDelta, Incarnation, Operation};
-use crate::keys;
+use crate::keys::{self, RecordError};
 
 /// The key of a host's record in chitchat: short, because every delta repeats it.
 pub(super) const KEY_RECORD: &str = "r";
@@ -48,8 +48,8 @@ struct Run {
 }
 
 /// The version of a record in chitchat. It follows from what the host has signed, so no other host can raise it.
-pub(super) fn version_of(record: &NodeRecord) -> u64 {
-    record.revision.saturating_add(1)
+pub(super) fn version_of(revision: u64) -> u64 {
+    revision.saturating_add(1)
 }
 
 impl Admission {
@@ -117,12 +117,17 @@ impl Admission {
             }
         }
         let signed = SignedRecord::from_text(value).map_err(|_| DecodeError::Malformed("record"))?;
-        let record = keys::open_record(&signed).map_err(|_| DecodeError::Malformed("invalid record"))?;
+        // A record that this release does not understand is passed on all the same.
+        let record = match keys::open_record(&signed) {
+            Ok(_) | Err(RecordError::NotUnderstood { .. }) => signed.head().ok(),
+            Err(_) => None,
+        };
+        let record = record.ok_or(DecodeError::Malformed("invalid record"))?;
         let name = delta.host;
         // A host raises the generation of its record without a new run after a clash with a copy of it.
         let is_own =
             (record.id, record.address) == (name.node, name.address) && record.generation >= name.generation;
-        if !is_own || version_of(&record) != *version {
+        if !is_own || version_of(record.revision) != *version {
             return Err(DecodeError::Malformed("record of another host, or version"));
         }
         if !self.admit(name.node, now) {
@@ -173,6 +178,8 @@ impl Admission {
 mod tests {
     use std::net::SocketAddr;
 
+    use ovl_proto::record::NodeRecord;
+
     use super::*;
     use crate::keys::Identity;
     use crate::keys::tests::record_of;
@@ -189,7 +196,7 @@ mod tests {
         let set = Operation::Set {
             key: KEY_RECORD.to_owned(),
             value: signed.to_text().unwrap(),
-            version: version_of(&record),
+            version: version_of(record.revision),
             status: 0,
         };
         (host, HostDelta { host, base: [0, 0], operations: vec![set] })

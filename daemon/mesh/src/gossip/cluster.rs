@@ -133,7 +133,7 @@ async fn spawn(
 
 /// Encodes a record as a value of chitchat, with the version that peers expect.
 fn text_and_version(record: &SignedRecord) -> anyhow::Result<(String, u64)> {
-    Ok((record.to_text()?, version_of(&record.record()?)))
+    Ok((record.to_text()?, version_of(record.head()?.revision)))
 }
 
 /// Writes the record of the local host, unless it has not changed.

@@ -10,7 +10,8 @@ use std::time::Duration;
 use chitchat::{ChitchatMessage, Serializable};
 use ovl_control::GossipCounters;
 use ovl_proto::id::{ClusterKeyId, NodeId};
-use ovl_proto::record::{NodeRecord, SignedRecord};
+use ovl_proto::record::{NodeRecord, SignedRecord, WireVersions};
+use ovl_proto::wire;
 use tokio::io::ReadBuf;
 use tokio::sync::{Notify, mpsc};
 use tokio::time::Instant;
@@ -25,7 +26,7 @@ use super::packet::{Fragment, Packet};
 use super::seal::{OpenError, Opener, RunId, Sealer, Sender};
 use super::statement::{Answer, Budget, Hints, SignedStatement, Statement};
 use super::strangers::Strangers;
-use crate::keys::{self, ClusterKey, Identity, Keyring};
+use crate::keys::{self, ClusterKey, Identity, Keyring, RecordError};
 use crate::transport::Datagrams;
 
 /// The maximum number of announcements that wait for the daemon.
@@ -50,6 +51,8 @@ const MAX_RELAYS: usize = 256;
 
 /// The maximum number of remembered sources of datagrams with an unknown key, and of addresses with a known key.
 const MAX_ADDRESSES: usize = 1024;
+/// The minimum time between two introductions to an address.
+const INTRODUCE_EVERY: Duration = Duration::from_secs(10);
 /// The time for which a source of datagrams with an unknown key is remembered.
 const OTHER_KEY_FOR: Duration = Duration::from_secs(10);
 
@@ -116,6 +119,10 @@ pub(super) struct State {
     splitter: Splitter,
     joiner: Joiner,
     announced: HashMap<NodeId, SignedRecord>,
+    /// The record of the local host.
+    own_record: Option<SignedRecord>,
+    /// When the local host has last introduced itself to an address.
+    introduced: HashMap<SocketAddr, Instant>,
     /// The addresses of senders that have proved to be live, or have named a new host, since the monitor took them.
     proved: Vec<SocketAddr>,
     inbox: Option<mpsc::Sender<(SocketAddr, ChitchatMessage)>>,
@@ -155,6 +162,8 @@ impl Hub {
             splitter: Splitter::new()?,
             joiner: Joiner::default(),
             announced: HashMap::new(),
+            own_record: None,
+            introduced: HashMap::new(),
             proved: Vec::new(),
             inbox: None,
             datagram: Vec::new(),
@@ -303,6 +312,7 @@ impl Hub {
         let now = Instant::now();
         let mut state = self.lock();
         let state = &mut *state;
+        let version = datagram.first().copied().unwrap_or_default();
         let (run, plain) = match state.opener.open(datagram) {
             Ok(opened) => opened,
             Err(OpenError::Replayed) => {
@@ -319,6 +329,9 @@ impl Hub {
             && let Some(key) = state.opener.key_of(&run)
         {
             state.key_selection.heard(from, key);
+        }
+        if version != wire::version() {
+            return self.other_version(state, (version == wire::INTRODUCTION).then_some(plain), from, now);
         }
         let Ok(packet) = Packet::decode(plain) else {
             state.counters.dropped_malformed += 1;
@@ -340,6 +353,34 @@ impl Hub {
                 debug!(%from, %error, "cannot send a reply");
             }
         }
+    }
+
+    /// Handles a datagram that is not of the wire version that the local host speaks: an introduction, or what it cannot
+    /// understand. The sender gets the record of the local host, so that each side can name the other.
+    fn other_version(&self, state: &mut State, introduction: Option<&[u8]>, from: SocketAddr, now: Instant) {
+        if let Some(plain) = introduction {
+            let Ok(signed) = wire::decode_body::<SignedRecord>(plain) else {
+                state.counters.dropped_malformed += 1;
+                return;
+            };
+            let strange = signed.head().is_ok_and(|head| !head.wire.overlap(WireVersions::own()));
+            if state.announced(self.node, signed, now) {
+                self.news.notify_one();
+            }
+            if !strange {
+                return;
+            }
+        } else {
+            state.counters.dropped_malformed += 1;
+        }
+        if let Err(error) = state.introduce(&*self.socket, from, now) {
+            debug!(%from, %error, "cannot send an introduction");
+        }
+    }
+
+    /// Sets the record by which the local host introduces itself to hosts of other wire versions.
+    pub(super) fn set_record(&self, record: SignedRecord) {
+        self.lock().own_record = Some(record);
     }
 
     /// Handles a packet. Returns the reply.
@@ -501,10 +542,35 @@ impl State {
     fn send(&mut self, socket: &dyn Datagrams, to: SocketAddr, packet: &Packet) -> io::Result<()> {
         let plain = packet.encode().map_err(io::Error::other)?;
         let receiver = self.book.live_at(to);
+        self.send_plain(socket, to, (wire::version(), &plain), receiver)
+    }
+
+    /// Sends the record of the local host in the form that every release reads, at most once in [`INTRODUCE_EVERY`].
+    fn introduce(&mut self, socket: &dyn Datagrams, to: SocketAddr, now: Instant) -> io::Result<()> {
+        let Some(record) = self.own_record.as_ref() else { return Ok(()) };
+        let plain = wire::encode_body(record).map_err(io::Error::other)?;
+        let recent = |at: &Instant| now.saturating_duration_since(*at) < INTRODUCE_EVERY;
+        if self.introduced.len() >= MAX_ADDRESSES {
+            self.introduced.retain(|_, at| recent(at));
+        }
+        if self.introduced.len() >= MAX_ADDRESSES || self.introduced.get(&to).is_some_and(recent) {
+            return Ok(());
+        }
+        self.introduced.insert(to, now);
+        self.send_plain(socket, to, (wire::INTRODUCTION, &plain), None)
+    }
+
+    fn send_plain(
+        &mut self,
+        socket: &dyn Datagrams,
+        to: SocketAddr,
+        (version, plain): (u8, &[u8]),
+        receiver: Option<NodeId>,
+    ) -> io::Result<()> {
         let mut datagram = std::mem::take(&mut self.datagram);
         let sealed =
             self.sealer(to).ok_or_else(|| io::Error::other("there is no cluster key")).and_then(|sealer| {
-                let sealed = sealer.seal(&plain, receiver, &mut datagram);
+                let sealed = sealer.seal_version(version, plain, receiver, &mut datagram);
                 sealed.ok_or_else(|| io::Error::other("cannot seal the datagram"))
             });
         self.datagram = datagram;
@@ -526,7 +592,7 @@ impl State {
             let reason = match refused {
                 OpenError::UnknownKey => "it is sealed with an unknown cluster key",
                 OpenError::BadSeal => "its seal is invalid: it was damaged or forged",
-                OpenError::Foreign => "it is not gossip, or of another protocol version",
+                OpenError::Foreign => "it is not gossip",
                 OpenError::Replayed => "it was received before",
             };
             warn!(source = %from, "dropped a gossip datagram: {reason} (logged at most once a minute per source)");
@@ -571,7 +637,7 @@ impl State {
     /// Verifies and queues an announced record. Returns whether it is new.
     fn announced(&mut self, own: NodeId, signed: SignedRecord, now: Instant) -> bool {
         // Each announcement is sent three times. Verify its signature once.
-        let Ok(claimed) = signed.record() else {
+        let Ok(claimed) = signed.head() else {
             self.counters.dropped_malformed += 1;
             return false;
         };
@@ -590,7 +656,15 @@ impl State {
                 self.queue.push_back(GossipEvent::Announced { record, signed });
                 true
             }
-            Ok(_) => false,
+            Err(RecordError::NotUnderstood { head, why }) if self.queue.len() < MAX_QUEUE => {
+                if self.announced.len() >= MAX_ANNOUNCED {
+                    self.announced.clear();
+                }
+                self.announced.insert(head.id, signed.clone());
+                self.queue.push_back(GossipEvent::NotUnderstood { head, signed, why });
+                true
+            }
+            Ok(_) | Err(RecordError::NotUnderstood { .. }) => false,
             Err(error) => {
                 self.counters.dropped_malformed += 1;
                 debug!(%error, "dropped an invalid announcement");

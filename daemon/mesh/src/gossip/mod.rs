@@ -40,7 +40,7 @@ use anyhow::Context;
 use chitchat::ChitchatId;
 use ovl_control::GossipCounters;
 use ovl_proto::id::{ClusterKeyId, NodeId};
-use ovl_proto::record::{NodeRecord, SignedRecord};
+use ovl_proto::record::{NodeRecord, RecordHead, SignedRecord};
 use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
@@ -105,6 +105,15 @@ pub enum GossipEvent {
         /// The signed record, to be passed on.
         signed: SignedRecord,
     },
+    /// The record of a host that this release does not understand, verified. It has no effect.
+    NotUnderstood {
+        /// What every release can read of it.
+        head: Box<RecordHead>,
+        /// The signed record, to be passed on.
+        signed: SignedRecord,
+        /// What is not known.
+        why: String,
+    },
     /// The path MTU of a peer was measured.
     PathMtu {
         /// The peer.
@@ -166,6 +175,7 @@ impl Gossip {
             .datagrams(config.listen)
             .with_context(|| format!("cannot listen for gossip on {} (UDP)", config.listen))?;
         let hub = Arc::new(Hub::new(socket, config.identity, config.keyring, &record, config.hints)?);
+        hub.set_record(config.record.clone());
         let id = ChitchatId::new(record.id.to_string(), record.generation, record.address);
         let cluster = Arc::new(Cluster::start(Arc::clone(&hub), id, config.interval, &config.record).await?);
         let seeds = Arc::new(Seeds::new(record.address));
@@ -191,6 +201,7 @@ impl Gossip {
         if let Ok(record) = record.record() {
             self.set_link_mtu(record.link_mtu);
         }
+        self.hub.set_record(record.clone());
         self.outgoing.waiting.lock().unwrap_or_else(PoisonError::into_inner).0 = Some(record);
         self.outgoing.changed.notify_one();
     }

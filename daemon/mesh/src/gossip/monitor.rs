@@ -17,7 +17,7 @@ use super::admission::KEY_RECORD;
 use super::cluster::Cluster;
 use super::hub::Hub;
 use super::statement::Hints;
-use crate::keys;
+use crate::keys::{self, RecordError};
 
 /// The time after which two live generations of a host are a clash. It is longer than the old generation of a
 /// restarted host can seem alive.
@@ -88,6 +88,7 @@ impl Monitor {
     fn scan(&mut self, chitchat: &mut Chitchat, hub: &Hub, now: Instant, trust: bool) -> Vec<GossipEvent> {
         let own = chitchat.self_chitchat_id().clone();
         let live: HashSet<&ChitchatId> = chitchat.live_nodes().collect();
+        let mut events = Vec::new();
         for (id, state) in chitchat.node_states() {
             let version = state.max_version();
             let seen = self.seen.get_mut(id);
@@ -99,13 +100,12 @@ impl Monitor {
                 continue;
             }
             let text = state.get(KEY_RECORD).filter(|_| *id != own);
-            let record = text.and_then(|text| self.read(id, text));
+            let record = text.and_then(|text| self.read(id, text, &mut events));
             let seen = SeenGeneration { version, live: live.contains(id), record, scan: now };
             self.seen.insert(id.clone(), seen);
         }
         self.seen.retain(|_, seen| seen.scan == now);
 
-        let mut events = Vec::new();
         let mut ids: Vec<(NodeId, &ChitchatId, &SeenGeneration)> = Vec::new();
         for (id, seen) in &self.seen {
             if let Ok(node) = id.node_id.parse() {
@@ -133,9 +133,14 @@ impl Monitor {
         events
     }
 
-    /// Decodes and verifies the record of a host. `None` if it is invalid or of another host. A record that was
-    /// verified before is not verified again.
-    fn read(&self, id: &ChitchatId, text: &str) -> Option<(NodeRecord, SignedRecord)> {
+    /// Decodes and verifies the record of a host. `None` if it is invalid, not understood or of another host. A record
+    /// that was verified before is not verified again.
+    fn read(
+        &self,
+        id: &ChitchatId,
+        text: &str,
+        events: &mut Vec<GossipEvent>,
+    ) -> Option<(NodeRecord, SignedRecord)> {
         let signed = match SignedRecord::from_text(text) {
             Ok(signed) => signed,
             Err(error) => {
@@ -152,6 +157,10 @@ impl Monitor {
             Ok(record) if record.id.to_string() == *id.node_id => Some((record, signed)),
             Ok(record) => {
                 warn!(node = %id.node_id, record = %record.id, "rejected a record in gossip: it is of another host");
+                None
+            }
+            Err(RecordError::NotUnderstood { head, why }) => {
+                events.push(GossipEvent::NotUnderstood { head, signed, why });
                 None
             }
             Err(error) => {

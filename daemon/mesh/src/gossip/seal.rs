@@ -38,7 +38,7 @@ const MAX_RUNS: usize = 4096;
 /// The reason why a datagram could not be opened.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum OpenError {
-    /// It is too short, or of another protocol version.
+    /// It is too short, or no datagram of gossip.
     Foreign,
     /// It is sealed with an unknown key.
     UnknownKey,
@@ -77,16 +77,28 @@ impl Sealer {
         self.key_id
     }
 
-    /// Seals a plaintext into `out`, and replaces its content. Only `receiver` can open it, or any host if it is `None`.
-    /// Returns `None` if the encryption fails.
+    /// Seals a plaintext of the own wire version, for tests.
+    #[cfg(any(test, fuzzing))]
     pub(super) fn seal(
         &mut self,
         plaintext: &[u8],
         receiver: Option<NodeId>,
         out: &mut Vec<u8>,
     ) -> Option<()> {
+        self.seal_version(wire::version(), plaintext, receiver, out)
+    }
+
+    /// Seals a plaintext of a wire version into `out`, and replaces its content. Only `receiver` can open it, or any host
+    /// if it is `None`. Returns `None` if the encryption fails.
+    pub(super) fn seal_version(
+        &mut self,
+        version: u8,
+        plaintext: &[u8],
+        receiver: Option<NodeId>,
+        out: &mut Vec<u8>,
+    ) -> Option<()> {
         out.clear();
-        out.push(wire::VERSION);
+        out.push(version);
         out.push(u8::from(receiver.is_some()));
         out.extend_from_slice(&self.key_id.0);
         out.extend_from_slice(&self.run);
@@ -240,6 +252,7 @@ impl Opener {
     }
 }
 
+/// The header after the version, which is that of the plaintext. The header and the seal are the same in every release.
 struct Header {
     bound: bool,
     key_id: ClusterKeyId,
@@ -249,12 +262,12 @@ struct Header {
 
 impl Header {
     fn parse(bytes: &[u8]) -> Option<Self> {
-        let (&version, rest) = bytes.split_first()?;
+        let (_, rest) = bytes.split_first()?;
         let (&bound, rest) = rest.split_first()?;
         let (key_id, rest) = rest.split_first_chunk()?;
         let (run, rest) = rest.split_first_chunk()?;
         let counter = u64::from_be_bytes(rest.try_into().ok()?);
-        let known = version == wire::VERSION && bound <= 1;
+        let known = bound <= 1;
         known.then_some(Self { bound: bound == 1, key_id: ClusterKeyId(*key_id), run: *run, counter })
     }
 }

@@ -36,7 +36,7 @@ fn record_at(identity: &Identity, address: SocketAddr, generation: u64) -> NodeR
         keys: ovl_proto::record::ClusterKeys::default(),
         presence: Presence::Running,
         version: "0.1.0".to_owned(),
-        wire: WireVersions::OWN,
+        wire: WireVersions::own(),
         unknown: Unknown::default(),
     }
 }
@@ -363,4 +363,40 @@ async fn holder_of_the_key_cannot_keep_a_host_alive_or_set_its_hints() {
 /// The public key of a peer.
 fn c_key(node: &Node, peer: NodeId) -> &ovl_proto::record::PublicKey {
     &node.peers[&peer].0.public_key
+}
+
+#[tokio::test]
+async fn host_of_another_wire_version_is_told_who_answers_and_named() {
+    let mut a = node(&[]).await;
+    let mut other = KeyHolder::new().await;
+    let mut datagram = Vec::new();
+    other.sealer.seal_version(9, b"of a later release", None, &mut datagram).unwrap();
+    let mut buffer = [0; 2000];
+    // Twice: the answer is limited to one in ten seconds.
+    for _ in 0..2 {
+        other.socket.send_to(&datagram, a.record.address).await.unwrap();
+    }
+    let (length, _) =
+        timeout(Duration::from_secs(5), other.socket.recv_from(&mut buffer)).await.unwrap().unwrap();
+    assert_eq!(buffer[0], ovl_proto::wire::INTRODUCTION);
+    let (_, plain) = other.opener.open(&mut buffer[..length]).unwrap();
+    let signed: SignedRecord = ovl_proto::wire::decode_body(plain).unwrap();
+    assert_eq!(signed.head().unwrap().id, a.record.id);
+
+    let mut record = record_at(&other.identity, free_port(), 1);
+    record.wire = WireVersions { oldest: 8, newest: 9 };
+    let plain = ovl_proto::wire::encode_body(&other.identity.sign_record(&record).unwrap()).unwrap();
+    other.sealer.seal_version(ovl_proto::wire::INTRODUCTION, &plain, None, &mut datagram).unwrap();
+    other.socket.send_to(&datagram, a.record.address).await.unwrap();
+    let id = record.id;
+    a.wait(|event| matches!(event, GossipEvent::Announced { record, .. } if record.id == id)).await;
+
+    // A record that is not understood otherwise names its host all the same.
+    record.revision = 2;
+    record.unknown.set(900, true, b"later");
+    let plain = ovl_proto::wire::encode_body(&other.identity.sign_record(&record).unwrap()).unwrap();
+    other.sealer.seal_version(ovl_proto::wire::INTRODUCTION, &plain, None, &mut datagram).unwrap();
+    other.socket.send_to(&datagram, a.record.address).await.unwrap();
+    let named = |event: &GossipEvent| matches!(event, GossipEvent::NotUnderstood { head, why, .. } if head.id == id && why == "field 900 of NodeRecord");
+    a.wait(named).await;
 }

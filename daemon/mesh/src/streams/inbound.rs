@@ -9,7 +9,7 @@ use std::time::Duration;
 use anyhow::{Context, bail, ensure};
 use bytes::BytesMut;
 use ovl_proto::id::{ClusterKeyId, NodeId};
-use ovl_proto::wire;
+use ovl_proto::wire::{self, WireError};
 use tokio::io::AsyncReadExt;
 use tokio::sync::Notify;
 use tokio::task::JoinSet;
@@ -226,7 +226,7 @@ async fn connection(mut stream: Box<dyn Stream>, from: SocketAddr, shared: Arc<S
     };
     shared.inbound.leave(node, &replaced);
     if let Err(error) = ended {
-        if error.is::<wire::WireError>() {
+        if error.is::<WireError>() {
             // The peer will dial and send the message again, so an administrator must see it.
             shared.inbound.stranger(from, &error);
         }
@@ -247,9 +247,15 @@ async fn read(
     let mut opening = Opening::default();
     loop {
         while let Some(bytes) = opening.next(&mut noise, &mut arrived)? {
-            let message = wire::decode(&bytes)
-                .context("cannot decode a message: the peer may run another version of ovld")?;
-            shared.events.send(StreamEvent::Message { from, key, message }).await.map_err(|_| gone())?;
+            let event = match wire::decode(&bytes) {
+                Ok(message) => StreamEvent::Message { from, key, message },
+                Err(WireError::NotUnderstood(what)) => StreamEvent::NotUnderstood { from, what },
+                Err(error) => {
+                    return Err(error)
+                        .context("cannot decode a message: the peer may run another version of ovld");
+                }
+            };
+            shared.events.send(event).await.map_err(|_| gone())?;
         }
         arrived.reserve(4096);
         let length = stream.read_buf(&mut arrived).await?;

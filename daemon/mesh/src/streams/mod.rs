@@ -71,6 +71,13 @@ pub enum StreamEvent {
         /// The message.
         message: Message,
     },
+    /// A message arrived that this release does not understand. It has no effect.
+    NotUnderstood {
+        /// The authenticated sender.
+        from: NodeId,
+        /// What is not known.
+        what: String,
+    },
     /// A peer has connected.
     Record {
         /// Its record, verified. It may not be the latest one.

@@ -70,7 +70,7 @@ pub(super) async fn dial(
     let mut first = vec![0; NOISE_MESSAGE];
     let length = noise.write_message(&[], &mut first)?;
     first.truncate(length);
-    let mut frame = vec![wire::VERSION];
+    let mut frame = vec![wire::version()];
     frame.extend_from_slice(&key.id().0);
     frame.append(&mut first);
     write_frame(stream, &frame).await?;
@@ -90,9 +90,9 @@ pub(super) async fn listen(
     let first = read_frame(stream, 1 + 4 + NOISE_MESSAGE).await.context("invalid handshake")?;
     let Some((&version, rest)) = first.split_first() else { bail!("invalid handshake: it is empty") };
     ensure!(
-        version == wire::VERSION,
+        version == wire::version(),
         "the peer uses protocol version {version}, this host uses {}: run the same version of ovld on both",
-        wire::VERSION
+        wire::version()
     );
     let Some((key_id, message)) = rest.split_first_chunk() else {
         bail!("invalid handshake: it is truncated")

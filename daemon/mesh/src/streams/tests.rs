@@ -309,3 +309,24 @@ async fn broadcast_reaches_seven_peers_at_once() {
     assert!(best < Duration::from_millis(5), "{best:?}");
     println!("broadcast to 7: {best:?}");
 }
+
+#[tokio::test]
+async fn message_that_is_not_understood_is_ignored_and_the_stream_stays_open() {
+    use ovl_proto::alloc::{AllocMap, AllocMessage, Ballot};
+
+    let (mut a, mut b) = (node(&[1]).await, node(&[1]).await);
+    a.dial(&[&b]);
+    a.wait_up(b.id).await;
+    let mut map = AllocMap::default();
+    map.unknown.set(900, true, b"later");
+    assert!(a.links.send(b.id, &Message::Alloc(AllocMessage::Accept { ballot: Ballot::default(), map })));
+    let (from, what) = b
+        .wait(|event| match event {
+            StreamEvent::NotUnderstood { from, what } => Some((from, what)),
+            _ => None,
+        })
+        .await;
+    assert_eq!((from, what.as_str()), (a.id, "field 900 of AllocMap"));
+    assert!(a.links.send(b.id, &text(3)));
+    assert_eq!(b.wait_message().await, (a.id, text(3)));
+}
