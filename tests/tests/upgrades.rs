@@ -143,7 +143,7 @@ fn roll(first: &str, second: &str) {
     change_release(&lab, second, true);
     for host in [first, second] {
         let name = format!("of-{host}");
-        let subnet = if host == first { "10.97.0.0/24" } else { "10.96.0.0/24" };
+        let subnet = if host == first { "10.97.0.0/24" } else { "10.94.0.0/24" };
         lab[host].ctl_ok(&["network", "create", &name, "--subnet", subnet]).unwrap();
         attach(&lab[host], &format!("g-{host}"), &name, &[]).unwrap();
     }

@@ -14,7 +14,6 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use ovl_proto::id::{ClusterKeyId, NodeId};
-use ovl_proto::wire;
 use ring::aead::{AES_256_GCM, Aad, LessSafeKey, Nonce, UnboundKey};
 use ring::rand::{SecureRandom, SystemRandom};
 use tokio::time::Instant;
@@ -85,7 +84,7 @@ impl Sealer {
         receiver: Option<NodeId>,
         out: &mut Vec<u8>,
     ) -> Option<()> {
-        self.seal_version(wire::version(), plaintext, receiver, out)
+        self.seal_version(ovl_proto::wire::version(), plaintext, receiver, out)
     }
 
     /// Seals a plaintext of a wire version into `out`, and replaces its content. Only `receiver` can open it, or any host
