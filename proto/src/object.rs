@@ -203,6 +203,7 @@ pub struct Object {
 
 /// The content of an object, by kind.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[allow(clippy::large_enum_variant, reason = "it is taken apart at once and not kept in lists")]
 pub enum Body {
     /// A network.
     Network(Network),
