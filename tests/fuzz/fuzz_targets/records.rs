@@ -8,11 +8,11 @@ use std::fmt::Debug;
 use ovl_proto::alloc::AllocMap;
 use ovl_proto::object::Object;
 use ovl_proto::record::{NodeRecord, SignedRecord};
+use ovl_proto::serde::Serialize;
+use ovl_proto::serde::de::DeserializeOwned;
 use ovl_proto::sync::Message;
 use ovl_proto::table::Update;
 use ovl_proto::wire;
-use serde::Serialize;
-use serde::de::DeserializeOwned;
 
 /// Decodes bytes, and checks that the value reads back.
 fn check<T: Serialize + DeserializeOwned + PartialEq + Debug>(bytes: &[u8]) {
