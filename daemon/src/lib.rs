@@ -15,6 +15,8 @@ mod environment;
 mod events;
 mod failed;
 mod firewall;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 mod health;
 mod log;
 mod metrics;

@@ -92,7 +92,7 @@ pub(crate) enum Code {
 impl Code {
     /// All codes, in the order of their numbers.
     #[cfg(test)]
-    const ALL: [Self; 37] = [
+    const ALL: [Self; 39] = [
         Self::Address,
         Self::StateFile,
         Self::DamagedFile,

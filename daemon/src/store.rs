@@ -104,6 +104,17 @@ fn decode(bytes: &[u8]) -> Result<State> {
     Ok(wire::decode_stored(body)?)
 }
 
+/// Decodes bytes, and bytes that a whole file could contain. What is accepted is written and read without a change.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn fuzz(bytes: &[u8]) {
+    let _ = decode(bytes);
+    let Ok(state) = decode(&[MAGIC, &sha256(bytes), bytes].concat()) else { return };
+    let written = encode(&state);
+    let again =
+        written.as_ref().ok().and_then(|bytes| decode(bytes).ok()).and_then(|state| encode(&state).ok());
+    assert_eq!(written.ok(), again);
+}
+
 /// Encodes the state and writes the file. Returns when it is on the disk.
 pub(crate) fn write(path: &Path, state: &State, disk: &Disk) -> Result<()> {
     let durability = match disk {

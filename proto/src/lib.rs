@@ -16,6 +16,8 @@
 
 pub mod alloc;
 pub mod clock;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 pub mod id;
 pub mod object;
 pub mod publish;

@@ -117,7 +117,9 @@ fn wait_meant(client: &Netns, server: &str, addresses: &[String]) {
 fn endpoint(lab: &Lab, host: &str, pod: &Pod) -> Value {
     let all = rows(&lab[host], &["endpoints"]).unwrap();
     let has = |row: &&Value| text(&row["addresses"][0]).starts_with(&format!("{}/", pod.addresses[0]));
-    all.iter().find(has).unwrap_or_else(|| panic!("{:?} in {all:?}", pod.addresses)).clone()
+    let found = all.iter().find(has);
+    assert!(found.is_some(), "{:?} in {all:?}", pod.addresses);
+    found.unwrap().clone()
 }
 
 /// The old sandbox of a pod stays on one host while the pod comes again on another one.

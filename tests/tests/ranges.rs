@@ -15,9 +15,10 @@ use ovl_mesh::transport::HostTransport;
 use ovl_proto::clock::Stamp;
 use ovl_proto::id::{NetworkId, NodeId};
 use ovl_proto::object::{Backend, Body, Driver, Mode, Network, Object, SignedObject, Subnet};
-use ovl_proto::record::{ClusterKeys, Domain, NodeRecord, Presence};
+use ovl_proto::record::{ClusterKeys, Domain, NodeRecord, Presence, WireVersions};
 use ovl_proto::sync::Message;
 use ovl_proto::wire;
+use ovl_proto::wire::fields::Unknown;
 use ovl_tests::resolver::config;
 use ovl_tests::{
     SOON, assert_contains, attach, create_network, ctl_error, peer, ping_all_pairs, problems, start_lab,
@@ -78,6 +79,7 @@ fn routed(name: &str, number: u8, subnet: &str, gateway: &str) -> Network {
         names: true,
         on_demand: false,
         external_names: false,
+        unknown: Unknown::default(),
     }
 }
 
@@ -112,6 +114,8 @@ fn write_unchecked(lab: &Lab, writer: &Host, to: &[&Host], networks: Vec<Network
         keys: ClusterKeys { seals: key.id(), opens: Vec::new() },
         presence: Presence::Running,
         version: "0".to_owned(),
+        wire: WireVersions::own(),
+        unknown: Unknown::default(),
     })?;
     writer.run(|| -> Result<()> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;

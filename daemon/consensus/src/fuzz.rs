@@ -8,10 +8,8 @@ use ovl_proto::alloc::{AllocMap, AllocMessage, Block, Change};
 use ovl_proto::id::{NetworkId, NodeId};
 use ovl_proto::wire;
 
+use crate::fake::Fake;
 use crate::{Output, Replica, Signatures};
-
-#[path = "../tests/fake/mod.rs"]
-mod fake;
 
 const HONEST: [NodeId; 3] = [NodeId([1; 10]), NodeId([2; 10]), NodeId([3; 10])];
 const LIAR: NodeId = NodeId([4; 10]);
@@ -34,7 +32,7 @@ struct World {
 impl World {
     fn new() -> Self {
         let host = |me: NodeId| {
-            let signatures: Rc<dyn Signatures> = Rc::new(fake::Fake(me));
+            let signatures: Rc<dyn Signatures> = Rc::new(Fake(me));
             Replica::new(me, signatures, Default::default(), u64::from(me.0.first().copied().unwrap_or(1)))
         };
         let hosts = HONEST.into_iter().map(host).collect();

@@ -131,6 +131,10 @@ mod acceptor;
 mod chain;
 mod change;
 #[cfg(any(test, fuzzing))]
+#[path = "../tests/fake/mod.rs"]
+#[allow(clippy::unwrap_used, reason = "for tests alone")]
+mod fake;
+#[cfg(any(test, fuzzing))]
 pub mod fuzz;
 mod offers;
 mod proof;

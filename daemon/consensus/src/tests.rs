@@ -1,8 +1,6 @@
 //! The effect of changes on a map, and the cases of the protocol that the simulation in `tests/simulation` meets too
 //! rarely.
 
-#[path = "../tests/fake/mod.rs"]
-mod fake;
 mod lies;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -15,7 +13,7 @@ use ovl_proto::alloc::{
 use ovl_proto::id::{ClusterKeyId, NetworkId, NodeId};
 use proptest::prelude::*;
 
-use self::fake::Fake;
+use super::fake::Fake;
 use super::{
     DEADLINE_MS, DELEGATE_MS, Durable, Event, MAX_REMOTE_REQUESTS, Output, Replica, Signatures, apply,
     apply_all, is_step, proof,

@@ -188,7 +188,8 @@ impl Node {
             state.view.networks.values().flat_map(|other| other.network.subnets.iter().map(|s| s.prefix));
         let taken = used.chain(taken.iter().copied().filter(|net| net.prefix_len() > 0));
         let ranges = &self.config.ranges;
-        let taken: Vec<IpNet> = taken.chain(ranges.all()).chain(self.needed_ranges(state).prefixes()).collect();
+        let taken: Vec<IpNet> =
+            taken.chain(ranges.all()).chain(self.needed_ranges(state).prefixes()).collect();
         let pool = self.config.pool;
         let length =
             if pool.addr().is_ipv4() { AUTO_LENGTH_V4 } else { AUTO_LENGTH_V6 }.max(pool.prefix_len());

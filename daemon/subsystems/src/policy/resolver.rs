@@ -54,9 +54,9 @@ impl Policies {
 
     fn rule_allows_resolver(&self, rule: &Rule, resolver: &ResolverPeer) -> bool {
         let peer = |peer: &RulePeer| match peer {
-            RulePeer::Pods(place) => self
-                .pods(*place)
-                .is_some_and(|pods| pods.matches(NAMESPACE, &resolver.namespace_labels, Some(&resolver.labels))),
+            RulePeer::Pods(place) => self.pods(*place).is_some_and(|pods| {
+                pods.matches(NAMESPACE, &resolver.namespace_labels, Some(&resolver.labels))
+            }),
             RulePeer::Block { cidr, except } => {
                 resolver.addresses.iter().any(|address| in_block(*address, *cidr, except))
             }

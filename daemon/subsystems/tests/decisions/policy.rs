@@ -217,7 +217,7 @@ fn a_pod_of_unknown_labels_is_isolated() {
         "all",
         PolicySpec {
             policy_types: vec![PolicyType::Ingress],
-            ingress: vec![IngressRule { from: vec![from], ports: vec![] }],
+            ingress: vec![IngressRule { from: vec![from], ports: vec![], unknown: Unknown::default() }],
             ..PolicySpec::default()
         },
     ));
@@ -232,7 +232,7 @@ fn a_pod_of_unknown_labels_is_isolated() {
         "all",
         PolicySpec {
             policy_types: vec![PolicyType::Ingress],
-            ingress: vec![IngressRule { from: vec![from], ports: vec![] }],
+            ingress: vec![IngressRule { from: vec![from], ports: vec![], unknown: Unknown::default() }],
             ..PolicySpec::default()
         },
     ));
@@ -524,10 +524,11 @@ fn a_host_without_switched_networks_has_no_bridge_table() {
 
 #[test]
 fn egress_rules_cover_the_resolver() {
-    let port = |protocol, port| PolicyPort { protocol, port, end_port: None };
+    let port = |protocol, port| PolicyPort { protocol, port, end_port: None, unknown: Unknown::default() };
     let number = |protocol, at| port(protocol, Some(IntOrString::Int(at)));
     let named = |name: &str| port(Protocol::Udp, Some(IntOrString::String(name.to_owned())));
-    let rule = |to: Vec<PolicyPeer>, ports: Vec<PolicyPort>| EgressRule { to, ports };
+    let rule =
+        |to: Vec<PolicyPeer>, ports: Vec<PolicyPort>| EgressRule { to, ports, unknown: Unknown::default() };
     let block = |cidr: &str, except: &[&str]| PolicyPeer {
         ip_block: Some(IpBlock { cidr: net(cidr), except: except.iter().map(|at| net(at)).collect() }),
         ..PolicyPeer::default()
