@@ -124,8 +124,8 @@ db    blue     host3  10.1.0.3/16  02:00:0a:01:00:03  suspended
             render(&[pod, again]),
             "\
 NAME            NAMESPACE  NETWORK  NODE   ADDRESSES               MAC                STATE  POD             UNDECIDED       REFUSED  ALIASES
-web             shop       blue     host2  10.1.0.2/16,fd00::2/64  02:00:0a:01:00:02  ready  web (replaced)                  7        www,front
-web-0badcafe00  default    blue     host3  10.1.0.3/16             02:00:0a:01:00:03  ready  web             ingress,egress
+web             shop       blue     host2  10.1.0.2/16,fd00::2/64  02:00:0a:01:00:02  ready  web (replaced)  -               7        www,front
+web-0badcafe00  default    blue     host3  10.1.0.3/16             02:00:0a:01:00:03  ready  web             ingress,egress  -        -
 "
         );
     }

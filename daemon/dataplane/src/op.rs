@@ -31,7 +31,7 @@ pub use self::neighbour::NeighbourOp;
 pub use self::nft::NftOp;
 pub use self::route::RouteOp;
 pub use self::source::SourceOp;
-pub use self::sysctl::SysctlOp;
+pub use self::sysctl::{ANSWERS_LOCALHOST, SysctlOp};
 pub use self::wireguard::WireguardOp;
 
 /// One change. Every one of them can be repeated, and deleting what is gone succeeds.

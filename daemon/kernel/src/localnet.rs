@@ -14,6 +14,8 @@ use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
 use nix::libc::{self, ENODEV, ENOENT};
 use nix::net::if_::if_nametoindex;
 use ovl_dataplane::device::Device;
+use ovl_dataplane::op::ANSWERS_LOCALHOST;
+use ovl_dataplane::resolver::LOOPBACK;
 
 use super::attribute::{Attributes, attributes, text, u32_at};
 use super::error::{KernelError, Result};
@@ -40,24 +42,31 @@ const TCA_BPF_FLAGS: u16 = 8;
 const TCA_BPF_FLAG_ACT_DIRECT: u32 = 1;
 
 /// The filter in classic BPF, with the fields of `struct sock_filter`: drops IPv4 packets to 127.0.0.0/8, and passes all
-/// others on to the next filter.
-const PROGRAM: [(u16, u8, u8, u32); 7] = {
+/// others on to the next filter, as well as packets with the mark [`ANSWERS_LOCALHOST`] and queries to the resolver, whose
+/// address is rewritten later.
+const PROGRAM: [(u16, u8, u8, u32); 10] = {
     const LOAD_HALF: u16 = 0x28;
     const LOAD_WORD: u16 = 0x20;
     const AND: u16 = 0x54;
     const JUMP_EQUAL: u16 = 0x15;
+    const JUMP_SET: u16 = 0x45;
     const RETURN: u16 = 0x06;
     /// The protocol of the packet behind its VLAN tag: SKF_AD_OFF + SKF_AD_PROTOCOL (`linux/filter.h`).
     const PROTOCOL: u32 = 0xffff_f000;
     const IPV4: u32 = 0x0800;
+    /// SKF_AD_OFF + SKF_AD_MARK.
+    const MARK: u32 = 0xffff_f014;
     /// The offset of the destination address, behind the Ethernet header.
     const DESTINATION: u32 = 14 + 16;
     const TC_ACT_SHOT: u32 = 2;
     const TC_ACT_UNSPEC: u32 = u32::MAX;
     [
         (LOAD_HALF, 0, 0, PROTOCOL),
-        (JUMP_EQUAL, 0, 4, IPV4),
+        (JUMP_EQUAL, 0, 7, IPV4),
+        (LOAD_WORD, 0, 0, MARK),
+        (JUMP_SET, 5, 0, ANSWERS_LOCALHOST),
         (LOAD_WORD, 0, 0, DESTINATION),
+        (JUMP_EQUAL, 3, 0, LOOPBACK.to_bits()),
         (AND, 0, 0, 0xff00_0000),
         (JUMP_EQUAL, 0, 1, 0x7f00_0000),
         (RETURN, 0, 0, TC_ACT_SHOT),

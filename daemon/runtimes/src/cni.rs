@@ -10,7 +10,8 @@ mod tests;
 use ovl_control::{CNI_VERSIONS, CniError};
 use serde::{Deserialize, Serialize};
 
-pub use call::{Add, Call, Check, Gc, MAX_NAME, Status, parse};
+pub use args::MAX_NAME;
+pub use call::{Add, Call, Check, Gc, Status, parse};
 pub use check::check;
 pub use result::{Made, render};
 

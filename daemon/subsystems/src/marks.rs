@@ -1,4 +1,5 @@
 //! The bits of the packet mark that ovl uses, so that no two uses share one. Other bits are left unchanged.
+//! 0x4000 is [`ovl_dataplane::op::ANSWERS_LOCALHOST`], which the kernel's part matches too.
 
 /// A packet of a socket by which ovld itself speaks with its peers: it is never translated.
 pub const OWN_SOCKET: u32 = 0x400;

@@ -5,6 +5,10 @@ use std::fmt;
 use crate::device::Device;
 use crate::state::Dataplane;
 
+/// The mark of packets to 127.0.0.0/8 that may enter by a device with `route_localnet`: answers to the host, which the
+/// kernel translates back before they enter where bridges call the packet filter.
+pub const ANSWERS_LOCALHOST: u32 = 0x4000;
+
 /// A change of a setting.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum SysctlOp {

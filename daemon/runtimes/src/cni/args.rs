@@ -9,7 +9,6 @@ use ovl_control::CniError;
 use ovl_proto::id::Mac;
 use serde_json::{Map, Value};
 
-use super::call::is_identifier;
 use super::{code, error};
 
 /// The capability with the pod's annotations in containerd and CRI-O.
@@ -18,6 +17,9 @@ const ANNOTATIONS: &str = "io.kubernetes.cri.pod-annotations";
 const LABELS: &str = "ovl.labels";
 /// The capability with what the endpoint may send from beside its own addresses: lists `addresses` and `macs`.
 const ALLOWED: &str = "ovl.allowed";
+
+/// The maximum length of a pod name in Kubernetes.
+pub const MAX_NAME: usize = 253;
 
 /// The options for a container.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -33,6 +35,17 @@ pub(super) struct Wishes {
     pub(super) labels: BTreeMap<String, String>,
     /// Replaces the DNS configuration of the network configuration.
     pub(super) dns: Option<Map<String, Value>>,
+}
+
+/// Whether a text is an identifier of the specification of at most [`MAX_NAME`] bytes.
+pub(super) fn is_identifier(text: &str) -> bool {
+    text.len() <= MAX_NAME
+        && text.starts_with(|c: char| c.is_ascii_alphanumeric())
+        && text.chars().all(is_identifier_char)
+}
+
+pub(super) fn is_identifier_char(c: char) -> bool {
+    c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.')
 }
 
 /// Reads the options from all places.

@@ -10,11 +10,8 @@ use ovl_proto::id::{Mac, NodeId};
 use ring::digest::{SHA256, digest};
 use serde_json::{Map, Value};
 
-use super::args::{list, wishes, wrong};
+use super::args::{MAX_NAME, is_identifier, is_identifier_char, list, wishes, wrong};
 use super::{Attachment, Version, code, error};
-
-/// The maximum length of a pod name in Kubernetes.
-pub const MAX_NAME: usize = 253;
 
 /// A parsed call.
 #[derive(Debug, PartialEq)]
@@ -305,17 +302,6 @@ fn distinct(name: &str, attachment: &Attachment, host: &str) -> String {
     let digits: String = hash.as_ref().iter().take(5).map(|byte| format!("{byte:02x}")).collect();
     let room = MAX_NAME - digits.len() - 1;
     format!("{}-{digits}", name.chars().take(room).collect::<String>())
-}
-
-/// Whether a text is an identifier of the specification of at most [`MAX_NAME`] bytes.
-pub(super) fn is_identifier(text: &str) -> bool {
-    text.len() <= MAX_NAME
-        && text.starts_with(|c: char| c.is_ascii_alphanumeric())
-        && text.chars().all(is_identifier_char)
-}
-
-fn is_identifier_char(c: char) -> bool {
-    c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.')
 }
 
 fn is_ifname(text: &str) -> bool {

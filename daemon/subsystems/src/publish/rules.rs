@@ -21,6 +21,7 @@ use crate::marks::FROM_WORKLOAD;
 use ovl_dataplane::device::Device;
 use ovl_dataplane::ledger::Entries;
 use ovl_dataplane::nft::{Chain, Data, Field, Key, Set, Shape, Skeleton, Table, Type, Value};
+use ovl_dataplane::op::ANSWERS_LOCALHOST;
 
 static ANY4: Set = Set::new(
     Table::Publish,
@@ -118,6 +119,16 @@ fn skeleton() -> Arc<Skeleton> {
                         &format!("iifname {ours} meta mark set meta mark | {FROM_WORKLOAD:#x}"),
                         "jump translate",
                     ],
+                ),
+                // Where bridges call the packet filter, an answer to a program of the host is to 127.0.0.1 again before
+                // it enters by the bridge, whose filter lets such packets pass by this mark alone.
+                chain(
+                    "answers",
+                    Some("type filter hook prerouting priority dstnat + 1; policy accept;"),
+                    &[&format!(
+                        "iifname {ours} ip daddr 127.0.0.0/8 ct status dnat ct direction reply \
+                         meta mark set meta mark | {ANSWERS_LOCALHOST:#x}"
+                    )],
                 ),
                 chain(
                     "output",

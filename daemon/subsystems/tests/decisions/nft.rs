@@ -131,6 +131,8 @@ impl Run<'_> {
                 };
                 self.given(fits, rest)
             }
+            // No packet of these tests is neighbour discovery.
+            ["ip6", "hoplimit", "255", "icmpv6", ..] => Verdict::Next,
             other => panic!("not known here: {other:?}"),
         }
     }

@@ -69,12 +69,13 @@ impl Storm {
         }
         world.heal()?;
         let settled = world.settle(SETTLED_WITHIN).await?;
-        for _ in 0..std::mem::take(&mut self.deaths) {
-            world.add_host()?;
-        }
+        // Before new hosts start, which know no network yet.
         if let Some(spare) = self.spare.take() {
             let host = world.random.pick(&world.running()).context("no daemon runs")?;
             ensure!(world.remove_network(host, &spare).await?, "network {spare} was not removed");
+        }
+        for _ in 0..std::mem::take(&mut self.deaths) {
+            world.add_host()?;
         }
         Ok(settled)
     }
