@@ -16,7 +16,7 @@ const MAX_STEPS: usize = 64;
 /// that says what happens to the update, the length of an entry, and the entry or the key of one.
 pub fn tables(bytes: &[u8]) {
     let (mut owner, mut copy) = (Table::new(OWNER), Table::new(OWNER));
-    let mut rest = bytes;
+    let (mut rest, mut epoch) = (bytes, 1);
     for _ in 0..MAX_STEPS {
         let [change, length, behind @ ..] = rest else { return };
         let (chunk, behind) = behind.split_at(behind.len().min(usize::from(*length)));
@@ -26,7 +26,7 @@ pub fn tables(bytes: &[u8]) {
             (_, Ok(key)) => (Vec::new(), vec![key]),
             _ => (Vec::new(), Vec::new()),
         };
-        let epoch = 1 + u64::from(change & 2);
+        epoch += u64::from(change >> 1 & 1);
         let mut update = owner.write(epoch, set, unset, |_| Signature([0; 64]));
         let sent = update.clone();
         changed(&mut update, change >> 2);
@@ -58,7 +58,8 @@ fn changed(update: &mut Update, how: u8) {
         1 => drop(update.set.pop()),
         2 => drop(update.unset.pop()),
         3 => update.base = None,
-        4 => update.head.revision.change = u64::MAX,
+        // The owner signs the head, so nobody can make it later.
+        4 => update.head.revision.change = 0,
         5 => update.head.digest = [how; 32],
         6 => update.set.extend(update.set.first().cloned()),
         7 => update.unset.extend(update.set.first().map(Entry::key)),
