@@ -41,8 +41,10 @@ struct Marked {
     networks: BTreeSet<NetworkId>,
     /// Services whose names may have changed.
     services: BTreeSet<ResourceName>,
-    /// Whether policies, or labels that they select by, may have changed.
+    /// Whether policies may have changed.
     policies: bool,
+    /// Whether labels that policies select by may have changed.
+    labels: bool,
     /// Changes of pods, in order: namespace, addresses, and whether the pod exists.
     pods: Vec<(String, Vec<IpAddr>, bool)>,
 }
@@ -130,12 +132,15 @@ impl Names {
 
     /// Looks all marked names up again. Returns the new zone, or `None` if nothing was marked.
     pub fn refresh(&mut self, sources: Sources<'_>) -> Option<Zone> {
-        let Marked { single, networks, services, pods, policies } = std::mem::take(&mut self.marked);
+        let Marked { single, networks, services, pods, policies, labels } = std::mem::take(&mut self.marked);
         let in_cluster = self.refresh_cluster(sources, services, pods);
-        if single.is_empty() && networks.is_empty() && !in_cluster && !policies {
+        if single.is_empty() && networks.is_empty() && !in_cluster && !policies && !labels {
             return None;
         }
-        self.refresh_networks(sources, &networks, single, policies);
+        if policies {
+            self.policies = Policies::new(&sources.view.resources);
+        }
+        self.refresh_networks(sources, &networks, single, policies || labels);
         Some(self.zone.clone())
     }
 
@@ -144,28 +149,27 @@ impl Names {
         self.marked.networks.extend(sources.view.networks.keys());
         let Marked { single, networks, services, pods, .. } = std::mem::take(&mut self.marked);
         self.refresh_cluster(sources, services, pods);
+        self.policies = Policies::new(&sources.view.resources);
         self.refresh_networks(sources, &networks, single, true);
         self.zone.clone()
     }
 
-    /// Updates all names of the networks in `whole`, and the marked names of the others.
+    /// Updates all names of the networks in `whole`, and the marked names of the others. `rights` says whether policies may
+    /// allow other endpoints to ask than before.
     fn refresh_networks(
         &mut self,
         Sources { view, place, .. }: Sources<'_>,
         whole: &BTreeSet<NetworkId>,
         marks: BTreeMap<NetworkId, zone::Marks>,
-        policies: bool,
+        rights: bool,
     ) {
-        if policies {
-            self.policies = Policies::new(&view.resources);
-        }
         let zone = &mut self.zone;
         // The clients depend on this host's endpoints, and on which other hosts have the same addresses.
         let is_own = |network: NetworkId, address: IpAddr| {
             let mut all = view.all_with_address(network, address);
             zone.has_client(address) || all.any(|placed| placed.node.record.id == view.me)
         };
-        let asks = policies
+        let asks = rights
             || !whole.is_empty()
             || marks.iter().any(|(network, marks)| marks.addresses().iter().any(|at| is_own(*network, *at)));
         if !whole.is_empty() || zone.networks() != view.networks.len() {
@@ -274,8 +278,8 @@ impl Subsystem for Names {
             Change::Resources(keys) => {
                 let pods = keys.iter().filter(|key| key.kind == Kind::Pod);
                 pods.for_each(|key| self.mark_pod(cluster.view, &key.name));
-                let kinds = [Kind::NetworkPolicy, Kind::Namespace, Kind::Pod];
-                self.marked.policies |= keys.iter().any(|key| kinds.contains(&key.kind));
+                self.marked.policies |= keys.iter().any(|key| key.kind == Kind::NetworkPolicy);
+                self.marked.labels |= keys.iter().any(|key| matches!(key.kind, Kind::Namespace | Kind::Pod));
             }
             Change::Rights(network) | Change::Network(network) => {
                 self.marked.networks.insert(network);
