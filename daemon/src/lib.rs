@@ -13,6 +13,7 @@ mod endpoints;
 mod engines;
 mod environment;
 mod events;
+mod exchange;
 mod failed;
 mod firewall;
 #[cfg(any(test, fuzzing))]

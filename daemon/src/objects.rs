@@ -4,7 +4,7 @@
 //! wins is decided by [`ovl_cluster::objects`]; this module decides what is accepted from peers, and what they lack.
 //! Begin to read at [`ObjectStore::receive`].
 
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 
 use ovl_cluster::networks;
 use ovl_cluster::objects::{Full, MAX_OBJECT_BYTES, Objects};
@@ -27,9 +27,9 @@ const OBJECTS_A_MESSAGE: usize = 250;
 /// Size of the objects in one message, in bytes, beyond which no further one is added. Even with the largest
 /// object as the last one, a message is far below the maximum frame.
 const BYTES_A_MESSAGE: usize = 1 << 20;
-/// Time in milliseconds without new objects after which a peer is asked for missing ones. While objects
-/// arrive, the missing ones are probably in flight.
-const QUIET_MS: u64 = 300;
+/// Size of the objects in the answer to one request of a peer, in bytes, beyond which no further one is added. It fits
+/// the queue of a stream several times.
+const BYTES_AN_ANSWER: usize = 4 << 20;
 
 /// The cluster objects, tombstones included.
 pub(crate) struct ObjectStore {
@@ -38,25 +38,14 @@ pub(crate) struct ObjectStore {
     clock: Clock,
     /// Digest of the stamps of all objects, for the hints.
     digest: [u8; 32],
-    /// Time when a peer last sent a new object, in milliseconds of this run.
-    taken_at: u64,
     /// Whether any peer has sent its objects.
     seen: bool,
-}
-
-/// The present, by two clocks.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Moment {
-    /// Milliseconds of this run.
-    pub now: u64,
-    /// Milliseconds since 1970.
-    pub wall_ms: u64,
 }
 
 impl ObjectStore {
     /// Creates an empty store. `clock` is that of the last run.
     pub(crate) fn new(clock: Clock) -> Self {
-        Self { objects: Objects::default(), clock, digest: [0; 32], taken_at: 0, seen: false }
+        Self { objects: Objects::default(), clock, digest: [0; 32], seen: false }
     }
 
     /// Returns the objects.
@@ -89,9 +78,9 @@ impl ObjectStore {
         self.seen
     }
 
-    /// Whether objects of peers are arriving, so that missing ones are probably in flight.
-    pub(crate) fn is_receiving(&self, now: u64) -> bool {
-        self.seen && now.saturating_sub(self.taken_at) < QUIET_MS
+    /// Notes that a peer has no object that this host lacks.
+    pub(crate) fn note_seen(&mut self) {
+        self.seen = true;
     }
 
     /// Returns the stamp of a new object of the host `writer`.
@@ -119,19 +108,19 @@ impl ObjectStore {
         Ok(changed)
     }
 
-    /// Merges objects of a peer. An object is kept if it is later than the local one. `refused` hears why an object is
+    /// Merges objects of a peer. An object is kept if it is later than the local one. `wall_ms` is the time since 1970. `refused` hears why an object is
     /// not accepted. Returns the Kubernetes objects that changed in `resources`; `None` if nothing was new.
     pub(crate) fn receive(
         &mut self,
         objects: Vec<SignedObject>,
-        moment: Moment,
+        wall_ms: u64,
         resources: &mut Resources,
         mut refused: impl FnMut(String),
     ) -> Option<Vec<ResourceKey>> {
         self.seen = true;
         let (mut is_new, mut changed) = (false, Vec::new());
         for signed in objects {
-            match self.receive_one(signed, moment.wall_ms, resources) {
+            match self.receive_one(signed, wall_ms, resources) {
                 Ok(Some(keys)) => {
                     is_new = true;
                     changed.extend(keys);
@@ -143,7 +132,6 @@ impl ObjectStore {
         if !is_new {
             return None;
         }
-        self.taken_at = moment.now;
         self.digest = self.objects.digest();
         Some(changed)
     }
@@ -193,13 +181,17 @@ impl ObjectStore {
         changed
     }
 
-    /// Returns the objects that a peer with this index lacks.
-    pub(crate) fn newer_than(&self, theirs: &[(ObjectKey, Stamp)]) -> Vec<SignedObject> {
-        let theirs: BTreeMap<&ObjectKey, Stamp> = theirs.iter().map(|(key, stamp)| (key, *stamp)).collect();
-        let all = self.objects.iter();
-        all.filter(|(key, ours)| theirs.get(key).is_none_or(|stamp| *stamp < ours.stamp))
-            .map(|(_, ours)| ours.signed.clone())
-            .collect()
+    /// Returns the objects with these keys, as many as fit one answer.
+    pub(crate) fn signed_of(&self, keys: Vec<ObjectKey>) -> Vec<SignedObject> {
+        // Each one once, whatever the peer asks.
+        let keys: BTreeSet<ObjectKey> = keys.into_iter().collect();
+        let mut bytes = 0;
+        let found = keys.iter().filter_map(|key| self.objects.get(key)).take_while(|stored| {
+            let before = bytes;
+            bytes += stored.signed.body.len();
+            before < BYTES_AN_ANSWER
+        });
+        found.map(|stored| stored.signed.clone()).collect()
     }
 
     /// Deletes tombstones that all hosts have had time to receive. Those of networks for which `in_use` returns true are
@@ -325,7 +317,8 @@ mod tests {
     use super::*;
     use crate::world::{NET, switched};
 
-    const AT: Moment = Moment { now: 1000, wall_ms: 1_700_000_000_000 };
+    /// Milliseconds since 1970.
+    const AT: u64 = 1_700_000_000_000;
 
     /// A host that writes networks.
     struct Writer {
@@ -368,16 +361,15 @@ mod tests {
     fn later_write_wins_and_is_taken_once() {
         let mut writer = Writer::new();
         let mut store = ObjectStore::new(Clock::default());
-        assert!(!store.is_seen() && !store.is_receiving(AT.now));
-        let first = writer.write(AT.wall_ms, false, |_| {});
-        let second = writer.write(AT.wall_ms, false, |network| network.name = "green".to_owned());
+        assert!(!store.is_seen());
+        let first = writer.write(AT, false, |_| {});
+        let second = writer.write(AT, false, |network| network.name = "green".to_owned());
         assert_eq!(receive(&mut store, &first), (true, None));
         let digest = store.digest();
         assert_eq!(receive(&mut store, &first), (false, None));
         assert_eq!(receive(&mut store, &second), (true, None));
         assert_eq!(receive(&mut store, &first), (false, None));
         assert!(store.digest() != digest && store.is_seen());
-        assert!(store.is_receiving(AT.now + QUIET_MS - 1) && !store.is_receiving(AT.now + QUIET_MS));
         assert_eq!(store.signed().count(), 1);
     }
 
@@ -385,25 +377,25 @@ mod tests {
     fn object_is_refused_if_it_is_forged_or_at_odds_with_itself() {
         let mut writer = Writer::new();
         let mut store = ObjectStore::new(Clock::default());
-        let good = writer.write(AT.wall_ms, false, |_| {});
+        let good = writer.write(AT, false, |_| {});
         let stranger = Writer::new();
         let forged = SignedObject { writer_key: *stranger.identity.public_key(), ..good.clone() };
         assert!(receive(&mut store, &forged).1.unwrap().contains("not that of its writer"));
         let unsigned = SignedObject { signature: stranger.identity.sign(Domain::Object, &good.body), ..good };
         assert!(receive(&mut store, &unsigned).1.unwrap().contains("not signed by its writer"));
-        let ahead = writer.write(AT.wall_ms + 2 * MAX_AHEAD_MS, false, |_| {});
+        let ahead = writer.write(AT + 2 * MAX_AHEAD_MS, false, |_| {});
         assert!(receive(&mut store, &ahead).1.is_some(), "its stamp is two days ahead");
         let mut writer = Writer::new();
-        let no_vni = writer.write(AT.wall_ms, false, |network| network.vni = 0);
+        let no_vni = writer.write(AT, false, |network| network.vni = 0);
         assert!(receive(&mut store, &no_vni).1.unwrap().contains("VNI 0"));
-        let small = writer.write(AT.wall_ms, false, |network| network.mtu = Some(68));
+        let small = writer.write(AT, false, |network| network.mtu = Some(68));
         assert!(receive(&mut store, &small).1.unwrap().contains("MTU"));
-        let twice = writer.write(AT.wall_ms, false, |network| {
+        let twice = writer.write(AT, false, |network| {
             let subnet = network.subnets[0];
             network.subnets.push(subnet);
         });
         assert!(receive(&mut store, &twice).1.unwrap().contains("overlaps"));
-        let bridge = writer.write(AT.wall_ms, false, |network| network.driver = Driver::Bridge);
+        let bridge = writer.write(AT, false, |network| network.driver = Driver::Bridge);
         assert!(receive(&mut store, &bridge).1.unwrap().contains("only be its host's own"));
         assert!(store.all().is_empty());
     }
@@ -412,15 +404,15 @@ mod tests {
     fn tombstone_goes_when_it_is_old_and_its_network_is_gone() {
         let mut writer = Writer::new();
         let mut store = ObjectStore::new(Clock::default());
-        let dead = writer.write(AT.wall_ms, true, |_| {});
+        let dead = writer.write(AT, true, |_| {});
         assert!(receive(&mut store, &dead).0);
-        let later = AT.wall_ms + TOMBSTONE_MS;
+        let later = AT + TOMBSTONE_MS;
         assert!(!store.drop_old_tombstones(later, |_| false), "not old yet");
         assert!(!store.drop_old_tombstones(later + 1, |_| true), "its blocks are in use");
         assert!(store.drop_old_tombstones(later + 1, |_| false));
         assert_eq!(store.digest(), ObjectStore::new(Clock::default()).objects.digest());
         // A peer that still has it does not bring it back.
-        let (mut resources, at) = (Resources::default(), Moment { wall_ms: later + 1, ..AT });
+        let (mut resources, at) = (Resources::default(), later + 1);
         assert!(store.receive(vec![dead], at, &mut resources, |why| panic!("{why}")).is_none());
     }
 
@@ -428,21 +420,28 @@ mod tests {
     fn peer_gets_what_it_lacks() {
         let mut writer = Writer::new();
         let mut store = ObjectStore::new(Clock::default());
-        let one = writer.write(AT.wall_ms, false, |_| {});
-        let other = writer.write(AT.wall_ms, false, |network| network.id = NetworkId([7; 5]));
+        let one = writer.write(AT, false, |_| {});
+        let other = writer.write(AT, false, |network| network.id = NetworkId([7; 5]));
         receive(&mut store, &one);
         receive(&mut store, &other);
-        assert_eq!(store.newer_than(&[]).len(), 2);
-        assert!(store.newer_than(&store.all().index()).is_empty());
-        let old: Vec<_> = store.all().index().into_iter().take(1).collect();
-        assert_eq!(store.newer_than(&old).len(), 1);
+        let all = store.all();
+        assert_eq!(all.index(&[]).len(), 2);
+        assert!(all.index(&all.parts()).is_empty());
+        let mut behind = ObjectStore::new(Clock::default());
+        receive(&mut behind, &one);
+        let index = all.index(&behind.all().parts());
+        let missing: Vec<_> =
+            index.into_iter().filter(|(key, stamp)| behind.all().lacks(key, *stamp)).collect();
+        let keys: Vec<ObjectKey> = missing.iter().map(|(key, _)| key.clone()).collect();
+        assert_eq!(keys, [other.object().unwrap().key()]);
+        assert_eq!(store.signed_of([keys.clone(), keys].concat()), [other], "each once");
     }
 
     #[test]
     fn write_is_stamped_later_than_all_that_was_seen() {
         let mut writer = Writer::new();
         let mut store = ObjectStore::new(Clock::default());
-        let theirs = writer.write(AT.wall_ms, false, |_| {});
+        let theirs = writer.write(AT, false, |_| {});
         let stamp = theirs.object().unwrap().stamp;
         receive(&mut store, &theirs);
         assert!(store.stamp(0, writer.identity.id()) > stamp);
@@ -450,7 +449,7 @@ mod tests {
 
     #[test]
     fn messages_are_bounded_in_number_and_size() {
-        let small = Writer::new().write(AT.wall_ms, false, |_| {});
+        let small = Writer::new().write(AT, false, |_| {});
         let many = vec![small.clone(); OBJECTS_A_MESSAGE + 1];
         assert_eq!(messages(&many).map(<[_]>::len).collect::<Vec<_>>(), [OBJECTS_A_MESSAGE, 1]);
         let large = SignedObject { body: vec![0; BYTES_A_MESSAGE], ..small };

@@ -28,13 +28,13 @@ pub enum Message {
     TableUnknown(NodeId),
     /// Objects: pushed when they are written, or sent on request.
     Objects(Vec<SignedObject>),
-    /// An index of all objects that the sender has. The reply is those that it lacks or has an older version of.
-    ObjectIndex {
-        /// The key and stamp of each object.
-        index: Vec<(ObjectKey, Stamp)>,
-        /// Whether the receiver replies with its own index.
-        reply: bool,
-    },
+    /// The hashes of the parts of the sender's object digest. The reply is [`Self::ObjectIndex`].
+    ObjectParts(Vec<u64>),
+    /// The key and stamp of each object of the sender in the parts that differ.
+    ObjectIndex(Vec<(ObjectKey, Stamp)>),
+    /// A request for objects. The reply is [`Self::Objects`], in several messages, the last of which is empty. It may
+    /// leave out objects, which can be requested again.
+    ObjectWant(Vec<ObjectKey>),
     /// A message of the consensus on the allocation map.
     Alloc(AllocMessage),
     /// A request for a lease of an address of the receiver's block.
@@ -64,11 +64,13 @@ variants! {
         3 TablePull { 1 0: node },
         4 TableUnknown { 1 0: node },
         5 Objects { 1 0: objects },
-        6 ObjectIndex { 1 index: index, 2 reply: reply },
+        6 ObjectIndex { 1 0: index },
         7 Alloc { 1 0: message },
         8 LeaseRequest { 1 id: id, 2 network: network, 3 wish: wish },
         9 LeaseReply { 1 id: id, 2 result: result },
         10 ClusterKey { 1 0: key },
+        11 ObjectParts { 1 0: parts },
+        12 ObjectWant { 1 0: keys },
     }
 }
 

@@ -38,9 +38,21 @@ impl Digest {
         self.with_part(hash, |part| part.remove(hash));
     }
 
+    /// Returns the first eight bytes of the hash of each part, to compare with those of another digest.
+    pub fn parts(&self) -> Vec<u64> {
+        self.parts.iter().map(|hash| short(hash)).collect()
+    }
+
+    /// Returns the numbers of the parts that differ from [`Self::parts`] of another digest.
+    pub fn differing(&self, parts: &[u64]) -> BTreeSet<usize> {
+        let all = self.parts.iter().enumerate();
+        all.filter(|(number, hash)| parts.get(*number) != Some(&short(hash)))
+            .map(|(number, _)| number)
+            .collect()
+    }
+
     fn with_part(&mut self, hash: &Hash, change: impl FnOnce(&mut BTreeSet<Hash>) -> bool) {
-        let [first, ..] = hash;
-        let number = usize::from(*first) % PARTS;
+        let number = part_of(hash);
         if let (Some(hashes), Some(part)) = (self.hashes.get_mut(number), self.parts.get_mut(number)) {
             change(hashes);
             *part = if hashes.is_empty() { [0; 32] } else { hash_all(&*hashes) };
@@ -51,6 +63,17 @@ impl Digest {
     pub fn total(&self) -> Hash {
         hash_all(&self.parts)
     }
+}
+
+/// Returns the number of the part that an element belongs to.
+pub fn part_of(hash: &Hash) -> usize {
+    let [first, ..] = hash;
+    usize::from(*first) % PARTS
+}
+
+fn short(hash: &Hash) -> u64 {
+    let [a, b, c, d, e, f, g, h, ..] = *hash;
+    u64::from_be_bytes([a, b, c, d, e, f, g, h])
 }
 
 /// Returns the hash of an element.

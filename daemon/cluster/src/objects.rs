@@ -8,7 +8,7 @@ use ovl_proto::object::{Body, Network, Object, ObjectKey, SignedObject};
 use ovl_proto::resource::ResourceKey;
 use ovl_proto::wire;
 
-use crate::digest::{Digest, Hash, hash};
+use crate::digest::{Digest, Hash, hash, part_of};
 use crate::resources::Resources;
 
 /// The maximum number of objects, tombstones included. An index of this many fits a frame.
@@ -107,9 +107,21 @@ impl Objects {
         if self.all.is_empty() { [0; 32] } else { self.digest.total() }
     }
 
-    /// Returns the key and stamp of each object.
-    pub fn index(&self) -> Vec<(ObjectKey, Stamp)> {
-        self.all.iter().map(|(key, stored)| (key.clone(), stored.stamp)).collect()
+    /// Returns the hashes of the parts of the digest.
+    pub fn parts(&self) -> Vec<u64> {
+        self.digest.parts()
+    }
+
+    /// Returns the key and stamp of each object in a part that differs from [`Self::parts`] of another host.
+    pub fn index(&self, parts: &[u64]) -> Vec<(ObjectKey, Stamp)> {
+        let differing = self.digest.differing(parts);
+        let all = self.all.iter().filter(|(_, stored)| differing.contains(&part_of(&stored.hash)));
+        all.map(|(key, stored)| (key.clone(), stored.stamp)).collect()
+    }
+
+    /// Whether an object is absent, or its write is older than this one.
+    pub fn lacks(&self, key: &ObjectKey, stamp: Stamp) -> bool {
+        self.get(key).is_none_or(|stored| stored.stamp < stamp)
     }
 
     /// Checks that writes fit the limits.

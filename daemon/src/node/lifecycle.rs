@@ -219,7 +219,7 @@ impl Node {
             self.probe_silent();
             self.tick_alloc();
             self.check_caught_up();
-            self.ask_missing_objects(count.is_multiple_of(25));
+            self.ask_missing_objects();
             // Often: a table that is not cached when the daemon is killed is unknown after a start without
             // peers.
             if let Err(error) = self.cache_tables() {

@@ -72,6 +72,7 @@ use crate::endpoints::LocalEndpoints;
 use crate::engines::Engines;
 use crate::environment::Environment;
 use crate::events::Events;
+use crate::exchange::Exchanges;
 use crate::failed::Failed;
 use crate::firewall::Firewalls;
 use crate::health::HealthAnswers;
@@ -216,7 +217,9 @@ impl Node {
         let secret = TunnelSecret::load_or_create(&config.state_dir.join("tunnel.key"))?;
         let kernel = environment.start_kernel(kernel_tell, &secret).context("opening netlink")?;
         let (end, missing) = encryption::choose(&config, &secret, &kernel).await;
-        let link = kernel.underlay(config.advertise.ip()).await.with_context(|| {
+        let peers =
+            saved.peers.iter().filter_map(|(signed, _)| Some(open_record(signed).ok()?.vtep)).collect();
+        let link = kernel.underlay(config.advertise.ip(), peers).await.with_context(|| {
             format!(
                 "{} is not an address of this host: give one that is with --advertise",
                 config.advertise.ip()
@@ -539,6 +542,7 @@ fn first_state(
         next_peer: 0,
         clashes: BTreeMap::new(),
         objects: ObjectStore::new(saved.clock),
+        exchanges: Exchanges::new(me),
         bridges: Bridges::new(saved.bridges.iter().cloned()),
         workloads: Workloads::default(),
         subsystems: Subsystems::new(Settings {

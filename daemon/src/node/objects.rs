@@ -16,7 +16,7 @@ use ovl_subsystems::services::allocation::{ReservedClaims, ServiceAllocator};
 use super::state::State;
 use super::{Failed, Node};
 use crate::networks::{overlap_sentences, unused_blocks};
-use crate::objects::{Moment, messages};
+use crate::objects::messages;
 use crate::problems::Code;
 
 impl Node {
@@ -64,43 +64,78 @@ impl Node {
         Ok(())
     }
 
-    /// Merges objects from a peer. An object is kept if it is later than the local one.
+    /// Merges objects from a peer. An object is kept if it is later than the local one. No objects are the end of an
+    /// answer.
     pub(super) fn take_objects(&self, from: NodeId, objects: Vec<SignedObject>) {
-        {
+        let is_end = objects.is_empty();
+        let (is_new, want) = {
             let mut guard = self.state.borrow_mut();
             let state = &mut *guard;
-            let moment = Moment { now: state.now(), wall_ms: state.wall_ms() };
+            let (now, wall_ms) = (state.now(), state.wall_ms());
             let refused = |error: String| tracing::warn!(%from, error, "refused an object");
-            let changed = state.objects.receive(objects, moment, &mut state.view.resources, refused);
-            let Some(changed) = changed else { return };
-            self.objects_changed(state, &changed);
-        }
-        self.settle_objects();
-    }
-
-    /// Compares a peer's objects with the local ones. Sends what the peer lacks, and the local index if it
-    /// asked for that.
-    pub(super) fn compare_objects(&self, from: NodeId, theirs: &[(ObjectKey, Stamp)], reply: bool) {
-        let (newer, index) = {
-            let state = self.state.borrow();
-            (state.objects.newer_than(theirs), reply.then(|| state.objects.all().index()))
+            let changed = state.objects.receive(objects, wall_ms, &mut state.view.resources, refused);
+            if let Some(changed) = &changed {
+                self.objects_changed(state, changed);
+            }
+            let State { objects, exchanges, .. } = state;
+            let lacks = |key: &ObjectKey, stamp| objects.all().lacks(key, stamp);
+            (changed.is_some(), exchanges.on_objects(from, is_end, lacks, now))
         };
-        // An empty reply tells the peer that it has everything.
-        if newer.is_empty() {
-            self.links().send(from, &Message::Objects(Vec::new()));
+        if is_new {
+            self.settle_objects();
         }
-        for part in messages(&newer) {
-            self.links().send(from, &Message::Objects(part.to_vec()));
-        }
-        if let Some(index) = index {
-            self.links().send(from, &Message::ObjectIndex { index, reply: false });
+        self.want_objects(from, want);
+    }
+
+    /// Answers [`Message::ObjectParts`].
+    pub(super) fn send_index(&self, to: NodeId, parts: &[u64]) {
+        let index = self.state.borrow().objects.all().index(parts);
+        self.links().send(to, &Message::ObjectIndex(index));
+    }
+
+    /// Requests what a peer's index has and this host lacks.
+    pub(super) fn take_index(&self, from: NodeId, index: Vec<(ObjectKey, Stamp)>) {
+        let want = {
+            let mut guard = self.state.borrow_mut();
+            let state = &mut *guard;
+            let now = state.now();
+            let lacks = |key: &ObjectKey, stamp| state.objects.all().lacks(key, stamp);
+            let Some(want) = state.exchanges.on_index(from, index, lacks, now) else { return };
+            if want.is_empty() {
+                state.objects.note_seen();
+            }
+            want
+        };
+        self.want_objects(from, want);
+    }
+
+    fn want_objects(&self, from: NodeId, want: Vec<ObjectKey>) {
+        if !want.is_empty() {
+            self.links().send(from, &Message::ObjectWant(want));
         }
     }
 
-    /// Asks a peer to compare its objects with the local ones, in both directions.
-    pub(super) fn ask_objects(&self, peer: NodeId) {
-        let index = self.state.borrow().objects.all().index();
-        self.links().send(peer, &Message::ObjectIndex { index, reply: true });
+    /// Answers [`Message::ObjectWant`].
+    pub(super) fn send_objects(&self, to: NodeId, keys: Vec<ObjectKey>) {
+        let found = self.state.borrow().objects.signed_of(keys);
+        for part in messages(&found) {
+            self.links().send(to, &Message::Objects(part.to_vec()));
+        }
+        self.links().send(to, &Message::Objects(Vec::new()));
+    }
+
+    /// Asks a peer whose objects differ from the local ones, if it is time to.
+    pub(super) fn ask_missing_objects(&self) {
+        let (peer, parts) = {
+            let mut guard = self.state.borrow_mut();
+            let state = &mut *guard;
+            let (now, own) = (state.now(), state.objects.digest());
+            let State { peers, exchanges, .. } = state;
+            let is_alive = |id: &NodeId| peers.get(id).is_some_and(|peer| peer.signs.gossip);
+            let Some(peer) = exchanges.begin(now, own, is_alive) else { return };
+            (peer, state.objects.all().parts())
+        };
+        self.links().send(peer, &Message::ObjectParts(parts));
     }
 
     /// Deletes tombstones that all hosts have had time to receive.
@@ -113,31 +148,6 @@ impl Node {
             |id: &NetworkId| networks.contains_key(id) || blocks.keys().any(|block| block.network == *id);
         if state.objects.drop_old_tombstones(wall_ms, in_use) {
             self.objects_changed(state, &[]);
-        }
-    }
-
-    /// Asks peers whose objects differ from the local ones. Each is asked once for a digest that it
-    /// announces, or again if `anew` is set, because a reply may have been lost or rejected.
-    pub(super) fn ask_missing_objects(&self, anew: bool) {
-        let differ: Vec<NodeId> = {
-            let mut guard = self.state.borrow_mut();
-            let state = &mut *guard;
-            if state.objects.is_receiving(state.now()) {
-                return;
-            }
-            let ours = state.objects.digest();
-            let mut differ = Vec::new();
-            for (id, peer) in state.peers.iter_mut().filter(|(_, peer)| peer.signs.gossip) {
-                let says = peer.hints.objects;
-                let asked = peer.objects_asked.replace(says) == Some(says);
-                if says != ours && (anew || !asked) {
-                    differ.push(*id);
-                }
-            }
-            differ
-        };
-        for peer in differ {
-            self.ask_objects(peer);
         }
     }
 

@@ -150,7 +150,9 @@ impl Node {
             Message::TablePull(owner) => self.send_table(from, owner),
             Message::TableUnknown(owner) => tracing::debug!(%from, %owner, "has not that table either"),
             Message::Objects(objects) => self.take_objects(from, objects),
-            Message::ObjectIndex { index, reply } => self.compare_objects(from, &index, reply),
+            Message::ObjectParts(parts) => self.send_index(from, &parts),
+            Message::ObjectIndex(index) => self.take_index(from, index),
+            Message::ObjectWant(keys) => self.send_objects(from, keys),
             Message::Alloc(message) => self.on_alloc(from, message),
             Message::LeaseRequest { id, network, wish } => self.grant_lease(from, id, network, wish),
             // A host that is not a member cannot know which key a majority has chosen.
@@ -184,7 +186,7 @@ impl Node {
             Message::Record(_) => true,
             _ if foreign => false,
             _ if member => true,
-            Message::TablePull(_) | Message::ObjectIndex { .. } => true,
+            Message::TablePull(_) | Message::ObjectParts(_) | Message::ObjectWant(_) => true,
             Message::Alloc(message) => match message {
                 // The replica itself judges these: it learns only what is proved, answers only a host that is behind,
                 // and counts only votes for the admission of the sender.
@@ -207,6 +209,7 @@ impl Node {
             Message::Table(_)
             | Message::TableUnknown(_)
             | Message::Objects(_)
+            | Message::ObjectIndex(_)
             | Message::LeaseRequest { .. }
             | Message::LeaseReply { .. }
             | Message::ClusterKey(_) => false,
@@ -219,7 +222,8 @@ impl Node {
         if let Some(whole) = whole {
             self.links().send(peer, &Message::Table(whole));
         }
-        self.ask_objects(peer);
+        self.state.borrow_mut().exchanges.greet(peer);
+        self.ask_missing_objects();
         self.ask_map(peer);
         self.pull_missing();
     }
@@ -247,7 +251,6 @@ impl Node {
                         hints: Hints::default(),
                         last_alive_ms: state.environment.wall_ms(),
                         pulled_at: None,
-                        objects_asked: None,
                         probe_sent_at: 0,
                         heard: false,
                         proved: false,
@@ -291,6 +294,9 @@ impl Node {
             // Which peer a key belongs to affects the routes to other hosts, too.
             state.changed(What::Tunnel);
         }
+        if moved && state.local.underlay.by_peers() {
+            self.underlay.notify_one();
+        }
         if moved || rekeyed {
             state.changed(What::Host(id));
             self.work.notify_one();
@@ -307,9 +313,11 @@ impl Node {
             let mut state = self.state.borrow_mut();
             let Some(peer) = state.peers.get_mut(&id) else { return };
             peer.hints = hints;
+            let now = state.now();
+            state.exchanges.announce(id, hints.objects, now);
             hints.alloc > state.view.alloc.version
         };
-        self.ask_missing_objects(false);
+        self.ask_missing_objects();
         if behind {
             self.ask_map(id);
         }
@@ -351,6 +359,7 @@ impl Node {
             state.changed(What::Host(id));
             state.view.nodes.remove(&id);
             state.peers.remove(&id);
+            state.exchanges.forget(id);
             state.problems.set(Code::ForeignCluster, id.to_string(), None);
             newer::drop_host(state, id);
             state.uncached.insert(id);
@@ -541,6 +550,7 @@ impl Node {
                 self.event("peer", &node.record.name, "forgotten; its blocks are free");
             }
             state.peers.remove(&id);
+            state.exchanges.forget(id);
             state.problems.set(Code::ForeignCluster, id.to_string(), None);
             state.uncached.insert(id);
             state.save.wanted = true;

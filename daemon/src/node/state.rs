@@ -28,6 +28,7 @@ use crate::addresses::Addresses;
 use crate::endpoints::{FullName, LocalEndpoints};
 use crate::engines::Engines;
 use crate::environment::Environment;
+use crate::exchange::Exchanges;
 use crate::networks::Bridges;
 use crate::objects::ObjectStore;
 use crate::problems::{Code, Problems};
@@ -49,8 +50,6 @@ pub(crate) struct Peer {
     /// Time of a request for its whole table that is still unanswered, in milliseconds of this run. `None` if
     /// there is none.
     pub pulled_at: Option<u64>,
-    /// Its object digest for which it was last asked for missing objects.
-    pub objects_asked: Option<[u8; 32]>,
     /// Time of the last probe, in milliseconds of this run.
     pub probe_sent_at: u64,
     /// Whether gossip has considered it alive during this run.
@@ -100,6 +99,8 @@ pub(crate) struct State {
     pub clashes: BTreeMap<NodeId, Clash>,
     /// All cluster objects with their signatures. `view.resources` is derived from them.
     pub objects: ObjectStore,
+    /// What this host asks of peers' objects.
+    pub exchanges: Exchanges,
     /// Bridge networks of this host.
     pub bridges: Bridges,
     /// Index of the endpoints that labels select and of the backends of each Service.

@@ -28,6 +28,7 @@ mod run;
 mod storm;
 mod world;
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use ovl_proto::object::Mode;
@@ -97,6 +98,38 @@ fn a_rotation_reboots_and_a_death_are_survived() {
         world.attach(4, endpoint("late", "late4"))?;
         world.settle(Duration::from_secs(10)).await?;
         assert_eq!(world.attached.len(), 2);
+        Ok(())
+    });
+}
+
+/// The bytes that streams carry because hosts lack objects are at most three times the bytes of those objects.
+#[test]
+fn hosts_that_were_cut_off_fetch_once_what_they_lack() {
+    simulate(Slot::Behind, seed(), async |world| {
+        world.start(8).await?;
+        world.settle(Duration::from_secs(60)).await?;
+        let away = BTreeSet::from([5, 6, 7]);
+        let mut streamed = Vec::new();
+        let mut written = 0;
+        for networks in [0, 100] {
+            world.partition(&away);
+            world.run_for(Duration::from_secs(30)).await;
+            let before = world.network.streamed();
+            for number in 0..networks {
+                let subnet = format!("10.100.{number}.0/24");
+                world.create_network(0, &format!("n{number}"), Mode::L2, &subnet).await?;
+            }
+            world.run_for(Duration::from_secs(5)).await;
+            // They were pushed to the four other hosts of this side.
+            written = (world.network.streamed() - before) / 4;
+            let before = world.network.streamed();
+            world.heal()?;
+            world.settle(Duration::from_secs(60)).await?;
+            streamed.push(world.network.streamed() - before);
+        }
+        let (needed, spent) = (written * 3, streamed[1].saturating_sub(streamed[0]));
+        println!("{needed} bytes are missing on three hosts; {spent} bytes were sent for them");
+        assert!(written > 20_000 && spent <= needed * 3, "{needed} bytes needed, {spent} sent");
         Ok(())
     });
 }

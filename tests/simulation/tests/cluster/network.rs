@@ -47,6 +47,8 @@ struct Fabric {
     order: u64,
     /// Over all datagrams.
     digest: u64,
+    /// The bytes that were written to streams.
+    streamed: u64,
 }
 
 impl Network {
@@ -63,6 +65,7 @@ impl Network {
             next_port: 32768,
             order: 0,
             digest: 0,
+            streamed: 0,
         })))
     }
 
@@ -130,6 +133,11 @@ impl Network {
     /// A digest of all datagrams that were delivered so far. Two runs with the same digest were the same run.
     pub(crate) fn digest(&self) -> u64 {
         self.lock().digest
+    }
+
+    /// The number of bytes that were written to all streams so far.
+    pub(crate) fn streamed(&self) -> u64 {
+        self.lock().streamed
     }
 
     /// Closes all sockets of a host, as the end of its daemon's process does.
@@ -445,6 +453,7 @@ impl AsyncWrite for End {
         way.last = Some(at);
         way.chunks.push_back((at, bytes.iter().copied().collect()));
         way.bytes += bytes.len();
+        this.connection.network.lock().streamed += bytes.len() as u64;
         if let Some(reader) = way.reader.take() {
             reader.wake();
         }

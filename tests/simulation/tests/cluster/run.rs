@@ -29,10 +29,12 @@ pub(crate) enum Slot {
     Twenty,
     /// Of the test that repeats a run.
     Same,
+    /// Of the test of hosts that were cut off.
+    Behind,
 }
 
 /// The number of slots.
-const SLOTS: usize = 5;
+const SLOTS: usize = 6;
 
 /// Runs a test on a paused clock, on a thread of its own, for which nothing random has been drawn yet.
 ///

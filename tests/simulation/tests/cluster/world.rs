@@ -161,7 +161,7 @@ impl World {
         let number = self.hosts.len();
         let address = IpAddr::V4(Ipv4Addr::from_bits(0xc0a8_0001 + u32::try_from(number)?));
         let prefix = IpNet::new(address, 16)?;
-        let underlay = Underlay { device: "eth0".to_owned(), index: 2, mtu: 1500, prefix };
+        let underlay = Underlay { device: "eth0".to_owned(), index: 2, mtu: 1500, prefix, by_peers: false };
         let name = format!("host{number}");
         let directory = self.directory.join(&name);
         std::fs::create_dir_all(directory.join("state"))?;
