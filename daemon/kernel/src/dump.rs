@@ -139,8 +139,11 @@ pub(super) fn announced(route: &mut Route) -> Result<BTreeSet<(u32, IpAddr)>> {
         .collect())
 }
 
-/// Looks up the device that has an address.
-pub(super) fn underlay(route: &mut Route, vtep: IpAddr) -> Result<Underlay> {
+/// The MTU of Ethernet in bytes.
+const ETHERNET_MTU: u16 = 1500;
+
+/// Looks up the device that has an address, or by which these peers are reached from there.
+pub(super) fn underlay(route: &mut Route, vtep: IpAddr, peers: &[IpAddr]) -> Result<Underlay> {
     let dump = addresses(route)?;
     let (index, prefix) = dump
         .messages()
@@ -149,17 +152,29 @@ pub(super) fn underlay(route: &mut Route, vtep: IpAddr) -> Result<Underlay> {
         .find(|(_, net)| net.addr() == vtep)
         .ok_or_else(|| KernelError::Other(format!("no device of this host has the address {vtep}")))?;
     let links = all_links(route)?;
-    links
-        .messages()
-        .filter_map(|message| LinkView::parse(message.payload))
+    let views = || links.messages().filter_map(|message| LinkView::parse(message.payload));
+    let holder = views()
         .find(|view| view.index == index)
-        .map(|view| Underlay {
-            device: view.name.to_owned(),
-            index,
-            mtu: view.mtu.try_into().unwrap_or(u16::MAX),
-            prefix,
-        })
-        .ok_or_else(|| KernelError::Other(format!("the device with the address {vtep} was deleted")))
+        .ok_or_else(|| KernelError::Other(format!("the device with the address {vtep} was deleted")))?;
+    let mtu = |view: &LinkView<'_>| view.mtu.try_into().unwrap_or(u16::MAX);
+    let by_peers = holder.only_holds_addresses();
+    let mut ways = BTreeSet::new();
+    for peer in peers.iter().filter(|_| by_peers) {
+        // A peer without a route says nothing about the others.
+        ways.extend(output_interface(route, *peer).ok().flatten());
+    }
+    let way = views()
+        .filter(|view| ways.contains(&view.index) && !view.only_holds_addresses())
+        .min_by_key(|view| (view.mtu, view.index));
+    let found = way.as_ref().unwrap_or(&holder);
+    Ok(Underlay {
+        device: found.name.to_owned(),
+        index: found.index,
+        // Nothing says how large packets may be, as long as there is no way to a peer.
+        mtu: if by_peers && way.is_none() { mtu(found).min(ETHERNET_MTU) } else { mtu(found) },
+        prefix,
+        by_peers,
+    })
 }
 
 /// Looks up the output interface of packets to an address. `None` if there is no route.

@@ -217,6 +217,9 @@ pub struct Pass {
 }
 
 /// The device that has the underlay address of this host.
+///
+/// If the address is on a loopback or dummy device, it is the device by which peers are reached instead; if they are
+/// reached by several, the one with the smallest MTU.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Underlay {
     /// The name of the device.
@@ -227,6 +230,8 @@ pub struct Underlay {
     pub mtu: u16,
     /// The address with its prefix length.
     pub prefix: IpNet,
+    /// Whether the device depends on the peers, because the address is on a loopback or dummy device.
+    pub by_peers: bool,
 }
 
 /// How this host is connected, apart from devices of ovl.
@@ -349,9 +354,9 @@ impl KernelHandle {
         self.ask(|reply| Request::Delete(devices, reply)).await?
     }
 
-    /// Looks up the device that has an address.
-    pub async fn underlay(&self, vtep: IpAddr) -> Result<Underlay> {
-        self.ask(|reply| Request::Underlay(vtep, reply)).await?
+    /// Looks up the device that has an address, or by which these peers are reached from there.
+    pub async fn underlay(&self, vtep: IpAddr, peers: Vec<IpAddr>) -> Result<Underlay> {
+        self.ask(|reply| Request::Underlay(vtep, peers, reply)).await?
     }
 
     /// Announces addresses of this host again on the links of these devices, by ARP or neighbour discovery.

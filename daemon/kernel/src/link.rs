@@ -48,6 +48,7 @@ pub(super) struct LinkView<'a> {
     /// Whether the message (`AF_BRIDGE`) describes the device as a port of its bridge. It contains little else.
     pub(super) is_port_message: bool,
     pub(super) up: bool,
+    loopback: bool,
     pub(super) name: &'a str,
     pub(super) alias: &'a str,
     pub(super) mtu: u32,
@@ -77,6 +78,7 @@ impl<'a> LinkView<'a> {
             index: u32_at(payload, 4)?,
             is_port_message: i32::from(u8_at(payload, 0)?) == libc::AF_BRIDGE,
             up: u32_at(payload, 8)? & libc::IFF_UP as u32 != 0,
+            loopback: u32_at(payload, 8)? & libc::IFF_LOOPBACK as u32 != 0,
             name: "",
             alias: "",
             mtu: 0,
@@ -124,6 +126,11 @@ impl<'a> LinkView<'a> {
                 _ => {}
             }
         }
+    }
+
+    /// Whether the device only holds addresses: packets to other hosts leave by another one.
+    pub(super) fn only_holds_addresses(&self) -> bool {
+        self.loopback || self.kind == "dummy"
     }
 
     /// The name of the device, which need not be a device of ovl.

@@ -125,7 +125,7 @@ impl Held {
                 devices.into_iter().for_each(|device| self.dataplane.forget_device(device));
                 drop(reply.send(Ok(())));
             }
-            Request::Underlay(vtep, reply) => drop(reply.send(self.underlay(vtep))),
+            Request::Underlay(vtep, _, reply) => drop(reply.send(self.underlay(vtep))),
             Request::Announce(_, reply) => drop(reply.send(())),
             Request::OutputInterface(_, reply) => drop(reply.send(Ok(Some(self.underlay.index)))),
             Request::Prefixes(reply) => drop(reply.send(Ok(vec![self.underlay.prefix.trunc()]))),

@@ -49,7 +49,7 @@ pub(super) enum Request {
     Create(Vec<Op>, Box<EndpointSpec>, oneshot::Sender<(Vec<Outcome>, Result<CreatedEndpoint>)>),
     Inspect(Netns, String, oneshot::Sender<Result<Option<Inside>>>),
     Delete(Vec<Device>, oneshot::Sender<Result<()>>),
-    Underlay(IpAddr, oneshot::Sender<Result<Underlay>>),
+    Underlay(IpAddr, Vec<IpAddr>, oneshot::Sender<Result<Underlay>>),
     Announce(Vec<(Device, IpAddr)>, oneshot::Sender<()>),
     OutputInterface(IpAddr, oneshot::Sender<Result<Option<u32>>>),
     Prefixes(oneshot::Sender<Result<Vec<IpNet>>>),
@@ -155,8 +155,8 @@ impl Worker {
                 let _ = reply.send(self.netns_worker.run_in(netns.fd, job));
             }
             Request::Delete(devices, reply) => return self.delete(devices, reply, requests),
-            Request::Underlay(vtep, reply) => {
-                let _ = reply.send(dump::underlay(&mut self.route, vtep));
+            Request::Underlay(vtep, peers, reply) => {
+                let _ = reply.send(dump::underlay(&mut self.route, vtep, &peers));
             }
             Request::Announce(addresses, reply) => {
                 self.announcer.announce_at(&mut self.route, &addresses);

@@ -45,7 +45,9 @@ impl Node {
         };
         let mut sentence = None;
         if here.is_ipv4()
-            && let Ok(underlay) = self.kernel.underlay(here).await
+            && let Ok(underlay) = self.kernel.underlay(here, peers.iter().map(|(_, vtep)| *vtep).collect()).await
+            // Peers are reached by any device there.
+            && !underlay.by_peers
             && source_filter(&underlay.device) == STRICT
         {
             for (name, vtep) in peers {

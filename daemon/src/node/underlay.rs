@@ -19,6 +19,8 @@ use ovl_subsystems::Change;
 const SETTLE: Duration = Duration::from_millis(100);
 /// Time to wait for an address that is deleted briefly (DHCP, a reload of the network configuration).
 const GONE_FOR_GOOD: Duration = Duration::from_secs(2);
+/// Interval of the checks of an underlay address on a loopback device: the routes to peers may change.
+const FOLLOW_ROUTES: Duration = Duration::from_secs(30);
 /// Interval of the checks while the address is missing and there is no other one.
 const LOOK_AGAIN: Duration = Duration::from_secs(2);
 
@@ -28,29 +30,35 @@ impl Node {
         let mut device = None;
         let mut gone_since = None;
         loop {
-            let vtep = self.state.borrow().record().map_or(self.config.advertise.ip(), |record| record.vtep);
-            let found = self.kernel.underlay(vtep).await;
-            let mut wait = None;
-            match found {
+            let (vtep, peers) = {
+                let state = self.state.borrow();
+                let peers = state.view.nodes.values().filter(|node| node.record.id != state.view.me);
+                let peers: Vec<IpAddr> = peers.map(|node| node.record.vtep).collect();
+                (state.record().map_or(self.config.advertise.ip(), |record| record.vtep), peers)
+            };
+            let found = self.kernel.underlay(vtep, peers).await;
+            let wait = match found {
                 Ok(link) => {
                     gone_since = None;
                     self.state.borrow_mut().problems.set(Code::Address, "", None);
                     self.set_link_mtu(link.mtu);
                     self.set_segment(link.prefix);
                     self.set_uplink(&link.device);
+                    self.state.borrow_mut().local.underlay.set_by_peers(link.by_peers);
                     device = Some(link.device);
+                    link.by_peers.then_some(FOLLOW_ROUTES)
                 }
                 Err(_) if gone_since.get_or_insert_with(Instant::now).elapsed() < GONE_FOR_GOOD => {
-                    wait = Some(SETTLE);
+                    Some(SETTLE)
                 }
                 Err(_) => match device.as_deref().and_then(|device| self.address_of(device, vtep)) {
                     Some(address) => match self.move_to(address).await {
                         // The new address is looked up as any other: it ends the problem of the old one.
-                        Ok(()) => wait = Some(SETTLE),
+                        Ok(()) => Some(SETTLE),
                         Err(error) => {
                             let sentence = format!("this host's address is {address} now and {error:#}");
                             self.state.borrow_mut().problems.set(Code::Address, "", Some(sentence));
-                            wait = Some(LOOK_AGAIN);
+                            Some(LOOK_AGAIN)
                         }
                     },
                     None => {
@@ -59,10 +67,10 @@ impl Node {
                              reach it. Give it back, or start ovld with another --advertise"
                         );
                         self.state.borrow_mut().problems.set(Code::Address, "", Some(sentence));
-                        wait = Some(LOOK_AGAIN);
+                        Some(LOOK_AGAIN)
                     }
                 },
-            }
+            };
             match wait {
                 Some(wait) => {
                     // Either event requires another check.

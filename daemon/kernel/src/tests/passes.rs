@@ -159,12 +159,12 @@ fn error_names_the_missing_device() {
 fn underlay_is_described_and_watched() {
     in_namespace(async || {
         let mut lab = Lab::start();
-        let underlay = lab.kernel.underlay(ip("192.0.2.1")).await.expect("underlay");
+        let underlay = lab.kernel.underlay(ip("192.0.2.1"), Vec::new()).await.expect("underlay");
         assert_eq!(
             (underlay.device.as_str(), underlay.mtu, underlay.prefix),
             ("up0", 1500, net("192.0.2.1/24"))
         );
-        let error = lab.kernel.underlay(ip("192.0.2.77")).await.unwrap_err().to_string();
+        let error = lab.kernel.underlay(ip("192.0.2.77"), Vec::new()).await.unwrap_err().to_string();
         assert_eq!(error, "no device of this host has the address 192.0.2.77");
         lab.events().await;
         run("ip link set up0 mtu 1450");
@@ -175,6 +175,30 @@ fn underlay_is_described_and_watched() {
         lab.pass(&desired(ip("192.0.2.1"), 0)).await;
         let prefixes = lab.kernel.prefixes().await.expect("prefixes");
         assert_eq!(prefixes, [net("10.99.0.0/16"), net("192.0.2.0/24"), net("2001:db8:ffff::/64")]);
+    });
+}
+
+#[test]
+fn underlay_of_an_address_on_loopback_is_the_device_to_the_peers() {
+    in_namespace(async || {
+        let lab = Lab::start();
+        run("ip link set lo up");
+        run("ip link add up1 mtu 1400 up type dummy");
+        run("ip link add wire mtu 1300 type veth peer name other");
+        run("ip link set wire up; ip link set other up; ip addr add 198.51.100.1/24 dev wire");
+        run("ip link add loop7 mtu 9000 up type dummy; ip addr add 10.250.0.7/32 dev loop7");
+        for (device, address) in [("lo", "10.250.0.1"), ("loop7", "10.250.0.7")] {
+            run(&format!("ip addr replace {address}/32 dev {device}"));
+            let underlay = lab.kernel.underlay(ip(address), vec![ip("10.250.0.2")]).await.expect("underlay");
+            // There is no route to the peer.
+            assert_eq!((underlay.device.as_str(), underlay.mtu, underlay.by_peers), (device, 1500, true));
+            run("ip route add 10.250.0.2 via 198.51.100.2");
+            let peers = vec![ip("10.250.0.2"), ip("10.250.0.3")];
+            let underlay = lab.kernel.underlay(ip(address), peers).await.expect("underlay");
+            assert_eq!((underlay.device.as_str(), underlay.mtu, underlay.by_peers), ("wire", 1300, true));
+            assert_eq!(underlay.prefix.addr(), ip(address));
+            run("ip route del 10.250.0.2");
+        }
     });
 }
 
