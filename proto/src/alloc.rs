@@ -64,6 +64,78 @@ fields! {
     }
 }
 
+/// The difference between a map and the next one. What a decree sends is as large as what it changes.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct MapStep {
+    /// The version of the next map.
+    pub version: u64,
+    /// The SHA-256 of the next map, encoded. A receiver that gets another one needs the whole map.
+    pub map: [u8; 32],
+    /// The members, if they change.
+    pub members: Option<BTreeSet<NodeId>>,
+    /// The former members, if they change.
+    pub forgotten: Option<BTreeSet<NodeId>>,
+    /// The banned hosts, if they change.
+    pub banned: Option<BTreeSet<NodeId>>,
+    /// The blocks that get a holder, or another one.
+    pub held: BTreeMap<Block, NodeId>,
+    /// The blocks that become free.
+    pub freed: BTreeSet<Block>,
+    /// The cluster key, if it changes.
+    pub key: Option<AgreedKey>,
+}
+
+fields! {
+    MapStep {
+        1 version, 2 map, 3 members optional, 4 forgotten optional, 5 banned optional, 6 held optional, 7 freed optional,
+        8 key optional
+    }
+}
+
+impl AllocMap {
+    /// Returns the difference to the next map, whose hash is given. `None` if a [`MapStep`] cannot express it.
+    pub fn step_to(&self, next: &Self, hash: [u8; 32]) -> Option<MapStep> {
+        let changed =
+            |before: &BTreeSet<NodeId>, after: &BTreeSet<NodeId>| (before != after).then(|| after.clone());
+        let held = next.blocks.iter().filter(|(block, holder)| self.blocks.get(block) != Some(holder));
+        let freed = self.blocks.keys().filter(|block| !next.blocks.contains_key(block));
+        let step = MapStep {
+            version: next.version,
+            map: hash,
+            members: changed(&self.members, &next.members),
+            forgotten: changed(&self.forgotten, &next.forgotten),
+            banned: changed(&self.banned, &next.banned),
+            held: held.map(|(block, holder)| (*block, *holder)).collect(),
+            freed: freed.copied().collect(),
+            key: next.key.filter(|key| self.key != Some(*key)),
+        };
+        (self.next(&step).as_ref() == Some(next)).then_some(step)
+    }
+
+    /// Returns the next map. `None` if the step is to another version. The caller compares the hash.
+    pub fn next(&self, step: &MapStep) -> Option<Self> {
+        if self.version.checked_add(1) != Some(step.version) {
+            return None;
+        }
+        let mut next = self.clone();
+        next.version = step.version;
+        next.previous_members.clone_from(&self.members);
+        for (set, changed) in [
+            (&mut next.members, &step.members),
+            (&mut next.forgotten, &step.forgotten),
+            (&mut next.banned, &step.banned),
+        ] {
+            if let Some(changed) = changed {
+                set.clone_from(changed);
+            }
+        }
+        next.blocks.retain(|block, _| !step.freed.contains(block));
+        next.blocks.extend(&step.held);
+        next.key = step.key.or(self.key);
+        Some(next)
+    }
+}
+
 /// A change of the allocation map. All changes are idempotent.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Change {
@@ -299,14 +371,21 @@ pub enum AllocMessage {
         /// The map.
         map: AllocMap,
     },
-    /// The answer to [`Self::Accept`].
+    /// As [`Self::Accept`], for an acceptor that knows the map before.
+    AcceptStep {
+        /// The ballot.
+        ballot: Ballot,
+        /// The difference to the map before.
+        step: MapStep,
+    },
+    /// The answer to [`Self::Accept`] and [`Self::AcceptStep`].
     Accepted {
         /// The ballot.
         ballot: Ballot,
         /// The sender's vote for the map.
         vote: Vote,
     },
-    /// The answer to [`Self::Prepare`] or [`Self::Accept`] of an acceptor that promised a later ballot.
+    /// The answer to [`Self::Prepare`], [`Self::Accept`] or [`Self::AcceptStep`] of an acceptor that promised a later ballot.
     Nack {
         /// The refused ballot.
         ballot: Ballot,
@@ -315,6 +394,13 @@ pub enum AllocMessage {
     },
     /// A map that a majority agreed on, with its proof.
     Learn(Box<Decision>),
+    /// As [`Self::Learn`], for a host that knows the map before.
+    Decided {
+        /// The difference to the map before.
+        step: MapStep,
+        /// The proof of the map.
+        proof: Proof,
+    },
     /// Asks for the agreed map. Answered with [`Self::Learn`] if the receiver's is later than `known`.
     Ask {
         /// The sender's version.
@@ -347,5 +433,7 @@ variants! {
         7 Ask { 1 known: known },
         8 Request { 1 id: id, 2 change: change },
         9 Reply { 1 id: id, 2 result: result },
+        10 AcceptStep { 1 ballot: ballot, 2 step: step },
+        11 Decided { 1 step: step, 2 proof: proof },
     }
 }

@@ -4,8 +4,9 @@
 //! The map is one replicated register. Each *decree* replaces the map of version v by one of
 //! version v + 1, and is decided by single-decree Paxos (Lamport, *Paxos Made Simple*, 2001). As
 //! in CASPaxos (Rystsov, *CASPaxos: Replicated State Machines without logs*, 2018) there is no log
-//! and no leader: messages carry the whole value, any member may propose, and a change is a function of the
-//! previous map. Maps are small and change rarely, so simplicity matters more than throughput.
+//! and no leader: any member may propose, and a change is a function of the previous map. A message means the whole
+//! value. To hosts that know the map before, it is sent as the difference ([`MapStep`]) with the hash of the result; a
+//! host that cannot carry it out asks for the whole map. So a decree costs what it changes, however large the map is.
 //!
 //! | file | content |
 //! | --- | --- |
@@ -126,6 +127,7 @@
 //! [`Forget`]: ovl_proto::alloc::Change::Forget
 //! [`Release`]: ovl_proto::alloc::Change::Release
 //! [`AllocMap`]: ovl_proto::alloc::AllocMap
+//! [`MapStep`]: ovl_proto::alloc::MapStep
 
 mod acceptor;
 mod chain;

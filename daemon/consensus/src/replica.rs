@@ -5,7 +5,7 @@ mod attempt;
 use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
-use ovl_proto::alloc::{AllocMap, AllocMessage, Ballot, Change, Decision, Proof, Refusal};
+use ovl_proto::alloc::{AllocMap, AllocMessage, Ballot, Change, Decision, MapStep, Proof, Refusal};
 use ovl_proto::id::NodeId;
 
 use self::attempt::Attempt;
@@ -187,12 +187,7 @@ impl Replica {
             AllocMessage::Learn(decision) if fresh => {
                 self.offers.put(now, from, *decision, &*self.signatures);
             }
-            AllocMessage::Learn(decision) => {
-                if !self.reject_foreign(from, decision.map.cluster, out) && !self.learn(&decision, out) {
-                    self.answer_fork(from, &decision, out);
-                    self.note_unproved(from, &decision, out);
-                }
-            }
+            AllocMessage::Learn(decision) => self.on_decision(from, &decision, out),
             AllocMessage::Reply { id, result } => self.on_reply(now, from, id, result, out),
             // A node without a map does not know who may propose. It asks for the map on its own.
             _ if fresh => {}
@@ -226,8 +221,33 @@ impl Replica {
                     self.answer(now, from, ballot, answer, out);
                 }
             }
+            AllocMessage::AcceptStep { ballot, step } if ballot.node == from => {
+                if !member {
+                    self.on_ask(from, step.version.saturating_sub(1), out);
+                } else if self.may_promise(now, ballot, out) {
+                    match self.next_map(&step) {
+                        Some(map) => {
+                            let answer = self.durable.on_accept(&*self.signatures, ballot, &map);
+                            self.answer(now, from, ballot, answer, out);
+                        }
+                        None => self.on_other_step(from, step.version, out),
+                    }
+                }
+            }
+            AllocMessage::Decided { step, proof } => {
+                if self.reject_foreign(from, proof.statement.cluster, out) {
+                    return;
+                }
+                match self.next_map(&step) {
+                    Some(map) => self.on_decision(from, &Decision { map, proof, history: Vec::new() }, out),
+                    // It says nothing new, unless it is about another map of the known version.
+                    None if proof.statement.map == self.durable.proof.statement.map => {}
+                    None if step.version < self.map().version => {}
+                    None => self.on_other_step(from, step.version, out),
+                }
+            }
             // A proposer sends only its own ballots.
-            AllocMessage::Prepare { .. } | AllocMessage::Accept { .. } => {}
+            AllocMessage::Prepare { .. } | AllocMessage::Accept { .. } | AllocMessage::AcceptStep { .. } => {}
             AllocMessage::Promise { ballot, accepted, learned } => {
                 if !self.expects_promise(from, ballot) {
                     return;
@@ -331,6 +351,36 @@ impl Replica {
     /// Returns the route of a local change that another host did not make: only members propose.
     fn fallback(&self) -> Delegation {
         if self.is_member() { Delegation::Own } else { Delegation::New }
+    }
+
+    fn on_decision(&mut self, from: NodeId, decision: &Decision, out: &mut Output) {
+        if !self.reject_foreign(from, decision.map.cluster, out) && !self.learn(decision, out) {
+            self.answer_fork(from, decision, out);
+            self.note_unproved(from, decision, out);
+        }
+    }
+
+    /// Returns the map that a step from the known map leads to. `None` if it is a step from another map, or has what this
+    /// release does not know.
+    fn next_map(&self, step: &MapStep) -> Option<AllocMap> {
+        let next = self.map().next(step)?;
+        (self.signatures.digest(&next) == step.map).then_some(next)
+    }
+
+    /// Answers a step to `version` that does not fit the known map: sends the later map, or asks for the whole one.
+    fn on_other_step(&self, to: NodeId, version: u64, out: &mut Output) {
+        let (before, known) = (version.saturating_sub(1), self.map().version);
+        if before < known {
+            out.send(to, self.learn_message(before));
+        }
+        if before > known {
+            out.send(to, AllocMessage::Ask { known });
+        }
+        if before == known {
+            // The sender may know another map of this version. It sends the one that it knows, and the one that it
+            // proposes.
+            out.send(to, AllocMessage::Ask { known: known.saturating_sub(1) });
+        }
     }
 
     /// Whether a map is of another cluster; reports that as an event.

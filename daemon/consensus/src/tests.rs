@@ -8,9 +8,10 @@ use std::rc::Rc;
 
 use ipnet::IpNet;
 use ovl_proto::alloc::{
-    AgreedKey, AllocMap, AllocMessage, Ballot, Block, Change, Decision, Proof, Refusal, Vote,
+    AgreedKey, AllocMap, AllocMessage, Ballot, Block, Change, Decision, MapStep, Proof, Refusal, Vote,
 };
 use ovl_proto::id::{ClusterKeyId, NetworkId, NodeId};
+use ovl_proto::wire;
 use proptest::prelude::*;
 
 use super::fake::Fake;
@@ -270,6 +271,9 @@ proptest! {
             if let Ok(Some(next)) = &result {
                 prop_assert!(is_step(&map, next));
                 prop_assert_eq!(apply(next, &change), Ok(None), "idempotent");
+                let step = map.step_to(next, [0; 32]).unwrap();
+                prop_assert!(map.next(&step).as_ref() == Some(next));
+                prop_assert!(step.held.len() + step.freed.len() <= next.blocks.len() + map.blocks.len());
                 map = next.clone();
             }
             for (block, owner) in &map.blocks {
@@ -328,16 +332,76 @@ fn acceptor_accepts_only_the_successor_of_an_agreed_map() {
 }
 
 #[test]
+fn whole_map_is_sent_to_an_acceptor_that_cannot_carry_out_the_step() {
+    let v4 = map_of(&[A, B], &[("10.0.0.0/29", B)]);
+    let mut a = node(A, &v4);
+    let ballot = {
+        let (_, out) = a.request(0, exact(A, "10.0.0.8/29"), &BTreeSet::from([B]));
+        let [(B, AllocMessage::Prepare { ballot, .. })] = out.send.as_slice() else { panic!("{out:?}") };
+        *ballot
+    };
+    let out = a.handle(1, B, AllocMessage::Promise { ballot, accepted: None, learned: None });
+    let [(B, AllocMessage::AcceptStep { step, .. })] = out.send.as_slice() else { panic!("{out:?}") };
+    assert_eq!(step.held.keys().copied().collect::<Vec<_>>(), [block("10.0.0.8/29")], "only what changes");
+    // A later release may change what this one does not know: another map than the step describes results.
+    let other = MapStep { map: [7; 32], ..step.clone() };
+    let mut b = node(B, &v4);
+    let ask = AllocMessage::Ask { known: 3 };
+    let out = b.handle(2, A, AllocMessage::AcceptStep { ballot, step: other });
+    assert_eq!((out.persist, out.send), (false, vec![(A, ask.clone())]));
+    let answer = a.handle(3, B, ask);
+    let [(B, AllocMessage::Learn(_)), (B, whole @ AllocMessage::Accept { .. })] = answer.send.as_slice()
+    else {
+        panic!("{answer:?}")
+    };
+    let out = b.handle(4, A, whole.clone());
+    let [(A, accepted @ AllocMessage::Accepted { .. })] = out.send.as_slice() else { panic!("{out:?}") };
+    let out = a.handle(5, B, accepted.clone());
+    assert_eq!(done(&out), Some(Ok(5)));
+    // The decision is as short as the proposal.
+    let [(B, AllocMessage::Decided { step, proof })] = out.send.as_slice() else { panic!("{out:?}") };
+    let other = MapStep { map: [7; 32], ..step.clone() };
+    let out = b.handle(6, A, AllocMessage::Decided { step: other, proof: proof.clone() });
+    assert_eq!((out.events.as_slice(), out.send), ([].as_slice(), vec![(A, AllocMessage::Ask { known: 3 })]));
+    let decided = AllocMessage::Decided { step: step.clone(), proof: proof.clone() };
+    assert_eq!(b.handle(7, A, decided.clone()).events, [Event::Learned]);
+    assert_eq!(b.map(), a.map());
+    assert_eq!(b.handle(8, A, decided).send, [], "known");
+    // A host that missed the one before asks for it.
+    let mut late = node(B, &v4);
+    let next = MapStep { version: 6, ..step.clone() };
+    let out = late.handle(9, A, AllocMessage::Decided { step: next, proof: Proof::default() });
+    assert_eq!(out.send, [(A, AllocMessage::Ask { known: 4 })]);
+}
+
+#[test]
+fn what_is_sent_is_as_large_as_what_changes() {
+    let members: Vec<NodeId> = (1..=60).map(|number| NodeId([number; 10])).collect();
+    let mut map = map_of(&members, &[]);
+    for number in 0..3600_u16 {
+        let [high, low] = number.to_be_bytes();
+        let prefix = IpNet::new([10, high, low, 0].into(), 24).unwrap();
+        map.blocks.insert(Block { network: NET, prefix }, members[usize::from(number % 60)]);
+    }
+    let next = apply(&map, &exact(A, "10.200.0.0/24")).unwrap().unwrap();
+    let step = map.step_to(&next, [0; 32]).unwrap();
+    let size = |bytes: Result<Vec<u8>, _>| bytes.unwrap().len();
+    let (whole, short) = (size(wire::encode_body(&next)), size(wire::encode_body(&step)));
+    assert!(whole > 70_000 && short < 100, "{whole} {short}");
+}
+
+#[test]
 fn change_of_members_needs_a_majority_of_the_new_ones() {
     let old = map_of(&[A], &[]);
     let mut a = node(A, &old);
     let (_, out) = a.request(0, Change::Admit(B), &BTreeSet::from([B]));
-    let [(B, AllocMessage::Accept { ballot, map })] = out.send.as_slice() else { panic!("{out:?}") };
+    let [(B, AllocMessage::AcceptStep { ballot, step })] = out.send.as_slice() else { panic!("{out:?}") };
+    let map = old.next(step).unwrap();
     assert_eq!(done(&out), None);
     let mut b = fresh(B);
     // A host without a map asks for it on its own.
-    let accept = AllocMessage::Accept { ballot: *ballot, map: map.clone() };
-    assert_eq!(b.handle(0, A, accept.clone()), Output::default());
+    let accept = AllocMessage::Accept { ballot: *ballot, map };
+    assert_eq!(b.handle(0, A, out.send[0].1.clone()), Output::default());
     assert_eq!(b.ask(A).send, [(A, AllocMessage::Ask { known: 0 })]);
     let out = a.handle(1, B, AllocMessage::Ask { known: 0 });
     assert_eq!(out.send, [(B, learn(&old, &[A])), (B, accept.clone())]);

@@ -194,7 +194,9 @@ impl Node {
                 | AllocMessage::Learn(_)
                 | AllocMessage::Accepted { .. }
                 | AllocMessage::Prepare { .. }
-                | AllocMessage::Accept { .. } => true,
+                | AllocMessage::Accept { .. }
+                | AllocMessage::AcceptStep { .. }
+                | AllocMessage::Decided { .. } => true,
                 // The host was forgotten and the key was rotated afterwards, so it must not get the new key.
                 AllocMessage::Request { change: Change::Admit(node), .. } => {
                     let alloc = &state.view.alloc;

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use ovl_proto::alloc::{AllocMap, AllocMessage, Ballot, Decision, Proof, Refusal, Statement, Vote};
+use ovl_proto::alloc::{AllocMap, AllocMessage, Ballot, Decision, MapStep, Proof, Refusal, Statement, Vote};
 use ovl_proto::id::NodeId;
 
 use super::Replica;
@@ -33,6 +33,8 @@ enum Phase {
     },
     Accept {
         map: AllocMap,
+        /// The difference to the known map. `None` if only the whole map expresses it.
+        step: Option<MapStep>,
         /// What an acceptor of the map signs.
         statement: Statement,
         /// The verified votes.
@@ -132,9 +134,10 @@ impl Replica {
         }
         let signatures = &*self.signatures;
         let statement = statement(signatures, attempt.ballot, &map);
+        let step = learned.step_to(&map, statement.map);
         out.persist |= self.durable.accept(attempt.ballot, &map);
         let votes = BTreeMap::from([(self.me, signatures.sign(&statement))]);
-        attempt.phase = Phase::Accept { map, statement, votes, results };
+        attempt.phase = Phase::Accept { map, step, statement, votes, results };
         attempt.refused.clear();
         self.resend(now, out);
         self.decide_if_accepted(out);
@@ -161,7 +164,8 @@ impl Replica {
     }
 
     fn decide_if_accepted(&mut self, out: &mut Output) {
-        let Some(Attempt { phase: Phase::Accept { map, statement, votes, .. }, .. }) = &self.attempt else {
+        let Some(Attempt { phase: Phase::Accept { map, step, statement, votes, .. }, .. }) = &self.attempt
+        else {
             return;
         };
         let old = &self.durable.learned.members;
@@ -173,7 +177,12 @@ impl Replica {
         let decision = Decision { map: map.clone(), proof, history: Vec::new() };
         let recipients: BTreeSet<_> = old.union(&map.members).chain(&self.alive).copied().collect();
         for node in recipients.into_iter().filter(|node| *node != self.me) {
-            out.send(node, AllocMessage::Learn(Box::new(decision.clone())));
+            // A host that joins may lack the map before this one.
+            let message = match step.as_ref().filter(|_| old.contains(&node)) {
+                Some(step) => AllocMessage::Decided { step: step.clone(), proof: decision.proof.clone() },
+                None => AllocMessage::Learn(Box::new(decision.clone())),
+            };
+            out.send(node, message);
         }
         self.adopt(&decision, path, out);
     }
@@ -250,16 +259,20 @@ impl Replica {
                 }
             }
             // A host that joins and lacks the map before this one asks for it.
-            Phase::Accept { map, votes, .. } => {
+            Phase::Accept { map, step, votes, .. } => {
+                let message = match step {
+                    Some(step) => AllocMessage::AcceptStep { ballot, step: step.clone() },
+                    None => AllocMessage::Accept { ballot, map: map.clone() },
+                };
                 for to in learned.members.union(&map.members).filter(|to| !votes.contains_key(to)) {
-                    out.send(*to, AllocMessage::Accept { ballot, map: map.clone() });
+                    out.send(*to, message.clone());
                 }
             }
         }
     }
 
-    /// Resends the accept message to a node that could not accept because it lacked the agreed map, which it was sent
-    /// now.
+    /// Sends the whole map to a node that could not accept it, because it lacked the agreed map, which it was sent now, or
+    /// could not carry out the step.
     pub(super) fn resend_accept(&self, to: NodeId, out: &mut Output) {
         let Some(Attempt { ballot, phase: Phase::Accept { map, votes, .. }, .. }) = &self.attempt else {
             return;

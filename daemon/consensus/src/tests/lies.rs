@@ -234,8 +234,8 @@ fn refusal_of_one_member_does_not_end_a_ballot() {
     let ballot = prepared(&mut a, &[B, C]);
     let _ = a.handle(1, C, AllocMessage::Nack { ballot, promised: Ballot { counter: 7, node: C } });
     let out = a.handle(2, B, AllocMessage::Promise { ballot, accepted: None, learned: None });
-    let Some((_, AllocMessage::Accept { map, .. })) = out.send.first() else { panic!("{out:?}") };
-    let map = map.clone();
+    let Some((_, AllocMessage::AcceptStep { step, .. })) = out.send.first() else { panic!("{out:?}") };
+    let map = a.map().next(step).unwrap();
     let _ = a.handle(3, C, AllocMessage::Nack { ballot, promised: Ballot { counter: 7, node: C } });
     let accepted = AllocMessage::Accepted { ballot, vote: vote(B, ballot, &map) };
     assert!(matches!(done(&a.handle(4, B, accepted)), Some(Ok(5))));
@@ -258,8 +258,8 @@ fn forged_votes_are_not_counted() {
     let mut a = node(A, &v4());
     let ballot = prepared(&mut a, &[B, C]);
     let out = a.handle(0, B, AllocMessage::Promise { ballot, accepted: None, learned: None });
-    let Some((_, AllocMessage::Accept { map, .. })) = out.send.first() else { panic!("{out:?}") };
-    let map = map.clone();
+    let Some((_, AllocMessage::AcceptStep { step, .. })) = out.send.first() else { panic!("{out:?}") };
+    let map = a.map().next(step).unwrap();
     let old = Ballot { counter: ballot.counter - 1, ..ballot };
     for (from, vote) in [
         (B, vote(C, ballot, &map)),
@@ -303,7 +303,10 @@ fn acceptor_does_not_help_to_take_a_block() {
     let own = prepared(&mut a, &[B, C]);
     let accepted = Some((Ballot { counter: 0, node: C }, taken));
     let out = a.handle(0, C, AllocMessage::Promise { ballot: own, accepted, learned: None });
-    assert!(!out.send.iter().any(|(_, message)| matches!(message, AllocMessage::Accept { .. })), "{out:?}");
+    let proposes = |message: &AllocMessage| {
+        matches!(message, AllocMessage::Accept { .. } | AllocMessage::AcceptStep { .. })
+    };
+    assert!(!out.send.iter().any(|(_, message)| proposes(message)), "{out:?}");
 }
 
 #[test]

@@ -5,7 +5,9 @@
 //! documentation of the crate. So promises that lie come from the outsider.
 
 use ovl_consensus::Signatures;
-use ovl_proto::alloc::{AllocMap, AllocMessage, Ballot, Block, Change, Decision, Proof, Refusal, Statement};
+use ovl_proto::alloc::{
+    AllocMap, AllocMessage, Ballot, Block, Change, Decision, MapStep, Proof, Refusal, Statement,
+};
 use ovl_proto::id::NodeId;
 use ovl_proto::wire::fields::Unknown;
 
@@ -31,7 +33,7 @@ impl World {
         let any = Block { network: network(1), prefix: "10.7.0.0/29".parse().unwrap() };
         let near = Ballot { counter: durable.promised.counter + 1 + self.random.below(9), node: me };
         let far = Ballot { counter: u64::MAX - self.random.below(2), node: me };
-        let message = match self.random.below(10) {
+        let message = match self.random.below(12) {
             0 => {
                 let learned = Some(Box::new(self.forged(&durable.learned, me, &durable.proof)));
                 AllocMessage::Promise { ballot: durable.promised, accepted: None, learned }
@@ -73,7 +75,18 @@ impl World {
                 };
                 AllocMessage::Request { id: self.random.below(u64::MAX), change }
             }
-            8 => AllocMessage::Ask { known: if self.random.percent(50) { u64::MAX } else { 0 } },
+            8 => {
+                let ballot = if self.random.percent(50) { near } else { far };
+                AllocMessage::AcceptStep {
+                    ballot,
+                    step: self.forged_step(&durable.learned, me, &durable.proof).0,
+                }
+            }
+            9 => {
+                let (step, proof) = self.forged_step(&durable.learned, me, &durable.proof);
+                AllocMessage::Decided { step, proof }
+            }
+            10 => AllocMessage::Ask { known: if self.random.percent(50) { u64::MAX } else { 0 } },
             _ => {
                 if self.sent.is_empty() {
                     return;
@@ -84,6 +97,25 @@ impl World {
         };
         let from = from.filter(|_| !matches!(message, AllocMessage::Promise { .. }));
         self.inject(from, to, message);
+    }
+
+    /// Forges a step from a map, with the hash of the map that it leads to, of the one before, or of none.
+    fn forged_step(&mut self, known: &AllocMap, liar: NodeId, proof: &Proof) -> (MapStep, Proof) {
+        let Decision { map, proof: forged, .. } = self.forged(known, liar, proof);
+        let hash = match self.random.below(3) {
+            0 => proof.statement.map,
+            1 => [0; 32],
+            _ => forged.statement.map,
+        };
+        let step = MapStep {
+            version: map.version,
+            map: hash,
+            members: Some(map.members),
+            forgotten: Some(map.forgotten),
+            held: map.blocks,
+            ..MapStep::default()
+        };
+        (step, forged)
     }
 
     /// Forges a decision after a map: everything is the liar's, or one block is taken, or the version jumps.

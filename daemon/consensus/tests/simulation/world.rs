@@ -266,7 +266,10 @@ impl World {
     }
 
     fn post(&mut self, from: usize, to: NodeId, message: AllocMessage) {
-        if let AllocMessage::Prepare { ballot, .. } | AllocMessage::Accept { ballot, .. } = &message {
+        if let AllocMessage::Prepare { ballot, .. }
+        | AllocMessage::Accept { ballot, .. }
+        | AllocMessage::AcceptStep { ballot, .. } = &message
+        {
             assert!(*ballot <= self.nodes[from].disk.promised, "a restart would reuse the ballot");
         }
         if to == OUTSIDER {
@@ -274,7 +277,7 @@ impl World {
         }
         let to = self.nodes.iter().position(|node| node.id == to).expect("a known node");
         assert_ne!(from, to, "a message to itself");
-        if self.liar.is_some() && matches!(message, AllocMessage::Learn(_)) {
+        if self.liar.is_some() && matches!(message, AllocMessage::Learn(_) | AllocMessage::Decided { .. }) {
             self.sent.push(message.clone());
             let surplus = self.sent.len().saturating_sub(64);
             self.sent.drain(..surplus);
