@@ -14,15 +14,19 @@ use super::statement::{Hints, Sequence};
 
 /// A peer that has signed an answer within this time is alive.
 const ALIVE_FOR: Duration = Duration::from_millis(2500);
-/// The interval between pings that are answered. At 60 hosts a host signs 100 pongs a second and verifies as many, which
-/// takes 2 % of a core.
+/// The minimum interval between pings that are answered.
 const PING_EVERY: Duration = Duration::from_millis(600);
+/// The interval grows by this for each peer beyond those that [`PING_EVERY`] is enough for: a host signs 40 pongs a
+/// second, and verifies as many, whatever the number of peers up to 60.
+const PING_EACH: Duration = Duration::from_millis(25);
+/// The maximum of the interval. A peer that has become silent is pinged several times before it counts as such.
+const MAX_PING_EVERY: Duration = Duration::from_millis(1500);
 /// The minimum interval between pings to a live peer that are not answered, so that a lost datagram or two do not count.
 const PING_AGAIN: Duration = Duration::from_millis(200);
 /// The maximum number of pending pings to a peer. Older ones count as lost.
 const MAX_PINGS: usize = 8;
-/// The time after which a live peer that does not answer is pinged through others.
-const RELAY_AFTER: Duration = Duration::from_millis(1000);
+/// The time after the next ping was due, after which a live peer that does not answer is pinged through others.
+const RELAY_AFTER: Duration = Duration::from_millis(400);
 const RELAY_EVERY: Duration = Duration::from_millis(500);
 /// The number of other peers through which a peer is pinged.
 const RELAYS: usize = 3;
@@ -71,6 +75,8 @@ pub(super) struct Peer {
 pub(super) struct PeerBook {
     peers: BTreeMap<NodeId, Peer>,
     link_mtu: u16,
+    /// The interval between pings that are answered.
+    ping_every: Duration,
     random: SystemRandom,
     /// The peer that is asked next to ping another one.
     next_relay: usize,
@@ -102,7 +108,19 @@ pub(super) enum Due {
 impl PeerBook {
     /// Creates an empty book.
     pub(super) fn new(link_mtu: u16) -> Self {
-        Self { peers: BTreeMap::new(), link_mtu, random: SystemRandom::new(), next_relay: 0, turn: 0 }
+        Self {
+            peers: BTreeMap::new(),
+            link_mtu,
+            ping_every: PING_EVERY,
+            random: SystemRandom::new(),
+            next_relay: 0,
+            turn: 0,
+        }
+    }
+
+    /// The number of peers.
+    pub(super) fn len(&self) -> usize {
+        self.peers.len()
     }
 
     /// A new nonce, which cannot be guessed. `None` if the kernel returns no random numbers.
@@ -188,12 +206,13 @@ impl PeerBook {
 
     /// Notes that a peer has signed an answer to a ping of the local host, which was sent at this time.
     pub(super) fn answered(&mut self, node: NodeId, sent: Instant, now: Instant) {
+        let ping_every = self.ping_every;
         let Some(peer) = self.peers.get_mut(&node) else { return };
         let sample = now.saturating_duration_since(sent);
         peer.rtt = Some(peer.rtt.map_or(sample, |rtt| (rtt * 7 + sample) / 8));
         peer.answered += (1.0 - peer.answered) / 16.0;
         peer.pings.retain(|(_, other)| *other > sent);
-        peer.next_ping = peer.next_ping.max(sent + PING_EVERY);
+        peer.next_ping = peer.next_ping.max(sent + ping_every);
         (peer.last_heard, peer.proved) = (Some(now), Some(now));
     }
 
@@ -284,6 +303,8 @@ impl PeerBook {
     fn due_pings(&mut self, now: Instant, due: &mut Vec<Due>) {
         let live: Vec<(NodeId, SocketAddr)> =
             self.peers.iter().filter(|(_, peer)| peer.alive).map(|(node, peer)| (*node, peer.addr)).collect();
+        self.ping_every = ping_every(live.len());
+        let silent_after = self.ping_every + RELAY_AFTER;
         let nodes: Vec<NodeId> = self.peers.keys().copied().collect();
         for node in nodes {
             let Some(nonce) = self.nonce() else { return };
@@ -296,7 +317,7 @@ impl PeerBook {
                 peer.next_ping = now + if peer.alive { again } else { PING_EVERY };
                 due.push(peer.pinged(nonce, now));
             }
-            let silent = peer.last_heard.is_none_or(|at| now.saturating_duration_since(at) > RELAY_AFTER);
+            let silent = peer.last_heard.is_none_or(|at| now.saturating_duration_since(at) > silent_after);
             if silent && peer.listed && now >= peer.next_relay {
                 peer.next_relay = now + RELAY_EVERY;
                 // Unlike the nonce of the ping: the answers differ in what they prove.
@@ -328,13 +349,15 @@ impl PeerBook {
         dials
     }
 
-    /// The address of a live peer that the daemon knows: another one with every fifth call, and otherwise none.
+    /// The address of a live peer that the daemon knows: another one with every fifth call or, if there are more than 20
+    /// peers, with one call for four of them, and otherwise none.
     pub(super) fn next_known(&mut self) -> Option<SocketAddr> {
         let known = self.peers.values().filter(|peer| peer.alive && peer.known);
         let known: Vec<SocketAddr> = known.map(|peer| peer.addr).collect();
         self.turn = self.turn.wrapping_add(1);
-        let now = self.turn.is_multiple_of(5);
-        known.get(self.turn / 5 % known.len().max(1)).copied().filter(|_| now)
+        let calls = (self.peers.len() / 4).max(5);
+        let now = self.turn.is_multiple_of(calls);
+        known.get(self.turn / calls % known.len().max(1)).copied().filter(|_| now)
     }
 
     /// Whether a path MTU search is in progress.
@@ -398,13 +421,19 @@ impl PeerBook {
             pings: VecDeque::new(),
             next_ping: now + spread,
             relayed: None,
-            next_relay: now + RELAY_AFTER,
+            next_relay: now + PING_EVERY + RELAY_AFTER,
             next_dial: now,
             mtu: None,
             reported_mtu: None,
             salt,
         })
     }
+}
+
+/// The interval between answered pings to each of this many live peers.
+fn ping_every(live: usize) -> Duration {
+    let each = PING_EACH * u32::try_from(live).unwrap_or(u32::MAX);
+    each.clamp(PING_EVERY, MAX_PING_EVERY)
 }
 
 impl Peer {

@@ -12,6 +12,7 @@ use chitchat::{
 };
 use ovl_proto::record::SignedRecord;
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 use tracing::error;
 
 use super::admission::{KEY_RECORD, version_of};
@@ -57,6 +58,7 @@ impl Cluster {
 
     /// Gossips with an address at once.
     pub(super) fn gossip(&self, to: SocketAddr) {
+        self.hub.lock().rounds.ask(to);
         // It fails only while chitchat is being restarted. The caller retries.
         if self.handle().gossip(to).is_err() {
             tracing::debug!(%to, "cannot gossip: chitchat is not running");
@@ -122,6 +124,7 @@ async fn spawn(
             let news = news.clone();
             let listener = chitchat.subscribe_event("", move |_| {
                 if let Some(hub) = news.upgrade() {
+                    hub.lock().rounds.stir(Instant::now());
                     hub.news.notify_one();
                 }
             });
@@ -146,14 +149,15 @@ fn set_record(chitchat: &mut Chitchat, (text, version): &(String, u64)) {
     }
 }
 
-/// Configures the failure detector as a timeout of about 2 s: with one sample and a threshold of 1 it is five sixths of
-/// the initial interval and one sixth of the last one.
+/// Configures the failure detector as a timeout of about 10 s: with one sample and a threshold of 1 it is five sixths of
+/// the initial interval and one sixth of the last one. Heartbeats arrive seldom while nothing changes, see
+/// [`super::rounds`], and no host is given up because of them.
 fn failure_detector(interval: Duration) -> FailureDetectorConfig {
     FailureDetectorConfig {
         phi_threshold: 1.0,
         sampling_window_size: 1,
-        initial_interval: (interval * 12).max(Duration::from_millis(2400)),
-        max_interval: (interval * 7).max(Duration::from_millis(1500)),
+        initial_interval: (interval * 12).max(Duration::from_secs(12)),
+        max_interval: (interval * 7).max(Duration::from_secs(10)),
         dead_node_grace_period: GRACE,
     }
 }
@@ -178,6 +182,9 @@ struct OurSocket {
 impl Socket for OurSocket {
     // chitchat blocks on this call, so it neither waits nor fails.
     async fn send(&mut self, to: SocketAddr, message: ChitchatMessage) -> anyhow::Result<()> {
+        if matches!(message, ChitchatMessage::Syn { .. }) && !self.hub.permits_exchange(to) {
+            return Ok(());
+        }
         self.hub.send_chitchat(to, &message);
         Ok(())
     }

@@ -23,6 +23,7 @@ use super::book::{Due, PeerBook};
 use super::decode::{DecodeError, Exchange, Incarnation};
 use super::fragment::{Joiner, Splitter};
 use super::packet::{Fragment, Packet};
+use super::rounds::Rounds;
 use super::seal::{OpenError, Opener, RunId, Sealer, Sender};
 use super::statement::{Answer, Budget, Hints, SignedStatement, Statement};
 use super::strangers::Strangers;
@@ -97,6 +98,7 @@ pub(super) struct Hub {
 /// The state that the lock protects.
 pub(super) struct State {
     pub(super) book: PeerBook,
+    pub(super) rounds: Rounds,
     pub(super) admission: Admission,
     /// Events that the monitor passes on.
     pub(super) queue: VecDeque<GossipEvent>,
@@ -141,6 +143,7 @@ impl Hub {
         let (node, now) = (record.id, Instant::now());
         let state = State {
             book: PeerBook::new(record.link_mtu),
+            rounds: Rounds::new(now),
             admission: Admission::new(Incarnation {
                 node,
                 generation: record.generation,
@@ -243,6 +246,13 @@ impl Hub {
     /// Signs a statement. It cannot fail, because statements have a fixed size.
     fn sign(&self, statement: &Statement) -> Option<SignedStatement> {
         SignedStatement::sign(&self.identity, statement).ok()
+    }
+
+    /// Whether the first message of an exchange is sent to an address now.
+    pub(super) fn permits_exchange(&self, to: SocketAddr) -> bool {
+        let mut state = self.lock();
+        let hosts = state.book.len();
+        state.rounds.permits(to, hosts, Instant::now())
     }
 
     /// Sends a message of chitchat in fragments.

@@ -27,6 +27,7 @@ mod mtu;
 mod packet;
 mod pulse;
 mod replay;
+mod rounds;
 mod seal;
 mod statement;
 mod strangers;

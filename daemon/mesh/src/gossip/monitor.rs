@@ -21,7 +21,7 @@ use crate::keys::{self, RecordError};
 
 /// The time after which two live generations of a host are a clash. It is longer than the old generation of a
 /// restarted host can seem alive.
-const CLASH_AFTER: Duration = Duration::from_secs(6);
+const CLASH_AFTER: Duration = Duration::from_secs(15);
 const CLASH_EVERY: Duration = Duration::from_secs(10);
 /// The maximum gap between ticks. After a longer one this process was suspended, and its liveness data is stale.
 const MAX_TICK_GAP: Duration = Duration::from_secs(1);

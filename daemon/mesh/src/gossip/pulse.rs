@@ -129,7 +129,7 @@ pub(super) async fn run(hub: Arc<Hub>, cluster: Arc<Cluster>, seeds: Arc<Seeds>)
 }
 
 fn dial(hub: &Hub, cluster: &Cluster, seeds: &Seeds, now: Instant) {
-    // Once a second: chitchat chooses its partners by heartbeats, which any host with the cluster key can forge.
+    // Once a second or so: chitchat chooses its partners by heartbeats, which any host with the cluster key can forge.
     let partner = hub.lock().book.next_known();
     partner.into_iter().for_each(|to| cluster.gossip(to));
     let known = hub.lock().book.dials(now, MAX_DIALS);

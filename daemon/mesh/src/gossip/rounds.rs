@@ -1,0 +1,109 @@
+//! How often chitchat's rounds of gossip are sent.
+//!
+//! A round names all hosts to three others, and each answers with as much, so it costs more the more hosts there are.
+//! Most rounds bring nothing: records seldom change, and whether a host is alive is decided by signed answers to pings.
+//! So while nothing changes, a round is let through only now and then, such that what a host sends does not grow with
+//! the number of hosts. After a change, all rounds are let through for a while.
+
+use std::collections::HashSet;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+/// How long all rounds are sent after a change.
+const LIVELY_FOR: Duration = Duration::from_secs(5);
+/// The interval between rounds while nothing changes, for each host of the cluster.
+const CALM_EACH: Duration = Duration::from_millis(40);
+/// The minimum of that interval.
+const MIN_CALM: Duration = Duration::from_millis(500);
+/// The time for which messages belong to one round.
+const ROUND: Duration = Duration::from_millis(50);
+/// The maximum number of addresses that are waited for.
+const MAX_ASKED: usize = 1024;
+
+/// Which first messages of an exchange are sent.
+#[derive(Debug)]
+pub(super) struct Rounds {
+    /// Addresses that this host has a reason to gossip with.
+    asked: HashSet<SocketAddr>,
+    lively_until: Instant,
+    /// The end of the round in progress.
+    open_until: Instant,
+    /// When the next round begins while nothing changes.
+    next: Instant,
+}
+
+impl Rounds {
+    pub(super) fn new(now: Instant) -> Self {
+        Self { asked: HashSet::new(), lively_until: now + LIVELY_FOR, open_until: now, next: now }
+    }
+
+    /// Notes that the record of a host has changed.
+    pub(super) fn stir(&mut self, now: Instant) {
+        self.lively_until = now + LIVELY_FOR;
+    }
+
+    /// Notes that the next exchange with an address is wanted at once.
+    pub(super) fn ask(&mut self, to: SocketAddr) {
+        if self.asked.len() >= MAX_ASKED {
+            self.asked.clear();
+        }
+        self.asked.insert(to);
+    }
+
+    /// Whether the first message of an exchange is sent to an address now. `hosts` is the number of known hosts.
+    pub(super) fn permits(&mut self, to: SocketAddr, hosts: usize, now: Instant) -> bool {
+        if self.asked.remove(&to) || now < self.lively_until || now < self.open_until {
+            return true;
+        }
+        if now < self.next {
+            return false;
+        }
+        self.open_until = now + ROUND;
+        self.next = now + (CALM_EACH * u32::try_from(hosts).unwrap_or(u32::MAX)).max(MIN_CALM);
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TO: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 7940);
+
+    /// Returns how many rounds of three messages, one each 0.2 s, are sent in a minute.
+    fn rounds(rounds: &mut Rounds, hosts: usize, from: Instant) -> usize {
+        let mut sent = 0;
+        for number in 0..300 {
+            let now = from + Duration::from_millis(200) * number;
+            let permitted = (0..3).filter(|_| rounds.permits(TO, hosts, now)).count();
+            assert!(permitted == 0 || permitted == 3, "a whole round or none");
+            sent += permitted / 3;
+        }
+        sent
+    }
+
+    #[test]
+    fn what_is_sent_does_not_grow_with_the_hosts_unless_something_changes() {
+        let start = Instant::now();
+        let mut calm = Rounds::new(start);
+        assert_eq!(rounds(&mut calm, 60, start), 25 + 23, "lively at first, then every 2.4 s");
+        let at = |minutes: u64| start + Duration::from_secs(60 * minutes);
+        assert_eq!(rounds(&mut calm, 8, at(1)), 100);
+        assert_eq!(rounds(&mut calm, 100, at(2)), 15);
+        calm.stir(at(3));
+        assert!(calm.permits(TO, 100, at(3)) && calm.permits(TO, 100, at(3) + LIVELY_FOR / 2));
+    }
+
+    #[test]
+    fn exchange_with_a_reason_is_sent_at_once_and_only_once() {
+        let start = Instant::now();
+        let mut calm = Rounds::new(start - LIVELY_FOR);
+        assert!(calm.permits(TO, 100, start));
+        let later = start + Duration::from_millis(100);
+        assert!(!calm.permits(TO, 100, later));
+        calm.ask(TO);
+        assert!(calm.permits(TO, 100, later) && !calm.permits(TO, 100, later));
+    }
+}
