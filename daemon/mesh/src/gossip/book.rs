@@ -14,6 +14,10 @@ use super::statement::{Hints, Sequence};
 
 /// A peer that has signed an answer within this time is alive.
 const ALIVE_FOR: Duration = Duration::from_millis(2500);
+/// The maximum of that time on a host that is late itself.
+const MAX_ALIVE_FOR: Duration = Duration::from_secs(10);
+/// Lateness of this host that does not count.
+const PUNCTUAL: Duration = Duration::from_millis(100);
 /// The minimum interval between pings that are answered.
 const PING_EVERY: Duration = Duration::from_millis(600);
 /// The interval grows by this for each peer beyond those that [`PING_EVERY`] is enough for: a host signs 40 pongs a
@@ -75,6 +79,9 @@ pub(super) struct Peer {
 pub(super) struct PeerBook {
     peers: BTreeMap<NodeId, Peer>,
     link_mtu: u16,
+    /// How long a peer is alive after an answer. Longer than [`ALIVE_FOR`] after this host was late: see
+    /// [`Self::note_lateness`].
+    alive_for: Duration,
     /// The interval between pings that are answered.
     ping_every: Duration,
     random: SystemRandom,
@@ -111,6 +118,7 @@ impl PeerBook {
         Self {
             peers: BTreeMap::new(),
             link_mtu,
+            alive_for: ALIVE_FOR,
             ping_every: PING_EVERY,
             random: SystemRandom::new(),
             next_relay: 0,
@@ -275,13 +283,23 @@ impl PeerBook {
         }
     }
 
+    /// Notes by how much the timer of this host was late. A host without time for its own work must not give up others,
+    /// whose answers it may not have read yet. That would cost it even more time: it closes their streams and dials them
+    /// again. The idea is from Dadgar, Phillips, Currey, *Lifeguard: Local Health Awareness for More Accurate Failure
+    /// Detection* (2018).
+    pub(super) fn note_lateness(&mut self, late: Duration) {
+        let before = self.alive_for.saturating_sub(ALIVE_FOR);
+        let extra = (late.saturating_sub(PUNCTUAL) * 8).max(before * 15 / 16);
+        self.alive_for = (ALIVE_FOR + extra).min(MAX_ALIVE_FOR);
+    }
+
     /// The pings and probes to send now.
     pub(super) fn due(&mut self, now: Instant) -> Vec<Due> {
         let mut due = Vec::new();
         let mut searches = self.peers.values().filter(|peer| peer.is_searching()).count();
         self.due_pings(now, &mut due);
         for (&node, peer) in &mut self.peers {
-            if !peer.is_alive(now) {
+            if !peer.is_alive(now, self.alive_for) {
                 continue;
             }
             let (rtt, answered) = (peer.rtt.unwrap_or_default(), peer.answered);
@@ -367,7 +385,7 @@ impl PeerBook {
 
     /// Whether a peer has signed an answer lately.
     pub(super) fn is_alive(&self, node: NodeId, now: Instant) -> bool {
-        self.peers.get(&node).is_some_and(|peer| peer.is_alive(now))
+        self.peers.get(&node).is_some_and(|peer| peer.is_alive(now, self.alive_for))
     }
 
     pub(super) fn is_alive_at(&self, addr: SocketAddr) -> bool {
@@ -448,8 +466,8 @@ impl Peer {
         Due::Ping { to: self.addr, nonce }
     }
 
-    fn is_alive(&self, now: Instant) -> bool {
-        self.proved.is_some_and(|at| now.saturating_duration_since(at) < ALIVE_FOR)
+    fn is_alive(&self, now: Instant, alive_for: Duration) -> bool {
+        self.proved.is_some_and(|at| now.saturating_duration_since(at) < alive_for)
     }
 
     fn is_searching(&self) -> bool {
@@ -458,5 +476,31 @@ impl Peer {
 
     fn path_mtu(&self) -> Option<u16> {
         self.mtu.as_ref().and_then(PathMtu::current)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn host_that_is_late_itself_waits_longer_for_others() {
+        let mut book = PeerBook::new(1500);
+        let (now, peer) = (Instant::now(), NodeId([1; 10]));
+        book.entry(peer, SocketAddr::from(([192, 0, 2, 1], 7940)), now);
+        book.proved(peer, now);
+        let silent = now + ALIVE_FOR;
+        book.note_lateness(PUNCTUAL);
+        assert!(!book.is_alive(peer, silent));
+        book.note_lateness(Duration::from_millis(600));
+        assert!(
+            book.is_alive(peer, now + Duration::from_millis(6499))
+                && !book.is_alive(peer, now + Duration::from_millis(6500))
+        );
+        book.note_lateness(Duration::from_secs(60));
+        assert!(!book.is_alive(peer, now + MAX_ALIVE_FOR), "bounded");
+        // Ten seconds of ticks later it is punctual again.
+        (0..50).for_each(|_| book.note_lateness(Duration::ZERO));
+        assert!(!book.is_alive(peer, silent + Duration::from_millis(500)));
     }
 }

@@ -115,6 +115,7 @@ pub(super) async fn run(hub: Arc<Hub>, cluster: Arc<Cluster>, seeds: Arc<Seeds>)
             hub.send_due(due);
         }
         if now >= next_tick {
+            hub.lock().book.note_lateness(now - next_tick);
             next_tick = now + TICK;
             dial(&hub, &cluster, &seeds, now);
             hub.lock().expire(now);
