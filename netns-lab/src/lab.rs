@@ -1,7 +1,7 @@
 //! The lab: its hosts, their cluster as a whole, and its removal.
 
 use std::env;
-use std::fs::File;
+use std::fs::{self, File};
 use std::ops::Index;
 use std::path::Path;
 use std::sync::Arc;
@@ -44,6 +44,7 @@ impl Lab {
         // Created before the network, so that its drop cleans up after a failure.
         let mut lab = Lab::with_hosts(shared, None);
         lab.remove_on_drop = true;
+        make_room_for_neighbours(lab.hosts.len())?;
         switch::build(&lab.shared.state()).with_context(|| format!("cannot build lab {}", lab.name()))?;
         lab.remove_on_drop = !config.persistent;
         Ok(lab)
@@ -233,4 +234,25 @@ impl Drop for Lab {
             eprintln!("netns-lab: {error:#}");
         }
     }
+}
+
+/// Raises the limits of the kernel's neighbour tables if a lab of this many hosts needs more: all namespaces of a machine
+/// share them, and each host has an entry for each other one. A full table loses packets to hosts that it lacks.
+/// The limits stay raised, because other labs may need them.
+fn make_room_for_neighbours(hosts: usize) -> Result<()> {
+    let needed = hosts.saturating_mul(hosts).saturating_mul(2);
+    for family in ["ipv4", "ipv6"] {
+        let path = |number: u8| format!("/proc/sys/net/{family}/neigh/default/gc_thresh{number}");
+        // Absent without IPv6.
+        let Ok(text) = fs::read_to_string(path(3)) else { continue };
+        if text.trim().parse::<usize>().is_ok_and(|most| most >= needed) {
+            continue;
+        }
+        // The highest first: each must not be above the next one.
+        for (number, limit) in [(3, needed), (2, needed / 2), (1, needed / 4)] {
+            fs::write(path(number), limit.to_string())
+                .with_context(|| format!("cannot write {}", path(number)))?;
+        }
+    }
+    Ok(())
 }
