@@ -365,7 +365,15 @@ pub(crate) fn is_name(name: &str) -> bool {
 }
 
 /// Like [`is_name`], with another maximum length. Kubernetes gives pods longer names.
+///
+/// A dot at the end is refused, because `web.` and `web` are one name in DNS; so are two dots in a row, which no name in
+/// DNS has.
 pub(crate) fn is_name_within(name: &str, longest: usize) -> bool {
+    is_known_name(name, longest) && name.split('.').all(|label| !label.is_empty())
+}
+
+/// Whether a host of any release may have written a name. Earlier ones accepted a dot at the end and two in a row.
+pub(crate) fn is_known_name(name: &str, longest: usize) -> bool {
     (1..=longest).contains(&name.len())
         && name.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'))
         && name.starts_with(|c: char| c.is_ascii_alphanumeric())

@@ -13,7 +13,7 @@ use anyhow::Context as _;
 use ovl_dataplane::device::Device;
 use ovl_files::{Durability, remove_if_present, replace};
 use ovl_proto::id::{EndpointId, Mac, NetworkId};
-use ovl_proto::table::Endpoint;
+use ovl_proto::table::{Endpoint, canonical_name};
 use ovl_runtimes::cni::Attachment;
 use ovl_runtimes::docker::EngineEndpoint;
 use serde::{Deserialize, Serialize};
@@ -68,7 +68,7 @@ pub(crate) struct LocalEndpoints {
     /// The directory with a file for each endpoint.
     dir: PathBuf,
     all: BTreeMap<EndpointId, LocalEndpoint>,
-    /// Names that are reserved.
+    /// Names that are reserved, in their canonical form.
     names: BTreeSet<FullName>,
     /// MAC addresses that are chosen and not yet in the table.
     macs: BTreeSet<(NetworkId, Mac)>,
@@ -115,17 +115,17 @@ impl LocalEndpoints {
 
     /// Reserves a name. Returns whether it was free of reservations.
     pub(crate) fn reserve_name(&mut self, name: &FullName) -> bool {
-        self.names.insert(name.clone())
+        self.names.insert(canonical(name))
     }
 
     /// Whether a name is reserved.
     pub(crate) fn is_name_reserved(&self, name: &FullName) -> bool {
-        self.names.contains(name)
+        self.names.contains(&canonical(name))
     }
 
     /// Ends the reservation of a name.
     pub(crate) fn release_name(&mut self, name: &FullName) {
-        self.names.remove(name);
+        self.names.remove(&canonical(name));
     }
 
     /// Reserves a device. Returns whether it was free of reservations.
@@ -225,6 +225,10 @@ impl LocalEndpoints {
     }
 }
 
+fn canonical((network, namespace, name): &FullName) -> FullName {
+    (*network, namespace.clone(), canonical_name(name))
+}
+
 /// Deletes a file if it exists.
 fn remove(path: &Path) -> anyhow::Result<()> {
     remove_if_present(path).with_context(|| format!("removing {}", path.display()))
@@ -247,6 +251,8 @@ mod tests {
         let name = (NET, "default".to_owned(), "web".to_owned());
         assert!(endpoints.reserve_name(&name) && !endpoints.reserve_name(&name));
         assert!(endpoints.is_name_reserved(&name));
+        let other_case = (NET, "default".to_owned(), "WEB".to_owned());
+        assert!(!endpoints.reserve_name(&other_case));
         endpoints.release_name(&name);
         assert!(!endpoints.is_name_reserved(&name));
         let device = Device::endpoint(EndpointId([1; 5]));

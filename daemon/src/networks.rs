@@ -11,6 +11,7 @@ use ovl_cluster::objects::Objects;
 use ovl_cluster::view::{NetworkState, View};
 use ovl_proto::id::NetworkId;
 use ovl_proto::object::Network;
+use ovl_proto::table::is_same_name;
 
 /// The bridge networks of this host.
 #[derive(Debug, Default)]
@@ -49,7 +50,7 @@ impl Bridges {
         for network in self.iter() {
             for NetworkState { network: other, .. } in networks.values() {
                 let (name, ours) = (&other.name, &network.name);
-                let clash = if name == ours {
+                let clash = if is_same_name(name, ours) {
                     format!(
                         "is called like one: on this host {ours} means the bridge network, and {} the other",
                         other.id

@@ -270,7 +270,7 @@ fn check_resource(resource: &Resource, deleted: bool) -> Result<(), String> {
 
 /// Checks the properties of a network that every host relies on.
 fn check_network(network: &Network) -> Result<(), String> {
-    if !crate::config::is_name(&network.name) {
+    if !crate::config::is_known_name(&network.name, crate::config::MAX_NAME) {
         return Err("a network with a name that is none".to_owned());
     }
     if network.driver != Driver::Overlay {

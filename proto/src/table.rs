@@ -98,17 +98,29 @@ pub struct PodIdentity {
     pub created: u64,
 }
 
+/// Returns the canonical form of a name of an endpoint or a network: lower case (RFC 4343), without dots at the end. Names
+/// with the same canonical form are one name in DNS.
+///
+/// A host of an earlier release may have names with dots at the end.
+pub fn canonical_name(name: &str) -> String {
+    name.trim_end_matches('.').to_ascii_lowercase()
+}
+
+/// Whether two names have the same [`canonical_name`].
+pub fn is_same_name(one: &str, other: &str) -> bool {
+    one.trim_end_matches('.').eq_ignore_ascii_case(other.trim_end_matches('.'))
+}
+
 impl Endpoint {
     /// The maximum number of allowed prefixes.
     pub const MAX_ALLOWED: usize = 64;
     /// The maximum number of allowed MAC addresses.
     pub const MAX_ALLOWED_MACS: usize = 16;
 
-    /// Returns the names that may resolve to it in lower case, the form in which names are compared (RFC 4343): its
-    /// name, its aliases and the name of its pod.
+    /// Returns the names that may resolve to it in their canonical form: its name, its aliases and the name of its pod.
     pub fn canonical_names(&self) -> impl Iterator<Item = String> {
         let pod = self.pod.as_ref().map(|pod| &pod.name);
-        std::iter::once(&self.name).chain(&self.aliases).chain(pod).map(|name| name.to_ascii_lowercase())
+        std::iter::once(&self.name).chain(&self.aliases).chain(pod).map(|name| canonical_name(name))
     }
 
     /// Returns the namespace and name of the v1 Pod that describes it. Without a [`Self::pod`], its own name is the

@@ -6,7 +6,7 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 use ovl_proto::id::{EndpointId, Mac, NetworkId};
-use ovl_proto::table::Endpoint;
+use ovl_proto::table::{Endpoint, canonical_name};
 
 const FIRST: EndpointId = EndpointId([0; 5]);
 const LAST: EndpointId = EndpointId([u8::MAX; 5]);
@@ -21,10 +21,11 @@ pub(crate) struct EndpointIndex {
     allowed: BTreeSet<(NetworkId, IpAddr, EndpointId)>,
     /// MAC addresses that endpoints may send from, beside their own.
     allowed_macs: BTreeSet<(NetworkId, Mac, EndpointId)>,
+    /// By the canonical form of the name.
     names: BTreeMap<String, BTreeSet<EndpointId>>,
     /// Those with a pod, by its name.
     pods: BTreeMap<String, BTreeSet<EndpointId>>,
-    /// By names and aliases in lower case.
+    /// By the canonical forms of names, aliases and names of pods.
     called: BTreeMap<String, BTreeSet<EndpointId>>,
     /// The subnets with which endpoints were attached, and the number of endpoints of each.
     ranges: BTreeMap<(NetworkId, IpNet), usize>,
@@ -37,7 +38,7 @@ impl EndpointIndex {
         self.macs.insert((network, mac, id));
         self.allowed.extend(endpoint.allowed_addresses().map(|address| (network, address, id)));
         self.allowed_macs.extend(endpoint.allowed_macs.iter().map(|mac| (network, *mac, id)));
-        self.names.entry(endpoint.name.clone()).or_default().insert(id);
+        self.names.entry(canonical_name(&endpoint.name)).or_default().insert(id);
         if let Some(pod) = &endpoint.pod {
             self.pods.entry(pod.name.clone()).or_default().insert(id);
         }
@@ -60,7 +61,7 @@ impl EndpointIndex {
         for mac in &endpoint.allowed_macs {
             self.allowed_macs.remove(&(network, *mac, id));
         }
-        take(&mut self.names, &endpoint.name, id);
+        take(&mut self.names, &canonical_name(&endpoint.name), id);
         if let Some(pod) = &endpoint.pod {
             take(&mut self.pods, &pod.name, id);
         }
@@ -113,7 +114,7 @@ impl EndpointIndex {
     }
 
     pub(crate) fn named(&self, name: &str) -> impl Iterator<Item = EndpointId> {
-        self.names.get(name).into_iter().flatten().copied()
+        self.names.get(&canonical_name(name)).into_iter().flatten().copied()
     }
 
     pub(crate) fn of_pod(&self, name: &str) -> impl Iterator<Item = EndpointId> {

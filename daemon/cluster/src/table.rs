@@ -128,7 +128,8 @@ impl Table {
         self.contents.index.allowing_mac(network, mac).filter_map(|id| self.endpoint(id))
     }
 
-    /// Returns the endpoints of a name, on any network and in any namespace.
+    /// Returns the endpoints of a name, in any spelling of it, on any network and in any namespace: see
+    /// [`ovl_proto::table::canonical_name`].
     pub fn named(&self, name: &str) -> impl Iterator<Item = &Endpoint> {
         self.contents.index.named(name).filter_map(|id| self.endpoint(id))
     }
@@ -136,10 +137,10 @@ impl Table {
     /// Returns the endpoints of a pod by its name, on any network and in any namespace: see [`Endpoint::pod_name`].
     pub fn of_pod(&self, name: &str) -> impl Iterator<Item = &Endpoint> {
         let pods = self.contents.index.of_pod(name).filter_map(|id| self.endpoint(id));
-        pods.chain(self.named(name).filter(|endpoint| endpoint.pod.is_none()))
+        pods.chain(self.named(name).filter(move |endpoint| endpoint.pod.is_none() && endpoint.name == name))
     }
 
-    /// Returns the endpoints with a name, alias or pod's name, given in lower case, on any network.
+    /// Returns the endpoints with a name, alias or pod's name, given in its canonical form, on any network.
     pub fn called(&self, name: &str) -> impl Iterator<Item = &Endpoint> {
         self.contents.index.called(name).filter_map(|id| self.endpoint(id))
     }

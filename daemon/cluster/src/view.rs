@@ -124,12 +124,12 @@ impl View {
         self.placed(move |table| table.allowing_mac(network, mac))
     }
 
-    /// Returns all endpoints of a name on any network, whether they are used or not.
+    /// Returns all endpoints of a name, in any spelling of it, on any network, whether they are used or not.
     pub fn all_named<'a>(&'a self, name: &'a str) -> impl Iterator<Item = Placed<'a>> {
         self.placed(move |table| table.named(name))
     }
 
-    /// Returns all endpoints with a name, alias or pod's name, given in lower case, on any network.
+    /// Returns all endpoints with a name, alias or pod's name, given in its canonical form, on any network.
     pub fn all_called<'a>(&'a self, name: &'a str) -> impl Iterator<Item = Placed<'a>> {
         self.placed(move |table| table.called(name))
     }

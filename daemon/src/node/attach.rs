@@ -26,7 +26,7 @@ use ovl_subsystems::networks::mtu::network_mtu;
 use super::addresses::Reserved;
 use super::state::State;
 use super::{Failed, Node};
-use crate::config::{MAX_NAME, is_name_within};
+use crate::config::{MAX_NAME, is_known_name, is_name_within};
 use crate::endpoints::{FullName, LocalEndpoint, Restored};
 use crate::problems::Code;
 use crate::publish::{self, ReservedPorts};
@@ -283,7 +283,8 @@ impl Node {
         for (name, longest) in std::iter::once((&request.name, longest)).chain(others) {
             if !is_name_within(name, longest) {
                 return Err(Failed::invalid(format!(
-                    "'{name}' is no name: letters, digits, '-', '_' and '.', at most {longest}, a letter or digit first"
+                    "invalid name '{name}': it must have letters, digits, '-', '_' and single dots between them, at most \
+                     {longest} characters, and begin with a letter or digit"
                 )));
             }
         }
@@ -348,7 +349,7 @@ impl Node {
         if let Some(placed) = state.endpoint_named(&name) {
             return Err(Failed::conflict(format!(
                 "network {} has an endpoint {} already, on host {}",
-                network.name, request.name, placed.node.record.name
+                network.name, placed.endpoint.name, placed.node.record.name
             )));
         }
         if !state.endpoints.reserve_name(&name) {
@@ -457,7 +458,8 @@ impl Node {
                 && endpoint.namespace == namespace.unwrap_or("default")
         };
         let own = state.view.own().into_iter().flat_map(|own| own.table.named(name));
-        let ids: Vec<_> = own.filter(|e| fits(e)).map(|e| e.id).collect();
+        let ids = as_spelled(own.filter(|endpoint| fits(endpoint)), name).map(|endpoint| endpoint.id);
+        let ids: Vec<_> = ids.collect();
         if ids.is_empty()
             && let Some(elsewhere) = state
                 .view
@@ -704,6 +706,15 @@ fn sandbox_time(same: Option<u64>, last: u64, now: u64) -> u64 {
     same.unwrap_or_else(|| now.max(last.saturating_add(1)))
 }
 
+/// Returns the endpoints with exactly this name, or if there are none, those that are called so in another spelling.
+pub(super) fn as_spelled<'a>(
+    named: impl Iterator<Item = &'a Endpoint>,
+    name: &str,
+) -> impl Iterator<Item = &'a Endpoint> {
+    let (exact, others): (Vec<_>, Vec<_>) = named.partition(|endpoint| endpoint.name == name);
+    if exact.is_empty() { others } else { exact }.into_iter()
+}
+
 /// Checks that no endpoint of a network has a MAC address.
 fn check_free(state: &State, network: NetworkId, mac: Mac) -> Result<(), Failed> {
     let mut holders = state.view.all_with_mac(network, mac);
@@ -722,7 +733,7 @@ fn check_free(state: &State, network: NetworkId, mac: Mac) -> Result<(), Failed>
 ///
 /// A sentence with what is wrong.
 pub(super) fn check_pod(name: &str, uid: &str) -> Result<(), String> {
-    if !is_name_within(name, cni::MAX_NAME) || !(uid.is_empty() || is_name_within(uid, cni::MAX_NAME)) {
+    if !is_known_name(name, cni::MAX_NAME) || !(uid.is_empty() || is_known_name(uid, cni::MAX_NAME)) {
         return Err(format!(
             "invalid pod '{name}' with the uid '{uid}': both must have only letters, digits, '-', '_' and '.', at most \
              253, a letter or digit first"

@@ -20,7 +20,7 @@ use ovl_dataplane::device::Device;
 use ovl_proto::id::{EndpointId, NetworkId};
 use ovl_proto::object::{Mode, Network};
 use ovl_proto::publish::Publish;
-use ovl_proto::table::{Endpoint, Entry, Key};
+use ovl_proto::table::{Endpoint, Entry, Key, canonical_name};
 use ovl_runtimes::docker::{
     self, AddressWish, Call, Choice, EndpointWish, EngineEndpoint, EngineNetwork, Joined, Later, NetworkWish,
     Plan, Pool, PoolWish,
@@ -383,22 +383,27 @@ impl Node {
         };
         let Some(mut endpoint) = found else { return Err(Failed::not_found("no such endpoint")) };
         let given = endpoint.name != names.endpoint.chars().take(12).collect::<String>();
-        let place = (endpoint.network, endpoint.namespace.clone(), names.name.clone());
+        // The Engine accepts names with a dot at the end, which are the same names in DNS.
+        let as_name = |name: &str| {
+            let name = name.trim_end_matches('.');
+            crate::config::is_name_within(name, docker::MAX_NAME).then(|| name.to_owned())
+        };
+        let name = as_name(&names.name);
+        let place = (endpoint.network, endpoint.namespace.clone(), name.clone().unwrap_or_default());
         let taken = {
             let state = self.state.borrow();
             state.endpoint_named(&place).is_some() || state.endpoints.is_name_reserved(&place)
         };
         let mut aliases: Vec<String> = std::mem::take(&mut endpoint.aliases);
-        aliases.extend(names.aliases.iter().cloned());
-        if given || taken {
-            aliases.push(names.name.clone());
-        } else {
-            endpoint.name.clone_from(&names.name);
+        aliases.extend(names.aliases.iter().filter_map(|alias| as_name(alias)));
+        match name {
+            Some(name) if given || taken => aliases.push(name),
+            Some(name) => endpoint.name = name,
+            None => tracing::warn!(container = names.name, "the name of a container cannot be a name in DNS"),
         }
-        let mut seen = BTreeSet::from([endpoint.name.clone()]);
-        aliases.retain(|alias| {
-            crate::config::is_name_within(alias, docker::MAX_NAME) && seen.insert(alias.clone())
-        });
+        let mut seen = BTreeSet::from([canonical_name(&endpoint.name)]);
+        // Peers refuse a table with a longer alias.
+        aliases.retain(|alias| alias.len() <= crate::config::MAX_NAME && seen.insert(canonical_name(alias)));
         endpoint.aliases = aliases;
         super::attach::check_sizes(&endpoint.aliases, &endpoint.labels).map_err(Failed::invalid)?;
         let local = self.state.borrow().endpoints.get(endpoint.id).cloned();

@@ -10,6 +10,7 @@ use ovl_proto::table::Endpoint;
 use ovl_subsystems::names::resolver::resolv_conf;
 use ovl_subsystems::names::{Names, Place, Sources};
 
+use super::attach::as_spelled;
 use super::state::State;
 use super::{Failed, Node};
 use crate::names::{self, Asked, Query};
@@ -94,8 +95,8 @@ impl State {
             None => None,
         };
         let named = self.view.own().into_iter().flat_map(|own| own.table.named(name));
-        let named: Vec<&Endpoint> =
-            named.filter(|endpoint| network.is_none_or(|network| endpoint.network == network)).collect();
+        let named = named.filter(|endpoint| network.is_none_or(|network| endpoint.network == network));
+        let named: Vec<&Endpoint> = as_spelled(named, name).collect();
         match named[..] {
             [] => Err(Failed::not_found(format!("there is no endpoint {name} on this host"))),
             [one] => Ok(one),

@@ -17,6 +17,7 @@ use ovl_control::{NetworkCreate, NetworkInfo};
 use ovl_proto::clock::Stamp;
 use ovl_proto::id::NetworkId;
 use ovl_proto::object::{Backend, Driver, Mode, Network, ObjectKey};
+use ovl_proto::table::is_same_name;
 use ovl_proto::wire::fields::Unknown;
 
 use super::state::State;
@@ -46,7 +47,8 @@ impl Node {
         request.encrypted |= self.config.encrypt && request.driver == Driver::Overlay;
         if !is_name(&request.name) {
             return Err(Failed::invalid(format!(
-                "'{}' is no name for a network: letters, digits, '-', '_' and '.', at most 63, a letter or digit first",
+                "invalid name '{}' for a network: it must have letters, digits, '-', '_' and single dots between them, at \
+                 most 63 characters, and begin with a letter or digit",
                 request.name
             )));
         }
@@ -97,9 +99,12 @@ impl Node {
                 state.objects.all().len()
             )));
         }
-        if let Some(other) = state.view.networks.values().find(|other| other.network.name == request.name) {
-            let id = other.network.id;
-            return Err(Failed::conflict(format!("network {} exists already, with id {id}", request.name)));
+        let is_other = |other: &&NetworkState| is_same_name(&other.network.name, &request.name);
+        if let Some(Network { id, name, .. }) =
+            state.view.networks.values().find(is_other).map(|other| &other.network)
+        {
+            let same = if *name == request.name { "" } else { ": in DNS, these are one name" };
+            return Err(Failed::conflict(format!("network {name} exists already, with id {id}{same}")));
         }
         let is_free = |id: &NetworkId| {
             !state.view.networks.contains_key(id)

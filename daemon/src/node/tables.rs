@@ -20,7 +20,7 @@ use ovl_subsystems::publish::MOST_RANGES;
 use super::Node;
 use super::state::State;
 use crate::addresses::NetworkAddress;
-use crate::config::{is_name, is_name_within};
+use crate::config::{self, is_known_name};
 use crate::problems::Code;
 use ovl_subsystems::Change;
 
@@ -313,7 +313,9 @@ fn check_entry(entry: &Entry) -> Result<(), String> {
         return Err(format!("endpoint {} with the address {address}", endpoint.name));
     }
     let others = endpoint.aliases.iter().chain([&endpoint.namespace]);
-    if !is_name_within(&endpoint.name, MAX_NAME) || !others.into_iter().all(|name| is_name(name)) {
+    if !is_known_name(&endpoint.name, MAX_NAME)
+        || !others.into_iter().all(|name| is_known_name(name, config::MAX_NAME))
+    {
         return Err(format!("endpoint {}: a name that is none", endpoint.id));
     }
     if !endpoint.mac.is_unicast() || endpoint.mac == Mac::of_gateway(endpoint.network) {

@@ -9,7 +9,7 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 use ovl_proto::id::{EndpointId, NetworkId};
-use ovl_proto::table::Endpoint;
+use ovl_proto::table::{Endpoint, canonical_name, is_same_name};
 use ovl_zone::{ClientContext, Name, NetworkKey, Records, Zone};
 
 use ovl_cluster::view::{NetworkState, Placed, View};
@@ -26,7 +26,7 @@ pub struct Place {
 /// Names and addresses of one network that may have changed.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct Marks {
-    /// Names, in lower case.
+    /// Names, in their canonical form.
     names: BTreeSet<String>,
     /// Addresses whose names may have changed.
     addresses: BTreeSet<IpAddr>,
@@ -72,7 +72,7 @@ pub(super) fn records_of(addresses: BTreeSet<IpAddr>) -> Records {
 /// Sets the label, the subnets and all names of a network. Names that no endpoint has any more are removed.
 pub(super) fn set_network(zone: &mut Zone, view: &View, network: NetworkId) {
     let Some(found) = view.networks.get(&network) else { return };
-    let label = Name::parse(&found.network.name).unwrap_or(Name::ROOT);
+    let label = label(found).unwrap_or(Name::ROOT);
     let subnets = found.network.subnets.iter().map(|subnet| subnet.prefix).collect();
     zone.set_network(key(network), label, subnets);
     let there = Marks::of_network(view, network);
@@ -91,15 +91,25 @@ pub(super) fn set_network(zone: &mut Zone, view: &View, network: NetworkId) {
 /// Sets the current records of the marked names and addresses.
 pub(super) fn set(zone: &mut Zone, view: &View, network: NetworkId, marks: &Marks) {
     for text in &marks.names {
-        // Not every valid endpoint name is a valid DNS name.
-        let Some(name) = Name::parse(text) else { continue };
+        let Some(name) = name_of(text) else { continue };
         zone.set(key(network), &name, records_of(addresses(view, network, text)));
     }
     for address in &marks.addresses {
         let names = names_of(view, network, *address);
-        let names = names.iter().filter_map(|name| Name::parse(name)).collect();
+        let names = names.iter().filter_map(|name| name_of(name)).collect();
         zone.set(key(network), &Name::reverse_of(*address), Records { names, ..Records::default() });
     }
+}
+
+/// Returns the name in DNS for a canonical name. `None` if it is not valid there, or is the name of an address, whose
+/// records do not depend on what an endpoint is called.
+fn name_of(text: &str) -> Option<Name> {
+    Name::parse(text).filter(|name| name.reversed().is_none())
+}
+
+/// Returns the name below which the names of a network are. `None` if it is not valid in DNS.
+fn label(state: &NetworkState) -> Option<Name> {
+    Name::parse(&canonical_name(&state.network.name))
 }
 
 /// Sets the clients of the zone by their addresses. `place` returns where an endpoint of this host is; `None` leaves the
@@ -120,18 +130,26 @@ pub(super) fn set_clients(
 
 /// Returns the addresses of all endpoints of a network with this name, alias or pod's name.
 fn addresses(view: &View, network: NetworkId, name: &str) -> BTreeSet<IpAddr> {
-    let called = view.all_called(name).filter(|placed| counts(view, network, placed));
-    let called = called.filter(|placed| {
+    called(view, network, name).flat_map(|placed| &placed.endpoint.addresses).map(IpNet::addr).collect()
+}
+
+/// Returns the endpoints of a network with this name, alias or pod's name, given in its canonical form.
+pub(super) fn called<'a>(
+    view: &'a View,
+    network: NetworkId,
+    name: &'a str,
+) -> impl Iterator<Item = Placed<'a>> {
+    let called = view.all_called(name).filter(move |placed| counts(view, network, placed));
+    called.filter(move |placed| {
         let aliases = placed.endpoint.aliases.iter().map(String::as_str);
-        own_names(view, placed).chain(aliases).any(|own| own.eq_ignore_ascii_case(name))
-    });
-    called.flat_map(|placed| &placed.endpoint.addresses).map(IpNet::addr).collect()
+        own_names(view, placed).chain(aliases).any(|own| is_same_name(own, name))
+    })
 }
 
 /// Returns the names of the endpoints with this address: at most one, unless hosts disagree.
 fn names_of(view: &View, network: NetworkId, address: IpAddr) -> BTreeSet<String> {
     let there = view.all_with_address(network, address).filter(|placed| counts(view, network, placed));
-    there.filter_map(|placed| own_names(view, &placed).next().map(str::to_ascii_lowercase)).collect()
+    there.filter_map(|placed| own_names(view, &placed).next().map(canonical_name)).collect()
 }
 
 /// Returns the names that an endpoint has besides its aliases, the one that people know first: the name of its pod, if
