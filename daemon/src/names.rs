@@ -7,6 +7,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
+use ovl_cluster::view::View;
 use ovl_control::{DnsAnswer, DnsQuestion, DnsRecord};
 use ovl_dns::{
     AnswerOrigin, Client, Engine, FailingServer, Listen, ListenRole, Lookup, Name, Outcome, RecordType,
@@ -15,6 +16,7 @@ use ovl_dns::{
 use ovl_subsystems::names::cluster_names;
 use ovl_subsystems::names::resolver::{
     ADDRESS_V4, ADDRESS_V6, CLUSTER_V4, CLUSTER_V6, HOST_ADDRESSES, PORT, PORT_DIRECT,
+use ovl_subsystems::names::{Ambiguous, Bearer, ambiguous, cluster_names};
 };
 
 use crate::config::Config;
@@ -213,6 +215,52 @@ impl Resolver {
 fn limit_problem(client: Client, share: Share, called: impl Fn(IpAddr) -> Option<String>) -> Problem {
     let (object, who) = match client {
         Client::Host => ("host".to_owned(), "a program of this host".to_owned()),
+/// Returns what is wrong with resolv.conf(5). `is_silent` says that 127.0.0.1, which is queried if the file names no
+/// resolver, does not answer.
+fn file_problems(path: &Path, upstreams: &Upstreams, is_silent: bool) -> Vec<Problem> {
+    let Upstreams { servers, is_default, unused } = upstreams;
+    let path = path.display();
+    let none = if *is_default && is_silent {
+        Some(format!(
+            "{path} has no usable `nameserver` line, and no resolver answers at 127.0.0.1, which the C library and ovld \
+             query instead: names outside of the cluster do not resolve. Write the addresses of this host's resolvers \
+             into the file"
+        ))
+    } else if servers.is_empty() && unused.is_empty() {
+        Some(format!(
+            "{path} names only resolvers that send queries back to ovld: names outside of the cluster do not resolve. \
+             Write the address of another resolver into the file"
+        ))
+    } else {
+        None
+    };
+    let line = |UnusedLine { number, text, reason }: &UnusedLine| {
+        let sentence =
+            format!("line {number} of {path} is not used: `{text}`: {reason}. Correct or remove the line");
+        Code::ResolvConf.about(format!("{path}:{number}"), sentence)
+    };
+    let none = none.map(|sentence| Code::ResolvConf.about(path.to_string(), sentence));
+    none.into_iter().chain(unused.iter().map(line)).collect()
+}
+
+/// Returns a problem for each name with two meanings of which one is an endpoint of this host.
+pub(crate) fn ambiguous_names(view: &View) -> impl Iterator<Item = Problem> {
+    ambiguous(view).into_iter().map(|(name, Ambiguous { called, qualified })| {
+        let bearer = |Bearer { endpoint, network, host }: &Bearer| {
+            format!("endpoint {endpoint} on network {network} (host {host})")
+        };
+        let sentence = format!(
+            "the name {name} has two meanings: {} is called so, and it is the full name of {}. Endpoints on both networks \
+             get the addresses of the second one for it, and those of the first one for {name}.{}. Give one of them \
+             another name",
+            bearer(&called),
+            bearer(&qualified),
+            called.network
+        );
+        Code::AmbiguousName.about(name, sentence)
+    })
+}
+
         Client::Endpoint(address) => match called(address) {
             Some(name) => (name.clone(), format!("endpoint {name} ({address})")),
             None => (address.to_string(), format!("the endpoint at {address}")),

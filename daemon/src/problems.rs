@@ -83,6 +83,10 @@ pub(crate) enum Code {
     UpstreamResolver,
     /// A client of the resolver has used up its share.
     ResolverShare,
+    /// The host's resolv.conf names no resolver, or has lines that are not understood.
+    ResolvConf,
+    /// A name has two meanings.
+    AmbiguousName,
     /// Strict reverse path filtering drops packets of a host.
     SourceValidation,
     /// The kernel's neighbour table is too small.
@@ -92,7 +96,7 @@ pub(crate) enum Code {
 impl Code {
     /// All codes, in the order of their numbers.
     #[cfg(test)]
-    const ALL: [Self; 39] = [
+    const ALL: [Self; 41] = [
         Self::Address,
         Self::StateFile,
         Self::DamagedFile,
@@ -130,6 +134,8 @@ impl Code {
         Self::ResolverDown,
         Self::UpstreamResolver,
         Self::ResolverShare,
+        Self::ResolvConf,
+        Self::AmbiguousName,
         Self::SourceValidation,
         Self::NeighbourTable,
     ];
@@ -176,6 +182,8 @@ impl Code {
             Self::ResolverDown => "OVL-E070",
             Self::UpstreamResolver => "OVL-E071",
             Self::ResolverShare => "OVL-E072",
+            Self::ResolvConf => "OVL-E073",
+            Self::AmbiguousName => "OVL-E074",
             Self::SourceValidation => "OVL-E080",
             Self::NeighbourTable => "OVL-E081",
         }
@@ -222,6 +230,8 @@ impl Code {
             | Self::ServiceDenied
             | Self::UpstreamResolver
             | Self::ResolverShare
+            | Self::ResolvConf
+            | Self::AmbiguousName
             | Self::NeighbourTable => Severity::Warning,
         }
     }

@@ -161,6 +161,7 @@ impl Node {
             found.next().map(|endpoint| endpoint.name.clone())
         };
         problems.extend(self.resolver.problems(called));
+        problems.extend(crate::names::ambiguous_names(&state.view));
         problems.extend(state.reconcile.problems());
         let starting = !state.is_member() || !state.caught_up;
         Status {

@@ -4,6 +4,7 @@
 //! up again and returns the new zone, for the resolver to answer from. `delivery` owns what the kernel needs so that
 //! endpoints reach the resolver. Begin to read at [`Names::refresh`].
 
+mod ambiguous;
 pub mod cluster_names;
 mod delivery;
 mod owners;
@@ -30,6 +31,7 @@ use crate::policy::Policies;
 use crate::policy::resolver::ResolverPeer;
 use crate::subsystem::{Change, Cluster, Outcome, Part, Subsystem};
 
+pub use self::ambiguous::{Ambiguous, Bearer, ambiguous};
 pub use self::zone::Place;
 
 /// Names that may have changed.

@@ -83,6 +83,13 @@ impl Name {
         self.bytes.get(..usize::from(self.length)).unwrap_or_default()
     }
 
+    /// Returns whether the name has two labels or more.
+    #[inline]
+    pub(crate) fn has_several_labels(&self) -> bool {
+        let first = self.as_bytes().first().map_or(0, |length| usize::from(*length));
+        self.as_bytes().len() > first + 1
+    }
+
     /// Iterates over the labels.
     pub fn labels(&self) -> impl Iterator<Item = &[u8]> {
         let mut rest = self.as_bytes();

@@ -138,6 +138,14 @@ struct Network {
     names: RecordMap,
 }
 
+impl Network {
+    /// Returns the records of a name that ends with the network's label.
+    fn qualified(&self, name: &Name) -> Option<&Records> {
+        let name = name.strip_suffix(&self.label).filter(|name| *name != Name::ROOT)?;
+        self.names.get(&name).map(|records| &**records)
+    }
+}
+
 /// The context of a client: what its queries are resolved against.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ClientContext {
@@ -306,6 +314,15 @@ impl Zone {
             Client::Endpoint(address) => {
                 let Some(context) = self.clients.get(&address) else { return Resolution::NotFound };
                 let on = &context.networks;
+                // An endpoint that is called `web.blue` must not take the place of `web` on the network `blue`.
+                if name.has_several_labels() {
+                    for key in on.iter() {
+                        let found = self.networks.get(key).and_then(|network| network.qualified(name));
+                        if let Some(records) = found {
+                            return Resolution::Found(*key, records);
+                        }
+                    }
+                }
                 for key in on.iter() {
                     if let Some(records) = self.networks.get(key).and_then(|network| network.names.get(name))
                     {
@@ -341,9 +358,9 @@ impl Zone {
             if within.is_some_and(|rest| rest == Name::ROOT || rest == network.label) {
                 return Resolution::Found(*key, &ABOVE);
             }
-            let named = qualified.and_then(|name| name.strip_suffix(&network.label));
-            let found = named.filter(|name| *name != Name::ROOT).and_then(|name| network.names.get(&name));
-            let found = found.or_else(|| network.names.get(name).filter(|_| reversed.is_some()));
+            let found = qualified.and_then(|name| network.qualified(name));
+            let reverse = || reversed.and_then(|_| network.names.get(name)).map(|records| &**records);
+            let found = found.or_else(reverse);
             if let Some(records) = found {
                 return Resolution::Found(*key, records);
             }

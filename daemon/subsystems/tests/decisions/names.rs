@@ -9,7 +9,7 @@ use ovl_proto::record::PeerState;
 use ovl_proto::resource::Kind;
 use ovl_proto::table::{Endpoint, Entry, Key};
 use ovl_subsystems::local::Local;
-use ovl_subsystems::names::{Names, Place, Sources};
+use ovl_subsystems::names::{Ambiguous, Names, Place, Sources, ambiguous};
 use ovl_subsystems::{Change, Cluster, Subsystem as _};
 use ovl_zone::{Client, Name, Resolution, Zone};
 use proptest::prelude::*;
@@ -389,4 +389,75 @@ proptest! {
         fresh.refresh_all(Sources { view, backends, place: &alone });
         prop_assert_eq!(quick, answers(&fresh));
     }
+}
+
+#[test]
+fn name_with_dots_at_its_end_is_the_name_without_them() {
+    let mut town = Town::new();
+    town.write(2, vec![named(1, "web", "10.9.0.17/24")], vec![]);
+    // A host of an earlier release accepted such names.
+    let aliases = vec!["web.".to_owned(), "WEB..".to_owned(), "a..b".to_owned()];
+    town.write(3, vec![Endpoint { aliases, ..named(2, "other.", "10.9.0.25/24") }], vec![]);
+    town.refresh();
+    assert_eq!(town.host("web.blue.ovl.internal"), ["10.9.0.17", "10.9.0.25"]);
+    assert_eq!(town.host("other.blue.ovl.internal"), ["10.9.0.25"]);
+    assert_eq!(town.reverse("10.9.0.25"), ["other"]);
+    town.write(3, vec![], vec![EndpointId([2; 5])]);
+    town.refresh();
+    assert_eq!(town.host("web.blue.ovl.internal"), ["10.9.0.17"]);
+    assert!(town.host("other.blue.ovl.internal").is_empty());
+}
+
+#[test]
+fn alias_does_not_take_the_name_of_an_address() {
+    let mut town = Town::new();
+    town.write(2, vec![named(1, "web", "10.9.0.17/24")], vec![]);
+    town.refresh();
+    let aliases = vec!["17.0.9.10.in-addr.arpa".to_owned()];
+    town.write(3, vec![Endpoint { aliases, ..named(2, "other", "10.9.0.25/24") }], vec![]);
+    town.refresh();
+    assert_eq!(town.reverse("10.9.0.17"), ["web"]);
+    town.write(3, vec![], vec![EndpointId([2; 5])]);
+    town.refresh();
+    assert_eq!(town.reverse("10.9.0.17"), ["web"]);
+}
+
+#[test]
+fn endpoint_that_is_called_like_a_full_name_does_not_take_its_place_and_is_reported() {
+    let mut town = Town::new();
+    add_red(&mut town);
+    // Both are in one namespace, which searches red first.
+    town.place = |id| {
+        let interface = if id == EndpointId([1; 5]) { "eth1" } else { "eth0" };
+        Some(Place { namespace: 7, interface: interface.to_owned() })
+    };
+    let red = |n, name, address| Endpoint { network: OTHER, ..named(n, name, address) };
+    town.write(1, vec![named(1, "own", "10.9.0.9/24"), red(2, "web.blue", "10.9.0.10/24")], vec![]);
+    town.refresh();
+    let client = Client::Endpoint(ip("10.9.0.9"));
+    assert_eq!(town.addresses(client, "web.blue"), BTreeSet::from([ip("10.9.0.10")]));
+    assert!(ambiguous(&town.world.view).is_empty());
+
+    town.write(2, vec![named(3, "WEB", "10.9.0.17/24")], vec![]);
+    town.refresh();
+    assert_eq!(town.addresses(client, "web.blue"), BTreeSet::from([ip("10.9.0.17")]));
+    assert_eq!(town.addresses(client, "web.blue.red"), BTreeSet::from([ip("10.9.0.10")]));
+    let found = ambiguous(&town.world.view);
+    let Ambiguous { called, qualified } = &found["web.blue"];
+    assert_eq!((called.endpoint.as_str(), called.network.as_str()), ("web.blue", "red"));
+    assert_eq!((qualified.endpoint.as_str(), qualified.network.as_str()), ("WEB", "blue"));
+
+    // The host of the other endpoint reports it too; a third one does not.
+    town.world.view.me = id(2);
+    assert_eq!(ambiguous(&town.world.view), found);
+    town.world.view.me = id(3);
+    assert!(ambiguous(&town.world.view).is_empty());
+}
+
+#[test]
+fn alias_of_an_endpoint_like_its_own_full_name_has_one_meaning() {
+    let mut town = Town::new();
+    let aliases = vec!["web.blue".to_owned()];
+    town.write(1, vec![Endpoint { aliases, ..named(1, "web", "10.9.0.9/24") }], vec![]);
+    assert!(ambiguous(&town.world.view).is_empty());
 }
