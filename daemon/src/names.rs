@@ -4,20 +4,19 @@
 //! given each new zone. Begin to read at [`Resolver::start`].
 
 use std::net::{IpAddr, SocketAddr};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use ovl_cluster::view::View;
 use ovl_control::{DnsAnswer, DnsQuestion, DnsRecord};
 use ovl_dns::{
     AnswerOrigin, Client, Engine, FailingServer, Listen, ListenRole, Lookup, Name, Outcome, RecordType,
-    ResolvConfWatcher, Share, Transport, Zone,
+    ResolvConfWatcher, Share, Transport, UnusedLine, Upstreams, Zone,
 };
-use ovl_subsystems::names::cluster_names;
 use ovl_subsystems::names::resolver::{
     ADDRESS_V4, ADDRESS_V6, CLUSTER_V4, CLUSTER_V6, HOST_ADDRESSES, PORT, PORT_DIRECT,
-use ovl_subsystems::names::{Ambiguous, Bearer, ambiguous, cluster_names};
 };
+use ovl_subsystems::names::{Ambiguous, Bearer, ambiguous, cluster_names};
 
 use crate::config::Config;
 use crate::failed::Failed;
@@ -116,8 +115,9 @@ impl Resolver {
     /// endpoint with an address is called.
     pub(crate) fn problems(&self, called: impl Fn(IpAddr) -> Option<String>) -> Vec<Problem> {
         let failing = self.engine.as_ref().map(Engine::failing).unwrap_or_default();
-        let lately = failing.iter().filter(|each| each.at.elapsed() < FAILED_LATELY);
-        let sentence = |FailingServer { server, stub, at }: &FailingServer| {
+        let lately = failing.iter().filter(|each| each.at.elapsed() < FAILED_LATELY && !each.is_default);
+        let default = failing.iter().find(|each| each.is_default);
+        let sentence = |FailingServer { server, stub, at, .. }: &FailingServer| {
             let whose = stub.map_or_else(String::new, |domain| format!(" of the stub domain {domain}"));
             let ago = at.elapsed().as_secs();
             let sentence = format!(
@@ -127,7 +127,11 @@ impl Resolver {
         };
         let limited = self.engine.as_ref().map(Engine::limited).unwrap_or_default();
         let limited = limited.into_iter().map(|(client, share)| limit_problem(client, share, &called));
-        lately.map(sentence).chain(limited).collect()
+        let upstreams = self.engine.as_ref().and_then(Engine::upstreams);
+        let of_file = upstreams
+            .iter()
+            .flat_map(|upstreams| file_problems(&self.resolv_conf, upstreams, default.is_some()));
+        lately.map(sentence).chain(limited).chain(of_file).collect()
     }
 
     /// Returns the counters of the resolver, with their names for metrics.
@@ -211,10 +215,6 @@ impl Resolver {
     }
 }
 
-/// Says which client has used up a share of the resolver.
-fn limit_problem(client: Client, share: Share, called: impl Fn(IpAddr) -> Option<String>) -> Problem {
-    let (object, who) = match client {
-        Client::Host => ("host".to_owned(), "a program of this host".to_owned()),
 /// Returns what is wrong with resolv.conf(5). `is_silent` says that 127.0.0.1, which is queried if the file names no
 /// resolver, does not answer.
 fn file_problems(path: &Path, upstreams: &Upstreams, is_silent: bool) -> Vec<Problem> {
@@ -261,6 +261,10 @@ pub(crate) fn ambiguous_names(view: &View) -> impl Iterator<Item = Problem> {
     })
 }
 
+/// Says which client has used up a share of the resolver.
+fn limit_problem(client: Client, share: Share, called: impl Fn(IpAddr) -> Option<String>) -> Problem {
+    let (object, who) = match client {
+        Client::Host => ("host".to_owned(), "a program of this host".to_owned()),
         Client::Endpoint(address) => match called(address) {
             Some(name) => (name.clone(), format!("endpoint {name} ({address})")),
             None => (address.to_string(), format!("the endpoint at {address}")),

@@ -220,6 +220,16 @@ impl ResolvConf {
         std::fs::write(&self.0, lines).context("writing a resolv.conf")
     }
 
+    /// Replaces the content.
+    pub fn write(&self, content: &[u8]) -> Result<()> {
+        std::fs::write(&self.0, content).context("writing a resolv.conf")
+    }
+
+    /// Removes the file.
+    pub fn remove(&self) -> Result<()> {
+        std::fs::remove_file(&self.0).context("removing a resolv.conf")
+    }
+
     fn path(&self) -> String {
         self.0.display().to_string()
     }

@@ -9,13 +9,13 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
-use arc_swap::ArcSwap;
+use arc_swap::{ArcSwap, ArcSwapOption};
 use ovl_zone::{Client, Name, Zone};
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::forward::{Forwarder, Job, Lookup, Waiter};
-use crate::resolv::ResolvConfWatcher;
+use crate::resolv::{ResolvConfWatcher, Upstreams};
 use crate::servers::{FailingServer, StubDomain};
 use crate::share::Share;
 use crate::shared::{Counters, ListenRole, Shared};
@@ -83,6 +83,7 @@ impl Engine {
             zone: ArcSwap::from_pointee(zone),
             counters: Counters::default(),
             failing: ArcSwap::default(),
+            upstreams: ArcSwapOption::default(),
             limited: Mutex::default(),
             ending: AtomicBool::new(false),
         });
@@ -136,7 +137,13 @@ impl Engine {
         receiver.await.ok()
     }
 
-    /// Returns the upstream servers whose last two or more queries failed.
+    /// Returns what resolv.conf says of servers. `None` until it was read for the first time.
+    pub fn upstreams(&self) -> Option<Arc<Upstreams>> {
+        self.shared.upstreams.load_full()
+    }
+
+    /// Returns the upstream servers whose last two or more queries failed, and 127.0.0.1 if it is queried because
+    /// resolv.conf names no server and its last query failed.
     pub fn failing(&self) -> Arc<Vec<FailingServer>> {
         self.shared.failing.load_full()
     }

@@ -15,12 +15,13 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::answer::{self, Target};
 use crate::cache::{Cache, Question};
-use crate::resolv::ResolvConfWatcher;
+use crate::message::{self, Fitting};
+use crate::resolv::{ResolvConfWatcher, Upstreams};
 use crate::servers::{Servers, StubDomain};
 use crate::share::Share;
 use crate::shared::Shared;
 use crate::upstream::{self, Reply};
-use crate::wire::{AA, AD, HEADER, QR, Query, RA, Rcode, TC, opt, u16_at};
+use crate::wire::{AA, AD, HEADER, QR, Query, RA, Rcode, RecordType, TC, opt, u16_at};
 
 /// If a server does not answer within this time, the next one is queried in parallel.
 const NEXT_AFTER: Duration = Duration::from_millis(400);
@@ -28,6 +29,8 @@ const NEXT_AFTER: Duration = Duration::from_millis(400);
 const GIVE_UP_AFTER: Duration = Duration::from_millis(4500);
 /// How often resolv.conf is checked for changes.
 const RESOLV_CONF_INTERVAL: Duration = Duration::from_secs(1);
+/// How often a server that nobody configured is queried until it answers.
+const PROBE_INTERVAL: Duration = Duration::from_secs(10);
 /// The limits of questions in flight, and of clients that wait for one question.
 const MAX_QUESTIONS: usize = 2_000;
 const MAX_WAITING: usize = 500;
@@ -104,6 +107,7 @@ impl Forwarder {
         mut resolv_conf: ResolvConfWatcher,
     ) {
         let mut check = tokio::time::interval(RESOLV_CONF_INTERVAL);
+        let mut probe = tokio::time::interval(PROBE_INTERVAL);
         loop {
             tokio::select! {
                 job = jobs.recv() => match job {
@@ -111,20 +115,36 @@ impl Forwarder {
                     None => return,
                 },
                 _ = check.tick() => {
-                    if let Some(servers) = resolv_conf.changed() {
-                        self.set_servers(&servers);
+                    if let Some(upstreams) = resolv_conf.changed() {
+                        self.set_servers(upstreams);
                     }
                 }
+                _ = probe.tick() => self.probe_default(),
             }
         }
     }
 
-    fn set_servers(&self, servers: &[SocketAddr]) {
-        if self.servers.borrow_mut().set_others(servers) {
+    fn set_servers(self: &Rc<Self>, upstreams: Upstreams) {
+        let Upstreams { servers, is_default, .. } = &upstreams;
+        if self.servers.borrow_mut().set_others(servers, *is_default) {
             tracing::info!(?servers, "upstream DNS servers changed");
             self.cache.borrow_mut().clear();
             self.publish_failing();
+            self.probe_default();
         }
+        self.shared.upstreams.store(Some(Arc::new(upstreams)));
+    }
+
+    /// Queries the server that nobody configured, until it has answered. So users learn before the first client asks
+    /// that there is none.
+    fn probe_default(self: &Rc<Self>) {
+        let Some(server) = self.servers.borrow().unproved_default() else { return };
+        let forwarder = Rc::clone(self);
+        tokio::task::spawn_local(async move {
+            let question = Question::new(&Name::ROOT, RecordType::SOA, false, false);
+            let answered = upstream::ask(server, &question).await.is_ok();
+            forwarder.record_outcome(&Name::ROOT, server, answered);
+        });
     }
 
     fn record_outcome(&self, name: &Name, server: SocketAddr, answered: bool) {
@@ -340,4 +360,60 @@ fn fit_to_query(message: &[u8], query: &Query, answer: &[u8], limit: usize) -> O
 /// one already.
 fn needs_opt(answer: &[u8]) -> bool {
     crate::message::parse_answer(answer).is_none_or(|parts| parts.end == answer.len())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// An answer to a query for `big` with this number of A records, and one record in each other section.
+    fn big(records: u16) -> Vec<u8> {
+        let name = Name::parse("big").unwrap();
+        let mut answer = crate::wire::question(7, &name, RecordType::A, 0, None);
+        answer[2] |= 0x80;
+        answer[6..8].copy_from_slice(&records.to_be_bytes());
+        answer[9] = 1;
+        answer[11] = 1;
+        for i in 0..records + 2 {
+            answer.extend_from_slice(&[0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 60, 0, 4, 10, 0]);
+            answer.extend_from_slice(&i.to_be_bytes());
+        }
+        answer
+    }
+
+    fn fitted(answer: &[u8], edns: Option<bool>) -> Vec<u8> {
+        let name = Name::parse("BIG").unwrap();
+        let message = crate::wire::question(9, &name, RecordType::A, 0, edns);
+        let query = Query::read(&message).unwrap();
+        let fitted = fit_to_query(&message, &query, answer, query.udp_limit()).unwrap();
+        assert!(fitted.len() <= query.udp_limit() && u16_at(&fitted, 0) == Some(9));
+        message::parse_answer(&fitted).unwrap();
+        fitted
+    }
+
+    fn counts(message: &[u8]) -> [u16; 3] {
+        [6, 8, 10].map(|at| u16_at(message, at).unwrap())
+    }
+
+    fn is_truncated(message: &[u8]) -> bool {
+        u16_at(message, 2).unwrap() & TC != 0
+    }
+
+    #[test]
+    fn answer_that_is_too_large_carries_the_records_that_fit() {
+        let cut = fitted(&big(60), None);
+        // 512 bytes: 12 of the header, 9 of the question, 16 for each record.
+        assert_eq!((counts(&cut), is_truncated(&cut), cut.len()), ([30, 0, 0], true, 501));
+        let (_, records) = message::records(&cut).unwrap();
+        assert_eq!(records.len(), 30);
+        let cut = fitted(&big(100), Some(false));
+        assert_eq!((counts(&cut), is_truncated(&cut)), ([75, 0, 1], true));
+        let whole = fitted(&big(60), Some(false));
+        assert_eq!((counts(&whole), is_truncated(&whole)), ([60, 1, 2], false));
+        // Additional records may be missing without notice.
+        let cut = fitted(&big(29), None);
+        assert_eq!((counts(&cut), is_truncated(&cut)), ([29, 1, 0], false));
+        let cut = fitted(&big(30), None);
+        assert_eq!((counts(&cut), is_truncated(&cut)), ([30, 0, 0], true));
+    }
 }

@@ -64,8 +64,7 @@ pub fn message(bytes: &[u8]) {
 
 /// Parses a resolv.conf.
 pub fn resolv_conf(bytes: &[u8]) {
-    let servers = crate::resolv::parse(&String::from_utf8_lossy(bytes));
-    assert!(servers.iter().all(|server| server.port() != 0));
+    let _ = crate::resolv::parse(bytes);
 }
 
 #[cfg(test)]

@@ -32,7 +32,7 @@ pub use engine::{Config, Engine, Listen, Stats};
 pub use forward::{AnswerOrigin, Lookup};
 pub use message::{Record, RecordData, records};
 pub use ovl_zone::{Client, ClientContext, Name, NetworkKey, Records, Resolution, Zone};
-pub use resolv::ResolvConfWatcher;
+pub use resolv::{ResolvConfWatcher, UnusedLine, UnusedReason, Upstreams};
 pub use servers::{FailingServer, StubDomain};
 pub use share::Share;
 pub use shared::ListenRole;

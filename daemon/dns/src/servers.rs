@@ -18,13 +18,15 @@ pub struct StubDomain {
     pub servers: Vec<SocketAddr>,
 }
 
-/// An upstream server whose last two or more queries failed.
+/// An upstream server whose last two or more queries failed, or one if nobody configured it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FailingServer {
     /// The server.
     pub server: SocketAddr,
     /// The stub domain of the server. `None` if it comes from resolv.conf.
     pub stub: Option<Name>,
+    /// It is queried because resolv.conf names no server.
+    pub is_default: bool,
     /// The time of the last failure.
     pub at: Instant,
 }
@@ -34,11 +36,12 @@ struct Server {
     address: SocketAddr,
     failures: u32,
     failed_at: Option<Instant>,
+    has_answered: bool,
 }
 
 impl From<SocketAddr> for Server {
     fn from(address: SocketAddr) -> Self {
-        Self { address, failures: 0, failed_at: None }
+        Self { address, failures: 0, failed_at: None, has_answered: false }
     }
 }
 
@@ -61,6 +64,8 @@ struct Group {
 pub(crate) struct Servers {
     /// The longest domain first, the root domain last.
     groups: Vec<Group>,
+    /// The server of the root domain is there because resolv.conf names none.
+    is_default: bool,
 }
 
 impl Servers {
@@ -73,18 +78,26 @@ impl Servers {
         let mut groups: Vec<Group> = stubs.into_iter().map(group).collect();
         groups.push(Group { domain: Name::ROOT, servers: Vec::new() });
         groups.sort_by_key(|group| std::cmp::Reverse(group.domain.as_bytes().len()));
-        Self { groups }
+        Self { groups, is_default: false }
     }
 
-    /// Sets the servers for names under no stub domain. Returns whether they changed.
-    pub(crate) fn set_others(&mut self, servers: &[SocketAddr]) -> bool {
+    /// Sets the servers for names under no stub domain. `is_default` says that nobody configured them. Returns whether
+    /// anything changed.
+    pub(crate) fn set_others(&mut self, servers: &[SocketAddr], is_default: bool) -> bool {
         let Some(others) = self.groups.last_mut() else { return false };
         let known = others.servers.iter().map(|server| server.address);
-        let changed = !known.eq(servers.iter().copied());
+        let changed = !known.eq(servers.iter().copied()) || self.is_default != is_default;
+        self.is_default = is_default;
         if changed {
             others.servers = servers.iter().copied().map(Server::from).collect();
         }
         changed
+    }
+
+    /// Returns the server that is there because resolv.conf names none, unless it answered its last query.
+    pub(crate) fn unproved_default(&self) -> Option<SocketAddr> {
+        let default = self.groups.last().filter(|_| self.is_default)?.servers.first()?;
+        (!default.has_answered).then_some(default.address)
     }
 
     /// Returns the stub domain of a name. `None` if the name is under none.
@@ -110,24 +123,29 @@ impl Servers {
         for server in servers.filter(|server| server.address == address) {
             if answered {
                 changed |= server.failed_at.is_some();
-                *server = Server::from(address);
+                *server = Server { has_answered: true, ..Server::from(address) };
             } else if !server.is_down(now) {
                 // Queries that were in flight at the same time count as one failure.
                 server.failures = server.failures.saturating_add(1);
                 server.failed_at = Some(now);
+                server.has_answered = false;
                 changed = true;
             }
         }
         changed
     }
 
-    /// Returns the servers whose last two or more queries failed.
+    /// Returns the servers whose last two or more queries failed. For one that nobody configured, one query is enough.
     pub(crate) fn failing(&self) -> Vec<FailingServer> {
         let of_group = |group: &Group| {
             let stub = (group.domain != Name::ROOT).then_some(group.domain);
-            let failing =
-                |server: &Server| Some(FailingServer { server: server.address, stub, at: server.failed_at? });
-            group.servers.iter().filter(|server| server.failures > 1).filter_map(failing).collect::<Vec<_>>()
+            let is_default = self.is_default && stub.is_none();
+            let enough = if is_default { 1 } else { 2 };
+            let failing = |server: &Server| {
+                Some(FailingServer { server: server.address, stub, is_default, at: server.failed_at? })
+            };
+            let all = group.servers.iter().filter(|server| server.failures >= enough);
+            all.filter_map(failing).collect::<Vec<_>>()
         };
         self.groups.iter().flat_map(of_group).collect()
     }
@@ -155,7 +173,7 @@ mod tests {
             servers: servers.iter().map(|last| at(*last)).collect(),
         };
         let mut servers = Servers::new(vec![stub("example", &[1, 2]), stub("lab.corp.example", &[3])]);
-        assert!(servers.set_others(&[at(9)]) && !servers.set_others(&[at(9)]));
+        assert!(servers.set_others(&[at(9)], false) && !servers.set_others(&[at(9)], false));
         servers
     }
 
@@ -200,5 +218,20 @@ mod tests {
         assert_eq!((failing[0].server, failing[0].stub), (at(1), Some(name("example"))));
         assert!(servers.record_outcome(&asked, at(1), true) && servers.failing().is_empty());
         assert_eq!(servers.in_order(&asked), [at(1), at(2)]);
+    }
+
+    #[test]
+    fn one_failure_of_a_server_that_nobody_configured_is_reported() {
+        let mut servers = servers();
+        assert!(servers.set_others(&[at(9)], true));
+        assert!(servers.record_outcome(&Name::ROOT, at(9), false));
+        let failing = servers.failing();
+        assert!(failing.len() == 1 && failing[0].is_default && failing[0].stub.is_none(), "{failing:?}");
+        assert_eq!(servers.unproved_default(), Some(at(9)));
+        servers.record_outcome(&Name::ROOT, at(9), true);
+        assert_eq!(servers.unproved_default(), None);
+        assert!(servers.set_others(&[at(9)], false) && servers.unproved_default().is_none());
+        servers.record_outcome(&Name::ROOT, at(9), false);
+        assert!(servers.failing().is_empty());
     }
 }

@@ -5,9 +5,10 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
-use arc_swap::ArcSwap;
+use arc_swap::{ArcSwap, ArcSwapOption};
 use ovl_zone::{Client, Zone};
 
+use crate::resolv::Upstreams;
 use crate::servers::FailingServer;
 use crate::share::{Limited, Share};
 
@@ -47,6 +48,8 @@ pub(crate) struct Shared {
     pub(crate) zone: ArcSwap<Zone>,
     pub(crate) counters: Counters,
     pub(crate) failing: ArcSwap<Vec<FailingServer>>,
+    /// What resolv.conf says. `None` until it was read.
+    pub(crate) upstreams: ArcSwapOption<Upstreams>,
     pub(crate) limited: Mutex<Limited>,
     pub(crate) ending: AtomicBool,
 }

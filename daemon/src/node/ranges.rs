@@ -49,8 +49,9 @@ impl Node {
         if !self.environment.owns_host() {
             return;
         }
-        let Some(servers) = self.resolv_conf.borrow_mut().changed() else { return };
-        let resolvers = servers.iter().map(std::net::SocketAddr::ip).filter(|ip| !ip.is_loopback()).collect();
+        let Some(upstreams) = self.resolv_conf.borrow_mut().changed() else { return };
+        let resolvers = upstreams.servers.iter().map(std::net::SocketAddr::ip);
+        let resolvers = resolvers.filter(|ip| !ip.is_loopback()).collect();
         let mut state = self.state.borrow_mut();
         if state.host_ranges.resolvers != resolvers {
             state.host_ranges.resolvers = resolvers;
