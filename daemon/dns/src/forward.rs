@@ -324,8 +324,8 @@ impl Forwarder {
     }
 }
 
-/// Adapts an answer to a query: its id, flags and question, truncated to the client's limit. `None` if the
-/// answer is malformed.
+/// Adapts an answer to a query: its id, flags and question, and the records that fit into the client's limit. `None` if
+/// the answer is malformed.
 fn fit_to_query(message: &[u8], query: &Query, answer: &[u8], limit: usize) -> Option<Vec<u8>> {
     let mut fitted = answer.to_vec();
     let question = message.get(HEADER..query.end)?;
@@ -337,7 +337,16 @@ fn fit_to_query(message: &[u8], query: &Query, answer: &[u8], limit: usize) -> O
         kept &= !AD;
     }
     let mut flags = QR | RA | query.flags & 0x0110 | kept & !AA | rcode;
-    if !is_whole || fitted.len() > room {
+    let fitting = if is_whole && fitted.len() > room { message::fitting(answer, room) } else { None };
+    if let Some(Fitting { end, counts, truncated }) = fitting {
+        fitted.truncate(end);
+        for (place, count) in fitted.get_mut(6..HEADER)?.chunks_exact_mut(2).zip(counts) {
+            place.copy_from_slice(&count.to_be_bytes());
+        }
+        if truncated {
+            flags |= TC;
+        }
+    } else if !is_whole || fitted.len() > room {
         if is_whole {
             flags |= TC;
         }

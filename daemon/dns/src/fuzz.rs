@@ -48,6 +48,9 @@ pub fn message(bytes: &[u8]) {
         }
     }
     let _ = crate::message::records(bytes);
+    if let Some(fitting) = crate::message::fitting(bytes, 512) {
+        assert!(fitting.end <= bytes.len().min(512));
+    }
     if let Some(parts) = crate::message::parse_answer(bytes) {
         assert!(parts.end <= bytes.len());
         let mut cache = Cache::default();

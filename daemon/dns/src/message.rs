@@ -106,6 +106,47 @@ pub(crate) fn parse_answer(message: &[u8]) -> Option<Parts> {
     Some(parts)
 }
 
+/// The records of a message that fit into a limit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Fitting {
+    /// The end of the last of them.
+    pub(crate) end: usize,
+    /// Their number in each section: answer, authority and additional.
+    pub(crate) counts: [u16; 3],
+    /// A record of the answer or of the authority section is left out. Additional records may be left out without
+    /// notice (RFC 2181, section 9).
+    pub(crate) truncated: bool,
+}
+
+/// Returns the records of a message up to the first one that does not fit into `limit` bytes. An OPT record counts as one
+/// that does not fit. A name never points to a later one, so the rest of the message is not needed. `None` if the message
+/// is malformed, or if not even its question fits.
+pub(crate) fn fitting(message: &[u8], limit: usize) -> Option<Fitting> {
+    let mut at = HEADER;
+    for _ in 0..u16_at(message, 4)? {
+        at = skip_name(message, at)?.checked_add(4)?;
+    }
+    message.get(..at)?;
+    if at > limit {
+        return None;
+    }
+    let mut fitting = Fitting { end: at, counts: [0; 3], truncated: false };
+    for (section, count) in fitting.counts.iter_mut().enumerate() {
+        for _ in 0..u16_at(message, 6 + 2 * section)? {
+            let named = skip_name(message, fitting.end)?;
+            let end = named.checked_add(10)?.checked_add(usize::from(u16_at(message, named + 8)?))?;
+            message.get(..end)?;
+            if end > limit || u16_at(message, named)? == RecordType::OPT.0 {
+                fitting.truncated = section < 2;
+                return Some(fitting);
+            }
+            *count += 1;
+            fitting.end = end;
+        }
+    }
+    Some(fitting)
+}
+
 /// A resource record in text form.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Record {
