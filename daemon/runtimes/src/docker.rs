@@ -7,6 +7,7 @@
 mod answer;
 mod call;
 mod decide;
+mod foreign;
 #[cfg(test)]
 mod tests;
 

@@ -11,7 +11,7 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
-use super::{EngineEndpoint, Pool, SPACE};
+use super::{EngineEndpoint, Pool, SPACE, foreign};
 
 /// The maximum length of a container name.
 pub const MAX_NAME: usize = 253;
@@ -325,7 +325,11 @@ fn network(raw: RawNetwork) -> Result<NetworkWish, String> {
     };
     let generic = options.get(GENERIC).and_then(Value::as_object);
     for (key, value) in generic.into_iter().flatten() {
-        set(&mut wish, key, value.as_str().unwrap_or_default())?;
+        match value {
+            Value::String(text) => set(&mut wish, key, text)?,
+            Value::Null => set(&mut wish, key, "")?,
+            other => set(&mut wish, key, &other.to_string())?,
+        }
     }
     Ok(wish)
 }
@@ -358,8 +362,7 @@ fn set(wish: &mut NetworkWish, key: &str, value: &str) -> Result<(), String> {
         }
         "ovl.vni" => wish.vni = Some(value.parse().map_err(|_| wrong("a number"))?),
         "ovl.mtu" | DRIVER_MTU => wish.mtu = Some(value.parse().map_err(|_| wrong("a number of bytes"))?),
-        // Tools pass the options of other drivers to all drivers.
-        _ if key.starts_with("com.docker.") => {}
+        _ if key.starts_with("com.docker.") => foreign::set(wish, key, value)?,
         _ => {
             return Err(format!(
                 "unknown option -o {key}: ovl has ovl.network, ovl.encrypted, ovl.mode, ovl.backend, ovl.vni, \

@@ -175,7 +175,7 @@ fn dual_stack_internal_network_is_parsed() {
 }
 
 #[test]
-fn options_of_networks_and_endpoints_are_parsed() {
+fn options_of_networks_are_parsed() {
     let wish = wish(
         json!({ "ovl.network": "blue", "encrypted": "", "ovl.mode": "l3", "ovl.vni": "42", "ovl.backend": "auto",
                 "com.docker.network.driver.mtu": "1400", "com.docker.network.bridge.name": "br0" }),
@@ -198,6 +198,54 @@ fn options_of_networks_and_endpoints_are_parsed() {
         let error = parse("NetworkDriver.CreateNetwork", &body).unwrap_err();
         assert!(error.contains(key), "{error}");
     }
+}
+
+#[test]
+fn options_of_dockers_drivers_are_carried_out_harmless_or_refused() {
+    let with = |key: &str, value: Value| {
+        let body = json!({
+            "NetworkID": "ab", "Options": { "com.docker.network.generic": { key: value } },
+            "IPv4Data": [{ "AddressSpace": "ovl", "Pool": "10.1.0.0/16" }],
+        });
+        parse("NetworkDriver.CreateNetwork", &body)
+    };
+    for (option, taken, refused) in [
+        ("bridge.name", &["br0"][..], &[][..]),
+        ("bridge.enable_icc", &["true", "1", "T"], &["false", "0", "False", "no"]),
+        ("bridge.enable_ip_masquerade", &["true"], &["false"]),
+        ("bridge.inhibit_ipv4", &["false"], &["true"]),
+        ("bridge.host_binding_ipv4", &["", "0.0.0.0"], &["127.0.0.1", "192.0.2.1"]),
+        ("bridge.host_binding_ipv6", &["", "::"], &["::1"]),
+        ("bridge.gateway_mode_ipv4", &["", "nat"], &["routed", "nat-unprotected", "isolated"]),
+        ("bridge.gateway_mode_ipv6", &["nat"], &["routed"]),
+        ("bridge.trusted_host_interfaces", &[""], &["eth0:eth1"]),
+        ("bridge.some_new_shield", &[], &["true"]),
+        ("driver.overlay.vxlanid_list", &["4097"], &["4097,4098", "x"]),
+        ("driver.overlay.some_new_shield", &[], &["true"]),
+        ("host_ipv4", &[""], &["192.0.2.1"]),
+        ("container_iface_prefix", &["net"], &[]),
+        ("some_new_shield", &[], &["true"]),
+    ] {
+        let key = format!("com.docker.network.{option}");
+        for value in taken {
+            assert!(with(&key, json!(value)).is_ok(), "{key}={value}: {:?}", with(&key, json!(value)));
+        }
+        for value in refused {
+            let error = with(&key, json!(value)).unwrap_err();
+            assert!(error.contains(&format!("-o {key}={value}")), "{error}");
+        }
+    }
+    // A value that is no text, as another client of the plugin may send it.
+    assert!(with("com.docker.network.bridge.enable_icc", json!(false)).is_err());
+    let Ok(Call::CreateNetwork(wish)) = with("com.docker.network.driver.overlay.vxlanid_list", json!("4097"))
+    else {
+        panic!()
+    };
+    assert_eq!(wish.vni, Some(4097));
+}
+
+#[test]
+fn options_of_endpoints_are_parsed() {
     let endpoint = |options: Value| {
         let mut all = json!({ "com.docker.network.portmap": [] });
         all.as_object_mut().unwrap().extend(options.as_object().unwrap().clone());
