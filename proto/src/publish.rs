@@ -161,14 +161,17 @@ impl FromStr for Publish {
     fn from_str(text: &str) -> Result<Self, PublishError> {
         let (rest, transport) = match text.rsplit_once('/') {
             None => (text, Transport::Tcp),
-            Some((rest, "tcp")) => (rest, Transport::Tcp),
-            Some((rest, "udp")) => (rest, Transport::Udp),
-            Some((rest, "sctp")) => (rest, Transport::Sctp),
-            Some((_, other)) => {
-                return Err(PublishError(format!(
-                    "invalid protocol '{other}': tcp, udp and sctp are supported"
-                )));
-            }
+            // In upper case as well, as Docker and Kubernetes write it.
+            Some((rest, protocol)) => match protocol.to_ascii_lowercase().as_str() {
+                "tcp" => (rest, Transport::Tcp),
+                "udp" => (rest, Transport::Udp),
+                "sctp" => (rest, Transport::Sctp),
+                _ => {
+                    return Err(PublishError(format!(
+                        "invalid protocol '{protocol}': tcp, udp and sctp are supported"
+                    )));
+                }
+            },
         };
         let (address, ports) = split_address(rest)?;
         let (host, container) = match ports.split_once(':') {

@@ -538,3 +538,65 @@ fn published_ports_are_listed_on_all_hosts_and_local_to_their_host() {
     assert_eq!(seen_client(h1, at("192.168.77.2", 8080)).unwrap().to_string(), "192.168.77.1");
     wait_clean(lab.hosts(), SOON).unwrap();
 }
+
+/// Resident memory of a host's daemon, in MiB.
+fn resident(host: &Host) -> Result<u64> {
+    let pid = host.pid().context("the daemon does not run")?;
+    let text = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let line = text.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("no VmRSS")?;
+    let kib: u64 = line.split_whitespace().next().context("no number")?.parse()?;
+    Ok(kib >> 10)
+}
+
+#[test]
+fn memory_of_many_ports_is_given_back_when_they_go() {
+    let lab = start_lab(1).unwrap();
+    let host = &lab["h1"];
+    create_bridge_network(host, "br", &["--subnet", "10.5.0.0/16"]).unwrap();
+    let workload = host.workload("t").unwrap();
+    let before = resident(host).unwrap();
+    for _ in 0..3 {
+        let ports = "49152-65535:49152-65535/udp";
+        let args = ["attach", "t", "--network", "br", "--netns", workload.path_str(), "--publish", ports];
+        host.ctl_ok(&args).unwrap();
+        host.ctl_ok(&["detach", "t"]).unwrap();
+    }
+    wait_until(Duration::from_secs(20), "the memory to be given back", || {
+        let now = resident(host)?;
+        ensure!(now <= before + 40, "{before} MiB before, {now} MiB now");
+        Ok(())
+    })
+    .unwrap();
+}
+
+#[test]
+fn published_port_is_refused_at_once_at_link_local_addresses() {
+    for (number, kind) in KINDS.iter().enumerate() {
+        let lab = dual();
+        let host = &lab["h1"];
+        create(&lab, "net", kind, 70 + u8::try_from(number).unwrap());
+        // In upper case as Kubernetes writes it.
+        let (_web, _server) = serve(host, "web", "net", &["8005:80/TCP", "8006:80/UDP"]);
+        let outside = outsider(&lab).unwrap();
+        let link = host.exec_ok(["ip", "-6", "-o", "addr", "show", "dev", "u0", "scope", "link"]).unwrap();
+        let link_local = link.split_whitespace().find(|word| word.starts_with("fe80::")).unwrap();
+        let address: std::net::Ipv6Addr = link_local.split('/').next().unwrap().parse().unwrap();
+        for (from, device) in [(&outside, "br0"), (&**host, "u0")] {
+            let found = from.run(move || {
+                let device = nix::net::if_::if_nametoindex(device)?;
+                let to = std::net::SocketAddrV6::new(address, 8005, 0, device);
+                let error = std::net::TcpStream::connect_timeout(&to.into(), SOON)
+                    .and_then(|mut stream| std::io::Read::read(&mut stream, &mut [0]).map(drop))
+                    .err();
+                anyhow::Ok(error.map(|error| error.kind()))
+            });
+            let kind = found.unwrap().unwrap();
+            use std::io::ErrorKind::{ConnectionRefused, ConnectionReset};
+            assert!(matches!(kind, Some(ConnectionRefused | ConnectionReset)), "{kind:?}");
+        }
+        // The other addresses are served.
+        for address in host.addresses() {
+            seen_client(&outside, at(address, 8005)).unwrap();
+        }
+    }
+}

@@ -1,6 +1,7 @@
 //! Which ports are published: what is valid, which are tried, and which are free. Pure functions.
 
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 
 use ovl_cluster::view::View;
 use ovl_proto::object::Network;
@@ -33,6 +34,14 @@ pub(super) fn check(network: &Network, before: usize, wishes: &[Publish]) -> Res
         )));
     }
     for wish in wishes {
+        if let Some(IpAddr::V6(address)) = wish.address
+            && address.is_unicast_link_local()
+        {
+            return Err(Failed::invalid(format!(
+                "{address} is a link-local address, and the kernel forwards nothing that is sent to one: publish the port at \
+                 another address of this host"
+            )));
+        }
         let ports = [Some(wish.container), wish.host];
         let fits = |ports: &Range| ports.first > 0 && ports.first <= ports.last;
         let same = wish
@@ -166,6 +175,7 @@ mod tests {
         assert_eq!(refused("8080:80"), "");
         assert_eq!(refused("8080-8081:80-81"), "");
         assert!(refused("[::1]:8080:80").contains("no addresses of ::1's family"));
+        assert!(refused("[fe80::1]:8080:80").contains("link-local"));
         let unequal = Publish { host: Some(Range { first: 1, last: 3 }), ..wish("80-81") };
         assert!(message(check(&network, 0, &[unequal])).contains("do not fit together"));
         let zero = Publish { container: Range { first: 0, last: 1 }, ..wish("80") };

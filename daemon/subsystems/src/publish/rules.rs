@@ -74,6 +74,11 @@ static TURNS6: Set = Set::new(
     "turns6",
     Shape { key: &[Type::Leaves, Type::Ipv6], data: Data::None, ranges: true },
 );
+/// Link-local packets are not translated: the kernel forwards none from such an address (RFC 4291, section 2.5.6), so a
+/// translated connection would hang. Relaying them, as those from `::1`, would pass neighbours off as the host, which no
+/// policy keeps out. So ovld, which has bound the port, refuses them.
+const LINK_LOCAL: &str = "ip6 daddr fe80::/10 return";
+
 fn chain(name: &str, hook: Option<&str>, rules: &[&str]) -> Chain {
     Chain {
         name: name.to_owned(),
@@ -116,6 +121,7 @@ fn skeleton() -> Arc<Skeleton> {
                     Some("type nat hook prerouting priority dstnat; policy accept;"),
                     &[
                         "fib daddr type != local return",
+                        LINK_LOCAL,
                         &format!("iifname {ours} meta mark set meta mark | {FROM_WORKLOAD:#x}"),
                         "jump translate",
                     ],
@@ -133,7 +139,7 @@ fn skeleton() -> Arc<Skeleton> {
                 chain(
                     "output",
                     Some("type nat hook output priority -100; policy accept;"),
-                    &["ip6 daddr ::1 return", "fib daddr type local jump translate"],
+                    &["ip6 daddr ::1 return", LINK_LOCAL, "fib daddr type local jump translate"],
                 ),
                 chain(
                     "postrouting",
