@@ -17,6 +17,7 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, UdpSocket};
 use std::rc::Rc;
 use std::thread;
+use std::time::Duration;
 
 use ovl_proto::id::EndpointId;
 use ovl_proto::publish::{Published, Transport};
@@ -28,6 +29,11 @@ pub(crate) use health::Answer;
 
 /// Listen backlog of a published port, in connections.
 const BACKLOG: i32 = 128;
+
+/// The number of ports of an endpoint from which on the memory for them is given back to the kernel when they are closed.
+const MANY: usize = 1_024;
+/// When it is given back: the rest of the daemon has detached the endpoint by then.
+const TRIM_AFTER: Duration = Duration::from_secs(3);
 
 /// A socket that is bound to a published port, with the container's port.
 #[derive(Debug)]
@@ -95,6 +101,7 @@ impl Ports {
 /// Handles orders until the sender is dropped.
 async fn obey(mut inbox: mpsc::UnboundedReceiver<Order>) {
     let mut served: HashMap<EndpointId, JoinSet<()>> = HashMap::new();
+    let mut trim = JoinSet::new();
     let mut answered: HashMap<u16, (Rc<RefCell<Answer>>, JoinSet<()>)> = HashMap::new();
     while let Some(order) = inbox.recv().await {
         match order {
@@ -108,8 +115,18 @@ async fn obey(mut inbox: mpsc::UnboundedReceiver<Order>) {
                     };
                 }
             }
-            // Dropping the tasks closes their sockets and the relayed connections.
-            Order::Release(endpoint) => drop(served.remove(&endpoint)),
+            Order::Release(endpoint) => {
+                // Dropping the tasks closes their sockets and the relayed connections.
+                let count = served.remove(&endpoint).map_or(0, |tasks| tasks.len());
+                if count >= MANY {
+                    // The last release counts.
+                    trim.shutdown().await;
+                    trim.spawn_local(async {
+                        tokio::time::sleep(TRIM_AFTER).await;
+                        ovl_kernel::return_free_memory();
+                    });
+                }
+            }
             Order::Answer(answers, new) => {
                 answered.retain(|port, _| answers.contains_key(port));
                 let mut new: HashMap<u16, TcpListener> = new.into_iter().collect();

@@ -78,7 +78,7 @@ pub use sandbox::{
     own_netns, processes_in, unmount_netns,
 };
 pub use simulated::SimulatedKernel;
-pub use sys::own_addresses;
+pub use sys::{own_addresses, return_free_memory};
 pub use tunnel::{TunnelPeerStatus, TunnelStatus};
 
 /// A change in the kernel that ovld did not make. The channel holds at most one event of each kind.

@@ -86,9 +86,8 @@ pub(super) async fn udp(socket: std::net::UdpSocket, port: u16, targets: Vec<IpA
     };
     let clients = Clients::default();
     let mut answers = JoinSet::new();
-    let mut buffer = vec![0; DATAGRAM];
     loop {
-        let (length, client) = match socket.recv_from(&mut buffer).await {
+        let (datagram, client) = match receive(&socket, UdpSocket::try_recv_from).await {
             Ok(received) => received,
             // An answer that was sent to a closed port comes back as an error of the socket.
             Err(error) => {
@@ -123,7 +122,30 @@ pub(super) async fn udp(socket: std::net::UdpSocket, port: u16, targets: Vec<IpA
                 }
             },
         };
-        let _ = server.send(buffer.get(..length).unwrap_or_default()).await;
+        let _ = server.send(&datagram).await;
+    }
+}
+
+thread_local! {
+    /// The buffer for datagrams of all ports of the thread: one for each would be a gigabyte for 16,384 ports.
+    static BUFFER: RefCell<Vec<u8>> = RefCell::new(vec![0; DATAGRAM]);
+}
+
+/// Receives a datagram, with what `receive` says of it besides its length.
+async fn receive<T>(
+    socket: &UdpSocket,
+    receive: impl Fn(&UdpSocket, &mut [u8]) -> io::Result<(usize, T)>,
+) -> io::Result<(Vec<u8>, T)> {
+    loop {
+        socket.readable().await?;
+        let received: io::Result<_> = BUFFER.with_borrow_mut(|buffer| {
+            let (length, from) = receive(socket, buffer)?;
+            Ok((buffer.get(..length).unwrap_or_default().to_vec(), from))
+        });
+        match received {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            received => return received,
+        }
     }
 }
 
@@ -137,8 +159,8 @@ async fn connected(target: SocketAddr) -> io::Result<UdpSocket> {
 
 /// Relays the endpoint's datagrams to a client until there are none for [`IDLE`].
 async fn answer(socket: &UdpSocket, client: SocketAddr, server: &UdpSocket) {
-    let mut buffer = vec![0; DATAGRAM];
-    while let Ok(Ok(length)) = timeout(IDLE, server.recv(&mut buffer)).await {
-        let _ = socket.send_to(buffer.get(..length).unwrap_or_default(), client).await;
+    let from_server = |server: &UdpSocket, buffer: &mut [u8]| Ok((server.try_recv(buffer)?, ()));
+    while let Ok(Ok((datagram, ()))) = timeout(IDLE, receive(server, from_server)).await {
+        let _ = socket.send_to(&datagram, client).await;
     }
 }
