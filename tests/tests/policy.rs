@@ -764,3 +764,57 @@ fn policies_apply_to_services_where_bridged_frames_are_translated() {
         create_network(lab, "pods", FLAT).unwrap();
     });
 }
+
+/// A policy that allows 3,000 IPv4 and 3,000 IPv6 blocks at 30 ports, with the blocks of both families that contain the
+/// endpoints and an excluded prefix in each.
+fn many_blocks() -> Value {
+    let v4 =
+        (0..3000).map(|n| json!({"ipBlock": {"cidr": format!("172.{}.{}.0/24", 32 + n / 200, n % 200)}}));
+    let v6 = (0..3000).map(|n| json!({"ipBlock": {"cidr": format!("2001:db8:{:x}::/48", 2 * n)}}));
+    let here = [
+        json!({"ipBlock": {"cidr": "10.60.0.0/16", "except": ["10.60.0.6/32"]}}),
+        json!({"ipBlock": {"cidr": "fd60::/64", "except": ["fd60::6/128"]}}),
+    ];
+    let from: Vec<Value> = v4.chain(v6).chain(here).collect();
+    let ports: Vec<Value> = (0..30).map(|n| json!({"port": 5400 + 2 * n})).collect();
+    let spec = json!({"podSelector": {"matchLabels": {"app": "database"}}, "ingress": [{"from": from, "ports": ports}]});
+    policy("default", "many", spec)
+}
+
+#[test]
+fn policy_of_thousands_of_blocks_and_many_ports_is_a_rule_for_each_address_family() {
+    let lab = start_lab(1).unwrap();
+    let host = &lab["h1"];
+    create_network(&lab, "pods", FLAT).unwrap();
+    let at = |n: u8| [format!("10.60.0.{n}"), format!("fd60::{n}")];
+    let [database, allowed, excluded] =
+        [("database", 4), ("allowed", 5), ("excluded", 6)].map(|(name, n)| {
+            let [v4, v6] = at(n);
+            attach(host, name, "pods", &["--ip", &v4, "--ip", &v6, "--label", &format!("app={name}")])
+                .unwrap()
+        });
+    let _servers = [5400, 5458, 5401].map(|port| database.workload.tcp_echo(port).unwrap());
+    apply(&lab, host, &many_blocks().to_string()).unwrap();
+    // Expected connections get the full timeout; a refused one leaves no event to wait for.
+    let short = Duration::from_millis(500);
+    wait_until(SOON, "the policy to be in force", || {
+        ensure!(!connects(&excluded, &database, 5400, short));
+        Ok(())
+    })
+    .unwrap();
+    assert!(connects(&allowed, &database, 5400, SOON) && connects(&allowed, &database, 5458, SOON));
+    for address in database.addresses() {
+        for (from, port) in [(&excluded, 5400), (&excluded, 5458), (&allowed, 5401)] {
+            let target = SocketAddr::new(address.parse().unwrap(), port);
+            let connected = from.workload.run(|| TcpStream::connect_timeout(&target, short).is_ok()).unwrap();
+            assert!(!connected, "{} to {target}", from.name);
+        }
+    }
+    let ruleset =
+        host.exec_ok(["nft", "list", "chain", "inet", "ovl-policy", "default/many/ingress"]).unwrap();
+    assert_eq!(ruleset.matches("goto pass.in").count(), 2, "a rule for each address family");
+    // The explanation reads the policy itself, so it also tells that the merged blocks mean the same.
+    let explained = rows(host, &["policy", "explain", "excluded", "database:5400"]).unwrap();
+    assert!(explained.iter().all(|row| row["passes"] == json!(false)), "{explained:?}");
+    wait_clean(lab.hosts(), SOON).unwrap();
+}

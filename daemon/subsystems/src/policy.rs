@@ -11,6 +11,7 @@ mod frames;
 mod index;
 mod ledger;
 pub mod members;
+mod merged;
 pub mod refused;
 pub mod resolver;
 mod rules;

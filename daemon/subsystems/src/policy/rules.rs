@@ -15,7 +15,8 @@
 use ovl_proto::resource::Protocol;
 
 use super::members::{self, GENERATION, MARK, MARK_MASK, family, short};
-use super::{Direction, Policies, Policy, Rule, RulePeer, RulePort, protocol_name};
+use super::merged::{Peers, Ports, merge};
+use super::{Direction, Policies, Policy, protocol_name};
 use ovl_dataplane::nft::{Chain, Object, Set, Skeleton};
 
 /// The size and timeout of the sets of refused connections.
@@ -222,24 +223,18 @@ fn handle(number: u32) -> String {
 }
 
 fn policy_chain(policies: &Policies, policy: &Policy, direction: Direction) -> Option<Chain> {
-    let rules = policy.rules(direction)?;
-    let lines: Vec<String> = rules.iter().flat_map(|rule| lines(policies, rule, direction)).collect();
+    let merged = merge(policy.rules(direction)?);
+    let lines: Vec<String> =
+        merged.iter().flat_map(|(ports, peers)| lines(policies, peers, ports, direction)).collect();
     Some(chain(&chain_of(policy, direction), None, &lines))
 }
 
 /// A part of a rule: the address family, `None` for both, and the text.
 type Match = (Option<bool>, String);
 
-fn lines(policies: &Policies, rule: &Rule, direction: Direction) -> Vec<String> {
-    let everything = || vec![(None, String::new())];
-    let peers: Vec<Match> = match rule.peers.is_empty() {
-        true => everything(),
-        false => rule.peers.iter().flat_map(|peer| peer_matches(policies, peer, direction)).collect(),
-    };
-    let ports: Vec<Match> = match rule.ports.is_empty() {
-        true => everything(),
-        false => rule.ports.iter().flat_map(|port| port_matches(policies, port)).collect(),
-    };
+fn lines(policies: &Policies, peers: &Peers, ports: &Ports, direction: Direction) -> Vec<String> {
+    let peers = peer_matches(policies, peers, direction);
+    let ports = port_matches(policies, ports);
     let mut lines = Vec::new();
     for (peers_family, peer) in &peers {
         for (ports_family, port) in &ports {
@@ -251,53 +246,61 @@ fn lines(policies: &Policies, rule: &Rule, direction: Direction) -> Vec<String> 
     lines
 }
 
-fn peer_matches(policies: &Policies, peer: &RulePeer, direction: Direction) -> Vec<Match> {
-    match peer {
-        RulePeer::Pods(place) => [true, false]
-            .iter()
-            .filter_map(|v4| {
-                let set = members::pods(policies, *place, *v4)?.name;
-                Some((Some(*v4), format!("{} @{set} ", other_end(direction, *v4))))
-            })
-            .collect(),
-        RulePeer::Block { cidr, except } => {
-            let v4 = cidr.addr().is_ipv4();
-            let end = other_end(direction, v4);
-            // nft takes no prefix of length 0.
-            let mut text = match (cidr.prefix_len(), v4) {
-                (0, true) => "meta nfproto ipv4 ".to_owned(),
-                (0, false) => "meta nfproto ipv6 ".to_owned(),
-                _ => format!("{end} {cidr} "),
-            };
-            if except.contains(cidr) {
-                return Vec::new();
-            }
-            if !except.is_empty() {
-                let except: Vec<String> = except.iter().map(ToString::to_string).collect();
-                text += &format!("{end} != {{ {} }} ", except.join(", "));
-            }
-            vec![(Some(v4), text)]
-        }
+/// Returns one of several values as nft writes it: a set if there are more than one.
+fn one_of(values: &[String]) -> String {
+    match values {
+        [value] => value.clone(),
+        values => format!("{{ {} }}", values.join(", ")),
     }
 }
 
-fn port_matches(policies: &Policies, port: &RulePort) -> Vec<Match> {
-    match port {
-        RulePort::All(protocol) => vec![(None, format!("meta l4proto {} ", protocol_name(*protocol)))],
-        RulePort::Range(protocol, first, last) => {
-            let ports = if first == last { first.to_string() } else { format!("{first}-{last}") };
-            vec![(None, format!("meta l4proto {} ct reply proto-src {ports} ", protocol_name(*protocol)))]
-        }
-        RulePort::Named(place) => [true, false]
-            .iter()
-            .filter_map(|v4| {
-                let set = members::port(policies, *place, *v4)?.name;
-                let protocol = protocol_name(policies.port(*place)?.1);
-                let text = format!("meta l4proto {protocol} {} . ct reply proto-src @{set} ", target(*v4));
-                Some((Some(*v4), text))
-            })
-            .collect(),
+fn peer_matches(policies: &Policies, peers: &Peers, direction: Direction) -> Vec<Match> {
+    if peers.everybody {
+        return vec![(None, String::new())];
     }
+    let mut matches = Vec::new();
+    for place in &peers.pods {
+        for v4 in [true, false] {
+            if let Some(Set { name, .. }) = members::pods(policies, *place, v4) {
+                matches.push((Some(v4), format!("{} @{name} ", other_end(direction, v4))));
+            }
+        }
+    }
+    for (v4, ranges) in [(true, &peers.v4), (false, &peers.v6)] {
+        if ranges.is_whole(v4) {
+            // nft takes no prefix of length 0.
+            matches.push((Some(v4), format!("meta nfproto {} ", if v4 { "ipv4" } else { "ipv6" })));
+        } else if !ranges.is_empty() {
+            let addresses = one_of(&ranges.addresses(v4));
+            matches.push((Some(v4), format!("{} {addresses} ", other_end(direction, v4))));
+        }
+    }
+    matches
+}
+
+fn port_matches(policies: &Policies, ports: &Ports) -> Vec<Match> {
+    if ports.any {
+        return vec![(None, String::new())];
+    }
+    let mut matches = Vec::new();
+    for protocol in &ports.protocols {
+        matches.push((None, format!("meta l4proto {} ", protocol_name(*protocol))));
+    }
+    for (protocol, numbers) in &ports.numbers {
+        let (protocol, numbers) = (protocol_name(*protocol), one_of(&numbers.ports()));
+        matches.push((None, format!("meta l4proto {protocol} ct reply proto-src {numbers} ")));
+    }
+    for place in &ports.named {
+        for v4 in [true, false] {
+            let set = members::port(policies, *place, v4).zip(policies.port(*place));
+            if let Some((Set { name, .. }, (_, protocol))) = set {
+                let protocol = protocol_name(protocol);
+                let text = format!("meta l4proto {protocol} {} . ct reply proto-src @{name} ", target(v4));
+                matches.push((Some(v4), text));
+            }
+        }
+    }
+    matches
 }
 
 /// Returns the rules that accept a connection and mark it, so that its later packets are accepted too. A mark of

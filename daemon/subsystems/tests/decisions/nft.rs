@@ -100,10 +100,14 @@ impl Run<'_> {
             ["meta", "l4proto", protocol, rest @ ..] => {
                 self.given(number(protocol) == self.packet.protocol, rest)
             }
-            ["ct", "reply", "proto-src", ports, rest @ ..] => {
-                let (first, last) = ports.split_once('-').unwrap_or((ports, ports));
-                let range = first.parse().unwrap()..=last.parse::<u16>().unwrap();
-                self.given(range.contains(&self.packet.port), rest)
+            ["ct", "reply", "proto-src", rest @ ..] => {
+                let (ports, rest) = values(rest);
+                let fits = ports.iter().any(|ports| {
+                    let (first, last) = ports.split_once('-').unwrap_or((ports, ports));
+                    let range = first.parse().unwrap()..=last.parse::<u16>().unwrap();
+                    range.contains(&self.packet.port)
+                });
+                self.given(fits, rest)
             }
             ["ct", "reply", family, "saddr", "ct", "reply", "proto-src", set, rest @ ..] => {
                 let fields =
@@ -116,19 +120,20 @@ impl Run<'_> {
                     both.is_some_and(|(a, b)| self.look_up(set, &[Field::Ip(a), Field::Ip(b)]).is_some());
                 self.given(found, rest)
             }
-            ["ct", way, family, "saddr", "!=", "{", rest @ ..] => {
-                let end = rest.iter().position(|word| *word == "}").unwrap();
-                let at = self.address(way, family);
-                let within =
-                    |word: &&str| word.trim_end_matches(',').parse::<IpNet>().unwrap().contains(&at.unwrap());
-                self.given(at.is_some() && !rest[..end].iter().any(within), &rest[end + 1..])
-            }
-            ["ct", way, family, "saddr", what, rest @ ..] => {
+            ["ct", way, family, "saddr", rest @ ..] => {
                 let Some(at) = self.address(way, family) else { return Verdict::Next };
-                let fits = match what.strip_prefix('@') {
-                    Some(_) => self.look_up(what, &[Field::Ip(at)]).is_some(),
-                    None => what.parse::<IpNet>().unwrap().contains(&at),
-                };
+                let (all, rest) = values(rest);
+                let fits = all.iter().any(|what| match (what.strip_prefix('@'), what.split_once('-')) {
+                    (Some(_), _) => self.look_up(what, &[Field::Ip(at)]).is_some(),
+                    (None, Some((first, last))) => {
+                        let [first, last] = [first, last].map(|end| end.parse::<IpAddr>().unwrap());
+                        (first..=last).contains(&at)
+                    }
+                    (None, None) => match what.parse::<IpNet>() {
+                        Ok(net) => net.contains(&at),
+                        Err(_) => what.parse::<IpAddr>().unwrap() == at,
+                    },
+                });
                 self.given(fits, rest)
             }
             // No packet of these tests is neighbour discovery.
@@ -154,6 +159,18 @@ impl Run<'_> {
         let set = self.skeleton.sets.iter().find(|set| set.name == name);
         let set = set.unwrap_or_else(|| panic!("no set {name}"));
         self.dataplane.elements.of(set)?.get(&Key::of(key)).cloned()
+    }
+}
+
+/// Splits off one value, or the values between braces.
+fn values<'a, 'w>(words: &'a [&'w str]) -> (Vec<&'w str>, &'a [&'w str]) {
+    match words {
+        ["{", rest @ ..] => {
+            let end = rest.iter().position(|word| *word == "}").unwrap();
+            (rest[..end].iter().map(|word| word.trim_end_matches(',')).collect(), &rest[end + 1..])
+        }
+        [one, rest @ ..] => (vec![*one], rest),
+        [] => panic!("no value"),
     }
 }
 
