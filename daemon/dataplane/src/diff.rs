@@ -25,15 +25,19 @@ pub fn diff(actual: &Dataplane, desired: &Dataplane, prune: bool) -> Vec<Op> {
         let closed = actual.localnets.difference(&desired.localnets);
         ops.extend(closed.map(|device| Op::Sysctl(SysctlOp::ForbidLocalnet(*device))));
     }
-    for (name, value) in &desired.sysctls {
-        if actual.sysctls.get(name) != Some(value) {
-            ops.push(Op::Sysctl(SysctlOp::Set { name: name.clone(), value: value.clone() }));
-        }
-    }
+    let differing = desired.sysctls.iter().filter(|(name, value)| actual.sysctls.get(*name) != Some(*value));
+    let setting = |(name, value): (&String, &String)| {
+        Op::Sysctl(SysctlOp::Set { name: name.clone(), value: value.clone() })
+    };
+    let (tracking, settings): (Vec<_>, Vec<_>) =
+        differing.partition(|(name, _)| name.starts_with("net.netfilter."));
+    ops.extend(settings.into_iter().map(setting));
     // A chain that has moved from one table to another is there twice in between, rather than not at all.
     let (written, others): (Vec<Op>, Vec<Op>) =
         tables(actual, desired, prune).into_iter().partition(|op| matches!(op, Op::Nft(NftOp::SetTable(..))));
     ops.extend(written);
+    // Settings of connection tracking exist once a table uses it.
+    ops.extend(tracking.into_iter().map(setting));
     match &desired.filter {
         Some(filter) if actual.filter.as_ref() != Some(filter) => {
             ops.push(Op::Nft(NftOp::SetBase(filter.clone())))

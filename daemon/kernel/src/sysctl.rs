@@ -9,7 +9,8 @@ use ovl_dataplane::device::Device;
 use super::error::{KernelError, Result};
 
 /// The sysctls that a dump contains.
-pub(super) const WATCHED: [&str; 2] = ["net.ipv4.ip_forward", FORWARDING_V6];
+pub(super) const WATCHED: [&str; 3] =
+    ["net.ipv4.ip_forward", FORWARDING_V6, "net.netfilter.nf_conntrack_tcp_be_liberal"];
 
 const FORWARDING_V6: &str = "net.ipv6.conf.all.forwarding";
 const CONF_V6: &str = "/proc/sys/net/ipv6/conf";

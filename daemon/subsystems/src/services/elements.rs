@@ -33,6 +33,11 @@ use self::context::{At, NetworkContext, of_family};
 use self::resolve::{Resolved, Slots};
 use self::skeleton::Sticky;
 
+/// Makes connection tracking take a TCP segment outside of the window for one of its connection. Otherwise such a segment
+/// of a backend is not translated back, and the client, who knows of no connection with the backend's address, resets it:
+/// the reset closes the connection, whose own address the backend has for it.
+const LIBERAL: &str = "net.netfilter.nf_conntrack_tcp_be_liberal";
+
 /// The owner of elements in the ledger.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 enum ElementOwner {
@@ -100,12 +105,18 @@ impl Services {
     /// Returns the data plane that was last planned.
     pub fn dataplane(&self) -> Dataplane {
         let (tables, elements) = (self.tables.clone(), self.ledger.wanted().clone());
-        let sysctls = self.forwarding().into_iter().map(|name| (name.to_owned(), "1".to_owned())).collect();
+        let sysctls = self.settings().map(|name| (name.to_owned(), "1".to_owned())).collect();
         let mut dataplane = Dataplane { tables, elements, sysctls, ..Dataplane::default() };
         for table in Table::ALL.into_iter().filter(|table| !self.tables.contains_key(table)) {
             dataplane.elements.forget(table);
         }
         dataplane
+    }
+
+    /// Returns the sysctls that the tables need, in the order in which they must be set.
+    fn settings(&self) -> impl Iterator<Item = &'static str> {
+        let liberal = self.tables.contains_key(&Table::Services).then_some(LIBERAL);
+        self.forwarding().into_iter().chain(liberal)
     }
 
     /// Returns the sysctl that relaying needs. `None` if nothing is relayed.
@@ -132,7 +143,7 @@ impl Services {
         context: bool,
     ) -> Vec<Op> {
         let mut names: BTreeSet<Name> = services.cloned().collect();
-        let forwarding = self.forwarding();
+        let settings: Vec<&str> = self.settings().collect();
         let mut changes = Vec::new();
         let is_first = !std::mem::replace(&mut self.started, true);
         let any = view.has_services();
@@ -161,13 +172,14 @@ impl Services {
         let now = self.skeletons();
         let was = std::mem::replace(&mut self.tables, now);
         let mut ops = Vec::new();
-        if let Some(name) = self.forwarding().filter(|name| Some(*name) != forwarding) {
-            ops.push(Op::Sysctl(SysctlOp::Set { name: name.to_owned(), value: "1".to_owned() }));
-        }
         for (table, skeleton) in &self.tables {
             if was.get(table) != Some(skeleton) {
                 ops.push(Op::Nft(NftOp::SetTable(*table, Arc::clone(skeleton))));
             }
+        }
+        // After the tables: the settings of connection tracking exist once it is used.
+        for name in self.settings().filter(|name| !settings.contains(name)) {
+            ops.push(Op::Sysctl(SysctlOp::Set { name: name.to_owned(), value: "1".to_owned() }));
         }
         let (deleted, new): (Vec<Op>, Vec<Op>) =
             changes.into_iter().partition(|op| matches!(op, Op::Nft(NftOp::DeleteElement(..))));
