@@ -185,6 +185,7 @@ fn a_backend_costs_a_few_elements_and_the_others_keep_their_numbers() {
 
 #[test]
 fn the_backends_follow_from_the_traffic_policies() {
+    let one = |element: &str| vec![element.to_owned()];
     let mut host = Host::new();
     host.world.view.networks.get_mut(&NET).unwrap().network.mode = Mode::L3;
     let both = json!({
@@ -205,13 +206,24 @@ fn the_backends_follow_from_the_traffic_policies() {
     assert_eq!(host.of("inside4"), ["10.96.0.10 . tcp . 80 : 10:0", "192.0.2.7 . tcp . 80 : 0:1"]);
     assert_eq!(host.of("outside4"), ["192.0.2.7 . tcp . 80 : 20:0"]);
     assert_eq!(host.of("ports4"), ["tcp . 30080 : 20:0"]);
+    // What comes from this host reaches it.
+    assert_eq!(
+        (host.of("own4"), host.of("own_ports4")),
+        (one("192.0.2.7 . tcp . 80 : 0:1"), one("tcp . 30080 : 3:1"))
+    );
+    assert_eq!(host.of("nodes4"), ["tcp . 30080 . 1:0 : 10.9.0.18 . 8080"]);
     // With a local backend too.
     host.world.attach(1, 1, WEB, true);
     host.plan(false);
     assert_eq!(host.of("inside4"), ["10.96.0.10 . tcp . 80 : 0:1", "192.0.2.7 . tcp . 80 : 0:2"]);
     assert_eq!(host.of("outside4"), ["192.0.2.7 . tcp . 80 : 1:1"]);
     assert_eq!(host.of("ports4"), ["tcp . 30080 : 2:1"]);
-    assert_eq!(host.of("nodes4"), ["tcp . 30080 . 0:0 : 10.9.0.9 . 8080"]);
+    assert_eq!(
+        (host.of("own4"), host.of("own_ports4")),
+        (one("192.0.2.7 . tcp . 80 : 0:2"), one("tcp . 30080 : 3:2"))
+    );
+    assert_eq!(host.of("nodes4").len(), 3);
+    assert!(host.of("nodes4").contains(&"tcp . 30080 . 0:0 : 10.9.0.9 . 8080".to_owned()));
     host.assert_sent();
     // Endpoints of a dead host are no backends.
     host.world.host(2, PeerState::Dead);
@@ -372,4 +384,39 @@ proptest! {
         prop_assert_eq!(counts(&anew.dataplane().elements), counts(&host.elements));
         prop_assert_eq!(local(&anew.dataplane().elements), local(&host.elements));
     }
+}
+
+#[test]
+fn on_a_switched_network_the_host_is_relayed_past_the_policy_local() {
+    let mut host = Host::new();
+    host.world.attach(2, 2, WEB, true);
+    let ports = json!([{ "port": 80, "targetPort": 8080, "nodePort": 30080 }]);
+    host.service(
+        "web",
+        web(json!({ "type": "NodePort", "externalIPs": ["192.0.2.7"], "externalTrafficPolicy": "Local", "ports": ports })),
+    );
+    host.plan(true);
+    host.assert_sent();
+    // Endpoints reach the backend itself, the host the node port of the backend's host, and clients outside nothing.
+    let has =
+        |set: &str, element: &str| assert!(host.of(set).contains(&element.to_owned()), "{:?}", host.of(set));
+    has("inside4", "192.0.2.7 . tcp . 80 : 0:1");
+    has("outside4", "192.0.2.7 . tcp . 80 : 20:0");
+    has("own4", "192.0.2.7 . tcp . 80 : 4:1");
+    has("backends4", "192.0.2.7 . tcp . 80 . 2:0 : 192.168.77.2 . 30080");
+    has("own_ports4", "tcp . 30080 : 3:1");
+    has("nodes4", "tcp . 30080 . 1:0 : 192.168.77.2 . 30080");
+    assert!(host.of("relayed4").is_empty());
+}
+
+#[test]
+fn connection_tracking_is_liberal_while_there_are_services() {
+    let mut host = Host::new();
+    assert!(host.plan(true).is_empty());
+    host.service("web", web(json!({})));
+    let sent = host.plan(false);
+    let at = |text: &str| sent.iter().position(|op| op.contains(text)).unwrap();
+    assert!(at("table inet ovl-services") < at("sysctl -w net.netfilter.nf_conntrack_tcp_be_liberal=1"));
+    assert_eq!(host.services.dataplane().sysctls.len(), 1);
+    assert!(host.plan(false).is_empty());
 }

@@ -12,7 +12,7 @@ use ovl_proto::resource::{IpFamily, Name, Protocol, Service, ServicePort, Traffi
 use super::context::{At, NetworkContext, of_family};
 use super::skeleton::{
     self, BACKENDS, BALANCERS, BackendKind, DROP, HAIRPIN, IDS, INSIDE, MAX_STICKY, NODE_IDS, NODE_STAY,
-    NODES, OUTSIDE, PORTS, REFUSE, RELAYED, ROUTED, STAY, Sticky,
+    NODES, OUTSIDE, OWN, OWN_PORTS, PORTS, REFUSE, RELAYED, ROUTED, STAY, Sticky,
 };
 use crate::services::divert;
 use ovl_cluster::backends::{Backend, Target, targets};
@@ -160,15 +160,29 @@ fn resolve_port(
     let is_local = service.spec.external_traffic_policy == TrafficPolicy::Local;
     let outside = if is_local { &local } else { &reached };
     let no_backend = if is_local && !all.is_empty() { DROP } else { REFUSE };
+    // The policy `Local` is about clients outside: what comes from this host reaches all backends, as in Kubernetes.
+    let own_differ = is_local && local != reached;
     for address in external {
-        out.address((Some(address), protocol, port.port), ipv4, &all, outside, no_backend);
+        let at = (Some(address), protocol, port.port);
+        out.address(at, ipv4, &all, outside, no_backend);
+        if own_differ {
+            out.own(at, ipv4, &all, &reached);
+        }
     }
     if let Some(node_port) = node_port {
-        out.node_port((None, protocol, node_port), ipv4, outside, no_backend);
-        let relayed = local.iter().filter(|target| !is_local && context.is_relayed(target.address)).copied();
-        out.relayed((None, protocol, node_port), ipv4, &relayed.collect::<Vec<_>>());
+        let at = (None, protocol, node_port);
+        out.node_port(at, ipv4, outside, no_backend);
+        if own_differ {
+            out.apart(&OWN_PORTS, at, ipv4, &reached);
+        }
+        if !is_local {
+            let relayed = local.iter().filter(|target| context.is_relayed(target.address)).copied();
+            out.apart(&RELAYED, at, ipv4, &relayed.collect::<Vec<_>>());
+        }
     }
-    for host in outside.iter().filter(|target| context.hosts.values().any(|host| *host == target.address)) {
+    let relays_to = |target: &&Target| context.hosts.values().any(|host| *host == target.address);
+    let used = if own_differ { &reached } else { outside };
+    for host in used.iter().filter(relays_to) {
         if let Some(own) = context.vtep {
             let to = IpNet::from(host.address);
             out.put(of_family(&ROUTED, ipv4), &[Field::Net(to)], Value::of(&[Field::Ip(own)]));
@@ -232,16 +246,27 @@ impl ElementWriter {
         self.flows(at, ipv4, &[outside]);
     }
 
-    /// Adds a node port for connections that remote hosts relay.
-    fn relayed(&mut self, at: At, ipv4: bool, here: &[Target]) {
+    /// Adds a node port for connections whose backends differ, to the map of these connections. A Service has one of the
+    /// two kinds.
+    fn apart(&mut self, map: &[Set; 2], at: At, ipv4: bool, targets: &[Target]) {
         let (_, protocol, port) = at;
-        if here.is_empty() {
+        if targets.is_empty() {
             return;
         }
-        let count = self.backends(at, ipv4, BackendKind::Relayed, here, REFUSE);
+        let count = self.backends(at, ipv4, BackendKind::Apart, targets, REFUSE);
         let key = [Field::Protocol(protocol), Field::Port(port)];
-        self.put(of_family(&RELAYED, ipv4), &key, Value::of(&[Field::Number(count)]));
-        self.flows(at, ipv4, &[here]);
+        self.put(of_family(map, ipv4), &key, Value::of(&[Field::Number(count)]));
+        self.flows(at, ipv4, &[targets]);
+    }
+
+    /// Adds a port at an external address for programs of this host. `inside` are the backends for endpoints.
+    fn own(&mut self, at: At, ipv4: bool, inside: &[Target], reached: &[Target]) {
+        let (Some(address), protocol, port) = at else { return };
+        let kind = if inside == reached { BackendKind::Inside } else { BackendKind::Own };
+        let count = self.backends(at, ipv4, kind, reached, REFUSE);
+        let key = [Field::Ip(address), Field::Protocol(protocol), Field::Port(port)];
+        self.put(of_family(&OWN, ipv4), &key, Value::of(&[Field::Number(count)]));
+        self.flows(at, ipv4, &[reached]);
     }
 
     /// Adds numbered backends, and returns the number that selects their chain.
@@ -259,8 +284,9 @@ impl ElementWriter {
         if now.is_empty() {
             return no_backend;
         }
-        let before = self.before.remove(&(at, ipv4, kind)).unwrap_or_default();
-        let numbered = number(&before, &now);
+        let before = self.before.remove(&(at, ipv4, kind)).or_else(|| self.after.remove(&(at, ipv4, kind)));
+        let numbered = number(&before.unwrap_or_default(), &now);
+        let identities = if self.affinity.is_some() { identities(&now) } else { BTreeMap::new() };
         let first = kind.first();
         let by_number = of_family(if kind.is_node() { &NODES } else { &BACKENDS }, ipv4).clone();
         let [ids, stay] = if kind.is_node() { [&NODE_IDS, &NODE_STAY] } else { [&IDS, &STAY] }

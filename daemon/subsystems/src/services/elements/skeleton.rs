@@ -40,6 +40,15 @@ pub(super) static PORTS: [Set; 2] = [
     set("ports4", &[Type::Protocol, Type::Port], COUNT, false),
     set("ports6", &[Type::Protocol, Type::Port], COUNT, false),
 ];
+/// Maps a port at an external address to its number of backends for programs of this host, if it has the policy `Local`
+/// and their backends differ.
+pub(super) static OWN: [Set; 2] = [set("own4", PORT4, COUNT, false), set("own6", PORT6, COUNT, false)];
+/// Maps a node port with the policy `Local` to its number of backends for endpoints and programs of this host, if their
+/// backends differ.
+pub(super) static OWN_PORTS: [Set; 2] = [
+    set("own_ports4", &[Type::Protocol, Type::Port], COUNT, false),
+    set("own_ports6", &[Type::Protocol, Type::Port], COUNT, false),
+];
 /// Maps a node port to its number of backends on switched networks of this host. Remote hosts relay connections to
 /// them.
 pub(super) static RELAYED: [Set; 2] = [
@@ -78,6 +87,10 @@ pub(super) static ROUTED: [Set; 2] = [
 /// The prefixes of all networks.
 pub(super) static OURS: [Set; 2] =
     [set("ours4", &[Type::Ipv4], Data::None, true), set("ours6", &[Type::Ipv6], Data::None, true)];
+
+/// The ranges of cluster addresses.
+pub(super) static RANGES: [Set; 2] =
+    [set("ranges4", &[Type::Ipv4], Data::None, true), set("ranges6", &[Type::Ipv6], Data::None, true)];
 
 /// Maps a port at an address with affinity and the number of a backend to the backend's identity, which is stable.
 pub(super) static IDS: [Set; 2] = [
@@ -120,13 +133,16 @@ pub(super) enum BackendKind {
     Outside,
     /// Clients at a node port.
     NodePort,
-    /// Connections that remote hosts relay to a node port. Numbers begin at [`SECOND_RANGE`].
-    Relayed,
+    /// Connections at a node port whose backends differ: those that remote hosts relay, or with the policy `Local` those
+    /// of endpoints and programs of this host. Numbers begin at [`SECOND_RANGE`].
+    Apart,
+    /// Programs of this host, at an external address with the policy `Local`. Numbers begin at [`THIRD_RANGE`].
+    Own,
 }
 
 /// All kinds.
-const KINDS: [BackendKind; 4] =
-    [BackendKind::Inside, BackendKind::Outside, BackendKind::NodePort, BackendKind::Relayed];
+const KINDS: [BackendKind; 5] =
+    [BackendKind::Inside, BackendKind::Outside, BackendKind::NodePort, BackendKind::Apart, BackendKind::Own];
 
 impl BackendKind {
     fn name(self) -> &'static str {
@@ -134,20 +150,22 @@ impl BackendKind {
             Self::Inside => "of",
             Self::Outside => "others",
             Self::NodePort => "nodes",
-            Self::Relayed => "relayed",
+            Self::Apart => "apart",
+            Self::Own => "own",
         }
     }
 
     /// Whether the kind is for node ports.
     pub(super) fn is_node(self) -> bool {
-        matches!(self, Self::NodePort | Self::Relayed)
+        matches!(self, Self::NodePort | Self::Apart)
     }
 
     /// Returns the number of the first backend.
     pub(super) fn first(self) -> u32 {
         match self {
             Self::Inside | Self::NodePort => 0,
-            Self::Outside | Self::Relayed => SECOND_RANGE,
+            Self::Outside | Self::Apart => SECOND_RANGE,
+            Self::Own => THIRD_RANGE,
         }
     }
 
@@ -161,9 +179,9 @@ impl BackendKind {
 pub(super) const MAX_STICKY: usize = 0xfff;
 
 impl Sticky {
-    /// Returns the number that selects the chain in maps.
+    /// Returns the number that selects the chain in maps. It is larger than all that select another chain.
     pub(super) fn number(self) -> u32 {
-        1 << 31 | (self.seconds & 0x1_ffff) << 14 | (self.kind as u32) << 12 | self.count
+        (self.kind as u32 + 1) << 29 | (self.seconds & 0x1_ffff) << 12 | self.count
     }
 
     fn chain(self) -> String {
@@ -187,6 +205,8 @@ pub(super) const REFUSE: u32 = 0x10 << 16;
 pub(super) const DROP: u32 = 0x20 << 16;
 /// The first number of backends of the second kind that shares a map.
 pub(super) const SECOND_RANGE: u32 = 1 << 16;
+/// The first number of backends of the third kind that shares a map.
+pub(super) const THIRD_RANGE: u32 = 2 << 16;
 
 /// Chains for up to this number of backends always exist.
 pub(super) const ALWAYS: u32 = 16;
@@ -200,8 +220,8 @@ pub(super) fn skeleton(counts: &BTreeSet<u32>, sticky: &BTreeSet<Sticky>) -> Ske
         (1..=ALWAYS).chain(counts.iter().copied().filter(|count| *count > ALWAYS)).collect();
     let mut sets: Vec<Set> = Vec::new();
     for pair in [
-        &INSIDE, &OUTSIDE, &BACKENDS, &PORTS, &NODES, &RELAYED, &BALANCERS, &HOSTS, &HAIRPIN, &GATEWAYS,
-        &ROUTED, &OURS,
+        &INSIDE, &OUTSIDE, &BACKENDS, &PORTS, &NODES, &OWN, &OWN_PORTS, &RELAYED, &BALANCERS, &HOSTS,
+        &HAIRPIN, &GATEWAYS, &ROUTED, &OURS, &RANGES,
     ] {
         sets.extend_from_slice(pair);
     }
@@ -223,30 +243,39 @@ pub(super) fn skeleton(counts: &BTreeSet<u32>, sticky: &BTreeSet<Sticky>) -> Ske
             vec![format!("meta priority set {ip} daddr . meta l4proto . th dport map @{set} goto pick")]
         })
     };
+    let local = |ip: &str, n: usize| {
+        let loopback = if n == 0 { "127.0.0.0/8" } else { "::1" };
+        format!("{ip} daddr != {loopback} fib daddr type local")
+    };
+    let port = "meta priority set meta l4proto . th dport map";
     chains.push(chain(
         "nodes",
         each(|ip, n| {
-            let loopback = if n == 0 { "127.0.0.0/8" } else { "::1" };
             let [ports, relayed, hosts] = [&PORTS, &RELAYED, &HOSTS].map(|sets| &sets[n].name);
-            let to = format!("{ip} daddr != {loopback} fib daddr type local");
-            let look = "meta priority set meta l4proto . th dport map";
+            let to = local(ip, n);
             vec![
-                format!("{ip} saddr @{hosts} {to} {look} @{relayed} goto pick"),
-                format!("{to} {look} @{ports} goto pick"),
+                format!("{ip} saddr @{hosts} {to} {port} @{relayed} goto pick"),
+                format!("{to} {port} @{ports} goto pick"),
             ]
         }),
     ));
-    let then = |mut rules: Vec<String>, last: &str| {
-        rules.push(last.to_owned());
+    // What comes from this host gets through its node ports in any case, as in Kubernetes.
+    let mut nearby = each(|ip, n| vec![format!("{} {port} @{} goto pick", local(ip, n), OWN_PORTS[n].name)]);
+    nearby.push("goto nodes".to_owned());
+    chains.push(chain("nearby", nearby));
+    // At the host's own addresses there are only node ports. Those of LoadBalancers that it announces are the exception.
+    let first = |nodes: &str, sets: &[&'static [Set; 2]]| {
+        let mut rules = each(|ip, n| {
+            let balancers = &BALANCERS[n].name;
+            vec![format!("{ip} daddr != @{balancers} fib daddr type local goto {nodes}")]
+        });
+        rules.extend(sets.iter().copied().flat_map(look));
+        rules.push(format!("goto {nodes}"));
         rules
     };
-    // At the host's own addresses there are only node ports. Those of LoadBalancers that it announces are the exception.
-    let own = each(|ip, n| {
-        let balancers = &BALANCERS[n].name;
-        vec![format!("{ip} daddr != @{balancers} fib daddr type local goto nodes")]
-    });
-    chains.push(chain("inside", then([own.clone(), look(&INSIDE)].concat(), "goto nodes")));
-    chains.push(chain("outside", then([own, look(&OUTSIDE), look(&INSIDE)].concat(), "goto nodes")));
+    chains.push(chain("inside", first("nearby", &[&INSIDE])));
+    chains.push(chain("outside", first("nodes", &[&OUTSIDE, &INSIDE])));
+    chains.push(chain("own", first("nearby", &[&OWN, &OUTSIDE, &INSIDE])));
     // Before address translation of other programs at the usual priority.
     let hooked = |name: &str, hook: &str, rules| Chain {
         hook: Some(format!("{hook}; policy accept;")),
@@ -260,8 +289,16 @@ pub(super) fn skeleton(counts: &BTreeSet<u32>, sticky: &BTreeSet<Sticky>) -> Ske
     chains.push(hooked(
         "output",
         "type nat hook output priority -105",
-        vec![format!("meta mark & {OWN_SOCKET:#x} != 0 return"), "goto outside".to_owned()],
+        vec![format!("meta mark & {OWN_SOCKET:#x} != 0 return"), "goto own".to_owned()],
     ));
+    // After address translation of other programs: what none of them has translated is refused, rather than sent by the
+    // default route. An address of this host is another program's, such as that of kube-proxy in IPVS mode.
+    let unused =
+        each(|ip, n| vec![format!("{ip} daddr @{} fib daddr type != local goto refuse", RANGES[n].name)]);
+    let mut unused_own = unused.clone();
+    unused_own.insert(0, format!("meta mark & {OWN_SOCKET:#x} != 0 return"));
+    chains.push(hooked("unused", "type nat hook prerouting priority dstnat + 10", unused));
+    chains.push(hooked("unused_own", "type nat hook output priority -90", unused_own));
     // A host that relays a packet back by its input interface sends a redirect. The sender must not get it. The mark
     // is for packets whose output interface was not yet an overlay network's when they passed the base table.
     chains.push(hooked(
@@ -286,7 +323,7 @@ fn each<T>(rules: impl Fn(&str, usize) -> Vec<T>) -> Vec<T> {
 }
 
 /// Returns the chains that choose one of `count` backends with equal probability.
-fn of_count(count: u32) -> [Chain; 4] {
+fn of_count(count: u32) -> [Chain; KINDS.len()] {
     KINDS.map(|kind| {
         let rules = each(|ip, n| {
             let (sets, at) =
