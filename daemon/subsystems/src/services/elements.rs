@@ -154,7 +154,8 @@ impl Services {
                 self.context = context;
                 names.extend(view.resources.services().keys().cloned());
             }
-            changes.extend(self.ledger.set(&ElementOwner::Host, host(view, &self.context)));
+            let host = host(view, &self.context, &self.ranges);
+            changes.extend(self.ledger.set(&ElementOwner::Host, host));
             changes.extend(self.endpoints(view));
         }
         for name in names {
@@ -311,8 +312,12 @@ fn endpoint_part(endpoint: &Endpoint) -> Entries {
 }
 
 /// Returns the elements that follow from networks and hosts alone.
-fn host(view: &View, context: &NetworkContext) -> Entries {
+fn host(view: &View, context: &NetworkContext, ranges: &Ranges) -> Entries {
     let mut entries = Entries::new();
+    for range in &ranges.services {
+        let set = of_family(&skeleton::RANGES, range.addr().is_ipv4()).clone();
+        entries.insert((set, Key::of(&[Field::Net(*range)])), Value::None);
+    }
     for address in context.hosts.values() {
         let set = of_family(&skeleton::HOSTS, address.is_ipv4()).clone();
         entries.insert((set, Key::of(&[Field::Ip(*address)])), Value::None);
