@@ -1,15 +1,21 @@
 //! Services: types and fields, on switched and routed networks, and connections while backends, hosts and daemons fail.
 
-use std::collections::BTreeMap;
-use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::{self, Read as _, Write as _};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
+use std::os::fd::AsRawFd as _;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use netns_lab::{Host, Lab, Netns, wait_until};
+use nix::libc;
+use nix::sys::socket::{
+    AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, SockaddrIn, sendto, socket,
+};
 use ovl_tests::routed::create_routed_network;
 use ovl_tests::service::{Connection, NamedServer, UdpClient, apply, ask, wait_answers};
 use ovl_tests::{Attached, SOON, attach, create_network, start_lab, text, wait_clean};
+use serde_json::json;
 
 const MODES: [&str; 2] = ["l2", "l3"];
 
@@ -358,4 +364,159 @@ fn backends_of_a_dead_host_are_removed() -> Result<()> {
         ensure!(!tables.contains("ovl-services") && !tables.contains("ovl-divert"), "{tables}");
         Ok(())
     })
+}
+
+/// Reads the next sequence number of a socket's queue (tcp(7), `TCP_REPAIR`): 1 is the receive queue, 2 the send queue.
+fn sequence(stream: &TcpStream, queue: libc::c_int) -> Result<u32> {
+    let set = |option, value: libc::c_int| -> Result<()> {
+        // SAFETY: the pointer is valid for a value of this length.
+        let done = unsafe {
+            let length = size_of::<libc::c_int>() as libc::socklen_t;
+            libc::setsockopt(stream.as_raw_fd(), libc::IPPROTO_TCP, option, (&raw const value).cast(), length)
+        };
+        ensure!(done == 0, "{}", io::Error::last_os_error());
+        Ok(())
+    };
+    set(libc::TCP_REPAIR, 1)?;
+    set(libc::TCP_REPAIR_QUEUE, queue)?;
+    let (mut sequence, mut length) = (0_u32, size_of::<u32>() as libc::socklen_t);
+    // SAFETY: both pointers are valid, and the value has this length.
+    let done = unsafe {
+        let (value, length) = ((&raw mut sequence).cast(), &raw mut length);
+        libc::getsockopt(stream.as_raw_fd(), libc::IPPROTO_TCP, libc::TCP_QUEUE_SEQ, value, length)
+    };
+    ensure!(done == 0, "{}", io::Error::last_os_error());
+    // -1 ends it without a window probe.
+    set(libc::TCP_REPAIR, -1)?;
+    Ok(sequence)
+}
+
+/// Sends an empty segment of a connection, with a sequence number far beyond the window.
+fn send_beyond_window(at: &Netns, stream: &TcpStream) -> Result<()> {
+    let (SocketAddr::V4(own), SocketAddr::V4(peer)) = (stream.local_addr()?, stream.peer_addr()?) else {
+        anyhow::bail!("not an IPv4 connection");
+    };
+    let mut segment = [own.port().to_be_bytes(), peer.port().to_be_bytes()].concat();
+    segment.extend(sequence(stream, 2)?.wrapping_add(10_000_000).to_be_bytes());
+    segment.extend(sequence(stream, 1)?.to_be_bytes());
+    // Five words of header, ACK, a window of 1000; checksum; no urgent data.
+    segment.extend([0x50, 0x10, 3, 232, 0, 0, 0, 0]);
+    let pseudo = [own.ip().octets(), peer.ip().octets(), [0, 6, 0, 20]].concat();
+    let words = pseudo.chunks(2).chain(segment.chunks(2));
+    let sum: u32 = words.map(|two| u32::from(u16::from_be_bytes([two[0], two[1]]))).sum();
+    let folded = (sum & 0xffff) + (sum >> 16);
+    let checksum = !((folded & 0xffff) + (folded >> 16)) as u16;
+    segment[16..18].copy_from_slice(&checksum.to_be_bytes());
+    at.run(|| -> Result<()> {
+        let raw = socket(AddressFamily::Inet, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::Tcp)?;
+        sendto(raw.as_raw_fd(), &segment, &SockaddrIn::from(peer), MsgFlags::empty())?;
+        Ok(())
+    })?
+}
+
+#[test]
+fn segment_beyond_the_window_does_not_reset_a_connection() -> Result<()> {
+    for mode in MODES {
+        let lab = start_lab(2)?;
+        let [h1, h2] = lab.hosts() else { unreachable!() };
+        network(&lab, mode)?;
+        apply(&lab, h1, &web(""))?;
+        let backend = attach(h1, "backend", "blue", &["--label", "app=web"])?;
+        let listener = backend.workload.run(|| TcpListener::bind(("0.0.0.0", 8080)))??;
+        let to = SocketAddr::new(addresses(&lab)?[0], 80);
+        ensure!(to.is_ipv4(), "{to}");
+        for host in [h1, h2] {
+            let client = attach(host, &format!("client-{}", host.name()), "blue", &[])?;
+            let mut near = wait_until(SOON, "a connection", || {
+                Ok(Some(client.workload.run(|| TcpStream::connect_timeout(&to, SOON))??))
+            })?;
+            let (mut far, _) = listener.accept()?;
+            for stream in [&near, &far] {
+                stream.set_read_timeout(Some(SOON))?;
+            }
+            for n in 0..3 {
+                send_beyond_window(&backend.workload, &far)?;
+                let mut byte = [0];
+                near.write_all(&[n])?;
+                far.read_exact(&mut byte).with_context(|| format!("{mode}: from {}", client.name))?;
+                far.write_all(&byte)?;
+                near.read_exact(&mut byte).with_context(|| format!("{mode}: to {}", client.name))?;
+            }
+        }
+        wait_clean(lab.hosts(), SOON)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn what_no_service_has_in_the_service_range_is_refused() -> Result<()> {
+    for mode in MODES {
+        let lab = start_lab(1)?;
+        let [h1] = lab.hosts() else { unreachable!() };
+        network(&lab, mode)?;
+        // Without a route, nothing would leave the host anyway.
+        for route in ["default", "::/0"] {
+            h1.exec_ok(["ip", "route", "replace", route, "dev", "eth0"])?;
+        }
+        apply(&lab, h1, &web(""))?;
+        apply(&lab, h1, &web("").replace("\"web\"}", "\"other\"}"))?;
+        let (_backend, _server) = backend(h1, "backend")?;
+        let client = attach(h1, "client", "blue", &[])?;
+        let used = addresses(&lab)?;
+        wait_answers(&client.workload, SocketAddr::new(used[0], 80), &["backend"])?;
+        let unused: [IpAddr; 2] = ["10.96.77.77".parse()?, "fd00:10:96::7777".parse()?];
+        let from: [&Netns; 2] = [&client.workload, h1];
+        for from in from {
+            for (address, port) in used.iter().map(|address| (*address, 81)).chain(unused.map(|at| (at, 80)))
+            {
+                refused_at(from, SocketAddr::new(address, port)).with_context(|| mode.to_owned())?;
+                // A program of the host learns it when it sends.
+                let asked = UdpClient::open(from, SocketAddr::new(address, port))?.ask();
+                let refused = [io::ErrorKind::ConnectionRefused, io::ErrorKind::PermissionDenied];
+                let is_refused = asked.as_ref().is_err_and(|error| refused.contains(&error.kind()));
+                ensure!(is_refused, "{mode}: UDP to {address}: {asked:?}");
+            }
+        }
+        // So are the addresses of a Service that is deleted.
+        h1.ctl_ok(&["delete", "svc", "web"])?;
+        for address in used {
+            wait_until(SOON, "a refusal", || refused_at(&client.workload, SocketAddr::new(address, 80)))?;
+        }
+        wait_clean(lab.hosts(), SOON)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn affinity_tells_backends_at_one_address_apart() -> Result<()> {
+    let lab = start_lab(1)?;
+    let [h1] = lab.hosts() else { unreachable!() };
+    network(&lab, "l3")?;
+    let at = attach(h1, "both", "blue", &[])?;
+    let _servers =
+        [NamedServer::start(&at.workload, "first", 8081)?, NamedServer::start(&at.workload, "second", 8082)?];
+    let slice = |name: &str, port: u16| {
+        json!({"apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4",
+            "metadata": {"name": name, "labels": {"kubernetes.io/service-name": "web"}},
+            "endpoints": [{"addresses": [at.address()]}], "ports": [{"name": "http", "port": port}]})
+    };
+    let service = json!({"apiVersion": "v1", "kind": "Service", "metadata": {"name": "web"},
+        "spec": {"sessionAffinity": "ClientIP", "ports": [{"name": "http", "port": 80}]}});
+    let list =
+        json!({"apiVersion": "v1", "kind": "List", "items": [service, slice("a", 8081), slice("b", 8082)]});
+    apply(&lab, h1, &list.to_string())?;
+    let to = SocketAddr::new(addresses(&lab)?[0], 80);
+    let mut seen = BTreeSet::new();
+    // The probability that 16 clients are all sent to one of two backends is 1 in 32,768.
+    for n in 0..16 {
+        let client = attach(h1, &format!("client-{n}"), "blue", &[])?;
+        let first = wait_until(SOON, "an answer", || Ok(Some(ask(&client.workload, to)?.name)))?;
+        for _ in 0..3 {
+            let now = ask(&client.workload, to)?.name;
+            ensure!(now == first, "{} moved from {first} to {now}", client.name);
+        }
+        seen.insert(first);
+    }
+    ensure!(seen.len() == 2, "all clients are with {seen:?}");
+    Ok(())
 }

@@ -1,6 +1,6 @@
 //! Services from outside and at external addresses: externalIPs, traffic policies, and SCTP.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
@@ -9,7 +9,7 @@ use anyhow::{Context as _, Result, ensure};
 use netns_lab::{Host, Lab, LabConfig, Netns, wait_until};
 use ovl_tests::ports::outsider;
 use ovl_tests::routed::create_routed_network;
-use ovl_tests::service::{Connection, NamedServer, apply, ask, wait_answers};
+use ovl_tests::service::{Connection, NamedServer, UdpClient, apply, ask, wait_answers};
 use ovl_tests::{
     Attached, SOON, attach, create_network, sctp, start_lab, start_lab_with, strings, text, wait_clean,
 };
@@ -224,5 +224,48 @@ fn remote_backends_of_switched_networks_are_reachable_from_outside() -> Result<(
     wait_clean(lab.hosts(), SOON)?;
     h2.destroy()?;
     wait_answers(&outside, external, &["one"])?;
+    wait_clean(lab.hosts(), SOON)
+}
+
+#[test]
+fn services_at_one_external_address_keep_their_own_affinity() -> Result<()> {
+    let lab =
+        start_lab_with(LabConfig::hosts(1).config("external_ranges = ['203.0.113.0/24', 'fd99::/64']"))?;
+    let [h1] = lab.hosts() else { unreachable!() };
+    create_routed_network(&lab, "blue", &SUBNETS)?;
+    let more = format!(
+        ",\"externalIPs\":[\"{EXTERNAL}\",\"fd99::7\"],\"sessionAffinity\":\"ClientIP\",\"ipFamilyPolicy\":\"PreferDualStack\""
+    );
+    let mut servers = Vec::new();
+    // The last two differ by their protocols alone.
+    for (name, port, protocol) in
+        [("one", 80, "TCP"), ("two", 81, "TCP"), ("three", 82, "TCP"), ("four", 82, "UDP")]
+    {
+        let text = service(name, name, &more);
+        let text = text.replace("\"port\":80", &format!("\"port\":{port},\"protocol\":\"{protocol}\""));
+        apply(&lab, h1, &text)?;
+        for n in 0..3 {
+            servers.push(backend(h1, &format!("{name}-{n}"), name)?);
+        }
+    }
+    let client = attach(h1, "client", "blue", &[])?;
+    for address in [EXTERNAL, "fd99::7"] {
+        let mut seen: BTreeMap<&str, BTreeSet<String>> = BTreeMap::new();
+        for round in 0..12 {
+            for (name, port) in [("one", 80), ("two", 81), ("three", 82), ("four", 82)] {
+                let to = SocketAddr::new(address.parse()?, port);
+                let ask = || -> Result<String> {
+                    match name {
+                        "four" => Ok(UdpClient::open(&client.workload, to)?.ask()?.name),
+                        _ => Ok(ask(&client.workload, to)?.name),
+                    }
+                };
+                let found =
+                    if round == 0 { wait_until(SOON, "an answer", || ask().map(Some))? } else { ask()? };
+                seen.entry(name).or_default().insert(found);
+            }
+        }
+        ensure!(seen.len() == 4 && seen.values().all(|backends| backends.len() == 1), "{address}: {seen:?}");
+    }
     wait_clean(lab.hosts(), SOON)
 }

@@ -293,8 +293,7 @@ impl ElementWriter {
             .map(|sets| of_family(sets, ipv4).clone());
         for (slot, (to, to_port)) in (first..).zip(&numbered) {
             let value = Value::of(&[Field::Ip(*to), Field::Port(*to_port)]);
-            if self.affinity.is_some() {
-                let id = identity(*to);
+            if let Some(&id) = identities.get(&(*to, *to_port)) {
                 self.put_at(&ids, at, slot, Value::of(&[Field::Number(id)]));
                 self.put_at(&stay, at, id, value);
             } else {
@@ -330,16 +329,51 @@ impl ElementWriter {
     }
 }
 
-/// Returns the identity of a backend for affinity: FNV-1a over its address. It is the same in every run, so that
-/// clients keep their backends while ovld restarts.
-fn identity(address: IpAddr) -> u32 {
-    let hash = |octets: &[u8]| {
+/// Returns the identities of backends for affinity: a hash of the address, the same in every run, so that clients keep
+/// their backends while ovld restarts. Of several backends at one address, in the order of their ports, the later ones
+/// have the next free numbers.
+fn identities(backends: &[Backing]) -> BTreeMap<Backing, u32> {
+    let mut taken = BTreeSet::new();
+    let mut all = BTreeMap::new();
+    for backing in backends.iter().collect::<BTreeSet<_>>() {
+        let mut id = hash(backing.0);
+        while !taken.insert(id) {
+            id = id.wrapping_add(1);
+        }
+        all.insert(*backing, id);
+    }
+    all
+}
+
+/// FNV-1a over an address.
+fn hash(address: IpAddr) -> u32 {
+    let of = |octets: &[u8]| {
         octets
             .iter()
             .fold(0x811c_9dc5_u32, |hash, octet| (hash ^ u32::from(*octet)).wrapping_mul(0x0100_0193))
     };
     match address {
-        IpAddr::V4(address) => hash(&address.octets()),
-        IpAddr::V6(address) => hash(&address.octets()),
+        IpAddr::V4(address) => of(&address.octets()),
+        IpAddr::V6(address) => of(&address.octets()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn backing(address: &str, port: u16) -> Backing {
+        (address.parse().unwrap(), port)
+    }
+
+    #[test]
+    fn backends_at_one_address_have_identities_of_their_own() {
+        let (a, b, c) = (backing("10.9.0.9", 8081), backing("10.9.0.9", 8082), backing("10.9.0.8", 8081));
+        let all = identities(&[b, a, c, a]);
+        assert_eq!(all.len(), 3);
+        assert_eq!(all.values().collect::<BTreeSet<_>>().len(), 3);
+        // A single one has the identity that follows from its address, at whichever port.
+        assert_eq!(identities(&[a])[&a], identities(&[b])[&b]);
+        assert_eq!((all[&a], all[&c]), (identities(&[a])[&a], identities(&[c])[&c]));
     }
 }

@@ -194,10 +194,6 @@ pub(super) fn number(kind: BackendKind, count: u32) -> u32 {
     (kind as u32) << 16 | count
 }
 
-fn family(n: usize) -> u8 {
-    if n == 0 { 4 } else { 6 }
-}
-
 /// The number for a port without backends: the connection is refused.
 pub(super) const REFUSE: u32 = 0x10 << 16;
 /// The number for a port with backends on other hosts only: the packet is dropped, so that a load balancer tries
@@ -232,7 +228,7 @@ pub(super) fn skeleton(counts: &BTreeSet<u32>, sticky: &BTreeSet<Sticky>) -> Ske
         for pair in [&IDS, &STAY, &NODE_IDS, &NODE_STAY] {
             sets.extend_from_slice(pair);
         }
-        objects.extend(each(clients));
+        objects.extend(clients());
         chains.extend(sticky.iter().flat_map(|sticky| staying(*sticky)));
     }
     chains.extend(counts.iter().flat_map(|count| of_count(*count)));
@@ -352,28 +348,68 @@ fn pick(counts: &[u32], sticky: &BTreeSet<Sticky>) -> Chain {
     chain("pick", vec![format!("meta priority vmap {{ {} }}", map.join(", "))])
 }
 
-/// Returns the key of a client and its destination, at an address or at a node port. `nft` limits it to 16 bytes: for
-/// IPv6 it has the lower 96 bits of the client's address, and the lower 32 bits of the Service's address or the port.
-fn client(n: usize, node: bool) -> &'static str {
-    match (n, node) {
-        (0, false) => "ip saddr . ip daddr",
-        (0, true) => "ip saddr . meta l4proto . th dport",
-        (_, false) => "@nh,96,96 . @nh,288,32",
-        (_, true) => "@nh,96,96 . th dport",
+/// Packets whose clients are in one map: the map's suffix, a match, and the keys of a client and its destination at an
+/// address and at a node port.
+#[derive(Debug, Clone, Copy)]
+struct Clients {
+    ip: &'static str,
+    family: u8,
+    suffix: &'static str,
+    of: &'static str,
+    at_address: &'static str,
+    at_node: &'static str,
+}
+
+/// The keys have the port, because Services can share an address: one of them must not replace what another one recorded.
+/// `nft` limits a key to 16 bytes. So for IPv6 there is a map for each protocol, and a key has only the lower 32 bits of the
+/// Service's address and the bits 48 to 79 and 96 to 127 of the client's (at a node port, 32 to 127).
+const CLIENTS_OF: [Clients; 4] = {
+    const V6: Clients = Clients {
+        ip: "ip6",
+        family: 6,
+        suffix: "",
+        of: "",
+        at_address: "@nh,112,32 . @nh,160,32 . @nh,288,32 . th dport",
+        at_node: "@nh,96,96 . th dport",
+    };
+    [
+        Clients {
+            ip: "ip",
+            family: 4,
+            suffix: "",
+            of: "meta nfproto ipv4",
+            at_address: "ip saddr . ip daddr . meta l4proto . th dport",
+            at_node: "ip saddr . meta l4proto . th dport",
+        },
+        Clients { suffix: "_tcp", of: "meta nfproto ipv6 meta l4proto tcp", ..V6 },
+        Clients { suffix: "_udp", of: "meta nfproto ipv6 meta l4proto udp", ..V6 },
+        Clients { suffix: "_sctp", of: "meta nfproto ipv6 meta l4proto sctp", ..V6 },
+    ]
+};
+
+impl Clients {
+    /// Returns the name of the map from clients to the identities of their backends.
+    fn map(&self, node: bool) -> String {
+        let prefix = if node { "node_" } else { "" };
+        format!("{prefix}clients{}{}", self.family, self.suffix)
+    }
+
+    fn key(&self, node: bool) -> &'static str {
+        if node { self.at_node } else { self.at_address }
     }
 }
 
 /// Returns the maps from clients to the identities of their backends. Packets fill them.
-fn clients(_: &str, n: usize) -> Vec<Object> {
-    let map = |name: &str, node| Object {
+fn clients() -> Vec<Object> {
+    let map = |clients: &Clients, node| Object {
         kind: "map",
-        name: format!("{name}{}", family(n)),
+        name: clients.map(node),
         body: format!(
             "typeof {} : meta priority\n\t\tsize {CLIENTS}\n\t\tflags dynamic,timeout",
-            client(n, node)
+            clients.key(node)
         ),
     };
-    vec![map("clients", false), map("node_clients", true)]
+    CLIENTS_OF.iter().flat_map(|clients| [map(clients, false), map(clients, true)]).collect()
 }
 
 /// Returns the chains of a kind of affinity. A known client goes to its earlier backend while that exists; otherwise a
@@ -381,44 +417,31 @@ fn clients(_: &str, n: usize) -> Vec<Object> {
 /// backend no longer exists is deleted first.
 fn staying(sticky: Sticky) -> [Chain; 2] {
     let Sticky { seconds, kind, count } = sticky;
-    let offset = kind.offset();
-    let parts = |ip: &str, n: usize| {
-        let node = kind.is_node();
-        let client = client(n, node);
-        let (prefix, at) = if node { ("node_", String::new()) } else { ("", format!("{ip} daddr . ")) };
-        let family = family(n);
-        let clients = format!("{prefix}clients{family}");
-        let update = format!("update @{clients} {{ {client} timeout {seconds}s : meta priority }}");
-        let delete = format!("delete @{clients} {{ {client} : meta priority }}");
-        let nfproto = if n == 0 { "meta nfproto ipv4" } else { "meta nfproto ipv6" };
-        let known = format!("{nfproto} meta priority set {client} map @{clients}");
-        let fresh = format!(
-            "{nfproto} meta priority set numgen random mod {count}{offset} \
-             meta priority set {at}meta l4proto . th dport . meta priority map @{prefix}ids{family}"
-        );
-        let go =
-            format!("dnat {ip} to {at}meta l4proto . th dport . meta priority map @{prefix}stay{family}");
-        (known, fresh, update, delete, go, nfproto)
-    };
+    let (node, offset) = (kind.is_node(), kind.offset());
     let name = sticky.chain();
     let follow = format!("{name}_follow");
-    let jump = follow.clone();
-    [
-        chain(
-            &follow,
-            each(|ip, n| {
-                let (_, _, update, delete, go, nfproto) = parts(ip, n);
-                vec![format!("{nfproto} {update}"), format!("{nfproto} {go}"), format!("{nfproto} {delete}")]
-            }),
-        ),
-        chain(
-            &name,
-            each(|ip, n| {
-                let (known, fresh, update, _, go, _) = parts(ip, n);
-                vec![format!("{known} jump {jump}"), format!("{fresh} {update} {go}")]
-            }),
-        ),
-    ]
+    let (mut following, mut choosing) = (Vec::new(), Vec::new());
+    for of in &CLIENTS_OF {
+        let Clients { ip, family, of: packets, .. } = *of;
+        let (map, client) = (of.map(node), of.key(node));
+        let (prefix, at) = if node { ("node_", String::new()) } else { ("", format!("{ip} daddr . ")) };
+        let backend = format!("{at}meta l4proto . th dport . meta priority map");
+        let update = format!("update @{map} {{ {client} timeout {seconds}s : meta priority }}");
+        let go = format!("dnat {ip} to {backend} @{prefix}stay{family}");
+        following.extend([
+            format!("{packets} {update}"),
+            format!("{packets} {go}"),
+            format!("{packets} delete @{map} {{ {client} : meta priority }}"),
+        ]);
+        choosing.extend([
+            format!("{packets} meta priority set {client} map @{map} jump {follow}"),
+            format!(
+                "{packets} meta priority set numgen random mod {count}{offset} \
+                 meta priority set {backend} @{prefix}ids{family} {update} {go}"
+            ),
+        ]);
+    }
+    [chain(&follow, following), chain(&name, choosing)]
 }
 
 /// Returns the rules for source addresses. They are kept, with two exceptions: a backend that reaches itself, and a
