@@ -75,6 +75,10 @@ pub(crate) enum Code {
     HealthPort,
     /// A Service names an address or port that this host does not translate.
     ServiceDenied,
+    /// A Service waits for an address, because the load balancer pool is used up.
+    PoolUsedUp,
+    /// A range of Service addresses overlaps a network.
+    PoolOverlap,
     /// Another program's firewall drops packets.
     Firewall,
     /// The resolver is not running.
@@ -131,6 +135,8 @@ impl Code {
         Self::HealthPort,
         Self::Firewall,
         Self::ServiceDenied,
+        Self::PoolUsedUp,
+        Self::PoolOverlap,
         Self::ResolverDown,
         Self::UpstreamResolver,
         Self::ResolverShare,
@@ -179,6 +185,8 @@ impl Code {
             Self::HealthPort => "OVL-E061",
             Self::Firewall => "OVL-E062",
             Self::ServiceDenied => "OVL-E063",
+            Self::PoolUsedUp => "OVL-E064",
+            Self::PoolOverlap => "OVL-E065",
             Self::ResolverDown => "OVL-E070",
             Self::UpstreamResolver => "OVL-E071",
             Self::ResolverShare => "OVL-E072",
@@ -228,6 +236,8 @@ impl Code {
             | Self::BridgeConflict
             | Self::NotEncrypted
             | Self::ServiceDenied
+            | Self::PoolUsedUp
+            | Self::PoolOverlap
             | Self::UpstreamResolver
             | Self::ResolverShare
             | Self::ResolvConf

@@ -10,8 +10,10 @@ use anyhow::{Context as _, Result, ensure};
 use netns_lab::{Host, Lab, LabConfig, Netns, Underlay, wait_until};
 use ovl_tests::ports::outsider;
 use ovl_tests::routed::create_routed_network;
-use ovl_tests::service::{Connection, NamedServer, apply, ask, wait_answers};
-use ovl_tests::{Attached, SOON, attach, create_network, start_lab_with, strings, text, wait_clean};
+use ovl_tests::service::{Connection, NamedServer, UdpClient, apply, ask, wait_answers};
+use ovl_tests::{
+    Attached, SOON, attach, create_network, problems, start_lab_with, strings, text, wait_clean, wait_problem,
+};
 use serde_json::Value;
 
 const POOL: &str = "load_balancer_pool = [\"192.168.77.224/29\", \"fd77::e0/124\"]";
@@ -251,4 +253,132 @@ fn address_returns_to_its_holder_after_a_partition() -> Result<()> {
     lab.heal()?;
     ensure!(wait_announced(&lab, to, &names)? == holder);
     Ok(())
+}
+
+#[test]
+fn external_traffic_policy_local_leaves_all_backends_to_what_comes_from_this_host() -> Result<()> {
+    for mode in ["l2", "l3"] {
+        let lab = lab(2)?;
+        let [h1, h2] = lab.hosts() else { unreachable!() };
+        match mode {
+            "l2" => create_network(&lab, "blue", &SUBNETS)?,
+            _ => create_routed_network(&lab, "blue", &SUBNETS)?,
+        }
+        let service = web(",\"externalTrafficPolicy\":\"Local\"");
+        apply(&lab, h1, &service.replace("8080}", "8080,\"nodePort\":30080}"))?;
+        let (_two, _server) = backend(h2, "two")?;
+        let near = attach(h1, "near", "blue", &[])?;
+        let client = outsider(&lab)?;
+        let balanced = ingress(h1)?[0];
+        let [own, other] = [h1, h2].map(|host| host.address().map(|address| SocketAddr::new(address, 30080)));
+        let (own, other) = (own?, other?);
+        wait_announced(&lab, balanced, &["h2"])?;
+        wait_answers(&client, other, &["two"])?;
+        // As with kube-proxy, the policy is about clients outside.
+        let from: [(&Netns, &str); 2] = [(&near.workload, "an endpoint"), (h1, "the host")];
+        for (from, name) in from {
+            for to in [own, SocketAddr::new(balanced, 80)] {
+                wait_answers(from, to, &["two"]).with_context(|| format!("{mode}: from {name} to {to}"))?;
+            }
+        }
+        // These still get no answer from a host without a backend, and keep their address elsewhere.
+        let dropped = client.run(|| TcpStream::connect_timeout(&own, Duration::from_secs(1)))?;
+        ensure!(
+            dropped.is_err_and(|error| error.kind() == std::io::ErrorKind::TimedOut),
+            "{mode}: from outside"
+        );
+        let seen = ask(&client, SocketAddr::new(balanced, 80))?.seen;
+        ensure!(seen.to_string() == "192.168.77.250", "{mode}: the source became {seen}");
+        wait_clean(lab.hosts(), SOON)?;
+    }
+    Ok(())
+}
+
+/// A Service of type LoadBalancer for pods with the label `app: NAME`, with this port and these additional fields.
+fn balancer(name: &str, port: u16, protocol: &str, more: &str) -> String {
+    format!(
+        "{{\"apiVersion\":\"v1\",\"kind\":\"Service\",\"metadata\":{{\"name\":\"{name}\"}},\"spec\":{{
+            \"type\":\"LoadBalancer\",\"selector\":{{\"app\":\"{name}\"}},
+            \"ports\":[{{\"port\":{port},\"protocol\":\"{protocol}\",\"targetPort\":8080}}]{more}}}}}"
+    )
+}
+
+#[test]
+fn services_share_an_address_at_different_ports_and_protocols() -> Result<()> {
+    let lab = lab(3)?;
+    let [h1, h2, h3] = lab.hosts() else { unreachable!() };
+    create_network(&lab, "blue", &SUBNETS)?;
+    let asks = ",\"loadBalancerIP\":\"192.168.77.228\"";
+    let address: IpAddr = "192.168.77.228".parse()?;
+    // Both have their backends on the same two hosts of three, but not on a third.
+    let mut servers = Vec::new();
+    for (name, protocol) in [("dns-tcp", "TCP"), ("dns-udp", "UDP")] {
+        apply(&lab, h1, &balancer(name, 53, protocol, asks))?;
+        for host in [h2, h3] {
+            let own = format!("{name}-{}", host.name());
+            let at = attach(host, &own, "blue", &["--label", &format!("app={name}")])?;
+            servers.push((NamedServer::start(&at.workload, &own, 8080)?, at));
+        }
+    }
+    // One host announces it for both, and a Service that asks for none gets another one.
+    apply(&lab, h2, &web(""))?;
+    ensure!(ingress(h2)?.iter().all(|other| *other != address), "{:?}", ingress(h2)?);
+    wait_until(SOON, "one host to announce the address", || {
+        let holders = holders(&lab, address)?;
+        ensure!(holders.len() == 1 && holders != ["h1"], "{holders:?}");
+        Ok(())
+    })?;
+    let client = outsider(&lab)?;
+    let at = SocketAddr::new(address, 53);
+    wait_until(SOON, "an answer over TCP", || {
+        let name = ask(&client, at)?.name;
+        ensure!(name.starts_with("dns-tcp"), "{name}");
+        Ok(())
+    })?;
+    wait_until(SOON, "an answer over UDP", || {
+        let name = UdpClient::open(&client, at)?.ask()?.name;
+        ensure!(name.starts_with("dns-udp"), "{name}");
+        Ok(())
+    })?;
+    let refused = apply(&lab, h1, &balancer("late", 53, "UDP", asks)).err().context("the port is taken")?;
+    let reason = "192.168.77.228 port 53/UDP is in use by Service default/dns-udp";
+    ensure!(format!("{refused:#}").contains(reason), "{refused:#}");
+    // The other one keeps the address.
+    h1.ctl_ok(&["delete", "svc", "dns-udp"])?;
+    let late = || apply(&lab, h3, &balancer("late", 53, "UDP", asks)).map(drop);
+    wait_until(SOON, "the port to be free", late)?;
+    ensure!(ask(&client, at)?.name.starts_with("dns-tcp"));
+    wait_clean(lab.hosts(), SOON)
+}
+
+#[test]
+fn service_waits_for_an_address_while_the_pool_is_used_up() -> Result<()> {
+    let lab = start_lab_with(LabConfig::hosts(2).config("load_balancer_pool = [\"192.168.77.228/32\"]"))?;
+    let [h1, h2] = lab.hosts() else { unreachable!() };
+    create_routed_network(&lab, "blue", &SUBNETS)?;
+    let plain = balancer("plain", 80, "TCP", "").replace("LoadBalancer", "ClusterIP");
+    let all = [balancer("first", 80, "TCP", ""), balancer("web", 80, "TCP", ""), plain].join("\n---\n");
+    apply(&lab, h1, &all)?;
+    let (_one, _server) = backend(h2, "one")?;
+    for host in lab.hosts() {
+        wait_problem(host, &["waits for an IPv4 address", "load_balancer_pool"], SOON)?;
+        let status = host.ctl_ok(&["status"])?;
+        ensure!(status.contains("OVL-E064") && status.contains("Service default/web"), "{status}");
+    }
+    let shown = h2.ctl_ok(&["get", "svc"])?;
+    let line = |name: &str| shown.lines().find(|line| line.starts_with(name)).unwrap_or_default().to_owned();
+    ensure!(line("web").contains("<pending>") && line("first").contains("192.168.77.228"), "{shown}");
+    ensure!(line("plain").contains("ClusterIP"), "{shown}");
+    ensure!(h2.ctl_ok(&["describe", "svc", "web"])?.contains("Note:"), "describe says why");
+    h2.ctl_ok(&["delete", "svc", "first"])?;
+    let client = outsider(&lab)?;
+    wait_answers(&client, SocketAddr::new("192.168.77.228".parse()?, 80), &["one"])?;
+    for host in lab.hosts() {
+        wait_until(SOON, "the problem to end", || {
+            let found = problems(host)?;
+            ensure!(!found.iter().any(|problem| problem.contains("waits for")), "{found:?}");
+            Ok(())
+        })?;
+    }
+    wait_clean(lab.hosts(), SOON)
 }

@@ -7,15 +7,18 @@ use std::net::IpAddr;
 
 use ovl_proto::resource::{Created, Kind, Name, Protocol, ResourceKey, Service, ServiceType};
 
-/// An address or port that only one Service may have.
+/// An address or port that only one Service may have. An address of a LoadBalancer can have several, at different ports.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Claim {
-    /// A cluster IP, or an address of a LoadBalancer.
+    /// A cluster IP.
     Address(IpAddr),
     /// A node port, for all protocols.
     NodePort(u16),
     /// A port at an external address. Other Services may have other ports of the address.
     External(IpAddr, Protocol, u16),
+    /// A port at an address of a LoadBalancer. Other Services of type LoadBalancer may have other ports of the address, and
+    /// no Service can have it as an external address.
+    Balancer(IpAddr, Protocol, u16),
 }
 
 impl std::fmt::Display for Claim {
@@ -23,17 +26,25 @@ impl std::fmt::Display for Claim {
         match self {
             Self::Address(address) => address.fmt(f),
             Self::NodePort(port) => write!(f, "node port {port}"),
-            Self::External(address, protocol, port) => write!(f, "{address} port {port}/{protocol}"),
+            Self::External(address, protocol, port) | Self::Balancer(address, protocol, port) => {
+                write!(f, "{address} port {port}/{protocol}")
+            }
         }
     }
 }
 
 /// Returns what a Service claims.
 pub fn claims_of(service: &Service) -> BTreeSet<Claim> {
-    let addresses = service.cluster_addresses().chain(service.load_balancer_addresses());
+    let addresses = service.cluster_addresses().map(Claim::Address);
+    let balanced = service.load_balancer_addresses().flat_map(|address| balancers_of(service, address));
     let ports = service.spec.ports.iter().filter_map(|port| port.node_port);
-    let ports = ports.chain(service.spec.health_check_node_port);
-    addresses.map(Claim::Address).chain(ports.map(Claim::NodePort)).chain(externals_of(service)).collect()
+    let ports = ports.chain(service.spec.health_check_node_port).map(Claim::NodePort);
+    addresses.chain(balanced).chain(ports).chain(externals_of(service)).collect()
+}
+
+/// Returns the ports that a Service claims at an address of a LoadBalancer.
+pub fn balancers_of(service: &Service, address: IpAddr) -> impl Iterator<Item = Claim> {
+    service.spec.ports.iter().map(move |port| Claim::Balancer(address, port.protocol, port.port))
 }
 
 /// Returns the ports at external addresses that a Service claims.
@@ -44,7 +55,7 @@ fn externals_of(service: &Service) -> impl Iterator<Item = Claim> {
     service.spec.external_ips.iter().copied().flat_map(ports)
 }
 
-/// Returns a Service without its lost claims.
+/// Returns a Service without its lost claims. If it lost a port at an address of a LoadBalancer, it loses the address.
 fn without(service: &Service, lost: &BTreeSet<Claim>) -> Service {
     let mut service = service.clone();
     let kept = |address: IpAddr| !lost.contains(&Claim::Address(address));
@@ -56,8 +67,39 @@ fn without(service: &Service, lost: &BTreeSet<Claim>) -> Service {
     }
     let health = &mut spec.health_check_node_port;
     *health = health.filter(|port| !lost.contains(&Claim::NodePort(*port)));
-    service.status.load_balancer.ingress.retain(|ingress| kept(ingress.ip));
+    let lost_at: BTreeSet<IpAddr> = lost.iter().filter_map(Claim::balancer).collect();
+    service.status.load_balancer.ingress.retain(|ingress| !lost_at.contains(&ingress.ip));
     service
+}
+
+/// Whether a Service lacks an address of a LoadBalancer of one of its address families.
+fn waits(service: &Service) -> bool {
+    service.spec.kind == ServiceType::LoadBalancer && service.lacking_families().next().is_some()
+}
+
+impl Claim {
+    /// Returns the address of a LoadBalancer. `None` for other claims.
+    fn balancer(&self) -> Option<IpAddr> {
+        match self {
+            Self::Balancer(address, ..) => Some(*address),
+            Self::Address(_) | Self::NodePort(_) | Self::External(..) => None,
+        }
+    }
+
+    /// Returns the address, whatever is claimed of it.
+    fn address(&self) -> Option<IpAddr> {
+        match self {
+            Self::Address(address) | Self::External(address, ..) | Self::Balancer(address, ..) => {
+                Some(*address)
+            }
+            Self::NodePort(_) => None,
+        }
+    }
+
+    /// Returns the first and the last claim of ports at an address of a LoadBalancer, in their order.
+    pub fn balancers_at(address: IpAddr) -> std::ops::RangeInclusive<Self> {
+        Self::Balancer(address, Protocol::Tcp, 0)..=Self::Balancer(address, Protocol::Sctp, u16::MAX)
+    }
 }
 
 /// The claims of all Services. A Service that lost a claim works without it until the coordinator has allocated
@@ -67,7 +109,7 @@ pub struct Claims {
     all: BTreeMap<Claim, BTreeSet<(Created, Name)>>,
     /// Services that lost a claim, as they were written.
     contested: BTreeMap<Name, Service>,
-    /// LoadBalancers without an address.
+    /// LoadBalancers that lack an address of one of their address families.
     waiting: BTreeSet<Name>,
 }
 
@@ -81,7 +123,8 @@ impl Claims {
     fn other_at(&self, name: &Name, claim: Claim) -> Option<&Name> {
         let Claim::External(address, ..) = claim else { return None };
         let holders = [self.holder(Claim::Address(address)), self.holder(claim)];
-        holders.into_iter().flatten().find(|holder| *holder != name)
+        let holders = holders.into_iter().flatten().chain(self.balancers_at(address));
+        holders.into_iter().find(|holder| *holder != name)
     }
 
     /// Whether a Service holds a port at an external address: no other Service has the whole address, and no older
@@ -107,9 +150,28 @@ impl Claims {
         here.flat_map(|(_, claimants)| claimants)
     }
 
+    /// Returns the Services that claim ports at an address of a LoadBalancer, once for each port.
+    pub fn balancers_at(&self, address: IpAddr) -> impl Iterator<Item = &Name> {
+        self.all
+            .range(Claim::balancers_at(address))
+            .flat_map(|(_, claimants)| claimants)
+            .map(|(_, name)| name)
+    }
+
+    /// Whether a Service may have what it claims: no other Service has it, and none has the address as its cluster IP.
+    fn has(&self, name: &Name, claim: Claim) -> bool {
+        let whole = claim.balancer().and_then(|address| self.holder(Claim::Address(address)));
+        self.holder(claim) == Some(name) && whole.is_none_or(|holder| holder == name)
+    }
+
     /// Returns a Service as it was written, if it lost a claim.
     pub fn contested(&self, name: &Name) -> Option<&Service> {
         self.contested.get(name)
+    }
+
+    /// Returns the Services of type LoadBalancer that lack an address of one of their address families.
+    pub fn waiting(&self) -> impl Iterator<Item = &Name> {
+        self.waiting.iter()
     }
 
     /// Returns the Services that lost a claim or lack an address.
@@ -145,14 +207,13 @@ impl Claims {
             services.insert(name.clone(), service);
         }
         let claimants = before.union(&after).filter_map(|claim| self.all.get(claim)).flatten();
+        let claimants = claimants.map(|(_, other)| other);
+        let at: BTreeSet<IpAddr> = before.symmetric_difference(&after).filter_map(Claim::address).collect();
+        let balancers: BTreeSet<&Name> = at.iter().flat_map(|address| self.balancers_at(*address)).collect();
         let others: BTreeSet<Name> =
-            claimants.map(|(_, other)| other.clone()).filter(|other| *other != name).collect();
-        let at = before.symmetric_difference(&after).filter_map(|claim| match claim {
-            Claim::Address(address) | Claim::External(address, ..) => Some(*address),
-            Claim::NodePort(_) => None,
-        });
-        let sharing: BTreeSet<Name> =
-            at.flat_map(|address| self.externals_at(address)).map(|(_, other)| other.clone()).collect();
+            claimants.chain(balancers.iter().copied()).filter(|other| **other != name).cloned().collect();
+        let externals = at.iter().flat_map(|address| self.externals_at(*address)).map(|(_, other)| other);
+        let sharing: BTreeSet<Name> = externals.chain(balancers).cloned().collect();
         self.judge(services, &name);
         let mut changed = vec![name.clone()];
         let others: BTreeSet<Name> = others.into_iter().filter(|other| self.judge(services, other)).collect();
@@ -166,18 +227,13 @@ impl Claims {
         let Some(raw) = raw.or_else(|| services.get(name).cloned()) else { return false };
         // Ports at external addresses cannot be allocated, so their loss does not make a Service contested.
         let given = |claim: &Claim| !matches!(claim, Claim::External(..));
-        let lost: BTreeSet<Claim> = claims_of(&raw)
-            .into_iter()
-            .filter(given)
-            .filter(|claim| self.holder(*claim) != Some(name))
-            .collect();
+        let lost: BTreeSet<Claim> =
+            claims_of(&raw).into_iter().filter(given).filter(|claim| !self.has(name, *claim)).collect();
         let effective = if lost.is_empty() { raw.clone() } else { without(&raw, &lost) };
         if !lost.is_empty() {
             self.contested.insert(name.clone(), raw);
         }
-        let waits = effective.spec.kind == ServiceType::LoadBalancer
-            && effective.status.load_balancer.ingress.is_empty();
-        if waits {
+        if waits(&effective) {
             self.waiting.insert(name.clone())
         } else {
             self.waiting.remove(name)

@@ -18,7 +18,7 @@ use ovl_proto::resource::{
     Created, Kind, Meta, Name, Namespace, NetworkPolicy, Pod, Protocol, Resource, ResourceKey, Service,
 };
 use ovl_proto::wire::fields::Unknown;
-use ovl_subsystems::services::allocation::{ReservedClaims, ServiceAllocator};
+use ovl_subsystems::services::allocation::{self, Ranges, ReservedClaims, ServiceAllocator};
 use ovl_subsystems::services::permits::Permits;
 use serde_json::Value;
 use tokio::task::yield_now;
@@ -405,7 +405,7 @@ impl Node {
         self.settle_backends(state);
         let services = state.view.resources.services().iter();
         let asked_for = services.filter(|(name, _)| is_asked_for(query, name));
-        asked_for.map(|(name, service)| backends(state, name, service)).collect()
+        asked_for.map(|(name, service)| backends(state, &self.config.ranges, name, service)).collect()
     }
 }
 
@@ -509,8 +509,9 @@ fn lost(claim: &Claim, other: &Name) -> String {
     format!("external address {claim} is that of Service {other}")
 }
 
-fn backends(state: &State, name: &Name, service: &Service) -> ServiceBackends {
+fn backends(state: &State, ranges: &Ranges, name: &Name, service: &Service) -> ServiceBackends {
     let all = state.workloads.backends().of(name);
+    let waits = allocation::waiting(&state.view.resources, ranges).find(|(other, _)| *other == name);
     let of_port = |port: Option<usize>| {
         let each = all.iter().flat_map(|backend| {
             let number = port.and_then(|n| backend.ports.get(n).copied().flatten());
@@ -557,6 +558,7 @@ fn backends(state: &State, name: &Name, service: &Service) -> ServiceBackends {
             .claims()
             .lost_externals(name, service)
             .map(|(claim, other)| lost(&claim, other))
+            .chain(waits.map(|(_, families)| super::ingress::waits(&families)))
             .collect(),
     }
 }

@@ -5,9 +5,9 @@ use std::collections::BTreeMap;
 
 use ovl_control::AnnouncedAddress;
 use ovl_dataplane::op::{AnnouncedOp, Op};
-use ovl_proto::resource::{Name, Service};
+use ovl_proto::resource::{IpFamily, Name, Service};
 use ovl_proto::table::{Entry, Key};
-use ovl_subsystems::services::ingress;
+use ovl_subsystems::services::{allocation, ingress};
 
 use super::state::State;
 use super::{Failed, Node};
@@ -28,10 +28,21 @@ pub(super) fn announced(state: &State, service: &Service) -> Vec<AnnouncedAddres
         .collect()
 }
 
+/// Says that a Service waits for an address of each of these families.
+pub(super) fn waits(families: &[IpFamily]) -> String {
+    let families: Vec<String> = families.iter().map(ToString::to_string).collect();
+    format!(
+        "waits for an {} address: all of the load_balancer_pool are in use. Delete a Service of type LoadBalancer, or add a \
+         range to load_balancer_pool in ovld.toml on all hosts",
+        families.join(" and an ")
+    )
+}
+
 impl Node {
     /// Updates this host's owner table after the kernel was changed, and answers health checks.
     pub(super) fn tell_announced(&self) {
         self.report_denials();
+        self.report_waiting();
         let changes: Vec<TableChange> = {
             let mut state = self.state.borrow_mut();
             let (cluster, subsystems) = state.parts();
@@ -68,6 +79,16 @@ impl Node {
             (format!("Service {name}"), denials.join("; "))
         });
         state.problems.replace(Code::ServiceDenied, denied);
+    }
+
+    /// Reports the Services that wait for an address of the pool.
+    fn report_waiting(&self) {
+        let mut guard = self.state.borrow_mut();
+        let state = &mut *guard;
+        let waiting = allocation::waiting(&state.view.resources, &self.config.ranges)
+            .map(|(name, families)| (format!("Service {name}"), waits(&families)));
+        let waiting: Vec<(String, String)> = waiting.collect();
+        state.problems.replace(Code::PoolUsedUp, waiting);
     }
 
     /// Announces recently acquired addresses once more.

@@ -242,6 +242,7 @@ impl Node {
             if count.is_multiple_of(300) {
                 self.forget_long_dead();
                 self.drop_old_tombstones();
+                self.mend_services();
                 // The time when each host was last alive survives a restart only in the state file.
                 self.save_soon();
             }
@@ -289,6 +290,9 @@ impl Node {
             state.reconcile.ask_full();
             self.work.notify_one();
             self.membership.notify_waiters();
+            drop(guard);
+            // There may be a pool that was not configured before.
+            self.mend_services();
         }
     }
 

@@ -197,6 +197,11 @@ impl Node {
             }
             let resources = &state.view.resources;
             let lacking: std::collections::BTreeSet<&Name> = resources.claims().lacking().collect();
+            let mut lacking: Vec<&Name> = lacking.into_iter().collect();
+            // The one that has waited longest comes first.
+            lacking.sort_by_key(|name| {
+                resources.services().get(*name).map(|service| service.metadata.creation_timestamp)
+            });
             let mut promised = ReservedClaims::default();
             let mut allocator = ServiceAllocator::new(resources, &self.config.ranges, &mut promised);
             let mended = lacking.into_iter().filter_map(|name| {

@@ -335,6 +335,12 @@ impl Service {
         self.status.load_balancer.ingress.iter().map(|ingress| ingress.ip)
     }
 
+    /// Returns its address families without an address of the load balancer pool.
+    pub fn lacking_families(&self) -> impl Iterator<Item = IpFamily> {
+        let has = |family| self.load_balancer_addresses().any(|address| IpFamily::of(address) == family);
+        self.spec.ip_families.iter().copied().filter(move |family| !has(*family))
+    }
+
     /// Returns the affinity timeout in seconds; `None` without session affinity.
     pub fn affinity_seconds(&self) -> Option<u32> {
         let config = self.spec.session_affinity_config.and_then(|config| config.client_ip);

@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use ipnet::IpNet;
-use ovl_cluster::claims::{Claim, claims_of};
+use ovl_cluster::claims::{Claim, balancers_of, claims_of};
 use ovl_cluster::digest::hash;
 use ovl_cluster::resources::Resources;
 use ovl_manifest::{Problem, Problems};
@@ -65,19 +65,22 @@ pub struct ServiceAllocator<'a> {
     resources: &'a Resources,
     ranges: &'a Ranges,
     reserved: &'a mut ReservedClaims,
+    /// Pools without a free address. They are not searched again.
+    full: BTreeSet<IpNet>,
 }
 
 impl<'a> ServiceAllocator<'a> {
     /// Creates an allocator that avoids the claims of `resources` and the reserved claims.
     pub fn new(resources: &'a Resources, ranges: &'a Ranges, reserved: &'a mut ReservedClaims) -> Self {
-        Self { resources, ranges, reserved }
+        Self { resources, ranges, reserved, full: BTreeSet::new() }
     }
 
     /// Fills in the addresses and ports that a Service needs. Values of its current version in the cluster are kept.
     ///
     /// # Errors
     ///
-    /// The fields whose value is outside a range or in use, or for which nothing is free.
+    /// The fields whose value is outside a range or in use, or for which nothing is free. A Service of type LoadBalancer for
+    /// which no address is free gets none for now: see [`waiting`].
     pub fn allocate(&mut self, service: &mut Service) -> Result<(), Vec<Problem>> {
         let mut problems = Problems::default();
         let name = Name::new(&service.metadata.namespace, &service.metadata.name);
@@ -206,7 +209,7 @@ impl<'a> ServiceAllocator<'a> {
         }
     }
 
-    fn load_balancer(&self, service: &mut Service, name: &Name, problems: &mut Problems) {
+    fn load_balancer(&mut self, service: &mut Service, name: &Name, problems: &mut Problems) {
         if service.spec.kind != ServiceType::LoadBalancer {
             return;
         }
@@ -221,15 +224,25 @@ impl<'a> ServiceAllocator<'a> {
             let path = "spec.loadBalancerIP";
             if let Some(wanted) = wanted.filter(of_family) {
                 problems.want(in_pool(&wanted), path, format!("{wanted} is not in the load_balancer_pool"));
-                self.want_free(Claim::Address(wanted), name, path, problems);
+                self.want_shared(service, wanted, name, path, problems);
                 ingress.push(wanted);
             } else if let Some(had) = had.iter().copied().filter(of_family).find(in_pool) {
+                self.want_shared(service, had, name, "spec.ports", problems);
                 ingress.push(had);
-            } else if !pools.is_empty() {
-                match pools.iter().find_map(|pool| self.free_in(*pool, name)) {
-                    Some(address) => ingress.push(address),
-                    None => problems
-                        .add("spec.type", format!("the load_balancer_pool has no {family} address left")),
+            } else {
+                // If none is free, the Service waits for one.
+                let open: Vec<IpNet> =
+                    pools.iter().copied().filter(|pool| !self.full.contains(pool)).collect();
+                for pool in open {
+                    match self.free_in(pool, name) {
+                        Some(address) => {
+                            ingress.push(address);
+                            break;
+                        }
+                        None => {
+                            self.full.insert(pool);
+                        }
+                    }
                 }
             }
         }
@@ -245,6 +258,27 @@ impl<'a> ServiceAllocator<'a> {
         }
     }
 
+    /// Adds a problem unless a Service may have an address of the pool at all of its ports. Other Services may have the
+    /// address at other ports.
+    fn want_shared(
+        &self,
+        service: &Service,
+        address: IpAddr,
+        name: &Name,
+        path: &str,
+        problems: &mut Problems,
+    ) {
+        for claim in balancers_of(service, address).chain([Claim::Address(address)]) {
+            self.want_free(claim, name, path, problems);
+        }
+    }
+
+    /// Whether another Service of type LoadBalancer has an address, at whichever ports.
+    fn is_balanced(&self, address: IpAddr, name: &Name) -> bool {
+        let reserved = self.reserved.0.range(Claim::balancers_at(address)).map(|(_, holder)| holder);
+        reserved.chain(self.resources.claims().balancers_at(address)).any(|holder| holder != name)
+    }
+
     /// Returns a free address, beginning at an offset that follows from the name. The first addresses of a large range
     /// are tried last. `None` if the range is full.
     fn free_in(&self, range: IpNet, name: &Name) -> Option<IpAddr> {
@@ -256,6 +290,7 @@ impl<'a> ServiceAllocator<'a> {
         upper.chain(0..first).filter_map(|offset| address_at(range, offset)).find(|address| {
             is_allocatable(range, *address)
                 && self.other(Claim::Address(*address), name).is_none()
+                && !self.is_balanced(*address, name)
                 && !self.ranges.dns_addresses().any(|dns| dns == *address)
         })
     }
@@ -270,6 +305,23 @@ impl<'a> ServiceAllocator<'a> {
             .chain(*NODE_PORTS.start()..first)
             .find(|port| !own.contains(port) && self.other(Claim::NodePort(*port), name).is_none())
     }
+}
+
+/// Returns the Services of type LoadBalancer that wait for an address, because the pool has none that is free, each with
+/// the address families.
+pub fn waiting<'a>(
+    resources: &'a Resources,
+    ranges: &'a Ranges,
+) -> impl Iterator<Item = (&'a Name, Vec<IpFamily>)> {
+    let has_pool =
+        |family: &IpFamily| ranges.load_balancers.iter().any(|pool| IpFamily::of(pool.addr()) == *family);
+    let all = resources.claims().waiting().filter_map(|name| Some((name, resources.services().get(name)?)));
+    let families = move |service: &Service| -> Vec<IpFamily> {
+        // One that asks for an address waits for that one alone.
+        let asked = service.spec.load_balancer_ip.map(IpFamily::of);
+        service.lacking_families().filter(has_pool).filter(|family| Some(*family) != asked).collect()
+    };
+    all.map(move |(name, service)| (name, families(service))).filter(|(_, families)| !families.is_empty())
 }
 
 /// Keeps allocated values of the current version where the manifest does not set them.

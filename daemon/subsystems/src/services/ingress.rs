@@ -3,7 +3,7 @@
 //! Hosts do not negotiate. Each host computes the announcer by rendezvous hashing over the hosts that can serve the
 //! address, so if a host fails, only its addresses move. A host names the addresses that it announces in its owner
 //! table. It withdraws an address only when the chosen host names it there: a host that has just restarted does not yet
-//! know the whole cluster.
+//! know the whole cluster. Services that share an address have one announcer.
 //!
 //! [`Ingress`] owns the addresses that were last planned. Begin to read at [`Ingress::plan`].
 
@@ -94,6 +94,14 @@ impl Ingress {
             return Vec::new();
         }
         self.changed = true;
+        // The announcer of an address follows from all Services that share it.
+        let shared: Vec<&Name> = names
+            .iter()
+            .filter_map(|name| view.resources.services().get(name))
+            .flat_map(Service::load_balancer_addresses)
+            .flat_map(|address| view.resources.claims().balancers_at(address))
+            .collect();
+        names.extend(shared.into_iter().cloned());
         let permits = Permits::of(view, &self.ranges);
         for name in names {
             match balancer(&name).map(|service| service_ingress(view, backends, &permits, &name, service)) {
@@ -195,16 +203,10 @@ fn service_ingress(
     name: &Name,
     service: &Service,
 ) -> ServiceIngress {
-    let behind = |ipv4| -> BTreeSet<Target> {
-        let ports = 0..service.spec.ports.len();
-        ports.flat_map(|port| targets(backends.of(name), port, ipv4, None)).collect()
-    };
-    let (v4, v6) = (behind(true), behind(false));
-    let of = |ipv4: bool| if ipv4 { &v4 } else { &v6 };
+    let (v4, v6) = (behind(backends, name, service, true), behind(backends, name, service, false));
     let addresses = service.load_balancer_addresses();
     let addresses = addresses.filter(|address| permits.load_balancer(*address).is_none());
-    let announced =
-        addresses.filter(|address| is_ours(view, service, of(address.is_ipv4()), *address)).collect();
+    let announced = addresses.filter(|address| is_ours(view, backends, *address)).collect();
     let health = service.spec.health_check_node_port.map(|port| {
         // A backend with several ports or with addresses of both families counts once.
         let local = |behind: &BTreeSet<Target>| {
@@ -216,33 +218,57 @@ fn service_ingress(
     ServiceIngress { announced, health }
 }
 
+/// Returns the backends of all ports of a Service in one address family.
+fn behind(backends: &Backends, name: &Name, service: &Service, ipv4: bool) -> BTreeSet<Target> {
+    let ports = 0..service.spec.ports.len();
+    ports.flat_map(|port| targets(backends.of(name), port, ipv4, None)).collect()
+}
+
 /// Whether this host announces an address.
-fn is_ours(view: &View, service: &Service, behind: &BTreeSet<Target>, address: IpAddr) -> bool {
-    let Some(chosen) = chosen(view, service, behind, address) else { return false };
+fn is_ours(view: &View, backends: &Backends, address: IpAddr) -> bool {
+    let Some(chosen) = chosen(view, backends, address) else { return false };
     let has = |node: NodeId| view.nodes.get(&node).is_some_and(|node| node.table.announces(address));
     chosen == view.me || (has(view.me) && !has(chosen))
 }
 
+/// Returns the Services that share an address, the oldest first.
+fn sharing(view: &View, address: IpAddr) -> Vec<(&Name, &Service)> {
+    let names: BTreeSet<&Name> = view.resources.claims().balancers_at(address).collect();
+    let services = names.into_iter().filter_map(|name| Some((name, view.resources.services().get(name)?)));
+    let has = |service: &Service| service.load_balancer_addresses().any(|other| other == address);
+    let mut all: Vec<(&Name, &Service)> = services.filter(|(_, service)| has(service)).collect();
+    all.sort_by_key(|(name, service)| (service.metadata.creation_timestamp, *name));
+    all
+}
+
 /// Returns the host that should announce an address: among the hosts that can serve it, the one with the highest hash
 /// of host and address. `None` if there is no host.
-fn chosen(view: &View, service: &Service, behind: &BTreeSet<Target>, address: IpAddr) -> Option<NodeId> {
+///
+/// If no host can serve all Services that share the address, the older ones decide.
+fn chosen(view: &View, backends: &Backends, address: IpAddr) -> Option<NodeId> {
     // A host whose ovld is silent cannot take over an address, but its kernel still answers for those that it
     // announces.
     let is_candidate =
         |node: &&Node| view.counts(node) && (node.state == PeerState::Alive || node.table.announces(address));
-    let hosts: Vec<NodeId> = view.nodes.values().filter(is_candidate).map(|node| node.record.id).collect();
-    let local = |host: &&NodeId| behind.iter().any(|target| target.host == Some(**host));
+    let mut hosts: Vec<NodeId> =
+        view.nodes.values().filter(is_candidate).map(|node| node.record.id).collect();
     // Endpoints of switched networks can answer outside clients only through their own host.
     let switched: Vec<IpNet> =
         view.switched().flat_map(|network| &network.subnets).map(|subnet| subnet.prefix).collect();
     let from_all = |target: &Target| !switched.iter().any(|prefix| prefix.contains(&target.address));
-    let everywhere =
-        service.spec.external_traffic_policy == TrafficPolicy::Cluster && behind.iter().any(from_all);
-    let serving: Vec<NodeId> =
-        if everywhere { Vec::new() } else { hosts.iter().filter(local).copied().collect() };
-    // Without backends, one host must still refuse connections.
-    let candidates = if serving.is_empty() { hosts } else { serving };
-    candidates.into_iter().max_by_key(|host| rank(*host, address))
+    for (name, service) in sharing(view, address) {
+        let behind = behind(backends, name, service, address.is_ipv4());
+        if service.spec.external_traffic_policy == TrafficPolicy::Cluster && behind.iter().any(from_all) {
+            continue;
+        }
+        let local = |host: &&NodeId| behind.iter().any(|target| target.host == Some(**host));
+        let serving: Vec<NodeId> = hosts.iter().filter(local).copied().collect();
+        // Without backends, one host must still refuse connections.
+        if !serving.is_empty() {
+            hosts = serving;
+        }
+    }
+    hosts.into_iter().max_by_key(|host| rank(*host, address))
 }
 
 fn rank(host: NodeId, address: IpAddr) -> [u8; 32] {

@@ -203,3 +203,27 @@ fn an_address_that_the_kernel_rejects_is_not_claimed() {
     // The address is announced three times, and no more.
     assert_eq!((0..5).map(|_| ingress.again(8).len()).collect::<Vec<_>>(), [1, 1, 1, 0, 0]);
 }
+
+#[test]
+fn services_that_share_an_address_have_one_announcer_which_serves_all_of_them() {
+    const OTHER: &[(&str, &str)] = &[("app", "other")];
+    let mut cluster = Cluster::new(Mode::L2);
+    for (on, n, labels) in [(1, 1, WEB), (2, 2, WEB), (2, 3, OTHER), (3, 4, OTHER)] {
+        cluster.world.attach(on, n, labels, true);
+    }
+    for (n, address) in addresses().iter().enumerate() {
+        cluster.service(&format!("a{n}"), address, json!({}));
+        let other = json!({ "selector": { "app": "other" }, "ports": [{ "port": 81, "targetPort": 8080 }] });
+        cluster.service(&format!("b{n}"), address, other);
+    }
+    cluster.settle();
+    for address in addresses() {
+        assert_eq!(cluster.holders(&address), [2], "{address}");
+    }
+    // If no host has backends of both, the older one decides, or the one with the smaller name.
+    cluster.world.host(2, PeerState::Dead);
+    cluster.settle();
+    for address in addresses() {
+        assert_eq!(cluster.holders(&address), [1], "{address}");
+    }
+}

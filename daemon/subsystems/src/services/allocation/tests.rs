@@ -145,8 +145,8 @@ fn given_values_must_be_free_and_in_range() {
             format!("node port {port} is in use by Service default/first"),
         ),
         (
-            json!({ "type": "LoadBalancer", "loadBalancerIP": balanced }),
-            format!("{balanced} is in use by Service default/first"),
+            json!({ "type": "LoadBalancer", "loadBalancerIP": balanced, "ports": [{ "port": 80 }] }),
+            format!("{balanced} port 80/TCP is in use by Service default/first"),
         ),
         (
             json!({ "type": "LoadBalancer", "loadBalancerIP": "198.51.100.1" }),
@@ -227,7 +227,7 @@ fn a_change_keeps_what_was_allocated() {
 }
 
 #[test]
-fn a_full_pool_is_reported() {
+fn with_the_pool_used_up_a_service_waits_for_an_address() {
     let mut resources = Resources::default();
     let mut given = BTreeSet::new();
     for n in 0..6 {
@@ -236,10 +236,70 @@ fn a_full_pool_is_reported() {
         put(&mut resources, found);
     }
     assert_eq!(given.len(), 6);
-    let says = refused(&resources, service("late", one("LoadBalancer")));
-    assert!(says.contains("the load_balancer_pool has no IPv4 address left"), "{says}");
+    let late = allocated(&resources, service("late", one("LoadBalancer")));
+    assert!(late.status.load_balancer.ingress.is_empty() && late.spec.cluster_ips.len() == 1);
+    put(&mut resources, late.clone());
+    let name = Name::new("default", "late");
+    let ranges = ranges();
+    let waits = |resources: &Resources, ranges: &Ranges| -> Vec<(Name, Vec<IpFamily>)> {
+        waiting(resources, ranges).map(|(name, families)| (name.clone(), families)).collect()
+    };
+    assert_eq!(waits(&resources, &ranges), [(name.clone(), vec![IpFamily::IPv4])]);
+    // Without a pool of the family, there is nothing to wait for.
+    assert_eq!(waits(&resources, &Ranges { load_balancers: Vec::new(), ..ranges.clone() }), []);
     resources.remove(&ResourceKey { kind: Kind::Service, name: Name::new("default", "s3") });
-    allocated(&resources, service("late", one("LoadBalancer")));
+    let found = allocated(&resources, late);
+    assert_eq!(found.status.load_balancer.ingress.len(), 1);
+    put(&mut resources, found);
+    assert_eq!((waits(&resources, &ranges), resources.claims().lacking().count()), (vec![], 0));
+}
+
+#[test]
+fn services_share_an_address_of_the_pool_at_different_ports() {
+    let mut resources = Resources::default();
+    let address = "192.0.2.3";
+    let ports = |ports: &[(&str, u16)]| -> Value {
+        let ports = ports.iter().enumerate();
+        ports.map(|(n, (protocol, port))| json!({ "name": format!("p{n}"), "protocol": protocol, "port": port })).collect()
+    };
+    let asks = |all: &[(&str, u16)]| json!({ "type": "LoadBalancer", "loadBalancerIP": address, "ports": ports(all) });
+    let has = |resources: &Resources, name: &str| {
+        resources.services()[&Name::new("default", name)].load_balancer_addresses().next()
+    };
+    let of_pool = Some(address.parse().unwrap());
+    for (name, made, at) in [("tcp", 10, ("TCP", 53)), ("udp", 20, ("UDP", 53)), ("web", 30, ("TCP", 80))] {
+        let found = allocated(&resources, service_at(name, made, asks(&[at])));
+        put(&mut resources, found);
+        assert_eq!(has(&resources, name), of_pool);
+    }
+    assert_eq!(resources.claims().lacking().count(), 0);
+    // A port that another one has is refused, also as a further port of one that shares the address.
+    let says = refused(&resources, service("other", asks(&[("UDP", 53)])));
+    assert!(says.contains("192.0.2.3 port 53/UDP is in use by Service default/udp"), "{says}");
+    let more = json!({ "type": "LoadBalancer", "ports": ports(&[("TCP", 53), ("UDP", 53)]) });
+    let says = refused(&resources, service("tcp", more));
+    assert!(says.contains("spec.ports 192.0.2.3 port 53/UDP is in use by Service default/udp"), "{says}");
+    // None that asks for no address gets a shared one.
+    let mut given = BTreeSet::new();
+    for n in 0..5 {
+        let found = allocated(&resources, service(&format!("s{n}"), one("LoadBalancer")));
+        given.extend(found.load_balancer_addresses());
+        put(&mut resources, found);
+    }
+    assert!(given.len() == 5 && !given.contains(&of_pool.unwrap()), "{given:?}");
+    // Of two at one port, as after a partition, the older one keeps the address. The third one is not concerned.
+    let mut late = service_at("late", 40, asks(&[("UDP", 53), ("TCP", 90)]));
+    late.spec.ip_families = vec![IpFamily::IPv4];
+    late.status.load_balancer.ingress = vec![LoadBalancerIngress { ip: of_pool.unwrap() }];
+    put(&mut resources, late);
+    assert_eq!(
+        (has(&resources, "late"), has(&resources, "udp"), has(&resources, "web")),
+        (None, of_pool, of_pool)
+    );
+    let changed = resources.remove(&ResourceKey { kind: Kind::Service, name: Name::new("default", "udp") });
+    assert_eq!(has(&resources, "late"), of_pool);
+    // All that share the address hear of the change: together they decide which host announces it.
+    assert_eq!(changed.len(), 4, "{changed:?}");
 }
 
 #[test]
