@@ -21,8 +21,8 @@ use ovl_proto::wire;
 use ovl_proto::wire::fields::Unknown;
 use ovl_tests::resolver::config;
 use ovl_tests::{
-    SOON, assert_contains, attach, create_network, ctl_error, peer, ping_all_pairs, problems, start_lab,
-    start_lab_with, text, wait_clean, wait_network, wait_problem,
+    SOON, assert_contains, attach, create_network, ctl_error, endpoints, peer, ping_all_pairs, problems,
+    start_lab, start_lab_with, text, wait_clean, wait_network, wait_problem,
 };
 use tokio::sync::mpsc;
 
@@ -262,4 +262,25 @@ fn host_gives_up_a_network_that_its_lan_comes_to_cover() {
     assert_contains(&ctl_error(h2, &more).unwrap(), &["100.64.20.1", "default gateway", "--subnet"]);
     drop(machine);
     wait_clean(lab.hosts(), SOON).unwrap();
+}
+
+#[test]
+fn pool_over_an_existing_network_is_reported() {
+    let lab = start_lab(1).unwrap();
+    let host = &lab["h1"];
+    create_network(&lab, "blue", &["--subnet", "10.60.0.0/16"]).unwrap();
+    attach(host, "web", "blue", &[]).unwrap();
+    host.stop().unwrap();
+    host.set_config("load_balancer_pool = [\"10.60.9.0/28\"]\nexternal_ranges = [\"10.61.0.0/24\"]").unwrap();
+    host.start().unwrap();
+    host.wait_ready(SOON).unwrap();
+    let parts = ["10.60.0.0/16 overlaps the load_balancer_pool 10.60.9.0/28", "ovld.toml"];
+    wait_problem(host, &parts, SOON).unwrap();
+    assert_contains(&host.ctl_ok(&["status"]).unwrap(), &["OVL-E065", "blue"]);
+    // The network works as before, and another one cannot be created over a range.
+    assert_eq!(endpoints(host).unwrap(), ["web"]);
+    for (subnet, name) in [("10.60.9.0/24", "load_balancer_pool"), ("10.61.0.0/16", "external_ranges")] {
+        let refused = ctl_error(host, &["network", "create", "red", "--subnet", subnet]).unwrap();
+        assert!(refused.contains(name) || refused.contains("blue"), "{refused}");
+    }
 }

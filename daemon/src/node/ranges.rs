@@ -9,7 +9,8 @@ use ipnet::IpNet;
 use ovl_kernel::HostConnections;
 use ovl_subsystems::Change;
 use ovl_subsystems::local::ranges::{Conflict, Needed};
-use ovl_subsystems::networks::ranges::{NeededRanges, refused};
+use ovl_subsystems::networks::ranges::{NeededRanges, overlapped, refused};
+use ovl_subsystems::services::allocation::Ranges;
 
 use super::state::State;
 use super::{Failed, Node};
@@ -85,6 +86,8 @@ impl Node {
         });
         let sentences: Vec<(String, String)> = sentences.collect();
         state.problems.replace(Code::NetworkRange, sentences);
+        let Ranges { load_balancers, external, .. } = &self.config.ranges;
+        state.problems.replace(Code::PoolOverlap, overlapped(&state.view, load_balancers, external));
         for id in &changed {
             let Some(found) = state.view.networks.get(id) else { continue };
             let message = match state.local.refused.get(*id) {

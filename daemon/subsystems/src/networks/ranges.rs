@@ -85,6 +85,30 @@ impl NeededRanges {
     }
 }
 
+/// Returns the networks that overlap a configured range of LoadBalancer addresses or external IPs, each with what to do
+/// about it. Such a network can only be older than the range, or come from a host that is configured differently, so it
+/// works as before; networks over a service range are not built at all.
+pub fn overlapped(view: &View, load_balancers: &[IpNet], external: &[IpNet]) -> Vec<(String, String)> {
+    let pools = load_balancers.iter().map(|range| ("load_balancer_pool", *range));
+    let all: Vec<(&str, IpNet)> =
+        pools.chain(external.iter().map(|range| ("external_ranges", *range))).collect();
+    let overlap = |network: &Network| {
+        let subnets = network.subnets.iter().map(|subnet| subnet.prefix);
+        subnets.flat_map(|subnet| all.iter().map(move |range| (subnet, range))).find_map(
+            |(subnet, (name, range))| {
+                networks::overlaps(*range, subnet).then(|| {
+                    format!(
+                        "its subnet {subnet} overlaps the {name} {range}: a Service that gets an address of one of its \
+                         endpoints takes their connections. Choose another {name} in ovld.toml on all hosts"
+                    )
+                })
+            },
+        )
+    };
+    let networks = view.networks.values().map(|found| &found.network);
+    networks.filter_map(|network| Some((network.name.clone(), overlap(network)?))).collect()
+}
+
 /// Returns the networks that this host must not build, each with the reason.
 ///
 /// Of two networks that overlap, this host builds the one on which it has endpoints. If it has endpoints on both, or on

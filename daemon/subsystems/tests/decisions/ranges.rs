@@ -10,7 +10,7 @@ use ovl_proto::id::{EndpointId, NetworkId};
 use ovl_proto::object::{Backend, Mode};
 use ovl_subsystems::local::Local;
 use ovl_subsystems::local::ranges::{Conflict, Needed};
-use ovl_subsystems::networks::ranges::{HostRanges, NeededRanges, refused};
+use ovl_subsystems::networks::ranges::{HostRanges, NeededRanges, overlapped, refused};
 
 use super::host::desired;
 use super::world::{NET, endpoint, give, id, net, switched, view_of};
@@ -134,4 +134,18 @@ fn refused_network_leaves_nothing_but_silent_interfaces_of_its_endpoints() {
         assert_eq!(local.refused.replace(BTreeMap::new()).len(), 1);
         assert!(desired(&view, &local).links.len() > 1);
     }
+}
+
+#[test]
+fn a_pool_that_overlaps_a_network_is_reported_and_the_network_is_built() {
+    let view = view_with("10.60.0.0/16");
+    let (pools, external) = ([net("192.0.2.0/28"), net("10.60.9.0/28")], [net("10.61.0.0/24")]);
+    let found = overlapped(&view, &pools, &external);
+    let [(name, sentence)] = &found[..] else { panic!("{found:?}") };
+    assert_eq!(*name, view.networks[&NET].network.name);
+    assert!(sentence.contains("10.60.0.0/16 overlaps the load_balancer_pool 10.60.9.0/28"), "{sentence}");
+    assert_eq!(reason(&view), None);
+    assert_eq!(overlapped(&view, &pools[..1], &external), []);
+    let found = overlapped(&view, &[], &[net("10.0.0.0/8")]);
+    assert!(found[0].1.contains("external_ranges 10.0.0.0/8"), "{found:?}");
 }
