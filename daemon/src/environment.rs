@@ -6,6 +6,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context as _;
 use ovl_kernel::{KernelEvent, KernelHandle, Prober};
+use ovl_mesh::gossip::WallClock;
 use ovl_mesh::keys::TunnelSecret;
 use ovl_mesh::transport::{HostTransport, SOCKET_MARK, Transport};
 use ovl_subsystems::marks::OWN_SOCKET;
@@ -19,8 +20,13 @@ const _: () = assert!(SOCKET_MARK == OWN_SOCKET);
 /// Keys, nonces and the ids of gossip runs do not come from here: ring and snow draw them from the system. A
 /// test that needs the same run for the same seed has to replace `getrandom`.
 pub trait Environment {
+    /// Returns the wall clock, which gossip reads on threads of its own.
+    fn wall_clock(&self) -> WallClock;
+
     /// Returns the wall-clock time in milliseconds since 1970.
-    fn wall_ms(&self) -> u64;
+    fn wall_ms(&self) -> u64 {
+        (self.wall_clock())()
+    }
 
     /// Fills a buffer with random bytes.
     fn fill_random(&self, bytes: &mut [u8]);
@@ -67,14 +73,32 @@ pub enum Disk {
     Simulated(Rc<dyn Fn() -> Duration>),
 }
 
+/// Returns the milliseconds since 1970 of the system's clock.
+///
+/// Debug builds add what the file says that `OVL_TEST_CLOCK` names, in milliseconds, so that tests can set the clock of
+/// one host.
+fn wall_ms() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let wall_ms = u64::try_from(since.as_millis()).unwrap_or(u64::MAX);
+    #[cfg(debug_assertions)]
+    {
+        static FILE: std::sync::OnceLock<Option<std::ffi::OsString>> = std::sync::OnceLock::new();
+        let file = FILE.get_or_init(|| std::env::var_os("OVL_TEST_CLOCK"));
+        let ahead = file.as_ref().and_then(|file| std::fs::read_to_string(file).ok());
+        let ahead = ahead.and_then(|text| text.trim().parse().ok()).unwrap_or_default();
+        wall_ms.saturating_add_signed(ahead)
+    }
+    #[cfg(not(debug_assertions))]
+    wall_ms
+}
+
 /// The environment of the real host.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Host;
 
 impl Environment for Host {
-    fn wall_ms(&self) -> u64 {
-        let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+    fn wall_clock(&self) -> WallClock {
+        Arc::new(wall_ms)
     }
 
     fn fill_random(&self, bytes: &mut [u8]) {

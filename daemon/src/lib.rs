@@ -6,6 +6,7 @@
 #![warn(missing_docs)]
 
 mod addresses;
+mod clocks;
 mod config;
 mod control;
 mod encryption;

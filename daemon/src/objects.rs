@@ -7,7 +7,7 @@
 use std::collections::BTreeSet;
 
 use ovl_cluster::networks;
-use ovl_cluster::objects::{Full, MAX_OBJECT_BYTES, Objects};
+use ovl_cluster::objects::{Full, MAX_OBJECT_BYTES, Objects, Stored};
 use ovl_cluster::resources::Resources;
 use ovl_manifest::object as manifest;
 use ovl_mesh::keys;
@@ -17,6 +17,8 @@ use ovl_proto::object::{Body, Driver, Network, Object, ObjectKey, SignedObject};
 use ovl_proto::record::Domain;
 use ovl_proto::resource::{Resource, ResourceKey};
 use ovl_subsystems::mtu::min_mtu;
+
+use crate::clocks::{Clocks, in_words, is_void};
 
 /// Time in milliseconds for which a tombstone is kept. A host that was away for longer may restore a deleted
 /// object.
@@ -34,12 +36,42 @@ const BYTES_AN_ANSWER: usize = 4 << 20;
 /// The cluster objects, tombstones included.
 pub(crate) struct ObjectStore {
     objects: Objects,
-    /// Hybrid logical clock that stamps new objects.
+    /// The clock that stamps new objects.
     clock: Clock,
     /// Digest of the stamps of all objects, for the hints.
     digest: [u8; 32],
     /// Whether any peer has sent its objects.
     seen: bool,
+}
+
+/// The present.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Moment {
+    /// Milliseconds since 1970: see [`Clocks::now`].
+    pub wall_ms: u64,
+    /// See [`Clocks::void_after`].
+    pub void_after: Option<u64>,
+}
+
+/// An object that a peer asks for, with the stamp of what it has; the default if it has none.
+pub(crate) type WantedObject = (ObjectKey, Stamp);
+
+/// Why an object of a peer is not accepted.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum Rejected {
+    /// Its stamp is in the future.
+    #[error("{key} is stamped {} in the future", in_words(*by_ms))]
+    Future {
+        /// The object.
+        key: ObjectKey,
+        /// Its name, as users see it.
+        what: String,
+        /// How far its stamp is ahead of the present, in milliseconds.
+        by_ms: u64,
+    },
+    /// It is invalid, or there is no room.
+    #[error("{0}")]
+    Invalid(String),
 }
 
 impl ObjectStore {
@@ -83,9 +115,53 @@ impl ObjectStore {
         self.seen = true;
     }
 
-    /// Returns the stamp of a new object of the host `writer`.
-    pub(crate) fn stamp(&mut self, wall_ms: u64, writer: NodeId) -> Stamp {
-        self.clock.tick(wall_ms, writer)
+    /// Returns the stamp of a write of the host `writer`: the present, or one step after the stored write of the object if
+    /// that is later. `key` is `None` if the write replaces none.
+    ///
+    /// A stored stamp that a majority considers to be in the future does not count.
+    pub(crate) fn stamp(&mut self, clocks: &Clocks, key: Option<&ObjectKey>, writer: NodeId) -> Stamp {
+        let stored = key.and_then(|key| self.objects.get(key)).map(|stored| stored.stamp);
+        let before = stored.filter(|stamp| !is_void(*stamp, clocks.void_after()));
+        let present = match clocks.stamping() {
+            Some(present) => present,
+            // The clock was never set. The stamp should not lose to all others.
+            None => {
+                let stored = self.objects.iter().map(|(_, stored)| stored.stamp.wall_ms);
+                stored.max().unwrap_or_default().max(self.clock.wall_ms())
+            }
+        };
+        self.clock.tick(present, before.unwrap_or_default(), writer)
+    }
+
+    /// Returns up to `most` of the objects that a peer asks for and will refuse, because a majority considers their stamps to
+    /// be in the future, each with the stamp of what the peer has.
+    pub(crate) fn refused_by(
+        &self,
+        wanted: &[WantedObject],
+        void_after: Option<u64>,
+        most: usize,
+    ) -> Vec<WantedObject> {
+        let refused = wanted.iter().filter(|(key, theirs)| {
+            self.objects.get(key).is_some_and(|ours| is_void(ours.stamp, void_after) && *theirs < ours.stamp)
+        });
+        refused.take(most).cloned().collect()
+    }
+
+    /// Returns a stored object that is to be stamped again, and whether it is deleted. The time of its creation is brought
+    /// back too. `None` if it is gone.
+    pub(crate) fn to_stamp_again(&self, key: &ObjectKey, stamp: Stamp) -> Option<Object> {
+        let mut object = self.objects.get(key)?.signed.object().ok()?;
+        object.stamp = stamp;
+        match &mut object.body {
+            Body::Network(network) => network.created = network.created.min(stamp),
+            Body::Resource(resource) => {
+                let created = &mut resource.meta_mut().creation_timestamp.0;
+                *created = (*created).min(stamp);
+            }
+            // What is not understood is signed again as it is.
+            Body::Opaque { .. } => {}
+        }
+        Some(object)
     }
 
     /// Stores objects that this host has written: all, or none if there is no room. Returns the Kubernetes objects that
@@ -102,25 +178,26 @@ impl ObjectStore {
         self.objects.has_room(written.iter().map(|(signed, object)| (object.key(), signed)))?;
         let mut changed = Vec::new();
         for (signed, object) in written {
-            changed.extend(self.objects.put(signed, object, resources)?.into_iter().flatten());
+            // The stamp is the latest one, unless the stored one is void.
+            changed.extend(self.objects.replace(signed, object, resources)?);
         }
         self.digest = self.objects.digest();
         Ok(changed)
     }
 
-    /// Merges objects of a peer. An object is kept if it is later than the local one. `wall_ms` is the time since 1970. `refused` hears why an object is
-    /// not accepted. Returns the Kubernetes objects that changed in `resources`; `None` if nothing was new.
+    /// Merges objects of a peer. An object is kept if it is later than the local one. `refused` hears why an object is not
+    /// accepted. Returns the Kubernetes objects that changed in `resources`; `None` if nothing was new.
     pub(crate) fn receive(
         &mut self,
         objects: Vec<SignedObject>,
-        wall_ms: u64,
+        moment: Moment,
         resources: &mut Resources,
-        mut refused: impl FnMut(String),
+        mut refused: impl FnMut(Rejected),
     ) -> Option<Vec<ResourceKey>> {
         self.seen = true;
         let (mut is_new, mut changed) = (false, Vec::new());
         for signed in objects {
-            match self.receive_one(signed, wall_ms, resources) {
+            match self.receive_one(signed, moment, resources) {
                 Ok(Some(keys)) => {
                     is_new = true;
                     changed.extend(keys);
@@ -139,11 +216,15 @@ impl ObjectStore {
     fn receive_one(
         &mut self,
         signed: SignedObject,
-        wall_ms: u64,
+        moment: Moment,
         resources: &mut Resources,
-    ) -> Result<Option<Vec<ResourceKey>>, String> {
-        let object = signed.object().map_err(|error| error.to_string())?;
-        let ours = self.objects.get(&object.key());
+    ) -> Result<Option<Vec<ResourceKey>>, Rejected> {
+        let Moment { wall_ms, void_after } = moment;
+        let object = signed.object().map_err(|error| Rejected::Invalid(error.to_string()))?;
+        // What is stored with a void stamp is known to this host alone. A peer sends only what it has just written, or what
+        // this host lacks, so that is later.
+        let is_void_here = |ours: &Stored| is_void(ours.stamp, void_after);
+        let ours = self.objects.get(&object.key()).filter(|ours| !is_void_here(ours));
         // A known object, or an old tombstone that this host has deleted and the sender has not, is skipped
         // without a signature check.
         if ours.is_some_and(|ours| ours.stamp >= object.stamp)
@@ -151,9 +232,14 @@ impl ObjectStore {
         {
             return Ok(None);
         }
-        check_object(&signed, &object)?;
-        self.clock.observe(object.stamp, wall_ms).map_err(|error| error.to_string())?;
-        self.objects.put(signed, object, resources).map_err(|full| full.to_string())
+        check_object(&signed, &object).map_err(Rejected::Invalid)?;
+        object.stamp.check(wall_ms).map_err(|error| Rejected::Future {
+            key: object.key(),
+            what: name_of(&object),
+            by_ms: error.by_ms,
+        })?;
+        let changed = self.objects.replace(signed, object, resources);
+        changed.map(Some).map_err(|full| Rejected::Invalid(full.to_string()))
     }
 
     /// Loads the objects of the state file. `refused` hears why an object is passed over. Returns the Kubernetes objects
@@ -224,6 +310,14 @@ pub(crate) fn messages(objects: &[SignedObject]) -> impl Iterator<Item = &[Signe
         rest = behind;
         (!part.is_empty()).then_some(part)
     })
+}
+
+/// Returns the name of an object, as users see it.
+fn name_of(object: &Object) -> String {
+    match &object.body {
+        Body::Network(network) => format!("network {}", network.name),
+        Body::Resource(_) | Body::Opaque { .. } => object.key().to_string(),
+    }
 }
 
 fn is_old_tombstone(deleted: bool, stamp: Stamp, wall_ms: u64) -> bool {
@@ -317,8 +411,8 @@ mod tests {
     use super::*;
     use crate::world::{NET, switched};
 
-    /// Milliseconds since 1970.
-    const AT: u64 = 1_700_000_000_000;
+    const AT: Moment = Moment { wall_ms: 1_700_000_000_000, void_after: None };
+    const AHEAD_MS: u64 = 3 * MAX_AHEAD_MS;
 
     /// A host that writes networks.
     struct Writer {
@@ -339,7 +433,7 @@ mod tests {
         fn write(&mut self, wall_ms: u64, deleted: bool, change: impl Fn(&mut Network)) -> SignedObject {
             let mut network = switched().networks[&NET].network.clone();
             change(&mut network);
-            let stamp = self.clock.tick(wall_ms, self.identity.id());
+            let stamp = self.clock.tick(wall_ms, Stamp::default(), self.identity.id());
             let object = Object { stamp, deleted, body: Body::Network(network) };
             let body = wire::encode_body(&object).unwrap();
             SignedObject {
@@ -353,7 +447,8 @@ mod tests {
     /// Gives an object to the store. Returns whether it was new, and why it was refused.
     fn receive(store: &mut ObjectStore, signed: &SignedObject) -> (bool, Option<String>) {
         let (mut resources, mut why) = (Resources::default(), None);
-        let changed = store.receive(vec![signed.clone()], AT, &mut resources, |text| why = Some(text));
+        let changed =
+            store.receive(vec![signed.clone()], AT, &mut resources, |error| why = Some(error.to_string()));
         (changed.is_some(), why)
     }
 
@@ -362,8 +457,8 @@ mod tests {
         let mut writer = Writer::new();
         let mut store = ObjectStore::new(Clock::default());
         assert!(!store.is_seen());
-        let first = writer.write(AT, false, |_| {});
-        let second = writer.write(AT, false, |network| network.name = "green".to_owned());
+        let first = writer.write(AT.wall_ms, false, |_| {});
+        let second = writer.write(AT.wall_ms, false, |network| network.name = "green".to_owned());
         assert_eq!(receive(&mut store, &first), (true, None));
         let digest = store.digest();
         assert_eq!(receive(&mut store, &first), (false, None));
@@ -377,25 +472,25 @@ mod tests {
     fn object_is_refused_if_it_is_forged_or_at_odds_with_itself() {
         let mut writer = Writer::new();
         let mut store = ObjectStore::new(Clock::default());
-        let good = writer.write(AT, false, |_| {});
+        let good = writer.write(AT.wall_ms, false, |_| {});
         let stranger = Writer::new();
         let forged = SignedObject { writer_key: *stranger.identity.public_key(), ..good.clone() };
         assert!(receive(&mut store, &forged).1.unwrap().contains("not that of its writer"));
         let unsigned = SignedObject { signature: stranger.identity.sign(Domain::Object, &good.body), ..good };
         assert!(receive(&mut store, &unsigned).1.unwrap().contains("not signed by its writer"));
-        let ahead = writer.write(AT + 2 * MAX_AHEAD_MS, false, |_| {});
+        let ahead = writer.write(AT.wall_ms + 2 * MAX_AHEAD_MS, false, |_| {});
         assert!(receive(&mut store, &ahead).1.is_some(), "its stamp is two days ahead");
         let mut writer = Writer::new();
-        let no_vni = writer.write(AT, false, |network| network.vni = 0);
+        let no_vni = writer.write(AT.wall_ms, false, |network| network.vni = 0);
         assert!(receive(&mut store, &no_vni).1.unwrap().contains("VNI 0"));
-        let small = writer.write(AT, false, |network| network.mtu = Some(68));
+        let small = writer.write(AT.wall_ms, false, |network| network.mtu = Some(68));
         assert!(receive(&mut store, &small).1.unwrap().contains("MTU"));
-        let twice = writer.write(AT, false, |network| {
+        let twice = writer.write(AT.wall_ms, false, |network| {
             let subnet = network.subnets[0];
             network.subnets.push(subnet);
         });
         assert!(receive(&mut store, &twice).1.unwrap().contains("overlaps"));
-        let bridge = writer.write(AT, false, |network| network.driver = Driver::Bridge);
+        let bridge = writer.write(AT.wall_ms, false, |network| network.driver = Driver::Bridge);
         assert!(receive(&mut store, &bridge).1.unwrap().contains("only be its host's own"));
         assert!(store.all().is_empty());
     }
@@ -404,15 +499,15 @@ mod tests {
     fn tombstone_goes_when_it_is_old_and_its_network_is_gone() {
         let mut writer = Writer::new();
         let mut store = ObjectStore::new(Clock::default());
-        let dead = writer.write(AT, true, |_| {});
+        let dead = writer.write(AT.wall_ms, true, |_| {});
         assert!(receive(&mut store, &dead).0);
-        let later = AT + TOMBSTONE_MS;
+        let later = AT.wall_ms + TOMBSTONE_MS;
         assert!(!store.drop_old_tombstones(later, |_| false), "not old yet");
         assert!(!store.drop_old_tombstones(later + 1, |_| true), "its blocks are in use");
         assert!(store.drop_old_tombstones(later + 1, |_| false));
         assert_eq!(store.digest(), ObjectStore::new(Clock::default()).objects.digest());
         // A peer that still has it does not bring it back.
-        let (mut resources, at) = (Resources::default(), later + 1);
+        let (mut resources, at) = (Resources::default(), Moment { wall_ms: later + 1, ..AT });
         assert!(store.receive(vec![dead], at, &mut resources, |why| panic!("{why}")).is_none());
     }
 
@@ -420,8 +515,8 @@ mod tests {
     fn peer_gets_what_it_lacks() {
         let mut writer = Writer::new();
         let mut store = ObjectStore::new(Clock::default());
-        let one = writer.write(AT, false, |_| {});
-        let other = writer.write(AT, false, |network| network.id = NetworkId([7; 5]));
+        let one = writer.write(AT.wall_ms, false, |_| {});
+        let other = writer.write(AT.wall_ms, false, |network| network.id = NetworkId([7; 5]));
         receive(&mut store, &one);
         receive(&mut store, &other);
         let all = store.all();
@@ -437,19 +532,103 @@ mod tests {
         assert_eq!(store.signed_of([keys.clone(), keys].concat()), [other], "each once");
     }
 
+    /// The clocks of a host whose own clock says `own`, with two others that are right.
+    fn clocks(own: u64) -> Clocks {
+        Clocks::new(own, [1, 2].map(|n| (NodeId([n; 10]), AT.wall_ms)))
+    }
+
     #[test]
-    fn write_is_stamped_later_than_all_that_was_seen() {
+    fn a_write_is_stamped_later_than_the_stored_one_and_not_later_than_others() {
         let mut writer = Writer::new();
         let mut store = ObjectStore::new(Clock::default());
-        let theirs = writer.write(AT, false, |_| {});
-        let stamp = theirs.object().unwrap().stamp;
+        let theirs = writer.write(AT.wall_ms + MAX_AHEAD_MS, false, |_| {});
+        let (key, stamp) = (theirs.object().unwrap().key(), theirs.object().unwrap().stamp);
+        assert_eq!(receive(&mut store, &theirs), (true, None));
+        let me = writer.identity.id();
+        assert_eq!(store.stamp(&clocks(AT.wall_ms), Some(&key), me), stamp.next(me));
+        assert_eq!(store.stamp(&clocks(AT.wall_ms), None, me).wall_ms, AT.wall_ms);
+    }
+
+    #[test]
+    fn a_clock_that_was_never_set_stamps_after_all_that_is_stored() {
+        let mut writer = Writer::new();
+        let mut store = ObjectStore::new(Clock::default());
+        let theirs = writer.write(AT.wall_ms, false, |_| {});
         receive(&mut store, &theirs);
-        assert!(store.stamp(0, writer.identity.id()) > stamp);
+        let alone = Clocks::new(5000, []);
+        assert!(store.stamp(&alone, None, writer.identity.id()).wall_ms >= AT.wall_ms);
+        // With a peer it has the time of that.
+        let told = Clocks::new(5000, [(NodeId([1; 10]), AT.wall_ms + 10)]);
+        assert_eq!(store.stamp(&told, None, writer.identity.id()).wall_ms, AT.wall_ms + 10);
+    }
+
+    #[test]
+    fn what_was_stamped_in_the_future_is_stamped_again_and_then_accepted() {
+        let mut writer = Writer::new();
+        let (mut ours, mut theirs) = (ObjectStore::new(Clock::default()), ObjectStore::new(Clock::default()));
+        // They have an earlier write, and ours was made with a clock that was ahead.
+        let first = writer.write(AT.wall_ms, false, |_| {});
+        receive(&mut theirs, &first);
+        let ahead = writer.write(AT.wall_ms + AHEAD_MS, false, |network| network.name = "late".to_owned());
+        ours.load(vec![ahead.clone()], &mut Resources::default(), |why| panic!("{why}"));
+        let (is_new, why) = receive(&mut theirs, &ahead);
+        assert!(!is_new && why.is_some_and(|why| why.contains("3 days in the future")));
+        let (right, key, me) = (clocks(AT.wall_ms), ObjectKey::Network(NET), writer.identity.id());
+        let wanted = [(key.clone(), first.object().unwrap().stamp)];
+        let refused = ours.refused_by(&wanted, right.void_after(), 10);
+        assert_eq!(refused.len(), 1);
+        for (key, has) in refused {
+            let stamp = ours.stamp(&right, Some(&key), me).max(has.next(me));
+            let object = ours.to_stamp_again(&key, stamp).unwrap();
+            let body = wire::encode_body(&object).unwrap();
+            let signed = SignedObject {
+                signature: writer.identity.sign(Domain::Object, &body),
+                writer_key: *writer.identity.public_key(),
+                body,
+            };
+            ours.write(vec![(signed.clone(), object)], &mut Resources::default()).unwrap();
+            assert_eq!(receive(&mut theirs, &signed), (true, None));
+        }
+        assert_eq!(ours.digest(), theirs.digest());
+        assert_eq!(theirs.all().network(NET).unwrap().network.as_ref().unwrap().name, "late");
+        let has = theirs.all().get(&key).unwrap().stamp;
+        assert!(ours.refused_by(&[(key, has)], right.void_after(), 10).is_empty());
+    }
+
+    #[test]
+    fn a_peers_write_replaces_one_that_a_majority_considers_to_be_in_the_future() {
+        let mut writer = Writer::new();
+        let mut store = ObjectStore::new(Clock::default());
+        let ahead = writer.write(AT.wall_ms + AHEAD_MS, false, |_| {});
+        store.load(vec![ahead], &mut Resources::default(), |why| panic!("{why}"));
+        let mut other = Writer::new();
+        let theirs = other.write(AT.wall_ms, false, |_| {});
+        // Alone, this host cannot know which of both is right.
+        assert_eq!(receive(&mut store, &theirs), (false, None));
+        let at = Moment { void_after: clocks(AT.wall_ms + AHEAD_MS).void_after(), ..AT };
+        assert!(at.void_after.is_some());
+        let changed = store.receive(vec![theirs], at, &mut Resources::default(), |why| panic!("{why}"));
+        assert!(changed.is_some());
+    }
+
+    #[test]
+    fn a_change_of_what_is_stored_with_a_future_stamp_is_not_lost() {
+        let mut writer = Writer::new();
+        let mut store = ObjectStore::new(Clock::default());
+        let ahead = writer.write(AT.wall_ms + AHEAD_MS, false, |_| {});
+        store.load(vec![ahead], &mut Resources::default(), |why| panic!("{why}"));
+        let (right, key, me) = (clocks(AT.wall_ms), ObjectKey::Network(NET), writer.identity.id());
+        let stamp = store.stamp(&right, Some(&key), me);
+        assert_eq!(stamp.wall_ms, AT.wall_ms);
+        let change = writer.write(AT.wall_ms, false, |network| network.name = "other".to_owned());
+        let object = change.object().unwrap();
+        store.write(vec![(change, object)], &mut Resources::default()).unwrap();
+        assert_eq!(store.all().network(NET).unwrap().network.as_ref().unwrap().name, "other");
     }
 
     #[test]
     fn messages_are_bounded_in_number_and_size() {
-        let small = Writer::new().write(AT, false, |_| {});
+        let small = Writer::new().write(AT.wall_ms, false, |_| {});
         let many = vec![small.clone(); OBJECTS_A_MESSAGE + 1];
         assert_eq!(messages(&many).map(<[_]>::len).collect::<Vec<_>>(), [OBJECTS_A_MESSAGE, 1]);
         let large = SignedObject { body: vec![0; BYTES_A_MESSAGE], ..small };

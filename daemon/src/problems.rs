@@ -21,6 +21,12 @@ pub(crate) enum Code {
     KernelRefusal,
     /// This host does not understand what a later release of ovld wrote.
     NotUnderstood,
+    /// The clock of this host is wrong.
+    OwnClock,
+    /// The clock of another host is wrong, or it is unclear which is.
+    PeerClock,
+    /// Objects are refused because their stamps are in the future.
+    FutureStamp,
     /// This host is not admitted to the cluster.
     Admission,
     /// Another host has the identity of this host or of a third one.
@@ -100,13 +106,16 @@ pub(crate) enum Code {
 impl Code {
     /// All codes, in the order of their numbers.
     #[cfg(test)]
-    const ALL: [Self; 41] = [
+    const ALL: [Self; 46] = [
         Self::Address,
         Self::StateFile,
         Self::DamagedFile,
         Self::KernelDump,
         Self::KernelRefusal,
         Self::NotUnderstood,
+        Self::OwnClock,
+        Self::PeerClock,
+        Self::FutureStamp,
         Self::Admission,
         Self::IdentityClash,
         Self::ForeignCluster,
@@ -157,6 +166,9 @@ impl Code {
             Self::KernelDump => "OVL-E013",
             Self::KernelRefusal => "OVL-E014",
             Self::NotUnderstood => "OVL-E015",
+            Self::OwnClock => "OVL-E016",
+            Self::PeerClock => "OVL-E017",
+            Self::FutureStamp => "OVL-E018",
             Self::Admission => "OVL-E020",
             Self::IdentityClash => "OVL-E021",
             Self::ForeignCluster => "OVL-E022",
@@ -205,6 +217,9 @@ impl Code {
             | Self::KernelDump
             | Self::KernelRefusal
             | Self::NotUnderstood
+            | Self::OwnClock
+            | Self::PeerClock
+            | Self::FutureStamp
             | Self::Admission
             | Self::IdentityClash
             | Self::ForeignCluster

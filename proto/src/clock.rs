@@ -1,5 +1,8 @@
-//! The hybrid logical clock (Kulkarni et al., "Logical Physical Clocks", 2014). Its stamps grow along every chain of
-//! cause and effect, and stay close to the wall clock.
+//! Stamps order the writes of cluster objects, and the clock makes them: the last write wins.
+//!
+//! A stamp is the wall clock's time, or one step after the stamp of the write that it replaces if that is later. So the
+//! writes of one object grow along every chain of cause and effect, as with a hybrid logical clock (Kulkarni et al.,
+//! "Logical Physical Clocks", 2014), and a stamp that is ahead of the time affects no other object.
 
 use serde::{Deserialize, Serialize};
 
@@ -17,7 +20,30 @@ pub struct Stamp {
     pub node: NodeId,
 }
 
-/// The clock of one host.
+impl Stamp {
+    /// Returns the smallest stamp of the host `node` that is later than this one.
+    #[must_use]
+    pub fn next(self, node: NodeId) -> Self {
+        match self.count.checked_add(1) {
+            Some(count) => Self { count, node, ..self },
+            None => Self { wall_ms: self.wall_ms.saturating_add(1), count: 0, node },
+        }
+    }
+
+    /// Checks that the stamp is not in the future, so that a wrong clock of one host does not decide what others keep.
+    ///
+    /// # Errors
+    ///
+    /// The stamp is more than [`MAX_AHEAD_MS`] after the present.
+    pub fn check(self, now_ms: u64) -> Result<(), TooFarAhead> {
+        if self.wall_ms > now_ms.saturating_add(MAX_AHEAD_MS) {
+            return Err(TooFarAhead { by_ms: self.wall_ms.saturating_sub(now_ms) });
+        }
+        Ok(())
+    }
+}
+
+/// The clock of one host: the last stamp that it gave without regard to an earlier write.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Clock {
     wall_ms: u64,
@@ -25,41 +51,33 @@ pub struct Clock {
 }
 
 impl Clock {
-    /// Returns a stamp that is later than all that this clock returned or observed.
-    pub fn tick(&mut self, now_ms: u64, node: NodeId) -> Stamp {
-        if now_ms > self.wall_ms {
-            *self = Self { wall_ms: now_ms, count: 0 };
-        } else if self.count == u32::MAX {
-            *self = Self { wall_ms: self.wall_ms.saturating_add(1), count: 0 };
-        } else {
-            self.count += 1;
-        }
-        Stamp { wall_ms: self.wall_ms, count: self.count, node }
+    /// Returns the stamp of a write that replaces the one with the stamp `before`; the default if it replaces none.
+    ///
+    /// Stamps without a write before them grow, unless the wall clock is set back by more than [`MAX_BACK_MS`].
+    pub fn tick(&mut self, now_ms: u64, before: Stamp, node: NodeId) -> Stamp {
+        let last = Stamp { wall_ms: self.wall_ms, count: self.count, node };
+        let now = Stamp { wall_ms: now_ms, count: 0, node };
+        let back = self.wall_ms.saturating_sub(now_ms);
+        let stamp = if now_ms > self.wall_ms || back > MAX_BACK_MS { now } else { last.next(node) };
+        *self = Self { wall_ms: stamp.wall_ms, count: stamp.count };
+        stamp.max(before.next(node))
     }
 
-    /// Advances the clock to another host's stamp.
-    ///
-    /// # Errors
-    ///
-    /// If the stamp is more than [`MAX_AHEAD_MS`] in the future, so that a host with a wrong clock does not advance
-    /// the clocks of the cluster.
-    pub fn observe(&mut self, stamp: Stamp, now_ms: u64) -> Result<(), TooFarAhead> {
-        if stamp.wall_ms > now_ms.saturating_add(MAX_AHEAD_MS) {
-            return Err(TooFarAhead { by_ms: stamp.wall_ms - now_ms });
-        }
-        if (stamp.wall_ms, stamp.count) > (self.wall_ms, self.count) {
-            *self = Self { wall_ms: stamp.wall_ms, count: stamp.count };
-        }
-        Ok(())
+    /// Returns the time of the last stamp, in milliseconds since 1970.
+    pub fn wall_ms(&self) -> u64 {
+        self.wall_ms
     }
 }
+
+/// How far the wall clock may go back without an effect on stamps, in milliseconds.
+pub const MAX_BACK_MS: u64 = 60 * 1000;
 
 /// How far another host's clock may be ahead of the local one, in milliseconds.
 pub const MAX_AHEAD_MS: u64 = 24 * 60 * 60 * 1000;
 
 /// The error for a stamp that is too far in the future.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("stamped {by_ms} ms in the future; check the clocks of the hosts")]
+#[error("stamped {by_ms} ms in the future")]
 pub struct TooFarAhead {
     /// The distance to the local clock, in milliseconds.
     pub by_ms: u64,
@@ -91,30 +109,46 @@ fn civil(days: u64) -> (u64, u64, u64) {
 mod tests {
     use super::*;
 
+    const NOBODY: Stamp = Stamp { wall_ms: 0, count: 0, node: NodeId([0; 10]) };
+
     #[test]
-    fn stamps_grow_when_the_wall_clock_goes_back() {
+    fn stamps_grow_when_the_wall_clock_goes_back_a_little() {
         let mut clock = Clock::default();
         let node = NodeId::default();
-        let first = clock.tick(1000, node);
-        let second = clock.tick(900, node);
-        let third = clock.tick(1001, node);
+        let first = clock.tick(100_000, NOBODY, node);
+        let second = clock.tick(100_000 - MAX_BACK_MS, NOBODY, node);
+        let third = clock.tick(100_001, NOBODY, node);
         assert!(first < second && second < third);
     }
 
     #[test]
-    fn stamp_is_later_than_observed_stamps() {
+    fn a_clock_that_was_ahead_comes_back() {
         let mut clock = Clock::default();
-        let seen = Stamp { wall_ms: 5000, count: 7, node: NodeId([9; 10]) };
-        assert_eq!(clock.observe(seen, 4000), Ok(()));
-        assert!(clock.tick(4000, NodeId::default()) > seen);
+        let node = NodeId::default();
+        clock.tick(1_000_000_000, NOBODY, node);
+        assert_eq!(clock.tick(1_000_000, NOBODY, node).wall_ms, 1_000_000);
+    }
+
+    #[test]
+    fn a_write_is_one_step_after_a_later_one_that_it_replaces_and_no_other_write_is() {
+        let mut clock = Clock::default();
+        let before = Stamp { wall_ms: 5000, count: 7, node: NodeId([9; 10]) };
+        let stamp = clock.tick(4000, before, NodeId::default());
+        assert_eq!(stamp, Stamp { wall_ms: 5000, count: 8, node: NodeId::default() });
+        assert_eq!(clock.tick(4001, NOBODY, NodeId::default()).wall_ms, 4001);
+        let last = Stamp { count: u32::MAX, ..before };
+        assert!(last.next(NodeId::default()) > last);
+        assert!(
+            Stamp { wall_ms: u64::MAX, ..last }.next(NodeId::default()).wall_ms == u64::MAX,
+            "no overflow"
+        );
     }
 
     #[test]
     fn stamp_far_in_the_future_is_rejected() {
-        let mut clock = Clock::default();
         let stamp = Stamp { wall_ms: u64::MAX, count: 0, node: NodeId::default() };
-        assert!(clock.observe(stamp, 0).is_err());
-        assert_eq!(clock, Clock::default());
+        assert_eq!(stamp.check(1), Err(TooFarAhead { by_ms: u64::MAX - 1 }));
+        assert_eq!(Stamp { wall_ms: MAX_AHEAD_MS + 1, ..stamp }.check(1), Ok(()));
     }
 
     #[test]

@@ -32,9 +32,9 @@ pub enum Message {
     ObjectParts(Vec<u64>),
     /// The key and stamp of each object of the sender in the parts that differ.
     ObjectIndex(Vec<(ObjectKey, Stamp)>),
-    /// A request for objects. The reply is [`Self::Objects`], in several messages, the last of which is empty. It may
+    /// A request for objects, each with the stamp of what the sender has, which is the default if it has none. The reply is [`Self::Objects`], in several messages, the last of which is empty. It may
     /// leave out objects, which can be requested again.
-    ObjectWant(Vec<ObjectKey>),
+    ObjectWant(Vec<(ObjectKey, Stamp)>),
     /// A message of the consensus on the allocation map.
     Alloc(AllocMessage),
     /// A request for a lease of an address of the receiver's block.
@@ -70,7 +70,7 @@ variants! {
         9 LeaseReply { 1 id: id, 2 result: result },
         10 ClusterKey { 1 0: key },
         11 ObjectParts { 1 0: parts },
-        12 ObjectWant { 1 0: keys },
+        12 ObjectWant { 1 0: wanted },
     }
 }
 

@@ -167,11 +167,25 @@ impl Objects {
         object: Object,
         resources: &mut Resources,
     ) -> Result<Option<Vec<ResourceKey>>, Full> {
+        let later = self.all.get(&object.key()).is_some_and(|old| old.stamp >= object.stamp);
+        if later { Ok(None) } else { self.replace(signed, object, resources).map(Some) }
+    }
+
+    /// Applies a write to the store and to `resources`, whatever is stored.
+    ///
+    /// Returns the keys of the Kubernetes objects that it changes.
+    ///
+    /// # Errors
+    ///
+    /// If the write exceeds a limit.
+    pub fn replace(
+        &mut self,
+        signed: SignedObject,
+        object: Object,
+        resources: &mut Resources,
+    ) -> Result<Vec<ResourceKey>, Full> {
         let key = object.key();
         let old = self.all.get(&key);
-        if old.is_some_and(|old| old.stamp >= object.stamp) {
-            return Ok(None);
-        }
         self.has_room(std::iter::once((key.clone(), &signed)))?;
         self.bytes = self.bytes - old.map_or(0, |old| old.signed.body.len()) + signed.body.len();
         // A key and stamp that cannot be encoded were never received or sent.
@@ -193,7 +207,7 @@ impl Objects {
             self.digest.remove(&old.hash);
             self.opaque -= usize::from(old.opaque.is_some());
         }
-        Ok(Some(changed))
+        Ok(changed)
     }
 
     /// Removes the objects for which `keep` returns false.

@@ -266,7 +266,6 @@ impl Node {
     fn created(&self, read: &mut [(Place, Resource)]) {
         let mut guard = self.state.borrow_mut();
         let state = &mut *guard;
-        let (wall_ms, me) = (state.wall_ms(), state.view.me);
         for (_, resource) in read {
             let old = state.view.resources.get(&resource.key());
             if let Some(old) = &old {
@@ -274,7 +273,7 @@ impl Node {
             }
             let old = old.map(|old| old.meta().creation_timestamp);
             resource.meta_mut().creation_timestamp =
-                old.unwrap_or_else(|| Created(state.objects.stamp(wall_ms, me)));
+                old.unwrap_or_else(|| Created(self.stamp_creation(state)));
         }
     }
 

@@ -220,6 +220,8 @@ impl Node {
             self.tick_alloc();
             self.check_caught_up();
             self.ask_missing_objects();
+            self.judge_clocks();
+
             // Often: a table that is not cached when the daemon is killed is unknown after a start without
             // peers.
             if let Err(error) = self.cache_tables() {

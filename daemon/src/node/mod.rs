@@ -8,6 +8,7 @@ mod addresses;
 mod alloc;
 mod apply;
 mod attach;
+mod clocks;
 mod cni;
 mod docker;
 mod firewall;
@@ -51,7 +52,7 @@ use ovl_dataplane::device::Device;
 use ovl_dns::ResolvConfWatcher;
 use ovl_files::Damaged;
 use ovl_kernel::{KernelEvent, KernelHandle, Prober};
-use ovl_mesh::gossip::{Gossip, GossipConfig, GossipEvent, Hints};
+use ovl_mesh::gossip::{Gossip, GossipConfig, GossipEvent, Hints, WallClock};
 use ovl_mesh::keys::{ClusterKey, Identity, KeyFile, Keyring, RecordError, TunnelSecret, open_record};
 use ovl_mesh::streams::{StreamEvent, Streams, StreamsConfig};
 use ovl_mesh::transport::Transport;
@@ -66,6 +67,7 @@ use tokio::time::Instant;
 
 use self::state::{RunDir, State};
 use crate::addresses::Addresses;
+use crate::clocks::RefusedObjects;
 use crate::config::{Config, OWN_DOMAIN};
 use crate::encryption::{self, Tunnel};
 use crate::endpoints::LocalEndpoints;
@@ -255,7 +257,7 @@ impl Node {
         let (link_tell, link_events) = mpsc::channel(INBOX);
         let (gossip, links) = open(
             &config,
-            environment.transport(),
+            (environment.transport(), environment.wall_clock()),
             &identity,
             &keyring,
             (&record, &signed),
@@ -478,7 +480,7 @@ impl Node {
 /// Opens the sockets of gossip and streams at the address of the record.
 async fn open(
     config: &Config,
-    transport: Arc<dyn Transport>,
+    (transport, wall_clock): (Arc<dyn Transport>, WallClock),
     identity: &Arc<Identity>,
     keyring: &Arc<Keyring>,
     (record, signed): (&NodeRecord, &SignedRecord),
@@ -509,6 +511,7 @@ async fn open(
         join: config.join.clone(),
         interval: config.gossip_interval,
         transport,
+        wall_clock,
     };
     let gossip = Gossip::start(gossip_config, gossip).await.with_context(taken)?;
     gossip.set_link_mtu(record.link_mtu);
@@ -543,6 +546,8 @@ fn first_state(
         clashes: BTreeMap::new(),
         objects: ObjectStore::new(saved.clock),
         exchanges: Exchanges::new(me),
+        refused_objects: RefusedObjects::default(),
+        last_wall: None,
         bridges: Bridges::new(saved.bridges.iter().cloned()),
         workloads: Workloads::default(),
         subsystems: Subsystems::new(Settings {

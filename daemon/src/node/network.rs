@@ -52,6 +52,9 @@ impl Node {
                 request.name
             )));
         }
+        if request.driver == Driver::Overlay {
+            self.check_clock()?;
+        }
         check_bridge(&request)?;
         check_routed(&request, self.config.advertise.ip())?;
         let taken = self.kernel.prefixes().await.map_err(Failed::from)?;
@@ -60,7 +63,7 @@ impl Node {
             let mut state = self.state.borrow_mut();
             let network = self.plan_create(&state, &request, &taken, on_demand)?;
             check_mtu(&network)?;
-            Network { created: stamp(&mut state), ..network }
+            Network { created: self.stamp_creation(&mut state), ..network }
         };
         let id = network.id;
         self.put_network(network)?;
@@ -442,9 +445,4 @@ fn check_mtu(network: &Network) -> Result<(), Failed> {
         }
         Some(_) | None => Ok(()),
     }
-}
-
-fn stamp(state: &mut State) -> Stamp {
-    let (wall_ms, me) = (state.wall_ms(), state.view.me);
-    state.objects.stamp(wall_ms, me)
 }

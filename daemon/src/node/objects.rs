@@ -15,9 +15,13 @@ use ovl_subsystems::services::allocation::{ReservedClaims, ServiceAllocator};
 
 use super::state::State;
 use super::{Failed, Node};
+use crate::clocks::RefusedObject;
 use crate::networks::{overlap_sentences, unused_blocks};
-use crate::objects::messages;
+use crate::objects::{Moment, Rejected, WantedObject, messages};
 use crate::problems::Code;
+
+/// Maximum number of objects that are stamped again at once: each is signed, which takes 70 us.
+const STAMPED_AT_ONCE: usize = 2000;
 
 impl Node {
     /// Writes a network or its tombstone and sends it to all peers.
@@ -32,7 +36,8 @@ impl Node {
             let mut guard = self.state.borrow_mut();
             let state = &mut *guard;
             let me = state.view.me;
-            let wall_ms = state.wall_ms();
+            let clocks = self.clocks(state);
+            self.check_refusing(state, &clocks)?;
             let (mut written, mut all) = (Vec::with_capacity(writes.len()), Vec::new());
             for (body, deleted) in writes {
                 // What a later release says would be lost.
@@ -42,13 +47,9 @@ impl Node {
                          on a host that runs that release, or upgrade ovld on this host"
                     )));
                 }
-                let object = Object { stamp: state.objects.stamp(wall_ms, me), deleted, body };
-                let body = wire::encode_body(&object).map_err(|error| Failed::internal(error.to_string()))?;
-                let signed = SignedObject {
-                    signature: self.identity.sign(Domain::Object, &body),
-                    writer_key: *self.identity.public_key(),
-                    body,
-                };
+                let stamp = state.objects.stamp(&clocks, Some(&body.key()), me);
+                let object = Object { stamp, deleted, body };
+                let signed = self.sign_object(&object)?;
                 all.push(signed.clone());
                 written.push((signed, object));
             }
@@ -71,9 +72,19 @@ impl Node {
         let (is_new, want) = {
             let mut guard = self.state.borrow_mut();
             let state = &mut *guard;
-            let (now, wall_ms) = (state.now(), state.wall_ms());
-            let refused = |error: String| tracing::warn!(%from, error, "refused an object");
-            let changed = state.objects.receive(objects, wall_ms, &mut state.view.resources, refused);
+            let clocks = self.clocks(state);
+            let now = state.now();
+            let moment = Moment { wall_ms: clocks.now(), void_after: clocks.void_after() };
+            let known = state.peers.contains_key(&from);
+            let refusals = &mut state.refused_objects;
+            let refused = |why: Rejected| match why {
+                // A problem says it, and it is repeated for as long as it lasts.
+                Rejected::Future { what, by_ms, .. } if known => {
+                    refusals.note(from, RefusedObject { what, by_ms, at: now });
+                }
+                why => tracing::warn!(%from, error = %why, "refused an object"),
+            };
+            let changed = state.objects.receive(objects, moment, &mut state.view.resources, refused);
             if let Some(changed) = &changed {
                 self.objects_changed(state, changed);
             }
@@ -85,6 +96,62 @@ impl Node {
             self.settle_objects();
         }
         self.want_objects(from, want);
+    }
+
+    /// Signs a write of this host.
+    fn sign_object(&self, object: &Object) -> Result<SignedObject, Failed> {
+        let body = wire::encode_body(object).map_err(|error| Failed::internal(error.to_string()))?;
+        Ok(SignedObject {
+            signature: self.identity.sign(Domain::Object, &body),
+            writer_key: *self.identity.public_key(),
+            body,
+        })
+    }
+
+    /// Writes objects again that a peer asks for and will refuse, because they were stamped while the clock of their writer
+    /// was ahead: with the smallest stamps that are later than what the peer has.
+    fn stamp_again(&self, peer: NodeId, wanted: &[WantedObject]) {
+        let all = {
+            let mut guard = self.state.borrow_mut();
+            let state = &mut *guard;
+            let clocks = self.clocks(state);
+            self.note_future(state, &clocks, wanted);
+            let refused = state.objects.refused_by(wanted, clocks.void_after(), STAMPED_AT_ONCE);
+            if refused.is_empty() {
+                return;
+            }
+            let me = state.view.me;
+            let (mut written, mut all) = (Vec::new(), Vec::new());
+            for (key, has) in refused {
+                let stamp = state.objects.stamp(&clocks, Some(&key), me).max(has.next(me));
+                let Some(object) = state.objects.to_stamp_again(&key, stamp) else { continue };
+                match self.sign_object(&object) {
+                    Ok(signed) => {
+                        all.push(signed.clone());
+                        written.push((signed, object));
+                    }
+                    Err(Failed(failure)) => tracing::error!(%key, error = failure.message, "cannot sign"),
+                }
+            }
+            let name = state.view.name_of(peer);
+            self.event(
+                "objects",
+                &name,
+                &format!("{} stamped again: their stamps were in the future", all.len()),
+            );
+            match state.objects.write(written, &mut state.view.resources) {
+                Ok(changed) => self.objects_changed(state, &changed),
+                Err(full) => {
+                    tracing::error!(error = %full, "cannot stamp objects again");
+                    return;
+                }
+            }
+            all
+        };
+        for part in messages(&all) {
+            self.links().broadcast(&Message::Objects(part.to_vec()));
+        }
+        self.settle_objects();
     }
 
     /// Answers [`Message::ObjectParts`].
@@ -110,13 +177,24 @@ impl Node {
     }
 
     fn want_objects(&self, from: NodeId, want: Vec<ObjectKey>) {
-        if !want.is_empty() {
-            self.links().send(from, &Message::ObjectWant(want));
+        if want.is_empty() {
+            return;
         }
+        let want = {
+            let state = self.state.borrow();
+            let stamp = |key: &ObjectKey| state.objects.all().get(key).map(|stored| stored.stamp);
+            want.into_iter()
+                .map(|key| (stamp(&key).unwrap_or_default(), key))
+                .map(|(has, key)| (key, has))
+                .collect()
+        };
+        self.links().send(from, &Message::ObjectWant(want));
     }
 
     /// Answers [`Message::ObjectWant`].
-    pub(super) fn send_objects(&self, to: NodeId, keys: Vec<ObjectKey>) {
+    pub(super) fn send_objects(&self, to: NodeId, wanted: Vec<WantedObject>) {
+        self.stamp_again(to, &wanted);
+        let keys = wanted.into_iter().map(|(key, _)| key).collect();
         let found = self.state.borrow().objects.signed_of(keys);
         for part in messages(&found) {
             self.links().send(to, &Message::Objects(part.to_vec()));
@@ -142,7 +220,7 @@ impl Node {
     pub(super) fn drop_old_tombstones(&self) {
         let mut guard = self.state.borrow_mut();
         let state = &mut *guard;
-        let wall_ms = state.wall_ms();
+        let wall_ms = self.clocks(state).now();
         let (networks, blocks) = (&state.view.networks, &state.view.alloc.blocks);
         let in_use =
             |id: &NetworkId| networks.contains_key(id) || blocks.keys().any(|block| block.network == *id);

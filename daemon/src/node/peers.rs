@@ -152,7 +152,7 @@ impl Node {
             Message::Objects(objects) => self.take_objects(from, objects),
             Message::ObjectParts(parts) => self.send_index(from, &parts),
             Message::ObjectIndex(index) => self.take_index(from, index),
-            Message::ObjectWant(keys) => self.send_objects(from, keys),
+            Message::ObjectWant(wanted) => self.send_objects(from, wanted),
             Message::Alloc(message) => self.on_alloc(from, message),
             Message::LeaseRequest { id, network, wish } => self.grant_lease(from, id, network, wish),
             // A host that is not a member cannot know which key a majority has chosen.

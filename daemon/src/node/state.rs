@@ -25,6 +25,7 @@ use tokio::time::Instant;
 
 use super::Failed;
 use crate::addresses::Addresses;
+use crate::clocks::RefusedObjects;
 use crate::endpoints::{FullName, LocalEndpoints};
 use crate::engines::Engines;
 use crate::environment::Environment;
@@ -101,6 +102,10 @@ pub(crate) struct State {
     pub objects: ObjectStore,
     /// What this host asks of peers' objects.
     pub exchanges: Exchanges,
+    /// Objects of peers that were refused for their stamps, and those of this host that peers refuse.
+    pub refused_objects: RefusedObjects,
+    /// The wall clock and the milliseconds of this run at the last tick.
+    pub last_wall: Option<(u64, u64)>,
     /// Bridge networks of this host.
     pub bridges: Bridges,
     /// Index of the endpoints that labels select and of the backends of each Service.

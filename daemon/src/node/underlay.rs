@@ -137,7 +137,7 @@ impl Node {
         };
         let (gossip, links) = open(
             &self.config,
-            self.environment.transport(),
+            (self.environment.transport(), self.environment.wall_clock()),
             &self.identity,
             &keyring,
             (&record, &signed),

@@ -58,6 +58,8 @@ pub(super) struct Peer {
     proved: Option<Instant>,
     /// Its latest hints, and their position.
     hints: (Sequence, Hints),
+    /// What its wall clock said in its last answer, in milliseconds since 1970, and when that arrived.
+    clock: Option<(u64, Instant)>,
     rtt: Option<Duration>,
     /// The share of recent pings that were answered.
     answered: f64,
@@ -249,6 +251,25 @@ impl PeerBook {
         later
     }
 
+    /// Takes what the wall clock of a peer said in an answer that it has signed; 0 if it said nothing.
+    pub(super) fn take_clock(&mut self, node: NodeId, wall_ms: u64, now: Instant) {
+        if let Some(peer) = self.peers.get_mut(&node)
+            && wall_ms > 0
+        {
+            peer.clock = Some((wall_ms, now));
+        }
+    }
+
+    /// What the wall clock of each peer says now, in milliseconds since 1970, as far as its last answer tells.
+    pub(super) fn clocks(&self, now: Instant) -> BTreeMap<NodeId, u64> {
+        let clock = |(node, peer): (&NodeId, &Peer)| {
+            let (wall_ms, at) = peer.clock?;
+            let passed = u64::try_from(now.saturating_duration_since(at).as_millis()).unwrap_or(u64::MAX);
+            Some((*node, wall_ms.saturating_add(passed)))
+        };
+        self.peers.iter().filter_map(clock).collect()
+    }
+
     /// The latest hints of a peer.
     pub(super) fn hints(&self, node: NodeId) -> Hints {
         self.peers.get(&node).map(|peer| peer.hints.1).unwrap_or_default()
@@ -434,6 +455,7 @@ impl PeerBook {
             last_heard: None,
             proved: None,
             hints: Default::default(),
+            clock: None,
             rtt: None,
             answered: 1.0,
             pings: VecDeque::new(),

@@ -17,7 +17,6 @@ use tokio::sync::{Notify, mpsc};
 use tokio::time::Instant;
 use tracing::{debug, warn};
 
-use super::GossipEvent;
 use super::admission::Admission;
 use super::book::{Due, PeerBook};
 use super::decode::{DecodeError, Exchange, Incarnation};
@@ -27,6 +26,7 @@ use super::rounds::Rounds;
 use super::seal::{OpenError, Opener, RunId, Sealer, Sender};
 use super::statement::{Answer, Budget, Hints, SignedStatement, Statement};
 use super::strangers::Strangers;
+use super::{GossipConfig, GossipEvent, WallClock};
 use crate::keys::{self, ClusterKey, Identity, Keyring, RecordError};
 use crate::transport::Datagrams;
 
@@ -90,6 +90,7 @@ pub(super) struct Hub {
     pub(super) node: NodeId,
     identity: Arc<Identity>,
     socket: Box<dyn Datagrams>,
+    wall_clock: WallClock,
     state: Mutex<State>,
     /// Wakes the monitor after a change.
     pub(super) news: Notify,
@@ -134,11 +135,10 @@ pub(super) struct State {
 impl Hub {
     pub(super) fn new(
         socket: Box<dyn Datagrams>,
-        identity: Arc<Identity>,
-        keyring: Arc<Keyring>,
+        config: &GossipConfig,
         record: &NodeRecord,
-        hints: Hints,
     ) -> anyhow::Result<Self> {
+        let keyring = Arc::clone(&config.keyring);
         let sealers = keyring.all().map(Sealer::new).collect::<anyhow::Result<Vec<_>>>()?;
         let (node, now) = (record.id, Instant::now());
         let state = State {
@@ -150,7 +150,7 @@ impl Hub {
                 address: record.address,
             }),
             sequence: (record.generation, 0),
-            hints,
+            hints: config.hints,
             relays: VecDeque::new(),
             signatures: Budget::new(PEER_SIGNATURES, now),
             verifications: Budget::new(PEER_VERIFICATIONS, now),
@@ -171,7 +171,8 @@ impl Hub {
             inbox: None,
             datagram: Vec::new(),
         };
-        Ok(Self { node, identity, socket, state: Mutex::new(state), news: Notify::new() })
+        let (identity, wall_clock) = (Arc::clone(&config.identity), Arc::clone(&config.wall_clock));
+        Ok(Self { node, identity, socket, wall_clock, state: Mutex::new(state), news: Notify::new() })
     }
 
     /// Locks the state. The guard must not be held across an await.
@@ -236,7 +237,7 @@ impl Hub {
             }
             state.hints = hints;
             state.sequence.1 += 1;
-            Statement { answer: None, sequence: state.sequence, hints }
+            Statement { answer: None, sequence: state.sequence, hints, wall_ms: 0 }
         };
         let Some(signed) = self.sign(&statement) else { return };
         let packet = Packet::Hints(signed);
@@ -423,7 +424,8 @@ impl Hub {
                     return None;
                 }
                 let answer = Some(Answer { nonce, run: state.sealer(from)?.run() });
-                let statement = Statement { answer, sequence: state.sequence, hints: state.hints };
+                let wall_ms = (self.wall_clock)();
+                let statement = Statement { answer, sequence: state.sequence, hints: state.hints, wall_ms };
                 self.sign(&statement).map(Packet::Pong)
             }
             Packet::Pong(_) => None,
@@ -452,6 +454,7 @@ impl Hub {
                 let nonce = statement.answer?.nonce;
                 if state.book.take_relayed(node, nonce) && signed.is_valid() {
                     let news = state.book.proved(node, now);
+                    state.book.take_clock(node, statement.wall_ms, now);
                     if state.book.take_hints(node, statement.sequence, statement.hints) || news {
                         self.news.notify_one();
                     }
@@ -477,7 +480,8 @@ impl Hub {
 
     /// Handles a pong: it proves that its sender is alive, or is passed on to the host that asked for it.
     fn pong(&self, state: &mut State, run: RunId, signed: &SignedStatement, from: SocketAddr, now: Instant) {
-        let Some((node, Statement { answer: Some(answer), sequence, hints })) = signed.claim() else {
+        let Some((node, Statement { answer: Some(answer), sequence, hints, wall_ms })) = signed.claim()
+        else {
             return;
         };
         if answer.run != run {
@@ -501,6 +505,7 @@ impl Hub {
         if let Some(sent) = pinged {
             state.book.answered(node, sent, now);
         }
+        state.book.take_clock(node, wall_ms, now);
         let mut news = state.book.proved(node, now);
         news |= state.book.take_hints(node, sequence, hints);
         if state.opener.prove(&run, node) {

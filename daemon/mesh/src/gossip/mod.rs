@@ -32,7 +32,7 @@ mod seal;
 mod statement;
 mod strangers;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -81,7 +81,12 @@ pub struct GossipConfig {
     pub interval: Duration,
     /// Opens the socket.
     pub transport: Arc<dyn Transport>,
+    /// The wall clock of the local host, which it tells its peers.
+    pub wall_clock: WallClock,
 }
+
+/// A wall clock: returns milliseconds since 1970.
+pub type WallClock = Arc<dyn Fn() -> u64 + Send + Sync>;
 
 /// An event of gossip.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -175,7 +180,7 @@ impl Gossip {
             .transport
             .datagrams(config.listen)
             .with_context(|| format!("cannot listen for gossip on {} (UDP)", config.listen))?;
-        let hub = Arc::new(Hub::new(socket, config.identity, config.keyring, &record, config.hints)?);
+        let hub = Arc::new(Hub::new(socket, &config, &record)?);
         hub.set_record(config.record.clone());
         let id = ChitchatId::new(record.id.to_string(), record.generation, record.address);
         let cluster = Arc::new(Cluster::start(Arc::clone(&hub), id, config.interval, &config.record).await?);
@@ -268,6 +273,11 @@ impl Gossip {
     /// The state of the direct path to each peer that was ever heard.
     pub fn contacts(&self) -> HashMap<NodeId, Contact> {
         self.hub.lock().book.contacts()
+    }
+
+    /// What the wall clock of each peer says now, in milliseconds since 1970, as far as its last signed answer tells.
+    pub fn clocks(&self) -> BTreeMap<NodeId, u64> {
+        self.hub.lock().book.clocks(Instant::now())
     }
 
     /// The known path MTUs, in bytes.

@@ -40,9 +40,12 @@ pub(super) struct Statement {
     pub(super) answer: Option<Answer>,
     pub(super) sequence: Sequence,
     pub(super) hints: Hints,
+    /// Its wall clock when it signed an answer, in milliseconds since 1970. 0 without an answer, and in releases that do
+    /// not say it.
+    pub(super) wall_ms: u64,
 }
 
-ovl_proto::fields! { Statement { 1 answer optional, 2 sequence, 3 hints } }
+ovl_proto::fields! { Statement { 1 answer optional, 2 sequence, 3 hints, 4 wall_ms optional } }
 
 /// The answer to a ping.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -124,7 +127,7 @@ mod tests {
     fn only_the_host_itself_makes_valid_statements() {
         let (identity, other) = (Identity::ephemeral(), Identity::ephemeral());
         let answer = Some(Answer { nonce: 5, run: [1; 16] });
-        let statement = Statement { answer, sequence: (1, 2), hints: Hints::default() };
+        let statement = Statement { answer, sequence: (1, 2), hints: Hints::default(), wall_ms: 7 };
         let signed = SignedStatement::sign(&identity, &statement).unwrap();
         assert_eq!(signed.claim(), Some((identity.id(), statement)));
         assert!(signed.is_valid());
@@ -149,7 +152,7 @@ mod tests {
     fn cost_of_statements() {
         let identity = Identity::ephemeral();
         let answer = Some(Answer { nonce: u64::MAX, run: [1; 16] });
-        let statement = Statement { answer, sequence: (u64::MAX, 2), hints: Hints::default() };
+        let statement = Statement { answer, sequence: (u64::MAX, 2), hints: Hints::default(), wall_ms: 7 };
         let start = std::time::Instant::now();
         let signed: Vec<_> =
             (0..2000).map(|_| SignedStatement::sign(&identity, &statement).unwrap()).collect();

@@ -7,6 +7,9 @@ use tokio::time::timeout;
 use super::*;
 use crate::keys::{ClusterKey, Identity};
 
+/// The wall clock of the hosts, to which each adds its generation.
+const WALL_MS: u64 = 1_800_000_000_000;
+
 struct Node {
     identity: Arc<Identity>,
     record: NodeRecord,
@@ -59,6 +62,7 @@ async fn node_of(
         join: join.iter().map(SocketAddr::to_string).collect(),
         interval: Duration::from_millis(200),
         transport: Arc::new(crate::transport::HostTransport),
+        wall_clock: Arc::new(move || WALL_MS + generation),
     };
     let gossip = Gossip::start(config, sender).await.unwrap();
     Node { identity, record, gossip, events, peers: HashMap::new() }
@@ -132,6 +136,21 @@ async fn rotation_loses_no_event_and_a_host_with_the_old_key_alone_is_understood
     assert!(!a.gossip.other_keys().is_empty() && !c.gossip.other_keys().is_empty());
     assert!(b.peers[&ida].2 && a.peers[&idb].2, "the two other hosts never lost each other");
     for node in [a, b, c] {
+        node.gossip.shutdown().await;
+    }
+}
+
+#[tokio::test]
+async fn a_host_learns_the_wall_clocks_of_its_peers() {
+    let mut a = node(&[]).await;
+    let b = node(&[a.record.address]).await;
+    a.wait_alive(b.record.id).await;
+    // It came with the signed answer that made the peer alive.
+    let clocks = a.gossip.clocks();
+    let clock = clocks.get(&b.record.id).copied().unwrap();
+    let began = WALL_MS + b.record.generation;
+    assert!((began..began + 10_000).contains(&clock), "{clock}");
+    for node in [a, b] {
         node.gossip.shutdown().await;
     }
 }
@@ -302,7 +321,8 @@ impl KeyHolder {
             let Ok((_, plain)) = self.opener.open(&mut buffer[..length]) else { continue };
             if let Packet::Ping { nonce } = Packet::decode(plain).unwrap() {
                 let answer = Some(statement::Answer { nonce, run: self.sealer.run() });
-                let statement = statement::Statement { answer, sequence: (1, 0), hints: Hints::default() };
+                let statement =
+                    statement::Statement { answer, sequence: (1, 0), hints: Hints::default(), wall_ms: 0 };
                 let signed = statement::SignedStatement::sign(&self.identity, &statement).unwrap();
                 self.send(from, &Packet::Pong(signed)).await;
             }
@@ -337,6 +357,7 @@ async fn holder_of_the_key_cannot_keep_a_host_alive_or_set_its_hints() {
                 answer: Some(statement::Answer { nonce: round, run: holder.sealer.run() }),
                 sequence: (u64::MAX, round),
                 hints: Hints { alloc: 99, ..Hints::default() },
+                wall_ms: 0,
             };
             let signed = statement::SignedStatement::sign(&holder.identity, &statement).unwrap();
             let forged = signed.with_key(*c_key(&a, idc));

@@ -6,12 +6,14 @@ use std::path::PathBuf;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
 use anyhow::{Result, anyhow, bail};
 use ovl_control::{Reply, Request};
 use ovl_kernel::{KernelEvent, KernelHandle, Prober, SimulatedKernel};
+use ovl_mesh::gossip::WallClock;
 use ovl_mesh::keys::TunnelSecret;
 use ovl_mesh::transport::Transport;
 use ovld::{Config, Daemon, Disk, Environment, Inspection};
@@ -37,7 +39,7 @@ pub(crate) struct Host {
     /// State directory, run directory and key file.
     pub(crate) directory: PathBuf,
     /// What its wall clock is ahead, in milliseconds.
-    pub(crate) ahead_ms: Rc<Cell<i64>>,
+    pub(crate) ahead_ms: Arc<AtomicI64>,
     pub(crate) slow_disk: Rc<Cell<bool>>,
     /// Number of reboots.
     pub(crate) boots: u64,
@@ -60,7 +62,7 @@ impl Host {
         let environment = Rc::new(Simulated {
             interface,
             kernel: self.kernel.clone(),
-            ahead_ms: Rc::clone(&self.ahead_ms),
+            ahead_ms: Arc::clone(&self.ahead_ms),
             slow_disk: Rc::clone(&self.slow_disk),
             boot_id: format!("{}-{}", self.name, self.boots),
             disk: Rc::new(RefCell::new(random.split())),
@@ -102,7 +104,7 @@ pub(crate) enum Call {
 struct Simulated {
     interface: Interface,
     kernel: SimulatedKernel,
-    ahead_ms: Rc<Cell<i64>>,
+    ahead_ms: Arc<AtomicI64>,
     slow_disk: Rc<Cell<bool>>,
     boot_id: String,
     disk: Rc<RefCell<Random>>,
@@ -111,9 +113,12 @@ struct Simulated {
 }
 
 impl Environment for Simulated {
-    fn wall_ms(&self) -> u64 {
-        let passed = u64::try_from(self.start.elapsed().as_millis()).unwrap_or(u64::MAX);
-        (START_MS + passed).saturating_add_signed(self.ahead_ms.get())
+    fn wall_clock(&self) -> WallClock {
+        let (start, ahead_ms) = (self.start, Arc::clone(&self.ahead_ms));
+        Arc::new(move || {
+            let passed = u64::try_from(start.elapsed().as_millis()).unwrap_or(u64::MAX);
+            (START_MS + passed).saturating_add_signed(ahead_ms.load(Ordering::Relaxed))
+        })
     }
 
     fn fill_random(&self, bytes: &mut [u8]) {

@@ -134,6 +134,53 @@ fn hosts_that_were_cut_off_fetch_once_what_they_lack() {
     });
 }
 
+/// Milliseconds of a day.
+const DAY: i64 = 24 * 60 * 60 * 1000;
+
+#[test]
+fn what_was_written_with_a_clock_ahead_reaches_all_hosts_once_it_is_right() {
+    simulate(Slot::Clocks, seed(), async |world| {
+        // The first host forms the cluster with its clock three days ahead.
+        world.start(1).await?;
+        world.step_clock(0, 3 * DAY)?;
+        assert!(world.create_network(0, "early", Mode::L2, "10.12.0.0/24").await?);
+        world.step_clock(0, -3 * DAY)?;
+        assert!(world.create_network(0, "late", Mode::L2, "10.13.0.0/24").await?);
+        world.start(2).await?;
+        world.settle(Duration::from_secs(30)).await?;
+        // A member whose clock is ahead may not write: the others would refuse it.
+        world.step_clock(2, 3 * DAY)?;
+        world.run_for(Duration::from_secs(3)).await;
+        assert!(!world.create_network(2, "refused", Mode::L2, "10.14.0.0/24").await?);
+        assert!(world.create_network(0, "other", Mode::L2, "10.15.0.0/24").await?);
+        world.settle(Duration::from_secs(30)).await?;
+        world.step_clock(2, -3 * DAY)?;
+        world.run_for(Duration::from_secs(3)).await;
+        assert!(world.create_network(2, "right", Mode::L2, "10.16.0.0/24").await?);
+        world.settle(Duration::from_secs(30)).await?;
+        // Ten years ahead, and alone: nobody refuses it until the others are back.
+        world.partition(&[1].into());
+        world.step_clock(1, 3650 * DAY)?;
+        world.run_for(Duration::from_secs(20)).await;
+        assert!(world.create_network(1, "alone", Mode::L2, "10.17.0.0/24").await?);
+        assert!(world.remove_network(1, "late").await?);
+        world.heal()?;
+        world.settle(Duration::from_secs(60)).await?;
+        assert!(world.create_network(1, "after", Mode::L2, "10.18.0.0/24").await?);
+        world.settle(Duration::from_secs(30)).await?;
+        // A host that starts in 1970 takes the networks of the others, and what it writes is taken.
+        world.power_off(2).await?;
+        world.step_clock(2, -20_254 * DAY)?;
+        assert!(world.create_network(0, "meanwhile", Mode::L2, "10.19.0.0/24").await?);
+        world.boot(2)?;
+        world.settle(Duration::from_secs(30)).await?;
+        assert!(world.create_network(2, "unset", Mode::L2, "10.20.0.0/24").await?);
+        assert!(world.remove_network(2, "early").await?);
+        world.settle(Duration::from_secs(30)).await?;
+        Ok(())
+    });
+}
+
 #[test]
 fn five_hosts_survive_random_faults() {
     let length = Duration::from_secs(60 * number("OVL_SIM_MINUTES", 2));

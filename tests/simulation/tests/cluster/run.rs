@@ -31,10 +31,12 @@ pub(crate) enum Slot {
     Same,
     /// Of the test of hosts that were cut off.
     Behind,
+    /// Of the test with clocks that are wrong.
+    Clocks,
 }
 
 /// The number of slots.
-const SLOTS: usize = 6;
+const SLOTS: usize = 7;
 
 /// Runs a test on a paused clock, on a thread of its own, for which nothing random has been drawn yet.
 ///

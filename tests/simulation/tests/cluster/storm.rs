@@ -151,7 +151,7 @@ impl Storm {
     async fn fault(&mut self, world: &mut World) -> Result<()> {
         let living = world.living();
         let Some(host) = world.random.pick(&living) else { return Ok(()) };
-        match world.random.below(14) {
+        match world.random.below(15) {
             0 | 1 => {
                 let size = 1 + world.random.below(living.len() / 2);
                 let away: BTreeSet<usize> = (0..size).filter_map(|_| world.random.pick(&living)).collect();
@@ -184,6 +184,12 @@ impl Storm {
             {
                 self.deaths += 1;
                 world.bury(host).await?;
+            }
+            // Days or years ahead, or never set. The heal sets it right.
+            14 => {
+                const DAY: i64 = 24 * 60 * 60 * 1000;
+                let by = world.random.pick(&[3 * DAY, 4000 * DAY, -100 * DAY, -19_000 * DAY]).unwrap_or(DAY);
+                world.step_clock(host, by)?;
             }
             _ if !world.is_running(host) => world.boot(host)?,
             _ => {}

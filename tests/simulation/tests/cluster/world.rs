@@ -5,6 +5,7 @@ use std::ffi::OsString;
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -170,7 +171,7 @@ impl World {
             address,
             kernel: SimulatedKernel::new(underlay),
             directory,
-            ahead_ms: Rc::default(),
+            ahead_ms: Arc::default(),
             slow_disk: Rc::default(),
             boots: 0,
             gone: false,
@@ -335,12 +336,13 @@ impl World {
         self.network.set_loss(percent);
     }
 
-    /// Ends the partition, makes disks fast, and starts all daemons that do not run.
+    /// Ends the partition, makes disks fast, sets clocks right that are far off, and starts all daemons that do not run.
     pub(crate) fn heal(&mut self) -> Result<()> {
         self.tell("heal".to_owned());
         self.network.partition(BTreeMap::new());
         self.network.set_loss(0);
         self.hosts.iter().for_each(|host| host.slow_disk.set(false));
+        self.set_clocks_right();
         let down: Vec<usize> = self.living().into_iter().filter(|at| !self.is_running(*at)).collect();
         down.into_iter().try_for_each(|host| self.boot(host))
     }
@@ -349,8 +351,17 @@ impl World {
     pub(crate) fn step_clock(&mut self, host: usize, by_ms: i64) -> Result<()> {
         self.tell(format!("step the clock of host{host} by {by_ms} ms"));
         let clock = &self.host(host)?.ahead_ms;
-        clock.set(clock.get() + by_ms);
+        clock.fetch_add(by_ms, Ordering::Relaxed);
         Ok(())
+    }
+
+    /// Sets all clocks right that are more than an hour off.
+    fn set_clocks_right(&self) {
+        for host in &self.hosts {
+            if host.ahead_ms.load(Ordering::Relaxed).unsigned_abs() > 3_600_000 {
+                host.ahead_ms.store(0, Ordering::Relaxed);
+            }
+        }
     }
 
     /// Makes the disk of a host slow, or fast if it is slow.
