@@ -6,8 +6,9 @@ use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::ops::{Deref, Range};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, RwLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use boringtun::noise::errors::WireGuardError;
 use boringtun::noise::handshake::parse_handshake_anon;
 use boringtun::noise::rate_limiter::RateLimiter;
 use boringtun::noise::{Packet, Tunn, TunnResult};
@@ -53,6 +54,8 @@ const OPENED: usize = 4 * MAX_PACKET;
 
 /// How often the timers of sessions are checked.
 const TICK: Duration = Duration::from_millis(250);
+/// The interval between two handshakes with one peer that are begun because its clock went back.
+const TURN_EVERY: Duration = Duration::from_secs(1);
 
 /// The private key of an interface and what depends on it.
 struct Identity {
@@ -598,7 +601,19 @@ impl<'a, B: Backend> Opener<'a, B> {
                     self.send_queued(&mut session);
                 }
             }
-            TunnResult::Err(_) => Counters::count(&counters.unauthenticated),
+            TunnResult::Err(error) => {
+                Counters::count(&counters.unauthenticated);
+                // An authentic initiation whose timestamp is not the latest: a repetition, or the peer has restarted with
+                // a clock that was set back. The peer could then not begin a handshake until its clock is past its last
+                // timestamp, so this side does. To a repetition that is harmless: the initiation goes to the peer's
+                // known endpoint and replaces nothing until the peer answers it.
+                let due = session.turned_at.is_none_or(|at| at.elapsed() >= TURN_EVERY);
+                if matches!(error, WireGuardError::WrongTai64nTimestamp) && due {
+                    session.turned_at = Some(Instant::now());
+                    drop(session);
+                    self.interface.initiate_handshake(&peer, false);
+                }
+            }
             _ => {}
         }
     }

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use boringtun::noise::Tunn;
 use ipnet::IpNet;
@@ -26,6 +27,8 @@ pub(crate) struct Session {
     pub(crate) endpoint: SocketAddr,
     /// `tunn` has queued packets until there is a session.
     pub(crate) has_queued: bool,
+    /// When a handshake was last begun because the peer's clock had gone back.
+    pub(crate) turned_at: Option<Instant>,
 }
 
 impl WireguardPeer {
@@ -33,7 +36,7 @@ impl WireguardPeer {
         Self {
             key,
             slot,
-            session: Mutex::new(Session { tunn, endpoint, has_queued: false }),
+            session: Mutex::new(Session { tunn, endpoint, has_queued: false, turned_at: None }),
             sent: AtomicU64::new(0),
             received: AtomicU64::new(0),
         }

@@ -268,6 +268,54 @@ fn replayed_truncated_and_changed_datagrams_are_dropped() {
 }
 
 #[test]
+fn a_peer_that_restarts_with_its_clock_set_back_gets_a_handshake_at_once() {
+    let network = MemoryNetwork::default();
+    // What the peer sends with the earlier clock. Nothing listens at the other address yet.
+    let caught: Arc<Mutex<Option<Datagram>>> = Arc::default();
+    let place = Arc::clone(&caught);
+    network.set_filter(move |datagram| {
+        if datagram.bytes[0] == 1 {
+            place.lock().unwrap().get_or_insert_with(|| datagram.clone());
+        }
+        true
+    });
+    let earlier = Node::new(&network, 1);
+    earlier.add_peer(2);
+    wait_until("an initiation is sent", || caught.lock().unwrap().is_some());
+    drop(earlier);
+    let initiation = caught.lock().unwrap().take().unwrap();
+    // With the later clock both have a session, and `b` knows a later timestamp.
+    let (a, b) = (Node::new(&network, 1), Node::new(&network, 2));
+    a.add_peer(2);
+    b.add_peer(1);
+    a.send(&packet(1, 2, b"first"));
+    assert!(b.receive().ends_with(b"first"));
+    let counts: Arc<Mutex<(u32, u32)>> = Arc::default();
+    let of_b = Arc::clone(&counts);
+    network.set_filter(move |datagram| {
+        if datagram.from == endpoint(2) {
+            let (initiations, responses) = &mut *of_b.lock().unwrap();
+            *initiations += u32::from(datagram.bytes[0] == 1);
+            *responses += u32::from(datagram.bytes[0] == 2);
+        }
+        true
+    });
+    a.rekey(2);
+    wait_until("a response", || counts.lock().unwrap().1 > 0);
+    let start = Instant::now();
+    network.deliver(initiation.clone());
+    wait_until("a handshake in the other direction", || counts.lock().unwrap().0 > 0);
+    // Its timers begin one after 15 s at the earliest.
+    assert!(start.elapsed() < Duration::from_secs(10));
+    // Once in a while only, however often it is repeated.
+    let begun = counts.lock().unwrap().0;
+    (0..50).for_each(|_| network.deliver(initiation.clone()));
+    a.send(&packet(1, 2, b"second"));
+    assert!(b.receive().ends_with(b"second"));
+    assert!(counts.lock().unwrap().0 <= begun + 1 + u32::try_from(start.elapsed().as_secs()).unwrap());
+}
+
+#[test]
 fn reordered_datagrams_are_accepted() {
     let (network, a, b) = pair();
     let mut caught: Vec<Datagram> = (0..100).map(|n| catch(&network, &a, &packet(1, 2, &[n]))).collect();
