@@ -32,6 +32,10 @@ pub(crate) struct Cli {
     /// Output format; `get` also has `jsonpath=TEMPLATE`
     #[arg(short, long, global = true, value_parser = FormatParser, default_value = "table", help_heading = GLOBAL)]
     output: Format,
+    /// How long to wait until this host is admitted and knows the others' state [default: 10, as far as needed]
+    #[arg(long, value_name = "SECONDS", global = true, value_parser = clap::value_parser!(u16).range(..=3600))]
+    #[arg(help_heading = GLOBAL)]
+    timeout: Option<u16>,
     #[command(subcommand)]
     command: Command,
 }
@@ -192,7 +196,7 @@ impl Cli {
                 (Output::Table, Some(format))
             }
         };
-        let context = Context { socket: self.socket, output, objects };
+        let context = Context { socket: self.socket, output, objects, ready_within_s: self.timeout };
         match self.command {
             // These commands report differences through the exit status.
             Command::Verify => return verify::run(&context),

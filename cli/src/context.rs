@@ -23,6 +23,8 @@ pub(crate) struct Context {
     pub(crate) output: Output,
     /// Output format of Kubernetes objects, if it is not one of every command.
     pub(crate) objects: Option<ObjectFormat>,
+    /// How long to wait until this host is ready, in seconds. `None`: as long as the request waits by itself.
+    pub(crate) ready_within_s: Option<u16>,
 }
 
 /// Returns the timeout of a request in seconds. Requests that wait for a majority, the kernel or other hosts
@@ -44,9 +46,14 @@ fn timeout_s(request: &Request) -> u64 {
 impl Context {
     /// Sends one request and returns the reply.
     pub(crate) fn request(&self, request: &Request) -> Result<Reply> {
-        let seconds = timeout_s(request);
+        let seconds = timeout_s(request).saturating_add(self.ready_within_s.unwrap_or_default().into());
         Client::connect(&self.socket, Some(Duration::from_secs(seconds)))
-            .and_then(|mut client| client.request(request))
+            .and_then(|mut client| {
+                if let Some(seconds) = self.ready_within_s {
+                    client.request(&Request::WaitReady { seconds })?;
+                }
+                client.request(request)
+            })
             .map_err(|error| Error::request_failed(error, seconds))
     }
 

@@ -8,7 +8,7 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use netns_lab::{Host, wait_until};
+use netns_lab::{Host, Lab, LabConfig, wait_until};
 use ovl_tests::{
     SOON, assert_contains, attach, attach_workload, ctl_error, ensure_settled, ensure_status, ping_all_pairs,
     problems, rows, start_lab, strings, text, wait_clean, wait_endpoints, wait_network,
@@ -58,6 +58,42 @@ fn devices(host: &Host) -> Result<Vec<String>> {
     let links = host.ip_json(&["link", "show"])?;
     let names = links.as_array().into_iter().flatten().map(|link| text(&link["ifname"]));
     Ok(names.filter(|name| name.starts_with("ov")).collect())
+}
+
+#[test]
+fn attaches_right_after_the_start_of_eight_hosts_wait_until_they_are_admitted() {
+    let lab = Lab::new(LabConfig::hosts(8)).unwrap();
+    let (first, others) = lab.hosts().split_first().unwrap();
+    first.start().unwrap();
+    first.wait_ready(SOON).unwrap();
+    first.ctl_ok(&["network", "create", "blue", "--subnet", "10.99.0.0/16"]).unwrap();
+    thread::scope(|scope| {
+        let attach = |host: &Host| {
+            let workload = host.workload(&format!("w-{}", host.name())).unwrap();
+            host.start().unwrap();
+            wait_until(SOON, "the socket", || {
+                ensure!(host.socket().exists(), "none yet");
+                Ok(())
+            })
+            .unwrap();
+            attach_workload(workload, "blue", &[]).map(drop)
+        };
+        let attaches: Vec<_> = others.iter().map(|host| scope.spawn(move || attach(host))).collect();
+        attaches.into_iter().for_each(|attach| attach.join().unwrap().unwrap());
+    });
+}
+
+#[test]
+fn request_that_waits_in_vain_says_what_it_waited_for() {
+    let lab = Lab::new(LabConfig::hosts(2)).unwrap();
+    // The host that it is to join does not run.
+    let h2 = &lab["h2"];
+    h2.start().unwrap();
+    wait_until(SOON, "status", || h2.ctl_ok(&["status"]).map(drop)).unwrap();
+    let error = ctl_error(h2, &["network", "create", "blue", "--timeout", "1"]).unwrap();
+    assert_contains(&error, &["waited 1 s: ", "not admitted"]);
+    // A bridge network needs no other host.
+    h2.ctl_ok(&["network", "create", "local", "--driver", "bridge", "--subnet", "10.1.0.0/24"]).unwrap();
 }
 
 #[test]

@@ -518,7 +518,7 @@ impl Node {
             }
             let alloc = &state.view.alloc;
             let strangers = alloc.members.iter().any(|member| !state.view.nodes.contains_key(member));
-            let blocked = self.stands_aside(&state).or_else(|| self.shut_out(&state));
+            let blocked = self.not_admitted_because(&state);
             (state.view.me, alloc.cluster == 0, strangers, blocked)
         };
         if fresh {
@@ -544,6 +544,11 @@ impl Node {
             let sentence = format!("not admitted yet: {}", failed.0.message);
             self.state.borrow_mut().problems.set(Code::Admission, "", Some(sentence));
         }
+    }
+
+    /// Returns why this host must not request admission. `None` if it may.
+    pub(super) fn not_admitted_because(&self, state: &State) -> Option<String> {
+        self.stands_aside(state).or_else(|| self.shut_out(state))
     }
 
     /// Returns why this host must not request admission because of its name. `None` if it may.

@@ -23,6 +23,7 @@ use ovl_subsystems::services::permits::Permits;
 use serde_json::Value;
 use tokio::task::yield_now;
 
+use super::ready::READY_WITHIN;
 use super::state::State;
 use super::{Failed, Node};
 
@@ -111,7 +112,7 @@ impl Ignored {
 impl Node {
     /// Creates or changes the objects of the documents. If one of them is invalid, nothing is changed.
     pub(super) async fn apply(&self, documents: Vec<Document>, apply: &Apply) -> Result<Reply, Failed> {
-        self.member()?;
+        self.ready(READY_WITHIN).await?;
         // One request at a time: each is validated against the current objects, and other tasks run meanwhile.
         let _turn = self.applying.lock().await;
         let mut problems = Vec::new();
@@ -183,11 +184,6 @@ impl Node {
         }
         let (ignored, foreign) = (ignored.into_list(), foreign.0);
         Ok(Reply::Applied(Box::new(AppliedAll { objects, warnings, ignored, foreign })))
-    }
-
-    /// Fails if this host is not a member.
-    fn member(&self) -> Result<(), Failed> {
-        self.state.borrow().check_member()
     }
 
     /// Returns a problem for each object that exists already.
@@ -344,7 +340,7 @@ impl Node {
         namespace: Option<&str>,
         dry_run: bool,
     ) -> Result<Reply, Failed> {
-        self.member()?;
+        self.ready(READY_WITHIN).await?;
         let mut problems = Vec::new();
         let mut foreign = Foreign::default();
         for (place, value) in objects_of(documents) {

@@ -80,15 +80,8 @@ impl Node {
         request: Attach,
         cni: Option<Attachment>,
     ) -> Result<(EndpointInfo, CreatedEndpoint), Failed> {
-        let own = {
-            let state = self.state.borrow();
-            state.view.network(&request.network).is_some_and(|found| found.network.driver == Driver::Bridge)
-        };
         self.check_built(&request.network)?;
-        // A bridge network is local to this host, so there is no peer state to wait for.
-        if !own {
-            self.settled().await;
-        }
+        self.ready_for(&request.network).await?;
         let network = self.check_attach(&request, if cni.is_some() { cni::MAX_NAME } else { MAX_NAME })?;
         let path = netns_path(&request.netns);
         let netns = self.kernel.open_netns(&path).map_err(Failed::from)?;

@@ -49,6 +49,9 @@ impl Node {
                 ),
             ));
         }
+        // A network may be unknown until the host is a member.
+        let ready = self.ready_for(&add.network).await;
+        ready.map_err(|Failed(failure)| error(code::LATER, "ovld is not ready", failure.message))?;
         let network = self.cni_network(&add.network)?;
         // Opened once before the attach, so that an absent namespace has an error code of its own.
         container_netns(&add.netns)?;

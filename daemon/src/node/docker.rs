@@ -33,6 +33,17 @@ use crate::endpoints::LocalEndpoint;
 
 /// How long a call waits for gossip to catch up. The Engine must get its response in time.
 const SETTLED: Duration = Duration::from_secs(2);
+/// Whether a call needs the agreement of the cluster.
+fn needs_member(call: &Call) -> bool {
+    matches!(
+        call,
+        Call::RequestPool(_)
+            | Call::RequestAddress(AddressWish::Endpoint(..))
+            | Call::CreateNetwork(_)
+            | Call::CreateEndpoint(_)
+    )
+}
+
 /// The host's own network namespace, from which the Engine moves interfaces into containers.
 const HERE: &str = "/proc/thread-self/ns/net";
 
@@ -64,7 +75,11 @@ impl Node {
         if let Some(answer) = docker::always(&call) {
             return Ok(answer);
         }
-        if docker::later(&call) == Later::No && tokio::time::timeout(SETTLED, self.settled()).await.is_err() {
+        if needs_member(&call) {
+            self.ready(SETTLED).await?;
+        } else if docker::later(&call) == Later::No
+            && tokio::time::timeout(SETTLED, self.settled()).await.is_err()
+        {
             return Err(Failed::unavailable(
                 "ovld has just started and hears from the other hosts what has happened meanwhile",
             ));

@@ -25,6 +25,7 @@ mod peers;
 mod policy;
 mod publish;
 mod ranges;
+mod ready;
 mod reconcile;
 mod requests;
 mod routed;

@@ -20,6 +20,7 @@ use ovl_proto::object::{Backend, Driver, Mode, Network, ObjectKey};
 use ovl_proto::table::is_same_name;
 use ovl_proto::wire::fields::Unknown;
 
+use super::ready::READY_WITHIN;
 use super::state::State;
 use super::{Failed, Node};
 use crate::config::is_name;
@@ -53,6 +54,7 @@ impl Node {
             )));
         }
         if request.driver == Driver::Overlay {
+            self.ready(READY_WITHIN).await?;
             self.check_clock()?;
         }
         check_bridge(&request)?;

@@ -18,6 +18,7 @@ use ovl_proto::table::Entry;
 use ovl_subsystems::encryption::tunnel::peers as sealed_to;
 
 use super::peers::{UNREACHABLE, millis};
+use super::ready::READY_WITHIN;
 use super::state::State;
 use super::{Failed, Node, Stop};
 use crate::addresses::block_of;
@@ -56,15 +57,24 @@ impl Node {
                 self.look_at_tunnel().await;
                 Reply::Peers(self.peers())
             }
+            Request::WaitReady { seconds } => {
+                self.ready(Duration::from_secs(u64::from(seconds))).await?;
+                Reply::Done
+            }
             Request::PeersAdmit { node } => {
+                self.ready(READY_WITHIN).await?;
                 self.end_ban(&node).await?;
                 Reply::Done
             }
             Request::PeersForget { node } => {
+                self.ready(READY_WITHIN).await?;
                 self.forget(&node).await?;
                 Reply::Done
             }
-            Request::KeyRotateCluster { key } => Reply::Keys(Box::new(self.rotate_cluster_key(&key).await?)),
+            Request::KeyRotateCluster { key } => {
+                self.ready(READY_WITHIN).await?;
+                Reply::Keys(Box::new(self.rotate_cluster_key(&key).await?))
+            }
             Request::KeyRotateTunnel => Reply::Keys(Box::new(self.rotate_tunnel_key().await?)),
             Request::KeyStatus => Reply::Keys(Box::new(self.key_status()?)),
             Request::Leave => {
@@ -99,9 +109,11 @@ impl Node {
             }
             Request::NetworkInspect { name } => Reply::Network(Box::new(self.network_inspect(&name)?)),
             Request::NetworkUpdate { name, subnets, mtu } => {
+                self.ready_for(&name).await?;
                 Reply::Network(Box::new(self.network_update(&name, &subnets, mtu).await?))
             }
             Request::NetworkRm { name } => {
+                self.ready_for(&name).await?;
                 self.network_rm(&name).await?;
                 Reply::Done
             }

@@ -20,6 +20,12 @@ use ovl_proto::secret::Secret;
 pub enum Request {
     /// Returns the daemon's status: [`crate::Reply::Status`].
     Status,
+    /// Waits until this host is a member and knows what the other hosts announce: [`crate::Reply::Done`]. Requests that
+    /// need it wait for ten seconds by themselves.
+    WaitReady {
+        /// How long to wait, in seconds.
+        seconds: u16,
+    },
     /// Lists all hosts: [`crate::Reply::Peers`].
     Peers,
     /// Lets a host return that [`Self::PeersForget`] removed: [`crate::Reply::Done`] when a majority has agreed.

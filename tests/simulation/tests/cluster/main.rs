@@ -32,6 +32,7 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use ovl_proto::object::Mode;
+use tokio::time::Instant;
 
 use self::run::{Slot, number, seed, simulate};
 use self::storm::{Storm, networks};
@@ -130,6 +131,32 @@ fn hosts_that_were_cut_off_fetch_once_what_they_lack() {
         let (needed, spent) = (written * 3, streamed[1].saturating_sub(streamed[0]));
         println!("{needed} bytes are missing on three hosts; {spent} bytes were sent for them");
         assert!(written > 20_000 && spent <= needed * 3, "{needed} bytes needed, {spent} sent");
+        Ok(())
+    });
+}
+
+#[test]
+fn attaches_right_after_a_start_wait_and_eight_hosts_are_admitted_within_a_second() {
+    simulate(Slot::Starts, seed(), async |world| {
+        world.start(1).await?;
+        networks(world).await?;
+        for host in 1..8 {
+            world.add_host()?;
+            world.attach(host, endpoint("blue", &format!("blue{host}")))?;
+            world.attach(host, endpoint("red", &format!("red{host}")))?;
+        }
+        let start = Instant::now();
+        while world.inspect_all().await?.values().any(|seen| seen.members.len() < 8) {
+            world.run_for(Duration::from_millis(10)).await;
+            assert!(start.elapsed() < Duration::from_secs(30), "not admitted");
+        }
+        let took = start.elapsed();
+        world.collect_all().await?;
+        // None was refused because its host was not a member yet, or did not know the network.
+        assert_eq!(world.attached.len(), 14);
+        world.settle(Duration::from_secs(30)).await?;
+        println!("eight hosts were admitted within {took:?}");
+        assert!(took < Duration::from_secs(1), "{took:?}");
         Ok(())
     });
 }

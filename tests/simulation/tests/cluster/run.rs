@@ -33,10 +33,12 @@ pub(crate) enum Slot {
     Behind,
     /// Of the test with clocks that are wrong.
     Clocks,
+    /// Of the test with requests right after a start.
+    Starts,
 }
 
 /// The number of slots.
-const SLOTS: usize = 7;
+const SLOTS: usize = 8;
 
 /// Runs a test on a paused clock, on a thread of its own, for which nothing random has been drawn yet.
 ///

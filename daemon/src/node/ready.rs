@@ -1,0 +1,105 @@
+//! Requests that come while the daemon starts: they wait until a majority has admitted this host and gossip has caught up,
+//! for a limited time.
+
+use std::time::Duration;
+
+use ovl_control::PeerState;
+use ovl_proto::object::Driver;
+use tokio::time::{Instant, timeout_at};
+
+use super::state::State;
+use super::{Failed, Node};
+use crate::problems::Code;
+
+/// How long a request waits.
+pub(super) const READY_WITHIN: Duration = Duration::from_secs(10);
+/// How often a reason is looked for that waiting does not cure.
+const LOOK_EVERY: Duration = Duration::from_millis(200);
+
+/// What a request waits for.
+enum Waits {
+    /// Something that may come.
+    For(String),
+    /// Something that an operator has to do first.
+    InVain(String),
+}
+
+impl Node {
+    /// Waits until this host is a member and knows what live peers announce.
+    ///
+    /// # Errors
+    ///
+    /// It is not so after this time, or it cannot become so by itself. The message says what is missing.
+    pub(super) async fn ready(&self, within: Duration) -> Result<(), Failed> {
+        let until = Instant::now() + within;
+        loop {
+            let news = self.membership.notified();
+            tokio::pin!(news);
+            news.as_mut().enable();
+            let missing = {
+                let state = self.state.borrow();
+                if state.leaving {
+                    return Err(Failed::unavailable("ovld is stopping"));
+                }
+                match self.waits_for(&state) {
+                    None => return Ok(()),
+                    Some(Waits::InVain(why)) => return Err(Failed::unavailable(why)),
+                    Some(Waits::For(what)) => what,
+                }
+            };
+            let now = Instant::now();
+            if now >= until {
+                return Err(Failed::unavailable(format!("waited {} s: {missing}", within.as_secs())));
+            }
+            timeout_at(until.min(now + LOOK_EVERY), news).await.ok();
+        }
+    }
+
+    /// As [`Self::ready`], for a request about this network. A bridge network is local to this host, so there is nothing to
+    /// wait for.
+    pub(super) async fn ready_for(&self, network: &str) -> Result<(), Failed> {
+        let own = {
+            let state = self.state.borrow();
+            state.view.network(network).is_some_and(|found| found.network.driver == Driver::Bridge)
+        };
+        if own { Ok(()) } else { self.ready(READY_WITHIN).await }
+    }
+
+    fn waits_for(&self, state: &State) -> Option<Waits> {
+        if !state.is_member() {
+            if let Some(why) = self.not_admitted_because(state) {
+                return Some(Waits::InVain(why));
+            }
+            let why = state.problems.get(Code::Admission, "").map(str::to_owned);
+            return Some(Waits::For(why.unwrap_or_else(|| {
+                "not admitted yet: no majority of the members has answered. `ovlctl status` says what is missing"
+                    .to_owned()
+            })));
+        }
+        if state.caught_up {
+            return None;
+        }
+        let missing =
+            state.view.alloc.members.iter().filter(|id| **id != state.view.me && !arrived(state, **id));
+        let mut names: Vec<String> = missing.map(|id| state.view.name_of(*id)).collect();
+        let more = names.len().saturating_sub(3);
+        names.truncate(3);
+        if more > 0 {
+            names.push(format!("{more} more"));
+        }
+        let whom = if names.is_empty() { "the other hosts".to_owned() } else { names.join(", ") };
+        Some(Waits::For(format!(
+            "ovld has just started, and what {whom} announced has not arrived yet: the endpoints there, networks and \
+             Kubernetes objects. Try again; `ovlctl peers` shows whom this host reaches"
+        )))
+    }
+}
+
+/// Whether what a live member announces has arrived.
+fn arrived(state: &State, id: ovl_proto::id::NodeId) -> bool {
+    let (Some(node), Some(peer)) = (state.view.nodes.get(&id), state.peers.get(&id)) else { return false };
+    node.state != PeerState::Alive
+        || (peer.hints.table != ovl_proto::table::Revision::default()
+            && node.table.revision() >= peer.hints.table
+            && state.view.alloc.version >= peer.hints.alloc)
+}
