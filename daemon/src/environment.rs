@@ -5,11 +5,11 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context as _;
-use ovl_kernel::{KernelEvent, KernelHandle, Prober};
+use ovl_kernel::{KernelEvent, KernelHandle, PathSocket, Prober};
 use ovl_mesh::gossip::WallClock;
 use ovl_mesh::keys::TunnelSecret;
 use ovl_mesh::transport::{HostTransport, SOCKET_MARK, Transport};
-use ovl_subsystems::marks::OWN_SOCKET;
+use ovl_subsystems::marks::{FROM_HOST, OWN_SOCKET};
 use tokio::sync::mpsc;
 
 // Rules pass over packets with the mark that the sockets set.
@@ -47,6 +47,13 @@ pub trait Environment {
 
     /// Creates the prober, which sends ICMP probes.
     fn prober(&self) -> ovl_kernel::Result<Prober>;
+
+    /// Opens the socket of path probes. `None` if this daemon sends none.
+    ///
+    /// # Errors
+    ///
+    /// The process may not open packet sockets.
+    fn path_socket(&self) -> ovl_kernel::Result<Option<PathSocket>>;
 
     /// Returns the id of this boot of the kernel. The files in the run directory are valid only for one boot.
     ///
@@ -124,6 +131,10 @@ impl Environment for Host {
 
     fn prober(&self) -> ovl_kernel::Result<Prober> {
         Prober::new()
+    }
+
+    fn path_socket(&self) -> ovl_kernel::Result<Option<PathSocket>> {
+        PathSocket::open(FROM_HOST).map(Some)
     }
 
     fn boot_id(&self) -> anyhow::Result<String> {

@@ -26,6 +26,7 @@ mod names;
 mod networks;
 mod node;
 mod objects;
+mod paths;
 mod policy;
 mod ports;
 mod problems;

@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use ovl_control::{DaemonState, PeerInfo, PeerState, PeerTunnel, Status};
+use ovl_control::{DaemonState, PathDirection, PathVerdict, PeerInfo, PeerState, PeerTunnel, Status};
 
 /// Renders all metrics except those of network policies.
 pub(crate) fn render(
@@ -74,12 +74,56 @@ pub(crate) fn render(
             );
         }
     }
+    paths(&mut text, peers);
     tunnel(&mut text, peers, drops);
     head(&mut text, "ovl_dns_queries_total", "DNS queries, by what became of them", "counter");
     for (outcome, count) in names {
         line(&mut text, "ovl_dns_queries_total", &[("outcome", outcome)], *count);
     }
     text
+}
+
+/// Renders the metrics of probed paths. Adds nothing if none is.
+fn paths(text: &mut String, peers: &[PeerInfo]) {
+    let paths: Vec<_> =
+        peers.iter().flat_map(|peer| peer.paths.iter().map(move |path| (peer, path))).collect();
+    let mut each = |name: &str, help: &str, value: &dyn Fn(&PathDirection) -> Option<u64>| {
+        if paths.is_empty() {
+            return;
+        }
+        head(text, name, help, "gauge");
+        for (peer, path) in &paths {
+            for (direction, of) in [("sent", &path.sent), ("received", &path.received)] {
+                if let Some(value) = value(of) {
+                    let id = peer.id.to_string();
+                    let labels = [
+                        ("peer", peer.name.as_str()),
+                        ("id", &id),
+                        ("path", &path.encapsulation),
+                        ("direction", direction),
+                    ];
+                    line(text, name, &labels, value);
+                }
+            }
+        }
+    };
+    each("ovl_peer_path_up", "1 if packets of workloads of all sizes pass", &|of| match of.state {
+        PathVerdict::Works => Some(1),
+        PathVerdict::SmallOnly | PathVerdict::Broken => Some(0),
+        PathVerdict::Unknown => None,
+    });
+    each("ovl_peer_path_loss_percent", "Of the last probes of the path, those that did not arrive", &|of| {
+        of.loss_percent.map(u64::from)
+    });
+    let trips: Vec<_> = paths.iter().filter_map(|(peer, path)| Some((peer, path, path.rtt_us?))).collect();
+    if !trips.is_empty() {
+        head(text, "ovl_peer_path_rtt_microseconds", "Round trip through the path", "gauge");
+    }
+    for (peer, path, trip) in trips {
+        let id = peer.id.to_string();
+        let labels = [("peer", peer.name.as_str()), ("id", &id), ("path", &path.encapsulation)];
+        line(text, "ovl_peer_path_rtt_microseconds", &labels, trip);
+    }
 }
 
 /// Renders the metrics of the tunnel. Adds nothing if there is no tunnel.

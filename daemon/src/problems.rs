@@ -55,6 +55,10 @@ pub(crate) enum Code {
     KeyRotation,
     /// A host seals with a key that this host does not have.
     KeyMissed,
+    /// No VXLAN packet passes to or from a live host.
+    PathBroken,
+    /// Only small VXLAN packets pass to or from a host.
+    PathNarrow,
     /// Two networks of the cluster overlap.
     NetworkOverlap,
     /// A bridge network is in conflict with a network of the cluster.
@@ -106,7 +110,7 @@ pub(crate) enum Code {
 impl Code {
     /// All codes, in the order of their numbers.
     #[cfg(test)]
-    const ALL: [Self; 46] = [
+    const ALL: [Self; 48] = [
         Self::Address,
         Self::StateFile,
         Self::DamagedFile,
@@ -130,6 +134,8 @@ impl Code {
         Self::KeyFile,
         Self::KeyRotation,
         Self::KeyMissed,
+        Self::PathBroken,
+        Self::PathNarrow,
         Self::NetworkOverlap,
         Self::BridgeConflict,
         Self::NoBlock,
@@ -156,7 +162,7 @@ impl Code {
     ];
 
     /// Returns the code as users see it, such as `OVL-E011`. The tens digit names the area: 1 this host, 2
-    /// members, 3 cluster key, 4 networks, 5 encryption, 6 published ports and Services, 7 names, 8 settings
+    /// members, 3 cluster key (34 and up: paths), 4 networks, 5 encryption, 6 published ports and Services, 7 names, 8 settings
     /// of the host.
     pub(crate) const fn as_str(self) -> &'static str {
         match self {
@@ -183,6 +189,8 @@ impl Code {
             Self::KeyFile => "OVL-E031",
             Self::KeyRotation => "OVL-E032",
             Self::KeyMissed => "OVL-E033",
+            Self::PathBroken => "OVL-E034",
+            Self::PathNarrow => "OVL-E035",
             Self::NetworkOverlap => "OVL-E040",
             Self::BridgeConflict => "OVL-E041",
             Self::NoBlock => "OVL-E042",
@@ -230,6 +238,8 @@ impl Code {
             | Self::WireVersion
             | Self::KeyDisk
             | Self::KeyMissed
+            | Self::PathBroken
+            | Self::PathNarrow
             | Self::NoBlock
             | Self::EndpointIsolated
             | Self::NetworkRange

@@ -104,8 +104,8 @@ impl Mac {
         Self([0x0a, a, b, c, d, e])
     }
 
-    /// Returns the MAC address of a switched network's VXLAN device. The device is only ever a bridge port, so all
-    /// hosts use the same address.
+    /// Returns the MAC address of an encrypted switched network's device to other hosts. It is only ever a bridge port, so
+    /// all hosts use the same address.
     pub fn of_vxlan(network: NetworkId) -> Self {
         let [a, b, c, d, e] = network.0;
         Self([0x0e, a, b, c, d, e])

@@ -181,6 +181,8 @@ pub struct NodeRecord {
     pub version: String,
     /// The wire versions that it speaks.
     pub wire: WireVersions,
+    /// The version of the path probes that it sends and answers; 0 if it does neither.
+    pub probes: u8,
     /// Fields that this release does not know.
     pub unknown: Unknown,
 }
@@ -188,7 +190,8 @@ pub struct NodeRecord {
 fields! {
     NodeRecord {
         1 id, 2 public_key, 3 name, 4 generation, 5 revision, 6 cluster, 7 address, 8 version, 9 wire, 10 vtep,
-        11 vxlan_port, 12 link_mtu, 13 tunnel optional, 14 keys, 15 presence, ..unknown
+        11 vxlan_port, 12 link_mtu, 13 tunnel optional, 14 keys, 15 presence, 16 probes optional,
+        ..unknown
     }
 }
 
@@ -346,6 +349,7 @@ mod tests {
             presence: Presence::Running,
             version: "100.100.100".to_owned(),
             wire: WireVersions::own(),
+            probes: u8::MAX,
             unknown: Unknown::default(),
         };
         let signed =

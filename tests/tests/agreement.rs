@@ -58,6 +58,7 @@ impl Liar {
             presence: Presence::Running,
             version: "0".to_owned(),
             wire: WireVersions::own(),
+            probes: 0,
             unknown: Unknown::default(),
         })?;
         let config = StreamsConfig {

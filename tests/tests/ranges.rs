@@ -115,6 +115,7 @@ fn write_unchecked(lab: &Lab, writer: &Host, to: &[&Host], networks: Vec<Network
         presence: Presence::Running,
         version: "0".to_owned(),
         wire: WireVersions::own(),
+        probes: 0,
         unknown: Unknown::default(),
     })?;
     writer.run(|| -> Result<()> {

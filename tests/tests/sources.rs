@@ -20,6 +20,8 @@ use ovl_tests::{
 
 /// EtherType for local experiments (IEEE 802).
 const EXPERIMENT: u16 = 0x88b5;
+/// EtherType of path probes.
+const PROBES: u16 = 0x88b6;
 const MARKER: &str = "sent after all others";
 /// Allowed frames that bridges do not send to other hosts.
 const LOCAL: [&str; 2] = ["a probe", "own duplicate address detection"];
@@ -90,6 +92,7 @@ fn forbidden(
         udp(own, Ipv4Addr::UNSPECIFIED.into(), (4000, 4001), "a datagram from no address"),
         udp(own, address.into(), (67, 68), "an offer of a DHCP server"),
         udp(own, local.into(), (547, 546), "an offer of a DHCPv6 server"),
+        ("a path probe", ethernet(EVERYONE, own, PROBES, b"a path probe")),
         ("another's MAC address", ethernet(EVERYONE, theirs, EXPERIMENT, b"another's MAC address")),
         ("a free MAC address", ethernet(EVERYONE, [2, 0, 0, 0, 0, 9], EXPERIMENT, b"a free MAC address")),
     ]

@@ -1,7 +1,7 @@
 //! `ovlctl peers`: lists the hosts of the cluster, forgets one, or lets a forgotten one return.
 
 use clap::Subcommand;
-use ovl_control::{PeerInfo, PeerState, PeerTunnel, Reply, Request};
+use ovl_control::{PathVerdict, PeerInfo, PeerState, PeerTunnel, Reply, Request};
 
 use crate::args::Output;
 use crate::context::Context;
@@ -57,13 +57,18 @@ pub(crate) fn run(context: &Context, args: Args) -> Result<()> {
 
 fn render(peers: &[PeerInfo], wide: bool) -> String {
     let tunnels = || peers.iter().map(|peer| peer.tunnel.as_ref());
-    let table = TextTable::new()
-        .column("NAME", peers.iter().map(|peer| format!("{}{}", peer.name, if peer.own { " *" } else { "" })))
-        .column("ADDRESS", peers.iter().map(|peer| peer.address))
-        .column("VTEP", peers.iter().map(|peer| peer.vtep))
+    let names = peers.iter().map(|peer| format!("{}{}", peer.name, if peer.own { " *" } else { "" }));
+    let table =
+        TextTable::new().column("NAME", names).column("ADDRESS", peers.iter().map(|peer| peer.address));
+    // Most often it is the address again, and the table is wide.
+    let has_vteps = wide || peers.iter().any(|peer| peer.vtep != peer.address.ip());
+    let table = if has_vteps { table.column("VTEP", peers.iter().map(|peer| peer.vtep)) } else { table };
+    let table = table
         .column("STATE", peers.iter().map(|peer| peer.state))
         .column("HEARD", peers.iter().map(|peer| optional(peer.last_heard_ms.map(millis))))
         .column("RTT", peers.iter().map(|peer| optional(peer.rtt_us.map(micros))))
+        .optional_column("PATH", "", peers.iter().map(path))
+        .optional_column("PATH-LOSS", "", peers.iter().map(path_loss))
         .column("ENDPOINTS", peers.iter().map(|peer| peer.endpoints))
         .column("VERSION", peers.iter().map(|peer| &peer.version))
         .optional_column(
@@ -92,6 +97,26 @@ fn render(peers: &[PeerInfo], wide: bool) -> String {
     table.optional_column("NOTE", "", peers.iter().map(note)).render()
 }
 
+/// Formats how packets of workloads reach the host, with the round-trip time. The empty string if that is not probed.
+fn path(peer: &PeerInfo) -> String {
+    let each = peer.paths.iter().map(|path| {
+        let trip = path.rtt_us.map(|trip| format!(" {}", micros(trip))).unwrap_or_default();
+        format!("{}{trip}", path.encapsulation)
+    });
+    each.collect::<Vec<_>>().join(", ")
+}
+
+/// Formats the loss of the paths, in each direction. The empty string if there is none.
+fn path_loss(peer: &PeerInfo) -> String {
+    let directions = peer.paths.iter().flat_map(|path| [("in", &path.received), ("out", &path.sent)]);
+    let losses = directions.filter_map(|(word, direction)| match (direction.state, direction.loss_percent) {
+        (PathVerdict::SmallOnly, _) => Some(format!("{word} large")),
+        (_, None | Some(0)) => None,
+        (_, Some(percent)) => Some(format!("{word} {percent}%")),
+    });
+    losses.collect::<Vec<_>>().join(", ")
+}
+
 fn loss(tunnel: &PeerTunnel) -> String {
     optional(tunnel.loss_percent.map(|percent| format!("{percent}%")))
 }
@@ -116,6 +141,8 @@ fn note(peer: &PeerInfo) -> String {
 
 #[cfg(test)]
 mod tests {
+    use ovl_control::{PathDirection, PeerPath};
+
     use super::*;
 
     fn peer(number: u8) -> PeerInfo {
@@ -135,6 +162,7 @@ mod tests {
             member: true,
             reachable: true,
             path_mtu: Some(1500),
+            paths: Vec::new(),
         }
     }
 
@@ -146,12 +174,40 @@ mod tests {
         assert_eq!(
             render(&[own, peer(2), dead], false),
             "\
-NAME     ADDRESS         VTEP       STATE  HEARD  RTT    ENDPOINTS  VERSION
-host1 *  192.0.2.1:7940  192.0.2.1  alive  -      -      4          0.1.0
-host2    192.0.2.2:7940  192.0.2.2  alive  120ms  0.4ms  4          0.1.0
-host3    192.0.2.3:7940  192.0.2.3  dead   1m12s  0.4ms  4          0.1.0
+NAME     ADDRESS         STATE  HEARD  RTT    ENDPOINTS  VERSION
+host1 *  192.0.2.1:7940  alive  -      -      4          0.1.0
+host2    192.0.2.2:7940  alive  120ms  0.4ms  4          0.1.0
+host3    192.0.2.3:7940  dead   1m12s  0.4ms  4          0.1.0
 "
         );
+    }
+
+    #[test]
+    fn path_is_shown_with_its_loss_in_each_direction_within_80_columns() {
+        let path = |sent, received, loss_percent| PeerPath {
+            encapsulation: "vxlan".into(),
+            network: "blue".into(),
+            mtu: 1450,
+            sent: PathDirection { state: sent, loss_percent },
+            received: PathDirection { state: received, loss_percent: Some(0) },
+            rtt_us: Some(300),
+        };
+        let own = PeerInfo { own: true, last_heard_ms: None, rtt_us: None, ..peer(1) };
+        let works = path(PathVerdict::Works, PathVerdict::Works, Some(0));
+        let blocked = path(PathVerdict::Broken, PathVerdict::SmallOnly, Some(100));
+        let with = |number, path: &PeerPath| PeerInfo { paths: vec![path.clone()], ..peer(number) };
+        assert_eq!(
+            render(&[own.clone(), with(2, &works)], false),
+            "\
+NAME     ADDRESS         STATE  HEARD  RTT    PATH         ENDPOINTS  VERSION
+host1 *  192.0.2.1:7940  alive  -      -      -            4          0.1.0
+host2    192.0.2.2:7940  alive  120ms  0.4ms  vxlan 0.3ms  4          0.1.0
+"
+        );
+        let text = render(&[own, with(2, &works), with(3, &blocked)], false);
+        assert!(text.contains("vxlan 0.3ms  in large, out 100%  4"), "{text}");
+        let moved = PeerInfo { vtep: "198.51.100.7".parse().unwrap(), ..peer(2) };
+        assert!(render(&[moved], false).contains("VTEP"));
     }
 
     #[test]

@@ -248,7 +248,7 @@ pub fn mac_of(network: NetworkId, at: IpAddr) -> Mac {
     }
 }
 
-/// Returns the MAC address of a host's VXLAN device on a routed network, the same on every host. The
+/// Returns the MAC address of a host's VXLAN device on an unencrypted network, the same on every host. The
 /// first byte distinguishes it from those of endpoints and gateways.
 pub fn mac_of_host(network: NetworkId, host: NodeId) -> Mac {
     let [a, b, c, d, e, ..] = hash(&network.0, &host.0);

@@ -28,6 +28,7 @@ mod message;
 mod monitor;
 mod netns;
 mod nftables;
+mod path;
 mod probe;
 mod resolver;
 mod sandbox;
@@ -71,6 +72,7 @@ pub use error::{KernelError, Result};
 pub use foreign::{look as foreign_firewalls, run_commands};
 pub use message::port_mac;
 pub use netns::{Netns, open_netns};
+pub use path::PathSocket;
 pub use probe::{Probe, Prober};
 pub use resolver::Resolver;
 pub use sandbox::{

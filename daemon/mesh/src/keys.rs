@@ -423,6 +423,7 @@ pub(crate) fn sample_record(identity: &Identity) -> NodeRecord {
         presence: ovl_proto::record::Presence::Running,
         version: "0.1.0".to_owned(),
         wire: ovl_proto::record::WireVersions::own(),
+        probes: 0,
         unknown: ovl_proto::wire::fields::Unknown::default(),
     }
 }

@@ -21,6 +21,7 @@ mod names;
 mod network;
 mod newer;
 mod objects;
+mod paths;
 mod peers;
 mod policy;
 mod publish;
@@ -52,7 +53,7 @@ use ovl_control::{Event, PeerState};
 use ovl_dataplane::device::Device;
 use ovl_dns::ResolvConfWatcher;
 use ovl_files::Damaged;
-use ovl_kernel::{KernelEvent, KernelHandle, Prober};
+use ovl_kernel::{KernelEvent, KernelHandle, PathSocket, Prober};
 use ovl_mesh::gossip::{Gossip, GossipConfig, GossipEvent, Hints, WallClock};
 use ovl_mesh::keys::{ClusterKey, Identity, KeyFile, Keyring, RecordError, TunnelSecret, open_record};
 use ovl_mesh::streams::{StreamEvent, Streams, StreamsConfig};
@@ -82,6 +83,7 @@ use crate::health::HealthAnswers;
 use crate::names::Resolver;
 use crate::networks::Bridges;
 use crate::objects::ObjectStore;
+use crate::paths::Paths;
 use crate::ports::Ports;
 use crate::problems::{Code, Problems};
 use crate::progress::Progress;
@@ -113,6 +115,10 @@ pub(crate) struct Node {
     identity: Arc<Identity>,
     kernel: KernelHandle,
     prober: Prober,
+    /// The socket of path probes. `None` if this host sends none.
+    path_socket: Option<PathSocket>,
+    /// Paths to other hosts.
+    paths: RefCell<Paths>,
     /// Published ports of this host.
     published: PublishedPorts,
     /// Answers to health checks of Services.
@@ -228,6 +234,11 @@ impl Node {
                 config.advertise.ip()
             )
         })?;
+        let path_socket = environment.path_socket().unwrap_or_else(|error| {
+            tracing::warn!(%error, "the paths to other hosts are not probed");
+            None
+        });
+        let me = identity.id();
         let record = NodeRecord {
             id: identity.id(),
             public_key: *identity.public_key(),
@@ -244,6 +255,7 @@ impl Node {
             presence: Presence::Running,
             version: env!("CARGO_PKG_VERSION").to_owned(),
             wire: WireVersions::own(),
+            probes: if path_socket.is_some() { crate::paths::frame::VERSION } else { 0 },
             unknown: Unknown::default().played(),
         };
         let signed = identity.sign_record(&record)?;
@@ -278,6 +290,8 @@ impl Node {
             run_dir,
             identity,
             kernel,
+            path_socket,
+            paths: RefCell::new(Paths::new(me)),
             prober: environment.prober().context("opening a socket for ICMP")?,
             published: PublishedPorts::new(ports.clone(), Rc::clone(&environment)),
             health: HealthAnswers::new(ports),

@@ -276,6 +276,7 @@ impl Node {
                     member: state.view.alloc.members.contains(&record.id),
                     reachable: own
                         || contact.is_some_and(|contact| contact.last_heard.elapsed() < UNREACHABLE),
+                    paths: self.peer_paths(&state, record.id),
                     path_mtu: if own { Some(record.link_mtu) } else { paths.get(&record.id).copied() },
                 }
             })

@@ -16,10 +16,13 @@ pub mod touched;
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use ovl_cluster::addresses;
+use ovl_cluster::view::View;
+use ovl_dataplane::device::Device;
 use ovl_dataplane::diff::diff;
 use ovl_dataplane::op::{LinkOp, NftOp, Op};
-use ovl_dataplane::state::Dataplane;
-use ovl_proto::id::NetworkId;
+use ovl_dataplane::state::{Dataplane, Link, Remote};
+use ovl_proto::id::{NetworkId, NodeId};
 use ovl_proto::object::Network;
 use ovl_proto::resource::Kind;
 use ovl_proto::table::{Endpoint, Entry};
@@ -28,6 +31,7 @@ pub use self::base::BaseFilter;
 use self::mtu::network_mtu;
 use self::touched::TouchedEndpoints;
 use crate::endpoints::{endpoint_part, hairpin};
+use crate::mtu::{path_mtu, vxlan_overhead};
 use crate::subsystem::{Change, Cluster, Outcome, Part, Subsystem};
 
 /// The data plane of networks that was last sent, what may have changed since, and what the kernel rejected.
@@ -55,7 +59,37 @@ struct BatchNetworks {
     refused: BTreeSet<NetworkId>,
 }
 
+/// How frames for a remote host leave this one in VXLAN.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct VxlanHop {
+    /// The network.
+    pub network: NetworkId,
+    /// Its VXLAN device on this host.
+    pub device: Device,
+    /// The VTEP and VXLAN port of the remote host.
+    pub remote: Remote,
+    /// The largest IP packet that endpoints send to the remote host by the device, in bytes.
+    pub mtu: u16,
+}
+
 impl Networks {
+    /// Returns how frames are sent to a remote host in unencrypted VXLAN, on the network with the smallest id that has
+    /// an FDB entry for the host itself. `None` if there is none.
+    pub fn vxlan_to(&self, view: &View, host: NodeId) -> Option<VxlanHop> {
+        self.sent.iter().find_map(|(id, sent)| {
+            let device = Device::vxlan(*id);
+            let remote = *sent.remotes.get(&(device, addresses::mac_of_host(*id, host)))?;
+            let Some(Link::Vxlan { mtu, sealed: false, .. }) = sent.links.get(&device) else { return None };
+            let path = path_mtu(view.own()?, view.nodes.get(&host)?);
+            Some(VxlanHop {
+                network: *id,
+                device,
+                remote,
+                mtu: (*mtu).min(path.saturating_sub(vxlan_overhead(remote.vtep))),
+            })
+        })
+    }
+
     fn all_sent(&self) -> Dataplane {
         let mut all = Dataplane::default();
         self.sent.values().for_each(|part| all.merge(part.clone()));

@@ -358,6 +358,49 @@ pub struct PeerInfo {
     pub reachable: bool,
     /// The path MTU to it in bytes, including the outer IP header.
     pub path_mtu: Option<u16>,
+    /// The paths to it that are probed.
+    #[serde(default)]
+    pub paths: Vec<PeerPath>,
+}
+
+/// A probed path to a host.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct PeerPath {
+    /// How packets of workloads are carried: `vxlan`.
+    pub encapsulation: String,
+    /// The network whose device the probes pass through.
+    pub network: String,
+    /// The length of the longest probe, as an IP packet of a workload, in bytes.
+    pub mtu: u16,
+    /// From this host to the other one.
+    pub sent: PathDirection,
+    /// From the other host to this one.
+    pub received: PathDirection,
+    /// The smoothed round-trip time, in microseconds. `None` before the first.
+    pub rtt_us: Option<u64>,
+}
+
+/// What is known of one direction of a path.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct PathDirection {
+    /// Whether packets arrive.
+    pub state: PathVerdict,
+    /// The percentage of recent probes that did not arrive. `None` if it is not known.
+    pub loss_percent: Option<u8>,
+}
+
+/// Whether packets arrive by a path.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum PathVerdict {
+    /// It is not known.
+    Unknown,
+    /// They do.
+    Works,
+    /// Only small ones do.
+    SmallOnly,
+    /// None does.
+    Broken,
 }
 
 /// The tunnel to a peer.

@@ -48,6 +48,7 @@ pub(crate) fn node(n: u8) -> Node {
             presence: Presence::Running,
             version: "0".to_owned(),
             wire: WireVersions::own(),
+            probes: 0,
             unknown: Unknown::default(),
         },
         state: PeerState::Alive,

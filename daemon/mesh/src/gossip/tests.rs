@@ -40,6 +40,7 @@ fn record_at(identity: &Identity, address: SocketAddr, generation: u64) -> NodeR
         presence: Presence::Running,
         version: "0.1.0".to_owned(),
         wire: WireVersions::own(),
+        probes: 0,
         unknown: Unknown::default(),
     }
 }

@@ -109,6 +109,16 @@ impl<'a> MacClaim<'a> {
     }
 }
 
+/// Adds the entries of a remote host with endpoints on the network: its flood entry and, if the network is unencrypted, the
+/// FDB entry of its VXLAN device, to which path probes are sent. The tunnel has probes of its own.
+pub(crate) fn host(dataplane: &mut Dataplane, network: &Network, node: &Node, remote: Remote) {
+    let vxlan = Device::vxlan(network.id);
+    dataplane.floods.insert((vxlan, remote));
+    if !network.encrypted {
+        dataplane.remotes.insert((vxlan, addresses::mac_of_host(network.id, node.record.id)), remote);
+    }
+}
+
 /// Returns the addresses that hosts accept from an endpoint: its own, and those that it is allowed in addition and no
 /// other endpoint has.
 fn source_addresses(view: &View, endpoint: &Endpoint) -> BTreeSet<IpAddr> {

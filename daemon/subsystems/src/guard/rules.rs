@@ -5,6 +5,7 @@
 use std::sync::{Arc, LazyLock};
 
 use ovl_dataplane::nft::{Chain, Object, Set, Skeleton};
+use ovl_proto::PROBE_ETHERTYPE as PROBES;
 
 use super::REFUSED;
 use super::elements::{
@@ -36,6 +37,7 @@ const COUNTED: &str = "type ifname; size 65535; flags dynamic,timeout; timeout 1
 ///   from any endpoint: some systems choose them at random, and nobody else knows which.
 /// * **Unspecified source.** It passes for DHCP clients, ARP probes (RFC 5227), duplicate address detection of an own
 ///   address (RFC 4862), router solicitations and multicast listener reports.
+/// * **Path probes** are refused: only hosts send them.
 /// * **Frames of other protocols** pass with the own MAC address.
 pub(super) fn frames() -> Arc<Skeleton> {
     static SKELETON: LazyLock<Arc<Skeleton>> = LazyLock::new(|| {
@@ -51,9 +53,10 @@ pub(super) fn frames() -> Arc<Skeleton> {
             format!("meta protocol ip6 meta l4proto 6 {own6}"),
             format!("meta protocol ip6 udp sport != 547 {own6}"),
             format!("iifname . ether saddr != @{macs} goto refuse"),
-            "meta protocol vmap { arp : goto check-arp, ip : goto check-ip, ip6 : goto check-ip6, \
-             0x8100 : goto refuse, 0x88a8 : goto refuse }"
-                .to_owned(),
+            format!(
+                "meta protocol vmap {{ arp : goto check-arp, ip : goto check-ip, ip6 : goto check-ip6, \
+                 0x8100 : goto refuse, 0x88a8 : goto refuse, {PROBES:#x} : goto refuse }}"
+            ),
         ];
         let refuse = || "goto refuse".to_owned();
         let check_arp = vec![

@@ -6,6 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use ipnet::IpNet;
+use ovl_cluster::addresses;
 use ovl_cluster::view::{Node, Placed, View};
 use ovl_dataplane::device::Device;
 use ovl_dataplane::state::{Dataplane, Hop, Link};
@@ -31,10 +32,12 @@ pub(super) fn part(dataplane: &mut Dataplane, view: &View, local: &Local, networ
         best.entry(rank.0).and_modify(|best| *best = rank.1.min(*best)).or_insert(rank.1);
     }
     let wins = |placed: &Placed<'_>| best.get(&placed.endpoint.mac) == Some(&rank(network, placed));
-    for claim in placed.iter().filter_map(|placed| MacClaim::of(view, local, network, &routes, *placed, wins))
-    {
+    for placed in &placed {
+        let Some(claim) = MacClaim::of(view, local, network, &routes, *placed, wins) else { continue };
         claim.mac(dataplane, view);
-        dataplane.floods.extend(claim.remote().map(|remote| (Device::vxlan(id), remote)));
+        if let Some(remote) = claim.remote() {
+            switched::host(dataplane, network, placed.node, remote);
+        }
         for address in &claim.endpoint().addresses {
             dataplane.neighbours.insert((Device::bridge(id), address.addr()), claim.endpoint().mac);
         }
@@ -69,14 +72,17 @@ pub(super) fn devices(dataplane: &mut Dataplane, view: &View, network: &Network,
     dataplane
         .links
         .insert(bridge, Link::Bridge { mac: Mac::of_gateway(network.id), mtu, up: true, tuned: true });
-    let (vni, master, mac) = (network.vni, Some(bridge), Mac::of_vxlan(network.id));
+    let (vni, master) = (network.vni, Some(bridge));
     let (up, tuned) = (true, true);
     let on_underlay = || {
         let (local, port) = (own.record.vtep, own.record.vxlan_port);
+        // The bridge passes frames for the address of a port up to the host: here, path probes.
+        let mac = addresses::mac_of_host(network.id, own.record.id);
         Link::Vxlan { vni, local, port, mtu, master, mac, up, tuned, sealed: false }
     };
     let in_tunnel = |own: Tunnel| {
         let (local, port) = (tunnel::address(view.alloc.cluster, view.me).into(), SEALED_VXLAN_PORT);
+        let mac = Mac::of_vxlan(network.id);
         match own.kernel {
             true => Link::Vxlan { vni, local, port, mtu, master, mac, up, tuned, sealed: true },
             false => Link::Tap { vni, mtu, master, up, tuned },

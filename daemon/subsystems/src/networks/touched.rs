@@ -9,6 +9,7 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use ipnet::IpNet;
+use ovl_cluster::addresses;
 use ovl_proto::id::{EndpointId, Mac, NetworkId, NodeId};
 use ovl_proto::object::{Mode, Network};
 use ovl_proto::table::Endpoint;
@@ -174,7 +175,11 @@ fn switched(
             is.neighbours.insert((bridge, *address), claim.endpoint().mac);
         }
     }
-    for node in view.nodes.values().filter(|node| routes.to(node).is_some_and(|way| remotes.contains(&way))) {
+    let at_remotes = || {
+        let reached = |node: &&Node| routes.to(node).is_some_and(|remote| remotes.contains(&remote));
+        view.nodes.values().filter(reached)
+    };
+    for node in at_remotes() {
         let mut claims = node
             .table
             .endpoints_on(id)
@@ -182,7 +187,7 @@ fn switched(
             .filter(|placed| view.is_counted(placed))
             .filter_map(claim);
         if let Some(remote) = claims.next().and_then(|claim| claim.remote()) {
-            is.floods.insert((vxlan, remote));
+            endpoints::switched::host(&mut is, network, node, remote);
         }
     }
     for endpoint in ids.iter().filter_map(|id| own.table.endpoint(*id)).filter(|own| own.network == id) {
@@ -211,6 +216,9 @@ fn switched(
     }
     for key in remotes.iter().map(|remote| (vxlan, *remote)) {
         was.floods.extend(applied.floods.get(&key));
+    }
+    for key in at_remotes().map(|node| (vxlan, addresses::mac_of_host(id, node.record.id))) {
+        was.remotes.extend(applied.remotes.get(&key).map(|remote| (key, *remote)));
     }
     (was, is)
 }

@@ -13,12 +13,14 @@ use ovl_subsystems::networks::mtu::network_mtu;
 use super::host::{desired, isolation};
 use super::world::{NET, endpoint, give, id, switched};
 
-/// Returns the commands without those of the host as a whole.
+/// Returns the commands without those of the host as a whole, and with short names for the MAC addresses of hosts.
 fn commands(view: &View) -> Vec<String> {
+    let mac = |n: u8| addresses::mac_of_host(NET, id(n)).to_string();
     diff(&Dataplane::default(), &desired(view, &Local::default()), true)
         .iter()
         .map(ToString::to_string)
         .filter(|text| !text.starts_with("sysctl") && !text.starts_with("nft"))
+        .map(|text| (1..=3).fold(text, |text, n| text.replace(&mac(n), &format!("MAC{n}"))))
         .collect()
 }
 
@@ -43,11 +45,12 @@ fn a_network_with_local_and_remote_endpoints() {
         [
             "ip link add ovb-00000000 address 0a:00:00:00:00:00 mtu 1450 up type bridge stp_state 0 \
              mcast_snooping 0 nf_call_iptables 0 nf_call_ip6tables 0",
-            "ip link add ovx-00000000 address 0e:00:00:00:00:00 mtu 1450 master ovb-00000000 up type vxlan id 5000 local 192.168.77.1 \
+            "ip link add ovx-00000000 address MAC1 mtu 1450 master ovb-00000000 up type vxlan id 5000 local 192.168.77.1 \
              dstport 4789 nolearning && bridge link set dev ovx-00000000 learning off neigh_suppress on",
             "ip addr replace 10.9.0.1/24 dev ovb-00000000",
             "bridge fdb replace 02:f1:0a:09:00:11 dev ovx-00000000 master static",
             "bridge fdb replace 02:f1:0a:09:00:11 dev ovx-00000000 self static dst 192.168.77.2 port 4789",
+            "bridge fdb replace MAC2 dev ovx-00000000 self static dst 192.168.77.2 port 4789",
             "ip neigh replace 10.9.0.9 lladdr 02:f1:0a:09:00:09 dev ovb-00000000 nud permanent",
             "ip neigh replace 10.9.0.17 lladdr 02:f1:0a:09:00:11 dev ovb-00000000 nud permanent",
             "bridge fdb append 00:00:00:00:00:00 dev ovx-00000000 self static dst 192.168.77.2 port 4789",
@@ -70,9 +73,10 @@ fn only_live_members_have_entries() {
     let mut view = switched();
     give(&mut view, 1, vec![endpoint(1, "10.9.0.9/24")]);
     give(&mut view, 2, vec![endpoint(2, "10.9.0.17/24")]);
+    // One of the endpoint, and one of its host.
     let remotes = |view: &View| desired(view, &Local::default()).remotes.len();
     for (state, expected) in
-        [(PeerState::Alive, 1), (PeerState::Suspect, 1), (PeerState::Dead, 0), (PeerState::Left, 0)]
+        [(PeerState::Alive, 2), (PeerState::Suspect, 2), (PeerState::Dead, 0), (PeerState::Left, 0)]
     {
         view.nodes.get_mut(&id(2)).unwrap().state = state;
         assert_eq!(remotes(&view), expected, "{state}");
@@ -90,7 +94,7 @@ fn an_address_of_another_hosts_block_needs_a_lease() {
     assert!(desired(&view, &Local::default()).remotes.is_empty());
     let lease = Entry::Lease { network: NET, address: "10.9.0.26".parse().unwrap(), to: id(2) };
     give(&mut view, 3, vec![lease]);
-    assert_eq!(desired(&view, &Local::default()).remotes.len(), 1);
+    assert_eq!(desired(&view, &Local::default()).remotes.len(), 2);
 }
 
 #[test]
@@ -103,7 +107,7 @@ fn a_claimed_mac_stays_with_the_endpoint_from_whose_address_it_is_derived() {
     give(&mut view, 2, vec![Entry::Endpoint(thief)]);
     let dataplane = desired(&view, &Local::default());
     let vteps: Vec<String> = dataplane.remotes.values().map(|remote| remote.vtep.to_string()).collect();
-    assert_eq!(vteps, ["192.168.77.3"]);
+    assert_eq!(vteps, ["192.168.77.3", "192.168.77.3"], "of the endpoint, and of its host");
 }
 
 #[test]

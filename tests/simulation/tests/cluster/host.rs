@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use anyhow::{Result, anyhow, bail};
 use ovl_control::{Reply, Request};
-use ovl_kernel::{KernelEvent, KernelHandle, Prober, SimulatedKernel};
+use ovl_kernel::{KernelEvent, KernelHandle, PathSocket, Prober, SimulatedKernel};
 use ovl_mesh::gossip::WallClock;
 use ovl_mesh::keys::TunnelSecret;
 use ovl_mesh::transport::Transport;
@@ -135,6 +135,10 @@ impl Environment for Simulated {
         _: &TunnelSecret,
     ) -> ovl_kernel::Result<KernelHandle> {
         Ok(self.kernel.start(events, KERNEL_LATENCY))
+    }
+
+    fn path_socket(&self) -> ovl_kernel::Result<Option<PathSocket>> {
+        Ok(None)
     }
 
     fn prober(&self) -> ovl_kernel::Result<Prober> {

@@ -1,0 +1,164 @@
+//! Probes of the paths that packets of workloads take: what they find, and that nobody else can send them.
+
+#![allow(clippy::unwrap_used, reason = "tests, and helpers of tests")]
+
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use netns_lab::{Host, Lab, LabConfig, Underlay, wait_until};
+use ovl_tests::{
+    SOON, assert_no_reply, attach, create_network, peer, ping_all_pairs, problems, start_lab_with, text,
+    wait_clean, wait_problem,
+};
+use serde_json::Value;
+
+/// Time limit for a fault of a path to be shown, and for its end.
+const WITHIN: Duration = Duration::from_secs(5);
+/// The same for a fault of large packets, which are probed less often.
+const WITHIN_LARGE: Duration = Duration::from_secs(15);
+
+/// Drops VXLAN packets from one host to another one on the switch between them. `more` is a further condition of nft.
+fn block(lab: &Lab, from: &str, to: &str, more: &str) {
+    let rule = format!("iifname {from} oifname {to} udp dport 4789 {more} drop");
+    let table = format!(
+        "table bridge security-group {{ chain forward {{ type filter hook forward priority 0; {rule}; }}; }}"
+    );
+    lab.switch().exec_input(["nft", "-f", "-"], Some(&table)).unwrap();
+}
+
+fn unblock(lab: &Lab) {
+    lab.switch().exec_ok(["nft", "delete table bridge security-group"]).unwrap();
+}
+
+/// The probed path from a host to another one.
+fn path(host: &Host, other: &str) -> Result<Value> {
+    let row = peer(host, other)?;
+    row["paths"].get(0).cloned().with_context(|| format!("{other} has no probed path: {row}"))
+}
+
+/// Waits until a host says this of the two directions of its path to another one.
+fn wait_path(host: &Host, other: &str, [sent, received]: [&str; 2], timeout: Duration) {
+    let what = format!("{sent} to and {received} from {other} on {}", host.name());
+    wait_until(timeout, &what, || {
+        let path = path(host, other)?;
+        ensure!(path["sent"]["state"] == sent && path["received"]["state"] == received, "{path}");
+        Ok(())
+    })
+    .unwrap();
+}
+
+fn wait_ready(host: &Host, timeout: Duration) {
+    wait_until(timeout, &format!("{} to be ready", host.name()), || {
+        let status = host.ctl_json(&["status"])?;
+        ensure!(status["state"] == "ready", "{status}");
+        Ok(())
+    })
+    .unwrap();
+}
+
+/// Two hosts with one network and one workload each, whose path works.
+fn two_hosts(underlay: Underlay, network: &[&str]) -> Lab {
+    let lab = start_lab_with(LabConfig::hosts(2).underlay(underlay)).unwrap();
+    create_network(&lab, "blue", network).unwrap();
+    let all = [("h1", "a"), ("h2", "b")].map(|(host, name)| attach(&lab[host], name, "blue", &[]).unwrap());
+    ping_all_pairs(&all, SOON).unwrap();
+    for (host, other) in [("h1", "h2"), ("h2", "h1")] {
+        wait_path(&lab[host], other, ["works"; 2], SOON);
+        wait_ready(&lab[host], SOON);
+    }
+    lab
+}
+
+/// Blocks VXLAN from h1 to h2, and checks what both say of it while all else works.
+fn assert_blocked_port_is_named(underlay: Underlay, network: &[&str]) {
+    let lab = two_hosts(underlay, network);
+    let (h1, h2) = (&lab["h1"], &lab["h2"]);
+    let (first, second) = (h1.address().unwrap().to_string(), h2.address().unwrap().to_string());
+    block(&lab, "h1", "h2", "");
+    let open = format!("allow UDP port 4789 from {first} to {second}");
+    wait_problem(h1, &["no VXLAN packet from this host arrives at host h2", &open], WITHIN).unwrap();
+    wait_problem(h2, &["no VXLAN packet from host h1 arrives at this host", &open], WITHIN).unwrap();
+    wait_path(h1, "h2", ["broken", "works"], WITHIN);
+    assert_eq!(path(h1, "h2").unwrap()["sent"]["loss_percent"], 100);
+    let status = h2.ctl_json(&["status"]).unwrap();
+    assert_eq!((text(&status["problems"][0]["code"]), text(&status["problems"][0]["object"])), {
+        ("OVL-E034".to_owned(), "h1".to_owned())
+    });
+    let row = peer(h1, "h2").unwrap();
+    assert_eq!((text(&row["state"]), &row["reachable"]), ("alive".to_owned(), &Value::Bool(true)));
+    assert_no_reply(&h1.find_workload("a").unwrap(), &text(&address_of(h2, "b")));
+
+    unblock(&lab);
+    for (host, other) in [(h1, "h2"), (h2, "h1")] {
+        wait_ready(host, WITHIN);
+        wait_path(host, other, ["works"; 2], WITHIN);
+    }
+    wait_clean(lab.hosts(), SOON).unwrap();
+}
+
+/// The first address of an endpoint, without its prefix length.
+fn address_of(host: &Host, name: &str) -> Value {
+    let rows = ovl_tests::rows(host, &["endpoints"]).unwrap();
+    let row = rows.iter().find(|row| row["name"] == name).unwrap();
+    text(&row["addresses"][0]).split('/').next().unwrap().into()
+}
+
+#[test]
+fn blocked_vxlan_port_is_named_by_both_hosts_of_a_switched_network() {
+    assert_blocked_port_is_named(Underlay::V4, &["--subnet", "10.99.0.0/24"]);
+}
+
+#[test]
+fn blocked_vxlan_port_is_named_by_both_hosts_of_a_routed_network_over_ipv6() {
+    let network = ["--mode", "l3", "--backend", "vxlan", "--subnet", "10.60.0.0/16"];
+    assert_blocked_port_is_named(Underlay::V6, &network);
+}
+
+#[test]
+fn path_for_small_packets_alone_is_named() {
+    let lab = two_hosts(Underlay::V4, &["--subnet", "10.99.0.0/24"]);
+    let (h1, h2) = (&lab["h1"], &lab["h2"]);
+    block(&lab, "h1", "h2", "ip length > 1300");
+    wait_problem(h1, &["packets of 1450 bytes are lost", "from this host to host h2"], WITHIN_LARGE).unwrap();
+    wait_problem(h2, &["packets of 1450 bytes are lost", "from host h1 to this host"], WITHIN_LARGE).unwrap();
+    wait_path(h1, "h2", ["small-only", "works"], WITHIN_LARGE);
+    unblock(&lab);
+    lab.hosts().iter().for_each(|host| wait_ready(host, WITHIN_LARGE));
+}
+
+#[test]
+fn host_that_is_down_restarts_or_leaves_is_no_fault_of_a_path() {
+    let lab = two_hosts(Underlay::V4, &["--subnet", "10.99.0.0/24"]);
+    let (h1, h2) = (&lab["h1"], &lab["h2"]);
+    let path_problems = |host: &Host| -> Result<Vec<String>> {
+        Ok(problems(host)?.into_iter().filter(|problem| problem.contains("VXLAN")).collect())
+    };
+    for is_killed in [false, true] {
+        if is_killed {
+            h2.kill9().unwrap();
+            h2.start().unwrap();
+        } else {
+            h2.restart().unwrap();
+        }
+        // The path is judged again, and never wrongly on the way.
+        wait_until(SOON, "the path to work again", || {
+            for host in [h1, h2] {
+                let found = path_problems(host)?;
+                assert!(found.is_empty(), "{found:?}");
+            }
+            let found = path(h1, "h2")?;
+            ensure!(found["sent"]["state"] == "works" && found["received"]["state"] == "works", "{found}");
+            Ok(())
+        })
+        .unwrap();
+    }
+    // Without an endpoint of its own, h2 has no VXLAN device.
+    h2.ctl_ok(&["detach", "b"]).unwrap();
+    wait_until(SOON, "no path to be probed", || {
+        assert!(path_problems(h1)?.is_empty());
+        ensure!(path(h1, "h2").is_err());
+        Ok(())
+    })
+    .unwrap();
+    wait_ready(h1, SOON);
+}
