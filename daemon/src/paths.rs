@@ -11,6 +11,7 @@
 
 mod choice;
 pub(crate) mod frame;
+mod search;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::net::SocketAddr;
@@ -20,6 +21,7 @@ use ovl_proto::id::NodeId;
 
 use self::choice::{Watched, choose};
 use self::frame::{Frame, Report, Size, Verdict};
+use self::search::{Search, Step};
 
 /// Interval in which [`Paths::tick`] is to be called.
 pub(crate) const TICK: Duration = Duration::from_millis(250);
@@ -33,6 +35,8 @@ const MAX_ASKED: usize = 32;
 const WINDOW: u32 = 32;
 /// The number of sent probes whose round trip can be measured.
 const REMEMBERED: usize = 16;
+/// Time after a search for the longest packets that pass until the next one.
+const SEARCH_AGAIN: Duration = Duration::from_secs(60);
 /// Time in which the other host begins to send, after this one does.
 const GRACE: Duration = Duration::from_secs(3);
 /// The arrivals after which a broken direction works again.
@@ -56,7 +60,9 @@ impl Pace {
         let ms = Duration::from_millis;
         match size {
             Size::Small => Self { calm: ms(1000), hurry: ms(250), doubt: ms(1600), broken: ms(3200) },
-            Size::Large => Self { calm: ms(5000), hurry: ms(500), doubt: ms(6000), broken: ms(9000) },
+            Size::Large | Size::Trial => {
+                Self { calm: ms(5000), hurry: ms(500), doubt: ms(6000), broken: ms(9000) }
+            }
         }
     }
 }
@@ -66,10 +72,28 @@ impl Pace {
 pub(crate) struct Paths {
     me: NodeId,
     paths: BTreeMap<NodeId, Path>,
-    /// Hosts that can be probed, with the run of each.
-    candidates: BTreeMap<NodeId, u64>,
+    /// Hosts that can be probed.
+    candidates: BTreeMap<NodeId, Candidate>,
     /// Those of them that are watched by choice.
     watched: Watched,
+}
+
+/// A host that can be probed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Candidate {
+    /// Its run, as its record says.
+    pub run: u64,
+    /// The length of the longest packet of a workload to it, in bytes.
+    pub mtu: u16,
+}
+
+/// What is to be done now.
+#[derive(Debug, Default)]
+pub(crate) struct Due {
+    /// Probes to send, each with its length as an IP packet, in bytes; 0: as short as it can be.
+    pub probes: Vec<(Frame, u16)>,
+    /// Hosts to which only packets up to this length pass, in bytes.
+    pub limits: Vec<(NodeId, u16)>,
 }
 
 /// What is known of a path.
@@ -153,9 +177,18 @@ impl Ends<'_> {
         Some(format!(
             "packets of {mtu} bytes are lost in VXLAN {direction}, and small ones pass: a device on the path carries less \
              than its links say, or damages large packets. Set the MTU of the hosts' links to what the path carries, or \
-             that of the networks with 'ovlctl network update --mtu'"
+             that of the networks with 'ovlctl network update --mtu'. ovld looks for the length that passes, and uses it"
         ))
     }
+}
+
+/// Returns the sentence that says that networks use a smaller MTU, because longer packets do not pass to a host.
+pub(crate) fn limited(name: &str, limit: u16) -> String {
+    format!(
+        "packets of more than {limit} bytes were lost in VXLAN from this host to host {name}, so the networks of both use no \
+         longer ones: a device on the path carries less than its links say, or damages large packets. Set the MTU of the \
+         hosts' links to what the path carries, or repair the path; then restart ovld on this host"
+    )
 }
 
 /// What is known of one direction of a path.
@@ -175,15 +208,16 @@ impl Paths {
         Self { me, paths: BTreeMap::new(), candidates: BTreeMap::new(), watched: Watched::default() }
     }
 
-    /// Takes the hosts that can be probed now, with the run of each, and chooses those that are watched. A host that was
-    /// started again is judged anew: it has to find its paths first.
-    pub(crate) fn follow(&mut self, candidates: BTreeMap<NodeId, u64>, now: Duration) {
+    /// Takes the hosts that can be probed now, and chooses those that are watched. A host that was started again is judged
+    /// anew: it has to find its paths first.
+    pub(crate) fn follow(&mut self, candidates: BTreeMap<NodeId, Candidate>, now: Duration) {
         let broken = self.paths.iter().filter(|(_, path)| path.is_broken(now)).map(|(id, _)| *id);
         self.watched = choose(self.me, &candidates.keys().copied().collect(), broken.collect(), now);
         self.candidates = candidates;
         let (watched, candidates) = (&self.watched, &self.candidates);
         self.paths.retain(|id, path| {
-            candidates.get(id) == Some(&path.announced_run) && (watched.contains(*id) || path.is_asked(now))
+            let is_same = candidates.get(id).is_some_and(|found| found.run == path.announced_run);
+            is_same && (watched.contains(*id) || path.is_asked(now))
         });
         for id in self.watched.all().collect::<Vec<_>>() {
             self.watch(id, now);
@@ -192,22 +226,30 @@ impl Paths {
 
     /// Returns the state of a path, which is watched from now on if it was not. `None` if the host cannot be probed.
     fn watch(&mut self, id: NodeId, now: Duration) -> Option<&mut Path> {
-        let run = *self.candidates.get(&id)?;
+        let run = self.candidates.get(&id)?.run;
         Some(self.paths.entry(id).or_insert_with(|| Path::new(self.me, id, run, now)))
     }
 
-    /// Returns the probes that are due. `vouches` says whether a host is known, by other means, to run at this moment, so
-    /// that missing probes were lost on the path. `run` is the run of this host.
-    pub(crate) fn tick(&mut self, now: Duration, run: u64, vouches: impl Fn(NodeId) -> bool) -> Vec<Frame> {
-        let mut due = Vec::new();
+    /// Returns the probes that are due, and what was found. `vouches` says whether a host is known, by other means, to run at
+    /// this moment, so that missing probes were lost on the path. `run` is the run of this host.
+    pub(crate) fn tick(&mut self, now: Duration, run: u64, vouches: impl Fn(NodeId) -> bool) -> Due {
+        let mut due = Due::default();
         for (id, path) in &mut self.paths {
+            let Some(mtu) = self.candidates.get(id).map(|found| found.mtu) else { continue };
             path.judge(now, vouches(*id));
-            for size in [Size::Small, Size::Large] {
-                let Some(number) = path.next_number(size, now) else { continue };
-                let (small, large) = (path.small.arrivals.report(now), path.large.arrivals.report(now));
-                let heard_run = path.run;
-                due.push(Frame { from: self.me, to: *id, size, run, number, heard_run, small, large });
+            let [small, large] = path.next_numbers(now).map(Option::into_iter);
+            let mut numbers: Vec<(Size, u64, u16)> = small.map(|number| (Size::Small, number, 0)).collect();
+            numbers.extend(large.map(|number| (Size::Large, number, mtu)));
+            match path.search(now, mtu) {
+                Step::Wait => {}
+                Step::Try(length) => numbers.push((Size::Trial, path.trials, length)),
+                Step::Found(limit) => due.limits.extend(limit.map(|limit| (*id, limit))),
             }
+            let (small, large) = (path.small.arrivals.report(now), path.large.arrivals.report(now));
+            let (from, to, heard_run, heard_trial) = (self.me, *id, path.run, path.heard_trial);
+            let frame =
+                |size, number| Frame { from, to, size, run, number, heard_run, heard_trial, small, large };
+            due.probes.extend(numbers.into_iter().map(|(size, number, mtu)| (frame(size, number), mtu)));
         }
         due
     }
@@ -249,6 +291,16 @@ struct Path {
     /// What the other host said last, and when.
     said: Option<(Report, Report, Duration)>,
     round_trip: Option<Duration>,
+    /// The number of the last trial that was sent; 0 before the first.
+    trials: u64,
+    /// The number of the last trial that arrived there, as the other host says.
+    arrived_trial: u64,
+    /// The number of the last trial that arrived here; 0 before the first.
+    heard_trial: u64,
+    /// The search for the longest packets that pass. `None` if there is none.
+    search: Option<Search>,
+    /// The time of the end of the last search.
+    searched_at: Option<Duration>,
 }
 
 /// The probes of one size, in both directions.
@@ -296,13 +348,11 @@ impl Path {
             large: Side::new(Size::Large, now, spread),
             said: None,
             round_trip: None,
-        }
-    }
-
-    fn side(&mut self, size: Size) -> &mut Side {
-        match size {
-            Size::Small => &mut self.small,
-            Size::Large => &mut self.large,
+            trials: 0,
+            arrived_trial: 0,
+            heard_trial: 0,
+            search: None,
+            searched_at: None,
         }
     }
 
@@ -328,13 +378,37 @@ impl Path {
         self.large.arrivals.judge(now, is_vouched && self.small.arrivals.verdict == Verdict::Works);
     }
 
-    fn next_number(&mut self, size: Size, now: Duration) -> Option<u64> {
-        let report = self.report(now).map(|(small, large)| match size {
-            Size::Small => small,
-            Size::Large => large,
+    /// Returns the numbers of the small and of the large probe that are due.
+    fn next_numbers(&mut self, now: Duration) -> [Option<u64>; 2] {
+        let report = self.report(now);
+        let is_missed = |report: Report| report.verdict == Verdict::Doubtful;
+        let small = self.small.next_number(now, report.is_some_and(|(small, _)| is_missed(small)));
+        let large = self.large.next_number(now, report.is_some_and(|(_, large)| is_missed(large)));
+        [small, large]
+    }
+
+    /// Searches for the longest packets that pass to the other host, while it says that those of full length do not.
+    fn search(&mut self, now: Duration, mtu: u16) -> Step {
+        let is_narrow = self.report(now).is_some_and(|(small, large)| {
+            large.verdict == Verdict::Broken && small.verdict == Verdict::Works
         });
-        let is_missed = report.is_some_and(|report| report.verdict == Verdict::Doubtful);
-        self.side(size).next_number(now, is_missed)
+        let is_due = self.searched_at.is_none_or(|at| now.saturating_sub(at) >= SEARCH_AGAIN);
+        if !is_narrow {
+            self.search = None;
+        } else if self.search.is_none() && is_due {
+            self.search = Some(Search::new(mtu));
+        }
+        let Some(search) = &mut self.search else { return Step::Wait };
+        let step = search.next(self.trials.saturating_add(1), self.arrived_trial, now);
+        match step {
+            Step::Wait => {}
+            Step::Try(_) => self.trials = self.trials.saturating_add(1),
+            Step::Found(_) => {
+                self.search = None;
+                self.searched_at = Some(now);
+            }
+        }
+        step
     }
 
     fn take(&mut self, frame: &Frame, run: u64, now: Duration) {
@@ -345,15 +419,26 @@ impl Path {
             self.run = frame.run;
             self.small.arrivals.restart();
             self.large.arrivals.restart();
+            self.heard_trial = 0;
         }
-        if !self.side(frame.size).arrivals.take(frame.number, now) {
+        let is_new = match frame.size {
+            Size::Small => self.small.arrivals.take(frame.number, now),
+            Size::Large => self.large.arrivals.take(frame.number, now),
+            Size::Trial => {
+                let before = std::mem::replace(&mut self.heard_trial, frame.number);
+                self.heard_trial = self.heard_trial.max(before);
+                frame.number > before
+            }
+        };
+        if !is_new {
             return;
         }
-        if frame.heard_run == run
-            && let Some(sent_at) = self.small.sent_at(frame.small.number)
-        {
-            let trip = now.saturating_sub(sent_at).saturating_sub(frame.small.held);
-            self.round_trip = Some(self.round_trip.map_or(trip, |before| (before * 7 + trip) / 8));
+        if frame.heard_run == run {
+            self.arrived_trial = self.arrived_trial.max(frame.heard_trial);
+            if let Some(sent_at) = self.small.sent_at(frame.small.number) {
+                let trip = now.saturating_sub(sent_at).saturating_sub(frame.small.held);
+                self.round_trip = Some(self.round_trip.map_or(trip, |before| (before * 7 + trip) / 8));
+            }
         }
         self.said = Some((frame.small, frame.large, now));
     }

@@ -59,6 +59,8 @@ pub(crate) enum Code {
     PathBroken,
     /// Only small VXLAN packets pass to or from a host.
     PathNarrow,
+    /// Networks use shorter packets, because a path loses longer ones.
+    PathLimited,
     /// Two networks of the cluster overlap.
     NetworkOverlap,
     /// A bridge network is in conflict with a network of the cluster.
@@ -110,7 +112,7 @@ pub(crate) enum Code {
 impl Code {
     /// All codes, in the order of their numbers.
     #[cfg(test)]
-    const ALL: [Self; 48] = [
+    const ALL: [Self; 49] = [
         Self::Address,
         Self::StateFile,
         Self::DamagedFile,
@@ -136,6 +138,7 @@ impl Code {
         Self::KeyMissed,
         Self::PathBroken,
         Self::PathNarrow,
+        Self::PathLimited,
         Self::NetworkOverlap,
         Self::BridgeConflict,
         Self::NoBlock,
@@ -191,6 +194,7 @@ impl Code {
             Self::KeyMissed => "OVL-E033",
             Self::PathBroken => "OVL-E034",
             Self::PathNarrow => "OVL-E035",
+            Self::PathLimited => "OVL-E036",
             Self::NetworkOverlap => "OVL-E040",
             Self::BridgeConflict => "OVL-E041",
             Self::NoBlock => "OVL-E042",
@@ -257,6 +261,7 @@ impl Code {
             | Self::UnknownHosts
             | Self::KeyFile
             | Self::KeyRotation
+            | Self::PathLimited
             | Self::NetworkOverlap
             | Self::BridgeConflict
             | Self::NotEncrypted

@@ -16,6 +16,8 @@ use serde_json::Value;
 const WITHIN: Duration = Duration::from_secs(5);
 /// The same for a fault of large packets, which are probed less often.
 const WITHIN_LARGE: Duration = Duration::from_secs(15);
+/// The same for the search of what passes instead.
+const WITHIN_SEARCH: Duration = Duration::from_secs(60);
 
 /// Drops VXLAN packets from one host to another one on the switch between them. `more` is a further condition of nft.
 fn block(lab: &Lab, from: &str, to: &str, more: &str) {
@@ -115,15 +117,38 @@ fn blocked_vxlan_port_is_named_by_both_hosts_of_a_routed_network_over_ipv6() {
 }
 
 #[test]
-fn path_for_small_packets_alone_is_named() {
+fn path_for_small_packets_alone_is_named_and_networks_use_what_passes() {
     let lab = two_hosts(Underlay::V4, &["--subnet", "10.99.0.0/24"]);
     let (h1, h2) = (&lab["h1"], &lab["h2"]);
+    let mtu = |host: &Host| host.ctl_json(&["network", "inspect", "blue"]).unwrap()["mtu"].as_u64();
+    assert_eq!(mtu(h1), Some(1450));
+    // 1300 bytes of the outer packet are 1250 of the inner one.
     block(&lab, "h1", "h2", "ip length > 1300");
     wait_problem(h1, &["packets of 1450 bytes are lost", "from this host to host h2"], WITHIN_LARGE).unwrap();
     wait_problem(h2, &["packets of 1450 bytes are lost", "from host h1 to this host"], WITHIN_LARGE).unwrap();
     wait_path(h1, "h2", ["small-only", "works"], WITHIN_LARGE);
+
+    wait_problem(h1, &["packets of more than 12", "restart ovld on this host"], WITHIN_SEARCH).unwrap();
+    wait_until(SOON, "all hosts to use a smaller MTU", || {
+        for host in lab.hosts() {
+            let mtu = mtu(host).unwrap_or_default();
+            ensure!((1242..=1250).contains(&mtu), "{mtu} on {}", host.name());
+        }
+        Ok(())
+    })
+    .unwrap();
+    wait_ready(h2, WITHIN_LARGE);
+    wait_path(h1, "h2", ["works"; 2], WITHIN_LARGE);
+    let workload = h1.find_workload("a").unwrap();
+    let largest = (mtu(h1).unwrap() - 28).to_string();
+    let address = text(&address_of(h2, "b"));
+    workload.exec_ok(["ping", "-n", "-c1", "-W5", "-Mdo", "-s", &largest, &address]).unwrap();
+
     unblock(&lab);
-    lab.hosts().iter().for_each(|host| wait_ready(host, WITHIN_LARGE));
+    h1.restart().unwrap();
+    lab.hosts().iter().for_each(|host| wait_ready(host, SOON));
+    wait_until(SOON, "the old MTU", || -> Result<bool> { Ok(mtu(h2) == Some(1450)) }).unwrap();
+    wait_clean(lab.hosts(), SOON).unwrap();
 }
 
 #[test]

@@ -590,6 +590,7 @@ fn first_state(
         engines: Engines::new(&saved.docker),
         reconcile: Progress::new(),
         caught_up: false,
+        path_limits: BTreeMap::new(),
         problems: Problems::default(),
         newer: newer::Newer::default(),
         save: state::Save::default(),

@@ -15,8 +15,8 @@ use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 
 use super::Node;
 use super::state::State;
-use crate::paths::frame::{Frame, Size, Verdict};
-use crate::paths::{self, Direction, Ends, Paths};
+use crate::paths::frame::{Frame, Verdict};
+use crate::paths::{self, Candidate, Direction, Ends};
 use crate::problems::Code;
 
 /// Time without a direct datagram of gossip after which a host is not vouched for. Gossip pings every 0.6 s.
@@ -43,8 +43,11 @@ impl Node {
                 hops = self.path_hops();
                 let now = self.state.borrow().epoch.elapsed();
                 let state = self.state.borrow();
-                let run = |id: &NodeId| Some((*id, state.view.nodes.get(id)?.record.generation));
-                self.paths.borrow_mut().follow(hops.keys().filter_map(run).collect(), now);
+                let candidates = hops.iter().filter_map(|(id, hop)| {
+                    let run = state.view.nodes.get(id)?.record.generation;
+                    Some((*id, Candidate { run, mtu: hop.mtu }))
+                });
+                self.paths.borrow_mut().follow(candidates.collect(), now);
             }
             self.send_probes(socket, &hops);
         }
@@ -92,11 +95,10 @@ impl Node {
     fn send_probes(&self, socket: &PathSocket, hops: &BTreeMap<NodeId, VxlanHop>) {
         let contacts = self.gossip().contacts();
         let vouches = |id| contacts.get(&id).is_some_and(|contact| contact.last_heard.elapsed() < VOUCHED);
-        let mut state = self.state.borrow_mut();
+        let state = self.state.borrow();
         let Some(own) = state.record() else { return };
-        let mut paths = self.paths.borrow_mut();
-        let due = paths.tick(state.epoch.elapsed(), own.generation, vouches);
-        for frame in due {
+        let due = self.paths.borrow_mut().tick(state.epoch.elapsed(), own.generation, vouches);
+        for (frame, mtu) in due.probes {
             let (Some(hop), Some(peer)) = (hops.get(&frame.to), state.view.nodes.get(&frame.to)) else {
                 continue;
             };
@@ -104,16 +106,35 @@ impl Node {
             let mut opened = ring.all().filter(|key| peer.record.keys.has(key.id()));
             let key = opened.next().unwrap_or(ring.sealing());
             let macs = [frame.from, frame.to].map(|host| addresses::mac_of_host(hop.network, host));
-            let mtu = if frame.size == Size::Large { hop.mtu } else { 0 };
             if let Err(error) = socket.send(hop.device, &frame.encode(macs, key, mtu)) {
                 tracing::debug!(to = %frame.to, device = %hop.device, %error, "cannot send a path probe");
             }
         }
-        self.tell_paths(&mut state, &paths);
+        drop(state);
+        for (host, mtu) in due.limits {
+            self.limit_path(host, mtu);
+        }
+        self.tell_paths();
+    }
+
+    /// Publishes that only packets of workloads up to a length pass to a host.
+    fn limit_path(&self, host: NodeId, mtu: u16) {
+        let link = {
+            let mut state = self.state.borrow_mut();
+            let State { view, path_limits, .. } = &mut *state;
+            let Some(own) = view.own() else { return };
+            path_limits.retain(|id, _| view.nodes.contains_key(id));
+            path_limits.insert(host, mtu);
+            own.record.link_mtu
+        };
+        let known = self.gossip().path_mtus().get(&host).copied().unwrap_or(link);
+        self.note_path_mtu(host, known);
     }
 
     /// Raises and clears the problems of all paths.
-    fn tell_paths(&self, state: &mut State, paths: &Paths) {
+    fn tell_paths(&self) {
+        let paths = self.paths.borrow();
+        let mut state = self.state.borrow_mut();
         let now = state.epoch.elapsed();
         let Some(own) = state.record() else { return };
         let (mut broken, mut narrow) = (Vec::new(), Vec::new());
@@ -132,7 +153,16 @@ impl Node {
             broken.extend(ends.broken(&path).map(|sentence| (peer.name.clone(), sentence)));
             narrow.extend(ends.narrow(&path).map(|sentence| (peer.name.clone(), sentence)));
         }
-        for (code, found) in [(Code::PathBroken, broken), (Code::PathNarrow, narrow)] {
+        let limits = state.path_limits.iter();
+        let limited: Vec<(String, String)> = limits
+            .filter_map(|(id, limit)| {
+                let peer = &state.view.nodes.get(id)?.record;
+                Some((peer.name.clone(), paths::limited(&peer.name, *limit)))
+            })
+            .collect();
+        for (code, found) in
+            [(Code::PathBroken, broken), (Code::PathNarrow, narrow), (Code::PathLimited, limited)]
+        {
             let before: BTreeSet<String> =
                 state.problems.of(code).map(|(object, _)| object.to_owned()).collect();
             for (name, sentence) in found.iter().filter(|(name, _)| !before.contains(name)) {

@@ -22,6 +22,7 @@ use super::state::{Clash, Peer, State};
 use super::{Node, Stop, newer};
 use crate::problems::Code;
 use ovl_subsystems::Change as What;
+use ovl_subsystems::mtu::vxlan_overhead;
 
 /// Time without a direct packet after which a peer that gossip considers alive is reported as unreachable.
 pub(super) const UNREACHABLE: Duration = Duration::from_secs(5);
@@ -492,12 +493,16 @@ impl Node {
         }
     }
 
-    /// Publishes the path MTU to a peer if it is smaller than the MTU of the underlay device.
-    fn note_path_mtu(&self, peer: NodeId, mtu: u16) {
+    /// Publishes the path MTU to a peer if it is smaller than the MTU of the underlay device. `mtu` is what gossip found; a
+    /// limit that path probes found may be smaller.
+    pub(super) fn note_path_mtu(&self, peer: NodeId, mut mtu: u16) {
         let key = Key::PathMtu(peer);
         let (known, link) = {
             let state = self.state.borrow();
             let Some(own) = state.view.own() else { return };
+            if let Some(limit) = state.path_limits.get(&peer) {
+                mtu = mtu.min(limit.saturating_add(vxlan_overhead(own.record.vtep)));
+            }
             let known = match own.table.get(&key) {
                 Some(Entry::PathMtu { mtu, .. }) => Some(*mtu),
                 Some(

@@ -135,6 +135,8 @@ pub(crate) struct State {
     pub reconcile: Progress,
     /// Whether gossip has caught up. Nothing is removed from the kernel before that.
     pub caught_up: bool,
+    /// Hosts to which only packets of workloads up to a length pass in VXLAN, in bytes.
+    pub path_limits: BTreeMap<NodeId, u16>,
     /// Problems that last until they are cleared.
     pub problems: Problems,
     /// What is not understood of other hosts.

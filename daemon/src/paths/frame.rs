@@ -4,7 +4,7 @@
 //!
 //! ```text
 //! version (1) | size (1) | key id (4) | sender (10) | receiver (10) | length (2) | run (8) | number (8)
-//! | heard run (8) | report on small probes (15) | report on large probes (15) | padding | tag (16)
+//! | heard run (8) | heard trial (8) | report on small probes (15) | report on large probes (15) | padding | tag (16)
 //!
 //! report: verdict (1) | number (8) | held (4) | lost (1) | of (1)
 //! ```
@@ -25,7 +25,7 @@ pub(crate) const VERSION: u8 = 1;
 const ETHERNET: usize = 14;
 const TAG: usize = 16;
 /// Length of a probe without padding, from `version` to the tag, in bytes.
-const LENGTH: usize = 1 + 1 + 4 + 10 + 10 + 2 + 8 + 8 + 8 + 2 * 15 + TAG;
+const LENGTH: usize = 1 + 1 + 4 + 10 + 10 + 2 + 8 + 8 + 8 + 8 + 2 * 15 + TAG;
 
 /// The size of a probe.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,6 +34,18 @@ pub(crate) enum Size {
     Small,
     /// As long as the longest packet of a workload on this path.
     Large,
+    /// Of any length, in a search for the longest that passes.
+    Trial,
+}
+
+impl Size {
+    fn to_byte(self) -> u8 {
+        match self {
+            Self::Small => 0,
+            Self::Large => 1,
+            Self::Trial => 2,
+        }
+    }
 }
 
 /// Judgement of a host about the probes that arrive from another one.
@@ -101,6 +113,8 @@ pub(crate) struct Frame {
     pub number: u64,
     /// The run of the receiver from which the last probe arrived; 0 if none did.
     pub heard_run: u64,
+    /// The number of the last trial that arrived from the receiver; 0 if none did.
+    pub heard_trial: u64,
     /// What the sender says of the receiver's small probes.
     pub small: Report,
     /// What the sender says of the receiver's large probes.
@@ -127,12 +141,12 @@ impl Frame {
         frame.extend(destination.0);
         frame.extend(source.0);
         frame.extend(PROBE_ETHERTYPE.to_be_bytes());
-        frame.extend([VERSION, u8::from(self.size == Size::Large)]);
+        frame.extend([VERSION, self.size.to_byte()]);
         frame.extend(key.id().0);
         frame.extend(self.from.0);
         frame.extend(self.to.0);
         frame.extend(u16::try_from(length).unwrap_or(u16::MAX).to_be_bytes());
-        for number in [self.run, self.number, self.heard_run] {
+        for number in [self.run, self.number, self.heard_run, self.heard_trial] {
             frame.extend(number.to_be_bytes());
         }
         for report in [self.small, self.large] {
@@ -161,6 +175,7 @@ impl Frame {
         let size = match (version, size) {
             (VERSION, 0) => Size::Small,
             (VERSION, 1) => Size::Large,
+            (VERSION, 2) => Size::Trial,
             _ => return Err(FrameError::Malformed),
         };
         let key = ClusterKeyId(rest.take()?);
@@ -169,8 +184,8 @@ impl Frame {
             return Err(FrameError::Elsewhere);
         }
         let length = usize::from(u16::from_be_bytes(rest.take()?));
-        let numbers = [rest.take()?, rest.take()?, rest.take()?].map(u64::from_be_bytes);
-        let [run, number, heard_run] = numbers;
+        let numbers = [rest.take()?, rest.take()?, rest.take()?, rest.take()?].map(u64::from_be_bytes);
+        let [run, number, heard_run, heard_trial] = numbers;
         let (small, large) = (rest.report()?, rest.report()?);
         let sealed = probe.get(..length).filter(|_| length >= LENGTH).ok_or(FrameError::Malformed)?;
         let (body, tag) = sealed.split_last_chunk::<TAG>().ok_or(FrameError::Malformed)?;
@@ -183,7 +198,7 @@ impl Frame {
         if !ring.opening(key).any(is_genuine) {
             return Err(FrameError::Unauthenticated);
         }
-        Ok(Self { from, to, size, run, number, heard_run, small, large })
+        Ok(Self { from, to, size, run, number, heard_run, heard_trial, small, large })
     }
 }
 
@@ -224,6 +239,7 @@ mod tests {
             run: 3,
             number: 4,
             heard_run: 5,
+            heard_trial: 10,
             small: Report {
                 verdict: Verdict::Broken,
                 number: 6,

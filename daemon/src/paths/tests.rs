@@ -7,6 +7,8 @@ const STEP: Duration = Duration::from_millis(50);
 /// The delay of a probe.
 const DELAY: Duration = Duration::from_millis(50);
 
+const CANDIDATE: Candidate = Candidate { run: 7, mtu: 1450 };
+
 fn id(n: u8) -> NodeId {
     NodeId([n; 10])
 }
@@ -18,18 +20,25 @@ struct World {
     flying: Vec<(Duration, Frame)>,
     sent: usize,
     vouched: bool,
+    /// The limits that the hosts found.
+    limits: Vec<(NodeId, u16)>,
 }
 
 impl World {
     fn new() -> Self {
         let mut hosts = [Paths::new(id(1)), Paths::new(id(2))];
-        hosts[0].follow([(id(2), 7)].into(), Duration::ZERO);
-        hosts[1].follow([(id(1), 7)].into(), Duration::ZERO);
-        Self { now: Duration::ZERO, hosts, flying: Vec::new(), sent: 0, vouched: true }
+        hosts[0].follow([(id(2), CANDIDATE)].into(), Duration::ZERO);
+        hosts[1].follow([(id(1), CANDIDATE)].into(), Duration::ZERO);
+        Self { now: Duration::ZERO, hosts, flying: Vec::new(), sent: 0, vouched: true, limits: Vec::new() }
     }
 
     /// Lets time pass. `passes` says whether a probe arrives.
     fn run(&mut self, time: Duration, mut passes: impl FnMut(&Frame) -> bool) {
+        self.run_with(time, |frame, _| passes(frame));
+    }
+
+    /// As [`Self::run`], with the length of each probe.
+    fn run_with(&mut self, time: Duration, mut passes: impl FnMut(&Frame, u16) -> bool) {
         let end = self.now + time;
         while self.now < end {
             self.now += STEP;
@@ -43,9 +52,11 @@ impl World {
                 continue;
             }
             for host in &mut self.hosts {
-                for frame in host.tick(self.now, 7, |_| self.vouched) {
+                let due = host.tick(self.now, 7, |_| self.vouched);
+                self.limits.extend(due.limits);
+                for (frame, mtu) in due.probes {
                     self.sent += 1;
-                    if passes(&frame) {
+                    if passes(&frame, mtu) {
                         self.flying.push((self.now + DELAY, frame));
                     }
                 }
@@ -61,7 +72,7 @@ impl World {
     fn verdicts(&self, size: Size) -> [Verdict; 4] {
         let of = |direction: Direction| match size {
             Size::Small => direction.small,
-            Size::Large => direction.large,
+            Size::Large | Size::Trial => direction.large,
         };
         let (one, two) = (self.state(1), self.state(2));
         [one.received, one.sent, two.received, two.sent].map(of)
@@ -188,17 +199,42 @@ fn hosts_that_ask_are_answered_up_to_a_limit() {
         NodeId([a, b, 0, 0, 0, 0, 0, 0, 0, 0])
     };
     let mut paths = Paths::new(many(0));
-    let candidates = || (1..1000).map(|n| (many(n), 1)).collect();
+    let candidates = || (1..1000).map(|n| (many(n), CANDIDATE)).collect();
     paths.follow(candidates(), Duration::ZERO);
     let watched = paths.paths.len();
     for n in 1..2000 {
         let (small, large) = (Report::default(), Report::default());
         let (from, to) = (many(n), many(0));
-        let frame = Frame { from, to, size: Size::Small, run: 1, number: 1, heard_run: 0, small, large };
+        let frame = Frame {
+            from,
+            to,
+            size: Size::Small,
+            run: 1,
+            number: 1,
+            heard_run: 0,
+            heard_trial: 0,
+            small,
+            large,
+        };
         paths.take(&frame, 7, SECOND);
     }
     assert_eq!(paths.paths.len(), watched + MAX_ASKED);
     assert!(paths.state(many(1500), SECOND).is_none(), "not a host of the cluster");
     paths.follow(candidates(), SECOND * 12);
     assert!(paths.paths.len() <= watched + 8, "those that ask no more are forgotten");
+}
+
+#[test]
+fn longest_packets_that_pass_are_found_by_the_host_that_sends_them() {
+    let mut world = World::new();
+    world.run(SECOND * 20, |_| true);
+    world.run_with(SECOND * 50, |frame, mtu| frame.from != id(1) || mtu <= 1300);
+    let [(to, limit)] = world.limits[..] else { panic!("{:?}", world.limits) };
+    assert_eq!(to, id(2));
+    assert!((1292..=1300).contains(&limit), "{limit}");
+    // The other direction is not searched, and trials change no judgement.
+    assert_eq!(
+        world.verdicts(Size::Large),
+        [Verdict::Works, Verdict::Broken, Verdict::Broken, Verdict::Works]
+    );
 }

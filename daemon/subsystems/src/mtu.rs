@@ -30,7 +30,7 @@ pub(crate) fn least(prefix: IpNet) -> u16 {
 }
 
 /// Returns the overhead of VXLAN, in bytes: inner Ethernet 14, VXLAN 8, UDP 8, outer IP header 20 or 40.
-pub(crate) fn vxlan_overhead(vtep: IpAddr) -> u16 {
+pub fn vxlan_overhead(vtep: IpAddr) -> u16 {
     14 + 8 + 8 + if vtep.is_ipv4() { 20 } else { 40 }
 }
 
