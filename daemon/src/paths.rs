@@ -24,7 +24,9 @@ use self::frame::{Frame, Report, Size, Verdict};
 use self::search::{Search, Step};
 
 /// Interval in which [`Paths::tick`] is to be called.
-pub(crate) const TICK: Duration = Duration::from_millis(250);
+pub(crate) const TICK: Duration = Duration::from_millis(200);
+/// The longest time between two calls of [`Paths::tick`] that counts as silence of others.
+const MAX_BETWEEN: Duration = Duration::from_millis(600);
 /// Time for which what the other side said last is used.
 const REPORT_VALID: Duration = Duration::from_secs(4);
 /// Time for which a host is watched because it sends probes to this one.
@@ -59,7 +61,7 @@ impl Pace {
     const fn of(size: Size) -> Self {
         let ms = Duration::from_millis;
         match size {
-            Size::Small => Self { calm: ms(1000), hurry: ms(250), doubt: ms(1600), broken: ms(3200) },
+            Size::Small => Self { calm: ms(1000), hurry: ms(200), doubt: ms(1300), broken: ms(3600) },
             Size::Large | Size::Trial => {
                 Self { calm: ms(5000), hurry: ms(500), doubt: ms(6000), broken: ms(9000) }
             }
@@ -552,6 +554,8 @@ impl Arrivals {
             self.silent_since += since;
             return;
         }
+        // Nor does the silence of a time in which this daemon itself did not run.
+        self.silent_since += since.saturating_sub(MAX_BETWEEN);
         let silence = now.saturating_sub(self.silent_since);
         self.verdict = match self.verdict {
             Verdict::Broken if silence >= self.pace.doubt => {

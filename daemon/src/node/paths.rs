@@ -28,7 +28,7 @@ const BATCH: usize = 64;
 /// See [`BATCH`].
 const PERIOD: Duration = Duration::from_millis(50);
 /// The ticks between two choices of the hosts that are watched.
-const TICKS_OF_CHOICE: u32 = 4;
+const TICKS_OF_CHOICE: u32 = 5;
 
 impl Node {
     /// Sends path probes forever.

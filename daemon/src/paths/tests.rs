@@ -48,7 +48,7 @@ impl World {
             for frame in arrived {
                 self.hosts[usize::from(frame.to.0[0]) - 1].take(&frame, 7, self.now);
             }
-            if self.now.as_millis() % TICK.as_millis() != 0 {
+            if !self.now.as_millis().is_multiple_of(TICK.as_millis()) {
                 continue;
             }
             for host in &mut self.hosts {
@@ -151,6 +151,20 @@ fn silence_of_a_host_that_nobody_vouches_for_means_nothing() {
 }
 
 #[test]
+fn host_that_did_not_run_itself_blames_nobody() {
+    let mut world = World::new();
+    world.run(SECOND * 20, |_| true);
+    // What arrived meanwhile is read after the next judgement.
+    world.now += SECOND * 30;
+    for host in &mut world.hosts {
+        host.tick(world.now, 7, |_| true);
+    }
+    assert_ne!(world.state(1).received.small, Verdict::Broken);
+    world.run(SECOND * 4, |_| true);
+    assert_eq!(world.verdicts(Size::Small), [Verdict::Works; 4]);
+}
+
+#[test]
 fn path_for_small_packets_alone_is_found_in_its_direction() {
     let mut world = World::new();
     world.run(SECOND * 20, |_| true);
@@ -169,7 +183,7 @@ fn restarted_host_is_heard_again_and_replayed_probes_are_ignored() {
     let mut world = World::new();
     let mut recorded = None;
     world.run(SECOND * 20, |frame| {
-        if frame.from == id(1) {
+        if frame.from == id(1) && frame.size == Size::Small {
             recorded = Some(*frame);
         }
         true
