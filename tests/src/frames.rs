@@ -4,11 +4,15 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use netns_lab::Netns;
 use nix::libc;
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
+use nix::sys::socket::{
+    AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, setsockopt, socket, sockopt,
+};
+use nix::sys::time::{TimeVal, TimeValLike as _};
 
 /// A MAC address.
 pub type Bytes = [u8; 6];
@@ -97,10 +101,29 @@ pub fn ipv6(from: Bytes, source: Ipv6Addr, next: u8, payload: &[u8]) -> Vec<u8> 
 
 /// A neighbour discovery message (RFC 4861) of this type with a target and an unknown option that holds a text.
 pub fn discovery(kind: u8, target: Ipv6Addr, text: &str) -> Vec<u8> {
-    // As the answer to a solicitation: bridges of ovl do not send others to other hosts.
     let mut message = vec![kind, 0, 0, 0, 0x60, 0, 0, 0];
     message.extend(target.octets());
     option(&mut message, text);
+    message
+}
+
+/// An unsolicited neighbour advertisement (RFC 4861, section 7.2.6) of an address and the MAC address behind it, with a
+/// valid checksum for a packet from the address to all nodes.
+pub fn unsolicited_advertisement(address: Ipv6Addr, at: Bytes) -> Vec<u8> {
+    // The override flag: it replaces existing entries.
+    let mut message = vec![136, 0, 0, 0, 0x20, 0, 0, 0];
+    message.extend(address.octets());
+    message.extend([2, 1]);
+    message.extend(at);
+    let mut sum = u32::from(ICMPV6) + u32::try_from(message.len()).unwrap();
+    let all_nodes = Ipv6Addr::from_bits(0xff02 << 112 | 1).octets();
+    for two in [&address.octets()[..], &all_nodes, &message].concat().chunks(2) {
+        sum += u32::from(u16::from_be_bytes([two[0], two[1]]));
+    }
+    while sum > 0xffff {
+        sum = (sum & 0xffff) + (sum >> 16);
+    }
+    message[2..4].copy_from_slice(&(!sum as u16).to_be_bytes());
     message
 }
 
@@ -116,6 +139,39 @@ fn option(message: &mut Vec<u8>, text: &str) {
     message.extend([253, u8::try_from(length / 8).unwrap()]);
     message.extend(text.as_bytes());
     message.resize(message.len() + length - 2 - text.len(), 0);
+}
+
+/// A socket that receives the ARP replies for one address on one interface of a namespace.
+#[derive(Debug)]
+pub struct ArpReplies {
+    fd: OwnedFd,
+    address: Ipv4Addr,
+}
+
+impl ArpReplies {
+    /// Opens the socket.
+    pub fn listen(at: &Netns, address: Ipv4Addr) -> Result<Self> {
+        let fd = at.run(|| {
+            socket(AddressFamily::Packet, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::EthAll)
+        })??;
+        setsockopt(&fd, sockopt::ReceiveTimeout, &TimeVal::milliseconds(20))?;
+        Ok(Self { fd, address })
+    }
+
+    /// Waits for a reply, and returns the MAC address in it. `None` if there is none within a time.
+    pub fn wait(&self, time: Duration) -> Option<Bytes> {
+        let end = Instant::now() + time;
+        let mut frame = [0; 2048];
+        while Instant::now() < end {
+            let Ok(length) = recv(self.fd.as_raw_fd(), &mut frame, MsgFlags::empty()) else { continue };
+            let reply = frame.get(..length)?;
+            let is_reply = reply.get(12..22) == Some(&[8, 6, 0, 1, 8, 0, 6, 4, 0, 2]);
+            if is_reply && reply.get(28..32) == Some(&self.address.octets()) {
+                return reply.get(22..28).and_then(|mac| mac.try_into().ok());
+            }
+        }
+        None
+    }
 }
 
 /// A socket that sends frames by one interface of a namespace.

@@ -137,7 +137,7 @@ fn manual_changes_are_repaired_at_once() {
         format!("ip link set {bridge} address 02:99:99:99:99:99"),
         format!("ip link set {bridge} type bridge stp_state 1"),
         format!("ip link set {vxlan} type vxlan learning"),
-        format!("bridge link set dev {vxlan} neigh_suppress off"),
+        format!("bridge link set dev {vxlan} neigh_suppress on"),
         format!("bridge link set dev {vxlan} learning on"),
         "nft flush table inet ovl".to_owned(),
         "nft delete table inet ovl".to_owned(),

@@ -83,7 +83,7 @@ pub enum Link {
         mac: Mac,
         /// Administratively up.
         up: bool,
-        /// Learning is off; on a port also there, and neighbour suppression is on.
+        /// Learning is off; on a port also there, and neighbour suppression is off.
         tuned: bool,
         /// Its packets are inside the tunnel, which vouches for them: they have no UDP checksums, and
         /// need none.

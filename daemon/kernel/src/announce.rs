@@ -4,8 +4,8 @@
 //! A kernel whose neighbour resolution failed retries a second later, and one with an old entry sends to the
 //! old MAC address for half a minute. So when a neighbour is set on a bridge, its ports receive an ARP announcement
 //! (RFC 5227) or an unsolicited neighbour advertisement (RFC 4861, section 7.2.6). A kernel updates an existing entry
-//! by either, and adds no new entry. The frames stay on this host: the VXLAN port suppresses neighbour discovery, and
-//! every host sends its own.
+//! by either, and adds no new entry. The frames stay on this host: the table `bridge ovl-guard` drops them at the VXLAN
+//! port, and every host sends its own.
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;

@@ -220,7 +220,7 @@ impl<'a> LinkView<'a> {
     pub(super) fn port_is_tuned(&self, is_vxlan: bool) -> Option<bool> {
         let learning = self.port_flag(IFLA_BRPORT_LEARNING)?;
         let suppress = self.port_flag(IFLA_BRPORT_NEIGH_SUPPRESS)?;
-        Some(learning == 0 && (suppress != 0 || !is_vxlan))
+        Some(learning == 0 && (suppress == 0 || !is_vxlan))
     }
 
     /// A setting of the bridge port, by its `IFLA_BRPORT_...` number. `None` if the device is not a port, or the

@@ -380,12 +380,12 @@ pub(super) fn no_learning() -> Vec<LinkInfo> {
     vec![LinkInfo::Kind(InfoKind::Vxlan), LinkInfo::Data(InfoData::Vxlan(vec![InfoVxlan::Learning(false)]))]
 }
 
-/// The settings of a bridge port: no learning; neighbour suppression on a VXLAN device, the given hairpin mode on an
+/// The settings of a bridge port: no learning; no neighbour suppression on a VXLAN device, the given hairpin mode on an
 /// endpoint.
 pub(super) fn port(device: Device, hairpin: bool) -> LinkAttribute {
     let mut flags = vec![InfoBridgePort::Learning(false)];
     match device.role() {
-        Some(Role::Vxlan(_)) => flags.push(InfoBridgePort::NeighSupress(true)),
+        Some(Role::Vxlan(_)) => flags.push(InfoBridgePort::NeighSupress(false)),
         _ => flags.push(InfoBridgePort::HairpinMode(hairpin)),
     }
     LinkAttribute::LinkInfo(vec![

@@ -67,7 +67,7 @@ fn add_link(f: &mut fmt::Formatter<'_>, device: Device, link: &Link) -> fmt::Res
                 f.write_str(" udp6zerocsumtx udp6zerocsumrx")?;
             }
             if master.is_some() {
-                write!(f, " && bridge link set dev {device} learning off neigh_suppress on")?;
+                write!(f, " && bridge link set dev {device} learning off neigh_suppress off")?;
             }
             Ok(())
         }
@@ -78,7 +78,7 @@ fn add_link(f: &mut fmt::Formatter<'_>, device: Device, link: &Link) -> fmt::Res
             }
             write!(f, " {}", up_word(*up))?;
             if master.is_some() {
-                write!(f, " && bridge link set dev {device} learning off neigh_suppress on")?;
+                write!(f, " && bridge link set dev {device} learning off neigh_suppress off")?;
             }
             Ok(())
         }
@@ -122,7 +122,7 @@ fn set_link(f: &mut fmt::Formatter<'_>, device: Device, from: &Link, to: &Link) 
             mtu_and_up(&mut words, (*mtu_was, *up_was), (*mtu, *up));
             set_master(&mut words, *master_was, *master);
             if tuned != tuned_was {
-                also += "learning off neigh_suppress on";
+                also += "learning off neigh_suppress off";
             }
         }
         (
@@ -149,7 +149,7 @@ fn set_link(f: &mut fmt::Formatter<'_>, device: Device, from: &Link, to: &Link) 
             mtu_and_up(&mut words, (*mtu_was, *up_was), (*mtu, *up));
             set_master(&mut words, *master_was, *master);
             if tuned != tuned_was {
-                also += "learning off neigh_suppress on";
+                also += "learning off neigh_suppress off";
             }
         }
         (Link::Tunnel { mtu: mtu_was, up: up_was, .. }, Link::Tunnel { mtu, up, .. }) => {

@@ -36,7 +36,7 @@ fn every_kind_of_drift_is_repaired() {
             format!("ip link set {br} type bridge mcast_snooping 1"),
             format!("ip link set {vx} type vxlan learning"),
             format!("bridge link set dev {vx} learning on"),
-            format!("bridge link set dev {vx} neigh_suppress off"),
+            format!("bridge link set dev {vx} neigh_suppress on"),
             format!("ip link set dev {vx} addrgenmode eui64"),
             format!("ip addr del 10.1.0.1/16 dev {br}"),
             format!("ip addr flush dev {br}"),

@@ -15,6 +15,8 @@ use super::elements::{
 
 /// The numbers of router advertisements and redirects (RFC 4861, sections 4.2 and 4.5).
 const FROM_ROUTERS: &str = "{ 134, 137 }";
+/// The numbers of all messages of neighbour discovery (RFC 4861, section 4).
+const NEIGHBOUR_DISCOVERY: &str = "133-137";
 /// Matches a link-local source address that is not derived from a MAC address (RFC 7217, for example). One that is
 /// derived from a MAC address belongs to the interface with that address.
 const OPAQUE_LINK_LOCAL: &str = "@nh,64,10 0x3fa @nh,152,16 != 0xfffe";
@@ -39,6 +41,9 @@ const COUNTED: &str = "type ifname; size 65535; flags dynamic,timeout; timeout 1
 ///   address (RFC 4862), router solicitations and multicast listener reports.
 /// * **Path probes** are refused: only hosts send them.
 /// * **Frames of other protocols** pass with the own MAC address.
+/// * **The host's own frames.** Its ARP and neighbour discovery messages stay on this host. Every host has the gateway's
+///   addresses and MAC address, so it would answer requests of other hosts' endpoints for them, and no answer to its own
+///   requests would find back to it.
 pub(super) fn frames() -> Arc<Skeleton> {
     static SKELETON: LazyLock<Arc<Skeleton>> = LazyLock::new(|| {
         let [macs, own4, own6] = [&MACS, &OWN4, &OWN6].map(|set| &*set.name);
@@ -57,6 +62,11 @@ pub(super) fn frames() -> Arc<Skeleton> {
                 "meta protocol vmap {{ arp : goto check-arp, ip : goto check-ip, ip6 : goto check-ip6, \
                  0x8100 : goto refuse, 0x88a8 : goto refuse, {PROBES:#x} : goto refuse }}"
             ),
+        ];
+        let output = vec![
+            "oifname != \"ovx-*\" accept".to_owned(),
+            "ether type arp drop".to_owned(),
+            format!("ether type ip6 meta l4proto 58 @th,0,8 {NEIGHBOUR_DISCOVERY} drop"),
         ];
         let refuse = || "goto refuse".to_owned();
         let check_arp = vec![
@@ -109,6 +119,7 @@ pub(super) fn frames() -> Arc<Skeleton> {
                 chain("check-source6", None, check_source6),
                 chain("check-target", None, check_target),
                 chain("prerouting", Some("prerouting priority dstnat - 20"), prerouting),
+                chain("output", Some("output priority filter"), output),
             ],
         )
     });
